@@ -203,11 +203,11 @@ static int disown(u64 cgroup, u32 device, u64 bytes)
     return 0;
 }
 
-static int looked(u64 cgroup, u32 device)
+static int looked(u64 cgroup, u32 device, u64 since_ns)
 {
     struct fgpu_usage_page *page = page_of(cgroup);
     if (!page) return -2;
-    page->looked_ns[slot(device)] = bpf_ktime_get_ns();
+    page->looked_ns[slot(device)] = since_ns;
     return 0;
 }
 
@@ -267,7 +267,7 @@ int adjust(struct bpf_raw_tracepoint_args *ctx)
     case FGPU_DISOWN:
         return disown(ctx->args[1], ctx->args[2], ctx->args[3]);
     case FGPU_LOOKED:
-        return looked(ctx->args[1], ctx->args[2]);
+        return looked(ctx->args[1], ctx->args[2], ctx->args[3]);
     case FGPU_LET_GO:
         return let_orphan_go(ctx);
     case FGPU_ENTER:

@@ -98,7 +98,7 @@ struct fgpu_usage_page {
     __u64 orphans;                   /* entries of this level in the map `orphans` */
     __u64 urgent_second;             /* of events that must not be lost behind refusals */
     __u64 urgent_count;
-    __u64 looked_ns[FGPU_DEVICES]; /* when the agent last saw what the device still holds of `orphaned`; 0: never */
+    __u64 looked_ns[FGPU_DEVICES]; /* when the agent last saw that the device keeps all of `orphaned`; 0: never */
     __u64 owner;                   /* slot in `owners` of the owner of this level's bounds; 0: it has none */
     __u64 undecided[FGPU_DEVICES]; /* requests of this level's programs that met an uncommitted level, ever growing */
     __u64 tail[76];
@@ -416,7 +416,7 @@ enum fgpu_adjust {
                     delete it */
     FGPU_MARK,   /* tgid, generation, device: its `peak` begins anew */
     FGPU_ENTER,  /* tgid, 0, count, levels leaf first: makes the entry of a process that has none yet */
-    FGPU_LOOKED, /* cgroup, device: the agent has seen what the device still holds of `orphaned` */
+    FGPU_LOOKED, /* cgroup, device, time: sets `looked_ns` */
     FGPU_OWN,    /* cgroup, slot, owner, most[FGPU_OWNED]: the level's bounds are those of this owner; cgroup 0: only
                     the slot is written */
     FGPU_TRIM,   /* slot: gives back what its owner has claimed and does not need */

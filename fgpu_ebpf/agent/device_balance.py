@@ -92,6 +92,7 @@ class Balance:
 
     def __init__(self) -> None:
         self.unexplained = 0  # bytes in use that nothing explains
+        self.latest = 0  # orphaned bytes that the device may still hold, by the last reading alone
         self._hidden = Hidden()
         self._readings: deque[Reading] = deque(maxlen=LOOKS)
 
@@ -104,6 +105,7 @@ class Balance:
         self._readings.append(reading)
         hidden = self._hidden.look(reading, charges)
         self.unexplained = max(0, reading.least - charges.kept - max(0, hidden - sum(charges.handles.values())))
+        self.latest = max(0, reading.most - hidden)
         most = self._most()
         return None if most is None else max(0, most - hidden)
 

@@ -35,9 +35,10 @@ DEVICE_SECONDS = 1.0  # between two readings of a device's memory in use, while 
 STALE_SECONDS = 5.0  # ten looks
 # The period of looks while a device may hold orphaned bytes, by the age of the youngest of them.
 ORPHAN_PERIODS = ((5.0, 0.02), (60.0, 0.1), (float("inf"), 0.25))
-HURRY_SECONDS = 5.0  # after the start, since bytes of a ledger of another layout are orphans without an entry
+# The first of these periods holds for so long after the start, since bytes of a ledger of another layout are orphans
+# without an entry, and after the last event of orphaned bytes, since an entry of old ones may get more.
+HURRY_SECONDS = 5.0
 NS = 1_000_000_000
-VAIN_NS = 4 * NS  # FGPU_PATIENCE_NS: the device does not free by itself what it still holds after this time
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,6 +157,7 @@ class Reconciler:
     def orphaned(self, cgroup: int) -> None:
         """Note that a level has orphaned bytes, and look at once."""
         self._levels.add(cgroup)
+        self._hurry_until = time.monotonic() + HURRY_SECONDS
         self._wake.set()
 
     def _run(self) -> None:
@@ -239,15 +241,8 @@ class Reconciler:
         if room is not None and self._levels:
             release.look_without_entries(list(self._levels), room)
         if room is not None:
-            self._note_look(device, orphans)
+            release.note_kept(sample, self._levels)
         return sample.rows
-
-    def _note_look(self, device: int, orphans: Sequence[Orphan]) -> None:
-        """Note in the ledger which levels were looked at in vain, so that requests stop waiting for orphaned bytes."""
-        until_ns = time.monotonic_ns() - VAIN_NS
-        levels = {level for orphan in orphans if orphan.since_ns < until_ns for level in orphan.levels}
-        for level in levels | self._levels:
-            self._ledger.orphans.looked(level, device)
 
     def _sample(self, device: int, samples: int) -> Sample | None:
         """Reset peaks and take a sample: what a process has at most afterwards explains what the sample shows of it."""

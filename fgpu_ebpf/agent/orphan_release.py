@@ -27,6 +27,10 @@ DEVICE_REST_BYTES = 4 << 20
 SLACK_BYTES = 32 << 20
 SLACK_AFTER_NS = 5_000_000_000
 FALL_COUNTS_NS = 2_000_000_000  # longer than the looks that a release needs
+# The driver frees what a process held while the process exits. Some of it may follow within the first of these times.
+# The second is FGPU_PATIENCE_NS, after which an end counts as over in any case.
+SETTLED_NS = 500_000_000
+VAIN_NS = 4_000_000_000
 
 
 class _Row(NamedTuple):
@@ -166,6 +170,8 @@ class OrphanRelease:
         self._rows = EndedRows(ledger, device)
         self._proven = 0  # bytes of ended processes without an entry, by NVML's rows of the last look
         self._without: dict[int, int] = {}  # by level: orphaned bytes without an entry, at the last look
+        self._grew_ns: dict[int, int] = {}  # by level: when these bytes last grew
+        self._ends: dict[Orphan, int] = {}  # of ended processes: when the end was last seen to be under way
         self.balance = Balance()
 
     def ended_rows(self, sample: Sample, orphans: Sequence[Orphan]) -> dict[int, int]:
@@ -210,7 +216,39 @@ class OrphanRelease:
             lasting = min(bytes_, self._without.get(level, 0))
             if lasting > room:
                 self._ledger.orphans.disown(level, self._device, lasting - room)
+        self._grew_ns = {
+            level: time.monotonic_ns() if bytes_ > self._without.get(level, 0) else self._grew_ns.get(level, 0)
+            for level, bytes_ in now.items()
+        }
         self._without = {level: bytes_ for level, bytes_ in now.items() if bytes_ > 0}
+
+    def note_kept(self, sample: Sample, levels: Iterable[int]) -> None:
+        """Record on the pages of levels that the device still holds their orphaned bytes, so that no request waits.
+
+        It may free some of them soon if a process exits or has just exited. Or it has freed some, by the last reading:
+        a release needs more readings.
+
+        Args:
+            sample: the sample of this look.
+            levels: levels that may have orphaned bytes without an entry, perhaps of a process that exits.
+        """
+        orphans = [orphan for orphan in self._ledger.orphans.entries() if orphan.device == self._device]
+        self._ends = {orphan: self._end_ns(orphan) for orphan in orphans if orphan.ended_ns}
+        if excess(self._rows.spare(orphans), max(0, self.balance.latest - self._proven)):
+            return
+        until_ns = {level: self._grew_ns.get(level, -VAIN_NS) + VAIN_NS for level in levels}
+        for orphan in orphans:
+            end_ns = min(self._ends.get(orphan, 0) + SETTLED_NS, orphan.ended_ns + VAIN_NS) if orphan.ended_ns else 0
+            until_ns |= {level: max(until_ns.get(level, 0), end_ns) for level in orphan.levels}
+        for level, end_ns in until_ns.items():
+            if end_ns < sample.begun_ns:
+                self._ledger.orphans.looked(level, self._device, sample.begun_ns)
+
+    def _end_ns(self, orphan: Orphan) -> int:
+        """Return when the end of an orphan's process was last seen to be under way."""
+        now_ns = time.monotonic_ns()
+        is_under_way = now_ns < orphan.ended_ns + VAIN_NS and procfs.exiting(orphan.tgid)
+        return now_ns if is_under_way else self._ends.get(orphan, orphan.ended_ns)
 
     def _reading(self, sample: Sample, ended: Mapping[int, int]) -> Reading:
         rest = self._contexts(sample) * CONTEXT_REST_BYTES + DEVICE_REST_BYTES

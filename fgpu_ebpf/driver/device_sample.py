@@ -35,7 +35,8 @@ class Taken(NamedTuple):
 class Sample:
     """Several samples. `rows`: of the last question. `calm`: no process allocated or freed memory meanwhile.
 
-    `processes`: the ledger's before the samples. `busy`: those in a call then, or with changes since.
+    `processes`: the ledger's before the samples. `busy`: those in a call then, or with changes since. `begun_ns`: the
+    time before the first sample.
     """
 
     rows: Rows
@@ -43,6 +44,7 @@ class Sample:
     calm: bool
     processes: Mapping[int, Process]
     busy: frozenset[int] = frozenset()
+    begun_ns: int = 0
 
 
 def take(
@@ -58,7 +60,7 @@ def take(
         samples: how many times NVML is asked. `taken` of the result has as many entries, or none if NVML does not
             report the bytes in use or the row of a process.
     """
-    rows = nvml.process_bytes(device)
+    begun_ns, rows = time.monotonic_ns(), nvml.process_bytes(device)
     if rows is None:
         return None
     if not samples:
@@ -78,7 +80,7 @@ def take(
     after = ledger.processes()
     changed = {pid for pid in before.keys() | after.keys() if _state(before.get(pid)) != _state(after.get(pid))}
     in_call = {pid for pid, process in before.items() if not process.quiet}
-    return Sample(rows, tuple(found), not changed, before, frozenset(changed | in_call))
+    return Sample(rows, tuple(found), not changed, before, frozenset(changed | in_call), begun_ns)
 
 
 def is_hidden(process: Process, device: int) -> bool:

@@ -101,9 +101,9 @@ class OrphanMap:
         """Release orphaned bytes of a level that have no entry."""
         return self._run(abi.Adjust.DISOWN, cgroup, device, bytes_) == 0
 
-    def looked(self, cgroup: int, device: int) -> None:
-        """Record on a level's page that its orphaned bytes are what the device still holds."""
-        self._run(abi.Adjust.LOOKED, cgroup, device)
+    def looked(self, cgroup: int, device: int, since_ns: int) -> None:
+        """Record on a level's page that something keeps the bytes that were orphaned before a time."""
+        self._run(abi.Adjust.LOOKED, cgroup, device, since_ns)
 
     def managed_freed(self, device: int) -> int:
         """Return the bytes of managed memory that were ever freed on a device."""

@@ -71,9 +71,25 @@ def ended(pid: int) -> bool:
     except OSError:
         return True
     try:
-        return not alive(pidfd) or (_is_exiting(pid, pid) and all(_is_exiting(pid, thread) for thread in _threads(pid)))
+        return not alive(pidfd) or _are_exiting(pid)
     finally:
         os.close(pidfd)
+
+
+def exiting(pid: int) -> bool:
+    """Return whether all threads of a process are exiting, and the kernel has not released all that it had."""
+    try:
+        pidfd = os.pidfd_open(pid)
+    except OSError:
+        return False
+    try:
+        return alive(pidfd) and _are_exiting(pid)
+    finally:
+        os.close(pidfd)
+
+
+def _are_exiting(pid: int) -> bool:
+    return _is_exiting(pid, pid) and all(_is_exiting(pid, thread) for thread in _threads(pid))
 
 
 def _threads(pid: int) -> list[str]:

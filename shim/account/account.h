@@ -59,9 +59,9 @@ HIDDEN uint64_t fgpu_room(CUdevice ordinal);           /* bytes left; FGPU_MOST_
 HIDDEN bool fgpu_pools_yield(CUdevice ordinal); /* true: something went back to the kernel */
 
 /* -- reclaim.c: ask; after a refusal make what room can be made, and ask again. That may wait for memory of ended
- * processes; `patience` says how much longer, for all questions of one call. NULL: do not wait. */
+ * processes; `patience` says since when, for all questions of one call. NULL: do not wait. */
 struct patience {
-    uint64_t until_ns; /* 0: nothing was waited for yet */
+    uint64_t since_ns; /* 0: nothing was waited for yet */
 };
 HIDDEN struct admission fgpu_admission(CUdevice ordinal, uint64_t bytes, unsigned kind);
 HIDDEN struct admission fgpu_admission_with(struct patience *patience, CUdevice ordinal, uint64_t bytes, unsigned kind);

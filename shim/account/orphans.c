@@ -3,13 +3,13 @@
  * reads the usage pages.
  *
  * They stay charged until the agent sees that the device has freed them. That takes 0.1 s, and a few seconds where many
- * processes end at once. So a request that would fit without these bytes may fit soon.
+ * processes end at once. So a request that would fit without these bytes may fit soon, unless the agent sees that the
+ * device keeps them.
  */
 #include "account/orphans.h"
 
 struct room { /* of one level on one device, by one reading of its page */
-    uint64_t now, later, orphaned, orphaned_ns;
-    bool is_seen; /* the agent has looked at a time when the device should have freed all of them */
+    uint64_t now, later, orphaned, orphaned_ns, looked_ns;
 };
 
 /* Read the room of one level. Returns false if this level refuses nothing. */
@@ -21,8 +21,7 @@ static bool room_of(const struct fgpu_usage_page *page, int index, struct room *
     uint64_t used = __atomic_load_n(&usage->used, __ATOMIC_RELAXED);
     room->orphaned = __atomic_load_n(&page->orphaned[index], __ATOMIC_RELAXED);
     room->orphaned_ns = __atomic_load_n(&page->orphaned_ns[index], __ATOMIC_RELAXED);
-    uint64_t looked_ns = __atomic_load_n(&page->looked_ns[index], __ATOMIC_RELAXED);
-    room->is_seen = looked_ns > room->orphaned_ns && looked_ns - room->orphaned_ns >= FGPU_PATIENCE_NS;
+    room->looked_ns = __atomic_load_n(&page->looked_ns[index], __ATOMIC_RELAXED);
     uint64_t others = used > room->orphaned ? used - room->orphaned : 0;
     room->now = limit > used ? limit - used : 0;
     room->later = limit > others ? limit - others : 0;
@@ -37,25 +36,25 @@ bool fgpu_has_orphans(struct fgpu_view view, int index)
     return false;
 }
 
-/* Return whether some of the orphaned bytes may be freed before long: little time has passed since the last of them, or
- * no agent has looked since then. */
-static enum fgpu_prospect freed(const struct room *room, uint64_t now_ns)
+/* Return whether some of the orphaned bytes may be freed before long: the agent has not yet looked since the last of
+ * them, and since the request began, or it sees that the device is still freeing. */
+static enum fgpu_prospect freed(const struct room *room, uint64_t since_ns, uint64_t now_ns)
 {
-    if (!room->orphaned) return FGPU_FITS_NEVER;
+    if (!room->orphaned || (room->looked_ns > room->orphaned_ns && room->looked_ns > since_ns)) return FGPU_FITS_NEVER;
     if (now_ns < room->orphaned_ns + FGPU_PATIENCE_NS) return FGPU_FITS_SOON;
-    if (!room->is_seen && now_ns < room->orphaned_ns + FGPU_ABSENCE_NS) return FGPU_FITS_AFTER_A_LOOK;
-    return FGPU_FITS_NEVER;
+    return now_ns < room->orphaned_ns + FGPU_ABSENCE_NS ? FGPU_FITS_AFTER_A_LOOK : FGPU_FITS_NEVER;
 }
 
-/* Return what to expect of a request. Only the kernel knows how much a context takes, so any level that has orphans may
- * be the one that refuses it. */
-enum fgpu_prospect fgpu_prospect(struct fgpu_view view, int index, uint64_t bytes, unsigned kind, uint64_t now_ns)
+/* Return what to expect of a request that began then. Only the kernel knows how much a context takes, so any level that
+ * has orphans may be the one that refuses it. */
+enum fgpu_prospect fgpu_prospect(const struct fgpu_view *view, int index, uint64_t bytes, unsigned kind,
+                                 uint64_t since_ns, uint64_t now_ns)
 {
     enum fgpu_prospect prospect = FGPU_FITS;
     struct room room;
-    for (unsigned level = 0; level < view.levels; level++) {
-        if (!room_of(&view.usage[level], index, &room)) continue;
-        enum fgpu_prospect soon = freed(&room, now_ns);
+    for (unsigned level = 0; level < view->levels; level++) {
+        if (!room_of(&view->usage[level], index, &room)) continue;
+        enum fgpu_prospect soon = freed(&room, since_ns, now_ns);
         if (kind == FGPU_CONTEXT ? soon == FGPU_FITS_NEVER : bytes <= room.now) continue;
         if (soon == FGPU_FITS_NEVER || bytes > room.later) return FGPU_FITS_NEVER;
         if (soon > prospect) prospect = soon;

@@ -11,7 +11,7 @@
 enum fgpu_prospect { FGPU_FITS, FGPU_FITS_SOON, FGPU_FITS_AFTER_A_LOOK, FGPU_FITS_NEVER };
 
 HIDDEN bool fgpu_has_orphans(struct fgpu_view view, int index); /* at a level that enforces a limit */
-HIDDEN enum fgpu_prospect fgpu_prospect(struct fgpu_view view, int index, uint64_t bytes, unsigned kind,
-                                        uint64_t now_ns);
+HIDDEN enum fgpu_prospect fgpu_prospect(const struct fgpu_view *view, int index, uint64_t bytes, unsigned kind,
+                                        uint64_t since_ns, uint64_t now_ns);
 
 #endif

@@ -64,29 +64,30 @@ static bool awaits_decision(struct admission *admission, struct fgpu_view *view,
     return admission->refusal && (pending || undecided_so_far(*view, ordinal) != before);
 }
 
-static enum fgpu_prospect prospect(struct fgpu_view view, CUdevice ordinal, const struct admission *admission,
-                                   uint64_t now)
+static enum fgpu_prospect prospect(const struct fgpu_view *view, CUdevice ordinal, const struct admission *admission,
+                                   uint64_t since_ns, uint64_t now)
 {
-    int index = view.link == FGPU_HELD && !view.cooperative ? fgpu_index(view.control, ordinal) : -1;
-    return index < 0 ? FGPU_FITS_NEVER : fgpu_prospect(view, index, admission->bytes, admission->kind, now);
+    int index = view->link == FGPU_HELD && !view->cooperative ? fgpu_index(view->control, ordinal) : -1;
+    if (index < 0) return FGPU_FITS_NEVER;
+    return fgpu_prospect(view, index, admission->bytes, admission->kind, since_ns, now);
 }
 
-static bool is_over(enum fgpu_prospect soon, uint64_t until_ns, uint64_t now)
+static bool is_over(enum fgpu_prospect soon, uint64_t waited_ns)
 {
-    if (soon == FGPU_FITS_AFTER_A_LOOK) until_ns += FGPU_ABSENCE_NS - FGPU_PATIENCE_NS;
-    return soon == FGPU_FITS_NEVER || now >= until_ns;
+    return soon == FGPU_FITS_NEVER ||
+           waited_ns >= (soon == FGPU_FITS_AFTER_A_LOOK ? FGPU_ABSENCE_NS : FGPU_PATIENCE_NS);
 }
 
-/* Ask now and then until the request is admitted, has no prospect, or `until_ns` has come. If the page shows room twice
- * in a row and the kernel refuses, something else stands against the request. */
-static void wait_for_orphans(struct admission *admission, struct fgpu_view *view, CUdevice ordinal, uint64_t until_ns)
+/* Ask now and then until the request is admitted, has no prospect, or has waited for its time. If the page shows room
+ * twice in a row and the kernel refuses, something else stands against the request. */
+static void wait_for_orphans(struct admission *admission, struct fgpu_view *view, CUdevice ordinal, uint64_t since_ns)
 {
     uint64_t asked_ns = fgpu_now();
     bool had_room = false;
     for (unsigned round = 0; admission->refusal && admission->patient; round++) {
         uint64_t now = fgpu_now();
-        enum fgpu_prospect soon = prospect(*view, ordinal, admission, now);
-        if (is_over(soon, until_ns, now) || (soon == FGPU_FITS && had_room)) return;
+        enum fgpu_prospect soon = prospect(view, ordinal, admission, since_ns, now);
+        if (is_over(soon, now - since_ns) || (soon == FGPU_FITS && had_room)) return;
         had_room = soon == FGPU_FITS;
         if (had_room || now - asked_ns >= ASK_NS) {
             fgpu_ask_once(admission, view, ordinal, true);
@@ -114,10 +115,10 @@ static void wait_for_commitment(struct admission *admission, struct fgpu_view *v
     }
 }
 
-static uint64_t until(struct patience *patience)
+static uint64_t since(struct patience *patience)
 {
-    if (!patience->until_ns) patience->until_ns = fgpu_now() + FGPU_PATIENCE_NS;
-    return patience->until_ns;
+    if (!patience->since_ns) patience->since_ns = fgpu_now();
+    return patience->since_ns;
 }
 
 /* Ask, reclaim and ask again. The last question is an impatient one, so its refusal is counted. */
@@ -131,7 +132,7 @@ struct admission fgpu_admission_with(struct patience *patience, CUdevice ordinal
     if (admission.refusal && view.link == FGPU_HELD && yields(ordinal))
         fgpu_ask_once(&admission, &view, ordinal, patience);
     if (admission.refusal && admission.patient) {
-        wait_for_orphans(&admission, &view, ordinal, until(patience));
+        wait_for_orphans(&admission, &view, ordinal, since(patience));
         if (admission.refusal && admission.patient) fgpu_ask_once(&admission, &view, ordinal, false);
     }
     fgpu_admission_end(&admission, view);

@@ -11,14 +11,14 @@ import select
 import signal
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.support.commands import ask, events, fgpu
 from tests.support.host import BUILD, CONTEXT, ENVIRONMENT, FGPU, GIB, MIB, REFUSED
-from tests.support.sim_driver import driver_books
+from tests.support.sim_driver import driver_books, unnamed_bytes
 from tests.support.tenant import Client, Program, Tenant
 from tests.support.wait import eventually, steadily
 
@@ -166,6 +166,21 @@ def test_a_process_that_takes_long_to_end_is_not_adopted(tenant, fault) -> None:
     eventually(lambda: client.pid not in {entry["pid"] for entry in driver_books()}, 5, "the driver's end of it")
     eventually(lambda: one.memory()["used_bytes"] == 0, 1, "released")
     assert [event for event in events("adopted") if event["pid"] == client.pid] == []
+
+
+@pytest.mark.places("host", "runc")
+def test_a_request_waits_while_the_end_of_a_process_is_under_way(tenant, fault) -> None:
+    one = tenant(2 * CONTEXT)
+    other, client = bystander(one), one.client()
+    client.ok("context")
+    client.ok("thread")
+    assert one.assert_exact() == 2 * CONTEXT
+    fault("slow-end:2s")
+    with held_up(client.pid):
+        eventually(lambda: one.memory()["orphaned_bytes"] == CONTEXT, 1, "orphaned")
+        begun = time.monotonic()
+        other.ok(f"alloc {CONTEXT}")
+        assert time.monotonic() - begun > 1, "the driver has freed nothing yet"
 
 
 @pytest.mark.timed
@@ -320,3 +335,53 @@ def test_explain_names_what_keeps_memory_of_an_ended_process_and_its_parent(tena
     eventually(lambda: said in fgpu("explain", one.path).stdout, 15, said)
     os.kill(child, signal.SIGKILL)
     eventually(lambda: not one.view()["orphans"], 5, "the end of the orphan")
+
+
+KEPT = 64 * MIB
+LetGo = Callable[[], None]
+
+
+def keep_a_descriptor(client: Client) -> LetGo:
+    """Keep the descriptor of an export in this process. Return a function that closes it."""
+    pidfd_getfd = 438
+    _, descriptor = client.ok(f"export {KEPT}")
+    pidfd = os.pidfd_open(client.pid)
+    copy = ctypes.CDLL(None).syscall(pidfd_getfd, pidfd, descriptor, 0)
+    os.close(pidfd)
+    assert copy >= 0
+    return lambda: os.close(copy)
+
+
+def keep_a_child(client: Client) -> LetGo:
+    """Keep a child that has the driver's descriptors. Return a function that kills it."""
+    client.ok(f"alloc {KEPT}")
+    (inner,) = client.ok("linger")
+    child = eventually(lambda: client.tenant.host_pid(inner), 5, "the child's pid")
+    return lambda: os.kill(child, signal.SIGKILL)
+
+
+@pytest.mark.timed
+@pytest.mark.places("host", "runc")
+@pytest.mark.parametrize("keep", [keep_a_descriptor, keep_a_child])
+def test_no_request_waits_for_memory_that_a_living_process_keeps(tenant, keep: Callable[[Client], LetGo]) -> None:
+    """It is refused as soon as the end of the exited process is over, and admitted as soon as the memory is free."""
+    one = tenant(2 * CONTEXT + KEPT)
+    other, client = bystander(one), one.client()
+    request, took = f"alloc {CONTEXT + KEPT // 2}", []
+    with contextlib.ExitStack() as stack:
+        stack.callback(keep(client))
+        assert one.assert_exact() == 2 * CONTEXT + KEPT
+        client.kill()
+        eventually(lambda: one.memory()["orphaned_bytes"], 5, "orphaned")
+        for _ in range(6):
+            begun = time.monotonic()
+            assert other.do(request) == REFUSED
+            took.append(time.monotonic() - begun)
+        print(f"refused after {', '.join(f'{seconds:.3f}' for seconds in took)} s")
+        assert took[0] < 1.5, "while the end is under way, and 0.5 s more"
+        assert max(took[1:]) < 0.3, "no end is under way"
+        assert one.memory()["orphaned_bytes"] > KEPT // 2, "all but what a driver may take besides"
+    eventually(lambda: not unnamed_bytes(), 5, "the driver's end of it")
+    begun = time.monotonic()
+    other.ok(request)
+    assert time.monotonic() - begun < 1

@@ -195,7 +195,7 @@ class Agent:
             setattr(self, name, [bytes.fromhex(u) for u in value] if name == "uuids" else value)
 
     def limit(self, what):
-        """{limit, used, level, device, flags, orphaned, age_ms: age of the last orphaned bytes, away: agent is away}"""
+        """{limit, used, level, device, flags, orphaned, age_ms: of orphaned bytes, looked_ms: of the last look}"""
         device = what.get("device", 3)
         m, at = self.maps[what.get("level", 0)], 64 + 32 * device
         struct.pack_into("<QQ", m, at, what.get("limit", NO_LIMIT), what.get("used", 0))
@@ -203,7 +203,8 @@ class Agent:
         struct.pack_into("<Q", m, ORPHANED + 8 * device, what.get("orphaned", 0))
         orphaned_ns = time.monotonic_ns() - 1_000_000 * what["age_ms"] if "age_ms" in what else 0
         struct.pack_into("<Q", m, ORPHANED_NS + 8 * device, orphaned_ns)
-        struct.pack_into("<Q", m, LOOKED_NS + 8 * device, 0 if what.get("away") else 2**64 - 1)
+        looked_ns = time.monotonic_ns() - 1_000_000 * what["looked_ms"] if "looked_ms" in what else orphaned_ns
+        struct.pack_into("<Q", m, LOOKED_NS + 8 * device, looked_ns)
 
     def grow(self, _):
         """Add fields to pages after all that the shim knows."""

@@ -29,20 +29,28 @@ def test_waits_until_the_device_has_released_memory(held: Agent) -> None:
     assert asked(held)[:-1] == [True] * (len(asked(held)) - 1)
 
 
-@pytest.mark.parametrize("age_ms", [3500, 3900])
-def test_memory_that_is_not_released_in_time_is_a_refusal(held: Agent, age_ms: int) -> None:
+@pytest.mark.parametrize("age_ms", [0, 3500, 29_000])
+def test_memory_that_the_device_keeps_is_a_refusal_once_the_agent_has_seen_it(held: Agent, age_ms: int) -> None:
     held.do("limit", **{**FULL, "age_ms": age_ms})
-    result, ms = call_while(held, "alloc(256 * MiB)")
+    result, ms = call_while(held, "alloc(256 * MiB)", then=lambda: held.do("limit", **FULL, looked_ms=-1000))
     assert result == OOM
-    assert ms <= 4000 - age_ms + 100
+    assert 190 <= ms < 300
     assert held.do("look")["refused"] == 1  # counted once, for the last request
     assert asked(held)[-1] is False
 
 
+def test_a_look_before_the_request_is_not_enough(held: Agent) -> None:
+    """The memory may have been released since."""
+    held.do("limit", **{**FULL, "age_ms": 200}, looked_ms=100)
+    result, ms = call_while(held, "alloc(256 * MiB)", then=lambda: held.do("limit", **EMPTY))
+    assert result == 0
+    assert 190 <= ms < 1000
+
+
 HOPELESS = {
     "it would not fit without them": {"used": GIB, "orphaned": 255 * MIB, "age_ms": 0},
-    "they are old": {**FULL, "age_ms": 4001},
-    "they are old, and no agent will look": {**FULL, "age_ms": 30_001, "away": True},
+    "the device keeps them": {**FULL, "looked_ms": -1000},
+    "they are old, and no agent will look": {**FULL, "age_ms": 30_001},
     "nothing is orphaned": {"used": GIB, "age_ms": 0},
     "they are said to be of no time": {"used": GIB, "orphaned": GIB // 2},
 }
@@ -101,7 +109,7 @@ def test_a_pool_waits_too(held: Agent) -> None:
 
 
 def test_while_an_agent_is_replaced_it_is_waited_for(held: Agent) -> None:
-    held.do("limit", **{**FULL, "age_ms": 29_000, "away": True})
+    held.do("limit", **{**FULL, "age_ms": 29_000})
     result, ms = call_while(held, "alloc(256 * MiB)")
     assert result == OOM
     assert 900 <= ms < 1500

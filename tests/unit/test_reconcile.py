@@ -19,8 +19,8 @@ from fgpu_ebpf import abi
 from fgpu_ebpf.abi import Seen
 from fgpu_ebpf.agent.device_balance import CALM_LOOKS
 from fgpu_ebpf.agent.ledger_corrections import GONE, overhead_for
-from fgpu_ebpf.agent.nvml_reconcile import ORPHAN_PERIODS, PERIOD_SECONDS, VAIN_NS, Reconciler, _period, check
-from fgpu_ebpf.agent.orphan_release import CONTEXT_REST_BYTES, DEVICE_REST_BYTES, SLACK_AFTER_NS
+from fgpu_ebpf.agent.nvml_reconcile import ORPHAN_PERIODS, PERIOD_SECONDS, Reconciler, _period, check
+from fgpu_ebpf.agent.orphan_release import CONTEXT_REST_BYTES, DEVICE_REST_BYTES, SETTLED_NS, SLACK_AFTER_NS, VAIN_NS
 from fgpu_ebpf.driver import device_sample
 from fgpu_ebpf.ledger.orphans import Orphan
 from fgpu_ebpf.ledger.process_entry import Process
@@ -59,7 +59,7 @@ class Orphans:
 
     def __init__(self) -> None:
         self.all: list[Orphan] = []
-        self.seen: list[tuple[int, int]] = []  # levels and devices for which nothing was found
+        self.kept: dict[tuple[int, int], int] = {}  # by level and device: bytes orphaned before then are kept
         self.without = self.freed = 0
 
     def entries(self):
@@ -87,8 +87,8 @@ class Orphans:
     def forget_empty(self, living):
         assert not [o for o in self.all if not o.bytes]
 
-    def looked(self, level, device):
-        self.seen.append((level, device))
+    def looked(self, level, device, since_ns):
+        self.kept[level, device] = since_ns
 
     @property
     def bytes(self):
@@ -324,14 +324,82 @@ def test_what_a_driver_rounds_up_of_a_process_is_not_its_last_program_s(room, ag
     assert (books.orphans.bytes, books.entry.bytes[0]) == (left * MIB, (902 - left) * MIB)
 
 
-@pytest.mark.parametrize(("age_ns", "seen"), [(0, set()), (VAIN_NS, {(5, 0)})])
-def test_levels_get_a_look_when_the_device_should_have_released_memory(age_ns, seen):
+def kept_ns(books, looks=CALM_LOOKS, orphaned=()):
+    """Return which look noted that the device keeps all, in ns after the beginning of the first one; None: none."""
+    one, begun_ns = reconciler(books, {ME: 900 * MIB}, lambda: held_beside_the_rest(64 * MIB)), time.monotonic_ns()
+    for level in orphaned:
+        one.orphaned(level)
+    for _ in range(looks):
+        one.look()
+    noted_ns = books.orphans.kept.get((5, 0))
+    return None if noted_ns is None else noted_ns - begun_ns
+
+
+@pytest.mark.parametrize("ended_ago_ns", [None, SETTLED_NS, VAIN_NS], ids=["freed", "ended", "ended long ago"])
+def test_what_the_device_keeps_is_noted(ended_ago_ns):
+    """Its process has freed exported memory, or has ended a while ago: the driver frees nothing more by itself."""
     books = Books(process(900 * MIB))
-    books.orphans.all = [orphan(64 * MIB, since_ns=time.monotonic_ns() - age_ns)]
+    ended_ns = time.monotonic_ns() - ended_ago_ns if ended_ago_ns else 0
+    books.orphans.all = [orphan(64 * MIB, since_ns=time.monotonic_ns(), ended_ns=ended_ns)]
+    assert kept_ns(books, CALM_LOOKS - 1) is None
+    assert 0 <= kept_ns(books) <= SETTLED_NS
+
+
+def test_what_a_row_proves_is_kept_though_the_bytes_in_use_are_too_few():
+    """The rest that is subtracted from the bytes in use is too large, so that no orphan is released too late."""
+    books = Books(process(900 * MIB))
+    books.orphans.all = [orphan(64 * MIB, since_ns=time.monotonic_ns())]
+    in_use = held_beside_the_rest(64 * MIB) + CONTEXT_REST_BYTES - MIB
+    one = reconciler(books, {ME: 900 * MIB, 9: 64 * MIB}, lambda: in_use)
+    for _ in range(CALM_LOOKS):
+        one.look()
+    assert books.orphans.bytes == 64 * MIB
+    assert books.orphans.kept
+
+
+def test_of_a_process_that_has_just_ended_the_driver_may_free_more():
+    books = Books(process(900 * MIB))
+    books.orphans.all = [orphan(64 * MIB, ended_ns=time.monotonic_ns())]
+    assert kept_ns(books) is None
+
+
+@pytest.mark.parametrize(("ended_ago_ns", "is_noted"), [(2 * SETTLED_NS, False), (VAIN_NS, True)])
+def test_of_a_process_that_is_exiting_the_driver_may_free_more(monkeypatch, ended_ago_ns, is_noted):
+    exiting = {9}
+    monkeypatch.setattr("fgpu_ebpf.linux.procfs.exiting", lambda pid: pid in exiting)
+    books = Books(process(900 * MIB))
+    books.orphans.all = [orphan(64 * MIB, tgid=9, ended_ns=time.monotonic_ns() - ended_ago_ns)]
     one = reconciler(books, {ME: 900 * MIB}, lambda: held_beside_the_rest(64 * MIB))
     for _ in range(CALM_LOOKS):
         one.look()
-    assert set(books.orphans.seen) == seen
+    assert bool(books.orphans.kept) == is_noted
+    exiting.clear()
+    one.look()
+    assert bool(books.orphans.kept) == is_noted, "the driver may need a moment after the exit"
+
+
+def test_a_release_that_the_last_reading_shows_is_about_to_come():
+    books, held = Books(process(900 * MIB)), [64 * MIB]
+    books.orphans.all = [orphan(64 * MIB, since_ns=time.monotonic_ns())]
+    one = reconciler(books, {ME: 900 * MIB}, lambda: held_beside_the_rest(held[0]))
+    for _ in range(CALM_LOOKS):
+        one.look()
+    held[0], before = 24 * MIB, dict(books.orphans.kept)
+    assert before
+    for _ in range(CALM_LOOKS - 1):
+        one.look()
+        assert (books.orphans.bytes, books.orphans.kept) == (64 * MIB, before)
+    one.look()
+    assert books.orphans.bytes == 24 * MIB
+    assert books.orphans.kept != before
+
+
+def test_bytes_without_an_entry_may_be_those_of_a_process_that_is_exiting(monkeypatch):
+    books = Books(process(900 * MIB))
+    books.orphans.without = 64 * MIB
+    assert kept_ns(books, CALM_LOOKS + 1, orphaned=[5]) is None
+    monkeypatch.setattr("fgpu_ebpf.agent.orphan_release.VAIN_NS", 0)
+    assert kept_ns(books, CALM_LOOKS + 1, orphaned=[5]) is not None
 
 
 def held_beside_the_rest(bytes_: int) -> int:

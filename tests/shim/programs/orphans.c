@@ -24,7 +24,7 @@ static struct fgpu_usage_page usage[LEVELS];
 static uint64_t now, seed = 0x9e3779b97f4a7c15ULL;
 static unsigned asked, impatient, naps, naps_cooperative;
 static enum { LIES, TEMPTS, KEEPS, LEAVES } kernel; /* what pages and kernel do */
-static uint64_t leaves_ns;
+static uint64_t leaves_ns, looks_ns;
 static struct fgpu_view view;
 __thread bool fgpu_calls_second;
 
@@ -92,6 +92,7 @@ struct fgpu_view fgpu_look(void)
     }
     if (kernel == TEMPTS) tempt();
     if (kernel == LEAVES && now >= leaves_ns) leave();
+    if (kernel >= KEEPS && now >= looks_ns) usage[0].looked_ns[0] = now;
     return view;
 }
 
@@ -180,26 +181,27 @@ static int ask_the_honest(void)
     uint64_t limit = 1 + draw(1 << 20), used = draw(2 << 20), orphaned = draw(used + 1), others = used - orphaned;
     uint64_t bytes = draw(2) && limit > others ? limit - others : 1 + draw(2 << 20), began = now;
     bool is_away = !draw(4); /* the agent */
-    uint64_t most_ms = is_away ? 30000 : 4000, age_ms = draw(3 * most_ms / 2);
+    uint64_t age_ms = draw(2) ? draw(4000) : draw(45000), left_ms = age_ms < 30000 ? 30000 - age_ms : 0;
+    uint64_t looks_ms = draw(4000), most_ms = is_away || left_ms < looks_ms ? left_ms : looks_ms;
     usage[0].devices[0] = (struct fgpu_usage){.limit = limit, .used = used};
     usage[0].orphaned[0] = orphaned;
     usage[0].orphaned_ns[0] = now - age_ms * MS;
-    usage[0].looked_ns[0] = is_away ? draw(now) : ~0ULL;
-    if (is_away && usage[0].looked_ns[0] >= usage[0].orphaned_ns[0] + 4000 * MS) usage[0].looked_ns[0] = 0;
+    usage[0].looked_ns[0] = draw(now); /* before the request */
+    looks_ns = is_away ? ~0ULL : now + looks_ms * MS;
     usage[1].flags = FGPU_OBSERVE;
     usage[1].devices[0].used = used;
     usage[2].devices[0].limit = FGPU_NO_LIMIT;
     leaves_ns = now + draw(3000) * MS;
     bool fits_now = used <= limit && bytes <= limit - used, fits_later = others <= limit && bytes <= limit - others;
-    bool may_wait = !fits_now && fits_later && age_ms < most_ms;
+    bool may_wait = !fits_now && fits_later && left_ms;
     bool refused = fgpu_admission(0, bytes, FGPU_MEMORY).refusal;
-    uint64_t ms = (now - began) / MS, leaves_ms = (leaves_ns - began) / MS, last_ms = most_ms - age_ms - 10;
-    bool leaves = kernel == LEAVES && may_wait && age_ms + 4 * SLOWEST_MS < most_ms && leaves_ms + SLOWEST_MS < last_ms;
+    uint64_t ms = (now - began) / MS, leaves_ms = (leaves_ns - began) / MS;
+    bool leaves = kernel == LEAVES && may_wait && leaves_ms + 4 * SLOWEST_MS + 10 < most_ms;
     if (naps && !may_wait) return wrong("waits in vain", ms);
     if (leaves && (refused || ms > leaves_ms + 10 + 4 * SLOWEST_MS)) return wrong("not when there was room", ms);
     if (kernel == KEEPS && refused == fits_now) return wrong("the wrong answer", ms);
-    if (kernel == KEEPS && !naps && may_wait && age_ms + 2 * SLOWEST_MS < most_ms) return wrong("does not wait", ms);
-    if (refused && naps && ms + age_ms > most_ms + 10 + 3 * SLOWEST_MS) return wrong("beyond their time", ms);
+    if (kernel == KEEPS && !naps && may_wait && left_ms > 2 * SLOWEST_MS) return wrong("does not wait", ms);
+    if (refused && naps && ms > most_ms + 10 + 4 * SLOWEST_MS) return wrong("beyond their time", ms);
     return check(began, refused, 1);
 }
 

@@ -276,6 +276,7 @@ static void limit(struct fgpu_usage_page *pages, unsigned round)
         for (int level = 0; level < LEVELS; level++) {
             PUT(pages[level].orphaned[i], round % 3 ? LIMIT / (round % 5 + 1) : 0);
             PUT(pages[level].orphaned_ns[i], now_ns() - 3950000000u);
+            PUT(pages[level].looked_ns[i], round % 7 ? 0 : now_ns());
         }
     PUT(pages[0].flags, round % 6 ? 0 : FGPU_OBSERVE);
     PUT(pages[1].flags, round % 10 ? 0 : FGPU_OBSERVE);
