@@ -34,6 +34,8 @@ HIDDEN bool fgpu_is_device(CUdevice ordinal);
 HIDDEN uint64_t fgpu_granule(CUdevice ordinal);
 HIDDEN uint64_t fgpu_taken(uint64_t bytes, uint64_t granule);
 
+#define FGPU_CONTEXT_BYTES (512ULL << 20) /* of a context that was never measured; the kernel's ledger has it too */
+
 /* -- admit.c: one question. An admission begins, is asked as often as it makes sense, and ends. */
 struct admission {
     CUresult refusal;   /* CUDA_SUCCESS: go on */
@@ -53,7 +55,10 @@ HIDDEN void fgpu_failed(int index, uint64_t bytes, CUresult result);
 HIDDEN void fgpu_give_back(int index, uint64_t bytes); /* bytes of pools */
 HIDDEN bool fgpu_is_limited(struct fgpu_view view);    /* a limit may be in force: ask for what will be taken */
 HIDDEN bool fgpu_is_held(void);                        /* to a limit, by an agent that answers or by the image */
-HIDDEN uint64_t fgpu_room(CUdevice ordinal);           /* bytes left; FGPU_MOST_BYTES where no limit is in force */
+struct fgpu_room {
+    uint64_t left, limit; /* bytes; FGPU_MOST_BYTES where no limit is in force */
+};
+HIDDEN struct fgpu_room fgpu_room(CUdevice ordinal);
 
 /* -- pool_shrink.c */
 HIDDEN bool fgpu_pools_yield(CUdevice ordinal); /* true: something went back to the kernel */
@@ -63,6 +68,10 @@ HIDDEN bool fgpu_pools_yield(CUdevice ordinal); /* true: something went back to 
 struct patience {
     uint64_t until_ns; /* 0: nothing was waited for yet */
 };
+/* Device memory of this process is freed and no probe sees that: when the program waits for a stream; now. */
+HIDDEN void fgpu_frees_unseen(void);
+HIDDEN void fgpu_freed_unseen(void);
+HIDDEN void fgpu_freed_by_a_wait(void); /* the program has waited */
 HIDDEN struct admission fgpu_admission(CUdevice ordinal, uint64_t bytes, unsigned kind);
 HIDDEN struct admission fgpu_admission_with(struct patience *patience, CUdevice ordinal, uint64_t bytes, unsigned kind);
 
