@@ -29,6 +29,12 @@ HIDDEN void *fgpu_symbol(void *library, enum fgpu_name at);
 HIDDEN void *fgpu_open_loaded(const char *path); /* NULL: it is not loaded */
 HIDDEN void fgpu_close(void *library);
 
+/* `hooks`: by name, where the hook lies from there; 0: there is none */
+static inline void *fgpu_hook(const int32_t hooks[], enum fgpu_name at)
+{
+    return hooks[at] ? (char *)(uintptr_t)hooks + hooks[at] : NULL;
+}
+
 /* -- driver.c */
 HIDDEN void *fgpu_find_anew(enum fgpu_name at);
 HIDDEN void fgpu_keep_foreign(enum fgpu_name at, void *found); /* found in a copy of the driver under another name */

@@ -20,10 +20,15 @@
 
 #define FGPU_PASS ((void *)1) /* dlsym.S knows this number: the shim does not hook the name, so jump */
 
-static void *const hooks[FGPU_NAMES] = {/* NULL: not hooked */
-#define HOOK(name) name,
-#define NEED(name) NULL,
-                                        FGPU_DRIVER_TABLE(HOOK, NEED) FGPU_NVML_TABLE(HOOK, NEED)};
+/* Where each hook lies, from here; 0: the name has none. With pointers, the loader of every program would have to write
+ * one relocation for each hook. */
+#define HOOK(name) ".long " #name " - hooks\n"
+#define NEED(name) ".long 0\n"
+__asm__(".pushsection .rodata\n.balign 4\nhooks:\n" FGPU_DRIVER_TABLE(HOOK, NEED)
+            FGPU_NVML_TABLE(HOOK, NEED) ".popsection");
+extern HIDDEN const int32_t hooks[FGPU_NAMES];
+
+static void *hook_at(enum fgpu_name at) { return fgpu_hook(hooks, at); }
 
 HIDDEN void *fgpu_lookup(void *handle, const char *name);
 
@@ -141,7 +146,7 @@ void *fgpu_lookup(void *handle, const char *name)
     enum fgpu_name at = hooked(name);
     if (at == FGPU_NAMES) return FGPU_PASS;
     int saved = errno;
-    void *hook = hooks[at], *driver = fgpu_find_anew(at), *found = fgpu_real_dlsym(handle, name), *second;
+    void *hook = hook_at(at), *driver = fgpu_find_anew(at), *found = fgpu_real_dlsym(handle, name), *second;
     if (found == hook) {
         /* A search of the whole program meets the shim's own export first: the driver behind it decides. */
         if (!driver) driver = fgpu_real_dlsym(RTLD_NEXT, name);
@@ -168,7 +173,7 @@ static void substitute(const char *asked, void **answer)
         const char *name = fgpu_name_of(at);
         if (!hooks[at] || strncmp(name, asked, length) || (name[length] && name[length] != '_')) continue;
         if (fgpu_real(at) != *answer) continue;
-        void *hook = fgpu_calls_second ? entry_of_second(at) : hooks[at];
+        void *hook = fgpu_calls_second ? entry_of_second(at) : hook_at(at);
         if (!hook) return;
         *answer = hook;
         return;
