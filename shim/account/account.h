@@ -63,15 +63,17 @@ HIDDEN struct fgpu_room fgpu_room(CUdevice ordinal);
 /* -- pool_shrink.c */
 HIDDEN bool fgpu_pools_yield(CUdevice ordinal); /* true: something went back to the kernel */
 
+/* -- unseen.c: memory of this process is freed and no probe sees that, when the program waits for a stream, or now */
+HIDDEN void fgpu_frees_unseen(void);
+HIDDEN void fgpu_freed_unseen(void);
+HIDDEN void fgpu_freed_by_a_wait(void);     /* the program has waited */
+HIDDEN uint64_t fgpu_freed_unseen_ns(void); /* 0: nothing was freed so */
+
 /* -- reclaim.c: ask; after a refusal make what room can be made, and ask again. That may wait for memory of ended
  * processes; `patience` says how much longer, for all questions of one call. NULL: do not wait. */
 struct patience {
     uint64_t until_ns; /* 0: nothing was waited for yet */
 };
-/* Device memory of this process is freed and no probe sees that: when the program waits for a stream; now. */
-HIDDEN void fgpu_frees_unseen(void);
-HIDDEN void fgpu_freed_unseen(void);
-HIDDEN void fgpu_freed_by_a_wait(void); /* the program has waited */
 HIDDEN struct admission fgpu_admission(CUdevice ordinal, uint64_t bytes, unsigned kind);
 HIDDEN struct admission fgpu_admission_with(struct patience *patience, CUdevice ordinal, uint64_t bytes, unsigned kind);
 

@@ -2,11 +2,11 @@
  * reclaim.c: what may still make room for a request that was refused. First the pools and graphs of this process give
  * back what they do not use; then it waits for bytes of processes that have ended. If the tenant has not used the
  * device before, it waits for the agent's answer first. If the process itself has freed memory in a way that no probe
- * sees, the request is not made before the agent has asked NVML. Owns the time of the last such free.
+ * sees, the request is not made before the agent has asked NVML. Owns nothing.
  *
  * The pages decide whether to wait and the clock decides how long, so no page and no kernel can hold a program for
  * longer in one call than FGPU_PATIENCE_NS, or FGPU_ABSENCE_NS while the page shows no look of an agent; for a first
- * use COMMITMENT_NS.
+ * use COMMITMENT_NS, after a free that no probe sees LOOK_NS.
  */
 #define _GNU_SOURCE
 #include <errno.h>
@@ -21,9 +21,6 @@
 #define ASK_NS 50000000ULL /* a question tells the agent that a program waits */
 #define COMMITMENT_NS 2000000000ULL
 #define LOOK_NS FGPU_SECOND_NS /* the agent asks NVML each half second */
-
-static _Atomic uint64_t unseen_ns; /* when memory of this process was last freed that no probe sees */
-static _Atomic bool named;         /* by such a free, and the program has not waited for its stream since */
 
 /* Make the pools give back memory. They are the first driver's, whichever driver this thread calls. */
 static bool yields(CUdevice ordinal)
@@ -119,21 +116,12 @@ static void wait_for_commitment(struct admission *admission, struct fgpu_view *v
     }
 }
 
-void fgpu_frees_unseen(void) { atomic_store_explicit(&named, true, memory_order_relaxed); }
-void fgpu_freed_unseen(void) { atomic_store_explicit(&unseen_ns, fgpu_now(), memory_order_relaxed); }
-
-void fgpu_freed_by_a_wait(void)
-{
-    if (atomic_load_explicit(&named, memory_order_relaxed) && atomic_exchange(&named, false))
-        fgpu_freed_unseen();
-}
-
 /* Wait until the pages show room for a request, if this process has freed memory since the agent's last look. NVML
  * shows that to the agent. A question before that would be refused, and counted. */
 static void wait_for_a_look(CUdevice ordinal, uint64_t bytes)
 {
     struct fgpu_room room;
-    uint64_t freed_ns = atomic_load_explicit(&unseen_ns, memory_order_relaxed);
+    uint64_t freed_ns = fgpu_freed_unseen_ns();
     for (unsigned round = 0; freed_ns && fgpu_now() < freed_ns + LOOK_NS; round++) {
         room = fgpu_room(ordinal);
         if (bytes <= room.left || bytes > room.limit) return;
