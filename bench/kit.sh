@@ -100,7 +100,7 @@ build() { # the shim, the OCI helper and the benchmarks' programs, as ./dev buil
         program=build/${source%%/*}/$(basename "$source" .c)
         gcc -std=gnu11 -O2 -g -I/tmp/fgpu/headers -o "$program" "$source" -ldl -pthread
     done
-    for program in client life; do
+    for program in client freed life; do
         gcc -std=gnu11 -O2 -g -I/tmp/fgpu/headers -o build/e2e/$program tests/programs/$program.c -ldl -pthread
     done
 }

@@ -1,8 +1,10 @@
-"""Shares of two torch programs in windows of 2 s: trainings that wait after every step or every tenth, inference, LLM.
+"""Shares of two to four torch programs in windows of 2 s: trainings that wait at each step or less often, LLM.
 
-Prints a line for each case: the heavier tenant's share, the largest error in a window after the first in points, what
-both did together as a fraction of one program alone that has no tenant, the gatekeeper's processor time, and the steps
-in each window. Writes build/bench/windows.json. Needs a real GPU; TORCH_PYTHON is an interpreter that has torch.
+Prints for each case: the share of the tenant with the highest weight, the largest error of a share in a window after
+the first in points, the sum of what each program did as a fraction of itself alone (steps that are mostly Python take
+80 to 140 us, by the process), the gatekeeper's processor time, and the steps in each window. For each kind of program:
+what a tenant does alone as a fraction of a program that has no tenant. Writes build/bench/windows.json. Needs a real
+GPU; TORCH_PYTHON is an interpreter that has torch.
 """
 
 from __future__ import annotations
@@ -19,10 +21,21 @@ from bench.lib.tenants import Program, ask, cpu_ms, ending, record, service_pids
 from bench.lib.windows_work import WINDOW_SECONDS
 
 LISTEN = "127.0.0.1:19425"
-LIMIT = 16 << 30
+LIMIT = 8 << 30
 HEAD_START_NS = 200_000_000
 SLACK_SECONDS = 60
-CASES = ("each 3:1", "each 1:1", "tenth 3:1", "item 3:1", "think 3:1", "small 1:1", "small 3:1", "llm 1:1", "llm 3:1")
+CASES = (
+    "each 3:1",
+    "each 1:1",
+    "each 4:3:2:1",
+    "tenth 3:1",
+    "item 3:1",
+    "think 3:1",
+    "small 1:1",
+    "small 3:1",
+    "llm 1:1",
+    "llm 3:1",
+)
 Lines = dict[str, tuple[float, str]]
 
 
@@ -44,27 +57,36 @@ def counts(programs: list[Program], what: str, seconds: int) -> list[list[int]]:
     return [json.loads(program.hear(seconds + SLACK_SECONDS)) for program in programs]
 
 
-def measured(pair: list[Program], case: str, seconds: int, alone: float) -> Lines:
-    """Return the figures of one case. `alone`: steps of one program in a second."""
+def alone(program: Program, what: str) -> float:
+    """Return the steps of one program in a window while no other has work."""
+    return sum(counts([program], what, 3 * WINDOW_SECONDS)[0][1:]) / 2
+
+
+def measured(programs: list[Program], case: str, seconds: int, by_itself: list[float]) -> Lines:
+    """Return the figures of one case. `by_itself`: steps of each program in a window."""
     what, _, ratio = case.partition(" ")
     weights = [int(weight) for weight in ratio.split(":")]
-    for program, weight in zip(pair, weights, strict=True):
+    taking_part = programs[: len(weights)]
+    for program, weight in zip(taking_part, weights, strict=True):
         ask(verb="put", target=program.name, compute="100%", weight=100 * weight, priority="normal")
     time.sleep(0.5)
     gatekeeper = service_pids()["gatekeeper"]
     before = cpu_ms(gatekeeper)
-    one, other = counts(pair, what, seconds)
+    done = [steps[1:] for steps in counts(taking_part, what, seconds)]  # in the first window the weights take effect
     spent = cpu_ms(gatekeeper) - before
-    one, other = one[1:], other[1:]  # in the first window the weights take effect
-    asked = weights[0] / sum(weights)
-    worst = max(abs(a / max(1, a + b) - asked) for a, b in zip(one, other, strict=True))
-    both = sum(one) + sum(other)
-    print(f"# {case}: {one} {other}", flush=True)
+    asked = [weight / sum(weights) for weight in weights]
+    worst = max(
+        abs(steps / max(1, sum(window)) - part)
+        for window in zip(*done, strict=True)
+        for steps, part in zip(window, asked, strict=True)
+    )
+    together = sum(sum(steps) / alone / len(steps) for steps, alone in zip(done, by_itself, strict=False))
+    print(f"# {case}: {' '.join(map(str, done))}", flush=True)
     name = f"windows_{what}_{ratio.replace(':', '_')}"
     return {
-        f"{name}_share": (100 * sum(one) / max(1, both), "%"),
+        f"{name}_share": (100 * sum(done[0]) / max(1, sum(map(sum, done))), "%"),
         f"{name}_worst": (100 * worst, "points"),
-        f"{name}_sum": (both / len(one) / WINDOW_SECONDS / alone, "of one alone"),
+        f"{name}_sum": (together, "of one alone"),
         f"{name}_gatekeeper": (spent / seconds / 10, "%"),
     }
 
@@ -75,11 +97,14 @@ def measure(cases: list[str], seconds: int) -> Lines:
     with ending() as programs:
         programs.append(started("w-alone", None))
         kinds = dict.fromkeys(case.split()[0] for case in cases)
-        alone = {what: counts(programs, what, 2 * WINDOW_SECONDS)[0][1] / WINDOW_SECONDS for what in kinds}
+        unmanaged = {what: alone(programs[0], what) for what in kinds}
         programs.pop().end()
-        programs += [started(name, LIMIT) for name in ("w-heavy", "w-light")]
+        programs += [started(f"w-{number}", LIMIT) for number in range(max(case.count(":") for case in cases) + 1)]
+        by_itself = {what: [alone(program, what) for program in programs] for what in kinds}
+        for what in kinds:
+            found[f"windows_{what}_alone"] = (by_itself[what][0] / unmanaged[what], "of no tenant")
         for case in cases:
-            found |= measured(programs, case, seconds, alone[case.split()[0]])
+            found |= measured(programs, case, seconds, by_itself[case.split()[0]])
     return found
 
 

@@ -26,7 +26,7 @@ from bench.gpu.runtimes import runtimes
 from bench.gpu.views import views
 from bench.lib import nvml
 from tests.support.commands import fgpu
-from tests.support.host import DRIVER_ROOT, FGPU, GIB, MIB, REFUSED
+from tests.support.host import BUILD, DRIVER_ROOT, FGPU, GIB, MIB, REFUSED
 from tests.support.place import Place
 from tests.support.service import Service
 from tests.support.tenant import Client
@@ -277,8 +277,24 @@ def orphan(service: Service, place: Place) -> None:
     need(True, "memory once there is a gatekeeper")
 
 
+def freed(service: Service, place: Place) -> None:
+    """Free memory in each way of tests/programs/freed.c. Below a limit all that passes without one does."""
+    program, limit = BUILD / "e2e/freed", 2 * GIB
+    too_large = ("array", "mipmapped")  # for the driver, where no limit makes the size smaller
+    for way in subprocess.run([program, "ways"], capture_output=True, text=True, check=True).stdout.split():
+        whole = subprocess.run([program, "60", way], capture_output=True, text=True, timeout=60).stdout.strip()
+        one = place.tenant(limit)
+        below = one.run(f"{program} 60 {way}", 60).strip()
+        print(f"{whole} | {below}", flush=True)
+        _, passed, rounds, *_ = below.split()
+        need(passed == rounds, f"{way}: each round has its memory")
+        need(way in too_large or whole.split()[1] == rounds, f"{way}: without a limit too")
+        one.end()
+
+
 CLAIMS: dict[str, Callable[[Service, Place], None]] = {
-    claim.__name__: claim for claim in (start, views, runtimes, fill, torch, jax, pair, race, kills, restarts, orphan)
+    claim.__name__: claim
+    for claim in (start, views, runtimes, fill, torch, jax, pair, race, kills, restarts, orphan, freed)
 }
 
 

@@ -34,6 +34,8 @@ HIDDEN bool fgpu_is_device(CUdevice ordinal);
 HIDDEN uint64_t fgpu_granule(CUdevice ordinal);
 HIDDEN uint64_t fgpu_taken(uint64_t bytes, uint64_t granule);
 
+#define FGPU_CONTEXT_BYTES (512ULL << 20) /* of a context that was never measured; the kernel's ledger has it too */
+
 /* -- admit.c: one question. An admission begins, is asked as often as it makes sense, and ends. */
 struct admission {
     CUresult refusal;   /* CUDA_SUCCESS: go on */
@@ -53,10 +55,19 @@ HIDDEN void fgpu_failed(int index, uint64_t bytes, CUresult result);
 HIDDEN void fgpu_give_back(int index, uint64_t bytes); /* bytes of pools */
 HIDDEN bool fgpu_is_limited(struct fgpu_view view);    /* a limit may be in force: ask for what will be taken */
 HIDDEN bool fgpu_is_held(void);                        /* to a limit, by an agent that answers or by the image */
-HIDDEN uint64_t fgpu_room(CUdevice ordinal);           /* bytes left; FGPU_MOST_BYTES where no limit is in force */
+struct fgpu_room {
+    uint64_t left, limit; /* bytes; FGPU_MOST_BYTES where no limit is in force */
+};
+HIDDEN struct fgpu_room fgpu_room(CUdevice ordinal);
 
 /* -- pool_shrink.c */
 HIDDEN bool fgpu_pools_yield(CUdevice ordinal); /* true: something went back to the kernel */
+
+/* -- unseen.c: memory of this process is freed and no probe sees that, when the program waits for a stream, or now */
+HIDDEN void fgpu_frees_unseen(void);
+HIDDEN void fgpu_freed_unseen(void);
+HIDDEN void fgpu_freed_by_a_wait(void);     /* the program has waited */
+HIDDEN uint64_t fgpu_freed_unseen_ns(void); /* 0: nothing was freed so */
 
 /* -- reclaim.c: ask; after a refusal make what room can be made, and ask again. That may wait for memory of ended
  * processes; `patience` says since when, for all questions of one call. NULL: do not wait. */

@@ -13,8 +13,6 @@
 #include "link/link.h"
 #include "standalone/standalone.h"
 
-#define CONTEXT_BYTES (512ULL << 20) /* of a context that was never measured; the kernel's ledger has it too */
-
 /* Return whether a limit may be in force. While no agent answers, no memory is to be had: that is a limit too. */
 bool fgpu_is_limited(struct fgpu_view view)
 {
@@ -37,7 +35,7 @@ static int ask_standalone(int index, struct admission *admission)
 {
     if (left.by_standalone) fgpu_standalone_release((unsigned)left.index, left.bytes);
     left.by_standalone = false;
-    if (admission->kind == FGPU_CONTEXT) admission->bytes = CONTEXT_BYTES;
+    if (admission->kind == FGPU_CONTEXT) admission->bytes = FGPU_CONTEXT_BYTES;
     if (!fgpu_standalone_charge((unsigned)index, admission->bytes)) return FGPU_REFUSED;
     admission->index = index;
     admission->by_standalone = true;
@@ -108,17 +106,19 @@ static void release(unsigned index, uint64_t bytes, unsigned kind)
         fgpu_release_here(index, bytes, kind, fgpu_ticket());
 }
 
-uint64_t fgpu_room(CUdevice ordinal)
+struct fgpu_room fgpu_room(CUdevice ordinal)
 {
     struct fgpu_view view = fgpu_look();
     int index = view.link == FGPU_HELD ? fgpu_index(view.control, ordinal) : -1;
-    uint64_t room = FGPU_MOST_BYTES;
+    struct fgpu_room room = {FGPU_MOST_BYTES, FGPU_MOST_BYTES};
     if (view.cooperative) fgpu_standalone_refresh();
     for (unsigned level = 0; index >= 0 && level < view.levels; level++) {
         const struct fgpu_usage *usage = &view.usage[level].devices[index];
         uint64_t limit = __atomic_load_n(&usage->limit, __ATOMIC_RELAXED);
         uint64_t used = __atomic_load_n(&usage->used, __ATOMIC_RELAXED), left = limit > used ? limit - used : 0;
-        if (limit != FGPU_NO_LIMIT && !fgpu_observes(&view.usage[level]) && left < room) room = left;
+        if (limit == FGPU_NO_LIMIT || fgpu_observes(&view.usage[level])) continue;
+        if (left < room.left) room.left = left;
+        if (limit < room.limit) room.limit = limit;
     }
     return room;
 }

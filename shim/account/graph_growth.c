@@ -37,7 +37,7 @@ CUresult fgpu_graphs_ask_for(int ordinal, uint64_t peak)
         return ask_up_to(ordinal, atomic_load(&fgpu_graph_memory[ordinal].admitted) + peak, &patience);
     uint64_t need = used + peak > reserved ? used + peak : reserved;
     uint64_t admitted = atomic_load(&fgpu_graph_memory[ordinal].admitted);
-    if (need > admitted && need - admitted > fgpu_room(ordinal) &&
+    if (need > admitted && need - admitted > fgpu_room(ordinal).left &&
         peak + atomic_load(&fgpu_graph_memory[ordinal].kept) <= reserved && reserved <= admitted)
         return CUDA_SUCCESS;
     return ask_up_to(ordinal, need, &patience);

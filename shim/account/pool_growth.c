@@ -38,7 +38,7 @@ static bool forecast(struct pool *pool, uint64_t *exact, uint64_t *need)
 static bool fits(const struct pool *pool, uint64_t need)
 {
     uint64_t admitted = atomic_load(&pool->admitted);
-    return need <= admitted || need - admitted <= fgpu_room(atomic_load(&pool->ordinal));
+    return need <= admitted || need - admitted <= fgpu_room(atomic_load(&pool->ordinal)).left;
 }
 
 /* Return the room that is left, in whole units of an admission: more would not fit. 0: there is room for a whole
@@ -46,7 +46,7 @@ static bool fits(const struct pool *pool, uint64_t need)
 static uint64_t room_left(const struct pool *pool)
 {
     CUdevice ordinal = atomic_load(&pool->ordinal);
-    uint64_t granule = fgpu_granule(ordinal), room = fgpu_room(ordinal);
+    uint64_t granule = fgpu_granule(ordinal), room = fgpu_room(ordinal).left;
     if (room >= FGPU_BLOCK) return 0;
     return granule ? room & ~(granule - 1) : room;
 }

@@ -18,8 +18,8 @@ bool fgpu_pool_measure(const struct pool *pool, uint64_t *used, uint64_t *reserv
     if (!get || !handle || get(handle, CU_MEMPOOL_ATTR_USED_MEM_CURRENT, &in_use) != CUDA_SUCCESS ||
         get(handle, CU_MEMPOOL_ATTR_RESERVED_MEM_CURRENT, &in_all) != CUDA_SUCCESS)
         return false;
-    *used = in_use > FGPU_MOST_BYTES ? FGPU_MOST_BYTES : in_use;
     *reserved = in_all > FGPU_MOST_BYTES ? FGPU_MOST_BYTES : in_all;
+    *used = in_use > *reserved ? *reserved : in_use; /* the driver leaves what cuMemFree frees in its count for ever */
     return true;
 }
 
@@ -124,6 +124,7 @@ void fgpu_pools_measure(CUdevice ordinal)
 void fgpu_pools_synchronized(void)
 {
     struct pool *pool;
+    fgpu_freed_by_a_wait();
     for (unsigned i = 0; (pool = fgpu_pool_number(i)); i++) {
         int left = atomic_load_explicit(&pool->unsettled, memory_order_relaxed);
         if (LIKELY(!left)) continue;

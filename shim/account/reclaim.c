@@ -1,11 +1,12 @@
 /*
  * reclaim.c: what may still make room for a request that was refused. First the pools and graphs of this process give
  * back what they do not use; then it waits for bytes of processes that have ended. If the tenant has not used the
- * device before, it waits for the agent's answer first. Owns nothing.
+ * device before, it waits for the agent's answer first. If the process itself has freed memory in a way that no probe
+ * sees, the request is not made before the agent has asked NVML. Owns nothing.
  *
  * The pages decide whether to wait and the clock decides how long, so no page and no kernel can hold a program for
  * longer in one call than FGPU_PATIENCE_NS, or FGPU_ABSENCE_NS while the page shows no look of an agent; for a first
- * use COMMITMENT_NS.
+ * use COMMITMENT_NS, after a free that no probe sees LOOK_NS.
  */
 #define _GNU_SOURCE
 #include <errno.h>
@@ -19,6 +20,7 @@
 
 #define ASK_NS 50000000ULL /* a question tells the agent that a program waits */
 #define COMMITMENT_NS 2000000000ULL
+#define LOOK_NS FGPU_SECOND_NS /* the agent asks NVML each half second */
 
 /* Make the pools give back memory. They are the first driver's, whichever driver this thread calls. */
 static bool yields(CUdevice ordinal)
@@ -115,6 +117,19 @@ static void wait_for_commitment(struct admission *admission, struct fgpu_view *v
     }
 }
 
+/* Wait until the pages show room for a request, if this process has freed memory since the agent's last look. NVML
+ * shows that to the agent. A question before that would be refused, and counted. */
+static void wait_for_a_look(CUdevice ordinal, uint64_t bytes)
+{
+    struct fgpu_room room;
+    uint64_t freed_ns = fgpu_freed_unseen_ns();
+    for (unsigned round = 0; freed_ns && fgpu_now() < freed_ns + LOOK_NS; round++) {
+        room = fgpu_room(ordinal);
+        if (bytes <= room.left || bytes > room.limit) return;
+        nap(round);
+    }
+}
+
 static uint64_t since(struct patience *patience)
 {
     if (!patience->since_ns) patience->since_ns = fgpu_now();
@@ -127,6 +142,7 @@ struct admission fgpu_admission_with(struct patience *patience, CUdevice ordinal
     struct fgpu_view view = fgpu_look();
     struct admission admission = fgpu_admission_begin(view, ordinal, bytes, kind);
     if (admission.refusal || view.link != FGPU_HELD) return admission;
+    if (patience) wait_for_a_look(ordinal, kind == FGPU_CONTEXT ? FGPU_CONTEXT_BYTES : admission.bytes);
     if (awaits_decision(&admission, &view, ordinal, patience))
         wait_for_commitment(&admission, &view, ordinal, patience);
     if (admission.refusal && view.link == FGPU_HELD && yields(ordinal))

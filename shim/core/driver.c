@@ -35,15 +35,6 @@ void fgpu_keep_foreign(enum fgpu_name at, void *found)
     atomic_store_explicit(&foreign[at], found, memory_order_relaxed);
 }
 
-/* Find the function again. A library that was unloaded and loaded again has another address; then forget all addresses
- * of that library. */
-void *fgpu_find_anew(enum fgpu_name at)
-{
-    void *found = fgpu_find(at), *known = atomic_load_explicit(&real[at], memory_order_relaxed);
-    if (known && known != found)
-        for (int i = 0; i < FGPU_NAMES; i++)
-            if (fgpu_symbols[i].library == fgpu_symbols[at].library)
-                atomic_store_explicit(&real[i], NULL, memory_order_relaxed);
-    if (found) atomic_store_explicit(&real[at], found, memory_order_relaxed);
-    return found;
-}
+void fgpu_keep(enum fgpu_name at, void *found) { atomic_store_explicit(&real[at], found, memory_order_relaxed); }
+
+void *fgpu_kept(enum fgpu_name at) { return atomic_load_explicit(&real[at], memory_order_relaxed); }

@@ -17,7 +17,7 @@ static _Atomic(void *) further, further_base; /* the handle of the file, and its
  * programs. */
 void *fgpu_real_of_second(enum fgpu_name at) { return fgpu_symbol(atomic_load(&further), at); }
 
-static void *base_of(void *address, const char **path)
+void *fgpu_base_of(const void *address, const char **path)
 {
     int (*ask)(const void *, Dl_info *) = (__typeof__(ask))fgpu_real_dlsym(RTLD_DEFAULT, "dladdr");
     Dl_info info;
@@ -32,7 +32,7 @@ static void *open_driver(const char *path, const void *base)
 {
     const char *other;
     void *library = fgpu_open_loaded(path);
-    if (!library || base_of(fgpu_real_dlsym(library, "cuDriverGetVersion"), &other) == base) return library;
+    if (!library || fgpu_base_of(fgpu_real_dlsym(library, "cuDriverGetVersion"), &other) == base) return library;
     fgpu_close(library);
     return NULL;
 }
@@ -54,6 +54,6 @@ static bool is_further(const char *path, void *base)
 bool fgpu_is_of_second(void *address)
 {
     const char *path = NULL;
-    void *base = base_of(address, &path);
+    void *base = fgpu_base_of(address, &path);
     return base && is_further(path, base);
 }

@@ -4,6 +4,7 @@
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <stddef.h>
+#include <string.h>
 
 #include "core/symbols.h"
 
@@ -11,7 +12,6 @@
  * Since glibc 2.34 these functions are in libc, before that in libdl. A program that loads nothing has no libdl, and
  * must run. So the symbols are weak and have no version: a version names the file that must have it (see base/libc.S).
  */
-#pragma weak dlopen
 #pragma weak dlclose
 #pragma weak dlerror
 #pragma weak dlvsym
@@ -27,8 +27,7 @@ extern void *__libc_dlopen_mode(const char *, int) __attribute__((weak));
 extern void *__libc_dlsym(void *, const char *) __attribute__((weak));
 #define LIBC_DLOPEN 0x80000000u
 
-enum library { DRIVER, NVML, LIBRARIES };
-static const char *const sonames[LIBRARIES] = {"libcuda.so.1", "libnvidia-ml.so.1"};
+static const char *const sonames[FGPU_LIBRARIES] = {"libcuda.so.1", "libnvidia-ml.so.1"};
 
 const struct fgpu_names fgpu_names = {
 #define TEXT(name) #name,
@@ -36,15 +35,25 @@ const struct fgpu_names fgpu_names = {
 #undef TEXT
 
 const struct fgpu_symbol fgpu_symbols[FGPU_NAMES] = {
-#define PLACE(name) {offsetof(struct fgpu_names, name), LIBRARY},
-#define LIBRARY DRIVER
+#define PLACE(name) {offsetof(struct fgpu_names, name), LIBRARY, sizeof #name - 1},
+#define LIBRARY FGPU_LIBCUDA
     FGPU_DRIVER_TABLE(PLACE, PLACE)
 #undef LIBRARY
-#define LIBRARY NVML
+#define LIBRARY FGPU_LIBNVML
         FGPU_NVML_TABLE(PLACE, PLACE)};
 
+enum fgpu_name fgpu_name_at(const char *name)
+{
+    size_t length = strlen(name);
+    for (enum fgpu_name at = 0; at < FGPU_NAMES; at++)
+        if (fgpu_symbols[at].length == length && !strcmp(fgpu_name_of(at), name)) return at;
+    return FGPU_NAMES;
+}
+
+const char *fgpu_file_of(enum fgpu_name at) { return sonames[fgpu_symbols[at].library]; }
+
 void *(*fgpu_real_dlsym)(void *, const char *);
-static void *(*dl_open)(const char *, int);
+void *(*fgpu_real_dlopen)(const char *, int); /* the shim exports a dlopen of its own: the next one */
 static int (*dl_close)(void *);
 static char *(*dl_error)(void);
 
@@ -55,15 +64,16 @@ __attribute__((constructor)) void fgpu_resolve_dlsym(void)
     void *found = NULL;
     if (fgpu_real_dlsym) return;
     if (dlvsym) {
-        dl_open = dlopen;
         dl_close = dlclose;
         dl_error = dlerror;
         found = dlvsym(RTLD_NEXT, "dlsym", "GLIBC_2.34");
         if (!found) found = dlvsym(RTLD_NEXT, "dlsym", OLDEST);
+        if (!found) return;
+        fgpu_real_dlopen = ((__typeof__(fgpu_real_dlsym))found)(RTLD_NEXT, "dlopen");
     } else if (__libc_dlopen_mode && __libc_dlsym) {
         void *libdl = __libc_dlopen_mode("libdl.so.2", (int)(RTLD_LAZY | RTLD_NOLOAD | LIBC_DLOPEN));
         if (!libdl) return;
-        dl_open = __libc_dlsym(libdl, "dlopen");
+        fgpu_real_dlopen = __libc_dlsym(libdl, "dlopen");
         dl_close = __libc_dlsym(libdl, "dlclose");
         dl_error = __libc_dlsym(libdl, "dlerror");
         found = __libc_dlsym(libdl, "dlsym");
@@ -78,7 +88,7 @@ void *fgpu_find(enum fgpu_name at)
     if (!fgpu_real_dlsym) fgpu_resolve_dlsym();
     if (!fgpu_real_dlsym) return NULL;
     void *found = NULL;
-    void *library = dl_open(sonames[fgpu_symbols[at].library], RTLD_LAZY | RTLD_NOLOAD);
+    void *library = fgpu_real_dlopen(fgpu_file_of(at), RTLD_LAZY | RTLD_NOLOAD);
     if (library) {
         found = fgpu_real_dlsym(library, fgpu_name_of(at));
         dl_close(library);
@@ -95,7 +105,7 @@ void *fgpu_symbol(void *library, enum fgpu_name at)
 
 void *fgpu_open_loaded(const char *path)
 {
-    void *library = dl_open(path, RTLD_LAZY | RTLD_NOLOAD);
+    void *library = fgpu_real_dlopen(path, RTLD_LAZY | RTLD_NOLOAD);
     if (!library) dl_error();
     return library;
 }

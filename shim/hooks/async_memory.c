@@ -6,7 +6,7 @@
  * that to the same stream again at once, and to no other. Notes and credits may be lost: then the pool is measured
  * sooner.
  */
-#include "account/pool.h"
+#include "hooks/async_memory.h"
 #include "account/stream.h"
 #include "link/link.h"
 #include "standalone/standalone.h"
@@ -103,6 +103,12 @@ static bool take_note(CUdeviceptr pointer, struct order *order)
     return order->pool != NULL;
 }
 
+struct pool *fgpu_take_pool_of(CUdeviceptr pointer)
+{
+    struct order order;
+    return take_note(pointer, &order) ? order.pool : NULL;
+}
+
 /* -- around the driver's calls */
 
 /* Return whether the stream is a default one without a context. A default stream is the current context's. Without one
@@ -185,14 +191,15 @@ EXPORT CUresult cuMemAllocFromPoolAsync_ptsz(CUdeviceptr *dptr, size_t bytesize,
 
 /* Free a pointer that no pool gave, or that has no note any more. Most come from cuMemAlloc: they are freed in the
  * order of the stream, where cuMemFree would wait for all that uses the memory, so that call cannot stand for this one.
- * The kernel has no probe here, and such a pointer stays charged until NVML shows that the process holds less. The
- * standalone ledger is told, since nothing else corrects it. */
+ * The kernel has no probe here, and such a pointer stays charged until NVML shows that the process holds less, which
+ * the next request that needs the room waits for. The standalone ledger is told, since nothing else corrects it. */
 static CUresult free_unknown(__typeof__(&cuMemFreeAsync) driver, CUdeviceptr pointer, CUstream stream)
 {
     struct fgpu_grant grant;
     bool held = fgpu_has_grants() && fgpu_grant_take(FGPU_SPACE_POINTER, pointer, &grant);
     CUresult result = driver(pointer, stream);
     if (held) fgpu_grant_ended(&grant, result);
+    if (pointer && result == CUDA_SUCCESS) fgpu_frees_unseen();
     return result;
 }
 

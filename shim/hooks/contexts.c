@@ -121,6 +121,7 @@ static void note_end(uint64_t context)
     fgpu_area_ends(context);
     fgpu_data_of_context_ends(context);
     fgpu_context_note_end(context);
+    fgpu_freed_unseen();
 }
 
 /* Measure what pools and graphs still hold. `ordinal` < 0: on all devices. */

@@ -5,7 +5,22 @@
  * What a call frees is taken out of the table before the driver can hand the same handle to another thread.
  */
 #include "core/hook_table.h"
+#include "hooks/async_memory.h"
 #include "standalone/standalone.h"
+
+/* What a pool gave, the driver takes from the pool at once, and no probe sees how large that pool then is. */
+EXPORT CUresult cuMemFree_v2(CUdeviceptr dptr)
+{
+    __typeof__(&cuMemFree_v2) driver = REAL(cuMemFree_v2);
+    struct fgpu_grant grant;
+    if (!driver) return CUDA_ERROR_NOT_SUPPORTED;
+    bool held = fgpu_has_grants() && fgpu_grant_take(FGPU_SPACE_POINTER, dptr, &grant);
+    struct pool *pool = fgpu_take_pool_of(dptr);
+    CUresult result = driver(dptr);
+    if (held) fgpu_grant_ended(&grant, result);
+    if (pool && result == CUDA_SUCCESS) fgpu_pool_trimmed(pool);
+    return result;
+}
 
 #define FREES(name, type)                                                                                              \
     EXPORT CUresult name(type handle)                                                                                  \
@@ -18,7 +33,6 @@
         if (held) fgpu_grant_ended(&grant, result);                                                                    \
         return result;                                                                                                 \
     }
-FREES(cuMemFree_v2, CUdeviceptr)
 FREES(cuArrayDestroy, CUarray)
 FREES(cuMipmappedArrayDestroy, CUmipmappedArray)
 

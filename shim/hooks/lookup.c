@@ -1,8 +1,9 @@
 /*
  * lookup.c: how a program reaches the hooks. Owns the table of hooks; decides nothing.
  *
- * Three ways lead here: the exported names (programs linked against the driver), dlsym, and cuGetProcAddress, which
- * hands out pointers that no symbol lookup would see. A name that this driver lacks stays lacking.
+ * Four ways lead here: the exported names (programs linked against the driver), dlsym, cuGetProcAddress, which hands
+ * out pointers that no symbol lookup would see, and the driver's own table of symbols (core/exports.c), at which
+ * lookups end that pass the exported names by. A name that this driver lacks stays lacking.
  *
  * A hook calls the driver of its thread: the first one, unless the call came by an entry of the second driver below,
  * which sets fgpu_calls_second for as long as the call lasts. Calls that take memory, and can be asked about call by
@@ -20,12 +21,18 @@
 
 #define FGPU_PASS ((void *)1) /* dlsym.S knows this number: the shim does not hook the name, so jump */
 
-static void *const hooks[FGPU_NAMES] = {/* NULL: not hooked */
-#define HOOK(name) name,
-#define NEED(name) NULL,
-                                        FGPU_DRIVER_TABLE(HOOK, NEED) FGPU_NVML_TABLE(HOOK, NEED)};
+/* Where each hook lies, from here; 0: the name has none. With pointers, the loader of every program would have to write
+ * one relocation for each hook. */
+#define HOOK(name) ".long " #name " - hooks\n"
+#define NEED(name) ".long 0\n"
+__asm__(".pushsection .rodata\n.balign 4\nhooks:\n" FGPU_DRIVER_TABLE(HOOK, NEED)
+            FGPU_NVML_TABLE(HOOK, NEED) ".popsection");
+extern HIDDEN const int32_t hooks[FGPU_NAMES];
+
+static void *hook_at(enum fgpu_name at) { return fgpu_hook(hooks, at); }
 
 HIDDEN void *fgpu_lookup(void *handle, const char *name);
+HIDDEN void *fgpu_before_dlopen(const char *file, int flags);
 
 #pragma GCC push_options
 #pragma GCC optimize("Os") /* until the end of the entries: no program makes many such calls */
@@ -127,9 +134,8 @@ static enum fgpu_name hooked(const char *name)
 {
     /* Nearly every lookup of nearly every program ends at this line. */
     if (!(name[0] == 'c' && name[1] == 'u') && !(name[0] == 'n' && name[1] == 'v')) return FGPU_NAMES;
-    for (enum fgpu_name at = 0; at < FGPU_NAMES; at++)
-        if (hooks[at] && !strcmp(fgpu_name_of(at), name)) return at;
-    return FGPU_NAMES;
+    enum fgpu_name at = fgpu_name_at(name);
+    return at != FGPU_NAMES && hooks[at] ? at : FGPU_NAMES;
 }
 
 /* Return what dlsym returns to the program, or FGPU_PASS. The program's own lookup comes last, so that dlerror reports
@@ -137,11 +143,16 @@ static enum fgpu_name hooked(const char *name)
 void *fgpu_lookup(void *handle, const char *name)
 {
     if (!fgpu_real_dlsym) fgpu_resolve_dlsym();
-    if (!name || handle == RTLD_NEXT || !fgpu_real_dlsym) return FGPU_PASS;
+    if (!name || !fgpu_real_dlsym) return FGPU_PASS;
     enum fgpu_name at = hooked(name);
     if (at == FGPU_NAMES) return FGPU_PASS;
     int saved = errno;
-    void *hook = hooks[at], *driver = fgpu_find_anew(at), *found = fgpu_real_dlsym(handle, name), *second;
+    void *hook = hook_at(at), *driver = fgpu_find_anew(at, hooks), *second;
+    if (handle == RTLD_NEXT) { /* what the caller finds has the hook now, unless it is another wrapper */
+        errno = saved;
+        return FGPU_PASS;
+    }
+    void *found = fgpu_real_dlsym(handle, name);
     if (found == hook) {
         /* A search of the whole program meets the shim's own export first: the driver behind it decides. */
         if (!driver) driver = fgpu_real_dlsym(RTLD_NEXT, name);
@@ -159,6 +170,20 @@ void *fgpu_lookup(void *handle, const char *name)
     return found;
 }
 
+/* Return the dlopen to jump to, or NULL. A file that is opened with RTLD_DEEPBIND looks names up in itself and in what
+ * it needs before it meets the shim, so the driver must have the hooks by then. Such files are rare. */
+void *fgpu_before_dlopen(const char *file, int flags)
+{
+    if (!fgpu_real_dlsym) fgpu_resolve_dlsym();
+    if (file && (flags & (RTLD_DEEPBIND | RTLD_NOLOAD)) == RTLD_DEEPBIND && fgpu_real_dlopen) {
+        int saved = errno;
+        fgpu_load_for_good(FGPU_AT_cuInit, file, hooks);
+        fgpu_load_for_good(FGPU_AT_nvmlDeviceGetMemoryInfo, file, hooks);
+        errno = saved;
+    }
+    return (void *)fgpu_real_dlopen;
+}
+
 /* Replace a function of the driver by its hook. `asked` has no version ("cuCtxCreate"); only the address tells which
  * version was returned. */
 static void substitute(const char *asked, void **answer)
@@ -168,7 +193,7 @@ static void substitute(const char *asked, void **answer)
         const char *name = fgpu_name_of(at);
         if (!hooks[at] || strncmp(name, asked, length) || (name[length] && name[length] != '_')) continue;
         if (fgpu_real(at) != *answer) continue;
-        void *hook = fgpu_calls_second ? entry_of_second(at) : hooks[at];
+        void *hook = fgpu_calls_second ? entry_of_second(at) : hook_at(at);
         if (!hook) return;
         *answer = hook;
         return;

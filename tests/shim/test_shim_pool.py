@@ -1,5 +1,7 @@
 """Stream-ordered allocation: blocks are admitted, using them needs no request, and unused ones are released."""
 
+import json
+import time
 from pathlib import Path
 
 import pytest
@@ -503,3 +505,33 @@ L.cuCtxDestroy_v2(None); L.cuDevicePrimaryCtxReset_v2(0)
 out(1)"""
     )
     assert held.python(script, libraries=(trapping,)) == [[1]]
+
+
+UNSEEN = f"""
+def timed(n):
+    began = time.monotonic(); r = alloc(n)
+    return r, time.monotonic() - began
+out(alloc(900 * MiB), drop({0xD00000}), alloc(100 * MiB), L.cuStreamSynchronize(None))
+"""
+
+
+def test_a_request_waits_for_the_agents_look_after_a_free_that_no_probe_sees(held: Agent) -> None:
+    """It is made when the pages show room, so it is never refused."""
+    process = held.start_python(POOLS + UNSEEN + "out(*timed(200 * MiB))")
+    assert process.stdout.readline() == "[0, 0, 0, 0]\n"
+    time.sleep(0.3)
+    held.do("limit", limit=2 * GIB)
+    result, seconds = json.loads(process.communicate(timeout=10)[0])
+    assert result == 0
+    assert seconds < 0.9
+    assert [c["result"] for c in held.calls(MEMORY)] == [0, 0, 0]
+
+
+def test_a_request_that_no_look_makes_room_for_is_refused_once(held: Agent) -> None:
+    first, (result, seconds), again = held.python(POOLS + UNSEEN + "for _ in range(2): out(*timed(200 * MiB))")
+    assert first == [0, 0, 0, 0]
+    assert result == OOM
+    assert 0.8 < seconds < 4
+    assert again[0] == OOM
+    assert again[1] < 0.5
+    assert len(held.calls(MEMORY)) == 4

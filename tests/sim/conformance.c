@@ -202,6 +202,7 @@ int main(int argc, char **argv)
                     {"pool_handles", check_pool_handles},
                     {"hooks2", check_hooks},
                     {"hooks3", check_code},
+                    {"freed", check_freed},
                     {"fork", check_fork}};
     cuda = dlopen("libcuda.so.1", RTLD_NOW);
     management = dlopen("libnvidia-ml.so.1", RTLD_NOW);

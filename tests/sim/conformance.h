@@ -88,5 +88,6 @@ void check_resident(void);
 void check_pool_handles(void);
 void check_hooks(void);
 void check_code(void);
+void check_freed(void);
 
 #endif

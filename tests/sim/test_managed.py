@@ -60,7 +60,7 @@ say(L.cuMemcpyHtoD_v2(offset, data, C.c_size_t(8)), L.cuMemcpyDtoH_v2(data, offs
 say(bring(at, 300, 0), bring(at, 300, -1), taken()); wait()
 other = managed(10); say(touch(other, 0, 10), L.cuMemFree_v2(at), taken()); wait()
 say(L.cuMemFreeAsync(other, None), L.cuMemFreeAsync(C.c_uint64(other.value + 8), None), taken()); wait()
-say(L.cuMemFree_v2(other), L.cuMemFreeAsync(alloc(4 << 20), None), taken()); wait()
+say(L.cuMemFree_v2(other), L.cuMemFreeAsync(alloc(4 << 20), None), L.cuCtxSynchronize(), taken()); wait()
 """
     with machine.spawn(MANAGED + script) as client:
         for words, asked, resident in (
@@ -70,7 +70,7 @@ say(L.cuMemFree_v2(other), L.cuMemFreeAsync(alloc(4 << 20), None), taken()); wai
             ("0 0 384", 300, 300),
             ("0 0 128", 10, 10),
             ("801 1 128", 10, 10),
-            ("0 0 0", 0, 0),
+            ("0 0 0 0", 0, 0),
         ):
             assert hear(client) == words
             assert books(machine)["managed_resident_bytes"] == resident * MIB

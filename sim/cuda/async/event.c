@@ -155,6 +155,7 @@ API cuEventSynchronize(CUevent hEvent)
     struct event is = *event; /* another thread may destroy the event during the wait */
     if (is.recorded && is.queue_index) queue_wait(is.context, is.queue, is.queue_index);
     if (is.recorded && is.context->alive) context_wait(is.context, is.done_ns);
+    if (is.recorded && is.context->alive) memory_settle(is.context, NULL);
     return sim_leave(CUDA_SUCCESS);
 }
 

@@ -57,7 +57,7 @@ static CUresult set_reserved(struct pool *pool, uint64_t bytes)
 /* Gives back whole steps, and never what is in use. Fragmentation within a pool is not modelled. */
 static void trim(struct pool *pool, uint64_t keep)
 {
-    uint64_t floor = steps(pool->used > keep ? pool->used : keep);
+    uint64_t floor = keep < pool->reserved ? steps(pool->used > keep ? pool->used : keep) : pool->reserved;
     if (pool->reserved > floor) set_reserved(pool, floor);
 }
 
@@ -77,14 +77,15 @@ static void drop_the_empty(void)
 
 /* The real driver gives freed memory back when a program waits for the device, not at the free (measured). The
  * threshold of a destroyed pool has no effect. */
-void pools_settle(int device)
+void pools_settle(struct context *context, const struct stream *stream)
 {
+    memory_settle(context, stream);
     for (struct pool *p = pools; p; p = p->next)
-        if (p->device == device) trim(p, p->is_destroyed ? 0 : p->threshold);
+        if (p->device == context->device) trim(p, p->is_destroyed ? 0 : p->threshold);
     drop_the_empty();
 }
 
-CUresult pool_free(struct range *range)
+static CUresult free_in_order(struct range *range)
 {
     if (has_key(range->key)) share_drop(range->key);
     if (range->is_foreign)
@@ -92,6 +93,18 @@ CUresult pool_free(struct range *range)
     else
         range->pool->used -= range->size;
     range_drop(range);
+    return CUDA_SUCCESS;
+}
+
+CUresult pool_free(struct range *range)
+{
+    struct pool *pool = range->pool;
+    uint64_t size = range->is_foreign ? 0 : range->size;
+    CUresult result = free_in_order(range);
+    if (!size || result) return result;
+    pool->unseen += size;
+    trim(pool, pool->is_destroyed ? 0 : pool->threshold);
+    drop_the_empty();
     return CUDA_SUCCESS;
 }
 
@@ -194,8 +207,14 @@ static CUresult free_async(CUdeviceptr dptr, CUstream handle, bool per_thread)
     CUresult result = stream_enter_work(handle, per_thread, &context, &stream);
     if (result) return result;
     if (stream->capture) return sim_leave(dptr ? capture_free(stream, dptr) : CUDA_SUCCESS);
-    const struct range *range = range_find(dptr);
-    if (range && range->start == dptr && range->kind == RANGE_MANAGED) return sim_leave(CUDA_ERROR_NOT_SUPPORTED);
+    struct range *range = range_find(dptr);
+    bool is_start = range && range->start == dptr;
+    if (is_start && range->kind == RANGE_MANAGED) return sim_leave(CUDA_ERROR_NOT_SUPPORTED);
+    if (is_start && range->kind == RANGE_POOL) return sim_leave(free_in_order(range));
+    if (is_start && range->kind == RANGE_DEVICE) {
+        range->going = stream;
+        return sim_leave(CUDA_SUCCESS);
+    }
     return sim_leave(dptr ? memory_free(dptr) : CUDA_SUCCESS);
 }
 
@@ -327,7 +346,7 @@ API cuMemPoolGetAttribute(CUmemoryPool handle, CUmemPool_attribute attr, void *v
     const uint64_t *number = counter(pool, attr);
     if (!value || (!number && ((int)attr < 1 || (int)attr > 3))) return sim_leave(CUDA_ERROR_INVALID_VALUE);
     if (number)
-        *(cuuint64_t *)value = *number;
+        *(cuuint64_t *)value = *number + (attr == CU_MEMPOOL_ATTR_USED_MEM_CURRENT ? pool->unseen : 0);
     else
         *(int *)value = pool->reuse[attr - 1];
     return sim_leave(CUDA_SUCCESS);

@@ -11,6 +11,7 @@ struct pool {
     bool is_shareable; /* by a file descriptor */
     bool is_imported;  /* allocates nothing; its memory belongs to a pool of another process */
     uint64_t key[2];   /* not 0: other processes may have opened it */
+    uint64_t unseen;   /* bytes that cuMemFree has freed: the real driver counts them as used for ever */
     uint64_t reserved, used, reserved_high, used_high;
     uint64_t n_imported; /* of an imported pool: its allocations that this process has opened */
     uint64_t threshold;
@@ -22,9 +23,10 @@ struct pool *pool_new(int device);
 bool pool_is_known(const struct pool *pool);
 /* Takes the lock, and finds a pool. */
 CUresult pool_enter(CUmemoryPool handle, struct pool **pool);
-/* Frees an allocation of a pool, for struct range's `free`. */
+/* Frees an allocation of a pool at once, as cuMemFree does: for struct range's `free`. */
 CUresult pool_free(struct range *range);
-/* Gives back what pools have reserved above their thresholds. A synchronisation does that. */
-void pools_settle(int device);
+/* Frees what a synchronisation with a stream, or with the context (NULL), frees: what pools have reserved above their
+ * thresholds, and other memory that cuMemFreeAsync has named. */
+void pools_settle(struct context *context, const struct stream *stream);
 
 #endif

@@ -21,9 +21,8 @@ static CUresult synchronize(CUstream handle, bool per_thread)
     struct stream *stream;
     CUresult result = enter_done(handle, per_thread, &context, &stream);
     if (result) return result;
-    int device = context->device;
     stream_wait(context, stream);
-    pools_settle(device);
+    pools_settle(context, stream);
     return sim_leave(CUDA_SUCCESS);
 }
 

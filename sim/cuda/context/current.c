@@ -71,7 +71,7 @@ static CUresult synchronize(struct context *context)
     queues_wait(context);
     if (context->alive) context_wait(context, context_done_ns(context));
     if (!context->alive) return sim_leave(CUDA_ERROR_CONTEXT_IS_DESTROYED);
-    pools_settle(context->device);
+    pools_settle(context, NULL);
     return sim_leave(CUDA_SUCCESS);
 }
 

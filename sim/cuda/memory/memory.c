@@ -92,6 +92,14 @@ CUresult memory_free(uintptr_t at)
     return range->free(range);
 }
 
+void memory_settle(struct context *context, const struct stream *stream)
+{
+    for (struct range *range = context->ranges, *next; range; range = next) {
+        next = range->next;
+        if (range->going && (!stream || range->going == stream)) memory_free(range->start);
+    }
+}
+
 /* Enters with a current context, where no capture forbids the call. */
 static CUresult enter_unsafe(struct context **context)
 {

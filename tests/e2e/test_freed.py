@@ -1,0 +1,34 @@
+"""Memory that a program has freed, in whatever way, can be taken again at once."""
+
+from __future__ import annotations
+
+import subprocess
+
+import pytest
+
+from tests.support.host import BUILD, GIB, MIB
+
+LIMIT = 2 * GIB
+SHARE = 60  # percent of what is free, in each round: two rounds together do not fit
+WAYS = (
+    "plain", "pitched", "managed", "async", "unwaited", "plain_async", "async_plain", "async_and_plain",
+    "pool", "pool_first", "mapped_one", "mapped_four", "mapped_each", "created", "context", "array",
+    "mipmapped", "graph_frees", "graph_freed", "module",
+)  # fmt: skip
+
+
+def test_the_program_knows_these_ways(programs: None) -> None:
+    assert subprocess.run([BUILD / "e2e/freed", "ways"], capture_output=True, text=True).stdout.split() == list(WAYS)
+
+
+@pytest.mark.places("host")
+@pytest.mark.parametrize("way", WAYS)
+def test_every_way_to_free_memory_makes_room_at_once(tenant, way: str) -> None:
+    one = tenant(LIMIT)
+    one.client().ok("context")
+    one.assert_enforced()
+    name, passed, rounds, total, before, after = one.run(f"{BUILD}/e2e/freed {SHARE} {way}", 60).split()
+    assert (name, int(total)) == (way, LIMIT // MIB)
+    assert passed == rounds
+    if way != "pool_first":  # what a destroyed pool had in use is given back when a request needs it
+        assert after == before
