@@ -3,8 +3,8 @@
 Prints for each case: the share of the tenant with the highest weight, the largest error of a share in a window after
 the first in points, the sum of what each program did as a fraction of itself alone (steps that are mostly Python take
 80 to 140 us, by the process), the gatekeeper's processor time, and the steps in each window. For each kind of program:
-what a tenant does alone as a fraction of a program that has no tenant. Writes build/bench/windows.json. Needs a real
-GPU; TORCH_PYTHON is an interpreter that has torch.
+what a tenant does alone as a fraction of a program that has no tenant, and the sum of two programs without tenants.
+Writes build/bench/windows.json. Needs a real GPU; TORCH_PYTHON is an interpreter that has torch.
 """
 
 from __future__ import annotations
@@ -62,6 +62,11 @@ def alone(program: Program, what: str) -> float:
     return sum(counts([program], what, 3 * WINDOW_SECONDS)[0][1:]) / 2
 
 
+def work_of(done: list[list[int]], by_itself: list[float]) -> float:
+    """Return the work of programs at one time, as the sum of what each did as a fraction of itself alone."""
+    return sum(sum(steps) / one / len(steps) for steps, one in zip(done, by_itself, strict=False))
+
+
 def measured(programs: list[Program], case: str, seconds: int, by_itself: list[float]) -> Lines:
     """Return the figures of one case. `by_itself`: steps of each program in a window."""
     what, _, ratio = case.partition(" ")
@@ -80,13 +85,12 @@ def measured(programs: list[Program], case: str, seconds: int, by_itself: list[f
         for window in zip(*done, strict=True)
         for steps, part in zip(window, asked, strict=True)
     )
-    together = sum(sum(steps) / alone / len(steps) for steps, alone in zip(done, by_itself, strict=False))
     print(f"# {case}: {' '.join(map(str, done))}", flush=True)
     name = f"windows_{what}_{ratio.replace(':', '_')}"
     return {
         f"{name}_share": (100 * sum(done[0]) / max(1, sum(map(sum, done))), "%"),
         f"{name}_worst": (100 * worst, "points"),
-        f"{name}_sum": (together, "of one alone"),
+        f"{name}_sum": (work_of(done, by_itself), "of one alone"),
         f"{name}_gatekeeper": (spent / seconds / 10, "%"),
     }
 
@@ -95,14 +99,19 @@ def measure(cases: list[str], seconds: int) -> Lines:
     """Return the figures of all cases."""
     found: Lines = {}
     with ending() as programs:
-        programs.append(started("w-alone", None))
         kinds = dict.fromkeys(case.split()[0] for case in cases)
-        unmanaged = {what: alone(programs[0], what) for what in kinds}
-        programs.pop().end()
+        programs += [started(name, None) for name in ("w-alone", "w-beside")]
+        unmanaged = {what: [alone(program, what) for program in programs] for what in kinds}
+        for what in kinds:
+            done = counts(programs, what, 3 * WINDOW_SECONDS)
+            print(f"# {what} without tenants: alone {unmanaged[what]}, both {done}", flush=True)
+            found[f"windows_{what}_unshared_sum"] = (work_of(done, unmanaged[what]), "of one alone")
+        while programs:
+            programs.pop().end()
         programs += [started(f"w-{number}", LIMIT) for number in range(max(case.count(":") for case in cases) + 1)]
         by_itself = {what: [alone(program, what) for program in programs] for what in kinds}
         for what in kinds:
-            found[f"windows_{what}_alone"] = (by_itself[what][0] / unmanaged[what], "of no tenant")
+            found[f"windows_{what}_alone"] = (by_itself[what][0] / unmanaged[what][0], "of no tenant")
         for case in cases:
             found |= measured(programs, case, seconds, by_itself[case.split()[0]])
     return found
