@@ -8,11 +8,9 @@ from __future__ import annotations
 import io
 import time
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import psutil
-from rich.console import Console
-from rich.table import Table
 
 from fgpu_ebpf import abi
 from fgpu_ebpf.policy.units import memory_text
@@ -21,14 +19,21 @@ from fgpu_ebpf.tenancy import orphan_text
 from fgpu_ebpf.tenancy.enforcement import sentence
 from fgpu_ebpf.tenancy.event_log import line_of
 
+if TYPE_CHECKING:
+    from rich.table import Table
+
 
 def _text(table: Table) -> str:
+    from rich.console import Console  # takes longer than a command that prints JSON
+
     out = io.StringIO()
     Console(file=out, width=120).print(table)
     return "\n".join(line.rstrip() for line in out.getvalue().splitlines()) + "\n"
 
 
 def _table(*columns: str) -> Table:
+    from rich.table import Table
+
     table = Table(box=None, pad_edge=False)
     for i, column in enumerate(columns):
         table.add_column(column, justify="left" if i == 0 else "right", no_wrap=True)
