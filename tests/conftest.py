@@ -45,9 +45,8 @@ def pytest_configure(config: pytest.Config) -> None:
     which = os.environ.get("FGPU_TEST_SCALE", "ci")
     if which not in SCALES:
         raise pytest.UsageError(f"FGPU_TEST_SCALE is none of {', '.join(SCALES)}")
-    hypothesis.settings.register_profile(
-        "fgpu", derandomize=which != "full"
-    )  # new examples are searched in the full run
+    # A full run searches new examples. No example has a time limit of its own: other tests use the processors too.
+    hypothesis.settings.register_profile("fgpu", derandomize=which != "full", deadline=None)
     hypothesis.settings.load_profile("fgpu")
     is_worker = hasattr(config, "workerinput")
     if not is_worker:
