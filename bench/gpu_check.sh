@@ -41,7 +41,9 @@ compile() { # compile SOURCE PROGRAM, unless bench/kit.sh has
 step machine 30 sh -c 'uname -r; nvidia-smi -L; nvidia-smi --query-gpu=driver_version,memory.total --format=csv,noheader; gcc --version | head -n 1'
 step shim 120 make -s -C shim OUT="$PWD/build/shim" HEADERS="$headers"
 step oci 60 make -s -C oci OUT="$PWD/build/oci"
-step client 60 bash -c "$(declare -f compile); headers=$headers; compile tests/programs/client.c build/e2e/client"
+for name in client freed; do
+    step $name 60 bash -c "$(declare -f compile); headers=$headers; compile tests/programs/$name.c build/e2e/$name"
+done
 for source in examples/fill.c bench/programs/*.c; do
     program=build/${source%%/*}/$(basename "$source" .c)
     step "${source##*/}" 60 bash -c "$(declare -f compile); headers=$headers; compile $source $program"

@@ -1,4 +1,4 @@
-"""Shares of two to four torch programs in windows of 2 s: trainings that wait at each step or less often, LLM.
+"""Shares of two to four torch programs in windows of 2 s: trainings, inference, decoding of a language model.
 
 Prints for each case: the share of the tenant with the highest weight, the largest error of a share in a window after
 the first in points, the sum of what each program did as a fraction of itself alone (steps that are mostly Python take
@@ -64,7 +64,7 @@ def alone(program: Program, what: str) -> float:
 
 def work_of(done: list[list[int]], by_itself: list[float]) -> float:
     """Return the work of programs at one time, as the sum of what each did as a fraction of itself alone."""
-    return sum(sum(steps) / one / len(steps) for steps, one in zip(done, by_itself, strict=False))
+    return sum(sum(steps) / one / len(steps) for steps, one in zip(done, by_itself, strict=True))
 
 
 def measured(programs: list[Program], case: str, seconds: int, by_itself: list[float]) -> Lines:
@@ -90,7 +90,7 @@ def measured(programs: list[Program], case: str, seconds: int, by_itself: list[f
     return {
         f"{name}_share": (100 * sum(done[0]) / max(1, sum(map(sum, done))), "%"),
         f"{name}_worst": (100 * worst, "points"),
-        f"{name}_sum": (work_of(done, by_itself), "of one alone"),
+        f"{name}_sum": (work_of(done, by_itself[: len(weights)]), "of one alone"),
         f"{name}_gatekeeper": (spent / seconds / 10, "%"),
     }
 
@@ -103,7 +103,7 @@ def measure(cases: list[str], seconds: int) -> Lines:
         programs += [started(name, None) for name in ("w-alone", "w-beside")]
         unmanaged = {what: [alone(program, what) for program in programs] for what in kinds}
         for what in kinds:
-            done = counts(programs, what, 3 * WINDOW_SECONDS)
+            done = [steps[1:] for steps in counts(programs, what, 3 * WINDOW_SECONDS)]
             print(f"# {what} without tenants: alone {unmanaged[what]}, both {done}", flush=True)
             found[f"windows_{what}_unshared_sum"] = (work_of(done, unmanaged[what]), "of one alone")
         while programs:

@@ -63,6 +63,8 @@ HIDDEN struct fgpu_room fgpu_room(CUdevice ordinal);
 /* -- pool_shrink.c */
 HIDDEN bool fgpu_pools_yield(CUdevice ordinal); /* true: something went back to the kernel */
 
+#define FGPU_SYNCS 8 /* after a free in the order of a stream: other threads wait for other streams in between */
+
 /* -- unseen.c: memory of this process is freed and no probe sees that, when the program waits for a stream, or now */
 HIDDEN void fgpu_frees_unseen(void);
 HIDDEN void fgpu_freed_unseen(void);

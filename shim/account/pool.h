@@ -25,7 +25,6 @@ struct pool {
     _Atomic int unsettled;      /* synchronisations that may still make the pool smaller */
     struct credit credits[FGPU_CREDITS];
 };
-#define FGPU_SYNCS 8        /* after a free: other threads wait for other streams in between */
 #define FGPU_HOST_POOL (-2) /* not device memory: not charged */
 #define FGPU_NO_TABLE (-3)  /* no memory for the table: nothing is to be had where a limit holds */
 

@@ -126,7 +126,7 @@ static void wait_for_a_look(CUdevice ordinal, uint64_t bytes)
     for (unsigned round = 0; freed_ns && fgpu_now() < freed_ns + LOOK_NS; round++) {
         room = fgpu_room(ordinal);
         if (bytes <= room.left || bytes > room.limit) return;
-        nap(round);
+        if (round || !yields(ordinal)) nap(round);
     }
 }
 
@@ -142,7 +142,8 @@ struct admission fgpu_admission_with(struct patience *patience, CUdevice ordinal
     struct fgpu_view view = fgpu_look();
     struct admission admission = fgpu_admission_begin(view, ordinal, bytes, kind);
     if (admission.refusal || view.link != FGPU_HELD) return admission;
-    if (patience) wait_for_a_look(ordinal, kind == FGPU_CONTEXT ? FGPU_CONTEXT_BYTES : admission.bytes);
+    if (patience && !view.cooperative)
+        wait_for_a_look(ordinal, kind == FGPU_CONTEXT ? FGPU_CONTEXT_BYTES : admission.bytes);
     if (awaits_decision(&admission, &view, ordinal, patience))
         wait_for_commitment(&admission, &view, ordinal, patience);
     if (admission.refusal && view.link == FGPU_HELD && yields(ordinal))

@@ -6,13 +6,16 @@
 #include "account/account.h"
 
 static _Atomic uint64_t freed_ns;
-static _Atomic bool waits; /* memory was freed in the order of a stream, and the program has not waited since */
+static _Atomic int unsettled; /* synchronisations that may still free what was named in the order of a stream */
 
-void fgpu_frees_unseen(void) { atomic_store_explicit(&waits, true, memory_order_relaxed); }
+void fgpu_frees_unseen(void) { atomic_store_explicit(&unsettled, FGPU_SYNCS, memory_order_relaxed); }
 void fgpu_freed_unseen(void) { atomic_store_explicit(&freed_ns, fgpu_now(), memory_order_relaxed); }
 uint64_t fgpu_freed_unseen_ns(void) { return atomic_load_explicit(&freed_ns, memory_order_relaxed); }
 
 void fgpu_freed_by_a_wait(void)
 {
-    if (atomic_load_explicit(&waits, memory_order_relaxed) && atomic_exchange(&waits, false)) fgpu_freed_unseen();
+    int left = atomic_load_explicit(&unsettled, memory_order_relaxed);
+    if (LIKELY(!left)) return;
+    atomic_store_explicit(&unsettled, left - 1, memory_order_relaxed);
+    fgpu_freed_unseen();
 }

@@ -127,8 +127,9 @@ void *fgpu_find_anew(enum fgpu_name at, const int32_t hooks[])
 }
 
 /*
- * Load the library of this name, for good, if there is one: the program is about to open a file whose lookups pass the
- * shim by. If that file is the library itself, of whatever folder, then the program does not get another one before.
+ * Load the library of this name, for good, if there is one: the program is about to open a file, and lookups from that
+ * file do not reach the shim. If that file is the library itself, of whatever folder, then the program does not get
+ * another one before.
  */
 void fgpu_load_for_good(enum fgpu_name at, const char *opened, const int32_t hooks[])
 {

@@ -19,7 +19,7 @@
 #include "core/symbols.h"
 #include "link/link.h"
 
-#define FGPU_PASS ((void *)1) /* dlsym.S knows this number: the shim does not hook the name, so jump */
+#define FGPU_PASS ((void *)1) /* jumps.S knows this number: go on with the real function */
 
 /* Where each hook lies, from here; 0: the name has none. With pointers, the loader of every program would have to write
  * one relocation for each hook. */
@@ -170,7 +170,7 @@ void *fgpu_lookup(void *handle, const char *name)
     return found;
 }
 
-/* Return the dlopen to jump to, or NULL. A file that is opened with RTLD_DEEPBIND looks names up in itself and in what
+/* A file that is opened with RTLD_DEEPBIND looks names up in itself and in what
  * it needs before it meets the shim, so the driver must have the hooks by then. Such files are rare. */
 void *fgpu_before_dlopen(const char *file, int flags)
 {
@@ -181,7 +181,7 @@ void *fgpu_before_dlopen(const char *file, int flags)
         fgpu_load_for_good(FGPU_AT_nvmlDeviceGetMemoryInfo, file, hooks);
         errno = saved;
     }
-    return (void *)fgpu_real_dlopen;
+    return FGPU_PASS;
 }
 
 /* Replace a function of the driver by its hook. `asked` has no version ("cuCtxCreate"); only the address tells which

@@ -1,4 +1,4 @@
-"""Programs whose lookups pass the shim's exports by: plugins that are deep-bound, wrappers. The limit holds in all."""
+"""Lookups that do not reach the shim's exports, of deep-bound plugins and of wrappers: the limit holds in all."""
 
 from __future__ import annotations
 

@@ -147,29 +147,22 @@ static void async_and_plain(size_t bytes)
     TRY(cuMemFree_v2, at);
 }
 
-static void pool(size_t bytes)
+/* `first`: the pool is destroyed while its memory is in use. */
+static void pool_of(size_t bytes, bool first)
 {
     CUmemPoolProps how = {.allocType = CU_MEM_ALLOCATION_TYPE_PINNED, .location = here};
     CUmemoryPool made;
     CUdeviceptr at;
     TRY(cuMemPoolCreate, &made, &how);
     TRY(cuMemAllocFromPoolAsync, &at, bytes, made, NULL);
+    if (first) TRY(cuMemPoolDestroy, made);
     TRY(cuMemFreeAsync, at, NULL);
-    TRY(cuMemPoolDestroy, made);
+    if (!first) TRY(cuMemPoolDestroy, made);
     TRY(cuStreamSynchronize, NULL);
 }
 
-static void pool_first(size_t bytes) /* destroyed while its memory is in use */
-{
-    CUmemPoolProps how = {.allocType = CU_MEM_ALLOCATION_TYPE_PINNED, .location = here};
-    CUmemoryPool made;
-    CUdeviceptr at;
-    TRY(cuMemPoolCreate, &made, &how);
-    TRY(cuMemAllocFromPoolAsync, &at, bytes, made, NULL);
-    TRY(cuMemPoolDestroy, made);
-    TRY(cuMemFreeAsync, at, NULL);
-    TRY(cuStreamSynchronize, NULL);
-}
+static void pool(size_t bytes) { pool_of(bytes, false); }
+static void pool_first(size_t bytes) { pool_of(bytes, true); }
 
 static size_t map_pieces(CUdeviceptr at, size_t bytes)
 {

@@ -61,6 +61,17 @@ static int uncommitted(struct fgpu_usage_page *p, u32 device) {
 static int room(struct fgpu_usage_page *p, u32 device, u64 bytes) {
     return !uncommitted(p, device) && p->devices[device].used + bytes <= p->devices[device].limit;
 }
+/* Threads ask at the same time: the check and the charge are one step. */
+static int charge(struct fgpu_usage_page *p, u32 device, u64 bytes) {
+    u64 *used = &p->devices[device].used;
+    #pragma unroll
+    for (int i = 0; i < 16; i++) {
+        u64 had = *(volatile u64 *)used;
+        if (uncommitted(p, device) || had + bytes > p->devices[device].limit) return 0;
+        if (__sync_val_compare_and_swap(used, had, had + bytes) == had) return 1;
+    }
+    return 0;
+}
 static void answer(struct fgpu_usage_page *p, u64 kind, u64 ticket, u64 verdict) {
     u32 tgid = bpf_get_current_pid_tgid() >> 32, *tag = tags.lookup(&tgid);
     if (!(kind & FGPU_TAGGED))
@@ -82,9 +93,8 @@ int admit(struct pt_regs *ctx) {
     if (k->again) { k->again--; verdict = 2; }
     else if (k->fixed) verdict = k->fixed - 1;
     else if ((kind & FGPU_KIND_MASK) == FGPU_HELLO) verdict = 1;
-    else if (room(p, device, bytes) && (!k->outer || room(outer, device, bytes))) {
+    else if ((!k->outer || room(outer, device, bytes)) && charge(p, device, bytes)) {
         verdict = 1;
-        __sync_fetch_and_add(&p->devices[device].used, bytes);
     } else if (!(kind & FGPU_PATIENT)) {
         __sync_fetch_and_add(&p->devices[device].refused, 1);
     }

@@ -535,3 +535,11 @@ def test_a_request_that_no_look_makes_room_for_is_refused_once(held: Agent) -> N
     assert again[0] == OOM
     assert again[1] < 0.5
     assert len(held.calls(MEMORY)) == 4
+
+
+def test_a_later_wait_may_free_what_the_first_did_not(held: Agent) -> None:
+    """The first wait may be for another stream."""
+    script = POOLS + UNSEEN + "time.sleep(1.1); L.cuStreamSynchronize(None); out(*timed(200 * MiB))"
+    _, (result, seconds) = held.python(script)
+    assert result == OOM
+    assert seconds > 0.8

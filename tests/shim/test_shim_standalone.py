@@ -36,6 +36,14 @@ out(L.cuMemAllocManaged(C.byref(p), C.c_size_t(700 * MiB), 1), free(0xe00000), a
     assert container(build).python(code) == [[0, 0, 0, OOM, 0], [0, 801, OOM, 0]]
 
 
+def test_no_request_waits_for_a_look_of_an_agent(build: Build) -> None:
+    """The ledger of the container knows of each free: the next request is answered at once."""
+    code = """
+L.cuMemFreeAsync(C.c_uint64(0xd00000 + 0 * alloc(700 * MiB)), None); L.cuCtxSynchronize()
+r = alloc(1024 * MiB); t = time.monotonic(); out(r, alloc(512 * MiB), time.monotonic() - t < 0.5)"""
+    assert container(build).python(code) == [[0, OOM, True]]
+
+
 def test_a_pool_keeps_its_charge_when_contexts_end(build: Build) -> None:
     code = """
 c, p = C.c_void_p(), C.c_uint64()

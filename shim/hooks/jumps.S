@@ -1,17 +1,17 @@
 /*
- * dlsym. For names that the shim does not hook it jumps, so that the real dlsym sees its caller's return address. With
- * a call in between, the real dlsym would resolve RTLD_NEXT of another preload from here, and find that preload again,
- * without end.
+ * dlsym and dlopen. Each asks a function of lookup.c, and jumps to the real one unless that has an answer. By its
+ * caller's return address the real one finds the caller's namespace and RUNPATH, and what RTLD_NEXT means. With a call
+ * in between, it would resolve RTLD_NEXT of another preload from here, and find that preload again, without end.
  */
 #if !defined(__x86_64__) && !defined(__aarch64__)
 #error "x86-64 and arm64 only"
 #endif
 
-        .text
-        .globl  dlsym
-        .type   dlsym, @function
+        .macro  JUMP name, asked, real
+        .globl  \name
+        .type   \name, @function
         .balign 16
-dlsym:
+\name:
         .cfi_startproc
 #ifdef __x86_64__
         pushq   %rdi
@@ -20,7 +20,7 @@ dlsym:
         .cfi_adjust_cfa_offset 8
         subq    $8, %rsp
         .cfi_adjust_cfa_offset 8
-        call    fgpu_lookup
+        call    \asked
         addq    $8, %rsp
         .cfi_adjust_cfa_offset -8
         popq    %rsi
@@ -30,7 +30,7 @@ dlsym:
         cmpq    $1, %rax        /* FGPU_PASS */
         je      1f
         ret
-1:      movq    fgpu_real_dlsym(%rip), %rax
+1:      movq    \real(%rip), %rax
         testq   %rax, %rax
         jz      2f
         jmp     *%rax
@@ -41,7 +41,7 @@ dlsym:
         .cfi_offset x29, -32
         .cfi_offset x30, -24
         stp     x0, x1, [sp, #16]
-        bl      fgpu_lookup
+        bl      \asked
         mov     x16, x0
         ldp     x0, x1, [sp, #16]
         ldp     x29, x30, [sp], #32
@@ -50,14 +50,19 @@ dlsym:
         .cfi_restore x30
         cmp     x16, #1         /* FGPU_PASS */
         b.ne    2f
-        adrp    x16, fgpu_real_dlsym
-        ldr     x16, [x16, #:lo12:fgpu_real_dlsym]
+        adrp    x16, \real
+        ldr     x16, [x16, #:lo12:\real]
         cbz     x16, 2f
         br      x16
 2:      mov     x0, x16
         ret
 #endif
         .cfi_endproc
-        .size   dlsym, .-dlsym
+        .size   \name, .-\name
+        .endm
+
+        .text
+        JUMP    dlsym, fgpu_lookup, fgpu_real_dlsym
+        JUMP    dlopen, fgpu_before_dlopen, fgpu_real_dlopen
 
         .section .note.GNU-stack, "", @progbits
