@@ -128,7 +128,7 @@ def pytest_runtest_makereport(
         report.longrepr.addsection("processors", trials.taken())
     if report.failed and call.excinfo and call.excinfo.errisinstance(subprocess.TimeoutExpired):
         stacks = [hang.stack(child.pid) for child in psutil.Process().children(recursive=True)[-hang.MOST :]]
-        report.longrepr.addsection("processes", "\n".join(stacks))
+        report.longrepr.addsection("processes", "\n".join([*stacks, *hang.uninterruptible()]))
     return report
 
 

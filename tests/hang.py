@@ -6,6 +6,7 @@ that does not answer, a fixture that waits in C.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -44,14 +45,28 @@ def pids() -> Iterator[int]:
         yield from map(int, Path(folder, "cgroup.procs").read_text().split())
 
 
+def uninterruptible() -> Iterator[str]:
+    """Yield the command, the scheduler's figures and the kernel's stack of each thread of the host in such a sleep.
+
+    A process that waits for a lock of the kernel is in it, and so may be the process that holds the lock.
+    """
+    for task in Path("/proc").glob("[0-9]*/task/[0-9]*"):
+        with contextlib.suppress(OSError):  # it has ended
+            state = task.joinpath("stat").read_text().rpartition(")")[2].split()[0]
+            if state == "D":
+                facts = (task.joinpath(name).read_text() for name in ("comm", "cgroup", "schedstat", "stack"))
+                yield f"--- {task}\n" + "".join(facts)
+
+
 def stack(pid: int) -> str:
     """Return the command line and the stacks of a process: of Python's functions if it runs some, else the kernel's."""
     try:
-        command = " ".join(psutil.Process(pid).cmdline())[:200]
+        process = psutil.Process(pid)
+        command, state = " ".join(process.cmdline())[:200], process.status()
         done = subprocess.run(
             [PY_SPY, "dump", "--pid", str(pid)], capture_output=True, text=True, timeout=20, check=False
         )
         found = done.stdout if done.returncode == 0 else Path(f"/proc/{pid}/stack").read_text()
     except (OSError, psutil.Error, subprocess.TimeoutExpired) as error:
-        command, found = "", str(error)
-    return f"--- {pid} {command}\n{found}"
+        command, state, found = "", "", str(error)
+    return f"--- {pid} {state} {command}\n{found}"

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from tests import hang, schedule
+from tests.support.wait import eventually
 from tests.unit.pytest_kit import asked_of_copy
 
 # pytest-timeout does not end what happens outside a test.
@@ -26,6 +29,10 @@ def so_it_hangs():
 SOON = """
 from tests import hang
 hang.LAST_SECONDS = 5
+"""
+VFORKS = """
+import ctypes
+ctypes.CDLL(None).vfork() or __import__("time").sleep(1000)
 """
 PASSES = """
 import time
@@ -46,9 +53,19 @@ def test_a_run_that_hangs_ends(tmp_path: Path) -> None:
 def test_a_program_without_python_has_the_stack_of_the_kernel() -> None:
     with subprocess.Popen(["sleep", "1000"]) as program:
         try:
-            assert "nanosleep" in hang.stack(program.pid)
+            eventually(lambda: "nanosleep" in hang.stack(program.pid), 10, "a program that has begun to sleep")
         finally:
             program.kill()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root: it reads the stacks of other processes")
+def test_a_process_that_the_kernel_holds_up_has_its_stack_printed() -> None:
+    """A parent of vfork() waits in uninterruptible sleep until its child has ended."""
+    with subprocess.Popen([sys.executable, "-c", VFORKS], start_new_session=True) as program:
+        try:
+            eventually(lambda: any(f"/proc/{program.pid}/" in text for text in hang.uninterruptible()), 10, "a stack")
+        finally:
+            os.killpg(program.pid, signal.SIGKILL)  # the child too
 
 
 def test_a_process_that_has_ended_is_one_line() -> None:
