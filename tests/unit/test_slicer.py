@@ -446,18 +446,26 @@ def test_an_ignored_word_wakes_no_thread():
 
 
 def test_a_tenant_that_waits_for_an_owner_does_not_wake_the_slicer_and_is_seen_with_it(world):
+    """Only the owner is looked at, every 1.75 ms at most.
+
+    An owner without a processor seems idle, and the other tenant gets the device: such rounds do not count.
+    """
     long = Share(quantum_ns=1_000_000_000)
     it = world(t7=long, t8=long)
     it.slicer.is_told = True
     programs = [it.greet(1, 7), it.greet(2, 8)]
-    it.until(lambda: sum(p.is_open() for p in programs) == 1 and it.slicer._ignored)
-    waiter = next(p for p in programs if not p.is_open())
-    it.until(lambda: waiter.status.devices[0].waiting)
-    turns, began = it.turns, time.monotonic()
-    for _ in range(300):
-        waiter.ring()
-        time.sleep(0.001)
-    assert it.turns - turns < 20 + (time.monotonic() - began) / 0.00175  # the owner is looked at, nothing else
+    rings = looks = seconds = 0
+    while rings < 300:
+        it.until(lambda: sum(p.is_open() for p in programs) == 1 and it.slicer._ignored)
+        waiting = [p for p in programs if p.status.devices[0].waiting and not p.is_open()]
+        words, turns, began = [p.word() for p in programs], it.turns, time.monotonic()
+        for _ in range(20):
+            for program in waiting:
+                program.ring()
+            time.sleep(0.001)
+        if len(waiting) == 1 and [p.word() for p in programs] == words:
+            rings, looks, seconds = rings + 20, looks + it.turns - turns, seconds + time.monotonic() - began
+    assert looks < 20 + seconds / 0.00175
 
 
 def test_a_share_removed_and_set_again_is_counted_again():
