@@ -143,7 +143,7 @@ CLUSTER = [
     stat("Memory unmanaged", UNMANAGED, "bytes", f"sum(fgpu_device_memory_unmanaged_bytes{{{DEVICE}}})"),
     stat("Refusals", ASKED, "none", grown(REFUSED, BOTH)),
     stat("Bypassing processes", AROUND, "none", f"sum(fgpu_bypassing_processes{{{TENANT}}})"),
-    stat("Tenants not held by the kernel", "Cooperative, with a process that is only counted, or observed.",
+    stat("Tenants not enforced by the kernel", "Cooperative, with a process that is only counted, or observed.",
          "none", f'count(fgpu_tenant_enforcement{{{TENANT}, mode!="kernel"}} == 1)'),
     stat("Gatekeepers down", "Nodes without a gatekeeper: programs that start there get no memory.", "none",
          f"count(fgpu_gatekeeper_up{{{NODE}}}) - sum(fgpu_gatekeeper_up{{{NODE}}})"),
@@ -167,12 +167,12 @@ CLUSTER = [
           f"topk(10, sum by ({PLACE}, tenant) (fgpu_memory_used_bytes{{{BOTH}}}) {INNERMOST})"),
     table("Top tenants by refusals", "The ten tenants that were refused most often in the displayed range.", "short",
           f"topk(10, sum by ({PLACE}, tenant) (increase({REFUSED}{{{BOTH}}}[{RANGE}])) {INNERMOST} > 0)"),
-    table("Top tenants by part of their limit", "The ten tenants nearest to their limit on a device.", "percentunit",
+    table("Top tenants by used part of the limit", "The ten tenants nearest to their limit on a device.", "percentunit",
           f"topk(10, fgpu_memory_used_bytes{{{BOTH}}} / fgpu_memory_limit_bytes{{{BOTH}}})"),
 ]  # fmt: skip
 
 NODES = [
-    stat("Policy files good", "No: a file has an error, and the last good set is in force.", "bool_yes_no",
+    stat("Policy files valid", "No: a file has an error, and the last good set is in force.", "bool_yes_no",
          f"min(fgpu_config_last_reload_successful{{{NODE}}})", noValue="?"),
     stat("Policies in force", "Documents of all policy files.", "none", f"sum(fgpu_policies{{{NODE}}})"),
     stat("Gatekeeper up", "No: programs that start get no memory.", "bool_yes_no", f"min(fgpu_gatekeeper_up{{{NODE}}})",
@@ -238,7 +238,7 @@ TENANTS = [
          "bytes", f"max(abs(fgpu_memory_drift_bytes{{{BOTH}}}))"),
     stat("Processes", "Processes charged to the tenant.", "none", f"sum(fgpu_processes{{{TENANT}}})"),
     stat("Bypassing processes", AROUND, "none", f"sum(fgpu_bypassing_processes{{{TENANT}}})"),
-    stat("Held by the kernel", "No: cooperative, a process is only counted, or nothing is refused.", "bool_yes_no",
+    stat("Enforced by the kernel", "No: enforcement is cooperative, counted, observe or none.", "bool_yes_no",
          f'count(fgpu_tenant_enforcement{{{TENANT}, mode="kernel"}}) == bool '
          f"count(fgpu_tenant_enforcement{{{TENANT}}})",
          noValue="No"),

@@ -25,7 +25,7 @@ T = TypeVar("T")
 
 
 class HostLook:
-    """Makes looks. `orphaned` is called for each level, to check it for orphaned bytes."""
+    """Scans the cgroups of the host in steps. `orphaned` checks the level of one cgroup id for orphaned bytes."""
 
     def __init__(
         self, manager: Manager, kernel_events: KernelEvents, engines: Engines, discovery: Discovery,

@@ -120,14 +120,24 @@ class DriversDocument(Model):
 class BoundsDocument(Model):
     """The mapping under `bounds:`."""
 
-    levels: Annotated[int, Field(ge=1, le=4096)] = absent("Cgroups of one workload that may have limits of their own.")
-    allocations: Annotated[int, Field(ge=1, le=262_144)] = absent("Allocations of one workload in the ledger.")
-    threads: Annotated[int, Field(ge=1, le=65_536)] = absent("Threads of one workload that use a device.")
-    processes: Annotated[int, Field(ge=1, le=16_384)] = absent("Processes of one workload that use a device.")
-    orphans: Annotated[int, Field(ge=1, le=65_536)] = absent("Ended processes of one workload whose memory is held.")
-    files: Annotated[int, Field(ge=1, le=2_048)] = absent("Files of libcuda that are probed for one workload.")
+    levels: Annotated[int, Field(ge=1, le=4096)] = absent("Maximum number of cgroups with own limits, per workload.")
+    allocations: Annotated[int, Field(ge=1, le=262_144)] = absent(
+        "Maximum number of allocations in the ledger, per workload."
+    )
+    threads: Annotated[int, Field(ge=1, le=65_536)] = absent(
+        "Maximum number of threads that use a device, per workload."
+    )
+    processes: Annotated[int, Field(ge=1, le=16_384)] = absent(
+        "Maximum number of processes that use a device, per workload."
+    )
+    orphans: Annotated[int, Field(ge=1, le=65_536)] = absent(
+        "Maximum number of exited processes whose memory the device holds, per workload."
+    )
+    files: Annotated[int, Field(ge=1, le=2_048)] = absent(
+        "Maximum number of libcuda files that are probed, per workload."
+    )
     unmanaged: Annotated[int, Field(ge=1, le=8_192)] = absent(
-        "Cgroups of one workload without a limit that the kernel's map keeps."
+        "Maximum number of cgroups without a limit in the kernel's map, per workload."
     )
 
 

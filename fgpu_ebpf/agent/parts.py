@@ -30,7 +30,7 @@ from fgpu_ebpf.workloads.engine_labels import Engines
 
 @dataclass(frozen=True, slots=True)
 class Parts:
-    """The parts. `look`: the steps of looks at cgroups; `looks`: the looks that are wanted and under way."""
+    """The parts of the agent process. `look` scans cgroups in steps; `looks` has the requested and running scans."""
 
     driver: HostDriver
     ledger: Ledger

@@ -100,7 +100,7 @@ class Policies:
             self._save(reading.policies)
 
     def start(self) -> None:
-        """Begin to watch the folder."""
+        """Start watching the policy folder."""
         assert self._last
         self._watch = PolicyWatch(self._folder, self._last, self._changed)
         self._watch.start()

@@ -87,7 +87,7 @@ class ControlServer:
         self._agent.chores.append(self._peers.expire)
 
     def close(self) -> None:
-        """Stop listening, and remove the socket so that no client takes it for a running agent."""
+        """Stop listening and remove the socket, because clients treat an existing socket as a running agent."""
         if self._listener is None:
             return
         self._peers.close()

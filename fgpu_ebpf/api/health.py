@@ -1,7 +1,7 @@
 """Problems of the host according to its Snapshot, and how to fix them.
 
-Used by `fgpu doctor` and by the web page. `fgpu doctor` adds the checks that a Snapshot does not cover, such as whether
-the gatekeeper replies. Pure.
+`fgpu doctor` and the web page use this module. `fgpu doctor` adds the checks that a Snapshot does not cover, such as
+whether the gatekeeper replies. The functions have no side effects.
 """
 
 from __future__ import annotations

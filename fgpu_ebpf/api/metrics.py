@@ -34,11 +34,15 @@ _TENANT_COUNTERS: tuple[tuple[str, str, Callable[[TenantDevice], int]], ...] = (
     ("fgpu_memory_witnessed_bytes", "Bytes that the driver was seen to allocate", lambda d: d.witnessed_bytes),
 )
 _DEVICE_GAUGES: tuple[tuple[str, str, Callable[[DeviceView], int | None]], ...] = (
-    ("fgpu_device_memory_capacity_bytes", "Total memory of the device, by NVML", lambda d: d.capacity_bytes),
-    ("fgpu_device_memory_used_bytes", "Memory in use on the device, by NVML", lambda d: d.used_bytes),
+    (
+        "fgpu_device_memory_capacity_bytes",
+        "Total memory of the device, as reported by NVML",
+        lambda d: d.capacity_bytes,
+    ),
+    ("fgpu_device_memory_used_bytes", "Memory in use on the device, as reported by NVML", lambda d: d.used_bytes),
     ("fgpu_device_memory_committed_bytes", "Sum of the tenants' limits", lambda d: d.committed_bytes),
-    ("fgpu_device_memory_unmanaged_bytes", "Held by processes outside any tenant", lambda d: d.unmanaged_bytes),
-    ("fgpu_device_memory_orphaned_bytes", "Charged for processes that have ended", lambda d: d.orphaned_bytes),
+    ("fgpu_device_memory_unmanaged_bytes", "Memory held by processes outside any tenant", lambda d: d.unmanaged_bytes),
+    ("fgpu_device_memory_orphaned_bytes", "Memory charged for processes that have exited", lambda d: d.orphaned_bytes),
     (
         "fgpu_device_memory_unexplained_bytes",
         "Memory in use on the device that belongs to no process, is not orphaned and is not the driver's own",
@@ -63,7 +67,7 @@ _COMPUTE_COUNTERS: tuple[tuple[str, str, Callable[[ComputeView], float | None]],
     ("fgpu_compute_throttled", "Times that the tenant's ceiling held it back", lambda c: c.throttled),
 )
 _COMPUTE_GAUGES: tuple[tuple[str, str, Callable[[ComputeView], float | None]], ...] = (
-    ("fgpu_compute_weight", "The tenant's part of contended time", lambda c: c.weight),
+    ("fgpu_compute_weight", "Weight of the tenant when tenants compete for a device", lambda c: c.weight),
     ("fgpu_compute_limit_ratio", "The most of the device's time that the tenant may own", lambda c: c.limit_ratio),
     (
         "fgpu_compute_shortfall_ratio",

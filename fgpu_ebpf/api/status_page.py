@@ -167,7 +167,13 @@ def _digest(text: str) -> str:
 
 
 def html(snapshot: Mapping[str, Any], asked: Asked, host: str) -> str:
-    """Return the page of a Snapshot's JSON."""
+    """Return the web page that shows a Snapshot.
+
+    Args:
+        snapshot: the Snapshot as JSON.
+        asked: the order and the filter of the table of tenants.
+        host: the name of this host, as the page shows it.
+    """
     files = _files()
     found = ranking.ranked(ranking.rows(snapshot, asked.filter), asked.order)
     return files.template.render(

@@ -21,7 +21,9 @@ from fgpu_ebpf.cli.request import call, fail, no_answer, run_dir
 def _limits(command: Callable[..., None]) -> Callable[..., None]:
     """Add the options that set limits to a command. The agent requires at least one of them."""
     for option in (
-        click.option("--priority", type=click.Choice(["high", "normal", "low"]), help="A higher priority runs first."),
+        click.option(
+            "--priority", type=click.Choice(["high", "normal", "low"]), help="Tenants with a higher priority run first."
+        ),
         click.option("--weight", type=int, help="Part of contended time; the default is 100."),
         click.option("--compute", help="Ceiling of each device's time, e.g. 50%."),
         click.option("--memory", help="Limit on each device, e.g. 8GiB or 50%."),

@@ -124,7 +124,7 @@ class Probes:
             except FileNotFoundError as error:
                 raise ProbeError(f"{self._programs / program} is no longer pinned: restart the agent") from error
             except OSError as error:
-                raise ProbeError(f"this kernel's {event} does not report process exits: {error}") from error
+                raise ProbeError(f"cannot attach to {event}, so process exits are not reported: {error}") from error
         for program, event in OPTIONAL_TRACEPOINTS.items():
             with contextlib.suppress(OSError):  # the periodic look at all cgroups replaces it
                 self._attach_tracepoint(program, event)

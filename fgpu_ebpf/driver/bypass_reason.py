@@ -22,7 +22,7 @@ IsShim = Callable[[int, int], bool]
 
 
 class Reason(StrEnum):
-    """A reason, by its name in metrics; `words` says what it means."""
+    """A reason why a process does not use the shim. Its value is its name in metrics; `words` explains it."""
 
     STATIC = "static"
     MUSL = "musl"

@@ -39,7 +39,14 @@ SEARCH_SECONDS = 5.0  # before a process is searched again
 
 
 class Discovery:
-    """The search. `own`: the host driver's libraries and the published shims; `trust`: other files known to be good."""
+    """Finds libcuda and shim files, and requests their probes.
+
+    Args:
+        attached: the probes of all files.
+        own: the host driver's libraries and the published shims, each with its role.
+        trust: other files that are trusted.
+        most_files: the number of files that may be probed for one cgroup.
+    """
 
     def __init__(
         self, attached: Probes, own: Mapping[Path, Role], trust: Trust | None = None, most_files: int = MOST_FILES

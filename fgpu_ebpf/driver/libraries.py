@@ -46,7 +46,7 @@ def trusted(shim: Path, store: Path | None, listed: Iterable[str]) -> Trust:
 
 
 class Libraries:
-    """All files. `own`: the host driver's files and the published shims."""
+    """The libcuda and shim files in use. `own`: the host driver's files and the published shims, each with its role."""
 
     def __init__(self, attached: Probes, own: Mapping[Path, Role], trust: Trust, most_files: int = MOST_FILES) -> None:
         self._probes, self._trust = attached, trust

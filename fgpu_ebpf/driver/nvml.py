@@ -314,7 +314,7 @@ def _mig(nvml: Nvml) -> list[Check]:
     if not named:
         return []
     found = f"MIG mode is on: device {', '.join(named)}; a tenant with a limit gets no memory on an instance"
-    fix = "leave it out of policies and shares (devices:), or nvidia-smi -i INDEX -mig 0"
+    fix = "leave the device out of policies and shares (devices:), or disable MIG: nvidia-smi -i INDEX -mig 0"
     return [Check("mig", False, found, fix)]
 
 

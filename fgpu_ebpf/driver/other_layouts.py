@@ -148,7 +148,7 @@ def _opened(path: Path) -> Iterator[int]:
 def _levels(maps: dict[str, int], layout: int, opened: contextlib.ExitStack) -> dict[int, _Level]:
     """Return the levels by cgroup; `opened` closes their pages. Raises ValueError: the maps have an unknown form."""
     if [bpf.form(maps[name]).key_size for name in ("pages", "shelf")] != [_U64.size, _U32.size]:
-        raise ValueError("its maps have other keys")
+        raise ValueError("the keys of its maps have an unexpected size")
     levels: dict[int, _Level] = {}
     for key, value in bpf.items(maps["pages"], _U64.size, _U32.size, bpf.MOST_INNER):
         fd = bpf.map_by_id(_U32.unpack(value)[0])

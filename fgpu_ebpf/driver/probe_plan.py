@@ -88,7 +88,7 @@ def look_up(paths: Iterable[Path]) -> None:
 
 
 def looked_up(file: File) -> dict[str, int] | None:
-    """Return what look_up() has found in a file, once."""
+    """Return the offsets that look_up() has found in a file and remove them from the cache. None: there are none."""
     return _looked_up.pop(file, None)
 
 

@@ -70,9 +70,10 @@ class HostScan:
         self._look: _Look | None = None
 
     def begin(self, then: Callable[[Scanned], None]) -> None:
-        """Start a scan; `then` is called in the main thread with the result.
+        """Start a scan, and call `then` with its result in the main thread.
 
-        Does nothing if a scan is under way; then a later call may start one.
+        Do nothing if a scan began less than MOST_SECONDS ago. End an older scan first: the processes that it has not
+        read are in `left_out` of its result.
         """
         if self._look and monotonic() - self._look.began < MOST_SECONDS:
             return

@@ -207,7 +207,7 @@ class Connections:
         return now_ns
 
     def owing(self) -> bool:
-        """Return True if a tenant has taken time that is not forgiven yet."""
+        """Return True if processor time is still charged to a tenant; forgive() reduces it at each heartbeat."""
         return bool(self._spent_ns or self._hints)
 
     def forgive(self) -> None:

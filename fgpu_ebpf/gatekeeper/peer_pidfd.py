@@ -36,8 +36,8 @@ class PeerIdentifier:
     def pidfd(self, sock: socket.socket) -> int:
         """Return a pidfd of the process that connected, which the caller closes. Raises OSError.
 
-        Before Linux 6.5 the socket has a pid alone. It is the process that connected if no process of that pid has
-        ended since before the connection, because then it had the pid at that time.
+        Before Linux 6.5, the kernel reports only the pid of the peer. The method then opens a pidfd by that pid. It
+        accepts the pidfd if no process with that pid has exited since before the connection.
         """
         try:
             return sock.getsockopt(socket.SOL_SOCKET, SO_PEERPIDFD)

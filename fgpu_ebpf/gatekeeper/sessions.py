@@ -119,10 +119,10 @@ class Sessions:
         return own < FEW_PROCESSES or taken < self._most // 2
 
     def page_of_unmanaged(self, pid: int) -> ControlMemory:
-        """Return the control page that this process shares with all unmanaged ones of the same clock. Raises OSError.
+        """Return the control page for unmanaged processes with the clock offset of this process. Raises OSError.
 
-        If there are too many different clocks, the page has no heartbeat: its processes take the gatekeeper for ended,
-        and say hello again and again.
+        If there are too many different offsets, the page has no heartbeat. The shims of its processes then treat the
+        gatekeeper as exited and register again repeatedly.
         """
         ahead_ns: int | None = procfs.clock_ahead_ns(pid)
         if ahead_ns not in self._shared and len(self._shared) >= MOST_CLOCKS:

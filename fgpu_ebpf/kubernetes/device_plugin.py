@@ -116,7 +116,7 @@ class _Plugin:
         loop, end = asyncio.get_running_loop(), asyncio.Event()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, end.set)
-        log.info("for kubelet at %s, by %s", self.folder, self.way.strategy)
+        log.info("serving kubelet at %s, device list strategy %s", self.folder, self.way.strategy)
         tasks = [asyncio.ensure_future(each) for each in (end.wait(), self._look_often(), self._stay_registered())]
         try:
             done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)

@@ -1,7 +1,8 @@
 """The messages between kubelet and a device plugin: names, field numbers and types.
 
-From `v1beta1` of https://github.com/kubernetes/kubelet, pkg/apis/deviceplugin/v1beta1/api.proto (Apache License 2.0,
-the Kubernetes Authors), with only the fields that are used; protobuf skips the others. `protobuf` makes the classes.
+The source is pkg/apis/deviceplugin/v1beta1/api.proto of https://github.com/kubernetes/kubelet (Apache License 2.0, the
+Kubernetes Authors). The tables contain only the fields that are used; protobuf skips the others. The module `protobuf`
+creates the classes.
 """
 
 from __future__ import annotations

@@ -86,7 +86,10 @@ class ComputeMaps:
         return {_KEY.unpack(key): Share(*_SHARE.unpack(value)) for key, value in found}
 
     def shared(self) -> Collection[Key]:
-        """Return the keys of all shares, cached. For the agent, the only writer: read again after its own changes."""
+        """Return the keys of all shares, from a cache. Only the agent may call this method.
+
+        The agent is the only writer of the map, so the cache is renewed only after changes by this object.
+        """
         changes = self._changes
         if self._shared[0] != changes:
             self._shared = changes, self.shares().keys()

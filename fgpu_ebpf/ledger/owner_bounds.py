@@ -32,5 +32,5 @@ class Bounds:
 
 
 def refusal(owner: str, key: str, has: int, most: int) -> str:
-    """Return why an owner gets no more: its name, what it has, and the setting that would raise the bound."""
+    """Return the message that refuses an entry to an owner: its name, its entries, and the setting of the bound."""
     return f"{owner} has {has} of {most} {key} that one workload may have (bounds.{key} in agent.yaml)"

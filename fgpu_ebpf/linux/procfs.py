@@ -63,7 +63,7 @@ def alive(pidfd: int) -> bool:
 def ended(pid: int) -> bool:
     """Return whether all threads of a process have ended or are exiting, even if its parent has not waited for it.
 
-    The kernel releases what a process has on a device while it exits. That can take seconds, and the pidfd reports the
+    The kernel frees the device memory of a process while it exits. That can take seconds, and the pidfd reports the
     end only afterwards. The first thread may have ended before the others.
     """
     try:

@@ -1,8 +1,9 @@
 """The mappings of a process.
 
-The kernel is asked for one mapping at a time (PROCMAP_QUERY, Linux 6.11), or, on older kernels, the text of
-/proc/PID/maps is parsed. Both are bounded, since a process decides how much it maps. Used in worker threads of the
-agent and of the gatekeeper: reading can block on the process. OSError: ENOENT, no such mapping; E2BIG, too many.
+The functions query one mapping at a time (PROCMAP_QUERY, Linux 6.11). On older kernels they parse /proc/PID/maps. Both
+have a maximum, because a process decides how many mappings it has. Worker threads of the agent and of the gatekeeper
+call the functions, because a read can block on the process. The functions raise OSError with ENOENT if there is no such
+mapping, and with E2BIG if there are too many.
 """
 
 from __future__ import annotations

@@ -27,7 +27,7 @@ from fgpu_ebpf.workloads.workload import COMPUTE_LABEL, FRACTION_LABEL, MEMORY_L
 
 
 class Device(Protocol):
-    """A GPU, as far as policies need it."""
+    """The properties of a GPU that policies use."""
 
     @property
     def index(self) -> int:

@@ -108,7 +108,7 @@ class Compute(Model):
     weight: Annotated[int, Field(ge=1, le=10_000)] = Field(100, description="Its part of contended time.")
     priority: Literal["high", "normal", "low"] = Field("normal", description="A higher priority gets its turn first.")
     quantum: Quantum = absent(
-        "The length of a turn, from 1ms to 1s; up to twice as long among tenants that never pause. Without it"
+        "The length of a turn, from 1ms to 1s. Turns among tenants that never pause are up to twice as long. Default:"
         f" {_USUAL.quantum_ns // 1_000_000}ms.",
         "5ms",
     )

@@ -69,7 +69,7 @@ class Document:
 
 
 def field_text(place: Place) -> str:
-    """Return a path to a value as text for people: `spec.selector.cgroup[0]`."""
+    """Return the human-readable path of a value, for example `spec.selector.cgroup[0]`."""
     text = "".join(f"[{part}]" if isinstance(part, int) else f".{_cut(part)}" for part in place)
     return text.removeprefix(".")
 

@@ -1,10 +1,11 @@
-"""Shares inside a share: a level gets no more time for levels with shares that lie inside it.
+"""Nested compute shares: a level with a share gets no additional time if levels inside it have shares too.
 
-A *unit* is such a level, with all that lies inside. A device's time is divided among units and other tenants by their
-own virtual time, and a unit's part among the tenants inside by theirs. Each ceiling on the way holds. The time that a
-unit has used stays charged to it, whichever cgroups are created and removed inside.
+A *unit* is the outer level with everything inside it. The scheduler divides a device's time among units and other
+tenants by their virtual times. It divides the time of a unit among the tenants inside by the virtual times of these.
+The ceilings of all enclosing units apply. The time that a unit has used stays charged to it, even if cgroups inside it
+are created and removed.
 
-Used by `turns`, `share_groups` and `state`, in the gatekeeper's time slicer thread. Times are nanoseconds.
+`turns`, `share_groups` and `state` use this module, in the gatekeeper's slicer thread. Times are in nanoseconds.
 """
 
 from __future__ import annotations
@@ -93,7 +94,7 @@ class Unit:
         return max((self._of(device).ready_ns(self.share) for device in devices), default=0)
 
     def spent_ns(self, devices: Iterable[int]) -> int:
-        """Return when a turn that goes on uses up the time in hand. Only for a unit with a ceiling."""
+        """Return the time at which a turn that continues has used up the budget. The unit must have a ceiling."""
         return min((self._of(device).spent_ns(self.share) for device in devices), default=0)
 
     def is_spent(self, devices: Iterable[int]) -> bool:

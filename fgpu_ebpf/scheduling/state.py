@@ -258,7 +258,10 @@ class Place:
         return self.flight_ns(now_ns) <= LEAD_NS + MORE_NS
 
     def is_preempted(self) -> bool:
-        """Return whether its turn was cut and handed over: it will have drained, and queue again, at the next look."""
+        """Return whether the tenant's turn was preempted and the next tenant's turn has been granted.
+
+        The turn will have drained by the next pass of the scheduler, and the tenant then queues again.
+        """
         return self.turn is not None and self.turn.handed_ns > 0 and self.turn.cut
 
     def meets_ns(self, turn: Turn) -> int:

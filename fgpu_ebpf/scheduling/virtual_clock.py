@@ -21,7 +21,7 @@ class Clocks:
         self._clocks: dict[tuple[int, int], int] = {}  # (device, rank): virtual time of the last turn's beginning
 
     def now(self, devices: Collection[int], rank: int) -> int:
-        """Return the virtual time at which a tenant of this rank starts on these devices."""
+        """Return the virtual time, in nanoseconds, at which a tenant of this rank starts on these devices."""
         return min((self._clocks.get((device, rank), 0) for device in devices), default=0)
 
     def turn_begins(self, devices: Collection[int], rank: int, virtual_ns: int, lifted_ns: int = 0) -> None:

@@ -186,7 +186,9 @@ def _stronger(levels: list[Tenant], manager: Manager, ledger: Ledger, is_shim: b
     if bypassing and has_levels:
         reasons = {pid: bypass_reason.reason(pid, is_shim) for pid in sorted(bypassing)[:5]}
         pids = ", ".join(f"{pid} ({reason})" if reason else str(pid) for pid, reason in reasons.items())
-        found.append(f"without the shim: pid {pids}: charged, not stopped; mount the shim, or set onBypass: kill")
+        found.append(
+            f"without the shim: pid {pids}: they are charged, not refused: mount the shim, or set onBypass: kill"
+        )
         found += [f"{reason}: {reason.words}" for reason in dict.fromkeys(filter(None, reasons.values()))]
     return found
 

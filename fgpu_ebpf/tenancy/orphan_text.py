@@ -19,7 +19,7 @@ def keepers(orphan: Mapping[str, Any]) -> str:
     """Return which processes keep the memory, or why none is named."""
     if orphan["keepers"]:
         return "kept by pid " + ", ".join(map(str, orphan["keepers"]))
-    return "kept by a descriptor that no process of its cgroups has"
+    return "held by a file descriptor that no process in its cgroups has open"
 
 
 def sentence(orphan: Mapping[str, Any]) -> str:

@@ -150,7 +150,7 @@ class Overrides:
             override = _override(entry)
             self._all[override.cgroup] = override
         except (ValueError, TypeError, KeyError, QuantityError) as error:
-            text = f"{self._file} has an entry that cannot be understood: {error}"
+            text = f"{self._file} has an invalid entry: {error}"
             log.error("%s: pinned limits stay as they are", text)
             cgroup = entry.get("cgroup") if isinstance(entry, Mapping) else None
             if isinstance(cgroup, int):

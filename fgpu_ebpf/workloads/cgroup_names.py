@@ -154,7 +154,7 @@ def is_unit(part: str) -> bool:
 
 
 def is_folder(part: str) -> bool:
-    """Return whether the folder is for several workloads, so that a limit on it belongs to their group."""
+    """Return whether a cgroup of this name contains several workloads, so that a limit on it is a group's limit."""
     is_slice = part.endswith(".slice") and not is_pod(part)
     return is_slice or part in _FOLDERS or _ENGINE_UNITS.fullmatch(part) is not None
 

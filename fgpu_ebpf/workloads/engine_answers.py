@@ -29,7 +29,10 @@ class AnswerError(Exception):
 
 
 def labels_of(*sources: object) -> dict[str, str]:
-    """Merge labels and annotations; the first source that has a key wins. Keys of ASKING are taken first."""
+    """Merge labels and annotations. If several sources have a key, the first source takes precedence.
+
+    The result has at most MOST_LABELS labels and MOST_CHARACTERS characters. Keys of ASKING are added first.
+    """
     found: dict[str, str] = {}
     left = MOST_CHARACTERS
     for key, value in _in_order(sources):

@@ -78,10 +78,10 @@ def totals(load: known.Load) -> dict[str, dict[str, Expected]]:
     }
     cluster = memory | {
         "Nodes": 1, "Nodes down": 0, "Devices": 1, "Gatekeepers down": 0, "Policies rejected": 0,
-        "Refusals": known.REFUSALS, "Bypassing processes": 1, "Tenants not held by the kernel": 1,
+        "Refusals": known.REFUSALS, "Bypassing processes": 1, "Tenants not enforced by the kernel": 1,
     }  # fmt: skip
     node = memory | {
-        "Policy files good": 1, "Policies in force": 0, "Gatekeeper up": 1, "Unmanaged processes": 1,
+        "Policy files valid": 1, "Policies in force": 0, "Gatekeeper up": 1, "Unmanaged processes": 1,
         "NVML's last answer": pytest.approx(0.5, abs=0.5), "Events lost": 0,
         "Agent failures": 0, "Writes refused": 0,
     }  # fmt: skip
@@ -95,7 +95,7 @@ def of_tenant(load: known.Load, part: str) -> dict[str, Expected]:
     shown = {
         "Limit": limit, "Used": used, "Full": used / limit, "Drift": 0, "Processes": 1, "Peak": used,
         "Refusals": known.REFUSALS if part == "full" else 0, "Bypassing processes": int(part == "around"),
-        "Held by the kernel": None if part == "around" else 1,  # shown as "No"
+        "Enforced by the kernel": None if part == "around" else 1,  # shown as "No"
     }  # fmt: skip
     if part not in known.WEIGHTS:
         return shown | {"Entitlement": None, "Ceiling": None, "Throttled": None}
@@ -161,7 +161,7 @@ def test_tables_and_shares(prometheus: Prometheus, load: known.Load, dashboards)
     names = {part: tenant.name for part, tenant in load.tenants.items()}
     assert by(prometheus.ask(queries["Top tenants by memory"]), "tenant") == load.used
     assert by(prometheus.ask(queries["Top tenants by refusals"]), "tenant").keys() == {names["full"]}
-    parts = by(prometheus.ask(queries["Top tenants by part of their limit"]), "tenant")
+    parts = by(prometheus.ask(queries["Top tenants by used part of the limit"]), "tenant")
     assert max(parts, key=lambda name: parts[name]) == names["full"]
     had = {names[part]: pytest.approx(ceiling, abs=0.08) for part, ceiling in known.CEILINGS.items()}
     eventually(

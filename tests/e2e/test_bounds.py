@@ -94,7 +94,7 @@ def test_processes_of_four_cgroups_leave_their_neighbour_an_entry(
     folder: Folder,
     crowd: Callable[[Path, int], int],
 ) -> None:
-    """Four cgroups with fewer processes than a level may have count together as one workload."""
+    """The processes of all cgroups of a workload share one bound, even if each cgroup is below a level's bound."""
     write("memory: {limit: 1GiB}", selector=NAMES)
     folder.make(4)
     eventually(lambda: len([t for t in ask(verb="snapshot")["tenants"] if t["path"].startswith(f"/{GROUP}/")]) == 5)

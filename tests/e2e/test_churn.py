@@ -154,7 +154,7 @@ def test_tenants_come_and_go_and_leave_nothing(service: Service, parent: Path, s
     assert ask(verb="snapshot")["failures"] == 0
 
 
-def test_a_new_tenant_in_a_cgroup_known_as_unmanaged(parent: Path) -> None:
+def test_a_new_tenant_in_an_unmanaged_cgroup_has_its_limit_at_once(parent: Path) -> None:
     """The first program of a new tenant in an unmanaged cgroup has its limit, however early it starts."""
     say_hello(parent)
     eventually(lambda: entries("resolved") > 0, 5, "that the cgroup around them is unmanaged")

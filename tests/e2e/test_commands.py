@@ -76,7 +76,7 @@ def test_metrics_show_what_happened(tenant) -> None:
 
 
 @pytest.mark.places("host")
-def test_status_ps_and_metrics_show_the_same(tenant) -> None:
+def test_status_ps_and_metrics_show_the_same_values(tenant) -> None:
     one = tenant(CONTEXT + 40 * MIB)
     client = one.client()
     with one.growing():

@@ -102,7 +102,7 @@ def test_detach_leaves_a_host_as_it_was(bare: Service, tmp_path: Path, alive: bo
 
 
 def test_a_shim_in_use_stays(bare: Service, tmp_path: Path) -> None:
-    """A program of `fgpu run` continues, and so do the programs that it starts."""
+    """A program of `fgpu run`, and the programs that it starts, continue after `fgpu detach`."""
     bare.start_agent(None, "--store", str(STATE / "shim"))
     place = place_of("host", tmp_path)
     one = place.tenant(CONTEXT + 40 * MIB)

@@ -319,8 +319,8 @@ def test_second_agent_is_turned_away(service: Service) -> None:
     assert done.stderr.strip() == "fgpu: an agent is running on this host already"
 
 
-def test_a_taken_metrics_address_keeps_no_limit_from_being_enforced(service: Service, unharmed: None) -> None:
-    """An agent that exited for it would do so once a second, and new containers would have no limit or no memory."""
+def test_limits_are_enforced_if_the_metrics_address_is_in_use(service: Service, unharmed: None) -> None:
+    """An agent that exits because of this error is restarted each second; new containers get no limit or no memory."""
     host, port = LISTEN.split(":")
     service.kill_agent()
     with socket.socket() as taken:

@@ -114,7 +114,7 @@ def test_a_process_killed_in_a_call_or_an_admission_leaves_nothing(tenant, scale
 
 @pytest.mark.slow
 @pytest.mark.places("host", "runc")
-def test_unreaped_processes_hold_nothing(tenant) -> None:
+def test_zombies_hold_no_memory(tenant) -> None:
     one = tenant(8 * GIB)
     watcher = bystander(one)
     free = watcher.ok("info")[0]
@@ -257,7 +257,7 @@ def test_each_process_of_a_tree_is_itself(tenant, scale) -> None:
 
 
 @pytest.mark.places("host", "runc")
-def test_first_thread_may_leave(tenant) -> None:
+def test_a_process_stays_charged_after_its_first_thread_has_exited(tenant) -> None:
     one = tenant(CONTEXT + 80 * MIB)
     client = one.client()
     client.ok("context")
@@ -364,7 +364,7 @@ def keep_a_child(client: Client) -> LetGo:
 @pytest.mark.places("host", "runc")
 @pytest.mark.parametrize("keep", [keep_a_descriptor, keep_a_child])
 def test_no_request_waits_for_memory_that_a_living_process_keeps(tenant, keep: Callable[[Client], LetGo]) -> None:
-    """It is refused as soon as the end of the exited process is over, and admitted as soon as the memory is free."""
+    """A request is refused once the killed process has ended completely, and admitted once its memory is free."""
     one = tenant(2 * CONTEXT + KEPT)
     other, client = bystander(one), one.client()
     request, took = f"alloc {CONTEXT + KEPT // 2}", []

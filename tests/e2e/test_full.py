@@ -96,7 +96,7 @@ def live_for(seconds: float, tenants: list[Tenant]) -> dict[str, float]:
 
 @pytest.mark.slow
 @pytest.mark.places("host")
-def test_nothing_waits_for_a_log_that_is_not_read(dead: Service, tenant, scale) -> None:
+def test_no_request_waits_for_a_log_that_is_not_read(dead: Service, tenant, scale) -> None:
     reader, writer = brimful()
     try:
         dead.start_agent(writer)

@@ -109,7 +109,7 @@ def test_requests_of_containers_and_images_are_bounded_by_the_policy(docker: Doc
         docker.end(one)
 
 
-def test_an_engine_that_stalls_delays_no_limit_and_refines_it_in_a_running_program(docker: Docker) -> None:
+def test_labels_from_a_stalled_engine_change_the_limit_of_a_running_program_later(docker: Docker) -> None:
     docker.socket.stall()
     one = docker.container({"tier": "notebook"})
     eventually(lambda: limit_of(one) == ("others", GIB), 1, "the limit by cgroup")

@@ -136,7 +136,7 @@ ABSURD = (
 
 
 @pytest.mark.places("host", "runc")
-def test_absurd_sizes_are_refused(tenant) -> None:
+def test_sizes_near_the_end_of_the_integer_range_are_refused(tenant) -> None:
     one = tenant(CONTEXT + ROOM)
     client = one.client()
     client.ok("context")

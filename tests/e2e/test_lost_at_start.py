@@ -117,7 +117,7 @@ def test_a_device_that_is_found_again_is_taken_in(
 
 @inside
 @pytest.mark.places("host")
-def test_nothing_is_to_be_had_on_a_device_before_the_agent_has_it(
+def test_allocations_are_refused_on_a_device_that_the_agent_has_not_initialized(
     service: Service, fault: Callable[[str], None], place: Any, restart: Callable[..., None]
 ) -> None:
     """Programs may find the device before the agent has initialized NVML again."""

@@ -103,8 +103,8 @@ def test_silent_peers_do_not_keep_others_waiting(service: Service, tenant) -> No
 
 
 @pytest.mark.slow
-def test_stranger_is_answered_and_learns_nothing(service: Service) -> None:
-    """The first process that this agent sees is outside every tenant: it gets an answer at once, without pages."""
+def test_an_unmanaged_process_gets_an_answer_without_usage_pages(service: Service) -> None:
+    """A process outside every tenant, the first that registers after the start, gets its answer at once."""
     service.detach()
     service.start_agent()
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as sock:

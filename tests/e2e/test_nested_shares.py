@@ -96,7 +96,7 @@ def test_three_cgroups_have_the_weight_of_one(nested: Nested, start) -> None:
 
 
 def test_a_new_cgroup_each_second_gives_no_more_time(nested: Nested, start) -> None:
-    """A policy matches whatever its tenant makes, at any depth: what it has made counts for the first of them."""
+    """The policy matches cgroups that the tenant creates, at any depth. Their time is charged to the outermost."""
     honest, seconds = start("honest", "--weight", "100"), 8
     first = nested("weight: 100", 1, ALL_BELOW)
     began = time.monotonic()

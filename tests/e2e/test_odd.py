@@ -124,7 +124,7 @@ def test_a_context_comes_and_goes_beside_another(tenant) -> None:
 
 
 @pytest.mark.places("host", "runc")
-def test_managed_memory_goes_with_its_context_beside_another(tenant) -> None:
+def test_managed_memory_is_released_with_its_context_while_another_context_exists(tenant) -> None:
     """NVML never shows this memory, and the kernel does not know which context it belongs to."""
     one = tenant(3 * CONTEXT + 200 * MIB)
     client = one.client()

@@ -190,7 +190,7 @@ def _is_zombie(pid: int) -> bool:
 
 
 @pytest.mark.places("runc")
-def test_a_limit_by_hand_wins_until_it_is_unset(service: Service, write: Write, container) -> None:
+def test_an_override_takes_precedence_until_it_is_unset(service: Service, write: Write, container) -> None:
     write("memory: {limit: 2GiB}")
     one = container()
     client = one.client()
@@ -278,7 +278,7 @@ def test_a_group_s_limit_holds_over_the_sum_of_its_tenants(write: Write, contain
 
 
 @pytest.mark.places("runc")
-def test_limits_that_sum_past_the_device_are_refused_with_the_numbers(strict: Service, write: Write, container) -> None:
+def test_limits_whose_sum_exceeds_the_device_are_refused(strict: Service, write: Write, container) -> None:
     write("memory: {limit: 9GiB}")
     first = container().client()
     assert first.ok("info")[1] == 9 * GIB
@@ -297,7 +297,7 @@ def test_limits_that_sum_past_the_device_are_refused_with_the_numbers(strict: Se
 
 
 @pytest.mark.places("runc")
-def test_an_out_of_memory_of_the_device_is_not_the_limit_s(write: Write, container) -> None:
+def test_out_of_memory_on_the_device_is_not_counted_as_a_refusal_by_the_limit(write: Write, container) -> None:
     write("memory: {limit: 15GiB}")
     one, two = container(), container()
     first, second = one.client(), two.client()

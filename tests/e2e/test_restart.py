@@ -53,14 +53,14 @@ def restart(service: Service, number: int) -> None:
 
 
 @pytest.mark.places("runc")
-def test_a_program_that_starts_with_many_others_does_not_wait_for_them(agent: Service) -> None:
-    """Agent and gatekeeper, which programs wait for, have a higher priority."""
+def test_agent_and_gatekeeper_have_a_higher_scheduling_priority(agent: Service) -> None:
+    """Programs wait for these processes when they start, also while many other programs start."""
     assert agent.agent
     assert {os.getpriority(os.PRIO_PROCESS, pid) for pid in (agent.agent.pid, *agent.gatekeepers())} == {-10}
 
 
 @pytest.mark.places("runc")  # on the host: test_failpoints.py
-def test_restarts_are_not_noticed(agent: Service, tenant, scale) -> None:
+def test_restarts_do_not_affect_running_programs(agent: Service, tenant, scale) -> None:
     tenants = [tenant(2 * CONTEXT + ROOM) for _ in range(2)]
     for one in tenants:
         one.assert_enforced()
@@ -209,7 +209,7 @@ def service_gatekeeper() -> Iterator[subprocess.Popen[bytes]]:
 
 
 @pytest.mark.places("host")
-def test_the_agent_s_gatekeeper_ends_when_a_service_s_comes(agent: Service, tenant) -> None:
+def test_the_agents_gatekeeper_exits_when_a_service_starts_one(agent: Service, tenant) -> None:
     """F30: a gatekeeper that systemd or a pod starts never waits for the agent to end."""
     one = tenant(2 * CONTEXT + ROOM)
     one.assert_enforced()

@@ -1,4 +1,4 @@
-"""T29: a tenant's programs begin in roots without number, each with files of libcuda's name that take long to read."""
+"""T29: a tenant starts programs in many root directories. Each has files named like libcuda that take long to read."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def roots(tmp_path: Path) -> Path:
 
 @pytest.mark.places("host")
 @pytest.mark.timeout(120)
-def test_programs_in_roots_without_number_delay_no_neighbour(
+def test_programs_in_many_roots_delay_no_other_tenant(
     unharmed: None, tenant, roots: Path, scale: Callable[..., int]
 ) -> None:
     hostile = tenant(CONTEXT + ROOM)

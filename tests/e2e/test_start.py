@@ -394,7 +394,7 @@ def test_a_limit_that_could_not_be_raised_is_unchanged(host: Host) -> None:
 
 
 @pytest.mark.places("cgroups")
-def test_a_limit_by_hand_without_room_at_a_restart_is_kept(host: Host) -> None:
+def test_an_override_that_no_longer_fits_at_a_restart_is_kept(host: Host) -> None:
     tenants = [host.place.tenant(9 * GIB) for _ in range(2)]
     clients = [tenant.client() for tenant in tenants]
     for client in clients:

@@ -65,7 +65,7 @@ def assert_each_has_its_own(jobs: list[str], had: dict[str, str]) -> None:
         fgpu("unset", name)
 
 
-def test_cgroups_of_one_name_keep_names_of_their_own_over_restarts(service: Service, jobs: list[str]) -> None:
+def test_tenants_with_equal_cgroup_names_keep_unique_names_after_restarts(service: Service, jobs: list[str]) -> None:
     ids = [(cgroup_root() / path.lstrip("/")).stat().st_ino for path in jobs]
     eventually(lambda: len(names()) == len(jobs), 10, "all of them managed")
     in_order = dict(zip(jobs, ["job", *(f"job-{number}" for number in ids[1:])], strict=True))

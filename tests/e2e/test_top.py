@@ -135,7 +135,7 @@ def row(lines: list[str], tenant: Tenant) -> list[str]:
 
 
 @pytest.mark.places("host")
-def test_one_pass(service: Service, pair: tuple[Tenant, Tenant]) -> None:
+def test_top_once_prints_one_sorted_table(service: Service, pair: tuple[Tenant, Tenant]) -> None:
     first, second = pair
     for words in ([], ["-1"], ["--once", "--sort", "used"]):
         lines = fgpu("top", *words).stdout.splitlines()

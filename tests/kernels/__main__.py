@@ -34,10 +34,10 @@ _PRODUCT = (
     "test_full_tenant_leaves_its_neighbour_alone",
     "test_killed_processes_release_within_a_second",
     "test_exec_releases",
-    "test_first_thread_may_leave",
+    "test_a_process_stays_charged_after_its_first_thread_has_exited",
     "test_limits_hold_without_agent_and_gatekeeper",
     "test_process_started_without_a_gatekeeper_gets_no_memory",
-    "test_restarts_are_not_noticed",
+    "test_restarts_do_not_affect_running_programs",
 )
 _REFUSED = "tests/kernels/refused.py"
 _LINKS = ("test_the_layer_is_released_with_its_last_mapper", "test_links_that_are_gone_are_there_again")

@@ -1,4 +1,4 @@
-/* A local user's processes, each with executable mappings without number: PROCESSES MAPPINGS FILE. Becomes user 65534,
+/* A local user's processes, each with very many executable mappings: PROCESSES MAPPINGS FILE. Becomes user 65534,
  * says "ready" when all live, and waits. */
 #define _GNU_SOURCE
 #include <fcntl.h>

@@ -216,8 +216,8 @@ def row(**more: Any) -> dict[str, Any]:
         ),
         (
             row(keepers=()),
-            "5MiB on gpu 0 stay charged for process 11, which has ended: kept by a descriptor that no process of its "
-            "cgroups has; it may be unread in a socket, or another container has it",
+            "5MiB on gpu 0 stay charged for process 11, which has ended: held by a file descriptor that no process "
+            "in its cgroups has open; it may be unread in a socket, or another container has it",
         ),
     ],
 )
