@@ -1,7 +1,7 @@
 """The pages, messages and map values that cross a process boundary, as ctypes.
 
-The ctypes form of everything in bpf/fgpu.h, compared offset by offset by tests/unit/test_layout.py. Used by all
-processes of fgpu; contains no behaviour.
+The ctypes form of everything in bpf/fgpu.h, compared offset by offset by tests/unit/test_layout.py. All processes of
+fgpu use this module. It contains no behaviour.
 
 Values are stored as aligned words: a reader in another process sees the old or the new one, nothing between
 (`struct.pack_into` shows it zeros). Sizes are bytes, times CLOCK_MONOTONIC nanoseconds.

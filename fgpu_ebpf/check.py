@@ -1,6 +1,6 @@
 """A finding of `fgpu doctor` about this host, with its fix.
 
-Used by the packages that make findings, and by the commands that show them.
+The packages that make findings use this module, and so do the commands that show them.
 """
 
 from __future__ import annotations

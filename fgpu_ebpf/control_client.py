@@ -1,7 +1,7 @@
 """The client side of the control socket: one request, and its answer or the reason why there is none.
 
-Used by the commands, `fgpu top` and the device plugin. A command has to start quickly, so this imports nothing that
-only the agent needs.
+The commands, `fgpu top` and the device plugin use this module. A command has to start quickly, so this imports nothing
+that only the agent needs.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """`fgpu agent` and `fgpu load`: puts the parts of the agent process together.
 
-Runs in the main thread of these commands; used by `cli.service`. A start that fails raises AgentError with the fix, and
-leaves in force what was in force.
+`cli.service` uses this module, in the main thread of these commands. A start that fails raises AgentError with the fix,
+and leaves in force what was in force.
 """
 
 from __future__ import annotations
@@ -117,7 +117,7 @@ def _process_start() -> float:
 
 
 def _handle_signals(service: Agent) -> None:
-    """Install signal handlers: SIGTERM and SIGINT end the agent, SIGHUP reloads, SIGCHLD looks for the gatekeeper.
+    """Install signal handlers: SIGTERM and SIGINT end the agent, SIGHUP reloads, SIGCHLD checks the gatekeeper.
 
     The main loop wakes for each at once.
     """

@@ -1,7 +1,7 @@
 """`fgpu doctor`: the list of checks of this host, and those that a start requires.
 
-Used by the command `fgpu doctor` and by `daemon`, in the main thread of either. Checks of other subjects are beside
-their subject, and are collected here.
+The command `fgpu doctor` and `daemon` use this module, in their main threads. Checks of other subjects are beside their
+subject, and are collected here.
 """
 
 from __future__ import annotations

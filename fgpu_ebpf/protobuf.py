@@ -1,7 +1,7 @@
 """Classes of protobuf messages, made from a table at their first use.
 
-Used by the CRI client and the device plugin. protobuf is imported by classes() only: most hosts do not need it. Code
-made by protoc would tie fgpu to the versions of protobuf that still load it, from 3.21 in Debian 12 to today's.
+The CRI client and the device plugin use this module. protobuf is imported by classes() only: most hosts do not need it.
+Code made by protoc would tie fgpu to the versions of protobuf that still load it, from 3.21 in Debian 12 to today's.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The state of the host at one moment: all that status, metrics and pages show, as frozen data classes.
 
-Built by `agent.snapshot_builder`, used by `api` and `cli`. Units stand in the names; None is a number that was not
+`agent.snapshot_builder` builds it; `api` and `cli` use it. Units stand in the names; None is a number that was not
 measured.
 """
 

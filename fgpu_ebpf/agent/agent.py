@@ -172,7 +172,7 @@ class Agent:
             log.error("main loop: %s failed; continuing: %s", name, error, exc_info=None if is_short else error)
 
     def _ask_for_looks(self) -> None:
-        """Ask for looks at cgroups whose events were lost, and keep the periodic looks going."""
+        """Request scans of cgroups whose events were lost, and keep the periodic scans going."""
         for path in self.parts.events.lost():
             self.parts.looks.ask(path)
         self.parts.looks.keep()

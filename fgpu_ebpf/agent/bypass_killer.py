@@ -1,8 +1,8 @@
 """Under `onBypass: kill`, kills processes of a tenant beyond its limit whose memory no probe has seen allocated.
 
 The kernel's programs kill a process in a call that they see. Memory allocated through a driver library without probes
-is visible in NVML alone, so the agent kills then. Runs in the agent's main loop, once a round; needs the capability
-KILL.
+is visible in NVML alone, so the agent kills then. This module runs in the agent's main loop, once a round, and needs
+the capability KILL.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The ways in which a process bypasses the shim, and why it has none: the words of `fgpu ps` and of the metrics.
 
-Used by the agent's main thread, with the readings of one Snapshot.
+The agent's main thread uses this module, with the readings of one Snapshot.
 """
 
 from __future__ import annotations

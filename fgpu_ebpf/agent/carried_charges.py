@@ -1,11 +1,11 @@
 """Releases orphaned bytes that are charged to running programs again, after a change of the ledger's layout.
 
 A start that finds another layout enters what each level was charged there as orphaned bytes without an entry
-(`other_layouts`). The first looks charge a program that ran what NVML's row shows for it, so that much less is
+(`other_layouts`). The first passes charge a program that ran what NVML's row shows for it, so that much less is
 orphaned. The rest is memory that NVML shows in no row or holds for ended processes; `OrphanRelease` releases it once
 the device does not hold it.
 
-Used by the reconcile thread in the first seconds of such a start. After an error the bytes stay charged.
+The reconcile thread uses this module in the first seconds of such a start. After an error the bytes stay charged.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""A look at cgroups, step by step: it finds what no event has reported.
+"""A scan of cgroups, step by step: it finds what no event has reported.
 
-Runs in the agent's main loop, in slices (`sliced_looks`). No step takes long, however many cgroups a workload has made.
-Raises the errors of the parts that it calls.
+A scan runs in the agent's main loop, in slices (`sliced_looks`). No step takes long, however many cgroups a workload
+has made. A scan raises the errors of the parts that it calls.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class HostLook:
         self._orphaned, self._stale_mounts, self._lists = orphaned, stale_mounts, lists
 
     def steps(self, path: str) -> Iterator[None]:
-        """Return the steps of a look at all cgroups, or at one workload's."""
+        """Return the steps of a scan of all cgroups, or of one workload's."""
         return self._everything() if path == ALL else self._inside(path)
 
     def _everything(self) -> Iterator[None]:

@@ -1,8 +1,8 @@
 """`fgpu detach`: removes what fgpu has left on the host.
 
-Runs in the agent, or in the command if no agent runs. It leaves what an engine's settings name (`fgpu setup --undo`
-must come first), versions of the shim that processes have mapped, and what was measured of the driver. OSError: part of
-it is left; the next call removes it.
+This module runs in the agent, or in the command if no agent runs. It leaves what an engine's settings name
+(`fgpu setup --undo` must come first), versions of the shim that processes have mapped, and what was measured of the
+driver. OSError: part of it is left; the next call removes it.
 """
 
 from __future__ import annotations

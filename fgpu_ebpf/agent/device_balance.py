@@ -9,7 +9,7 @@ memory that is freed. What is left limits the orphans. An error of the estimate 
 releases none that the device holds. Managed memory of a process that the ledger does not know explains nothing: no
 witness tells when that process frees it.
 
-One Balance for each device, used by the reconcile thread. No I/O.
+The reconcile thread has one Balance for each device. No I/O.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ Life = tuple[int, int, int]  # pid, generation and changes of a process
 
 
 class Reading(NamedTuple):
-    """Bytes in use that live processes and the known rest do not explain, by several samples of one look.
+    """Bytes in use that live processes and the known rest do not explain, by several samples of one pass.
 
     `most`: each process is counted with the least that NVML shows for it. `least`: with the most that NVML shows or
     that it is charged; with both if it is in a call, because it may be taking memory or have given up what is open
@@ -46,7 +46,7 @@ class Charges(NamedTuple):
     """Charges of the ledger for one device.
 
     `kept`: all orphaned bytes. `managed`: managed memory charged to live processes; `managed_busy`: the part of it
-    charged to processes that are in a call or changed something during the look, which the driver may have freed.
+    charged to processes that are in a call or changed something during the pass, which the driver may have freed.
     `managed_freed`: a counter of bytes. `handles`: bytes of handles by (pid, generation, changes), for processes
     without a context that are not busy. `has_strangers`: processes unknown to the ledger have memory there, part of
     which may be managed.
@@ -69,10 +69,10 @@ class Hidden:
         self._handles: Mapping[Life, int] = {}
 
     def look(self, reading: Reading, charges: Charges) -> int:
-        """Enter a look, and return the hidden bytes.
+        """Enter a reading, and return the hidden bytes.
 
-        What was freed since the last look may have been there at this one, so it is subtracted from this look's value
-        too.
+        Memory that was freed since the last reading may have been there at this one, so it is subtracted from this
+        reading's value too.
         """
         if reading.calm and not charges.has_strangers:
             self._least = max(self._least, beyond_orphans(reading, charges))
@@ -80,7 +80,7 @@ class Hidden:
         return max(0, self._least - charges.managed_busy)
 
     def _lost(self, charges: Charges) -> int:
-        """Return bytes that may have been freed since the last look: all handles of a process that changed anything."""
+        """Return bytes that may have been freed since the last reading: all handles of a process that changed any."""
         before = charges.managed_freed if self._freed is None else self._freed
         handles = sum(bytes_ for life, bytes_ in self._handles.items() if charges.handles.get(life) != bytes_)
         self._freed, self._handles = charges.managed_freed, charges.handles

@@ -1,7 +1,7 @@
 """The supervisor of the gatekeeper process: starts one if there is none, and ends it with the agent.
 
-Runs in the agent's main loop; `check` runs in `fgpu doctor`. A gatekeeper that a service runs is only ended by
-`fgpu detach` or a change of the layout. One that dies is replaced within a second.
+The supervisor runs in the agent's main loop; `check` runs in `fgpu doctor`. A gatekeeper that a service runs is only
+ended by `fgpu detach` or a change of the layout. One that dies is replaced within a second.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """`/etc/fgpu/agent.yaml`: the settings of this host, and their defaults.
 
-Used by `daemon`, `fgpu doctor` and `fgpu cdi`. A file that others than root may write is refused, because the settings
-name the program that loads BPF.
+`daemon`, `fgpu doctor` and `fgpu cdi` use this module. A file that others than root may write is refused, because the
+settings name the program that loads BPF.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The schema of `agent.yaml`: its keys and their values.
 
-Used by `host_config`, which opens the file and has the defaults. Errors are returned with their lines.
+`host_config` uses this module; it opens the file and has the defaults. Errors are returned with their lines.
 """
 
 from __future__ import annotations

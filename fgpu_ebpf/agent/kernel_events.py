@@ -1,8 +1,8 @@
 """Dispatch of the events of the kernel's ring buffer.
 
-Runs in the agent's main loop. Decides in which order cgroups that came, went or were entered are considered, and adds
-refusals, bypasses and kills to the event log. `lost` returns the cgroups of which events were lost; its caller looks at
-them again.
+This module runs in the agent's main loop. It decides in which order cgroups that came, went or were entered are
+considered, and adds refusals, bypasses and kills to the event log. `lost` returns the cgroups of which events were
+lost; its caller scans them again.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Devices that had no handle when the agent started: reported, and taken in as soon as NVML finds them.
 
-Runs in the agent's main loop, once a round; the reconcile thread asks NVML. Until NVML finds the device, no tenant gets
-memory on it.
+This module runs in the agent's main loop, once a round; the reconcile thread asks NVML. Until NVML finds the device, no
+tenant gets memory on it.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Overheads: what NVML shows of a process beyond its witnessed bytes, entered in the ledger.
 
-Runs in the reconcile thread. An idle process is set to exactly what NVML shows. If a process is never idle (one of its
-threads is always between an admission and its call), the least that must be missing is added at once.
+This module runs in the reconcile thread. An idle process is set to exactly what NVML shows. If a process is never idle
+(one of its threads is always between an admission and its call), the least that must be missing is added at once.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Corrections:
                 self._ledger.mark(tgid, process.generation, device)
 
     def look(self, device: int, sample: Sample, ended: Mapping[int, int], drift: Drift) -> bool:
-        """Correct all processes of a device once. Returns True if some were not idle: another look may be exact.
+        """Correct all processes of a device once. Returns True if some were not idle: another pass may be exact.
 
         Between the reading of a process and its correction nothing may be charged, released, admitted or in a call: the
         kernel refuses the correction if a change has begun.
@@ -81,7 +81,7 @@ class Corrections:
         return max(0, process.witnessed(device))
 
     def _look_for_the_unnamed(self, device: int, sample: Sample) -> None:
-        """Count the looks at which less memory is in use than an unlisted process with a context holds."""
+        """Count the passes in which less memory is in use than an unlisted process with a context holds."""
         unnamed = {t: p for t, p in sample.processes.items() if p.contexts[device] and t not in sample.rows}
         left = self._left(device, sample) if unnamed else None
         counts = {life: n for life, n in self._gone.items() if life[2] != device}

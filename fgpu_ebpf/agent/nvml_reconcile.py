@@ -1,7 +1,7 @@
 """The reconcile thread: asks NVML, and corrects the ledger by its answers.
 
-It runs beside the agent's main loop, because NVML may hang. Then the ledger goes on from its probes, and the age of the
-last answer is a metric. Corrections are in `ledger_corrections`, releases of orphans in `orphan_release`.
+It runs beside the agent's main loop, because NVML may hang. Then the ledger still follows its probes, and the age of
+the last answer is a metric. Corrections are in `ledger_corrections`, releases of orphans in `orphan_release`.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Truth:
 
     `answered`: when NVML last answered, by device, on the monotonic clock. `used`: bytes in use by device. `held`:
     bytes by device and host pid (None: "N/A"). `drift`: ledger minus NVML of each process that was compared. `turns`:
-    tenants that do not keep to their turns. `failure`: why the last look has no result. `processes`: those of the
+    tenants that do not keep to their turns. `failure`: why the last pass has no result. `processes`: those of the
     ledger, just before. `xids`: what devices have reported, if NVML reports it. `orphans`: of the ledger. `ended`:
     bytes by device and pid that NVML shows for ended processes. `unexplained`: bytes in use by device that no process,
     orphan or known rest explains.
@@ -126,7 +126,7 @@ class Reconciler:
         self.truth = Truth()
 
     def start(self, seconds: float = 0.0) -> None:
-        """Start the thread; the first look is done at once. `seconds`: how long to wait for it."""
+        """Start the thread; the first pass is done at once. `seconds`: how long to wait for it."""
         self._hurry_until = time.monotonic() + HURRY_SECONDS
         self._thread.start()
         self._has_looked.wait(seconds)
@@ -155,7 +155,7 @@ class Reconciler:
         self._repaired.append(index)
 
     def orphaned(self, cgroup: int) -> None:
-        """Note that a level has orphaned bytes, and look at once."""
+        """Note that a level has orphaned bytes, and start a pass at once."""
         self._levels.add(cgroup)
         self._hurry_until = time.monotonic() + HURRY_SECONDS
         self._wake.set()
@@ -175,7 +175,7 @@ class Reconciler:
             self._wait(full_at)
 
     def _wait(self, full_at: float) -> None:
-        """Wait until the next look, at the latest the next full one. New orphans end the wait after a short pause."""
+        """Wait until the next pass, at the latest the next full one. New orphans end the wait after a short pause."""
         looked, period = time.monotonic(), _period(self.truth.orphans)
         if self._levels and looked < self._hurry_until:
             period = ORPHAN_PERIODS[0][1]
@@ -183,7 +183,7 @@ class Reconciler:
             time.sleep(max(0.0, looked + ORPHAN_PERIODS[0][1] - time.monotonic()))
 
     def look(self, is_full: bool = True) -> None:
-        """Do one look: correct, adopt, and release orphans; a full one also sweeps, and reads what changes slowly."""
+        """Do one pass: correct, adopt, and release orphans; a full one also sweeps, and reads what changes slowly."""
         is_due = is_full and time.monotonic() >= self._devices_at
         drift: Drift = {}
         held: dict[int, Rows] = {}
@@ -212,13 +212,13 @@ class Reconciler:
         tries: int,
         is_due: bool,
     ) -> Rows | None:
-        """Look at one device, and return NVML's rows; None: NVML does not answer.
+        """Compare one device with the ledger, and return NVML's rows; None: NVML does not answer.
 
         Overheads are corrected before orphans are released, so that what an importer's row shows is charged to it
         first.
 
         Args:
-            tries: how often to look while processes are not idle.
+            tries: how often to compare while processes are not idle.
             is_due: read the memory in use even if no orphans depend on it.
         """
         has_hidden = any(device_sample.is_hidden(process, device) for process in self._known.values())
@@ -266,7 +266,7 @@ class Reconciler:
         )  # fmt: skip
 
     def _choose_levels(self) -> None:
-        """Choose the levels of the next looks. An event of orphaned bytes may be lost, so all are chosen in turn."""
+        """Choose the levels of the next passes. An event of orphaned bytes may be lost, so all are chosen in turn."""
         cgroups = self._ledger.tenants()
         self._levels.update(cgroups[self._level : self._level + LEVELS_AT_A_TIME])
         self._level = self._level + LEVELS_AT_A_TIME if self._level < len(cgroups) else 0
@@ -287,9 +287,8 @@ class Reconciler:
         """Reap processes whose end was not reported, and delete what ended ones have left.
 
         Args:
-            so_far: the number of entries before these were read, so that processes that come and go between two looks
-            are
-                noticed; a missed end shows later.
+            so_far: the number of entries before these were read, so that processes that come and go between two passes
+                are noticed; a missed end shows later.
         """
         now = {(tgid, p.generation) for tgid, p in self._known.items()}
         self._corrections.forget_ended(self._known)
@@ -307,7 +306,7 @@ class Reconciler:
 
 
 def _period(orphans: Sequence[Orphan]) -> float:
-    """Return the seconds between two looks."""
+    """Return the seconds between two passes."""
     if not orphans:
         return PERIOD_SECONDS
     age = (time.monotonic_ns() - max(orphan.since_ns for orphan in orphans)) / NS

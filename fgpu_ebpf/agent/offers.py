@@ -1,6 +1,7 @@
 """Shares that this host offers to a device plugin, and how many are taken.
 
-Used by the control socket, in the agent's main loop. If `fault` is not empty, nothing is offered, and it says why.
+The control socket uses this module, in the agent's main loop. If `fault` is not empty, nothing is offered, and `fault`
+is the reason.
 """
 
 from __future__ import annotations

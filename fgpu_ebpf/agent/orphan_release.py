@@ -1,7 +1,7 @@
 """Releases orphaned bytes once a device no longer holds them.
 
-Runs in the reconcile thread, after the overheads of a look are corrected: memory that an importer's row shows now is
-charged to the importer before the exporter's orphan is released.
+This module runs in the reconcile thread, after the overheads of a pass are corrected: memory that an importer's row
+shows now is charged to the importer before the exporter's orphan is released.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ class EndedRows:
         self._fell: dict[int, int] = {}  # by pid: when the ended part of its row was last seen to fall
 
     def look(self, rows: Rows, live: Mapping[int, Process], orphans: Iterable[Orphan]) -> dict[int, int]:
-        """Enter a look. Returns bytes by pid, for pids of ended processes that NVML still lists."""
+        """Enter a sample. Returns bytes by pid, for pids of ended processes that NVML still lists."""
         orphaned: dict[int, int] = defaultdict(int)
         for orphan in orphans:
             orphaned[orphan.tgid] += orphan.bytes if orphan.ended_ns else 0
@@ -82,11 +82,11 @@ class EndedRows:
         return {pid: row.ended for pid, row in last.items() if row.ended}
 
     def _before(self, pid: int) -> int:
-        """Return what the last look showed of a process that has ended; it may have been alive then."""
+        """Return what the last pass showed of a process that has ended; it may have been alive then."""
         return self._last[pid].ended if pid in self._last else (self._rows or {}).get(pid) or 0
 
     def released(self, orphan: Orphan, bytes_: int) -> None:
-        """Subtract released bytes, so that what is orphaned until the next look is not taken for them."""
+        """Subtract released bytes, so that what is orphaned until the next pass is not taken for them."""
         row = self._last.get(orphan.tgid)
         if row and orphan.ended_ns:
             self._last[orphan.tgid] = row._replace(orphaned=row.orphaned - bytes_)
@@ -147,7 +147,7 @@ class EndedRows:
 def excess(spare: Sequence[Spare], room: int) -> list[tuple[Orphan, int]]:
     """Return which orphans to release, and how many bytes of each.
 
-    That is what the device has no room for, else the slack of old ones.
+    These are the bytes that the device cannot hold, else the slack of old orphans.
 
     Args:
         spare: the orphans, the first to release first.
@@ -205,7 +205,7 @@ class OrphanRelease:
         return max(self._proven, room - sum(orphan.bytes for orphan in orphans))
 
     def look_without_entries(self, levels: Iterable[int], room: int) -> None:
-        """Release orphaned bytes that had no room in the map, on levels that have had some for two looks."""
+        """Release orphaned bytes that have no entry in the map, on levels that have had some for two passes."""
         entered: dict[int, int] = defaultdict(int)
         pages = {level: self._ledger.orphans.of_level(level) for level in levels}  # first: see orphans.bpf.h
         for orphan in self._ledger.orphans.entries():
@@ -229,7 +229,7 @@ class OrphanRelease:
         a release needs more readings.
 
         Args:
-            sample: the sample of this look.
+            sample: the sample of this pass.
             levels: levels that may have orphaned bytes without an entry, perhaps of a process that exits.
         """
         orphans = [orphan for orphan in self._ledger.orphans.entries() if orphan.device == self._device]

@@ -48,7 +48,7 @@ class Parts:
         return self.manager.enforcer
 
     def take_over(self, policies: Start) -> None:
-        """Bring the kernel's levels, the policies and the overrides together, and look at each tenant once."""
+        """Bring the kernel's levels, the policies and the overrides together, and scan each tenant once."""
         self.policies.begin(policies)
         take_up(self.ledger, self.manager, self.manager.gone)
         self.ledger.times.tell()

@@ -1,8 +1,8 @@
 """Policies between their folder and the manager: read at the start, and again after every change.
 
-Runs in the agent's main loop; a thread of `policy.watch` reads the folder and wakes the loop. The last good set is kept
-on disk for a start with errors in the files or without the folder. If a reading has an error, the last good set stays
-in force as a whole, and the errors are in the event log, the metrics and /readyz.
+This module runs in the agent's main loop; a thread of `policy.watch` reads the folder and wakes the loop. The last good
+set is kept on disk for a start with errors in the files or without the folder. If a reading has an error, the last good
+set stays in force as a whole, and the errors are in the event log, the metrics and /readyz.
 """
 
 from __future__ import annotations

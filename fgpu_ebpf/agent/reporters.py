@@ -1,7 +1,7 @@
 """Reporters: each adds what is new to the event log, once.
 
-They run in the agent's main loop, once a round; stale mounts at every look at all cgroups. Each remembers what it has
-reported.
+They run in the agent's main loop, once a round; the one of stale mounts at every scan of all cgroups. Each remembers
+what it has reported.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class AdoptionReports:
     def look(self) -> None:
         """Report processes that are new since the last result of NVML.
 
-        Preexisting processes are reported at once, others at the second look that finds them: after an exec the driver
+        Preexisting processes are reported at once, others when a second result contains them: after an exec the driver
         takes a moment to free what the program before it held.
         """
         truth = self._truth()
@@ -190,7 +190,7 @@ class StaleMountReports:
         self._reported: set[str] = set()
 
     def look(self, tenants: Iterable[Tenant]) -> Iterator[None]:
-        """Look at one process of each tenant, and report tenants with a stale mount. Yields after each."""
+        """Check one process of each tenant, and report tenants with a stale mount. Yields after each."""
         stale = set()
         for tenant in tenants:
             if any(mount_of(pid) is Mount.REMOVED for pid in self._pids(tenant.path)[:1]):

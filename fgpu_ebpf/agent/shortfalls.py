@@ -1,7 +1,7 @@
 """Shortfalls: tenants that want a device's time and get less of it than is due to them by weight and ceiling.
 
-Runs in the agent's main thread. It looks at the gatekeeper's counts once a second and judges ten seconds of them. A
-tenant wants time if it owned the device or waited for it in nine tenths of these seconds.
+This module runs in the agent's main thread. It reads the gatekeeper's counts once a second and judges ten seconds of
+them. A tenant wants time if it owned the device or waited for it in nine tenths of these seconds.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class Shortfalls:
         self.found: Mapping[Key, Shortfall] = MappingProxyType({})
 
     def look(self) -> None:
-        """Look, at most once a second."""
+        """Judge the counts, at most once a second."""
         now = time.monotonic()
         if now - self._looked_at < LOOK_SECONDS:
             return

@@ -1,7 +1,7 @@
-"""Schedule of the agent's looks at cgroups, and the part of its main loop's time that they take.
+"""Schedule of the agent's scans of cgroups, and the part of its main loop's time that they take.
 
-A look is a sequence of short steps (`cgroup_looks`). Slices of several looks alternate, and between two slices the loop
-serves other events. If a step raises, its look is over and the caller gets the exception; the next look at the same
+A scan is a sequence of short steps (`cgroup_looks`). Slices of several scans alternate, and between two slices the loop
+serves other events. If a step raises, its scan is over and the caller gets the exception; the next scan of the same
 cgroups begins anew.
 """
 
@@ -22,7 +22,7 @@ MOST = 16  # looks at the same time
 
 @dataclass
 class _Look:
-    """A look under way. `spent`: seconds of the loop so far."""
+    """A scan that is running. `spent`: seconds of the loop so far."""
 
     path: str
     steps: Iterator[None]
@@ -30,7 +30,7 @@ class _Look:
 
 
 class Looks:
-    """The looks. `steps` begins one: at all cgroups inside a workload's, by its path, or at ALL."""
+    """The scans. `steps` begins one: of all cgroups inside the one of a workload, by its path, or of ALL."""
 
     def __init__(self, steps: Callable[[str], Iterator[None]]) -> None:
         self._steps = steps
@@ -41,7 +41,7 @@ class Looks:
         self._next_scan = monotonic() + RESCAN_SECONDS
 
     def ask(self, path: str) -> None:
-        """Request a look at these cgroups. One that is under way does not count, as it may have passed them."""
+        """Request a scan of these cgroups. A running scan does not count, as it may have passed them."""
         self._wanted.setdefault(path)
 
     def wait(self, seconds: float) -> float:
@@ -51,7 +51,7 @@ class Looks:
         return max(0.0, min(seconds, self._next_slice - monotonic()))
 
     def keep(self) -> None:
-        """Begin the looks that are due. To be called once a second."""
+        """Begin the scans that are due. The caller does this once a second."""
         now = monotonic()
         if now >= self._next_scan:
             self.ask(ALL)
@@ -64,7 +64,7 @@ class Looks:
                 self._next_scan = now + RESCAN_SECONDS
 
     def go_on(self) -> None:
-        """Run one slice of one look, if one is under way. As much time passes before the next slice."""
+        """Run one slice of one scan, if one is running. As much time passes before the next slice."""
         began = monotonic()
         if not self._looks or began < self._next_slice:
             return
@@ -83,5 +83,5 @@ class Looks:
 
     @staticmethod
     def _run(look: _Look, until: float) -> bool:
-        """Run steps until that time. Returns True if the look is over."""
+        """Run steps until that time. Returns True if the scan is over."""
         return all(monotonic() < until for _ in look.steps)

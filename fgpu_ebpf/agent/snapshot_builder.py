@@ -1,6 +1,6 @@
 """Makes a Snapshot from the ledger, the tenants and the last result of NVML.
 
-Runs in the agent's main loop. Numbers of a part that is missing are left out.
+This module runs in the agent's main loop. Numbers of a part that is missing are left out.
 """
 
 from __future__ import annotations

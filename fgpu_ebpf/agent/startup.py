@@ -1,6 +1,6 @@
 """The steps of the agent's start before it has tenants, and what containers are given at the end of it.
 
-Used by `agent.Agent.start`, in the main thread of the agent process.
+`agent.Agent.start` uses this module, in the main thread of the agent process.
 """
 
 from __future__ import annotations

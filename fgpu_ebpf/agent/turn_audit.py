@@ -1,8 +1,8 @@
 """Audit of turns: compares how much of a device a tenant ran on, by NVML, with how much of it the tenant owned.
 
-Runs in the reconcile thread. It keeps the last ten seconds of gated tenants, and judges no tenant by less. Every second
-it also tells the gatekeeper what NVML saw. If NVML does not say what a process ran, nothing is known of any tenant on
-that device.
+The audit runs in the reconcile thread. It keeps the last ten seconds of gated tenants, and judges no tenant by less.
+Every second it also tells the gatekeeper what NVML saw. If NVML does not say what a process ran, nothing is known of
+any tenant on that device.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class Audit:
         return now - self._at >= LOOK_SECONDS
 
     def look(self, now: float, epoch: float, times: ComputeMaps, processes: Mapping[int, Process]) -> Verdict:
-        """Do a look, about once a second. `now`: monotonic; `epoch`: the same moment in seconds since the epoch."""
+        """Compare, about once a second. `now`: monotonic; `epoch`: the same moment in seconds since the epoch."""
         self._at = now
         turns = times.turns()
         counts = {place: turns.get(place, TurnCounts()) for place in times.shared()}  # without counts it owns nothing

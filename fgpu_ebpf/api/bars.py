@@ -1,7 +1,7 @@
-"""The memory bar of a device: a Snapshot's device -> the parts of its bar, and its figures as text. Pure.
+"""The memory bar of a device: a Snapshot's device -> the parts of its bar, and its figures as text.
 
-Used by `fgpu top` and the web page. The parts are, in this order: what tenants and the driver hold, what others
-hold, what is committed beyond that. A number that was not measured is shown as `-`.
+`fgpu top` and the web page use this module. It does no I/O. The parts are, in this order: what tenants and the driver
+hold, what others hold, what is committed beyond that. A number that was not measured is shown as `-`.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The control socket and the metrics address: the commands and the pages that the agent serves.
 
-Runs in the agent's main loop; a request to the metrics address is answered in a thread of its own. The members of the
-socket's group may read; root of the agent's own user namespace may write. A slow peer never blocks the agent. A peer
-that sends no JSON gets one line that says so.
+This module runs in the agent's main loop; a request to the metrics address is answered in a thread of its own. The
+members of the socket's group may read; root of the agent's own user namespace may write. A slow peer never blocks the
+agent. A peer that sends no JSON gets one line that says so.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Connections of a stream socket that send one line and receive one line, without blocking.
 
-Runs in the agent's main loop, for the control socket. A connection has a few seconds, and there are at most MOST_PEERS.
-One that is slow, or that fails, is closed.
+This module runs in the agent's main loop, for the control socket. A connection has a few seconds, and there are at most
+MOST_PEERS. One that is slow, or that fails, is closed.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
-"""Prometheus metric families made from a Snapshot. Pure.
+"""Prometheus metric families made from a Snapshot.
 
-Used by the control socket (`fgpu metrics`) and by the metrics address. A number that the Snapshot lacks has no sample.
+The control socket (`fgpu metrics`) and the metrics address use this module. It does no I/O. A number that the Snapshot
+lacks has no sample.
 """
 
 from __future__ import annotations

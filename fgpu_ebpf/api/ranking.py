@@ -1,7 +1,7 @@
-"""The table of tenants: rows of a tenant on a device, columns, filter and order. Pure.
+"""The table of tenants: rows of a tenant on a device, columns, filter and order.
 
-Used by `fgpu top` and the web page, on a Snapshot's JSON. A column says what it shows and how it sorts. A number
-that was not measured is shown as `-`, and comes last in every order.
+`fgpu top` and the web page use this module, on a Snapshot's JSON. It does no I/O. A column says what it shows and how
+it sorts. A number that was not measured is shown as `-`, and comes last in every order.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The web page: a Snapshot -> one HTML page, whose script loads the page again while it is visible.
 
-Runs in a thread of the metrics address. The headers keep the page alone: nothing is loaded from elsewhere, no script
-runs but the page's own, and names of tenants are escaped. jinja2 is imported at the first request. A query that cannot
-be understood gets the whole page.
+This module runs in a thread of the metrics address. The headers keep the page alone: nothing is loaded from elsewhere,
+no script runs but the page's own, and names of tenants are escaped. jinja2 is imported at the first request. An invalid
+query gets the whole page.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Asked:
 
     @classmethod
     def of(cls, query: str) -> Asked:
-        """Parse `sort=refused&reverse=1&filter=team-a`; parts that cannot be understood are ignored."""
+        """Parse `sort=refused&reverse=1&filter=team-a`; invalid parts are ignored."""
         try:
             parameters = parse_qs(query, max_num_fields=8)
         except ValueError:

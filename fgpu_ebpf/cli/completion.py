@@ -1,6 +1,6 @@
 """`fgpu completion`: print the completion script of a shell, and complete the names of tenants.
 
-Runs in the process of the command. Nothing is cached: each completion asks the agent, and waits at most
+This module runs in the process of the command. Nothing is cached: each completion asks the agent, and waits at most
 PATIENCE_SECONDS. Without an agent there are no names to complete.
 """
 

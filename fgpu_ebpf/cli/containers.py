@@ -1,7 +1,7 @@
 """`fgpu cdi` and `fgpu setup`: how containers get their limits.
 
-Runs in the process of the command; neither command asks the agent or restarts an engine. Exit codes: 0 done, 1 a
-finding or failure, 2 wrong usage.
+This module runs in the process of the command; neither command asks the agent or restarts an engine. Exit codes: 0
+done, 1 a finding or failure, 2 wrong usage.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """`fgpu policy`: check, list and describe policy files.
 
-Runs in the process of the command, without the agent: it shows the files, not what is in force. Exit codes: 0 done, 1 a
-finding, 2 wrong usage.
+This module runs in the process of the command, without the agent: it shows the files, not what is in force. Exit codes:
+0 done, 1 a finding, 2 wrong usage.
 """
 
 from __future__ import annotations

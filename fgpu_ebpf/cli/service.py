@@ -1,6 +1,6 @@
 """`fgpu agent`, `load`, `doctor`, `detach` and `reload`: the service on this host.
 
-Runs in the process of the command. Exit codes: 0 done, 1 a finding or failure, 2 wrong usage, 3 no agent.
+This module runs in the process of the command. Exit codes: 0 done, 1 a finding or failure, 2 wrong usage, 3 no agent.
 """
 
 from __future__ import annotations

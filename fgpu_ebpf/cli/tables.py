@@ -1,6 +1,6 @@
 """Text tables of `fgpu status`, `fgpu ps` and `fgpu events`, from a Snapshot's JSON.
 
-Runs in the process of the command. The names and users of processes come from psutil.
+This module runs in the process of the command. The names and users of processes come from psutil.
 """
 
 from __future__ import annotations

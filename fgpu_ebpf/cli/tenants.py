@@ -1,7 +1,7 @@
 """`fgpu run`, `set`, `unset` and `device clear`: what a tenant gets.
 
-Runs in the process of the command, which sends its request to the agent. Exit codes: 0 done, 1 failure, 2 wrong usage,
-3 no agent, 4 no such target. `fgpu run` exits with 125 for every failure of its own.
+This module runs in the process of the command, which sends its request to the agent. Exit codes: 0 done, 1 failure, 2
+wrong usage, 3 no agent, 4 no such target. `fgpu run` exits with 125 for every failure of its own.
 """
 
 from __future__ import annotations

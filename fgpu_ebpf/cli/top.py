@@ -1,8 +1,8 @@
 """`fgpu top`: the screen, its event loop, and the restoring of the terminal.
 
-Runs in the main thread of the command; a second thread (`top_input`) asks the agent once a second, so that keys never
-wait for it. If the agent does not reply, one line on the screen says so until it does. The terminal is restored when
-the program is left by a key or a signal, and while it is stopped.
+This module runs in the main thread of the command; a second thread (`top_input`) asks the agent once a second, so that
+keys never wait for it. If the agent does not reply, one line on the screen says so until it does. The terminal is
+restored when the program is left by a key or a signal, and while it is stopped.
 """
 
 from __future__ import annotations

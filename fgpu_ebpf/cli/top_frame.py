@@ -1,7 +1,7 @@
-"""The screen of `fgpu top` as text: a Snapshot and the user's choice -> rich Text. Pure.
+"""The screen of `fgpu top` as text: a Snapshot and the user's choice -> rich Text.
 
-Decides what is left out of a narrow or low window. Rows outside the window are not formatted. Each row is one Text: a
-rich Table measures and wraps every cell, which takes many times as long.
+The module decides what is left out of a narrow or low window. It does no I/O. Rows outside the window are not
+formatted. Each row is one Text: a rich Table measures and wraps every cell, which takes many times as long.
 """
 
 from __future__ import annotations

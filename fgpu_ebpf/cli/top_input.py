@@ -1,8 +1,8 @@
 """The inputs of `fgpu top`: Snapshots from the agent, what the user has chosen to see, and keys of the terminal.
 
-A thread asks the agent for a Snapshot once a second. It never gives up: a failed request is shown as such until the
-next one succeeds. Everything else runs in the main thread. The terminal's mode is changed while a Keyboard is entered,
-and restored when it is left.
+A thread asks the agent for a Snapshot once a second. It never stops: a failed request is shown as such until the next
+one succeeds. Everything else runs in the main thread. The terminal's mode is changed while a Keyboard is entered, and
+restored when it is left.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """`fgpu status`, `ps`, `top`, `explain`, `events` and `metrics`: what the agent knows.
 
-Runs in the process of the command, which prints the agent's answer. Exit codes: 0 done, 1 failure, 2 wrong usage, 3 no
-agent, 4 no such target.
+This module runs in the process of the command, which prints the agent's answer. Exit codes: 0 done, 1 failure, 2 wrong
+usage, 3 no agent, 4 no such target.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Specifications of the Container Device Interface: `fgpu.dev/shim=all` and `fgpu.dev/share=8gib-50pct`.
 
-Used by `injection` in the agent, and by `fgpu cdi`. A specification says what an engine edits into a container that
+`injection` in the agent and `fgpu cdi` use this module. A specification says what an engine edits into a container that
 asks for a device. What a share gets is decided by the agent, which the share's hook asks; if it cannot be given, the
 container does not start. OSError: a file cannot be written, and the one before stays whole.
 """

@@ -1,7 +1,7 @@
-"""The settings of engines with which every container gets the shim, and the same settings without fgpu. Pure.
+"""The settings of engines with which every container gets the shim, and the same settings without fgpu.
 
-Used by `engine_setup`. Knows how Docker, Podman, containerd and CRI-O name `fgpu-oci`. Settings that are not fgpu's are
-kept. SetupError: settings cannot be read, or contain something that is not understood here.
+`engine_setup` uses this module. It does no I/O. It knows how Docker, Podman, containerd and CRI-O name `fgpu-oci`.
+Settings that are not fgpu's are kept. SetupError: settings cannot be read, or contain something unknown.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """`fgpu setup docker|podman|containerd|crio`: gives every container of an engine the shim.
 
-Runs in the command; `checks` in `fgpu doctor`. It writes the engine's settings and what they name beside `fgpu-oci`,
-and keeps the text before; `engine_config` decides what is written. No engine is restarted. SetupError or OSError: the
-settings are as they were.
+This module runs in the command; `checks` runs in `fgpu doctor`. It writes the engine's settings and what they name
+beside `fgpu-oci`, and keeps the text before; `engine_config` decides what is written. No engine is restarted.
+SetupError or OSError: the settings are as they were.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Files that containers get from this host: the preload list, `fgpu-oci` and the CDI specifications.
 
-Used by the agent's start and by `fgpu detach`, `fgpu cdi` and `fgpu doctor`. Files: RUN/containers (read by
+The agent's start, `fgpu detach`, `fgpu cdi` and `fgpu doctor` use this module. Files: RUN/containers (read by
 `fgpu-oci`), RUN/container.preload, lists in RUN/preload.d, the published helper, and the CDI specifications. Settings
 of engines are not touched (`engine_setup` does that on request). OSError: containers that start before that get the
 previous files.

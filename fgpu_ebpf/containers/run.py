@@ -1,8 +1,8 @@
 """`fgpu run`: enters a tenant's cgroup and execs a program.
 
-Runs in the command; `write_preload` and `check` also in the agent and `fgpu doctor`. Sets up the cgroup, the
-namespaces, the preload file and the user of the program. LaunchError: the set-up failed before the program ran an
-instruction.
+This module runs in the command; `write_preload` and `check` also run in the agent and in `fgpu doctor`. It sets up the
+cgroup, the namespaces, the preload file and the user of the program. LaunchError: the set-up failed before the program
+ran an instruction.
 """
 
 from __future__ import annotations

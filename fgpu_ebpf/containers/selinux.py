@@ -1,7 +1,7 @@
 """SELinux: checks whether containers may access what fgpu gives them, by the kernel's own policy.
 
-Used by `fgpu doctor` and `fgpu setup`. Knows what containers need, and the commands that permit it; changes no label
-and no policy. Without SELinux there is no check.
+`fgpu doctor` and `fgpu setup` use this module. It knows what containers need, and the commands that permit it; it
+changes no label and no policy. Without SELinux there is no check.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Attaching of the pinned BPF programs to files of libcuda and the shim, and to tracepoints.
 
-Used by `discovery` and `libraries` in the agent's main thread; `make` runs in worker threads. The links are pinned
-under PINS/links, and the probed files are entered in the map `files`. ProbeError names the fix; a file that cannot be
-probed is not entered, so its processes get no answer to their hello and no memory.
+`discovery` and `libraries` use this module in the agent's main thread; `make` runs in worker threads. The links are
+pinned under PINS/links, and the probed files are entered in the map `files`. ProbeError names the fix; a file that
+cannot be probed is not entered, so its processes get no answer to their hello and no memory.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The reason why a process that uses a device has no shim, or does not use it, and what can be done about it.
 
-Used by the agent's main thread. Facts come from the kernel: the process is not believed, and no file in its root is
-opened. A process that has gone has no reason.
+The agent's main thread uses this module. Facts come from the kernel: the process is not believed, and no file in its
+root is opened. A process that has gone has no reason.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class Reason(StrEnum):
 
 
 def reason(pid: int, is_shim: IsShim = lambda *_: True) -> Reason | None:
-    """Return the reason of a process; None: it is gone or unreadable. `is_shim`: is a (dev, ino) a shim of ours?"""
+    """Return the reason of a process; None: it is gone or unreadable. `is_shim`: is a (dev, ino) a published shim?"""
     try:
         loader = procfs.loader(pid)
         if not loader:

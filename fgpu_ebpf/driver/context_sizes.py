@@ -1,7 +1,7 @@
 """The size of a context on each device, which only the driver knows: measured once, and stored in a file.
 
-Used by the agent's main thread at its start. A child process creates contexts while NVML is asked for their size. If
-that fails, a usual size is used and logged, and the next start tries again.
+The agent's main thread uses this module at its start. A child process creates contexts while NVML is asked for their
+size. If that fails, a usual size is used and logged, and the next start tries again.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The files of libcuda and the shim that a process maps, by their names.
 
-Used by the agent, in its main thread and its worker threads, and by `fgpu detach`. Reading the mappings of a process
-can block on the process.
+The agent uses this module in its main thread and its worker threads, and so does `fgpu detach`. Reading the mappings of
+a process can block on the process.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The ledger index of each device.
 
-Used by the agent at its start and when a lost device returns. A UUID that is pinned keeps its index, whatever number
-NVML gives to the device now. If nothing is pinned, all indexes are free.
+The agent uses this module at its start and when a lost device returns. A UUID that is pinned keeps its index, whatever
+number NVML gives to the device now. If nothing is pinned, all indexes are free.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 NVML is asked for its rows, for the bytes in use, and for the rows again, which shows changes in between. Several such
 samples, at random intervals, make it unlikely that a program which allocates and frees all the time is always sampled
-at the same point of its loop. Used by the agent's reconcile thread.
+at the same point of its loop. The agent's reconcile thread uses this module.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Discovery of the files of libcuda and the shim that processes map, or may come to map.
 
-Runs in the agent's main thread; mappings of processes and roots of containers are read by the workers of `libraries`.
-The gatekeeper sends the pids of processes to a socket here. What one cgroup maps must not delay the work for others.
+This module runs in the agent's main thread; the workers of `libraries` read mappings of processes and roots of
+containers. The gatekeeper sends the pids of processes to a socket here. What one cgroup maps must not delay the work
+for others.
 """
 
 from __future__ import annotations
@@ -102,7 +103,7 @@ class Discovery:
         return f"probes are gone: another process has unpinned them{self._attach_error}"
 
     def reattach(self) -> None:
-        """Attach lost probes again; NVML shows at the next look what was allocated in that time."""
+        """Attach lost probes again; at the next pass, NVML shows what was allocated in that time."""
         lost = self._probes.lost()
         if not lost and self._libraries.own_files <= self._probes.known:
             return

@@ -1,8 +1,8 @@
 """Budgets of each cgroup: how many files of libcuda it may have probed, and how much processor time work for it takes.
 
 A workload counts as one, with all cgroups inside it (`workloads.bound_owner`). Files beyond the budget are refused, so
-their processes get no memory; the host's own files count for no cgroup. Used by `libraries`, in the agent's main
-thread.
+their processes get no memory; the host's own files count for no cgroup. `libraries` uses this module, in the agent's
+main thread.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The driver of this host, with probes attached to every file of it that is in use.
 
-Used by the agent's start, in its main thread. A start has two steps: `prepare` needs no BPF programs, and runs while
-they are compiled; `Prepared.attach` needs them. AgentError and ERRORS say what is missing.
+The agent's start uses this module, in its main thread. A start has two steps: `prepare` needs no BPF programs, and runs
+while they are compiled; `Prepared.attach` needs them. AgentError and ERRORS say what is missing.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """An image of the BPF programs: what the compiler prints, loaded into the kernel and pinned.
 
-A pinned map that has the form that the image wants is used as it is, with its contents. Used by `driver.programs`.
+A pinned map that has the form that the image wants is used as it is, with its contents. `driver.programs` uses this
+module.
 """
 
 from __future__ import annotations

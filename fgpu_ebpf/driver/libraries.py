@@ -1,8 +1,8 @@
 """The files of libcuda and the shim that are in use: their classes, their probes, and why a file has none.
 
-Runs in the agent's main thread. Work that can block on a tenant's process or file is done by worker threads, and its
-results are applied here. A file that cannot be probed is logged once and not tried again before the next look around;
-its processes get no memory. The files of one cgroup must not keep other cgroups' files from being probed.
+This module runs in the agent's main thread. Work that can block on a tenant's process or file is done by worker
+threads, and its results are applied here. A file that cannot be probed is logged once and not tried again before the
+next scan; its processes get no memory. The files of one cgroup must not keep other cgroups' files from being probed.
 """
 
 from __future__ import annotations

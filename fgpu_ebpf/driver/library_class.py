@@ -1,12 +1,13 @@
 """The trust class of a file of libcuda or the shim, and the reason.
 
-Roles: SHIM, one of ours; HOST, the host driver's own file; LISTED, a file with the contents of a host driver's file or
-with a digest in agent.yaml; UNKNOWN, every other libcuda; NONE, a file that has libfgpu's name and is neither. Frees by
-drivers of the first two classes count at once; by those of the third they count once NVML shows them.
+Roles: SHIM, a shim of this host; HOST, the host driver's own file; LISTED, a file with the contents of a host driver's
+file or with a digest in agent.yaml; UNKNOWN, every other libcuda; NONE, a file that has libfgpu's name and is neither.
+Frees by drivers of the first two classes count at once; by those of the third they count once NVML shows them.
 
 A file is known by its (dev, ino) or by its contents, never by what it contains about itself: a build id is a note that
 the file's author writes. A tenant can write into its own file at any time, so contents are believed as long as the
-file's size and times are as they were before they were read. Used by the agent's main thread and its library workers.
+file's size and times are as they were before they were read. The agent's main thread and its library workers use this
+module.
 """
 
 from __future__ import annotations

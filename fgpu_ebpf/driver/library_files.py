@@ -1,7 +1,8 @@
 """Files of libcuda and the shim: where a host has them, and how to open a file that a process maps.
 
 A file is compared with the mapping after it is opened, since another may have taken its place. A path that a container
-has chosen is never followed to a file of the host's. Used in the agent's main thread and its workers. Raises OSError.
+has chosen is never followed to a file of the host's. The agent's main thread and its workers use this module. Raises
+OSError.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Examination of libcuda and shim files: their class, and whether their probes see the calls of a process.
 
-Runs in the agent's library workers. A file may be a tenant's, contain anything, or lie on a file system that never
-answers. Results are applied in the main thread (`libraries`); only the digests in `Trust` are changed here.
+This module runs in the agent's library workers. A file may be a tenant's, contain anything, or lie on a file system
+that never answers. Results are applied in the main thread (`libraries`); only the digests in `Trust` are changed here.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The links of one program to one file: one for all offsets, or, before Linux 6.6, one for each.
 
-Used by `attach`, in the agent's main thread; links are closed in a thread of this module. OSError: links that were not
-pinned yet are closed.
+`attach` uses this module, in the agent's main thread; a thread of this module closes links. OSError: links that were
+not pinned yet are closed.
 """
 
 from __future__ import annotations

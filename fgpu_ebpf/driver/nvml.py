@@ -1,7 +1,7 @@
 """NVIDIA's management library: the devices, and what each process holds on them.
 
-The only module beside `nvml_process_rows` that uses pynvml. Used by the agent's reconcile thread, by its start and by
-`fgpu doctor`. A number that NVML does not report is None. DriverError, with its fix: there is no driver.
+Only this module and `nvml_process_rows` use pynvml. The agent's reconcile thread, its start and `fgpu doctor` use this
+module. A number that NVML does not report is None. DriverError, with its fix: there is no driver.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """NVML's rows: the processes that hold memory on a device, and how much.
 
 NVML lists processes that compute and processes that draw or encode (Vulkan, OpenGL, NVENC) separately. A process that
-does both is in both lists, with the same bytes. Used by the agent's reconcile thread.
+does both is in both lists, with the same bytes. The agent's reconcile thread uses this module.
 """
 
 from __future__ import annotations

@@ -5,9 +5,9 @@ each level in the other ledger are entered here as orphaned bytes, so nothing be
 reconcile thread then charges what NVML shows for the running programs, and releases what the device does not hold.
 
 The order is: the other programs no longer find a page, the charges are read, and they are entered. bpf/fgpu.h says what
-all layouts have in common. Used by the agent at its start. ProgramError: the limits of the other layout cannot be read
-and stay in force. OSError of the kernel once its pages are out of reach: nothing is admitted until a start succeeds,
-which reads them again.
+all layouts have in common. The agent uses this module at its start. ProgramError: the limits of the other layout cannot
+be read and stay in force. OSError of the kernel once its pages are out of reach: nothing is admitted until a start
+succeeds, which reads them again.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The functions of libcuda and the shim that are probed, and their offsets in a file.
 
-Used by `attach`, and by the agent's library workers. The file may be a tenant's, so what is read of it is bounded.
+`attach` and the agent's library workers use this module. The file may be a tenant's, so what is read of it is bounded.
 ProbeError names the fix.
 """
 
@@ -112,7 +112,7 @@ class Plan:
 def plan(fd: int, path: str, role: Role, offsets: Mapping[str, int] | None = None) -> Plan:
     """Return how to probe an open file of this role. Raises ProbeError: it lacks a required function; ElfError.
 
-    A file that has libfgpu's name, is no shim of ours and lacks the driver's functions is not probed at all.
+    A file that has libfgpu's name, is no shim of this host and lacks the driver's functions is not probed at all.
     """
     offsets = offsets or _offsets(fd, _ALL)
     if role is Role.SHIM:

@@ -1,8 +1,8 @@
 """The BPF programs in the kernel: whether exactly these are pinned; compiling, loading and pinning them.
 
 Compiling takes seconds and BCC. What it gives is kept in CACHE for the next start of this kernel, for example after a
-boot. Used by the agent at its start and by `fgpu doctor`. ProgramError names the fix; what was pinned before stays in
-force.
+boot. The agent, at its start, and `fgpu doctor` use this module. ProgramError names the fix; what was pinned before
+stays in force.
 """
 
 from __future__ import annotations

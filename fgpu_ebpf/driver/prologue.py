@@ -6,7 +6,7 @@ place of half of one. Drivers before 580, and after it, begin every call with a 
 the arguments are where they were, and the return address lies on top of the stack. A probe is never moved behind a jump
 or behind an instruction that changes the stack; any other beginning is probed at its first byte.
 
-Used by `probe_plan`.
+`probe_plan` uses this module.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The libcuda that a program would find in its own root, before it maps one.
 
-Used by `discovery`; `libraries` and `root_of` run in worker threads. A root is not left by a link, and file systems
-mounted into it are not opened: they may never answer, and what a container is given there is the host's own. If a
-search fails, nothing is found; a process that maps a libcuda is known by its hello, or by NVML.
+`discovery` uses this module; `libraries` and `root_of` run in worker threads. A root is not left by a link, and file
+systems mounted into it are not opened: they may never answer, and what a container is given there is the host's own. If
+a search fails, nothing is found; a process that maps a libcuda is known by its hello, or by NVML.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@
     STORE/versions               SHA-256 and size of every version that was ever staged: images may have any of them
 
 A reader of `current` sees the old version or the new one at all times. publish() is to be called once the file that
-stage() returned is probed. Used by the agent and by `fgpu detach`. OSError: the published version stays published.
+stage() returned is probed. The agent and `fgpu detach` use this module. OSError: the published version stays published.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def stage(shim: Path, store: Path = STORE) -> Path:
 
 
 def genuine(shim: Path, store: Path | None = None) -> dict[str, int]:
-    """Return SHA-256 and size of this shim and of every version that is or was in the store: the shims of ours."""
+    """Return SHA-256 and size of this shim and of every version that is or was in the store: the shims of this host."""
     folders = _versions(store) if store else []
     contents = [path.read_bytes() for path in (shim, *(folder / FILE for folder in folders)) if path.is_file()]
     return _recorded(store) | {hashlib.sha256(content).hexdigest(): len(content) for content in contents}

@@ -1,6 +1,6 @@
 """Checks of the package and the kernel before anything is enforced.
 
-Used by the agent at its start and by `fgpu doctor`. AgentError names what is missing, and the fix.
+The agent, at its start, and `fgpu doctor` use this module. AgentError names what is missing, and the fix.
 """
 
 from __future__ import annotations

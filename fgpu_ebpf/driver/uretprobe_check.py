@@ -1,7 +1,7 @@
 """A check whether processes survive return probes on this kernel.
 
-Used by the agent before the first use of its programs: a child is probed before any other process is. The probe is
-removed afterwards. OSError: no file can be probed at all.
+The agent runs this check before the first use of its programs: a child is probed before any other process is. The probe
+is removed afterwards. OSError: no file can be probed at all.
 """
 
 from __future__ import annotations

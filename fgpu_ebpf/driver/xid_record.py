@@ -1,7 +1,8 @@
 """Devices that have reported a fatal XID, stored over restarts of the agent: a restart repairs no device.
 
-Used by the agent's main thread. The file under /run is valid until the next boot or the next load of the driver. A file
-that cannot be read counts as empty, and one that cannot be written is tried again in each round; both are logged.
+The agent's main thread uses this module. The file under /run is valid until the next boot or the next load of the
+driver. A file that cannot be read counts as empty, and one that cannot be written is tried again in each round; both
+are logged.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """XIDs: errors that devices report, and which devices must not be given to programs after that.
 
-Used by the agent's reconcile thread. Programs that hold a share of such a device go on, as far as the driver lets them.
+The agent's reconcile thread uses this module. Programs that hold a share of such a device continue, as far as the
+driver lets them.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """Connections of shims until their hello is answered: which process each comes from, and in which order it is served.
 
-Runs in the gatekeeper's main loop. The peer is identified by its pidfd and by the kernel, never by what it sends.
+This module runs in the gatekeeper's main loop. The peer is identified by its pidfd and by the kernel, never by what it
+sends.
 
 Limits: at most MOST_PER_TENANT connections of a workload (the owner of its processes' bounds), and MOST_SILENT that
 have not sent a hello. Workloads take turns, one hello each. A workload may take WAIT_NS of the gatekeeper's processor
@@ -211,7 +212,7 @@ class Connections:
         return bool(self._spent_ns or self._hints)
 
     def forgive(self) -> None:
-        """Subtract FORGIVE_NS from the time that each tenant has taken. To be called once a heartbeat."""
+        """Subtract FORGIVE_NS from the time that each tenant has taken. The caller does this once a heartbeat."""
         self._spent_ns = Counter({t: ns - FORGIVE_NS for t, ns in self._spent_ns.items() if ns > FORGIVE_NS})
         self._hints = {pid: tenant for pid, tenant in self._hints.items() if tenant in self._spent_ns}
         if len(self._hints) > MOST_HINTS:

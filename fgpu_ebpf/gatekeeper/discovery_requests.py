@@ -1,8 +1,8 @@
-"""Requests to the agent: to look at processes about which nothing is decided yet.
+"""Requests to the agent to examine processes about which nothing is decided yet.
 
-Runs in the gatekeeper's main loop. Of a tenant's many processes the agent is told of one at a time, and of a workload's
-many tenants of MOST_TENANTS between two heartbeats. The gatekeeper does not wait: the agent answers in the kernel's
-maps. If the agent does not receive a request, the request is sent again later.
+This module runs in the gatekeeper's main loop. Of a tenant's many processes the agent is told of one at a time, and of
+a workload's many tenants of MOST_TENANTS between two heartbeats. The gatekeeper does not wait: the agent answers in the
+kernel's maps. If the agent does not receive a request, the request is sent again later.
 """
 
 from __future__ import annotations

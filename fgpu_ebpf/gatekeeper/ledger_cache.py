@@ -62,7 +62,7 @@ def managed_state(ledger: Decisions | None, ids: Sequence[int]) -> ManagedState:
 
     Refused if any level is refused. Managed if any level is managed, with all that are, innermost first. Unmanaged if
     the cgroup itself is known to be unmanaged and no level has a page. Otherwise undecided: a new cgroup inside an
-    unmanaged one may belong to a tenant, and the agent has not looked at it yet.
+    unmanaged one may belong to a tenant, and the agent has not examined it yet.
 
     Args:
         ids: the cgroup's id and those around it, innermost first.

@@ -1,7 +1,7 @@
 """The socket at which shims find the gatekeeper: `<run>/shim/shim.sock`.
 
-Used by the gatekeeper's main loop. It follows no link, and takes no folder of another user. If it fails with OSError,
-folder and socket file stay behind: shims that get no answer refuse memory.
+The gatekeeper's main loop uses this module. The module follows no link, and takes no folder of another user. If it
+fails with OSError, folder and socket file stay behind: shims that get no answer refuse memory.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The two pages that the gatekeeper makes for a process, each a sealed memfd: the control page and the status page.
 
-Used by the gatekeeper's main loop and its time slicer. The content of a status page is not trusted. If the kernel
-refuses a memfd or a seal, the constructor raises OSError and leaves nothing behind. A page once made cannot fail:
-sealed against resizing, it never raises SIGBUS.
+The gatekeeper's main loop and its time slicer use this module. The content of a status page is not trusted. If the
+kernel refuses a memfd or a seal, the constructor raises OSError and leaves nothing behind. A page once made cannot
+fail: sealed against resizing, it never raises SIGBUS.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Claims of processes on their status pages, clamped. No other module reads those words.
 
-Used by the time slicer's thread. No number is negative and no time lies in the future, except the end of work in
-flight, which is at most MOST_FLIGHT_NS away; `turns` decides what a claim is worth. Reading cannot fail: a page has a
-fixed size and is sealed against resizing, and every word has a meaning.
+The time slicer's thread uses this module. No number is negative and no time lies in the future, except the end of work
+in flight, which is at most MOST_FLIGHT_NS away; `turns` decides what a claim is worth. Reading cannot fail: a page has
+a fixed size and is sealed against resizing, and every word has a meaning.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """A process's pages as the time slicer uses them: gates and budgets are written, claims are read.
 
-Used by the time slicer's thread. It writes the gate words of control pages, and sums the claims of a tenant's
-processes. Which gate is open is decided by `turns`. Cannot fail: pages are sealed against resizing.
+The time slicer's thread uses this module. The module writes the gate words of control pages, and sums the claims of a
+tenant's processes. Which gate is open is decided by `turns`. Cannot fail: pages are sealed against resizing.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ _OPEN = int(abi.Gate.OPEN)
 class ProcessGates:
     """A process with a share.
 
-    `address`: of the word that the process changes to wake us; `last_value`: of that word; `wakeups`: how often it
-    changed; `used`: the devices that it uses.
+    `address`: of the word that the process changes to wake the time slicer; `last_value`: of that word; `wakeups`: how
+    often it changed; `used`: the devices that it uses.
 
     `place`: the word's slot among those that are watched; -1: it is not watched.
     """

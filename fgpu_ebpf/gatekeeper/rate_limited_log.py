@@ -1,7 +1,7 @@
 """The gatekeeper's log: at most MOST_LINES a second, without blocking.
 
-Used by the gatekeeper's main loop. Tenants cannot make the log grow without bound. A line that cannot be written at
-once is lost.
+The gatekeeper's main loop uses this module. Tenants cannot make the log grow without bound. A line that cannot be
+written at once is lost.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The managed processes: their control and status pages, and the rows and heartbeats on them.
 
-Used by the gatekeeper's main loop. A session lasts from a process's first answer until its pidfd reports its end.
-Unmanaged processes share a few control pages, so that they take no places. Which process gets which page is decided
-elsewhere; status pages are not read here. Raises OSError. Pages without heartbeats make shims open their gates.
+The gatekeeper's main loop uses this module. A session lasts from a process's first answer until its pidfd reports its
+end. Unmanaged processes share a few control pages, so that they take no places. Which process gets which page is
+decided elsewhere; status pages are not read here. Raises OSError. Pages without heartbeats make shims open their gates.
 """
 
 from __future__ import annotations

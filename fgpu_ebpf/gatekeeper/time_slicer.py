@@ -5,7 +5,7 @@ waits for no tenant, and costs nothing if no tenant has compute. An OSError is c
 other exception ends the process: heartbeats on pages stop, and shims open their gates.
 
 A wake-up costs more than the work done in it, so there are few: at the end of a turn, when its work has drained, when a
-process comes, when shares change, and now and then to look at the owner of a device while others wait.
+process comes, when shares change, and now and then to examine the owner of a device while others wait.
 """
 
 from __future__ import annotations
@@ -209,7 +209,7 @@ class TimeSlicer:
         return min(due_ns, now_ns + CROWD_LOOK_NS) if self._unwatched else due_ns
 
     def _forgive(self) -> bool:
-        """Reset the counts of wake-ups. Returns True if a process has woken us."""
+        """Reset the counts of wake-ups. Returns True if a process has woken the thread."""
         wakeups = [gates.wakeups for _, gates in self._by_session.values()]
         self._is_watching &= max(wakeups, default=0) <= MOST_WAKEUPS
         for _, gates in self._by_session.values():

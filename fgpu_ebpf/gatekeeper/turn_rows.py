@@ -1,6 +1,7 @@
 """Rows of the turns map by level and device: a tenant's own turns, and for a unit the sum of everything inside it.
 
-Used by the time slicer, which writes the rows. Remembers what each unit had when it was last published. Pure.
+The time slicer uses this module and writes the rows. The module stores what each unit had when it was last published.
+It does no I/O.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Contents of an allocation of slots to a container: the share, by CDI or without it, and the device itself.
 
-Used by the device plugin. Whether there is room is decided by the agent when the container starts. AllocationError says
-what the host lacks.
+The device plugin uses this module. The agent decides whether there is capacity when the container starts.
+AllocationError says what the host lacks.
 """
 
 from __future__ import annotations

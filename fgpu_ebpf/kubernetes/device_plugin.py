@@ -1,8 +1,8 @@
 """The device plugin: reports this host's slots to kubelet, and what a container is given with them.
 
-Runs in a process of its own (`fgpu device-plugin`), in one asyncio loop. It has a socket for each profile in kubelet's
-folder, and registers it. The agent says what there is, and limits the container when it starts. Without an agent every
-slot is unhealthy; without kubelet the plugin waits for it; SIGTERM leaves no socket behind.
+The plugin runs in a process of its own (`fgpu device-plugin`), in one asyncio loop. It has a socket for each profile in
+kubelet's folder, and registers it. The agent says what there is, and limits the container when it starts. Without an
+agent every slot is unhealthy; without kubelet the plugin waits for it; SIGTERM leaves no socket behind.
 """
 
 from __future__ import annotations
@@ -175,7 +175,7 @@ class _Plugin:
             endpoint.notify()
 
     def promise(self, slots: Iterable[Slot]) -> None:
-        """Note that containers are about to start in these slots; other profiles may have less room now."""
+        """Note that containers are about to start in these slots; other profiles may have less capacity now."""
         self.book.promise(slots)
         self.notify()
 

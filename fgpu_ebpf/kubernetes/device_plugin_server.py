@@ -1,7 +1,7 @@
 """The gRPC server of one profile: a socket in kubelet's folder, and the answers to kubelet's calls.
 
-Used by `device_plugin`, in its asyncio loop; the agent is asked there. Requests are not trusted: a bad one gets a gRPC
-status with the reason. A stream that is read slowly delays no other.
+`device_plugin` uses this module, in its asyncio loop, and asks the agent there. Requests are not trusted: a bad one
+gets a gRPC status with the reason. A stream that is read slowly delays no other.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ class Endpoint:
 
     @property
     def is_open(self) -> bool:
-        """True if the socket exists and is ours: kubelet empties the folder when it starts."""
+        """True if the socket exists and is the plugin's: kubelet empties the folder when it starts."""
         return self._server is not None and stamp(self.path) == self._stamp
 
     def registered_with(self, kubelet: tuple[int, int]) -> None:

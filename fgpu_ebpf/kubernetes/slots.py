@@ -1,7 +1,7 @@
 """Slots: what kubelet counts. A slot is a place for one container of one profile on one device. No input or output.
 
-Used by the device plugin. Knows the ids of slots, which slots can be given, and which are preferred. SlotError: an id
-is invalid, or one container cannot have these slots together.
+The device plugin uses this module. It knows the ids of slots, which slots can be given, and which are preferred.
+SlotError: an id is invalid, or one container cannot have these slots together.
 """
 
 from __future__ import annotations
@@ -134,7 +134,7 @@ class Book:
             self._given[slot] = None
 
     def room(self, device: Device, share: str, but: Iterable[Slot] = ()) -> int:
-        """Return how many more shares of a profile a device has room for, beside what is promised to other slots."""
+        """Return how many more shares of a profile fit on a device, beside what is promised to other slots."""
         mine = set(but)
         promised = [slot for slot in self._promised if slot.uuid == device.uuid and slot not in mine]
         profile = device.profiles[share]
@@ -144,7 +144,7 @@ class Book:
         return max(0, device.free_bytes - held) // profile.bytes
 
     def healthy(self, share: str) -> set[Slot]:
-        """Return the slots that kubelet may count on: taken ones, promised ones, and free ones as far as there is room.
+        """Return the slots that kubelet may count on: taken ones, promised ones, and free ones as far as they fit.
 
         Which slots are taken is unknown: those that kubelet asked for last come first, then the lowest numbers.
         """
@@ -197,7 +197,8 @@ class Book:
     def prefer(self, share: str, available: Sequence[str], must: Sequence[str], size: int) -> list[str]:
         """Return ids for one container, each on a different device. Raises SlotError.
 
-        The fullest device with room comes first, which keeps other devices empty, then those of one memory node.
+        The fullest device on which the share fits comes first, which keeps other devices empty, then those of one NUMA
+        node.
         """
         chosen = self.read(share, must)
         free: dict[str, list[Slot]] = defaultdict(list)

@@ -1,7 +1,7 @@
 """The BPF maps of compute time: `shares`, `turns` and `ran` (the time that NVML has seen each level run).
 
-The agent writes `shares` and `ran`, the gatekeeper writes `turns`; both read all of them. Used in the agent's main and
-reconcile threads, and in the gatekeeper's time slicer thread. Errors are OSError of bpf(2).
+The agent writes `shares` and `ran`, the gatekeeper writes `turns`; both read all of them. The agent's main and
+reconcile threads and the gatekeeper's time slicer thread use this module. Errors are OSError of bpf(2).
 """
 
 from __future__ import annotations

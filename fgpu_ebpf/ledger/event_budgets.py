@@ -3,7 +3,7 @@
 A workload can create, enter and remove any number of cgroups inside its own. One that does so often gets a budget of
 its own in the BPF programs, and the rest of what the kernel reports is left for the others.
 
-Used by `agent.kernel_events`, in the agent's main thread. Errors are OSError of bpf(2).
+`agent.kernel_events` uses this module, in the agent's main thread. Errors are OSError of bpf(2).
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
 """The ledger's pinned BPF maps: limits, usage pages, processes, allocations and counters.
 
-Used by the agent, which writes them, and by the gatekeeper and the commands, which read them. `used` is changed by BPF
-programs alone; the agent requests changes by the program `adjust`. LedgerMissing: the loader has not run; other errors
-are OSError of bpf(2).
+The agent writes the maps; the gatekeeper and the commands read them. `used` is changed by BPF programs alone; the agent
+requests changes by the program `adjust`. LedgerMissing: the loader has not run; other errors are OSError of bpf(2).
 """
 
 from __future__ import annotations
@@ -156,7 +155,7 @@ class Ledger:
                 runs any more.
 
         Raises:
-            OSError: E2BIG: there is no room for so many levels; none of them is changed then.
+            OSError: E2BIG: there are too few pages for so many levels; none of them is changed then.
         """
         levels = list(levels)
         new = [level for level in levels if self.page_missing(level.cgroup)]
@@ -320,7 +319,8 @@ class Ledger:
     def tag(self, tgid: int, levels: tuple[int, ...]) -> int:
         """Return the tag in the kernel's answers to a process, and create the process's entry if it has none.
 
-        0: the process asks without a tag, because its level has too many entries or the kernel's pids are not ours.
+        0: the process asks without a tag, because its level has too many entries or the kernel's pids are not those of
+        this process's namespace.
         """
         if not has_host_pids():
             return 0

@@ -1,6 +1,6 @@
 """The limits of a level, and the usage page with which it starts.
 
-Used by the agent, which decides them, and by the ledger, which puts them in force.
+The agent decides the limits, and the ledger puts them in force.
 """
 
 from __future__ import annotations

@@ -6,8 +6,8 @@ old entry. So a worker thread makes it, and the caller returns as soon as the en
 Before Linux 6.8 a batch blocks once for each entry, so several threads update a part each. A lookup blocks too, so the
 caller waits for the end of the update.
 
-Used by `usage_page_table`, in the agent's main thread. Errors are OSError of bpf(2); some entries of a failed update
-may have been made.
+`usage_page_table` uses this module, in the agent's main thread. Errors are OSError of bpf(2); some entries of a failed
+update may have been made.
 """
 
 from __future__ import annotations

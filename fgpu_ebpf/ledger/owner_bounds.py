@@ -1,6 +1,6 @@
 """Bounds of one owner: the defaults of `bounds:` in agent.yaml, and the text of a refusal.
 
-Used by the agent. The counting is done by the BPF programs and by `tenancy.level_capacity`.
+The agent uses this module. The BPF programs and `tenancy.level_capacity` count the entries.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The map `owners`: the entries that each owner of bounds has in the maps that all tenants share, and may have.
 
-Used by the agent's main thread, which assigns the slots; BPF programs count. A slot is given to another owner only when
-nothing is counted in it any more. Raises OSError (E2BIG) if all slots are in use.
+The agent's main thread uses this module and assigns the slots; BPF programs count. A slot is given to another owner
+only when nothing is counted in it any more. Raises OSError (E2BIG) if all slots are in use.
 """
 
 from __future__ import annotations

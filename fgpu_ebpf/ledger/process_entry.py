@@ -1,6 +1,6 @@
 """The kernel's entry of a process: a value of the map `processes`.
 
-Used wherever the ledger's processes are read, in any thread.
+Every reader of the ledger's processes uses this module, in any thread.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The map `resolved`: the agent's decisions about cgroups, which the gatekeeper reads.
 
-Used by the agent's main thread, which writes it, and by the gatekeeper. If the map is full, cgroups that are not
-managed are removed for one that is; their programs ask again. Errors are OSError of bpf(2).
+The agent's main thread writes the map. If the map is full, cgroups that are not managed are removed for one that is;
+their programs ask again. Errors are OSError of bpf(2).
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """A reader of the BPF ring buffer with the kernel's rare events.
 
-Used by the agent's main thread and the gatekeeper. Reading never waits. The kernel counts events that did not fit; a
-record of another layout is left out.
+The agent's main thread and the gatekeeper use this module. Reading never waits. The kernel counts events that did not
+fit; a record of another layout is left out.
 """
 
 from __future__ import annotations

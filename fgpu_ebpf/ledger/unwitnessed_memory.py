@@ -2,8 +2,8 @@
 
 Contexts and modules are memory that the driver takes by itself. Imports are memory of other processes: while those
 export it, NVML shows it in their rows, and it moves to the row of an importer when they free it or end. A process of a
-tenant that has more than that uses a driver library that is not probed, with or without the shim. Used by the agent's
-main thread.
+tenant that has more than that uses a driver library that is not probed, with or without the shim. The agent's main
+thread uses this module.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Unwitnessed:
         """Return bytes by (pid, device) for processes that have more memory than can be explained.
 
         A process that has opened memory of others may have all that other processes export, what ended ones have
-        exported, and what was freed while it had it open. `processes`: a new mapping for each look.
+        exported, and what was freed while it had it open. `processes`: a new mapping for each pass.
         """
         if processes is not self._last:
             self._look(processes, self._exports(processes, orphans))
@@ -61,7 +61,7 @@ class Unwitnessed:
         return found
 
     def _look(self, processes: Mapping[int, Process], exported: Counter[tuple[int, int, int]]) -> None:
-        """Note what exporters have let go since the last look, and which importers have it now."""
+        """Note what exporters have released since the last pass, and which importers have it now."""
         is_first = self._last is None
         freed: Counter[int] = Counter()
         for (_, _, device), bytes_ in (self._exported - exported).items():

@@ -1,7 +1,7 @@
 """The slots of usage pages, in the map `shelf`: BPF programs find a page by its slot without searching a cgroup id.
 
-Used by the ledger, in the agent's main thread. A free slot keeps its last page, whose cgroup id is cleared, until
-another page takes it. Raises OSError (E2BIG) if all slots are in use.
+The ledger uses this module, in the agent's main thread. A free slot keeps its last page, whose cgroup id is cleared,
+until another page takes it. Raises OSError (E2BIG) if all slots are in use.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Read-only mappings of usage pages: limit, used and peak of each device of a level.
 
-Used wherever a ledger is open, by the thread that has opened it.
+The thread that has opened a ledger uses this module.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The ledger's sections of a Snapshot: counters and tables by their names in metrics.
 
-Used by the agent's main thread. Errors are OSError of bpf(2).
+The agent's main thread uses this module. Errors are OSError of bpf(2).
 """
 
 from __future__ import annotations

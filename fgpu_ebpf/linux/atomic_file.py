@@ -1,7 +1,7 @@
 """Replace a file as a whole: a reader sees all of the old text or all of the new, also if the writer is killed.
 
-Used by the agent, the commands and the device plugin, in any thread; one writer at a time for each file. After an error
-the old file is still there, and the temporary file beside it is removed.
+The agent, the commands and the device plugin use this module, in any thread. Each file has one writer at a time. After
+an error the old file is still there, and the temporary file beside it is removed.
 """
 
 from __future__ import annotations

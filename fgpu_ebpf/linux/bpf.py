@@ -1,7 +1,7 @@
 """The bpf(2) and perf_event_open(2) system calls that fgpu needs, and no others.
 
-Used by the agent, the gatekeeper and the commands, in any thread; keeps no state. Errors are OSError with the kernel's
-errno and the name of the call; a missing map entry is None.
+The agent, the gatekeeper and the commands use this module, in any thread. It keeps no state. Errors are OSError with
+the kernel's errno and the name of the call; a missing map entry is None.
 """
 
 from __future__ import annotations

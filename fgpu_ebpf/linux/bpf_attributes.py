@@ -1,7 +1,7 @@
 """The arguments of bpf(2) and perf_event_open(2) as ctypes, with the kernel's names of fields.
 
 Each class is one member of `union bpf_attr` (bpf/include/uapi/linux/bpf.h) up to the last field that fgpu uses; the
-kernel takes what is not passed as zeros. Used by linux/bpf.py alone.
+kernel takes what is not passed as zeros. Only linux/bpf.py uses this module.
 """
 
 from __future__ import annotations

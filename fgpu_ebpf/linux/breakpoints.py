@@ -4,9 +4,9 @@ A probe is attached to an inode. Another inode can stand behind the same (dev, i
 has copied a file up, processes that start map the copy, which has no probe. A shared or a writable mapping has no
 breakpoints either. So a file counts as probed for a process only if the process's own memory holds the breakpoint.
 
-Used by the gatekeeper's mapping readers and the agent's library workers, in worker threads: reading the memory of a
-process can block on that process. Mapped pages of foreign files are read by /proc/self/mem and never touched, since a
-file may have been truncated.
+The gatekeeper's mapping readers and the agent's library workers use this module in worker threads, because reading the
+memory of a process can block on that process. Mapped pages of foreign files are read by /proc/self/mem and never
+touched, since a file may have been truncated.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def of_process(pid: int, check: Callable[[int, int], int | None]) -> Mapping[Fil
 
     Args:
         pid: the process.
-        check: returns the offset to look at for a (dev, ino), or None if that file is not probed.
+        check: returns the offset to check for a (dev, ino), or None if that file is not probed.
 
     Returns:
         (dev, ino) -> offset. If the mappings cannot be read, for example because there are too many, the result is

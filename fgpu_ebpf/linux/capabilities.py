@@ -1,6 +1,6 @@
 """The capabilities that the agent and the gatekeeper keep after their start; they give up all others.
 
-Used by the main thread of both processes, before they start other threads.
+The main threads of both processes use this module before they start other threads.
 """
 
 from __future__ import annotations

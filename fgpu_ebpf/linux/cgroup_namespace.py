@@ -1,7 +1,7 @@
 """The cgroup namespace of this process: what the kernel's tracepoints name from the root of the hierarchy.
 
 An agent may run in a cgroup namespace, for example in a system container. Its file system and /proc then show paths
-from the root of the namespace. Used by readers of kernel events, in any thread.
+from the root of the namespace. Readers of kernel events use this module, in any thread.
 """
 
 from __future__ import annotations

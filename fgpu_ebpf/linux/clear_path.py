@@ -1,6 +1,6 @@
 """Remove a folder that stands where a socket, a file or a link is to be created.
 
-Used by the agent and the gatekeeper, in any thread.
+The agent and the gatekeeper use this module, in any thread.
 """
 
 from __future__ import annotations

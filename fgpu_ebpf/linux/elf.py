@@ -1,9 +1,9 @@
 """A shared library as its dynamic segment describes it: its name, and the file offsets of its functions.
 
 The dynamic segment is what a loader reads. Section headers are ignored, as a loader ignores them: they can be absent or
-wrong. The file may belong to a tenant and contain anything, so every read and the work for one name are bounded, and
-no file takes longer than a driver's library; general ELF libraries give no such bound. Used by driver/ in the agent's
-threads and by the commands.
+wrong. The file may belong to a tenant and contain anything, so every read and the work for one name are bounded, and no
+file takes longer than a driver's library; general ELF libraries give no such bound. driver/ uses this module in the
+agent's threads, and the commands use it.
 """
 
 from __future__ import annotations

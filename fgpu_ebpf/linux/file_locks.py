@@ -1,7 +1,7 @@
 """Files of the run folder that one process at a time holds locked (flock).
 
-Used by the agent, the gatekeeper and the commands, in their main threads. A lock needs no more than permission to read
-the file, so only root may read it: any local user could keep the agent from starting otherwise.
+The agent, the gatekeeper and the commands use this module, in their main threads. A lock needs no more than permission
+to read the file, so only root may read it: any local user could keep the agent from starting otherwise.
 """
 
 from __future__ import annotations

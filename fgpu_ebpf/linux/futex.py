@@ -1,7 +1,7 @@
 """Futexes: waiting for changes of 32-bit words that two processes share.
 
-Used by the gatekeeper's time slicer thread, which waits for many words at once; any thread may wake it. A woken thread
-must read the words again: a wake-up proves no change. futex_waitv needs Linux 5.16.
+The gatekeeper's time slicer thread waits for many words at once; any thread may wake it. A woken thread must read the
+words again: a wake-up proves no change. futex_waitv needs Linux 5.16.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """inotify(7): a descriptor that becomes readable when something changes in a folder.
 
-It does not say what changed, or in which file; reading a file is not a change. Used by the agent's thread that watches
-policies and by the device plugin.
+It does not say what changed, or in which file; reading a file is not a change. The agent's thread that watches policies
+and the device plugin use this module.
 """
 
 from __future__ import annotations

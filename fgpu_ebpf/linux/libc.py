@@ -1,6 +1,6 @@
 """The C library of this process, for functions that Python's os module lacks.
 
-Used by the modules that call prctl, mmap, inotify, futex or system calls by number; any thread may call it.
+Modules that call prctl, mmap, inotify, futex or system calls by number use this one; any thread may call it.
 """
 
 from __future__ import annotations

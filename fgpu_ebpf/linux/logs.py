@@ -1,9 +1,9 @@
 """Log lines as text for a person, as JSON for a collector, or as fields for systemd's journal.
 
-Used by the agent, the gatekeeper and the commands; any thread may log. Logging never blocks: a line that cannot be
-written at once is dropped, and the next line that can be written says how many were. The amount is bounded: of one
+The agent, the gatekeeper and the commands use this module; any thread may log. Logging never blocks: a line that cannot
+be written at once is dropped, and the next line that can be written says how many were. The amount is bounded: of one
 statement (about one tenant, if it names one) ten lines are written in ten seconds, of at most 256 statements; the rest
-are counted. If writing fails, nothing is written, `dropped` grows, and the service goes on.
+are counted. If writing fails, nothing is written, `dropped` grows, and the service continues.
 
 A statement adds fields by `extra`: log.info("limit of %s on %s", size, path, extra={"tenant": name}).
 """

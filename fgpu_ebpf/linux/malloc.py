@@ -1,7 +1,7 @@
 """Settings of the allocators of the C library and of Python, so that freed memory goes back to the system.
 
-The agent and the gatekeeper run for months. Used in their main threads. A C library without these functions is left as
-it is.
+The agent and the gatekeeper run for months. They use this module in their main threads. A C library without these
+functions is left as it is.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def keep_small() -> None:
 
 
 def settle(ahead_bytes: int) -> None:
-    """Freeze the objects that exist and allocate room for small objects; to be called at the end of the start.
+    """Freeze the objects that exist and allocate memory for small objects; to be called at the end of the start.
 
     Frozen objects are not visited by the cyclic garbage collector, so it has little to visit and runs soon;
     otherwise it waits until a quarter as many new objects exist. Python gives memory of small objects back in whole

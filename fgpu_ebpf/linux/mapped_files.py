@@ -1,6 +1,6 @@
 """Files that processes map: their names in /proc/PID/maps, and how to open such a file safely.
 
-Used by driver/ in the agent's main thread and its worker threads, and by `breakpoints`.
+driver/ uses this module in the agent's main thread and its worker threads, and `breakpoints` uses it.
 """
 
 from __future__ import annotations

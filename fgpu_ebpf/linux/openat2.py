@@ -1,6 +1,6 @@
 """openat2(2): open a path inside the root folder of another process, and never a file outside it.
 
-Used by driver/, in the agent's worker threads. Such a path must not be resolved part by part, nor behind
+driver/ uses this module, in the agent's worker threads. Such a path must not be resolved part by part, nor behind
 `/proc/PID/root/`: a link that begins with `/` leads to the host's own files there.
 """
 

@@ -1,6 +1,6 @@
 """Resources that the agent and the gatekeeper take for themselves at their start.
 
-Used in the main threads of both.
+The main threads of both use this module.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Facts about a process from /proc and the cgroup file system: its state, namespaces, mappings and cgroups.
 
-Used by the agent, the gatekeeper and the commands, in all threads. All reading is bounded, since a process decides how
-much there is to read. Facts come from the kernel, never from the process itself. If the process is gone, the result is
-None or empty, or OSError is raised where the function says so.
+The agent, the gatekeeper and the commands use this module, in all threads. All reading is bounded, since a process
+decides how much there is to read. Facts come from the kernel, never from the process itself. If the process is gone,
+the result is None or empty, or OSError is raised where the function says so.
 """
 
 from __future__ import annotations
@@ -193,7 +193,7 @@ def pid_names(tgid: int) -> dict[int, int]:
 
 
 def clock_ahead_ns(pid: int) -> int:
-    """Return how far a process's CLOCK_MONOTONIC is ahead of ours, by its time namespace; 0: it is gone."""
+    """Return how far a process's CLOCK_MONOTONIC is ahead of the caller's, by its time namespace; 0: it is gone."""
     try:
         if os.readlink(f"/proc/{pid}/ns/time") == os.readlink("/proc/self/ns/time"):
             return 0

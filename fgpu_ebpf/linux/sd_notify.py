@@ -1,7 +1,7 @@
 """sd_notify(3): tell the service manager that the service is ready, reloading, alive or stopping.
 
-Used by the main threads of the agent and the gatekeeper. Sending never blocks, and errors are ignored: a manager that
-gets no message restarts the service. The socket is not handed to children.
+The main threads of the agent and the gatekeeper use this module. Sending never blocks, and errors are ignored: a
+manager that gets no message restarts the service. The socket is not handed to children.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """eventfd(2): one thread wakes the loop of another.
 
-Used by the agent, the gatekeeper and the commands. Never blocks. OSError: the process has no descriptor left.
+The agent, the gatekeeper and the commands use this module. It never blocks. OSError: the process has no descriptor
+left.
 """
 
 from __future__ import annotations
@@ -24,6 +25,6 @@ class Wakeup:
         os.eventfd_write(self._fd, 1)
 
     def clear(self) -> None:
-        """Make it unreadable again; to be called before the work is looked for, so that no later wake() is lost."""
+        """Make it unreadable again; to be called before the search for work, so that no later wake() is lost."""
         with contextlib.suppress(BlockingIOError):
             os.eventfd_read(self._fd)

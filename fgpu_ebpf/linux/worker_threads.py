@@ -4,7 +4,7 @@ Jobs have owners. Jobs of one owner are done one after the other, so a job that 
 of its owner; jobs of other owners get another thread. A few threads run as long as jobs get done; more are started only
 if no job has finished for STALLED_NS.
 
-Used by the gatekeeper (to read mappings of processes) and the agent (to examine files of libcuda). `want`, `due_ns`,
+The gatekeeper uses this module to read mappings of processes, the agent to examine files of libcuda. `want`, `due_ns`,
 `go` and `take` are called in the loop; `work` runs in the threads and must not raise.
 """
 

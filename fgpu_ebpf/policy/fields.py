@@ -1,6 +1,6 @@
 """Types of the fields of configuration files: what each value may be, and how it is checked.
 
-Used by `schema` and by `agent.host_schema`, when files are read. A wrong value raises ValueError with what would be
+`schema` and `agent.host_schema` use this module when files are read. A wrong value raises ValueError with what would be
 right; pydantic makes a ValidationError of it. The types carry the patterns of the JSON Schema, for editors.
 """
 

@@ -1,7 +1,7 @@
 """The folder of policy files, read as a whole.
 
-Used by the agent's policy thread, by its main thread and by `fgpu policy`. A reading is never a part of the folder or a
-mixture of two states of it. A reading with errors has no policies; the caller keeps the last ones.
+The agent's policy thread, its main thread and `fgpu policy` use this module. A reading is never a part of the folder or
+a mixture of two states of it. A reading with errors has no policies; the caller keeps the last ones.
 """
 
 from __future__ import annotations

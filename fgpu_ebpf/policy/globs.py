@@ -1,6 +1,7 @@
 """Patterns with `*`, `**` and `?` for paths and names.
 
-Matching takes time linear in pattern and text. Used by policies, in any thread. GlobError says what would be right.
+Matching takes time linear in pattern and text. Policies use this module, in any thread. GlobError says what would be
+right.
 """
 
 from __future__ import annotations

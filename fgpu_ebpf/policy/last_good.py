@@ -1,7 +1,7 @@
 """The last good set of policies, stored on disk: a start uses it if the policy files have an error or are gone.
 
-Used by `agent.policy_reload`, in the agent's main thread. Only root may write the file; it is replaced as a whole. A
-file that cannot be understood is logged and counts as no set.
+`agent.policy_reload` uses this module, in the agent's main thread. Only root may write the file; it is replaced as a
+whole. An invalid file is logged and counts as no set.
 """
 
 from __future__ import annotations

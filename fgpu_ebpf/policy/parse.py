@@ -1,7 +1,7 @@
 """Parsing of one policy file: from its bytes to policies, or to all errors in it.
 
-Used by `folder`, which imports it when there is a file to read, since it imports pydantic. A file with an error gives
-no policy at all.
+`folder` imports this module only when there is a file to read, because this module imports pydantic. A file with an
+error gives no policy at all.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Policies in force: which limits a workload gets.
 
-The first policy that matches decides; a workload's own labels can change its limits within the policy's bounds. Pure
-functions, used by the agent and by `fgpu policy`. What cannot be applied becomes a note in the decision.
+The first policy that matches decides; a workload's own labels can change its limits within the policy's bounds. The
+functions do no I/O. The agent and `fgpu policy` use them. What cannot be applied becomes a note in the decision.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The document `kind: GpuPolicy`: its keys, the values of each, and its JSON Schema.
 
-Used by `parse` and by `fgpu policy schema`. An empty value is an error, not a default: it may be an oversight. Errors
-are pydantic's ValidationError.
+`parse` and `fgpu policy schema` use this module. An empty value is an error, not a default: it may be an oversight.
+Errors are pydantic's ValidationError.
 """
 
 from __future__ import annotations

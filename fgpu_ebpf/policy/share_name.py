@@ -1,8 +1,7 @@
 """Names of shares, as in `--device fgpu.dev/share=8gib-50pct`.
 
-A share of one device alone is written as `--device fgpu.dev/share=8gib-50pct:GPU-…`.
-The name is the definition; there is no table. Used by the agent, the device plugin and the commands. QuantityError says
-what would be right.
+A share of one device alone is written as `--device fgpu.dev/share=8gib-50pct:GPU-…`. The name is the definition; there
+is no table. The agent, the device plugin and the commands use this module. QuantityError says what would be right.
 """
 
 from __future__ import annotations

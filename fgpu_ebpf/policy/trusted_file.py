@@ -1,7 +1,7 @@
 """Opening of configuration files, and the check that only root can have written them.
 
-Used wherever the agent and the commands read configuration. Only regular files are read, up to a maximum size.
-InvalidFileError names the fix; OSError: the file is gone.
+The agent and the commands use this module when they read configuration. Only regular files are read, up to a maximum
+size. InvalidFileError names the fix; OSError: the file is gone.
 """
 
 from __future__ import annotations

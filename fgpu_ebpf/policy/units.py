@@ -1,6 +1,7 @@
 """Parsing and printing of quantities: memory, shares and lengths of time, such as `8GiB`, `50%` and `20ms`.
 
-Pure functions, used everywhere. The length of a text that is parsed is bounded. QuantityError says what would be right.
+The functions do no I/O, and all packages use them. The length of a text that is parsed is bounded. QuantityError says
+what would be right.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Error messages for people, from pydantic's validation errors.
 
-Used when a configuration file is wrong. Only the first errors are shown, and no more of a file's text than fits in a
-line.
+Readers of configuration files use this module when a file is wrong. Only the first errors are shown, and no more of a
+file's text than fits in a line.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The thread of the agent that watches the folder of policies.
 
-It sleeps until the kernel reports a change. Without notifications of the kernel it looks every five seconds. Errors
-that the callback raises are logged, and the thread goes on.
+It sleeps until the kernel reports a change. Without notifications of the kernel it checks the folder every five
+seconds. Errors that the callback raises are logged, and the thread continues.
 """
 
 from __future__ import annotations

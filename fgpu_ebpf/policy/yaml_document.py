@@ -1,7 +1,7 @@
 """Configuration files as YAML: each value with its line, and without the features that surprise.
 
-Aliases, tags and merges are refused, and `no` is text. Used by `parse` and by the agent's configuration. Whatever a
-file contains, reading takes a few milliseconds. InvalidFileError has the file, the line and the field.
+Aliases, tags and merges are refused, and `no` is text. `parse` and the agent's configuration use this module. Whatever
+a file contains, reading takes a few milliseconds. InvalidFileError has the file, the line and the field.
 """
 
 from __future__ import annotations

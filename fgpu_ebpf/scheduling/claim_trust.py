@@ -1,11 +1,12 @@
 """Time that other tenants wait for work that a tenant says it has in flight.
 
 A claim of up to UNPROVEN_NS is accepted. A longer claim is accepted once work that was claimed to take longer has ended
-as claimed. When others have waited in vain, the bound falls to that of a tenant that claims nothing; it doubles again,
-at a pace that is slower after each further wait in vain. All tenants inside one unit (`nested_shares`) have one
-standing, so a new cgroup is believed no more than the last one.
+as claimed. If others waited and the work did not end as claimed, the bound falls to that of a tenant that claims
+nothing. It doubles again, more slowly after each further such wait. All tenants inside one unit (`nested_shares`) have
+one standing, so a new cgroup is believed no more than the last one.
 
-Used by `turns`, in the gatekeeper's time slicer thread. Does not charge tenants. Times are CLOCK_MONOTONIC nanoseconds.
+`turns` uses this module, in the gatekeeper's time slicer thread. The module does not charge tenants. Times are
+CLOCK_MONOTONIC nanoseconds.
 """
 
 from __future__ import annotations

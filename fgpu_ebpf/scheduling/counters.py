@@ -1,6 +1,6 @@
 """Counters of turns, by tenant and by device.
 
-Used by `turns`, in the gatekeeper's time slicer thread, which publishes them. Times are nanoseconds.
+`turns` uses this module, in the gatekeeper's time slicer thread, which publishes the counters. Times are nanoseconds.
 """
 
 from __future__ import annotations

@@ -4,8 +4,8 @@ As in start-time fair queueing (Goyal, Vin and Cheng, 1996): a turn costs its le
 the tenant with the lowest virtual time is next. A tenant that was idle starts at the device's clock: it gets no credit
 for idle time, and debts stay. What it was behind when it left stays for some quanta (`Leave`).
 
-Pure functions and values, without state, input, output or clock. Used by `turns` in the gatekeeper's time slicer
-thread, and by the agent for shares. Times are CLOCK_MONOTONIC nanoseconds, limits are millionths.
+The module has functions and values without state, I/O or clock. `turns` uses it in the gatekeeper's time slicer thread,
+and the agent uses it for shares. Times are CLOCK_MONOTONIC nanoseconds, limits are millionths.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ class Account(NamedTuple):
         return self.at_ns - (-lack * MILLION // share.limit_millionths)
 
     def spent_ns(self, share: Share) -> int:
-        """Return when a turn that goes on will have used up the time in hand."""
+        """Return when a turn that continues will have used up the budget."""
         left = max(0, self.in_hand_ns)
         return self.at_ns + left * MILLION // max(1, MILLION - share.limit_millionths)
 
@@ -205,9 +205,9 @@ def next_turns(
 def longer_ns(share: Share, rivals: Collection[Share]) -> int:
     """Return how much longer than its quantum a turn may last, in nanoseconds.
 
-    Used when all rivals have been busy for long without a pause: fewer turns cost less. A round takes as long as it
-    would with quanta if the lowest weight were 1 of 4. The result is 0 if a tenant has another priority, or a ceiling:
-    time that the ceiling adds while the tenant waits for longer than PERIOD_NS would be lost.
+    A longer turn is granted when all rivals have been busy for long without a pause: fewer turns cost less. A round
+    takes as long as it would with quanta if the lowest weight were 1 of 4. The result is 0 if a tenant has another
+    priority, or a ceiling: time that the ceiling adds while the tenant waits for longer than PERIOD_NS would be lost.
     """
     if not rivals or share.limited:
         return 0

@@ -1,6 +1,6 @@
 """Turns that follow another turn whose work has not drained yet: when they begin, and when they begin earlier.
 
-Used by `turns`, in the gatekeeper's time slicer thread. Times are CLOCK_MONOTONIC nanoseconds.
+`turns` uses this module, in the gatekeeper's time slicer thread. Times are CLOCK_MONOTONIC nanoseconds.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The device time that NVML has seen a tenant use, as the least that a tenant with a ceiling pays for.
 
-Used by `turns`, in the gatekeeper's time slicer thread. NVML samples, and reports late, so some slack is left. Times
-are nanoseconds.
+`turns` uses this module, in the gatekeeper's time slicer thread. NVML samples, and reports late, so some slack is left.
+Times are nanoseconds.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """An owner and the tenants that wait for its devices: which of them comes first.
 
-Used by `turns`, in the gatekeeper's time slicer thread. Changes nothing. Times are CLOCK_MONOTONIC nanoseconds.
+`turns` uses this module, in the gatekeeper's time slicer thread. The functions change nothing. Times are
+CLOCK_MONOTONIC nanoseconds.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """All units of a host: levels with a share that have levels with shares inside (`nested_shares`).
 
-A unit exists as long as its level has a share, so its used time is kept after the cgroups inside are removed. Used by
-`turns`, in the gatekeeper's time slicer thread.
+A unit exists as long as its level has a share, so its used time is kept after the cgroups inside are removed. `turns`
+uses this module, in the gatekeeper's time slicer thread.
 """
 
 from __future__ import annotations

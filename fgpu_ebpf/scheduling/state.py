@@ -1,6 +1,6 @@
 """The state of tenants that share devices' time, and of their turns.
 
-Used by `turns`, in the gatekeeper's time slicer thread; `turns` makes all decisions. Times are CLOCK_MONOTONIC
+`turns` uses this module, in the gatekeeper's time slicer thread; `turns` makes all decisions. Times are CLOCK_MONOTONIC
 nanoseconds.
 """
 
@@ -214,7 +214,7 @@ class Place:
         return self.turn.devices if self.turn else self.seen.devices
 
     def _spent_ns(self) -> int:
-        """Return when a turn that goes on uses up the time in hand. Only for a tenant with a ceiling."""
+        """Return when a turn that continues has used up the budget. The tenant must have a ceiling."""
         units = [unit.spent_ns(self._devices()) for unit in self.above if unit.share.limited]
         return min([self.account.spent_ns(self.share), *units])
 
@@ -271,7 +271,7 @@ class Place:
         return seen.busy_until_ns + LATE_NS if may else 0
 
     def drain_due_ns(self, turn: Turn, is_wanted: bool, now_ns: int) -> int:
-        """Return when to look at a closing turn: the next may begin, kernels may have to meet, or the turn is over."""
+        """Return when to examine a closing turn: the next may begin, kernels may have to meet, or the turn is over."""
         passes_ns = self.seen.busy_until_ns - LEAD_NS if is_wanted and not turn.handed_ns else 0
         return min([turn.deadline_ns, *(at for at in (self.meets_ns(turn), passes_ns) if at > now_ns)])
 
@@ -317,7 +317,7 @@ class Place:
         return any(map(self.waits_for, owners))
 
     def look_due_ns(self, turn: Turn, now_ns: int, due_ns: int) -> int:
-        """Return when to look at the owner again: a tenant that was busy for long is likely to stay so, and looks cost.
+        """Return when to examine the owner again: less often the longer it was busy, because each check costs time.
 
         `due_ns`: when something else is due.
         """

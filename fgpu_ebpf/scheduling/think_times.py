@@ -4,7 +4,7 @@ An owner without work keeps its turn for twice the think time that nine of ten o
 that are longer than any patience do not count, unless nearly all are. The owner pays for the time like for work, so a
 wrong report gains nothing.
 
-Used by `turns`, in the gatekeeper's time slicer thread. Times are nanoseconds.
+`turns` uses this module, in the gatekeeper's time slicer thread. Times are nanoseconds.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _HOPE_PARTS = 4  # if fewer than such a part of the think times are short enough
 
 @dataclass(slots=True)
 class ThinkTimes:
-    """The recent think times of one tenant. Looks see long ones more often than short ones."""
+    """The recent think times of one tenant. Checks find long ones more often than short ones."""
 
     _recent: deque[int] = field(default_factory=lambda: deque(maxlen=_RECENT))
     _known: tuple[int, int] = (0, IDLE_NS)  # a quantum, and the patience with it

@@ -3,9 +3,9 @@
 The next gate opens LEAD_NS before a drain should end, so that the device does not wait until a thread has woken up and
 launched; the turns themselves are charged as if the next began where the last should have ended.
 
-Used by the gatekeeper's time slicer, in its thread; no input, output or clock. `fair_queue` decides the order.
-A tenant that shares no device with another and has no ceiling is *free*: it has no turns, and its gates stay open.
-Wrong reports of a tenant cost its own turn at most.
+The gatekeeper's time slicer uses this module in its thread. The module has no I/O and reads no clock. `fair_queue`
+decides the order. A tenant that shares no device with another and has no ceiling is *free*: it has no turns, and its
+gates stay open. Wrong reports of a tenant cost its own turn at most.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class Turns:
     # -- called by the time slicer
 
     def share_out(self, shares: Mapping[int, Share], now_ns: int) -> None:
-        """Set the shares of all tenants from now on; the next step needs a look at every tenant."""
+        """Set the shares of all tenants from now on; the next step must examine every tenant."""
         for tenant in set(self.places) - set(shares):
             del self.places[tenant]
             for places in (self._here, self._running, self._queue):
@@ -105,7 +105,7 @@ class Turns:
             place.charge(place.observed.short_ns(ran_ns, place.owned_ns(), now_ns))
 
     def in_question(self) -> list[int]:
-        """Return tenants that have a turn, or whose turn was just cut: every step needs a look at them."""
+        """Return tenants that have a turn, or whose turn was just cut: every step must examine them."""
         return [*self._running, *(tenant for tenant, place in self._queue.items() if place.cut)]
 
     def without_wakeups(self) -> set[int]:
@@ -137,7 +137,7 @@ class Turns:
         return changed
 
     def look_again(self) -> bool:
-        """Return whether to look again: gates closed with nothing in flight; if that stays so, the turns have ended."""
+        """Return whether to check again: gates closed with nothing in flight; if it stays so, the turns have ended."""
         is_drained, self._is_drained = self._is_drained, False
         return is_drained
 
@@ -205,7 +205,7 @@ class Turns:
             self._look_at_waiter(place, now_ns)
 
     def _look_at_owner(self, place: Place, turn: Turn, wanted: bool, now_ns: int) -> None:
-        """Charge an owner for the time since the last look, and note when it was last active."""
+        """Charge an owner for the time since the last check, and note when it was last active."""
         seen, since_ns = place.seen, max(turn.charged_ns, place.begun_ns(turn))
         if seen.launches != turn.launches:
             if turn.rest_ns:  # the last look was in a think time

@@ -1,6 +1,7 @@
 """Virtual time, floors and counters of each device.
 
-Used by `turns`, in the gatekeeper's time slicer thread; `fair_queue` decides by the floors that are recorded here.
+`turns` uses this module, in the gatekeeper's time slicer thread; `fair_queue` decides by the floors that are recorded
+here.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A tenant's share of a device's time in a Snapshot. Pure."""
+"""A tenant's share of a device's time in a Snapshot. No I/O."""
 
 from __future__ import annotations
 

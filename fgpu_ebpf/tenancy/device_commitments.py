@@ -1,11 +1,11 @@
-"""Limits that count against each device, so that the limits in use of all tenants fit on each device. Pure.
+"""Limits that count against each device, so that the limits in use of all tenants fit on each device.
 
 A limit counts on a device from the tenant's first use of that device on: most tenants of a host with several devices
 use a single device. If the tenant has one device, or its devices were named when it was started, the limit counts on
 all of them from the first process on. Inside a group that has a limit only the group's limit counts.
 
-Used by the enforcer, in the agent's main loop. The enforcer writes the limits, and knows which process uses which
-device.
+The enforcer uses this module, in the agent's main loop. The enforcer writes the limits, and knows which process uses
+which device. This module does no I/O.
 """
 
 from __future__ import annotations
@@ -104,14 +104,14 @@ class Commitments:
         return {index for index in self.undecided(tenant) if tenant.limits[index]}
 
     def in_force(self, tenant: Tenant) -> dict[int, int]:
-        """Return bytes by device: the limit; 0 if it was denied; the earlier limit if an increase has no room."""
+        """Return bytes by device: the limit; 0 if it was denied; the earlier limit if an increase does not fit."""
         granted, denied = self._granted.get(tenant.cgroup, {}), self._denied.get(tenant.cgroup, {})
         return {i: 0 if i in denied else granted.get(i, limit) for i, limit in tenant.limits.items()}
 
     # -- decisions
 
     def commit(self, tenant: Tenant, devices: Iterable[int]) -> str:
-        """Let the limit count on these devices. Returns why it does not fit on the first that lacks room, or empty."""
+        """Let the limit count on these devices. Returns why it does not fit on one of them, or empty."""
         new = sorted(self.undecided(tenant).intersection(devices))
         for index in new:
             self._grant(tenant, index)
@@ -119,7 +119,7 @@ class Commitments:
         return next((denied[index] for index in new if index in denied), "")
 
     def renew(self, tenant: Tenant) -> None:
-        """Grant what counts again, as far as there is room, after a change of the tenant or of a group around it."""
+        """Grant what counts again, as far as it fits, after a change of the tenant or of a group around it."""
         if self._is_inside(tenant):
             self.forget(tenant.cgroup)
         if not self.is_used(tenant.cgroup):
@@ -133,7 +133,7 @@ class Commitments:
             self._grant(tenant, index)
 
     def try_again(self) -> list[Tenant]:
-        """Try again to grant what was denied, since room may have been freed. Returns the tenants that got more."""
+        """Try again to grant what was denied, since capacity may have been freed. Returns the tenants that got more."""
         more = []
         for cgroup in sorted(self._lacking):
             tenant = self._tree.get(cgroup)

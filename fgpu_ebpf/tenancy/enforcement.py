@@ -1,6 +1,6 @@
-"""Degree to which the limits of a tenant are enforced: the word that status, metrics, page and explain show. Pure.
+"""Degree to which the limits of a tenant are enforced: the word that status, metrics, page and explain show.
 
-The snapshot builder applies the rule; all others read the word from its Snapshot.
+The snapshot builder applies the rule; all others read the word from its Snapshot. The module does no I/O.
 """
 
 from __future__ import annotations

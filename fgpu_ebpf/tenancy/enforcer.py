@@ -1,7 +1,7 @@
 """Puts tenants' limits in force, and keeps their sum within the devices.
 
-Runs in the agent's main loop; used by the manager, the kernel's events and the control socket. What a tenant should get
-is decided by `tenant`, where its limit counts by `device_commitments`. Bytes in use are changed by the kernel alone.
+This module runs in the agent's main loop; the manager, the kernel's events and the control socket use it. `tenant`
+decides what a tenant should get, and `device_commitments` where its limit counts. Only the kernel changes bytes in use.
 
 Until the first process of a tenant says hello or is charged, the kernel's map `resolved` has no entry for its cgroup,
 and the gatekeeper asks the agent about that hello. No process is killed in a tenant that contains a preexisting
@@ -116,7 +116,7 @@ class Enforcer:
 
         Raises:
             RoomError: a limit set by hand does not fit, or there is no place for a level. Nothing has changed.
-            OSError: the kernel has no room. Nothing has changed.
+            OSError: the kernel's maps are full. Nothing has changed.
         """
         changed = [t for t in self.names.named(tenants) if self.get(t.cgroup) != t]
         for tenant in changed:
@@ -320,7 +320,7 @@ class Enforcer:
         """Commit the limit of a level on a device, when a process first asks for memory there.
 
         Returns:
-            Why there is no room; empty: there is.
+            Why the limit does not fit; empty: it fits.
 
         Raises:
             OSError: the kernel does not take the limit.

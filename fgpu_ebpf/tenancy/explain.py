@@ -1,6 +1,6 @@
 """`fgpu explain`: the reasons for the limits of a cgroup, from the decision to the limits in force.
 
-Used by the control socket, in the agent's main loop. Cgroups that are not managed are explained too.
+The control socket uses this module, in the agent's main loop. Cgroups that are not managed are explained too.
 """
 
 from __future__ import annotations

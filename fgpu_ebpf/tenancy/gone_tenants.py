@@ -1,7 +1,7 @@
 """Tenants whose cgroup is gone while a device still holds memory of theirs, in descriptors that other processes have.
 
-Their usage pages stay in the kernel, so that the bytes remain charged to them, until the last orphan is released. Used
-by the manager, in the agent's main loop.
+Their usage pages stay in the kernel, so that the bytes remain charged to them, until the last orphan is released. The
+manager uses this module, in the agent's main loop.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Capacity for levels: how many levels each owner of bounds has, and whether it may have another.
 
 The kernel has a page for each level, and a fixed number of pages. If a level has no place, its programs get no memory
-(`Enforcer.answer`). Half of all places are kept for owners that have few levels. Used by the enforcer and the manager,
-in the agent's main loop. OSError of the kernel's table of owners.
+(`Enforcer.answer`). Half of all places are kept for owners that have few levels. The enforcer and the manager use this
+module, in the agent's main loop. OSError of the kernel's table of owners.
 """
 
 from __future__ import annotations

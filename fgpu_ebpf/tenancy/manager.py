@@ -1,8 +1,8 @@
 """The desired state of the host: applies policies and overrides to every cgroup, and puts the result in force.
 
-Runs in the agent's main loop. It has the policies in force, the overrides and the cgroups of `fgpu run`; the enforcer
-writes the ledger. Requests by hand raise TargetError and RoomError; what a policy cannot be given is in the tenant's
-notes and in the event log.
+This module runs in the agent's main loop. It has the policies in force, the overrides and the cgroups of `fgpu run`;
+the enforcer writes the ledger. Requests by hand raise TargetError and RoomError; what a policy cannot be given is in
+the tenant's notes and in the event log.
 """
 
 from __future__ import annotations
@@ -116,7 +116,7 @@ class Manager:
         return said or unknown or self.policies_unknown or self.workloads.missing(workload)
 
     def consider(self, paths: Iterable[str]) -> dict[str, int]:
-        """Look at cgroups again: they may be managed, changed or gone.
+        """Decide about cgroups again: they may be managed, changed or gone.
 
         Returns:
             The cgroups, by path, that should have a limit and have no place for it.
@@ -136,7 +136,7 @@ class Manager:
         return lacking
 
     def consider_all(self) -> None:
-        """Look at every cgroup of the host, and at every tenant."""
+        """Decide about every cgroup of the host and about every tenant again."""
         self.consider({*self.workloads.walk(), *(tenant.path for tenant in self.enforcer)})
 
     def reload(self, policies: PolicySet) -> None:
@@ -162,7 +162,7 @@ class Manager:
             self._put([tenant for tenant in level if not tenant.by_hand])
 
     def _put(self, tenants: Sequence[Tenant]) -> None:
-        """Put limits in force; a tenant for which there is no room must not keep the others from theirs."""
+        """Put limits in force; a tenant for which there is no capacity must not keep the others from theirs."""
         fit, shortages = self.enforcer.places.divide(tenants)
         self.refusals.report({t.path: shortages[t.cgroup] for t in tenants if t.cgroup in shortages})
         try:
@@ -213,7 +213,7 @@ class Manager:
         Raises:
             TargetError: the cgroup does not exist, or part of the limits that it keeps would be lost.
             RoomError: the limit does not fit.
-            OSError: the override cannot be written to its file, or the kernel has no room.
+            OSError: the override cannot be written to its file, or the kernel's maps are full.
         """
         workload = self.workloads.identify(path)
         if workload is None:

@@ -1,4 +1,4 @@
-"""The text for memory that outlives its process: one sentence for each orphan. Pure."""
+"""The text for memory that outlives its process: one sentence for each orphan. No I/O."""
 
 from __future__ import annotations
 

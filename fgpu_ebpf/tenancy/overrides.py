@@ -1,7 +1,7 @@
 """Overrides: limits set by `fgpu set`, `fgpu run` and shares, kept over restarts of the agent, not over a reboot.
 
-Used by the manager, in the agent's main loop. They are kept in one file under /run. What cannot be understood of the
-file is not treated as absent: `unknown` returns the reason, for one cgroup or for all.
+The manager uses this module, in the agent's main loop. Overrides are kept in one file under /run. An invalid part of
+the file is not treated as absent: `unknown` returns the reason, for one cgroup or for all.
 """
 
 from __future__ import annotations
@@ -113,9 +113,9 @@ class Overrides:
         return self._error or self._errors.get(cgroup, "")
 
     def settle(self, kept: Iterable[Override]) -> None:
-        """Note that the start has looked at every cgroup. Raises OSError.
+        """Note that the start has considered every cgroup. Raises OSError.
 
-        If part of the file could not be understood, the file is replaced, and the old one is left beside it.
+        If part of the file is invalid, the file is replaced, and the old one is left beside it.
 
         Args:
             kept: overrides of cgroups of which it is not known what was set.

@@ -2,7 +2,7 @@
 
 First every level of an existing cgroup is entered as it is pinned, then policies and overrides are put in force, then
 levels that nothing wants are released. A level of which it is not known whether something wants it keeps its limits, as
-a tenant of source `kept`, and `doubts` names it. Runs in the agent's main thread.
+a tenant of source `kept`, and `doubts` names it. This module runs in the agent's main thread.
 """
 
 from __future__ import annotations

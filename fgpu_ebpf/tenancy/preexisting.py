@@ -2,8 +2,8 @@
 
 They are adopted and reported, never killed. They are found once and kept in a file until `fgpu detach` or a reboot. A
 process that starts later is never counted, so that no tenant can claim to be preexisting. If the file cannot be
-written, the next agent finds no such process; if it cannot be read, there is none. Used by the enforcer, in the agent's
-main loop.
+written, the next agent finds no such process; if it cannot be read, there is none. The enforcer uses this module, in
+the agent's main loop.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""Profiles: the shares that this host offers in numbers, as `profiles:` in agent.yaml lists them. Pure.
+"""Profiles: the shares that this host offers in numbers, as `profiles:` in agent.yaml lists them. No I/O.
 
-Used by the answer to the device plugin. The agent decides what a container gets when it starts.
+The answer to the device plugin uses this module. The agent decides what a container gets when it starts.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Reports levels that found no place: one event per owner of bounds every PAUSE_SECONDS, however many levels it lacks.
 
-Used by the manager, in the agent's main loop.
+The manager uses this module, in the agent's main loop.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """TARGET of a command -> the path of a cgroup.
 
-The forms are: a tenant's name, a container's id or its beginning, pod/NS/NAME, unit/NAME, /cgroup/path, pid/N. Used by
-the control socket, in the agent's main loop. An ambiguous target is a TargetError that says what to name instead.
+The forms are: a tenant's name, a container's id or its beginning, pod/NS/NAME, unit/NAME, /cgroup/path, pid/N. The
+control socket uses this module, in the agent's main loop. An ambiguous target is a TargetError that says what to name
+instead.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""Limits of a workload as a tenant: policies and overrides put together, with their precedence. Pure.
+"""Limits of a workload as a tenant: policies and overrides put together, with their precedence.
 
-Used by the manager. Whether there is room is decided by the enforcer.
+The manager uses this module. It does no I/O. The enforcer decides whether there is capacity.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Names of tenants: which cgroup has which name. Metrics, commands and events know tenants by these names.
 
-Used by the enforcer and the manager, in the agent's main loop. No two tenants have the same name, and a tenant keeps
-its name. The names are kept in a file under /run over restarts of the agent. If the file cannot be read or written,
-names are assigned in the order of cgroup ids, which is the order in which the kernel made the cgroups.
+The enforcer and the manager use this module, in the agent's main loop. No two tenants have the same name, and a tenant
+keeps its name. The names are kept in a file under /run over restarts of the agent. If the file cannot be read or
+written, names are assigned in the order of cgroup ids, which is the order in which the kernel made the cgroups.
 """
 
 from __future__ import annotations

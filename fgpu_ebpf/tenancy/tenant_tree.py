@@ -1,6 +1,6 @@
-"""The managed cgroups, and which of them lie inside which. Pure.
+"""The managed cgroups, and which of them lie inside which.
 
-Used by the enforcer, in the agent's main loop.
+The enforcer uses this module, in the agent's main loop. It does no I/O.
 """
 
 from __future__ import annotations

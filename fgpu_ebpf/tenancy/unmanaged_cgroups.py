@@ -1,8 +1,8 @@
 """Cgroups that are not managed and from which programs have asked: which of them the kernel's map keeps.
 
 Each owner of bounds has a number of entries. If it asks from more cgroups, the entry answered longest ago is removed,
-and the next program there asks again. So programs of unmanaged cgroups take no entry from managed ones. Used by the
-enforcer and the manager, in the agent's main loop. OSError of the kernel's map.
+and the next program there asks again. So programs of unmanaged cgroups take no entry from managed ones. The enforcer
+and the manager use this module, in the agent's main loop. OSError of the kernel's map.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ class UnmanagedCgroups:
         return set(self._ledger.not_managed())
 
     def forget_gone(self, before: Set[int], live: Set[int | None]) -> None:
-        """Remove cgroups that were known before a look at the host and were not found by it."""
+        """Remove cgroups that were known before a scan of the host and were not found by it."""
         self.keep_only({cgroup for cgroup in live if cgroup is not None} | (self.known() - before))
 
     def keep_only(self, live: Set[int]) -> None:

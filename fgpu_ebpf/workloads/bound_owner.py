@@ -2,10 +2,10 @@
 
 A workload that can make cgroups inside its own would have every bound again in each of them. So a bound belongs to the
 outermost cgroup that is one workload: a container or pod by its name, a unit of systemd, a cgroup of `fgpu run`, one
-that belongs to a user other than root, or one that a policy gives a limit and that is no folder for workloads. Looked
-at from the root inwards, the first of these is the owner: what lies inside it may be named by the workload itself.
+that belongs to a user other than root, or one that a policy gives a limit and that is no folder for workloads. On the
+path from the root, the first of these is the owner: the workload itself may name what lies inside it.
 
-Used by the agent and the gatekeeper, in any thread. A cgroup that is gone is judged by its name.
+The agent and the gatekeeper use this module, in any thread. A cgroup that is gone is judged by its name.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The meaning of a cgroup's name: the engine that made it, the container, the pod, the unit.
 
-Knows the names of systemd, Docker, Podman, CRI engines, kubelet and LXC, with the drivers systemd and cgroupfs. Used by
-the agent, the gatekeeper and the commands, in any thread; reads nothing of the host. A path without a meaning has no
-engine, container, pod or unit.
+The module knows the names of systemd, Docker, Podman, CRI engines, kubelet and LXC, with the drivers systemd and
+cgroupfs. The agent, the gatekeeper and the commands use this module, in any thread. It reads nothing of the host. A
+path without a meaning has no engine, container, pod or unit.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The cgroups of this host: their paths, ids and processes, and the cgroups of `fgpu run`.
 
-Used by the agent's main thread and by commands. Never waits for an engine. A cgroup that is removed meanwhile is not an
-error; TargetError reports a name of the caller's that does not exist.
+The agent's main thread and commands use this module. It never waits for an engine. A cgroup that is removed meanwhile
+is not an error; TargetError reports a name of the caller's that does not exist.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """A client of the container runtime interface (gRPC): containerd, CRI-O and other engines that kubelet uses.
 
-Used in an engine thread of the agent. grpc is imported at the first request: it is heavy, and most hosts have no such
-engine.
+This module runs in an engine thread of the agent. grpc is imported at the first request: it is heavy, and most hosts
+have no such engine.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The messages of the container runtime interface that fgpu sends and reads: names, field numbers and types.
 
 Only the used fields of `runtime.v1` of https://github.com/kubernetes/cri-api (Apache License 2.0, the Kubernetes
-Authors); protobuf skips the others. Used by `cri`, in an engine thread of the agent.
+Authors); protobuf skips the others. `cri` uses this module, in an engine thread of the agent.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """A client of Docker's and Podman's HTTP API, which both serve: the list of containers, and an image's labels.
 
-Used in an engine thread of the agent. It only reads, with a deadline for the whole answer and a maximum size; the
-Docker SDK bounds neither. `inspect` is not used: it waits for a container that is starting.
+The client runs in an engine thread of the agent. It only reads, with a deadline for the whole answer and a maximum
+size; the Docker SDK bounds neither. `inspect` is not used: it waits for a container that is starting.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Parsing of the engines' answers about containers into Names, whatever the answers contain.
 
-Used by the clients of engines, in the engine threads of the agent. Sizes are bounded. AnswerError reports an answer of
-the wrong form; a label that is too long or not printable is left out.
+The clients of engines use this module, in the engine threads of the agent. Sizes are bounded. AnswerError reports an
+answer of the wrong form; a label that is too long or not printable is left out.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The names and labels that engines report of the containers and pods of this host.
 
-Used by the agent's main thread, which never waits for an engine: engine threads ask and store the answers, and `take`
-returns the cgroups that they concern. At most MOST_KNOWN containers and pods are stored, each for as long as rescans
-ask for it. A container that no engine has reported has the labels of its cgroup only.
+The agent's main thread uses this module and never waits for an engine: engine threads ask and store the answers, and
+`take` returns the cgroups that they concern. At most MOST_KNOWN containers and pods are stored, each for as long as
+rescans ask for it. A container that no engine has reported has the labels of its cgroup only.
 """
 
 from __future__ import annotations

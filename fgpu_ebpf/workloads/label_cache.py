@@ -1,6 +1,6 @@
 """A file with the names and labels that engines have reported, so that limits by label survive a restart of the agent.
 
-Used by the agent's main thread. If the file cannot be understood, the log says so and the engines are asked again.
+The agent's main thread uses this module. If the file is invalid, the log says so and the engines are asked again.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ MOST_BYTES = 64 << 20
 
 
 def read(file: Path) -> dict[Subject, Names]:
-    """Return all that was written; nothing if the file is missing or cannot be understood."""
+    """Return all that was written; nothing if the file is missing or invalid."""
     try:
         with file.open("rb") as opened:
             found = json.loads(opened.read(MOST_BYTES))

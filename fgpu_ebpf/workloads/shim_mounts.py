@@ -1,7 +1,7 @@
 """Mounts of the gatekeeper's folder in containers, as the kernel lists them: no file of a tenant is opened.
 
-Used by `fgpu detach` and by the agent. A mount shows the folder that was there when the container was made, even if
-that folder was removed since. A process that has gone has no mount.
+`fgpu detach` and the agent use this module. A mount shows the folder that was there when the container was made, even
+if that folder was removed since. A process that has gone has no mount.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The workload of a cgroup: its unit, its container and pod, and the labels that its folder carries.
 
-Used by the agent's main thread and by commands. Engines are asked elsewhere (`engine_labels`). Attributes that a user
-other than root can write count only as requests that the workload may make for itself.
+The agent's main thread and commands use this module. Engines are asked elsewhere (`engine_labels`). Attributes that a
+user other than root can write count only as requests that the workload may make for itself.
 """
 
 from __future__ import annotations
