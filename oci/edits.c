@@ -308,5 +308,6 @@ char *edits_apply(const struct setup *setup, const char *config, const char *bun
     mount_entry(&to, mounts, setup->shim, setup->shim, "");
     mount_entry(&to, mounts, setup->socket, "/run/fgpu/shim", ",\"noexec\"");
     mount_entry(&to, mounts, list, PRELOAD, ",\"noexec\"");
+    mount_entry(&to, mounts, setup->socket, "/var/lib/fgpu/run", ",\"noexec\""); /* stays where an init hides /run */
     return with_mounts(config, mounts, entries);
 }

@@ -81,7 +81,8 @@ def _published(shim: Path) -> None:
     mapped = {(m.dev, m.ino) for pid in procfs.pids() for m in cuda_mappings.fgpu_mappings(pid) or ()}
     if shim_store.remove(store, mapped):
         shutil.rmtree(injection.BIN, ignore_errors=True)
-    for folder in (store, engine_setup.STATE, store.parent):
+    # A runtime has made the place of a mount if it put the shim into a container that has this folder of the host.
+    for folder in (store, engine_setup.STATE, Path(shim_mounts.BESIDE), store.parent):
         _remove_empty(folder)
 
 

@@ -25,13 +25,21 @@ from fgpu_ebpf.tenancy.enforcer import Enforcer
 from fgpu_ebpf.tenancy.event_log import EventLog
 from fgpu_ebpf.tenancy.manager import Manager
 from fgpu_ebpf.tenancy.tenant import Tenant
-from fgpu_ebpf.workloads.shim_mounts import Mount, mount_of
+from fgpu_ebpf.workloads.shim_mounts import BESIDE, FOLDER, Mount, mount_of, one_of_each_namespace
 
 TOLD_AGE_NS = 5_000_000_000  # age at which an orphan is reported
 LOOK_SECONDS = 1.0  # between two looks for overruns
 AGAIN_SECONDS = 10.0  # between two reports of overruns of one tenant on one device
 _MOUNTS = "mounts"
-_MOUNT_FIX = "restart the container: its mount shows the removed folder as long as the container runs"
+_MOUNT_WORDS = {
+    Mount.REMOVED: f"{FOLDER} was removed under {{}}",
+    Mount.HIDDEN: f"a mount hides {FOLDER} in {{}}",
+}
+_MOUNT_FIX = (
+    "restart the container: its mount shows the removed folder as long as the container runs; where a mount hides the "
+    f"folder, create the container again, so that it has the folder at {BESIDE} too"
+)
+_MOST_LOOKED_AT = 64
 _MOST_NAMED = 5
 _Process = tuple[int, int]  # pid, generation
 _Life = tuple[int, int, int]  # pid, generation, device
@@ -181,29 +189,36 @@ class OverrunReports:
 
 
 class StaleMountReports:
-    """Reports stale mounts. `pids` returns the processes of a cgroup; `failed_checks` are the agent's failed checks."""
+    """Reports containers in which the shim does not find the gatekeeper's folder: it was removed, or is hidden.
+
+    `pids` returns the processes of a cgroup; `failed_checks` are the agent's failed checks.
+    """
 
     def __init__(
         self, pids: Callable[[str], list[int]], history: EventLog, failed_checks: MutableMapping[str, Check]
     ) -> None:
         self._pids, self._history, self._failed_checks = pids, history, failed_checks
-        self._reported: set[str] = set()
+        self._reported: set[tuple[str, str]] = set()
 
     def look(self, tenants: Iterable[Tenant]) -> Iterator[None]:
-        """Check one process of each tenant, and report tenants with a stale mount. Yields after each."""
-        stale = set()
+        """Check one process of each mount namespace of a tenant, and report the tenant. Yields after each."""
+        found = set[tuple[str, str]]()
         for tenant in tenants:
-            if any(mount_of(pid) is Mount.REMOVED for pid in self._pids(tenant.path)[:1]):
-                stale.add(tenant.name)
+            for pid in one_of_each_namespace(self._pids(tenant.path)[:_MOST_LOOKED_AT]):
+                if words := _MOUNT_WORDS.get(mount_of(pid)):
+                    found.add((words, tenant.name))
             yield
-        for name in sorted(stale - self._reported):
-            self._history.add("stale mount", tenant=name, text="/run/fgpu/shim was removed under the container")
-        self._reported = stale
+        for words, name in sorted(found - self._reported):
+            self._history.add("stale mount", tenant=name, text=words.format("the container"))
+        self._reported = found
         self._failed_checks.pop(_MOUNTS, None)
-        if stale:
-            named = ", ".join(sorted(stale)[:_MOST_NAMED])
-            found = f"/run/fgpu/shim was removed under {named}: programs that start there get no memory"
-            self._failed_checks[_MOUNTS] = Check("mounts", False, found, _MOUNT_FIX)
+        if found:
+            named = [
+                words.format(", ".join(sorted(name for said, name in found if said == words)[:_MOST_NAMED]))
+                for words in dict.fromkeys(said for said, _ in sorted(found))
+            ]
+            text = f"{'; '.join(named)}: programs that start there get no memory"
+            self._failed_checks[_MOUNTS] = Check("mounts", False, text, _MOUNT_FIX)
 
 
 class XidReports:

@@ -15,11 +15,11 @@ from typing import Any
 
 from fgpu_ebpf.linux import atomic_file
 from fgpu_ebpf.policy import share_name
+from fgpu_ebpf.workloads import shim_mounts
 
 FOLDER = Path("/var/run/cdi")
 VENDOR = "fgpu.dev"
-SOCKET = "/run/fgpu/shim"  # the folder in every container in which the shim finds the socket
-PRELOAD = "/etc/ld.so.preload"
+SOCKET, PRELOAD = shim_mounts.FOLDER, shim_mounts.LIST
 HOOK_SECONDS = 10
 _READ_ONLY = ["bind", "ro", "nosuid", "nodev"]
 
@@ -37,10 +37,13 @@ class Parts:
 
 def mounts(parts: Parts) -> list[dict[str, Any]]:
     """Return the mounts that every container needs, all read-only."""
+    others = ((parts.socket, SOCKET), (parts.preload, PRELOAD), (parts.socket, shim_mounts.BESIDE))
     return [
         {"hostPath": str(parts.shim), "containerPath": str(parts.shim), "options": _READ_ONLY},
-        {"hostPath": str(parts.socket), "containerPath": SOCKET, "options": [*_READ_ONLY, "noexec"]},
-        {"hostPath": str(parts.preload), "containerPath": PRELOAD, "options": [*_READ_ONLY, "noexec"]},
+        *(
+            {"hostPath": str(source), "containerPath": place, "options": [*_READ_ONLY, "noexec"]}
+            for source, place in others
+        ),
     ]
 
 

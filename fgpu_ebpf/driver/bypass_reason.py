@@ -14,8 +14,9 @@ from fgpu_ebpf.driver import cuda_mappings
 from fgpu_ebpf.ledger.process_entry import Process
 from fgpu_ebpf.linux import procfs
 from fgpu_ebpf.workloads import shim_mounts
+from fgpu_ebpf.workloads.shim_mounts import Mount
 
-LIST = "/etc/ld.so.preload"
+LIST = shim_mounts.LIST
 _MUSL = ("ld-musl", "libc.so")  # musl's loader is its library, and some distributions call it libc.so
 
 IsShim = Callable[[int, int], bool]
@@ -31,6 +32,7 @@ class Reason(StrEnum):
     FOREIGN = "foreign"
     HIDDEN = "hidden"
     STALE_MOUNT = "stale_mount"
+    RUN_HIDDEN = "run_hidden"
     UNUSED = "unused"
 
     @property
@@ -54,8 +56,16 @@ class Reason(StrEnum):
                 )
             case Reason.STALE_MOUNT:
                 return "/run/fgpu/shim was removed while their container ran: restart the container"
+            case Reason.RUN_HIDDEN:
+                return (
+                    f"a mount hides {shim_mounts.FOLDER} from them: create the container again, so that it has the "
+                    f"folder at {shim_mounts.BESIDE} too"
+                )
             case Reason.UNUSED:
                 return "the shim is loaded, but they call the driver without it"
+
+
+_OF_MOUNT = {Mount.REMOVED: Reason.STALE_MOUNT, Mount.HIDDEN: Reason.RUN_HIDDEN}  # of a process that has the shim
 
 
 def reason(pid: int, is_shim: IsShim = lambda *_: True) -> Reason | None:
@@ -66,18 +76,15 @@ def reason(pid: int, is_shim: IsShim = lambda *_: True) -> Reason | None:
             return Reason.STATIC
         mapped = cuda_mappings.fgpu_mappings(pid) or ()
         named = [one for one in mapped if os.path.basename(one.path).startswith("libfgpu.so")]
+        if named and not any(is_shim(one.dev, one.ino) for one in named):
+            return Reason.FOREIGN
         if named:
-            return _of_shim(pid) if any(is_shim(one.dev, one.ino) for one in named) else Reason.FOREIGN
+            return _OF_MOUNT.get(shim_mounts.mount_of(pid), Reason.UNUSED)
         if loader.startswith(_MUSL):
             return Reason.MUSL
         return Reason.NOT_LOADED if procfs.has_mount(pid, LIST) else Reason.NOT_MOUNTED
     except OSError:
         return None
-
-
-def _of_shim(pid: int) -> Reason:
-    is_removed = shim_mounts.mount_of(pid) is shim_mounts.Mount.REMOVED
-    return Reason.STALE_MOUNT if is_removed else Reason.UNUSED
 
 
 class Reasons:

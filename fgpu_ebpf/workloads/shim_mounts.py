@@ -7,60 +7,87 @@ if that folder was removed since. A process that has gone has no mount.
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable, Iterator
 from enum import Enum, auto
 from itertools import islice
 from pathlib import Path
 
 from fgpu_ebpf.linux import procfs
 
-FOLDER = Path("/run/fgpu/shim")
+FOLDER = "/run/fgpu/shim"
+BESIDE = "/var/lib/fgpu/run"  # where a container has the folder too, since its init may mount over /run
+LIST = "/etc/ld.so.preload"
 _REMOVED = "//deleted"  # as the kernel marks the source of a mount
 
 
 class Mount(Enum):
-    """The kind of folder that a process sees at FOLDER."""
+    """The kind of folder that a process sees at FOLDER, or beside the shim."""
 
     NONE = auto()
     LIVE = auto()
     REMOVED = auto()
+    HIDDEN = auto()  # FOLDER was mounted, or the list that preloads the shim is, and the folder is not there
 
 
-def mount_of(pid: int, folder: Path = FOLDER, device: str = "") -> Mount:
-    """Return the kind of the last mount at this path, which hides the others.
-
-    Args:
-        pid: the process.
-        folder: the path of the mount.
-        device: MAJOR:MINOR of the folder's file system; empty: of any.
-    """
-    found = Mount.NONE
-    try:
-        with open(f"/proc/{pid}/mountinfo", encoding="utf-8", errors="surrogateescape") as file:
-            for line in islice(file, procfs.MOST_MOUNTS):
-                _, _, its_device, source, path, _ = line.split(" ", 5)
-                if path == str(folder) and device in ("", its_device):
-                    found = Mount.REMOVED if source.endswith(_REMOVED) else Mount.LIVE
-    except OSError:
-        return Mount.NONE
-    return found
+def mount_of(pid: int) -> Mount:
+    """Return the kind of folder that the shim of a process finds. Of mounts over each other, the last one counts."""
+    own, given = _device_of(Path(FOLDER)), False
+    beside, seen, last = Mount.NONE, Mount.NONE, ""
+    for device, source, path in _mounts(pid):
+        kind = Mount.REMOVED if source.endswith(_REMOVED) else Mount.LIVE
+        if path == BESIDE:
+            beside = kind
+        given = given or path == FOLDER or (path == LIST and device == own)
+        if path == FOLDER:
+            seen, last = kind, own
+        elif FOLDER.startswith(f"{path}/") or (path == "/" and not last):
+            seen, last = Mount.NONE, device
+    if beside is not Mount.NONE or not given:
+        return beside
+    return seen if last == own else Mount.HIDDEN
 
 
 def is_mounted(folder: Path) -> bool:
-    """Return whether the folder is mounted in any mount namespace that has a process.
+    """Return whether the folder is mounted in any mount namespace that has a process, also if it is hidden there.
 
     Containers of another agent may have its folder at the same path: that one lies in another file system.
     """
-    try:
-        number = os.stat(folder).st_dev
-    except OSError:
-        return False
-    device, seen = f"{os.major(number)}:{os.minor(number)}", set[str]()
-    for pid in procfs.pids():
+    own = _device_of(folder)
+    return bool(own) and any(
+        device == own and path in (str(folder), BESIDE) and not source.endswith(_REMOVED)
+        for pid in one_of_each_namespace(procfs.pids())
+        for device, source, path in _mounts(pid)
+    )
+
+
+def one_of_each_namespace(pids: Iterable[int]) -> Iterator[int]:
+    """Yield the first process of each mount namespace."""
+    seen = set[str]()
+    for pid in pids:
         try:
             namespace = os.readlink(f"/proc/{pid}/ns/mnt")
         except OSError:
             continue
-        if namespace not in seen and mount_of(pid, folder, device) is Mount.LIVE:
-            return True
-        seen.add(namespace)
-    return False
+        if namespace not in seen:
+            seen.add(namespace)
+            yield pid
+
+
+def _mounts(pid: int) -> Iterator[tuple[str, str, str]]:
+    """Yield MAJOR:MINOR, the source and the path of each mount that a process sees."""
+    try:
+        with open(f"/proc/{pid}/mountinfo", encoding="utf-8", errors="surrogateescape") as file:
+            for line in islice(file, procfs.MOST_MOUNTS):
+                _, _, device, source, path, _ = line.split(" ", 5)
+                yield device, source, path
+    except OSError:
+        return
+
+
+def _device_of(folder: Path) -> str:
+    """Return MAJOR:MINOR of the folder's file system; empty: there is no folder."""
+    try:
+        number = os.stat(folder).st_dev
+    except OSError:
+        return ""
+    return f"{os.major(number)}:{os.minor(number)}"

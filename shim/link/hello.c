@@ -27,6 +27,22 @@
 #define LAST_RETRY_NS 100000000ULL
 #define MOST_DESCRIPTORS 8
 
+#ifdef __x86_64__ /* the instruction in probe.S, unless a probe has replaced it by a breakpoint */
+#define NOP 0x90
+#define CODE_BITS 0xff
+#else
+#define NOP 0xd503201fu
+#define CODE_BITS 0xffffffffu
+#endif
+
+struct place {
+    char folder[20], parent[24], socket[32];
+};
+#define PLACE(folder)                                                                                                  \
+    {                                                                                                                  \
+        folder, folder "/..", folder "/shim.sock"                                                                      \
+    }
+
 struct answer {
     /* A newer gatekeeper may send a longer answer; the first bytes mean the same. */
     union {
@@ -38,6 +54,7 @@ struct answer {
 };
 
 static _Atomic(char *) region;
+const char *_Atomic fgpu_silence;
 
 char *fgpu_set(unsigned set)
 {
@@ -64,13 +81,30 @@ void fgpu_read_note(const struct fgpu_control_page *control, struct fgpu_note *n
     atomic_store_explicit(&note->epoch, epoch, memory_order_relaxed);
 }
 
+/* Return whether the path is the root of a mount. */
+static bool is_mount(const char *path)
+{
+    struct statx status;
+    return !syscall(SYS_statx, AT_FDCWD, path, AT_SYMLINK_NOFOLLOW, 0, &status) &&
+           status.stx_attributes & STATX_ATTR_MOUNT_ROOT;
+}
+
+/* Return where the folder with the socket is. Inits of containers and sandboxes mount over /run, and nothing over the
+ * place beside the shim. That place counts only as a mount: a tenant may be able to make a folder there. The host, and
+ * containers that were started before there was such a mount, have the other place alone. */
+static const struct place *place(void)
+{
+    static const struct place places[] = {PLACE("/var/lib/fgpu/run"), PLACE(FGPU_SOCKET_DIR)};
+    return &places[!is_mount(places[0].folder)];
+}
+
 /* Return whether an agent is or was on this host. A host without the service has no such directory. `fgpu detach` sets
  * the sticky bit on the directory that containers have mounted. A directory that was removed under a mount is still
  * there, without a link: an agent was here and is silent. */
-static bool agent_here(void)
+static bool agent_here(const struct place *at)
 {
     struct stat status;
-    if (syscall(SYS_newfstatat, AT_FDCWD, FGPU_SOCKET_DIR, &status, AT_SYMLINK_NOFOLLOW))
+    if (syscall(SYS_newfstatat, AT_FDCWD, at->folder, &status, AT_SYMLINK_NOFOLLOW))
         return errno != ENOENT && errno != ENOTDIR;
     return S_ISDIR(status.st_mode) && !(status.st_mode & S_ISVTX);
 }
@@ -78,22 +112,34 @@ static bool agent_here(void)
 /* Return whether any user could have made the directory. In an image that has a limit, any user may be able to put a
  * folder into /run/fgpu, and a socket that keeps others waiting. The agent's directory belongs to root or is mounted,
  * whatever user owns it in a user namespace. */
-static bool anybodys(void)
+static bool anybodys(const struct place *at)
 {
     struct stat status, around;
-    if (syscall(SYS_newfstatat, AT_FDCWD, FGPU_SOCKET_DIR, &status, AT_SYMLINK_NOFOLLOW)) return false;
+    if (syscall(SYS_newfstatat, AT_FDCWD, at->folder, &status, AT_SYMLINK_NOFOLLOW)) return false;
     if (status.st_mode & (S_IWGRP | S_IWOTH)) return true;
-    if (!status.st_uid || syscall(SYS_newfstatat, AT_FDCWD, FGPU_SOCKET_DIR "/..", &around, 0)) return false;
+    if (!status.st_uid || syscall(SYS_newfstatat, AT_FDCWD, at->parent, &around, 0)) return false;
     return around.st_mode & (S_IWGRP | S_IWOTH) && status.st_dev == around.st_dev;
 }
 
 /* Return whether the socket is there. A gatekeeper that exits leaves its socket, and the next one renames its own over
  * it. A folder that was removed had one. */
-static bool socket_here(void)
+static bool socket_here(const struct place *at)
 {
     struct stat status;
-    if (!syscall(SYS_newfstatat, AT_FDCWD, FGPU_SOCKET, &status, 0) || errno != ENOENT) return true;
-    return !syscall(SYS_newfstatat, AT_FDCWD, FGPU_SOCKET_DIR, &status, AT_SYMLINK_NOFOLLOW) && !status.st_nlink;
+    if (!syscall(SYS_newfstatat, AT_FDCWD, at->socket, &status, 0) || errno != ENOENT) return true;
+    return !syscall(SYS_newfstatat, AT_FDCWD, at->folder, &status, AT_SYMLINK_NOFOLLOW) && !status.st_nlink;
+}
+
+/* Return whether an agent has given this process the shim: the file or the list that preloads it is a mount, and probes
+ * are in its code. Then a folder that is not the agent's does not mean a host without an agent: a mount hides the
+ * agent's folder, or it was moved. */
+bool fgpu_is_hidden(void)
+{
+    const uint32_t *code = (const uint32_t *)(uintptr_t)fgpu_admit_here;
+    if ((__atomic_load_n(code, __ATOMIC_RELAXED) & CODE_BITS) == NOP) return false;
+    if (!is_mount("/etc/ld.so.preload") && !is_mount("/var/lib/fgpu/shim/current/libfgpu.so")) return false;
+    fgpu_silence = "fgpu: /run/fgpu/shim is hidden from this program: device memory is refused\n";
+    return true;
 }
 
 /* Write a message to stderr. stderr may be a pipe without a reader (SIGPIPE), a full pipe (the write would block), or
@@ -127,10 +173,11 @@ static bool wait_for(int socket, uint64_t deadline)
  */
 static bool ask(int socket, const struct fgpu_note *before)
 {
-    static const struct sockaddr_un address = {.sun_family = AF_UNIX, .sun_path = FGPU_SOCKET};
+    struct sockaddr_un address = {.sun_family = AF_UNIX};
     struct fgpu_hello hello = {.magic = FGPU_MAGIC, .version = FGPU_LAYOUT, .size = sizeof hello};
     const uint64_t boot[2] = {before->boot[0], before->boot[1]};
     memcpy(hello.boot, boot, sizeof hello.boot);
+    memcpy(address.sun_path, place()->socket, sizeof place()->socket);
     if (syscall(SYS_connect, socket, &address, sizeof address)) return false;
     return syscall(SYS_sendto, socket, &hello, sizeof hello, MSG_NOSIGNAL, NULL, 0) == sizeof hello;
 }
@@ -236,13 +283,14 @@ enum fgpu_outcome fgpu_hello(int *asked, uint64_t deadline, const struct fgpu_no
 {
     /* Look for the directory each time: it may be removed during the wait. */
     for (uint64_t step = FIRST_RETRY_NS;; step = step < LAST_RETRY_NS / 2 ? 2 * step : LAST_RETRY_NS) {
-        if (!agent_here()) return FGPU_IS_ABSENT;
-        if (anybodys()) return FGPU_IS_EMPTY;
+        const struct place *at = place();
+        if (!agent_here(at)) return FGPU_IS_ABSENT;
+        if (anybodys(at)) return FGPU_IS_EMPTY;
         int socket = *asked < 0 ? fgpu_knock(before) : *asked;
         *asked = -1;
         enum fgpu_outcome outcome = once(socket, deadline, set, note, levels);
         if (outcome != FGPU_IS_RETRY) return outcome;
-        bool empty = !socket_here(); /* an agent that starts makes the folder first */
+        bool empty = !socket_here(at); /* an agent that starts makes the folder first */
         uint64_t now = fgpu_now();
         if (now + (empty ? LAST_RETRY_NS : FIRST_RETRY_NS) >= deadline) return empty ? FGPU_IS_EMPTY : FGPU_IS_SILENT;
         /* Each pause is longer and has a random part: processes that are refused together must not come back together.

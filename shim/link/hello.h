@@ -7,6 +7,8 @@
 enum fgpu_outcome { FGPU_IS_SILENT, FGPU_IS_ABSENT, FGPU_IS_EMPTY, FGPU_IS_FREE, FGPU_IS_HELD, FGPU_IS_RETRY };
 
 HIDDEN void fgpu_say(const char *text);
+extern HIDDEN const char *_Atomic fgpu_silence; /* why no agent could be asked, as a message; NULL: it is not known */
+HIDDEN bool fgpu_is_hidden(void);               /* though no agent was found, this host has one; sets the message */
 HIDDEN char *fgpu_set(unsigned set); /* control, status, usage pages leaf first; NULL before a hello succeeded */
 HIDDEN void fgpu_read_note(const struct fgpu_control_page *control, struct fgpu_note *note);
 

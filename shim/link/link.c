@@ -24,7 +24,8 @@
 
 /*
  * FRESH -> OPEN       no socket directory: this host has no agent. For good, unless the image has a limit.
- *       -> CLOSED     the directory is there, but no answer in time: admissions are refused. Hello again each second.
+ *       -> CLOSED     the directory is there, but no answer in time; or it is hidden, and the agent's probes are in the
+ *                     shim. Admissions are refused. Hello again each second.
  *       -> UNMANAGED  answered: this process is not managed. Its control page says when that may have changed.
  *       -> HELD       answered with pages, and the probes answered too.
  * UNMANAGED, HELD: hello again when the page's writer is silent or says so; without an answer they stay as they are.
@@ -133,6 +134,7 @@ static COLD uint32_t hello(uint32_t word, int *asked, uint64_t now, uint64_t pat
         outcome = FGPU_IS_SILENT;
     }
     if (outcome == FGPU_IS_FREE) return without_agent(FGPU_UNMANAGED | set << 8);
+    if ((outcome == FGPU_IS_ABSENT || outcome == FGPU_IS_EMPTY) && fgpu_is_hidden()) outcome = FGPU_IS_SILENT;
     /* While this process has pages, the kernel enforces with or without a gatekeeper, and an upgrade may be going
      * on. */
     bool keeps = link_of(word) >= FGPU_UNMANAGED;
@@ -239,7 +241,8 @@ struct fgpu_view fgpu_glance(void) { return view_of(load()); }
 
 static COLD const char *text_of(uint32_t word)
 {
-    if (link_of(word) == FGPU_CLOSED) return "fgpu: the agent does not answer: device memory is refused\n";
+    if (link_of(word) == FGPU_CLOSED)
+        return fgpu_silence ?: "fgpu: the agent does not answer: device memory is refused\n";
     if (!(word & COOPERATIVE)) return "fgpu: no agent on this host: not enforced\n";
     return fgpu_standalone_join() == FGPU_STANDALONE_WITH
                ? "fgpu: no agent: this container's programs share its limit\n"

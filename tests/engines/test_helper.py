@@ -63,7 +63,7 @@ def destinations(config: Any) -> list[str]:
     return [mount["destination"] for mount in config["mounts"]]
 
 
-OURS = [SHIM, "/run/fgpu/shim", "/etc/ld.so.preload"]
+OURS = [SHIM, "/run/fgpu/shim", "/etc/ld.so.preload", "/var/lib/fgpu/run"]
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.text() | st.floats(allow_nan=False, allow_infinity=False),
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(), inner, max_size=4),
@@ -111,7 +111,7 @@ def test_nesting_without_end_is_refused(run_dir: Path) -> None:
 def test_mounts_of_others_stay(run_dir: Path) -> None:
     own = {"destination": "/etc/ld.so.preload", "source": "/mine"}
     after = edited(run_dir, json.dumps({"root": {"path": "/x"}, "mounts": [own]}))
-    assert destinations(after) == ["/etc/ld.so.preload", *OURS[:2]]
+    assert destinations(after) == ["/etc/ld.so.preload", *OURS[:2], OURS[3]]
     assert after["mounts"][0] == own
 
 

@@ -1,0 +1,96 @@
+"""Something is mounted over /run where a program runs that has the shim: it has its limit or no memory, never more."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from tests.support.commands import fgpu
+from tests.support.host import CONTEXT, MIB, REFUSED, SIM
+from tests.support.place import Container, Place
+from tests.support.service import Service
+from tests.support.tenant import Client, Tenant
+
+LIMIT = CONTEXT + 40 * MIB
+SAID = "fgpu: /run/fgpu/shim is hidden from this program: device memory is refused"
+
+
+def mounted(source: str, target: str) -> dict[str, Any]:
+    return {"destination": target, "type": "bind", "source": source, "options": ["rbind", "ro"]}
+
+
+SIMULATOR, BESIDE = mounted("/run/fgpu-sim", "/run/fgpu-sim"), mounted("/run/fgpu/shim", "/var/lib/fgpu/run")
+OVER_RUN = [{"destination": "/run", "type": "tmpfs", "source": "tmpfs", "options": ["mode=755"]}, SIMULATOR]
+# The simulated driver is under /run too.
+SANDBOX = """
+mkdir sim
+mount --bind /run/fgpu-sim sim
+mount -t tmpfs none /run
+mkdir /run/fgpu-sim
+mount --move sim /run/fgpu-sim
+exec "$@"
+"""
+
+
+def assert_refused_and_named(service: Service, one: Tenant, client: Client) -> None:
+    assert client.do(f"alloc {2 * MIB}") == REFUSED
+    assert client.do("context") == REFUSED
+    assert one.driver() == 0
+    assert client.complaints() == f"{SAID}\n"
+    service.kill_agent()
+    service.start_agent()  # looks at once, and every half minute
+    said = json.loads(fgpu("doctor", "--json", "--driver-root", SIM, check=False).stdout)
+    (found,) = [check for check in said if check["name"] == "mounts"]
+    assert not found["ok"]
+    assert found["found"] == f"a mount hides /run/fgpu/shim in {one.name}: programs that start there get no memory"
+    assert "create the container again" in found["fix"]
+    client.kill()
+    client.close()
+
+
+def assert_held(one: Tenant) -> None:
+    client = one.client()
+    client.ok(f"alloc {40 * MIB}")
+    assert client.do(f"alloc {2 * MIB}") == REFUSED
+    assert one.assert_exact(10) == LIMIT
+    client.kill()
+    client.close()
+
+
+@pytest.mark.places("runc")
+def test_a_container_that_has_the_folder_under_run_alone_gets_no_memory(
+    service: Service, place: Container, tenant: Callable[[int], Tenant]
+) -> None:
+    place.mounts = OVER_RUN
+    one = tenant(LIMIT)
+    assert_refused_and_named(service, one, one.client())
+    place.mounts = [*OVER_RUN, BESIDE]
+    assert_held(tenant(LIMIT))
+
+
+@pytest.mark.places("runc")
+def test_a_container_that_has_the_folder_beside_the_shim_is_held_across_a_detach(
+    service: Service, place: Container, tenant: Callable[[int], Tenant]
+) -> None:
+    place.mounts = [*OVER_RUN, BESIDE]
+    one = tenant(LIMIT)
+    assert_held(one)
+    service.detach()
+    client = one.client()
+    client.ok(f"alloc {100 * MIB}")  # nothing is enforced, and nothing is waited for
+    client.kill()
+    client.close()
+    service.start_agent()
+    fgpu("set", one.path, "--memory", f"{LIMIT}B")
+    assert_held(one)
+
+
+@pytest.mark.places("host")
+def test_a_sandbox_of_the_host(service: Service, place: Place, tenant: Callable[[int], Tenant]) -> None:
+    one = tenant(LIMIT)
+    (one.folder / "sandbox").write_text(SANDBOX)
+    assert_refused_and_named(service, one, one.client(before=f"unshare -m sh -e {one.folder}/sandbox"))
+    assert_held(one)

@@ -1,0 +1,76 @@
+"""The folder with the agent's socket is hidden from a program that has the shim."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+
+from tests.shim.shim_kit import PREAMBLE, SYSTEM_PYTHON, Agent, Build
+
+OOM, HELD = 2, (1 << 30) - 512
+HIDDEN = "fgpu: /run/fgpu/shim is hidden from this program: device memory is refused\n"
+# A mounted list preloads the shim, as in a container. /mnt and /var/lib belong to the program's namespace too.
+INJECTED = """
+mount -t tmpfs none /mnt
+mount -t tmpfs none /var/lib
+cp /etc/ld.so.cache /mnt
+mount -t tmpfs none /etc
+cp /mnt/ld.so.cache /etc
+touch /mnt/list /etc/ld.so.preload
+mount --bind /mnt/list /etc/ld.so.preload
+mkdir -p /mnt/shim /var/lib/fgpu/run
+mount --bind /run/fgpu/shim /mnt/shim
+"""
+OVER_RUN = "mount -t tmpfs none /run\n"
+BESIDE = "mount --bind /run/fgpu/shim /var/lib/fgpu/run\n"
+MOVED = f"{OVER_RUN}mkdir -p /run/fgpu/shim\nmount --bind /mnt/shim /run/fgpu/shim\nmv /run/fgpu /run/other\n"
+IMAGE_LIMIT = "mkdir /etc/fgpu\necho 8GiB >/etc/fgpu/limit\n"
+
+
+def injected(agent: Agent, more: str, code: str = "out(alloc(1), info()[1])", **options: object) -> tuple[str, str]:
+    """Return what a program prints that was given the shim, after these shell lines in its mount namespace."""
+    inside = ["unshare", "-m", "sh", "-ec", f'{INJECTED}{more}exec "$@"', "sh"]
+    return agent.run(*inside, SYSTEM_PYTHON, "-c", PREAMBLE + code, **options)
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        OVER_RUN,
+        MOVED,
+        f"{MOVED}mkdir -p /run/fgpu/shim\nchmod 1755 /run/fgpu/shim\n",
+        f"{OVER_RUN}{IMAGE_LIMIT}",
+        f"{OVER_RUN}{IMAGE_LIMIT}mkdir -p /run/fgpu/shim\n",
+    ],
+    ids=["a mount over /run", "moved", "as after a detach", "an image's limit", "a folder without a socket"],
+)
+def test_a_folder_that_is_hidden_is_not_a_host_without_an_agent(held: Agent, more: str) -> None:
+    assert injected(held, more) == (f"[{OOM}, 0]\n", HIDDEN)
+
+
+def test_a_hidden_folder_is_not_waited_for(held: Agent) -> None:
+    code = "L.cuInit(0); t = time.monotonic(); [alloc(1) for _ in range(50)]; out(time.monotonic() - t < 1)"
+    assert injected(held, OVER_RUN, code)[0] == "[true]\n"
+
+
+def test_the_folder_beside_the_shim_is_found_where_run_is_hidden(held: Agent) -> None:
+    assert injected(held, BESIDE + OVER_RUN) == (f"[0, {HELD}]\n", "")
+
+
+def test_a_folder_beside_the_shim_that_is_no_mount_is_ignored(held: Agent) -> None:
+    """Root in a container can make one, and could make it look like that of a host after a detach."""
+    assert injected(held, "chmod 1755 /var/lib/fgpu/run\n") == (f"[0, {HELD}]\n", "")
+
+
+def test_under_a_removed_folder_beside_the_shim_memory_is_refused(agent: Agent) -> None:
+    more = "mkdir /mnt/host\nmount --bind /mnt/host /var/lib/fgpu/run\nrmdir /mnt/host\n"
+    assert injected(agent, more)[0] == f"[{OOM}, 0]\n"
+
+
+@pytest.mark.parametrize("more", [OVER_RUN, f"chmod 1755 /mnt/shim\n{BESIDE}", f"{BESIDE}chmod 1755 /mnt/shim\n"])
+def test_without_probes_there_is_no_agent(build: Build, agent: Agent, more: str) -> None:
+    """`fgpu detach` removes the probes of the shim. Nothing probes this copy."""
+    copy = shutil.copy(build.shim, build.folder / "unprobed.so")
+    said = injected(agent, more, libraries=(copy,))
+    assert said == (f"[0, {10 << 30}]\n", "fgpu: no agent on this host: not enforced\n")
