@@ -26,6 +26,7 @@
 #define FIRST_RETRY_NS 10000000ULL
 #define LAST_RETRY_NS 100000000ULL
 #define MOST_DESCRIPTORS 8
+#define REFUSED(error) "fgpu: the socket to the agent is refused (" error ", by a sandbox?): device memory is refused\n"
 
 #ifdef __x86_64__ /* the instruction in probe.S, unless a probe has replaced it by a breakpoint */
 #define NOP 0x90
@@ -249,11 +250,29 @@ static enum fgpu_outcome map_set(const struct answer *answer, unsigned set, enum
     return managed == (outcome == FGPU_IS_HELD) ? outcome : FGPU_IS_SILENT;
 }
 
+/* Return the message for an error of the socket; NULL: it is not one by which sandboxes refuse system calls. */
+static const char *refusal(int error)
+{
+    switch (error) {
+    case EPERM:
+        return REFUSED("EPERM");
+    case EACCES:
+        return REFUSED("EACCES");
+    case EAFNOSUPPORT:
+        return REFUSED("EAFNOSUPPORT");
+    case ENOSYS:
+        return REFUSED("ENOSYS");
+    default:
+        return NULL;
+    }
+}
+
 int fgpu_knock(const struct fgpu_note *before)
 {
     int socket = (int)syscall(SYS_socket, AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
-    if (socket < 0 || ask(socket, before)) return socket;
-    syscall(SYS_close, socket);
+    if (socket >= 0 && ask(socket, before)) return socket;
+    fgpu_silence = refusal(errno);
+    if (socket >= 0) syscall(SYS_close, socket);
     return -1;
 }
 

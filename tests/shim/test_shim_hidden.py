@@ -1,8 +1,11 @@
-"""The folder with the agent's socket is hidden from a program that has the shim."""
+"""The folder with the agent's socket is hidden from a program that has the shim, or a sandbox refuses the socket."""
 
 from __future__ import annotations
 
+import errno
+import platform
 import shutil
+import time
 
 import pytest
 
@@ -74,3 +77,30 @@ def test_without_probes_there_is_no_agent(build: Build, agent: Agent, more: str)
     copy = shutil.copy(build.shim, build.folder / "unprobed.so")
     said = injected(agent, more, libraries=(copy,))
     assert said == (f"[0, {10 << 30}]\n", "fgpu: no agent on this host: not enforced\n")
+
+
+# -- a sandbox that refuses the socket
+
+NUMBERS = {"socket": 41, "connect": 42} if platform.machine() == "x86_64" else {"socket": 198, "connect": 203}
+FILTER = """
+import struct
+rules = [(0x20, 0, 0, 0), (0x15, 0, 1, {number}), (6, 0, 0, 0x50000 | {error}), (6, 0, 0, 0x7fff0000)]
+text = b"".join(struct.pack("HBBI", *rule) for rule in rules)
+kept = C.create_string_buffer(text)
+program = C.create_string_buffer(struct.pack("H6xQ", len(rules), C.addressof(kept)))
+libc = C.CDLL(None)
+assert not libc.prctl(38, 1, 0, 0, 0) and not libc.prctl(22, 2, program, 0, 0)
+out(alloc(1), info()[1])
+"""
+
+
+@pytest.mark.parametrize(
+    ("call", "error"), [("socket", "EPERM"), ("socket", "EAFNOSUPPORT"), ("connect", "EACCES"), ("connect", "ENOSYS")]
+)
+def test_the_reason_is_told_where_a_sandbox_refuses_the_socket(held: Agent, call: str, error: str) -> None:
+    code = FILTER.format(number=NUMBERS[call], error=getattr(errno, error))
+    began = time.monotonic()
+    said = held.run(SYSTEM_PYTHON, "-c", PREAMBLE + code)
+    text = f"fgpu: the socket to the agent is refused ({error}, by a sandbox?): device memory is refused\n"
+    assert said == (f"[{OOM}, 0]\n", text)
+    assert time.monotonic() - began < 10
