@@ -13,9 +13,10 @@ import os
 import struct
 import threading
 import time
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 from fgpu_ebpf import abi
@@ -34,7 +35,7 @@ from fgpu_ebpf.linux import bpf
 PINS = Path(f"/sys/fs/bpf/fgpu/v{abi.LAYOUT}")
 _U64 = struct.Struct("Q")
 _U32 = struct.Struct("I")
-_ALLOCATION_KEY = ctypes.sizeof(abi.AllocationKey)
+_ALLOCATION_KEY, _LEVEL = struct.Struct("IIQQ"), struct.Struct("QQ")
 _ALLOCATION = ctypes.sizeof(abi.Allocation)
 _PROCESS = ctypes.sizeof(abi.Process)
 _THREAD = ctypes.sizeof(abi.Thread)
@@ -44,6 +45,7 @@ _FILE = struct.Struct("QQ")
 _DEVICE = ctypes.sizeof(abi.Device)
 _ZERO = _U32.pack(0)
 HOST_EPOCH, HOST_FLAGS, HOST_PROCESSES = 0, 1, 5
+SWEPT_AT_ONCE = 1024  # allocations
 PAGES_AT_ONCE = 256  # each takes a descriptor while they are created
 FEW = 24  # so many processes are looked up faster one by one than by reading the whole map
 MOVE_TRIES, MOVE_SECONDS = 20, 0.01
@@ -339,20 +341,30 @@ class Ledger:
 
     def sweep(self) -> int:
         """Delete allocations whose process or era is gone, and return how many."""
-        processes, swept = self.processes(), Counter[tuple[int, int]]()
-        for raw_key, raw in bpf.items(self._maps["allocations"], _ALLOCATION_KEY, _ALLOCATION, 1024):
-            key = abi.AllocationKey.from_buffer_copy(raw_key)
-            owner = processes.get(key.tgid) or self.process(key.tgid)
-            if owner is None or owner.generation != key.generation:
-                level = abi.Allocation.from_buffer_copy(raw).level
-                swept[level.cgroup, level.place] += bpf.delete(self._maps["allocations"], raw_key)
-        for (cgroup, place), n in swept.items():
-            self._run(abi.Adjust.SWEPT, cgroup, n, place)
-        return swept.total()
+        allocations, lives, swept = self._maps["allocations"], dict[tuple[int, int], bool](), 0
+        found = bpf.items(allocations, _ALLOCATION_KEY.size, _ALLOCATION, SWEPT_AT_ONCE)
+        while some := list(islice(found, SWEPT_AT_ONCE)):
+            gone = defaultdict[tuple[int, int], list[bytes]](list)  # by level
+            for raw_key, raw in some:
+                tgid, _, generation, _ = _ALLOCATION_KEY.unpack(raw_key)
+                if (tgid, generation) not in lives:
+                    owner = self.process(tgid)
+                    lives[tgid, generation] = owner is not None and owner.generation == generation
+                if not lives[tgid, generation]:
+                    gone[_LEVEL.unpack_from(raw, abi.Allocation.level.offset)].append(raw_key)
+            for (cgroup, place), keys in gone.items():
+                n = bpf.delete_all(allocations, keys)
+                self._run(abi.Adjust.SWEPT, cgroup, n, place)
+                swept += n
+        return swept
 
     def entries(self, name: str) -> int:
         """Return how many entries a map has; for checks and tests."""
-        sizes = {"allocations": (_ALLOCATION_KEY, _ALLOCATION), "processes": (4, _PROCESS), "threads": (8, _THREAD)}
+        sizes = {
+            "allocations": (_ALLOCATION_KEY.size, _ALLOCATION),
+            "processes": (4, _PROCESS),
+            "threads": (8, _THREAD),
+        }
         return sum(1 for _ in bpf.items(self._maps[name], *sizes[name], 1024))
 
     def incidents(self, kind: abi.Kind, reason: int) -> int:

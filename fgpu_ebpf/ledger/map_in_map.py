@@ -84,7 +84,7 @@ class MapInMapUpdates:
             thread.join()
 
     def _change(
-        self, parts: Sequence[Callable[[], None]], is_made: Callable[[], bool], over: Callable[[], object]
+        self, parts: Sequence[Callable[[], object]], is_made: Callable[[], bool], over: Callable[[], object]
     ) -> None:
         change = _Change(len(parts))
         for make in parts:
@@ -101,7 +101,7 @@ class MapInMapUpdates:
         if change.error:
             raise change.error
 
-    def _make(self, make: Callable[[], None], change: _Change, over: Callable[[], object]) -> None:
+    def _make(self, make: Callable[[], object], change: _Change, over: Callable[[], object]) -> None:
         error = None
         try:
             make()

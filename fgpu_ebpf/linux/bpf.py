@@ -235,19 +235,25 @@ def possible_processors() -> int:
 def update_all(fd: int, entries: Mapping[bytes, bytes]) -> None:
     """Insert or replace many entries at once: a map of maps waits for one grace period, not for one an entry."""
     if entries:
-        _batch("MAP_UPDATE_BATCH", _UPDATE_BATCH, fd, list(entries), list(entries.values()))
+        k, v = _buffer(b"".join(entries)), _buffer(b"".join(entries.values()))
+        attr = attributes.BatchAttr(keys=_address(k), values=_address(v), count=len(entries), map_fd=fd)
+        _bpf("MAP_UPDATE_BATCH", _UPDATE_BATCH, attr)
 
 
-def delete_all(fd: int, keys: Sequence[bytes]) -> None:
-    """Delete many entries at once. Raises OSError (ENOENT: it stopped at a key that is not there)."""
-    if keys:
-        _batch("MAP_DELETE_BATCH", _DELETE_BATCH, fd, keys, [])
-
-
-def _batch(name: str, command: int, fd: int, keys: Sequence[bytes], values: Sequence[bytes]) -> None:
-    k, v = _buffer(b"".join(keys)), _buffer(b"".join(values))
-    attr = attributes.BatchAttr(keys=_address(k), values=_address(v), count=len(keys), map_fd=fd)
-    _bpf(name, command, attr)
+def delete_all(fd: int, keys: Sequence[bytes]) -> int:
+    """Delete those of these entries that are there, many at once. Return how many. Raises OSError."""
+    deleted = at = 0
+    while at < len(keys):
+        k = _buffer(b"".join(keys[at:]))
+        attr = attributes.BatchAttr(keys=_address(k), count=len(keys) - at, map_fd=fd)
+        try:
+            _bpf("MAP_DELETE_BATCH", _DELETE_BATCH, attr)
+        except OSError as error:
+            if error.errno != errno.ENOENT:
+                raise
+        deleted += attr.count
+        at += attr.count + 1  # behind the one that is not there
+    return deleted
 
 
 def freeze(fd: int) -> None:

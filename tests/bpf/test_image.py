@@ -81,6 +81,17 @@ def test_an_absent_slot_is_not_zero(pins: Path) -> None:
     os.close(fd)
 
 
+def test_entries_that_are_not_there_do_not_count_as_deleted() -> None:
+    fd = bpf.create("some", bpf.Form(1, 4, 4, 23, 0))
+    keys = [n.to_bytes(4, "little") for n in range(23)]
+    bpf.update_all(fd, dict.fromkeys(keys[:11], bytes(4)))
+    assert bpf.delete_all(fd, [keys[n] for n in (13, 3, 14, 15, 5, 7, 17)]) == 3
+    assert {key for key, _ in bpf.items(fd, 4, 4)} == {keys[n] for n in range(11)} - {keys[n] for n in (3, 5, 7)}
+    assert bpf.delete_all(fd, keys) == 8
+    assert bpf.delete_all(fd, []) == 0
+    os.close(fd)
+
+
 def test_a_descriptor_that_is_no_map_has_no_form() -> None:
     with open(os.devnull) as file, pytest.raises(OSError, match="is no map"):
         bpf.form(file.fileno())
