@@ -222,7 +222,8 @@ static int swept(u64 cgroup, u64 n, u64 place)
 /* Give back what an owner has claimed beyond its entries, but for one claim. */
 static void trim(struct fgpu_owner *owner, u32 shared)
 {
-    u64 few = FEW(most_of(shared)), *all = claims_on(shared), claimed = *(volatile u64 *)&owner->claimed[shared];
+    u64 most = most_of(shared), few = FEW(most);
+    u64 *all = claims_on(shared), claimed = *(volatile u64 *)&owner->claimed[shared];
     u64 left = *(volatile u64 *)&owner->entries[shared], needed = left ? (left + 2 * few - 1) & -few : 0;
     if (needed >= claimed || !all) return;
     if (__sync_val_compare_and_swap(&owner->claimed[shared], claimed, needed) == claimed)

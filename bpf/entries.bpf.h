@@ -1,8 +1,10 @@
 /* entries.bpf.h: how many entries of the shared maps levels have, and the owners of their bounds. */
 
+/* Return how many entries a shared map can have. 0, if that is not known, refuses all. */
 static u64 most_of(u32 shared)
 {
-    return shared == FGPU_ALLOCATIONS ? MOST_ALLOCATIONS : shared == FGPU_THREADS ? MOST_THREADS : MOST_PROCESSES;
+    u64 *most = sizes.lookup(&shared);
+    return most ? *most : 0;
 }
 
 /* Return the owner in a slot. Slot 0, for levels without an owner, counts too and has no bound: a check for 0 would be
@@ -20,7 +22,8 @@ static u64 *claims_on(u32 shared)
 /* Return whether the rest of the map is kept for owners that have claimed nothing yet. */
 static int is_scarce(u64 claimed_by_all, u32 shared)
 {
-    return claimed_by_all + FEW(most_of(shared)) > most_of(shared) - RESERVE(most_of(shared));
+    u64 most = most_of(shared);
+    return claimed_by_all + FEW(most) > most - RESERVE(most);
 }
 
 /* Claim some more entries for an owner, within the map's reserve. Several threads may each claim some at once. The
@@ -28,7 +31,7 @@ static int is_scarce(u64 claimed_by_all, u32 shared)
  * frees. */
 static int claim(struct fgpu_owner *owner, u32 shared, int force)
 {
-    u64 few = FEW(most_of(shared)), *all = claims_on(shared);
+    u64 most = most_of(shared), few = FEW(most), *all = claims_on(shared);
     if (!all) return 0;
     u64 was = __sync_fetch_and_add(all, few);
     if (!force && *(volatile u64 *)&owner->claimed[shared] && is_scarce(was, shared)) {

@@ -5,7 +5,7 @@
 #define TICKET_MASK ((1ULL << 62) - 1)
 #define DEPTH 16 /* cgroups below the root that are searched */
 #define TRIES 8
-#define MOST_ALLOCATIONS 262144
+#define MOST_ALLOCATIONS (SPARSE ? 1048576 : 262144) /* without SPARSE, each takes its memory at once */
 #define MOST_THREADS 65536
 #define MOST_PROCESSES 16384
 #define MOST_ORPHANS 65536
@@ -43,6 +43,9 @@ BPF_F_TABLE("hash", u64, u32, spaces, MOST_PROCESSES, SPARSE); /* address space 
 /* Processes that live in the address space of another process (vfork). That process is charged for what they do. */
 BPF_F_TABLE("hash", u32, u32, borrowers, MOST_BORROWERS, SPARSE);
 BPF_TABLE("array", u32, struct fgpu_owner, owners, FGPU_OWNERS);
+/* How many entries each map of enum fgpu_shared can have. The loader writes it: a pinned map may be of an older
+ * version, and shorter. */
+BPF_TABLE("array", u32, u64, sizes, FGPU_SHARED);
 BPF_TABLE("array", u32, u64, managed_freed, FGPU_DEVICES); /* bytes, ever growing */
 BPF_TABLE("array", u32, u64, contexts, FGPU_DEVICES);
 BPF_TABLE("array", u32, struct fgpu_device, devices, FGPU_DEVICES);

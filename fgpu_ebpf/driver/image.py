@@ -15,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+from fgpu_ebpf import abi
 from fgpu_ebpf.linux import bpf
 
 # These read the names of cgroups in the kernel's memory, which lockdown=confidentiality refuses.
@@ -23,7 +24,7 @@ RAW_TRACEPOINTS = frozenset({"process_exit", "process_exec", "program_began", "a
 INNER = "page_template"  # has the form of the maps in maps
 UNPINNED = frozenset({INNER, "blanks"})  # they have no contents
 RUN_AGAIN = ("again", "call_return")  # an array of programs, and the one that is in it
-SHORTER = {"host": 8}  # entries that suffice: those of an older version
+SHORTER = {"host": 8, "allocations": 262_144}  # entries that suffice: those of an older version
 _LOAD_MAP = 0x1018  # the first two bytes of an instruction that loads a map
 _INSTRUCTION, _NUMBER = struct.Struct("<HhI"), struct.Struct("<I")
 
@@ -57,6 +58,7 @@ def load(image: Image, pins: Path) -> None:
         (pins / folder).mkdir(mode=0o700, parents=True, exist_ok=True)
     with contextlib.ExitStack() as opened:
         maps = _maps(image, pins / "maps", opened)
+        _write_sizes(dict(zip(image.maps, maps, strict=True)))
         names = sorted(image.programs, key=lambda name: -len(image.programs[name]))
         with ThreadPoolExecutor() as threads:  # the kernel verifies in parallel; the longest program goes first
             loaded = list(threads.map(lambda name: _program(name, image.programs[name], maps), names))
@@ -97,6 +99,13 @@ def _check(path: Path, found: bpf.Form, wanted: bpf.Form) -> None:
             f"{path} is of another version of fgpu ({tuple(found)}, not {tuple(wanted)}): its limits stay in force; "
             "start that version again, or remove them with `fgpu detach`"
         )
+
+
+def _write_sizes(maps: Mapping[str, int]) -> None:
+    """Tell the programs how many entries the maps that tenants share can have: a pinned one may be a shorter one."""
+    for shared in abi.Shared if "sizes" in maps else ():
+        most = bpf.form(maps[shared.name.lower()]).max_entries
+        bpf.update(maps["sizes"], _NUMBER.pack(shared), struct.pack("Q", most))
 
 
 def _program(name: str, code: bytes, maps: list[int]) -> int | None:

@@ -5,8 +5,10 @@ The agent uses this module. The BPF programs and `tenancy.level_capacity` count 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
+PARTS = 4  # of a map: as in maps.bpf.h
 KEYS = ("levels", "allocations", "threads", "processes", "orphans", "files", "unmanaged")
 
 
@@ -19,16 +21,21 @@ class Bounds:
     """
 
     levels: int = 512
-    allocations: int = 65_536
+    allocations: int = 262_144
     threads: int = 16_384
     processes: int = 4_096
     orphans: int = 16_384
     files: int = 128
     unmanaged: int = 1_024
 
-    def entries(self) -> tuple[int, int, int, int]:
-        """Return the bounds for the kernel's maps, in the order of fgpu.h."""
-        return self.allocations, self.threads, self.processes, self.orphans
+    def entries(self, sizes: Mapping[str, int]) -> tuple[int, int, int, int]:
+        """Return the bounds for the kernel's maps, in the order of fgpu.h.
+
+        Args:
+            sizes: how many entries the maps can have; one workload gets a quarter of them at most.
+        """
+        allocations = min(self.allocations, sizes["allocations"] // PARTS)
+        return allocations, self.threads, self.processes, self.orphans
 
 
 def refusal(owner: str, key: str, has: int, most: int) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import functools
 import heapq
 import struct
 from collections.abc import Callable, Collection, Iterable, Mapping
@@ -16,18 +17,17 @@ from dataclasses import dataclass
 from fgpu_ebpf import abi
 from fgpu_ebpf.linux import bpf
 
-# Maps with bounds for owners, and their sizes: as in maps.bpf.h, in the order of fgpu.h.
-COUNTED = {"allocations": 262_144, "threads": 65_536, "processes": 16_384}
 _U32 = struct.Struct("I")
 _BYTES = ctypes.sizeof(abi.Owner)
 
 
 @dataclass(frozen=True, slots=True)
 class Share:
-    """The entries of one owner in each map, by the number of the map in fgpu.h."""
+    """The entries of one owner in each map, and the most that it may have, by the number of the map in fgpu.h."""
 
     cgroup: int
     entries: tuple[int, ...]
+    most: tuple[int, ...]
 
 
 class OwnerTable:
@@ -54,6 +54,11 @@ class OwnerTable:
         slot = self._look().get(owner)
         return None if slot is None else self._share(slot)
 
+    @functools.cached_property
+    def sizes(self) -> dict[str, int]:
+        """Entries that each map of abi.Shared can have. One that an older version has pinned may be shorter."""
+        return {(name := shared.name.lower()): bpf.form(self._maps[name]).max_entries for shared in abi.Shared}
+
     def claimed(self) -> tuple[int, ...]:
         """Return the entries of each map that all owners together have claimed."""
         return self._share(abi.OWNERS - 1).entries
@@ -61,7 +66,7 @@ class OwnerTable:
     def trim(self) -> None:
         """Take back entries that owners have claimed and do not need; to be called now and then. Raises OSError."""
         claimed = self.claimed()
-        if any(2 * n > most for n, most in zip(claimed, COUNTED.values(), strict=False)):
+        if any(2 * n > most for n, most in zip(claimed, self.sizes.values(), strict=False)):
             self._trim(self._look().values())
 
     def _trim(self, slots: Iterable[int]) -> None:
@@ -89,7 +94,7 @@ class OwnerTable:
     def _share(self, slot: int) -> Share:
         raw = bpf.lookup(self._maps["owners"], _U32.pack(slot), _BYTES) or bytes(_BYTES)
         found = abi.Owner.from_buffer_copy(raw)
-        return Share(found.cgroup, tuple(found.entries))
+        return Share(found.cgroup, tuple(found.entries), tuple(found.most))
 
     def _look(self) -> dict[int, int]:
         """Return the slots, with those that an agent before this one has assigned."""

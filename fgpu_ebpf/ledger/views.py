@@ -12,7 +12,6 @@ from enum import IntEnum
 from fgpu_ebpf import abi
 from fgpu_ebpf.ledger import resolutions
 from fgpu_ebpf.ledger.ledger import Count, Ledger
-from fgpu_ebpf.ledger.owner_table import COUNTED
 from fgpu_ebpf.linux import bpf
 from fgpu_ebpf.snapshot import MapView, Refusal
 
@@ -57,7 +56,7 @@ def tables(ledger: Ledger) -> tuple[MapView, ...]:
     Entries of the large maps are not counted one by one: of tables that owners of bounds have parts of, the claimed
     entries count.
     """
-    claimed = zip(COUNTED.items(), ledger.owners.claimed(), strict=False)
+    claimed = zip(ledger.owners.sizes.items(), ledger.owners.claimed(), strict=False)
     return (
         MapView("levels", ledger.levels_taken(), bpf.MOST_INNER),
         MapView("resolved", ledger.resolutions.count(), resolutions.MOST),

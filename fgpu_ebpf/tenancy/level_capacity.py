@@ -12,7 +12,7 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
 
 from fgpu_ebpf.ledger.owner_bounds import Bounds, refusal
-from fgpu_ebpf.ledger.owner_table import COUNTED, OwnerTable
+from fgpu_ebpf.ledger.owner_table import OwnerTable
 from fgpu_ebpf.linux import bpf
 from fgpu_ebpf.tenancy.tenant import Tenant
 from fgpu_ebpf.workloads.bound_owner import Owner, owner_of
@@ -86,7 +86,8 @@ class LevelCapacity:
         self._leave(cgroup)
         if self._table:
             in_use = self._levels.keys()
-            self._slots[cgroup] = self._table.attach(cgroup, owner.cgroup, self.bounds.entries(), in_use)
+            most = self.bounds.entries(self._table.sizes)
+            self._slots[cgroup] = self._table.attach(cgroup, owner.cgroup, most, in_use)
         self._owners[cgroup], self._paths[cgroup] = owner, path
         self._levels[owner.cgroup] += 1
         if owner.cgroup == cgroup:
@@ -129,7 +130,7 @@ class LevelCapacity:
         return [text for owner in owners.values() for text in self._crowds(owner)]
 
     def _crowds(self, owner: Owner) -> list[str]:
-        share = self._table.share(owner.cgroup) if self._table else None
-        keys = zip((*COUNTED, "orphans"), self.bounds.entries(), strict=True)
-        has = share.entries if share else ()
-        return [refusal(str(owner), key, n, most) for (key, most), n in zip(keys, has, strict=False) if n >= most]
+        if self._table is None or (share := self._table.share(owner.cgroup)) is None:
+            return []
+        found = zip((*self._table.sizes, "orphans"), share.entries, share.most, strict=True)
+        return [refusal(str(owner), key, n, most) for key, n, most in found if n >= most]

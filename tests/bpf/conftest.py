@@ -53,13 +53,18 @@ class Kernel:
     unknown: Path
 
 
+def pins_of(folder: Path) -> Path:
+    """Return where `loaded` pins what it loads for a folder."""
+    return Path(f"/sys/fs/bpf/fgpu-test-{os.getpid()}-{folder.name}")
+
+
 @contextlib.contextmanager
 def loaded(folder: Path, sources: Path, shim: Path) -> Iterator[Kernel]:
     """The programs of `sources`, attached to a driver of their own in `folder` and to that shim."""
     driver = folder / "libcuda.so.1"
     flags = ["-O1", "-shared", "-fPIC", "-w", "-fno-omit-frame-pointer", "-fcf-protection=none", "-pthread"]
     subprocess.run(["gcc", *flags, "-o", str(driver), str(HERE / "driver.c")], check=True)
-    pins = Path(f"/sys/fs/bpf/fgpu-test-{os.getpid()}-{folder.name}")
+    pins = pins_of(folder)
     try:
         digest = programs.load(sources, pins)
         ledger = Ledger(pins)

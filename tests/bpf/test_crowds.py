@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import os
+import shutil
 import tracemalloc
 from collections.abc import Callable, Iterator
 
@@ -10,11 +12,25 @@ import pytest
 
 from fgpu_ebpf import abi
 from fgpu_ebpf.driver import cuda_mappings
-from tests.bpf.conftest import MIB, Client, Kernel, Level, anomalies, assert_left, entries, wait_until
+from fgpu_ebpf.linux import bpf
+from tests.bpf.conftest import (
+    MIB,
+    REPOSITORY,
+    Client,
+    Kernel,
+    Level,
+    anomalies,
+    assert_left,
+    entries,
+    loaded,
+    pins_of,
+    wait_until,
+)
 
 Shared = abi.Shared
 REFUSED, ADMITTED = 0, 1
-PART = 262144 // 4
+OLDER = 262144
+PART = (1048576 if bpf.kernel_release() >= (6, 1) else OLDER) // 4
 PARTS = {Shared.THREADS: 65536 // 4, Shared.PROCESSES: 16384 // 4}
 MORE = 101  # than the part
 
@@ -42,6 +58,28 @@ def test_a_process_with_too_many_allocations_is_refused_and_named(kernel, crowd)
     assert counted == {abi.Reason.ENTRIES: 1}
     crowd("cuda.free_many(u64(0x1000), u64(1))")
     assert crowd("admit(1)") == ADMITTED
+
+
+def test_a_shorter_map_of_an_older_version_has_smaller_parts(kernel, tmp_path):
+    """An upgrade keeps the map that is pinned."""
+    shim, maps = tmp_path / "libfgpu.so", pins_of(tmp_path) / "maps"
+    shutil.copy(kernel.shim, shim)
+    maps.mkdir(parents=True)
+    pinned = bpf.pinned(kernel.pins / "maps/allocations")
+    older = bpf.create("allocations", bpf.form(pinned)._replace(max_entries=OLDER))
+    bpf.pin(older, maps / "allocations")
+    for fd in (pinned, older):
+        os.close(fd)
+    with loaded(tmp_path, REPOSITORY / "bpf", shim) as upgraded:
+        level = Level(upgraded, 1024 * MIB)
+        client = Client(upgraded, level)
+        try:
+            client(f"cuda.allocate_many(u64(0x1000), u64({OLDER // 4 + 101}))")
+            assert entries(upgraded, level) == OLDER // 4
+            assert client("admit(1)") == REFUSED
+        finally:
+            client.kill()
+            level.remove()
 
 
 def test_its_neighbour_s_frees_are_seen(kernel, crowd, level, client):

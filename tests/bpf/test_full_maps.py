@@ -21,6 +21,7 @@ from fgpu_ebpf.linux import bpf
 from tests.bpf.conftest import CONTEXT, MIB, Kernel, anomalies, assert_corrected, assert_left
 
 ADMITTED = 1
+AT_ONCE = 4096  # entries of a map that is filled
 CONTEXT_KIND = abi.Kind.CONTEXT
 NOBODY = 1 << 23  # above every pid
 VALUES = {
@@ -44,10 +45,9 @@ class Full:
         self.fill()
         assert self._entered > 1000
 
-    def _key(self) -> bytes:
-        n = self._entered
+    def _key(self, n: int) -> bytes:
         if self._name == "allocations":
-            return bytes(abi.AllocationKey(tgid=NOBODY, generation=1, handle=n))
+            return struct.pack("IIQQ", NOBODY, 0, 1, n)
         if self._name == "counters":
             return struct.pack("QQ", NOBODY, n)
         return (
@@ -56,15 +56,17 @@ class Full:
 
     def fill(self) -> None:
         """Fill the map to the last entry."""
-        value = bytes(ctypes.sizeof(VALUES[self._name]))
-        with contextlib.suppress(NoRoom):
-            while True:
-                self._enter(value)
-                self._entered += 1
+        for n in (AT_ONCE, 1):
+            with contextlib.suppress(NoRoom):
+                while True:
+                    self._enter(n)
+                    self._entered += n
 
-    def _enter(self, value: bytes) -> None:
+    def _enter(self, number: int) -> None:
+        value = bytes(ctypes.sizeof(VALUES[self._name]))
+        keys = map(self._key, range(self._entered, self._entered + number))
         try:
-            bpf.update(self._fd, self._key(), value)
+            bpf.update_all(self._fd, dict.fromkeys(keys, value))
         except OSError as error:
             raise NoRoom if error.errno == errno.E2BIG else error from error
 
@@ -72,11 +74,12 @@ class Full:
         """Make room for this many entries, or remove all."""
         for _ in range(min(room, self._entered)):
             self._entered -= 1
-            assert bpf.delete(self._fd, self._key())
+            assert bpf.delete(self._fd, self._key(self._entered))
 
     def close(self) -> None:
         """Remove all entries without a process."""
-        self.make(self._entered)
+        for first in range(0, self._entered, AT_ONCE):
+            bpf.delete_all(self._fd, list(map(self._key, range(first, min(first + AT_ONCE, self._entered)))))
         os.close(self._fd)
 
 

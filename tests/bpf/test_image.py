@@ -73,6 +73,23 @@ def test_a_pinned_map_of_another_form_is_refused_and_stays(pins: Path, form: bpf
     os.close(again)
 
 
+@pytest.mark.parametrize("entries", [1_048_576, 262_144])
+def test_programs_are_told_how_many_entries_the_pinned_maps_can_have(pins: Path, entries: int) -> None:
+    """A map of an older version is shorter, and stays: it has what is charged."""
+    forms = {
+        "allocations": bpf.Form(1, 24, 56, entries, 1),
+        "threads": bpf.Form(1, 8, 8, 23, 1),
+        "processes": bpf.Form(1, 4, 8, 101, 1),
+        "sizes": bpf.Form(2, 4, 8, 3, 0),
+    }
+    for wanted in (entries, 1_048_576):
+        allocations = forms["allocations"]._replace(max_entries=wanted)
+        image.load(Image({**forms, "allocations": allocations}, {"admit": RETURN}), pins)
+        fd = bpf.pinned(pins / "maps/sizes")
+        assert [bpf.number(fd, n) for n in range(3)] == [entries, 23, 101]
+        os.close(fd)
+
+
 def test_an_absent_slot_is_not_zero(pins: Path) -> None:
     pinned(pins, HOST)
     fd = bpf.pinned(pins / "maps/host")

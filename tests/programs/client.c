@@ -23,7 +23,7 @@
 #include <time.h>
 #include <unistd.h>
 
-#define MOST_POINTERS (1 << 16)
+#define MOST_POINTERS (1 << 19)
 #define MOST_NUMBERS 8
 
 /* The name as exported, the name as cuGetProcAddress wants it. */
@@ -250,13 +250,14 @@ static void do_total(const uint64_t *n)
         answer("ok %zu", total);
 }
 
-/* fill STEP HOW: takes memory until refused, and keeps it. */
+/* fill STEP HOW MOST: takes memory until refused, or MOST times (0: without end), and keeps it. */
 static void do_fill(const uint64_t *n)
 {
     CUresult result = CUDA_SUCCESS;
     unsigned before = count;
-    while (count < MOST_POINTERS && !(result = take((enum how)n[1], n[0], &pointers[count]))) count++;
-    if (result == CUDA_ERROR_OUT_OF_MEMORY)
+    uint64_t end = n[2] ? before + n[2] : UINT64_MAX;
+    while (count < MOST_POINTERS && count < end && !(result = take((enum how)n[1], n[0], &pointers[count]))) count++;
+    if (result == CUDA_ERROR_OUT_OF_MEMORY || count == end)
         answer("ok %u", count - before);
     else
         answer("%s", result ? name_of(result) : "too many");
