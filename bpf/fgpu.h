@@ -101,7 +101,8 @@ struct fgpu_usage_page {
     __u64 looked_ns[FGPU_DEVICES]; /* when the agent last saw that the device keeps all of `orphaned`; 0: never */
     __u64 owner;                   /* slot in `owners` of the owner of this level's bounds; 0: it has none */
     __u64 undecided[FGPU_DEVICES]; /* requests of this level's programs that met an uncommitted level, ever growing */
-    __u64 tail[76];
+    __u64 crowded; /* requests of this level's programs that were refused for too many entries, ever growing */
+    __u64 tail[75];
 };
 #define FGPU_OBSERVE 1
 #define FGPU_KILL 2

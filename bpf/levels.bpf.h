@@ -137,6 +137,7 @@ static void refuse_entry(struct fgpu_usage_page *page, u32 device, u64 bytes, u3
 {
     tell(page, FGPU_NEWS_REFUSED, device, bytes, kind, FGPU_REASON_ENTRIES);
     __sync_fetch_and_add(&page->devices[slot(device)].refused, 1);
+    __sync_fetch_and_add(&page->crowded, 1);
     count(page->cgroup, device, kind, FGPU_REASON_ENTRIES);
 }
 

@@ -37,8 +37,7 @@ REASONS = 8
 HITS, HIT_ADMIT, HIT_GIVE_BACK = 32, 30, 31
 NO_LIMIT = 2**64 - 1
 MOST_BYTES = 1 << 48
-LEASE_NS = 2_000_000_000
-BUDGET_NS = 4_000_000
+LEASE_NS, BUDGET_NS = 2_000_000_000, 4_000_000
 GATE_SHIFT = 2
 UNCOMMITTED_SHIFT = 16
 MAGIC = 0x75706766
@@ -125,7 +124,8 @@ class UsagePage(Structure):
         ("looked_ns", u64 * DEVICES),
         ("owner", u64),
         ("undecided", u64 * DEVICES),
-        ("tail", u64 * 76),
+        ("crowded", u64),
+        ("tail", u64 * 75),
     )
 
 

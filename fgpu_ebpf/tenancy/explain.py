@@ -5,6 +5,7 @@ The control socket uses this module, in the agent's main loop. Cgroups that are 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence, Set
 from types import MappingProxyType
 from typing import Any
@@ -60,6 +61,9 @@ def explain(
     levels = [t for c in manager.enforcer.levels(path) if (t := manager.enforcer.get(c))]
     known = ledger.processes() if levels and (unprobed or standalone) else {}
     unseen = _those(levels, known, unprobed.keys())
+    crowded = Counter[tuple[int, int]]()
+    for c, n in ledger.counters().items():
+        crowded[c.cgroup, c.device] += n if c.reason == abi.Reason.ENTRIES else 0
     alone = [pid for pid in _those(levels, known, standalone) if not known[pid].flags & abi.Seen.SHIM]
     answer: dict[str, Any] = {
         "path": path,
@@ -68,7 +72,7 @@ def explain(
         "source": decision.policy.source if decision.policy else None,
         "tried": [{"policy": name, "reason": reason} for name, reason in decision.tried],
         "notes": [*decision.notes, *_notes(workload, tenant, levels, manager)],
-        "levels": [_level(level, manager, ledger, shortfalls) for level in levels],
+        "levels": [_level(level, manager, ledger, shortfalls, crowded) for level in levels],
         "enforcement": _word(levels, unenforced, enforced),
         "unenforced": unenforced,
         "stronger": [
@@ -102,7 +106,11 @@ def _notes(workload: Workload, tenant: Tenant | None, levels: Sequence[Tenant], 
 
 
 def _level(
-    tenant: Tenant, manager: Manager, ledger: Ledger, shortfalls: Mapping[tuple[int, int], Shortfall]
+    tenant: Tenant,
+    manager: Manager,
+    ledger: Ledger,
+    shortfalls: Mapping[tuple[int, int], Shortfall],
+    crowded: Mapping[tuple[int, int], int],
 ) -> dict[str, Any]:
     devices = sorted(tenant.limits)
     usage, turns = ledger.usage(tenant.cgroup, devices) or [], ledger.times.turns()
@@ -118,6 +126,7 @@ def _level(
                 "limit_bytes": u.limit,
                 "used_bytes": u.used,
                 "refused": u.refused,
+                "refused_entries": crowded.get((tenant.cgroup, device), 0),
                 "counts": device not in uncommitted,
             }
             for device, u in zip(devices, usage, strict=False)
@@ -223,7 +232,9 @@ def _device_line(device: dict[str, Any]) -> str:
     left = max(0, limit - used)
     text = f"gpu {device['gpu']}: {memory_text(used)} of {memory_text(limit)} used, {memory_text(left)} left"
     text += "" if device["counts"] else ", counts on the device from its first use on"
-    return text + (f", refused {device['refused']} times" if device["refused"] else "")
+    text += f", refused {device['refused']} times" if device["refused"] else ""
+    crowded = device["refused_entries"]
+    return text + (f", {crowded} of them for too many allocations, threads or processes" if crowded else "")
 
 
 def _time_line(time: dict[str, Any]) -> str:

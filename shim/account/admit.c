@@ -43,13 +43,21 @@ static int ask_standalone(int index, struct admission *admission)
     return FGPU_ADMITTED;
 }
 
+/* Return how many requests the kernel has refused for too many entries, whatever their size. */
+static uint64_t crowded_so_far(struct fgpu_view view)
+{
+    return __atomic_load_n(&view.usage->crowded, __ATOMIC_RELAXED);
+}
+
 /* Ask the kernel. A patient question is one for which bytes of ended processes may make room: its refusal is not
  * final. */
 static int ask_probe(struct fgpu_view view, int index, struct admission *admission, bool patient)
 {
     patient = patient && fgpu_has_orphans(view, index);
     unsigned kind = admission->kind | (patient ? FGPU_PATIENT : 0);
+    uint64_t before = crowded_so_far(view);
     int verdict = fgpu_ask(view, (unsigned)index, admission->bytes, kind, admission->ticket);
+    if (verdict <= FGPU_REFUSED && crowded_so_far(view) != before) fgpu_report_crowd();
     admission->patient = patient && verdict == FGPU_REFUSED;
     return verdict;
 }

@@ -35,6 +35,7 @@
  * if an agent was there and is silent, the state stays HELD or CLOSED.
  */
 #define COOPERATIVE (1u << 9)
+#define CROWDED (1u << 8) /* in `said`, beside the links */
 #define SECOND FGPU_SECOND_NS
 #define COLD __attribute__((cold)) /* small, not fast: runs once a second at most */
 #define FIRST_NS (2 * SECOND)      /* an upgrade of the gatekeeper fits into this */
@@ -258,6 +259,14 @@ struct fgpu_view fgpu_look(void)
 out:
     errno = saved;
     return view_of(word);
+}
+
+COLD void fgpu_report_crowd(void)
+{
+    int saved = errno;
+    if (!(atomic_fetch_or(&own->said, CROWDED) & CROWDED))
+        fgpu_say("fgpu: device memory is refused: too many allocations, threads or processes\n");
+    errno = saved;
 }
 
 COLD struct fgpu_view fgpu_insist(void)

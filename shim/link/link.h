@@ -10,6 +10,7 @@ HIDDEN void fgpu_arrive(int announced);    /* wait for the answer */
 HIDDEN struct fgpu_view fgpu_look(void);   /* say hello if it is due; report once that nothing is enforced */
 HIDDEN struct fgpu_view fgpu_glance(void); /* what is known: no hello, no report, no clock */
 HIDDEN struct fgpu_view fgpu_insist(void); /* say hello again: the probes did not answer */
+HIDDEN void fgpu_report_crowd(void);       /* report once that memory of any size is refused */
 
 /* -- verdict.c. Returns a verdict, or -1: the kernel does not answer. */
 HIDDEN int fgpu_ask(struct fgpu_view view, unsigned device, uint64_t bytes, unsigned kind, uint64_t ticket);

@@ -23,6 +23,7 @@ from tests.bpf.conftest import (
     assert_left,
     entries,
     loaded,
+    page_of,
     pins_of,
     wait_until,
 )
@@ -77,6 +78,7 @@ def test_a_shorter_map_of_an_older_version_has_smaller_parts(kernel, tmp_path):
             client(f"cuda.allocate_many(u64(0x1000), u64({OLDER // 4 + 101}))")
             assert entries(upgraded, level) == OLDER // 4
             assert client("admit(1)") == REFUSED
+            assert page_of(upgraded, level).crowded == 1
         finally:
             client.kill()
             level.remove()

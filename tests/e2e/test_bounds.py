@@ -20,7 +20,7 @@ from tests.support.wait import eventually
 GROUP = "fgpu-bounds"
 LEVELS = 512  # of one workload, by default
 IS_SPARSE = tuple(map(int, os.uname().release.split(".")[:2])) >= (6, 1)  # or the map takes all its memory at once
-SMALL = 70_000 if IS_SPARSE else 60_000
+ALLOCATIONS, SMALL = (262_144, 70_000) if IS_SPARSE else (65_536, 60_000)
 NAMES = f'{{cgroup: ["{GROUP}/greedy/**", "{GROUP}/greedy", "{GROUP}/modest"]}}'
 
 
@@ -114,6 +114,19 @@ def test_processes_of_four_cgroups_leave_their_neighbour_an_entry(
 def test_small_allocations_have_room_where_the_limit_has_it(write: Write, folder: Folder) -> None:
     write("memory: {limit: 2GiB}", selector=NAMES)
     assert folder.start("modest").client().ok(f"fill 4096 0 {SMALL}") == [SMALL]
+
+
+@pytest.mark.timeout(180)
+def test_a_refusal_for_entries_is_told_apart(write: Write, folder: Folder) -> None:
+    write("memory: {limit: 2GiB}", selector=NAMES)
+    greedy = folder.start("greedy").client()
+    assert ALLOCATIONS - 8 <= greedy.ok("fill 4096 0", 120)[0] < ALLOCATIONS, "a context has an entry too"
+    assert greedy.do(f"alloc {MIB}") == REFUSED
+    assert greedy.complaints() == "fgpu: device memory is refused: too many allocations, threads or processes\n"
+    said = fgpu("explain", f"/{GROUP}/greedy").stdout
+    assert re.search(rf"has {ALLOCATIONS} of {ALLOCATIONS} allocations .*bounds.allocations in agent.yaml", said)
+    assert ", refused 2 times, 2 of them for too many allocations, threads or processes" in said
+    folder.start("modest").client().ok(f"alloc {MIB}")
 
 
 @pytest.fixture

@@ -25,7 +25,7 @@ from bcc import BPF  # noqa: E402
 
 LEVEL_SIZE, NO_LIMIT, MAGIC = 4096, 2**64 - 1, 0x75706766
 # In a usage page; TAIL: after all fields that the shim knows.
-ORPHANED, ORPHANED_NS, LOOKED_NS, TAIL = 1856, 2048, 3224, 3480
+ORPHANED, ORPHANED_NS, LOOKED_NS, TAIL = 1856, 2048, 3224, 3496
 TAG = 44  # in a control page
 MANAGED, SETTLE = 1, 2
 GATES, BUDGETS, FUTEX = 64 + 16 * 32, 0x290 + 16 * 128, 202 if os.uname().machine == "x86_64" else 98
@@ -36,7 +36,7 @@ UUIDS = [bytes([0x10 + i] * 16) for i in range(2)]
 SOURCE = r"""
 #include "fgpu.h"
 struct call { u64 kind; u64 flags; u64 device; u64 bytes; u64 ticket; u64 tgid; u64 result; };
-struct knobs { u64 mute; u64 again; u64 fixed; u64 outer; u64 old; };
+struct knobs { u64 mute; u64 again; u64 fixed; u64 outer; u64 old; u64 crowded; };
 BPF_F_TABLE("array", u32, struct fgpu_usage_page, leaf, 1, 1U << 10);
 BPF_F_TABLE("array", u32, struct fgpu_usage_page, group, 1, 1U << 10);
 BPF_TABLE("array", u32, struct knobs, knob, 1);
@@ -92,6 +92,7 @@ int admit(struct pt_regs *ctx) {
     if (k->mute == 1 || k->mute == bpf_get_current_pid_tgid() >> 32) return 0;
     if (k->again) { k->again--; verdict = 2; }
     else if (k->fixed) verdict = k->fixed - 1;
+    else if (k->crowded) p->crowded++;
     else if ((kind & FGPU_KIND_MASK) == FGPU_HELLO) verdict = 1;
     else if ((!k->outer || room(outer, device, bytes)) && charge(p, device, bytes)) {
         verdict = 1;
@@ -226,7 +227,8 @@ class Agent:
 
     def knobs(self, what):
         k = self.bpf["knob"]
-        k[ctypes.c_int(0)] = k.Leaf(*(what.get(name, 0) for name in ("mute", "again", "fixed", "outer", "old")))
+        names = ("mute", "again", "fixed", "outer", "old", "crowded")
+        k[ctypes.c_int(0)] = k.Leaf(*(what.get(name, 0) for name in names))
 
     def tag(self, what):
         """{pid, tag}: in the kernel's answers to that process from now on; {page}: and in its page."""

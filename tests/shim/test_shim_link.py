@@ -111,6 +111,16 @@ def test_a_closed_shim_reports_once(agent: Agent) -> None:
     assert err == "fgpu: the agent does not answer: device memory is refused\n"
 
 
+def test_a_refusal_for_too_many_entries_is_told_apart_once(agent: Agent) -> None:
+    agent.do("start")
+    agent.do("limit", limit=100)
+    script = PREAMBLE + "C.set_errno(77); out(alloc(1), C.get_errno(), alloc(1))"
+    assert agent.run(SYSTEM_PYTHON, "-c", script) == (f"[{OOM}, 77, {OOM}]\n", ""), "for bytes"
+    agent.do("knobs", crowded=1)
+    said = "fgpu: device memory is refused: too many allocations, threads or processes\n"
+    assert agent.run(SYSTEM_PYTHON, "-c", script) == (f"[{OOM}, 77, {OOM}]\n", said)
+
+
 def test_a_gatekeeper_that_comes_late_is_met(agent: Agent) -> None:
     process = agent.start_python("out(0)\nt = time.monotonic(); out(alloc(1), time.monotonic() - t < 1.9)")
     process.stdout.readline()
