@@ -5,14 +5,19 @@ Everything is built into a separate folder, the shim too: probes and preloads to
 
 import json
 import subprocess
+import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from fgpu_ebpf.linux import procfs
+from tests import hang
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
 SYSTEM_PYTHON = "/usr/bin/python3"
 DEADLINE = 20
+EXIT_SECONDS = 100
 
 PREAMBLE = """
 import ctypes as C, os, sys, json, time, threading
@@ -64,6 +69,24 @@ class Build:
         return out / "libfgpu.so"
 
 
+class Program(subprocess.Popen[str]):
+    """A program under test: a time limit is for what it does, not for what the kernel does after its last instruction.
+
+    The kernel may need long to release the memory of a process, while it maintains pages of the same files for others.
+    """
+
+    def communicate(self, input: str | None = None, timeout: float | None = None) -> tuple[str, str]:  # noqa: A002
+        """Send the input and return what the program writes, once the kernel has ended it."""
+        try:
+            return super().communicate(input, timeout)
+        except subprocess.TimeoutExpired:
+            if not procfs.exiting(self.pid):
+                raise
+            held_up = "\n".join(hang.uninterruptible())
+            warnings.warn(f"{self.pid} has exited, and the kernel has not ended it:\n{held_up}", stacklevel=2)
+            return super().communicate(timeout=EXIT_SECONDS)
+
+
 class Agent:
     """The fake agent: its process, and programs that run where they can reach it."""
 
@@ -95,7 +118,7 @@ class Agent:
     ) -> Any:
         libraries = ":".join(map(str, (*self.build.first, *(libraries or (*preload, self.build.shim)))))
         inside = ["nsenter", f"--mount=/proc/{self.process.pid}/ns/mnt", "--", "env", f"LD_PRELOAD={libraries}"]
-        return subprocess.Popen(
+        return Program(
             [*inside, f"LD_LIBRARY_PATH={self.build.folder / driver}", *map(str, command)],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
