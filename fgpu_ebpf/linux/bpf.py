@@ -65,7 +65,7 @@ def _bytes(length: int) -> type[ctypes.Array[ctypes.c_char]]:
 
 def _output_buffer(bytes_: int) -> ctypes.Array[ctypes.c_char]:
     """Return a buffer for the kernel to fill: pages that it does not touch cost nothing."""
-    room = mmap.mmap(-1, max(bytes_, 1))
+    room = mmap.mmap(-1, max(bytes_, 1), mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)  # shared memory would need an inode
     return _bytes(len(room)).from_buffer(room)
 
 

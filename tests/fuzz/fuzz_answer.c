@@ -60,6 +60,8 @@ NEVER(int, fgpu_ask, struct fgpu_view, unsigned, uint64_t, unsigned, uint64_t)
 NEVER(bool, fgpu_standalone_charge, unsigned, uint64_t)
 NEVER(void, fgpu_standalone_release, unsigned, uint64_t)
 NEVER(void, fgpu_grant_made, unsigned, uint64_t, unsigned, uint64_t, uint64_t)
+NEVER(void, fgpu_admit_here, unsigned, uint64_t, unsigned, uint64_t)
+NEVER(void, fgpu_report_crowd, void)
 NEVER(void, fgpu_release_here, unsigned, uint64_t, unsigned, uint64_t)
 NEVER(void, fgpu_settle_here, uint64_t, uint64_t, unsigned, uint64_t)
 

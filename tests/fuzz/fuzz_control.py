@@ -75,6 +75,9 @@ class Ledger:
     def usage(self, cgroup: int, devices: Any) -> list[Any]:
         return []
 
+    def counters(self) -> dict[Any, int]:
+        return {}
+
 
 class Fuzzer:
     """A control socket, to which this process sends requests as root."""
