@@ -10,13 +10,12 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-import time
 from pathlib import Path
 
 from fgpu_ebpf.agent import gatekeeper_process
 from fgpu_ebpf.containers import engine_setup, injection, run
-from fgpu_ebpf.driver import attach, cuda_mappings, other_layouts, probe_plan, programs, shim_store
-from fgpu_ebpf.linux import breakpoints, clear_path, elf, file_locks, procfs
+from fgpu_ebpf.driver import attach, cuda_mappings, other_layouts, programs, shim_store
+from fgpu_ebpf.linux import clear_path, file_locks, procfs
 from fgpu_ebpf.policy import last_good
 from fgpu_ebpf.tenancy import tenant_names
 from fgpu_ebpf.tenancy.preexisting import PreexistingProcesses
@@ -24,7 +23,6 @@ from fgpu_ebpf.workloads import shim_mounts
 from fgpu_ebpf.workloads.cgroups import Workloads
 
 NAMES, TENANT_NAMES = "engines.json", tenant_names.FILE
-PROBED, DETACHED_SECONDS = "fgpu_admit", 10.0
 _FILES = (
     *("shim/shim.sock", "control.sock", "discover.sock", "ld.so.preload", "overrides.json", "overrides.json.bad"),
     *(
@@ -54,7 +52,7 @@ def take_away(run_dir: Path, pins: Path, by_agent: bool = False) -> None:
     shim = injection.take_away(run_dir)
     run.remove_created_preload(run_dir)
     if shim:
-        _wait_for_the_kernel(shim)
+        attach.wait_until_detached(shim)
         _published(shim)
     last_good.FILE.unlink(missing_ok=True)
     for name in _FILES:
@@ -64,18 +62,6 @@ def take_away(run_dir: Path, pins: Path, by_agent: bool = False) -> None:
         (run_dir / file_locks.AGENT).unlink(missing_ok=True)
     _leave(run_dir / "shim")
     _remove_empty(run_dir)
-
-
-def _wait_for_the_kernel(shim: Path) -> None:
-    """Wait until programs that start have no probe in the shim. The kernel detaches links after they were unpinned.
-
-    A program that finds the probe, and no agent's folder, takes the folder for hidden.
-    """
-    until = time.monotonic() + DETACHED_SECONDS
-    with contextlib.suppress(OSError, elf.ElfError, KeyError), open(shim, "rb") as file:
-        place = elf.function_offsets(file.fileno(), probe_plan.SHIM)[PROBED]
-        while breakpoints.is_set_in_new_mappings(file.fileno(), place) and time.monotonic() < until:
-            time.sleep(0.01)
 
 
 def _cgroups() -> None:

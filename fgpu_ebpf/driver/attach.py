@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import time
 from collections.abc import Sequence, Set
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,7 +20,7 @@ from fgpu_ebpf.driver.library_class import Role, Stamp
 from fgpu_ebpf.driver.library_files import Target
 from fgpu_ebpf.driver.probe_plan import Plan, ProbeError
 from fgpu_ebpf.ledger.ledger import Ledger
-from fgpu_ebpf.linux import bpf, elf
+from fgpu_ebpf.linux import bpf, breakpoints, elf
 from fgpu_ebpf.linux.procmaps import File
 
 TRACEPOINTS = {
@@ -33,6 +34,7 @@ OPTIONAL_TRACEPOINTS = {
     "cgroup_populated": "cgroup_notify_populated",
     "cgroup_removed": "cgroup_rmdir",
 }
+DETACHED_SECONDS = 10.0
 MOST_BESIDE = 8  # sets of probes of one file, one for each inode that it has had
 _NAME = re.compile("([0-9a-f]+)-([0-9a-f]+)-([a-z])([0-9a-f]+)-(.+)")  # dev, ino, role, number, program or mark
 _MARK = re.compile("all([0-9]+)at([0-9a-f]+)")  # number of links, offset of the checked breakpoint
@@ -261,3 +263,15 @@ def detach(pins: Path) -> None:
         stamp.rmdir()
     if pins.is_dir():
         pins.rmdir()
+
+
+def wait_until_detached(shim: Path) -> None:
+    """Wait until programs that start have no probe in the shim: the kernel detaches links after they were unpinned.
+
+    A program that finds the probe, and no agent's folder, takes the folder for hidden.
+    """
+    until = time.monotonic() + DETACHED_SECONDS
+    with contextlib.suppress(OSError, elf.ElfError, ProbeError), open(shim, "rb") as file:
+        place = probe_plan.plan(file.fileno(), str(shim), Role.SHIM).check
+        while breakpoints.is_set_in_new_mappings(file.fileno(), place) and time.monotonic() < until:
+            time.sleep(0.01)

@@ -14,7 +14,8 @@ from tests.support.place import Container, Place
 from tests.support.service import Service
 from tests.support.tenant import Client, Tenant
 
-LIMIT = CONTEXT + 40 * MIB
+ROOM = 40 * MIB
+LIMIT = CONTEXT + ROOM
 SAID = "fgpu: /run/fgpu/shim is hidden from this program: device memory is refused"
 
 
@@ -51,15 +52,6 @@ def assert_refused_and_named(service: Service, one: Tenant, client: Client) -> N
     client.close()
 
 
-def assert_held(one: Tenant) -> None:
-    client = one.client()
-    client.ok(f"alloc {40 * MIB}")
-    assert client.do(f"alloc {2 * MIB}") == REFUSED
-    assert one.assert_exact(10) == LIMIT
-    client.kill()
-    client.close()
-
-
 @pytest.mark.places("runc")
 def test_a_container_that_has_the_folder_under_run_alone_gets_no_memory(
     service: Service, place: Container, tenant: Callable[[int], Tenant]
@@ -68,7 +60,7 @@ def test_a_container_that_has_the_folder_under_run_alone_gets_no_memory(
     one = tenant(LIMIT)
     assert_refused_and_named(service, one, one.client())
     place.mounts = [*OVER_RUN, BESIDE]
-    assert_held(tenant(LIMIT))
+    tenant(LIMIT).assert_holds(ROOM)
 
 
 @pytest.mark.places("runc")
@@ -77,7 +69,7 @@ def test_a_container_that_has_the_folder_beside_the_shim_is_held_across_a_detach
 ) -> None:
     place.mounts = [*OVER_RUN, BESIDE]
     one = tenant(LIMIT)
-    assert_held(one)
+    one.assert_holds(ROOM)
     service.detach()
     client = one.client()
     client.ok(f"alloc {100 * MIB}")  # nothing is enforced, and nothing is waited for
@@ -85,7 +77,7 @@ def test_a_container_that_has_the_folder_beside_the_shim_is_held_across_a_detach
     client.close()
     service.start_agent()
     fgpu("set", one.path, "--memory", f"{LIMIT}B")
-    assert_held(one)
+    one.assert_holds(ROOM)
 
 
 @pytest.mark.places("host")
@@ -93,4 +85,4 @@ def test_a_sandbox_of_the_host(service: Service, place: Place, tenant: Callable[
     one = tenant(LIMIT)
     (one.folder / "sandbox").write_text(SANDBOX)
     assert_refused_and_named(service, one, one.client(before=f"unshare -m sh -e {one.folder}/sandbox"))
-    assert_held(one)
+    one.assert_holds(ROOM)

@@ -19,7 +19,8 @@ from tests.support.service import Service
 from tests.support.tenant import Tenant
 from tests.support.wait import eventually
 
-LIMIT = CONTEXT + 40 * MIB
+ROOM = 40 * MIB
+LIMIT = CONTEXT + ROOM
 SHIM_FOLDER = RUN_DIR / "shim"
 
 
@@ -35,12 +36,7 @@ def again(service: Service, unharmed: None) -> Iterator[Service]:
 def assert_held(one: Tenant) -> None:
     """A program that starts now gets what the limit says, and no more."""
     one.assert_enforced()
-    client = one.client()
-    client.ok(f"alloc {40 * MIB}")
-    assert client.do(f"alloc {2 * MIB}") == REFUSED
-    assert one.assert_exact(10) == LIMIT
-    client.kill()
-    client.close()
+    one.assert_holds(ROOM)
 
 
 def limit(one: Tenant) -> None:

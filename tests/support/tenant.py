@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tests.support.commands import ask, metrics
-from tests.support.host import BUILD, KINDS, cgroup_root
+from tests.support.host import BUILD, CONTEXT, KINDS, MIB, REFUSED, cgroup_root
 from tests.support.sim_driver import driver_books
 from tests.support.wait import eventually
 
@@ -238,6 +238,15 @@ class Tenant:
         """Wait until the ledger and the driver agree to the byte. Return what they hold."""
 
         return self._agree(seconds, lambda seen, held: seen["used_bytes"] == held and not seen["drift_bytes"])
+
+    def assert_holds(self, bytes_: int) -> None:
+        """Run a program that gets this much besides its context, as the limit says, and no more."""
+        client = self.client()
+        client.ok(f"alloc {bytes_}")
+        assert client.do(f"alloc {2 * MIB}") == REFUSED
+        assert self.assert_exact(10) == CONTEXT + bytes_
+        client.kill()
+        client.close()
 
     def assert_covered(self, seconds: float = 3) -> int:
         """Wait until the ledger holds the driver's bytes and its own drift, as with pools. Return its bytes."""
