@@ -1,10 +1,18 @@
 """Shares of two to four torch programs in windows of 2 s: trainings, inference, decoding of a language model.
 
-Prints for each case: the share of the tenant with the highest weight, the largest error of a share in a window after
-the first in points, the sum of what each program did as a fraction of itself alone (steps that are mostly Python take
-80 to 140 us, by the process), the gatekeeper's processor time, and the steps in each window. For each kind of program:
-what a tenant does alone as a fraction of a program that has no tenant, and the sum of two programs without tenants.
-Writes build/bench/windows.json. Needs a real GPU; TORCH_PYTHON is an interpreter that has torch.
+Prints for each case, over all starts of the programs: the share of the tenant with the highest weight, in the start
+where its error is largest, the largest error of a share in a window after the first in points, the smallest sum of what
+each program did as a fraction of itself alone, the gatekeeper's processor time, and the steps in each window. For each
+kind of program: what a tenant does alone as a fraction of a program that has no tenant, and the sum of two programs
+without tenants.
+
+A step of `small` is mostly Python, and Python's speed varies by the process and the second. Therefore shares of `small`
+are those of the time in which the programs' steps did not wait, and `working` is that time of both together.
+`windows_small_paused` is what its sum can reach: a program without a tenant, alone on the device, which sleeps for as
+long as it works, twice.
+
+Writes build/bench/windows.json, and build/bench/windows.svg: shares over time in the first start. Needs a real GPU;
+TORCH_PYTHON is an interpreter that has torch.
 """
 
 from __future__ import annotations
@@ -15,6 +23,8 @@ import os
 import sys
 import tempfile
 import time
+from dataclasses import dataclass
+from pathlib import Path
 
 from bench.lib.service import ROOT, BenchError, agent, end_in_order
 from bench.lib.tenants import Program, ask, cpu_ms, ending, record, service_pids
@@ -36,7 +46,28 @@ CASES = (
     "llm 1:1",
     "llm 3:1",
 )
+BY_TIME = "small"  # the kind with shares of time instead of steps
 Lines = dict[str, tuple[float, str]]
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    """What a program did: its steps in each window, and the milliseconds that they took without waiting."""
+
+    steps: list[int]
+    working_ms: list[int]
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """One case in one start: shares of the first program in each window, and what is wrong with them."""
+
+    share: float
+    windows: list[float]
+    worst: float
+    sum: float
+    working: float
+    gatekeeper: float
 
 
 def started(name: str, limit: int | None) -> Program:
@@ -49,72 +80,122 @@ def started(name: str, limit: int | None) -> Program:
     return program
 
 
-def counts(programs: list[Program], what: str, seconds: int) -> list[list[int]]:
-    """Return the steps of each program in each window; all begin at one moment."""
+def counts(programs: list[Program], what: str, seconds: int) -> list[Done]:
+    """Return what each program did in each window after the first; all begin at one moment."""
     at = time.monotonic_ns() + HEAD_START_NS
     for program in programs:
         program.say(f"{what} {seconds} {at}")
-    return [json.loads(program.hear(seconds + SLACK_SECONDS)) for program in programs]
+    answers = [json.loads(program.hear(seconds + SLACK_SECONDS)) for program in programs]
+    return [Done(steps[1:], working[1:]) for steps, working in answers]
 
 
 def alone(program: Program, what: str) -> float:
     """Return the steps of one program in a window while no other has work."""
-    return sum(counts([program], what, 3 * WINDOW_SECONDS)[0][1:]) / 2
+    return sum(counts([program], what, 2 * WINDOW_SECONDS)[0].steps)
 
 
-def work_of(done: list[list[int]], by_itself: list[float]) -> float:
+def work_of(done: list[Done], by_itself: list[float]) -> float:
     """Return the work of programs at one time, as the sum of what each did as a fraction of itself alone."""
-    return sum(sum(steps) / one / len(steps) for steps, one in zip(done, by_itself, strict=True))
+    return sum(sum(one.steps) / rate / len(one.steps) for one, rate in zip(done, by_itself, strict=True))
 
 
-def measured(programs: list[Program], case: str, seconds: int, by_itself: list[float]) -> Lines:
-    """Return the figures of one case. `by_itself`: steps of each program in a window."""
+def measured(programs: list[Program], case: str, seconds: int, by_itself: list[float]) -> Result:
+    """Return what one case gave. `by_itself`: steps of each program in a window."""
     what, _, ratio = case.partition(" ")
     weights = [int(weight) for weight in ratio.split(":")]
     taking_part = programs[: len(weights)]
     for program, weight in zip(taking_part, weights, strict=True):
         ask(verb="put", target=program.name, compute="100%", weight=100 * weight, priority="normal")
-    time.sleep(0.5)
+    time.sleep(0.5)  # the weights are in force; in the first window the programs meet
     gatekeeper = service_pids()["gatekeeper"]
     before = cpu_ms(gatekeeper)
-    done = [steps[1:] for steps in counts(taking_part, what, seconds)]  # in the first window the weights take effect
+    done = counts(taking_part, what, seconds)
     spent = cpu_ms(gatekeeper) - before
+    amounts = [one.working_ms if what == BY_TIME else one.steps for one in done]
+    print(f"# {case}: steps {[one.steps for one in done]}, ms {[one.working_ms for one in done]}", flush=True)
+    parts = [[part / max(1, sum(window)) for part in window] for window in zip(*amounts, strict=True)]
     asked = [weight / sum(weights) for weight in weights]
-    worst = max(
-        abs(steps / max(1, sum(window)) - part)
-        for window in zip(*done, strict=True)
-        for steps, part in zip(window, asked, strict=True)
+    return Result(
+        share=sum(amounts[0]) / max(1, sum(map(sum, amounts))),
+        windows=[window[0] for window in parts],
+        worst=max(abs(part - due) for window in parts for part, due in zip(window, asked, strict=True)),
+        sum=work_of(done, by_itself[: len(weights)]),
+        working=sum(sum(one.working_ms) for one in done) / 1000 / WINDOW_SECONDS / len(parts),
+        gatekeeper=spent / seconds / 1000,
     )
-    print(f"# {case}: {' '.join(map(str, done))}", flush=True)
+
+
+def figures(case: str, results: list[Result]) -> Lines:
+    """Return the figures of one case, over all starts."""
+    what, _, ratio = case.partition(" ")
+    weights = [int(weight) for weight in ratio.split(":")]
+    due = weights[0] / sum(weights)
     name = f"windows_{what}_{ratio.replace(':', '_')}"
-    return {
-        f"{name}_share": (100 * sum(done[0]) / max(1, sum(map(sum, done))), "%"),
-        f"{name}_worst": (100 * worst, "points"),
-        f"{name}_sum": (work_of(done, by_itself[: len(weights)]), "of one alone"),
-        f"{name}_gatekeeper": (spent / seconds / 10, "%"),
+    found = {
+        f"{name}_share": (100 * max((one.share for one in results), key=lambda share: abs(share - due)), "%"),
+        f"{name}_worst": (100 * max(one.worst for one in results), "points"),
+        f"{name}_sum": (min(one.sum for one in results), "of one alone"),
+        f"{name}_gatekeeper": (100 * max(one.gatekeeper for one in results), "%"),
     }
+    if what == BY_TIME:
+        found[f"{name}_working"] = (100 * min(one.working for one in results), "% of the time")
+    return found
 
 
-def measure(cases: list[str], seconds: int) -> Lines:
-    """Return the figures of all cases."""
+def without_tenants(kinds: list[str]) -> tuple[Lines, dict[str, float]]:
+    """Return what two programs without a tenant do, and the steps of the first one alone in a window, by kind."""
     found: Lines = {}
     with ending() as programs:
-        kinds = dict.fromkeys(case.split()[0] for case in cases)
         programs += [started(name, None) for name in ("w-alone", "w-beside")]
-        unmanaged = {what: [alone(program, what) for program in programs] for what in kinds}
+        rates = {what: [alone(program, what) for program in programs] for what in kinds}
         for what in kinds:
-            done = [steps[1:] for steps in counts(programs, what, 3 * WINDOW_SECONDS)]
-            print(f"# {what} without tenants: alone {unmanaged[what]}, both {done}", flush=True)
-            found[f"windows_{what}_unshared_sum"] = (work_of(done, unmanaged[what]), "of one alone")
-        while programs:
-            programs.pop().end()
-        programs += [started(f"w-{number}", LIMIT) for number in range(max(case.count(":") for case in cases) + 1)]
-        by_itself = {what: [alone(program, what) for program in programs] for what in kinds}
-        for what in kinds:
-            found[f"windows_{what}_alone"] = (by_itself[what][0] / unmanaged[what][0], "of no tenant")
-        for case in cases:
-            found |= measured(programs, case, seconds, by_itself[case.split()[0]])
-    return found
+            both = counts(programs, what, 3 * WINDOW_SECONDS)
+            print(f"# {what} without tenants: alone {rates[what]}, both {[one.steps for one in both]}", flush=True)
+            found[f"windows_{what}_unshared_sum"] = (work_of(both, rates[what]), "of one alone")
+        if BY_TIME in kinds:
+            paused = 2 * alone(programs[0], f"{BY_TIME}-paused")
+            found[f"windows_{BY_TIME}_paused"] = (paused / rates[BY_TIME][0], "of one alone")
+    return found, {what: rates[what][0] for what in kinds}
+
+
+def measure(cases: list[str], seconds: int, starts: int) -> tuple[Lines, dict[str, list[Result]]]:
+    """Return the figures of all cases, and the results of each start."""
+    kinds = list(dict.fromkeys(case.split()[0] for case in cases))
+    found, unmanaged = without_tenants(kinds)
+    results: dict[str, list[Result]] = {case: [] for case in cases}
+    for number in range(starts):
+        with ending() as programs:
+            programs += [started(f"w-{n}", LIMIT) for n in range(max(case.count(":") for case in cases) + 1)]
+            by_itself = {what: [alone(program, what) for program in programs] for what in kinds}
+            if number == 0:
+                for what in kinds:
+                    found[f"windows_{what}_alone"] = (by_itself[what][0] / unmanaged[what], "of no tenant")
+            for case in cases:
+                results[case].append(measured(programs, case, seconds, by_itself[case.split()[0]]))
+    for case in cases:
+        found |= figures(case, results[case])
+    return found, results
+
+
+def plot(results: dict[str, list[Result]], path: Path) -> None:
+    """Draw the share of the first tenant over time, one line a case of two tenants with weights 3:1."""
+    try:
+        import matplotlib
+    except ImportError:
+        print("# no matplotlib: no plot")
+        return
+    matplotlib.use("svg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(9, 3.5), layout="constrained")
+    for case, starts in results.items():
+        if case.endswith(" 3:1"):
+            seconds = [WINDOW_SECONDS * (number + 1.5) for number in range(len(starts[0].windows))]
+            axes.plot(seconds, [100 * share for share in starts[0].windows], label=case.split()[0], linewidth=1.0)
+    axes.axhspan(72, 78, alpha=0.1)
+    axes.set(ylim=(40, 100), xlabel="seconds", ylabel="share, %")
+    axes.legend(ncols=3)
+    figure.savefig(path)
 
 
 def main() -> int:
@@ -123,11 +204,14 @@ def main() -> int:
     parser.add_argument("--driver-root", default="/")
     parser.add_argument("--only", default=",".join(CASES), help=f"of {', '.join(CASES)}")
     parser.add_argument("--seconds", type=int, default=14, help="of each case (14)")
+    parser.add_argument("--starts", type=int, default=1, help="of the programs (1)")
     given = parser.parse_args()
     end_in_order()
     options = ["--driver-root", given.driver_root, "--shim", str(ROOT / "build/shim/libfgpu.so"), "--listen", LISTEN]
     with tempfile.TemporaryDirectory() as policies, agent([*options, "--policies", policies]):
-        record("windows", measure(given.only.split(","), given.seconds))
+        found, results = measure(given.only.split(","), given.seconds, given.starts)
+    record("windows", found)
+    plot(results, ROOT / "build/bench/windows.svg")
     return 0
 
 

@@ -1,13 +1,15 @@
 """A program with torch that counts its steps in windows of time: says "ready" or "- WHY", then answers lines of stdin.
 
-`WHAT SECONDS START_NS`: from that moment of CLOCK_MONOTONIC on it does steps of that kind, and prints the number of
-steps that were done in each window of WINDOW_SECONDS, as a list. It knows nothing of fgpu.
+`WHAT SECONDS START_NS`: from that moment of CLOCK_MONOTONIC on it does steps of that kind, and prints a list with the
+number of steps that ended in each window of WINDOW_SECONDS, and a list with the milliseconds that these steps took
+without waiting: a step of five medians or more has waited, and counts as one median. It knows nothing of fgpu.
 """
 
 from __future__ import annotations
 
 import json
 import random
+import statistics
 import sys
 import time
 from collections.abc import Callable
@@ -15,6 +17,8 @@ from typing import Any
 
 WINDOW_SECONDS = 2
 LONG_PAUSES = 0.1  # of the pauses of `think` are long
+WAITED = 5  # medians
+TURN_SECONDS = 0.02  # as long as `small-paused` works, and as long as it sleeps
 Step = Callable[[], None]
 
 
@@ -78,26 +82,42 @@ def kinds(torch: Any) -> dict[str, Step]:
         is_long = chance.random() < LONG_PAUSES
         time.sleep(chance.uniform(0.001, 0.005) if is_long else chance.uniform(0.00001, 0.0005))
 
+    small, awake_until = inference(torch), 0.0
+
+    def paused() -> None:
+        nonlocal awake_until
+        if time.monotonic() > awake_until:
+            time.sleep(TURN_SECONDS)
+            awake_until = time.monotonic() + TURN_SECONDS
+        small()
+
     return {
         "each": training(torch, lambda *_: torch.cuda.synchronize()),
         "tenth": training(torch, lambda _, number: torch.cuda.synchronize() if number % 10 == 0 else None),
         "item": training(torch, lambda loss, _: loss.item()),
         "think": training(torch, lambda *_: pause()),
-        "small": inference(torch),
+        "small": small,
+        "small-paused": paused,
         "llm": decoding(torch),
     }
 
 
-def counted(step: Step, seconds: float, start_ns: int) -> list[int]:
-    """Return the number of steps that were done in each window."""
-    found = [0] * int(seconds / WINDOW_SECONDS)
+def counted(step: Step, seconds: float, start_ns: int) -> tuple[list[int], list[int]]:
+    """Return the number of steps in each window, and the milliseconds that they took without waiting."""
+    windows: list[list[int]] = [[] for _ in range(int(seconds / WINDOW_SECONDS))]
     time.sleep(max(0.0, (start_ns - time.monotonic_ns()) / 1e9))
+    begun = time.monotonic_ns()
     while True:
         step()
-        window = int((time.monotonic_ns() - start_ns) / 1e9 / WINDOW_SECONDS)
-        if window >= len(found):
-            return found
-        found[window] += 1
+        ended = time.monotonic_ns()
+        window = int((ended - start_ns) / 1e9 / WINDOW_SECONDS)
+        if window >= len(windows):
+            break
+        windows[window].append(ended - begun)
+        begun = ended
+    median = statistics.median([took for window in windows for took in window] or [0])
+    working = [sum(took if took < WAITED * median else median for took in window) for window in windows]
+    return [len(window) for window in windows], [round(ns / 1e6) for ns in working]
 
 
 def main() -> int:
