@@ -52,7 +52,7 @@ Lines = dict[str, tuple[float, str]]
 
 @dataclass(frozen=True, slots=True)
 class Done:
-    """What a program did: its steps in each window, and the milliseconds that they took without waiting."""
+    """A program's steps in each window, and the milliseconds that they took without waiting."""
 
     steps: list[int]
     working_ms: list[int]
