@@ -55,6 +55,21 @@ class ComputeView:
 
 
 @dataclass(frozen=True, slots=True)
+class UsageView:
+    """The use of one device by a tenant since the agent's start, as far as one source has measured its time.
+
+    `source`: turns, nvml (a sample), or none: the device's time is unknown. `held_seconds`: with memory there;
+    `idle_seconds`: the part of it without running anything.
+    """
+
+    source: str
+    run_seconds: float
+    memory_byte_seconds: float
+    held_seconds: float
+    idle_seconds: float
+
+
+@dataclass(frozen=True, slots=True)
 class TenantDevice:
     """A tenant's memory on one device, and its share of the device's time: None, it is not gated."""
 
@@ -70,6 +85,7 @@ class TenantDevice:
     compute: ComputeView | None = None
     orphaned_bytes: int = 0  # of used_bytes: of processes that have ended, or that exported and freed it
     unwitnessed_bytes: int = 0  # of used_bytes: allocated by no call that a probe has seen
+    usage: tuple[UsageView, ...] = ()  # by source
 
 
 @dataclass(frozen=True, slots=True)
@@ -274,7 +290,7 @@ class Fields(Mapping[str, Any]):
 
 _VIEWS = frozenset({
     Refusal, ComputeView, TenantDevice, ProcessView, OrphanView, TenantView, DeviceView, SlicesView, PoliciesView,
-    EngineView, LibraryView, MapView,
+    EngineView, LibraryView, MapView, UsageView,
 })  # fmt: skip
 
 

@@ -201,10 +201,9 @@ class Agent:
 
     def stop(self) -> None:
         """Stop everything that this agent has started, however far it came. Limits stay in force."""
-        policies, reconciler = (self._parts.policies, self._parts.reconciler) if self._parts else (None, None)
-        for part in (policies, self.engines, reconciler, self.gatekeeper):
-            if part:
-                self._do(part.stop)
+        of_parts = (self._parts.policies, self._parts.reconciler, self._parts.chores.usage) if self._parts else ()
+        for part in (self.engines, *of_parts, self.gatekeeper):
+            self._do(part.stop)
 
     def _look_at_answered(self) -> None:
         """Reconsider cgroups whose labels an engine has reported: policy or limits may be others now."""

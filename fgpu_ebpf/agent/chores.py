@@ -13,6 +13,7 @@ from fgpu_ebpf.agent.late_devices import LateDevices
 from fgpu_ebpf.agent.nvml_reconcile import Reconciler, Truth
 from fgpu_ebpf.agent.reporters import AdoptionReports, OrphanReports, OverrunReports, XidReports
 from fgpu_ebpf.agent.shortfalls import Shortfalls
+from fgpu_ebpf.agent.usage_meter import UsageMeter
 from fgpu_ebpf.check import Check
 from fgpu_ebpf.driver.descriptor_holders import Keepers
 from fgpu_ebpf.driver.host_driver import HostDriver
@@ -20,6 +21,7 @@ from fgpu_ebpf.ledger.ledger import Ledger
 from fgpu_ebpf.ledger.unwitnessed_memory import Unwitnessed
 from fgpu_ebpf.tenancy.event_log import EventLog
 from fgpu_ebpf.tenancy.manager import Manager
+from fgpu_ebpf.tenancy.usage_store import Writer
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +33,7 @@ class Chores:
     shortfalls: Shortfalls
     unwitnessed: Unwitnessed
     keepers: Keepers
+    usage: UsageMeter
 
 
 def make_chores(
@@ -42,11 +45,15 @@ def make_chores(
     def truth() -> Truth:
         return reconciler.truth
 
+    def uuid(device: int) -> str:
+        return next((d.uuid_text for d in driver.nvml.devices if d.index == device), str(device))
+
     enforcer, turns = manager.enforcer, ledger.times.turns
     unwitnessed, keepers = Unwitnessed(driver.contexts), Keepers()
     adoption = AdoptionReports(truth, ledger, enforcer, history, unwitnessed)
     late = LateDevices(driver.nvml, ledger, manager, reconciler, history, driver.contexts, failed_checks)
     shortfalls = Shortfalls(turns, enforcer.name_of, history)
+    usage = UsageMeter(truth, ledger, enforcer, uuid, Writer())
     steps = (
         manager.overrides.write_again,
         adoption.look,
@@ -56,6 +63,7 @@ def make_chores(
         OrphanReports(truth, manager, keepers, history).look,
         BypassKiller(truth, ledger, enforcer, unwitnessed, history).look,
         late.look,
+        usage.look,
         lambda: driver.xids.keep(truth().xids, driver.nvml.devices),
     )
-    return Chores(steps, adoption, shortfalls, unwitnessed, keepers)
+    return Chores(steps, adoption, shortfalls, unwitnessed, keepers, usage)

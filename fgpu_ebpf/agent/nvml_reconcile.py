@@ -17,7 +17,7 @@ from fgpu_ebpf import abi
 from fgpu_ebpf.agent.carried_charges import Carried
 from fgpu_ebpf.agent.ledger_corrections import Corrections, Drift
 from fgpu_ebpf.agent.orphan_release import OrphanRelease
-from fgpu_ebpf.agent.turn_audit import Audit, Verdict
+from fgpu_ebpf.agent.turn_audit import LOOK_SECONDS, Audit, Percent, Verdict
 from fgpu_ebpf.check import Check, has_host_pids
 from fgpu_ebpf.driver import device_sample, xids
 from fgpu_ebpf.driver.device_sample import Rows, Sample
@@ -50,7 +50,8 @@ class Truth:
     tenants that do not keep to their turns. `failure`: why the last pass has no result. `processes`: those of the
     ledger, just before. `xids`: what devices have reported, if NVML reports it. `orphans`: of the ledger. `ended`:
     bytes by device and pid that NVML shows for ended processes. `unexplained`: bytes in use by device that no process,
-    orphan or known rest explains.
+    orphan or known rest explains. `percent`: of a device's time in the last second, by device and pid (None: NVML does
+    not say); `sampled`: when, on the monotonic clock.
     """
 
     answered: Mapping[int, float] = field(default_factory=dict)
@@ -64,6 +65,8 @@ class Truth:
     orphans: Sequence[Orphan] = ()
     ended: Mapping[int, Mapping[int, int]] = field(default_factory=dict)
     unexplained: Mapping[int, int] = field(default_factory=dict)
+    percent: Mapping[int, Percent | None] = field(default_factory=dict)
+    sampled: float = 0.0
 
     def pids(self) -> set[int]:
         """Return the processes that NVML lists, except those that have ended."""
@@ -110,7 +113,7 @@ class Reconciler:
         self._wakeup = Wakeup()
         self._stopping = False
         self._known: Mapping[int, Process] = {}
-        self._audit = Audit(nvml.process_percent)
+        self._audit = Audit()
         self._tally = tally or xids.Tally()
         self._repaired: deque[int] = deque()  # devices that `fgpu device clear` has named
         self._ended = 0  # processes, when it was last swept
@@ -260,9 +263,11 @@ class Reconciler:
             used = {device.index: self._nvml.used_bytes(device.index) for device in self._nvml.devices}
             self._devices_at = at + DEVICE_SECONDS
         answered = dict.fromkeys((device for device in now.held if used.get(device) is not None), at)
+        if self._audit.due(at):
+            now = self._with_turns(now, at)
         return replace(
-            now, answered={**now.answered, **answered}, used=used, turns=self._turns(at), processes=self._known,
-            xids=self._reported(), failure="",
+            now, answered={**now.answered, **answered}, used=used, processes=self._known, xids=self._reported(),
+            failure="",
         )  # fmt: skip
 
     def _choose_levels(self) -> None:
@@ -278,10 +283,14 @@ class Reconciler:
         repaired = [(self._repaired.popleft(), None) for _ in range(len(self._repaired))]  # before XIDs of this look
         return self._tally.take(self._nvml.watched(), [*repaired, *self._nvml.xids()])
 
-    def _turns(self, now: float) -> Verdict:
-        if not self._audit.due(now):
-            return self.truth.turns
-        return self._audit.look(now, time.time(), self._ledger.times, self._known)
+    def _with_turns(self, now: Truth, at: float) -> Truth:
+        """Add how long processes ran in the last second, and what that says of turns. An unused device is not asked."""
+        since = time.time() - LOOK_SECONDS
+        percent = {
+            device: self._nvml.process_percent(device, since) if rows else {} for device, rows in now.held.items()
+        }
+        turns = self._audit.look(at, percent, self._ledger.times, self._known)
+        return replace(now, percent=percent, sampled=at, turns=turns)
 
     def _sweep(self, so_far: int) -> None:
         """Reap processes whose end was not reported, and delete what ended ones have left.

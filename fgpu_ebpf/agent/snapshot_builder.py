@@ -31,6 +31,7 @@ from fgpu_ebpf.snapshot import (
     Snapshot,
     TenantDevice,
     TenantView,
+    UsageView,
 )
 from fgpu_ebpf.tenancy.compute_view import compute_view
 from fgpu_ebpf.tenancy.enforcement import enforcement
@@ -169,7 +170,11 @@ def _tenant_device(look: _Look, tenant: Tenant, own: Iterable[int], device: Devi
     numbers = (u.limit, u.used, u.peak, u.refused, u.admitted, u.witnessed) if u else (0,) * 6
     unwitnessed = sum(look.unwitnessed.get((tgid, device.index), 0) for tgid in own)
     orphaned = u.orphaned if u else 0
-    return TenantDevice(device.index, *numbers, drift, refusals, compute, orphaned, unwitnessed)
+    usage = tuple(
+        UsageView(source, of.run, of.byte_seconds, of.held, of.idle)
+        for source, of in sorted(look.parts.chores.usage.totals.get((tenant.cgroup, device.index), {}).items())
+    )
+    return TenantDevice(device.index, *numbers, drift, refusals, compute, orphaned, unwitnessed, usage)
 
 
 def _drift(look: _Look, own: Iterable[int], device: int) -> int | None:

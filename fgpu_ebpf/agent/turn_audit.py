@@ -8,7 +8,7 @@ any tenant on that device.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple, TypeAlias
 
 from fgpu_ebpf.ledger.compute_maps import ComputeMaps, Key, TurnCounts
@@ -43,10 +43,9 @@ class _Look(NamedTuple):
 
 
 class Audit:
-    """Compares turns with NVML. `percent` asks NVML about a device since a moment (epoch); None: it does not say."""
+    """Compares turns with NVML."""
 
-    def __init__(self, percent: Callable[[int, float], Percent | None]) -> None:
-        self._percent = percent
+    def __init__(self) -> None:
         self._looks: dict[Key, deque[_Look]] = {}
         self._at = 0.0
 
@@ -54,15 +53,17 @@ class Audit:
         """Return True if a second has passed, on the monotonic clock."""
         return now - self._at >= LOOK_SECONDS
 
-    def look(self, now: float, epoch: float, times: ComputeMaps, processes: Mapping[int, Process]) -> Verdict:
-        """Compare, about once a second. `now`: monotonic; `epoch`: the same moment in seconds since the epoch."""
+    def look(
+        self, now: float, percents: Mapping[int, Percent | None], times: ComputeMaps, processes: Mapping[int, Process]
+    ) -> Verdict:
+        """Compare, about once a second. `now`: monotonic; `percents`: of the last second by device, None: unknown."""
         self._at = now
         turns = times.turns()
         counts = {place: turns.get(place, TurnCounts()) for place in times.shared()}  # without counts it owns nothing
         gated = {place: found for place, found in counts.items() if not found.free}
         self._looks = {place: looks for place, looks in self._looks.items() if place in gated}
         for device in {device for _, device in gated}:
-            percent = self._percent(device, epoch - LOOK_SECONDS)
+            percent = percents.get(device)
             for place in (place for place in gated if place[1] == device):
                 self._enter(place, now, gated[place].owned_ns, percent, processes)
                 self._tell(place, times)

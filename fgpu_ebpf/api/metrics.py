@@ -17,7 +17,7 @@ from prometheus_client.registry import Collector
 
 import fgpu_ebpf
 from fgpu_ebpf import abi
-from fgpu_ebpf.snapshot import ComputeView, DeviceView, SlicesView, Snapshot, TenantDevice
+from fgpu_ebpf.snapshot import ComputeView, DeviceView, SlicesView, Snapshot, TenantDevice, UsageView
 
 _TENANT_GAUGES: tuple[tuple[str, str, Callable[[TenantDevice], int | None]], ...] = (
     ("fgpu_memory_limit_bytes", "Bytes that the tenant may hold on the device", lambda d: abi.limit(d.limit_bytes)),
@@ -76,6 +76,18 @@ _COMPUTE_GAUGES: tuple[tuple[str, str, Callable[[ComputeView], float | None]], .
         lambda c: c.shortfall.ratio if c.shortfall else None,
     ),
     ("fgpu_compute_waiting_seconds", "Time waited so far for the next turn", lambda c: c.waiting_seconds),
+)
+_USAGE_COUNTERS: tuple[tuple[str, str, Callable[[UsageView], float]], ...] = (
+    (
+        "fgpu_tenant_memory_byte_seconds",
+        "Bytes charged to the tenant on the device, times the seconds that it held them",
+        lambda u: u.memory_byte_seconds,
+    ),
+    (
+        "fgpu_tenant_idle_seconds",
+        "Time for which the tenant had memory on the device and ran nothing there",
+        lambda u: u.idle_seconds,
+    ),
 )
 _SLICE_COUNTERS: tuple[tuple[str, str, Callable[[SlicesView], int]], ...] = (
     ("fgpu_slice_switches", "Turns that began on the device", lambda s: s.switches),
@@ -138,7 +150,24 @@ def _tenant_devices(snapshot: Snapshot) -> Iterator[Metric]:
         for why, count in counts.items():
             refused.add_metric([tenant.tenant, str(device.gpu), *why], count)
     yield refused
+    yield from _usage([([t.tenant, str(d.gpu)], d.usage) for t, d in rows if d.usage])
     yield from _compute(snapshot)
+
+
+def _usage(rows: Iterable[tuple[list[str], tuple[UsageView, ...]]]) -> Iterator[Metric]:
+    labels = ["tenant", "gpu"]
+    ran = CounterMetricFamily(
+        "fgpu_tenant_run_seconds",
+        "The device's time that the tenant has used, by source: turns (measured), nvml (a sample) or none (unknown)",
+        labels=[*labels, "source"],
+    )
+    for names, usage in rows:
+        for one in usage:
+            ran.add_metric([*names, one.source], one.run_seconds)
+    yield ran
+    for name, text, value in _USAGE_COUNTERS:
+        family = CounterMetricFamily(name, text, labels=labels)
+        yield _filled(family, ((names, sum(map(value, usage))) for names, usage in rows))
 
 
 def _compute(snapshot: Snapshot) -> Iterator[Metric]:

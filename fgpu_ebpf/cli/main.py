@@ -17,6 +17,7 @@ from fgpu_ebpf.cli.completion import completion
 from fgpu_ebpf.cli.kubernetes import device_plugin
 from fgpu_ebpf.cli.policy import policy
 from fgpu_ebpf.cli.request import RUN_DIR
+from fgpu_ebpf.cli.usage import usage
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -28,5 +29,5 @@ def main(run_dir: Path) -> None:
 
 for command in (*service.COMMANDS, *tenants.COMMANDS, *views.COMMANDS, *containers.COMMANDS):
     main.add_command(command)
-for command in (completion, device_plugin, policy):
+for command in (completion, device_plugin, policy, usage):
     main.add_command(command)

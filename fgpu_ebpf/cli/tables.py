@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import io
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import psutil
@@ -38,6 +38,14 @@ def _table(*columns: str) -> Table:
     for i, column in enumerate(columns):
         table.add_column(column, justify="left" if i == 0 else "right", no_wrap=True)
     return table
+
+
+def usage(by: str, rows: Sequence[Sequence[str]]) -> str:
+    """Return the table of `fgpu usage`. Each row: a name, the source, and numbers as text."""
+    table = _table(by.upper(), "SOURCE", "GPU TIME h", "MEMORY GiB*h", "HELD h", "IDLE h", "WAITED h")
+    for row in rows:
+        table.add_row(*row)
+    return _text(table) if rows else "no tenant has used a device in this time\n"
 
 
 def status(snapshot: Mapping[str, Any]) -> str:

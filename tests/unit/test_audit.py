@@ -23,7 +23,7 @@ class Host:
     def __init__(self, percent):
         self.percent, self.now, self.free = percent, 1000.0, 0
         self.silent, self.part = False, 0.5
-        self.audit = Audit(lambda device, since: self.percent)
+        self.audit = Audit()
         self.shared = lambda: {HONEST, LIAR}
         self.ran = dict.fromkeys((HONEST, LIAR), 0)
 
@@ -36,7 +36,7 @@ class Host:
             counts = TurnCounts(owned_ns=int(self.now * self.part * 1e9), free=self.free)
             told = {HONEST: counts} if self.silent else {HONEST: counts, LIAR: counts}
             self.turns = lambda told=told: told
-            said = self.audit.look(self.now, self.now, self, PROCESSES)
+            said = self.audit.look(self.now, {0: self.percent}, self, PROCESSES)
         return said
 
 

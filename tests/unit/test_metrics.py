@@ -22,6 +22,7 @@ from fgpu_ebpf.snapshot import (
     Snapshot,
     TenantDevice,
     TenantView,
+    UsageView,
 )
 
 GOLDEN = Path(__file__).with_name("metrics.txt")
@@ -34,7 +35,20 @@ def snapshot(name: str = "notebook") -> Snapshot:
     compute = ComputeView(
         0.5, 300, "high", 12.5, 71, 3.25, 11, 2, True, 0.45, 0.5, False, 1.5, None, Shortfall(0.21, "why")
     )  # fmt: skip
-    memory = TenantDevice(0, 8 << 30, 101, 1009, 5, 303, 202, -7, (Refusal("memory", "limit", 5),), compute, 13)
+    memory = TenantDevice(
+        0,
+        8 << 30,
+        101,
+        1009,
+        5,
+        303,
+        202,
+        -7,
+        (Refusal("memory", "limit", 5),),
+        compute,
+        13,
+        usage=(UsageView("turns", 12.5, 3000.0, 40.0, 7.0), UsageView("nvml", 2.0, 500.0, 3.0, 1.0)),
+    )
     processes = (ProcessView(11, 0, 90), ProcessView(12, 0, 11))
     tenant = TenantView(
         name, "tenant", "/docker/1f", 481, "policy", "notebooks", "dev", "jupyter", "1f3a", "kernel", "", (),
@@ -102,12 +116,13 @@ def test_an_age_is_that_of_the_moment_of_asking():
     assert [(sample.labels, sample.value) for sample in family.samples] == [({"gpu": "0"}, 7.75)]
 
 
-def test_at_most_twelve_series_for_a_tenant_and_device_and_three_for_a_while():
+def test_at_most_fifteen_series_for_a_tenant_and_device_and_four_for_a_while():
     samples = [s for f in metrics.families(snapshot()) for s in f.samples if {"tenant", "gpu"} <= s.labels.keys()]
     passing = {"fgpu_compute_shortfall_ratio", "fgpu_compute_waiting_seconds", "fgpu_memory_orphaned_bytes"}
     assert {s.name for s in samples} >= passing
-    assert len([s for s in samples if s.name not in passing]) <= 12
-    assert len(samples) <= 15
+    steady = [s for s in samples if s.name not in passing and s.labels.get("source") != "nvml"]
+    assert len(steady) <= 15, "a tenant has one source, and a second one after it was alone on the device"
+    assert len(samples) <= 19
 
 
 def test_labels_of_policies_are_refused_or_shown():

@@ -1,0 +1,117 @@
+"""Measures what each tenant uses of each device: its time, its memory times seconds, idle and waiting time.
+
+This module runs in the agent's main loop, once a second, and looks only at tenants that have processes with memory. The
+device's time of a gated tenant is what the gatekeeper has measured (source `turns`); that of others is what NVML says
+of their processes (source `nvml`), which is a sample. If NVML does not say it, time and idleness are not measured
+(source `none`). Every half minute the amounts are handed to the store on disk.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Set
+
+from fgpu_ebpf.agent.nvml_reconcile import Truth
+from fgpu_ebpf.ledger.compute_maps import Key, TurnCounts
+from fgpu_ebpf.ledger.ledger import Ledger
+from fgpu_ebpf.ledger.process_entry import Process
+from fgpu_ebpf.tenancy.enforcer import Enforcer
+from fgpu_ebpf.tenancy.tenant import Tenant
+from fgpu_ebpf.tenancy.usage_store import Owner, Place, Used, Writer, period
+
+LOOK_SECONDS, WRITE_SECONDS = 1.0, 30.0
+MOST_SECONDS = 5.0  # that a look stands for: after a longer pause the use of the device is unknown
+IDLE_RATIO = 0.01  # of the time; a tenant that runs less is idle
+NS = 1_000_000_000
+NEW = TurnCounts()
+_USER = re.compile(r"(?:^|/)user-([0-9]{1,10})\.slice(?:/|$)")
+Totals = Mapping[str, Used]  # by source
+
+
+class UsageMeter:
+    """The amounts of all tenants since the agent's start, by level and device.
+
+    Args:
+        truth: returns the last result of NVML.
+        uuid: returns a device's UUID by its index.
+    """
+
+    def __init__(
+        self, truth: Callable[[], Truth], ledger: Ledger, enforcer: Enforcer, uuid: Callable[[int], str], writer: Writer
+    ) -> None:
+        self._truth, self._ledger, self._enforcer, self._uuid, self._writer = truth, ledger, enforcer, uuid, writer
+        self._turns = ledger.times.turns()  # what was owned before the agent's start is in the store, or unknown
+        self._left: dict[Place, Used] = {}
+        self._looked_at = self._written_at = self._sampled_at = time.monotonic()
+        self._sampled_seconds = 0.0  # that NVML's last sample stands for; 0: it was entered already
+        self.totals: dict[Key, dict[str, Used]] = {}
+
+    def look(self) -> None:
+        """Enter the time since the last look, at most once a second."""
+        now = time.monotonic()
+        if now - self._looked_at < LOOK_SECONDS:
+            return
+        seconds, self._looked_at = min(MOST_SECONDS, now - self._looked_at), now
+        truth, turns = self._truth(), self._ledger.times.turns()
+        self._sampled_seconds = max(0.0, min(MOST_SECONDS, truth.sampled - self._sampled_at))  # each sample counts once
+        self._sampled_at = max(self._sampled_at, truth.sampled)
+        by_level: defaultdict[int, dict[int, Process]] = defaultdict(dict)
+        for pid, process in truth.processes.items():
+            for level in process.levels:
+                by_level[level][pid] = process
+        for level, own in by_level.items():
+            tenant = self._enforcer.get(level)
+            if tenant:
+                self._enter(tenant, own, truth, turns, seconds)
+        self._turns = turns
+        self.totals = {key: of for key, of in self.totals.items() if self._enforcer.get(key[0])}
+        if now - self._written_at >= WRITE_SECONDS:
+            self._written_at = now
+            self.write()
+
+    def write(self) -> None:
+        """Hand what was measured since the last call to the store."""
+        if self._left:
+            self._writer.give(self._left)
+            self._left = {}
+
+    def stop(self) -> None:
+        """Write the rest."""
+        self.write()
+        self._writer.stop()
+
+    def _enter(
+        self, tenant: Tenant, own: Mapping[int, Process], truth: Truth, turns: Mapping[Key, TurnCounts], seconds: float
+    ) -> None:
+        devices = sorted({device for p in own.values() for device, bytes_ in enumerate(p.bytes) if bytes_})
+        usages = self._ledger.usage(tenant.cgroup, devices) or []
+        for device, usage in zip(devices, usages, strict=False):
+            key = tenant.cgroup, device
+            source, ran, is_idle = self._ran(key, turns.get(key), truth.percent.get(device), own.keys(), seconds)
+            waited = max(0, turns.get(key, NEW).wait_ns - self._turns.get(key, NEW).wait_ns)
+            used = Used(ran, usage.used * seconds, seconds, seconds * is_idle, waited / NS)
+            of = self.totals.setdefault(key, {})
+            of[source] = of.get(source, Used()).plus(used)
+            place = Place(period(time.time()), owner_of(tenant), self._uuid(device), source)
+            self._left[place] = self._left.get(place, Used()).plus(used)
+
+    def _ran(
+        self, key: Key, counts: TurnCounts | None, percent: Mapping[int, int] | None, own: Set[int], seconds: float
+    ) -> tuple[str, float, bool]:
+        """Return the source, the seconds of the device's time that a tenant ran, and whether it was idle."""
+        if counts and not counts.free:
+            ran = min(seconds, max(0, counts.owned_ns - self._turns.get(key, NEW).owned_ns) / NS)
+            return "turns", ran, ran < IDLE_RATIO * seconds
+        if percent is None:
+            return "none", 0.0, False
+        ratio = min(100, sum(part for pid, part in percent.items() if pid in own)) / 100
+        return "nvml", self._sampled_seconds * ratio, ratio < IDLE_RATIO
+
+
+def owner_of(tenant: Tenant) -> Owner:
+    """Return the tenant as the store knows it."""
+    user = _USER.search(tenant.path)
+    labels = tuple(sorted(tenant.metric_labels.items()))
+    return Owner(tenant.name, tenant.workload.namespace or "", user[1] if user else "", labels)

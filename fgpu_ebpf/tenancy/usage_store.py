@@ -1,0 +1,193 @@
+"""The use of devices, kept on disk: device-seconds, byte-seconds, idle and waiting time, by tenant and ten minutes.
+
+`agent.usage_meter` writes through a Writer, which has a thread of its own, so that a slow disk delays nothing; the
+command `fgpu usage` reads. The file is SQLite. It has MOST_ROWS rows at most; the oldest are removed first. A writer
+that is killed loses what it was not given yet, and the file stays valid.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import queue
+import sqlite3
+import threading
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+log = logging.getLogger("fgpu.agent")
+FILE = Path("/var/lib/fgpu/usage.db")
+PERIOD_SECONDS = 600  # of a row
+MOST_ROWS = 500_000
+CACHE_KIB = 256  # of the writer's memory: the agent's bounds its use
+VERSION = 1
+END_SECONDS = 2.0
+LABEL = "label:"
+_TABLES = """
+CREATE TABLE IF NOT EXISTS owners (
+    id INTEGER PRIMARY KEY, tenant TEXT, namespace TEXT, user TEXT, labels TEXT,
+    UNIQUE (tenant, namespace, user, labels));
+CREATE TABLE IF NOT EXISTS used (
+    period INTEGER, owner INTEGER, gpu TEXT, source TEXT,
+    run REAL, byte_seconds REAL, held REAL, idle REAL, waited REAL,
+    UNIQUE (period, owner, gpu, source));
+"""
+_ADD = """
+INSERT INTO used VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT DO UPDATE SET run = run + excluded.run,
+    byte_seconds = byte_seconds + excluded.byte_seconds, held = held + excluded.held, idle = idle + excluded.idle,
+    waited = waited + excluded.waited
+"""
+_READ = """
+SELECT owners.tenant, owners.namespace, owners.user, owners.labels, used.gpu, used.source, sum(run), sum(byte_seconds),
+    sum(held), sum(idle), sum(waited)
+FROM used JOIN owners ON owners.id = used.owner WHERE period >= ? GROUP BY owners.id, used.gpu, used.source
+"""
+_TRIM = "DELETE FROM used WHERE rowid IN (SELECT rowid FROM used ORDER BY rowid LIMIT ?)"
+_FORGET = "DELETE FROM owners WHERE id NOT IN (SELECT owner FROM used)"
+
+
+class StoreError(Exception):
+    """The file cannot be read; the text says why."""
+
+
+@dataclass(frozen=True, slots=True)
+class Owner:
+    """A tenant with its names. `labels`: those that the policy exports. `user`: the uid of a slice, or empty."""
+
+    tenant: str
+    namespace: str = ""
+    user: str = ""
+    labels: tuple[tuple[str, str], ...] = ()
+
+    def group(self, by: str) -> str:
+        """Return the value by which `fgpu usage --by` groups: tenant, namespace, user or label:NAME."""
+        if by.startswith(LABEL):
+            return dict(self.labels).get(by.removeprefix(LABEL), "")
+        return str(getattr(self, by))
+
+
+class Used(NamedTuple):
+    """An amount of use of a device, in seconds and byte-seconds.
+
+    `run`: the device's time. `held`: time with memory on the device, `idle` the part of it without running anything.
+    `waited`: time in which the tenant waited for a turn.
+    """
+
+    run: float = 0.0
+    byte_seconds: float = 0.0
+    held: float = 0.0
+    idle: float = 0.0
+    waited: float = 0.0
+
+    def plus(self, other: Used) -> Used:
+        """Return the sum."""
+        return Used(*map(sum, zip(self, other, strict=True)))
+
+
+class Place(NamedTuple):
+    """The key of an amount: when, whose, on which device (UUID), and by which source `run` was measured."""
+
+    period: int
+    owner: Owner
+    gpu: str
+    source: str
+
+
+Amounts = Mapping[Place, Used]
+
+
+class Writer:
+    """The writing thread, from its making to stop(). What cannot be written now is written later."""
+
+    def __init__(self, file: Path = FILE) -> None:
+        self._file = file
+        self._given: queue.SimpleQueue[Amounts | None] = queue.SimpleQueue()
+        self._left: dict[Place, Used] = {}
+        self._told = ""
+        self._thread = threading.Thread(target=self._run, name="usage", daemon=True)
+        self._thread.start()
+
+    def give(self, amounts: Amounts) -> None:
+        """Have amounts added to the file soon."""
+        self._given.put(amounts)
+
+    def stop(self) -> None:
+        """Write what was given, unless the disk hangs."""
+        self._given.put(None)
+        self._thread.join(END_SECONDS)
+
+    def _run(self) -> None:
+        for amounts in iter(self._given.get, None):
+            for place, used in amounts.items():
+                self._left[place] = self._left.get(place, Used()).plus(used)
+            try:
+                add(self._file, self._left)
+                self._left, self._told = {}, ""
+            except (sqlite3.Error, OSError) as error:
+                if str(error) != self._told:
+                    log.error("what tenants use cannot be written to %s, and is kept in memory: %s", self._file, error)
+                self._told = str(error)
+                self._bound()
+
+    def _bound(self) -> None:
+        """Keep the newest amounts only, so that a full disk does not fill the memory."""
+        while len(self._left) > MOST_ROWS // 100:
+            self._left.pop(next(iter(self._left)))
+
+
+def add(file: Path, amounts: Amounts) -> None:
+    """Add amounts to the file, in one transaction. Raises sqlite3.Error or OSError: nothing was added."""
+    file.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
+    with contextlib.closing(sqlite3.connect(file)) as store, store:
+        store.execute(f"PRAGMA cache_size = -{CACHE_KIB}")
+        store.executescript(_TABLES)
+        store.execute(f"PRAGMA user_version = {VERSION}")
+        store.executemany(
+            _ADD, ((p.period, _id(store, p.owner), p.gpu, p.source, *used) for p, used in amounts.items())
+        )
+        (rows,) = store.execute("SELECT count(*) FROM used").fetchone()
+        if rows > MOST_ROWS:
+            store.execute(_TRIM, (rows - MOST_ROWS * 9 // 10,))
+            store.execute(_FORGET)
+    file.chmod(0o600)
+
+
+def _id(store: sqlite3.Connection, owner: Owner) -> int:
+    words = (owner.tenant, owner.namespace, owner.user, json.dumps(owner.labels))
+    store.execute("INSERT OR IGNORE INTO owners (tenant, namespace, user, labels) VALUES (?, ?, ?, ?)", words)
+    found = "SELECT id FROM owners WHERE tenant = ? AND namespace = ? AND user = ? AND labels = ?"
+    return int(store.execute(found, words).fetchone()[0])
+
+
+def read(since_seconds: float, file: Path = FILE) -> Iterator[tuple[Owner, str, str, Used]]:
+    """Yield owner, device, source and what was used since a time (epoch), in whole periods. Raises StoreError."""
+    if not file.exists():
+        raise StoreError(f"there is no {file}: no agent has run on this host yet, or not for half a minute")
+    try:
+        with contextlib.closing(sqlite3.connect(f"file:{file}?mode=ro", uri=True)) as store:
+            (version,) = store.execute("PRAGMA user_version").fetchone()
+            if version != VERSION:
+                raise StoreError(f"{file} is of version {version}, and this is a command for version {VERSION}")
+            for tenant, namespace, user, labels, gpu, source, *used in store.execute(_READ, (period(since_seconds),)):
+                owner = Owner(tenant, namespace, user, tuple((name, value) for name, value in json.loads(labels)))
+                yield owner, gpu, source, Used(*used)
+    except sqlite3.Error as error:
+        raise StoreError(f"{file} cannot be read: {error}") from error
+
+
+def period(seconds: float) -> int:
+    """Return the number of the period of a time (epoch)."""
+    return int(seconds // PERIOD_SECONDS)
+
+
+def grouped(rows: Iterator[tuple[Owner, str, str, Used]], by: str) -> dict[str, dict[str, Used]]:
+    """Return what was used by group and source, over all devices."""
+    found: defaultdict[str, dict[str, Used]] = defaultdict(dict)
+    for owner, _, source, used in rows:
+        of = found[owner.group(by)]
+        of[source] = of.get(source, Used()).plus(used)
+    return dict(found)

@@ -1,0 +1,190 @@
+"""Tests of what tenants use: what one look enters by which source, and the store on disk."""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+import time
+from types import SimpleNamespace
+
+import pytest
+from click.testing import CliRunner
+
+from fgpu_ebpf.agent import usage_meter
+from fgpu_ebpf.agent.usage_meter import UsageMeter
+from fgpu_ebpf.cli import usage as command
+from fgpu_ebpf.ledger.compute_maps import TurnCounts
+from fgpu_ebpf.tenancy import usage_store
+from fgpu_ebpf.tenancy.usage_store import Owner, Place, Used, Writer
+
+GIB = 1 << 30
+ALICE = Owner("alice", "research", "1000", (("team", "vision"),))
+
+
+class Host:
+    """A tenant, level 7 inside level 1, with a process 71 that holds 2 GiB; NVML reports `percent`."""
+
+    def __init__(self, monkeypatch, percent, counts=None):
+        self.now, self.given, self.percent, self.counts = 1000.0, [], percent, counts
+        monkeypatch.setattr(usage_meter.time, "monotonic", lambda: self.now)
+        workload = SimpleNamespace(namespace="research")
+        tenant = SimpleNamespace(
+            cgroup=7,
+            name="alice",
+            path="user.slice/user-1000.slice/a",
+            workload=workload,
+            metric_labels={"team": "vision"},
+        )
+        process = SimpleNamespace(levels=(7, 1), bytes=(2 * GIB, 0))
+        self.is_stale, self.sampled = False, self.now
+
+        def truth():
+            self.sampled = self.sampled if self.is_stale else self.now
+            return SimpleNamespace(processes={71: process}, percent={0: self.percent}, sampled=self.sampled)
+
+        ledger = SimpleNamespace(
+            times=SimpleNamespace(turns=lambda: {(7, 0): self.counts} if self.counts else {}),
+            usage=lambda cgroup, devices: [SimpleNamespace(used=3 * GIB) for _ in devices],
+        )
+        enforcer = SimpleNamespace(get=lambda level: tenant if level == 7 else None)
+        writer = SimpleNamespace(give=self.given.append, stop=lambda: None)
+        self.meter = UsageMeter(truth, ledger, enforcer, "GPU-{}".format, writer)
+
+    def looks(self, number, seconds=1.0):
+        for _ in range(number):
+            self.now += seconds
+            self.meter.look()
+        return self.meter.totals[7, 0]
+
+
+def test_a_tenant_without_turns_is_measured_by_nvml(monkeypatch):
+    host = Host(monkeypatch, {71: 25, 99: 70})
+    assert host.looks(4) == {"nvml": pytest.approx(Used(1.0, 12 * GIB, 4.0, 0.0, 0.0))}
+    host.percent = {99: 70}
+    assert host.looks(2)["nvml"].idle == pytest.approx(2.0), "it holds memory and runs nothing"
+
+
+def test_each_sample_of_nvml_counts_once(monkeypatch):
+    host = Host(monkeypatch, {71: 50})
+    host.looks(1)
+    host.is_stale = True
+    assert host.looks(3)["nvml"].run == pytest.approx(0.5)
+    host.is_stale = False
+    assert host.looks(1)["nvml"].run == pytest.approx(0.5 + 0.5 * 4), "a later sample stands for the time since"
+
+
+def test_a_tenant_with_turns_is_measured_by_them(monkeypatch):
+    host = Host(monkeypatch, {71: 100}, TurnCounts(owned_ns=5_000_000_000, wait_ns=1_000_000_000))
+    host.looks(1)
+    host.counts = TurnCounts(owned_ns=5_500_000_000, wait_ns=1_250_000_000)
+    assert host.looks(1)["turns"] == pytest.approx(Used(0.5, 6 * GIB, 2.0, 1.0, 0.25))
+    host.counts = TurnCounts(owned_ns=5_500_000_000, wait_ns=1_250_000_000, free=1)
+    assert host.looks(1)["nvml"].run == pytest.approx(1.0), "alone on the device, it takes no turns"
+    host.counts = TurnCounts()  # the counters were reset
+    assert host.looks(1)["turns"].run == pytest.approx(0.5)
+    new = Host(monkeypatch, {71: 100})
+    new.counts = TurnCounts(owned_ns=300_000_000)
+    assert new.looks(1)["turns"].run == pytest.approx(0.3), "the first look of a new tenant"
+
+
+def test_where_nvml_does_not_say_it_time_and_idleness_are_unknown(monkeypatch):
+    assert Host(monkeypatch, None).looks(2) == {"none": pytest.approx(Used(0.0, 6 * GIB, 2.0, 0.0, 0.0))}
+
+
+def test_a_pause_of_the_agent_is_not_entered_as_use(monkeypatch):
+    assert Host(monkeypatch, {71: 100}).looks(1, seconds=3600.0)["nvml"].run == usage_meter.MOST_SECONDS
+
+
+def test_amounts_are_handed_over_every_half_minute_and_once(monkeypatch):
+    host = Host(monkeypatch, {71: 100})
+    host.looks(29)
+    assert not host.given
+    host.looks(1)
+    host.meter.stop()
+    (amounts,) = host.given
+    ((place, used),) = amounts.items()
+    assert (place.owner, place.gpu, place.source, used.run) == (ALICE, "GPU-0", "nvml", pytest.approx(30.0))
+
+
+def used(tenant="alice", period=10, gpu="GPU-a", source="turns", seconds=1.0):
+    owner = Owner(tenant, "research", "1000", (("team", "vision" if tenant < "b" else "speech"),))
+    return {Place(period, owner, gpu, source): Used(seconds, seconds, seconds, seconds, seconds)}
+
+
+def test_amounts_of_one_place_are_added_and_grouped(tmp_path):
+    file = tmp_path / "fgpu" / "usage.db"
+    for amounts in (used(), used(seconds=2.0), used(gpu="GPU-b"), used("bob", source="nvml"), used(period=9)):
+        usage_store.add(file, amounts)
+    rows = list(usage_store.read(10 * usage_store.PERIOD_SECONDS, file))
+    by_tenant = usage_store.grouped(iter(rows), "tenant")
+    assert {who: {source: u.run for source, u in of.items()} for who, of in by_tenant.items()} == {
+        "alice": {"turns": 4.0}, "bob": {"nvml": 1.0},
+    }  # fmt: skip
+    assert set(usage_store.grouped(iter(rows), "label:team")) == {"vision", "speech"}
+    assert set(usage_store.grouped(iter(rows), "user")) == {"1000"}
+    assert file.stat().st_mode & 0o777 == 0o600
+
+
+def test_the_file_is_bounded_and_the_oldest_rows_go_first(tmp_path, monkeypatch):
+    monkeypatch.setattr(usage_store, "MOST_ROWS", 100)
+    file = tmp_path / "usage.db"
+    for number in range(150):
+        usage_store.add(file, used(f"t{number}", period=1000 - number))  # the clock goes backwards
+    with sqlite3.connect(file) as store:
+        assert store.execute("SELECT count(*) FROM used").fetchone()[0] <= 100
+        assert store.execute("SELECT count(*) FROM owners").fetchone()[0] <= 100
+    assert "t149" in usage_store.grouped(usage_store.read(0, file), "tenant")
+
+
+def test_what_cannot_be_written_is_written_later(tmp_path, caplog):
+    folder = tmp_path / "fgpu"
+    folder.write_text("in the way")
+    writer = Writer(folder / "usage.db")
+    writer.give(used())
+    deadline = time.monotonic() + 10
+    while "cannot be written" not in caplog.text and time.monotonic() < deadline:
+        time.sleep(0.01)
+    folder.unlink()
+    writer.give(used(seconds=2.0))
+    writer.stop()
+    assert usage_store.grouped(usage_store.read(0, folder / "usage.db"), "tenant")["alice"]["turns"].run == 3.0
+    assert caplog.text.count("cannot be written") == 1
+
+
+def test_a_file_that_is_no_store_is_named(tmp_path):
+    file = tmp_path / "usage.db"
+    file.write_bytes(b"no database at all, but longer than a header of one would be" * 20)
+    with pytest.raises(usage_store.StoreError, match="cannot be read"):
+        list(usage_store.read(0, file))
+    with pytest.raises(usage_store.StoreError, match="no agent has run"):
+        list(usage_store.read(0, tmp_path / "none.db"))
+
+
+@pytest.fixture
+def stored(tmp_path, monkeypatch):
+    file = tmp_path / "usage.db"
+    now = usage_store.period(time.time())
+    usage_store.add(file, used(period=now, seconds=7200.0) | used("bob", period=now, source="none", seconds=3600.0))
+    monkeypatch.setattr(usage_store.read, "__defaults__", (file,))
+    monkeypatch.setattr(command.os, "geteuid", lambda: 0)
+
+
+def test_the_table_the_csv_and_the_json_say_the_source(stored):
+    table = CliRunner().invoke(command.usage, []).output
+    assert [line.split() for line in table.splitlines()[1:]] == [
+        ["alice", "turns", "2.00", "0.00", "2.00", "2.00", "2.00"], ["bob", "none", "-", "0.00", "1.00", "-", "1.00"],
+    ]  # fmt: skip
+    csv = CliRunner().invoke(command.usage, ["--csv", "--by", "label:team"]).output
+    assert csv.splitlines()[:2] == [
+        "label:team,source,run_seconds,memory_byte_seconds,held_seconds,idle_seconds,waited_seconds",
+        "vision,turns,7200.0,7200.0,7200.0,7200.0,7200.0",
+    ]
+    records = json.loads(CliRunner().invoke(command.usage, ["--json"]).output)
+    assert [(r["tenant"], r["source"]) for r in records] == [("alice", "turns"), ("bob", "none")]
+
+
+@pytest.mark.parametrize("words", [["--since", "1y"], ["--since", ""], ["--by", "color"]])
+def test_wrong_words_are_refused_with_the_right_ones(words):
+    done = CliRunner().invoke(command.usage, words)
+    assert done.exit_code == 2
+    assert "7d" in done.output or "label:NAME" in done.output
