@@ -241,9 +241,9 @@ class Tenant:
 
         return self._agree(seconds, lambda seen, held: seen["used_bytes"] == held and not seen["drift_bytes"])
 
-    def assert_holds(self, bytes_: int, program: Path = PROGRAM) -> None:
+    def assert_holds(self, bytes_: int, program: Path = PROGRAM, before: str = "") -> None:
         """Run a program that gets this much besides its context, as the limit says, and no more."""
-        client = self.client(program=program)
+        client = self.client(program=program, before=before)
         client.ok(f"alloc {bytes_}")
         assert client.do(f"alloc {2 * MIB}") == REFUSED
         assert self.assert_exact(10) == CONTEXT + bytes_
