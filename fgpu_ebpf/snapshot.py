@@ -93,6 +93,7 @@ class ProcessView:
     """A process on one device; `pid` is the host's. `how`: in what way it bypasses the shim; empty: it does not.
 
     `why`: the reason why it has no shim (`driver.bypass_reason`); empty: it has one, or the reason is unknown.
+    `loader`: the path of its loader, in quotes, if that is the reason; the process can have chosen it.
     """
 
     pid: int
@@ -100,6 +101,7 @@ class ProcessView:
     bytes: int
     how: str = ""
     why: str = ""
+    loader: str = ""
 
 
 @dataclass(frozen=True, slots=True)

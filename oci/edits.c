@@ -24,10 +24,10 @@
 #include "reasons.h"
 
 #define PRELOAD "/etc/ld.so.preload"
+#define NIX_PRELOAD "/etc/ld-nix.so.preload" /* what the loader of programs that Nix built reads instead */
 #define FILE_NAME "libfgpu.so"
 #define MOST_OF_A_LIST (64 << 10)
-#define MOST_LISTS 256           /* images bring them: no host has that many kinds */
-#define LIST_NAME "fgpu.preload" /* in the bundle */
+#define MOST_LISTS 256 /* images bring them: no host has that many kinds */
 #define LABEL "security.selinux"
 
 /* -- files */
@@ -121,20 +121,20 @@ int setup_read(struct setup *setup, const char *run)
 
 /* Symlinks of the image mean what they mean inside of it. What is no file is not opened: that alone may do something,
  * as to a watchdog, and an image brings the device nodes that it likes. */
-static char *own_list(const char *root)
+static char *own_list(const char *root, const char *place)
 {
     struct open_how how = {.flags = O_PATH | O_CLOEXEC, .resolve = RESOLVE_IN_ROOT};
     int folder = open(root, O_PATH | O_DIRECTORY | O_CLOEXEC);
     if (folder < 0) return NULL;
-    int place = (int)syscall(SYS_openat2, folder, PRELOAD + 1, &how, sizeof how);
+    int found = (int)syscall(SYS_openat2, folder, place + 1, &how, sizeof how);
     close(folder);
-    struct stat found;
+    struct stat status;
     char *text = NULL, path[32];
-    if (place >= 0 && !fstat(place, &found) && S_ISREG(found.st_mode)) {
-        snprintf(path, sizeof path, "/proc/self/fd/%d", place);
+    if (found >= 0 && !fstat(found, &status) && S_ISREG(status.st_mode)) {
+        snprintf(path, sizeof path, "/proc/self/fd/%d", found);
         text = drain_and_close(open(path, O_RDONLY | O_CLOEXEC), MOST_OF_A_LIST);
     }
-    if (place >= 0) close(place);
+    if (found >= 0) close(found);
     return text;
 }
 
@@ -171,10 +171,11 @@ static int is_plain(const char *path)
 }
 
 /* A bundle is one container's alone, and is removed with it. */
-static int keep_in_bundle(const struct setup *setup, const char *bundle, const char *text, char *path, size_t size)
+static int keep_in_bundle(const struct setup *setup, const char *bundle, const char *place, const char *text,
+                          char *path, size_t size)
 {
     char label[256], *folder = realpath(bundle, NULL);
-    int length = folder ? snprintf(path, size, "%s/" LIST_NAME, folder) : -1;
+    int length = folder ? snprintf(path, size, "%s/fgpu.%s", folder, strrchr(place, '/') + 1) : -1;
     free(folder);
     if (length < 0) return -1;
     if ((size_t)length >= size || !is_plain(path)) {
@@ -233,13 +234,14 @@ static int keep_shared(const struct setup *setup, const char *text, char *path, 
     return -1;
 }
 
-static int list_for(const struct setup *setup, const char *bundle, const char *root, char *path, size_t size)
+static int list_for(const struct setup *setup, const char *bundle, const char *root, const char *place, char *path,
+                    size_t size)
 {
     snprintf(path, size, "%s", setup->preload);
-    char *own = own_list(root), *text = own ? joined(own, setup->shim) : NULL;
-    int failed =
-        text && (bundle ? keep_in_bundle(setup, bundle, text, path, size) : keep_shared(setup, text, path, size));
-    if (failed) say("the image's own " PRELOAD " cannot be joined with the shim: %s", strerror(errno));
+    char *own = own_list(root, place), *text = own ? joined(own, setup->shim) : NULL;
+    int failed = text && (bundle ? keep_in_bundle(setup, bundle, place, text, path, size)
+                                 : keep_shared(setup, text, path, size));
+    if (failed) say("the image's own %s cannot be joined with the shim: %s", place, strerror(errno));
     free(own);
     free(text);
     return failed ? -1 : 0;
@@ -262,8 +264,8 @@ static int is_mounted(const char *mounts, const char *destination)
 static void mount_entry(char **to, const char *mounts, const char *source, const char *destination, const char *more)
 {
     if (is_mounted(mounts, destination)) {
-        if (!strcmp(destination, PRELOAD))
-            say("the container has a mount of its own at " PRELOAD ": it is not changed");
+        if (!strcmp(destination, PRELOAD) || !strcmp(destination, NIX_PRELOAD))
+            say("the container has a mount of its own at %s: it is not changed", destination);
         return;
     }
     *to += sprintf(*to,
@@ -300,14 +302,16 @@ char *edits_apply(const struct setup *setup, const char *config, const char *bun
         free(root);
         return NULL;
     }
-    char path[PATH_MAX], list[PATH_MAX], entries[6 * PATH_MAX], *to = entries;
+    char path[PATH_MAX], list[PATH_MAX], nix_list[PATH_MAX], entries[8 * PATH_MAX], *to = entries;
     snprintf(path, sizeof path, "%s%s%s", *root == '/' || !bundle ? "" : bundle, *root == '/' ? "" : "/", root);
     free(root);
-    if (list_for(setup, bundle, path, list, sizeof list)) return NULL;
+    if (list_for(setup, bundle, path, PRELOAD, list, sizeof list)) return NULL;
+    if (list_for(setup, bundle, path, NIX_PRELOAD, nix_list, sizeof nix_list)) return NULL;
     *to = 0;
     mount_entry(&to, mounts, setup->shim, setup->shim, "");
     mount_entry(&to, mounts, setup->socket, "/run/fgpu/shim", ",\"noexec\"");
     mount_entry(&to, mounts, list, PRELOAD, ",\"noexec\"");
     mount_entry(&to, mounts, setup->socket, "/var/lib/fgpu/run", ",\"noexec\""); /* stays where an init hides /run */
+    mount_entry(&to, mounts, nix_list, NIX_PRELOAD, ",\"noexec\"");
     return with_mounts(config, mounts, entries);
 }

@@ -1,4 +1,4 @@
-/* edits.h: what makes a container of an engine one that the agent can hold: four read-only mounts. */
+/* edits.h: what makes a container of an engine one that the agent can hold: five read-only mounts. */
 #pragma once
 
 #include <stddef.h>

@@ -77,7 +77,7 @@ class Agent:
         self._parts = wire(settings, attached, self.engines, self.history, self.failed_checks)
         self.chores += self.parts.chores.steps
         self.parts.take_over(attached.policies)
-        run.write_preload(settings.run_dir, driver.shim)
+        run.write_preloads(settings.run_dir, driver.shim)
         self._follow()
         # What containers are given; None: nothing.
         self.given = startup.set_up_containers(settings, driver.shim, driver.nvml.devices)

@@ -58,3 +58,7 @@ class Bypasses:
         if how not in _WITHOUT or process.flags & abi.Seen.SHIM:
             return ""
         return self.reasons.of(tgid, process.generation) or ""
+
+    def loader(self, tgid: int, process: Process) -> str:
+        """Return the loader of a process for which it is the reason of `why`; else empty."""
+        return self.reasons.loader(tgid, process.generation)

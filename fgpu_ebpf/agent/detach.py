@@ -24,8 +24,9 @@ from fgpu_ebpf.workloads.cgroups import Workloads
 
 NAMES, TENANT_NAMES = "engines.json", tenant_names.FILE
 _FILES = (
-    *("shim/shim.sock", "control.sock", "discover.sock", "ld.so.preload", "overrides.json", "overrides.json.bad"),
+    *("shim/shim.sock", "control.sock", "discover.sock", "overrides.json", "overrides.json.bad"),
     *(
+        *(host.name for host in run.PRELOADS),
         NAMES,
         PreexistingProcesses.FILE,
         "gatekeeper.json",
@@ -50,7 +51,7 @@ def take_away(run_dir: Path, pins: Path, by_agent: bool = False) -> None:
     _remove_empty(pins.parent)
     programs.unmount_made()
     shim = injection.take_away(run_dir)
-    run.remove_created_preload(run_dir)
+    run.remove_created_preloads(run_dir)
     if shim:
         attach.wait_until_detached(shim)
         _published(shim)

@@ -107,7 +107,7 @@ def _tenant(look: _Look, tenant: Tenant) -> TenantView:
     how = {tgid: look.bypasses.how(tgid, p) for tgid, p in own.items()}
     why = {tgid: look.bypasses.why(tgid, p, how[tgid]) for tgid, p in own.items()}
     shown = tuple(
-        ProcessView(tgid, d.index, p.bytes[d.index], how[tgid], why[tgid])
+        ProcessView(tgid, d.index, p.bytes[d.index], how[tgid], why[tgid], look.bypasses.loader(tgid, p))
         for tgid, p in own.items()
         for d in look.devices
         if p.bytes[d.index]

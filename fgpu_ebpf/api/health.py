@@ -60,6 +60,8 @@ def _shims(tenants: Sequence[Mapping[str, Any]]) -> Check:
     if not tenants_without:
         return Check("shim", True, "in every process that uses a device")
     named = [f"{t['tenant']} ({', '.join(t['shimless']) or ', '.join(t['bypassing'])})" for t in tenants_without[:5]]
+    loaders = {p.get("loader", ""): None for t in tenants_without[:5] for p in t["processes"]}
+    named += [f"loader {loader}" for loader in filter(None, loaders)][:5]
     reasons = [why for why in bypass_reason.Reason if any(why in t["shimless"] for t in tenants_without)]
     fix = "; ".join([*(f"{why}: {why.words}" for why in reasons), "fgpu explain TARGET, or onBypass: kill"])
     return Check("shim", False, ", ".join(named), fix)

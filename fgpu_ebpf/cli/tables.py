@@ -126,7 +126,8 @@ def _orphan_row(tenant: str, orphan: Mapping[str, Any]) -> dict[str, Any]:
     state = "(ended)" if orphan["ended"] else "(exported)"
     return {
         "tenant": tenant, "pid": orphan["pid"], "gpu": orphan["gpu"], "bytes": orphan["bytes"], "how": "orphaned",
-        "why": orphan_text.keepers(orphan), "had_ratio": None, "name": state, "user": None, "started": None,
+        "why": orphan_text.keepers(orphan), "loader": "", "had_ratio": None, "name": state, "user": None,
+        "started": None,
     }  # fmt: skip
 
 

@@ -64,7 +64,7 @@ def run(name: str, pidns: bool, command: tuple[str, ...], **limits: Any) -> None
 
     try:
         answer = control_client.call(run_dir(), {"verb": "run", "name": name, **limits})
-        target = run.LaunchTarget(Path(answer["folder"]), Path(answer["preload"]), pidns)
+        target = run.LaunchTarget(Path(answer["folder"]), Path(answer["preload"]).parent, pidns)
         sys.exit(run.run(target, command))
     except ConnectionError as error:
         fail(f"not started: {no_answer(error)}", 125)

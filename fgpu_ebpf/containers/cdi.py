@@ -19,7 +19,6 @@ from fgpu_ebpf.workloads import shim_mounts
 
 FOLDER = Path("/var/run/cdi")
 VENDOR = "fgpu.dev"
-SOCKET, PRELOAD = shim_mounts.FOLDER, shim_mounts.LIST
 HOOK_SECONDS = 10
 _READ_ONLY = ["bind", "ro", "nosuid", "nodev"]
 
@@ -37,12 +36,13 @@ class Parts:
 
 def mounts(parts: Parts) -> list[dict[str, Any]]:
     """Return the mounts that every container needs, all read-only."""
-    others = ((parts.socket, SOCKET), (parts.preload, PRELOAD), (parts.socket, shim_mounts.BESIDE))
+    folders = ((parts.socket, place) for place in (shim_mounts.FOLDER, shim_mounts.BESIDE))
+    lists = ((parts.preload, place) for place in shim_mounts.LISTS)
     return [
         {"hostPath": str(parts.shim), "containerPath": str(parts.shim), "options": _READ_ONLY},
         *(
             {"hostPath": str(source), "containerPath": place, "options": [*_READ_ONLY, "noexec"]}
-            for source, place in others
+            for source, place in (*folders, *lists)
         ),
     ]
 

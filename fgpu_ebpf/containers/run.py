@@ -1,7 +1,7 @@
 """`fgpu run`: enters a tenant's cgroup and execs a program.
 
-This module runs in the command; `write_preload` and `check` also run in the agent and in `fgpu doctor`. It sets up the
-cgroup, the namespaces, the preload file and the user of the program. LaunchError: the set-up failed before the program
+This module runs in the command; `write_preloads` and `check` also run in the agent and in `fgpu doctor`. It sets up the
+cgroup, the namespaces, the preload files and the user of the program. LaunchError: the set-up failed before the program
 ran an instruction.
 """
 
@@ -21,9 +21,9 @@ from typing import NoReturn
 
 from fgpu_ebpf.check import Check
 from fgpu_ebpf.linux import atomic_file
+from fgpu_ebpf.workloads import shim_mounts
 
-PRELOAD = "/etc/ld.so.preload"
-MARK = "made-ld.so.preload"
+PRELOADS = tuple(map(Path, shim_mounts.LISTS))
 _NEWNS, _NEWPID = 0x00020000, 0x20000000
 _MS_BIND, _MS_REC, _MS_PRIVATE = 4096, 16384, 1 << 18
 _PR_SET_PDEATHSIG = 1
@@ -37,10 +37,10 @@ class LaunchError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class LaunchTarget:
-    """Place of a program: the folder of a cgroup whose limit is in force, and the file that preloads the shim."""
+    """Place of a program: the folder of a cgroup whose limit is in force, and the folder of the preload files."""
 
     folder: Path
-    preload: Path
+    run_dir: Path
     pid_namespace: bool
 
 
@@ -53,35 +53,39 @@ def _mount(source: str, target: str, kind: str, flags: int) -> None:
     _check(_libc.mount(source.encode(), target.encode(), kind.encode(), ctypes.c_ulong(flags), None), f"mount {target}")
 
 
-def _create_preload_file(mark: Path) -> None:
-    """Create an empty /etc/ld.so.preload if there is none; `fgpu detach` removes it if the mark exists."""
+def _mark(run_dir: Path, host: Path) -> Path:
+    return run_dir / f"made-{host.name}"
+
+
+def _create_preload_file(run_dir: Path, host: Path) -> None:
+    """Create an empty file if there is none; `fgpu detach` removes it if the mark exists."""
     try:
-        os.close(os.open(PRELOAD, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o644))
+        os.close(os.open(host, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o644))
     except FileExistsError:
         return
-    mark.touch()
+    _mark(run_dir, host).touch()
 
 
-def remove_created_preload(run_dir: Path) -> None:
-    """Remove an /etc/ld.so.preload that fgpu has created and that is still empty."""
-    mark, preload = run_dir / MARK, Path(PRELOAD)
-    if mark.exists() and preload.exists() and preload.stat().st_size == 0:
-        preload.unlink()
-    mark.unlink(missing_ok=True)
+def remove_created_preloads(run_dir: Path) -> None:
+    """Remove the preload files of the host that fgpu has created and that are still empty."""
+    for host in PRELOADS:
+        mark = _mark(run_dir, host)
+        if mark.exists() and host.exists() and host.stat().st_size == 0:
+            host.unlink()
+        mark.unlink(missing_ok=True)
 
 
-def write_preload(run_dir: Path, shim: Path) -> None:
-    """Write the file that is bound over /etc/ld.so.preload: the host's own lines, then the shim.
+def write_preloads(run_dir: Path, shim: Path) -> None:
+    """Write the files that are bound over PRELOADS, under the same names: the host's own lines, then the shim.
 
-    The file is never empty during that: a program that starts at that moment would run without the shim.
+    No file is ever empty during that: a program that starts at that moment would run without the shim.
     """
-    host = Path(PRELOAD)
-    own = _text_of(host) or ""
-    lines = [line for line in own.splitlines() if line.strip() and line.strip() != str(shim)]
-    preload = run_dir / "ld.so.preload"
-    text = "\n".join([*lines, str(shim)]) + "\n"
-    if _text_of(preload) != text:  # do not write without need: an agent must also start on a full disk
-        atomic_file.write(preload, text)
+    for host in PRELOADS:
+        own = _text_of(host) or ""
+        lines = [line for line in own.splitlines() if line.strip() and line.strip() != str(shim)]
+        text = "\n".join([*lines, str(shim)]) + "\n"
+        if _text_of(run_dir / host.name) != text:  # do not write without need: an agent must also start on a full disk
+            atomic_file.write(run_dir / host.name, text)
 
 
 def _text_of(path: Path) -> str | None:
@@ -94,7 +98,8 @@ def _text_of(path: Path) -> str | None:
 
 def check(run_dir: Path) -> Check:
     """Check that programs of any user can read every file to preload, and reach the gatekeeper's socket."""
-    lists = [path for name in ("ld.so.preload", "container.preload") if (path := run_dir / name).exists()]
+    names = (*(host.name for host in PRELOADS), "container.preload")
+    lists = [path for name in names if (path := run_dir / name).exists()]
     files = {Path(line.strip()) for path in lists for line in (_text_of(path) or "").splitlines() if line}
     if not lists:
         return Check("preload", False, "there is no preload list", _AGAIN)
@@ -123,15 +128,18 @@ def _closed_to_others(file: Path, right: int) -> Path | None:
     return None
 
 
-def _preload_the_shim(preload: Path) -> None:
-    """Bind the list over /etc/ld.so.preload, in a new mount namespace. Programs of musl never read that file."""
+def _preload_the_shim(run_dir: Path) -> None:
+    """Bind the agent's files over PRELOADS, in a new mount namespace. Programs of musl never read them."""
     _check(_libc.unshare(_NEWNS), "unshare")
     _mount("none", "/", "", _MS_REC | _MS_PRIVATE)
-    try:
-        _create_preload_file(preload.with_name(MARK))
-        _mount(str(preload), PRELOAD, "", _MS_BIND)
-    except OSError as error:
-        raise LaunchError(f"cannot put the shim into {PRELOAD}: {error.strerror}") from error
+    for host in PRELOADS:
+        try:
+            _create_preload_file(run_dir, host)
+            _mount(str(run_dir / host.name), str(host), "", _MS_BIND)
+        except OSError as error:
+            # Where /etc is read-only or the agent is older, only programs that Nix built lack the shim, and are named.
+            if host == PRELOADS[0] or error.errno not in (errno.EROFS, errno.ENOENT):
+                raise LaunchError(f"cannot put the shim into {host}: {error.strerror}") from error
 
 
 def _drop_to_caller() -> None:
@@ -164,7 +172,7 @@ def enter(target: LaunchTarget) -> None:
         (target.folder / "cgroup.procs").write_text(str(os.getpid()), encoding="ascii")
     except OSError as error:
         raise LaunchError(f"cannot enter {target.folder}: {error.strerror}") from error
-    _preload_the_shim(target.preload)
+    _preload_the_shim(target.run_dir)
 
 
 def run(target: LaunchTarget, command: Sequence[str]) -> int:

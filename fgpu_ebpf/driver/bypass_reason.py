@@ -7,6 +7,7 @@ root is opened. A process that has gone has no reason.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Mapping, Set
 from enum import StrEnum
 
@@ -16,53 +17,64 @@ from fgpu_ebpf.linux import procfs
 from fgpu_ebpf.workloads import shim_mounts
 from fgpu_ebpf.workloads.shim_mounts import Mount
 
-LIST = shim_mounts.LIST
+LIST, NIX_LIST = shim_mounts.LISTS
 _MUSL = ("ld-musl", "libc.so")  # musl's loader is its library, and some distributions call it libc.so
+_USUAL = re.compile(r"(/usr)?/lib(64|/x86_64-linux-gnu)?/ld[^/]*")  # glibc's loader of a distribution
+_OF_NIX = "/nix/store/"
+_MOST_OF_A_PATH = 160  # characters: the name of a package in Nix's store has up to 211, and its beginning tells most
 
 IsShim = Callable[[int, int], bool]
 
 
 class Reason(StrEnum):
-    """A reason why a process does not use the shim. Its value is its name in metrics; `words` explains it."""
+    """A reason why a process does not use the shim. Its value is its name in metrics.
 
-    STATIC = "static"
-    MUSL = "musl"
-    NOT_MOUNTED = "not_mounted"
-    NOT_LOADED = "not_loaded"
-    FOREIGN = "foreign"
-    HIDDEN = "hidden"
-    STALE_MOUNT = "stale_mount"
-    RUN_HIDDEN = "run_hidden"
-    UNUSED = "unused"
+    `words`: the meaning of the reason, and what can be done.
+    """
 
-    @property
-    def words(self) -> str:
-        """The meaning of the reason, and what can be done."""
-        match self:
-            case Reason.STATIC:
-                return "static programs have no loader, so they cannot load the shim: link them dynamically"
-            case Reason.MUSL:
-                return f"musl's loader does not read {LIST}: use an image with glibc"
-            case Reason.NOT_MOUNTED:
-                return f"nothing is mounted at {LIST}: fgpu setup, or --device fgpu.dev/shim=all"
-            case Reason.NOT_LOADED:
-                return f"the list that is mounted at {LIST} did not load the shim: does it name a shim that exists?"
-            case Reason.FOREIGN:
-                return "this host has not published their libfgpu.so: mount the host's, or build the image again"
-            case Reason.HIDDEN:
-                return (
-                    "the shim is loaded, but they execute memory that no file backs, in which a copy of libcuda cannot "
-                    "be probed"
-                )
-            case Reason.STALE_MOUNT:
-                return "/run/fgpu/shim was removed while their container ran: restart the container"
-            case Reason.RUN_HIDDEN:
-                return (
-                    f"a mount hides {shim_mounts.FOLDER} from them: create the container again, so that it has the "
-                    f"folder at {shim_mounts.BESIDE} too"
-                )
-            case Reason.UNUSED:
-                return "the shim is loaded, but they call the driver without it"
+    words: str
+
+    def __new__(cls, value: str, words: str) -> Reason:
+        self = str.__new__(cls, value)
+        self._value_, self.words = value, words
+        return self
+
+    STATIC = "static", "static programs have no loader, so they cannot load the shim: link them dynamically"
+    BITS_32 = "32_bit", "the shim is for 64-bit programs: use a 64-bit build"
+    MUSL = "musl", f"musl's loader does not read {LIST}: use an image with glibc"
+    NOT_MOUNTED = (
+        "not_mounted",
+        f"nothing is mounted at {LIST} (programs that Nix built: {NIX_LIST}): "
+        "fgpu setup, or --device fgpu.dev/shim=all",
+    )
+    NOT_LOADED = (
+        "not_loaded",
+        f"the list that is mounted at {LIST} (programs that Nix built: {NIX_LIST}) did not load the shim: does it name "
+        "a shim that exists?",
+    )
+    OTHER_LOADER = (
+        "other_loader",
+        f"the list that is mounted at {LIST} did not load the shim, and their loader is not a distribution's: Nix's "
+        f"reads {NIX_LIST} (create the container again), and others may need LD_PRELOAD with the shim's path",
+    )
+    FOREIGN = (
+        "foreign",
+        "this host has not published their libfgpu.so: mount the host's, or build the image again",
+    )
+    HIDDEN = (
+        "hidden",
+        "the shim is loaded, but they execute memory that no file backs, in which a copy of libcuda cannot be probed",
+    )
+    STALE_MOUNT = (
+        "stale_mount",
+        "/run/fgpu/shim was removed while their container ran: restart the container",
+    )
+    RUN_HIDDEN = (
+        "run_hidden",
+        f"a mount hides {shim_mounts.FOLDER} from them: create the container again, so that it has the folder at "
+        f"{shim_mounts.BESIDE} too",
+    )
+    UNUSED = "unused", "the shim is loaded, but they call the driver without it"
 
 
 _OF_MOUNT = {Mount.REMOVED: Reason.STALE_MOUNT, Mount.HIDDEN: Reason.RUN_HIDDEN}  # of a process that has the shim
@@ -71,6 +83,8 @@ _OF_MOUNT = {Mount.REMOVED: Reason.STALE_MOUNT, Mount.HIDDEN: Reason.RUN_HIDDEN}
 def reason(pid: int, is_shim: IsShim = lambda *_: True) -> Reason | None:
     """Return the reason of a process; None: it is gone or unreadable. `is_shim`: is a (dev, ino) a published shim?"""
     try:
+        if procfs.is_32_bit(pid):
+            return Reason.BITS_32
         loader = procfs.loader(pid)
         if not loader:
             return Reason.STATIC
@@ -80,11 +94,23 @@ def reason(pid: int, is_shim: IsShim = lambda *_: True) -> Reason | None:
             return Reason.FOREIGN
         if named:
             return _OF_MOUNT.get(shim_mounts.mount_of(pid), Reason.UNUSED)
-        if loader.startswith(_MUSL):
+        if os.path.basename(loader).startswith(_MUSL):
             return Reason.MUSL
-        return Reason.NOT_LOADED if procfs.has_mount(pid, LIST) else Reason.NOT_MOUNTED
+        of_nix = loader.startswith(_OF_NIX)
+        if procfs.has_mount(pid, NIX_LIST if of_nix else LIST):
+            return Reason.NOT_LOADED if of_nix or _USUAL.fullmatch(loader) else Reason.OTHER_LOADER
+        return Reason.OTHER_LOADER if of_nix and procfs.has_mount(pid, LIST) else Reason.NOT_MOUNTED
     except OSError:
         return None
+
+
+def loader_of(pid: int) -> str:
+    """Return the path of a process's loader in quotes; the process can have chosen it. Empty: there is none."""
+    try:
+        path = procfs.loader(pid)
+    except OSError:
+        return ""
+    return ascii(path if len(path) <= _MOST_OF_A_PATH else f"{path[:_MOST_OF_A_PATH]}...") if path else ""
 
 
 class Reasons:
@@ -96,14 +122,18 @@ class Reasons:
 
     def __init__(self, is_shim: IsShim = lambda *_: True, hidden: Callable[[], Set[int]] = frozenset) -> None:
         self._is_shim, self._hidden = is_shim, hidden
-        self._found: dict[tuple[int, int], Reason] = {}
+        self._found: dict[tuple[int, int], tuple[Reason, str]] = {}
 
     def of(self, pid: int, generation: int) -> Reason | None:
         """Return the reason of a process, looked up again if there was none."""
-        found = self._found.get((pid, generation)) or reason(pid, self._is_shim)
-        if found:
-            self._found[pid, generation] = found
-        return Reason.HIDDEN if found is Reason.UNUSED and pid in self._hidden() else found
+        if (pid, generation) not in self._found and (found := reason(pid, self._is_shim)):
+            self._found[pid, generation] = found, loader_of(pid) if found is Reason.OTHER_LOADER else ""
+        known, _ = self._found.get((pid, generation), (None, ""))
+        return Reason.HIDDEN if known is Reason.UNUSED and pid in self._hidden() else known
+
+    def loader(self, pid: int, generation: int) -> str:
+        """Return the loader of a process whose reason was found to be OTHER_LOADER, as loader_of(); else empty."""
+        return self._found.get((pid, generation), (None, ""))[1]
 
     def forget_ended(self, living: Mapping[int, Process]) -> None:
         """Forget all processes but these."""

@@ -23,7 +23,8 @@ MOST_MOUNTS = 1 << 14
 DEEPEST = 32  # a cgroup deeper than that counts as the one at this depth; the BPF programs walk 16
 NS_GET_PARENT = 0xB702
 
-_AUX, _AT_BASE = struct.Struct("2Q"), 7
+_AUX, _AUX_32_BIT = struct.Struct("2Q"), struct.Struct("2I")  # entries of the auxiliary vector: type and value
+_AT_PAGESZ, _AT_BASE = 6, 7
 _PIDFD_GET_PID_NAMESPACE = 0xFF05  # Linux 6.11
 _PIDFD_GET_INFO, _INFO = 0xC040FF0B, struct.Struct("QQII40x")  # Linux 6.13: struct pidfd_info
 _INFO_PID_AND_CGROUP = 0b101
@@ -206,18 +207,30 @@ def clock_ahead_ns(pid: int) -> int:
 # -- start of the program --------------------------------------------------------------------------------------------
 
 
-def loader(pid: int) -> str:
-    """Return the file name of the dynamic loader that started a program; empty if the program is static.
+def _auxv(pid: int, entry: struct.Struct) -> dict[int, int]:
+    """Return the auxiliary vector that a program got, read as entries of this form. Raises OSError."""
+    text = read(f"/proc/{pid}/auxv")
+    return dict(entry.iter_unpack(text[: len(text) // entry.size * entry.size]))
 
-    The name comes from the kernel; no file of the program is opened. Raises OSError: the process is gone.
+
+def is_32_bit(pid: int) -> bool:
+    """Return whether a program is a 32-bit one, of any kind. Raises OSError: the process is gone."""
+    return bool(_auxv(pid, _AUX_32_BIT).get(_AT_PAGESZ))  # in a 64-bit vector, the upper half of each type is 0
+
+
+def loader(pid: int) -> str:
+    """Return the path of the dynamic loader that started a 64-bit program, from the root that the program sees.
+
+    The path comes from the kernel; no file of the program is opened. Empty if the program is static. Raises OSError:
+    the process is gone.
     """
-    auxv = read(f"/proc/{pid}/auxv")
-    base = dict(_AUX.iter_unpack(auxv[: len(auxv) // _AUX.size * _AUX.size])).get(_AT_BASE, 0)
-    if not base:  # static, or the loader itself was executed with the program as an argument
-        name = os.path.basename(os.readlink(f"/proc/{pid}/exe"))
-        return name if name.startswith("ld-") else ""
-    with procmaps.opened(pid) as maps:
-        return os.fsdecode(procmaps.find(maps, base).path.rpartition(b"/")[2])
+    base, path = _auxv(pid, _AUX).get(_AT_BASE, 0), os.readlink(f"/proc/{pid}/exe")
+    if base:
+        with procmaps.opened(pid) as maps:
+            path = os.fsdecode(procmaps.find(maps, base).path)
+    elif not os.path.basename(path).startswith("ld-"):  # else the loader was executed with the program as an argument
+        return ""
+    return path.removeprefix(os.readlink(f"/proc/{pid}/root").rstrip("/"))
 
 
 def has_mount(pid: int, path: str) -> bool:

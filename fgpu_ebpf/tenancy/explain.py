@@ -194,12 +194,17 @@ def _stronger(levels: list[Tenant], manager: Manager, ledger: Ledger, is_shim: b
     bypassing = [pid for pid in bypassing if pid not in preexisting]
     if bypassing and has_levels:
         reasons = {pid: bypass_reason.reason(pid, is_shim) for pid in sorted(bypassing)[:5]}
-        pids = ", ".join(f"{pid} ({reason})" if reason else str(pid) for pid, reason in reasons.items())
+        pids = ", ".join(f"{pid} ({_named(pid, reason)})" if reason else str(pid) for pid, reason in reasons.items())
         found.append(
             f"without the shim: pid {pids}: they are charged, not refused: mount the shim, or set onBypass: kill"
         )
         found += [f"{reason}: {reason.words}" for reason in dict.fromkeys(filter(None, reasons.values()))]
     return found
+
+
+def _named(pid: int, reason: bypass_reason.Reason) -> str:
+    loader = bypass_reason.loader_of(pid) if reason is bypass_reason.Reason.OTHER_LOADER else ""
+    return f"{reason}: {loader}" if loader else reason
 
 
 def _lines(answer: dict[str, Any], tenant: Tenant | None) -> list[str]:

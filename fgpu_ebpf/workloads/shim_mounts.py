@@ -17,6 +17,8 @@ from fgpu_ebpf.linux import procfs
 FOLDER = "/run/fgpu/shim"
 BESIDE = "/var/lib/fgpu/run"  # where a container has the folder too, since its init may mount over /run
 LIST = "/etc/ld.so.preload"
+NIX_LIST = "/etc/ld-nix.so.preload"  # what the loader of programs that Nix built reads instead
+LISTS = (LIST, NIX_LIST)
 _REMOVED = "//deleted"  # as the kernel marks the source of a mount
 
 

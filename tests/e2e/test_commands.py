@@ -88,7 +88,7 @@ def test_status_ps_and_metrics_show_the_same_values(tenant) -> None:
     assert shown["enforcement"] == "kernel"
     assert shown["path"] == one.path
     assert shown["cgroup"] == one.cgroup.stat().st_ino
-    assert shown["processes"] == [{"pid": client.pid, "gpu": 0, "bytes": used, "how": "", "why": ""}]
+    assert shown["processes"] == [{"pid": client.pid, "gpu": 0, "bytes": used, "how": "", "why": "", "loader": ""}]
     assert shown["devices"][0]["used_bytes"] == used
     rows = json.loads(fgpu("ps", "--json").stdout)
     assert [(r["pid"], r["tenant"], r["bytes"]) for r in rows if r["tenant"] == one.name] == [

@@ -63,7 +63,8 @@ def destinations(config: Any) -> list[str]:
     return [mount["destination"] for mount in config["mounts"]]
 
 
-OURS = [SHIM, "/run/fgpu/shim", "/etc/ld.so.preload", "/var/lib/fgpu/run"]
+LISTS = ["/etc/ld.so.preload", "/etc/ld-nix.so.preload"]
+OURS = [SHIM, "/run/fgpu/shim", LISTS[0], "/var/lib/fgpu/run", LISTS[1]]
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.text() | st.floats(allow_nan=False, allow_infinity=False),
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(), inner, max_size=4),
@@ -108,10 +109,11 @@ def test_nesting_without_end_is_refused(run_dir: Path) -> None:
     assert precreate(run_dir, '{"root":{"path":"/x"},"a":' + "[" * 100_000).returncode == 1
 
 
-def test_mounts_of_others_stay(run_dir: Path) -> None:
-    own = {"destination": "/etc/ld.so.preload", "source": "/mine"}
+@pytest.mark.parametrize("place", LISTS)
+def test_mounts_of_others_stay(run_dir: Path, place: str) -> None:
+    own = {"destination": place, "source": "/mine"}
     after = edited(run_dir, json.dumps({"root": {"path": "/x"}, "mounts": [own]}))
-    assert destinations(after) == ["/etc/ld.so.preload", *OURS[:2], OURS[3]]
+    assert destinations(after) == [place, *(other for other in OURS if other != place)]
     assert after["mounts"][0] == own
 
 
@@ -120,6 +122,7 @@ def test_without_an_agent_nothing_changes(tmp_path: Path) -> None:
     assert precreate(tmp_path, text).stdout == text
 
 
+@pytest.mark.parametrize("place", LISTS)
 @pytest.mark.parametrize(
     ("own", "joined"),
     [
@@ -131,10 +134,14 @@ def test_without_an_agent_nothing_changes(tmp_path: Path) -> None:
         ("/opt/libfgpu.so.1 liba.so # a remark: x.so\nlibb.so", "liba.so\nlibb.so\n"),
     ],
 )
-def test_preloads_of_the_image(run_dir: Path, tmp_path: Path, own: str, joined: str | None) -> None:
+def test_preloads_of_the_image(run_dir: Path, tmp_path: Path, place: str, own: str, joined: str | None) -> None:
+    """Each list of the image is joined with the shim by itself: a library may suit the loader of one list alone."""
     (tmp_path / "root/etc").mkdir(parents=True)
-    (tmp_path / "root/etc/ld.so.preload").write_text(own)
-    source = edited(run_dir, json.dumps({"root": {"path": str(tmp_path / "root")}}))["mounts"][2]["source"]
+    (tmp_path / f"root{place}").write_text(own)
+    mounts = edited(run_dir, json.dumps({"root": {"path": str(tmp_path / "root")}}))["mounts"]
+    sources = {mount["destination"]: mount["source"] for mount in mounts}
+    source, other = (sources[at] for at in (LISTS if place == LISTS[0] else LISTS[::-1]))
+    assert other == f"{run_dir}/container.preload"
     if joined is None:
         assert source == f"{run_dir}/container.preload"
     else:
@@ -202,7 +209,7 @@ def test_many_images_with_lists_of_their_own_keep_no_other_from_starting(run_dir
         (mount,) = [
             m for m in json.loads((bundle / "config.json").read_text())["mounts"] if m["destination"] == OURS[2]
         ]
-        assert mount["source"] == f"{bundle}/fgpu.preload"
+        assert mount["source"] == f"{bundle}/fgpu.ld.so.preload"
         assert Path(mount["source"]).read_text() == f"lib{number}.so\n{SHIM}\n"
         assert Path(mount["source"]).stat().st_mode & 0o777 == 0o644
     assert sorted(os.listdir(run_dir)) == own

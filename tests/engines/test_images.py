@@ -121,11 +121,13 @@ def test_labels_and_variables_say_the_limit_and_root_owns_the_file_that_holds_it
     assert image["Config"]["Labels"]["fgpu.dev/memory"] == f"{GB}GiB"
     for line in (f"GPU_MEM_LIMIT_GB={GB}", "NVIDIA_VISIBLE_DEVICES=all", "NVIDIA_DRIVER_CAPABILITIES=compute,utility"):
         assert line in image["Config"]["Env"]
-    files = f"/run/fgpu /etc/fgpu /etc/fgpu/limit /etc/ld.so.preload {IN_IMAGES.parent} {IN_IMAGES}"
+    lists = "/etc/ld.so.preload /etc/ld-nix.so.preload"
+    files = f"/run/fgpu /etc/fgpu /etc/fgpu/limit {lists} {IN_IMAGES.parent} {IN_IMAGES}"
     with container(built, name) as one:
-        lines = one.says(f"stat -c '%u %g %a %F' {files}; cat /etc/fgpu/limit /etc/ld.so.preload")
+        lines = one.says(f"stat -c '%u %g %a %F' {files}; cat /etc/fgpu/limit {lists}")
     folder, file = "0 0 755 directory", "0 0 644 regular file"
-    assert lines == ["0 0 1777 directory", folder, file, file, folder, file, f"{GB}GiB", str(IN_IMAGES)]
+    kinds = ["0 0 1777 directory", folder, *[file] * 3, folder, file]
+    assert lines == [*kinds, f"{GB}GiB", *[str(IN_IMAGES)] * 2]
 
 
 @pytest.mark.parametrize("gb", ["", "0", "1.5", "8GiB"])

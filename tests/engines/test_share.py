@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support import host
+from tests.support import host, loaders
 from tests.support.commands import ask, fgpu
 from tests.support.containers import engines as kit
 from tests.support.host import CONTEXT, GIB, MIB, REFUSED, RUN_DIR, SHIM
@@ -82,6 +82,18 @@ def test_a_policy_bounds_what_a_share_asks_for(bundles: kit.Bundles, policy: Non
         assert_held(tenant, limit)
     lines = fgpu("explain", bundles.tenants[1].path).stdout
     assert "fgpu.dev/memory asks for 8GiB of device 0, the policy allows 3GiB" in lines
+
+
+@pytest.mark.parametrize("wrapped", [False, True], ids=["CDI", "fgpu-oci"])
+def test_a_program_that_nix_built_is_held(bundles: kit.Bundles, tmp_path: Path, wrapped: bool) -> None:
+    """Its loader reads /etc/ld-nix.so.preload. The loader is the host's, changed as nixpkgs' patch changes glibc."""
+    loader, client = Path("/", loaders.NIX_GLIBC), Path("/nix/store/client")
+    loaders.client_of(loaders.of_nix(tmp_path / loaders.NIX_GLIBC), tmp_path / "nix/store/client", loaded_as=loader)
+    bundles.mounts = [{"destination": "/nix", "type": "bind", "source": f"{tmp_path}/nix", "options": ["rbind", "ro"]}]
+    bundles.device, bundles.wrapped = "" if wrapped else "2gib", wrapped
+    tenant = bundles.tenant(2 * GIB if wrapped else None)
+    tenant.assert_enforced()
+    tenant.assert_holds(2 * GIB - CONTEXT, client)
 
 
 def test_a_share_outlives_the_agent(bundles: kit.Bundles, service: Service) -> None:

@@ -221,6 +221,7 @@ class Node(Containerd):
             str(STATE / "shim/current/libfgpu.so"): str(STATE / "shim/current/libfgpu.so"),
             "/run/fgpu/shim": "/run/fgpu/shim",
             "/etc/ld.so.preload": "/run/fgpu/container.preload",
+            "/etc/ld-nix.so.preload": "/run/fgpu/container.preload",
             "/var/lib/fgpu/run": "/run/fgpu/shim",
         }
 

@@ -56,7 +56,7 @@ def limits() -> dict[str, int]:
 
 @pytest.fixture(scope="module")
 def tenant(node: node_kit.Node, pods: dict[str, node_kit.Pod]) -> Tenant:
-    """Return a container of a pod in the namespace `dev`, with the four mounts."""
+    """Return a container of a pod in the namespace `dev`, with the five mounts."""
     return node.run("train-0", {}, {}).container("main")
 
 

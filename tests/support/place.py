@@ -104,6 +104,7 @@ class Cgroups(Place):
             os.rmdir(folder)
 
 
+LISTS = ("/etc/ld.so.preload", "/etc/ld-nix.so.preload")
 # A container runtime takes version 2 of cgroups where that is what it sees at /sys/fs/cgroup.
 PRIVATE_MOUNTS = """
 [ "$(stat -fc %T /sys/fs/cgroup)" = cgroup2fs ] || mount -t cgroup2 none /sys/fs/cgroup
@@ -173,12 +174,9 @@ class Container(Place):
             spaces.append({"type": "cgroup"})
         spec["mounts"] += [_bind("/usr"), *(_bind(f"/{d}") for d in ("bin", "sbin", "lib", "lib64") if _is_folder(d))]
         spec["mounts"] += [_bind(BUILD), _bind(ROOT / ".venv"), _bind("/run/fgpu-sim"), _bind(folder, read_only=False)]
-        # The three mounts that fgpu needs.
-        spec["mounts"] += [
-            _bind(SHIM),
-            _bind("/run/fgpu/shim"),
-            _bind(self.work / "ld.so.preload", "/etc/ld.so.preload"),
-        ]
+        # What fgpu needs, but for the folder beside the shim.
+        spec["mounts"] += [_bind(SHIM), _bind("/run/fgpu/shim")]
+        spec["mounts"] += [_bind(self.work / "ld.so.preload", place) for place in LISTS]
         spec["mounts"] += self.mounts
         (bundle / "config.json").write_text(json.dumps(spec))
 

@@ -10,7 +10,7 @@ import shutil
 from pathlib import Path
 
 from tests.support.host import GIB, KINDS, MIB
-from tests.support.place import Container
+from tests.support.place import LISTS, Container
 from tests.support.sim_driver import driver_books
 from tests.support.tenant import Client, Tenant
 from tests.support.wait import eventually
@@ -41,7 +41,7 @@ class Images(Container):
         path = bundle / "config.json"
         spec = json.loads(path.read_text())
         spec["root"] = {"path": str(self.root or root), "readonly": self.read_only}
-        ours = {"/run/fgpu/shim", "/etc/ld.so.preload"}
+        ours = {"/run/fgpu/shim", *LISTS}
         spec["mounts"] = [mount for mount in spec["mounts"] if mount["destination"] not in ours]
         if self.run_is_tmpfs:
             tmpfs = {"destination": "/run", "type": "tmpfs", "source": "tmpfs", "options": ["nosuid", "mode=755"]}

@@ -24,6 +24,8 @@ from tests.support.wait import eventually
 if TYPE_CHECKING:
     from tests.support.place import Place
 
+PROGRAM = BUILD / "e2e/client"
+
 
 class Program:
     """A program in a tenant, at the other end of two named pipes."""
@@ -101,8 +103,8 @@ def _open_writer(path: Path) -> int | None:
 class Client(Program):
     """The program tests/programs/client.c. It answers a command by "ok …" or the name of the driver's error."""
 
-    def __init__(self, tenant: Tenant, name: str, via: str = "", before: str = "") -> None:
-        super().__init__(tenant, name, f"{before} {BUILD}/e2e/client {via}".strip())
+    def __init__(self, tenant: Tenant, name: str, via: str = "", before: str = "", program: Path = PROGRAM) -> None:
+        super().__init__(tenant, name, f"{before} {program} {via}".strip())
         self._hello()
 
     def _hello(self) -> None:
@@ -151,9 +153,9 @@ class Tenant:
         self.hub.stdin.write(line.encode() + b"\n")
         self.hub.stdin.flush()
 
-    def client(self, via: str = "", before: str = "") -> Client:
+    def client(self, via: str = "", before: str = "", program: Path = PROGRAM) -> Client:
         """Start another CUDA program in this tenant. `before`: the start of its command line."""
-        client = Client(self, f"c{next(self._number)}", via, before)
+        client = Client(self, f"c{next(self._number)}", via, before, program)
         self._programs.append(client)
         return client
 
@@ -239,9 +241,9 @@ class Tenant:
 
         return self._agree(seconds, lambda seen, held: seen["used_bytes"] == held and not seen["drift_bytes"])
 
-    def assert_holds(self, bytes_: int) -> None:
+    def assert_holds(self, bytes_: int, program: Path = PROGRAM, before: str = "") -> None:
         """Run a program that gets this much besides its context, as the limit says, and no more."""
-        client = self.client()
+        client = self.client(program=program, before=before)
         client.ok(f"alloc {bytes_}")
         assert client.do(f"alloc {2 * MIB}") == REFUSED
         assert self.assert_exact(10) == CONTEXT + bytes_

@@ -141,9 +141,9 @@ def test_valid_by_the_schema_and_of_the_lowest_version(parts):
 
 def test_everything_is_mounted_read_only(parts):
     found = cdi.mounts(parts)
-    places = [str(parts.shim), "/run/fgpu/shim", "/etc/ld.so.preload", "/var/lib/fgpu/run"]
-    assert [m["containerPath"] for m in found] == places
-    assert found[1]["hostPath"] == found[3]["hostPath"] == str(parts.socket)
+    lists, folders = ["/etc/ld.so.preload", "/etc/ld-nix.so.preload"], ["/run/fgpu/shim", "/var/lib/fgpu/run"]
+    assert [m["containerPath"] for m in found] == [str(parts.shim), *folders, *lists]
+    assert [m["hostPath"] for m in found[1:]] == [str(parts.socket)] * 2 + [str(parts.preload)] * 2
     assert all({"bind", "ro", "nosuid", "nodev"} <= set(m["options"]) for m in found)
     assert "noexec" not in found[0]["options"], "the shim is mapped executable"
 

@@ -13,8 +13,9 @@ from typing import Any
 import pytest
 
 from fgpu_ebpf.api import health
-from fgpu_ebpf.driver.bypass_reason import LIST, Reason, Reasons, reason
+from fgpu_ebpf.driver.bypass_reason import LIST, NIX_LIST, Reason, Reasons, loader_of, reason
 from fgpu_ebpf.linux import mapped_files
+from tests.support import loaders
 
 SHIM = Path(__file__).parents[2] / "build/shim/libfgpu.so"
 SOURCE = '#include <stdio.h>\nint main(void) { puts("up"); fflush(stdout); return getchar(); }\n'
@@ -28,7 +29,7 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Any:
     (folder / "wait.c").write_text(SOURCE)
 
     def compiled(compiler: str, *flags: str) -> str:
-        path = folder / "-".join(["wait", compiler, *flags])
+        path = folder / "-".join(["wait", compiler, *(os.path.basename(flag) for flag in flags)])
         subprocess.run([compiler, *flags, "-o", path, folder / "wait.c"], check=True, timeout=30)
         return str(path)
 
@@ -71,6 +72,65 @@ def test_nothing_mounted(program: Any, reason_of: Any) -> None:
 def test_a_preload_list_without_the_shim(program: Any, reason_of: Any, tmp_path: Path) -> None:
     inside = ["unshare", "--map-root-user", "--mount", "sh", "-c", MOUNTED, "sh", str(tmp_path / "list")]
     assert reason_of(*inside, program("gcc")) is Reason.NOT_LOADED
+
+
+IN_A_ROOT = """
+cd "$1"
+mkdir usr etc
+ln -s usr/lib lib
+ln -s usr/lib64 lib64
+mount --bind /usr usr
+touch list
+for place in $3; do touch ".$place" && mount --bind list ".$place"; done
+exec chroot . "$2"
+"""
+
+
+@pytest.mark.parametrize(
+    ("lists", "why"),
+    [("", Reason.NOT_MOUNTED), (LIST, Reason.OTHER_LOADER), (f"{LIST} {NIX_LIST}", Reason.NOT_LOADED)],
+)
+def test_a_program_that_nix_built(program: Any, reason_of: Any, tmp_path: Path, lists: str, why: Reason) -> None:
+    loaders.of_nix(tmp_path / loaders.NIX_GLIBC)
+    path = program("gcc", f"-Wl,--dynamic-linker=/{loaders.NIX_GLIBC}")
+    shutil.copy(path, tmp_path / "nix/store/wait")
+    inside = ["unshare", "--map-root-user", "--mount", "sh", "-ec", IN_A_ROOT, "sh", str(tmp_path)]
+    assert reason_of(*inside, "/nix/store/wait", lists) is why
+
+
+def test_another_loader_is_named_and_cannot_forge_a_line(program: Any, tmp_path: Path) -> None:
+    """A path of the program's own choice, with a control character and more characters than are shown."""
+    loader = tmp_path / "a\nb" / ("long" * 40) / "ld.so"
+    loader.parent.mkdir(parents=True)
+    shutil.copy(loaders.USUAL, loader)
+    path = program("gcc", f"-Wl,--dynamic-linker={loader}")
+    inside = ["unshare", "--map-root-user", "--mount", "sh", "-c", MOUNTED, "sh", str(tmp_path / "list"), path]
+    with subprocess.Popen(inside, stdin=-1, stdout=-1) as process:
+        assert process.stdout
+        assert process.stdout.readline() == b"up\n"
+        reasons = Reasons()
+        assert reasons.of(process.pid, 1) is Reason.OTHER_LOADER
+        assert reasons.loader(process.pid, 1) == loader_of(process.pid) == ascii(f"{str(loader)[:160]}...")
+        assert "\n" not in loader_of(process.pid)
+        process.communicate(b"\n", timeout=5)
+
+
+EXIT_32_BIT = """
+.globl _start
+_start: mov $4, %eax; mov $1, %ebx; mov $line, %ecx; mov $3, %edx; int $0x80
+mov $3, %eax; xor %ebx, %ebx; mov $line, %ecx; mov $1, %edx; int $0x80
+mov $1, %eax; xor %ebx, %ebx; int $0x80
+.data
+line: .ascii "up\\n"
+"""
+
+
+def test_a_32_bit_program(reason_of: Any, tmp_path: Path) -> None:
+    """It needs no 32-bit C library. The vector of such a program has entries of half the size."""
+    (tmp_path / "wait.s").write_text(EXIT_32_BIT)
+    command = ["gcc", "-m32", "-nostdlib", "-static", "-o", tmp_path / "wait", tmp_path / "wait.s"]
+    subprocess.run(command, check=True, timeout=30)
+    assert reason_of(str(tmp_path / "wait")) is Reason.BITS_32
 
 
 def test_mounted_and_not_used(program: Any, reason_of: Any) -> None:
@@ -126,7 +186,7 @@ def test_a_reason_is_looked_up_once_in_a_life(program: Any) -> None:
 
 
 def tenant(name: str, bypassing: dict[str, int], shimless: dict[str, int]) -> dict[str, Any]:
-    return {"tenant": name, "bypassing": bypassing, "shimless": shimless}
+    return {"tenant": name, "bypassing": bypassing, "shimless": shimless, "processes": []}
 
 
 def test_doctor_names_tenant_reason_and_fix() -> None:
@@ -137,6 +197,9 @@ def test_doctor_names_tenant_reason_and_fix() -> None:
     assert (found.ok, found.found) == (False, "a (older), b (musl, static)")
     assert f"musl: {Reason.MUSL.words}; fgpu explain" in found.fix
     assert "not_mounted" not in found.fix
+    other = tenant("d", {"no_admission": 2}, {"other_loader": 2})
+    other["processes"] = [{"loader": "'/opt/ld.so'"}, {"loader": ""}, {"loader": "'/opt/ld.so'"}, {}]
+    assert health._shims([other]).found == "d (other_loader), loader '/opt/ld.so'"
 
 
 def test_doctor_names_unknown_libraries_of_tenants_and_the_line_that_trusts_them() -> None:

@@ -21,7 +21,7 @@ from typing import Any
 
 from tests.support.commands import ask
 from tests.support.host import BUILD, FGPU, ROOT, RUN_DIR, SHIM, cgroup_root
-from tests.support.place import Container
+from tests.support.place import LISTS, Container
 from tests.support.service import Service
 from tests.support.wait import eventually
 
@@ -449,7 +449,7 @@ class Bundles(Container):
         super()._bundle(bundle, name, folder)
         path = bundle / "config.json"
         config = json.loads(path.read_text())
-        ours = {str(SHIM), "/run/fgpu/shim", "/etc/ld.so.preload"}
+        ours = {str(SHIM), "/run/fgpu/shim", *LISTS}
         config["mounts"] = [mount for mount in config["mounts"] if mount["destination"] not in ours]
         inject(config, self.spec, self.device)
         path.write_text(json.dumps(config))

@@ -1,0 +1,44 @@
+"""Tests of the preload lists that `fgpu run` binds: which failures refuse the program."""
+
+from __future__ import annotations
+
+import errno
+import os
+
+import pytest
+
+from fgpu_ebpf.containers import run
+
+USUAL, OF_NIX = run.PRELOADS
+
+
+@pytest.fixture
+def mounts(monkeypatch):
+    """Return the targets that were mounted, and by target the error of a mount."""
+    done, errors = [], {}
+
+    def mount(source, target, kind, flags):
+        if target in errors:
+            raise OSError(errors[target], os.strerror(errors[target]))
+        done.append(target)
+
+    monkeypatch.setattr(run, "_mount", mount)
+    monkeypatch.setattr(run, "_libc", type("Libc", (), {"unshare": staticmethod(lambda _: 0)}))
+    monkeypatch.setattr(run, "_create_preload_file", lambda *_: None)
+    return done, errors
+
+
+@pytest.mark.parametrize("why", [errno.EROFS, errno.ENOENT])
+def test_a_host_that_cannot_have_the_second_list_runs_programs_with_the_first(mounts, tmp_path, why):
+    """A read-only /etc, and an agent that is older than the command."""
+    done, errors = mounts
+    errors[str(OF_NIX)] = why
+    run._preload_the_shim(tmp_path)
+    assert done == ["/", str(USUAL)]
+
+
+@pytest.mark.parametrize(("place", "why"), [(USUAL, errno.EROFS), (USUAL, errno.ENOENT), (OF_NIX, errno.EPERM)])
+def test_a_program_without_the_list_is_not_run(mounts, tmp_path, place, why):
+    mounts[1][str(place)] = why
+    with pytest.raises(run.LaunchError, match=str(place)):
+        run._preload_the_shim(tmp_path)
