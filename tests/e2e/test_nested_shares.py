@@ -86,6 +86,8 @@ def test_three_cgroups_have_the_ceiling_of_one(nested: Nested, group: Cgroups, s
     (own,) = [t["devices"][0] for t in output("status")["tenants"] if t["path"] == f"{group.group}/own"]
     inside = sum(one.compute()["owned_seconds"] for one in made)
     assert own["compute"]["owned_seconds"] == pytest.approx(inside, rel=0.1)
+    due = [value for (name, _), value in metrics().items() if name == "fgpu_compute_entitled_ratio"]
+    assert sorted(due) == pytest.approx([0.25 / 3] * 3 + [0.25], abs=0.001)
 
 
 def test_three_cgroups_have_the_weight_of_one(nested: Nested, start) -> None:
