@@ -6,6 +6,7 @@ failure: KeyError or AssertionError for what has no words here yet, which ends t
 
 from __future__ import annotations
 
+import inspect
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -202,7 +203,7 @@ def command_pages() -> str:
     for words, command in commands():
         context = click.Context(command, info_name=words)
         usage = " ".join([words, *command.collect_usage_pieces(context)])
-        lines += ["", f"## {words}", "", "```text", usage, "```", "", *_help(command.help or "")]
+        lines += ["", f"## {words}", "", "```text", usage, "```", "", *_help(inspect.cleandoc(command.help or ""))]
         if options(command):
             lines += ["", *_table("option", "", "what it does")]
             lines += [_row(*_option(option, context)) for option in options(command)]

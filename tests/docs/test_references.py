@@ -78,6 +78,7 @@ def test_editors_show_what_each_key_means() -> None:
 def test_every_command_and_option_has_words_and_is_shown(shown: dict[str, str]) -> None:
     found = dict(references.commands())
     assert len(found) > 20
+    assert "\b" not in shown["cli"], "click's mark of a paragraph that is not wrapped"
     for words, command in found.items():
         assert command.help, words
         assert f'id="{words.replace(" ", "-")}"' in shown["cli"], words
