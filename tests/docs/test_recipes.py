@@ -104,6 +104,11 @@ def test_a_recipe_of_compose_names_shares_of_its_own(docker: engines.Engine, com
             assert held + CONTEXT == limits[name]
 
 
+def filled_by(logs: str) -> dict[str, int]:
+    """Return what the program of each service got, with its context, from the logs of Compose."""
+    return {name: int(got) + CONTEXT for name, got in re.findall(r"^(\w+)-1 .*admitted (\d+) bytes", logs, re.M)}
+
+
 @pytest.mark.skipif(not COMPOSE, reason="FGPU_COMPOSE names no docker-compose")
 def test_a_recipe_runs_with_compose(docker: engines.Engine, compose: dict[str, Any], tmp_path: Path) -> None:
     """The page's file, but for the image, the program and NVIDIA's devices, which are not here."""
@@ -126,10 +131,10 @@ def test_a_recipe_runs_with_compose(docker: engines.Engine, compose: dict[str, A
 
     try:
         called("up", "--detach")
-        found = eventually(
-            lambda: dict(re.findall(r"^(\w+)-1 .*admitted (\d+) bytes", called("logs"), re.M)), 20, "both"
+        held = eventually(
+            lambda: len(found := filled_by(called("logs"))) == len(compose) and found, 20, "both services"
         )
-        assert {name: int(held) + CONTEXT for name, held in found.items()} == {"train": 8 * GIB, "notebook": 2 * GIB}
+        assert held == {"train": 8 * GIB, "notebook": 2 * GIB}
     finally:
         called("down", "--timeout", "1")
 
