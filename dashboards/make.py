@@ -1,12 +1,16 @@
 #!/usr/bin/env python3
 """Writes the dashboards beside this file: `python3 dashboards/make.py`. A test compares the JSON with its output.
 
+`--runbooks URL` also writes that address of the page of runbooks into rules.yaml.
+
 A query names every label that it joins on, so that several clusters, jobs and nodes in one Prometheus stay apart.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,13 +22,28 @@ NODE = 'cluster=~"$cluster", job=~"$job", instance=~"$instance"'
 DEVICE = f'{NODE}, gpu=~"$gpu"'
 TENANT = f'{NODE}, tenant=~"$tenant"'
 BOTH = f'{DEVICE}, tenant=~"$tenant"'
-SHARED = f'{DEVICE}, tenant=~".+"'  # a tenant's part is relative to all tenants on its device
 PLACE = "cluster, job, instance"
 # Groups hold what their tenants hold: a sum over both counts it twice.
 _NAMED = f'max by ({PLACE}, tenant) (fgpu_tenant_info{{{TENANT}, kind="tenant"}})'
 INNERMOST = f"* on ({PLACE}, tenant) group_left () {_NAMED}"
 RATE, RANGE = "$__rate_interval", "$__range"
 LEGEND = "{{instance}} {{gpu}} {{tenant}}"
+MOST_SERIES = 20  # of tenants in a panel
+
+# Colours by value, each from a value on. Grafana's own default is green below 80 and red from there, for any number.
+# Half an event is one: `increase` extrapolates.
+Steps = tuple[tuple[str, float | None], ...]
+PLAIN: Steps = (("text", None),)
+NONE_IS_GOOD: Steps = (("green", None), ("red", 0.5))
+NONE_IS_USUAL: Steps = (("green", None), ("orange", 0.5))
+YES_IS_GOOD: Steps = (("red", None), ("green", 1))
+
+KEPT = "${datasource:queryparam}&${cluster:queryparam}&${job:queryparam}&${__url_time_range}"
+COLUMNS = {
+    "tenant": "Tenant", "kind": "Kind", "cluster": "Cluster", "instance": "Node", "gpu": "GPU", "policy": "Policy",
+    "namespace": "Namespace", "pod": "Pod", "container": "Container", "cgroup_path": "Cgroup",
+}  # fmt: skip
+HIDDEN = ("Time", "job", "__name__")
 
 
 @dataclass(frozen=True)
@@ -37,7 +56,10 @@ class Query:
 
 @dataclass(frozen=True)
 class Panel:
-    """One panel. `kind`: stat, gauge, timeseries or table; `unit`: a unit's name in Grafana."""
+    """One panel. `kind`: stat, gauge, timeseries, table or row; `unit`: a unit's name in Grafana.
+
+    `column`: the name of a table's values; empty: they are hidden.
+    """
 
     title: str
     description: str
@@ -46,29 +68,48 @@ class Panel:
     kind: str = "timeseries"
     size: tuple[int, int] = (12, 8)
     defaults: dict[str, Any] = field(default_factory=dict)
+    column: str = ""
 
 
-def stat(title: str, description: str, unit: str, expr: str, width: int = 4, **defaults: Any) -> Panel:
+def thresholds(steps: Steps) -> dict[str, Any]:
+    """Return the colours of a panel as Grafana reads them."""
+    return {"mode": "absolute", "steps": [{"color": color, "value": value} for color, value in steps]}
+
+
+def stat(
+    title: str, description: str, unit: str, expr: str, steps: Steps = PLAIN, width: int = 4, **defaults: Any
+) -> Panel:
     """Return a panel with one number; 0 if there is no series, because the event has never occurred."""
-    more = {"noValue": "0", "decimals": 0} | defaults
+    more = {"noValue": "0", "decimals": 0, "thresholds": thresholds(steps)} | defaults
     return Panel(title, description, unit, [Query(expr)], "stat", (width, 4), more)
+
+
+def row(title: str) -> Panel:
+    """Return the heading of all panels below it."""
+    return Panel(title, "", "", [], "row", (WIDTH, 1))
 
 
 def gauge(title: str, description: str, expr: str) -> Panel:
     """Return a panel with a ratio from 0 to 1."""
-    steps = [{"color": "green", "value": None}, {"color": "orange", "value": 0.9}, {"color": "red", "value": 1}]
-    more = {"min": 0, "max": 1, "decimals": 1, "thresholds": {"mode": "absolute", "steps": steps}}
+    steps = (("green", None), ("orange", 0.9), ("red", 1))
+    more = {"min": 0, "max": 1, "decimals": 1, "thresholds": thresholds(steps)}
     return Panel(title, description, "percentunit", [Query(expr)], "gauge", (4, 4), more)
 
 
 def series(title: str, description: str, unit: str, *queries: Query, **defaults: Any) -> Panel:
     """Return a panel with curves over time."""
-    return Panel(title, description, unit, queries, defaults={"min": 0} | defaults)
+    known = {key: value for key, value in ({"min": 0} | defaults).items() if value is not None}
+    return Panel(title, description, unit, queries, defaults=known)
 
 
-def table(title: str, description: str, unit: str, expr: str, width: int = 8) -> Panel:
+def table(title: str, description: str, unit: str, expr: str, column: str, width: int = 8) -> Panel:
     """Return a panel with a table of current values."""
-    return Panel(title, description, unit, [Query(expr)], "table", (width, 8))
+    return Panel(title, description, unit, [Query(expr)], "table", (width, 8), column=column)
+
+
+def most(expr: str) -> str:
+    """Return the highest series of a query, so that a legend stays short with a thousand tenants."""
+    return f"topk({MOST_SERIES}, {expr})"
 
 
 # -- queries that several dashboards have
@@ -85,11 +126,8 @@ def had(labels: str) -> str:
 
 
 def due(labels: str) -> str:
-    """Return each tenant's entitlement: its part by weight while all are busy, at most its ceiling."""
-    per_device = f"sum by ({PLACE}, gpu) (fgpu_compute_weight{{{SHARED}}})"
-    fair = f"fgpu_compute_weight{{{labels}}} / on ({PLACE}, gpu) group_left () {per_device}"
-    limit = f"fgpu_compute_limit_ratio{{{labels}}}"
-    return f"sum by (instance, gpu, tenant) (({fair}) < {limit} or {limit})"
+    """Return each tenant's entitlement, by the shares and ceilings of all, also of groups around tenants."""
+    return f"sum by (instance, gpu, tenant) (fgpu_compute_entitled_ratio{{{labels}}})"
 
 
 def refused(labels: str, by: str) -> Query:
@@ -124,16 +162,39 @@ ASKED = "Allocations that were refused in the displayed range, including those t
 AROUND = "Processes that use CUDA without asking first. They are charged."
 DEVICES = [  # one row
     stat("Devices failed", "Devices with an XID that no program causes: no share of them is offered.", "none",
-         f"count(fgpu_device_healthy{{{DEVICE}}}) - sum(fgpu_device_healthy{{{DEVICE}}})", width=12),
+         f"count(fgpu_device_healthy{{{DEVICE}}}) - sum(fgpu_device_healthy{{{DEVICE}}})", NONE_IS_GOOD, width=8),
     stat("XIDs", "Errors that devices reported in the displayed range, including those that programs cause.", "none",
-         grown("fgpu_device_xids_total", DEVICE), width=12),
+         grown("fgpu_device_xids_total", DEVICE), NONE_IS_USUAL, width=8),
+    stat("Memory unexplained", "Memory in use on devices that belongs to no process, is not orphaned and is not the "
+         "driver's own: no tenant can get it.", "bytes", f"sum(fgpu_device_memory_unexplained_bytes{{{DEVICE}}})",
+         (("green", None), ("orange", 256 * 2**20)), width=8),
+]  # fmt: skip
+UTILISATION = "GPU utilisation, by NVIDIA's dcgm-exporter"
+
+
+def dcgm(metric: str, factor: str = "") -> Query:
+    """Return a metric of dcgm-exporter for the chosen devices, which have the same UUID there."""
+    chosen = f'label_replace(fgpu_device_info{{{DEVICE}}}, "UUID", "$1", "gpu_uuid", "(.+)")'
+    expr = f"max by (instance, gpu) ({chosen} * on (UUID) group_left () max by (UUID) ({metric})){factor}"
+    return Query(expr, "{{instance}} {{gpu}}")
+
+
+EMPTY = "No data: Prometheus does not scrape dcgm-exporter."
+DEVICE_USE = [  # of DCGM's default counters
+    row(UTILISATION),
+    series("GPU utilisation", f"Part of the time in which at least one kernel ran, of any tenant. {EMPTY}",
+           "percentunit", dcgm("DCGM_FI_DEV_GPU_UTIL", " / 100"), max=1),
+    series("Memory bandwidth utilisation", f"Part of the time in which memory was read or written. {EMPTY}",
+           "percentunit", dcgm("DCGM_FI_DEV_MEM_COPY_UTIL", " / 100"), max=1),
+    series("Power", f"Power of each device. {EMPTY}", "watt", dcgm("DCGM_FI_DEV_POWER_USAGE")),
+    series("Temperature", f"Temperature of each device. {EMPTY}", "celsius", dcgm("DCGM_FI_DEV_GPU_TEMP")),
 ]  # fmt: skip
 UNMANAGED = "Memory of processes outside any tenant: no limit holds for them."
 
 CLUSTER = [
     stat("Nodes", "Nodes whose agent answers.", "none", f"count(fgpu_build_info{{{NODE}}})"),
     stat("Nodes down", "Nodes whose agent does not answer. Limits still hold there.", "none",
-         f"count(up{{{NODE}}}) - sum(up{{{NODE}}})"),
+         f"count(up{{{NODE}}}) - sum(up{{{NODE}}})", NONE_IS_GOOD),
     stat("Devices", "GPUs that agents have found.", "none", f"count({CAPACITY}{{{DEVICE}}})"),
     stat("Tenants", "Cgroups that a policy manages, without groups.", "none",
          f'count(fgpu_tenant_info{{{TENANT}, kind="tenant"}})'),
@@ -141,14 +202,15 @@ CLUSTER = [
     gauge("Memory committed", "Sum of the tenants' limits, as a part of all memory. Beyond 100 %, not all limits "
           "can be used up at once.", ratio("fgpu_device_memory_committed_bytes", CAPACITY, DEVICE)),
     stat("Memory unmanaged", UNMANAGED, "bytes", f"sum(fgpu_device_memory_unmanaged_bytes{{{DEVICE}}})"),
-    stat("Refusals", ASKED, "none", grown(REFUSED, BOTH)),
-    stat("Bypassing processes", AROUND, "none", f"sum(fgpu_bypassing_processes{{{TENANT}}})"),
+    stat("Refusals", ASKED, "none", grown(REFUSED, BOTH), NONE_IS_USUAL),
+    stat("Bypassing processes", AROUND, "none", f"sum(fgpu_bypassing_processes{{{TENANT}}})", NONE_IS_USUAL),
     stat("Tenants not enforced by the kernel", "Cooperative, with a process that is only counted, or observed.",
-         "none", f'count(fgpu_tenant_enforcement{{{TENANT}, mode!="kernel"}} == 1)'),
+         "none", f'count(fgpu_tenant_enforcement{{{TENANT}, mode!="kernel"}} == 1)', NONE_IS_GOOD),
     stat("Gatekeepers down", "Nodes without a gatekeeper: programs that start there get no memory.", "none",
-         f"count(fgpu_gatekeeper_up{{{NODE}}}) - sum(fgpu_gatekeeper_up{{{NODE}}})"),
+         f"count(fgpu_gatekeeper_up{{{NODE}}}) - sum(fgpu_gatekeeper_up{{{NODE}}})", NONE_IS_GOOD),
     stat("Policies rejected", "Nodes whose policy files have an error: the last good set is in force.", "none",
-         f"count(fgpu_config_last_reload_successful{{{NODE}}}) - sum(fgpu_config_last_reload_successful{{{NODE}}})"),
+         f"count(fgpu_config_last_reload_successful{{{NODE}}}) - sum(fgpu_config_last_reload_successful{{{NODE}}})",
+         NONE_IS_GOOD),
     *DEVICES,
     series("Memory", "Of all devices, by NVML: capacity, used, committed to tenants, and outside any tenant.",
            "bytes", *device_memory("", "")),
@@ -160,25 +222,28 @@ CLUSTER = [
     series("Bypassing processes, by how", AROUND, "none", bypassing(TENANT, "how", "{{how}}")),
     series("Share of time", "Part of each device's time: the ten tenants that owned most. A tenant that is alone "
            "on a device is not measured.", "percentunit", Query(f"topk(10, {had(BOTH)})", LEGEND), max=1),
-    series("Share of time against entitlement", "Owned time divided by the entitlement while all are busy: the ten "
-           "tenants that got least. Below 100 %, the tenant was idle or starved.", "percentunit",
+    series("Share of time against entitlement", "Owned time divided by the entitlement: the ten tenants that got "
+           "least. Below 100 %, the tenant was idle or starved.", "percentunit",
            Query(f"bottomk(10, {had(BOTH)} / {due(BOTH)})", LEGEND)),
     table("Top tenants by memory", "The ten tenants that hold most.", "bytes",
-          f"topk(10, sum by ({PLACE}, tenant) (fgpu_memory_used_bytes{{{BOTH}}}) {INNERMOST})"),
+          f"topk(10, sum by ({PLACE}, tenant) (fgpu_memory_used_bytes{{{BOTH}}}) {INNERMOST})", "Used"),
     table("Top tenants by refusals", "The ten tenants that were refused most often in the displayed range.", "short",
-          f"topk(10, sum by ({PLACE}, tenant) (increase({REFUSED}{{{BOTH}}}[{RANGE}])) {INNERMOST} > 0)"),
+          f"topk(10, sum by ({PLACE}, tenant) (increase({REFUSED}{{{BOTH}}}[{RANGE}])) {INNERMOST} > 0)", "Refusals"),
     table("Top tenants by used part of the limit", "The ten tenants nearest to their limit on a device.", "percentunit",
-          f"topk(10, fgpu_memory_used_bytes{{{BOTH}}} / fgpu_memory_limit_bytes{{{BOTH}}})"),
+          f"topk(10, fgpu_memory_used_bytes{{{BOTH}}} / fgpu_memory_limit_bytes{{{BOTH}}})",
+          "Used part"),
+    *DEVICE_USE,
 ]  # fmt: skip
 
 NODES = [
     stat("Policy files valid", "No: a file has an error, and the last good set is in force.", "bool_yes_no",
-         f"min(fgpu_config_last_reload_successful{{{NODE}}})", noValue="?"),
+         f"min(fgpu_config_last_reload_successful{{{NODE}}})", YES_IS_GOOD, noValue="?"),
     stat("Policies in force", "Documents of all policy files.", "none", f"sum(fgpu_policies{{{NODE}}})"),
     stat("Gatekeeper up", "No: programs that start get no memory.", "bool_yes_no", f"min(fgpu_gatekeeper_up{{{NODE}}})",
-         noValue="?"),
+         YES_IS_GOOD, noValue="?"),
     stat("NVML's last answer", "Age of the answer with which the ledger was last reconciled; normally half a "
-         "second.", "s", f"max(fgpu_reconcile_age_seconds{{{DEVICE}}})", decimals=1, noValue="?"),
+         "second.", "s", f"max(fgpu_reconcile_age_seconds{{{DEVICE}}})",
+         (("green", None), ("orange", 5), ("red", 30)), decimals=1, noValue="?"),
     stat("Unmanaged processes", "Processes outside any tenant that hold memory.", "none",
          f"sum(fgpu_device_unmanaged_processes{{{DEVICE}}})"),
     stat("Tenants", "Cgroups that a policy manages, without groups.", "none",
@@ -188,20 +253,20 @@ NODES = [
           ratio("fgpu_device_memory_committed_bytes", CAPACITY, DEVICE)),
     stat("Memory unmanaged", UNMANAGED, "bytes", f"sum(fgpu_device_memory_unmanaged_bytes{{{DEVICE}}})"),
     stat("Events lost", "Kernel events that did not reach the agent, in the displayed range. Charges are not affected.",
-         "none", grown("fgpu_events_lost_total", NODE)),
+         "none", grown("fgpu_events_lost_total", NODE), NONE_IS_USUAL),
     stat("Agent failures", "Internal errors of the agent in the displayed range.", "none",
-         grown("fgpu_agent_failures_total", NODE)),
+         grown("fgpu_agent_failures_total", NODE), NONE_IS_GOOD),
     stat("Writes refused", "Writes on the control socket by users who may only read, in the displayed range.", "none",
-         grown("fgpu_control_refused_total", NODE)),
+         grown("fgpu_control_refused_total", NODE), NONE_IS_USUAL),
     *DEVICES,
     series("Memory, by device", "By NVML: capacity, used, committed to tenants, and outside any tenant.",
            "bytes", *device_memory(" by (instance, gpu)", "{{instance}} {{gpu}} ")),
-    series("Memory, by tenant", "Bytes charged to each tenant, without groups.", "bytes",
-           Query(f"sum by (instance, tenant) (fgpu_memory_used_bytes{{{BOTH}}} {INNERMOST})",
+    series("Memory, by tenant", "Bytes charged to the twenty tenants that hold most, without groups.", "bytes",
+           Query(most(f"sum by (instance, tenant) (fgpu_memory_used_bytes{{{BOTH}}} {INNERMOST})"),
                  "{{instance}} {{tenant}}"),
            custom={"stacking": {"mode": "normal"}, "fillOpacity": 30}),
-    series("Share of time, by tenant", "Part of each device's time. A tenant alone on a device is not measured.",
-           "percentunit", Query(had(BOTH), LEGEND), max=1),
+    series("Share of time, by tenant", "Part of each device's time, of the twenty tenants that had most. A tenant "
+           "alone on a device is not measured.", "percentunit", Query(most(had(BOTH)), LEGEND), max=1),
     series("Turns", "Turns that began on each device, per second.", "ops",
            Query(f"sum by (instance, gpu) (rate(fgpu_slice_switches_total{{{DEVICE}}}[{RATE}]))",
                  "{{instance}} {{gpu}}")),
@@ -219,10 +284,12 @@ NODES = [
     series("Anomalies", "Events that should not occur, per second. `bypass`: an allocation without admission; `full`: "
            "a map without room.", "ops",
            Query(f"sum by (kind) (rate(fgpu_anomalies_total{{{NODE}}}[{RATE}]))", "{{kind}}")),
-    series("Refusals, by tenant", "Allocations refused per second.", "ops", refused(BOTH, "instance, tenant")),
+    series("Refusals, by tenant", "Allocations refused per second, of the twenty tenants with most.", "ops",
+           Query(most(refused(BOTH, "instance, tenant").expr), "{{instance}} {{tenant}}")),
     series("Containers that wait for labels", "Containers whose engine has not told their labels: policies without "
            "labels hold for them.", "none", Query(f"sum by (instance, engine) (fgpu_engine_waiting{{{NODE}}})",
                                            "{{instance}} {{engine}}")),
+    *DEVICE_USE,
 ]  # fmt: skip
 
 TENANTS = [
@@ -233,17 +300,18 @@ TENANTS = [
          f"max(fgpu_memory_peak_bytes{{{BOTH}}})", decimals=1),
     gauge("Full", "The used part of the tenant's limit, on the fullest device.",
           f"max(fgpu_memory_used_bytes{{{BOTH}}} / fgpu_memory_limit_bytes{{{BOTH}}})"),
-    stat("Refusals", ASKED, "none", grown(REFUSED, BOTH)),
+    stat("Refusals", ASKED, "none", grown(REFUSED, BOTH), NONE_IS_USUAL),
     stat("Drift", "The ledger's bytes minus the driver's, where they differ most. A few MiB of a pool are normal.",
-         "bytes", f"max(abs(fgpu_memory_drift_bytes{{{BOTH}}}))"),
+         "bytes", f"max(abs(fgpu_memory_drift_bytes{{{BOTH}}}))",
+         (("green", None), ("orange", 64 * 2**20))),
     stat("Processes", "Processes charged to the tenant.", "none", f"sum(fgpu_processes{{{TENANT}}})"),
-    stat("Bypassing processes", AROUND, "none", f"sum(fgpu_bypassing_processes{{{TENANT}}})"),
+    stat("Bypassing processes", AROUND, "none", f"sum(fgpu_bypassing_processes{{{TENANT}}})", NONE_IS_USUAL),
     stat("Enforced by the kernel", "No: enforcement is cooperative, counted, observe or none.", "bool_yes_no",
          f'count(fgpu_tenant_enforcement{{{TENANT}, mode="kernel"}}) == bool '
          f"count(fgpu_tenant_enforcement{{{TENANT}}})",
-         noValue="No"),
-    stat("Entitlement", "The least part of a device's time that is due to the tenant while all are busy: by its "
-         "weight, at most its ceiling.", "percentunit", f"min({due(BOTH)})", noValue="none"),
+         YES_IS_GOOD, noValue="No"),
+    stat("Entitlement", "The least part of a device's time that was due to the tenant in the last half second: by all "
+         "weights and ceilings, also of groups around tenants.", "percentunit", f"min({due(BOTH)})", noValue="none"),
     stat("Ceiling", "The most of a device's time that the tenant may own.", "percentunit",
          f"min(fgpu_compute_limit_ratio{{{BOTH}}})", noValue="none"),
     stat("Throttled", "Times that the ceiling held the tenant back, in the displayed range.", "none",
@@ -258,12 +326,12 @@ TENANTS = [
                      f"{LEGEND} {what}") for what in ("admitted", "witnessed"))),
     series("Drift", "The ledger's bytes minus the driver's. Below 0, the driver holds bytes that are not charged.",
            "bytes", Query(f"sum by (instance, gpu, tenant) (fgpu_memory_drift_bytes{{{BOTH}}})", LEGEND), min=None),
-    series("Share of time", "Owned time, the entitlement while all are busy, and the ceiling. Short: by how much a "
+    series("Share of time", "Owned time, the entitlement, and the ceiling. Short: by how much a "
            "tenant that wants time got less than is due to it in ten seconds. A tenant that is alone on its devices "
            "and has no ceiling is not measured.", "percentunit",
            Query(had(BOTH), f"{LEGEND} had"), Query(due(BOTH), f"{LEGEND} entitled"),
            Query(f"sum by (instance, gpu, tenant) (fgpu_compute_shortfall_ratio{{{BOTH}}} or "
-                 f"0 * fgpu_compute_weight{{{BOTH}}})", f"{LEGEND} short"),
+                 f"0 * fgpu_compute_entitled_ratio{{{BOTH}}})", f"{LEGEND} short"),
            Query(f"sum by (instance, gpu, tenant) (fgpu_compute_limit_ratio{{{BOTH}}})", f"{LEGEND} ceiling"), max=1),
     series("Waiting", "The part of the time for which the tenant waited for its turns; added when a turn begins.",
            "percentunit",
@@ -274,7 +342,7 @@ TENANTS = [
     series("Processes without the shim, by reason", "The reasons why processes have no shim.", "none",
            Query(f"sum by (tenant, reason) (fgpu_shimless_processes{{{TENANT}}})", "{{tenant}} {{reason}}")),
     table("Names", "The tenant's names, and the policy that manages it.", "none", f"fgpu_tenant_info{{{TENANT}}}",
-          width=24),
+          column="", width=WIDTH),
 ]  # fmt: skip
 
 DASHBOARDS = {"cluster": ("Cluster", CLUSTER), "node": ("Node", NODES), "tenant": ("Tenant", TENANTS)}
@@ -291,15 +359,37 @@ def variables() -> Iterator[dict[str, Any]]:
         "job": 'fgpu_build_info{cluster=~"$cluster"}',
         "instance": 'fgpu_build_info{cluster=~"$cluster", job=~"$job"}',
         "gpu": f"fgpu_device_info{{{NODE}}}",
-        "tenant": f"fgpu_tenant_info{{{NODE}}}",
+        "namespace": f"fgpu_tenant_info{{{NODE}}}",
+        "pod": f'fgpu_tenant_info{{{NODE}, namespace=~"$namespace"}}',
+        "tenant": f'fgpu_tenant_info{{{NODE}, namespace=~"$namespace", pod=~"$pod"}}',
     }
+    # "All" of cluster, namespace and pod is also what has none. "All" of tenant has no pattern: Grafana then writes the
+    # names that it found, which are those of the chosen namespaces and pods.
+    every = {"cluster": ".*", "job": ".+", "instance": ".+", "gpu": ".+", "namespace": ".*", "pod": ".*"}
     for name, query in queries.items():
         yield {
             "name": name, "label": "GPU" if name == "gpu" else name.capitalize(), "type": "query", "datasource": SOURCE,
             "query": f"label_values({query}, {name})", "refresh": 2, "sort": 1, "multi": True, "includeAll": True,
-            "allValue": ".*" if name == "cluster" else ".+",  # a Prometheus of one cluster need not name it
             "current": {"selected": True, "text": ["All"], "value": ["$__all"]},
+            **({"allValue": every[name]} if name in every else {}),
         }  # fmt: skip
+
+
+def link(title: str, board: str, **variables: str) -> dict[str, Any]:
+    """Return a link from a value to a dashboard, with the same choice but for these variables."""
+    chosen = "".join(f"&var-{name}={value}" for name, value in variables.items())
+    return {"title": title, "url": f"/d/fgpu-{board}?{KEPT}{chosen}"}
+
+
+def links(panel: Panel) -> list[dict[str, Any]]:
+    """Return the links of a panel's curves: to the tenant if its queries name one, else to the node."""
+    legends = {query.legend for query in panel.queries}
+    if all("{{instance}}" not in legend for legend in legends):
+        return []
+    node = {"instance": "${__field.labels.instance}"}
+    if all("{{tenant}}" in legend for legend in legends):
+        return [link("Tenant ${__field.labels.tenant}", "tenant", tenant="${__field.labels.tenant}", **node)]
+    return [link("Node ${__field.labels.instance}", "node", **node)]
 
 
 def targets(panel: Panel) -> list[dict[str, Any]]:
@@ -312,6 +402,54 @@ def targets(panel: Panel) -> list[dict[str, Any]]:
     ]
 
 
+def shown(panel: Panel) -> dict[str, Any]:
+    """Return what a panel shows and how."""
+    defaults = {"unit": panel.unit, **panel.defaults}
+    made: dict[str, Any] = {
+        "description": panel.description, "datasource": SOURCE, "targets": targets(panel),
+        "fieldConfig": {"defaults": defaults, "overrides": []},
+    }  # fmt: skip
+    reduced = {"reduceOptions": {"calcs": ["lastNotNull"], "values": False}}
+    match panel.kind:
+        case "stat":
+            made["options"] = reduced | {"colorMode": "value", "graphMode": "none"}
+        case "gauge":
+            made["options"] = reduced
+        case "table":
+            made |= columns(panel)
+        case _:
+            legend = {"displayMode": "table", "placement": "bottom", "showLegend": True}
+            legend |= {"calcs": ["lastNotNull", "max"], "sortBy": "Last *", "sortDesc": True}
+            made["options"] = {"legend": legend, "tooltip": {"mode": "multi", "sort": "desc"}}
+            defaults["links"] = links(panel)
+    return made
+
+
+def columns(panel: Panel) -> dict[str, Any]:
+    """Return the names and links of a table's columns, and the order of its rows."""
+    names = COLUMNS | {"Value": panel.column}
+    organize = {
+        "excludeByName": dict.fromkeys([*HIDDEN, *([] if panel.column else ["Value"])], True),
+        "indexByName": {name: place for place, name in enumerate(names)},
+        "renameByName": {name: title for name, title in names.items() if title},
+    }
+    node = {"instance": "${__data.fields.Node}"}
+    leads = {
+        "Tenant": link("Dashboard of this tenant", "tenant", tenant="${__value.raw}", **node),
+        "Node": link("Dashboard of this node", "node", instance="${__value.raw}"),
+    }
+    overrides = [
+        {"matcher": {"id": "byName", "options": name}, "properties": [{"id": "links", "value": [to]}]}
+        for name, to in leads.items()
+    ]
+    rows = [{"displayName": panel.column, "desc": True}] if panel.column else []
+    return {
+        "transformations": [{"id": "organize", "options": organize}],
+        "fieldConfig": {"defaults": {"unit": panel.unit, **panel.defaults}, "overrides": overrides},
+        "options": {"showHeader": True, "sortBy": rows},
+    }
+
+
 def laid_out(panels: Sequence[Panel]) -> Iterator[dict[str, Any]]:
     """Yield the panels, placed from left to right and from top to bottom."""
     x = y = below = 0
@@ -320,26 +458,23 @@ def laid_out(panels: Sequence[Panel]) -> Iterator[dict[str, Any]]:
         if x + width > WIDTH:
             x, y = 0, below
         made: dict[str, Any] = {
-            "id": number, "type": panel.kind, "title": panel.title, "description": panel.description,
-            "datasource": SOURCE, "gridPos": {"x": x, "y": y, "w": width, "h": height}, "targets": targets(panel),
-            "fieldConfig": {"defaults": {"unit": panel.unit, **panel.defaults}, "overrides": []},
+            "id": number, "type": panel.kind, "title": panel.title,
+            "gridPos": {"x": x, "y": y, "w": width, "h": height},
         }  # fmt: skip
-        if panel.kind in ("stat", "gauge"):
-            made["options"] = {"reduceOptions": {"calcs": ["lastNotNull"], "values": False}}
-        if panel.kind == "table":
-            hidden = {"Time": True, "job": True, "__name__": True}
-            made["transformations"] = [{"id": "organize", "options": {"excludeByName": hidden}}]
-        yield made
+        yield made | ({"collapsed": False, "panels": []} if panel.kind == "row" else shown(panel))
         x, below = x + width, max(below, y + height)
 
 
 def dashboard(name: str) -> dict[str, Any]:
     """Return one dashboard as Grafana reads it."""
     title, panels = DASHBOARDS[name]
-    link = {"type": "dashboards", "title": "fgpu", "tags": ["fgpu"], "keepTime": True, "includeVars": True}
+    others = {
+        "type": "dashboards", "title": "fgpu", "tags": ["fgpu"], "keepTime": True, "includeVars": True, "icon": "",
+        "asDropdown": False, "targetBlank": False, "tooltip": "",
+    }  # fmt: skip
     return {
         "uid": f"fgpu-{name}", "title": f"fgpu / {title}", "tags": ["fgpu"], "schemaVersion": 39, "editable": False,
-        "time": {"from": "now-1h", "to": "now"}, "refresh": "30s", "links": [link],
+        "time": {"from": "now-1h", "to": "now"}, "refresh": "30s", "links": [others],
         "templating": {"list": list(variables())}, "panels": list(laid_out(panels)),
     }  # fmt: skip
 
@@ -349,10 +484,21 @@ def text(name: str) -> str:
     return json.dumps(dashboard(name), indent=1) + "\n"
 
 
+def with_runbooks(rules: str, url: str) -> str:
+    """Return the text of rules.yaml with another address of the page of runbooks."""
+    return re.sub(r"(?<=runbook_url: )http[^#\s]+", lambda _: url, rules)
+
+
 def main() -> None:
-    """Write all dashboards."""
+    """Write all dashboards, and the address of runbooks if one is given."""
+    parser = argparse.ArgumentParser(description="Write the dashboards, and optionally the address of runbooks.")
+    parser.add_argument("--runbooks", metavar="URL", help="where docs/runbooks.md is for those who get alerts")
+    url = parser.parse_args().runbooks
     for name in DASHBOARDS:
         Path(__file__).with_name(f"{name}.json").write_text(text(name))
+    if url:
+        rules = Path(__file__).with_name("rules.yaml")
+        rules.write_text(with_runbooks(rules.read_text(), url))
 
 
 if __name__ == "__main__":

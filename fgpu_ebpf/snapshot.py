@@ -34,7 +34,7 @@ class ComputeView:
 
     `free`: it shares the device with no other tenant and has no ceiling, so nothing is measured. `waiting_seconds`
     None: it is not waiting. `beyond_ratio`: the part of the device's time that it ran outside its turns, by NVML, of
-    ten seconds.
+    ten seconds. `shortfall` None: it got what is due to it, or does not want more.
     """
 
     limit_ratio: float
@@ -51,7 +51,7 @@ class ComputeView:
     free: bool
     waiting_seconds: float | None
     beyond_ratio: float | None = None
-    shortfall: Shortfall | None = None  # it got what is due to it, or does not want more
+    shortfall: Shortfall | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +71,12 @@ class UsageView:
 
 @dataclass(frozen=True, slots=True)
 class TenantDevice:
-    """A tenant's memory on one device, and its share of the device's time: None, it is not gated."""
+    """A tenant's memory on one device, and its share of the device's time: None, it is not gated.
+
+    `limit_bytes` 18446744073709551615 (2^64 - 1): it has no limit there. `drift_bytes`: the ledger minus the driver.
+    Parts of `used_bytes` are `orphaned_bytes` (of processes that have ended, or that exported and freed it) and
+    `unwitnessed_bytes` (allocated by no call that a probe has seen). `usage`: by source.
+    """
 
     gpu: int
     limit_bytes: int
@@ -83,9 +88,9 @@ class TenantDevice:
     drift_bytes: int | None
     refusals: tuple[Refusal, ...] = ()
     compute: ComputeView | None = None
-    orphaned_bytes: int = 0  # of used_bytes: of processes that have ended, or that exported and freed it
-    unwitnessed_bytes: int = 0  # of used_bytes: allocated by no call that a probe has seen
-    usage: tuple[UsageView, ...] = ()  # by source
+    orphaned_bytes: int = 0
+    unwitnessed_bytes: int = 0
+    usage: tuple[UsageView, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,7 +131,8 @@ class OrphanView:
 class TenantView:
     """A managed cgroup; `kind` is tenant, group, or gone: the cgroup was removed and memory of it is still held.
 
-    `denied`: why it gets nothing although a policy gives it some.
+    `denied`: why it gets nothing although a policy gives it some. `bypassing`: processes by how they bypass the shim;
+    `shimless`: processes without the shim by the reason. `labels`: those that the policy's `metricLabels` name.
     """
 
     tenant: str
@@ -145,13 +151,19 @@ class TenantView:
     bypassing: Mapping[str, int]
     devices: tuple[TenantDevice, ...]
     processes: tuple[ProcessView, ...]
-    shimless: Mapping[str, int] = field(default_factory=dict)  # processes by the reason
+    shimless: Mapping[str, int] = field(default_factory=dict)
     orphans: tuple[OrphanView, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class DeviceView:
-    """A device of the host."""
+    """A device of the host.
+
+    `owner`: the tenant whose turn it is. `reconcile_age_seconds`: since NVML answered for it. `xids`: counts by XID
+    since the agent began; None: NVML does not report them; `ignored_xids`: how many of them are errors of programs;
+    `fatal_xid`: the XID after which no share of the device is offered; None: there was none. `unexplained_bytes`: in
+    use, and of no process, orphan or known reserve; None: unknown.
+    """
 
     index: int
     uuid: str
@@ -162,14 +174,14 @@ class DeviceView:
     committed_bytes: int
     unmanaged_bytes: int | None
     slices: SlicesView | None = None
-    owner: str | None = None  # the tenant whose turn it is
-    reconcile_age_seconds: float | None = None  # since NVML answered for it
+    owner: str | None = None
+    reconcile_age_seconds: float | None = None
     unmanaged_processes: int | None = None
-    xids: Mapping[int, int] | None = None  # counts by XID since the agent began; None: NVML does not report them
-    ignored_xids: int = 0  # how many of them are errors of programs
-    fatal_xid: int | None = None  # the XID after which no share of the device is offered; None: there was none
+    xids: Mapping[int, int] | None = None
+    ignored_xids: int = 0
+    fatal_xid: int | None = None
     orphaned_bytes: int = 0
-    unexplained_bytes: int | None = None  # in use, and of no process, orphan or known reserve; None: unknown
+    unexplained_bytes: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -239,27 +251,34 @@ class MapView:
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """The host at one moment; `time_seconds` since the epoch, `taken_seconds` the same on the monotonic clock."""
+    """The host at one moment; `time_seconds` since the epoch, `taken_seconds` the same on the monotonic clock.
+
+    `unenforced`: why no limit is in force; empty: limits are in force. `incomplete`: why it is unknown whether all that
+    was asked for is in force; empty: it is. `lacks`: what is missing beside enforcement, and its fix. `trusted`:
+    digests that agent.yaml lists. `events`: of the kernel, sent, and lost by reason. `writes_refused`: requests on the
+    control socket without permission. `failures`: errors of the agent's own code that it has survived. `gatekeeper`:
+    the gatekeeper's own counters, for reports; their names may change.
+    """
 
     time_seconds: float
     devices: tuple[DeviceView, ...] = ()
     tenants: tuple[TenantView, ...] = ()
     anomalies: Mapping[str, int] = field(default_factory=dict)
     gatekeeper: Mapping[str, Any] = field(default_factory=dict)
-    events: Mapping[str, int] = field(default_factory=dict)  # sent, and lost by reason
+    events: Mapping[str, int] = field(default_factory=dict)
     policies: PoliciesView | None = None
     probe_hits: Mapping[str, int] = field(default_factory=dict)
     engines: tuple[EngineView, ...] = ()
     libraries: tuple[LibraryView, ...] = ()
-    trusted: tuple[str, ...] = ()  # digests that agent.yaml lists
-    writes_refused: int = 0  # requests on the control socket without permission
-    failures: int = 0  # errors of the agent's own code that it has survived
+    trusted: tuple[str, ...] = ()
+    writes_refused: int = 0
+    failures: int = 0
     taken_seconds: float = 0.0
     reconcile_failure: str = ""
-    unenforced: str = ""  # why no limit is in force; empty: limits are in force
-    incomplete: str = ""  # why it is unknown whether all that was asked for is in force; empty: it is
+    unenforced: str = ""
+    incomplete: str = ""
     gatekeeper_up: bool | None = None
-    lacks: Mapping[str, tuple[str, str]] = field(default_factory=dict)  # beside enforcement: what is missing, its fix
+    lacks: Mapping[str, tuple[str, str]] = field(default_factory=dict)
     maps: tuple[MapView, ...] = ()
 
 

@@ -19,7 +19,7 @@ OF_PART = {  # the first that a path begins with
     "bpf/": ("bpf", "e2e", "gatekeeper", "shim"),
     "bench/": ("soak",),
     "dashboards/": ("dashboards", "docs"),
-    "deploy/debian/": ("packages",),
+    "deploy/debian/": ("docs", "packages"),
     "deploy/": ("docs", "kubernetes", "packages"),
     "docs/": ("docs",),
     "examples/": ("docs", "e2e"),

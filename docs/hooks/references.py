@@ -6,6 +6,7 @@ failure: KeyError or AssertionError for what has no words here yet, which ends t
 
 from __future__ import annotations
 
+import inspect
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -19,6 +20,7 @@ from pydantic import BaseModel
 from fgpu_ebpf import abi
 from fgpu_ebpf.agent import host_config, host_schema
 from fgpu_ebpf.api import metrics
+from fgpu_ebpf.cli import output_schema
 from fgpu_ebpf.cli.main import main
 from fgpu_ebpf.driver import bypass_reason
 from fgpu_ebpf.policy import fields as policy_fields
@@ -201,7 +203,7 @@ def command_pages() -> str:
     for words, command in commands():
         context = click.Context(command, info_name=words)
         usage = " ".join([words, *command.collect_usage_pieces(context)])
-        lines += ["", f"## {words}", "", "```text", usage, "```", "", *_help(command.help or "")]
+        lines += ["", f"## {words}", "", "```text", usage, "```", "", *_help(inspect.cleandoc(command.help or ""))]
         if options(command):
             lines += ["", *_table("option", "", "what it does")]
             lines += [_row(*_option(option, context)) for option in options(command)]
@@ -227,4 +229,38 @@ def _help(text: str) -> Iterator[str]:
             yield paragraph.strip()
 
 
-WRITERS = {"policy": policy, "host": host, "metrics": metric_table, "commands": command_pages}
+# -- JSON outputs --------------------------------------------------------------------------------------------------
+
+
+def outputs() -> str:
+    """Every object that `--json` prints: what its fields are called, their types and what they mean."""
+    lines: list[str] = []
+    for command in output_schema.PRINTED:
+        definitions = output_schema.of(command)["$defs"]
+        lines += ["", f"## Objects of {command}"]
+        for name, one in definitions.items():
+            lines += ["", f"### {name}", "", one["description"], "", *_table("field", "type")]
+            lines += [_row(f"`{key}`", _json_type(shown)) for key, shown in one["properties"].items()]
+    return "\n".join(lines)
+
+
+def _json_type(shown: Mapping[str, Any]) -> str:
+    if "anyOf" in shown:
+        return " or ".join(map(_json_type, shown["anyOf"]))
+    if "$ref" in shown:
+        name = shown["$ref"].rpartition("/")[2]
+        return f"[{name}](#{name.lower()})"
+    match shown.get("type"):
+        case "array" if "prefixItems" in shown:
+            return f"list of {' and '.join(map(_json_type, shown['prefixItems']))}"
+        case "array":
+            return f"list of {_json_type(shown['items'])}"
+        case "object":
+            return f"object: names to {_json_type(shown['additionalProperties'])}"
+        case found:
+            return str(found or "anything")
+
+
+WRITERS = {
+    "policy": policy, "host": host, "metrics": metric_table, "commands": command_pages, "json": outputs,
+}  # fmt: skip

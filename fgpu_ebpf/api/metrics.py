@@ -71,6 +71,11 @@ _COMPUTE_GAUGES: tuple[tuple[str, str, Callable[[ComputeView], float | None]], .
     ("fgpu_compute_weight", "Weight of the tenant when tenants compete for a device", lambda c: c.weight),
     ("fgpu_compute_limit_ratio", "The most of the device's time that the tenant may own", lambda c: c.limit_ratio),
     (
+        "fgpu_compute_entitled_ratio",
+        "Part of the device's time that was due to the tenant in the last half second, by all shares and ceilings",
+        lambda c: None if c.free else c.entitled_ratio,
+    ),
+    (
         "fgpu_compute_shortfall_ratio",
         "Part of the device's time by which a tenant that wants it got less than is due to it, in ten seconds",
         lambda c: c.shortfall.ratio if c.shortfall else None,

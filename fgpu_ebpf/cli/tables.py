@@ -8,6 +8,7 @@ from __future__ import annotations
 import io
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import psutil
@@ -109,44 +110,69 @@ def event_line(event: Mapping[str, Any]) -> str:
     return f"{when} {line_of(dict(event))}"
 
 
-def process_rows(snapshot: Mapping[str, Any]) -> list[dict[str, Any]]:
+@dataclass(frozen=True, slots=True)
+class ProcessRow:
+    """A process of a tenant on one device, or orphaned memory.
+
+    `pid`: on the host. `bytes`: charged for it. `how`: in what way it bypasses the shim; empty: it does not;
+    `orphaned`: the memory of a process that has ended, or that has exported the memory and freed it. `why`: the reason
+    why it has no shim, or which processes keep orphaned memory. `loader`: the path of its loader, in quotes, if that is
+    the reason; the process can have chosen it. `had_ratio`: the part of the device's time that its
+    tenant had in the last half second; null: not measured. `name`, `user` and `started` (seconds since the epoch) are
+    the host's; null: the process has ended, or the host does not show it. The name of orphaned memory is `(ended)` or
+    `(exported)`.
+    """
+
+    tenant: str
+    pid: int
+    gpu: int
+    bytes: int
+    how: str
+    why: str
+    loader: str
+    had_ratio: float | None
+    name: str | None
+    user: str | None
+    started: float | None
+
+
+def process_rows(snapshot: Mapping[str, Any]) -> list[ProcessRow]:
     """Return one row for each process of a tenant, with the name and user that the host knows for its pid."""
     rows = []
     for tenant in snapshot["tenants"]:
         for process in tenant["processes"]:
             share = next((d["compute"] for d in tenant["devices"] if d["gpu"] == process["gpu"]), None)
-            had = {"had_ratio": share["had_ratio"] if share and not share["free"] else None}
-            rows.append({"tenant": tenant["tenant"], **process, **had, **_names(process["pid"])})
+            had = share["had_ratio"] if share and not share["free"] else None
+            fields = {name: process[name] for name in ("pid", "gpu", "bytes", "how", "why", "loader")}
+            name, user, started = _names(process["pid"])
+            rows.append(ProcessRow(tenant["tenant"], **fields, had_ratio=had, name=name, user=user, started=started))
         rows += [_orphan_row(tenant["tenant"], orphan) for orphan in orphan_text.lasting(tenant["orphans"])]
     return rows
 
 
-def _orphan_row(tenant: str, orphan: Mapping[str, Any]) -> dict[str, Any]:
+def _orphan_row(tenant: str, orphan: Mapping[str, Any]) -> ProcessRow:
     """Return the row of orphaned memory, whose process has ended."""
-    state = "(ended)" if orphan["ended"] else "(exported)"
-    return {
-        "tenant": tenant, "pid": orphan["pid"], "gpu": orphan["gpu"], "bytes": orphan["bytes"], "how": "orphaned",
-        "why": orphan_text.keepers(orphan), "loader": "", "had_ratio": None, "name": state, "user": None,
-        "started": None,
-    }  # fmt: skip
+    fields = {name: orphan[name] for name in ("pid", "gpu", "bytes")}
+    state, why = "(ended)" if orphan["ended"] else "(exported)", orphan_text.keepers(orphan)
+    return ProcessRow(
+        tenant, **fields, how="orphaned", why=why, loader="", had_ratio=None, name=state, user=None, started=None
+    )
 
 
-def _names(pid: int) -> dict[str, Any]:
+def _names(pid: int) -> tuple[str, str, float] | tuple[None, None, None]:
     try:
         process = psutil.Process(pid)
-        return {"name": process.name(), "user": process.username(), "started": process.create_time()}
+        return process.name(), process.username(), process.create_time()
     except psutil.Error:
-        return {"name": None, "user": None, "started": None}
+        return None, None, None
 
 
-def processes(rows: list[dict[str, Any]]) -> str:
+def processes(rows: list[ProcessRow]) -> str:
     """Return the table of process_rows()."""
     table = _table("TENANT", "PID", "GPU", "USED", "SHARE", "USER", "NAME", "BYPASS")
     for row in rows:
-        part = "-" if row["had_ratio"] is None else f"{row['had_ratio']:.1%}"
-        user_and_name = (row["user"] or "-", row["name"] or "(gone)")
-        bypass = f"{row['how']} ({row['why']})" if row["why"] else row["how"] or "-"
-        table.add_row(
-            row["tenant"], str(row["pid"]), str(row["gpu"]), memory_text(row["bytes"]), part, *user_and_name, bypass
-        )
+        part = "-" if row.had_ratio is None else f"{row.had_ratio:.1%}"
+        bypass = f"{row.how} ({row.why})" if row.why else row.how or "-"
+        numbers = (str(row.pid), str(row.gpu), memory_text(row.bytes))
+        table.add_row(row.tenant, *numbers, part, row.user or "-", row.name or "(gone)", bypass)
     return _text(table)

@@ -1,4 +1,4 @@
-"""`fgpu status`, `ps`, `top`, `explain`, `events` and `metrics`: what the agent knows.
+"""`fgpu status`, `ps`, `top`, `explain`, `events` and `metrics`: what the agent knows; `fgpu schema`: its JSON.
 
 This module runs in the process of the command, which prints the agent's answer. Exit codes: 0 done, 1 failure, 2 wrong
 usage, 3 no agent, 4 no such target.
@@ -16,13 +16,14 @@ import click
 from fgpu_ebpf import control_client
 from fgpu_ebpf.cli.completion import tenants
 from fgpu_ebpf.cli.request import call, fail, no_answer, run_dir
+from fgpu_ebpf.snapshot import plain
 
 FOLLOW_SECONDS = 0.3
 SORTS = ("tenant", "gpu", "limit", "used", "peak", "share", "entitled", "waited", "refused", "held")
 
 
 @click.command()
-@click.option("--json", "as_json", is_flag=True, help="Print the whole Snapshot.")
+@click.option("--json", "as_json", is_flag=True, help="Print the whole Snapshot as one JSON object.")
 def status(as_json: bool) -> None:
     """Show tenants: limit, used, peak, refused."""
     from fgpu_ebpf.cli import tables
@@ -38,7 +39,7 @@ def ps(as_json: bool) -> None:
     from fgpu_ebpf.cli import tables
 
     rows = tables.process_rows(call({"verb": "snapshot"}))
-    click.echo(json.dumps(rows) if as_json else tables.processes(rows), nl=as_json)
+    click.echo(json.dumps(rows, default=plain) if as_json else tables.processes(rows), nl=as_json)
 
 
 @click.command()
@@ -113,4 +114,13 @@ def metrics() -> None:
     click.echo(call({"verb": "metrics"}), nl=False)
 
 
-COMMANDS = (status, ps, top, explain_target, events, metrics)
+@click.command()
+@click.argument("command", type=click.Choice(("status", "ps", "events")))
+def schema(command: str) -> None:
+    """Print the JSON Schema of what COMMAND prints with --json. For `events`, it describes one line."""
+    from fgpu_ebpf.cli import output_schema
+
+    click.echo(json.dumps(output_schema.of(command), indent=2))
+
+
+COMMANDS = (status, ps, top, explain_target, events, metrics, schema)

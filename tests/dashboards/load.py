@@ -28,7 +28,7 @@ REFUSALS = 5  # few: by how much Prometheus extrapolates is a part of them
 FATAL_XIDS, XIDS = 1, 3
 WEIGHTS = {"heavy": 300, "light": 100}
 CEILINGS = {"heavy": 0.8, "light": 0.1}  # less than the whole together: each is held back, and not by the other alone
-DUE = {"heavy": 0.75, "light": 0.1}  # by weight; by its ceiling
+DUE = CEILINGS  # what the ceiling of one leaves is due to the other
 
 
 @dataclass

@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import json
 import subprocess
+import threading
 import urllib.parse
 import urllib.request
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +31,7 @@ class Prometheus:
 
     def get(self, path: str, **arguments: str) -> Any:
         """Return the answer of its API."""
-        query = urllib.parse.urlencode({key.rstrip("_"): value for key, value in arguments.items()})
+        query = urllib.parse.urlencode(arguments)
         with urllib.request.urlopen(f"{self._url}{path}?{query}", timeout=10) as answer:
             return json.load(answer)["data"]
 
@@ -40,7 +42,7 @@ class Prometheus:
 
     def label_values(self, selector: str, label: str) -> list[str]:
         """Return what Grafana's label_values(selector, label) shows."""
-        return list(self.get(f"/api/v1/label/{label}/values", match__=selector))
+        return list(self.get(f"/api/v1/label/{label}/values", **{"match[]": selector}))
 
     def is_scraping(self) -> bool:
         """Return whether it has a first sample."""
@@ -50,12 +52,40 @@ class Prometheus:
 
 
 @contextlib.contextmanager
-def scraping(address: str, work: Path) -> Iterator[Prometheus]:
-    """Run Prometheus with the project's own rules, after it has scraped that address once."""
+def exporting(text: str) -> Iterator[str]:
+    """Serve a page of metrics; yield its address."""
+
+    class Page(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            """Answer with the page."""
+            self.send_response(200)
+            self.send_header("Content-Type", "text/plain; version=0.0.4")
+            self.end_headers()
+            self.wfile.write(text.encode())
+
+        def log_message(self, *_: object) -> None:
+            """Write nothing."""
+
+    with HTTPServer(("127.0.0.1", 0), Page) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            yield f"127.0.0.1:{server.server_port}"
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+@contextlib.contextmanager
+def scraping(address: str, work: Path, other: str) -> Iterator[Prometheus]:
+    """Run Prometheus after it has scraped the agent's address once. `other`: an address that is another job's."""
     target = {"targets": [address], "labels": {"cluster": CLUSTER}}
     config = {
         "global": {"scrape_interval": "1s", "evaluation_interval": "1s"},
-        "scrape_configs": [{"job_name": JOB, "static_configs": [target]}],
+        "scrape_configs": [
+            {"job_name": JOB, "static_configs": [target]},
+            {"job_name": "dcgm-exporter", "static_configs": [{"targets": [other]}]},
+        ],
     }
     (work / "prometheus.yml").write_text(yaml.safe_dump(config))
     port = free_port()

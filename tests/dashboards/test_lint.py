@@ -1,20 +1,27 @@
-"""The rules of grafana/dashboard-linter, and a check that the files are what make.py writes.
+"""The rules of grafana/dashboard-linter, Grafana's own schema, and a check that the files are what make.py writes.
 
 Prometheus itself checks that a query is valid PromQL: test_queries runs every query.
 """
 
 from __future__ import annotations
 
+import json
 import re
 import runpy
+from pathlib import Path
 from typing import Any
 
+import jsonschema
 import pytest
 
 from .conftest import FOLDER, NAMES
 
-UNITS = {"none", "short", "bytes", "percentunit", "binBps", "ops", "s", "bool_yes_no"}  # of Grafana's own names
-VARIABLES = {"datasource", "cluster", "job", "instance", "gpu", "tenant"}
+# Of Grafana's own names.
+UNITS = {"none", "short", "bytes", "percentunit", "binBps", "ops", "s", "bool_yes_no", "watt", "celsius"}
+VARIABLES = {"datasource", "cluster", "job", "instance", "gpu", "namespace", "pod", "tenant"}
+GRAFANA = json.loads(Path(__file__).with_name("grafana").joinpath("schema.json").read_text())
+# Of dcgm-exporter's etc/default-counters.csv.
+DCGM = {f"DCGM_FI_DEV_{name}" for name in ("GPU_UTIL", "MEM_COPY_UTIL", "POWER_USAGE", "GPU_TEMP")}
 SELECTOR = re.compile(r"\b(?:fgpu_\w+|up)\b(\{[^}]*\})?")
 
 
@@ -24,8 +31,14 @@ def dashboard(request: pytest.FixtureRequest, dashboards: dict[str, dict[str, An
 
 
 @pytest.fixture
-def queries(dashboard: dict[str, Any]) -> list[str]:
-    return [target["expr"] for panel in dashboard["panels"] for target in panel["targets"]]
+def panels(dashboard: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the panels that show something."""
+    return [panel for panel in dashboard["panels"] if panel["type"] != "row"]
+
+
+@pytest.fixture
+def queries(panels: list[dict[str, Any]]) -> list[str]:
+    return [target["expr"] for panel in panels for target in panel["targets"]]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -46,12 +59,15 @@ def test_variables(dashboard: dict[str, Any]) -> None:
         assert re.fullmatch(rf"label_values\(fgpu_\w+(\{{.*\}})?, {name}\)", it["query"])
     for name in ("job", "instance"):
         assert (found[name]["label"], found[name]["allValue"]) == (name.title(), ".+")
+    assert "allValue" not in found["tenant"], "All would be more than the chosen namespaces and pods have"
+    for name, by in (("pod", "namespace"), ("tenant", "namespace"), ("tenant", "pod")):
+        assert f'{by}=~"${by}"' in found[name]["query"]
     assert dashboard["editable"] is False
 
 
-def test_panels(dashboard: dict[str, Any]) -> None:
+def test_panels(dashboard: dict[str, Any], panels: list[dict[str, Any]]) -> None:
     """panel-datasource, -title-description, -units and -no-targets."""
-    for panel in dashboard["panels"]:
+    for panel in panels:
         assert panel["title"]
         assert panel["description"].endswith(".")
         assert panel["datasource"]["uid"] == "${datasource}"
@@ -60,6 +76,94 @@ def test_panels(dashboard: dict[str, Any]) -> None:
         assert all(target["datasource"]["uid"] == "${datasource}" for target in panel["targets"])
     ids = [panel["id"] for panel in dashboard["panels"]]
     assert len(ids) == len(set(ids))
+
+
+def invalid(part: dict[str, Any], found: Any) -> list[str]:
+    """Return what the schema of a part of Grafana's does not allow."""
+    schema = part | {"definitions": GRAFANA["definitions"]}
+    return [f"{error.json_path}: {error.message}" for error in jsonschema.Draft7Validator(schema).iter_errors(found)]
+
+
+def test_grafana_knows_every_key(dashboard: dict[str, Any], panels: list[dict[str, Any]]) -> None:
+    """Dashboard, options and custom fields have the types of @grafana/schema, with no key that it does not have."""
+    part = GRAFANA["properties"]
+    assert invalid(part["dashboard"], dashboard) == []
+    assert invalid(part["dashboard"], dashboard | {"panel": []}) != []
+    for panel in panels:
+        kind, options = panel["type"], panel["options"]
+        assert invalid(part["options"]["properties"][kind], options) == []
+        assert invalid(part["options"]["properties"][kind], options | {"colourMode": "value"}) != []
+        if custom := panel["fieldConfig"]["defaults"].get("custom"):
+            assert invalid(part["custom"]["properties"][kind], custom) == []
+
+
+def test_numbers_have_colours_of_their_own(panels: list[dict[str, Any]]) -> None:
+    """Grafana shows a number without thresholds in green below 80, and in red from there."""
+    colours: dict[str, list[str]] = {}
+    for panel in panels:
+        if panel["type"] in ("stat", "gauge"):
+            steps = panel["fieldConfig"]["defaults"]["thresholds"]["steps"]
+            assert steps[0]["value"] is None
+            values = [step["value"] for step in steps[1:]]
+            assert values == sorted(values)
+            colours[panel["title"]] = [step["color"] for step in steps]
+    assert colours
+    expected = {
+        "Nodes down": ["green", "red"], "Gatekeepers down": ["green", "red"], "Devices failed": ["green", "red"],
+        "Policies rejected": ["green", "red"], "Tenants": ["text"], "Memory unmanaged": ["text"], "Limit": ["text"],
+        "Used": ["text"], "Peak": ["text"], "Policy files valid": ["red", "green"], "Refusals": ["green", "orange"],
+    }  # fmt: skip
+    for title in colours.keys() & expected.keys():
+        assert colours[title] == expected[title], title
+
+
+def test_legends_are_tables(panels: list[dict[str, Any]]) -> None:
+    for panel in panels:
+        if panel["type"] == "timeseries":
+            legend = panel["options"]["legend"]
+            assert (legend["displayMode"], legend["calcs"]) == ("table", ["lastNotNull", "max"])
+
+
+@pytest.mark.parametrize("name", ["cluster", "node"])
+def test_curves_of_tenants_are_few(dashboards: dict[str, dict[str, Any]], name: str) -> None:
+    """A cluster or a node may have a thousand tenants."""
+    curves = [panel for panel in dashboards[name]["panels"] if panel["type"] == "timeseries"]
+    few = [target["expr"] for panel in curves for target in panel["targets"] if "{{tenant}}" in target["legendFormat"]]
+    assert len(few) >= 2
+    assert [expr for expr in few if not re.match(r"(top|bottom)k\(", expr)] == []
+
+
+def test_tables_have_names_for_their_columns(panels: list[dict[str, Any]]) -> None:
+    for panel in panels:
+        if panel["type"] == "table":
+            (organize,) = panel["transformations"]
+            names, hidden = organize["options"]["renameByName"], organize["options"]["excludeByName"]
+            assert {"tenant", "instance", "gpu", "cluster"} <= names.keys()
+            assert "Value" in names.keys() ^ hidden.keys()
+            assert all(name[0].isupper() for name in names.values())
+            assert all(row["displayName"] in names.values() for row in panel["options"]["sortBy"])
+
+
+def test_tenants_lead_to_their_dashboard(dashboard: dict[str, Any], panels: list[dict[str, Any]]) -> None:
+    """Each link is to a dashboard that exists, sets variables that it has, and uses a column or label that is there."""
+    uids, to_tenants = {f"fgpu-{name}" for name in NAMES}, 0
+    for panel in panels:
+        overrides = panel["fieldConfig"]["overrides"]
+        values = [one["value"] for override in overrides for one in override["properties"] if one["id"] == "links"]
+        for link in sum(values, panel["fieldConfig"]["defaults"].get("links", [])):
+            uid, _, arguments = link["url"].removeprefix("/d/").partition("?")
+            assert uid in uids
+            assert set(re.findall(r"var-(\w+)=", arguments)) <= VARIABLES
+            for label in re.findall(r"__field\.labels\.(\w+)", link["url"] + link["title"]):
+                assert all(f"{{{{{label}}}}}" in target["legendFormat"] for target in panel["targets"]), panel["title"]
+            to_tenants += uid == "fgpu-tenant"
+    assert to_tenants >= (3 if dashboard["uid"] == "fgpu-cluster" else 1)
+
+
+def test_metrics_that_are_not_of_fgpu_are_known(queries: list[str]) -> None:
+    """Metrics of fgpu are compared with the agent's own in docs/test_references.py."""
+    words = {word for expr in queries for word in re.findall(r"\b[A-Z][A-Z]+_\w+", expr)}
+    assert words <= DCGM
 
 
 def test_every_selector_names_cluster_job_and_instance(queries: list[str]) -> None:

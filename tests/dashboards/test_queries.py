@@ -13,22 +13,25 @@ from typing import Any
 
 import pytest
 
+from tests.support.commands import metrics_page
 from tests.support.host import LISTEN, MIB
 from tests.support.service import Service
 from tests.support.wait import eventually
 
 from . import load as known
-from .prometheus_kit import CLUSTER, JOB, Labels, Prometheus, scraping
+from .prometheus_kit import CLUSTER, JOB, Labels, Prometheus, exporting, scraping
 
 CHOSEN = {"__rate_interval": "10s", "__range": "5m", "cluster": ".*", "job": ".+", "instance": ".+", "gpu": ".+"}
+CHOSEN |= {"namespace": ".*", "pod": ".*"}
 PATIENCE_SECONDS = 30
 XIDS = "fgpu_device_xids_total"
+DCGM = {"GPU_UTIL": 37, "MEM_COPY_UTIL": 11, "POWER_USAGE": 350.5, "GPU_TEMP": 61}  # what dcgm-exporter would export
 SILENT = {"Containers that wait for labels"}  # no engine
 
 
 def chosen(expr: str, tenant: str = ".+") -> str:
     """Return a query with Grafana's variables filled in, as "All" fills them, except for the tenant."""
-    return re.sub(r"\$(\w+)", lambda found: (CHOSEN | {"tenant": tenant})[found[1]], expr)
+    return re.sub(r"\$([a-z_]\w*)", lambda found: (CHOSEN | {"tenant": tenant})[found[1]], expr)
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +43,11 @@ def load(service: Service, tmp_path_factory: pytest.TempPathFactory) -> Iterator
 @pytest.fixture(scope="module")
 def prometheus(load: known.Load, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prometheus]:
     """Return a Prometheus that has seen the tenants before the first refusal, and the last refusal."""
-    with scraping(LISTEN, tmp_path_factory.mktemp("prometheus")) as prometheus:
+    (uuid,) = re.findall(r'gpu_uuid="([^"]+)"', metrics_page())
+    labels = f'{{gpu="7",UUID="{uuid}",device="nvidia7",Hostname="elsewhere"}}'  # other names than the agent's
+    page = "".join(f"DCGM_FI_DEV_{name}{labels} {value}\n" for name, value in DCGM.items())
+    work = tmp_path_factory.mktemp("prometheus")
+    with exporting(page) as other, scraping(LISTEN, work, other) as prometheus:
         refusals = f'sum(fgpu_memory_refused_total{{tenant="{load.tenants["full"].name}"}})'
         eventually(lambda: prometheus.ask(refusals) == {frozenset(): 0}, PATIENCE_SECONDS, "a scrape before")
         eventually(lambda: set(prometheus.ask(XIDS).values()) == {0}, PATIENCE_SECONDS, "a device without XIDs")
@@ -75,6 +82,7 @@ def totals(load: known.Load) -> dict[str, dict[str, Expected]]:
         "Tenants": 4,
         "Devices failed": 1,
         "XIDs": known.XIDS,
+        "Memory unexplained": NoLess(0),
     }
     cluster = memory | {
         "Nodes": 1, "Nodes down": 0, "Devices": 1, "Gatekeepers down": 0, "Policies rejected": 0,
@@ -143,7 +151,7 @@ def test_each_number_of_a_tenant(prometheus: Prometheus, load: known.Load, dashb
 
 @pytest.mark.parametrize("name", ["cluster", "node", "tenant"])
 def test_each_query_has_an_answer(prometheus: Prometheus, dashboards, name: str) -> None:
-    panels = [panel for panel in dashboards[name]["panels"] if panel["title"] not in SILENT]
+    panels = [panel for panel in dashboards[name]["panels"] if panel["type"] != "row" and panel["title"] not in SILENT]
     asked = {chosen(target["expr"]): panel["title"] for panel in panels for target in panel["targets"]}
     until = time.monotonic() + PATIENCE_SECONDS
     while unanswered := {title for expr, title in asked.items() if not prometheus.ask(expr)}:
@@ -157,7 +165,8 @@ def by(found: dict[Labels, float], label: str) -> dict[str, float]:
 
 def test_tables_and_shares(prometheus: Prometheus, load: known.Load, dashboards) -> None:
     """The series have the right tenants."""
-    queries = {panel["title"]: chosen(panel["targets"][0]["expr"]) for panel in dashboards["cluster"]["panels"]}
+    panels = [panel for panel in dashboards["cluster"]["panels"] if panel["type"] != "row"]
+    queries = {panel["title"]: chosen(panel["targets"][0]["expr"]) for panel in panels}
     names = {part: tenant.name for part, tenant in load.tenants.items()}
     assert by(prometheus.ask(queries["Top tenants by memory"]), "tenant") == load.used
     assert by(prometheus.ask(queries["Top tenants by refusals"]), "tenant").keys() == {names["full"]}
@@ -169,9 +178,19 @@ def test_tables_and_shares(prometheus: Prometheus, load: known.Load, dashboards)
     )
 
 
+@pytest.mark.parametrize("name", ["cluster", "node"])
+def test_use_of_devices_is_that_of_dcgm(prometheus: Prometheus, dashboards, name: str) -> None:
+    """Both name a device by its UUID, and their other labels differ."""
+    panels = {panel["title"]: panel for panel in dashboards[name]["panels"]}
+    expected = {"GPU utilisation": 0.37, "Memory bandwidth utilisation": 0.11, "Power": 350.5, "Temperature": 61}
+    for title, value in expected.items():
+        found = prometheus.ask(chosen(panels[title]["targets"][0]["expr"]))
+        assert found == {frozenset({("instance", LISTEN), ("gpu", "0")}): pytest.approx(value)}, title
+
+
 def test_variables_offer_what_there_is(prometheus: Prometheus, load: known.Load, dashboards) -> None:
     offered = {
-        "cluster": {CLUSTER}, "job": {JOB}, "instance": {LISTEN}, "gpu": {"0"},
+        "cluster": {CLUSTER}, "job": {JOB}, "instance": {LISTEN}, "gpu": {"0"}, "namespace": set(), "pod": set(),
         "tenant": {tenant.name for tenant in load.tenants.values()},
     }  # fmt: skip
     for dashboard in dashboards.values():

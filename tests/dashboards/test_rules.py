@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import runpy
 from pathlib import Path
 from typing import Any
 
@@ -75,15 +76,13 @@ CASES: dict[str, tuple[dict[str, str], dict[str, str]]] = {
         {
             f"fgpu_compute_seconds_total{{{ON}}}": "0+6x20",  # a tenth of the time
             f"fgpu_compute_wait_seconds_total{{{ON}}}": "0+54x20",
-            f"fgpu_compute_limit_ratio{{{ON}}}": "1x20",
-            f"fgpu_compute_weight{{{ON}}}": "100x20",
-            f'fgpu_compute_weight{{{HERE},gpu="0",tenant="other"}}': "100x20",
+            f"fgpu_compute_entitled_ratio{{{ON}}}": "0.5x20",
         },
         {
-            f"fgpu_compute_seconds_total{{{ON}}}": "0+6x20",  # its limit
+            f"fgpu_compute_seconds_total{{{ON}}}": "0+6x20",
             f"fgpu_compute_wait_seconds_total{{{ON}}}": "0+54x20",
-            f"fgpu_compute_limit_ratio{{{ON}}}": "0.1x20",
-            f"fgpu_compute_weight{{{ON}}}": "100x20",
+            f"fgpu_compute_entitled_ratio{{{ON}}}": "0.1x20",  # its ceiling, or its part of a unit
+            f"fgpu_compute_limit_ratio{{{ON}}}": "1x20",
         },
     ),
     "FgpuEventsLost": (
@@ -152,7 +151,7 @@ def test_an_observed_tenant_may_exceed_its_limit(tmp_path: Path, mode: str, fire
 def test_a_turn_that_never_comes_is_starvation(tmp_path: Path, waiting: str, fires: bool) -> None:
     """The wait is not counted until it ends."""
     entered = {f"fgpu_compute_wait_seconds_total{{{ON}}}": "7x20", f"fgpu_compute_seconds_total{{{ON}}}": "1x20"}
-    shares = {f"fgpu_compute_limit_ratio{{{ON}}}": "1x20", f"fgpu_compute_weight{{{ON}}}": "100x20"}
+    shares = {f"fgpu_compute_entitled_ratio{{{ON}}}": "0.5x20"}
     series = entered | shares | {f"fgpu_compute_waiting_seconds{{{ON}}}": waiting}
     assert_fires(tmp_path, "FgpuTenantStarved", series, fires)
 
@@ -172,8 +171,18 @@ def assert_fires(tmp_path: Path, name: str, values: dict[str, str], fires: bool)
 def test_each_says_what_it_is_and_has_a_runbook(name: str) -> None:
     rule: dict[str, Any] = ALERTS[name]
     assert rule["labels"]["severity"] in {"critical", "warning", "info"}
-    assert rule["annotations"].keys() == {"summary", "description", "runbook"}
-    assert rule["annotations"]["runbook"] == f"docs/runbooks.md#{name.lower()}"
+    assert rule["annotations"].keys() == {"summary", "description", "runbook_url"}
+    assert rule["annotations"]["runbook_url"] == f"https://fgpu.example/runbooks.html#{name.lower()}"
     (section,) = re.findall(rf"^## {name}$(.*?)(?=^## |\Z)", RUNBOOKS, re.MULTILINE | re.DOTALL)
     for part in ("**Means**", "**Look first**", "**Do**"):
         assert part in section
+
+
+def test_one_option_changes_the_address_of_every_runbook() -> None:
+    text = RULES.read_text()
+    moved = runpy.run_path(str(FOLDER / "make.py"))["with_runbooks"](text, "https://wiki/fgpu?page=runbooks")
+    assert moved.replace("https://wiki/fgpu?page=runbooks", "https://fgpu.example/runbooks.html") == text
+    rules = [rule for group in yaml.safe_load(moved)["groups"] for rule in group["rules"]]
+    assert {rule["annotations"]["runbook_url"] for rule in rules} == {
+        f"https://wiki/fgpu?page=runbooks#{name.lower()}" for name in ALERTS
+    }

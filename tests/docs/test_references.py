@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import re
+import shutil
+import subprocess
 from pathlib import Path
 
+import jsonschema
 import pytest
 
 from docs.hooks import references
 from fgpu_ebpf.agent import host_schema
+from fgpu_ebpf.cli import output_schema
 from fgpu_ebpf.policy import schema as policy_schema
 from tests.support.host import ROOT
 
@@ -73,6 +78,7 @@ def test_editors_show_what_each_key_means() -> None:
 def test_every_command_and_option_has_words_and_is_shown(shown: dict[str, str]) -> None:
     found = dict(references.commands())
     assert len(found) > 20
+    assert "\b" not in shown["cli"], "click's mark of a paragraph that is not wrapped"
     for words, command in found.items():
         assert command.help, words
         assert f'id="{words.replace(" ", "-")}"' in shown["cli"], words
@@ -86,3 +92,32 @@ def test_a_key_without_words_ends_the_build(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(policy_schema.Views.model_fields["utilization"], "description", None)
     with pytest.raises(AssertionError, match="utilization does not say what it is"):
         references.policy()
+
+
+JSON_PAGE = (ROOT / "docs/reference/json.md").read_text()
+
+
+def test_every_field_of_json_output_is_shown(shown: dict[str, str]) -> None:
+    for command in output_schema.PRINTED:
+        for name, definition in output_schema.of(command)["$defs"].items():
+            assert f'id="{name.lower()}"' in shown["json"], name
+            for field in definition["properties"]:
+                assert f"<code>{field}</code>" in shown["json"], (name, field)
+
+
+def test_examples_of_json_output_are_as_the_schema_says() -> None:
+    row, event = (json.loads(text) for text in re.findall(r"^```json\n(.*?)^```", JSON_PAGE, re.M | re.S))
+    jsonschema.validate([row], output_schema.of("ps"))
+    jsonschema.validate(event, output_schema.of("events"))
+
+
+@pytest.mark.skipif(not shutil.which("jq"), reason="no jq")
+def test_filters_of_the_page_work() -> None:
+    devices = [{"gpu": 0, "used_bytes": 90, "limit_bytes": 100}, {"gpu": 1, "used_bytes": 89, "limit_bytes": 100}]
+    tenants = [{"tenant": "a", "devices": devices}]
+    status = json.dumps({"tenants": tenants, "unenforced": "", "incomplete": "a fault"})
+    said = []
+    for option, text in re.findall(r"^ {4}fgpu status --json \| jq (-\w) '(.*)'$", JSON_PAGE, re.MULTILINE):
+        done = subprocess.run(["jq", option, text], input=status, capture_output=True, text=True, check=False)
+        said.append((done.returncode, done.stdout))
+    assert said == [(0, "a gpu 0\n"), (1, "false\n")]

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.commands import ask, fgpu, metrics, metrics_page
+from tests.support.commands import ask, fgpu, metrics, metrics_page, output
 from tests.support.host import CONTEXT, ENVIRONMENT, FGPU, GIB, METRICS, MIB, ROOT
 from tests.support.service import Service
 from tests.support.wait import eventually
@@ -82,7 +82,7 @@ def test_status_ps_and_metrics_show_the_same_values(tenant) -> None:
     with one.growing():
         client.ok(f"alloc {20 * MIB}")
     used = one.assert_exact()
-    status = json.loads(fgpu("status", "--json").stdout)
+    status = output("status")
     shown = next(t for t in status["tenants"] if t["tenant"] == one.name)
     assert shown["kind"] == "tenant"
     assert shown["enforcement"] == "kernel"
@@ -90,7 +90,7 @@ def test_status_ps_and_metrics_show_the_same_values(tenant) -> None:
     assert shown["cgroup"] == one.cgroup.stat().st_ino
     assert shown["processes"] == [{"pid": client.pid, "gpu": 0, "bytes": used, "how": "", "why": "", "loader": ""}]
     assert shown["devices"][0]["used_bytes"] == used
-    rows = json.loads(fgpu("ps", "--json").stdout)
+    rows = output("ps")
     assert [(r["pid"], r["tenant"], r["bytes"]) for r in rows if r["tenant"] == one.name] == [
         (client.pid, one.name, used)
     ]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import json
 import os
 import re
 import select
@@ -16,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.commands import ask, events, fgpu
+from tests.support.commands import ask, events, fgpu, output
 from tests.support.host import BUILD, CONTEXT, ENVIRONMENT, FGPU, GIB, MIB, REFUSED
 from tests.support.sim_driver import driver_books, unnamed_bytes
 from tests.support.tenant import Client, Program, Tenant
@@ -27,7 +26,7 @@ HELD = 4 * MIB
 
 def ledger_pids() -> set[int]:
     """Return the pids that `fgpu ps` shows."""
-    return {row["pid"] for row in json.loads(fgpu("ps", "--json").stdout)}
+    return {row["pid"] for row in output("ps")}
 
 
 def bystander(one: Tenant) -> Client:
@@ -333,6 +332,9 @@ def test_explain_names_what_keeps_memory_of_an_ended_process_and_its_parent(tena
     assert parent not in ("1", str(client.pid))
     said = f"process {client.pid}, which has ended: kept by pid {child}; end pid {child}, a child of {parent}, or"
     eventually(lambda: said in fgpu("explain", one.path).stdout, 15, said)
+    assert any(tenant["orphans"] for tenant in output("status")["tenants"])
+    (row,) = [row for row in output("ps") if row["how"] == "orphaned"]
+    assert (row["pid"], row["name"], row["why"]) == (client.pid, "(ended)", f"kept by pid {child}")
     os.kill(child, signal.SIGKILL)
     eventually(lambda: not one.view()["orphans"], 5, "the end of the orphan")
 

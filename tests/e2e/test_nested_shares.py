@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.e2e.spin_kit import Spin, together
-from tests.support.commands import ask, metrics
+from tests.support.commands import metrics, output
 from tests.support.host import ENVIRONMENT, SHIM, cgroup_root
 from tests.support.place import Cgroups
 from tests.support.service import Service
@@ -83,9 +83,11 @@ def test_three_cgroups_have_the_ceiling_of_one(nested: Nested, group: Cgroups, s
     free.close()
     made = nested("limit: 25%", 3)
     assert sum(together(*made)) / most == pytest.approx(0.25, abs=0.06)
-    (own,) = [t["devices"][0] for t in ask(verb="snapshot")["tenants"] if t["path"] == f"{group.group}/own"]
+    (own,) = [t["devices"][0] for t in output("status")["tenants"] if t["path"] == f"{group.group}/own"]
     inside = sum(one.compute()["owned_seconds"] for one in made)
     assert own["compute"]["owned_seconds"] == pytest.approx(inside, rel=0.1)
+    due = [value for (name, _), value in metrics().items() if name == "fgpu_compute_entitled_ratio"]
+    assert sorted(due) == pytest.approx([0.25 / 3] * 3 + [0.25], abs=0.001)
 
 
 def test_three_cgroups_have_the_weight_of_one(nested: Nested, start) -> None:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import collections
 import contextlib
-import json
 import os
 import re
 from collections.abc import Iterator
 
 import pytest
 
-from tests.support.commands import fgpu, metrics_page
+from tests.support.commands import fgpu, metrics_page, output
 from tests.support.host import GIB, RUN_DIR, cgroup_root
 from tests.support.service import Service
 from tests.support.wait import eventually
@@ -48,7 +47,7 @@ def jobs(service: Service, unharmed: None) -> Iterator[list[str]]:
 
 
 def names() -> dict[str, str]:
-    found = json.loads(fgpu("status", "--json").stdout)["tenants"]
+    found = output("status")["tenants"]
     return {tenant["path"]: tenant["tenant"] for tenant in found if tenant["path"].startswith(f"/{GROUP}/")}
 
 
@@ -59,7 +58,7 @@ def assert_each_has_its_own(jobs: list[str], had: dict[str, str]) -> None:
     assert [sample for sample, times in samples.items() if times > 1] == []
     for path, name in had.items():
         fgpu("set", name, "--memory", "1GiB")
-        found = json.loads(fgpu("status", "--json").stdout)["tenants"]
+        found = output("status")["tenants"]
         limited = [one["path"] for one in found if any(d["limit_bytes"] == GIB for d in one["devices"])]
         assert limited == [path]
         fgpu("unset", name)

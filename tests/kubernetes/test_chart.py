@@ -99,9 +99,11 @@ def test_every_mount_has_its_volume_and_every_volume_its_mount() -> None:
 
 
 def test_rules_and_dashboards_are_those_of_dashboards() -> None:
-    assert of_kind("everything", "PrometheusRule")["spec"] == yaml.safe_load(
-        (ROOT / "dashboards/rules.yaml").read_text()
-    )
+    values = yaml.safe_load((HERE / "values/everything.yaml").read_text())
+    runbooks = values["prometheusRule"]["runbooks"]
+    rules = (ROOT / "dashboards/rules.yaml").read_text().replace("https://fgpu.example/runbooks.html", runbooks)
+    assert of_kind("everything", "PrometheusRule")["spec"] == yaml.safe_load(rules)
+    assert f"runbook_url: {runbooks}#fgpuagentdown\n" in rules
     (boards,) = [
         one for one in objects(HERE / "rendered/everything.yaml") if one["metadata"]["name"] == "fgpu-dashboards"
     ]

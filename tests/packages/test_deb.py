@@ -37,6 +37,10 @@ echo "${COMPREPLY[@]}"
 """
 
 
+READ = {f"/usr/share/doc/fgpu/{name}" for name in ("docs/index.md", "docs/runbooks.md", "examples/agent.yaml")}
+READ |= {f"/usr/share/man/man1/fgpu{name}.1.gz" for name in ("", "-status", "-policy-check")}
+
+
 def test_install_enforce_purge(host: fresh_host.Host, deb: Path, tmp_path: Path) -> None:
     settings = host.root / "etc/docker/daemon.json"
     settings.parent.mkdir(exist_ok=True)
@@ -57,6 +61,8 @@ def test_install_enforce_purge(host: fresh_host.Host, deb: Path, tmp_path: Path)
     assert host.run("bash", "-c", COMPLETION).stdout == "status\n"
     for shell, file in (("zsh", "zsh/vendor-completions/_fgpu"), ("fish", "fish/vendor_completions.d/fgpu.fish")):
         assert (host.root / "usr/share" / file).read_text() == host.run("fgpu", "completion", shell).stdout
+    assert set(host.run("dpkg", "-L", "fgpu").stdout.split()) >= READ
+    host.run("fgpu", "policy", "check", "/usr/share/doc/fgpu/examples/policy.d")
     host.run("fgpu", "setup", "docker")
     assert '"default-runtime": "fgpu"' in settings.read_text()
     said = host.apt("purge", "fgpu").stdout

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 import socket
@@ -38,10 +39,30 @@ def ask(**request: Any) -> Any:
 Samples = dict[tuple[str, frozenset[tuple[str, str]]], float]
 
 
+@functools.cache
+def output_schema(command: str) -> Any:
+    """Return a validator of what `fgpu schema COMMAND` prints. It allows no property that the schema does not name."""
+    import jsonschema  # benchmarks use this module where it is not installed
+
+    schema = json.loads(fgpu("schema", command).stdout)
+    for definition in schema["$defs"].values():
+        definition["additionalProperties"] = False
+    jsonschema.Draft202012Validator.check_schema(schema)
+    return jsonschema.Draft202012Validator(schema)
+
+
+def output(command: str) -> Any:
+    """Return what `fgpu status`, `ps` or `events` prints with --json. It must be as its schema says; events: a list."""
+    said = fgpu(command, "--json").stdout
+    found = [json.loads(line) for line in said.splitlines()]
+    for document in found:
+        output_schema(command).validate(document)
+    return found if command == "events" else found[0]
+
+
 def events(what: str) -> list[dict[str, Any]]:
     """Return the events of one kind in `fgpu events`, the oldest first."""
-    found = [json.loads(line) for line in fgpu("events", "--json").stdout.splitlines()]
-    return [one for one in found if one["what"] == what]
+    return [one for one in output("events") if one["what"] == what]
 
 
 def metrics(page: str | None = None) -> Samples:

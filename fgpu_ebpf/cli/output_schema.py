@@ -1,0 +1,67 @@
+"""JSON Schemas of what `fgpu status`, `ps` and `events` print with --json, made from the classes that are printed.
+
+This module runs in the process of `fgpu schema`. Within a VERSION, properties are only added: tests compare the schemas
+with those of the version's first release. Raises KeyError for a type that has no JSON yet.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import fields, is_dataclass
+from inspect import getdoc
+from types import UnionType
+from typing import Any, get_args, get_origin, get_type_hints
+
+from fgpu_ebpf.cli.tables import ProcessRow
+from fgpu_ebpf.snapshot import Snapshot
+from fgpu_ebpf.tenancy.event_log import Event
+
+VERSION = 1
+TYPES = {str: "string", int: "integer", float: "number", bool: "boolean", type(None): "null"}
+PRINTED: Mapping[str, Any] = {"status": Snapshot, "ps": list[ProcessRow], "events": Event}
+
+
+def of(command: str) -> dict[str, Any]:
+    """Return the JSON Schema of what `fgpu COMMAND --json` prints; of `events`, that of one line."""
+    definitions: dict[str, Any] = {}
+    printed = _schema(PRINTED[command], definitions)
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "$id": f"urn:fgpu:{command}:v{VERSION}",
+        "title": f"fgpu {command} --json",
+        **printed,
+        "$defs": dict(sorted(definitions.items())),
+    }
+
+
+def _schema(hint: Any, definitions: dict[str, Any]) -> dict[str, Any]:
+    """Return the schema of a type; adds the classes that it refers to."""
+    if is_dataclass(hint):
+        name = getattr(hint, "__name__", "")
+        if name not in definitions:
+            definitions[name] = {}  # it may contain itself
+            definitions[name] = _object(hint, definitions)
+        return {"$ref": f"#/$defs/{name}"}
+    parts = [_schema(part, definitions) for part in get_args(hint) if part is not ...]
+    match get_origin(hint):
+        case None:
+            return {} if hint is Any else {"type": TYPES[hint]}
+        case origin if origin is UnionType:
+            return {"anyOf": parts}
+        case origin if origin is Mapping:
+            return {"type": "object", "additionalProperties": parts[1]}
+        case origin if origin is list or ... in get_args(hint):
+            return {"type": "array", "items": parts[0]}
+        case origin if origin is tuple:
+            return {"type": "array", "prefixItems": parts, "minItems": len(parts), "maxItems": len(parts)}
+        case origin:
+            raise KeyError(origin)
+
+
+def _object(view: Any, definitions: dict[str, Any]) -> dict[str, Any]:
+    """Return the schema of a class: every field is printed, and later versions of fgpu may print more."""
+    hints = get_type_hints(view)
+    properties = {field.name: _schema(hints[field.name], definitions) for field in fields(view)}
+    said = re.sub(r"\bNone\b", "null", " ".join((getdoc(view) or "").split()))
+    return {"type": "object", "description": said, "properties": properties, "required": list(properties)}

@@ -1,0 +1,192 @@
+"""Settings of the page on recipes, in real engines: the limits that they promise are in force."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+import re
+import socket
+import subprocess
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import yaml
+
+from tests.support.commands import output
+from tests.support.containers import engines
+from tests.support.host import BUILD, CONTEXT, GIB, REFUSED, ROOT
+from tests.support.place import Cgroups
+from tests.support.service import Service, compile_programs
+from tests.support.tenant import Tenant
+from tests.support.wait import eventually
+
+PAGE = (ROOT / "docs/recipes.md").read_text()
+FILES = dict(re.findall(r'^```\w+ title="(.+?)"\n(.*?)^```', PAGE, re.MULTILINE | re.DOTALL))
+COMPOSE = os.environ.get("FGPU_COMPOSE", "")
+LIMITS = {"nproc": 100, "nofile": 1024}
+
+
+class Shared(Service):
+    """A host with the page's shares, and the usual ones that it names."""
+
+    def __init__(self, work: Path, asked: Sequence[str]) -> None:
+        super().__init__(work, asked)
+        shares = yaml.safe_load(FILES["/etc/fgpu/agent.yaml"])["shares"]
+        with self.config.open("a") as config:
+            config.write(f"shares: {[*shares, '4gib', '12gib']}\n")
+
+
+@pytest.fixture(scope="module")
+def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    """The simulated driver (16 GiB, one device) and the agent."""
+    compile_programs()
+    with Shared.running(tmp_path_factory.mktemp("service"), "docker") as service:
+        yield service
+
+
+@pytest.fixture
+def users(service: Service, tmp_path: Path) -> Iterator[Cgroups]:
+    """Sessions of users whose programs have the page's variable, and the page's policy."""
+    place = Cgroups(tmp_path)
+    place.group = "/user.slice"
+    with engines.policy(service, "20-users.yaml", FILES["/etc/fgpu/policy.d/20-users.yaml"]):
+        yield place
+        place.close()
+
+
+def slice_of(one: Tenant) -> dict[str, Any]:
+    """Return what `fgpu status` says of the slice of a session's user."""
+    path = os.path.dirname(one.path)
+    return eventually(lambda: next((t for t in output("status")["tenants"] if t["path"] == path), None), 5, path)
+
+
+def test_a_recipe_limits_all_programs_of_a_user_together(users: Cgroups) -> None:
+    first, second = (users.named(f"user-1000.slice/session-{number}.scope") for number in (1, 2))
+    other = users.named("user-1001.slice/session-3.scope")
+    one, two, neighbour = first.client(), second.client(), other.client()
+    assert one.ok("info")[1] == 8 * GIB
+    assert slice_of(first)["enforcement"] == "kernel"
+    one.ok(f"alloc {5 * GIB}")
+    assert two.do(f"alloc {3 * GIB}") == REFUSED
+    two.ok(f"alloc {GIB}")
+    neighbour.ok(f"alloc {5 * GIB}")
+    assert slice_of(first)["devices"][0]["used_bytes"] == 2 * CONTEXT + 6 * GIB
+    assert slice_of(other)["devices"][0]["compute"]["weight"] == 100
+
+
+def test_a_recipe_holds_without_the_variable(users: Cgroups) -> None:
+    one = users.named("user-1000.slice/session-1.scope")
+    honest, without = one.client(), one.client(before="env -u LD_PRELOAD")
+    honest.ok(f"alloc {6 * GIB}")
+    without.send(f"alloc {2 * GIB}")
+    eventually(lambda: without.pid not in one.pids(), 5, "the end of the program without the shim")
+    assert slice_of(one)["devices"][0]["used_bytes"] <= 8 * GIB
+    honest.ok("info")
+
+
+@pytest.fixture(scope="module")
+def compose() -> dict[str, Any]:
+    return dict(yaml.safe_load(FILES["compose.yaml"])["services"])
+
+
+def test_a_recipe_of_compose_names_shares_of_its_own(docker: engines.Engine, compose: dict[str, Any]) -> None:
+    """Engines get the names of `devices` as Compose passes them on."""
+    limits = {"train": 8 * GIB, "notebook": 2 * GIB}
+    assert compose.keys() == limits.keys()
+    for name, one in compose.items():
+        devices = [word for device in one["devices"] if device != "nvidia.com/gpu=all" for word in ("--device", device)]
+        assert len(devices) == 2
+        with docker.filled(name, *devices) as held:
+            assert held + CONTEXT == limits[name]
+
+
+def filled_by(logs: str) -> dict[str, int]:
+    """Return what the program of each service got, with its context, from the logs of Compose."""
+    return {name: int(got) + CONTEXT for name, got in re.findall(r"^(\w+)-1 .*admitted (\d+) bytes", logs, re.M)}
+
+
+@pytest.mark.skipif(not COMPOSE, reason="FGPU_COMPOSE names no docker-compose")
+def test_a_recipe_runs_with_compose(docker: engines.Engine, compose: dict[str, Any], tmp_path: Path) -> None:
+    """The page's file, but for the image, the program and NVIDIA's devices, which are not here."""
+    for one in compose.values():
+        one["devices"].remove("nvidia.com/gpu=all")
+        one |= {"image": "plain:1", "command": ["sh", "-c", engines.FILL], "network_mode": "none", "ulimits": LIMITS}
+        one["volumes"] = [f"{BUILD}:/opt/build:ro", "/run/fgpu-sim:/run/fgpu-sim"]
+        one["environment"] = {"LD_LIBRARY_PATH": "/opt/build/sim/lib"}
+    file = tmp_path / "compose.yaml"
+    file.write_text(yaml.safe_dump({"services": compose}))
+    command = [*docker.cave.prefix, COMPOSE, "--project-name", "recipe", "--file", file]
+    environment = {**docker.environment, "DOCKER_HOST": f"unix://{docker.work}/docker.sock"}
+
+    def called(*words: str) -> str:
+        done = subprocess.run(
+            [*command, *words], env=environment, capture_output=True, text=True, check=False, timeout=60
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    try:
+        called("up", "--detach")
+        held = eventually(
+            lambda: len(found := filled_by(called("logs"))) == len(compose) and found, 20, "both services"
+        )
+        assert held == {"train": 8 * GIB, "notebook": 2 * GIB}
+    finally:
+        called("down", "--timeout", "1")
+
+
+class Local(http.client.HTTPConnection):
+    """HTTP on a Unix socket."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__("localhost", timeout=20)
+        self._path = str(path)
+
+    def connect(self) -> None:
+        """See HTTPConnection."""
+        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self.sock.connect(self._path)
+
+
+def created(docker: engines.Engine, requests: list[dict[str, Any]]) -> str:
+    """Create a container by the Engine API, as docker-py does, and return its id."""
+    ulimits = [{"Name": name, "Soft": value, "Hard": value} for name, value in LIMITS.items()]
+    binds = [f"{BUILD}:/opt/build:ro", "/run/fgpu-sim:/run/fgpu-sim"]
+    host = {"DeviceRequests": requests, "Binds": binds, "NetworkMode": "none", "PidsLimit": -1, "Ulimits": ulimits}
+    body = {"Image": "plain:1", "Cmd": ["sh", "-c", engines.FILL], "Env": ["LD_LIBRARY_PATH=/opt/build/sim/lib"]}
+    connection = Local(docker.work / "docker.sock")
+    sent = {"Content-Type": "application/json"}
+    connection.request("POST", "/v1.44/containers/create", json.dumps(body | {"HostConfig": host}), sent)
+    answer = json.load(connection.getresponse())
+    assert "Id" in answer, answer
+    return str(answer["Id"])
+
+
+def filled(docker: engines.Engine, name: str) -> int:
+    """Start a container, and return the bytes that its program got. The container is removed."""
+    try:
+        docker.call("start", name)
+        found = eventually(lambda: engines.ANSWER.search(docker.call("logs", name).stdout), 20, name)
+        return int(found[1])
+    finally:
+        docker.remove(name)
+
+
+def test_a_recipe_of_jupyterhub_gives_groups_their_shares(docker: engines.Engine) -> None:
+    """Docker's API gets the function's result; NVIDIA's request cannot be answered here."""
+    spawner = SimpleNamespace(extra_host_config=None)
+    exec(FILES["jupyterhub_config.py"], {"c": SimpleNamespace(DockerSpawner=spawner)})
+    for group, limit in (("staff", 12 * GIB), ("students", 2 * GIB), ("others", 4 * GIB)):
+        user = SimpleNamespace(groups=[SimpleNamespace(name=group)])
+        ours, nvidias = spawner.extra_host_config(SimpleNamespace(user=user))["device_requests"]
+        assert nvidias["Capabilities"] == [["gpu"]]
+        assert filled(docker, created(docker, [ours])) + CONTEXT == limit
+
+
+def test_the_recipe_of_a_workstation_is_an_example_of_the_package() -> None:
+    example = yaml.safe_load((ROOT / "examples/policy.d/20-users.yaml").read_text())
+    assert yaml.safe_load(FILES["/etc/fgpu/policy.d/20-users.yaml"]) == example
