@@ -90,12 +90,12 @@ def driver_files(root: Path) -> dict[Path, tuple[int, int] | None]:
 
 
 def file_at(path: Path) -> tuple[int, int] | None:
-    """Return (dev, ino) of the file at a path, by os.stat; None: there is none."""
+    """Return (dev, ino) of the file at a path, by os.stat; None: there is none, or a mount shows a removed one."""
     try:
         at = path.stat()
     except OSError:
         return None
-    return at.st_dev, at.st_ino
+    return (at.st_dev, at.st_ino) if at.st_nlink else None
 
 
 def _cached_libraries(name: str) -> list[Path]:

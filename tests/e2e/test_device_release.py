@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -92,6 +92,23 @@ def test_a_release_that_no_command_ends_is_ended_by_its_time(service: Service, t
     one.assert_holds(40 * MIB)
     wrong = fgpu("device", "release", "--for", "soon", check=False)
     assert (wrong.returncode, "not a length of time" in wrong.stderr) == (2, True)
+
+
+@pytest.mark.places("host")
+def test_a_device_that_is_reset_while_it_is_released_is_used_again(
+    service: Service, tenant, fault: Callable[[str], None], request: pytest.FixtureRequest
+) -> None:
+    one = tenant(LIMIT)
+    one.assert_enforced()
+    client = one.client()
+    client.ok(f"alloc {20 * MIB}")
+    request.getfixturevalue("released")
+    fault("device-reset")
+    client.kill()
+    assert one.memory()["used_bytes"] == CONTEXT + 20 * MIB, "nothing shows yet that it is gone"
+    fgpu("device", "take")
+    eventually(lambda: one.memory()["used_bytes"] == 0, 5, "a ledger that has forgotten it")
+    one.assert_holds(40 * MIB)
 
 
 @pytest.fixture
