@@ -42,6 +42,7 @@ def load_checks() -> list[Check]:
 
 def checks(options: Options) -> list[Check]:
     """Return every check, in the order of a start. Paths are those of the running agent, if there is one."""
+    is_released = False
     with contextlib.suppress(ConnectionError, control_client.RequestError):
         reply = control_client.call(options.run_dir, {"verb": "ping"})
         options = replace(
@@ -49,11 +50,13 @@ def checks(options: Options) -> list[Check]:
             driver_root=options.driver_root or Path(reply["driver_root"]),
             loader=options.loader or reply["loader"],
         )
+        is_released = reply.get("released", False)  # an agent of an older version does not say so
     host, errors = host_config.read(options.config)
     found = [*host_checks(), _settings(options.config, errors)]
     if host:
         loader = tuple(shlex.split(options.loader)) if options.loader else host.loader
-        found += [_bpffs(), programs.check_loader(loader), *nvml.checks(options.driver_root or host.driver_root)]
+        found += [_bpffs(), programs.check_loader(loader)]
+        found += [] if is_released else nvml.checks(options.driver_root or host.driver_root)
     agents = _agent(options.run_dir)
     if host and not any(check.name == "policies" for check in agents):
         agents.append(folder.check(options.policies or host.policy_folder))

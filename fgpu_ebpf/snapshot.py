@@ -10,6 +10,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+RELEASED = "released devices"  # the name of the finding that the agent has let go of the devices
+
 
 @dataclass(frozen=True, slots=True)
 class Refusal:
@@ -325,5 +327,7 @@ def no_limit(snapshot: Mapping[str, Any]) -> str:
     """Return what a reader must know before all other parts of a Snapshot's JSON; empty: limits are in force."""
     if snapshot["unenforced"]:
         return f"No limit is enforced: {snapshot['unenforced']}"
+    if released := snapshot.get("lacks", {}).get(RELEASED):
+        return f"Released devices: {released[0]}"
     incomplete = snapshot.get("incomplete")  # an agent of an older version does not say so
     return f"Not all is in force: {incomplete}" if incomplete else ""

@@ -16,12 +16,14 @@ from dataclasses import replace
 
 from fgpu_ebpf.agent import startup
 from fgpu_ebpf.agent.detach import NAMES, take_away
+from fgpu_ebpf.agent.device_release import DeviceRelease
 from fgpu_ebpf.agent.gatekeeper_process import GatekeeperProcess
 from fgpu_ebpf.agent.parts import Parts, wire
 from fgpu_ebpf.agent.settings import Settings
 from fgpu_ebpf.agent.snapshot_builder import take_snapshot
 from fgpu_ebpf.check import Check
 from fgpu_ebpf.containers import run
+from fgpu_ebpf.driver.library_files import driver_files
 from fgpu_ebpf.driver.start_checks import AgentError
 from fgpu_ebpf.linux import malloc, procfs, sd_notify
 from fgpu_ebpf.linux.process_setup import raise_descriptor_limit, raise_priority
@@ -70,12 +72,14 @@ class Agent:
         settings.run_dir.mkdir(mode=0o755, parents=True, exist_ok=True)
         self._lock_file = startup.take_lock(settings.run_dir)
         raise_descriptor_limit()
+        files = driver_files(settings.driver_root)
         attached = startup.attach(settings, self.mark)
         driver = attached.driver
         self.failed_checks |= driver.failed_checks
         self.gatekeeper.start(driver.layout_changed)
         self._parts = wire(settings, attached, self.engines, self.history, self.failed_checks)
-        self.chores += self.parts.chores.steps
+        self.devices = DeviceRelease(self.parts.reconciler, files, self.history, self.failed_checks)
+        self.chores += (*self.parts.chores.steps, self.devices.look)
         self.parts.take_over(attached.policies)
         run.write_preloads(settings.run_dir, driver.shim)
         self._follow()
@@ -146,6 +150,9 @@ class Agent:
             if now >= self._next_round:
                 self._round(now)
             self._do(looks.go_on)
+            self._ended = self._ended or bool(self.devices.fault)
+        if self.devices.fault:
+            raise AgentError(self.devices.fault)
 
     def _round(self, now: float) -> None:
         """Do everything that no event triggers."""

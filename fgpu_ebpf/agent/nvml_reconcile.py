@@ -112,6 +112,7 @@ class Reconciler:
         self._wake = threading.Event()
         self._wakeup = Wakeup()
         self._stopping = False
+        self._lets_go = self.has_let_go = False  # of the devices: wanted, and done
         self._known: Mapping[int, Process] = {}
         self._audit = Audit()
         self._tally = tally or xids.Tally()
@@ -153,6 +154,11 @@ class Reconciler:
         """Include a device from now on."""
         self._releases = {**self._releases, index: OrphanRelease(self._ledger, index)}
 
+    def let_go(self, devices: bool) -> None:
+        """Release the devices, or take them up again, in a pass that is started at once."""
+        self._lets_go = devices
+        self._wake.set()
+
     def repaired(self, index: int) -> None:
         """Discard what a device has reported so far."""
         self._repaired.append(index)
@@ -187,6 +193,9 @@ class Reconciler:
 
     def look(self, is_full: bool = True) -> None:
         """Do one pass: correct, adopt, and release orphans; a full one also sweeps, and reads what changes slowly."""
+        if (lets_go := self._lets_go) != self.has_let_go:
+            (self._nvml.release if lets_go else self._nvml.take_up)()
+            self.has_let_go = lets_go
         is_due = is_full and time.monotonic() >= self._devices_at
         drift: Drift = {}
         held: dict[int, Rows] = {}

@@ -67,6 +67,8 @@ class ControlServer:
             "run": self._run,
             "share": self._share,
             "clear": self._clear,
+            "release": lambda request: agent.devices.release(units.duration_ns(_text(request, "for")) / 1e9),
+            "take": lambda _: agent.devices.take(),
             "detach": lambda _: agent.detach(),
         }
 
@@ -125,8 +127,9 @@ class ControlServer:
         return self._verbs[verb](request | {"peer": _pid(peer)})
 
     def _ping(self, _: dict[str, Any]) -> dict[str, Any]:
-        settings = self._agent.settings
-        return {"pid": os.getpid(), "driver_root": str(settings.driver_root), "loader": shlex.join(settings.loader)}
+        settings, released = self._agent.settings, self._agent.devices.is_released
+        says = {"driver_root": str(settings.driver_root), "loader": shlex.join(settings.loader), "released": released}
+        return {"pid": os.getpid(), **says}
 
     def _offers(self) -> dict[str, Any]:
         """Return this host's profiles and devices, for a device plugin."""

@@ -13,6 +13,7 @@ from typing import Any
 from fgpu_ebpf.agent import nvml_reconcile
 from fgpu_ebpf.check import Check
 from fgpu_ebpf.driver import bypass_reason, xids
+from fgpu_ebpf.snapshot import RELEASED
 
 FULL_PARTS = 0.75  # the same as of the alert FgpuTableFilling
 FULL = "a full table refuses new programs: `fgpu events` names the workload, bounds: in agent.yaml its bounds"
@@ -36,7 +37,8 @@ def checks(snapshot: Mapping[str, Any]) -> Iterator[Check]:
     missing = snapshot["unenforced"]
     yield Check("probes", not missing, missing or "attached", "restart the agent, and find what removed them")
     ages = {d["index"]: d["reconcile_age_seconds"] for d in snapshot["devices"]}
-    yield nvml_reconcile.check(ages, snapshot["reconcile_failure"])
+    if RELEASED not in snapshot.get("lacks", {}):
+        yield nvml_reconcile.check(ages, snapshot["reconcile_failure"])
     yield xids.check(snapshot["devices"])
     yield _shims(tenants)
     yield _libraries(snapshot["libraries"], snapshot["trusted"])

@@ -1,4 +1,4 @@
-"""`fgpu run`, `set`, `unset` and `device clear`: what a tenant gets.
+"""`fgpu run`, `set`, `unset` and `device`: what a tenant gets, and the state of devices.
 
 This module runs in the process of the command, which sends its request to the agent. Exit codes: 0 done, 1 failure, 2
 wrong usage, 3 no agent, 4 no such target. `fgpu run` exits with 125 for every failure of its own.
@@ -7,6 +7,7 @@ wrong usage, 3 no agent, 4 no such target. `fgpu run` exits with 125 for every f
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ import click
 from fgpu_ebpf import control_client
 from fgpu_ebpf.cli.completion import tenants
 from fgpu_ebpf.cli.request import call, fail, no_answer, run_dir
+
+_RELEASE_SECONDS = 10.0  # longer than a pass of the agent's reconcile thread, unless NVML hangs
 
 
 def _limits(command: Callable[..., None]) -> Callable[..., None]:
@@ -90,7 +93,7 @@ def unset(target: str) -> None:
 
 @click.group()
 def device() -> None:
-    """Tell the agent about the state of a device."""
+    """Tell the agent about the state of a device, or let it release all of them."""
 
 
 @device.command()
@@ -98,6 +101,28 @@ def device() -> None:
 def clear(gpu: str) -> None:
     """Offer GPU (an index or a UUID) again after the repair of the error that its XID reported."""
     call({"verb": "clear", "device": gpu})
+
+
+@device.command()
+@click.option("--for", "duration", default="15min", show_default=True, help="Longest time, e.g. 30s or 15min.")
+def release(duration: str) -> None:
+    """Let go of all devices, so that they can be reset, and their driver unloaded or replaced.
+
+    Limits stay in force. `fgpu device take` ends it, or the end of the time.
+    """
+    end = time.monotonic() + _RELEASE_SECONDS
+    while not (answer := call({"verb": "release", "for": duration}))["done"] and time.monotonic() < end:
+        time.sleep(0.05)
+    if not answer["done"]:
+        still = ", ".join(answer["open"]) or "an answer of NVML is awaited"
+        fail(f"not released after {_RELEASE_SECONDS:.0f} s ({still}): fgpu device take ends the attempt", 1)
+    click.echo(f"released until {answer['until']}, or until `fgpu device take`")
+
+
+@device.command()
+def take() -> None:
+    """Take the devices up again after `release`. If the driver was replaced, the agent ends and is started again."""
+    call({"verb": "take"})
 
 
 COMMANDS = (run, set_limits, unset, device)

@@ -106,6 +106,15 @@ def descriptors(pid: int, most: int) -> list[str]:
     return found
 
 
+def device_files(pid: int) -> list[str]:
+    """Return the driver's files of devices that a process has open or mapped; empty: none, or it is gone."""
+    found = set(descriptors(pid, MOST_DESCRIPTORS))
+    with contextlib.suppress(OSError):
+        lines = procfs.read(f"/proc/{pid}/maps").decode(errors="replace").splitlines()
+        found |= {words[5] for line in lines if len(words := line.split(maxsplit=5)) > 5}
+    return sorted(path for path in found if os.path.basename(path).startswith(PREFIX))
+
+
 def parent(pid: int) -> int:
     """Return the parent of a process; 0: it is gone, or its parent is the host's init, which adopts any process."""
     try:

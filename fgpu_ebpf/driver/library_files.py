@@ -71,14 +71,31 @@ class Target:
 
 def driver_libraries(root: Path, name: str) -> list[Path]:
     """Return each file of this name in a driver root's library folders; for /, the loader's cache comes first."""
-    candidates = [root / folder / name for folder in LIBRARY_FOLDERS]
-    if root == Path("/"):
-        candidates = _cached_libraries(name) + candidates
     found: dict[Path, None] = {}
-    for path in candidates:
+    for path in _candidates(root, name):
         with contextlib.suppress(OSError):
             found.setdefault(path.resolve(strict=True))
     return list(found)
+
+
+def _candidates(root: Path, name: str) -> list[Path]:
+    candidates = [root / folder / name for folder in LIBRARY_FOLDERS]
+    return _cached_libraries(name) + candidates if root == Path("/") else candidates
+
+
+def driver_files(root: Path) -> dict[Path, tuple[int, int] | None]:
+    """Return the paths at which a driver root has its libraries now, each with (dev, ino) of its file."""
+    paths = [path for name in ("libcuda.so.1", "libnvidia-ml.so.1") for path in _candidates(root, name)]
+    return {path: file for path in paths if (file := file_at(path))}
+
+
+def file_at(path: Path) -> tuple[int, int] | None:
+    """Return (dev, ino) of the file at a path, by os.stat; None: there is none, or a mount shows a removed one."""
+    try:
+        at = path.stat()
+    except OSError:
+        return None
+    return (at.st_dev, at.st_ino) if at.st_nlink else None
 
 
 def _cached_libraries(name: str) -> list[Path]:

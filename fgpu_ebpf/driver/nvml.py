@@ -56,6 +56,8 @@ class Nvml:
     its name, and look_for_missing() tries again.
     """
 
+    released = False  # by release()
+
     def __init__(self, root: Path = Path("/"), known: Mapping[bytes, int] | None = None) -> None:
         self._known = dict(known or {})
         self._handles: dict[int, Any] = {}
@@ -115,9 +117,27 @@ class Nvml:
         self._known[uuid], self._handles[index] = index, handle
         return Device(index, uuid, name, pci, total, total - _reserved_bytes(handle))
 
+    def release(self) -> None:
+        """Shut NVML down: this process has no device open any longer, and no question is answered until take_up()."""
+        self.released = True
+        self._end_events()
+        with contextlib.suppress(pynvml.NVMLError):
+            pynvml.nvmlShutdown()
+
+    def take_up(self) -> None:
+        """Initialise NVML anew. If that is not possible yet, each question tries it again."""
+        self.released = False
+        self._restart()
+
+    def _handle(self, index: int) -> Any:
+        """Return the handle of a device. Raises NVMLError: the devices are released."""
+        if self.released:
+            raise pynvml.NVMLError(pynvml.NVML_ERROR_UNINITIALIZED)
+        return self._handles[index]
+
     def look_for_missing(self) -> None:
         """Try devices without a handle again. NVML finds a device that was reset only after a restart, done rarely."""
-        if not self.missing:
+        if self.released or not self.missing:
             return
         if time.monotonic() >= self._begin_at:
             self._restart()
@@ -134,7 +154,7 @@ class Nvml:
     def used_bytes(self, index: int) -> int | None:
         """Return the bytes in use on a device, including the driver's own."""
         try:
-            return int(pynvml.nvmlDeviceGetMemoryInfo(self._handles[index]).used)
+            return int(pynvml.nvmlDeviceGetMemoryInfo(self._handle(index)).used)
         except pynvml.NVMLError as error:
             self._find_again(error)
             return None
@@ -154,14 +174,14 @@ class Nvml:
     def process_bytes(self, index: int) -> dict[int, int | None] | None:
         """Return bytes by host pid on a device; None for a process ("N/A") or for all: NVML does not report it."""
         try:
-            return self._rows.ask(self._handles[index])
+            return self._rows.ask(self._handle(index))
         except pynvml.NVMLError as error:
             self._find_again(error)
             return None
 
     def _find_again(self, error: pynvml.NVMLError) -> None:
         """Restart NVML after errors of lost devices: a device that was lost or reset is a new one for NVML."""
-        if error.value not in _LOST:
+        if self.released or error.value not in _LOST:
             return
         lost = {index for index, handle in self._handles.items() if _is_lost(handle)}
         has_changed = lost != self._lost
@@ -222,7 +242,7 @@ class Nvml:
         `since`: seconds since the epoch. Processes that ran no kernels are left out.
         """
         try:
-            found = pynvml.nvmlDeviceGetProcessUtilization(self._handles[index], int(since * 1_000_000))
+            found = pynvml.nvmlDeviceGetProcessUtilization(self._handle(index), int(since * 1_000_000))
         except pynvml.NVMLError_NotFound:
             return {}
         except pynvml.NVMLError:

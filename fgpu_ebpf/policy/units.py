@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 _UNITS = {"B": 1, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40}
 _SHIFTS = (("GiB", 30), ("MiB", 20), ("B", 0))
-_TIMES = {"us": 1_000, "ms": 1_000_000, "s": 1_000_000_000}
+_TIMES = {"us": 1_000, "ms": 1_000_000, "s": 1_000_000_000, "min": 60_000_000_000}
 _QUANTITY = re.compile(r"(?P<number>[0-9]{1,20}(?:\.[0-9]{1,20})?)\s{0,4}(?P<unit>[A-Za-z]{0,20})")
 _FRACTION = re.compile(r"(?P<whole>[0-9]{1,4})(?:\.(?P<part>[0-9]{1,6}))?")
 _PERCENT = re.compile(r"(?P<whole>[0-9]{1,3})(?:\.(?P<part>[0-9]{1,4}))?\s{0,4}%")
@@ -139,7 +139,7 @@ def millionths_text(millionths: int) -> str:
 
 
 def duration_ns(text: str) -> int:
-    """Parse `20ms`, `500us` or `0.5s`; return nanoseconds. Raises QuantityError."""
+    """Parse `20ms`, `500us`, `0.5s` or `15min`; return nanoseconds. Raises QuantityError."""
     match = _QUANTITY.fullmatch(text.strip())
     if match is None or match["unit"] not in _TIMES:
         raise QuantityError(f"{shown(text)} is not a length of time: write it as 20ms")

@@ -2,12 +2,15 @@
 #include "nvml/state.h"
 #include "wire/link.h"
 
+#include <fcntl.h>
 #include <stdio.h>
 #include <string.h>
 #include <strings.h>
 #include <unistd.h>
 
 static struct link connection = LINK_INIT;
+static int node =
+    -1; /* open from the first nvmlInit to the last nvmlShutdown, as the devices of the real library are */
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 static unsigned references;
 static uint32_t n_devices;
@@ -82,6 +85,7 @@ static nvmlReturn_t connect_devices(void)
         n_lost += is_lost[i];
     }
     if (n && n_lost == n) return NVML_ERROR_DRIVER_NOT_LOADED;
+    if (node < 0) node = open(FGPU_SIM_DIR "/" SIM_NODE_NAME, O_RDONLY | O_CLOEXEC);
     n_devices = n;
     return NVML_SUCCESS;
 }
@@ -107,7 +111,11 @@ NVML_API nvmlShutdown(void)
 {
     pthread_mutex_lock(&lock);
     nvmlReturn_t result = references ? NVML_SUCCESS : NVML_ERROR_UNINITIALIZED;
-    if (!result && !__atomic_sub_fetch(&references, 1, __ATOMIC_RELEASE)) link_close(&connection);
+    if (!result && !__atomic_sub_fetch(&references, 1, __ATOMIC_RELEASE)) {
+        link_close(&connection);
+        if (node >= 0) close(node);
+        node = -1;
+    }
     pthread_mutex_unlock(&lock);
     return result;
 }

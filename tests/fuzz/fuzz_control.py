@@ -29,12 +29,27 @@ from fgpu_ebpf.tenancy.overrides import Overrides
 from fgpu_ebpf.workloads.cgroups import Workloads
 from tests.fuzz.fuzz_policy import Gpu
 
-VERBS = ("ping", "snapshot", "metrics", "explain", "events", "reload", "put", "drop", "run", "share", "detach")
+VERBS = (
+    "ping",
+    "snapshot",
+    "metrics",
+    "explain",
+    "events",
+    "reload",
+    "put",
+    "drop",
+    "run",
+    "share",
+    "detach",
+    "release",
+    "take",
+)
 WORDS = (
     *(f'"{verb}"'.encode() for verb in VERBS),
     *(b'"verb"', b'"target"', b'"memory"', b'"compute"', b'"weight"', b'"priority"', b'"name"', b'"share"', b'"pid"'),
     *(b'"since"', b'"8GiB"', b'"50%"', b'"high"', b'"pid/1"', b'"/a"', b'"/a/../b"', b'"unit/a"', b'"pod/a/b"'),
     *(b'"c1f3a"', b'"8gib-50pct"', b'"\\u0000"', b'"\\ud800"', b'"pid/\xc2\xb2"', b'"pid/' + b"9" * 30 + b'"', b"true"),
+    *(b'"for"', b'"15min"', b'"1us"'),
     *(b"1", b"-1", b"1e400", b"NaN", b"9" * 5000, b"{", b"}", b"[", b"]", b":", b",", b"[" * 3000, b"\n"),
 )  # fmt: skip
 POLICY = b"""apiVersion: fgpu.dev/v1alpha1
@@ -112,6 +127,7 @@ class Fuzzer:
         self._agent: Any = SimpleNamespace(
             settings=SimpleNamespace(run_dir=run, driver_root=Path("/"), loader=("python3",)), chores=[],
             selector=selectors.DefaultSelector(), history=history, parts=parts, failures=0, writes_refused=0,
+            devices=SimpleNamespace(is_released=False, release=lambda seconds: {"seconds": seconds}, take=lambda: None),
             reload=lambda: None, detach=lambda: None, look=lambda: Snapshot(1.0), fresh=lambda: Snapshot(1.0),
         )  # fmt: skip
         self._server = ControlServer(self._agent)

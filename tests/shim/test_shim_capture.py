@@ -119,9 +119,9 @@ def pool_of(device):
     h, props = V(), (C.c_int * 22)(1, 0, 1, device); need("cuMemPoolCreate", C.byref(h), props); return h
 def memory():
     "Of every kind, so much that pools must yield, and not all is to be had."
-    ps = [new(64 * MiB), new(64 * MiB, s1), new(64 * MiB, None, "cuMemAllocAsync_ptsz")]
-    p = C.c_uint64(); need("cuMemAllocFromPoolAsync", C.byref(p), C.c_size_t(MiB), pools[0], t); ps.append(p.value)
-    need("cuMemAllocFromPoolAsync", C.byref(p), C.c_size_t(MiB), kept, t); ps.append(p.value)
+    p = C.c_uint64(); need("cuMemAllocFromPoolAsync", C.byref(p), C.c_size_t(MiB), kept, t); ps = [p.value]
+    ps += [new(64 * MiB), new(64 * MiB, s1), new(64 * MiB, None, "cuMemAllocAsync_ptsz")]
+    need("cuMemAllocFromPoolAsync", C.byref(p), C.c_size_t(MiB), pools[0], t); ps.append(p.value)
     for at in ps: L.cuMemFreeAsync(C.c_uint64(at), t)
     need("cuStreamSynchronize", t); info(); alloc(2 * GiB); alloc(MiB)
     need("cuMemAllocManaged", C.byref(p), C.c_size_t(MiB), 1); need("cuMemPoolDestroy", pools[0])

@@ -203,6 +203,7 @@ int main(int argc, char **argv)
                     {"hooks2", check_hooks},
                     {"hooks3", check_code},
                     {"freed", check_freed},
+                    {"afar", check_afar},
                     {"fork", check_fork}};
     cuda = dlopen("libcuda.so.1", RTLD_NOW);
     management = dlopen("libnvidia-ml.so.1", RTLD_NOW);

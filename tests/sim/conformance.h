@@ -89,5 +89,6 @@ void check_pool_handles(void);
 void check_hooks(void);
 void check_code(void);
 void check_freed(void);
+void check_afar(void);
 
 #endif

@@ -130,3 +130,60 @@ void check_freed(void)
     CALL(cuStreamDestroy_v2, own);
     CALL(cuStreamDestroy_v2, other);
 }
+
+/* -- a free while another context of the same device is current */
+
+/* Frees what the primary context has, with the other one current, in the order of a stream that waits for it at once.
+ * What is refused is freed at the end, so that the next question begins with nothing. */
+static void free_afar(const char *names[3], CUcontext made, CUdeviceptr at, CUstream stream)
+{
+    CALL(cuCtxSetCurrent, made);
+    TRY(names[0], cuMemFreeAsync, at, stream);
+    TRY(names[1], cuStreamSynchronize, stream);
+    say_taken(names[2]);
+    use_primary();
+    CALL(cuCtxSynchronize);
+    CALL(cuMemFree_v2, at);
+}
+
+#define FREE_AFAR(name, ...)                                                                                           \
+    free_afar((const char *[]){name ".free.async", name ".wait", name ".taken.mib"}, __VA_ARGS__)
+
+static void ask_afar(CUcontext made)
+{
+    CUdeviceptr at = 0;
+    CUcontext its = NULL;
+    mark();
+    CALL(cuMemAlloc_v2, &at, 256 * MIB);
+    FREE_AFAR("plain.there", made, at, other);
+    CALL(cuMemAlloc_v2, &at, 256 * MIB);
+    FREE_AFAR("plain.legacy", made, at, NULL);
+    CALL(cuMemAlloc_v2, &at, 256 * MIB);
+    FREE_AFAR("plain.back", made, at, own);
+    CALL(cuMemAllocAsync, &at, 256 * MIB, own);
+    FREE_AFAR("async.there", made, at, other);
+    CALL(cuMemAllocAsync, &at, 256 * MIB, own);
+    FREE_AFAR("async.back", made, at, own);
+    CALL(cuCtxSetCurrent, made);
+    TRY("async.afar.alloc", cuMemAllocAsync, &at, 256 * MIB, own);
+    FREE_AFAR("async.afar", made, at, own);
+    CALL(cuCtxSetCurrent, made);
+    TRY("stream.query", cuStreamQuery, own);
+    TRY("stream.context", cuStreamGetCtx, own, &its);
+    say("stream.context.other", its != made);
+}
+
+void check_afar(void)
+{
+    CUcontext made = NULL;
+    section("afar");
+    use_primary();
+    CALL(cuStreamCreate, &own, CU_STREAM_NON_BLOCKING);
+    CALL(cuCtxCreate_v2, &made, 0, 0);
+    CALL(cuStreamCreate, &other, CU_STREAM_NON_BLOCKING);
+    use_primary();
+    ask_afar(made);
+    CALL(cuCtxDestroy_v2, made);
+    use_primary();
+    CALL(cuStreamDestroy_v2, own);
+}

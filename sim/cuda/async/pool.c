@@ -173,7 +173,7 @@ static CUresult alloc_async(CUdeviceptr *dptr, size_t size, struct pool *pool, C
 {
     struct context *context;
     struct stream *stream;
-    CUresult result = stream_enter_work(handle, per_thread, &context, &stream);
+    CUresult result = stream_enter_any_work(handle, per_thread, &context, &stream);
     if (result) return result;
     if (!dptr) return sim_leave(CUDA_ERROR_INVALID_VALUE);
     *dptr = 0;
@@ -193,7 +193,7 @@ static CUresult alloc_from_pool(CUdeviceptr *dptr, size_t size, CUmemoryPool poo
     struct context *context;
     struct stream *entered;
     if (pool) return alloc_async(dptr, size, (struct pool *)pool, stream, per_thread);
-    CUresult result = stream_enter_work(stream, per_thread, &context, &entered);
+    CUresult result = stream_enter_any_work(stream, per_thread, &context, &entered);
     return result ? result : sim_leave(CUDA_ERROR_INVALID_VALUE);
 }
 
@@ -204,7 +204,7 @@ static CUresult free_async(CUdeviceptr dptr, CUstream handle, bool per_thread)
 {
     struct context *context;
     struct stream *stream;
-    CUresult result = stream_enter_work(handle, per_thread, &context, &stream);
+    CUresult result = stream_enter_any_work(handle, per_thread, &context, &stream);
     if (result) return result;
     if (stream->capture) return sim_leave(dptr ? capture_free(stream, dptr) : CUDA_SUCCESS);
     struct range *range = range_find(dptr);
@@ -213,6 +213,7 @@ static CUresult free_async(CUdeviceptr dptr, CUstream handle, bool per_thread)
     if (is_start && range->kind == RANGE_POOL) return sim_leave(free_in_order(range));
     if (is_start && range->kind == RANGE_DEVICE) {
         range->going = stream;
+        range->going_in = context;
         return sim_leave(CUDA_SUCCESS);
     }
     return sim_leave(dptr ? memory_free(dptr) : CUDA_SUCCESS);

@@ -5,7 +5,7 @@
 /* Enters a wait or a query. Both need a stream that does not capture, and are potentially unsafe even then. */
 static CUresult enter_done(CUstream handle, bool per_thread, struct context **context, struct stream **stream)
 {
-    CUresult result = stream_enter_work(handle, per_thread, context, stream);
+    CUresult result = stream_enter_any_work(handle, per_thread, context, stream);
     if (result) return result;
     if ((*stream)->capture) {
         capture_break((*stream)->capture);

@@ -92,12 +92,13 @@ CUresult memory_free(uintptr_t at)
     return range->free(range);
 }
 
-void memory_settle(struct context *context, const struct stream *stream)
+void memory_settle(const struct context *context, const struct stream *stream)
 {
-    for (struct range *range = context->ranges, *next; range; range = next) {
-        next = range->next;
-        if (range->going && (!stream || range->going == stream)) memory_free(range->start);
-    }
+    for (struct context *c = driver.contexts; c; c = c->next)
+        for (struct range *range = c->ranges, *next; range; range = next) {
+            next = range->next;
+            if (range->going_in == context && (!stream || range->going == stream)) memory_free(range->start);
+        }
 }
 
 /* Enters with a current context, where no capture forbids the call. */

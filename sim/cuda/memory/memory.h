@@ -45,6 +45,7 @@ struct range {
     bool is_live;    /* RANGE_GRAPH: there is memory, between a launch and a free */
     struct context *context;
     const struct stream *going; /* RANGE_DEVICE: cuMemFreeAsync named it there; it goes when the program waits for it */
+    const struct context *going_in; /* the context of that stream, which may be on another device */
     struct block *block;
     struct vmm_handle *handle;
     struct pool *pool;
@@ -94,9 +95,9 @@ bool block_return(struct context *context, struct block *block, uintptr_t start,
 CUresult memory_allocate(struct context *context, size_t size, CUdeviceptr *out);
 /* Frees the allocation that begins at this address, whatever its kind. */
 CUresult memory_free(uintptr_t at);
-/* Frees the memory that no pool gave and that cuMemFreeAsync has named in the order of this stream, or of any stream of
- * the context (NULL). A synchronisation does that. */
-void memory_settle(struct context *context, const struct stream *stream);
+/* Frees the memory of whichever context that no pool gave and that cuMemFreeAsync has named in the order of this
+ * stream, or of any stream of the context (NULL). A synchronisation does that. */
+void memory_settle(const struct context *context, const struct stream *stream);
 
 /* share.c: memory that other processes may open. A key names it. */
 

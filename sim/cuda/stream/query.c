@@ -5,7 +5,7 @@ static CUresult get_flags(CUstream handle, unsigned *flags, bool per_thread)
 {
     struct context *context;
     struct stream *stream;
-    CUresult result = stream_enter(handle, per_thread, &context, &stream);
+    CUresult result = stream_enter_any(handle, per_thread, &context, &stream);
     if (result) return result;
     if (!flags) return sim_leave(CUDA_ERROR_INVALID_VALUE);
     *flags = stream->flags;
@@ -18,7 +18,7 @@ static CUresult get_priority(CUstream handle, int *priority, bool per_thread)
 {
     struct context *context;
     struct stream *stream;
-    CUresult result = stream_enter(handle, per_thread, &context, &stream);
+    CUresult result = stream_enter_any(handle, per_thread, &context, &stream);
     if (result) return result;
     if (!priority) return sim_leave(CUDA_ERROR_INVALID_VALUE);
     *priority = stream->priority;
@@ -31,7 +31,7 @@ static CUresult get_context(CUstream handle, CUcontext *out, bool per_thread)
 {
     struct context *context;
     struct stream *stream;
-    CUresult result = stream_enter(handle, per_thread, &context, &stream);
+    CUresult result = stream_enter_any(handle, per_thread, &context, &stream);
     if (result) return result;
     if (!out) return sim_leave(CUDA_ERROR_INVALID_VALUE);
     *out = (CUcontext)stream->context;
@@ -45,7 +45,7 @@ static CUresult get_device(CUstream handle, CUdevice *device, bool per_thread)
 {
     struct context *context;
     struct stream *stream;
-    CUresult result = stream_enter_work(handle, per_thread, &context, &stream);
+    CUresult result = stream_enter_any_work(handle, per_thread, &context, &stream);
     if (result) return result;
     if (stream->capture) {
         capture_break(stream->capture);
@@ -62,7 +62,7 @@ static CUresult get_id(CUstream handle, unsigned long long *id, bool per_thread)
 {
     struct context *context;
     struct stream *stream;
-    CUresult result = stream_enter(handle, per_thread, &context, &stream);
+    CUresult result = stream_enter_any(handle, per_thread, &context, &stream);
     if (result) return result;
     if (!id) return sim_leave(CUDA_ERROR_INVALID_VALUE);
     *id = stream->id;

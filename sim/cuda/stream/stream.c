@@ -87,9 +87,28 @@ CUresult stream_enter(CUstream handle, bool per_thread, struct context **context
     return *stream ? CUDA_SUCCESS : sim_leave(CUDA_ERROR_INVALID_HANDLE);
 }
 
+/* The driver knows a stream by its handle in whichever context it was made; a default stream is the current one's. */
+CUresult stream_enter_any(CUstream handle, bool per_thread, struct context **context, struct stream **stream)
+{
+    CUresult result = sim_enter(context);
+    if (result) return result;
+    *stream = stream_find(*context, handle, per_thread);
+    for (struct context *c = driver.contexts; c && !*stream; c = c->next)
+        if ((*stream = stream_find(c, handle, per_thread))) *context = c;
+    return *stream ? CUDA_SUCCESS : sim_leave(CUDA_ERROR_INVALID_HANDLE);
+}
+
 CUresult stream_enter_work(CUstream handle, bool per_thread, struct context **context, struct stream **stream)
 {
     CUresult result = stream_enter(handle, per_thread, context, stream);
+    if (result) return result;
+    result = capture_permits_use(*stream);
+    return result ? sim_leave(result) : CUDA_SUCCESS;
+}
+
+CUresult stream_enter_any_work(CUstream handle, bool per_thread, struct context **context, struct stream **stream)
+{
+    CUresult result = stream_enter_any(handle, per_thread, context, stream);
     if (result) return result;
     result = capture_permits_use(*stream);
     return result ? sim_leave(result) : CUDA_SUCCESS;

@@ -22,6 +22,10 @@ uint64_t stream_ready(const struct context *context, const struct stream *stream
 CUresult stream_enter(CUstream handle, bool per_thread, struct context **context, struct stream **stream);
 /* Does the same, and fails where captures forbid the use of the stream. */
 CUresult stream_enter_work(CUstream handle, bool per_thread, struct context **context, struct stream **stream);
+/* The same for the calls that take a stream of whichever context, and then name its context: those that allocate and
+ * free in its order, wait for it, and ask about it. */
+CUresult stream_enter_any(CUstream handle, bool per_thread, struct context **context, struct stream **stream);
+CUresult stream_enter_any_work(CUstream handle, bool per_thread, struct context **context, struct stream **stream);
 /* Frees the streams of a context. */
 void streams_end(struct context *context);
 

@@ -1,0 +1,105 @@
+"""Releases the devices on request, so that they can be reset and their driver unloaded, and notices another driver.
+
+This module runs in the agent's main loop; the reconcile thread shuts NVML down. Limits stay in force in the kernel
+meanwhile, and what only NVML knows is not corrected. A release that no command ends is ended by its time.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Mapping, MutableMapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fgpu_ebpf.agent.nvml_reconcile import Reconciler
+from fgpu_ebpf.check import Check
+from fgpu_ebpf.driver.descriptor_holders import device_files
+from fgpu_ebpf.driver.library_files import file_at
+from fgpu_ebpf.snapshot import RELEASED
+from fgpu_ebpf.tenancy.event_log import EventLog
+
+FILES = "driver files"
+MOST_SECONDS = 86_400.0
+_FILES_FIX = "once the modules of the new driver are loaded, restart the agent: limits stay in force"
+
+
+@dataclass(slots=True)
+class DeviceRelease:
+    """The release, if there is one, and the driver's files.
+
+    `files`: those at the agent's start. `failed_checks`: the agent's, by name, changed here. `fault`: why the agent
+    must end, and start again with another driver; empty: it need not.
+    """
+
+    reconciler: Reconciler
+    files: Mapping[Path, tuple[int, int] | None]
+    history: EventLog
+    failed_checks: MutableMapping[str, Check]
+    fault: str = ""
+    _since: float = 0.0  # epoch
+    _until: float | None = None  # monotonic; None: not released
+
+    @property
+    def is_released(self) -> bool:
+        """True if a release is in force, or is about to be."""
+        return self._until is not None
+
+    def release(self, seconds: float) -> dict[str, Any]:
+        """Release the devices, from now on for at most `seconds`. Returns whether that is done, and until when.
+
+        To be called again until it is done; `open` of the answer are files of devices that this process has open.
+        """
+        if self._until is None:
+            self._since = time.time()
+            self.history.add("devices released", text="limits stay in force")
+        self._until = time.monotonic() + min(seconds, MOST_SECONDS)
+        self.reconciler.let_go(True)
+        self._report_release()
+        left = device_files(os.getpid())
+        return {"done": self.reconciler.has_let_go and not left, "open": left, "until": _at(self._until)}
+
+    def take(self) -> None:
+        """Take the devices up again. If the driver's files are others now, the agent has to start again instead."""
+        if self._until is None:
+            return
+        self._until = None
+        self.history.add("devices taken up", text=f"released since {_clock(self._since)}")
+        if replaced := self._replaced():
+            self.fault = f"{replaced}: the agent ends, to be started again with the new driver"
+        else:
+            self.reconciler.let_go(False)
+        self._report_release()
+
+    def look(self) -> None:
+        """End a release whose time is over, and report replaced files; to be called in every round."""
+        if self._until is not None and time.monotonic() >= self._until:
+            self.take()
+        replaced = self._replaced()
+        if replaced and FILES not in self.failed_checks:
+            self.history.add("driver replaced", text=replaced)
+        self._report(FILES, replaced, _FILES_FIX)
+
+    def _replaced(self) -> str:
+        """Return which of the driver's files are others than at the agent's start; empty: none."""
+        replaced = sorted(str(path) for path, file in self.files.items() if file_at(path) != file)
+        return f"replaced since the agent's start: {', '.join(replaced)}" if replaced else ""
+
+    def _report_release(self) -> None:
+        until = "" if self._until is None else f"until {_at(self._until)} at the latest; limits stay in force"
+        self._report(RELEASED, until and f"since {_clock(self._since)}, {until}", "fgpu device take")
+
+    def _report(self, name: str, found: str, fix: str) -> None:
+        if found:
+            self.failed_checks[name] = Check(name, False, found, fix)
+        else:
+            self.failed_checks.pop(name, None)
+
+
+def _at(monotonic: float) -> str:
+    return _clock(time.time() + monotonic - time.monotonic())
+
+
+def _clock(epoch: float) -> str:
+    return time.strftime("%H:%M:%S", time.localtime(epoch))
