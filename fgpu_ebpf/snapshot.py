@@ -87,6 +87,14 @@ class ProcessView:
 
 
 @dataclass(frozen=True, slots=True)
+class UnmanagedView:
+    """A process outside tenants that holds memory of a device; `bytes` None: NVML does not report how much."""
+
+    pid: int
+    bytes: int | None
+
+
+@dataclass(frozen=True, slots=True)
 class OrphanView:
     """Bytes on one device that stay charged after process `pid` has released them, for `seconds` now.
 
@@ -152,6 +160,7 @@ class DeviceView:
     fatal_xid: int | None = None  # the XID after which no share of the device is offered; None: there was none
     orphaned_bytes: int = 0
     unexplained_bytes: int | None = None  # in use, and of no process, orphan or known reserve; None: unknown
+    unmanaged_by: tuple[UnmanagedView, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -274,7 +283,7 @@ class Fields(Mapping[str, Any]):
 
 _VIEWS = frozenset({
     Refusal, ComputeView, TenantDevice, ProcessView, OrphanView, TenantView, DeviceView, SlicesView, PoliciesView,
-    EngineView, LibraryView, MapView,
+    EngineView, LibraryView, MapView, UnmanagedView,
 })  # fmt: skip
 
 

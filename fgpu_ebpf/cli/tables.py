@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import psutil
 
 from fgpu_ebpf import abi
+from fgpu_ebpf.linux import procfs
 from fgpu_ebpf.policy.units import memory_text
 from fgpu_ebpf.snapshot import no_limit
 from fgpu_ebpf.tenancy import orphan_text
@@ -22,12 +23,14 @@ from fgpu_ebpf.tenancy.event_log import line_of
 if TYPE_CHECKING:
     from rich.table import Table
 
+MOST_PATH_CELLS = 1000  # a row with a cgroup's path is not cut
 
-def _text(table: Table) -> str:
+
+def _text(table: Table, most_cells: int = 120) -> str:
     from rich.console import Console  # takes longer than a command that prints JSON
 
     out = io.StringIO()
-    Console(file=out, width=120).print(table)
+    Console(file=out, width=most_cells).print(table)
     return "\n".join(line.rstrip() for line in out.getvalue().splitlines()) + "\n"
 
 
@@ -113,6 +116,19 @@ def process_rows(snapshot: Mapping[str, Any]) -> list[dict[str, Any]]:
     return rows
 
 
+def unmanaged_rows(snapshot: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return one row for each process outside tenants that holds memory, like process_rows(), and with its cgroup."""
+    return [
+        {
+            "tenant": None, "pid": process["pid"], "gpu": device["index"], "bytes": process["bytes"],
+            "how": "unmanaged", "why": procfs.cgroup_path(process["pid"]) or "", "had_ratio": None,
+            **_names(process["pid"]),
+        }
+        for device in snapshot["devices"]
+        for process in device.get("unmanaged_by", ())  # an agent of an older version does not list them
+    ]  # fmt: skip
+
+
 def _orphan_row(tenant: str, orphan: Mapping[str, Any]) -> dict[str, Any]:
     """Return the row of orphaned memory, whose process has ended."""
     state = "(ended)" if orphan["ended"] else "(exported)"
@@ -131,13 +147,12 @@ def _names(pid: int) -> dict[str, Any]:
 
 
 def processes(rows: list[dict[str, Any]]) -> str:
-    """Return the table of process_rows()."""
+    """Return the table of process_rows() and unmanaged_rows()."""
     table = _table("TENANT", "PID", "GPU", "USED", "SHARE", "USER", "NAME", "BYPASS")
     for row in rows:
         part = "-" if row["had_ratio"] is None else f"{row['had_ratio']:.1%}"
         user_and_name = (row["user"] or "-", row["name"] or "(gone)")
         bypass = f"{row['how']} ({row['why']})" if row["why"] else row["how"] or "-"
-        table.add_row(
-            row["tenant"], str(row["pid"]), str(row["gpu"]), memory_text(row["bytes"]), part, *user_and_name, bypass
-        )
-    return _text(table)
+        size = "-" if row["bytes"] is None else memory_text(row["bytes"])
+        table.add_row(row["tenant"] or "-", str(row["pid"]), str(row["gpu"]), size, part, *user_and_name, bypass)
+    return _text(table, MOST_PATH_CELLS)

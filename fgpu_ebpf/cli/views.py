@@ -32,12 +32,14 @@ def status(as_json: bool) -> None:
 
 
 @click.command()
+@click.option("--all", "is_all", is_flag=True, help="Also processes outside tenants, with their cgroups.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON list of processes.")
-def ps(as_json: bool) -> None:
+def ps(is_all: bool, as_json: bool) -> None:
     """Show the processes of tenants and the bytes charged to each."""
     from fgpu_ebpf.cli import tables
 
-    rows = tables.process_rows(call({"verb": "snapshot"}))
+    snapshot = call({"verb": "snapshot"})
+    rows = tables.process_rows(snapshot) + (tables.unmanaged_rows(snapshot) if is_all else [])
     click.echo(json.dumps(rows) if as_json else tables.processes(rows), nl=as_json)
 
 

@@ -12,11 +12,13 @@ import sys
 import time
 import urllib.request
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.support.commands import ask, fgpu, metrics, metrics_page
-from tests.support.host import CONTEXT, ENVIRONMENT, FGPU, GIB, METRICS, MIB, ROOT
+from tests.support.host import CONTEXT, ENVIRONMENT, FGPU, GIB, METRICS, MIB, REFUSED, ROOT
+from tests.support.place import Place
 from tests.support.service import Service
 from tests.support.wait import eventually
 
@@ -101,6 +103,27 @@ def test_status_ps_and_metrics_show_the_same_values(tenant) -> None:
     assert device["capacity_bytes"] == 16 * GIB
     assert device["unmanaged_bytes"] == 0
     assert f'tenant="{one.name}"' in fgpu("metrics").stdout
+
+
+@pytest.mark.places("runc")
+def test_ps_names_unmanaged_processes_only_if_asked(place: Place, tenant) -> None:
+    managed, free = tenant(CONTEXT + 40 * MIB), place.tenant(None)
+    client, stranger = managed.client(), free.client()
+    with managed.growing():
+        client.ok("context")
+    assert client.do(f"alloc {GIB}") == REFUSED, "the limit is enforced"
+    stranger.ok(f"alloc {GIB}")
+
+    def rows(*words: str) -> dict[int, dict[str, Any]]:
+        return {row["pid"]: row for row in json.loads(fgpu("ps", "--json", *words).stdout)}
+
+    eventually(lambda: stranger.pid in rows("--all"), 3, "NVML's row")
+    row = rows("--all")[stranger.pid]
+    assert (row["tenant"], row["gpu"], row["bytes"], row["how"]) == (None, 0, CONTEXT + GIB, "unmanaged")
+    assert row["why"] == free.path
+    assert rows("--all").keys() - rows().keys() == {stranger.pid}
+    table = fgpu("ps", "--all").stdout
+    assert re.search(rf"^- +{stranger.pid} .* unmanaged \({re.escape(free.path)}\)$", table, re.MULTILINE), table
 
 
 def test_metrics_page_is_for_this_machine_alone(service: Service) -> None:
