@@ -222,8 +222,10 @@ class Agent:
             for path in paths:
                 manager.enforcer.answer(path, lacking)
 
-    def detach(self) -> None:
-        """Remove everything from the host, and end run()."""
+    def detach(self) -> dict[str, int]:
+        """Remove everything from the host, and end run(). Returns how many tenants had a limit or a share of time."""
+        found = {"tenants": len(self.parts.enforcer)}
         self.stop()
         take_away(self.settings.run_dir, self.settings.pins, by_agent=True)
         self.end()
+        return found

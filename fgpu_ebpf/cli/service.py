@@ -96,12 +96,18 @@ def _check_line(check: Check) -> str:
 
 
 @click.command()
-def detach() -> None:
+@click.option("--yes", is_flag=True, help="Do not ask. Only a terminal is asked.")
+def detach(yes: bool) -> None:
     """Open all gates, remove all limits, probes and set-up files, and stop the agent."""
     from fgpu_ebpf.workloads import cgroups
 
+    if not yes and _is_terminal():
+        _confirm()
+    said = "what fgpu has left on this host is removed"
     try:
-        control_client.call(run_dir(), {"verb": "detach"})
+        answer = control_client.call(run_dir(), {"verb": "detach"})
+        if tenants := (answer or {}).get("tenants"):  # None: an agent of an older version
+            said = "1 tenant has lost its limit" if tenants == 1 else f"{tenants} tenants have lost their limits"
     except ConnectionError as error:
         if isinstance(error, control_client.NoAnswerError) and error.denied:
             fail(no_answer(error), 3)
@@ -114,12 +120,30 @@ def detach() -> None:
     except control_client.RequestError as error:
         fail(str(error), error.code)
     cgroups.remove_run_folder()
+    click.echo(f"detached: {said}")
+
+
+def _is_terminal() -> bool:
+    """Return whether a user can read and answer a question."""
+    return sys.stdin.isatty() and sys.stderr.isatty()
+
+
+def _confirm() -> None:
+    """Ask a user at a terminal before tenants lose their limits. Exits with 1 if the answer is no."""
+    try:
+        tenants = len(control_client.call(run_dir(), {"verb": "snapshot"})["tenants"])
+    except (ConnectionError, control_client.RequestError):
+        return  # no agent answers: there is nothing to count, or the request itself will say why
+    if tenants:
+        loss = "1 tenant loses its limit" if tenants == 1 else f"{tenants} tenants lose their limits"
+        click.confirm(f"{loss}. Detach?", abort=True, err=True)
 
 
 @click.command()
 def reload() -> None:
     """Read the policy files again. The agent reads them automatically when they change."""
-    call({"verb": "reload"})
+    done = call({"verb": "reload"})
+    click.echo(f"reloaded: {done['policies']} {'policy' if done['policies'] == 1 else 'policies'} in force")
 
 
 COMMANDS = (agent, load, doctor, detach, reload)

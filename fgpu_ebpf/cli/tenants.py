@@ -7,15 +7,16 @@ wrong usage, 3 no agent, 4 no such target. `fgpu run` exits with 125 for every f
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import click
 
-from fgpu_ebpf import control_client
-from fgpu_ebpf.cli.completion import tenants
+from fgpu_ebpf import abi, control_client
+from fgpu_ebpf.cli import help_texts
 from fgpu_ebpf.cli.request import call, fail, no_answer, run_dir
+from fgpu_ebpf.policy.units import memory_text
 
 
 def _limits(command: Callable[..., None]) -> Callable[..., None]:
@@ -73,19 +74,36 @@ def run(name: str, pidns: bool, command: tuple[str, ...], **limits: Any) -> None
 
 
 @click.command("set")
-@click.argument("target", shell_complete=tenants)
+@help_texts.target
 @_limits
 def set_limits(target: str, **limits: Any) -> None:
-    """Set limits of TARGET: a tenant's name, /cgroup/path or pid/N."""
+    """Set limits of TARGET. They hold at once, until `fgpu unset` or the end of the cgroup."""
+    from fgpu_ebpf.tenancy.enforcement import excess
+
     done = call({"verb": "put", "target": target, **limits})
     click.echo(f"{done['tenant']}: {', '.join(_limit_text(*limit) for limit in limits.items() if limit[1])}")
+    for device in (done.get("level") or {}).get("devices", ()):
+        if over := excess(device):
+            held = f"holds {memory_text(device['used_bytes'])} of {memory_text(device['limit_bytes'])}"
+            click.echo(f"{done['tenant']} {held} on gpu {device['gpu']}: {over}")
 
 
 @click.command()
-@click.argument("target", shell_complete=tenants)
+@help_texts.target
 def unset(target: str) -> None:
-    """Remove the limits that were set for TARGET."""
-    call({"verb": "drop", "target": target})
+    """Remove the limits that were set for TARGET by `fgpu set` or `fgpu run`."""
+    done = call({"verb": "drop", "target": target})
+    name = done.get("tenant") or done["path"]
+    click.echo(f"{name}: limits set by hand are removed; {_now(done.get('level'))}")
+
+
+def _now(level: Mapping[str, Any] | None) -> str:
+    """Return what limits a cgroup after `unset`. `level`: the innermost one, as in `fgpu explain`."""
+    if level is None:
+        return "no limit is in force"
+    limits = {limit for device in level["devices"] if (limit := abi.limit(device["limit_bytes"])) is not None}
+    sizes = " and ".join(map(memory_text, sorted(limits))) or "no limit of memory"
+    return f"in force now: {sizes} ({level['by']} of {level['tenant']})"
 
 
 @click.group()
@@ -97,7 +115,8 @@ def device() -> None:
 @click.argument("gpu")
 def clear(gpu: str) -> None:
     """Offer GPU (an index or a UUID) again after the repair of the error that its XID reported."""
-    call({"verb": "clear", "device": gpu})
+    done = call({"verb": "clear", "device": gpu})
+    click.echo(f"gpu {done['device']}: offered again")
 
 
 COMMANDS = (run, set_limits, unset, device)

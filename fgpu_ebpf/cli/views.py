@@ -14,7 +14,7 @@ from typing import Any
 import click
 
 from fgpu_ebpf import control_client
-from fgpu_ebpf.cli.completion import tenants
+from fgpu_ebpf.cli import help_texts
 from fgpu_ebpf.cli.request import call, fail, no_answer, run_dir
 
 FOLLOW_SECONDS = 0.3
@@ -82,7 +82,7 @@ def top(once: bool, sort: str, reverse: bool, filter_: str) -> None:
 
 
 @click.command("explain")
-@click.argument("target", shell_complete=tenants)
+@help_texts.target
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def explain_target(target: str, as_json: bool) -> None:
     """Explain the limits of TARGET: the policy that decides, the limits in force, and how to enforce them better."""

@@ -126,6 +126,25 @@ def test_ps_names_unmanaged_processes_only_if_asked(place: Place, tenant) -> Non
     assert re.search(rf"^- +{stranger.pid} .* unmanaged \({re.escape(free.path)}\)$", table, re.MULTILINE), table
 
 
+@pytest.mark.places("host")
+def test_changes_by_hand_say_what_they_did(tenant) -> None:
+    one = tenant(CONTEXT + 40 * MIB)
+    client = one.client()
+    with one.growing():
+        client.ok(f"alloc {40 * MIB}")
+    assert client.do(f"alloc {2 * MIB}") == REFUSED, "the limit is enforced"
+    limit = CONTEXT + 20 * MIB
+    said = fgpu("set", one.name, "--memory", f"{limit}B").stdout.splitlines()
+    assert said[0] == f"{one.name}: {limit}B"
+    assert said[1].endswith("on gpu 0: it gets nothing more until it has freed 20MiB")
+    assert "0B left, refused 1 times: it gets nothing more until it has freed 20MiB" in fgpu("explain", one.name).stdout
+    wrong = fgpu("unset", one.name[:-1] + "x", check=False)
+    assert wrong.returncode == 4
+    assert f"did you mean {one.name}?" in wrong.stderr
+    assert fgpu("unset", one.name).stdout == f"{one.name}: limits set by hand are removed; no limit is in force\n"
+    assert fgpu("reload").stdout == "reloaded: 0 policies in force\n"
+
+
 def test_metrics_page_is_for_this_machine_alone(service: Service) -> None:
     assert METRICS.startswith("http://127.0.0.1:")
     with urllib.request.urlopen(METRICS, timeout=5) as page:
