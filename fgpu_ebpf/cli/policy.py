@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from fgpu_ebpf.cli.help_texts import Sections, examples
+
 if TYPE_CHECKING:  # importing these reads pydantic and YAML, which other commands must not wait for
     from fgpu_ebpf.policy.rules import Policy, PolicySet, Selector
     from fgpu_ebpf.policy.units import Amount
@@ -23,11 +25,12 @@ Paths = tuple[Path, ...]
 _PATHS = click.argument("paths", nargs=-1, type=click.Path(path_type=Path))
 
 
-@click.group("policy")
+@click.group("policy", cls=Sections)
 def policy() -> None:
     """Check, list and describe policy files. No agent is needed."""
 
 
+@examples("fgpu policy check", "fgpu policy check new.yaml")
 @policy.command()
 @_PATHS
 def check(paths: Paths) -> None:
@@ -37,6 +40,7 @@ def check(paths: Paths) -> None:
     click.echo(f"ok: {_count(len(policies), 'policy', 'policies')} in {_count(files, 'file', 'files')}")
 
 
+@examples("fgpu policy list", "fgpu policy list --json")
 @policy.command("list")
 @_PATHS
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON list.")
@@ -50,6 +54,7 @@ def list_policies(paths: Paths, as_json: bool) -> None:
         click.echo(_text(position, found))
 
 
+@examples("fgpu policy schema", "fgpu policy schema >gpupolicy.json")
 @policy.command()
 def schema() -> None:
     """Print the JSON Schema of a policy, for editors."""

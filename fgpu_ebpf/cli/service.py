@@ -14,9 +14,11 @@ import click
 
 from fgpu_ebpf import control_client
 from fgpu_ebpf.check import Check
+from fgpu_ebpf.cli.help_texts import examples
 from fgpu_ebpf.cli.request import call, fail, no_answer, run_dir
 
 
+@examples("fgpu agent", "fgpu agent --listen 127.0.0.1:9400 --log-format json")
 @click.command()
 @click.option(
     "--driver-root", type=click.Path(path_type=Path), help="Root of the NVIDIA driver's libraries (default: /)."
@@ -47,6 +49,7 @@ def agent(log_format: str | None, **options: Any) -> None:
         fail(str(error), 1)
 
 
+@examples("fgpu load", "fgpu load --config /etc/fgpu/agent.yaml")
 @click.command()
 @click.option("--loader", help="Python interpreter that can import BCC (default: /usr/bin/python3 -I).")
 @click.option(
@@ -65,6 +68,7 @@ def load(**options: Any) -> None:
         fail(str(error), 1)
 
 
+@examples("fgpu doctor", "fgpu doctor --json")
 @click.command()
 @click.option(
     "--driver-root", type=click.Path(path_type=Path), help="Default: the value of the running agent, or of agent.yaml."
@@ -95,6 +99,7 @@ def _check_line(check: Check) -> str:
     return f"FAIL  {check.name}: {check.found}\n      fix: {check.fix}"
 
 
+@examples("fgpu detach", "fgpu detach --yes")
 @click.command()
 @click.option("--yes", is_flag=True, help="Do not ask. Only a terminal is asked.")
 def detach(yes: bool) -> None:
@@ -139,6 +144,7 @@ def _confirm() -> None:
         click.confirm(f"{loss}. Detach?", abort=True, err=True)
 
 
+@examples("fgpu reload", "fgpu policy check && fgpu reload")
 @click.command()
 def reload() -> None:
     """Read the policy files again. The agent reads them automatically when they change."""

@@ -57,8 +57,25 @@ def status(snapshot: Mapping[str, Any]) -> str:
                 str(d["refused"]),
             )
             table.add_row(tenant["tenant"], tenant["kind"], str(d["gpu"]), *sizes, count, tenant["enforcement"])
-    why = no_limit(snapshot)
+    why = no_limit(snapshot) or _nothing_managed(snapshot)
     return _text(table) + _shares(snapshot) + _counted(snapshot) + _orphans(snapshot) + (f"\n{why}\n" if why else "")
+
+
+def _nothing_managed(snapshot: Mapping[str, Any]) -> str:
+    """Return what to do next if nothing is managed; empty: something is."""
+    if snapshot["tenants"]:
+        return ""
+    count = (snapshot["policies"] or {}).get("count", 0)
+    if count:
+        return (
+            f"Nothing is managed: no workload matches the {count} {'policy' if count == 1 else 'policies'} in force.\n"
+            "`fgpu policy list` shows them, and `fgpu explain pid/N` says why they do not match a process."
+        )
+    return (
+        "Nothing is managed: no program and no container has a limit.\n"
+        "To limit a program: fgpu run --memory 8GiB -- nvidia-smi\n"
+        "To limit containers: a policy in /etc/fgpu/policy.d, and once `fgpu setup docker`"
+    )
 
 
 def _counted(snapshot: Mapping[str, Any]) -> str:

@@ -14,7 +14,7 @@ from typing import Any
 import click
 
 from fgpu_ebpf import abi, control_client
-from fgpu_ebpf.cli import help_texts
+from fgpu_ebpf.cli.help_texts import Sections, examples, target
 from fgpu_ebpf.cli.request import call, fail, no_answer, run_dir
 from fgpu_ebpf.policy.units import memory_text
 
@@ -54,6 +54,7 @@ class _Run(click.Command):
             sys.exit(125)
 
 
+@examples("fgpu run --memory 8GiB -- python3 train.py", "fgpu run --memory 50% --compute 25% --name alice -- bash")
 @click.command(cls=_Run, context_settings={"ignore_unknown_options": True})
 @_limits
 @click.option("--name", default="", help="The tenant's name; default: run-N.")
@@ -73,8 +74,9 @@ def run(name: str, pidns: bool, command: tuple[str, ...], **limits: Any) -> None
         fail(f"{error}: not started", 125)
 
 
+@examples("fgpu set alice --memory 8GiB", "fgpu set unit/ollama.service --memory 50% --weight 200")
 @click.command("set")
-@help_texts.target
+@target
 @_limits
 def set_limits(target: str, **limits: Any) -> None:
     """Set limits of TARGET. They hold at once, until `fgpu unset` or the end of the cgroup."""
@@ -88,8 +90,9 @@ def set_limits(target: str, **limits: Any) -> None:
             click.echo(f"{done['tenant']} {held} on gpu {device['gpu']}: {over}")
 
 
+@examples("fgpu unset alice", "fgpu unset 3f1a9c")
 @click.command()
-@help_texts.target
+@target
 def unset(target: str) -> None:
     """Remove the limits that were set for TARGET by `fgpu set` or `fgpu run`."""
     done = call({"verb": "drop", "target": target})
@@ -106,11 +109,12 @@ def _now(level: Mapping[str, Any] | None) -> str:
     return f"in force now: {sizes} ({level['by']} of {level['tenant']})"
 
 
-@click.group()
+@click.group(cls=Sections)
 def device() -> None:
     """Tell the agent about the state of a device."""
 
 
+@examples("fgpu device clear 0", "fgpu device clear GPU-1f3a")
 @device.command()
 @click.argument("gpu")
 def clear(gpu: str) -> None:
