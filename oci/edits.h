@@ -1,11 +1,11 @@
-/* edits.h: what makes a container of an engine one that the agent can hold: four read-only mounts. */
+/* edits.h: what makes a container of an engine one that the agent can hold: five read-only mounts. */
 #pragma once
 
 #include <stddef.h>
 
 struct setup { /* what the agent says in RUN/containers */
     char *text;
-    const char *shim, *socket, *preload;
+    const char *shim, *socket, *preload, *info;
     const char *run;
 };
 

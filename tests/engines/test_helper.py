@@ -44,7 +44,8 @@ def helper(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 def run_dir(tmp_path: Path) -> Path:
     folder = tmp_path / "run"
     folder.mkdir()
-    (folder / "containers").write_text(f"shim {SHIM}\nsocket /run/fgpu/shim\npreload {folder}/container.preload\n")
+    setup = f"shim {SHIM}\nsocket /run/fgpu/shim\npreload {folder}/container.preload\ninfo /x/fgpu-oci\n"
+    (folder / "containers").write_text(setup)
     return folder
 
 
@@ -63,7 +64,7 @@ def destinations(config: Any) -> list[str]:
     return [mount["destination"] for mount in config["mounts"]]
 
 
-OURS = [SHIM, "/run/fgpu/shim", "/etc/ld.so.preload", "/var/lib/fgpu/run"]
+OURS = [SHIM, "/run/fgpu/shim", "/etc/ld.so.preload", "/var/lib/fgpu/run", "/var/lib/fgpu/bin/fgpu-info"]
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.text() | st.floats(allow_nan=False, allow_infinity=False),
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(), inner, max_size=4),
@@ -81,7 +82,7 @@ def test_all_else_stays_byte_for_byte(tmp_path_factory, more, annotations, inden
     done = precreate(run_dir, text)
     assert done.returncode == 0, done.stderr
     after = json.loads(done.stdout)
-    assert destinations(after) == ["/proc", *OURS]
+    assert destinations(after) == ["/proc", *OURS[:-1]], "an agent of an older version names no fgpu-info"
     assert {**after, "mounts": config["mounts"]} == config
     same = next(at for at, (a, b) in enumerate(zip(text, done.stdout, strict=False)) if a != b)
     assert done.stdout.endswith(text[same:]), "one piece is put in, the rest is as it was"
@@ -111,7 +112,7 @@ def test_nesting_without_end_is_refused(run_dir: Path) -> None:
 def test_mounts_of_others_stay(run_dir: Path) -> None:
     own = {"destination": "/etc/ld.so.preload", "source": "/mine"}
     after = edited(run_dir, json.dumps({"root": {"path": "/x"}, "mounts": [own]}))
-    assert destinations(after) == ["/etc/ld.so.preload", *OURS[:2], OURS[3]]
+    assert destinations(after) == ["/etc/ld.so.preload", *OURS[:2], *OURS[3:]]
     assert after["mounts"][0] == own
 
 

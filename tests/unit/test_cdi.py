@@ -141,11 +141,14 @@ def test_valid_by_the_schema_and_of_the_lowest_version(parts):
 
 def test_everything_is_mounted_read_only(parts):
     found = cdi.mounts(parts)
-    places = [str(parts.shim), "/run/fgpu/shim", "/etc/ld.so.preload", "/var/lib/fgpu/run"]
+    info = "/var/lib/fgpu/bin/fgpu-info"
+    places = [str(parts.shim), "/run/fgpu/shim", "/etc/ld.so.preload", "/var/lib/fgpu/run", info]
     assert [m["containerPath"] for m in found] == places
     assert found[1]["hostPath"] == found[3]["hostPath"] == str(parts.socket)
     assert all({"bind", "ro", "nosuid", "nodev"} <= set(m["options"]) for m in found)
     assert "noexec" not in found[0]["options"], "the shim is mapped executable"
+    assert found[4]["hostPath"] == str(parts.helper), "which prints what it can see, under that name"
+    assert "noexec" not in found[4]["options"]
 
 
 def test_a_share_named_twice_is_one_device(parts):
@@ -230,6 +233,7 @@ def test_the_helper_is_published_where_a_folder_is(tmp_path, monkeypatch):
     built.write_text("helper")
     (tmp_path / "bin/fgpu-oci").mkdir(parents=True)
     assert injection.publish_helper(built).read_text() == "helper"
+    assert (tmp_path / "bin/fgpu-info").read_text() == "helper", "its other name"
 
 
 def test_the_earlier_helper_stays_where_no_other_can_be_published(tmp_path, monkeypatch):
@@ -244,7 +248,7 @@ def test_the_earlier_helper_stays_where_no_other_can_be_published(tmp_path, monk
 
     monkeypatch.setattr(injection.shutil, "copyfile", full)
     assert injection.publish_helper(built) == place
-    assert os.listdir(tmp_path / "bin") == ["fgpu-oci"], "nothing half written stays"
+    assert sorted(os.listdir(tmp_path / "bin")) == ["fgpu-info", "fgpu-oci"], "nothing half written stays"
     place.unlink()
     with pytest.raises(OSError, match="no space"):
         injection.publish_helper(built)
