@@ -21,17 +21,19 @@ def test_a_wrong_word_fails_before_anything_is_built(words: str, tmp_path: Path)
     assert [path.name for path in tmp_path.iterdir()] == ["dev"]
 
 
-def greeting(*command: str) -> str:
+def greeting(*command: str, agent: str = "") -> str:
     """Return what ./dev sim says before it runs the command in a terminal."""
     found = re.search(r"^greet\(\) \{.*?^\}$", (ROOT / "dev").read_text(), re.M | re.S)
     assert found
-    script = f"set -eu; build=/b\n{found[0]}\ngreet {' '.join(command)}"
+    script = f"set -eu; build=/b logs=/logs agent='{agent}'\n{found[0]}\ngreet {' '.join(command)}"
     return subprocess.run(["sh", "-c", script], capture_output=True, text=True, check=True).stderr
 
 
 def test_a_shell_in_the_simulator_is_greeted() -> None:
     said = greeting("/usr/bin/bash")
     assert "simulated GPU" in said
+    assert "An agent that ran before answers" in said
+    assert "its log is /logs/fgpu-agent" in greeting("bash", agent="4711")
     assert "fgpu run --memory 2GiB --name alice -- nvidia-smi" in said
     assert "/b/examples/fill --hold 60" in said
     assert (greeting("nvidia-smi"), greeting("bash", "-c", "true")) == ("", "")
