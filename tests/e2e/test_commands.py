@@ -145,6 +145,25 @@ def test_changes_by_hand_say_what_they_did(tenant) -> None:
     assert fgpu("reload").stdout == "reloaded: 0 policies in force\n"
 
 
+@pytest.mark.places("host")
+def test_events_are_followed_through_a_restart(service: Service, unharmed: None, tenant) -> None:
+    one = tenant(CONTEXT + 40 * MIB)
+    one.assert_enforced()
+    fgpu("set", one.name, "--memory", "2GiB")
+    followed = [*FGPU, "events", "-f", "--json", "--tenant", one.name]
+    with subprocess.Popen(followed, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT) as feed:
+        assert feed.stdout
+        assert feed.stderr
+        assert json.loads(feed.stdout.readline())["bytes"] == 2 * GIB
+        service.kill_agent()
+        assert "no agent answers" in feed.stderr.readline()
+        service.start_agent()
+        fgpu("set", one.name, "--memory", "1GiB")
+        event = json.loads(feed.stdout.readline())
+        assert (event["what"], event["tenant"], event["bytes"]) == ("set", one.name, GIB)
+        feed.terminate()
+
+
 def test_metrics_page_is_for_this_machine_alone(service: Service) -> None:
     assert METRICS.startswith("http://127.0.0.1:")
     with urllib.request.urlopen(METRICS, timeout=5) as page:
