@@ -65,6 +65,8 @@ def list_policies(paths: Paths, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps([_json(p) | ({} if paths else {"tenants": counts and counts[p.name]}) for p in policies]))
         return
+    if not policies:
+        click.echo("no policy: no workload gets a limit from a policy")
     for position, found in enumerate(policies, 1):
         click.echo(_text(position, found))
         if counts is not None:
