@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import mmap
 import os
-import uuid
 from collections.abc import Iterable, Iterator, Sequence
 
 from fgpu_ebpf import abi
@@ -53,7 +52,7 @@ def _page(ledger: Ledger, cgroup: int) -> abi.UsagePage | None:
 
 def _lines(ledger: Ledger, pages: Sequence[abi.UsagePage], index: int, name: bytes, now_ns: int) -> Iterator[str]:
     usages, own = [page.devices[index] for page in pages], pages[0].devices[index]
-    head, limit = f"gpu {index} GPU-{uuid.UUID(bytes=name)}", min(usage.limit for usage in usages)
+    head, limit = f"gpu {index} {_uuid(name)}", min(usage.limit for usage in usages)
     if limit == abi.NO_LIMIT:
         yield f"{head}: no limit, used {_mib(own.used)}"
     elif limit == 0:
@@ -86,6 +85,12 @@ def _turn(ledger: Ledger, cgroup: int, index: int, now_ns: int) -> Iterator[str]
     yield f"  had {had} of the last half second, entitled to {due}; waited {turn.wait_ns / _NS:.1f} s in all"
     if turn.since_ns:
         yield f"  waiting for its turn for {max(0, now_ns - turn.since_ns) / _NS:.1f} s"
+
+
+def _uuid(name: bytes) -> str:
+    """Return `GPU-5d1f0c1e-…`, as NVML writes it."""
+    text = name.hex()
+    return "GPU-" + "-".join((text[:8], text[8:12], text[12:16], text[16:20], text[20:]))
 
 
 def _percent(millionths: int) -> str:
