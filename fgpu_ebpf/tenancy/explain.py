@@ -240,7 +240,8 @@ def _device_line(device: dict[str, Any]) -> str:
     left = max(0, limit - used)
     text = f"gpu {device['gpu']}: {memory_text(used)} of {memory_text(limit)} used, {memory_text(left)} left"
     text += "" if device["counts"] else ", counts on the device from its first use on"
-    text += f", refused {device['refused']} times" if device["refused"] else ""
+    times = "once" if device["refused"] == 1 else f"{device['refused']} times"
+    text += f", refused {times}" if device["refused"] else ""
     crowded = device["refused_entries"]
     text += f", {crowded} of them for too many allocations, threads or processes" if crowded else ""
     return f"{text}: {over}" if (over := excess(device)) else text

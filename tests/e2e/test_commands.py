@@ -137,7 +137,7 @@ def test_changes_by_hand_say_what_they_did(tenant) -> None:
     said = fgpu("set", one.name, "--memory", f"{limit}B").stdout.splitlines()
     assert said[0] == f"{one.name}: {limit}B"
     assert said[1].endswith("on gpu 0: it gets nothing more until it has freed 20MiB")
-    assert "0B left, refused 1 times: it gets nothing more until it has freed 20MiB" in fgpu("explain", one.name).stdout
+    assert "0B left, refused once: it gets nothing more until it has freed 20MiB" in fgpu("explain", one.name).stdout
     wrong = fgpu("unset", one.name[:-1] + "x", check=False)
     assert wrong.returncode == 4
     assert f"did you mean {one.name}?" in wrong.stderr
