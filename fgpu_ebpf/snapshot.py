@@ -112,6 +112,14 @@ class ProcessView:
 
 
 @dataclass(frozen=True, slots=True)
+class UnmanagedView:
+    """A process outside tenants that holds memory of a device; `bytes` None: NVML does not report how much."""
+
+    pid: int
+    bytes: int | None
+
+
+@dataclass(frozen=True, slots=True)
 class OrphanView:
     """Bytes on one device that stay charged after process `pid` has released them, for `seconds` now.
 
@@ -184,6 +192,7 @@ class DeviceView:
     fatal_xid: int | None = None
     orphaned_bytes: int = 0
     unexplained_bytes: int | None = None
+    unmanaged_by: tuple[UnmanagedView, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -313,7 +322,7 @@ class Fields(Mapping[str, Any]):
 
 _VIEWS = frozenset({
     Refusal, ComputeView, TenantDevice, ProcessView, OrphanView, TenantView, DeviceView, SlicesView, PoliciesView,
-    EngineView, LibraryView, MapView, UsageView,
+    EngineView, LibraryView, MapView, UnmanagedView, UsageView,
 })  # fmt: skip
 
 

@@ -111,6 +111,7 @@ int setup_read(struct setup *setup, const char *run)
         if (!strncmp(line, "shim /", 6)) setup->shim = line + 5;
         if (!strncmp(line, "socket /", 8)) setup->socket = line + 7;
         if (!strncmp(line, "preload /", 9)) setup->preload = line + 8;
+        if (!strncmp(line, "info /", 6)) setup->info = line + 5;
     }
     if (setup->shim && setup->socket && setup->preload) return 1;
     say("%s is incomplete: restart the agent", path);
@@ -302,7 +303,7 @@ char *edits_apply(const struct setup *setup, const char *config, const char *bun
         free(root);
         return NULL;
     }
-    char path[PATH_MAX], list[PATH_MAX], nix_list[PATH_MAX], entries[8 * PATH_MAX], *to = entries;
+    char path[PATH_MAX], list[PATH_MAX], nix_list[PATH_MAX], entries[10 * PATH_MAX], *to = entries;
     snprintf(path, sizeof path, "%s%s%s", *root == '/' || !bundle ? "" : bundle, *root == '/' ? "" : "/", root);
     free(root);
     if (list_for(setup, bundle, path, PRELOAD, list, sizeof list)) return NULL;
@@ -313,5 +314,6 @@ char *edits_apply(const struct setup *setup, const char *config, const char *bun
     mount_entry(&to, mounts, list, PRELOAD, ",\"noexec\"");
     mount_entry(&to, mounts, setup->socket, "/var/lib/fgpu/run", ",\"noexec\""); /* stays where an init hides /run */
     mount_entry(&to, mounts, nix_list, NIX_PRELOAD, ",\"noexec\"");
+    if (setup->info) mount_entry(&to, mounts, setup->info, "/var/lib/fgpu/bin/fgpu-info", "");
     return with_mounts(config, mounts, entries);
 }

@@ -5,7 +5,7 @@
 
 struct setup { /* what the agent says in RUN/containers */
     char *text;
-    const char *shim, *socket, *preload;
+    const char *shim, *socket, *preload, *info;
     const char *run;
 };
 

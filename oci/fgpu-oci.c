@@ -7,6 +7,7 @@
  *   fgpu-runtime-NAME ARGS…           a link to it: as `fgpu-oci runtime NAME ARGS…`; where the link runtimes/NAME is
  *                                     beside the program, its target is the runtime
  *   fgpu-oci knock                    Kubernetes' probe: 0, a gatekeeper takes connections in and looks at them
+ *   fgpu-oci info, fgpu-info          in a container: prints the limits and the use of its cgroup, without CUDA
  *
  * Never: decides who gets what (the agent does), or lets a container start other than asked without saying why, on
  * stderr, in the runtime's own log and in the system's. Where no agent has set anything up, it edits nothing.
@@ -28,6 +29,7 @@
 #include "reasons.h"
 
 #define MOST_OF_A_CONFIG (16 << 20)
+#define MOST_OF_AN_ANSWER (16 << 10)
 #define PATIENCE_SECONDS 5
 
 /* -- fgpu-oci share */
@@ -82,7 +84,7 @@ static int knock(const char *run)
     return 1;
 }
 
-/* -- fgpu-oci precreate */
+/* -- fgpu-info */
 
 static int put_out(const char *text)
 {
@@ -93,6 +95,29 @@ static int put_out(const char *text)
     }
     return 0;
 }
+
+/* The gatekeeper answers with text about the process that the kernel names as its peer. A container has the socket's
+ * folder twice, since its init may mount over /run. Returns 3 if there is no answer. */
+static int info(const char *run)
+{
+    static const char question[] = "fgpu-info\n";
+    char answer[MOST_OF_AN_ANSWER];
+    int gatekeeper = connect_to(run, "shim/shim.sock", SOCK_SEQPACKET);
+    if (gatekeeper < 0) gatekeeper = connect_to("/var/lib/fgpu/run", "shim.sock", SOCK_SEQPACKET);
+    if (gatekeeper < 0 || send(gatekeeper, question, sizeof question - 1, MSG_NOSIGNAL) < 0) {
+        dprintf(2, "fgpu-info: no agent answers at %s/shim/shim.sock\n", run);
+        return 3;
+    }
+    ssize_t length = read(gatekeeper, answer, sizeof answer - 1);
+    if (length <= 0) {
+        dprintf(2, "fgpu-info: the agent has not answered: ask again, or it is of a version without fgpu-info\n");
+        return 3;
+    }
+    answer[length] = 0;
+    return put_out(answer) ? 1 : 0;
+}
+
+/* -- fgpu-oci precreate */
 
 static int precreate(const char *run)
 {
@@ -188,11 +213,13 @@ int main(int count, char **words)
         words[0] = named_by_link((char *)self + sizeof prefix - 1);
         return runtime(run, words);
     }
+    if (!strcmp(self, "fgpu-info")) return info(run);
     if (count > 2 && !strcmp(words[1], "--run-dir")) run = words[2], words += 2, count -= 2;
     if (count == 3 && !strcmp(words[1], "share")) return share(run, words[2]);
     if (count == 2 && !strcmp(words[1], "precreate")) return precreate(run);
     if (count == 2 && !strcmp(words[1], "knock")) return knock(run);
+    if (count == 2 && !strcmp(words[1], "info")) return info(run);
     if (count > 2 && !strcmp(words[1], "runtime")) return runtime(run, words + 2);
-    dprintf(2, "usage: fgpu-oci [--run-dir DIR] share NAME | precreate | knock | runtime RUNTIME [ARGS...]\n");
+    dprintf(2, "usage: fgpu-oci [--run-dir DIR] share NAME | precreate | knock | info | runtime RUNTIME [ARGS...]\n");
     return 2;
 }

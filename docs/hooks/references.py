@@ -207,6 +207,7 @@ def command_pages() -> str:
         if options(command):
             lines += ["", *_table("option", "", "what it does")]
             lines += [_row(*_option(option, context)) for option in options(command)]
+        lines += _help(command.epilog or "")
     return "\n".join(lines)
 
 

@@ -208,9 +208,11 @@ class Agent:
 
     def stop(self) -> None:
         """Stop everything that this agent has started, however far it came. Limits stay in force."""
-        of_parts = (self._parts.policies, self._parts.reconciler, self._parts.chores.usage) if self._parts else ()
-        for part in (self.engines, *of_parts, self.gatekeeper):
-            self._do(part.stop)
+        made = self._parts
+        policies, reconciler, usage = (made.policies, made.reconciler, made.chores.usage) if made else (None,) * 3
+        for part in (policies, self.engines, reconciler, usage, self.gatekeeper):
+            if part:
+                self._do(part.stop)
 
     def _look_at_answered(self) -> None:
         """Reconsider cgroups whose labels an engine has reported: policy or limits may be others now."""
@@ -228,8 +230,10 @@ class Agent:
             for path in paths:
                 manager.enforcer.answer(path, lacking)
 
-    def detach(self) -> None:
-        """Remove everything from the host, and end run()."""
+    def detach(self) -> dict[str, int]:
+        """Remove everything from the host, and end run(). Returns how many tenants had a limit or a share of time."""
+        found = {"tenants": len(self.parts.enforcer)}
         self.stop()
         take_away(self.settings.run_dir, self.settings.pins, by_agent=True)
         self.end()
+        return found

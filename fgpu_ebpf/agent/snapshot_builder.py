@@ -31,6 +31,7 @@ from fgpu_ebpf.snapshot import (
     Snapshot,
     TenantDevice,
     TenantView,
+    UnmanagedView,
     UsageView,
 )
 from fgpu_ebpf.tenancy.compute_view import compute_view
@@ -212,9 +213,9 @@ def _device(
 ) -> DeviceView:
     truth = look.truth
     held, ended = truth.held.get(device.index), truth.ended.get(device.index, {})
-    outside = [None] if held is None else [
-        bytes_ if bytes_ is None else bytes_ - ended.get(pid, 0)
-        for pid, bytes_ in held.items()
+    outside = [
+        UnmanagedView(pid, bytes_ if bytes_ is None else bytes_ - ended.get(pid, 0))
+        for pid, bytes_ in (held or {}).items()
         if pid not in processes and (bytes_ is None or bytes_ > ended.get(pid, 0))
         and not procfs.ended(pid)  # it may have ended since NVML was asked
     ]  # fmt: skip
@@ -222,10 +223,12 @@ def _device(
     xids: tuple[Mapping[int, int] | None, int, int | None] = (
         (reported.counts, reported.ignored, reported.fatal) if reported else (None, 0, None)
     )
-    unmanaged = None if None in outside else sum(filter(None, outside))
+    is_known = held is not None and all(process.bytes is not None for process in outside)
+    unmanaged = sum(process.bytes or 0 for process in outside) if is_known else None
     return DeviceView(
         device.index, device.uuid_text, device.name, device.pci_bus_id, device.capacity_bytes,
         truth.used.get(device.index), look.parts.enforcer.commitments.committed(device.index), unmanaged,
         gatekeeper_process.slices(gatekeeper, device.index), _owner(look, device.index), _age(look, device.index),
         None if held is None else len(outside), *xids, orphaned, truth.unexplained.get(device.index),
+        tuple(outside),
     )  # fmt: skip

@@ -146,9 +146,10 @@ class ControlServer:
             return uid == 0 and os.stat(f"/proc/{pid}/ns/user").st_ino == self._own_namespace
         return False
 
-    def _reload(self) -> None:
+    def _reload(self) -> dict[str, Any]:
         if errors := self._agent.reload():
             raise RequestError("\n".join(["the policies in force stay:", *map(str, errors)]), 1)
+        return {"policies": len(self._agent.parts.manager.policies.policies)}
 
     def _put(self, request: dict[str, Any]) -> dict[str, Any]:
         path = self._find(request)
@@ -158,7 +159,10 @@ class ControlServer:
         said += [f"{name} {asked[field]}" for name, field in _COMPUTE_FIELDS.items() if field in asked]
         bytes_ = asked.get("memory_bytes") or 0
         self._agent.history.add("set", tenant=tenant.name, bytes=bytes_, text=", ".join(said))
-        return {"tenant": tenant.name, "path": tenant.path, **asked}
+        return {"tenant": tenant.name, "path": tenant.path, **asked, "level": self._level(path)}
+
+    def _level(self, path: str) -> dict[str, Any] | None:
+        return explain.level_at(path, self._agent.parts.manager, self._agent.parts.ledger)
 
     def _find(self, request: dict[str, Any]) -> str:
         return targets.find(_text(request, "target"), self._agent.parts.enforcer, self._agent.parts.manager.workloads)
@@ -174,10 +178,11 @@ class ControlServer:
 
     def _drop(self, request: dict[str, Any]) -> dict[str, Any]:
         path = self._find(request)
+        name = self._agent.parts.enforcer.name_at(path)
         if not self._agent.parts.manager.unset(path):
             raise TargetError(f"no limit was set by hand on {path}")
-        self._agent.history.add("unset", text=path)
-        return {"path": path}
+        self._agent.history.add("unset", tenant=name, text=path)
+        return {"tenant": name, "path": path, "level": self._level(path)}
 
     def _clear(self, request: dict[str, Any]) -> dict[str, Any]:
         """Offer a device again after its repair, whatever XID it has reported."""

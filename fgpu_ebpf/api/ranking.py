@@ -28,10 +28,7 @@ class Row(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Column:
-    """A column. `name`: the heading, whose first letter is the key that sorts by it; `cells`: the least width.
-
-    `falls`: the largest value comes first.
-    """
+    """A column. `name`: the heading; `cells`: the least width; `falls`: the largest value comes first."""
 
     name: str
     cells: int
@@ -107,7 +104,8 @@ COLUMNS = (
     _measured("HELD BY", 7, lambda row: row.tenant["enforcement"], str, falls=False),
 )
 BY_WORD = {column.word: column for column in COLUMNS}
-BY_KEY = {column.word[0]: column for column in COLUMNS} | {"m": BY_WORD["used"]}  # m: the same key as in htop
+_KEYS = {"held": "b"}  # h shows the keys; other columns have their first letter
+BY_KEY = {_KEYS.get(word, word[0]): column for word, column in BY_WORD.items()} | {"m": BY_WORD["used"]}  # as in htop
 _SEARCHED = ("tenant", "path", "policy", "kind", "enforcement")
 
 

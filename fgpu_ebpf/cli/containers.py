@@ -13,14 +13,16 @@ from typing import Any
 import click
 
 from fgpu_ebpf import control_client
+from fgpu_ebpf.cli.help_texts import Sections, examples
 from fgpu_ebpf.cli.request import fail, run_dir
 
 
-@click.group("cdi")
+@click.group("cdi", cls=Sections)
 def cdi_group() -> None:
     """Devices that a container may ask for: fgpu.dev/share=8gib-50pct, fgpu.dev/shim=all."""
 
 
+@examples("fgpu cdi list", "fgpu cdi list --json")
 @cdi_group.command("list")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON list.")
 def list_devices(as_json: bool) -> None:
@@ -50,6 +52,7 @@ def _device(spec: dict[str, Any], device: dict[str, Any]) -> dict[str, str]:
     return {"name": name, "gives": ", ".join(memory + compute + only)}
 
 
+@examples("fgpu cdi generate 8gib 8gib-50pct", "fgpu cdi generate --output /etc/cdi/fgpu.yaml")
 @cdi_group.command()
 @click.argument("names", metavar="[SHARE]...", nargs=-1)
 @click.option("--output", type=click.Path(path_type=Path, dir_okay=False), help="A file in /etc/cdi; default: stdout.")
@@ -76,6 +79,7 @@ def generate(names: tuple[str, ...], output: Path | None) -> None:
         fail(f"{output}: {error.strerror}", 1)
 
 
+@examples("fgpu setup docker", "fgpu setup docker --undo")
 @click.command()
 @click.argument("engine", type=click.Choice(["docker", "podman", "containerd", "crio"]))
 @click.option("--undo", "is_undo", is_flag=True, help="Restore the engine's settings.")

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import click
 
+from fgpu_ebpf.cli.help_texts import examples
 from fgpu_ebpf.cli.request import fail, run_dir
 
 FOLDER = Path("/var/lib/kubelet/device-plugins")
@@ -17,6 +18,7 @@ _WAYS = ["cdi-cri", "cdi-annotations", "mounts"]
 _GPUS = ["auto", "cdi", "envvar", "none"]
 
 
+@examples("fgpu device-plugin", "fgpu device-plugin --device-list-strategy mounts")
 @click.command("device-plugin")
 @click.option("--kubelet-dir", type=click.Path(path_type=Path), default=FOLDER, show_default=True, envvar="KUBELET_DIR",
                             help="Folder of kubelet.sock.")  # fmt: skip

@@ -1,18 +1,22 @@
 """`fgpu policy`: check, list and describe policy files.
 
-This module runs in the process of the command, without the agent: it shows the files, not what is in force. Exit codes:
-0 done, 1 a finding, 2 wrong usage.
+This module runs in the process of the command, without the agent: it shows the files, not what is in force; only the
+number of tenants that a policy matches comes from the agent. Exit codes: 0 done, 1 a finding, 2 wrong usage.
 """
 
 from __future__ import annotations
 
 import json
 import sys
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+
+from fgpu_ebpf.cli.help_texts import Sections, examples
+from fgpu_ebpf.cli.request import HINT_SECONDS, run_dir
 
 if TYPE_CHECKING:  # importing these reads pydantic and YAML, which other commands must not wait for
     from fgpu_ebpf.policy.rules import Policy, PolicySet, Selector
@@ -23,33 +27,64 @@ Paths = tuple[Path, ...]
 _PATHS = click.argument("paths", nargs=-1, type=click.Path(path_type=Path))
 
 
-@click.group("policy")
+@click.group("policy", cls=Sections)
 def policy() -> None:
     """Check, list and describe policy files. No agent is needed."""
 
 
+@examples("fgpu policy check", "fgpu policy check new.yaml")
 @policy.command()
 @_PATHS
 def check(paths: Paths) -> None:
-    """Check PATHS (files or folders), or this host's policies; print every error and exit with 1 if there is one."""
+    """Check PATHS (files or folders), or this host's policies; print every error and exit with 1 if there is one.
+
+    A selector or device that no host can match is a warning, which does not change the exit code.
+    """
+    from fgpu_ebpf.policy import advice
+
     policies = _must_read(paths)
     files = len({p.source.rpartition(":")[0] for p in policies})
-    click.echo(f"ok: {_count(len(policies), 'policy', 'policies')} in {_count(files, 'file', 'files')}")
+    warnings = [f"{p.source}: warning: spec.{text}" for p in policies for text in advice.warnings(p)]
+    for line in warnings:
+        click.echo(line, err=True)
+    more = f", {_count(len(warnings), 'warning', 'warnings')}" if warnings else ""
+    click.echo(f"ok: {_count(len(policies), 'policy', 'policies')} in {_count(files, 'file', 'files')}{more}")
 
 
+@examples("fgpu policy list", "fgpu policy list --json")
 @policy.command("list")
 @_PATHS
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON list.")
 def list_policies(paths: Paths, as_json: bool) -> None:
-    """List policies in the order in which they are tried: the first that matches decides."""
+    """List policies in the order in which they are tried: the first that matches decides.
+
+    For this host's own policies the list says how many tenants each matches now, if an agent answers.
+    """
     policies = _must_read(paths)
+    counts = None if paths else _tenants()
     if as_json:
-        click.echo(json.dumps([_json(p) for p in policies]))
+        click.echo(json.dumps([_json(p) | ({} if paths else {"tenants": counts and counts[p.name]}) for p in policies]))
         return
+    if not policies:
+        click.echo("no policy: no workload gets a limit from a policy")
     for position, found in enumerate(policies, 1):
         click.echo(_text(position, found))
+        if counts is not None:
+            click.echo(f"   matches {_count(counts[found.name], 'tenant', 'tenants')} now")
 
 
+def _tenants() -> Counter[str] | None:
+    """Return how many tenants each policy matches by its name; None: no agent answers this user."""
+    from fgpu_ebpf import control_client
+
+    try:
+        snapshot = control_client.call(run_dir(), {"verb": "snapshot"}, HINT_SECONDS)
+    except (ConnectionError, control_client.RequestError):
+        return None
+    return Counter(tenant["policy"] for tenant in snapshot["tenants"] if tenant["kind"] != "gone")
+
+
+@examples("fgpu policy schema", "fgpu policy schema >gpupolicy.json")
 @policy.command()
 def schema() -> None:
     """Print the JSON Schema of a policy, for editors."""

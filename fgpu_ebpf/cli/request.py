@@ -11,6 +11,8 @@ import click
 from fgpu_ebpf import control_client
 
 RUN_DIR = Path("/run/fgpu")
+HINT_SECONDS = 1.0  # the longest wait for what only improves a message
+NO_TARGET = 4  # the exit code if a target does not exist
 
 
 def run_dir() -> Path:
@@ -37,4 +39,17 @@ def call(request: dict[str, Any]) -> Any:
     except ConnectionError as error:
         fail(no_answer(error), 3)
     except control_client.RequestError as error:
-        fail(str(error), error.code)
+        meant = did_you_mean(request["target"]) if error.code == NO_TARGET and "target" in request else ""
+        fail(f"{error}{meant}", error.code)
+
+
+def did_you_mean(name: str) -> str:
+    """Return `; did you mean alice?` if a tenant has a similar name, else an empty text."""
+    import difflib
+
+    try:
+        snapshot = control_client.call(run_dir(), {"verb": "snapshot"}, HINT_SECONDS)
+    except (ConnectionError, control_client.RequestError):
+        return ""
+    found = difflib.get_close_matches(name, [tenant["tenant"] for tenant in snapshot["tenants"]], 1)
+    return f"; did you mean {found[0]}?" if found else ""

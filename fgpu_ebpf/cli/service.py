@@ -14,9 +14,11 @@ import click
 
 from fgpu_ebpf import control_client
 from fgpu_ebpf.check import Check
+from fgpu_ebpf.cli.help_texts import examples
 from fgpu_ebpf.cli.request import call, fail, no_answer, run_dir
 
 
+@examples("fgpu agent", "fgpu agent --listen 127.0.0.1:9400 --log-format json")
 @click.command()
 @click.option(
     "--driver-root", type=click.Path(path_type=Path), help="Root of the NVIDIA driver's libraries (default: /)."
@@ -47,6 +49,7 @@ def agent(log_format: str | None, **options: Any) -> None:
         fail(str(error), 1)
 
 
+@examples("fgpu load", "fgpu load --config /etc/fgpu/agent.yaml")
 @click.command()
 @click.option("--loader", help="Python interpreter that can import BCC (default: /usr/bin/python3 -I).")
 @click.option(
@@ -65,6 +68,7 @@ def load(**options: Any) -> None:
         fail(str(error), 1)
 
 
+@examples("fgpu doctor", "fgpu doctor --json")
 @click.command()
 @click.option(
     "--driver-root", type=click.Path(path_type=Path), help="Default: the value of the running agent, or of agent.yaml."
@@ -95,13 +99,20 @@ def _check_line(check: Check) -> str:
     return f"FAIL  {check.name}: {check.found}\n      fix: {check.fix}"
 
 
+@examples("fgpu detach", "fgpu detach --yes")
 @click.command()
-def detach() -> None:
+@click.option("--yes", is_flag=True, help="Do not ask. Only a terminal is asked.")
+def detach(yes: bool) -> None:
     """Open all gates, remove all limits, probes and set-up files, and stop the agent."""
     from fgpu_ebpf.workloads import cgroups
 
+    if not yes and _is_terminal():
+        _confirm()
+    said = "what fgpu has left on this host is removed"
     try:
-        control_client.call(run_dir(), {"verb": "detach"})
+        answer = control_client.call(run_dir(), {"verb": "detach"})
+        if tenants := (answer or {}).get("tenants"):  # None: an agent of an older version
+            said = "1 tenant has lost its limit" if tenants == 1 else f"{tenants} tenants have lost their limits"
     except ConnectionError as error:
         if isinstance(error, control_client.NoAnswerError) and error.denied:
             fail(no_answer(error), 3)
@@ -114,12 +125,31 @@ def detach() -> None:
     except control_client.RequestError as error:
         fail(str(error), error.code)
     cgroups.remove_run_folder()
+    click.echo(f"detached: {said}")
 
 
+def _is_terminal() -> bool:
+    """Return whether a user can read and answer a question."""
+    return sys.stdin.isatty() and sys.stderr.isatty()
+
+
+def _confirm() -> None:
+    """Ask a user at a terminal before tenants lose their limits. Exits with 1 if the answer is no."""
+    try:
+        tenants = len(control_client.call(run_dir(), {"verb": "snapshot"})["tenants"])
+    except (ConnectionError, control_client.RequestError):
+        return  # no agent answers: there is nothing to count, or the request itself will say why
+    if tenants:
+        loss = "1 tenant loses its limit" if tenants == 1 else f"{tenants} tenants lose their limits"
+        click.confirm(f"{loss}. Detach?", abort=True, err=True)
+
+
+@examples("fgpu reload", "fgpu policy check && fgpu reload")
 @click.command()
 def reload() -> None:
     """Read the policy files again. The agent reads them automatically when they change."""
-    call({"verb": "reload"})
+    done = call({"verb": "reload"})
+    click.echo(f"reloaded: {done['policies']} {'policy' if done['policies'] == 1 else 'policies'} in force")
 
 
 COMMANDS = (agent, load, doctor, detach, reload)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import psutil
 
 from fgpu_ebpf import abi
+from fgpu_ebpf.linux import procfs
 from fgpu_ebpf.policy.units import memory_text
 from fgpu_ebpf.snapshot import no_limit
 from fgpu_ebpf.tenancy import orphan_text
@@ -23,12 +24,14 @@ from fgpu_ebpf.tenancy.event_log import line_of
 if TYPE_CHECKING:
     from rich.table import Table
 
+MOST_PATH_CELLS = 1000  # a row with a cgroup's path is not cut
 
-def _text(table: Table) -> str:
+
+def _text(table: Table, most_cells: int = 120) -> str:
     from rich.console import Console  # takes longer than a command that prints JSON
 
     out = io.StringIO()
-    Console(file=out, width=120).print(table)
+    Console(file=out, width=most_cells).print(table)
     return "\n".join(line.rstrip() for line in out.getvalue().splitlines()) + "\n"
 
 
@@ -63,8 +66,25 @@ def status(snapshot: Mapping[str, Any]) -> str:
                 str(d["refused"]),
             )
             table.add_row(tenant["tenant"], tenant["kind"], str(d["gpu"]), *sizes, count, tenant["enforcement"])
-    why = no_limit(snapshot)
+    why = no_limit(snapshot) or _nothing_managed(snapshot)
     return _text(table) + _shares(snapshot) + _counted(snapshot) + _orphans(snapshot) + (f"\n{why}\n" if why else "")
+
+
+def _nothing_managed(snapshot: Mapping[str, Any]) -> str:
+    """Return what to do next if nothing is managed; empty: something is."""
+    if snapshot["tenants"]:
+        return ""
+    count = (snapshot["policies"] or {}).get("count", 0)
+    if count:
+        return (
+            f"Nothing is managed: no workload matches the {count} {'policy' if count == 1 else 'policies'} in force.\n"
+            "`fgpu policy list` shows them, and `fgpu explain pid/N` says why they do not match a process."
+        )
+    return (
+        "Nothing is managed: no program and no container has a limit.\n"
+        "To limit a program: fgpu run --memory 8GiB -- nvidia-smi\n"
+        "To limit containers: a policy in /etc/fgpu/policy.d, and once `fgpu setup docker`"
+    )
 
 
 def _counted(snapshot: Mapping[str, Any]) -> str:
@@ -112,21 +132,21 @@ def event_line(event: Mapping[str, Any]) -> str:
 
 @dataclass(frozen=True, slots=True)
 class ProcessRow:
-    """A process of a tenant on one device, or orphaned memory.
+    """A process on one device, or orphaned memory.
 
-    `pid`: on the host. `bytes`: charged for it. `how`: in what way it bypasses the shim; empty: it does not;
-    `orphaned`: the memory of a process that has ended, or that has exported the memory and freed it. `why`: the reason
-    why it has no shim, or which processes keep orphaned memory. `loader`: the path of its loader, in quotes, if that is
-    the reason; the process can have chosen it. `had_ratio`: the part of the device's time that its
-    tenant had in the last half second; null: not measured. `name`, `user` and `started` (seconds since the epoch) are
-    the host's; null: the process has ended, or the host does not show it. The name of orphaned memory is `(ended)` or
-    `(exported)`.
+    `tenant`, null: none. `pid`: on the host. `bytes`: charged for it, or held; null: unknown. `how`: in what way it
+    bypasses the shim; empty: it does not. `unmanaged`: it is in no tenant, and `why` is its cgroup. `orphaned`: the
+    memory of a process that has ended, or that has exported the memory and freed it. `why`: the reason why it has no
+    shim, or which processes keep orphaned memory. `loader`: the path of its loader, in quotes, if that is the reason;
+    the process can have chosen it. `had_ratio`: the part of the device's time that its tenant had in the last half
+    second; null: not measured. `name`, `user` and `started` (seconds since the epoch) are the host's; null: the process
+    has ended, or the host does not show it. The name of orphaned memory is `(ended)` or `(exported)`.
     """
 
-    tenant: str
+    tenant: str | None
     pid: int
     gpu: int
-    bytes: int
+    bytes: int | None
     how: str
     why: str
     loader: str
@@ -150,6 +170,20 @@ def process_rows(snapshot: Mapping[str, Any]) -> list[ProcessRow]:
     return rows
 
 
+def unmanaged_rows(snapshot: Mapping[str, Any]) -> list[ProcessRow]:
+    """Return one row for each process outside tenants that holds memory, with its cgroup as the reason."""
+    rows = []
+    for device in snapshot["devices"]:
+        for process in device.get("unmanaged_by", ()):  # an agent of an older version does not list them
+            name, user, started = _names(process["pid"])
+            rows.append(ProcessRow(
+                None, process["pid"], device["index"], process["bytes"], how="unmanaged",
+                why=procfs.cgroup_path(process["pid"]) or "", loader="", had_ratio=None, name=name, user=user,
+                started=started,
+            ))  # fmt: skip
+    return rows
+
+
 def _orphan_row(tenant: str, orphan: Mapping[str, Any]) -> ProcessRow:
     """Return the row of orphaned memory, whose process has ended."""
     fields = {name: orphan[name] for name in ("pid", "gpu", "bytes")}
@@ -168,11 +202,11 @@ def _names(pid: int) -> tuple[str, str, float] | tuple[None, None, None]:
 
 
 def processes(rows: list[ProcessRow]) -> str:
-    """Return the table of process_rows()."""
+    """Return the table of process_rows() and unmanaged_rows()."""
     table = _table("TENANT", "PID", "GPU", "USED", "SHARE", "USER", "NAME", "BYPASS")
     for row in rows:
         part = "-" if row.had_ratio is None else f"{row.had_ratio:.1%}"
         bypass = f"{row.how} ({row.why})" if row.why else row.how or "-"
-        numbers = (str(row.pid), str(row.gpu), memory_text(row.bytes))
-        table.add_row(row.tenant, *numbers, part, row.user or "-", row.name or "(gone)", bypass)
-    return _text(table)
+        numbers = (str(row.pid), str(row.gpu), "-" if row.bytes is None else memory_text(row.bytes))
+        table.add_row(row.tenant or "-", *numbers, part, row.user or "-", row.name or "(gone)", bypass)
+    return _text(table, MOST_PATH_CELLS)

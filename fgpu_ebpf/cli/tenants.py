@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import click
 
-from fgpu_ebpf import control_client
-from fgpu_ebpf.cli.completion import tenants
+from fgpu_ebpf import abi, control_client
+from fgpu_ebpf.cli.help_texts import Sections, examples, target
 from fgpu_ebpf.cli.request import call, fail, no_answer, run_dir
+from fgpu_ebpf.policy.units import memory_text
 
 _RELEASE_SECONDS = 10.0  # longer than a pass of the agent's reconcile thread, unless NVML hangs
 
@@ -56,6 +57,7 @@ class _Run(click.Command):
             sys.exit(125)
 
 
+@examples("fgpu run --memory 8GiB -- python3 train.py", "fgpu run --memory 50% --compute 25% --name alice -- bash")
 @click.command(cls=_Run, context_settings={"ignore_unknown_options": True})
 @_limits
 @click.option("--name", default="", help="The tenant's name; default: run-N.")
@@ -75,34 +77,56 @@ def run(name: str, pidns: bool, command: tuple[str, ...], **limits: Any) -> None
         fail(f"{error}: not started", 125)
 
 
+@examples("fgpu set alice --memory 8GiB", "fgpu set unit/ollama.service --memory 50% --weight 200")
 @click.command("set")
-@click.argument("target", shell_complete=tenants)
+@target
 @_limits
 def set_limits(target: str, **limits: Any) -> None:
-    """Set limits of TARGET: a tenant's name, /cgroup/path or pid/N."""
+    """Set limits of TARGET. They hold at once, until `fgpu unset` or the end of the cgroup."""
+    from fgpu_ebpf.tenancy.enforcement import excess
+
     done = call({"verb": "put", "target": target, **limits})
     click.echo(f"{done['tenant']}: {', '.join(_limit_text(*limit) for limit in limits.items() if limit[1])}")
+    for device in (done.get("level") or {}).get("devices", ()):
+        if over := excess(device):
+            held = f"holds {memory_text(device['used_bytes'])} of {memory_text(device['limit_bytes'])}"
+            click.echo(f"{done['tenant']} {held} on gpu {device['gpu']}: {over}")
 
 
+@examples("fgpu unset alice", "fgpu unset 3f1a9c")
 @click.command()
-@click.argument("target", shell_complete=tenants)
+@target
 def unset(target: str) -> None:
-    """Remove the limits that were set for TARGET."""
-    call({"verb": "drop", "target": target})
+    """Remove the limits that were set for TARGET by `fgpu set` or `fgpu run`."""
+    done = call({"verb": "drop", "target": target})
+    name = done.get("tenant") or done["path"]
+    click.echo(f"{name}: limits set by hand are removed; {_now(done.get('level'))}")
 
 
-@click.group()
+def _now(level: Mapping[str, Any] | None) -> str:
+    """Return what limits a cgroup after `unset`. `level`: the innermost one, as in `fgpu explain`."""
+    if level is None:
+        return "no limit is in force"
+    limits = {limit for device in level["devices"] if (limit := abi.limit(device["limit_bytes"])) is not None}
+    sizes = " and ".join(map(memory_text, sorted(limits))) or "no limit of memory"
+    return f"in force now: {sizes} ({level['by']} of {level['tenant']})"
+
+
+@click.group(cls=Sections)
 def device() -> None:
     """Tell the agent about the state of a device, or let it release all of them."""
 
 
+@examples("fgpu device clear 0", "fgpu device clear GPU-1f3a")
 @device.command()
 @click.argument("gpu")
 def clear(gpu: str) -> None:
     """Offer GPU (an index or a UUID) again after the repair of the error that its XID reported."""
-    call({"verb": "clear", "device": gpu})
+    done = call({"verb": "clear", "device": gpu})
+    click.echo(f"gpu {done['device']}: offered again")
 
 
+@examples("fgpu device release", "fgpu device release --for 2min")
 @device.command()
 @click.option("--for", "duration", default="15min", show_default=True, help="Longest time, e.g. 30s or 15min.")
 def release(duration: str) -> None:
@@ -119,6 +143,7 @@ def release(duration: str) -> None:
     click.echo(f"released until {answer['until']}, or until `fgpu device take`")
 
 
+@examples("fgpu device take", "fgpu device take && fgpu doctor")
 @device.command()
 def take() -> None:
     """Take the devices up again after `release`. If the driver was replaced, the agent ends and is started again."""

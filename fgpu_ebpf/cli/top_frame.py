@@ -16,6 +16,7 @@ from rich.text import Text
 
 from fgpu_ebpf.api import bars, ranking
 from fgpu_ebpf.api.ranking import COLUMNS, GPU, TENANT, Column, Mark, Row
+from fgpu_ebpf.cli.help_texts import TOP_KEYS, TOP_WORDS
 from fgpu_ebpf.cli.top_input import LatestSnapshot, ViewChoice
 from fgpu_ebpf.snapshot import no_limit
 
@@ -60,11 +61,12 @@ def live(latest: LatestSnapshot, choice: ViewChoice, window: Window) -> tuple[Te
     found = ranking.ranked(ranking.rows(latest.snapshot, choice.filter), choice.order)
     seen = room(latest, window)
     choice = choice.within(len(found), seen)
+    shown = found[choice.first : choice.first + seen]
     lines = [
         _title(latest.snapshot, found, choice),
         *_notices(latest),
         *_devices(latest.snapshot, window.width, window.marks, _most_devices(window)),
-        *_table(found[choice.first : choice.first + seen], latest.snapshot, choice, window.width),
+        *(_keys() if choice.helping else _table(shown, latest.snapshot, choice, window.width)),
     ]
     lines += [Text()] * (window.height - 1 - len(lines))
     return _joined([*lines[: window.height - 1], _footer(len(found), seen, choice, window)], window.width), choice
@@ -225,13 +227,22 @@ def _style(row: Row) -> str:
 # -- below it ------------------------------------------------------------------------------------------------------
 
 
+def _keys() -> Iterator[Text]:
+    yield Text("keys", style="bold")
+    yield from map(Text, TOP_KEYS)
+    yield Text()
+    yield from map(Text, TOP_WORDS)
+
+
 def _footer(count: int, room: int, choice: ViewChoice, window: Window) -> Text:
+    if choice.helping:
+        return Text("any key: back", style="dim")
     if choice.typing:
         return Text.assemble(("/", "bold"), choice.filter, (" ", "reverse"), "  enter: keep  escape: clear")
     last = min(count, choice.first + room)
     seen = f"{choice.first + 1}-{last} of {count}" if last < count or choice.first else ""
     keys = f"q quit  {window.marks.arrows} scroll  / filter"
     if window.width >= 80:
-        keys += "  sort: a column's first letter"
+        keys += "  sort: a column's first letter  ? keys"
     line = Text(keys, style="dim")
     return line.append(" " * max(2, window.width - len(keys) - len(seen)) + seen) if seen else line

@@ -28,6 +28,7 @@ SILENCE_SECONDS = 3.0
 _STEPS = {"up": -1, "k": -1, "down": 1, "j": 1}
 _PAGES = {"page up": -1, "page down": 1, " ": 1}
 _END = 1 << 30
+_HELP = ("h", "?")
 REST_SECONDS = 0.05  # wait for the rest of an escape sequence: its first byte is also the Escape key
 _KEY = re.compile(r"\x1b\[[0-9;]*[@-~]|\x1bO.|.", re.DOTALL)
 _UNFINISHED = re.compile(r"\x1b(?:\[[0-9;]*|O)?\Z")
@@ -85,17 +86,23 @@ class SnapshotPoller:
 
 @dataclass(frozen=True, slots=True)
 class ViewChoice:
-    """Order, filter and scroll position. `first`: rows scrolled off above; `typing`: the filter is being typed."""
+    """Order, filter and scroll position. `first`: rows scrolled off above; `typing`: the filter is being typed.
+
+    `helping`: the keys are shown, until the next key.
+    """
 
     order: Order = field(default_factory=Order)
     filter: str = ""
     first: int = 0
     typing: bool = False
+    helping: bool = False
 
     def pressed(self, key: str, page: int) -> ViewChoice | None:
         """Return the choice after a key, or None to quit. `page`: rows on the screen. Unknown keys change nothing."""
         if self.typing:
             return self._typed(key)
+        if self.helping or key in _HELP:
+            return replace(self, helping=not self.helping)
         if key == "q":
             return None
         if key == "/":

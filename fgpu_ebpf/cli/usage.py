@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import click
 
+from fgpu_ebpf.cli.help_texts import examples
 from fgpu_ebpf.cli.request import fail
 from fgpu_ebpf.tenancy import usage_store
 from fgpu_ebpf.tenancy.usage_store import LABEL, Used
@@ -43,6 +44,7 @@ def _by(_: click.Context, __: click.Parameter, text: str) -> str:
     return text
 
 
+@examples("fgpu usage --since 30d", "fgpu usage --by label:team --csv")
 @click.command()
 @click.option("--since", default="7d", show_default=True, callback=_span, help="How far back: 90m, 12h or 7d.")
 @click.option("--by", default="tenant", show_default=True, callback=_by, help="tenant, namespace, user or label:NAME.")

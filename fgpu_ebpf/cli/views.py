@@ -7,6 +7,7 @@ usage, 3 no agent, 4 no such target.
 from __future__ import annotations
 
 import json
+import re
 import sys
 import time
 from typing import Any
@@ -14,14 +15,16 @@ from typing import Any
 import click
 
 from fgpu_ebpf import control_client
-from fgpu_ebpf.cli.completion import tenants
-from fgpu_ebpf.cli.request import call, fail, no_answer, run_dir
+from fgpu_ebpf.cli.help_texts import TOP_KEYS, TOP_WORDS, also, examples, lines, target
+from fgpu_ebpf.cli.request import NO_TARGET, call, did_you_mean, fail, no_answer, run_dir
 from fgpu_ebpf.snapshot import plain
 
 FOLLOW_SECONDS = 0.3
+_UNIT_SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 SORTS = ("tenant", "gpu", "limit", "used", "peak", "share", "entitled", "waited", "refused", "held")
 
 
+@examples("fgpu status", "fgpu status --json | jq .devices")
 @click.command()
 @click.option("--json", "as_json", is_flag=True, help="Print the whole Snapshot as one JSON object.")
 def status(as_json: bool) -> None:
@@ -32,34 +35,28 @@ def status(as_json: bool) -> None:
     click.echo(json.dumps(snapshot) if as_json else tables.status(snapshot), nl=as_json)
 
 
+@examples("fgpu ps", "fgpu ps --all")
 @click.command()
+@click.option("--all", "is_all", is_flag=True, help="Also processes outside tenants, with their cgroups.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON list of processes.")
-def ps(as_json: bool) -> None:
+def ps(is_all: bool, as_json: bool) -> None:
     """Show the processes of tenants and the bytes charged to each."""
     from fgpu_ebpf.cli import tables
 
-    rows = tables.process_rows(call({"verb": "snapshot"}))
+    snapshot = call({"verb": "snapshot"})
+    rows = tables.process_rows(snapshot) + (tables.unmanaged_rows(snapshot) if is_all else [])
     click.echo(json.dumps(rows, default=plain) if as_json else tables.processes(rows), nl=as_json)
 
 
+@examples("fgpu top --filter team-a", "fgpu top -1 --sort refused")
 @click.command()
 @click.option("-1", "--once", is_flag=True, help="Print once and exit; the default if the output is not a terminal.")
 @click.option("--sort", type=click.Choice(SORTS), default="used", show_default=True, help="The column to sort by.")
 @click.option("--reverse", is_flag=True, help="Reverse the order.")
 @click.option("--filter", "filter_", default="", help="Text in the name, path, policy or enforcement.")
+@also(f"{lines(TOP_WORDS)}\n\n{lines(TOP_KEYS)}")
 def top(once: bool, sort: str, reverse: bool, filter_: str) -> None:
-    """Show devices and tenants, sorted, updated once a second.
-
-    \b
-    A device's bar: memory held by tenants (█), held by others (▒), committed to tenants beyond that (░).
-    SHARE and ENTITLED are parts of the device's time in the last half second.
-
-    \b
-    t g l u p s e w r h       sort by the column with this first letter; press again to reverse
-    /                         filter; Enter keeps the filter, Esc clears it
-    up down j k, PgUp PgDn    scroll; also Space, Home, End
-    q, Ctrl-C                 quit
-    """
+    """Show devices and tenants, sorted, updated once a second."""
     from fgpu_ebpf.api.ranking import BY_WORD, Order
     from fgpu_ebpf.cli import top as terminal
     from fgpu_ebpf.cli.top_input import ViewChoice
@@ -80,8 +77,9 @@ def top(once: bool, sort: str, reverse: bool, filter_: str) -> None:
         fail(str(error), error.code)
 
 
+@examples("fgpu explain alice", "fgpu explain pod/default/jupyter-0")
 @click.command("explain")
-@click.argument("target", shell_complete=tenants)
+@target
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def explain_target(target: str, as_json: bool) -> None:
     """Explain the limits of TARGET: the policy that decides, the limits in force, and how to enforce them better."""
@@ -90,30 +88,63 @@ def explain_target(target: str, as_json: bool) -> None:
     click.echo(json.dumps(answer) if as_json else "\n".join(lines))
 
 
-@click.command()
-@click.option("-f", "--follow", is_flag=True, help="Print new events until interrupted.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object per line.")
-def events(follow: bool, as_json: bool) -> None:
-    """Show refusals, bypasses, adoptions, kills, overruns, reloads and limits set by hand."""
-    from fgpu_ebpf.cli import tables
+def _seconds(_: click.Context, __: click.Parameter, value: str | None) -> float | None:
+    """Return the seconds of a length of time such as `90s` or `10m`; BadParameter: the text is none."""
+    match = re.fullmatch(r"([0-9]{1,9}(?:\.[0-9]{1,9})?)([smhd])", value.strip()) if value else None
+    if value and not match:
+        raise click.BadParameter(f"{value!r} is not a length of time: write it as 90s, 10m, 2h or 1d")
+    return float(match[1]) * _UNIT_SECONDS[match[2]] if match else None
 
-    since = 0
+
+@examples("fgpu events --since 10m --tenant alice", "fgpu events -f --json")
+@click.command()
+@click.option("-f", "--follow", is_flag=True, help="Print new events until interrupted, also of later agents.")
+@click.option(
+    "--since", metavar="DURATION", callback=_seconds, help="Only events of this time until now: 90s, 10m, 2h, 1d."
+)
+@click.option("--tenant", default="", help="Only events of the tenant with this name.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object per line.")
+def events(follow: bool, since: float | None, tenant: str, as_json: bool) -> None:
+    """Show refusals, bypasses, adoptions, kills, overruns, reloads and limits set by hand.
+
+    The agent keeps its last 1,000 events, until it ends.
+    """
+    from fgpu_ebpf.cli import tables
+    from fgpu_ebpf.cli.event_feed import EventFeed
+
+    feed = EventFeed(run_dir(), time.time() - since if since else 0.0)
+    try:
+        found = feed.begin()
+    except ConnectionError as error:
+        fail(no_answer(error), 3)
+    except control_client.RequestError as error:
+        fail(str(error), error.code)
+    if tenant and not any(event["tenant"] == tenant for event in found):
+        _check_name(tenant)
     while True:
-        answer = call({"verb": "events", "since": since})
-        for event in answer["events"]:
-            click.echo(json.dumps(event) if as_json else tables.event_line(event))
-        since = answer["last"]
+        for event in found:
+            if not tenant or event["tenant"] == tenant:
+                click.echo(json.dumps(event) if as_json else tables.event_line(event))
         if not follow:
             return
         time.sleep(FOLLOW_SECONDS)
+        found = feed.more(lambda said: click.echo(f"fgpu: {said}", err=True))
 
 
+def _check_name(tenant: str) -> None:
+    """Exit if no tenant of this name exists."""
+    if all(found["tenant"] != tenant for found in call({"verb": "snapshot"})["tenants"]):
+        fail(f"no tenant {tenant!r} and no event of one{did_you_mean(tenant)}", NO_TARGET)
+
+
+@examples("fgpu metrics", "fgpu metrics | grep refused")
 @click.command()
 def metrics() -> None:
     """Print the metrics in Prometheus' text format."""
     click.echo(call({"verb": "metrics"}), nl=False)
 
 
+@examples("fgpu schema status", "fgpu schema ps >ps.json")
 @click.command()
 @click.argument("command", type=click.Choice(("status", "ps", "events")))
 def schema(command: str) -> None:

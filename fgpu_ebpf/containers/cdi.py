@@ -19,13 +19,17 @@ from fgpu_ebpf.workloads import shim_mounts
 
 FOLDER = Path("/var/run/cdi")
 VENDOR = "fgpu.dev"
+INFO = "/var/lib/fgpu/bin/fgpu-info"
 HOOK_SECONDS = 10
 _READ_ONLY = ["bind", "ro", "nosuid", "nodev"]
 
 
 @dataclass(frozen=True, slots=True)
 class Parts:
-    """Files of the host: the shim, the folder of its socket, the list that preloads it, and `fgpu-oci`."""
+    """Files of the host: the shim, the folder of its socket, the list that preloads it, and `fgpu-oci`.
+
+    In a container the helper is called `fgpu-info`, which says what the container's limits are.
+    """
 
     shim: Path
     socket: Path
@@ -44,6 +48,7 @@ def mounts(parts: Parts) -> list[dict[str, Any]]:
             {"hostPath": str(source), "containerPath": place, "options": [*_READ_ONLY, "noexec"]}
             for source, place in (*folders, *lists)
         ),
+        {"hostPath": str(parts.helper), "containerPath": INFO, "options": _READ_ONLY},
     ]
 
 

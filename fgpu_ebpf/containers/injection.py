@@ -42,6 +42,7 @@ def parts(run_dir: Path, shim: Path, helper: Path) -> Parts:
 
 def publish_helper(built: Path) -> Path:
     """Copy the helper to a path that stays over upgrades: settings and hooks name it. Running ones are not changed.
+    Its other name, `fgpu-info`, is a link beside it.
 
     If no copy can be written, the existing one stays. Raises OSError if there is none.
     """
@@ -53,6 +54,8 @@ def publish_helper(built: Path) -> Path:
         aside.chmod(0o755)
         make_way(str(place))
         os.replace(aside, place)
+        aside.symlink_to(HELPER)
+        os.replace(aside, BIN / Path(cdi.INFO).name)
     except OSError:
         aside.unlink(missing_ok=True)
         if not place.is_file():
@@ -71,7 +74,12 @@ def set_up(of: Parts, folder: Path, names: Sequence[str]) -> None:
     atomic_file.write(of.run_dir / _WRITTEN, "".join(f"{path}\n" for path in paths))
     for path, spec in zip(paths, specs, strict=True):
         cdi.write(path, spec)
-    atomic_file.write(of.run_dir / "containers", f"shim {of.shim}\nsocket {of.socket}\npreload {of.preload}\n")
+    atomic_file.write(of.run_dir / "containers", _setup(of))
+
+
+def _setup(of: Parts) -> str:
+    """Return the text of RUN/containers."""
+    return f"shim {of.shim}\nsocket {of.socket}\npreload {of.preload}\ninfo {of.helper}\n"
 
 
 class Lists:
@@ -132,7 +140,7 @@ def mounted(run_dir: Path) -> list[Path]:
     except OSError:
         return []
     paths = dict(line.split(" ", 1) for line in lines if " " in line)
-    return [Path(paths[name]) for name in ("shim", "preload") if name in paths]
+    return [Path(paths[name]) for name in ("shim", "preload", "info") if name in paths]
 
 
 def check(run_dir: Path) -> Check:

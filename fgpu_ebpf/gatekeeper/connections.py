@@ -23,6 +23,7 @@ from time import monotonic_ns, thread_time_ns
 
 from fgpu_ebpf import abi
 from fgpu_ebpf.abi import Hello
+from fgpu_ebpf.gatekeeper import info_text
 from fgpu_ebpf.gatekeeper.ledger_cache import ManagedState
 from fgpu_ebpf.gatekeeper.peer_pidfd import PeerIdentifier, pid_of
 from fgpu_ebpf.gatekeeper.sessions import take_one
@@ -50,6 +51,7 @@ class Connection:
     new: bool  # of a process that did not connect lately
     here: bool = True
     has_hello: bool = False
+    is_info: bool = False  # it asks for text instead of pages
     held: bool = False
     told: bool = False  # the agent was told of the process
     watched: bool = False  # registered with the selector, for a hello or an end
@@ -167,6 +169,7 @@ class Connections:
             self.drop(connection, "malformed")
         else:
             connection.has_hello = True
+            connection.is_info = data == info_text.QUESTION
             self.ready(connection)
 
     # -- turns of workloads
@@ -253,8 +256,8 @@ class Connections:
 
 
 def well_formed(data: bytes) -> bool:
-    """Return True if `data` is a hello of this layout. All else in it is ignored."""
+    """Return True if `data` is a hello of this layout, all else in which is ignored, or a question for text."""
     if len(data) != HELLO_BYTES:
-        return False
+        return data == info_text.QUESTION
     hello = Hello.from_buffer_copy(data)
     return bool((hello.magic, hello.version, hello.size) == (abi.MAGIC, abi.LAYOUT, HELLO_BYTES))

@@ -28,6 +28,7 @@ from time import monotonic_ns
 
 from fgpu_ebpf import abi
 from fgpu_ebpf.abi import Answer, Code, News
+from fgpu_ebpf.gatekeeper import info_text
 from fgpu_ebpf.gatekeeper.connections import Connection, Connections
 from fgpu_ebpf.gatekeeper.discovery_requests import DiscoveryRequests
 from fgpu_ebpf.gatekeeper.ledger_cache import Grant, LedgerCache, Lineages, ManagedState, managed_state
@@ -50,6 +51,7 @@ ANSWER_BYTES = ctypes.sizeof(Answer)
 COUNTS = (
     *("hello_managed", "hello_unmanaged", "hello_refused", "hello_held", "hello_unanswered", "malformed", "silent"),
     *("gone", "unread", "dropped_tenant", "dropped_total", "dropped_process", "discover_failed", "errors", "processes"),
+    "info",
 )
 
 
@@ -179,6 +181,9 @@ class Gatekeeper:
             self._connections.drop(connection, "errors")
 
     def _decide(self, connection: Connection, cache: LedgerCache) -> None:
+        if connection.is_info:
+            self._answer_info(connection, cache.epoch)
+            return
         if connection.epoch != cache.epoch or connection.managed_state.managed is None:
             connection.epoch, connection.managed_state = (
                 cache.epoch,
@@ -236,6 +241,15 @@ class Gatekeeper:
             descriptors = [session.control.descriptor, session.status.descriptor, *grant.usage]
             self._answer(connection, Code.MANAGED, grant, descriptors)
 
+    def _answer_info(self, connection: Connection, epoch: int) -> None:
+        """Answer with text about the cgroup of the process, which gets no pages and no session."""
+        assert self._ledger
+        levels = self._lineages.of(*procfs.identity(connection.pidfd))
+        said = info_text.REFUSED
+        if not connection.managed_state.refused:
+            said = info_text.text(self._ledger, levels, self._devices(epoch, self._ledger), monotonic_ns())
+        self._send(connection, said.encode(), [], "info")
+
     def _answer(self, connection: Connection, code: Code, grant: Grant, fds: Sequence[int]) -> None:
         header, usage = grant.header, grant.usage
         form = (
@@ -248,13 +262,17 @@ class Gatekeeper:
             header.flags,
             connection.epoch,
         )
+        self._send(connection, bytes(Answer(*form)), fds, f"hello_{code.name.lower()}")
+
+    def _send(self, connection: Connection, answer: bytes, fds: Sequence[int], count: str) -> None:
+        """Send an answer, close the connection, and increment the counter named `count`."""
         rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, struct.pack(f"{len(fds)}i", *fds))] if fds else []
         try:
-            connection.sock.sendmsg([bytes(Answer(*form))], rights, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
+            connection.sock.sendmsg([answer], rights, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
         except OSError:
             self._connections.drop(connection, "unread")
             return
-        self._connections.drop(connection, f"hello_{code.name.lower()}")
+        self._connections.drop(connection, count)
 
     def _session(self, connection: Connection, header: PageHeader) -> Session | None:
         """Return the session of this process, made or updated; None: it is gone or has no place, and was dropped."""

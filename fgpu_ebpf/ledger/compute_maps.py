@@ -85,6 +85,16 @@ class ComputeMaps:
         found = bpf.items(self._maps["shares"], _KEY.size, _SHARE.size)
         return {_KEY.unpack(key): Share(*_SHARE.unpack(value)) for key, value in found}
 
+    def share(self, level: int, device: int) -> Share | None:
+        """Return a level's share of a device; None: it has none."""
+        raw = bpf.lookup(self._maps["shares"], _KEY.pack(level, device), _SHARE.size)
+        return None if raw is None else Share(*_SHARE.unpack(raw))
+
+    def turn(self, level: int, device: int) -> TurnCounts | None:
+        """Return the counters of a level's share of a device; None: it has none."""
+        raw = bpf.lookup(self._maps["turns"], _KEY.pack(level, device), _TURN.size)
+        return None if raw is None else _counts(raw)
+
     def shared(self) -> Collection[Key]:
         """Return the keys of all shares, from a cache. Only the agent may call this method.
 

@@ -95,10 +95,10 @@ def fields(record: logging.LogRecord) -> dict[str, Any]:
 
 
 class Text(logging.Formatter):
-    """Lines such as `fgpu.agent: probed /usr/lib/…`."""
+    """Lines such as `2026-05-12 09:41:07 fgpu.agent: probed /usr/lib/…`, in local time."""
 
     def __init__(self) -> None:
-        super().__init__("%(name)s: %(message)s")
+        super().__init__("%(asctime)s %(name)s: %(message)s", "%F %T")
 
     def encode(self, record: logging.LogRecord) -> bytes:
         """Return the line with its newline, no longer than a pipe takes at once."""

@@ -9,6 +9,8 @@ from collections.abc import Iterable, Mapping
 from enum import StrEnum
 from typing import Any
 
+from fgpu_ebpf.policy.units import memory_text
+
 _COOPERATES = frozenset({"unprobed", "standalone"})
 _OUTSIDE_TURNS = frozenset({"outside_turns", "empty_turns"})  # their memory is limited; their time is not
 _KILLED_IN_TIME = frozenset({"no_admission", "no_shim"})  # the kernel sees the call of such a process before it returns
@@ -67,6 +69,12 @@ def denial(tenant: Mapping[str, Any]) -> str:
         return ""
     somewhere = any(device["limit_bytes"] for device in tenant["devices"])
     return f"gets nothing{' on some devices' if somewhere else ''}: {tenant['denied']}"
+
+
+def excess(device: Mapping[str, Any]) -> str:
+    """Return what a tenant has to free on a device of a level of `fgpu explain` to get more; empty: nothing."""
+    over = device["excess_bytes"]
+    return f"it gets nothing more until it has freed {memory_text(over)}" if over else ""
 
 
 def sentence(tenant: Mapping[str, Any]) -> str:

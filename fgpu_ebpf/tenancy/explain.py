@@ -20,7 +20,7 @@ from fgpu_ebpf.policy.units import memory_text
 from fgpu_ebpf.scheduling.fair_queue import MILLION
 from fgpu_ebpf.snapshot import Shortfall
 from fgpu_ebpf.tenancy import orphan_text
-from fgpu_ebpf.tenancy.enforcement import Enforcement, denial, enforcement
+from fgpu_ebpf.tenancy.enforcement import Enforcement, denial, enforcement, excess
 from fgpu_ebpf.tenancy.manager import Manager
 from fgpu_ebpf.tenancy.tenant import Source, Tenant
 from fgpu_ebpf.workloads.cgroups import TargetError
@@ -85,6 +85,13 @@ def explain(
     return answer | {"lines": _lines(answer, tenant)}
 
 
+def level_at(path: str, manager: Manager, ledger: Ledger) -> dict[str, Any] | None:
+    """Return the innermost level that contains a cgroup, as in explain(); None: no limit holds there."""
+    cgroup = next(iter(manager.enforcer.levels(path)), None)
+    tenant = None if cgroup is None else manager.enforcer.get(cgroup)
+    return None if tenant is None else _level(tenant, manager, ledger, {}, {})
+
+
 def _word(levels: Sequence[Tenant], unenforced: str, enforced: Mapping[int, str]) -> str:
     """Return the Snapshot's word for the innermost level, or what its first process will meet if it has none yet."""
     if not levels:
@@ -128,6 +135,7 @@ def _level(
                 "refused": u.refused,
                 "refused_entries": crowded.get((tenant.cgroup, device), 0),
                 "counts": device not in uncommitted,
+                "excess_bytes": 0 if tenant.observe else max(0, u.used - u.limit),
             }
             for device, u in zip(devices, usage, strict=False)
         ],
@@ -237,9 +245,11 @@ def _device_line(device: dict[str, Any]) -> str:
     left = max(0, limit - used)
     text = f"gpu {device['gpu']}: {memory_text(used)} of {memory_text(limit)} used, {memory_text(left)} left"
     text += "" if device["counts"] else ", counts on the device from its first use on"
-    text += f", refused {device['refused']} times" if device["refused"] else ""
+    times = "once" if device["refused"] == 1 else f"{device['refused']} times"
+    text += f", refused {times}" if device["refused"] else ""
     crowded = device["refused_entries"]
-    return text + (f", {crowded} of them for too many allocations, threads or processes" if crowded else "")
+    text += f", {crowded} of them for too many allocations, threads or processes" if crowded else ""
+    return f"{text}: {over}" if (over := excess(device)) else text
 
 
 def _time_line(time: dict[str, Any]) -> str:

@@ -36,7 +36,8 @@ def find(target: str, enforcer: Enforcer, workloads: Workloads) -> str:
         return tenant.path
     found = _search(target, workloads)
     if not found:
-        raise TargetError(f"no tenant {target!r}: name one of `fgpu status`, a container, a /cgroup/path or pid/N")
+        forms = "a tenant of `fgpu status`, a container, pod/NS/NAME, unit/NAME, /cgroup/path or pid/N"
+        raise TargetError(f"no tenant {target!r}: name {forms}")
     if len(found) > 1:
         raise TargetError(f"{target!r} is ambiguous ({', '.join(sorted(found)[:4])}): name one of them")
     return found[0]

@@ -74,7 +74,7 @@ _POD = re.compile(
     r"(?:[a-z-]*kubepods[a-z-]*-)?pod"
     r"(?P<uid>[0-9a-f]{8}(?:[_-]?[0-9a-f]{4}){3}[_-]?[0-9a-f]{12})(?:\.slice.*)?"
 )
-_UNITS = (".service", ".scope")
+UNIT_SUFFIXES = (".service", ".scope")
 # Folders for workloads: systemd's slices, those of engines and of kubelet. _ENGINE_UNITS: units of engines whose
 # containers are inside the unit, if the driver of cgroups is not systemd.
 _FOLDERS = frozenset({*_BARE_PARENTS, "kubepods", "burstable", "besteffort", RUN_FOLDER, "lxc", "machine"})
@@ -102,7 +102,7 @@ def is_monitor(parts: list[str]) -> bool:
 def parse(parts: list[str]) -> CgroupName:
     """Return the meaning of these folders, which go from the hierarchy's root inwards."""
     containers = [(depth, *found) for depth, found in enumerate(_containers(parts), 1) if found]
-    units = [(depth, part) for depth, part in enumerate(parts, 1) if part.endswith(_UNITS)]
+    units = [(depth, part) for depth, part in enumerate(parts, 1) if part.endswith(UNIT_SUFFIXES)]
     pods = [(depth, uid) for depth, part in enumerate(parts, 1) if (uid := _pod_uid(part))]
     unit_depth, unit = units[-1] if units else (0, None)
     pod_depth, pod_uid = pods[-1] if pods else (0, None)
@@ -150,7 +150,7 @@ def is_pod(part: str) -> bool:
 
 def is_unit(part: str) -> bool:
     """Return whether the folder is a service or scope of systemd, and not one that contains an engine's containers."""
-    return part.endswith(_UNITS) and not _ENGINE_UNITS.fullmatch(part)
+    return part.endswith(UNIT_SUFFIXES) and not _ENGINE_UNITS.fullmatch(part)
 
 
 def is_folder(part: str) -> bool:

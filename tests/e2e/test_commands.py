@@ -12,11 +12,13 @@ import sys
 import time
 import urllib.request
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.support.commands import ask, fgpu, metrics, metrics_page, output
-from tests.support.host import CONTEXT, ENVIRONMENT, FGPU, GIB, METRICS, MIB, ROOT
+from tests.support.host import CONTEXT, ENVIRONMENT, FGPU, GIB, METRICS, MIB, REFUSED, ROOT
+from tests.support.place import Place
 from tests.support.service import Service
 from tests.support.wait import eventually
 
@@ -101,6 +103,65 @@ def test_status_ps_and_metrics_show_the_same_values(tenant) -> None:
     assert device["capacity_bytes"] == 16 * GIB
     assert device["unmanaged_bytes"] == 0
     assert f'tenant="{one.name}"' in fgpu("metrics").stdout
+
+
+@pytest.mark.places("runc")
+def test_ps_names_unmanaged_processes_only_if_asked(place: Place, tenant) -> None:
+    managed, free = tenant(CONTEXT + 40 * MIB), place.tenant(None)
+    client, stranger = managed.client(), free.client()
+    with managed.growing():
+        client.ok("context")
+    assert client.do(f"alloc {GIB}") == REFUSED, "the limit is enforced"
+    stranger.ok(f"alloc {GIB}")
+
+    def rows(*words: str) -> dict[int, dict[str, Any]]:
+        return {row["pid"]: row for row in json.loads(fgpu("ps", "--json", *words).stdout)}
+
+    eventually(lambda: stranger.pid in rows("--all"), 3, "NVML's row")
+    row = rows("--all")[stranger.pid]
+    assert (row["tenant"], row["gpu"], row["bytes"], row["how"]) == (None, 0, CONTEXT + GIB, "unmanaged")
+    assert row["why"] == free.path
+    assert rows("--all").keys() - rows().keys() == {stranger.pid}
+    table = fgpu("ps", "--all").stdout
+    assert re.search(rf"^- +{stranger.pid} .* unmanaged \({re.escape(free.path)}\)$", table, re.MULTILINE), table
+
+
+@pytest.mark.places("host")
+def test_changes_by_hand_say_what_they_did(tenant) -> None:
+    one = tenant(CONTEXT + 40 * MIB)
+    client = one.client()
+    with one.growing():
+        client.ok(f"alloc {40 * MIB}")
+    assert client.do(f"alloc {2 * MIB}") == REFUSED, "the limit is enforced"
+    limit = CONTEXT + 20 * MIB
+    said = fgpu("set", one.name, "--memory", f"{limit}B").stdout.splitlines()
+    assert said[0] == f"{one.name}: {limit}B"
+    assert said[1].endswith("on gpu 0: it gets nothing more until it has freed 20MiB")
+    assert "0B left, refused once: it gets nothing more until it has freed 20MiB" in fgpu("explain", one.name).stdout
+    wrong = fgpu("unset", one.name[:-1] + "x", check=False)
+    assert wrong.returncode == 4
+    assert f"did you mean {one.name}?" in wrong.stderr
+    assert fgpu("unset", one.name).stdout == f"{one.name}: limits set by hand are removed; no limit is in force\n"
+    assert fgpu("reload").stdout == "reloaded: 0 policies in force\n"
+
+
+@pytest.mark.places("host")
+def test_events_are_followed_through_a_restart(service: Service, unharmed: None, tenant) -> None:
+    one = tenant(CONTEXT + 40 * MIB)
+    one.assert_enforced()
+    fgpu("set", one.name, "--memory", "2GiB")
+    followed = [*FGPU, "events", "-f", "--json", "--tenant", one.name]
+    with subprocess.Popen(followed, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT) as feed:
+        assert feed.stdout
+        assert feed.stderr
+        assert json.loads(feed.stdout.readline())["bytes"] == 2 * GIB
+        service.kill_agent()
+        assert "no agent answers" in feed.stderr.readline()
+        service.start_agent()
+        fgpu("set", one.name, "--memory", "1GiB")
+        event = json.loads(feed.stdout.readline())
+        assert (event["what"], event["tenant"], event["bytes"]) == ("set", one.name, GIB)
+        feed.terminate()
 
 
 def test_metrics_page_is_for_this_machine_alone(service: Service) -> None:

@@ -110,7 +110,7 @@ def test_a_shim_in_use_stays(bare: Service, tmp_path: Path) -> None:
     client = one.client()
     with one.growing():
         client.ok(f"alloc {20 * MIB}")
-    fgpu("detach")
+    assert fgpu("detach").stdout == "detached: 1 tenant has lost its limit\n"
     assert bare.agent
     bare.agent.wait(10)
     assert (STATE / "shim/current/libfgpu.so").exists()

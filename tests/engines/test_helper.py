@@ -44,7 +44,8 @@ def helper(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 def run_dir(tmp_path: Path) -> Path:
     folder = tmp_path / "run"
     folder.mkdir()
-    (folder / "containers").write_text(f"shim {SHIM}\nsocket /run/fgpu/shim\npreload {folder}/container.preload\n")
+    setup = f"shim {SHIM}\nsocket /run/fgpu/shim\npreload {folder}/container.preload\ninfo /x/fgpu-oci\n"
+    (folder / "containers").write_text(setup)
     return folder
 
 
@@ -64,7 +65,7 @@ def destinations(config: Any) -> list[str]:
 
 
 LISTS = ["/etc/ld.so.preload", "/etc/ld-nix.so.preload"]
-OURS = [SHIM, "/run/fgpu/shim", LISTS[0], "/var/lib/fgpu/run", LISTS[1]]
+OURS = [SHIM, "/run/fgpu/shim", LISTS[0], "/var/lib/fgpu/run", LISTS[1], "/var/lib/fgpu/bin/fgpu-info"]
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.text() | st.floats(allow_nan=False, allow_infinity=False),
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(), inner, max_size=4),
@@ -82,7 +83,7 @@ def test_all_else_stays_byte_for_byte(tmp_path_factory, more, annotations, inden
     done = precreate(run_dir, text)
     assert done.returncode == 0, done.stderr
     after = json.loads(done.stdout)
-    assert destinations(after) == ["/proc", *OURS]
+    assert destinations(after) == ["/proc", *OURS[:-1]], "an agent of an older version names no fgpu-info"
     assert {**after, "mounts": config["mounts"]} == config
     same = next(at for at, (a, b) in enumerate(zip(text, done.stdout, strict=False)) if a != b)
     assert done.stdout.endswith(text[same:]), "one piece is put in, the rest is as it was"

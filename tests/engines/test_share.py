@@ -17,6 +17,7 @@ from tests.support.host import CONTEXT, GIB, MIB, REFUSED, RUN_DIR, SHIM
 from tests.support.service import Service
 from tests.support.tenant import Client, Tenant
 
+INFO = "/var/lib/fgpu/bin/fgpu-info"
 POLICY = """
 apiVersion: fgpu.dev/v1alpha1
 kind: GpuPolicy
@@ -135,15 +136,23 @@ def test_a_share_outlives_what_is_set_beside_it(bundles: kit.Bundles, service: S
     assert tenant.view()["source"] == "share"
 
 
+def test_the_container_reads_its_limit(bundles: kit.Bundles) -> None:
+    bundles.device = "2gib"
+    tenant = bundles.tenant(None)
+    assert_held(tenant, 2 * GIB)
+    said = tenant.run(INFO)
+    assert ": limit 2048 MiB, used 2048 MiB, free 0 MiB\n  refused so far: 1\n" in said, said
+
+
 def test_nothing_in_the_container_can_change_it(bundles: kit.Bundles) -> None:
     bundles.device = "2gib"
     tenant = bundles.tenant(None)
-    paths = ["/etc/ld.so.preload", "/run/fgpu/shim/x", str(SHIM)]
+    paths = ["/etc/ld.so.preload", "/run/fgpu/shim/x", str(SHIM), INFO]
     script = tenant.folder / "try.sh"
     script.write_text("".join(f"(echo x >{path}) 2>&1\n" for path in paths) + "ls /run/fgpu\n")
     said = tenant.run(f"sh {script}").splitlines()
-    assert [line.rsplit(": ", 1)[-1] for line in said[:3]] == ["Read-only file system"] * 3, said
-    assert said[3:] == ["shim"], "not the control socket"
+    assert [line.rsplit(": ", 1)[-1] for line in said[:4]] == ["Read-only file system"] * 4, said
+    assert said[4:] == ["shim"], "not the control socket"
     client = tenant.client("env -i LD_LIBRARY_PATH=" + host.ENVIRONMENT["LD_LIBRARY_PATH"] + " FGPU_SHARE=12gib")
     assert client.ok("info") == [2 * GIB - CONTEXT, 2 * GIB]
 

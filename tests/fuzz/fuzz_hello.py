@@ -16,11 +16,12 @@ from pathlib import Path
 
 from fgpu_ebpf import abi
 from fgpu_ebpf.gatekeeper.connections import HELLO_BYTES, Connection, Connections
+from fgpu_ebpf.gatekeeper.info_text import QUESTION
 from fgpu_ebpf.gatekeeper.ledger_cache import ManagedState
 from fgpu_ebpf.gatekeeper.listener import Listener
 
 HEAD = struct.pack("<IHH", abi.MAGIC, abi.LAYOUT, HELLO_BYTES)
-WORDS = (HEAD, HEAD[:4], bytes(HELLO_BYTES - 8), struct.pack("<H", abi.LAYOUT + 1), struct.pack("<H", 0xFFFF))
+WORDS = (HEAD, HEAD[:4], bytes(HELLO_BYTES - 8), struct.pack("<H", abi.LAYOUT + 1), struct.pack("<H", 0xFFFF), QUESTION)
 FILES, TWICE, HANG_UP = 1, 2, 4
 
 
@@ -68,7 +69,7 @@ class Fuzzer:
             key.data()
         self._callers.forgive()
         self._callers.turn()
-        is_hello = len(message) == HELLO_BYTES and message.startswith(HEAD)
+        is_hello = (len(message) == HELLO_BYTES and message.startswith(HEAD)) or message == QUESTION
         assert len(self._complete) == is_hello, (len(self._complete), is_hello)
         assert self._counts["malformed"] - before == bool(message and not is_hello)
         assert len(self._callers) == 0

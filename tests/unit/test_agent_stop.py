@@ -9,7 +9,7 @@ import pytest
 
 from fgpu_ebpf.agent.agent import Agent
 
-PARTS = ("policies", "engines", "reconciler", "gatekeeper")
+PARTS = ("policies", "engines", "reconciler", "usage", "gatekeeper")
 
 
 class Part:
@@ -30,7 +30,9 @@ def agent_of(stopped: list[str], failing: tuple[str, ...], is_wired: bool = True
     agent = Agent.__new__(Agent)
     agent.failures = 0
     part = {name: Part(name, stopped, name in failing) for name in PARTS}
-    wired = SimpleNamespace(policies=part["policies"], reconciler=part["reconciler"]) if is_wired else None
+    chores = SimpleNamespace(usage=part["usage"])
+    wired = SimpleNamespace(policies=part["policies"], reconciler=part["reconciler"], chores=chores)
+    wired = wired if is_wired else None
     for name, value in (("_parts", wired), ("engines", part["engines"]), ("gatekeeper", part["gatekeeper"])):
         setattr(agent, name, value)
     return agent

@@ -142,10 +142,15 @@ def test_valid_by_the_schema_and_of_the_lowest_version(parts):
 def test_everything_is_mounted_read_only(parts):
     found = cdi.mounts(parts)
     lists, folders = ["/etc/ld.so.preload", "/etc/ld-nix.so.preload"], ["/run/fgpu/shim", "/var/lib/fgpu/run"]
-    assert [m["containerPath"] for m in found] == [str(parts.shim), *folders, *lists]
-    assert [m["hostPath"] for m in found[1:]] == [str(parts.socket)] * 2 + [str(parts.preload)] * 2
+    info = "/var/lib/fgpu/bin/fgpu-info"
+    assert [m["containerPath"] for m in found] == [str(parts.shim), *folders, *lists, info]
+    assert [m["hostPath"] for m in found[1:]] == [
+        *[str(parts.socket)] * 2, *[str(parts.preload)] * 2, str(parts.helper),
+    ]  # fmt: skip
     assert all({"bind", "ro", "nosuid", "nodev"} <= set(m["options"]) for m in found)
     assert "noexec" not in found[0]["options"], "the shim is mapped executable"
+    assert found[5]["hostPath"] == str(parts.helper), "which prints what it can see, under that name"
+    assert "noexec" not in found[5]["options"]
 
 
 def test_a_share_named_twice_is_one_device(parts):
@@ -230,6 +235,7 @@ def test_the_helper_is_published_where_a_folder_is(tmp_path, monkeypatch):
     built.write_text("helper")
     (tmp_path / "bin/fgpu-oci").mkdir(parents=True)
     assert injection.publish_helper(built).read_text() == "helper"
+    assert (tmp_path / "bin/fgpu-info").read_text() == "helper", "its other name"
 
 
 def test_the_earlier_helper_stays_where_no_other_can_be_published(tmp_path, monkeypatch):
@@ -244,7 +250,7 @@ def test_the_earlier_helper_stays_where_no_other_can_be_published(tmp_path, monk
 
     monkeypatch.setattr(injection.shutil, "copyfile", full)
     assert injection.publish_helper(built) == place
-    assert os.listdir(tmp_path / "bin") == ["fgpu-oci"], "nothing half written stays"
+    assert sorted(os.listdir(tmp_path / "bin")) == ["fgpu-info", "fgpu-oci"], "nothing half written stays"
     place.unlink()
     with pytest.raises(OSError, match="no space"):
         injection.publish_helper(built)

@@ -44,3 +44,12 @@ def test_a_filter_is_typed_kept_and_cleared() -> None:
 def test_only_q_ends_it() -> None:
     assert ViewChoice().pressed("q", PAGE) is None
     assert after("x", "enter", "\x1b[99~", "é") == ViewChoice()
+
+
+def test_the_keys_are_shown_until_the_next_key() -> None:
+    for key in ("h", "?"):
+        helping = after("end", key)
+        assert (helping.helping, helping.first) == (True, 90)
+        for back in ("q", "r", key):
+            assert after(back, choice=helping) == after("end")
+    assert after("/", "h", "?").filter == "h?"

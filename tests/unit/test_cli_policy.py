@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from fgpu_ebpf.cli.policy import policy
 from fgpu_ebpf.policy import folder
 from fgpu_ebpf.policy.folder import PolicyFolder
+from tests.unit import cli_kit
 from tests.unit import policy_kit as kit
 
 
@@ -72,6 +73,7 @@ def test_a_missing_path_is_an_error(tmp_path):
 def test_without_a_path_it_is_the_hosts_own_folder_by_the_agents_rules(tmp_path, monkeypatch):
     monkeypatch.setattr(folder, "FOLDER", tmp_path / "policy.d")
     assert fgpu("check") == (0, "ok: 0 policies in 0 files\n")
+    assert fgpu("list") == (0, "no policy: no workload gets a limit from a policy\n")
     (tmp_path / "policy.d").mkdir()
     (tmp_path / "policy.d").chmod(0o777)
     (tmp_path / "policy.d/a.yaml").write_text(kit.text())
@@ -79,6 +81,70 @@ def test_without_a_path_it_is_the_hosts_own_folder_by_the_agents_rules(tmp_path,
     assert code == 1
     assert "users other than root" in output
     assert fgpu("check", tmp_path / "policy.d")[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("spec", "said"),
+    [
+        (
+            "{selector: {cgroup: /sys/fs/cgroup/system.slice/docker-*.scope}}",
+            "selector.cgroup: '/sys/fs/cgroup/system.slice/docker-*.scope' matches nothing: paths begin below "
+            "/sys/fs/cgroup: did you mean 'system.slice/docker-*.scope'?",
+        ),
+        ("{selector: {unit: ollama}}", "the name of a unit ends with .service or .scope and has no slash"),
+        ("{selector: {unit: 'user-*.slice'}}", "the name of a unit ends with .service or .scope and has no slash"),
+        ("{selector: {namespace: team-a/}}", "the name of a namespace has no slash"),
+        ("{selector: {image: nvcr.io/nvidia/}}", "the name of an image does not end with a slash"),
+        ("{selector: {cgroup: a}, devices: [GPU0]}", "devices: 'GPU0' is the name of no model, not an index: did you"),
+        ("{selector: {cgroup: a}, devices: ['cuda:1']}", "did you mean 1?"),
+        ("{selector: {cgroup: a}, devices: [GPU-0]}", "devices: 'GPU-0' is the beginning of a UUID, not an index"),
+    ],
+)
+def test_what_can_never_match_is_a_warning(spec, said, tmp_path):
+    (tmp_path / "a.yaml").write_text(kit.text("x", spec))
+    code, output = fgpu("check", tmp_path)
+    assert code == 0
+    assert f"{tmp_path}/a.yaml:2: warning: spec." in output
+    assert said in output
+    assert output.endswith("ok: 1 policy in 1 file, 1 warning\n")
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        "{selector: {cgroup: [/system.slice/, 'sys/fs/cgroups', '**']}}",
+        "{selector: {unit: ['ollama.service', 'docker-*', '*.s*', 'x-?']}}",
+        "{selector: {cgroup: a}, devices: [0, GPU-1f3a, '*H200*', Tesla V100]}",
+        "{selector: {namespace: 'team-*', image: ['nvcr.io/*', 'a/b:c']}}",
+    ],
+)
+def test_what_may_match_is_no_warning(spec, tmp_path):
+    (tmp_path / "a.yaml").write_text(kit.text("x", spec))
+    assert fgpu("check", tmp_path) == (0, "ok: 1 policy in 1 file\n")
+
+
+def test_the_hosts_own_policies_have_the_number_of_their_tenants(tmp_path, monkeypatch):
+    def snapshot(_):
+        found = [("a", "first", "tenant"), ("b", "first", "tenant"), ("c", "", "tenant"), ("d", "second", "gone")]
+        return {"tenants": [dict(zip(("tenant", "policy", "kind"), each, strict=True)) for each in found]}
+
+    monkeypatch.setattr(folder, "FOLDER", tmp_path / "policy.d")
+    (tmp_path / "policy.d").mkdir()
+    (tmp_path / "policy.d/a.yaml").write_text(kit.text("first") + kit.text("second"))
+
+    def counts(*words):
+        done = cli_kit.fgpu(tmp_path, "policy", "list", *words)
+        return [one.get("tenants", "-") for one in json.loads(done.stdout)]
+
+    with cli_kit.agent(tmp_path, snapshot=snapshot):
+        assert counts("--json") == [2, 0]
+        assert counts("--json", str(tmp_path / "policy.d")) == ["-", "-"], "these may not be in force"
+        said = cli_kit.fgpu(tmp_path, "policy", "list").stdout
+        assert [line for line in said.splitlines() if "now" in line] == [
+            "   matches 2 tenants now",
+            "   matches 0 tenants now",
+        ]
+    assert counts("--json") == [None, None], "no agent answers"
 
 
 def test_list_shows_them_in_order(two):

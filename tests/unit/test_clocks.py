@@ -19,6 +19,10 @@ SHOWN = {
     "policy/folder.py": 1,  # whether a file was written within the last half second, by its time stamp
     "agent/nvml_reconcile.py": 1,  # NVML's samples have time stamps of this clock
     "agent/snapshot_builder.py": 1,  # when a Snapshot was taken
+    "agent/device_release.py": 2,  # since and until when devices are released
+    "agent/usage_meter.py": 1,  # the ten minutes of the calendar in which a device was used
+    "cli/usage.py": 1,  # `fgpu usage --since`
+    "cli/views.py": 1,  # `fgpu events --since`: events have times of this clock
 }
 C_OF_THE_WALL = re.compile(r"CLOCK_REALTIME|CLOCK_TAI|gettimeofday|\btime\(|ktime_get_(real|tai)|FUTEX_CLOCK_REALTIME")
 SOURCES = [

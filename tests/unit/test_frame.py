@@ -31,8 +31,17 @@ def test_a_usual_window() -> None:
         "alice            8GiB    4GiB    4GiB  25.1%    25.0%  12.3s       3  kernel",
         "carol               -      0B    1MiB  alone        -   0.0s       0  kernel",
         "",
-        "q quit  ↑↓ scroll  / filter  sort: a column's first letter",
+        "q quit  ↑↓ scroll  / filter  sort: a column's first letter  ? keys",
     ]
+
+
+def test_the_keys_take_the_place_of_the_table() -> None:
+    shown = lines(kit.latest(*kit.ALL), 80, 16, choice=ViewChoice(helping=True))
+    assert shown[1].startswith("0 NVIDIA H200"), "devices stay"
+    assert any(line.startswith("h ?  ") for line in shown)
+    assert not any("alice" in line for line in shown)
+    assert shown[-1] == "any key: back"
+    assert max(map(len, shown)) <= 80
 
 
 def test_a_narrow_window_keeps_what_matters() -> None:

@@ -152,9 +152,9 @@ def test_changes_of_limits_wait_for_no_imports(words: list[str], tmp_path: Path)
             peer, _ = agent.accept()
             with peer:
                 peer.recv(1 << 16)
-                peer.sendall(b'{"error": "no", "code": 4}\n')
+                peer.sendall(b'{"error": "no", "code": 1}\n')
             code_said, *modules = asked.communicate(timeout=20)[0].split()
-    assert code_said == "4"
+    assert code_said == "1"
     unwanted = {"prometheus_client", "pynvml", "psutil", "fgpu_ebpf.agent.agent", "fgpu_ebpf.daemon"}
     assert unwanted & set(modules) == set()
 

@@ -43,11 +43,21 @@ def pipe(tmp_path: Path) -> tuple[int, int]:
     return reader, writer
 
 
-def test_text_is_as_it_always_was(log, tmp_path) -> None:
+def untimed(text: str) -> str:
+    """Return lines of Format.TEXT without their times; each must have one."""
+    lines = text.splitlines()
+    assert all(re.match(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d ", line) for line in lines), lines
+    return "".join(f"{line[20:]}\n" for line in lines)
+
+
+def test_text_has_the_local_time_and_no_fields(log, tmp_path) -> None:
     reader, writer = pipe(tmp_path)
     attached(log, Format.TEXT, writer)
+    before = time.time()
     log.info("limit of %s on %s", 23, "/a", extra={"tenant": "a"})
-    assert os.read(reader, 4096) == b"fgpu.test: limit of 23 on /a\n"
+    line = os.read(reader, 4096).decode()
+    assert untimed(line) == "fgpu.test: limit of 23 on /a\n"
+    assert int(before) <= time.mktime(time.strptime(line[:19], "%Y-%m-%d %H:%M:%S")) <= time.time()
 
 
 def test_json_is_one_object_a_line_with_fields(log, tmp_path) -> None:
@@ -144,7 +154,7 @@ def test_a_log_that_is_not_read_delays_nothing(log, make) -> None:
     assert fcntl.fcntl(writer, fcntl.F_GETFL) == flags  # other users of the descriptor write as before
     said = drained(reader)
     log.info("the next")
-    said += drained(reader)
+    said = untimed(said + drained(reader))
     assert len(re.findall(r"fgpu.test: line \d+ x{400}\n", said)) == count - handler.dropped
     told = re.findall(r"fgpu.journal: (\d+) lines dropped: their reader was too slow\n", said)
     assert sum(map(int, told)) == handler.dropped
@@ -192,7 +202,7 @@ def test_one_statement_gets_ten_lines_in_ten_seconds(log, tmp_path) -> None:
         log.info("another")
         clock[0] += 10
         log.info("refused %s", 101)
-    lines = path.read_text().splitlines()
+    lines = untimed(path.read_text()).splitlines()
     assert lines[:10] == [f"fgpu.test: refused {n}" for n in range(10)]
     assert lines[10:] == [
         "fgpu.test: another",
@@ -210,7 +220,7 @@ def test_one_tenants_flood_does_not_silence_another(log, tmp_path) -> None:
             log.info("%s", f"refused a {number}", extra={"what": "refused", "tenant": "a"})
         log.info("%s", "refused b", extra={"what": "refused", "tenant": "b"})
         log.info("%s", "killed a", extra={"what": "killed", "tenant": "a"})
-    assert path.read_text().splitlines()[10:] == ["fgpu.test: refused b", "fgpu.test: killed a"]
+    assert untimed(path.read_text()).splitlines()[10:] == ["fgpu.test: refused b", "fgpu.test: killed a"]
 
 
 def test_many_tenants_lines_are_bounded_too(log, tmp_path) -> None:
@@ -224,7 +234,7 @@ def test_many_tenants_lines_are_bounded_too(log, tmp_path) -> None:
         assert handler.left_out == 1009 - 256
         clock[0] += 10
         log.info("%s", "again", extra={"tenant": "tenant-1008"})
-    assert path.read_text().splitlines()[-1] == "fgpu.test: again"
+    assert untimed(path.read_text()).splitlines()[-1] == "fgpu.test: again"
 
 
 def test_nothing_is_kept_of_removed_tenants(log) -> None:

@@ -1,0 +1,51 @@
+"""The events of `fgpu events`, across restarts of the agent.
+
+This module runs in the process of the command. Each agent numbers its events from 1. After a failed request the next
+agent that answers may be another one, so all its events that are later than the last known one are new.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from fgpu_ebpf import control_client
+
+Event = dict[str, Any]
+
+
+class EventFeed:
+    """Events later than `after_seconds` since the epoch, each once."""
+
+    def __init__(self, run_dir: Path, after_seconds: float = 0.0) -> None:
+        self._run_dir = run_dir
+        self._after_seconds = after_seconds
+        self._number = 0  # of the last event of this agent
+        self._is_lost = False  # the last request failed
+
+    def begin(self) -> list[Event]:
+        """Return the events so far. Raises ConnectionError, RequestError."""
+        answer = control_client.call(self._run_dir, {"verb": "events", "since": self._number})
+        if answer["last"] < self._number:  # another agent has answered, and the request before met no gap
+            self._number = 0
+            return self.begin()
+        found: list[Event] = answer["events"]
+        if self._number == 0:  # only then, since the clock may be set back while an agent runs
+            found = [event for event in found if event["time_seconds"] > self._after_seconds]
+        self._number = answer["last"]
+        if found:
+            self._after_seconds = found[-1]["time_seconds"]
+        return found
+
+    def more(self, report: Callable[[str], object]) -> list[Event]:
+        """Return the events since the last call; none while no agent answers, which is reported once."""
+        try:
+            found = self.begin()
+        except (ConnectionError, control_client.RequestError) as error:
+            if not self._is_lost:
+                report(f"{error}; waiting for it")
+            self._is_lost, self._number = True, 0
+            return []
+        self._is_lost = False
+        return found

@@ -1,0 +1,96 @@
+"""Parts of the help that several commands share: sections, examples, the forms of a TARGET, the keys of `fgpu top`.
+
+This module runs in the process of the command. The reference pages are made from the same texts. Completion caches
+nothing: it asks the agent each time, for HINT_SECONDS at most; without an agent there are no names to complete.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, TypeVar
+
+import click
+from click.shell_completion import CompletionItem
+
+from fgpu_ebpf import control_client
+from fgpu_ebpf.cli.request import HINT_SECONDS
+
+TARGET = """\b
+TARGET is one of:
+  NAME                a tenant of `fgpu status`
+  ID                  a container's id, or its first 4 characters or more
+  pod/NAMESPACE/NAME  a pod; also pod/UID
+  unit/NAME           a service or scope of systemd, as in unit/ollama.service
+  /PATH               a cgroup below /sys/fs/cgroup, as in /user.slice
+  pid/N               the cgroup of a process"""
+TOP_WORDS = (
+    "A device's bar: memory held by tenants (█), held by others (▒), committed to",
+    "tenants beyond that (░). SHARE and ENTITLED are parts of the device's time in",
+    "the last half second.",
+)
+TOP_KEYS = (
+    "t g l u p s e w r b     sort by the column with this first letter (b: HELD BY);",
+    "                        press again to reverse",
+    "/                       filter; Enter keeps the filter, Esc clears it",
+    "up down j k PgUp PgDn   scroll; also Space, Home, End",
+    "h ?                     show these keys",
+    "q Ctrl-C                quit",
+)
+_WIDEST_TEXT = 1000  # characters: no summary of a command is cut
+Decorated = TypeVar("Decorated", bound=Callable[..., Any])
+AnyCommand = TypeVar("AnyCommand", bound=click.Command)
+
+
+def lines(of: Sequence[str]) -> str:
+    """Return a paragraph that click does not wrap."""
+    return "\n".join(["\b", *of])
+
+
+def also(text: str) -> Callable[[Decorated], Decorated]:
+    """Return a decorator of a command's function that adds a paragraph to its help."""
+
+    def add(function: Decorated) -> Decorated:
+        function.__doc__ = f"{inspect.cleandoc(function.__doc__ or '')}\n\n{text}"
+        return function
+
+    return add
+
+
+def target(function: Decorated) -> Decorated:
+    """Add the argument TARGET to a command, and its forms to the help."""
+    return click.argument("target", shell_complete=_tenants)(also(TARGET)(function))
+
+
+def _tenants(ctx: click.Context, _: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    """Return the names of tenants that begin with `incomplete`, each with its cgroup's path as help."""
+    run_dir: Path = ctx.find_root().params["run_dir"]
+    try:
+        snapshot = control_client.call(run_dir, {"verb": "snapshot"}, HINT_SECONDS)
+    except (ConnectionError, control_client.RequestError):
+        return []
+    found = ((tenant["tenant"], tenant["path"]) for tenant in snapshot["tenants"])
+    return [CompletionItem(name, help=path) for name, path in found if name.startswith(incomplete)]
+
+
+def examples(*typed: str) -> Callable[[AnyCommand], AnyCommand]:
+    """Return a decorator of a command that adds examples below its options."""
+
+    def add(command: AnyCommand) -> AnyCommand:
+        command.epilog = lines(["Examples:", *(f"  {line}" for line in typed)])
+        return command
+
+    return add
+
+
+class Sections(click.Group):
+    """A group that lists its commands under headings, each with its whole first sentence."""
+
+    sections: ClassVar[Mapping[str, Sequence[str]]] = {}  # empty: all commands under one heading
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the sections. KeyError: a section names a command that does not exist."""
+        for heading, names in (self.sections or {"Commands": sorted(self.commands)}).items():
+            with formatter.section(heading):
+                formatter.write_dl([(name, self.commands[name].get_short_help_str(_WIDEST_TEXT)) for name in names])

@@ -1,0 +1,50 @@
+"""Warnings about policies that have no error and select nothing, or something else than their author expects.
+
+`fgpu policy check` uses this module. It does no I/O and knows nothing of the host: each warning holds on every host.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+from fgpu_ebpf.policy.rules import DeviceChoice, Policy
+from fgpu_ebpf.workloads.cgroup_names import UNIT_SUFFIXES
+
+_MOUNT = "sys/fs/cgroup"
+_INDEX = re.compile(r"(?:/dev/)?(?:gpu|cuda|nvidia|device)[ :_-]?([0-9]{1,2})", re.IGNORECASE)
+
+
+def warnings(policy: Policy) -> Iterator[str]:
+    """Yield a line for each pattern that cannot match, with its key and the correction."""
+    selector = policy.selector
+    for text in selector.cgroup.texts if selector.cgroup else ():
+        path = text.strip("/")
+        if path == _MOUNT or path.startswith(f"{_MOUNT}/"):
+            better = path.removeprefix(_MOUNT).strip("/") or "**"
+            yield f"selector.cgroup: {text!r} matches nothing: paths begin below /{_MOUNT}: did you mean {better!r}?"
+    for text in selector.unit.texts if selector.unit else ():
+        if not _may_be_unit(text):
+            kinds = " or ".join(UNIT_SUFFIXES)
+            yield f"selector.unit: {text!r} matches nothing: the name of a unit ends with {kinds} and has no slash"
+    for text in selector.namespace.texts if selector.namespace else ():
+        if "/" in text:
+            yield f"selector.namespace: {text!r} matches nothing: the name of a namespace has no slash"
+    for text in selector.image.texts if selector.image else ():
+        if text.endswith("/"):
+            yield f"selector.image: {text!r} matches nothing: the name of an image does not end with a slash"
+    yield from (said for device in policy.devices if (said := _of_device(device)))
+
+
+def _may_be_unit(text: str) -> bool:
+    """Return whether a pattern can match the name of a service or scope: by its text behind the last wildcard."""
+    end = re.split(r"[*?]", text)[-1]
+    return "/" not in text and any(end.endswith(suffix) or suffix.endswith(end) for suffix in UNIT_SUFFIXES)
+
+
+def _of_device(device: DeviceChoice) -> str:
+    index = _INDEX.fullmatch(device.text)
+    if not index:
+        return ""
+    what = "is the beginning of a UUID" if device.uuid else "is the name of no model"
+    return f"devices: {device.text!r} {what}, not an index: did you mean {int(index[1])}?"

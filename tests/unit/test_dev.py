@@ -1,0 +1,39 @@
+"""Tests of `./dev`: a wrong word costs nothing, and a shell in the simulator is told what it can do."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.parametrize("words", ["package rpm", "docs serv", "build shim", "check sim", "setup now", "nonsense"])
+def test_a_wrong_word_fails_before_anything_is_built(words: str, tmp_path: Path) -> None:
+    shutil.copy(ROOT / "dev", tmp_path)
+    done = subprocess.run([tmp_path / "dev", *words.split()], capture_output=True, text=True, check=False, timeout=30)
+    assert done.returncode == 1
+    assert words.split()[-1] in done.stderr.splitlines()[-1] or "docs takes serve" in done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["dev"]
+
+
+def greeting(*command: str, agent: str = "") -> str:
+    """Return what ./dev sim says before it runs the command in a terminal."""
+    found = re.search(r"^greet\(\) \{.*?^\}$", (ROOT / "dev").read_text(), re.M | re.S)
+    assert found
+    script = f"set -eu; build=/b logs=/logs agent='{agent}'\n{found[0]}\ngreet {' '.join(command)}"
+    return subprocess.run(["sh", "-c", script], capture_output=True, text=True, check=True).stderr
+
+
+def test_a_shell_in_the_simulator_is_greeted() -> None:
+    said = greeting("/usr/bin/bash")
+    assert "simulated GPU" in said
+    assert "An agent that ran before answers" in said
+    assert "its log is /logs/fgpu-agent" in greeting("bash", agent="4711")
+    assert "fgpu run --memory 2GiB --name alice -- nvidia-smi" in said
+    assert "/b/examples/fill --hold 60" in said
+    assert (greeting("nvidia-smi"), greeting("bash", "-c", "true")) == ("", "")
