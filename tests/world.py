@@ -1,8 +1,9 @@
 """A world: resources that a host has only once, made private for one process and all that it starts.
 
-A world has its own /run (with an empty /run/fgpu), /var/lib/fgpu and /sys/fs/bpf, its own copies of the simulated
-driver and the shim (uprobes belong to a file, and the probes of two agents must not meet in one), and a cgroup
-namespace with its own root cgroup. Agents in two worlds do not affect each other.
+A world has its own /run (with an empty /run/fgpu), /etc (if a preload list is removed there, the kernel also unmounts
+what `fgpu run` has mounted over it, in all mount namespaces), /var/lib/fgpu and /sys/fs/bpf, its own copies of the
+simulated driver and the shim (uprobes belong to a file, and the probes of two agents must not meet in one), and a
+cgroup namespace with its own root cgroup. Agents in two worlds do not affect each other.
 
 `python -m tests.world COMMAND...` runs a command in a new world, and removes the world when the command has exited.
 `python -m tests.world --clear COMMAND...` runs a command on the host itself, such as pytest, whose workers make worlds.
@@ -51,6 +52,7 @@ def enter(name: str) -> None:
         _run("umount", "--lazy", place)
         _run("mount", "-t", kind, *options, kind, place)
     _own_run_folder()
+    _own_etc()
     _run("mount", "-t", "bpf", "bpf", "/sys/fs/bpf")
     Path("/var/lib/fgpu").mkdir(exist_ok=True)
     _run("mount", "-t", "tmpfs", "-o", f"mode=755,{SIZE}", "tmpfs", "/var/lib/fgpu")
@@ -96,6 +98,17 @@ def _own_run_folder() -> None:
     for name in ("fgpu", "fgpu-sim"):
         Path("/run", name).mkdir()
         _run("mount", "-t", "tmpfs", "-o", f"mode=755,{SIZE}", "tmpfs", Path("/run", name))
+
+
+def _own_etc() -> None:
+    """Mount an overlay over /etc that has the host's files and its own changes."""
+    own = Path(tempfile.mkdtemp())
+    _run("mount", "-t", "tmpfs", "-o", "mode=755", "tmpfs", own)
+    for name in ("upper", "work"):
+        (own / name).mkdir()
+    _run("mount", "-t", "overlay", "-o", f"lowerdir=/etc,upperdir={own}/upper,workdir={own}/work", "overlay", "/etc")
+    _run("umount", "--lazy", own)  # the overlay keeps it
+    own.rmdir()
 
 
 def _own_copy(folder: Path) -> None:

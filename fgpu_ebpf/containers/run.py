@@ -67,9 +67,16 @@ def _create_preload_file(run_dir: Path, host: Path) -> None:
 
 
 def remove_created_preloads(run_dir: Path) -> None:
-    """Remove the preload files of the host that fgpu has created and that are still empty."""
+    """Remove the preload files of the host that fgpu has created, and that are still empty.
+
+    A file over which `fgpu run` has mounted its list stays: when a file is removed, the kernel unmounts what is mounted
+    over it, and programs that this one starts later would run without the shim.
+    """
+    mounted = shim_mounts.mounted_lists(run_dir)
     for host in PRELOADS:
         mark = _mark(run_dir, host)
+        if str(host) in mounted:
+            continue
         if mark.exists() and host.exists() and host.stat().st_size == 0:
             host.unlink()
         mark.unlink(missing_ok=True)

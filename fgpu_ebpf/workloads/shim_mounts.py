@@ -62,6 +62,17 @@ def is_mounted(folder: Path) -> bool:
     )
 
 
+def mounted_lists(run_dir: Path) -> set[str]:
+    """Return the LISTS over which `fgpu run` has mounted the file of that name, for any process that still runs."""
+    own = _device_of(run_dir)
+    return {
+        path
+        for pid in one_of_each_namespace(procfs.pids())
+        for device, source, path in _mounts(pid)
+        if path in LISTS and device == own and source.removesuffix(_REMOVED).endswith(f"/{os.path.basename(path)}")
+    }
+
+
 def one_of_each_namespace(pids: Iterable[int]) -> Iterator[int]:
     """Yield the first process of each mount namespace."""
     seen = set[str]()

@@ -54,7 +54,8 @@ def test_metrics_show_what_happened(tenant) -> None:
 
     def values() -> dict[str, float]:
         found = metrics(metrics_page())
-        return {name: value for (name, labels), value in found.items() if labels >= mine}
+        of_memory = {key: value for key, value in found.items() if key[0].startswith("fgpu_memory_")}
+        return {name: value for (name, labels), value in of_memory.items() if labels >= mine}
 
     eventually(lambda: values().get("fgpu_memory_refused_total") == 1, 3, "the refusal")
     eventually(lambda: "fgpu_memory_drift_bytes" in values(), 3, "a comparison with NVML")

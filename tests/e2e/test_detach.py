@@ -103,6 +103,8 @@ def test_detach_leaves_a_host_as_it_was(bare: Service, tmp_path: Path, alive: bo
 
 def test_a_shim_in_use_stays(bare: Service, tmp_path: Path) -> None:
     """A program of `fgpu run`, and the programs that it starts, continue after `fgpu detach`."""
+    preload = Path("/etc/ld.so.preload")
+    was_there = preload.exists()
     bare.start_agent(None, "--store", str(STATE / "shim"))
     place = place_of("host", tmp_path)
     one = place.tenant(CONTEXT + 40 * MIB)
@@ -116,7 +118,10 @@ def test_a_shim_in_use_stays(bare: Service, tmp_path: Path) -> None:
     assert (STATE / "shim/current/libfgpu.so").exists()
     eventually(lambda: client.do(f"alloc {100 * MIB}").startswith("ok"), 3, "memory without fgpu")
     assert "cannot be preloaded" not in one.run("sh -c 'true 2>&1; ls / 2>&1'")
+    assert one.run(f"cat {preload}").endswith("/libfgpu.so\n"), "its programs have the shim when an agent runs again"
     place.close()
+    fgpu("detach")
+    assert preload.exists() == was_there
 
 
 def test_a_bpffs_that_the_agent_mounted_goes_with_it(service: Service, tmp_path: Path) -> None:
