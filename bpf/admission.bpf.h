@@ -37,6 +37,7 @@ static u64 ask(struct fgpu_process *p, struct held *h, struct fgpu_thread *t, u3
         u64 *known = contexts.lookup(&device);
         bytes = known ? *known : 0;
     }
+    kind = forget(kind, p->generation);                   /* a context is charged as all else from here on */
     if (bytes > FGPU_MOST_BYTES) bytes = FGPU_MOST_BYTES; /* fits nowhere, and no sum with it overflows */
     if (crowded(h->page[0], device, bytes, kind)) return FGPU_REFUSED;
     if (is_uncommitted(h, device, bytes, kind)) return FGPU_REFUSED;

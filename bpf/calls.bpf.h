@@ -51,6 +51,7 @@ int call_enter(struct pt_regs *ctx)
     u64 id = bpf_get_current_pid_tgid();
     u32 tgid = id >> 32;
     struct held unused;
+    if (!(bpf_get_attach_cookie(ctx) & FGPU_FUNCTION_MASK)) return 0; /* MARK of driver/probe_plan.py */
     struct fgpu_process *p = own_process(&tgid, &unused);
     struct fgpu_thread *t = p ? own_thread(p, id) : 0;
     own_stack(ctx);
@@ -104,6 +105,8 @@ int call_return(struct pt_regs *ctx)
         cover(p, &f, late_bytes(p, &f), 1);
         if (!is_trusted(cookie)) distrust(p, f.function);
         out.freed = settle(p, &f, &key, &out, is_trusted(cookie));
+        f.function = forget(f.function, p->generation); /* each has settled in its own way */
+        out.freed = forget(out.freed, p->generation);
         if (out.new) keep(p, &key, out.bytes, f.device, out.owner);
         release(p, f.device, out.freed);
         orphan_part(p, tgid, f.device, out.orphaned);

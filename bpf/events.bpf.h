@@ -132,16 +132,18 @@ static void tell_of_end(u32 tgid)
 /* Return the budget of the workload in which a cgroup lies: that of the outermost part of its path that has one. A part
  * is known by its FNV-1a hash. 0: there is none. is_outside: the cgroup is not in the agent's cgroup namespace, so it
  * does not concern the agent. */
-static struct fgpu_event_budget *budget_of(const char *path, int *is_outside)
+static struct fgpu_event_budget *budget_of(const char *path, u64 *is_outside)
 {
-    u64 name = FGPU_FNV_BASIS, root_at = FGPU_BUDGET_ROOT;
+    u64 name = FGPU_FNV_BASIS, root_at = FGPU_BUDGET_ROOT, any = bpf_ktime_get_ns();
     struct fgpu_event_budget *root = event_budgets.lookup(&root_at);
-    *is_outside = root != 0;
+    u64 has_root = forget(root != 0, any), root_name = forget(root ? root->second : 0, any);
+    *is_outside = has_root;
     _Pragma("clang loop unroll(disable)") for (u32 i = 0; i < FGPU_PATH; i++)
     {
         u8 letter = path[i];
         if (i && (!letter || letter == '/')) {
-            if (root && root->second == name) *is_outside = 0;
+            if (has_root && root_name == name) *is_outside = 0;
+            *is_outside = forget(*is_outside, any);
             struct fgpu_event_budget *budget = event_budgets.lookup(&name);
             if (budget) return budget;
         }
@@ -175,7 +177,7 @@ static int tell_path(struct bpf_raw_tracepoint_args *ctx, u32 kind)
 {
     struct fgpu_cgroup_event told = {.event = {.at_ns = bpf_ktime_get_ns(), .kind = kind}};
     bpf_probe_read_kernel_str(told.path, sizeof(told.path), (void *)ctx->args[1]);
-    int is_outside;
+    u64 is_outside;
     struct fgpu_event_budget *budget = budget_of(told.path, &is_outside);
     if (is_outside) return 0;
     if (!may_tell(budget)) {

@@ -164,6 +164,7 @@ static int take_levels(struct held *h, u32 device, u64 bytes, int force)
             return FGPU_AGAIN;
         }
         if (got != FGPU_UNLIMITED) verdict = FGPU_ADMITTED;
+        verdict = forget(verdict, h->side);
     }
     return verdict;
 }

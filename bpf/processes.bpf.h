@@ -10,7 +10,8 @@ static u32 find_levels(u64 *levels)
         if (!id || n >= FGPU_LEVELS || !pages.lookup(&id)) continue;
         for (int inner = FGPU_LEVELS - 1; inner; inner--) levels[inner] = levels[inner - 1];
         levels[0] = id;
-        n++;
+        n = forget(n + 1, id);
+        EACH_LEVEL levels[i] = forget(levels[i], id);
     }
     return n;
 }

@@ -54,7 +54,8 @@ OPTIONAL = {
     "cuArrayDestroy": Function.ARRAY_DESTROY,
     "cuMipmappedArrayDestroy": Function.ARRAY_DESTROY,
 }
-_ALL = (*SHIM, *REQUIRED, *OPTIONAL)
+MARK = "cuInit"  # probed by the program that is attached last, and by no other: its breakpoint proves both
+_ALL = (*SHIM, *REQUIRED, *OPTIONAL, MARK)
 
 
 class ProbeError(Exception):
@@ -118,7 +119,7 @@ def plan(fd: int, path: str, role: Role, offsets: Mapping[str, int] | None = Non
     if role is Role.SHIM:
         _need(path, SHIM, offsets)
         shim = tuple((program, ((offsets[symbol], Function.NONE.value),), False) for symbol, program in SHIM.items())
-        return Plan(role, shim, _check(fd, path, (offsets[symbol] for symbol in SHIM)))
+        return Plan(role, shim, _check(fd, path, (offsets[symbol] for symbol in reversed(SHIM))))  # the last comes last
     if os.path.basename(path).startswith(SHIM_NAME) and not set(REQUIRED) <= set(offsets):
         return Plan(Role.NONE, ())
     _need(path, REQUIRED, offsets)
@@ -126,7 +127,9 @@ def plan(fd: int, path: str, role: Role, offsets: Mapping[str, int] | None = Non
     places = tuple((offsets[symbol], role.cookie(function)) for symbol, function in there.items())
     # Returns are attached first: an entry that is seen without its return would stay in flight.
     returns, entries = DRIVER_PROGRAMS
-    return Plan(role, ((returns, places, True), (entries, places, False)), _check(fd, path, (at for at, _ in places)))
+    mark = ((offsets[MARK], role.cookie(Function.NONE)),) if MARK in offsets else ()
+    check = _check(fd, path, (at for at, _ in (*mark, *places)))
+    return Plan(role, ((returns, places, True), (entries, places + mark, False)), check)
 
 
 def _check(fd: int, path: str, offsets: Iterable[int]) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from fgpu_ebpf.driver.library_files import Target
 from fgpu_ebpf.linux import breakpoints
 from fgpu_ebpf.linux.procmaps import File
 from tests.bpf.conftest import Kernel
+from tests.support.host import ROOT
 
 ROLES = [Role.HOST, Role.LISTED, Role.UNKNOWN]
 
@@ -112,3 +114,22 @@ def test_probes_of_two_inodes_are_kept_beside_one_another(kernel: Kernel, librar
     assert len({name for name in pinned(kernel, library) if "-all" in name}) == 1
     os.close(fd)
     kernel.probes._files.update(agent._files)
+
+
+@pytest.mark.parametrize("role", [Role.SHIM, Role.UNKNOWN])
+def test_the_checked_breakpoint_comes_last(kernel: Kernel, library: Target, role: Role, tmp_path: Path) -> None:
+    """A process whose memory holds it has all others too.
+
+    The gatekeeper admits a process that has it, and another inode may have had the same number and the same offset.
+    """
+    path = library.path if role is Role.UNKNOWN else shutil.copy(ROOT / "build/shim/libfgpu.so", tmp_path)
+    with open(path, "rb") as file:
+        plan = probe_plan.plan(file.fileno(), str(path), role)
+        assert len(plan.programs) == 2
+        held = []
+        for n, one in enumerate(plan.programs):
+            assert breakpoints.is_set_in_new_mappings(file.fileno(), plan.check) is False, n
+            held.append(kernel.probes.make(file.fileno(), replace(plan, programs=(one,))))
+        assert breakpoints.is_set_in_new_mappings(file.fileno(), plan.check)
+        for links in held:
+            attach.drop(links)
