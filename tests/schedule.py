@@ -2,7 +2,8 @@
 
 Files of the suite that a worker runs come first, so that the suite's agent stays. Otherwise the worker takes the suite
 with the most work for each worker that is in it. Within a suite the longest file comes first. Files that measure time
-run at the end, in the last worker, while nothing else runs.
+run at the beginning, in the first worker, while nothing else runs: early enough for another trial if processors are
+taken from the machine (`trials`).
 """
 
 from __future__ import annotations
@@ -69,6 +70,7 @@ class Schedule(LoadScopeScheduling):
         super().__init__(*arguments)  # type: ignore[arg-type]
         self._durations: dict[str, float] = json.loads(DURATIONS.read_text())
         self._suites: dict[WorkerController, str] = {}
+        self._is_quiet = True  # only the first worker may have work
 
     def _split_scope(self, nodeid: str) -> str:
         file = nodeid.partition("::")[0]
@@ -81,35 +83,41 @@ class Schedule(LoadScopeScheduling):
 
     def _choose(self, node: WorkerController) -> str:
         """Return the scope that a worker runs next."""
-        ordinary = [scope for scope in self.workqueue if scope not in QUIET]
+        quiet = self.workqueue.keys() & QUIET
+        if quiet:
+            return max(sorted(quiet), key=self._seconds)
         work: Counter[str] = Counter()
-        for scope in ordinary or self.workqueue:
+        for scope in self.workqueue:
             work[suite_of(scope)] += self._seconds(scope)
         others = Counter(suite for other, suite in self._suites.items() if other is not node)
         suite = self._suites.get(node, "")
         if suite not in work:
             suite = max(work, key=lambda name: work[name] / (others[name] + 1))
         self._suites[node] = suite
-        return max((s for s in ordinary or self.workqueue if suite_of(s) == suite), key=self._seconds)
+        return max((scope for scope in self.workqueue if suite_of(scope) == suite), key=self._seconds)
+
+    def _waits(self, node: WorkerController) -> bool:
+        """Return whether a worker gets no work yet, because files that measure time run in the first one."""
+        if self._is_quiet:
+            left = [scope for units in self.assigned_work.values() for scope, unit in units.items() if not all(unit.values())]
+            self._is_quiet = any(scope in QUIET for scope in (*self.workqueue, *left))
+        return self._is_quiet and node is not self.nodes[0]
 
     def _assign_work_unit(self, node: WorkerController) -> None:
-        self.workqueue.move_to_end(self._choose(node), last=False)
-        super()._assign_work_unit(node)
+        if not self._waits(node):
+            self.workqueue.move_to_end(self._choose(node), last=False)
+            super()._assign_work_unit(node)
 
     def _reschedule(self, node: WorkerController) -> None:
-        if node.shutting_down or not self.workqueue or self.workqueue.keys() - QUIET:
-            super()._reschedule(node)
-        elif any(other is not node and not other.shutting_down for other in self.nodes):
-            node.shutdown()  # after what it has
-            self._suites.pop(node, None)
-        elif not any(self._pending_of(self.assigned_work[other]) for other in self.nodes if other is not node):
+        if not self._waits(node):
             super()._reschedule(node)
 
     def mark_test_complete(self, node: WorkerController, item_index: int, duration: float = 0) -> None:
-        """Record that a worker has run a test; the last worker may have waited for it."""
+        """Record that a worker has run a test; others may have waited for it."""
+        was_quiet = self._is_quiet
         super().mark_test_complete(node, item_index, duration)
-        for other in self.nodes:
-            if other is not node and not other.shutting_down:
+        if was_quiet:
+            for other in self.nodes:
                 self._reschedule(other)
 
     def remove_node(self, node: WorkerController) -> str | None:

@@ -24,7 +24,6 @@ from fgpu_ebpf.tenancy.event_log import EventLog
 from fgpu_ebpf.tenancy.manager import Manager
 
 log = logging.getLogger("fgpu.policy")
-_Change = tuple[PolicySet | None, tuple[ConfigError, ...]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +61,8 @@ class Policies:
         self._history = history
         self._watch: PolicyWatch | None = None
         self._last: Reading | None = None
-        self._changes: deque[_Change] = deque()
+        self._changes: deque[Reading] = deque()
+        self._latest_ns = 0
         self._wakeup = Wakeup()
         self.good = True
         self.loaded_seconds = 0.0
@@ -114,24 +114,27 @@ class Policies:
     def ask(self) -> tuple[ConfigError, ...]:
         """Read the folder again, changed or not, and put it in force. Returns the errors that forbid that."""
         reading = self._folder.read(may_be_missing=not (self._watch and self._watch.had))
-        self._changed(reading.policies, reading.errors)
+        self._changed(reading)
         self.take()
         return self.errors
 
-    def _changed(self, policies: PolicySet | None, errors: tuple[ConfigError, ...]) -> None:
-        self._changes.append((policies, errors))
+    def _changed(self, reading: Reading) -> None:
+        self._changes.append(reading)
         self._wakeup.wake()
 
     def take(self) -> None:
         """Apply the policies that were read since the last call."""
         self._wakeup.clear()
         while self._changes:
-            policies, errors = self._changes.popleft()
-            self._note(policies, errors)
-            if policies is not None:
-                self._save(policies)
+            reading = self._changes.popleft()
+            if reading.at_ns < self._latest_ns:  # the other thread has read the folder later, and was faster
+                continue
+            self._latest_ns = reading.at_ns
+            self._note(reading.policies, reading.errors)
+            if reading.policies is not None:
+                self._save(reading.policies)
                 self._manager.policies_unknown = ""
-                self._manager.reload(policies)
+                self._manager.reload(reading.policies)
 
     def _save(self, policies: PolicySet) -> None:
         try:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import re
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from fgpu_ebpf.check import Check
@@ -39,11 +39,15 @@ class State:
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """One reading of the folder: a set, or None and errors. `state` is that of what was read; None: no folder."""
+    """One reading of the folder: a set, or None and errors. `state` is that of what was read; None: no folder.
+
+    `at_ns`: a time at which the folder was in this state.
+    """
 
     policies: PolicySet | None
     errors: tuple[ConfigError, ...]
     state: State | None
+    at_ns: int = field(default=0, compare=False)
 
 
 def check(folder: Path) -> Check:
@@ -69,16 +73,16 @@ class PolicyFolder:
     def read(self, may_be_missing: bool = True) -> Reading:
         """Return all policies, or all errors. A missing folder means no policies, if it `may_be_missing`."""
         for _ in range(TRIES):
-            before = self.state()
+            at_ns, before = time.monotonic_ns(), self.state()
             if before is None:
-                return Reading(PolicySet(), (), None) if may_be_missing else self.gone()
+                return replace(Reading(PolicySet(), (), None) if may_be_missing else self.gone(), at_ns=at_ns)
             if unsettled := self._unsettled_seconds(before):
                 time.sleep(min(unsettled, self._settle_seconds))
                 continue
             reading = self._read(before)
             if reading.state == self.state():
-                return reading
-        return self._failed(CHANGING)
+                return replace(reading, at_ns=at_ns)
+        return replace(self._failed(CHANGING), at_ns=at_ns)
 
     def state(self) -> State | None:
         """Return the state of the folder now, or None if it does not exist."""

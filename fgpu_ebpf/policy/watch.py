@@ -16,22 +16,20 @@ from pathlib import Path
 from fgpu_ebpf.linux.inotify import FolderWatch
 from fgpu_ebpf.linux.wakeup import Wakeup
 from fgpu_ebpf.policy.folder import PolicyFolder, Reading
-from fgpu_ebpf.policy.rules import PolicySet
-from fgpu_ebpf.policy.yaml_document import ConfigError
 
 log = logging.getLogger("fgpu.policy")
 QUIET_SECONDS = 0.02  # a change is read once nothing has happened for so long
 LONGEST_SECONDS = 2.0  # or after changes for so long
 LOOK_SECONDS = 5.0  # for changes without notifications: behind symbolic links, on network file systems
 
-Callback = Callable[[PolicySet | None, tuple[ConfigError, ...]], None]
+Callback = Callable[[Reading], None]
 
 
 class PolicyWatch:
     """Reads the folder again whenever it has changed.
 
-    `changed` is called in the thread of this object, with a set to put in force, or with None and the errors for which
-    the last set stays. That the folder is gone is such an error.
+    `changed` is called in the thread of this object, with a reading that has a set to put in force, or the errors for
+    which the last set stays. That the folder is gone is such an error.
     """
 
     def __init__(self, folder: PolicyFolder, last: Reading, changed: Callback) -> None:
@@ -97,7 +95,7 @@ class PolicyWatch:
         before, self._last = self._last, reading
         self.had |= reading.state is not None
         if reading.policies is not None or reading.errors != before.errors:
-            self._changed(reading.policies, reading.errors)
+            self._changed(reading)
 
 
 def watched(folder: Path) -> list[Path]:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from types import SimpleNamespace
 
 import pytest
 
-from fgpu_ebpf.agent.policy_reload import at_start
+from fgpu_ebpf.agent.policy_reload import Policies, at_start
 from fgpu_ebpf.policy import last_good
 from fgpu_ebpf.policy.folder import PolicyFolder
 from tests.unit.policy_kit import text
@@ -98,3 +99,18 @@ def test_a_full_disk_leaves_the_set_before(place, monkeypatch):
     assert file.read_text() == before
     assert os.listdir(file.parent) == [file.name]
     assert json.loads(before)["version"] == last_good.VERSION
+
+
+def test_a_reading_that_comes_late_does_not_replace_a_newer_one(place):
+    """The thread that watches the folder read it before a reload did, and reports it only now."""
+    folder, file = place
+    reloads = []
+    manager = SimpleNamespace(reload=reloads.append, policies=None, policies_unknown="")
+    policies = Policies(folder, manager, SimpleNamespace(add=lambda *_, **__: None), file)
+    (folder / "50.yaml").rename(folder / "aside")
+    late = PolicyFolder(folder).read()
+    (folder / "aside").rename(folder / "50.yaml")
+    policies.ask()
+    policies._changed(late)
+    policies.take()
+    assert [[policy.name for policy in one.policies] for one in reloads] == [["mine"]]

@@ -22,8 +22,9 @@ SECONDS = 10.0
 class Readings(queue.Queue):
     """A queue of what the watch reports."""
 
-    def __call__(self, policies, errors) -> None:
-        self.put((None if policies is None else [p.name for p in policies.policies], [f.text for f in errors]))
+    def __call__(self, reading) -> None:
+        names = None if reading.policies is None else [p.name for p in reading.policies.policies]
+        self.put((names, [error.text for error in reading.errors]))
 
     def next(self):
         return self.get(timeout=SECONDS)

@@ -1,4 +1,4 @@
-"""Tests of tests/schedule.py: each test runs once, and what measures time runs alone and last."""
+"""Tests of tests/schedule.py: each test runs once, and what measures time runs alone and first."""
 
 from __future__ import annotations
 
@@ -62,8 +62,8 @@ def test_each_test_runs_once_and_quiet_ones_alone(workers: int) -> None:
     ordinary += [f"tests/page/test_{file}.py::test_it" for file in "ab"]
     done = run([*quiet, *ordinary], workers)
     assert sorted(test for test, _, _ in done) == sorted([*quiet, *ordinary])
-    assert [test for test, _, _ in done[-len(quiet) :]] != quiet[::-1]
-    assert {test for test, _, _ in done[-len(quiet) :]} == set(quiet)
-    assert len({worker for _, worker, _ in done[-len(quiet) :]}) == 1
+    assert {test for test, _, _ in done[: len(quiet)]} == set(quiet)
+    assert len({worker for _, worker, _ in done[: len(quiet)]}) == 1
     assert all(busy == 1 for test, _, busy in done if test in quiet)
+    assert len({worker for _, worker, _ in done}) == workers
     assert len({worker for test, worker, _ in done if suite_of(test) == "page"}) == 1
