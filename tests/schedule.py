@@ -99,7 +99,12 @@ class Schedule(LoadScopeScheduling):
     def _waits(self, node: WorkerController) -> bool:
         """Return whether a worker gets no work yet, because files that measure time run in the first one."""
         if self._is_quiet:
-            left = [scope for units in self.assigned_work.values() for scope, unit in units.items() if not all(unit.values())]
+            left = [
+                scope
+                for units in self.assigned_work.values()
+                for scope, unit in units.items()
+                if not all(unit.values())
+            ]
             self._is_quiet = any(scope in QUIET for scope in (*self.workqueue, *left))
         return self._is_quiet and node is not self.nodes[0]
 
