@@ -42,9 +42,12 @@ class NoAnswerError(ConnectionError):
 
 def agent_command(verb: str = "start") -> str:
     """Return the command that starts (or restarts) the agent on this host: its unit if the package is installed."""
-    if _BOOTED.is_dir() and any((folder / f"{UNIT}.service").exists() for folder in _UNIT_FILES):
-        return f"systemctl {verb} {UNIT}"
-    return "fgpu agent"
+    return f"systemctl {verb} {UNIT}" if has_unit() else "fgpu agent"
+
+
+def has_unit() -> bool:
+    """Return whether systemd runs on this host and the package with the agent's unit is installed."""
+    return _BOOTED.is_dir() and any((folder / f"{UNIT}.service").exists() for folder in _UNIT_FILES)
 
 
 def call(run_dir: Path, request: dict[str, Any], patience_seconds: float = PATIENCE_SECONDS) -> Any:

@@ -1,7 +1,7 @@
-"""`fgpu cdi` and `fgpu setup`: how containers get their limits.
+"""`fgpu cdi`: devices by which containers ask for their limits.
 
-This module runs in the process of the command; neither command asks the agent or restarts an engine. Exit codes: 0
-done, 1 a finding or failure, 2 wrong usage.
+This module runs in the process of the command, which does not ask the agent. Exit codes: 0 done, 1 a failure, 2 wrong
+usage.
 """
 
 from __future__ import annotations
@@ -79,44 +79,4 @@ def generate(names: tuple[str, ...], output: Path | None) -> None:
         fail(f"{output}: {error.strerror}", 1)
 
 
-@examples("fgpu setup docker", "fgpu setup docker --undo")
-@click.command()
-@click.argument("engine", type=click.Choice(["docker", "podman", "containerd", "crio"]))
-@click.option("--undo", "is_undo", is_flag=True, help="Restore the engine's settings.")
-@click.option("--file", type=click.Path(path_type=Path, dir_okay=False), help="The engine's settings file.")
-def setup(engine: str, is_undo: bool, file: Path | None) -> None:
-    """Give every container of ENGINE the shim, without a flag or a label on the container."""
-    from dataclasses import replace
-
-    from fgpu_ebpf.containers import engine_setup, injection, selinux
-    from fgpu_ebpf.containers.engine_config import ENGINES, SetupError
-    from fgpu_ebpf.driver.start_checks import AgentError, package_file
-
-    found, state = ENGINES[engine], engine_setup.STATE / f"{engine}.json"
-    if file:
-        found = replace(found, file=file)
-    elif is_undo:
-        found = engine_setup.where_it_is(found, state)
-    try:
-        if is_undo:
-            changed = engine_setup.undo(found, state)
-        else:
-            helper = injection.publish_helper(package_file("oci", injection.HELPER))
-            changed = engine_setup.set_up(found, helper, state)
-    except (SetupError, AgentError) as error:
-        fail(f"{error}: nothing was changed", 1)
-    except OSError as error:
-        fail(f"{error.filename or found.file}: {error.strerror}: nothing was changed", 1)
-    done = "restored" if is_undo else "set up"
-    click.echo(f"{found.file}: {done}" if changed else f"{found.file}: nothing to do")
-    reload = found.reload_undone if is_undo else found.reload
-    if changed and reload:
-        click.echo(f"takes effect after: {reload}")
-    if changed and is_undo and engine == "docker":
-        click.echo("containers created since the set-up name the runtime fgpu: create them again")
-    for check in () if is_undo else selinux.checks(run_dir()):
-        if not check.ok:
-            click.echo(f"SELinux: {check.found}: {check.fix}")
-
-
-COMMANDS = (cdi_group, setup)
+COMMANDS = (cdi_group,)

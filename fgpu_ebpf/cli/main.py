@@ -20,6 +20,7 @@ from fgpu_ebpf.cli.help_texts import Sections, examples
 from fgpu_ebpf.cli.kubernetes import device_plugin
 from fgpu_ebpf.cli.policy import policy
 from fgpu_ebpf.cli.request import RUN_DIR
+from fgpu_ebpf.cli.setup import setup
 from fgpu_ebpf.cli.usage import usage
 
 
@@ -44,5 +45,5 @@ def main(run_dir: Path) -> None:
 
 for command in (*service.COMMANDS, *tenants.COMMANDS, *views.COMMANDS, *containers.COMMANDS):
     main.add_command(command)
-for command in (completion, device_plugin, policy, usage):
+for command in (completion, device_plugin, policy, setup, usage):
     main.add_command(command)

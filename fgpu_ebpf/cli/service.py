@@ -89,11 +89,12 @@ def doctor(as_json: bool, **options: Any) -> None:
         click.echo(json.dumps(rows))
     else:
         for check in checks:
-            click.echo(_check_line(check))
+            click.echo(check_line(check))
     sys.exit(0 if all(c.ok for c in checks) else 1)
 
 
-def _check_line(check: Check) -> str:
+def check_line(check: Check) -> str:
+    """Return a check as lines of `fgpu doctor`."""
     if check.ok:
         return f"ok    {check.name}: {check.found}"
     return f"FAIL  {check.name}: {check.found}\n      fix: {check.fix}"

@@ -83,7 +83,7 @@ def _nothing_managed(snapshot: Mapping[str, Any]) -> str:
     return (
         "Nothing is managed: no program and no container has a limit.\n"
         "To limit a program: fgpu run --memory 8GiB -- nvidia-smi\n"
-        "To limit containers: a policy in /etc/fgpu/policy.d, and once `fgpu setup docker`"
+        "To limit containers: fgpu setup docker --memory 8GiB (or podman, containerd, crio, k3s, rke2)"
     )
 
 

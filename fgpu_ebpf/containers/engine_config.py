@@ -1,7 +1,8 @@
 """The settings of engines with which every container gets the shim, and the same settings without fgpu.
 
-`engine_setup` uses this module. It does no I/O. It knows how Docker, Podman, containerd and CRI-O name `fgpu-oci`.
-Settings that are not fgpu's are kept. SetupError: settings cannot be read, or contain something unknown.
+`engine_setup` uses this module. It writes nothing, and reads only settings beside those that it edits. It knows how
+Docker, Podman, containerd, CRI-O, k3s and RKE2 name `fgpu-oci`. Settings that are not fgpu's are kept. SetupError:
+settings cannot be read, or contain something unknown.
 """
 
 from __future__ import annotations
@@ -28,44 +29,64 @@ class SetupError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """The settings that exist. `text`: without fgpu's lines, empty without a file; `helper`: path of `fgpu-oci`."""
+    """The settings that exist. `text`: without fgpu's lines, empty without a file; `helper`: path of `fgpu-oci`.
+
+    `version`: the first two numbers of the engine's version; empty: unknown.
+    """
 
     file: Path
     text: str
     helper: Path
+    version: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """The settings to write. `links`, `files`: what they name beside the helper, by its name there."""
+    """The settings to write. `links`, `files`: what they name beside the helper, by its name there.
+
+    `note`: what the administrator has to know about a part of them; empty: nothing.
+    """
 
     text: str
     links: Mapping[str, str] = field(default_factory=dict)
     files: Mapping[str, str] = field(default_factory=dict)
+    note: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class Engine:
     """An engine's settings.
 
-    `after`: returns them with fgpu; `without`: returns their text without fgpu. `reload`, `reload_undone`: the command
-    that makes the engine read them. `is_drop_in`: the file is fgpu's alone, the last of several, and follows from the
-    others.
+    `after`: returns them with fgpu; `without`: returns their text without fgpu, given the text before the setup (None:
+    unknown). `reload`, `reload_undone`: the command that makes the engine read them. `is_drop_in`: the file is fgpu's
+    alone, the last of several, and follows from the others. `programs`: the engine is installed if one of them is.
+    `version`: see Settings. `more`: a second file that the engine needs. `cgroups`: patterns of its containers'
+    cgroups, as in a policy. `example`: a command that shows the limit of a container. `keeps_folder`: a folder that was
+    made for the file stays after --undo.
     """
 
     file: Path
     after: Callable[[Settings], Wanted]
-    without: Callable[[str], str]
+    without: Callable[[str, str | None], str]
     reload: str = ""
     reload_undone: str = ""
     is_drop_in: bool = False
+    programs: tuple[str, ...] = ()
+    version: tuple[int, ...] = ()
+    more: Engine | None = None
+    cgroups: tuple[str, ...] = ()
+    example: str = ""
+    keeps_folder: bool = False
 
 
 # -- Docker --------------------------------------------------------------------------------------------------------
 
+CDI_ASKS = ((25, 0), (28, 2))  # from the first version to before the second, CDI has to be switched on
+_CDI_NOTE = "for --device fgpu.dev/share=..., once: systemctl restart docker"
+
 
 def docker_after(of: Settings) -> Wanted:
-    """Return daemon.json with a runtime `fgpu` in front of the default one."""
+    """Return daemon.json with a runtime `fgpu` in front of the default one, and with CDI where Docker asks for that."""
     settings = _json(of.text)
     default = settings.get("default-runtime", "runc")
     runtimes = settings.get("runtimes", {})
@@ -76,10 +97,13 @@ def docker_after(of: Settings) -> Wanted:
         raise SetupError(f"Docker's default runtime {default} has no path: only OCI runtimes can be put behind fgpu")
     words = ["runtime", shutil.which(real["path"]) or real["path"], *real.get("runtimeArgs", [])]
     ours = {NAME: {"path": str(of.helper), "runtimeArgs": words}}
-    return Wanted(_json_text({**settings, "default-runtime": NAME, "runtimes": {**runtimes, **ours}}))
+    settings |= {"default-runtime": NAME, "runtimes": {**runtimes, **ours}}
+    if not CDI_ASKS[0] <= of.version < CDI_ASKS[1] or "cdi" in _features(settings):
+        return Wanted(_json_text(settings))
+    return Wanted(_json_text(settings | {"features": {**_features(settings), "cdi": True}}), note=_CDI_NOTE)
 
 
-def docker_without(text: str) -> str:
+def docker_without(text: str, before: str | None = None) -> str:
     """Return daemon.json without fgpu. The arguments of fgpu's runtime contain the default runtime before."""
     settings = _json(text)
     runtimes = dict(settings.get("runtimes", {}))
@@ -93,7 +117,17 @@ def docker_without(text: str) -> str:
         settings = {k: v for k, v in settings.items() if k != "default-runtime"}
         settings |= {"default-runtime": default} if default else {}
     settings = {k: v for k, v in settings.items() if k != "runtimes"} | ({"runtimes": runtimes} if runtimes else {})
+    if before is not None and "cdi" not in _features(_json(before)):
+        features = {k: v for k, v in _features(settings).items() if k != "cdi"}
+        settings = {k: v for k, v in settings.items() if k != "features"} | ({"features": features} if features else {})
     return _json_text(settings)
+
+
+def _features(settings: Mapping[str, Any]) -> Mapping[str, Any]:
+    features = settings.get("features", {})
+    if not isinstance(features, dict):
+        raise SetupError("daemon.json has features that are not an object: fix it first")
+    return features
 
 
 def _json(text: str) -> dict[str, Any]:
@@ -180,8 +214,8 @@ def _name(table: tuple[str, ...]) -> str:
 _MARK = "# fgpu"
 
 
-def containerd_without(text: str) -> str:
-    """Return config.toml without the lines that are marked as fgpu's."""
+def containerd_without(text: str, _: str | None = None) -> str:
+    """Return config.toml, or a template of it, without the lines that are marked as fgpu's."""
     lines = []
     for line in text.splitlines(keepends=True):
         _, mark, old = line.partition(f" {_MARK}")
@@ -192,13 +226,53 @@ def containerd_without(text: str) -> str:
     return "".join(lines)
 
 
+# -- k3s and RKE2: a template of containerd's settings, and the name of the default runtime --------------------------
+
+OLDEST = (1, 29)  # of k3s and RKE2: earlier ones stop at an unknown setting `default-runtime`
+_BASE = re.compile(r"\{\{-?\s*template\s+\"base\"\s")
+
+
+def template_after(of: Settings) -> Wanted:
+    """Return a template with a runtime `fgpu` in front of NVIDIA's, or of runc if there is none.
+
+    A template cannot change tables of its base. Therefore the runtime has a table of its own.
+    """
+    if of.version < OLDEST:
+        raise SetupError("this version has no setting default-runtime: 1.29 or later is needed")
+    made = of.file.with_name("config.toml")
+    if not made.is_file():
+        raise SetupError(f"{made} does not exist: start the service once, which writes it")
+    text = of.text or f'{{{{ template "base" . }}}} {_MARK}\n'
+    if not _BASE.search(text):
+        raise SetupError(f'{of.file} has no {{{{ template "base" . }}}}: add a runtime by hand')
+    settings = _toml(made.read_text(encoding="utf-8"), made)
+    plugin = _CRI.get(settings.get("version", 1), "")
+    runtimes = settings.get("plugins", {}).get(plugin, {}).get("containerd", {}).get("runtimes", {})
+    real = runtimes.get("nvidia", {}).get("options", {}).get("BinaryName") or "runc"
+    link, links = _in_front_of(real, "k3s", of.helper)
+    table = _name(("plugins", plugin, "containerd", "runtimes", NAME))
+    lines = (
+        f"[{table}]", f'runtime_type = "{_TYPE}"',
+        f"[{table}.options]", f'BinaryName = "{link}"', "SystemdCgroup = {{ .SystemdCgroup }}",
+    )  # fmt: skip
+    gap = "" if text.endswith("\n") else "\n"
+    return Wanted(text + gap + "".join(f"{line} {_MARK}\n" for line in lines), links)
+
+
+def default_after(of: Settings) -> Wanted:
+    """Return a file of k3s or RKE2 that names the default runtime."""
+    if of.text:
+        raise SetupError(f"{of.file} has settings that are not fgpu's: remove it")
+    return Wanted(f"{_HEAD}default-runtime: {NAME}\n")
+
+
 # -- drop-in files of fgpu alone: Podman and CRI-O ------------------------------------------------------------------
 
 _HEAD = "# Written by `fgpu setup`; --undo takes it away.\n"
 _HOOK_FOLDER = "/usr/share/containers/oci/hooks.d"  # Podman's default
 
 
-def drop_in_without(text: str) -> str:
+def drop_in_without(text: str, _: str | None = None) -> str:
     """Return nothing if the file is fgpu's, else its text."""
     return "" if text.startswith(_HEAD) else text
 
@@ -277,16 +351,3 @@ def _toml(text: str, file: Path) -> dict[str, Any]:
         return tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise SetupError(f"{file} is not TOML ({error}): fix it first") from error
-
-
-# A reload makes Docker use another default runtime, but not remove it: that needs a restart.
-_DOCKER = ("systemctl reload docker", "systemctl restart docker")
-_CONTAINERD = ("systemctl restart containerd",) * 2
-_CRIO = ("systemctl restart crio",) * 2
-_LAST = f"zz-{NAME}.conf"
-ENGINES = {
-    "docker": Engine(Path("/etc/docker/daemon.json"), docker_after, docker_without, *_DOCKER),
-    "podman": Engine(Path("/etc/containers/containers.conf.d", _LAST), podman_after, drop_in_without, is_drop_in=True),
-    "containerd": Engine(Path("/etc/containerd/config.toml"), containerd_after, containerd_without, *_CONTAINERD),
-    "crio": Engine(Path("/etc/crio/crio.conf.d", _LAST), crio_after, drop_in_without, *_CRIO, is_drop_in=True),
-}

@@ -1,4 +1,4 @@
-"""`fgpu setup docker|podman|containerd|crio`: gives every container of an engine the shim.
+"""`fgpu setup ENGINE`: gives every container of an engine the shim.
 
 This module runs in the command; `checks` runs in `fgpu doctor`. It writes the engine's settings and what they name
 beside `fgpu-oci`, and keeps the text before; `engine_config` decides what is written. No engine is restarted.
@@ -10,7 +10,9 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import shutil
+import subprocess
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -18,37 +20,63 @@ from typing import Any
 
 from fgpu_ebpf.check import Check
 from fgpu_ebpf.containers import injection
-from fgpu_ebpf.containers.engine_config import ENGINES, Engine, Settings, SetupError, Wanted
+from fgpu_ebpf.containers.engine_config import Engine, Settings, SetupError, Wanted
+from fgpu_ebpf.containers.engines import ENGINES
 from fgpu_ebpf.linux import atomic_file
 
 STATE = injection.BIN.parent / "setup"
+_FOLDERS = ("/usr/local/bin", "/usr/sbin", "/usr/bin", "/opt/rke2/bin")  # beside PATH, which may be that of a service
+_VERSION = re.compile(r"version v?(\d+)\.(\d+)")
 
 
-def set_up(engine: Engine, helper: Path, state: Path) -> bool:
-    """Write the engine's settings. Returns False if they are so already. Raises SetupError, OSError.
+def program(engine: Engine) -> str:
+    """Return the path of the engine's program; empty: the engine is not installed on this host."""
+    path = os.pathsep.join([os.environ.get("PATH", ""), *_FOLDERS])
+    return next((found for name in engine.programs if (found := shutil.which(name, path=path))), "")
+
+
+def as_installed(engine: Engine) -> Engine:
+    """Return the engine with its version, empty if the engine does not say it, and with the file that it reads."""
+    file, said = engine.file, ""
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        command = [program(engine), "--version"]
+        said = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout
+    if file.name == "config.toml.tmpl":  # of k3s and RKE2: containerd 2 reads another template
+        made = _text(file.with_name("config.toml")) or ""
+        file = file.with_name("config-v3.toml.tmpl") if re.search(r"^version = 3$", made, re.M) else file
+    match = _VERSION.search(said)
+    return replace(engine, file=file, version=tuple(map(int, match.groups())) if match else ())
+
+
+def set_up(engine: Engine, helper: Path, state: Path, is_dry: bool = False) -> Wanted | None:
+    """Write the engine's settings, and return them; None: they are so already. Raises SetupError, OSError.
 
     Args:
         state: a file in which the text before is kept, so that undo() restores it to the byte.
+        is_dry: write nothing.
     """
     there = where_it_is(engine, state)
-    if there.file != engine.file:
+    if there.file != engine.file and not is_dry:
         undo(there, state)
     now, kept = _text(engine.file), _kept(state)
-    before = kept["before"] if now is not None and now == kept["after"] else _without(engine, now)
-    wanted = engine.after(Settings(engine.file, before or "", helper))
+    before = kept["before"] if now is not None and now == kept["after"] else _without(engine, now, kept)
+    wanted = engine.after(Settings(engine.file, before or "", helper, engine.version))
+    if is_dry:
+        return None if wanted.text == now else wanted
     _put_beside(helper, wanted)
     if wanted.text == now:
-        return False
-    made = sorted({*kept["made"], *_missing_folders(engine.file)}, key=len, reverse=True)
+        return None
+    missing = () if engine.keeps_folder else _missing_folders(engine.file)
+    made = sorted({*kept["made"], *missing}, key=len, reverse=True)
     _write(state, json.dumps({"file": str(engine.file), "before": before, "after": wanted.text, "made": made}))
     _write(engine.file, wanted.text)
-    return True
+    return wanted
 
 
 def undo(engine: Engine, state: Path) -> bool:
     """Restore the settings; changes that others made since are kept. Returns False if there is nothing of fgpu's."""
     now, kept = _text(engine.file), _kept(state)
-    before = kept["before"] if now is not None and now == kept["after"] else _without(engine, now)
+    before = kept["before"] if now is not None and now == kept["after"] else _without(engine, now, kept)
     if before != now:
         _restore(engine.file, before)
     with contextlib.suppress(OSError):  # another program has put something there, or removed it
@@ -64,11 +92,19 @@ def where_it_is(engine: Engine, state: Path) -> Engine:
     return engine if kept["after"] is None else replace(engine, file=Path(kept["file"]))
 
 
-def _without(engine: Engine, text: str | None) -> str | None:
+def unchanged(state: Path) -> Path | None:
+    """Return the file of this state if it is as set_up() has written it; None: it has changed, or is gone."""
+    kept = _kept(state)
+    file = Path(kept["file"])
+    return file if kept["after"] is not None and _text(file) == kept["after"] else None
+
+
+def _without(engine: Engine, text: str | None, kept: dict[str, Any]) -> str | None:
     """Return the text without fgpu; None: there is no such file, or it has nothing else."""
     if text is None or not text:
         return text
-    return engine.without(text) or None
+    before = None if kept["after"] is None else kept["before"] or ""
+    return engine.without(text, before) or None
 
 
 def _missing_folders(file: Path) -> list[str]:
@@ -135,7 +171,7 @@ def checks(state: Path = STATE, helper: Path = injection.BIN / injection.HELPER)
         if kept["after"] is None:
             continue
         file, now = engine.file, _text(engine.file)
-        if now is None or (now != kept["after"] and engine.without(now) == now):
+        if now is None or (now != kept["after"] and engine.without(now, None) == now):
             yield Check(name, False, f"{file} no longer names fgpu", f"fgpu setup {name}, or --undo")
         elif engine.is_drop_in and (why := _outdated(engine, now, helper)):
             yield Check(name, False, why, f"fgpu setup {name}, or --undo")

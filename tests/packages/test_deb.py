@@ -63,8 +63,14 @@ def test_install_enforce_purge(host: fresh_host.Host, deb: Path, tmp_path: Path)
         assert (host.root / "usr/share" / file).read_text() == host.run("fgpu", "completion", shell).stdout
     assert set(host.run("dpkg", "-L", "fgpu").stdout.split()) >= READ
     host.run("fgpu", "policy", "check", "/usr/share/doc/fgpu/examples/policy.d")
-    host.run("fgpu", "setup", "docker")
+    done = host.run("fgpu", "setup", "docker", "--memory", "8GiB", check=False)
+    assert (done.returncode, settings.read_text()) == (1, '{"debug": true}'), "Docker is not installed here"
+    assert "is not installed here" in done.stderr
+    assert not host.run("ls", "/etc/fgpu/policy.d").stdout
+    done = host.run("fgpu", "setup", "docker", "--memory", "8GiB", "--file", "/etc/docker/daemon.json", check=False)
     assert '"default-runtime": "fgpu"' in settings.read_text()
+    assert "/etc/fgpu/policy.d/zz-docker.yaml: written" in done.stdout
+    assert host.run("fgpu", "policy", "list").stdout.count("matches 0 tenants now") == 1, "it is in force"
     said = host.apt("purge", "fgpu").stdout
     assert "systemctl restart docker" in said, "a daemon that runs names a runtime that is gone"
     assert settings.read_text() == '{"debug": true}'

@@ -1,4 +1,5 @@
-"""A fresh host of this distribution for the package tests: a root made by debootstrap, with systemd as first process.
+"""A fresh host for the package tests, of this distribution or of another Debian: a root made by debootstrap, in which
+systemd may be the first process.
 
 It owns build/roots/NAME, made once, and a copy of it for every host, in which every changed file is visible. A failed
 download is a failure that names the mirror, and never skips a test.
@@ -64,9 +65,12 @@ def distribution() -> tuple[str, str]:
     return known["VERSION_CODENAME"], MIRRORS[known["ID"]]
 
 
-def fresh_root() -> Path:
-    """Return the root that hosts are made of: the distribution's base, its lists of packages, and nothing else."""
-    name, mirror = distribution()
+def fresh_root(release: str = "") -> Path:
+    """Return the root that hosts are made of: the distribution's base, its lists of packages, and nothing else.
+
+    `release`: the name of a Debian; empty: this distribution.
+    """
+    name, mirror = (release, MIRRORS["debian"]) if release else distribution()
     root = ROOTS / name
     if not root.exists():
         aside = ROOTS / f".{name}"
@@ -103,7 +107,9 @@ def listing(root: Path) -> Listing:
 class Host(kit.Installed):
     """A separate root, entered by chroot. boot() and halt() start and stop systemd in it."""
 
-    def __init__(self, work: Path) -> None:
+    def __init__(self, work: Path, release: str = "") -> None:
+        """`release`: see fresh_root()."""
+        self._release = release
         self.root = ROOTS / f".host-{os.getpid()}"
         self._cgroup = kit.cgroup2() / f"fgpu-packages-{os.getpid()}"
         self._own_tree = ["sh", "-c", ENTER, "sh", str(self._cgroup), "unshare", "--cgroup"]
@@ -115,7 +121,7 @@ class Host(kit.Installed):
 
     def mount(self) -> None:
         """Mount a copy of the root, and its mounts: on an overlay, mappings have another device number than files."""
-        kit.run("cp", "--archive", "--reflink=auto", fresh_root(), self.root)
+        kit.run("cp", "--archive", "--reflink=auto", fresh_root(self._release), self.root)
         self._mount(str(self.root), self.root, "--bind")
         self._mount("tmpfs", self.root / "run", "-t", "tmpfs")
         self._mount("tmpfs", self.root / "tmp", "-t", "tmpfs")
@@ -131,6 +137,14 @@ class Host(kit.Installed):
             self._mount(str(source), self.root / str(target).lstrip("/"), "--bind")
         for name in world.COPIED:  # mounts of this world, because another host's root is in build/ too
             self._mount(str(kit.BUILD / name), self.root / str(BUILD / name).lstrip("/"), "--bind")
+
+    def show(self, source: Path, *options: str) -> None:
+        """Mount a file or a folder of this machine at the same path."""
+        place = self.root / str(source).lstrip("/")
+        (place if source.is_dir() else place.parent).mkdir(parents=True, exist_ok=True)
+        if not source.is_dir():
+            place.touch()
+        self._mount(str(source), place, "--bind", *options)
 
     def _without_cgroup(self) -> bool:
         for folder, _, _ in os.walk(self._cgroup, topdown=False):

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from fgpu_ebpf.containers.engine_config import ENGINES, Engine, SetupError
-from fgpu_ebpf.containers.engine_setup import checks, set_up, undo, where_it_is
+from fgpu_ebpf.containers.engine_config import Engine, SetupError
+from fgpu_ebpf.containers.engine_setup import as_installed, checks, program, set_up, unchanged, undo, where_it_is
+from fgpu_ebpf.containers.engines import ENGINES
 
 HELPER = "bin/fgpu-oci"
 CONTAINERD = """version = 2
@@ -241,6 +242,32 @@ def test_docker_runtimes_that_cannot_be_wrapped(text, tmp_path, helper):
     assert read(found) == text
 
 
+@pytest.mark.parametrize(
+    ("version", "before", "after"),
+    [
+        ((20, 10), {}, {}),
+        ((24, 0), {}, {}),
+        ((25, 0), {}, {"cdi": True}),
+        ((28, 1), {"buildkit": True}, {"buildkit": True, "cdi": True}),
+        ((28, 2), {}, {}),
+        ((), {}, {}),  # unknown
+        ((26, 1), {"cdi": False}, {"cdi": False}),  # an administrator's
+    ],
+)
+def test_docker_gets_cdi_in_the_versions_that_ask_for_it(version, before, after, tmp_path, helper):
+    found, state = engine("docker", tmp_path, json.dumps({"features": before} if before else {})), tmp_path / "x.json"
+    found = replace(found, version=version)
+    wanted = set_up(found, helper, state)
+    assert wanted
+    settings = json.loads(read(found) or "")
+    assert settings.get("features", {}) == after
+    assert ("restart docker" in wanted.note) == (before != after)
+    found.file.write_text(json.dumps({**settings, "debug": True}))
+    assert unchanged(state) is None
+    assert undo(found, state)
+    assert json.loads(read(found) or "") == {"debug": True} | ({"features": before} if before else {})
+
+
 @pytest.mark.parametrize("text", TEXTS["containerd"])
 def test_containerd_changes_one_value(text, tmp_path, helper):
     found = engine("containerd", tmp_path, text)
@@ -401,3 +428,103 @@ def test_a_set_up_in_another_file_is_undone(tmp_path, helper):
     assert undo(where_it_is(first, state), state)
     assert not second.file.exists()
     assert where_it_is(first, state) == first
+
+
+# -- k3s and RKE2 --------------------------------------------------------------------------------------------------
+
+MADE = """version = {version}
+[plugins.'{plugin}'.containerd]
+  snapshotter = "overlayfs"
+[plugins.'{plugin}'.containerd.runtimes.runc]
+  runtime_type = "io.containerd.runc.v2"
+[plugins.'{plugin}'.containerd.runtimes.runc.options]
+  SystemdCgroup = true
+"""
+NVIDIA = """[plugins.'{plugin}'.containerd.runtimes.'nvidia']
+  runtime_type = "io.containerd.runc.v2"
+[plugins.'{plugin}'.containerd.runtimes.'nvidia'.options]
+  BinaryName = "/usr/bin/nvidia-container-runtime"
+"""
+PLUGINS = {2: "io.containerd.grpc.v1.cri", 3: "io.containerd.cri.v1.runtime"}
+BASE = '{{ template "base" . }}'
+
+
+def k3s(tmp_path: Path, made: str, template: str | None = None, version: tuple[int, ...] = (1, 30)) -> Engine:
+    """Return k3s with the settings that it has made for containerd, and a template that an administrator wrote."""
+    folder = tmp_path / "containerd"
+    folder.mkdir()
+    if made:
+        (folder / "config.toml").write_text(made)
+    found = replace(as_installed(replace(ENGINES["k3s"], file=folder / "config.toml.tmpl")), version=version)
+    if template is not None:
+        found.file.write_text(template)
+    return found
+
+
+def rendered(template: str, made: str) -> str:
+    """Return what k3s makes of a template."""
+    return template.replace(BASE, made).replace("{{ .SystemdCgroup }}", "true")
+
+
+@pytest.mark.parametrize("version", PLUGINS)
+@pytest.mark.parametrize("nvidia", [False, True])
+@pytest.mark.parametrize("template", [None, f"{BASE}\n[plugins.a]\nb = 1"])
+def test_k3s_gets_a_runtime_in_front_of_nvidia_s(version, nvidia, template, tmp_path, helper):
+    made = (MADE + (NVIDIA if nvidia else "")).format(version=version, plugin=PLUGINS[version])
+    found, state = k3s(tmp_path, made, template), tmp_path / "x.json"
+    assert found.file.name == ("config.toml.tmpl" if version == 2 else "config-v3.toml.tmpl")
+    assert set_up(found, helper, state)
+    assert not set_up(found, helper, state)
+    settings = tomllib.loads(rendered(read(found) or "", made))
+    runtimes = settings["plugins"][PLUGINS[version]]["containerd"]["runtimes"]
+    real = "k3s-nvidia-container-runtime" if nvidia else "runc"
+    link = helper.with_name(f"fgpu-runtime-{real}")
+    assert runtimes["fgpu"]["options"] == {"BinaryName": str(link), "SystemdCgroup": True}
+    assert os.readlink(link) == "fgpu-oci"
+    assert "BinaryName" not in runtimes["runc"]["options"], "the base is as it was"
+    assert undo(found, state)
+    assert read(found) == template
+    assert set_up(found, helper, state)
+    state.unlink()
+    assert undo(found, state), "without the notes too"
+    assert (read(found) or "").strip() == (template or "")
+
+
+@pytest.mark.parametrize(
+    ("made", "template", "version", "why"),
+    [
+        (MADE, None, (1, 28), "1.29 or later"),
+        (MADE, None, (), "1.29 or later"),
+        ("", None, (1, 30), "start the service once"),
+        (MADE, "version = 2\n", (1, 30), "add a runtime by hand"),
+    ],
+)
+def test_k3s_that_cannot_be_set_up_is_left_unchanged(made, template, version, why, tmp_path, helper):
+    made = made.format(version=2, plugin=PLUGINS[2])
+    found = k3s(tmp_path, made, template, version)
+    with pytest.raises(SetupError, match=why):
+        set_up(found, helper, tmp_path / "x.json")
+    assert read(found) == template
+
+
+# -- what is installed ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "said", "version"),
+    [
+        ("dockerd", "Docker version 20.10.24+dfsg1, build 297e128", (20, 10)),
+        ("dockerd", "Docker version 26.1.5+dfsg1, build a72d7cd", (26, 1)),
+        ("k3s", "k3s version v1.30.2+k3s1 (aa4794b3)\ngo version go1.22.4", (1, 30)),
+        ("rke2", "rke2 version v1.31.1+rke2r1 (909d20d6)", (1, 31)),
+        ("containerd", "containerd github.com/containerd/containerd 1.6.20~ds1", ()),
+    ],
+)
+def test_versions(name, said, version, tmp_path, monkeypatch):
+    found = next(engine for engine in ENGINES.values() if name in engine.programs)
+    monkeypatch.setattr("fgpu_ebpf.containers.engine_setup._FOLDERS", ())
+    assert (program(found), as_installed(found).version) == ("", ())
+    place = tmp_path / "path" / name
+    place.write_text(f"#!/bin/sh\necho '{said}'\n")
+    place.chmod(0o755)
+    assert (program(found), as_installed(found).version) == (str(place), version)

@@ -236,7 +236,7 @@ class Engine:
     def fgpu(self, *words: str | Path) -> str:
         """Run `fgpu …` where the engine is."""
         command = [*self.cave.prefix, *FGPU, *map(str, words)]
-        path = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin"}
+        path = {"PATH": self.environment["PATH"]}  # where it finds the engine
         done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False, env=path)
         assert done.returncode == 0, f"{words}: {done.stdout}{done.stderr}"
         return done.stdout

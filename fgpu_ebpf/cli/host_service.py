@@ -1,0 +1,100 @@
+"""The part of `fgpu setup` that concerns the host: start the agent's service, check the host, and undo the start.
+
+This module runs in the process of the command. A note beside the states of the engines says what the setup did to the
+service. Without systemd, nothing is started: `fgpu doctor` says how to.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import subprocess
+from pathlib import Path
+
+import click
+
+from fgpu_ebpf import control_client
+from fgpu_ebpf.control_client import UNIT
+
+UNITS = (UNIT, "fgpu-gatekeeper")
+_NOTE = "service"  # holds the arguments of the `systemctl` that undoes the start
+
+
+def start(run_dir: Path, states: Path) -> bool:
+    """Enable and start the service, and note it in `states`. Returns False if it does not start."""
+    if not control_client.has_unit():
+        return True
+    is_enabled, is_active = _is("enabled"), _is("active")
+    if is_active and is_enabled:
+        click.echo(f"{UNIT}: nothing to do")
+        return True
+    if not is_active and _answers(run_dir):
+        click.echo(f"{UNIT}: not started, because an agent runs already")
+        return True
+    done = subprocess.run(["systemctl", "enable", "--now", UNIT], capture_output=True, text=True, check=False)
+    if not is_enabled:
+        states.mkdir(parents=True, exist_ok=True)
+        (states / _NOTE).write_text("disable" if is_active else "disable --now", encoding="ascii")
+    said = f"does not start: {done.stderr.strip()}" if done.returncode else "enabled and started"
+    click.echo(f"{UNIT}: {said}")
+    return done.returncode == 0
+
+
+def read_policies(run_dir: Path) -> None:
+    """Put the policy files in force, if an agent runs. `fgpu doctor` reports an error in them."""
+    with contextlib.suppress(ConnectionError, control_client.RequestError):
+        control_client.call(run_dir, {"verb": "reload"})
+
+
+def check(run_dir: Path) -> bool:
+    """Print the findings of `fgpu doctor`. Returns False if there is one."""
+    from fgpu_ebpf import doctor
+    from fgpu_ebpf.agent.settings import Options
+    from fgpu_ebpf.cli.service import check_line
+
+    checks = doctor.checks(Options(run_dir))
+    wrong = [check for check in checks if not check.ok]
+    for found in wrong:
+        click.echo(check_line(found))
+    if not wrong:
+        click.echo(f"doctor: all {len(checks)} checks are ok")
+    return not wrong
+
+
+def stop(run_dir: Path, states: Path) -> None:
+    """Undo start(), unless another engine is set up or something else has a limit."""
+    note = states / _NOTE
+    if not note.exists() or any(states.glob("*.json")):
+        return
+    if used := _used(run_dir):
+        click.echo(f"{UNIT}: kept running: {used}")
+        return
+    subprocess.run(["systemctl", *note.read_text("ascii").split(), *UNITS], capture_output=True, check=False)
+    note.unlink()
+    click.echo(f"{UNIT}: disabled")
+
+
+def _used(run_dir: Path) -> str:
+    """Return the reason for which the agent is needed; empty: it is not."""
+    try:
+        policies = control_client.call(run_dir, {"verb": "reload"})["policies"]
+        tenants = control_client.call(run_dir, {"verb": "snapshot"})["tenants"]
+    except control_client.RequestError as error:
+        return str(error)
+    except ConnectionError:
+        return ""
+    if policies:
+        return f"there {'is 1 policy' if policies == 1 else f'are {policies} policies'} in force"
+    names = ", ".join(tenant["tenant"] for tenant in tenants[:3])
+    return f"there are limits (`fgpu detach` removes them): {names}" if tenants else ""
+
+
+def _is(state: str) -> bool:
+    return subprocess.run(["systemctl", "--quiet", f"is-{state}", UNIT], check=False).returncode == 0
+
+
+def _answers(run_dir: Path) -> bool:
+    try:
+        control_client.call(run_dir, {"verb": "ping"})
+    except (ConnectionError, control_client.RequestError):
+        return False
+    return True

@@ -1,0 +1,184 @@
+"""`fgpu setup`: every container of an engine gets the shim and, with --memory, a first limit.
+
+This module runs in the process of the command. It restarts no engine. Exit codes: 0 done, 1 nothing was changed, or
+`fgpu doctor` finds something, 2 wrong usage.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from fgpu_ebpf.cli.help_texts import examples
+from fgpu_ebpf.cli.request import fail, run_dir
+
+if TYPE_CHECKING:  # other commands must not wait for these imports
+    from fgpu_ebpf.containers.engine_config import Engine
+
+    Parts = list[tuple[Engine, Path]]
+
+NAMES = ("docker", "podman", "containerd", "crio", "k3s", "rke2")
+
+
+def _size(_: click.Context, __: click.Parameter, value: str | None) -> str:
+    """Return a limit of memory as policies write it. BadParameter: the text is none."""
+    from fgpu_ebpf.policy import units
+
+    try:
+        return value.strip() if value is not None and units.amount(value) else ""
+    except units.QuantityError as error:
+        raise click.BadParameter(str(error)) from error
+
+
+@examples("fgpu setup docker --memory 8GiB", "fgpu setup docker --undo")
+@click.command()
+@click.argument("engine", type=click.Choice(NAMES))
+@click.option(
+    "--memory", metavar="SIZE", callback=_size,
+    help="Also write a first policy, SIZE (8GiB, 50%) for each container, start the service and check the host.",
+)  # fmt: skip
+@click.option("--undo", "is_undo", is_flag=True, help="Take back all that the setup has written.")
+@click.option("--dry-run", "is_dry", is_flag=True, help="Only print which files would be written.")
+@click.option("--file", type=click.Path(path_type=Path, dir_okay=False), help="The engine's settings file.")
+def setup(engine: str, memory: str, is_undo: bool, is_dry: bool, file: Path | None) -> None:
+    """Give every container of ENGINE the shim, without a flag or a label on the container.
+
+    Policies set the limits; --memory writes the first one, if the host has none. No engine is restarted: the command
+    prints what to run. A second run changes nothing.
+    """
+    from fgpu_ebpf.containers.engine_config import SetupError
+    from fgpu_ebpf.containers.engines import ENGINES
+    from fgpu_ebpf.driver.start_checks import AgentError
+
+    if is_undo and (memory or is_dry):
+        raise click.UsageError("--undo takes no other option than --file")
+    found = replace(ENGINES[engine], file=file) if file else ENGINES[engine]
+    to_do = []
+    try:
+        if is_undo:
+            _undo(engine, found, bool(file))
+        else:
+            to_do = _set_up(_parts(engine, found, memory, bool(file)), is_dry)
+    except (SetupError, AgentError) as error:
+        fail(f"{error}: nothing was changed", 1)
+    except OSError as error:
+        fail(f"{error.filename or found.file}: {error.strerror}: nothing more was changed", 1)
+    is_well = is_undo or is_dry or _go_on(bool(memory))
+    for line in [*to_do, *([f"then try: {found.example}"] if memory and not is_dry else [])]:
+        click.echo(line)
+    sys.exit(0 if is_well else 1)
+
+
+def _parts(name: str, engine: Engine, memory: str, is_named: bool) -> Parts:
+    """Return the files to write, each with the file of its state. SetupError: the engine is not installed."""
+    from fgpu_ebpf.containers import engine_setup
+    from fgpu_ebpf.containers.engine_config import SetupError
+
+    if not is_named and not engine_setup.program(engine):
+        program = engine.programs[0]
+        raise SetupError(f"{name} is not installed here, no {program} is found; --file names settings elsewhere")
+    found = engine_setup.as_installed(engine)
+    return [*_settings(name, found), *(_policy(name, found, memory) if memory else ())]
+
+
+def _settings(name: str, engine: Engine) -> Parts:
+    from fgpu_ebpf.containers.engine_setup import STATE
+
+    return [(engine, STATE / f"{name}.json"), *([(engine.more, STATE / f"{name}-more.json")] if engine.more else ())]
+
+
+def _policy(name: str, engine: Engine, memory: str) -> Parts:
+    """Return the first policy of this host; nothing if there are policies that no setup has written."""
+    from fgpu_ebpf.agent import host_config
+    from fgpu_ebpf.containers import first_policy
+    from fgpu_ebpf.containers.engine_setup import STATE
+
+    host, errors = host_config.read()
+    if host is None:
+        fail("\n".join(map(str, errors)), 1)
+    if others := first_policy.others(host.policy_folder, STATE):
+        names = ", ".join(path.name for path in others[:3]) + (", ..." if len(others) > 3 else "")
+        click.echo(f"{host.policy_folder}: kept as it is ({names}), without a policy for {memory}: add one by hand")
+        return []
+    return [(first_policy.settings(name, engine.cgroups, memory, host.policy_folder), STATE / f"{name}-policy.json")]
+
+
+def _set_up(parts: Parts, is_dry: bool) -> list[str]:
+    """Write all files, or none if one cannot be as it should. Raises SetupError, AgentError, OSError.
+
+    Returns lines that say what the administrator has to do.
+    """
+    from fgpu_ebpf.containers import engine_setup, injection
+    from fgpu_ebpf.driver.start_checks import package_file
+
+    helper = injection.BIN / injection.HELPER
+    for part, state in parts:
+        wanted = engine_setup.set_up(part, helper, state, is_dry=True)
+        if is_dry:
+            click.echo(f"{part.file}: {'would be written' if wanted else 'nothing to do'}")
+    if is_dry:
+        return []
+    helper = injection.publish_helper(package_file("oci", injection.HELPER))
+    to_do = []
+    for part, state in parts:
+        wanted = engine_setup.set_up(part, helper, state)
+        click.echo(f"{part.file}: {'written' if wanted else 'nothing to do'}")
+        to_do += [f"takes effect after: {part.reload}"] if wanted and part.reload else []
+        to_do += [wanted.note] if wanted and wanted.note else []
+    return to_do
+
+
+def _go_on(is_first: bool) -> bool:
+    """Start the service and check the host, if it is the first setup. Returns False if something is wrong."""
+    from fgpu_ebpf.cli import host_service
+    from fgpu_ebpf.containers import selinux
+    from fgpu_ebpf.containers.engine_setup import STATE
+
+    if is_first:
+        is_started = host_service.start(run_dir(), STATE)
+        host_service.read_policies(run_dir())
+        return host_service.check(run_dir()) and is_started
+    for check in selinux.checks(run_dir()):
+        if not check.ok:
+            click.echo(f"SELinux: {check.found}: {check.fix}")
+    return True
+
+
+def _undo(name: str, engine: Engine, is_named: bool) -> None:
+    """Take back what was written, and say what is kept. Raises SetupError, OSError."""
+    from fgpu_ebpf.cli import host_service
+    from fgpu_ebpf.containers import engine_setup, first_policy
+    from fgpu_ebpf.containers.engine_setup import STATE
+    from fgpu_ebpf.policy.folder import FOLDER
+
+    policy = first_policy.settings(name, (), "", FOLDER), STATE / f"{name}-policy.json"
+    has_changed = False
+    for part, state in reversed([*_settings(name, engine), policy]):
+        if part is engine or state.exists():
+            there = engine if part is engine and is_named else engine_setup.where_it_is(part, state)
+            has_changed = _take_back(there, state)  # the engine's own is the last
+    if has_changed and engine.reload_undone:
+        click.echo(f"takes effect after: {engine.reload_undone}")
+    if has_changed and name == "docker":
+        click.echo("containers created since the set-up name the runtime fgpu: create them again")
+    host_service.stop(run_dir(), STATE)
+
+
+def _take_back(part: Engine, state: Path) -> bool:
+    """Take back one file. Returns whether it was changed. Raises SetupError, OSError."""
+    from fgpu_ebpf.containers import engine_setup
+
+    is_known, is_unchanged = state.exists(), engine_setup.unchanged(state) is not None
+    did = engine_setup.undo(part, state)
+    if not did:
+        said = "kept: it has changed since the setup" if is_known and part.file.exists() else "nothing to do"
+    elif not part.file.exists():
+        said = "removed"
+    else:
+        said = "restored" if is_unchanged else "restored; changes since the setup are kept"
+    click.echo(f"{part.file}: {said}")
+    return did

@@ -1,0 +1,82 @@
+"""The engines that `fgpu setup` knows: their settings' files, how they read them again, and their containers' cgroups.
+
+The commands use this module, and `fgpu doctor`. It does no I/O.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from fgpu_ebpf.containers import engine_config as config
+from fgpu_ebpf.containers.engine_config import NAME, Engine
+
+_LAST = f"zz-{NAME}.conf"
+_PODS = ("kubepods/**/pod*/*", "kubepods.slice/**/cri-containerd-*.scope")
+_IMAGE = "ubuntu:24.04"
+_GPU = {"limits": {"nvidia.com/gpu": 1}}
+_POD = {"name": "first", "image": _IMAGE, "command": ["nvidia-smi"], "resources": _GPU}
+_KUBECTL = (
+    f"kubectl run first --rm --attach --restart=Never --image={_IMAGE} "
+    f"--overrides='{json.dumps({'spec': {'containers': [_POD]}})}'"
+)
+
+
+def _distribution(name: str, service: str) -> Engine:
+    """Return the settings of k3s or RKE2. `service`: the command that restarts it."""
+    file = Path(f"/etc/rancher/{name}/config.yaml.d/zz-{NAME}.yaml")
+    return Engine(
+        Path(f"/var/lib/rancher/{name}/agent/etc/containerd/config.toml.tmpl"),
+        config.template_after,
+        config.containerd_without,
+        *(service,) * 2,
+        programs=(name,),
+        more=Engine(file, config.default_after, config.drop_in_without, is_drop_in=True),
+        cgroups=_PODS,
+        example=_KUBECTL,
+    )
+
+
+ENGINES = {
+    "docker": Engine(
+        Path("/etc/docker/daemon.json"),
+        config.docker_after,
+        config.docker_without,
+        # A reload makes Docker use another default runtime, but not remove it: that needs a restart.
+        "systemctl reload docker",
+        "systemctl restart docker",
+        programs=("dockerd",),
+        cgroups=("system.slice/docker-*.scope", "docker/*"),
+        example=f"docker run --rm --gpus all {_IMAGE} nvidia-smi",
+    ),
+    "podman": Engine(
+        Path("/etc/containers/containers.conf.d", _LAST),
+        config.podman_after,
+        config.drop_in_without,
+        is_drop_in=True,
+        programs=("podman",),
+        cgroups=("machine.slice/**/libpod-*.scope", "libpod_parent/**/libpod-*"),
+        example=f"podman run --rm --device nvidia.com/gpu=all docker.io/library/{_IMAGE} nvidia-smi",
+    ),
+    "containerd": Engine(
+        Path("/etc/containerd/config.toml"),
+        config.containerd_after,
+        config.containerd_without,
+        *("systemctl restart containerd",) * 2,
+        programs=("containerd",),
+        cgroups=_PODS,
+        example=_KUBECTL,
+    ),
+    "crio": Engine(
+        Path("/etc/crio/crio.conf.d", _LAST),
+        config.crio_after,
+        config.drop_in_without,
+        *("systemctl restart crio",) * 2,
+        is_drop_in=True,
+        programs=("crio",),
+        cgroups=("kubepods.slice/**/crio-*.scope",),
+        example=_KUBECTL,
+    ),
+    "k3s": _distribution("k3s", "systemctl restart k3s (on an agent node: k3s-agent)"),
+    "rke2": _distribution("rke2", "systemctl restart rke2-server (on an agent node: rke2-agent)"),
+}

@@ -1,0 +1,43 @@
+"""The policy that `fgpu setup ENGINE --memory SIZE` writes: a limit for each container of the engine.
+
+This module runs in the command. The policy is the last of its folder, and has the form of an engine's settings, so
+that `engine_setup` writes and removes it. A file that an administrator wrote or changed is never replaced.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from fgpu_ebpf.containers import engine_setup
+from fgpu_ebpf.containers.engine_config import Engine, Settings, SetupError, Wanted
+from fgpu_ebpf.policy.folder import PolicyFolder
+
+
+def settings(name: str, cgroups: tuple[str, ...], memory: str, folder: Path) -> Engine:
+    """Return the file of the policy. `name`: the engine; `memory`: a limit, as policies write it."""
+    text = (
+        f"# Written by `fgpu setup {name} --memory {memory}`. `fgpu setup {name} --undo` removes it, unless it has\n"
+        "# changed since. Policies of files that come before this one are tried first.\n"
+        "apiVersion: fgpu.dev/v1alpha1\n"
+        "kind: GpuPolicy\n"
+        f"metadata: {{name: {name}}}\n"
+        "spec:\n"
+        f"  selector: {{cgroup: {json.dumps(cgroups)}}}\n"
+        f"  memory: {{limit: {memory}}}\n"
+    )
+
+    def after(of: Settings) -> Wanted:
+        if of.text:
+            raise SetupError(f"{of.file} is not as `fgpu setup` wrote it")
+        return Wanted(text)
+
+    # An agent that finds no folder keeps the last policies in force.
+    return Engine(folder / f"zz-{name}.yaml", after, lambda now, _: now, keeps_folder=True)
+
+
+def others(folder: Path, states: Path) -> list[Path]:
+    """Return the policy files of a folder that are not exactly as a setup has written them."""
+    state = PolicyFolder(folder).state()
+    ours = {engine_setup.unchanged(path) for path in states.glob("*-policy.json")}
+    return [folder / name for name, _ in state.files if folder / name not in ours] if state else []

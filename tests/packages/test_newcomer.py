@@ -1,0 +1,122 @@
+"""A new user on a clean Debian with Docker, who types what README shows and then what the command prints."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.support import fresh_host
+from tests.support import packages as kit
+from tests.support.containers import engines
+
+README = (kit.ROOT / "README.md").read_text()
+LIMIT = 8 * kit.GIB
+# Docker as it has to be in a host that is itself a container, and an administrator's own setting.
+SETTINGS = {"bridge": "none", "iptables": False, "ip6tables": False, "storage-driver": "vfs", "debug": True}
+# What NVIDIA's toolkit does for `--gpus all`, with the simulated driver.
+GPUS = [
+    *("--volume", "/opt/build:/opt/build:ro", "--volume", "/run/fgpu-sim:/run/fgpu-sim"),
+    *("--env", "LD_LIBRARY_PATH=/opt/build/sim/lib", "--volume", "/opt/build/sim/nvidia-smi:/usr/bin/nvidia-smi:ro"),
+]
+UNIT = "fgpu-agent"
+
+
+def typed(deb: Path) -> list[list[str]]:
+    """Return the commands of README's section on the installation, with the name of this package."""
+    (section,) = re.findall(r"^## Install\n(.*?)^## ", README, re.M | re.S)
+    found = [shlex.split(line, comments=True) for line in re.findall(r"^    sudo (.*)$", section, re.M)]
+    place = str(fresh_host.BUILD / deb.relative_to(kit.BUILD))
+    return [[place if word.endswith(".deb") else word for word in words] for words in found]
+
+
+@pytest.fixture(scope="module", params=["", "trixie"], ids=["docker-20.10", "docker-26.1"])
+def release(request: pytest.FixtureRequest) -> str:
+    """The name of a Debian; empty: this distribution."""
+    return str(request.param)
+
+
+@pytest.fixture(scope="module")
+def package(request: pytest.FixtureRequest, release: str) -> Path:
+    """The package for that release."""
+    found: Path = request.getfixturevalue("trixie_deb" if release else "deb")
+    return found
+
+
+@pytest.fixture
+def newcomer(driver: None, image: Path, package: Path, release: str, tmp_path: Path) -> Iterator[fresh_host.Host]:
+    """A booted host with Docker, which has an image and does nothing else."""
+    host = fresh_host.Host(tmp_path, release)
+    try:
+        host.mount()
+        (host.root / "etc/docker").mkdir()
+        (host.root / "etc/docker/daemon.json").write_text(json.dumps(SETTINGS))
+        command = " ".join([*host.agent_words, "--skip-check 'pid namespace'"])  # this systemd has its own
+        (host.root / f"etc/systemd/system/{UNIT}.service.d").mkdir()
+        drop_in = f"[Service]\nExecStart=\nExecStart={command}\n"
+        (host.root / f"etc/systemd/system/{UNIT}.service.d/driver.conf").write_text(drop_in)
+        host.apt("update")
+        host.apt("install", "docker.io", *(["docker-cli"] if release else []))
+        host.boot()
+        kit.eventually(lambda: host.run("docker", "info", check=False).returncode == 0, 30, "Docker")
+        kit.run("tar", "-C", image, "-cf", host.root / "tmp/image.tar", ".")
+        host.run("docker", "import", "/tmp/image.tar", "ubuntu:24.04")
+        yield host
+    finally:
+        host.close()
+
+
+@pytest.fixture(scope="module")
+def image(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A root file system with glibc and a shell."""
+    return engines.make_root(tmp_path_factory.mktemp("image") / "root")
+
+
+def container(host: fresh_host.Host, command: list[str]) -> str:
+    """Return the output of `docker run`; `--gpus all` gives the simulated driver."""
+    words = " ".join(command).replace("--gpus all", " ".join([*engines.ALLOWED, *GPUS])).split()
+    done = host.run(*words, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_two_commands_to_a_limited_container(newcomer: fresh_host.Host, package: Path) -> None:
+    install, setup = typed(package)
+    assert install[:2] == ["apt", "install"]
+    newcomer.apt(*install[1:])
+    done = newcomer.run(*setup, check=False)
+    print(done.stdout, done.stderr)
+    # This host is a container: doctor finds that, and nothing else.
+    assert re.findall(r"^FAIL  (.*?):", done.stdout, re.M) == ["pid namespace"], done.stdout + done.stderr
+    (apply,) = re.findall(r"^takes effect after: (.*)$", done.stdout, re.M)
+    (example,) = re.findall(r"^then try: (.*)$", done.stdout, re.M)
+    newcomer.run(*apply.split())
+    kit.eventually(lambda: "fgpu" in newcomer.run("docker", "info", "-f", "{{.DefaultRuntime}}").stdout, 10, apply)
+    assert f"0MiB / {LIMIT >> 20}MiB" in container(newcomer, example.split())
+    fill = example.replace("nvidia-smi", "/opt/build/examples/fill --step 2MiB").split()
+
+    def exact() -> bool:  # see test_systemd.fills()
+        (got, why) = re.findall(r"^admitted (\d+) bytes, then (\w+)$", container(newcomer, fill))[0]
+        assert (int(got) >= LIMIT - kit.CONTEXT, why) == (True, "CUDA_ERROR_OUT_OF_MEMORY")
+        return int(got) == LIMIT - kit.CONTEXT
+
+    kit.eventually(exact, 20, "a limit that holds")
+    if "restart docker" in done.stdout.split(apply)[1]:  # this Docker has shares by name, once they are switched on
+        newcomer.run("systemctl", "restart", "docker")
+        share = example.replace("nvidia-smi", "").split()
+        share[-1:] = ["--device", "fgpu.dev/share=2gib", share[-1], "nvidia-smi"]
+        assert "0MiB / 2048MiB" in container(newcomer, share)
+    else:
+        assert "features" not in json.loads((newcomer.root / "etc/docker/daemon.json").read_text())
+    state = ("ActiveState", "UnitFileState")
+    assert newcomer.unit(f"{UNIT}.service", *state) == ["active", "enabled"]
+    again = newcomer.run(*setup, check=False).stdout
+    assert again.count(": nothing to do\n") == 3, again
+    done = newcomer.run("fgpu", "setup", "docker", "--undo")
+    assert newcomer.unit(f"{UNIT}.service", *state) == ["inactive", "disabled"], done.stdout
+    assert json.loads((newcomer.root / "etc/docker/daemon.json").read_text()) == SETTINGS
+    assert list((newcomer.root / "etc/fgpu/policy.d").iterdir()) == []
