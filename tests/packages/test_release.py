@@ -182,8 +182,6 @@ def test_the_sdist_gives_the_same_wheel(made: tuple[Path, Path], tmp_path: Path)
     with zipfile.ZipFile(rebuilt) as one, zipfile.ZipFile(made[0] / NAMES["wheel"]) as other:
         contents = [{name: file.read(name) for name in file.namelist()} for file in (one, other)]
     assert contents[0] == contents[1]
-            name: other.read(name) for name in other.namelist()
-        }
 
 
 def blobs(layout: Path) -> dict[str, Any]:
