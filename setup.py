@@ -6,8 +6,11 @@ Its tag says what the shim needs, glibc 2.17 on this processor; Python it does n
 
 from __future__ import annotations
 
+import os
 import platform
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 from setuptools import Distribution, setup
@@ -19,6 +22,17 @@ SHIM = ROOT / "build/shim/libfgpu.so"
 HELPER = ROOT / "build/oci/fgpu-oci"
 
 
+def make_parts() -> None:
+    """Compile the C parts, unless `./dev build` has done so. That needs make, a C compiler and NVIDIA's headers."""
+    headers = ROOT / "build/headers"
+    if not SHIM.exists():
+        environment = {**os.environ, "PYTHON": sys.executable}
+        subprocess.run(["sh", ROOT / "sim/headers.sh", headers], check=True, env=environment)
+        subprocess.run(["make", "-s", "-C", ROOT / "shim", f"OUT={SHIM.parent}", f"HEADERS={headers}"], check=True)
+    if not HELPER.exists():
+        subprocess.run(["make", "-s", "-C", ROOT / "oci", f"OUT={HELPER.parent}"], check=True)
+
+
 class BuildWithParts(build_py):
     """Puts bpf/ and the shim into the package's folder; a checkout that is installed editable has them beside it."""
 
@@ -27,9 +41,7 @@ class BuildWithParts(build_py):
         super().run()
         if self.editable_mode:
             return
-        for made in (SHIM, HELPER):
-            if not made.exists():
-                raise SystemExit(f"{made} is not there: ./dev build makes it, ./dev package wheel does all")
+        make_parts()
         package = Path(self.build_lib) / "fgpu_ebpf"
         shutil.copytree(ROOT / "bpf", package / "bpf", dirs_exist_ok=True)
         (package / "shim").mkdir(exist_ok=True)

@@ -20,6 +20,8 @@ OF_PART = {  # the first that a path begins with
     "bench/": ("soak",),
     "dashboards/": ("dashboards", "docs"),
     "deploy/debian/": ("docs", "packages"),
+    "deploy/release/": ("packages",),
+    "deploy/rpm/": ("packages",),
     "deploy/": ("docs", "kubernetes", "packages"),
     "docs/": ("docs",),
     "examples/": ("docs", "e2e"),

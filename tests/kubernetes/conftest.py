@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.kubernetes import image_kit, node_kit
-from tests.support import fresh_host, packages
+from tests.support import packages
 from tests.support.host import ROOT
 from tests.support.service import compile_programs
 
@@ -22,14 +22,6 @@ def driver(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Run fgpu-simd with one device that has room for a hundred tenants."""
     with packages.driver(tmp_path_factory.mktemp("driver") / "log", "512GiB", 20):
         yield
-
-
-def _is_packaged() -> bool:
-    """Return whether the package is newer than all of its sources."""
-    folders = [ROOT / name for name in ("bpf", "deploy/debian", "fgpu_ebpf", "oci", "shim")]
-    newest = max(path.stat().st_mtime for folder in folders for path in folder.rglob("*.[chp]*") if path.is_file())
-    found = list(packages.PACKAGES.glob("fgpu_*.deb"))
-    return len(found) == 1 and found[0].stat().st_mtime > newest
 
 
 @pytest.fixture(scope="module")
@@ -51,9 +43,8 @@ def image(manifest: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     }
     if not IS_FULL:
         return image_kit.thin(f"docker.io/library/{name}", work)
-    if not _is_packaged():
-        packages.run(ROOT / "dev", "package", "deb", timeout=170)
-    return image_kit.archive(fresh_host.fresh_root(), packages.package("fgpu_*.deb"), name, work)
+    packages.run(ROOT / "dev", "package", "image", timeout=900)
+    return packages.package("fgpu-agent-image-*.oci.tar")
 
 
 @pytest.fixture(scope="module")

@@ -1,93 +1,16 @@
-"""The image of deploy/images/agent, built by a real Docker on this distribution's own base, without a registry.
+"""An image without a package, for tests that are not a full run: it has links to files of this checkout.
 
-It owns build/kubernetes/image.tar, made again if the package or the Dockerfile has changed. A failed download is a
-failure that names it, and never skips a test.
+A full run has the image that `./dev package image` builds.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
-import subprocess
-import sys
 import tarfile
 from pathlib import Path
-from typing import Any
 
-from tests.support.containers.docker import DOCKERD, ENGINES, PATH
 from tests.support.host import BUILD, ROOT
-from tests.support.place import PRIVATE_MOUNTS
-from tests.support.wait import eventually
-
-DOCKERFILE = ROOT / "deploy/images/agent/Dockerfile"
-MADE = BUILD / "kubernetes"
-BASE = "debian:bookworm-slim"
-
-
-def _run(*command: str | Path, **more: Any) -> None:
-    done = subprocess.run(command, capture_output=True, text=True, check=False, **more)
-    assert done.returncode == 0, f"{command}: {done.stdout[-2000:]}{done.stderr[-2000:]}"
-
-
-def archive(root: Path, deb: Path, name: str, work: Path) -> Path:
-    """Build the image and write it as `docker save` does. `root`: a base root file system of this distribution."""
-    digest = hashlib.sha256(deb.read_bytes() + DOCKERFILE.read_bytes() + name.encode()).hexdigest()[:16]
-    made = MADE / f"{digest}.tar"
-    if made.exists():
-        return made
-    MADE.mkdir(parents=True, exist_ok=True)
-    for old in MADE.glob("*.tar"):
-        old.unlink()
-    context = work / "context"
-    context.mkdir()
-    os.link(deb, context / deb.name)
-    with Docker(work) as docker:
-        docker.take(root, BASE)
-        docker.call("build", "--network=host", "--file", DOCKERFILE, "--tag", name, context)
-        docker.call("save", "--output", made.with_suffix(".new"), name)
-    made.with_suffix(".new").rename(made)
-    return made
-
-
-class Docker:
-    """A separate daemon that builds in the host's network."""
-
-    def __init__(self, work: Path) -> None:
-        assert DOCKERD, "no dockerd: ./dev test unpacks it"
-        self._socket, self._log = work / "d.sock", work / "dockerd.log"
-        places = ["--data-root", work / "data", "--exec-root", work / "x", "--pidfile", work / "pid"]
-        kinds = ["--storage-driver=overlay2", "--iptables=false", "--bridge=none", f"--host=unix://{self._socket}"]
-        command = ["unshare", "-m", "sh", "-c", PRIVATE_MOUNTS, "sh", DOCKERD, *places, *kinds]
-        command += ["--exec-opt", "native.cgroupdriver=cgroupfs"]
-        with open(self._log, "wb") as log:
-            environment = {**os.environ, "PATH": PATH}
-            self._daemon = subprocess.Popen(list(map(str, command)), stdout=log, stderr=log, env=environment)
-
-    def __enter__(self) -> Docker:
-        def answers() -> bool:
-            assert self._daemon.poll() is None, self._log.read_text()
-            return subprocess.run(self._words("version"), capture_output=True, check=False).returncode == 0
-
-        eventually(answers, 60, "dockerd")
-        return self
-
-    def _words(self, *words: str | Path) -> list[str]:
-        return [str(ENGINES / "usr/bin/docker"), "--host", f"unix://{self._socket}", *map(str, words)]
-
-    def call(self, *words: str | Path) -> None:
-        """Run one command."""
-        _run(*self._words(*words), timeout=170, env={**os.environ, "DOCKER_BUILDKIT": "0"})
-
-    def take(self, root: Path, name: str) -> None:
-        """Import a root file system as an image."""
-        tar = ["tar", "-C", str(root), "--exclude=./proc/*", "--exclude=./sys/*", "-cf", "-", "."]
-        with subprocess.Popen(tar, stdout=subprocess.PIPE) as writer:
-            subprocess.run(self._words("import", "-", name), check=True, stdin=writer.stdout, stdout=sys.stderr)
-
-    def __exit__(self, *_: object) -> None:
-        self._daemon.terminate()
-        self._daemon.wait(30)
 
 
 def thin(name: str, work: Path) -> Path:

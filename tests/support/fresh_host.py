@@ -22,6 +22,8 @@ from tests.support import packages as kit
 
 ROOTS = kit.BUILD / "roots"
 MIRRORS = {"debian": "http://deb.debian.org/debian", "ubuntu": "http://archive.ubuntu.com/ubuntu"}
+OTHERS = {"trixie": MIRRORS["debian"], "noble": MIRRORS["ubuntu"]}
+UBUNTU_KEYS = "/usr/share/keyrings/ubuntu-archive-keyring.gpg"
 BASE = "systemd,systemd-sysv"  # hosts have them
 RESOLVER = "/etc/resolv.conf"
 MOUNTS = ("dev", "opt/build", "proc", "run", "sys", "tmp")
@@ -65,12 +67,12 @@ def distribution() -> tuple[str, str]:
     return known["VERSION_CODENAME"], MIRRORS[known["ID"]]
 
 
-def fresh_root(release: str = "") -> Path:
+def fresh_root(other: str = "") -> Path:
     """Return the root that hosts are made of: the distribution's base, its lists of packages, and nothing else.
 
-    `release`: the name of a Debian; empty: this distribution.
+    `other`: the code name of another distribution, one of OTHERS.
     """
-    name, mirror = (release, MIRRORS["debian"]) if release else distribution()
+    name, mirror = (other, OTHERS[other]) if other else distribution()
     root = ROOTS / name
     if not root.exists():
         aside = ROOTS / f".{name}"
@@ -79,6 +81,8 @@ def fresh_root(release: str = "") -> Path:
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
         command = ["debootstrap", "--variant=minbase", f"--include={BASE}", name, str(aside), mirror]
+        if mirror == MIRRORS["ubuntu"]:
+            command[1:1] = ["--components=main,universe", f"--keyring={UBUNTU_KEYS}"]
         done = subprocess.run(command, capture_output=True, text=True, timeout=DEBOOTSTRAP_SECONDS, check=False)
         assert done.returncode == 0, f"no {name} from {mirror}: {done.stdout[-500:]}{done.stderr[-500:]}"
         (aside / "opt/build").mkdir()
@@ -107,9 +111,9 @@ def listing(root: Path) -> Listing:
 class Host(kit.Installed):
     """A separate root, entered by chroot. boot() and halt() start and stop systemd in it."""
 
-    def __init__(self, work: Path, release: str = "") -> None:
-        """`release`: see fresh_root()."""
-        self._release = release
+    def __init__(self, work: Path, other: str = "") -> None:
+        """`other`: the code name of another distribution, one of OTHERS."""
+        self._other = other
         self.root = ROOTS / f".host-{os.getpid()}"
         self._cgroup = kit.cgroup2() / f"fgpu-packages-{os.getpid()}"
         self._own_tree = ["sh", "-c", ENTER, "sh", str(self._cgroup), "unshare", "--cgroup"]
@@ -121,7 +125,7 @@ class Host(kit.Installed):
 
     def mount(self) -> None:
         """Mount a copy of the root, and its mounts: on an overlay, mappings have another device number than files."""
-        kit.run("cp", "--archive", "--reflink=auto", fresh_root(self._release), self.root)
+        kit.run("cp", "--archive", "--reflink=auto", fresh_root(self._other), self.root)
         self._mount(str(self.root), self.root, "--bind")
         self._mount("tmpfs", self.root / "run", "-t", "tmpfs")
         self._mount("tmpfs", self.root / "tmp", "-t", "tmpfs")

@@ -12,7 +12,19 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.mark.parametrize("words", ["package rpm", "docs serv", "build shim", "check sim", "setup now", "nonsense"])
+@pytest.mark.parametrize(
+    "words",
+    [
+        "package tar",
+        "release foo",
+        "release --sign /no/key",
+        "docs serv",
+        "build shim",
+        "check sim",
+        "setup now",
+        "nonsense",
+    ],
+)
 def test_a_wrong_word_fails_before_anything_is_built(words: str, tmp_path: Path) -> None:
     shutil.copy(ROOT / "dev", tmp_path)
     done = subprocess.run([tmp_path / "dev", *words.split()], capture_output=True, text=True, check=False, timeout=30)

@@ -1,0 +1,22 @@
+"""Tests of deploy/packages.lock: it has all that pyproject.toml asks for, each version with its digests."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from pathlib import Path
+
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+ROOT = Path(__file__).parents[2]
+ENTRY = re.compile(r"^([\w.-]+)==(\S+)((?: \\\n    --hash=sha256:[0-9a-f]{64})+)$", re.MULTILINE)
+
+
+def test_the_lock_has_what_the_package_needs() -> None:
+    text = (ROOT / "deploy/packages.lock").read_text()
+    locked = {canonicalize_name(name): version for name, version, _ in ENTRY.findall(text)}
+    assert len(locked) == len(re.findall(r"^[^#\s]", text, re.MULTILINE)), "an entry without a digest"
+    for words in tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]:
+        asked = Requirement(words)
+        assert asked.specifier.contains(locked[canonicalize_name(asked.name)]), words
