@@ -4,6 +4,7 @@ deploy/kubernetes. Without helm, a digest of their sources guards the rendered f
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 import re
@@ -12,7 +13,9 @@ import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
+import jsonschema
 import kubernetes_validate
 import pytest
 import yaml
@@ -25,9 +28,8 @@ FILES = [*sorted(MADE.glob("*.yaml")), *sorted((HERE / "rendered").glob("*.yaml"
 VERSIONS = {path.stem: ("1.28.0",) if path.stem == "older" else ("1.30.0", "1.34.1") for path in FILES}
 AGAIN = "run deploy/kubernetes/render, and commit what it makes"
 OPERATOR = {"PodMonitor", "PrometheusRule"}  # of the Prometheus operator, without a schema of Kubernetes
-needs_helm = pytest.mark.skipif(
-    not shutil.which("helm"), reason="no helm here: the rendered files are held as they are"
-)
+HELM = shutil.which("helm")
+needs_helm = pytest.mark.skipif(not HELM, reason="no helm here: the rendered files are held as they are")
 
 
 def objects(path: Path) -> list[dict[str, Any]]:
@@ -48,6 +50,49 @@ def of_kind(name: str, kind: str) -> dict[str, Any]:
     return found
 
 
+# Values that the schema refuses, and a word of the error.
+WRONG = {
+    "devicePlugn: {enabled: true}": "devicePlugn",
+    "agent: {prot: 9423}": "prot",
+    "agent: {port: metrics}": "port",
+    "agent: {resources: {limits: {memory: 8GB}}}": "memory",
+    "devicePlugin: {profiles: [{share: 8GB}]}": "share",
+    "devicePlugin: {profiles: [{share: 8gib, count: 0}]}": "count",
+    "devicePlugin: {deviceListStrategy: cdi}": "deviceListStrategy",
+    "engines: [/run/containerd/containerd.sock]": "engines",
+    "settings: {overcomit: allow}": "overcomit",
+    "policies: {notebooks: ''}": "notebooks",
+    "policies: {10-notebooks.yaml: {kind: GpuPolicy}}": "10-notebooks.yaml",
+}
+POLICY = """\
+# limits of notebooks
+apiVersion: fgpu.dev/v1alpha1
+kind: GpuPolicy
+metadata: {name: notebooks}
+spec:
+  selector:
+    namespace: [dev]
+  compute: {limit: 50%}
+  memory:
+    limit: 8GiB
+    max: 16GiB
+"""
+# What is replaced in POLICY, with what, and helm's error.
+BROKEN = {
+    ("limit: 8GiB", "limit: 8GB"): '10.yaml:10: spec.memory.limit: "8GB" is not valid: write it as 8GiB or 50%',
+    ("limit: 50%", "limit: 50"): "10.yaml:8: spec.compute.limit: 50 is no string: write it as 50%",
+    ("compute:", "compte:"): "10.yaml:8: spec.compte: is unknown; known: compute, devices",
+    ("namespace: [dev]", "namespace: []"): "10.yaml:7: spec.selector.namespace: is not valid: write it as team-*",
+    ("metadata: {name: notebooks}\n", ""): "10.yaml:2: needs metadata",
+    ("GpuPolicy", "GPUPolicy"): '10.yaml:3: kind: "GPUPolicy" must be GpuPolicy',
+    (
+        "compute: {limit: 50%}",
+        "compute: {limit: 50%, weight: 0}",
+    ): "10.yaml:8: spec.compute.weight: 0 is not a whole number",
+    ("    max: 16GiB", "    max: 16GiB: 1"): "10.yaml:11: is not YAML",
+}
+
+
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_kubernetes_takes_it_and_knows_every_field(path: Path) -> None:
     found = objects(path)
@@ -64,7 +109,8 @@ def test_kubernetes_takes_it_and_knows_every_field(path: Path) -> None:
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_no_account_has_more_rights_than_named(path: Path) -> None:
-    assert {one["kind"] for one in objects(path)} <= {"ConfigMap", "DaemonSet", "ServiceAccount", *OPERATOR}
+    harmless = {"ConfigMap", "DaemonSet", "NetworkPolicy", "ServiceAccount"}
+    assert {one["kind"] for one in objects(path)} <= {*harmless, *OPERATOR}
     for one in sets(path):
         spec = one["spec"]["template"]["spec"]
         assert spec["automountServiceAccountToken"] is False
@@ -152,6 +198,118 @@ def test_rendered_files_are_of_this_chart() -> None:
     )
 
 
+def merged(values: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """Return values with changes in them, as helm merges them."""
+    found = dict(values)
+    for key, value in changes.items():
+        below = found.get(key)
+        found[key] = merged(below, value) if isinstance(below, dict) and isinstance(value, dict) else value
+    return found
+
+
+def errors(changes: str) -> list[str]:
+    """Return what the schema says of values."""
+    values = merged(yaml.safe_load((CHART / "values.yaml").read_text()), yaml.safe_load(changes) or {})
+    schema = json.loads((CHART / "values.schema.json").read_text())
+    return [f"{error.json_path}: {error.message}" for error in jsonschema.Draft7Validator(schema).iter_errors(values)]
+
+
+def test_the_schema_takes_the_values_that_are_used() -> None:
+    assert errors("") == []
+    for path in (HERE / "values").glob("*.yaml"):
+        assert errors(path.read_text()) == [], path
+
+
+def test_the_schema_has_each_key_and_no_more() -> None:
+    def keys(value: dict[str, Any], below: str = "") -> set[str]:
+        closed = {f"{below}{key}" for key in value}
+        free = {
+            "nodeSelector",
+            "affinity",
+            "podLabels",
+            "podAnnotations",
+            "labels",
+            "policies",
+            "settings",
+            "resources",
+        }
+        inner = {
+            key: one for key, one in value.items() if isinstance(one, dict) and key not in {*free, "updateStrategy"}
+        }
+        return closed.union(*(keys(one, f"{below}{key}.") for key, one in inner.items()))
+
+    def named(schema: dict[str, Any], below: str = "") -> set[str]:
+        inner = schema.get("properties", {})
+        assert not inner or schema["additionalProperties"] is False, below
+        return {f"{below}{key}" for key in inner}.union(
+            *(named(one, f"{below}{key}.") for key, one in inner.items() if key != "settings")
+        )
+
+    schema = json.loads((CHART / "values.schema.json").read_text())
+    assert named(schema) - {"global"} == keys(yaml.safe_load((CHART / "values.yaml").read_text()))
+
+
+@pytest.mark.parametrize("values", WRONG)
+def test_the_schema_refuses(values: str) -> None:
+    assert any(WRONG[values] in error for error in errors(values)), errors(values)
+
+
+def test_the_schema_of_policies_is_that_of_the_agent() -> None:
+    command = [ROOT / ".venv/bin/fgpu", "policy", "schema"]
+    printed = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
+    made = (CHART / "files/policy.schema.json").read_text()
+    assert made == printed, "run .venv/bin/fgpu policy schema >deploy/helm/fgpu/files/policy.schema.json"
+
+
+def test_the_icon_is_a_picture() -> None:
+    icon = yaml.safe_load((CHART / "Chart.yaml").read_text())["icon"]
+    picture = base64.b64decode(icon.removeprefix("data:image/svg+xml;base64,"), validate=True)
+    assert ElementTree.fromstring(picture).tag == "{http://www.w3.org/2000/svg}svg"
+
+
+def template(values: str, work: Path) -> subprocess.CompletedProcess[str]:
+    """Run `helm template` with values; `helm install` checks the same."""
+    (work / "values.yaml").write_text(values)
+    words = [HELM, "template", "fgpu", CHART, "--kube-version=1.33.0", f"--values={work / 'values.yaml'}"]
+    return subprocess.run([str(word) for word in words], capture_output=True, text=True, timeout=60, check=False)
+
+
+@needs_helm
+@pytest.mark.parametrize("values", WRONG)
+def test_helm_refuses(values: str, tmp_path: Path) -> None:
+    done = template(values, tmp_path)
+    assert done.returncode
+    assert "don't meet the specifications of the schema" in done.stderr
+    assert WRONG[values] in done.stderr, done.stderr
+
+
+@needs_helm
+@pytest.mark.parametrize("change", BROKEN, ids=lambda change: change[1].strip() or "nothing")
+def test_helm_refuses_a_policy_with_its_line(change: tuple[str, str], tmp_path: Path) -> None:
+    assert change[0] in POLICY
+    broken = POLICY.replace(*change, 1)
+    for text, lines in ((broken, 0), (f"{POLICY}---\n{broken}", POLICY.count("\n") + 1)):
+        done = template(yaml.safe_dump({"policies": {"10.yaml": text}}), tmp_path)
+        said = re.sub("10.yaml:([0-9]+)", lambda found, less=lines: f"10.yaml:{int(found[1]) - less}", done.stderr)
+        assert BROKEN[change] in said, done.stderr
+
+
+@needs_helm
+def test_helm_takes_every_policy_of_the_examples(tmp_path: Path) -> None:
+    texts = {path.name: path.read_text() for path in (ROOT / "examples/policy.d").glob("*.yaml")}
+    assert texts
+    for policies in (texts, {"all.yaml": "---\n".join([POLICY, *texts.values()])}):
+        done = template(yaml.safe_dump({"policies": policies}), tmp_path)
+        assert done.returncode == 0, done.stderr
+
+
+@needs_helm
+def test_a_device_plugin_without_profiles_is_refused(tmp_path: Path) -> None:
+    done = template("devicePlugin: {enabled: true}", tmp_path)
+    assert done.returncode
+    assert "devicePlugin.enabled needs devicePlugin.profiles" in done.stderr
+
+
 @needs_helm
 def test_helm_renders_what_is_in_the_repository(tmp_path: Path) -> None:
     subprocess.run([MADE / "render", tmp_path], check=True, capture_output=True, timeout=120)
@@ -164,14 +322,13 @@ def test_helm_renders_what_is_in_the_repository(tmp_path: Path) -> None:
 def test_helm_finds_nothing_to_say(values: Path | None) -> None:
     words = ["--values", str(values)] if values and values.stem != "everything" else []
     done = subprocess.run(
-        ["helm", "lint", "--strict", CHART, *words], capture_output=True, text=True, timeout=60, check=False
+        [str(HELM), "lint", "--strict", CHART, *words], capture_output=True, text=True, timeout=60, check=False
     )
     assert done.returncode == 0, done.stdout
 
 
 @needs_helm
-def test_a_missing_operator_is_named() -> None:
-    words = ["helm", "template", "fgpu", CHART, "--kube-version=1.33.0", "--set=podMonitor.enabled=true"]
-    done = subprocess.run(words, capture_output=True, text=True, timeout=60, check=False)
+def test_a_missing_operator_is_named(tmp_path: Path) -> None:
+    done = template("podMonitor: {enabled: true}", tmp_path)
     assert done.returncode
     assert "install it first" in done.stderr
