@@ -11,13 +11,26 @@ from __future__ import annotations
 import argparse
 import json
 import re
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-WIDTH = 24  # of Grafana's grid
-SOURCE = {"type": "prometheus", "uid": "${datasource}"}
+from grafana import (
+    NONE_IS_GOOD,
+    NONE_IS_USUAL,
+    WIDTH,
+    YES_IS_GOOD,
+    Panel,
+    Query,
+    gauge,
+    laid_out,
+    row,
+    series,
+    stat,
+    table,
+    variables,
+)
+
 NODE = 'cluster=~"$cluster", job=~"$job", instance=~"$instance"'
 DEVICE = f'{NODE}, gpu=~"$gpu"'
 TENANT = f'{NODE}, tenant=~"$tenant"'
@@ -29,82 +42,6 @@ INNERMOST = f"* on ({PLACE}, tenant) group_left () {_NAMED}"
 RATE, RANGE = "$__rate_interval", "$__range"
 LEGEND = "{{instance}} {{gpu}} {{tenant}}"
 MOST_SERIES = 20  # of tenants in a panel
-
-# Colours by value, each from a value on. Grafana's own default is green below 80 and red from there, for any number.
-# Half an event is one: `increase` extrapolates.
-Steps = tuple[tuple[str, float | None], ...]
-PLAIN: Steps = (("text", None),)
-NONE_IS_GOOD: Steps = (("green", None), ("red", 0.5))
-NONE_IS_USUAL: Steps = (("green", None), ("orange", 0.5))
-YES_IS_GOOD: Steps = (("red", None), ("green", 1))
-
-KEPT = "${datasource:queryparam}&${cluster:queryparam}&${job:queryparam}&${__url_time_range}"
-COLUMNS = {
-    "tenant": "Tenant", "kind": "Kind", "cluster": "Cluster", "instance": "Node", "gpu": "GPU", "policy": "Policy",
-    "namespace": "Namespace", "pod": "Pod", "container": "Container", "cgroup_path": "Cgroup",
-}  # fmt: skip
-HIDDEN = ("Time", "job", "__name__")
-
-
-@dataclass(frozen=True)
-class Query:
-    """PromQL, and the legend of its series."""
-
-    expr: str
-    legend: str = ""
-
-
-@dataclass(frozen=True)
-class Panel:
-    """One panel. `kind`: stat, gauge, timeseries, table or row; `unit`: a unit's name in Grafana.
-
-    `column`: the name of a table's values; empty: they are hidden.
-    """
-
-    title: str
-    description: str
-    unit: str
-    queries: Sequence[Query]
-    kind: str = "timeseries"
-    size: tuple[int, int] = (12, 8)
-    defaults: dict[str, Any] = field(default_factory=dict)
-    column: str = ""
-
-
-def thresholds(steps: Steps) -> dict[str, Any]:
-    """Return the colours of a panel as Grafana reads them."""
-    return {"mode": "absolute", "steps": [{"color": color, "value": value} for color, value in steps]}
-
-
-def stat(
-    title: str, description: str, unit: str, expr: str, steps: Steps = PLAIN, width: int = 4, **defaults: Any
-) -> Panel:
-    """Return a panel with one number; 0 if there is no series, because the event has never occurred."""
-    more = {"noValue": "0", "decimals": 0, "thresholds": thresholds(steps)} | defaults
-    return Panel(title, description, unit, [Query(expr)], "stat", (width, 4), more)
-
-
-def row(title: str) -> Panel:
-    """Return the heading of all panels below it."""
-    return Panel(title, "", "", [], "row", (WIDTH, 1))
-
-
-def gauge(title: str, description: str, expr: str) -> Panel:
-    """Return a panel with a ratio from 0 to 1."""
-    steps = (("green", None), ("orange", 0.9), ("red", 1))
-    more = {"min": 0, "max": 1, "decimals": 1, "thresholds": thresholds(steps)}
-    return Panel(title, description, "percentunit", [Query(expr)], "gauge", (4, 4), more)
-
-
-def series(title: str, description: str, unit: str, *queries: Query, **defaults: Any) -> Panel:
-    """Return a panel with curves over time."""
-    known = {key: value for key, value in ({"min": 0} | defaults).items() if value is not None}
-    return Panel(title, description, unit, queries, defaults=known)
-
-
-def table(title: str, description: str, unit: str, expr: str, column: str, width: int = 8) -> Panel:
-    """Return a panel with a table of current values."""
-    return Panel(title, description, unit, [Query(expr)], "table", (width, 8), column=column)
 
 
 def most(expr: str) -> str:
@@ -226,14 +163,21 @@ CLUSTER = [
            "least. Below 100 %, the tenant was idle or starved.", "percentunit",
            Query(f"bottomk(10, {had(BOTH)} / {due(BOTH)})", LEGEND)),
     table("Top tenants by memory", "The ten tenants that hold most.", "bytes",
-          f"topk(10, sum by ({PLACE}, tenant) (fgpu_memory_used_bytes{{{BOTH}}}) {INNERMOST})", "Used"),
+          Query(f"topk(10, sum by ({PLACE}, tenant) (fgpu_memory_used_bytes{{{BOTH}}}) {INNERMOST})", "Used")),
     table("Top tenants by refusals", "The ten tenants that were refused most often in the displayed range.", "short",
-          f"topk(10, sum by ({PLACE}, tenant) (increase({REFUSED}{{{BOTH}}}[{RANGE}])) {INNERMOST} > 0)", "Refusals"),
+          Query(f"topk(10, sum by ({PLACE}, tenant) (increase({REFUSED}{{{BOTH}}}[{RANGE}])) {INNERMOST} > 0)",
+                "Refusals")),
     table("Top tenants by used part of the limit", "The ten tenants nearest to their limit on a device.", "percentunit",
-          f"topk(10, fgpu_memory_used_bytes{{{BOTH}}} / fgpu_memory_limit_bytes{{{BOTH}}})",
-          "Used part"),
+          Query(f"topk(10, fgpu_memory_used_bytes{{{BOTH}}} / fgpu_memory_limit_bytes{{{BOTH}}})", "Used part")),
     *DEVICE_USE,
 ]  # fmt: skip
+
+STACKED = {"stacking": {"mode": "normal"}, "fillOpacity": 30}
+MEMORY_BY_TENANT = series(
+    "Memory, by tenant", "Bytes charged to the twenty tenants that hold most, without groups.", "bytes",
+    Query(most(f"sum by (instance, tenant) (fgpu_memory_used_bytes{{{BOTH}}} {INNERMOST})"), "{{instance}} {{tenant}}"),
+    custom=STACKED,
+)  # fmt: skip
 
 NODES = [
     stat("Policy files valid", "No: a file has an error, and the last good set is in force.", "bool_yes_no",
@@ -261,10 +205,7 @@ NODES = [
     *DEVICES,
     series("Memory, by device", "By NVML: capacity, used, committed to tenants, and outside any tenant.",
            "bytes", *device_memory(" by (instance, gpu)", "{{instance}} {{gpu}} ")),
-    series("Memory, by tenant", "Bytes charged to the twenty tenants that hold most, without groups.", "bytes",
-           Query(most(f"sum by (instance, tenant) (fgpu_memory_used_bytes{{{BOTH}}} {INNERMOST})"),
-                 "{{instance}} {{tenant}}"),
-           custom={"stacking": {"mode": "normal"}, "fillOpacity": 30}),
+    MEMORY_BY_TENANT,
     series("Share of time, by tenant", "Part of each device's time, of the twenty tenants that had most. A tenant "
            "alone on a device is not measured.", "percentunit", Query(most(had(BOTH)), LEGEND), max=1),
     series("Turns", "Turns that began on each device, per second.", "ops",
@@ -341,141 +282,84 @@ TENANTS = [
     series("Bypassing processes, by how", AROUND, "none", bypassing(TENANT, "tenant, how", "{{tenant}} {{how}}")),
     series("Processes without the shim, by reason", "The reasons why processes have no shim.", "none",
            Query(f"sum by (tenant, reason) (fgpu_shimless_processes{{{TENANT}}})", "{{tenant}} {{reason}}")),
-    table("Names", "The tenant's names, and the policy that manages it.", "none", f"fgpu_tenant_info{{{TENANT}}}",
-          column="", width=WIDTH),
+    table("Names", "The tenant's names, and the policy that manages it.", "none",
+          Query(f"fgpu_tenant_info{{{TENANT}}}"), width=WIDTH),
 ]  # fmt: skip
 
-DASHBOARDS = {"cluster": ("Cluster", CLUSTER), "node": ("Node", NODES), "tenant": ("Tenant", TENANTS)}
+RUN, IDLE = "fgpu_tenant_run_seconds_total", "fgpu_tenant_idle_seconds_total"
+MEMORY, WAITED = "fgpu_tenant_memory_byte_seconds_total", "fgpu_compute_wait_seconds_total"
+# A tenant that has ended has no info now. topk chooses one name if there were several.
+_LATEST = f'last_over_time(fgpu_tenant_info{{{TENANT}, kind="tenant"}}[{RANGE}])'
+_NAMES = f"topk by ({PLACE}, tenant) (1, max by ({PLACE}, tenant, namespace) ({_LATEST}))"
+USES = {  # of one column each: its explanation, its counter, and what one unit of it is
+    "GPU hours (turns)": ("The devices' time, measured in turns.", f'{RUN}{{{BOTH}, source="turns"}}', "3600"),
+    "GPU hours (NVML)": ("The devices' time, from samples.", f'{RUN}{{{BOTH}, source="nvml"}}', "3600"),
+    "Memory GiB hours": ("Charged memory times time.", f"{MEMORY}{{{BOTH}}}", "2 ^ 30 / 3600"),
+    "Idle hours": ("Time with memory on a device without running anything there.", f"{IDLE}{{{BOTH}}}", "3600"),
+    "Waited hours": ("Time spent waiting for turns.", f"{WAITED}{{{BOTH}}}", "3600"),
+}
+
+
+def spent(counter: str, one: str) -> str:
+    """Return the increase of a counter of each tenant in the displayed range, with its namespace, divided by `one`."""
+    amount = f"sum by ({PLACE}, tenant) (increase({counter}[{RANGE}]))"
+    return f"{amount} * on ({PLACE}, tenant) group_left (namespace) {_NAMES} / {one}"
+
+
+USAGE = [
+    *(stat(name, f"{text} All chosen tenants, in the displayed range.", "none", f"sum({spent(counter, one)})",
+           decimals=2) for name, (text, counter, one) in USES.items()),
+    table("By tenant", "Use in the displayed range, also of tenants that have ended. By turns: the time that the "
+          "tenant owned the device; by NVML: the part of its processes in samples, without turns.", "none",
+          *(Query(spent(counter, one), name) for name, (_, counter, one) in USES.items()), width=WIDTH, decimals=2),
+    table("By namespace", "The same, of all tenants of a Kubernetes namespace.", "none",
+          *(Query(f"sum by (cluster, namespace) ({spent(counter, one)})", name)
+            for name, (_, counter, one) in USES.items()), width=WIDTH, decimals=2),
+    series("GPU time, by tenant", "Part of each device's time, of the twenty tenants that used most.", "percentunit",
+           Query(most(f"sum by (instance, gpu, tenant) (rate({RUN}{{{BOTH}}}[{RATE}]) {INNERMOST})"), LEGEND),
+           custom=STACKED),
+    MEMORY_BY_TENANT,
+    series("Memory of idle tenants", "Bytes of tenants that run nothing, times the part of the time for which they "
+           "ran nothing: the twenty with most.", "bytes",
+           Query(most(f"sum by (instance, gpu, tenant) (fgpu_memory_used_bytes{{{BOTH}}} * on ({PLACE}, gpu, tenant) "
+                      f"rate({IDLE}{{{BOTH}}}[{RATE}]) {INNERMOST})"), LEGEND), custom=STACKED),
+    series("Waiting, by tenant", "Part of the time for which a tenant waited for its turns: the twenty with most.",
+           "percentunit",
+           Query(most(f"sum by (instance, gpu, tenant) (rate({WAITED}{{{BOTH}}}[{RATE}]) {INNERMOST})"), LEGEND)),
+]  # fmt: skip
+
+
+class Board(NamedTuple):
+    """A dashboard: its title and panels, the range that it shows at first, and the time between refreshes."""
+
+    title: str
+    panels: Sequence[Panel]
+    since: str = "now-1h"
+    refresh: str = "30s"
+
+
+DASHBOARDS = {
+    "cluster": Board("Cluster", CLUSTER),
+    "node": Board("Node", NODES),
+    "tenant": Board("Tenant", TENANTS),
+    "usage": Board("Who used the GPU", USAGE, "now-7d", "5m"),
+}
 
 
 # -- what Grafana reads
 
 
-def variables() -> Iterator[dict[str, Any]]:
-    """Yield the variables that select clusters, jobs, nodes, devices and tenants."""
-    yield {"name": "datasource", "label": "Data source", "type": "datasource", "query": "prometheus", "refresh": 1}
-    queries = {
-        "cluster": "fgpu_build_info",
-        "job": 'fgpu_build_info{cluster=~"$cluster"}',
-        "instance": 'fgpu_build_info{cluster=~"$cluster", job=~"$job"}',
-        "gpu": f"fgpu_device_info{{{NODE}}}",
-        "namespace": f"fgpu_tenant_info{{{NODE}}}",
-        "pod": f'fgpu_tenant_info{{{NODE}, namespace=~"$namespace"}}',
-        "tenant": f'fgpu_tenant_info{{{NODE}, namespace=~"$namespace", pod=~"$pod"}}',
-    }
-    # "All" of cluster, namespace and pod is also what has none. "All" of tenant has no pattern: Grafana then writes the
-    # names that it found, which are those of the chosen namespaces and pods.
-    every = {"cluster": ".*", "job": ".+", "instance": ".+", "gpu": ".+", "namespace": ".*", "pod": ".*"}
-    for name, query in queries.items():
-        yield {
-            "name": name, "label": "GPU" if name == "gpu" else name.capitalize(), "type": "query", "datasource": SOURCE,
-            "query": f"label_values({query}, {name})", "refresh": 2, "sort": 1, "multi": True, "includeAll": True,
-            "current": {"selected": True, "text": ["All"], "value": ["$__all"]},
-            **({"allValue": every[name]} if name in every else {}),
-        }  # fmt: skip
-
-
-def link(title: str, board: str, **variables: str) -> dict[str, Any]:
-    """Return a link from a value to a dashboard, with the same choice but for these variables."""
-    chosen = "".join(f"&var-{name}={value}" for name, value in variables.items())
-    return {"title": title, "url": f"/d/fgpu-{board}?{KEPT}{chosen}"}
-
-
-def links(panel: Panel) -> list[dict[str, Any]]:
-    """Return the links of a panel's curves: to the tenant if its queries name one, else to the node."""
-    legends = {query.legend for query in panel.queries}
-    if all("{{instance}}" not in legend for legend in legends):
-        return []
-    node = {"instance": "${__field.labels.instance}"}
-    if all("{{tenant}}" in legend for legend in legends):
-        return [link("Tenant ${__field.labels.tenant}", "tenant", tenant="${__field.labels.tenant}", **node)]
-    return [link("Node ${__field.labels.instance}", "node", **node)]
-
-
-def targets(panel: Panel) -> list[dict[str, Any]]:
-    """Return the panel's queries as Grafana reads them."""
-    now = panel.kind != "timeseries"
-    shape = {"instant": now, "range": not now, "format": "table" if panel.kind == "table" else "time_series"}
-    return [
-        {"refId": chr(ord("A") + i), "datasource": SOURCE, "expr": q.expr, "legendFormat": q.legend, **shape}
-        for i, q in enumerate(panel.queries)
-    ]
-
-
-def shown(panel: Panel) -> dict[str, Any]:
-    """Return what a panel shows and how."""
-    defaults = {"unit": panel.unit, **panel.defaults}
-    made: dict[str, Any] = {
-        "description": panel.description, "datasource": SOURCE, "targets": targets(panel),
-        "fieldConfig": {"defaults": defaults, "overrides": []},
-    }  # fmt: skip
-    reduced = {"reduceOptions": {"calcs": ["lastNotNull"], "values": False}}
-    match panel.kind:
-        case "stat":
-            made["options"] = reduced | {"colorMode": "value", "graphMode": "none"}
-        case "gauge":
-            made["options"] = reduced
-        case "table":
-            made |= columns(panel)
-        case _:
-            legend = {"displayMode": "table", "placement": "bottom", "showLegend": True}
-            legend |= {"calcs": ["lastNotNull", "max"], "sortBy": "Last *", "sortDesc": True}
-            made["options"] = {"legend": legend, "tooltip": {"mode": "multi", "sort": "desc"}}
-            defaults["links"] = links(panel)
-    return made
-
-
-def columns(panel: Panel) -> dict[str, Any]:
-    """Return the names and links of a table's columns, and the order of its rows."""
-    names = COLUMNS | {"Value": panel.column}
-    organize = {
-        "excludeByName": dict.fromkeys([*HIDDEN, *([] if panel.column else ["Value"])], True),
-        "indexByName": {name: place for place, name in enumerate(names)},
-        "renameByName": {name: title for name, title in names.items() if title},
-    }
-    node = {"instance": "${__data.fields.Node}"}
-    leads = {
-        "Tenant": link("Dashboard of this tenant", "tenant", tenant="${__value.raw}", **node),
-        "Node": link("Dashboard of this node", "node", instance="${__value.raw}"),
-    }
-    overrides = [
-        {"matcher": {"id": "byName", "options": name}, "properties": [{"id": "links", "value": [to]}]}
-        for name, to in leads.items()
-    ]
-    rows = [{"displayName": panel.column, "desc": True}] if panel.column else []
-    return {
-        "transformations": [{"id": "organize", "options": organize}],
-        "fieldConfig": {"defaults": {"unit": panel.unit, **panel.defaults}, "overrides": overrides},
-        "options": {"showHeader": True, "sortBy": rows},
-    }
-
-
-def laid_out(panels: Sequence[Panel]) -> Iterator[dict[str, Any]]:
-    """Yield the panels, placed from left to right and from top to bottom."""
-    x = y = below = 0
-    for number, panel in enumerate(panels, 1):
-        width, height = panel.size
-        if x + width > WIDTH:
-            x, y = 0, below
-        made: dict[str, Any] = {
-            "id": number, "type": panel.kind, "title": panel.title,
-            "gridPos": {"x": x, "y": y, "w": width, "h": height},
-        }  # fmt: skip
-        yield made | ({"collapsed": False, "panels": []} if panel.kind == "row" else shown(panel))
-        x, below = x + width, max(below, y + height)
-
-
 def dashboard(name: str) -> dict[str, Any]:
     """Return one dashboard as Grafana reads it."""
-    title, panels = DASHBOARDS[name]
+    board = DASHBOARDS[name]
     others = {
         "type": "dashboards", "title": "fgpu", "tags": ["fgpu"], "keepTime": True, "includeVars": True, "icon": "",
         "asDropdown": False, "targetBlank": False, "tooltip": "",
     }  # fmt: skip
     return {
-        "uid": f"fgpu-{name}", "title": f"fgpu / {title}", "tags": ["fgpu"], "schemaVersion": 39, "editable": False,
-        "time": {"from": "now-1h", "to": "now"}, "refresh": "30s", "links": [others],
-        "templating": {"list": list(variables())}, "panels": list(laid_out(panels)),
+        "uid": f"fgpu-{name}", "title": f"fgpu / {board.title}", "tags": ["fgpu"], "schemaVersion": 39,
+        "editable": False, "time": {"from": board.since, "to": "now"}, "refresh": board.refresh, "links": [others],
+        "templating": {"list": list(variables(NODE))}, "panels": list(laid_out(board.panels)),
     }  # fmt: skip
 
 

@@ -26,7 +26,7 @@ import fgpu_ebpf  # noqa: E402
 
 FOLDERS = ("docs", "dashboards", "examples/policy.d", "deploy/systemd")
 PAGES = ("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md", "LICENSE")
-LEFT_OUT = ("hooks", "site.css", "make.py", "__pycache__")  # parts of the site, and what makes the files
+LEFT_OUT = ("hooks", "site.css", "make.py", "grafana.py", "__pycache__")  # parts of the site, and what makes the files
 MARK = re.compile(r"<!-- generated: (\w+) -->")
 SETTINGS = "# Settings of the agent: copy what you change to /etc/fgpu/agent.yaml. These are the defaults.\n"
 

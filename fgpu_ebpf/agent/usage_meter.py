@@ -4,6 +4,9 @@ This module runs in the agent's main loop, once a second, and looks only at tena
 device's time of a gated tenant is what the gatekeeper has measured (source `turns`); that of others is what NVML says
 of their processes (source `nvml`), which is a sample. If NVML does not say it, time and idleness are not measured
 (source `none`). Every half minute the amounts are handed to the store on disk.
+
+A tenant's last turns are entered by the look after its end. The gatekeeper publishes turns every half second: of a
+tenant whose cgroup is removed sooner, up to half a second is not entered, nor is its last second of memory.
 """
 
 from __future__ import annotations
@@ -43,6 +46,7 @@ class UsageMeter:
     ) -> None:
         self._truth, self._ledger, self._enforcer, self._uuid, self._writer = truth, ledger, enforcer, uuid, writer
         self._turns = ledger.times.turns()  # what was owned before the agent's start is in the store, or unknown
+        self._measured: dict[int, Tenant] = {}  # by level, in the last look
         self._left: dict[Place, Used] = {}
         self._looked_at = self._written_at = self._sampled_at = time.monotonic()
         self._sampled_seconds = 0.0  # that NVML's last sample stands for; 0: it was entered already
@@ -54,18 +58,21 @@ class UsageMeter:
         if now - self._looked_at < LOOK_SECONDS:
             return
         seconds, self._looked_at = min(MOST_SECONDS, now - self._looked_at), now
-        truth, turns = self._truth(), self._ledger.times.turns()
+        truth, ended, turns = self._truth(), self._ledger.times.take_ended(), self._ledger.times.turns()
         self._sampled_seconds = max(0.0, min(MOST_SECONDS, truth.sampled - self._sampled_at))  # each sample counts once
         self._sampled_at = max(self._sampled_at, truth.sampled)
         by_level: defaultdict[int, dict[int, Process]] = defaultdict(dict)
         for pid, process in truth.processes.items():
             for level in process.levels:
                 by_level[level][pid] = process
-        for level, own in by_level.items():
-            tenant = self._enforcer.get(level)
-            if tenant:
-                self._enter(tenant, own, truth, turns, seconds)
-        self._turns = turns
+        measured = {level: tenant for level in by_level if (tenant := self._enforcer.get(level))}
+        for level, tenant in measured.items():
+            self._enter(tenant, by_level[level], truth, turns, seconds)
+        for (level, device), counts in (turns | ended).items():
+            last = self._enforcer.get(level) or self._measured.get(level)
+            if last and level not in measured:
+                self._enter_rest(last, device, counts, seconds)
+        self._turns, self._measured = turns, measured
         self.totals = {key: of for key, of in self.totals.items() if self._enforcer.get(key[0])}
         if now - self._written_at >= WRITE_SECONDS:
             self._written_at = now
@@ -90,12 +97,25 @@ class UsageMeter:
         for device, usage in zip(devices, usages, strict=False):
             key = tenant.cgroup, device
             source, ran, is_idle = self._ran(key, turns.get(key), truth.percent.get(device), own.keys(), seconds)
-            waited = max(0, turns.get(key, NEW).wait_ns - self._turns.get(key, NEW).wait_ns)
-            used = Used(ran, usage.used * seconds, seconds, seconds * is_idle, waited / NS)
-            of = self.totals.setdefault(key, {})
-            of[source] = of.get(source, Used()).plus(used)
-            place = Place(period(time.time()), owner_of(tenant), self._uuid(device), source)
-            self._left[place] = self._left.get(place, Used()).plus(used)
+            waited = self._waited(key, turns.get(key, NEW))
+            self._add(tenant, device, source, Used(ran, usage.used * seconds, seconds, seconds * is_idle, waited))
+
+    def _enter_rest(self, tenant: Tenant, device: int, counts: TurnCounts, seconds: float) -> None:
+        """Enter what a tenant without processes owned until its last one ended."""
+        key = tenant.cgroup, device
+        source, ran, _ = self._ran(key, counts, None, frozenset(), seconds)
+        rest = Used(run=ran, waited=self._waited(key, counts))
+        if source == "turns" and any(rest):
+            self._add(tenant, device, source, rest)
+
+    def _waited(self, key: Key, counts: TurnCounts) -> float:
+        return max(0, counts.wait_ns - self._turns.get(key, NEW).wait_ns) / NS
+
+    def _add(self, tenant: Tenant, device: int, source: str, used: Used) -> None:
+        of = self.totals.setdefault((tenant.cgroup, device), {})
+        of[source] = of.get(source, Used()).plus(used)
+        place = Place(period(time.time()), owner_of(tenant), self._uuid(device), source)
+        self._left[place] = self._left.get(place, Used()).plus(used)
 
     def _ran(
         self, key: Key, counts: TurnCounts | None, percent: Mapping[int, int] | None, own: Set[int], seconds: float

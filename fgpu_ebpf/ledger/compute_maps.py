@@ -61,6 +61,7 @@ class ComputeMaps:
         self._maps, self._wake, self._pins = maps, wake, pins
         self._changes = 0  # of the shares, by this process
         self._shared: tuple[int, Collection[Key]] = (-1, ())
+        self._ended: dict[Key, TurnCounts] = {}  # the last counters of shares that were removed
 
     def bell(self) -> Events | None:
         """Return a reader of the ring buffer `bell`, or None if the pinned maps are older than it.
@@ -115,6 +116,8 @@ class ComputeMaps:
             return
         try:
             for key in known.keys() - asked.keys():
+                if counts := self.turn(*key):
+                    self._ended[key] = counts
                 self._forget_ran(*key)
                 bpf.delete(self._maps["shares"], _KEY.pack(*key))
                 bpf.delete(self._maps["turns"], _KEY.pack(*key))
@@ -141,6 +144,11 @@ class ComputeMaps:
             return {key: _counts(value) for key, value in found if key in shared}
         looked_up = ((key, bpf.lookup(turns, _KEY.pack(*key), _TURN.size)) for key in shared)
         return {key: _counts(value) for key, value in looked_up if value}
+
+    def take_ended(self) -> dict[Key, TurnCounts]:
+        """Return the last counters of the shares that this process has removed since the last call."""
+        ended, self._ended = self._ended, {}
+        return ended
 
     def set_turns(self, level: int, device: int, counts: TurnCounts) -> None:
         """Write the counters of a share; a number that does not fit in 64 bits becomes the nearest that does."""

@@ -432,6 +432,7 @@ def test_counters_are_read_for_levels_with_a_share(kernel, level, devices):
     assert times.turns() == counts
     times.forget([level.cgroup])
     assert (times.turns(), list(times.shared())) == ({}, [])
+    assert (times.take_ended(), times.take_ended()) == (counts, {})
 
 
 def test_shares_of_which_some_found_no_room_are_reported_anyway(kernel, level, bell, monkeypatch):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import runpy
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from tests.support.host import ROOT
 from tests.support.service import Service, compile_programs
 
 FOLDER = ROOT / "dashboards"
-NAMES = ("cluster", "node", "tenant")
+NAMES = ("cluster", "node", "tenant", "usage")
 
 
 @pytest.fixture(scope="package")
@@ -22,6 +23,13 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     compile_programs()
     with Service.running(tmp_path_factory.mktemp("service"), "docker") as service:
         yield service
+
+
+@pytest.fixture
+def make(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """Return what make.py defines."""
+    monkeypatch.syspath_prepend(FOLDER)
+    return runpy.run_path(str(FOLDER / "make.py"))
 
 
 @pytest.fixture(scope="package")

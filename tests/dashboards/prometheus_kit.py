@@ -35,9 +35,9 @@ class Prometheus:
         with urllib.request.urlopen(f"{self._url}{path}?{query}", timeout=10) as answer:
             return json.load(answer)["data"]
 
-    def ask(self, expr: str) -> dict[Labels, float]:
-        """Return the series of a query with their current values."""
-        found = self.get("/api/v1/query", query=expr)["result"]
+    def ask(self, expr: str, **at: str) -> dict[Labels, float]:
+        """Return the series of a query with their current values, or those at a `time`."""
+        found = self.get("/api/v1/query", query=expr, **at)["result"]
         return {frozenset(series["metric"].items()): float(series["value"][1]) for series in found}
 
     def label_values(self, selector: str, label: str) -> list[str]:

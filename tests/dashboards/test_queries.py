@@ -14,11 +14,12 @@ from typing import Any
 import pytest
 
 from tests.support.commands import metrics_page
-from tests.support.host import LISTEN, MIB
+from tests.support.host import GIB, LISTEN, MIB
 from tests.support.service import Service
 from tests.support.wait import eventually
 
 from . import load as known
+from .conftest import NAMES
 from .prometheus_kit import CLUSTER, JOB, Labels, Prometheus, exporting, scraping
 
 CHOSEN = {"__rate_interval": "10s", "__range": "5m", "cluster": ".*", "job": ".+", "instance": ".+", "gpu": ".+"}
@@ -149,7 +150,7 @@ def test_each_number_of_a_tenant(prometheus: Prometheus, load: known.Load, dashb
     assert_shows(prometheus, numbers(dashboards["tenant"]), expected, load.tenants[part].name)
 
 
-@pytest.mark.parametrize("name", ["cluster", "node", "tenant"])
+@pytest.mark.parametrize("name", NAMES)
 def test_each_query_has_an_answer(prometheus: Prometheus, dashboards, name: str) -> None:
     panels = [panel for panel in dashboards[name]["panels"] if panel["type"] != "row" and panel["title"] not in SILENT]
     asked = {chosen(target["expr"]): panel["title"] for panel in panels for target in panel["targets"]}
@@ -176,6 +177,41 @@ def test_tables_and_shares(prometheus: Prometheus, load: known.Load, dashboards)
     eventually(
         lambda: by(prometheus.ask(queries["Share of time"]), "tenant") == had, PATIENCE_SECONDS, "shares of time"
     )
+
+
+def test_who_used_the_gpu(prometheus: Prometheus, load: known.Load, dashboards) -> None:
+    """A tenant holds the same memory all the time, so its memory hours give the time for which it held them."""
+    panels = {panel["title"]: panel for panel in dashboards["usage"]["panels"]}
+    names, now = {part: tenant.name for part, tenant in load.tenants.items()}, str(time.time())
+
+    def table(title: str, label: str) -> dict[str, dict[str, float]]:
+        columns = panels[title]["transformations"][-1]["options"]["renameByName"]
+        return {
+            columns[f"Value #{target['refId']}"]: {
+                dict(labels).get(label, ""): value
+                for labels, value in prometheus.ask(chosen(target["expr"]), time=now).items()
+            }
+            for target in panels[title]["targets"]
+        }
+
+    used, by_namespace = table("By tenant", "tenant"), table("By namespace", "namespace")
+    held = {part: used["Memory GiB hours"][name] * GIB / load.used[name] for part, name in names.items()}
+    for part in ("full", "around"):
+        assert used["Idle hours"][names[part]] == pytest.approx(held[part], rel=0.02)
+        assert used["GPU hours (NVML)"][names[part]] == 0
+        assert names[part] not in used["GPU hours (turns)"].keys() | used["Waited hours"].keys()
+    for part, ceiling in known.CEILINGS.items():
+        assert used["GPU hours (turns)"][names[part]] == pytest.approx(ceiling * held[part], abs=0.08 * held[part])
+        assert 0 < used["Waited hours"][names[part]] < held[part]
+    for column, amounts in used.items():
+        total = pytest.approx(sum(amounts.values()))
+        assert by_namespace[column] == {"": total}, column
+        assert prometheus.ask(chosen(panels[column]["targets"][0]["expr"]), time=now) == {frozenset(): total}, column
+    (idle,) = (chosen(target["expr"]) for target in panels["Memory of idle tenants"]["targets"])
+    expected = {names[part]: pytest.approx(load.used[names[part]], rel=0.1) for part in ("full", "around")}
+    found = by(prometheus.ask(idle), "tenant")
+    assert {name: found[name] for name in expected} == expected
+    assert all(found[names[part]] < 0.2 * load.used[names[part]] for part in known.CEILINGS)
 
 
 @pytest.mark.parametrize("name", ["cluster", "node"])

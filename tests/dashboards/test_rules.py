@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import runpy
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,12 @@ ALERTS = {rule["alert"]: rule for group in yaml.safe_load(RULES.read_text())["gr
 HERE = 'cluster="c",job="fgpu",instance="n"'
 ON = f'{HERE},gpu="0",tenant="t"'
 GIB = 1 << 30
+
+MINUTES = {"FgpuTenantIdle": 300}  # of the series, if not 20
+HOLDING = {
+    f"fgpu_memory_used_bytes{{{ON}}}": f"{2 * GIB}x300",
+    f'fgpu_tenant_info{{{HERE},tenant="t",kind="tenant"}}': "1x300",
+}
 
 # Each alert: series that make it fire within 20 minutes, and those that do not.
 CASES: dict[str, tuple[dict[str, str], dict[str, str]]] = {
@@ -71,6 +76,10 @@ CASES: dict[str, tuple[dict[str, str], dict[str, str]]] = {
     "FgpuTenantShort": (
         {f"fgpu_compute_shortfall_ratio{{{ON}}}": "0x10 0.06x9"},
         {f"fgpu_compute_shortfall_ratio{{{ON}}}": "0x10 0.04x9"},
+    ),
+    "FgpuTenantIdle": (
+        HOLDING | {f"fgpu_tenant_idle_seconds_total{{{ON}}}": "0+60x300"},
+        HOLDING | {f"fgpu_tenant_idle_seconds_total{{{ON}}}": "0+60x100 6000x5 6000+60x195"},  # it worked for minutes
     ),
     "FgpuTenantStarved": (
         {
@@ -147,6 +156,25 @@ def test_an_observed_tenant_may_exceed_its_limit(tmp_path: Path, mode: str, fire
     assert_fires(tmp_path, "FgpuOverLimit", series, fires)
 
 
+@pytest.mark.parametrize(
+    ("held", "kind", "idle_seconds", "fires"),
+    [
+        (2 * GIB, "tenant", 60, True), (2 * GIB, "tenant", 59, True), (2 * GIB, "tenant", 50, False),
+        (GIB, "tenant", 60, False), (2 * GIB, "group", 60, False),
+    ],
+)  # fmt: skip
+def test_holding_little_or_working_is_not_idleness(
+    tmp_path: Path, held: int, kind: str, idle_seconds: int, fires: bool
+) -> None:
+    """`idle_seconds`: of each minute. A group is as idle as its tenants, which have alerts of their own."""
+    series = {
+        f"fgpu_memory_used_bytes{{{ON}}}": f"{held}x300",
+        f'fgpu_tenant_info{{{HERE},tenant="t",kind="{kind}"}}': "1x300",
+        f"fgpu_tenant_idle_seconds_total{{{ON}}}": f"0+{idle_seconds}x300",
+    }
+    assert_fires(tmp_path, "FgpuTenantIdle", series, fires)
+
+
 @pytest.mark.parametrize(("waiting", "fires"), [("0+60x20", True), ("30x20", False), ("_x20", False)])
 def test_a_turn_that_never_comes_is_starvation(tmp_path: Path, waiting: str, fires: bool) -> None:
     """The wait is not counted until it ends."""
@@ -157,9 +185,12 @@ def test_a_turn_that_never_comes_is_starvation(tmp_path: Path, waiting: str, fir
 
 
 def assert_fires(tmp_path: Path, name: str, values: dict[str, str], fires: bool) -> None:
-    """Check with promtool whether an alert fires after 20 minutes of these series."""
+    """Check with promtool whether an alert fires at the end of these series."""
     series = [{"series": key, "values": value} for key, value in values.items()]
-    firing = {"expr": f'count(ALERTS{{alertname="{name}",alertstate="firing"}})', "eval_time": "20m"}
+    firing = {
+        "expr": f'count(ALERTS{{alertname="{name}",alertstate="firing"}})',
+        "eval_time": f"{MINUTES.get(name, 20)}m",
+    }
     firing["exp_samples"] = [{"labels": "{}", "value": 1}] if fires else []
     test = {"interval": "1m", "input_series": series, "promql_expr_test": [firing]}
     file = {"rule_files": [str(RULES)], "evaluation_interval": "1m", "tests": [test]}
@@ -178,9 +209,9 @@ def test_each_says_what_it_is_and_has_a_runbook(name: str) -> None:
         assert part in section
 
 
-def test_one_option_changes_the_address_of_every_runbook() -> None:
+def test_one_option_changes_the_address_of_every_runbook(make: dict[str, Any]) -> None:
     text = RULES.read_text()
-    moved = runpy.run_path(str(FOLDER / "make.py"))["with_runbooks"](text, "https://wiki/fgpu?page=runbooks")
+    moved = make["with_runbooks"](text, "https://wiki/fgpu?page=runbooks")
     assert moved.replace("https://wiki/fgpu?page=runbooks", "https://fgpu.example/runbooks.html") == text
     rules = [rule for group in yaml.safe_load(moved)["groups"] for rule in group["rules"]]
     assert {rule["annotations"]["runbook_url"] for rule in rules} == {

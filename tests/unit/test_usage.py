@@ -35,18 +35,21 @@ class Host:
             workload=workload,
             metric_labels={"team": "vision"},
         )
-        process = SimpleNamespace(levels=(7, 1), bytes=(2 * GIB, 0))
+        self.processes = {71: SimpleNamespace(levels=(7, 1), bytes=(2 * GIB, 0))}
+        self.tenants, self.ended = {7: tenant}, {}
         self.is_stale, self.sampled = False, self.now
 
         def truth():
             self.sampled = self.sampled if self.is_stale else self.now
-            return SimpleNamespace(processes={71: process}, percent={0: self.percent}, sampled=self.sampled)
+            return SimpleNamespace(processes=self.processes, percent={0: self.percent}, sampled=self.sampled)
 
         ledger = SimpleNamespace(
-            times=SimpleNamespace(turns=lambda: {(7, 0): self.counts} if self.counts else {}),
+            times=SimpleNamespace(
+                turns=lambda: {(7, 0): self.counts} if self.counts else {}, take_ended=lambda: self.ended
+            ),
             usage=lambda cgroup, devices: [SimpleNamespace(used=3 * GIB) for _ in devices],
         )
-        enforcer = SimpleNamespace(get=lambda level: tenant if level == 7 else None)
+        enforcer = SimpleNamespace(get=self.tenants.get)
         writer = SimpleNamespace(give=self.given.append, stop=lambda: None)
         self.meter = UsageMeter(truth, ledger, enforcer, "GPU-{}".format, writer)
 
@@ -85,6 +88,27 @@ def test_a_tenant_with_turns_is_measured_by_them(monkeypatch):
     new = Host(monkeypatch, {71: 100})
     new.counts = TurnCounts(owned_ns=300_000_000)
     assert new.looks(1)["turns"].run == pytest.approx(0.3), "the first look of a new tenant"
+
+
+@pytest.mark.parametrize("removed", [False, True])
+def test_the_last_turns_of_a_tenant_count(monkeypatch, removed):
+    """Its last process ends between two looks; its cgroup stays, or is removed with its counters."""
+    host = Host(monkeypatch, {71: 100}, TurnCounts(owned_ns=5_000_000_000))
+    host.looks(1)
+    host.processes, last = {}, TurnCounts(owned_ns=5_400_000_000, wait_ns=300_000_000)
+    if removed:
+        host.counts, host.ended = None, {(7, 0): last}
+        host.tenants.clear()
+    else:
+        host.counts = last
+    for _ in range(3):
+        host.now += 1.0
+        host.meter.look()
+        host.ended = {}
+    host.meter.stop()
+    (amounts,) = host.given
+    ((place, used),) = amounts.items()
+    assert (place.owner, place.source, used) == (ALICE, "turns", pytest.approx(Used(0.4, 3 * GIB, 1.0, 1.0, 0.3)))
 
 
 def test_where_nvml_does_not_say_it_time_and_idleness_are_unknown(monkeypatch):
