@@ -1,4 +1,4 @@
-/* adjust.bpf.h: what the agent enters, by BPF_PROG_TEST_RUN. */
+/* adjust.bpf.h: changes that the agent makes, by BPF_PROG_TEST_RUN. */
 
 static int publish(u64 cgroup)
 {
@@ -17,7 +17,8 @@ static int publish(u64 cgroup)
     return 0;
 }
 
-/* Take the name off a page: a process that still has the page's place finds that it is no longer its level's. */
+/* Remove the cgroup id from a page: a process that still has the page's index then finds that the page does not belong
+ * to its level any more. */
 static int withdraw(u64 cgroup)
 {
     struct fgpu_usage_page *page = page_of(cgroup);
@@ -38,8 +39,8 @@ static void enter_overhead(struct fgpu_process *p, u32 device, s64 more)
     end(p);
 }
 
-/* Compute by how much the overhead changes: to so many bytes, unless anything else changed meanwhile, or by so many in
- * any case. */
+/* Compute the change of the overhead: to this number of bytes, unless anything else has changed meanwhile, or by this
+ * number in any case. */
 static int overhead_changes(struct fgpu_process *p, struct bpf_raw_tracepoint_args *ctx, s64 *more)
 {
     *more = ctx->args[4];
@@ -48,9 +49,9 @@ static int overhead_changes(struct fgpu_process *p, struct bpf_raw_tracepoint_ar
     return p->begun != ctx->args[5] || p->changes != ctx->args[5] ? -11 : 0;
 }
 
-#define STRAGGLER_NS 50000000 /* no program runs for so long: a program that read a side before a move is through */
+#define STRAGGLER_NS 50000000 /* no program runs longer: one that read a side before a move has finished by then */
 
-/* Return 1 or 0, hidden from a compiler that would make a branch of it. */
+/* Return 1 or 0. The compiler cannot turn the result into a branch. */
 static u64 differs(u64 a, u64 b)
 {
     u64 bits = a ^ b;
@@ -59,9 +60,9 @@ static u64 differs(u64 a, u64 b)
     return bits >> 63;
 }
 
-/* Charge or release at the levels of one side, whatever the limit: the bytes that move are there already. Levels that
- * both sides have keep theirs, unless it is for `all`. No branch tells which: the verifier would follow each comparison
- * both ways. */
+/* Charge or release at the levels of one side, whatever the limit: the bytes to be moved are allocated already. Levels
+ * that both sides have keep their charge, unless `all` is set. There is no branch, because the verifier would follow
+ * each comparison both ways. */
 static void alter_levels(struct fgpu_process *p, u64 side, u32 device, s64 bytes, u64 all)
 {
     struct fgpu_level *own = levels_of(p, side), *other = levels_of(p, side + 1);
@@ -77,7 +78,7 @@ static void alter_levels(struct fgpu_process *p, u64 side, u32 device, s64 bytes
     }
 }
 
-/* Move what a side still has to the other side, which has `before` of it already. */
+/* Move the bytes that a side still has to the other side, which has `before` of them already. */
 static void shift(struct fgpu_process *p, u64 from, u32 device, s64 before)
 {
     s64 bytes = __sync_lock_test_and_set(charged(p, from, device), 0);
@@ -86,7 +87,7 @@ static void shift(struct fgpu_process *p, u64 from, u32 device, s64 before)
     alter_levels(p, from, device, -bytes, 0);
 }
 
-/* Move what was charged or released too late for the last move. */
+/* Move bytes that were charged or released on the old side after the last move. */
 static void shift_stragglers(struct fgpu_process *p)
 {
     u64 turn = p->turn;
@@ -96,7 +97,7 @@ static void shift_stragglers(struct fgpu_process *p)
     }
 }
 
-/* Charge the other side, and then turn to it: it is charged before a thread can release from it. */
+/* Charge the other side, and then make it current: it is charged before a thread can release from it. */
 static void turn_over(struct fgpu_process *p, struct bpf_raw_tracepoint_args *ctx)
 {
     u64 turn = p->turn;
@@ -129,7 +130,7 @@ static int stays(struct fgpu_process *p, struct bpf_raw_tracepoint_args *ctx)
     return !other;
 }
 
-/* Enter the same levels again: one of their pages may have been taken away and made anew. */
+/* Enter the same levels again: one of their pages may have been removed and created again. */
 static int look_again(struct fgpu_process *p)
 {
     struct fgpu_level *own = levels_of(p, p->turn);
@@ -146,8 +147,8 @@ static int move(struct fgpu_process *p, struct bpf_raw_tracepoint_args *ctx)
     return 0;
 }
 
-/* Make an entry for a process that no probe has seen. A process that holds memory, according to NVML, has its entry
- * beyond its level's part of the map too. */
+/* Create an entry for a process that no probe has seen. A process that holds memory, according to NVML, gets its entry
+ * even if its level has reached its bound. */
 static int adopt(u32 tgid, struct bpf_raw_tracepoint_args *ctx, int force)
 {
     u64 levels[FGPU_LEVELS] = {ctx->args[4], ctx->args[5], ctx->args[6], ctx->args[7]};
@@ -156,15 +157,15 @@ static int adopt(u32 tgid, struct bpf_raw_tracepoint_args *ctx, int force)
     return found ? -11 : -7;
 }
 
-/* Make the entry of a process before its first question: the gatekeeper tells a process its tag, which the entry
- * has. */
+/* Create the entry of a process before its first request: the entry has the process's tag, which the gatekeeper writes
+ * to the control page. */
 static int enter_process(struct bpf_raw_tracepoint_args *ctx, u32 tgid)
 {
     return processes.lookup(&tgid) ? 0 : adopt(tgid, ctx, 0);
 }
 
-/* Adjust a process. The process may end meanwhile, and then no program would release what is entered after that: so its
- * state is read last. */
+/* Adjust a process. The process may exit meanwhile, and then no program would release bytes that are recorded after
+ * that. So its state is read last. */
 static int adjust_process(struct bpf_raw_tracepoint_args *ctx, u32 tgid)
 {
     struct fgpu_process *p = processes.lookup(&tgid);
@@ -211,7 +212,7 @@ static int looked(u64 cgroup, u32 device, u64 since_ns)
     return 0;
 }
 
-/* Count entries that were deleted, never below 0: another level may have come to the cgroup, or none. */
+/* Subtract the number of deleted entries, never below 0: the cgroup may have another level now, or none. */
 static int swept(u64 cgroup, u64 n, u64 place)
 {
     struct fgpu_level level = {.cgroup = cgroup, .place = place};
@@ -219,7 +220,7 @@ static int swept(u64 cgroup, u64 n, u64 place)
     return 0;
 }
 
-/* Give back what an owner has claimed beyond its entries, but for one claim. */
+/* Return claims of an owner that exceed its entries, except one claim. */
 static void trim(struct fgpu_owner *owner, u32 shared)
 {
     u64 most = most_of(shared), few = FEW(most);
@@ -250,8 +251,8 @@ static int own(struct bpf_raw_tracepoint_args *ctx)
     return 0;
 }
 
-/* Wake the gatekeeper. The content means nothing. If the ring is full, no gatekeeper has read it for long, and the next
- * one reads everything. */
+/* Wake the gatekeeper. The content has no meaning. If the ring is full, no gatekeeper has read it for long, and the
+ * next gatekeeper reads everything. */
 static int ring(void)
 {
     u64 nothing = 0;

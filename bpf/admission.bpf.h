@@ -1,4 +1,4 @@
-/* admission.bpf.h: the question before an allocation, and the verdict. */
+/* admission.bpf.h: the admission request before an allocation, and its verdict. */
 
 static void grant(struct fgpu_process *p, struct held *h, struct fgpu_admission *a, u32 device, u64 bytes)
 {
@@ -9,15 +9,15 @@ static void grant(struct fgpu_process *p, struct held *h, struct fgpu_admission 
         a->bytes = bytes;
 }
 
-/* Charge an admission that no call of the driver settled as overhead: the memory may have been taken where no probe is.
- * It stays charged until NVML shows that the process does not have it. */
+/* Charge an admission that no driver call settled as overhead: the memory may have been allocated by a call without a
+ * probe. It stays charged until NVML shows that the process does not have it. */
 static void leave_unsettled(struct fgpu_process *p, struct fgpu_admission *a)
 {
     if (a->bytes) add_overhead(p, a->device, a->bytes);
     a->bytes = 0;
 }
 
-/* Decide on a request. `kind` may have FGPU_PATIENT beside it. */
+/* Decide on a request. `kind` may include the flag FGPU_PATIENT. */
 static u64 ask(struct fgpu_process *p, struct held *h, struct fgpu_thread *t, u32 device, u64 bytes, u32 kind,
                u64 ticket)
 {
@@ -38,11 +38,12 @@ static u64 ask(struct fgpu_process *p, struct held *h, struct fgpu_thread *t, u3
         bytes = known ? *known : 0;
     }
     kind = forget(kind, p->generation);                   /* a context is charged as all else from here on */
-    if (bytes > FGPU_MOST_BYTES) bytes = FGPU_MOST_BYTES; /* fits nowhere, and no sum with it overflows */
+    if (bytes > FGPU_MOST_BYTES) bytes = FGPU_MOST_BYTES; /* fits nowhere, and a sum with it does not overflow */
     if (crowded(h->page[0], device, bytes, kind)) return FGPU_REFUSED;
     if (is_uncommitted(h, device, bytes, kind)) return FGPU_REFUSED;
     if (refused_by_a_level(h, device, bytes, kind, patient)) return FGPU_REFUSED;
-    busy(p, t); /* only here: a refused thread that asks again and again would leave the agent no calm moment */
+    busy(p, t); /* only here: a thread that repeats a refused request would otherwise never leave the agent an idle
+                   moment */
     a->verdict = charge(p, h, device, bytes, 0);
     if (granted(a->verdict)) grant(p, h, a, device, bytes);
     return a->verdict;
@@ -58,8 +59,9 @@ static u64 answer(struct fgpu_process *p, struct held *h, struct fgpu_thread *t,
     return verdict;
 }
 
-/* Decide for a process without an entry, which cannot be charged. It is refused; that is reported if its own level has
- * too many entries. If all levels only observe, nothing is refused: NVML tells of it. FGPU_AGAIN: no answer. */
+/* Decide for a process without an entry, which cannot be charged. The request is refused. The refusal is reported if
+ * the process's own level has too many entries. If all levels only observe, the request is admitted: NVML shows the
+ * memory. FGPU_AGAIN: no verdict. */
 static u64 without_entry(struct held *h, u32 device, u64 bytes, u32 kind)
 {
     struct fgpu_usage_page *leaf = h->page[0];
@@ -72,8 +74,8 @@ static u64 without_entry(struct held *h, u32 device, u64 bytes, u32 kind)
     return FGPU_REFUSED;
 }
 
-/* Publish an answer by one store of an aligned word. With a tag no process can write the answer that another one waits
- * for. A process without an entry has no tag; its answer stands where it does not look, so it says hello again. */
+/* Publish a verdict by one store of an aligned word. Because of the tag, no process can write the verdict that another
+ * process waits for. A process without an entry has no tag: it does not find its verdict, and registers again. */
 static void publish_answer(struct fgpu_usage_page *page, struct fgpu_process *p, u32 flags, u64 ticket, u64 verdict)
 {
     u64 slot_of_ticket = ticket & VERDICT_MASK;
@@ -84,7 +86,7 @@ static void publish_answer(struct fgpu_usage_page *page, struct fgpu_process *p,
             (u64)p->tag << FGPU_TAG_SHIFT | (ticket & FGPU_TICKET_BITS) << 2 | verdict;
 }
 
-/* Return the kind. A number that means no kind is taken for memory. */
+/* Return the kind. An unknown number counts as memory. */
 static u32 known_kind(u64 said)
 {
     u32 kind = said & FGPU_KIND_MASK;
@@ -108,7 +110,7 @@ int admit(struct pt_regs *ctx)
         note(p, FGPU_SEEN_SHIM);
     } else if (UNLIKELY(!t)) {
         verdict = without_entry(&h, PT_REGS_PARM1(ctx), PT_REGS_PARM2(ctx), kind);
-        if (verdict == FGPU_AGAIN) return 0; /* the shim says hello again */
+        if (verdict == FGPU_AGAIN) return 0; /* the shim registers again */
     } else {
         verdict = answer(p, &h, t, PT_REGS_PARM1(ctx), PT_REGS_PARM2(ctx), kind | (flags & FGPU_PATIENT), ticket);
     }
@@ -116,16 +118,16 @@ int admit(struct pt_regs *ctx)
     return 0;
 }
 
-/* Report that the level had room and the device has not. */
+/* Report that the bytes fit in the level, and the device was out of memory. */
 static void device_full(struct fgpu_process *p, u32 device, u32 kind, u64 bytes)
 {
     count(p->levels[0], device, kind, FGPU_REASON_DEVICE_FULL);
     tell(page_of(p->levels[0]), FGPU_NEWS_REFUSED, device, bytes, kind, FGPU_REASON_DEVICE_FULL);
 }
 
-/* Return whether this was given back already. During an upgrade, the programs of two versions see one call. Each call
- * that gives back has a ticket of its own. If a thread is in no call of the driver, the field for the call's first
- * argument is free to hold that ticket. */
+/* Return whether these bytes were released already. During an upgrade, the programs of two versions see one call. Each
+ * release has a ticket of its own. While a thread is in no driver call, the field for the call's first argument can
+ * hold that ticket. */
 static int given_back(struct fgpu_process *p, u64 id, u64 ticket)
 {
     struct fgpu_thread *t = own_thread(p, id);
@@ -135,7 +137,7 @@ static int given_back(struct fgpu_process *p, u64 id, u64 ticket)
     return 0;
 }
 
-/* Release bytes of pools, and never more than the process has. */
+/* Release bytes of pools, at most as many as the process has. */
 int give_back(struct pt_regs *ctx)
 {
     u64 id = bpf_get_current_pid_tgid(), bytes = PT_REGS_PARM2(ctx);
@@ -152,7 +154,7 @@ int give_back(struct pt_regs *ctx)
         if (__sync_val_compare_and_swap(&on(p, device)->pool, was, was - less) != was) continue;
         if (less < bytes) anomaly(FGPU_ANOMALY_RELEASE);
         if (p->flags & (FGPU_SEEN_POOL_EXPORT | FGPU_SEEN_EXPORT))
-            orphan_part(p, tgid, device, less); /* an importer may have it open */
+            orphan_part(p, tgid, device, less); /* an importer may have the memory open */
         else
             release(p, device, less);
         break;

@@ -1,14 +1,14 @@
-/* calls.bpf.h: the probes of the driver's functions: a call begins, and a call returns. */
+/* calls.bpf.h: the probes at the entry and the return of the driver's functions. */
 
 static int same_call(struct fgpu_call *a, struct fgpu_call *b)
 {
     return a->function == b->function && a->arguments[0] == b->arguments[0] && a->arguments[1] == b->arguments[1];
 }
 
-/* Return whether an admission is for a call. Pool bytes are committed at once, and no call settles them. */
+/* Return whether an admission is for a driver call. Pool bytes are committed at once, and no call settles them. */
 static int is_for_a_call(struct fgpu_admission *a) { return a->ticket && a->kind != FGPU_POOL; }
 
-/* Move what a thread was admitted into its call. */
+/* Move a thread's admission into its call. */
 static void take_over(struct fgpu_admission *a, struct fgpu_call *f)
 {
     if (granted(a->verdict)) {
@@ -29,11 +29,12 @@ static void entered(struct pt_regs *ctx, struct fgpu_process *p, u32 tgid, struc
     now.arguments[2] = PT_REGS_PARM4(ctx); /* of a mapping: the handle; of a pitched allocation: the height */
     int settles = is_for_a_call(&t->admission) && takes(now.function);
     if (UNLIKELY(t->call.function)) {
-        /* A second probe on one file, or a call that was left by longjmp and made again: the old entry serves. */
+        /* A second probe on one file, or a call that was left by longjmp and made again: the existing entry is kept. */
         if (!settles && same_call(&t->call, &now)) return;
         give_up(p, tgid, &t->call); /* a call left by longjmp */
     }
-    u64 any = p->generation, bytes = forget(asked_bytes(ctx, &now, any), any); /* each function leaves other values */
+    u64 any = p->generation, bytes = forget(asked_bytes(ctx, &now, any), any); /* each function leaves other values:
+                                                                                  hide them from the verifier */
     now.function = forget(now.function, any);
     now.device = forget(now.device, any);
     if (settles) take_over(&t->admission, &now);
@@ -67,7 +68,7 @@ int call_enter(struct pt_regs *ctx)
 #define OUT_OF_MEMORY 2 /* CUDA_ERROR_OUT_OF_MEMORY */
 
 /* Report a call that succeeded without an admission, or with a smaller one. A call that fails (after a fork, without a
- * context) is no bypass. The event is sent once for a process; it counts as told only if it was sent. */
+ * context) is not a bypass. The event is sent once for each process; FGPU_TOLD_BYPASS is set only if it was sent. */
 static void name_bypass(struct fgpu_process *p, struct fgpu_call *f)
 {
     note(p, FGPU_SEEN_BYPASS);
@@ -77,9 +78,8 @@ static void name_bypass(struct fgpu_process *p, struct fgpu_call *f)
         note(p, FGPU_TOLD_BYPASS);
 }
 
-/* Run call_return once more, for the rest of a range that has more mappings than one run releases. The kernel runs 34
- * programs one after the other at most; what is left then stays charged until NVML shows that the device has it no
- * more. */
+/* Run call_return again, for the rest of a range with more mappings than one run releases. The kernel permits a chain
+ * of 34 programs. The remaining bytes stay charged until NVML shows that the device does not hold them. */
 static void go_on(struct pt_regs *ctx, struct fgpu_thread *t, struct fgpu_call *rest)
 {
     t->call = *rest;
@@ -97,7 +97,7 @@ int call_return(struct pt_regs *ctx)
     if (!t || !t->call.function || t->call.function != (cookie & FGPU_FUNCTION_MASK)) return 0;
     struct fgpu_call f = t->call;
     struct fgpu_process *p = owner_of(&tgid);
-    if (!p || p->state != READY || t->open != p->generation) return 0; /* charged to an earlier life */
+    if (!p || p->state != READY || t->open != p->generation) return 0; /* charged in an earlier generation */
     t->call.function = FGPU_FUNCTION_NONE;
     if (!UNLIKELY((u32)PT_REGS_RC(ctx))) {
         struct fgpu_allocation_key key = {.tgid = tgid, .generation = p->generation};

@@ -1,6 +1,6 @@
-/* ends.bpf.h: threads and processes end, and programs begin. */
+/* ends.bpf.h: exits of threads and processes, and starts of programs. */
 
-/* End a thread. It may leave an admission that nothing settled, and a call that never returned. */
+/* Handle the exit of a thread. It may leave an admission that was not settled, and a call that never returned. */
 static void end_thread(u64 id)
 {
     struct fgpu_thread *t = threads.lookup(&id);
@@ -24,14 +24,14 @@ static int has_context(struct fgpu_process *p)
     return n != 0;
 }
 
-/* End a process. Returns whether it had a context: a process without one has no turn. */
+/* Handle the exit of a process. Returns whether it had a context: a process without a context has no turn. */
 static int end_process(u32 tgid)
 {
     struct fgpu_process *p = processes.lookup(&tgid);
     borrowers.delete(&tgid);
     if (!p) return 0;
     int had_context = has_context(p);
-    __sync_fetch_and_add(&p->state, 1); /* not ready: before its bytes are read */
+    __sync_fetch_and_add(&p->state, 1); /* first, so that the entry is not ready while its bytes are read */
     orphan_all(p, tgid);
     delete_process(tgid, p);
     return had_context;
@@ -40,8 +40,8 @@ static int end_process(u32 tgid)
 /* Return whether this is the last thread of its process. Do not compare pid and tgid: the leader may exit first. */
 static int is_last(struct bpf_raw_tracepoint_args *ctx)
 {
-#ifdef SIGNAL_AT /* before Linux 6.16: how many threads are not this far yet, which two at once may both read as none  \
-                  */
+#ifdef SIGNAL_AT
+    /* Before Linux 6.16: how many threads have not come this far yet. Two threads may both read 0. */
     void *signal = 0;
     s32 live = 1;
     bpf_probe_read_kernel(&signal, sizeof(signal), (void *)ctx->args[0] + SIGNAL_AT);
@@ -65,7 +65,7 @@ int process_exit(struct bpf_raw_tracepoint_args *ctx)
 int process_exec(struct bpf_raw_tracepoint_args *ctx)
 {
     u64 id = bpf_get_current_pid_tgid();
-    end_thread((id >> 32 << 32) | (u32)ctx->args[1]); /* the thread's own number before it became the leader */
+    end_thread((id >> 32 << 32) | (u32)ctx->args[1]); /* the thread's own pid, from before it became the leader */
     end_process(id >> 32);
     return 0;
 }

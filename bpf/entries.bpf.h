@@ -1,17 +1,17 @@
 /* entries.bpf.h: how many entries of the shared maps levels have, and the owners of their bounds. */
 
-/* Return how many entries a shared map can have. 0, if that is not known, refuses all. */
+/* Return how many entries a shared map can have. If it is not known, it is 0, and new entries are refused. */
 static u64 most_of(u32 shared)
 {
     u64 *most = sizes.lookup(&shared);
     return most ? *most : 0;
 }
 
-/* Return the owner in a slot. Slot 0, for levels without an owner, counts too and has no bound: a check for 0 would be
- * a branch in every place, and the verifier follows each branch both ways. */
+/* Return the owner in a slot. Slot 0 is for levels without an owner: it is counted too and has no bound. A check for 0
+ * would add a branch at every use, and the verifier follows each branch both ways. */
 static struct fgpu_owner *owner_in(u32 slot_of_owner) { return owners.lookup(&slot_of_owner); }
 
-/* Return what all owners have claimed of a map. */
+/* Return the number of entries of a map that all owners together have claimed. */
 static u64 *claims_on(u32 shared)
 {
     u32 last = FGPU_OWNERS - 1;
@@ -19,16 +19,15 @@ static u64 *claims_on(u32 shared)
     return all ? &all->entries[shared] : 0;
 }
 
-/* Return whether the rest of the map is kept for owners that have claimed nothing yet. */
+/* Return whether the rest of the map is reserved for owners that have claimed nothing yet. */
 static int is_scarce(u64 claimed_by_all, u32 shared)
 {
     u64 most = most_of(shared);
     return claimed_by_all + FEW(most) > most - RESERVE(most);
 }
 
-/* Claim some more entries for an owner, within the map's reserve. Several threads may each claim some at once. The
- * agent takes back claims that entries do not need any more (`trim`); that would cost much in each program that
- * frees. */
+/* Claim some more entries for an owner, within the map's reserve. Several threads may claim at the same time. The agent
+ * takes back claims that are not needed any more (`trim`); in each program that frees, that would cost too much. */
 static int claim(struct fgpu_owner *owner, u32 shared, int force)
 {
     u64 most = most_of(shared), few = FEW(most), *all = claims_on(shared);
@@ -54,7 +53,7 @@ static int own_entry(struct fgpu_owner *owner, u32 shared, int force)
     return 0;
 }
 
-/* Return whether an owner has as many entries as it may have now. */
+/* Return whether an owner has reached its bound. */
 static int owner_is_full(struct fgpu_usage_page *page, u32 shared)
 {
     struct fgpu_owner *owner = owner_in(page->owner);
@@ -67,15 +66,15 @@ static int owner_is_full(struct fgpu_usage_page *page, u32 shared)
     return all && is_scarce(*(volatile u64 *)all, shared);
 }
 
-/* Return whether a level, or its owner, has as many entries as it may have now. */
+/* Return whether a level, or its owner, has reached its bound. */
 static int is_crowded(struct fgpu_usage_page *page, u32 shared)
 {
     if (UNLIKELY(*(volatile u64 *)&page->entries[shared] >= PART(most_of(shared)))) return 1;
     return owner_is_full(page, shared);
 }
 
-/* Take a place for one more entry in a shared map. Returns 0 if the level, or its owner, has as many as it may. A level
- * whose page is gone counts nothing itself. */
+/* Count one more entry in a shared map. Returns 0 if the level, or its owner, has reached its bound. A level whose page
+ * was removed counts nothing itself. */
 static int take_place(struct fgpu_level *level, u32 shared, int force)
 {
     struct fgpu_usage_page *page = page_at(level);
@@ -98,8 +97,9 @@ static void give_places(struct fgpu_level *level, u32 shared, u64 n)
 
 static void give_place(struct fgpu_level *level, u32 shared) { give_places(level, shared, 1); }
 
-/* Enter an allocation. Returns 1 if there is an entry of that name already, and leaves it. Without a place, or in a
- * full map, no entry is made: the bytes stay charged until the process ends. */
+/* Create the entry of an allocation. Returns 1 if an entry with this key exists already, and leaves that entry
+ * unchanged. If the bound is reached, or the map is full, no entry is created: the bytes stay charged until the process
+ * exits. */
 static int enter_allocation(struct fgpu_allocation_key *key, struct fgpu_allocation *value, struct fgpu_level *leaf)
 {
     value->level = *leaf;
@@ -127,8 +127,8 @@ static void give_orphan_place(struct fgpu_level *leaf)
     if (owner) lower(&owner->entries[FGPU_OWNED_ORPHANS], 1);
 }
 
-/* Take a place for an entry of `orphans`, which a page counts apart. None of that map is kept for owners that have
- * few. */
+/* Count one more entry of `orphans`, for which the page has a counter of its own. Nothing in that map is reserved for
+ * owners that have few entries. */
 static int take_orphan_place(struct fgpu_level *leaf)
 {
     struct fgpu_usage_page *page = page_at(leaf);

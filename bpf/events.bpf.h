@@ -1,11 +1,11 @@
-/* events.bpf.h: events that are rare enough to send to the agent at once. Seen = sent + lost, by counters. */
+/* events.bpf.h: events that are rare enough to be sent to the agent at once. In the counters, seen = sent + lost. */
 
-#define SECOND_SHIFT 30 /* nanoseconds >> 30: a second, nearly */
+#define SECOND_SHIFT 30 /* nanoseconds >> 30: almost a second */
 #define EVENTS_A_SECOND 20
 #define PROGRAMS_A_SECOND 4
 #define CGROUPS_A_SECOND 4000
-#define BUDGETED_A_SECOND 3000 /* of these, for all workloads with a budget together */
-#define WORKLOAD_A_SECOND 250  /* of these, for one workload with a budget */
+#define BUDGETED_A_SECOND 3000 /* of these: for all workloads with a budget together */
+#define WORKLOAD_A_SECOND 250  /* of these: for one workload with a budget */
 #define HOST_SECOND 2
 #define HOST_COUNT 3
 #define HOST_PROCESSES 5
@@ -17,8 +17,8 @@
 
 static void fate(u32 what) { incident(FGPU_REASONS + what); }
 
-/* Return whether this is one of the first `most` of a second. Threads that begin a second at the same time may let a
- * few more through. */
+/* Return whether this is one of the first `most` events of a second. Threads that begin a second at the same time may
+ * let a few more through. */
 static int first_ones(u64 *second, u64 *n, u64 most)
 {
     u64 now = bpf_ktime_get_ns() >> SECOND_SHIFT;
@@ -55,8 +55,8 @@ static void tell(struct fgpu_usage_page *page, u32 kind, u32 device, u64 bytes, 
         send(page, kind, device, bytes, operation, reason);
 }
 
-/* Send an event of a bypass, or of a process that is killed. It has a budget of its own, so that refusals cannot use it
- * up. Returns 1 if it was sent. */
+/* Send an event of a bypass or of a killed process. It has a budget of its own, so that refusals cannot use it up.
+ * Returns 1 if it was sent. */
 static int tell_urgently(struct fgpu_usage_page *page, u32 kind, u32 device, u64 bytes, u16 operation, u16 reason)
 {
     if (!page || !spend(&page->urgent_second, &page->urgent_count, EVENTS_A_SECOND)) return 0;
@@ -64,8 +64,8 @@ static int tell_urgently(struct fgpu_usage_page *page, u32 kind, u32 device, u64
     return 1;
 }
 
-/* Send an event of orphans. The agent looks at NVML again and again while orphans are new, so it needs an event for the
- * first ones only. */
+/* Send an event of orphaned bytes. The agent asks NVML repeatedly while orphans are new, so only the first ones need an
+ * event. */
 static void tell_of_orphans(struct fgpu_usage_page *page, u32 device, u64 bytes)
 {
     u32 at = HOST_ORPHANED;
@@ -75,7 +75,7 @@ static void tell_of_orphans(struct fgpu_usage_page *page, u32 device, u64 bytes)
     send(page, FGPU_NEWS_ORPHANED, device, bytes, FGPU_MEMORY, 0);
 }
 
-/* Send an event for the first process of a level in each second: the agent wants to know that the level is in use. */
+/* Send an event for the first process of a level in each second: it shows the agent that the level is in use. */
 static void tell_of_process(struct fgpu_usage_page *page)
 {
     u64 now = bpf_ktime_get_ns() >> SECOND_SHIFT;
@@ -84,17 +84,17 @@ static void tell_of_process(struct fgpu_usage_page *page)
     tell(page, FGPU_NEWS_PROCESS, 0, 0, 0, 0);
 }
 
-/* Send an event of a program that begins: the agent looks for a libcuda in its root. Only the first few of a second are
- * sent. Several may be needed, since a runtime is executed in the host's root before the container's program is in its
- * own. A program that is left out is no loss: NVML shows it. */
+/* Send an event of a program that starts: the agent searches its root directory for a libcuda. Only the first few in a
+ * second are sent. Several may be needed, because a runtime is executed in the host's root before the container's
+ * program is executed in its own. A program without an event is found later, through NVML. */
 static void tell_of_program(struct fgpu_usage_page *page)
 {
     if (page && first_ones(&page->exec_second, &page->exec_count, PROGRAMS_A_SECOND))
         send(page, FGPU_NEWS_EXECUTED, 0, 0, 0, 0);
 }
 
-/* Count an entry after it was made. A reader that reads this number, and then the map, knows when to read the map
- * again. */
+/* Count an entry after it was created. A reader that reads this number first, and the map second, knows when to read
+ * the map again. */
 static void count_entry(u32 at)
 {
     u64 *n = host.lookup(&at);
@@ -108,7 +108,7 @@ static void count_orphan(void)
     if (n) __sync_fetch_and_add(n, 1);
 }
 
-/* Note the end of a process, for a gatekeeper whose kernel knows its peers by pid alone. */
+/* Record the exit of a process, for a gatekeeper on a kernel that identifies peers by pid alone. */
 static void note_end(u32 tgid)
 {
 #if ENDS
@@ -118,8 +118,8 @@ static void note_end(u32 tgid)
 #endif
 }
 
-/* Tell the gatekeeper that a process has ended, so that its turn ends at once. If the bell is full, the process's pidfd
- * tells the same, after the driver has cleaned up. */
+/* Report the exit of a process to the gatekeeper, so that its turn ends at once. If the ring `bell` is full, the
+ * process's pidfd reports the exit, after the driver has cleaned up. */
 static void tell_of_end(u32 tgid)
 {
     struct fgpu_event event = {.at_ns = bpf_ktime_get_ns(), .kind = FGPU_NEWS_ENDED, .tgid = tgid};
@@ -129,9 +129,9 @@ static void tell_of_end(u32 tgid)
 /* -- cgroups: raw tracepoints with (cgroup, path, …). They read no struct of the kernel; the agent finds the
  * processes */
 
-/* Return the budget of the workload in which a cgroup lies: that of the outermost part of its path that has one. A part
- * is known by its FNV-1a hash. 0: there is none. is_outside: the cgroup is not in the agent's cgroup namespace, so it
- * does not concern the agent. */
+/* Return the budget of the workload that contains a cgroup: that of the outermost part of its path that has a budget.
+ * Parts are compared by their FNV-1a hash. 0: there is none. is_outside: the cgroup is not in the agent's cgroup
+ * namespace, so it does not concern the agent. */
 static struct fgpu_event_budget *budget_of(const char *path, u64 *is_outside)
 {
     u64 name = FGPU_FNV_BASIS, root_at = FGPU_BUDGET_ROOT, any = bpf_ktime_get_ns();
@@ -153,8 +153,8 @@ static struct fgpu_event_budget *budget_of(const char *path, u64 *is_outside)
     return 0;
 }
 
-/* Count a lost event. The agent looks again at the workload's cgroups, or at all of the host if the workload has no
- * budget. */
+/* Count a lost event. The agent then lists the workload's cgroups again, or all cgroups of the host if the workload has
+ * no budget. */
 static void count_lost(struct fgpu_event_budget *budget)
 {
     u64 others = FGPU_BUDGET_OTHERS;
@@ -169,7 +169,7 @@ static int may_tell(struct fgpu_event_budget *budget)
     if (!second || !n) return 0;
     if (budget && !first_ones(&budget->second, &budget->count, WORKLOAD_A_SECOND)) return 0;
     if (first_ones(second, n, budget ? BUDGETED_A_SECOND : CGROUPS_A_SECOND)) return 1;
-    if (budget) one_less(n); /* the rest of the second is for other workloads */
+    if (budget) one_less(n); /* the rest of this second's events are for other workloads */
     return 0;
 }
 

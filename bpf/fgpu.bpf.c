@@ -1,12 +1,13 @@
 /*
- * fgpu.bpf.c: witness and bookkeeper. Admits, charges and releases, per cgroup and device; decides no policy.
+ * fgpu.bpf.c: the BPF programs. They admit, charge and release, for each cgroup and device, and decide no policy.
  *
- * Order everywhere: a charge goes to the levels first and to the process second, a release the other way round, so that
- * a level never holds less than its processes do. One word, `bytes`, is what the end of a process takes back.
+ * The order is the same everywhere: a charge goes to the levels first and to the process second, a release the other
+ * way round. So a level never has less than its processes. When a process exits, one word, `bytes`, is the number to
+ * release.
  *
- * Clang sees one file: driver/compiler.py puts the parts in place, since BCC rewrites map calls in the main file alone.
- * A part uses functions of the parts above it only (tools/bpf_order.py). SPARSE
- * (BPF_F_NO_PREALLOC if the kernel permits it) is on the command line.
+ * Clang compiles one file: driver/compiler.py inserts the parts, because BCC rewrites map calls in the main file alone.
+ * A part uses only functions of the parts above it (tools/bpf_order.py). SPARSE (BPF_F_NO_PREALLOC if the kernel
+ * permits it) is defined on the command line.
  */
 #include "fgpu.h"
 // clang-format off

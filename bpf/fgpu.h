@@ -25,26 +25,26 @@
 #define FGPU_SHARED 3
 #define FGPU_PATH 192
 #define FGPU_ENDS 65536       /* a power of two */
-#define FGPU_NO_LIMIT (~0ULL) /* 0, what a fresh page holds, means deny */
+#define FGPU_NO_LIMIT (~0ULL) /* 0, the value in a new page, means that nothing is admitted */
 #define FGPU_MOST_BYTES (1ULL << 48)
 #define FGPU_LEASE_NS 2000000000ULL
-#define FGPU_BUDGET_NS 4000000ULL /* of work in flight, where the control page says nothing */
+#define FGPU_BUDGET_NS 4000000ULL /* of work in flight, if the control page has no budget */
 #define FGPU_MAGIC 0x75706766u    /* "fgpu" */
 #define FGPU_SOCKET_DIR "/run/fgpu/shim"
 #define FGPU_SOCKET FGPU_SOCKET_DIR "/shim.sock"
 
-/* A verdict word is `ticket << 2 | verdict`, stored at once in slot `ticket & (FGPU_VERDICTS - 1)`. */
+/* A verdict word is `ticket << 2 | verdict`. One store writes it into slot `ticket & (FGPU_VERDICTS - 1)`. */
 enum fgpu_verdict { FGPU_REFUSED, FGPU_ADMITTED, FGPU_AGAIN, FGPU_UNLIMITED };
 enum fgpu_kind { FGPU_MEMORY, FGPU_POOL, FGPU_CONTEXT, FGPU_HELLO, FGPU_VMM, FGPU_KINDS, FGPU_EVENTS };
-/* Flags beside a kind. FULL, when bytes are given back: the driver had no room for them. TAGGED, for a question: the
- * answer goes to `answers`, with the tag of the process that asks. PATIENT, for a question: a refusal for orphaned
- * bytes alone is not counted. */
+/* Flags in the same word as a kind. FULL, when bytes are released: the driver was out of memory. TAGGED, in a request:
+ * the verdict is stored in `answers`, with the tag of the requesting process. PATIENT, in a request: a refusal that is
+ * due to orphaned bytes alone is not counted. */
 #define FGPU_KIND_MASK 0xff
 #define FGPU_FULL 0x100
 #define FGPU_TAGGED 0x200
 #define FGPU_PATIENT 0x400
-/* An answer word is `tag << 34 | (ticket & FGPU_TICKET_BITS) << 2 | verdict`, in slot `ticket & (FGPU_VERDICTS - 1)`.
- * The kernel program chooses the tag, so no process can write the answer that another one waits for. */
+/* A tagged verdict word is `tag << 34 | (ticket & FGPU_TICKET_BITS) << 2 | verdict`, in slot `ticket & (FGPU_VERDICTS -
+ * 1)`. A BPF program chooses the tag, so no process can write the verdict that another process waits for. */
 #define FGPU_TICKET_BITS 0xffffffffULL
 #define FGPU_TAG_SHIFT 34
 #define FGPU_TAG_BITS 0x3fffffffU
@@ -55,27 +55,27 @@ enum fgpu_reason {
     FGPU_REASON_ENTRIES /* too many allocations, threads or processes, of whatever size */
 };
 enum fgpu_anomaly {
-    FGPU_ANOMALY_RELEASE, /* more given back than held */
-    FGPU_ANOMALY_FULL,    /* a map had no room: charged until the process ends */
-    FGPU_ANOMALY_DEVICE,  /* a device index that is not the tenant's */
-    FGPU_ANOMALY_LOST,    /* a witness that met a process entry half made */
+    FGPU_ANOMALY_RELEASE, /* more bytes were released than were charged */
+    FGPU_ANOMALY_FULL,    /* a map was full: the bytes stay charged until the process exits */
+    FGPU_ANOMALY_DEVICE,  /* a device index that is not one of the tenant's */
+    FGPU_ANOMALY_LOST,    /* a driver call found the entry of its process half created */
     FGPU_ANOMALY_BYPASS,  /* an allocation without an admission, or with a smaller one */
-    FGPU_ANOMALY_STALE,   /* a handle seen anew while its old charge stood */
+    FGPU_ANOMALY_STALE,   /* a new handle whose key still has an older charge */
 };
 
-/* -- usage page: one per level, a BPF array of one element, frozen: written by BPF programs alone ---------------- */
+/* -- usage page: one per level, a BPF array of one element, frozen: only BPF programs write it -------------------- */
 struct fgpu_usage {
     __u64 limit;
     __u64 used;
     __u64 peak;
     __u64 refused;
 };
-struct fgpu_tally { /* bytes, ever growing: what was asked for and granted, what the driver was seen to give */
+struct fgpu_tally { /* bytes; both only grow: admitted to requests; allocated by driver calls that a probe saw */
     __u64 admitted;
     __u64 witnessed;
 };
-/* Maps that all tenants share: a level may have a part of each. What is beyond is refused to that level, not to its
- * neighbours. */
+/* Maps that all tenants share. Each level may have a part of each map. Entries beyond it are refused to that level, and
+ * not to its neighbours. */
 enum fgpu_shared { FGPU_ALLOCATIONS, FGPU_THREADS, FGPU_PROCESSES };
 struct fgpu_usage_page {
     __u64 version;
@@ -86,22 +86,24 @@ struct fgpu_usage_page {
     struct fgpu_usage devices[FGPU_DEVICES];
     __u64 verdicts[FGPU_VERDICTS];
     struct fgpu_tally tallies[FGPU_DEVICES];
-    __u64 orphaned[FGPU_DEVICES]; /* within `used`: of processes that ended or exported it, and may still be held */
-    __u64 event_second;           /* of the events that this level has caused, so that no level floods the ring */
+    __u64 orphaned[FGPU_DEVICES]; /* part of `used`: bytes that exited or exporting processes had, and that the
+                                     device may still hold */
+    __u64 event_second;           /* the second in which events of this level were last counted: no level can flood
+                                     the ring */
     __u64 event_count;
-    __u64 process_second;       /* of the last that told of a process */
-    __u64 entries[FGPU_SHARED]; /* that its processes have in the maps that all tenants share */
-    __u64 exec_second;          /* of the programs that began here and were reported */
+    __u64 process_second;       /* the second of the last event of a process */
+    __u64 entries[FGPU_SHARED]; /* number of entries of its processes in the maps that all tenants share */
+    __u64 exec_second;          /* the second in which programs that start in this level were last reported */
     __u64 exec_count;
-    __u64 orphaned_ns[FGPU_DEVICES]; /* when bytes of this level were orphaned last; 0: never */
-    __u64 answers[FGPU_VERDICTS];    /* answer words, see FGPU_TAGGED */
+    __u64 orphaned_ns[FGPU_DEVICES]; /* when bytes of this level were last orphaned; 0: never */
+    __u64 answers[FGPU_VERDICTS];    /* tagged verdict words, see FGPU_TAGGED */
     __u64 orphans;                   /* entries of this level in the map `orphans` */
-    __u64 urgent_second;             /* of events that must not be lost behind refusals */
+    __u64 urgent_second;             /* the second of events that must not be lost because of many refusals */
     __u64 urgent_count;
-    __u64 looked_ns[FGPU_DEVICES]; /* when the agent last saw that the device keeps all of `orphaned`; 0: never */
-    __u64 owner;                   /* slot in `owners` of the owner of this level's bounds; 0: it has none */
-    __u64 undecided[FGPU_DEVICES]; /* requests of this level's programs that met an uncommitted level, ever growing */
-    __u64 crowded; /* requests of this level's programs that were refused for too many entries, ever growing */
+    __u64 looked_ns[FGPU_DEVICES]; /* when the agent last found that the device keeps all of `orphaned`; 0: never */
+    __u64 owner;                   /* slot in `owners` of this level's bound owner; 0: it has none */
+    __u64 undecided[FGPU_DEVICES]; /* requests of this level's programs that found an uncommitted level; only grows */
+    __u64 crowded; /* requests of this level's programs that were refused for too many entries; only grows */
     __u64 tail[75];
 };
 #define FGPU_OBSERVE 1
@@ -119,68 +121,72 @@ struct fgpu_device {
     __u32 spare[3];
 };
 struct fgpu_row { /* one process of the tenant on one device */
-    __u32 pid;    /* as the reader's pid namespace knows it */
+    __u32 pid;    /* in the pid namespace of the reader */
     __u32 device;
     __u64 bytes;
 };
 struct fgpu_control_page {
     __u32 version;
     __u32 flags;   /* FGPU_MANAGED, FGPU_SETTLE */
-    __u8 boot[16]; /* the gatekeeper that wrote this page */
+    __u8 boot[16]; /* identifies the gatekeeper that wrote this page */
     __u64 heartbeat_ns;
-    __u64 epoch; /* a change means: say hello again */
+    __u64 epoch; /* if it changes, the process must register again */
     __u32 device_count;
-    __u32 tag; /* of this process's answers, see FGPU_TAGGED; 0: it asks without one */
+    __u32 tag; /* of this process's verdicts, see FGPU_TAGGED; 0: its requests have no tag */
     __u32 spare[4];
     struct fgpu_device devices[FGPU_DEVICES];
     __u32 gates[FGPU_DEVICES]; /* turn << FGPU_GATE_SHIFT | FGPU_GATED | FGPU_GATE_OPEN; a futex each */
-    __u32 sequence;            /* odd while the rows change */
+    __u32 sequence;            /* odd while the gatekeeper changes the rows */
     __u32 row_count;
     __u64 spare2;
     struct fgpu_row rows[FGPU_ROWS];
     __u64 budget_ns[FGPU_DEVICES]; /* most work in flight while gated: how long a drain may take; 0: FGPU_BUDGET_NS */
-    __u64 passes[FGPU_DEVICES];    /* a closed gate lets launches through until so many have been made: others wait for
-                                      those */
+    __u64 passes[FGPU_DEVICES];    /* a closed gate lets launches through until this many have been made: work of
+                                      other processes waits for these */
 };
-/* A gate. Without GATED, whatever its other bits say, no gatekeeper schedules this process there, and the shim counts
- * nothing. A turn keeps its number from its opening to the end of its drain; the next turn has another, so every change
- * of a gate changes the word. A closed gate is open if its page's heartbeat is older than the lease. */
+/* A gate. Without GATED, whatever its other bits are, no gatekeeper schedules this process on the device, and the shim
+ * counts nothing. A turn keeps its number from its opening to the end of its drain. The next turn has another number,
+ * so every change of a gate changes the word. A closed gate counts as open if its page's heartbeat is older than the
+ * lease. */
 #define FGPU_GATE_OPEN 1
 #define FGPU_GATED 2
 #define FGPU_GATE_SHIFT 2
 #define FGPU_MANAGED 1
-#define FGPU_SETTLE 2 /* no return probes on this kernel: call fgpu_settle after the driver */
+#define FGPU_SETTLE 2 /* no return probes on this kernel: the shim calls fgpu_settle after the driver */
 
 /* -- status page: one per process, a memfd sealed against resizing, written by the tenant: hints, never trusted -- */
 struct fgpu_status {
-    __u32 waiting; /* threads at the closed gate */
-    __u32 drained; /* the last turn (gate >> FGPU_GATE_SHIFT) that was seen closed with nothing in flight */
+    __u32 waiting; /* number of threads at the closed gate */
+    __u32 drained; /* the last turn (gate >> FGPU_GATE_SHIFT) that was found closed with nothing in flight */
     __u64 launches;
 };
-struct fgpu_flight { /* work given to a gated device */
-    __u64 in_flight; /* launches not known to be done; counted before the gate is read: 0 after it closed is drained */
-    __u64 busy_until_ns; /* when they should be done, as measured; the past, and no bell: no thread has looked */
-    __u64 wanted_ns;     /* when a thread last wanted to launch */
-    __u64 idle_ns;       /* between an end that was seen (of a span) and the launch after it, ever growing */
+struct fgpu_flight {     /* work launched on a gated device */
+    __u64 in_flight;     /* launches that may be unfinished; counted before the gate is read, so 0 after the gate has
+                            closed means: drained */
+    __u64 busy_until_ns; /* when they should be done, by earlier measurements; if that has passed and the bell was
+                            not rung, no thread has looked */
+    __u64 wanted_ns;     /* when a thread last tried to launch */
+    __u64 idle_ns;       /* sum of the times between an observed end (of a span) and the next launch; only grows */
 };
 struct fgpu_span {  /* of the last turn */
-    __u64 begun_ns; /* when a thread last came through a gate that had been closed */
-    __u64 ended_ns; /* when the last of what was in flight was seen to be done, while a thread waited for that */
+    __u64 begun_ns; /* when a thread last passed a gate that had been closed */
+    __u64 ended_ns; /* when a thread that waited for the work in flight found the last of it done */
 };
 struct fgpu_status_page {
     __u32 version;
-    __u32 bell; /* a futex: another value and a wake when a thread comes to wait, and when a turn has drained */
+    __u32 bell; /* a futex. Its value changes, and it is woken, when a thread begins to wait and when a turn has
+                   drained */
     __u32 spare[14];
     struct fgpu_status devices[FGPU_DEVICES];
     struct fgpu_flight flights[FGPU_DEVICES];
     struct fgpu_span spans[FGPU_DEVICES];
 };
-/* The end of a drain is reported by the thread that comes to the closed gate, after it has waited for what is in
- * flight, or by the thread whose synchronise or query ends. A program that does neither reports nothing, nor does a
- * stopped one: then busy_until_ns is the best guess, and the scheduler waits until its deadline. The shim has no thread
- * of its own. */
+/* The end of a drain is reported by a thread that reaches the closed gate, after it has waited for the work in flight,
+ * or by a thread whose synchronise or query call returns. A program that makes neither call reports nothing, and
+ * neither does a stopped program. For these, busy_until_ns is the best estimate, and the scheduler waits until its
+ * deadline. The shim has no thread of its own. */
 
-/* -- hello: SOCK_SEQPACKET; descriptors in the answer: control, status, usage pages leaf first ------------------- */
+/* -- hello: SOCK_SEQPACKET; descriptors in the reply: control, status, usage pages innermost first --------------- */
 struct fgpu_hello {
     __u32 magic;
     __u16 version;
@@ -211,30 +217,33 @@ struct fgpu_limit {
     __u64 bytes;
     __u64 flags; /* as on the usage page; of the uncommitted bits only this device's */
 };
-struct fgpu_share { /* shares: {level, device} -> what the level is to get of the device's time; none: not gated */
+struct fgpu_share { /* shares: {level, device} -> the level's part of the device's time; without an entry it is not
+                       gated */
     __u64 limit_millionths;
     __u64 weight;
     __u64 rank; /* 0 comes first */
     __u64 quantum_ns;
 };
-struct fgpu_turn { /* turns: {level, device} -> what came of it; numbers only grow unless it says otherwise */
+struct fgpu_turn { /* turns: {level, device} -> results; numbers only grow, except those that say otherwise */
     __u64 owned_ns;
     __u64 waits;
     __u64 wait_ns;
-    __u64 overruns;            /* turns that passed with work in flight */
+    __u64 overruns;            /* turns that passed to the next tenant with work in flight */
     __u64 switches;            /* turns that began */
-    __u64 throttled;           /* times that its limit held it back */
-    __u64 owner;               /* 1: the device is its own now */
-    __u64 had_millionths;      /* of the time since these numbers were last written */
-    __u64 entitled_millionths; /* of that time, by weights and limits of the tenants that wanted any */
-    __u64 free;     /* 1: no other tenant shares the device, and there is no ceiling: it is not gated, nor measured */
+    __u64 throttled;           /* how often its limit delayed it */
+    __u64 owner;               /* 1: it has the turn on the device now */
+    __u64 had_millionths;      /* its part of the time since these numbers were last written */
+    __u64 entitled_millionths; /* the part of that time that was due to it, by weights and limits of the tenants that
+                                  wanted time */
+    __u64 free;     /* 1: no other tenant shares the device, and there is no ceiling: the level is neither gated nor
+                       measured */
     __u64 since_ns; /* the start of its wait; 0: it does not wait */
 };
-/* owners: slot -> how many entries of the shared maps an owner of bounds (a workload with all levels inside it) has,
- * and may have. The entries of the last slot are all that owners have claimed: an owner claims some at a time. Slot 0
- * is for levels without an owner. */
+/* owners: slot -> the number of entries of the shared maps that a bound owner (a workload, with all levels inside it)
+ * has and may have. The last slot has the sum of all claims: an owner claims several entries at a time. Slot 0 is for
+ * levels without an owner. */
 #define FGPU_OWNERS 4096
-#define FGPU_OWNED 4         /* the maps of enum fgpu_shared, and then: */
+#define FGPU_OWNED 4         /* the maps of enum fgpu_shared, and one more: */
 #define FGPU_OWNED_ORPHANS 3 /* `orphans` */
 struct fgpu_owner {
     __u64 cgroup; /* 0: the slot is free */
@@ -243,59 +252,60 @@ struct fgpu_owner {
     __u64 most[FGPU_OWNED];
     __u64 spare[3];
 };
-struct fgpu_file { /* key of files, as /proc/PID/maps names a file */
+struct fgpu_file { /* key of files: a file as /proc/PID/maps identifies it */
     __u64 dev;
     __u64 ino;
 };
 struct fgpu_level { /* of a process */
     __u64 cgroup;   /* 0: none */
-    __u64 place;    /* of its usage page in `shelf`, as of when the process came to it; its owner's slot in the upper
-                       half */
+    __u64 place;    /* index of its usage page in `shelf`, from the time when the process entered the level; the
+                       upper half is its owner's slot */
 };
-struct fgpu_holding { /* of a process on one device; what every allocation touches comes first */
-    __u64 bytes;      /* all that is charged, what follows included */
-    __s64 charged[2]; /* of `bytes`, at the levels of either side */
-    __u32 era;        /* one more when the last context ends: older allocations are gone */
+struct fgpu_holding { /* of a process on one device; the fields that every allocation uses come first */
+    __u64 bytes;      /* all bytes that are charged, including those below */
+    __s64 charged[2]; /* the part of `bytes` that is charged at the levels of either side */
+    __u32 era;        /* incremented when the last context is destroyed: older allocations no longer exist */
     __u32 spare0;
     __u64 vmm;     /* outlives contexts */
-    __u64 managed; /* NVML never shows it */
+    __u64 managed; /* NVML never shows these bytes */
     __u64 pool;
-    __s64 overhead; /* contexts, modules, rounding: what NVML alone knows; may be negative */
-    __u64 contexts; /* 64 bits, as all that several threads add to at once and decide on */
-    __u64 retained; /* references to the primary context, counted before the driver does */
-    __u64 primary;  /* 1: the primary context is there; a reset ends it and leaves its references */
+    __s64 overhead; /* contexts, modules, rounding: bytes known only from NVML; may be negative */
+    __u64 contexts; /* 64 bits, like every number that several threads change and decide by */
+    __u64 retained; /* references to the primary context; the driver counts them later */
+    __u64 primary;  /* 1: the primary context exists; a reset destroys it and leaves its references */
     __u64 exported; /* pointers that another process may have open */
     __u64 exported_vmm;
-    __u64 owed;  /* of `charged`: released, and not found there in the middle of a move */
-    __u64 ended; /* contexts that ended while others went on: NVML alone knows how much was in them */
-    __u64 peak;  /* the most that `bytes` has been since the agent last looked (FGPU_MARK) */
+    __u64 owed;  /* released bytes that `charged` did not have during a move */
+    __u64 ended; /* contexts that were destroyed while others remained: only NVML shows how much memory was in them */
+    __u64 peak;  /* the maximum of `bytes` since the agent last set the mark (FGPU_MARK) */
 };
-/* processes: tgid -> ; a multiple of 64 bytes, so that the kernel lays each field on the same part of a cache line */
+/* processes: tgid -> its entry; a multiple of 64 bytes, so that each field is always in the same part of a cache
+ * line */
 struct fgpu_process {
     __u64 state;      /* 0 fresh, 1 claimed, 2 ready */
-    __u64 generation; /* when the kernel made this entry: a reused tgid has another */
-    __u64 changes;    /* done; equal to `begun` where none is under way */
-    __u64 begun;      /* changes; two reads of one number had none between */
-    __u64 turn;       /* moves so far: its last bit is the side that is charged */
-    __u64 moved_ns;   /* when the last of them was */
+    __u64 generation; /* when the kernel created this entry: a reused tgid has another generation */
+    __u64 changes;    /* changes that are complete; equal to `begun` if none is under way */
+    __u64 begun;      /* changes that have begun; if two reads return the same number, no change began in between */
+    __u64 turn;       /* number of moves so far; the last bit is the side that is charged */
+    __u64 moved_ns;   /* when the last move was */
     __u32 level_count;
-    __u32 flags; /* FGPU_SEEN_SHIM and its kin */
+    __u32 flags; /* FGPU_SEEN_SHIM and the flags below it */
     __u32 last_device;
-    __u32 tag; /* in the answers to its questions; no other living process of the host has it */
-    struct fgpu_level sides[FGPU_BOTH_LEVELS]; /* `levels` of this move and of the one before */
-    __u64 levels[FGPU_LEVELS];                 /* cgroup ids, leaf first */
-    struct fgpu_level counted; /* the level in whose part of the map this entry is, and its threads are in theirs */
-    __s64 threads;             /* so many of them; below 0: it counts none any more */
-    __u64 space;               /* its address space, by the kernel's address of it; 0: not known */
+    __u32 tag; /* in the verdicts of its requests; no other living process of the host has it */
+    struct fgpu_level sides[FGPU_BOTH_LEVELS]; /* `levels` of this move and of the previous one */
+    __u64 levels[FGPU_LEVELS];                 /* cgroup ids, innermost first */
+    struct fgpu_level counted; /* the level that counts this entry, and those of its threads, in its part of the map */
+    __s64 threads;             /* number of counted threads; below 0: it counts no more */
+    __u64 space;               /* its address space, as its address in the kernel; 0: not known */
     struct fgpu_holding devices[FGPU_DEVICES];
 };
 #define FGPU_SEEN_SHIM 1
 #define FGPU_SEEN_BYPASS 2
-#define FGPU_SEEN_EXPORT 4       /* of memory that has no entry: what it frees may be open elsewhere */
-#define FGPU_SEEN_CALL 8         /* by a probe: not only by NVML */
-#define FGPU_SEEN_POOL_EXPORT 16 /* pool bytes that it gives back may be open elsewhere */
+#define FGPU_SEEN_EXPORT 4       /* it exported memory that has no entry: memory that it frees may be open elsewhere */
+#define FGPU_SEEN_CALL 8         /* a probe has seen it, not only NVML */
+#define FGPU_SEEN_POOL_EXPORT 16 /* pool bytes that it releases may be open elsewhere */
 #define FGPU_SEEN_IMPORT 32      /* it has opened memory of other processes */
-#define FGPU_TOLD_BYPASS 64      /* the event of its first call without an admission was sent */
+#define FGPU_TOLD_BYPASS 64      /* the event of its first call without an admission has been sent */
 enum fgpu_space { FGPU_SPACE_POINTER, FGPU_SPACE_HANDLE, FGPU_SPACE_MAPPING, FGPU_SPACE_CONTEXT, FGPU_SPACE_ARRAY };
 struct fgpu_allocation_key {
     __u32 tgid;
@@ -308,40 +318,39 @@ struct fgpu_allocation {
     __u32 device;
     __u32 era;
     __u64 references;        /* of a VMM handle: handles and mappings together */
-    __u64 owner;             /* of a mapping: its handle; of a pointer: 1 where it is managed memory */
+    __u64 owner;             /* of a mapping: its handle; of a pointer: 1 if it is managed memory */
     __u64 exported;          /* 1: another process may have it open */
-    struct fgpu_level level; /* the leaf in which its process was when the entry was made; 0: none */
+    struct fgpu_level level; /* the level of its process when the entry was created; 0: none */
 };
-/* orphans: bytes of a process that has ended, or that it exported and released. They stay charged to these levels until
- * the agent finds that the device does not hold them any more. */
+/* orphans: bytes of an exited process, or bytes that a process exported and released. They stay charged to these levels
+ * until the agent finds that the device does not hold them any more. */
 struct fgpu_orphan_key {
     __u32 tgid;
     __u32 device;
-    __u64 generation; /* of the process, as its entry had it */
-    __u64 turn;       /* its moves so far: other levels may be charged after each */
+    __u64 generation; /* of the process, from its entry */
+    __u64 turn;       /* number of its moves so far: after each, other levels may be charged */
 };
 struct fgpu_orphan {
     __u64 bytes;
-    __u64 since_ns; /* the first of them */
-    __u64 ended_ns; /* when its process ended, or executed another program; 0: it lives */
+    __u64 since_ns; /* when the first of them were orphaned */
+    __u64 ended_ns; /* when its process exited, or executed another program; 0: it is alive */
     __u64 spare;
-    struct fgpu_level levels[FGPU_LEVELS]; /* that are charged, leaf first */
+    struct fgpu_level levels[FGPU_LEVELS]; /* the charged levels, innermost first */
 };
-struct fgpu_admission { /* that no driver call has settled yet; ticket 0: none */
+struct fgpu_admission { /* not settled by a driver call yet; ticket 0: none */
     __u64 ticket;
     __u64 bytes;
     __u32 device;
     __u32 kind;
     __u64 verdict;
 };
-/* How far calls of a library are believed: see docs/tenants.md, trust classes. */
+/* How far fgpu trusts the calls of a library: see docs/tenants.md, trust classes. */
 enum fgpu_class {
-    FGPU_CLASS_HOST,    /* the host driver's own file: what it frees counts as freed */
-    FGPU_CLASS_LISTED,  /* a file that the host's administrator trusts: likewise */
-    FGPU_CLASS_UNKNOWN, /* what it frees stays charged until NVML shows that it is freed */
+    FGPU_CLASS_HOST,    /* the host driver's own file: memory that it frees counts as freed */
+    FGPU_CLASS_LISTED,  /* a file that the host's administrator trusts: the same */
+    FGPU_CLASS_UNKNOWN, /* memory that it frees stays charged until NVML shows that it is freed */
 };
-/* What a probe on the driver is attached to. The cookie of both its probes is `function | class << FGPU_CLASS_SHIFT`.
- */
+/* The functions with probes. The cookie of a function's two probes is `function | class << FGPU_CLASS_SHIFT`. */
 #define FGPU_FUNCTION_MASK 0xff
 #define FGPU_CLASS_SHIFT 8
 enum fgpu_function {
@@ -364,7 +373,7 @@ enum fgpu_function {
     FGPU_FUNCTION_CONTEXT_V2,
     FGPU_FUNCTION_CONTEXT_V3,
     FGPU_FUNCTION_CONTEXT_V4,
-    FGPU_FUNCTION_FREE, /* from here to DESTROY: what takes an entry out of the allocations */
+    FGPU_FUNCTION_FREE, /* from here to DESTROY: functions that remove an entry from `allocations` */
     FGPU_FUNCTION_RELEASE,
     FGPU_FUNCTION_ARRAY_DESTROY,
     FGPU_FUNCTION_DESTROY,
@@ -372,26 +381,26 @@ enum fgpu_function {
     FGPU_FUNCTION_EXPORT_POOL,
     FGPU_FUNCTION_IMPORT, /* of memory, a pool or an allocation in one */
 };
-/* hits: how often each probe ran, by function at its entry; the shim's own two come last. */
+/* hits: how often each probe ran, by function at its entry; the shim's own two are the last. */
 #define FGPU_HITS 32
 #define FGPU_HIT_ADMIT 30
 #define FGPU_HIT_GIVE_BACK 31
-struct fgpu_call { /* the driver call that a thread is in; function 0: none */
+struct fgpu_call { /* the driver call in which a thread is; function 0: none */
     __u64 function;
     __u64 arguments[3];
-    __u64 bytes; /* charged, or taken out of the allocations, until the call's end decides */
+    __u64 bytes; /* charged, or removed from `allocations`, until the result of the call is known */
     __u32 device;
-    __u32 admitted; /* an admission went before */
+    __u32 admitted; /* an admission preceded the call */
     __u64 references;
     __u64 exported;
-    __u64 uncovered; /* bytes, where no admission covered them */
+    __u64 uncovered; /* bytes without an admission */
 };
-struct fgpu_thread { /* threads: pid_tgid -> ; made once, deleted when the thread ends */
+struct fgpu_thread { /* threads: pid_tgid -> its entry; created once, deleted when the thread exits */
     struct fgpu_admission admission;
     struct fgpu_call call;
-    __u64 open; /* the generation of the process that counts it; with its top bit, unless in the middle of a change */
+    __u64 open; /* the generation of the process that counts it; the top bit is set while the thread changes nothing */
 };
-#define FGPU_REASONS 8 /* for as many each, what is counted for the host: anomalies, then events by their fate */
+#define FGPU_REASONS 8 /* for each of the two groups of counters of the host: anomalies, and events by their fate */
 /* Counters of a level. */
 struct fgpu_counter_key {
     __u64 cgroup;
@@ -403,39 +412,41 @@ struct fgpu_counter_key {
 /* adjust(): arguments of the raw tracepoint program that the agent runs by BPF_PROG_TEST_RUN. Returns 0 or -errno. */
 enum fgpu_adjust {
     FGPU_PUBLISH,  /* cgroup: limits -> its page */
-    FGPU_OVERHEAD, /* tgid, generation, device, bytes, changes: sets what NVML alone knows; -EAGAIN if one began
-                      on */
-    FGPU_MOVE,     /* tgid, generation (0: make the entry), count, levels leaf first: charges follow */
-    FGPU_REAP,     /* tgid, generation: the process is gone, and no event said so */
-    FGPU_DISOWN, /* cgroup, device, bytes: the device does not hold so many orphaned bytes any more, which have no entry
-                    in `orphans` */
-    FGPU_RAISE,  /* tgid, generation, device, bytes: adds to what NVML alone knows, in any case */
-    FGPU_WITHDRAW, /* cgroup: its page is about to be taken away */
-    FGPU_SWEPT,    /* cgroup, n, place: so many allocations of the level's were deleted, which no free would delete */
-    FGPU_RING,     /* wakes what sleeps on the bell: shares have changed */
-    FGPU_LET_GO, /* tgid, device, generation, turn, bytes: the device does not hold so many of these bytes any more; 0:
-                    delete it */
-    FGPU_MARK,   /* tgid, generation, device: its `peak` begins anew */
-    FGPU_ENTER,  /* tgid, 0, count, levels leaf first: makes the entry of a process that has none yet */
-    FGPU_LOOKED, /* cgroup, device, time: sets `looked_ns` */
-    FGPU_OWN,    /* cgroup, slot, owner, most[FGPU_OWNED]: the level's bounds are those of this owner; cgroup 0: only
-                    the slot is written */
-    FGPU_TRIM,   /* slot: gives back what its owner has claimed and does not need */
+    FGPU_OVERHEAD, /* tgid, generation, device, bytes, changes: sets the overhead; -EAGAIN if a change began
+                      meanwhile */
+    FGPU_MOVE,     /* tgid, generation (0: create the entry), count, levels innermost first: moves the charges there */
+    FGPU_REAP,     /* tgid, generation: the process has exited, and no event has reported it */
+    FGPU_DISOWN,   /* cgroup, device, bytes: the device does not hold these orphaned bytes any more; they have no entry
+                      in `orphans` */
+    FGPU_RAISE,    /* tgid, generation, device, bytes: adds to the overhead, in any case */
+    FGPU_WITHDRAW, /* cgroup: its page is about to be removed */
+    FGPU_SWEPT,    /* cgroup, n, place: n allocations of the level were deleted that no free will delete */
+    FGPU_RING,     /* wakes the reader of the ring `bell`: shares have changed */
+    FGPU_LET_GO,   /* tgid, device, generation, turn, bytes: the device does not hold these orphaned bytes any more; 0:
+                      delete the entry */
+    FGPU_MARK,     /* tgid, generation, device: its `peak` starts anew */
+    FGPU_ENTER,    /* tgid, 0, count, levels innermost first: creates the entry of a process that has none yet */
+    FGPU_LOOKED,   /* cgroup, device, time: sets `looked_ns` */
+    FGPU_OWN,      /* cgroup, slot, owner, most[FGPU_OWNED]: the level's bound owner; cgroup 0: only the slot is
+                      written */
+    FGPU_TRIM,     /* slot: releases the claims that its owner does not need */
 };
 
-/* -- events: a ring buffer of what is rare; what does not get in is counted ---------------------------------------- */
+/* -- events: a ring buffer for rare events; those that do not fit are counted -------------------------------------- */
 enum fgpu_news {
-    FGPU_NEWS_PROCESS,  /* a process of a managed cgroup is seen for the first time; of many in a second, one */
+    FGPU_NEWS_PROCESS,  /* the first call of a process of a managed cgroup; of many processes in a second, one is
+                           reported */
     FGPU_NEWS_REFUSED,  /* by the level `cgroup`; reason as in the counters */
     FGPU_NEWS_BYPASS,   /* its first call without an admission */
     FGPU_NEWS_KILLED,   /* a call without an admission that would exceed the limit, under onBypass: kill */
     FGPU_NEWS_ORPHANED, /* the level `cgroup` has orphaned bytes now */
     FGPU_NEWS_MOVED,    /* a process was moved to the cgroup at `path` */
-    FGPU_NEWS_MADE,     /* the cgroup at `path` was made */
-    FGPU_NEWS_EMPTIED,  /* no process is left in it, nor below */
+    FGPU_NEWS_MADE,     /* the cgroup at `path` was created */
+    FGPU_NEWS_EMPTIED,  /* no process is left in the cgroup and those below it */
     FGPU_NEWS_REMOVED,
-    FGPU_NEWS_ENDED, /* on the bell: a process that had a context runs no more; the driver may still be busy with it */
-    FGPU_NEWS_EXECUTED,  /* a program begins in the level `cgroup`; the first few of a second */
+    FGPU_NEWS_ENDED,     /* in the ring `bell`: a process that had a context has exited; the driver may still be working
+                            on its exit */
+    FGPU_NEWS_EXECUTED,  /* a program starts in the level `cgroup`; only the first few of a second */
     FGPU_NEWS_FIRST_USE, /* of the device, by a process of the level `cgroup`, which is uncommitted there */
 };
 enum fgpu_fate { FGPU_FATE_SENT, FGPU_FATE_RATE, FGPU_FATE_FULL };
@@ -451,20 +462,21 @@ struct fgpu_event {
 };
 struct fgpu_cgroup_event {
     struct fgpu_event event;
-    char path[FGPU_PATH]; /* cut where it is longer */
+    char path[FGPU_PATH]; /* truncated if it is longer */
 };
-/* event_budgets: FNV-1a hash of a workload's path from the hierarchy's root -> its budget of events of cgroups. The
- * agent enters workloads in which much happens. FGPU_BUDGET_OTHERS: for lost events of all other cgroups.
- * FGPU_BUDGET_ROOT: there if the agent is in a cgroup namespace; `second` is the hash of its root's path. */
+/* event_budgets: FNV-1a hash of a workload's path from the hierarchy's root -> its budget of cgroup events. The agent
+ * adds the workloads that cause many events. FGPU_BUDGET_OTHERS counts lost events of all other cgroups.
+ * FGPU_BUDGET_ROOT exists if the agent is in a cgroup namespace; its `second` is the hash of the path of the
+ * namespace's root. */
 #define FGPU_EVENT_BUDGETS 1024
 #define FGPU_BUDGET_OTHERS 0
 #define FGPU_BUDGET_ROOT 1
 #define FGPU_FNV_BASIS 0xcbf29ce484222325ULL
 #define FGPU_FNV_PRIME 0x100000001b3ULL
 struct fgpu_event_budget {
-    __u64 second; /* of the events that were counted last */
+    __u64 second; /* the second whose events `count` has */
     __u64 count;  /* events of that second */
-    __u64 lost;   /* events that were not sent to the agent, ever growing */
+    __u64 lost;   /* events that were not sent to the agent; only grows */
 };
 
 #endif

@@ -1,5 +1,5 @@
-/* levels.bpf.h: the managed cgroups of a process, and what is charged to them: taken if it fits, given back where it
- * was taken. */
+/* levels.bpf.h: the managed cgroups of a process, and their charges: bytes are added if they fit, and subtracted from
+ * the levels that they were added to. */
 
 static int fits(struct fgpu_usage_page *page, u32 device, u64 bytes)
 {
@@ -15,7 +15,8 @@ static void raise_peak(u64 *peak, u64 now)
     if (UNLIKELY(now > was)) __sync_val_compare_and_swap(peak, was, now);
 }
 
-/* Charge one level, only if it fits: to add first and undo later would fail neighbours that fit. */
+/* Charge one level, only if the bytes fit. To add them first and subtract them later would refuse requests of
+ * neighbours that fit. */
 static int take(struct fgpu_usage_page *page, u32 device, u64 bytes, int force)
 {
     struct fgpu_usage *usage = &page->devices[slot(device)];
@@ -32,9 +33,10 @@ static int take(struct fgpu_usage_page *page, u32 device, u64 bytes, int force)
     return FGPU_ADMITTED;
 }
 
-/* Return the side for a number of moves. A move cannot stop threads that are charging meanwhile. So a process has two
- * sides, each with levels and with what is charged to just these: a move fills the other side and then turns to it. A
- * thread that was too late for that charges the old side. The next look of the agent shifts what is left there. */
+/* Return the side for a number of moves. A move cannot stop threads that are charging at the same time. So a process
+ * has two sides, each with its levels and the bytes charged to them. A move fills the other side and then makes it
+ * current. A thread that was too late for that charges the old side. When the agent next examines the process, it moves
+ * that remainder. */
 static u64 side_of(u64 turn)
 {
     __asm__ volatile("" : "+r"(turn));
@@ -43,8 +45,8 @@ static u64 side_of(u64 turn)
 
 static struct fgpu_level *levels_of(struct fgpu_process *p, u64 side) { return &p->sides[side_of(side) * FGPU_LEVELS]; }
 
-/* Set a flag. Two threads may set flags at once, and none may be lost. LLVM 14 has this operation for 64 bits only: the
- * flags are the upper half of the word that begins with `level_count`. */
+/* Set a flag. Two threads may set flags at the same time, and none may be lost. LLVM 14 has this operation for 64 bits
+ * only, so it is applied to the word whose lower half is `level_count` and whose upper half is the flags. */
 static void note(struct fgpu_process *p, u64 flag) { __sync_fetch_and_or((u64 *)&p->level_count, flag << 32); }
 
 static struct fgpu_holding *on(struct fgpu_process *p, u64 device) { return &p->devices[slot(device)]; }
@@ -55,7 +57,7 @@ static void add_overhead(struct fgpu_process *p, u32 device, u64 bytes)
     __sync_fetch_and_add((u64 *)&on(p, device)->overhead, bytes);
 }
 
-/* Enter the cgroup of a level. The place of its page is looked up once, here. */
+/* Set the cgroup of a level. The index of its page is looked up once, here. */
 static void enter_level(struct fgpu_level *level, u64 cgroup)
 {
     struct fgpu_usage_page *page = cgroup ? page_of(cgroup) : 0;
@@ -63,8 +65,8 @@ static void enter_level(struct fgpu_level *level, u64 cgroup)
     level->cgroup = cgroup;
 }
 
-/* The pages of one side's levels, looked up once; 0: no longer managed. Loops over them are unrolled: the verifier
- * follows pointers on the stack only at places that it knows. */
+/* The pages of one side's levels, looked up once; 0: no longer managed. Loops over them are unrolled, because the
+ * verifier follows pointers on the stack only at known offsets. */
 struct held {
     struct fgpu_usage_page *page[FGPU_LEVELS];
     u64 side;
@@ -94,9 +96,9 @@ static int fits_without_orphans(struct fgpu_usage_page *page, u32 device, u64 by
     return orphaned <= used && used - orphaned + bytes <= limit;
 }
 
-/* Return whether some level refuses the bytes. All levels are read before any is charged, so that a request that never
- * fits disturbs no other one. Report behind the loop: code in the loop is compiled for every level. A patient request
- * that fits but for orphaned bytes is refused and not reported: the shim asks again. */
+/* Return whether a level refuses the bytes. All levels are read before any is charged, so that a request that never
+ * fits disturbs no other request. The report comes after the loop, because code in the loop is compiled for every
+ * level. A patient request that would fit without orphaned bytes is refused and not reported: the shim repeats it. */
 static int refused_by_a_level(struct held *h, u32 device, u64 bytes, u32 kind, u32 patient)
 {
     struct fgpu_usage_page *full = 0;
@@ -120,8 +122,9 @@ static int refused_by_a_level(struct held *h, u32 device, u64 bytes, u32 kind, u
     return 1;
 }
 
-/* Return whether the limit of some level does not count against the device yet, and ask the agent for that. Count it on
- * the program's own page: a program that said hello before a group had its limit has no page of the group. */
+/* Return whether the limit of a level does not count against the device yet, and request the agent's decision. The
+ * request is counted on the program's own page: a program that registered before a group had its limit has no page of
+ * the group. */
 static int is_uncommitted(struct held *h, u32 device, u64 bytes, u32 kind)
 {
     u64 flag = 1ULL << FGPU_UNCOMMITTED_SHIFT << slot(device);
@@ -141,8 +144,8 @@ static void refuse_entry(struct fgpu_usage_page *page, u32 device, u64 bytes, u3
     count(page->cgroup, device, kind, FGPU_REASON_ENTRIES);
 }
 
-/* Return whether the leaf or its owner has its part of a shared map already: one more allocation, of any size, would
- * have no entry. */
+/* Return whether the level or its owner has reached its bound in a shared map: then no allocation, of any size, can get
+ * an entry. */
 static int crowded(struct fgpu_usage_page *page, u32 device, u64 bytes, u32 kind)
 {
     if (!page || kind == FGPU_POOL || page->flags & FGPU_OBSERVE) return 0;
@@ -169,13 +172,14 @@ static int take_levels(struct held *h, u32 device, u64 bytes, int force)
     return verdict;
 }
 
-/* Each change of a process's numbers stands between these two: the agent does not correct a process that is in the
- * middle of one. */
+/* Each change of a process's numbers is between these two calls: the agent does not correct a process during a
+ * change. */
 static void begin(struct fgpu_process *p) { __sync_fetch_and_add(&p->begun, 1); }
 static void end(struct fgpu_process *p) { __sync_fetch_and_add(&p->changes, 1); }
 
-/* A thread is in a change from its admission to the end of the call that settles it: only the driver knows what of that
- * it has. By generation, since a process that has left its cgroups and comes back is another. */
+/* A thread is in a change from its admission to the end of the driver call that settles it: meanwhile only the driver
+ * knows how much is allocated. The generation is compared, because a process that has left its cgroups and returns has
+ * a new one. */
 static void busy(struct fgpu_process *p, struct fgpu_thread *t)
 {
     if (t->open == p->generation) return;
@@ -201,7 +205,7 @@ static int charge(struct fgpu_process *p, struct held *h, u32 device, u64 bytes,
     return verdict;
 }
 
-/* Take bytes from what one side has, and no more. Returns how many. */
+/* Subtract bytes from one side, at most as many as it has. Returns the number of subtracted bytes. */
 static u64 draw(struct fgpu_process *p, u64 side, u32 device, u64 bytes)
 {
     s64 *has = charged(p, side, device), was = __sync_fetch_and_add(has, -bytes);

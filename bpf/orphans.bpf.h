@@ -1,14 +1,14 @@
 /*
  * orphans.bpf.h: bytes that leave a process: released, or orphaned if the device may still hold them.
  *
- * The driver keeps memory as long as a descriptor refers to it: a descriptor of its own file, in a forked child or
- * unread in a socket's queue, or one of an export. So what a process held at its end, and what it exported and then
- * freed, stays charged to its levels, under the process's pid and generation, until the agent finds that the device
- * does not hold it.
+ * The driver keeps memory as long as a descriptor refers to it: a descriptor of the driver's own file, in a forked
+ * child or unread in a socket's queue, or a descriptor of an export. So the bytes that a process held at its exit, and
+ * those that it exported and then freed, stay charged to its levels. They are recorded under the process's pid and
+ * generation until the agent finds that the device does not hold them.
  */
 
-/* Subtract bytes from a process. Returns how many its current side had; the rest is on the other side, and the next
- * move settles it. */
+/* Subtract bytes from a process. Returns how many of them its current side had; the rest is on the other side, and the
+ * next move settles it. */
 static u64 take_from_process(struct fgpu_process *p, u32 device, u64 bytes)
 {
     subtract(&on(p, device)->bytes, bytes);
@@ -17,8 +17,8 @@ static u64 take_from_process(struct fgpu_process *p, u32 device, u64 bytes)
     return some;
 }
 
-/* Release bytes, one level after the other: with the pages of all levels at once, each there or not, the verifier would
- * follow sixteen ways. */
+/* Release bytes, one level after the other. If this function had the pages of all levels at once, each present or
+ * absent, the verifier would follow sixteen paths. */
 static void release(struct fgpu_process *p, u32 device, u64 bytes)
 {
     struct fgpu_level *levels = levels_of(p, *(volatile u64 *)&p->turn);
@@ -32,7 +32,7 @@ static void release(struct fgpu_process *p, u32 device, u64 bytes)
     }
 }
 
-/* Make an entry. Returns 0 if there is no room for it, in the level's part of the map or at all. */
+/* Create an entry. Returns 0 if the map, or the level's part of it, is full. */
 static struct fgpu_orphan *make_orphan(struct fgpu_process *p, struct fgpu_orphan_key *key)
 {
     struct fgpu_level *levels = levels_of(p, key->turn);
@@ -47,9 +47,9 @@ static struct fgpu_orphan *make_orphan(struct fgpu_process *p, struct fgpu_orpha
     return orphans.lookup(key);
 }
 
-/* Orphan bytes: write the entry first and the pages second. The agent reads the pages first, so it never takes an
- * entry's bytes for bytes that have no entry. Without an entry the bytes are orphaned all the same, and the agent knows
- * the level's sum alone. */
+/* Orphan bytes: write the entry first and the pages second. The agent reads in the opposite order, so it never counts
+ * an entry's bytes as bytes without an entry. If there is no room for an entry, the bytes are orphaned too, and the
+ * agent knows only the level's sum. */
 static void orphan(struct fgpu_process *p, u32 tgid, u64 turn, u32 device, u64 bytes, int ended)
 {
     struct fgpu_orphan_key key = {.tgid = tgid, .device = device, .generation = p->generation, .turn = turn};
@@ -74,7 +74,7 @@ static void orphan(struct fgpu_process *p, u32 tgid, u64 turn, u32 device, u64 b
     tell_of_orphans(page_at(&levels[0]), device, bytes);
 }
 
-/* Orphan bytes of a process that lives. */
+/* Orphan bytes of a process that is alive. */
 static void orphan_part(struct fgpu_process *p, u32 tgid, u32 device, u64 bytes)
 {
     device &= DEVICE_MASK;
@@ -83,8 +83,8 @@ static void orphan_part(struct fgpu_process *p, u32 tgid, u32 device, u64 bytes)
     if (some) orphan(p, tgid, turn, device, some, 0);
 }
 
-/* Count managed memory that is freed. It may have been on the device, and NVML names no process for it: by this count
- * the agent knows how much less of the device managed memory may explain. */
+/* Count managed memory that is freed. It may have been on the device, and NVML reports no process for it. From this
+ * count the agent computes how much of the device's memory managed memory can still account for. */
 static void free_managed(struct fgpu_process *p, u32 device, u64 bytes)
 {
     u32 at = device & DEVICE_MASK;
@@ -92,8 +92,8 @@ static void free_managed(struct fgpu_process *p, u32 device, u64 bytes)
     if (n && bytes) __sync_fetch_and_add(n, bytes);
 }
 
-/* Orphan what one side has. This may run twice: what the second run finds, another program has added after the
- * first. */
+/* Orphan the bytes of one side. This may run twice: the second run then finds bytes that another program has added
+ * after the first. */
 static void orphan_side(struct fgpu_process *p, u32 tgid, u64 turn)
 {
     for (u32 d = 0; d < FGPU_DEVICES; d++) {
@@ -110,9 +110,9 @@ static void orphan_all(struct fgpu_process *p, u32 tgid)
     if (turn) orphan_side(p, tgid, turn - 1);
 }
 
-/* The device does not hold so many of these bytes any more: release them. Never release more than the level has
- * orphaned: its page may be another one, made since. An entry without bytes stays while its process may add to it; the
- * agent deletes it by a call with 0 bytes. */
+/* Release orphaned bytes that the device does not hold any more, at most as many as the level has orphaned: its page
+ * may be a new one, created since. An entry with 0 bytes stays while its process may add to it; the agent deletes it by
+ * a call with 0 bytes. */
 static int let_go(struct fgpu_orphan_key *key, u64 bytes)
 {
     struct fgpu_orphan *known = orphans.lookup(key);

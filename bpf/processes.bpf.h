@@ -1,7 +1,7 @@
-/* processes.bpf.h: the entry of a process, and those of its threads. */
+/* processes.bpf.h: the entry of a process, and the entries of its threads. */
 
-/* Find the managed cgroups of the current task, leaf first. If there are more than fit, the innermost are left out: a
- * user that may make cgroups inside a group must not push the group out. */
+/* Find the managed cgroups of the current task, innermost first. If there are more than fit, the innermost are left
+ * out: a user that may create cgroups inside a group must not be able to displace the group. */
 static u32 find_levels(u64 *levels)
 {
     u32 n = 0;
@@ -16,8 +16,7 @@ static u32 find_levels(u64 *levels)
     return n;
 }
 
-/* Return the address space of the current task, by the kernel's address of it; 0: this kernel does not say where it
- * is. */
+/* Return the address space of the current task, as its address in the kernel; 0: this kernel does not report it. */
 static u64 current_space(void)
 {
     u64 space = 0;
@@ -49,8 +48,8 @@ static void name_process(struct fgpu_process *p, u64 *levels, u32 n)
     __sync_fetch_and_add(&p->state, 1); /* claimed -> ready; orders the stores before it */
 }
 
-/* Make and name an entry. `force`: even if its leaf and its owner have all of their part of the map. Returns 0 if there
- * is no room, or if another thread is naming it; then `*found` is 1. */
+/* Create an entry and set its identity. `force`: even if its level and its owner have reached their bounds. Returns 0
+ * if there is no room, or if another thread is creating it; then `*found` is 1. */
 static struct fgpu_process *make_process(u32 tgid, u64 *levels, u32 n, int force, int *found)
 {
     struct fgpu_process *p, *blank;
@@ -74,16 +73,16 @@ static struct fgpu_process *make_process(u32 tgid, u64 *levels, u32 n, int force
     return p;
 }
 
-/* Charge this process for all that happens in its address space, from now on. */
+/* From now on, charge this process for all calls in its address space. */
 static void claim_space(struct fgpu_process *p, u32 tgid, u64 space)
 {
     if (!space || spaces.update(&space, &tgid)) return;
     p->space = space;
 }
 
-/* Find the process that lends its address space. A process that was made by vfork, or by clone with CLONE_VM, works in
- * the address space of another one, and takes memory for that one. So that one is charged, and its entry returned.
- * `*tgid` becomes its pid. */
+/* Find the process whose address space this process uses. A process that was created by vfork, or by clone with
+ * CLONE_VM, runs in the address space of another process and allocates memory for it. So that other process is charged,
+ * and its entry is returned. `*tgid` becomes its pid. */
 static struct fgpu_process *lender(u32 *tgid, u64 space)
 {
     u32 *owner = space ? spaces.lookup(&space) : 0, borrower = *tgid;
@@ -96,7 +95,7 @@ static struct fgpu_process *lender(u32 *tgid, u64 space)
     return p;
 }
 
-/* Return the entry that a process is charged to, if there is one; `*tgid` becomes the pid that the entry has. */
+/* Return the entry that a process is charged to, if there is one; `*tgid` becomes the pid of that entry. */
 static struct fgpu_process *owner_of(u32 *tgid)
 {
     struct fgpu_process *p = processes.lookup(tgid);
@@ -106,10 +105,10 @@ static struct fgpu_process *owner_of(u32 *tgid)
     return processes.lookup(tgid);
 }
 
-/* Return the entry that the current process is charged to; make it if the process is managed and has none. Returns 0 if
- * the process is unmanaged, or if there is no room for the entry, in its level's part or at all: then `h` has its
- * pages. If several threads do this at once, the one that names the entry keeps its place. `*tgid` becomes the pid that
- * the entry has. */
+/* Return the entry that the current process is charged to. Create it if the process is managed and has none. Returns 0
+ * if the process is unmanaged, or if there is no room for the entry in the map or in its level's part; in the second
+ * case `h` has its pages. If several threads do this at the same time, one of them creates the entry and counts it.
+ * `*tgid` becomes the pid of that entry. */
 static struct fgpu_process *own_process(u32 *tgid, struct held *h)
 {
     struct fgpu_process *p = processes.lookup(tgid);
@@ -137,9 +136,9 @@ static struct fgpu_process *own_process(u32 *tgid, struct held *h)
     return p;
 }
 
-#define NO_MORE (-1LL << 62) /* stays below 0 however many threads add to it */
+#define NO_MORE (-1LL << 62) /* stays below 0, however many threads add to it */
 
-/* Count a thread in its process's part of the map. Returns 0 if none is left, or the process is gone. */
+/* Count a thread in its process's part of the map. Returns 0 if the part is used up, or the process has exited. */
 static int count_thread(struct fgpu_process *p)
 {
     if (__sync_fetch_and_add((u64 *)&p->threads, 1) >> 63) return 0;
@@ -153,12 +152,12 @@ static void uncount_thread(struct fgpu_process *p)
     if (one_less((u64 *)&p->threads) >= 0) give_place(&p->counted, FGPU_THREADS);
 }
 
-/* Return whether a thread belongs to this life of the process: a process that has left its cgroups and comes back is
- * another. */
+/* Return whether a thread belongs to this generation of the process: a process that has left its cgroups and returns
+ * has a new generation. */
 static int belongs(struct fgpu_process *p, struct fgpu_thread *t) { return (t->open & ~IDLE) == p->generation; }
 
-/* Return the entry of the current thread; make it if it has none in this life of its process. Returns 0 if there is no
- * room for it, in its level's part or at all. */
+/* Return the entry of the current thread. Create it if the thread has none in this generation of its process. Returns 0
+ * if there is no room for it in the map or in its level's part. */
 static struct fgpu_thread *own_thread(struct fgpu_process *p, u64 id)
 {
     struct fgpu_thread *t = threads.lookup(&id);
@@ -173,8 +172,8 @@ static struct fgpu_thread *own_thread(struct fgpu_process *p, u64 id)
     return 0;
 }
 
-/* Delete the entry of a process. If the process has only left its cgroups, its threads live on and belong to no process
- * then. */
+/* Delete the entry of a process. If the process has only left its cgroups, its threads continue, and have no entry of a
+ * process from then on. */
 static void delete_process(u32 tgid, struct fgpu_process *p)
 {
     struct fgpu_level level = p->counted;

@@ -1,6 +1,6 @@
-/* settle.bpf.h: how a driver call ended: what it allocated is entered, and what it freed is released. */
+/* settle.bpf.h: the result of a driver call: what the call allocated is recorded, and what it freed is released. */
 
-/* What a call that succeeded has done: bytes freed on its device, bytes that it released and that the device may still
+/* What a successful call has done: bytes freed on its device, bytes that it released and that the device may still
  * hold, and whether there is a new handle. */
 struct outcome {
     u64 freed, orphaned;
@@ -18,8 +18,8 @@ static void lower_parts(struct fgpu_process *p, u32 device, u64 bytes, int handl
     if (exported) subtract(handle ? &has->exported_vmm : &has->exported, bytes);
 }
 
-/* Count a charge whose end was not seen as overhead, which NVML corrects, but for the bytes that its entry keeps.
- * Orphan it if other processes may have it open. */
+/* Add a charge to the overhead, which NVML corrects, because its end was not seen; except the bytes that its entry
+ * keeps. Orphan it if other processes may have it open. */
 static void leave_stale(struct fgpu_process *p, u32 tgid, struct fgpu_allocation *old, u64 kept)
 {
     lower_parts(p, old->device, old->exported ? old->bytes : 0, 0, 0, old->exported);
@@ -29,17 +29,18 @@ static void leave_stale(struct fgpu_process *p, u32 tgid, struct fgpu_allocation
         add_overhead(p, old->device, old->bytes - kept);
 }
 
-/* Return the bytes that are freed by a name that two charges have: the smaller, whichever of the two the driver frees,
- * if both are on one device and not open elsewhere. */
+/* Return the bytes that a free of this key frees if there are two charges under the key: the smaller number, since
+ * either of the two may be freed. 0 if they are on different devices, or one may be open in another process. */
 static u64 least_of(struct fgpu_allocation *old, struct fgpu_allocation *new)
 {
     if (old->exported || old->device != new->device) return 0;
     return new->bytes < old->bytes ? new->bytes : old->bytes;
 }
 
-/* Keep one of two charges of one name: a free was not seen, or the name that a call returned is a lie. A tenant gains
- * nothing by such a lie: nothing is released here, and no free by this name releases more than the driver frees. The
- * rest has no entry: managed memory and handles stay charged until the process ends; NVML corrects all else. */
+/* Keep one of two charges under one key. Either a free was not seen, or the key that a call returned is forged. A
+ * tenant gains nothing by forging it: nothing is released here, and no free of this key releases more than the driver
+ * frees. The rest has no entry: managed memory and handles stay charged until the process exits; NVML corrects all
+ * other memory. */
 static void keep_one(struct fgpu_process *p, struct fgpu_allocation_key *key, struct fgpu_allocation *old,
                      struct fgpu_allocation *new)
 {
@@ -55,7 +56,8 @@ static void keep_one(struct fgpu_process *p, struct fgpu_allocation_key *key, st
     allocations.update(key, new);
 }
 
-/* Enter a new handle. An older charge of the same name went with its context, or is in doubt. */
+/* Record a new handle. If there is an older charge under its key, that memory was freed with its context, or it is not
+ * known which of the two charges is right. */
 static void keep(struct fgpu_process *p, struct fgpu_allocation_key *key, u64 bytes, u32 device, u64 owner)
 {
     struct fgpu_allocation value = {
@@ -79,8 +81,8 @@ static void tally_witnessed(struct fgpu_process *p, u32 device, u64 bytes)
     if (page) __sync_fetch_and_add(&page->tallies[slot(device)].witnessed, bytes);
 }
 
-/* The last context of a device has ended, with what lived in the device's contexts. Handles and pools outlive it, and
- * so does what other processes may have open. */
+/* The last context of a device was destroyed, with all memory of the device's contexts. Handles and pools remain, and
+ * so does memory that other processes may have open. */
 static u64 end_last_context(struct fgpu_process *p, u32 device, struct outcome *out)
 {
     struct fgpu_holding *has = on(p, device);
@@ -97,7 +99,8 @@ static u64 end_last_context(struct fgpu_process *p, u32 device, struct outcome *
     return bytes - open;
 }
 
-/* A context has ended. If it is not the last, its own bytes go at once; NVML tells how much was in it. */
+/* A context was destroyed. If it is not the last, its own bytes are released at once; NVML shows how much memory was
+ * allocated in it. */
 static u64 end_context(struct fgpu_process *p, u32 device, struct outcome *out)
 {
     device &= DEVICE_MASK;
@@ -120,7 +123,7 @@ static u64 end_primary(struct fgpu_process *p, u32 device, struct outcome *out)
     return end_context(p, device, out);
 }
 
-/* A context was made. Its bytes are overhead: NVML corrects them. */
+/* A context was created. Its bytes are overhead: NVML corrects them. */
 static void begin_context(struct fgpu_process *p, struct fgpu_call *f)
 {
     u32 device = f->device & DEVICE_MASK;
@@ -129,9 +132,9 @@ static void begin_context(struct fgpu_process *p, struct fgpu_call *f)
     p->last_device = device;
 }
 
-/* The primary context was retained. The first reference makes the context. Otherwise another thread was first, or the
- * context was there: then what was admitted goes. The reference itself was counted before the driver did: a thread that
- * releases meanwhile must not take its own for the last. */
+/* The primary context was retained. The first reference creates the context. Otherwise another thread was first, or the
+ * context existed already: then the admitted bytes are released. The reference itself was counted before the driver
+ * counted it: otherwise a thread that releases its reference in between would treat it as the last one. */
 static u64 retained(struct fgpu_process *p, struct fgpu_call *f)
 {
     u32 device = f->device & DEVICE_MASK;
@@ -140,7 +143,8 @@ static u64 retained(struct fgpu_process *p, struct fgpu_call *f)
     return 0;
 }
 
-/* A mapping was made. It refers to its handle; `key` names the handle and is made to name the mapping. */
+/* A mapping was created. It refers to its handle. On entry `key` is the key of the handle; this function changes it
+ * into the key of the mapping. */
 static void mapped(struct fgpu_process *p, struct fgpu_call *f, struct fgpu_allocation_key *key)
 {
     key->space = FGPU_SPACE_HANDLE;
@@ -155,7 +159,8 @@ static void mapped(struct fgpu_process *p, struct fgpu_call *f, struct fgpu_allo
     enter_allocation(key, &value, levels_of(p, p->turn));
 }
 
-/* Drop one reference to a handle on the call's device. The last one frees the memory, if it is not open elsewhere. */
+/* Drop one reference to a handle on the call's device. The last reference frees the memory, unless another process may
+ * have it open. */
 static void drop_reference(struct fgpu_process *p, struct fgpu_call *f, struct fgpu_allocation_key *key,
                            struct outcome *out)
 {
@@ -171,9 +176,9 @@ static void drop_reference(struct fgpu_process *p, struct fgpu_call *f, struct f
         out->freed += bytes;
 }
 
-/* A range (pointer, bytes) was unmapped: it may cover several mappings, one after the other. The range that is left
- * afterwards, or that is on another device, stands in the call's arguments. The loop only adds up what it frees: the
- * verifier follows each of its turns. */
+/* A range (pointer, bytes) was unmapped. It may cover several mappings, one after the other. A range that is left over,
+ * or that is on another device, is stored in the call's arguments. The loop only sums up the freed bytes: the verifier
+ * follows each iteration. */
 static u64 unmapped(struct fgpu_process *p, struct fgpu_call *f, struct fgpu_allocation_key *key, struct outcome *out)
 {
     u64 at = f->arguments[0], end = at + f->arguments[1];
@@ -206,7 +211,7 @@ static u64 device_of_ordinal(struct fgpu_process *p, struct fgpu_allocation_key 
     return (a ? a->device : ordinal) & DEVICE_MASK;
 }
 
-/* Return the handle that the call gave: its first argument points to it. */
+/* Return the handle that the call returned: its first argument points to it. */
 static u64 given(struct fgpu_call *f)
 {
     u64 handle = 0;
@@ -240,8 +245,8 @@ static void context_made(struct fgpu_process *p, struct fgpu_call *f, struct fgp
     out->new = 1;
 }
 
-/* Return bytes that are known only now: of a pitched allocation; of a context that was not asked about. Otherwise those
- * that did not fit when the call began, if there were any. */
+/* Return bytes that are known only after the call: of a pitched allocation, or of a context without an admission.
+ * Otherwise return the bytes that did not fit when the call began, if there are any. */
 static u64 late_bytes(struct fgpu_process *p, struct fgpu_call *f)
 {
     u64 pitch = 0, *known;
@@ -272,8 +277,8 @@ static u64 freed(struct fgpu_process *p, struct fgpu_call *f, u64 *orphaned, int
     return 0;
 }
 
-/* Note that another process may open what `space` and `handle` name. A pointer into the middle of an allocation has no
- * entry. */
+/* Record that another process may open the memory of `space` and `handle`. A pointer into the middle of an allocation
+ * has no entry. */
 static void exported(struct fgpu_process *p, struct fgpu_allocation_key *key, u32 space, u64 handle)
 {
     key->space = space;
@@ -289,14 +294,14 @@ static void exported(struct fgpu_process *p, struct fgpu_allocation_key *key, u3
     __sync_fetch_and_add(sum, a->bytes);
 }
 
-/* A library that the tenant brought has dropped a reference, which may still exist and keep memory that a trusted
- * library seems to free. So nothing of this process counts as freed from now on. */
+/* A library that the tenant brought reports that it dropped a reference. The reference may still exist, and keep memory
+ * that a trusted library appears to free. So from now on no memory of this process counts as freed. */
 static void distrust(struct fgpu_process *p, u64 function)
 {
     if (function == FGPU_FUNCTION_UNMAP || function == FGPU_FUNCTION_RELEASE) note(p, FGPU_SEEN_EXPORT);
 }
 
-/* Settle a call that succeeded. Returns the bytes that it freed. `key` has the process's name. */
+/* Settle a successful call. Returns the bytes that it freed. `key` has the process's pid and generation. */
 static u64 settle(struct fgpu_process *p, struct fgpu_call *f, struct fgpu_allocation_key *key, struct outcome *out,
                   int trusted)
 {

@@ -1,4 +1,5 @@
-/* witness.bpf.h: what a driver call takes, as far as it is known when the call begins, and what it is about to free. */
+/* witness.bpf.h: how much memory a driver call allocates, as far as its arguments show it, and which memory it is about
+ * to free. */
 
 static int takes(u64 function)
 {
@@ -8,7 +9,7 @@ static int takes(u64 function)
 
 static int frees(u64 function) { return function >= FGPU_FUNCTION_FREE && function <= FGPU_FUNCTION_DESTROY; }
 
-/* Return whether a library is believed. A library that the tenant brought may lie about memory that it frees. */
+/* Return whether a library is trusted. A library that the tenant brought may report frees that did not happen. */
 static int is_trusted(u64 cookie) { return cookie >> FGPU_CLASS_SHIFT != FGPU_CLASS_UNKNOWN; }
 
 static u32 space_of(u64 function)
@@ -19,7 +20,7 @@ static u32 space_of(u64 function)
                                                      : FGPU_SPACE_POINTER;
 }
 
-/* Enter the allocation again that a call was about to free. */
+/* Restore the entry of an allocation that a call was about to free. */
 static void enter_again(struct fgpu_process *p, u32 tgid, struct fgpu_call *f)
 {
     if (!f->references) return;
@@ -38,7 +39,7 @@ static void enter_again(struct fgpu_process *p, u32 tgid, struct fgpu_call *f)
         enter_allocation(&key, &value, levels_of(p, p->turn));
 }
 
-/* A call failed: release what it was charged, and enter what it took again. */
+/* A call failed: release the bytes that it was charged, or restore the entry that it removed. */
 static void put_back(struct fgpu_process *p, u32 tgid, struct fgpu_call *f)
 {
     if (frees(f->function)) {
@@ -62,10 +63,11 @@ static void hold_handle(struct fgpu_process *p, u32 tgid, u64 handle)
     if (a) __sync_fetch_and_add(&a->references, 1);
 }
 
-/* The end of a call is not seen (its thread has ended, or has left it by longjmp or for another call): the driver may
- * have done it. Its bytes stay charged: as managed memory or a handle, of which NVML may say nothing, until the process
- * ends; else as overhead, which NVML corrects. A context that it may have made keeps another one from being the last, a
- * mapping keeps its handle, and an export keeps what is freed later. */
+/* The return of a call was not seen: its thread has exited, or has left the call by longjmp or for another call. The
+ * driver may have completed it. So its bytes stay charged. Managed memory and handles, which NVML may not show, stay
+ * charged until the process exits; other memory becomes overhead, which NVML corrects. If the call may have created a
+ * context, another context does not count as the last. A mapping keeps its handle. After an export, memory that is
+ * freed later counts as possibly open elsewhere. */
 static void give_up(struct fgpu_process *p, u32 tgid, struct fgpu_call *f)
 {
     switch (f->function) {
@@ -106,16 +108,16 @@ static void give_up(struct fgpu_process *p, u32 tgid, struct fgpu_call *f)
     add_overhead(p, f->device, f->bytes);
 }
 
-/* Return whether a call ends an allocation. NVML says nothing of managed memory, and all of it depends on which context
- * is the last. So a library that is not trusted ends neither: they stay charged until the process ends, or another
- * library ends them. */
+/* Return whether a call ends an allocation. NVML does not show managed memory, and whether its charge is released
+ * depends on which context is the last. So a library that is not trusted can end neither managed memory nor a context:
+ * both stay charged until the process exits, or a trusted library ends them. */
 static int is_ended(u64 function, struct fgpu_allocation *a, int trusted)
 {
     return trusted || (function != FGPU_FUNCTION_DESTROY && !(function == FGPU_FUNCTION_FREE && a->owner));
 }
 
-/* Take one reference of the allocation into the call. The last reference takes the entry, before the driver can hand
- * the same pointer to another thread. */
+/* Move one reference of the allocation into the call. The last reference removes the entry, before the driver can
+ * return the same pointer to another thread. */
 static void take_entry(struct fgpu_process *p, u32 tgid, struct fgpu_call *f, int trusted)
 {
     struct fgpu_allocation_key key = {
@@ -132,8 +134,8 @@ static void take_entry(struct fgpu_process *p, u32 tgid, struct fgpu_call *f, in
         return;
     }
     if (a->era != on(p, a->device)->era && f->function != FGPU_FUNCTION_RELEASE) {
-        f->bytes = 0;                                                /* went with its context */
-        if (f->function != FGPU_FUNCTION_DESTROY) f->references = 0; /* and does not come back if the free fails */
+        f->bytes = 0;                                                /* was freed with its context */
+        if (f->function != FGPU_FUNCTION_DESTROY) f->references = 0; /* not restored if the free fails */
     }
     delete_allocation(&key, a);
 }
@@ -158,7 +160,8 @@ static int kills(struct fgpu_usage_page *page)
     return page && page->flags & FGPU_KILL && !(page->flags & FGPU_OBSERVE);
 }
 
-/* Return a level that has no room for so many more bytes, a level that kills before any other; 0: they fit. */
+/* Return a level in which these additional bytes do not fit, preferably a level under `onBypass: kill`; 0: they fit in
+ * all. */
 static struct fgpu_usage_page *exceeded(struct held *h, u32 device, u64 bytes)
 {
     struct fgpu_usage_page *full = 0;
@@ -170,8 +173,8 @@ static struct fgpu_usage_page *exceeded(struct held *h, u32 device, u64 bytes)
     return full;
 }
 
-/* Under onBypass: kill, a call that was not asked about and that would exceed the limit kills its process before the
- * driver runs. */
+/* Under onBypass: kill, a call without an admission that would exceed the limit: kill its process before the driver
+ * runs. */
 static void kill_caller(struct fgpu_usage_page *full, struct fgpu_call *f, u64 bytes)
 {
     __sync_fetch_and_add(&full->devices[slot(f->device)].refused, 1);
@@ -213,8 +216,8 @@ static u64 element_bytes(u32 format)
     return 4; /* 32 bits; compressed and planar formats take no more than this */
 }
 
-/* Return an extent at a level, at least 1. Without a branch, since it stands in a loop: the verifier would follow each
- * level both ways. */
+/* Return an extent at a mipmap level, at least 1. There is no branch, because this is called in a loop: the verifier
+ * would follow both ways at each level. */
 static u64 extent(u64 n, u32 level)
 {
     n >>= level & 31;
@@ -233,8 +236,8 @@ static u64 below(u64 i, u64 n)
 
 static u64 at_most(u64 n) { return n > MOST_EXTENT ? MOST_EXTENT : n; }
 
-/* Return at least how many bytes an array takes, for a call that was not asked about. The driver pads; NVML tells by
- * how much. */
+/* Return the minimum size of an array, for a call without an admission. The driver adds padding, which only NVML
+ * shows. */
 static u64 shape_bytes(u64 function, void *descriptor, u32 levels, u64 any)
 {
     struct shape s = {.depth = 1};
@@ -250,12 +253,12 @@ static u64 shape_bytes(u64 function, void *descriptor, u32 levels, u64 any)
     element = forget(element_bytes(s.format) * (s.channels & 7), any);
     u64 width = forget(at_most(s.width), any), height = forget(at_most(s.height), any);
     u64 depth = forget(at_most(s.depth), any), count = forget(levels, any);
-    for (u32 i = 0; i < 18; i++) /* no exit before the end, for the same reason: Linux 6.1 follows each */
+    for (u32 i = 0; i < 18; i++) /* the loop always runs to its end: Linux 6.1's verifier follows each exit */
         bytes += extent(width, i) * extent(height, i) * extent(depth, i) * element & below(i, count);
     return bytes;
 }
 
-/* CUmemAllocationProp: the location's type stands at byte 8, its id at 12; 1 is a device. */
+/* CUmemAllocationProp: the location's type is at byte 8, its id at 12; type 1 is a device. */
 static u64 create_bytes(struct fgpu_call *f, void *prop)
 {
     u32 location[2] = {};
@@ -270,11 +273,11 @@ static u64 pitch_bytes(u64 pitch, u64 height)
     return pitch < FGPU_MOST_BYTES && height < MOST_HEIGHT ? pitch * height : pitch;
 }
 
-/* Return what the driver is asked for, as far as its arguments say, and find on which device: CUDA's ordinal, which an
- * admission replaces by the ledger's index. `any` is for forget(). */
+/* Return the size that the call requests, as far as its arguments show it, and find the device: CUDA's ordinal, which
+ * an admission replaces by the ledger's index. `any` is for forget(). */
 static u64 asked_bytes(struct pt_regs *ctx, struct fgpu_call *f, u64 any)
 {
-    f->device = FGPU_DEVICES; /* not known: the process's last */
+    f->device = FGPU_DEVICES; /* not known: the last device of the process is used */
     switch (f->function) {
     case FGPU_FUNCTION_ALLOC:
     case FGPU_FUNCTION_ALLOC_MANAGED:

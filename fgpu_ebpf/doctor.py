@@ -87,7 +87,7 @@ def _kernel() -> Check:
 
 
 def _pid_namespace() -> Check:
-    """Check the pid namespace. The BPF programs see host pids: elsewhere every process would be taken for ended."""
+    """Check the pid namespace. The BPF programs see host pids: elsewhere every process would appear to have exited."""
     if has_host_pids():
         return Check("pid namespace", True, "the host's")
     fix = "run the agent in the host's pid namespace (hostPID: true, --pid=host); tenants need none of that"
@@ -98,7 +98,7 @@ def _uprobes() -> Check:
     if os.path.exists("/sys/bus/event_source/devices/uprobe/type"):
         return Check("uprobes", True, "uprobe PMU")
     return Check(
-        "uprobes", False, "the kernel has no uprobe PMU", "a kernel with CONFIG_UPROBE_EVENTS=y, and sysfs at /sys"
+        "uprobes", False, "the kernel has no uprobe PMU", "use a kernel with CONFIG_UPROBE_EVENTS=y, and sysfs at /sys"
     )
 
 
@@ -110,7 +110,7 @@ def _ptrace() -> Check:
         scope = 0
     if scope < NO_PTRACE:
         return Check("ptrace", True, "memory of processes can be read")
-    fix = "kernel.yama.ptrace_scope=2 in sysctl.d, or less, and a reboot"
+    fix = "set kernel.yama.ptrace_scope to 2 or less in /etc/sysctl.d, and reboot"
     return Check("ptrace", False, f"kernel.yama.ptrace_scope={scope} lets no process read another's memory", fix)
 
 

@@ -1,6 +1,6 @@
 """The state of the host at one moment: all that status, metrics and pages show, as frozen data classes.
 
-`agent.snapshot_builder` builds it; `api` and `cli` use it. Units stand in the names; None is a number that was not
+`agent.snapshot_builder` builds it; `api` and `cli` use it. Names contain the units; None is a number that was not
 measured.
 """
 
@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-RELEASED = "released devices"  # the name of the finding that the agent has let go of the devices
+RELEASED = "released devices"  # the name of the finding that the agent has released the devices
 
 
 @dataclass(frozen=True, slots=True)
@@ -339,4 +339,4 @@ def no_limit(snapshot: Mapping[str, Any]) -> str:
     if released := snapshot.get("lacks", {}).get(RELEASED):
         return f"Released devices: {released[0]}"
     incomplete = snapshot.get("incomplete")  # an agent of an older version does not say so
-    return f"Not all is in force: {incomplete}" if incomplete else ""
+    return f"Not everything is in force: {incomplete}" if incomplete else ""

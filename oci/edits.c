@@ -1,8 +1,8 @@
 /*
- * edits.c: the mounts that a container needs, put into an OCI configuration. Owns lists that join an image's own
- * preloads with ours: in the container's bundle, or in RUN/preload.d where the caller knows no bundle. Never changes a
- * byte of the configuration that is not its own; never takes away a mount that it did not add. On failure:
- * said, and no configuration.
+ * edits.c: adds the mounts that a container needs to an OCI configuration. Owns lists that join an image's own preloads
+ * with the host's: in the container's bundle, or in RUN/preload.d if the caller knows no bundle. Never changes another
+ * byte of the configuration, and never removes a mount that it did not add. After a failure it has reported the reason,
+ * and returns no configuration.
  */
 #define _GNU_SOURCE
 #include <dirent.h>
@@ -24,10 +24,10 @@
 #include "reasons.h"
 
 #define PRELOAD "/etc/ld.so.preload"
-#define NIX_PRELOAD "/etc/ld-nix.so.preload" /* what the loader of programs that Nix built reads instead */
+#define NIX_PRELOAD "/etc/ld-nix.so.preload" /* read instead by the loader of programs that Nix built */
 #define FILE_NAME "libfgpu.so"
 #define MOST_OF_A_LIST (64 << 10)
-#define MOST_LISTS 256 /* images bring them: no host has that many kinds */
+#define MOST_LISTS 256 /* one for each different list of an image: more than any host has */
 #define LABEL "security.selinux"
 
 /* -- files */
@@ -47,7 +47,7 @@ static char *drain(int fd, size_t most)
         if (got < 0) break;
         length += (size_t)got;
         if (length > most || (got && memchr(text + length - got, 0, (size_t)got))) {
-            errno = EFBIG; /* too long, or no text */
+            errno = EFBIG; /* too long, or not text */
             break;
         }
         if (got) continue;
@@ -94,7 +94,7 @@ int file_write(const char *path, const char *text)
     return 0;
 }
 
-/* -- what the agent says */
+/* -- the setup that the agent has written */
 
 int setup_read(struct setup *setup, const char *run)
 {
@@ -120,8 +120,8 @@ int setup_read(struct setup *setup, const char *run)
 
 /* -- an image's own preloads */
 
-/* Symlinks of the image mean what they mean inside of it. What is no file is not opened: that alone may do something,
- * as to a watchdog, and an image brings the device nodes that it likes. */
+/* Symlinks of the image are resolved inside its root. Only a regular file is opened: opening a device node can have an
+ * effect (a watchdog, for example), and an image can contain any device node. */
 static char *own_list(const char *root, const char *place)
 {
     struct open_how how = {.flags = O_PATH | O_CLOEXEC, .resolve = RESOLVE_IN_ROOT};
@@ -139,7 +139,7 @@ static char *own_list(const char *root, const char *place)
     return text;
 }
 
-/* The image's list without a shim of its own, then ours. NULL: the image adds nothing. */
+/* Return the image's list without a shim of its own, followed by the host's list. NULL: the image adds nothing. */
 static char *joined(const char *own, const char *shim)
 {
     char *text = malloc(strlen(own) + strlen(shim) + 3), *to = text;
@@ -171,7 +171,7 @@ static int is_plain(const char *path)
     return 1;
 }
 
-/* A bundle is one container's alone, and is removed with it. */
+/* A bundle belongs to one container, and is removed with it. */
 static int keep_in_bundle(const struct setup *setup, const char *bundle, const char *place, const char *text,
                           char *path, size_t size)
 {
@@ -180,13 +180,13 @@ static int keep_in_bundle(const struct setup *setup, const char *bundle, const c
     free(folder);
     if (length < 0) return -1;
     if ((size_t)length >= size || !is_plain(path)) {
-        errno = ENAMETOOLONG; /* or has characters that no configuration could carry as they are */
+        errno = ENAMETOOLONG; /* or it has characters that would need escapes in the configuration */
         return -1;
     }
     if (file_write(path, text)) return -1;
     ssize_t labelled = lgetxattr(setup->preload, LABEL, label, sizeof label);
     if (labelled > 0)
-        lsetxattr(path, LABEL, label, (size_t)labelled, 0); /* with the folder's, no container may read it */
+        lsetxattr(path, LABEL, label, (size_t)labelled, 0); /* with the folder's label, no container could read it */
     return 0;
 }
 
@@ -195,7 +195,7 @@ static int is_before(const struct timespec *one, const struct timespec *other)
     return one->tv_sec < other->tv_sec || (one->tv_sec == other->tv_sec && one->tv_nsec < other->tv_nsec);
 }
 
-/* 0: there is a place for one more list, if need be that of the list that was asked for longest ago. */
+/* Return 0 if there is room for one more list. If the folder is full, the list with the oldest use is removed. */
 static int make_place(const char *folder)
 {
     char oldest[NAME_MAX + 1] = "";
@@ -214,7 +214,8 @@ static int make_place(const char *folder)
     return failed;
 }
 
-/* Where no bundle is known. Named by what is in it: one file for all containers of all images that have the same. */
+/* For callers without a bundle. The file is named by a hash of its contents: one file for all containers with the same
+ * list. */
 static int keep_shared(const struct setup *setup, const char *text, char *path, size_t size)
 {
     uint64_t hash = 0xcbf29ce484222325ULL;
@@ -228,7 +229,7 @@ static int keep_shared(const struct setup *setup, const char *text, char *path, 
     errno = before ? EEXIST : EDQUOT;
     int taken = before && !same;
     free(before);
-    if (same) utimensat(AT_FDCWD, path, NULL, 0); /* the agent removes those that were asked for long ago */
+    if (same) utimensat(AT_FDCWD, path, NULL, 0); /* the agent removes lists that were not used for a long time */
     if (same || taken) return same ? 0 : -1;
     if (!make_place(folder)) return file_write(path, text);
     errno = EDQUOT;
@@ -250,7 +251,7 @@ static int list_for(const struct setup *setup, const char *bundle, const char *r
 
 /* -- the configuration */
 
-/* 1: something is mounted there already. A second mount over it would hide what the user asked for. */
+/* Return 1 if the configuration has a mount there already. A second mount over it would hide the user's own mount. */
 static int is_mounted(const char *mounts, const char *destination)
 {
     for (const char *item = mounts ? json_next(mounts, NULL) : NULL; item; item = json_next(mounts, item)) {
@@ -282,7 +283,7 @@ static char *spliced(const char *config, const char *at, const char *before, con
     return length < 0 ? NULL : text;
 }
 
-/* At the end of the mounts: what an engine mounts over /run or /etc comes before. */
+/* Append to the mounts: a mount of the engine over /run or /etc is applied before these. */
 static char *with_mounts(const char *config, const char *mounts, const char *entries)
 {
     const char *comma = entries + 1; /* each begins with one */
@@ -312,7 +313,8 @@ char *edits_apply(const struct setup *setup, const char *config, const char *bun
     mount_entry(&to, mounts, setup->shim, setup->shim, "");
     mount_entry(&to, mounts, setup->socket, "/run/fgpu/shim", ",\"noexec\"");
     mount_entry(&to, mounts, list, PRELOAD, ",\"noexec\"");
-    mount_entry(&to, mounts, setup->socket, "/var/lib/fgpu/run", ",\"noexec\""); /* stays where an init hides /run */
+    mount_entry(&to, mounts, setup->socket, "/var/lib/fgpu/run", ",\"noexec\""); /* still visible if an init mounts
+                                                                                    over /run */
     mount_entry(&to, mounts, nix_list, NIX_PRELOAD, ",\"noexec\"");
     if (setup->info) mount_entry(&to, mounts, setup->info, "/var/lib/fgpu/bin/fgpu-info", "");
     return with_mounts(config, mounts, entries);

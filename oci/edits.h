@@ -1,17 +1,18 @@
-/* edits.h: what makes a container of an engine one that the agent can hold: five read-only mounts. */
+/* edits.h: the five read-only mounts that give a container of an engine the shim. */
 #pragma once
 
 #include <stddef.h>
 
-struct setup { /* what the agent says in RUN/containers */
+struct setup { /* the agent's setup for containers, as written in RUN/containers */
     char *text;
     const char *shim, *socket, *preload, *info;
     const char *run;
 };
 
-int setup_read(struct setup *setup, const char *run); /* 1: read; 0: no agent has set anything up; -1: said why */
-/* `bundle`: the container's; NULL: not known. For free(); NULL: said why. */
+int setup_read(struct setup *setup, const char *run); /* 1: read; 0: no agent has written a setup; -1: failed, and
+                                                         reported why */
+/* `bundle`: the container's; NULL: not known. The caller frees the result. NULL: failed, and reported why. */
 char *edits_apply(const struct setup *setup, const char *config, const char *bundle);
 
-char *file_read(int folder, const char *path, size_t most); /* for free(); NULL: errno */
-int file_write(const char *path, const char *text);         /* as a whole or not at all; -1: errno */
+char *file_read(int folder, const char *path, size_t most); /* the caller frees the result; NULL: errno is set */
+int file_write(const char *path, const char *text);         /* writes the whole file or nothing; -1: errno is set */

@@ -1,16 +1,17 @@
 /*
- * fgpu-oci: what container engines call when a container starts.
+ * fgpu-oci: the program that container engines call when a container starts.
  *
  *   fgpu-oci share NAME               OCI hook createRuntime: the container's cgroup gets this share before it runs
  *   fgpu-oci precreate                Podman's hook: a configuration on stdin, with the shim's mounts on stdout
- *   fgpu-oci runtime RUNTIME ARGS…    an OCI runtime: the same edit in the bundle, then becomes RUNTIME
- *   fgpu-runtime-NAME ARGS…           a link to it: as `fgpu-oci runtime NAME ARGS…`; where the link runtimes/NAME is
- *                                     beside the program, its target is the runtime
- *   fgpu-oci knock                    Kubernetes' probe: 0, a gatekeeper takes connections in and looks at them
- *   fgpu-oci info, fgpu-info          in a container: prints the limits and the use of its cgroup, without CUDA
+ *   fgpu-oci runtime RUNTIME ARGS…    an OCI runtime: the same edit in the bundle, then executes RUNTIME
+ *   fgpu-runtime-NAME ARGS…           a link to it: as `fgpu-oci runtime NAME ARGS…`; if the link runtimes/NAME exists
+ *                                     in the program's folder, its target is the runtime
+ *   fgpu-oci knock                    Kubernetes' probe: exits with 0 if a gatekeeper accepts connections and reads
+ * them fgpu-oci info, fgpu-info          in a container: prints the limits and the use of its cgroup, without CUDA
  *
- * Never: decides who gets what (the agent does), or lets a container start other than asked without saying why, on
- * stderr, in the runtime's own log and in the system's. Where no agent has set anything up, it edits nothing.
+ * It never decides what a container gets (the agent does). If it lets a container start in another way than requested,
+ * it reports the reason on stderr, in the runtime's own log and in the system's. If no agent has written a setup, it
+ * edits nothing.
  */
 #define _GNU_SOURCE
 #include <errno.h>
@@ -96,8 +97,8 @@ static int put_out(const char *text)
     return 0;
 }
 
-/* The gatekeeper answers with text about the process that the kernel names as its peer. A container has the socket's
- * folder twice, since its init may mount over /run. Returns 3 if there is no answer. */
+/* The gatekeeper replies with text about the process that the kernel reports as its peer. A container has the socket's
+ * folder twice, because its init may mount over /run. Returns 3 if there is no reply. */
 static int info(const char *run)
 {
     static const char question[] = "fgpu-info\n";
@@ -134,7 +135,7 @@ static int precreate(const char *run)
 
 /* -- fgpu-oci runtime */
 
-/* `--bundle X`, `--bundle=X`, `-b X` and so on; NULL: not said. */
+/* Read `--bundle X`, `--bundle=X`, `-b X` and so on; NULL: there is no such option. */
 static const char *option(char **words, const char *name, const char *letter)
 {
     size_t length = strlen(name);
@@ -145,7 +146,7 @@ static const char *option(char **words, const char *name, const char *letter)
     return NULL;
 }
 
-/* By the runtime's first command: what comes behind it may be a container of any name, "run" too. */
+/* Decide by the runtime's first command: the arguments after it may be a container of any name, even "run". */
 static int starts_a_container(char **words)
 {
     static const char *const commands[] = {"create",   "run",  "checkpoint", "delete", "events", "exec",
@@ -157,7 +158,7 @@ static int starts_a_container(char **words)
     return 0;
 }
 
-/* 0: the bundle is as it should be. */
+/* Return 0 if the bundle is ready for the runtime. */
 static int edit_bundle(const char *run, const char *bundle)
 {
     struct setup setup;
@@ -189,7 +190,7 @@ static int runtime(const char *run, char **words)
     return refuse("its runtime does not exist");
 }
 
-/* By name from PATH, or what the link of that name leads to. */
+/* Find a runtime by its name in PATH, or by the target of the link of that name. */
 static char *named_by_link(char *name)
 {
     static char target[PATH_MAX];

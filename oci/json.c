@@ -1,4 +1,4 @@
-/* json.c: see json.h. Of two members of one name the last counts, as for those who read these files. */
+/* json.c: see json.h. Of two members of one name the last counts, as in the parsers that read these files. */
 #define _GNU_SOURCE
 #include <stdio.h>
 #include <stdlib.h>
@@ -22,7 +22,7 @@ static const char *string_end(const char *at)
     return at + 1;
 }
 
-/* After "[" or "{": to the end of the items, or of `members`, which have a name each. */
+/* Read on after "[" or "{": to the end of the items, or of `members`, each of which has a name. */
 static const char *list_end(const char *at, char close, int members, int depth)
 {
     at = json_skip(at + 1);
@@ -85,7 +85,7 @@ int json_is(const char *value, const char *text)
     return value && *value == '"' && !strncmp(value + 1, text, length) && value[1 + length] == '"';
 }
 
-/* Escapes beyond ASCII become '?': no path that we look for has them. */
+/* Escapes beyond ASCII become '?': no path that this program looks for has such a character. */
 char *json_text(const char *value)
 {
     const char *end = value ? string_end(value) : NULL;

@@ -8,9 +8,9 @@
 #include "reasons.h"
 
 const char *reasons_log;
-static char said[1024]; /* the last of it */
+static char said[1024]; /* the last report */
 
-/* Not on stderr: a runtime's is the container's own. */
+/* Not on stderr: a runtime's stderr is the container's own. */
 void say(const char *format, ...)
 {
     va_list arguments;
@@ -21,7 +21,7 @@ void say(const char *format, ...)
     syslog(LOG_WARNING, "%s", said);
 }
 
-/* The last message of level error in the runtime's log is what containerd, and so Docker, shows. */
+/* containerd, and so Docker, shows the last message of level error in the runtime's log. */
 int refuse(const char *what)
 {
     char text[2 * sizeof said];

@@ -1,7 +1,8 @@
-/* reasons.h: why a container did not start, or started other than asked. */
+/* reasons.h: reports why a container did not start, or started in another way than requested. */
 #pragma once
 
-extern const char *reasons_log; /* the runtime's own, where the engine looks for them; NULL: none */
+extern const char *reasons_log; /* the runtime's own log, where the engine looks for it; NULL: none */
 
-void say(const char *format, ...) __attribute__((format(printf, 1, 2))); /* to the system's log; the last is kept */
-int refuse(const char *what); /* with what was said last, to stderr and both logs; 1, for exit() */
+void say(const char *format, ...) __attribute__((format(printf, 1, 2))); /* writes to the system's log; the last
+                                                                            report is kept */
+int refuse(const char *what); /* writes this and the last report to stderr and both logs; returns 1, for exit() */

@@ -49,7 +49,7 @@ class Agent:
         self.snapshot = Snapshot(time.time())
         self._taken, self._next_round = -SNAPSHOT_SECONDS, 0.0
         self.selector = selectors.DefaultSelector()
-        self.history, self.failed_checks = EventLog(), dict[str, Check]()  # beside those of enforcement
+        self.history, self.failed_checks = EventLog(), dict[str, Check]()  # besides the checks of enforcement
         self.gatekeeper = GatekeeperProcess(settings.run_dir, settings.pins)
         self.engines = Engines(map(api_of, settings.engines), settings.run_dir / NAMES)
         self._parts: Parts | None = None
@@ -88,7 +88,7 @@ class Agent:
         self.mark("in force")
 
     def mark(self, part: str) -> None:
-        """Note that a part of the start is done."""
+        """Record that a part of the start is done."""
         self.marks[part] = time.monotonic()
 
     def _follow(self) -> None:
@@ -215,7 +215,7 @@ class Agent:
                 self._do(part.stop)
 
     def _look_at_answered(self) -> None:
-        """Reconsider cgroups whose labels an engine has reported: policy or limits may be others now."""
+        """Reconsider cgroups whose labels an engine has reported: their policy or limits may have changed."""
         self.parts.manager.consider(self.engines.take())
 
     def _look_at_named(self) -> None:

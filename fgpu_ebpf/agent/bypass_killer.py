@@ -65,7 +65,7 @@ class BypassKiller:
         return [d for d, u in enumerate(found) if u.limit != abi.NO_LIMIT and u.used > u.limit]
 
     def _kill(self, pid: int, generation: int) -> bool:
-        """Kill a process by its pidfd, which stays its own, if the ledger's entry is still the same once it is open.
+        """Kill a process by its pidfd, if the ledger's entry is still the same after the pidfd was opened.
 
         Returns whether it was killed.
         """

@@ -35,7 +35,7 @@ class Bypasses:
         so that its calls are unknown; `standalone`, it found no agent and keeps its image's own limit; `no_admission`,
         its calls are seen without an admission; `no_shim` or `unwitnessed`, it has memory and no shim, or no call of it
         is seen; `outside_turns` or `empty_turns`, NVML sees it run outside its turns, or run nothing in them. A process
-        that ends while it is adopted does none of that, and is swept soon.
+        that exits during its adoption bypasses nothing; its entry is deleted soon.
         """
         if tgid in self.preexisting and any(process.bytes) and not procfs.ended(tgid):
             return "older"

@@ -1,9 +1,9 @@
 """Releases orphaned bytes that are charged to running programs again, after a change of the ledger's layout.
 
-A start that finds another layout enters what each level was charged there as orphaned bytes without an entry
-(`other_layouts`). The first passes charge a program that ran what NVML's row shows for it, so that much less is
-orphaned. The rest is memory that NVML shows in no row or holds for ended processes; `OrphanRelease` releases it once
-the device does not hold it.
+If a start finds another layout, it enters the charges of each level there as orphaned bytes without an entry
+(`other_layouts`). The first passes charge each program that was running with the bytes in its row of NVML, and the
+orphaned bytes fall by as many. The rest is memory in no row of NVML, or memory of exited processes; `OrphanRelease`
+releases it once the device does not hold it.
 
 The reconcile thread uses this module in the first seconds of such a start. After an error the bytes stay charged.
 """
@@ -16,7 +16,7 @@ from collections.abc import Iterable
 
 from fgpu_ebpf.ledger.ledger import Ledger
 
-SECONDS = 3.0  # several looks; too short for running programs to allocate much that would be confused with it
+SECONDS = 3.0  # several passes; too short for running programs to allocate much that would be taken for it
 
 _Where = tuple[int, int]  # level and device
 
@@ -30,7 +30,7 @@ class Carried:
         self._before: dict[_Where, int] = self._orphaned() if self._pids else {}
 
     def look(self) -> None:
-        """Release what the programs that ran are charged by now."""
+        """Release as many bytes as the programs that were running are charged by now."""
         if not self._before:
             return
         charged: Counter[_Where] = Counter()

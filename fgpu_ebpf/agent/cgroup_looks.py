@@ -102,7 +102,7 @@ class HostLook:
     def tenants(self) -> Iterator[None]:
         """Check each tenant for orphaned bytes and stale mounts, and scan the root of its first process.
 
-        That process may have begun while no agent ran, so that its exec event was missed.
+        That process may have started while no agent ran, so that its exec event was missed.
         """
         for tenant in list(self._enforcer):
             self._orphaned(tenant.cgroup)

@@ -7,7 +7,7 @@ device, and handles of processes without a context, which a library of a tenant'
 therefore estimated from below: the estimate rises when more is in use than orphans can explain, and falls by all hidden
 memory that is freed. What is left limits the orphans. An error of the estimate keeps orphans longer than necessary; it
 releases none that the device holds. Managed memory of a process that the ledger does not know explains nothing: no
-witness tells when that process frees it.
+probe sees when that process frees it.
 
 The reconcile thread has one Balance for each device. No I/O.
 """
@@ -33,8 +33,8 @@ class Reading(NamedTuple):
     """Bytes in use that live processes and the known rest do not explain, by several samples of one pass.
 
     `most`: each process is counted with the least that NVML shows for it. `least`: with the most that NVML shows or
-    that it is charged; with both if it is in a call, because it may be taking memory or have given up what is open
-    elsewhere. `calm`: no process of the ledger took or freed memory between the first sample and the last.
+    that it is charged; with both if it is in a call, because it may be allocating memory, or may have freed memory that
+    is open elsewhere. `calm`: no process of the ledger took or freed memory between the first sample and the last.
     """
 
     most: int

@@ -1,7 +1,7 @@
 """Releases the devices on request, so that they can be reset and their driver unloaded, and notices another driver.
 
 This module runs in the agent's main loop; the reconcile thread shuts NVML down. Limits stay in force in the kernel
-meanwhile, and what only NVML knows is not corrected. A release that no command ends is ended by its time.
+meanwhile, and memory that only NVML shows is not corrected. A release ends by a command, or after its time.
 """
 
 from __future__ import annotations
@@ -61,13 +61,13 @@ class DeviceRelease:
         return {"done": self.reconciler.has_let_go and not left, "open": left, "until": _at(self._until)}
 
     def take(self) -> None:
-        """Take the devices up again. If the driver's files are others now, the agent has to start again instead."""
+        """Open the devices again. If the driver's files have been replaced, the agent has to restart instead."""
         if self._until is None:
             return
         self._until = None
         self.history.add("devices taken up", text=f"released since {_clock(self._since)}")
         if replaced := self._replaced():
-            self.fault = f"{replaced}: the agent ends, to be started again with the new driver"
+            self.fault = f"{replaced}: the agent exits, to be restarted with the new driver"
         else:
             self.reconciler.let_go(False)
         self._report_release()
@@ -82,7 +82,7 @@ class DeviceRelease:
         self._report(FILES, replaced, _FILES_FIX)
 
     def _replaced(self) -> str:
-        """Return which of the driver's files are others than at the agent's start; empty: none."""
+        """Return which of the driver's files were replaced since the agent's start; empty: none."""
         replaced = sorted(str(path) for path, file in self.files.items() if file_at(path) != file)
         return f"replaced since the agent's start: {', '.join(replaced)}" if replaced else ""
 

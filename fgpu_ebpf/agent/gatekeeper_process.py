@@ -34,7 +34,7 @@ ABSENT = Check(
     "wait for the agent to start another (1 s), or run: systemctl restart fgpu-gatekeeper",
 )  # fmt: skip
 NS = 1e9
-OWN_SECONDS, OTHERS_SECONDS = 0.5, 1.0  # time without a gatekeeper until the agent starts one: its own, a service's
+OWN_SECONDS, OTHERS_SECONDS = 0.5, 1.0  # until the agent replaces one that is gone: its own, a service's
 
 
 class GatekeeperProcess:
@@ -121,9 +121,9 @@ def _hangs_up(place: Path) -> bool:
 
 
 def _hello(place: Path, seconds: float) -> bytes | None:
-    """Say hello as an unmanaged process, or as a tenant's that keeps none of the pages; return the answer.
+    """Send a hello as an unmanaged process, or as a tenant's, whose pages are closed again; return the reply.
 
-    Empty: there is no gatekeeper, or it closes the connection. None: it does not answer within that time.
+    Empty: there is no gatekeeper, or it closes the connection. None: it does not reply within that time.
     """
     hello = abi.Hello(magic=abi.MAGIC, version=abi.LAYOUT, size=ctypes.sizeof(abi.Hello))
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as sock:
@@ -139,7 +139,7 @@ def _hello(place: Path, seconds: float) -> bytes | None:
 
 
 def _accepts(place: Path) -> bool:
-    """Return whether a process listens at a socket; none does at a folder, or at what a dead process left."""
+    """Return whether a process listens at a socket; none listens at a folder, or at the socket of an exited process."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as sock:
         sock.setblocking(False)
         try:
@@ -180,7 +180,7 @@ def slices(counted: Mapping[str, Any], device: int) -> SlicesView | None:
 
 
 def end_any(run_dir: Path) -> None:
-    """End whichever gatekeeper holds the lock, also an earlier agent's, because it would create its folder again."""
+    """Stop the gatekeeper that holds the lock, even an earlier agent's: it would create its folder again."""
     lock, deadline = run_dir / file_locks.GATEKEEPER, time.monotonic() + UP_SECONDS
     with contextlib.suppress(OSError):
         while (pid := file_locks.holder(lock)) and file_locks.is_locked(lock) and time.monotonic() < deadline:

@@ -37,7 +37,7 @@ def _address(value: str) -> str:
 
 def _name(value: str) -> str:
     if not _HOST.fullmatch(value):
-        raise ValueError(f"{shown(value)} is no name of a host: write it as gpu1.example, without a port")
+        raise ValueError(f"{shown(value)} is not a host name: write it as gpu1.example, without a port")
     return value
 
 
@@ -50,7 +50,7 @@ def _is_ipv6(host: str) -> bool:
 
 def _absolute(value: str) -> str:
     if not value.startswith("/") or "\0" in value:
-        raise ValueError(f"{shown(value)} is no absolute path: begin it with /")
+        raise ValueError(f"{shown(value)} is not an absolute path: begin it with /")
     return value
 
 
@@ -75,7 +75,7 @@ def _share(value: str) -> str:
 def _profile_share(value: str) -> str:
     share = share_name.parse(value)
     if share.device or not share.memory:
-        raise ValueError(f"{shown(value)} is no profile: it names memory and no device, as 8gib or 8gib-50pct")
+        raise ValueError(f"{shown(value)} is not a profile: it names memory and no device, as 8gib or 8gib-50pct")
     if len(value) > MOST_NAME_CHARACTERS:
         raise ValueError(f"{shown(value)} is longer than {MOST_NAME_CHARACTERS} characters: kubelet's ids are short")
     return value
@@ -83,14 +83,14 @@ def _profile_share(value: str) -> str:
 
 def _digest(value: str) -> str:
     if not DIGEST.fullmatch(value):
-        raise ValueError(f"{shown(value)} is no digest: write it as sha256: and 64 digits, 0 to 9 and a to f")
+        raise ValueError(f"{shown(value)} is not a digest: write it as sha256: and 64 digits, 0 to 9 and a to f")
     return value
 
 
 def _different(value: list[ProfileDocument]) -> list[ProfileDocument]:
     names = [profile.share for profile in value]
     if twice := next((name for name in names if names.count(name) > 1), None):
-        raise ValueError(f"{shown(twice)} is there twice: join them")
+        raise ValueError(f"{shown(twice)} is listed twice: join them")
     return value
 
 
@@ -180,13 +180,13 @@ def read(file: str, data: bytes) -> tuple[dict[str, Any], tuple[ConfigError, ...
     try:
         found = list(documents(file, data))
         if len(found) > 1:
-            text = "is a second document: there is one agent, join them"
+            text = "is a second document: join them, there is only one agent"
             return {}, (ConfigError(file, found[1].line(()), "", text),)
         if not found:
             return {}, ()
         document = found[0]
         if not isinstance(document.value, dict):
-            return {}, (ConfigError(file, document.line(()), "", "is no mapping: write it as listen: 127.0.0.1:9423"),)
+            return {}, (ConfigError(file, document.line(()), "", "is not a mapping: write listen: 127.0.0.1:9423"),)
         return _values(HostDocument.model_validate(document.value)), ()
     except InvalidFileError as invalid:
         return {}, (invalid.error,)

@@ -1,8 +1,8 @@
 """Dispatch of the events of the kernel's ring buffer.
 
-This module runs in the agent's main loop. It decides in which order cgroups that came, went or were entered are
-considered, and adds refusals, bypasses and kills to the event log. `lost` returns the cgroups of which events were
-lost; its caller scans them again.
+This module runs in the agent's main loop. It decides in which order cgroups that were created, removed or entered are
+examined, and adds refusals, bypasses and kills to the event log. `lost` returns the cgroups of which events were lost;
+its caller scans them again.
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ class KernelEvents:
         try:
             shortage = self._enforcer.use_device(event.cgroup, event.device)
         except OSError as error:
-            log.error("a first use of device %d waits: %s", event.device, error)  # the program asks again
+            log.error("a first use of device %d waits: %s", event.device, error)  # the program repeats its request
             return
         if shortage:
             self._note("no room", event, "", shortage)
@@ -120,7 +120,7 @@ class KernelEvents:
     # -- cgroups
 
     def _look_at_cgroups(self, events: Iterable[Event]) -> None:
-        """Consider the cgroups as they are now: what happened to a path in between does not matter."""
+        """Examine the cgroups as they are now: earlier changes of a path do not matter."""
         seen: dict[str, set[News]] = {}
         for event in events:
             seen.setdefault(event.path, set()).add(event.kind)
@@ -144,7 +144,7 @@ class KernelEvents:
                     self._ledger.move(pid, known[pid].generation, levels)
                     self._ledger.new_epoch()
                 elif pid in holders and pid not in known and levels:
-                    self._ledger.new_epoch()  # the shim takes the process for unmanaged
+                    self._ledger.new_epoch()  # the shim treats the process as unmanaged
 
     def charged(self) -> list[int]:
         """Return every process that is charged."""

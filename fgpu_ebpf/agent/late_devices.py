@@ -44,7 +44,7 @@ class LateDevices:
             for device in arrived:
                 self._enter(device)
             self.manager.consider_all()
-            self.ledger.new_epoch()  # programs learn of the device by their next hello
+            self.ledger.new_epoch()  # programs get the device at their next registration
         self._name(dict(self.nvml.missing))
 
     def _enter(self, device: Device) -> None:

@@ -98,10 +98,10 @@ class Corrections:
         return None if in_use is None or len(known) < len(sample.rows) else in_use - sum(known)
 
     def _correct(self, tgid: int, process: Process, device: int, held: int, drift: Drift) -> bool:
-        """Set one overhead, and enter the remaining drift. Returns whether the kernel took it.
+        """Set one overhead, and enter the remaining drift. Returns whether the kernel accepted it.
 
-        The overhead is set exactly if a context has ended while others go on, because nothing reported which memory
-        went with it. That part is below 0, and stays so.
+        If a context was destroyed while others remained, the overhead is set exactly, because no probe saw which memory
+        was freed with it. That part is below 0, and stays below 0.
         """
         exact, life = held - process.witnessed(device), (tgid, process.generation, device)
         contexts_ended, gone = self._exact.get(life, (0, 0))
@@ -151,8 +151,8 @@ class Corrections:
 def overhead_for(exact: int, pool: int, gone: int = 0) -> int:
     """Return the overhead with which the ledger shows what NVML shows.
 
-    Pool bytes that the driver has freed are an exception. The shim uses those again without asking, so they
-    stay charged until the shim gives them back.
+    Pool bytes that the driver has freed are an exception. The shim uses those again without a request, so they stay
+    charged until the shim releases them.
 
     Args:
         gone: bytes, 0 or less, by which the overhead was already below 0 for memory that went with contexts.

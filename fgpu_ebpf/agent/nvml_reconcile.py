@@ -293,7 +293,7 @@ class Reconciler:
         return self._tally.take(self._nvml.watched(), [*repaired, *self._nvml.xids()])
 
     def _with_turns(self, now: Truth, at: float) -> Truth:
-        """Add how long processes ran in the last second, and what that says of turns. An unused device is not asked."""
+        """Add how long processes ran in the last second, and the audit of turns. An unused device is not asked."""
         since = time.time() - LOOK_SECONDS
         percent = {
             device: self._nvml.process_percent(device, since) if rows else {} for device, rows in now.held.items()
@@ -302,7 +302,7 @@ class Reconciler:
         return replace(now, percent=percent, sampled=at, turns=turns)
 
     def _sweep(self, so_far: int) -> None:
-        """Reap processes whose end was not reported, and delete what ended ones have left.
+        """Reap processes whose exit was not reported, and delete the allocations of exited ones.
 
         Args:
             so_far: the number of entries before these were read, so that processes that come and go between two passes
@@ -313,7 +313,7 @@ class Reconciler:
         for tgid, process in self._known.items():
             if process.late:
                 self._ledger.move(tgid, process.generation, process.levels)
-        for tgid, generation in now if has_host_pids() else ():  # in another pid namespace all would look ended
+        for tgid, generation in now if has_host_pids() else ():  # in another pid namespace all seem to have exited
             if not _alive(tgid) or (not self._known[tgid].flags and procfs.ended(tgid)):  # adopted while it ended
                 self._ledger.reap(tgid, generation)
         self._ledger.orphans.forget_empty(now)

@@ -23,10 +23,11 @@ from fgpu_ebpf.linux import procfs
 CONTEXT_REST_BYTES = 6 << 20
 DEVICE_REST_BYTES = 4 << 20
 # What the driver may have besides, once per device: up to 25 MiB that it keeps of managed memory, page tables of
-# registered host memory. So much of an orphan is released when it is older than the driver needs to end processes.
+# registered host memory. This much of an orphan is released once it is older than the time that the driver needs after
+# a process exit.
 SLACK_BYTES = 32 << 20
 SLACK_AFTER_NS = 5_000_000_000
-FALL_COUNTS_NS = 2_000_000_000  # longer than the looks that a release needs
+FALL_COUNTS_NS = 2_000_000_000  # longer than the passes that a release needs
 # The driver frees what a process held while the process exits. Some of it may follow within the first of these times.
 # The second is FGPU_PATIENCE_NS, after which an end counts as over in any case.
 SETTLED_NS = 500_000_000
@@ -225,8 +226,8 @@ class OrphanRelease:
     def note_kept(self, sample: Sample, levels: Iterable[int]) -> None:
         """Record on the pages of levels that the device still holds their orphaned bytes, so that no request waits.
 
-        It may free some of them soon if a process exits or has just exited. Or it has freed some, by the last reading:
-        a release needs more readings.
+        Levels are left out if the device may free some of these bytes soon, because a process exits or has just exited,
+        or if it has freed some according to the last reading (a release needs more readings).
 
         Args:
             sample: the sample of this pass.

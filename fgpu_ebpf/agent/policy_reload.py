@@ -79,10 +79,10 @@ class Policies:
 
     @property
     def trouble(self) -> str:
-        """Why something else than the files is in force; empty: the files are."""
+        """Why the policies in force are not those of the files; empty: they are."""
         if self.good:
             return ""
-        in_force = "what was in force stays" if self._manager.policies_unknown else "the last good set stays in force"
+        in_force = "the limits in force stay" if self._manager.policies_unknown else "the last good set stays in force"
         return f"the policy files have an error, {in_force}: {self.errors[0]}"
 
     def begin(self, start: Start) -> None:

@@ -28,7 +28,7 @@ from fgpu_ebpf.tenancy.tenant import Tenant
 from fgpu_ebpf.workloads.shim_mounts import BESIDE, FOLDER, Mount, mount_of, one_of_each_namespace
 
 TOLD_AGE_NS = 5_000_000_000  # age at which an orphan is reported
-LOOK_SECONDS = 1.0  # between two looks for overruns
+LOOK_SECONDS = 1.0  # between two checks for overruns
 AGAIN_SECONDS = 10.0  # between two reports of overruns of one tenant on one device
 _MOUNTS = "mounts"
 _MOUNT_WORDS = {
@@ -64,7 +64,7 @@ class AdoptionReports:
         self._unwitnessed = unwitnessed
         self._last: Truth | None = None
         self._reported: set[_Process] = set()
-        self._held: set[_Process] = set()  # at the last look
+        self._held: set[_Process] = set()  # at the last check
 
     def look(self) -> None:
         """Report processes that are new since the last result of NVML.

@@ -42,7 +42,7 @@ class Shortfalls:
     Args:
         turns: returns the gatekeeper's counts by level and device.
         name_of: returns the tenant of a level.
-        history: is told of each tenant that begins to get too little.
+        history: gets an event for each tenant that begins to get too little.
     """
 
     def __init__(
@@ -83,7 +83,7 @@ class Shortfalls:
         others = {other: its for other, its in known.items() if other[1] == key[1] and other != key}
         most = max(others, key=lambda other: _had(others[other]) - _entitled(others[other]), default=None)
         if most is None or _had(others[most]) - _entitled(others[most]) < ratio / 2:
-            why = "no tenant had as much more: time is lost between turns, or unused in them"
+            why = "no other tenant had that much more: time is lost between turns, or unused in them"
         else:
             its = others[most]
             why = f"{self._name_of(most[0])} had {_had(its):.1%} of {_entitled(its):.1%}"

@@ -1,8 +1,8 @@
 """Audit of turns: compares how much of a device a tenant ran on, by NVML, with how much of it the tenant owned.
 
-The audit runs in the reconcile thread. It keeps the last ten seconds of gated tenants, and judges no tenant by less.
-Every second it also tells the gatekeeper what NVML saw. If NVML does not say what a process ran, nothing is known of
-any tenant on that device.
+The audit runs in the reconcile thread. It keeps the last ten seconds of gated tenants, and needs all ten to judge a
+tenant. Every second it also reports NVML's running times to the gatekeeper. If NVML does not report the running time of
+a process, no tenant on that device is judged.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from fgpu_ebpf.ledger.compute_maps import ComputeMaps, Key, TurnCounts
 from fgpu_ebpf.ledger.process_entry import Process
 
 LOOK_SECONDS = 1.0
-MOST_SECONDS = 2 * LOOK_SECONDS  # the longest time that a look stands for, if the one before it was late
+MOST_SECONDS = 2 * LOOK_SECONDS  # the longest time that one check covers, if the previous check was late
 LOOKS = 10
-MUCH = 0.1  # ratio of a device: twice what a lie about a turn can gain there
+MUCH = 0.1  # ratio of a device's time: twice what a false report about a turn can gain there
 NOTHING_PARTS = 50  # a tenant that ran less than this part of what it owned ran nothing
 NS = 1_000_000_000
 Percent: TypeAlias = Mapping[int, int]  # by host pid: percent of a device's time, by NVML
@@ -38,7 +38,7 @@ class Verdict(NamedTuple):
 class _Look(NamedTuple):
     at: float
     owned_ns: int
-    ran: float  # ratio of the time since the look before
+    ran: float  # ratio of the time since the previous check
     pids: frozenset[int]
 
 

@@ -111,7 +111,7 @@ class ControlServer:
         except (AgentError, RoomError, OSError) as error:
             log.warning("request failed: %s", error)
             return {"error": str(error), "code": 1}
-        except Exception as error:  # a defect of fgpu: the peer is told, and the main loop goes on
+        except Exception as error:  # a defect of fgpu: the peer gets an error, and the main loop continues
             self._agent.failures += 1
             log.exception("a request failed")
             return {"error": f"internal error, see the agent's log: {type(error).__name__}", "code": 1}
@@ -185,7 +185,7 @@ class ControlServer:
         return {"tenant": name, "path": path, "level": self._level(path)}
 
     def _clear(self, request: dict[str, Any]) -> dict[str, Any]:
-        """Offer a device again after its repair, whatever XID it has reported."""
+        """Offer a device again after its repair, whatever XID it reported before."""
         agent, device = self._agent, self._device(_text(request, "device"))
         agent.parts.reconciler.repaired(device.index)
         agent.history.add("device cleared", gpu=device.index, text=device.uuid_text)

@@ -85,7 +85,7 @@ def _libraries(found: Sequence[Mapping[str, Any]], trusted: Sequence[str]) -> Ch
 
 
 def _engines(found: Sequence[Mapping[str, Any]]) -> Iterator[Check]:
-    """Check that the engines that run containers have told the labels of all of them."""
+    """Check that the engines that run containers have reported the labels of all of them."""
     there = {engine["name"] for engine in found if engine["is_there"]}
     failed = [engine for engine in found if engine["fault"]]
     absent = [engine for engine in found if engine["waiting"] and engine["name"] not in there]

@@ -26,7 +26,7 @@ MOST_CLIENTS = 8  # requests that are answered at the same time
 MOST_WAITING = 64  # further connections, with or without a complete request
 MOST_HEAD_BYTES = 16 << 10
 HEAD_SECONDS = 1.0  # for the whole head of a request
-SLOW_SECONDS = 1.0  # after which a client that takes its answer slowly makes room for another request
+SLOW_SECONDS = 1.0  # after this time, a client that reads its response slowly is closed if another request waits
 CLIENT_SECONDS = 10.0
 AT_ONCE = 16
 
@@ -116,7 +116,7 @@ class _Handler(WSGIRequestHandler):
         self.rfile = io.BufferedReader(io.BytesIO(self.server.heads.pop(self.request)))  # type: ignore[attr-defined]
 
     def log_message(self, *_: Any) -> None:
-        """Log nothing: requests are not news."""
+        """Do not log requests."""
 
 
 class HttpServer(ThreadingMixIn, WSGIServer):
@@ -262,4 +262,4 @@ class HttpServer(ThreadingMixIn, WSGIServer):
             self._in_threads.pop(request, None)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """Log nothing: clients that hang up are not news."""
+        """Do not log errors: a client that closes its connection is not one."""

@@ -116,14 +116,14 @@ def _tenants(snapshot: Snapshot) -> Iterator[Metric]:
     info = GaugeMetricFamily("fgpu_tenant_info", "Names of a tenant", labels=[*_INFO_LABELS, *own])
     processes = GaugeMetricFamily("fgpu_processes", "Processes charged to the tenant", labels=["tenant"])
     bypassing = GaugeMetricFamily(
-        "fgpu_bypassing_processes", "Processes that use a device without asking first", labels=["tenant", "how"]
+        "fgpu_bypassing_processes", "Processes that use a device without requesting admission", labels=["tenant", "how"]
     )
     shimless = GaugeMetricFamily(
         "fgpu_shimless_processes", "Bypassing processes that have no shim, by reason", labels=["tenant", "reason"]
     )
     mode = GaugeMetricFamily(
         "fgpu_tenant_enforcement",
-        "1: how limits hold: kernel, cooperative (if processes ask), counted (a process does not ask), observe or none",
+        "1: how limits hold: kernel, cooperative (processes must ask), counted (a process does not), observe or none",
         labels=["tenant", "mode"],
     )
     for tenant in snapshot.tenants:
@@ -269,7 +269,7 @@ def _maps(snapshot: Snapshot) -> Iterator[Metric]:
 def _engines(snapshot: Snapshot) -> Iterator[Metric]:
     labels = ["engine", "socket"]
     up = GaugeMetricFamily("fgpu_engine_up", "1: the engine answered when last asked for labels", labels=labels)
-    waiting = GaugeMetricFamily("fgpu_engine_waiting", "Containers whose labels the engine has not told", labels=labels)
+    waiting = GaugeMetricFamily("fgpu_engine_waiting", "Containers whose labels are not reported yet", labels=labels)
     asked = CounterMetricFamily("fgpu_engine_asked", "Times that the engine was asked", labels=[*labels, "outcome"])
     for engine in snapshot.engines:
         names = [engine.name, engine.path]

@@ -102,14 +102,14 @@ def check_line(check: Check) -> str:
 
 @examples("fgpu detach", "fgpu detach --yes")
 @click.command()
-@click.option("--yes", is_flag=True, help="Do not ask. Only a terminal is asked.")
+@click.option("--yes", is_flag=True, help="Do not ask for confirmation. Without a terminal the command never asks.")
 def detach(yes: bool) -> None:
     """Open all gates, remove all limits, probes and set-up files, and stop the agent."""
     from fgpu_ebpf.workloads import cgroups
 
     if not yes and _is_terminal():
         _confirm()
-    said = "what fgpu has left on this host is removed"
+    said = "everything that fgpu had left on this host is removed"
     try:
         answer = control_client.call(run_dir(), {"verb": "detach"})
         if tenants := (answer or {}).get("tenants"):  # None: an agent of an older version

@@ -114,7 +114,7 @@ def _now(level: Mapping[str, Any] | None) -> str:
 
 @click.group(cls=Sections)
 def device() -> None:
-    """Tell the agent about the state of a device, or let it release all of them."""
+    """Report the repair of a device to the agent, or make the agent release all devices."""
 
 
 @examples("fgpu device clear 0", "fgpu device clear GPU-1f3a")
@@ -130,15 +130,15 @@ def clear(gpu: str) -> None:
 @device.command()
 @click.option("--for", "duration", default="15min", show_default=True, help="Longest time, e.g. 30s or 15min.")
 def release(duration: str) -> None:
-    """Let go of all devices, so that they can be reset, and their driver unloaded or replaced.
+    """Release all devices, so that they can be reset, and their driver unloaded or replaced.
 
-    Limits stay in force. `fgpu device take` ends it, or the end of the time.
+    Limits stay in force. The release ends by `fgpu device take`, or after the time.
     """
     end = time.monotonic() + _RELEASE_SECONDS
     while not (answer := call({"verb": "release", "for": duration}))["done"] and time.monotonic() < end:
         time.sleep(0.05)
     if not answer["done"]:
-        still = ", ".join(answer["open"]) or "an answer of NVML is awaited"
+        still = ", ".join(answer["open"]) or "waiting for an answer of NVML"
         fail(f"not released after {_RELEASE_SECONDS:.0f} s ({still}): fgpu device take ends the attempt", 1)
     click.echo(f"released until {answer['until']}, or until `fgpu device take`")
 
@@ -146,7 +146,7 @@ def release(duration: str) -> None:
 @examples("fgpu device take", "fgpu device take && fgpu doctor")
 @device.command()
 def take() -> None:
-    """Take the devices up again after `release`. If the driver was replaced, the agent ends and is started again."""
+    """Open the devices again after `release`. If the driver was replaced, the agent exits and is restarted."""
     call({"verb": "take"})
 
 

@@ -1,4 +1,4 @@
-"""`fgpu status`, `ps`, `top`, `explain`, `events` and `metrics`: what the agent knows; `fgpu schema`: its JSON.
+"""`fgpu status`, `ps`, `top`, `explain`, `events` and `metrics`: the state of the host; `fgpu schema`: its JSON.
 
 This module runs in the process of the command, which prints the agent's answer. Exit codes: 0 done, 1 failure, 2 wrong
 usage, 3 no agent, 4 no such target.
@@ -98,10 +98,8 @@ def _seconds(_: click.Context, __: click.Parameter, value: str | None) -> float 
 
 @examples("fgpu events --since 10m --tenant alice", "fgpu events -f --json")
 @click.command()
-@click.option("-f", "--follow", is_flag=True, help="Print new events until interrupted, also of later agents.")
-@click.option(
-    "--since", metavar="DURATION", callback=_seconds, help="Only events of this time until now: 90s, 10m, 2h, 1d."
-)
+@click.option("-f", "--follow", is_flag=True, help="Print new events until interrupted, over restarts of the agent.")
+@click.option("--since", metavar="DURATION", callback=_seconds, help="Only events of the last 90s, 10m, 2h or 1d.")
 @click.option("--tenant", default="", help="Only events of the tenant with this name.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object per line.")
 def events(follow: bool, since: float | None, tenant: str, as_json: bool) -> None:

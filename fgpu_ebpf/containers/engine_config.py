@@ -160,7 +160,7 @@ def containerd_after(of: Settings) -> Wanted:
     name = cri.get("default_runtime_name", "runc")
     runtime = cri.get("runtimes", {}).get(name, {})
     if runtime.get("runtime_type", _TYPE) != _TYPE:
-        raise SetupError(f"containerd's default runtime {name} is no {_TYPE}: only OCI runtimes can be put behind fgpu")
+        raise SetupError(f"containerd's default runtime {name} is not of type {_TYPE}: only OCI runtimes are supported")
     real = runtime.get("options", {}).get("BinaryName", "runc") or "runc"
     link, links = _in_front_of(real, "containerd", of.helper)
     table = ("plugins", plugin, "containerd", "runtimes", name)

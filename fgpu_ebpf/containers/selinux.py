@@ -54,7 +54,7 @@ def checks(run_dir: Path, root: Path = ROOT) -> Iterator[Check]:
 
 
 def needs(run_dir: Path) -> Iterator[Need]:
-    """Yield the accesses to mounted files, and to the process that answers hello. A missing file has no label yet."""
+    """Yield the accesses to mounted files, and to the gatekeeper's process. A missing file has no label yet."""
     reads = ("read", "open", "getattr")
     for place in injection.mounted(run_dir):
         rights = (*reads, "map", "execute") if place.suffix == ".so" else reads

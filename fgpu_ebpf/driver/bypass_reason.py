@@ -1,7 +1,7 @@
 """The reason why a process that uses a device has no shim, or does not use it, and what can be done about it.
 
-The agent's main thread uses this module. Facts come from the kernel: the process is not believed, and no file in its
-root is opened. A process that has gone has no reason.
+The agent's main thread uses this module. Facts come from the kernel: no information of the process itself is used, and
+no file in its root is opened. A process that has exited has no reason.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ LIST, NIX_LIST = shim_mounts.LISTS
 _MUSL = ("ld-musl", "libc.so")  # musl's loader is its library, and some distributions call it libc.so
 _USUAL = re.compile(r"(/usr)?/lib(64|/x86_64-linux-gnu)?/ld[^/]*")  # glibc's loader of a distribution
 _OF_NIX = "/nix/store/"
-_MOST_OF_A_PATH = 160  # characters: the name of a package in Nix's store has up to 211, and its beginning tells most
+_MOST_OF_A_PATH = 160  # characters: the name of a package in Nix's store has up to 211, and its beginning identifies it
 
 IsShim = Callable[[int, int], bool]
 

@@ -72,7 +72,7 @@ def member_offset(bcc: ModuleType, struct: str, member: str) -> int:
 
 
 def kernel_flags(bcc: ModuleType) -> list[str]:
-    """Return the compiler flags for what the programs do differently on this kernel."""
+    """Return the compiler flags by which the programs are adapted to this kernel."""
     release = kernel_release()
     flags = [f"-DSPARSE={int(release >= SPARSE_FROM)}", f"-DENDS={int(release < PEER_PIDFD_FROM)}"]
     if release < GROUP_DEAD_FROM:

@@ -1,7 +1,7 @@
 """The processes that keep memory of an ended process on a device: those that have descriptors of the driver open.
 
 A thread lists /proc/PID/fd, so that the agent's main thread does not wait for it: a host may have many processes.
-Descriptors that lie unread in the queue of a socket are listed nowhere, so the result may be empty.
+Descriptors that are unread in the queue of a socket are not listed in /proc, so the result may be empty.
 """
 
 from __future__ import annotations

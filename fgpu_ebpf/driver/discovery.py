@@ -91,7 +91,7 @@ class Discovery:
         self._libraries.read_own()
         if not scanned or not scanned[0].is_whole or scanned[0].left_out:
             which = f"process {scanned[0].left_out[0]}" if scanned and scanned[0].left_out else "some processes"
-            log.info("the mappings of %s cannot be read: probes of files that are gone stay", which)
+            log.info("the mappings of %s cannot be read: probes of removed files are kept", which)
             return None
         self._probes.drop_unused(scanned[0].used | self._libraries.own_files)
         return scanned[0].used
@@ -214,7 +214,7 @@ class Discovery:
     # -- roots
 
     def look_into(self, pid: int) -> None:
-        """Probe libraries in the root of a process that begins, if no process has begun in that root before.
+        """Probe libraries in the root of a process that starts, if no process has started in that root before.
 
         Files that cannot be probed are not logged here, but when a process maps them.
         """

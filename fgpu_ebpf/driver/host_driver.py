@@ -59,7 +59,7 @@ class Prepared:
     release: shim_store.Release
 
     def attach(self, digest: str, ledger: Ledger, run_dir: Path, trusted: Iterable[str], most_files: int) -> HostDriver:
-        """Name the devices in the ledger, and attach probes to every file in use. Raises the errors of the parts.
+        """Enter the devices in the ledger, and attach probes to every file in use. Raises the errors of the parts.
 
         Args:
             digest: of the loaded BPF programs.

@@ -102,7 +102,7 @@ def _check(path: Path, found: bpf.Form, wanted: bpf.Form) -> None:
 
 
 def _write_sizes(maps: Mapping[str, int]) -> None:
-    """Tell the programs how many entries the maps that tenants share can have: a pinned one may be a shorter one."""
+    """Write the number of entries of the maps that tenants share, for the programs: a pinned map may have fewer."""
     for shared in abi.Shared if "sizes" in maps else ():
         most = bpf.form(maps[shared.name.lower()]).max_entries
         bpf.update(maps["sizes"], _NUMBER.pack(shared), struct.pack("Q", most))
@@ -127,7 +127,7 @@ def _program(name: str, code: bytes, maps: list[int]) -> int | None:
 
 
 def _run_again(image: Image, maps: list[int], programs: Mapping[str, int]) -> None:
-    """Let a program run once more by itself: it finds itself in an array, which keeps its entry while it is pinned."""
+    """Enter a program in the array through which it can call itself; the array keeps the entry while it is pinned."""
     array, program = RUN_AGAIN
     if program in programs:
         try:

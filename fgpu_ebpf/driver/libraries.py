@@ -31,7 +31,7 @@ log = logging.getLogger("fgpu.agent")
 MOST_NAMED = 1024  # files and cgroups for which a refusal has been logged
 MOST_JOBS = 256  # queued jobs of one cgroup: more than it may have files probed
 THREADS = 4  # that run at a time unless one hangs: to read a file takes tenths of a second
-NICE = 10  # of the workers: they work for processes that are not known to be honest
+NICE = 10  # of the workers: they work for processes that are not trusted
 SETTLE_SECONDS = 5.0
 
 Taken = Callable[[], None]  # what to do in the main thread with the result of a job
@@ -64,7 +64,7 @@ class Libraries:
         self._reading: set[File] = set()  # files whose contents are being read
         # For each tenant's file the processes that map it; None: a process that may come to map it.
         self._mappers: dict[File, dict[int, MappedFile | None]] = {}
-        self._refused: dict[File, str] = {}  # until the next look around
+        self._refused: dict[File, str] = {}  # until the next look_around()
         self._unprobed: dict[int, dict[File, str]] = {}  # processes with files whose probes miss their calls, and why
         self._named: set[object] = set()
         self.refusals = 0

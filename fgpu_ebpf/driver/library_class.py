@@ -5,8 +5,8 @@ file or with a digest in agent.yaml; UNKNOWN, every other libcuda; NONE, a file 
 Frees by drivers of the first two classes count at once; by those of the third they count once NVML shows them.
 
 A file is known by its (dev, ino) or by its contents, never by what it contains about itself: a build id is a note that
-the file's author writes. A tenant can write into its own file at any time, so contents are believed as long as the
-file's size and times are as they were before they were read. The agent's main thread and its library workers use this
+the file's author writes. A tenant can write into its own file at any time, so contents are trusted only while the
+file's size and times are the same as before the reading. The agent's main thread and its library workers use this
 module.
 """
 

@@ -1,7 +1,7 @@
 """The files of libcuda and the shim that a process maps: found by their names, and if necessary by their contents.
 
 This module runs in the agent's library workers, because reading a process's mappings can block on the process. A file
-that was found to be another is not read again while it stays as it is.
+that is not libcuda is not read again while it is unchanged.
 """
 
 from __future__ import annotations

@@ -137,7 +137,7 @@ class Examiner:
         return self._trust.role(file, stamp)
 
     def _plan(self, file: File, fd: int, path: str, role: Role, stamp: Stamp) -> Plan:
-        """Return the probe plan of a file; one that has failed is not parsed again while it stays as it is."""
+        """Return the probe plan of a file; a file that has failed is not parsed again while it is unchanged."""
         failed = self._failed.get(file)
         if failed and failed[0] == stamp:
             raise ProbeError(failed[1])

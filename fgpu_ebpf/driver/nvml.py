@@ -118,14 +118,14 @@ class Nvml:
         return Device(index, uuid, name, pci, total, total - _reserved_bytes(handle))
 
     def release(self) -> None:
-        """Shut NVML down: this process has no device open any longer, and no question is answered until take_up()."""
+        """Shut NVML down: this process has no device open any longer, and all calls fail until take_up()."""
         self.released = True
         self._end_events()
         with contextlib.suppress(pynvml.NVMLError):
             pynvml.nvmlShutdown()
 
     def take_up(self) -> None:
-        """Initialise NVML anew. If that is not possible yet, each question tries it again."""
+        """Initialise NVML again. If that is not possible yet, each call tries it again."""
         self.released = False
         self._restart()
 
@@ -198,7 +198,7 @@ class Nvml:
         try:
             pynvml.nvmlInit()
         except pynvml.NVMLError:
-            return  # not possible yet: the next question tries again
+            return  # not possible yet: the next call tries again
         for uuid, index in self._known.items():
             if index in self._handles:
                 self._find_handle(uuid, index)

@@ -135,7 +135,7 @@ def plan(fd: int, path: str, role: Role, offsets: Mapping[str, int] | None = Non
 def _check(fd: int, path: str, offsets: Iterable[int]) -> int:
     found = breakpoints.choose(fd, offsets)
     if found is None:
-        raise ProbeError(f"{path} begins each function with what the kernel replaces: not a driver that fgpu knows")
+        raise ProbeError(f"no function of {path} has a probe that can be checked: not a driver that fgpu knows")
     return found
 
 

@@ -2,7 +2,7 @@
 
 A process can have any number of mappings, and a user any number of processes. Therefore each cgroup has jobs of its
 own, which end after SLICE_SECONDS and are charged to the cgroup's share of processor time (`file_budget`). Processes
-that are left out by that are examined when they say hello, or when NVML shows that they use a device.
+that are left out by that are examined when they register, or when NVML shows that they use a device.
 
 This module runs in the agent's main thread, which does not wait for a process; `_group` and `_slice` run in a worker
 thread.

@@ -1,6 +1,6 @@
 """The BPF programs in the kernel: whether exactly these are pinned; compiling, loading and pinning them.
 
-Compiling takes seconds and BCC. What it gives is kept in CACHE for the next start of this kernel, for example after a
+Compiling takes seconds and BCC. Its output is kept in CACHE for the next start on this kernel, for example after a
 boot. The agent, at its start, and `fgpu doctor` use this module. ProgramError names the fix; what was pinned before
 stays in force.
 """

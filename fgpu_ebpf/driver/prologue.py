@@ -1,10 +1,10 @@
 """The offset from the beginning of a function at which a uprobe is cheap.
 
 A uprobe on an instruction that the kernel does not emulate is executed out of line, step by step: some 10 us a hit in
-place of half of one. Drivers before 580, and after it, begin every call with a test whether they have ended
-(`cmpl $imm, disp(%rip)`), which is not emulated, and then a conditional jump, which is. Nothing has happened between:
-the arguments are where they were, and the return address lies on top of the stack. A probe is never moved behind a jump
-or behind an instruction that changes the stack; any other beginning is probed at its first byte.
+place of half of one. Drivers before 580, and after it, begin every call with a test whether they have ended (`cmpl
+$imm, disp(%rip)`), which is not emulated, and then a conditional jump, which is. Nothing has changed at that point: the
+arguments are in their registers, and the return address is on top of the stack. A probe is never moved past a jump or
+past an instruction that changes the stack; any other beginning is probed at its first byte.
 
 `probe_plan` uses this module.
 """
@@ -20,7 +20,7 @@ _EMULATED = frozenset([*range(0x70, 0x80), *range(0x50, 0x58)])  # short jcc; pu
 
 
 def shift(code: bytes) -> int:
-    """Return how many bytes behind its first byte a function with this code is probed. x86-64."""
+    """Return how many bytes after its first byte a function with this code is probed. x86-64."""
     length = _COMPARES.get(code[:2], 0)
     return length if code[length : length + 1] and code[length] in _EMULATED else 0
 

@@ -1,8 +1,8 @@
 """The libcuda that a program would find in its own root, before it maps one.
 
-`discovery` uses this module; `libraries` and `root_of` run in worker threads. A root is not left by a link, and file
-systems mounted into it are not opened: they may never answer, and what a container is given there is the host's own. If
-a search fails, nothing is found; a process that maps a libcuda is known by its hello, or by NVML.
+`discovery` uses this module; `libraries` and `root_of` run in worker threads. No link is followed out of a root, and
+file systems mounted into it are not opened: they may never respond, and those that a container is given are the host's
+own. If a search fails, nothing is found; a process that maps a libcuda is found by its hello, or by NVML.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from fgpu_ebpf.linux.procmaps import File
 Root = tuple[int, int, int]
 NAMES = ("libcuda.so.1", "libcuda.so")
 FOLDERS = (*LIBRARY_FOLDERS, "usr/local/cuda/compat/lib")
-MOST_ROOTS = 256  # beyond that, the root in which no program has begun for longest is forgotten
+MOST_ROOTS = 256  # beyond that, the root in which no program has started for the longest time is forgotten
 _NS_GET_ID, _ID = 0x8008B705, struct.Struct("Q")  # Linux 6.11
 
 
@@ -31,7 +31,7 @@ class Roots:
     """The roots that were searched; each is searched once, as long as what was found there is probed."""
 
     def __init__(self, own: str = "/") -> None:
-        """`own`: the host's root, whose files are found otherwise."""
+        """`own`: the host's root, whose files are found in another way."""
         self._own = _place(own)
         self._seen: dict[Root, None] = {}  # the last entered is last
         self._found: dict[File, set[Root]] = {}
@@ -41,7 +41,7 @@ class Roots:
         return root in self._seen or root[1:] == self._own
 
     def enter(self, root: Root) -> None:
-        """Record that a program has begun in a root, which has been searched."""
+        """Record that a program has started in a root, which has been searched."""
         if root[1:] == self._own:
             return
         self._seen.pop(root, None)

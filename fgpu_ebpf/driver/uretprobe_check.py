@@ -55,4 +55,4 @@ def unfit(shim: str) -> str:
     try:
         return "" if return_probes_survive_seccomp(shim) else KILLS
     except OSError as error:
-        return f"root may use no uprobes here ({error}): {CAPABLE}"
+        return f"root may not use uprobes here ({error}): {CAPABLE}"

@@ -5,8 +5,9 @@ sends.
 
 Limits: at most MOST_PER_TENANT connections of a workload (the owner of its processes' bounds), and MOST_SILENT that
 have not sent a hello. Workloads take turns, one hello each. A workload may take WAIT_NS of the gatekeeper's processor
-time in a heartbeat, and for new processes STORM_NS in advance, so that a storm of starts is answered at once, while a
-flood first waits and then is dropped. No peer can cause an OSError; one that closes its connection is counted.
+time in a heartbeat, and for new processes STORM_NS in advance. So many simultaneous starts are answered at once, while
+an endless series of connections first waits and then is dropped. No peer can cause an OSError; one that closes its
+connection is counted.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from fgpu_ebpf.linux.procmaps import File
 MOST_CONNECTIONS, MOST_PER_TENANT, MOST_SILENT, MOST_HINTS, AT_ONCE = 1024, 512, 16, 4096, 64
 PATIENCE_NS, SILENCE_NS, TURN_NS = 1_000_000_000, 200_000_000, 4_000_000
 WAIT_NS, REFUSE_NS, FORGIVE_NS = 40_000_000, 50_000_000, 40_000_000  # processor time; the last at every heartbeat
-STORM_NS = 1_000_000_000  # instead of WAIT_NS, for a new process: starting it costs the tenant as much as it costs us
+STORM_NS = 1_000_000_000  # instead of WAIT_NS, for a new process: its start costs its tenant as much as us
 HELLO_BYTES = ctypes.sizeof(Hello)
 
 
@@ -53,7 +54,7 @@ class Connection:
     has_hello: bool = False
     is_info: bool = False  # it asks for text instead of pages
     held: bool = False
-    told: bool = False  # the agent was told of the process
+    told: bool = False  # a request about the process was sent to the agent
     watched: bool = False  # registered with the selector, for a hello or an end
     reading: bool = False
     # The files that the process maps, each with the offset at which its breakpoint was seen, else 0.
@@ -84,7 +85,7 @@ class Connections:
         self._load: Counter[int] = Counter()  # connections of a tenant
         self._ready: dict[int, dict[Connection, None]] = {}  # by tenant, in the order of their turns
         self._spent_ns: Counter[int] = Counter()  # processor time taken by a tenant and not yet forgiven
-        self._hints: dict[int, int] = {}  # pid -> tenant: refuses a flood cheaply, and admits nothing
+        self._hints: dict[int, int] = {}  # pid -> tenant: only for refusing many connections cheaply
 
     def __len__(self) -> int:
         return len(self._connections)
@@ -127,7 +128,7 @@ class Connections:
         return thread_time_ns()
 
     def _make_room(self, connection: Connection) -> None:
-        """Drop a connection if there are too many: the one silent for longest, so that those that speak are kept."""
+        """Drop a connection if there are too many: this one, or one without a hello if there is one."""
         if self._load[connection.tenant] > MOST_PER_TENANT:
             self.drop(connection, "dropped_tenant")
         elif len(self._connections) > MOST_CONNECTIONS:
@@ -235,7 +236,7 @@ class Connections:
                 self.drop(connection, "dropped_tenant")
 
     def _look_again(self, connection: Connection) -> None:
-        if not connection.watched:  # it must wait: watch whether the peer goes, or sends something malformed
+        if not connection.watched:  # it must wait: watch for the end of the connection, and for malformed data
             self._watch(connection)
         if not connection.reading:
             self.ready(connection)

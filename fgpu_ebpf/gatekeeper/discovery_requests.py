@@ -1,8 +1,8 @@
 """Requests to the agent to examine processes about which nothing is decided yet.
 
-This module runs in the gatekeeper's main loop. Of a tenant's many processes the agent is told of one at a time, and of
-a workload's many tenants of MOST_TENANTS between two heartbeats. The gatekeeper does not wait: the agent answers in the
-kernel's maps. If the agent does not receive a request, the request is sent again later.
+This module runs in the gatekeeper's main loop. The agent gets one process of a tenant at a time, and between two
+heartbeats at most MOST_TENANTS tenants of a workload. The gatekeeper does not wait: the agent writes its decisions into
+the kernel's maps. If the agent does not receive a request, the request is sent again later.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from time import monotonic_ns
 
 from fgpu_ebpf.gatekeeper.connections import Connection
 
-TELL_NS = 50_000_000  # after telling the agent of a tenant, nothing more is sent of that tenant for this time
-DEAF_NS = 10_000_000  # after a message that the agent did not receive, nothing is sent for this time
+TELL_NS = 50_000_000  # after a request about a tenant, no other about that tenant is sent for this time
+DEAF_NS = 10_000_000  # after a message that the agent did not receive, none is sent for this time
 MOST_TENANTS = 64  # of one owner of bounds, between two heartbeats
 
 
@@ -27,7 +27,7 @@ class DiscoveryRequests:
         self._path = str(run / "discover.sock")
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
         self._new: dict[int, Connection] = {}  # by tenant: to be sent at the end of this turn
-        self._told: dict[int, int] = {}  # by tenant: until when nothing more is sent of it
+        self._told: dict[int, int] = {}  # by tenant: until when no request about it is sent
         self._tenants: Counter[int] = Counter()  # by owner: tenants that were sent since the last heartbeat
         self._deaf_ns = 0
 

@@ -1,7 +1,7 @@
 """A cache of ledger lookups for one iteration of the gatekeeper's loop: what many hellos need is looked up once.
 
-It never outlives the iteration, since what was decided before a process connected must hold for its hello. It owns the
-descriptors of usage pages that it has opened. Raises OSError of bpf(2) or of /proc.
+It never outlives the iteration, because a decision that was made before a process connected must apply to its hello. It
+owns the descriptors of usage pages that it has opened. Raises OSError of bpf(2) or of /proc.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def managed_state(ledger: Decisions | None, ids: Sequence[int]) -> ManagedState:
     in_force = (c for c in said if said[c] or (ledger and not ledger.page_missing(c)))
     levels = tuple(in_force)[-abi.LEVELS :]  # as the kernel finds them: if there are too many, the outermost
     if not all(said[cgroup] for cgroup in levels):
-        return ManagedState(None, ids[0])  # in force, but not used by a process yet: the agent must know first
+        return ManagedState(None, ids[0])  # in force, but not used by a process yet: the agent must be informed first
     if levels:
         return ManagedState(True, levels[0], levels)
     leaf = ids[0] if ids else 0

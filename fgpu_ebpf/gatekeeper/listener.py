@@ -17,7 +17,7 @@ BACKLOG = 512  # enough for a storm; accepting or refusing each takes about 20 u
 
 
 class Listener:
-    """The listening socket, bound aside in a folder held open and then renamed, so that a socket always listens."""
+    """The listening socket. It is bound under another name and then renamed, so that a socket always listens."""
 
     def __init__(self, run: Path) -> None:
         self._shim = run / "shim"

@@ -1,6 +1,6 @@
-"""Answers the hello of shims, and keeps the pages of every process that has said hello up to date.
+"""Registers processes by the hello of their shims, and keeps the pages of registered processes up to date.
 
-The main module of the gatekeeper process: it decides each hello, runs the loop that all other parts run in, and writes
+The main module of the gatekeeper process: it decides on each hello, runs the loop of all other parts, and writes
 `<run>/gatekeeper.json`. A tenant's process is identified by the peer's pidfd and by the kernel, never by what it sends;
 no tenant is waited for. Limits are written by the agent alone. When the process ends, heartbeats on pages stop and
 shims open their gates after the lease; limits stay in force in the kernel. The process ends if its run folder is no
@@ -344,7 +344,7 @@ class Gatekeeper:
             return
         if not self._listener.intact():
             self._open_listener()
-        self._accept()  # if there is no connection, the peer identifier learns that
+        self._accept()  # if there is no connection, the peer identifier records that
         self._slicer.shares_changed()  # a change may have been missed
         self._counts["processes"] = len(self._sessions)
         said = {**self._counts, **self._facts, "slices": self._slicer.counts()}

@@ -119,5 +119,5 @@ def _unmap(memory: mmap.mmap) -> None:
 
 
 def row_bytes(rows: Iterable[tuple[int, int, int]]) -> bytes:
-    """Return `(pid, device, bytes)` of each process and device as ControlMemory.show() wants them; at most ROWS."""
+    """Return `(pid, device, bytes)` of each process and device in the form for ControlMemory.show(); at most ROWS."""
     return b"".join(bytes(Row(*row)) for row in islice(rows, ROWS))

@@ -1,7 +1,7 @@
 """Identification of the process at the other end of a socket, as a pidfd.
 
 `connections` uses this module, in the gatekeeper's main loop. A pid that may belong to another process by now is not
-accepted: OSError is raised, and the process says hello again.
+accepted: OSError is raised, and the process registers again.
 """
 
 from __future__ import annotations

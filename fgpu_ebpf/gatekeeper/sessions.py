@@ -1,7 +1,7 @@
 """The managed processes: their control and status pages, and the rows and heartbeats on them.
 
-The gatekeeper's main loop uses this module. A session lasts from a process's first answer until its pidfd reports its
-end. Unmanaged processes share a few control pages, so that they take no places. Which process gets which page is
+The gatekeeper's main loop uses this module. A session lasts from a process's first registration until its pidfd reports
+its exit. Unmanaged processes share a few control pages, so that they take no places. Which process gets which page is
 decided elsewhere; status pages are not read here. Raises OSError. Pages without heartbeats make shims open their gates.
 """
 
@@ -37,7 +37,7 @@ class PageHeader:
 
 @dataclass(slots=True, eq=False)
 class Session:
-    """A process that has pages, for as long as its pidfd says that it lives. `since_ns`: the session's begin."""
+    """A process that has pages, until its pidfd reports its exit. `since_ns`: the session's begin."""
 
     pid: int
     pidfd: int
@@ -50,8 +50,8 @@ class Session:
     rows: bytes = b""
     levels: tuple[int, ...] = ()  # innermost first
     since_ns: int = field(default_factory=monotonic_ns)
-    has_ended: bool = False  # the kernel says so, though its pidfd does not yet
-    ahead_ns: int = 0  # of our clock: times on its pages are by its own clock
+    has_ended: bool = False  # the kernel has reported its exit, and its pidfd has not yet
+    ahead_ns: int = 0  # how far its clock, by which times on its pages are, is ahead of ours
     generation: int = 0  # of its entry in the ledger; 0: it had none yet
 
     def show(self, rows: bytes) -> None:

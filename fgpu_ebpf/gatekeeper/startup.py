@@ -29,7 +29,7 @@ def open_ledger(pins: Path, factory: Callable[[Path], Ledger]) -> Ledger | None:
 
 
 def _wait_for(lock: FileLock) -> None:
-    """Take the lock as soon as its holder releases it, which an agent's stand-in does at once. Raises OSError."""
+    """Take the lock as soon as its holder releases it; an agent's own gatekeeper does so at once. Raises OSError."""
     waiting = FileLock(lock.path.parent / file_locks.NEXT)
     is_next = False  # if several wait, one of them holds the second lock for all
     while not lock.take():

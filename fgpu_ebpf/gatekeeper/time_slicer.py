@@ -5,7 +5,7 @@ waits for no tenant, and costs nothing if no tenant has compute. An OSError is c
 other exception ends the process: heartbeats on pages stop, and shims open their gates.
 
 A wake-up costs more than the work done in it, so there are few: at the end of a turn, when its work has drained, when a
-process comes, when shares change, and now and then to examine the owner of a device while others wait.
+process registers, when shares change, and at intervals to examine the owner of a device while others wait.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ class TimeSlicer:
         self._is_watching = self._started = self._ended = False
         self._errors = 0
 
-    # -- processes that come and go
+    # -- registration and exit of processes
 
     def register(self, session: Session) -> None:
         """Add a session, or use its new pages: its gates are right before the process sees them."""
@@ -340,7 +340,7 @@ class TimeSlicer:
                 tenant
             ]
             due[tenant], is_here = entitled, tenant in self._gates
-            shown = self._shown.get(tenant, frozenset())  # a last row when all its processes have gone
+            shown = self._shown.get(tenant, frozenset())  # a last row after all its processes have exited
             for device in self._own_devices(place) | shown:
                 rows[tenant, device] = counts_of(place, device, part if is_here else 0, entitled)
         span_ns = now_ns - since_ns if since_ns else 0

@@ -1,7 +1,7 @@
 """Rows of the turns map by level and device: a tenant's own turns, and for a unit the sum of everything inside it.
 
-The time slicer uses this module and writes the rows. The module stores what each unit had when it was last published.
-It does no I/O.
+The time slicer uses this module and writes the rows. The module stores the numbers of each unit that were last
+published. It does no I/O.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The device plugin: reports this host's slots to kubelet, and what a container is given with them.
 
 The plugin runs in a process of its own (`fgpu device-plugin`), in one asyncio loop. It has a socket for each profile in
-kubelet's folder, and registers it. The agent says what there is, and limits the container when it starts. Without an
+kubelet's folder, and registers it. The agent reports the slots, and limits the container when it starts. Without an
 agent every slot is unhealthy; without kubelet the plugin waits for it; SIGTERM leaves no socket behind.
 """
 
@@ -105,7 +105,7 @@ class _Plugin:
         self.folder, self.way = options.folder, options.way
         self._endpoints: dict[str, Endpoint] = {}
         self._answered_at = -SILENT_SECONDS  # when the agent last answered
-        self._said: str | None = None  # the last logged fault or offer
+        self._said: str | None = None  # the last logged error or offer
 
     def message(self, name: str, **fields: Any) -> bytes:
         """Return a message in kubelet's encoding."""
@@ -145,7 +145,7 @@ class _Plugin:
             self._without_agent(str(error), now)
             return
         except (KeyError, TypeError, ValueError):
-            self._without_agent("the agent's version offers nothing", now)
+            self._without_agent("this version of the agent offers no shares", now)
             return
         if host.count() >= MOST_SLOTS:
             raise PluginError(f"{host.count()} slots are too many for kubelet ({MOST_SLOTS}): lower counts of profiles")

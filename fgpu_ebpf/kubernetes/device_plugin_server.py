@@ -34,7 +34,7 @@ class Plugin(Protocol):
         """Return a message in kubelet's encoding."""
 
     async def look(self) -> None:
-        """Ask the agent what there is now."""
+        """Ask the agent for the present slots."""
 
     async def wait_for_room(self, slots: list[Slot]) -> str:
         """Return why these slots cannot be given even after a moment; empty: they can."""
@@ -87,7 +87,7 @@ class Endpoint:
 
     @property
     def is_deaf(self) -> bool:
-        """True if kubelet has no stream, though it is the same kubelet."""
+        """True if kubelet has not opened a stream, although it has not restarted."""
         return not self._streams and asyncio.get_running_loop().time() - self._silent_since > DEAF_SECONDS
 
     async def open(self) -> None:

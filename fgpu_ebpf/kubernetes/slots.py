@@ -98,7 +98,7 @@ def host_of(answer: Mapping[str, Any]) -> Host:
 class Book:
     """Slots that kubelet has asked for, and those of them that are promised but not taken yet.
 
-    kubelet does not tell a device plugin when a container has gone, so what counts is what the agent sees. A promise
+    kubelet does not report to a device plugin that a container has exited, so the agent's numbers decide. A promise
     bridges the time until the agent sees the container, and ends after PROMISE_SECONDS.
     """
 
@@ -191,7 +191,8 @@ class Book:
             if not self.room(device, slot.share, but=[slot]):
                 size, free = memory_text(device.profiles[slot.share].bytes), memory_text(device.free_bytes)
                 of = memory_text(device.capacity_bytes)
-                return f"{size} do not fit on {slot.uuid}: {free} of {of} are free, promises to others not deducted"
+                promised = "without deducting shares promised to other containers"
+                return f"{size} do not fit on {slot.uuid}: {free} of {of} are free, {promised}"
         return ""
 
     def prefer(self, share: str, available: Sequence[str], must: Sequence[str], size: int) -> list[str]:

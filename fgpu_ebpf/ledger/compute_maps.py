@@ -27,7 +27,7 @@ _TURN = struct.Struct("11Q")
 _U32, _U64 = struct.Struct("I"), struct.Struct("Q")
 HOST_SHARES = 4
 _MOST_WORD = 2**64 - 1
-FEW = 24  # so many shares are looked up faster one by one than by reading the whole map
+FEW = 24  # up to this many shares, single lookups are faster than reading the whole map
 assert (_SHARE.size, _TURN.size) == (ctypes.sizeof(abi.Share), ctypes.sizeof(abi.Turn))
 
 

@@ -1,7 +1,7 @@
 """The map `event_budgets`: how many events about cgroups the kernel reports of one workload.
 
-A workload can create, enter and remove any number of cgroups inside its own. One that does so often gets a budget of
-its own in the BPF programs, and the rest of what the kernel reports is left for the others.
+A workload can create, enter and remove any number of cgroups inside its own. A workload that does so often gets a
+budget of its own in the BPF programs, so that the kernel can report the events of all others.
 
 `agent.kernel_events` uses this module, in the agent's main thread. Errors are OSError of bpf(2).
 """
@@ -20,8 +20,8 @@ from fgpu_ebpf import abi
 from fgpu_ebpf.linux import bpf, cgroup_namespace
 from fgpu_ebpf.workloads.bound_owner import Owner, Why
 
-BUSY = 100  # a workload with so many events in one second gets a budget
-IDLE_SECONDS = 60.0  # a workload without events for so long loses its budget
+BUSY = 100  # a workload with this many events in one second gets a budget
+IDLE_SECONDS = 60.0  # a workload without events for this time loses its budget
 MOST = abi.EVENT_BUDGETS // 2
 _U64 = struct.Struct("Q")
 _BYTES = ctypes.sizeof(abi.EventBudget)

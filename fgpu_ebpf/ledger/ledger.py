@@ -47,7 +47,7 @@ _ZERO = _U32.pack(0)
 HOST_EPOCH, HOST_FLAGS, HOST_PROCESSES = 0, 1, 5
 SWEPT_AT_ONCE = 1024  # allocations
 PAGES_AT_ONCE = 256  # each takes a descriptor while they are created
-FEW = 24  # so many processes are looked up faster one by one than by reading the whole map
+FEW = 24  # up to this many processes, single lookups are faster than reading the whole map
 MOVE_TRIES, MOVE_SECONDS = 20, 0.01
 
 
@@ -208,7 +208,7 @@ class Ledger:
         return self._number("host", HOST_EPOCH)
 
     def new_epoch(self) -> None:
-        """Make every shim say hello again at its next call."""
+        """Make every shim register again at its next call."""
         self._set_host(HOST_EPOCH, self.epoch() + 1)
 
     def settle(self) -> bool:
@@ -311,7 +311,7 @@ class Ledger:
         return done == 0
 
     def reap(self, tgid: int, generation: int) -> bool:
-        """End the entry of a process whose end the kernel has not reported."""
+        """End the entry of a process whose exit the kernel has not reported."""
         return self._run(abi.Adjust.REAP, tgid, generation) == 0
 
     def mark(self, tgid: int, generation: int, device: int) -> bool:
@@ -319,10 +319,10 @@ class Ledger:
         return self._run(abi.Adjust.MARK, tgid, generation, device) == 0
 
     def tag(self, tgid: int, levels: tuple[int, ...]) -> int:
-        """Return the tag in the kernel's answers to a process, and create the process's entry if it has none.
+        """Return the tag in the verdicts for a process, and create the process's entry if it has none.
 
-        0: the process asks without a tag, because its level has too many entries or the kernel's pids are not those of
-        this process's namespace.
+        0: its requests have no tag, because its level has too many entries or the kernel's pids are not those of this
+        process's namespace.
         """
         if not has_host_pids():
             return 0

@@ -1,7 +1,7 @@
 """The map `resolved`: the agent's decisions about cgroups, which the gatekeeper reads.
 
 The agent's main thread writes the map. If the map is full, cgroups that are not managed are removed for one that is;
-their programs ask again. Errors are OSError of bpf(2).
+their programs register again. Errors are OSError of bpf(2).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from itertools import islice
 from fgpu_ebpf.linux import bpf
 
 MOST = 16_384  # as in maps.bpf.h
-EVICTED = 1_024  # so many are removed at a time
+EVICTED = 1_024  # the number of decisions that are removed at a time
 _U64, _U32 = struct.Struct("Q"), struct.Struct("I")
 
 
@@ -28,7 +28,7 @@ class Resolution(IntEnum):
 
 
 class Resolutions:
-    """The map. `maps`: the ledger's open maps by name; `new_epoch`: makes every shim say hello again."""
+    """The map. `maps`: the ledger's open maps by name; `new_epoch`: makes every shim register again."""
 
     def __init__(self, maps: Mapping[str, int], new_epoch: Callable[[], None]) -> None:
         self._maps, self._new_epoch = maps, new_epoch
@@ -44,7 +44,7 @@ class Resolutions:
         return None if found is None or found is Resolution.REFUSED else found is Resolution.MANAGED
 
     def resolve(self, cgroup: int, managed: bool) -> None:
-        """Write whether a cgroup is managed. Shims say hello again, unless the cgroup is new and unmanaged."""
+        """Write whether a cgroup is managed. Shims register again, unless the cgroup is new and unmanaged."""
         self._put(cgroup, Resolution.MANAGED if managed else Resolution.UNMANAGED)
 
     def refuse(self, cgroup: int) -> None:
@@ -74,11 +74,11 @@ class Resolutions:
         return bool(found)
 
     def forget(self, cgroup: int) -> None:
-        """Delete the decision about a cgroup that is not managed: its next program asks anew."""
+        """Delete the decision about a cgroup that is not managed: it is decided again for its next program."""
         bpf.delete(self._maps["resolved"], _U64.pack(cgroup))
 
     def unresolve(self, cgroups: Iterable[int]) -> None:
-        """Delete the decisions about cgroups: they are decided again when a program asks."""
+        """Delete the decisions about cgroups: they are decided again when a program registers."""
         known = [cgroup for cgroup in cgroups if bpf.delete(self._maps["resolved"], _U64.pack(cgroup))]
         if known:
             self._new_epoch()

@@ -16,7 +16,7 @@ from fgpu_ebpf.ledger.orphans import Orphan
 from fgpu_ebpf.ledger.process_entry import Process
 
 MODULES_BYTES = 1 << 30  # code and data that a program may load: NVML shows them, and no call reports them before
-LOOKS = 4  # in so many looks an importer's row grows by what an exporter has freed
+LOOKS = 4  # within this number of passes an importer's row grows by what an exporter has freed
 
 
 class Unwitnessed:
@@ -32,7 +32,7 @@ class Unwitnessed:
         self._modules = modules
         self._last: Mapping[int, Process] | None = None
         self._exported: Counter[tuple[int, int, int]] = Counter()  # by (pid, generation, device)
-        self._freed: deque[Counter[int]] = deque(maxlen=LOOKS)  # exported bytes that exporters let go, by device
+        self._freed: deque[Counter[int]] = deque(maxlen=LOOKS)  # exported bytes that exporters have freed, by device
         self._kept: dict[tuple[int, int, int], int] = {}  # by (pid, generation, device): bytes imported for good
 
     def find(self, processes: Mapping[int, Process], orphans: Iterable[Orphan]) -> dict[tuple[int, int], int]:
@@ -75,12 +75,12 @@ class Unwitnessed:
                     key = pid, process.generation, device
                     beyond = max(0, self._beyond(pid, process, device))
                     kept = min(before.get(key, 0), beyond)
-                    # What an importer had before the agent's start was explained then, or named.
+                    # The memory of an importer from before the agent's start was explained or reported then.
                     more = beyond if is_first else self._take(device, beyond - kept)
                     self._kept[key] = kept + more
 
     def _take(self, device: int, bytes_: int) -> int:
-        """Return as many of these bytes as exporters have let go; no other importer gets them."""
+        """Return as many of these bytes as exporters have freed; no other importer gets them."""
         taken = 0
         for freed in self._freed:
             part = min(bytes_ - taken, freed[device])

@@ -110,11 +110,11 @@ def create_array_page(name: str, bytes_: int) -> int:
 
 
 def form(fd: int) -> Form:
-    """Return the form of an open map. Raises OSError; EINVAL: it is no map."""
+    """Return the form of an open map. Raises OSError; EINVAL: it is not a map."""
     lines = Path(f"/proc/self/fdinfo/{fd}").read_text(encoding="ascii").splitlines()
     found = dict(line.split(":\t") for line in lines if ":\t" in line)
     if not found.keys() >= set(Form._fields):
-        raise OSError(errno.EINVAL, f"descriptor {fd} is no map")
+        raise OSError(errno.EINVAL, f"descriptor {fd} is not a map")
     return Form(*(int(found[name], 0) for name in Form._fields))
 
 
@@ -134,7 +134,7 @@ def number(fd: int, index: int) -> int:
     """Return one 64-bit number of an array map. Raises OSError; ENOENT: the array is shorter."""
     raw = lookup(fd, struct.pack("I", index), 8)
     if raw is None:
-        raise OSError(errno.ENOENT, f"an array has no number {index}")
+        raise OSError(errno.ENOENT, f"an array has no entry {index}")
     return int.from_bytes(raw, sys.byteorder)
 
 

@@ -1,8 +1,8 @@
 """Check whether the processes that map a probed file have its breakpoints in their memory.
 
-A probe is attached to an inode. Another inode can stand behind the same (dev, ino) of /proc/PID/maps: once overlayfs
-has copied a file up, processes that start map the copy, which has no probe. A shared or a writable mapping has no
-breakpoints either. So a file counts as probed for a process only if the process's own memory holds the breakpoint.
+A probe is attached to an inode. Another inode can have the same (dev, ino) in /proc/PID/maps: once overlayfs has copied
+a file up, processes that start map the copy, which has no probe. A shared or a writable mapping has no breakpoints
+either. So a file counts as probed for a process only if the process's own memory holds the breakpoint.
 
 The gatekeeper's mapping readers and the agent's library workers use this module in worker threads, because reading the
 memory of a process can block on that process. Mapped pages of foreign files are read by /proc/self/mem and never

@@ -1,4 +1,4 @@
-"""Remove a folder that stands where a socket, a file or a link is to be created.
+"""Remove a folder at a path where a socket, a file or a link is to be created.
 
 The agent and the gatekeeper use this module, in any thread.
 """

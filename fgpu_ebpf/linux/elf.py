@@ -87,7 +87,7 @@ class Library:
         return "" if at is None else self._text(at).decode(errors="replace")
 
     def offset(self, name: str) -> int | None:
-        """Return the file offset of an exported function, or None. Raises ElfError if it does not lie in code."""
+        """Return the file offset of an exported function, or None. Raises ElfError if it is not in code."""
         for address in map(self._defined_at, self._candidates(name.encode())):
             if address:
                 return self._code_offset(name, address)
@@ -153,7 +153,7 @@ class Library:
         for s in self._loaded:
             if s.executable and s.address <= address < s.address + s.bytes:
                 return s.offset + address - s.address
-        raise ElfError(f"{name} lies in no code")
+        raise ElfError(f"{name} is not in code")
 
     def _text(self, at: int) -> bytes:
         """Return a name, cut to MOST_NAME_BYTES."""

@@ -157,7 +157,7 @@ class Handler(logging.Handler):
         self._sink, self._form, self._now = sink, form, now
         self._windows: dict[tuple[object, ...], tuple[float, int]] = {}  # statement -> begin of its window, its lines
         self._room = FEW_STATEMENTS  # entries of _windows until old ones are removed
-        self._reported = 0  # dropped lines that a line has told of
+        self._reported = 0  # dropped lines that a later line has reported
         self.dropped = self.left_out = 0
 
     def emit(self, record: logging.LogRecord) -> None:

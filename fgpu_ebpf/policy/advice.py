@@ -37,7 +37,7 @@ def warnings(policy: Policy) -> Iterator[str]:
 
 
 def _may_be_unit(text: str) -> bool:
-    """Return whether a pattern can match the name of a service or scope: by its text behind the last wildcard."""
+    """Return whether a pattern can match the name of a service or scope: by its text after the last wildcard."""
     end = re.split(r"[*?]", text)[-1]
     return "/" not in text and any(end.endswith(suffix) or suffix.endswith(end) for suffix in UNIT_SUFFIXES)
 
@@ -46,5 +46,5 @@ def _of_device(device: DeviceChoice) -> str:
     index = _INDEX.fullmatch(device.text)
     if not index:
         return ""
-    what = "is the beginning of a UUID" if device.uuid else "is the name of no model"
-    return f"devices: {device.text!r} {what}, not an index: did you mean {int(index[1])}?"
+    what = "the beginning of a UUID" if device.uuid else "the name of a model"
+    return f"devices: {device.text!r} is read as {what}, not as an index: did you mean {int(index[1])}?"

@@ -137,7 +137,7 @@ def _metric_label(value: str) -> str:
         better = re.sub(r"\W", "_", value[:63], flags=re.A)
         raise ValueError(f"{shown(value)} is not a name of a Prometheus label: did you mean {better!r}?")
     if value.startswith("__") or value in RESERVED_LABELS:
-        raise ValueError(f"{shown(value)} is taken by the metrics themselves: name another label")
+        raise ValueError(f"{shown(value)} is a label of the metrics already: choose another name")
     return value
 
 

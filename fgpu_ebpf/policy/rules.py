@@ -68,7 +68,7 @@ class Priority(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class LabelTest:
-    """A test of one label. As in Kubernetes, a missing label is NotIn everything."""
+    """A test of one label. As in Kubernetes, a missing label passes every NotIn test."""
 
     key: str
     operator: Operator

@@ -86,7 +86,7 @@ class Memory(Model):
     """The limit on each device, and how far the workload's own label fgpu.dev/memory may go."""
 
     limit: Bytes = Field(
-        description="What it may hold on each device; a percentage is of what tenants can get there, cut to 2 MiB.",
+        description="The most on each device. A percentage is of what tenants can get there, rounded down to 2 MiB.",
         examples=["8GiB", "50%"],
     )
     max: Bytes = absent("The most that the workload's own label may request; the default is `limit`.", "16GiB")
@@ -105,8 +105,8 @@ class Compute(Model):
     """The share of a device's time; without it the workload is not gated."""
 
     limit: Ceiling = absent("The most of a device's time, even of an idle one; without it there is no ceiling.", "50%")
-    weight: Annotated[int, Field(ge=1, le=10_000)] = Field(100, description="Its part of contended time.")
-    priority: Literal["high", "normal", "low"] = Field("normal", description="A higher priority gets its turn first.")
+    weight: Annotated[int, Field(ge=1, le=10_000)] = Field(100, description="The part of contended time.")
+    priority: Literal["high", "normal", "low"] = Field("normal", description="`high` gets its turn first.")
     quantum: Quantum = absent(
         "The length of a turn, from 1ms to 1s. Turns among tenants that never pause are up to twice as long. Default:"
         f" {_USUAL.quantum_ns // 1_000_000}ms.",
@@ -115,7 +115,7 @@ class Compute(Model):
 
 
 class Views(Model):
-    """View that the workload is shown."""
+    """The views of a device that the workload gets."""
 
     utilization: Literal["device", "own"] = Field("device", description="The use of the whole GPU, or of the workload.")
 
@@ -136,8 +136,8 @@ class Spec(Model):
     compute: Compute = absent("The share of time; without it the workload takes no turns.")
     on_bypass: Literal["report", "kill"] = Field(
         "report",
-        description="The action for a process that bypasses the shim and would exceed the limit; `kill` waits while"
-        " a process that is older than fgpu is in the tenant.",
+        description="The action for a process that bypasses the shim and would exceed the limit; `kill` is not"
+        " applied while a process that is older than fgpu is in the tenant.",
     )
     views: Views = absent("The figures that the workload sees.")
     metric_labels: MetricLabels = absent("Labels of the workload that its metrics carry.", ["team"])
@@ -147,7 +147,7 @@ class GpuPolicy(Model):
     """One policy: the first whose selector matches a workload decides."""
 
     api_version: Literal["fgpu.dev/v1alpha1"] = Field(description="The version of this format.")
-    kind: Literal["GpuPolicy"] = Field(description="There is no other.")
+    kind: Literal["GpuPolicy"] = Field(description="The only kind.")
     metadata: Metadata = Field(description="The name of the policy.")
     spec: Spec = Field(
         description="The workloads that the policy selects, and their limits.", examples=[{"selector": _EXAMPLE}]

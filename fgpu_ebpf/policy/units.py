@@ -41,7 +41,7 @@ class Amount:
 
 
 def shown(text: str) -> str:
-    """Return foreign text as a message may quote it: escaped and cut."""
+    """Return foreign text in a form for messages: escaped and cut."""
     return repr(text if len(text) <= _SHOWN else text[:_SHOWN] + "…")
 
 
@@ -61,7 +61,7 @@ def amount(text: str) -> Amount:
         raise QuantityError(f"{shown(text)} is not a memory size: write it as 8GiB or 50%")
     bytes_ = _bytes(text, match["number"], match["unit"])
     if bytes_ < GRANULE:
-        raise QuantityError(f"{shown(text)} is less than a device gives out at once: write 2MiB at least")
+        raise QuantityError(f"{shown(text)} is less than the driver's unit of allocation: write at least 2MiB")
     return Amount(bytes_)
 
 

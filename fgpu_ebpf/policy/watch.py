@@ -18,8 +18,8 @@ from fgpu_ebpf.linux.wakeup import Wakeup
 from fgpu_ebpf.policy.folder import PolicyFolder, Reading
 
 log = logging.getLogger("fgpu.policy")
-QUIET_SECONDS = 0.02  # a change is read once nothing has happened for so long
-LONGEST_SECONDS = 2.0  # or after changes for so long
+QUIET_SECONDS = 0.02  # a change is read once nothing has happened for this time
+LONGEST_SECONDS = 2.0  # or after changes for this time
 LOOK_SECONDS = 5.0  # for changes without notifications: behind symbolic links, on network file systems
 
 Callback = Callable[[Reading], None]
@@ -58,7 +58,7 @@ class PolicyWatch:
                 self._look()
                 self._await_change()
             except FileNotFoundError:
-                continue  # a folder went meanwhile
+                continue  # a folder was removed meanwhile
             except OSError as error:  # the kernel has no more notifications to give
                 log.debug("%s is not watched: %s", self._folder.path, error)
                 self._end.wait(LOOK_SECONDS)
@@ -88,7 +88,7 @@ class PolicyWatch:
                 return
 
     def _look(self) -> None:
-        """Report the folder if it is not as it was."""
+        """Report the folder if it has changed."""
         if self._folder.state() == self._last.state:
             return
         reading = self._folder.read(may_be_missing=not self.had)

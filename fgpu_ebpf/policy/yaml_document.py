@@ -142,7 +142,7 @@ class _Reader:
         if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None):
             raise self._fail(event, place, "anchors and aliases (&, *) are refused: write the value out, or in quotes")
         if getattr(event, "tag", None) not in (None, "!"):
-            raise self._fail(event, place, "tags (!) are refused: leave it out, or write the value in quotes")
+            raise self._fail(event, place, "tags (!) are refused: leave the tag out, or write the value in quotes")
         if isinstance(event, yaml.ScalarEvent):
             return self._scalar(event, place)
         if len(place) >= MOST_DEPTH:

@@ -1,9 +1,9 @@
-"""Time that other tenants wait for work that a tenant says it has in flight.
+"""The time for which other tenants wait for work that a tenant reports to be in flight.
 
 A claim of up to UNPROVEN_NS is accepted. A longer claim is accepted once work that was claimed to take longer has ended
 as claimed. If others waited and the work did not end as claimed, the bound falls to that of a tenant that claims
 nothing. It doubles again, more slowly after each further such wait. All tenants inside one unit (`nested_shares`) have
-one standing, so a new cgroup is believed no more than the last one.
+one standing, so a new cgroup gets no more trust than the previous one.
 
 `turns` uses this module, in the gatekeeper's time slicer thread. The module does not charge tenants. Times are
 CLOCK_MONOTONIC nanoseconds.
@@ -19,8 +19,8 @@ MOST_FLIGHT_NS = 1_000_000_000  # the most that a tenant can claim to have in fl
 UNPROVEN_NS = 250_000_000  # a tenth of a device's time in two seconds, and a little more
 MUCH_NS = 2 * BUDGET_NS  # a shorter wait in vain costs others no more than a tenant that claims nothing
 PACE_NS, MOST_PACE_NS = 1_000_000_000, 64_000_000_000  # the time in which the bound doubles
-FORGET_NS = 3600 * 1_000_000_000  # after so long without a wait in vain the pace is the first again
-_TRUE_PARTS = 4  # work ended as claimed if it ended late by at most such a part of its claimed length
+FORGET_NS = 3600 * 1_000_000_000  # after this time without a wait in vain, the bound doubles at its first pace again
+_TRUE_PARTS = 4  # work ended as claimed if it was late by at most this part of its claimed length
 _MOST_DOUBLINGS = 16
 
 
@@ -127,7 +127,7 @@ class Trust:
     def _proof(self) -> tuple[int, int]:
         """Return (first, last): work that ends after `first` and until `last` proves a claim.
 
-        Until `first` others have waited no longer than is believed without a proof.
+        Until `first`, others have waited no longer than for an unproved claim.
         """
         return self._closed_ns + UNPROVEN_NS, self._closed_ns + self._claim_ns + self._claim_ns // _TRUE_PARTS
 

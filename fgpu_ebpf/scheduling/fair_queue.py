@@ -18,7 +18,7 @@ MILLION = 1_000_000
 PERIOD_NS = 40_000_000  # of a limit: time that was not used for longer is lost
 FLOOR_NS = 100_000_000  # a waiting tenant of a lower priority gets a turn at least this often
 PLAIN_WEIGHT = 100
-CREDIT_QUANTA = 10  # what a tenant is behind is kept for so long while it is away, and is no more than that
+CREDIT_QUANTA = 10  # how long a tenant's lag is kept while it is away, and the maximum of the lag
 ROUND_QUANTA = 4  # the longest round of turns, in quanta, of tenants that only wait for each other
 
 
@@ -59,7 +59,7 @@ class Account(NamedTuple):
         return self._refilled(now_ns, share, share.most_ns) if share.limited else self
 
     def rested(self, now_ns: int, share: Share) -> Account:
-        """Return the same for a tenant that has wanted nothing since: it gets no more than a turn needs."""
+        """Return the account as at() does, for a tenant that wanted no turn since: no more than a turn needs."""
         return self._refilled(now_ns, share, max(share.ample_ns, self.in_hand_ns)) if share.limited else self
 
     def _refilled(self, now_ns: int, share: Share, most_ns: int) -> Account:

@@ -73,7 +73,7 @@ class Unit:
             self._owned_ns[device] = self.owned_ns(device) + ns
 
     def owned_ns(self, device: int) -> int:
-        """Return the time of a device that all inside have had, and its own programs before it became a unit."""
+        """Return the device time of all tenants inside, and of its own programs before it became a unit."""
         return self._owned_ns.get(device, self._first_owned_ns)
 
     def lifted(self, devices: Iterable[int], until_ns: int) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-SLACK_PARTS = 10  # such a part of the time between two reports of NVML may be used beyond what was charged
+SLACK_PARTS = 10  # this part of the time between two reports of NVML may be used beyond the charged time
 MOST_BETWEEN_NS = 2_000_000_000  # the most of that time: a tenant saves up nothing by a rest
 MOST_AHEAD_NS = 500_000_000  # the most charged time that may stand against later reports
 

@@ -20,17 +20,17 @@ from fgpu_ebpf.scheduling.observed_usage import Observed
 from fgpu_ebpf.scheduling.think_times import IDLE_NS, ThinkTimes, most_patience_ns
 
 LOOK_NS, MOST_LOOK_NS = 1_750_000, 10_000_000  # between looks at an owner that other tenants wait for
-BUSY_PARTS = 16  # such a part of the time that it was busy without a pause passes between two looks
-GUESS_PARTS = 4  # the estimate of work in flight may be wrong by such a part
+BUSY_PARTS = 16  # the time between two looks, as a part of the time that it was busy without a pause
+GUESS_PARTS = 4  # the estimate of work in flight may be wrong by this part
 FLOOR_TURN_NS = 4_000_000  # the length of a turn by the floor, before a higher priority may cut it
-FLOOR_PARTS = fair_queue.FLOOR_NS // FLOOR_TURN_NS  # a longer turn by the floor delays the next so many times more
+FLOOR_PARTS = fair_queue.FLOOR_NS // FLOOR_TURN_NS  # a longer turn by the floor delays the next by this multiple
 START_NS = 3_000_000  # the time that a thread at the gate has to come through it
-LATE_NS = 200_000  # work that should have ended so long ago may be waiting for other work
-LEAD_NS = 1_000_000  # the next turn may begin so long before the end of a drain
-MORE_NS = 250_000  # or a little earlier, for launches while the gate closed: to look again costs more
-SOON_NS = 1_000_000  # if something else is due so soon, no extra look is made
-OVERTAKEN_PARTS = 4  # such a part of a quantum lasts a turn that is due to another tenant, which was away
-LASTING_NS = 1_000_000_000  # a tenant busy for so long without a pause can wait as well as the others
+LATE_NS = 200_000  # work that should have ended this long ago may be waiting for other work
+LEAD_NS = 1_000_000  # the next turn may begin this long before the end of a drain
+MORE_NS = 250_000  # or this much earlier, for launches while the gate closed: another check would cost more
+SOON_NS = 1_000_000  # if something else is due within this time, no extra check is made
+OVERTAKEN_PARTS = 4  # the length of a turn that is due to another tenant, which was away, as a part of a quantum
+LASTING_NS = 1_000_000_000  # a tenant that was busy for this long without a pause can wait as well as the others
 SPAN_NS, SPAN_PARTS = 500_000, 40  # the most believed of a turn's beginning and end, and as a part of the quantum
 NEVER_NS = 2**63
 _OPEN, _GATED = int(abi.Gate.OPEN), int(abi.Gate.GATED)
@@ -115,7 +115,7 @@ class Place:
     above: tuple[Unit, ...] = ()
 
     def waiter(self, now_ns: int, ahead_ns: int = 0, unit_ahead_ns: int = 0) -> Waiter:
-        """Return the tenant as the scheduler sees it, as if it wanted a turn now at the latest.
+        """Return the tenant as a waiter that has wanted a turn since now at the latest.
 
         `ahead_ns` and `unit_ahead_ns` are charged in advance to it and to its unit.
         """
@@ -240,7 +240,7 @@ class Place:
         return min(self.seen.busy_until_ns - now_ns, MOST_FLIGHT_NS)
 
     def flight_ns(self, now_ns: int) -> int:
-        """Return how long its work in flight takes from now, as far as the report is believed."""
+        """Return how long its work in flight takes from now, as far as the report is trusted."""
         claim_ns = self.claim_ns(now_ns)
         return min(claim_ns, self.trust.believed_ns(now_ns)) if claim_ns else 0
 
@@ -291,7 +291,7 @@ class Place:
         return turn.ends_ns + fair_queue.longer_ns(self.share, [rival.share for rival in rivals])
 
     def is_idle(self, turn: Turn, now_ns: int) -> bool:
-        """Return whether it has had no work for so long that it gives its turn up."""
+        """Return whether it has had no work for so long that its turn ends."""
         return now_ns - turn.active_ns >= self._patience_ns()
 
     def _patience_ns(self) -> int:

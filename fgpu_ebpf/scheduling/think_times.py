@@ -12,11 +12,11 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass, field
 
-IDLE_NS = 500_000  # the patience without knowledge; less gains nothing, because looks are not more frequent
-MOST_NS = 2_000_000  # the most, and for short quanta such a part of the quantum
+IDLE_NS = 500_000  # the patience without measurements; less gains nothing, because checks are not more frequent
+MOST_NS = 2_000_000  # the maximum; for short quanta this part of the quantum
 QUANTUM_PARTS = 10
 _RECENT = 16
-_HOPE_PARTS = 4  # if fewer than such a part of the think times are short enough, waiting is in vain
+_HOPE_PARTS = 4  # if fewer than this part of the think times are short enough, waiting is in vain
 
 
 @dataclass(slots=True)

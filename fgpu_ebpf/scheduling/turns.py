@@ -23,11 +23,11 @@ from fgpu_ebpf.scheduling.virtual_clock import Clocks
 
 MS = 1_000_000
 LEAST_NS = 100_000  # between two looks without a wake-up by a tenant
-REST_NS = 100 * MS  # a turn without work for so long while no tenant waits is closed, and not looked at any more
+REST_NS = 100 * MS  # while no tenant waits, a turn without work for this time is closed, and not examined any more
 SILENCE_NS = 1 * MS  # the most beyond the work in flight that a closing turn lasts
 MOST_LATE_NS = 100 * MS  # the most charged for work that went on after the turn had passed
-PAUSE_NS, MOST_PAUSE_NS = 1 * MS, 500 * MS  # no new turn for so long after a turn without a launch
-STOPPED_NS = 10_000 * MS  # the same if something is in flight all the time: usually until that has drained
+PAUSE_NS, MOST_PAUSE_NS = 1 * MS, 500 * MS  # the pause after a turn without a launch
+STOPPED_NS = 10_000 * MS  # the same pause if something is in flight all the time: usually until that has drained
 
 
 class Turns:
@@ -227,7 +227,7 @@ class Turns:
         if not place.seen.waiting or not place.seen.devices:  # a turn on no device would be extended to all
             self._leave_queue(place)
         elif place.since_ns is None:
-            if place.seen.wanted_ns > place.seen.ended_ns > 0 and not place.seen.in_flight:  # it thought, and came back
+            if place.seen.wanted_ns > place.seen.ended_ns > 0 and not place.seen.in_flight:  # a think time has ended
                 place.thinks.add(place.seen.wanted_ns - place.seen.ended_ns)
             self._join(place, now_ns)
 
@@ -376,7 +376,7 @@ class Turns:
             handover.begin_earlier(self._running.values(), turn, ended_ns)
         place.charge(ended_ns - max(turn.charged_ns, place.begun_ns(turn)))
         if turn.closing_ns:
-            overrun = not place.seen.drained and not turn.rested  # a rested tenant has no work: it only has not noticed
+            overrun = not place.seen.drained and not turn.rested  # a rested tenant has no work
             for device in turn.devices:
                 self._clocks.count(device).add(passed_ns - turn.closing_ns, overrun)
             place.counts.overruns += overrun

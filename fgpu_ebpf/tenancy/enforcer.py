@@ -3,8 +3,8 @@
 This module runs in the agent's main loop; the manager, the kernel's events and the control socket use it. `tenant`
 decides what a tenant should get, and `device_commitments` where its limit counts. Only the kernel changes bytes in use.
 
-Until the first process of a tenant says hello or is charged, the kernel's map `resolved` has no entry for its cgroup,
-and the gatekeeper asks the agent about that hello. No process is killed in a tenant that contains a preexisting
+Until the first process of a tenant registers or is charged, the kernel's map `resolved` has no entry for its cgroup,
+and the gatekeeper asks the agent about that process. No process is killed in a tenant that contains a preexisting
 process, because none of those can have the shim.
 """
 
@@ -181,7 +181,7 @@ class Enforcer:
         return [t.cgroup for t in tenants if t.cgroup in certain or t.cgroup in charged]
 
     def _ask_again(self, new: Sequence[Tenant]) -> None:
-        """Discard the kernel's decisions about new tenants' cgroups, and make their programs say hello again."""
+        """Discard the kernel's decisions about new tenants' cgroups, and make their programs register again."""
         self._ledger.unresolve([tenant.cgroup for tenant in new])
         if any(self._workloads.is_populated(tenant.path) for tenant in new):
             self._ledger.new_epoch()
@@ -278,7 +278,7 @@ class Enforcer:
     # -- first uses
 
     def use(self, cgroup: int) -> None:
-        """Answer the shims of a tenant with a first process, and commit what counts from the first process on.
+        """Decide for the shims of a tenant's first process, and commit what counts from the first process on.
 
         That is the limit on devices where it has memory already, or on all devices if they count together.
         """
@@ -290,7 +290,7 @@ class Enforcer:
             self._ledger.resolve(level.cgroup, True)
 
     def use_charged(self, levels: Iterable[int]) -> None:
-        """Let limits of these levels count where a process has memory that it did not ask for. Raises OSError."""
+        """Let limits of these levels count where a process has memory without an admission. Raises OSError."""
         self._put_used(t for cgroup in levels if (t := self.get(cgroup)) and counts_by_device(t))
 
     def _put_used(self, tenants: Iterable[Tenant]) -> None:

@@ -93,7 +93,7 @@ def level_at(path: str, manager: Manager, ledger: Ledger) -> dict[str, Any] | No
 
 
 def _word(levels: Sequence[Tenant], unenforced: str, enforced: Mapping[int, str]) -> str:
-    """Return the Snapshot's word for the innermost level, or what its first process will meet if it has none yet."""
+    """Return the Snapshot's word for the innermost level; if it has none yet, the word for its first process."""
     if not levels:
         return Enforcement.NONE
     return enforced.get(levels[0].cgroup) or enforcement(unenforced, levels[0].observe, False, ())
@@ -109,7 +109,7 @@ def _notes(workload: Workload, tenant: Tenant | None, levels: Sequence[Tenant], 
     yield from (note for level in levels if level.source is Source.KEPT for note in level.notes)
     for level in levels:
         if manager.enforcer.spares(level):
-            yield f"onBypass: kill waits: {level.name} has processes started before fgpu"
+            yield f"onBypass: kill is not applied: {level.name} has processes started before fgpu"
 
 
 def _level(

@@ -221,7 +221,7 @@ class Manager:
         before = self.enforcer.get(workload.cgroup)
         has_memory = any(asked.get(field) is not None for field in ("memory_bytes", "memory_millionths"))
         if before and before.source is Source.KEPT and not has_memory:
-            raise TargetError(f"{before.name} keeps limits from before the start: name --memory too, or fgpu unset it")
+            raise TargetError(f"{before.name} keeps limits from before the start: give --memory too, or fgpu unset it")
         override = self._override(workload.cgroup) or Override(workload.cgroup, workload.path, None, name, own)
         override = replace(override, path=workload.path, **asked)
         tenant = tenant_of(self.decide(workload, override), override, self._devices)

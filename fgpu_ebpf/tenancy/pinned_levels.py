@@ -60,7 +60,7 @@ def _pinned(ledger: Ledger, manager: Manager, alive: dict[int, str]) -> Iterator
 
 
 def _used(ledger: Ledger) -> set[int]:
-    """Return the levels whose limits count: a process in them has said hello or is charged."""
+    """Return the levels whose limits count: a process in them has registered or is charged."""
     used = levels_of(ledger.processes())
     for cgroup in ledger.tenants():
         if ledger.resolved(cgroup) or any(usage.used for usage in ledger.usage(cgroup) or ()):

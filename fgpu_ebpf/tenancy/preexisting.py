@@ -61,7 +61,7 @@ class PreexistingProcesses:
         return iter(self._known)
 
     def look(self) -> None:
-        """Remove processes that have ended, also if another process has the pid by now."""
+        """Remove processes that have exited, even if another process has the pid by now."""
         self._known = {pid: start for pid, start in self._known.items() if procfs.started(pid) == start}
 
     def places(self) -> frozenset[str]:

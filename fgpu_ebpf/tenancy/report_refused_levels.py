@@ -1,4 +1,5 @@
-"""Reports levels that found no place: one event per owner of bounds every PAUSE_SECONDS, however many levels it lacks.
+"""Reports levels for which there was no room: one event per owner of bounds every PAUSE_SECONDS, however many levels it
+lacks.
 
 The manager uses this module, in the agent's main loop.
 """
@@ -17,7 +18,7 @@ MOST_OWNERS = 256
 
 
 class LevelRefusals:
-    """Counts and reports refused levels. `count`: how often a level found no place since the agent's start."""
+    """Counts and reports refused levels. `count`: how often there was no room for a level since the agent's start."""
 
     def __init__(self, history: EventLog, places: LevelCapacity) -> None:
         self._history, self._places = history, places

@@ -60,7 +60,7 @@ def _is_label(key: object, value: object) -> bool:
 
 
 def text_of(value: object) -> str | None:
-    """Return a name in an answer, or None if it is no text, too long or not printable."""
+    """Return a name in an answer, or None if it is not text, too long or not printable."""
     if isinstance(value, str) and 0 < len(value) <= MOST_NAME_CHARACTERS and value.isprintable():
         return value
     return None
@@ -76,7 +76,7 @@ def with_image(names: Names, image: object) -> Names:
 
     Args:
         names: what the engine knows of the container.
-        image: the image's labels. If it is no mapping, they are unknown, and all requests may be the image's.
+        image: the image's labels. If it is not a mapping, they are unknown, and all requests may be the image's.
     """
     known = isinstance(image, Mapping)
     own = labels_of(image) if known else names.labels

@@ -1,4 +1,4 @@
-/* account.h: between the files that allocate and the kernel's ledger. */
+/* account.h: requests to the kernel's ledger, for the files that allocate memory. */
 #ifndef FGPU_ACCOUNT_H
 #define FGPU_ACCOUNT_H
 
@@ -8,23 +8,23 @@
 #define SMALL_ALIGNMENT 512ULL
 #define TOO_MUCH (FGPU_MOST_BYTES + 1) /* the kernel refuses it, and counts the refusal */
 
-/* -- capture_mode.c: around calls of the driver that the shim makes for itself. They must not break a capture of the
- * program. In every mode, the only question that a capturing stream may be asked is whether it captures. */
+/* -- capture_mode.c: for driver calls that the shim itself makes. They must not break a stream capture of the program.
+ * In every capture mode, the only permitted query of a capturing stream is whether it captures. */
 HIDDEN CUstreamCaptureMode fgpu_relax(void);
 HIDDEN void fgpu_unrelax(CUstreamCaptureMode mode);
 
-/* -- context_table.c: the contexts of this process and its managed memory, as far as they are known */
-extern HIDDEN _Atomic bool fgpu_contexts_ended; /* some context of this process has ended */
+/* -- context_table.c: the contexts of this process, and its managed memory, as far as the shim has seen them */
+extern HIDDEN _Atomic bool fgpu_contexts_ended; /* a context of this process was destroyed */
 HIDDEN bool fgpu_current_is_gone(void);
 HIDDEN void fgpu_contexts_add(CUcontext context);                   /* cuCtxCreate made it */
-HIDDEN void fgpu_contexts_remove(CUcontext context);                /* it is about to end: free its managed memory */
-HIDDEN bool fgpu_primary_enter(CUdevice device, CUcontext context); /* retained; true: it is a new one */
+HIDDEN void fgpu_contexts_remove(CUcontext context);                /* about to be destroyed: free its managed memory */
+HIDDEN bool fgpu_primary_enter(CUdevice device, CUcontext context); /* a context was retained; true: it is a new one */
 HIDDEN uint64_t fgpu_primary_of(CUdevice device);                   /* the context retained last; 0: none */
-HIDDEN void fgpu_context_note_life(CUcontext context);              /* the handle names a living context */
+HIDDEN void fgpu_context_note_life(CUcontext context);              /* the handle is that of an existing context */
 HIDDEN void fgpu_context_note_end(uint64_t context);                /* it has ended */
 HIDDEN void fgpu_managed_made(CUdeviceptr at);
-HIDDEN bool fgpu_context_is_created(CUcontext context); /* by cuCtxCreate, and has not ended */
-HIDDEN bool fgpu_context_is_known(CUcontext context);   /* likewise, or a primary context that was retained */
+HIDDEN bool fgpu_context_is_created(CUcontext context); /* created by cuCtxCreate, and not destroyed */
+HIDDEN bool fgpu_context_is_known(CUcontext context);   /* the same, or a primary context that was retained */
 
 /* -- device.c */
 HIDDEN bool fgpu_current(CUdevice *device);                                      /* the device of the current context */
@@ -34,15 +34,15 @@ HIDDEN bool fgpu_is_device(CUdevice ordinal);
 HIDDEN uint64_t fgpu_granule(CUdevice ordinal);
 HIDDEN uint64_t fgpu_taken(uint64_t bytes, uint64_t granule);
 
-#define FGPU_CONTEXT_BYTES (512ULL << 20) /* of a context that was never measured; the kernel's ledger has it too */
+#define FGPU_CONTEXT_BYTES (512ULL << 20) /* of a context that was never measured; as in the kernel's ledger */
 
-/* -- admit.c: one question. An admission begins, is asked as often as it makes sense, and ends. */
+/* -- admit.c: one admission. It begins, is requested as often as that can help, and ends. */
 struct admission {
-    CUresult refusal;   /* CUDA_SUCCESS: go on */
-    int index;          /* the ledger's index, where something was granted; else -1 */
-    bool settles;       /* no return probe on this kernel: the shim reports how the call went */
-    bool by_standalone; /* granted by the standalone ledger, which also has to be told how the call went */
-    bool patient;       /* refused for now: bytes of ended processes may make room, and nothing was counted */
+    CUresult refusal;   /* CUDA_SUCCESS: call the driver */
+    int index;          /* the ledger's index, if something was admitted; else -1 */
+    bool settles;       /* no return probe on this kernel: the shim reports the result of the call */
+    bool by_standalone; /* admitted by the standalone ledger, which also needs the result of the call */
+    bool patient;       /* refused for now: bytes of exited processes may make room, and the refusal was not counted */
     unsigned kind;
     uint64_t ticket, bytes;
 };
@@ -53,28 +53,29 @@ HIDDEN CUresult fgpu_settled(const struct admission *admission, CUresult result,
 HIDDEN void fgpu_settled_standalone(const struct admission *admission, CUresult result, uint64_t handle);
 HIDDEN void fgpu_failed(int index, uint64_t bytes, CUresult result);
 HIDDEN void fgpu_give_back(int index, uint64_t bytes); /* bytes of pools */
-HIDDEN bool fgpu_is_limited(struct fgpu_view view);    /* a limit may be in force: ask for what will be taken */
-HIDDEN bool fgpu_is_held(void);                        /* to a limit, by an agent that answers or by the image */
+HIDDEN bool fgpu_is_limited(struct fgpu_view view);    /* a limit may be in force: request admission */
+HIDDEN bool fgpu_is_held(void);                        /* to a limit, by a responding agent or by the image */
 struct fgpu_room {
-    uint64_t left, limit; /* bytes; FGPU_MOST_BYTES where no limit is in force */
+    uint64_t left, limit; /* bytes; FGPU_MOST_BYTES if no limit is in force */
 };
 HIDDEN struct fgpu_room fgpu_room(CUdevice ordinal);
 
 /* -- pool_shrink.c */
-HIDDEN bool fgpu_pools_yield(CUdevice ordinal); /* true: something went back to the kernel */
+HIDDEN bool fgpu_pools_yield(CUdevice ordinal); /* true: some bytes were released */
 
-#define FGPU_SYNCS 8 /* after a free in the order of a stream: other threads wait for other streams in between */
+#define FGPU_SYNCS 8 /* after a free in stream order: other threads may wait for other streams in between */
 
-/* -- unseen.c: memory of this process is freed and no probe sees that, when the program waits for a stream, or now */
+/* -- unseen.c: memory that this process frees without a probe seeing it, when the program waits for a stream, or at
+ * once */
 HIDDEN void fgpu_frees_unseen(void);
 HIDDEN void fgpu_freed_unseen(void);
-HIDDEN void fgpu_freed_by_a_wait(void);     /* the program has waited */
-HIDDEN uint64_t fgpu_freed_unseen_ns(void); /* 0: nothing was freed so */
+HIDDEN void fgpu_freed_by_a_wait(void);     /* the program has waited for a stream */
+HIDDEN uint64_t fgpu_freed_unseen_ns(void); /* 0: nothing was freed in this way */
 
-/* -- reclaim.c: ask; after a refusal make what room can be made, and ask again. That may wait for memory of ended
- * processes; `patience` says since when, for all questions of one call. NULL: do not wait. */
+/* -- reclaim.c: requests admission; after a refusal, makes room if it can, and requests again. It may wait for memory
+ * of exited processes; `patience` has the start of the wait, for all requests of one call. NULL: do not wait. */
 struct patience {
-    uint64_t since_ns; /* 0: nothing was waited for yet */
+    uint64_t since_ns; /* 0: no request has waited yet */
 };
 HIDDEN struct admission fgpu_admission(CUdevice ordinal, uint64_t bytes, unsigned kind);
 HIDDEN struct admission fgpu_admission_with(struct patience *patience, CUdevice ordinal, uint64_t bytes, unsigned kind);

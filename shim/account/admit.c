@@ -1,10 +1,10 @@
 /*
- * admit.c: one question before the driver is called. It goes to the kernel; where no agent is, to the ledger that the
- * container's processes keep together. Owns nothing but a thread's last standalone grant.
+ * admit.c: one admission request before a driver call. It goes to the kernel, or, if there is no agent, to the ledger
+ * that the container's processes share. Owns only a thread's last standalone grant.
  *
- * The size that is asked for is the size that the driver will take, so what was admitted is what will be charged. A
- * refusal becomes the driver's own out-of-memory; reclaim.c decides whether there is more to do than to return it. An
- * error of the driver stays the driver's: the kernel sees the return and gives the admission back.
+ * The requested size is the size that the driver will allocate, so the admitted bytes are those that will be charged. A
+ * refusal becomes the driver's own out-of-memory; reclaim.c decides whether to do something else first. An error of the
+ * driver is returned unchanged: the kernel sees the return and releases the admission.
  */
 #include <errno.h>
 
@@ -13,7 +13,8 @@
 #include "link/link.h"
 #include "standalone/standalone.h"
 
-/* Return whether a limit may be in force. While no agent answers, no memory is to be had: that is a limit too. */
+/* Return whether a limit may be in force. While the agent does not respond, no memory can be had: that counts as a
+ * limit too. */
 bool fgpu_is_limited(struct fgpu_view view)
 {
     if (view.link != FGPU_HELD) return view.link == FGPU_CLOSED;
@@ -28,7 +29,7 @@ bool fgpu_is_held(void)
     return view.link == FGPU_HELD && fgpu_is_limited(view);
 }
 
-/* The standalone grant for a call from which the thread has never come back. */
+/* The standalone grant of a call that never returned to this thread. */
 static __thread struct admission left __attribute__((tls_model("initial-exec")));
 
 static int ask_standalone(int index, struct admission *admission)
@@ -49,8 +50,8 @@ static uint64_t crowded_so_far(struct fgpu_view view)
     return __atomic_load_n(&view.usage->crowded, __ATOMIC_RELAXED);
 }
 
-/* Ask the kernel. A patient question is one for which bytes of ended processes may make room: its refusal is not
- * final. */
+/* Request admission from the kernel. A patient request is one for which bytes of exited processes may make room: its
+ * refusal is not final. */
 static int ask_probe(struct fgpu_view view, int index, struct admission *admission, bool patient)
 {
     patient = patient && fgpu_has_orphans(view, index);
@@ -62,13 +63,14 @@ static int ask_probe(struct fgpu_view view, int index, struct admission *admissi
     return verdict;
 }
 
-/* Ask, and note the ledger's index of the device with the verdict: what is given back later names the index. */
+/* Request admission, and store the ledger's index of the device with the verdict: a later release uses this index. */
 static CUresult ask_kernel(struct fgpu_view *view, CUdevice ordinal, struct admission *admission, bool patient)
 {
     for (int round = 0; round < 2; round++) {
         if (view->link == FGPU_OPEN || view->link == FGPU_UNMANAGED) return CUDA_SUCCESS;
         if (view->link != FGPU_HELD) return CUDA_ERROR_OUT_OF_MEMORY;
-        int index = fgpu_index(view->control, ordinal); /* < 0: it is not the tenant's, so it has no memory to give */
+        int index = fgpu_index(view->control, ordinal); /* < 0: the device is not one of the tenant's, so it gets no
+                                                           memory there */
         if (index < 0) return CUDA_ERROR_OUT_OF_MEMORY;
         int verdict =
             view->cooperative ? ask_standalone(index, admission) : ask_probe(*view, index, admission, patient);
@@ -76,7 +78,7 @@ static CUresult ask_kernel(struct fgpu_view *view, CUdevice ordinal, struct admi
             admission->index = verdict == FGPU_REFUSED ? -1 : index;
             return verdict == FGPU_REFUSED ? CUDA_ERROR_OUT_OF_MEMORY : CUDA_SUCCESS;
         }
-        if (!round) *view = fgpu_insist(); /* perhaps the pages are of a ledger that is gone */
+        if (!round) *view = fgpu_insist(); /* the pages may belong to a ledger that no longer exists */
     }
     return CUDA_ERROR_OUT_OF_MEMORY;
 }
@@ -88,8 +90,8 @@ void fgpu_ask_once(struct admission *admission, struct fgpu_view *view, CUdevice
     admission->refusal = ask_kernel(view, ordinal, admission, patient);
 }
 
-/* Begin an admission. Open and unmanaged links cost one look at the state; nothing is rounded, asked or counted for
- * them. */
+/* Begin an admission. For open and unmanaged links this only reads the state: nothing is rounded, requested or
+ * counted. */
 struct admission fgpu_admission_begin(struct fgpu_view view, CUdevice ordinal, uint64_t bytes, unsigned kind)
 {
     struct admission admission = {.refusal = CUDA_SUCCESS, .index = -1, .kind = kind, .bytes = bytes};
@@ -105,7 +107,7 @@ void fgpu_admission_end(struct admission *admission, struct fgpu_view view)
     admission->settles = !pooled && !admission->by_standalone && view.control && view.control->flags & FGPU_SETTLE;
 }
 
-/* Release bytes of a pool to the ledger that counts now. */
+/* Release bytes of a pool in the ledger that is now in force. */
 static void release(unsigned index, uint64_t bytes, unsigned kind)
 {
     if (fgpu_glance().cooperative)
@@ -136,15 +138,16 @@ void fgpu_give_back(int index, uint64_t bytes)
     if (index >= 0 && bytes) release((unsigned)index, bytes, FGPU_POOL);
 }
 
-/* Give back what a failed call of a pool does not need, and report why it was out of memory: the kernel sees no such
- * call. */
+/* Release the bytes that a failed call of a pool does not need, and report if it was out of memory: the kernel does not
+ * see this call. */
 void fgpu_failed(int index, uint64_t bytes, CUresult result)
 {
     unsigned full = result == CUDA_ERROR_OUT_OF_MEMORY ? FGPU_FULL : 0;
     if (index >= 0 && (bytes || full)) release((unsigned)index, bytes, FGPU_POOL | full);
 }
 
-/* Tell the standalone ledger how the driver's call ended. Memory belongs to the context in which it is made. */
+/* Report the result of the driver's call to the standalone ledger. Memory belongs to the context in which it is
+ * allocated. */
 void fgpu_settled_standalone(const struct admission *admission, CUresult result, uint64_t handle)
 {
     __typeof__(&cuCtxGetCurrent) current = REAL(cuCtxGetCurrent);
@@ -161,9 +164,9 @@ void fgpu_settled_standalone(const struct admission *admission, CUresult result,
     errno = saved;
 }
 
-/* Report how the driver's call ended; return `result`. The kernel sees the end where it has return probes; where it has
- * none, this function reports it. No probe sees the driver's part of a pool or of the 32-bit calls: their bytes were
- * committed at once, and a failure is given back here. */
+/* Report the result of the driver's call; return `result`. If the kernel has return probes, it sees the result itself;
+ * otherwise this function reports it. No probe sees the driver's part of a pool or of the 32-bit calls: their bytes
+ * were committed at once, and are released here if the call failed. */
 CUresult fgpu_settled(const struct admission *admission, CUresult result, uint64_t handle)
 {
     if (admission->kind == FGPU_POOL && result) fgpu_failed(admission->index, admission->bytes, result);

@@ -1,6 +1,5 @@
 /*
- * capture_mode.c: the capture mode of the thread, around calls of the driver that the shim makes for itself. Owns
- * nothing.
+ * capture_mode.c: sets the capture mode of the thread around driver calls that the shim itself makes. Owns nothing.
  */
 #include "account/account.h"
 

@@ -1,18 +1,18 @@
 /*
- * context_table.c: which contexts were created or retained, which have ended, and the managed memory taken last. Owns
- * those lists.
+ * context_table.c: the contexts that were created, retained or destroyed, and the last managed allocations. Owns these
+ * lists.
  */
 #include "account/account.h"
 
 #define CREATED 16
 #define MANAGED 128
 
-/* The contexts created last. A context that finds no room keeps its managed memory charged, as the primary context
- * does. */
+/* The contexts created last. A context for which there is no room in this list keeps its managed memory charged, as the
+ * primary context does. */
 static _Atomic uint64_t created[CREATED], managed[MANAGED];
 static _Atomic unsigned creations, takings;
 
-/* The contexts that ended last. One of them may still be current in a thread. */
+/* The contexts destroyed last. One of them may still be current in a thread. */
 static _Atomic uint64_t ended[CREATED], primaries[FGPU_DEVICES];
 static _Atomic unsigned endings;
 _Atomic bool fgpu_contexts_ended;
@@ -45,7 +45,8 @@ void fgpu_context_note_end(uint64_t context)
     atomic_store(&fgpu_contexts_ended, true);
 }
 
-/* Return whether the current context has ended. Ask the driver too: the handle may be another context's by now. */
+/* Return whether the current context was destroyed. Ask the driver too: another context may have the same handle by
+ * now. */
 bool fgpu_current_is_gone(void)
 {
     __typeof__(&cuCtxGetCurrent) get = REAL(cuCtxGetCurrent);
@@ -78,9 +79,9 @@ bool fgpu_context_is_known(CUcontext context)
     return fgpu_context_is_created(context) || (context && place_of(primaries, FGPU_DEVICES, (uint64_t)context));
 }
 
-/* Free the managed memory of a context before the context takes it along, by a call that the kernel sees. NVML never
- * shows managed memory, and the kernel does not see which context becomes current, so only the driver knows whose
- * memory it is. Both calls wait for the same work. */
+/* Free the managed memory of a context before the context is destroyed, by calls that the kernel sees. NVML never shows
+ * managed memory, and the kernel does not see which context becomes current, so only the driver knows the context of an
+ * allocation. Both calls wait for the same work. */
 static void free_managed(CUcontext context)
 {
     __typeof__(&cuPointerGetAttribute) ask = REAL(cuPointerGetAttribute);

@@ -1,5 +1,5 @@
 /*
- * device.c: facts about devices: UUID, index in the ledger, the unit of memory. Owns what it learned of them.
+ * device.c: facts about devices: UUID, index in the ledger, granule of memory. Owns a cache of them.
  */
 #include <errno.h>
 #include <string.h>
@@ -13,7 +13,7 @@ static struct device {
     _Atomic uint64_t granule;
 } devices[FGPU_DEVICES]; /* by the driver's ordinal */
 
-/* Compare UUIDs. Another thread may be writing the one of a page that is made from the standalone ledger. */
+/* Compare UUIDs. Another thread may be writing the UUID of a page that is made from the standalone ledger. */
 static bool is_uuid(const uint8_t its[16], const uint8_t uuid[16])
 {
     const uint64_t *at = (const uint64_t *)(const void *)its;
@@ -30,8 +30,8 @@ int fgpu_index_of_uuid(const struct fgpu_control_page *control, const uint8_t uu
     return control->flags & FGPU_STANDALONE ? fgpu_standalone_device(uuid) : -1;
 }
 
-/* Return what is known of a device; NULL: the driver does not know it. The driver's UUID of an ordinal never changes in
- * a process. Threads that fill the entry at once write the same values. */
+/* Return the facts about a device; NULL: the driver does not know it. The driver's UUID of an ordinal never changes in
+ * a process. Threads that fill the entry at the same time write the same values. */
 static struct device *device_of(CUdevice ordinal)
 {
     if (ordinal < 0 || ordinal >= FGPU_DEVICES) return NULL;
@@ -57,8 +57,9 @@ static struct device *device_of(CUdevice ordinal)
 bool fgpu_is_device(CUdevice ordinal) { return device_of(ordinal) != NULL; }
 
 /*
- * Return the ledger's index of a device, found by UUID: CUDA's ordinals depend on CUDA_VISIBLE_DEVICES. Search the page
- * each time, since a hello may have brought another one; sixteen comparisons are nothing beside the call that follows.
+ * Return the ledger's index of a device, found by UUID: CUDA's ordinals depend on CUDA_VISIBLE_DEVICES. The page is
+ * searched each time, because a registration may have replaced it. Sixteen comparisons cost little compared with the
+ * call that follows.
  */
 int fgpu_index(const struct fgpu_control_page *control, CUdevice ordinal)
 {
@@ -69,8 +70,8 @@ int fgpu_index(const struct fgpu_control_page *control, CUdevice ordinal)
     return fgpu_index_of_uuid(control, (const uint8_t *)words);
 }
 
-/* Return the unit in which the driver takes memory of this device; it is asked once. 0: the driver does not say, and
- * sizes stay as they are. */
+/* Return the granule in which the driver allocates memory of this device; the driver is asked once. 0: the driver does
+ * not report it, and sizes are not rounded. */
 uint64_t fgpu_granule(CUdevice ordinal)
 {
     struct device *device = device_of(ordinal);
@@ -90,13 +91,13 @@ uint64_t fgpu_granule(CUdevice ordinal)
     fgpu_unrelax(mode);
     errno = saved;
     if (result != CUDA_SUCCESS) return 0;
-    if (answer > FGPU_MOST_BYTES || (answer & (answer - 1))) return 0; /* the rounding below wants a power of two */
+    if (answer > FGPU_MOST_BYTES || (answer & (answer - 1))) return 0; /* the rounding below needs a power of two */
     atomic_store_explicit(&device->granule, answer, memory_order_relaxed);
     return answer;
 }
 
-/* Return what the driver takes for an allocation. Allocations of up to half a granule share one (measured); a larger
- * one takes whole granules. */
+/* Return how much the driver allocates for a request. Requests of up to half a granule share a granule (measured); a
+ * larger request gets whole granules. */
 uint64_t fgpu_taken(uint64_t bytes, uint64_t granule)
 {
     if (bytes > FGPU_MOST_BYTES) return TOO_MUCH;
@@ -104,7 +105,7 @@ uint64_t fgpu_taken(uint64_t bytes, uint64_t granule)
     return (bytes + unit - 1) & ~(unit - 1);
 }
 
-/* Find the device of the current context. For a context that has ended the driver still names the device, but refuses
+/* Find the device of the current context. For a destroyed context the driver still reports the device, but refuses
  * every call that needs the context. */
 bool fgpu_current(CUdevice *device)
 {

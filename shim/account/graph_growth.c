@@ -1,5 +1,5 @@
 /*
- * graph_growth.c: what graphs are granted. Owns nothing; the kernel owns the sum.
+ * graph_growth.c: admissions for graphs. Owns nothing; the kernel owns the sum.
  */
 #include <errno.h>
 
@@ -18,7 +18,7 @@ static CUresult ask_up_to(int ordinal, uint64_t need, struct patience *patience)
     return admission.refusal;
 }
 
-/* Follow what the driver took: ask for what is more, give back what is less. */
+/* Adjust to the memory that the driver has allocated: request the difference, or release it. */
 void fgpu_graphs_follow(int ordinal)
 {
     uint64_t used, reserved;
@@ -26,9 +26,9 @@ void fgpu_graphs_follow(int ordinal)
     if (!ask_up_to(ordinal, reserved, NULL)) fgpu_graphs_give_back_above(&fgpu_graph_memory[ordinal], reserved);
 }
 
-/* Ask for a graph. Graphs that never run at once share memory, so the sum of their peaks is more than they need. Where
- * that sum does not fit, a graph may try if its peak fits into what the device holds for graphs and no graph left to
- * the program, as long as all of that was admitted. */
+/* Request the memory of a graph. Graphs that never run at the same time share memory, so the sum of their peaks is more
+ * than they need. If that sum does not fit, a graph may run if its peak fits into the memory that the device holds for
+ * graphs and that no graph has left to the program, as long as all of that was admitted. */
 CUresult fgpu_graphs_ask_for(int ordinal, uint64_t peak)
 {
     uint64_t used, reserved;
@@ -43,7 +43,8 @@ CUresult fgpu_graphs_ask_for(int ordinal, uint64_t peak)
     return ask_up_to(ordinal, need, &patience);
 }
 
-/* A context has ended, or the program has trimmed: charge what the device holds for graphs now. */
+/* A context was destroyed, or the program has trimmed the graphs' memory: charge what the device now holds for
+ * graphs. */
 void fgpu_graphs_measure(CUdevice ordinal)
 {
     if (!atomic_load(&fgpu_graphs_allocate)) return;

@@ -1,5 +1,5 @@
 /*
- * graph_memory.c: memory that graphs hold. Owns what was read of graphs that allocate; the kernel owns the sum.
+ * graph_memory.c: memory of graphs. Owns the facts that were read from graphs that allocate; the kernel owns the sum.
  */
 #include <errno.h>
 
@@ -7,7 +7,8 @@
 
 #define EXECS 64
 
-static struct fgpu_graph_exec execs[EXECS]; /* a graph that finds no room here is asked for after its launch */
+static struct fgpu_graph_exec execs[EXECS]; /* a graph without room in this table requests its memory after its
+                                               launch */
 struct fgpu_graph_memory fgpu_graph_memory[FGPU_DEVICES];
 _Atomic int fgpu_graphs_crowded;
 _Atomic bool fgpu_graphs_allocate;
@@ -68,7 +69,7 @@ struct fgpu_graph_exec *fgpu_graph_exec_of(CUgraphExec handle)
 
 void fgpu_graph_exec_keep(CUgraphExec handle, const struct fgpu_graph_reading *r)
 {
-    struct fgpu_graph_exec *exec = fgpu_graph_exec_of(handle); /* perhaps a destroyed one had the same handle */
+    struct fgpu_graph_exec *exec = fgpu_graph_exec_of(handle); /* a destroyed graph may have had the same handle */
     if (!r->peak) {
         if (exec) atomic_store(&exec->handle, 0);
         return;

@@ -1,4 +1,4 @@
-/* graph_memory.h: memory that graphs take for themselves. */
+/* graph_memory.h: memory that graphs allocate for themselves. */
 #ifndef FGPU_GRAPH_MEMORY_H
 #define FGPU_GRAPH_MEMORY_H
 
@@ -6,7 +6,8 @@
 
 #define FGPU_GRAPH_LIVE 64
 
-/* What was read of a graph: the bytes that its allocation nodes hold at once, at most and at its end. */
+/* Facts about a graph: the most bytes that its allocation nodes hold at the same time, and the bytes that they hold at
+ * its end. */
 struct fgpu_graph_reading {
     uint64_t live, peak;
     int ordinal;
@@ -20,14 +21,14 @@ struct fgpu_graph_reading {
 struct fgpu_graph_exec {
     _Atomic uint64_t handle;
     _Atomic uint64_t peak;
-    _Atomic uint64_t kept;   /* what it leaves to the program when it has run */
-    _Atomic uint64_t stream; /* where its memory was mapped last; 0: nowhere */
+    _Atomic uint64_t kept;   /* bytes that it leaves to the program after its run */
+    _Atomic uint64_t stream; /* address at which its memory was last mapped; 0: nowhere */
     _Atomic int ordinal;
 };
 
 struct fgpu_graph_memory {
     _Atomic uint64_t admitted;
-    _Atomic uint64_t kept; /* by graphs that ran, at most: nothing tells when the program frees it */
+    _Atomic uint64_t kept; /* left by graphs that ran, at most: nothing reports when the program frees them */
     _Atomic int index;
 };
 
@@ -36,8 +37,8 @@ HIDDEN void fgpu_graph_read(struct fgpu_graph_reading *reading, CUgraph graph);
 
 /* -- graph_memory.c */
 extern HIDDEN struct fgpu_graph_memory fgpu_graph_memory[FGPU_DEVICES];
-extern HIDDEN _Atomic int fgpu_graphs_crowded;   /* n + 1: graphs without an entry take memory of device n */
-extern HIDDEN _Atomic bool fgpu_graphs_allocate; /* some graph of this process allocates */
+extern HIDDEN _Atomic int fgpu_graphs_crowded;   /* n + 1: graphs without an entry allocate memory of device n */
+extern HIDDEN _Atomic bool fgpu_graphs_allocate; /* a graph of this process allocates */
 HIDDEN struct fgpu_graph_exec *fgpu_graph_exec_of(CUgraphExec handle);
 HIDDEN void fgpu_graph_exec_keep(CUgraphExec handle, const struct fgpu_graph_reading *reading);
 HIDDEN void fgpu_graphs_forget_places(CUdevice ordinal);

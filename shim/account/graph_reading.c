@@ -1,12 +1,12 @@
 /*
- * graph_reading.c: how much memory the allocation nodes of a graph hold at once. Owns nothing.
+ * graph_reading.c: computes how much memory the allocation nodes of a graph hold at the same time. Owns nothing.
  */
 #define _GNU_SOURCE
 #include <sys/mman.h>
 
 #include "account/graph_memory.h"
 
-#define NODES 128 /* read on the stack; longer graphs are read in a mapping of their own */
+#define NODES 128 /* read on the stack; longer graphs are read into a mapping of their own */
 #define DEPTH 4
 
 static void read_alloc(struct fgpu_graph_reading *r, CUgraphNode node)
@@ -19,7 +19,7 @@ static void read_alloc(struct fgpu_graph_reading *r, CUgraphNode node)
     r->ordinal = params.poolProps.location.id;
     r->live = r->live + bytes > FGPU_MOST_BYTES ? TOO_MUCH : r->live + bytes;
     if (r->live > r->peak) r->peak = r->live;
-    if (r->known == FGPU_GRAPH_LIVE) return; /* then its free node will not be recognised: counted to the end */
+    if (r->known == FGPU_GRAPH_LIVE) return; /* its free node will not be recognised: it counts as held until the end */
     r->nodes[r->known].pointer = params.dptr;
     r->nodes[r->known++].bytes = bytes;
 }
@@ -54,7 +54,7 @@ static void read_nodes(struct fgpu_graph_reading *r, const CUgraphNode *nodes, s
     }
 }
 
-/* Read a graph in the order in which its nodes were made. For a captured graph that is an order in which they may
+/* Read a graph in the order in which its nodes were created. For a captured graph that is an order in which they may
  * run. */
 static void read_graph(struct fgpu_graph_reading *r, CUgraph graph, int depth)
 {

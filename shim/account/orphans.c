@@ -1,14 +1,14 @@
 /*
- * orphans.c: bytes that processes of a level left when they ended, and that the device may still hold. Owns nothing;
- * reads the usage pages.
+ * orphans.c: bytes of a level whose processes have exited, and that the device may still hold. Owns nothing; reads the
+ * usage pages.
  *
- * They stay charged until the agent sees that the device has freed them. That takes 0.1 s, and a few seconds where many
- * processes end at once. So a request that would fit without these bytes may fit soon, unless the agent sees that the
- * device keeps them.
+ * These bytes stay charged until the agent finds that the device has freed them. That takes 0.1 s, and a few seconds if
+ * many processes exit at the same time. So a request that would fit without these bytes may fit soon, unless the agent
+ * has found that the device keeps them.
  */
 #include "account/orphans.h"
 
-struct room { /* of one level on one device, by one reading of its page */
+struct room { /* of one level on one device, from one read of its page */
     uint64_t now, later, orphaned, orphaned_ns, looked_ns;
 };
 
@@ -36,8 +36,8 @@ bool fgpu_has_orphans(struct fgpu_view view, int index)
     return false;
 }
 
-/* Return whether some of the orphaned bytes may be freed before long: the agent has not yet looked since the last of
- * them, and since the request began, or it sees that the device is still freeing. */
+/* Return whether some of the orphaned bytes may be freed soon: the agent has not examined the device since the last
+ * bytes were orphaned and since the request began, or it has found that the device is still freeing. */
 static enum fgpu_prospect freed(const struct room *room, uint64_t since_ns, uint64_t now_ns)
 {
     if (!room->orphaned || (room->looked_ns > room->orphaned_ns && room->looked_ns > since_ns)) return FGPU_FITS_NEVER;
@@ -45,8 +45,8 @@ static enum fgpu_prospect freed(const struct room *room, uint64_t since_ns, uint
     return now_ns < room->orphaned_ns + FGPU_ABSENCE_NS ? FGPU_FITS_AFTER_A_LOOK : FGPU_FITS_NEVER;
 }
 
-/* Return what to expect of a request that began then. Only the kernel knows how much a context takes, so any level that
- * has orphans may be the one that refuses it. */
+/* Return the prospect of a request that began at this time. Only the kernel knows the size of a context, so any level
+ * with orphaned bytes may be the level that refuses it. */
 enum fgpu_prospect fgpu_prospect(const struct fgpu_view *view, int index, uint64_t bytes, unsigned kind,
                                  uint64_t since_ns, uint64_t now_ns)
 {

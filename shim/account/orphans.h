@@ -1,12 +1,12 @@
-/* orphans.h: what the usage pages say of bytes of ended processes. For orphans.c, admit.c and reclaim.c. */
+/* orphans.h: the usage pages' information on bytes of exited processes. For orphans.c, admit.c and reclaim.c. */
 #ifndef FGPU_ORPHANS_H
 #define FGPU_ORPHANS_H
 
 #include "base/view.h"
 
-/* Within this time the device frees what a process held, or it does not free it by itself. */
+/* Within this time the device frees the memory of an exited process; otherwise it does not free it by itself. */
 #define FGPU_PATIENCE_NS 4000000000ULL
-#define FGPU_ABSENCE_NS 30000000000ULL /* an agent that is replaced looks again within this time */
+#define FGPU_ABSENCE_NS 30000000000ULL /* a replaced agent examines the device again within this time */
 
 enum fgpu_prospect { FGPU_FITS, FGPU_FITS_SOON, FGPU_FITS_AFTER_A_LOOK, FGPU_FITS_NEVER };
 

@@ -7,35 +7,36 @@
 #define FGPU_BLOCK (32ULL << 20) /* the step in which a pool takes memory from its device (measured) */
 #define FGPU_CREDITS 8
 
-struct credit { /* what one stream freed: a pool may hand that to the same stream again at once, and to no other */
+struct credit { /* freed by one stream: a pool may give it to the same stream again at once, and to no other */
     _Atomic uint64_t stream, bytes;
 };
 
-/* A pool's part of the ledger. `admitted` is what the kernel granted and this process has not given back. */
+/* A pool's part of the ledger. `admitted` is the number of bytes that the kernel has admitted and this process has not
+ * released. */
 struct pool {
-    _Atomic uint64_t handle;     /* 0: no pool; of an overflow entry always */
+    _Atomic uint64_t handle;     /* 0: no pool; an overflow entry always has 0 */
     _Atomic int ordinal;         /* the driver's device, FGPU_HOST_POOL or FGPU_NO_TABLE */
-    _Atomic int index;           /* the ledger's, once something was granted */
-    _Atomic uint32_t generation; /* one more whenever the entry goes to another pool */
+    _Atomic int index;           /* the ledger's index, once something was admitted */
+    _Atomic uint32_t generation; /* incremented whenever the entry is used for another pool */
     _Atomic uint64_t admitted;
-    _Atomic uint64_t spent;   /* handed out at most: in use when last measured, and all since */
-    _Atomic uint64_t pending; /* granted to calls that have not returned yet */
+    _Atomic uint64_t spent;   /* upper bound of the bytes in use: as measured last, and all given out since */
+    _Atomic uint64_t pending; /* admitted for calls that have not returned yet */
     _Atomic uint64_t busy_until_ns;
-    _Atomic uint64_t unclaimed; /* freed by streams for which the table of credits had no room */
-    _Atomic int unsettled;      /* synchronisations that may still make the pool smaller */
+    _Atomic uint64_t unclaimed; /* freed by streams without room in the table of credits */
+    _Atomic int unsettled;      /* synchronisations that may still shrink the pool */
     struct credit credits[FGPU_CREDITS];
 };
 #define FGPU_HOST_POOL (-2) /* not device memory: not charged */
-#define FGPU_NO_TABLE (-3)  /* no memory for the table: nothing is to be had where a limit holds */
+#define FGPU_NO_TABLE (-3)  /* no memory for the table: nothing is admitted where a limit is in force */
 
 /* -- pool_table.c */
 HIDDEN struct pool *fgpu_pool_of(CUmemoryPool handle);
 HIDDEN struct pool *fgpu_pool_find(CUmemoryPool handle); /* NULL: it is not in the table */
 HIDDEN struct pool *fgpu_pool_enter(CUmemoryPool handle, CUdevice ordinal);
-HIDDEN struct pool *fgpu_pool_rest(CUdevice ordinal); /* the entry of all pools of a device that found no room */
+HIDDEN struct pool *fgpu_pool_rest(CUdevice ordinal); /* the entry of all pools of a device without room in the table */
 HIDDEN struct pool *fgpu_current_pool(CUdevice ordinal);
 HIDDEN struct pool *fgpu_pool_number(unsigned n);                     /* NULL: there are no more */
-HIDDEN struct pool *fgpu_pool_at(unsigned slot, uint32_t generation); /* NULL: not that pool any more */
+HIDDEN struct pool *fgpu_pool_at(unsigned slot, uint32_t generation); /* NULL: the entry has another pool now */
 HIDDEN unsigned fgpu_pool_slot(const struct pool *pool);
 HIDDEN void fgpu_forget_current(void);
 
@@ -43,7 +44,7 @@ HIDDEN void fgpu_forget_current(void);
 HIDDEN bool fgpu_pool_measure(const struct pool *pool, uint64_t *used, uint64_t *reserved);
 HIDDEN uint64_t fgpu_pool_credits(struct pool *pool, uint64_t used, uint64_t reserved);
 HIDDEN bool fgpu_pool_give_back_above(struct pool *pool, uint64_t keep);
-HIDDEN void fgpu_pools_measure(CUdevice ordinal); /* a context has ended; < 0: on any device */
+HIDDEN void fgpu_pools_measure(CUdevice ordinal); /* a context was destroyed; < 0: on any device */
 HIDDEN void fgpu_pools_synchronized(void);
 HIDDEN void fgpu_pool_trimmed(struct pool *pool);
 HIDDEN uint64_t fgpu_pool_in_use(const struct pool *pool);

@@ -1,15 +1,17 @@
 /*
- * pool_growth.c: what memory pools are granted. Owns nothing; the kernel owns the sum.
+ * pool_growth.c: admissions for memory pools. Owns nothing; the kernel owns the sum.
  *
- * A pool takes memory in blocks and keeps it, so it is admitted in blocks and committed at once: no probe sees a call
- * of half a microsecond. What cannot be measured is counted as held, and NVML corrects it; nothing here waits long.
+ * A pool allocates memory in blocks and keeps it. So it is admitted in blocks, committed at once: a call of half a
+ * microsecond has no probe. Memory that cannot be measured counts as held, and NVML corrects it. No function here waits
+ * long.
  */
 #include <errno.h>
 
 #include "account/pool.h"
 #include "link/link.h"
 
-/* Ask for memory up to `need`. The grant may be more than was asked: it is what the driver takes for that size. */
+/* Request memory up to `need`. The admission may be larger than the request: it is the size that the driver
+ * allocates. */
 static CUresult ask_up_to(struct pool *pool, uint64_t need, struct patience *patience)
 {
     uint64_t admitted = atomic_load(&pool->admitted);
@@ -23,8 +25,8 @@ static CUresult ask_up_to(struct pool *pool, uint64_t need, struct patience *pat
     return admission.refusal;
 }
 
-/* Compute what the pool will hold: whole blocks of what is in use, is being handed out, and is free for one stream
- * alone. Returns false if the pool cannot be measured. */
+/* Compute what the pool will hold: whole blocks for the bytes in use, the bytes being given out, and the bytes that are
+ * free for one stream alone. Returns false if the pool cannot be measured. */
 static bool forecast(struct pool *pool, uint64_t *exact, uint64_t *need)
 {
     uint64_t used, reserved;
@@ -41,8 +43,7 @@ static bool fits(const struct pool *pool, uint64_t need)
     return need <= admitted || need - admitted <= fgpu_room(atomic_load(&pool->ordinal)).left;
 }
 
-/* Return the room that is left, in whole units of an admission: more would not fit. 0: there is room for a whole
- * block. */
+/* Return the remaining room, in whole units of an admission: more would not fit. 0: there is room for a whole block. */
 static uint64_t room_left(const struct pool *pool)
 {
     CUdevice ordinal = atomic_load(&pool->ordinal);
@@ -51,8 +52,8 @@ static uint64_t room_left(const struct pool *pool)
     return granule ? room & ~(granule - 1) : room;
 }
 
-/* Ask for what the pool needs. The caller has the turn, or has waited long enough for it: then two threads may both ask
- * too much, which the next measurement gives back. */
+/* Request what the pool needs. The caller has the turn, or has waited for it long enough. In the second case two
+ * threads may both request too much, which the next measurement releases. */
 static CUresult grow(struct pool *pool)
 {
     struct patience patience = {0};
@@ -64,9 +65,9 @@ static CUresult grow(struct pool *pool)
     fgpu_pools_yield(atomic_load(&pool->ordinal));
     if (!forecast(pool, &exact, &need)) return CUDA_ERROR_OUT_OF_MEMORY;
     if (fits(pool, need)) return ask_up_to(pool, need, &patience);
-    /* Too near the limit for a whole block, but what is in use may still fit. Ask for all that is left, since the pool
-     * takes its block all the same. If the pool has more than a block beyond what was granted, it took that in some
-     * other way, and that is no reason to hand out more. */
+    /* Too near the limit for a whole block, but the bytes in use may still fit. Request all that is left, since the
+     * pool allocates a block in any case. If the pool has more than a block beyond the admitted bytes, it got that in
+     * another way, and nothing more is admitted here. */
     CUresult refusal = ask_up_to(pool, fgpu_larger(exact, atomic_load(&pool->admitted) + room_left(pool)), &patience);
     if (refusal) refusal = ask_up_to(pool, exact, &patience);
     return !refusal && need >= atomic_load(&pool->admitted) + FGPU_BLOCK ? CUDA_ERROR_OUT_OF_MEMORY : refusal;
@@ -77,7 +78,7 @@ CUresult fgpu_pool_grow(struct pool *pool, uint64_t bytes)
     enum fgpu_link link = fgpu_look().link;
     atomic_fetch_add(&pool->pending, bytes);
     if (link == FGPU_OPEN || link == FGPU_UNMANAGED) {
-        atomic_store(&pool->spent, 0); /* no ledger counts this; the first growth under one measures */
+        atomic_store(&pool->spent, 0); /* no ledger counts this; the first growth with a ledger measures the pool */
         return CUDA_SUCCESS;
     }
     CUresult refusal = CUDA_ERROR_OUT_OF_MEMORY;
@@ -94,7 +95,8 @@ CUresult fgpu_pool_grow(struct pool *pool, uint64_t bytes)
     return refusal;
 }
 
-/* The driver has returned. Ask for what it really took; a refusal comes too late and shows at the next growth. */
+/* The driver has returned. Request the bytes that it really allocated. A refusal comes too late for this call, and
+ * takes effect at the next growth. */
 void fgpu_pool_grown(struct pool *pool, uint64_t bytes)
 {
     uint64_t used, reserved;
@@ -105,7 +107,7 @@ void fgpu_pool_grown(struct pool *pool, uint64_t bytes)
     CUstreamCaptureMode mode = fgpu_relax();
     if (fgpu_pool_measure(pool, &used, &reserved) && reserved >= atomic_load(&pool->admitted) + FGPU_BLOCK &&
         ask_up_to(pool, reserved, NULL))
-        atomic_store(&pool->spent, atomic_load(&pool->admitted)); /* from here on every call measures */
+        atomic_store(&pool->spent, atomic_load(&pool->admitted)); /* from here on every call measures the pool */
     fgpu_unrelax(mode);
     errno = saved;
 }

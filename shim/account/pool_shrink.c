@@ -1,15 +1,15 @@
 /*
- * pool_shrink.c: what memory pools hold, and what of it goes back to the kernel's ledger. Owns nothing; the kernel owns
- * the sum.
+ * pool_shrink.c: measures what memory pools hold, and releases the rest in the kernel's ledger. Owns nothing; the
+ * kernel owns the sum.
  *
- * What cannot be measured is counted as held, and NVML corrects it; no function here waits long.
+ * Memory that cannot be measured counts as held, and NVML corrects it; no function here waits long.
  */
 #include <errno.h>
 
 #include "account/graph_memory.h"
 #include "account/pool.h"
 
-/* Read what the pool has in use and in all from the driver. */
+/* Read from the driver how much of the pool is in use, and how much it holds in all. */
 bool fgpu_pool_measure(const struct pool *pool, uint64_t *used, uint64_t *reserved)
 {
     __typeof__(&cuMemPoolGetAttribute) get = REAL(cuMemPoolGetAttribute);
@@ -19,7 +19,8 @@ bool fgpu_pool_measure(const struct pool *pool, uint64_t *used, uint64_t *reserv
         get(handle, CU_MEMPOOL_ATTR_RESERVED_MEM_CURRENT, &in_all) != CUDA_SUCCESS)
         return false;
     *reserved = in_all > FGPU_MOST_BYTES ? FGPU_MOST_BYTES : in_all;
-    *used = in_use > *reserved ? *reserved : in_use; /* the driver leaves what cuMemFree frees in its count for ever */
+    *used = in_use > *reserved ? *reserved : in_use; /* memory freed by cuMemFree stays in the driver's count for
+                                                        ever */
     return true;
 }
 
@@ -32,8 +33,8 @@ static void forget_credits(struct pool *pool)
     }
 }
 
-/* Return the bytes that streams may be handed again without the pool growing. If the pool holds less than these and
- * what is in use, it was trimmed, and no credit is valid. */
+/* Return the bytes that streams may get again without growth of the pool. If the pool holds less than these and the
+ * bytes in use, it was trimmed, and no credit is valid. */
 uint64_t fgpu_pool_credits(struct pool *pool, uint64_t used, uint64_t reserved)
 {
     uint64_t sum = used + atomic_load_explicit(&pool->unclaimed, memory_order_relaxed);
@@ -43,7 +44,7 @@ uint64_t fgpu_pool_credits(struct pool *pool, uint64_t used, uint64_t reserved)
     return 0;
 }
 
-/* Give back what was admitted above `keep`. Returns true if there was more. */
+/* Release the admitted bytes beyond `keep`. Returns true if there were any. */
 bool fgpu_pool_give_back_above(struct pool *pool, uint64_t keep)
 {
     uint64_t admitted = atomic_load(&pool->admitted);
@@ -55,7 +56,7 @@ bool fgpu_pool_give_back_above(struct pool *pool, uint64_t keep)
     return false;
 }
 
-/* Give back what the pool no longer holds. Calls that were granted and have not returned keep theirs. */
+/* Release what the pool no longer holds. Admitted calls that have not returned keep their bytes. */
 static bool settle_down(struct pool *pool)
 {
     uint64_t used, reserved;
@@ -69,7 +70,7 @@ static bool is_on(const struct pool *pool, CUdevice ordinal)
     return atomic_load(&pool->admitted) && (ordinal < 0 || atomic_load(&pool->ordinal) == ordinal);
 }
 
-/* Give back what was in use of a device's pools when they were destroyed. */
+/* Release the bytes that were in use in a device's pools when the pools were destroyed. */
 static bool let_go(struct pool *rest)
 {
     uint64_t bytes = atomic_exchange(&rest->unclaimed, 0), admitted = atomic_load(&rest->admitted);
@@ -102,8 +103,9 @@ bool fgpu_pools_yield(CUdevice ordinal)
     return more;
 }
 
-/* A context has ended: measure the pools. A pool and its memory outlive contexts. What was freed in the context goes
- * now, and its streams lose their credit: other streams may get their handles. `ordinal` < 0: on any device. */
+/* A context was destroyed: measure the pools. A pool and its memory outlive contexts. Bytes that were freed in the
+ * context are released now, and its streams lose their credit, because other streams may get their handles. `ordinal` <
+ * 0: on any device. */
 void fgpu_pools_measure(CUdevice ordinal)
 {
     int saved = errno;
@@ -114,13 +116,13 @@ void fgpu_pools_measure(CUdevice ordinal)
         if (!is_on(pool, ordinal)) continue;
         forget_credits(pool);
         settle_down(pool);
-        atomic_store(&pool->spent, atomic_load(&pool->admitted)); /* the next call measures */
+        atomic_store(&pool->spent, atomic_load(&pool->admitted)); /* the next call measures the pool */
     }
     fgpu_unrelax(mode);
     errno = saved;
 }
 
-/* Measure pools in which something was freed since. Most programs have no pool at all. */
+/* Measure the pools in which memory was freed since the last measurement. Most programs have no pool at all. */
 void fgpu_pools_synchronized(void)
 {
     struct pool *pool;
@@ -133,7 +135,7 @@ void fgpu_pools_synchronized(void)
     }
 }
 
-/* -- around calls of the program that make a pool smaller */
+/* -- for calls of the program that shrink a pool */
 
 void fgpu_pool_trimmed(struct pool *pool)
 {
@@ -155,8 +157,8 @@ uint64_t fgpu_pool_in_use(const struct pool *pool)
     return used;
 }
 
-/* A pool was destroyed. What is still in use stays charged, and no call will show that it is freed. So it is given back
- * before a request is refused for it, and NVML charges what of it is still there. */
+/* A pool was destroyed. Bytes that are still in use stay charged, and no call will show when they are freed. So they
+ * are released before a request is refused because of them, and NVML charges those that still exist. */
 void fgpu_pool_destroyed(struct pool *pool, struct pool *rest, uint64_t used)
 {
     fgpu_pool_give_back_above(pool, fgpu_blocks(used));

@@ -1,6 +1,6 @@
 /*
- * pool_table.c: the memory pools of this process. Owns the table of them, mapped when the first pool is used.
- * pool_shrink.c and pool_growth.c keep what each pool holds.
+ * pool_table.c: the memory pools of this process. Owns their table, which is mapped at the first use of a pool.
+ * pool_shrink.c and pool_growth.c maintain the numbers in it.
  */
 #include <errno.h>
 
@@ -9,11 +9,11 @@
 #define POOLS 32
 
 struct table {
-    struct pool pools[POOLS + FGPU_DEVICES]; /* the last ones: one for all further pools of each device */
+    struct pool pools[POOLS + FGPU_DEVICES]; /* the last entries: one for all further pools of each device */
     _Atomic(struct pool *) current[FGPU_DEVICES];
 };
-static _Atomic(void *) table;        /* mapped when a first pool is used; most programs use none */
-static _Atomic uint32_t generations; /* goes on after a fork, so that the parent's notes are void */
+static _Atomic(void *) table;        /* mapped at the first use of a pool; most programs use none */
+static _Atomic uint32_t generations; /* continues after a fork, so that the parent's notes become invalid */
 static struct pool nowhere = {.ordinal = FGPU_NO_TABLE};
 
 static struct table *known_table(void) { return atomic_load_explicit(&table, memory_order_acquire); }
@@ -46,8 +46,8 @@ struct pool *fgpu_pool_find(CUmemoryPool handle)
     return NULL;
 }
 
-/* Return the entry for all pools of a device that found no room. It counts as a pool that cannot be measured: what it
- * was granted only grows. */
+/* Return the entry for all pools of a device without room in the table. It counts as a pool that cannot be measured:
+ * its admitted bytes only grow. */
 struct pool *fgpu_pool_rest(CUdevice ordinal)
 {
     struct pool *pools = fgpu_pool_number(0);
@@ -64,7 +64,9 @@ struct pool *fgpu_pool_enter(CUmemoryPool handle, CUdevice ordinal)
     for (unsigned i = 0; i < POOLS; i++) {
         struct pool *pool = &own->pools[i];
         uint64_t none = 0;
-        if (!atomic_compare_exchange_strong(&pool->handle, &none, 1)) continue; /* 1: no driver gives this handle */
+        if (!atomic_compare_exchange_strong(&pool->handle, &none, 1))
+            continue; /* 1: the driver never returns this
+                         handle */
         atomic_store(&pool->ordinal, ordinal);
         atomic_store(&pool->generation, atomic_fetch_add(&generations, 1) + 1);
         atomic_store_explicit(&pool->handle, (uint64_t)handle, memory_order_release);
@@ -73,8 +75,8 @@ struct pool *fgpu_pool_enter(CUmemoryPool handle, CUdevice ordinal)
     return fgpu_pool_rest(ordinal);
 }
 
-/* Return the entry of a pool. A pool that was made before the shim saw it is a device's default, or lies on the current
- * device. */
+/* Return the entry of a pool. A pool that was created before the shim saw it is a device's default pool, or is on the
+ * current device. */
 struct pool *fgpu_pool_of(CUmemoryPool handle)
 {
     struct pool *pool = fgpu_pool_find(handle);
@@ -94,8 +96,7 @@ struct pool *fgpu_pool_of(CUmemoryPool handle)
     return fgpu_pool_enter(handle, ordinal);
 }
 
-/* Return the pool from which a device's plain calls are served; NULL: the driver does not say, and will refuse the
- * call. */
+/* Return the pool that serves a device's plain calls; NULL: the driver does not report it, and will refuse the call. */
 struct pool *fgpu_current_pool(CUdevice ordinal)
 {
     if (ordinal < 0 || ordinal >= FGPU_DEVICES) return NULL;

@@ -1,12 +1,12 @@
 /*
- * reclaim.c: what may still make room for a request that was refused. First the pools and graphs of this process give
- * back what they do not use; then it waits for bytes of processes that have ended. If the tenant has not used the
- * device before, it waits for the agent's answer first. If the process itself has freed memory in a way that no probe
- * sees, the request is not made before the agent has asked NVML. Owns nothing.
+ * reclaim.c: makes room for a refused request. First the pools and graphs of this process free memory that they do not
+ * use; then this waits for bytes of exited processes. If the tenant has not used the device before, it waits for the
+ * agent's decision first. If the process has freed memory in a way that no probe sees, the request is made only after
+ * the agent has asked NVML. Owns nothing.
  *
- * The pages decide whether to wait and the clock decides how long, so no page and no kernel can hold a program for
- * longer in one call than FGPU_PATIENCE_NS, or FGPU_ABSENCE_NS while the page shows no look of an agent; for a first
- * use COMMITMENT_NS, after a free that no probe sees LOOK_NS.
+ * The pages decide whether to wait, and the clock decides how long. So no page and no kernel can delay a program in one
+ * call for longer than FGPU_PATIENCE_NS, or FGPU_ABSENCE_NS while the page shows that no agent examines the device; at
+ * a first use for longer than COMMITMENT_NS, after a free that no probe sees for longer than LOOK_NS.
  */
 #define _GNU_SOURCE
 #include <errno.h>
@@ -18,11 +18,11 @@
 #include "account/orphans.h"
 #include "link/link.h"
 
-#define ASK_NS 50000000ULL /* a question tells the agent that a program waits */
+#define ASK_NS 50000000ULL /* a request shows the agent that a program waits */
 #define COMMITMENT_NS 2000000000ULL
-#define LOOK_NS FGPU_SECOND_NS /* the agent asks NVML each half second */
+#define LOOK_NS FGPU_SECOND_NS /* the agent asks NVML every half second */
 
-/* Make the pools give back memory. They are the first driver's, whichever driver this thread calls. */
+/* Make the pools free unused memory. They belong to the first driver, whichever driver this thread calls. */
 static bool yields(CUdevice ordinal)
 {
     bool called = fgpu_calls_second;
@@ -55,9 +55,9 @@ static uint64_t undecided_so_far(struct fgpu_view view, CUdevice ordinal)
     return index < 0 ? 0 : __atomic_load_n(&view.usage->undecided[index], __ATOMIC_RELAXED);
 }
 
-/* Ask once. Returns whether the request was refused and a decision of the agent may change that. Read the pages before
- * the question: the agent may decide in between. The undecided limit may be that of a level whose page this process
- * does not have yet, so the kernel's count tells too. */
+/* Request once. Returns whether the request was refused and a decision of the agent may change that. The pages are read
+ * before the request, because the agent may decide in between. The undecided limit may be that of a level whose page
+ * this process does not have yet, so the kernel's count is compared too. */
 static bool awaits_decision(struct admission *admission, struct fgpu_view *view, CUdevice ordinal, bool patient)
 {
     bool pending = is_pending(*view, ordinal);
@@ -80,8 +80,8 @@ static bool is_over(enum fgpu_prospect soon, uint64_t waited_ns)
            waited_ns >= (soon == FGPU_FITS_AFTER_A_LOOK ? FGPU_ABSENCE_NS : FGPU_PATIENCE_NS);
 }
 
-/* Ask now and then until the request is admitted, has no prospect, or has waited for its time. If the page shows room
- * twice in a row and the kernel refuses, something else stands against the request. */
+/* Repeat the request until it is admitted, has no prospect, or has waited for its maximum. If the page shows room twice
+ * in a row and the kernel refuses, the refusal has another cause. */
 static void wait_for_orphans(struct admission *admission, struct fgpu_view *view, CUdevice ordinal, uint64_t since_ns)
 {
     uint64_t asked_ns = fgpu_now();
@@ -101,9 +101,9 @@ static void wait_for_orphans(struct admission *admission, struct fgpu_view *view
     }
 }
 
-/* Wait for the agent. The request made the kernel tell the agent of this first use of the device; the answer is a
- * change of the page, or of a page that this process does not have. Without an agent there is no answer, and the
- * refusal stays. */
+/* Wait for the agent. At the request, the kernel sent the agent an event of this first use of the device. The agent's
+ * decision is a change of the page, or of a page that this process does not have. Without an agent there is no
+ * decision, and the request stays refused. */
 static void wait_for_commitment(struct admission *admission, struct fgpu_view *view, CUdevice ordinal, bool patient)
 {
     uint64_t asked_ns = fgpu_now(), until_ns = asked_ns + COMMITMENT_NS;
@@ -117,8 +117,8 @@ static void wait_for_commitment(struct admission *admission, struct fgpu_view *v
     }
 }
 
-/* Wait until the pages show room for a request, if this process has freed memory since the agent's last look. NVML
- * shows that to the agent. A question before that would be refused, and counted. */
+/* Wait until the pages show room for a request, if this process has freed memory since the agent last asked NVML. A
+ * request before that would be refused, and counted. */
 static void wait_for_a_look(CUdevice ordinal, uint64_t bytes)
 {
     struct fgpu_room room;
@@ -136,7 +136,7 @@ static uint64_t since(struct patience *patience)
     return patience->since_ns;
 }
 
-/* Ask, reclaim and ask again. The last question is an impatient one, so its refusal is counted. */
+/* Request, reclaim and request again. The last request is not patient, so its refusal is counted. */
 struct admission fgpu_admission_with(struct patience *patience, CUdevice ordinal, uint64_t bytes, unsigned kind)
 {
     struct fgpu_view view = fgpu_look();

@@ -1,6 +1,6 @@
 /*
- * stream.c: facts about streams: whether one captures, and its device. Owns which devices have contexts of this
- * process, and whether the program has ever begun a capture.
+ * stream.c: facts about streams: whether a stream captures, and its device. Owns a record of the devices on which this
+ * process has contexts, and whether the program has ever begun a capture.
  */
 #include <errno.h>
 
@@ -23,7 +23,7 @@ bool fgpu_ask_capturing(CUstream stream, bool per_thread)
     int saved = errno;
     CUresult result = ask ? ask(stream, &status) : CUDA_ERROR_NOT_SUPPORTED;
     errno = saved;
-    /* This is the legacy stream while another stream captures. A use of it fails then, and may break that capture. */
+    /* This is the legacy stream while another stream captures. Using it would fail, and could break that capture. */
     if (result == CUDA_ERROR_STREAM_CAPTURE_IMPLICIT) return true;
     return result == CUDA_SUCCESS && status != CU_STREAM_CAPTURE_STATUS_NONE;
 }

@@ -5,32 +5,33 @@
 #include "account/account.h"
 
 /* -- stream.c */
-extern HIDDEN _Atomic int fgpu_sole_device; /* 0: no context seen yet; n + 1: on device n alone; -1: on several */
+extern HIDDEN _Atomic int fgpu_sole_device; /* 0: no context seen yet; n + 1: on device n alone; -1: on several
+                                               devices */
 extern HIDDEN _Atomic bool
-    fgpu_streams_captured; /* this program captures streams: captured work takes no pool memory */
+    fgpu_streams_captured; /* this program captures streams: captured work allocates no pool memory */
 HIDDEN bool fgpu_ask_capturing(CUstream stream, bool per_thread);
 HIDDEN bool fgpu_ask_device_of(CUstream stream, bool per_thread, CUdevice *ordinal);
-HIDDEN void fgpu_device_seen(CUdevice ordinal); /* a context is there */
+HIDDEN void fgpu_device_seen(CUdevice ordinal); /* a context exists */
 
 static inline uint64_t fgpu_this_thread(void) { return (uint64_t)__builtin_thread_pointer(); }
 
-/* Return a key of the stream, never 0. A stream has a handle; the default stream of a thread has none, so the thread's
- * pointer stands for it. */
+/* Return a key of the stream, never 0. A stream has a handle. The default stream of a thread has none: a pointer of the
+ * thread is its key. */
 static inline uint64_t fgpu_stream_key(CUstream stream, bool per_thread)
 {
     if (stream == CU_STREAM_PER_THREAD || (!stream && per_thread)) return fgpu_this_thread();
     return stream ? (uint64_t)stream : (uint64_t)CU_STREAM_LEGACY;
 }
 
-/* Return whether the stream captures. Programs that capture no stream pay for one load. */
+/* Return whether the stream captures. For programs that capture no stream this is one load. */
 static inline bool fgpu_is_capturing(CUstream stream, bool per_thread)
 {
     return !LIKELY(!atomic_load_explicit(&fgpu_streams_captured, memory_order_relaxed)) &&
            fgpu_ask_capturing(stream, per_thread);
 }
 
-/* Find the device of a stream that was found not to capture: the question to the driver would break its capture, in
- * every mode. Returns false where the device is not known. */
+/* Find the device of a stream that does not capture: in every mode, asking the driver would break a capture. Returns
+ * false if the device is not known. */
 static inline bool fgpu_device_of(CUstream stream, bool per_thread, CUdevice *ordinal)
 {
     int one = atomic_load_explicit(&fgpu_sole_device, memory_order_relaxed);

@@ -1,12 +1,13 @@
 /*
  * unseen.c: frees that no probe sees. Owns the time of the last of them.
  *
- * The kernel's ledger learns of such a free by NVML, from the agent.
+ * The agent corrects the kernel's ledger after NVML shows such a free.
  */
 #include "account/account.h"
 
 static _Atomic uint64_t freed_ns;
-static _Atomic int unsettled; /* synchronisations that may still free what was named in the order of a stream */
+static _Atomic int unsettled; /* synchronisations after which memory that was freed in stream order may really be
+                                 free */
 
 void fgpu_frees_unseen(void) { atomic_store_explicit(&unsettled, FGPU_SYNCS, memory_order_relaxed); }
 void fgpu_freed_unseen(void) { atomic_store_explicit(&freed_ns, fgpu_now(), memory_order_relaxed); }

@@ -1,4 +1,4 @@
-/* clock.h: reading a clock in place, for callers that a call would slow down. */
+/* clock.h: reads a clock inline, for callers that a function call would slow down. */
 #ifndef FGPU_CLOCK_H
 #define FGPU_CLOCK_H
 

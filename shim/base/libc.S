@@ -1,10 +1,10 @@
 /*
- * The functions that the shim takes from libc. Every glibc for this machine has them, from the first one on. The shim
- * is linked with this file and never with the library of the host that builds it. That library would record its own
- * symbol versions, and for each version the file that has it there; then no program would start in a container whose
- * glibc has a version in another file.
+ * The functions that the shim uses from libc. Every glibc for this machine has them, from the first version on. The
+ * shim is linked with this file and never with the library of the host that builds it. The host's library would record
+ * its own symbol versions, with the file that has each version. Then no program would start in a container whose glibc
+ * has a version in another file.
  *
- * Functions that some versions lack are weak, have no version, and are not here: dlopen and its kin, clock_gettime.
+ * Functions that some versions lack are weak, have no version, and are not here: dlopen, clock_gettime and others.
  */
 .macro has name
         .globl  \name
@@ -26,7 +26,7 @@
         has strlen
         has strncmp
         has syscall
-#ifdef __aarch64__ /* calls that the compiler makes */
+#ifdef __aarch64__ /* calls that the compiler inserts */
         has __getauxval
 #endif
 

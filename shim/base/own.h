@@ -4,22 +4,23 @@
 
 #include "base/shim.h"
 
-/* The gatekeeper that gave a set of pages. A thread that has slept over two hellos may read a note while another thread
- * writes it anew. */
+/* The gatekeeper that sent a set of pages. A thread that has slept during two registrations may read a note while
+ * another thread overwrites it. */
 struct fgpu_note {
     _Atomic uint64_t boot[2];
     _Atomic uint64_t epoch;
 };
 
-/* Zero after a fork, by MADV_WIPEONFORK: the child is another process to the kernel's ledger and says its own hello. */
+/* Zero after a fork, by MADV_WIPEONFORK: for the kernel's ledger the child is another process, and it registers
+ * itself. */
 struct fgpu_own {
-    _Atomic uint32_t word; /* link | set << 8 | COOPERATIVE | levels << 16; a futex until the first hello is answered */
+    _Atomic uint32_t word; /* link | set << 8 | COOPERATIVE | levels << 16; a futex until the first hello has a reply */
     _Atomic uint32_t said;
-    _Atomic uint64_t busy_until_ns; /* one thread at a time says hello */
+    _Atomic uint64_t busy_until_ns; /* one thread at a time registers */
     _Atomic uint64_t next_ns;
     _Atomic uint64_t ticket_base;
     _Atomic uint32_t ticket_count;
-    _Atomic int pid; /* only where the kernel cannot wipe */
+    _Atomic int pid; /* only if the kernel cannot wipe */
     struct fgpu_note notes[2];
 };
 union fgpu_own_page {

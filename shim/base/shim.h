@@ -1,8 +1,9 @@
 /*
- * shim.h: what all files of the shim share. Owns no state.
+ * shim.h: declarations for all files of the shim. Owns no state.
  *
- * The library is loaded into every program of a container. So: the hot paths allocate nothing; the shim never ends,
- * blocks or signals the host program; no descriptor outlives a call; a hook restores errno before it calls the driver.
+ * The library is loaded into every program of a container. So: the hot paths allocate nothing; the shim never
+ * terminates, blocks or signals the host program; no descriptor outlives a call; a hook restores errno before it calls
+ * the driver.
  */
 #ifndef FGPU_SHIM_H
 #define FGPU_SHIM_H
@@ -31,10 +32,10 @@ HIDDEN uint64_t fgpu_now(void);        /* CLOCK_MONOTONIC */
 /* -- ticket.c */
 HIDDEN uint64_t fgpu_ticket(void);
 
-/* -- tables.c: returns the table, mapped if there is none yet; NULL: the kernel gives no memory for it */
+/* -- tables.c: returns the table, and maps it if there is none yet; NULL: the kernel has no memory for it */
 HIDDEN void *fgpu_table(_Atomic(void *) *table, size_t bytes);
 
-/* -- turn.c: at most one thread at a time has a turn, as a rule; a turn runs out by itself. 0: not had in time */
+/* -- turn.c: at most one thread at a time has a turn, as a rule; a turn expires by itself. 0: not obtained in time */
 HIDDEN uint64_t fgpu_take_turn(_Atomic uint64_t *busy_until_ns);
 HIDDEN void fgpu_end_turn(_Atomic uint64_t *busy_until_ns, uint64_t turn);
 

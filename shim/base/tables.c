@@ -1,7 +1,7 @@
 /*
- * tables.c: memory for tables that most programs never use, mapped when a program uses one. Owns no table.
+ * tables.c: memory for tables that most programs never use, mapped at the first use. Owns no table.
  *
- * Tables are zero after a fork: the child has no driver, and nothing of its own is admitted. Older kernels cannot wipe
+ * Tables are zero after a fork: the child has no driver, and nothing is admitted for it yet. Older kernels cannot wipe
  * them at a fork. There the child's driver refuses all calls anyway.
  */
 #define _GNU_SOURCE

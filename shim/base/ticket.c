@@ -1,5 +1,6 @@
 /*
- * ticket.c: numbers of questions to the kernel. Owns the counter of this process, which lies in the page of own.h.
+ * ticket.c: the ticket numbers of requests to the kernel. Owns the counter of this process, which is in the page of
+ * own.h.
  */
 #define _GNU_SOURCE
 #include <errno.h>
@@ -19,7 +20,7 @@ uint64_t fgpu_ticket(void)
         uint64_t fresh = 0;
         if (syscall(SYS_getrandom, &fresh, sizeof fresh, 1 /* GRND_NONBLOCK */) != sizeof fresh)
             fresh = (fgpu_now() ^ (uint64_t)syscall(SYS_getpid) << 24) * 0x9e3779b97f4a7c15ULL;
-        fresh = fresh >> 24 ? fresh >> 24 : 1; /* 0 is what an empty slot holds */
+        fresh = fresh >> 24 ? fresh >> 24 : 1; /* 0 is the value of an empty slot */
         if (atomic_compare_exchange_strong(&own->ticket_base, &base, fresh)) base = fresh;
         errno = saved;
     }

@@ -1,6 +1,5 @@
 /*
- * turn.c: a short lock that no thread can keep for good. Owns nothing: the word of a lock lies beside the data that it
- * protects.
+ * turn.c: a short lock that expires. Owns nothing: the word of a lock is stored with the data that it protects.
  */
 #define _GNU_SOURCE
 #include <sys/syscall.h>
@@ -8,7 +7,7 @@
 
 #include "base/shim.h"
 
-#define TURN_NS 10000000ULL /* the longest turn of a thread that died in it or left it by a jump */
+#define TURN_NS 10000000ULL /* the longest turn of a thread that exited in it or left it by a jump */
 #define TURN_TRIES 200
 
 uint64_t fgpu_take_turn(_Atomic uint64_t *busy_until_ns)

@@ -1,9 +1,9 @@
 /*
- * image.c: how much device memory the data of code takes, read from the code itself. Owns nothing.
+ * image.c: computes from code itself how much device memory its data takes. Owns nothing.
  *
- * The program gives the code without a length. A text ends with a zero; a cubin (ELF) or a fat binary says where its
- * parts are. Reads stay within that, and within MOST_IMAGE. Code that is not understood, or is compressed, counts as 0:
- * NVML shows what it takes.
+ * The program passes code without a length. A text ends with a zero byte; the header of a cubin (ELF) or a fat binary
+ * says where its parts are. Reads stay within these parts, and within MOST_IMAGE. Code that cannot be parsed, or is
+ * compressed, counts as 0: NVML shows its memory.
  */
 #include "code/image.h"
 
@@ -16,7 +16,7 @@
 #define MOST_IMAGE (1ULL << 30)
 #define ELF 0x464c457fU
 #define FATBIN 0xba55ed50U
-#define WRAPPER 0x466243b1U /* of a fat binary in a program: says where that is */
+#define WRAPPER 0x466243b1U /* of a fat binary in a program: says where the fat binary is */
 #define WRAPPED 8
 
 /* -- numbers */
@@ -30,18 +30,18 @@ static uint64_t product(uint64_t a, uint64_t b)
     return __builtin_mul_overflow(a, b, &both) ? FGPU_MOST_BYTES : capped(both);
 }
 
-/* Return the end of `bytes` bytes, aligned, that lie behind `to`. */
+/* Return the end of `bytes` bytes, aligned, that follow `to`. */
 static uint64_t add(uint64_t to, uint64_t bytes, uint64_t alignment)
 {
     if (!alignment || alignment & (alignment - 1) || alignment > MOST_IMAGE) alignment = 1;
     return capped(((to + alignment - 1) & ~(alignment - 1)) + bytes);
 }
 
-/* -- assembly (PTX): declarations in the state space .global, without those of variables that are defined elsewhere */
+/* -- assembly (PTX): declarations in the state space .global, except those of variables that are defined elsewhere */
 
 struct reader { /* at a token: a word with its dots, a number, or one other character; length 0: the end */
     const char *token;
-    uint64_t left; /* of the text, from the token on */
+    uint64_t left; /* of the text from the token on */
     uint64_t length;
 };
 
@@ -131,7 +131,7 @@ static uint64_t number(const struct reader *r)
     return value;
 }
 
-/* Return the width of a type such as .b8, .f64 or .f16x2; 0: the word is no type. */
+/* Return the width of a type such as .b8, .f64 or .f16x2; 0: the word is not a type. */
 static uint64_t width_of(const struct reader *r)
 {
     uint64_t n = 1, bits = 0;
@@ -166,7 +166,7 @@ static struct element read_element(struct reader *r)
     return element;
 }
 
-/* Read `[4][8]`, or nothing, which counts as 1. An array without a number is declared elsewhere. */
+/* Read `[4][8]`, or nothing, which counts as 1. An array without a size is declared elsewhere. */
 static uint64_t read_count(struct reader *r)
 {
     uint64_t count = 1;
@@ -179,7 +179,7 @@ static uint64_t read_count(struct reader *r)
     return count;
 }
 
-/* Skip `= {1, 2, {3}}`, up to the comma or semicolon behind it. */
+/* Skip `= {1, 2, {3}}`, up to the comma or semicolon after it. */
 static void skip_value(struct reader *r)
 {
     uint64_t depth = 0;
@@ -207,7 +207,7 @@ static uint64_t data_of_text(const char *text, uint64_t most)
     uint64_t bytes = 0, heap = 0;
     bool is_elsewhere = false;
     next(&r);
-    if (!is(&r, ".version")) return 0; /* all assembly begins with it, after comments */
+    if (!is(&r, ".version")) return 0; /* all assembly begins with this, after comments */
     for (; r.length; next(&r)) {
         if (is(&r, "malloc")) heap = FGPU_USES_HEAP;
         uint64_t more = is(&r, ".global") ? read_variables(&r, bytes) : bytes;
@@ -217,7 +217,7 @@ static uint64_t data_of_text(const char *text, uint64_t most)
     return bytes | heap;
 }
 
-/* -- binaries: fields at fixed offsets, unaligned. `size`: of all that may be read */
+/* -- binaries: fields at fixed offsets, unaligned. `size`: the number of readable bytes */
 
 struct binary {
     const char *start;
@@ -247,7 +247,7 @@ static bool has_name(const struct binary *b, uint64_t offset, const char *name)
 #define SECTION_SIZE 0x20
 #define SECTION_ALIGNMENT 0x30
 
-/* Return whether a table of strings names malloc, a function that is defined elsewhere. */
+/* Return whether a string table contains malloc, as a function that is defined elsewhere. */
 static bool names_malloc(const struct binary *b, uint64_t at, uint64_t size)
 {
     for (uint64_t end = at <= b->size ? at + least_of(size, b->size - at) : 0; at < end; at++)
@@ -271,8 +271,8 @@ static uint64_t data_of_elf(const struct binary *b)
     return bytes | heap;
 }
 
-/* -- fat binaries: the same code for several devices, one part each. As a rule all parts have the same data, so the
- * driver takes at least the data of the part with the least. */
+/* -- fat binaries: the same code for several devices, one part for each. Usually all parts have the same data. So the
+ * driver allocates at least the data of the smallest part. */
 
 #define FATBIN_HEADER_SIZE 6
 #define FATBIN_SIZE 8
@@ -317,8 +317,8 @@ static uint64_t data_of_fatbin(const struct binary *b)
 
 /* -- any of them */
 
-/* Compute how far a cubin may be read. The header of a fat binary has a fixed length and gives its size. The header of
- * a cubin says where its parts are; no byte beyond the last part is read to find them. */
+/* Compute how many bytes of an image may be read. The header of a fat binary has a fixed length and contains its size.
+ * The header of a cubin says where its parts are; no byte beyond the last part is read to find them. */
 static uint64_t elf_size(const char *image, uint64_t most)
 {
     struct binary head = {image, least_of(most, 64)};
@@ -356,7 +356,7 @@ uint64_t fgpu_code_data(const void *code)
 {
     uint32_t magic = 0;
     memcpy(&magic, code, 1);
-    if (magic == (WRAPPER & 0xff)) memcpy(&magic, code, sizeof magic); /* no text begins like that */
+    if (magic == (WRAPPER & 0xff)) memcpy(&magic, code, sizeof magic); /* no text begins with this */
     if (magic == WRAPPER) memcpy(&code, (const char *)code + WRAPPED, sizeof code);
     return code ? fgpu_image_data(code, MOST_IMAGE) : 0;
 }

@@ -1,13 +1,13 @@
 /*
- * local_memory.c: what the driver takes for local memory of threads. Owns the areas of contexts, and the list of
- * functions that were launched with the areas as they are.
+ * local_memory.c: the driver's memory for local memory of threads. Owns the areas of contexts, and the list of
+ * functions that were launched with the present areas.
  *
- * A context has one area: a number of bytes for each thread that the device can have resident. cuCtxSetLimit sets that
- * number, and the first launch of a function that needs more makes the area larger. No probe sees that, so the shim
- * asks for the bytes before, committed at once as those of pools are, and gives them back when the area gets smaller or
- * its context ends. Some memory is not asked for here: the first bytes, which are part of a context's own; areas of
- * contexts for which there is no room, of green contexts, and of graphs that changed after they were made. NVML shows
- * that memory, and the agent charges it.
+ * A context has one area: a number of bytes for each thread that can be resident on the device. cuCtxSetLimit sets that
+ * number, and the first launch of a function that needs more enlarges the area. No probe sees that. So the shim
+ * requests the bytes before, committed at once like those of pools, and releases them when the area shrinks or its
+ * context is destroyed. Some memory is not requested here: the first bytes, which are part of a context's own; areas of
+ * contexts for which there is no room in the list, of green contexts, and of graphs that changed after they were
+ * created. NVML shows that memory, and the agent charges it.
  */
 #define _GNU_SOURCE
 #include "code/local_memory.h"
@@ -24,20 +24,21 @@
 
 struct fgpu_area {
     _Atomic uint64_t context; /* 0: free */
-    _Atomic uint64_t more;    /* bytes of a thread beyond the first, as far as is known */
+    _Atomic uint64_t more;    /* additional bytes of a thread, as far as is known */
     _Atomic uint64_t granted;
     _Atomic uint64_t busy_until_ns;
-    _Atomic uint64_t heap_limit; /* 0: the default of a new context, or the heap is there */
+    _Atomic uint64_t heap_limit; /* 0: the default of a new context, or the heap exists already */
     _Atomic uint64_t heap;       /* granted */
-    _Atomic int index;           /* the ledger's, once something was granted */
+    _Atomic int index;           /* the ledger's index, once something was admitted */
 };
-struct table { /* mapped at the first launch; zero after a fork, since the child has no context */
+struct table { /* mapped at the first launch; zero after a fork, because the child has no context */
     struct fgpu_functions functions;
     struct fgpu_area areas[CONTEXTS];
-    _Atomic uint64_t threads[FGPU_DEVICES]; /* that a device can have resident; 0: not asked yet */
+    _Atomic uint64_t threads[FGPU_DEVICES]; /* number of threads that can be resident on the device; 0: the driver
+                                               was not asked yet */
 };
 _Atomic(void *) fgpu_functions;   /* the table */
-static _Atomic bool heaps;        /* some context has a limit other than the default */
+static _Atomic bool heaps;        /* a context has a limit other than the default */
 static _Atomic unsigned contexts; /* made so far */
 
 static struct table *known_table(void) { return atomic_load_explicit(&fgpu_functions, memory_order_acquire); }
@@ -69,7 +70,7 @@ static uint64_t area_bytes(uint64_t threads, uint64_t bytes, uint64_t granule)
     return granule ? (bytes + granule / 2) & ~(granule - 1) : bytes;
 }
 
-/* Return what an area has beyond that of a new context. 0: the driver does not say. */
+/* Return by how much an area is larger than that of a new context. 0: the driver does not report it. */
 static uint64_t bytes_beyond(CUdevice ordinal, uint64_t more)
 {
     uint64_t threads = threads_of(ordinal), granule = fgpu_granule(ordinal);
@@ -84,8 +85,8 @@ static uint64_t more_of(uint64_t bytes)
 
 /* -- areas */
 
-/* Return the area of a context. NULL: there is no room for it, or the context is a green one, whose area may be
- * another's. */
+/* Return the area of a context. NULL: there is no room for it, or the context is a green one, which may use another
+ * context's area. */
 static struct fgpu_area *area_of(CUcontext context)
 {
     struct table *own = own_table();
@@ -108,8 +109,8 @@ static void give_back(struct fgpu_area *area, uint64_t bytes)
     fgpu_give_back(atomic_load(&area->index), less);
 }
 
-/* Ask for what makes the area larger. A thread that comes while another one asks waits for its answer, but not for
- * long: then both ask, and the surplus goes back with the context. */
+/* Request the growth of an area. If another thread is requesting already, this thread waits for its result, but not for
+ * long. After that both request, and the surplus is released with the context. */
 static CUresult grow(struct fgpu_growth *growth, struct fgpu_area *area, CUdevice ordinal, uint64_t more)
 {
     if (more <= atomic_load(&area->more)) return CUDA_SUCCESS;
@@ -127,7 +128,7 @@ static CUresult grow(struct fgpu_growth *growth, struct fgpu_area *area, CUdevic
     return admission.refusal;
 }
 
-/* The driver has failed: take back the growth. If the area is larger by now, another call has succeeded with it. */
+/* The driver has failed: release the growth. If the area is larger by now, another call has succeeded with it. */
 static void shrink_again(const struct fgpu_growth *growth)
 {
     uint64_t more = growth->to;
@@ -181,7 +182,7 @@ CUresult fgpu_stack_begins(struct fgpu_growth *growth, size_t bytes)
     return refusal;
 }
 
-/* The area was made smaller: give back what was granted beyond it. Functions that need more will make it larger
+/* The area was shrunk: release the bytes that were admitted beyond it. Functions that need more will enlarge it
  * again. */
 static void shrink(struct fgpu_area *area, uint64_t more)
 {
@@ -203,7 +204,7 @@ CUresult fgpu_stack_ends(const struct fgpu_growth *growth, CUresult result, size
     return result;
 }
 
-/* -- the heap of device code: there from the first launch of code that uses it, to the context's end */
+/* -- the heap of device code: it exists from the first launch of code that uses it until its context is destroyed */
 
 void fgpu_heap_limited(size_t bytes)
 {
@@ -252,8 +253,8 @@ static void heap_was_not_taken(const struct fgpu_heap *heap)
 
 /* -- functions */
 
-/* Forget all known functions. If the epoch's number comes again, clear the entries, so that none of the earlier epoch
- * is valid. */
+/* Make the table of known functions empty. If the epoch's number wraps around, clear the entries, so that no entry of
+ * an earlier epoch is valid. */
 void fgpu_functions_forget(void)
 {
     struct table *known = known_table();
@@ -263,15 +264,15 @@ void fgpu_functions_forget(void)
         atomic_store_explicit(&known->functions.known[i], ~0ULL, memory_order_relaxed);
 }
 
-/* Return the key of a kernel's handle in one context: the handle may name functions in several contexts, and the entry
- * is of one of them. */
+/* Return the key of a kernel's handle in one context: the handle may refer to functions in several contexts, and the
+ * entry is for one of them. */
 static uint64_t key_in(uint64_t key, CUcontext context) { return key ^ (uint64_t)context * 0x9e3779b97f4a7c15ULL; }
 
 static bool is_several(void) { return atomic_load_explicit(&contexts, memory_order_relaxed) > 1; }
 
 enum handle { NO_HANDLE, FUNCTION, KERNEL };
 
-/* Find the local bytes of a function. Loads no more than a launch does. */
+/* Find the local bytes of a function. This loads no more code than a launch does. */
 static enum handle local_bytes(CUfunction function, CUdevice ordinal, uint64_t *bytes)
 {
     static const CUfunction_attribute which = CU_FUNC_ATTRIBUTE_LOCAL_SIZE_BYTES;
@@ -280,7 +281,7 @@ static enum handle local_bytes(CUfunction function, CUdevice ordinal, uint64_t *
     int value = 0;
     if (of_function && of_function(&value, which, function) == CUDA_SUCCESS) {
         handle = FUNCTION;
-    } else { /* looked up in place: old drivers lack it, and have no kernels */
+    } else { /* looked up here: old drivers lack it, and have no kernels */
         __typeof__(&cuKernelGetAttribute) of_kernel = REAL(cuKernelGetAttribute);
         if (of_kernel && of_kernel(&value, which, (CUkernel)function, ordinal) == CUDA_SUCCESS) handle = KERNEL;
     }
@@ -288,8 +289,8 @@ static enum handle local_bytes(CUfunction function, CUdevice ordinal, uint64_t *
     return handle;
 }
 
-/* Return whether the function is known in the current context, without a question to the driver that may break a
- * capture. Programs on several devices call this at each launch. */
+/* Return whether the function is known in the current context, without a driver call that may break a capture. Programs
+ * on several devices call this at each launch. */
 static bool is_known_here(CUfunction function)
 {
     struct table *known = known_table();
@@ -320,7 +321,7 @@ static CUresult begin(struct fgpu_first *first, CUfunction function)
     if (area) refusal = grow(&first->growth, area, ordinal, more_of(bytes));
     if (area && !refusal && has_heaps && uses_heap(function, handle == KERNEL, context))
         refusal = take_heap(&first->heap, area, ordinal);
-    if (refusal) fgpu_first_ends(first, CUDA_ERROR_NOT_PERMITTED); /* not an out-of-memory of the driver */
+    if (refusal) fgpu_first_ends(first, CUDA_ERROR_NOT_PERMITTED); /* not an out-of-memory error of the driver */
     return refusal;
 }
 

@@ -1,5 +1,5 @@
-/* local_memory.h: for files that launch kernels or limit them, and local_memory.c, which asks for the memory that
- * threads take. */
+/* local_memory.h: local_memory.c, which requests memory for threads, as the files that launch kernels or limit them use
+ * it. */
 #ifndef FGPU_LOCAL_MEMORY_H
 #define FGPU_LOCAL_MEMORY_H
 
@@ -8,8 +8,8 @@
 #define FGPU_FUNCTIONS 1024 /* a power of two */
 #define FGPU_EPOCH_SHIFT 48 /* no address has these bits */
 
-/* Functions whose next launch needs no question. An entry is `epoch << FGPU_EPOCH_SHIFT ^ function`, at a place that
- * the function decides; so an increment of `epoch` makes all entries void. */
+/* Functions whose next launch needs no request. An entry is `epoch << FGPU_EPOCH_SHIFT ^ function`, at an index that
+ * depends on the function; so an increment of `epoch` makes all entries invalid. */
 struct fgpu_functions {
     _Atomic uint64_t epoch;
     _Atomic uint64_t known[FGPU_FUNCTIONS];
@@ -35,25 +35,25 @@ static inline bool fgpu_function_is_known(CUfunction function)
 }
 
 struct fgpu_area;
-struct fgpu_growth { /* of one context's area, admitted before the driver takes it */
+struct fgpu_growth { /* of one context's area, admitted before the driver allocates it */
     struct fgpu_area *area;
     uint64_t from, to; /* bytes of a thread */
-    uint64_t bytes;    /* granted; 0: the area does not grow */
+    uint64_t bytes;    /* admitted; 0: the area does not grow */
     int index;
 };
-struct fgpu_heap {          /* of device code, admitted before the driver takes it */
-    struct fgpu_area *area; /* NULL: none is taken */
+struct fgpu_heap {          /* of device code, admitted before the driver allocates it */
+    struct fgpu_area *area; /* NULL: no heap is allocated */
     uint64_t limit;
 };
-struct fgpu_first { /* a launch of a function that is not known */
+struct fgpu_first { /* a launch of a function that is not in the table */
     struct fgpu_growth growth;
     struct fgpu_load load; /* of its library */
     struct fgpu_heap heap;
-    _Atomic uint64_t *place; /* NULL: it stays unknown */
-    uint64_t key;            /* the key under which it will be known */
+    _Atomic uint64_t *place; /* NULL: the table stays unchanged */
+    uint64_t key;            /* its key in the table afterwards */
 };
 
-/* Around the driver's call. If the request is refused, nothing but `first` has changed. */
+/* For use before and after the driver's call. If the request is refused, only `first` has changed. */
 HIDDEN CUresult fgpu_first_begins(struct fgpu_first *first, CUfunction function);
 HIDDEN CUresult fgpu_first_ends(const struct fgpu_first *first, CUresult result); /* returns `result` */
 HIDDEN CUresult fgpu_stack_begins(struct fgpu_growth *growth, size_t bytes);
@@ -61,8 +61,8 @@ HIDDEN CUresult fgpu_stack_ends(const struct fgpu_growth *growth, CUresult resul
 
 HIDDEN void fgpu_heap_limited(size_t bytes); /* of the current context */
 
-HIDDEN void fgpu_functions_forget(void); /* function handles may be used again, or areas became smaller */
-HIDDEN void fgpu_area_begins(void);      /* a context was made */
+HIDDEN void fgpu_functions_forget(void); /* function handles may be used again, or areas have shrunk */
+HIDDEN void fgpu_area_begins(void);      /* a context was created */
 HIDDEN void fgpu_area_ends(uint64_t context);
 
 #endif

@@ -1,11 +1,11 @@
 /*
- * module_data.c: what the driver takes for the data of code (variables in the state space .global). Owns the list of
- * modules and libraries that have some.
+ * module_data.c: the driver's memory for the data of code (variables in the state space .global). Owns the list of
+ * modules and libraries that have data.
  *
- * A module's data exists from its load on, a library's in each context that uses it, from its first use on. No probe
- * sees that. So the shim asks for the bytes before, committed at once as those of pools are, and gives them back when
- * the code is unloaded or its context ends. If the list has no room, or the code cannot be read, NVML shows the memory
- * and the agent charges it.
+ * A module's data exists from its load on; a library's data exists in each context that uses it, from its first use
+ * there. No probe sees that. So the shim requests the bytes before, committed at once like those of pools, and releases
+ * them when the code is unloaded or its context is destroyed. If the list has no room, or the code cannot be read, NVML
+ * shows the memory and the agent charges it.
  */
 #define _GNU_SOURCE
 #include "code/module_data.h"
@@ -20,17 +20,17 @@
 #include "code/image.h"
 
 #define ENTRIES 256
-/* Less than this fits into what contexts have anyway, or is a granule that NVML shows. */
+/* Less data than this fits into memory that contexts have anyway, or is a granule that NVML shows. */
 #define LEAST_BYTES (2ULL << 20)
 #define MOST_FILE (1ULL << 30)
-#define BUSY 1ULL   /* no driver gives this handle */
-#define LEAVES 2ULL /* in a handle: its code is being unloaded */
+#define BUSY 1ULL   /* the driver never returns this handle */
+#define LEAVES 2ULL /* instead of a handle: its code is being unloaded */
 
 struct fgpu_loaded {
     _Atomic uint64_t handle;  /* 0: free */
-    _Atomic uint64_t context; /* 0: of a library: what each context will take */
+    _Atomic uint64_t context; /* 0: of a library: the bytes that each context will need */
     _Atomic uint64_t bytes;
-    _Atomic int index; /* the ledger's; -1: nothing was asked for */
+    _Atomic int index; /* the ledger's index; -1: nothing was requested */
     _Atomic bool uses_heap;
 };
 static _Atomic(void *) list;
@@ -57,7 +57,7 @@ static struct fgpu_loaded *find(uint64_t handle, uint64_t context)
     return NULL;
 }
 
-/* Drop an entry; one thread alone takes it out. */
+/* Delete an entry. Only one thread succeeds. */
 static void drop(struct fgpu_loaded *entry, uint64_t handle)
 {
     if (!atomic_compare_exchange_strong(&entry->handle, &handle, BUSY)) return;
@@ -74,8 +74,8 @@ static void rename_all(uint64_t from, uint64_t to)
     }
 }
 
-/* Mark what is about to be unloaded: another thread may be given the handle for other code before the driver's call
- * returns here. */
+/* Mark code that is about to be unloaded: another thread may get the same handle for other code before the driver's
+ * call returns here. */
 void fgpu_data_leaves(uint64_t handle)
 {
     if (handle) rename_all(handle, handle | LEAVES);
@@ -98,14 +98,14 @@ void fgpu_data_of_context_ends(uint64_t context)
     }
 }
 
-/* -- where a limit is in force */
+/* -- if a limit is in force */
 
 static uint64_t whole(uint64_t bytes, uint64_t granule)
 {
     return granule ? (bytes + granule - 1) & ~(granule - 1) : bytes;
 }
 
-static bool matters(uint64_t data) { return data >= LEAST_BYTES; } /* the bit for the heap is a higher one */
+static bool matters(uint64_t data) { return data >= LEAST_BYTES; } /* the bit for the heap is a higher bit */
 
 static CUresult ask(struct fgpu_load *load, uint64_t data)
 {
@@ -151,19 +151,19 @@ CUresult fgpu_load_ends(const struct fgpu_load *load, CUresult result, uint64_t 
     int saved = errno;
     if (result != CUDA_SUCCESS) fgpu_failed(atomic_load(&entry->index), atomic_load(&entry->bytes), result);
     atomic_store(&entry->handle, result != CUDA_SUCCESS ? 0 : load->handle ? load->handle : module);
-    /* If two threads used a library at once, one of two grants is a surplus. */
+    /* If two threads used a library at the same time, one of two admissions is a surplus. */
     if (result == CUDA_SUCCESS && load->handle && find(load->handle, load->context) != entry) drop(entry, load->handle);
     errno = saved;
     return result;
 }
 
-/* -- libraries: their data is read when they are made, and counts when they are used */
+/* -- libraries: their data is read when they are loaded, and counts when they are used */
 
 CUlibrary fgpu_library_of(CUkernel kernel)
 {
     __typeof__(&cuKernelGetLibrary) get = REAL(cuKernelGetLibrary);
     CUlibrary library = NULL;
-    if (!known_list() || !get) return NULL; /* no library has data, so there is nothing to ask for */
+    if (!known_list() || !get) return NULL; /* no library has data, so there is nothing to request */
     int saved = errno;
     CUstreamCaptureMode mode = fgpu_relax();
     bool is_known = get(&library, kernel) == CUDA_SUCCESS;
@@ -182,14 +182,14 @@ static void keep(CUlibrary library, uint64_t data)
     atomic_store(&entry->handle, (uint64_t)library);
 }
 
-/* Return whether the code calls malloc. Code that could not be read counts as code that does not. */
+/* Return whether the code calls malloc. Code that could not be read counts as code without malloc. */
 bool fgpu_code_uses_heap(uint64_t handle, uint64_t context)
 {
     const struct fgpu_loaded *entry = handle ? find(handle, context) : NULL;
     return entry && atomic_load(&entry->uses_heap);
 }
 
-/* -- files: read as a whole into memory of the shim's own, since they may change */
+/* -- files: read as a whole into the shim's own memory, because they may change */
 
 static uint64_t data_of_descriptor(int file)
 {
@@ -215,7 +215,7 @@ static uint64_t data_of_file(const void *path)
     return bytes;
 }
 
-/* -- code as it is given to the driver, or the path of its file */
+/* -- code as it is passed to the driver, or the path of its file */
 
 static CUresult begin(struct fgpu_load *load, const void *source, uint64_t (*data_of)(const void *))
 {

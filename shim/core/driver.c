@@ -1,6 +1,6 @@
 /*
- * driver.c: the functions that a hook calls. Owns the addresses that were found; decides nothing. A name that this
- * driver lacks stays lacking.
+ * driver.c: the driver functions that hooks call. Owns the addresses that were found; decides nothing. For a name that
+ * this driver lacks, lookups still find nothing.
  */
 #define _GNU_SOURCE
 #include <dlfcn.h>
@@ -8,9 +8,9 @@
 
 #include "core/symbols.h"
 
-static _Atomic(void *) real[FGPU_NAMES];    /* found in the library of the right name */
+static _Atomic(void *) real[FGPU_NAMES];    /* found in the library of the expected name */
 static _Atomic(void *) foreign[FGPU_NAMES]; /* found by the program in a copy under another name: used only if the
-                                               library of the right name has none */
+                                               library of the expected name lacks it */
 
 void *fgpu_real(enum fgpu_name at)
 {
@@ -23,8 +23,8 @@ void *fgpu_real(enum fgpu_name at)
         atomic_store_explicit(&real[at], found, memory_order_relaxed);
     else
         found = atomic_load_explicit(&foreign[at], memory_order_relaxed);
-    /* The address is not kept: it may be that of a stub, which loads the driver at its first call. The stub would later
-     * be handed the shim's own hook to call. */
+    /* The address is not stored. It may be that of a stub, which loads the driver at its first call, and would later
+     * get the shim's own hook to call. */
     if (!found && fgpu_real_dlsym) found = fgpu_symbol(RTLD_NEXT, at);
     errno = saved;
     return found;

@@ -1,14 +1,14 @@
 /*
- * exports.c: puts hooks into a loaded library's own table of symbols, in the place of the functions that they hook.
- * Owns nothing.
+ * exports.c: writes hooks into the symbol table of a loaded library, in place of the functions that they hook. Owns
+ * nothing.
  *
- * Some lookups never meet the shim's exports: those of a file that was opened with RTLD_DEEPBIND, by relocation or by
- * the C library's own dlsym, and RTLD_NEXT in a wrapper that was opened later. They end at the driver's table, so that
- * must have the hooks.
+ * Some lookups never reach the shim's exports: those of a file that was opened with RTLD_DEEPBIND, by relocation or by
+ * the C library's own dlsym, and RTLD_NEXT in a wrapper that was opened later. They end at the driver's table, so the
+ * hooks must be there.
  *
- * The changed pages are prepared aside and then moved into place in one step. No lock is held that a thread could die
- * with, and no page is writable while another thread looks a name up in it. Two threads that do this at once store the
- * same.
+ * The changed pages are prepared elsewhere and then moved into place in one step. No lock is held with which a thread
+ * could die, and no page is writable while another thread looks up a name in it. Two threads that do this at the same
+ * time write the same contents.
  */
 #define _GNU_SOURCE
 #include <dlfcn.h>
@@ -26,7 +26,7 @@ struct table {
     size_t count;
 };
 
-/* A table of this kind has no count: the last chain of the last bucket ends with the last symbol. */
+/* A table of this kind has no length: the last chain of the last bucket ends with the last symbol. */
 static size_t count_by_gnu_hash(const uint32_t *hash)
 {
     const uint32_t *bucket = hash + 4 + hash[2] * (sizeof(ElfW(Addr)) / sizeof *hash), *chain = bucket + hash[0];
@@ -44,7 +44,7 @@ static struct table table_of(const struct link_map *map)
     size_t names_bytes = 0;
     for (const ElfW(Dyn) *entry = map->l_ld; entry->d_tag != DT_NULL; entry++) {
         ElfW(Addr) value = entry->d_un.d_ptr;
-        char *at = (char *)(value < map->l_addr ? value + map->l_addr : value); /* glibc has relocated it, as a rule */
+        char *at = (char *)(value < map->l_addr ? value + map->l_addr : value); /* normally relocated by glibc */
         if (entry->d_tag == DT_SYMTAB) table.symbols = (void *)at;
         if (entry->d_tag == DT_STRTAB) table.names = at;
         if (entry->d_tag == DT_STRSZ) names_bytes = value;
@@ -55,8 +55,8 @@ static struct table table_of(const struct link_map *map)
     return table;
 }
 
-/* Return whether these pages hold no code, which could not be executed afterwards. They are in a segment without code,
- * or end within the names, which linkers put between the symbols and the code. */
+/* Return whether these pages contain no code, which could not be executed afterwards. They are in a segment without
+ * code, or end within the names, which linkers put between the symbols and the code. */
 static bool is_without_code(const struct table *table, const char *begin, size_t bytes)
 {
     const char *path;
@@ -71,8 +71,8 @@ static bool is_without_code(const struct table *table, const char *begin, size_t
 }
 
 /*
- * Keep the addresses of all names of the library, then put the hooks into its table. Return whether they are there. The
- * addresses are kept first: a hook that is found in the table has a function to call.
+ * Store the addresses of all names of the library, then write the hooks into its table. Return whether they are there.
+ * The addresses are stored first, so that a hook that is found in the table has a function to call.
  */
 static bool replace_exports(void *library, enum fgpu_name of, const int32_t hooks[])
 {
@@ -93,10 +93,10 @@ static bool replace_exports(void *library, enum fgpu_name of, const int32_t hook
         if (!offset || at == FGPU_NAMES) continue;
         ElfW(Addr) hook = (ElfW(Addr))fgpu_hook(hooks, at) - map->l_addr;
         seen[at] = true;
-        if (offset != hook) fgpu_keep(at, (void *)(map->l_addr + offset)); /* else another thread has kept it */
+        if (offset != hook) fgpu_keep(at, (void *)(map->l_addr + offset)); /* else another thread has stored it */
         if (hooks[at] && changed) changed[i].st_value = hook;
     }
-    /* What is known of a library that was unloaded is forgotten. */
+    /* Facts about an unloaded library are deleted. */
     for (enum fgpu_name at = 0; at < FGPU_NAMES; at++)
         if (!seen[at] && fgpu_symbols[at].library == fgpu_symbols[of].library) fgpu_keep(at, NULL);
     if (!changed) return false;
@@ -108,9 +108,9 @@ static bool replace_exports(void *library, enum fgpu_name of, const int32_t hook
 }
 
 /*
- * Find the function again: a library that was unloaded and loaded again has another address. A library that is met for
- * the first time gets the hooks in the place of its exports; from then on a lookup in it finds the hook, and the
- * driver's own address is the one that was kept.
+ * Find the function again: a library that was unloaded and loaded again has another address. A library that is found
+ * for the first time gets the hooks in place of its exports. From then on a lookup in it finds the hook, and the
+ * driver's own address is the stored one.
  */
 void *fgpu_find_anew(enum fgpu_name at, const int32_t hooks[])
 {
@@ -127,9 +127,9 @@ void *fgpu_find_anew(enum fgpu_name at, const int32_t hooks[])
 }
 
 /*
- * Load the library of this name, for good, if there is one: the program is about to open a file, and lookups from that
- * file do not reach the shim. If that file is the library itself, of whatever folder, then the program does not get
- * another one before.
+ * Load the library of this name permanently, if it exists: the program is about to open a file whose lookups do not
+ * reach the shim. If that file is the library itself, in any folder, do not load it: the program must get the file that
+ * it opens.
  */
 void fgpu_load_for_good(enum fgpu_name at, const char *opened, const int32_t hooks[])
 {

@@ -4,7 +4,7 @@
 
 #include "base/shim.h"
 
-/* The headers that the shim is built against are older than these functions. */
+/* These functions are newer than the headers that the shim is compiled with. */
 typedef struct CUstreamCigCaptureParams_st CUstreamCigCaptureParams;
 CUresult cuStreamBeginCaptureToCig(CUstream hStream, CUstreamCigCaptureParams *streamCigCaptureParams);
 #if CUDA_VERSION < 13030
@@ -13,7 +13,7 @@ CUresult cuStreamBeginRecaptureToGraph(CUstream hStream, CUstreamCaptureMode mod
                                        CUgraphRecaptureCallback callbackFunc, void *userData);
 #endif
 
-/* The driver exports these functions; the header declares them by macros only. They do the same for the default stream
+/* The driver exports these functions; the header declares them only by macros. They do the same on the default stream
  * of a thread. */
 #define FGPU_PER_THREAD(name) __typeof__(name) name##_ptsz
 FGPU_PER_THREAD(cuMemAllocAsync);
@@ -34,7 +34,7 @@ FGPU_PER_THREAD(cuLaunchKernelEx);
 FGPU_PER_THREAD(cuLaunchCooperativeKernel);
 FGPU_PER_THREAD(cuStreamQuery);
 
-/* The headers that the shim is built against are older than this type. A header that has it makes the compiler report a
+/* This type is newer than the headers that the shim is compiled with. With a header that has it, the compiler reports a
  * redefinition. */
 typedef struct {
     unsigned int pid, isRunning, gpuUtilization, memoryUtilization;
@@ -45,8 +45,8 @@ typedef struct {
 nvmlReturn_t nvmlDeviceGetAccountingStats_v2(nvmlDevice_t device, nvmlAccountingStats_v2_t *stats);
 
 /*
- * The table. HOOK: the shim exports the function and hands it out in place of the driver's. NEED: a function of the
- * driver that the shim calls.
+ * The table. HOOK: the shim exports the function and returns it to programs instead of the driver's. NEED: a function
+ * of the driver that the shim calls.
  */
 #define FGPU_DRIVER_TABLE(HOOK, NEED)                                                                                  \
     HOOK(cuInit)                                                                                                       \
@@ -230,7 +230,7 @@ enum fgpu_name { FGPU_DRIVER_TABLE(FGPU_ENUM, FGPU_ENUM) FGPU_NVML_TABLE(FGPU_EN
 /* -- driver.c */
 HIDDEN void *fgpu_real(enum fgpu_name at);
 
-/* -- second_driver.c: whether this thread calls the second driver of the process, not the first */
+/* -- second_driver.c: whether this thread calls the second driver of the process instead of the first */
 extern HIDDEN __thread bool fgpu_calls_second __attribute__((tls_model("initial-exec")));
 
 #endif

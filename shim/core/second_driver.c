@@ -1,6 +1,6 @@
 /*
- * second_driver.c: a further driver in the same process (a second file of libcuda, which a library has loaded for its
- * own use). Owns the handle of that file, and never closes it.
+ * second_driver.c: a second driver in the same process (another file of libcuda, which a library has loaded for its own
+ * use). Owns the handle of that file, and never closes it.
  */
 #define _GNU_SOURCE
 #include <dlfcn.h>
@@ -9,11 +9,11 @@
 
 HIDDEN __thread bool fgpu_calls_second __attribute__((tls_model("initial-exec"))) = false;
 
-/* There is one such driver at most. A third driver of a process has no hooks, and the kernel sees the memory that it
- * takes. */
+/* There is at most one such driver. A third driver of a process has no hooks; the kernel sees the memory that it
+ * allocates. */
 static _Atomic(void *) further, further_base; /* the handle of the file, and its base address, which is stored last */
 
-/* Look the function up at every call: programs make few such calls, and a cache would take memory in all other
+/* Look the function up at every call: programs make few such calls, and a cache would use memory in all other
  * programs. */
 void *fgpu_real_of_second(enum fgpu_name at) { return fgpu_symbol(atomic_load(&further), at); }
 
@@ -26,8 +26,8 @@ void *fgpu_base_of(const void *address, const char **path)
     return info.dli_fbase;
 }
 
-/* Open the driver that has `base`. All of a driver is in one file, so a preload that replaces one function of it is no
- * driver. */
+/* Open the driver that has `base`. All of a driver is in one file, so a preload that replaces one function of it is not
+ * a driver. */
 static void *open_driver(const char *path, const void *base)
 {
     const char *other;
@@ -47,7 +47,7 @@ static bool is_further(const char *path, void *base)
         atomic_store(&further_base, base);
         return true;
     }
-    fgpu_close(library); /* another thread was first; as a rule this is the same file */
+    fgpu_close(library); /* another thread was first; normally this is the same file */
     return none == library;
 }
 

@@ -1,5 +1,6 @@
 /*
- * symbols.c: lookups of the driver's functions by name. Owns the names, and the addresses of libc's dlopen and its kin.
+ * symbols.c: lookups of the driver's functions by name. Owns the names, and the addresses of libc's dlopen and related
+ * functions.
  */
 #define _GNU_SOURCE
 #include <dlfcn.h>
@@ -10,7 +11,8 @@
 
 /*
  * Since glibc 2.34 these functions are in libc, before that in libdl. A program that loads nothing has no libdl, and
- * must run. So the symbols are weak and have no version: a version names the file that must have it (see base/libc.S).
+ * must run. So the symbols are weak and have no version: a version would name the file that must have it (see
+ * base/libc.S).
  */
 #pragma weak dlclose
 #pragma weak dlerror
@@ -21,8 +23,8 @@
 #define OLDEST "GLIBC_2.17"
 #endif
 
-/* The functions by which libc loaded its own modules before glibc 2.34. Such a module may bring libdl in later, and
- * then ask the shim for symbols. */
+/* The functions by which libc loaded its own modules before glibc 2.34. Such a module may load libdl later, and then
+ * look up symbols through the shim. */
 extern void *__libc_dlopen_mode(const char *, int) __attribute__((weak));
 extern void *__libc_dlsym(void *, const char *) __attribute__((weak));
 #define LIBC_DLOPEN 0x80000000u
@@ -53,12 +55,12 @@ enum fgpu_name fgpu_name_at(const char *name)
 const char *fgpu_file_of(enum fgpu_name at) { return sonames[fgpu_symbols[at].library]; }
 
 void *(*fgpu_real_dlsym)(void *, const char *);
-void *(*fgpu_real_dlopen)(const char *, int); /* the shim exports a dlopen of its own: the next one */
+void *(*fgpu_real_dlopen)(const char *, int); /* the shim exports a dlopen of its own: look up the next one */
 static int (*dl_close)(void *);
 static char *(*dl_error)(void);
 
-/* Find the real dlsym. The constructor of another library may call dlsym before this one has run, so lookups call this
- * function too; all calls find the same address. */
+/* Find the real dlsym. The constructor of another library may call dlsym before this constructor has run, so lookups
+ * call this function too; all calls find the same address. */
 __attribute__((constructor)) void fgpu_resolve_dlsym(void)
 {
     void *found = NULL;
@@ -81,8 +83,8 @@ __attribute__((constructor)) void fgpu_resolve_dlsym(void)
     __atomic_store_n((void **)&fgpu_real_dlsym, found, __ATOMIC_RELEASE);
 }
 
-/* Find a function in the loaded library of the right name. Never load the library: a program that runs without a driver
- * must still run without one. */
+/* Find a function in the loaded library of the expected name. Never load the library: a program that runs without a
+ * driver must still run without one. */
 void *fgpu_find(enum fgpu_name at)
 {
     if (!fgpu_real_dlsym) fgpu_resolve_dlsym();

@@ -1,4 +1,4 @@
-/* symbols.h: between the files of core/, and lookup.c. Other files need hook_table.h alone. */
+/* symbols.h: declarations for the files of core/, and for lookup.c. Other files need only hook_table.h. */
 #ifndef FGPU_SYMBOLS_H
 #define FGPU_SYMBOLS_H
 
@@ -8,8 +8,8 @@
 
 enum fgpu_library { FGPU_LIBCUDA, FGPU_LIBNVML, FGPU_LIBRARIES };
 
-/* The names lie one behind the other and are found by offset. With pointers, the loader of every program would have to
- * write one relocation for each name. */
+/* The names are stored one after the other and found by offset. With pointers, the loader of every program would have
+ * to process one relocation for each name. */
 struct fgpu_names {
 #define TEXT(name) char name[sizeof #name];
     FGPU_DRIVER_TABLE(TEXT, TEXT)
@@ -30,9 +30,9 @@ HIDDEN enum fgpu_name fgpu_name_at(const char *name); /* FGPU_NAMES: in no table
 extern HIDDEN void *(*fgpu_real_dlsym)(void *, const char *);
 extern HIDDEN void *(*fgpu_real_dlopen)(const char *, int);
 HIDDEN void fgpu_resolve_dlsym(void);
-HIDDEN void *fgpu_find(enum fgpu_name at); /* in the loaded library of the right name; NULL: it is not there */
+HIDDEN void *fgpu_find(enum fgpu_name at); /* in the loaded library of the expected name; NULL: it is not there */
 HIDDEN void *fgpu_symbol(void *library, enum fgpu_name at);
-HIDDEN const char *fgpu_file_of(enum fgpu_name at); /* the right name of its library */
+HIDDEN const char *fgpu_file_of(enum fgpu_name at); /* the expected name of its library */
 HIDDEN void *fgpu_open_loaded(const char *path);    /* NULL: it is not loaded */
 HIDDEN void fgpu_close(void *library);
 
@@ -41,7 +41,7 @@ HIDDEN void fgpu_keep(enum fgpu_name at, void *found); /* NULL: the library that
 HIDDEN void *fgpu_kept(enum fgpu_name at);
 HIDDEN void fgpu_keep_foreign(enum fgpu_name at, void *found); /* found in a copy of the driver under another name */
 
-/* -- exports.c. `hooks`: by name, where the hook lies from there; 0: there is none */
+/* -- exports.c. `hooks`: by name, the offset of the hook from the table; 0: there is none */
 static inline void *fgpu_hook(const int32_t hooks[], enum fgpu_name at)
 {
     return hooks[at] ? (char *)(uintptr_t)hooks + hooks[at] : NULL;
@@ -51,7 +51,8 @@ HIDDEN void fgpu_load_for_good(enum fgpu_name at, const char *opened, const int3
 
 /* -- second_driver.c: a further driver in the same process */
 HIDDEN void *fgpu_real_of_second(enum fgpu_name at);
-HIDDEN void *fgpu_base_of(const void *address, const char **path); /* of the file that it lies in */
-HIDDEN bool fgpu_is_of_second(void *address); /* lies in the second driver; the first such call decides which it is */
+HIDDEN void *fgpu_base_of(const void *address, const char **path); /* base address of the file that contains it */
+HIDDEN bool fgpu_is_of_second(void *address); /* is in the second driver; the first such call decides which file that
+                                                 is */
 
 #endif

@@ -1,21 +1,20 @@
 /*
- * batches.c: batches of launches, and the events behind them. Owns the shim's events, and the measured time of
+ * batches.c: batches of launches, and the events after them. Owns the shim's events, and the measured durations of
  * launches.
  *
- * Launches on one stream are counted together until they should take a quarter of the budget. Then an event is recorded
- * behind them, which closes the batch. How long launches should take is learned from the batches themselves, per stream
- * and per graph. A stream's last few launches have no event: a thread that comes to a closed gate records one, and a
+ * Launches on one stream are counted together until their estimated duration is a quarter of the budget. Then an event
+ * is recorded after them, which closes the batch. The estimates come from the batches themselves, for each stream and
+ * each graph. A stream's last few launches have no event: a thread that reaches a closed gate records one, and a
  * program that waits for them itself needs none. The caller of each function here has the device's turn and, except for
  * fgpu_lane_of, relaxed capture mode; nothing is recorded on a stream that captures.
  *
- * A turn runs out while its holder is in a slow call of the driver, or stopped: then two threads are in here. Guesses
- * may suffer from that. Launches and events are taken by exchange, so that none is paid for or destroyed twice, or
- * never.
+ * A turn expires while its holder is in a slow driver call, or stopped: then two threads are in here. Estimates may
+ * become wrong by that. Launches and events are taken by exchange, so each is counted or destroyed exactly once.
  */
 #include "gate/flight.h"
 
-#define FIRST_NS 1000000ULL /* the guess before a first launch was measured */
-#define WAITED_NS 10000ULL  /* a call of the program that really waited takes at least this */
+#define FIRST_NS 1000000ULL /* the estimate before a first launch was measured */
+#define WAITED_NS 10000ULL  /* a call of the program that really waited takes at least this long */
 
 static uint64_t later(uint64_t a, uint64_t b) { return a > b ? a : b; }
 
@@ -32,8 +31,8 @@ struct guess *fgpu_guess_of(struct device *device, uint64_t key)
 }
 _Static_assert(GUESSES == 64, "six bits");
 
-/* Learn from a measurement. It may be too long by what the one before is too short: both count alike. A bound is never
- * too short. */
+/* Update the estimate from a measurement. A measurement may be too long by as much as the previous one is too short, so
+ * both count equally. A bound is never too short. */
 static void learn(struct guess *guess, uint64_t ns) { guess->ns = (guess->ns * 3 + ns) / 4 + 1; }
 
 static void learn_bound(struct guess *guess, uint64_t ns)
@@ -48,9 +47,9 @@ static void pay(struct device *device, uint64_t launches, uint64_t cost_ns)
     atomic_fetch_sub(&device->in_flight, launches);
 }
 
-/* Count a batch as done. If a thread waited for that, `waited_ns` is the batch's part of the time. If a thread looked
- * shortly before, the time since the batch before it is a measurement; else it is only a bound, since both may have
- * ended long before the look. */
+/* Count a batch as done. If a thread waited for it, `waited_ns` is the batch's part of that time. If a thread checked
+ * shortly before, the time since the previous batch is a measurement. Otherwise it is only a bound, because both
+ * batches may have ended long before the check. */
 static void retire(struct device *device, struct batch *batch, uint64_t now, uint64_t waited_ns)
 {
     uint64_t launches = atomic_exchange(&batch->launches, 0);
@@ -81,7 +80,7 @@ void fgpu_batches_look(struct device *device)
         uint64_t now = fgpu_now();
         if (result == CUDA_ERROR_NOT_READY) {
             batch->unready_ns = now;
-        } else { /* done, or an error: the context has failed or gone, and its work with it */
+        } else { /* done, or an error: the context has failed or no longer exists, and with it its work */
             retire(device, batch, now, 0);
         }
     }
@@ -89,7 +88,7 @@ void fgpu_batches_look(struct device *device)
 
 /* -- events */
 
-/* Return a free batch with an event of this context; make the event if there is room. */
+/* Return a free batch with an event of this context; create the event if there is room. */
 static struct batch *free_batch(struct device *device, CUcontext context)
 {
     __typeof__(&cuEventCreate) create = REAL(cuEventCreate);
@@ -115,13 +114,13 @@ static void lose(struct device *device, struct lane *lane)
     lane->cost_ns = 0;
 }
 
-/* Close the batch of a lane by an event behind its launches. The lane's context is current. If there is no event, its
+/* Close the batch of a lane by an event after its launches. The lane's context is current. If there is no event, its
  * launches are no longer counted. */
 void fgpu_batch_close(struct device *device, struct lane *lane, uint64_t guess_key)
 {
     __typeof__(&cuEventRecord) driver = REAL(cuEventRecord);
     struct batch *batch = driver ? free_batch(device, lane->context) : NULL;
-    uint64_t open = atomic_exchange(&lane->open, 0), cost_ns = lane->cost_ns; /* the event comes behind all of these */
+    uint64_t open = atomic_exchange(&lane->open, 0), cost_ns = lane->cost_ns; /* the event follows all of these */
     lane->cost_ns = 0;
     if (!open || !batch || driver(batch->event, lane->stream) != CUDA_SUCCESS) {
         pay(device, open, cost_ns);
@@ -170,7 +169,7 @@ static struct lane *lane_of(struct device *device, uint64_t key)
 /* The default streams of all contexts have one handle. */
 static bool is_default(CUstream stream) { return stream == CU_STREAM_LEGACY || stream == CU_STREAM_PER_THREAD; }
 
-/* Return the stream's lane, or one that has no open launches. */
+/* Return the stream's lane, or a lane without open launches. */
 struct lane *fgpu_lane_of(struct device *device, const struct fgpu_launch *launch)
 {
     struct lane *lane = lane_of(device, launch->key);
@@ -201,14 +200,14 @@ void fgpu_batches_complete(struct device *device)
         if (lane->open) record_anywhere(device, lane);
 }
 
-/* Return whether a lane or batch is of the stream, or of the context if only that is given. */
+/* Return whether a lane or batch is of the stream, or, if no stream is given, of the context. */
 static bool is_of(uint64_t its_key, CUcontext its, uint64_t key, CUcontext context)
 {
     return (key || context) && (!key || its_key == key) && (!context || its == context);
 }
 
-/* The program has waited. Work given since `began_ns` may not be done. All is seen to end at once, so no batch is
- * measured alone: each gets as much of the time as it has of the guesses. */
+/* The program has waited. Work launched since `began_ns` may not be done. All batches are found done at the same time,
+ * so none is measured alone: the time is divided in proportion to their estimates. */
 void fgpu_batches_rest(struct device *device, uint64_t key, CUcontext context, uint64_t began_ns, uint64_t now)
 {
     struct batch ended[LANES], *done[LANES + BATCHES];
@@ -239,10 +238,11 @@ void fgpu_batches_rest(struct device *device, uint64_t key, CUcontext context, u
         retire(device, done[i], now, waited ? (uint64_t)(share * (double)done[i]->cost_ns) + 1 : 0);
 }
 
-/* Return whether a context goes. If none is named, the primary one goes, with the green contexts in it. */
+/* Return whether a context is to be forgotten. If none is given, the primary context is, with the green contexts in
+ * it. */
 static bool goes(CUcontext its, CUcontext context) { return context ? its == context : !fgpu_context_is_created(its); }
 
-/* A context ends: forget its lanes and batches. The driver destroys a context's events with it. */
+/* A context is destroyed: forget its lanes and batches. The driver destroys the context's events with it. */
 void fgpu_batches_forget(struct device *device, CUcontext context)
 {
     for (struct lane *lane = device->lanes; lane < device->lanes + LANES; lane++) {
@@ -260,9 +260,10 @@ void fgpu_batches_forget(struct device *device, CUcontext context)
     }
 }
 
-#define ENDED ((CUcontext)1) /* stands for a context that has ended: the next context may have the same handle */
+#define ENDED ((CUcontext)1) /* used for a destroyed context: the next context may have the same handle */
 
-/* A green context ends. Its events stay, and tell when its work is done; but it can no longer be made current. */
+/* A green context is destroyed. Its events remain, and show when its work is done; but it can no longer be made
+ * current. */
 void fgpu_batches_leave(struct device *device, CUcontext context)
 {
     for (struct lane *lane = device->lanes; context && lane < device->lanes + LANES; lane++) {
@@ -274,7 +275,7 @@ void fgpu_batches_leave(struct device *device, CUcontext context)
         if (batch->context == context) batch->context = ENDED;
 }
 
-/* Close the stream's batch before the stream is destroyed, or captures: afterwards nothing can be recorded on it. */
+/* Close the stream's batch before the stream is destroyed, or captures: afterwards no event can be recorded on it. */
 void fgpu_batches_finish(struct device *device, uint64_t key, bool ends)
 {
     struct lane *lane = lane_of(device, key);

@@ -1,7 +1,7 @@
 /*
- * flight.c: launches on a gated device that are not known to be done. Owns the turns of threads that update them;
- * batches.c has the batches. Never waits for work, which may wait for this thread. A failure loses count of launches,
- * and never a launch.
+ * flight.c: launches on a gated device that may be unfinished. Owns the turns of threads that update them; batches.c
+ * has the batches. Never waits for work, which may wait for this thread. After a failure, launches are no longer
+ * counted, but none is lost.
  */
 #define _GNU_SOURCE
 #include <errno.h>
@@ -12,13 +12,13 @@
 
 #include "gate/flight.h"
 
-#define MOST_BATCHES 32 /* batches in use when another launch comes: the rest is for those that a closed gate makes */
+#define MOST_BATCHES 32 /* batches in use when another launch comes: the rest is reserved for closed gates */
 #define MOST_OPEN 256   /* launches without an event */
-/* A thread that holds a turn for so long was cancelled, or jumped out of a signal handler. */
+/* A thread that holds a turn for this long was cancelled, or left a signal handler by a jump. */
 #define TURN_NS 1000000000ULL
 #define TURN_TRIES 2000
 
-/* Made when first needed; zero after a fork: the child has no driver, and no launches of its own. */
+/* Created at first use; zero after a fork: the child has no driver, and no launches of its own. */
 static _Atomic(struct device *) devices[FGPU_DEVICES];
 
 static struct device *known(int index) { return atomic_load_explicit(&devices[index], memory_order_acquire); }
@@ -59,7 +59,7 @@ static void give_turn(struct device *device, uint64_t turn)
     atomic_compare_exchange_strong(&device->busy_until_ns, &turn, 0);
 }
 
-/* -- functions that take the turn and keep errno: all that other files call */
+/* -- functions that take the turn and keep errno: the only ones that other files call */
 
 struct visit {
     struct device *device;
@@ -122,8 +122,8 @@ bool fgpu_flight_begin(int index)
 
 void fgpu_flight_cancel(int index) { atomic_fetch_sub(&known(index)->in_flight, 1); }
 
-/* Return whether to close the batch. Only the thread itself can record an event on its default stream, so that stream
- * has no launches without one. */
+/* Return whether to close the batch. Only the thread itself can record an event on its default stream, so each launch
+ * on that stream is followed by an event. */
 static bool wants_event(const struct fgpu_launch *launch, const struct lane *lane, uint64_t budget_ns)
 {
     return launch->graph || launch->stream == CU_STREAM_PER_THREAD || lane->open >= MOST_OPEN ||
@@ -138,7 +138,7 @@ static void add(struct visit *here, const struct fgpu_launch *launch, uint64_t b
     uint64_t cost_ns = fgpu_guess_of(device, guess_key)->ns;
     if (launch->graph && lane->open) {
         will_call(here);
-        fgpu_batch_close(device, lane, lane->key); /* a graph is measured by itself */
+        fgpu_batch_close(device, lane, lane->key); /* a graph is measured alone */
     }
     if (!lane->open) atomic_store_explicit(&lane->first_ns, now, memory_order_relaxed);
     lane->open++;
@@ -201,7 +201,7 @@ bool fgpu_flight_look(int index)
     return some;
 }
 
-/* -- the program itself has waited, or has ended something */
+/* -- the program itself has waited, or has destroyed something */
 
 void fgpu_flight_rested(int index, uint64_t key, CUcontext context, uint64_t began_ns)
 {

@@ -1,4 +1,4 @@
-/* flight.h: between flight.c (which thread's turn it is) and batches.c (the launches under way). */
+/* flight.h: declarations for flight.c (turns of threads) and batches.c (launches under way). */
 #ifndef FGPU_FLIGHT_H
 #define FGPU_FLIGHT_H
 
@@ -8,13 +8,13 @@
 #define BATCHES 64
 #define GUESSES 64
 
-/* All fields are atomic: a turn may run out, and then two threads use them. */
+/* All fields are atomic: a turn may expire, and then two threads use them. */
 struct lane { /* a stream, between two batches */
     _Atomic uint64_t key;
     _Atomic(CUstream) stream;
     _Atomic(CUcontext) context;
     _Atomic uint64_t open;    /* launches */
-    _Atomic uint64_t cost_ns; /* the time that they should take */
+    _Atomic uint64_t cost_ns; /* their estimated duration */
     _Atomic uint64_t first_ns, last_ns;
 };
 struct batch { /* a batch */
@@ -24,19 +24,19 @@ struct batch { /* a batch */
     _Atomic uint64_t launches; /* 0: free */
     _Atomic uint64_t cost_ns;
     _Atomic uint64_t first_ns, recorded_ns;
-    _Atomic uint64_t unready_ns; /* when it was last seen not done */
+    _Atomic uint64_t unready_ns; /* when it was last found not done */
 };
 struct guess {
     _Atomic uint64_t key, ns;
 };
 struct device {
-    _Atomic uint64_t busy_until_ns; /* the turn of a thread, which runs out by itself */
+    _Atomic uint64_t busy_until_ns; /* the turn of a thread, which expires by itself */
     _Atomic uint64_t in_flight;
     _Atomic uint64_t done_at_ns;
-    _Atomic uint64_t cost_ns; /* guessed, of all that is in flight */
+    _Atomic uint64_t cost_ns; /* estimated, of all work in flight */
     _Atomic uint32_t batches_taken;
-    _Atomic uint64_t base_ns; /* since then what is in flight has run */
-    /* When the last batch was done, if that is known closely, and when it was last seen not done. */
+    _Atomic uint64_t base_ns; /* since then the work in flight has run */
+    /* When the last batch was done, if that is known with little error, and when it was last found not done. */
     _Atomic uint64_t last_done_ns, last_unready_ns;
     struct lane lanes[LANES];
     struct batch batches[BATCHES];
@@ -45,10 +45,10 @@ struct device {
 
 HIDDEN struct guess *fgpu_guess_of(struct device *device, uint64_t key);
 HIDDEN struct lane *fgpu_lane_of(struct device *device,
-                                 const struct fgpu_launch *launch); /* the stream's own from now on */
+                                 const struct fgpu_launch *launch); /* afterwards the lane is the stream's own */
 HIDDEN void fgpu_batch_close(struct device *device, struct lane *lane, uint64_t guess_key); /* its context is current */
-HIDDEN void fgpu_batches_complete(struct device *device); /* give each launch without an event one behind it */
-HIDDEN void fgpu_batches_look(struct device *device);     /* find those that are done */
+HIDDEN void fgpu_batches_complete(struct device *device); /* record an event after each launch without one */
+HIDDEN void fgpu_batches_look(struct device *device);     /* find the finished ones */
 HIDDEN void fgpu_batches_rest(struct device *device, uint64_t key, CUcontext context, uint64_t began_ns, uint64_t now);
 HIDDEN void fgpu_batches_forget(struct device *device, CUcontext context);
 HIDDEN void fgpu_batches_leave(struct device *device, CUcontext context);

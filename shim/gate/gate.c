@@ -1,10 +1,11 @@
 /*
- * gate.c: whether a launch may go now. Owns what the status page says of this process; the gatekeeper decides.
+ * gate.c: decides whether a launch may proceed now, by the gates that the gatekeeper writes. Owns this process's
+ * reports on the status page.
  *
- * If no gatekeeper schedules this process, a launch costs one look at the gates. Otherwise a launch is counted as in
- * flight first, and the gate is read after that. So a gatekeeper that closes the gate, and then finds nothing in
- * flight, knows that no launch will come. At a closed gate a thread drains what is in flight, reports that, and sleeps
- * on the gate's own word. If a gatekeeper is silent for longer than the lease, all gates are open.
+ * If no gatekeeper schedules this process, a launch only reads the gates. Otherwise a launch is counted as in flight
+ * first, and the gate is read after that. So if a gatekeeper closes the gate and then finds nothing in flight, no
+ * launch will follow. At a closed gate a thread waits until the work in flight is done, reports that, and sleeps on the
+ * gate's own word. If the heartbeat is older than the lease, all gates count as open.
  */
 #define _GNU_SOURCE
 #include <errno.h>
@@ -18,19 +19,19 @@
 #include "gate/gate.h"
 #include "link/link.h"
 
-#define LOOK_NS 100000000ULL   /* how often a program that need not wait looks for a new gatekeeper */
-#define DOZE_NS 50000000ULL    /* at a closed gate: the heartbeat must be read now and then */
-#define CLOSE_NS 200000ULL     /* a thread waits awake for the end of a drain */
-#define PAUSE_NS 50000ULL      /* between two looks at work that should have ended, or that leaves no room */
-#define REST_NS 100000ULL      /* a shorter pause between an end and the next launch is no rest of the program */
-#define STUCK_NS 1000000000ULL /* work that runs on after that may wait for the very launch that is held back */
+#define LOOK_NS 100000000ULL   /* how often a program that need not wait checks for a new gatekeeper */
+#define DOZE_NS 50000000ULL    /* at a closed gate: the heartbeat must be read from time to time */
+#define CLOSE_NS 200000ULL     /* a thread polls for the end of a drain */
+#define PAUSE_NS 50000ULL      /* between two checks of work that should have ended, or that leaves no room */
+#define REST_NS 100000ULL      /* a shorter pause between an end and the next launch is not a rest of the program */
+#define STUCK_NS 1000000000ULL /* work that runs longer than this may be waiting for the launch that is held back */
 
 static union { /* zero after a fork */
     struct {
         struct place {
             _Atomic uint32_t waiting, drained;
             _Atomic uint64_t launches, wanted_ns, idle_ns, begun_ns, ended_ns;
-            _Atomic(struct fgpu_status_page *) page; /* the page that has all of these */
+            _Atomic(struct fgpu_status_page *) page; /* the page with these values */
         } places[FGPU_DEVICES];                      /* by the ledger's index */
         _Atomic uint32_t bell;
         _Atomic uint64_t look_at_ns;
@@ -67,9 +68,9 @@ bool fgpu_is_gated(void)
 
 #pragma GCC optimize("Os") /* rarely run, from here on */
 
-/* -- the status page: written whole, except on the way of a launch, since a hello may have brought another page */
+/* -- the status page: written as a whole, except by a launch, because a registration may have replaced the page */
 
-/* Write the count. If two threads publish at once, the later one must not leave the older number. */
+/* Write the count. If two threads publish at the same time, the later one must not leave the older number. */
 static void publish_count(struct fgpu_view view, int index)
 {
     struct fgpu_flight *flight = &view.status->flights[index];
@@ -110,8 +111,8 @@ static void ring(struct fgpu_view view)
     errno = saved;
 }
 
-/* Report that the turn has drained. Read from the page what was reported: a hello may have brought a fresh page while
- * this thread waits. */
+/* Report that the turn has drained. Read the last report from the page: a registration may replace the page while this
+ * thread waits. */
 static void tell_drained(struct fgpu_view view, int index, uint32_t gate)
 {
     struct place *place = &mine.places[index];
@@ -139,7 +140,8 @@ static bool stands_open(struct fgpu_view view, uint32_t gate)
     return now > heartbeat && now - heartbeat > FGPU_LEASE_NS;
 }
 
-/* Return whether a closed gate must let a launch through: kernels in flight on another device may spin for it. */
+/* Return whether a closed gate must let a launch through, because kernels in flight on another device may spin until it
+ * has run. */
 static bool may_pass(struct fgpu_view view, int index)
 {
     return atomic_load(&mine.places[index].launches) < __atomic_load_n(&view.control->passes[index], __ATOMIC_RELAXED);
@@ -151,8 +153,8 @@ static uint64_t budget_of(struct fgpu_view view, int index)
     return budget ? budget : FGPU_BUDGET_NS;
 }
 
-/* Sleep at a gate. The futex is not private: the word lies in a page of the gatekeeper. A signal to the program ends
- * the sleep, not the wait. */
+/* Sleep at a gate. The futex is not private: the word is in a page of the gatekeeper. A signal to the program ends the
+ * sleep, but not the wait. */
 static void sleep_at(struct fgpu_view view, int index, uint32_t gate, uint64_t ns)
 {
     struct timespec time = {(time_t)(ns / 1000000000), (long)(ns % 1000000000)};
@@ -161,7 +163,7 @@ static void sleep_at(struct fgpu_view view, int index, uint32_t gate, uint64_t n
     errno = saved;
 }
 
-/* Report it if nothing is in flight any more, and the gate has closed meanwhile. */
+/* Report if nothing is in flight any more and the gate has closed meanwhile. */
 static void tell(struct fgpu_view view, int index)
 {
     uint32_t gate = gate_of(view, index);
@@ -171,8 +173,8 @@ static void tell(struct fgpu_view view, int index)
     publish(view, index);
 }
 
-/* Update the other devices while waiting at one gate: a program may have one thread only. Returns false if work is left
- * on one of them. */
+/* Update the other devices while this thread waits at one gate: a program may have only one thread. Returns false if
+ * work is left on one of them. */
 static bool drain_others(struct fgpu_view view, int index)
 {
     bool over = true;
@@ -184,8 +186,9 @@ static bool drain_others(struct fgpu_view view, int index)
     return over;
 }
 
-/* Wait until the gate is open, or no gatekeeper schedules this process. What is in flight may wait for what this thread
- * would launch next, so the thread does not wait for that alone: it rings the bell if work does not drain in time. */
+/* Wait until the gate is open, or no gatekeeper schedules this process. The work in flight may wait for the launch that
+ * this thread holds back, so the thread does not wait for that work alone: it wakes the gatekeeper if the work does not
+ * drain in time. */
 static void drain_and_wait(int index, bool rung)
 {
     for (;;) {
@@ -221,18 +224,19 @@ static void wait_at(struct fgpu_view view, int index)
     bool first = !atomic_fetch_add(&place->waiting, 1);
     atomic_store(&place->wanted_ns, fgpu_now());
     publish(view, index);
-    /* if work is draining, the report of its end wakes the gatekeeper too: ring once */
+    /* if work is draining, the report of its end wakes the gatekeeper too: one wake is enough */
     bool will_tell =
         fgpu_flight_count(index) && atomic_load(&place->drained) != gate_of(view, index) >> FGPU_GATE_SHIFT;
     if (first && !will_tell) ring(view);
     drain_and_wait(index, !will_tell);
     atomic_fetch_sub(&place->waiting, 1);
     atomic_store(&place->begun_ns, fgpu_now());
-    atomic_store(&place->wanted_ns, place->begun_ns); /* the wait at the gate was no rest */
+    atomic_store(&place->wanted_ns, place->begun_ns); /* the wait at the gate does not count as a rest */
     atomic_store(&place->page, NULL);                 /* no page has these values yet */
 }
 
-/* Try once to pass. Returns false if the launch must come again. Count the launch first, and then read the gate. */
+/* Try once to pass. Returns false if the launch must try again. The launch is counted first, and the gate is read after
+ * that. */
 static bool may_go(struct fgpu_view view, int index, bool *counted)
 {
     *counted = fgpu_flight_begin(index);
@@ -283,8 +287,7 @@ void fgpu_gate_enter(struct fgpu_launch *launch, CUstream stream, bool per_threa
     }
 }
 
-/* Note a launch. The first launch after a rest says how long the rest was: the charge between two looks leaves it
- * out. */
+/* Record a launch. The first launch after a rest adds the rest's length to `idle_ns`: that time is not charged. */
 static void note_wanted(struct place *place, uint64_t now)
 {
     uint64_t ended = atomic_load_explicit(&place->ended_ns, memory_order_relaxed);
@@ -316,7 +319,7 @@ CUresult fgpu_gate_leave(const struct fgpu_launch *launch, CUresult result)
     return result;
 }
 
-/* -- the program waits, asks or ends something */
+/* -- the program waits, queries or destroys something */
 
 struct fgpu_rest fgpu_rest_begin(void) { return (struct fgpu_rest){fgpu_is_gated() ? fgpu_now() : 0}; }
 
@@ -343,7 +346,7 @@ static CUcontext current(void)
 void fgpu_rest_stream(struct fgpu_rest rest, CUresult result, CUstream stream, bool per_thread)
 {
     if (!rest.began_ns || result != CUDA_SUCCESS) return;
-    bool legacy = !per_thread && (!stream || stream == CU_STREAM_LEGACY); /* every context has such a stream */
+    bool legacy = !per_thread && (!stream || stream == CU_STREAM_LEGACY); /* every context has this stream */
     rested(fgpu_stream_key(stream, per_thread), legacy ? current() : NULL, rest.began_ns);
 }
 

@@ -1,23 +1,24 @@
-/* gate.h: between the hooks that launch, gate.c (whether a launch may go) and flight.c (what is under way). */
+/* gate.h: gate.c (whether a launch may proceed) and flight.c (launches under way), as the hooks that launch use
+ * them. */
 #ifndef FGPU_GATE_H
 #define FGPU_GATE_H
 
 #include "account/stream.h"
 
-struct fgpu_launch { /* one call that gives work to a device */
-    int index;       /* the ledger's index; -1: no gatekeeper schedules launches there, and nothing is counted */
-    CUstream stream; /* never NULL: a default stream has its own handle */
+struct fgpu_launch { /* one call that launches work on a device */
+    int index;       /* the ledger's index; -1: no gatekeeper schedules launches there, and no launch is counted */
+    CUstream stream; /* never NULL: a default stream has a handle too */
     uint64_t key;    /* of the stream, by fgpu_stream_key */
     uint64_t graph;  /* 0: a kernel */
 };
 
 /* -- gate.c */
-HIDDEN bool fgpu_is_gated(void); /* on any device; takes a few nanoseconds, and calls no driver */
+HIDDEN bool fgpu_is_gated(void); /* on any device; takes a few nanoseconds, and makes no driver call */
 HIDDEN void fgpu_gate_enter(struct fgpu_launch *launch, /* index -1 */
                             CUstream stream, bool per_thread, CUgraphExec graph);
 HIDDEN CUresult fgpu_gate_leave(const struct fgpu_launch *launch, CUresult result);
 
-/* Around a call of the driver that waits for work, or asks whether it is done. */
+/* For use before and after a driver call that waits for work, or queries whether it is done. */
 struct fgpu_rest {
     uint64_t began_ns; /* 0: nothing is gated */
 };
@@ -27,23 +28,24 @@ HIDDEN void fgpu_rest_context(struct fgpu_rest rest, CUresult result, CUcontext 
 HIDDEN void fgpu_rest_event(struct fgpu_rest rest, CUresult result);
 HIDDEN void fgpu_stream_ends(CUstream stream);
 HIDDEN void fgpu_stream_captures(CUstream stream,
-                                 bool per_thread); /* soon: record the event behind its launches before */
+                                 bool per_thread); /* soon: first record the event after its launches */
 HIDDEN void fgpu_context_ends(CUcontext context);
 HIDDEN void fgpu_primary_ends(CUdevice ordinal);
 
 /* -- flight.c: one state for each device, by the ledger's index */
-HIDDEN uint64_t fgpu_flight_count(int index); /* launches not known to be done */
-HIDDEN uint64_t fgpu_flight_until(int index); /* when they should be */
-HIDDEN bool fgpu_flight_begin(int index);     /* one more, before the gate is read; false: no memory to count in */
+HIDDEN uint64_t fgpu_flight_count(int index); /* launches that may be unfinished */
+HIDDEN uint64_t fgpu_flight_until(int index); /* when they should be done */
+HIDDEN bool fgpu_flight_begin(int index);     /* adds one, before the gate is read; false: no memory for the count */
 HIDDEN void fgpu_flight_cancel(int index);
 HIDDEN void fgpu_flight_launched(const struct fgpu_launch *launch, uint64_t budget_ns, uint64_t now);
 HIDDEN bool fgpu_flight_has_room(int index, uint64_t budget_ns);
-HIDDEN bool fgpu_flight_is_over(int index); /* give each launch without an event one, and look */
-HIDDEN bool fgpu_flight_look(int index);    /* look at the batches; false: there is none */
+HIDDEN bool fgpu_flight_is_over(int index); /* record an event after each launch without one, and check the batches */
+HIDDEN bool fgpu_flight_look(int index);    /* check the batches; false: there is none */
 HIDDEN void fgpu_flight_rested(int index, uint64_t key, CUcontext context, uint64_t began_ns);
 HIDDEN bool fgpu_flight_is_used(int index);
-HIDDEN void fgpu_flight_forget(int index, CUcontext context); /* NULL: all but those that cuCtxCreate made */
-HIDDEN void fgpu_flight_leave(int index, CUcontext context);  /* the context ends, and its work goes on */
+HIDDEN void fgpu_flight_forget(int index, CUcontext context); /* NULL: all contexts except those that cuCtxCreate
+                                                                 created */
+HIDDEN void fgpu_flight_leave(int index, CUcontext context);  /* the context is destroyed, and its work continues */
 HIDDEN void fgpu_flight_close(int index, uint64_t key, bool ends);
 
 #endif

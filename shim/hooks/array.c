@@ -1,11 +1,11 @@
 /*
- * array.c: calls that make arrays. The request is extent x format x levels: at least what the driver takes, whose
- * padding only NVML shows. Owns nothing.
+ * array.c: calls that create arrays. The request is extent x format x levels: at least what the driver allocates.
+ * Only NVML shows the driver's padding. Owns nothing.
  */
 #include "account/account.h"
 
 #define NO_MEMORY_YET                                                                                                  \
-    (CUDA_ARRAY3D_SPARSE | CUDA_ARRAY3D_DEFERRED_MAPPING) /* mapped later, by handles of cuMemCreate */
+    (CUDA_ARRAY3D_SPARSE | CUDA_ARRAY3D_DEFERRED_MAPPING) /* mapped later, through handles of cuMemCreate */
 #define MOST_LEVELS 32
 
 struct shape {
@@ -23,7 +23,7 @@ static struct shape shape_3d(const CUDA_ARRAY3D_DESCRIPTOR *d)
     return (struct shape){d->Width, d->Height, d->Depth, d->Format, d->NumChannels, d->Flags};
 }
 
-/* Return the bytes of one channel. Compressed and planar formats take no more than four bytes, and the kernel's witness
+/* Return the bytes of one channel. Compressed and planar formats take at most four bytes, and the probe's BPF program
  * counts four. */
 static uint64_t element_bytes(unsigned format)
 {
@@ -42,8 +42,8 @@ static uint64_t element_bytes(unsigned format)
 
 static uint64_t at_level(uint64_t extent, unsigned level) { return extent >> level ? extent >> level : 1; }
 
-/* Return the bytes of an array. 0: it takes no memory, or no driver would make it. Layers and the six sides of a cube
- * are as many at every level. */
+/* Return the bytes of an array. 0: it takes no memory, or the driver would refuse it. The number of layers, and of the
+ * six sides of a cube, is the same at every mipmap level. */
 static uint64_t bytes_of(struct shape s, unsigned levels)
 {
     uint64_t total = 0;
@@ -60,8 +60,8 @@ static uint64_t bytes_of(struct shape s, unsigned levels)
     return total;
 }
 
-/* The 32-bit calls have no witness: their bytes are committed at once, and stay charged until the device's last context
- * ends. */
+/* The 32-bit calls have no probe: their bytes are committed at once, and stay charged until the device's last context
+ * is destroyed. */
 #define WITNESSED FGPU_MEMORY
 #define UNWITNESSED FGPU_POOL
 

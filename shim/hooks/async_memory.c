@@ -1,10 +1,11 @@
 /*
- * async_memory.c: stream-ordered allocation. Owns notes of what was handed out; losing one costs a measurement.
+ * async_memory.c: stream-ordered allocation. Owns notes of pointers that pools have returned; a lost note costs one
+ * measurement.
  *
  * The driver's call takes half a microsecond, so the usual path is one atomic operation: sizes are added up until they
- * reach what was admitted, and only then the pool is measured. What a stream frees is its credit: the pool can hand
- * that to the same stream again at once, and to no other. Notes and credits may be lost: then the pool is measured
- * sooner.
+ * reach the admitted bytes, and only then the pool is measured. Bytes that a stream frees are its credit: the pool can
+ * give them to the same stream again at once, and to no other. Notes and credits may be lost: then the pool is measured
+ * earlier.
  */
 #include "hooks/async_memory.h"
 #include "account/stream.h"
@@ -14,7 +15,7 @@
 #define NOTES 256
 #define BUSY 1ULL
 
-struct note { /* of a pointer: the pool that gave it, and its size */
+struct note { /* of a pointer: its pool, and its size */
     _Atomic uint64_t pointer;
     uint64_t bytes;
     uint32_t slot, generation;
@@ -58,7 +59,7 @@ static void give_credit(struct pool *pool, uint64_t stream, uint64_t bytes)
     atomic_fetch_add_explicit(claimed ? &credit->bytes : &pool->unclaimed, bytes, memory_order_relaxed);
 }
 
-/* Note a free. The pool gets smaller when a thread waits for the stream, not now. */
+/* Record a free. The pool shrinks when a thread waits for the stream, not now. */
 static void freed(struct pool *pool, uint64_t stream, uint64_t bytes)
 {
     give_credit(pool, stream, bytes);
@@ -75,7 +76,8 @@ static uint64_t take_credit(struct pool *pool, uint64_t stream)
 
 static struct note *note_of(struct note *table, CUdeviceptr pointer) { return &table[mix(pointer) >> 56]; }
 
-/* Note a pointer. The newest note wins: an older pointer in the same place gives no credit when it is freed. */
+/* Record a pointer. The newest note replaces an older one: an older pointer in the same slot gives no credit when it is
+ * freed. */
 static void write_note(CUdeviceptr pointer, const struct order *order)
 {
     struct note *table = fgpu_table(&notes, NOTES * sizeof *table), *note = table ? note_of(table, pointer) : NULL;
@@ -87,7 +89,7 @@ static void write_note(CUdeviceptr pointer, const struct order *order)
     atomic_store_explicit(&note->pointer, pointer, memory_order_release);
 }
 
-/* Take a note before the driver can hand the pointer out again. */
+/* Remove a note before the driver can return the pointer again. */
 static bool take_note(CUdeviceptr pointer, struct order *order)
 {
     struct note *table = atomic_load_explicit(&notes, memory_order_acquire), *note;
@@ -109,10 +111,10 @@ struct pool *fgpu_take_pool_of(CUdeviceptr pointer)
     return take_note(pointer, &order) ? order.pool : NULL;
 }
 
-/* -- around the driver's calls */
+/* -- before and after the driver's calls */
 
-/* Return whether the stream is a default one without a context. A default stream is the current context's. Without one
- * the driver refuses the call, and nothing is asked for it. */
+/* Return whether the stream is a default stream without a context. A default stream is the current context's. Without a
+ * context the driver refuses the call, so no admission is requested. */
 static bool has_no_context(uint64_t stream)
 {
     CUdevice device;
@@ -136,14 +138,14 @@ static CUresult before(struct order *order, size_t size)
     if (LIKELY(spent <= atomic_load_explicit(&pool->admitted, memory_order_relaxed))) return CUDA_SUCCESS;
     if (has_no_context(order->stream)) return CUDA_SUCCESS;
     order->grown = true;
-    uint64_t had = take_credit(pool, order->stream); /* too little, but the pool can join it to what it takes */
+    uint64_t had = take_credit(pool, order->stream); /* too little, but the pool can combine it with a new block */
     CUresult refusal = fgpu_pool_grow(pool, order->bytes);
     if (refusal && had) give_credit(pool, order->stream, had);
     return refusal;
 }
 
-/* After a call. A failed call stays in `spent`: too much there is found at the next measurement, too little might not
- * be. */
+/* After a call. The bytes of a failed call stay in `spent`: the next measurement corrects a number that is too high,
+ * but might not correct one that is too low. */
 static CUresult after(const struct order *order, CUresult result, CUdeviceptr pointer)
 {
     if (!order->pool) return result;
@@ -189,10 +191,10 @@ EXPORT CUresult cuMemAllocFromPoolAsync_ptsz(CUdeviceptr *dptr, size_t bytesize,
     ALLOCATE(cuMemAllocFromPoolAsync_ptsz, true, pool ? fgpu_pool_of(pool) : NULL, dptr, bytesize, pool, hStream);
 }
 
-/* Free a pointer that no pool gave, or that has no note any more. Most come from cuMemAlloc: they are freed in the
- * order of the stream, where cuMemFree would wait for all that uses the memory, so that call cannot stand for this one.
- * The kernel has no probe here, and such a pointer stays charged until NVML shows that the process holds less, which
- * the next request that needs the room waits for. The standalone ledger is told, since nothing else corrects it. */
+/* Free a pointer that no pool gave, or that has no note any more. Most of these come from cuMemAlloc. They are freed in
+ * stream order; cuMemFree would wait for all work that uses the memory, so it cannot replace this call. The kernel has
+ * no probe here. Such a pointer stays charged until NVML shows that the process holds less; the next request that needs
+ * the room waits for that. The standalone ledger is updated here, because nothing else corrects it. */
 static CUresult free_unknown(__typeof__(&cuMemFreeAsync) driver, CUdeviceptr pointer, CUstream stream)
 {
     struct fgpu_grant grant;

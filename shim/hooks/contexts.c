@@ -1,6 +1,6 @@
 /*
- * contexts.c: calls that make and end contexts, and what ends with a context: launches in flight, grants of pools and
- * graphs, and managed memory. Owns nothing.
+ * contexts.c: calls that create and destroy contexts, and what is released with a context: launches in flight,
+ * admissions of pools and graphs, and managed memory. Owns nothing.
  */
 #include <errno.h>
 
@@ -11,7 +11,7 @@
 #include "gate/gate.h"
 #include "standalone/standalone.h"
 
-/* -- contexts that are made: half a GiB each on a large device. Only the kernel knows how much, hence 0 bytes. */
+/* -- contexts that are created: half a GiB each on a large device. Only the kernel knows their size, hence 0 bytes. */
 
 static void primary_seen(CUdevice device, CUcontext context)
 {
@@ -35,7 +35,7 @@ EXPORT CUresult cuDevicePrimaryCtxRetain(CUcontext *pctx, CUdevice dev)
     int active = 0;
     if (!driver) return CUDA_ERROR_NOT_SUPPORTED;
     CUresult known = state ? state(dev, &flags, &active) : CUDA_SUCCESS;
-    /* A further reference takes nothing. The driver refuses a device that does not exist. */
+    /* A further reference allocates nothing. The driver refuses a device that does not exist. */
     if (!pctx || known != CUDA_SUCCESS || active) {
         if (active) fgpu_device_seen(dev);
         CUresult result = driver(pctx, dev);
@@ -90,7 +90,7 @@ EXPORT CUresult cuCtxCreate_v4(CUcontext *pctx, CUctxCreateParams *ctxCreatePara
 
 #define NO_HANDLE 0x100ULL
 
-/* A green context keeps the device's primary context, and makes it if there is none. No witness sees that: NVML charges
+/* A green context uses the device's primary context, and creates it if there is none. No probe sees that: NVML charges
  * it. */
 EXPORT CUresult cuGreenCtxCreate(CUgreenCtx *phCtx, CUdevResourceDesc desc, CUdevice dev, unsigned int flags)
 {
@@ -131,7 +131,7 @@ static void measure(CUdevice ordinal)
     fgpu_pools_measure(ordinal);
 }
 
-/* A context is about to end. A handle that cuCtxCreate did not give may be one that the driver refuses to destroy. */
+/* A context is about to be destroyed. If cuCtxCreate did not return its handle, the driver may refuse to destroy it. */
 static void leave(CUcontext context)
 {
     int saved = errno;
@@ -157,7 +157,7 @@ static void leave(CUcontext context)
 END_CREATED(cuCtxDestroy)
 END_CREATED(cuCtxDestroy_v2)
 
-/* Return whether the primary context is there: it outlives all but its last release. */
+/* Return whether the primary context exists: it exists until its last release. */
 static bool is_active(CUdevice device)
 {
     __typeof__(&cuDevicePrimaryCtxGetState) state = REAL(cuDevicePrimaryCtxGetState);
@@ -193,7 +193,7 @@ END_PRIMARY(cuDevicePrimaryCtxRelease_v2)
 END_PRIMARY(cuDevicePrimaryCtxReset)
 END_PRIMARY(cuDevicePrimaryCtxReset_v2)
 
-/* A green context is about to end. Returns false if nothing was ever in flight. */
+/* A green context is about to be destroyed. Returns false if nothing was ever in flight. */
 static bool leave_green(CUgreenCtx green)
 {
     __typeof__(&cuCtxFromGreenCtx) of = REAL(cuCtxFromGreenCtx);
@@ -210,7 +210,8 @@ static bool leave_green(CUgreenCtx green)
     return true;
 }
 
-/* A green context ends at once, and its work goes on in the primary context. That one may end with it. */
+/* A green context is destroyed at once, and its work continues in the primary context, which may be destroyed with
+ * it. */
 EXPORT CUresult cuGreenCtxDestroy(CUgreenCtx hCtx)
 {
     __typeof__(&cuGreenCtxDestroy) driver = REAL(cuGreenCtxDestroy);

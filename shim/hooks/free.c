@@ -1,14 +1,14 @@
 /*
- * free.c: calls that give device memory back. The kernel sees them where it keeps the ledger. These hooks are here for
- * the standalone ledger, and do nothing while that holds nothing. Owns nothing.
+ * free.c: calls that free device memory. The kernel sees them if it keeps the ledger. These hooks serve the standalone
+ * ledger, and do nothing while that ledger is empty. Owns nothing.
  *
- * What a call frees is taken out of the table before the driver can hand the same handle to another thread.
+ * The entry of the memory is removed from the table before the driver can return the same handle to another thread.
  */
 #include "core/hook_table.h"
 #include "hooks/async_memory.h"
 #include "standalone/standalone.h"
 
-/* What a pool gave, the driver takes from the pool at once, and no probe sees how large that pool then is. */
+/* The driver takes a pointer of a pool out of the pool at once, and no probe sees how large the pool is then. */
 EXPORT CUresult cuMemFree_v2(CUdeviceptr dptr)
 {
     __typeof__(&cuMemFree_v2) driver = REAL(cuMemFree_v2);
@@ -70,7 +70,7 @@ EXPORT CUresult cuMemMap(CUdeviceptr ptr, size_t size, size_t offset, CUmemGener
     return result;
 }
 
-/* An unmap may cover several mappings, one after the other; nearly always it is one. */
+/* An unmap may cover several mappings, one after the other; usually it covers one. */
 EXPORT CUresult cuMemUnmap(CUdeviceptr ptr, size_t size)
 {
     __typeof__(&cuMemUnmap) driver = REAL(cuMemUnmap);

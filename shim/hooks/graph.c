@@ -1,11 +1,11 @@
 /*
- * graph.c: calls that make, launch and destroy executable graphs, for the memory that graphs take for themselves. Owns
- * nothing.
+ * graph.c: calls that create, launch and destroy executable graphs, for the memory that graphs allocate for themselves.
+ * Owns nothing.
  *
- * A graph's allocation nodes take nothing until the graph is uploaded or launched. Then the driver maps memory of the
- * device for it, keeps it, and may share it with other graphs. So nodes are read at instantiation, the most that they
- * hold at once is asked for when the graph first meets a stream, and what the driver really took decides afterwards.
- * Programs whose graphs allocate nothing pay for one load at each launch.
+ * A graph's allocation nodes allocate nothing until the graph is uploaded or launched. Then the driver maps memory of
+ * the device for it, keeps it, and may share it with other graphs. So the nodes are read at instantiation. The most
+ * that they hold at the same time is requested when the graph is first used with a stream, and corrected to the size
+ * that the driver really allocated. For programs whose graphs allocate nothing this is one load at each launch.
  */
 #include <errno.h>
 
@@ -24,7 +24,7 @@ EXPORT CUresult cuDeviceGraphMemTrim(CUdevice device)
     return result;
 }
 
-/* -- instantiation: what was read is kept under the executable graph's handle */
+/* -- instantiation: the facts are stored under the executable graph's handle */
 
 static bool counts(int ordinal)
 {
@@ -128,7 +128,7 @@ EXPORT CUresult cuGraphExecDestroy(CUgraphExec hGraphExec)
     return driver(hGraphExec);
 }
 
-/* Run a graph. Launched into a capture it becomes a node of another graph, and takes nothing. */
+/* Run a graph. Launched into a capture it becomes a node of another graph, and allocates nothing. */
 static CUresult run_it(run *driver, CUgraphExec handle, CUstream stream, bool per_thread)
 {
     if (LIKELY(!atomic_load_explicit(&fgpu_graphs_allocate, memory_order_relaxed)) ||

@@ -1,8 +1,8 @@
 /*
  * graph_nodes.c: kernels that become nodes of graphs, without a launch of their own. Owns nothing.
  *
- * The driver takes their local memory when the graph is launched, where no node can be refused any more. So the shim
- * asks for it when the node is made or changed.
+ * The driver allocates their local memory when the graph is launched, and then no single node can be refused. So the
+ * shim requests it when the node is created or changed.
  */
 #include "code/local_memory.h"
 
@@ -25,7 +25,7 @@ static bool begins(struct fgpu_first *first, CUfunction function, CUresult *refu
 
 static CUfunction of_old(const CUDA_KERNEL_NODE_PARAMS_v1 *params) { return params ? params->func : NULL; }
 
-/* A kernel's handle may stand in the place of a function's. */
+/* A kernel's handle may be passed instead of a function's. */
 static CUfunction of_new(const CUDA_KERNEL_NODE_PARAMS_v2 *params)
 {
     if (!params) return NULL;

@@ -1,10 +1,10 @@
 /*
- * launch.c: calls that give kernels to a device. Owns nothing: gate.c decides whether they go now.
+ * launch.c: calls that launch kernels. Owns nothing: gate.c decides whether they may proceed now.
  */
 #include "code/local_memory.h"
 #include "gate/gate.h"
 
-/* Ask for memory that a first launch takes before the gate: a launch that waits for memory holds no turn. */
+/* Request the memory that a first launch takes before the gate: a launch that waits for memory must not hold a turn. */
 #define PASS(name, function, enter, ...)                                                                               \
     do {                                                                                                               \
         __typeof__(&name) driver = REAL(name);                                                                         \
@@ -53,9 +53,9 @@ KERNEL_EX(cuLaunchKernelEx_ptsz, true)
 COOPERATIVE(cuLaunchCooperativeKernel, false)
 COOPERATIVE(cuLaunchCooperativeKernel_ptsz, true)
 
-/* Launch one kernel on several devices: wait at the gate of each in turn, and count the launch where it has passed. The
- * tenant owns all of them at once, or none. Local memory in contexts that are not current is not asked for: NVML
- * charges it. */
+/* Launch one kernel on several devices: wait at the gate of each in turn, and count the launch there. The tenant has
+ * the turn on all of them at the same time, or on none. Local memory in contexts that are not current is not requested:
+ * NVML charges it. */
 EXPORT CUresult cuLaunchCooperativeKernelMultiDevice(CUDA_LAUNCH_PARAMS *launchParamsList, unsigned int numDevices,
                                                      unsigned int flags)
 {
@@ -72,8 +72,8 @@ EXPORT CUresult cuLaunchCooperativeKernelMultiDevice(CUDA_LAUNCH_PARAMS *launchP
 
 #pragma GCC optimize("Os") /* rarely called, from here on */
 
-/* The oldest calls are never captured: where a capture permits them they run at once, in any stream. No event can be
- * recorded behind them in a stream that captures, so they count as launches of the thread's own stream. */
+/* The oldest calls are never captured: if a capture permits them they run at once, in any stream. No event can be
+ * recorded after them in a stream that captures, so they count as launches of the thread's own stream. */
 static void enter_uncaptured(struct fgpu_launch *launch, CUstream stream)
 {
     bool captures = fgpu_is_capturing(stream, false);

@@ -1,5 +1,5 @@
 /*
- * limits.c: cuCtxSetLimit. Owns nothing. The limit of the stack takes memory at once, that of the heap at the first
+ * limits.c: cuCtxSetLimit. Owns nothing. The limit of the stack allocates memory at once, that of the heap at the first
  * launch of code that uses it, that of printf none.
  */
 #include "code/local_memory.h"

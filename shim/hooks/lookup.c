@@ -1,14 +1,15 @@
 /*
  * lookup.c: how a program reaches the hooks. Owns the table of hooks; decides nothing.
  *
- * Four ways lead here: the exported names (programs linked against the driver), dlsym, cuGetProcAddress, which hands
- * out pointers that no symbol lookup would see, and the driver's own table of symbols (core/exports.c), at which
- * lookups end that pass the exported names by. A name that this driver lacks stays lacking.
+ * A program reaches a hook in four ways: by the exported names (programs linked to the driver), by dlsym, by
+ * cuGetProcAddress, which returns pointers without a symbol lookup, and by the driver's own symbol table
+ * (core/exports.c), where lookups end that do not find the exported names. For a name that this driver lacks, lookups
+ * still find nothing.
  *
- * A hook calls the driver of its thread: the first one, unless the call came by an entry of the second driver below,
- * which sets fgpu_calls_second for as long as the call lasts. Calls that take memory, and can be asked about call by
- * call, have an entry. Calls of pools cannot: a second driver has no pools where a limit holds. All other calls go to
- * the second driver directly, launches too, and no gate holds those.
+ * A hook calls the driver of its thread. That is the first driver, unless the call came through an entry of the second
+ * driver below, which sets fgpu_calls_second during the call. Calls that allocate memory, and for which admission can
+ * be requested call by call, have an entry. Calls of pools have none: a second driver has no pools under a limit. All
+ * other calls go to the second driver directly, launches too, and no gate holds these launches back.
  */
 #define _GNU_SOURCE
 #include <dlfcn.h>
@@ -19,10 +20,10 @@
 #include "core/symbols.h"
 #include "link/link.h"
 
-#define FGPU_PASS ((void *)1) /* jumps.S knows this number: go on with the real function */
+#define FGPU_PASS ((void *)1) /* jumps.S uses this number: jump to the real function */
 
-/* Where each hook lies, from here; 0: the name has none. With pointers, the loader of every program would have to write
- * one relocation for each hook. */
+/* The offset of each hook from this table; 0: the name has none. With pointers, the loader of every program would have
+ * to process one relocation for each hook. */
 #define HOOK(name) ".long " #name " - hooks\n"
 #define NEED(name) ".long 0\n"
 __asm__(".pushsection .rodata\n.balign 4\nhooks:\n" FGPU_DRIVER_TABLE(HOOK, NEED)
@@ -132,14 +133,14 @@ static void *hook_of_second(enum fgpu_name at, void *found)
 
 static enum fgpu_name hooked(const char *name)
 {
-    /* Nearly every lookup of nearly every program ends at this line. */
+    /* Nearly every lookup of nearly every program returns here. */
     if (!(name[0] == 'c' && name[1] == 'u') && !(name[0] == 'n' && name[1] == 'v')) return FGPU_NAMES;
     enum fgpu_name at = fgpu_name_at(name);
     return at != FGPU_NAMES && hooks[at] ? at : FGPU_NAMES;
 }
 
-/* Return what dlsym returns to the program, or FGPU_PASS. The program's own lookup comes last, so that dlerror reports
- * that one. */
+/* Return the result of dlsym for the program, or FGPU_PASS. The program's own lookup comes last, so that dlerror
+ * reports that lookup. */
 void *fgpu_lookup(void *handle, const char *name)
 {
     if (!fgpu_real_dlsym) fgpu_resolve_dlsym();
@@ -148,13 +149,13 @@ void *fgpu_lookup(void *handle, const char *name)
     if (at == FGPU_NAMES) return FGPU_PASS;
     int saved = errno;
     void *hook = hook_at(at), *driver = fgpu_find_anew(at, hooks), *second;
-    if (handle == RTLD_NEXT) { /* what the caller finds has the hook now, unless it is another wrapper */
+    if (handle == RTLD_NEXT) { /* the symbol that the caller finds is hooked now, unless it is another wrapper */
         errno = saved;
         return FGPU_PASS;
     }
     void *found = fgpu_real_dlsym(handle, name);
     if (found == hook) {
-        /* A search of the whole program meets the shim's own export first: the driver behind it decides. */
+        /* A search of the whole program finds the shim's own export first: decide by the driver behind it. */
         if (!driver) driver = fgpu_real_dlsym(RTLD_NEXT, name);
         found = driver ? hook : NULL;
     } else if (found && found == driver) {
@@ -164,14 +165,14 @@ void *fgpu_lookup(void *handle, const char *name)
         found = hook;
     } else if (found && (second = hook_of_second(at, found))) {
         found = hook = second;
-    } /* else the function of another preload, or one that is left to the second driver: leave it, the kernel sees what
-         it does */
+    } /* else the function of another preload, or one that goes to the second driver: leave it unchanged; the kernel
+         sees its calls */
     errno = saved;
     return found;
 }
 
-/* A file that is opened with RTLD_DEEPBIND looks names up in itself and in what
- * it needs before it meets the shim, so the driver must have the hooks by then. Such files are rare. */
+/* A file that is opened with RTLD_DEEPBIND looks names up in itself and in its dependencies before the shim, so the
+ * driver must have the hooks by then. Such files are rare. */
 void *fgpu_before_dlopen(const char *file, int flags)
 {
     if (!fgpu_real_dlsym) fgpu_resolve_dlsym();
@@ -184,7 +185,7 @@ void *fgpu_before_dlopen(const char *file, int flags)
     return FGPU_PASS;
 }
 
-/* Replace a function of the driver by its hook. `asked` has no version ("cuCtxCreate"); only the address tells which
+/* Replace a function of the driver by its hook. `asked` has no version ("cuCtxCreate"); only the address shows which
  * version was returned. */
 static void substitute(const char *asked, void **answer)
 {

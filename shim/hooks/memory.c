@@ -1,9 +1,11 @@
 /*
- * memory.c: calls that take device memory with a pointer or a handle of its own. Owns nothing; reclaim.c asks.
+ * memory.c: calls that allocate device memory with a pointer or a handle of its own. Owns nothing; reclaim.c requests
+ * the admission.
  */
 #include "account/account.h"
 
-/* -- memory: on the device of the current context. Without a context the driver returns the error; nothing is asked. */
+/* -- memory: on the device of the current context. Without a context the driver returns the error, and no admission is
+ * requested. */
 
 EXPORT CUresult cuMemAlloc_v2(CUdeviceptr *dptr, size_t bytesize)
 {
@@ -17,7 +19,7 @@ EXPORT CUresult cuMemAlloc_v2(CUdeviceptr *dptr, size_t bytesize)
     return fgpu_settled(&admission, result, result ? 0 : *dptr);
 }
 
-/* NVML shows nothing of managed memory, touched or not: only admission and witness ever know of it. */
+/* NVML never shows managed memory, touched or not: only admission and the probes count it. */
 EXPORT CUresult cuMemAllocManaged(CUdeviceptr *dptr, size_t bytesize, unsigned int flags)
 {
     __typeof__(&cuMemAllocManaged) driver = REAL(cuMemAllocManaged);
@@ -31,7 +33,7 @@ EXPORT CUresult cuMemAllocManaged(CUdeviceptr *dptr, size_t bytesize, unsigned i
     return fgpu_settled(&admission, result, result ? 0 : *dptr);
 }
 
-/* Rows are padded to what the hardware reads at once, so the bytes are more than the caller's product. */
+/* Rows are padded for the hardware, so the bytes are more than the product of the caller's arguments. */
 EXPORT CUresult cuMemAllocPitch_v2(CUdeviceptr *dptr, size_t *pPitch, size_t WidthInBytes, size_t Height,
                                    unsigned int ElementSizeBytes)
 {
@@ -50,8 +52,8 @@ EXPORT CUresult cuMemAllocPitch_v2(CUdeviceptr *dptr, size_t *pPitch, size_t Wid
     return fgpu_settled(&admission, result, result ? 0 : *dptr);
 }
 
-/* The 32-bit calls have no witness: their bytes are committed at once, and stay charged until the device's last context
- * ends. */
+/* The 32-bit calls have no probe: their bytes are committed at once, and stay charged until the device's last context
+ * is destroyed. */
 EXPORT CUresult cuMemAlloc(CUdeviceptr_v1 *dptr, unsigned int bytesize)
 {
     __typeof__(&cuMemAlloc) driver = REAL(cuMemAlloc);
@@ -77,7 +79,7 @@ EXPORT CUresult cuMemAllocPitch(CUdeviceptr_v1 *dptr, unsigned int *pPitch, unsi
     return fgpu_settled(&admission, driver(dptr, pPitch, WidthInBytes, Height, ElementSizeBytes), 0);
 }
 
-/* The memory is mapped later. It is charged here, whether it is ever mapped or not. */
+/* The memory is mapped later. It is charged now, even if it is never mapped. */
 EXPORT CUresult cuMemCreate(CUmemGenericAllocationHandle *handle, size_t size, const CUmemAllocationProp *prop,
                             unsigned long long flags)
 {

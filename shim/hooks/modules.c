@@ -86,7 +86,7 @@ EXPORT CUresult cuKernelGetFunction(CUfunction *pFunc, CUkernel kernel)
     USE(cuKernelGetFunction, fgpu_library_of(kernel), pFunc, kernel);
 }
 
-/* The last use of a handle. Other code may get the handle next. */
+/* The last use of a handle. Other code may get the same handle next. */
 #define UNLOAD(name, handle)                                                                                           \
     do {                                                                                                               \
         __typeof__(&name) driver = REAL(name);                                                                         \

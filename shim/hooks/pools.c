@@ -1,5 +1,5 @@
 /*
- * pools.c: calls that make, destroy, trim or choose a memory pool. Owns nothing.
+ * pools.c: calls that create, destroy, trim or choose a memory pool. Owns nothing.
  */
 #include "account/pool.h"
 
@@ -18,8 +18,8 @@ EXPORT CUresult cuMemPoolCreate(CUmemoryPool *pool, const CUmemPoolProps *poolPr
     case CU_MEM_LOCATION_TYPE_HOST_NUMA_CURRENT:
         fgpu_pool_enter(*pool, FGPU_HOST_POOL);
         break;
-    default: /* managed memory, without a place: it belongs to the device that is current when the program first takes
-                some */
+    default: /* managed memory without a location: it belongs to the device that is current when the program first
+                allocates from the pool */
         break;
     }
     return result;

@@ -1,10 +1,10 @@
 /*
- * processes.c: lists of processes, as a tenant may see them: its own. Owns nothing; reads the rows of the control page,
- * or the standalone ledger.
+ * processes.c: lists of processes: a tenant sees only its own. Owns nothing; reads the rows of the control page, or the
+ * standalone ledger.
  *
- * The driver's lists are replaced, not filtered: they may hold pids of another namespace. The driver is asked first,
- * with room for nothing, for its verdict on device and arguments. While no agent answers for this process, it has no
- * neighbours.
+ * The driver's lists are replaced, not filtered: they may have pids of another namespace. The driver is called first,
+ * with no room for entries, for its error on device and arguments. While no agent responds, the process sees no other
+ * processes.
  */
 #include <string.h>
 
@@ -29,8 +29,8 @@ static struct fgpu_row read_row(const struct fgpu_row *row)
                              .bytes = __atomic_load_n(&row->bytes, __ATOMIC_RELAXED)};
 }
 
-/* Copy the rows at a moment when no writer was changing them. After many attempts against a dead writer the list is
- * empty. */
+/* Copy the rows at a moment when no writer was changing them. If the writer has died, many attempts fail, and the list
+ * is empty. */
 static void read_rows(struct fgpu_view view, int index, struct rows *rows)
 {
     rows->count = 0;
@@ -55,7 +55,7 @@ static void read_rows(struct fgpu_view view, int index, struct rows *rows)
     }
 }
 
-/* Return whether what this process sees is limited: false where every level only observes. */
+/* Return whether this process sees a limited view: false if every level only observes. */
 static bool is_tenant(struct fgpu_view view)
 {
     for (unsigned level = 0; view.link == FGPU_HELD && level < view.levels; level++)
@@ -63,7 +63,7 @@ static bool is_tenant(struct fgpu_view view)
     return view.link == FGPU_CLOSED;
 }
 
-/* Return whether a tenant is shown rows of its own instead of the driver's answer, and read them. */
+/* Return whether a tenant is shown its own rows instead of the driver's list, and read them. */
 static bool own_rows(nvmlDevice_t device, struct rows *rows)
 {
     struct fgpu_view view = fgpu_look();
@@ -73,7 +73,7 @@ static bool own_rows(nvmlDevice_t device, struct rows *rows)
     return true;
 }
 
-/* Compare pids. On both sides they are as the reader's namespace has them. */
+/* Compare pids. Both are pids of the reader's namespace. */
 static bool has(const struct rows *rows, unsigned pid)
 {
     for (unsigned i = 0; i < rows->count; i++)
@@ -81,7 +81,7 @@ static bool has(const struct rows *rows, unsigned pid)
     return false;
 }
 
-/* Apply NVML's convention: too little room is an error that says how much is needed. */
+/* Apply NVML's convention: too little room is an error that reports the required number. */
 static nvmlReturn_t fits(unsigned *room, unsigned needed, const void *array)
 {
     unsigned had = *room;
@@ -131,7 +131,7 @@ PROCESS_LIST(nvmlDeviceGetMPSComputeRunningProcesses, nvmlProcessInfo_v1_t, list
 PROCESS_LIST(nvmlDeviceGetMPSComputeRunningProcesses_v2, nvmlProcessInfo_v2_t, list_v2, 0)
 PROCESS_LIST(nvmlDeviceGetMPSComputeRunningProcesses_v3, nvmlProcessInfo_t, list_v2, 0)
 
-/* This call lists any of the three kinds; the kind is in the argument. */
+/* This call lists any of the three kinds, by an argument. */
 EXPORT nvmlReturn_t nvmlDeviceGetRunningProcessDetailList(nvmlDevice_t device, nvmlProcessDetailList_t *plist)
 {
     __typeof__(&nvmlDeviceGetRunningProcessDetailList) driver = REAL(nvmlDeviceGetRunningProcessDetailList);
@@ -150,9 +150,9 @@ EXPORT nvmlReturn_t nvmlDeviceGetRunningProcessDetailList(nvmlDevice_t device, n
     return result;
 }
 
-/* -- lists that only the driver has are filtered: utilisation, sessions, accounting. Dropped rows are wiped from the
- * caller's array. The driver names processes as the caller's namespace does. With too little room it says how many
- * there are, and the caller learns no more of the others. */
+/* -- lists that only the driver has are filtered: utilisation, sessions, accounting. Removed rows are wiped from the
+ * caller's array. The driver's pids are those of the caller's namespace. If there is too little room, the driver
+ * reports the number of rows, and the caller learns nothing else about other processes. */
 
 #define KEEP_OWN(rows, array, count, pid)                                                                              \
     ({                                                                                                                 \
@@ -187,7 +187,7 @@ EXPORT nvmlReturn_t nvmlDeviceGetProcessesUtilizationInfo(nvmlDevice_t device, n
     return info->processSamplesCount ? NVML_SUCCESS : NVML_ERROR_NOT_FOUND;
 }
 
-/* Encoder and capture sessions name their processes; accounting lists pids only. */
+/* Encoder and capture sessions have pids; accounting lists nothing but pids. */
 #define FILTERED_LIST(name, type, pid)                                                                                 \
     EXPORT nvmlReturn_t name(nvmlDevice_t device, unsigned int *count, type *array)                                    \
     {                                                                                                                  \
@@ -205,7 +205,7 @@ FILTERED_LIST(nvmlDeviceGetEncoderSessions, nvmlEncoderSessionInfo_t, .pid)
 FILTERED_LIST(nvmlDeviceGetFBCSessions, nvmlFBCSessionInfo_t, .pid)
 FILTERED_LIST(nvmlDeviceGetAccountingPids, unsigned int, )
 
-/* Ask the driver too, into a spare struct, for its errors. */
+/* Call the driver too, with a spare struct, for its errors. */
 EXPORT nvmlReturn_t nvmlDeviceGetAccountingStats(nvmlDevice_t device, unsigned int pid, nvmlAccountingStats_t *stats)
 {
     __typeof__(&nvmlDeviceGetAccountingStats) driver = REAL(nvmlDeviceGetAccountingStats);

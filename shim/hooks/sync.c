@@ -1,11 +1,11 @@
 /*
- * sync.c: the calls by which a program waits for work, asks whether it is done, begins a capture or ends a stream. Owns
- * nothing.
+ * sync.c: the calls by which a program waits for work, queries whether it is done, begins a capture or destroys a
+ * stream. Owns nothing.
  */
 #include "account/pool.h"
 #include "gate/gate.h"
 
-/* -- captures: noted when they begin, so that programs without any pay for no question */
+/* -- captures: recorded when they begin, so that programs without captures need no query */
 
 static void begins_to_capture(CUstream stream, bool per_thread)
 {
@@ -37,7 +37,7 @@ CAPTURES(cuStreamBeginRecaptureToGraph,
 CAPTURES(cuStreamBeginCaptureToCig, (CUstream hStream, CUstreamCigCaptureParams *streamCigCaptureParams), hStream,
          streamCigCaptureParams)
 
-/* -- waiting: the driver takes what a pool need not keep, and other processes of the tenant may need it */
+/* -- waiting: the driver frees memory that a pool need not keep, and other processes of the tenant may need it */
 
 #define SYNCHRONIZE(name, rested, ...)                                                                                 \
     do {                                                                                                               \
@@ -72,7 +72,7 @@ EXPORT CUresult cuEventSynchronize(CUevent hEvent)
     SYNCHRONIZE(cuEventSynchronize, fgpu_rest_event(rest, result), hEvent);
 }
 
-/* -- questions that may show that nothing is in flight any more */
+/* -- queries that may show that nothing is in flight any more */
 
 #define ASK_STREAM(name, per_thread)                                                                                   \
     EXPORT CUresult name(CUstream hStream)                                                                             \

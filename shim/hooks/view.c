@@ -1,8 +1,8 @@
 /*
- * view.c: a tenant sees its share of a device and its own processes. Owns nothing; reads the pages.
+ * view.c: shows a tenant its share of a device. Owns nothing; reads the pages.
  *
- * The driver is always asked first: its errors, its checks of arguments, and its own numbers where they are smaller,
- * stay. A device that is not in the tenant's pages is shown as the driver shows it.
+ * The driver is always called first: its errors, its checks of arguments, and its own numbers if they are smaller, are
+ * kept. A device that is not on the tenant's pages is shown as the driver shows it.
  */
 #include <errno.h>
 #include <string.h>
@@ -16,9 +16,9 @@ struct share {
     uint64_t total, free, used;
 };
 
-/* Find the narrowest of the levels that enforce a limit here. Returns false if there is none: then nothing is to be
- * shown otherwise. A limit below what is used shows as used: a total under it would make programs subtract. `used` is
- * the tenant's. */
+/* Find the smallest limit and the least room of the levels that enforce a limit here. Returns false if there is none:
+ * then the driver's numbers are shown. If the limit is below the used bytes, the used bytes are shown as the limit:
+ * programs subtract the two numbers. `used` is the tenant's. */
 static bool share_of(struct fgpu_view view, int index, struct share *share)
 {
     bool limited = false;
@@ -38,7 +38,7 @@ static bool share_of(struct fgpu_view view, int index, struct share *share)
     return limited;
 }
 
-/* Return what to show; false: what the driver shows. For a closed link no agent answers: it is shown that no memory is
+/* Return the numbers to show; false: the driver's. If the link is closed, no agent responds: no memory is shown as
  * free. */
 static bool narrowed(struct fgpu_view view, int index, uint64_t total, uint64_t free, struct share *share)
 {
@@ -50,8 +50,8 @@ static bool narrowed(struct fgpu_view view, int index, uint64_t total, uint64_t 
     return share_of(view, index, share);
 }
 
-/* Frameworks size their pools by this: what it shows as free must be what an allocation would get. A program may pass
- * one pointer alone; the limit needs both numbers. */
+/* Frameworks size their pools by these numbers: memory that is shown as free must be obtainable. A program may pass
+ * only one of the pointers; the limit needs both numbers. */
 EXPORT CUresult cuMemGetInfo_v2(size_t *free, size_t *total)
 {
     __typeof__(&cuMemGetInfo_v2) driver = REAL(cuMemGetInfo_v2);
@@ -85,7 +85,7 @@ EXPORT CUresult cuDeviceTotalMem_v2(size_t *bytes, CUdevice dev)
     return result;
 }
 
-/* The 32-bit calls: a number that does not fit is shown as the largest that does. */
+/* The 32-bit calls: a number that does not fit is shown as the largest number that does. */
 static unsigned int narrow(size_t bytes) { return bytes > UINT32_MAX ? UINT32_MAX : (unsigned int)bytes; }
 
 EXPORT CUresult cuMemGetInfo(unsigned int *free, unsigned int *total)
@@ -131,7 +131,7 @@ static bool parse_uuid(const char *text, uint8_t uuid[16])
     return !*text;
 }
 
-/* NVML knows devices by handles of its own; only the UUID is the same everywhere. */
+/* NVML has device handles of its own; only the UUID is the same for both libraries. */
 int fgpu_nvml_index(struct fgpu_view view, nvmlDevice_t device)
 {
     char text[NVML_DEVICE_UUID_V2_BUFFER_SIZE] = "";
@@ -143,7 +143,8 @@ int fgpu_nvml_index(struct fgpu_view view, nvmlDevice_t device)
     return result == NVML_SUCCESS && parse_uuid(text, uuid) ? fgpu_index_of_uuid(view.control, uuid) : -1;
 }
 
-/* Nothing is changed here, but the gatekeeper knows a program that only watches from its first call on. */
+/* Nothing is changed here, but the call registers the program, so that the gatekeeper knows a program that only
+ * monitors. */
 EXPORT nvmlReturn_t nvmlInit(void)
 {
     fgpu_look();
@@ -162,7 +163,7 @@ EXPORT nvmlReturn_t nvmlInitWithFlags(unsigned int flags)
     return REAL(nvmlInitWithFlags) ? REAL(nvmlInitWithFlags)(flags) : NVML_ERROR_FUNCTION_NOT_FOUND;
 }
 
-/* With confidential computing all memory of a tenant is of the protected kind, so this call shows it too. */
+/* With confidential computing all memory of a tenant is protected memory, so this call shows the same numbers. */
 #define SHOW_MEMORY(name)                                                                                              \
     EXPORT nvmlReturn_t name(nvmlDevice_t device, nvmlMemory_t *memory)                                                \
     {                                                                                                                  \
@@ -196,9 +197,9 @@ EXPORT nvmlReturn_t nvmlDeviceGetMemoryInfo_v2(nvmlDevice_t device, nvmlMemory_v
         memory->total = share.total;
         memory->free = share.free;
         memory->used = share.used;
-        /* As in the driver's own answer, the three numbers make up the total. The driver's reserve lies outside every
-         * share. What others hold of a group's limit, or of a device that is promised twice, can be neither used nor
-         * free. */
+        /* As in the driver's own numbers, the three add up to the total. The driver's reserve is outside every share.
+         * Memory that other tenants hold of a group's limit, or of an overcommitted device, is neither used nor free
+         * here. */
         memory->reserved = share.total - share.free - share.used;
     }
     return result;

@@ -1,4 +1,4 @@
-/* view.h: between view.c and processes.c. */
+/* view.h: a function of view.c for processes.c. */
 #ifndef FGPU_HOOKS_VIEW_H
 #define FGPU_HOOKS_VIEW_H
 

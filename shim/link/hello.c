@@ -1,9 +1,9 @@
 /*
- * hello.c: one question to the gatekeeper, and its answer made into mapped pages. Owns the region in which the pages
- * lie.
+ * hello.c: one registration with the gatekeeper: sends the hello, receives the reply and maps the pages. Owns the
+ * region of the pages.
  *
  * System calls are made directly. The library functions are cancellation points, and a thread cancelled in one of them
- * would leave a descriptor behind. All descriptors are closed before a function returns, whatever the answer was.
+ * would leave a descriptor open. All descriptors are closed before a function returns, whatever the reply was.
  */
 #define _GNU_SOURCE
 #include <errno.h>
@@ -45,7 +45,7 @@ struct place {
     }
 
 struct answer {
-    /* A newer gatekeeper may send a longer answer; the first bytes mean the same. */
+    /* A newer gatekeeper may send a longer reply; the first bytes have the same meaning. */
     union {
         struct fgpu_answer head;
         char bytes[2 * sizeof(struct fgpu_answer)];
@@ -90,18 +90,18 @@ static bool is_mount(const char *path)
            status.stx_attributes & STATX_ATTR_MOUNT_ROOT;
 }
 
-/* Return where the folder with the socket is. Inits of containers and sandboxes mount over /run, and nothing over the
- * place beside the shim. That place counts only as a mount: a tenant may be able to make a folder there. The host, and
- * containers that were started before there was such a mount, have the other place alone. */
+/* Return the path of the folder with the socket. Inits of containers and sandboxes mount over /run, but not over the
+ * folder beside the shim. That folder counts only if it is a mount, because a tenant may be able to create a folder
+ * there. On the host, and in containers that were started before that mount existed, the folder is only under /run. */
 static const struct place *place(void)
 {
     static const struct place places[] = {PLACE("/var/lib/fgpu/run"), PLACE(FGPU_SOCKET_DIR)};
     return &places[!is_mount(places[0].folder)];
 }
 
-/* Return whether an agent is or was on this host. A host without the service has no such directory. `fgpu detach` sets
- * the sticky bit on the directory that containers have mounted. A directory that was removed under a mount is still
- * there, without a link: an agent was here and is silent. */
+/* Return whether an agent runs or has run on this host. A host without the service has no such directory. `fgpu detach`
+ * sets the sticky bit on the directory that containers have mounted. A directory that was removed while it was mounted
+ * still exists, with a link count of 0: an agent has run here and does not respond. */
 static bool agent_here(const struct place *at)
 {
     struct stat status;
@@ -110,9 +110,9 @@ static bool agent_here(const struct place *at)
     return S_ISDIR(status.st_mode) && !(status.st_mode & S_ISVTX);
 }
 
-/* Return whether any user could have made the directory. In an image that has a limit, any user may be able to put a
- * folder into /run/fgpu, and a socket that keeps others waiting. The agent's directory belongs to root or is mounted,
- * whatever user owns it in a user namespace. */
+/* Return whether any user could have created the directory. In an image that has a limit, any user may be able to put a
+ * folder into /run/fgpu, with a socket on which others wait in vain. The agent's directory belongs to root or is
+ * mounted, whatever user owns it in a user namespace. */
 static bool anybodys(const struct place *at)
 {
     struct stat status, around;
@@ -122,8 +122,8 @@ static bool anybodys(const struct place *at)
     return around.st_mode & (S_IWGRP | S_IWOTH) && status.st_dev == around.st_dev;
 }
 
-/* Return whether the socket is there. A gatekeeper that exits leaves its socket, and the next one renames its own over
- * it. A folder that was removed had one. */
+/* Return whether the socket exists. A gatekeeper that exits leaves its socket, and the next one renames its own over
+ * it. A folder that was removed counts as one with a socket. */
 static bool socket_here(const struct place *at)
 {
     struct stat status;
@@ -131,9 +131,9 @@ static bool socket_here(const struct place *at)
     return !syscall(SYS_newfstatat, AT_FDCWD, at->folder, &status, AT_SYMLINK_NOFOLLOW) && !status.st_nlink;
 }
 
-/* Return whether an agent has given this process the shim: the file or the list that preloads it is a mount, and probes
- * are in its code. Then a folder that is not the agent's does not mean a host without an agent: a mount hides the
- * agent's folder, or it was moved. */
+/* Return whether an agent has put the shim into this process: the file or the list that preloads it is a mount, and its
+ * code has probes. Then a folder that is not the agent's does not mean a host without an agent: either a mount hides
+ * the agent's folder, or the folder was moved. */
 bool fgpu_is_hidden(void)
 {
     const uint32_t *code = (const uint32_t *)(uintptr_t)fgpu_admit_here;
@@ -144,7 +144,7 @@ bool fgpu_is_hidden(void)
 }
 
 /* Write a message to stderr. stderr may be a pipe without a reader (SIGPIPE), a full pipe (the write would block), or
- * by now another file of the program. */
+ * another file of the program by now. */
 void fgpu_say(const char *text)
 {
     struct stat status;
@@ -155,7 +155,7 @@ void fgpu_say(const char *text)
         syscall(SYS_write, 2, text, strlen(text));
 }
 
-/* Wait for an answer (or, without a socket, for time to pass) but not beyond the deadline. */
+/* Wait for a reply (or, without a socket, for time to pass), but not beyond the deadline. */
 static bool wait_for(int socket, uint64_t deadline)
 {
     struct pollfd event = {.fd = socket, .events = POLLIN};
@@ -169,8 +169,8 @@ static bool wait_for(int socket, uint64_t deadline)
 }
 
 /*
- * Send a hello. Nothing in it is identity: the gatekeeper asks the kernel for the peer's. The socket does not block:
- * the queue of a gatekeeper that hangs is full, and the program must not hang too.
+ * Send a hello. It does not identify the sender: the gatekeeper asks the kernel for the peer's identity. The socket
+ * does not block: the queue of a gatekeeper that hangs is full, and the program must not hang too.
  */
 static bool ask(int socket, const struct fgpu_note *before)
 {
@@ -183,7 +183,7 @@ static bool ask(int socket, const struct fgpu_note *before)
     return syscall(SYS_sendto, socket, &hello, sizeof hello, MSG_NOSIGNAL, NULL, 0) == sizeof hello;
 }
 
-/* Receive an answer. RETRY: the connection ended without an answer. SILENT: an answer that is not understood. */
+/* Receive a reply. RETRY: the connection ended without a reply. SILENT: a reply that is not valid. */
 static enum fgpu_outcome receive(int socket, struct answer *answer)
 {
     union {
@@ -195,7 +195,7 @@ static enum fgpu_outcome receive(int socket, struct answer *answer)
         .msg_iov = &vector, .msg_iovlen = 1, .msg_control = &control, .msg_controllen = sizeof control};
     long length = syscall(SYS_recvmsg, socket, &message, MSG_CMSG_CLOEXEC | MSG_DONTWAIT);
     if (length < 0) return FGPU_IS_RETRY;
-    /* Collect all descriptors before judging the message: this process must close them, wanted or not. */
+    /* Collect all descriptors before validating the message: this process must close them in any case. */
     for (struct cmsghdr *part = CMSG_FIRSTHDR(&message); part; part = CMSG_NXTHDR(&message, part)) {
         if (part->cmsg_level != SOL_SOCKET || part->cmsg_type != SCM_RIGHTS) continue;
         size_t count = (part->cmsg_len - CMSG_LEN(0)) / sizeof(int);
@@ -216,8 +216,8 @@ static enum fgpu_outcome receive(int socket, struct answer *answer)
     return FGPU_IS_SILENT;
 }
 
-/* Map a page of an answer. The first read of a file that is too short would kill the program by SIGBUS. A BPF map
- * reports size 0 and checks its own length. */
+/* Map a page of a reply. The first read of a file that is too short would kill the program by SIGBUS. A BPF map reports
+ * size 0 and checks its own length. */
 static bool map_page(char *at, int descriptor, int protection)
 {
     struct stat status;
@@ -228,7 +228,7 @@ static bool map_page(char *at, int descriptor, int protection)
 
 /*
  * Map all pages or none. The set is not in use yet; the caller puts it in use only after all checks here have passed. A
- * usage page without a version was never written by the kernel side and would deny everything.
+ * usage page without a version was never written by BPF programs, and would refuse everything.
  */
 static enum fgpu_outcome map_set(const struct answer *answer, unsigned set, enum fgpu_outcome outcome)
 {
@@ -237,7 +237,8 @@ static enum fgpu_outcome map_set(const struct answer *answer, unsigned set, enum
     for (unsigned i = 0; i < pages; i++) {
         char *at = base + i * FGPU_PAGE_BYTES;
         if (map_page(at, answer->descriptors[i], i == 1 ? PROT_READ | PROT_WRITE : PROT_READ)) continue;
-        /* A failed replacement may leave a hole, and a thread that has slept for two hellos might still read there. */
+        /* A failed replacement may leave a hole, and a thread that has slept during two registrations might still read
+         * there. */
         mmap(at, FGPU_PAGE_BYTES, PROT_READ, MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED, -1, 0);
         return FGPU_IS_SILENT;
     }
@@ -250,7 +251,7 @@ static enum fgpu_outcome map_set(const struct answer *answer, unsigned set, enum
     return managed == (outcome == FGPU_IS_HELD) ? outcome : FGPU_IS_SILENT;
 }
 
-/* Return the message for an error of the socket; NULL: it is not one by which sandboxes refuse system calls. */
+/* Return the message for an error of the socket; NULL: it is not one with which sandboxes refuse system calls. */
 static const char *refusal(int error)
 {
     switch (error) {
@@ -289,7 +290,7 @@ static enum fgpu_outcome once(int socket, uint64_t deadline, unsigned set, struc
     }
     if (outcome == FGPU_IS_FREE || outcome == FGPU_IS_HELD) {
         fgpu_read_note((const void *)fgpu_set(set), note);
-        note->epoch = answer.head.epoch; /* the epoch of the answer; the page may already have a later one */
+        note->epoch = answer.head.epoch; /* the epoch in the reply; the page may already have a later one */
     }
 out:
     for (unsigned i = 0; i < answer.count; i++) syscall(SYS_close, answer.descriptors[i]);
@@ -300,7 +301,7 @@ out:
 enum fgpu_outcome fgpu_hello(int *asked, uint64_t deadline, const struct fgpu_note *before, unsigned set,
                              struct fgpu_note *note, unsigned *levels)
 {
-    /* Look for the directory each time: it may be removed during the wait. */
+    /* Look up the directory each time: it may be removed during the wait. */
     for (uint64_t step = FIRST_RETRY_NS;; step = step < LAST_RETRY_NS / 2 ? 2 * step : LAST_RETRY_NS) {
         const struct place *at = place();
         if (!agent_here(at)) return FGPU_IS_ABSENT;
@@ -309,11 +310,11 @@ enum fgpu_outcome fgpu_hello(int *asked, uint64_t deadline, const struct fgpu_no
         *asked = -1;
         enum fgpu_outcome outcome = once(socket, deadline, set, note, levels);
         if (outcome != FGPU_IS_RETRY) return outcome;
-        bool empty = !socket_here(at); /* an agent that starts makes the folder first */
+        bool empty = !socket_here(at); /* an agent that starts creates the folder first */
         uint64_t now = fgpu_now();
         if (now + (empty ? LAST_RETRY_NS : FIRST_RETRY_NS) >= deadline) return empty ? FGPU_IS_EMPTY : FGPU_IS_SILENT;
-        /* Each pause is longer and has a random part: processes that are refused together must not come back together.
-         * The last try is just before the deadline. */
+        /* Each pause is longer and has a random part, so that processes that are refused at the same time do not retry
+         * at the same time. The last try is just before the deadline. */
         uint64_t pause = step / 2 + (now * 0x9e3779b97f4a7c15ULL >> 32) % (step / 2);
         uint64_t left = deadline - FIRST_RETRY_NS - now;
         wait_for(-1, now + (pause < left ? pause : left));

@@ -1,4 +1,4 @@
-/* hello.h: between link.c (when to say hello) and hello.c (how). */
+/* hello.h: the interface of hello.c (how to register) for link.c (when to register). */
 #ifndef FGPU_HELLO_H
 #define FGPU_HELLO_H
 
@@ -7,16 +7,18 @@
 enum fgpu_outcome { FGPU_IS_SILENT, FGPU_IS_ABSENT, FGPU_IS_EMPTY, FGPU_IS_FREE, FGPU_IS_HELD, FGPU_IS_RETRY };
 
 HIDDEN void fgpu_say(const char *text);
-extern HIDDEN const char *_Atomic fgpu_silence; /* why no agent could be asked, as a message; NULL: it is not known */
-HIDDEN bool fgpu_is_hidden(void);               /* though no agent was found, this host has one; sets the message */
-HIDDEN char *fgpu_set(unsigned set); /* control, status, usage pages leaf first; NULL before a hello succeeded */
+extern HIDDEN const char *_Atomic fgpu_silence; /* why no agent could be reached, as a message; NULL: the reason is
+                                                   not known */
+HIDDEN bool fgpu_is_hidden(void);               /* no agent was found, but this host has one; sets the message */
+HIDDEN char *fgpu_set(unsigned set);            /* control, status, usage pages innermost first; NULL before the first
+                                                   registration */
 HIDDEN void fgpu_read_note(const struct fgpu_control_page *control, struct fgpu_note *note);
 
-/* Ask the gatekeeper. Returns the socket at which it was asked, or -1: it could not be asked. */
+/* Send a hello to the gatekeeper. Returns the socket on which it was sent, or -1: it could not be sent. */
 HIDDEN int fgpu_knock(const struct fgpu_note *before);
 
-/* Ask the gatekeeper until the deadline; fill the pages of `set`, its note and levels when FREE or HELD. The first
- * answer is read from the socket `asked`, if it is not -1; afterwards that socket is closed and `asked` is -1. */
+/* Register with the gatekeeper before the deadline; fill the pages of `set`, its note and levels if FREE or HELD. The
+ * first reply is read from the socket `asked`, if it is not -1; afterwards that socket is closed and `asked` is -1. */
 HIDDEN enum fgpu_outcome fgpu_hello(int *asked, uint64_t deadline, const struct fgpu_note *before, unsigned set,
                                     struct fgpu_note *note, unsigned *levels);
 

@@ -2,9 +2,9 @@
  * link.c: whether an agent decides for this process, and where the pages are. Owns the state of this process and its
  * mapped pages; decides no allocation. A failure leaves the state as it was, or closed; the state is never a guess.
  *
- * Two sets of six pages lie in one region that is reserved once. A hello fills the set that is not in use, and one
- * store of the state word puts that set in use. So a reader has all of the old pages or all of the new ones, and no
- * address ever dangles.
+ * Two sets of six pages are in one region that is reserved once. A registration fills the set that is not in use, and
+ * one store of the state word puts that set in use. So a reader has all of the old pages or all of the new pages, and
+ * no address ever becomes invalid.
  */
 #define _GNU_SOURCE
 #include <errno.h>
@@ -23,27 +23,28 @@
 #include "standalone/standalone.h"
 
 /*
- * FRESH -> OPEN       no socket directory: this host has no agent. For good, unless the image has a limit.
- *       -> CLOSED     the directory is there, but no answer in time; or it is hidden, and the agent's probes are in the
- *                     shim. Admissions are refused. Hello again each second.
- *       -> UNMANAGED  answered: this process is not managed. Its control page says when that may have changed.
- *       -> HELD       answered with pages, and the probes answered too.
- * UNMANAGED, HELD: hello again when the page's writer is silent or says so; without an answer they stay as they are.
- * HELD -> OPEN when the probes are gone and the directory too: `fgpu detach`.
- * OPEN and UNMANAGED are COOPERATIVE besides if the image has a limit: callers see a HELD link, whose pages are made
- * from the standalone ledger of this container. That state is checked once a second. An agent that answers takes over;
- * if an agent was there and is silent, the state stays HELD or CLOSED.
+ * FRESH -> OPEN       There is no socket directory: this host has no agent. Final, unless the image has a limit.
+ *       -> CLOSED     The directory exists, and no reply came in time; or it is hidden, and the agent's probes are in
+ *                     the shim. Admissions are refused. Registers again every second.
+ *       -> UNMANAGED  The reply says that this process is not managed. Its control page shows when that may have
+ *                     changed.
+ *       -> HELD       The reply had pages, and the kernel confirmed them.
+ * UNMANAGED, HELD: register again when the page's writer is silent or requests it; without a reply the state stays.
+ * HELD -> OPEN: the probes and the directory were removed (`fgpu detach`).
+ * If the image has a limit, OPEN and UNMANAGED have the flag COOPERATIVE: callers see a HELD link, with pages that are
+ * made from the standalone ledger of this container. That state is checked once a second. When an agent responds, it
+ * takes over. If an agent was there and is silent, the state stays HELD or CLOSED.
  */
 #define COOPERATIVE (1u << 9)
-#define CROWDED (1u << 8) /* in `said`, beside the links */
+#define CROWDED (1u << 8) /* in `said`, in the same word as the links */
 #define SECOND FGPU_SECOND_NS
-#define COLD __attribute__((cold)) /* small, not fast: runs once a second at most */
-#define FIRST_NS (2 * SECOND)      /* an upgrade of the gatekeeper fits into this */
-#define ANSWERED_NS (SECOND / 4)   /* the heartbeat's period: the epoch is no newer */
-#define CLOSED_NS (SECOND / 10)    /* this thread's allocation waits for the answer */
-#define AGAIN_NS (SECOND / 50)     /* the pages in use still hold, so the program must not notice */
-#define PAUSE_NS 4000000           /* the pauses after it are four times as long as the one before */
-#define ABANDONED_NS (5 * SECOND)  /* a signal handler may have jumped out of a hello */
+#define COLD __attribute__((cold)) /* small, not fast: runs at most once a second */
+#define FIRST_NS (2 * SECOND)      /* long enough for an upgrade of the gatekeeper */
+#define ANSWERED_NS (SECOND / 4)   /* the heartbeat's period: the epoch is no newer than this */
+#define CLOSED_NS (SECOND / 10)    /* this thread's allocation waits for the reply */
+#define AGAIN_NS (SECOND / 50)     /* the pages in use are still valid, so the program must not be delayed */
+#define PAUSE_NS 4000000           /* the pauses after this are four times as long as the previous one */
+#define ABANDONED_NS (5 * SECOND)  /* a signal handler may have left a registration by a jump */
 
 static struct fgpu_own *const own = &fgpu_own_page.own;
 static _Atomic bool unwiped;
@@ -51,7 +52,7 @@ static _Atomic bool unwiped;
 static enum fgpu_link link_of(uint32_t word) { return word & 0xff; }
 static unsigned set_of(uint32_t word) { return word >> 8 & 1; }
 
-/* Return the view of the pages that the gatekeeper gave. */
+/* Return the view of the pages that the gatekeeper sent. */
 static struct fgpu_view given(uint32_t word)
 {
     struct fgpu_view view = {.link = link_of(word)};
@@ -74,7 +75,7 @@ static struct fgpu_view view_of(uint32_t word)
 static uint32_t load(void)
 {
     if (atomic_load_explicit(&unwiped, memory_order_relaxed)) {
-        int pid = (int)syscall(SYS_getpid); /* an old C library caches it, which a direct clone() makes wrong */
+        int pid = (int)syscall(SYS_getpid); /* an old C library caches the pid, which is wrong after a direct clone() */
         if (atomic_load_explicit(&own->pid, memory_order_relaxed) != pid) {
             memset(&fgpu_own_page, 0, sizeof fgpu_own_page);
             atomic_store_explicit(&own->pid, pid, memory_order_relaxed);
@@ -83,7 +84,7 @@ static uint32_t load(void)
     return atomic_load_explicit(&own->word, memory_order_acquire);
 }
 
-/* Take the turn to say hello. It is no lock: it runs out by itself if the thread dies, and a forked child has its
+/* Take the turn to register. It is not a lock: it expires by itself if the thread dies, and a forked child has its
  * own. */
 static bool take(uint64_t now, uint64_t until)
 {
@@ -91,7 +92,7 @@ static bool take(uint64_t now, uint64_t until)
     return was <= now && atomic_compare_exchange_strong(&own->busy_until_ns, &was, until);
 }
 
-/* Return the word for a process for which no agent decides: the image may have a limit. */
+/* Return the state word of a process for which no agent decides: the image may have a limit. */
 static COLD uint32_t without_agent(uint32_t word)
 {
     switch (fgpu_standalone_join()) {
@@ -104,8 +105,8 @@ static COLD uint32_t without_agent(uint32_t word)
     }
 }
 
-/* Wait between two hellos of which the kernel did not hear the first. Returns false if the deadline comes before the
- * second. */
+/* Wait between two registrations if the kernel did not confirm the pages of the first. Returns false if the deadline is
+ * before the second. */
 static COLD bool pause_before(unsigned round, uint64_t deadline)
 {
     uint64_t pause_ns = (uint64_t)PAUSE_NS << 2 * (round - 1), now = fgpu_now();
@@ -115,8 +116,8 @@ static COLD bool pause_before(unsigned round, uint64_t deadline)
     return true;
 }
 
-/* Say hello within the deadline, and again if the kernel does not answer on its pages. Returns the word of the state
- * that follows. The caller holds the turn. */
+/* Register before the deadline, and again if the kernel does not confirm the pages. Returns the word of the following
+ * state. The caller holds the turn. */
 static COLD uint32_t hello(uint32_t word, int *asked, uint64_t now, uint64_t patience, bool unanswered)
 {
     unsigned set = set_of(word) ^ 1;
@@ -127,28 +128,28 @@ static COLD uint32_t hello(uint32_t word, int *asked, uint64_t now, uint64_t pat
         if (round && !pause_before(round, now + patience)) break;
         outcome = fgpu_hello(asked, now + patience, &own->notes[set_of(word)], set, note, &levels);
         if (outcome != FGPU_IS_HELD) break;
-        /* By this question the kernel learns that this process has the shim, and the shim that the probes are there. A
-         * level that gets a limit between the gatekeeper's answer and this question has another page; the next answer
-         * has that page. */
+        /* This request records in the kernel that the process has the shim, and shows the shim that the probes are
+         * there. A level that gets a limit between the gatekeeper's reply and this request has another page; the next
+         * reply has that page. */
         uint32_t next = FGPU_HELD | set << 8 | levels << 16;
         if (fgpu_is_heard(given(next), fgpu_ticket(), round)) return next;
         outcome = FGPU_IS_SILENT;
     }
     if (outcome == FGPU_IS_FREE) return without_agent(FGPU_UNMANAGED | set << 8);
     if ((outcome == FGPU_IS_ABSENT || outcome == FGPU_IS_EMPTY) && fgpu_is_hidden()) outcome = FGPU_IS_SILENT;
-    /* While this process has pages, the kernel enforces with or without a gatekeeper, and an upgrade may be going
-     * on. */
+    /* While this process has pages, the kernel enforces with or without a gatekeeper, and an upgrade may be in
+     * progress. */
     bool keeps = link_of(word) >= FGPU_UNMANAGED;
     if (outcome == FGPU_IS_ABSENT && (!keeps || unanswered)) return without_agent(FGPU_OPEN);
     if (word & COOPERATIVE && fgpu_standalone_join() >= FGPU_STANDALONE_ALONE) return word;
-    /* No gatekeeper has ever answered there. One that has answered, and is silent now, may have had a tighter limit. */
+    /* No gatekeeper has ever responded there. One that has responded, and is silent now, may have had a lower limit. */
     uint32_t open = outcome == FGPU_IS_EMPTY && !keeps ? without_agent(FGPU_OPEN) : word;
     if (open & COOPERATIVE) return open;
     return keeps ? word : FGPU_CLOSED;
 }
 
-/* Say hello if the turn is free. A thread that does not get the turn goes on with the current state: threads wait for
- * the first hello only. */
+/* Register if the turn is free. A thread that does not get the turn continues with the current state: threads wait only
+ * for the first registration. */
 static COLD uint32_t say_hello(uint32_t word, int *asked, uint64_t now, uint64_t patience, bool unanswered)
 {
     uint64_t mark = now + patience + ABANDONED_NS;
@@ -157,8 +158,8 @@ static COLD uint32_t say_hello(uint32_t word, int *asked, uint64_t now, uint64_t
     if (latest == word) { /* else another thread was faster */
         atomic_store(&own->next_ns, now + SECOND);
         latest = hello(word, asked, now, patience, unanswered);
-        /* A hello that is answered costs the gatekeeper little, and a program that is moved must not wait a second to
-         * learn of it. */
+        /* A registration costs the gatekeeper little, and a program that was moved must not wait a second for its new
+         * pages. */
         if (latest != word) atomic_store(&own->next_ns, now + ANSWERED_NS);
         if (atomic_load(&own->busy_until_ns) == mark) atomic_store_explicit(&own->word, latest, memory_order_release);
     }
@@ -167,7 +168,8 @@ static COLD uint32_t say_hello(uint32_t word, int *asked, uint64_t now, uint64_t
     return latest;
 }
 
-/* Say the first hello. One thread does; the others wait as long as it may take, and then count it as unanswered. */
+/* Register for the first time. One thread does it; the others wait as long as it may take, and then treat it as
+ * failed. */
 static COLD uint32_t first(int *asked)
 {
     if (madvise(&fgpu_own_page, sizeof fgpu_own_page, MADV_WIPEONFORK) && !atomic_exchange(&unwiped, true)) load();
@@ -184,8 +186,8 @@ static COLD uint32_t first(int *asked)
     }
 }
 
-/* Say hello again if it is due. The clock alone paces hellos, so waiting processes do not load a gatekeeper in
- * trouble. */
+/* Register again if it is due. Only the clock determines when, so waiting processes do not overload a gatekeeper that
+ * responds slowly. */
 static COLD uint32_t again(uint32_t word, uint64_t now, uint64_t patience, bool unanswered)
 {
     int nowhere = -1;
@@ -193,7 +195,7 @@ static COLD uint32_t again(uint32_t word, uint64_t now, uint64_t patience, bool 
     return say_hello(word, &nowhere, now, patience, unanswered);
 }
 
-/* Return whether the page's writer is gone, or has changed what it decided for this process. */
+/* Return whether the page's writer has exited, or has changed its decision for this process. */
 static bool stale(uint32_t word, uint64_t now)
 {
     const struct fgpu_control_page *control = given(word).control;
@@ -210,16 +212,16 @@ static uint32_t current(void)
     uint32_t word = load();
     if (link_of(word) == FGPU_FRESH) return first(&nowhere);
     if (word == FGPU_OPEN) return word;
-    uint64_t now = fgpu_read_clock(CLOCK_MONOTONIC); /* each allocation reads the clock here, so in place */
+    uint64_t now = fgpu_read_clock(CLOCK_MONOTONIC); /* each allocation reads the clock here, so it is read inline */
     if (link_of(word) == FGPU_OPEN) return again(word, now, AGAIN_NS, false);
     if (link_of(word) == FGPU_CLOSED) return again(word, now, CLOSED_NS, false);
     return stale(word, now) ? again(word, now, AGAIN_NS, false) : word;
 }
 
 /*
- * Ask the gatekeeper and do not wait. The driver takes milliseconds to initialise, seconds where many processes start
- * at once, and the gatekeeper can answer meanwhile. Nothing of this is in shared state but a descriptor: any other
- * thread says a hello of its own.
+ * Send a hello and do not wait. The driver takes milliseconds to initialise, or seconds if many processes start at the
+ * same time, and the gatekeeper can reply meanwhile. The only state of this is a descriptor, which is not shared: any
+ * other thread registers by itself.
  */
 COLD int fgpu_announce(void)
 {
@@ -274,7 +276,7 @@ COLD struct fgpu_view fgpu_insist(void)
     int saved = errno;
     uint32_t word = load();
     if (link_of(word) == FGPU_HELD) {
-        /* Wait rather than refuse: the gatekeeper answered a moment ago, and will again. */
+        /* Wait instead of refusing: the gatekeeper replied a moment ago, and will reply again. */
         uint64_t now = fgpu_now(), next = atomic_load_explicit(&own->next_ns, memory_order_relaxed);
         struct timespec left = {0, (long)(next - now)};
         if (next > now && next - now <= ANSWERED_NS) syscall(SYS_nanosleep, &left, NULL);

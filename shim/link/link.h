@@ -1,21 +1,22 @@
-/* link.h: the connection of this process to the agent's gatekeeper, and questions to the kernel's ledger. */
+/* link.h: the registration of this process with the agent's gatekeeper, and admission requests to the kernel's
+ * ledger. */
 #ifndef FGPU_LINK_H
 #define FGPU_LINK_H
 
 #include "base/view.h"
 
-/* -- link.c: hello, pages, state */
-HIDDEN int fgpu_announce(void);            /* send a hello and do not wait; returns what fgpu_arrive takes */
-HIDDEN void fgpu_arrive(int announced);    /* wait for the answer */
-HIDDEN struct fgpu_view fgpu_look(void);   /* say hello if it is due; report once that nothing is enforced */
-HIDDEN struct fgpu_view fgpu_glance(void); /* what is known: no hello, no report, no clock */
-HIDDEN struct fgpu_view fgpu_insist(void); /* say hello again: the probes did not answer */
+/* -- link.c: registration, pages, state */
+HIDDEN int fgpu_announce(void);            /* send a hello and do not wait; returns the argument for fgpu_arrive */
+HIDDEN void fgpu_arrive(int announced);    /* wait for the reply */
+HIDDEN struct fgpu_view fgpu_look(void);   /* register if it is due; report once that nothing is enforced */
+HIDDEN struct fgpu_view fgpu_glance(void); /* the present state: no registration, no report, no clock */
+HIDDEN struct fgpu_view fgpu_insist(void); /* register again: the probes did not respond */
 HIDDEN void fgpu_report_crowd(void);       /* report once that memory of any size is refused */
 
-/* -- verdict.c. Returns a verdict, or -1: the kernel does not answer. */
+/* -- verdict.c. Returns a verdict, or -1: there is none. */
 HIDDEN int fgpu_ask(struct fgpu_view view, unsigned device, uint64_t bytes, unsigned kind, uint64_t ticket);
 #define FGPU_HELLO_ROUNDS 4
-/* Return whether the kernel answers a hello on these pages. */
+/* Return whether the kernel confirms these pages, by a verdict on a request of the kind FGPU_HELLO. */
 HIDDEN bool fgpu_is_heard(struct fgpu_view view, uint64_t ticket, unsigned round);
 
 #endif

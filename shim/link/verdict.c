@@ -1,9 +1,10 @@
 /*
- * verdict.c: one question to the kernel's probe, and its answer on the usage page. Owns nothing; reads the pages.
+ * verdict.c: one admission request to the kernel's probe, and its verdict on the usage page. Owns nothing; reads the
+ * pages.
  *
- * Processes of one level share the page and its slots. A tagged answer is in the array whose tags the kernel's program
- * alone chooses, so no other process can have written the answer that this one waits for. A control page without a tag
- * comes from an older gatekeeper: then the ticket alone identifies the answer.
+ * Processes of one level share the page and its slots. A tagged verdict is in the array whose tags only BPF programs
+ * choose, so no other process can have written the verdict that this one waits for. A control page without a tag comes
+ * from an older gatekeeper: then the ticket alone identifies the verdict.
  */
 #define _GNU_SOURCE
 #include <errno.h>
@@ -21,8 +22,9 @@
 #define RELAX() __asm__ volatile("yield")
 #endif
 
-/* Pause before asking again. Two threads that ask in one slot at the same pace may each overwrite the answer that the
- * other is about to read, again and again. Each waits for a random time, longer every time, and in the end asleep. */
+/* Pause before the next request. Two threads that use the same slot at the same pace may repeatedly overwrite the
+ * verdict that the other is about to read. Each waits for a random time that grows with every request; the later waits
+ * are sleeps. */
 static void step_aside(uint64_t ticket, int asked)
 {
     uint64_t random = (ticket + (uint64_t)asked) * 0x9e3779b97f4a7c15ULL >> 32;
@@ -36,7 +38,7 @@ static void step_aside(uint64_t ticket, int asked)
     errno = saved;
 }
 
-/* Return the answer to this ticket, or FGPU_AGAIN. `tag` 0: the question had no tag. */
+/* Return the verdict for this ticket, or FGPU_AGAIN. `tag` 0: the request had no tag. */
 static int answer(const struct fgpu_usage_page *page, uint64_t ticket, uint64_t tag)
 {
     const uint64_t *slots = (const uint64_t *)(tag ? page->answers : page->verdicts);
@@ -45,9 +47,9 @@ static int answer(const struct fgpu_usage_page *page, uint64_t ticket, uint64_t 
     return LIKELY(word >> 2 == wanted) ? (int)(word & 3) : FGPU_AGAIN;
 }
 
-/* Ask, from attempt `from` to attempt `to`. The probe runs inside fgpu_admit_here. If another thread or process has
- * written the slot since, ask with the same ticket again: the kernel gives the same answer. Read the tag each time: the
- * page may have another one by now. */
+/* Request admission, from attempt `from` to attempt `to`. The probe runs inside fgpu_admit_here. If another thread or
+ * process has overwritten the slot since, repeat the request with the same ticket: the kernel returns the same verdict.
+ * The tag is read each time, because the page may have a new one. */
 static int ask(struct fgpu_view view, unsigned device, uint64_t bytes, unsigned kind, uint64_t ticket, int from, int to)
 {
     for (int i = from; i < to; i++) {
@@ -65,7 +67,7 @@ int fgpu_ask(struct fgpu_view view, unsigned device, uint64_t bytes, unsigned ki
     return ask(view, device, bytes, kind, ticket, 0, ASKS);
 }
 
-/* All rounds together ask as often as one other question. */
+/* All rounds together make as many attempts as one admission request. */
 bool fgpu_is_heard(struct fgpu_view view, uint64_t ticket, unsigned round)
 {
     int each = ASKS / FGPU_HELLO_ROUNDS, from = each * (int)round;

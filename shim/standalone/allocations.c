@@ -1,10 +1,10 @@
 /*
- * allocations.c: what the standalone ledger granted to this process, by the driver's handles. Owns a table that is
- * empty while the kernel keeps the ledger, and in every forked child. Decides nothing.
+ * allocations.c: the allocations that the standalone ledger has admitted for this process, by the driver's handles.
+ * Owns a table that is empty while the kernel keeps the ledger, and in every forked child. Decides nothing.
  *
- * An entry is taken and freed by compare-and-swap of its key, which is BUSY in between. Entries lie in buckets, which
- * are searched as a whole, in tables each twice as large as the one before. If the kernel refuses memory for a table,
- * the granted bytes stay charged until the process ends.
+ * An entry is taken and freed by compare-and-swap of its key, which is BUSY in between. Entries are in buckets, which
+ * are searched as a whole, in tables that are each twice as large as the previous one. If the kernel refuses memory for
+ * a table, the admitted bytes stay charged until the process exits.
  */
 #define _GNU_SOURCE
 #include <errno.h>
@@ -23,15 +23,16 @@
 struct entry {
     _Atomic uint64_t key; /* 0: free */
     _Atomic uint64_t references;
-    _Atomic uint64_t owner; /* as in the grant, which is read only by the thread that has taken the entry */
+    _Atomic uint64_t owner; /* as in the grant; only the thread that has taken the entry reads it */
     struct fgpu_grant grant;
 };
 
 _Atomic bool fgpu_grants_any;
 static _Atomic(struct entry *) tables[TABLES];
-static _Atomic uint64_t contexts; /* made so far: each has a number, since the driver uses handles again */
+static _Atomic uint64_t contexts; /* number of entries created so far: each has a number, because the driver reuses
+                                     handles */
 
-/* No address has its highest bits set. */
+/* the highest bits of an address are always 0 */
 static uint64_t key_of(enum fgpu_space space, uint64_t handle) { return handle ^ ((uint64_t)space + 2) << 60; }
 static enum fgpu_space space_of(uint64_t key) { return (enum fgpu_space)((key >> 60) - 2); }
 
@@ -112,7 +113,7 @@ bool fgpu_grant_take(enum fgpu_space space, uint64_t handle, struct fgpu_grant *
     return false;
 }
 
-/* The driver has returned: the allocation is gone, or there as before. */
+/* The driver has returned: the allocation was freed, or exists unchanged. */
 void fgpu_grant_ended(const struct fgpu_grant *grant, CUresult result)
 {
     if (result)
@@ -130,8 +131,8 @@ bool fgpu_grant_refer(uint64_t handle)
     return entry != NULL;
 }
 
-/* Drop a reference. Returns true if there was an entry; `grant` is what is freed with it: 0 bytes unless it was the
- * last. */
+/* Drop a reference. Returns true if there was an entry; `grant` is the memory that is freed with it: 0 bytes unless it
+ * was the last reference. */
 bool fgpu_grant_drop(uint64_t handle, struct fgpu_grant *grant)
 {
     uint64_t key = key_of(FGPU_SPACE_HANDLE, handle);
@@ -150,9 +151,9 @@ void fgpu_grant_dropped(const struct fgpu_grant *grant, CUresult result)
         fgpu_grant_refer(grant->handle);
 }
 
-/* -- contexts, and the memory in them */
+/* -- contexts, and the memory allocated in them */
 
-#define PRIMARY (FGPU_SPACE_ARRAY + 1) /* of a device: names its context */
+#define PRIMARY (FGPU_SPACE_ARRAY + 1) /* of a device: the key of its context */
 
 static uint64_t number_of(uint64_t context)
 {
@@ -165,7 +166,7 @@ static uint64_t number_of(uint64_t context)
     return 0;
 }
 
-/* If two threads make the primary context at once, both were granted it and one made it. */
+/* If two threads create the primary context at the same time, both had an admission, and one of them created it. */
 void fgpu_grant_made(unsigned index, uint64_t bytes, unsigned kind, uint64_t handle, uint64_t context)
 {
     struct fgpu_grant grant = {.handle = handle, .bytes = bytes, .index = index};
@@ -190,7 +191,7 @@ void fgpu_primary_made(CUdevice ordinal, uint64_t context)
     fgpu_grant_keep((struct fgpu_grant){.handle = name, .owner = context, .space = PRIMARY});
 }
 
-/* Take the entry before the driver may give the handle to another context. */
+/* Remove the entry before the driver may return the handle for another context. */
 void fgpu_context_leaves(struct fgpu_ending *ending, CUcontext context)
 {
     *ending = (struct fgpu_ending){.primary = false};
@@ -223,7 +224,7 @@ static void release_all_of(uint64_t context)
             if (is_of(grant.space, grant.owner, context))
                 fgpu_standalone_release(grant.index, grant.bytes);
             else
-                fgpu_grant_keep(grant); /* another context's by now */
+                fgpu_grant_keep(grant); /* the handle of another context by now */
         }
     }
 }

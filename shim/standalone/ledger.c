@@ -1,10 +1,12 @@
 /*
- * ledger.c: what the processes of one container hold, in memory that they share. Owns nothing; knows no file.
+ * ledger.c: the memory that the processes of one container hold, in a ledger that they share. Owns nothing; uses no
+ * file itself.
  *
- * A charge is one compare-and-swap of its device's last charge (which seat, how much, its number there). That decides.
- * The next thread to charge first enters the last charge at its seat, in case its owner was stopped or killed in
- * between. So there is no lock, and at every instant either all of a charge counts or nothing. A seat's number tells
- * whether the last charge is in it already. Only the owner releases, without a turn: a release can only make more room.
+ * A charge is one compare-and-swap of its device's last charge (which seat, how many units, its number on that seat).
+ * That decides. The next thread that charges first adds the last charge to its seat, in case its owner was stopped or
+ * killed in between. So there is no lock, and at every instant either all of a charge counts or nothing. A seat's
+ * number shows whether the last charge was already added to it. Only the owner releases, and it needs no turn: a
+ * release can only make room.
  */
 #include "standalone/standalone.h"
 
@@ -30,7 +32,7 @@ static uint64_t held_units(uint64_t held) { return held & ((1ULL << HELD_BITS) -
 static uint32_t held_number(uint64_t held) { return (uint32_t)(held >> HELD_BITS); }
 static uint32_t after(uint32_t number) { return (number + 1) % NUMBERS; }
 
-/* Enter a charge at its seat. A thread that is late finds another number there and does nothing. */
+/* Add a charge to its seat. A thread that is late finds another number there and does nothing. */
 static void enter(struct fgpu_ledger *ledger, unsigned device, uint64_t charge)
 {
     _Atomic uint64_t *held = &ledger->held[device][seat_of(charge)];
@@ -54,8 +56,8 @@ static uint64_t sum(const struct fgpu_ledger *ledger, unsigned device)
     return units;
 }
 
-/* Charge if it fits. As long as the last charge stays the last one, the sum can only fall: what does not fit then did
- * not fit before. */
+/* Charge if it fits. While the last charge is unchanged, the sum can only fall: bytes that do not fit at the end of
+ * this read did not fit before. */
 bool fgpu_ledger_charge(struct fgpu_ledger *ledger, unsigned device, unsigned seat, uint64_t bytes, uint64_t limit)
 {
     uint64_t units = units_of(bytes), most = limit / UNIT;
@@ -87,7 +89,7 @@ void fgpu_ledger_release(struct fgpu_ledger *ledger, unsigned device, unsigned s
     lower(&ledger->held[device][seat], units_of(bytes));
 }
 
-/* Return the sum at one moment; if other processes change it at every attempt, a sum of several moments. */
+/* Return the sum at one moment; if other processes change it at every attempt, return a sum of several moments. */
 uint64_t fgpu_ledger_used(struct fgpu_ledger *ledger, unsigned device)
 {
     uint64_t last, units = 0;
@@ -106,8 +108,8 @@ uint64_t fgpu_ledger_held(const struct fgpu_ledger *ledger, unsigned device, uns
 }
 
 /*
- * Empty the seat of a dead process. The dead charge no more, so once the last charge is entered the seat does not grow.
- * Subtract exactly the units that were read before the seat was found to be still theirs: then a sweeper that was
+ * Empty the seat of a dead process. Dead processes do not charge, so once the last charge is added, the seat does not
+ * grow. Subtract exactly the units that were read before the seat was found to be still theirs: then a thread that was
  * stopped in between cannot empty the seat of the next owner, whose first charge has another number. Free the seat when
  * all devices are empty.
  */
@@ -154,7 +156,7 @@ int fgpu_ledger_seat(struct fgpu_ledger *ledger, uint64_t life)
     return take_seat(ledger, life);
 }
 
-/* Return the index of a device. Of 128 bits that are as good as random, 64 are enough to tell sixteen devices apart. */
+/* Return the index of a device. Of 128 practically random bits, 64 are enough to distinguish sixteen devices. */
 int fgpu_ledger_device(struct fgpu_ledger *ledger, const uint8_t uuid[16])
 {
     uint64_t name = 0;

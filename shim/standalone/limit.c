@@ -1,6 +1,6 @@
 /*
  * limit.c: how much of each device the image allows. Owns nothing; reads one file, which only the image's root can have
- * written. No environment variable, no link and no folder that other users may write leads elsewhere.
+ * written. No environment variable, link or folder that other users may write can redirect the read.
  */
 #define _GNU_SOURCE
 #include <errno.h>
@@ -22,8 +22,8 @@ static bool is_roots(int descriptor, mode_t kind)
     return (status.st_mode & S_IFMT) == kind && !status.st_uid && !(status.st_mode & (S_IWGRP | S_IWOTH));
 }
 
-/* Open the file step by step, so that each folder is judged by the opened descriptor and not by its name. -1: errno
- * says why. */
+/* Open the file step by step, so that each folder is checked by the opened descriptor and not by its name. -1: the
+ * error is in errno. */
 static int open_roots(void)
 {
     static const char *const steps[] = {"/", "etc", "fgpu", "limit"};
@@ -46,8 +46,8 @@ static int open_roots(void)
 
 static bool is_space(char c) { return c == ' ' || c == '\t' || c == '\r' || c == '\n'; }
 
-/* Parse `8GiB`, `8Gi`, `8192MiB` or `8589934592B`, as a policy has them: a number needs a unit. 0: none of these, and
- * then no memory is admitted. */
+/* Parse `8GiB`, `8Gi`, `8192MiB` or `8589934592B`, as in a policy: a number needs a unit. 0: none of these, and then no
+ * memory is admitted. */
 static uint64_t parse(const char *text)
 {
     static const struct {

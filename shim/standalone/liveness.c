@@ -1,11 +1,11 @@
 /*
- * liveness.c: how one process knows that another lives. Owns nothing.
+ * liveness.c: how a process determines whether another one is alive. Owns nothing.
  *
- * A process makes a segment of shared memory, one page that is never touched. Its creator alone has it attached, and
- * the kernel removes it when the creator's memory goes: at exec too, whatever killed the process and whatever process
- * was its parent. No pid is used, so neither pid namespaces nor reused pids nor zombies matter; no descriptor is held.
- * The name is the segment's number with its size and time of creation, since another IPC namespace (a container that
- * was started anew) uses the same numbers.
+ * A process creates a segment of shared memory, one page that is never touched. Only the creator has it attached, and
+ * the kernel removes it with the creator's memory: at exec too, however the process ends, and whatever process was its
+ * parent. No pid is used, so neither pid namespaces nor reused pids nor zombies matter; no descriptor is held. The name
+ * is the segment's number with its size and time of creation, because another IPC namespace (a restarted container)
+ * uses the same numbers.
  */
 #define _GNU_SOURCE
 #include <errno.h>
@@ -29,18 +29,17 @@ uint64_t fgpu_liveness_begin(void)
     struct shmid_ds status;
     size_t size = 1 + (fgpu_ticket() >> 22 & 0xfff);
     int id = (int)syscall(SYS_shmget, IPC_PRIVATE, size,
-                          IPC_CREAT | 0444); /* readable by any user: other processes look at it */
+                          IPC_CREAT | 0444); /* readable by any user: other processes check it */
     if (id < 0) return 0;
     void *at = (void *)syscall(SYS_shmat, id, NULL, SHM_RDONLY);
-    syscall(SYS_shmctl, id, IPC_RMID,
-            NULL); /* at once: a process that is killed before this leaves the segment behind */
+    syscall(SYS_shmctl, id, IPC_RMID, NULL); /* at once: if a process is killed before this, the segment remains */
     bool lives =
         at != (void *)-1 && !madvise(at, FGPU_PAGE_BYTES, MADV_DONTFORK) && !syscall(SYS_shmctl, id, IPC_STAT, &status);
     if (!lives && at != (void *)-1) syscall(SYS_shmdt, at);
     return lives ? name_of(id, &status) : 0;
 }
 
-/* Return whether the process lives; true if the kernel does not tell. `pid`: as this process's namespace knows it; 0:
+/* Return whether the process is alive; true if the kernel does not report it. `pid`: in this process's namespace; 0:
  * not known. */
 bool fgpu_liveness_lasts(uint64_t life, uint32_t *pid)
 {

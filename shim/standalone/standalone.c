@@ -1,11 +1,11 @@
 /*
- * standalone.c: an image's own limit, which the processes of a container keep together where no agent decides. Owns
+ * standalone.c: an image's own limit, which the processes of a container enforce together if no agent decides. Owns
  * this process's seat in the ledger, and pages like those of a gatekeeper, made from the ledger, which the rest of the
  * shim reads.
  *
  * The ledger is a file (`books`) in the container's own root, which no other container shares; IPC and pid namespaces
- * may be shared. If the root has no writable place for it, each process is held to the limit by itself, and reports
- * that. One thread at a time is in fgpu_standalone_join(): the one that says hello.
+ * may be shared. If the root has no writable place for the file, each process is held to the limit by itself, and
+ * reports that. Only the thread that registers calls fgpu_standalone_join().
  */
 #define _GNU_SOURCE
 #include <errno.h>
@@ -25,9 +25,9 @@
 #define NO_REPLACE 1 /* of renameat2 */
 #define TRIES 8
 
-struct place { /* one page each, but for the ledger; one region, reserved once, kept over forks */
+struct place { /* one page each, except the ledger; one region, reserved once, kept over forks */
     union {
-        struct { /* zero in a forked child, which is another process to the ledger */
+        struct { /* zero in a forked child, which is another process for the ledger */
             _Atomic uint32_t standing;
             uint32_t seat;
             uint64_t limit, life;
@@ -58,8 +58,8 @@ static struct place *here(void) { return atomic_load_explicit(&region, memory_or
 
 static bool for_now(void) { return errno == EMFILE || errno == ENFILE || errno == ENOMEM || errno == EINTR; }
 
-/* Open the folder, and make it if it is missing. Every user of the container must be able to enter it, whatever umask
- * its maker had. */
+/* Open the folder, and create it if it is missing. Every user of the container must be able to enter it, whatever the
+ * umask of its creator was. */
 static int open_folder(void)
 {
     static const int flags = O_RDONLY | O_DIRECTORY | O_NOFOLLOW | O_CLOEXEC;
@@ -72,7 +72,7 @@ static int open_folder(void)
     return folder;
 }
 
-/* Return whether the file is a ledger. Nothing else is ever written to, whatever process put it there. */
+/* Return whether the file is a ledger. No other file is ever written to, whatever process put it there. */
 static bool is_ledger(int file)
 {
     struct stat status;
@@ -91,8 +91,8 @@ static bool fill(int file)
     return syscall(SYS_pwrite64, file, &magic, sizeof magic, 0) == sizeof magic && !syscall(SYS_fchmod, file, 0666);
 }
 
-/* Make the file under another name and rename it when it is whole, so that no process opens half of it. A process that
- * comes second takes the file that the first has made. */
+/* Create the file under another name and rename it when it is complete, so that no process opens an incomplete file. A
+ * process that is second uses the file of the first. */
 static bool make(int folder)
 {
     char aside[] = "." NAME ".0123456789abcdef";
@@ -111,7 +111,7 @@ static bool make(int folder)
     return made;
 }
 
-/* Open the ledger. Returns a descriptor; or -1, and errno says whether a later attempt may succeed. */
+/* Open the ledger. Returns a descriptor; or -1, and errno shows whether a later attempt may succeed. */
 static int open_ledger(void)
 {
     int folder = open_folder(), file = -1;
@@ -166,7 +166,7 @@ static enum fgpu_standalone join(struct place *place, uint64_t limit)
     int file = open_ledger(), seat = 0;
     if (file < 0 && for_now()) return FGPU_STANDALONE_BARE;
     if (file >= 0 && !place->own.life) place->own.life = fgpu_liveness_begin();
-    if (file >= 0 && !place->own.life) { /* other processes could not tell when this process has gone */
+    if (file >= 0 && !place->own.life) { /* other processes could not detect that this process has exited */
         syscall(SYS_close, file);
         file = -1;
     }
@@ -203,7 +203,7 @@ enum fgpu_standalone fgpu_standalone_join(void)
     return standing;
 }
 
-/* -- for the rest of the shim */
+/* -- functions for the rest of the shim */
 
 struct fgpu_view fgpu_standalone_view(void)
 {
@@ -226,7 +226,7 @@ void fgpu_standalone_refresh(void)
         __atomic_store_n(&place->usage.devices[i].used, fgpu_ledger_used(&place->ledger, i), __ATOMIC_RELAXED);
 }
 
-/* Return the index of a device. Devices become known one by one, as the program uses them. */
+/* Return the index of a device. Devices are added one by one, as the program uses them. */
 int fgpu_standalone_device(const uint8_t uuid[16])
 {
     struct place *place = here();
@@ -238,7 +238,7 @@ int fgpu_standalone_device(const uint8_t uuid[16])
     return index;
 }
 
-/* Charge. If there is no room, release what dead processes held, and try again. */
+/* Charge. If there is no room, release the memory of dead processes, and try again. */
 bool fgpu_standalone_charge(unsigned index, uint64_t bytes)
 {
     struct place *place = here();
@@ -254,7 +254,7 @@ void fgpu_standalone_release(unsigned index, uint64_t bytes)
     if (place && index < FGPU_DEVICES) fgpu_ledger_release(&place->ledger, index, place->own.seat, bytes);
 }
 
-/* List the processes that hold memory of a device, by the pids that this process's namespace knows. */
+/* List the processes that hold memory of a device, by their pids in this process's namespace. */
 unsigned fgpu_standalone_rows(int index, struct fgpu_row *rows, unsigned most)
 {
     struct place *place = here();

@@ -1,6 +1,5 @@
-/* standalone.h: an image's own limit where no agent decides. admit.c and link.c use it. standalone.c has the file,
- * ledger.c its content, allocations.c what of it belongs to this process and for which allocation, limit.c the
- * limit. */
+/* standalone.h: an image's own limit if no agent decides. admit.c and link.c use it. standalone.c has the file,
+ * ledger.c its content, allocations.c the allocations of this process, limit.c the limit. */
 #ifndef FGPU_STANDALONE_H
 #define FGPU_STANDALONE_H
 
@@ -8,28 +7,30 @@
 
 enum fgpu_standalone {
     FGPU_STANDALONE_FREE,  /* no limit in the image */
-    FGPU_STANDALONE_BARE,  /* the limit could not be read just now: no memory, and try again */
-    FGPU_STANDALONE_ALONE, /* the limit holds for this process by itself: there is no place for a ledger */
-    FGPU_STANDALONE_WITH,  /* the limit holds for all processes of the container together */
+    FGPU_STANDALONE_BARE,  /* the limit could not be read now: no memory is admitted, and a later attempt may succeed */
+    FGPU_STANDALONE_ALONE, /* the limit applies to this process alone: there is no place for a ledger */
+    FGPU_STANDALONE_WITH,  /* the limit applies to all processes of the container together */
 };
 
-/* -- limit.c: the file in the image. -1: cannot be read now; 0: there is none; else *bytes (0: not a valid size) */
+/* -- limit.c: the file in the image. -1: cannot be read now; 0: there is none; else *bytes is set (0: not a valid
+ * size) */
 HIDDEN int fgpu_image_limit(uint64_t *bytes);
 
 /* -- ledger.c: one ledger for all processes that map the same file. Bytes are counted in units of 512. */
-#define FGPU_STANDALONE 0x80000000u /* flag of a control page: made here, from the ledger */
-#define FGPU_SEATS 256              /* processes that hold device memory at once */
+#define FGPU_STANDALONE 0x80000000u /* flag of a control page: it was made here, from the ledger */
+#define FGPU_SEATS 256              /* processes that hold device memory at the same time */
 struct fgpu_ledger {
     uint64_t magic;
-    _Atomic uint64_t seats; /* taken so far: seats beyond were never taken */
+    _Atomic uint64_t seats; /* number of seats that were ever taken: all others are free */
     uint64_t spare[6];
-    _Atomic uint64_t devices[FGPU_DEVICES]; /* hashes of their UUIDs; 0: none yet. A device's place is its index. */
+    _Atomic uint64_t devices[FGPU_DEVICES]; /* hashes of their UUIDs; 0: none yet. The index in this array is the
+                                               device's index. */
     struct {
-        _Atomic uint64_t last; /* the last charge: seat, how many units, its number on that seat */
+        _Atomic uint64_t last; /* the last charge: seat, number of units, its number on that seat */
         uint64_t apart[7];
     } turns[FGPU_DEVICES];
-    _Atomic uint64_t lives[FGPU_SEATS]; /* names by which a process is known to live (liveness.c); 0: free */
-    _Atomic uint64_t held[FGPU_DEVICES][FGPU_SEATS]; /* units, and the number of the last charge among them */
+    _Atomic uint64_t lives[FGPU_SEATS]; /* names that show whether a process is alive (liveness.c); 0: free */
+    _Atomic uint64_t held[FGPU_DEVICES][FGPU_SEATS]; /* units, and the number of the last charge included */
 };
 #define FGPU_LEDGER_BYTES 40960
 #define FGPU_LEDGER_MAGIC 0x31736b6f6f427570ULL /* "puBooks1" */
@@ -41,31 +42,33 @@ HIDDEN bool fgpu_ledger_charge(struct fgpu_ledger *ledger, unsigned device, unsi
 HIDDEN void fgpu_ledger_release(struct fgpu_ledger *ledger, unsigned device, unsigned seat, uint64_t bytes);
 HIDDEN uint64_t fgpu_ledger_used(struct fgpu_ledger *ledger, unsigned device);
 HIDDEN uint64_t fgpu_ledger_held(const struct fgpu_ledger *ledger, unsigned device, unsigned seat);
-HIDDEN bool fgpu_ledger_sweep(struct fgpu_ledger *ledger);                         /* true: some process had died */
+HIDDEN bool fgpu_ledger_sweep(struct fgpu_ledger *ledger);                         /* true: a process had died */
 HIDDEN int fgpu_ledger_device(struct fgpu_ledger *ledger, const uint8_t uuid[16]); /* -1: no room */
 
-/* -- liveness.c: how one process knows that another lives */
+/* -- liveness.c: how a process determines whether another one is alive */
 HIDDEN uint64_t fgpu_liveness_begin(void); /* 0: this kernel has no System V shared memory */
 HIDDEN bool fgpu_liveness_lasts(uint64_t life, uint32_t *pid);
 
 /* -- standalone.c */
-HIDDEN enum fgpu_standalone fgpu_standalone_join(void); /* join the ledger, or check that what was joined still holds */
+HIDDEN enum fgpu_standalone fgpu_standalone_join(void); /* join the ledger, or check that the joined ledger still
+                                                           exists */
 HIDDEN struct fgpu_view fgpu_standalone_view(void);
-HIDDEN void fgpu_standalone_refresh(void); /* bring the usage page up to date with what the living hold now */
+HIDDEN void fgpu_standalone_refresh(void); /* update the usage page with the memory that living processes hold */
 HIDDEN bool fgpu_standalone_charge(unsigned index, uint64_t bytes);
 HIDDEN void fgpu_standalone_release(unsigned index, uint64_t bytes);
 HIDDEN int fgpu_standalone_device(const uint8_t uuid[16]);
 HIDDEN unsigned fgpu_standalone_rows(int index, struct fgpu_row *rows, unsigned most);
 
-/* -- allocations.c: what the ledger granted to this process, by the driver's handles */
+/* -- allocations.c: the allocations that the ledger has admitted for this process, by the driver's handles */
 struct fgpu_grant {
-    uint64_t handle; /* a pointer, an array, a context, a handle of cuMemCreate, an address at which one is mapped */
+    uint64_t handle; /* a pointer, an array, a context, a handle of cuMemCreate, or an address at which a handle is
+                        mapped */
     uint64_t bytes;
     uint64_t owner; /* a context's number; of a mapping: its handle */
     uint32_t space; /* enum fgpu_space */
     uint32_t index; /* the ledger's */
 };
-struct fgpu_ending { /* a context that is about to end, perhaps */
+struct fgpu_ending { /* a context that may be about to be destroyed */
     bool primary;
     struct fgpu_grant of, name;
 };

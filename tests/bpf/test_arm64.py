@@ -47,7 +47,7 @@ def test_the_same_programs_are_made(both: tuple[dict[str, list[Instruction]], di
         assert not differences(here[name], there[name])
 
 
-def test_the_verifier_takes_them() -> None:
+def test_the_verifier_accepts_the_programs() -> None:
     pins = Path(f"/sys/fs/bpf/fgpu-arm64-{os.getpid()}")
     programs = image_for("arm64")
     try:

@@ -161,7 +161,7 @@ def test_names_of_before_an_unknown_library_s_end_of_a_context_are_still_in_use(
 # -- listed files
 
 
-def test_a_listed_library_is_believed_like_the_host_s(kernel, level, client, tmp_path: Path):
+def test_a_listed_library_is_trusted_like_the_host_s(kernel, level, client, tmp_path: Path):
     listed = tmp_path / "libcuda.so.1"
     shutil.copy(kernel.driver, listed)
     kernel.probes.attach(Target.of(str(listed)), Role.LISTED)

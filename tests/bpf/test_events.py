@@ -26,7 +26,7 @@ HOST_SECOND, HOST_COUNT = 2, 3  # as in events.bpf.h
 VMM = abi.Kind.VMM
 
 
-def test_the_first_call_of_a_process_tells_of_it_once(events, level, client):
+def test_the_first_call_of_a_process_is_reported_once(events, level, client):
     client(f"admit({MIB})")
     client(f"admit({MIB})")
     (event,) = of(events, level, News.PROCESS)
@@ -230,7 +230,7 @@ def test_a_cgroup_s_life_is_reported(kernel, events, make_level, client):
 # -- floods
 
 
-def test_a_level_tells_twenty_a_second_and_the_rest_is_counted(kernel, events, level, client):
+def test_a_level_sends_twenty_events_a_second_and_the_rest_is_counted(kernel, events, level, client):
     before = fates(kernel)
     for _ in range(101):
         client(f"admit({2048 * MIB})")
@@ -285,7 +285,7 @@ def path_of(kernel, level):
     return "/" + str(level.path.relative_to(kernel.root))
 
 
-def test_a_workload_tells_its_budget_and_leaves_the_rest_to_others(kernel, events, budgets, make_level):
+def test_a_workload_sends_its_budget_of_events_and_leaves_the_rest_to_others(kernel, events, budgets, make_level):
     greedy, modest = make_level(None), make_level(None)
     budgets.note([path_of(kernel, greedy)] * BUSY)
     list(events.read())

@@ -74,7 +74,7 @@ def test_a_pinned_map_of_another_form_is_refused_and_stays(pins: Path, form: bpf
 
 
 @pytest.mark.parametrize("entries", [1_048_576, 262_144])
-def test_programs_are_told_how_many_entries_the_pinned_maps_can_have(pins: Path, entries: int) -> None:
+def test_programs_get_the_size_of_the_pinned_maps(pins: Path, entries: int) -> None:
     """A map of an older version is shorter, and stays: it has what is charged."""
     forms = {
         "allocations": bpf.Form(1, 24, 56, entries, 1),
@@ -110,5 +110,5 @@ def test_entries_that_are_not_there_do_not_count_as_deleted() -> None:
 
 
 def test_a_descriptor_that_is_no_map_has_no_form() -> None:
-    with open(os.devnull) as file, pytest.raises(OSError, match="is no map"):
+    with open(os.devnull) as file, pytest.raises(OSError, match="is not a map"):
         bpf.form(file.fileno())

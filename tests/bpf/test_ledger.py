@@ -575,7 +575,7 @@ def test_an_unreaped_zombie_holds_nothing_itself(level, client):
     assert_left(level, 4 * MIB)
 
 
-def test_the_leader_may_go_first(kernel, level, client):
+def test_the_first_thread_may_exit_before_the_others(kernel, level, client):
     client(f"alloc(0x1000, {4 * MIB})")
     client.send("cuda.leave_leader()")
     wait_until(lambda: "Z" in Path(f"/proc/{client.pid}/stat").read_text().rsplit(")")[1])

@@ -167,7 +167,7 @@ def liar(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("library", ["driver", "unknown"])
 @pytest.mark.parametrize("seed", [0xF69, 0xBEEF])
-def test_no_lie_about_a_name_makes_less_charged_than_the_driver_gave(kernel, make_level, liar, scale, library, seed):
+def test_no_forged_name_makes_less_charged_than_the_driver_gave(kernel, make_level, liar, scale, library, seed):
     level = make_level(1 << 40)
     page, before = kernel.ledger.page_fd(level.cgroup), anomalies(kernel)
     command = [liar, getattr(kernel, library), str(page), str(scale(2000, 20_000, 1_000_000)), str(seed)]

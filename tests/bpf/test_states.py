@@ -251,7 +251,7 @@ class States(RuleBasedStateMachine):
         which=programs, at=places, size=sizes, call=st.sampled_from(["alloc", "managed"]), code=outcomes, host=libraries
     )
     def allocate(self, which: int, at: int, size: int, call: str, code: int, host: bool) -> None:
-        """Allocate. If the pointer is in use already, its end was not seen, or the call lies."""
+        """Allocate. If the pointer is in use already, its end was not seen, or the call returned a forged pointer."""
         program = self.calls(which, host)
         code = code if call == "alloc" else 0
         charged = max(program.life.take_over() or 0, size)

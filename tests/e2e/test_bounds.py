@@ -117,7 +117,7 @@ def test_small_allocations_have_room_where_the_limit_has_it(write: Write, folder
 
 
 @pytest.mark.timeout(180)
-def test_a_refusal_for_entries_is_told_apart(write: Write, folder: Folder) -> None:
+def test_a_refusal_for_entries_differs_from_one_for_bytes(write: Write, folder: Folder) -> None:
     write("memory: {limit: 2GiB}", selector=NAMES)
     greedy = folder.start("greedy").client()
     assert ALLOCATIONS - 8 <= greedy.ok("fill 4096 0", 120)[0] < ALLOCATIONS, "a context has an entry too"

@@ -52,7 +52,7 @@ def parent(service: Service, unharmed: None) -> Iterator[Path]:
 
 
 def say_hello(cgroup: Path) -> None:
-    """Run a process in the cgroup that says hello, gets an answer or not, and exits."""
+    """Run a process in the cgroup that sends a hello, gets a reply or not, and exits."""
     child = os.fork()
     if not child:
         with contextlib.suppress(BaseException):
@@ -84,7 +84,7 @@ def removed(cgroup: Path) -> bool:
 
 
 def churn(parent: Path, numbers: range) -> None:
-    """Make these tenants, LIVE at a time. One in ten says hello, and one in a hundred has a program that is refused."""
+    """Make these tenants, LIVE at a time. One in ten registers, and one in a hundred has a program that is refused."""
     live = collections.deque[Path]()
     for number in numbers:
         cgroup = parent / f"{number}-{ODD[number % len(ODD)]}"
@@ -136,7 +136,7 @@ def sizes(service: Service) -> dict[str, int]:
 @pytest.mark.slow
 @pytest.mark.timeout(7200)  # the full count takes half an hour
 def test_tenants_come_and_go_and_leave_nothing(service: Service, parent: Path, scale) -> None:
-    known = {name: entries(name) for name in MAPS}  # processes outside of any tenant that have said hello stay known
+    known = {name: entries(name) for name in MAPS}  # processes outside of any tenant that have registered stay known
     looks, counters = [], entries("counters")
     for first in range(0, WARM + scale(500, 4_000, 100_000), SOME):
         churn(parent, range(first, first + SOME))

@@ -180,7 +180,7 @@ def test_doctor_names_it_and_the_fix(service: Service, work: Path, case: str) ->
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_agent_says_it_in_one_line(service: Service, work: Path, case: str) -> None:
+def test_the_agent_reports_its_error_in_one_line(service: Service, work: Path, case: str) -> None:
     make, _, fix = CASES[case]
     done = make(work).agent(work)
     assert done.returncode == 1, done
@@ -203,12 +203,12 @@ LINES = {
     ),
     "nothing-allowed": (
         nothing_allowed,
-        "fgpu: root may use no uprobes here ([Errno 13] perf_event_open: Permission denied): run fgpu outside "
+        "fgpu: root may not use uprobes here ([Errno 13] perf_event_open: Permission denied): run fgpu outside "
         "a container, or give the container CAP_SYS_ADMIN, CAP_BPF and CAP_PERFMON",
     ),
     "no-uprobes": (
         no_uprobes,
-        "fgpu: the kernel has no uprobe PMU: a kernel with CONFIG_UPROBE_EVENTS=y, and sysfs at /sys",
+        "fgpu: the kernel has no uprobe PMU: use a kernel with CONFIG_UPROBE_EVENTS=y, and sysfs at /sys",
     ),
     "old-kernel": (
         old_kernel,

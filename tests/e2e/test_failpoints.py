@@ -143,7 +143,7 @@ def at_a_hello(host: Host, tenant: Tenant, point: str) -> None:
     host.children.kill_gatekeeper()
     gatekeeper = host.children.start("gatekeeper", point)
     host.children.start()
-    assert_killed(gatekeeper)  # the busy clients, which say hello again, bring it to its point
+    assert_killed(gatekeeper)  # the busy clients, which register again, bring it to its point
     newcomer = tenant.client()
     eventually(lambda: newcomer.do("context") == "ok", 5, "a context once there is a gatekeeper")
     newcomer.kill()

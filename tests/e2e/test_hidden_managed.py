@@ -49,7 +49,7 @@ def test_while_a_thread_writes_over_the_pointers_that_calls_return(hiding: Bypas
 
 @pytest.mark.timed
 @pytest.mark.places("cgroups")
-def test_when_vforked_children_take_it(hiding: Bypass) -> None:
+def test_when_vforked_children_allocate_it(hiding: Bypass) -> None:
     (bytes_,) = hiding.ok("vfork 60")
     assert bytes_ == 60 * LARGE
     assert_charged(hiding, bytes_)

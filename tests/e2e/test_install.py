@@ -147,7 +147,7 @@ def test_preexisting_processes_are_never_killed_and_later_ones_are(service: Serv
     older = before.program("older")
     older.ok("context")
     install(service)
-    assert "onBypass: kill waits" in fgpu("explain", f"/{NAME}").stdout
+    assert "onBypass: kill is not applied" in fgpu("explain", f"/{NAME}").stdout
     older.ok(f"alloc {HELD}")
     service.kill_agent()
     service.start_agent()  # the next agent knows them too
@@ -155,7 +155,7 @@ def test_preexisting_processes_are_never_killed_and_later_ones_are(service: Serv
     eventually(lambda: uses(CONTEXT + HELD + 100 * MIB), 3, "all of it charged")
     assert events("killed") == []
     older.close()
-    eventually(lambda: "onBypass: kill waits" not in fgpu("explain", f"/{NAME}").stdout, 3, "the end of the older one")
+    eventually(lambda: "kill is not applied" not in fgpu("explain", f"/{NAME}").stdout, 3, "the end of the older one")
     eventually(lambda: uses(0), 3, "the release of what it held")
     younger = before.program("younger")
     younger.ok("context")

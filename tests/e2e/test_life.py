@@ -289,7 +289,7 @@ def _lost() -> float:
 def _flood(place: Place) -> None:
     """Move a process from one of two cgroups to the other and back.
 
-    They are in no workload: a workload with many events is told of few of them, and then the kernel's ring is never
+    They are in no workload: few events of a workload with many of them are sent, and then the kernel's ring is never
     full.
     """
     beside = cgroup_root() / f"{place.group.lstrip('/')}-flood"
@@ -396,7 +396,7 @@ def small(service: Service, tmp_path: Path) -> Iterator[None]:
 
 @pytest.fixture
 def crowd(small: None, service: Service, place: Place, chance: random.Random) -> Iterator[World]:
-    """Return three lives without memory that NVML does not show: of processes without an entry only NVML tells."""
+    """Return three lives without memory that NVML does not show: only NVML shows processes without an entry."""
     world = World(service, place, chance, ("shown", "shown", "shown"), crowded=True)
     yield world
     if world.grouped:

@@ -234,7 +234,7 @@ for path in sys.argv[2:]:
 
 @pytest.mark.places("host")
 def test_a_late_driver_that_cannot_be_probed_is_limited_by_the_shim_alone_and_reported(tenant, tmp_path: Path) -> None:
-    """The process said hello before. The shim asks before each allocation of this driver; the kernel sees none."""
+    """The process has registered before. The shim requests each allocation of this driver; the kernel sees none."""
     odd = library(tmp_path / "odd")
     odd.write_bytes(odd.read_bytes().replace(b"\0cuMemRelease\0", b"\0cuMemReleasX\0"))
     one = tenant(2 * CONTEXT + ROOM)

@@ -22,7 +22,7 @@ from tests.support.tenant import Client, Tenant
 from tests.support.wait import eventually
 
 STEP = 2 * MIB
-NEW_PROGRAMS = 4  # in every so many versions
+NEW_PROGRAMS = 4  # in one of this many versions
 PYTHON = ROOT / ".venv/bin/python"
 ANOMALIES = ("release", "full", "device", "lost", "bypass", "stale")
 

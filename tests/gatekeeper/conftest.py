@@ -77,7 +77,7 @@ class Keeper:
 def pins() -> Iterator[Path]:
     if os.geteuid() != 0:
         pytest.skip("needs root: BPF and cgroups")
-    # The children of this process say hello, and wait if they have a driver that is not probed.
+    # The children of this process register, and wait if they have a driver that is not probed.
     mapped = [
         line for line in Path("/proc/self/maps").read_text().splitlines() if re.search(r"lib(cuda|fgpu)\.so", line)
     ]

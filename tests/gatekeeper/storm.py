@@ -1,4 +1,4 @@
-"""300 processes that say hello at one moment: `storm.py SOCKET HELLO ANSWER_BYTES`, HELLO in hexadecimal.
+"""300 processes that send a hello at the same time: `storm.py SOCKET HELLO ANSWER_BYTES`, HELLO in hexadecimal.
 
 Prints `started` when they begin, then a line of JSON: for each the seconds until it was answered (-1: it was not), its
 number of attempts, and the number of those in which it had no processor to send. It is a separate program, because

@@ -181,7 +181,7 @@ def test_the_forms_of_attack_work_on_a_page_without_seals() -> None:
         os.close(fd)
 
 
-def test_the_status_page_is_the_tenants_but_keeps_its_size(keeper: Keeper, tenant: Make) -> None:
+def test_a_tenant_can_write_its_status_page_and_cannot_resize_it(keeper: Keeper, tenant: Make) -> None:
     def use() -> list[str]:
         reply = hello(keeper.run)
         assert reply

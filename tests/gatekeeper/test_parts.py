@@ -86,7 +86,7 @@ def test_a_process_that_executes_another_program_is_another_client() -> None:
     for _ in range(2):
         clients.show({child.pid: lives[0]})
     assert (parted, clients.get(child.pid), page.gates[0]) == ([], first, 6)
-    clients.update(first, 4, 4, (), first.header)  # it has said hello since
+    clients.update(first, 4, 4, (), first.header)  # it has registered since
     clients.show({child.pid: lives[1]})
     assert not parted
     clients.show({})

@@ -20,7 +20,7 @@ CGROUPS = 8
 
 
 class Crowd:
-    """Processes of a cgroup that have said hello and live on."""
+    """Registered processes of a cgroup, which continue to run."""
 
     def __init__(self, program: Path, run: Path, cgroup: Path, number: int = PROCESSES_PER_OWNER) -> None:
         enter = 'echo $$ >"$0/cgroup.procs" && exec "$@"'

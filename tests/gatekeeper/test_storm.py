@@ -57,7 +57,7 @@ sys.exit(gatekeeper.main())
 
 
 class Storm:
-    """The 300 processes of one cgroup that say hello at one moment (storm.py). They have begun."""
+    """The 300 processes of one cgroup that send a hello at the same time (storm.py). They have begun."""
 
     def __init__(self, run: Path, cgroup: Path, niceness: int = 0) -> None:
         enter = f'echo $$ >"$0/cgroup.procs" && exec nice -n {niceness} "$@"'

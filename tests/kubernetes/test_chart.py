@@ -319,7 +319,7 @@ def test_helm_renders_what_is_in_the_repository(tmp_path: Path) -> None:
 
 @needs_helm
 @pytest.mark.parametrize("values", [None, HERE / "values/minimal.yaml"], ids=str)
-def test_helm_finds_nothing_to_say(values: Path | None) -> None:
+def test_helm_lint_has_no_findings(values: Path | None) -> None:
     words = ["--values", str(values)] if values and values.stem != "everything" else []
     done = subprocess.run(
         [str(HELM), "lint", "--strict", CHART, *words], capture_output=True, text=True, timeout=60, check=False

@@ -62,7 +62,7 @@ def pods(plugin: node_kit.Pod, tmp_path: Path) -> Iterator[pods_kit.Pods]:
     found.close()
 
 
-def test_it_may_nothing_but_what_it_owns(plugin: node_kit.Pod) -> None:
+def test_the_plugin_has_no_rights_but_those_listed(plugin: node_kit.Pod) -> None:
     one = plugin.containers["device-plugin"]
     facts, mounts = one.facts(), {mount["mountPath"] for mount in one.spec["volumeMounts"]}
     assert "add" not in one.spec["securityContext"]["capabilities"]

@@ -34,7 +34,7 @@ def place(environment: Path, driver: None) -> Iterator[kit.Installed]:
     kit.run("umount", "--lazy", kit.STATE)  # a removed probe keeps its file for a moment
 
 
-def test_tag_says_what_the_shim_needs(wheel: Path, tmp_path: Path) -> None:
+def test_the_tag_states_what_the_shim_requires(wheel: Path, tmp_path: Path) -> None:
     assert wheel.name.endswith("-py3-none-manylinux2014_x86_64.whl")
     with zipfile.ZipFile(wheel) as file:
         compiled = [name for name in file.namelist() if name.endswith(".so")]

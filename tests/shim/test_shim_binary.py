@@ -50,7 +50,7 @@ def test_takes_no_more_where_compilers_harden_by_themselves(build: Build, tmp_pa
     assert needed(hardened) == needed(build.shim)
 
 
-def test_tells_the_time_where_libc_does_not(build: Build, held: Agent, tmp_path: Path) -> None:
+def test_the_clock_works_without_clock_gettime_in_libc(build: Build, held: Agent, tmp_path: Path) -> None:
     """A program with a glibc before 2.17 has no clock_gettime unless it loads librt."""
     lacking = tmp_path / "libfgpu.so"
     lacking.write_bytes(build.shim.read_bytes().replace(b"\0clock_gettime\0", b"\0clock_gettimX\0"))

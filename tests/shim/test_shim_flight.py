@@ -83,7 +83,7 @@ need("cuCtxSynchronize"); out(n)"""
         "while L.cuEventQuery(e) == 600: time.sleep(0.001)",
     ],
 )
-def test_a_program_that_waits_itself_tells(simulator: Simulator, wait: str) -> None:
+def test_a_program_that_waits_reports_the_end_of_its_work(simulator: Simulator, wait: str) -> None:
     agent = simulator.agent
     unlock(agent, 1)
     process = simulator.start(

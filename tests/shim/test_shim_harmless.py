@@ -99,7 +99,7 @@ def test_an_old_driver_stays_old(build: Build, plain: Run) -> None:
     assert plain_python(plain, LOOKUPS + script) == "(False, True) (True, False) (False, True)\n"
 
 
-def test_dlerror_tells_of_the_programs_own_lookups_alone(build: Build, plain: Run) -> None:
+def test_dlerror_reports_the_programs_own_lookups_alone(build: Build, plain: Run) -> None:
     script = f"""
     driver = dl.dlopen(b"{build.folder}/driver/libcuda.so.1", 2)
     print([look(driver, n) for n in (b"cuInit", b"cuMemAlloc_v2", b"cuCtxCreate", b"cuMemAlloc_v2")])

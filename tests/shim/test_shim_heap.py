@@ -61,7 +61,7 @@ def test_a_limit_as_in_a_new_context_is_not_asked_for(simulator: Simulator) -> N
     assert asked(simulator.agent) == []
 
 
-def test_binaries_tell_too(simulator: Simulator) -> None:
+def test_a_heap_in_a_binary_is_requested_too(simulator: Simulator) -> None:
     image = (cubin(("malloc", 8, 1)) + bytes(64)).hex()
     script = f"""
 m = C.c_void_p(); need("cuModuleLoadData", C.byref(m), bytes.fromhex("{image}"))

@@ -97,7 +97,7 @@ out(alloc(1), info()[1])
 @pytest.mark.parametrize(
     ("call", "error"), [("socket", "EPERM"), ("socket", "EAFNOSUPPORT"), ("connect", "EACCES"), ("connect", "ENOSYS")]
 )
-def test_the_reason_is_told_where_a_sandbox_refuses_the_socket(held: Agent, call: str, error: str) -> None:
+def test_the_reason_is_reported_where_a_sandbox_refuses_the_socket(held: Agent, call: str, error: str) -> None:
     code = FILTER.format(number=NUMBERS[call], error=getattr(errno, error))
     began = time.monotonic()
     said = held.run(SYSTEM_PYTHON, "-c", PREAMBLE + code)

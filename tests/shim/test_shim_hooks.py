@@ -189,7 +189,7 @@ def test_a_name_of_tomorrow_is_noticed(tmp_path: Path, name: str) -> None:
     assert done.stdout == f"driver.txt: {name}: neither hooked nor decided about\n"
 
 
-def test_what_a_header_tells_by_its_structs(build: Build, tmp_path: Path) -> None:
+def test_functions_are_found_by_the_structs_of_a_header(build: Build, tmp_path: Path) -> None:
     """A function that writes a pid or an amount of memory is found by its structs, under any name."""
     header = (build.headers / "nvml.h").read_text(errors="replace")
     (tmp_path / "nvml.h").write_text(header)

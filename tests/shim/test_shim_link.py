@@ -27,7 +27,7 @@ def test_managed(held: Agent) -> None:
     assert [c["kind"] for c in look["calls"]] == [HELLO, MEMORY]
 
 
-def test_a_lookup_says_nothing(held: Agent) -> None:
+def test_a_lookup_prints_nothing(held: Agent) -> None:
     held.python("L.cuInit, L.cuMemAlloc_v2, L.cuCtxGetDevice")
     assert held.do("look")["hellos"] == 0
 
@@ -111,7 +111,7 @@ def test_a_closed_shim_reports_once(agent: Agent) -> None:
     assert err == "fgpu: the agent does not answer: device memory is refused\n"
 
 
-def test_a_refusal_for_too_many_entries_is_told_apart_once(agent: Agent) -> None:
+def test_a_refusal_for_too_many_entries_is_reported_once(agent: Agent) -> None:
     agent.do("start")
     agent.do("limit", limit=100)
     script = PREAMBLE + "C.set_errno(77); out(alloc(1), C.get_errno(), alloc(1))"
@@ -121,7 +121,7 @@ def test_a_refusal_for_too_many_entries_is_told_apart_once(agent: Agent) -> None
     assert agent.run(SYSTEM_PYTHON, "-c", script) == (f"[{OOM}, 77, {OOM}]\n", said)
 
 
-def test_a_gatekeeper_that_comes_late_is_met(agent: Agent) -> None:
+def test_a_gatekeeper_that_starts_late_is_found(agent: Agent) -> None:
     process = agent.start_python("out(0)\nt = time.monotonic(); out(alloc(1), time.monotonic() - t < 1.9)")
     process.stdout.readline()
     time.sleep(0.4)
@@ -193,7 +193,7 @@ def test_pages_that_have_grown_at_their_end_are_read_as_before(agent: Agent) -> 
     assert agent.python("out(alloc(1), info()[1:], alloc(1 << 30))") == [[0, [(1 << 30) - 512, 1 << 30], OOM]]
 
 
-def test_a_newer_gatekeeper_may_say_more(agent: Agent) -> None:
+def test_a_reply_of_a_newer_gatekeeper_may_be_longer(agent: Agent) -> None:
     agent.do("set", answer="longer")
     agent.do("start")
     assert agent.python("out(alloc(1))") == [[0]]
@@ -359,7 +359,7 @@ out(got)
 
 
 def test_thousands_of_hellos_leave_nothing(build: Build, held: Agent, scale: Callable[[int, int, int], int]) -> None:
-    """Each jump of the shim's clock makes the heartbeat stale, so that the next call says hello again."""
+    """Each jump of the shim's clock makes the heartbeat stale, so that the next call registers again."""
     hellos = scale(200, 2000, 10000)
     script = f"""
 F = C.CDLL("{build.folder}/fault.so"); F.fault_skip.argtypes = [C.c_int64]

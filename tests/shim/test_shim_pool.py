@@ -61,7 +61,7 @@ out(results(got), L.fake_reserved(0) >> 20)"""
     assert held.do("look")["used"] <= GIB
 
 
-def test_threads_own_streams_are_told_apart(held: Agent) -> None:
+def test_streams_of_threads_are_distinguished(held: Agent) -> None:
     script = (
         POOLS
         + """

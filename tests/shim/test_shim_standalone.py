@@ -95,7 +95,7 @@ def test_a_file_that_others_can_make_sets_no_limit(build: Build, more: str) -> N
     assert (done.stdout, done.stderr) == (f"[0, {16 * GIB}]\n", "fgpu: no agent on this host: not enforced\n")
 
 
-def test_processes_share_it_and_say_so_once(build: Build) -> None:
+def test_processes_share_a_limit_and_report_that_once(build: Build) -> None:
     done = container(build).run("""
 export NEXT='py "out(alloc(600 * MiB), alloc(400 * MiB), info()[1])"'
 py 'out(alloc(600 * MiB), info()[1]); os.system(os.environ["NEXT"]); out(alloc(400 * MiB))'""")

@@ -71,7 +71,7 @@ need("cuCtxSynchronize"); say(0.02 <= time.monotonic() - began < 0.03)
     assert pair.python(PAIR + script) == ["True", "True"]
 
 
-def test_processes_meet_too(pair: Machine) -> None:
+def test_kernels_of_several_processes_wait_for_each_other(pair: Machine) -> None:
     script = """
 d = %d; say("ready"); wait(); began = time.monotonic()
 for _ in range(20): meet(d)

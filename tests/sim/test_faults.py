@@ -309,7 +309,7 @@ N.nvmlShutdown(); N.nvmlInit(); device = N.nvmlDeviceGetHandleByIndex(0); look()
         assert [client.stdout.readline() for _ in range(2)] == ["NVMLError_GpuIsLost\n", "c_nvmlMemory_t\n"]
 
 
-def test_the_end_of_a_stall_by_order(machine: Machine) -> None:
+def test_a_reset_ends_a_stall(machine: Machine) -> None:
     pytest.importorskip("pynvml")
     order(machine, "nvml-stall:60s")
     with machine.spawn(NVML + "say('answered')") as waiting:

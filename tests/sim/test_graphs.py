@@ -162,7 +162,7 @@ say(L.cuMemAlloc_v2(C.byref(C.c_uint64()), C.c_size_t(1)))
     assert machine.python(script) == ["0"]
 
 
-def test_memory_that_a_capture_knows_nothing_of(machine: Machine, program: Path) -> None:
+def test_memory_that_no_capture_has_recorded(machine: Machine, program: Path) -> None:
     """The footprint is empty until a launch, shared by launches in one stream, and kept until it is trimmed."""
     said = answers(machine, program, "graph")
     footprint = {name: n for name, n in said.items() if name.startswith("footprint.") and "taken" in name}

@@ -81,7 +81,7 @@ say(L.cuMemFree_v2(other), L.cuMemFreeAsync(alloc(4 << 20), None), L.cuCtxSynchr
             say(client)
 
 
-def test_work_of_graphs_uses_it_when_they_are_launched(machine: Machine) -> None:
+def test_graphs_use_managed_memory_when_they_are_launched(machine: Machine) -> None:
     script = """
 at = managed(8); s = stream(); graph, execute = C.c_void_p(), C.c_void_p()
 need("cuStreamBeginCapture_v2", s, 0); need("cuMemsetD8Async", at, 1, C.c_size_t(8 << 20), s)

@@ -1,4 +1,4 @@
-"""The server alone: one per directory, clean ends, bad settings, peers that lie or do not read, no leak."""
+"""The server alone: one per directory, clean ends, bad settings, peers that send false data or do not read, no leak."""
 
 from __future__ import annotations
 
@@ -356,7 +356,7 @@ def test_nothing_leaks(tools: Path, tmp_path: Path) -> None:
     assert code == 0, errors
 
 
-def test_a_client_that_lies_of_managed_memory(server: Server) -> None:
+def test_a_client_that_reports_managed_memory_wrongly(server: Server) -> None:
     """It is refused more than the device has, even if sums overflow, and leaves nothing."""
     mib, chunk = 1 << 20, 128 << 20
     with server.connect() as sock:

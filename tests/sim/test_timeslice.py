@@ -85,7 +85,7 @@ print(one, time.monotonic() - began, L.cuStreamQuery(t))
     assert state == "0"
 
 
-def test_events_tell_how_long_it_really_took(make_machine: Callable[..., Machine]) -> None:
+def test_events_show_the_real_duration(make_machine: Callable[..., Machine]) -> None:
     """Event times include the turns of other contexts, as those of a real device do."""
     other = worker(10_000, 3, 1.0)
     timed = """

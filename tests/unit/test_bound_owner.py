@@ -84,7 +84,7 @@ NAMES = st.sampled_from(
     other=st.lists(NAMES, min_size=1, max_size=3),
     levels=st.integers(0, 2**7 - 1),
 )
-def test_no_name_that_a_workload_gives_its_cgroups_makes_it_two(tmp_path_factory, outside, inside, other, levels):
+def test_names_of_cgroups_inside_a_workload_give_it_no_second_owner(tmp_path_factory, outside, inside, other, levels):
     """A cgroup inside a workload has the workload's owner, whatever the workload calls it."""
     root = tmp_path_factory.mktemp("host")
     own = "/" + "/".join([*outside, f"cri-containerd-{ID}.scope"])

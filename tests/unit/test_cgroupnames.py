@@ -151,7 +151,7 @@ parts = st.lists(
 
 
 @given(parts)
-def test_any_path_says_something(found):
+def test_every_path_has_a_result(found):
     said = cgroup_names.parse(found)
     assert isinstance(said, CgroupName)
     assert (said.container is None) <= (said.engine is None)

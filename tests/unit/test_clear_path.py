@@ -32,7 +32,7 @@ def test_folders_moved_aside_are_removed_with_their_contents(tmp_path: Path) -> 
     assert [path.name for path in tmp_path.iterdir()] == ["b.sock.moved-1"]
 
 
-def test_a_mount_inside_keeps_it(tmp_path: Path) -> None:
+def test_a_moved_folder_with_a_mount_inside_is_kept(tmp_path: Path) -> None:
     (tmp_path / "a.sock.moved-3").mkdir()
     command = ["unshare", "--mount", "sh", "-ec", MOUNTED, "sh", tmp_path, sys.executable, REMOVE]
     assert subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout == "data\n"

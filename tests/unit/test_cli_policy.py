@@ -95,9 +95,9 @@ def test_without_a_path_it_is_the_hosts_own_folder_by_the_agents_rules(tmp_path,
         ("{selector: {unit: 'user-*.slice'}}", "the name of a unit ends with .service or .scope and has no slash"),
         ("{selector: {namespace: team-a/}}", "the name of a namespace has no slash"),
         ("{selector: {image: nvcr.io/nvidia/}}", "the name of an image does not end with a slash"),
-        ("{selector: {cgroup: a}, devices: [GPU0]}", "devices: 'GPU0' is the name of no model, not an index: did you"),
+        ("{selector: {cgroup: a}, devices: [GPU0]}", "'GPU0' is read as the name of a model, not as an index: did you"),
         ("{selector: {cgroup: a}, devices: ['cuda:1']}", "did you mean 1?"),
-        ("{selector: {cgroup: a}, devices: [GPU-0]}", "devices: 'GPU-0' is the beginning of a UUID, not an index"),
+        ("{selector: {cgroup: a}, devices: [GPU-0]}", "'GPU-0' is read as the beginning of a UUID, not as an index"),
     ],
 )
 def test_what_can_never_match_is_a_warning(spec, said, tmp_path):

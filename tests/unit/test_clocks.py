@@ -47,5 +47,5 @@ def test_the_wall_clock_decides_nothing(path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.name)
-def test_c_never_looks_at_it(path: Path) -> None:
+def test_c_code_never_uses_the_wall_clock(path: Path) -> None:
     assert not C_OF_THE_WALL.search(path.read_text())

@@ -212,7 +212,7 @@ def test_nothing_is_written_for_what_stays_as_it_is(place, books):
 
 def test_decisions_before_a_cgroup_was_a_tenant_do_not_hold(place, books):
     one = place.make("/one", 4)
-    books.decided[one.cgroup] = False  # a program has said hello there, and no policy matched
+    books.decided[one.cgroup] = False  # a program has registered there, and no policy matched
     place.enforcer.put([one])
     assert one.cgroup not in books.decided
     assert not books.epoch, "nothing is in it that could ask again"

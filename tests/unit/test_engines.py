@@ -79,7 +79,7 @@ def test_a_container_is_asked_about_once_and_for_all_its_cgroups(docker, api):
         assert len(docker.targets) == 1
 
 
-def test_podman_says_the_same(tmp_path):
+def test_podman_reports_the_same_labels(tmp_path):
     podman = Docker(tmp_path / "podman.sock")
     podman.containers = [container(Annotations={"fgpu.dev/memory": "8GiB"})]
     with running(DockerApi(Engine.PODMAN, str(podman.path))) as found:
@@ -198,7 +198,7 @@ def test_an_invalid_file_has_no_labels(tmp_path, text):
     assert label_cache.read(file) == {}
 
 
-# -- engines that hang or lie
+# -- engines that hang or return false answers
 
 
 def drip(wfile):

@@ -113,7 +113,7 @@ def test_docker_containers_are_unknown_to_cri(api):
     assert api.serves(POD)
 
 
-# -- engines that hang or lie
+# -- engines that hang or return false answers
 
 
 @pytest.mark.parametrize("lie", ["hangs", "garbage", "another container", "20 MiB", "is down"])

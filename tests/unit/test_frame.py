@@ -97,7 +97,7 @@ def test_many_devices_leave_room_for_tenants() -> None:
     assert drawn[7].split()[:3] == ["TENANT", "GPU", "LIMIT"]
 
 
-def test_devices_stand_one_below_the_other() -> None:
+def test_devices_are_listed_one_below_the_other() -> None:
     devices = (kit.device(0, owner="carol"), kit.device(10, used=kit.GIB // 2, owner=None, unmanaged=kit.GIB // 2))
     assert lines(kit.latest(kit.ALICE, devices=devices), 100, 9)[1:3] == [
         "0  NVIDIA H200 ▕████░░░░░░░      ▏  40GiB/160GiB   ░committed 100GiB  ▒unmanaged 0B      turn: carol",
@@ -140,7 +140,7 @@ def test_bar(used: int | None, unmanaged: int | None, bar: str) -> None:
     assert f" {'-' if used is None else f'{used}GiB' if used else '0B'}/160GiB " in text
 
 
-def test_one_pass_is_as_wide_as_it_wants_to_be() -> None:
+def test_one_print_is_as_wide_as_its_rows() -> None:
     long = kit.tenant("team/" + "x" * 90 + "/main", kit.on(0, 1))
     text = top_frame.once(kit.latest(long, *kit.ALL), ViewChoice(), None, UNICODE).plain.split("\n")
     assert long.tenant in "\n".join(text)

@@ -209,7 +209,7 @@ def grown_bytes(before: str) -> int:
     return printed(RESIDENT + CROWD.format(before=before))
 
 
-def test_a_crowd_finds_what_it_takes() -> None:
+def test_many_small_objects_fit_in_the_memory_that_was_set_aside() -> None:
     assert grown_bytes("heap.settle(1 << 20)") < 1 << 17
     assert grown_bytes("heap.settle(0)") > 1 << 19
 

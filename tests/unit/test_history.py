@@ -65,7 +65,7 @@ def test_many_events_at_once_are_reported_once_a_second(monkeypatch: pytest.Monk
     assert len(one._told) <= MOST_KINDS
 
 
-def test_it_does_not_grow() -> None:
+def test_the_event_log_does_not_grow() -> None:
     one = EventLog()
     for number in range(MOST + 23):
         one.add("refused", tenant=str(number))

@@ -65,7 +65,7 @@ drivers: {trusted: ["sha256:%s"]}
 def test_a_digest_has_64_small_hexadecimal_digits(settings, digest):
     found, errors = settings(f"drivers: {{trusted: ['sha256:{digest}']}}")
     assert found is None
-    assert "is no digest: write it as sha256: and 64 digits" in errors[0]
+    assert "is not a digest: write it as sha256: and 64 digits" in errors[0]
     assert settings("drivers: {trusted: []}")[0] == settings("drivers: {}")[0] == HostSettings()
 
 
@@ -83,7 +83,7 @@ def test_addresses(settings, address):
     [
         (
             "drivers: {trusted: [0a0a]}",
-            ":1: drivers.trusted[0]: '0a0a' is no digest: write it as sha256: and 64 digits, 0 to 9 and a to f",
+            ":1: drivers.trusted[0]: '0a0a' is not a digest: write it as sha256: and 64 digits, 0 to 9 and a to f",
         ),
         ("drivers: {any: true}", ":1: drivers: unknown key 'any': known here are trusted"),
         ("listen: 9423", ":1: listen: must be text: write it in quotes"),
@@ -94,24 +94,24 @@ def test_addresses(settings, address):
         ("\nlisten:", ":2: listen: is empty: write a value, or leave the key out"),
         ("overcommit: true", ":1: overcommit: 'true' is none of forbid, allow: write one of them"),
         ("loader: /usr/bin/python3", ":1: loader: must be a list, as in [a, b]"),
-        ("loader: [python3]", ":1: loader: 'python3' is no absolute path: begin it with /"),
+        ("loader: [python3]", ":1: loader: 'python3' is not an absolute path: begin it with /"),
         ("loader: []", ":1: loader: is empty: name one at least, or leave the key out"),
         (
             "engines: [/run/docker.sock]",
             ":1: engines[0]: '/run/docker.sock' is not a valid engine: "
             "write it as docker:/run/docker.sock, podman:… or cri:…",
         ),
-        ("engines: ['cri:crio.sock']", ":1: engines[0]: 'crio.sock' is no absolute path: begin it with /"),
+        ("engines: ['cri:crio.sock']", ":1: engines[0]: 'crio.sock' is not an absolute path: begin it with /"),
         ("driverroot: /", ":1: unknown key 'driverroot': did you mean driverRoot?"),
-        ("driverRoot: run", ":1: driverRoot: 'run' is no absolute path: begin it with /"),
-        ("metricLabels: [gpu]", ":1: metricLabels[0]: 'gpu' is taken by the metrics themselves: name another label"),
+        ("driverRoot: run", ":1: driverRoot: 'run' is not an absolute path: begin it with /"),
+        ("metricLabels: [gpu]", ":1: metricLabels[0]: 'gpu' is a label of the metrics already: choose another name"),
         (
             "listenNames: ['gpu1:80']",
-            ":1: listenNames[0]: 'gpu1:80' is no name of a host: write it as gpu1.example, without a port",
+            ":1: listenNames[0]: 'gpu1:80' is not a host name: write it as gpu1.example, without a port",
         ),
         ("logFormat: yaml", ":1: logFormat: 'yaml' is none of text, json, journal: write one of them"),
-        ("[]", ":1: is no mapping: write it as listen: 127.0.0.1:9423"),
-        ("{}\n---\n{}", ":3: is a second document: there is one agent, join them"),
+        ("[]", ":1: is not a mapping: write listen: 127.0.0.1:9423"),
+        ("{}\n---\n{}", ":3: is a second document: join them, there is only one agent"),
         ("a: &b c", ":1: a: anchors and aliases (&, *) are refused: write the value out, or in quotes"),
     ],
 )
@@ -135,7 +135,7 @@ def test_an_unreadable_file_is_reported(tmp_path):
     assert str(host_config.read(tmp_path, root_only=False)[1][0]) == f"{tmp_path}: is not a regular file: remove it"
 
 
-def test_the_guide_shows_what_holds_without_a_file(settings):
+def test_the_guide_shows_the_defaults(settings):
     guide = (Path(__file__).parent.parent.parent / "docs/policy.md").read_text()
     block = guide.rpartition("```yaml\n")[2].partition("```")[0]
     assert settings(block) == (HostSettings(), [])

@@ -212,7 +212,7 @@ def test_an_endless_chain_of_symbols_is_left(tmp_path: Path, library: Path) -> N
 
 
 def test_a_library_is_read_as_its_loader_does(tmp_path: Path, library: Path) -> None:
-    """The reader needs no section headers, believes no false ones, and uses either hash table, as the loader does."""
+    """The reader needs no section headers, ignores false ones, and uses either hash table, as the loader does."""
     text, expected = bytearray(library.read_bytes()), parse(library)
     struct.pack_into("<Q", text, 0x28, 0)
     struct.pack_into("<3H", text, 58, 0, 0, 0)

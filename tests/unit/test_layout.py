@@ -106,7 +106,7 @@ def test_every_enum_and_constant_of_the_header_is_here() -> None:
     assert set(FLAGS) < set(header_numbers())
 
 
-def test_signs_are_those_of_the_header() -> None:
+def test_signed_fields_are_those_of_the_header() -> None:
     signed = re.findall(r"__s64 (\w+)", header_text())
     ours = [name for kind in STRUCTS.values() for name, form, *_ in kind._fields_ if is_signed(form)]
     assert sorted(ours) == sorted(signed)

@@ -1,4 +1,4 @@
-"""Tests of classes of files: what is believed of a file of libcuda or the shim, and for how long."""
+"""Tests of classes of files: which files of libcuda and the shim are trusted, and for how long."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ def test_an_oversized_file_is_not_read(opened: int) -> None:
     assert library_class.digest(opened, Stamp.of(opened)) == ""
 
 
-def test_cookies_tell_function_and_class() -> None:
+def test_cookies_contain_function_and_class() -> None:
     for role, of in (
         (Role.HOST, abi.Class.HOST),
         (Role.LISTED, abi.Class.LISTED),

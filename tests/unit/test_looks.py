@@ -150,6 +150,6 @@ def test_inside_is_by_whole_names():
     assert not is_inside("/ab", "/a")
 
 
-def test_chunks_are_all_of_it():
+def test_chunks_contain_every_element():
     assert list(chunks(range(7), 3)) == [[0, 1, 2], [3, 4, 5], [6]]
     assert list(chunks([], 3)) == []

@@ -39,7 +39,7 @@ def unasked(monkeypatch: pytest.MonkeyPatch):
 
 
 @pytest.mark.parametrize("which", [procmaps.NEXT_EXECUTABLE, procmaps.NEXT_SHARED])
-def test_the_text_says_what_the_kernel_answers(maps, unasked, which):
+def test_the_text_has_the_same_mappings_as_the_kernel_s_query(maps, unasked, which):
     asked = list(procmaps.each(maps, which))
     unasked()
     assert list(procmaps.each(maps, which)) == asked

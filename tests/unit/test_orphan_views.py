@@ -109,7 +109,7 @@ def test_no_more_descriptors_are_read_than_asked_for() -> None:
         assert len(descriptors(os.getpid(), 2)) == 2
 
 
-def test_a_thread_finds_them_and_forgets_them(keeper: Start) -> None:
+def test_a_thread_finds_keepers_and_forgets_them(keeper: Start) -> None:
     kept, keepers = keeper(start_new_session=True), Keepers()
     assert keepers.of(kept.pid) == ()
     keepers.look([Held(kept.pid, (here(),))])

@@ -62,7 +62,7 @@ def test_a_level_of_a_new_tenant_starts_again(host) -> None:
     assert host.told(LOOK_SECONDS) == [("tenant-1", "a turn passed with work in flight")]
 
 
-def test_it_looks_once_a_second(host) -> None:
+def test_overruns_are_checked_once_a_second(host) -> None:
     host.told(LOOK_SECONDS)
     host.counts[1] = 9
     assert host.told(LOOK_SECONDS / 3) == []

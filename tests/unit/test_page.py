@@ -90,7 +90,7 @@ def test_a_usual_host() -> None:
     assert "fix:" not in words
 
 
-def test_rows_stand_as_fgpu_top_sorts_them() -> None:
+def test_rows_have_the_order_of_fgpu_top() -> None:
     host = snapshot(*kit.ALL)
     assert rows(shown(host)) == ["batch (group)", "bob", "alice", "carol"]
     assert rows(shown(host, "sort=refused")) == ["alice", "batch (group)", "bob", "carol"]
@@ -117,7 +117,7 @@ def test_the_rest_is_counted() -> None:
     ("more", "said"),
     [
         ({"unenforced": "a probe has gone"}, "No limit is enforced: a probe has gone not enforced agent up"),
-        ({"incomplete": "a typo"}, "Not all is in force: a typo in part agent up"),
+        ({"incomplete": "a typo"}, "Not everything is in force: a typo in part agent up"),
         ({"gatekeeper_up": False}, "gatekeeper not running: new programs are refused memory fix: wait for the agent"),
         ({"gatekeeper_up": None}, "gatekeeper unknown"),
         (

@@ -124,7 +124,7 @@ def test_a_kept_limit_is_not_lost_when_another_value_is_set(host, memory):
     host.cgroup("c1")
     host.start(SIX)
     manager = host.start(unknown="not known")
-    with pytest.raises(TargetError, match="name --memory too"):
+    with pytest.raises(TargetError, match="give --memory too"):
         manager.set("/c1", {"limit_millionths": 250_000})
     assert [limits for limits, _ in host.books.limits.values()] == [{0: 6 * GIB}]
     manager.set("/c1", memory)

@@ -175,7 +175,7 @@ def test_the_schema_refuses_nothing_that_is_accepted(document):
     [{}, {"selector": {}}, {"selector": {"cgroup": None}}, {"selector": {"cgroup": "a"}, "memory": {"limit": "8GB"}},
      {"selector": {"cgroup": "a"}, "mood": 1}, {"selector": {"cgroup": "a"}, "compute": {"weight": 0}}],
 )  # fmt: skip
-def test_the_schema_sees_common_slips(spec):
+def test_the_schema_rejects_common_errors(spec):
     document = {"apiVersion": "fgpu.dev/v1alpha1", "kind": "GpuPolicy", "metadata": {"name": "a"}, "spec": spec}
     assert not SCHEMA.is_valid(document)
 

@@ -1,4 +1,4 @@
-"""Tests of profiles: what agent.yaml may list, how many a device holds, and what kubelet is told of them."""
+"""Tests of profiles: what agent.yaml may list, how many a device holds, and which of them kubelet gets."""
 
 from __future__ import annotations
 
@@ -50,15 +50,15 @@ def test_agent_yaml_lists_them(tmp_path):
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("share: all-50pct", "'all-50pct' is no profile: it names memory"),
-        (f"share: '8gib:{ONE}'", "is no profile: it names memory and no device"),
+        ("share: all-50pct", "'all-50pct' is not a profile: it names memory"),
+        (f"share: '8gib:{ONE}'", "is not a profile: it names memory and no device"),
         ("share: 8gb", "'8gb' is not a share"),
         ("share: 1000.125gib-12.5pct", "is longer than 16 characters"),
         ("share: 8gib, count: 0", "count"),
         ("share: 8gib, count: 129", "count"),
         ("share: 8gib, number: 2", "number"),
         ("count: 2", "share"),
-        ("share: 8gib}, {share: 8gib", "'8gib' is there twice: join them"),
+        ("share: 8gib}, {share: 8gib", "'8gib' is listed twice: join them"),
     ],
 )
 def test_invalid_profiles(tmp_path, text, said):

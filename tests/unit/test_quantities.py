@@ -37,7 +37,7 @@ def test_quantities(text, bytes_):
         ("8589934592", "did you mean 8GiB?"),
         ("8592031744", "did you mean 8194MiB?"),
         ("8589934593", "did you mean 8589934593B?"),
-        ("6B", "is less than a device gives out at once: write 2MiB at least"),
+        ("6B", "is less than the driver's unit of allocation: write at least 2MiB"),
         ("150%", "is not above 0% and up to 100%"),
         ("-1GiB", "not a memory size"),
         ("", "not a memory size"),

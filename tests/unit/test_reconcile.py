@@ -526,7 +526,7 @@ def test_an_ended_process_is_not_adopted_while_the_driver_holds_its_memory():
 
 
 def test_a_process_adopted_while_it_exits_is_reaped_without_its_parent():
-    """A process that exits during its adoption is removed from the ledger, because no event tells of its end."""
+    """A process that exits during its adoption is removed from the ledger, because no event reports its end."""
     with subprocess.Popen(["true"]) as dead:
         os.waitid(os.P_PID, dead.pid, os.WEXITED | os.WNOWAIT)
         for flags, reaped in ((0, [dead.pid]), (Seen.CALL, [])):

@@ -324,7 +324,7 @@ def test_a_silent_tenant_gains_nothing():
 
 
 @pytest.mark.parametrize("quantum_ms", [2, 20])
-def test_a_lie_about_a_turn_gains_a_twentieth_at_most(quantum_ms):
+def test_a_false_report_of_a_turn_gains_a_twentieth_at_most(quantum_ms):
     share = Share(quantum_ns=quantum_ms * MS)
     got = World(Tenant(1, share, lies=True), Tenant(2, share)).run(SECONDS).shares()
     assert got[1] == pytest.approx(0.5, abs=0.0125 + 0.005)
@@ -353,7 +353,7 @@ def test_a_claim_that_nothing_has_proved_costs_a_quarter_of_a_second_at_most():
     assert 200 * MS < honest.longest_wait_ns <= (250 + 20 + 5 + 3) * MS
 
 
-def test_a_tenant_whose_processes_end_with_work_in_flight_is_believed_less():
+def test_a_tenant_whose_processes_end_with_work_in_flight_is_trusted_less():
     """The tenant's cgroup has a program that claims work and exits before that ends. Another program continues."""
     honest, hog = Tenant(1), Hog(2, claim_ns=240 * MS)
     it = World(honest, hog)
@@ -371,7 +371,7 @@ def test_a_tenant_whose_processes_end_with_work_in_flight_is_believed_less():
 
 @pytest.mark.parametrize("kernel_ms", [240, 260, 300, 400, 600, 900])
 @pytest.mark.parametrize("other_ms", [0.2, 30])
-def test_long_kernels_are_believed_from_the_second_one_on(kernel_ms, other_ms):
+def test_long_kernels_are_accepted_from_the_second_one_on(kernel_ms, other_ms):
     long, other = Tenant(1, kernel_ns=kernel_ms * MS), Tenant(2, kernel_ns=round(other_ms * MS))
     it = World(long, other).run(10.0)
     assert it.turns.places[1].counts.overruns <= 2
@@ -382,7 +382,7 @@ def test_long_kernels_are_believed_from_the_second_one_on(kernel_ms, other_ms):
 
 
 @pytest.mark.parametrize("kernel_ms", [50, 400])
-def test_long_kernels_are_believed_again_after_a_stop(kernel_ms):
+def test_long_kernels_are_accepted_again_after_a_stop(kernel_ms):
     """Its work in flight ended while it was stopped. Afterwards each of its drains ends as reported."""
     long, other = Tenant(1, kernel_ns=kernel_ms * MS), Tenant(2)
     it = World(long, other).run(2.0)

@@ -125,7 +125,7 @@ def test_a_tenant_that_leaves_with_each_step_gains_nothing_over_its_share() -> N
     assert it.shares()[1] <= 0.5 + 0.01
 
 
-def test_a_lie_about_think_times_gains_nothing() -> None:
+def test_a_false_report_of_think_times_gains_nothing() -> None:
     """It says that it has rested for 10 s at each look."""
     liar, honest = program(1, 1, longer, wrong), program(2, 1, longer, wrong)
     liar.restless = True

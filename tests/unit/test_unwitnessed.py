@@ -168,7 +168,7 @@ def test_a_process_beyond_its_limit_by_what_no_probe_saw_is_killed(
 
 
 @pytest.mark.parametrize("why", ["report", "observe", "spared", "within", "elsewhere", "another"])
-def test_it_lives(child: subprocess.Popen[bytes], why: str) -> None:
+def test_a_process_is_not_killed(child: subprocess.Popen[bytes], why: str) -> None:
     host = Host(child.pid, bytes_=5 * MIB, overhead=5 * MIB, levels=(8,) if why == "elsewhere" else (7,))
     host.is_spared = why == "spared"
     if why == "within":

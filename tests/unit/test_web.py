@@ -229,7 +229,7 @@ STRANGE = [
         ("", ("gpu1.example",), [*OWN, "gpu1.example"], STRANGE),
     ],
 )
-def test_it_is_asked_for_by_its_names(
+def test_only_its_names_are_accepted(
     address: str, names: tuple[str, ...], answered: list[str | None], refused: list[str]
 ) -> None:
     with serving(HttpServer(address, 0, app, names)) as server:

@@ -151,7 +151,7 @@ def test_the_first_that_no_program_causes_stays_until_the_device_is_found_again(
     assert tally.take([0, 1], [(1, 79)])[1] == Reported({31: 1, 48: 1, 79: 2}, 1, 79)
 
 
-def test_which_are_ignored_is_the_hosts_to_say() -> None:
+def test_the_host_can_choose_the_ignored_xids() -> None:
     tally = Tally([94])
     assert tally.take([0], [(0, 94), (0, 31)])[0] == Reported({94: 1, 31: 1}, 1, 31)
 
@@ -223,7 +223,7 @@ def test_no_share_of_a_failed_device_is_offered() -> None:
     assert [offers._failure(index) for index in (0, 1)] == ["it has reported XID 79", ""]
 
 
-def test_events_tell_of_each_and_how_often() -> None:
+def test_events_list_each_and_its_number() -> None:
     before, after = Truth(xids={0: Reported({31: 2}, 2)}), Truth(xids={0: Reported({31: 3, 79: 1}, 3, 79)})
     truths, history = iter([before, before, after]), EventLog()
     news = XidReports(lambda: next(truths), history)
