@@ -24,6 +24,13 @@ GPUS = [
     *("--env", "LD_LIBRARY_PATH=/opt/build/sim/lib", "--volume", "/opt/build/sim/nvidia-smi:/usr/bin/nvidia-smi:ro"),
 ]
 UNIT = "fgpu-agent"
+# A login has a cgroup of the host in which it is.
+LOGIN = (
+    "sh",
+    "-c",
+    'mkdir -p "$0"; echo $$ >"$0/cgroup.procs"; exec "$@"',
+    "/sys/fs/cgroup/user.slice/session-1.scope",
+)
 
 
 def typed(deb: Path) -> list[list[str]]:
@@ -32,6 +39,13 @@ def typed(deb: Path) -> list[list[str]]:
     found = [shlex.split(line, comments=True) for line in re.findall(r"^    sudo (.*)$", section, re.M)]
     place = str(fresh_host.BUILD / deb.relative_to(kit.BUILD))
     return [[place if word.endswith(".deb") else word for word in words] for words in found]
+
+
+@pytest.fixture(scope="module")
+def driver(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Run fgpu-simd with room for containers that have just ended too."""
+    with kit.driver(tmp_path_factory.mktemp("driver") / "log", "80GiB", 5):
+        yield
 
 
 @pytest.fixture(scope="module", params=["", "trixie"], ids=["docker-20.10", "docker-26.1"])
@@ -60,7 +74,8 @@ def newcomer(driver: None, image: Path, package: Path, release: str, tmp_path: P
         drop_in = f"[Service]\nExecStart=\nExecStart={command}\n"
         (host.root / f"etc/systemd/system/{UNIT}.service.d/driver.conf").write_text(drop_in)
         host.apt("update")
-        host.apt("install", "docker.io", *(["docker-cli"] if release else []))
+        # procps: the unit of Docker reloads by /bin/kill, which every installed Debian has
+        host.apt("install", "procps", "docker.io", *(["docker-cli"] if release else []))
         host.boot()
         kit.eventually(lambda: host.run("docker", "info", check=False).returncode == 0, 30, "Docker")
         kit.run("tar", "-C", image, "-cf", host.root / "tmp/image.tar", ".")
@@ -77,19 +92,18 @@ def image(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def container(host: fresh_host.Host, command: list[str]) -> str:
-    """Return the output of `docker run`; `--gpus all` gives the simulated driver."""
+    """Return the words that `docker run` prints; `--gpus all` gives the simulated driver."""
     words = " ".join(command).replace("--gpus all", " ".join([*engines.ALLOWED, *GPUS])).split()
     done = host.run(*words, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
+    return " ".join(done.stdout.split())
 
 
 def test_two_commands_to_a_limited_container(newcomer: fresh_host.Host, package: Path) -> None:
     install, setup = typed(package)
     assert install[:2] == ["apt", "install"]
     newcomer.apt(*install[1:])
-    done = newcomer.run(*setup, check=False)
-    print(done.stdout, done.stderr)
+    done = newcomer.run(*LOGIN, *setup, check=False)
     # This host is a container: doctor finds that, and nothing else.
     assert re.findall(r"^FAIL  (.*?):", done.stdout, re.M) == ["pid namespace"], done.stdout + done.stderr
     (apply,) = re.findall(r"^takes effect after: (.*)$", done.stdout, re.M)
@@ -100,7 +114,7 @@ def test_two_commands_to_a_limited_container(newcomer: fresh_host.Host, package:
     fill = example.replace("nvidia-smi", "/opt/build/examples/fill --step 2MiB").split()
 
     def exact() -> bool:  # see test_systemd.fills()
-        (got, why) = re.findall(r"^admitted (\d+) bytes, then (\w+)$", container(newcomer, fill))[0]
+        ((got, why),) = re.findall(r"admitted (\d+) bytes, then (\w+)", container(newcomer, fill))
         assert (int(got) >= LIMIT - kit.CONTEXT, why) == (True, "CUDA_ERROR_OUT_OF_MEMORY")
         return int(got) == LIMIT - kit.CONTEXT
 
@@ -114,7 +128,7 @@ def test_two_commands_to_a_limited_container(newcomer: fresh_host.Host, package:
         assert "features" not in json.loads((newcomer.root / "etc/docker/daemon.json").read_text())
     state = ("ActiveState", "UnitFileState")
     assert newcomer.unit(f"{UNIT}.service", *state) == ["active", "enabled"]
-    again = newcomer.run(*setup, check=False).stdout
+    again = newcomer.run(*LOGIN, *setup, check=False).stdout
     assert again.count(": nothing to do\n") == 3, again
     done = newcomer.run("fgpu", "setup", "docker", "--undo")
     assert newcomer.unit(f"{UNIT}.service", *state) == ["inactive", "disabled"], done.stdout
