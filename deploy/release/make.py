@@ -13,7 +13,6 @@ import re
 import shutil
 import subprocess
 import sys
-import tarfile
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -105,8 +104,7 @@ class Release:
         run(sys.executable, "-c", code, folder, where=self.source())
         (made,) = folder.glob("*.tar.gz")
         assert made.name == out.name, made
-        with tarfile.open(made) as tar:
-            tar.extractall(folder, filter="data")
+        shutil.unpack_archive(made, folder)
         top = out.name.removesuffix(".tar.gz")
         archives.tar_gz(out, archives.below(folder / top, top))
 
