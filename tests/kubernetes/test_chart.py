@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import kubernetes_validate
 import pytest
 import yaml
@@ -108,7 +109,7 @@ def test_rules_and_dashboards_are_those_of_dashboards() -> None:
         one for one in objects(HERE / "rendered/everything.yaml") if one["metadata"]["name"] == "fgpu-dashboards"
     ]
     assert boards["metadata"]["labels"]["grafana_dashboard"] == "1"
-    for name in ("cluster", "node", "tenant"):
+    for name in ("cluster", "node", "tenant", "usage"):
         assert json.loads(boards["data"][f"fgpu-{name}.json"]) == json.loads(
             (ROOT / f"dashboards/{name}.json").read_text()
         )
@@ -137,6 +138,63 @@ def test_settings_are_what_an_agent_reads(tmp_path: Path) -> None:
             done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
             (check,) = [check for check in json.loads(done.stdout) if check["name"] == "settings"]
             assert check["ok"], (path, check)
+
+
+SCHEMA = json.loads((CHART / "values.schema.json").read_text())
+WRONG = {  # values that a user may type, each with what helm then names
+    "devicePlugin: {enable: true}": "enable",
+    "devicePlugin: {enabled: true}": "profiles",
+    "devicePlugin: {enabled: true, profiles: [{share: 8GB}]}": "share",
+    "devicePlugin: {deviceListStrategy: foo}": "deviceListStrategy",
+    "settings: {overcommitt: allow}": "overcommitt",
+    "settings: {overcommit: yes}": "overcommit",
+    "policies: {10-notebooks: text}": "10-notebooks",
+    "policies: {10-notebooks.yaml: {kind: GpuPolicy}}": "10-notebooks",
+    "engines: [/run/containerd/containerd.sock]": "engines",
+    "prometheusrule: {enabled: true}": "prometheusrule",
+}
+
+
+def faults(values: dict[str, Any]) -> list[str]:
+    """Return what the chart's schema refuses, as helm checks it: values over the chart's own."""
+    merged = yaml.safe_load((CHART / "values.yaml").read_text())
+    for key, value in values.items():
+        merged[key] = merged[key] | value if isinstance(merged.get(key), dict) else value
+    return [f"{error.json_path}: {error.message}" for error in jsonschema.Draft7Validator(SCHEMA).iter_errors(merged)]
+
+
+@pytest.mark.parametrize("path", [None, *sorted((HERE / "values").glob("*.yaml"))], ids=str)
+def test_the_schema_of_values_takes_what_is_right(path: Path | None) -> None:
+    assert faults(yaml.safe_load(path.read_text()) if path else {}) == []
+
+
+@pytest.mark.parametrize("text", WRONG)
+def test_the_schema_of_values_names_a_mistake(text: str) -> None:
+    (fault,) = faults(yaml.safe_load(text))
+    assert WRONG[text] in fault
+
+
+def keys(values: Any, schema: dict[str, Any]) -> Iterator[str]:
+    """Yield the keys that only the values have or only the schema knows."""
+    known = schema.get("properties") if schema.get("additionalProperties") is False else None
+    if known is not None and isinstance(values, dict):
+        yield from known.keys() ^ values.keys()
+        for key in known.keys() & values.keys():
+            yield from keys(values[key], known[key])
+
+
+def test_the_schema_has_every_value_of_the_chart_and_every_setting_of_the_agent() -> None:
+    (settings,) = re.findall(r"^```yaml\n(listen: .*?)^```", (ROOT / "docs/policy.md").read_text(), re.M | re.S)
+    values = yaml.safe_load((CHART / "values.yaml").read_text()) | {"settings": yaml.safe_load(settings)}
+    assert set(keys(values, SCHEMA)) == {"global"}  # of charts that contain this one
+
+
+@needs_helm
+def test_helm_refuses_a_mistake_by_the_schema() -> None:
+    words = ["helm", "template", "fgpu", CHART, "--kube-version=1.33.0", "--set=devicePlugin.enable=true"]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode != 0
+    assert "enable" in done.stderr
 
 
 def test_rendered_files_are_of_this_chart() -> None:
