@@ -123,7 +123,7 @@ class ControlServer:
         if verb not in READS and not self._may_write(peer):
             self._agent.writes_refused += 1
             self._agent.history.add("write refused", text=f"{verb} on the control socket: not root on the host")
-            raise RequestError(f"{verb} needs root on the host")
+            raise RequestError("this change needs root on the host: use sudo")
         return self._verbs[verb](request | {"peer": _pid(peer)})
 
     def _ping(self, _: dict[str, Any]) -> dict[str, Any]:

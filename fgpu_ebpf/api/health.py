@@ -15,6 +15,7 @@ from fgpu_ebpf.check import Check
 from fgpu_ebpf.driver import bypass_reason, xids
 from fgpu_ebpf.snapshot import RELEASED
 
+NONE = ": only `fgpu run`, `fgpu set` and shares limit anything"
 FULL_PARTS = 0.75  # the same as of the alert FgpuTableFilling
 FULL = "a full table refuses new programs: `fgpu events` names the workload, bounds: in agent.yaml its bounds"
 
@@ -27,7 +28,8 @@ def checks(snapshot: Mapping[str, Any]) -> Iterator[Check]:
     elif policies and policies["unsaved"]:
         yield Check("policies", False, policies["unsaved"], "free space there: a start needs it if a file has an error")
     elif policies:
-        yield Check("policies", True, f"{policies['count']} in force, {len(tenants)} tenants")
+        more = "" if policies["count"] else NONE
+        yield Check("policies", True, f"{policies['count']} in force, {len(tenants)} tenants{more}")
     kept = [f"{t['tenant']}: {'; '.join(t['notes'])}" for t in tenants if t["source"] == "kept"]
     yield Check(
         "start", not kept, ", ".join(kept[:5]) or "no limit from before the start is in doubt",

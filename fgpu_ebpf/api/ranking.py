@@ -74,6 +74,11 @@ def _part(field: str) -> Callable[[Row], float | None]:
     return of
 
 
+def _entitled(row: Row) -> float | None:
+    """Return the part that is due to the tenant; None also if no program of it uses the device: nothing is due."""
+    return _part("entitled_ratio")(row) or None
+
+
 def _share_text(row: Row) -> str:
     had, compute = _part("had_ratio")(row), row.device["compute"]
     return f"{had:.1%}" if had is not None else "alone" if compute else "-"
@@ -98,7 +103,7 @@ COLUMNS = (
     _memory("USED", "used_bytes"),
     _memory("PEAK", "peak_bytes"),
     Column("SHARE", 6, _part("had_ratio"), _share_text),
-    _measured("ENTITLED", 8, _part("entitled_ratio"), "{:.1%}".format),
+    _measured("ENTITLED", 8, _entitled, "{:.1%}".format),
     _measured("WAITED", 6, _waited, "{:.1f}s".format),
     _measured("REFUSED", 7, lambda row: row.device["refused"], str),
     _measured("HELD BY", 7, lambda row: row.tenant["enforcement"], str, falls=False),

@@ -48,6 +48,7 @@ def check(paths: Paths) -> None:
     for line in warnings:
         click.echo(line, err=True)
     more = f", {_count(len(warnings), 'warning', 'warnings')}" if warnings else ""
+    more += "" if policies else ": no workload gets a limit from a policy"
     click.echo(f"ok: {_count(len(policies), 'policy', 'policies')} in {_count(files, 'file', 'files')}{more}")
 
 

@@ -111,7 +111,8 @@ def _shares(snapshot: Mapping[str, Any]) -> str:
         return ""
     table = _table("TENANT", "GPU", "SHARE", "ENTITLED", "LIMIT", "WEIGHT", "PRIORITY", "WAITED", "OWNER")
     for tenant, gpu, c in rows:
-        parts = ("alone", "-") if c["free"] else (f"{c['had_ratio']:.1%}", f"{c['entitled_ratio']:.1%}")
+        entitled = f"{c['entitled_ratio']:.1%}" if c["entitled_ratio"] else "-"  # no program of it uses the device
+        parts = ("alone", "-") if c["free"] else (f"{c['had_ratio']:.1%}", entitled)
         limit = f"{c['limit_ratio']:.0%}" if c["limit_ratio"] < 1 else "-"
         waited = f"{c['wait_seconds']:.1f}s"
         table.add_row(tenant, str(gpu), *parts, limit, str(c["weight"]), c["priority"], waited, _mark(c["is_owner"]))

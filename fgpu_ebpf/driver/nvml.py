@@ -316,7 +316,8 @@ def checks(root: Path) -> list[Check]:
         nvml = Nvml(root)
     except DriverError as error:
         return [Check("driver", False, "no driver", str(error))]
-    found = f"{nvml.driver_version}, {len(nvml.devices)} device(s)"
+    count = len(nvml.devices)
+    found = f"{nvml.driver_version}, {count} {'device' if count == 1 else 'devices'}"
     found += "".join(f"; {name} does not answer: {why}" for name, why in nvml.missing.items())
     libraries = library_files.driver_libraries(root, "libcuda.so.1")
     if not libraries:

@@ -357,7 +357,9 @@ class Gatekeeper:
 
 
 def _options(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="fgpu-gatekeeper", description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="fgpu-gatekeeper", description="Answers programs that start in tenants, and gives turns."
+    )
     parser.add_argument("--pins", type=Path, default=PINS, help="where the ledger's maps are pinned")
     parser.add_argument("--run-dir", type=Path, default=Path("/run/fgpu"), help="where the socket's folder is made")
     parser.add_argument("--wait", action="store_true", help="wait while another gatekeeper holds the lock")

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import json
 import os
 import re
+import shutil
 import socket
 import subprocess
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,7 +20,7 @@ import yaml
 
 from tests.support.commands import output
 from tests.support.containers import engines
-from tests.support.host import BUILD, CONTEXT, GIB, REFUSED, ROOT
+from tests.support.host import BUILD, CONTEXT, ENVIRONMENT, GIB, REFUSED, ROOT, SHIM
 from tests.support.place import Cgroups
 from tests.support.service import Service, compile_programs
 from tests.support.tenant import Tenant
@@ -48,14 +50,21 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
         yield service
 
 
-@pytest.fixture
-def users(service: Service, tmp_path: Path) -> Iterator[Cgroups]:
-    """Sessions of users whose programs have the page's variable, and the page's policy."""
-    place = Cgroups(tmp_path)
-    place.group = "/user.slice"
-    with engines.policy(service, "20-users.yaml", FILES["/etc/fgpu/policy.d/20-users.yaml"]):
+@contextlib.contextmanager
+def cgroups(service: Service, work: Path, group: str, policy: str) -> Iterator[Cgroups]:
+    """Cgroups inside one of the host's, whose programs have the page's variable, and a policy of the page."""
+    place = Cgroups(work)
+    place.group = group
+    with engines.policy(service, policy, FILES[f"/etc/fgpu/policy.d/{policy}"]):
         yield place
         place.close()
+
+
+@pytest.fixture
+def users(service: Service, tmp_path: Path) -> Iterator[Cgroups]:
+    """Sessions of users."""
+    with cgroups(service, tmp_path, "/user.slice", "20-users.yaml") as place:
+        yield place
 
 
 def slice_of(one: Tenant) -> dict[str, Any]:
@@ -86,6 +95,68 @@ def test_a_recipe_holds_without_the_variable(users: Cgroups) -> None:
     eventually(lambda: without.pid not in one.pids(), 5, "the end of the program without the shim")
     assert slice_of(one)["devices"][0]["used_bytes"] <= 8 * GIB
     honest.ok("info")
+
+
+def test_a_recipe_of_slurm_limits_the_tasks_of_a_job_together(service: Service, tmp_path: Path) -> None:
+    assert FILES["/etc/environment"].strip() in FILES["/etc/slurm/fgpu.sh"]
+    with cgroups(service, tmp_path, "/system.slice/slurmstepd.scope", "30-slurm.yaml") as jobs:
+        first, second = (jobs.named(f"job_7/step_0/user/task_{number}") for number in (0, 1))
+        one, two, other = first.client(), second.client(), jobs.named("job_8/step_0/user/task_0").client()
+        limit = one.ok("info")[1]
+        assert 3 * GIB < limit <= 4 * GIB  # a quarter of what tenants can get
+        one.ok(f"alloc {2 * GIB}")
+        assert two.do(f"alloc {2 * GIB}") == REFUSED
+        other.ok(f"alloc {2 * GIB}")
+
+
+@pytest.fixture
+def with_etc(tmp_path: Path) -> Callable[[str, str], str]:
+    """Return a function that makes a prefix of a command: it changes a copy of /etc, which the command has as /etc."""
+    etc = tmp_path / "etc"
+    shutil.copytree("/etc", etc, symlinks=True)
+    (etc / "ld.so.preload").unlink(missing_ok=True)
+
+    def prefix(change: str, then: str) -> str:
+        script = tmp_path / "with-etc"
+        inside = tmp_path / "inside"
+        script.write_text(f'#!/bin/sh\nexec unshare --mount {inside} "$@"\n')
+        inside.write_text(f"#!/bin/sh\nset -e\nmount --bind {etc} /etc\n{change}\nexec {then}\n")
+        for file in (script, inside):
+            file.chmod(0o755)
+        return str(script)
+
+    return prefix
+
+
+def test_a_recipe_holds_by_a_list_of_all_programs(users: Cgroups, with_etc: Callable[[str, str], str]) -> None:
+    (command,) = re.findall(r"`sudo (ln -s \S+ /etc/ld\.so\.preload)`", PAGE)
+    one = users.named("user-1000.slice/session-1.scope")
+    client = one.client(before=with_etc(command, 'env -u LD_PRELOAD "$@"'))
+    assert client.ok("info")[1] == 8 * GIB
+    client.ok(f"alloc {5 * GIB}")
+    assert client.do(f"alloc {3 * GIB}") == REFUSED
+    assert slice_of(one)["enforcement"] == "kernel"
+    without = one.client(before="env -u LD_PRELOAD")
+    without.ok(f"alloc {GIB}")
+    eventually(lambda: bypassing().get(without.pid) == "no_admission", 5, "the report of a program without the shim")
+    assert bypassing()[client.pid] == ""
+
+
+def bypassing() -> dict[int, str]:
+    return {row["pid"]: row["how"] for row in output("ps")}
+
+
+def test_a_recipe_reaches_programs_of_a_login(users: Cgroups, with_etc: Callable[[str, str], str]) -> None:
+    """A login by `su`, which reads /etc/environment by PAM."""
+    line = FILES["/etc/environment"].strip().replace("/var/lib/fgpu/shim/current/libfgpu.so", str(SHIM))
+    library = ENVIRONMENT["LD_LIBRARY_PATH"]
+    login = f'su --login daemon --shell /bin/sh --command "env LD_LIBRARY_PATH={library} $*"'
+    one = users.named("user-1000.slice/session-1.scope")
+    client = one.client(before=with_etc(f"unset LD_PRELOAD; echo {line} >/etc/environment", login))
+    assert client.ok("info")[1] == 8 * GIB
+    client.ok(f"alloc {7 * GIB}")
+    assert client.do(f"alloc {GIB}") == REFUSED
+    assert slice_of(one)["enforcement"] == "kernel"
 
 
 @pytest.fixture(scope="module")

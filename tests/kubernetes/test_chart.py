@@ -154,7 +154,7 @@ def test_rules_and_dashboards_are_those_of_dashboards() -> None:
         one for one in objects(HERE / "rendered/everything.yaml") if one["metadata"]["name"] == "fgpu-dashboards"
     ]
     assert boards["metadata"]["labels"]["grafana_dashboard"] == "1"
-    for name in ("cluster", "node", "tenant"):
+    for name in ("cluster", "node", "tenant", "usage"):
         assert json.loads(boards["data"][f"fgpu-{name}.json"]) == json.loads(
             (ROOT / f"dashboards/{name}.json").read_text()
         )

@@ -72,7 +72,7 @@ def test_a_missing_path_is_an_error(tmp_path):
 
 def test_without_a_path_it_is_the_hosts_own_folder_by_the_agents_rules(tmp_path, monkeypatch):
     monkeypatch.setattr(folder, "FOLDER", tmp_path / "policy.d")
-    assert fgpu("check") == (0, "ok: 0 policies in 0 files\n")
+    assert fgpu("check") == (0, "ok: 0 policies in 0 files: no workload gets a limit from a policy\n")
     assert fgpu("list") == (0, "no policy: no workload gets a limit from a policy\n")
     (tmp_path / "policy.d").mkdir()
     (tmp_path / "policy.d").chmod(0o777)

@@ -6,7 +6,7 @@ import pytest
 
 from fgpu_ebpf.api import ranking
 from fgpu_ebpf.api.ranking import BY_KEY, BY_WORD, Order
-from fgpu_ebpf.cli import views
+from fgpu_ebpf.cli import tables, views
 from tests.unit import top_kit as kit
 
 
@@ -45,6 +45,14 @@ def test_most_comes_first_and_unmeasured_values_last(word: str, order: str) -> N
 )
 def test_reversed_order_leaves_unmeasured_values_last(word: str, order: str) -> None:
     assert names(word, is_reversed=True) == order.split()
+
+
+def test_nothing_is_due_on_a_device_that_a_tenant_does_not_use() -> None:
+    idle = kit.tenant("alice", kit.on(0, 0, time=kit.compute(0.0, 0.0)))
+    snapshot = kit.latest(idle, kit.BOB).snapshot
+    entitled = {row.tenant["tenant"]: BY_WORD["entitled"].text(row) for row in ranking.rows(snapshot)}
+    assert entitled == {"alice": "-", "bob": "75.0%"}
+    assert [line.split()[3] for line in tables.status(snapshot).splitlines()[-2:]] == ["-", "75.0%"]
 
 
 def test_every_device_has_its_row() -> None:
