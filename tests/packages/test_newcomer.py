@@ -99,6 +99,12 @@ def container(host: fresh_host.Host, command: list[str]) -> str:
     return " ".join(done.stdout.split())
 
 
+def test_the_package_of_debian_13_is_made_there(trixie_deb: Path) -> None:
+    """The next test has its time for itself."""
+    needs = kit.run("dpkg-deb", "--field", trixie_deb, "Depends").stdout
+    assert "python3 (>= 3.13)" in needs
+
+
 def test_two_commands_to_a_limited_container(newcomer: fresh_host.Host, package: Path) -> None:
     install, setup = typed(package)
     assert install[:2] == ["apt", "install"]
