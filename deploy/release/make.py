@@ -8,6 +8,7 @@ and SOURCE_DATE_EPOCH. An artefact that others are made of is made too.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import re
 import shutil
@@ -67,12 +68,24 @@ class Release:
         if kind not in self.made:
             print(f"dev: {kind}", file=sys.stderr)
             pattern, make = KINDS[kind]
-            for old in self.into.glob(pattern.format("*")):
-                old.unlink()
-            out = self.into / pattern.format(self.version)
-            make(self, out)
-            self.made[kind] = out
+            made = self._work / "made" / pattern.format(self.version)
+            made.parent.mkdir(exist_ok=True)
+            make(self, made)
+            self._publish(kind, made)
         return self.made[kind]
+
+    def _publish(self, kind: str, made: Path) -> None:
+        """Move an artefact to its place, and remove those of other versions. Others may read or make it meanwhile."""
+        pattern, _ = KINDS[kind]
+        if kind not in self.made:
+            aside = Path(tempfile.mkdtemp(prefix=".new-", dir=self.into))
+            self.made[kind] = self.into / made.name
+            shutil.move(made, aside / made.name)
+            (aside / made.name).rename(self.made[kind])
+            aside.rmdir()
+        for old in self.into.glob(pattern.format("*")):
+            if old != self.made[kind]:
+                old.unlink()
 
     # -- Python
 
@@ -112,12 +125,13 @@ class Release:
         """Return a folder with every wheel of the lock, for each Python; each is compared with its digest."""
         folder = self._keep / archives.sha256(LOCK)[:16]
         if not folder.exists():
-            aside = folder.with_suffix(".new")
-            shutil.rmtree(aside, ignore_errors=True)
+            self._keep.mkdir(parents=True, exist_ok=True)
+            aside = Path(tempfile.mkdtemp(dir=self._keep))
             for number in PYTHONS:
                 words = ["--python-version", number, "--platform", "manylinux2014_x86_64", "--only-binary=:all:"]
                 python("download", "--no-deps", "--require-hashes", *words, "--dest", aside, "--requirement", LOCK)
-            aside.rename(folder)
+            with contextlib.suppress(OSError):  # another process was faster
+                aside.rename(folder)
         return folder
 
     # -- packages of distributions
@@ -147,9 +161,10 @@ class Release:
         deb = self.get("deb")
         with images.engine(ROOT / "build/engines", self._work) as docker:
             for artefact, kind in kinds.items():
-                out = self.into / KINDS[artefact][0].format(self.version)
-                self.packages[out] = images.build(docker, kind, self.version, deb, self._work, out)
-                self.made[artefact] = out
+                made = self._work / "made" / KINDS[artefact][0].format(self.version)
+                packages = images.build(docker, kind, self.version, deb, self._work, made)
+                self._publish(artefact, made)
+                self.packages[self.made[artefact]] = packages
 
     # -- files
 

@@ -15,6 +15,7 @@ pytestmark = pytest.mark.skipif(
     os.environ.get("FGPU_TEST_SCALE") != "full", reason="a root of another distribution takes minutes"
 )
 PYTHONS = {"trixie": "3.13", "noble": "3.12"}
+NETBASE = {"etc/hosts", "etc/networks"}  # made by a dependency of BCC, when it is installed
 
 
 @pytest.fixture(params=PYTHONS)
@@ -43,5 +44,5 @@ def test_install_enforce_purge(
     kit.assert_enforced(other, "other")
     assert other.run("dpkg", "--verify", "fgpu").stdout == ""
     other.apt("purge", "fgpu")
-    assert other.left(before) == []
+    assert set(other.left(before)) <= NETBASE
     assert other.pins() == []
