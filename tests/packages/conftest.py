@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -47,27 +46,3 @@ def deb() -> Path:
     """The Debian package of this tree."""
     _packaged("deb")
     return kit.package("fgpu_*.deb")
-
-
-@pytest.fixture(scope="session")
-def trixie_deb(deb: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Debian 13's package, made there: `./dev package deb` makes one for the distribution on which it runs."""
-    host = fresh_host.Host(tmp_path_factory.mktemp("builder"), "trixie")
-    wheel = fresh_host.BUILD / kit.package("fgpu_ebpf-*.whl").relative_to(kit.BUILD)
-    settings = {key: value for key, value in os.environ.items() if key.startswith("PIP_")}
-    try:
-        host.mount()
-        host.apt("update")
-        host.apt("install", "python3-pip")
-        for path in (
-            kit.ROOT,
-            Path("/etc/pip.conf"),
-            Path(settings.get("PIP_CERT", "/etc/ssl/certs/ca-certificates.crt")),
-        ):
-            if path.exists():
-                host.show(path, "--options", "ro")
-        command = [kit.ROOT / "deploy/debian/build", "/usr/bin/python3", wheel, fresh_host.BUILD / "packages/trixie"]
-        host.run(*command, env={"PATH": host.environment["PATH"], **settings}, timeout=170)
-    finally:
-        host.close()
-    return kit.package("trixie/fgpu_*.deb")
