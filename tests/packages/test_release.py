@@ -244,7 +244,9 @@ def test_the_rpm_has_the_files_of_the_deb(made: tuple[Path, Path]) -> None:
     assert {"python3-bcc", "python3 >= 3.11"} <= set(asked.splitlines())
 
 
-def test_the_rpm_enforces_and_leaves_what_was_measured(host: fresh_host.Host, made: tuple[Path, Path], tmp_path: Path) -> None:
+def test_the_rpm_enforces_and_leaves_what_was_measured(
+    host: fresh_host.Host, made: tuple[Path, Path], tmp_path: Path
+) -> None:
     """Run rpm itself, in a root of this distribution: its dependencies have other names there."""
     host.apt("install", "rpm", "python3-bpfcc")
     before = fresh_host.listing(host.root)
