@@ -14,7 +14,7 @@ from tests.support import packages as kit
 pytestmark = pytest.mark.skipif(
     os.environ.get("FGPU_TEST_SCALE") != "full", reason="a root of another distribution takes minutes"
 )
-PYTHONS = {"trixie": "3.13", "noble": "3.12"}
+PYTHONS = {"trixie": "3.13"}
 NETBASE = {"etc/hosts", "etc/networks"}  # made by a dependency of BCC, when it is installed
 
 
