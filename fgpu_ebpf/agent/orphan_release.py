@@ -7,11 +7,11 @@ shows now is charged to the importer before the exporter's orphan is released.
 from __future__ import annotations
 
 import time
-from collections import defaultdict, deque
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
-from fgpu_ebpf.agent.device_balance import CALM_LOOKS, Balance, Charges, Life, Reading, surplus
+from fgpu_ebpf.agent.device_balance import Balance, Charges, Life, Reading, surplus
 from fgpu_ebpf.driver.device_sample import Rows, Sample
 from fgpu_ebpf.ledger.ledger import Ledger
 from fgpu_ebpf.ledger.orphans import Orphan
@@ -173,8 +173,6 @@ class OrphanRelease:
         self._without: dict[int, int] = {}  # by level: orphaned bytes without an entry, at the last look
         self._grew_ns: dict[int, int] = {}  # by level: when these bytes last grew
         self._ends: dict[Orphan, int] = {}  # of ended processes: when the end was last seen to be under way
-        self._begun = deque([0] * CALM_LOOKS, CALM_LOOKS)  # the last samples
-        self._seen_ns = 0  # the device was seen to keep what was orphaned before
         self.balance = Balance()
 
     def ended_rows(self, sample: Sample, orphans: Sequence[Orphan]) -> dict[int, int]:
@@ -226,12 +224,10 @@ class OrphanRelease:
         self._without = {level: bytes_ for level, bytes_ in now.items() if bytes_ > 0}
 
     def note_kept(self, sample: Sample, levels: Iterable[int]) -> None:
-        """Record on the pages of levels until when the device was seen to keep their orphaned bytes: no request that
-        began before waits.
+        """Record on the pages of levels that the device still holds their orphaned bytes, so that no request waits.
 
-        Nothing is recorded while a process of the level exits or has just exited, since the driver may free more by
-        itself. If the device has freed some by the last reading, the release may need as many readings as a calm one,
-        so only requests that began before these do not wait.
+        It may free some of them soon if a process exits or has just exited. Or it has freed some, by the last reading:
+        a release needs more readings.
 
         Args:
             sample: the sample of this pass.
@@ -239,16 +235,15 @@ class OrphanRelease:
         """
         orphans = [orphan for orphan in self._ledger.orphans.entries() if orphan.device == self._device]
         self._ends = {orphan: self._end_ns(orphan) for orphan in orphans if orphan.ended_ns}
-        self._begun.append(sample.begun_ns)
-        has_freed = excess(self._rows.spare(orphans), max(0, self.balance.latest - self._proven))
-        self._seen_ns = max(self._seen_ns, self._begun[0]) if has_freed else sample.begun_ns
+        if excess(self._rows.spare(orphans), max(0, self.balance.latest - self._proven)):
+            return
         until_ns = {level: self._grew_ns.get(level, -VAIN_NS) + VAIN_NS for level in levels}
         for orphan in orphans:
             end_ns = min(self._ends.get(orphan, 0) + SETTLED_NS, orphan.ended_ns + VAIN_NS) if orphan.ended_ns else 0
             until_ns |= {level: max(until_ns.get(level, 0), end_ns) for level in orphan.levels}
         for level, end_ns in until_ns.items():
             if end_ns < sample.begun_ns:
-                self._ledger.orphans.looked(level, self._device, self._seen_ns)
+                self._ledger.orphans.looked(level, self._device, sample.begun_ns)
 
     def _end_ns(self, orphan: Orphan) -> int:
         """Return when the end of an orphan's process was last seen to be under way."""

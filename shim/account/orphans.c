@@ -36,12 +36,11 @@ bool fgpu_has_orphans(struct fgpu_view view, int index)
     return false;
 }
 
-/* Return whether some of the orphaned bytes may be freed before long: the agent has not yet looked since the request
- * began, or it sees that the device is still freeing. Bytes that were orphaned after that look are no reason to wait:
- * the agent sees it too if a process ends. */
+/* Return whether some of the orphaned bytes may be freed before long: the agent has not yet looked since the last of
+ * them, and since the request began, or it sees that the device is still freeing. */
 static enum fgpu_prospect freed(const struct room *room, uint64_t since_ns, uint64_t now_ns)
 {
-    if (!room->orphaned || room->looked_ns > since_ns) return FGPU_FITS_NEVER;
+    if (!room->orphaned || (room->looked_ns > room->orphaned_ns && room->looked_ns > since_ns)) return FGPU_FITS_NEVER;
     if (now_ns < room->orphaned_ns + FGPU_PATIENCE_NS) return FGPU_FITS_SOON;
     return now_ns < room->orphaned_ns + FGPU_ABSENCE_NS ? FGPU_FITS_AFTER_A_LOOK : FGPU_FITS_NEVER;
 }

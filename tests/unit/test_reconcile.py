@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from fgpu_ebpf import abi
 from fgpu_ebpf.abi import Seen
-from fgpu_ebpf.agent.device_balance import CALM_LOOKS, LOOKS
+from fgpu_ebpf.agent.device_balance import CALM_LOOKS
 from fgpu_ebpf.agent.ledger_corrections import GONE, overhead_for
 from fgpu_ebpf.agent.nvml_reconcile import ORPHAN_PERIODS, PERIOD_SECONDS, Reconciler, _period, check
 from fgpu_ebpf.agent.orphan_release import CONTEXT_REST_BYTES, DEVICE_REST_BYTES, SETTLED_NS, SLACK_AFTER_NS, VAIN_NS
@@ -392,31 +392,6 @@ def test_a_release_that_the_last_reading_shows_is_about_to_come():
     one.look()
     assert books.orphans.bytes == 24 * MIB
     assert books.orphans.kept != before
-
-
-class Restless(Books):
-    """A ledger of a process that changes its memory all the time."""
-
-    def processes(self):
-        self.entry = replace(self.entry, changes=self.entry.changes + 1)
-        return super().processes()
-
-
-def test_samples_that_never_agree_hold_a_request_for_a_few_looks():
-    """The device seems to have freed some, and the release needs many samples."""
-    books, held = Restless(process(900 * MIB)), [64 * MIB]
-    books.orphans.all = [orphan(64 * MIB, since_ns=time.monotonic_ns())]
-    one = reconciler(books, {ME: 900 * MIB}, lambda: held_beside_the_rest(held[0]))
-    for _ in range(LOOKS):
-        one.look()
-    held[0] = 24 * MIB
-    one.look()
-    begun_ns = time.monotonic_ns()
-    for _ in range(CALM_LOOKS):
-        assert books.orphans.kept.get((5, 0), 0) < begun_ns
-        one.look()
-    assert books.orphans.bytes == 64 * MIB, "not released yet"
-    assert books.orphans.kept[5, 0] > begun_ns
 
 
 def test_bytes_without_an_entry_may_be_those_of_a_process_that_is_exiting(monkeypatch):
