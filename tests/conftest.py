@@ -56,7 +56,7 @@ def pytest_configure(config: pytest.Config) -> None:
         if config.getoption("renew_durations"):
             config.pluginmanager.register(Durations())
     if os.environ.get(WORLDS) and (is_worker or not config.getoption("numprocesses", None)):
-        world.enter(f"{config.workerinput['workerid'] if is_worker else 'alone'}-{os.getpid()}")
+        world.enter(config.workerinput["workerid"] if is_worker else "alone")
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:
