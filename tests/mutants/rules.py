@@ -245,7 +245,7 @@ RULES = {
         "        (void)go_on;\n",
     ),
     "cgroups-outside-told": ("    if (is_outside) return 0;\n", ""),
-    "new-cgroups-not-told": ("    *is_outside = root != 0;\n", "    *is_outside = 1;\n"),
+    "new-cgroups-not-told": ("    *is_outside = has_root;\n", "    *is_outside = 1;\n"),
     "disown-anything": ("    if (bytes > *(volatile u64 *)orphaned) return -22;\n", ""),
     "failed-call-names": (
         "        if (UNLIKELY(f.uncovered)) name_bypass(p, &f);\n    } else {\n",
