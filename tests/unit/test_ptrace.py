@@ -19,4 +19,4 @@ def test_unreadable_memory_names_the_kernel_setting(
     monkeypatch.setattr(doctor, "PTRACE_SCOPE", path)
     (found,) = [check for check in doctor.host_checks() if check.name == "ptrace"]
     assert found.ok is ok
-    assert ok or ("kernel.yama.ptrace_scope=3" in found.found and "kernel.yama.ptrace_scope=2" in found.fix)
+    assert ok or ("kernel.yama.ptrace_scope=3" in found.found and "kernel.yama.ptrace_scope to 2" in found.fix)
