@@ -11,7 +11,7 @@ are those of the time in which the programs' steps did not wait, and `working` i
 `windows_small_paused` is what its sum can reach: a program without a tenant, alone on the device, which sleeps for as
 long as it works, twice.
 
-Writes build/bench/windows.json, and build/bench/windows.svg: shares over time in the first start. Needs a real GPU;
+Writes build/bench/windows.json, and build/bench/windows.png: shares over time in the first start. Needs a real GPU;
 TORCH_PYTHON is an interpreter that has torch.
 """
 
@@ -211,7 +211,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as policies, agent([*options, "--policies", policies]):
         found, results = measure(given.only.split(","), given.seconds, given.starts)
     record("windows", found)
-    plot(results, ROOT / "build/bench/windows.svg")
+    plot(results, ROOT / "build/bench/windows.png")
     return 0
 
 

@@ -57,8 +57,7 @@ def is_mounted(folder: Path) -> bool:
     own = _device_of(folder)
     return bool(own) and any(
         device == own and path in (str(folder), BESIDE) and not source.endswith(_REMOVED)
-        for pid in one_of_each_namespace(procfs.pids())
-        for device, source, path in _mounts(pid)
+        for device, source, path in _mounts_everywhere()
     )
 
 
@@ -67,8 +66,7 @@ def mounted_lists(run_dir: Path) -> set[str]:
     own = _device_of(run_dir)
     return {
         path
-        for pid in one_of_each_namespace(procfs.pids())
-        for device, source, path in _mounts(pid)
+        for device, source, path in _mounts_everywhere()
         if path in LISTS and device == own and source.removesuffix(_REMOVED).endswith(f"/{os.path.basename(path)}")
     }
 
@@ -84,6 +82,12 @@ def one_of_each_namespace(pids: Iterable[int]) -> Iterator[int]:
         if namespace not in seen:
             seen.add(namespace)
             yield pid
+
+
+def _mounts_everywhere() -> Iterator[tuple[str, str, str]]:
+    """Yield what _mounts() does, for one process of each mount namespace."""
+    for pid in one_of_each_namespace(procfs.pids()):
+        yield from _mounts(pid)
 
 
 def _mounts(pid: int) -> Iterator[tuple[str, str, str]]:

@@ -18,7 +18,7 @@ import pytest
 from tests.support.commands import metrics
 from tests.support.host import BUILD, CONTEXT, DRIVER_ROOT, GIB, LISTEN, MIB, ROOT, RUN_DIR, SHIM
 from tests.support.service import Service
-from tests.support.tenant import Client, Tenant
+from tests.support.tenant import Client, Tenant, answered
 from tests.support.wait import eventually
 
 STEP = 2 * MIB
@@ -154,14 +154,6 @@ def asking(one: Tenant, command: str) -> Client:
     client.ok("context")
     client.send(command)
     return client
-
-
-def answered(client: Client) -> tuple[int, int, int]:
-    """Stop the client. Return how often its request was granted, was refused, and had another result."""
-    client.send("context")
-    got, refused, other = client.numbers(client.receive())
-    assert client.receive() == "ok"
-    return got, refused, other
 
 
 def anomalies() -> dict[str, float]:

@@ -25,7 +25,7 @@ from tests.support.commands import fgpu
 from tests.support.host import CONTEXT, MIB, REFUSED, RUN_DIR
 from tests.support.place import Cgroups
 from tests.support.service import Service
-from tests.support.tenant import Client, Tenant
+from tests.support.tenant import Client, Tenant, answered
 from tests.support.wait import eventually, steadily
 
 IS_FULL = os.environ.get("FGPU_TEST_SCALE") == "full"
@@ -137,14 +137,6 @@ def importer(tenant: Tenant) -> Client:
     exporter.kill()
     exporter.close()
     return client
-
-
-def answered(client: Client) -> tuple[int, int, int]:
-    """Stop a client that asks. Return how often its request was granted, was refused, and had another result."""
-    client.send("context")
-    got, refused, other = client.numbers(client.receive())
-    assert client.receive() == "ok"
-    return got, refused, other
 
 
 class Tenants:

@@ -282,3 +282,11 @@ class Tenant:
         with contextlib.suppress(BrokenPipeError):
             self.hub.stdin.close()
         self.place.end(self)
+
+
+def answered(client: Client) -> tuple[int, int, int]:
+    """Stop a client that asks. Return how often its request was granted, was refused, and had another result."""
+    client.send("context")
+    got, refused, other = client.numbers(client.receive())
+    assert client.receive() == "ok"
+    return got, refused, other
