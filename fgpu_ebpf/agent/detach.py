@@ -50,11 +50,13 @@ def take_away(run_dir: Path, pins: Path, by_agent: bool = False) -> None:
         attach.detach(folder)
     _remove_empty(pins.parent)
     programs.unmount_made()
-    shim = injection.take_away(run_dir)
+    shim = injection.mounted(run_dir).get("shim")
+    is_published = injection.take_away(run_dir)
     run.remove_created_preloads(run_dir)
     if shim:
         attach.wait_until_detached(shim)
-        _published(shim)
+        if is_published:
+            _published(shim)
     last_good.FILE.unlink(missing_ok=True)
     for name in _FILES:
         (run_dir / name).unlink(missing_ok=True)

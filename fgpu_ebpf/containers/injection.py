@@ -27,7 +27,7 @@ from fgpu_ebpf.linux.clear_path import make_way
 HELPER = "fgpu-oci"
 BIN = shim_store.STORE.parent / "bin"
 _WRITTEN = "cdi.files"  # in the run folder: paths of the specifications, one per line
-_PUBLISHED = "published"  # in the run folder: path of the shim, if it and the helper are published copies
+_PUBLISHED = "published"  # in the run folder if the shim and the helper are published copies
 UNUSED_SECONDS = 600.0  # an engine binds a list within seconds after it was named
 _UNSAFE = frozenset('"\\\n')
 
@@ -106,10 +106,10 @@ class Lists:
         self._asked = asked
 
 
-def take_away(run_dir: Path) -> Path | None:
+def take_away(run_dir: Path) -> bool:
     """Give nothing to containers that start from now on. Running ones keep what they have mounted.
 
-    Returns the path of the published shim; None: none was published by this host's agent.
+    Returns whether the shim was a copy that this host's agent has published.
     """
     (run_dir / "containers").unlink(missing_ok=True)
     _forget(run_dir, keep=())
@@ -117,11 +117,10 @@ def take_away(run_dir: Path) -> Path | None:
     (run_dir / "container.preload").unlink(missing_ok=True)
     shutil.rmtree(run_dir / "preload.d", ignore_errors=True)
     try:
-        shim = (run_dir / _PUBLISHED).read_text(encoding="utf-8").strip()
+        (run_dir / _PUBLISHED).unlink()
     except FileNotFoundError:
-        return None
-    (run_dir / _PUBLISHED).unlink()
-    return Path(shim)
+        return False
+    return True
 
 
 def written(run_dir: Path) -> list[dict[str, Any]]:
@@ -133,14 +132,14 @@ def written(run_dir: Path) -> list[dict[str, Any]]:
     return found
 
 
-def mounted(run_dir: Path) -> list[Path]:
-    """Return the files that containers get; empty if nothing is set up."""
+def mounted(run_dir: Path) -> dict[str, Path]:
+    """Return the files that containers get (`shim`, `preload`, `info`); empty if nothing is set up."""
     try:
         lines = (run_dir / "containers").read_text(encoding="utf-8").splitlines()
     except OSError:
-        return []
+        return {}
     paths = dict(line.split(" ", 1) for line in lines if " " in line)
-    return [Path(paths[name]) for name in ("shim", "preload", "info") if name in paths]
+    return {name: Path(paths[name]) for name in ("shim", "preload", "info") if name in paths}
 
 
 def check(run_dir: Path) -> Check:

@@ -56,7 +56,7 @@ def checks(run_dir: Path, root: Path = ROOT) -> Iterator[Check]:
 def needs(run_dir: Path) -> Iterator[Need]:
     """Yield the accesses to mounted files, and to the gatekeeper's process. A missing file has no label yet."""
     reads = ("read", "open", "getattr")
-    for place in injection.mounted(run_dir):
+    for place in injection.mounted(run_dir).values():
         rights = (*reads, "map", "execute") if place.suffix == ".so" else reads
         yield from _need(str(place), place, "file", rights)
     yield from _need("the shim's folder", run_dir / "shim", "dir", ("search",))

@@ -132,7 +132,7 @@ def test_a_replaced_driver_is_named_and_used_after_a_release(service: Service, t
     fgpu("device", "take")
     assert service.agent
     assert service.agent.wait(10) == 1
-    assert "to be started again with the new driver" in service.log.read_text()
+    assert "to be restarted with the new driver" in service.log.read_text()
     service.start_agent()
     assert not findings().keys() & {"driver files", "released devices"}
     one.assert_holds(40 * MIB)

@@ -166,14 +166,17 @@ def test_a_program_that_goes_step_by_step_does_not_rest(simulator: Simulator) ->
 f, s, gaps = kernel(500), stream(), []
 launch(f, s); need("cuStreamSynchronize", s)
 for _ in range(400):
-    ended = time.monotonic_ns(); launch(f, s); gaps.append(time.monotonic_ns() - ended)
+    ended = time.monotonic_ns(); own = time.monotonic_ns() - ended
+    launch(f, s); gaps.append((own, time.monotonic_ns() - ended))
     need("cuStreamSynchronize", s)
 out(*gaps); line()"""
     )
     gaps = said(process)
     now = until(agent, launches=401, in_flight=0)
-    assert sorted(gaps)[len(gaps) // 2] < 50_000  # else this machine is too slow to tell
-    assert now["idle"] <= 3_000_000 + 2 * sum(ns for ns in gaps if ns > 50_000)
+    own, whole = sorted(own for own, _ in gaps)[200], sorted(whole for _, whole in gaps)[200]
+    assert own < 50_000  # else this machine is too slow to tell
+    late = [most for least, most in gaps if least > 50_000 or most > whole + 50_000]
+    assert now["idle"] <= 3_000_000 + 2 * sum(late)
     tell(process)
     end(process)
 

@@ -1,4 +1,4 @@
-"""Tests of driver.attach: what `fgpu detach` waits for."""
+"""Tests of agent.detach and driver.attach: what `fgpu detach` waits for."""
 
 from __future__ import annotations
 
@@ -7,8 +7,11 @@ from types import SimpleNamespace
 
 import pytest
 
-from fgpu_ebpf.driver import attach, probe_plan
+from fgpu_ebpf.agent import detach, gatekeeper_process
+from fgpu_ebpf.containers import run
+from fgpu_ebpf.driver import attach, other_layouts, probe_plan, programs
 from fgpu_ebpf.linux import breakpoints
+from fgpu_ebpf.policy import last_good
 
 
 def test_it_waits_until_no_program_gets_a_probe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -32,3 +35,28 @@ def test_a_shim_that_is_gone_is_not_waited_for(tmp_path: Path) -> None:
     attach.wait_until_detached(tmp_path / "libfgpu.so")
     (tmp_path / "libfgpu.so").write_text("no library")
     attach.wait_until_detached(tmp_path / "libfgpu.so")
+
+
+@pytest.mark.parametrize("is_published", [True, False])
+def test_every_shim_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_published: bool) -> None:
+    """Also one from a folder of the administrator, which the agent has not copied (`fgpu agent --shim`)."""
+    nothing = (
+        (gatekeeper_process, "end_any"),
+        (detach, "_cgroups"),
+        (programs, "unmount_made"),
+        (detach, "_published"),
+    )
+    for module, name in (*nothing, (run, "remove_created_preloads")):
+        monkeypatch.setattr(module, name, lambda *_: None)
+    monkeypatch.setattr(other_layouts, "folders", lambda _: [])
+    monkeypatch.setattr(last_good, "FILE", tmp_path / "last")
+    waited = list[Path]()
+    monkeypatch.setattr(attach, "wait_until_detached", waited.append)
+    run_dir = tmp_path / "run"
+    run_dir.mkdir()
+    (run_dir / "containers").write_text("shim /opt/libfgpu.so\nsocket /run/fgpu/shim\n")
+    if is_published:
+        (run_dir / "published").touch()
+    detach.take_away(run_dir, tmp_path / "pins")
+    assert waited == [Path("/opt/libfgpu.so")]
+    assert not run_dir.exists()
