@@ -71,7 +71,11 @@ class Denied(Held):
         """Check that neither its program nor one that starts gets memory."""
         assert self.client.do("device 0") == REFUSED
         assert self.tenant.driver() == 0
-        eventually(lambda: re.search("do not fit on device 0|was no room", self.tenant.view()["denied"]), 5, "why")
+        eventually(
+            lambda: re.search("do not fit on device 0|did not fit when the last agent", self.tenant.view()["denied"]),
+            5,
+            "why",
+        )
 
 
 class Observed(Held):

@@ -23,11 +23,15 @@ from tests.support.host import BUILD
 
 SHIM = "/var/lib/fgpu/shim/current/libfgpu.so"
 LIBC, IN_OPEN = ctypes.CDLL(None), 0x20
+ADDR_NO_RANDOMIZE, ANY_PERSONALITY = 0x0040000, 0xFFFFFFFF
 
 
 @pytest.fixture(scope="module", autouse=True, params=["as it is", "sanitized"])
 def helper(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Run all tests twice, once with sanitizers: any report is an error, except of memory held until the exit."""
+    """Run all tests twice, once with sanitizers: any report is an error, except of memory held until the exit.
+
+    With sanitizers the helper runs without random addresses, like after `setarch -R` (`sanitizers.UNRANDOM`).
+    """
     if request.param == "as it is":
         yield
         return
@@ -36,7 +40,10 @@ def helper(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
         patch.setattr(kit, "HELPER", sanitizers.ADDRESS.make("oci") / "fgpu-oci")
         for name, value in sanitizers.ADDRESS.environment(reports, leaks=False).items():
             patch.setenv(name, value)
+        before = LIBC.personality(ANY_PERSONALITY)
+        LIBC.personality(before | ADDR_NO_RANDOMIZE)  # programs that are started inherit it
         yield
+        LIBC.personality(before)
     assert not (text := sanitizers.reported(reports)), text
 
 
