@@ -15,6 +15,7 @@ import re
 import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Set
+from dataclasses import replace
 
 from fgpu_ebpf.agent.nvml_reconcile import Truth
 from fgpu_ebpf.ledger.compute_maps import Key, TurnCounts
@@ -114,7 +115,9 @@ class UsageMeter:
     def _add(self, tenant: Tenant, device: int, source: str, used: Used) -> None:
         of = self.totals.setdefault((tenant.cgroup, device), {})
         of[source] = of.get(source, Used()).plus(used)
-        place = Place(period(time.time()), owner_of(tenant), self._uuid(device), source)
+        around = tuple(map(owner_of, self._enforcer.around(tenant)))
+        owner = replace(owner_of(tenant), around=around)
+        place = Place(period(time.time()), owner, self._uuid(device), source)
         self._left[place] = self._left.get(place, Used()).plus(used)
 
     def _ran(
@@ -131,7 +134,7 @@ class UsageMeter:
 
 
 def owner_of(tenant: Tenant) -> Owner:
-    """Return the tenant as the store knows it."""
+    """Return the tenant as the store knows it, without those around it."""
     user = _USER.search(tenant.path)
     labels = tuple(sorted(tenant.metric_labels.items()))
     return Owner(tenant.name, tenant.workload.namespace or "", user[1] if user else "", labels)

@@ -29,8 +29,8 @@ END_SECONDS = 2.0
 LABEL = "label:"
 _TABLES = """
 CREATE TABLE IF NOT EXISTS owners (
-    id INTEGER PRIMARY KEY, tenant TEXT, namespace TEXT, user TEXT, labels TEXT,
-    UNIQUE (tenant, namespace, user, labels));
+    id INTEGER PRIMARY KEY, tenant TEXT, namespace TEXT, user TEXT, labels TEXT, around TEXT,
+    UNIQUE (tenant, namespace, user, labels, around));
 CREATE TABLE IF NOT EXISTS used (
     period INTEGER, owner INTEGER, gpu TEXT, source TEXT,
     run REAL, byte_seconds REAL, held REAL, idle REAL, waited REAL,
@@ -42,8 +42,8 @@ INSERT INTO used VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT DO UPDATE SET ru
     waited = waited + excluded.waited
 """
 _READ = """
-SELECT owners.tenant, owners.namespace, owners.user, owners.labels, used.gpu, used.source, sum(run), sum(byte_seconds),
-    sum(held), sum(idle), sum(waited)
+SELECT owners.tenant, owners.namespace, owners.user, owners.labels, owners.around, used.gpu, used.source,
+    sum(run), sum(byte_seconds), sum(held), sum(idle), sum(waited)
 FROM used JOIN owners ON owners.id = used.owner WHERE period >= ? GROUP BY owners.id, used.gpu, used.source
 """
 _TRIM = "DELETE FROM used WHERE rowid IN (SELECT rowid FROM used ORDER BY rowid LIMIT ?)"
@@ -56,18 +56,36 @@ class StoreError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Owner:
-    """A tenant with its names. `labels`: those that the policy exports. `user`: the uid of a slice, or empty."""
+    """A tenant with its names.
+
+    `labels`: those that the policy exports. `user`: the uid of a slice, or empty. `around`: the tenants around it,
+    whose amounts include those of this tenant.
+    """
 
     tenant: str
     namespace: str = ""
     user: str = ""
     labels: tuple[tuple[str, str], ...] = ()
+    around: tuple[Owner, ...] = ()
 
     def group(self, by: str) -> str:
         """Return the value by which `fgpu usage --by` groups: tenant, namespace, user or label:NAME."""
         if by.startswith(LABEL):
             return dict(self.labels).get(by.removeprefix(LABEL), "")
         return str(getattr(self, by))
+
+    def is_counted_around(self, by: str) -> bool:
+        """Return whether a tenant around this one is in the same group, which has this tenant's amounts already."""
+        return any(other.group(by) == self.group(by) for other in self.around)
+
+    def words(self) -> tuple[str, str, str, str]:
+        """Return the tenant's own names as the file has them."""
+        return self.tenant, self.namespace, self.user, json.dumps(self.labels)
+
+    @classmethod
+    def of(cls, tenant: str, namespace: str, user: str, labels: str, around: tuple[Owner, ...] = ()) -> Owner:
+        """Return the owner of words()."""
+        return cls(tenant, namespace, user, tuple((name, value) for name, value in json.loads(labels)), around)
 
 
 class Used(NamedTuple):
@@ -157,9 +175,10 @@ def add(file: Path, amounts: Amounts) -> None:
 
 
 def _id(store: sqlite3.Connection, owner: Owner) -> int:
-    words = (owner.tenant, owner.namespace, owner.user, json.dumps(owner.labels))
-    store.execute("INSERT OR IGNORE INTO owners (tenant, namespace, user, labels) VALUES (?, ?, ?, ?)", words)
-    found = "SELECT id FROM owners WHERE tenant = ? AND namespace = ? AND user = ? AND labels = ?"
+    words = (*owner.words(), json.dumps([other.words() for other in owner.around]))
+    names = "tenant, namespace, user, labels, around"
+    store.execute(f"INSERT OR IGNORE INTO owners ({names}) VALUES (?, ?, ?, ?, ?)", words)
+    found = f"SELECT id FROM owners WHERE ({names}) = (?, ?, ?, ?, ?)"
     return int(store.execute(found, words).fetchone()[0])
 
 
@@ -172,9 +191,10 @@ def read(since_seconds: float, file: Path = FILE) -> Iterator[tuple[Owner, str, 
             (version,) = store.execute("PRAGMA user_version").fetchone()
             if version != VERSION:
                 raise StoreError(f"{file} is of version {version}, and this is a command for version {VERSION}")
-            for tenant, namespace, user, labels, gpu, source, *used in store.execute(_READ, (period(since_seconds),)):
-                owner = Owner(tenant, namespace, user, tuple((name, value) for name, value in json.loads(labels)))
-                yield owner, gpu, source, Used(*used)
+            for row in store.execute(_READ, (period(since_seconds),)):
+                tenant, namespace, user, labels, around, gpu, source, *used = row
+                others = tuple(Owner.of(*words) for words in json.loads(around))
+                yield Owner.of(tenant, namespace, user, labels, others), gpu, source, Used(*used)
     except sqlite3.Error as error:
         raise StoreError(f"{file} cannot be read: {error}") from error
 
@@ -185,9 +205,13 @@ def period(seconds: float) -> int:
 
 
 def grouped(rows: Iterator[tuple[Owner, str, str, Used]], by: str) -> dict[str, dict[str, Used]]:
-    """Return what was used by group and source, over all devices."""
+    """Return what was used by group and source, over all devices. What a tenant used inside another one of the same
+    group counts once.
+    """
     found: defaultdict[str, dict[str, Used]] = defaultdict(dict)
     for owner, _, source, used in rows:
+        if owner.is_counted_around(by):
+            continue
         of = found[owner.group(by)]
         of[source] = of.get(source, Used()).plus(used)
     return dict(found)

@@ -18,7 +18,8 @@ from fgpu_ebpf.tenancy import usage_store
 from fgpu_ebpf.tenancy.usage_store import Owner, Place, Used, Writer
 
 GIB = 1 << 30
-ALICE = Owner("alice", "research", "1000", (("team", "vision"),))
+UNIT = Owner("unit", "research", "1000")
+ALICE = Owner("alice", "research", "1000", (("team", "vision"),), (UNIT,))
 
 
 class Host:
@@ -49,7 +50,8 @@ class Host:
             ),
             usage=lambda cgroup, devices: [SimpleNamespace(used=3 * GIB) for _ in devices],
         )
-        enforcer = SimpleNamespace(get=self.tenants.get)
+        around = SimpleNamespace(name="unit", path="user.slice/user-1000.slice", workload=workload, metric_labels={})
+        enforcer = SimpleNamespace(get=self.tenants.get, around=lambda _: [around])
         writer = SimpleNamespace(give=self.given.append, stop=lambda: None)
         self.meter = UsageMeter(truth, ledger, enforcer, "GPU-{}".format, writer)
 
@@ -147,6 +149,24 @@ def test_amounts_of_one_place_are_added_and_grouped(tmp_path):
     assert set(usage_store.grouped(iter(rows), "label:team")) == {"vision", "speech"}
     assert set(usage_store.grouped(iter(rows), "user")) == {"1000"}
     assert file.stat().st_mode & 0o777 == 0o600
+
+
+@pytest.mark.parametrize(
+    ("by", "expected"),
+    [
+        ("tenant", {"alice": 1.0, "unit": 3.0}),
+        ("user", {"1000": 3.0}),
+        ("namespace", {"research": 3.0}),
+        ("label:team", {"vision": 1.0, "": 3.0}),
+        ("label:other", {"": 3.0}),
+    ],
+)
+def test_a_tenant_inside_another_one_of_the_same_group_counts_once(tmp_path, by, expected):
+    file = tmp_path / "usage.db"
+    for owner, seconds in ((ALICE, 1.0), (UNIT, 3.0)):
+        usage_store.add(file, {Place(10, owner, "GPU-a", "turns"): Used(run=seconds)})
+    found = usage_store.grouped(usage_store.read(0, file), by)
+    assert {group: of["turns"].run for group, of in found.items()} == expected
 
 
 def test_the_file_is_bounded_and_the_oldest_rows_go_first(tmp_path, monkeypatch):
