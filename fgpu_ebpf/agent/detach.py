@@ -51,12 +51,12 @@ def take_away(run_dir: Path, pins: Path, by_agent: bool = False) -> None:
     _remove_empty(pins.parent)
     programs.unmount_made()
     shim = injection.mounted(run_dir).get("shim")
-    is_published = injection.take_away(run_dir)
+    published = injection.take_away(run_dir)  # by an earlier agent, if the last one had a shim of its own
     run.remove_created_preloads(run_dir)
     if shim:
         attach.wait_until_detached(shim)
-        if is_published:
-            _published(shim)
+    if published:
+        _published(published)
     last_good.FILE.unlink(missing_ok=True)
     for name in _FILES:
         (run_dir / name).unlink(missing_ok=True)

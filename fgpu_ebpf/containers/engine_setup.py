@@ -68,8 +68,9 @@ def set_up(engine: Engine, helper: Path, state: Path, is_dry: bool = False) -> W
         return None
     missing = () if engine.keeps_folder else _missing_folders(engine.file)
     made = sorted({*kept["made"], *missing}, key=len, reverse=True)
-    _write(state, json.dumps({"file": str(engine.file), "before": before, "after": wanted.text, "made": made}))
-    _write(engine.file, wanted.text)
+    notes = json.dumps({"file": str(engine.file), "before": before, "after": wanted.text, "made": made})
+    _write(state, notes, like=engine.file)
+    _write(engine.file, wanted.text, like=engine.file)
     return wanted
 
 
@@ -144,20 +145,26 @@ def _restore(path: Path, text: str | None) -> None:
     if text is None:
         path.unlink()
     else:
-        _write(path, text)
+        _write(path, text, like=path)
 
 
-def _write(path: Path, text: str) -> None:
-    """Replace a file as a whole, with its mode and owner; a symbolic link is followed."""
+def _write(path: Path, text: str, like: Path) -> None:
+    """Replace a file as a whole; a symbolic link is followed.
+
+    Args:
+        like: the file gets this one's owners and mode: settings may have passwords, and a state has a copy of them.
+    """
     path = path.resolve()
     path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
+        aside.touch(mode=0o600)
         aside.write_text(text, encoding="utf-8")
-        aside.chmod(0o644)
-        if path.exists():
-            shutil.copymode(path, aside)
-            os.chown(aside, path.stat().st_uid, path.stat().st_gid)
+        if like.exists():
+            os.chown(aside, like.stat().st_uid, like.stat().st_gid)
+            shutil.copymode(like, aside)
+        else:
+            aside.chmod(0o644)
         os.replace(aside, path)
     except OSError:
         aside.unlink(missing_ok=True)
@@ -167,16 +174,25 @@ def _write(path: Path, text: str) -> None:
 def checks(state: Path = STATE, helper: Path = injection.BIN / injection.HELPER) -> Iterator[Check]:
     """Check every engine that was set up: its settings still name fgpu, and still follow from its other settings."""
     for name, usual in ENGINES.items():
-        kept, engine = _kept(state / f"{name}.json"), where_it_is(usual, state / f"{name}.json")
-        if kept["after"] is None:
-            continue
-        file, now = engine.file, _text(engine.file)
-        if now is None or (now != kept["after"] and engine.without(now, None) == now):
-            yield Check(name, False, f"{file} no longer names fgpu", f"fgpu setup {name}, or --undo")
-        elif engine.is_drop_in and (why := _outdated(engine, now, helper)):
-            yield Check(name, False, why, f"fgpu setup {name}, or --undo")
-        else:
-            yield Check(name, True, f"{file} names fgpu")
+        try:
+            check = _check(name, usual, state / f"{name}.json", helper)
+        except PermissionError as error:
+            check = Check(name, False, f"{error.filename} cannot be read by this user", "sudo fgpu doctor")
+        if check:
+            yield check
+
+
+def _check(name: str, usual: Engine, state: Path, helper: Path) -> Check | None:
+    """Check an engine; None: it was not set up. Raises PermissionError."""
+    kept, engine = _kept(state), where_it_is(usual, state)
+    if kept["after"] is None:
+        return None
+    file, now = engine.file, _text(engine.file)
+    if now is None or (now != kept["after"] and engine.without(now, None) == now):
+        return Check(name, False, f"{file} no longer names fgpu", f"fgpu setup {name}, or --undo")
+    if engine.is_drop_in and (why := _outdated(engine, now, helper)):
+        return Check(name, False, why, f"fgpu setup {name}, or --undo")
+    return Check(name, True, f"{file} names fgpu")
 
 
 def _outdated(engine: Engine, now: str, helper: Path) -> str:

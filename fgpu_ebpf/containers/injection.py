@@ -27,7 +27,7 @@ from fgpu_ebpf.linux.clear_path import make_way
 HELPER = "fgpu-oci"
 BIN = shim_store.STORE.parent / "bin"
 _WRITTEN = "cdi.files"  # in the run folder: paths of the specifications, one per line
-_PUBLISHED = "published"  # in the run folder if the shim and the helper are published copies
+_PUBLISHED = "published"  # in the run folder: path of the shim, if it and the helper are published copies
 UNUSED_SECONDS = 600.0  # an engine binds a list within seconds after it was named
 _UNSAFE = frozenset('"\\\n')
 
@@ -106,10 +106,10 @@ class Lists:
         self._asked = asked
 
 
-def take_away(run_dir: Path) -> bool:
+def take_away(run_dir: Path) -> Path | None:
     """Give nothing to containers that start from now on. Running ones keep what they have mounted.
 
-    Returns whether the shim was a copy that this host's agent has published.
+    Returns the path of the published shim; None: none was published by this host's agents.
     """
     (run_dir / "containers").unlink(missing_ok=True)
     _forget(run_dir, keep=())
@@ -117,10 +117,11 @@ def take_away(run_dir: Path) -> bool:
     (run_dir / "container.preload").unlink(missing_ok=True)
     shutil.rmtree(run_dir / "preload.d", ignore_errors=True)
     try:
-        (run_dir / _PUBLISHED).unlink()
+        shim = (run_dir / _PUBLISHED).read_text(encoding="utf-8").strip()
     except FileNotFoundError:
-        return False
-    return True
+        return None
+    (run_dir / _PUBLISHED).unlink()
+    return Path(shim)
 
 
 def written(run_dir: Path) -> list[dict[str, Any]]:

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 
 from fgpu_ebpf.agent import detach, gatekeeper_process
-from fgpu_ebpf.containers import run
+from fgpu_ebpf.containers import engine_setup, injection, run
 from fgpu_ebpf.driver import attach, other_layouts, probe_plan, programs
 from fgpu_ebpf.linux import breakpoints
 from fgpu_ebpf.policy import last_good
@@ -37,26 +37,34 @@ def test_a_shim_that_is_gone_is_not_waited_for(tmp_path: Path) -> None:
     attach.wait_until_detached(tmp_path / "libfgpu.so")
 
 
-@pytest.mark.parametrize("is_published", [True, False])
-def test_every_shim_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_published: bool) -> None:
-    """Also one from a folder of the administrator, which the agent has not copied (`fgpu agent --shim`)."""
-    nothing = (
-        (gatekeeper_process, "end_any"),
-        (detach, "_cgroups"),
-        (programs, "unmount_made"),
-        (detach, "_published"),
-    )
+def test_every_shim_is_waited_for_and_only_a_published_one_is_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The last agent had a shim of the administrator's (`fgpu agent --shim`), which is in a folder with other files."""
+    nothing = ((gatekeeper_process, "end_any"), (detach, "_cgroups"), (programs, "unmount_made"))
     for module, name in (*nothing, (run, "remove_created_preloads")):
         monkeypatch.setattr(module, name, lambda *_: None)
     monkeypatch.setattr(other_layouts, "folders", lambda _: [])
     monkeypatch.setattr(last_good, "FILE", tmp_path / "last")
+    monkeypatch.setattr(engine_setup, "STATE", tmp_path / "store/setup")
+    monkeypatch.setattr(injection, "BIN", tmp_path / "store/bin")
     waited = list[Path]()
     monkeypatch.setattr(attach, "wait_until_detached", waited.append)
-    run_dir = tmp_path / "run"
+    run_dir, own, store = tmp_path / "run", tmp_path / "opt/lib/libfgpu.so", tmp_path / "store/shim"
+    for file in (own, store / "1/libfgpu.so"):
+        file.parent.mkdir(parents=True)
+        file.touch()
+    (store / "current").symlink_to("1")
     run_dir.mkdir()
-    (run_dir / "containers").write_text("shim /opt/libfgpu.so\nsocket /run/fgpu/shim\n")
-    if is_published:
-        (run_dir / "published").touch()
+    (run_dir / "containers").write_text(f"shim {own}\nsocket /run/fgpu/shim\n")
     detach.take_away(run_dir, tmp_path / "pins")
-    assert waited == [Path("/opt/libfgpu.so")]
+    assert waited == [own]
+    assert own.exists()
+    run_dir.mkdir()
+    (run_dir / "containers").write_text(f"shim {own}\nsocket /run/fgpu/shim\n")
+    (run_dir / "published").write_text(f"{store}/current/libfgpu.so\n")
+    detach.take_away(run_dir, tmp_path / "pins")
+    assert waited == [own, own]
+    assert own.exists()
+    assert not store.exists()
     assert not run_dir.exists()

@@ -185,6 +185,43 @@ def test_a_link_stays_a_link(tmp_path, helper):
     assert (tmp_path / "real.json").read_text() == "{}"
 
 
+def test_a_copy_of_settings_is_readable_by_the_users_of_the_settings_alone(tmp_path, helper, monkeypatch):
+    found, state = (
+        engine("docker", tmp_path, '{"proxies": {"http-proxy": "http://user:password@proxy"}}'),
+        tmp_path / "s",
+    )
+    found.file.chmod(0o600)
+    written = list[tuple[str, int]]()
+    whole = Path.write_text
+
+    def noted(path, *words, **more):
+        written.append((path.name, path.stat().st_mode & 0o777 if path.exists() else 0o666))
+        return whole(path, *words, **more)
+
+    monkeypatch.setattr(Path, "write_text", noted)
+    set_up(found, helper, state)
+    assert [mode for name, mode in written if name.startswith((".settings.", ".s."))] == [0o600, 0o600]
+    assert (state.stat().st_mode & 0o777, found.file.stat().st_mode & 0o777) == (0o600, 0o600)
+    undo(found, state)
+    assert found.file.stat().st_mode & 0o777 == 0o600
+
+
+@pytest.mark.parametrize("hidden", ["state", "settings"])
+def test_doctor_names_settings_that_a_user_may_not_read(hidden, tmp_path, helper, monkeypatch):
+    found, state = engine("docker", tmp_path, "{}"), tmp_path / "states/docker.json"
+    set_up(found, helper, state)
+    whole, unreadable = Path.read_text, {"state": state, "settings": found.file}[hidden]
+
+    def refused(path, *words, **more):
+        if path == unreadable:
+            raise PermissionError(13, "Permission denied", str(path))
+        return whole(path, *words, **more)
+
+    monkeypatch.setattr(Path, "read_text", refused)
+    (check,) = checks(state.parent, helper)
+    assert (check.ok, str(unreadable) in check.found, check.fix) == (False, True, "sudo fgpu doctor")
+
+
 def test_a_full_disk_changes_nothing(tmp_path, helper, monkeypatch):
     found = engine("docker", tmp_path, "{}")
 
