@@ -1,7 +1,7 @@
 """The gatekeeper's log: at most MOST_LINES a second, without blocking.
 
-The gatekeeper's main loop uses this module. Tenants cannot make the log grow without bound. A line that cannot be
-written at once is lost.
+Runs in the gatekeeper's main thread. The maximum keeps tenants from filling the log. A line that cannot be written at
+once is lost.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ class LogLines:
         self._lines = 0
 
     def say(self, line: str) -> None:
-        """Write a line, or count it as omitted."""
+        """Write a line. After MOST_LINES lines, only count it as omitted."""
         self._lines += 1
         with contextlib.suppress(OSError, ValueError):  # writing must not wait for a reader
             if self._lines <= MOST_LINES and select.select([], [2], [], 0)[1]:
