@@ -41,7 +41,7 @@ class ManagedState:
 
 @dataclass(frozen=True, slots=True)
 class Grant:
-    """What a managed process gets: a header for its control page, and descriptors of usage pages, innermost first."""
+    """The grant of a managed process: the header of its control page; descriptors of usage pages, innermost first."""
 
     header: PageHeader
     usage: tuple[int, ...]

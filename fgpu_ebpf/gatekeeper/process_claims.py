@@ -29,7 +29,7 @@ class Claim(NamedTuple):
     """Claims of a process about one device. Times are by the gatekeeper's CLOCK_MONOTONIC; 0: no such time."""
 
     waiting: bool
-    drained: int  # number of the last turn after which nothing was in flight
+    drained: int  # number of the last turn whose gate was found closed with nothing in flight
     launches: int
     in_flight: int
     busy_until_ns: int
