@@ -1,7 +1,7 @@
-"""The files of libcuda and the shim that a process maps, by their names.
+"""Search for the files of libcuda and the shim that a process maps, by their names.
 
-The agent uses this module in its main thread and its worker threads, and so does `fgpu detach`. Reading the mappings of
-a process can block on the process.
+Runs in the agent's main thread and worker threads, and in `fgpu detach`. Reading the mappings of a process can block on
+the process.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ BOOKS = b"/run/fgpu/books"  # the ledger that the shim keeps for an image with a
 def fgpu_mappings(pid: int) -> list[MappedFile] | None:
     """Return the libcuda and shim files that a process has mapped executable, each once.
 
-    None: unknown, because the process is gone, has no memory of its own or maps too much. The kernel is asked for
-    one executable file after the other: the text of all mappings takes five times as long to make and to read.
+    The result is None if the process has exited, has no memory of its own or has too many mappings. The function
+    queries one executable mapping after the other, because the text of all mappings takes five times as long.
     """
     try:
         with procmaps.opened(pid) as maps:
