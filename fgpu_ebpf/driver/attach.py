@@ -67,7 +67,7 @@ class Probes:
         self._links = pins / "links"
         self._digest = digest
         self._ledger = ledger
-        self._files: dict[File, list[Attachment]] = {}  # the last one is on the inode that new processes map
+        self._files: dict[File, list[Attachment]] = {}  # the last entry is for the inode that new processes map
         self._events: set[str] = set()  # names of the pinned links to tracepoints of processes
         self._links.mkdir(mode=0o700, exist_ok=True)
         self._take_up_pinned()

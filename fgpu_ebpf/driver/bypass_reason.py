@@ -77,7 +77,7 @@ class Reason(StrEnum):
     UNUSED = "unused", "the shim is loaded, but they call the driver without it"
 
 
-_OF_MOUNT = {Mount.REMOVED: Reason.STALE_MOUNT, Mount.HIDDEN: Reason.RUN_HIDDEN}  # of a process that has the shim
+_OF_MOUNT = {Mount.REMOVED: Reason.STALE_MOUNT, Mount.HIDDEN: Reason.RUN_HIDDEN}  # for processes that have the shim
 
 
 def reason(pid: int, is_shim: IsShim = lambda *_: True) -> Reason | None:

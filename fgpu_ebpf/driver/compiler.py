@@ -23,7 +23,7 @@ GROUP_DEAD_FROM = (6, 16)  # sched_process_exit reports whether the process ends
 TYPES = "/sys/kernel/btf/vmlinux"
 BTF_STRUCT = 4  # BTF_KIND_STRUCT
 LOAD_MAP = 0x1018  # the first two bytes of an instruction that loads a map by its descriptor
-FORM = ("map_type", "key_size", "value_size", "max_entries", "map_flags")  # of a map, as /proc/PID/fdinfo names them
+FORM = ("map_type", "key_size", "value_size", "max_entries", "map_flags")  # of a map; names as in /proc/PID/fdinfo
 # These flags halve the work. They leave out debugging information, which is never read; a second optimiser (BCC runs
 # LLVM's own over clang's result); and the reading of all kernel symbols for each program that names this helper.
 LEAN = ("-g0", "-Xclang", "-disable-llvm-passes", "-Dbpf_probe_read_user=read_user")
@@ -54,7 +54,7 @@ def kernel_release() -> tuple[int, int]:
 
 def member_offset(bcc: ModuleType, struct: str, member: str) -> int:
     """Return the offset of a member in a struct of the running kernel, in bytes. Raises CompileError: it is unknown."""
-    library = bcc.lib  # finds libbpf's functions too, since it is linked with libbpf
+    library = bcc.lib  # has libbpf's functions too, because it is linked with libbpf
     library.btf__load_vmlinux_btf.restype = library.btf__type_by_id.restype = ctypes.c_void_p
     library.btf__name_by_offset.restype = ctypes.c_char_p
     types = ctypes.c_void_p(library.btf__load_vmlinux_btf() if os.path.exists(TYPES) else None)
@@ -95,7 +95,7 @@ def whole_text(sources: str) -> str:
 
 def compile_programs(bcc: ModuleType, sources: str) -> Any:
     """Return BCC's module of the programs. Their maps exist until this process exits. Raises CompileError."""
-    os.environ["BCC_KERNEL_SOURCE"] = sources  # its include/ has the stub headers
+    os.environ["BCC_KERNEL_SOURCE"] = sources  # SOURCES/include has the stub headers
     flags = ["-I" + sources, *kernel_flags(bcc), "-Wno-everything", *LEAN]
     try:
         return bcc.BPF(text=whole_text(sources), cflags=flags)

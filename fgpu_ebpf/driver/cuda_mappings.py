@@ -9,7 +9,7 @@ from __future__ import annotations
 from fgpu_ebpf.linux import breakpoints, procmaps
 from fgpu_ebpf.linux.mapped_files import MappedFile
 
-BOOKS = b"/run/fgpu/books"  # the ledger that the shim keeps for an image with a limit of its own
+BOOKS = b"/run/fgpu/books"  # the shim's own ledger for an image with its own limit
 
 
 def fgpu_mappings(pid: int) -> list[MappedFile] | None:
@@ -26,7 +26,7 @@ def fgpu_mappings(pid: int) -> list[MappedFile] | None:
 
 
 def keeps_books(pid: int) -> bool:
-    """Return whether a process has mapped the ledger of an image's own limit; False if that cannot be read."""
+    """Return whether a process has mapped the ledger of an image's own limit; False if its mappings are unreadable."""
     try:
         with procmaps.opened(pid) as maps:
             return any(found.path.endswith(BOOKS) for found in procmaps.each(maps, procmaps.NEXT_SHARED))

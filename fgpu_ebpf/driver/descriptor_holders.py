@@ -36,7 +36,7 @@ class Keepers:
     def __init__(self) -> None:
         self._held: Sequence[Held] = ()
         self._found: Mapping[int, tuple[int, ...]] = {}
-        self._parents: Mapping[int, int] = {}  # of the processes in _found
+        self._parents: Mapping[int, int] = {}  # parents of the processes in _found
         self._wake = threading.Event()
         self._thread: threading.Thread | None = None
 

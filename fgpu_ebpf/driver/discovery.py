@@ -275,7 +275,7 @@ class Discovery:
         self.let_go()
 
     def let_go(self) -> None:
-        """Remove the probes of files that are not the host's own and that no process maps any longer."""
+        """Remove the probes of all files that no process maps any longer, except the host's own files."""
         left = self._libraries.unmapped()
         if left:  # another process may have mapped one of them: scan before removing
             self._scan.begin(partial(self._let_go, left))

@@ -87,7 +87,7 @@ class Prepared:
         used = discovery.start()
         shim = self.release.publish()
         if self.store and used is not None:
-            with contextlib.suppress(OSError):  # old versions only take disk space
+            with contextlib.suppress(OSError):  # an old version that is not removed only takes disk space
                 shim_store.retire(self.store, used)
         return shim
 

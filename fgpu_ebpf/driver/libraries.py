@@ -148,7 +148,10 @@ class Libraries:
     # -- files that processes map
 
     def tenant_files(self) -> frozenset[File]:
-        """Return all probed files except the host's own. Probes keep the mounts of containers' layers busy."""
+        """Return all probed files except the host's own.
+
+        Many of these files lie in layers of containers. Their probes keep the mounts busy.
+        """
         return self._probes.known - self.own_files
 
     def knows(self, pid: int, one: MappedFile) -> bool:

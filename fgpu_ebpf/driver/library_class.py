@@ -24,7 +24,7 @@ from fgpu_ebpf.abi import CLASS_SHIFT, Class, Function
 from fgpu_ebpf.linux.procmaps import File
 
 DIGEST = re.compile("sha256:[0-9a-f]{64}")
-MOST_KNOWN = 4096  # digests in memory
+MOST_KNOWN = 4096  # number of digests in memory
 MOST_BYTES = 1 << 29  # the longest file that is read: five times the size of a driver
 TICK_SECONDS = 0.05  # longer than the resolution of file systems' times
 _CHUNK = 1 << 20

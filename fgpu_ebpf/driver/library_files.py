@@ -37,7 +37,7 @@ class Target:
     ino: int
     pinned: bool
     way: str
-    through: bool = False  # `way` is a link of the kernel's own
+    through: bool = False  # `way` is a link in /proc, which is followed
     root: str = ""  # the root in which `way` is resolved, without links; empty: no container has chosen `way`
 
     @classmethod
@@ -47,7 +47,7 @@ class Target:
         return cls(place, *mapped_files.as_mapped(place), True, place)
 
     def open(self) -> int:
-        """Return a descriptor of exactly this file. Raises OSError (ESTALE: another file is in its place)."""
+        """Open exactly this file, and return the descriptor. Raises OSError; ESTALE: another file has replaced it."""
         fd = self._open()
         try:
             if mapped_files.mapped_as(fd) != (self.dev, self.ino):

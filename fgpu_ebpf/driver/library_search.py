@@ -41,7 +41,7 @@ class Search:
 
     def __init__(self, known: Callable[[File], bool]) -> None:
         self._known = known
-        self._others: dict[File, Stamp] = {}  # files that are not libcuda
+        self._others: dict[File, Stamp] = {}  # files that are not libcuda, as they were when read
 
     def by_name(self, pid: int) -> Found:
         """Return the files of a process that have the names of libcuda or the shim."""

@@ -235,7 +235,7 @@ class Nvml:
             for event in self._events.take():
                 self._came.append(event)
         except pynvml.NVMLError:
-            self._end_events()  # until the next call
+            self._end_events()  # the next call registers again
         came, self._came = self._came, []
         return came
 
@@ -266,7 +266,7 @@ class Nvml:
 class Events:
     """The XID events of NVML for registered handles. Raises NVMLError.
 
-    Each event is reported once; events from before the registration are not reported.
+    Each event is reported once. Events from before the registration are not reported.
     """
 
     def __init__(self, handles: Mapping[int, object]) -> None:
@@ -277,7 +277,7 @@ class Events:
     def _register(self, handle: object) -> bool:
         try:
             pynvml.nvmlDeviceRegisterEvents(handle, pynvml.nvmlEventTypeXidCriticalError, self._set)
-        except pynvml.NVMLError:  # the device is lost, or too old
+        except pynvml.NVMLError:  # the device is lost, or too old for events
             return False
         return True
 

@@ -145,7 +145,7 @@ class HostScan:
         return partial(self._take_slice, look, cgroup, found)
 
     def _take_slice(self, look: _Look, cgroup: str, found: Mapping[int, Found]) -> None:
-        if cgroup not in look.open:  # the scan was given up
+        if cgroup not in look.open:  # the scan has ended without this cgroup
             return
         look.open[cgroup] = look.open[cgroup][len(found) :]
         for pid, its in found.items():

@@ -26,7 +26,7 @@ Root = tuple[int, int, int]
 NAMES = ("libcuda.so.1", "libcuda.so")
 FOLDERS = (*LIBRARY_FOLDERS, "usr/local/cuda/compat/lib")
 MOST_ROOTS = 256  # if there are more, the root in which no program has started for the longest time is forgotten
-_NS_GET_ID, _ID = 0x8008B705, struct.Struct("Q")  # Linux 6.11
+_NS_GET_ID, _ID = 0x8008B705, struct.Struct("Q")  # since Linux 6.11
 
 
 class Roots:

@@ -46,7 +46,7 @@ def return_probes_survive_seccomp(shim: str, denied: int = _URETPROBE_CALL) -> b
         done = subprocess.run(command, capture_output=True, timeout=30, check=False)
     finally:
         os.close(event)
-    if done.returncode > 0:  # the child failed before the probe
+    if done.returncode > 0:  # the child has failed before it reached the probe
         raise OSError(f"the check failed: {done.stderr.decode(errors='replace').strip()[-200:]}")
     return done.returncode == 0
 

@@ -18,7 +18,7 @@ from fgpu_ebpf.linux import atomic_file
 
 FILE = "xids.json"
 _BOOT = Path("/proc/sys/kernel/random/boot_id")
-_DRIVER = Path("/sys/module/nvidia")  # has another inode after each load
+_DRIVER = Path("/sys/module/nvidia")  # its inode changes with each load of the driver
 log = logging.getLogger("fgpu.agent")
 
 
@@ -37,7 +37,7 @@ class XidRecord:
     def __init__(self, file: Path, lifetime: str) -> None:
         self._file = file
         self._lifetime = lifetime
-        self._fatal = self._read()  # by UUID
+        self._fatal = self._read()  # fatal XIDs by UUID
         self._has_failed = False
 
     def tally(self, ignored: Collection[int], devices: Iterable[Device]) -> Tally:

@@ -85,7 +85,7 @@ class Connections:
         self._load: Counter[int] = Counter()  # by tenant: number of connections
         self._ready: dict[int, dict[Connection, None]] = {}  # by tenant, in the order of their turns
         self._spent_ns: Counter[int] = Counter()  # by tenant: processor time used and not yet forgiven
-        self._hints: dict[int, int] = {}  # pid -> tenant: only for refusing many connections cheaply
+        self._hints: dict[int, int] = {}  # pid -> tenant: used only to refuse many connections cheaply
 
     def __len__(self) -> int:
         return len(self._connections)
@@ -240,7 +240,7 @@ class Connections:
                 self.drop(connection, "dropped_tenant")
 
     def _look_again(self, connection: Connection) -> None:
-        if not connection.watched:  # it must wait: watch for the end of the connection, and for malformed data
+        if not connection.watched:  # the connection must wait: watch for its end, and for malformed data
             self._watch(connection)
         if not connection.reading:
             self.ready(connection)

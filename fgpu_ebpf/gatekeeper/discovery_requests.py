@@ -15,9 +15,9 @@ from time import monotonic_ns
 
 from fgpu_ebpf.gatekeeper.connections import Connection
 
-TELL_NS = 50_000_000  # after a request about a tenant, no other about that tenant is sent for this time
-DEAF_NS = 10_000_000  # after a message that the agent did not receive, none is sent for this time
-MOST_TENANTS = 64  # of one owner of bounds, between two heartbeats
+TELL_NS = 50_000_000  # for this time after a request about a tenant, no further request about that tenant is sent
+DEAF_NS = 10_000_000  # for this time after a message that the agent did not receive, no message is sent
+MOST_TENANTS = 64  # of one bound owner, between two heartbeats
 
 
 class DiscoveryRequests:

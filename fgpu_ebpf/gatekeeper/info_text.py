@@ -89,7 +89,7 @@ def _turn(ledger: Ledger, cgroup: int, index: int, now_ns: int) -> Iterator[str]
 
 
 def _uuid(name: bytes) -> str:
-    """Return `GPU-5d1f0c1e-…`, as NVML writes it."""
+    """Return a device's UUID in the form that NVML prints, `GPU-5d1f0c1e-…`."""
     text = name.hex()
     return "GPU-" + "-".join((text[:8], text[8:12], text[12:16], text[16:20], text[20:]))
 
@@ -99,5 +99,5 @@ def _percent(millionths: int) -> str:
 
 
 def _mib(bytes_: int) -> str:
-    """Return the size as nvidia-smi writes it."""
+    """Return a size in the form that nvidia-smi prints."""
     return f"{bytes_ >> 20} MiB"

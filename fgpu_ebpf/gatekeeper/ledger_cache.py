@@ -97,12 +97,12 @@ class Lineages:
         known = self._known.get(cgroup)
         if known is None:
             known = tuple(procfs.cgroups(pid, self._root))
-            if known[:1] == (cgroup,):  # else the process has just moved
+            if known[:1] == (cgroup,):  # otherwise the process has just moved
                 self._known[cgroup] = known
         return known
 
     def owner(self, pid: int, cgroup: int, levels: Collection[int]) -> int:
-        """Return the cgroup whose bounds apply to this process. `levels`: the levels around it."""
+        """Return the id of the cgroup whose bounds apply to this process. `levels`: its levels. Raises OSError."""
         if cgroup not in self._owners:
             path = procfs.cgroup_path(pid)
             self._owners[cgroup] = owner_of(self._root, path, levels.__contains__).cgroup if path else cgroup

@@ -355,7 +355,7 @@ class Gatekeeper:
             return
         if not self._listener.intact():
             self._open_listener()
-        self._accept()  # if there is no connection, the peer identifier records that
+        self._accept()  # if no connection waits, the peer identifier records it
         self._slicer.shares_changed()  # in case the event of a change was lost
         self._counts["processes"] = len(self._sessions)
         said = {**self._counts, **self._facts, "slices": self._slicer.counts()}

@@ -53,7 +53,7 @@ class ControlMemory:
     def __init__(self) -> None:
         fd = _sealable("fgpu-control")
         try:
-            self._map = mmap.mmap(fd, PAGE_BYTES)  # before the seal, which refuses every later writable mapping
+            self._map = mmap.mmap(fd, PAGE_BYTES)  # must precede the seal, which forbids later writable mappings
             fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SHRINK | _GROW | _FUTURE_WRITE | _SEAL)
             os.fchmod(fd, 0o444)
             self.descriptor = os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_CLOEXEC)

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from time import monotonic_ns
 
 _PEERCRED = struct.Struct("3i")
-SO_PEERPIDFD = 77  # Linux 6.5
+SO_PEERPIDFD = 77  # since Linux 6.5
 
 
 def pid_of(sock: socket.socket) -> int:
@@ -44,7 +44,7 @@ class PeerIdentifier:
         """Return a pidfd of the process that connected, which the caller closes. Raises OSError.
 
         Before Linux 6.5, the kernel reports only the pid of the peer. The method then opens a pidfd by that pid. It
-        accepts the pidfd if no process with that pid has exited since before the connection.
+        accepts the pidfd only if no process with that pid has exited since a moment before the connection.
         """
         try:
             return sock.getsockopt(socket.SOL_SOCKET, SO_PEERPIDFD)

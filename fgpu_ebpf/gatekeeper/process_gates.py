@@ -62,7 +62,7 @@ class ProcessGates:
         return True
 
     def set_shared(self, devices: Iterable[int]) -> None:
-        """Set the devices of which the process has a share."""
+        """Set the devices of whose time the process has a share."""
         self._shared = frozenset(devices)
         self.use(())
 

@@ -14,7 +14,7 @@ MOST_LINES = 10
 
 
 class LogLines:
-    """Lines on standard error, at most MOST_LINES between two calls of `renew`."""
+    """Lines on standard error, at most MOST_LINES between two calls of renew()."""
 
     def __init__(self, name: str) -> None:
         self._name = name
@@ -23,7 +23,7 @@ class LogLines:
     def say(self, line: str) -> None:
         """Write a line. After MOST_LINES lines, only count it as omitted."""
         self._lines += 1
-        with contextlib.suppress(OSError, ValueError):  # writing must not wait for a reader
+        with contextlib.suppress(OSError, ValueError):  # logging must not wait for the reader of a pipe
             if self._lines <= MOST_LINES and select.select([], [2], [], 0)[1]:
                 os.write(2, f"{self._name}: {line}\n".encode())
 

@@ -24,7 +24,7 @@ from fgpu_ebpf.linux import procfs
 
 MOST_PROCESSES, PROCESSES_PER_OWNER = 8192, 1024
 MOST_CLOCKS = 16  # different clock offsets of unmanaged processes, each with a page
-FEW_PROCESSES = 64  # half of all places are kept for owners with fewer processes
+FEW_PROCESSES = 64  # half of all places are reserved for owners with fewer processes
 Held = tuple[int, int, int, int]  # tgid, generation, device, bytes
 
 
@@ -125,8 +125,8 @@ class Sessions:
     def page_of_unmanaged(self, pid: int) -> ControlMemory:
         """Return the control page for unmanaged processes with the clock offset of this process. Raises OSError.
 
-        If there are too many different offsets, the page has no heartbeat. The shims of its processes then treat the
-        gatekeeper as exited and register again repeatedly.
+        If there are too many different offsets, the page has no heartbeat. The shims of its processes then assume that
+        the gatekeeper has exited, and register again and again.
         """
         ahead_ns: int | None = procfs.clock_ahead_ns(pid)
         if ahead_ns not in self._shared and len(self._shared) >= MOST_CLOCKS:

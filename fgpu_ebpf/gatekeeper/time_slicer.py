@@ -235,7 +235,7 @@ class TimeSlicer:
             changed = self._turns.step(observations, now_ns)
             for tenant in sorted(changed, key=self._is_open):  # gates close before others open
                 self._set_gates(tenant)
-            is_other |= bool(changed) or len(observations) > 1  # which tenants wait for which may have changed
+            is_other |= bool(changed) or len(observations) > 1  # perhaps other tenants wait now
             is_new = self._turns.look_again()
             if is_new:
                 futex.fence()  # a process that reports work in flight later has read that its gate is closed

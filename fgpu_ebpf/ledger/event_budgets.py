@@ -42,7 +42,7 @@ class EventBudgets:
 
     Args:
         fd: the open map; the caller closes it.
-        owner: returns the owner of a cgroup's bounds, by the cgroup's path.
+        owner: returns the bound owner of a cgroup, given the cgroup's path.
     """
 
     def __init__(self, fd: int, owner: Callable[[str], Owner]) -> None:

@@ -46,7 +46,7 @@ _DEVICE = ctypes.sizeof(abi.Device)
 _ZERO = _U32.pack(0)
 HOST_EPOCH, HOST_FLAGS, HOST_PROCESSES = 0, 1, 5
 SWEPT_AT_ONCE = 1024  # allocations
-PAGES_AT_ONCE = 256  # each takes a descriptor while they are created
+PAGES_AT_ONCE = 256  # created at a time; each takes a descriptor until all are created
 FEW = 24  # for up to this many processes, single lookups are faster than reading the whole map
 MOVE_TRIES, MOVE_SECONDS = 20, 0.01
 
@@ -386,11 +386,11 @@ class Ledger:
         return sum(1 for _ in bpf.items(self._maps[name], *sizes[name], 1024))
 
     def incidents(self, kind: abi.Kind, reason: int) -> int:
-        """Return how often an anomaly (kind abi.Kind.KINDS) or a fate of an event (kind EVENTS) has occurred here."""
+        """Return how often an anomaly (kind KINDS) or a fate of an event (kind EVENTS) has occurred on the host."""
         return self._number("incidents", (kind - abi.Kind.KINDS) * abi.REASONS + reason)
 
     def counters(self) -> dict[Count, int]:
-        """Return all counters that are not 0: refusals and anomalies."""
+        """Return all counters that are not 0: refusals, anomalies and fates of events."""
         found = bpf.items(self._maps["counters"], _COUNTER_KEY.size, 8)
         counted = {Count(*_COUNTER_KEY.unpack(key)): _U64.unpack(value)[0] for key, value in found}
         kinds = abi.Kind.KINDS, abi.Kind.EVENTS

@@ -68,7 +68,8 @@ def process_of(raw: bytes) -> Process:
     """Decode a value of the map."""
     _, generation, changes, begun, turn, _, level_count, flags, _, tag = _HEAD.unpack_from(raw)
     levels = _LEVELS.unpack_from(raw, abi.Process.levels.offset)[:level_count]
-    # For each device, in the order of struct fgpu_holding; `one` and `other` are the two sides of the charges.
+    # Each row has one field for all devices, in the order of struct fgpu_holding. `one` and `other` are the two sides
+    # of the charges.
     rows = zip(*_HOLDING.iter_unpack(raw[abi.Process.devices.offset :]), strict=True)
     bytes_, one, other, handles, managed, pool, overhead, contexts, pointers, shared, owed, ended, peak = rows
     late = any(owed) or any(one if turn & 1 else other)

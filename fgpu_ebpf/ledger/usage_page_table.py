@@ -32,7 +32,7 @@ class UsagePageTable:
         self._free: list[int] = []
 
     def close(self) -> None:
-        """Wait until no BPF program uses the maps."""
+        """Wait for the end of all updates of the maps."""
         self._updates.close()
 
     def make(self, new: Sequence[abi.UsagePage], over: Callable[[set[int]], object] | None = None) -> None:

@@ -33,7 +33,7 @@ _ID_BYTES = 4
 _PERF_FLAG_FD_CLOEXEC = 8
 ARRAY, ARRAY_OF_MAPS, HASH_OF_MAPS = 2, 12, 13
 MMAPABLE = 1 << 10
-MOST_INNER = 4096  # of a map of maps
+MOST_INNER = 4096  # maximum of inner maps in a map of maps
 UPROBE_TYPE = Path("/sys/bus/event_source/devices/uprobe/type")
 UPROBE_RETURN_BIT = Path("/sys/bus/event_source/devices/uprobe/format/retprobe")
 
@@ -313,7 +313,7 @@ def load_program(name: str, code: bytes, is_raw_tracepoint: bool) -> int:
 
 
 def run_raw_tracepoint(program: int, *arguments: int) -> int:
-    """Run a raw tracepoint program once with up to 12 arguments; return its signed result. Raises OSError."""
+    """Run a raw tracepoint program once with up to 12 arguments, and return its signed result. Raises OSError."""
     context = _buffer(struct.pack(f"{len(arguments)}Q", *(a & (2**64 - 1) for a in arguments)))
     attr = attributes.TestRunAttr(prog_fd=program, ctx_size_in=8 * len(arguments), ctx_in=_address(context))
     _bpf("PROG_TEST_RUN", _TEST_RUN, attr)

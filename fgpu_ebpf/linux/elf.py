@@ -48,7 +48,7 @@ def function_offsets(fd: int, names: Collection[str]) -> dict[str, int]:
 
 
 class Library:
-    """The dynamic segment of an open file. Raises ElfError if the file is not a shared library, or OSError."""
+    """The dynamic segment of an open file. Raises OSError, and ElfError if the file is not a shared library."""
 
     def __init__(self, fd: int) -> None:
         self._fd = fd
@@ -182,7 +182,7 @@ class Library:
 
 
 def gnu_hash(name: bytes) -> int:
-    """Return the hash of a name as DT_GNU_HASH uses it."""
+    """Return the hash of a name in a DT_GNU_HASH table."""
     value = 5381
     for byte in name:
         value = value * 33 + byte & _32_BITS
@@ -190,7 +190,7 @@ def gnu_hash(name: bytes) -> int:
 
 
 def sysv_hash(name: bytes) -> int:
-    """Return the hash of a name as DT_HASH uses it."""
+    """Return the hash of a name in a DT_HASH table."""
     value = 0
     for byte in name:
         value = (value << 4) + byte

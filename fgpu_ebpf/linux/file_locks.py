@@ -34,7 +34,7 @@ class FileLock:
         """
         self.path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
         fd = self._open()
-        os.fchmod(fd, MODE)  # earlier versions let every user read it
+        os.fchmod(fd, MODE)  # earlier versions created a file that every user could read
         if not _locked_at_last(fd):
             os.close(fd)
             return False

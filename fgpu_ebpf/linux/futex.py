@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 from fgpu_ebpf.linux.libc import LIBC, failure
 
-MOST_WORDS = 126  # of the 128 that futex_waitv takes
+MOST_WORDS = 126  # futex_waitv accepts 128 words
 _FUTEX = {"x86_64": 202, "aarch64": 98}.get(platform.machine(), 202)
 _FUTEX_WAITV, _FUTEX_WAKE, _SIZE_U32, _PRIVATE, _MONOTONIC = 449, 1, 2, 128, 1
 _EXPECTED = (errno.EAGAIN, errno.ETIMEDOUT, errno.EINTR)
@@ -28,7 +28,7 @@ def wake(address: int) -> None:
 
 
 def fence() -> None:
-    """Order all stores before this call ahead of all loads after it, by entering and leaving the kernel."""
+    """Order all earlier stores before all later loads, by entering and leaving the kernel."""
     LIBC.getppid()
 
 

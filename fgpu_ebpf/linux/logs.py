@@ -58,7 +58,7 @@ class Descriptor:
         self._socket = socket.socket(fileno=os.dup(fd)) if stat.S_ISSOCK(mode) else None
         self._fd = fd
         if stat.S_ISFIFO(mode) or stat.S_ISCHR(mode):
-            with contextlib.suppress(OSError):  # a new open file description, since O_NONBLOCK belongs to it
+            with contextlib.suppress(OSError):  # O_NONBLOCK belongs to the open file description: open a new one
                 self._fd = os.open(f"/proc/self/fd/{fd}", os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
 
     def write(self, line: bytes) -> None:
@@ -160,7 +160,7 @@ class Handler(logging.Handler):
         super().__init__()
         self._sink, self._form, self._now = sink, form, now
         self._windows: dict[tuple[object, ...], tuple[float, int]] = {}  # statement -> begin of its window, its lines
-        self._room = FEW_STATEMENTS  # entries of _windows until old ones are removed
+        self._room = FEW_STATEMENTS  # old entries of _windows are removed when it has this many
         self._reported = 0  # dropped lines that a later line has reported
         self.dropped = self.left_out = 0
 

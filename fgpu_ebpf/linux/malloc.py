@@ -15,7 +15,7 @@ from fgpu_ebpf.linux.libc import LIBC
 _M_MMAP_THRESHOLD, _M_ARENA_MAX = -3, -8  # of <malloc.h>
 _LARGE_BYTES = 128 << 10  # the C library's initial threshold
 _SMALL_BYTES, _STAYS_EVERY_BYTES = 400, 256 << 10  # sizes of the objects that settle() allocates and of their gaps
-# Whichever process starts the agent or the gatekeeper must set this: the C library reads it only at process start.
+# The process that starts the agent or the gatekeeper must set this: the C library reads it only at process start.
 # tcache_count=0: no thread keeps freed blocks. Otherwise a thread keeps up to seven blocks of each of 64 sizes, which
 # it reaches within some days: a quarter of a megabyte, and the pages that contain the blocks. stack_cache_size=0: the
 # stacks of ended threads are unmapped. Otherwise as many stacks stay as threads ever lived at one time. The systemd

@@ -164,7 +164,7 @@ def _pid_of(pidfd: int) -> int:
 
 
 def pid_space(pidfd: int) -> int:
-    """Return the inode of the pid namespace of a pidfd's process. Raises OSError: it is gone."""
+    """Return the inode of the pid namespace of a pidfd's process. Raises OSError: the process has exited."""
     try:
         space = fcntl.ioctl(pidfd, _PIDFD_GET_PID_NAMESPACE)
     except OSError as error:

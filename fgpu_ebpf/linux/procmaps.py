@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 MOST = 1 << 15
-MOST_BYTES = 1 << 24  # of text: 100,000 lines
+MOST_BYTES = 1 << 24  # of /proc/PID/maps: about 100,000 lines
 File = tuple[int, int]  # (dev, ino) as in /proc/PID/maps
 # The mapping to find. AT: the one that contains the address. NEXT_EXECUTABLE and NEXT_SHARED: the first one at or after
 # the address that is executable, or shared and writable. These three find mappings of files only. NEXT_CODE: the first

@@ -1,4 +1,4 @@
-"""sd_notify(3): tell the service manager that the service is ready, reloading, alive or stopping.
+"""sd_notify(3): report to the service manager that the service is ready, reloading, alive or stopping.
 
 Runs in the main threads of the agent and the gatekeeper. Sending never blocks. Errors are ignored, because a manager
 that receives no message restarts the service. Child processes do not inherit the socket.

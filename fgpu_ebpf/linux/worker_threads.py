@@ -119,7 +119,7 @@ class Workers(Generic[Owner, Job, Result]):
             self._active += 1
 
     def take(self) -> list[Done[Owner, Job, Result]]:
-        """Return the jobs that have finished since the last call, and queue the next ones of their owners."""
+        """Return the jobs that have finished since the last call, and queue the next jobs of their owners."""
         found = []
         while self._done:
             found.append(self._done.popleft())
