@@ -1,8 +1,8 @@
 """Attaching of the pinned BPF programs to files of libcuda and the shim, and to tracepoints.
 
-`discovery` and `libraries` use this module in the agent's main thread; `make` runs in worker threads. The links are
-pinned under PINS/links, and the probed files are entered in the map `files`. ProbeError names the fix; a file that
-cannot be probed is not entered, so its processes get no answer to their hello and no memory.
+Runs in the agent's main thread, except Probes.make(), which also runs in worker threads. The links are pinned under
+PINS/links, and the probed files are entered in the map `files`. A file that cannot be probed is not entered, so its
+processes get no answer to their hello and no memory. The text of a ProbeError names the fix.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ OPTIONAL_TRACEPOINTS = {
     "cgroup_removed": "cgroup_rmdir",
 }
 DETACHED_SECONDS = 10.0
-MOST_BESIDE = 8  # sets of probes of one file, one for each inode that it has had
+MOST_BESIDE = 8  # sets of probes for one (dev, ino), one for each inode that has had this name
 _NAME = re.compile("([0-9a-f]+)-([0-9a-f]+)-([a-z])([0-9a-f]+)-(.+)")  # dev, ino, role, number, program or mark
 _MARK = re.compile("all([0-9]+)at([0-9a-f]+)")  # number of links, offset of the checked breakpoint
 
@@ -44,9 +44,10 @@ MadeLinks = list[tuple[str, list[int]]]  # the links of each program
 
 @dataclass(slots=True)
 class Attachment:
-    """The probes of one inode of a file: names of the pinned links, descriptors of the others.
+    """The probes of one inode of a file.
 
-    `plan` and `stamp` are of the file at the time when it was probed; None: an agent before this one did.
+    `pinned`: names of the pinned links. `held`: descriptors of all other links. `plan` and `stamp`: those of the file
+    when it was probed; None: an earlier agent probed it.
     """
 
     role: Role
@@ -59,20 +60,20 @@ class Attachment:
 
 
 class Probes:
-    """All links of one set of programs. For one thread, except `make`."""
+    """All links of one set of programs. For one thread, except make()."""
 
     def __init__(self, pins: Path, digest: str, ledger: Ledger) -> None:
         self._programs = pins / "programs"
         self._links = pins / "links"
         self._digest = digest
         self._ledger = ledger
-        self._files: dict[File, list[Attachment]] = {}  # the last one is on the inode that new processes map
+        self._files: dict[File, list[Attachment]] = {}  # the last entry is for the inode that new processes map
         self._events: set[str] = set()  # names of the pinned links to tracepoints of processes
         self._links.mkdir(mode=0o700, exist_ok=True)
         self._take_up_pinned()
 
     def _take_up_pinned(self) -> None:
-        """Take over the probes of an earlier agent if all their links are there; remove all others."""
+        """Take over an earlier agent's probes of each file if all their links are pinned. Remove all other links."""
         names: dict[tuple[File, Role, int], set[str]] = {}
         for path in self._links.glob(f"{self._digest}-*-*-*"):
             if named := _NAME.fullmatch(path.name.removeprefix(f"{self._digest}-")):
@@ -91,7 +92,7 @@ class Probes:
                 self._ledger.enter_file(*file, check)
 
     def lost(self) -> frozenset[File | None]:
-        """Return files with pinned links that are gone, so that calls are missed; None in it: process events."""
+        """Return files whose pinned links were removed, so that calls are missed. None stands for process events."""
         try:
             there = set(os.listdir(self._links))
         except FileNotFoundError:
@@ -100,7 +101,7 @@ class Probes:
         return frozenset(lost) if self._events <= there else frozenset({None, *lost})
 
     def attach_again(self, lost: Set[File | None]) -> None:
-        """Attach the process events again, and forget the files, for attach() to probe anew. Raises ProbeError."""
+        """Attach lost process events again, and remove lost files, so that attach() probes them. Raises ProbeError."""
         self._links.mkdir(mode=0o700, parents=True, exist_ok=True)
         for file in lost:
             if file is None:
@@ -110,11 +111,11 @@ class Probes:
 
     @property
     def known(self) -> frozenset[File]:
-        """(dev, ino) of each probed file."""
+        """The (dev, ino) of all probed files."""
         return frozenset(self._files)
 
     def of(self, file: File) -> Attachment | None:
-        """Return the latest probes of a file."""
+        """Return the latest probes of a file; None: it has none."""
         found = self._files.get(file)
         return found[-1] if found else None
 
@@ -128,7 +129,7 @@ class Probes:
             except OSError as error:
                 raise ProbeError(f"cannot attach to {event}, so process exits are not reported: {error}") from error
         for program, event in OPTIONAL_TRACEPOINTS.items():
-            with contextlib.suppress(OSError):  # the periodic look at all cgroups replaces it
+            with contextlib.suppress(OSError):  # the periodic scan of all cgroups replaces it
                 self._attach_tracepoint(program, event)
 
     def _attach_tracepoint(self, program: str, event: str) -> None:
@@ -146,7 +147,7 @@ class Probes:
         self._events.add(path.name)
 
     def attach(self, target: Target, role: Role) -> None:
-        """Probe one of the host's own files. Raises ProbeError: it cannot be probed, and no links are left."""
+        """Probe one of the host's own files. Raises ProbeError: the file cannot be probed, and has no new links."""
         file = target.dev, target.ino
         now = self.of(file)
         if now and now.role is role:
@@ -162,7 +163,7 @@ class Probes:
             raise ProbeError(f"{target.path} cannot be probed ({error})") from error
 
     def make(self, fd: int, made: Plan) -> MadeLinks:
-        """Attach the programs to an open file; they run from now on. Safe in any thread. Raises OSError."""
+        """Attach the programs to an open file, and return the links. Safe in any thread. Raises OSError."""
         found: MadeLinks = []
         try:
             for program, places, at_return in made.programs:
@@ -180,9 +181,14 @@ class Probes:
             os.close(fd)
 
     def enter(self, target: Target, made: Plan, found: MadeLinks, stamp: Stamp | None, beside: bool = False) -> None:
-        """Take over the links that `make` returned, and enter the file. Raises OSError: all of them are closed.
+        """Take over the links that make() has returned, and enter the file. Raises OSError: all links are closed.
 
-        `beside`: keep the earlier probes of the file, since processes map another inode that has the same (dev, ino).
+        Args:
+            target: the file.
+            made: the plan that make() has followed.
+            found: the links.
+            stamp: the file's size and times.
+            beside: keep the earlier probes of the file, because processes map another inode with the same (dev, ino).
         """
         file = target.dev, target.ino
         earlier = self._files.get(file, [])
@@ -225,16 +231,16 @@ class Probes:
         return f"{self._digest}-{file[0]:x}-{file[1]:x}"
 
     def drop_older(self) -> None:
-        """Remove the links of earlier programs; these programs see all calls already."""
+        """Remove the links of earlier programs. The current programs already record all calls."""
         links.remove(path for path in self._links.iterdir() if not path.name.startswith(self._digest))
 
     def drop_unused(self, used: Set[File]) -> None:
-        """Remove the links to files that no process can still use."""
+        """Remove the links to all files except `used`, which processes may use."""
         for file in self.known - used:
             self.let_go(file)
 
     def let_go(self, file: File) -> None:
-        """Remove the probes of a file; they keep its mount busy."""
+        """Remove the probes of a file, which keep its mount busy."""
         for one in self._files.pop(file, ()):
             self._drop(one)
         links.remove(self._links.glob(f"{self._name(file)}-*"))
@@ -242,19 +248,19 @@ class Probes:
 
 
 def drop(found: MadeLinks) -> None:
-    """Close links that `make` has made and `enter` has not taken over."""
+    """Close links that Probes.make() has returned and Probes.enter() has not taken over."""
     for _, made in found:
         links.close(made)
 
 
 def _check_of(there: Set[str]) -> int | None:
-    """Return the offset in the mark among these names if all links are there, else None."""
+    """Return the offset in the mark among these names of links; None: there is no mark, or links are missing."""
     marks = [mark for name in there if (mark := _MARK.fullmatch(name.rpartition("-")[2]))]
     return next((int(mark[2], 16) for mark in marks if int(mark[1]) == len(there) - 1), None)
 
 
 def detach(pins: Path) -> None:
-    """Remove everything that is pinned."""
+    """Remove all links, programs and maps that are pinned in this folder."""
     for folder in (pins / "links", pins / "programs", pins / "maps"):
         if folder.is_dir():
             links.remove(folder.iterdir())
@@ -266,9 +272,10 @@ def detach(pins: Path) -> None:
 
 
 def wait_until_detached(shim: Path) -> None:
-    """Wait until programs that start have no probe in the shim: the kernel detaches links after they were unpinned.
+    """Wait until new mappings of the shim have no probe, for at most DETACHED_SECONDS.
 
-    A program that finds the probe, and no agent's folder, takes the folder for hidden.
+    The kernel detaches a link some time after it was unpinned. Until then, a program that starts finds the probe but no
+    folder of an agent, and would treat the folder as hidden from it.
     """
     until = time.monotonic() + DETACHED_SECONDS
     with contextlib.suppress(OSError, elf.ElfError, ProbeError), open(shim, "rb") as file:

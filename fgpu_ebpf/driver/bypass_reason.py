@@ -1,7 +1,7 @@
-"""The reason why a process that uses a device has no shim, or does not use it, and what can be done about it.
+"""The reason why a process that uses a device has no shim or does not use its shim, and the fix.
 
-The agent's main thread uses this module. Facts come from the kernel: no information of the process itself is used, and
-no file in its root is opened. A process that has exited has no reason.
+Runs in the agent's main thread. Facts come from the kernel: no information from the process itself is used, and no file
+in its root is opened. A process that has exited has no reason.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from fgpu_ebpf.workloads import shim_mounts
 from fgpu_ebpf.workloads.shim_mounts import Mount
 
 LIST, NIX_LIST = shim_mounts.LISTS
-_MUSL = ("ld-musl", "libc.so")  # musl's loader is its library, and some distributions call it libc.so
-_USUAL = re.compile(r"(/usr)?/lib(64|/x86_64-linux-gnu)?/ld[^/]*")  # glibc's loader of a distribution
+_MUSL = ("ld-musl", "libc.so")  # musl's loader is its C library, which some distributions call libc.so
+_USUAL = re.compile(r"(/usr)?/lib(64|/x86_64-linux-gnu)?/ld[^/]*")  # glibc's loader in a distribution
 _OF_NIX = "/nix/store/"
 _MOST_OF_A_PATH = 160  # characters: the name of a package in Nix's store has up to 211, and its beginning identifies it
 
@@ -29,7 +29,7 @@ IsShim = Callable[[int, int], bool]
 class Reason(StrEnum):
     """A reason why a process does not use the shim. Its value is its name in metrics.
 
-    `words`: the meaning of the reason, and what can be done.
+    `words`: the meaning of the reason, and the fix.
     """
 
     words: str
@@ -77,11 +77,16 @@ class Reason(StrEnum):
     UNUSED = "unused", "the shim is loaded, but they call the driver without it"
 
 
-_OF_MOUNT = {Mount.REMOVED: Reason.STALE_MOUNT, Mount.HIDDEN: Reason.RUN_HIDDEN}  # of a process that has the shim
+_OF_MOUNT = {Mount.REMOVED: Reason.STALE_MOUNT, Mount.HIDDEN: Reason.RUN_HIDDEN}  # for processes that have the shim
 
 
 def reason(pid: int, is_shim: IsShim = lambda *_: True) -> Reason | None:
-    """Return the reason of a process; None: it is gone or unreadable. `is_shim`: is a (dev, ino) a published shim?"""
+    """Return the reason why a process does not use the shim; None: it has exited, or is unreadable.
+
+    Args:
+        pid: the process.
+        is_shim: returns whether the file with a (dev, ino) is a published shim.
+    """
     try:
         if procfs.is_32_bit(pid):
             return Reason.BITS_32
@@ -105,7 +110,7 @@ def reason(pid: int, is_shim: IsShim = lambda *_: True) -> Reason | None:
 
 
 def loader_of(pid: int) -> str:
-    """Return the path of a process's loader in quotes; the process can have chosen it. Empty: there is none."""
+    """Return the path of a process's loader in quotes, because the process may have chosen it; empty: it has none."""
     try:
         path = procfs.loader(pid)
     except OSError:
@@ -114,10 +119,14 @@ def loader_of(pid: int) -> str:
 
 
 class Reasons:
-    """The reasons of all processes. Each is looked up once: a program loads the shim at its start or never.
+    """The reasons of all processes. Each is looked up once, because a program loads the shim at its start or never.
 
-    The key has the generation of the kernel's entry: neither a reused pid nor the next program of a process has the
-    same. `is_shim` is as for reason(); `hidden` returns the processes that execute memory of no file.
+    The key contains the generation of the kernel's entry, so a reused pid and the next program of a process have other
+    keys.
+
+    Args:
+        is_shim: as for reason().
+        hidden: returns the processes that execute memory that no file backs.
     """
 
     def __init__(self, is_shim: IsShim = lambda *_: True, hidden: Callable[[], Set[int]] = frozenset) -> None:
@@ -125,17 +134,17 @@ class Reasons:
         self._found: dict[tuple[int, int], tuple[Reason, str]] = {}
 
     def of(self, pid: int, generation: int) -> Reason | None:
-        """Return the reason of a process, looked up again if there was none."""
+        """Return the reason of a process. If none was found before, the lookup is repeated."""
         if (pid, generation) not in self._found and (found := reason(pid, self._is_shim)):
             self._found[pid, generation] = found, loader_of(pid) if found is Reason.OTHER_LOADER else ""
         known, _ = self._found.get((pid, generation), (None, ""))
         return Reason.HIDDEN if known is Reason.UNUSED and pid in self._hidden() else known
 
     def loader(self, pid: int, generation: int) -> str:
-        """Return the loader of a process whose reason was found to be OTHER_LOADER, as loader_of(); else empty."""
+        """Return loader_of() of a process whose reason is OTHER_LOADER; otherwise an empty text."""
         return self._found.get((pid, generation), (None, ""))[1]
 
     def forget_ended(self, living: Mapping[int, Process]) -> None:
-        """Forget all processes but these."""
+        """Forget all processes except `living`."""
         lives = {(pid, living[pid].generation) for pid, _ in self._found if pid in living}
         self._found = {life: found for life, found in self._found.items() if life in lives}

@@ -1,8 +1,8 @@
-"""The compiler: compiles bpf/fgpu.bpf.c, prints the programs and their maps as JSON, and exits, which frees 130 MB.
+"""The compiler: it compiles bpf/fgpu.bpf.c, prints the programs and their maps as JSON, and exits, which frees 130 MB.
 
-The agent runs it as a child, `/usr/bin/python3 -I compiler.py SOURCES`, under the interpreter that has the
-distribution's BCC, so it imports nothing of fgpu. After an error it prints one line with the fix to stderr and exits
-with 1. What is printed is an image: see driver/image.py.
+The agent runs it as a child process, `/usr/bin/python3 -I compiler.py SOURCES`, with the interpreter that has the
+distribution's BCC. Therefore it imports nothing of fgpu. After an error it prints one line with the fix to stderr and
+exits with status 1. driver/image.py parses the output.
 """
 
 from __future__ import annotations
@@ -18,20 +18,20 @@ from types import ModuleType
 from typing import Any
 
 SPARSE_FROM = (6, 1)  # BPF_F_NO_PREALLOC in tracing programs
-PEER_PIDFD_FROM = (6, 5)  # sockets report the peer as a pidfd; before that, a pid could be another process's by now
+PEER_PIDFD_FROM = (6, 5)  # sockets report the peer as a pidfd; a pid, as before, may already belong to another process
 GROUP_DEAD_FROM = (6, 16)  # sched_process_exit reports whether the process ends with its thread
 TYPES = "/sys/kernel/btf/vmlinux"
 BTF_STRUCT = 4  # BTF_KIND_STRUCT
-LOAD_MAP = 0x1018  # the two bytes of an instruction that loads a map, by its descriptor
-FORM = ("map_type", "key_size", "value_size", "max_entries", "map_flags")  # of a map, as /proc/PID/fdinfo names them
-# Half the work for the same programs, by leaving out: debugging information that is never read, a second optimiser
-# (BCC runs LLVM's own over clang's result), and reading all kernel symbols for each program that names this helper.
+LOAD_MAP = 0x1018  # the first two bytes of an instruction that loads a map by its descriptor
+FORM = ("map_type", "key_size", "value_size", "max_entries", "map_flags")  # of a map; names as in /proc/PID/fdinfo
+# These flags halve the work. They leave out debugging information, which is never read; a second optimiser (BCC runs
+# LLVM's own over clang's result); and the reading of all kernel symbols for each program that names this helper.
 LEAN = ("-g0", "-Xclang", "-disable-llvm-passes", "-Dbpf_probe_read_user=read_user")
 _PART = re.compile(r'^#include "(\w+\.bpf\.h)"$', re.MULTILINE)
 
 
 class CompileError(Exception):
-    """An error, with its fix."""
+    """The programs cannot be compiled. The text names the fix."""
 
 
 def import_bcc() -> ModuleType:
@@ -54,7 +54,7 @@ def kernel_release() -> tuple[int, int]:
 
 def member_offset(bcc: ModuleType, struct: str, member: str) -> int:
     """Return the offset of a member in a struct of the running kernel, in bytes. Raises CompileError: it is unknown."""
-    library = bcc.lib  # finds libbpf's functions too, since it is linked with libbpf
+    library = bcc.lib  # has libbpf's functions too, because it is linked with libbpf
     library.btf__load_vmlinux_btf.restype = library.btf__type_by_id.restype = ctypes.c_void_p
     library.btf__name_by_offset.restype = ctypes.c_char_p
     types = ctypes.c_void_p(library.btf__load_vmlinux_btf() if os.path.exists(TYPES) else None)
@@ -72,19 +72,19 @@ def member_offset(bcc: ModuleType, struct: str, member: str) -> int:
 
 
 def kernel_flags(bcc: ModuleType) -> list[str]:
-    """Return the compiler flags by which the programs are adapted to this kernel."""
+    """Return the compiler flags that adapt the programs to this kernel. Raises CompileError."""
     release = kernel_release()
     flags = [f"-DSPARSE={int(release >= SPARSE_FROM)}", f"-DENDS={int(release < PEER_PIDFD_FROM)}"]
     if release < GROUP_DEAD_FROM:
         places = (member_offset(bcc, "task_struct", "signal"), member_offset(bcc, "signal_struct", "live"))
         flags += [f"-DSIGNAL_AT={places[0]}", f"-DLIVE_AT={places[1]}"]
-    with contextlib.suppress(CompileError):  # without it, a process made by vfork is charged separately
+    with contextlib.suppress(CompileError):  # without this flag, a child of vfork() is charged separately
         flags.append(f"-DMM_AT={member_offset(bcc, 'task_struct', 'mm')}")
     return flags
 
 
 def whole_text(sources: str) -> str:
-    """Return the programs with all included parts: BCC rewrites code in the main file only."""
+    """Return the source with all included parts in one text, because BCC rewrites only code in the main file."""
 
     def read(name: str) -> str:
         with open(os.path.join(sources, name), encoding="utf-8") as file:
@@ -94,8 +94,8 @@ def whole_text(sources: str) -> str:
 
 
 def compile_programs(bcc: ModuleType, sources: str) -> Any:
-    """Return BCC's module of the programs. Their maps exist, and end with this process. Raises CompileError."""
-    os.environ["BCC_KERNEL_SOURCE"] = sources  # its include/ has the stub headers
+    """Return BCC's module of the programs. Their maps exist until this process exits. Raises CompileError."""
+    os.environ["BCC_KERNEL_SOURCE"] = sources  # SOURCES/include has the stub headers
     flags = ["-I" + sources, *kernel_flags(bcc), "-Wno-everything", *LEAN]
     try:
         return bcc.BPF(text=whole_text(sources), cflags=flags)
@@ -104,14 +104,14 @@ def compile_programs(bcc: ModuleType, sources: str) -> Any:
 
 
 def form(fd: int) -> list[int]:
-    """Return the FORM of a map."""
+    """Return the fields of FORM for an open map."""
     with open(f"/proc/self/fdinfo/{fd}", encoding="ascii") as file:
         found = dict(line.split(":") for line in file)
     return [int(found[name], 0) for name in FORM]
 
 
 def image(bcc: ModuleType, module: Any) -> dict[str, Any]:
-    """Return the maps by name (FORM), and the programs by name: instructions in hex, with numbers of maps in `maps`."""
+    """Return the maps by name (FORM) and the programs by name: instructions in hex, which contain positions of maps."""
     library, handle = bcc.lib, module.module
     library.bpf_table_name.restype = ctypes.c_char_p
     library.bpf_table_name.argtypes = library.bpf_table_fd_id.argtypes = [ctypes.c_void_p, ctypes.c_size_t]

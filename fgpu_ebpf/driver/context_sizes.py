@@ -1,7 +1,7 @@
-"""The size of a context on each device, which only the driver knows: measured once, and stored in a file.
+"""The size of a context on each device. It depends on the driver, so it is measured once and stored in a file.
 
-The agent's main thread uses this module at its start. A child process creates contexts while NVML is asked for their
-size. If that fails, a usual size is used and logged, and the next start tries again.
+Runs in the agent's main thread at its start. A child process creates contexts, and NVML reports their size. If this
+fails, a usual size is used and logged, and the next start tries again.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from fgpu_ebpf.linux import atomic_file
 
 DEFAULT_CONTEXT_BYTES = 512 << 20
 MOST_CONTEXT_BYTES = 1 << 40  # more than any device has
-MEASURE_SECONDS = 30.0  # eight devices without use since boot take twenty
+MEASURE_SECONDS = 30.0  # eight devices that were not used since boot take 20 s
 _END_SECONDS = 5.0
 log = logging.getLogger("fgpu.agent")
 
@@ -38,10 +38,10 @@ sys.stdin.read()
 
 
 def measure_contexts(nvml: Nvml, libcuda: Path) -> dict[int, int]:
-    """Return the bytes of one bare context by ledger index; empty: the driver did not answer in time.
+    """Return the bytes of one empty context by ledger index; empty: the driver did not respond in time.
 
-    A child creates the contexts and NVML reports their size. A child that hangs in the driver cannot be killed, and is
-    left running.
+    A child creates the contexts, and NVML reports their size. A child that hangs in the driver cannot be killed, so it
+    is left running.
     """
     command = [sys.executable, "-I", "-c", _HOLD_CONTEXTS, str(libcuda)]
     environment = {"PATH": "/usr/bin:/bin", "CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
@@ -70,9 +70,9 @@ def _end(child: subprocess.Popen[bytes]) -> None:
 
 
 def context_bytes(nvml: Nvml, libcuda: Path, state: Path) -> dict[int, int]:
-    """Return the size of a context by ledger index, stored by model and driver version in the file `state`.
+    """Return the bytes of a context by ledger index. The file `state` stores them by model and driver version.
 
-    If it cannot be measured, DEFAULT_CONTEXT_BYTES is used and logged; the next start tries again.
+    If a size cannot be measured, DEFAULT_CONTEXT_BYTES is used and logged, and the next start tries again.
     """
     known = _read_sizes(state)
     keys = {d.index: f"{d.name} {nvml.driver_version}" for d in nvml.devices}

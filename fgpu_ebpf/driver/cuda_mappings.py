@@ -1,7 +1,7 @@
-"""The files of libcuda and the shim that a process maps, by their names.
+"""Search for the files of libcuda and the shim that a process maps, by their names.
 
-The agent uses this module in its main thread and its worker threads, and so does `fgpu detach`. Reading the mappings of
-a process can block on the process.
+Runs in the agent's main thread and worker threads, and in `fgpu detach`. Reading the mappings of a process can block on
+the process.
 """
 
 from __future__ import annotations
@@ -9,14 +9,14 @@ from __future__ import annotations
 from fgpu_ebpf.linux import breakpoints, procmaps
 from fgpu_ebpf.linux.mapped_files import MappedFile
 
-BOOKS = b"/run/fgpu/books"  # the ledger that the shim keeps for an image with a limit of its own
+BOOKS = b"/run/fgpu/books"  # the shim's own ledger for an image with its own limit
 
 
 def fgpu_mappings(pid: int) -> list[MappedFile] | None:
     """Return the libcuda and shim files that a process has mapped executable, each once.
 
-    None: unknown, because the process is gone, has no memory of its own or maps too much. The kernel is asked for
-    one executable file after the other: the text of all mappings takes five times as long to make and to read.
+    The result is None if the process has exited, has no memory of its own or has too many mappings. The function
+    queries one executable mapping after the other, because the text of all mappings takes five times as long.
     """
     try:
         with procmaps.opened(pid) as maps:
@@ -26,7 +26,7 @@ def fgpu_mappings(pid: int) -> list[MappedFile] | None:
 
 
 def keeps_books(pid: int) -> bool:
-    """Return whether a process has mapped the ledger of an image's own limit; False if that cannot be read."""
+    """Return whether a process has mapped the ledger of an image's own limit; False if its mappings are unreadable."""
     try:
         with procmaps.opened(pid) as maps:
             return any(found.path.endswith(BOOKS) for found in procmaps.each(maps, procmaps.NEXT_SHARED))

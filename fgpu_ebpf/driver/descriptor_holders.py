@@ -1,6 +1,6 @@
-"""The processes that keep memory of an ended process on a device: those that have descriptors of the driver open.
+"""Search for processes that keep an exited process's memory on a device, by their open descriptors of the driver.
 
-A thread lists /proc/PID/fd, so that the agent's main thread does not wait for it: a host may have many processes.
+A thread of the agent lists /proc/PID/fd, because a host may have many processes and the main thread must not wait.
 Descriptors that are unread in the queue of a socket are not listed in /proc, so the result may be empty.
 """
 
@@ -17,31 +17,31 @@ from fgpu_ebpf.linux import procfs
 
 PERIOD_SECONDS = 5.0
 AGE_NS = 1_000_000_000  # the driver may still be releasing younger orphans
-MOST_PROCESSES, MOST_DESCRIPTORS = 4096, 65536  # of one search
+MOST_PROCESSES, MOST_DESCRIPTORS = 4096, 65536  # read in one search
 MOST_KEEPERS = 8
-PREFIX = "nvidia"  # /dev/nvidiactl, /dev/nvidia0, /dev/nvidia-uvm, in whatever folder
+PREFIX = "nvidia"  # /dev/nvidiactl, /dev/nvidia0, /dev/nvidia-uvm, in any folder
 
 
 @dataclass(frozen=True, slots=True)
 class Held:
-    """Memory of process `pid`. `paths`: the cgroups in which to search, innermost first."""
+    """Orphaned memory of the exited process `pid`. `paths`: the cgroups to search, innermost first."""
 
     pid: int
     paths: tuple[str, ...]
 
 
 class Keepers:
-    """The search. `look` sets the orphans to search for; `of` returns what was found."""
+    """The search. look() sets the orphans to search for. of() returns the processes that were found."""
 
     def __init__(self) -> None:
         self._held: Sequence[Held] = ()
         self._found: Mapping[int, tuple[int, ...]] = {}
-        self._parents: Mapping[int, int] = {}  # of the processes in _found
+        self._parents: Mapping[int, int] = {}  # parents of the processes in _found
         self._wake = threading.Event()
         self._thread: threading.Thread | None = None
 
     def look(self, held: Sequence[Held]) -> None:
-        """Set the orphans to search for; the first call with some starts the thread."""
+        """Set the orphans to search for. The first call with orphans starts the thread."""
         self._held = held
         if not held:
             self._found = {}
@@ -52,11 +52,11 @@ class Keepers:
             self._thread.start()
 
     def of(self, pid: int) -> tuple[int, ...]:
-        """Return processes that may keep memory of an ended process, as found by the last search."""
+        """Return the processes that may keep memory of an exited process, from the last search."""
         return self._found.get(pid, ())
 
     def parents_of(self, pid: int) -> tuple[int, ...]:
-        """Return the parents of the processes that `of` returns, in their order; 0: unknown, or the host's init."""
+        """Return the parents of the processes that of() returns, in the same order; 0: unknown, or the host's init."""
         return tuple(self._parents.get(keeper, 0) for keeper in self.of(pid))
 
     def _run(self) -> None:
@@ -70,7 +70,10 @@ class Keepers:
 
 
 def find(held: Held) -> tuple[int, ...]:
-    """Return processes in the cgroups of an ended process, innermost first, with descriptors of the driver."""
+    """Return processes with descriptors of the driver, from the innermost cgroup of an exited process that has any.
+
+    Relatives (is_relative()) of the exited process are preferred to all others. At most MOST_KEEPERS are returned.
+    """
     found: list[int] = []
     for path in held.paths:
         found += [pid for pid in _with_descriptors(_below(path)) if pid not in found]
@@ -81,7 +84,7 @@ def find(held: Held) -> tuple[int, ...]:
 
 
 def _below(path: str) -> Iterable[int]:
-    """Yield the processes of a cgroup and those below it."""
+    """Yield the processes of a cgroup and of all cgroups below it."""
     inside = f"{path.rstrip('/')}/"
     return (pid for pid in procfs.pids()[:MOST_PROCESSES] if f"{procfs.cgroup_path(pid) or ''}/".startswith(inside))
 
@@ -97,17 +100,17 @@ def _with_descriptors(pids: Iterable[int]) -> list[int]:
 
 
 def descriptors(pid: int, most: int) -> list[str]:
-    """Return the targets of the first descriptors of a process; empty: it is gone."""
+    """Return the targets of the first `most` descriptors of a process; empty: it has exited."""
     found = []
     with contextlib.suppress(OSError):
         for name in os.listdir(f"/proc/{pid}/fd")[:most]:
-            with contextlib.suppress(OSError):  # closed meanwhile
+            with contextlib.suppress(OSError):  # closed in the meantime
                 found.append(os.readlink(f"/proc/{pid}/fd/{name}"))
     return found
 
 
 def device_files(pid: int) -> list[str]:
-    """Return the driver's files of devices that a process has open or mapped; empty: none, or it is gone."""
+    """Return the driver's device files that a process has open or mapped; empty: none, or the process has exited."""
     found = set(descriptors(pid, MOST_DESCRIPTORS))
     with contextlib.suppress(OSError):
         lines = procfs.read(f"/proc/{pid}/maps").decode(errors="replace").splitlines()
@@ -116,7 +119,7 @@ def device_files(pid: int) -> list[str]:
 
 
 def parent(pid: int) -> int:
-    """Return the parent of a process; 0: it is gone, or its parent is the host's init, which adopts any process."""
+    """Return the parent of a process; 0: it has exited, or its parent is the host's init, which adopts any process."""
     try:
         found = int(procfs.read(f"/proc/{pid}/stat").rpartition(b")")[2].split()[1])
     except (OSError, ValueError, IndexError):
@@ -125,7 +128,7 @@ def parent(pid: int) -> int:
 
 
 def is_relative(pid: int, of: int) -> bool:
-    """Return whether a process is in the session or process group of another, which may have ended."""
+    """Return whether a process is in the session or process group that another process leads or has led."""
     try:
         return of in (os.getpgid(pid), os.getsid(pid))
     except OSError:

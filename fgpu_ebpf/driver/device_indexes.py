@@ -1,7 +1,7 @@
 """The ledger index of each device.
 
-The agent uses this module at its start and when a lost device returns. A UUID that is pinned keeps its index, whatever
-number NVML gives to the device now. If nothing is pinned, all indexes are free.
+Runs in the agent, at its start and when a lost device returns. A pinned UUID keeps its index, even if NVML's number of
+the device has changed. If nothing is pinned, all indexes are free.
 """
 
 from __future__ import annotations
@@ -27,9 +27,15 @@ def pinned(pins: Path) -> dict[bytes, int]:
 
 
 def index_of(uuid: bytes, number: int, known: Mapping[bytes, int], used: Collection[int]) -> int | None:
-    """Return the index of a device that NVML lists at `number`; None: every index belongs to another device.
+    """Return the ledger index of a device; None: every index belongs to another device.
 
-    Indexes of known devices that do not answer stay free for them.
+    Indexes of known devices that do not answer stay reserved for them.
+
+    Args:
+        uuid: the device.
+        number: its number in NVML, which is used as index if it is free.
+        known: indexes by UUID of devices that are or were present.
+        used: indexes of devices that are present.
     """
     if uuid in known:
         return known[uuid]

@@ -1,8 +1,8 @@
-"""The reports of NVML and the ledger about one device, taken as nearly at one time as possible.
+"""Samples of NVML and the ledger for one device, taken as nearly at one time as possible.
 
-NVML is asked for its rows, for the bytes in use, and for the rows again, which shows changes in between. Several such
-samples, at random intervals, make it unlikely that a program which allocates and frees all the time is always sampled
-at the same point of its loop. The agent's reconcile thread uses this module.
+A sample reads NVML's rows, the bytes in use, and the rows again, which shows changes in between. Several samples at
+random intervals make it unlikely that a program that allocates and frees all the time is always sampled at the same
+point of its loop. Runs in the agent's reconcile thread.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from fgpu_ebpf.ledger.process_entry import Process
 SAMPLES = 4
 APART_SECONDS = 0.0005
 
-Rows = Mapping[int, int | None]  # host pid -> bytes on one device; None: NVML does not say
+Rows = Mapping[int, int | None]  # host pid -> bytes on one device; None: NVML does not report them
 
 
 class Taken(NamedTuple):
-    """Bytes in use, and the least and the greatest row of each process around that time."""
+    """One sample: the bytes in use, and the least and the greatest row of each process (host pid -> bytes)."""
 
     in_use: int
     least: Mapping[int, int]
@@ -33,10 +33,11 @@ class Taken(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """Several samples. `rows`: of the last question. `calm`: no process allocated or freed memory meanwhile.
+    """Several samples.
 
-    `processes`: the ledger's before the samples. `busy`: those in a call then, or with changes since. `begun_ns`: the
-    time before the first sample.
+    `rows`: the last rows. `calm`: no process allocated or freed memory during the samples. `processes`: the ledger's
+    processes before the samples. `busy`: processes that were in a call at that time, or have changed since. `begun_ns`:
+    the time before the first sample (CLOCK_MONOTONIC).
     """
 
     rows: Rows
@@ -50,15 +51,15 @@ class Sample:
 def take(
     nvml: Nvml, ledger: Ledger, device: int, before: Mapping[int, Process], samples: int = SAMPLES
 ) -> Sample | None:
-    """Sample a device; None: NVML does not answer.
+    """Sample a device; None: NVML does not respond.
 
     Args:
         nvml: NVML.
         ledger: the ledger.
         device: the ledger index.
         before: the ledger's processes.
-        samples: how many times NVML is asked. `taken` of the result has as many entries, or none if NVML does not
-            report the bytes in use or the row of a process.
+        samples: the number of samples. `taken` of the result has as many entries, or none if NVML does not report the
+            bytes in use or the row of a process.
     """
     begun_ns, rows = time.monotonic_ns(), nvml.process_bytes(device)
     if rows is None:

@@ -1,8 +1,8 @@
-"""Discovery of the files of libcuda and the shim that processes map, or may come to map.
+"""Discovery of the files of libcuda and the shim that processes map, or may map later.
 
-This module runs in the agent's main thread; the workers of `libraries` read mappings of processes and roots of
-containers. The gatekeeper sends the pids of processes to a socket here. What one cgroup maps must not delay the work
-for others.
+Runs in the agent's main thread. The workers of `libraries` read the mappings of processes and the roots of containers.
+The gatekeeper sends the pids of processes to a socket of this module. The files of one cgroup must not delay the work
+for other cgroups.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ from fgpu_ebpf.snapshot import LibraryView
 from fgpu_ebpf.workloads.bound_owner import owner_of
 
 log = logging.getLogger("fgpu.agent")
-MOST_MESSAGE = 65536  # bytes of a message of the gatekeeper
+MOST_MESSAGE = 65536  # bytes of one message from the gatekeeper
 MOST_PIDS = 1 << 31
-SEARCH_SECONDS = 5.0  # before a process is searched again
+SEARCH_SECONDS = 5.0  # between two searches of one process
 
 
 class Discovery:
@@ -45,8 +45,8 @@ class Discovery:
     Args:
         attached: the probes of all files.
         own: the host driver's libraries and the published shims, each with its role.
-        trust: other files that are trusted.
-        most_files: the number of files that may be probed for one cgroup.
+        trust: the trusted files that are not the host's own.
+        most_files: how many files may be probed for one cgroup.
     """
 
     def __init__(
@@ -57,11 +57,11 @@ class Discovery:
         self._libraries = Libraries(attached, own, trust, most_files)
         self._search = Search(lambda file: attached.of(file) is not None)
         self._looked_at: set[int] = set()
-        self._searched: dict[int, float] = {}  # processes, and when their mappings were searched by contents
+        self._searched: dict[int, float] = {}  # by process: time of the last search by contents
         self._roots = Roots()
         self._root = procfs.cgroup2_root() or Path("/")
         self._standalone: set[int] = set()  # processes under an image's own limit, without an agent
-        self._hidden: set[int] = set()  # processes that execute memory of no file, and hold memory that no probe saw
+        self._hidden: set[int] = set()  # processes as in hidden()
         self._attach_error = ""
         self._scan = HostScan(self._libraries.work, self._cgroup, self._search.by_name, self._see)
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
@@ -72,12 +72,21 @@ class Discovery:
         cls, attached: Probes, drivers: Iterable[Path], shims: Sequence[Path], store: Path | None,
         listed: Iterable[str], most_files: int,
     ) -> Discovery:  # fmt: skip
-        """Return the discovery for these drivers and published shims, the agent's first; `listed`: trusted digests."""
+        """Return the discovery of a host.
+
+        Args:
+            attached: the probes of all files.
+            drivers: the libraries of the host's driver.
+            shims: the published shims, the agent's own first.
+            store: the store of shims, if there is one.
+            listed: digests of drivers that are trusted.
+            most_files: how many files may be probed for one cgroup.
+        """
         own = dict.fromkeys(shims, Role.SHIM) | dict.fromkeys(drivers, Role.HOST)
         return cls(attached, own, trusted(shims[0], store, listed), most_files)
 
     def start(self) -> Set[File] | None:
-        """Probe the host's own files and all that are mapped now, and drop those that no process maps any longer.
+        """Probe the host's own files and all mapped files. Remove the probes of files that no process maps any longer.
 
         Returns (dev, ino) of all mapped files; None: the mappings of some processes cannot be read. Raises ProbeError:
         one of the host's own files cannot be probed.
@@ -86,7 +95,7 @@ class Discovery:
         scanned: list[Scanned] = []
         self._scan.begin(scanned.append)
         self._libraries.settle(lambda: bool(scanned))
-        # Until then the programs of an earlier agent see the calls into these files.
+        # Until this point the programs of an earlier agent record the calls into these files.
         self._probes.drop_older()
         self._libraries.read_own()
         if not scanned or not scanned[0].is_whole or scanned[0].left_out:
@@ -97,13 +106,13 @@ class Discovery:
         return scanned[0].used
 
     def unenforced(self) -> str:
-        """Return why nothing is enforced: probes of the host's own files are gone; empty: they are there."""
+        """Return why nothing is enforced: probes of the host's own files are gone. Empty: all of them exist."""
         if not self._probes.lost() and self._libraries.own_files <= self._probes.known:
             return ""
         return f"probes are gone: another process has unpinned them{self._attach_error}"
 
     def reattach(self) -> None:
-        """Attach lost probes again; at the next pass, NVML shows what was allocated in that time."""
+        """Attach lost probes again. The next reconciliation charges the memory that was allocated without probes."""
         lost = self._probes.lost()
         if not lost and self._libraries.own_files <= self._probes.known:
             return
@@ -120,52 +129,60 @@ class Discovery:
 
     @property
     def refusals(self) -> int:
-        """Number of times that a file was found that could not be probed."""
+        """The number of times that a file could not be probed, since the agent's start."""
         return self._libraries.refusals
 
     def unprobed(self) -> frozenset[int]:
-        """Return processes that map a libcuda or shim file whose calls no probe records."""
+        """Return the processes that map a libcuda or shim file whose calls no probe records."""
         return frozenset(self._libraries.unprobed())
 
     def reasons(self) -> Mapping[int, str]:
-        """Return the reason for each of the unprobed() processes."""
+        """Return the reason for each process in unprobed()."""
         return self._libraries.unprobed()
 
     def is_shim(self, dev: int, ino: int) -> bool:
-        """Return whether this file is probed as one of our shims."""
+        """Return whether this file is probed as a shim of this host."""
         found = self._probes.of((dev, ino))
         return found is not None and found.role is Role.SHIM
 
     def hidden(self) -> frozenset[int]:
-        """Return processes that hold memory that no probe saw allocated, and execute memory that no file backs."""
+        """Return the processes that hold memory that no probe has recorded, and that execute memory without a file."""
         return frozenset(self._hidden)
 
     def libraries(self, tenant_of: Callable[[str], str]) -> tuple[LibraryView, ...]:
-        """Return the drivers that processes map and that are not the host's; `tenant_of` names a cgroup's tenant."""
+        """Return the drivers that processes map, except the host's. `tenant_of` returns a cgroup's tenant by name."""
         return self._libraries.views(tenant_of)
 
     def standalone(self) -> frozenset[int]:
-        """Return processes under their image's own limit, which do not ask the agent."""
+        """Return the processes under their image's own limit, which do not register with the gatekeeper."""
         return frozenset(self._standalone)
 
     # -- processes
 
     def look_at(self, pid: int) -> None:
-        """Probe the files that a process maps, and check that the breakpoints are in its memory."""
+        """Probe the files that a process maps, and check the breakpoints in its memory."""
         self._ask(pid)
 
     def look_at_holders(
         self, pids: Iterable[int], drift: Mapping[tuple[int, int], int], processes: Mapping[int, Process]
     ) -> None:
-        """Call look_at_new() for processes that NVML lists; `drift` and `processes` are of the last reconciliation."""
+        """Call look_at_new() for processes that NVML lists.
+
+        Args:
+            pids: the processes.
+            drift: bytes by (pid, device) of the last reconciliation.
+            processes: the ledger's processes at that time.
+        """
         uncalled = {pid for pid, process in processes.items() if not process.flags & Seen.CALL}
         self.look_at_new(pids, {pid for (pid, _), bytes_ in drift.items() if bytes_ < 0} | uncalled)
 
     def look_at_new(self, pids: Iterable[int], again: Set[int] = frozenset()) -> None:
-        """Probe the files that these processes map, if not done yet: NVML shows that they use a device.
+        """Probe the files that these processes map, unless that was done before: NVML shows that they use a device.
 
-        `again`: processes with more memory than the probes have seen. All files that they execute are searched for
-        libcuda.
+        Args:
+            pids: the processes.
+            again: processes with more memory than the probes have recorded. All files that they execute are searched
+                for libcuda.
         """
         pids, now = set(pids), monotonic()
         self._looked_at &= pids
@@ -179,7 +196,7 @@ class Discovery:
                 self._looked_at.add(pid)
 
     def _ask(self, pid: int, search: bool = False) -> bool:
-        """Let a worker read the mappings of a process; return False if the job was not queued."""
+        """Let a worker read the mappings of a process. Returns False if the job was not queued."""
         cgroup = self._cgroup(pid)
         return self._libraries.work(cgroup, partial(self._read, pid, cgroup, search))
 
@@ -197,12 +214,22 @@ class Discovery:
         return owner_of(self._root, procfs.cgroup_path(pid) or "/").path
 
     def look_around(self) -> None:
-        """Probe the files that all processes map, which finds what nothing else has reported; retry refused files."""
+        """Probe the files that all processes map, and retry refused files.
+
+        This finds processes that neither the gatekeeper nor NVML has reported.
+        """
         self._libraries.look_around()
         self._scan.begin(lambda _: None)
 
     def _see(self, pid: int, cgroup: str, found: Found, verify: bool = False) -> None:
-        """Handle the files that a process maps. `cgroup`: its own, if known; `verify`: check probed files too."""
+        """Request probes for the files that a process maps.
+
+        Args:
+            pid: the process.
+            cgroup: the cgroup to which the work is charged; empty: unknown.
+            found: the files.
+            verify: also check files that are already probed.
+        """
         self._standalone.discard(pid)
         if found.books:
             self._standalone.add(pid)
@@ -214,9 +241,9 @@ class Discovery:
     # -- roots
 
     def look_into(self, pid: int) -> None:
-        """Probe libraries in the root of a process that starts, if no process has started in that root before.
+        """Probe the libraries in the root of a process that starts, if no process has started in that root before.
 
-        Files that cannot be probed are not logged here, but when a process maps them.
+        A file that cannot be probed is logged only when a process maps it.
         """
         cgroup = self._cgroup(pid)
         if not procfs.is_outside(cgroup) and self._libraries.room(cgroup):
@@ -248,15 +275,18 @@ class Discovery:
         self.let_go()
 
     def let_go(self) -> None:
-        """Remove the probes of files that are not the host's own and that no process maps any longer."""
+        """Remove the probes of all files that no process maps any longer, except the host's own files."""
         left = self._libraries.unmapped()
-        if left:  # another process may have mapped them meanwhile
+        if left:  # another process may have mapped one of them: scan before removing
             self._scan.begin(partial(self._let_go, left))
         self._standalone = {pid for pid in self._standalone if procfs.has_memory(pid)}
         self._hidden = {pid for pid in self._hidden if procfs.has_memory(pid)}
 
     def _let_go(self, left: set[File], scanned: Scanned) -> None:
-        """Remove probes after a scan. A process left out of it gets no answer to a hello, so no file is kept for it."""
+        """Remove probes after a scan.
+
+        No file is kept for a process that the scan has left out, because such a process gets no answer to its hello.
+        """
         left = (left & self._libraries.unmapped()) - scanned.used if scanned.is_whole else set()
         kept = self._roots.processes_inside(left, scanned.pids)
         for file, pid in kept.items():
@@ -268,7 +298,7 @@ class Discovery:
     # -- messages of the gatekeeper
 
     def listen(self, path: Path) -> int:
-        """Bind the socket; return its descriptor, which is readable when the gatekeeper has named a process."""
+        """Bind the socket, and return its descriptor, which is readable after a message from the gatekeeper."""
         make_way(str(path))
         path.unlink(missing_ok=True)
         self._socket.bind(str(path))
@@ -276,7 +306,7 @@ class Discovery:
         return self._socket.fileno()
 
     def named(self) -> Iterator[list[int]]:
-        """Yield, for each message of the gatekeeper, the pids in its fields `tgid` and `others`."""
+        """Yield the pids in the fields `tgid` and `others` of each message from the gatekeeper."""
         while True:
             try:
                 message = json.loads(self._socket.recv(MOST_MESSAGE))

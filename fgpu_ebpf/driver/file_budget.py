@@ -1,8 +1,7 @@
-"""Budgets of each cgroup: how many files of libcuda it may have probed, and how much processor time work for it takes.
+"""Budgets of each cgroup: how many of its libcuda files are probed, and how much processor time the work for it takes.
 
-A workload counts as one, with all cgroups inside it (`workloads.bound_owner`). Files beyond the budget are refused, so
-their processes get no memory; the host's own files count for no cgroup. `libraries` uses this module, in the agent's
-main thread.
+A workload has one budget, with all cgroups inside it (`workloads.bound_owner`). Files beyond the budget are refused, so
+their processes get no memory. The host's own files count for no cgroup. Runs in the agent's main thread.
 """
 
 from __future__ import annotations
@@ -11,13 +10,13 @@ from collections import Counter
 
 from fgpu_ebpf.linux.procmaps import File
 
-MOST_FILES = 128  # of one workload (Bounds.files): each takes two descriptors, and time to detach
+MOST_FILES = 128  # of one workload (Bounds.files); each file takes two descriptors, and time to detach
 MOST_FILES_ALL = 2048
-BURST_NS, REFILL_NS = 3_000_000_000, 50_000_000  # of a cgroup: what it may use at once, and then in each round
+BURST_NS, REFILL_NS = 3_000_000_000, 50_000_000  # of a cgroup: at once, and then in each round
 
 
 class FileBudget:
-    """The files and the processor time of each cgroup. `most`: files of one cgroup."""
+    """The files and the processor time of each cgroup. `most`: the maximum of files of one cgroup."""
 
     def __init__(self, most: int = MOST_FILES) -> None:
         self.most = most
@@ -26,11 +25,11 @@ class FileBudget:
         self._spent_ns = Counter[str]()
 
     def __contains__(self, file: File) -> bool:
-        """Return whether the file is counted."""
+        """Return whether the file counts for a cgroup."""
         return file in self._cgroups
 
     def cgroup_of(self, file: File) -> str:
-        """Return the cgroup that the file counts for; empty: none."""
+        """Return the cgroup for which the file counts; empty: there is none."""
         return self._cgroups.get(file, "")
 
     def room(self, cgroup: str) -> int:
@@ -38,7 +37,7 @@ class FileBudget:
         return max(0, min(self.most - self._has[cgroup], MOST_FILES_ALL - len(self._cgroups)))
 
     def has(self, cgroup: str) -> tuple[int, int]:
-        """Return how many files the cgroup has, and all cgroups together."""
+        """Return the number of files of this cgroup, and of all cgroups together."""
         return self._has[cgroup], len(self._cgroups)
 
     def enter(self, file: File, cgroup: str) -> None:
@@ -55,13 +54,13 @@ class FileBudget:
             self._has += Counter()  # drops cgroups that have nothing left
 
     def charge(self, cgroup: str, took_ns: int) -> None:
-        """Charge processor time of work for this cgroup."""
+        """Charge this cgroup for processor time of work, in nanoseconds."""
         self._spent_ns[cgroup] += took_ns
 
     def has_time(self, cgroup: str) -> bool:
-        """Return whether more work may be done for the cgroup."""
+        """Return whether the cgroup has processor time left."""
         return self._spent_ns[cgroup] <= BURST_NS
 
     def refill(self) -> None:
-        """Refill the time of all cgroups; to be called in every round, once a second."""
+        """Refill the processor time of all cgroups. To be called in every round, once a second."""
         self._spent_ns = Counter({w: ns - REFILL_NS for w, ns in self._spent_ns.items() if ns > REFILL_NS})

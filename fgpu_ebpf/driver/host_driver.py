@@ -1,7 +1,8 @@
 """The driver of this host, with probes attached to every file of it that is in use.
 
-The agent's start uses this module, in its main thread. A start has two steps: `prepare` needs no BPF programs, and runs
-while they are compiled; `Prepared.attach` needs them. AgentError and ERRORS say what is missing.
+Runs in the agent's main thread, at its start. The start has two steps: prepare() needs no BPF programs, so it runs
+while they are compiled. Prepared.attach() needs the programs. Errors are AgentError and ERRORS, whose text has the
+reason and the fix.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ ERRORS = (DriverError, ProbeError, ProgramError)
 class HostDriver:
     """The driver with its probes.
 
-    `contexts`: bytes of one context by ledger index; `shim`: the published file; `failed_checks`: by name.
+    `contexts`: bytes of one context by ledger index. `shim`: the published file. `failed_checks`: by name.
     """
 
     nvml: Nvml
@@ -59,11 +60,14 @@ class Prepared:
     release: shim_store.Release
 
     def attach(self, digest: str, ledger: Ledger, run_dir: Path, trusted: Iterable[str], most_files: int) -> HostDriver:
-        """Enter the devices in the ledger, and attach probes to every file in use. Raises the errors of the parts.
+        """Enter the devices in the ledger, and attach probes to every file in use. Raises ERRORS and OSError.
 
         Args:
-            digest: of the loaded BPF programs.
-            trusted: digests of other drivers that are known to be good.
+            digest: the digest of the loaded BPF programs.
+            ledger: the ledger.
+            run_dir: the folder for the record of XIDs.
+            trusted: digests of other drivers that are trusted.
+            most_files: how many files may be probed for one cgroup.
         """
         for device in self.nvml.devices:
             ledger.set_device(device.index, device.uuid)
@@ -79,11 +83,11 @@ class Prepared:
         )  # fmt: skip
 
     def _publish(self, discovery: Discovery) -> Path:
-        """Probe the shim before publishing it: programs that start before that get the previous version."""
+        """Probe the shim, and then publish it. Programs that start before that get the previous version."""
         used = discovery.start()
         shim = self.release.publish()
         if self.store and used is not None:
-            with contextlib.suppress(OSError):  # old versions only take disk space
+            with contextlib.suppress(OSError):  # an old version that is not removed only takes disk space
                 shim_store.retire(self.store, used)
         return shim
 
@@ -92,7 +96,7 @@ def libcuda(root: Path) -> list[Path]:
     """Return the files of libcuda under a driver root. Raises AgentError, DriverError: there is none."""
     libraries = driver_libraries(root, "libcuda.so.1")
     if not libraries:
-        Nvml(root)  # its error is better if there is no driver at all
+        Nvml(root)  # if there is no driver at all, this raises a more precise error
         raise AgentError(f"no libcuda.so.1 under {root}: install the driver's CUDA library")
     return libraries
 
@@ -101,10 +105,16 @@ def prepare(
     root: Path, libraries: list[Path], shim: Path, store: Path | None, pins: Path, loading: Loading,
     mark: Callable[[str], None],
 ) -> Prepared:  # fmt: skip
-    """Prepare everything that needs no BPF programs. Raises the errors of the parts.
+    """Do all steps of the start that need no BPF programs. Raises ERRORS and AgentError.
 
     Args:
-        mark: called with the name of each part of the start that is done.
+        root: the driver root.
+        libraries: the host's files of libcuda.
+        shim: the package's shim.
+        store: the store of shims, if there is one.
+        pins: the folder of the pinned maps.
+        loading: the compiler, which runs in the meantime.
+        mark: called with the name of each finished step.
     """
     nvml = Nvml(root, pinned(pins))
     mark("devices")

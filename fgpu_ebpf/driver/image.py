@@ -1,7 +1,7 @@
-"""An image of the BPF programs: what the compiler prints, loaded into the kernel and pinned.
+"""Loading of the BPF programs: the compiler's output (an image) is parsed, loaded into the kernel and pinned.
 
-A pinned map that has the form that the image wants is used as it is, with its contents. `driver.programs` uses this
-module.
+A pinned map that already has the form in the image is used with its contents. Runs in the agent's main thread at its
+start; the kernel verifies the programs in several threads.
 """
 
 from __future__ import annotations
@@ -18,31 +18,31 @@ from pathlib import Path
 from fgpu_ebpf import abi
 from fgpu_ebpf.linux import bpf
 
-# These read the names of cgroups in the kernel's memory, which lockdown=confidentiality refuses.
+# These programs read the names of cgroups in the kernel's memory, which lockdown=confidentiality forbids.
 OPTIONAL = frozenset({"cgroup_attach", "cgroup_made", "cgroup_populated", "cgroup_removed"})
 RAW_TRACEPOINTS = frozenset({"process_exit", "process_exec", "program_began", "adjust"}) | OPTIONAL
-INNER = "page_template"  # has the form of the maps in maps
-UNPINNED = frozenset({INNER, "blanks"})  # they have no contents
-RUN_AGAIN = ("again", "call_return")  # an array of programs, and the one that is in it
-SHORTER = {"host": 8, "allocations": 262_144}  # entries that suffice: those of an older version
+INNER = "page_template"  # has the form of the inner maps of all maps of maps
+UNPINNED = frozenset({INNER, "blanks"})  # maps without contents to keep
+RUN_AGAIN = ("again", "call_return")  # an array of programs, and its only entry
+SHORTER = {"host": 8, "allocations": 262_144}  # sufficient sizes of pinned maps: those of an older version
 _LOAD_MAP = 0x1018  # the first two bytes of an instruction that loads a map
 _INSTRUCTION, _NUMBER = struct.Struct("<HhI"), struct.Struct("<I")
 
 
 class ProgramError(Exception):
-    """Programs cannot be loaded; the text names the fix."""
+    """The BPF programs cannot be loaded. The text names the fix."""
 
 
 @dataclass(frozen=True)
 class Image:
-    """Maps and programs by name. Instructions that load a map have its number in the order of `maps`."""
+    """Maps and programs by name. An instruction that loads a map contains the map's position in `maps`."""
 
     maps: Mapping[str, bpf.Form]
     programs: Mapping[str, bytes]
 
 
 def parsed(text: str) -> Image:
-    """Return what the compiler has printed. Raises ValueError: it is something else."""
+    """Parse the compiler's output. Raises ValueError: it is not an image."""
     try:
         found = json.loads(text)
         maps = {name: bpf.Form(*map(int, form)) for name, form in found["maps"].items()}
@@ -53,7 +53,7 @@ def parsed(text: str) -> Image:
 
 
 def load(image: Image, pins: Path) -> None:
-    """Load all programs, and pin them under PINS/programs and their maps under PINS/maps. Raises ProgramError."""
+    """Load all programs. Pin them under PINS/programs and their maps under PINS/maps. Raises ProgramError."""
     for folder in ("maps", "programs"):
         (pins / folder).mkdir(mode=0o700, parents=True, exist_ok=True)
     with contextlib.ExitStack() as opened:
@@ -71,7 +71,7 @@ def load(image: Image, pins: Path) -> None:
 
 
 def _maps(image: Image, folder: Path, opened: contextlib.ExitStack) -> list[int]:
-    """Return the open maps in the order of the image: those that are pinned, and new ones, which are then pinned."""
+    """Open the pinned maps, create and pin all others, and return the descriptors in the order of the image."""
     found: dict[str, int] = {}
     for name in sorted(image.maps, key=lambda name: name != INNER):
         form, path = image.maps[name], folder / name
@@ -92,7 +92,7 @@ def _maps(image: Image, folder: Path, opened: contextlib.ExitStack) -> list[int]
 
 
 def _check(path: Path, found: bpf.Form, wanted: bpf.Form) -> None:
-    """Raise ProgramError if a pinned map has another form: programs would read and write something else."""
+    """Raise ProgramError if a pinned map has another form: the programs would misread its entries."""
     known = wanted._replace(max_entries=SHORTER.get(path.name, wanted.max_entries))
     if found not in (wanted, known):
         raise ProgramError(
@@ -102,14 +102,14 @@ def _check(path: Path, found: bpf.Form, wanted: bpf.Form) -> None:
 
 
 def _write_sizes(maps: Mapping[str, int]) -> None:
-    """Write the number of entries of the maps that tenants share, for the programs: a pinned map may have fewer."""
+    """Write the sizes of the maps that tenants share to the map `sizes`: a pinned map may be smaller than a new one."""
     for shared in abi.Shared if "sizes" in maps else ():
         most = bpf.form(maps[shared.name.lower()]).max_entries
         bpf.update(maps["sizes"], _NUMBER.pack(shared), struct.pack("Q", most))
 
 
 def _program(name: str, code: bytes, maps: list[int]) -> int | None:
-    """Return the descriptor of a loaded program; None: this kernel refuses it, and it is optional."""
+    """Load a program and return its descriptor; None: the program is optional, and this kernel refuses it."""
     whole = bytearray(code)
     for at in range(0, len(code), _INSTRUCTION.size):
         operation, _, number = _INSTRUCTION.unpack_from(code, at)
@@ -127,7 +127,7 @@ def _program(name: str, code: bytes, maps: list[int]) -> int | None:
 
 
 def _run_again(image: Image, maps: list[int], programs: Mapping[str, int]) -> None:
-    """Enter a program in the array through which it can call itself; the array keeps the entry while it is pinned."""
+    """Enter a program in the array through which it calls itself. The array keeps the entry as long as it is pinned."""
     array, program = RUN_AGAIN
     if program in programs:
         try:
@@ -137,8 +137,8 @@ def _run_again(image: Image, maps: list[int], programs: Mapping[str, int]) -> No
 
 
 def _pin(fd: int, path: Path) -> None:
-    """Pin a program under another name and rename it, so that the path exists at all times. Raises ProgramError."""
-    beside = path.with_name(path.name + "-new")  # bpffs allows no dot
+    """Pin a program under another name, and rename it, so that the path always exists. Raises ProgramError."""
+    beside = path.with_name(path.name + "-new")  # a name in a bpffs may not contain a dot
     try:
         beside.unlink(missing_ok=True)
         bpf.pin(fd, beside)

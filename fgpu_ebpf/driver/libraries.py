@@ -1,8 +1,8 @@
-"""The files of libcuda and the shim that are in use: their classes, their probes, and why a file has none.
+"""The files of libcuda and the shim that are in use: their classes, their probes, and why a file has no probes.
 
-This module runs in the agent's main thread. Work that can block on a tenant's process or file is done by worker
-threads, and its results are applied here. A file that cannot be probed is logged once and not tried again before the
-next scan; its processes get no memory. The files of one cgroup must not keep other cgroups' files from being probed.
+Runs in the agent's main thread. Worker threads do the work that can block on a tenant's process or file, and the main
+thread applies the results. A file that cannot be probed is logged once, and is not tried again before the next scan.
+Its processes get no memory. Files of one cgroup must not delay the probing of other cgroups' files.
 """
 
 from __future__ import annotations
@@ -29,24 +29,31 @@ from fgpu_ebpf.snapshot import LibraryView
 
 log = logging.getLogger("fgpu.agent")
 MOST_NAMED = 1024  # files and cgroups for which a refusal has been logged
-MOST_JOBS = 256  # queued jobs of one cgroup: more than it may have files probed
-THREADS = 4  # that run at a time unless one hangs: to read a file takes tenths of a second
-NICE = 10  # of the workers: they work for processes that are not trusted
+MOST_JOBS = 256  # queued jobs of one cgroup: more than the number of files that may be probed for it
+THREADS = 4  # at a time, unless one hangs; to read a file takes tenths of a second
+NICE = 10  # nice level of the workers, because they work for processes that are not trusted
 SETTLE_SECONDS = 5.0
 
-Taken = Callable[[], None]  # what to do in the main thread with the result of a job
+Taken = Callable[[], None]  # applies the result of a job, in the main thread
 Job = Callable[[], Taken]
 
 
 def trusted(shim: Path, store: Path | None, listed: Iterable[str]) -> Trust:
-    """Return what this host trusts: this shim, all shims ever in the store, and drivers listed in agent.yaml."""
+    """Return the files that this host trusts: this shim, all shims ever in the store, and drivers in agent.yaml."""
     versions = shim_store.files(store) if store else []
     files = {mapped_files.as_mapped(str(path)): Role.SHIM for path in versions}
     return Trust(files, shim_store.genuine(shim, store), listed)
 
 
 class Libraries:
-    """The libcuda and shim files in use. `own`: the host driver's files and the published shims, each with its role."""
+    """The libcuda and shim files in use.
+
+    Args:
+        attached: the probes of all files.
+        own: the host driver's files and the published shims, each with its role.
+        trust: the trusted files; the host's own files are added to it.
+        most_files: how many files may be probed for one cgroup.
+    """
 
     def __init__(self, attached: Probes, own: Mapping[Path, Role], trust: Trust, most_files: int = MOST_FILES) -> None:
         self._probes, self._trust = attached, trust
@@ -59,25 +66,25 @@ class Libraries:
             lambda job: job(), lambda _: True, self._wakeup.wake, MOST_JOBS, NICE, THREADS
         )
         self._results: deque[Taken] = deque()
-        self._examining: dict[tuple[File, str], dict[int, MappedFile]] = {}  # with the processes that wait for it
-        self._coming = Counter[str]()  # by cgroup, how many of its files are being examined
+        self._examining: dict[tuple[File, str], dict[int, MappedFile]] = {}  # with processes that wait for the result
+        self._coming = Counter[str]()  # by cgroup: number of its files that are being examined
         self._reading: set[File] = set()  # files whose contents are being read
-        # For each tenant's file the processes that map it; None: a process that may come to map it.
+        # By tenant's file: the processes that map it, with the mapping; None: a process that may map it later.
         self._mappers: dict[File, dict[int, MappedFile | None]] = {}
-        self._refused: dict[File, str] = {}  # until the next look_around()
-        self._unprobed: dict[int, dict[File, str]] = {}  # processes with files whose probes miss their calls, and why
+        self._refused: dict[File, str] = {}  # files that cannot be probed, and why; until the next look_around()
+        self._unprobed: dict[int, dict[File, str]] = {}  # by process: files whose probes miss its calls, and why
         self._named: set[object] = set()
         self.refusals = 0
 
     # -- the host's own files
 
     def attach_own(self) -> None:
-        """Probe the host's own files. Raises ProbeError: one of them cannot be probed."""
+        """Probe the host's own files. Raises ProbeError: one of these files cannot be probed."""
         for target, role in self._own:
             self._probes.attach(target, role)
 
     def read_own(self) -> None:
-        """Let workers read the contents of the host's drivers, so that copies of them are trusted."""
+        """Let workers read the contents of the host's drivers, so that copies of these files are trusted."""
         for target, role in self._own:
             if role is Role.HOST:
                 self.work("", partial(self._read_own, target))
@@ -98,7 +105,10 @@ class Libraries:
         return self._wakeup.fileno()
 
     def work(self, cgroup: str, job: Job) -> bool:
-        """Queue a job for a cgroup, or for the host if empty. Returns False if the cgroup's queue or budget is full."""
+        """Queue a job for a cgroup, or for the host if `cgroup` is empty.
+
+        Returns False if the cgroup's queue is full or its processor time is used up.
+        """
         if cgroup and not self._budget.has_time(cgroup):
             return False
         queued = self._workers.want(cgroup, job)
@@ -106,7 +116,7 @@ class Libraries:
         return queued
 
     def take(self) -> None:
-        """Apply the results of the workers."""
+        """Apply the results of the worker threads."""
         self._wakeup.clear()
         for done in self._workers.take():
             self._budget.charge(done.owner, done.took_ns)
@@ -120,14 +130,14 @@ class Libraries:
                 self._wakeup.wake()
 
     def settle(self, is_ready: Callable[[], bool]) -> None:
-        """Wait until `is_ready` and until requested files are probed, for at most SETTLE_SECONDS."""
+        """Wait until `is_ready` returns True and all requested files are examined, for at most SETTLE_SECONDS."""
         end = monotonic() + SETTLE_SECONDS
         while (self._examining or not is_ready()) and monotonic() < end:
             sleep(0.001)
             self.take()
 
     def keep(self) -> None:
-        """Check that files trusted by their contents are unchanged; to be called in every round."""
+        """Check that files trusted by their contents are unchanged. To be called in every round of the main loop."""
         self._budget.refill()
         for file in self.tenant_files():
             now = self._probes.of(file)
@@ -138,11 +148,14 @@ class Libraries:
     # -- files that processes map
 
     def tenant_files(self) -> frozenset[File]:
-        """Return probed files that are not the host's own, such as in containers' layers, whose mounts stay busy."""
+        """Return all probed files except the host's own.
+
+        Many of these files lie in layers of containers. Their probes keep the mounts busy.
+        """
         return self._probes.known - self.own_files
 
     def knows(self, pid: int, one: MappedFile) -> bool:
-        """Return whether a file that a process maps is probed already, and needs no further work."""
+        """Return whether a file that a process maps is already probed and needs no further work."""
         file = one.dev, one.ino
         now = self._probes.of(file)
         if not now or file in self.own_files:
@@ -152,7 +165,7 @@ class Libraries:
         return now.stamp is not None and file in self._budget
 
     def want(self, pid: int, cgroup: str, one: MappedFile) -> None:
-        """Let a worker probe a file that a process of this cgroup maps, and check the breakpoint in that process."""
+        """Let a worker probe a file that a process of this cgroup maps, and check the breakpoint in its memory."""
         file = one.dev, one.ino
         if self._probes.of(file) or file in self.own_files:
             if file not in self.own_files:
@@ -189,7 +202,7 @@ class Libraries:
             self.want(other, cgroup, its)
 
     def enter(self, cgroup: str, examined: Examined) -> str:
-        """Take over the probes that a worker has attached; return why that is not possible, or an empty text."""
+        """Take over the probes that a worker has attached. Returns why that is impossible, or an empty text."""
         file = examined.file
         if self._probes.of(file) is not examined.before:  # the result of another worker came first
             attach.drop(examined.links)
@@ -231,11 +244,11 @@ class Libraries:
     # -- classes of files
 
     def _mapped(self, file: File) -> tuple[int, MappedFile] | None:
-        """Return a process that maps a tenant's file, with its mapping."""
+        """Return one process that maps a tenant's file, with its mapping; None: there is none."""
         return next(((pid, one) for pid, one in self._mappers.get(file, {}).items() if one), None)
 
     def _read(self, file: File) -> None:
-        """Let a worker read the contents of a tenant's driver, once: they may make it trusted; doctor shows them."""
+        """Let a worker read a tenant's driver once: its digest may make it trusted, and `fgpu doctor` shows it."""
         now, mapped = self._probes.of(file), self._mapped(file)
         if not now or not mapped or not now.role.is_driver or file in self._reading:
             return
@@ -252,13 +265,13 @@ class Libraries:
         self._change(file)
 
     def _change(self, file: File) -> None:
-        """Let a worker probe a file anew if its class has changed."""
+        """Let a worker probe a file again if its role has changed."""
         now, mapped = self._probes.of(file), self._mapped(file)
         if now and mapped and self._trust.role(file, now.stamp) is not now.role is not Role.NONE:
             self._examine(mapped[0], self._budget.cgroup_of(file), mapped[1])
 
     def _look_again(self, file: File) -> None:
-        """Let a worker check a file's size and times."""
+        """Let a worker check whether a file's size and times have changed."""
         if mapped := self._mapped(file):
             self.work(self._budget.cgroup_of(file), partial(self._stamped, file, *mapped))
 
@@ -271,7 +284,7 @@ class Libraries:
             self._examine(mapped[0], self._budget.cgroup_of(file), mapped[1])
 
     def views(self, tenant_of: Callable[[str], str]) -> tuple[LibraryView, ...]:
-        """Return the drivers that processes map and that are not the host's; `tenant_of` names a cgroup's tenant."""
+        """Return the drivers that processes map, except the host's. `tenant_of` returns a cgroup's tenant by name."""
         return tuple(self._views(tenant_of))
 
     def _views(self, tenant_of: Callable[[str], str]) -> Iterator[LibraryView]:
@@ -286,7 +299,7 @@ class Libraries:
     # -- files that go, and refusals
 
     def look_around(self) -> None:
-        """Forget refusals, so that these files are tried again, and let workers check all tenants' files."""
+        """Discard refusals, so that these files are tried again, and let workers check all tenants' files."""
         for file in self._refused:
             self._budget.forget(file)
         self._refused.clear()
@@ -295,14 +308,14 @@ class Libraries:
             self._read(file)
 
     def unmapped(self) -> set[File]:
-        """Return tenants' files that no process can still use."""
+        """Return the tenants' files that no process can use any longer."""
         mappers = {file: self._mappers.get(file, {}) for file in self.tenant_files()}
         self._mappers = {f: {p: one for p, one in its.items() if procfs.has_memory(p)} for f, its in mappers.items()}
         self._unprobed = {pid: why for pid, why in self._unprobed.items() if why and procfs.has_memory(pid)}
         return {file for file, pids in self._mappers.items() if not pids}
 
     def expect_mapping(self, file: File, pid: int) -> None:
-        """Record that a process may come to map a tenant's file."""
+        """Record that a process may map a tenant's file later."""
         self._mappers.setdefault(file, {}).setdefault(pid, None)
 
     def let_go(self, file: File) -> None:
@@ -313,7 +326,7 @@ class Libraries:
         self._mappers.pop(file, None)
 
     def unprobed(self) -> Mapping[int, str]:
-        """Return processes with files whose probes miss their calls, each with the reason."""
+        """Return the processes with a file whose probes miss their calls, each with the reason."""
         return {pid: "; ".join(why.values()) for pid, why in self._unprobed.items() if why}
 
     def room(self, cgroup: str) -> int:

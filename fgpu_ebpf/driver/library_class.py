@@ -1,13 +1,13 @@
-"""The trust class of a file of libcuda or the shim, and the reason.
+"""The trust class (role) of a file of libcuda or the shim.
 
 Roles: SHIM, a shim of this host; HOST, the host driver's own file; LISTED, a file with the contents of a host driver's
-file or with a digest in agent.yaml; UNKNOWN, every other libcuda; NONE, a file that has libfgpu's name and is neither.
-Frees by drivers of the first two classes count at once; by those of the third they count once NVML shows them.
+file or with a digest in agent.yaml; UNKNOWN, every other libcuda; NONE, a file with libfgpu's name that is neither a
+shim nor a driver. Frees by drivers of the roles HOST and LISTED count at once. Frees by UNKNOWN drivers count once NVML
+shows them.
 
-A file is known by its (dev, ino) or by its contents, never by what it contains about itself: a build id is a note that
-the file's author writes. A tenant can write into its own file at any time, so contents are trusted only while the
-file's size and times are the same as before the reading. The agent's main thread and its library workers use this
-module.
+A file is identified by its (dev, ino) or by the digest of its contents, never by a build id or another note in it,
+which the file's author can choose. A tenant can write to its own file at any time, so contents are trusted only while
+the file's size and times are the same as before the reading. Runs in the agent's main thread and library workers.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from fgpu_ebpf.abi import CLASS_SHIFT, Class, Function
 from fgpu_ebpf.linux.procmaps import File
 
 DIGEST = re.compile("sha256:[0-9a-f]{64}")
-MOST_KNOWN = 4096  # digests in memory
-MOST_BYTES = 1 << 29  # the longest file that is read: five times a driver's
+MOST_KNOWN = 4096  # number of digests in memory
+MOST_BYTES = 1 << 29  # the longest file that is read: five times the size of a driver
 TICK_SECONDS = 0.05  # longer than the resolution of file systems' times
 _CHUNK = 1 << 20
 
 
 class Role(Enum):
-    """The class of a file; the value is the letter in the names of its pinned links."""
+    """The trust class of a file. The value is the letter in the names of its pinned links."""
 
     SHIM = "s"
     HOST = "h"
@@ -41,11 +41,11 @@ class Role(Enum):
 
     @property
     def is_driver(self) -> bool:
-        """True if calls into the file are charged."""
+        """True if calls of the file's functions are charged."""
         return self in _CLASSES
 
     def cookie(self, function: Function) -> int:
-        """Return the cookie of the probes on this function."""
+        """Return the cookie of the probes on this function of a file with this role."""
         return function | _CLASSES[self] << CLASS_SHIFT
 
 
@@ -54,7 +54,7 @@ _CLASSES = {Role.HOST: Class.HOST, Role.LISTED: Class.LISTED, Role.UNKNOWN: Clas
 
 @dataclass(frozen=True, slots=True)
 class Stamp:
-    """A file's size and times: while they stay, so do its contents."""
+    """A file's size and times. While they do not change, its contents do not change."""
 
     size: int
     mtime_ns: int
@@ -70,7 +70,8 @@ class Stamp:
 def digest(fd: int, stamp: Stamp) -> str:
     """Return the SHA-256 of an open file with this stamp, as `sha256:…`; empty: it is too large, or has changed.
 
-    Waits before it reads, so that a change during the reading gets another time. Raises OSError.
+    The function waits for TICK_SECONDS before it reads, so that a change during the reading gets another time. Raises
+    OSError.
     """
     if stamp.size > MOST_BYTES:
         return ""
@@ -85,7 +86,8 @@ def digest(fd: int, stamp: Stamp) -> str:
 class Trust:
     """The files and contents that this host trusts.
 
-    `files`: the host driver's and the published shims; `shims`: SHA-256 and size of each; `listed`: from agent.yaml.
+    `files`: the host driver's files and the shims, with their roles. `shims`: the sizes of all shims by SHA-256.
+    `listed`: digests of drivers from agent.yaml.
     """
 
     def __init__(
@@ -98,20 +100,20 @@ class Trust:
         self._known: dict[File, tuple[Stamp, str]] = {}
 
     def trust_file(self, file: File, role: Role) -> None:
-        """Trust this file, one of the host's own."""
+        """Trust one of the host's own files."""
         self._files[file] = role
 
     def trust_contents(self, digest: str) -> None:
-        """Trust these contents, of a host driver's file."""
+        """Trust all files whose contents have this digest, which is that of a host driver's file."""
         self._drivers.add(digest)
 
     @property
     def listed(self) -> list[str]:
-        """The digests of all drivers that are trusted by their contents."""
+        """The digests of all drivers that are trusted by their contents, sorted."""
         return sorted(self._drivers)
 
     def may_be_a_shim(self, stamp: Stamp) -> bool:
-        """Return whether one of our shims is as long as this file."""
+        """Return whether a file with this stamp has the size of one of this host's shims."""
         return stamp.size in self._shims.values()
 
     def learn(self, file: File, stamp: Stamp, digest: str) -> None:
@@ -125,12 +127,12 @@ class Trust:
         self._known.pop(file, None)
 
     def digest(self, file: File, stamp: Stamp | None) -> str | None:
-        """Return the digest of a file with this stamp; None: it has not been read; empty: it cannot be read."""
+        """Return the stored digest of a file with this stamp; None: it was not read; empty: it cannot be read."""
         found = self._known.get(file)
         return found[1] if found and found[0] == stamp else None
 
     def role(self, file: File, stamp: Stamp | None = None) -> Role:
-        """Return the role of a file; UNKNOWN if it is not the host's own and its contents are not known."""
+        """Return the role of a file: UNKNOWN if it is not one of the host's own and its contents are not trusted."""
         if file in self._files:
             return self._files[file]
         contents = self.digest(file, stamp) or ""

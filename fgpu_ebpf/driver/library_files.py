@@ -1,8 +1,8 @@
-"""Files of libcuda and the shim: where a host has them, and how to open a file that a process maps.
+"""Files of libcuda and the shim: where they are on a host, and how to open a file that a process maps.
 
-A file is compared with the mapping after it is opened, since another may have taken its place. A path that a container
-has chosen is never followed to a file of the host's. The agent's main thread and its workers use this module. Raises
-OSError.
+A file is compared with the mapping after it is opened, because another file may have replaced it. A path that a
+container has chosen is never followed to a file of the host. Runs in the agent's main thread and worker threads. Errors
+are OSError.
 """
 
 from __future__ import annotations
@@ -27,8 +27,9 @@ LIBRARY_FOLDERS = (
 class Target:
     """A file to probe.
 
-    `way` is the path by which this process opens it; (dev, ino) is its name in /proc/PID/maps, and `path` the one for
-    people. `pinned`: its links outlive the agent; for a file in a container's layer they would keep the mount busy.
+    `way`: the path by which the agent opens it. (`dev`, `ino`): its name in /proc/PID/maps. `path`: its name for
+    people. `pinned`: whether its links outlive the agent; for a file in a container's layer they do not, because they
+    would keep the mount busy.
     """
 
     path: str
@@ -36,17 +37,17 @@ class Target:
     ino: int
     pinned: bool
     way: str
-    through: bool = False  # `way` is a link of the kernel's own
-    root: str = ""  # where `way` begins, with no link on it; empty: no container has chosen it
+    through: bool = False  # `way` is a link in /proc, which is followed
+    root: str = ""  # the root in which `way` is resolved, without links; empty: no container has chosen `way`
 
     @classmethod
     def of(cls, path: str) -> Target:
-        """Return the target for a file of the host's own. Raises OSError."""
+        """Return the target for one of the host's own files. Raises OSError."""
         place = os.path.realpath(path)
         return cls(place, *mapped_files.as_mapped(place), True, place)
 
     def open(self) -> int:
-        """Return a descriptor of exactly this file. Raises OSError (ESTALE: another file is in its place)."""
+        """Open exactly this file, and return the descriptor. Raises OSError; ESTALE: another file has replaced it."""
         fd = self._open()
         try:
             if mapped_files.mapped_as(fd) != (self.dev, self.ino):
@@ -70,7 +71,10 @@ class Target:
 
 
 def driver_libraries(root: Path, name: str) -> list[Path]:
-    """Return each file of this name in a driver root's library folders; for /, the loader's cache comes first."""
+    """Return all files of this name in the library folders of a driver root, each once.
+
+    If the root is /, those in the loader's cache come first.
+    """
     found: dict[Path, None] = {}
     for path in _candidates(root, name):
         with contextlib.suppress(OSError):
@@ -84,13 +88,13 @@ def _candidates(root: Path, name: str) -> list[Path]:
 
 
 def driver_files(root: Path) -> dict[Path, tuple[int, int] | None]:
-    """Return the paths at which a driver root has its libraries now, each with (dev, ino) of its file."""
+    """Return the paths at which a driver root has its libraries now, each with the (dev, ino) of its file."""
     paths = [path for name in ("libcuda.so.1", "libnvidia-ml.so.1") for path in _candidates(root, name)]
     return {path: file for path in paths if (file := file_at(path))}
 
 
 def file_at(path: Path) -> tuple[int, int] | None:
-    """Return (dev, ino) of the file at a path, by os.stat; None: there is none, or a mount shows a removed one."""
+    """Return (dev, ino) of the file at a path, by os.stat(); None: there is none, or a mount shows a removed file."""
     try:
         at = path.stat()
     except OSError:
@@ -115,7 +119,8 @@ def _loader_cache() -> list[str]:
 def target_of(pid: int, mapped: mapped_files.MappedFile) -> Target:
     """Return the target for a file that a process maps. Raises OSError: it cannot be opened.
 
-    The process chooses its paths, so each is tried and the opened file is compared; map_files links to the mapping.
+    The process determines its paths, so each path is tried, and the opened file is compared with the mapping. The path
+    in map_files is a link of the kernel to the mapped file.
     """
     ways = (
         Target(mapped.path, mapped.dev, mapped.ino, True, mapped.path, root="/"),

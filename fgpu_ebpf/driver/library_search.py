@@ -1,7 +1,7 @@
-"""The files of libcuda and the shim that a process maps: found by their names, and if necessary by their contents.
+"""Search for the files of libcuda and the shim that a process maps, by their names and, if necessary, their contents.
 
-This module runs in the agent's library workers, because reading a process's mappings can block on the process. A file
-that is not libcuda is not read again while it is unchanged.
+Runs in the agent's library workers, because reading a process's mappings can block on the process. A file that is not
+libcuda is not read again while it is unchanged.
 """
 
 from __future__ import annotations
@@ -19,15 +19,16 @@ from fgpu_ebpf.linux.procmaps import File, Mapped
 
 MOST_REMEMBERED = 1 << 14
 _NAMES = ("libcuda.so.1", "libcuda.so")
-_NO_COPY = (b"[vdso]", b"[vsyscall]", b"[uprobes]", b"[vectors]", b"[sigpage]")  # the kernel's own
+_NO_COPY = (b"[vdso]", b"[vsyscall]", b"[uprobes]", b"[vectors]", b"[sigpage]")  # mappings of the kernel's own
 
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """The files of one process. `files` None: its mappings cannot be read, though it may live.
+    """The files of one process.
 
-    `code`: it executes memory that no file backs, in which a copy of libcuda could not be probed (only known after a
-    search by contents). `books`: it is under an image's own limit.
+    `files`: None if the mappings cannot be read, although the process may still live. `code`: the process executes
+    memory that no file backs, in which a copy of libcuda could not be probed; only a search by contents sets this.
+    `books`: the process is under an image's own limit.
     """
 
     files: list[MappedFile] | None
@@ -36,19 +37,19 @@ class Found:
 
 
 class Search:
-    """The search. `known` returns whether a file is probed already."""
+    """The search. `known` returns whether a file is already probed."""
 
     def __init__(self, known: Callable[[File], bool]) -> None:
         self._known = known
-        self._others: dict[File, Stamp] = {}  # files that are not libcuda
+        self._others: dict[File, Stamp] = {}  # files that are not libcuda, as they were when read
 
     def by_name(self, pid: int) -> Found:
-        """Return the files that have the names of libcuda or the shim."""
+        """Return the files of a process that have the names of libcuda or the shim."""
         files = cuda_mappings.fgpu_mappings(pid)
         return Found(files, books=bool(files) and cuda_mappings.keeps_books(pid))
 
     def by_contents(self, pid: int) -> Found:
-        """Return the files that are libcuda, whatever their names are, and those with its names."""
+        """Return the files of by_name(), and files with any other name that are libcuda by their contents."""
         named = self.by_name(pid)
         if named.files is None:
             return named
@@ -89,7 +90,7 @@ class Search:
 
 
 def is_libcuda(fd: int) -> bool:
-    """Return whether an open file calls itself libcuda, or has all required functions of a driver. Raises OSError."""
+    """Return whether an open file has libcuda's soname, or all required functions of a driver. Raises OSError."""
     try:
         library = elf.Library(fd)
         return library.name in _NAMES or all(library.offset(name) is not None for name in REQUIRED)

@@ -1,7 +1,7 @@
-"""Examination of libcuda and shim files: their class, and whether their probes see the calls of a process.
+"""Examination of libcuda and shim files: their role, and whether their probes record the calls of a process.
 
-This module runs in the agent's library workers. A file may be a tenant's, contain anything, or lie on a file system
-that never answers. Results are applied in the main thread (`libraries`); only the digests in `Trust` are changed here.
+Runs in the agent's library workers. A file may belong to a tenant, contain anything, or lie on a file system that never
+responds. The main thread applies the results (`libraries`). This module changes only the digests in `Trust`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ MOST_FAILED = 4096  # remembered failures
 
 
 class Unreachable(Exception):
-    """A process maps another file than the one that can be opened by the same name and number."""
+    """A process maps another file than the one that can be opened by the same path, dev and ino."""
 
     def __str__(self) -> str:
         return "the mapped file cannot be opened: its layer was changed after it was mapped, or it is mapped shared"
@@ -30,10 +30,12 @@ class Unreachable(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Examined:
-    """The result for a file. `before`: its probes when it was examined; without a `plan` these are sufficient.
+    """The result for a file.
 
-    `beside`: keep the probes before, since they are on another inode that some processes still map. `error`: probes
-    miss the calls of the process, and if `is_file_s`, of every process that maps this file.
+    `before`: its probes when it was examined. They are sufficient if there is no `plan`. `links`, `stamp`: the new
+    probes, and the file's size and times. `beside`: keep the probes in `before`, because they are on another inode that
+    some processes still map. `error`: why probes miss the calls of the process and, if `is_file_s`, of every process
+    that maps this file.
     """
 
     file: File
@@ -48,29 +50,29 @@ class Examined:
 
 
 class Examiner:
-    """Attaches missing probes, and returns what it has attached."""
+    """Examines files, attaches missing probes, and returns them in an Examined."""
 
     def __init__(self, probes: Probes, trust: Trust) -> None:
         self._probes, self._trust = probes, trust
         self._failed: dict[File, tuple[Stamp, str]] = {}
 
     def mapped(self, pid: int, one: MappedFile) -> Examined:
-        """Examine a file that a process maps; without an error its probes are in that process's memory."""
+        """Examine a file that a process maps. Without an error in the result, its memory has the breakpoints."""
         try:
             return self._examine(target_of(pid, one), pid)
-        except Exception as error:  # a tenant may have made the file anything
+        except Exception as error:  # of any kind, because a tenant's file may contain anything
             is_file_s = not isinstance(error, Unreachable)
             return Examined((one.dev, one.ino), error=str(error) or repr(error), is_file_s=is_file_s)
 
     def found(self, target: Target) -> Examined:
-        """Examine a file that processes may come to map."""
+        """Examine a file that processes may map later."""
         try:
             return self._examine(target, None)
         except Exception as error:
             return Examined((target.dev, target.ino), error=str(error) or repr(error))
 
     def stamp(self, pid: int, one: MappedFile) -> Stamp | None:
-        """Return the file's size and times now; None: it cannot be opened."""
+        """Return the current size and times of a file that a process maps; None: it cannot be opened."""
         try:
             fd = target_of(pid, one).open()
         except OSError:
@@ -81,7 +83,7 @@ class Examiner:
             os.close(fd)
 
     def read_own(self, target: Target) -> str:
-        """Return the digest of a file of the host's own; empty: it cannot be read."""
+        """Return the digest of one of the host's own files; empty: it cannot be read."""
         try:
             fd = target.open()
             try:
@@ -92,7 +94,7 @@ class Examiner:
             return ""
 
     def read(self, pid: int, one: MappedFile) -> Stamp | None:
-        """Store the digest of a file's contents, and return the stamp that it had; None: it cannot be read."""
+        """Store the digest of a file's contents in Trust, and return the file's stamp; None: it cannot be read."""
         file = one.dev, one.ino
         try:
             fd = target_of(pid, one).open()
@@ -130,14 +132,17 @@ class Examiner:
         return Examined(file, before, target, plan, links, stamp, beside)
 
     def _role(self, file: File, fd: int, stamp: Stamp, before: Attachment | None) -> Role:
-        """Return the role of a file. It is read at once if it may be a shim, which is short, or was trusted before."""
+        """Return the role of a file.
+
+        The file is read at once if it has the size of a shim, which is short, or if an earlier agent trusted it.
+        """
         was_trusted = before is not None and before.stamp is None and before.role is Role.LISTED
         if self._trust.digest(file, stamp) is None and (was_trusted or self._trust.may_be_a_shim(stamp)):
             self._trust.learn(file, stamp, library_class.digest(fd, stamp))
         return self._trust.role(file, stamp)
 
     def _plan(self, file: File, fd: int, path: str, role: Role, stamp: Stamp) -> Plan:
-        """Return the probe plan of a file; a file that has failed is not parsed again while it is unchanged."""
+        """Return the probe plan of a file. A file that has failed is not parsed again while it is unchanged."""
         failed = self._failed.get(file)
         if failed and failed[0] == stamp:
             raise ProbeError(failed[1])
@@ -151,10 +156,13 @@ class Examiner:
 
 
 def _sees(pid: int | None, file: File, check: int) -> bool:
-    """Return whether probes at this offset see a process's calls; True without a process or if it has no such file."""
+    """Return whether a process's memory has the breakpoint at this offset; True if it does not map the file.
+
+    Without a process (`pid` None) the result is True.
+    """
     return pid is None or breakpoints.is_set(pid, file, check) is not False
 
 
 def _replaces(fd: int, before: Attachment) -> bool:
-    """Return whether the probes are on the inode of this open file, so that new ones on it replace them."""
+    """Return whether earlier probes are on the inode of this open file, so that new probes on it replace them."""
     return before.check == breakpoints.UNCHECKED or breakpoints.is_set_in_new_mappings(fd, before.check)

@@ -1,7 +1,7 @@
-"""The links of one program to one file: one for all offsets, or, before Linux 6.6, one for each.
+"""The links of one BPF program to one file: one link for all offsets, or before Linux 6.6 one for each offset.
 
-`attach` uses this module, in the agent's main thread; a thread of this module closes links. OSError: links that were
-not pinned yet are closed.
+Runs in the agent's main thread and worker threads. A thread of this module closes links. After an OSError, links that
+were not pinned yet are closed.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from pathlib import Path
 
 from fgpu_ebpf.linux import bpf
 
-_NTH = "+"  # before the numbers of the second and later links; bpffs allows no dot
-_FEW = 2  # links of a file if each program has one
+_NTH = "+"  # precedes the number of the second and later links; a name in a bpffs may not contain a dot
+_FEW = 2  # number of links of a file if each program has one
 
 
 def pin(links: Iterable[int], path: Path) -> set[str]:
-    """Pin links at `path` and beside it; return the names. Raises OSError; all descriptors are closed in any case."""
+    """Pin links at `path` and beside it, and return their names. Raises OSError. Always closes all descriptors."""
     rest = list(links)
     places = [path, *(path.with_name(f"{path.name}{_NTH}{n}") for n in range(1, len(rest)))]
     try:
@@ -34,14 +34,14 @@ def pin(links: Iterable[int], path: Path) -> set[str]:
 
 
 def remove(paths: Iterable[Path]) -> None:
-    """Unpin links; the kernel detaches them later. Another process may be unpinning them too."""
+    """Unpin links, which the kernel detaches later. A missing path is no error: another process may unpin it too."""
     for path in list(paths):
         with contextlib.suppress(FileNotFoundError):
             path.rmdir() if path.is_dir() else path.unlink()
 
 
 def close(links: Collection[int]) -> None:
-    """Close links that are not pinned; many of them in a thread, since each takes 0.1 s."""
+    """Close links that are not pinned. Many links are closed in a thread, because each takes 0.1 s."""
     if len(links) > _FEW:
         _closer().put(links)
         return

@@ -1,7 +1,8 @@
-"""NVIDIA's management library: the devices, and what each process holds on them.
+"""NVIDIA's management library: the devices, and the memory of each process on them.
 
-Only this module and `nvml_process_rows` use pynvml. The agent's reconcile thread, its start and `fgpu doctor` use this
-module. A number that NVML does not report is None. DriverError, with its fix: there is no driver.
+Runs in the agent's reconcile thread, in its main thread at its start, and in `fgpu doctor`. Only this module and
+`nvml_process_rows` use pynvml. A number that NVML does not report is None. DriverError: there is no driver; the text
+names the fix.
 """
 
 from __future__ import annotations
@@ -23,25 +24,25 @@ from fgpu_ebpf.driver.nvml_process_rows import ProcessRows
 
 _NVML = "libnvidia-ml.so.1"
 _LOST = (pynvml.NVML_ERROR_GPU_IS_LOST, pynvml.NVML_ERROR_UNINITIALIZED, pynvml.NVML_ERROR_DRIVER_NOT_LOADED)
-AGAIN_SECONDS = 5.0  # between two restarts of NVML while other devices answer
-_MOST_EVENTS = 64  # of one call; others stay for the next
+AGAIN_SECONDS = 5.0  # between two restarts of NVML, as long as some devices respond
+_MOST_EVENTS = 64  # of one call; later events stay for the next call
 log = logging.getLogger("fgpu.agent")
 
 
 class DriverError(Exception):
-    """There is no NVIDIA driver, or it does not answer; the text names the fix."""
+    """There is no NVIDIA driver, or it does not respond. The text names the fix."""
 
 
 @dataclass(frozen=True, slots=True)
 class Device:
-    """A GPU; `index` is the ledger's. Sizes are in bytes."""
+    """A GPU. `index` is its index in the ledger. Sizes are in bytes."""
 
     index: int
     uuid: bytes
     name: str
     pci_bus_id: str
     capacity_bytes: int
-    usable_bytes: int  # what tenants can get: all but the driver's reserve
+    usable_bytes: int  # for tenants: the capacity without the driver's reserve
 
     @property
     def uuid_text(self) -> str:
@@ -50,13 +51,13 @@ class Device:
 
 
 class Nvml:
-    """One initialised NVML, of one driver root. `known`: ledger indexes by UUID, from before this start.
+    """One initialised NVML, of one driver root. `known`: ledger indexes by UUID, from earlier agents.
 
-    A device without a handle, for example a lost one, does not prevent the use of others: `missing` has the reason by
-    its name, and look_for_missing() tries again.
+    All other devices can be used if a device has no handle, for example because it is lost. `missing` has the reason by
+    the name of the device, and look_for_missing() tries again.
     """
 
-    released = False  # by release()
+    released = False  # set by release()
 
     def __init__(self, root: Path = Path("/"), known: Mapping[bytes, int] | None = None) -> None:
         self._known = dict(known or {})
@@ -82,7 +83,7 @@ class Nvml:
 
     @staticmethod
     def _preload(root: Path) -> None:
-        """Load this root's library, which pynvml then finds by its soname."""
+        """Load the NVML library of this root, which pynvml then finds by its soname."""
         for path in library_files.driver_libraries(root, _NVML):
             ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)
             return
@@ -90,7 +91,7 @@ class Nvml:
             raise OSError(f"no {_NVML} under {root}")
 
     def _find(self) -> tuple[list[Device], dict[str, str]]:
-        """Return devices that have got a handle now, and why others have none. Raises NVMLError."""
+        """Return the devices that this call has given a handle, and why others have none. Raises NVMLError."""
         found, missing = [], {}
         for number in range(pynvml.nvmlDeviceGetCount()):
             try:
@@ -106,7 +107,7 @@ class Nvml:
         return sorted(found, key=lambda device: device.index), missing
 
     def _device(self, number: int) -> Device | None:
-        """Return a new device; None: it has a handle already, or there is no index for it. Raises NVMLError."""
+        """Return a new device; None: it already has a handle, or no ledger index is free. Raises NVMLError."""
         handle = pynvml.nvmlDeviceGetHandleByIndex(number)
         uuid = uuid_bytes(str(pynvml.nvmlDeviceGetUUID(handle)))
         index = device_indexes.index_of(uuid, number, self._known, self._handles)
@@ -118,14 +119,14 @@ class Nvml:
         return Device(index, uuid, name, pci, total, total - _reserved_bytes(handle))
 
     def release(self) -> None:
-        """Shut NVML down: this process has no device open any longer, and all calls fail until take_up()."""
+        """Shut NVML down. This process then has no device open, and all calls fail until take_up()."""
         self.released = True
         self._end_events()
         with contextlib.suppress(pynvml.NVMLError):
             pynvml.nvmlShutdown()
 
     def take_up(self) -> None:
-        """Initialise NVML again. If that is not possible yet, each call tries it again."""
+        """Initialise NVML again. If this is not possible yet, each later call tries again."""
         self.released = False
         self._restart()
 
@@ -136,7 +137,10 @@ class Nvml:
         return self._handles[index]
 
     def look_for_missing(self) -> None:
-        """Try devices without a handle again. NVML finds a device that was reset only after a restart, done rarely."""
+        """Try again to get handles of missing devices.
+
+        NVML finds a device that was reset only after a restart, which is done at most every AGAIN_SECONDS.
+        """
         if self.released or not self.missing:
             return
         if time.monotonic() >= self._begin_at:
@@ -147,12 +151,12 @@ class Nvml:
             self._came += [(device.index, None) for device in found]
 
     def arrived(self) -> list[Device]:
-        """Return devices that look_for_missing() has found since the last call; they are not in `devices` yet."""
+        """Return the devices that look_for_missing() has found since the last call. They are not in `devices` yet."""
         found, self._arrived = self._arrived, []
         return found
 
     def used_bytes(self, index: int) -> int | None:
-        """Return the bytes in use on a device, including the driver's own."""
+        """Return the bytes in use on a device, including those of the driver; None: NVML does not report them."""
         try:
             return int(pynvml.nvmlDeviceGetMemoryInfo(self._handle(index)).used)
         except pynvml.NVMLError as error:
@@ -160,19 +164,22 @@ class Nvml:
             return None
 
     def in_mig_mode(self, index: int) -> bool:
-        """Return whether the device is divided into MIG instances, which the ledger does not know."""
+        """Return whether the device is divided into MIG instances, which the ledger does not support."""
         try:
             return bool(pynvml.nvmlDeviceGetMigMode(self._handles[index])[0] == pynvml.NVML_DEVICE_MIG_ENABLE)
         except pynvml.NVMLError:  # the device has no MIG mode
             return False
 
     def taken_bytes(self, index: int) -> int | None:
-        """Return the bytes in use of what tenants can get on a device; None: NVML does not report it."""
+        """Return the bytes in use on a device without the driver's reserve; None: NVML does not report them."""
         used, device = self.used_bytes(index), next((d for d in self.devices if d.index == index), None)
         return None if used is None or device is None else used - (device.capacity_bytes - device.usable_bytes)
 
     def process_bytes(self, index: int) -> dict[int, int | None] | None:
-        """Return bytes by host pid on a device; None for a process ("N/A") or for all: NVML does not report it."""
+        """Return bytes by host pid on a device.
+
+        The bytes of a process, or the whole result, are None if NVML does not report them ("N/A").
+        """
         try:
             return self._rows.ask(self._handle(index))
         except pynvml.NVMLError as error:
@@ -180,7 +187,7 @@ class Nvml:
             return None
 
     def _find_again(self, error: pynvml.NVMLError) -> None:
-        """Restart NVML after errors of lost devices: a device that was lost or reset is a new one for NVML."""
+        """Restart NVML after an error of a lost device: a device that was lost or reset needs a new handle."""
         if self.released or error.value not in _LOST:
             return
         lost = {index for index, handle in self._handles.items() if _is_lost(handle)}
@@ -190,7 +197,7 @@ class Nvml:
             self._restart()
 
     def _restart(self) -> None:
-        """Restart NVML. Other devices keep their handles; XIDs of that moment are lost, so it is done rarely."""
+        """Restart NVML and look up all handles again. Rarely done, because XIDs are lost during the restart."""
         self._begin_at = time.monotonic() + AGAIN_SECONDS
         self._end_events()
         with contextlib.suppress(pynvml.NVMLError):
@@ -198,7 +205,7 @@ class Nvml:
         try:
             pynvml.nvmlInit()
         except pynvml.NVMLError:
-            return  # not possible yet: the next call tries again
+            return  # not possible yet; the next call tries again
         for uuid, index in self._known.items():
             if index in self._handles:
                 self._find_handle(uuid, index)
@@ -207,27 +214,28 @@ class Nvml:
         try:
             self._handles[index] = pynvml.nvmlDeviceGetHandleByUUID(uuid_text(uuid))
         except pynvml.NVMLError:
-            return  # not yet
+            return  # the device is still lost
         if index in self._lost and not _is_lost(self._handles[index]):
             self._lost.discard(index)
             self._came.append((index, None))
             log.warning("NVML had lost device %d, and has found it again", index)
 
     def watched(self) -> frozenset[int]:
-        """Return the devices whose XIDs NVML reports, from the first call of xids() on."""
+        """Return the devices whose XIDs NVML reports; empty before the first call of xids()."""
         return self._events.watched if self._events else frozenset()
 
     def xids(self) -> list[tuple[int, int | None]]:
-        """Return device and XID since the last call, in order; XID None: the device is back after a loss or a reset.
+        """Return pairs of device and XID since the last call, in order.
 
-        NVML is asked without waiting, in the caller's thread: a restart of NVML would break a wait in another thread.
+        An XID of None means that the device has been found again after a loss or a reset. The method polls NVML in the
+        caller's thread without waiting, because a restart of NVML would break a wait in another thread.
         """
         try:
             self._events = self._events or Events(self._handles)
             for event in self._events.take():
                 self._came.append(event)
         except pynvml.NVMLError:
-            self._end_events()  # until the next call
+            self._end_events()  # the next call registers again
         came, self._came = self._came, []
         return came
 
@@ -237,9 +245,13 @@ class Nvml:
         self._events = None
 
     def process_percent(self, index: int, since: float) -> dict[int, int] | None:
-        """Return the percent of a device's time by host pid, of the last sample since a time; None: not reported.
+        """Return the percentage of a device's time by host pid, from the last sample after a time; None: not reported.
 
-        `since`: seconds since the epoch. Processes that ran no kernels are left out.
+        Processes that ran no kernels are left out.
+
+        Args:
+            index: the ledger index of the device.
+            since: the time in seconds since the Unix epoch.
         """
         try:
             found = pynvml.nvmlDeviceGetProcessUtilization(self._handle(index), int(since * 1_000_000))
@@ -254,7 +266,7 @@ class Nvml:
 class Events:
     """The XID events of NVML for registered handles. Raises NVMLError.
 
-    Each event is reported once; events from before the registration are not reported.
+    Each event is reported once. Events from before the registration are not reported.
     """
 
     def __init__(self, handles: Mapping[int, object]) -> None:
@@ -265,12 +277,12 @@ class Events:
     def _register(self, handle: object) -> bool:
         try:
             pynvml.nvmlDeviceRegisterEvents(handle, pynvml.nvmlEventTypeXidCriticalError, self._set)
-        except pynvml.NVMLError:  # the device is lost, or too old
+        except pynvml.NVMLError:  # the device is lost, or too old for events
             return False
         return True
 
     def take(self) -> Iterator[tuple[int, int]]:
-        """Yield device and XID of the events that have come. Raises NVMLError."""
+        """Yield device and XID of all events that are available. Raises NVMLError."""
         for _ in range(_MOST_EVENTS):
             try:
                 event = pynvml.nvmlEventSetWait_v2(self._set, 0)
@@ -280,12 +292,12 @@ class Events:
                 yield from ((device, int(event.eventData)) for device in self._of(event.device))
 
     def _of(self, handle: object) -> Sequence[int]:
-        """Return the index of a handle; all indexes if NVML names a device by a handle that it never returned."""
+        """Return the index of a handle. If NVML reports a handle that it has never returned, return all indexes."""
         named = [index for index, one in self._handles.items() if _address(one) == _address(handle)]
         return named or list(self._handles)
 
     def end(self) -> None:
-        """Free the event set; events that were not taken are lost."""
+        """Free the event set. Events that were not read are lost."""
         with contextlib.suppress(pynvml.NVMLError):
             pynvml.nvmlEventSetFree(self._set)
 
@@ -311,7 +323,7 @@ def _reserved_bytes(handle: object) -> int:
 
 
 def checks(root: Path) -> list[Check]:
-    """Return the findings about the driver: its libraries exist, answer, and have the required functions."""
+    """Return the findings about the driver for `fgpu doctor`: libraries exist, respond, and have required functions."""
     try:
         nvml = Nvml(root)
     except DriverError as error:
@@ -340,7 +352,7 @@ def _mig(nvml: Nvml) -> list[Check]:
 
 
 def uuid_bytes(text: str) -> bytes:
-    """Return the 16 bytes of a device's UUID, `GPU-…` as NVML writes it. Raises ValueError."""
+    """Return the 16 bytes of a device's UUID from the form `GPU-…` that NVML prints. Raises ValueError."""
     raw = bytes.fromhex(text.removeprefix("GPU-").replace("-", ""))
     if len(raw) != 16:
         raise ValueError(f"not the UUID of a device: {text!r}")
@@ -348,7 +360,7 @@ def uuid_bytes(text: str) -> bytes:
 
 
 def uuid_text(raw: bytes) -> str:
-    """Return `GPU-…`, as NVML writes the UUID. Raises ValueError unless there are 16 bytes."""
+    """Return a device's UUID in the form `GPU-…` that NVML prints. Raises ValueError unless `raw` has 16 bytes."""
     if len(raw) != 16:
         raise ValueError(f"a UUID has 16 bytes, not {len(raw)}")
     text = raw.hex()

@@ -1,7 +1,8 @@
-"""NVML's rows: the processes that hold memory on a device, and how much.
+"""NVML's rows: the processes that hold memory on a device, with the number of bytes.
 
 NVML lists processes that compute and processes that draw or encode (Vulkan, OpenGL, NVENC) separately. A process that
-does both is in both lists, with the same bytes. The agent's reconcile thread uses this module.
+does both is in both lists, with the same bytes. Runs in the agent's reconcile thread, and in its main thread at its
+start.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import pynvml
 
 COMPUTE, GRAPHICS = "nvmlDeviceGetComputeRunningProcesses_v3", "nvmlDeviceGetGraphicsRunningProcesses_v3"
 _NOT_REPORTED = pynvml.NVML_VALUE_NOT_AVAILABLE_ulonglong.value
-_TRIES = 4  # while the number of processes grows between two calls
+_TRIES = 4  # the number of processes may grow between two calls
 _ABSENT = {pynvml.NVML_ERROR_NOT_SUPPORTED, pynvml.NVML_ERROR_FUNCTION_NOT_FOUND}
 
 
@@ -27,7 +28,7 @@ class ProcessRows:
     def ask(self, handle: object) -> dict[int, int | None]:
         """Return bytes by host pid; None: NVML does not report them. Raises NVMLError.
 
-        A device or a driver without the list of processes that draw is treated as having an empty one.
+        If a device or a driver has no list of processes that draw, this list counts as empty.
         """
         found = self._compute.ask(handle)
         try:
@@ -43,7 +44,7 @@ class ProcessRows:
 
 
 class _List:
-    """One of the lists, read by one call of the driver: pynvml makes two calls, the first for the number of rows."""
+    """One of NVML's two lists. It takes one call of the driver; pynvml makes two, the first for the number of rows."""
 
     def __init__(self, library: ctypes.CDLL, question: str) -> None:
         self._ask: Any = getattr(library, question, None)

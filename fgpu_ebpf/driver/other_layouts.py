@@ -1,13 +1,14 @@
-"""Limits over a change of the layout: the pinned maps of another layout are entered in this one, and then removed.
+"""Transfer of limits after a change of the layout: from the pinned maps of another layout, which are then removed.
 
-An agent whose pages have another layout than the pinned ones has a ledger of its own, which is empty. The charges of
-each level in the other ledger are entered here as orphaned bytes, so nothing beyond the limit is admitted. The
-reconcile thread then charges what NVML shows for the running programs, and releases what the device does not hold.
+If the pinned pages have another layout than the agent's, the agent creates a ledger of its own, which is empty. This
+module enters the charges of each level in the other ledger as orphaned bytes, so that nothing beyond the limit is
+admitted. The reconcile thread then charges the bytes that NVML shows for the running programs, and releases the bytes
+that the device does not hold.
 
-The order is: the other programs no longer find a page, the charges are read, and they are entered. bpf/fgpu.h says what
-all layouts have in common. The agent uses this module at its start. ProgramError: the limits of the other layout cannot
-be read and stay in force. OSError of the kernel once its pages are out of reach: nothing is admitted until a start
-succeeds, which reads them again.
+First the pages are hidden from the BPF programs of the other layout, then the charges are read, and then they are
+entered. bpf/fgpu.h describes the parts that all layouts have in common. Runs in the agent's main thread at its start.
+ProgramError: the limits of the other layout cannot be read, and stay in force. OSError after the pages were hidden:
+nothing is admitted until the agent starts successfully and reads the pages again.
 """
 
 from __future__ import annotations
@@ -33,13 +34,13 @@ _HEAD = struct.Struct("4Q32x")  # version, cgroup, flags, place (the slot)
 _USAGE = struct.Struct("8xQ16x")  # used
 _UUID_BYTES = 16
 _WITHDRAWN = 0  # the cgroup of a page that is about to be removed
-SEEN_SECONDS = 2.0  # the longest wait until all BPF programs see new levels
+SEEN_SECONDS = 2.0  # the longest wait until all BPF programs find the pages of new levels
 _MAPS = ("pages", "shelf", "limits")
 
 
 @dataclass(slots=True)
 class _Level:
-    """A level of another layout: an open page, its slot, and bytes and flags of its limit by device."""
+    """A level of another layout: its open page, the slot of the page, and bytes and flags of its limit by device."""
 
     page: int
     place: int
@@ -47,7 +48,7 @@ class _Level:
 
 
 def folders(pins: Path) -> list[Path]:
-    """Return the folders of other layouts beside this one."""
+    """Return the folders of other layouts beside this layout's folder `pins`."""
     try:
         return [entry for entry in pins.parent.iterdir() if re.fullmatch("v[0-9]+", entry.name) and entry != pins]
     except OSError:
@@ -68,9 +69,9 @@ def devices(pins: Path) -> dict[bytes, int]:
 
 
 def take_over(pins: Path, ledger: Ledger) -> bool:
-    """Enter what other layouts have pinned in this ledger, and unpin it. Returns False if there was nothing.
+    """Enter the levels of all other layouts in this ledger, and unpin their maps. Returns False if there were none.
 
-    Raises ProgramError and OSError as the module says.
+    Raises ProgramError and OSError (see the module).
     """
     found = folders(pins)
     for folder in found:
@@ -80,9 +81,9 @@ def take_over(pins: Path, ledger: Ledger) -> bool:
 
 
 def carry_over(folder: Path, layout: int, ledger: Ledger) -> None:
-    """Enter the levels of one folder in this ledger, except those that it has already.
+    """Enter the levels of one folder in this ledger, except those that the ledger already has.
 
-    `layout`: the number with which the pages of the folder begin. Raises ProgramError and OSError as the module says.
+    `layout`: the number with which the pages of the folder begin. Raises ProgramError and OSError (see the module).
     """
     if not (folder / "maps" / "pages").exists():
         return
@@ -115,7 +116,7 @@ def _enter(ledger: Ledger, levels: list[LevelLimits]) -> None:
 
 
 def _move_to_all(ledger: Ledger) -> None:
-    """Move processes to all their levels: a call during the change may have found only some of them."""
+    """Move each process to all its levels, because a call during the change may have found only some of them."""
     root, known = procfs.cgroup2_root(), set(ledger.tenants())
     for pid, process in ledger.processes().items():
         path = procfs.cgroup_path(pid)
@@ -126,7 +127,7 @@ def _move_to_all(ledger: Ledger) -> None:
 
 
 def _close(shelf: int, levels: Collection[_Level]) -> None:
-    """Replace all pages by one without a cgroup: the other programs admit nothing and change no page from now on."""
+    """Replace all pages by one without a cgroup, so that the other layout's programs admit and change nothing."""
     if not levels:
         return
     empty = bpf.create_array_page("fgpu_usage", bpf.form(next(iter(levels)).page).value_size)
@@ -146,7 +147,7 @@ def _opened(path: Path) -> Iterator[int]:
 
 
 def _levels(maps: dict[str, int], layout: int, opened: contextlib.ExitStack) -> dict[int, _Level]:
-    """Return the levels by cgroup; `opened` closes their pages. Raises ValueError: the maps have an unknown form."""
+    """Return the levels by cgroup. `opened` closes their pages. Raises ValueError: the maps have an unknown form."""
     if [bpf.form(maps[name]).key_size for name in ("pages", "shelf")] != [_U64.size, _U32.size]:
         raise ValueError("the keys of its maps have an unexpected size")
     levels: dict[int, _Level] = {}
@@ -180,7 +181,7 @@ def _read(fd: int) -> bytes:
 
 
 def _carried(cgroup: int, level: _Level) -> LevelLimits:
-    """Return the limits of a level, without FGPU_KILL: its programs cannot ask as programs of this version do."""
+    """Return the limits of a level, without FGPU_KILL: shims of the other layout cannot request admission here."""
     raw, flags = _read(level.page), 0
     used = [_USAGE.unpack_from(raw, _HEAD.size + device * _USAGE.size)[0] for device in range(abi.DEVICES)]
     for _, its in level.limits.values():

@@ -1,7 +1,7 @@
 """The functions of libcuda and the shim that are probed, and their offsets in a file.
 
-`attach` and the agent's library workers use this module. The file may be a tenant's, so what is read of it is bounded.
-ProbeError names the fix.
+Runs in the agent's main thread and library workers, and in `fgpu doctor`. The file may belong to a tenant, so reading
+it is bounded. The text of a ProbeError names the fix.
 """
 
 from __future__ import annotations
@@ -54,16 +54,16 @@ OPTIONAL = {
     "cuArrayDestroy": Function.ARRAY_DESTROY,
     "cuMipmappedArrayDestroy": Function.ARRAY_DESTROY,
 }
-MARK = "cuInit"  # probed by the program that is attached last, and by no other: its breakpoint proves both
+MARK = "cuInit"  # probed only by the program that is attached last, so its breakpoint proves both programs
 _ALL = (*SHIM, *REQUIRED, *OPTIONAL, MARK)
 
 
 class ProbeError(Exception):
-    """A file cannot be probed; the text names the fix."""
+    """A file cannot be probed. The text names the fix."""
 
 
 def symbol_offsets(path: str, names: Iterable[str]) -> dict[str, int]:
-    """Return the file offsets of those functions that a library exports. Raises ProbeError: it is not a library."""
+    """Return the file offsets of the named functions that a library exports. Raises ProbeError: it is not a library."""
     try:
         fd = mapped_files.open_regular(os.path.realpath(path))
         try:
@@ -78,23 +78,23 @@ def _offsets(fd: int, names: Collection[str]) -> dict[str, int]:
     return prologue.shifted(fd, elf.function_offsets(fd, names))
 
 
-_looked_up: dict[File, dict[str, int]] = {}  # of the host's own files, until they are attached to
+_looked_up: dict[File, dict[str, int]] = {}  # offsets in the host's own files, until probes are attached
 
 
 def look_up(paths: Iterable[Path]) -> None:
-    """Find the functions of these files, so that attaching to them later takes milliseconds. Raises ProbeError."""
+    """Find the functions of these files in advance, so that attaching takes milliseconds. Raises ProbeError."""
     for path in paths:
         target = Target.of(str(path))
         _looked_up[target.dev, target.ino] = symbol_offsets(target.path, _ALL)
 
 
 def looked_up(file: File) -> dict[str, int] | None:
-    """Return the offsets that look_up() has found in a file and remove them from the cache. None: there are none."""
+    """Return the offsets that look_up() has found in a file, and remove them from the cache; None: there are none."""
     return _looked_up.pop(file, None)
 
 
 def missing_functions(path: str) -> list[str]:
-    """Return the required functions that a driver library lacks, or why it cannot be read."""
+    """Return the required functions that a driver library lacks, or one text with the reason why it is unreadable."""
     try:
         return sorted(set(REQUIRED) - set(symbol_offsets(path, REQUIRED)))
     except ProbeError as error:
@@ -103,7 +103,11 @@ def missing_functions(path: str) -> list[str]:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """The probes of a file. `programs`: (name, (offset, cookie)s, whether at return); `check`: one of the offsets."""
+    """The probes of a file.
+
+    `programs`: for each BPF program its name, pairs of file offset and cookie, and whether it runs at the return.
+    `check`: the offset at which a breakpoint proves that the file is probed.
+    """
 
     role: Role
     programs: tuple[tuple[str, tuple[tuple[int, int], ...], bool], ...]
@@ -111,21 +115,32 @@ class Plan:
 
 
 def plan(fd: int, path: str, role: Role, offsets: Mapping[str, int] | None = None) -> Plan:
-    """Return how to probe an open file of this role. Raises ProbeError: it lacks a required function; ElfError.
+    """Return how to probe an open file of this role.
 
-    A file that has libfgpu's name, is no shim of this host and lacks the driver's functions is not probed at all.
+    A file with libfgpu's name that is not a shim of this host and lacks the driver's functions gets no probes.
+
+    Args:
+        fd: the file.
+        path: its path, for messages.
+        role: its role.
+        offsets: the file offsets of its functions, if they are known.
+
+    Raises:
+        ProbeError: the file lacks a required function.
+        ElfError: the file is not a library.
+        OSError: the file cannot be read.
     """
     offsets = offsets or _offsets(fd, _ALL)
     if role is Role.SHIM:
         _need(path, SHIM, offsets)
         shim = tuple((program, ((offsets[symbol], Function.NONE.value),), False) for symbol, program in SHIM.items())
-        return Plan(role, shim, _check(fd, path, (offsets[symbol] for symbol in reversed(SHIM))))  # the last comes last
+        return Plan(role, shim, _check(fd, path, (offsets[symbol] for symbol in reversed(SHIM))))  # last attached first
     if os.path.basename(path).startswith(SHIM_NAME) and not set(REQUIRED) <= set(offsets):
         return Plan(Role.NONE, ())
     _need(path, REQUIRED, offsets)
     there = {symbol: function for symbol, function in (REQUIRED | OPTIONAL).items() if symbol in offsets}
     places = tuple((offsets[symbol], role.cookie(function)) for symbol, function in there.items())
-    # Returns are attached first: an entry that is seen without its return would stay in flight.
+    # Return probes are attached first: a call whose entry is recorded without its return would stay in flight.
     returns, entries = DRIVER_PROGRAMS
     mark = ((offsets[MARK], role.cookie(Function.NONE)),) if MARK in offsets else ()
     check = _check(fd, path, (at for at, _ in (*mark, *places)))

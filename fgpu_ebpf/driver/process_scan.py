@@ -1,11 +1,10 @@
 """A scan of all processes of the host for files of libcuda, in the threads of the library workers.
 
-A process can have any number of mappings, and a user any number of processes. Therefore each cgroup has jobs of its
-own, which end after SLICE_SECONDS and are charged to the cgroup's share of processor time (`file_budget`). Processes
-that are left out by that are examined when they register, or when NVML shows that they use a device.
+A process can have any number of mappings, and a user any number of processes. Therefore each cgroup has its own jobs. A
+job ends after SLICE_SECONDS and is charged to the cgroup's budget of processor time (`file_budget`). Processes that are
+left out because the budget is used up are examined when they register, or when NVML shows that they use a device.
 
-This module runs in the agent's main thread, which does not wait for a process; `_group` and `_slice` run in a worker
-thread.
+Runs in the agent's main thread, which does not wait for a process. `_group` and `_slice` run in a worker thread.
 """
 
 from __future__ import annotations
@@ -24,14 +23,15 @@ from fgpu_ebpf.linux.procmaps import File
 
 log = logging.getLogger("fgpu.agent")
 SLICE_SECONDS = 0.25
-MOST_SECONDS = 60.0  # of one scan: processes that hang longer are left out
+MOST_SECONDS = 60.0  # of one scan; processes that block it longer are left out
 
 
 @dataclass
 class Scanned:
-    """The result of a scan: the files that processes map, and the processes whose mappings could not be read.
+    """The result of a scan.
 
-    `is_whole`: every process that existed at its start has been read, or is in `left_out`.
+    `pids`: the processes that existed at its start. `used`: the files that they map. `left_out`: processes whose
+    mappings could not be read. `is_whole`: every process in `pids` has been read, or is in `left_out`.
     """
 
     pids: Sequence[int] = ()
@@ -42,7 +42,7 @@ class Scanned:
 
 @dataclass(eq=False)
 class _Look:
-    """A scan under way. `then` is called at its end. `open`: by cgroup, the processes that are still to be read."""
+    """A running scan. `then`: called at its end. `open`: by cgroup, the processes that must still be read."""
 
     then: Callable[[Scanned], None]
     began: float
@@ -54,10 +54,10 @@ class HostScan:
     """Scans of the host, at most one at a time.
 
     Args:
-        work: queues a job for a cgroup; returns False if the cgroup has used its share.
+        work: queues a job for a cgroup; returns False if the cgroup's budget is used up.
         cgroup_of: returns the cgroup to which work for a process is charged; called in a worker thread.
         read: reads the mappings of a process; called in a worker thread.
-        see: called in the main thread with what a process maps.
+        see: called in the main thread with a process, its cgroup and the files that it maps.
     """
 
     def __init__(
@@ -73,8 +73,8 @@ class HostScan:
     def begin(self, then: Callable[[Scanned], None]) -> None:
         """Start a scan, and call `then` with its result in the main thread.
 
-        Do nothing if a scan began less than MOST_SECONDS ago. End an older scan first: the processes that it has not
-        read are in `left_out` of its result.
+        Does nothing if a scan is running that began less than MOST_SECONDS ago. Ends an older scan first: the processes
+        that it has not read are in `left_out` of its result.
         """
         if self._look and monotonic() - self._look.began < MOST_SECONDS:
             return
@@ -97,7 +97,7 @@ class HostScan:
         return self._work(cgroup, partial(self._guarded, look, cgroup, job))
 
     def _guarded(self, look: _Look, cgroup: str, job: Job) -> Taken:
-        """Run a job. One that fails does not end the thread, and its scan does not wait for it."""
+        """Run a job. A job that fails does not end the worker thread, and its scan does not wait for it."""
         try:
             return job()
         except Exception as error:
@@ -119,7 +119,7 @@ class HostScan:
         groups: dict[str, list[int]] = defaultdict(list)
         for pid in procfs.pids():
             cgroup = self._cgroup_of(pid)
-            if not procfs.is_outside(cgroup):  # nothing can be set for it here; an agent outside may do so
+            if not procfs.is_outside(cgroup):  # no limit can be set for it here, but an agent outside can set one
                 groups[cgroup].append(pid)
         return partial(self._take_groups, look, groups)
 
@@ -145,7 +145,7 @@ class HostScan:
         return partial(self._take_slice, look, cgroup, found)
 
     def _take_slice(self, look: _Look, cgroup: str, found: Mapping[int, Found]) -> None:
-        if cgroup not in look.open:  # the scan was given up
+        if cgroup not in look.open:  # the scan has ended without this cgroup
             return
         look.open[cgroup] = look.open[cgroup][len(found) :]
         for pid, its in found.items():

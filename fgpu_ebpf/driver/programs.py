@@ -1,8 +1,8 @@
-"""The BPF programs in the kernel: whether exactly these are pinned; compiling, loading and pinning them.
+"""The BPF programs in the kernel: compiling, loading and pinning them, unless exactly these programs are pinned.
 
-Compiling takes seconds and BCC. Its output is kept in CACHE for the next start on this kernel, for example after a
-boot. The agent, at its start, and `fgpu doctor` use this module. ProgramError names the fix; what was pinned before
-stays in force.
+Compiling needs BCC and takes seconds. The output is kept in CACHE for the next start on this kernel, for example after
+a boot. Runs in the agent's main thread at its start, and in `fgpu doctor`. The text of a ProgramError names the fix.
+After an error, the programs that were pinned before stay in force.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from fgpu_ebpf.driver.image import ProgramError
 from fgpu_ebpf.linux import atomic_file, sd_notify
 
 log = logging.getLogger("fgpu.agent")
-MADE = "fgpu-mounted-this"  # a folder in a bpffs that an agent has mounted
+MADE = "fgpu-mounted-this"  # a folder that marks a bpffs that an agent has mounted
 LOADER = ("/usr/bin/python3", "-I")
 COMPILER_FILE = Path(__file__).with_name("compiler.py")
 CACHE = Path("/var/cache/fgpu")
@@ -31,7 +31,7 @@ SOON_SECONDS, COMPILER_SECONDS = 0.5, 60
 
 
 def sources_digest(sources: Path) -> str:
-    """Return eight hex digits that change with the programs, and with how they are compiled."""
+    """Return eight hex digits that change with the sources of the programs and of the compiler."""
     digest = hashlib.sha256()
     for path in [*sorted(sources.glob("*.[ch]")), COMPILER_FILE]:
         digest.update(path.read_bytes())
@@ -41,7 +41,7 @@ def sources_digest(sources: Path) -> str:
 class Loading:
     """The compiler in a process of its own, unless exactly these programs are pinned or cached.
 
-    The constructor and `wait` raise ProgramError.
+    The constructor and wait() raise ProgramError.
     """
 
     def __init__(self, sources: Path, pins: Path, loader: Sequence[str] = LOADER, cache: Path = CACHE) -> None:
@@ -50,7 +50,7 @@ class Loading:
         self._child: subprocess.Popen[str] | None = None
         self._image: image.Image | None = None
         self.begun = not self._stamp.is_dir()
-        """True if the programs were not pinned, so that this is their first start since the host's."""
+        """True if the programs were not pinned, so that they are loaded for the first time since the host's boot."""
         if self.begun:
             mount_bpffs(pins)
             kernel = os.uname()
@@ -61,7 +61,7 @@ class Loading:
                 self._child = _start_compiler([*loader, str(COMPILER_FILE), str(sources)])
 
     def wait(self) -> str:
-        """Wait until the programs are pinned, and return their digest. ProgramError has the compiler's own line."""
+        """Wait until the programs are pinned, and return their digest. A ProgramError has the compiler's error line."""
         if not self.begun:
             return self._digest
         if self._child:
@@ -91,14 +91,14 @@ class Loading:
     def _output(self, child: subprocess.Popen[str]) -> tuple[str, str]:
         try:
             return child.communicate(timeout=SOON_SECONDS)
-        except subprocess.TimeoutExpired:  # an error that shows at once has ended the compiler by now
+        except subprocess.TimeoutExpired:  # an early error would have ended the compiler by now
             sd_notify.tell("STATUS=compiling the BPF programs")
             if os.isatty(sys.stderr.fileno()):  # a log gets errors, not progress
                 log.info("compiling the BPF programs: this takes a few seconds, once for each kernel")
             return child.communicate(timeout=COMPILER_SECONDS)
 
     def end(self) -> None:
-        """Kill the compiler if it still runs."""
+        """Kill the compiler if it is still running."""
         if self._child and self._child.poll() is None:
             self._child.kill()
             self._child.communicate()
@@ -109,19 +109,19 @@ def _sha256(text: str) -> str:
 
 
 def _read(file: Path) -> image.Image | None:
-    """Return the image in a file of the cache; None: there is none, or the file is damaged."""
+    """Return the image in a file of the cache; None: there is no such file, or it is damaged."""
     try:
         digest, _, text = file.read_text(encoding="ascii").partition("\n")
-        os.utime(file)  # the file that was not used for the longest time is removed first
+        os.utime(file)  # _write() removes the files that were not used for the longest time
         return image.parsed(text) if digest == _sha256(text) else None
     except (OSError, ValueError):
         return None
 
 
 def _write(file: Path, text: str) -> None:
-    """Write an image into the cache, and remove those that were not used for the longest time.
+    """Write an image to the cache, and keep only the MOST_CACHED images that were used last.
 
-    Without it the next start compiles again.
+    Errors are ignored: the next start compiles again.
     """
     with contextlib.suppress(OSError):
         file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -142,7 +142,7 @@ def _start_compiler(command: Sequence[str]) -> subprocess.Popen[str]:
 
 
 def load(sources: Path, pins: Path, loader: Sequence[str] = LOADER, cache: Path = CACHE) -> str:
-    """Pin the programs unless exactly these are pinned; return their digest. Raises ProgramError."""
+    """Pin the programs unless exactly these are pinned, and return their digest. Raises ProgramError."""
     loading = Loading(sources, pins, loader, cache)
     try:
         return loading.wait()
@@ -151,7 +151,7 @@ def load(sources: Path, pins: Path, loader: Sequence[str] = LOADER, cache: Path 
 
 
 def mount_bpffs(pins: Path) -> None:
-    """Mount a bpffs at its usual place if there is none, and create our folder in it. Raises ProgramError."""
+    """Mount a bpffs at /sys/fs/bpf if there is none, and create the folder `pins`. Raises ProgramError."""
     root = Path("/sys/fs/bpf")
     if not os.path.ismount(root):
         done = subprocess.run(["mount", "-t", "bpf", "bpf", str(root)], capture_output=True, text=True, check=False)
@@ -164,17 +164,17 @@ def mount_bpffs(pins: Path) -> None:
 
 
 def unmount_made() -> None:
-    """Unmount the bpffs that we have mounted, if no other program has pinned anything there."""
+    """Unmount the bpffs that an agent has mounted, if no other program has pinned anything in it."""
     root = Path("/sys/fs/bpf")
     if not (root / MADE).is_dir():
         return
     (root / MADE).rmdir()
-    if not any(not entry.name.endswith("debug") for entry in root.iterdir()):  # the kernel's own: progs, maps
+    if not any(not entry.name.endswith("debug") for entry in root.iterdir()):  # the kernel's: progs.debug, maps.debug
         subprocess.run(["umount", str(root)], capture_output=True, check=False)
 
 
 def check_loader(loader: Sequence[str]) -> Check:
-    """Return the finding whether the loader's interpreter has the distribution's BCC."""
+    """Return the finding for `fgpu doctor`: whether the loader's interpreter has the distribution's BCC."""
     question = "import bcc; print(bcc.__version__ if hasattr(bcc, 'BPF') else 'wrong ' + str(bcc.__file__))"
     fix = "apt-get install python3-bpfcc (Debian, Ubuntu), python3-bcc (Fedora)"
     try:

@@ -1,8 +1,9 @@
-"""The libcuda that a program would find in its own root, before it maps one.
+"""Search for the libcuda that a program would find in its own root, before the program maps it.
 
-`discovery` uses this module; `libraries` and `root_of` run in worker threads. No link is followed out of a root, and
-file systems mounted into it are not opened: they may never respond, and those that a container is given are the host's
-own. If a search fails, nothing is found; a process that maps a libcuda is found by its hello, or by NVML.
+Runs in the agent: libraries() and root_of() in worker threads, and Roots in the main thread. No link is followed out of
+a root. File systems that are mounted into a root are not opened, because they may never respond, and because drivers
+that an engine mounts into a container are the host's own files. A search that fails finds nothing. A process that maps
+a libcuda is then found by its hello or by NVML.
 """
 
 from __future__ import annotations
@@ -18,22 +19,23 @@ from fgpu_ebpf.driver.library_files import LIBRARY_FOLDERS, Target
 from fgpu_ebpf.linux import mapped_files, openat2
 from fgpu_ebpf.linux.procmaps import File
 
-# Mount namespace, by its id, which is never reused, or by its inode, which may be (Linux before 6.11: a root with that
-# inode and the same / is not searched, and its processes are known by their hello); dev and ino of /.
+# The mount namespace, and dev and ino of /. The namespace is identified by its id, which is never reused, or before
+# Linux 6.11 by its inode. If the inode is reused with the same /, the new root is not searched, and its processes are
+# found by their hello.
 Root = tuple[int, int, int]
 NAMES = ("libcuda.so.1", "libcuda.so")
 FOLDERS = (*LIBRARY_FOLDERS, "usr/local/cuda/compat/lib")
-MOST_ROOTS = 256  # beyond that, the root in which no program has started for the longest time is forgotten
-_NS_GET_ID, _ID = 0x8008B705, struct.Struct("Q")  # Linux 6.11
+MOST_ROOTS = 256  # if there are more, the root in which no program has started for the longest time is forgotten
+_NS_GET_ID, _ID = 0x8008B705, struct.Struct("Q")  # since Linux 6.11
 
 
 class Roots:
-    """The roots that were searched; each is searched once, as long as what was found there is probed."""
+    """The roots that were searched. A root is searched once, as long as the files found in it are probed."""
 
     def __init__(self, own: str = "/") -> None:
-        """`own`: the host's root, whose files are found in another way."""
+        """Create an empty set. `own`: the host's root, which is never searched."""
         self._own = _place(own)
-        self._seen: dict[Root, None] = {}  # the last entered is last
+        self._seen: dict[Root, None] = {}  # in the order of the last start
         self._found: dict[File, set[Root]] = {}
 
     def __contains__(self, root: Root) -> bool:
@@ -41,7 +43,7 @@ class Roots:
         return root in self._seen or root[1:] == self._own
 
     def enter(self, root: Root) -> None:
-        """Record that a program has started in a root, which has been searched."""
+        """Record that a program has started in a root, and that this root was searched."""
         if root[1:] == self._own:
             return
         self._seen.pop(root, None)
@@ -50,11 +52,11 @@ class Roots:
             self._forget_root(next(iter(self._seen)))
 
     def found(self, file: File, root: Root) -> None:
-        """Record that processes in this root may come to map the file."""
+        """Record that processes in this root may map the file later."""
         self._found.setdefault(file, set()).add(root)
 
     def forget(self, file: File) -> None:
-        """Forget a file without probes: roots with it are searched again when the next program begins there."""
+        """Forget a file whose probes were removed. Roots with this file are searched again when a program starts."""
         for root in self._found.pop(file, set()):
             self._seen.pop(root, None)
 
@@ -63,14 +65,14 @@ class Roots:
         self._found = {file: left for file, roots in self._found.items() if (left := roots - {root})}
 
     def processes_inside(self, files: Set[File], pids: Iterable[int]) -> dict[File, int]:
-        """Map each of these files that is in the root of one of these processes to one such process."""
+        """Return a process for each of these files that is in the root of one of these processes."""
         awaited = files & self._found.keys()
         living = {root_of(pid): pid for pid in pids} if awaited else {}
         return {file: living[root] for file in awaited for root in self._found[file] if root in living}
 
 
 def root_of(pid: int) -> Root | None:
-    """Return the root of a process; None: it is gone."""
+    """Return the root of a process; None: the process has exited."""
     try:
         space = os.open(f"/proc/{pid}/ns/mnt", os.O_RDONLY | os.O_CLOEXEC)
         try:
@@ -97,7 +99,10 @@ def _place(path: str) -> tuple[int, int]:
 
 
 def libraries(pid: int) -> Iterator[Target]:
-    """Yield the libcuda files where a loader looks for them in a process's root, open until all are done."""
+    """Yield the libcuda files in a process's root, at the paths that a loader searches.
+
+    The descriptors behind the targets stay open until the iterator ends.
+    """
     with contextlib.suppress(OSError), contextlib.ExitStack() as stack:
         root = os.open(f"/proc/{pid}/root", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
         stack.callback(os.close, root)

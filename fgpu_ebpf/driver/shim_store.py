@@ -1,12 +1,13 @@
-"""The store of versions of the shim: there may be several, and one is published.
+"""The store of versions of the shim. It may have several versions, of which one is published.
 
-    STORE/<digest>/libfgpu.so    a version; never written again
+    STORE/<digest>/libfgpu.so    a version; never changed
     STORE/current -> <digest>    the version for programs that start; containers mount STORE/current/libfgpu.so
     STORE/previous -> <digest>   the version that was published before
-    STORE/versions               SHA-256 and size of every version that was ever staged: images may have any of them
+    STORE/versions               SHA-256 and size of every version that was ever staged: images may contain any of them
 
-A reader of `current` sees the old version or the new one at all times. publish() is to be called once the file that
-stage() returned is probed. The agent and `fgpu detach` use this module. OSError: the published version stays published.
+A reader of `current` always gets the old version or the new one. publish() must be called only after the file that
+stage() has returned is probed. Runs in the agent's main thread and in `fgpu detach`. After an OSError the published
+version stays published.
 """
 
 from __future__ import annotations
@@ -28,12 +29,15 @@ VERSIONS, MOST_VERSIONS = "versions", 256
 
 
 def stable_path(store: Path = STORE) -> Path:
-    """Return the path in preload lists and container specifications, which is the same for all versions."""
+    """Return the path for preload lists and container specifications, which is the same for all versions."""
     return store / "current" / FILE
 
 
 def stage(shim: Path, store: Path = STORE) -> Path:
-    """Copy this shim into the store, unpublished, and return its path. Equal contents are one file. Raises OSError."""
+    """Copy this shim into the store without publishing it, and return its path. Raises OSError.
+
+    Shims with equal contents are one file.
+    """
     content = shim.read_bytes()
     folder = store / hashlib.sha256(content).hexdigest()[:16]
     staged = folder / FILE
@@ -55,7 +59,7 @@ def stage(shim: Path, store: Path = STORE) -> Path:
 
 
 def genuine(shim: Path, store: Path | None = None) -> dict[str, int]:
-    """Return SHA-256 and size of this shim and of every version that is or was in the store: the shims of this host."""
+    """Return the sizes by SHA-256 of the shims of this host: `shim`, and all versions that are or were in the store."""
     folders = _versions(store) if store else []
     contents = [path.read_bytes() for path in (shim, *(folder / FILE for folder in folders)) if path.is_file()]
     return _recorded(store) | {hashlib.sha256(content).hexdigest(): len(content) for content in contents}
@@ -83,7 +87,7 @@ def _record(store: Path, content: bytes) -> None:
 
 
 def publish(staged: Path) -> Path:
-    """Make `current` this version, for programs that open it next; return the stable path. Raises OSError."""
+    """Make this version `current`, for programs that start later, and return stable_path(). Raises OSError."""
     store, version = staged.parent.parent, staged.parent.name
     if not staged.is_file():
         raise FileNotFoundError(f"{staged} is not staged")
@@ -98,8 +102,8 @@ def publish(staged: Path) -> Path:
 class Release:
     """The version that one start of the agent puts in force.
 
-    That is its own; if the store cannot be written, the published one; if there is none, the package's own file.
-    `error`: why it is not the agent's own, or not in the store.
+    This is the agent's own version. If the store cannot be written, it is the published version, or without one the
+    package's own file. `error`: why it is not the agent's own version, or not in the store.
     """
 
     def __init__(self, shim: Path, store: Path | None) -> None:
@@ -113,12 +117,12 @@ class Release:
                 self.file = self._stable() or shim
 
     def files(self) -> list[Path]:
-        """Return the files that programs may get, for probing: this one, and until publish() the published one."""
+        """Return the files that programs may get and that must be probed: this version's and the published one's."""
         stable = self._stable()
         return [self.file, stable] if stable else [self.file]
 
     def publish(self) -> Path:
-        """Publish this version; return the path for programs."""
+        """Publish this version, and return the path for programs."""
         if self._store and not self.error:
             try:
                 publish(self.file)
@@ -127,7 +131,7 @@ class Release:
         return self._stable() or self.file
 
     def failed_checks(self) -> dict[str, Check]:
-        """Return the finding of `fgpu doctor`, or nothing."""
+        """Return the finding for `fgpu doctor` by name; empty if there was no error."""
         fix = "free space on its file system, or make it writable, and restart the agent: limits stay enforced"
         return {"store": Check("store", False, self.error, fix)} if self.error else {}
 
@@ -137,15 +141,18 @@ class Release:
 
 
 def published(store: Path = STORE) -> str | None:
-    """Return the digest of the published version."""
+    """Return the digest of the published version; None: there is none."""
     return _pointed(store / "current")
 
 
 def retire(store: Path, used: Set[tuple[int, int]]) -> list[str]:
-    """Remove versions that are neither published now nor before and that no process has mapped; return their digests.
+    """Remove unused versions, except `current` and `previous`, and return their digests.
 
-    `used` names files by (dev, ino) as /proc/PID/maps does. A container that was started with a version keeps it: its
-    mount holds the file.
+    A container that was started with a removed version keeps it, because its mount holds the file.
+
+    Args:
+        store: the store.
+        used: files that processes have mapped: (dev, ino) as in /proc/PID/maps.
     """
     kept = {_pointed(store / "current"), _pointed(store / "previous")}
     gone = []
@@ -158,7 +165,7 @@ def retire(store: Path, used: Set[tuple[int, int]]) -> list[str]:
 
 
 def remove(store: Path, used: Set[tuple[int, int]]) -> bool:
-    """Remove every version that no process has mapped, and links to none; return False if a version is left."""
+    """Remove every version that no process has mapped, and dangling links. Returns False if a version is left."""
     for folder in _versions(store):
         if _identity(folder / FILE) not in used:
             shutil.rmtree(folder)
@@ -191,7 +198,7 @@ def _pointed(link: Path) -> str | None:
 
 
 def _point(link: Path, version: str) -> None:
-    """Create the link under another name and rename it, so that there is a link at all times."""
+    """Create the link under another name and rename it, so that the link always exists."""
     temporary = link.with_name(f".{link.name}.{os.getpid()}")
     temporary.unlink(missing_ok=True)
     make_way(str(link))
@@ -207,7 +214,7 @@ def _point(link: Path, version: str) -> None:
 def _write_durably(path: Path, content: bytes) -> None:
     fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o755)
     with open(fd, "wb") as file:
-        os.fchmod(fd, 0o755)  # whatever the umask is: tenants' programs open it as any user
+        os.fchmod(fd, 0o755)  # independent of the umask: tenants' programs of any user open it
         file.write(content)
         file.flush()
         os.fsync(fd)

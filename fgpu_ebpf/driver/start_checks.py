@@ -1,6 +1,7 @@
 """Checks of the package and the kernel before anything is enforced.
 
-The agent, at its start, and `fgpu doctor` use this module. AgentError names what is missing, and the fix.
+Runs in the agent's main thread at its start, and in `fgpu doctor`. The text of an AgentError has the reason and the
+fix.
 """
 
 from __future__ import annotations
@@ -11,11 +12,11 @@ from fgpu_ebpf.driver import programs, uretprobe_check
 
 
 class AgentError(Exception):
-    """There is no enforcement; the text says why, and names the fix."""
+    """Enforcement is not possible. The text has the reason and the fix."""
 
 
 def package_file(*names: str) -> Path:
-    """Return a file of the package, or one that a checkout has built. Raises AgentError: it is not installed."""
+    """Return the path of a file of the package, or of a build in a checkout. Raises AgentError: it is not installed."""
     package = Path(__file__).parents[1]
     for base in (package, package.parent, package.parent / "build"):
         path = base.joinpath(*names)
@@ -25,6 +26,6 @@ def package_file(*names: str) -> Path:
 
 
 def check_kernel(loading: programs.Loading, shim: Path) -> None:
-    """Check the kernel before programs are used for the first time. Raises AgentError: it would kill processes."""
+    """Check the kernel before the first use of the BPF programs. Raises AgentError: probes would kill processes."""
     if loading.begun and (why := uretprobe_check.unfit(str(shim))):
         raise AgentError(why)

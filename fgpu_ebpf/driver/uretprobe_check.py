@@ -1,7 +1,7 @@
 """A check whether processes survive return probes on this kernel.
 
-The agent runs this check before the first use of its programs: a child is probed before any other process is. The probe
-is removed afterwards. OSError: no file can be probed at all.
+Runs in the agent's main thread, before the first use of its programs, and in `fgpu doctor`. A child process is probed
+before any other process. The probe is removed afterwards. OSError: no file can be probed at all.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from fgpu_ebpf.linux import bpf
 _PR_SET_NO_NEW_PRIVS, _PR_SET_SECCOMP, _SECCOMP_MODE_FILTER = 38, 22, 2
 _URETPROBE_CALL, _ALLOW, _ERRNO_EPERM = 335, 0x7FFF0000, 0x00050001
 
-# Denies one system call, as Docker's profile does with unknown ones, and calls a probed function.
+# This program denies itself one system call, as Docker's profile does with unknown ones, and calls a probed function.
 _CHILD = f"""
 import ctypes, struct, sys
 libc = ctypes.CDLL(None)
@@ -37,7 +37,8 @@ CAPABLE = "run fgpu outside a container, or give the container CAP_SYS_ADMIN, CA
 def return_probes_survive_seccomp(shim: str, denied: int = _URETPROBE_CALL) -> bool:
     """Return whether a process under Docker's seccomp profile survives a return probe. Raises OSError.
 
-    From Linux 6.11 to early 6.13 the trampoline is a system call that the profile refuses, and the process dies.
+    From Linux 6.11 to early 6.13, the trampoline of return probes is a system call. The profile refuses this call, and
+    the kernel kills the process.
     """
     command = [sys.executable, "-I", "-c", _CHILD, shim, str(denied)]
     event = bpf.open_uprobe(shim, symbol_offsets(shim, ["fgpu_release"])["fgpu_release"], True)
@@ -45,13 +46,13 @@ def return_probes_survive_seccomp(shim: str, denied: int = _URETPROBE_CALL) -> b
         done = subprocess.run(command, capture_output=True, timeout=30, check=False)
     finally:
         os.close(event)
-    if done.returncode > 0:  # the child failed before the probe
+    if done.returncode > 0:  # the child has failed before it reached the probe
         raise OSError(f"the check failed: {done.stderr.decode(errors='replace').strip()[-200:]}")
     return done.returncode == 0
 
 
 def unfit(shim: str) -> str:
-    """Return why this kernel cannot run the programs, with the fix; empty: it can."""
+    """Return why this kernel cannot run the BPF programs, with the fix; empty: it can."""
     try:
         return "" if return_probes_survive_seccomp(shim) else KILLS
     except OSError as error:

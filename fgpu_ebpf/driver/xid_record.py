@@ -1,8 +1,7 @@
-"""Devices that have reported a fatal XID, stored over restarts of the agent: a restart repairs no device.
+"""Record of the devices that have reported a fatal XID. It survives restarts of the agent, which repair no device.
 
-The agent's main thread uses this module. The file under /run is valid until the next boot or the next load of the
-driver. A file that cannot be read counts as empty, and one that cannot be written is tried again in each round; both
-are logged.
+Runs in the agent's main thread. The file under /run is valid until the next boot or the next load of the driver. A file
+that cannot be read counts as empty. If the file cannot be written, each round tries again. Both errors are logged.
 """
 
 from __future__ import annotations
@@ -19,12 +18,12 @@ from fgpu_ebpf.linux import atomic_file
 
 FILE = "xids.json"
 _BOOT = Path("/proc/sys/kernel/random/boot_id")
-_DRIVER = Path("/sys/module/nvidia")  # has another inode after each load
+_DRIVER = Path("/sys/module/nvidia")  # its inode changes with each load of the driver
 log = logging.getLogger("fgpu.agent")
 
 
 def lifetime(boot: Path = _BOOT, driver: Path = _DRIVER) -> str:
-    """Return a text that changes with a boot, and with each load of the driver."""
+    """Return a text that changes at each boot and at each load of the driver."""
     try:
         load = os.stat(driver).st_ino
     except OSError:
@@ -33,21 +32,21 @@ def lifetime(boot: Path = _BOOT, driver: Path = _DRIVER) -> str:
 
 
 class XidRecord:
-    """The stored XIDs. `lifetime`: of the driver that is loaded now."""
+    """The stored XIDs. `lifetime`: the result of lifetime() for the loaded driver."""
 
     def __init__(self, file: Path, lifetime: str) -> None:
         self._file = file
         self._lifetime = lifetime
-        self._fatal = self._read()  # by UUID
+        self._fatal = self._read()  # fatal XIDs by UUID
         self._has_failed = False
 
     def tally(self, ignored: Collection[int], devices: Iterable[Device]) -> Tally:
-        """Return a tally that begins with what these devices have reported to earlier agents."""
+        """Return a tally that begins with the XIDs that these devices have reported to earlier agents."""
         known = {device.index: self._fatal.get(device.uuid_text) for device in devices}
         return Tally(ignored, {index: xid for index, xid in known.items() if xid is not None})
 
     def keep(self, reported: Mapping[int, Reported], devices: Iterable[Device]) -> None:
-        """Write what has changed. Devices that NVML does not watch yet keep their entries."""
+        """Write the file if an XID has changed. Devices that NVML does not watch yet keep their entries."""
         now = dict(self._fatal)
         for device in devices:
             if device.index in reported:

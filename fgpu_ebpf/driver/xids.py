@@ -1,7 +1,7 @@
-"""XIDs: errors that devices report, and which devices must not be given to programs after that.
+"""XIDs: errors that devices report. After a fatal XID, a device must not be assigned to programs.
 
-The agent's reconcile thread uses this module. Programs that hold a share of such a device continue, as far as the
-driver lets them.
+Runs in the agent's reconcile thread. Programs that already have a share of such a device continue, as far as the driver
+allows.
 """
 
 from __future__ import annotations
@@ -12,16 +12,16 @@ from typing import Any
 
 from fgpu_ebpf.check import Check
 
-# As in NVIDIA's device plugin: exceptions and page faults of kernels, and the driver's reactions to a program.
+# The same as in NVIDIA's device plugin: exceptions and page faults of kernels, and the driver's reactions to a program.
 OF_PROGRAMS = (13, 31, 43, 45, 68, 109)
 _FIX = "dmesg | grep -i xid, and docs.nvidia.com/deploy/xid-errors; a reset clears it, or fgpu device clear GPU"
 
 
 @dataclass(frozen=True, slots=True)
 class Reported:
-    """The XIDs of one device since it was first watched: counts by XID, and how many of all were ignored.
+    """The XIDs of one device since it was first watched: `counts` by XID, and the number of `ignored` ones.
 
-    `fatal`: the first that was not ignored, since the device was last found; None: there was none.
+    `fatal`: the first XID that was not ignored since the device was last found; None: there was none.
     """
 
     counts: Mapping[int, int]
@@ -32,8 +32,8 @@ class Reported:
 class Tally:
     """The XIDs of all watched devices.
 
-    `ignored`: XIDs after which a device is as fit as before. `fatal`: fatal XIDs that devices have reported before, by
-    ledger index.
+    `ignored`: XIDs that do not make a device unfit. `fatal`: fatal XIDs that devices have reported to earlier agents,
+    by ledger index.
     """
 
     def __init__(self, ignored: Collection[int] = OF_PROGRAMS, fatal: Mapping[int, int] | None = None) -> None:
@@ -42,9 +42,11 @@ class Tally:
         self._reported = {device: Reported({}, fatal=xid) for device, xid in before if xid not in self._ignored}
 
     def take(self, watched: Iterable[int], came: Iterable[tuple[int, int | None]]) -> Mapping[int, Reported]:
-        """Add XIDs, and return the totals by device, without devices that were never watched.
+        """Add XIDs, and return the totals by device. Devices that were never watched are left out.
 
-        `came`: device and XID in their order; XID None: the device was lost or reset, and has been found again.
+        Args:
+            watched: the devices that NVML watches now.
+            came: pairs of device and XID in order; XID None: the device was lost or reset, and has been found again.
         """
         for device in watched:
             self._reported.setdefault(device, Reported({}))
@@ -61,12 +63,12 @@ class Tally:
 
 
 def failure(xid: int) -> str:
-    """Return why a device must not be given to programs."""
+    """Return the text why a device must not be assigned to programs."""
     return f"it has reported XID {xid}"
 
 
 def check(devices: Iterable[Mapping[str, Any]]) -> Check:
-    """Return the finding whether a device of a Snapshot has reported an XID that is not a program's own error."""
+    """Return the finding for `fgpu doctor`: whether a device of a Snapshot has reported a fatal XID."""
     seen = [device for device in devices if device["xids"] is not None]
     failed = [f"device {d['index']}: {failure(d['fatal_xid'])}" for d in seen if d["fatal_xid"] is not None]
     if failed:

@@ -1,4 +1,4 @@
-"""`python -m fgpu_ebpf.gatekeeper`: the command by which an agent starts the gatekeeper process."""
+"""`python -m fgpu_ebpf.gatekeeper`: the command with which an agent starts the gatekeeper process."""
 
 import sys
 

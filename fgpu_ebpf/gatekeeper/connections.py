@@ -1,13 +1,13 @@
-"""Connections of shims until their hello is answered: which process each comes from, and in which order it is served.
+"""Connections of shims until their hello is answered: the identity of each peer process, and the order of service.
 
-This module runs in the gatekeeper's main loop. The peer is identified by its pidfd and by the kernel, never by what it
-sends.
+Runs in the gatekeeper's main thread. The kernel identifies the peer by a pidfd. The data that the peer sends is not
+used for that.
 
-Limits: at most MOST_PER_TENANT connections of a workload (the owner of its processes' bounds), and MOST_SILENT that
-have not sent a hello. Workloads take turns, one hello each. A workload may take WAIT_NS of the gatekeeper's processor
-time in a heartbeat, and for new processes STORM_NS in advance. So many simultaneous starts are answered at once, while
-an endless series of connections first waits and then is dropped. No peer can cause an OSError; one that closes its
-connection is counted.
+Limits: a workload (the owner of its processes' bounds) may have MOST_PER_TENANT connections, and MOST_SILENT that have
+not sent a hello. Workloads are served in turn, one hello each. A workload may use WAIT_NS of the gatekeeper's processor
+time, and STORM_NS for new processes; each heartbeat forgives FORGIVE_NS. So many simultaneous starts are answered at
+once, while an endless series of connections first waits and then is dropped. No peer can cause an OSError. A connection
+that the peer closes is counted.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ from fgpu_ebpf.linux.procmaps import File
 
 MOST_CONNECTIONS, MOST_PER_TENANT, MOST_SILENT, MOST_HINTS, AT_ONCE = 1024, 512, 16, 4096, 64
 PATIENCE_NS, SILENCE_NS, TURN_NS = 1_000_000_000, 200_000_000, 4_000_000
-WAIT_NS, REFUSE_NS, FORGIVE_NS = 40_000_000, 50_000_000, 40_000_000  # processor time; the last at every heartbeat
-STORM_NS = 1_000_000_000  # instead of WAIT_NS, for a new process: its start costs its tenant as much as us
+WAIT_NS, REFUSE_NS, FORGIVE_NS = 40_000_000, 50_000_000, 40_000_000  # processor time; FORGIVE_NS: each heartbeat
+STORM_NS = 1_000_000_000  # WAIT_NS of a new process: its start costs its tenant as much time as the gatekeeper
 HELLO_BYTES = ctypes.sizeof(Hello)
 
 
 @dataclass(slots=True, eq=False)
 class Connection:
-    """A connection: the process at its other end, and how far its hello has come."""
+    """A connection: its peer process, and the progress of its hello."""
 
     sock: socket.socket
     pidfd: int
@@ -49,15 +49,15 @@ class Connection:
     managed_state: ManagedState
     epoch: int
     since_ns: int
-    new: bool  # of a process that did not connect lately
+    new: bool  # the process has not connected lately
     here: bool = True
     has_hello: bool = False
-    is_info: bool = False  # it asks for text instead of pages
+    is_info: bool = False  # the peer is fgpu-info, which gets a text instead of pages
     held: bool = False
     told: bool = False  # a request about the process was sent to the agent
-    watched: bool = False  # registered with the selector, for a hello or an end
+    watched: bool = False  # registered with the selector, for a hello or the end of the connection
     reading: bool = False
-    # The files that the process maps, each with the offset at which its breakpoint was seen, else 0.
+    # The libcuda and shim files that the process maps, each with the offset where its breakpoint was found, or 0.
     files: Mapping[File, int] | None = None
 
 
@@ -67,7 +67,7 @@ class Connections:
     Args:
         counts: counters of `gatekeeper.json`, which are incremented here.
         managed_state_of: returns the epoch and the ledger's state of a process, given its pid and cgroup.
-        look: called for each connection that has sent its hello, in order, until it drops the connection.
+        look: called in turn for each connection that has sent its hello, and again until it drops the connection.
         ended_ns: see PeerIdentifier.
     """
 
@@ -82,10 +82,10 @@ class Connections:
         self._selector, self._counts, self._managed_state, self._look = selector, counts, managed_state_of, look
         self._peers = PeerIdentifier(ended_ns)
         self._connections: dict[Connection, None] = {}
-        self._load: Counter[int] = Counter()  # connections of a tenant
+        self._load: Counter[int] = Counter()  # by tenant: number of connections
         self._ready: dict[int, dict[Connection, None]] = {}  # by tenant, in the order of their turns
-        self._spent_ns: Counter[int] = Counter()  # processor time taken by a tenant and not yet forgiven
-        self._hints: dict[int, int] = {}  # pid -> tenant: only for refusing many connections cheaply
+        self._spent_ns: Counter[int] = Counter()  # by tenant: processor time used and not yet forgiven
+        self._hints: dict[int, int] = {}  # pid -> tenant: used only to refuse many connections cheaply
 
     def __len__(self) -> int:
         return len(self._connections)
@@ -95,7 +95,7 @@ class Connections:
     def accept(self, listener: socket.socket) -> None:
         """Accept connections, at most AT_ONCE."""
         began_ns = thread_time_ns()
-        for _ in range(AT_ONCE):  # then other work of the loop
+        for _ in range(AT_ONCE):  # then the loop does its other work
             now_ns = monotonic_ns()
             try:
                 sock = listener.accept()[0]
@@ -105,7 +105,7 @@ class Connections:
             began_ns = self._admit(sock, began_ns)
 
     def _admit(self, sock: socket.socket, began_ns: int) -> int:
-        """Take in a connection, and return the thread's processor time when that was done."""
+        """Admit or refuse a connection. Returns the thread's processor time afterwards, in nanoseconds."""
         hint = pid_of(sock)
         known = self._hints.get(hint, -1)
         if self._load[known] >= MOST_PER_TENANT or self._spent_ns[known] > REFUSE_NS:
@@ -128,7 +128,11 @@ class Connections:
         return thread_time_ns()
 
     def _make_room(self, connection: Connection) -> None:
-        """Drop a connection if there are too many: this one, or one without a hello if there is one."""
+        """Drop a connection if there are too many.
+
+        If this connection's tenant has too many, this one is dropped. Otherwise it is the oldest one without a hello,
+        or else the latest one of the tenant with the most connections.
+        """
         if self._load[connection.tenant] > MOST_PER_TENANT:
             self.drop(connection, "dropped_tenant")
         elif len(self._connections) > MOST_CONNECTIONS:
@@ -176,7 +180,7 @@ class Connections:
     # -- turns of workloads
 
     def ready(self, connection: Connection) -> None:
-        """Queue a connection whose hello has come for its tenant's turn."""
+        """Queue a connection that has sent its hello for its tenant's turn."""
         self._ready.setdefault(connection.tenant, {})[connection] = None
 
     def pending(self) -> bool:
@@ -184,7 +188,7 @@ class Connections:
         return bool(self._ready)
 
     def serve(self) -> None:
-        """Serve one connection of each tenant after the other, for at most TURN_NS."""
+        """Serve connections, one of each tenant in turn, for at most TURN_NS."""
         end_ns, began_ns = monotonic_ns() + TURN_NS, thread_time_ns()
         while self._ready and monotonic_ns() < end_ns:
             tenant = next(iter(self._ready))
@@ -192,8 +196,8 @@ class Connections:
             connection = next(iter(line))
             del line[connection]
             if line:
-                self._ready[tenant] = line  # after the others
-            if connection.here and self._has_time(connection):  # else `turn` queues it again
+                self._ready[tenant] = line  # behind all other tenants
+            if connection.here and self._has_time(connection):  # otherwise turn() queues it again
                 self._look(connection)
                 began_ns = self._charge_since(tenant, began_ns)
 
@@ -203,7 +207,7 @@ class Connections:
     # -- waiting and leaving
 
     def charge(self, tenant: int, took_ns: int) -> None:
-        """Add processor time to what a tenant has taken."""
+        """Charge processor time to a tenant."""
         self._spent_ns[tenant] += took_ns
 
     def _charge_since(self, tenant: int, began_ns: int) -> int:
@@ -216,14 +220,14 @@ class Connections:
         return bool(self._spent_ns or self._hints)
 
     def forgive(self) -> None:
-        """Subtract FORGIVE_NS from the time that each tenant has taken. The caller does this once a heartbeat."""
+        """Subtract FORGIVE_NS from the processor time charged to each tenant. To be called once a heartbeat."""
         self._spent_ns = Counter({t: ns - FORGIVE_NS for t, ns in self._spent_ns.items() if ns > FORGIVE_NS})
         self._hints = {pid: tenant for pid, tenant in self._hints.items() if tenant in self._spent_ns}
         if len(self._hints) > MOST_HINTS:
             self._hints.clear()
 
     def turn(self) -> None:
-        """Queue all connections with a hello again, and drop those that are too old or of which too many are silent."""
+        """Queue all connections with a hello again. Drop those that are too old, and excess ones without a hello."""
         now_ns = monotonic_ns()
         silent: Counter[int] = Counter()
         for connection in list(self._connections):
@@ -236,7 +240,7 @@ class Connections:
                 self.drop(connection, "dropped_tenant")
 
     def _look_again(self, connection: Connection) -> None:
-        if not connection.watched:  # it must wait: watch for the end of the connection, and for malformed data
+        if not connection.watched:  # the connection must wait: watch for its end, and for malformed data
             self._watch(connection)
         if not connection.reading:
             self.ready(connection)
@@ -257,7 +261,7 @@ class Connections:
 
 
 def well_formed(data: bytes) -> bool:
-    """Return True if `data` is a hello of this layout, all else in which is ignored, or a question for text."""
+    """Return True if `data` is a hello of this layout, whose other fields are ignored, or a request of fgpu-info."""
     if len(data) != HELLO_BYTES:
         return data == info_text.QUESTION
     hello = Hello.from_buffer_copy(data)

@@ -1,8 +1,8 @@
-"""Requests to the agent to examine processes about which nothing is decided yet.
+"""Requests to the agent to examine processes whose cgroups are undecided.
 
-This module runs in the gatekeeper's main loop. The agent gets one process of a tenant at a time, and between two
-heartbeats at most MOST_TENANTS tenants of a workload. The gatekeeper does not wait: the agent writes its decisions into
-the kernel's maps. If the agent does not receive a request, the request is sent again later.
+Runs in the gatekeeper's main thread. A request names one process of each tenant. Between two heartbeats, requests are
+sent for at most MOST_TENANTS tenants of a workload. The gatekeeper does not wait for an answer: the agent writes its
+decisions to the kernel's maps. If the agent does not receive a request, the request is sent again later.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from time import monotonic_ns
 
 from fgpu_ebpf.gatekeeper.connections import Connection
 
-TELL_NS = 50_000_000  # after a request about a tenant, no other about that tenant is sent for this time
-DEAF_NS = 10_000_000  # after a message that the agent did not receive, none is sent for this time
-MOST_TENANTS = 64  # of one owner of bounds, between two heartbeats
+TELL_NS = 50_000_000  # for this time after a request about a tenant, no further request about that tenant is sent
+DEAF_NS = 10_000_000  # for this time after a message that the agent did not receive, no message is sent
+MOST_TENANTS = 64  # of one bound owner, between two heartbeats
 
 
 class DiscoveryRequests:
@@ -26,13 +26,13 @@ class DiscoveryRequests:
     def __init__(self, run: Path) -> None:
         self._path = str(run / "discover.sock")
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
-        self._new: dict[int, Connection] = {}  # by tenant: to be sent at the end of this turn
-        self._told: dict[int, int] = {}  # by tenant: until when no request about it is sent
-        self._tenants: Counter[int] = Counter()  # by owner: tenants that were sent since the last heartbeat
+        self._new: dict[int, Connection] = {}  # by tenant: to be sent at the end of this iteration
+        self._told: dict[int, int] = {}  # by tenant: no request about it is sent before this time
+        self._tenants: Counter[int] = Counter()  # by owner: number of tenants requested since the last heartbeat
         self._deaf_ns = 0
 
     def __bool__(self) -> bool:
-        """Return True if forget() has something to forget."""
+        """Return True if forget() would remove a record."""
         return bool(self._told)
 
     def add(self, connection: Connection) -> None:
@@ -45,11 +45,9 @@ class DiscoveryRequests:
             self._new[tenant] = connection
 
     def send(self) -> bool:
-        """Send one message with all queued requests.
+        """Send all queued requests in one message, and return False if the agent did not receive it.
 
-        The socket holds ten messages, and hundreds of tenants may come at once.
-
-        Returns False if the agent did not receive it.
+        There is one message, because the socket holds ten, and hundreds of tenants may start at the same time.
         """
         new, self._new = self._new, {}
         if not new:
@@ -67,6 +65,6 @@ class DiscoveryRequests:
         return True
 
     def forget(self) -> None:
-        """Allow everything to be sent again. To be called at every heartbeat."""
+        """Allow requests about all tenants again. To be called at every heartbeat."""
         self._told.clear()
         self._tenants.clear()

@@ -1,7 +1,8 @@
-"""The answer to `fgpu-info`: limits, use and share of time of the cgroup that a process is in, as text.
+"""The answer to `fgpu-info`: limits, use and share of time of the process's own cgroup, as text.
 
-The gatekeeper's main loop uses this module. It reads the pages and maps of the process's own levels, and keeps nothing:
-a process that only asks has no session, takes no place of its tenant and is no first use of a device. Raises OSError.
+Runs in the gatekeeper's main thread. The module reads the pages and map entries of the process's levels, and stores
+nothing: a request creates no session, takes no place of the tenant and does not count as the first use of a device.
+Errors are OSError.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from fgpu_ebpf import abi
 from fgpu_ebpf.ledger.ledger import Ledger
 
-QUESTION = b"fgpu-info\n"  # instead of a hello; the same for all layouts of pages
+QUESTION = b"fgpu-info\n"  # sent instead of a hello; the same for all layouts of pages
 REFUSED = "no memory: a limit of this container could not be put in force; `fgpu explain` on the host has the reason\n"
 _RANKS = ("high", "normal", "low")
 _NS = 1e9
@@ -27,7 +28,7 @@ def text(ledger: Ledger, cgroups: Iterable[int], devices: Iterable[tuple[int, by
         ledger: the ledger.
         cgroups: the process's cgroup and those around it, innermost first.
         devices: ledger index and UUID of the host's devices.
-        now_ns: the monotonic clock.
+        now_ns: the current time of CLOCK_MONOTONIC.
     """
     pages = [page for cgroup in cgroups if (page := _page(ledger, cgroup))][-abi.LEVELS :]
     if not pages:
@@ -76,7 +77,7 @@ def _lines(ledger: Ledger, pages: Sequence[abi.UsagePage], index: int, name: byt
 
 
 def _turn(ledger: Ledger, cgroup: int, index: int, now_ns: int) -> Iterator[str]:
-    """Yield what has come of a share. The counters are at most half a second old."""
+    """Yield the lines about a tenant's turns. The counters are at most half a second old."""
     turn = ledger.times.turn(cgroup, index)
     if turn is None or turn.free:
         yield "  no other container shares its time now"
@@ -88,7 +89,7 @@ def _turn(ledger: Ledger, cgroup: int, index: int, now_ns: int) -> Iterator[str]
 
 
 def _uuid(name: bytes) -> str:
-    """Return `GPU-5d1f0c1e-…`, as NVML writes it."""
+    """Return a device's UUID in the form that NVML prints, `GPU-5d1f0c1e-…`."""
     text = name.hex()
     return "GPU-" + "-".join((text[:8], text[8:12], text[12:16], text[16:20], text[20:]))
 
@@ -98,5 +99,5 @@ def _percent(millionths: int) -> str:
 
 
 def _mib(bytes_: int) -> str:
-    """Return the size as nvidia-smi writes it."""
+    """Return a size in the form that nvidia-smi prints."""
     return f"{bytes_ >> 20} MiB"

@@ -1,7 +1,8 @@
-"""A cache of ledger lookups for one iteration of the gatekeeper's loop: what many hellos need is looked up once.
+"""A cache of ledger lookups for one iteration of the gatekeeper's loop, so that many hellos share each lookup.
 
-It never outlives the iteration, because a decision that was made before a process connected must apply to its hello. It
-owns the descriptors of usage pages that it has opened. Raises OSError of bpf(2) or of /proc.
+Runs in the gatekeeper's main thread. The cache never outlives the iteration, because a decision that was made before a
+process connected must apply to its hello. The cache owns the descriptors of the usage pages that it opens. Errors are
+OSError of bpf(2) or of /proc.
 """
 
 from __future__ import annotations
@@ -26,10 +27,9 @@ MOST_PAGES = 256
 
 @dataclass(frozen=True, slots=True)
 class ManagedState:
-    """State of a process's cgroups in the ledger. `managed`: None while nothing is decided.
+    """State of a process's cgroups in the ledger. `managed`: None while the agent has not decided.
 
-    `refused`: a wanted limit could not be put in force. `owner`: the cgroup whose bounds apply to the process; 0:
-    unknown.
+    `refused`: a limit could not be put in force. `owner`: the cgroup whose bounds apply to the process; 0: unknown.
     """
 
     managed: bool | None
@@ -41,17 +41,17 @@ class ManagedState:
 
 @dataclass(frozen=True, slots=True)
 class Grant:
-    """Grant to a managed process: a header for its control page, and descriptors of usage pages, innermost first."""
+    """The grant of a managed process: the header of its control page; descriptors of usage pages, innermost first."""
 
     header: PageHeader
     usage: tuple[int, ...]
 
 
 class Decisions(Protocol):
-    """The part of the ledger that says what is decided about cgroups."""
+    """The part of the ledger's interface that reads the agent's decisions about cgroups."""
 
     def resolved(self, cgroup: int) -> Resolution | None:
-        """Return what is decided about a cgroup; None: nothing."""
+        """Return the agent's decision about a cgroup; None: there is none yet."""
 
     def page_missing(self, cgroup: int) -> bool:
         """Return True if the level has no page."""
@@ -60,12 +60,13 @@ class Decisions(Protocol):
 def managed_state(ledger: Decisions | None, ids: Sequence[int]) -> ManagedState:
     """Combine the decisions about a cgroup and those around it.
 
-    Refused if any level is refused. Managed if any level is managed, with all that are, innermost first. Unmanaged if
-    the cgroup itself is known to be unmanaged and no level has a page. Otherwise undecided: a new cgroup inside an
-    unmanaged one may belong to a tenant, and the agent has not examined it yet.
+    The result is refused if any of the cgroups is refused. It is managed if any of them is managed, with all managed
+    ones as levels. It is unmanaged if the cgroup itself is known to be unmanaged and none of them has a page. Otherwise
+    it is undecided: a new cgroup inside an unmanaged one may belong to a tenant, and the agent has not examined it yet.
 
     Args:
-        ids: the cgroup's id and those around it, innermost first.
+        ledger: the decisions; None: the ledger is not open yet.
+        ids: the ids of the cgroup and of those around it, innermost first.
 
     Raises:
         OSError: the kernel's maps cannot be read.
@@ -74,7 +75,7 @@ def managed_state(ledger: Decisions | None, ids: Sequence[int]) -> ManagedState:
     if Resolution.REFUSED in said.values():
         return ManagedState(False, ids[0], refused=True)
     in_force = (c for c in said if said[c] or (ledger and not ledger.page_missing(c)))
-    levels = tuple(in_force)[-abi.LEVELS :]  # as the kernel finds them: if there are too many, the outermost
+    levels = tuple(in_force)[-abi.LEVELS :]  # like the kernel: if there are too many, the outermost
     if not all(said[cgroup] for cgroup in levels):
         return ManagedState(None, ids[0])  # in force, but not used by a process yet: the agent must be informed first
     if levels:
@@ -84,7 +85,7 @@ def managed_state(ledger: Decisions | None, ids: Sequence[int]) -> ManagedState:
 
 
 class Lineages:
-    """A cache of the cgroups around each cgroup. A cgroup never gets another parent, nor its id another cgroup."""
+    """A cache of the cgroups around each cgroup, valid forever: neither a cgroup's parent nor its id ever changes."""
 
     def __init__(self, root: Path) -> None:
         self._root = root
@@ -92,16 +93,16 @@ class Lineages:
         self._owners: dict[int, int] = {}
 
     def of(self, pid: int, cgroup: int) -> tuple[int, ...]:
-        """Return the ids of a process's cgroup and those around it, innermost first. Raises OSError: it is gone."""
+        """Return the ids of a process's cgroup and its ancestors, innermost first. Raises OSError: it has exited."""
         known = self._known.get(cgroup)
         if known is None:
             known = tuple(procfs.cgroups(pid, self._root))
-            if known[:1] == (cgroup,):  # else the process has just moved
+            if known[:1] == (cgroup,):  # otherwise the process has just moved
                 self._known[cgroup] = known
         return known
 
     def owner(self, pid: int, cgroup: int, levels: Collection[int]) -> int:
-        """Return the cgroup whose bounds apply to this process. `levels`: the levels around it."""
+        """Return the id of the cgroup whose bounds apply to this process. `levels`: its levels. Raises OSError."""
         if cgroup not in self._owners:
             path = procfs.cgroup_path(pid)
             self._owners[cgroup] = owner_of(self._root, path, levels.__contains__).cgroup if path else cgroup
@@ -114,7 +115,7 @@ class Lineages:
 
 
 class LedgerCache:
-    """The ledger as seen in this iteration. Every method may raise OSError."""
+    """Lookups in the ledger, cached for one iteration. Every method may raise OSError."""
 
     def __init__(self, ledger: Ledger, epoch: int, devices: Sequence[tuple[int, bytes]], lineages: Lineages) -> None:
         self._ledger, self.epoch, self._devices, self._lineages = ledger, epoch, devices, lineages
@@ -136,7 +137,7 @@ class LedgerCache:
         return len(self._fds) >= MOST_PAGES
 
     def managed_state(self, pid: int, cgroup: int) -> ManagedState:
-        """Return what is decided about a process in this cgroup."""
+        """Return the state of a process in this cgroup."""
         known = self._states.get(cgroup)
         if known is None:
             ids = self._lineages.of(pid, cgroup)
@@ -147,7 +148,7 @@ class LedgerCache:
         return known
 
     def resolved(self, cgroup: int) -> Resolution | None:
-        """Return what is decided about a cgroup; None: nothing."""
+        """Return the agent's decision about a cgroup; None: there is none yet."""
         if cgroup not in self._resolved:
             self._resolved[cgroup] = self._ledger.resolution(cgroup)
         return self._resolved[cgroup]
@@ -159,7 +160,11 @@ class LedgerCache:
         return self._missing[cgroup]
 
     def probed(self, files: Mapping[File, int]) -> bool:
-        """Return True if all files are probed, and the breakpoint of each was seen at the offset given with it."""
+        """Return True if all files are probed, and each given offset is that of the file's checked breakpoint.
+
+        Args:
+            files: the files that a process maps, each with the offset of the breakpoint that was found in its memory.
+        """
         return all(self._check(file) == seen for file, seen in files.items())
 
     def _check(self, file: File) -> int | None:
@@ -168,7 +173,7 @@ class LedgerCache:
         return self._files[file]
 
     def grant(self, levels: tuple[int, ...]) -> Grant | None:
-        """Return what processes of these levels get; None: decided, but not in force yet."""
+        """Return the grant for processes of these levels; None: decided, but not in force yet."""
         if levels not in self._grants:
             self._grants[levels] = self._make_grant(levels)
         return self._grants[levels]

@@ -1,7 +1,7 @@
-"""The socket at which shims find the gatekeeper: `<run>/shim/shim.sock`.
+"""The socket on which the gatekeeper listens for shims: `<run>/shim/shim.sock`.
 
-The gatekeeper's main loop uses this module. The module follows no link, and takes no folder of another user. If it
-fails with OSError, folder and socket file stay behind: shims that get no answer refuse memory.
+Runs in the gatekeeper's main thread. The module follows no symbolic link, and uses no folder that another user owns.
+After an OSError the folder and the socket file stay: shims that get no answer refuse memory.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from pathlib import Path
 
 from fgpu_ebpf.linux.clear_path import make_way
 
-BACKLOG = 512  # enough for a storm; accepting or refusing each takes about 20 us, so a flood of them is 10 ms
+BACKLOG = 512  # enough for many simultaneous starts; to accept or refuse one takes about 20 us, all of them 10 ms
 
 
 class Listener:
-    """The listening socket. It is bound under another name and then renamed, so that a socket always listens."""
+    """The listening socket. It is bound under another name and then renamed, so its path always has a listener."""
 
     def __init__(self, run: Path) -> None:
         self._shim = run / "shim"
@@ -49,7 +49,7 @@ class Listener:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(aside)
         listener.bind(aside)
-        os.chmod(aside, 0o666)  # every process may connect; the kernel says which process it is
+        os.chmod(aside, 0o666)  # every process may connect; the kernel identifies it
         listener.listen(BACKLOG)
         make_way(f"/proc/self/fd/{folder}/shim.sock")
         os.rename(".shim.sock", "shim.sock", src_dir_fd=folder, dst_dir_fd=folder)
@@ -62,11 +62,11 @@ class Listener:
         return shim.st_dev, shim.st_ino, sock.st_dev, sock.st_ino
 
     def intact(self) -> bool:
-        """Return True if folder and socket are those that open() made."""
+        """Return True if the folder and the socket file are still those of the last open()."""
         return bool(self._seen) and self._look() == self._seen
 
     def close(self) -> None:
-        """Stop listening; folder and socket file stay."""
+        """Stop listening. The folder and the socket file stay."""
         self.socket.close()
         if self._folder >= 0:
             os.close(self._folder)

@@ -1,12 +1,14 @@
-"""Registers processes by the hello of their shims, and keeps the pages of registered processes up to date.
+"""The gatekeeper's main loop: it answers the hello of each shim, and updates the pages of registered processes.
 
-The main module of the gatekeeper process: it decides on each hello, runs the loop of all other parts, and writes
-`<run>/gatekeeper.json`. A tenant's process is identified by the peer's pidfd and by the kernel, never by what it sends;
-no tenant is waited for. Limits are written by the agent alone. When the process ends, heartbeats on pages stop and
-shims open their gates after the lease; limits stay in force in the kernel. The process ends if its run folder is no
-longer the one that it locked, since shims would not find it there.
+Run as `python -m fgpu_ebpf.gatekeeper`. A file lock (flock) allows one gatekeeper per host. The loop runs in the main
+thread of the process, calls all other parts, and writes `<run>/gatekeeper.json`.
 
-Run as `python -m fgpu_ebpf.gatekeeper`, one per host, by flock.
+The kernel identifies a tenant's process by the pidfd of its connection. The data that the process sends is not used for
+that. The loop never waits for a tenant. Only the agent writes limits.
+
+When the gatekeeper exits, the heartbeats on pages stop, and shims open their gates after the lease. Limits stay in
+force in the kernel. The gatekeeper exits if the path of its lock no longer leads to the file that it has locked,
+because shims would not find its socket in the new run folder.
 """
 
 from __future__ import annotations
@@ -46,7 +48,7 @@ from fgpu_ebpf.linux.wakeup import Wakeup
 
 AGAIN_NS, ROWS_NS, HEARTBEAT_NS, UPKEEP_NS = 10_000_000, 500_000_000, 250_000_000, 1_000_000_000
 GIVE_BACK_NS = 30_000_000_000
-AHEAD_BYTES = 256 << 10  # memory kept for small objects: what the hellos of one moment take
+AHEAD_BYTES = 256 << 10  # allocated in advance for small objects: enough for many simultaneous hellos
 ANSWER_BYTES = ctypes.sizeof(Answer)
 COUNTS = (
     *("hello_managed", "hello_unmanaged", "hello_refused", "hello_held", "hello_unanswered", "malformed", "silent"),
@@ -56,7 +58,10 @@ COUNTS = (
 
 
 class Gatekeeper:
-    """The gatekeeper: one selector and one thread, and those of MappingScanner. run() returns after end()."""
+    """The state of the gatekeeper, and its loop: one selector in one thread.
+
+    MappingScanner and TimeSlicer have threads of their own.
+    """
 
     def __init__(
         self, lock: FileLock, open_ledger: Callable[[], Ledger | None], root: Path, is_stand_in: bool = False
@@ -86,7 +91,10 @@ class Gatekeeper:
         self._open_listener()
 
     def run(self) -> bool:
-        """Serve until end() is called; folder and socket file stay. Returns False if the lock was lost."""
+        """Serve until end() is called, the lock is lost, or a stand-in is to be replaced by another gatekeeper.
+
+        The run folder and the socket file stay. Returns False if the lock was lost.
+        """
         jobs = {
             self._again: AGAIN_NS, self._show: ROWS_NS, self._beat: HEARTBEAT_NS, self._keep_up: UPKEEP_NS,
             malloc.give_back: GIVE_BACK_NS,
@@ -97,7 +105,7 @@ class Gatekeeper:
             now_ns = monotonic_ns()
             for job in [job for job, at_ns in due.items() if at_ns <= now_ns]:
                 self._try(job)
-                due[job] = monotonic_ns() // jobs[job] * jobs[job] + jobs[job]  # aligned: one wake-up for all
+                due[job] = monotonic_ns() // jobs[job] * jobs[job] + jobs[job]  # aligned, so that jobs share wake-ups
             for key, _ in self._selector.select(self._leisure_ns(due) / 1e9):
                 self._try(key.data)
             for step in (self._connections.serve, self._ask_agent, self._scanner.go):
@@ -109,7 +117,7 @@ class Gatekeeper:
         return not self._lost
 
     def _leisure_ns(self, due: dict[Callable[[], None], int]) -> int:
-        """Return for how long nothing has to be done if no descriptor becomes ready."""
+        """Return how many nanoseconds the selector may wait until the next job is due."""
         if self._connections.pending():
             return 0
         waiting = self._connections or self._ledger is None
@@ -119,11 +127,11 @@ class Gatekeeper:
         return max(0, min(wakes_ns if reading_ns is None else [*wakes_ns, reading_ns]) - monotonic_ns())
 
     def _forgotten(self) -> bool:
-        """Return True if no process has a page, and no record is left that a heartbeat would expire."""
+        """Return True if no heartbeat is needed: no process has a page, and no record is left that it would expire."""
         return not self._sessions.is_owed_beats() and not self._connections.owing() and not self._requests
 
     def end(self, *_: object) -> None:
-        """Leave run() at its next iteration. A signal handler."""
+        """Make run() return after its current iteration. Also the handler of SIGTERM and SIGINT."""
         self._ended = True
         self._wakeup.wake()
 
@@ -170,7 +178,7 @@ class Gatekeeper:
         return cache.epoch, cache.managed_state(pid, cgroup)
 
     def _look(self, connection: Connection) -> None:
-        """Answer a connection if everything is known; else it waits."""
+        """Answer a connection if the answer is known. Otherwise the connection waits."""
         if self._ledger is None:
             return
         try:
@@ -198,13 +206,13 @@ class Gatekeeper:
         elif connection.files is None:
             self._scanner.want(connection)
         elif not cache.probed(connection.files):
-            connection.files = None  # scanned again at its next turn: its files may be probed by then
+            connection.files = None  # the process is scanned again later, when its files may be probed
             self._tell(connection)
-        elif grant := cache.grant(connection.managed_state.levels):  # else decided, but not in force yet
+        elif grant := cache.grant(connection.managed_state.levels):  # None: decided, but not in force yet
             self._answer_managed(connection, grant)
 
     def _tell(self, connection: Connection) -> None:
-        """Ask the agent about a process that it does not know yet; the connection waits."""
+        """Request the agent's decision about the process of a connection. The connection waits for it."""
         self._counts["hello_held"] += not connection.held
         connection.held = True
         self._requests.add(connection)
@@ -219,19 +227,19 @@ class Gatekeeper:
             self._connections.ready(connection)
 
     def _devices(self, epoch: int, ledger: Ledger) -> list[tuple[int, bytes]]:
-        """Return the host's devices: read again after any decision and at every heartbeat."""
+        """Return the host's devices, from a cache that is renewed with every epoch and at every heartbeat."""
         if self._listed[0] != epoch:
             self._listed = (epoch, ledger.devices())
         return self._listed[1]
 
     def _answer_unmanaged(self, connection: Connection) -> None:
-        """Answer with a page that all unmanaged processes share, so that they take no place from a tenant."""
+        """Answer with a page that unmanaged processes share: none of them has a session, so tenants lose no place."""
         self._sessions.release(connection.pid)
         control = self._sessions.page_of_unmanaged(connection.pid)
         self._answer(connection, Code.UNMANAGED, Grant(PageHeader(), ()), [control.descriptor])
 
     def _answer_refused(self, connection: Connection) -> None:
-        """Answer that a wanted limit could not be put in force: the process gets no memory."""
+        """Answer that the process gets no memory, because a limit of its cgroup could not be put in force."""
         self._sessions.release(connection.pid)
         self._answer(connection, Code.REFUSED, Grant(PageHeader(), ()), [])
 
@@ -242,7 +250,7 @@ class Gatekeeper:
             self._answer(connection, Code.MANAGED, grant, descriptors)
 
     def _answer_info(self, connection: Connection, epoch: int) -> None:
-        """Answer with text about the cgroup of the process, which gets no pages and no session."""
+        """Answer a request of fgpu-info with a text about its cgroup. The process gets no pages and no session."""
         assert self._ledger
         levels = self._lineages.of(*procfs.identity(connection.pidfd))
         said = info_text.REFUSED
@@ -275,7 +283,10 @@ class Gatekeeper:
         self._connections.drop(connection, count)
 
     def _session(self, connection: Connection, header: PageHeader) -> Session | None:
-        """Return the session of this process, made or updated; None: it is gone or has no place, and was dropped."""
+        """Create or update the session of a connection's process, and return it.
+
+        Returns None after dropping the connection: the process has exited, or no place is free for it.
+        """
         session = self._sessions.get(connection.pid)
         if not procfs.alive(connection.pidfd) or (session and session.has_ended):
             self._connections.drop(connection, "gone")
@@ -344,8 +355,8 @@ class Gatekeeper:
             return
         if not self._listener.intact():
             self._open_listener()
-        self._accept()  # if there is no connection, the peer identifier records that
-        self._slicer.shares_changed()  # a change may have been missed
+        self._accept()  # if no connection waits, the peer identifier records it
+        self._slicer.shares_changed()  # in case the event of a change was lost
         self._counts["processes"] = len(self._sessions)
         said = {**self._counts, **self._facts, "slices": self._slicer.counts()}
         if said != self._written:
@@ -369,7 +380,10 @@ def _options(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None, ledger_factory: Callable[[Path], Ledger] = Ledger) -> int:
-    """Serve until SIGTERM. Returns the exit code: 1, after one line on standard error, if it cannot serve."""
+    """Serve until SIGTERM or SIGINT, and return the exit status.
+
+    The status is 1 if the start fails, after one line on standard error, or if the lock is lost.
+    """
     options = _options(argv)
     lock = FileLock(options.run_dir / file_locks.GATEKEEPER)
     try:

@@ -1,7 +1,8 @@
-"""Worker threads that list which libcuda and shim files a process has mapped, and whether those have our breakpoints.
+"""Worker threads that list the libcuda and shim files that a process maps, and check the breakpoints in its memory.
 
-Reading /proc/PID/maps takes the process's mmap lock, and reading /proc/PID/mem its pages: both may block. A process
-that cannot be read blocks one thread and its tenant's queue (`linux.worker_threads`), not the gatekeeper's main loop.
+Reading /proc/PID/maps takes the process's mmap lock, and reading /proc/PID/mem loads its pages: both may block. A
+process that cannot be read blocks one worker thread and its tenant's queue (`linux.worker_threads`), but not the
+gatekeeper's main loop.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from fgpu_ebpf.linux.worker_threads import Workers
 
 
 class MappingScanner:
-    """The workers. `wake` is called by a worker when take() has something to return; `check` is Ledger.file_check."""
+    """The workers. A worker calls `wake` when take() has something to return; `check` is Ledger.file_check."""
 
     def __init__(self, wake: Callable[[], None]) -> None:
         self.check: Callable[[int, int], int | None] = lambda *_: None
@@ -29,7 +30,7 @@ class MappingScanner:
         connection.reading = self._workers.want(connection.tenant, connection)
 
     def take(self) -> list[tuple[Connection, int]]:
-        """Return the connections whose processes were scanned since, each with the processor time that it took."""
+        """Return the connections whose processes were scanned since the last call, each with its processor time."""
         found = self._workers.take()
         for done in found:
             done.job.files, done.job.reading = done.result, False

@@ -1,8 +1,8 @@
 """The two pages that the gatekeeper makes for a process, each a sealed memfd: the control page and the status page.
 
-The gatekeeper's main loop and its time slicer use this module. The content of a status page is not trusted. If the
-kernel refuses a memfd or a seal, the constructor raises OSError and leaves nothing behind. A page once made cannot
-fail: sealed against resizing, it never raises SIGBUS.
+Runs in the gatekeeper's main thread and in its time slicer's. The content of a status page is not trusted. If the
+kernel refuses a memfd or a seal, the constructor raises OSError and leaves no descriptor open. Access to a page never
+causes SIGBUS, because the page is sealed against resizing.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _STATUS_HEAD = bytes(StatusPage(version=LAYOUT))[:8]
 
 
 def _fence() -> None:
-    """Order the stores before against those after: a foreign call releases and takes the interpreter's lock."""
+    """Order all earlier stores before all later ones: a ctypes call releases and takes the interpreter's lock."""
     _LIBC.getppid()
 
 
@@ -42,9 +42,10 @@ def _sealable(name: str) -> int:
 
 
 class ControlMemory:
-    """A control page that this process alone can write: readers get `descriptor`, through which writing is impossible.
+    """A control page that only this process can write. Other processes get `descriptor`, which is read-only.
 
-    `page` is a view of the mapping and is gone after close(); descriptors that were sent stay readable. Raises OSError.
+    `page` is a view of the mapping and does not exist after close(). Descriptors that were sent stay readable. Raises
+    OSError.
     """
 
     __slots__ = ("_map", "descriptor", "page")
@@ -52,7 +53,7 @@ class ControlMemory:
     def __init__(self) -> None:
         fd = _sealable("fgpu-control")
         try:
-            self._map = mmap.mmap(fd, PAGE_BYTES)  # before the seal, which refuses every later writable mapping
+            self._map = mmap.mmap(fd, PAGE_BYTES)  # must precede the seal, which forbids later writable mappings
             fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SHRINK | _GROW | _FUTURE_WRITE | _SEAL)
             os.fchmod(fd, 0o444)
             self.descriptor = os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_CLOEXEC)
@@ -61,7 +62,7 @@ class ControlMemory:
         self.page = ControlPage.from_buffer(self._map)
 
     def show(self, rows: bytes) -> None:
-        """Replace the table of processes by `rows`, as row_bytes() makes them, under the sequence word."""
+        """Replace the table of processes by `rows` from row_bytes(). The sequence word is odd while it changes."""
         page = self.page
         page.sequence += 1
         _fence()
@@ -71,7 +72,7 @@ class ControlMemory:
         page.sequence += 1
 
     def close(self) -> None:
-        """Unmap and close; a view of the page that is still used keeps the mapping until it goes."""
+        """Close the descriptor and unmap the page. A view that still exists keeps the mapping until it is deleted."""
         os.close(self.descriptor)
         memory = self._map
         del self.page, self._map
@@ -95,7 +96,7 @@ class StatusMemory:
 
     @property
     def page(self) -> StatusPage:
-        """The page, mapped at the first access; gone after close()."""
+        """The page, mapped at the first access. It does not exist after close()."""
         if self.descriptor < 0:
             raise AttributeError("page")
         if self._map is None:
@@ -104,7 +105,7 @@ class StatusMemory:
         return self._page
 
     def close(self) -> None:
-        """Unmap and close; a view of the page that is still used keeps the mapping until it goes."""
+        """Close the descriptor and unmap the page. A view that still exists keeps the mapping until it is deleted."""
         os.close(self.descriptor)
         self.descriptor = -1
         memory, self._map = self._map, None
@@ -114,10 +115,10 @@ class StatusMemory:
 
 
 def _unmap(memory: mmap.mmap) -> None:
-    with contextlib.suppress(BufferError):  # another view is still used: the last one unmaps
+    with contextlib.suppress(BufferError):  # another view still exists; the last one to be deleted unmaps
         memory.close()
 
 
 def row_bytes(rows: Iterable[tuple[int, int, int]]) -> bytes:
-    """Return `(pid, device, bytes)` of each process and device in the form for ControlMemory.show(); at most ROWS."""
+    """Return the first ROWS rows `(pid, device, bytes)` in the form that ControlMemory.show() takes."""
     return b"".join(bytes(Row(*row)) for row in islice(rows, ROWS))

@@ -1,7 +1,7 @@
 """Identification of the process at the other end of a socket, as a pidfd.
 
-`connections` uses this module, in the gatekeeper's main loop. A pid that may belong to another process by now is not
-accepted: OSError is raised, and the process registers again.
+Runs in the gatekeeper's main thread. A pid that may belong to another process by now is not accepted: the functions
+raise OSError, and the process registers again.
 """
 
 from __future__ import annotations
@@ -14,30 +14,37 @@ from collections.abc import Callable
 from time import monotonic_ns
 
 _PEERCRED = struct.Struct("3i")
-SO_PEERPIDFD = 77  # Linux 6.5
+SO_PEERPIDFD = 77  # since Linux 6.5
 
 
 def pid_of(sock: socket.socket) -> int:
-    """Return the pid of the process that connected, at that time. Raises OSError."""
+    """Return the pid that the connecting process had when it connected. Raises OSError."""
     return int(_PEERCRED.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEERCRED.size))[0])
 
 
 class PeerIdentifier:
-    """Identifies peers. `ended_ns` returns when a process of a pid has ended last at the latest; None: unknown."""
+    """Identifies peers.
+
+    Args:
+        ended_ns: returns a time after which no process with a given pid has exited; None: unknown.
+    """
 
     def __init__(self, ended_ns: Callable[[int], int | None]) -> None:
         self._ended_ns = ended_ns
         self._alone_ns = monotonic_ns()
 
     def none_waiting(self, since_ns: int) -> None:
-        """Note that no connection was waiting at some moment after `since_ns`: later ones have connected later."""
+        """Record that at some moment after `since_ns` no connection was waiting.
+
+        Every connection that is accepted later was made after `since_ns`.
+        """
         self._alone_ns = since_ns
 
     def pidfd(self, sock: socket.socket) -> int:
         """Return a pidfd of the process that connected, which the caller closes. Raises OSError.
 
         Before Linux 6.5, the kernel reports only the pid of the peer. The method then opens a pidfd by that pid. It
-        accepts the pidfd if no process with that pid has exited since before the connection.
+        accepts the pidfd only if no process with that pid has exited since a moment before the connection.
         """
         try:
             return sock.getsockopt(socket.SOL_SOCKET, SO_PEERPIDFD)

@@ -1,8 +1,9 @@
-"""Claims of processes on their status pages, clamped. No other module reads those words.
+"""Claims of processes on their status pages, clamped. No other module reads the claims.
 
-The time slicer's thread uses this module. No number is negative and no time lies in the future, except the end of work
-in flight, which is at most MOST_FLIGHT_NS away; `turns` decides what a claim is worth. Reading cannot fail: a page has
-a fixed size and is sealed against resizing, and every word has a meaning.
+Runs in the gatekeeper, in any thread that holds the time slicer's lock. No number is negative, and no time lies in the
+future, except the end of work in flight, which is at most MOST_FLIGHT_NS away. `scheduling.turns` decides how far a
+claim is trusted. Reading cannot fail: a page has a fixed size and is sealed against resizing, and every value of a word
+is valid.
 """
 
 from __future__ import annotations
@@ -18,17 +19,17 @@ from fgpu_ebpf.scheduling.claim_trust import MOST_FLIGHT_NS
 
 Words = ctypes.c_uint64 * (ctypes.sizeof(StatusPage) // 8)
 Row = tuple[int, int, int, int]  # a device, and the offsets of its three structures on a status page
-_STATUS, _FLIGHT, _SPAN = struct.Struct("2IQ"), struct.Struct("4Q"), struct.Struct("2Q")  # fields as in pages
+_STATUS, _FLIGHT, _SPAN = struct.Struct("2IQ"), struct.Struct("4Q"), struct.Struct("2Q")  # fields as in abi.py
 _SIZES = (("devices", _STATUS.size), ("flights", _FLIGHT.size), ("spans", _SPAN.size))
 _MOST = 2**63 - 1
 assert all(getattr(StatusPage, name).size == size * abi.DEVICES for name, size in _SIZES)
 
 
 class Claim(NamedTuple):
-    """Claims of a process about one device. Times are by the clock of this process; 0: no such time."""
+    """Claims of a process about one device. Times are by the gatekeeper's CLOCK_MONOTONIC; 0: no such time."""
 
     waiting: bool
-    drained: int  # number of a turn
+    drained: int  # number of the last turn whose gate was found closed with nothing in flight
     launches: int
     in_flight: int
     busy_until_ns: int
@@ -39,20 +40,27 @@ class Claim(NamedTuple):
 
 
 def row_of(device: int) -> Row:
-    """Return where on a status page the words about a device are."""
+    """Return the device with the offsets of its structures on a status page."""
     status, flight, span = (getattr(StatusPage, name).offset + size * device for name, size in _SIZES)
     return device, status, flight, span
 
 
 def read(words: ctypes.Array[ctypes.c_uint64], row: Row, ahead_ns: int, now_ns: int) -> Claim:
-    """Read each word once. `ahead_ns`: how far the clock of the process is ahead of this one."""
+    """Return the claims about one device, clamped. Each word is read once.
+
+    Args:
+        words: the status page.
+        row: the device, from row_of().
+        ahead_ns: how far the clock of the process is ahead of the gatekeeper's.
+        now_ns: the current time of the gatekeeper's CLOCK_MONOTONIC.
+    """
     threads, drained, launches = _STATUS.unpack_from(words, row[1])
     in_flight, until_ns, wanted_ns, idle_ns = _FLIGHT.unpack_from(words, row[2])
     begun_ns, ended_ns = _SPAN.unpack_from(words, row[3])
     latest_ns = now_ns + MOST_FLIGHT_NS
     if ahead_ns:
         until_ns, wanted_ns, begun_ns, ended_ns = _by_this_clock((until_ns, wanted_ns, begun_ns, ended_ns), ahead_ns)
-    return Claim(  # without `min`: this runs at every look, and a call costs more than all the rest
+    return Claim(  # without min(): this runs for every page that is read, and the calls would cost more than the rest
         threads > 0,
         drained,
         launches if launches < _MOST else _MOST,

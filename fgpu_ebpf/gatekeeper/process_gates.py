@@ -1,7 +1,8 @@
-"""A process's pages as the time slicer uses them: gates and budgets are written, claims are read.
+"""Access of the time slicer to the pages of processes: it writes gates and budgets, and reads claims.
 
-The time slicer's thread uses this module. The module writes the gate words of control pages, and sums the claims of a
-tenant's processes. Which gate is open is decided by `turns`. Cannot fail: pages are sealed against resizing.
+Runs in the gatekeeper, in any thread that holds the time slicer's lock. The module writes the gate words of control
+pages, and sums the claims of a tenant's processes. `scheduling.turns` decides which gates are open. The functions
+cannot fail, because pages are sealed against resizing.
 """
 
 from __future__ import annotations
@@ -23,12 +24,11 @@ _OPEN = int(abi.Gate.OPEN)
 
 
 class ProcessGates:
-    """A process with a share.
+    """The pages of a process with a share.
 
-    `address`: of the word that the process changes to wake the time slicer; `last_value`: of that word; `wakeups`: how
-    often it changed; `used`: the devices that it uses.
-
-    `place`: the word's slot among those that are watched; -1: it is not watched.
+    `address`: the address of the word that the process changes to wake the time slicer. `last_value`: the value of the
+    word when it was last read. `wakeups`: how often it has changed lately. `place`: the slot of the word among the
+    watched ones; -1: it is not watched. `used`: the devices that the process uses.
     """
 
     __slots__ = (
@@ -62,12 +62,12 @@ class ProcessGates:
         return True
 
     def set_shared(self, devices: Iterable[int]) -> None:
-        """Set the devices of which the process has a share."""
+        """Set the devices of whose time the process has a share."""
         self._shared = frozenset(devices)
         self.use(())
 
     def use(self, devices: Iterable[int]) -> None:
-        """Note that the process has begun to use devices; those without a share are ignored."""
+        """Record that the process has begun to use devices. Devices without a share are ignored."""
         self.used = self._shared.intersection((*self.used, *devices))
         self.rows = [process_claims.row_of(device) for device in self.used]
         self._unused = [process_claims.row_of(device) for device in self._shared - self.used]
@@ -80,7 +80,7 @@ class ProcessGates:
         return bool(found)
 
     def claims_work(self, now_ns: int) -> bool:
-        """Return True if the process says that it has work in flight that has not ended."""
+        """Return True if the process claims to have work in flight that is not due to have ended by `now_ns`."""
         claims = [process_claims.read(self.words, row, self.session.ahead_ns, now_ns) for row in self.rows]
         return any(claim.in_flight and claim.busy_until_ns > now_ns for claim in claims)
 
@@ -91,7 +91,7 @@ class ProcessGates:
         return None if is_idle else rested
 
     def put(self, device: int, word: int) -> None:
-        """Set a gate, and wake the threads at it if it opens. An unused allowance is cleared."""
+        """Set a gate. If it opens, clear an unused allowance of let_pass(), and wake the threads that wait."""
         if self._gates[device] != word:
             if word & _OPEN and self._passes[device]:
                 self._passes[device] = 0
@@ -100,7 +100,7 @@ class ProcessGates:
                 futex.wake(ctypes.addressof(self._gates) + 4 * device)
 
     def open_all(self, but: Iterable[int] = ()) -> None:
-        """Open the gates of all devices that are not scheduled. `but`: those that are."""
+        """Open the gates of all devices except `but`, the scheduled ones."""
         for device in set(range(abi.DEVICES)).difference(but):
             self.put(device, _OPEN)
 
@@ -110,14 +110,22 @@ class ProcessGates:
         futex.wake(ctypes.addressof(self._gates) + 4 * device)
 
     def set_budget(self, device: int, ns: int) -> None:
-        """Set how much work may be in flight."""
+        """Set how many nanoseconds of work may be in flight on a device."""
         self.session.control.page.budget_ns[device] = ns
 
 
 def observe_processes(
     all_gates: Iterable[ProcessGates], devices: frozenset[int], number: int, since_ns: int, now_ns: int
 ) -> Seen:
-    """Return what these processes say of all devices together, in the turn `number` that began at `since_ns`."""
+    """Return the claims of a tenant's processes about all devices together.
+
+    Args:
+        all_gates: the processes.
+        devices: the devices that they use.
+        number: the number of the tenant's turn.
+        since_ns: when this turn began.
+        now_ns: the current time of CLOCK_MONOTONIC.
+    """
     waiting, drained, begun = False, True, 0
     launches = flying = until = wanted = ended = 0
     rests = []
@@ -152,10 +160,12 @@ def observe_processes(
 
 
 def let_gang_through(all_gates: Iterable[ProcessGates], now_ns: int) -> None:
-    """Let the late kernels of a gang through closed gates: as many as its other kernels that spin in wait for them.
+    """Let late kernels through closed gates if kernels of the same gang spin on other devices and wait for them.
 
-    Called when the work in flight should have ended long ago. Programs that launch alike on all their devices are
-    together again after one round; all others are stopped by the deadline.
+    A gang is a set of kernels, one on each device, that wait for each other. This function is called when the work in
+    flight is long overdue. At each closed gate it admits as many launches as are in flight on the busiest device. A
+    program that launches the same kernels on all its devices is in step again after one round. All other programs are
+    stopped by the deadline.
     """
     claims = [
         (gates, row[0], process_claims.read(gates.words, row, 0, now_ns)) for gates in all_gates for row in gates.rows

@@ -1,7 +1,7 @@
 """The gatekeeper's log: at most MOST_LINES a second, without blocking.
 
-The gatekeeper's main loop uses this module. Tenants cannot make the log grow without bound. A line that cannot be
-written at once is lost.
+Runs in the gatekeeper's main thread. The maximum keeps tenants from filling the log. A line that cannot be written at
+once is lost.
 """
 
 from __future__ import annotations
@@ -14,16 +14,16 @@ MOST_LINES = 10
 
 
 class LogLines:
-    """Lines on standard error, at most MOST_LINES between two calls of `renew`."""
+    """Lines on standard error, at most MOST_LINES between two calls of renew()."""
 
     def __init__(self, name: str) -> None:
         self._name = name
         self._lines = 0
 
     def say(self, line: str) -> None:
-        """Write a line, or count it as omitted."""
+        """Write a line. After MOST_LINES lines, only count it as omitted."""
         self._lines += 1
-        with contextlib.suppress(OSError, ValueError):  # writing must not wait for a reader
+        with contextlib.suppress(OSError, ValueError):  # logging must not wait for the reader of a pipe
             if self._lines <= MOST_LINES and select.select([], [2], [], 0)[1]:
                 os.write(2, f"{self._name}: {line}\n".encode())
 

@@ -1,8 +1,9 @@
-"""The managed processes: their control and status pages, and the rows and heartbeats on them.
+"""Sessions of managed processes: their control and status pages, with rows and heartbeats on the control pages.
 
-The gatekeeper's main loop uses this module. A session lasts from a process's first registration until its pidfd reports
-its exit. Unmanaged processes share a few control pages, so that they take no places. Which process gets which page is
-decided elsewhere; status pages are not read here. Raises OSError. Pages without heartbeats make shims open their gates.
+Runs in the gatekeeper's main thread. A session lasts from a process's first registration until its pidfd reports its
+exit. Unmanaged processes share a few control pages and have no session, so they take no places from tenants. The module
+`main` decides which pages a process gets, and `time_slicer` reads the status pages. If heartbeats stop, shims open
+their gates. Errors are OSError.
 """
 
 from __future__ import annotations
@@ -22,14 +23,14 @@ from fgpu_ebpf.ledger.process_entry import Process
 from fgpu_ebpf.linux import procfs
 
 MOST_PROCESSES, PROCESSES_PER_OWNER = 8192, 1024
-MOST_CLOCKS = 16  # different clocks of unmanaged processes
-FEW_PROCESSES = 64  # half of all places are kept for owners with fewer processes
+MOST_CLOCKS = 16  # different clock offsets of unmanaged processes, each with a page
+FEW_PROCESSES = 64  # half of all places are reserved for owners with fewer processes
 Held = tuple[int, int, int, int]  # tgid, generation, device, bytes
 
 
 @dataclass(frozen=True, slots=True)
 class PageHeader:
-    """The part of a control page that never changes: another header needs another page."""
+    """The part of a control page that never changes: a process with a new header gets a new page."""
 
     flags: int = 0
     devices: tuple[tuple[int, bytes], ...] = ()
@@ -37,12 +38,12 @@ class PageHeader:
 
 @dataclass(slots=True, eq=False)
 class Session:
-    """A process that has pages, until its pidfd reports its exit. `since_ns`: the session's begin."""
+    """A process that has pages, until its pidfd reports its exit. `since_ns`: when the session began."""
 
     pid: int
     pidfd: int
     tenant: int
-    owner: int  # the cgroup whose bounds apply, and whose place it takes
+    owner: int  # the cgroup whose bounds apply, and for which this session counts
     space: int  # inode of its pid namespace
     header: PageHeader
     control: ControlMemory
@@ -50,22 +51,22 @@ class Session:
     rows: bytes = b""
     levels: tuple[int, ...] = ()  # innermost first
     since_ns: int = field(default_factory=monotonic_ns)
-    has_ended: bool = False  # the kernel has reported its exit, and its pidfd has not yet
-    ahead_ns: int = 0  # how far its clock, by which times on its pages are, is ahead of ours
-    generation: int = 0  # of its entry in the ledger; 0: it had none yet
+    has_ended: bool = False  # the kernel has reported the exit; the pidfd reports it later
+    ahead_ns: int = 0  # how far the process's clock, used for times on its pages, is ahead of the gatekeeper's
+    generation: int = 0  # of the process's entry in the ledger; 0: it had no entry yet
 
     def show(self, rows: bytes) -> None:
-        """Put these rows on the control page, unless they are there."""
+        """Write these rows to the control page if they differ from its rows."""
         if rows != self.rows:
             self.control.show(rows)
             self.rows = rows
 
     def beat(self) -> None:
-        """Write a heartbeat on the control page."""
+        """Write a heartbeat to the control page."""
         self.control.page.heartbeat_ns = monotonic_ns() + self.ahead_ns
 
     def close(self) -> None:
-        """Close pidfd and pages; descriptors that were sent stay readable."""
+        """Close the pidfd and the pages. The process can still use the descriptors that it was sent."""
         os.close(self.pidfd)
         self.control.close()
         if self.status:
@@ -73,25 +74,25 @@ class Session:
 
 
 class Sessions:
-    """All sessions of the gatekeeper. `epoch`: the value for all pages from now on."""
+    """All sessions of the gatekeeper. `epoch`: the ledger's epoch, which is written to all pages."""
 
     def __init__(self, selector: selectors.BaseSelector, boot: bytes) -> None:
         self._selector, self._boot = selector, boot
         self._most = min(MOST_PROCESSES, max(16, (resource.getrlimit(resource.RLIMIT_NOFILE)[0] - 3072) // 5))
-        self._sessions: dict[int, Session] = {}  # by pid, which stays the process's while we hold its pidfd
-        self._members: Counter[int] = Counter()  # sessions of an owner
+        self._sessions: dict[int, Session] = {}  # by pid; removed when the pidfd reports the exit
+        self._members: Counter[int] = Counter()  # by owner: number of sessions
         self._held: dict[int, list[Held]] = {}
         self._names: dict[tuple[int, int], dict[int, int]] = {}
-        self._tables: dict[tuple[int, int], bytes] = {}  # rows of a tenant, with the pids of a pid namespace
-        self._shared: dict[int | None, ControlMemory] = {}  # by how far the clock is ahead of ours
+        self._tables: dict[tuple[int, int], bytes] = {}  # rows by tenant and pid namespace
+        self._shared: dict[int | None, ControlMemory] = {}  # by clock offset; None: no heartbeats
         self.epoch = 0
-        self.on_end: Callable[[Session], None] = lambda _: None  # called for every session that ends, once or twice
+        self.on_end: Callable[[Session], None] = lambda _: None  # called once or twice for every session that ends
 
     def __len__(self) -> int:
         return len(self._sessions)
 
     def get(self, pid: int) -> Session | None:
-        """Return the session of this pid, if its process lives."""
+        """Return the session of this pid; None: there is none, or its process has exited."""
         session = self._sessions.get(pid)
         if session and not procfs.alive(session.pidfd):
             self._remove(session)
@@ -99,7 +100,10 @@ class Sessions:
         return session
 
     def add(self, pid: int, pidfd: int, tenant: int, owner: int, header: PageHeader) -> Session | None:
-        """Add a session, which takes over the pidfd; None: no place. Raises OSError: the pidfd is not taken."""
+        """Add a session, which then owns the pidfd, and return it.
+
+        Returns None if no place is free. Raises OSError. In both cases the caller still owns the pidfd.
+        """
         if not self._has_place(owner):
             return None
         session = Session(pid, pidfd, tenant, owner, procfs.pid_space(pidfd), header, self._control(header))
@@ -121,15 +125,15 @@ class Sessions:
     def page_of_unmanaged(self, pid: int) -> ControlMemory:
         """Return the control page for unmanaged processes with the clock offset of this process. Raises OSError.
 
-        If there are too many different offsets, the page has no heartbeat. The shims of its processes then treat the
-        gatekeeper as exited and register again repeatedly.
+        If there are too many different offsets, the page has no heartbeat. The shims of its processes then assume that
+        the gatekeeper has exited, and register again and again.
         """
         ahead_ns: int | None = procfs.clock_ahead_ns(pid)
         if ahead_ns not in self._shared and len(self._shared) >= MOST_CLOCKS:
             ahead_ns = None
         if ahead_ns not in self._shared:
             self._shared[ahead_ns] = self._control(PageHeader())
-        self._beat_shared(self._shared[ahead_ns], ahead_ns)  # never older than the answer
+        self._beat_shared(self._shared[ahead_ns], ahead_ns)  # so that the page is not older than the answer
         return self._shared[ahead_ns]
 
     def _beat_shared(self, control: ControlMemory, ahead_ns: int | None) -> None:
@@ -138,7 +142,7 @@ class Sessions:
             control.page.heartbeat_ns = monotonic_ns() + ahead_ns
 
     def release(self, pid: int) -> None:
-        """End the session of a process that is unmanaged from now on, with its gates open."""
+        """Open the gates of a process that is no longer managed, and end its session."""
         session = self._sessions.get(pid)
         if session:
             session.control.page.gates[:] = [abi.Gate.OPEN] * abi.DEVICES
@@ -149,12 +153,12 @@ class Sessions:
         return bool(self._sessions or self._shared)
 
     def update(self, session: Session, tenant: int, owner: int, levels: tuple[int, ...], header: PageHeader) -> None:
-        """Update a session's pages to what the next answer says. A new header needs a new page. Raises OSError."""
+        """Update a session and its pages before the next answer. A new header needs a new page. Raises OSError."""
         if session.header != header:
             control = self._control(header)
             session.control.close()
             session.header, session.control, session.rows = header, control, b""
-        session.control.page.epoch = self.epoch  # never older than the answer
+        session.control.page.epoch = self.epoch  # so that the page is not older than the answer
         session.ahead_ns, session.generation = procfs.clock_ahead_ns(session.pid), 0
         session.beat()
         if session.owner != owner:
@@ -179,10 +183,10 @@ class Sessions:
         return control
 
     def end(self, pid: int, at_ns: int) -> None:
-        """Record the exit of this pid at `at_ns`, as the kernel reports it.
+        """Record that the kernel has reported the exit of this pid at `at_ns`.
 
-        Its pidfd becomes readable only after the driver has cleaned up. A session that began later belongs to another
-        process.
+        The pidfd of the process becomes readable only after the driver has cleaned up. A session that began after
+        `at_ns` belongs to another process with the same pid.
         """
         session = self._sessions.get(pid)
         if session and session.since_ns <= at_ns:
@@ -190,11 +194,12 @@ class Sessions:
             self.on_end(session)
 
     def _close_after_exec(self, processes: Mapping[int, Process]) -> None:
-        """Close sessions of processes that have exec'ed.
+        """Close the sessions of processes that have executed another program.
 
-        Their pages are unmapped, and their status page could show a waiting thread for ever.
+        Their pages are no longer mapped, so their status page could show a waiting thread for ever.
 
-        A process that has only left its cgroups keeps its pages: its gates are open, and it registers again.
+        A process that has only left its cgroups still maps its pages. Its gates are opened and its epoch is changed, so
+        that it registers again.
         """
         for session in list(self._sessions.values()):
             process = processes.get(session.pid)
@@ -214,7 +219,7 @@ class Sessions:
         take_one(self._members, session.owner)
 
     def show(self, processes: Mapping[int, Process]) -> None:
-        """Update the rows of every session by the ledger, and end those whose processes the ledger has ended."""
+        """Close the sessions whose entries in the ledger have ended, and update the rows of all others."""
         self._close_after_exec(processes)
         self._held = by_tenant(processes)
         live = {(tgid, generation) for rows in self._held.values() for tgid, generation, _, _ in rows}
@@ -241,7 +246,7 @@ class Sessions:
         return row_bytes(rows)
 
     def beat(self) -> None:
-        """Write a heartbeat and the epoch on every page."""
+        """Write a heartbeat and the epoch to every page."""
         for session in self._sessions.values():
             session.control.page.epoch = self.epoch
             session.beat()
@@ -257,7 +262,7 @@ def take_one(count: Counter[int], key: int) -> None:
 
 
 def by_tenant(processes: Mapping[int, Process]) -> dict[int, list[Held]]:
-    """Return what is held, by innermost tenant; if it is too much for a page, the largest."""
+    """Return the rows of each tenant, which is a process's innermost level; at most abi.ROWS, those with most bytes."""
     held: dict[int, list[Held]] = {}
     for tgid, process in sorted(processes.items()):
         rows = [(tgid, process.generation, device, bytes_) for device, bytes_ in enumerate(process.bytes) if bytes_]

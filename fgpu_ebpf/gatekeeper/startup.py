@@ -1,6 +1,6 @@
-"""Set-up of the gatekeeper's process before it serves: its lock, its limits, its priority.
+"""Set-up of the gatekeeper process before it serves: its lock, resource limits, capabilities and priority.
 
-Runs once, in the main thread. On OSError the process ends with one line.
+Runs once, in the main thread. After an OSError the process prints one line and exits.
 """
 
 from __future__ import annotations
@@ -29,9 +29,12 @@ def open_ledger(pins: Path, factory: Callable[[Path], Ledger]) -> Ledger | None:
 
 
 def _wait_for(lock: FileLock) -> None:
-    """Take the lock as soon as its holder releases it; an agent's own gatekeeper does so at once. Raises OSError."""
+    """Take the lock as soon as its holder releases it. Raises OSError.
+
+    A gatekeeper that an agent has started (--stand-in) exits as soon as another gatekeeper waits.
+    """
     waiting = FileLock(lock.path.parent / file_locks.NEXT)
-    is_next = False  # if several wait, one of them holds the second lock for all
+    is_next = False  # if several gatekeepers wait, one of them holds the second lock
     while not lock.take():
         is_next = is_next or waiting.take()
         time.sleep(LOCK_SECONDS)
@@ -39,10 +42,11 @@ def _wait_for(lock: FileLock) -> None:
 
 
 def prepare(lock: FileLock, is_patient: bool) -> Path:
-    """Take the lock, and do everything that may fail. Returns the root of the cgroups.
+    """Take the lock and set up the process. Returns the mount point of the cgroup v2 hierarchy.
 
     Args:
-        is_patient: wait while another gatekeeper has the lock, so that this one is there when that one ends.
+        lock: the lock of the gatekeeper.
+        is_patient: wait while another gatekeeper has the lock, and replace it when it exits.
 
     Raises:
         OSError: no cgroup2 is mounted, or another gatekeeper has the lock.

@@ -1,11 +1,13 @@
-"""The time slicer: a thread that passes the claims of processes to `turns`, and its decisions to their gates.
+"""The time slicer: a thread of the gatekeeper that reads the claims of processes, and opens and closes their gates.
 
-The thread sleeps on the futexes of status pages until a turn is due. It reads shares, and writes the `turns` map. It
-waits for no tenant, and costs nothing if no tenant has compute. An OSError is counted, and the step is tried again. Any
-other exception ends the process: heartbeats on pages stop, and shims open their gates.
+`scheduling.turns` makes the decisions. The thread sleeps on the futexes of status pages until a turn is due. It reads
+the shares and writes the `turns` map. It never waits for a tenant, and it costs nothing if no tenant has a share of
+compute time. After an OSError, which is counted, the step is repeated. Any other exception ends the process: heartbeats
+on pages stop, and shims open their gates.
 
-A wake-up costs more than the work done in it, so there are few: at the end of a turn, when its work has drained, when a
-process registers, when shares change, and at intervals to examine the owner of a device while others wait.
+A wake-up costs more than the work done in it, so the thread wakes rarely: at the end of a turn, when the work of the
+turn has drained, when a process registers, when shares change, and at intervals to examine the owner of a device while
+other tenants wait.
 """
 
 from __future__ import annotations
@@ -32,26 +34,26 @@ from fgpu_ebpf.scheduling.state import NEVER_NS, Place, Seen
 from fgpu_ebpf.scheduling.turns import MS, Turns
 
 SHARES_NS, PUBLISH_NS, AGAIN_NS = 100 * MS, 500 * MS, 10 * MS
-CROWD_LOOK_NS = 5 * MS  # period of looks at processes whose futexes are not watched
-MOST_WAKEUPS = 100  # in SHARES_NS; a process that wakes us more often is looked at periodically instead
-QUANTUM_PARTS = 4  # at most this part of a quantum may be in flight, if that is less than the usual budget
+CROWD_LOOK_NS = 5 * MS  # period at which the pages of processes without a watched futex are read
+MOST_WAKEUPS = 100  # in SHARES_NS; the futex of a process that causes more wake-ups is not watched
+QUANTUM_PARTS = 4  # a quarter of a quantum may be in flight, if that is less than abi.BUDGET_NS
 
 
 class TimeSlicer:
-    """All processes of tenants with a share. Every public method may be called from any thread."""
+    """The processes of all tenants with a share, and the thread. All public methods are safe to call in any thread."""
 
     def __init__(self) -> None:
         self.ledger: Ledger | None = None
-        self.is_told = False  # by `shares_changed`, when shares have changed: else they are read every SHARES_NS
+        self.is_told = False  # shares_changed() is called after each change; otherwise shares are read every SHARES_NS
         self._lock = _thread.allocate_lock()
         self._turns = Turns()
-        self._gates: dict[int, list[ProcessGates]] = {}  # by tenant: the level whose share it is
+        self._gates: dict[int, list[ProcessGates]] = {}  # by tenant: the level that has the share
         self._by_session: dict[int, tuple[int, ProcessGates]] = {}  # by the session's id(): tenant and gates
         self._without: dict[int, Session] = {}  # sessions without a share so far
         self._shares: dict[int, dict[int, Share]] = {}  # by level and device
-        self._gated: dict[int, frozenset[int]] = {}  # devices of a tenant's shares, its own and those around it
-        self._used: dict[int, frozenset[int]] = {}  # devices of a tenant
-        self._epoch, self._read_ns, self._is_read_owed = -1, 0, False  # of shares; when read; changed since then
+        self._gated: dict[int, frozenset[int]] = {}  # by tenant: devices of its own shares and of those around it
+        self._used: dict[int, frozenset[int]] = {}  # by tenant: devices that its processes use
+        self._epoch, self._read_ns, self._is_read_owed = -1, 0, False  # of shares: epoch, last reading, is one due?
         self._shares_ns = self._publish_ns = NEVER_NS
         self._measured: tuple[int, dict[int, int]] = (0, {})
         self._shown: dict[int, frozenset[int]] = {}  # by tenant: devices of the last published rows
@@ -61,14 +63,14 @@ class TimeSlicer:
         self._watched: list[ProcessGates] = []
         self._unwatched: list[ProcessGates] = []
         self._ignored: set[int] = set()  # tenants whose futexes are ignored
-        self._to_look_at: set[int] = set()  # tenants to be looked at, because of a wake-up or a change
+        self._to_look_at: set[int] = set()  # tenants to be examined, because of a wake-up or a change
         self._is_watching = self._started = self._ended = False
         self._errors = 0
 
     # -- registration and exit of processes
 
     def register(self, session: Session) -> None:
-        """Add a session, or use its new pages: its gates are right before the process sees them."""
+        """Add a session, or use its new pages. Its gates are set before the process receives the pages."""
         if session.status is None or self.ledger is None:
             return
         with self._lock:
@@ -87,9 +89,9 @@ class TimeSlicer:
                 self._start()
 
     def shares_changed(self) -> None:
-        """Read the shares again if they have changed, SHARES_NS after the last reading at the earliest.
+        """Schedule a reading of the shares if they have changed, SHARES_NS after the last reading at the earliest.
 
-        Reading all of them takes milliseconds if a tenant has hundreds of cgroups, and a tenant can change them at any
+        To read all shares takes milliseconds if a tenant has hundreds of cgroups, and a tenant can change them at any
         rate.
         """
         with self._lock:
@@ -100,7 +102,7 @@ class TimeSlicer:
                 self._start()
 
     def remove(self, session: Session) -> None:
-        """Remove a session: its process's turn ends at once."""
+        """Remove a session. The process no longer takes part in turns from this moment."""
         with self._lock:
             self._without.pop(id(session), None)
             tenant, gates = self._by_session.pop(id(session), (0, None))
@@ -181,7 +183,7 @@ class TimeSlicer:
                     due_ns = self._try()
         except BaseException:
             traceback.print_exc()
-            os._exit(os.EX_SOFTWARE)  # a failure, so that systemd restarts the service; the ledger is in the kernel
+            os._exit(os.EX_SOFTWARE)  # a failure, so systemd restarts the service; the kernel keeps the ledger
 
     def _try(self) -> int:
         try:
@@ -191,7 +193,7 @@ class TimeSlicer:
             return monotonic_ns() + AGAIN_NS
 
     def _turn(self) -> int:
-        """Do what is due, and return when the next step is due."""
+        """Do the steps that are due. Returns when the next one is due, in nanoseconds of CLOCK_MONOTONIC."""
         now_ns = monotonic_ns()
         if self.ledger and now_ns >= self._shares_ns:
             self._shares_ns = now_ns + SHARES_NS
@@ -205,7 +207,7 @@ class TimeSlicer:
         now_ns = monotonic_ns()
         due_ns = min(self._turns.due_ns(now_ns), self._publish_ns)
         if not self.is_told or self._is_read_owed:
-            due_ns = min(due_ns, self._shares_ns)  # else shares can wait until something else is due
+            due_ns = min(due_ns, self._shares_ns)  # otherwise shares are read when something else is due
         return min(due_ns, now_ns + CROWD_LOOK_NS) if self._unwatched else due_ns
 
     def _forgive(self) -> bool:
@@ -231,12 +233,12 @@ class TimeSlicer:
                     self._used.pop(tenant, None)
             self._to_look_at.clear()
             changed = self._turns.step(observations, now_ns)
-            for tenant in sorted(changed, key=self._is_open):  # gates that close first
+            for tenant in sorted(changed, key=self._is_open):  # gates close before others open
                 self._set_gates(tenant)
-            is_other |= bool(changed) or len(observations) > 1  # which tenants wait for which may have changed
+            is_other |= bool(changed) or len(observations) > 1  # perhaps other tenants wait now
             is_new = self._turns.look_again()
             if is_new:
-                futex.fence()  # a process that counts as in flight after this has seen its gate closed
+                futex.fence()  # a process that reports work in flight later has read that its gate is closed
         for tenant in self._turns.to_meet(monotonic_ns()):
             let_gang_through(self._gates.get(tenant, ()), monotonic_ns())
         if not self._is_watching:
@@ -256,7 +258,7 @@ class TimeSlicer:
                 self._mark(gates)
 
     def _mark(self, gates: ProcessGates) -> None:
-        self._look_at_shares_later()  # and then at which processes wake us too often
+        self._look_at_shares_later()  # the same step checks which processes cause too many wake-ups
         entry = self._by_session.get(id(gates.session))
         if entry:
             self._to_look_at.add(entry[0])
@@ -287,8 +289,8 @@ class TimeSlicer:
         try:
             observations[tenant] = self._look(tenant)
         except OSError:
-            raise  # of the ledger: tried again
-        except Exception:  # a defect that this tenant has triggered must not stop the others
+            raise  # an error of the ledger: _try() repeats the step
+        except Exception:  # a defect that one tenant triggers must not stop the scheduling of other tenants
             self._turns.resets += 1
             self._turns.forget(tenant)
 
@@ -323,7 +325,7 @@ class TimeSlicer:
     # -- publishing
 
     def _publish(self, ledger: Ledger, now_ns: int) -> None:
-        """Write the turns map: counts, and since the last call the part that each tenant had and was entitled to."""
+        """Write the `turns` map: counters, and the parts that tenants had and were entitled to since the last call."""
         since_ns, owned = self._measured
         places = {tenant: self._turns.places[tenant] for tenant in {*self._gates, *owned} & set(self._turns.places)}
         self._publish_ns = now_ns + PUBLISH_NS if self._gates else NEVER_NS
@@ -334,13 +336,13 @@ class TimeSlicer:
             self._observe(tenant, place, ledger, now_ns)
             rivals = {t: places[t].share for t in wanted | {tenant} if places[t].seen.devices & place.seen.devices}
             rivals[tenant] = place.share
-            had = max(0, place.counts.owned_ns - owned.get(tenant, place.counts.owned_ns))  # its state may be a new one
+            had = max(0, place.counts.owned_ns - owned.get(tenant, place.counts.owned_ns))  # a new state begins at 0
             part = had * fair_queue.MILLION // max(1, now_ns - since_ns) if since_ns else 0
             entitled = nested_shares.entitled(rivals, {t: places[t].above[-1] for t in rivals if places[t].above})[
                 tenant
             ]
             due[tenant], is_here = entitled, tenant in self._gates
-            shown = self._shown.get(tenant, frozenset())  # a last row after all its processes have exited
+            shown = self._shown.get(tenant, frozenset())  # one last row after all processes have exited
             for device in self._own_devices(place) | shown:
                 rows[tenant, device] = counts_of(place, device, part if is_here else 0, entitled)
         span_ns = now_ns - since_ns if since_ns else 0
@@ -349,7 +351,7 @@ class TimeSlicer:
         self._shown = {tenant: self._own_devices(places[tenant]) for tenant in self._gates}
 
     def _own_devices(self, place: Place) -> frozenset[int]:
-        """Return the devices that the tenant uses and has a share of itself, not only a group around it."""
+        """Return the devices that the tenant uses and of which it has its own share, not only that of a group."""
         return place.seen.devices.intersection(self._shares.get(place.tenant, ()))
 
     def _observe(self, tenant: int, place: Place, ledger: Ledger, now_ns: int) -> None:
@@ -359,7 +361,7 @@ class TimeSlicer:
                 self._turns.observed(tenant, max(ran), now_ns)
 
     def counts(self) -> dict[str, Any]:
-        """Return the counts of every device as plain values."""
+        """Return the counters of every device, in types that JSON can represent."""
         with self._lock:
             return {
                 "bounds_ns": list(BUCKETS_NS),

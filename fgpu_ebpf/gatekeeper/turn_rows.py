@@ -1,7 +1,7 @@
-"""Rows of the turns map by level and device: a tenant's own turns, and for a unit the sum of everything inside it.
+"""Rows of the `turns` map by level and device: a tenant's own turns, and for a unit the sum of all tenants inside it.
 
-The time slicer uses this module and writes the rows. The module stores the numbers of each unit that were last
-published. It does no I/O.
+Runs in the time slicer's thread of the gatekeeper, which writes the rows. This module does no I/O. It stores the last
+published numbers of each unit.
 """
 
 from __future__ import annotations
@@ -16,7 +16,14 @@ from fgpu_ebpf.scheduling.state import Place
 
 
 def counts_of(place: Place, device: int, part: int, entitled: int) -> TurnCounts:
-    """Return the row of a tenant alone. `part`, `entitled`: millionths of the device that it had and was due."""
+    """Return a tenant's own row.
+
+    Args:
+        place: the tenant's state.
+        device: the ledger index.
+        part: millionths of the device's time that the tenant had since the last row.
+        entitled: millionths to which it was entitled.
+    """
     counts, turn = place.counts, place.turn
     owner = int(device in place.free_on or (turn is not None and device in turn.devices and not turn.handed_ns))
     numbers = (counts.owned_ns, counts.waits, counts.wait_ns, counts.overruns, counts.switches, counts.throttled)
@@ -24,10 +31,10 @@ def counts_of(place: Place, device: int, part: int, entitled: int) -> TurnCounts
 
 
 class UnitRows:
-    """Rows of units. Their time and part are the sum of everything inside; waits and turns are of their own cgroup."""
+    """Rows of units. Time and part are sums over all tenants inside; waits and turns are those of the unit's cgroup."""
 
     def __init__(self) -> None:
-        self._told: dict[Key, tuple[Unit, int]] = {}  # with its owned time in all
+        self._told: dict[Key, tuple[Unit, int]] = {}  # with the unit's total owned time
 
     def over(
         self,
@@ -43,7 +50,8 @@ class UnitRows:
         Args:
             rows: the rows of `places`.
             places: the tenants that have processes now or had some at the last call.
-            due: the entitlement of each tenant, if it and `wanted` want the device.
+            due: the entitlement of each tenant while it and the tenants in `wanted` share the device.
+            wanted: the tenants that have waited or had a turn since the last call.
             shares: devices by level.
             span_ns: time since the last call; 0: there was none.
         """

@@ -1,1 +1,1 @@
-"""The pinned BPF maps with limits, charges and compute time, and the meaning of their entries."""
+"""The pinned BPF maps with limits, charges and shares of compute time, and the meaning of their entries."""

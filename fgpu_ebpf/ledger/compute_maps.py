@@ -1,7 +1,7 @@
-"""The BPF maps of compute time: `shares`, `turns` and `ran` (the time that NVML has seen each level run).
+"""The BPF maps of compute time: `shares`, `turns`, and `ran` (the time that each level has run, as measured by NVML).
 
-The agent writes `shares` and `ran`, the gatekeeper writes `turns`; both read all of them. The agent's main and
-reconcile threads and the gatekeeper's time slicer thread use this module. Errors are OSError of bpf(2).
+The agent writes `shares` and `ran`, and the gatekeeper writes `turns`. Both read all of them. Runs in the agent's main
+thread and reconcile thread, and in the gatekeeper's main thread and time slicer's. Errors are OSError of bpf(2).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _TURN = struct.Struct("11Q")
 _U32, _U64 = struct.Struct("I"), struct.Struct("Q")
 HOST_SHARES = 4
 _MOST_WORD = 2**64 - 1
-FEW = 24  # up to this many shares, single lookups are faster than reading the whole map
+FEW = 24  # for up to this many shares, single lookups are faster than reading the whole map
 assert (_SHARE.size, _TURN.size) == (ctypes.sizeof(abi.Share), ctypes.sizeof(abi.Turn))
 
 
@@ -53,26 +53,26 @@ class ComputeMaps:
 
     Args:
         maps: the ledger's open maps, by name.
-        wake: makes the kernel wake the threads that wait for `bell`.
+        wake: makes the kernel wake the reader of the ring buffer `bell`.
         pins: the folder of the pinned maps.
     """
 
     def __init__(self, maps: dict[str, int], wake: Callable[[], object], pins: Path = Path("/nowhere")) -> None:
         self._maps, self._wake, self._pins = maps, wake, pins
-        self._changes = 0  # of the shares, by this process
+        self._changes = 0  # number of changes of the shares by this object
         self._shared: tuple[int, Collection[Key]] = (-1, ())
         self._ended: dict[Key, TurnCounts] = {}  # the last counters of shares that were removed
 
     def bell(self) -> Events | None:
-        """Return a reader of the ring buffer `bell`, or None if the pinned maps are older than it.
+        """Return a reader of the ring buffer `bell`, or None if the pinned maps are of a version without this map.
 
-        It is readable after shares have changed or a process has ended, and yields the latter as News.ENDED.
+        The reader is readable after shares have changed or a process has exited. It yields an exit as News.ENDED.
         """
         fd = self._maps.get("bell")
         return None if fd is None else Events(os.dup(fd))
 
     def ended_ns(self, pid: int) -> int | None:
-        """Return a time since when no process of this pid has ended, by the kernel's clock; None: unknown."""
+        """Return a time after which no process with this pid has exited (CLOCK_MONOTONIC, ns); None: unknown."""
         ends = self._maps.get("ends")
         raw = None if ends is None else bpf.lookup(ends, _U32.pack(pid % abi.ENDS), 8)
         return None if raw is None else int(_U64.unpack(raw)[0])
@@ -107,7 +107,7 @@ class ComputeMaps:
         return self._shared[1]
 
     def set_shares(self, wanted: Mapping[int, Mapping[int, Share]]) -> None:
-        """Set the shares of these levels, by device, and tell the gatekeeper; a device left out is not gated."""
+        """Set the shares of these levels, by device, and notify the gatekeeper. A device left out is not gated."""
         known = {key: share for key, share in self.shares().items() if key[0] in wanted}
         asked = {(level, device): share for level, by in wanted.items() for device, share in by.items()}
         for key in asked:
@@ -127,7 +127,11 @@ class ComputeMaps:
             self.tell()
 
     def tell(self) -> None:
-        """Make the gatekeeper read the shares; needed at a start too: the last agent may have been killed before it."""
+        """Make the gatekeeper read the shares.
+
+        The agent also calls this at its start, because the last agent may have been killed between a change and this
+        call.
+        """
         self._changes += 1
         bpf.update(self._maps["host"], _U32.pack(HOST_SHARES), _U64.pack(self.epoch() + 1))
         self._wake()
@@ -146,23 +150,23 @@ class ComputeMaps:
         return {key: _counts(value) for key, value in looked_up if value}
 
     def take_ended(self) -> dict[Key, TurnCounts]:
-        """Return the last counters of the shares that this process has removed since the last call."""
+        """Return the last counters of the shares that this object has removed since the last call."""
         ended, self._ended = self._ended, {}
         return ended
 
     def set_turns(self, level: int, device: int, counts: TurnCounts) -> None:
-        """Write the counters of a share; a number that does not fit in 64 bits becomes the nearest that does."""
+        """Write the counters of a share. Numbers are clamped to unsigned 64 bits."""
         words = (min(max(0, number), _MOST_WORD) for number in astuple(counts))
         bpf.update(self._maps["turns"], _KEY.pack(level, device), _TURN.pack(*words))
 
     def ran_ns(self, level: int, device: int) -> int | None:
-        """Return how long NVML has seen a level run on a device; None: the level has no share, or there is no map."""
+        """Return how long a level has run on a device by NVML, in ns; None: it has no share, or there is no map."""
         ran = self._ran()
         raw = None if ran is None else bpf.lookup(ran, _KEY.pack(level, device), _U64.size)
         return None if raw is None else int(_U64.unpack(raw)[0])
 
     def add_ran(self, level: int, device: int, ns: int) -> None:
-        """Add a time for which NVML has seen the level run; do nothing if the level no longer has a share."""
+        """Add time for which a level has run by NVML. Does nothing if the level no longer has a share."""
         ran, before_ns = self._ran(), self.ran_ns(level, device)
         if ran is not None and before_ns is not None:
             bpf.replace(ran, _KEY.pack(level, device), _U64.pack((before_ns + ns) & _MOST_WORD))
@@ -178,7 +182,10 @@ class ComputeMaps:
             bpf.delete(ran, _KEY.pack(level, device))
 
     def _ran(self) -> int | None:
-        """Return the map. A loader may have pinned it after the others, if this agent is newer than the pinned maps."""
+        """Return the map `ran`; None: it is not pinned.
+
+        It may be pinned later than the other maps, if these are of a version without it.
+        """
         if "ran" not in self._maps:
             with contextlib.suppress(OSError):
                 self._maps["ran"] = bpf.pinned(self._pins / "ran")

@@ -1,9 +1,9 @@
-"""The map `event_budgets`: how many events about cgroups the kernel reports of one workload.
+"""The map `event_budgets`: how many cgroup events the kernel reports for one workload.
 
-A workload can create, enter and remove any number of cgroups inside its own. A workload that does so often gets a
-budget of its own in the BPF programs, so that the kernel can report the events of all others.
+A workload can create, enter and remove any number of cgroups inside its own. If it causes many events, it gets a budget
+of its own in the BPF programs, so that the kernel still reports the events of all other workloads.
 
-`agent.kernel_events` uses this module, in the agent's main thread. Errors are OSError of bpf(2).
+Runs in the agent's main thread. Errors are OSError of bpf(2).
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _OTHERS = _U64.pack(abi.BUDGET_OTHERS)
 
 @dataclass
 class _Budget:
-    """`seen`: when the last event was reported or lost, in seconds of the monotonic clock. `lost`: events so far."""
+    """A budget. `seen`: when the last event was reported or lost (seconds, monotonic). `lost`: lost events so far."""
 
     key: bytes
     seen: float
@@ -42,11 +42,11 @@ class EventBudgets:
 
     Args:
         fd: the open map; the caller closes it.
-        owner: returns the owner of a cgroup's bounds, by the cgroup's path.
+        owner: returns the bound owner of a cgroup, given the cgroup's path.
     """
 
     def __init__(self, fd: int, owner: Callable[[str], Owner]) -> None:
-        """Remove the budgets that an agent before this one has set. Raises OSError."""
+        """Remove the budgets that an earlier agent has set. Raises OSError."""
         self._fd, self._owner = fd, owner
         self._budgets: dict[str, _Budget] = {}  # by the workload's path
         self._second, self._events = 0, Counter[str]()
@@ -58,13 +58,13 @@ class EventBudgets:
         self._others_lost = 0
 
     def note(self, paths: Iterable[str]) -> None:
-        """Count an event for each of these cgroups, and give a workload with many a budget. Raises OSError."""
+        """Count an event for each of these cgroups, and set a budget for a workload with many. Raises OSError."""
         now = monotonic()
         if int(now) != self._second:
             self._second, self._events = int(now), Counter()
         for path in paths:
             owner = self._owner(path)
-            if owner.why is Why.ITSELF:  # a cgroup of root's: no other user creates cgroups in it
+            if owner.why is Why.ITSELF:  # the cgroup belongs to root: no other user creates cgroups in it
                 continue
             budget = self._budgets.get(owner.path)
             if budget:
@@ -76,7 +76,7 @@ class EventBudgets:
 
     def _enter(self, path: str, now: float) -> None:
         name = os.fsencode(cgroup_namespace.root_path() + path)
-        if len(name) >= abi.PATH:  # the BPF programs see only the beginning of the path
+        if len(name) >= abi.PATH:  # the BPF programs read only the beginning of the path
             return
         if len(self._budgets) >= MOST:
             self._forget(min(self._budgets, key=lambda known: self._budgets[known].seen))
@@ -87,9 +87,9 @@ class EventBudgets:
         bpf.delete(self._fd, self._budgets.pop(path).key)
 
     def lost(self) -> list[str]:
-        """Return the paths of the workloads with events lost since the last call; "" stands for those without a budget.
+        """Return the paths of workloads with events lost since the last call; "" stands for all without a budget.
 
-        Removes the budgets of workloads without events for IDLE_SECONDS. Raises OSError.
+        Removes the budgets of workloads that had no events for IDLE_SECONDS. Raises OSError.
         """
         now, found = monotonic(), list[str]()
         read = {key: abi.EventBudget.from_buffer_copy(raw).lost for key, raw in self._read()}
@@ -108,7 +108,7 @@ class EventBudgets:
 
 
 def name_of(path: bytes) -> int:
-    """Return the key of a path in the map: its FNV-1a hash."""
+    """Return the key of a cgroup's path in the map: its 64-bit FNV-1a hash."""
     name = abi.FNV_BASIS
     for letter in path:
         name = (name ^ letter) * abi.FNV_PRIME % (1 << 64)

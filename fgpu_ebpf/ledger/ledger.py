@@ -1,7 +1,7 @@
 """The ledger's pinned BPF maps: limits, usage pages, processes, allocations and counters.
 
-The agent writes the maps; the gatekeeper and the commands read them. `used` is changed by BPF programs alone; the agent
-requests changes by the program `adjust`. LedgerMissing: the loader has not run; other errors are OSError of bpf(2).
+The agent writes the maps. The gatekeeper and the commands read them. Only BPF programs change `used`; the agent runs
+the BPF program `adjust` for such changes. Errors are LedgerMissing, and OSError of bpf(2).
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ _DEVICE = ctypes.sizeof(abi.Device)
 _ZERO = _U32.pack(0)
 HOST_EPOCH, HOST_FLAGS, HOST_PROCESSES = 0, 1, 5
 SWEPT_AT_ONCE = 1024  # allocations
-PAGES_AT_ONCE = 256  # each takes a descriptor while they are created
-FEW = 24  # up to this many processes, single lookups are faster than reading the whole map
+PAGES_AT_ONCE = 256  # created at a time; each takes a descriptor until all are created
+FEW = 24  # for up to this many processes, single lookups are faster than reading the whole map
 MOVE_TRIES, MOVE_SECONDS = 20, 0.01
 
 
@@ -57,7 +57,10 @@ class LedgerMissing(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Count:
-    """The key of a counter of a level. Cgroup 0 is the host: of kind KINDS an anomaly, of kind EVENTS a fate."""
+    """The key of a counter of a level.
+
+    Cgroup 0 is the host: its reasons are abi.Anomaly if the kind is KINDS, and abi.Fate if the kind is EVENTS.
+    """
 
     cgroup: int
     device: int
@@ -66,7 +69,7 @@ class Count:
 
 
 class Ledger:
-    """The pinned maps of one layout. For one thread, except `processes`, `overhead`, `move` and `orphans`."""
+    """The pinned maps of one layout. For one thread, except processes(), overhead(), move() and `orphans`."""
 
     def __init__(self, pins: Path = PINS) -> None:
         self._adjust = -1
@@ -99,7 +102,7 @@ class Ledger:
             raise LedgerMissing(f"no ledger under {pins}: is `fgpu agent` running?") from error
 
     def close(self) -> None:
-        """Close all descriptors; pinned maps stay."""
+        """Close all descriptors. The maps stay pinned."""
         self._page_table.close()
         for fd in (*self._maps.values(), self._adjust):
             if fd >= 0:
@@ -111,9 +114,9 @@ class Ledger:
     # -- tenants and groups
 
     def page_fd(self, cgroup: int) -> int | None:
-        """Return a new descriptor of the level's usage page, for the caller to close; None: there is no frozen page.
+        """Return a new descriptor of the level's usage page, which the caller closes; None: there is no frozen page.
 
-        The descriptor goes to the tenant, so a page that a process could write is not returned.
+        Tenants get this descriptor. A page that is not frozen is not returned, because a process could write it.
         """
         page = bpf.inner_id(self._maps["pages"], _U64.pack(cgroup))
         if page is None:
@@ -147,17 +150,17 @@ class Ledger:
         yield from ((*_LIMIT_KEY.unpack(key), *_LIMIT.unpack(value)) for key, value in found)
 
     def set_limits(self, levels: Iterable[LevelLimits], over: Callable[[set[int]], object] | None = None) -> None:
-        """Put the limits of all these levels in force, and create the pages of levels that have none.
+        """Put the limits of these levels in force, and create the pages of levels that have none.
 
-        Charges are stored in the page alone, so none is lost.
+        No charge is lost, because charges are stored only in the pages, which stay.
 
         Args:
             levels: the levels.
-            over: called with the new levels, in another thread, when no BPF program that has found no page for them
-                runs any more.
+            over: called in another thread with the cgroups of the new levels, after the last BPF program has ended that
+                found no page for them.
 
         Raises:
-            OSError: E2BIG: there are too few pages for so many levels; none of them is changed then.
+            OSError: E2BIG: there are too few pages for so many levels. No level is changed then.
         """
         levels = list(levels)
         new = [level for level in levels if self.page_missing(level.cgroup)]
@@ -192,7 +195,7 @@ class Ledger:
             bpf.delete(self._maps["counters"], _COUNTER_KEY.pack(count.cgroup, count.device, count.kind, count.reason))
 
     def remove(self, cgroups: Collection[int]) -> None:
-        """Remove levels with their pages, limits and counters. Their processes must have been moved or be gone."""
+        """Remove levels with their pages, limits and counters. Their processes must have been moved or have exited."""
         for cgroup in cgroups:
             self._usage.forget(cgroup)
             for device in range(abi.DEVICES):
@@ -204,7 +207,7 @@ class Ledger:
     # -- identity
 
     def epoch(self) -> int:
-        """Return a number that changes with every change of `resolved`."""
+        """Return the epoch: a number that new_epoch() increments when decisions about cgroups have changed."""
         return self._number("host", HOST_EPOCH)
 
     def new_epoch(self) -> None:
@@ -212,7 +215,7 @@ class Ledger:
         self._set_host(HOST_EPOCH, self.epoch() + 1)
 
     def settle(self) -> bool:
-        """Return whether this kernel has no return probes, so that shims settle their admissions themselves."""
+        """Return whether shims settle their admissions themselves, because this kernel has no return probes."""
         return bool(self._number("host", HOST_FLAGS) & abi.ControlFlag.SETTLE)
 
     def _number(self, array: str, index: int) -> int:
@@ -222,15 +225,15 @@ class Ledger:
         bpf.update(self._maps["host"], _U32.pack(index), _U64.pack(value))
 
     def file_check(self, dev: int, ino: int) -> int | None:
-        """Return the file offset of a probed instruction, or 1 if it is not known; None: the file is not probed.
+        """Return the file offset of a probed instruction, or 1 if it is unknown; None: the file is not probed.
 
-        Safe to call from any thread.
+        Safe in any thread.
         """
         raw = bpf.lookup(self._maps["files"], _FILE.pack(dev, ino), 4)
         return None if raw is None else int(_U32.unpack(raw)[0])
 
     def enter_file(self, dev: int, ino: int, check: int = 1) -> None:
-        """Record a file as probed; `check` is the file offset of a probed instruction, 1 if it is not known."""
+        """Record a file as probed. `check` is the file offset of a probed instruction; 1: it is unknown."""
         bpf.update(self._maps["files"], _FILE.pack(dev, ino), _U32.pack(check))
 
     def forget_file(self, dev: int, ino: int) -> None:
@@ -258,20 +261,20 @@ class Ledger:
         bpf.update(self._maps["devices"], _U32.pack(index), bytes(abi.Device((ctypes.c_uint8 * 16)(*uuid), index)))
 
     def context_bytes(self, device: int) -> int:
-        """Return the bytes that a new context on this device is charged until NVML reports its size."""
+        """Return the bytes that are charged for a new context on this device until NVML reports its size."""
         return self._number("contexts", device)
 
     def set_context_bytes(self, device: int, bytes_: int) -> None:
-        """Set the size of a context on a device, as last measured."""
+        """Set the measured size of a context on a device, in bytes."""
         bpf.update(self._maps["contexts"], _U32.pack(device), _U64.pack(bytes_))
 
     # -- processes
 
     def processes(self) -> dict[int, Process]:
-        """Return all entries that are ready: tgid -> Process."""
+        """Return all entries that are ready, by tgid."""
         so_far, (as_of, known) = self._number("host", HOST_PROCESSES), self._members
         entries: Iterable[tuple[int, Process | None]]
-        if so_far == as_of and len(known) <= FEW:  # no entry was added since
+        if so_far == as_of and len(known) <= FEW:  # no entry was added since that reading
             entries = ((tgid, self.process(tgid)) for tgid in known)
         else:
             found = bpf.items(self._maps["processes"], 4, _PROCESS)
@@ -281,7 +284,7 @@ class Ledger:
         return processes
 
     def processes_so_far(self) -> int:
-        """Return how many entries there have ever been."""
+        """Return how many entries of processes were ever created."""
         return self._number("host", HOST_PROCESSES)
 
     def process(self, tgid: int) -> Process | None:
@@ -290,17 +293,32 @@ class Ledger:
         return process_of(raw) if raw else None
 
     def overhead(self, tgid: int, generation: int, device: int, bytes_: int, changes: int) -> bool:
-        """Set a process's overhead. Returns False if it was charged or has exited since the reading: read it again."""
+        """Set a process's overhead on a device.
+
+        Args:
+            tgid: the process.
+            generation: the generation of its entry.
+            device: the ledger index.
+            bytes_: the new overhead.
+            changes: Process.changes of the reading from which the overhead was computed.
+
+        Returns:
+            False if the process has been charged or has exited since that reading. The caller must read it again.
+        """
         return self._run(abi.Adjust.OVERHEAD, tgid, generation, device, bytes_, changes) == 0
 
     def raise_overhead(self, tgid: int, generation: int, device: int, more: int) -> bool:
-        """Increase the overhead of a process that is never idle. Returns False if the process has exited."""
+        """Add `more` bytes to the overhead of a process that is never idle. Returns False if the process has exited."""
         return self._run(abi.Adjust.RAISE, tgid, generation, device, more) == 0
 
     def move(self, tgid: int, generation: int, levels: tuple[int, ...]) -> bool:
-        """Move a process and its charges to other levels, leaf first; generation 0 adopts a process without an entry.
+        """Move a process and its charges to other levels, innermost first.
 
-        Waits if the process was just moved. A move to the same levels moves charges that were late for the last move.
+        Generation 0 adopts a process that has no entry. A move to the same levels moves charges that were late for the
+        last move. If the process has just been moved, the method tries again, for at most 0.2 s.
+
+        Returns:
+            False if the process was not moved.
         """
         for _ in range(MOVE_TRIES):
             with self._moving:
@@ -311,18 +329,18 @@ class Ledger:
         return done == 0
 
     def reap(self, tgid: int, generation: int) -> bool:
-        """End the entry of a process whose exit the kernel has not reported."""
+        """End the entry of a process that has exited although no event has reported it. Returns whether it existed."""
         return self._run(abi.Adjust.REAP, tgid, generation) == 0
 
     def mark(self, tgid: int, generation: int, device: int) -> bool:
-        """Restart the peak of a process on a device. Returns False if the process has ended."""
+        """Restart the peak of a process on a device. Returns False if the process has exited."""
         return self._run(abi.Adjust.MARK, tgid, generation, device) == 0
 
     def tag(self, tgid: int, levels: tuple[int, ...]) -> int:
         """Return the tag in the verdicts for a process, and create the process's entry if it has none.
 
-        0: its requests have no tag, because its level has too many entries or the kernel's pids are not those of this
-        process's namespace.
+        The result 0 means that its requests have no tag: its level has too many entries, or this process runs in a pid
+        namespace whose pids are not the kernel's.
         """
         if not has_host_pids():
             return 0
@@ -336,11 +354,11 @@ class Ledger:
         return self._maps["event_budgets"]
 
     def events(self) -> Events:
-        """Return a reader of the kernel's rare events; there should be only one."""
+        """Return a reader of the kernel's rare events. Only one may exist, because each event is read once."""
         return Events(os.dup(self._maps["events"]))
 
     def sweep(self) -> int:
-        """Delete allocations whose process or era is gone, and return how many."""
+        """Delete allocations whose process has exited or executed another program, and return their number."""
         allocations, lives, swept = self._maps["allocations"], dict[tuple[int, int], bool](), 0
         found = bpf.items(allocations, _ALLOCATION_KEY.size, _ALLOCATION, SWEPT_AT_ONCE)
         while some := list(islice(found, SWEPT_AT_ONCE)):
@@ -359,7 +377,7 @@ class Ledger:
         return swept
 
     def entries(self, name: str) -> int:
-        """Return how many entries a map has; for checks and tests."""
+        """Return how many entries a map has, for checks and tests."""
         sizes = {
             "allocations": (_ALLOCATION_KEY.size, _ALLOCATION),
             "processes": (4, _PROCESS),
@@ -368,11 +386,11 @@ class Ledger:
         return sum(1 for _ in bpf.items(self._maps[name], *sizes[name], 1024))
 
     def incidents(self, kind: abi.Kind, reason: int) -> int:
-        """Return how often an anomaly (abi.Kind.KINDS) or a fate of an event (EVENTS) has occurred on the host."""
+        """Return how often an anomaly (kind KINDS) or a fate of an event (kind EVENTS) has occurred on the host."""
         return self._number("incidents", (kind - abi.Kind.KINDS) * abi.REASONS + reason)
 
     def counters(self) -> dict[Count, int]:
-        """Return all counters that are not 0: refusals and anomalies."""
+        """Return all counters that are not 0: refusals, anomalies and fates of events."""
         found = bpf.items(self._maps["counters"], _COUNTER_KEY.size, 8)
         counted = {Count(*_COUNTER_KEY.unpack(key)): _U64.unpack(value)[0] for key, value in found}
         kinds = abi.Kind.KINDS, abi.Kind.EVENTS
@@ -380,11 +398,11 @@ class Ledger:
         return {count: n for count, n in (counted | host).items() if n}
 
     def hits(self) -> list[int]:
-        """Return how often each probe ran, on all processors: by abi.Function, the shim's from abi.HIT_ADMIT on."""
+        """Return how often each probe ran, on all processors: by abi.Function, then the shim's (abi.HIT_ADMIT on)."""
         size = 8 * bpf.possible_processors()
         found = {_U32.unpack(key)[0]: value for key, value in bpf.items(self._maps["hits"], 4, size)}
         return [sum(struct.unpack(f"{len(found[n]) // 8}Q", found[n])) for n in range(abi.HITS)]
 
     def _run(self, *arguments: int) -> int:
-        """Run `adjust` with these arguments, missing ones as 0; return 0 or -errno."""
+        """Run the BPF program `adjust` with these arguments, padded with zeros to 12. Returns its result or -errno."""
         return bpf.run_raw_tracepoint(self._adjust, *arguments, *[0] * (12 - len(arguments)))

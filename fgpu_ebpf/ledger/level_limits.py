@@ -1,6 +1,6 @@
-"""The limits of a level, and the usage page with which it starts.
+"""The limits of a level, and the first contents of its usage page.
 
-The agent decides the limits, and the ledger puts them in force.
+Runs in the agent, which decides the limits. The ledger puts them in force.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from fgpu_ebpf import abi
 
 @dataclass(frozen=True, slots=True)
 class LevelLimits:
-    """The limits of a level: bytes per ledger index; an index left out is denied.
+    """The limits of a level in bytes by ledger index. The level may not use a device whose index is missing.
 
-    `flags` are abi.LimitFlag, `owner` is the slot of the owner of its bounds, `uncommitted` are devices on which the
-    limit does not count yet. `orphaned`: bytes by device with which a new page starts.
+    `flags`: abi.LimitFlag. `owner`: the slot of its bound owner. `uncommitted`: devices on which the limit does not
+    count yet. `orphaned`: orphaned bytes by device, for a new page.
     """
 
     cgroup: int
@@ -35,7 +35,7 @@ class LevelLimits:
 
 
 def new_page(level: LevelLimits) -> abi.UsagePage:
-    """Return a usage page with the limits of a level, charged with its orphaned bytes."""
+    """Return a usage page with the limits of a level. Its charges are the level's orphaned bytes."""
     flags = functools.reduce(operator.or_, map(level.flags_of, level.bytes), level.flags)
     page = abi.UsagePage(version=abi.LAYOUT, cgroup=level.cgroup, flags=flags, owner=level.owner)
     for device, limit in level.bytes.items():  # a limit of 0 denies the device

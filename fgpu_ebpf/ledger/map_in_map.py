@@ -1,13 +1,12 @@
 """Updates of BPF maps of maps.
 
-An update is visible at once, but the system call blocks for an RCU grace period, 10 to 30 ms, until no program uses the
-old entry. So a worker thread makes it, and the caller returns as soon as the entry is visible.
+An update is visible at once, but its system call blocks for an RCU grace period, 10 to 30 ms, until no BPF program uses
+the old entry. Therefore a worker thread makes the system call, and the caller returns as soon as the entry is visible.
 
-Before Linux 6.8 a batch blocks once for each entry, so several threads update a part each. A lookup blocks too, so the
+Before Linux 6.8 a batch blocks once for each entry, so several threads each update a part. A lookup blocks too, so the
 caller waits for the end of the update.
 
-`usage_page_table` uses this module, in the agent's main thread. Errors are OSError of bpf(2); some entries of a failed
-update may have been made.
+Callers run in the agent's main thread. Errors are OSError of bpf(2). A failed update may have changed some entries.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from functools import partial
 
 from fgpu_ebpf.linux import bpf
 
-MOST_THREADS = 32  # an update that needs more waits for one of them to end
+MOST_THREADS = 32  # an update that needs another thread waits until one of them ends
 LOOK_SECONDS = 0.0002
 _ID_BYTES = 4
 
@@ -28,9 +27,9 @@ def _nothing() -> None:
 
 
 class _Change:
-    """An update that has ended when all its parts have.
+    """An update, which has ended when all its parts have ended.
 
-    (concurrent.futures would bring logging into the gatekeeper.)
+    (concurrent.futures is not used, because it would import logging into the gatekeeper.)
     """
 
     def __init__(self, parts: int) -> None:
@@ -39,7 +38,7 @@ class _Change:
         self._left, self._lock = parts, threading.Lock()
 
     def end_part(self, error: Exception | None) -> bool:
-        """Record the end of a part; return whether it was the last and all were successful."""
+        """Record the end of a part. Returns whether it was the last one and all parts were successful."""
         with self._lock:
             self._left -= 1
             self.error = self.error or error
@@ -50,9 +49,9 @@ class _Change:
 
 
 class MapInMapUpdates:
-    """Updates of maps of maps, which are given by their descriptors.
+    """Updates of maps of maps, which are passed as descriptors.
 
-    `over` is called in another thread once no program uses the old entries; not at all if the update failed.
+    The methods call `over` in another thread once no BPF program uses the old entries, but not after a failed update.
     """
 
     def __init__(self) -> None:
@@ -60,17 +59,17 @@ class MapInMapUpdates:
         self._threads: set[threading.Thread] = set()
 
     def put(self, fd: int, entries: Mapping[bytes, bytes], over: Callable[[], object] = _nothing) -> None:
-        """Insert or replace inner maps, given by descriptor; all are visible on return. Raises OSError."""
+        """Insert or replace inner maps, which are passed as descriptors. All are visible on return. Raises OSError."""
         if not entries:
             return
-        *_, last = entries  # the kernel takes them in this order
+        *_, last = entries  # the kernel updates them in this order
         before = None if bpf.HOLDS_LOOKERS else bpf.lookup(fd, last, _ID_BYTES)
         is_there = lambda: bpf.lookup(fd, last, _ID_BYTES) not in (None, before)  # noqa: E731
         parts = [{key: entries[key] for key in part} for part in _parts([*entries])]
         self._change([partial(bpf.update_all, fd, part) for part in parts], is_there, over)
 
     def delete(self, fd: int, keys: Sequence[bytes], over: Callable[[], object] = _nothing) -> None:
-        """Delete entries; none is there on return. Missing ones are no error. Raises OSError."""
+        """Delete entries. None of them exists on return. A missing entry is not an error. Raises OSError."""
         there = [key for key in keys if bpf.inner_id(fd, key) is not None]
         if not there:
             over()
@@ -79,7 +78,7 @@ class MapInMapUpdates:
         self._change([partial(bpf.delete_all, fd, part) for part in _parts(there)], is_gone, over)
 
     def close(self) -> None:
-        """Wait for the end of all updates, since they use the maps' descriptors."""
+        """Wait for the end of all updates, because they use the maps' descriptors."""
         for thread in list(self._threads):
             thread.join()
 
@@ -93,7 +92,7 @@ class MapInMapUpdates:
             self._threads.add(thread)
             try:
                 thread.start()
-            except RuntimeError:  # no more threads are allowed: then the caller blocks
+            except RuntimeError:  # no more threads are allowed: the caller makes the update, and blocks
                 self._threads.discard(thread)
                 self._make(make, change, over)
         while not change.ended.wait(None if bpf.HOLDS_LOOKERS else LOOK_SECONDS) and not is_made():
@@ -116,6 +115,6 @@ class MapInMapUpdates:
 
 
 def _parts(keys: Sequence[bytes]) -> list[Sequence[bytes]]:
-    """Return the part of each thread: all for one, if the kernel blocks once for all."""
+    """Return the part of each thread. If the kernel blocks once for a whole batch, one thread gets all keys."""
     count = min(len(keys), MOST_THREADS) if bpf.HOLDS_LOOKERS else 1
     return [keys[n::count] for n in range(count)]

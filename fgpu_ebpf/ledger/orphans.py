@@ -1,7 +1,7 @@
-"""Orphaned bytes: charges that remain after their process has ended, or has exported and freed them.
+"""Orphaned bytes: charges that remain after their process has exited, or has exported and freed the memory.
 
-The map `orphans` has one entry for each process, device and move of the process; BPF programs alone change it. The
-agent's reconcile thread reads it and decides what is released.
+The map `orphans` has one entry for each process, device and move of the process. Only BPF programs change it. The
+agent's reconcile thread reads it and decides which bytes are released.
 """
 
 from __future__ import annotations
@@ -23,9 +23,10 @@ _U32 = struct.Struct("I")
 class Orphan:
     """Orphaned bytes on one device.
 
-    `tgid` and `generation` name the process that had them, `turn` is the number of its moves until then. `since_ns`:
-    when the first of them were orphaned. `ended_ns`: when the process ended or executed another program; 0: it lives.
-    `levels`: the cgroups that are charged, leaf first. Times are CLOCK_MONOTONIC.
+    `tgid` and `generation` name the process that had them. `turn` is the number of its moves until they were orphaned.
+    `since_ns`: when the first of the bytes were orphaned. `ended_ns`: when the process exited or executed another
+    program; 0: neither has happened. `levels`: the cgroups that are charged, innermost first. Times are
+    CLOCK_MONOTONIC.
     """
 
     tgid: int
@@ -39,7 +40,7 @@ class Orphan:
 
 
 def orphan_of(raw_key: bytes, raw: bytes) -> Orphan:
-    """Return the meaning of an entry of the map."""
+    """Decode an entry of the map."""
     tgid, device, generation, turn = _KEY.unpack(raw_key)
     bytes_, since_ns, ended_ns, _, *levels = _VALUE.unpack(raw)
     return Orphan(tgid, device, generation, turn, bytes_, since_ns, ended_ns, tuple(filter(None, levels[::2])))
@@ -50,7 +51,7 @@ class OrphanMap:
 
     Args:
         maps: the ledger's open maps, by name.
-        run: runs the BPF program `adjust` with these arguments.
+        run: runs the BPF program `adjust` with its arguments.
         open_page: returns a new descriptor of a level's usage page, or None.
     """
 
@@ -60,10 +61,13 @@ class OrphanMap:
         self._maps = maps
         self._run = run
         self._open_page = open_page
-        self._empty_as_of = -1  # the map was empty when so many entries had ever been made
+        self._empty_as_of = -1  # the map was empty when this many entries had ever been created
 
     def _all(self) -> list[Orphan]:
-        """Return all entries. An empty map takes as long to read as a full one, so it is read only if entries came."""
+        """Return all entries.
+
+        An empty map takes as long to read as a full one, so it is read only after entries were created.
+        """
         so_far = bpf.number(self._maps["orphans_made"], 0)
         if so_far == self._empty_as_of:
             return []
@@ -76,18 +80,21 @@ class OrphanMap:
         return [orphan for orphan in self._all() if orphan.bytes]
 
     def forget_empty(self, living: Container[tuple[int, int]]) -> None:
-        """Delete entries without bytes, except of `living` processes (pid, generation), which may add to theirs."""
+        """Delete entries without bytes, except those of `living` processes (pid, generation), which may add bytes."""
         for orphan in self._all():
             if not orphan.bytes and (orphan.tgid, orphan.generation) not in living:
                 self.let_go(orphan, 0)
 
     def let_go(self, orphan: Orphan, bytes_: int) -> bool:
-        """Release bytes of an orphan at its levels. Returns False if it has changed or is gone: read it again."""
+        """Release bytes of an orphan at its levels; 0 bytes: delete its entry.
+
+        Returns False if the entry has changed or no longer exists. The caller must read it again.
+        """
         key = orphan.tgid, orphan.device, orphan.generation, orphan.turn
         return self._run(abi.Adjust.LET_GO, *key, bytes_) == 0
 
     def of_level(self, cgroup: int) -> list[int]:
-        """Return the orphaned bytes of a level by device, also those without an entry; empty: it has no page."""
+        """Return the orphaned bytes of a level by device, including bytes without an entry; empty: it has no page."""
         fd = self._open_page(cgroup)
         if fd is None:
             return []
@@ -98,13 +105,13 @@ class OrphanMap:
         return list(abi.UsagePage.from_buffer_copy(raw).orphaned) if raw else []
 
     def disown(self, cgroup: int, device: int, bytes_: int) -> bool:
-        """Release orphaned bytes of a level that have no entry."""
+        """Release orphaned bytes of a level that have no entry. Returns whether that was possible."""
         return self._run(abi.Adjust.DISOWN, cgroup, device, bytes_) == 0
 
     def looked(self, cgroup: int, device: int, since_ns: int) -> None:
-        """Record on a level's page that something keeps the bytes that were orphaned before a time."""
+        """Record on a level's page that at the time `since_ns` the device held all of its orphaned bytes."""
         self._run(abi.Adjust.LOOKED, cgroup, device, since_ns)
 
     def managed_freed(self, device: int) -> int:
-        """Return the bytes of managed memory that were ever freed on a device."""
+        """Return how many bytes of managed memory were ever freed on a device."""
         return bpf.number(self._maps["managed_freed"], device)

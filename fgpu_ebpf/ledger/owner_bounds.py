@@ -1,6 +1,6 @@
 """Bounds of one owner: the defaults of `bounds:` in agent.yaml, and the text of a refusal.
 
-The agent uses this module. The BPF programs and `tenancy.level_capacity` count the entries.
+Runs in the agent. The BPF programs and `tenancy.level_capacity` count the entries.
 """
 
 from __future__ import annotations
@@ -8,16 +8,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-PARTS = 4  # of a map: as in maps.bpf.h
+PARTS = 4  # one owner gets at most this part of a map; as in maps.bpf.h
 KEYS = ("levels", "allocations", "threads", "processes", "orphans", "files", "unmanaged")
 
 
 @dataclass(frozen=True, slots=True)
 class Bounds:
-    """The bounds of one owner: a workload with all cgroups that are inside it.
+    """The bounds of one owner: a workload with all cgroups inside it.
 
     `levels`: cgroups with a limit of their own. `allocations`, `threads`, `processes`, `orphans`: entries in the
-    kernel's maps. `files`: files of libcuda that are probed. `unmanaged`: cgroups that are known to be unmanaged.
+    kernel's maps. `files`: probed files of libcuda. `unmanaged`: cgroups that are known to be unmanaged.
     """
 
     levels: int = 512
@@ -32,12 +32,12 @@ class Bounds:
         """Return the bounds for the kernel's maps, in the order of fgpu.h.
 
         Args:
-            sizes: how many entries the maps can have; one workload gets a quarter of them at most.
+            sizes: how many entries the maps can have. One workload gets at most a quarter of `allocations`.
         """
         allocations = min(self.allocations, sizes["allocations"] // PARTS)
         return allocations, self.threads, self.processes, self.orphans
 
 
 def refusal(owner: str, key: str, has: int, most: int) -> str:
-    """Return the message that refuses an entry to an owner: its name, its entries, and the setting of the bound."""
+    """Return the message of a refused entry: the owner, its entries, its maximum, and the setting of the bound."""
     return f"{owner} has {has} of {most} {key} that one workload may have (bounds.{key} in agent.yaml)"

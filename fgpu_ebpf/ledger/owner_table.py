@@ -1,7 +1,7 @@
-"""The map `owners`: the entries that each owner of bounds has in the maps that all tenants share, and may have.
+"""The map `owners`: how many entries each bound owner has in the maps that all tenants share, and how many it may have.
 
-The agent's main thread uses this module and assigns the slots; BPF programs count. A slot is given to another owner
-only when nothing is counted in it any more. Raises OSError (E2BIG) if all slots are in use.
+Runs in the agent's main thread, which assigns the slots. BPF programs count the entries. A slot is assigned to another
+owner only after its counts have become zero. Errors are OSError; E2BIG: all slots are in use.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _BYTES = ctypes.sizeof(abi.Owner)
 
 @dataclass(frozen=True, slots=True)
 class Share:
-    """The entries of one owner in each map, and the most that it may have, by the number of the map in fgpu.h."""
+    """The entries of one owner in each map, and their maximum, in the order of abi.Shared."""
 
     cgroup: int
     entries: tuple[int, ...]
@@ -39,9 +39,13 @@ class OwnerTable:
         self._free: list[int] = []
 
     def attach(self, level: int, owner: int, most: tuple[int, ...], in_use: Collection[int]) -> int:
-        """Count the level for this owner from now on, and return the owner's slot. Raises OSError.
+        """Make this owner the bound owner of a level, and return the owner's slot. Raises OSError.
 
-        `in_use`: owners that have levels, whose slots are kept.
+        Args:
+            level: the cgroup of the level.
+            owner: the cgroup of the owner.
+            most: the maximum of entries in each map, in the order of abi.Shared.
+            in_use: owners that have levels, whose slots are kept.
         """
         slot = self._slot(owner, in_use)
         done = self._run(abi.Adjust.OWN, level, slot, owner, *most)
@@ -50,13 +54,13 @@ class OwnerTable:
         return slot
 
     def share(self, owner: int) -> Share | None:
-        """Return what an owner has, or None if it has no slot."""
+        """Return the entries of an owner, or None if it has no slot."""
         slot = self._look().get(owner)
         return None if slot is None else self._share(slot)
 
     @functools.cached_property
     def sizes(self) -> dict[str, int]:
-        """Entries that each map of abi.Shared can have. One that an older version has pinned may be shorter."""
+        """The maximum of entries of each map of abi.Shared. A map that an older version has pinned may be smaller."""
         return {(name := shared.name.lower()): bpf.form(self._maps[name]).max_entries for shared in abi.Shared}
 
     def claimed(self) -> tuple[int, ...]:
@@ -64,7 +68,7 @@ class OwnerTable:
         return self._share(abi.OWNERS - 1).entries
 
     def trim(self) -> None:
-        """Take back entries that owners have claimed and do not need; to be called now and then. Raises OSError."""
+        """Release unneeded claims of owners if half of a map is claimed. To be called regularly. Raises OSError."""
         claimed = self.claimed()
         if any(2 * n > most for n, most in zip(claimed, self.sizes.values(), strict=False)):
             self._trim(self._look().values())
@@ -97,7 +101,7 @@ class OwnerTable:
         return Share(found.cgroup, tuple(found.entries), tuple(found.most))
 
     def _look(self) -> dict[int, int]:
-        """Return the slots, with those that an agent before this one has assigned."""
+        """Return the slots, including those that an earlier agent has assigned."""
         if self._slots is None:
             read = bpf.items(self._maps["owners"], _U32.size, _BYTES)
             found = {_U32.unpack(key)[0]: abi.Owner.from_buffer_copy(raw).cgroup for key, raw in read}

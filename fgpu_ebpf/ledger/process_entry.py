@@ -1,6 +1,6 @@
 """The kernel's entry of a process: a value of the map `processes`.
 
-Every reader of the ledger's processes uses this module, in any thread.
+Runs in any thread that reads the ledger's processes.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from fgpu_ebpf import abi
 
-# struct instead of abi.Process, for speed: all entries are read for every reconciliation.
+# The module uses struct instead of abi.Process for speed: every reconciliation reads all entries.
 _HEAD, _LEVELS = struct.Struct("6Q4I"), struct.Struct(f"{abi.LEVELS}Q")
 _HOLDING = struct.Struct("Q2q8x3QqQ16x5Q")
 _ZEROES = (0,) * abi.DEVICES
@@ -23,10 +23,10 @@ assert (_HEAD.size, _HOLDING.size) == (abi.Process.sides.offset, ctypes.sizeof(a
 class Process:
     """The charges of one process, in bytes by ledger index.
 
-    `quiet`: none of its threads is between an admission and its settlement, or in a witnessed call. `changes` and
-    `begun` count changes that are done and that have begun. `exported`: what other processes may have open. `ended`:
-    contexts that ended while others went on. `peak`: the most that `bytes` was since the agent marked it. `handles`:
-    bytes of VMM handles.
+    `quiet`: none of its threads is between an admission and its settlement, or in a witnessed call. `changes`: number
+    of completed changes. `begun`: number of changes that have begun. `exported`: bytes that other processes may have
+    open. `ended`: number of contexts that were destroyed while others remained. `peak`: the maximum of `bytes` since
+    the agent last called Ledger.mark(). `handles`: bytes of VMM handles.
     """
 
     generation: int
@@ -39,7 +39,7 @@ class Process:
     managed: tuple[int, ...]
     pool: tuple[int, ...]
     contexts: tuple[int, ...]
-    late: bool = False  # some of it was charged or released while it was moved, and is not at the new levels yet
+    late: bool = False  # charges or releases made during the last move are not at the new levels yet
     begun: int = 0
     tag: int = 0
     exported: tuple[int, ...] = _ZEROES
@@ -48,27 +48,28 @@ class Process:
     handles: tuple[int, ...] = _ZEROES
 
     def witnessed(self, device: int) -> int:
-        """Return the bytes that NVML should show for it, without its overhead."""
+        """Return the bytes, without overhead, that NVML should show for the process on a device."""
         return self.bytes[device] - self.overhead[device] - self.managed[device]
 
     def handles_in_no_row(self, device: int) -> int:
-        """Return bytes of handles that no row of NVML shows: NVML lists no process that has no context.
+        """Return the bytes of handles that no row of NVML shows, because NVML lists only processes with a context.
 
-        A row with the pid of such a process is that of an ended process.
+        A row with the pid of a process without a context belongs to an exited process.
         """
         return 0 if self.contexts[device] else max(0, min(self.handles[device], self.witnessed(device)))
 
 
 def levels_of(processes: Mapping[int, Process]) -> set[int]:
-    """Return all levels that these processes are charged to."""
+    """Return all levels to which these processes are charged."""
     return {level for process in processes.values() for level in process.levels}
 
 
 def process_of(raw: bytes) -> Process:
-    """Return the meaning of a value of the map."""
+    """Decode a value of the map."""
     _, generation, changes, begun, turn, _, level_count, flags, _, tag = _HEAD.unpack_from(raw)
     levels = _LEVELS.unpack_from(raw, abi.Process.levels.offset)[:level_count]
-    # For each device, in the order of struct fgpu_holding; `one` and `other` are the two sides of the charges.
+    # Each row has one field for all devices, in the order of struct fgpu_holding. `one` and `other` are the two sides
+    # of the charges.
     rows = zip(*_HOLDING.iter_unpack(raw[abi.Process.devices.offset :]), strict=True)
     bytes_, one, other, handles, managed, pool, overhead, contexts, pointers, shared, owed, ended, peak = rows
     late = any(owed) or any(one if turn & 1 else other)

@@ -1,7 +1,7 @@
 """The map `resolved`: the agent's decisions about cgroups, which the gatekeeper reads.
 
-The agent's main thread writes the map. If the map is full, cgroups that are not managed are removed for one that is;
-their programs register again. Errors are OSError of bpf(2).
+The agent's main thread writes the map. If the map is full, decisions about cgroups that are not managed are removed to
+make room, and the programs of these cgroups register again. Errors are OSError of bpf(2).
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from itertools import islice
 from fgpu_ebpf.linux import bpf
 
 MOST = 16_384  # as in maps.bpf.h
-EVICTED = 1_024  # the number of decisions that are removed at a time
+EVICTED = 1_024  # number of decisions that are removed at a time
 _U64, _U32 = struct.Struct("Q"), struct.Struct("I")
 
 
 class Resolution(IntEnum):
-    """A decision. REFUSED: a wanted limit could not be put in force, so the cgroup's programs get no memory."""
+    """A decision. REFUSED: a limit could not be put in force, so the cgroup's programs get no memory."""
 
     UNMANAGED = 0
     MANAGED = 1
@@ -39,16 +39,16 @@ class Resolutions:
         return None if raw is None else Resolution(_U32.unpack(raw)[0])
 
     def resolved(self, cgroup: int) -> bool | None:
-        """Return True: managed, False: unmanaged, None: not decided, or refused."""
+        """Return whether a cgroup is managed; None: there is no decision yet, or the cgroup is refused."""
         found = self.resolution(cgroup)
         return None if found is None or found is Resolution.REFUSED else found is Resolution.MANAGED
 
     def resolve(self, cgroup: int, managed: bool) -> None:
-        """Write whether a cgroup is managed. Shims register again, unless the cgroup is new and unmanaged."""
+        """Record whether a cgroup is managed. Shims register again, unless the cgroup is new and unmanaged."""
         self._put(cgroup, Resolution.MANAGED if managed else Resolution.UNMANAGED)
 
     def refuse(self, cgroup: int) -> None:
-        """Write that programs in this cgroup get no memory."""
+        """Record that programs in this cgroup get no memory."""
         self._put(cgroup, Resolution.REFUSED)
 
     def _put(self, cgroup: int, resolution: Resolution) -> None:
@@ -74,11 +74,11 @@ class Resolutions:
         return bool(found)
 
     def forget(self, cgroup: int) -> None:
-        """Delete the decision about a cgroup that is not managed: it is decided again for its next program."""
+        """Delete the decision about a cgroup that is not managed. The agent decides again at its next program."""
         bpf.delete(self._maps["resolved"], _U64.pack(cgroup))
 
     def unresolve(self, cgroups: Iterable[int]) -> None:
-        """Delete the decisions about cgroups: they are decided again when a program registers."""
+        """Delete the decisions about cgroups, and make shims register again. The agent then decides again."""
         known = [cgroup for cgroup in cgroups if bpf.delete(self._maps["resolved"], _U64.pack(cgroup))]
         if known:
             self._new_epoch()

@@ -1,7 +1,7 @@
 """A reader of the BPF ring buffer with the kernel's rare events.
 
-The agent's main thread and the gatekeeper use this module. Reading never waits. The kernel counts events that did not
-fit; a record of another layout is left out.
+Runs in the agent's main thread and in the gatekeeper's. Reading never waits. The kernel counts the events that did not
+fit into the buffer. A record of another layout is skipped.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _BUSY, _DISCARDED, _HEADER = 1 << 31, 1 << 30, 8
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """An event of a kind of abi.News; `at_ns` is CLOCK_MONOTONIC. `path` is a cgroup's, in this cgroup namespace."""
+    """An event. `at_ns` is CLOCK_MONOTONIC. `path` is the path of a cgroup in this cgroup namespace, or empty."""
 
     at_ns: int
     kind: abi.News
@@ -38,10 +38,10 @@ class Event:
 
 
 class Events:
-    """A reader of the ring; `fileno` is readable when there is an event."""
+    """A reader of the ring buffer. Its descriptor is readable when there is an event."""
 
     def __init__(self, fd: int) -> None:
-        """Take over `fd`, the descriptor of a ring buffer map. Raises OSError: it is none."""
+        """Take ownership of `fd`, the descriptor of a ring buffer map. Raises OSError: it is not such a map."""
         self._fd = fd
         size = bpf.form(fd).max_entries
         self._mask = size - 1
@@ -54,14 +54,14 @@ class Events:
         return self._fd
 
     def close(self) -> None:
-        """Close the map; events that were not read stay for the next reader."""
+        """Close the map. Events that were not read stay for the next reader."""
         del self._at
         self._consumer.close()
         self._ring.close()
         os.close(self._fd)
 
     def read(self) -> Iterator[Event]:
-        """Yield all events that are there, oldest first, without those of cgroups outside this cgroup namespace."""
+        """Yield all available events, oldest first, except those of cgroups outside this cgroup namespace."""
         while self._at.value < _WORD.unpack_from(self._ring, 0)[0]:
             at = _PAGE + (self._at.value & self._mask)
             (length,) = _LENGTH.unpack_from(self._ring, at)

@@ -1,9 +1,11 @@
-"""Memory that NVML shows for a process and that no probe has seen allocated, beyond what can be explained.
+"""Search for memory that NVML shows for a process although no probe has recorded its allocation.
 
-Contexts and modules are memory that the driver takes by itself. Imports are memory of other processes: while those
-export it, NVML shows it in their rows, and it moves to the row of an importer when they free it or end. A process of a
-tenant that has more than that uses a driver library that is not probed, with or without the shim. The agent's main
-thread uses this module.
+Contexts, modules and imports are explained. The driver allocates contexts and modules by itself. Imports are memory of
+other processes: NVML shows exported memory in the row of its exporter and, after the exporter has freed it or exited,
+in the row of an importer. If a tenant's process has more memory than that, it uses a driver library that is not probed,
+with or without the shim.
+
+Runs in the agent's main thread.
 """
 
 from __future__ import annotations
@@ -15,16 +17,16 @@ from fgpu_ebpf import abi
 from fgpu_ebpf.ledger.orphans import Orphan
 from fgpu_ebpf.ledger.process_entry import Process
 
-MODULES_BYTES = 1 << 30  # code and data that a program may load: NVML shows them, and no call reports them before
-LOOKS = 4  # within this number of passes an importer's row grows by what an exporter has freed
+MODULES_BYTES = 1 << 30  # code and data that a program may load: NVML shows them, but no probed call reports them
+LOOKS = 4  # an importer's row grows by the bytes that an exporter has freed within this number of passes
 
 
 class Unwitnessed:
-    """The memory that is not explained.
+    """Search for memory that is not explained, over successive passes of the reconciliation.
 
     Args:
         contexts: bytes of one context by ledger index.
-        modules: bytes that a process's code and data may take.
+        modules: bytes that a process's code and data may take on a device.
     """
 
     def __init__(self, contexts: Mapping[int, int], modules: int = MODULES_BYTES) -> None:
@@ -33,13 +35,17 @@ class Unwitnessed:
         self._last: Mapping[int, Process] | None = None
         self._exported: Counter[tuple[int, int, int]] = Counter()  # by (pid, generation, device)
         self._freed: deque[Counter[int]] = deque(maxlen=LOOKS)  # exported bytes that exporters have freed, by device
-        self._kept: dict[tuple[int, int, int], int] = {}  # by (pid, generation, device): bytes imported for good
+        self._kept: dict[tuple[int, int, int], int] = {}  # by (pid, generation, device): imported bytes it keeps
 
     def find(self, processes: Mapping[int, Process], orphans: Iterable[Orphan]) -> dict[tuple[int, int], int]:
-        """Return bytes by (pid, device) for processes that have more memory than can be explained.
+        """Return the unexplained bytes by (pid, device) of all processes that have any.
 
-        A process that has opened memory of others may have all that other processes export, what ended ones have
-        exported, and what was freed while it had it open. `processes`: a new mapping for each pass.
+        A process that has imported memory may hold all memory that other processes export, that exited processes have
+        exported, and that exporters have freed while it had the memory open.
+
+        Args:
+            processes: the ledger's processes, a new mapping for each pass.
+            orphans: the ledger's orphans.
         """
         if processes is not self._last:
             self._look(processes, self._exports(processes, orphans))
@@ -61,7 +67,7 @@ class Unwitnessed:
         return found
 
     def _look(self, processes: Mapping[int, Process], exported: Counter[tuple[int, int, int]]) -> None:
-        """Note what exporters have released since the last pass, and which importers have it now."""
+        """Record the memory that exporters have freed since the last pass, and assign it to importers."""
         is_first = self._last is None
         freed: Counter[int] = Counter()
         for (_, _, device), bytes_ in (self._exported - exported).items():
@@ -75,12 +81,12 @@ class Unwitnessed:
                     key = pid, process.generation, device
                     beyond = max(0, self._beyond(pid, process, device))
                     kept = min(before.get(key, 0), beyond)
-                    # The memory of an importer from before the agent's start was explained or reported then.
+                    # At the first pass, all memory of an importer counts as kept: an earlier agent has judged it.
                     more = beyond if is_first else self._take(device, beyond - kept)
                     self._kept[key] = kept + more
 
     def _take(self, device: int, bytes_: int) -> int:
-        """Return as many of these bytes as exporters have freed; no other importer gets them."""
+        """Return how many of these bytes exporters have freed, and subtract them for all other importers."""
         taken = 0
         for freed in self._freed:
             part = min(bytes_ - taken, freed[device])
@@ -102,7 +108,7 @@ class Unwitnessed:
 
 
 def _exported(process: Process, device: int) -> int:
-    """Return how much of a process's memory others may have open."""
-    if process.flags & abi.Seen.EXPORT:  # of memory that has no entry
+    """Return how many bytes of a process's memory other processes may have open."""
+    if process.flags & abi.Seen.EXPORT:  # it has exported memory that has no entry
         return process.bytes[device]
     return process.exported[device] + (process.pool[device] if process.flags & abi.Seen.POOL_EXPORT else 0)

@@ -1,7 +1,7 @@
-"""The slots of usage pages, in the map `shelf`: BPF programs find a page by its slot without searching a cgroup id.
+"""The slots of usage pages in the map `shelf`: BPF programs find a page by its slot without looking up a cgroup id.
 
-The ledger uses this module, in the agent's main thread. A free slot keeps its last page, whose cgroup id is cleared,
-until another page takes it. Raises OSError (E2BIG) if all slots are in use.
+Runs in the agent's main thread. A free slot keeps its last page, whose cgroup id is cleared, until another page gets
+the slot. Errors are OSError; E2BIG: all slots are in use.
 """
 
 from __future__ import annotations
@@ -32,15 +32,19 @@ class UsagePageTable:
         self._free: list[int] = []
 
     def close(self) -> None:
-        """Wait until no BPF program uses the maps."""
+        """Wait for the end of all updates of the maps."""
         self._updates.close()
 
     def make(self, new: Sequence[abi.UsagePage], over: Callable[[set[int]], object] | None = None) -> None:
-        """Put pages into both maps. Raises OSError.
+        """Create pages and enter them in both maps. Raises OSError.
 
-        A page is frozen before it is visible, so no process that gets a descriptor of it could ever write it, even if
-        the agent is killed here. `over` is called with their cgroups, in another thread, when no BPF program that has
-        found no page for them runs any more.
+        A page is frozen before it is visible. So a process that gets its descriptor can never write it, even if the
+        agent is killed during this call.
+
+        Args:
+            new: the contents of the pages. Their `place` is set.
+            over: called in another thread with their cgroups, after the last BPF program has ended that found no page
+                for them.
         """
         made: dict[int, int] = {}
         cgroups = [page.cgroup for page in new]
@@ -61,7 +65,7 @@ class UsagePageTable:
     def take_away(self, cgroups: Collection[int], over: Callable[[set[int]], object]) -> None:
         """Remove the pages of these cgroups, if they have any.
 
-        `over` is called with them, in another thread, when no BPF program uses their pages any more.
+        `over` is called in another thread with the cgroups, when no BPF program uses their pages any more.
         """
         gone = set(cgroups)
         self._updates.delete(self._maps["pages"], [*map(_U64.pack, gone)], lambda: over(gone))
@@ -83,7 +87,7 @@ class UsagePageTable:
         return taken
 
     def _look(self) -> dict[int, int]:
-        """Return the slots, with those that an agent before this one has assigned."""
+        """Return the slots by cgroup, including those that an earlier agent has assigned."""
         if self._places is None:
             found = bpf.items(self._maps["pages"], _U64.size, _U32.size, PLACES)
             self._places = {_U64.unpack(cgroup)[0]: _place(_U32.unpack(page)[0]) for cgroup, page in found}
@@ -92,7 +96,10 @@ class UsagePageTable:
 
 
 def _place(page: int) -> int:
-    """Return the slot of a page, by its map's id; the page contains it, written before its cgroup led to the page."""
+    """Return the slot of a page, which the page itself contains. `page`: the id of the page's map.
+
+    The slot was written before the map `pages` had the page.
+    """
     fd = bpf.map_by_id(page)
     try:
         raw = bpf.lookup(fd, _U32.pack(0), ctypes.sizeof(abi.UsagePage))

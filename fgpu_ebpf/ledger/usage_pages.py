@@ -1,6 +1,6 @@
 """Read-only mappings of usage pages: limit, used and peak of each device of a level.
 
-The thread that has opened a ledger uses this module.
+Runs in the thread that has opened the ledger.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _ORPHANED = struct.Struct("Q")
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """One device of one level, in bytes; `refused` is a count."""
+    """The numbers of one level on one device, in bytes; `refused` is a count."""
 
     limit: int
     used: int
@@ -33,14 +33,17 @@ class Usage:
 
 
 class UsagePages:
-    """Pages by cgroup id, mapped at the first read. `open_page` returns a descriptor of a page, or None."""
+    """Pages by cgroup id, mapped at the first read. `open_page` returns a new descriptor of a level's page, or None."""
 
     def __init__(self, open_page: Callable[[int], int | None]) -> None:
         self._open_page = open_page
         self._mapped: dict[int, mmap.mmap] = {}
 
     def read(self, cgroup: int, devices: Iterable[int]) -> list[Usage] | None:
-        """Return the level's usage of these devices; each number is exact, but they may be of different moments."""
+        """Return the level's usage of these devices, or None if it has no page.
+
+        Each number is exact, but different numbers may have been read at different moments.
+        """
         page = self._page(cgroup)
         return None if page is None else [_usage(page, device) for device in devices]
 
@@ -56,7 +59,7 @@ class UsagePages:
         return self._mapped[cgroup]
 
     def forget(self, cgroup: int) -> None:
-        """Unmap the page of a level, which has another one from now on, or none."""
+        """Unmap the page of a level, because it is removed or replaced."""
         page = self._mapped.pop(cgroup, None)
         if page:
             page.close()

@@ -1,6 +1,6 @@
 """The ledger's sections of a Snapshot: counters and tables by their names in metrics.
 
-The agent's main thread uses this module. Errors are OSError of bpf(2).
+Runs in the agent's main thread. Errors are OSError of bpf(2).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from fgpu_ebpf.snapshot import MapView, Refusal
 
 
 def probe_hits(ledger: Ledger) -> Mapping[str, int]:
-    """Return the hits by the probe's name: of every probed driver function and of the shim's symbols."""
+    """Return the number of hits by the probe's name, for every probed driver function and the shim's symbols."""
     counted = ledger.hits()
     named = {f.name.lower(): counted[f] for f in abi.Function if f is not abi.Function.NONE}
     return named | {"admit": counted[abi.HIT_ADMIT], "give_back": counted[abi.HIT_GIVE_BACK]}
@@ -51,10 +51,10 @@ def _of_host(counters: Mapping[Count, int], kind: int, reasons: Iterable[IntEnum
 
 
 def tables(ledger: Ledger) -> tuple[MapView, ...]:
-    """Return how full each table is that all tenants share.
+    """Return the number of entries and the size of each table that all tenants share.
 
-    Entries of the large maps are not counted one by one: of tables that owners of bounds have parts of, the claimed
-    entries count.
+    The entries of large maps are not counted one by one. For tables of which bound owners claim parts, the result has
+    the number of claimed entries.
     """
     claimed = zip(ledger.owners.sizes.items(), ledger.owners.claimed(), strict=False)
     return (

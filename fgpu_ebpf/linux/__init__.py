@@ -1,1 +1,1 @@
-"""Interfaces of the Linux kernel and the C library: system calls, /proc, cgroups, ELF files, logs, threads."""
+"""Interfaces of the Linux kernel and the C library: system calls, /proc, cgroups, ELF files, logs and threads."""

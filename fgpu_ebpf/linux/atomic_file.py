@@ -1,7 +1,7 @@
-"""Replace a file as a whole: a reader sees all of the old text or all of the new, also if the writer is killed.
+"""Replace a file as a whole: a reader gets all of the old text or all of the new, even if the writer is killed.
 
-The agent, the commands and the device plugin use this module, in any thread. Each file has one writer at a time. After
-an error the old file is still there, and the temporary file beside it is removed.
+Runs in any thread of the agent, the gatekeeper, the commands and the device plugin. Each file has one writer at a time.
+After an error the old file still exists, and the temporary file beside it is removed.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ def write(path: Path, text: str, mode: int = 0o644) -> None:
     """Write a text to a temporary file in the same folder, and rename it to the path.
 
     Args:
-        path: the file to replace. A folder at this path is removed or moved aside first.
-        text: the new content. Text that was read with errors="surrogateescape" is written as it was.
-        mode: the permissions of the file, whatever the umask is.
+        path: the file to replace. A folder at this path is removed or renamed first.
+        text: the new content. Text that was read with errors="surrogateescape" is written unchanged.
+        mode: the permissions of the file, independent of the umask.
 
     Raises:
         OSError: nothing was replaced.
@@ -41,6 +41,6 @@ def write(path: Path, text: str, mode: int = 0o644) -> None:
 def _replace(temporary: str, path: Path) -> None:
     try:
         os.replace(temporary, path)
-    except IsADirectoryError:  # engines create a folder where a container is given a file that does not exist
+    except IsADirectoryError:  # engines create a folder for the missing source of a file's bind mount
         make_way(str(path))
         os.replace(temporary, path)

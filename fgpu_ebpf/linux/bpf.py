@@ -1,7 +1,7 @@
 """The bpf(2) and perf_event_open(2) system calls that fgpu needs, and no others.
 
-The agent, the gatekeeper and the commands use this module, in any thread. It keeps no state. Errors are OSError with
-the kernel's errno and the name of the call; a missing map entry is None.
+Runs in any thread of the agent, the gatekeeper and the commands. It has no state. Errors are OSError with the kernel's
+errno and the name of the call. For a missing map entry the result is None.
 """
 
 from __future__ import annotations
@@ -28,24 +28,24 @@ _UPDATE_BATCH, _DELETE_BATCH = 26, 27
 _ANY, _NOEXIST, _EXIST = 0, 1, 2
 _PERF_EVENT, _TRACE_UPROBE_MULTI = 41, 48
 _KPROBE, _RAW_TRACEPOINT = 2, 17
-_MULTI_FROM = (6, 6)  # one link for all places of a file
+_MULTI_FROM = (6, 6)  # since this version, one link attaches a program to all offsets of a file
 _ID_BYTES = 4
 _PERF_FLAG_FD_CLOEXEC = 8
 ARRAY, ARRAY_OF_MAPS, HASH_OF_MAPS = 2, 12, 13
 MMAPABLE = 1 << 10
-MOST_INNER = 4096  # of a map of maps
+MOST_INNER = 4096  # maximum of inner maps in a map of maps
 UPROBE_TYPE = Path("/sys/bus/event_source/devices/uprobe/type")
 UPROBE_RETURN_BIT = Path("/sys/bus/event_source/devices/uprobe/format/retprobe")
 
 
 def kernel_release() -> tuple[int, int]:
-    """Return (major, minor) of the running kernel. The compiler has a copy: it imports nothing of fgpu."""
+    """Return (major, minor) of the running kernel. driver/compiler.py has a copy, because it may not import fgpu."""
     major, minor = (int("".join(filter(str.isdigit, part)) or 0) for part in os.uname().release.split(".")[:2])
     return major, minor
 
 
-# Before Linux 6.8 a lookup in a map of maps also waits for a grace period, 10 to 30 ms, and a batch update for one
-# in each entry.
+# Before Linux 6.8 a lookup in a map of maps also waits for an RCU grace period, 10 to 30 ms, and a batch update waits
+# for one grace period for each entry.
 HOLDS_LOOKERS = kernel_release() < (6, 8)
 
 
@@ -59,18 +59,21 @@ def _address(buffer: ctypes.Array[ctypes.c_char]) -> int:
 
 @functools.cache
 def _bytes(length: int) -> type[ctypes.Array[ctypes.c_char]]:
-    """Return the ctypes type of this length, cached: each is a type of some KiB with cycles, garbage soon otherwise."""
+    """Return the ctypes array type of this length.
+
+    The types are cached. Otherwise each call would create garbage: a type takes some KiB and has reference cycles.
+    """
     return ctypes.c_char * length
 
 
 def _output_buffer(bytes_: int) -> ctypes.Array[ctypes.c_char]:
-    """Return a buffer for the kernel to fill: pages that it does not touch cost nothing."""
+    """Return a buffer that the kernel fills. Pages that the kernel does not write take no memory."""
     room = mmap.mmap(-1, max(bytes_, 1), mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)  # shared memory would need an inode
     return _bytes(len(room)).from_buffer(room)
 
 
 def _buffer(data: bytes) -> ctypes.Array[ctypes.c_char]:
-    """Return a buffer for the kernel to read: the data, and zeros up to a power of two, so that lengths are few."""
+    """Return a buffer that the kernel reads: the data, padded with zeros to a power of two, so there are few types."""
     buffer = _bytes(max(8, 1 << (len(data) - 1).bit_length()))()
     buffer.value = data
     return buffer
@@ -84,7 +87,7 @@ def _path(path: str | Path) -> ctypes.Array[ctypes.c_char]:
 
 
 class Form(NamedTuple):
-    """Type and sizes of a map, with the names of /proc/PID/fdinfo."""
+    """Type and sizes of a map. The names are those in /proc/PID/fdinfo."""
 
     map_type: int
     key_size: int
@@ -94,23 +97,23 @@ class Form(NamedTuple):
 
 
 def create(name: str, form: Form, inner: int = 0) -> int:
-    """Create a map; return its descriptor. Raises OSError.
+    """Create a map and return its descriptor. Raises OSError.
 
     Args:
-        name: what tools show; 15 characters of it.
-        form: its type and sizes.
-        inner: of a map of maps, the descriptor of a map with the form of all of them.
+        name: the name that tools show; the first 15 characters are used.
+        form: the map's type and sizes.
+        inner: for a map of maps, the descriptor of a map that has the form of all inner maps.
     """
     return _bpf("MAP_CREATE", _MAP_CREATE, attributes.MapCreateAttr(*form, inner, 0, name.encode()[:15]))
 
 
 def create_array_page(name: str, bytes_: int) -> int:
-    """Create an array map with one element that can be mapped into memory; return its descriptor. Raises OSError."""
+    """Create an array map with one element that can be mapped into memory. Returns its descriptor. Raises OSError."""
     return create(name, Form(ARRAY, 4, bytes_, 1, MMAPABLE))
 
 
 def form(fd: int) -> Form:
-    """Return the form of an open map. Raises OSError; EINVAL: it is not a map."""
+    """Return the form of an open map. Raises OSError; EINVAL: the descriptor is not a map."""
     lines = Path(f"/proc/self/fdinfo/{fd}").read_text(encoding="ascii").splitlines()
     found = dict(line.split(":\t") for line in lines if ":\t" in line)
     if not found.keys() >= set(Form._fields):
@@ -119,7 +122,7 @@ def form(fd: int) -> Form:
 
 
 def lookup(fd: int, key: bytes, value_bytes: int) -> bytes | None:
-    """Return one value of a map, or None if the key is not there. Raises OSError."""
+    """Return one value of a map, or None if the map does not have the key. Raises OSError."""
     k, v = _buffer(key), _bytes(value_bytes)()
     try:
         _bpf("MAP_LOOKUP", _LOOKUP, attributes.MapElemAttr(fd, _address(k), _address(v)))
@@ -131,7 +134,7 @@ def lookup(fd: int, key: bytes, value_bytes: int) -> bytes | None:
 
 
 def number(fd: int, index: int) -> int:
-    """Return one 64-bit number of an array map. Raises OSError; ENOENT: the array is shorter."""
+    """Return one 64-bit number of an array map. Raises OSError; ENOENT: the array has no such index."""
     raw = lookup(fd, struct.pack("I", index), 8)
     if raw is None:
         raise OSError(errno.ENOENT, f"an array has no entry {index}")
@@ -139,17 +142,17 @@ def number(fd: int, index: int) -> int:
 
 
 def update(fd: int, key: bytes, value: bytes) -> None:
-    """Insert or replace one entry. Raises OSError (E2BIG: the map is full)."""
+    """Insert or replace one entry. Raises OSError; E2BIG: the map is full."""
     _update(fd, key, value, _ANY)
 
 
 def insert(fd: int, key: bytes, value: bytes) -> bool:
-    """Insert one entry; return False if the key is there already. Raises OSError (E2BIG: the map is full)."""
+    """Insert one entry. Returns False if the key already exists. Raises OSError; E2BIG: the map is full."""
     return _update_unless(errno.EEXIST, fd, key, value, _NOEXIST)
 
 
 def replace(fd: int, key: bytes, value: bytes) -> bool:
-    """Replace one entry; return False if the key is not there. Raises OSError."""
+    """Replace one entry. Returns False if the key does not exist. Raises OSError."""
     return _update_unless(errno.ENOENT, fd, key, value, _EXIST)
 
 
@@ -169,7 +172,7 @@ def _update(fd: int, key: bytes, value: bytes, flag: int) -> None:
 
 
 def delete(fd: int, key: bytes) -> bool:
-    """Delete one entry; return False if the key was not there. Raises OSError."""
+    """Delete one entry. Returns False if the key does not exist. Raises OSError."""
     k = _buffer(key)
     try:
         _bpf("MAP_DELETE", _DELETE, attributes.MapElemAttr(fd, _address(k)))
@@ -181,7 +184,7 @@ def delete(fd: int, key: bytes) -> bool:
 
 
 def inner_id(fd: int, key: bytes) -> int | None:
-    """Return the id of a map in a hash of maps, or None if the key is not there; never wait for a grace period."""
+    """Return the id of a map in a hash of maps, or None if the key does not exist. Never waits for a grace period."""
     if not HOLDS_LOOKERS:
         raw = lookup(fd, key, _ID_BYTES)
         return None if raw is None else int.from_bytes(raw, sys.byteorder)
@@ -192,13 +195,13 @@ def inner_id(fd: int, key: bytes) -> int | None:
 def items(fd: int, key_bytes: int, value_bytes: int, chunk: int = 256) -> Iterator[tuple[bytes, bytes]]:
     """Yield all entries of a hash map, read in batches of whole buckets.
 
-    An entry that changes meanwhile is yielded at most once, and entries that were yielded may be deleted.
+    An entry that changes during the call is yielded at most once. The caller may delete entries that were yielded.
 
     Args:
         fd: the map.
         key_bytes: the size of a key.
         value_bytes: the size of a value.
-        chunk: how many entries are read at a time; it grows if one bucket has more.
+        chunk: how many entries are read at a time. It grows if one bucket has more.
 
     Raises:
         OSError: the kernel cannot read the map.
@@ -227,13 +230,16 @@ def items(fd: int, key_bytes: int, value_bytes: int, chunk: int = 256) -> Iterat
 
 @functools.cache
 def possible_processors() -> int:
-    """Return how many values a per-processor map has for each entry."""
+    """Return the number of possible processors: a per-processor map has this many values for each entry."""
     spans = [span.split("-") for span in Path("/sys/devices/system/cpu/possible").read_text().strip().split(",")]
     return 1 + max(int(span[-1]) for span in spans)
 
 
 def update_all(fd: int, entries: Mapping[bytes, bytes]) -> None:
-    """Insert or replace many entries at once: a map of maps waits for one grace period, not for one an entry."""
+    """Insert or replace many entries at once. Raises OSError.
+
+    For a map of maps, the kernel then waits for one grace period instead of one for each entry (Linux 6.8).
+    """
     if entries:
         k, v = _buffer(b"".join(entries)), _buffer(b"".join(entries.values()))
         attr = attributes.BatchAttr(keys=_address(k), values=_address(v), count=len(entries), map_fd=fd)
@@ -241,7 +247,7 @@ def update_all(fd: int, entries: Mapping[bytes, bytes]) -> None:
 
 
 def delete_all(fd: int, keys: Sequence[bytes]) -> int:
-    """Delete those of these entries that are there, many at once. Return how many. Raises OSError."""
+    """Delete many entries at once. Missing keys are skipped. Returns the number of deleted entries. Raises OSError."""
     deleted = at = 0
     while at < len(keys):
         k = _buffer(b"".join(keys[at:]))
@@ -252,23 +258,23 @@ def delete_all(fd: int, keys: Sequence[bytes]) -> int:
             if error.errno != errno.ENOENT:
                 raise
         deleted += attr.count
-        at += attr.count + 1  # behind the one that is not there
+        at += attr.count + 1  # skip the missing key
     return deleted
 
 
 def freeze(fd: int) -> None:
-    """Forbid processes to write the map from now on; BPF programs still may. Raises OSError."""
+    """Forbid all processes to write the map from now on. BPF programs can still write it. Raises OSError."""
     _bpf("MAP_FREEZE", _FREEZE, attributes.MapElemAttr(fd))
 
 
 def frozen(fd: int) -> bool:
-    """Return whether the map is frozen; a read-only descriptor would not do, since it cannot be mapped as shared."""
+    """Return whether the map is frozen. (A read-only descriptor is no substitute: it cannot be mapped as shared.)"""
     with open(f"/proc/self/fdinfo/{fd}", encoding="ascii") as file:
         return "frozen:\t1" in file.read()
 
 
 def map_by_id(identity: int) -> int:
-    """Open the map with this id; return its descriptor. Raises OSError."""
+    """Open the map with this id, and return its descriptor. Raises OSError."""
     return _bpf("MAP_GET_FD_BY_ID", _MAP_GET_FD_BY_ID, attributes.IdAttr(identity))
 
 
@@ -276,27 +282,27 @@ def map_by_id(identity: int) -> int:
 
 
 def pinned(path: Path) -> int:
-    """Open the map, program or link that is pinned at the path; return its descriptor. Raises OSError."""
+    """Open the map, program or link that is pinned at the path, and return its descriptor. Raises OSError."""
     name = _path(path)
     return _bpf("OBJ_GET", _OBJ_GET, attributes.ObjAttr(_address(name)))
 
 
 def pin(fd: int, path: Path) -> None:
-    """Pin a map, program or link; the folder must lie in a bpffs. Raises OSError."""
+    """Pin a map, program or link at a path in a bpffs. Raises OSError."""
     name = _path(path)
     _bpf("OBJ_PIN", _OBJ_PIN, attributes.ObjAttr(_address(name), fd))
 
 
 def load_program(name: str, code: bytes, is_raw_tracepoint: bool) -> int:
-    """Load a program of the GPL; return its descriptor.
+    """Load a BPF program under the GPL, and return its descriptor.
 
     Args:
-        name: what tools show; 15 characters of it.
-        code: the instructions, with descriptors of maps.
-        is_raw_tracepoint: it is for raw tracepoints; otherwise for uprobes.
+        name: the name that tools show; the first 15 characters are used.
+        code: the instructions, which contain descriptors of maps.
+        is_raw_tracepoint: whether the program is for raw tracepoints; otherwise it is for uprobes.
 
     Raises:
-        OSError: EACCES or EINVAL: the verifier refuses it.
+        OSError: EACCES or EINVAL: the verifier refuses the program.
     """
     instructions, licence = _buffer(code), _buffer(b"GPL\0")
     attr = attributes.ProgLoadAttr(insn_cnt=len(code) // 8, insns=_address(instructions), license=_address(licence))
@@ -307,7 +313,7 @@ def load_program(name: str, code: bytes, is_raw_tracepoint: bool) -> int:
 
 
 def run_raw_tracepoint(program: int, *arguments: int) -> int:
-    """Run a raw tracepoint program once with up to 12 arguments; return its signed result. Raises OSError."""
+    """Run a raw tracepoint program once with up to 12 arguments, and return its signed result. Raises OSError."""
     context = _buffer(struct.pack(f"{len(arguments)}Q", *(a & (2**64 - 1) for a in arguments)))
     attr = attributes.TestRunAttr(prog_fd=program, ctx_size_in=8 * len(arguments), ctx_in=_address(context))
     _bpf("PROG_TEST_RUN", _TEST_RUN, attr)
@@ -315,7 +321,7 @@ def run_raw_tracepoint(program: int, *arguments: int) -> int:
 
 
 def attach_raw_tracepoint(program: int, name: str) -> int:
-    """Attach a program to a raw tracepoint; return the link.
+    """Attach a program to a raw tracepoint, and return the link's descriptor.
 
     Raises OSError; EINVAL: the program reads an argument that this kernel's event does not have.
     """
@@ -324,7 +330,16 @@ def attach_raw_tracepoint(program: int, name: str) -> int:
 
 
 def open_uprobe(path: str, offset: int, at_return: bool) -> int:
-    """Open a perf event at a file offset, for all processes. Raises OSError (ENODEV: no uprobe PMU)."""
+    """Open a uprobe perf event at a file offset, for all processes, and return its descriptor.
+
+    Args:
+        path: the file.
+        offset: the offset of the instruction in the file.
+        at_return: the event occurs at the function's return instead of its entry.
+
+    Raises:
+        OSError: ENODEV: the kernel has no uprobe PMU.
+    """
     try:
         pmu = int(UPROBE_TYPE.read_text())
         bit = int(UPROBE_RETURN_BIT.read_text().split(":")[1])
@@ -341,17 +356,17 @@ def open_uprobe(path: str, offset: int, at_return: bool) -> int:
 def attach_uprobes(program: int, path: str, places: Sequence[tuple[int, int]], at_return: bool) -> list[int]:
     """Attach a program to offsets of a file, for all processes.
 
-    One link attaches all of them as one (uprobe_multi). Before Linux 6.6 each gets a perf event of its own, which costs
-    5 ms to attach and 0.1 s to detach.
+    One link attaches all offsets together (uprobe_multi). Before Linux 6.6 each offset gets its own perf event, which
+    takes 5 ms to attach and 0.1 s to detach.
 
     Args:
         program: the program's descriptor.
         path: the file.
-        places: (file offset, cookie); the program can read the cookie when it runs.
+        places: pairs of file offset and cookie, which the program can read when it runs.
         at_return: run the program at the function's return instead of its entry.
 
     Returns:
-        The links, to be closed by the caller.
+        The descriptors of the links, which the caller closes.
 
     Raises:
         OSError: nothing is attached.

@@ -1,7 +1,7 @@
 """The arguments of bpf(2) and perf_event_open(2) as ctypes, with the kernel's names of fields.
 
-Each class is one member of `union bpf_attr` (bpf/include/uapi/linux/bpf.h) up to the last field that fgpu uses; the
-kernel takes what is not passed as zeros. Only linux/bpf.py uses this module.
+Each class is one member of `union bpf_attr` (bpf/include/uapi/linux/bpf.h) up to the last field that fgpu uses. The
+kernel treats fields that are not passed as zeros.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class ProgLoadAttr(Structure):
 
 
 class MapElemAttr(Structure):
-    """BPF_MAP_LOOKUP_ELEM, BPF_MAP_UPDATE_ELEM, BPF_MAP_DELETE_ELEM; of BPF_MAP_FREEZE, `map_fd` alone."""
+    """BPF_MAP_LOOKUP_ELEM, BPF_MAP_UPDATE_ELEM and BPF_MAP_DELETE_ELEM. BPF_MAP_FREEZE uses only `map_fd`."""
 
     _fields_ = (("map_fd", u32), ("key", u64), ("value", u64), ("flags", u64))
 
@@ -124,7 +124,7 @@ class UprobeMultiLink(Structure):
 
 
 class LinkCreateAttr(Structure):
-    """BPF_LINK_CREATE: the fields of all kinds of links; PerfEventLink or UprobeMultiLink follows."""
+    """BPF_LINK_CREATE: the fields of all kinds of links, which PerfEventLink or UprobeMultiLink follows."""
 
     _fields_ = (("prog_fd", u32), ("target_fd", u32), ("attach_type", u32), ("flags", u32))
 

@@ -1,12 +1,12 @@
 """Check whether the processes that map a probed file have its breakpoints in their memory.
 
-A probe is attached to an inode. Another inode can have the same (dev, ino) in /proc/PID/maps: once overlayfs has copied
-a file up, processes that start map the copy, which has no probe. A shared or a writable mapping has no breakpoints
+A probe is attached to an inode. Another inode can have the same (dev, ino) in /proc/PID/maps: after overlayfs has
+copied a file up, new processes map the copy, which has no probe. A shared or a writable mapping has no breakpoints
 either. So a file counts as probed for a process only if the process's own memory holds the breakpoint.
 
-The gatekeeper's mapping readers and the agent's library workers use this module in worker threads, because reading the
-memory of a process can block on that process. Mapped pages of foreign files are read by /proc/self/mem and never
-touched, since a file may have been truncated.
+Runs in worker threads of the gatekeeper and the agent, because reading the memory of a process can block on that
+process. Mapped pages of foreign files are read through /proc/self/mem and never accessed directly, because a file may
+have been truncated.
 """
 
 from __future__ import annotations
@@ -21,16 +21,19 @@ from fgpu_ebpf.linux import mapped_files, procmaps
 from fgpu_ebpf.linux.procmaps import File, Mapped
 
 CODE = {"aarch64": bytes.fromhex("a00020d4")}.get(platform.machine(), b"\xcc")
-UNCHECKED = 1  # in place of an offset: the file has no probes, or was probed by an agent that had no such checks
+UNCHECKED = 1  # instead of an offset: the file has no probes, or an agent without such checks has probed it
 CUDA_NAMES = (b"libcuda.so", b"libfgpu.so")
-MOST_MAPPINGS = 64  # of one process, with names of libcuda or the shim
+MOST_MAPPINGS = 64  # of files with names of libcuda or the shim, in one process
 _REPLACED = (
     b"\x0f",
-)  # where a no-operation of several bytes begins, the kernel may put a call in place of a breakpoint
+)  # the first byte of a multi-byte no-operation, which the kernel may replace by a call instead of a breakpoint
 
 
 def choose(fd: int, offsets: Iterable[int]) -> int | None:
-    """Return the first of these probed offsets at which a breakpoint proves a probe, or None. Raises OSError."""
+    """Return the first of these probed offsets at which a breakpoint proves a probe, or None. Raises OSError.
+
+    A breakpoint proves nothing if the file itself contains it, or if the kernel may use a call instead.
+    """
     for offset in offsets:
         code = os.pread(fd, len(CODE), offset)
         if UNCHECKED < offset < 1 << 32 and code != CODE and not code.startswith(_REPLACED):
@@ -39,7 +42,7 @@ def choose(fd: int, offsets: Iterable[int]) -> int | None:
 
 
 def of_process(pid: int, check: Callable[[int, int], int | None]) -> Mapping[File, int]:
-    """Return the libcuda and shim files that a process maps, each with the offset where its breakpoint was seen, or 0.
+    """Return the libcuda and shim files that a process maps, each with the offset where its breakpoint was found, or 0.
 
     Args:
         pid: the process.
@@ -47,7 +50,7 @@ def of_process(pid: int, check: Callable[[int, int], int | None]) -> Mapping[Fil
 
     Returns:
         (dev, ino) -> offset. If the mappings cannot be read, for example because there are too many, the result is
-        {(0, 0): 0}: a file that no process has, without a breakpoint.
+        {(0, 0): 0}: a file that does not exist, without a breakpoint.
     """
     try:
         with procmaps.opened(pid) as maps, procmaps.opened(pid, "mem") as memory:
@@ -61,7 +64,7 @@ def of_process(pid: int, check: Callable[[int, int], int | None]) -> Mapping[Fil
 
 
 def is_set(pid: int, file: File, offset: int) -> bool | None:
-    """Return whether a process has the breakpoint of a file; None: it does not map the file, or cannot be read."""
+    """Return whether a process has the breakpoint of a file; None: it does not map the file, or is unreadable."""
     try:
         with procmaps.opened(pid) as maps, procmaps.opened(pid, "mem") as memory:
             found = [one for one in procmaps.each(maps, procmaps.NEXT_EXECUTABLE) if (one.dev, one.ino) == file]
@@ -71,7 +74,7 @@ def is_set(pid: int, file: File, offset: int) -> bool | None:
 
 
 def is_set_in_new_mappings(fd: int, offset: int) -> bool:
-    """Return whether processes that map this open file from now on get a breakpoint at the offset. Raises OSError."""
+    """Return whether a new mapping of this open file has a breakpoint at the offset. Raises OSError."""
     if os.pread(fd, len(CODE), offset) == CODE:  # a breakpoint in the file's own content proves nothing
         return False
     page = offset // mmap.PAGESIZE * mmap.PAGESIZE
@@ -80,7 +83,7 @@ def is_set_in_new_mappings(fd: int, offset: int) -> bool:
 
 
 def _in_all(memory: int, found: Iterable[Mapped], file: File, offset: int) -> bool:
-    """Return whether a mapping of this file covers the offset, and all that do hold the breakpoint."""
+    """Return whether mappings of this file cover the offset, and all of these hold the breakpoint."""
     if offset == UNCHECKED:
         return True
     places = [

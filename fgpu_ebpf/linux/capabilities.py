@@ -1,6 +1,6 @@
-"""The capabilities that the agent and the gatekeeper keep after their start; they give up all others.
+"""The capabilities that the agent and the gatekeeper keep after their start. They drop all others.
 
-The main threads of both processes use this module before they start other threads.
+Runs in the main thread of each process, before it starts other threads.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ _VERSION_3 = 0x20080522
 
 
 class Capability(enum.IntEnum):
-    """Capabilities as linux/capability.h numbers them."""
+    """Capabilities with their numbers in linux/capability.h."""
 
     CHOWN = 0  # set the group of the control socket
-    DAC_READ_SEARCH = 2  # read files and folders of tenants, whatever user owns them
-    KILL = 5  # kill processes that take memory where no probe is, under onBypass: kill
+    DAC_READ_SEARCH = 2  # read files and folders of tenants that any user may own
+    KILL = 5  # kill processes that allocate memory without a probe, under onBypass: kill
     SYS_PTRACE = 19  # read the mappings, the root and the namespaces of a process of any user
     SYS_ADMIN = 21  # open BPF maps by id, attach uprobes, open map_files links; includes BPF and PERFMON
     SYS_NICE = 23  # raise the priority: the agent while it runs, the gatekeeper before it drops the capability
@@ -33,15 +33,15 @@ AGENT = GATEKEEPER | {Capability.CHOWN, Capability.KILL, Capability.SYS_NICE}
 
 
 def keep_only(kept: Set[Capability]) -> None:
-    """Give up all other capabilities for good, in this thread, in threads that it starts and in programs they execute.
+    """Drop all capabilities except `kept` for good: in this thread, threads that it starts and programs they execute.
 
-    A capability in `kept` that the thread does not have is not gained. Raises OSError.
+    A capability in `kept` that the thread does not have is not added. Raises OSError.
     """
     check("prctl(NO_NEW_PRIVS)", LIBC.prctl(_SET_NO_NEW_PRIVS, 1, 0, 0, 0))
     for number in range(64):
         if LIBC.prctl(_CAPBSET_READ, number, 0, 0, 0) != 1 or number in kept:
             continue
-        with contextlib.suppress(PermissionError):  # no SETPCAP: then an executed program gets no more than this has
+        with contextlib.suppress(PermissionError):  # no SETPCAP: an executed program gets at most this thread's
             check("prctl(CAPBSET_DROP)", LIBC.prctl(_CAPBSET_DROP, number, 0, 0, 0))
     check("prctl(CAP_AMBIENT)", LIBC.prctl(_CAP_AMBIENT, _AMBIENT_CLEAR_ALL, 0, 0, 0))
     permitted = _permitted() & sum(1 << capability for capability in kept)

@@ -1,7 +1,8 @@
-"""The cgroup namespace of this process: what the kernel's tracepoints name from the root of the hierarchy.
+"""Translation of cgroup paths in kernel events to the cgroup namespace of this process.
 
-An agent may run in a cgroup namespace, for example in a system container. Its file system and /proc then show paths
-from the root of the namespace. Readers of kernel events use this module, in any thread.
+Tracepoints name a cgroup by its path from the root of the hierarchy. An agent may run in a cgroup namespace, for
+example in a system container. Its file system and /proc then show paths from the root of the namespace. Runs in any
+thread.
 """
 
 from __future__ import annotations
@@ -19,21 +20,22 @@ HOST_NAMESPACE = 0xEFFFFFFB  # PROC_CGROUP_INIT_INO: the inode of the first cgro
 
 @cache
 def root_path() -> str:
-    """Return the path of this namespace's root in the hierarchy; empty if it is the host's, or cannot be known.
+    """Return the path of this namespace's root in the hierarchy; empty: it is the host's namespace, or unknown.
 
-    Process 2 is a thread of the kernel, in the host's namespaces; it is not seen from a pid namespace.
+    The path is read in the namespace of process 2, a kernel thread in the host's namespaces. From inside a pid
+    namespace this process is not visible, so the path is unknown.
     """
     if os.stat("/proc/self/ns/cgroup").st_ino == HOST_NAMESPACE:
         return ""
     whole: list[str] = []
     thread = threading.Thread(target=lambda: whole.extend(_paths_from_host()))
-    thread.start()  # setns() is for one thread
+    thread.start()  # setns() changes the namespace of one thread
     thread.join()
     return whole[0].removesuffix((procfs.cgroup_path(os.getpid()) or "/").rstrip("/")) if whole else ""
 
 
 def _paths_from_host() -> list[str]:
-    """Return the path of this thread's cgroup, after entering the host's namespace; nothing if that is refused."""
+    """Enter the host's cgroup namespace, and return the path of this thread's cgroup; empty: the kernel refuses."""
     try:
         namespace = os.open("/proc/2/ns/cgroup", os.O_RDONLY | os.O_CLOEXEC)
         try:
@@ -46,7 +48,7 @@ def _paths_from_host() -> list[str]:
 
 
 def inside(path: str) -> str | None:
-    """Return a path from the root of the hierarchy as this namespace shows it; None: it lies outside."""
+    """Convert a path from the root of the hierarchy to one in this namespace; None: it lies outside."""
     root = root_path()
     if not path.startswith(root) or path[len(root) :][:1] not in ("", "/"):
         return None

@@ -1,6 +1,6 @@
 """Remove a folder at a path where a socket, a file or a link is to be created.
 
-The agent and the gatekeeper use this module, in any thread.
+Runs in any thread of the agent, the gatekeeper and the commands.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def make_way(path: str) -> None:
 
 
 def remove_moved(path: Path) -> None:
-    """Remove what make_way() has moved aside from a path, unless something is mounted in it."""
+    """Remove the folders that make_way() has renamed at a path, except those with a mount inside."""
     for folder in path.parent.glob(f"{path.name}.moved-*"):
         if not _has_mounts(folder):
             shutil.rmtree(folder, ignore_errors=True)

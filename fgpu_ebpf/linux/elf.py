@@ -1,9 +1,9 @@
-"""A shared library as its dynamic segment describes it: its name, and the file offsets of its functions.
+"""Reader of a shared library's dynamic segment: the name of the library, and the file offsets of its functions.
 
-The dynamic segment is what a loader reads. Section headers are ignored, as a loader ignores them: they can be absent or
-wrong. The file may belong to a tenant and contain anything, so every read and the work for one name are bounded, and no
-file takes longer than a driver's library; general ELF libraries give no such bound. driver/ uses this module in the
-agent's threads, and the commands use it.
+A loader reads the same segment. Section headers are ignored, as a loader ignores them, because they can be absent or
+wrong. The file may belong to a tenant and contain anything. Therefore every read and the work for one name are bounded,
+and no file takes longer than a driver's library. General ELF libraries have no such bound. Runs in all threads of the
+agent, and in the commands.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ _32_BITS = (1 << 32) - 1
 
 
 class ElfError(Exception):
-    """The file is not a library in which functions can be found; the text says why."""
+    """The file is not a library in which functions can be found. The text has the reason."""
 
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """A part of the file that a loader maps."""
+    """A part of the file that a loader maps, in bytes: its offset in the file, its address, and its length."""
 
     offset: int
     address: int
@@ -48,7 +48,7 @@ def function_offsets(fd: int, names: Collection[str]) -> dict[str, int]:
 
 
 class Library:
-    """The dynamic segment of an open file. Raises ElfError if the file is not a shared library, or OSError."""
+    """The dynamic segment of an open file. Raises OSError, and ElfError if the file is not a shared library."""
 
     def __init__(self, fd: int) -> None:
         self._fd = fd
@@ -82,12 +82,12 @@ class Library:
 
     @property
     def name(self) -> str:
-        """DT_SONAME, the name by which a program asks for the library; empty if it has none."""
+        """DT_SONAME, the name by which programs request the library; empty if it has none."""
         at = self._entries.get(_SONAME)
         return "" if at is None else self._text(at).decode(errors="replace")
 
     def offset(self, name: str) -> int | None:
-        """Return the file offset of an exported function, or None. Raises ElfError if it is not in code."""
+        """Return the file offset of a function; None: it is not exported. Raises ElfError: its address is not code."""
         for address in map(self._defined_at, self._candidates(name.encode())):
             if address:
                 return self._code_offset(name, address)
@@ -182,7 +182,7 @@ class Library:
 
 
 def gnu_hash(name: bytes) -> int:
-    """Return the hash of a name as DT_GNU_HASH uses it."""
+    """Return the hash of a name in a DT_GNU_HASH table."""
     value = 5381
     for byte in name:
         value = value * 33 + byte & _32_BITS
@@ -190,7 +190,7 @@ def gnu_hash(name: bytes) -> int:
 
 
 def sysv_hash(name: bytes) -> int:
-    """Return the hash of a name as DT_HASH uses it."""
+    """Return the hash of a name in a DT_HASH table."""
     value = 0
     for byte in name:
         value = (value << 4) + byte

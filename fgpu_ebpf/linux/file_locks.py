@@ -1,7 +1,7 @@
-"""Files of the run folder that one process at a time holds locked (flock).
+"""Files of the run folder that one process at a time locks (flock).
 
-The agent, the gatekeeper and the commands use this module, in their main threads. A lock needs no more than permission
-to read the file, so only root may read it: any local user could keep the agent from starting otherwise.
+Runs in the main threads of the agent, the gatekeeper and the commands. A process that may read the file can lock it.
+Therefore only root may read it. Otherwise any local user could prevent the start of the agent.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ class FileLock:
         self._file = -1
 
     def take(self) -> bool:
-        """Create the folder and the file, lock the file and write this process's pid into it.
+        """Create the folder and the file, lock the file and write this process's pid to it.
 
-        Returns False if another process holds it. Raises OSError.
+        Returns False if another process holds the lock. Raises OSError.
         """
         self.path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
         fd = self._open()
-        os.fchmod(fd, MODE)  # earlier versions let every user read it
+        os.fchmod(fd, MODE)  # earlier versions created a file that every user could read
         if not _locked_at_last(fd):
             os.close(fd)
             return False
@@ -52,7 +52,7 @@ class FileLock:
             return os.open(self.path, flags, MODE)
 
     def is_held(self) -> bool:
-        """Return whether the path still is the file that take() has locked. Raises OSError."""
+        """Return whether the path still leads to the file that take() has locked. Raises OSError."""
         try:
             there = os.lstat(self.path)
         except (FileNotFoundError, NotADirectoryError):
@@ -60,7 +60,7 @@ class FileLock:
         return os.path.samestat(there, os.fstat(self._file))
 
     def release(self) -> None:
-        """Release the lock and keep the file; do nothing without a lock."""
+        """Release the lock. The file stays. Does nothing if the lock is not held."""
         if self._file >= 0:
             os.close(self._file)
             self._file = -1
@@ -68,7 +68,7 @@ class FileLock:
 
 def is_locked(path: str | Path) -> bool:
     """Return whether a process holds the file's lock; False if there is no such file. Raises OSError."""
-    # A string, as in every frequent call: a Path interns its parts, and that table grows by a megabyte.
+    # Frequent callers pass a string: a Path interns its parts, and the table of interned strings grows by a megabyte.
     try:
         with open(path, "rb") as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -80,14 +80,14 @@ def is_locked(path: str | Path) -> bool:
 
 
 def holder(path: Path) -> int | None:
-    """Return the pid that the last holder wrote, in its own pid namespace; None if the file has none."""
+    """Return the pid that the last holder wrote, which is valid in the holder's pid namespace; None: there is none."""
     with contextlib.suppress(OSError, ValueError):
         return int(path.read_text(encoding="ascii"))
     return None
 
 
 def _locked_at_last(fd: int) -> bool:
-    """Try for LOOKS * LOOK_SECONDS, since is_locked() in another process holds the lock for a moment."""
+    """Try to lock for LOOKS * LOOK_SECONDS, because is_locked() in another process holds the lock for a moment."""
     for _ in range(LOOKS):
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)

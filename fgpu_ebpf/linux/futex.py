@@ -1,7 +1,7 @@
 """Futexes: waiting for changes of 32-bit words that two processes share.
 
-The gatekeeper's time slicer thread waits for many words at once; any thread may wake it. A woken thread must read the
-words again: a wake-up proves no change. futex_waitv needs Linux 5.16.
+The gatekeeper's time slicer thread waits for many words at once, and any thread may wake it. A woken thread must read
+the words again, because a wake-up does not prove a change. futex_waitv needs Linux 5.16.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 from fgpu_ebpf.linux.libc import LIBC, failure
 
-MOST_WORDS = 126  # of the 128 that futex_waitv takes
+MOST_WORDS = 126  # futex_waitv accepts 128 words
 _FUTEX = {"x86_64": 202, "aarch64": 98}.get(platform.machine(), 202)
 _FUTEX_WAITV, _FUTEX_WAKE, _SIZE_U32, _PRIVATE, _MONOTONIC = 449, 1, 2, 128, 1
 _EXPECTED = (errno.EAGAIN, errno.ETIMEDOUT, errno.EINTR)
@@ -28,12 +28,12 @@ def wake(address: int) -> None:
 
 
 def fence() -> None:
-    """Order all stores before this call ahead of all loads after it, by entering and leaving the kernel."""
+    """Order all earlier stores before all later loads, by entering and leaving the kernel."""
     LIBC.getppid()
 
 
 class FutexWords:
-    """Words that one thread waits for, until one of them differs from its expected value or wake() is called."""
+    """Words for which one thread waits, until one of them differs from its expected value or wake() is called."""
 
     def __init__(self) -> None:
         self._own = Word(0)
@@ -41,7 +41,7 @@ class FutexWords:
         self.watch(())
 
     def watch(self, addresses: Sequence[int]) -> None:
-        """Replace the words by those at `addresses`, at most MOST_WORDS; call expect() for each of them afterwards."""
+        """Replace the words by those at `addresses`, at most MOST_WORDS. Afterwards, call expect() for each of them."""
         every = (ctypes.addressof(self._own), *addresses[:MOST_WORDS])
         self._count = len(every)
         self._waiters = _Waiters()
@@ -50,24 +50,27 @@ class FutexWords:
         self._waiters[0] = self._own.value
 
     def expect(self, place: int, value: int) -> None:
-        """Set the expected value of the word in slot `place`; wait() returns when the word differs."""
+        """Set the expected value of the word in slot `place`. wait() returns when the word differs."""
         self._waiters[3 * place + 3] = value
 
     def ignore(self, place: int, is_ignored: bool) -> None:
-        """Ignore wake-ups of slot `place`, or not: a wait with FUTEX_PRIVATE_FLAG never matches another process."""
+        """Set whether wake-ups of slot `place` are ignored.
+
+        An ignored slot waits with FUTEX_PRIVATE_FLAG, which never matches a wake-up of another process.
+        """
         self._waiters[3 * place + 5] = _SIZE_U32 | _PRIVATE if is_ignored else _SIZE_U32
 
     def wake(self) -> None:
-        """Make the current or the next wait() return. May be called from any thread."""
+        """Make the current or the next wait() return. Safe in any thread."""
         self._own.value = (self._own.value + 1) & 0xFFFFFFFF
         wake(ctypes.addressof(self._own))
 
     def clear(self) -> None:
-        """Forget the calls of wake() so far; the next wait() returns for later ones only."""
+        """Discard the calls of wake() so far. The next wait() returns only for later calls."""
         self._waiters[0] = self._own.value
 
     def wait(self, until_ns: int | None) -> None:
-        """Wait until a word changes or until `until_ns` (CLOCK_MONOTONIC); None: without a limit. Raises OSError."""
+        """Wait until a word changes, or until `until_ns` (CLOCK_MONOTONIC); None: without a timeout. Raises OSError."""
         self._time[0], self._time[1] = divmod(until_ns or 0, 1_000_000_000)
         time = None if until_ns is None else self._time
         if LIBC.syscall(_FUTEX_WAITV, self._waiters, self._count, 0, time, _MONOTONIC) < 0:

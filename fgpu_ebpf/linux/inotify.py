@@ -1,7 +1,7 @@
 """inotify(7): a descriptor that becomes readable when something changes in a folder.
 
-It does not say what changed, or in which file; reading a file is not a change. The agent's thread that watches policies
-and the device plugin use this module.
+It does not report which file changed, or how. Reading a file is not a change. Runs in the agent's thread that watches
+policies, and in the device plugin.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ _CHANGES = 0x2 | 0x4 | 0x8 | 0x40 | 0x80 | 0x100 | 0x200 | 0x400 | 0x800
 
 
 class FolderWatch:
-    """A descriptor, readable after a change in or to one of the folders; folders inside them are not watched.
+    """A descriptor that is readable after a change in or to one of the folders. Folders inside them are not watched.
 
-    Raises OSError if a folder does not exist, or the kernel has no more watches to give.
+    Raises OSError if a folder does not exist, or if the kernel's maximum of watches is reached.
     """
 
     def __init__(self, folders: Iterable[Path]) -> None:

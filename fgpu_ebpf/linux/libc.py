@@ -1,6 +1,6 @@
 """The C library of this process, for functions that Python's os module lacks.
 
-Modules that call prctl, mmap, inotify, futex or system calls by number use this one; any thread may call it.
+It serves for prctl, mmap, inotify, futex, and system calls by number. Safe in any thread: errno is per thread.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ LIBC.syscall.restype = ctypes.c_long
 
 
 def check(name: str, result: int) -> int:
-    """Return the result of a C function. Raises OSError with errno and the function's name if it is negative."""
+    """Return the result of a C function. Raises OSError (errno, name of the function) if the result is negative."""
     if result < 0:
         raise failure(name, ctypes.get_errno())
     return result

@@ -1,9 +1,9 @@
 """Log lines as text for a person, as JSON for a collector, or as fields for systemd's journal.
 
-The agent, the gatekeeper and the commands use this module; any thread may log. Logging never blocks: a line that cannot
-be written at once is dropped, and the next line that can be written says how many were. The amount is bounded: of one
-statement (about one tenant, if it names one) ten lines are written in ten seconds, of at most 256 statements; the rest
-are counted. If writing fails, nothing is written, `dropped` grows, and the service continues.
+Runs in any thread of the agent, the gatekeeper and the commands. Logging never blocks: a line that cannot be written at
+once is dropped, and the next line that can be written is preceded by the number of dropped lines. The amount is
+bounded: in ten seconds, each statement (for each tenant, if it names one) writes at most ten lines, and at most 256
+statements write. Further lines are only counted. If writing fails, `dropped` grows, and the service continues.
 
 A statement adds fields by `extra`: log.info("limit of %s on %s", size, path, extra={"tenant": name}).
 """
@@ -25,7 +25,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 JOURNAL = "/run/systemd/journal/socket"
-MOST_LINE_BYTES = 4096  # a pipe takes as much in one write or nothing
+MOST_LINE_BYTES = 4096  # a write of up to this size to a pipe is atomic
 MOST_LINES, WINDOW_SECONDS = 10, 10.0
 MOST_STATEMENTS, FEW_STATEMENTS = 256, 32
 _PRIORITIES = {logging.CRITICAL: 2, logging.ERROR: 3, logging.WARNING: 4, logging.INFO: 6, logging.DEBUG: 7}
@@ -44,25 +44,25 @@ class Sink(Protocol):
     """A destination of lines."""
 
     def write(self, line: bytes) -> None:
-        """Write a whole line at once. Raises OSError if that is not possible."""
+        """Write a whole line at once. Raises OSError: the line cannot be written."""
 
 
 # -- places --------------------------------------------------------------------------------------------------------
 
 
 class Descriptor:
-    """A file, pipe, terminal or socket that other processes may write to as well; their blocking mode stays."""
+    """A file, pipe, terminal or socket that other processes may share. Its blocking mode does not change for them."""
 
     def __init__(self, fd: int) -> None:
         mode = os.fstat(fd).st_mode
         self._socket = socket.socket(fileno=os.dup(fd)) if stat.S_ISSOCK(mode) else None
         self._fd = fd
         if stat.S_ISFIFO(mode) or stat.S_ISCHR(mode):
-            with contextlib.suppress(OSError):  # a new open file description, since O_NONBLOCK belongs to it
+            with contextlib.suppress(OSError):  # O_NONBLOCK belongs to the open file description: open a new one
                 self._fd = os.open(f"/proc/self/fd/{fd}", os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
 
     def write(self, line: bytes) -> None:
-        """Write a line in one write. A line that a terminal takes in part counts as dropped."""
+        """Write a line in one write. A line of which a terminal accepts only a part counts as dropped."""
         if self._socket:
             self._socket.send(line, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
             return
@@ -82,7 +82,7 @@ class Journal:
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
 
     def write(self, line: bytes) -> None:
-        """Send one entry."""
+        """Send one entry to the journal. Raises OSError: the journal does not accept it at once."""
         self._socket.sendto(line, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL, self._path)
 
 
@@ -101,15 +101,15 @@ class Text(logging.Formatter):
         super().__init__("%(asctime)s %(name)s: %(message)s", "%F %T")
 
     def encode(self, record: logging.LogRecord) -> bytes:
-        """Return the line with its newline, no longer than a pipe takes at once."""
+        """Return the line with its newline, at most MOST_LINE_BYTES long."""
         return _cut(self.format(record).encode(errors="replace")) + b"\n"
 
 
 class Json(Text):
-    """One JSON object a line: time, level, logger, message, then the fields."""
+    """One JSON object on each line: time, level, logger, message, then the fields."""
 
     def encode(self, record: logging.LogRecord) -> bytes:
-        """Return the line. One that is too long loses its fields first, then the end of its message."""
+        """Return the line. If it is too long, its fields are left out, and then the end of its message."""
         when = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created)) + f".{int(record.msecs):03d}Z"
         entry = {"time": when, "level": record.levelname.lower(), "logger": record.name}
         entry["message"] = _message(self, record)
@@ -121,10 +121,10 @@ class Json(Text):
 
 
 class Native(Text):
-    """An entry of the journal; a field's value may contain anything, newlines too."""
+    """An entry of the journal. A field's value may contain any bytes, including newlines."""
 
     def encode(self, record: logging.LogRecord) -> bytes:
-        """Return the entry. Names of fields are in upper case, as the journal wants them."""
+        """Return the entry. Names of fields are in upper case, as the journal requires."""
         entry: dict[str, Any] = {f"FGPU_{name}": value for name, value in fields(record).items()}
         entry |= {"MESSAGE": _message(self, record), "PRIORITY": _PRIORITIES.get(record.levelno, 5)}
         entry |= {"SYSLOG_IDENTIFIER": "fgpu", "LOGGER": record.name, "SYSLOG_PID": record.process}
@@ -150,18 +150,22 @@ def _cut(text: bytes) -> bytes:
 
 
 class Handler(logging.Handler):
-    """Writes a line at once or drops it. `dropped` and `left_out` count lines and only grow."""
+    """Writes a line at once or drops it.
+
+    `dropped`: number of lines that could not be written. `left_out`: number of lines of too many statements. Both only
+    grow.
+    """
 
     def __init__(self, sink: Sink, form: Text, now: Callable[[], float] = time.monotonic) -> None:
         super().__init__()
         self._sink, self._form, self._now = sink, form, now
         self._windows: dict[tuple[object, ...], tuple[float, int]] = {}  # statement -> begin of its window, its lines
-        self._room = FEW_STATEMENTS  # entries of _windows until old ones are removed
+        self._room = FEW_STATEMENTS  # old entries of _windows are removed when it has this many
         self._reported = 0  # dropped lines that a later line has reported
         self.dropped = self.left_out = 0
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Write a record; called by logging, one record at a time. Never raises."""
+        """Write a record. `logging` calls this method for one record at a time. Never raises."""
         try:
             more = self._too_many(record)
             if more is None:
@@ -179,7 +183,7 @@ class Handler(logging.Handler):
             self.dropped += 1
 
     def _too_many(self, record: logging.LogRecord) -> int | None:
-        """Return how many lines of the statement's last window were left out, or None if this one is to be left out."""
+        """Return how many lines of the statement's last window were left out; None: this line must be left out too."""
         more = record.__dict__
         statement, now = (record.name, str(record.msg), more.get("what"), more.get("tenant")), self._now()
         begun, count = self._windows.get(statement, (now, 0))
@@ -222,7 +226,7 @@ def handler(form: Format, fd: int = 2) -> Handler:
 
 
 def configure(form: Format | None = None, level: int = logging.INFO) -> Handler:
-    """Make a handler of this form the root logger's only one, and return it; None: the usual form of this process."""
+    """Make a handler of this form the root logger's only handler, and return it; None: the process's usual form."""
     made = handler(form or usual_format())
     root = logging.getLogger()
     for old in list(root.handlers):

@@ -1,7 +1,7 @@
-"""Settings of the allocators of the C library and of Python, so that freed memory goes back to the system.
+"""Settings of the allocators of the C library and of Python, so that freed memory returns to the system.
 
-The agent and the gatekeeper run for months. They use this module in their main threads. A C library without these
-functions is left as it is.
+The agent and the gatekeeper run for months. Runs in their main threads. A C library without these functions is not
+changed.
 """
 
 from __future__ import annotations
@@ -13,23 +13,23 @@ import re
 from fgpu_ebpf.linux.libc import LIBC
 
 _M_MMAP_THRESHOLD, _M_ARENA_MAX = -3, -8  # of <malloc.h>
-_LARGE_BYTES = 128 << 10  # the C library's first threshold
+_LARGE_BYTES = 128 << 10  # the C library's initial threshold
 _SMALL_BYTES, _STAYS_EVERY_BYTES = 400, 256 << 10  # sizes of the objects that settle() allocates and of their gaps
-# For the process that starts the agent or the gatekeeper: the C library reads it at the start of a process only.
-# tcache_count=0: no thread keeps freed blocks. It would keep up to seven of each of 64 sizes, which a thread reaches
-# within some days: a quarter of a megabyte, and the pages that the blocks lie on. stack_cache_size=0: the stacks of
-# ended threads are unmapped; otherwise as many stay as threads ever lived at one time. The units and the chart set the
-# same.
+# The process that starts the agent or the gatekeeper must set this: the C library reads it only at process start.
+# tcache_count=0: no thread keeps freed blocks. Otherwise a thread keeps up to seven blocks of each of 64 sizes, which
+# it reaches within some days: a quarter of a megabyte, and the pages that contain the blocks. stack_cache_size=0: the
+# stacks of ended threads are unmapped. Otherwise as many stacks stay as threads ever lived at one time. The systemd
+# units and the Helm chart set the same value.
 ENVIRONMENT = {"GLIBC_TUNABLES": "glibc.malloc.tcache_count=0:glibc.pthread.stack_cache_size=0"}
 _stays: list[bytes] = []
 
 
 def keep_small() -> None:
-    """Set one arena and a fixed mmap threshold; to be called before there are threads.
+    """Set one arena and a fixed mmap threshold. To be called before other threads start.
 
-    With an arena for each thread, as many arenas as threads ever allocate at one time (scrapes, requests) stay behind,
-    half a megabyte each, up to eight for each processor. With a fixed threshold, large blocks stay mappings of their
-    own. Otherwise the first of them that is freed raises the threshold, and later ones leave holes in the heap.
+    With one arena per thread, as many arenas stay as threads ever allocate at one time (scrapes, requests): half a
+    megabyte each, up to eight for each processor. With a fixed threshold, each large block is a mapping of its own.
+    Otherwise the first large block that is freed raises the threshold, and later blocks leave holes in the heap.
     """
     with contextlib.suppress(AttributeError):
         mallopt = LIBC.mallopt
@@ -38,12 +38,12 @@ def keep_small() -> None:
 
 
 def settle(ahead_bytes: int) -> None:
-    """Freeze the objects that exist and allocate memory for small objects; to be called at the end of the start.
+    """Freeze the existing objects, and allocate memory for small objects. To be called at the end of the start.
 
-    Frozen objects are not visited by the cyclic garbage collector, so it has little to visit and runs soon;
-    otherwise it waits until a quarter as many new objects exist. Python gives memory of small objects back in whole
-    mebibytes, and long-lived objects come to lie in each of them, so a process would grow at each new peak.
-    Allocating `ahead_bytes` at once avoids that.
+    The cyclic garbage collector does not visit frozen objects, so it has little to visit and runs soon. Otherwise it
+    waits until there are a quarter as many new objects as existing ones. Python returns memory of small objects in
+    whole mebibytes. In time each mebibyte contains a long-lived object, so a process would grow at each new peak. To
+    allocate `ahead_bytes` at once avoids this growth.
     """
     gc.collect()
     gc.freeze()
@@ -52,10 +52,10 @@ def settle(ahead_bytes: int) -> None:
 
 
 def give_back() -> None:
-    """Free cycles, compiled patterns and all unused whole pages of the heap; to be called now and then.
+    """Free cycles, compiled patterns and all unused whole pages of the heap. To be called regularly.
 
-    `re` keeps the last 512 patterns that it compiled, also of policies that are gone. Without malloc_trim() the C
-    library gives back the end of the heap only, and one small block there keeps all the rest.
+    `re` keeps the last 512 patterns that it compiled, including those of removed policies. Without malloc_trim() the C
+    library returns only the end of the heap, and one small block there keeps everything before it.
     """
     re.purge()
     gc.collect()

@@ -1,6 +1,6 @@
 """Files that processes map: their names in /proc/PID/maps, and how to open such a file safely.
 
-driver/ uses this module in the agent's main thread and its worker threads, and `breakpoints` uses it.
+Runs in the agent's main thread and worker threads, and in the commands.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _MAP_FAILED = 2 ** (8 * ctypes.sizeof(ctypes.c_void_p)) - 1
 
 @dataclass(frozen=True, slots=True)
 class MappedFile:
-    """A mapped file as /proc/PID/maps names it. `place` is one of its mappings, as /proc/PID/map_files names it."""
+    """A mapped file as in /proc/PID/maps. `place`: the name of one of its mappings in /proc/PID/map_files."""
 
     path: str
     dev: int
@@ -39,10 +39,14 @@ class MappedFile:
 
 
 def open_regular(path: str, follow: bool = False) -> int:
-    """Open a file for reading that a tenant may have put there. Raises OSError if it is not a regular file.
+    """Open a file for reading that a tenant may have created. Raises OSError if it is not a regular file.
 
-    The type is checked before the file is opened for reading: opening a fifo would block, and opening a device can have
-    effects. A lease on the file does not block either. `follow`: the last part of the path may be a link.
+    The type is checked before the file is opened for reading: to open a fifo would block, and to open a device can have
+    effects. With O_NONBLOCK, a lease on the file does not block either.
+
+    Args:
+        path: the file.
+        follow: the last part of the path may be a symbolic link.
     """
     handle = os.open(path, os.O_PATH | os.O_CLOEXEC | (0 if follow else os.O_NOFOLLOW))
     try:
@@ -54,7 +58,7 @@ def open_regular(path: str, follow: bool = False) -> int:
 
 
 def as_mapped(path: str) -> tuple[int, int]:
-    """Return (dev, ino) of a file as /proc/PID/maps names it; stat() differs on some overlays. Raises OSError."""
+    """Return (dev, ino) of a file as in /proc/PID/maps. On some overlays, stat() returns others. Raises OSError."""
     fd = open_regular(path, follow=True)
     try:
         return mapped_as(fd)
@@ -63,7 +67,7 @@ def as_mapped(path: str) -> tuple[int, int]:
 
 
 def mapped_as(fd: int) -> tuple[int, int]:
-    """Return (dev, ino) of an open file as /proc/PID/maps names it. Raises OSError."""
+    """Return (dev, ino) of an open file as in /proc/PID/maps. Raises OSError."""
     with a_page_of(fd, 0) as at:
         with procmaps.opened("self") as maps:
             found = procmaps.find(maps, at, named=False)
@@ -72,9 +76,10 @@ def mapped_as(fd: int) -> tuple[int, int]:
 
 @contextlib.contextmanager
 def a_page_of(fd: int, offset: int) -> Iterator[int]:
-    """Map one page of an open file, private, at the address that this yields. Raises OSError.
+    """Map one page of an open file as private, and yield its address. Raises OSError.
 
-    Read the page by /proc/self/mem: touching it would kill this process if the file has been truncated.
+    Read the page through /proc/self/mem. An access to the address would kill this process (SIGBUS) if the file has been
+    truncated.
     """
     at = LIBC.mmap(None, mmap.PAGESIZE, mmap.PROT_READ, mmap.MAP_PRIVATE, fd, offset)
     if at == _MAP_FAILED:

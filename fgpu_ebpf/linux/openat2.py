@@ -1,7 +1,7 @@
 """openat2(2): open a path inside the root folder of another process, and never a file outside it.
 
-driver/ uses this module, in the agent's worker threads. Such a path must not be resolved part by part, nor behind
-`/proc/PID/root/`: a link that begins with `/` leads to the host's own files there.
+Runs in the agent's worker threads. Such a path must not be resolved part by part, nor by a path that begins with
+`/proc/PID/root/`: an absolute symbolic link in it would lead to the host's own files.
 """
 
 from __future__ import annotations
@@ -16,22 +16,25 @@ NO_XDEV, NO_MAGICLINKS, NO_SYMLINKS, IN_ROOT = 0x01, 0x02, 0x04, 0x10
 
 
 def find(root: int, path: str, resolve: int) -> int:
-    """Open a path as a process with this root folder would resolve it, with O_PATH alone.
+    """Open a path as a process with this root folder would resolve it, with O_PATH, and return the descriptor.
 
     Args:
         root: a descriptor of the root folder.
         path: the path inside it.
-        resolve: flags of openat2(2) beside IN_ROOT: what must not occur on the way.
+        resolve: flags of openat2(2) in addition to IN_ROOT, for example NO_SYMLINKS.
 
     Raises:
-        OSError: the path does not exist or contains what `resolve` forbids.
+        OSError: the path does not exist, or `resolve` forbids a part of it.
     """
     how = _HOW.pack(os.O_PATH | os.O_CLOEXEC, 0, resolve | IN_ROOT)
     return check("openat2", LIBC.syscall(_OPENAT2, root, os.fsencode(path), how, _HOW.size))
 
 
 def find_mapped(root: str, path: str) -> int:
-    """Open a path that the kernel has reported, which has no links: refuse those made since. Raises OSError."""
+    """Open a path that the kernel has reported, and return the descriptor. Raises OSError.
+
+    Such a path contains no symbolic links, so the function refuses links that were created since.
+    """
     folder = os.open(root, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         return find(folder, path, NO_SYMLINKS | NO_MAGICLINKS)

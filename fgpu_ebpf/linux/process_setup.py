@@ -1,6 +1,6 @@
-"""Resources that the agent and the gatekeeper take for themselves at their start.
+"""Priority and limits that the agent and the gatekeeper set for themselves at their start.
 
-The main threads of both use this module.
+Runs in the main thread of each.
 """
 
 from __future__ import annotations
@@ -13,16 +13,16 @@ NICE = -10
 
 
 def raise_priority() -> None:
-    """Raise the priority of this thread and of those that it starts.
+    """Raise the priority of this thread and of the threads that it starts.
 
-    Without that, a 300th of the processor is left for it while 300 programs start. Without CAP_SYS_NICE the priority
-    stays as it is, which is what the unit has set.
+    Otherwise it gets a 300th of a processor while 300 programs start. Without CAP_SYS_NICE the priority stays as the
+    systemd unit has set it.
     """
     with contextlib.suppress(OSError):
         os.setpriority(os.PRIO_PROCESS, 0, NICE)
 
 
 def raise_descriptor_limit() -> None:
-    """Raise the soft limit of open files to the hard one: the usual 1024 is meant for programs that use select()."""
+    """Raise the soft limit of open files to the hard limit. The usual 1024 is for programs that use select()."""
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

@@ -1,8 +1,8 @@
 """Facts about a process from /proc and the cgroup file system: its state, namespaces, mappings and cgroups.
 
-The agent, the gatekeeper and the commands use this module, in all threads. All reading is bounded, since a process
-decides how much there is to read. Facts come from the kernel, never from the process itself. If the process is gone,
-the result is None or empty, or OSError is raised where the function says so.
+Runs in all threads of the agent, the gatekeeper and the commands. All reads have a maximum, because a process
+determines how much there is to read. Facts come from the kernel, never from the process itself. If the process has
+exited, the result is None or empty, or the function raises OSError if its docstring says so.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from pathlib import Path
 from fgpu_ebpf.linux import procmaps
 
 MOST_MOUNTS = 1 << 14
-DEEPEST = 32  # a cgroup deeper than that counts as the one at this depth; the BPF programs walk 16
+DEEPEST = 32  # a deeper cgroup counts as its ancestor at this depth; the BPF programs walk 16 levels
 NS_GET_PARENT = 0xB702
 
 _AUX, _AUX_32_BIT = struct.Struct("2Q"), struct.Struct("2I")  # entries of the auxiliary vector: type and value
@@ -30,7 +30,7 @@ _PIDFD_GET_INFO, _INFO = 0xC040FF0B, struct.Struct("QQII40x")  # Linux 6.13: str
 _INFO_PID_AND_CGROUP = 0b101
 _UNKNOWN_TO_PIDFDS = (errno.ENOTTY, errno.EINVAL)
 _TRIES = 10
-_PF_EXITING = 0x4  # a flag of tasks, set before their end is reported
+_PF_EXITING = 0x4  # a flag of a task, set before the kernel reports its exit
 
 
 def read(path: str) -> bytes:
@@ -64,8 +64,8 @@ def alive(pidfd: int) -> bool:
 def ended(pid: int) -> bool:
     """Return whether all threads of a process have ended or are exiting, even if its parent has not waited for it.
 
-    The kernel frees the device memory of a process while it exits. That can take seconds, and the pidfd reports the
-    end only afterwards. The first thread may have ended before the others.
+    The kernel frees the device memory of a process during its exit. That can take seconds, and the pidfd reports the
+    exit only afterwards. All threads are checked, because the first thread may end before the others.
     """
     try:
         pidfd = os.pidfd_open(pid)
@@ -78,7 +78,7 @@ def ended(pid: int) -> bool:
 
 
 def exiting(pid: int) -> bool:
-    """Return whether all threads of a process are exiting, and the kernel has not released all that it had."""
+    """Return whether all threads of a process are exiting, while the kernel still releases its resources."""
     try:
         pidfd = os.pidfd_open(pid)
     except OSError:
@@ -101,7 +101,7 @@ def _threads(pid: int) -> list[str]:
 
 
 def _is_exiting(pid: int, thread: int | str) -> bool:
-    """Return whether a thread no longer runs code of its program."""
+    """Return whether a thread is exiting or has ended, so that it runs no more code of its program."""
     try:
         text = read(f"/proc/{pid}/task/{thread}/stat")
     except OSError:
@@ -110,7 +110,10 @@ def _is_exiting(pid: int, thread: int | str) -> bool:
 
 
 def started(pid: int) -> int | None:
-    """Return the start of a process in ticks since boot, which with its pid is unique; None: it has ended."""
+    """Return the start time of a process in clock ticks since boot; None: it has ended.
+
+    The pid and the start time together identify a process.
+    """
     try:
         ticks = int(read(f"/proc/{pid}/stat").rpartition(b")")[2].split()[19])
     except (OSError, IndexError):
@@ -127,7 +130,7 @@ def and_above(path: str) -> Iterator[str]:
 
 
 def identity(pidfd: int) -> tuple[int, int]:
-    """Return the pid of a pidfd's process as this process sees it, and its cgroup's id. Raises OSError: gone."""
+    """Return a process's pid in the caller's pid namespace, and the id of its cgroup. Raises OSError: it has exited."""
     try:
         info = fcntl.ioctl(pidfd, _PIDFD_GET_INFO, _INFO.pack(_INFO_PID_AND_CGROUP, 0, 0, 0))
     except OSError as error:
@@ -139,7 +142,10 @@ def identity(pidfd: int) -> tuple[int, int]:
 
 
 def _identity_by_name(pidfd: int) -> tuple[int, int]:
-    """Return the same from /proc, for kernels before 6.13: valid if the process still lives after the reading."""
+    """Return identity() from /proc, for kernels before 6.13.
+
+    The values belong to the process only if it still lives after they were read.
+    """
     pid, root = _pid_of(pidfd), cgroup2_root()
     for _ in range(_TRIES):
         path = _cgroup(pid)
@@ -158,7 +164,7 @@ def _pid_of(pidfd: int) -> int:
 
 
 def pid_space(pidfd: int) -> int:
-    """Return the inode of the pid namespace of a pidfd's process. Raises OSError: it is gone."""
+    """Return the inode of the pid namespace of a pidfd's process. Raises OSError: the process has exited."""
     try:
         space = fcntl.ioctl(pidfd, _PIDFD_GET_PID_NAMESPACE)
     except OSError as error:
@@ -175,7 +181,7 @@ def pid_space(pidfd: int) -> int:
 
 
 def pid_names(tgid: int) -> dict[int, int]:
-    """Return inode -> pid for the pid namespaces of a process, its own first; empty: the process is gone."""
+    """Return a process's pid by the inode of each of its pid namespaces, its own first; empty: it has exited."""
     names: dict[int, int] = {}
     try:
         pids = _field(read(f"/proc/{tgid}/status"), b"NSpid:").split()
@@ -194,7 +200,7 @@ def pid_names(tgid: int) -> dict[int, int]:
 
 
 def clock_ahead_ns(pid: int) -> int:
-    """Return how far a process's CLOCK_MONOTONIC is ahead of the caller's, by its time namespace; 0: it is gone."""
+    """Return how many ns a process's CLOCK_MONOTONIC is ahead of the caller's, by its time namespace; 0: it is gone."""
     try:
         if os.readlink(f"/proc/{pid}/ns/time") == os.readlink("/proc/self/ns/time"):
             return 0
@@ -208,39 +214,39 @@ def clock_ahead_ns(pid: int) -> int:
 
 
 def _auxv(pid: int, entry: struct.Struct) -> dict[int, int]:
-    """Return the auxiliary vector that a program got, read as entries of this form. Raises OSError."""
+    """Return the auxiliary vector of a program (type -> value), decoded with this entry format. Raises OSError."""
     text = read(f"/proc/{pid}/auxv")
     return dict(entry.iter_unpack(text[: len(text) // entry.size * entry.size]))
 
 
 def is_32_bit(pid: int) -> bool:
-    """Return whether a program is a 32-bit one, of any kind. Raises OSError: the process is gone."""
+    """Return whether a process runs a 32-bit program of any architecture. Raises OSError: the process has exited."""
     return bool(_auxv(pid, _AUX_32_BIT).get(_AT_PAGESZ))  # in a 64-bit vector, the upper half of each type is 0
 
 
 def loader(pid: int) -> str:
-    """Return the path of the dynamic loader that started a 64-bit program, from the root that the program sees.
+    """Return the path of the dynamic loader of a 64-bit program, relative to the root of the process.
 
-    The path comes from the kernel; no file of the program is opened. Empty if the program is static. Raises OSError:
-    the process is gone.
+    The path comes from the kernel. No file of the program is opened. The result is empty if the program is static.
+    Raises OSError: the process has exited.
     """
     base, path = _auxv(pid, _AUX).get(_AT_BASE, 0), os.readlink(f"/proc/{pid}/exe")
     if base:
         with procmaps.opened(pid) as maps:
             path = os.fsdecode(procmaps.find(maps, base).path)
-    elif not os.path.basename(path).startswith("ld-"):  # else the loader was executed with the program as an argument
+    elif not os.path.basename(path).startswith("ld-"):  # otherwise the loader was executed with the program as argument
         return ""
     return path.removeprefix(os.readlink(f"/proc/{pid}/root").rstrip("/"))
 
 
 def has_mount(pid: int, path: str) -> bool:
-    """Return whether something is mounted at a path, as the process sees it. Raises OSError: the process is gone."""
+    """Return whether a path is a mount point in a process's mount namespace. Raises OSError: the process has exited."""
     with open(f"/proc/{pid}/mountinfo", encoding="utf-8", errors="surrogateescape") as file:
         return any(line.split(" ", 5)[4] == path for line in islice(file, MOST_MOUNTS))
 
 
 def has_memory(pid: int) -> bool:
-    """Return whether a process has memory of its own; kernel threads and ended processes have none."""
+    """Return whether a process has an address space. Kernel threads and ended processes have none."""
     try:
         return not read(f"/proc/{pid}/statm").startswith(b"0 ")
     except OSError:
@@ -251,7 +257,7 @@ def has_memory(pid: int) -> bool:
 
 
 def cgroup2_root() -> Path | None:
-    """Return where the cgroup v2 hierarchy is mounted, or None."""
+    """Return the mount point of the cgroup v2 hierarchy, or None."""
     with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as file:
         for line in file:
             left, _, right = line.partition(" - ")
@@ -261,7 +267,7 @@ def cgroup2_root() -> Path | None:
 
 
 def cgroup_path(pid: int) -> str | None:
-    """Return a process's v2 cgroup relative to the hierarchy's root, e.g. `/fgpu/run-1`; None: it is gone."""
+    """Return the path of a process's v2 cgroup below the hierarchy's root, e.g. `/fgpu/run-1`; None: it has exited."""
     try:
         return _cgroup(pid).removesuffix(" (deleted)") or None
     except OSError:
@@ -269,12 +275,12 @@ def cgroup_path(pid: int) -> str | None:
 
 
 def is_outside(path: str) -> bool:
-    """Return whether a cgroup lies outside this process's cgroup namespace: no path here can name it."""
+    """Return whether a cgroup lies outside this process's cgroup namespace, where no path can name it."""
     return path.startswith("/..")
 
 
 def cgroup_ids(root: Path, path: str) -> Iterator[int]:
-    """Yield the ids of a cgroup and its ancestors, leaf first, the root last; those that are gone are left out."""
+    """Yield the ids of a cgroup and its ancestors, innermost first, the root last. Removed cgroups are left out."""
     for folder in _folders(root, path.split("/")):
         try:
             yield os.stat(folder).st_ino
@@ -283,7 +289,11 @@ def cgroup_ids(root: Path, path: str) -> Iterator[int]:
 
 
 def cgroups(pid: int, root: Path) -> list[int]:
-    """Return the ids of a process's cgroup and its ancestors, leaf first; empty: unknown. Raises OSError: gone."""
+    """Return the ids of a process's cgroup and its ancestors, innermost first.
+
+    The result is empty if the cgroup lies outside this process's cgroup namespace. Raises OSError: the process has
+    exited, or its cgroup was removed.
+    """
     inside = _cgroup(pid).removeprefix("/").split("/")[:DEEPEST]
     if ".." in inside:  # outside this process's cgroup namespace
         return []

@@ -1,8 +1,8 @@
 """The mappings of a process.
 
 The functions query one mapping at a time (PROCMAP_QUERY, Linux 6.11). On older kernels they parse /proc/PID/maps. Both
-have a maximum, because a process decides how many mappings it has. Worker threads of the agent and of the gatekeeper
-call the functions, because a read can block on the process. The functions raise OSError with ENOENT if there is no such
+ways have a maximum, because a process can have any number of mappings. The agent and the gatekeeper call the functions
+in worker threads, because a read can block on the process. The functions raise OSError with ENOENT if there is no such
 mapping, and with E2BIG if there are too many.
 """
 
@@ -18,10 +18,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 MOST = 1 << 15
-MOST_BYTES = 1 << 24  # of text: 100,000 lines
-File = tuple[int, int]  # (dev, ino), as /proc/PID/maps names it
-# Which mapping: the one at the address; or the first one after it that is executable, or that is shared and writable.
-# These three are mappings of files only; NEXT_CODE is the first executable one, of a file or of none.
+MOST_BYTES = 1 << 24  # of /proc/PID/maps: about 100,000 lines
+File = tuple[int, int]  # (dev, ino) as in /proc/PID/maps
+# The mapping to find. AT: the one that contains the address. NEXT_EXECUTABLE and NEXT_SHARED: the first one at or after
+# the address that is executable, or shared and writable. These three find mappings of files only. NEXT_CODE: the first
+# executable one, with or without a file.
 AT, NEXT_EXECUTABLE, NEXT_SHARED, NEXT_CODE = 0x20, 0x34, 0x3A, 0x14
 _OR_NEXT, _OF_FILES = 0x10, 0x20
 _MODES = {0x02: b"w", 0x04: b"x", 0x08: b"s"}
@@ -32,10 +33,10 @@ _Path = ctypes.c_char * _LONGEST_PATH
 
 @dataclass(frozen=True, slots=True)
 class Mapped:
-    """A mapping as the kernel names it.
+    """A mapping as the kernel reports it.
 
-    `path` may end in ` (deleted)`, and is empty if it was not asked for. `offset` is where the mapping begins in the
-    file. A mapping of no file has the inode 0.
+    `path` may end in ` (deleted)`. It is empty if the caller did not request it. `offset` is the offset in the file at
+    which the mapping begins. `ino` is 0 if the mapping has no file.
     """
 
     start: int
@@ -48,10 +49,11 @@ class Mapped:
 
 @contextlib.contextmanager
 def opened(pid: int | str, file: str = "maps") -> Iterator[int]:
-    """Open a file of a process below /proc for reading, and yield its descriptor. Raises OSError: the process is gone.
+    """Open /proc/PID/FILE for reading, and yield its descriptor. Raises OSError: the process has exited.
 
     Args:
         pid: the process, or "self".
+        file: the name of the file.
     """
     fd = os.open(f"/proc/{pid}/{file}", os.O_RDONLY | os.O_CLOEXEC)
     try:
@@ -61,7 +63,14 @@ def opened(pid: int | str, file: str = "maps") -> Iterator[int]:
 
 
 def find(maps: int, at: int, which: int = AT, named: bool = True) -> Mapped:
-    """Return a mapping of an open /proc/PID/maps: the one that `which` means at the address `at`. Raises OSError."""
+    """Return one mapping of a process. Raises OSError.
+
+    Args:
+        maps: the open /proc/PID/maps.
+        at: an address.
+        which: AT or one of the NEXT constants.
+        named: report the path too.
+    """
     try:
         return _ask(maps, at, which, named)
     except OSError as error:
@@ -74,12 +83,12 @@ def find(maps: int, at: int, which: int = AT, named: bool = True) -> Mapped:
 
 
 def each(maps: int, which: int) -> Iterator[Mapped]:
-    """Yield the mappings that `which` means, by ascending address. Raises OSError."""
+    """Yield all mappings that a NEXT constant selects, by ascending address. Raises OSError."""
     at = 0
     for _ in range(MOST):
         try:
             mapped = _ask(maps, at, which)
-        except FileNotFoundError:  # that was the last
+        except FileNotFoundError:  # the previous mapping was the last
             return
         except OSError as error:
             if error.errno != errno.ENOTTY:
@@ -92,7 +101,7 @@ def each(maps: int, which: int) -> Iterator[Mapped]:
 
 
 def with_names(maps: int, names: tuple[bytes, ...]) -> Iterator[Mapped]:
-    """Yield the executable mappings of files whose names begin with one of these. Raises OSError."""
+    """Yield the executable mappings of files whose base names begin with one of `names`. Raises OSError."""
     for found in each(maps, NEXT_EXECUTABLE):
         if found.path.rpartition(b"/")[2].startswith(names):
             yield found
@@ -115,7 +124,7 @@ def _read(maps: int, which: int) -> Iterator[Mapped]:
             continue
         start, end = (int(word, 16) for word in span.split(b"-"))
         major, minor = (int(word, 16) for word in device.split(b":"))
-        name = path[0].replace(b"\\012", b"\n") if path else b""  # the one character that is escaped there
+        name = path[0].replace(b"\\012", b"\n") if path else b""  # the only character that the kernel escapes
         yield Mapped(start, end, os.makedev(major, minor), int(ino), name, int(offset, 16))
 
 

@@ -1,7 +1,7 @@
-"""sd_notify(3): tell the service manager that the service is ready, reloading, alive or stopping.
+"""sd_notify(3): report to the service manager that the service is ready, reloading, alive or stopping.
 
-The main threads of the agent and the gatekeeper use this module. Sending never blocks, and errors are ignored: a
-manager that gets no message restarts the service. The socket is not handed to children.
+Runs in the main threads of the agent and the gatekeeper. Sending never blocks. Errors are ignored, because a manager
+that receives no message restarts the service. Child processes do not inherit the socket.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 
 
 def tell(*assignments: str, environment: Mapping[str, str] = os.environ) -> bool:
-    """Send these assignments in one datagram. Returns False if no manager asked for them, or sending failed."""
+    """Send these assignments in one datagram. Returns False if no manager has requested them, or if sending failed."""
     address = environment.get("NOTIFY_SOCKET", "")
     if not address.startswith(("/", "@")):
         return False
@@ -31,7 +31,7 @@ def ready(status: str = "") -> bool:
 
 
 def reloading() -> bool:
-    """Report that settings are read again; ready() is to follow."""
+    """Report that the service reads its settings again. The caller must call ready() afterwards."""
     return tell("RELOADING=1", f"MONOTONIC_USEC={time.monotonic_ns() // 1000}")
 
 
@@ -41,7 +41,7 @@ def stopping() -> bool:
 
 
 class Watchdog:
-    """Pings of the manager's watchdog, twice in the interval that it asks for; none if it asks for none."""
+    """Pings of the manager's watchdog, twice in the interval that the manager requests; none without a request."""
 
     def __init__(self, environment: Mapping[str, str] = os.environ, now: Callable[[], float] = time.monotonic) -> None:
         self._environment, self._now = environment, now
@@ -49,7 +49,7 @@ class Watchdog:
         self._due = now()
 
     def ping(self) -> bool:
-        """Send a ping if one is due; to be called in each round of the main loop. Returns whether it was sent."""
+        """Send a ping if one is due. To be called in each round of the main loop. Returns whether a ping was sent."""
         if not self._seconds or self._now() < self._due:
             return False
         self._due = self._now() + self._seconds

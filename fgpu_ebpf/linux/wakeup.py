@@ -1,7 +1,7 @@
 """eventfd(2): one thread wakes the loop of another.
 
-The agent, the gatekeeper and the commands use this module. It never blocks. OSError: the process has no descriptor
-left.
+Runs in any thread of the agent, the gatekeeper and the commands. It never blocks. OSError: the process has no
+descriptor left.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ class Wakeup:
         return self._fd
 
     def wake(self) -> None:
-        """Make the descriptor readable; to wake it several times is the same as once."""
+        """Make the descriptor readable. Several calls before clear() have the same effect as one."""
         os.eventfd_write(self._fd, 1)
 
     def clear(self) -> None:
-        """Make it unreadable again; to be called before the search for work, so that no later wake() is lost."""
+        """Make the descriptor unreadable. To be called before checking for work, so that no later wake() is lost."""
         with contextlib.suppress(BlockingIOError):
             os.eventfd_read(self._fd)

@@ -1,11 +1,11 @@
-"""Worker threads for jobs that can block on a process or a file of a tenant, so that a loop never does.
+"""Worker threads for jobs that can block on a process or a file of a tenant, so that the main loop never blocks.
 
-Jobs have owners. Jobs of one owner are done one after the other, so a job that hangs holds up one thread and the queue
-of its owner; jobs of other owners get another thread. A few threads run as long as jobs get done; more are started only
-if no job has finished for STALLED_NS.
+Each job has an owner. Jobs of one owner are done one after the other, so a job that hangs blocks one thread and the
+queue of its owner. Jobs of other owners get another thread. A few threads run as long as jobs finish. More threads are
+started only if no job has finished for STALLED_NS.
 
-The gatekeeper uses this module to read mappings of processes, the agent to examine files of libcuda. `want`, `due_ns`,
-`go` and `take` are called in the loop; `work` runs in the threads and must not raise.
+In the gatekeeper the jobs read mappings of processes. In the agent they examine files of libcuda. `want`, `due_ns`,
+`go` and `take` are called in the main loop. `work` runs in the worker threads and must not raise.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True, slots=True)
 class Done(Generic[Owner, Job, Result]):
-    """A finished job, and the processor time that it took in nanoseconds."""
+    """A finished job with its result. `took_ns`: the processor time that it used, in nanoseconds."""
 
     owner: Owner
     job: Job
@@ -43,7 +43,7 @@ class Workers(Generic[Owner, Job, Result]):
 
     Args:
         work: does one job and returns its result.
-        wanted: returns whether a job still has to be done; others are dropped.
+        wanted: returns whether a job still has to be done. Other jobs are dropped.
         wake: called by a thread when take() has something to return.
         most: how many jobs of one owner may be queued.
         nice: the nice level of the threads, if not 0.
@@ -70,7 +70,7 @@ class Workers(Generic[Owner, Job, Result]):
     # -- in the loop
 
     def want(self, owner: Owner, job: Job) -> bool:
-        """Queue a job; the next go() starts it. Returns False if the queue is full, and does not queue it then."""
+        """Queue a job, which a later go() starts. Returns False if the queue is full: the job is not queued."""
         wanted = self._wanted.setdefault(owner, deque())
         if len(wanted) >= self._most:
             self._leave_out_unwanted(wanted)
@@ -99,13 +99,13 @@ class Workers(Generic[Owner, Job, Result]):
             del self._wanted[owner]
 
     def due_ns(self) -> int | None:
-        """Return when `go` should be called, in nanoseconds of CLOCK_MONOTONIC, or None if it has nothing to do."""
+        """Return when go() should be called, in nanoseconds of CLOCK_MONOTONIC; None: go() has nothing to do."""
         if not self._jobs or self._active >= MOST_THREADS:
             return None
         return self._moved_ns + STALLED_NS if self._active >= self._few else 0
 
     def go(self) -> None:
-        """Start a thread if none runs, or more if jobs hang. Raises OSError if no thread can be started."""
+        """Start a thread if fewer than `few` run, or several if jobs hang. Raises OSError: no thread can be started."""
         due_ns = self.due_ns()
         if due_ns is None or monotonic_ns() < due_ns:
             return
@@ -119,7 +119,7 @@ class Workers(Generic[Owner, Job, Result]):
             self._active += 1
 
     def take(self) -> list[Done[Owner, Job, Result]]:
-        """Return the jobs that have finished since the last call, and queue the next ones of their owners."""
+        """Return the jobs that have finished since the last call, and queue the next jobs of their owners."""
         found = []
         while self._done:
             found.append(self._done.popleft())
