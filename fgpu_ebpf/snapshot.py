@@ -309,7 +309,7 @@ class Snapshot:
 
 
 def plain(view: Any) -> dict[str, Any]:
-    """Return a view's fields by name, for json.dumps(…, default=plain). It copies nothing, unlike dataclasses.asdict."""
+    """Return a view's fields by name, for json.dumps(…, default=plain). It copies nothing, as asdict() would."""
     return {name: getattr(view, name) for name in view.__slots__}
 
 

@@ -1,7 +1,7 @@
 """Parts of the help that several commands share: sections, examples, the forms of a TARGET, the keys of `fgpu top`.
 
 This module runs in the process of the command. The reference pages are made from the same texts. Completion caches
-nothing: it asks the agent each time, for HINT_SECONDS at most; without an agent there are no names to complete.
+nothing: it asks the agent each time, and waits for HINT_SECONDS at most. Without an agent it finds no names.
 """
 
 from __future__ import annotations
