@@ -22,7 +22,7 @@ LAYOUT = 3
 PAGE_BYTES = 4096
 DEVICES = 16
 LEVELS, SHARED = 4, 3
-DEPTH = 16  # the BPF programs search so many cgroups of a path for levels, from the root of the hierarchy on
+DEPTH = 16  # the BPF programs search this many cgroups of a path for levels, from the root of the hierarchy on
 OWNERS, OWNED, OWNED_ORPHANS = 4096, 4, 3
 BOTH_LEVELS = 2 * LEVELS
 VERDICTS = 128
@@ -76,7 +76,7 @@ Seen = IntFlag("Seen", "SHIM BYPASS EXPORT CALL POOL_EXPORT IMPORT")
 
 
 def uncommitted(device: int) -> int:
-    """Return the flag of a limit that says that it does not count against this device yet."""
+    """Return the flag that marks a limit as not yet counted against this device."""
     return 1 << UNCOMMITTED_SHIFT << device
 
 
@@ -196,7 +196,7 @@ class StatusPage(Structure):
 
 
 class Hello(Structure):
-    """The hello of a shim. No field identifies the process: the socket does."""
+    """The hello of a shim. No field identifies the process, because the kernel reports the peer of the socket."""
 
     _fields_ = (("magic", u32), ("version", u16), ("size", u16), ("boot", u8 * 16), ("flags", u32), ("spare", u32 * 9))
 

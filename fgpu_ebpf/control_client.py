@@ -41,7 +41,7 @@ class NoAnswerError(ConnectionError):
 
 
 def agent_command(verb: str = "start") -> str:
-    """Return the command that starts (or restarts) the agent on this host: a systemctl command if it has a unit."""
+    """Return the command that starts (or restarts) the agent on this host: `systemctl` if the agent has a unit."""
     return f"systemctl {verb} {UNIT}" if has_unit() else "fgpu agent"
 
 
@@ -74,7 +74,7 @@ def call(run_dir: Path, request: dict[str, Any], patience_seconds: float = PATIE
 
 
 async def ask(run_dir: Path, request: dict[str, Any], patience_seconds: float = PATIENCE_SECONDS) -> Any:
-    """Send a request like call(), without blocking the event loop. `patience_seconds` is the timeout of it all.
+    """Send a request like call(), without blocking the event loop. `patience_seconds`: timeout of the whole request.
 
     Raises:
         ConnectionError: there is no answer; NoAnswerError if the reason is known.
@@ -96,7 +96,7 @@ async def ask(run_dir: Path, request: dict[str, Any], patience_seconds: float = 
 
 
 def _no_answer(run_dir: Path, error: OSError) -> NoAnswerError:
-    """Return the error that tells the user whether no agent runs, or whether a permission is missing.
+    """Return the error for a failed request: no agent runs, or this user lacks a permission.
 
     The kernel checks the permission first, so a PermissionError does not prove that an agent runs.
     """

@@ -55,8 +55,7 @@ def settings(options: Options) -> Settings:
         overcommit=host.overcommit,
         engines=host.engines,
         helper=_built_file("oci", injection.HELPER),
-        # The shim in a container finds an agent with the usual run folder only. An agent with another run folder
-        # therefore must not offer devices to this host's engines.
+        # Containers use /run/fgpu only. An agent with another run folder must not offer devices to this host's engines.
         cdi_folder=host.cdi_folder if options.run_dir == Options().run_dir else options.run_dir / "cdi",
         shares=host.shares,
         profiles=host.profiles,
@@ -147,7 +146,7 @@ def _handle_signals(service: Agent) -> None:
 
 @contextlib.contextmanager
 def _reachable(service: Agent) -> Iterator[None]:
-    """Serve the control socket and the metrics address within the context. All limits must be in force before it."""
+    """Serve the control socket and the metrics address within the context. Limits must be in force at its start."""
     commands = control_server.ControlServer(service)
     web = control_server.MetricsAddress(service)
     try:

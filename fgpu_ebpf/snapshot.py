@@ -348,7 +348,10 @@ def _read(value: Any) -> Any:
 
 
 def no_limit(snapshot: Mapping[str, Any]) -> str:
-    """Return the warning to show above a Snapshot, given as JSON, or an empty text if all limits are in force."""
+    """Return the warning to show above a Snapshot, which is given as JSON.
+
+    The warning is empty if all limits are in force and the devices are not released.
+    """
     if snapshot["unenforced"]:
         return f"No limit is enforced: {snapshot['unenforced']}"
     if released := snapshot.get("lacks", {}).get(RELEASED):

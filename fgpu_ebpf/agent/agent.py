@@ -117,7 +117,7 @@ class Agent:
     # -- the main loop
 
     def end(self, *_: object) -> None:
-        """Make run() return after its current step. It may be called at any point, as by a signal handler."""
+        """Make run() return after its current step. Signal handlers call this, so it may run at any point."""
         self._ended = True
 
     def reload(self) -> tuple[ConfigError, ...]:
@@ -125,7 +125,7 @@ class Agent:
         return self.parts.policies.ask()
 
     def policy_error(self) -> str:
-        """Return the reason why pinned limits are enforced instead of policies, or an empty text if policies are."""
+        """Return the reason why pinned limits are enforced instead of policies. It is empty if policies are."""
         return self.parts.policies.trouble if self.parts.manager.policies_unknown else ""
 
     def reload_soon(self, *_: object) -> None:
@@ -173,7 +173,10 @@ class Agent:
             self._do(part)
 
     def _do(self, step: Callable[[], object]) -> None:
-        """Run one step. If it raises, log and count the error, so that the other steps still run."""
+        """Run one step. If it raises, log and count the error, so that the other steps still run.
+
+        Limits stay in force in the kernel in any case.
+        """
         try:
             step()
         except Exception as error:

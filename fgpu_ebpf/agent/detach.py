@@ -51,7 +51,7 @@ def take_away(run_dir: Path, pins: Path, by_agent: bool = False) -> None:
     _remove_empty(pins.parent)
     programs.unmount_made()
     shim = injection.mounted(run_dir).get("shim")
-    published = injection.take_away(run_dir)  # by an earlier agent, if the last one had a shim of its own
+    published = injection.take_away(run_dir)  # an earlier agent has published it if the last one had its own shim
     run.remove_created_preloads(run_dir)
     if shim:
         attach.wait_until_detached(shim)

@@ -17,8 +17,8 @@ from fgpu_ebpf.ledger.ledger import Ledger
 from fgpu_ebpf.ledger.process_entry import Process
 from fgpu_ebpf.linux import procfs
 
-# After so many passes in a row in which NVML does not list a process with a context, and in which less memory is in use
-# than the process is charged for, its memory counts as gone.
+# The memory of a process with a context counts as gone after this many passes in a row in which NVML does not list the
+# process, and less memory is in use than the process is charged for.
 GONE = 3
 
 Drift = dict[tuple[int, int], int]  # (pid, device) -> ledger minus NVML, in bytes

@@ -34,7 +34,8 @@ LEVELS_AT_A_TIME = 64
 RETRIES = 3
 DEVICE_SECONDS = 1.0  # between two readings of a device's memory in use, while no orphaned bytes depend on it
 STALE_SECONDS = 5.0  # ten full passes
-# While a device may hold orphaned bytes: up to which age of the youngest orphan, and the period of passes, in seconds.
+# The periods of passes while a device may hold orphaned bytes, each with the age of the youngest orphan up to which the
+# period applies: (age, period) in seconds.
 ORPHAN_PERIODS = ((5.0, 0.02), (60.0, 0.1), (float("inf"), 0.25))
 # For this time the first of these periods applies, whatever the age. It begins at the start, because bytes of a ledger
 # of another layout are orphans without an entry, and at each event of orphaned bytes, because an old entry may grow.
@@ -316,7 +317,7 @@ class Reconciler:
         """Reap processes whose exit was not reported, and delete the allocations of exited ones.
 
         Args:
-            so_far: how many processes the ledger had ever had, before its processes were read. This number shows that
+            so_far: how many entries the ledger had ever had, before its processes were read. This number shows whether
                 processes have started and exited between two passes. A later pass finds an exit that this one misses.
         """
         now = {(tgid, p.generation) for tgid, p in self._known.items()}

@@ -23,7 +23,7 @@ from fgpu_ebpf.linux import procfs
 CONTEXT_REST_BYTES = 6 << 20
 DEVICE_REST_BYTES = 4 << 20
 # Other memory that the driver may have, once per device: up to 25 MiB that it keeps of managed memory, and page tables
-# of registered host memory. So many bytes of orphans are released without evidence once the orphans are older than
+# of registered host memory. This many bytes of orphans are released without evidence once the orphans are older than
 # SLACK_AFTER_NS, which is longer than the driver needs after a process exit.
 SLACK_BYTES = 32 << 20
 SLACK_AFTER_NS = 5_000_000_000
@@ -93,7 +93,7 @@ class EndedRows:
             self._last[orphan.tgid] = row._replace(orphaned=row.orphaned - bytes_)
 
     def spare(self, orphans: Iterable[Orphan]) -> list[Spare]:
-        """Return how many bytes of each orphan the device may have freed: all except those that a row proves.
+        """Return how many bytes of each orphan the device may have freed: all that no row proves to be held.
 
         The orphan that was most likely freed comes first: an orphan of a process whose row fell a moment ago, else the
         youngest. The driver frees most memory at once, so old orphans are probably held by another process. Orphans

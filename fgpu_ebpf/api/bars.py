@@ -22,7 +22,7 @@ class Ends(NamedTuple):
 
 
 class Figures(NamedTuple):
-    """The figures of a device as text. `turn` names the tenant whose turn it is; empty: no tenant has one."""
+    """The figures of a device as text. `turn` names the tenant that has the turn, or is empty."""
 
     used: str
     committed: str

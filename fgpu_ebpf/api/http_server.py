@@ -32,7 +32,10 @@ AT_ONCE = 16
 
 
 def by_path(apps: Mapping[str, WSGIApplication]) -> WSGIApplication:
-    """Return an application that calls the application of the request's path. Other paths get 404 and all paths."""
+    """Return an application that calls the one in `apps` for the request's path. Other paths get 404.
+
+    The text of the 404 response lists the valid paths.
+    """
     missing = _text_response("404 Not Found", f"no such path: {' '.join(apps)}")
 
     def answer(environ: WSGIEnvironment, start: StartResponse) -> Iterable[bytes]:
@@ -107,7 +110,7 @@ class _Waiting:
 
 
 class _Handler(WSGIRequestHandler):
-    timeout = CLIENT_SECONDS / 2  # of silence
+    timeout = CLIENT_SECONDS / 2  # of one write to the socket
 
     def setup(self) -> None:
         """Give the handler the head that the main loop has received; the socket is used for the response alone."""

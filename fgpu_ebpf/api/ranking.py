@@ -58,7 +58,7 @@ def _memory(name: str, field: str) -> Column:
 
 
 def limit_bytes(row: Row) -> int | None:
-    """Return the tenant's limit on the device; None: no limit."""
+    """Return the tenant's limit on the device in bytes, or None if there is no limit."""
     return abi.limit(row.device["limit_bytes"])
 
 

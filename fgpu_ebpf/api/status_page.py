@@ -1,8 +1,8 @@
 """The web page: one HTML page that shows a Snapshot. Its script loads the page again while it is visible.
 
 This module runs in a thread of the metrics address. The headers isolate the page: a browser loads nothing from another
-host, and runs only the page's own script. Names of tenants are escaped. jinja2 is imported at the first request. After
-an invalid query the whole page is sent.
+host, and runs only the page's own script. Names of tenants are escaped. jinja2 is imported at the first request. For an
+invalid query the whole page is sent.
 """
 
 from __future__ import annotations
@@ -119,7 +119,7 @@ def _about(tenant: Mapping[str, Any]) -> str:
 
 
 def _full(row: Row) -> float | None:
-    """Return the ratio of the limit that is used; None: no limit."""
+    """Return the ratio of the limit that is used, or None if there is no limit."""
     limit = ranking.limit_bytes(row)
     return None if limit is None else min(1.0, row.device["used_bytes"] / (limit or 1))
 

@@ -36,7 +36,7 @@ def of(command: str) -> dict[str, Any]:
 
 
 def _schema(hint: Any, definitions: dict[str, Any]) -> dict[str, Any]:
-    """Return the schema of a type, and add the classes that it refers to to `definitions`."""
+    """Return the schema of a type, and add the schemas of all classes in it to `definitions`."""
     if is_dataclass(hint):
         name = getattr(hint, "__name__", "")
         if name not in definitions:

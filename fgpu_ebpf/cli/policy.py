@@ -196,7 +196,10 @@ def _amount(amount: Amount) -> dict[str, float]:
 
 
 def _text(position: int, found: Policy) -> str:
-    """Return `1. notebooks (10-team.yaml:3): enforce`, a line for each part of the selector, and what it gives."""
+    """Return a policy as lines: its heading, each part of its selector, and its limits.
+
+    A heading is such as `1. notebooks (10-team.yaml:3): enforce`.
+    """
     lines = [f"{position}. {found.name} ({found.source}): {'observe' if found.observe else 'enforce'}"]
     lines += [f"   {key}: {', '.join(values)}" for key, values in _selector(found.selector).items()]
     devices = ", ".join(choice.text for choice in found.devices)

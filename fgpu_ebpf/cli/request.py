@@ -31,7 +31,7 @@ def fail(text: str, code: int) -> NoReturn:
 
 
 def no_answer(error: ConnectionError) -> str:
-    """Return why the agent does not answer, and the fix."""
+    """Return a text with the reason why the agent does not answer, and the fix."""
     return f"{error}: {error.fix}" if isinstance(error, control_client.NoAnswerError) else str(error)
 
 

@@ -105,7 +105,7 @@ def _orphans(snapshot: Mapping[str, Any]) -> str:
 
 
 def _shares(snapshot: Mapping[str, Any]) -> str:
-    """Return the table of compute time; empty if no tenant is gated."""
+    """Return the table of compute time, or an empty text if no tenant is gated."""
     rows = [(t["tenant"], d["gpu"], d["compute"]) for t in snapshot["tenants"] for d in t["devices"] if d["compute"]]
     if not rows:
         return ""

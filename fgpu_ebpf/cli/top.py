@@ -24,7 +24,7 @@ from fgpu_ebpf.cli.top_input import Keyboard, LatestSnapshot, SnapshotPoller, Vi
 from fgpu_ebpf.linux.wakeup import Wakeup
 
 Ask = Callable[[], Mapping[str, Any]]
-IDLE_SECONDS = 1.5  # longer than the time between two replies; without a reply the screen is drawn so often
+IDLE_SECONDS = 1.5  # the period of drawing without a reply: longer than the time between two replies
 _ENDINGS = {signal.SIGTERM, signal.SIGHUP}
 _SIGNALS = (*_ENDINGS, signal.SIGINT, signal.SIGTSTP, signal.SIGWINCH)
 
@@ -79,7 +79,7 @@ class _Screen:
         self._caught: set[int] = set()
 
     def show(self) -> int | None:
-        """Run until the user quits, and return the exit code; None: the process is to stop (SIGTSTP)."""
+        """Run until the user quits, and return the exit code, or None if the process has to stop (SIGTSTP)."""
         self._caught.clear()
         live = Live(
             console=self._console, screen=True, auto_refresh=False, redirect_stdout=False, redirect_stderr=False

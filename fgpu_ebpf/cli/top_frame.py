@@ -74,7 +74,7 @@ def live(latest: LatestSnapshot, choice: ViewChoice, window: Window) -> tuple[Te
 
 
 def once(latest: LatestSnapshot, choice: ViewChoice, width: int | None, marks: Marks) -> Text:
-    """Return the whole table; as wide as it needs to be if `width` is None."""
+    """Return the whole table. If `width` is None, the table is as wide as its contents."""
     found = ranking.ranked(ranking.rows(latest.snapshot, choice.filter), choice.order)
     devices = _devices(latest.snapshot, width or 120, marks, len(latest.snapshot["devices"]))
     return _joined([*_notices(latest), *devices, *_table(found, latest.snapshot, choice, width)], width)

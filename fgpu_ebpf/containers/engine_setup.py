@@ -30,7 +30,7 @@ _VERSION = re.compile(r"version v?(\d+)\.(\d+)")
 
 
 def program(engine: Engine) -> str:
-    """Return the path of the engine's program; empty: the engine is not installed on this host."""
+    """Return the path of the engine's program, or an empty text if the engine is not installed on this host."""
     path = os.pathsep.join([os.environ.get("PATH", ""), *_FOLDERS])
     return next((found for name in engine.programs if (found := shutil.which(name, path=path))), "")
 

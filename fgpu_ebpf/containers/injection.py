@@ -2,7 +2,7 @@
 
 This module runs in the agent's main thread, and in commands. The files are RUN/containers (read by `fgpu-oci`),
 RUN/container.preload, lists in RUN/preload.d, the published helper, and the CDI specifications. Settings of engines are
-not changed here (`engine_setup` does that on request). After an OSError, containers get files of the previous agent.
+not changed here (`engine_setup` does that on request). After an OSError, containers that start get the previous files.
 """
 
 from __future__ import annotations

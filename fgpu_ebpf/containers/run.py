@@ -37,7 +37,11 @@ class LaunchError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class LaunchTarget:
-    """The surroundings of a program. `folder`: a cgroup whose limit is in force. `run_dir` has the preload files."""
+    """The cgroup and the preload files for a program.
+
+    `folder`: the folder of a cgroup whose limit is in force. `run_dir`: the folder of the preload files.
+    `pid_namespace`: the program runs in a new pid namespace.
+    """
 
     folder: Path
     run_dir: Path

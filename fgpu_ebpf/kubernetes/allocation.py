@@ -1,6 +1,6 @@
 """Computes the settings that a container gets for its slots: the share, with or without CDI, and the device itself.
 
-This module runs in the asyncio loop of the device plugin. Whether there is capacity is decided by the agent, when the
+This module runs in the asyncio loop of the device plugin. The agent decides whether there is capacity, when the
 container starts.
 """
 

@@ -18,7 +18,7 @@ from fgpu_ebpf.kubernetes.slots import Book, Slot, SlotError
 
 log = logging.getLogger("fgpu.kubelet")
 PREFIX = "fgpu.dev"
-DEAF_SECONDS = 10.0  # an endpoint without a stream of kubelet for so long is registered again
+DEAF_SECONDS = 10.0  # an endpoint without a stream of kubelet for this time is registered again
 _OPTIONS = (("grpc.max_receive_message_length", 1 << 20), ("grpc.so_reuseport", 0))
 
 

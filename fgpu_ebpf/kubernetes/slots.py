@@ -141,7 +141,7 @@ class Book:
             self._given[slot] = None
 
     def room(self, device: Device, share: str, but: Iterable[Slot] = ()) -> int:
-        """Return how many more shares of a profile fit on a device, after the promised slots that are not in `but`."""
+        """Return how many more shares of a profile fit on a device, beside the promised slots that are not in `but`."""
         mine = set(but)
         promised = [slot for slot in self._promised if slot.uuid == device.uuid and slot not in mine]
         profile = device.profiles[share]
