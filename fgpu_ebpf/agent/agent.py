@@ -125,7 +125,7 @@ class Agent:
         return self.parts.policies.ask()
 
     def policy_error(self) -> str:
-        """Return the reason why pinned limits are enforced instead of policies. It is empty if policies are."""
+        """Return why pinned limits are enforced instead of policies, or an empty text if policies are enforced."""
         return self.parts.policies.trouble if self.parts.manager.policies_unknown else ""
 
     def reload_soon(self, *_: object) -> None:
