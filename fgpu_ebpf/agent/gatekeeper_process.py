@@ -28,7 +28,7 @@ from fgpu_ebpf.snapshot import SlicesView
 
 log = logging.getLogger("fgpu.agent")
 UP_SECONDS = 5.0
-PATIENCE_SECONDS = 2.0  # how long a shim waits for the answer to its hello
+PATIENCE_SECONDS = 2.0  # how long a shim waits for the answer to its first hello
 HANG_UP_SECONDS = 0.5  # a gatekeeper that does not understand a hello closes the connection when it reads the hello
 ABSENT = Check(
     "gatekeeper", False, "not running: new programs are refused memory",
