@@ -1,10 +1,10 @@
-"""The pages, messages and map values that cross a process boundary, as ctypes.
+"""ctypes structures of the pages, messages and map values that several processes share.
 
-The ctypes form of everything in bpf/fgpu.h, compared offset by offset by tests/unit/test_layout.py. All processes of
-fgpu use this module. It contains no behaviour.
+The structures mirror bpf/fgpu.h; tests/unit/test_layout.py compares the two offset by offset. This module runs in every
+Python process of fgpu, in any thread. It has no state.
 
-Values are stored as aligned words: a reader in another process sees the old or the new one, nothing between
-(`struct.pack_into` shows it zeros). Sizes are bytes, times CLOCK_MONOTONIC nanoseconds.
+An assignment to a field writes one aligned word, so a reader in another process reads either the old or the new value.
+`struct.pack_into` would write zeros first. Sizes are in bytes, times in nanoseconds of CLOCK_MONOTONIC.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ LAYOUT = 3
 PAGE_BYTES = 4096
 DEVICES = 16
 LEVELS, SHARED = 4, 3
-DEPTH = 16  # cgroups from the hierarchy's root on in which the kernel's programs look for levels
+DEPTH = 16  # the BPF programs search this many cgroups of a path for levels, from the root of the hierarchy on
 OWNERS, OWNED, OWNED_ORPHANS = 4096, 4, 3
 BOTH_LEVELS = 2 * LEVELS
 VERDICTS = 128
@@ -68,37 +68,37 @@ News = IntEnum(
 )
 Fate = IntEnum("Fate", "SENT RATE FULL", start=0)
 
-# Bits, from 1: of a limit and a usage page; of a control page and an answer; of a gate; of a process.
+# Bits, beginning with 1: of limits and usage pages, of control pages and answers, of gates, and of processes.
 LimitFlag = IntFlag("LimitFlag", "OBSERVE KILL")
 ControlFlag = IntFlag("ControlFlag", "MANAGED SETTLE")
-Gate = IntFlag("Gate", "OPEN GATED")  # below GATE_SHIFT; above it the number of the turn
+Gate = IntFlag("Gate", "OPEN GATED")  # the bits below GATE_SHIFT; the bits above are the number of the turn
 Seen = IntFlag("Seen", "SHIM BYPASS EXPORT CALL POOL_EXPORT IMPORT")
 
 
 def uncommitted(device: int) -> int:
-    """Return the flag of a limit on this device that does not count against the device yet."""
+    """Return the flag that marks a limit as not yet counted against this device."""
     return 1 << UNCOMMITTED_SHIFT << device
 
 
 def limit(bytes_: int) -> int | None:
-    """Return a limit of the ledger in bytes, or None if it is no limit."""
+    """Return a limit of the ledger in bytes, or None for NO_LIMIT."""
     return None if bytes_ == NO_LIMIT else bytes_
 
 
 class Usage(Structure):
-    """One device on a usage page."""
+    """One device on a usage page: the limit, the charged bytes, their peak, and the number of refusals."""
 
     _fields_ = (("limit", u64), ("used", u64), ("peak", u64), ("refused", u64))
 
 
 class Tally(Structure):
-    """Bytes of one device, only growing: admitted; and seen to be allocated by the driver."""
+    """Two counters of bytes on one device, which only grow: admitted bytes, and witnessed bytes."""
 
     _fields_ = (("admitted", u64), ("witnessed", u64))
 
 
 class UsagePage(Structure):
-    """One level's limits and usage: a frozen BPF map, written by BPF programs alone."""
+    """One level's limits and usage. The page is a frozen BPF map, which only BPF programs can write."""
 
     _fields_ = (
         ("version", u64),
@@ -130,13 +130,13 @@ class UsagePage(Structure):
 
 
 class Device(Structure):
-    """A device of a tenant; `index` is the ledger's."""
+    """A device of a tenant. `index` is the device's index in the ledger."""
 
     _fields_ = (("uuid", u8 * 16), ("index", u32), ("spare", u32 * 3))
 
 
 class Row(Structure):
-    """One process of the tenant on one device; `pid` in the reader's pid namespace."""
+    """One process of the tenant on one device. `pid` is valid in the pid namespace of the page's reader."""
 
     _fields_ = (("pid", u32), ("device", u32), ("bytes", u64))
 
@@ -177,13 +177,13 @@ class Flight(Structure):
 
 
 class Span(Structure):
-    """The begin and the end of a process's work in the last turn on one gated device."""
+    """The start and the end of a process's work in the last turn on one gated device."""
 
     _fields_ = (("begun_ns", u64), ("ended_ns", u64))
 
 
 class StatusPage(Structure):
-    """The status page: what one process reports of itself, which is never trusted."""
+    """The status page: the reports of one process about itself. They are never trusted."""
 
     _fields_ = (
         ("version", u32),
@@ -196,13 +196,13 @@ class StatusPage(Structure):
 
 
 class Hello(Structure):
-    """The request of a shim; nothing in it identifies the process."""
+    """The hello of a shim. No field identifies the process, because the kernel reports the peer of the socket."""
 
     _fields_ = (("magic", u32), ("version", u16), ("size", u16), ("boot", u8 * 16), ("flags", u32), ("spare", u32 * 9))
 
 
 class Answer(Structure):
-    """The answer to a hello; descriptors are sent with it."""
+    """The gatekeeper's answer to a hello. The descriptors of the process's pages are sent with it."""
 
     _fields_ = (
         ("magic", u32),
@@ -230,7 +230,7 @@ class Limit(Structure):
 
 
 class Owner(Structure):
-    """A value of the map `owners`, by slot: entries of an owner of bounds in each shared map, and their bounds."""
+    """A value of the map `owners`, by slot: how many entries a bound owner has in each shared map, and may have."""
 
     _fields_ = (
         ("cgroup", u64), ("entries", u64 * OWNED), ("claimed", u64 * OWNED), ("most", u64 * OWNED), ("spare", u64 * 3),
@@ -257,7 +257,7 @@ class FileKey(Structure):
 
 
 class Level(Structure):
-    """A level of a process: its cgroup, and the last slot of its usage page."""
+    """A level of a process: its cgroup, and the slot of its usage page when the process entered the level."""
 
     _fields_ = (("cgroup", u64), ("place", u64))
 
@@ -335,19 +335,19 @@ class OrphanKey(Structure):
 
 
 class Orphan(Structure):
-    """A value of the map `orphans`: bytes that stay charged after their process has ended or has freed them."""
+    """A value of the map `orphans`: bytes that stay charged after their process has ended or freed them."""
 
     _fields_ = (("bytes", u64), ("since_ns", u64), ("ended_ns", u64), ("spare", u64), ("levels", Level * LEVELS))
 
 
 class Admission(Structure):
-    """An admission that no driver call has settled yet; ticket 0: none."""
+    """An admission that no driver call has settled yet. Ticket 0 means that there is none."""
 
     _fields_ = (("ticket", u64), ("bytes", u64), ("device", u32), ("kind", u32), ("verdict", u64))
 
 
 class Call(Structure):
-    """The driver call that a thread is in; function 0: none."""
+    """The driver call that a thread is in. Function 0 means that it is in none."""
 
     _fields_ = (
         ("function", u64),
@@ -389,7 +389,7 @@ class Event(Structure):
 
 
 class CgroupEvent(Structure):
-    """An Event of a cgroup; `path` is cut to PATH bytes."""
+    """An Event of a cgroup. `path` is cut to PATH bytes."""
 
     _fields_ = (("event", Event), ("path", ctypes.c_char * PATH))
 

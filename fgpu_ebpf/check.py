@@ -1,6 +1,6 @@
-"""A finding of `fgpu doctor` about this host, with its fix.
+"""The result of one check of this host, as `fgpu doctor` prints it.
 
-The packages that make findings use this module, and so do the commands that show them.
+This module runs in the agent and in the commands, in any thread.
 """
 
 from __future__ import annotations
@@ -9,12 +9,12 @@ import os
 from dataclasses import dataclass
 from functools import cache
 
-FIRST_PID_NAMESPACE = 0xEFFFFFFC  # PROC_PID_INIT_INO: its inode, always
+FIRST_PID_NAMESPACE = 0xEFFFFFFC  # PROC_PID_INIT_INO: the inode number that every kernel gives that namespace
 
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """A finding. `found`: what was seen; `fix`: what to do if `ok` is False."""
+    """The result of one check. `found`: the present state, as text. `fix`: what to do if `ok` is False."""
 
     name: str
     ok: bool
@@ -24,8 +24,8 @@ class Check:
 
 @cache
 def has_host_pids() -> bool:
-    """Return whether this process is in the host's first pid namespace, and so has the same pids as the BPF programs.
+    """Return whether this process is in the host's first pid namespace, whose pids the BPF programs use.
 
-    The namespace of a process never changes.
+    The result is cached, because the pid namespace of a process never changes.
     """
     return os.stat("/proc/self/ns/pid").st_ino == FIRST_PID_NAMESPACE

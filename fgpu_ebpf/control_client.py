@@ -1,7 +1,7 @@
-"""The client side of the control socket: one request, and its answer or the reason why there is none.
+"""The client side of the control socket: sends one request to the agent, and returns the answer.
 
-The commands, `fgpu top` and the device plugin use this module. A command has to start quickly, so this imports nothing
-that only the agent needs.
+This module runs in the commands, in any thread, and in the event loop of the device plugin. It imports nothing that
+only the agent needs, because a command has to start quickly.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ from typing import Any
 from fgpu_ebpf.linux import file_locks
 
 PATIENCE_SECONDS = 30.0
-GROUP = "fgpu"  # its members may read
+GROUP = "fgpu"  # its members may send requests that change nothing
 UNIT = "fgpu-agent"
 _UNIT_FILES = (Path("/etc/systemd/system"), Path("/usr/lib/systemd/system"), Path("/lib/systemd/system"))
-_BOOTED = Path("/run/systemd/system")  # systemd is this host's init
+_BOOTED = Path("/run/systemd/system")  # exists if systemd is this host's init
 _LOCKS = Path("/proc/locks")
 
 
 class RequestError(Exception):
-    """An error in a request, or the agent's refusal; `code` is the client's exit code."""
+    """An error in a request, or the agent's refusal of it. `code` is the exit code for the command."""
 
     def __init__(self, text: str, code: int = 1) -> None:
         super().__init__(text)
@@ -32,7 +32,7 @@ class RequestError(Exception):
 
 
 class NoAnswerError(ConnectionError):
-    """The agent has not answered; `fix` says what to do. `denied`: an agent runs, but this user may not ask it."""
+    """The agent has not answered. `fix`: what to do. `denied`: an agent runs, but this user may not open its socket."""
 
     def __init__(self, text: str, fix: str, denied: bool = False) -> None:
         super().__init__(text)
@@ -41,7 +41,7 @@ class NoAnswerError(ConnectionError):
 
 
 def agent_command(verb: str = "start") -> str:
-    """Return the command that starts (or restarts) the agent on this host: its unit if the package is installed."""
+    """Return the command that starts (or restarts) the agent on this host: `systemctl` if the agent has a unit."""
     return f"systemctl {verb} {UNIT}" if has_unit() else "fgpu agent"
 
 
@@ -51,12 +51,16 @@ def has_unit() -> bool:
 
 
 def call(run_dir: Path, request: dict[str, Any], patience_seconds: float = PATIENCE_SECONDS) -> Any:
-    """Send a request to the agent and return its answer. Raises ConnectionError, RequestError.
+    """Send a request to the agent and return its answer.
 
     Args:
         run_dir: the folder of the agent's sockets.
-        request: the request, to be sent as JSON.
-        patience_seconds: the longest wait for each step.
+        request: the request, which is sent as JSON.
+        patience_seconds: the timeout of each operation on the socket.
+
+    Raises:
+        ConnectionError: there is no answer; NoAnswerError if the reason is known.
+        RequestError: the agent refuses the request.
     """
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
         sock.settimeout(patience_seconds)
@@ -70,7 +74,12 @@ def call(run_dir: Path, request: dict[str, Any], patience_seconds: float = PATIE
 
 
 async def ask(run_dir: Path, request: dict[str, Any], patience_seconds: float = PATIENCE_SECONDS) -> Any:
-    """Send a request like call(), without blocking the process's event loop. Raises ConnectionError, RequestError."""
+    """Send a request like call(), without blocking the event loop. `patience_seconds`: timeout of the whole request.
+
+    Raises:
+        ConnectionError: there is no answer; NoAnswerError if the reason is known.
+        RequestError: the agent refuses the request.
+    """
     import asyncio
 
     try:
@@ -87,7 +96,10 @@ async def ask(run_dir: Path, request: dict[str, Any], patience_seconds: float = 
 
 
 def _no_answer(run_dir: Path, error: OSError) -> NoAnswerError:
-    """Tell a user without permission from a host without an agent: the kernel checks the permission first."""
+    """Return the error for a failed request: no agent runs, or this user lacks a permission.
+
+    The kernel checks the permission first, so a PermissionError does not prove that an agent runs.
+    """
     if isinstance(error, PermissionError) and _is_running(run_dir):
         text = f"the agent runs, but this user has no access to it ({run_dir}/control.sock: {error.strerror})"
         return NoAnswerError(text, _permission(), denied=True)
@@ -96,17 +108,17 @@ def _no_answer(run_dir: Path, error: OSError) -> NoAnswerError:
 
 
 def _is_running(run_dir: Path) -> bool:
-    """Return whether a process holds the agent's lock; every user can read the inodes of locks in /proc/locks."""
+    """Return whether a process holds the agent's lock. /proc/locks shows every user the inodes of locks."""
     try:
         inode = os.stat(run_dir / file_locks.AGENT).st_ino
         locked = {line.split()[-3].rpartition(":")[2] for line in _LOCKS.read_text(encoding="ascii").splitlines()}
     except (OSError, IndexError):
-        return True  # unknown; it is only certain that permission is missing
+        return True  # unknown; the only certain fact is the missing permission
     return str(inode) in locked
 
 
 def _permission() -> str:
-    """Return how a user gets the permission to read."""
+    """Return the fix for a user without the permission to read."""
     try:
         grp.getgrnam(GROUP)
     except KeyError:

@@ -1,7 +1,7 @@
-"""`fgpu agent` and `fgpu load`: puts the parts of the agent process together.
+"""`fgpu agent` and `fgpu load`: makes the parts of the agent process, and runs them.
 
-`cli.service` uses this module, in the main thread of these commands. A start that fails raises AgentError with the fix,
-and leaves in force what was in force.
+This module runs in the main thread of these commands. A start that fails raises AgentError, whose text has the fix;
+limits that were in force stay in force.
 """
 
 from __future__ import annotations
@@ -33,7 +33,11 @@ log = logging.getLogger("fgpu agent")
 
 
 def settings(options: Options) -> Settings:
-    """Return the settings, with every path absolute. Raises AgentError: agent.yaml has errors."""
+    """Return the agent's settings: those of `options`, else those of agent.yaml.
+
+    Raises:
+        AgentError: agent.yaml has errors, or a file of the package is not installed.
+    """
     host, errors = host_config.read(options.config)
     if host is None:
         raise AgentError("\n".join(map(str, errors)))
@@ -51,7 +55,7 @@ def settings(options: Options) -> Settings:
         overcommit=host.overcommit,
         engines=host.engines,
         helper=_built_file("oci", injection.HELPER),
-        # Containers reach /run/fgpu alone, so an agent elsewhere must not offer devices to this host's engines.
+        # Containers use /run/fgpu only. An agent with another run folder must not offer devices to this host's engines.
         cdi_folder=host.cdi_folder if options.run_dir == Options().run_dir else options.run_dir / "cdi",
         shares=host.shares,
         profiles=host.profiles,
@@ -62,7 +66,7 @@ def settings(options: Options) -> Settings:
 
 
 def _built_file(folder: str, name: str) -> Path:
-    """Return a built file of the package; a checkout has it in build/FOLDER."""
+    """Return the path of a built file: build/FOLDER/NAME in a checkout, else NAME in the package."""
     try:
         return start_checks.package_file(folder, name)
     except AgentError:
@@ -77,7 +81,7 @@ def serve(options: Options) -> None:
     for check in doctor.host_checks():
         if not check.ok and check.name not in options.skipped:
             raise AgentError(f"{check.found}: {check.fix}")
-    cgroups.make_run_folder()  # before the agent drops the capability for it
+    cgroups.make_run_folder()  # here, because the agent later drops the capability that this needs
     malloc.keep_small()
     service = Agent(settings(options))
     service.mark("imported")
@@ -104,13 +108,16 @@ def serve(options: Options) -> None:
 
 
 def _clean_environment() -> None:
-    """Remove variables that make the loader or Python load code, so that no program that we start gets them."""
+    """Remove the environment variables that make the dynamic loader or Python load code.
+
+    Otherwise the programs that the agent starts would inherit them.
+    """
     for name in [name for name in os.environ if name.startswith(("LD_", "PYTHON"))]:
         del os.environ[name]
 
 
 def _process_start() -> float:
-    """Return when this process was started, on the monotonic clock, to 0.01 s, so that imports count too."""
+    """Return the start time of this process, before its imports, in seconds of the monotonic clock, to 0.01 s."""
     ticks = int(Path("/proc/self/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[19])
     age = time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
     return time.monotonic() - age
@@ -119,7 +126,7 @@ def _process_start() -> float:
 def _handle_signals(service: Agent) -> None:
     """Install signal handlers: SIGTERM and SIGINT end the agent, SIGHUP reloads, SIGCHLD checks the gatekeeper.
 
-    The main loop wakes for each at once.
+    Each signal wakes the main loop at once.
     """
     wakeup = Wakeup()
     service.selector.register(wakeup, selectors.EVENT_READ, wakeup.clear)
@@ -139,7 +146,7 @@ def _handle_signals(service: Agent) -> None:
 
 @contextlib.contextmanager
 def _reachable(service: Agent) -> Iterator[None]:
-    """Open the control socket and the metrics address while the agent runs, once everything is in force."""
+    """Serve the control socket and the metrics address within the context. Limits must be in force at its start."""
     commands = control_server.ControlServer(service)
     web = control_server.MetricsAddress(service)
     try:
@@ -152,9 +159,16 @@ def _reachable(service: Agent) -> Iterator[None]:
 
 
 def load(options: Options) -> str:
-    """Pin the BPF programs, as an agent's start would do. A separate step keeps the agent's memory small.
+    """Compile and pin the BPF programs, as the start of an agent does if they are not pinned.
 
-    Returns the digest of the programs. Raises AgentError: why it cannot, and how to fix it.
+    A process of its own for this step keeps the agent's memory small.
+
+    Returns:
+        The digest of the programs.
+
+    Raises:
+        AgentError: the reason why the programs cannot be pinned, and how to fix it.
+        ProgramError: the compiler or the kernel rejects a program.
     """
     os.umask(0o022)
     for check in doctor.load_checks():
@@ -170,5 +184,5 @@ def load(options: Options) -> str:
 
 
 def take_away(run_dir: Path) -> None:
-    """Detach from this host while no agent runs. Raises OSError."""
+    """Remove everything of fgpu from this host while no agent runs. Raises OSError if a part of it is left."""
     detach.take_away(run_dir, ledger.PINS)

@@ -1,7 +1,7 @@
-"""`fgpu doctor`: the list of checks of this host, and those that a start requires.
+"""`fgpu doctor`: all checks of this host, and the subsets that the start of an agent requires.
 
-The command `fgpu doctor` and `daemon` use this module, in their main threads. Checks of other subjects are beside their
-subject, and are collected here.
+This module runs in the main thread of the commands. The checks of a subject, such as SELinux, are defined in the module
+of that subject and collected here.
 """
 
 from __future__ import annotations
@@ -31,17 +31,20 @@ PTRACE_SCOPE, NO_PTRACE = Path("/proc/sys/kernel/yama/ptrace_scope"), 3
 
 
 def host_checks() -> list[Check]:
-    """Check privilege, kernel and cgroups: what must be right before anything is tried."""
+    """Check privileges, kernel and cgroups. The agent starts only if all of these checks succeed."""
     return [_privilege(), _kernel(), _pid_namespace(), _uprobes(), _ptrace(), *cgroups.checks()]
 
 
 def load_checks() -> list[Check]:
-    """Check what pinning the BPF programs requires."""
+    """Check the conditions for pinning the BPF programs."""
     return [_privilege(), _kernel(), _uprobes()]
 
 
 def checks(options: Options) -> list[Check]:
-    """Return every check, in the order of a start. Paths are those of the running agent, if there is one."""
+    """Return every check, in the order of an agent's start.
+
+    The driver's root and the loader are those of `options`, else those of the running agent, else those of agent.yaml.
+    """
     is_released = False
     with contextlib.suppress(ConnectionError, control_client.RequestError):
         reply = control_client.call(options.run_dir, {"verb": "ping"})
@@ -50,7 +53,7 @@ def checks(options: Options) -> list[Check]:
             driver_root=options.driver_root or Path(reply["driver_root"]),
             loader=options.loader or reply["loader"],
         )
-        is_released = reply.get("released", False)  # an agent of an older version does not say so
+        is_released = reply.get("released", False)  # an agent of an older version does not report this
     host, errors = host_config.read(options.config)
     found = [*host_checks(), _settings(options.config, errors)]
     if host:
@@ -87,7 +90,10 @@ def _kernel() -> Check:
 
 
 def _pid_namespace() -> Check:
-    """Check the pid namespace. The BPF programs see host pids: elsewhere every process would appear to have exited."""
+    """Check that this process is in the host's pid namespace.
+
+    The BPF programs report host pids. In another namespace the agent would treat every process as exited.
+    """
     if has_host_pids():
         return Check("pid namespace", True, "the host's")
     fix = "run the agent in the host's pid namespace (hostPID: true, --pid=host); tenants need none of that"
@@ -103,7 +109,7 @@ def _uprobes() -> Check:
 
 
 def _ptrace() -> Check:
-    """Check that the memory of processes can be read, to see whether they have the breakpoints of the probes."""
+    """Check that the memory of other processes can be read: the agent checks the probes' breakpoints there."""
     try:
         scope = int(PTRACE_SCOPE.read_text(encoding="ascii"))
     except OSError:  # this kernel has no such setting

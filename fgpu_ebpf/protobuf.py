@@ -1,7 +1,8 @@
-"""Classes of protobuf messages, made from a table at their first use.
+"""Creates the classes of protobuf messages from tables of their fields.
 
-The CRI client and the device plugin use this module. protobuf is imported by classes() only: most hosts do not need it.
-Code made by protoc would tie fgpu to the versions of protobuf that still load it, from 3.21 in Debian 12 to today's.
+This module runs in the agent (messages of the CRI) and in the device plugin. Only classes() imports protobuf, because
+most hosts do not need it. fgpu contains no code made by protoc, because such code loads with some versions of protobuf
+only, and fgpu supports all versions from 3.21 (Debian 12) on.
 """
 
 from __future__ import annotations
@@ -13,12 +14,13 @@ STRING, BOOL, INT64, INT32 = 9, 8, 3, 5  # numbers of FieldDescriptorProto; an e
 MAP = -1
 _MESSAGE, _ONE, _REPEATED = 11, 1, 3
 
-# message -> field -> number, type: a scalar, a map of strings, a message, or [one of these] where it is repeated
+# message -> field -> (number, type). The type is a scalar, MAP (of strings), the name of a message, or a list of one of
+# these for a repeated field.
 Table = Mapping[str, Mapping[str, tuple[int, Any]]]
 
 
 def classes(package: str, table: Table) -> dict[str, Any]:
-    """Return message name -> class. Raises ImportError: protobuf is not installed."""
+    """Return the class of each message by the message's name. Raises ImportError if protobuf is not installed."""
     from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 
     file = descriptor_pb2.FileDescriptorProto(name=f"fgpu_{package}.proto", package=package, syntax="proto3")
@@ -29,7 +31,7 @@ def classes(package: str, table: Table) -> dict[str, Any]:
     pool = descriptor_pool.DescriptorPool()
     pool.Add(file)
     found = {name: pool.FindMessageTypeByName(f"{package}.{name}") for name in table}
-    if hasattr(message_factory, "GetMessageClass"):  # protobuf 4.22
+    if hasattr(message_factory, "GetMessageClass"):  # protobuf 4.22 or later
         return {name: message_factory.GetMessageClass(descriptor) for name, descriptor in found.items()}
     factory = message_factory.MessageFactory(pool)
     return {name: factory.GetPrototype(descriptor) for name, descriptor in found.items()}

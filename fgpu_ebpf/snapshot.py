@@ -1,7 +1,7 @@
-"""The state of the host at one moment: all that status, metrics and pages show, as frozen data classes.
+"""The state of the host at one moment, as frozen data classes: everything that status, metrics and pages show.
 
-`agent.snapshot_builder` builds it; `api` and `cli` use it. Names contain the units; None is a number that was not
-measured.
+The agent's main thread makes a Snapshot; any thread may read it, and commands read it as JSON. Names contain the unit.
+None stands for a number that was not measured.
 """
 
 from __future__ import annotations
@@ -10,12 +10,12 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-RELEASED = "released devices"  # the name of the finding that the agent has released the devices
+RELEASED = "released devices"  # the name of the check that fails while the agent has released the devices
 
 
 @dataclass(frozen=True, slots=True)
 class Refusal:
-    """Number of refusals of an operation, and their reason."""
+    """The number of refusals of one operation for one reason."""
 
     operation: str
     reason: str
@@ -24,7 +24,10 @@ class Refusal:
 
 @dataclass(frozen=True, slots=True)
 class Shortfall:
-    """Ratio of a device's time by which a tenant that wants it got less than is due to it in ten seconds, and why."""
+    """The part of a device's time that was due to a busy tenant in ten seconds and that it did not get.
+
+    `ratio`: the part of the device's time. `why`: the reason, as text.
+    """
 
     ratio: float
     why: str
@@ -32,11 +35,12 @@ class Shortfall:
 
 @dataclass(frozen=True, slots=True)
 class ComputeView:
-    """A tenant's share of one device's time, and its use. `had` and `entitled` are of the last half second.
+    """A tenant's share of one device's time, and how much of it the tenant had.
 
-    `free`: it shares the device with no other tenant and has no ceiling, so nothing is measured. `waiting_seconds`
-    None: it is not waiting. `beyond_ratio`: the part of the device's time that it ran outside its turns, by NVML, of
-    ten seconds. `shortfall` None: it got what is due to it, or does not want more.
+    `had_ratio` and `entitled_ratio` cover the last half second. `free`: the tenant shares the device with no other
+    tenant and has no ceiling, so its time is not measured. `waiting_seconds`: how long it has waited for its next turn;
+    None: it is not waiting. `beyond_ratio`: the part of the device's time for which it ran outside its turns in the
+    last ten seconds, measured by NVML. `shortfall` None: the tenant got the time that is due to it, or was not busy.
     """
 
     limit_ratio: float
@@ -58,10 +62,10 @@ class ComputeView:
 
 @dataclass(frozen=True, slots=True)
 class UsageView:
-    """The use of one device by a tenant since the agent's start, as far as one source has measured its time.
+    """The use of one device by a tenant since the agent's start, as far as one source has measured it.
 
-    `source`: turns, nvml (a sample), or none: the device's time is unknown. `held_seconds`: with memory there;
-    `idle_seconds`: the part of it without running anything.
+    `source`: `turns`, `nvml` (a sample), or `none` if the device's time is unknown. `held_seconds`: the time for which
+    the tenant had memory on the device. `idle_seconds`: the part of that time in which it ran nothing there.
     """
 
     source: str
@@ -73,11 +77,12 @@ class UsageView:
 
 @dataclass(frozen=True, slots=True)
 class TenantDevice:
-    """A tenant's memory on one device, and its share of the device's time: None, it is not gated.
+    """A tenant's memory on one device, and its share of the device's time.
 
-    `limit_bytes` 18446744073709551615 (2^64 - 1): it has no limit there. `drift_bytes`: the ledger minus the driver.
-    Parts of `used_bytes` are `orphaned_bytes` (of processes that have ended, or that exported and freed it) and
-    `unwitnessed_bytes` (allocated by no call that a probe has seen). `usage`: by source.
+    `compute` None: the tenant is not gated. `limit_bytes` 18446744073709551615 (2^64 - 1): the tenant has no limit on
+    the device. `drift_bytes`: bytes in the ledger minus bytes in the driver. `used_bytes` includes `orphaned_bytes` (of
+    processes that have ended, or that have exported and freed the memory) and `unwitnessed_bytes` (not allocated by a
+    call that a probe has recorded). `usage`: one entry for each source.
     """
 
     gpu: int
@@ -97,10 +102,10 @@ class TenantDevice:
 
 @dataclass(frozen=True, slots=True)
 class ProcessView:
-    """A process on one device; `pid` is the host's. `how`: in what way it bypasses the shim; empty: it does not.
+    """A process on one device. `pid`: its pid on the host. `how`: the way in which it bypasses the shim, else empty.
 
-    `why`: the reason why it has no shim (`driver.bypass_reason`); empty: it has one, or the reason is unknown.
-    `loader`: the path of its loader, in quotes, if that is the reason; the process can have chosen it.
+    `why`: the reason why it has no shim (`driver.bypass_reason`); empty if it has one or the reason is unknown.
+    `loader`: the path of its dynamic loader, in quotes, if that is the reason. The process may have chosen the path.
     """
 
     pid: int
@@ -113,7 +118,7 @@ class ProcessView:
 
 @dataclass(frozen=True, slots=True)
 class UnmanagedView:
-    """A process outside tenants that holds memory of a device; `bytes` None: NVML does not report how much."""
+    """A process outside any tenant that holds memory of a device. `bytes` None: NVML does not report the amount."""
 
     pid: int
     bytes: int | None
@@ -121,11 +126,11 @@ class UnmanagedView:
 
 @dataclass(frozen=True, slots=True)
 class OrphanView:
-    """Bytes on one device that stay charged after process `pid` has released them, for `seconds` now.
+    """Orphaned bytes of process `pid` on one device. They have been orphaned for `seconds`.
 
-    `ended`: the process has ended, or executed another program; otherwise it exported the bytes and freed them.
-    `keepers`: processes that have descriptors of the driver open and may keep the memory; empty: none was found.
-    `parents`: the parent pids of `keepers`, in the same order; 0: unknown.
+    `ended`: the process has ended, or has executed another program; otherwise it has exported the memory and freed it.
+    `keepers`: processes that have descriptors of the driver open and may keep the memory; empty if none was found.
+    `parents`: the parent pid of each keeper, in the same order; 0 if it is unknown.
     """
 
     pid: int
@@ -139,10 +144,11 @@ class OrphanView:
 
 @dataclass(frozen=True, slots=True)
 class TenantView:
-    """A managed cgroup; `kind` is tenant, group, or gone: the cgroup was removed and memory of it is still held.
+    """A managed cgroup. `kind`: `tenant`, `group`, or `gone` if the cgroup was removed and its memory is still held.
 
-    `denied`: why it gets nothing although a policy gives it some. `bypassing`: processes by how they bypass the shim;
-    `shimless`: processes without the shim by the reason. `labels`: those that the policy's `metricLabels` name.
+    `denied`: the reason why the tenant gets nothing although a policy gives it a limit; empty if it gets its limit.
+    `bypassing`: the number of processes for each way to bypass the shim. `shimless`: the number of processes without
+    the shim for each reason. `labels`: the labels that the policy lists in `metricLabels`.
     """
 
     tenant: str
@@ -169,10 +175,11 @@ class TenantView:
 class DeviceView:
     """A device of the host.
 
-    `owner`: the tenant whose turn it is. `reconcile_age_seconds`: since NVML answered for it. `xids`: counts by XID
-    since the agent began; None: NVML does not report them; `ignored_xids`: how many of them are errors of programs;
-    `fatal_xid`: the XID after which no share of the device is offered; None: there was none. `unexplained_bytes`: in
-    use, and of no process, orphan or known reserve; None: unknown.
+    `owner`: the tenant that has the turn. `reconcile_age_seconds`: the time since NVML last answered for the device.
+    `xids`: the count of each XID since the agent's start; None: NVML does not report XIDs. `ignored_xids`: how many of
+    these XIDs report errors of programs. `fatal_xid`: the XID because of which no share of the device is offered;
+    None: there is none. `unexplained_bytes`: bytes in use that belong to no process, orphan or known reserve; None:
+    unknown.
     """
 
     index: int
@@ -197,7 +204,11 @@ class DeviceView:
 
 @dataclass(frozen=True, slots=True)
 class SlicesView:
-    """Turns on one device, as the gatekeeper counts them: drains as numbers up to each bound, and longer."""
+    """Turns on one device, as the gatekeeper counts them.
+
+    `drain_seconds`: the sum of all drains. `drains`: the number of drains in each interval that ends at one of
+    `bounds_seconds`, and last the number of longer drains.
+    """
 
     switches: int
     overruns: int
@@ -208,9 +219,10 @@ class SlicesView:
 
 @dataclass(frozen=True, slots=True)
 class PoliciesView:
-    """The last reading of the policy files; `loaded_seconds` since the epoch is that of the last good one.
+    """The last reading of the policy files. `good`: it had no error. `faults`: its errors.
 
-    `unsaved`: why the set in force is not stored on disk for the next start; empty: it is.
+    `loaded_seconds`: the time of the last reading without an error, since the epoch. `unsaved`: the reason why the set
+    in force is not stored on disk for the next start; empty if it is stored.
     """
 
     good: bool
@@ -222,9 +234,10 @@ class PoliciesView:
 
 @dataclass(frozen=True, slots=True)
 class EngineView:
-    """A container engine that is asked for labels: `waiting` containers have no answer yet; the rest counts questions.
+    """A container engine that the agent asks for labels. `waiting`: the number of containers that have no answer yet.
 
-    `fault`: why the last question failed; empty: it did not.
+    `fault`: the reason why the last request failed; empty if it succeeded. `found`, `unknown` and `failed`: the number
+    of requests with this outcome.
     """
 
     name: str
@@ -239,9 +252,10 @@ class EngineView:
 
 @dataclass(frozen=True, slots=True)
 class LibraryView:
-    """A driver that processes map and that is not the host's own; `digest` is empty until its contents have been read.
+    """A driver library that processes have mapped and that is not the host's own.
 
-    `role`: listed or unknown. `tenant`: of one of the processes; empty: it is in none.
+    `digest`: empty until the contents of the file have been read. `role`: `listed` or `unknown`. `tenant`: the tenant
+    of one of the processes; empty if that process is in none.
     """
 
     path: str
@@ -253,7 +267,7 @@ class LibraryView:
 
 @dataclass(frozen=True, slots=True)
 class MapView:
-    """A table that all tenants share: `entries` of it are taken or reserved for a workload, of at most `most`."""
+    """A table that all tenants share. `entries`: entries in use or reserved for a workload. `most`: its capacity."""
 
     name: str
     entries: int
@@ -262,13 +276,14 @@ class MapView:
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """The host at one moment; `time_seconds` since the epoch, `taken_seconds` the same on the monotonic clock.
+    """The host at one moment: `time_seconds` since the epoch, `taken_seconds` on the monotonic clock.
 
-    `unenforced`: why no limit is in force; empty: limits are in force. `incomplete`: why it is unknown whether all that
-    was asked for is in force; empty: it is. `lacks`: what is missing beside enforcement, and its fix. `trusted`:
-    digests that agent.yaml lists. `events`: of the kernel, sent, and lost by reason. `writes_refused`: requests on the
-    control socket without permission. `failures`: errors of the agent's own code that it has survived. `gatekeeper`:
-    the gatekeeper's own counters, for reports; their names may change.
+    `unenforced`: the reason why no limit is in force; empty if limits are in force. `incomplete`: the reason why it is
+    unknown whether all requested limits are in force; empty if they are. `lacks`: failed checks of other things than
+    enforcement by name, each with its finding and fix. `trusted`: the digests that agent.yaml lists. `events`: the
+    number of kernel events that were sent, and of those that were lost, by reason. `writes_refused`: the number of
+    requests on the control socket that lacked the permission to write. `failures`: the number of internal errors after
+    which the agent continued. `gatekeeper`: the gatekeeper's own counters, for reports; their names may change.
     """
 
     time_seconds: float
@@ -294,12 +309,12 @@ class Snapshot:
 
 
 def plain(view: Any) -> dict[str, Any]:
-    """Return a view's fields for json.dumps(…, default=plain); copies nothing, as dataclasses.asdict would."""
+    """Return a view's fields by name, for json.dumps(…, default=plain). It copies nothing, as asdict() would."""
     return {name: getattr(view, name) for name in view.__slots__}
 
 
 class Fields(Mapping[str, Any]):
-    """A view that is read like its JSON; only fields that are read are converted."""
+    """A mapping with the contents of a view's JSON. A field is converted when it is read."""
 
     __slots__ = ("_view",)
 
@@ -307,7 +322,7 @@ class Fields(Mapping[str, Any]):
         self._view = view
 
     def __getitem__(self, name: str) -> Any:
-        """Return a field as JSON has it. Raises KeyError: there is no such field."""
+        """Return a field in its JSON form. Raises KeyError if there is no such field."""
         try:
             return _read(getattr(self._view, name))
         except AttributeError:
@@ -333,10 +348,13 @@ def _read(value: Any) -> Any:
 
 
 def no_limit(snapshot: Mapping[str, Any]) -> str:
-    """Return what a reader must know before all other parts of a Snapshot's JSON; empty: limits are in force."""
+    """Return the warning to show above a Snapshot, which is given as JSON.
+
+    The warning is empty if all limits are in force and the devices are not released.
+    """
     if snapshot["unenforced"]:
         return f"No limit is enforced: {snapshot['unenforced']}"
     if released := snapshot.get("lacks", {}).get(RELEASED):
         return f"Released devices: {released[0]}"
-    incomplete = snapshot.get("incomplete")  # an agent of an older version does not say so
+    incomplete = snapshot.get("incomplete")  # an agent of an older version does not report this
     return f"Not everything is in force: {incomplete}" if incomplete else ""

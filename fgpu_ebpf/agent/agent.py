@@ -1,8 +1,8 @@
 """The agent: puts limits in force, keeps probes and the ledger up to date, and takes Snapshots on request.
 
-The main module of the agent process; `daemon` makes one Agent and runs it. Everything here runs in the main thread. The
-agent has no part in an allocation. When it ends, limits stay in force in the kernel; the next agent takes over what is
-pinned.
+This is the main module of the agent process. It runs in the main thread. The agent has no part in an allocation, which
+BPF programs admit. When the agent ends, limits stay in force in the kernel, and the next agent takes over the pinned
+maps.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ from fgpu_ebpf.workloads.engine_labels import Engines, api_of
 
 log = logging.getLogger("fgpu.agent")
 ROUND_SECONDS = 1.0
-# Errors of a host that is short of memory or files. EFAULT: no page was left for a result (seen with cgroup v1).
+# Errors of a host that is short of memory or files. EFAULT: the kernel had no page for a result (seen with cgroup v1).
 SHORTAGES = frozenset({errno.ENOMEM, errno.EAGAIN, errno.ENFILE, errno.EMFILE, errno.EFAULT})
-HURRY_SECONDS = 0.1  # a round's period while there is no gatekeeper
+HURRY_SECONDS = 0.1  # the period of rounds while there is no gatekeeper
 SNAPSHOT_SECONDS = 1.0  # the greatest age of a Snapshot that is shown
-AHEAD_BYTES = 1 << 20  # memory kept for small objects: what requests, scrapes and rescans of one moment take
+AHEAD_BYTES = 1 << 20  # heap kept for small objects: enough for requests, scrapes and rescans at the same time
 
 
 class Agent:
@@ -49,7 +49,7 @@ class Agent:
         self.snapshot = Snapshot(time.time())
         self._taken, self._next_round = -SNAPSHOT_SECONDS, 0.0
         self.selector = selectors.DefaultSelector()
-        self.history, self.failed_checks = EventLog(), dict[str, Check]()  # besides the checks of enforcement
+        self.history, self.failed_checks = EventLog(), dict[str, Check]()  # by name, without checks of enforcement
         self.gatekeeper = GatekeeperProcess(settings.run_dir, settings.pins)
         self.engines = Engines(map(api_of, settings.engines), settings.run_dir / NAMES)
         self._parts: Parts | None = None
@@ -67,7 +67,11 @@ class Agent:
     # -- start
 
     def start(self) -> None:
-        """Take the lock, load, probe, and put known limits in force. AgentError: what is missing, and how to fix it."""
+        """Take the lock, load the programs, attach the probes, and put known limits in force.
+
+        Raises:
+            AgentError: the text names the missing requirement, and its fix.
+        """
         settings = self.settings
         settings.run_dir.mkdir(mode=0o755, parents=True, exist_ok=True)
         self._lock_file = startup.take_lock(settings.run_dir)
@@ -83,7 +87,7 @@ class Agent:
         self.parts.take_over(attached.policies)
         run.write_preloads(settings.run_dir, driver.shim)
         self._follow()
-        # What containers are given; None: nothing.
+        # The files that containers get; None if they could not be written.
         self.given = startup.set_up_containers(settings, driver.shim, driver.nvml.devices)
         self.mark("in force")
 
@@ -113,27 +117,27 @@ class Agent:
     # -- the main loop
 
     def end(self, *_: object) -> None:
-        """Leave run() at the next tick. Also a signal handler."""
+        """Make run() return after its current step. Signal handlers call this, so it may run at any point."""
         self._ended = True
 
     def reload(self) -> tuple[ConfigError, ...]:
-        """Read the policies again. Returns the errors because of which the last good set stays in force."""
+        """Read the policies again, and return their errors. After an error the last good set stays in force."""
         return self.parts.policies.ask()
 
     def policy_error(self) -> str:
-        """Return why only pinned limits are enforced instead of policies; empty: policies are enforced."""
+        """Return why pinned limits are enforced instead of policies, or an empty text if policies are enforced."""
         return self.parts.policies.trouble if self.parts.manager.policies_unknown else ""
 
     def reload_soon(self, *_: object) -> None:
-        """Reload at the next tick. For SIGHUP, whose handler may run at any point."""
+        """Make the main loop reload the policies soon. The handler of SIGHUP may call this at any point."""
         self._reload_wanted = True
 
     def round_soon(self, *_: object) -> None:
-        """Do a round at the next tick. For SIGCHLD: the gatekeeper may have ended."""
+        """Make the main loop do a round soon. The handler of SIGCHLD calls this: the gatekeeper may have ended."""
         self._next_round = 0.0
 
     def run(self) -> None:
-        """Run the main loop until end(): one tick per event, and a round every ROUND_SECONDS."""
+        """Run the main loop until end() is called: handle events, and do a round every ROUND_SECONDS."""
         raise_priority()
         malloc.settle(AHEAD_BYTES)
         watchdog, looks = sd_notify.Watchdog(), self.parts.looks
@@ -155,7 +159,7 @@ class Agent:
             raise AgentError(self.devices.fault)
 
     def _round(self, now: float) -> None:
-        """Do everything that no event triggers."""
+        """Do the periodic work, which no event triggers."""
         self._next_round = now + ROUND_SECONDS
         for chore in (*self.chores, self.gatekeeper.keep):
             self._do(chore)
@@ -169,7 +173,10 @@ class Agent:
             self._do(part)
 
     def _do(self, step: Callable[[], object]) -> None:
-        """Run one step. An error in it must not stop the others; limits stay in force in the kernel in either case."""
+        """Run one step. If it raises, log and count the error, so that the other steps still run.
+
+        Limits stay in force in the kernel in any case.
+        """
         try:
             step()
         except Exception as error:
@@ -185,7 +192,7 @@ class Agent:
         self.parts.looks.keep()
 
     def _look_at_holders(self) -> None:
-        """Probe the libraries of processes that NVML lists: they may map a private copy of libcuda."""
+        """Probe the libraries of the processes that NVML lists, because they may have mapped a copy of libcuda."""
         parts = self.parts
         parts.reconciler.clear()
         truth = parts.reconciler.truth
@@ -203,11 +210,11 @@ class Agent:
         return self.snapshot
 
     def fresh(self) -> Snapshot:
-        """Return the last Snapshot, or a new one if that is older than SNAPSHOT_SECONDS."""
+        """Return the last Snapshot, or take a new one if the last is older than SNAPSHOT_SECONDS."""
         return self.snapshot if time.monotonic() - self._taken < SNAPSHOT_SECONDS else self.look()
 
     def stop(self) -> None:
-        """Stop everything that this agent has started, however far it came. Limits stay in force."""
+        """Stop all parts that this agent has started, also after an incomplete start. Limits stay in force."""
         made = self._parts
         policies, reconciler, usage = (made.policies, made.reconciler, made.chores.usage) if made else (None,) * 3
         for part in (policies, self.engines, reconciler, usage, self.gatekeeper):
@@ -219,19 +226,23 @@ class Agent:
         self.parts.manager.consider(self.engines.take())
 
     def _look_at_named(self) -> None:
-        """Probe the files of processes that the gatekeeper named, and decide about their cgroups."""
+        """Probe the files of the processes that the gatekeeper has reported, and decide about their cgroups."""
         manager, discovery = self.parts.manager, self.parts.driver.discovery
         for pids in discovery.named():
             for pid in pids:
                 discovery.look_at(pid)
             paths = {path for pid in pids if (path := procfs.cgroup_path(pid)) is not None}
-            # The cgroups may be newer than the kernel's events that were read so far.
+            # The cgroups may be so new that the kernel events about them have not been read yet.
             lacking = manager.consider({above for path in paths for above in procfs.and_above(path)})
             for path in paths:
                 manager.enforcer.answer(path, lacking)
 
     def detach(self) -> dict[str, int]:
-        """Remove everything from the host, and end run(). Returns how many tenants had a limit or a share of time."""
+        """Remove everything of fgpu from the host, and make run() return.
+
+        Returns:
+            `tenants`: the number of tenants that had a limit or a share of time.
+        """
         found = {"tenants": len(self.parts.enforcer)}
         self.stop()
         take_away(self.settings.run_dir, self.settings.pins, by_agent=True)

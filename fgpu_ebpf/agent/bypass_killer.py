@@ -1,8 +1,8 @@
-"""Under `onBypass: kill`, kills processes of a tenant beyond its limit whose memory no probe has seen allocated.
+"""Kills bypassing processes of tenants that exceed their limits, if the policy has `onBypass: kill`.
 
-The kernel's programs kill a process in a call that they see. Memory allocated through a driver library without probes
-is visible in NVML alone, so the agent kills then. This module runs in the agent's main loop, once a round, and needs
-the capability KILL.
+The BPF programs kill a process in a call that has a probe. Memory that was allocated through a driver library without
+probes is visible in NVML alone, so the agent kills the process that holds it. This module runs in the agent's main
+loop, once a round, and needs the capability KILL.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class BypassKiller:
         self._last: Truth | None = None
 
     def look(self) -> None:
-        """Kill once for each new result of NVML, so that the ledger agrees with the device."""
+        """Kill processes once for each new result of NVML, after which the ledger agrees with the device."""
         truth, kills = self._truth(), [tenant for tenant in self._enforcer if self._kills(tenant)]
         if truth is self._last or not kills:
             return

@@ -1,6 +1,6 @@
-"""The ways in which a process bypasses the shim, and why it has none: the words of `fgpu ps` and of the metrics.
+"""Decides in which way a process bypasses the shim, and why it has no shim, in the words of `fgpu ps` and the metrics.
 
-The agent's main thread uses this module, with the readings of one Snapshot.
+This module runs in the agent's main thread, on the readings for one Snapshot.
 """
 
 from __future__ import annotations
@@ -19,7 +19,10 @@ _WITHOUT = ("no_admission", "no_shim", "unwitnessed")
 
 @dataclass(frozen=True, slots=True)
 class Bypasses:
-    """Pids, by what is known of them. `unwitnessed`: those with more memory than can be explained."""
+    """The readings: sets of pids by property, the audit of turns, and the reasons why processes have no shim.
+
+    `unwitnessed`: processes that hold more memory than recorded calls explain.
+    """
 
     preexisting: Container[int]
     unprobed: Container[int]
@@ -29,13 +32,20 @@ class Bypasses:
     reasons: Reasons
 
     def how(self, tgid: int, process: Process) -> str:
-        """Return how a process bypasses the shim; empty: it does not.
+        """Return the way in which a process bypasses the shim, or an empty text if it does not.
 
-        The first that applies: `older`, it started before fgpu; `unprobed`, it maps a library that could not be probed,
-        so that its calls are unknown; `standalone`, it found no agent and keeps its image's own limit; `no_admission`,
-        its calls are seen without an admission; `no_shim` or `unwitnessed`, it has memory and no shim, or no call of it
-        is seen; `outside_turns` or `empty_turns`, NVML sees it run outside its turns, or run nothing in them. A process
-        that exits during its adoption bypasses nothing; its entry is deleted soon.
+        The result is the first of these that applies:
+
+        * `older`: the process started before fgpu.
+        * `unprobed`: it has mapped a library that could not be probed, so its calls are unknown.
+        * `standalone`: it found no agent, and keeps its image's own limit.
+        * `no_admission`: probes have recorded calls for which it requested no admission.
+        * `no_shim`: it has memory and no shim. Probes record its calls.
+        * `unwitnessed`: it has memory that no recorded call explains.
+        * `outside_turns`: according to NVML, it runs outside its tenant's turns.
+        * `empty_turns`: according to NVML, it runs nothing in its tenant's turns.
+
+        A process that exits during its adoption bypasses nothing, and its entry is deleted soon.
         """
         if tgid in self.preexisting and any(process.bytes) and not procfs.ended(tgid):
             return "older"
@@ -54,11 +64,11 @@ class Bypasses:
         return "empty_turns" if tgid in self.turns.empty else ""
 
     def why(self, tgid: int, process: Process, how: str) -> str:
-        """Return why a bypassing process has no shim; empty: it has one, or the reason is unknown."""
+        """Return why a bypassing process has no shim, or an empty text if it has one or the reason is unknown."""
         if how not in _WITHOUT or process.flags & abi.Seen.SHIM:
             return ""
         return self.reasons.of(tgid, process.generation) or ""
 
     def loader(self, tgid: int, process: Process) -> str:
-        """Return the loader of a process for which it is the reason of `why`; else empty."""
+        """Return the path of a process's dynamic loader if that is the reason for why(), else an empty text."""
         return self.reasons.loader(tgid, process.generation)

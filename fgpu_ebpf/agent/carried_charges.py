@@ -1,11 +1,12 @@
-"""Releases orphaned bytes that are charged to running programs again, after a change of the ledger's layout.
+"""Prevents double charges of running programs after a change of the ledger's layout.
 
-If a start finds another layout, it enters the charges of each level there as orphaned bytes without an entry
-(`other_layouts`). The first passes charge each program that was running with the bytes in its row of NVML, and the
-orphaned bytes fall by as many. The rest is memory in no row of NVML, or memory of exited processes; `OrphanRelease`
-releases it once the device does not hold it.
+If the start of an agent finds pinned maps of another layout, it enters the charges of each level there as orphaned
+bytes without an entry (`other_layouts`). The first reconcile passes charge each running program with the bytes that
+NVML shows for it. This module then releases as many of the orphaned bytes. The rest is memory that NVML shows for no
+process, or memory of exited processes. `OrphanRelease` releases the rest once the device no longer holds it.
 
-The reconcile thread uses this module in the first seconds of such a start. After an error the bytes stay charged.
+This module runs in the reconcile thread, in the first seconds after such a start. After an error the bytes stay
+charged.
 """
 
 from __future__ import annotations
@@ -16,13 +17,14 @@ from collections.abc import Iterable
 
 from fgpu_ebpf.ledger.ledger import Ledger
 
-SECONDS = 3.0  # several passes; too short for running programs to allocate much that would be taken for it
+# Several passes. New allocations of running programs in this time are mistaken for carried bytes, so it is short.
+SECONDS = 3.0
 
 _Where = tuple[int, int]  # level and device
 
 
 class Carried:
-    """Bytes carried over. `pids`: the programs that ran before the change; empty: the layout has not changed."""
+    """The bytes carried over. `pids`: the programs that ran before the change; empty if the layout has not changed."""
 
     def __init__(self, ledger: Ledger, pids: Iterable[int]) -> None:
         self._ledger, self._pids = ledger, frozenset(pids)
@@ -30,7 +32,7 @@ class Carried:
         self._before: dict[_Where, int] = self._orphaned() if self._pids else {}
 
     def look(self) -> None:
-        """Release as many bytes as the programs that were running are charged by now."""
+        """Release as many orphaned bytes as these programs are charged with by now."""
         if not self._before:
             return
         charged: Counter[_Where] = Counter()
@@ -46,7 +48,10 @@ class Carried:
             self._before = {}
 
     def _orphaned(self) -> dict[_Where, int]:
-        """Return orphaned bytes without an entry. The pages are read first: see orphans.bpf.h."""
+        """Return the orphaned bytes without an entry, by level and device.
+
+        The pages are read before the entries; orphans.bpf.h has the reason.
+        """
         pages = {level: self._ledger.orphans.of_level(level) for level in self._ledger.tenants()}
         found = Counter(
             {(level, d): bytes_ for level, said in pages.items() for d, bytes_ in enumerate(said) if bytes_}

@@ -1,7 +1,7 @@
-"""A scan of cgroups, step by step: it finds what no event has reported.
+"""Scans of cgroups in short steps. They find changes that no kernel event has reported.
 
-A scan runs in the agent's main loop, in slices (`sliced_looks`). No step takes long, however many cgroups a workload
-has made. A scan raises the errors of the parts that it calls.
+A scan runs in the agent's main loop, in slices (`sliced_looks`). The duration of a step does not depend on the number
+of cgroups that a workload has made. A step raises the errors of the parts that it calls.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ T = TypeVar("T")
 
 
 class HostLook:
-    """Scans the cgroups of the host in steps. `orphaned` checks the level of one cgroup id for orphaned bytes."""
+    """Scans the cgroups of the host in steps. `orphaned` requests a check of a cgroup id's level for orphaned bytes."""
 
     def __init__(
         self, manager: Manager, kernel_events: KernelEvents, engines: Engines, discovery: Discovery,
@@ -36,7 +36,7 @@ class HostLook:
         self._orphaned, self._stale_mounts, self._lists = orphaned, stale_mounts, lists
 
     def steps(self, path: str) -> Iterator[None]:
-        """Return the steps of a scan of all cgroups, or of one workload's."""
+        """Return the steps of a scan of all cgroups if `path` is ALL, else of the cgroup at `path` and those inside."""
         return self._everything() if path == ALL else self._inside(path)
 
     def _everything(self) -> Iterator[None]:
@@ -68,9 +68,9 @@ class HostLook:
         yield from self._follow(path)
 
     def _cgroups(self, top: str) -> Iterator[list[tuple[int, str]]]:
-        """Yield the id and path of every cgroup below `top` in chunks: outer ones first, within a depth oldest first.
+        """Yield id and path of every cgroup below `top` in chunks, sorted by depth, within a depth the oldest first.
 
-        Some chunks are empty, while folders are read.
+        A chunk is empty if its step has only read a part of a folder.
         """
         layer = [(0, top)]
         while layer:
@@ -102,7 +102,7 @@ class HostLook:
     def tenants(self) -> Iterator[None]:
         """Check each tenant for orphaned bytes and stale mounts, and scan the root of its first process.
 
-        That process may have started while no agent ran, so that its exec event was missed.
+        That process may have started while no agent ran, so that no agent received its exec event.
         """
         for tenant in list(self._enforcer):
             self._orphaned(tenant.cgroup)

@@ -1,6 +1,6 @@
-"""Everything that the agent does once in every round, apart from the upkeep of its own parts.
+"""The work that the agent does once in every round, apart from the upkeep of its own parts.
 
-Made at the agent's start; the steps run in its main loop. Most of them add what is new to the event log.
+The steps are made at the agent's start and run in its main loop. Most of them add new events to the event log.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from fgpu_ebpf.tenancy.usage_store import Writer
 
 @dataclass(frozen=True, slots=True)
 class Chores:
-    """The steps of a round, in their order, and those parts of them that others use too."""
+    """The steps of a round, in their order, and the objects behind them that other modules use too."""
 
     steps: tuple[Callable[[], object], ...]
     adoption: AdoptionReports
@@ -40,7 +40,7 @@ def make_chores(
     driver: HostDriver, ledger: Ledger, manager: Manager, reconciler: Reconciler, history: EventLog,
     failed_checks: MutableMapping[str, Check],
 ) -> Chores:  # fmt: skip
-    """Make the chores. `failed_checks`: the agent's failed checks, which some of them change."""
+    """Make the steps. `failed_checks`: the agent's failed checks by name, which some steps change."""
 
     def truth() -> Truth:
         return reconciler.truth

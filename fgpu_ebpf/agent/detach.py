@@ -1,8 +1,8 @@
-"""`fgpu detach`: removes what fgpu has left on the host.
+"""`fgpu detach`: removes everything that fgpu has left on the host, with three exceptions.
 
-This module runs in the agent, or in the command if no agent runs. It leaves what an engine's settings name
-(`fgpu setup --undo` must come first), versions of the shim that processes have mapped, and what was measured of the
-driver. OSError: part of it is left; the next call removes it.
+The exceptions are the files that an engine's settings name (`fgpu setup --undo` must come first), versions of the shim
+that processes have mapped, and measurements of the driver. This module runs in the agent's main thread, or in the
+command if no agent runs. After an OSError a part is left, which the next call removes.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def take_away(run_dir: Path, pins: Path, by_agent: bool = False) -> None:
     _remove_empty(pins.parent)
     programs.unmount_made()
     shim = injection.mounted(run_dir).get("shim")
-    published = injection.take_away(run_dir)  # by an earlier agent, if the last one had a shim of its own
+    published = injection.take_away(run_dir)  # an earlier agent has published it if the last one had its own shim
     run.remove_created_preloads(run_dir)
     if shim:
         attach.wait_until_detached(shim)
@@ -68,7 +68,7 @@ def take_away(run_dir: Path, pins: Path, by_agent: bool = False) -> None:
 
 
 def _cgroups() -> None:
-    """Remove empty cgroups of `fgpu run`; a later agent removes the others when their programs have ended."""
+    """Remove the empty cgroups of `fgpu run`. A later agent removes the rest when their programs have ended."""
     root = procfs.cgroup2_root()
     if root is None:
         return
@@ -85,15 +85,15 @@ def _published(shim: Path) -> None:
     mapped = {(m.dev, m.ino) for pid in procfs.pids() for m in cuda_mappings.fgpu_mappings(pid) or ()}
     if shim_store.remove(store, mapped):
         shutil.rmtree(injection.BIN, ignore_errors=True)
-    # A runtime has made the place of a mount if it put the shim into a container that has this folder of the host.
+    # A container may have this folder of the host. Then the container runtime has created the shim's mount point in it.
     for folder in (store, engine_setup.STATE, Path(shim_mounts.BESIDE), store.parent):
         _remove_empty(folder)
 
 
 def _leave(folder: Path) -> None:
-    """Leave the shim's folder to containers that have it mounted, so that the next agent uses the same one.
+    """Keep the shim's folder if containers have it mounted, so that the next agent uses the same folder.
 
-    The sticky bit tells shims not to wait for an answer. The gatekeeper clears it; a reboot removes the folder.
+    The sticky bit makes shims not wait for an answer. The next gatekeeper clears it. A reboot removes the folder.
     """
     with contextlib.suppress(FileNotFoundError):
         folder.chmod(0o1755)

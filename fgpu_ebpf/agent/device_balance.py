@@ -1,15 +1,16 @@
-"""Orphaned bytes that a device may still hold: its balance of memory in use.
+"""The balance of a device's memory in use, which limits how many orphaned bytes the device may still hold.
 
     in use = rows of live processes + known rest + hidden memory + orphans that are held + unexplained
 
-NVML gives the first number and the rows. Hidden memory is in no row: managed memory, of which an unknown part is on the
-device, and handles of processes without a context, which a library of a tenant's own may only claim to have made. It is
-therefore estimated from below: the estimate rises when more is in use than orphans can explain, and falls by all hidden
-memory that is freed. What is left limits the orphans. An error of the estimate keeps orphans longer than necessary; it
-releases none that the device holds. Managed memory of a process that the ledger does not know explains nothing: no
-probe sees when that process frees it.
+NVML reports the memory in use and a row for each process. Hidden memory is memory of live processes in no row: managed
+memory, of which an unknown part is on the device, and handles of processes without a context. The ledger may have too
+many handles, because a tenant's own library can claim to have created some. Hidden memory is therefore estimated from
+below: the estimate rises when more memory is in use than orphans can explain, and falls by all hidden memory that is
+freed. The memory in use minus rows, known rest and hidden memory is the upper bound of the orphans. If the estimate is
+too low, orphans are kept longer than necessary, but none is released that the device holds. Managed memory of a process
+without an entry in the ledger explains nothing, because no probe records when that process frees it.
 
-The reconcile thread has one Balance for each device. No I/O.
+The reconcile thread has one Balance for each device. This module does no I/O.
 """
 
 from __future__ import annotations
@@ -21,10 +22,10 @@ from typing import NamedTuple
 
 from fgpu_ebpf.ledger.orphans import Orphan
 
-# The driver takes device memory for managed pages in chunks that all processes share (seen on an H200).
+# The driver allocates device memory for managed pages in chunks that all processes share (seen on an H200).
 CHUNK_BYTES = 128 << 20
-CALM_LOOKS = 3  # looks that must agree before a release, if no process changed anything during them
-LOOKS = 25  # and if some process changed its memory while NVML was asked
+CALM_LOOKS = 3  # readings that a release needs, if no process changed its memory while NVML was asked
+LOOKS = 25  # readings that a release needs otherwise
 
 Life = tuple[int, int, int]  # pid, generation and changes of a process
 
@@ -32,9 +33,10 @@ Life = tuple[int, int, int]  # pid, generation and changes of a process
 class Reading(NamedTuple):
     """Bytes in use that live processes and the known rest do not explain, by several samples of one pass.
 
-    `most`: each process is counted with the least that NVML shows for it. `least`: with the most that NVML shows or
-    that it is charged; with both if it is in a call, because it may be allocating memory, or may have freed memory that
-    is open elsewhere. `calm`: no process of the ledger took or freed memory between the first sample and the last.
+    `most`: the upper bound: each process counts with the least that NVML shows for it. `least`: the lower bound: each
+    process counts with its charge or with the most that NVML shows for it, whichever is larger. A process in a call
+    counts with the sum of both, because it may be allocating memory, or may have freed memory that another process has
+    open. `calm`: no process of the ledger allocated or freed memory between the first sample and the last.
     """
 
     most: int
@@ -45,11 +47,11 @@ class Reading(NamedTuple):
 class Charges(NamedTuple):
     """Charges of the ledger for one device.
 
-    `kept`: all orphaned bytes. `managed`: managed memory charged to live processes; `managed_busy`: the part of it
-    charged to processes that are in a call or changed something during the pass, which the driver may have freed.
-    `managed_freed`: a counter of bytes. `handles`: bytes of handles by (pid, generation, changes), for processes
-    without a context that are not busy. `has_strangers`: processes unknown to the ledger have memory there, part of
-    which may be managed.
+    `kept`: all orphaned bytes. `managed`: managed memory charged to live processes. `managed_busy`: the part of
+    `managed` that is charged to processes that are in a call or changed their memory during the pass; the driver may
+    have freed it. `managed_freed`: the managed bytes that were ever freed. `handles`: bytes of handles by (pid,
+    generation, changes), for processes without a context that are not busy. `has_strangers`: processes without an entry
+    in the ledger have memory on the device, part of which may be managed.
     """
 
     kept: int = 0
@@ -69,7 +71,7 @@ class Hidden:
         self._handles: Mapping[Life, int] = {}
 
     def look(self, reading: Reading, charges: Charges) -> int:
-        """Enter a reading, and return the hidden bytes.
+        """Record a reading, and return the estimate in bytes.
 
         Memory that was freed since the last reading may have been there at this one, so it is subtracted from this
         reading's value too.
@@ -97,11 +99,14 @@ class Balance:
         self._readings: deque[Reading] = deque(maxlen=LOOKS)
 
     def forget(self) -> None:
-        """Discard earlier readings, because NVML did not answer."""
+        """Discard the earlier readings, because a pass without enough samples has interrupted the sequence."""
         self._readings.clear()
 
     def room(self, reading: Reading, charges: Charges) -> int | None:
-        """Record a reading. Return how many orphaned bytes the device may still hold; None: too few readings."""
+        """Record a reading, and return how many orphaned bytes the device may still hold.
+
+        The result is None as long as there are too few readings for a release.
+        """
         self._readings.append(reading)
         hidden = self._hidden.look(reading, charges)
         self.unexplained = max(0, reading.least - charges.kept - max(0, hidden - sum(charges.handles.values())))
@@ -110,7 +115,7 @@ class Balance:
         return None if most is None else max(0, most - hidden)
 
     def _most(self) -> int | None:
-        """Return the greatest of as many readings as a release needs; None: there are too few."""
+        """Return the greatest upper bound in the readings that a release needs, or None if there are too few."""
         recent = list(self._readings)[-CALM_LOOKS:]
         if not all(reading.calm for reading in recent):
             recent = list(self._readings) if len(self._readings) == LOOKS else []
@@ -118,7 +123,7 @@ class Balance:
 
 
 def beyond_orphans(reading: Reading, charges: Charges) -> int:
-    """Return the bytes in use that only hidden memory explains, even if the device holds all orphans."""
+    """Return the bytes in use that only hidden memory can explain, even if the device holds all orphans."""
     return min(_most_hidden(charges), reading.least + sum(charges.handles.values()) - charges.kept)
 
 
@@ -127,7 +132,12 @@ def _most_hidden(charges: Charges) -> int:
 
 
 def surplus(spare: Sequence[tuple[Orphan, int]], excess: int) -> list[tuple[Orphan, int]]:
-    """Return the first orphans and bytes of each that sum to `excess`."""
+    """Return the first orphans of `spare`, and the bytes of each, that add up to `excess`.
+
+    Args:
+        spare: the orphans, each with the most bytes to take.
+        excess: the wanted sum in bytes. If `spare` has less, all of `spare` is returned.
+    """
     found = []
     for orphan, most in spare:
         bytes_ = min(most, excess)

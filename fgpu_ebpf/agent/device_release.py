@@ -1,7 +1,7 @@
-"""Releases the devices on request, so that they can be reset and their driver unloaded, and notices another driver.
+"""Closes the devices on request, so that they can be reset and their driver unloaded, and detects a replaced driver.
 
-This module runs in the agent's main loop; the reconcile thread shuts NVML down. Limits stay in force in the kernel
-meanwhile, and memory that only NVML shows is not corrected. A release ends by a command, or after its time.
+This module runs in the agent's main loop; the reconcile thread shuts NVML down. During a release limits stay in force
+in the kernel, but memory that only NVML shows is not charged. A release ends by a command, or when its time is over.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ _FILES_FIX = "once the modules of the new driver are loaded, restart the agent: 
 class DeviceRelease:
     """The release, if there is one, and the driver's files.
 
-    `files`: those at the agent's start. `failed_checks`: the agent's, by name, changed here. `fault`: why the agent
-    must end, and start again with another driver; empty: it need not.
+    `files`: the driver's files at the agent's start. `failed_checks`: the agent's failed checks by name, which this
+    class changes. `fault`: the reason why the agent must exit and be started again with another driver, else empty.
     """
 
     reconciler: Reconciler
@@ -38,8 +38,8 @@ class DeviceRelease:
     history: EventLog
     failed_checks: MutableMapping[str, Check]
     fault: str = ""
-    _since: float = 0.0  # epoch
-    _until: float | None = None  # monotonic; None: not released
+    _since: float = 0.0  # the start of the release, since the epoch
+    _until: float | None = None  # the end of the release on the monotonic clock; None: not released
 
     @property
     def is_released(self) -> bool:
@@ -47,9 +47,11 @@ class DeviceRelease:
         return self._until is not None
 
     def release(self, seconds: float) -> dict[str, Any]:
-        """Release the devices, from now on for at most `seconds`. Returns whether that is done, and until when.
+        """Release the devices for at most `seconds` from now on. The caller repeats this call until it is done.
 
-        To be called again until it is done; `open` of the answer are files of devices that this process has open.
+        Returns:
+            `done`: whether the devices are released. `open`: the files of devices that this process still has open.
+            `until`: the end of the release as local time, HH:MM:SS.
         """
         if self._until is None:
             self._since = time.time()
@@ -61,7 +63,7 @@ class DeviceRelease:
         return {"done": self.reconciler.has_let_go and not left, "open": left, "until": _at(self._until)}
 
     def take(self) -> None:
-        """Open the devices again. If the driver's files have been replaced, the agent has to restart instead."""
+        """Open the devices again. If the driver's files were replaced, set `fault` instead: the agent must restart."""
         if self._until is None:
             return
         self._until = None
@@ -82,7 +84,7 @@ class DeviceRelease:
         self._report(FILES, replaced, _FILES_FIX)
 
     def _replaced(self) -> str:
-        """Return which of the driver's files were replaced since the agent's start; empty: none."""
+        """Return a text that names the driver's files that were replaced since the agent's start; empty if none was."""
         replaced = sorted(str(path) for path, file in self.files.items() if file_at(path) != file)
         return f"replaced since the agent's start: {', '.join(replaced)}" if replaced else ""
 

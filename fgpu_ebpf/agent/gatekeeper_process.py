@@ -1,7 +1,8 @@
-"""The supervisor of the gatekeeper process: starts one if there is none, and ends it with the agent.
+"""The supervisor of the gatekeeper process: starts a gatekeeper if there is none, and stops it with the agent.
 
-The supervisor runs in the agent's main loop; `check` runs in `fgpu doctor`. A gatekeeper that a service runs is only
-ended by `fgpu detach` or a change of the layout. One that dies is replaced within a second.
+The supervisor runs in the agent's main loop; `check` runs in `fgpu doctor`. A gatekeeper that a systemd service runs is
+stopped only by `fgpu detach` or a change of the layout. If the agent's own gatekeeper dies, the agent starts another
+within a second.
 """
 
 from __future__ import annotations
@@ -27,18 +28,19 @@ from fgpu_ebpf.snapshot import SlicesView
 
 log = logging.getLogger("fgpu.agent")
 UP_SECONDS = 5.0
-PATIENCE_SECONDS = 2.0  # the same as a shim's
+PATIENCE_SECONDS = 2.0  # how long a shim waits for the answer to its first hello
 HANG_UP_SECONDS = 0.5  # a gatekeeper that does not understand a hello closes the connection when it reads the hello
 ABSENT = Check(
     "gatekeeper", False, "not running: new programs are refused memory",
     "wait for the agent to start another (1 s), or run: systemctl restart fgpu-gatekeeper",
 )  # fmt: skip
 NS = 1e9
-OWN_SECONDS, OTHERS_SECONDS = 0.5, 1.0  # until the agent replaces one that is gone: its own, a service's
+# How long no gatekeeper runs before the agent starts one: after its own has exited, and after a service's has.
+OWN_SECONDS, OTHERS_SECONDS = 0.5, 1.0
 
 
 class GatekeeperProcess:
-    """Starts and ends the agent's own gatekeeper, of which there is at most one."""
+    """Starts and stops the agent's own gatekeeper. There is at most one."""
 
     def __init__(self, run_dir: Path, pins: Path) -> None:
         self._run_dir, self._lock = run_dir, run_dir / file_locks.GATEKEEPER
@@ -50,7 +52,7 @@ class GatekeeperProcess:
         self.is_missed = False  # set by keep()
 
     def start(self, layout_changed: bool = False) -> None:
-        """Start a gatekeeper, unless a service's or an earlier agent's runs.
+        """Start a gatekeeper, unless one runs that a service or an earlier agent has started.
 
         Args:
             layout_changed: a running gatekeeper may be of a version that understands no hello of this version's shims.
@@ -66,7 +68,10 @@ class GatekeeperProcess:
         self._child = subprocess.Popen(self._command, stdin=subprocess.DEVNULL, env=environment)
 
     def keep(self) -> None:
-        """Start a gatekeeper if there is none. If a service ran one, the service has OTHERS_SECONDS to restart it."""
+        """Start a gatekeeper if there is none.
+
+        If a systemd service ran the last gatekeeper, the service has OTHERS_SECONDS to restart it.
+        """
         own, was_missed = self._child and self._child.poll() is None, self.is_missed
         self.is_missed = not own and not file_locks.is_locked(self._lock)
         if not self.is_missed or not (was_missed or self._child):  # a service's may have run until a moment ago
@@ -79,7 +84,7 @@ class GatekeeperProcess:
         self.start()
 
     def wait(self) -> bool:
-        """Wait until a gatekeeper answers. Returns False if none does within UP_SECONDS."""
+        """Wait until a gatekeeper accepts connections. Returns False if none does within UP_SECONDS."""
         deadline = time.monotonic() + UP_SECONDS
         while not self.answers():
             if time.monotonic() > deadline:
@@ -92,7 +97,7 @@ class GatekeeperProcess:
         return is_up(self._run_dir) and _accepts(self._run_dir / "shim/shim.sock")
 
     def stop(self) -> None:
-        """End the agent's own gatekeeper."""
+        """Stop the agent's own gatekeeper, with SIGKILL if it does not exit within 2 s."""
         if self._child is None or self._child.poll() is not None:
             return
         self._child.terminate()
@@ -104,7 +109,7 @@ class GatekeeperProcess:
 
 
 def check(run_dir: Path) -> Check:
-    """Check that a gatekeeper runs and answers, by the hello of a shim."""
+    """Check that a gatekeeper runs and answers a shim's hello within PATIENCE_SECONDS."""
     lock = run_dir / file_locks.GATEKEEPER
     if not file_locks.is_locked(lock):
         return ABSENT
@@ -116,14 +121,15 @@ def check(run_dir: Path) -> Check:
 
 
 def _hangs_up(place: Path) -> bool:
-    """Return True if the gatekeeper closes the connection at a hello of this layout; False if it does not."""
+    """Return whether the gatekeeper closes the connection when it receives a hello of this layout."""
     return _hello(place, HANG_UP_SECONDS) == b""
 
 
 def _hello(place: Path, seconds: float) -> bytes | None:
-    """Send a hello as an unmanaged process, or as a tenant's, whose pages are closed again; return the reply.
+    """Send a hello as a shim does, and return the reply without the descriptors of pages that come with it.
 
-    Empty: there is no gatekeeper, or it closes the connection. None: it does not reply within that time.
+    The result is empty if there is no gatekeeper or it closes the connection. It is None if there is no reply within
+    `seconds`.
     """
     hello = abi.Hello(magic=abi.MAGIC, version=abi.LAYOUT, size=ctypes.sizeof(abi.Hello))
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as sock:
@@ -139,7 +145,7 @@ def _hello(place: Path, seconds: float) -> bytes | None:
 
 
 def _accepts(place: Path) -> bool:
-    """Return whether a process listens at a socket; none listens at a folder, or at the socket of an exited process."""
+    """Return whether a process listens at the path: not if it is a folder, or the socket of an exited process."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as sock:
         sock.setblocking(False)
         try:
@@ -152,13 +158,13 @@ def _accepts(place: Path) -> bool:
 
 
 def is_up(run_dir: Path) -> bool:
-    """Return True if a gatekeeper holds its lock and its socket; `check` finds out whether it answers."""
-    # Strings: see is_locked.
+    """Return whether a gatekeeper holds its lock and its socket exists. Only `check` tests whether it answers."""
+    # Strings instead of Paths, because this is called often: see is_locked.
     return file_locks.is_locked(f"{run_dir}/{file_locks.GATEKEEPER}") and os.path.exists(f"{run_dir}/shim/shim.sock")
 
 
 def counts(run_dir: Path) -> dict[str, Any]:
-    """Return what the gatekeeper has counted; empty: it has written nothing that can be read."""
+    """Return the gatekeeper's counters, or an empty dict if its file is missing or cannot be read."""
     try:
         with open(f"{run_dir}/gatekeeper.json", encoding="utf-8") as file:
             found = json.load(file)
@@ -168,7 +174,7 @@ def counts(run_dir: Path) -> dict[str, Any]:
 
 
 def slices(counted: Mapping[str, Any], device: int) -> SlicesView | None:
-    """Return the turns on a device, of the result of counts()."""
+    """Return the turns on a device from the result of counts(), or None if it has none for that device."""
     try:
         slices = counted["slices"]
         of_device = slices["devices"][str(device)]
@@ -180,7 +186,10 @@ def slices(counted: Mapping[str, Any], device: int) -> SlicesView | None:
 
 
 def end_any(run_dir: Path) -> None:
-    """Stop the gatekeeper that holds the lock, even an earlier agent's: it would create its folder again."""
+    """Stop the gatekeeper that holds the lock, even one of an earlier agent: it would create its folder again.
+
+    Waits up to UP_SECONDS for its exit.
+    """
     lock, deadline = run_dir / file_locks.GATEKEEPER, time.monotonic() + UP_SECONDS
     with contextlib.suppress(OSError):
         while (pid := file_locks.holder(lock)) and file_locks.is_locked(lock) and time.monotonic() < deadline:

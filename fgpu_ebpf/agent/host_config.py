@@ -1,7 +1,7 @@
 """`/etc/fgpu/agent.yaml`: the settings of this host, and their defaults.
 
-`daemon`, `fgpu doctor` and `fgpu cdi` use this module. A file that others than root may write is refused, because the
-settings name the program that loads BPF.
+This module runs in the main thread of the agent and of commands. A file that users other than root may write is
+refused, because the settings name the program that loads the BPF programs.
 """
 
 from __future__ import annotations
@@ -34,11 +34,10 @@ ENGINES = (
 class HostSettings:
     """The settings of a host.
 
-    `overcommit`: the sum of limits may exceed a device's memory. `loader`: the interpreter that can import BCC, and
-    its arguments.
-    `engines`: engines to ask for labels, as KIND:SOCKET. `profiles`: shares that a device plugin offers.
-    `ignored_xids`: XIDs after which a device is still offered. `trusted_drivers`: digests of files, as `sha256:…`.
-    `bounds`: how much of shared tables one workload may have.
+    `overcommit`: the sum of limits may exceed a device's memory. `loader`: the interpreter that can import BCC, and its
+    arguments. `engines`: the engines to ask for labels, as KIND:SOCKET. `profiles`: the shares that a device plugin
+    offers. `ignored_xids`: XIDs after which a device is still offered. `trusted_drivers`: digests of trusted files of
+    libcuda, as `sha256:…`. `bounds`: how much of the shared tables one workload may have.
     """
 
     listen: str = "127.0.0.1:9423"
@@ -68,7 +67,7 @@ def read(path: Path = FILE, root_only: bool = True) -> tuple[HostSettings | None
         return None, (invalid.error,)
     except OSError as error:
         return None, (ConfigError(str(path), 0, "", f"cannot be read: {error.strerror}"),)
-    # Imported here: it imports pydantic, 11 MiB that a host without such a file must not pay for.
+    # Imported here, because it imports pydantic, which takes 11 MiB. A host without the file does not need it.
     from fgpu_ebpf.agent import host_schema
 
     values, errors = host_schema.read(str(path), data)

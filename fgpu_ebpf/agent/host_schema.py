@@ -1,6 +1,7 @@
 """The schema of `agent.yaml`: its keys and their values.
 
-`host_config` uses this module; it opens the file and has the defaults. Errors are returned with their lines.
+This module runs in the main thread of the agent and of commands. `host_config` opens the file and has the defaults.
+Errors are returned with their line numbers.
 """
 
 from __future__ import annotations
@@ -176,7 +177,12 @@ class HostDocument(Model):
 
 
 def read(file: str, data: bytes) -> tuple[dict[str, Any], tuple[ConfigError, ...]]:
-    """Return what a file sets as fields of HostSettings, or the file's errors."""
+    """Return the settings in a file as fields of HostSettings, or the file's errors.
+
+    Args:
+        file: the path of the file, for errors.
+        data: the contents of the file.
+    """
     try:
         found = list(documents(file, data))
         if len(found) > 1:

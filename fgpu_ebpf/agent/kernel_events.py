@@ -1,8 +1,8 @@
 """Dispatch of the events of the kernel's ring buffer.
 
 This module runs in the agent's main loop. It decides in which order cgroups that were created, removed or entered are
-examined, and adds refusals, bypasses and kills to the event log. `lost` returns the cgroups of which events were lost;
-its caller scans them again.
+examined, and adds refusals, bypasses and kills to the event log. KernelEvents.lost() returns the cgroups whose events
+were lost, so that its caller scans them.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from fgpu_ebpf.tenancy.manager import Manager
 
 log = logging.getLogger("fgpu.agent")
 _OPERATION = {kind.value: kind.name.lower() for kind in abi.Kind}
-MOST_AT_ONCE = 64  # events per call, so that the loop serves other descriptors
+MOST_AT_ONCE = 64  # events per call of read(), so that the main loop serves other descriptors in between
 _OF_CGROUPS = {News.MOVED, News.MADE, News.EMPTIED, News.REMOVED}
 
 
@@ -30,9 +30,9 @@ class KernelEvents:
     """The only reader of the ring buffer.
 
     Args:
-        orphaned: called for a level that has orphaned bytes.
+        orphaned: called with the cgroup id of a level that has orphaned bytes.
         held: returns the memory of processes by NVML: device -> pid -> bytes or None.
-        began: called for a program that has begun.
+        began: called with the pid of a process that has executed a program.
     """
 
     def __init__(
@@ -60,7 +60,7 @@ class KernelEvents:
         return self._events.fileno()
 
     def read(self) -> None:
-        """Handle the oldest events; the descriptor stays readable if there are more."""
+        """Handle the oldest MOST_AT_ONCE events. The descriptor stays readable if there are more."""
         events = list(islice(self._events.read(), MOST_AT_ONCE))
         for event in events:
             if event.kind not in _OF_CGROUPS:
@@ -70,7 +70,10 @@ class KernelEvents:
         self._look_at_cgroups(of_cgroups)
 
     def lost(self) -> list[str]:
-        """Return the paths of workloads whose cgroup events were lost since the last call; "": all cgroups."""
+        """Return the paths of workloads whose cgroup events were lost since the last call.
+
+        An empty path stands for all cgroups of the host.
+        """
         before, self._full = self._full, self._ledger.incidents(abi.Kind.EVENTS, Fate.FULL)
         lost = self._budgets.lost()
         return [*lost, ""] if self._full > before and "" not in lost else lost
@@ -106,7 +109,7 @@ class KernelEvents:
             self._note("no room", event, "", shortage)
 
     def _bounds_met(self, event: Event) -> str:
-        """Return which bounds refuse entries to this level; empty: it was refused for bytes."""
+        """Return the bounds because of which the event's level was refused entries; empty for other refusals."""
         tenant = self._enforcer.get(event.cgroup) if event.reason == abi.Reason.ENTRIES else None
         return "; ".join(self._enforcer.places.crowds([tenant.path])) if tenant else ""
 
@@ -120,7 +123,7 @@ class KernelEvents:
     # -- cgroups
 
     def _look_at_cgroups(self, events: Iterable[Event]) -> None:
-        """Examine the cgroups as they are now: earlier changes of a path do not matter."""
+        """Examine each cgroup of these events once, in its present state, whatever the order of the events."""
         seen: dict[str, set[News]] = {}
         for event in events:
             seen.setdefault(event.path, set()).add(event.kind)
@@ -134,7 +137,7 @@ class KernelEvents:
         self.follow(moved)
 
     def follow(self, paths: Iterable[str]) -> None:
-        """Move the charges of processes in these cgroups to the levels that they are in now."""
+        """Move the charges of the processes in these cgroups to the levels that the processes are in now."""
         known = self._ledger.processes()
         holders = {pid for held in self._held().values() for pid in held}
         for path in paths:
@@ -144,8 +147,8 @@ class KernelEvents:
                     self._ledger.move(pid, known[pid].generation, levels)
                     self._ledger.new_epoch()
                 elif pid in holders and pid not in known and levels:
-                    self._ledger.new_epoch()  # the shim treats the process as unmanaged
+                    self._ledger.new_epoch()  # the shim is registered as unmanaged, and has to register again
 
     def charged(self) -> list[int]:
-        """Return every process that is charged."""
+        """Return the pids of all charged processes."""
         return [*self._ledger.processes()]

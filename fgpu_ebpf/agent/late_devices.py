@@ -1,4 +1,4 @@
-"""Devices that had no handle when the agent started: reported, and taken in as soon as NVML finds them.
+"""Reports devices that had no NVML handle when the agent started, and adds each as soon as NVML finds it.
 
 This module runs in the agent's main loop, once a round; the reconcile thread asks NVML. Until NVML finds the device, no
 tenant gets memory on it.
@@ -25,8 +25,8 @@ _FIX = "nvidia-smi and dmesg | grep -i xid show the reason; after a reset or a r
 class LateDevices:
     """The missing devices.
 
-    `contexts`: bytes of one context by ledger index; `failed_checks`: by name. Both are the agent's, and are changed
-    here.
+    `contexts`: the size of one context in bytes, by ledger index. `failed_checks`: the agent's failed checks by name.
+    This class changes both.
     """
 
     nvml: Nvml
@@ -39,7 +39,7 @@ class LateDevices:
     _named: set[str] = field(default_factory=set)
 
     def look(self) -> None:
-        """Take in the devices that NVML has found since the last round, and report missing ones."""
+        """Add the devices that NVML has found since the last round, and report the missing ones."""
         if arrived := self.nvml.arrived():
             for device in arrived:
                 self._enter(device)

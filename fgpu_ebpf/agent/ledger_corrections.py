@@ -1,7 +1,8 @@
-"""Overheads: what NVML shows of a process beyond its witnessed bytes, entered in the ledger.
+"""Corrects overheads in the ledger: the memory that NVML shows for a process beyond its witnessed bytes.
 
-This module runs in the reconcile thread. An idle process is set to exactly what NVML shows. If a process is never idle
-(one of its threads is always between an admission and its call), the least that must be missing is added at once.
+This module runs in the reconcile thread. The charge of an idle process is set to exactly what NVML shows. While a
+process is not idle (one of its threads is between an admission and its call), only bytes that are certainly missing are
+added.
 """
 
 from __future__ import annotations
@@ -16,21 +17,24 @@ from fgpu_ebpf.ledger.ledger import Ledger
 from fgpu_ebpf.ledger.process_entry import Process
 from fgpu_ebpf.linux import procfs
 
-GONE = 3  # looks in a row at which a process with a context is not listed, nor its memory in use
+# The memory of a process with a context counts as gone after this many passes in a row in which NVML does not list the
+# process, and less memory is in use than the process is charged for.
+GONE = 3
 
-Drift = dict[tuple[int, int], int]  # (pid, device) -> ledger less NVML, in bytes
+Drift = dict[tuple[int, int], int]  # (pid, device) -> ledger minus NVML, in bytes
 _Life = tuple[int, int, int]  # pid, generation, device
 
 
 class Corrections:
-    """Corrects overheads. `levels` returns the levels of a cgroup path, for processes that no probe has seen."""
+    """Corrects overheads. `levels` returns the levels of a cgroup path, for processes that no probe has recorded."""
 
     def __init__(self, nvml: Nvml, ledger: Ledger, levels: Callable[[str], tuple[int, ...]]) -> None:
         self._nvml = nvml
         self._ledger = ledger
         self._levels = levels
-        self._gone: dict[_Life, int] = {}  # looks at which no memory was in use that the process should have
-        self._exact: dict[_Life, tuple[int, int]] = {}  # when the process was last set exactly: see _correct
+        self._gone: dict[_Life, int] = {}  # the number of passes that GONE limits
+        # At the last exact setting: the number of ended contexts, and the part of the overhead below 0. See _correct.
+        self._exact: dict[_Life, tuple[int, int]] = {}
 
     def mark(self, device: int, processes: Mapping[int, Process]) -> None:
         """Reset the peaks of processes that are not idle, before NVML is asked."""
@@ -41,11 +45,11 @@ class Corrections:
     def look(self, device: int, sample: Sample, ended: Mapping[int, int], drift: Drift) -> bool:
         """Correct all processes of a device once. Returns True if some were not idle: another pass may be exact.
 
-        Between the reading of a process and its correction nothing may be charged, released, admitted or in a call: the
-        kernel refuses the correction if a change has begun.
+        The kernel refuses the correction of a process if a change of it has begun since it was read: a charge, a
+        release, an admission or a call.
 
         Args:
-            ended: bytes by pid that belong to ended processes.
+            ended: the bytes of each row, by pid, that belong to ended processes.
             drift: filled with ledger minus NVML for each process.
         """
         known, is_unquiet = sample.processes, False
@@ -66,11 +70,11 @@ class Corrections:
         return is_unquiet
 
     def _held(self, tgid: int, process: Process, device: int, sample: Sample) -> int | None:
-        """Return the bytes that NVML shows for a process; None: it shows nothing about it.
+        """Return the bytes that a process holds by NVML, or None if its charge must stay as it is.
 
-        NVML lists only processes with a context. A process that has a context and is not listed keeps its witnessed
-        bytes, unless its memory is nowhere on the device, which was then lost or reset. So does a process without a
-        context: its handles and pools are on the device, in no row.
+        NVML lists only processes with a context. A process that has a context and is not listed keeps its charge until
+        its memory counts as gone, because the device was lost or reset. A process without a context keeps its witnessed
+        bytes, because its handles and pools are on the device, in no row.
         """
         if tgid in sample.rows:
             return sample.rows[tgid]
@@ -92,16 +96,17 @@ class Corrections:
         self._gone = counts
 
     def _left(self, device: int, sample: Sample) -> int | None:
-        """Return the bytes in use beyond all rows; None: NVML does not say."""
+        """Return the bytes in use beyond all rows, or None if NVML does not report one of the numbers."""
         known = [bytes_ for bytes_ in sample.rows.values() if bytes_ is not None]
         in_use = self._nvml.taken_bytes(device)
         return None if in_use is None or len(known) < len(sample.rows) else in_use - sum(known)
 
     def _correct(self, tgid: int, process: Process, device: int, held: int, drift: Drift) -> bool:
-        """Set one overhead, and enter the remaining drift. Returns whether the kernel accepted it.
+        """Set one overhead, and record the remaining drift. Returns whether the kernel accepted it.
 
-        If a context was destroyed while others remained, the overhead is set exactly, because no probe saw which memory
-        was freed with it. That part is below 0, and stays below 0.
+        If a context was destroyed while others remained, the overhead is set exactly, because no probe has recorded
+        which memory was freed with the context. The overhead may then be below 0. Later overheads may be as low, as
+        long as the process has a context.
         """
         exact, life = held - process.witnessed(device), (tgid, process.generation, device)
         contexts_ended, gone = self._exact.get(life, (0, 0))
@@ -116,7 +121,7 @@ class Corrections:
         return done
 
     def _raise(self, tgid: int, process: Process, device: int, held: int, drift: Drift) -> None:
-        """Charge the missing bytes of a process that is not idle: those that NVML shows above its peak since mark()."""
+        """Charge the missing bytes of a process that is not idle: the bytes in its row above its peak since mark()."""
         now = self._ledger.process(tgid)
         if now is None or now.generation != process.generation:
             return
@@ -127,10 +132,10 @@ class Corrections:
             drift[tgid, device] = 0
 
     def _adopt(self, sample: Sample, ended: Mapping[int, int]) -> None:
-        """Enter processes of managed cgroups that hold memory and that no probe has seen.
+        """Add processes to the ledger that are in managed cgroups, hold memory, and were not recorded by a probe.
 
-        Ending processes are left out: the driver takes 0.1 s to free what they held, and they bypass nothing. If NVML's
-        pids are not the kernel's, none is entered.
+        Exiting processes are not added: the driver takes 0.1 s to free their memory, and they bypass nothing. Outside
+        the host's pid namespace no process is added, because NVML's pids are not the kernel's there.
         """
         if not has_host_pids():
             return
@@ -143,19 +148,21 @@ class Corrections:
                 self._ledger.move(pid, 0, levels)
 
     def forget_ended(self, living: Mapping[int, Process]) -> None:
-        """Remove the records of all other processes."""
+        """Remove the records of all processes that are not in `living`."""
         lives = {(tgid, process.generation) for tgid, process in living.items()}
         self._exact = {life: n for life, n in self._exact.items() if life[:2] in lives}
 
 
 def overhead_for(exact: int, pool: int, gone: int = 0) -> int:
-    """Return the overhead with which the ledger shows what NVML shows.
+    """Return the overhead with which the charge of a process equals what NVML shows.
 
-    Pool bytes that the driver has freed are an exception. The shim uses those again without a request, so they stay
-    charged until the shim releases them.
+    Pool bytes that the driver has freed are an exception. The shim uses these bytes again without a request, so they
+    stay charged until the shim releases them.
 
     Args:
-        gone: bytes, 0 or less, by which the overhead was already below 0 for memory that went with contexts.
+        exact: what NVML shows minus the witnessed bytes.
+        pool: the bytes of the process's pools.
+        gone: the part of the overhead below 0 for memory that was freed with contexts; 0 or less.
     """
     return max(exact, min(gone, exact + pool))
 

@@ -1,7 +1,8 @@
-"""The reconcile thread: asks NVML, and corrects the ledger by its answers.
+"""The reconcile thread: compares the ledger with NVML, and corrects the ledger.
 
-It runs beside the agent's main loop, because NVML may hang. Then the ledger still follows its probes, and the age of
-the last answer is a metric. Corrections are in `ledger_corrections`, releases of orphans in `orphan_release`.
+The thread runs beside the agent's main loop, because NVML may hang. While NVML hangs, probes still update the ledger,
+and a metric shows the age of the last answer. Corrections are in `ledger_corrections`, releases of orphans in
+`orphan_release`.
 """
 
 from __future__ import annotations
@@ -32,26 +33,28 @@ PERIOD_SECONDS = 0.5
 LEVELS_AT_A_TIME = 64
 RETRIES = 3
 DEVICE_SECONDS = 1.0  # between two readings of a device's memory in use, while no orphaned bytes depend on it
-STALE_SECONDS = 5.0  # ten looks
-# The period of looks while a device may hold orphaned bytes, by the age of the youngest of them.
+STALE_SECONDS = 5.0  # ten full passes
+# The periods of passes while a device may hold orphaned bytes, each with the age of the youngest orphan up to which the
+# period applies: (age, period) in seconds.
 ORPHAN_PERIODS = ((5.0, 0.02), (60.0, 0.1), (float("inf"), 0.25))
-# The first of these periods holds for so long after the start, since bytes of a ledger of another layout are orphans
-# without an entry, and after the last event of orphaned bytes, since an entry of old ones may get more.
+# For this time the first of these periods applies, whatever the age. It begins at the start, because bytes of a ledger
+# of another layout are orphans without an entry, and at each event of orphaned bytes, because an old entry may grow.
 HURRY_SECONDS = 5.0
 NS = 1_000_000_000
 
 
 @dataclass(frozen=True, slots=True)
 class Truth:
-    """The last result of NVML.
+    """The last result of NVML, and the state of the ledger just before.
 
-    `answered`: when NVML last answered, by device, on the monotonic clock. `used`: bytes in use by device. `held`:
-    bytes by device and host pid (None: "N/A"). `drift`: ledger minus NVML of each process that was compared. `turns`:
-    tenants that do not keep to their turns. `failure`: why the last pass has no result. `processes`: those of the
-    ledger, just before. `xids`: what devices have reported, if NVML reports it. `orphans`: of the ledger. `ended`:
-    bytes by device and pid that NVML shows for ended processes. `unexplained`: bytes in use by device that no process,
-    orphan or known rest explains. `percent`: of a device's time in the last second, by device and pid (None: NVML does
-    not say); `sampled`: when, on the monotonic clock.
+    `answered`: the time of NVML's last answer by device, on the monotonic clock. `used`: bytes in use by device.
+    `held`: bytes by device and host pid (None: NVML reports "N/A"). `drift`: ledger minus NVML in bytes, for each
+    process that was compared, by pid and device. `turns`: the result of the audit of turns. `failure`: the error of the
+    last pass; empty if it succeeded. `processes`: the processes of the ledger. `xids`: the XIDs of devices, if NVML
+    reports XIDs. `orphans`: the orphans of the ledger. `ended`: bytes by device and pid that NVML shows for ended
+    processes. `unexplained`: bytes in use by device that no process, orphan or known rest explains. `percent`: the
+    percentage of a device's time in the last second, by device and pid (None: NVML does not report it). `sampled`: the
+    time of these percentages, on the monotonic clock.
     """
 
     answered: Mapping[int, float] = field(default_factory=dict)
@@ -78,7 +81,7 @@ class Truth:
         }
 
     def strangers(self) -> set[int]:
-        """Return the listed processes of which the ledger does not know that they have the shim."""
+        """Return the processes that NVML lists and that have no shim according to the ledger."""
         seen = (pid for pid, process in self.processes.items() if process.flags & abi.Seen.SHIM)
         return self.pids().difference(seen)
 
@@ -106,22 +109,22 @@ class Reconciler:
         tally: xids.Tally | None = None,
         ran: Iterable[int] = (),
     ) -> None:
-        """Make the thread. `ran`: pids of programs that started before a change of the layout found by this start."""
+        """Make the thread. `ran`: pids of programs that ran before this start, if it has changed the layout."""
         self._nvml = nvml
         self._ledger = ledger
         self._wake = threading.Event()
         self._wakeup = Wakeup()
         self._stopping = False
-        self._lets_go = self.has_let_go = False  # of the devices: wanted, and done
+        self._lets_go = self.has_let_go = False  # the release of the devices: requested, and done
         self._known: Mapping[int, Process] = {}
         self._audit = Audit()
         self._tally = tally or xids.Tally()
         self._repaired: deque[int] = deque()  # devices that `fgpu device clear` has named
-        self._ended = 0  # processes, when it was last swept
-        self._devices_at = 0.0  # when the devices' memory in use is to be read
+        self._ended = 0  # the number of ended processes at the last sweep
+        self._devices_at = 0.0  # when the devices' memory in use is to be read next
         self._levels: set[int] = set()  # levels that have, or may have, orphaned bytes without an entry
         self._hurry_until = 0.0
-        self._level = 0  # index of the next level of the ledger's list to be looked at
+        self._level = 0  # index in the ledger's list of levels of the next level to be checked
         self._corrections = Corrections(nvml, ledger, levels)
         self._carried = Carried(ledger, ran)
         self._releases = {d.index: OrphanRelease(ledger, d.index) for d in nvml.devices}
@@ -130,24 +133,27 @@ class Reconciler:
         self.truth = Truth()
 
     def start(self, seconds: float = 0.0) -> None:
-        """Start the thread; the first pass is done at once. `seconds`: how long to wait for it."""
+        """Start the thread, whose first pass begins at once. `seconds`: how long to wait for the end of this pass."""
         self._hurry_until = time.monotonic() + HURRY_SECONDS
         self._thread.start()
         self._has_looked.wait(seconds)
 
     def stop(self) -> None:
-        """End the thread, unless NVML hangs: then the thread is left behind."""
+        """End the thread. If NVML hangs, the thread is left running after 2 s."""
         self._stopping = True
         self._wake.set()
         if self._thread.ident is not None:
             self._thread.join(2.0)
 
     def fileno(self) -> int:
-        """Return a descriptor that is readable when other processes hold memory, or one without the shim does."""
+        """Return a descriptor that is readable after a change of the processes that hold memory.
+
+        It is also readable after a full pass in which a process without the shim holds memory.
+        """
         return self._wakeup.fileno()
 
     def clear(self) -> None:
-        """Note that all processes that hold memory by now are known."""
+        """Make the descriptor unreadable until the next such pass."""
         self._wakeup.clear()
 
     def add_device(self, index: int) -> None:
@@ -155,16 +161,16 @@ class Reconciler:
         self._releases = {**self._releases, index: OrphanRelease(self._ledger, index)}
 
     def let_go(self, devices: bool) -> None:
-        """Release the devices, or take them up again, in a pass that is started at once."""
+        """Release the devices, or open them again if `devices` is False, in a pass that is started at once."""
         self._lets_go = devices
         self._wake.set()
 
     def repaired(self, index: int) -> None:
-        """Discard what a device has reported so far."""
+        """Record that a device was repaired: the XIDs that it has reported so far are no longer fatal."""
         self._repaired.append(index)
 
     def orphaned(self, cgroup: int) -> None:
-        """Note that a level has orphaned bytes, and start a pass at once."""
+        """Record that a level has orphaned bytes, and start a pass at once. `cgroup`: the level's cgroup id."""
         self._levels.add(cgroup)
         self._hurry_until = time.monotonic() + HURRY_SECONDS
         self._wake.set()
@@ -178,7 +184,7 @@ class Reconciler:
                 full_at = time.monotonic() + PERIOD_SECONDS
             try:
                 self.look(is_full)
-            except Exception as error:  # the thread must not end; the next look may succeed
+            except Exception as error:  # the thread must not end, because the next pass may succeed
                 self.truth = replace(self.truth, failure=f"{type(error).__name__}: {error}")
             self._has_looked.set()
             self._wait(full_at)
@@ -192,7 +198,10 @@ class Reconciler:
             time.sleep(max(0.0, looked + ORPHAN_PERIODS[0][1] - time.monotonic()))
 
     def look(self, is_full: bool = True) -> None:
-        """Do one pass: correct, adopt, and release orphans; a full one also sweeps, and reads what changes slowly."""
+        """Do one pass: correct charges, adopt processes, and release orphans.
+
+        A full pass also removes exited processes from the ledger, and reads the values that change slowly.
+        """
         if (lets_go := self._lets_go) != self.has_let_go:
             (self._nvml.release if lets_go else self._nvml.take_up)()
             self.has_let_go = lets_go
@@ -224,13 +233,13 @@ class Reconciler:
         tries: int,
         is_due: bool,
     ) -> Rows | None:
-        """Compare one device with the ledger, and return NVML's rows; None: NVML does not answer.
+        """Compare one device with the ledger, and return NVML's rows, or None if NVML does not answer.
 
-        Overheads are corrected before orphans are released, so that what an importer's row shows is charged to it
-        first.
+        Overheads are corrected before orphans are released, so that memory in the row of an importing process is
+        charged to that process first.
 
         Args:
-            tries: how often to compare while processes are not idle.
+            tries: the most comparisons; all but the first are done only while processes are not idle.
             is_due: read the memory in use even if no orphans depend on it.
         """
         has_hidden = any(device_sample.is_hidden(process, device) for process in self._known.values())
@@ -257,13 +266,13 @@ class Reconciler:
         return sample.rows
 
     def _sample(self, device: int, samples: int) -> Sample | None:
-        """Reset peaks and take a sample: what a process has at most afterwards explains what the sample shows of it."""
+        """Reset the peaks of processes and take a sample. The peak of a process since then explains its row."""
         processes = self._ledger.processes()
         self._corrections.mark(device, processes)
         return device_sample.take(self._nvml, self._ledger, device, processes, samples)
 
     def _full(self, now: Truth, so_far: int, is_due: bool) -> Truth:
-        """Do the less frequent work."""
+        """Do the additional work of a full pass, and return the result with its values."""
         self._sweep(so_far)
         at, used = time.monotonic(), now.used
         if is_due:
@@ -280,7 +289,10 @@ class Reconciler:
         )  # fmt: skip
 
     def _choose_levels(self) -> None:
-        """Choose the levels of the next passes. An event of orphaned bytes may be lost, so all are chosen in turn."""
+        """Choose the levels that the next passes check for orphaned bytes without an entry.
+
+        All levels are chosen one after the other, because an event of orphaned bytes may have been lost.
+        """
         cgroups = self._ledger.tenants()
         self._levels.update(cgroups[self._level : self._level + LEVELS_AT_A_TIME])
         self._level = self._level + LEVELS_AT_A_TIME if self._level < len(cgroups) else 0
@@ -289,11 +301,11 @@ class Reconciler:
                 self._levels.discard(cgroup)
 
     def _reported(self) -> Mapping[int, xids.Reported]:
-        repaired = [(self._repaired.popleft(), None) for _ in range(len(self._repaired))]  # before XIDs of this look
+        repaired = [(self._repaired.popleft(), None) for _ in range(len(self._repaired))]  # before XIDs of this pass
         return self._tally.take(self._nvml.watched(), [*repaired, *self._nvml.xids()])
 
     def _with_turns(self, now: Truth, at: float) -> Truth:
-        """Add how long processes ran in the last second, and the audit of turns. An unused device is not asked."""
+        """Add how long processes ran in the last second, and the audit of turns. Unused devices are left out."""
         since = time.time() - LOOK_SECONDS
         percent = {
             device: self._nvml.process_percent(device, since) if rows else {} for device, rows in now.held.items()
@@ -305,16 +317,16 @@ class Reconciler:
         """Reap processes whose exit was not reported, and delete the allocations of exited ones.
 
         Args:
-            so_far: the number of entries before these were read, so that processes that come and go between two passes
-                are noticed; a missed end shows later.
+            so_far: how many entries the ledger had ever had, before its processes were read. This number shows whether
+                processes have started and exited between two passes. A later pass finds an exit that this one misses.
         """
         now = {(tgid, p.generation) for tgid, p in self._known.items()}
         self._corrections.forget_ended(self._known)
         for tgid, process in self._known.items():
             if process.late:
                 self._ledger.move(tgid, process.generation, process.levels)
-        for tgid, generation in now if has_host_pids() else ():  # in another pid namespace all seem to have exited
-            if not _alive(tgid) or (not self._known[tgid].flags and procfs.ended(tgid)):  # adopted while it ended
+        for tgid, generation in now if has_host_pids() else ():  # in another pid namespace no pid would be found
+            if not _alive(tgid) or (not self._known[tgid].flags and procfs.ended(tgid)):  # adopted while it exited
                 self._ledger.reap(tgid, generation)
         self._ledger.orphans.forget_empty(now)
         ended = so_far - len(now)
@@ -324,7 +336,7 @@ class Reconciler:
 
 
 def _period(orphans: Sequence[Orphan]) -> float:
-    """Return the seconds between two passes."""
+    """Return the seconds between two passes, which depend on the age of the youngest orphan."""
     if not orphans:
         return PERIOD_SECONDS
     age = (time.monotonic_ns() - max(orphan.since_ns for orphan in orphans)) / NS

@@ -1,7 +1,7 @@
-"""Shares that this host offers to a device plugin, and how many are taken.
+"""The shares that this host offers to a device plugin, and how many of them are taken.
 
-The control socket uses this module, in the agent's main loop. If `fault` is not empty, nothing is offered, and `fault`
-is the reason.
+This module runs in the agent's main loop. If the `fault` of the host or of a device is not empty, nothing of it is
+offered, and `fault` is the reason.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ SYSFS = Path("/sys/bus/pci/devices")
 
 @dataclass(frozen=True, slots=True)
 class Offers:
-    """The inputs. `truth`: the last result of NVML. `unenforced`: why no limit is in force; empty: limits are."""
+    """The inputs. `truth`: the last result of NVML. `unenforced`: the reason why no limit is in force, else empty."""
 
     profiles: Sequence[Profile]
     devices: Sequence[Device]
@@ -38,8 +38,8 @@ class Offers:
     def view(self, overrides: Iterable[Override], mounts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """Return the offers as JSON values.
 
-        Each profile of a device has `bytes` (of one share), `count` (how many are offered), `taken` (by containers) and
-        `fits` (how many more fit beside what is committed).
+        Each profile of a device has `bytes` (of one share), `count` (how many are offered), `taken` (how many
+        containers have) and `fits` (how many more fit into the memory that is not committed).
         """
         taken = Counter((uuid, override.share) for override in overrides for uuid in override.devices)
         fault, found = self.unenforced, []
@@ -85,7 +85,7 @@ class Offers:
 
 
 def numa(pci_bus_id: str, sysfs: Path = SYSFS) -> int | None:
-    """Return the NUMA node that a device is near to; None: the host has one node, or does not say."""
+    """Return the NUMA node of a device, or None if the host has only one node or does not report it."""
     domain, _, rest = pci_bus_id.lower().partition(":")
     try:
         node = int((sysfs / f"{domain[-4:]}:{rest}" / "numa_node").read_text(encoding="utf-8"))

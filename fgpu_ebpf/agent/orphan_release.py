@@ -1,7 +1,7 @@
 """Releases orphaned bytes once a device no longer holds them.
 
-This module runs in the reconcile thread, after the overheads of a pass are corrected: memory that an importer's row
-shows now is charged to the importer before the exporter's orphan is released.
+This module runs in the reconcile thread, after the overheads of a pass are corrected. Memory in the row of an importing
+process is therefore charged to that process before the orphan of the exporting process is released.
 """
 
 from __future__ import annotations
@@ -18,24 +18,24 @@ from fgpu_ebpf.ledger.orphans import Orphan
 from fgpu_ebpf.ledger.process_entry import Process
 from fgpu_ebpf.linux import procfs
 
-# Bytes in use that are in no process's row, as seen on an H200: for each context (5.6 MiB), and once per device (3.2).
-# Values that are too large release orphaned bytes too early.
+# Bytes in use that are in no process's row, as seen on an H200: for each context (5.6 MiB), and once per device
+# (3.2 MiB). Values that are too large release orphaned bytes too early.
 CONTEXT_REST_BYTES = 6 << 20
 DEVICE_REST_BYTES = 4 << 20
-# What the driver may have besides, once per device: up to 25 MiB that it keeps of managed memory, page tables of
-# registered host memory. This much of an orphan is released once it is older than the time that the driver needs after
-# a process exit.
+# Other memory that the driver may have, once per device: up to 25 MiB that it keeps of managed memory, and page tables
+# of registered host memory. This many bytes of orphans are released without evidence once the orphans are older than
+# SLACK_AFTER_NS, which is longer than the driver needs after a process exit.
 SLACK_BYTES = 32 << 20
 SLACK_AFTER_NS = 5_000_000_000
-FALL_COUNTS_NS = 2_000_000_000  # longer than the passes that a release needs
-# The driver frees what a process held while the process exits. Some of it may follow within the first of these times.
-# The second is FGPU_PATIENCE_NS, after which an end counts as over in any case.
+FALL_COUNTS_NS = 2_000_000_000  # longer than the time of the passes that a release needs
+# The driver frees the memory of a process while the process exits, and the last of it up to SETTLED_NS later. VAIN_NS
+# is FGPU_PATIENCE_NS, after which an exit counts as complete in any case.
 SETTLED_NS = 500_000_000
 VAIN_NS = 4_000_000_000
 
 
 class _Row(NamedTuple):
-    """NVML's row of a pid, the part of it of ended processes, and the orphaned bytes of that pid."""
+    """The bytes in NVML's row of a pid, the part of them that ended processes hold, and the pid's orphaned bytes."""
 
     bytes: int
     ended: int
@@ -56,19 +56,19 @@ class Spare(NamedTuple):
 class EndedRows:
     """The part of NVML's row of a pid that belongs to ended processes of that pid, on one device.
 
-    The pid may belong to another process now, or to the same one with another program.
+    The pid may belong to another process now, or to the same process after an exec.
     """
 
     def __init__(self, ledger: Ledger, device: int) -> None:
         self._ledger = ledger
         self._device = device
         self._last: dict[int, _Row] = {}
-        self._rows: Rows | None = None  # all rows of the last look
-        self._living: frozenset[int] = frozenset()  # pids of ended processes that living ones have too
-        self._fell: dict[int, int] = {}  # by pid: when the ended part of its row was last seen to fall
+        self._rows: Rows | None = None  # all rows of the last pass
+        self._living: frozenset[int] = frozenset()  # pids of ended processes that live processes have again
+        self._fell: dict[int, int] = {}  # by pid: when the ended part of its row last fell
 
     def look(self, rows: Rows, live: Mapping[int, Process], orphans: Iterable[Orphan]) -> dict[int, int]:
-        """Enter a sample. Returns bytes by pid, for pids of ended processes that NVML still lists."""
+        """Record a sample. Returns the bytes of ended processes by pid, for pids that NVML still lists."""
         orphaned: dict[int, int] = defaultdict(int)
         for orphan in orphans:
             orphaned[orphan.tgid] += orphan.bytes if orphan.ended_ns else 0
@@ -83,24 +83,25 @@ class EndedRows:
         return {pid: row.ended for pid, row in last.items() if row.ended}
 
     def _before(self, pid: int) -> int:
-        """Return what the last pass showed of a process that has ended; it may have been alive then."""
+        """Return the bytes that the last pass showed for a process that has ended. It may have been alive then."""
         return self._last[pid].ended if pid in self._last else (self._rows or {}).get(pid) or 0
 
     def released(self, orphan: Orphan, bytes_: int) -> None:
-        """Subtract released bytes, so that what is orphaned until the next pass is not taken for them."""
+        """Subtract released bytes from the record, so that the next pass counts only bytes that are orphaned later."""
         row = self._last.get(orphan.tgid)
         if row and orphan.ended_ns:
             self._last[orphan.tgid] = row._replace(orphaned=row.orphaned - bytes_)
 
     def spare(self, orphans: Iterable[Orphan]) -> list[Spare]:
-        """Return how many bytes of each orphan the device may have freed: all but what a row proves that it holds.
+        """Return how many bytes of each orphan the device may have freed: all that no row proves to be held.
 
-        The most likely one comes first: an orphan whose process's row has fallen a moment ago, else the youngest,
-        because a driver frees most memory at once, so memory that has stayed for long is held by something. Processes
-        that NVML lists come last.
+        The orphan that was most likely freed comes first: an orphan of a process whose row fell a moment ago, else the
+        youngest. The driver frees most memory at once, so old orphans are probably held by another process. Orphans
+        of processes that NVML lists come last.
 
-        A row that is also a living process's proves less, because a driver rounds up what that process has. Slack that
-        is released there is charged to the living process, like everything that its row has beyond the orphans.
+        A row of a pid that a live process has again proves less, because the driver rounds up the memory of the live
+        process. Slack that is released there is charged to the live process, like all bytes in its row beyond the
+        orphans.
         """
         proven, found = {pid: row.ended for pid, row in self._last.items()}, []
         for orphan in sorted(orphans, key=self._key):
@@ -119,8 +120,8 @@ class EndedRows:
     def _ended(self, pid: int, row: int, orphaned: int, process: Process | None) -> int:
         """Return the part of a row that belongs to ended processes.
 
-        It never grows, except by what was orphaned since and was in the row before: other growth is a living process's.
-        Memory of a process that ended without a context was in no row.
+        This part only grows by bytes that were orphaned since the last pass and were in the row before. Other growth
+        belongs to a live process. Memory of a process that ended without a context was in no row.
         """
         then = self._last.get(pid)
         if then is None and process is None:
@@ -135,10 +136,10 @@ class EndedRows:
         return max(0, min(most - fallen, row - own))
 
     def _own(self, process: Process) -> int:
-        """Return the part of a row that belongs to a living process.
+        """Return the part of a row that belongs to a live process.
 
-        Its overhead may be an admission without a call, which goes with its last context: of that at most one context's
-        size counts.
+        The overhead of the process may contain an admission without a call, which is released with its last context.
+        Therefore at most the size of one context counts.
         """
         device = self._device
         size = self._ledger.context_bytes(device) if process.contexts[device] else 0
@@ -148,10 +149,11 @@ class EndedRows:
 def excess(spare: Sequence[Spare], room: int) -> list[tuple[Orphan, int]]:
     """Return which orphans to release, and how many bytes of each.
 
-    These are the bytes that the device cannot hold, else the slack of old orphans.
+    The released bytes are those beyond `room`. If there are none, slack of old orphans is released.
 
     Args:
         spare: the orphans, the first to release first.
+        room: how many orphaned bytes the device may hold.
     """
     kept = sum(entry.orphan.bytes for entry in spare)
     found = surplus([(entry.orphan, entry.freed) for entry in spare], kept - room)
@@ -169,16 +171,17 @@ class OrphanRelease:
         self._ledger = ledger
         self._device = device
         self._rows = EndedRows(ledger, device)
-        self._proven = 0  # bytes of ended processes without an entry, by NVML's rows of the last look
-        self._without: dict[int, int] = {}  # by level: orphaned bytes without an entry, at the last look
+        self._proven = 0  # bytes of ended processes without an entry, by NVML's rows of the last pass
+        self._without: dict[int, int] = {}  # by level: orphaned bytes without an entry, in the last pass
         self._grew_ns: dict[int, int] = {}  # by level: when these bytes last grew
-        self._ends: dict[Orphan, int] = {}  # of ended processes: when the end was last seen to be under way
+        self._ends: dict[Orphan, int] = {}  # see _end_ns()
         self.balance = Balance()
 
     def ended_rows(self, sample: Sample, orphans: Sequence[Orphan]) -> dict[int, int]:
         """Return the bytes by pid that NVML shows for ended processes.
 
-        If orphaned bytes have no entry, they may belong to any process that has ended, known or not.
+        Orphaned bytes without an entry may belong to any ended process, also to one that was never in the ledger. If
+        there are such bytes, the rows of all ended processes count.
         """
         found = self._rows.look(sample.rows, sample.processes, orphans)
         unknown = sample.rows.keys() - sample.processes.keys() - found.keys() if self._without else ()
@@ -189,7 +192,7 @@ class OrphanRelease:
     def look(self, sample: Sample, orphans: Sequence[Orphan], ended: Mapping[int, int]) -> int | None:
         """Release what the device does not hold.
 
-        Returns how many orphaned bytes it may hold beyond those that have entries; None: unknown so far.
+        Returns how many orphaned bytes it may hold beyond those that have entries, or None if that is not known yet.
         """
         if not sample.taken:
             self.balance.forget()
@@ -206,9 +209,14 @@ class OrphanRelease:
         return max(self._proven, room - sum(orphan.bytes for orphan in orphans))
 
     def look_without_entries(self, levels: Iterable[int], room: int) -> None:
-        """Release orphaned bytes that have no entry in the map, on levels that have had some for two passes."""
+        """Release orphaned bytes that have no entry in the map, on levels that have had some for two passes.
+
+        Args:
+            levels: cgroup ids of the levels to check.
+            room: how many such bytes the device may hold.
+        """
         entered: dict[int, int] = defaultdict(int)
-        pages = {level: self._ledger.orphans.of_level(level) for level in levels}  # first: see orphans.bpf.h
+        pages = {level: self._ledger.orphans.of_level(level) for level in levels}  # before entries: see orphans.bpf.h
         for orphan in self._ledger.orphans.entries():
             for level in orphan.levels if orphan.device == self._device else ():
                 entered[level] += orphan.bytes
@@ -226,8 +234,8 @@ class OrphanRelease:
     def note_kept(self, sample: Sample, levels: Iterable[int]) -> None:
         """Record on the pages of levels that the device still holds their orphaned bytes, so that no request waits.
 
-        It may free some of them soon if a process exits or has just exited. Or it has freed some, by the last reading:
-        a release needs more readings.
+        Two cases are left out. If a process is exiting or has just exited, the device may free some of its bytes soon.
+        If the last reading shows that the device has freed some bytes, later readings may confirm it for a release.
 
         Args:
             sample: the sample of this pass.
@@ -246,7 +254,7 @@ class OrphanRelease:
                 self._ledger.orphans.looked(level, self._device, sample.begun_ns)
 
     def _end_ns(self, orphan: Orphan) -> int:
-        """Return when the end of an orphan's process was last seen to be under way."""
+        """Return the last time at which the process of an orphan was found to be exiting, else the time of its end."""
         now_ns = time.monotonic_ns()
         is_under_way = now_ns < orphan.ended_ns + VAIN_NS and procfs.exiting(orphan.tgid)
         return now_ns if is_under_way else self._ends.get(orphan, orphan.ended_ns)
@@ -260,20 +268,24 @@ class OrphanRelease:
     def _contexts(self, sample: Sample) -> int:
         """Return the number of contexts of all processes with a row.
 
-        A library of a tenant's own may claim to have made any number, so at most as many count as NVML shows bytes for.
+        A tenant's own library can claim any number of contexts. At most as many count as the overhead has bytes for,
+        which is what NVML shows.
         """
         device, size = self._device, self._ledger.context_bytes(self._device)
         claimed = (sample.processes.get(pid) for pid in sample.rows)
         return sum(max(1, min(p.contexts[device], p.overhead[device] // size)) if p and size else 1 for p in claimed)
 
     def _taken(self, shown: Mapping[int, int], sample: Sample) -> int:
-        """Return the most that processes may have in use beside managed memory."""
+        """Return the most bytes that processes may have in use, without managed memory."""
         charged = {pid: p.bytes[self._device] - p.managed[self._device] for pid, p in sample.processes.items()}
         pairs = ((pid, shown.get(pid, 0), charged.get(pid, 0)) for pid in shown.keys() | charged.keys())
         return sum(row + max(0, own) if pid in sample.busy else max(row, own) for pid, row, own in pairs)
 
     def _charges(self, sample: Sample, orphans: Sequence[Orphan], ended: Mapping[int, int]) -> Charges:
-        """Return the charges of the ledger. Orphans are read again: a process that has exited is in either list."""
+        """Return the charges of the ledger.
+
+        Orphans are read again, so that a process that has exited since the sample is in one of the two lists.
+        """
         device, live = self._device, sample.processes
         now = [orphan for orphan in self._ledger.orphans.entries() if orphan.device == device]
         known = live.keys() | {orphan.tgid for orphan in (*orphans, *now)}
@@ -287,7 +299,7 @@ class OrphanRelease:
         )
 
     def _hidden_handles(self, sample: Sample, ended: Mapping[int, int]) -> dict[Life, int]:
-        """Return the handles of processes without a context, which have no row."""
+        """Return the bytes of handles of processes without a context, which have no row."""
         device, found = self._device, {}
         for pid, process in sample.processes.items():
             has_row = (sample.rows.get(pid) or 0) > ended.get(pid, 0)

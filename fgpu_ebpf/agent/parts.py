@@ -1,6 +1,6 @@
-"""The parts of a running agent, and which of them calls which.
+"""Makes the parts of a running agent, and connects the parts that call each other.
 
-Made once, at the agent's start. Everything here is used in the agent's main loop.
+This module runs once, at the agent's start, in the main thread. The main loop then calls the parts.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Parts:
         return self.manager.enforcer
 
     def take_over(self, policies: Start) -> None:
-        """Bring the kernel's levels, the policies and the overrides together, and scan each tenant once."""
+        """Match the pinned levels with policies and overrides, put the result in force, and scan each tenant once."""
         self.policies.begin(policies)
         take_up(self.ledger, self.manager, self.manager.gone)
         self.ledger.times.tell()
@@ -63,7 +63,7 @@ def wire(
     history: EventLog,
     failed_checks: MutableMapping[str, Check],
 ) -> Parts:
-    """Make the parts, and give each the parts that it calls. Nothing is started.
+    """Make the parts, and pass to each the parts that it calls. This starts nothing.
 
     Args:
         failed_checks: the agent's failed checks, which some parts change.

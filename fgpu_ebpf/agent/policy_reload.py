@@ -1,8 +1,8 @@
-"""Policies between their folder and the manager: read at the start, and again after every change.
+"""Reads the policy folder at the start and after every change, and passes the policies to the manager.
 
 This module runs in the agent's main loop; a thread of `policy.watch` reads the folder and wakes the loop. The last good
-set is kept on disk for a start with errors in the files or without the folder. If a reading has an error, the last good
-set stays in force as a whole, and the errors are in the event log, the metrics and /readyz.
+set is stored on disk, for a start with errors in the files or without the folder. If a reading has an error, the last
+good set stays in force as a whole, and the errors are in the event log, the metrics and /readyz.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ log = logging.getLogger("fgpu.policy")
 
 @dataclass(frozen=True, slots=True)
 class Start:
-    """The folder as a start finds it.
+    """The first reading of the folder.
 
-    `kept`: the set that was kept on disk, if the folder has none; None: the folder has one, or none was kept.
+    `kept`: the set that is stored on disk, if the folder has none; None: the folder has one, or none is stored.
     """
 
     reading: Reading
@@ -38,7 +38,7 @@ class Start:
 
 
 def at_start(folder: Path, file: Path = last_good.FILE) -> Start:
-    """Read the folder. A missing folder is an error if a set of it was kept, else it has no policies."""
+    """Read the folder. A missing folder is an error if a set of it is stored on disk, else it has no policies."""
     policies = PolicyFolder(folder)
     reading = policies.read()
     if reading.policies is not None and reading.state is not None:
@@ -48,9 +48,9 @@ def at_start(folder: Path, file: Path = last_good.FILE) -> Start:
 
 
 class Policies:
-    """The folder's policies. `good`: the last reading had no error; `loaded_seconds`: when the last good one was.
+    """The folder's policies. `good`: the last reading had no error. `loaded_seconds`: the time of the last good one.
 
-    `unsaved`: why the set in force is not kept on disk; empty: it is kept. `file`: where it is kept.
+    `unsaved`: the reason why the set in force is not stored on disk, else empty. `file`: the file that stores it.
     """
 
     def __init__(self, folder: Path, manager: Manager, history: EventLog, file: Path = last_good.FILE) -> None:
@@ -74,19 +74,19 @@ class Policies:
         return PoliciesView(self.good, self.loaded_seconds, count, errors, self.unsaved)
 
     def fileno(self) -> int:
-        """Return a descriptor that is readable after a change."""
+        """Return a descriptor that is readable after the folder was read again."""
         return self._wakeup.fileno()
 
     @property
     def trouble(self) -> str:
-        """Why the policies in force are not those of the files; empty: they are."""
+        """The reason why the policies in force are not those of the files, or an empty text if they are."""
         if self.good:
             return ""
         in_force = "the limits in force stay" if self._manager.policies_unknown else "the last good set stays in force"
         return f"the policy files have an error, {in_force}: {self.errors[0]}"
 
     def begin(self, start: Start) -> None:
-        """Enter the first reading, and give the manager its set or the kept one. The manager decides later."""
+        """Record the first reading, and pass its set or the stored one to the manager, which applies it later."""
         self._last = reading = start.reading
         self._note(reading.policies, reading.errors)
         policies = reading.policies if start.kept is None else start.kept
@@ -94,7 +94,7 @@ class Policies:
             self._manager.policies = policies
         if reading.policies is None:
             self._manager.policies_unknown = "" if start.kept else f"the policies are not known: {reading.errors[0]}"
-        elif reading.state is None:  # perhaps it never existed; then pinned limits may come from nothing that is known
+        elif reading.state is None:  # perhaps it never existed; then the origin of pinned limits is unknown
             self._manager.policies_unknown = f"there is no folder {self._folder.path}"
         else:
             self._save(reading.policies)
@@ -127,7 +127,7 @@ class Policies:
         self._wakeup.clear()
         while self._changes:
             reading = self._changes.popleft()
-            if reading.at_ns < self._latest_ns:  # the other thread has read the folder later, and was faster
+            if reading.at_ns < self._latest_ns:  # a reading that was made later, in the other thread, came first
                 continue
             self._latest_ns = reading.at_ns
             self._note(reading.policies, reading.errors)

@@ -1,7 +1,7 @@
-"""Reporters: each adds what is new to the event log, once.
+"""Reporters: each adds events of one kind to the event log, every event once.
 
-They run in the agent's main loop, once a round; the one of stale mounts at every scan of all cgroups. Each remembers
-what it has reported.
+Reporters run in the agent's main loop, once a round. StaleMountReports runs at every scan of all cgroups. Each reporter
+keeps a record of what it has reported.
 """
 
 from __future__ import annotations
@@ -67,10 +67,10 @@ class AdoptionReports:
         self._held: set[_Process] = set()  # at the last check
 
     def look(self) -> None:
-        """Report processes that are new since the last result of NVML.
+        """Report adopted processes, if there is a new result of NVML.
 
-        Preexisting processes are reported at once, others when a second result contains them: after an exec the driver
-        takes a moment to free what the program before it held.
+        Preexisting processes are reported at once. Other processes are reported when a second result contains them,
+        because after an exec the driver takes a moment to free the memory of the program before.
         """
         truth = self._truth()
         if truth is self._last:
@@ -104,7 +104,7 @@ class AdoptionReports:
                 )  # fmt: skip
 
     def _beyond(self, cgroup: int, device: int) -> str:
-        """Return by how much the tenant is beyond its limit, as text; empty: it is not."""
+        """Return a text about a tenant that exceeds its limit, or an empty text if it does not."""
         (usage,) = self._ledger.usage(cgroup, (device,)) or (None,)
         if usage is None or usage.limit == abi.NO_LIMIT or usage.used <= usage.limit:
             return ""
@@ -122,7 +122,7 @@ class OrphanReports:
         self._reported: set[_Life] = set()
 
     def look(self) -> None:
-        """Search the holders of orphans, and report each orphan once."""
+        """Search for the processes that keep orphans, and report each orphan once."""
         now = time.monotonic_ns()
         orphans = self._truth().orphans
         old = [orphan for orphan in orphans if now - orphan.since_ns > AGE_NS]
@@ -154,7 +154,7 @@ def _held(orphan: Orphan, tenants: dict[int, Tenant]) -> Held:
 
 
 class OverrunReports:
-    """Reports overruns. `turns` returns the counts by level and device; `name_of` the tenant of a level."""
+    """Reports overruns. `turns` returns the counts by level and device; `name_of` returns the tenant of a level."""
 
     def __init__(self, turns: Callable[[], _Turns], name_of: Callable[[int], str], history: EventLog) -> None:
         self._turns = turns
@@ -189,7 +189,7 @@ class OverrunReports:
 
 
 class StaleMountReports:
-    """Reports containers in which the shim does not find the gatekeeper's folder: it was removed, or is hidden.
+    """Reports containers in which the shim cannot find the gatekeeper's folder, because it was removed or is hidden.
 
     `pids` returns the processes of a cgroup; `failed_checks` are the agent's failed checks.
     """

@@ -1,4 +1,7 @@
-"""The options of the command line, and the settings of an agent, which `daemon` makes of them and of agent.yaml."""
+"""The options of the command line, and the settings that the agent makes of them and of agent.yaml.
+
+This module contains data only. It runs in the main thread of the agent and of commands.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,11 @@ from fgpu_ebpf.tenancy import profiles
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """Paths and options. `loader`: the interpreter that can import BCC; `store` None: tenants get `shim` itself."""
+    """The settings of an agent.
+
+    `loader`: the interpreter that can import BCC, and its arguments. `store`: the folder for copies of the shim that
+    tenants get; None: tenants get the file `shim` itself.
+    """
 
     run_dir: Path = Path("/run/fgpu")
     pins: Path = PINS
@@ -42,7 +49,7 @@ class Settings:
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """The options of `fgpu agent`, `load` and `doctor`; None: as in /etc/fgpu/agent.yaml."""
+    """The options of `fgpu agent`, `load` and `doctor`. For None the value of /etc/fgpu/agent.yaml is used."""
 
     run_dir: Path = Path("/run/fgpu")
     driver_root: Path | None = None

@@ -1,7 +1,7 @@
-"""Shortfalls: tenants that want a device's time and get less of it than is due to them by weight and ceiling.
+"""Shortfalls: busy tenants that get less of a device's time than is due to them by weight and ceiling.
 
-This module runs in the agent's main thread. It reads the gatekeeper's counts once a second and judges ten seconds of
-them. A tenant wants time if it owned the device or waited for it in nine tenths of these seconds.
+This module runs in the agent's main thread. It reads the gatekeeper's counts once a second, and compares them over ten
+seconds. A tenant is busy if it owned the device or waited for it in more than nine tenths of these seconds.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from fgpu_ebpf.tenancy.event_log import EventLog
 LOOK_SECONDS = 1.0
 LOOKS = 10
 MUCH = 0.05  # of a device's time
-WANTS = 0.9  # of the time it owns the device or waits
+WANTS = 0.9  # a tenant that owned the device or waited for it in more than this part of the time is busy
 MILLION, NS = 1_000_000, 1_000_000_000
 
 
@@ -54,7 +54,7 @@ class Shortfalls:
         self.found: Mapping[Key, Shortfall] = MappingProxyType({})
 
     def look(self) -> None:
-        """Judge the counts, at most once a second."""
+        """Find the shortfalls by the present counts, at most once a second."""
         now = time.monotonic()
         if now - self._looked_at < LOOK_SECONDS:
             return

@@ -1,8 +1,8 @@
-"""Schedule of the agent's scans of cgroups, and the part of its main loop's time that they take.
+"""Schedules the agent's scans of cgroups, and limits the part of the main loop's time that they take.
 
-A scan is a sequence of short steps (`cgroup_looks`). Slices of several scans alternate, and between two slices the loop
-serves other events. If a step raises, its scan is over and the caller gets the exception; the next scan of the same
-cgroups begins anew.
+A scan is a sequence of short steps (`cgroup_looks`). Slices of several scans alternate, and between two slices the main
+loop serves other events. If a step raises an exception, its scan ends and the caller gets the exception. The next scan
+of the same cgroups begins with the first step.
 """
 
 from __future__ import annotations
@@ -13,16 +13,16 @@ from dataclasses import dataclass
 from time import monotonic
 
 ALL = ""  # all cgroups of the host
-RESCAN_SECONDS = 30.0  # for what no event reports, such as attributes of a cgroup that change later
+RESCAN_SECONDS = 30.0  # between scans of ALL, which find changes that no event reports, as of a cgroup's attributes
 SLICE_SECONDS = 0.01
-PAUSE_SECONDS = 1.0  # the least time between two looks at the same cgroups
-PAUSE = 9  # the pause after a look, as a multiple of the time that it took
-MOST = 16  # looks at the same time
+PAUSE_SECONDS = 1.0  # the least time between two scans of the same cgroups
+PAUSE = 9  # the pause after a scan, as a multiple of the time that the scan took
+MOST = 16  # scans at the same time
 
 
 @dataclass
 class _Look:
-    """A scan that is running. `spent`: seconds of the loop so far."""
+    """A scan that is running. `spent`: the seconds of the main loop that it has taken so far."""
 
     path: str
     steps: Iterator[None]
@@ -30,12 +30,12 @@ class _Look:
 
 
 class Looks:
-    """The scans. `steps` begins one: of all cgroups inside the one of a workload, by its path, or of ALL."""
+    """The requested and the running scans. `steps` returns the steps of a scan of the cgroups at a path, or of ALL."""
 
     def __init__(self, steps: Callable[[str], Iterator[None]]) -> None:
         self._steps = steps
         self._wanted: dict[str, None] = {}  # in the order of the requests
-        self._rests: dict[str, float] = {}  # by path: until when there is no other look
+        self._rests: dict[str, float] = {}  # by path: the time before which no other scan may begin
         self._looks: deque[_Look] = deque()
         self._next_slice = 0.0
         self._next_scan = monotonic() + RESCAN_SECONDS
@@ -64,7 +64,7 @@ class Looks:
                 self._next_scan = now + RESCAN_SECONDS
 
     def go_on(self) -> None:
-        """Run one slice of one scan, if one is running. As much time passes before the next slice."""
+        """Run one slice of one scan, if one is running. The next slice begins after a pause as long as this slice."""
         began = monotonic()
         if not self._looks or began < self._next_slice:
             return

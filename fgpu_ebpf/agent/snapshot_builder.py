@@ -60,7 +60,7 @@ class _Look:
 
 
 def take_snapshot(parts: Parts, run_dir: Path) -> Snapshot:
-    """Take a Snapshot of everything that the parts know."""
+    """Take a Snapshot of the present state of all parts."""
     ledger, enforcer, truth = parts.ledger, parts.enforcer, parts.reconciler.truth
     discovery, reasons = parts.driver.discovery, parts.driver.reasons
     processes, counters = ledger.processes(), ledger.counters()
@@ -188,7 +188,7 @@ def _drift(look: _Look, own: Iterable[int], device: int) -> int | None:
 
 
 def _age(look: _Look, device: int) -> float | None:
-    """Return the seconds since NVML answered for a device."""
+    """Return the seconds since NVML last answered for a device, or None if it never did."""
     at = look.truth.answered.get(device)
     return None if at is None else look.now_ns / NS - at
 

@@ -1,6 +1,6 @@
-"""The steps of the agent's start before it has tenants, and what containers are given at the end of it.
+"""The first steps of the agent's start, up to attached probes, and its last step: the files that containers get.
 
-`agent.Agent.start` uses this module, in the main thread of the agent process.
+This module runs in the main thread of the agent process.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ log = logging.getLogger("fgpu.agent")
 
 @dataclass(frozen=True, slots=True)
 class Attached:
-    """Everything that a start has made when all probes are attached."""
+    """The objects that a start has made when all probes are attached."""
 
     driver: HostDriver
     ledger: Ledger
@@ -36,7 +36,11 @@ class Attached:
 
 
 def take_lock(run_dir: Path) -> file_locks.FileLock:
-    """Return the lock that keeps a second agent from starting, as long as it is referenced. Raises AgentError."""
+    """Return the lock that keeps a second agent from starting, for as long as the lock is referenced.
+
+    Raises:
+        AgentError: another agent has the lock.
+    """
     lock = file_locks.FileLock(run_dir / file_locks.AGENT)
     if not lock.take():
         raise AgentError("an agent is running on this host already")
@@ -44,13 +48,13 @@ def take_lock(run_dir: Path) -> file_locks.FileLock:
 
 
 def attach(settings: Settings, mark: Callable[[str], None]) -> Attached:
-    """Load the BPF programs and attach all probes. While the programs are compiled, prepare what needs none of them.
+    """Load the BPF programs and attach all probes. The steps that need no program run while programs are compiled.
 
     Args:
         mark: called with the name of each part of the start that is done.
 
     Raises:
-        AgentError: what is missing, and how to fix it.
+        AgentError: the text names the missing requirement, and its fix.
     """
     try:
         libraries = host_driver.libcuda(settings.driver_root)
@@ -76,7 +80,10 @@ def attach(settings: Settings, mark: Callable[[str], None]) -> Attached:
 
 
 def set_up_containers(settings: Settings, shim: Path, devices: Sequence[Device]) -> cdi.Parts | None:
-    """Write the files that containers get at their start. None: they cannot be written; limits are still enforced."""
+    """Write the files that containers get at their start, and return their paths.
+
+    The result is None if a file cannot be written. Limits are enforced in any case.
+    """
     try:
         helper = settings.helper if settings.store is None else injection.publish_helper(settings.helper)
         parts = injection.parts(settings.run_dir, shim, helper)

@@ -1,8 +1,8 @@
-"""Audit of turns: compares how much of a device a tenant ran on, by NVML, with how much of it the tenant owned.
+"""Audit of turns: compares how long a tenant ran on a device, by NVML, with how long the tenant owned the device.
 
-The audit runs in the reconcile thread. It keeps the last ten seconds of gated tenants, and needs all ten to judge a
-tenant. Every second it also reports NVML's running times to the gatekeeper. If NVML does not report the running time of
-a process, no tenant on that device is judged.
+The audit runs in the reconcile thread. It keeps the last ten seconds of gated tenants, and has no result for a tenant
+before that. Every second it also reports NVML's running times to the gatekeeper. If NVML does not report the running
+times of processes on a device, there is no result for the tenants on that device.
 """
 
 from __future__ import annotations
@@ -15,19 +15,21 @@ from fgpu_ebpf.ledger.compute_maps import ComputeMaps, Key, TurnCounts
 from fgpu_ebpf.ledger.process_entry import Process
 
 LOOK_SECONDS = 1.0
-MOST_SECONDS = 2 * LOOK_SECONDS  # the longest time that one check covers, if the previous check was late
+MOST_SECONDS = 2 * LOOK_SECONDS  # the longest time that one check covers, however late it is
 LOOKS = 10
-MUCH = 0.1  # ratio of a device's time: twice what a false report about a turn can gain there
-NOTHING_PARTS = 50  # a tenant that ran less than this part of what it owned ran nothing
+MUCH = 0.1  # ratio of a device's time: twice the ratio that a program can gain by a false report about a turn
+NOTHING_PARTS = 50  # a tenant that ran for less than 1/50 of the time that it owned counts as running nothing
 NS = 1_000_000_000
 Percent: TypeAlias = Mapping[int, int]  # by host pid: percent of a device's time, by NVML
 
 
 class Verdict(NamedTuple):
-    """`beyond`: the ratio of a device's time that a tenant ran outside its turns, for tenants watched for ten seconds.
+    """The result of an audit, for tenants that have been observed for ten seconds.
 
-    It is usually below 0, because a turn is not all kernels. `outside`: host pids that run while it is above MUCH.
-    `empty`: host pids with contexts on a device of which their tenant owned much, and on which it ran nothing.
+    `beyond`: the ratio of a device's time that a tenant ran minus the ratio that it owned. The value is usually below
+    0, because kernels do not fill a whole turn. `outside`: host pids that run on a device on which the `beyond` of
+    their tenant is above MUCH. `empty`: host pids with contexts on a device of which their tenant owned more than MUCH
+    and on which it ran nothing.
     """
 
     beyond: Mapping[Key, float] = {}
@@ -56,10 +58,17 @@ class Audit:
     def look(
         self, now: float, percents: Mapping[int, Percent | None], times: ComputeMaps, processes: Mapping[int, Process]
     ) -> Verdict:
-        """Compare, about once a second. `now`: monotonic; `percents`: of the last second by device, None: unknown."""
+        """Compare turns with NVML. The caller does this about once a second.
+
+        Args:
+            now: the time on the monotonic clock.
+            percents: the percentages of the last second by device; None: unknown.
+            times: the shares, the counts of turns, and the running times for the gatekeeper.
+            processes: the processes of the ledger.
+        """
         self._at = now
         turns = times.turns()
-        counts = {place: turns.get(place, TurnCounts()) for place in times.shared()}  # without counts it owns nothing
+        counts = {place: turns.get(place, TurnCounts()) for place in times.shared()}  # no counts: it owned nothing
         gated = {place: found for place, found in counts.items() if not found.free}
         self._looks = {place: looks for place, looks in self._looks.items() if place in gated}
         for device in {device for _, device in gated}:

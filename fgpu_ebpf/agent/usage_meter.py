@@ -1,12 +1,13 @@
-"""Measures what each tenant uses of each device: its time, its memory times seconds, idle and waiting time.
+"""Measures each tenant's use of each device: the device's time, memory times seconds, idle and waiting time.
 
-This module runs in the agent's main loop, once a second, and looks only at tenants that have processes with memory. The
-device's time of a gated tenant is what the gatekeeper has measured (source `turns`); that of others is what NVML says
-of their processes (source `nvml`), which is a sample. If NVML does not say it, time and idleness are not measured
-(source `none`). Every half minute the amounts are handed to the store on disk.
+This module runs in the agent's main loop, once a second, and measures tenants that have processes with memory. The
+gatekeeper measures the device's time of a gated tenant (source `turns`). For other tenants NVML samples the time of
+their processes (source `nvml`). If NVML does not report it, time and idleness are not measured (source `none`). Every
+half minute the amounts are written to the store on disk.
 
-A tenant's last turns are entered by the look after its end. The gatekeeper publishes turns every half second: of a
-tenant whose cgroup is removed sooner, up to half a second is not entered, nor is its last second of memory.
+The last turns of a tenant are added by the first measurement after its end. The gatekeeper publishes turns every half
+second. If the cgroup of the tenant is removed before that, up to half a second of turns is lost. The last second of
+memory is lost too.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from fgpu_ebpf.tenancy.tenant import Tenant
 from fgpu_ebpf.tenancy.usage_store import Owner, Place, Used, Writer, period
 
 LOOK_SECONDS, WRITE_SECONDS = 1.0, 30.0
-MOST_SECONDS = 5.0  # that a look stands for: after a longer pause the use of the device is unknown
+MOST_SECONDS = 5.0  # the longest time that one measurement covers: after a longer pause the earlier use is unknown
 IDLE_RATIO = 0.01  # of the time; a tenant that runs less is idle
 NS = 1_000_000_000
 NEW = TurnCounts()
@@ -46,15 +47,15 @@ class UsageMeter:
         self, truth: Callable[[], Truth], ledger: Ledger, enforcer: Enforcer, uuid: Callable[[int], str], writer: Writer
     ) -> None:
         self._truth, self._ledger, self._enforcer, self._uuid, self._writer = truth, ledger, enforcer, uuid, writer
-        self._turns = ledger.times.turns()  # what was owned before the agent's start is in the store, or unknown
-        self._measured: dict[int, Tenant] = {}  # by level, in the last look
+        self._turns = ledger.times.turns()  # time owned before the agent's start is in the store already, or unknown
+        self._measured: dict[int, Tenant] = {}  # by level, at the last measurement
         self._left: dict[Place, Used] = {}
         self._looked_at = self._written_at = self._sampled_at = time.monotonic()
-        self._sampled_seconds = 0.0  # that NVML's last sample stands for; 0: it was entered already
+        self._sampled_seconds = 0.0  # the time that NVML's last sample covers; 0: the sample was counted already
         self.totals: dict[Key, dict[str, Used]] = {}
 
     def look(self) -> None:
-        """Enter the time since the last look, at most once a second."""
+        """Measure the time since the last measurement, at most once a second."""
         now = time.monotonic()
         if now - self._looked_at < LOOK_SECONDS:
             return
@@ -80,13 +81,13 @@ class UsageMeter:
             self.write()
 
     def write(self) -> None:
-        """Hand what was measured since the last call to the store."""
+        """Pass the amounts since the last call to the store."""
         if self._left:
             self._writer.give(self._left)
             self._left = {}
 
     def stop(self) -> None:
-        """Write the rest."""
+        """Pass the remaining amounts to the store, and stop its writer."""
         self.write()
         self._writer.stop()
 
@@ -102,7 +103,7 @@ class UsageMeter:
             self._add(tenant, device, source, Used(ran, usage.used * seconds, seconds, seconds * is_idle, waited))
 
     def _enter_rest(self, tenant: Tenant, device: int, counts: TurnCounts, seconds: float) -> None:
-        """Enter what a tenant without processes owned until its last one ended."""
+        """Add the time that a tenant without processes owned until its last process ended."""
         key = tenant.cgroup, device
         source, ran, _ = self._ran(key, counts, None, frozenset(), seconds)
         rest = Used(run=ran, waited=self._waited(key, counts))
@@ -134,7 +135,7 @@ class UsageMeter:
 
 
 def owner_of(tenant: Tenant) -> Owner:
-    """Return the tenant as the store knows it, without those around it."""
+    """Return the tenant as an owner in the store, without the tenants around it."""
     user = _USER.search(tenant.path)
     labels = tuple(sorted(tenant.metric_labels.items()))
     return Owner(tenant.name, tenant.workload.namespace or "", user[1] if user else "", labels)

@@ -1,7 +1,8 @@
-"""The memory bar of a device: a Snapshot's device -> the parts of its bar, and its figures as text.
+"""Computes the memory bar of a device, and its figures as text, from a Snapshot's JSON.
 
-`fgpu top` and the web page use this module. It does no I/O. The parts are, in this order: what tenants and the driver
-hold, what others hold, what is committed beyond that. A number that was not measured is shown as `-`.
+This module runs in `fgpu top`, and in the agent's threads for the web page. It does no I/O. The parts of a bar are, in
+this order: memory held by tenants and the driver, memory held by other processes, memory committed beyond both. A
+number that was not measured is shown as `-`.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from fgpu_ebpf.policy.units import memory_text
 
 
 class Ends(NamedTuple):
-    """Return the end of each part of a bar, as a ratio of the device. A part that ends before it begins is empty."""
+    """The end of each part of a bar, as a ratio of the device's memory. A part that ends before its start is empty."""
 
     used: float
     unmanaged: float
@@ -21,7 +22,7 @@ class Ends(NamedTuple):
 
 
 class Figures(NamedTuple):
-    """The figures of a device as text. `turn` names the tenant whose turn it is; empty: no tenant has one."""
+    """The figures of a device as text. `turn` names the tenant that has the turn, or is empty."""
 
     used: str
     committed: str
@@ -30,7 +31,10 @@ class Figures(NamedTuple):
 
 
 def ends(device: Mapping[str, Any]) -> Ends:
-    """Return where the parts of the bar end: together they have the length of their sum, at most that of the device."""
+    """Return the ends of the parts of a device's bar, each at most 1.
+
+    Committed memory includes the memory of tenants, so the last part ends at unmanaged plus committed memory.
+    """
     used, unmanaged = device["used_bytes"] or 0, device["unmanaged_bytes"] or 0
     capacity = device["capacity_bytes"] or 1
     found = (max(0, used - unmanaged), used, unmanaged + device["committed_bytes"])
@@ -38,7 +42,7 @@ def ends(device: Mapping[str, Any]) -> Ends:
 
 
 def figures(device: Mapping[str, Any]) -> Figures:
-    """Return `40GiB/160GiB`, `committed 100GiB`, `unmanaged 0B`, `turn: bob`."""
+    """Return the figures of a device, such as `40GiB/160GiB`, `committed 100GiB`, `unmanaged 0B`, `turn: bob`."""
     return Figures(
         f"{_text(device['used_bytes'])}/{memory_text(device['capacity_bytes'])}",
         f"committed {_text(device['committed_bytes'])}",

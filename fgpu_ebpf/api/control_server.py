@@ -1,8 +1,8 @@
 """The control socket and the metrics address: the commands and the pages that the agent serves.
 
 This module runs in the agent's main loop; a request to the metrics address is answered in a thread of its own. The
-members of the socket's group may read; root of the agent's own user namespace may write. A slow peer never blocks the
-agent. A peer that sends no JSON gets one line that says so.
+members of the socket's group may send requests that only read; root of the agent's own user namespace may send all
+requests. A slow peer never blocks the agent. A peer that sends no JSON gets one line with the error.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ READS = {"snapshot", "metrics", "ping", "explain", "events", "offers"}
 
 
 class ControlServer:
-    """Answers each line, one JSON object, by one line: {"ok": …} or {"error": …, "code": …}."""
+    """Answers each line, which is one JSON object, with one line: {"ok": …} or {"error": …, "code": …}."""
 
     def __init__(self, agent: Agent) -> None:
         self._agent = agent
@@ -206,7 +206,7 @@ class ControlServer:
         return {"devices": uuids} if uuids else {}
 
     def _share(self, request: dict[str, Any]) -> dict[str, Any]:
-        """Give a container its share. An engine's hook asks for it, before the container's program runs."""
+        """Give a container its share. A hook of the container's engine requests it before the program runs."""
         share = share_name.parse(_text(request, "share"))
         path = targets.starting(request.get("pid"), request["peer"], self._agent.parts.manager.workloads)
         tenant = self._agent.parts.manager.share(path, share)
@@ -278,9 +278,9 @@ def _request(line: bytes) -> dict[str, Any]:
 class MetricsAddress:
     """The web page (/), /metrics, /healthz and /readyz at settings.listen, each request in a thread.
 
-    /healthz: 200 if the agent answers. /readyz: 200 if the agent enforces what was asked for, else 503 with the reason.
-    Enforcement does not depend on the address: if it is taken, `fgpu doctor` says so, and the agent tries again in each
-    round.
+    /healthz: 200 if the agent answers. /readyz: 200 if the agent enforces all requested limits, else 503 with the
+    reason. Enforcement does not depend on the address. If the address is in use, `fgpu doctor` reports it, and the
+    agent tries again in each round.
     """
 
     def __init__(self, agent: Agent) -> None:

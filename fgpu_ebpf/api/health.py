@@ -1,7 +1,7 @@
 """Problems of the host according to its Snapshot, and how to fix them.
 
-`fgpu doctor` and the web page use this module. `fgpu doctor` adds the checks that a Snapshot does not cover, such as
-whether the gatekeeper replies. The functions have no side effects.
+This module runs in `fgpu doctor`, and in the agent's threads for the web page. `fgpu doctor` adds the checks that a
+Snapshot does not cover, such as whether the gatekeeper replies. The functions have no side effects.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from fgpu_ebpf.driver import bypass_reason, xids
 from fgpu_ebpf.snapshot import RELEASED
 
 NONE = ": only `fgpu run`, `fgpu set` and shares limit anything"
-FULL_PARTS = 0.75  # the same as of the alert FgpuTableFilling
+FULL_PARTS = 0.75  # the threshold of the alert FgpuTableFilling
 FULL = "a full table refuses new programs: `fgpu events` names the workload, bounds: in agent.yaml its bounds"
 
 
@@ -59,7 +59,7 @@ def _is_filling(table: Mapping[str, Any]) -> bool:
 
 
 def _shims(tenants: Sequence[Mapping[str, Any]]) -> Check:
-    """Check that every process that uses a device asks before it allocates; the fix names the reasons of the others."""
+    """Check that every process that uses a device requests admission. The fix names the reasons why others do not."""
     tenants_without = sorted((t for t in tenants if t["bypassing"]), key=lambda t: str(t["tenant"]))
     if not tenants_without:
         return Check("shim", True, "in every process that uses a device")
@@ -87,7 +87,7 @@ def _libraries(found: Sequence[Mapping[str, Any]], trusted: Sequence[str]) -> Ch
 
 
 def _engines(found: Sequence[Mapping[str, Any]]) -> Iterator[Check]:
-    """Check that the engines that run containers have reported the labels of all of them."""
+    """Check that the container engines have reported the labels of all containers."""
     there = {engine["name"] for engine in found if engine["is_there"]}
     failed = [engine for engine in found if engine["fault"]]
     absent = [engine for engine in found if engine["waiting"] and engine["name"] not in there]

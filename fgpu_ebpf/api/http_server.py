@@ -1,8 +1,8 @@
 """The HTTP server of the metrics address.
 
-The agent's main loop receives requests until one is complete; then a thread, one of MOST_CLIENTS, writes the response.
-A connection without a complete request gets no thread, since it would keep other requests waiting. OSError if the
-address is taken.
+The agent's main loop receives requests. When a request is complete, one of at most MOST_CLIENTS threads writes the
+response. A connection without a complete request gets no thread, because other requests would wait for the thread.
+HttpServer raises OSError if the address is in use.
 """
 
 from __future__ import annotations
@@ -32,7 +32,10 @@ AT_ONCE = 16
 
 
 def by_path(apps: Mapping[str, WSGIApplication]) -> WSGIApplication:
-    """Return an application that calls the one of the request's path; another path gets 404 and the list of paths."""
+    """Return an application that calls the one in `apps` for the request's path. Other paths get 404.
+
+    The text of the 404 response lists the valid paths.
+    """
     missing = _text_response("404 Not Found", f"no such path: {' '.join(apps)}")
 
     def answer(environ: WSGIEnvironment, start: StartResponse) -> Iterable[bytes]:
@@ -93,7 +96,7 @@ def _text_response(status: str, text: str) -> WSGIApplication:
 
 @dataclass(eq=False, slots=True)
 class _Waiting:
-    """A connection that has no thread yet. `until`: monotonic time of its end; `head`: what it has sent so far."""
+    """A connection without a thread. `until`: the monotonic time of its timeout. `head`: the bytes received so far."""
 
     sock: socket.socket
     address: Any
@@ -107,7 +110,7 @@ class _Waiting:
 
 
 class _Handler(WSGIRequestHandler):
-    timeout = CLIENT_SECONDS / 2  # of silence
+    timeout = CLIENT_SECONDS / 2  # of one write to the socket
 
     def setup(self) -> None:
         """Give the handler the head that the main loop has received; the socket is used for the response alone."""
@@ -140,11 +143,11 @@ class HttpServer(ThreadingMixIn, WSGIServer):
         self._waiting: dict[_Waiting, None] = {}  # oldest first
         self._in_threads: dict[Any, float] = {}  # requests that a thread answers, and since when; oldest first
         self.heads: dict[Any, bytes] = {}
-        self._ended = Wakeup()  # a thread has ended, so that another request may have its place
+        self._ended = Wakeup()  # woken when a thread has ended, so that another request gets a thread
         super().__init__(address[:2], _Handler)  # type: ignore[arg-type]
         is_loopback = ipaddress.ip_address(address[0]).is_loopback
         self.set_app(only_by_name(names, app) if names or is_loopback else app)
-        self.socket.setblocking(False)  # accept() must not wait if the client has hung up meanwhile
+        self.socket.setblocking(False)  # accept() must not wait if the client has already closed the connection
         self._selector = selectors.EpollSelector()
         self._selector.register(self.socket, selectors.EVENT_READ, self._accept)
         self._selector.register(self._ended, selectors.EVENT_READ, self._ended.clear)
@@ -178,7 +181,7 @@ class HttpServer(ThreadingMixIn, WSGIServer):
                 waiting = _Waiting(sock, address, time.monotonic() + HEAD_SECONDS)
                 self._waiting[waiting] = None
                 self._selector.register(sock, selectors.EVENT_READ, lambda waiting=waiting: self._receive(waiting))
-                self._receive(waiting)  # most have sent the whole request by now
+                self._receive(waiting)  # most clients have sent the whole request by now
 
     def _evict(self) -> bool:
         """Close the oldest connection without a complete request. Returns False if every request is complete."""
@@ -228,7 +231,7 @@ class HttpServer(ThreadingMixIn, WSGIServer):
             self.process_request(waiting.sock, waiting.address)
 
     def _end_slow(self) -> None:
-        """Close the oldest connection that reads its response slowly, since another request waits for its place."""
+        """Close the oldest connection that reads its response slowly, because another request waits for a thread."""
         since = time.monotonic() - SLOW_SECONDS
         slow = next((request for request, begun in list(self._in_threads.items()) if begun < since), None)
         if slow is not None:
@@ -262,4 +265,4 @@ class HttpServer(ThreadingMixIn, WSGIServer):
             self._in_threads.pop(request, None)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """Do not log errors: a client that closes its connection is not one."""
+        """Do not log errors, because a client may close its connection at any time."""

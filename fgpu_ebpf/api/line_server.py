@@ -1,7 +1,8 @@
-"""Connections of a stream socket that send one line and receive one line, without blocking.
+"""A server that receives one line from each connection and sends one line back, without blocking.
 
-This module runs in the agent's main loop, for the control socket. A connection has a few seconds, and there are at most
-MOST_PEERS. One that is slow, or that fails, is closed.
+This module runs in the agent's main loop, for the control socket. There are at most MOST_PEERS connections. A
+connection is closed if it fails, does not send its line within LINE_SECONDS, or does not read the answer within
+ANSWER_SECONDS.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ class _Peer:
 
 
 class LineServer:
-    """The open connections. `answer` gets a connection's socket and its line, which may be incomplete."""
+    """The open connections. `answer` returns the answer to a socket's line, which may be incomplete."""
 
     def __init__(self, selector: selectors.BaseSelector, answer: Callable[[socket.socket, bytes], bytes]) -> None:
         self._selector, self._answer = selector, answer
@@ -47,7 +48,7 @@ class LineServer:
                 peer = _Peer(sock, time.monotonic() + LINE_SECONDS)
                 self._peers[peer] = None
                 self._selector.register(sock, selectors.EVENT_READ, partial(self._receive, peer))
-                self._receive(peer)  # most have sent the whole line by now
+                self._receive(peer)  # most clients have sent the whole line by now
                 if len(self._peers) > MOST_PEERS:
                     self._drop(next(iter(self._peers)))
 
@@ -93,6 +94,6 @@ class LineServer:
     def _drop(self, peer: _Peer) -> None:
         if peer in self._peers:
             del self._peers[peer]
-            with contextlib.suppress(KeyError):  # the selector could not take it, or has lost it, for lack of memory
+            with contextlib.suppress(KeyError):  # without memory, the selector could not add it, or has removed it
                 self._selector.unregister(peer.sock)
             peer.sock.close()

@@ -1,7 +1,7 @@
 """Prometheus metric families made from a Snapshot.
 
-The control socket (`fgpu metrics`) and the metrics address use this module. It does no I/O. A number that the Snapshot
-lacks has no sample.
+This module runs in the agent's main loop for `fgpu metrics`, and in threads of the metrics address. It does no I/O. A
+number that is None in the Snapshot has no sample.
 """
 
 from __future__ import annotations
@@ -214,7 +214,7 @@ def _devices(snapshot: Snapshot, since_seconds: float) -> Iterator[Metric]:
 
 
 def _xids(devices: Iterable[DeviceView]) -> Metric:
-    """Return the counter by cause instead of by number, so that both causes are exported from 0 on."""
+    """Return the counter of XIDs, by cause instead of by XID, so that both causes are exported from 0 on."""
     xids = CounterMetricFamily("fgpu_device_xids", "XIDs that the device has reported", labels=["gpu", "cause"])
     for device in devices:
         if device.xids is not None:

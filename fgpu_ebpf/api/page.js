@@ -1,5 +1,5 @@
 // Loads this page again while it is visible, and shows when the agent does not answer: old figures must not look like
-// current ones. Text becomes elements in the server alone, which escapes it.
+// current ones. Only the server makes elements of text, because it escapes the text.
 "use strict";
 
 const PERIOD_MS = 2000, PATIENCE_MS = 4000, SILENCE_MS = 5000;
@@ -43,7 +43,7 @@ async function look() {
   try {
     await ask();
   } catch {
-    // tell() shows it after SILENCE_MS
+    // tell() shows that there is no answer after SILENCE_MS
   } finally {
     asking = false;
     tell();

@@ -1,7 +1,8 @@
 """The table of tenants: rows of a tenant on a device, columns, filter and order.
 
-`fgpu top` and the web page use this module, on a Snapshot's JSON. It does no I/O. A column says what it shows and how
-it sorts. A number that was not measured is shown as `-`, and comes last in every order.
+This module runs in `fgpu top`, and in the agent's threads for the web page. It takes a Snapshot's JSON, and does no
+I/O. A Column defines a value, its text and its order. A number that was not measured is shown as `-`, and comes last in
+every order.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ class Row(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Column:
-    """A column. `name`: the heading; `cells`: the least width; `falls`: the largest value comes first."""
+    """A column. `name`: the heading. `cells`: the least width in characters. `falls`: the largest value comes first."""
 
     name: str
     cells: int
@@ -57,7 +58,7 @@ def _memory(name: str, field: str) -> Column:
 
 
 def limit_bytes(row: Row) -> int | None:
-    """Return the tenant's limit on the device; None: no limit."""
+    """Return the tenant's limit on the device in bytes, or None if there is no limit."""
     return abi.limit(row.device["limit_bytes"])
 
 
@@ -75,7 +76,7 @@ def _part(field: str) -> Callable[[Row], float | None]:
 
 
 def _entitled(row: Row) -> float | None:
-    """Return the part that is due to the tenant; None also if no program of it uses the device: nothing is due."""
+    """Return the part that is due to the tenant. It is None also if no program of the tenant uses the device."""
     return _part("entitled_ratio")(row) or None
 
 
@@ -138,7 +139,7 @@ def rows(snapshot: Mapping[str, Any], filter_: str = "") -> list[Row]:
 
 
 def ranked(found: Iterable[Row], order: Order) -> list[Row]:
-    """Return the rows in this order; rows of equal value by name and device."""
+    """Return the rows in this order. Rows of equal value are sorted by name and device."""
     by_name = sorted(found, key=lambda row: (row.tenant["tenant"], row.device["gpu"]))
     value = order.column.value
     known = [row for row in by_name if value(row) is not None]
@@ -147,7 +148,7 @@ def ranked(found: Iterable[Row], order: Order) -> list[Row]:
 
 
 class Mark(Enum):
-    """Cells of a row that deserve attention."""
+    """The state of a row, which decides how the row is highlighted."""
 
     UNHELD = auto()
     OVER = auto()
@@ -157,7 +158,7 @@ class Mark(Enum):
 
 
 def mark(row: Row) -> Mark:
-    """Return whether the limit does not hold, is exceeded, is nearly reached, or nothing is used."""
+    """Return the state of a row: the limit does not hold, is exceeded or nearly reached, or nothing is used."""
     used = row.device["used_bytes"]
     if row.tenant["enforcement"] in UNHELD:
         return Mark.UNHELD

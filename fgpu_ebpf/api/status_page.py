@@ -1,8 +1,8 @@
-"""The web page: a Snapshot -> one HTML page, whose script loads the page again while it is visible.
+"""The web page: one HTML page that shows a Snapshot. Its script loads the page again while it is visible.
 
-This module runs in a thread of the metrics address. The headers keep the page alone: nothing is loaded from elsewhere,
-no script runs but the page's own, and names of tenants are escaped. jinja2 is imported at the first request. An invalid
-query gets the whole page.
+This module runs in a thread of the metrics address. The headers isolate the page: a browser loads nothing from another
+host, and runs only the page's own script. Names of tenants are escaped. jinja2 is imported at the first request. For an
+invalid query the whole page is sent.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _FOLDER = Path(__file__).parent
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """Return the view that the query asks for, in the words of `fgpu top`."""
+    """The order and the filter that a query requests, in the words of `fgpu top`."""
 
     order: Order = field(default_factory=Order)
     filter: str = ""
@@ -55,7 +55,7 @@ class Asked:
 
     @property
     def query(self) -> str:
-        """The query string that asks for the same."""
+        """The query string that requests this order and filter."""
         words = {"sort": self.order.column.word, "reverse": self.order.is_reversed and "1", "filter": self.filter}
         usual = Order().column.word
         return "?" + urlencode({name: word for name, word in words.items() if word and (name, word) != ("sort", usual)})
@@ -63,7 +63,11 @@ class Asked:
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """A tenant on a device: the texts of its cells by column. `notes` are shown with a tenant's first line."""
+    """A tenant on a device. `cells`: the text of each column. `mark`: the state of the row.
+
+    `full`: the ratio of the limit that is used; None: no limit. `about`: policy, path and labels. `notes`: texts that
+    are shown with the first line of a tenant.
+    """
 
     cells: Mapping[str, str]
     mark: str
@@ -84,7 +88,7 @@ def failed_checks(snapshot: Mapping[str, Any]) -> list[Check]:
 
 
 def state(snapshot: Mapping[str, Any]) -> list[str]:
-    """Return the state of the host, in a few words each."""
+    """Return the state of the host, as short texts."""
     policies, events = snapshot["policies"], snapshot["events"]
     up = {True: "gatekeeper up", False: "gatekeeper down", None: "gatekeeper unknown"}[snapshot["gatekeeper_up"]]
     lost = sum(events.get(reason, 0) for reason in ("rate", "full"))
@@ -115,13 +119,13 @@ def _about(tenant: Mapping[str, Any]) -> str:
 
 
 def _full(row: Row) -> float | None:
-    """Return the ratio of the limit that is used; None: no limit."""
+    """Return the ratio of the limit that is used, or None if there is no limit."""
     limit = ranking.limit_bytes(row)
     return None if limit is None else min(1.0, row.device["used_bytes"] / (limit or 1))
 
 
 def _notes(tenant: Mapping[str, Any]) -> Iterator[str]:
-    """Yield what the numbers do not show, in the words of `fgpu explain`."""
+    """Yield the texts about a tenant's state beside its numbers, in the words of `fgpu explain`."""
     if text := denial(tenant):
         yield text
     bypassing, reasons = (

@@ -1,4 +1,4 @@
-"""`fgpu cdi`: devices by which containers ask for their limits.
+"""`fgpu cdi`: the CDI devices with which containers request the shim and their limits.
 
 This module runs in the process of the command, which does not ask the agent. Exit codes: 0 done, 1 a failure, 2 wrong
 usage.

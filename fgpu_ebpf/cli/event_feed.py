@@ -1,7 +1,7 @@
 """The events of `fgpu events`, across restarts of the agent.
 
-This module runs in the process of the command. Each agent numbers its events from 1. After a failed request the next
-agent that answers may be another one, so all its events that are later than the last known one are new.
+This module runs in the process of the command. Each agent numbers its events from 1. After a failed request, another
+agent may answer the next request. All events of its log that are later than the last known event are then new.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ class EventFeed:
         self._is_lost = False  # the last request failed
 
     def begin(self) -> list[Event]:
-        """Return the events so far. Raises ConnectionError, RequestError."""
+        """Return the events since the last call. The first call returns all. Raises ConnectionError, RequestError."""
         answer = control_client.call(self._run_dir, {"verb": "events", "since": self._number})
-        if answer["last"] < self._number:  # another agent has answered, and the request before met no gap
+        if answer["last"] < self._number:  # another agent has answered, and no request failed in between
             self._number = 0
             return self.begin()
         found: list[Event] = answer["events"]
-        if self._number == 0:  # only then, since the clock may be set back while an agent runs
+        if self._number == 0:  # only for a new agent, because the clock may be set back while an agent runs
             found = [event for event in found if event["time_seconds"] > self._after_seconds]
         self._number = answer["last"]
         if found:
@@ -39,7 +39,7 @@ class EventFeed:
         return found
 
     def more(self, report: Callable[[str], object]) -> list[Event]:
-        """Return the events since the last call; none while no agent answers, which is reported once."""
+        """Return the events since the last call. If no agent answers, return none, and call `report` once."""
         try:
             found = self.begin()
         except (ConnectionError, control_client.RequestError) as error:

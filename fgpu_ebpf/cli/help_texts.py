@@ -1,7 +1,7 @@
 """Parts of the help that several commands share: sections, examples, the forms of a TARGET, the keys of `fgpu top`.
 
 This module runs in the process of the command. The reference pages are made from the same texts. Completion caches
-nothing: it asks the agent each time, for HINT_SECONDS at most; without an agent there are no names to complete.
+nothing: it asks the agent each time, and waits for HINT_SECONDS at most. Without an agent it finds no names.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ class Sections(click.Group):
     sections: ClassVar[Mapping[str, Sequence[str]]] = {}  # empty: all commands under one heading
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """Write the sections. KeyError: a section names a command that does not exist."""
+        """Write the sections. Raises KeyError if a section names a command that does not exist."""
         for heading, names in (self.sections or {"Commands": sorted(self.commands)}).items():
             with formatter.section(heading):
                 formatter.write_dl([(name, self.commands[name].get_short_help_str(_WIDEST_TEXT)) for name in names])

@@ -1,7 +1,7 @@
 """The part of `fgpu setup` that concerns the host: start the agent's service, check the host, and undo the start.
 
-This module runs in the process of the command. A note beside the states of the engines says what the setup did to the
-service. Without systemd, nothing is started: `fgpu doctor` says how to.
+This module runs in the process of the command. A file beside the states of the engines records what the setup has done
+to the service. Without systemd, nothing is started, and `fgpu doctor` prints the command that starts the agent.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _NOTE = "service"  # holds the arguments of the `systemctl` that undoes the star
 
 
 def start(run_dir: Path, states: Path) -> bool:
-    """Enable and start the service, and note it in `states`. Returns False if it does not start."""
+    """Enable and start the service, and record that in the folder `states`. Returns False if it does not start."""
     if not control_client.has_unit():
         return True
     is_enabled, is_active = _is("enabled"), _is("active")
@@ -46,7 +46,7 @@ def read_policies(run_dir: Path) -> None:
 
 
 def check(run_dir: Path) -> bool:
-    """Print the findings of `fgpu doctor`. Returns False if there is one."""
+    """Print the failed checks of `fgpu doctor`. Returns False if there are any."""
     from fgpu_ebpf import doctor
     from fgpu_ebpf.agent.settings import Options
     from fgpu_ebpf.cli.service import check_line
@@ -61,7 +61,7 @@ def check(run_dir: Path) -> bool:
 
 
 def stop(run_dir: Path, states: Path) -> None:
-    """Undo start(), unless another engine is set up or something else has a limit."""
+    """Undo start(), unless another engine is set up, or policies or limits are in force."""
     note = states / _NOTE
     if not note.exists() or any(states.glob("*.json")):
         return
@@ -74,7 +74,7 @@ def stop(run_dir: Path, states: Path) -> None:
 
 
 def _used(run_dir: Path) -> str:
-    """Return the reason for which the agent is needed; empty: it is not."""
+    """Return the reason why the agent is still needed, or an empty text if it is not."""
     try:
         policies = control_client.call(run_dir, {"verb": "reload"})["policies"]
         tenants = control_client.call(run_dir, {"verb": "snapshot"})["tenants"]

@@ -1,8 +1,7 @@
 """The command `fgpu`: its subcommands, which are in the other modules of this package.
 
 Exit codes: 0 done, 1 a finding or failure, 2 wrong usage, 3 no agent, 4 no such target. `fgpu run` exits with 125 for
-every failure of its own. Except for `fgpu agent`, a command sends its request to the agent over the control socket and
-prints the reply.
+every failure of its own. Most commands send a request to the agent over the control socket, and print the reply.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""JSON Schemas of what `fgpu status`, `ps` and `events` print with --json, made from the classes that are printed.
+"""JSON Schemas of the --json output of `fgpu status`, `ps` and `events`, made from the classes that are printed.
 
 This module runs in the process of `fgpu schema`. Within a VERSION, properties are only added: tests compare the schemas
-with those of the version's first release. Raises KeyError for a type that has no JSON yet.
+with those of the version's first release. A type for which this module has no schema raises KeyError.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ PRINTED: Mapping[str, Any] = {"status": Snapshot, "ps": list[ProcessRow], "event
 
 
 def of(command: str) -> dict[str, Any]:
-    """Return the JSON Schema of what `fgpu COMMAND --json` prints; of `events`, that of one line."""
+    """Return the JSON Schema of the output of `fgpu COMMAND --json`. For `events`, it describes one line."""
     definitions: dict[str, Any] = {}
     printed = _schema(PRINTED[command], definitions)
     return {
@@ -36,7 +36,7 @@ def of(command: str) -> dict[str, Any]:
 
 
 def _schema(hint: Any, definitions: dict[str, Any]) -> dict[str, Any]:
-    """Return the schema of a type; adds the classes that it refers to."""
+    """Return the schema of a type, and add the schemas of all classes in it to `definitions`."""
     if is_dataclass(hint):
         name = getattr(hint, "__name__", "")
         if name not in definitions:

@@ -1,7 +1,8 @@
 """`fgpu policy`: check, list and describe policy files.
 
-This module runs in the process of the command, without the agent: it shows the files, not what is in force; only the
-number of tenants that a policy matches comes from the agent. Exit codes: 0 done, 1 a finding, 2 wrong usage.
+This module runs in the process of the command. It reads the files itself, so it shows what is in the files instead of
+what is in force. Only the number of tenants that a policy matches comes from the agent. Exit codes: 0 done, 1 a
+finding, 2 wrong usage.
 """
 
 from __future__ import annotations
@@ -75,7 +76,7 @@ def list_policies(paths: Paths, as_json: bool) -> None:
 
 
 def _tenants() -> Counter[str] | None:
-    """Return how many tenants each policy matches by its name; None: no agent answers this user."""
+    """Return how many tenants each policy matches, by the policy's name, or None if no agent answers this user."""
     from fgpu_ebpf import control_client
 
     try:
@@ -109,7 +110,7 @@ def _must_read(paths: Paths) -> list[Policy]:
 
 
 def _read(paths: Paths) -> tuple[list[Policy], list[ConfigError]]:
-    """Read the given files, of any owner; without PATHS read the host's folder by the agent's own rules.
+    """Read the given files, whatever their owner. Without paths, read the host's folder by the rules of the agent.
 
     Returns the policies, and the errors found in the files.
     """
@@ -195,7 +196,10 @@ def _amount(amount: Amount) -> dict[str, float]:
 
 
 def _text(position: int, found: Policy) -> str:
-    """Return `1. notebooks (10-team.yaml:3): enforce`, a line for each part of the selector, and what it gives."""
+    """Return a policy as lines: its heading, each part of its selector, and its limits.
+
+    A heading is such as `1. notebooks (10-team.yaml:3): enforce`.
+    """
     lines = [f"{position}. {found.name} ({found.source}): {'observe' if found.observe else 'enforce'}"]
     lines += [f"   {key}: {', '.join(values)}" for key, values in _selector(found.selector).items()]
     devices = ", ".join(choice.text for choice in found.devices)

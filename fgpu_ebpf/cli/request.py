@@ -1,4 +1,7 @@
-"""Shared by the commands: the run folder, requests to the agent, and the end with an error."""
+"""Functions that several commands share: the run folder, requests to the agent, and exits with an error.
+
+This module runs in the process of the command.
+"""
 
 from __future__ import annotations
 
@@ -11,12 +14,12 @@ import click
 from fgpu_ebpf import control_client
 
 RUN_DIR = Path("/run/fgpu")
-HINT_SECONDS = 1.0  # the longest wait for what only improves a message
+HINT_SECONDS = 1.0  # the longest wait for data that only improves a message
 NO_TARGET = 4  # the exit code if a target does not exist
 
 
 def run_dir() -> Path:
-    """Return the folder of the agent's sockets, as the option of `fgpu` says. For the command's main thread."""
+    """Return the folder of the agent's sockets, from the option of `fgpu`. It may be called in the main thread only."""
     folder: Path = click.get_current_context().find_root().params.get("run_dir", RUN_DIR)
     return folder
 
@@ -28,12 +31,12 @@ def fail(text: str, code: int) -> NoReturn:
 
 
 def no_answer(error: ConnectionError) -> str:
-    """Return why the agent does not answer, and the fix."""
+    """Return a text with the reason why the agent does not answer, and the fix."""
     return f"{error}: {error.fix}" if isinstance(error, control_client.NoAnswerError) else str(error)
 
 
 def call(request: dict[str, Any]) -> Any:
-    """Return the agent's answer. Exits: 3, no agent; the code of the answer if it refuses."""
+    """Return the agent's answer. Exits with 3 if no agent answers, or with the code of a refusal."""
     try:
         return control_client.call(run_dir(), request)
     except ConnectionError as error:

@@ -139,7 +139,7 @@ def _confirm() -> None:
     try:
         tenants = len(control_client.call(run_dir(), {"verb": "snapshot"})["tenants"])
     except (ConnectionError, control_client.RequestError):
-        return  # no agent answers: there is nothing to count, or the request itself will say why
+        return  # no agent answers: there is nothing to count, or the request to detach will report the reason
     if tenants:
         loss = "1 tenant loses its limit" if tenants == 1 else f"{tenants} tenants lose their limits"
         click.confirm(f"{loss}. Detach?", abort=True, err=True)

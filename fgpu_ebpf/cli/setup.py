@@ -1,4 +1,4 @@
-"""`fgpu setup`: every container of an engine gets the shim and, with --memory, a first limit.
+"""`fgpu setup`: gives every container of an engine the shim and, with --memory, a first limit.
 
 This module runs in the process of the command. It restarts no engine. Exit codes: 0 done, 1 nothing was changed, or
 `fgpu doctor` finds something, 2 wrong usage.
@@ -25,7 +25,7 @@ NAMES = ("docker", "podman", "containerd", "crio", "k3s", "rke2")
 
 
 def _size(_: click.Context, __: click.Parameter, value: str | None) -> str:
-    """Return a limit of memory as policies write it. BadParameter: the text is none."""
+    """Return a memory limit as policies write it. Raises BadParameter if the text is not a memory limit."""
     from fgpu_ebpf.policy import units
 
     try:
@@ -74,7 +74,7 @@ def setup(engine: str, memory: str, is_undo: bool, is_dry: bool, file: Path | No
 
 
 def _parts(name: str, engine: Engine, memory: str, is_named: bool) -> Parts:
-    """Return the files to write, each with the file of its state. SetupError: the engine is not installed."""
+    """Return the files to write, each with the file of its state. Raises SetupError if the engine is not installed."""
     from fgpu_ebpf.containers import engine_setup
     from fgpu_ebpf.containers.engine_config import SetupError
 
@@ -92,7 +92,7 @@ def _settings(name: str, engine: Engine) -> Parts:
 
 
 def _policy(name: str, engine: Engine, memory: str) -> Parts:
-    """Return the first policy of this host; nothing if there are policies that no setup has written."""
+    """Return the first policy of this host, or an empty list if there are policies that no setup has written."""
     from fgpu_ebpf.agent import host_config
     from fgpu_ebpf.containers import first_policy
     from fgpu_ebpf.containers.engine_setup import STATE
@@ -108,9 +108,15 @@ def _policy(name: str, engine: Engine, memory: str) -> Parts:
 
 
 def _set_up(parts: Parts, is_dry: bool) -> list[str]:
-    """Write all files, or none if one cannot be as it should. Raises SetupError, AgentError, OSError.
+    """Write all files, or none if the contents of one cannot be determined.
 
-    Returns lines that say what the administrator has to do.
+    Returns:
+        Lines for the administrator, with the steps that remain to be done.
+
+    Raises:
+        SetupError: an engine's settings do not permit the change.
+        AgentError: the helper is not installed.
+        OSError: a file cannot be read or written.
     """
     from fgpu_ebpf.containers import engine_setup, injection
     from fgpu_ebpf.driver.start_checks import package_file
@@ -133,7 +139,11 @@ def _set_up(parts: Parts, is_dry: bool) -> list[str]:
 
 
 def _go_on(is_first: bool) -> bool:
-    """Start the service and check the host, if it is the first setup. Returns False if something is wrong."""
+    """Start the service and check the host, if a first policy was requested. Else print what SELinux refuses.
+
+    Returns:
+        False if the service does not start or a check of the host fails.
+    """
     from fgpu_ebpf.cli import host_service
     from fgpu_ebpf.containers import selinux
     from fgpu_ebpf.containers.engine_setup import STATE
@@ -149,7 +159,7 @@ def _go_on(is_first: bool) -> bool:
 
 
 def _undo(name: str, engine: Engine, is_named: bool) -> None:
-    """Take back what was written, and say what is kept. Raises SetupError, OSError."""
+    """Undo the setup of an engine, and print which files are restored or kept. Raises SetupError, OSError."""
     from fgpu_ebpf.cli import host_service
     from fgpu_ebpf.containers import engine_setup, first_policy
     from fgpu_ebpf.containers.engine_setup import STATE
@@ -160,7 +170,7 @@ def _undo(name: str, engine: Engine, is_named: bool) -> None:
     for part, state in reversed([*_settings(name, engine), policy]):
         if part is engine or state.exists():
             there = engine if part is engine and is_named else engine_setup.where_it_is(part, state)
-            has_changed = _take_back(there, state)  # the engine's own is the last
+            has_changed = _take_back(there, state)  # the engine's own file is the last one
     if has_changed and engine.reload_undone:
         click.echo(f"takes effect after: {engine.reload_undone}")
     if has_changed and name == "docker":
@@ -169,7 +179,7 @@ def _undo(name: str, engine: Engine, is_named: bool) -> None:
 
 
 def _take_back(part: Engine, state: Path) -> bool:
-    """Take back one file. Returns whether it was changed. Raises SetupError, OSError."""
+    """Undo the setup of one file. Returns whether the file was changed. Raises SetupError, OSError."""
     from fgpu_ebpf.containers import engine_setup
 
     is_known, is_unchanged = state.exists(), engine_setup.unchanged(state) is not None

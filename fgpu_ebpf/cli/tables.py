@@ -28,7 +28,7 @@ MOST_PATH_CELLS = 1000  # a row with a cgroup's path is not cut
 
 
 def _text(table: Table, most_cells: int = 120) -> str:
-    from rich.console import Console  # takes longer than a command that prints JSON
+    from rich.console import Console  # this import takes longer than a whole command that prints JSON
 
     out = io.StringIO()
     Console(file=out, width=most_cells).print(table)
@@ -53,7 +53,7 @@ def usage(by: str, rows: Sequence[Sequence[str]]) -> str:
 
 
 def status(snapshot: Mapping[str, Any]) -> str:
-    """Return the table of tenants by device, followed by what needs attention."""
+    """Return the table of tenants by device, followed by lines about states that need attention."""
     table = _table("TENANT", "KIND", "GPU", "LIMIT", "USED", "PEAK", "REFUSED", "PROCESSES", "HELD BY")
     for tenant in snapshot["tenants"]:
         count = str(len({p["pid"] for p in tenant["processes"]}))
@@ -71,7 +71,7 @@ def status(snapshot: Mapping[str, Any]) -> str:
 
 
 def _nothing_managed(snapshot: Mapping[str, Any]) -> str:
-    """Return what to do next if nothing is managed; empty: something is."""
+    """Return a text with the next steps if nothing is managed, else an empty text."""
     if snapshot["tenants"]:
         return ""
     count = (snapshot["policies"] or {}).get("count", 0)
@@ -88,13 +88,13 @@ def _nothing_managed(snapshot: Mapping[str, Any]) -> str:
 
 
 def _counted(snapshot: Mapping[str, Any]) -> str:
-    """Return a line for each tenant with a process that is only counted; empty if there is none."""
+    """Return a line for each tenant with a process that is only counted, or an empty text if there is none."""
     lines = [line for tenant in snapshot["tenants"] if (line := sentence(tenant))]
     return "".join(f"\n{line}" for line in lines) + ("\n" if lines else "")
 
 
 def _orphans(snapshot: Mapping[str, Any]) -> str:
-    """Return a line for each orphan that lasts; empty if there is none. A group's orphans are listed by its members."""
+    """Return a line for each lasting orphan, or an empty text if there is none. A group's tenants list its orphans."""
     lines = [
         f"{tenant['tenant']}: {orphan_text.sentence(orphan)}"
         for tenant in snapshot["tenants"]
@@ -105,13 +105,13 @@ def _orphans(snapshot: Mapping[str, Any]) -> str:
 
 
 def _shares(snapshot: Mapping[str, Any]) -> str:
-    """Return the table of compute time; empty if no tenant is gated."""
+    """Return the table of compute time, or an empty text if no tenant is gated."""
     rows = [(t["tenant"], d["gpu"], d["compute"]) for t in snapshot["tenants"] for d in t["devices"] if d["compute"]]
     if not rows:
         return ""
     table = _table("TENANT", "GPU", "SHARE", "ENTITLED", "LIMIT", "WEIGHT", "PRIORITY", "WAITED", "OWNER")
     for tenant, gpu, c in rows:
-        entitled = f"{c['entitled_ratio']:.1%}" if c["entitled_ratio"] else "-"  # no program of it uses the device
+        entitled = f"{c['entitled_ratio']:.1%}" if c["entitled_ratio"] else "-"  # the tenant does not use the device
         parts = ("alone", "-") if c["free"] else (f"{c['had_ratio']:.1%}", entitled)
         limit = f"{c['limit_ratio']:.0%}" if c["limit_ratio"] < 1 else "-"
         waited = f"{c['wait_seconds']:.1f}s"
@@ -135,13 +135,15 @@ def event_line(event: Mapping[str, Any]) -> str:
 class ProcessRow:
     """A process on one device, or orphaned memory.
 
-    `tenant`, null: none. `pid`: on the host. `bytes`: charged for it, or held; null: unknown. `how`: in what way it
-    bypasses the shim; empty: it does not. `unmanaged`: it is in no tenant, and `why` is its cgroup. `orphaned`: the
-    memory of a process that has ended, or that has exported the memory and freed it. `why`: the reason why it has no
-    shim, or which processes keep orphaned memory. `loader`: the path of its loader, in quotes, if that is the reason;
-    the process can have chosen it. `had_ratio`: the part of the device's time that its tenant had in the last half
-    second; null: not measured. `name`, `user` and `started` (seconds since the epoch) are the host's; null: the process
-    has ended, or the host does not show it. The name of orphaned memory is `(ended)` or `(exported)`.
+    `tenant`: null if it belongs to none. `pid`: the pid on the host. `bytes`: the bytes that are charged for the
+    process, or that it holds; null if unknown. `how`: the way in which the process bypasses the shim, or empty if it
+    does not. Two values are not bypasses: `unmanaged`, the process is in no tenant; `orphaned`, the row is memory of a
+    process that has ended, or that has exported the memory and freed it. `why`: the reason why the process has no shim;
+    the cgroup of an unmanaged process; the processes that keep orphaned memory. `loader`: the path of the process's
+    dynamic loader, in quotes, if that is the reason; the process may have chosen the path. `had_ratio`: the part of the
+    device's time that the tenant had in the last half second; null if not measured. `name`, `user` and `started`
+    (seconds since the epoch): as on the host; null if the process has ended or the host does not show them. The name of
+    orphaned memory is `(ended)` or `(exported)`.
     """
 
     tenant: str | None
@@ -158,7 +160,7 @@ class ProcessRow:
 
 
 def process_rows(snapshot: Mapping[str, Any]) -> list[ProcessRow]:
-    """Return one row for each process of a tenant, with the name and user that the host knows for its pid."""
+    """Return one row for each process of a tenant, with name and user by its pid, and one for each lasting orphan."""
     rows = []
     for tenant in snapshot["tenants"]:
         for process in tenant["processes"]:
@@ -175,7 +177,7 @@ def unmanaged_rows(snapshot: Mapping[str, Any]) -> list[ProcessRow]:
     """Return one row for each process outside tenants that holds memory, with its cgroup as the reason."""
     rows = []
     for device in snapshot["devices"]:
-        for process in device.get("unmanaged_by", ()):  # an agent of an older version does not list them
+        for process in device.get("unmanaged_by", ()):  # an agent of an older version does not list these processes
             name, user, started = _names(process["pid"])
             rows.append(ProcessRow(
                 None, process["pid"], device["index"], process["bytes"], how="unmanaged",
@@ -186,7 +188,7 @@ def unmanaged_rows(snapshot: Mapping[str, Any]) -> list[ProcessRow]:
 
 
 def _orphan_row(tenant: str, orphan: Mapping[str, Any]) -> ProcessRow:
-    """Return the row of orphaned memory, whose process has ended."""
+    """Return the row of orphaned memory, whose process has ended or has exported and freed the memory."""
     fields = {name: orphan[name] for name in ("pid", "gpu", "bytes")}
     state, why = "(ended)" if orphan["ended"] else "(exported)", orphan_text.keepers(orphan)
     return ProcessRow(

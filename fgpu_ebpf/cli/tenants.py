@@ -1,4 +1,4 @@
-"""`fgpu run`, `set`, `unset` and `device`: what a tenant gets, and the state of devices.
+"""`fgpu run`, `set`, `unset` and `device`: change the limits of a tenant, and the state of devices.
 
 This module runs in the process of the command, which sends its request to the agent. Exit codes: 0 done, 1 failure, 2
 wrong usage, 3 no agent, 4 no such target. `fgpu run` exits with 125 for every failure of its own.
@@ -46,7 +46,7 @@ def _limit_text(name: str, value: Any) -> str:
 
 
 class _Run(click.Command):
-    """Exits with 125 for wrong usage too, because 2 may be an exit code of the program that is run."""
+    """A command that exits with 125 for wrong usage, because 2 may be an exit code of the program that it runs."""
 
     def make_context(self, *args: Any, **more: Any) -> click.Context:
         """Parse the command line; exit with 125 if it is wrong."""
@@ -104,7 +104,7 @@ def unset(target: str) -> None:
 
 
 def _now(level: Mapping[str, Any] | None) -> str:
-    """Return what limits a cgroup after `unset`. `level`: the innermost one, as in `fgpu explain`."""
+    """Return a text about the limits of a cgroup after `unset`. `level`: its innermost level, as in `fgpu explain`."""
     if level is None:
         return "no limit is in force"
     limits = {limit for device in level["devices"] if (limit := abi.limit(device["limit_bytes"])) is not None}

@@ -1,8 +1,8 @@
 """`fgpu top`: the screen, its event loop, and the restoring of the terminal.
 
-This module runs in the main thread of the command; a second thread (`top_input`) asks the agent once a second, so that
-keys never wait for it. If the agent does not reply, one line on the screen says so until it does. The terminal is
-restored when the program is left by a key or a signal, and while it is stopped.
+This module runs in the main thread of the command. A second thread (`top_input`) asks the agent once a second, so that
+the handling of keys never waits for the agent. While the agent does not reply, a line on the screen reports it. The
+terminal is restored when a key or a signal ends the program, and while the program is stopped.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from fgpu_ebpf.cli.top_input import Keyboard, LatestSnapshot, SnapshotPoller, Vi
 from fgpu_ebpf.linux.wakeup import Wakeup
 
 Ask = Callable[[], Mapping[str, Any]]
-IDLE_SECONDS = 1.5  # longer than replies are apart, so that a missing reply is noticed too
+IDLE_SECONDS = 1.5  # the period of drawing without a reply: longer than the time between two replies
 _ENDINGS = {signal.SIGTERM, signal.SIGHUP}
 _SIGNALS = (*_ENDINGS, signal.SIGINT, signal.SIGTSTP, signal.SIGWINCH)
 
@@ -71,7 +71,7 @@ def _marks(console: Console) -> top_frame.Marks:
 
 
 class _Screen:
-    """The terminal while it shows the latest Snapshot. Signals wake the loop like new Snapshots do."""
+    """The terminal while it shows the latest Snapshot. Signals and new Snapshots wake the event loop."""
 
     def __init__(self, ask: Ask, choice: ViewChoice) -> None:
         self._wakeup, self._choice, self._console = Wakeup(), choice, _console()
@@ -79,7 +79,7 @@ class _Screen:
         self._caught: set[int] = set()
 
     def show(self) -> int | None:
-        """Run until the user quits, and return the exit code; None: the process is to stop (SIGTSTP)."""
+        """Run until the user quits, and return the exit code, or None if the process has to stop (SIGTSTP)."""
         self._caught.clear()
         live = Live(
             console=self._console, screen=True, auto_refresh=False, redirect_stdout=False, redirect_stderr=False

@@ -1,7 +1,8 @@
-"""The screen of `fgpu top` as text: a Snapshot and the user's choice -> rich Text.
+"""Formats the screen of `fgpu top`, from a Snapshot and the user's choice, as rich Text.
 
-The module decides what is left out of a narrow or low window. It does no I/O. Rows outside the window are not
-formatted. Each row is one Text: a rich Table measures and wraps every cell, which takes many times as long.
+This module runs in the main thread of the command. It decides which parts are left out of a narrow or low window. It
+does no I/O. Rows outside the window are not formatted. Each row is one Text, because a rich Table would measure and
+wrap every cell, which takes many times as long.
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ def room(latest: LatestSnapshot, window: Window) -> int:
 
 
 def live(latest: LatestSnapshot, choice: ViewChoice, window: Window) -> tuple[Text, ViewChoice]:
-    """Return the whole window's text, and the choice with its first row within the table."""
+    """Return the text of the whole window, and the choice with a scroll position within the table."""
     found = ranking.ranked(ranking.rows(latest.snapshot, choice.filter), choice.order)
     seen = room(latest, window)
     choice = choice.within(len(found), seen)
@@ -73,7 +74,7 @@ def live(latest: LatestSnapshot, choice: ViewChoice, window: Window) -> tuple[Te
 
 
 def once(latest: LatestSnapshot, choice: ViewChoice, width: int | None, marks: Marks) -> Text:
-    """Return the whole table; as wide as it needs to be if `width` is None."""
+    """Return the whole table. If `width` is None, the table is as wide as its contents."""
     found = ranking.ranked(ranking.rows(latest.snapshot, choice.filter), choice.order)
     devices = _devices(latest.snapshot, width or 120, marks, len(latest.snapshot["devices"]))
     return _joined([*_notices(latest), *devices, *_table(found, latest.snapshot, choice, width)], width)
@@ -105,7 +106,7 @@ def _title(snapshot: Mapping[str, Any], found: Sequence[Row], choice: ViewChoice
 
 
 def _notices(latest: LatestSnapshot) -> list[Text]:
-    """Return the lines that qualify all lines below them: a silent agent, limits that are not enforced."""
+    """Return the warnings about all lines below: the agent does not reply, or limits are not enforced."""
     said = []
     if latest.error:
         when = time.strftime("%T", time.localtime(latest.snapshot["time_seconds"]))
@@ -129,7 +130,10 @@ def _devices(snapshot: Mapping[str, Any], width: int, marks: Marks, most: int) -
 
 
 def _bars(devices: Sequence[Mapping[str, Any]], width: int, marks: Marks) -> Iterator[Text]:
-    """Yield a line each: `0 NVIDIA H200 ▕██▒░░    ▏ 40GiB/140GiB ░committed 100GiB ▒unmanaged 1GiB turn: alice`."""
+    """Yield a line for each device.
+
+    Such a line is `0 NVIDIA H200 ▕██▒░░    ▏ 40GiB/140GiB ░committed 100GiB ▒unmanaged 1GiB turn: alice`.
+    """
     gap = _gap(width)
     texts = [bars.figures(d) for d in devices]
     used = [Text(text.used) for text in texts]
@@ -163,7 +167,7 @@ def _padded(texts: Sequence[Text], line: int) -> Text:
 
 
 def _bar(device: Mapping[str, Any], cells: int, marks: Marks) -> Text:
-    """Draw what tenants hold, what others hold, and what is committed beyond that; rounding adds no length."""
+    """Return the bar of a device. The ends of its parts are rounded, so that rounding errors do not add up."""
     styles = ((marks.used, _USED), (marks.unmanaged, _UNMANAGED), (marks.committed, _COMMITTED))
     bar, at = Text(marks.ends[0]), 0
     for end, (mark, style) in zip(bars.ends(device), styles, strict=True):
@@ -224,7 +228,7 @@ def _style(row: Row) -> str:
             return ""
 
 
-# -- below it ------------------------------------------------------------------------------------------------------
+# -- below the table -----------------------------------------------------------------------------------------------
 
 
 def _keys() -> Iterator[Text]:

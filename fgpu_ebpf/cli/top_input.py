@@ -1,8 +1,8 @@
 """The inputs of `fgpu top`: Snapshots from the agent, what the user has chosen to see, and keys of the terminal.
 
-A thread asks the agent for a Snapshot once a second. It never stops: a failed request is shown as such until the next
-one succeeds. Everything else runs in the main thread. The terminal's mode is changed while a Keyboard is entered, and
-restored when it is left.
+A thread asks the agent for a Snapshot once a second. The thread never stops: the error of a failed request is shown
+until the next request succeeds. Everything else runs in the main thread. A Keyboard changes the terminal's mode within
+its context, and restores the mode at the end.
 """
 
 from __future__ import annotations
@@ -45,8 +45,10 @@ _NAMES = {
 
 @dataclass(frozen=True, slots=True)
 class LatestSnapshot:
-    """The last Snapshot. `error`: why there is no newer one; empty: it is current. `received`: monotonic time of the
-    last reply or failure.
+    """The last Snapshot.
+
+    `error`: the reason why there is no newer one; empty if the Snapshot is current. `received`: the monotonic time of
+    the last reply or failure.
     """
 
     snapshot: Mapping[str, Any]
@@ -54,7 +56,7 @@ class LatestSnapshot:
     received: float
 
     def now(self) -> LatestSnapshot:
-        """Return this, with a missing reply as its `error` if the agent has been silent for SILENCE_SECONDS."""
+        """Return this Snapshot. If no reply or failure has come for SILENCE_SECONDS, that becomes its `error`."""
         silent = time.monotonic() - self.received
         return replace(self, error=f"no answer for {silent:.0f} s") if silent > SILENCE_SECONDS else self
 
@@ -136,7 +138,7 @@ class ViewChoice:
 
 
 class Keyboard:
-    """A terminal in cbreak mode while entered: keys arrive at once; Ctrl-C and the like still send signals."""
+    """A terminal, which is in cbreak mode within the context: each key can be read at once; Ctrl-C sends a signal."""
 
     def __init__(self, fd: int) -> None:
         self._fd = fd

@@ -1,4 +1,7 @@
-"""`fgpu usage`: the use of devices by tenant, from the store on disk. It needs root, and no agent."""
+"""`fgpu usage`: prints the use of devices by tenant, from the store on disk.
+
+This module runs in the process of the command. It needs root, and no agent.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +41,7 @@ def _span(_: click.Context, __: click.Parameter, text: str) -> int:
 
 
 def _by(_: click.Context, __: click.Parameter, text: str) -> str:
-    """Return the group as the store knows it."""
+    """Return the name of a property by which the store can group tenants. Raises BadParameter for other names."""
     if text not in ("tenant", "namespace", "user") and not text.startswith(LABEL):
         raise click.BadParameter(f"{text!r}: tenant, namespace, user or label:NAME")
     return text

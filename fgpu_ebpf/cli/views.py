@@ -89,7 +89,7 @@ def explain_target(target: str, as_json: bool) -> None:
 
 
 def _seconds(_: click.Context, __: click.Parameter, value: str | None) -> float | None:
-    """Return the seconds of a length of time such as `90s` or `10m`; BadParameter: the text is none."""
+    """Return the seconds of a length of time such as `90s` or `10m`. Raises BadParameter for other texts."""
     match = re.fullmatch(r"([0-9]{1,9}(?:\.[0-9]{1,9})?)([smhd])", value.strip()) if value else None
     if value and not match:
         raise click.BadParameter(f"{value!r} is not a length of time: write it as 90s, 10m, 2h or 1d")
@@ -130,7 +130,7 @@ def events(follow: bool, since: float | None, tenant: str, as_json: bool) -> Non
 
 
 def _check_name(tenant: str) -> None:
-    """Exit if no tenant of this name exists."""
+    """Exit with NO_TARGET if no tenant of this name exists."""
     if all(found["tenant"] != tenant for found in call({"verb": "snapshot"})["tenants"]):
         fail(f"no tenant {tenant!r} and no event of one{did_you_mean(tenant)}", NO_TARGET)
 

@@ -1,8 +1,8 @@
 """Specifications of the Container Device Interface: `fgpu.dev/shim=all` and `fgpu.dev/share=8gib-50pct`.
 
-`injection` in the agent and `fgpu cdi` use this module. A specification says what an engine edits into a container that
-asks for a device. What a share gets is decided by the agent, which the share's hook asks; if it cannot be given, the
-container does not start. OSError: a file cannot be written, and the one before stays whole.
+This module runs in the agent's main thread, and in `fgpu cdi`. A specification lists the edits that an engine makes to
+a container that requests a device. The hook of a share requests the share from the agent. If the agent refuses, the
+container does not start. If a file cannot be written (OSError), the previous file stays whole.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ _READ_ONLY = ["bind", "ro", "nosuid", "nodev"]
 
 @dataclass(frozen=True, slots=True)
 class Parts:
-    """Files of the host: the shim, the folder of its socket, the list that preloads it, and `fgpu-oci`.
+    """Files of the host: the shim, the folder of its socket, the list that preloads it, and the helper `fgpu-oci`.
 
-    In a container the helper is called `fgpu-info`, which says what the container's limits are.
+    In a container the helper has the name `fgpu-info`, and prints the container's limits.
     """
 
     shim: Path
@@ -53,22 +53,22 @@ def mounts(parts: Parts) -> list[dict[str, Any]]:
 
 
 def shim_spec(parts: Parts) -> dict[str, Any]:
-    """Return a specification with one device, `all`: the shim alone; policies decide what the container gets."""
+    """Return a specification with one device, `all`: the shim alone. Policies decide about the container's limits."""
     device = {"name": "all", "containerEdits": {"mounts": mounts(parts)}}
     return {"cdiVersion": "0.3.0", "kind": f"{VENDOR}/shim", "devices": [device]}
 
 
 def share_spec(parts: Parts, names: Iterable[str]) -> dict[str, Any]:
-    """Return a specification with a device for each share. QuantityError: a name is invalid."""
+    """Return a specification with a device for each share. Raises QuantityError if a name is invalid."""
     devices = [_share(parts, share_name.parse(name)) for name in dict.fromkeys(names)]
-    # Names that begin with a digit need version 0.5.0; everything else here exists since 0.3.0.
+    # Names that begin with a digit need version 0.5.0 of the interface. Everything else here needs 0.3.0.
     version = "0.5.0" if any(device["name"][0].isdigit() for device in devices) else "0.3.0"
     edits = {"mounts": mounts(parts)}
     return {"cdiVersion": version, "kind": f"{VENDOR}/share", "devices": devices, "containerEdits": edits}
 
 
 def _share(parts: Parts, share: share_name.Share) -> dict[str, Any]:
-    """Return a device whose hook runs on the host, before the container's first program and out of its reach."""
+    """Return a device whose hook runs on the host, before the container's first program, which cannot affect it."""
     hook = {
         "hookName": "createRuntime",
         "path": str(parts.helper),
@@ -83,16 +83,16 @@ def _share(parts: Parts, share: share_name.Share) -> dict[str, Any]:
 
 
 def file_name(spec: dict[str, Any]) -> str:
-    """Return `fgpu.dev-share.json`, the name that the interface's own library would use."""
+    """Return the file name that the interface's own library would use, such as `fgpu.dev-share.json`."""
     return f"{spec['kind'].replace('/', '-')}.json"
 
 
 def text(spec: dict[str, Any]) -> str:
-    """Return the text of the file."""
+    """Return the text of the file with a specification."""
     return json.dumps(spec, indent=2) + "\n"
 
 
 def write(path: Path, spec: dict[str, Any]) -> None:
-    """Replace the file as a whole, since engines read it at any moment. Engines ignore the temporary file's name."""
+    """Replace the file as a whole, because engines may read it at any moment. Engines ignore the temporary file."""
     path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
     atomic_file.write(path, text(spec))

@@ -1,8 +1,8 @@
-"""The settings of engines with which every container gets the shim, and the same settings without fgpu.
+"""Computes the settings with which an engine gives every container the shim, and the same settings without fgpu.
 
-`engine_setup` uses this module. It writes nothing, and reads only settings beside those that it edits. It knows how
-Docker, Podman, containerd, CRI-O, k3s and RKE2 name `fgpu-oci`. Settings that are not fgpu's are kept. SetupError:
-settings cannot be read, or contain something unknown.
+This module runs in `fgpu setup` and `fgpu doctor`. It writes nothing, and reads only settings beside the edited file.
+It supports the settings of Docker, Podman, containerd, CRI-O, k3s and RKE2 that name `fgpu-oci`. Settings that are not
+fgpu's are kept. SetupError is raised if settings cannot be read or have an unknown form.
 """
 
 from __future__ import annotations
@@ -17,21 +17,21 @@ from pathlib import Path
 from typing import Any
 
 NAME = "fgpu"
-RUNTIMES = "runtimes"  # folder beside the helper with the runtimes to run, if the settings name them by a path
+RUNTIMES = "runtimes"  # folder beside the helper with links to the real runtimes, if the settings give their paths
 HOOKS = "hooks.d"  # folder beside the helper with Podman's hooks
 _TYPE = "io.containerd.runc.v2"
 _CRI = {1: "cri", 2: "io.containerd.grpc.v1.cri", 3: "io.containerd.cri.v1.runtime"}
 
 
 class SetupError(Exception):
-    """Why nothing was changed, and how to fix it."""
+    """Nothing was changed. The text has the reason and the fix."""
 
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """The settings that exist. `text`: without fgpu's lines, empty without a file; `helper`: path of `fgpu-oci`.
+    """The present settings. `text`: the file without fgpu's lines, empty if there is no file.
 
-    `version`: the first two numbers of the engine's version; empty: unknown.
+    `helper`: the path of `fgpu-oci`. `version`: the first two numbers of the engine's version; empty if unknown.
     """
 
     file: Path
@@ -42,9 +42,10 @@ class Settings:
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """The settings to write. `links`, `files`: what they name beside the helper, by its name there.
+    """The settings to write. `links`, `files`: targets of links and texts of files to create, by path.
 
-    `note`: what the administrator has to know about a part of them; empty: nothing.
+    The settings name these links and files. Their paths are relative to the helper's folder. `note`: a text for the
+    administrator about a part of the settings, or empty.
     """
 
     text: str
@@ -57,12 +58,13 @@ class Wanted:
 class Engine:
     """An engine's settings.
 
-    `after`: returns them with fgpu; `without`: returns their text without fgpu, given the text before the setup (None:
-    unknown). `reload`, `reload_undone`: the command that makes the engine read them. `is_drop_in`: the file is fgpu's
-    alone, the last of several, and follows from the others. `programs`: the engine is installed if one of them is.
-    `version`: see Settings. `more`: a second file that the engine needs. `cgroups`: patterns of its containers'
+    `after`: returns the settings with fgpu. `without`: returns the text of settings without fgpu; its second argument
+    is the text before the setup, or None if that is unknown. `reload`, `reload_undone`: the command that makes the
+    engine read the settings after the setup, and after --undo. `is_drop_in`: the file has only fgpu's settings, is the
+    last of several files, and is computed from the others. `programs`: the engine is installed if one of these programs
+    is. `version`: see Settings. `more`: a second file that the engine needs. `cgroups`: patterns of its containers'
     cgroups, as in a policy. `example`: a command that shows the limit of a container. `keeps_folder`: a folder that was
-    made for the file stays after --undo.
+    created for the file stays after --undo.
     """
 
     file: Path
@@ -81,12 +83,12 @@ class Engine:
 
 # -- Docker --------------------------------------------------------------------------------------------------------
 
-CDI_ASKS = ((25, 0), (28, 2))  # from the first version to before the second, CDI has to be switched on
+CDI_ASKS = ((25, 0), (28, 2))  # Docker from the first version to before the second needs a setting that enables CDI
 _CDI_NOTE = "for --device fgpu.dev/share=..., once: systemctl restart docker"
 
 
 def docker_after(of: Settings) -> Wanted:
-    """Return daemon.json with a runtime `fgpu` in front of the default one, and with CDI where Docker asks for that."""
+    """Return daemon.json with a runtime `fgpu` in front of the default one, and with CDI for versions in CDI_ASKS."""
     settings = _json(of.text)
     default = settings.get("default-runtime", "runc")
     runtimes = settings.get("runtimes", {})
@@ -104,7 +106,7 @@ def docker_after(of: Settings) -> Wanted:
 
 
 def docker_without(text: str, before: str | None = None) -> str:
-    """Return daemon.json without fgpu. The arguments of fgpu's runtime contain the default runtime before."""
+    """Return daemon.json without fgpu. The arguments of fgpu's runtime contain the earlier default runtime."""
     settings = _json(text)
     runtimes = dict(settings.get("runtimes", {}))
     ours = runtimes.pop(NAME, None)
@@ -148,7 +150,7 @@ def _json_text(settings: Mapping[str, Any]) -> str:
 
 
 def containerd_after(of: Settings) -> Wanted:
-    """Return config.toml with another BinaryName for Kubernetes' default runtime; all else is unchanged."""
+    """Return config.toml with another BinaryName for Kubernetes' default runtime. Everything else is unchanged."""
     text = of.text
     before = _toml(text, of.file)
     plugin = _CRI.get(before.get("version", 1))
@@ -173,7 +175,7 @@ def containerd_after(of: Settings) -> Wanted:
 
 
 def _with_binary(text: str, table: tuple[str, ...], runtime: Mapping[str, Any], line: str) -> str:
-    """Add fgpu's lines, each with `# fgpu` at its end; a line that is replaced follows that mark, unchanged."""
+    """Return the text with fgpu's lines, each with the mark `# fgpu`. A replaced line follows the mark, unchanged."""
     header = _header(text, (*table, "options"))
     if header is None:
         kind = "" if runtime else f'[{_name(table)}] {_MARK}\nruntime_type = "{_TYPE}" {_MARK}\n'
@@ -190,7 +192,7 @@ def _with_binary(text: str, table: tuple[str, ...], runtime: Mapping[str, Any], 
 
 
 def _header(text: str, table: tuple[str, ...]) -> re.Match[str] | None:
-    """Return the line that begins the table. Its keys may be quoted or not: containerd itself writes both."""
+    """Return the line that begins the table. Its keys may be quoted or not, because containerd writes both forms."""
     lines = re.finditer(r"^[ \t]*\[[^][\n]+\][^\n]*\n", text, re.M)
     return next((line for line in lines if _keys(line[0]) == table), None)
 
@@ -228,14 +230,14 @@ def containerd_without(text: str, _: str | None = None) -> str:
 
 # -- k3s and RKE2: a template of containerd's settings, and the name of the default runtime --------------------------
 
-OLDEST = (1, 29)  # of k3s and RKE2: earlier ones stop at an unknown setting `default-runtime`
+OLDEST = (1, 29)  # of k3s and RKE2: earlier versions exit because the setting `default-runtime` is unknown to them
 _BASE = re.compile(r"\{\{-?\s*template\s+\"base\"\s")
 
 
 def template_after(of: Settings) -> Wanted:
     """Return a template with a runtime `fgpu` in front of NVIDIA's, or of runc if there is none.
 
-    A template cannot change tables of its base. Therefore the runtime has a table of its own.
+    A template cannot change tables of its base template. Therefore the runtime has a table of its own.
     """
     if of.version < OLDEST:
         raise SetupError("this version has no setting default-runtime: 1.29 or later is needed")
@@ -273,12 +275,15 @@ _HOOK_FOLDER = "/usr/share/containers/oci/hooks.d"  # Podman's default
 
 
 def drop_in_without(text: str, _: str | None = None) -> str:
-    """Return nothing if the file is fgpu's, else its text."""
+    """Return an empty text if the file is fgpu's, else its text."""
     return "" if text.startswith(_HEAD) else text
 
 
 def podman_after(of: Settings) -> Wanted:
-    """Return settings with a folder of hooks for Podman alone, after its others: Buildah and CRI-O reject our hooks."""
+    """Return settings with a folder of hooks that Podman alone reads, after its other folders of hooks.
+
+    Buildah and CRI-O reject fgpu's hooks, so the hooks cannot be in a folder that these engines read too.
+    """
     hook = {"path": str(of.helper), "args": [of.helper.name, "precreate"]}
     stages = {"version": "1.0.0", "hook": hook, "when": {"always": True}, "stages": ["precreate"]}
     folders = [_HOOK_FOLDER]
@@ -291,7 +296,7 @@ def podman_after(of: Settings) -> Wanted:
 
 
 def crio_after(of: Settings) -> Wanted:
-    """Return a copy of the default runtime's table with another path, so that the name that pods have stays valid."""
+    """Return a copy of the default runtime's table with another path, so that the name in pods stays valid."""
     name = ""
     tables: dict[str, Any] = {}
     for settings in _others(of, "crio.conf", "*"):
@@ -310,7 +315,13 @@ def crio_after(of: Settings) -> Wanted:
 
 
 def _in_front_of(real: str, engine: str, helper: Path) -> tuple[Path, dict[str, str]]:
-    """Return a link to the helper for settings that take no arguments, and the links to create for it."""
+    """Return a link to the helper, for settings that take no arguments, and all links to create, by path.
+
+    Args:
+        real: the name or the path of the runtime that the helper runs.
+        engine: the name of the engine, for names of links.
+        helper: the path of `fgpu-oci`.
+    """
     if "/" not in real:
         link = helper.with_name(f"fgpu-runtime-{real}")  # found on the engine's PATH, as before
         return link, {link.name: helper.name}
@@ -343,7 +354,7 @@ def _toml_value(value: Any) -> str:
         return "{" + ", ".join(f"{json.dumps(key)} = {_toml_value(of)}" for key, of in value.items()) + "}"
     if isinstance(value, list):
         return "[" + ", ".join(map(_toml_value, value)) + "]"
-    return json.dumps(value, ensure_ascii=False)  # strings, numbers and booleans look the same in JSON and TOML
+    return json.dumps(value, ensure_ascii=False)  # strings, numbers and booleans have the same form in JSON and TOML
 
 
 def _toml(text: str, file: Path) -> dict[str, Any]:

@@ -1,8 +1,8 @@
 """`fgpu setup ENGINE`: gives every container of an engine the shim.
 
-This module runs in the command; `checks` runs in `fgpu doctor`. It writes the engine's settings and what they name
-beside `fgpu-oci`, and keeps the text before; `engine_config` decides what is written. No engine is restarted.
-SetupError or OSError: the settings are as they were.
+This module runs in the command; `checks` runs in `fgpu doctor`. It writes the engine's settings, and the links and
+files beside `fgpu-oci` that the settings name. It stores the text before, for --undo. `engine_config` computes the
+settings. No engine is restarted. After SetupError or OSError the settings are unchanged.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ _VERSION = re.compile(r"version v?(\d+)\.(\d+)")
 
 
 def program(engine: Engine) -> str:
-    """Return the path of the engine's program; empty: the engine is not installed on this host."""
+    """Return the path of the engine's program, or an empty text if the engine is not installed on this host."""
     path = os.pathsep.join([os.environ.get("PATH", ""), *_FOLDERS])
     return next((found for name in engine.programs if (found := shutil.which(name, path=path))), "")
 
 
 def as_installed(engine: Engine) -> Engine:
-    """Return the engine with its version, empty if the engine does not say it, and with the file that it reads."""
+    """Return the engine with its version, or an empty version if it is unknown, and with the file that it reads."""
     file, said = engine.file, ""
     with contextlib.suppress(OSError, subprocess.SubprocessError):
         command = [program(engine), "--version"]
@@ -49,10 +49,12 @@ def as_installed(engine: Engine) -> Engine:
 
 
 def set_up(engine: Engine, helper: Path, state: Path, is_dry: bool = False) -> Wanted | None:
-    """Write the engine's settings, and return them; None: they are so already. Raises SetupError, OSError.
+    """Write the engine's settings, and return them, or None if they are up to date. Raises SetupError, OSError.
 
     Args:
-        state: a file in which the text before is kept, so that undo() restores it to the byte.
+        engine: the engine, as as_installed() returns it.
+        helper: the path of `fgpu-oci`.
+        state: the file in which the text before is stored, so that undo() restores it byte for byte.
         is_dry: write nothing.
     """
     there = where_it_is(engine, state)
@@ -75,7 +77,7 @@ def set_up(engine: Engine, helper: Path, state: Path, is_dry: bool = False) -> W
 
 
 def undo(engine: Engine, state: Path) -> bool:
-    """Restore the settings; changes that others made since are kept. Returns False if there is nothing of fgpu's."""
+    """Restore the settings, and keep later changes that are not fgpu's. Returns False if nothing has to be restored."""
     now, kept = _text(engine.file), _kept(state)
     before = kept["before"] if now is not None and now == kept["after"] else _without(engine, now, kept)
     if before != now:
@@ -94,14 +96,14 @@ def where_it_is(engine: Engine, state: Path) -> Engine:
 
 
 def unchanged(state: Path) -> Path | None:
-    """Return the file of this state if it is as set_up() has written it; None: it has changed, or is gone."""
+    """Return the file of this state if it is as set_up() has written it, or None if it has changed or is missing."""
     kept = _kept(state)
     file = Path(kept["file"])
     return file if kept["after"] is not None and _text(file) == kept["after"] else None
 
 
 def _without(engine: Engine, text: str | None, kept: dict[str, Any]) -> str | None:
-    """Return the text without fgpu; None: there is no such file, or it has nothing else."""
+    """Return the text without fgpu, or None if there is no file or the file has nothing else."""
     if text is None or not text:
         return text
     before = None if kept["after"] is None else kept["before"] or ""
@@ -126,7 +128,7 @@ def _put_beside(helper: Path, wanted: Wanted) -> None:
 
 
 def _kept(state: Path) -> dict[str, Any]:
-    """Return the kept state. `made`: folders that set_up() has made, innermost first."""
+    """Return the stored state. `made`: the folders that set_up() has created, innermost first."""
     nothing: dict[str, Any] = {"file": str(state), "before": None, "after": None, "made": []}
     try:
         return {**nothing, **json.loads(state.read_text(encoding="utf-8"))}
@@ -152,7 +154,8 @@ def _write(path: Path, text: str, like: Path) -> None:
     """Replace a file as a whole; a symbolic link is followed.
 
     Args:
-        like: the file gets this one's owners and mode: settings may have passwords, and a state has a copy of them.
+        like: the file whose owner, group and mode the new file gets. Settings may contain passwords, and a state
+            contains a copy of the settings.
     """
     path = path.resolve()
     path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
@@ -172,7 +175,7 @@ def _write(path: Path, text: str, like: Path) -> None:
 
 
 def checks(state: Path = STATE, helper: Path = injection.BIN / injection.HELPER) -> Iterator[Check]:
-    """Check every engine that was set up: its settings still name fgpu, and still follow from its other settings."""
+    """Check each engine that was set up: its settings name fgpu, and its other settings have not changed since."""
     for name, usual in ENGINES.items():
         try:
             check = _check(name, usual, state / f"{name}.json", helper)
@@ -183,7 +186,7 @@ def checks(state: Path = STATE, helper: Path = injection.BIN / injection.HELPER)
 
 
 def _check(name: str, usual: Engine, state: Path, helper: Path) -> Check | None:
-    """Check an engine; None: it was not set up. Raises PermissionError."""
+    """Check an engine. Returns None if it was not set up. Raises PermissionError if a file cannot be read."""
     kept, engine = _kept(state), where_it_is(usual, state)
     if kept["after"] is None:
         return None
@@ -196,7 +199,7 @@ def _check(name: str, usual: Engine, state: Path, helper: Path) -> Check | None:
 
 
 def _outdated(engine: Engine, now: str, helper: Path) -> str:
-    """Return why the settings would be written differently now; empty: they would not."""
+    """Return the reason why set_up() would write other settings now, or an empty text if it would not."""
     try:
         wanted = engine.after(Settings(engine.file, "", helper))
     except SetupError as error:

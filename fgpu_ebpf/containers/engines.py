@@ -1,6 +1,6 @@
-"""The engines that `fgpu setup` knows: their settings' files, how they read them again, and their containers' cgroups.
+"""The engines that `fgpu setup` supports: settings files, the commands to reload them, and cgroups of containers.
 
-The commands use this module, and `fgpu doctor`. It does no I/O.
+This module runs in the commands. It does no I/O.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ ENGINES = {
         Path("/etc/docker/daemon.json"),
         config.docker_after,
         config.docker_without,
-        # A reload makes Docker use another default runtime, but not remove it: that needs a restart.
+        # With a reload Docker uses another default runtime. To remove that runtime, Docker needs a restart.
         "systemctl reload docker",
         "systemctl restart docker",
         programs=("dockerd",),

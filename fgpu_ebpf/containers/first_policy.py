@@ -1,7 +1,7 @@
 """The policy that `fgpu setup ENGINE --memory SIZE` writes: a limit for each container of the engine.
 
-This module runs in the command. The policy is the last of its folder, and has the form of an engine's settings, so
-that `engine_setup` writes and removes it. A file that an administrator wrote or changed is never replaced.
+This module runs in the command. The file of the policy is the last of its folder. It is described by an Engine, so that
+`engine_setup` writes and removes it. A file that an administrator has written or changed is never replaced.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def settings(name: str, cgroups: tuple[str, ...], memory: str, folder: Path) -> 
             raise SetupError(f"{of.file} is not as `fgpu setup` wrote it")
         return Wanted(text)
 
-    # An agent that finds no folder keeps the last policies in force.
+    # keeps_folder, because an agent without the folder would keep the last policies in force.
     return Engine(folder / f"zz-{name}.yaml", after, lambda now, _: now, keeps_folder=True)
 
 

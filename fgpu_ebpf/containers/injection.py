@@ -1,9 +1,8 @@
 """Files that containers get from this host: the preload list, `fgpu-oci` and the CDI specifications.
 
-The agent's start, `fgpu detach`, `fgpu cdi` and `fgpu doctor` use this module. Files: RUN/containers (read by
-`fgpu-oci`), RUN/container.preload, lists in RUN/preload.d, the published helper, and the CDI specifications. Settings
-of engines are not touched (`engine_setup` does that on request). OSError: containers that start before that get the
-previous files.
+This module runs in the agent's main thread, and in commands. The files are RUN/containers (read by `fgpu-oci`),
+RUN/container.preload, lists in RUN/preload.d, the published helper, and the CDI specifications. Settings of engines are
+not changed here (`engine_setup` does that on request). After an OSError, containers that start get the previous files.
 """
 
 from __future__ import annotations
@@ -28,12 +27,12 @@ HELPER = "fgpu-oci"
 BIN = shim_store.STORE.parent / "bin"
 _WRITTEN = "cdi.files"  # in the run folder: paths of the specifications, one per line
 _PUBLISHED = "published"  # in the run folder: path of the shim, if it and the helper are published copies
-UNUSED_SECONDS = 600.0  # an engine binds a list within seconds after it was named
+UNUSED_SECONDS = 600.0  # an engine mounts a list within seconds after `fgpu-oci` has named the list
 _UNSAFE = frozenset('"\\\n')
 
 
 def parts(run_dir: Path, shim: Path, helper: Path) -> Parts:
-    """Return the paths of the parts. ValueError: a path has a character that configurations cannot carry."""
+    """Return the paths of the parts. Raises ValueError if a path has a character that settings cannot contain."""
     for path in (run_dir, shim, helper):
         if _UNSAFE & set(str(path)):
             raise ValueError(f"{path}: paths must not contain quotes, backslashes or line breaks")
@@ -41,10 +40,16 @@ def parts(run_dir: Path, shim: Path, helper: Path) -> Parts:
 
 
 def publish_helper(built: Path) -> Path:
-    """Copy the helper to a path that stays over upgrades: settings and hooks name it. Running ones are not changed.
-    Its other name, `fgpu-info`, is a link beside it.
+    """Copy the helper to a path that upgrades do not change, because settings and hooks name the path.
 
-    If no copy can be written, the existing one stays. Raises OSError if there is none.
+    Helpers that are running are not changed. The link `fgpu-info` beside the copy is the helper's other name. If no
+    copy can be written, the existing one stays.
+
+    Returns:
+        The path of the copy.
+
+    Raises:
+        OSError: no copy can be written, and there is none.
     """
     BIN.mkdir(mode=0o755, parents=True, exist_ok=True)
     place = BIN / HELPER
@@ -64,7 +69,13 @@ def publish_helper(built: Path) -> Path:
 
 
 def set_up(of: Parts, folder: Path, names: Sequence[str]) -> None:
-    """Let containers ask for the shim and for these shares from now on. Raises OSError, QuantityError."""
+    """Write the files with which containers can request the shim and these shares. Raises OSError, QuantityError.
+
+    Args:
+        of: the files of the host that containers get.
+        folder: the folder of the CDI specifications.
+        names: the names of the shares.
+    """
     specs = [cdi.shim_spec(of), *([cdi.share_spec(of, names)] if names else [])]
     paths = [folder / cdi.file_name(spec) for spec in specs]
     atomic_file.write(of.preload, f"{of.shim}\n")
@@ -83,14 +94,14 @@ def _setup(of: Parts) -> str:
 
 
 class Lists:
-    """Preload lists of images, which `fgpu-oci precreate` keeps because it knows no bundle to put them in.
+    """Preload lists of images. `fgpu-oci precreate` stores them in the run folder, because it gets no bundle's path.
 
-    They are kept as long as containers start with them, by a clock that cannot be set.
+    A list that no container starts with is removed after UNUSED_SECONDS of the monotonic clock.
     """
 
     def __init__(self, run_dir: Path) -> None:
         self._folder = run_dir / "preload.d"
-        self._asked: dict[str, tuple[int, float]] = {}  # by path: time stamp, and since when it has that value
+        self._asked: dict[str, tuple[int, float]] = {}  # by path: its time stamp, and since when it has that value
 
     def sweep(self) -> None:
         """Remove lists that no start has used for UNUSED_SECONDS. Running containers keep what they have mounted."""
@@ -107,9 +118,10 @@ class Lists:
 
 
 def take_away(run_dir: Path) -> Path | None:
-    """Give nothing to containers that start from now on. Running ones keep what they have mounted.
+    """Remove the files, so that containers that start from now on get nothing. Running containers keep their mounts.
 
-    Returns the path of the published shim; None: none was published by this host's agents.
+    Returns:
+        The path of the shim that this host's agents have published, or None if they have published none.
     """
     (run_dir / "containers").unlink(missing_ok=True)
     _forget(run_dir, keep=())
@@ -144,7 +156,7 @@ def mounted(run_dir: Path) -> dict[str, Path]:
 
 
 def check(run_dir: Path) -> Check:
-    """Check that engines find the devices that a container may ask for."""
+    """Check that engines find the CDI devices that a container may request."""
     devices = [f"{spec['kind']}={device['name']}" for spec in written(run_dir) for device in spec["devices"]]
     if devices:
         return Check("containers", True, f"{len(devices)} CDI devices (fgpu cdi list)")

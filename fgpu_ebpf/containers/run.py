@@ -1,8 +1,8 @@
 """`fgpu run`: enters a tenant's cgroup and execs a program.
 
 This module runs in the command; `write_preloads` and `check` also run in the agent and in `fgpu doctor`. It sets up the
-cgroup, the namespaces, the preload files and the user of the program. LaunchError: the set-up failed before the program
-ran an instruction.
+cgroup, the namespaces, the preload files and the user of the program. If the set-up fails (LaunchError), the program
+has not run an instruction.
 """
 
 from __future__ import annotations
@@ -32,12 +32,16 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 
 class LaunchError(Exception):
-    """Why the program was not started."""
+    """The program was not started. The text has the reason."""
 
 
 @dataclass(frozen=True, slots=True)
 class LaunchTarget:
-    """Place of a program: the folder of a cgroup whose limit is in force, and the folder of the preload files."""
+    """The cgroup and the preload files for a program.
+
+    `folder`: the folder of a cgroup whose limit is in force. `run_dir`: the folder of the preload files.
+    `pid_namespace`: the program runs in a new pid namespace.
+    """
 
     folder: Path
     run_dir: Path
@@ -58,7 +62,7 @@ def _mark(run_dir: Path, host: Path) -> Path:
 
 
 def _create_preload_file(run_dir: Path, host: Path) -> None:
-    """Create an empty file if there is none; `fgpu detach` removes it if the mark exists."""
+    """Create an empty file if there is none, and a mark, because of which `fgpu detach` removes the file."""
     try:
         os.close(os.open(host, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o644))
     except FileExistsError:
@@ -69,8 +73,8 @@ def _create_preload_file(run_dir: Path, host: Path) -> None:
 def remove_created_preloads(run_dir: Path) -> None:
     """Remove the preload files of the host that fgpu has created, and that are still empty.
 
-    A file over which `fgpu run` has mounted its list stays: when a file is removed, the kernel unmounts what is mounted
-    over it, and programs that this one starts later would run without the shim.
+    A file stays if `fgpu run` has mounted its list over it. If such a file were removed, the kernel would unmount the
+    list, and programs that the tenant starts later would run without the shim.
     """
     mounted = shim_mounts.mounted_lists(run_dir)
     for host in PRELOADS:
@@ -83,20 +87,20 @@ def remove_created_preloads(run_dir: Path) -> None:
 
 
 def write_preloads(run_dir: Path, shim: Path) -> None:
-    """Write the files that are bound over PRELOADS, under the same names: the host's own lines, then the shim.
+    """Write the files that `fgpu run` mounts over PRELOADS, under the same names: the host's lines, then the shim.
 
-    No file is ever empty during that: a program that starts at that moment would run without the shim.
+    No file is empty at any moment, because a program that starts at that moment would run without the shim.
     """
     for host in PRELOADS:
         own = _text_of(host) or ""
         lines = [line for line in own.splitlines() if line.strip() and line.strip() != str(shim)]
         text = "\n".join([*lines, str(shim)]) + "\n"
-        if _text_of(run_dir / host.name) != text:  # do not write without need: an agent must also start on a full disk
+        if _text_of(run_dir / host.name) != text:  # only if it has changed: an agent must also start on a full disk
             atomic_file.write(run_dir / host.name, text)
 
 
 def _text_of(path: Path) -> str | None:
-    """Return a file's text, byte for byte; None: there is no file."""
+    """Return a file's text, byte for byte, or None if there is no file."""
     try:
         return path.read_text(encoding="utf-8", errors="surrogateescape")
     except (FileNotFoundError, IsADirectoryError):
@@ -120,9 +124,9 @@ def check(run_dir: Path) -> Check:
 
 
 def _closed_to_others(file: Path, right: int) -> Path | None:
-    """Return the first path component that stops users other than root and its group; None: they have `right`.
+    """Return the first path component that denies `right` to users other than root and its group, or None.
 
-    Symbolic links on the way count, with the folders that they lead through.
+    The path is checked as given, and again with its symbolic links resolved.
     """
     for path in (file, Path(os.path.realpath(file))):
         for place, needed in (*((folder, stat.S_IXOTH) for folder in reversed(path.parents)), (path, right)):
@@ -136,7 +140,7 @@ def _closed_to_others(file: Path, right: int) -> Path | None:
 
 
 def _preload_the_shim(run_dir: Path) -> None:
-    """Bind the agent's files over PRELOADS, in a new mount namespace. Programs of musl never read them."""
+    """Mount the agent's files over PRELOADS, in a new mount namespace. Programs that use musl never read them."""
     _check(_libc.unshare(_NEWNS), "unshare")
     _mount("none", "/", "", _MS_REC | _MS_PRIVATE)
     for host in PRELOADS:
@@ -144,7 +148,8 @@ def _preload_the_shim(run_dir: Path) -> None:
             _create_preload_file(run_dir, host)
             _mount(str(run_dir / host.name), str(host), "", _MS_BIND)
         except OSError as error:
-            # Where /etc is read-only or the agent is older, only programs that Nix built lack the shim, and are named.
+            # The files after the first are for programs that Nix has built. If /etc is read-only or the agent is older,
+            # these programs alone lack the shim, and the agent reports them.
             if host == PRELOADS[0] or error.errno not in (errno.EROFS, errno.ENOENT):
                 raise LaunchError(f"cannot put the shim into {host}: {error.strerror}") from error
 
@@ -172,7 +177,11 @@ def _exec(command: Sequence[str]) -> NoReturn:
 
 
 def enter(target: LaunchTarget) -> None:
-    """Move this process into the tenant. LaunchError: it is where it was, or must not go on."""
+    """Move this process into the tenant, and preload the shim for its programs.
+
+    Raises:
+        LaunchError: the process is not in the tenant, or not in a state in which it may run the program.
+    """
     if os.geteuid():
         raise LaunchError("needs root: sudo fgpu run … (the program runs as you)")
     try:
@@ -185,8 +194,8 @@ def enter(target: LaunchTarget) -> None:
 def run(target: LaunchTarget, command: Sequence[str]) -> int:
     """Enter the tenant and exec the program.
 
-    With a pid namespace this process waits, and returns the program's exit code (128 + signal). Else it does not
-    return.
+    With a pid namespace this process waits, and returns the program's exit code, or 128 plus the number of the signal
+    that has killed it. Otherwise the function does not return.
     """
     enter(target)
     if not target.pid_namespace:
@@ -206,10 +215,13 @@ def run(target: LaunchTarget, command: Sequence[str]) -> int:
 
 
 def _end_with(parent: int) -> None:
-    """Have the kernel kill this process when its parent ends; the kernel forgets that at every change of the uid."""
+    """Make the kernel kill this process when its parent exits. `parent`: a pidfd of the parent.
+
+    A change of the uid resets this setting, so the call has to follow the change.
+    """
     _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if select.select([parent], [], [], 0)[0]:
-        os._exit(125)  # the parent has ended before
+        os._exit(125)  # the parent exited before the setting was made
 
 
 def _become_init(command: Sequence[str], parent: int) -> NoReturn:

@@ -1,7 +1,7 @@
-"""SELinux: checks whether containers may access what fgpu gives them, by the kernel's own policy.
+"""SELinux: checks by the kernel's own policy whether containers may access the files and sockets of fgpu.
 
-`fgpu doctor` and `fgpu setup` use this module. It knows what containers need, and the commands that permit it; it
-changes no label and no policy. Without SELinux there is no check.
+This module runs in `fgpu doctor` and `fgpu setup`. It lists the accesses that containers need, and the commands that
+permit them. It changes no label and no policy. On a host without SELinux there is no check.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def _need(name: str, place: Path, kind: str, rights: tuple[str, ...]) -> Iterato
 
 
 def label_of(place: Path) -> str:
-    """Return the label of a file; empty: it has none."""
+    """Return the label of a file, or an empty text if it has none."""
     try:
         return os.getxattr(place, "security.selinux").rstrip(b"\0").decode()
     except OSError:
@@ -91,7 +91,7 @@ def _gatekeeper(run_dir: Path) -> str:
 
 
 def _refused(root: Path, need: Need) -> list[str]:
-    """Return the rights that the kernel refuses. OSError: it does not know the label or the class."""
+    """Return the rights that the kernel refuses. Raises OSError if the kernel's policy lacks the label or the class."""
     kind = root / "class" / need.kind
     answer = ask(root, f"{CONTAINER} {need.label} {(kind / 'index').read_text().strip()}")
     allowed = int(answer.split()[0], 16)
@@ -100,7 +100,15 @@ def _refused(root: Path, need: Need) -> list[str]:
 
 
 def ask(root: Path, question: str) -> str:
-    """Ask selinuxfs's `access`: source, target and class in, the rights in hexadecimal out. Raises OSError."""
+    """Return the answer of selinuxfs's file `access`. Raises OSError.
+
+    Args:
+        root: the mount point of selinuxfs.
+        question: the label of the source, the label of the target, and the number of the class.
+
+    Returns:
+        Numbers in hexadecimal. The first one has a bit for each right that is granted.
+    """
     place = os.open(root / "access", os.O_RDWR | os.O_CLOEXEC)
     try:
         os.write(place, question.encode())

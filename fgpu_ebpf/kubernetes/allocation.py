@@ -1,7 +1,7 @@
-"""Contents of an allocation of slots to a container: the share, by CDI or without it, and the device itself.
+"""Computes the settings that a container gets for its slots: the share, with or without CDI, and the device itself.
 
-The device plugin uses this module. The agent decides whether there is capacity when the container starts.
-AllocationError says what the host lacks.
+This module runs in the asyncio loop of the device plugin. The agent decides whether there is capacity, when the
+container starts.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ _MOST_BYTES = 4 << 20
 
 
 class AllocationError(Exception):
-    """The host lacks what a container needs; the text says what."""
+    """The host lacks something that a container needs. The text names it."""
 
 
 class Strategy(StrEnum):
     """Ways in which the share comes into the container."""
 
-    CDI_CRI = "cdi-cri"  # kubelet 1.29 or later tells the runtime the devices' names
+    CDI_CRI = "cdi-cri"  # kubelet 1.29 or later passes the names of devices to the runtime
     CDI_ANNOTATIONS = "cdi-annotations"  # any kubelet, and a runtime that reads the names from annotations
     MOUNTS = "mounts"  # a runtime without CDI: the shim alone, and annotations that a policy uses
 
@@ -62,14 +62,14 @@ class Way:
     folders: tuple[Path, ...] = CDI_FOLDERS
 
     def give(self, host: Host, slots: Sequence[Slot]) -> Given:
-        """Return what one container is given. Raises AllocationError."""
+        """Return the settings for one container with these slots. Raises AllocationError."""
         visible = {} if self.gpus in (Gpus.CDI, Gpus.NONE) else {VISIBLE: ",".join(slot.uuid for slot in slots)}
         if self.strategy is Strategy.MOUNTS:
             return Given((), visible, _asked(host, slots), tuple(host.mounts))
         names = [f"{SHARE_KIND}={bound(slot.share, slot.uuid)}" for slot in slots]
         gpus = self._gpus(host, slots)
         if gpus:
-            visible = {VISIBLE: "void"}  # else NVIDIA's runtime would add what the image asks for
+            visible = {VISIBLE: "void"}  # else NVIDIA's runtime would add the devices that the image requests
         names = [*gpus, *names]
         if self.strategy is Strategy.CDI_CRI:
             return Given(tuple(names), visible)
@@ -93,14 +93,14 @@ class Way:
 
 
 def _asked(host: Host, slots: Sequence[Slot]) -> dict[str, str]:
-    """Return the annotations that a policy uses, within its bounds."""
+    """Return the annotations that request the profile's limits. A policy grants these within its bounds."""
     profile = host.devices[slots[0].uuid].profiles[slots[0].share]
     asked = {"fgpu.dev/memory": profile.memory, "fgpu.dev/compute": profile.compute}
     return {key: value for key, value in asked.items() if value}
 
 
 def _annotation(slots: Iterable[Slot]) -> str:
-    """Return an annotation key for these slots: a container may have several resources, and a key has 63 characters."""
+    """Return an annotation key of at most 63 characters that differs for each resource of a container."""
     return ANNOTATION + hashlib.sha256(",".join(slot.id for slot in slots).encode()).hexdigest()[:16]
 
 

@@ -1,8 +1,9 @@
-"""The device plugin: reports this host's slots to kubelet, and what a container is given with them.
+"""The device plugin: reports this host's slots to kubelet, and answers kubelet's requests to allocate them.
 
 The plugin runs in a process of its own (`fgpu device-plugin`), in one asyncio loop. It has a socket for each profile in
-kubelet's folder, and registers it. The agent reports the slots, and limits the container when it starts. Without an
-agent every slot is unhealthy; without kubelet the plugin waits for it; SIGTERM leaves no socket behind.
+kubelet's folder, and registers the profile with kubelet. The agent reports the slots to the plugin, and limits the
+container when it starts. Without an agent every slot is unhealthy. Without kubelet the plugin waits for kubelet. At
+SIGTERM the plugin removes its sockets.
 """
 
 from __future__ import annotations
@@ -32,24 +33,24 @@ FOLDER = Path("/var/lib/kubelet/device-plugins")
 KUBELET = "kubelet.sock"
 LOOK_SECONDS = 2.0
 AGENT_SECONDS = 2.0  # timeout of a request to the agent
-SILENT_SECONDS = 5.0  # how long an agent may be away before slots become unhealthy: an upgrade takes as long
-PATIENCE_SECONDS = 2.0  # how long to wait for room: the agent sees the end of a container a little after kubelet
+SILENT_SECONDS = 5.0  # slots become unhealthy if the agent does not answer for this time: an upgrade takes as long
+PATIENCE_SECONDS = 2.0  # how long to wait for room: the agent detects the end of a container a little after kubelet
 REGISTER_SECONDS = 5.0
 FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 0.2, 5.0  # after a registration that failed
 _CHANNEL_OPTIONS = (
     ("grpc.default_authority", "localhost"),
     ("grpc.enable_http_proxy", 0),
-    ("grpc.use_local_subchannel_pool", 1),  # else a new connection would wait out the failures of the last one
+    ("grpc.use_local_subchannel_pool", 1),  # else the backoff after a failed connection would delay a new one
 )
 
 
 class PluginError(Exception):
-    """Why there is nothing to serve, and how to fix it."""
+    """There is nothing to serve. The text has the reason and the fix."""
 
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """Paths, and how containers get what they are given."""
+    """The run folder of the agent, kubelet's folder, and the way in which containers get shares and devices."""
 
     run_dir: Path = Path("/run/fgpu")
     folder: Path = FOLDER
@@ -57,7 +58,7 @@ class Options:
 
 
 def serve(options: Options) -> None:
-    """Serve until SIGTERM or SIGINT. PluginError: there is nothing to serve."""
+    """Serve until SIGTERM or SIGINT. Raises PluginError if there is nothing to serve."""
     try:
         import grpc.aio  # noqa: F401
 
@@ -69,7 +70,10 @@ def serve(options: Options) -> None:
 
 
 def check(run_dir: Path, folder: Path = FOLDER) -> Check | None:
-    """Check that kubelet is offered what agent.yaml lists; None: nothing is listed, or there is no kubelet."""
+    """Check that a device plugin offers kubelet the profiles of agent.yaml.
+
+    Returns None if there are no profiles, no kubelet, or no agent that answers.
+    """
     try:
         host = host_of(control_client.call(run_dir, {"verb": "offers"}))
     except (ConnectionError, control_client.RequestError, KeyError, TypeError):
@@ -121,7 +125,7 @@ class _Plugin:
         try:
             done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
             for task in done:
-                task.result()  # raises its error, if it ended by one
+                task.result()  # raises the error of a failed task
         finally:
             for task in tasks:
                 task.cancel()
@@ -136,7 +140,7 @@ class _Plugin:
             await asyncio.sleep(LOOK_SECONDS)
 
     async def look(self) -> None:
-        """Ask the agent, and notify kubelet of changes. PluginError: too many slots for kubelet."""
+        """Ask the agent for the slots, and notify kubelet of changes. Raises PluginError for too many slots."""
         now = asyncio.get_running_loop().time()
         try:
             host = host_of(await control_client.ask(self.options.run_dir, {"verb": "offers"}, AGENT_SECONDS))
@@ -165,7 +169,7 @@ class _Plugin:
         self.notify()
 
     def why_unhealthy(self) -> str:
-        """Return why slots are unhealthy, for a log line."""
+        """Return the reasons why slots are unhealthy, as the end of a log line."""
         reasons = {device.fault for device in self.book.host.devices.values() if device.fault}
         return "".join(f", {text}" for text in ([self.book.host.fault] if self.book.host.fault else sorted(reasons)))
 
@@ -175,12 +179,12 @@ class _Plugin:
             endpoint.notify()
 
     def promise(self, slots: Iterable[Slot]) -> None:
-        """Note that containers are about to start in these slots; other profiles may have less capacity now."""
+        """Record that containers are about to start in these slots, and notify kubelet: other profiles may fit less."""
         self.book.promise(slots)
         self.notify()
 
     async def wait_for_room(self, slots: list[Slot]) -> str:
-        """Return why the slots cannot be given even after PATIENCE_SECONDS; empty: they can."""
+        """Wait for room for these slots, up to PATIENCE_SECONDS. Returns the reason why there is none, else empty."""
         loop = asyncio.get_running_loop()
         until = loop.time() + PATIENCE_SECONDS
         while (shortage := self.book.shortage(slots)) and loop.time() < until:
@@ -211,7 +215,7 @@ class _Plugin:
         return changed
 
     async def _register_all(self) -> bool:
-        """Open, register and close endpoints as needed. Returns False if it should be tried again soon."""
+        """Open, register and close endpoints as needed. Returns False if a registration has to be tried again soon."""
         wanted = self.book.host.shares
         for share in [share for share in self._endpoints if share not in wanted]:
             await self._endpoints.pop(share).close()

@@ -1,7 +1,7 @@
 """The gRPC server of one profile: a socket in kubelet's folder, and the answers to kubelet's calls.
 
-`device_plugin` uses this module, in its asyncio loop, and asks the agent there. Requests are not trusted: a bad one
-gets a gRPC status with the reason. A stream that is read slowly delays no other.
+This module runs in the asyncio loop of the device plugin; `device_plugin` asks the agent. Requests are not trusted. An
+invalid request gets a gRPC status with the reason. A client that reads its stream slowly delays no other stream.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from fgpu_ebpf.kubernetes.slots import Book, Slot, SlotError
 
 log = logging.getLogger("fgpu.kubelet")
 PREFIX = "fgpu.dev"
-DEAF_SECONDS = 10.0  # after registration, without a stream of kubelet
+DEAF_SECONDS = 10.0  # an endpoint without a stream of kubelet for this time is registered again
 _OPTIONS = (("grpc.max_receive_message_length", 1 << 20), ("grpc.so_reuseport", 0))
 
 
@@ -37,13 +37,13 @@ class Plugin(Protocol):
         """Ask the agent for the present slots."""
 
     async def wait_for_room(self, slots: list[Slot]) -> str:
-        """Return why these slots cannot be given even after a moment; empty: they can."""
+        """Wait for room for these slots. Returns the reason why there is none, or an empty text if there is room."""
 
     def promise(self, slots: Iterable[Slot]) -> None:
-        """Note that containers are about to start in these slots."""
+        """Record that containers are about to start in these slots."""
 
     def why_unhealthy(self) -> str:
-        """Return why slots are unhealthy."""
+        """Return the reasons why slots are unhealthy, as the end of a log line."""
 
 
 def place(folder: Path, share: str) -> Path:
@@ -52,7 +52,7 @@ def place(folder: Path, share: str) -> Path:
 
 
 def stamp(path: Path) -> tuple[int, int] | None:
-    """Return what identifies a file; None: there is none."""
+    """Return inode number and change time of a file, which identify it, or None if there is no file."""
     try:
         found = path.stat()
     except OSError:
@@ -61,7 +61,7 @@ def stamp(path: Path) -> tuple[int, int] | None:
 
 
 class Endpoint:
-    """The server of one profile; it may be closed and opened again."""
+    """The server of one profile. It may be closed and opened again."""
 
     def __init__(self, plugin: Plugin, share: str) -> None:
         self.share, self.resource = share, f"{PREFIX}/{share}"
@@ -77,21 +77,21 @@ class Endpoint:
 
     @property
     def is_open(self) -> bool:
-        """True if the socket exists and is the plugin's: kubelet empties the folder when it starts."""
+        """True if the socket exists and is this server's. kubelet empties the folder when it starts."""
         return self._server is not None and stamp(self.path) == self._stamp
 
     def registered_with(self, kubelet: tuple[int, int]) -> None:
-        """Note that kubelet has accepted the registration; it should open a stream soon."""
+        """Record that kubelet has accepted the registration. kubelet should then open a stream within DEAF_SECONDS."""
         self.registered = kubelet
         self._silent_since = asyncio.get_running_loop().time()
 
     @property
     def is_deaf(self) -> bool:
-        """True if kubelet has not opened a stream, although it has not restarted."""
+        """True if there has been no stream of kubelet for DEAF_SECONDS."""
         return not self._streams and asyncio.get_running_loop().time() - self._silent_since > DEAF_SECONDS
 
     async def open(self) -> None:
-        """Listen again. Raises OSError, RuntimeError: it cannot."""
+        """Close the server, and listen at a new socket. Raises OSError or RuntimeError if that is not possible."""
         import grpc.aio
 
         await self.close()
@@ -135,7 +135,7 @@ class Endpoint:
         return self._plugin.message("PreStartContainerResponse")
 
     async def _list_and_watch(self, _: bytes, context: Any) -> AsyncIterator[bytes]:
-        """Yield the list, and again after each change. A slow reader gets the latest one, and delays nothing."""
+        """Yield the list of slots, and again after each change. A slow reader gets the latest list alone."""
         self._streams += 1
         try:
             while True:

@@ -1,7 +1,7 @@
-"""Slots: what kubelet counts. A slot is a place for one container of one profile on one device. No input or output.
+"""Slots, the units that kubelet counts: a slot is room for one container with one profile on one device.
 
-The device plugin uses this module. It knows the ids of slots, which slots can be given, and which are preferred.
-SlotError: an id is invalid, or one container cannot have these slots together.
+This module runs in the asyncio loop of the device plugin. It does no I/O. It defines the ids of slots, and decides
+which slots can be given and which are preferred.
 """
 
 from __future__ import annotations
@@ -20,12 +20,16 @@ _BETWEEN = "::"
 
 
 class SlotError(ValueError):
-    """A container cannot have this; the text says why."""
+    """An id is invalid, or one container cannot have these slots together. The text has the reason."""
 
 
 @dataclass(frozen=True, slots=True)
 class Profile:
-    """A profile on one device, as the agent reports it. `bytes`: of one share; `fits`: how many more fit now."""
+    """A profile on one device, as the agent reports it.
+
+    `bytes`: the size of one share. `count`: how many slots there are. `taken`: how many shares containers have. `fits`:
+    how many more fit now.
+    """
 
     share: str
     memory: str
@@ -38,7 +42,7 @@ class Profile:
 
 @dataclass(frozen=True, slots=True)
 class Device:
-    """A device of this host. `fault`: why nothing of it may be given; empty: shares may be given."""
+    """A device of this host. `fault`: the reason why no share of it may be given, else empty."""
 
     uuid: str
     index: int
@@ -65,7 +69,10 @@ class Slot:
 
 @dataclass(frozen=True, slots=True)
 class Host:
-    """The agent's last answer. `mounts`: of the shim, from and to. `fault`: why nothing may be given at all."""
+    """The agent's last answer. `mounts`: the shim's mounts (source, target).
+
+    `fault`: the reason why no share of any device may be given, else empty.
+    """
 
     fault: str
     devices: Mapping[str, Device]
@@ -87,7 +94,7 @@ class Host:
 
 
 def host_of(answer: Mapping[str, Any]) -> Host:
-    """Return the agent's answer as a Host. KeyError, TypeError: the agent's version knows no slots."""
+    """Return the agent's answer as a Host. Raises KeyError or TypeError if the agent's version has no slots."""
     devices = {}
     for said in answer["devices"]:
         profiles = {entry["share"]: Profile(**entry) for entry in said["profiles"]}
@@ -96,10 +103,10 @@ def host_of(answer: Mapping[str, Any]) -> Host:
 
 
 class Book:
-    """Slots that kubelet has asked for, and those of them that are promised but not taken yet.
+    """The slots that kubelet has allocated, and those of them that are promised but not taken yet.
 
-    kubelet does not report to a device plugin that a container has exited, so the agent's numbers decide. A promise
-    bridges the time until the agent sees the container, and ends after PROMISE_SECONDS.
+    kubelet does not report to a device plugin that a container has exited, so the agent's numbers decide. A slot is
+    promised from its allocation until the agent counts the container, for PROMISE_SECONDS at most.
     """
 
     def __init__(self) -> None:
@@ -108,7 +115,7 @@ class Book:
         self._given: dict[Slot, None] = {}  # the latest one last
 
     def look(self, host: Host, now: float | None = None) -> None:
-        """Enter an answer of the agent, and end the promises whose containers have arrived."""
+        """Record an answer of the agent, and end the promises to containers that the agent counts now."""
         now = time.monotonic() if now is None else now
         before, self.host = self.host, host
         arrived = {
@@ -126,7 +133,7 @@ class Book:
                 del self._promised[slot]
 
     def promise(self, slots: Iterable[Slot], now: float | None = None) -> None:
-        """Note that containers are about to start in these slots."""
+        """Record that containers are about to start in these slots."""
         now = time.monotonic() if now is None else now
         for slot in slots:
             self._promised[slot] = now
@@ -134,7 +141,7 @@ class Book:
             self._given[slot] = None
 
     def room(self, device: Device, share: str, but: Iterable[Slot] = ()) -> int:
-        """Return how many more shares of a profile fit on a device, beside what is promised to other slots."""
+        """Return how many more shares of a profile fit on a device, beside the promised slots that are not in `but`."""
         mine = set(but)
         promised = [slot for slot in self._promised if slot.uuid == device.uuid and slot not in mine]
         profile = device.profiles[share]
@@ -144,9 +151,10 @@ class Book:
         return max(0, device.free_bytes - held) // profile.bytes
 
     def healthy(self, share: str) -> set[Slot]:
-        """Return the slots that kubelet may count on: taken ones, promised ones, and free ones as far as they fit.
+        """Return the slots that kubelet may count on: taken slots, promised slots, and free slots that fit.
 
-        Which slots are taken is unknown: those that kubelet asked for last come first, then the lowest numbers.
+        kubelet does not report which slots are taken. The slots that it allocated last count first, then those with the
+        lowest numbers.
         """
         found: set[Slot] = set()
         if self.host.fault:
@@ -163,7 +171,7 @@ class Book:
         return found
 
     def read(self, share: str, ids: Sequence[str]) -> list[Slot]:
-        """Return the slots of these ids, as one container asks for them. Raises SlotError."""
+        """Return the slots of these ids, all of which one container requests. Raises SlotError."""
         slots = [self._slot(share, id_) for id_ in ids]
         twice = [uuid for uuid, count in Counter(slot.uuid for slot in slots).items() if count > 1]
         if twice:
@@ -181,7 +189,7 @@ class Book:
         return slot
 
     def shortage(self, slots: Iterable[Slot]) -> str:
-        """Return why these slots cannot be given now; empty: they can."""
+        """Return the reason why these slots cannot be given now, or an empty text if they can."""
         if self.host.fault:
             return self.host.fault
         for slot in slots:
@@ -198,8 +206,8 @@ class Book:
     def prefer(self, share: str, available: Sequence[str], must: Sequence[str], size: int) -> list[str]:
         """Return ids for one container, each on a different device. Raises SlotError.
 
-        The fullest device on which the share fits comes first, which keeps other devices empty, then those of one NUMA
-        node.
+        Devices on which the share fits come first. Among these, devices on the NUMA node of chosen devices come first,
+        then the fullest device, which keeps other devices empty.
         """
         chosen = self.read(share, must)
         free: dict[str, list[Slot]] = defaultdict(list)
