@@ -148,7 +148,7 @@ class Soak:
         """Let a program allocate a little, in one of several ways, and free something in half of all cases."""
         if not (client := self._client()):
             return
-        # Not managed memory with a real driver: NVML shows only the bytes of it that were touched.
+        # With a real driver there is no managed memory, because NVML shows only its touched bytes.
         how = self.random.choice(("alloc", "vmm", *(() if REAL else ("managed",))))
         self._said(client, f"{how} {self.random.randrange(1, 17) * GRANULE}", also=(REFUSED,))
         if self.random.random() < 0.5:

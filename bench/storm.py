@@ -98,7 +98,7 @@ class Storms:
     found: dict[str, Found] = field(default_factory=lambda: {which: Found() for which in ("bare", *GREETED)})
 
     def launcher(self, programs: list[Program], folders: list[Path], name: str = "") -> Program:
-        """Start a program that makes processes in these cgroups in turn. With a name, it runs as a tenant of it."""
+        """Start a program that makes processes in these cgroups in turn. With a name, it starts by `fgpu run`."""
         programs.append(Program([str(self.program), *map(str, folders)], LIMIT if name else None, name))
         if programs[-1].hear() != "ready":
             raise BenchError("storm is not ready")

@@ -176,7 +176,10 @@ def pair(service: Service, place: Place) -> None:
 
 
 def race(service: Service, place: Place) -> None:
-    """Let two processes race for the last bytes in 1,000 rounds. Then check that hopeless requests refuse no others."""
+    """Let two processes race for the last bytes, in 1,000 rounds.
+
+    Then check that requests far beyond the limit do not cause refusals of requests that fit.
+    """
     one = place.tenant(4 * GIB)
     (one.folder / "track").write_bytes(bytes(4096))
     racers = [one.client(), one.client()]

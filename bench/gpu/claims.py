@@ -33,7 +33,7 @@ def need(held: bool, what: str) -> None:
 
 
 class Skip(Exception):
-    """This machine lacks something that the claim needs. The text says what."""
+    """This machine lacks something that the claim needs. The text has the reason."""
 
 
 class Sampler(threading.Thread):

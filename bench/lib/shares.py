@@ -23,7 +23,7 @@ PREFIX = f"compute-{os.getpid()}-"
 
 
 class Skip(Exception):
-    """This machine lacks something that a case needs. The text says what."""
+    """This machine lacks something that a case needs. The text has the reason."""
 
 
 @dataclass(frozen=True, slots=True)

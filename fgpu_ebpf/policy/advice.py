@@ -17,7 +17,7 @@ _INDEX = re.compile(r"(?:/dev/)?(?:gpu|cuda|nvidia|device)[ :_-]?([0-9]{1,2})", 
 
 
 def warnings(policy: Policy) -> Iterator[str]:
-    """Yield a warning for each pattern that cannot match, and for each device that looks like an index and is not one.
+    """Yield a warning for each pattern that cannot match, and for each device that is written like an index.
 
     A warning is one line with the key and a suggested correction.
     """

@@ -1,7 +1,7 @@
 """The time for which other tenants wait for work that a tenant reports to be in flight.
 
 A *claim* is the time that a tenant's work in flight will take, by the tenant's own report. The *bound* is the longest
-time for which other tenants wait for it. At first, the bound is UNPROVEN_NS. It rises to MOST_FLIGHT_NS once work with
+time for which other tenants wait for this work. At first, it is UNPROVEN_NS. It rises to MOST_FLIGHT_NS once work with
 a longer claim has ended as claimed. If other tenants waited and the work did not end as claimed, the bound falls to
 BUDGET_NS, which is the wait for a tenant without a claim. From there the bound doubles in regular intervals, which
 become longer with each further wait in vain. All tenants inside one unit (`nested_shares`) have the same `Standing`, so

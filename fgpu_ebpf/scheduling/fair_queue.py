@@ -144,9 +144,9 @@ class Waiter(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Floor:
-    """The floor of one device. It gives a turn to a tenant that tenants with a higher priority keep waiting.
+    """The floor of one device: the rule that gives turns to tenants that wait long because of higher priorities.
 
-    `lifted_ns` is the time of its last such turn, `rank` the rank of the last turn that was not given by the floor.
+    `lifted_ns` is the time of the last such turn, and `rank` the rank of the last other turn.
     """
 
     lifted_ns: int = 0
@@ -217,9 +217,9 @@ def longer_ns(share: Share, rivals: Collection[Share]) -> int:
     """Return how much longer than its quantum a turn may last, in nanoseconds.
 
     The caller applies this only if all rivals have been busy for long without a pause. Fewer and longer turns cost less
-    time. A round of turns takes as long as a round of quanta in which the lowest weight is 1/4 of all weights. The
-    result is 0 if a rival has another priority, or if any tenant has a ceiling: a tenant with a ceiling that waits for
-    longer than PERIOD_NS would lose the time that the ceiling adds.
+    time. A round, in which the tenant with the lowest weight has one turn, then takes ROUND_QUANTA quanta. The result
+    is 0 if a rival has another priority, or if any tenant has a ceiling: a tenant with a ceiling that waits for longer
+    than PERIOD_NS would lose the time that the ceiling adds.
     """
     if not rivals or share.limited:
         return 0

@@ -191,7 +191,7 @@ def _joined(alone: Sequence[int]) -> list[str]:
 
 
 def _stronger(levels: list[Tenant], manager: Manager, ledger: Ledger, is_shim: bypass_reason.IsShim) -> list[str]:
-    """Return texts about what prevents stronger enforcement of the limits, each with the fix."""
+    """Return a text for each obstacle to stronger enforcement of the limits, with the fix."""
     if not levels:
         return ["no policy matches: write one, or use `fgpu set`"]
     found = [f"{level.name} only observes: set mode: enforce" for level in levels if level.observe]
