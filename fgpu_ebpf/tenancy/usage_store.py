@@ -56,10 +56,7 @@ class StoreError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Owner:
-    """A tenant and the names that its use can be grouped by.
-
-    `user` is the uid of the user's slice, or empty. `labels` has the labels that the policy exports.
-    """
+    """A tenant with its names. `labels`: those that the policy exports. `user`: the uid of a slice, or empty."""
 
     tenant: str
     namespace: str = ""
@@ -193,7 +190,7 @@ def period(seconds: float) -> int:
 
 
 def grouped(rows: Iterator[tuple[Owner, str, str, Used]], by: str) -> dict[str, dict[str, Used]]:
-    """Return the amounts by group and by source, summed over all devices. `by`: see Owner.group()."""
+    """Return what was used by group and source, over all devices."""
     found: defaultdict[str, dict[str, Used]] = defaultdict(dict)
     for owner, _, source, used in rows:
         of = found[owner.group(by)]
