@@ -60,7 +60,7 @@ def held(found: dict[str, float]) -> bool:
 
 
 def say(name: str, found: dict[str, float], limit: int) -> None:
-    """Print one line, and more lines if there are more figures."""
+    """Print the figures of one kind of call: the usable part, and other figures only if they are unexpected."""
     print(f"{name}_usable {found['usable_percent']:.2f} %", flush=True)
     if found["asked_percent"] < found["usable_percent"]:
         print(f"{name}_asked_for {found['asked_percent']:.2f} %")

@@ -223,7 +223,7 @@ def shares(found: list[Window], before: Processors) -> dict[str, tuple[float, st
 
 
 def report(run: Run, honest: list[list[int]], found: dict[str, tuple[float, str]]) -> int:
-    """Print all lines. Return 1 if a bar is missed."""
+    """Print all figures. Return 1 if a bar is missed."""
     lines: dict[str, tuple[float, str]] = {f"hostile_{name}": (n, "") for name, n in run.operations.items()}
     for n, name in enumerate(("steps", "tries", "refused", "wrong")):
         lines[f"hostile_honest_{name}"] = (sum(one[n] for one in honest), "")

@@ -106,7 +106,7 @@ def load(given: argparse.Namespace, fds: dict[str, int]) -> tuple[dict[str, floa
 
 
 def report(idle: dict[str, float], loaded: dict[str, float], seconds: float, done: int, late: int) -> int:
-    """Print all lines. Return 1 if the bar is missed."""
+    """Print all figures. Return 1 if the bar is missed."""
     lines: dict[str, tuple[float, str]] = {"load_pairs": (done / seconds, "per s"), "load_pairs_late": (late, "")}
     for name in ("agent", "gatekeeper", "kernel"):
         lines[f"load_{name}_idle"] = (idle[name], "%")

@@ -116,7 +116,7 @@ class Soak:
         self.done[act.__name__] += 1
 
     def arrive(self) -> None:
-        """Add a tenant. If there are enough, remove one first."""
+        """Add a tenant with a program. If there are MOST_TENANTS, remove a tenant first."""
         if len(self.tenants) >= MOST_TENANTS:
             self.leave()
         limit = self.random.randrange(SMALLEST, LARGEST, MIB)
@@ -155,7 +155,7 @@ class Soak:
             self._said(client, f"drop {self.random.randrange(1, 9)}")
 
     def fill(self) -> None:
-        """Let a program allocate until it is refused."""
+        """Let a program allocate until an allocation is refused, and then free everything."""
         if client := self._client():
             self._said(client, f"fill {8 * MIB} 0", also=(REFUSED,))
             self._said(client, "drop 100000")

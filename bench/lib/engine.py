@@ -36,7 +36,7 @@ class Engine:
             self._closing = closing.pop_all()
 
     def start(self) -> None:
-        """Start another container. If there are enough, remove the oldest first."""
+        """Start another container. If there are MOST, remove the oldest first. Raises AssertionError if it fails."""
         if len(self.names) >= MOST:
             self._docker.remove(self.names.pop(0))
         self._number += 1

@@ -10,7 +10,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-MIB = 20  # bits
+MIB = 20  # right shift by this number of bits converts bytes to MiB
 
 
 @dataclass(frozen=True)

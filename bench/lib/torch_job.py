@@ -47,7 +47,7 @@ def main() -> None:
                 optimizer = torch.optim.Adam(model.parameters())
             train(model, optimizer)
             steps += 1
-        except RuntimeError as error:  # torch.OutOfMemoryError is one
+        except RuntimeError as error:  # also torch.OutOfMemoryError, which is a subclass
             optimizer = None  # the optimizer may have incomplete state, which it does not check again
             if not any(words in str(error) for words in NO_MEMORY):
                 failed += 1

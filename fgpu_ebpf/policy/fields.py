@@ -121,7 +121,7 @@ def _name_pattern(value: str) -> str:
 
 
 def _image_pattern(value: str) -> str:
-    name_globs([value], forbidden="{}")  # [::1]:5000/x is an image
+    name_globs([value], forbidden="{}")  # permits [], because [::1]:5000/x is the name of an image
     return value
 
 

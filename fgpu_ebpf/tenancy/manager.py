@@ -143,7 +143,7 @@ class Manager:
         self.consider({*self.workloads.walk(), *(tenant.path for tenant in self.enforcer)})
 
     def reload(self, policies: PolicySet) -> None:
-        """Replace the set of policies as a whole."""
+        """Replace the set of policies, and decide about every cgroup again."""
         self.policies = policies
         self.consider_all()
 

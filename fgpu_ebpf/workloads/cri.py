@@ -123,7 +123,7 @@ class CriApi:
             raise EngineError(f"{error.name} is not installed: install python3-grpcio and python3-protobuf") from error
         if self._channel is None:
             self._channel = grpc.insecure_channel(f"unix:{self.path}", options=_OPTIONS)
-        call = self._channel.unary_unary(f"/{cri_messages.PACKAGE}.{service}Service/{method}")  # bytes in, bytes out
+        call = self._channel.unary_unary(f"/{cri_messages.PACKAGE}.{service}Service/{method}")  # bytes, not messages
         try:
             answer = call(messages[f"{method}Request"](**fields).SerializeToString(), timeout=DEADLINE_SECONDS)
         except grpc.RpcError as error:
