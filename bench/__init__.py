@@ -1,1 +1,1 @@
-"""Benchmarks: `python -m bench.NAME` from the repository root, or `./dev bench NAME`."""
+"""Benchmarks. To run one, type `./dev bench NAME`, or `python -m bench.NAME` in the root of the repository."""

@@ -1,12 +1,14 @@
 """Measure how much memory each kind of allocation call gets under a limit, in steps of 2 MiB.
 
-A program asks for three times its limit by each kind of call: by the driver, by the runtime, and by both as a
-per-thread-default-stream build calls them (`thread`; bench/lib/fill_calls.py has the list). Some programs run at a
-time, each a tenant. Prints `API_KIND_usable PERCENT %` (of limit minus context; for graphs the driver's bytes, and
-beside it the requested ones), and if there are any, the bytes held beyond the limit, and the driver's error if it was
-not out-of-memory; `runtime absent` without a libcudart. Writes build/bench/calls.json; exits with 1 if a kind was not
-refused at its limit or could not use it. Starts and stops the agent itself. TORCH_PYTHON is an interpreter whose
-packages may have libcudart.
+For each kind of call, one program requests three times its limit. The calls are those of the driver and of the CUDA
+runtime, and both in the variant of programs that are built with a per-thread default stream (`thread`).
+bench/lib/fill_calls.py has the list. Up to --at-once programs run at a time, each in a tenant.
+
+Prints `API_KIND_usable PERCENT %`, the memory that the program got, as a part of its limit minus its context. For
+graphs these are the driver's bytes, and the requested bytes are printed too. Also prints bytes beyond the limit if
+there are any, and the driver's error if it was not out-of-memory. Prints `runtime absent` if there is no libcudart.
+Writes build/bench/calls.json. Exits with 1 if a kind of call was not refused at the limit, or was refused before it.
+Starts and stops the agent. TORCH_PYTHON is a Python interpreter whose packages may contain libcudart.
 """
 
 from __future__ import annotations
@@ -33,7 +35,7 @@ PYTHON = os.environ.get("TORCH_PYTHON", "python3")
 
 
 def one(combination: tuple[str, str], limit: int, runtime: str) -> dict[str, float]:
-    """Run a tenant that fills its limit by one kind of call."""
+    """Run a tenant that fills its limit by one kind of call. Return the figures."""
     name = "_".join(combination)
     with ending() as programs:
         programs.append(Program([sys.executable, SCRIPT, *combination, str(limit), runtime], limit, f"calls-{name}"))
@@ -53,12 +55,12 @@ def one(combination: tuple[str, str], limit: int, runtime: str) -> dict[str, flo
 
 
 def held(found: dict[str, float]) -> bool:
-    """Return whether it got what it may, and no more."""
+    """Return whether the program got the memory of its limit, and no more."""
     return found["code"] == OUT_OF_MEMORY and ENOUGH_PERCENT <= found["usable_percent"] <= 100
 
 
 def say(name: str, found: dict[str, float], limit: int) -> None:
-    """Print one line, and more lines if there are more figures."""
+    """Print the figures of one kind of call: the usable part, and other figures only if they are unexpected."""
     print(f"{name}_usable {found['usable_percent']:.2f} %", flush=True)
     if found["asked_percent"] < found["usable_percent"]:
         print(f"{name}_asked_for {found['asked_percent']:.2f} %")
@@ -71,7 +73,7 @@ def say(name: str, found: dict[str, float], limit: int) -> None:
 
 
 def main() -> int:
-    """Measure all kinds. Return 1 if one was not refused at its limit or could not use it."""
+    """Measure all kinds of calls. Return 1 if one was not refused at its limit or could not fill it."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--limit", type=int, default=1 << 30, help="bytes")
     parser.add_argument("--at-once", type=int, default=6, help="tenants")

@@ -1,11 +1,13 @@
 """Check that all memory of the device is charged: shared memory, exits of processes, the driver's own memory.
 
-Each scenario (bench/programs/charged_*.c) is a separate tenant with a limit of 8 GiB. At each of its marks, prints in
-MiB the device's memory in use since before the scenario and the ledger's bytes of the tenant, for how many milliseconds
-after the mark the ledger was lower, or higher, than the device's part, and NVML's rows by process. Then prints
-`charged_NAME VALUE UNIT`; writes build/bench/charged.json. Exits with 1 if both differ SECONDS after a mark, or if
-memory beyond the limit was not refused. Starts and stops the agent itself, unless one runs. Nothing else may use the
-device.
+Each scenario (bench/programs/charged_*.c) runs in a separate tenant with a limit of 8 GiB. For each mark of a scenario,
+one line is printed: in MiB, the increase of the device's memory in use since the scenario began, and the ledger's bytes
+of the tenant; for how many milliseconds after the mark the ledger was lower, or higher, than the device; and NVML's
+bytes of each process.
+
+Then prints `charged_NAME VALUE UNIT`, and writes build/bench/charged.json. Exits with 1 if device and ledger still
+differ SECONDS after a mark, or if memory beyond the limit was not refused. Starts and stops the agent, except with
+--running. No other program may use the device.
 """
 
 from __future__ import annotations
@@ -39,11 +41,11 @@ SCENARIOS = {
     ),
 }  # fmt: skip
 PROGRAM_OF = {name: f"charged_{program}" for program, names in SCENARIOS.items() for name in names}
-# Memory that the device holds and NVML shows for no process, as on one H200: for each context, once for the device,
-# what the driver keeps of managed memory or takes for page tables of registered host memory (2 MiB a GiB), and 2 MiB
-# from the first launch of code that prints.
+# Memory in use on the device that NVML shows for no process, measured on one H200: for each context, and once for the
+# device. BESIDES has more of it in some scenarios: what the driver keeps of managed memory, page tables of registered
+# host memory (2 MiB for each GiB), and 2 MiB from the first launch of a kernel that prints.
 CONTEXT_REST, DEVICE_REST, MANAGED_REST = 5.6 * MIB, 3.2 * MIB, 25 * MIB
-# at one time; one in all others
+# The number of contexts at one time; 1 in all other scenarios.
 CONTEXTS = dict.fromkeys(("imp_dead", "ipc_free", "ipc_dead", "pool_exp", "contexts"), 2)
 BESIDES = {"managed": MANAGED_REST, "fork_managed": MANAGED_REST, "hostreg": 8 * 2 * MIB, "fifo": 2 * MIB}
 REFUSED = {"exp_fd": "cuMemCreate returns 2", "stack": "cuCtxSetLimit returns 2"}
@@ -51,10 +53,10 @@ REFUSED = {"exp_fd": "cuMemCreate returns 2", "stack": "cuCtxSetLimit returns 2"
 
 @dataclass(slots=True)
 class Row:
-    """A mark: what device and ledger held, and for how long they differed.
+    """A mark: the bytes of device and ledger, and for how long they differed.
 
-    `device`, `ledger`: bytes. `lower_ms`, `higher_ms`: for how long the ledger was. `wrong`: the errors that remain at
-    the end.
+    `lower_ms` and `higher_ms` are the milliseconds for which the ledger was lower or higher than the device. `wrong`
+    has the errors that remain at the end. `rows` has NVML's bytes of each process, as text.
     """
 
     text: str
@@ -90,7 +92,7 @@ def tenant_bytes(name: str) -> int:
 
 
 def bypasses(name: str) -> int:
-    """Return how many processes of a tenant are named as bypassing."""
+    """Return how many processes of a tenant the agent reports as bypassing."""
     return sum(sum(t["bypassing"].values()) for t in ask(verb="snapshot")["tenants"] if t["tenant"] == name)
 
 
@@ -106,11 +108,11 @@ class Scenario:
         self._before = nvml.bytes_in_use()
 
     def run(self) -> None:
-        """Run the scenario and print its rows as they come. BenchError: it did not complete."""
+        """Run the scenario, and print each row when it is known. Raises BenchError if the scenario fails."""
         with ending() as programs:
             program = Program([str(ROOT / "build/bench" / PROGRAM_OF[self._name]), self._name], LIMIT, self._tenant)
             programs.append(program)
-            threading.Thread(target=program.process.wait, daemon=True).start()  # its parent must reap it
+            threading.Thread(target=program.process.wait, daemon=True).start()  # reaps the process when it exits
             print(f"== {self._name}", flush=True)
             while self._answer(program, programs):
                 pass
@@ -134,7 +136,7 @@ class Scenario:
         return kind != "end"
 
     def _look(self, text: str, roles: dict[int, str], host: int) -> None:
-        """Follow device and ledger until they have agreed for a while, or the time is over."""
+        """Compare device and ledger until they have agreed for SETTLED_SECONDS, or the time is over. Add a row."""
         row, begun = Row(text), time.monotonic()
         agreed = None
         while True:
@@ -154,7 +156,7 @@ class Scenario:
         print(row.line(), flush=True)
 
     def _harmed(self) -> list[str]:
-        """Return how another tenant is affected, if there is one: it must not be."""
+        """Return errors about the second tenant, which must not be charged or reported as bypassing."""
         charged = sum(
             t["devices"][0]["used_bytes"] for t in ask(verb="snapshot")["tenants"] if t["tenant"] == self._victim
         )
@@ -162,14 +164,14 @@ class Scenario:
         return [*harm, "another tenant is named"] if bypasses(self._victim) else harm
 
     def _reuse(self, pid: int) -> Program:
-        """Start a process of another tenant with this pid of an exited process. BenchError: the pid was not free."""
+        """Start a process of another tenant with the pid of an exited process. Raises BenchError if it is not free."""
         for _ in range(100):
             Path("/proc/sys/kernel/ns_last_pid").write_text(str(pid - 1))
             victim = Program(["sleep", "60"], 2 * MIB, self._victim)
             if victim.process.pid != pid:
                 victim.end()
                 continue
-            time.sleep(1.0)  # until it is a tenant
+            time.sleep(1.0)  # until its cgroup is a tenant
             if all(tenant["tenant"] != self._victim for tenant in ask(verb="snapshot")["tenants"]):
                 victim.end()
                 raise BenchError(f"process {pid} of another tenant did not start")
@@ -178,7 +180,7 @@ class Scenario:
 
 
 def measure(names: list[str], seconds: float) -> dict[str, list[Row] | str]:
-    """Run all scenarios, one after the other. For one that fails, the result is the reason."""
+    """Run all scenarios in turn. Return the rows of each, or the error of a scenario that failed."""
     found: dict[str, list[Row] | str] = {}
     print(f"{'MiB since before':<52}{'device':>7} {'ledger':>7}")
     for name in names:
@@ -193,7 +195,7 @@ def measure(names: list[str], seconds: float) -> dict[str, list[Row] | str]:
 
 
 def report(found: dict[str, list[Row] | str]) -> int:
-    """Print the figures. Return 1 if a bar is missed."""
+    """Print the figures. Return 1 if a mark has an error or a scenario failed."""
     rows = [row for said in found.values() if not isinstance(said, str) for row in said]
     failed = sum(isinstance(said, str) for said in found.values())
     wrong = sum(bool(row.wrong) for row in rows)
@@ -210,7 +212,7 @@ def report(found: dict[str, list[Row] | str]) -> int:
 
 @contextlib.contextmanager
 def service(given: argparse.Namespace) -> Iterator[None]:
-    """Run the agent, unless one runs."""
+    """Run the agent, except with --running."""
     if given.running:
         end_in_order()
         yield
@@ -220,7 +222,7 @@ def service(given: argparse.Namespace) -> Iterator[None]:
 
 
 def main() -> int:
-    """Read the command line, measure, print."""
+    """Read the command line, measure and print."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("scenarios", nargs="*", help=f"of {', '.join(PROGRAM_OF)}")
     parser.add_argument("--seconds", type=float, default=1.0, help="in which device and ledger must agree")

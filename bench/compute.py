@@ -1,8 +1,9 @@
-"""Shares of a device's time: what programs get of it, by what they complete, counted by themselves.
+"""Measure the shares of a device's time that programs get, by the work that they complete and count themselves.
 
-Prints `compute_WHAT VALUE UNIT` for every case, with its bar and whether it is held, then how long the case took. A
-case that fails or lacks something says so, and the next one runs. Writes build/bench/compute.json; 1 where a bar is
-missed or a case failed. Starts and stops the agent itself. TORCH_PYTHON is an interpreter that has torch (python3).
+Prints `compute_WHAT VALUE UNIT` for every case, with its bar and the result, then how long the case took. If a case
+fails or cannot run on this machine, the reason is printed and the next case runs. Writes build/bench/compute.json.
+Exits with 1 if a bar is missed or a case failed. Starts and stops the agent. TORCH_PYTHON is a Python interpreter with
+torch (default: python3).
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from bench.lib.shares import Bench, Skip, options
 
 LISTEN = "127.0.0.1:19425"
 Case = Callable[[Bench], None]
-# In the order of how many programs they need: those of a case stay for the next.
+# Ordered by the number of programs that a case needs, because the programs of a case stay for the next case.
 CASES: dict[str, Case] = {
     case.__name__: case
     for case in (
@@ -51,14 +52,14 @@ CASES: dict[str, Case] = {
 
 
 def one(bench: Bench, name: str) -> bool:
-    """Run a case; False: it failed, and everything was stopped."""
+    """Run a case. Return False if it failed; then all its programs were ended."""
     begun = time.monotonic()
     try:
         CASES[name](bench)
         said = "done"
     except Skip as why:
         said = f"skipped: {why}"
-    except Exception as error:  # whatever it is, the next case is another one
+    except Exception as error:  # any error, because the next case does not depend on this one
         said = f"FAILED: {type(error).__name__}: {error}"
         bench.end()
     print(f"# case {name}: {said}, {time.monotonic() - begun:.1f} s", flush=True)
@@ -66,7 +67,7 @@ def one(bench: Bench, name: str) -> bool:
 
 
 def main() -> int:
-    """Reads the command line, measures, prints."""
+    """Read the command line, measure and print."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--only", default=",".join(CASES), help=f"of {', '.join(CASES)}")
     options(parser, ROOT)

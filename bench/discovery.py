@@ -1,10 +1,14 @@
-"""Measure how long a new cgroup has no limit, and what a program gets there meanwhile, by discovery alone.
+"""Measure how long a new cgroup has no limit, and how much memory a program gets during this time.
 
-No device, wrapper, image or command announces the cgroup: a policy names its path. The time goes from mkdir to the
-limit on its usage page, for each of `--rounds` (`alone`) and for the last of 50 at once (`burst`), beside 200 tenants:
-`in_force` median, p99 and most. Then a program in each of 20 cgroups, started with the cgroup, allocates all that it
-gets: `first_program_beyond` its limit, and `first_program_unwitnessed`. Writes build/bench/discovery.json; exits with 1
-if one alone took more than 100 ms, or a program got a byte too much. Starts and stops the agent itself.
+No engine, hook or command announces the cgroup to the agent. A policy selects it by its path, and the agent discovers
+it. Each time is measured from mkdir(2) to the limit on the usage page, on a host with 200 other tenants: for a single
+cgroup (`alone`, --rounds times), and for the last of 50 cgroups that are made at once (`burst`). Prints `in_force`:
+median, 99th percentile and maximum.
+
+Then 20 programs each start immediately in a new cgroup, and allocate until they are refused. Prints
+`first_program_beyond`, the bytes beyond the limit, and `first_program_unwitnessed`. Writes build/bench/discovery.json.
+Exits with 1 if a single cgroup had no limit for more than 100 ms, or if one of the figures of programs is not 0. Starts
+and stops the agent.
 """
 
 from __future__ import annotations
@@ -39,7 +43,7 @@ spec:
 
 
 def until(look: Callable[[], object], what: str) -> None:
-    """Call a function until it returns a true value."""
+    """Call a function until it returns a true value. Raises BenchError after PATIENCE_SECONDS."""
     deadline = time.monotonic() + PATIENCE_SECONDS
     while not look():
         if time.monotonic() > deadline:
@@ -59,7 +63,7 @@ def folder() -> Iterator[Path]:
 
 
 def in_force_ms(parent: Path, count: int) -> float:
-    """Make this many cgroups, and remove them. Return the time from the first one until all have their limits."""
+    """Make `count` cgroups, then remove them. Return the time from the first mkdir until all have their limits."""
     begun = time.perf_counter()
     made = [parent / f"new-{number}" for number in range(count)]
     for cgroup in made:
@@ -74,14 +78,14 @@ def in_force_ms(parent: Path, count: int) -> float:
 
 
 def lines_of(name: str, took: list[float]) -> dict[str, tuple[float, str]]:
-    """Return median, 99th percentile and most."""
+    """Return the figures of these times: median, 99th percentile and maximum."""
     p99 = statistics.quantiles(took, n=100, method="inclusive")[98]
     found = {"p50": statistics.median(took), "p99": p99, "max": max(took)}
     return {f"{name}_in_force_{which}": (ms, "ms") for which, ms in found.items()}
 
 
 def first_program(parent: Path, number: int, environment: dict[str, str]) -> tuple[int, int]:
-    """Start a program with its cgroup. Return its bytes beyond the limit, and those that the kernel has not seen."""
+    """Start a program in a new cgroup. Return its bytes beyond the limit, and its unwitnessed bytes."""
     cgroup = parent / f"program-{number}"
     fill = f'mkdir "$1" && echo $$ >"$1/cgroup.procs" && exec {ROOT}/build/examples/fill --step 2MiB'
     command = ["sh", "-c", fill, "sh", cgroup]
@@ -96,7 +100,7 @@ def first_program(parent: Path, number: int, environment: dict[str, str]) -> tup
 
 
 def measure(parent: Path, rounds: int, driver_root: str) -> dict[str, tuple[float, str]]:
-    """Measure everything, beside existing tenants."""
+    """Measure everything, while LIVE other tenants exist."""
     for number in range(LIVE):
         (parent / f"old-{number}").mkdir()
     until(lambda: len(ask(verb="snapshot")["tenants"]) >= LIVE, "the tenants beside them")

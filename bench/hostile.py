@@ -1,10 +1,11 @@
-"""Run a hostile tenant beside three honest ones for MINUTES, the second half under `onBypass: kill`.
+"""Run a hostile tenant and three honest tenants for MINUTES, the second half with `onBypass: kill`.
 
-Prints `hostile_NAME VALUE UNIT`: operations of each kind (tried, done, killed, refused), refusals of honest tenants,
-their least share of a window of 2 s minus their part by weight, the pings of agent and gatekeeper, and for how long
-anything of the hostile tenant was uncharged, unnamed or above its limit. Writes build/bench/hostile.json; exits with 1
-if a bar is missed. The hostile tenant has the processor weight of a pod without requests (`cpu.shares` 2, `cpu.weight`
-1) and runs at nice 19: fair processor time is the host's task, not fgpu's.
+Prints `hostile_NAME VALUE UNIT`: the attacks of each kind (tried, done, killed, refused), the refusals of honest
+tenants, the lowest share of an honest tenant in a window of 2 s minus its part by weight, the times of pings of agent
+and gatekeeper, and for how long memory of the hostile tenant was uncharged or above its limit, or one of its processes
+was not reported. Writes build/bench/hostile.json. Exits with 1 if a bar is missed. The hostile tenant has the processor
+weight of a pod without requests (`cpu.shares` 2, `cpu.weight` 1) and nice 19, because the host divides processor time,
+and fgpu does not.
 """
 
 from __future__ import annotations
@@ -37,11 +38,11 @@ from tests.support.wait import eventually
 WEIGHTS = (300, 200, 100)
 HOSTILE_WEIGHT = 100
 LIMIT = 2 * GIB
-MOST_MIB = 1024  # that an honest tenant allocates at a time; a context takes 518 MiB of its 2 GiB
-MOST_BYPASS_MIB = {"report": 700, "kill": 3072}  # under `report` only the device limits it
+MOST_MIB = 1024  # the maximum that an honest tenant allocates at a time; its context uses 518 MiB of its 2 GiB
+MOST_BYPASS_MIB = {"report": 700, "kill": 3072}  # with `report`, only the size of the device limits a bypass
 POINTS, PING_SECONDS, LATE_SECONDS = 3.0, 0.1, 1.0
 COLUMNS = ("tried", "done", "killed", "refused")
-NEVER_DONE = {"control_done"}  # a tenant must be refused there
+NEVER_DONE = {"control_done"}  # acts that must always be refused
 GROUP = "fgpu-hostile"
 POLICY = """
 apiVersion: fgpu.dev/v1alpha1
@@ -56,7 +57,7 @@ spec:
 
 
 def processor_cgroups(cgroup: Path) -> list[Path]:
-    """Return the cgroups that hold processor time of this tenant, of both versions, made with the least weight."""
+    """Give this tenant the lowest processor weight. Return the cgroups of version 1 that were made for that."""
     found = []
     if (cgroup / "cpu.weight").exists():
         (cgroup / "cpu.weight").write_text("1")
@@ -70,14 +71,17 @@ def processor_cgroups(cgroup: Path) -> list[Path]:
 
 
 class Lateness:
-    """The longest time for which something was true, measured by repeated looks."""
+    """The longest time for which a condition was true, measured by repeated checks."""
 
     def __init__(self) -> None:
         self.since: dict[object, float] = {}
         self.longest = 0.0
 
     def look(self, found: Iterable[object], why: str) -> None:
-        """Record what is true now. `why` is printed if that is longer than ever, and too long."""
+        """Record the objects for which the condition is true now.
+
+        `why` is printed if an object has a new longest time, and this time is above LATE_SECONDS.
+        """
         now = time.monotonic()
         self.since = {one: self.since.get(one, now) for one in found}
         longest = max([self.longest, *(now - since for since in self.since.values())])
@@ -87,7 +91,7 @@ class Lateness:
 
 
 class Run:
-    """The tenants, and what was measured."""
+    """The tenants, and the measurements so far."""
 
     def __init__(self, service: Service, work: Path, seed: int) -> None:
         self.service, self.work, self.random = service, work, random.Random(seed)
@@ -99,8 +103,8 @@ class Run:
         self.honest_pids: list[int] = []
         self.waits: Waits | None = None
         self.bypass_log = open(work / "bypasses", "a+", encoding="ascii")  # noqa: SIM115
-        self.bypasses: set[int] = set()  # processes that bypass, while the driver has them
-        self.left_out: list[str] = []  # kinds of acts
+        self.bypasses: set[int] = set()  # processes that bypass and hold driver memory
+        self.left_out: list[str] = []  # kinds of acts that the hostile tenant leaves out
 
     def start_honest(self) -> None:
         """Start three honest tenants, each with its limit and weight."""
@@ -115,7 +119,7 @@ class Run:
             word, pid = one.stdout.readline().split()
             assert word == "ready", "an honest tenant"
             self.honest_pids.append(int(pid))
-        time.sleep(1)  # until the slicer has run for longer than any other thread beside the gatekeeper's main one
+        time.sleep(1)  # until the slicer has run for longer than all other threads, except the gatekeeper's main thread
         tasks = [Path(f"/proc/{pid}/task/{pid}") for pid in self.honest_pids]
         device = self.service._driver
         assert device
@@ -123,14 +127,14 @@ class Run:
         self.waits = Waits([*tasks, Path(f"/proc/{device.pid}/task/{device.pid}")])
 
     def end_honest(self) -> list[list[int]]:
-        """End the honest tenants. Return steps, tries, refused and wrong of each."""
+        """End the honest tenants. Return for each its steps, its tries, and how many were refused or wrong."""
         if self.waits:
             self.waits.end()
         said = [one.communicate("", timeout=30)[0].split() for one in self.honest]
         return [[int(word) for word in words[1:]] for words in said]
 
     def attack(self, seconds: float, on_bypass: str) -> None:
-        """Run the hostile tenant for this long, and measure meanwhile."""
+        """Run the hostile tenant for `seconds`, and measure during this time."""
         policy = POLICY.format(group=GROUP, weight=HOSTILE_WEIGHT, on_bypass=on_bypass)
         (self.service.policies / "hostile.yaml").write_text(policy)
         self.cgroup.mkdir(parents=True, exist_ok=True)
@@ -189,7 +193,7 @@ class Run:
         self.pings["gatekeeper"].append(time.monotonic() - begun)
 
     def windows(self, begun_ns: int, ended_ns: int) -> list[Window]:
-        """Return every window of 2 s of each honest tenant."""
+        """Return every window of 2 s of each honest tenant, between two times of CLOCK_MONOTONIC."""
         whole = sum(WEIGHTS) + HOSTILE_WEIGHT
         records = [self.work / f"honest{n}" for n in range(len(WEIGHTS))]
         assert self.waits
@@ -197,7 +201,7 @@ class Run:
 
 
 def shares(found: list[Window], before: Processors) -> dict[str, tuple[float, str]]:
-    """Return the worst windows, and how long honest threads waited for a processor."""
+    """Return the figures of the worst windows, and how long honest threads waited for a processor."""
     idle, stolen = Processors.now().since(before)
     worst = min(found, key=lambda one: one.ready_points)
     wall = min(found, key=lambda one: one.points)
@@ -219,7 +223,7 @@ def shares(found: list[Window], before: Processors) -> dict[str, tuple[float, st
 
 
 def report(run: Run, honest: list[list[int]], found: dict[str, tuple[float, str]]) -> int:
-    """Print all lines. Return 1 if a bar is missed."""
+    """Print all figures. Return 1 if a bar is missed."""
     lines: dict[str, tuple[float, str]] = {f"hostile_{name}": (n, "") for name, n in run.operations.items()}
     for n, name in enumerate(("steps", "tries", "refused", "wrong")):
         lines[f"hostile_honest_{name}"] = (sum(one[n] for one in honest), "")
@@ -241,14 +245,18 @@ def report(run: Run, honest: list[list[int]], found: dict[str, tuple[float, str]
 
 
 def _not_done(operations: collections.Counter[str]) -> list[str]:
-    """Return acts that never succeeded, so that they prove nothing, and requests that were granted and must not be."""
+    """Return the missed bars of the attacks.
+
+    These are kinds of acts that never succeeded, so that the run proves nothing about them, and requests that must be
+    refused and were granted.
+    """
     wanted = [name for name in operations if name.endswith(("_tried", "_done")) and name not in NEVER_DONE]
     wanted = [*(name for name in wanted if "accepted" not in name), "control_refused", "killed_under_kill"]
     return [name for name in wanted if not operations[name]] + ["accepted"] * bool(operations["accepted_tried"])
 
 
 def leave_nothing(run: Run) -> None:
-    """Remove all processes and cgroups of the tenants."""
+    """Kill all processes of the tenants, and remove their cgroups."""
     for one in run.honest:
         one.kill()
     with contextlib.suppress(OSError):
@@ -261,7 +269,7 @@ def leave_nothing(run: Run) -> None:
 
 
 def main() -> int:
-    """Read the command line, run both phases, print."""
+    """Read the command line, run both phases and print."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("minutes", type=float, nargs="?", default=0.5)
     parser.add_argument("--seed", type=int, default=time.time_ns() % 1_000_000)
@@ -277,7 +285,7 @@ def main() -> int:
         run = Run(service, work, given.seed)
         run.left_out = given.without
         try:
-            service.start_driver("40GiB")  # so that contexts and bypasses under `report` leave room for the others
+            service.start_driver("40GiB")  # room for all tenants, with their contexts and the bypasses under `report`
             service.start_agent()
             run.start_honest()
             before, begun = Processors.now(), time.monotonic_ns()

@@ -1,12 +1,17 @@
 """Measure how long a change of a limit takes until a running program has it.
 
-A program has it when cuMemGetInfo shows the new total, and when the first verdict follows it. Prints `live_HOW_WHAT_pNN
-VALUE ms` for --changes of each kind, and writes build/bench/live.json; exits with 1 if a bar is missed. HOW is typed
-(`fgpu set`, from before its process exists), request (the same on the control socket, from before it is sent), unset
-(on the control socket: a policy holds again), file (a policy file is put in place), reload and hangup (the same,
-followed at once by a request on the control socket or by SIGHUP). WHAT is visible (cuMemGetInfo shows the new total) or
-held (the first allocation of 16 MiB is refused, or admitted again). The program looks every 20 us. Starts and stops the
-agent itself.
+Prints `live_HOW_WHAT_pNN VALUE ms` for --changes of each kind, and writes build/bench/live.json. Exits with 1 if a bar
+is missed. Starts and stops the agent. HOW is the way of the change:
+
+    typed     `fgpu set`, measured from before the start of its process
+    request   the request of `fgpu set` on the control socket
+    unset     the request of `fgpu unset` on the control socket, after which a policy applies again
+    file      a new policy file
+    reload    a new policy file, and at once a reload by a request on the control socket
+    hangup    a new policy file, and at once SIGHUP to the agent
+
+WHAT is `visible`, when cuMemGetInfo shows the new total, or `held`, when the first allocation of 16 MiB is refused or
+admitted again. The program checks both every 20 us.
 """
 
 from __future__ import annotations
@@ -26,7 +31,7 @@ from bench.lib.tenants import Program, ask, ending, record, service_pids
 
 LISTEN = "127.0.0.1:19426"
 MIB = 1 << 20
-LOW, HIGH = 1024, 1088  # MiB; the program leaves less than 16 MiB of LOW free
+LOW, HIGH = 1024, 1088  # MiB; with LOW, the program has less than 16 MiB left
 BAR_MS = 100.0
 NAME, TARGET = "live", "/fgpu/live"
 POLICY = """
@@ -41,44 +46,44 @@ Change = Callable[[int], object]
 
 
 class Host:
-    """The ways to change a limit. Each takes the new limit in MiB."""
+    """The ways to change a limit. Each method has the new limit in MiB as its argument."""
 
     def __init__(self, policies: Path) -> None:
         self._policies = policies
         self._agent = service_pids()["agent"]
 
     def typed(self, mib: int) -> None:
-        """Run `fgpu set` to its end."""
+        """Run `fgpu set` and wait for its end."""
         subprocess.run([*FGPU, "set", TARGET, "--memory", f"{mib}MiB"], check=True, capture_output=True, timeout=30)
 
     def request(self, mib: int) -> None:
-        """Send the request of `fgpu set`."""
+        """Send the request of `fgpu set` to the control socket."""
         ask(verb="put", target=TARGET, memory=f"{mib}MiB")
 
     def unset(self, mib: int) -> None:
-        """Set LOW by hand; HIGH comes from the policy."""
+        """Set LOW by a request. For HIGH, remove that limit, so that the policy's limit applies."""
         if mib == LOW:
             self.request(LOW)
         else:
             ask(verb="drop", target=TARGET)
 
     def file(self, mib: int) -> None:
-        """Put a policy file in place, as an editor or a ConfigMap does."""
+        """Replace the policy file by rename(2), as editors and Kubernetes do."""
         put(self._policies, mib)
 
     def reload(self, mib: int) -> None:
-        """Send the request of `fgpu reload`, without its process."""
+        """Replace the policy file and send the request of `fgpu reload`, without its process."""
         self.file(mib)
         ask(verb="reload")
 
     def hangup(self, mib: int) -> None:
-        """Do what `systemctl reload fgpu-agent` does."""
+        """Replace the policy file and send SIGHUP, as `systemctl reload fgpu-agent` does."""
         self.file(mib)
         os.kill(self._agent, signal.SIGHUP)
 
 
 def put(folder: Path, mib: int) -> None:
-    """Write the policy to its folder."""
+    """Write the policy with this limit to its folder, by rename(2)."""
     aside = folder / ".live"
     aside.write_text(POLICY.format(mib), encoding="utf-8")
     aside.rename(folder / "live.yaml")
@@ -87,7 +92,7 @@ def put(folder: Path, mib: int) -> None:
 def watched(program: Program, change: Change, mib: int) -> tuple[float, float]:
     """Make one change. Return the milliseconds until it is visible, and until it is held."""
     program.say(f"{mib * MIB} {int(mib == HIGH)}")
-    time.sleep(0.005)  # until the program looks
+    time.sleep(0.005)  # until the program has begun to check
     begun = time.monotonic_ns()
     change(mib)
     said = program.hear()
@@ -98,7 +103,14 @@ def watched(program: Program, change: Change, mib: int) -> tuple[float, float]:
 
 
 def measure(program: Program, change: Change, changes: int, only: int = 0) -> dict[str, float]:
-    """Return percentiles of this many changes, LOW and HIGH in turn. With `only`, only changes to that limit count."""
+    """Make changes to HIGH and LOW in turn, and return the percentiles of their times.
+
+    Args:
+        program: the running program.
+        change: the way of the change.
+        changes: the least number of measured changes.
+        only: measure only changes to this limit, in MiB; 0: all.
+    """
     times: list[tuple[float, float]] = []
     while len(times) < changes:
         for mib in (HIGH, LOW):
@@ -112,7 +124,7 @@ def measure(program: Program, change: Change, changes: int, only: int = 0) -> di
 
 
 def run(policies: Path, changes: int) -> dict[str, float]:
-    """Measure changes by hand first. The last unset leaves only the policy for the tenant."""
+    """Measure all ways. Limits set by hand are measured first, because they have precedence over the policy."""
     host = Host(policies)
     with ending() as programs:
         programs.append(Program([str(ROOT / "build/bench/live")], LOW * MIB, NAME))
@@ -129,7 +141,7 @@ def run(policies: Path, changes: int) -> dict[str, float]:
 
 
 def report(found: dict[str, float]) -> int:
-    """Print all figures, and which bars are missed."""
+    """Print all figures and the missed bars. Return 1 if there are any."""
     record("live", {name: (value, "ms") for name, value in found.items()})
     missed = [name for name, value in found.items() if name.endswith("_p99") and value > BAR_MS]
     for name in missed:
@@ -138,7 +150,7 @@ def report(found: dict[str, float]) -> int:
 
 
 def main() -> int:
-    """Return 0 if every bar is held."""
+    """Read the command line, measure and print. Return 0 if every bar is held."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--driver-root", default="/")
     parser.add_argument("--shim", default=str(ROOT / "build/shim/libfgpu.so"))

@@ -1,11 +1,12 @@
-"""Check with random lives on a real GPU that all memory is charged at every check, and nothing stays behind.
+"""Check on a real GPU, with random programs, that all memory is charged and that none stays charged after its end.
 
 LIVES programs (tests/programs/life.c), each in a tenant, allocate, share and free memory in every way that a real
-driver supports, for MINUTES; some are killed meanwhile. At each check all of them close what they share. Then nothing
-may be orphaned, and the ledger may have neither less than NVML shows of a tenant's processes nor, over all tenants,
-less than the device has in use since before, except for the driver's own part. Prints `lives_NAME VALUE UNIT`; writes
-build/bench/lives.json; exits with 1 if a check fails. Starts and stops the agent itself. Nothing else may use the
-device.
+driver supports, for MINUTES. Some of them are killed. Before each check, all programs close the memory that they share.
+Then there must be no orphan. The ledger must have at least the bytes that NVML shows for each tenant's processes, and
+over all tenants at least the increase of the device's memory in use, minus the driver's own part.
+
+Prints `lives_NAME VALUE UNIT` and writes build/bench/lives.json. Exits with 1 if a check fails. Starts and stops the
+agent. No other program may use the device.
 """
 
 from __future__ import annotations
@@ -31,14 +32,14 @@ from bench.lib.service import ROOT, BenchError, agent
 from bench.lib.tenants import Program, ask, cgroup_root, ending, record
 
 LIMIT = 24 << 30
-CONTEXT_REST, DEVICE_REST = 6 * MIB, 32 * MIB  # of the driver alone, in no process's row: facts of one H200
+CONTEXT_REST, DEVICE_REST = 6 * MIB, 32 * MIB  # the driver's own part: in no process's row, measured on one H200
 THREADS, OPERATIONS = 2, 200
 SETTLED_SECONDS, ROUND_SECONDS = 5.0, 120.0
 NAME = "lives-"
 
 
 class Life(Program):
-    """One program. `tenant`: the name of its tenant."""
+    """One program. `tenant`: the name of its tenant. `way`: an argument of tests/programs/life.c."""
 
     def __init__(self, tenant: str, chance: random.Random, way: str) -> None:
         self.tenant = tenant
@@ -47,7 +48,11 @@ class Life(Program):
         self.pid = int(self.hear().split()[2])
 
     def finish(self) -> int | None:
-        """Wait for the end of the round, and close what is shared. Return the operations; None: the program exited."""
+        """Wait for the end of a round, and let the program close its shared memory.
+
+        Returns:
+            The number of operations, or None if the program exited.
+        """
         try:
             done = int(self.hear(ROUND_SECONDS).split()[1])
             self.say("close")
@@ -63,12 +68,12 @@ class Life(Program):
 
 
 def snapshot() -> list[dict[str, Any]]:
-    """Return the tenants, including those whose cgroup is gone."""
+    """Return the tenants of this benchmark, including tenants whose cgroup is gone."""
     return [t for t in ask(verb="snapshot")["tenants"] if t["tenant"].startswith(NAME)]
 
 
 def shown(tenant: str) -> int:
-    """Return the bytes that NVML shows of a tenant's processes; 0 if its cgroup is gone."""
+    """Return the bytes that NVML shows for a tenant's processes; 0 if its cgroup is gone."""
     with contextlib.suppress(FileNotFoundError):
         return nvml.bytes_of(nvml.pids_of(cgroup_root() / "fgpu" / tenant))
     return 0
@@ -87,7 +92,7 @@ class Run:
     settled: float = 0.0
 
     def wrong(self, contexts: int) -> str:
-        """Return the first error; empty: there is none."""
+        """Return the first error, or an empty text. `contexts`: the number of contexts on the device."""
         tenants = snapshot()
         if any(t["orphans"] for t in tenants):
             return f"orphaned: {[(t['tenant'], t['orphans']) for t in tenants]}"
@@ -104,7 +109,7 @@ class Run:
         return ""
 
     def check(self, contexts: int) -> None:
-        """Check everything. BenchError: there is still an error after SETTLED_SECONDS."""
+        """Check everything. Raises BenchError if there is still an error after SETTLED_SECONDS."""
         self.checks += 1
         self.settled = max(self.settled, _until_right(lambda: self.wrong(contexts)))
 
@@ -119,7 +124,7 @@ def _until_right(look: Callable[[], str]) -> float:
 
 
 def live(minutes: float, lives: int, seed: int, way: str) -> Run:
-    """Run all rounds. BenchError: a check failed."""
+    """Run all rounds and return the counts. Raises BenchError if a check failed."""
     chance, run = random.Random(seed), Run(nvml.bytes_in_use())
     with ending() as programs:
         all_: list[Life] = []
@@ -142,7 +147,7 @@ def live(minutes: float, lives: int, seed: int, way: str) -> Run:
                 begin(victim.tenant)
                 all_[-1].say(str(OPERATIONS))
             for life in list(all_):
-                if (done := life.finish()) is None:  # the driver crashed under it
+                if (done := life.finish()) is None:  # the program crashed in the driver
                     all_.remove(life)
                     life.end()
                     run.crashed += 1
@@ -155,7 +160,7 @@ def live(minutes: float, lives: int, seed: int, way: str) -> Run:
 
 
 def main() -> int:
-    """Read the command line, run, print."""
+    """Read the command line, run and print."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--minutes", type=float, default=10.0)
     parser.add_argument("--lives", type=int, default=4)

@@ -1,9 +1,9 @@
-"""Measure the service's cost while tenants allocate and free all the time, as percent of one processor.
+"""Measure the processor time of fgpu while tenants allocate and free all the time, in percent of one processor.
 
-Prints `load_PART VALUE %` for agent, gatekeeper (their processor time) and kernel (the runs of the pinned programs, by
-the kernel's own clock around each run; the trap into the kernel before it is in `./dev bench memory`), before any
-program allocates (idle) and under load. Writes build/bench/load.json; exits with 1 if the bar is missed. Starts and
-stops the agent itself.
+Prints `load_PART VALUE %`, before any program allocates (idle) and under load. PART is `agent` or `gatekeeper` (their
+processor time), or `kernel`: the run time of the pinned BPF programs, by the kernel's own clock around each run. The
+trap into the kernel before each run is not included; `./dev bench memory` measures it. Writes build/bench/load.json.
+Exits with 1 if the bar is missed. Starts and stops the agent.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ from bench.lib.service import ROOT, BenchError, agent
 from bench.lib.tenants import Program, cpu_ms, ending, record, service_pids
 
 BAR_PERCENT = 1.0
-RUNS_A_PAIR = 6  # 5, and some for processes that start and exit; more: other programs on this host use the driver
+RUNS_A_PAIR = 6  # 5, and some for processes that start and exit. If there are more, other programs use the driver too
 LIMIT = 1 << 30
 IDLE_SECONDS = 5
 BPF = {"x86_64": 321, "aarch64": 280}.get(platform.machine(), 321)
 OBJ_GET, ENABLE_STATS, RUN_TIME = 7, 32, 0
-CALLED_BY_THE_AGENT = "adjust"  # it already counts as the agent's processor time
+CALLED_BY_THE_AGENT = "adjust"  # its run time is already in the agent's processor time
 libc = ctypes.CDLL(None, use_errno=True)
 
 
 def bpf(command: int, attributes: bytes) -> int:
-    """Call bpf(2) with a command that returns a descriptor."""
+    """Call bpf(2) with a command that returns a descriptor. Raises BenchError."""
     room = ctypes.create_string_buffer(attributes, 128)
     fd = int(libc.syscall(BPF, command, room, 128))
     if fd < 0:
@@ -43,7 +43,7 @@ def bpf(command: int, attributes: bytes) -> int:
 
 @contextmanager
 def programs() -> Iterator[dict[str, int]]:
-    """Yield descriptors of the pinned programs. Meanwhile the kernel times their runs."""
+    """Yield descriptors of the pinned programs by name. Inside the block, the kernel measures their run time."""
     found = {"": bpf(ENABLE_STATS, struct.pack("I", RUN_TIME))}
     try:
         for path in Path("/sys/fs/bpf/fgpu").glob("v*/programs/*"):
@@ -56,7 +56,7 @@ def programs() -> Iterator[dict[str, int]]:
 
 
 def runs(fd: int) -> tuple[int, int]:
-    """Return nanoseconds and runs of a program."""
+    """Return the run time of a BPF program in nanoseconds, and the number of its runs."""
     lines = Path(f"/proc/self/fdinfo/{fd}").read_text().splitlines()
     said = dict(line.split(":", 1) for line in lines if ":" in line)
     return int(said["run_time_ns"]), int(said["run_cnt"])
@@ -75,21 +75,26 @@ class Meter:
         return {name: cpu_ms(pid) for name, pid in self._pids.items()} | {"kernel": kernel_ms, "runs": count}
 
     def read(self) -> dict[str, float]:
-        """Return the percentages by part; "runs" is a count."""
+        """Return the percentage of each part. The value of "runs" is the number of runs of BPF programs."""
         elapsed_ms = 1e3 * (time.monotonic() - self._begun)
         spent = {name: value - self._before[name] for name, value in self._spent().items()}
         return {name: value if name == "runs" else 100 * value / elapsed_ms for name, value in spent.items()}
 
 
 def load(given: argparse.Namespace, fds: dict[str, int]) -> tuple[dict[str, float], float, int, int]:
-    """Run all pairs, each process in a tenant. Return the cost after the starts, seconds, pairs done and late."""
+    """Run pairs of an allocation and a free in all processes, each in a tenant.
+
+    Returns:
+        The percentages of Meter.read() after all processes have started, the seconds, the number of completed pairs,
+        and the number of late pairs.
+    """
     with ending() as programs:
         for number in range(given.processes):
             programs.append(Program([str(given.program)], LIMIT, f"load-{number}"))
         for program in programs:
             if not program.hear().startswith("ready"):
                 raise BenchError(f"{program.name} is not ready")
-        time.sleep(1)  # until all have started
+        time.sleep(1)  # until all processes have started
         meter, begun = Meter(fds), time.monotonic()
         for program in programs:
             program.say(f"paced {given.rate // given.processes} {given.seconds}")
@@ -101,7 +106,7 @@ def load(given: argparse.Namespace, fds: dict[str, int]) -> tuple[dict[str, floa
 
 
 def report(idle: dict[str, float], loaded: dict[str, float], seconds: float, done: int, late: int) -> int:
-    """Print all lines. Return 1 if the bar is missed."""
+    """Print all figures. Return 1 if the bar is missed."""
     lines: dict[str, tuple[float, str]] = {"load_pairs": (done / seconds, "per s"), "load_pairs_late": (late, "")}
     for name in ("agent", "gatekeeper", "kernel"):
         lines[f"load_{name}_idle"] = (idle[name], "%")
@@ -119,7 +124,7 @@ def report(idle: dict[str, float], loaded: dict[str, float], seconds: float, don
 
 
 def main() -> int:
-    """Read the command line, measure, print."""
+    """Read the command line, measure and print."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--rate", type=int, default=3000, help="pairs a second, of all processes")
     parser.add_argument("--seconds", type=int, default=20)
@@ -130,7 +135,7 @@ def main() -> int:
     given = parser.parse_args()
     try:
         with agent(["--driver-root", given.driver_root, "--shim", str(given.shim)]), programs() as fds:
-            time.sleep(1)  # until it has started
+            time.sleep(1)  # until the agent has completed its start
             meter = Meter(fds)
             time.sleep(IDLE_SECONDS)
             idle = meter.read()

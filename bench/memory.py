@@ -1,9 +1,9 @@
-"""Measure what fgpu adds to a program's calls: without fgpu on the host, and in a tenant, in turn.
+"""Measure the time that fgpu adds to a program's calls, in turn without fgpu on the host and in a tenant.
 
-Prints `NAME_pNN_WHICH VALUE us`, WHICH being native (no agent, no probe, no shim), managed (a tenant of `fgpu run`) and
-added (the difference). Each is that of the fastest of several processes on one processor: on shared machines, all calls
-of one process may take half as long again as all of the next one's. Writes the same to build/bench/memory.json. Starts
-and stops the agent itself, so none may be running. The command `fgpu` may be given in $FGPU.
+Prints `NAME_pNN_WHICH VALUE us`. WHICH is native (no agent, no probe, no shim), managed (a tenant of `fgpu run`) or
+added (the difference). Each value is that of the fastest of several processes on one processor, because on shared
+machines all calls of one process may take 50 % longer than all calls of the next process. Writes the same values to
+build/bench/memory.json. Starts and stops the agent, so no agent may be running. $FGPU may contain the command `fgpu`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pathlib import Path
 
 from bench.lib.service import FGPU, ROOT, BenchError, agent, on_one_processor, percentile
 
-# The timed calls, how often a round, and their names in the output.
+# (the call, the number of calls in a process, its name in the output)
 CALLS = (
     ("alloc", 1000, "alloc_4MiB"),
     ("free", 1000, "free_4MiB"),
@@ -26,12 +26,12 @@ CALLS = (
     ("launch", 2000, "launch"),
     ("init", 7, "init"),
 )
-PROCESSES = 3  # of each kind, a round
-Samples = dict[str, list[list[float]]]  # for each call the times of each process, in microseconds
+PROCESSES = 3  # the number of processes of each kind in a round
+Samples = dict[str, list[list[float]]]  # for each call, the times in each process, in microseconds
 
 
 def measure(command: list[str]) -> dict[str, list[float]]:
-    """Run one process that makes every call. Return its times in microseconds."""
+    """Run one process that makes every call. Return the times of each call in microseconds."""
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdin
         assert process.stdout
@@ -52,7 +52,7 @@ def measure(command: list[str]) -> dict[str, list[float]]:
 
 
 def table(samples: dict[str, Samples]) -> dict[str, float]:
-    """Return lines by name, in microseconds."""
+    """Return the figures by name, in microseconds."""
     lines = {}
     for call, _, name in CALLS:
         if not samples["native"].get(call) or not samples["managed"].get(call):
@@ -68,7 +68,11 @@ def table(samples: dict[str, Samples]) -> dict[str, float]:
 
 
 def run(rounds: int, memory: str, options: list[str], program: Path) -> tuple[dict[str, float], list[float]]:
-    """Run native, managed, native, managed, …"""
+    """Run native and managed processes in turn, `rounds` times.
+
+    Returns:
+        The figures of table(), and the seconds that each start of the agent took.
+    """
     samples: dict[str, Samples] = {"native": {}, "managed": {}}
     starts: list[float] = []
     command = on_one_processor([str(program)])
@@ -81,14 +85,14 @@ def run(rounds: int, memory: str, options: list[str], program: Path) -> tuple[di
 
 
 def collect(samples: Samples, command: list[str]) -> None:
-    """Run a round's processes, one after the other."""
+    """Run PROCESSES processes, one after the other, and add their times to `samples`."""
     for _ in range(PROCESSES):
         for call, times in measure(command).items():
             samples.setdefault(call, []).append(times)
 
 
 def main() -> int:
-    """Read the command line, measure, print."""
+    """Read the command line, measure and print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--memory", default="4GiB", help="the tenant's limit")

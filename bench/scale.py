@@ -1,8 +1,8 @@
-"""Measure a host with many tenants: start, status, scrape, the page, a change of a limit, `fgpu top`, and idling.
+"""Measure a host with many tenants: start, `fgpu status`, scrapes, web page, change of a limit, `fgpu top`, idle cost.
 
-Makes cgroups that one policy matches, and prints `scale_NAME VALUE UNIT` for --tenants of them (1,000), then the
-processor time of agent and gatekeeper with a tenth of them idle. Writes build/bench/scale.json; exits with 1 if a bar
-is missed. Starts and stops the agent itself, on the driver under --driver-root.
+Makes --tenants cgroups (default: 1,000) that one policy matches, and prints `scale_NAME VALUE UNIT`. Then makes a tenth
+of them, and prints the processor time and memory of agent and gatekeeper while these tenants are idle. Writes
+build/bench/scale.json. Exits with 1 if a bar is missed. Starts and stops the agent, with the driver at --driver-root.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ spec:
   memory: {limit: 1GiB}
 """
 LISTEN = "127.0.0.1:19424"
-PAGE_SECONDS = 2  # as often as its script asks
+PAGE_SECONDS = 2  # the interval at which the script of the web page asks the agent
 BARS = {
     "start_seconds": 3.0,
     "status_cold_ms": 1000.0,
@@ -54,7 +54,7 @@ BARS = {
 
 @contextlib.contextmanager
 def cgroups(count: int) -> Iterator[Path]:
-    """Make `count` empty cgroups below a common one."""
+    """Make `count` empty cgroups inside a common cgroup, and yield the path of that cgroup."""
     parent = cgroup_root() / "fgpu-scale"
     parent.mkdir()
     try:
@@ -69,14 +69,14 @@ def cgroups(count: int) -> Iterator[Path]:
 
 
 def milliseconds(what: list[str]) -> float:
-    """Return how long a command takes."""
+    """Return how long a command takes, in milliseconds."""
     begun = time.monotonic()
     subprocess.run(what, stdout=subprocess.DEVNULL, check=True, timeout=60)
     return 1e3 * (time.monotonic() - begun)
 
 
 def asked(path: str) -> tuple[float, int]:
-    """Return milliseconds and bytes of an answer at the metrics address."""
+    """Request a path at the metrics address. Return the milliseconds until the whole answer, and its size in bytes."""
     begun = time.monotonic()
     with urllib.request.urlopen(f"http://{LISTEN}{path}", timeout=30) as answer:
         size = len(answer.read())
@@ -84,7 +84,7 @@ def asked(path: str) -> tuple[float, int]:
 
 
 def page(seconds: float) -> dict[str, float]:
-    """Measure the status page: the first load, a later one, and the agent's processor time while a browser shows it."""
+    """Measure the web page: its first load, later loads, and the agent's processor time while a browser shows it."""
     first, size = asked("/")
     found = {"page_cold_ms": first, "page_kb": size / 1e3}
     found["page_ms"] = percentile([asked("/")[0] for _ in range(7)], 50)
@@ -97,7 +97,7 @@ def page(seconds: float) -> dict[str, float]:
 
 
 def sets(parent: Path, times: int) -> list[float]:
-    """Return the milliseconds from a request to the limit in force, as the kernel's page of that tenant shows it."""
+    """Return the milliseconds of each request that changes a limit. The agent replies when the limit is in force."""
     taken = []
     path = f"/{parent.name}/t0"
     for number in range(times):
@@ -109,13 +109,13 @@ def sets(parent: Path, times: int) -> list[float]:
 
 
 def top(seconds: float) -> dict[str, float]:
-    """Return percent of one processor: `fgpu top` in a window of 160 x 50, and the agent that answers it."""
+    """Return the processor time of `fgpu top` (160 x 50 characters) and of the agent, in percent of one processor."""
     hands, terminal = pty.openpty()
     fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("4H", 50, 160, 0, 0))
     threading.Thread(target=drain, args=(hands,), daemon=True).start()
     environment = {**os.environ, "TERM": "xterm-256color"}
     with subprocess.Popen([*FGPU, "top"], stdin=terminal, stdout=terminal, env=environment) as watching:
-        time.sleep(3)  # its start is no redraw
+        time.sleep(3)  # the start of the program is not measured
         if watching.poll() is not None:
             raise BenchError("fgpu top has ended")
         pids = {"top": watching.pid, "top_agent": service_pids()["agent"]}
@@ -130,14 +130,14 @@ def top(seconds: float) -> dict[str, float]:
 
 
 def drain(terminal: int) -> None:
-    """Read what is drawn, as a terminal would, until the program exits."""
+    """Read the output of the program, as a terminal does, until the program exits."""
     with contextlib.suppress(OSError):
         while os.read(terminal, 1 << 16):
             pass
 
 
 def idle(seconds: float) -> dict[str, float]:
-    """Return the processor time of agent and gatekeeper in percent of one processor, and their memory."""
+    """Return the processor time of agent and gatekeeper in percent of one processor, and their resident memory."""
     pids = service_pids()
     before, begun = {name: cpu_ms(pid) for name, pid in pids.items()}, time.monotonic()
     time.sleep(seconds)
@@ -147,7 +147,7 @@ def idle(seconds: float) -> dict[str, float]:
 
 
 def page_grows() -> dict[str, float]:
-    """Return by how much the page's first loads increase the agent's memory."""
+    """Return by how much the first loads of the web page increase the agent's resident memory, in MiB."""
     pid = service_pids()["agent"]
     before = resident_mib(pid)
     for _ in range(7):
@@ -162,7 +162,7 @@ def resident_mib(pid: int) -> float:
 
 
 def many(options: list[str], count: int, watched_seconds: float) -> dict[str, float]:
-    """Measure all tenants: start, status, scrape, page, set, top."""
+    """Measure everything except the idle cost, with `count` tenants. Raises BenchError if a tenant is missing."""
     with cgroups(count) as parent, agent(options) as started:
         there = len(ask(verb="snapshot")["tenants"])
         if there != count:
@@ -179,12 +179,12 @@ def many(options: list[str], count: int, watched_seconds: float) -> dict[str, fl
 
 
 def unit(name: str) -> str:
-    """Return the last word of a figure's name."""
+    """Return the unit of a figure, which is the last word of its name."""
     return name.rpartition("_")[2].replace("percent", "%")
 
 
 def report(found: dict[str, float]) -> int:
-    """Print all figures, and which bars are missed."""
+    """Print all figures and the missed bars. Return 1 if there are any."""
     record("scale", {f"scale_{name}": (value, unit(name)) for name, value in found.items()})
     missed = [name for name, bar in BARS.items() if name in found and found[name] > bar]
     for name in missed:
@@ -193,7 +193,7 @@ def report(found: dict[str, float]) -> int:
 
 
 def main() -> int:
-    """Return 0 if every bar is held."""
+    """Read the command line, measure and print. Return 0 if every bar is held."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--driver-root", default="/")
     parser.add_argument("--shim", default=str(Path(__file__).resolve().parent.parent / "build/shim/libfgpu.so"))

@@ -1,13 +1,13 @@
 """Run everything at once for MINUTES: tenants of every kind start, allocate, are refused, killed and removed, while
-limits and policies change, agent and gatekeeper are killed and restarted, and so is a Docker with its own containers.
+limits and policies change, agent and gatekeeper are killed and restarted, and Docker with containers is restarted.
 
-Prints `soak_NAME VALUE UNIT`: what was done; errors (bytes above a limit, except for those of a training's kernels;
-ledgers that did not agree with the driver in time; programs without output); and for each watched size its slope a
-minute with half of its 95 % interval, and the same of the second half of each life (`late`). Writes
-build/bench/soak.json, soak.csv and soak.svg. Exits with 1 if there was an error, or if the resident memory of agent or
-gatekeeper grows by more than 1 KiB a minute and the interval excludes zero growth. Starts and stops driver and services
-itself. DRIVER_ROOT=/ uses the real driver, and trainings of TORCH_PYTHON, an interpreter with torch, beside the other
-programs.
+Prints `soak_NAME VALUE UNIT`: the number of each act; errors (bytes above a limit, except for those of a training's
+kernels; ledgers that did not agree with the driver in time; programs without output); and for each watched size its
+slope per minute with half of its 95 % interval, and the same for the second half of each process's life (`late`).
+Writes build/bench/soak.json, soak.csv and soak.svg. Exits with 1 if there was an error, or if the resident memory of
+agent or gatekeeper grows by more than 1 KiB a minute and the interval excludes zero growth. Starts and stops driver and
+services. DRIVER_ROOT=/ selects the real driver. Then trainings run too, with TORCH_PYTHON, a Python interpreter that
+has torch.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ TORCH = os.environ.get("TORCH_PYTHON", "") if REAL else ""
 MOST_TENANTS, MOST_PROGRAMS, MOST_JOBS = 10, 3, 4
 SMALLEST, LARGEST = (2048 * MIB, 6144 * MIB) if TORCH else (600 * MIB, 1200 * MIB)
 CHECK_SECONDS, AGREE_SECONDS = 20.0, 10.0
-SETS = 20  # of one tenant in a crowd
+SETS = 20  # how often crowd() sets the limit of its tenant
 ENGINE_SECONDS = 45.0
 SLOPE_KIB = 1.0
 SHOWN = ("agent_resident", "gatekeeper_resident", "agent_descriptors", "map_processes", "map_allocations", "map_pages")
@@ -57,7 +57,7 @@ spec:
 
 
 class Job(Client):
-    """The program bench/lib/torch_job.py in a tenant."""
+    """A training in a tenant: the program bench/lib/torch_job.py."""
 
     def __init__(self, tenant: Tenant, number: int) -> None:
         job = Path(__file__).with_name("lib") / "torch_job.py"
@@ -74,7 +74,7 @@ class Job(Client):
 
 
 class Soak:
-    """The load: one act after the other, chosen by a seed."""
+    """The load: acts in sequence, in an order that follows from the seed."""
 
     def __init__(self, service: Service, work: Path, engine: Engine | None, seed: int) -> None:
         self.service, self.engine, self.random = service, engine, random.Random(seed)
@@ -116,7 +116,7 @@ class Soak:
         self.done[act.__name__] += 1
 
     def arrive(self) -> None:
-        """Add a tenant. If there are enough, remove one first."""
+        """Add a tenant with a program. If there are MOST_TENANTS, remove a tenant first."""
         if len(self.tenants) >= MOST_TENANTS:
             self.leave()
         limit = self.random.randrange(SMALLEST, LARGEST, MIB)
@@ -127,12 +127,12 @@ class Soak:
             fgpu("set", tenant.path, "--weight", str(self.random.randrange(50, 400)))
 
     def crowd(self) -> None:
-        """Add a tenant with all programs, which is refused at once and whose limit is set often; and a policy."""
+        """Add a tenant with MOST_PROGRAMS programs that fill its limit, set its limit SETS times, and add a policy."""
         self.arrive()
         tenant = next(reversed(self.tenants))
         for _ in range(MOST_PROGRAMS - 1):
             self._start(tenant)
-        for client in list(self.tenants[tenant]):  # a program without output is removed from it
+        for client in list(self.tenants[tenant]):  # a copy, because _said() removes a program without output
             self._said(client, f"fill {8 * MIB} 0", also=(REFUSED,))
         self.scrape()
         for _ in range(SETS):
@@ -145,41 +145,41 @@ class Soak:
             self._start(tenant)
 
     def work(self) -> None:
-        """Let a program allocate a little, in one of several ways, and perhaps free something."""
+        """Let a program allocate a little, in one of several ways, and free something in half of all cases."""
         if not (client := self._client()):
             return
-        # NVML shows the touched bytes of it
+        # With a real driver there is no managed memory, because NVML shows only its touched bytes.
         how = self.random.choice(("alloc", "vmm", *(() if REAL else ("managed",))))
         self._said(client, f"{how} {self.random.randrange(1, 17) * GRANULE}", also=(REFUSED,))
         if self.random.random() < 0.5:
             self._said(client, f"drop {self.random.randrange(1, 9)}")
 
     def fill(self) -> None:
-        """Let a program allocate until it is refused."""
+        """Let a program allocate until an allocation is refused, and then free everything."""
         if client := self._client():
             self._said(client, f"fill {8 * MIB} 0", also=(REFUSED,))
             self._said(client, "drop 100000")
 
     def busy(self) -> None:
-        """Let a program allocate and free without pause, from now on."""
+        """Make a program allocate and free without pause, until calm() stops it."""
         if client := self._client():
             self._busy.append(client)
             with self._speaking("busy", client):
                 client.send(f"ask {GRANULE} 0")
 
     def calm(self) -> None:
-        """Stop such a program."""
+        """Stop a program that busy() has started."""
         if not self._busy:
             return
         client = self._busy.pop(self.random.randrange(len(self._busy)))
         with self._speaking("calm", client):
-            client.send("info")  # any line ends it, and is answered next
-            if (said := client.receive(60)) != REFUSED:  # a context, and so everything
+            client.send("info")  # any line stops the loop; the program then answers this line too
+            if (said := client.receive(60)) != REFUSED:  # REFUSED: there was no memory for a context
                 self.wrong["busy"] += client.numbers(said, "ask")[2]
             client.receive(60)
 
     def kill(self) -> None:
-        """Kill a program with SIGKILL, whatever it holds or does."""
+        """Kill a random program with SIGKILL."""
         clients = [client for mine in self.tenants.values() for client in mine]
         if clients:
             client = self.random.choice(clients)
@@ -195,7 +195,7 @@ class Soak:
                 print(f"# train: {why}", flush=True)
 
     def ask_job(self) -> None:
-        """Ask a training for its counts."""
+        """Read the counts of a training."""
         if self.jobs:
             job = self.random.choice(self.jobs)
             with self._speaking("job", job):
@@ -206,7 +206,7 @@ class Soak:
                 assert not failed, f"a training failed, and not for memory: {job.complaints()[-2000:]}"
 
     def kill_job(self) -> None:
-        """Kill a training with SIGKILL, whatever it does."""
+        """Kill a random training with SIGKILL."""
         if self.jobs:
             self._end(self.random.choice(self.jobs))
 
@@ -221,22 +221,22 @@ class Soak:
             tenant.end()
 
     def limit(self) -> None:
-        """Change a tenant's limit, to more or to less than it has."""
+        """Change a tenant's limit. The new limit may be below its memory in use."""
         if tenant := self._tenant():
             limit = self.random.randrange(SMALLEST, LARGEST, MIB)
             before = tenant.memory()["used_bytes"]
             fgpu("set", tenant.path, "--memory", f"{limit}B")
-            self.limits[tenant] = max(limit, before, tenant.memory()["used_bytes"])  # trainings continue meanwhile
+            self.limits[tenant] = max(limit, before, tenant.memory()["used_bytes"])  # trainings allocate all the time
 
     def policy(self) -> None:
-        """Add a policy file. The one before is removed."""
+        """Add a policy file, and remove the previous one."""
         (self.service.policies / f"soak-{self._policies}.yaml").unlink(missing_ok=True)
         self._policies += 1
         text = POLICY.format(number=self._policies, limit=f"{self.random.randrange(1, 9)}GiB", weight=100)
         (self.service.policies / f"soak-{self._policies}.yaml").write_text(text)
 
     def contain(self) -> None:
-        """Start a container of the engine, which allocates all of its share."""
+        """Start a container of the engine. Its program allocates the whole share of the container."""
         assert self.engine
         try:
             self.engine.start()
@@ -288,7 +288,7 @@ class Soak:
         self.done["check"] += 1
 
     def _look_at_limit(self, tenant: Tenant, above: int) -> None:
-        """Count bytes above a limit. Those of a training's kernels at their first use are charged and not admitted."""
+        """Record bytes above a limit. Code of a training's kernels is charged at its first use, without admission."""
         if above <= 0:
             return
         print(f"# above its limit: {tenant.view()}", flush=True)
@@ -299,7 +299,7 @@ class Soak:
             self.above = max(self.above, above)
 
     def _check_engine(self) -> None:
-        """Check that each container of the engine is known by its name, and has exactly its share."""
+        """Check that the agent shows each container of the engine by its name, with exactly its share in use."""
         if engine := self.engine:
             try:
                 eventually(lambda: not engine.wrong(), AGREE_SECONDS, "the engine's containers, with their share")
@@ -308,7 +308,7 @@ class Soak:
                 print(f"# {why}: {engine.wrong()}", flush=True)
 
     def close(self) -> None:
-        """Remove all tenants. Processes that are still in the ledger then are errors."""
+        """Remove all tenants. Processes that remain in the ledger after 20 s are errors."""
         for job in list(self.jobs):
             self._end(job)
         if self.engine:
@@ -330,7 +330,7 @@ class Soak:
         return self.random.choice(list(self.tenants)) if self.tenants else None
 
     def _client(self) -> Client | None:
-        """Return a client that reads lines."""
+        """Return a random program that is not in the loop of busy(), or None."""
         clients = [client for mine in self.tenants.values() for client in mine if client not in self._busy]
         return self.random.choice(clients) if clients else None
 
@@ -349,7 +349,7 @@ class Soak:
 
     @contextlib.contextmanager
     def _speaking(self, what: str, client: Client) -> Iterator[None]:
-        """Count a program that writes nothing, or has exited by itself, as an error, and kill it."""
+        """Count an error if the program writes no output in time or has exited, and kill the program."""
         try:
             yield
         except AssertionError as why:
@@ -358,7 +358,7 @@ class Soak:
             self._end(client)
 
     def _end(self, client: Client) -> None:
-        """Kill a client with SIGKILL. A program that exited before without an order is an error."""
+        """Kill a program with SIGKILL. If the program has exited before, that is an error."""
         try:
             client.kill()
         except ProcessLookupError:
@@ -370,16 +370,16 @@ class Soak:
 
 
 def _modules(trainings: int) -> int:
-    """Return the bytes that this many trainings may hold of kernels."""
+    """Return the maximum size of the kernels' code of this many trainings, in bytes."""
     if not trainings:
         return 0
-    from bench.gpu import claims  # it needs pynvml, which is missing without a GPU
+    from bench.gpu import claims  # imports pynvml, which may be missing on machines without a GPU
 
     return trainings * claims.MODULE
 
 
 def _agrees_with_nvml(tenant: Tenant) -> None:
-    """Check that the ledger holds what NVML shows of the tenant's processes, except for rounding."""
+    """Check that the ledger has the bytes that NVML shows for the tenant's processes, except for rounding."""
     from bench.lib import nvml
 
     def agree() -> bool:
@@ -391,16 +391,16 @@ def _agrees_with_nvml(tenant: Tenant) -> None:
 
 
 def _is_there(runtime: str) -> bool:
-    """Return whether containers can run. They need the simulator, because their root has no real driver."""
+    """Return whether containers can run with this runtime. They need the simulator: their root has no real driver."""
     return not REAL and shutil.which(runtime) is not None
 
 
 def run(soak: Soak, seconds: float, every: float) -> None:
-    """Do acts for this long. A restart of fgpu comes every `every` seconds, and one of the engine more often.
+    """Run the acts. fgpu is restarted every `every` seconds, and the engine more often.
 
-    The first acts are a crowd, so that tables of this many tenants or events are full when sizes are first measured:
-    else they would seem to grow for as long as that takes. Then comes each act once and, however slow the crowd was,
-    half of the time is for the others: a short soak has some of all too.
+    The first acts are all crowd(), so that tables of tenants and events are full before sizes are first measured.
+    Otherwise these tables would seem to grow until they are full. Then each act runs once, so that a short soak has all
+    of them. After that, random acts run for at least half of the time, even if the first acts took long.
     """
     begun = time.monotonic()
     while time.monotonic() < begun + min(SETTLING_SECONDS, seconds / 2):
@@ -418,7 +418,7 @@ def run(soak: Soak, seconds: float, every: float) -> None:
 
 
 def report(soak: Soak, watch: Watch) -> int:
-    """Print all lines. Return 1 if there was an error."""
+    """Print all figures. Return 1 if there was an error or a resident memory grows."""
     lines: dict[str, tuple[float, str]] = {f"soak_{name}": (n, "") for name, n in sorted(soak.done.items())}
     lines |= {f"soak_wrong_{name}": (n, "") for name, n in sorted(soak.wrong.items())}
     lines["soak_most_above"] = (soak.above, "bytes")
@@ -439,7 +439,7 @@ def _grows(slope: Slope | None) -> bool:
 
 
 def main() -> int:
-    """Read the command line, run the soak, print."""
+    """Read the command line, run the soak and print."""
     parser = argparse.ArgumentParser(description=" ".join((__doc__ or "").split("\n\n")[0].split()))
     parser.add_argument("minutes", type=float, nargs="?", default=10.0)
     parser.add_argument("--seed", type=int, default=time.time_ns() % 1_000_000)
@@ -459,7 +459,7 @@ def main() -> int:
 
         def pids() -> dict[str, int]:
             found = {"agent": service.agent.pid} if service.agent else {}
-            for gatekeeper in sorted(service.gatekeepers())[:1]:  # for a moment there may be two
+            for gatekeeper in sorted(service.gatekeepers())[:1]:  # during a restart there may be two
                 found["gatekeeper"] = gatekeeper
             return found
 
@@ -485,7 +485,7 @@ def main() -> int:
 
 
 def _keep(watch: Watch) -> None:
-    """Write what was measured, also of a soak that ended early."""
+    """Write the measurements. This is done even if the soak failed."""
     out = BUILD / "bench"
     watch.write(out / "soak.csv")
     if names := [name for name in SHOWN if name in watch.names()]:

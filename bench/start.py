@@ -1,9 +1,10 @@
 """Measure how long `fgpu agent` takes from its start to enforcing, and each part of the start.
 
-Prints `start_WHICH VALUE s` with its bar, and `start_WHICH_PART VALUE s`, when each part was done, from the same start.
-WHICH is first (nothing pinned: compiles, and measures a context if this driver's is not known), restart (agent and
-gatekeeper killed), and both again with --tenants cgroups that one policy matches, a process in each. Medians of
---rounds; writes build/bench/start.json; exits with 1 if a bar is missed. Starts and stops the agent itself.
+Prints `start_WHICH VALUE s`, and `start_WHICH_PART VALUE s`, the time at which each part was done, from the same
+beginning. All values are medians of --rounds starts. WHICH is `first` (nothing is pinned: the agent compiles the BPF
+programs, and measures the size of a context if that of this driver is not known) or `restart` (agent and gatekeeper
+were killed). `first_many` and `restart_many` are the same with --tenants cgroups that one policy matches, with a
+process in each. Writes build/bench/start.json. Exits with 1 if a bar is missed. Starts and stops the agent.
 """
 
 from __future__ import annotations
@@ -38,7 +39,11 @@ Parts = dict[str, float]
 
 
 def start(options: list[str]) -> tuple[subprocess.Popen[bytes], Parts]:
-    """Start an agent and wait until it enforces. Return the seconds to each part of its start, "" being the whole."""
+    """Start an agent and wait until it enforces limits.
+
+    Returns:
+        The process, and the seconds until each part of the start was done. The key "" is the whole start.
+    """
     with tempfile.TemporaryFile("w+") as log:
         begun = time.monotonic()
         agent = subprocess.Popen([*FGPU, "agent", *options], stdout=log, stderr=log)
@@ -56,7 +61,10 @@ def start(options: list[str]) -> tuple[subprocess.Popen[bytes], Parts]:
 
 
 def both(options: list[str], tenants: int) -> dict[str, Parts]:
-    """Start once, and again after agent and gatekeeper were killed. All tenants must be in force after each start."""
+    """Start the agent, kill agent and gatekeeper, and start the agent again. Return the times of both starts.
+
+    Raises BenchError if a tenant is missing after a start.
+    """
     found: dict[str, Parts] = {}
     agent, found["first"] = start(options)
     try:
@@ -74,7 +82,7 @@ def both(options: list[str], tenants: int) -> dict[str, Parts]:
 
 
 def in_force(tenants: int) -> None:
-    """Check the number of tenants. BenchError: there are fewer."""
+    """Check the number of tenants. Raises BenchError if it is another."""
     there = len(ask(verb="snapshot")["tenants"])
     if there != tenants:
         raise BenchError(f"{there} tenants of {tenants} are in force")
@@ -82,7 +90,7 @@ def in_force(tenants: int) -> None:
 
 @contextlib.contextmanager
 def busy_cgroups(count: int) -> Iterator[None]:
-    """Make `count` cgroups below a common one, a process in each."""
+    """Make `count` cgroups inside a common cgroup, with a process in each."""
     parent = cgroup_root() / "fgpu-start"
     processes: list[subprocess.Popen[bytes]] = []
     try:
@@ -103,7 +111,7 @@ def busy_cgroups(count: int) -> Iterator[None]:
 
 
 def measure(rounds: int, tenants: int, options: list[str]) -> dict[str, list[Parts]]:
-    """Measure all starts. Return them by name."""
+    """Measure all starts. Return their times by name."""
     found: dict[str, list[Parts]] = {}
     for _ in range(rounds):
         for which, parts in both(options, 0).items():
@@ -116,7 +124,7 @@ def measure(rounds: int, tenants: int, options: list[str]) -> dict[str, list[Par
 
 
 def report(found: dict[str, list[Parts]]) -> int:
-    """Print the medians, then the bars."""
+    """Print the medians, then the missed bars. Return 1 if there are any."""
     lines: dict[str, tuple[float, str]] = {}
     for which, starts in found.items():
         for part in starts[0]:
@@ -132,7 +140,7 @@ def report(found: dict[str, list[Parts]]) -> int:
 
 
 def main() -> int:
-    """Return 0 if every bar is held."""
+    """Read the command line, measure and print. Return 0 if every bar is held."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--driver-root", default="/")
     parser.add_argument("--shim", default=str(ROOT / "build/shim/libfgpu.so"))

@@ -1,9 +1,10 @@
-"""Measure what a share (CDI: mounts and hook), and the runtime in front of the real one, add to a container's start.
+"""Measure the time that a share by CDI (mounts and a hook), and fgpu's container runtime, add to a container's start.
 
-It times `runc run` of a bundle whose program exits at once, plain and in either way in turn, so that the host's other
-load affects all of them. Prints `start_plain`, and `start_share_added`, `start_runtime_added`, medians of the
-differences within a round, which include loading the shim into the program. Writes build/bench/start_container.json;
-exits with 1 if the bar is missed. Starts and stops the agent itself.
+Each time is that of `runc run` of a bundle whose program exits at once: plain, with a share, and with fgpu's runtime,
+which calls runc. The three run in turn, so that other load on the host affects all of them. Prints `start_plain`,
+`start_share_added` and `start_runtime_added`. The last two are medians of the differences within a round. They include
+the loading of the shim into the program. Writes build/bench/start_container.json. Exits with 1 if the bar is missed.
+Starts and stops the agent.
 """
 
 from __future__ import annotations
@@ -26,17 +27,17 @@ from bench.lib.tenants import cgroup_root, record
 BAR_MS = 20.0
 GROUP = "/fgpu-bench-start"
 HELPER = ROOT / "build/oci/fgpu-oci"
-# A runtime uses version 2 of cgroups if it sees that at /sys/fs/cgroup.
+# A container runtime uses cgroup v2 only if that is mounted at /sys/fs/cgroup.
 CAVE = '[ "$(stat -fc %T /sys/fs/cgroup)" = cgroup2fs ] || mount -t cgroup2 none /sys/fs/cgroup; echo; exec sleep 900'
 
 
 def bind(source: str) -> dict[str, Any]:
-    """Return a read-only mount of the host's path."""
+    """Return a read-only bind mount of a path of the host, at the same path in the container."""
     return {"source": source, "destination": source, "type": "bind", "options": ["bind", "ro"]}
 
 
 def config(work: Path) -> dict[str, Any]:
-    """Return the configuration of a container that sees the host's programs and runs `true`."""
+    """Return the configuration of a container that has the host's /usr and runs `true`."""
     if not (work / "config.json").exists():
         subprocess.run(["runc", "spec"], cwd=work, check=True, timeout=10)
     found: dict[str, Any] = json.loads((work / "config.json").read_text())
@@ -47,7 +48,7 @@ def config(work: Path) -> dict[str, Any]:
 
 
 def share(found: dict[str, Any], folder: Path) -> None:
-    """Add the edits of an engine for fgpu.dev/share=8gib."""
+    """Add the edits that an engine makes for `--device fgpu.dev/share=8gib`. `folder`: the CDI folder."""
     spec = json.loads((folder / "fgpu.dev-share.json").read_text())
     device = next(device["containerEdits"] for device in spec["devices"] if device["name"] == "8gib")
     for mount in spec["containerEdits"]["mounts"]:
@@ -59,7 +60,7 @@ def share(found: dict[str, Any], folder: Path) -> None:
 
 
 def bundle(work: Path, name: str, found: dict[str, Any]) -> Path:
-    """Make a folder for a container of that name."""
+    """Make the bundle of a container with this name, and return its folder."""
     folder = work / name
     (folder / "rootfs/etc").mkdir(parents=True)
     (folder / "rootfs/usr").mkdir()
@@ -72,7 +73,7 @@ def bundle(work: Path, name: str, found: dict[str, Any]) -> Path:
 
 
 def start_ms(command: list[str | Path], folder: Path, work: Path) -> float:
-    """Return the time from the runtime's start to the container's exit. The bundle is restored afterwards."""
+    """Return the milliseconds from the runtime's start to the container's exit. Restores the bundle afterwards."""
     before = (folder / "config.json").read_text()
     words = [*command, "--root", work / "state", "run", "--bundle", folder, folder.name]
     begun = time.perf_counter()
@@ -85,7 +86,7 @@ def start_ms(command: list[str | Path], folder: Path, work: Path) -> float:
 
 
 def measure(work: Path, cdi: Path, rounds: int) -> dict[str, list[float]]:
-    """Return the milliseconds of every start, by way."""
+    """Return the milliseconds of all starts by their way: plain, share, runtime."""
     holder = subprocess.Popen(["unshare", "--mount", "sh", "-c", CAVE], stdout=subprocess.PIPE)
     try:
         assert holder.stdout
@@ -111,7 +112,7 @@ def measure(work: Path, cdi: Path, rounds: int) -> dict[str, list[float]]:
 
 
 def figures(took: dict[str, list[float]]) -> dict[str, tuple[float, str]]:
-    """Return medians; differences are taken within a round."""
+    """Return the medians. Differences are taken within a round."""
     added = {
         way: statistics.median(b - a for a, b in zip(took["plain"], took[way], strict=True))
         for way in ("share", "runtime")

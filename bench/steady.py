@@ -1,11 +1,13 @@
-"""Measure what a limit costs a running program: stream-ordered allocation in a loop, and a torch training.
+"""Measure the cost of a limit for a running program: stream-ordered allocations in a loop, and a torch training.
 
-Prints `steady_pair_WHICH VALUE us` (an allocation and its free, 10^5 of them, through libcudart, or through the driver
-without it; `steady_pair_way` says which) and `steady_train_WHICH VALUE steps/s`, WHICH being native (no shim) and
-managed (a tenant of `fgpu run`), medians; then the figures with a bar: `steady_pair_added`, the median of what a batch
-took longer than the one beside it, and `steady_train_ratio`. Trainings run native, managed, managed, native, the native
-ones without an agent. Writes build/bench/steady.json; exits with 1 if a bar is missed. Starts and stops the agent
-itself. TORCH_PYTHON is an interpreter with torch (python3); without it that line says absent.
+Prints medians: `steady_pair_WHICH VALUE us`, the time of an allocation and its free, and `steady_train_WHICH VALUE
+steps/s`. WHICH is native (no shim) or managed (a tenant of `fgpu run`). There are 10^5 pairs, through libcudart or, if
+there is none, through the driver (`steady_pair_way`). Then prints the figures with a bar: `steady_pair_added`, the
+median of the differences between a managed batch of pairs and the native batch before it, and `steady_train_ratio`.
+Trainings run native, managed, managed, native. During native trainings there is no agent.
+
+Writes build/bench/steady.json. Exits with 1 if a bar is missed. Starts and stops the agent. TORCH_PYTHON is a Python
+interpreter with torch (default: python3). If there is no torch, `steady_train absent` is printed.
 """
 
 from __future__ import annotations
@@ -29,7 +31,11 @@ Found = dict[str, list[float]]
 
 
 def pairs(given: argparse.Namespace, found: Found) -> str:
-    """Run batches inside and outside of a tenant, in turn and on one processor. Return how they allocate."""
+    """Run batches inside and outside of a tenant, in turn and on one processor, and add their times to `found`.
+
+    Returns:
+        The way in which the programs allocate: runtime or driver.
+    """
     with ending() as programs:
         command = on_one_processor([str(given.program), *([given.runtime] if given.runtime else [])])
         which = {"native": Program(command), "managed": Program(command, given.limit, "steady-pairs")}
@@ -49,7 +55,7 @@ def pairs(given: argparse.Namespace, found: Found) -> str:
 
 
 def steps_per_second(given: argparse.Namespace, limit: int | None) -> float | None:
-    """Return the median of a few trainings in one process; None: there is no torch."""
+    """Return the median speed of several trainings in one process; None: there is no torch."""
     with ending() as programs:
         programs.append(Program([PYTHON, str(ROOT / "bench/lib/train.py")], limit, "steady-train"))
         found = []
@@ -63,7 +69,11 @@ def steps_per_second(given: argparse.Namespace, limit: int | None) -> float | No
 
 
 def measure(given: argparse.Namespace) -> tuple[str, Found, Found]:
-    """Measure everything. Return how pairs allocated, their microseconds a batch, and steps a second of trainings."""
+    """Measure everything.
+
+    Returns:
+        The way in which pairs allocated, the microseconds of a pair in each batch, and the steps a second of trainings.
+    """
     way, pair, train = "", Found(), Found()
 
     def training(which: str, limit: int | None) -> None:
@@ -82,7 +92,7 @@ def measure(given: argparse.Namespace) -> tuple[str, Found, Found]:
 
 
 def report(way: str, pair: Found, train: Found) -> int:
-    """Print all lines. Return 1 if a bar is missed."""
+    """Print all figures. Return 1 if a bar is missed."""
     lines: dict[str, tuple[float, str]] = {f"steady_pair_{w}": (statistics.median(us), "us") for w, us in pair.items()}
     added = statistics.median(m - n for n, m in zip(pair["native"], pair["managed"], strict=True))
     lines["steady_pair_added"] = (added, "us")
@@ -101,7 +111,7 @@ def report(way: str, pair: Found, train: Found) -> int:
 
 
 def main() -> int:
-    """Read the command line, measure, print."""
+    """Read the command line, measure and print."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--rounds", type=int, default=2, help="each is native, managed, managed, native")
     parser.add_argument("--steps", type=int, default=300, help="of a training")

@@ -1,17 +1,28 @@
-"""Measure what fgpu adds to cuInit when many processes call it at one moment.
+"""Measure the time that fgpu adds to cuInit when many processes call it at the same moment.
 
-It is the time of each call that passes outside the driver. Prints `storm_pNN_WHICH_PHASE VALUE ms`. WHICH is bare (no
-agent, no probe, no shim), unmanaged, managed (every process a separate tenant), shared (all of them in one tenant); all
-processes but the shared are in separate cgroups. The phases of a process, by its own clock and by that of
-bench/lib/inside.py at the driver's function: start (from execve until it calls: linker, preloads, dlopen, lookup),
-before (from the call to the driver's function), driver, after (from there back to the program), added (before and
-after: the part outside the driver), again (the same call once more: the part that is no hello); whole, from execve to
-the end. `storm_pNN_whole_WHICH_less_bare` is the difference of that, to which the driver itself contributes;
-`bare_less_bare`, of the first and the last storm, says how much.
+Prints `storm_pNN_WHICH_PHASE VALUE ms`. WHICH is the kind of a storm:
 
-Then it prints what the gatekeeper counted (a process that gets no answer to its hello gets no memory), and processor
-time: the gatekeeper's, the agent's, and that of the processes. Writes build/bench/storm.json; exits with 1 if a bar is
-missed. Starts and stops the agent itself.
+    bare        no agent, no probe, no shim
+    unmanaged   no process is in a tenant
+    managed     each process is in a separate tenant
+    shared      all processes are in one tenant; in all other storms each process has its own cgroup
+
+PHASE is a part of a process's life, by CLOCK_MONOTONIC in the process and in bench/lib/inside.py:
+
+    start    from execve until the call: linker, preloaded libraries, dlopen, lookup of the function
+    before   from the call to the beginning of the driver's function
+    driver   the driver's function
+    after    from its end until the program has the result
+    added    before + after: the part of the call outside the driver
+    again    a second call of the function, which sends no hello
+    whole    from execve to the result
+
+`storm_pNN_whole_WHICH_less_bare` is the difference of `whole` to the bare storms. Differences of the driver itself
+contribute to it. `bare_less_bare`, between the first and the last bare storm, is a measure of these.
+
+Then prints the gatekeeper's counts (a process without an answer to its hello gets no memory), and the processor time of
+gatekeeper, agent and processes. Writes build/bench/storm.json. Exits with 1 if a bar is missed. Starts and stops the
+agent.
 """
 
 from __future__ import annotations
@@ -31,18 +42,23 @@ from bench.lib.service import ROOT, BenchError, agent, end_in_order, percentile
 from bench.lib.tenants import RUN, Program, ask, cgroup_root, children_ms, cpu_ms, ending, record, service_pids
 
 ADDED_P50_MS, ADDED_P99_MS = 5.0, 300.0
-LIMIT = 32 << 20  # 300 of them fit on a device
+LIMIT = 32 << 20  # small, so that 300 tenants fit on a device
 NS_PER_MS = 1e6
 STORM_SECONDS = 120.0
 PHASES = ("start", "before", "driver", "after", "added", "again", "whole")
 GREETED = {"unmanaged": "hello_unmanaged", "managed": "hello_managed", "shared": "hello_managed"}
-NUMBERS = 6  # of a process: struct told of storm.c
+NUMBERS = 6  # numbers that storm.c prints for each process: its struct told
 NO_COUNTS = {"started_ns", "processes", "boot"}
 SETTLE_SECONDS = 1.5  # the gatekeeper saves its counts once a second
 
 
 def phases(told: list[int], inside: list[int]) -> dict[str, float]:
-    """Return the phases of one process, in milliseconds."""
+    """Return the phases of one process, in milliseconds.
+
+    Args:
+        told: the numbers of struct told in bench/programs/storm.c.
+        inside: when the process entered and left the driver's function, in nanoseconds.
+    """
     _, _, executed, called, returned, again = told
     entered, left = inside
     ns = {"start": called - executed, "before": entered - called, "driver": left - entered, "after": returned - left}
@@ -52,20 +68,28 @@ def phases(told: list[int], inside: list[int]) -> dict[str, float]:
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """Storms of one kind: the phases of all processes, each storm's whole at the median, and its counts."""
+    """The results of all storms of one kind.
+
+    `processes` has the phases of all processes, `wholes` the phase `whole` of each process by storm, and `counted` the
+    counts of the gatekeeper and the processor times.
+    """
 
     processes: list[dict[str, float]] = field(default_factory=list)
     wholes: list[list[float]] = field(default_factory=list)
     counted: Counter[str] = field(default_factory=Counter)
 
     def percentile(self, phase: str, percent: int) -> float:
-        """Return a percentile of all its processes, in milliseconds."""
+        """Return a percentile of a phase over all processes, in milliseconds."""
         return percentile([process[phase] for process in self.processes], percent)
 
 
 @dataclass(frozen=True, slots=True)
 class Storms:
-    """The requested storms (how many processes, of which program, in which cgroups), and the results."""
+    """The parameters of all storms, and their results.
+
+    `count`: the number of processes. `program`: build/bench/storm. `folders`: the cgroups of the processes. `inside`:
+    the running bench/lib/inside.py.
+    """
 
     count: int
     program: Path
@@ -74,7 +98,7 @@ class Storms:
     found: dict[str, Found] = field(default_factory=lambda: {which: Found() for which in ("bare", *GREETED)})
 
     def launcher(self, programs: list[Program], folders: list[Path], name: str = "") -> Program:
-        """Start a program that makes a process in each of the folders in turn; with the shim, if it has a name."""
+        """Start a program that makes processes in these cgroups in turn. With a name, it starts by `fgpu run`."""
         programs.append(Program([str(self.program), *map(str, folders)], LIMIT if name else None, name))
         if programs[-1].hear() != "ready":
             raise BenchError("storm is not ready")
@@ -103,7 +127,7 @@ class Storms:
 
 @contextlib.contextmanager
 def cgroups(count: int) -> Iterator[list[Path]]:
-    """Make new cgroups, and remove them afterwards."""
+    """Make `count` cgroups, and remove them after the block."""
     parent = cgroup_root() / f"fgpu-storm-{os.getpid()}"
     folders = [parent / str(number) for number in range(count)]
     end_in_order()
@@ -133,7 +157,7 @@ def counts() -> Counter[str]:
 
 
 def greeted(asked: Storms, programs: list[Program], kinds: tuple[str, ...]) -> None:
-    """Run a storm of each of these kinds, one after the other."""
+    """Run a storm of each of these kinds in turn, and add the gatekeeper's counts to the results."""
     for which in kinds:
         folders = asked.folders[:1] if which == "shared" else asked.folders
         launcher = asked.launcher(programs, folders, f"storm-{which}-{len(programs)}")
@@ -142,11 +166,11 @@ def greeted(asked: Storms, programs: list[Program], kinds: tuple[str, ...]) -> N
         after = counts()
         after.subtract(before)
         after["not_greeted"] = asked.count - after[GREETED[which]]
-        asked.found[which].counted.update(+after)  # those that are not 0
+        asked.found[which].counted.update(+after)  # unary plus: only counts above 0
 
 
 def with_agent(asked: Storms, options: list[str]) -> None:
-    """Run storms in cgroups that are unmanaged first, then tenants."""
+    """Run the storms that need an agent: first in unmanaged cgroups, then in tenants."""
     with agent(options), ending() as programs:
         greeted(asked, programs, ("unmanaged", "unmanaged"))
         for folder in asked.folders:
@@ -155,7 +179,7 @@ def with_agent(asked: Storms, options: list[str]) -> None:
 
 
 def report(found: dict[str, Found]) -> int:
-    """Print all lines. Return 1 if a bar is missed."""
+    """Print all figures. Return 1 if a bar is missed."""
     lines: dict[str, tuple[float, str]] = {}
     held = []
     for percent, bar in ((50, ADDED_P50_MS), (99, ADDED_P99_MS)):
@@ -179,12 +203,12 @@ def report(found: dict[str, Found]) -> int:
 
 
 def difference(some: list[float], others: list[float], percent: int) -> float:
-    """Return the difference of a percentile."""
+    """Return the difference between a percentile of `some` and that of `others`."""
     return percentile(some, percent) - percentile(others, percent)
 
 
 def main() -> int:
-    """Read the command line, measure, print."""
+    """Read the command line, measure and print."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--processes", type=int, default=300)
     parser.add_argument("--rounds", type=int, default=1, help="each has two storms of each kind")

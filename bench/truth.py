@@ -1,9 +1,11 @@
-"""Compare the ledger with the driver: programs of several frameworks, each a tenant, all at once.
+"""Compare the ledger with the driver, for programs of several frameworks that run at once, each in a tenant.
 
-After every phase of a program (bench/lib/phases.py), at one second, prints `truth_PROGRAM_PHASE BYTES bytes`, the
-ledger's bytes of its tenant minus what NVML shows of its processes, then `truth_PROGRAM_worst PERCENT %` of the limit;
-or `truth_PROGRAM` absent or failed, and why. Writes build/bench/truth.json; exits with 1 if a difference is above the
-bar. Starts and stops the agent itself. TORCH_PYTHON is an interpreter with the frameworks (python3).
+One second after every phase of a program (bench/lib/phases.py), the ledger's bytes of the tenant are compared with the
+bytes that NVML shows for its processes. Prints `truth_PROGRAM_PHASE BYTES bytes`, ledger minus NVML, and
+`truth_PROGRAM_worst PERCENT %`, the largest difference as a part of the limit. If a program could not run, prints
+`truth_PROGRAM` with `absent` or `failed` and the reason. Writes build/bench/truth.json. Exits with 1 if a difference is
+above the bar or a program failed. Starts and stops the agent. TORCH_PYTHON is a Python interpreter with the frameworks
+(default: python3).
 """
 
 from __future__ import annotations
@@ -32,7 +34,7 @@ OWN = ("pool", "vmm")
 
 @dataclass(frozen=True, slots=True)
 class Phase:
-    """The figures of ledger and driver at one moment, in bytes."""
+    """The bytes of the ledger and of NVML after one phase."""
 
     name: str
     ledger: int
@@ -40,12 +42,12 @@ class Phase:
 
 
 def nvml_bytes(tenant: str) -> int:
-    """Return NVML's bytes of the processes of a tenant's cgroup, on device 0."""
+    """Return the bytes that NVML shows for the processes in a tenant's cgroup, on device 0."""
     return nvml.bytes_of(nvml.pids_of(cgroup_root() / "fgpu" / tenant))
 
 
 def phases(program: Program) -> list[Phase] | str:
-    """Return every phase of one program, or an error that begins with absent or failed: the others continue."""
+    """Return every phase of one program, or an error text that begins with "absent" or "failed". Does not raise."""
     try:
         return _phases(program)
     except (BenchError, OSError, ValueError, pynvml.NVMLError) as error:
@@ -53,7 +55,10 @@ def phases(program: Program) -> list[Phase] | str:
 
 
 def _phases(program: Program) -> list[Phase] | str:
-    """Return every phase. BenchError: NVML shows less than the program surely holds, so no comparison is possible."""
+    """Return every phase of one program, or why its framework is absent.
+
+    Raises BenchError if NVML shows less memory than the program certainly holds, so that no comparison is possible.
+    """
     found: list[Phase] = []
     while True:
         program.say("")
@@ -70,7 +75,7 @@ def _phases(program: Program) -> list[Phase] | str:
 
 
 def measure(names: list[str], given: argparse.Namespace) -> dict[str, list[Phase] | str]:
-    """Run all programs side by side."""
+    """Run all programs at once. Return the phases or the error of each."""
     script = str(ROOT / "bench/lib/phases.py")
     options = ["--driver-root", given.driver_root, "--shim", str(given.shim)]
     with agent(options), ending() as programs, ThreadPoolExecutor(len(names)) as threads:
@@ -81,7 +86,7 @@ def measure(names: list[str], given: argparse.Namespace) -> dict[str, list[Phase
 
 
 def report(found: dict[str, list[Phase] | str], limit: int) -> int:
-    """Print all lines. Return 1 if a bar is missed."""
+    """Print all figures. Return 1 if a bar is missed or a program failed."""
     lines: dict[str, tuple[float, str]] = {}
     worst: list[float] = []
     failed = 0
@@ -100,7 +105,7 @@ def report(found: dict[str, list[Phase] | str], limit: int) -> int:
 
 
 def main() -> int:
-    """Read the command line, measure, print."""
+    """Read the command line, measure and print."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("programs", nargs="*", default=list(FRAMEWORKS), help=f"of {', '.join(FRAMEWORKS)}")
     parser.add_argument("--limit", type=int, default=4 << 30, help="bytes, of each")

@@ -1,10 +1,12 @@
-"""Measure what --upgrades of a running host cost its tenants: each has a new shim, every fifth also new programs.
+"""Measure the effect of --upgrades of fgpu on running tenants. Each has a new shim, every fifth also new BPF programs.
 
-While tenants allocate and free without pause, and others start one after the other, gatekeeper and agent are replaced
-as by a package: SIGTERM, then the next version's. Prints `upgrade_NAME VALUE UNIT`: the time without enforcement
-(seconds, median and most), pairs done, allocations and starts refused, bytes that were not witnessed (or twice), drift
-after the last upgrade, old shims kept. Writes build/bench/upgrade.json; exits with 1 if anything but time is not 0.
-Starts and stops the services itself.
+While two tenants allocate and free without pause, and programs of another tenant start in turn, gatekeeper and agent
+are replaced as a package does: they get SIGTERM, and then the next version is started. Prints `upgrade_NAME VALUE
+UNIT`: the time from the end of the old agent until the new agent enforces limits (median and maximum), the completed
+pairs of an allocation and a free, refused allocations and starts, bytes that were not witnessed or were witnessed
+twice, drift after the last upgrade, and old shims that are kept. Writes build/bench/upgrade.json. Exits with 1 if
+anything was refused, if unwitnessed bytes or drift are not 0, or if the tenants did not allocate during all upgrades.
+Starts and stops the services.
 """
 
 from __future__ import annotations
@@ -25,12 +27,12 @@ from bench.lib.tenants import RUN, Program, ask, ending, memory_of, record
 LISTEN = "127.0.0.1:19426"
 LIMIT, PAIR, RATE = 2 << 30, 4 << 20, 500
 NEW_PROGRAMS = 5
-# Starts a program for every line, which makes a pair and exits, and prints its output on one line.
+# For every line of stdin, starts a program that makes a pair and exits, and prints the program's output on one line.
 STARTER = 'while read -r line; do echo "$line" | "$0" | tr "\\n" " "; echo; done'
 
 
 class Services:
-    """An installed fgpu, in its own folder, version after version."""
+    """An installation of fgpu in its own folder, and its running services."""
 
     def __init__(self, folder: Path, given: argparse.Namespace) -> None:
         self._package, self._store, self._given = folder / "site/fgpu_ebpf", folder / "store", given
@@ -46,7 +48,7 @@ class Services:
         self.number = 0
 
     def install(self) -> float:
-        """Install the next version. Return the seconds from the end of the old agent to enforcing."""
+        """Install and start the next version. Return the seconds between the end of the old agent and enforcement."""
         self.number += 1
         beside = self._package / ".libfgpu.so"
         beside.write_bytes(Path(self._given.shim).read_bytes() + b"version %d" % self.number)
@@ -71,31 +73,31 @@ class Services:
             return subprocess.Popen(command, stdout=log, stderr=log, env=environment, cwd="/")
 
     def stop(self) -> None:
-        """Send SIGTERM, to the gatekeeper first."""
+        """Stop gatekeeper and agent in turn, with SIGTERM."""
         for process in self._running:
             process.terminate()
             process.wait(10)
         self._running = []
 
     def detach(self) -> None:
-        """Remove everything."""
+        """Stop the services, and remove all probes, limits and pinned maps."""
         self.stop()
         environment = {"PATH": os.defpath, "PYTHONPATH": str(self._package.parent)}
         subprocess.run([sys.executable, "-m", "fgpu_ebpf.cli", "detach"], env=environment, cwd="/", check=False)
 
     def stored(self) -> int:
-        """Return how many versions of the shim are kept."""
+        """Return how many versions of the shim are stored."""
         return sum(not path.is_symlink() for path in self._store.iterdir())
 
 
 def drift() -> int:
-    """Return the drift of all tenants in bytes, in either direction."""
+    """Return the sum of the absolute drifts of all tenants, in bytes."""
     devices = [device for tenant in ask(verb="snapshot")["tenants"] for device in tenant["devices"]]
     return sum(abs(device["drift_bytes"] or 0) for device in devices)
 
 
 def settled_drift(seconds: float = 3.0) -> int:
-    """Return the least drift within this time: the driver still shows a program for a moment after its exit."""
+    """Return the lowest drift within `seconds`, because the driver shows a program for a short time after its exit."""
     least, end = drift(), time.monotonic() + seconds
     while least and time.monotonic() < end:
         time.sleep(0.1)
@@ -104,7 +106,7 @@ def settled_drift(seconds: float = 3.0) -> int:
 
 
 def measure(services: Services, given: argparse.Namespace) -> dict[str, tuple[float, str]]:
-    """Run all upgrades, and return the results."""
+    """Run all upgrades, and return the figures."""
     took: list[float] = []
     starts = refused = 0
     with ending() as programs:
@@ -147,7 +149,7 @@ def measure(services: Services, given: argparse.Namespace) -> dict[str, tuple[fl
 
 
 def main() -> int:
-    """Return 0 if nothing was refused and nothing was unwitnessed."""
+    """Read the command line, measure and print. Return 0 if every bar is held."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--driver-root", default="/")
     parser.add_argument("--shim", type=Path, default=ROOT / "build/shim/libfgpu.so")

@@ -1,18 +1,24 @@
-"""Shares of two to four torch programs in windows of 2 s: trainings, inference, decoding of a language model.
+"""Measure the shares of two to four torch programs in windows of 2 s: trainings, inference, decoding of an LLM.
 
-Prints for each case, over all starts of the programs: the share of the tenant with the highest weight, in the start
-where its error is largest, the largest error of a share in a window after the first in points, the smallest sum of what
-each program did as a fraction of itself alone, the gatekeeper's processor time, and the steps in each window. For each
-kind of program: what a tenant does alone as a fraction of a program that has no tenant, and the sum of two programs
-without tenants.
+A program's *work* is its number of steps, as a fraction of the steps that it does alone in the same time. For each
+case, over all starts of the programs, prints:
 
-A step of `small` is mostly Python, and Python's speed varies by the process and the second. Therefore shares of `small`
-are those of the time in which the programs' steps did not wait, and `working` is that time of both together.
-`windows_small_paused` is what its sum can reach: a program without a tenant, alone on the device, which sleeps for as
-long as it works, twice.
+    share        the share of the tenant with the highest weight, in the start with the largest error
+    worst        the largest error of a share in a window after the first, in points
+    sum          the lowest sum of the work of all programs
+    gatekeeper   the gatekeeper's processor time
 
-Writes build/bench/windows.json, and build/bench/windows.png: shares over time in the first start. Needs a real GPU;
-TORCH_PYTHON is an interpreter that has torch.
+For each kind of program, prints the steps of a tenant alone as a fraction of those of a program without a tenant
+(`alone`), and the sum of the work of two programs without tenants (`unshared_sum`). Steps in each window are printed as
+comments.
+
+A step of `small` is mostly Python code, whose speed varies between processes and from second to second. Therefore the
+shares of `small` are shares of the time in which the programs' steps did not wait, and `working` is the sum of this
+time. The maximum of the sum of `small` is measured by `windows_small_paused`: twice the work of a program without a
+tenant, alone on the device, that sleeps for half of the time.
+
+Writes build/bench/windows.json, and build/bench/windows.png with the shares over time in the first start. Needs a real
+GPU. TORCH_PYTHON is a Python interpreter with torch.
 """
 
 from __future__ import annotations
@@ -46,13 +52,13 @@ CASES = (
     "llm 1:1",
     "llm 3:1",
 )
-BY_TIME = "small"  # the kind with shares of time instead of steps
+BY_TIME = "small"  # the kind of program with shares of time instead of steps
 Lines = dict[str, tuple[float, str]]
 
 
 @dataclass(frozen=True, slots=True)
 class Done:
-    """A program's steps in each window, and the milliseconds that they took without waiting."""
+    """The number of a program's steps in each window, and the milliseconds that these steps took without waiting."""
 
     steps: list[int]
     working_ms: list[int]
@@ -60,7 +66,11 @@ class Done:
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """One case in one start: shares of the first program in each window, and what is wrong with them."""
+    """The result of one case in one start of the programs.
+
+    `share`, `worst`, `sum`, `working` and `gatekeeper`: see the module, as fractions of 1. `windows`: the share of the
+    first program in each window.
+    """
 
     share: float
     windows: list[float]
@@ -71,7 +81,7 @@ class Result:
 
 
 def started(name: str, limit: int | None) -> Program:
-    """Return a program that is ready. Raises BenchError: it has no torch or no device."""
+    """Start a program, in a tenant if there is a limit. Raises BenchError if it has no torch or no device."""
     python, work = os.environ.get("TORCH_PYTHON", "python3"), ROOT / "bench/lib/windows_work.py"
     program = Program([python, str(work)], limit, name)
     answer = program.hear(SLACK_SECONDS)
@@ -81,7 +91,7 @@ def started(name: str, limit: int | None) -> Program:
 
 
 def counts(programs: list[Program], what: str, seconds: int) -> list[Done]:
-    """Return what each program did in each window after the first; all begin at one moment."""
+    """Let all programs begin at the same moment. Return the steps of each in each window after the first."""
     at = time.monotonic_ns() + HEAD_START_NS
     for program in programs:
         program.say(f"{what} {seconds} {at}")
@@ -90,23 +100,23 @@ def counts(programs: list[Program], what: str, seconds: int) -> list[Done]:
 
 
 def alone(program: Program, what: str) -> float:
-    """Return the steps of one program in a window while no other has work."""
+    """Return the steps of one program in a window while no other program has work."""
     return sum(counts([program], what, 2 * WINDOW_SECONDS)[0].steps)
 
 
 def work_of(done: list[Done], by_itself: list[float]) -> float:
-    """Return the work of programs at one time, as the sum of what each did as a fraction of itself alone."""
+    """Return the sum of the work of programs that ran at the same time. `by_itself`: the steps of each alone."""
     return sum(sum(one.steps) / rate / len(one.steps) for one, rate in zip(done, by_itself, strict=True))
 
 
 def measured(programs: list[Program], case: str, seconds: int, by_itself: list[float]) -> Result:
-    """Return what one case gave. `by_itself`: steps of each program in a window."""
+    """Run one case. `by_itself`: the steps of each program alone in a window."""
     what, _, ratio = case.partition(" ")
     weights = [int(weight) for weight in ratio.split(":")]
     taking_part = programs[: len(weights)]
     for program, weight in zip(taking_part, weights, strict=True):
         ask(verb="put", target=program.name, compute="100%", weight=100 * weight, priority="normal")
-    time.sleep(0.5)  # the weights are in force; in the first window the programs meet
+    time.sleep(0.5)  # until the weights are in force
     gatekeeper = service_pids()["gatekeeper"]
     before = cpu_ms(gatekeeper)
     done = counts(taking_part, what, seconds)
@@ -143,7 +153,7 @@ def figures(case: str, results: list[Result]) -> Lines:
 
 
 def without_tenants(kinds: list[str]) -> tuple[Lines, dict[str, float]]:
-    """Return what two programs without a tenant do, and the steps of the first one alone in a window, by kind."""
+    """Return the figures of two programs without tenants, and the steps of the first one alone in a window, by kind."""
     found: Lines = {}
     with ending() as programs:
         programs += [started(name, None) for name in ("w-alone", "w-beside")]
@@ -178,7 +188,7 @@ def measure(cases: list[str], seconds: int, starts: int) -> tuple[Lines, dict[st
 
 
 def plot(results: dict[str, list[Result]], path: Path) -> None:
-    """Draw the share of the first tenant over time, one line a case of two tenants with weights 3:1."""
+    """Draw the share of the first tenant over time, with a line for each case of two tenants with weights 3:1."""
     try:
         import matplotlib
     except ImportError:
@@ -199,7 +209,7 @@ def plot(results: dict[str, list[Result]], path: Path) -> None:
 
 
 def main() -> int:
-    """Read the command line, measure, print."""
+    """Read the command line, measure and print."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--driver-root", default="/")
     parser.add_argument("--only", default=",".join(CASES), help=f"of {', '.join(CASES)}")

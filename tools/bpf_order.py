@@ -1,13 +1,14 @@
 #!/usr/bin/env python3
 """Check that the headers of the BPF programs build on one another in one direction.
 
-Runs on its own and in tests/unit/test_bpf_order.py. Reads the sources only, and imports nothing of fgpu.
+It runs on its own and in tests/unit/test_bpf_order.py. It reads the sources only, and imports nothing of fgpu.
 
     tools/bpf_order.py [FOLDER]
 
-FOLDER is bpf/ of the repository by default. `fgpu.bpf.c` includes each part once, in their order. A part may call
-functions of itself and of the parts before it, and declares no function that it does not define. Prints each
-exception, and then exits with 1; exits with 2 where FOLDER has no such file.
+FOLDER is bpf/ of the repository by default. `fgpu.bpf.c` must include each part exactly once, and so defines the order
+of the parts. A part may call its own functions and functions of earlier parts. It must define every function that it
+declares. The program prints each exception. The exit status is 0 without exceptions, 1 with exceptions, and 2 if FOLDER
+has no `fgpu.bpf.c`.
 """
 
 from __future__ import annotations
@@ -35,7 +36,11 @@ def parts(folder: Path) -> list[str]:
 
 
 def exceptions(folder: Path) -> Iterator[str]:
-    """Yield a line for each declaration without a body, and for each call of a function of a later part."""
+    """Yield a line for each violation.
+
+    Violations are a declaration without a body, a call of a function of a later part, and a part that is not included
+    exactly once.
+    """
     order = parts(folder)
     texts = {name: code(folder / name) for name in order}
     functions = {name: _FUNCTION.findall(text) for name, text in texts.items()}
@@ -52,7 +57,7 @@ def exceptions(folder: Path) -> Iterator[str]:
 
 
 def main(arguments: list[str]) -> int:
-    """Check one folder; return the exit status."""
+    """Check one folder and return the exit status."""
     folder = Path(arguments[0]) if arguments else Path(__file__).resolve().parent.parent / "bpf"
     try:
         found = list(exceptions(folder))

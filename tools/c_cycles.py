@@ -1,16 +1,16 @@
 #!/usr/bin/env python3
 """Find cycles between C source files: `a.c` uses a symbol of `b.c`, which uses one of `a.c`, perhaps by way of others.
 
-Runs on its own and in tests/shim/test_cycles.py. Reads object files with nm(1), so it sees what the compiler sees,
-macros and inline functions included. Imports nothing of fgpu.
+It runs on its own, and in tests/shim/test_cycles.py and tests/sim/test_cycles.py. It reads object files with nm(1), so
+that uses in macros and inline functions count too. It imports nothing of fgpu.
 
     tools/c_cycles.py build/sim/obj/libcuda build/shim/obj
     tools/c_cycles.py --layers base,standalone,link,core,account,code,gate,hooks build/shim/obj
 
-Each argument is a folder whose object files are linked together. Prints each cycle with the symbols that make it.
-With `--layers`, which names the sub-folders in their order, a file may use symbols of its own sub-folder and of those
-that stand further left; prints each other use. Exits with 1 after it printed anything, with 2 where a folder has no
-object file.
+Each argument is a folder whose object files are linked together. The program prints each cycle with the symbols that
+form it. `--layers` names the sub-folders in their order: a file may then use symbols of its own sub-folder and of
+sub-folders further left, and the program prints each other use. The exit status is 0 if nothing was printed, 1 if a
+cycle or use was printed, and 2 if a folder has no object file.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ Uses = dict[str, dict[str, set[str]]]  # file -> file that it uses -> symbols
 
 
 def symbols(objects: Iterable[Path]) -> Iterator[tuple[Path, str, bool]]:
-    """Yield (object file, external symbol, whether the file defines it)."""
+    """Yield (object file, external symbol, whether the file defines the symbol). Weak definitions count as uses."""
     command = ["nm", "--extern-only", "--print-file-name", "--no-sort", *map(str, objects)]
     for line in subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines():
         path, _, entry = line.rpartition(":")
@@ -35,9 +35,10 @@ def symbols(objects: Iterable[Path]) -> Iterator[tuple[Path, str, bool]]:
 
 
 def uses_of(folder: Path) -> Uses:
-    """Return which object files use which others, by path below the folder.
+    """Return the uses between the object files of a folder, by their paths below the folder.
 
-    Raises FileNotFoundError where the folder has no object file.
+    Raises:
+        FileNotFoundError: the folder has no object file.
     """
     objects = sorted(folder.rglob("*.o"))
     if not objects:
@@ -86,7 +87,7 @@ def cycles(uses: Uses) -> list[list[str]]:
 
 
 def report(uses: Uses, component: Iterable[str]) -> Iterator[str]:
-    """Yield a line for each use inside a cycle."""
+    """Yield a line with the files of a cycle, and then one for each use inside it."""
     members = sorted(component)
     yield f"cycle of {len(members)} files: {' '.join(members)}"
     for file in members:
@@ -96,9 +97,9 @@ def report(uses: Uses, component: Iterable[str]) -> Iterator[str]:
 
 
 def upward_uses(uses: Uses, layers: list[str]) -> Iterator[str]:
-    """Yield a line for each file outside all layers, and for each use of a layer that stands to the right.
+    """Yield a line for each file outside all layers, and for each use of a layer further right.
 
-    `layers` are names of sub-folders; a file lies in the layer that its path begins with.
+    `layers` has the names of sub-folders. A file is in the layer of its folder.
     """
     rank = {layer: number for number, layer in enumerate(layers)}
     files = {*uses, *(target for targets in uses.values() for target in targets)}
@@ -113,7 +114,7 @@ def upward_uses(uses: Uses, layers: list[str]) -> Iterator[str]:
 
 
 def main(arguments: list[str]) -> int:
-    """Check each folder; return the exit status."""
+    """Check each folder and return the exit status."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--layers", type=lambda text: text.split(","), help="sub-folders, the lowest first")
     parser.add_argument("folders", nargs="+", metavar="FOLDER")

@@ -1,13 +1,13 @@
 #!/usr/bin/env python3
 """Find words and docstrings that the language rule of CONTRIBUTING.md bans.
 
-It checks comments and strings with a space in Python, comments in C, and Markdown outside of code. The file
+It checks docstrings, comments and strings with a space in Python, comments in C, and Markdown outside of code. The file
 tools/language_allowed.txt has the number of findings that each file may still have. A number can only fall: the check
 fails if a file has more findings than its number, and also if it has fewer.
 
-    tools/language.py             print what fails; exit with 1 if something does
-    tools/language.py FILE...     print every finding in these files
-    tools/language.py --update    lower the numbers to what is found; write all of them if there is no such file yet
+    tools/language.py             check all files and print the failures; exit with 1 if there are any
+    tools/language.py FILE...     print every finding in these files; exit with 1 if there are any
+    tools/language.py --update    lower each number to the number of findings; create the file if it does not exist
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parent.parent
 ALLOWED = "tools/language_allowed.txt"
 FOLDERS = ("fgpu_ebpf", "shim", "bpf", "oci", "sim", "tools", "bench", "tests", "examples", "dashboards", "docs")
 LEFT_OUT = ("bpf/include/", "docs/reference/")  # other projects' headers, generated pages
-WITHOUT_WHO = ("fgpu_ebpf/", "shim/", "bpf/", "sim/", "tools/")  # the pronoun stands for a process or a thread there
+WITHOUT_WHO = ("fgpu_ebpf/", "shim/", "bpf/", "sim/", "tools/")  # the pronoun would refer to a process or a thread here
 WORDS = re.compile(r"\b(?:whoever|whomever|somebody|nobody|anybody|mend(?:s|ed|ing)?)\b", re.IGNORECASE)
 WORDS_AND_WHO = re.compile(rf"{WORDS.pattern}|\bwhom?\b", re.IGNORECASE)
 OPENING = re.compile(
@@ -44,9 +44,9 @@ def in_text(text: str, line: int, banned: re.Pattern[str]) -> Iterator[Finding]:
 
 
 def docstrings(tree: ast.Module) -> Iterator[tuple[int, str]]:
-    """Yield line and text of each docstring. Visits only statements: several times as fast as ast.walk()."""
+    """Yield line and text of each docstring. Visits only statements, which is several times as fast as ast.walk()."""
     nodes: list[ast.AST] = [tree]
-    for node in nodes:  # it grows meanwhile
+    for node in nodes:  # the loop appends to the list
         if isinstance(node, DEFINITIONS) and (text := ast.get_docstring(node, clean=False)) is not None:
             yield node.body[0].lineno, text
         for field in ("body", "orelse", "finalbody", "handlers", "cases"):
@@ -64,7 +64,7 @@ def in_python(source: str, banned: re.Pattern[str]) -> Iterator[Finding]:
     for node in ast.walk(tree) if WORDS.search(source) else ():
         if isinstance(node, ast.Constant) and isinstance(node.value, str) and " " in node.value:
             yield from () if (node.lineno, node.value) in known else in_text(node.value, node.lineno, WORDS)
-    if any("#" in line and banned.search(line) for line in source.splitlines()):  # else tokenize costs too much
+    if any("#" in line and banned.search(line) for line in source.splitlines()):  # because tokenize is slow
         for token in tokenize.generate_tokens(io.StringIO(source).readline):
             if token.type == tokenize.COMMENT:
                 yield from in_text(token.string, token.start[0], banned)
@@ -112,7 +112,7 @@ def allowed(root: Path) -> dict[str, int]:
 
 
 def check(root: Path) -> list[str]:
-    """Return what fails: the findings of files that have too many, and the files whose number is too high."""
+    """Return the failures: the findings of files that have too many, and the files whose number is too high."""
     limits, wrong = allowed(root), []
     found = {path: findings(root, path) for path in files(root)}
     for path in sorted(found.keys() | limits.keys()):
@@ -126,7 +126,7 @@ def check(root: Path) -> list[str]:
 
 
 def update(root: Path) -> None:
-    """Lower every number to what is found; write all numbers if there is no file of them yet."""
+    """Lower every number to the number of findings. If the file of numbers does not exist, write all numbers."""
     found = {path: len(findings(root, path)) for path in files(root)}
     limits = allowed(root) if (root / ALLOWED).exists() else found
     counts = sorted((path, min(limit, found.get(path, 0))) for path, limit in limits.items())

@@ -1,9 +1,8 @@
 """Check one claim on a machine with a GPU: `python -m bench.gpu.check CLAIM`.
 
-Prints numbers and ends with PASS or FAIL.
-
-bench/gpu_check.sh runs all claims. Starts and ends its own agent; uses the library of the end-to-end tests, with the
-driver that $DRIVER_ROOT names (/ without). Python packages: pynvml; torch and jax inside the tenants that need them.
+The program prints figures, and PASS, FAIL or SKIP in the last line. bench/gpu_check.sh runs all claims. The program
+starts and stops its own agent. It uses the support library of the end-to-end tests, with the driver at $DRIVER_ROOT
+(default: /). It needs the Python package pynvml. Some claims need torch or jax in $TORCH_PYTHON.
 """
 
 from __future__ import annotations
@@ -32,11 +31,11 @@ from tests.support.service import Service
 from tests.support.tenant import Client
 from tests.support.wait import eventually
 
-# -- the claims: each gets the service and a place for tenants in pid namespaces
+# -- the claims: the arguments of each are the service and a place that makes tenants in pid namespaces
 
 
 def start(service: Service, place: Place) -> None:
-    """Measure the start, what doctor says afterwards, and the resident memory of agent and gatekeeper."""
+    """Measure the start and the resident memory of agent and gatekeeper, and run `fgpu doctor`."""
     assert service.agent
     said = fgpu("doctor", "--driver-root", DRIVER_ROOT, check=False)
     print(said.stdout)
@@ -59,7 +58,7 @@ def start(service: Service, place: Place) -> None:
 
 
 def fill(service: Service, place: Place) -> None:
-    """Fill a limit to the byte, by cuMemAlloc and by cuMemCreate."""
+    """Fill a limit up to the last granule, by cuMemAlloc and by cuMemCreate."""
     for how, name in ((0, "cuMemAlloc"), (1, "cuMemCreate")):
         limit = 4 * GIB
         one = place.tenant(limit)
@@ -121,7 +120,10 @@ print("then", float(jnp.ones((1024, 1024)).sum()) == 1024 * 1024)
 
 
 def framework(place: Place, name: str, program: str) -> str:
-    """Run a program in a tenant of 8 GiB, watched by NVML."""
+    """Run a program in a tenant of 8 GiB while NVML is sampled, and return its output.
+
+    Raises Skip if the Python package `name` is not installed.
+    """
     found = subprocess.run([PYTHON, "-c", f"import {name}"], capture_output=True, timeout=120, check=False)
     if found.returncode:
         raise Skip(f"{name} is not installed for {PYTHON}")
@@ -150,12 +152,12 @@ def torch(service: Service, place: Place) -> None:
 
 
 def jax(service: Service, place: Place) -> None:
-    """Check JAX, which allocates by cuMemCreate."""
+    """Check that JAX, which allocates by cuMemCreate, reports out-of-memory and continues."""
     framework(place, "jax", JAX)
 
 
 def pair(service: Service, place: Place) -> None:
-    """Let two tenants fill their shares at the same moment."""
+    """Let two tenants fill their limits at the same moment."""
     limits = (4 * GIB, 6 * GIB)
     tenants = [place.tenant(limit) for limit in limits]
     clients = [one.client() for one in tenants]
@@ -174,7 +176,10 @@ def pair(service: Service, place: Place) -> None:
 
 
 def race(service: Service, place: Place) -> None:
-    """Let two processes race for the last bytes, in 1,000 rounds."""
+    """Let two processes race for the last bytes, in 1,000 rounds.
+
+    Then check that requests far beyond the limit do not cause refusals of requests that fit.
+    """
     one = place.tenant(4 * GIB)
     (one.folder / "track").write_bytes(bytes(4096))
     racers = [one.client(), one.client()]
@@ -200,7 +205,7 @@ def race(service: Service, place: Place) -> None:
 
 
 def kills(service: Service, place: Place) -> None:
-    """Kill 200 processes that hold memory, half of them without their first thread."""
+    """Kill 200 processes that hold memory. The first thread of half of them has ended before."""
     one = place.tenant(64 * GIB)
     watcher = one.client()
     watcher.ok("context")
@@ -262,7 +267,7 @@ def restarts(service: Service, place: Place) -> None:
 
 
 def orphan(service: Service, place: Place) -> None:
-    """Start a process without agent and gatekeeper. It gets out-of-memory, and memory once they run."""
+    """Start a process in a tenant without agent and gatekeeper. It must get out-of-memory, and memory once they run."""
     one = place.tenant(4 * GIB)
     one.assert_enforced()
     service.kill_agent()
@@ -278,9 +283,9 @@ def orphan(service: Service, place: Place) -> None:
 
 
 def freed(service: Service, place: Place) -> None:
-    """Free memory in each way of tests/programs/freed.c. Below a limit all that passes without one does."""
+    """Free memory in each way of tests/programs/freed.c. A way that works without a limit must work with one."""
     program, limit = BUILD / "e2e/freed", 2 * GIB
-    too_large = ("array", "mipmapped")  # for the driver, where no limit makes the size smaller
+    too_large = ("array", "mipmapped")  # without a limit, the program requests a size that the driver does not support
     for way in subprocess.run([program, "ways"], capture_output=True, text=True, check=True).stdout.split():
         whole = subprocess.run([program, "60", way], capture_output=True, text=True, timeout=60).stdout.strip()
         one = place.tenant(limit)
@@ -300,7 +305,7 @@ CLAIMS: dict[str, Callable[[Service, Place], None]] = {
 
 @contextlib.contextmanager
 def host() -> Iterator[tuple[Service, Place]]:
-    """Run an agent and a place for tenants. An agent that an earlier claim left is detached first."""
+    """Run an agent, and yield it with a place for tenants. An agent of an earlier claim is detached first."""
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
         service, place = Service(work), Place(work, "--pidns")
@@ -318,7 +323,7 @@ def host() -> Iterator[tuple[Service, Place]]:
 
 
 def main() -> int:
-    """Check one claim."""
+    """Check the claim that the command line names. Return 0 for PASS and SKIP, 1 for FAIL, 2 for wrong usage."""
     if len(sys.argv) != 2 or sys.argv[1] not in CLAIMS:
         print(f"usage: python -m bench.gpu.check {'|'.join(CLAIMS)}   (FGPU={shlex.join(FGPU)})", file=sys.stderr)
         return 2

@@ -1,4 +1,7 @@
-"""Helpers for claims on a real GPU: numbers, assertions, and the library of the end-to-end tests."""
+"""Helpers for claims on a real GPU: output of figures, assertions, and a sampler of NVML.
+
+The module sets up the support library of the end-to-end tests for the real driver.
+"""
 
 from __future__ import annotations
 
@@ -14,27 +17,27 @@ from tests.support.tenant import Tenant
 host.ENVIRONMENT = dict(os.environ)
 PYTHON = os.environ.get("TORCH_PYTHON", "python3")
 GRANULE = 2 * MIB
-MODULE = 128 * MIB  # the most that one lazily loaded module may take before it is charged
+MODULE = 128 * MIB  # the maximum size of a lazily loaded module, which is charged only after it was loaded
 
 
 def say(name: str, value: object, unit: str = "") -> None:
-    """Print one line: name value unit."""
+    """Print one figure as a line `NAME VALUE UNIT`."""
     print(f"{name} {value} {unit}".rstrip(), flush=True)
 
 
 def need(held: bool, what: str) -> None:
-    """Check a claim and print it."""
+    """Print `what` if the condition holds. Raises AssertionError with `what` otherwise."""
     if not held:
         raise AssertionError(what)
     print(f"ok   {what}", flush=True)
 
 
 class Skip(Exception):
-    """The error that this machine lacks something."""
+    """This machine lacks something that the claim needs. The text has the reason."""
 
 
 class Sampler(threading.Thread):
-    """The most that NVML shows of each tenant, measured every 10 ms."""
+    """A thread that records the maximum bytes that NVML shows for each tenant, sampled every 10 ms."""
 
     def __init__(self, *tenants: Tenant) -> None:
         super().__init__(daemon=True)
@@ -50,7 +53,10 @@ class Sampler(threading.Thread):
             self.samples += 1
 
     def end(self, limits: dict[str, int]) -> None:
-        """Print the most and the excess. More than a module load beyond a limit is a failure."""
+        """Stop, and print the maximum and the excess of each tenant.
+
+        Raises AssertionError if a maximum exceeds the tenant's limit by more than MODULE bytes.
+        """
         self._ended.set()
         self.join()
         say("nvml_samples", self.samples)

@@ -1,6 +1,6 @@
-"""The claim `runtimes`: what a user looks at first, in tenants of several sizes, with every installed CUDA runtime.
+"""The claim `runtimes`: nvidia-smi and every installed CUDA runtime show the limit, in tenants of several sizes.
 
-$CUDARTS names more folders to search, as wheels have them: `nvidia/cuda_runtime/lib` and the like.
+$CUDARTS has further folders to search for runtimes, separated by colons, such as `nvidia/cuda_runtime/lib` of a wheel.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ NUMBA = "from numba import cuda; print(cuda.current_context().get_memory_info()[
 
 
 def _runtimes() -> list[str]:
-    """Return files of libcudart, one of each version."""
+    """Return the paths of all installed files of libcudart, without duplicates."""
     said = subprocess.run(
         [PYTHON, str(Path(__file__).parents[1] / "lib/cudart.py")], capture_output=True, text=True, check=True
     )
@@ -65,7 +65,7 @@ def _checks(one: Tenant, limit: int, runtimes: list[str]) -> None:
 
 
 def runtimes(service: Service, place: Place) -> None:
-    """Check every size by nvidia-smi, each runtime, torch and numba, in the tenant's own pid namespace."""
+    """Check a limit of every size with nvidia-smi, each runtime, torch and numba, in a tenant with a pid namespace."""
     found = _runtimes()
     if not found:
         raise Skip("no libcudart here")

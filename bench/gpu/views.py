@@ -73,7 +73,7 @@ def _python(one: Tenant, used: int, pid: int) -> None:
 
 
 def views(service: Service, place: Place) -> None:
-    """Check that each program shows the share and the tenant's own processes, and nothing of a neighbour."""
+    """Check that each program shows the tenant's limit, use and processes, and nothing of a neighbour."""
     one, other = place.tenant(LIMIT), place.tenant(4 * GIB)
     client, neighbour = one.client(), other.client()
     neighbour.ok(f"alloc {300 * MIB}")

@@ -1,7 +1,7 @@
 """Print the path of the CUDA runtime's library, for programs that load it by name.
 
-Run it with the interpreter whose packages are searched. It never loads the library, and prints an empty line if there
-is none.
+It must run with the Python interpreter whose packages are searched. It does not load the library. If there is none, it
+prints an empty line.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ HERE = Path(__file__)
 
 
 def candidates() -> list[str]:
-    """Return every libcudart.so.N of the toolkit and of Python packages, the newest first."""
+    """Return the paths of every libcudart.so.N of the CUDA toolkit and of Python packages, the newest version first."""
     folders = ["/usr/local/cuda*/lib64", "/usr/local/cuda*/targets/*/lib", *(f"{f}/nvidia/*/lib" for f in sys.path)]
     found = [path for folder in folders for path in glob.glob(f"{folder}/libcudart.so.*")]
     return sorted(found, key=_version, reverse=True)
@@ -27,7 +27,7 @@ def _version(path: str) -> list[int]:
 
 
 def libcudart(python: str, driver_root: str) -> str | None:
-    """Return the library that this interpreter finds; None: there is none, or the driver is a simulated one."""
+    """Return the path that `python` prints with this file; None: there is no library, or the driver is simulated."""
     if driver_root != "/":
         return None
     done = subprocess.run([python, str(HERE)], capture_output=True, text=True, timeout=30, check=False)

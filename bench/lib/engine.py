@@ -1,7 +1,7 @@
-"""A Docker of its own for long runs: containers that ask for a share and hold all of it, and a daemon that ends.
+"""A separate Docker for long runs: containers that request a share and allocate all of it, and a daemon that restarts.
 
-Owns: its mount namespace, at most MOST containers, the daemon. When one does not start: AssertionError with what Docker
-says. Imports nothing of fgpu.
+The engine has its own mount namespace and daemon, and at most MOST containers. If one of these does not start,
+AssertionError is raised with Docker's output. The module imports nothing of fgpu.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ SHARE_BYTES, SHARE = 2 * GIB, "fgpu.dev/share=2gib"
 
 
 class Engine:
-    """Docker with CDI, where the agent looks for it."""
+    """Docker with CDI, at the socket that the agent asks."""
 
     def __init__(self, service: Service, work: Path) -> None:
-        """`work`: the folder of the service, in which Docker's socket is the one that the agent asks."""
+        """Start the daemon. `work`: the folder of the service, for Docker's socket."""
         self.names: list[str] = []
         self._number = 0
         with contextlib.ExitStack() as closing:
@@ -36,7 +36,7 @@ class Engine:
             self._closing = closing.pop_all()
 
     def start(self) -> None:
-        """Start another container. If there are enough, remove the oldest first."""
+        """Start another container. If there are MOST, remove the oldest first. Raises AssertionError if it fails."""
         if len(self.names) >= MOST:
             self._docker.remove(self.names.pop(0))
         self._number += 1
@@ -46,18 +46,18 @@ class Engine:
         assert done.returncode == 0, done.stderr
 
     def restart(self, is_killed: bool) -> None:
-        """The daemon ends by SIGTERM or SIGKILL and is started again; its containers end with it."""
+        """Stop the daemon with SIGTERM or SIGKILL, start it again, and remove its containers."""
         self._docker.end(is_killed)
         self._docker.begin()
         self._remove_all()
 
     def wrong(self) -> list[str]:
-        """Return the containers that the agent does not show by their names with exactly their limit in use."""
+        """Return the containers that the agent does not show with their names and with exactly their limit in use."""
         shown = {tenant["tenant"]: tenant for tenant in ask(verb="snapshot")["tenants"]}
         return [name for name in self.names if not _is_held(shown.get(name))]
 
     def close(self) -> None:
-        """End containers and daemon."""
+        """Remove the containers and stop the daemon."""
         self._remove_all()
         self._closing.close()
 

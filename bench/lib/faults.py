@@ -1,6 +1,7 @@
-"""Cases of bench/compute.py: owners that die or stop, no gatekeeper, a busy agent, two devices.
+"""Cases of bench/compute.py: owners that are killed or stopped, no gatekeeper, a busy agent, two devices.
 
-Each takes a Bench and prints its figures. The effect on a neighbour is measured by the ends of its own steps.
+Each case has a Bench as its argument and prints its figures. The effect on a neighbour is measured by the times at
+which the neighbour's own steps end. Times are CLOCK_MONOTONIC.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from bench.lib.shares import LIMIT, Bench, Work
 from bench.lib.tenants import Program, ask, cgroup_root, service_pids
 
 KERNEL_US, NS_PER_MS = 200, 1e6
-DEADLINE_MS = 20 + 2.5 + 1 + 1.5  # quantum, work in flight, silence, and time to look at it all
+DEADLINE_MS = 20 + 2.5 + 1 + 1.5  # quantum, work in flight, silence after it, and the time of the checks
 LEASE_NS = 2_000_000_000
 TENANTS = 1000
 POLICY = """
@@ -43,14 +44,21 @@ print(n)
 
 
 def gaps_ms(ended: list[int], since_ns: int) -> list[float]:
-    """Return the gaps between ends of steps after this moment, and before the first, minus the time of a kernel."""
+    """Return the gaps between ends of steps after `since_ns`, each minus the time of a kernel.
+
+    The first gap is that from `since_ns` to the first end.
+    """
     pairs = [(a, b) for a, b in itertools.pairwise([since_ns, *[at for at in ended if at > since_ns]])]
     return [(b - a) / NS_PER_MS - KERNEL_US / 1000 for a, b in pairs]
 
 
 @dataclass(frozen=True, slots=True)
 class Hit:
-    """A signal and its effect on a neighbour: when its steps ended and were launched, CLOCK_MONOTONIC nanoseconds."""
+    """A signal to an owner, and its effect on a neighbour. Times are CLOCK_MONOTONIC nanoseconds.
+
+    `start_ns`: when the neighbour began. `at_ns`: the time of the signal. `ended`, `launched`: when the neighbour's
+    steps ended and were launched.
+    """
 
     start_ns: int
     at_ns: int
@@ -58,27 +66,30 @@ class Hit:
     launched: list[int]
 
     def gaps(self) -> list[float]:
-        """Return the gaps after the signal."""
+        """Return the gaps between the neighbour's steps after the signal, in milliseconds."""
         return gaps_ms(self.ended, self.at_ns)
 
     def waited(self) -> bool:
-        """Return whether the neighbour waited when the signal came."""
+        """Return whether the neighbour was waiting at the time of the signal."""
         return self.at_ns - max((at for at in self.ended if at <= self.at_ns), default=self.start_ns) > NS_PER_MS
 
     def opens_ms(self) -> float:
-        """Return the time until the launch of the first step that ended after the signal; 0: it was launched before."""
+        """Return the milliseconds from the signal to the launch of the first step that ended after it.
+
+        The result is 0 if that step was launched before the signal.
+        """
         steps = zip(self.ended, self.launched, strict=True)
         return max(0, next(launched for ended, launched in steps if ended > self.at_ns) - self.at_ns) / NS_PER_MS
 
     def longest_ms(self, from_ms: float, to_ms: float) -> float:
-        """Return the longest gap that began or ended this close to the signal."""
+        """Return the longest gap that overlaps the time between `from_ms` and `to_ms` after the signal."""
         span = [self.at_ns + ms * NS_PER_MS for ms in (from_ms, to_ms)]
         pairs = [(a, b) for a, b in itertools.pairwise(self.ended) if a <= span[1] and b >= span[0]]
         return max(((b - a) / NS_PER_MS - KERNEL_US / 1000 for a, b in pairs), default=1e6)
 
 
 def hit(bench: Bench, sign: signal.Signals, neighbour: Program, victim: Program, name: str) -> Hit:
-    """Send a signal to a busy victim, which is killed afterwards."""
+    """Send a signal to a busy program, and measure its neighbour. The program is killed afterwards."""
     start_ns = bench.begin(Work(neighbour, KERNEL_US), seconds=1.0)
     bench.begin(Work(victim, KERNEL_US, "burst"), seconds=60)
     time.sleep(0.5)
@@ -92,7 +103,11 @@ def hit(bench: Bench, sign: signal.Signals, neighbour: Program, victim: Program,
 
 
 def hits(bench: Bench, sign: signal.Signals) -> list[Hit]:
-    """Repeat this for a tenant with nine tenths of the device. Return the hits at which its neighbour waited."""
+    """Send the signal to a tenant with nine tenths of the device, several times.
+
+    Returns:
+        The hits at which the neighbour was waiting.
+    """
     found = []
     for number in range(4 if bench.quick else 12):
         (neighbour,) = bench.tenants(1)
@@ -108,7 +123,7 @@ def hits(bench: Bench, sign: signal.Signals) -> list[Hit]:
 
 
 def killed(bench: Bench) -> None:
-    """Kill an owner: how long its neighbour waits at the gate, and for its next kernel; the same without fgpu."""
+    """Kill an owner. Measure how long its neighbour waits at the gate and for its next kernel, and without fgpu too."""
     found = hits(bench, signal.SIGKILL)
     bench.line("owner_killed_gate_opens", max(one.opens_ms() for one in found), "ms")
     bench.line("owner_killed_next_runs", max(one.gaps()[0] for one in found), "ms", most=5)
@@ -126,7 +141,7 @@ def _killed_natively(bench: Bench, number: int) -> Hit:
 
 
 def stopped(bench: Bench) -> None:
-    """Stop an owner: the next tenant runs within one deadline, and waits once."""
+    """Stop an owner with SIGSTOP. The next tenant must run within DEADLINE_MS, and wait once only."""
     found = hits(bench, signal.SIGSTOP)
     bench.line("owner_stopped_next_runs", max(one.gaps()[0] for one in found), "ms", most=DEADLINE_MS)
     waits = max(sum(gap > 5 for gap in one.gaps()) for one in found)
@@ -134,7 +149,10 @@ def stopped(bench: Bench) -> None:
 
 
 def gatekeeper_killed(bench: Bench) -> None:
-    """Kill the gatekeeper: how long no tenant runs until the agent has started another, and shares after the lease."""
+    """Kill the gatekeeper. Measure the longest time without work, and the shares after the lease has ended.
+
+    The agent starts another gatekeeper.
+    """
     seconds = 6.5 if bench.quick else 12.0
     heavy, light = bench.tenants(3, 1)
     start_ns = bench.begin(Work(heavy, KERNEL_US), Work(light, KERNEL_US), seconds=seconds)
@@ -166,7 +184,7 @@ def _another_gatekeeper(than: int) -> int:
 
 @contextlib.contextmanager
 def _crowd(bench: Bench) -> Iterator[None]:
-    """Make a thousand idle tenants."""
+    """Make TENANTS idle tenants for the block."""
     parent = cgroup_root() / "fgpu-bench"
     policy: Path = bench.given.policies / "bench.yaml"
     folders = [parent / f"t{number}" for number in range(TENANTS)]
@@ -191,7 +209,10 @@ def _crowd(bench: Bench) -> Iterator[None]:
 
 
 def _hand_overs_ms(bench: Bench, seconds: float) -> list[float]:
-    """Return the times from the end of a tenant's last step to that of another's first, minus its kernel."""
+    """Return the milliseconds from the end of one tenant's last step to the end of the next tenant's first step.
+
+    The time of a kernel is subtracted.
+    """
     both = bench.tenants(1, 1)
     bench.run(*(Work(program, KERNEL_US) for program in both), seconds=seconds)
     merged = sorted((at, number) for number, program in enumerate(both) for at in bench.times(program))
@@ -200,7 +221,7 @@ def _hand_overs_ms(bench: Bench, seconds: float) -> list[float]:
 
 
 def scrape(bench: Bench) -> None:
-    """Measure how much repeated scrapes delay a change of turns with a thousand tenants."""
+    """Measure how much repeated scrapes of the metrics delay a change of turns, with a thousand tenants."""
     seconds = 4.0 if bench.quick else 20.0
     with _crowd(bench):
         quiet = _hand_overs_ms(bench, seconds)
@@ -216,7 +237,7 @@ def scrape(bench: Bench) -> None:
 
 
 def capture(bench: Bench) -> None:
-    """Capture 1,000 graphs in the default mode beside a thread that launches, while a neighbour has its turns."""
+    """Capture 1,000 CUDA graphs in the default mode, while another thread launches and a neighbour has its turns."""
     seconds = 20.0 if bench.quick else 60.0
     (neighbour,) = bench.tenants(1)
     program = bench.program("captures", [str(ROOT / "build/bench/capture")], LIMIT)
@@ -226,7 +247,7 @@ def capture(bench: Bench) -> None:
     made, failed, first = (int(word) for word in program.hear(seconds + 60).split())
     turns = ask(verb="snapshot")["tenants"]
     (waits,) = [t["devices"][0]["compute"]["waits"] for t in turns if t["tenant"] == program.name]
-    os.kill(neighbour.process.pid, signal.SIGKILL)  # it would run for some more seconds
+    os.kill(neighbour.process.pid, signal.SIGKILL)  # without this, it would run for some more seconds
     bench.end("captures", neighbour.name.rpartition("-")[2])
     bench.line("captures", made, "", least=1000)
     bench.line("captures_failed", failed, f"the first with {first}" if failed else "", most=0)
@@ -234,7 +255,7 @@ def capture(bench: Bench) -> None:
 
 
 def gang(bench: Bench) -> None:
-    """Run two tenants whose kernels on two devices wait for each other: both devices at once, or none."""
+    """Run two tenants whose kernels on two devices wait for each other, so that a tenant needs both devices at once."""
     bench.end()
     names = ("g0", "g1")
     command = str(ROOT / "build/bench/meet")

@@ -1,11 +1,12 @@
-"""Allocate all memory of device 0 by one kind of call, in steps of 2 MiB: print how much, and the driver's error.
+"""Allocate all memory of device 0 by one kind of call, in steps of 2 MiB, and print how much, and the driver's error.
 
-`fill_calls.py API KIND LIMIT_BYTES [LIBCUDART]`: run as a tenant. It asks for three times the limit. Standard library
-alone. API says how a program reaches the call:
-  driver           the driver's exports, by dlsym
-  thread           the driver as a per-thread-default-stream build has it: by cuGetProcAddress with that flag
-  runtime          libcudart
-  runtime_thread   libcudart as such a build has it: its _ptsz names, if a call has one
+The program is called as `fill_calls.py API KIND LIMIT_BYTES [LIBCUDART]`, in a tenant. It requests three times the
+limit. It imports the standard library only. API selects how the program finds the call:
+
+    driver           the driver's exports, by dlsym
+    thread           the driver's functions for a per-thread default stream, by cuGetProcAddress with that flag
+    runtime          libcudart
+    runtime_thread   libcudart for a per-thread default stream: the name with _ptsz if the call has one
 """
 
 from __future__ import annotations
@@ -23,13 +24,13 @@ Take = Callable[[], int]
 
 
 class Flat(ctypes.Structure):
-    """CUDA_ARRAY_DESCRIPTOR."""
+    """The driver's struct CUDA_ARRAY_DESCRIPTOR."""
 
     _fields_ = (("width", u64), ("height", u64), ("format", u32), ("channels", u32))
 
 
 class Shape(ctypes.Structure):
-    """CUDA_ARRAY3D_DESCRIPTOR."""
+    """The driver's struct CUDA_ARRAY3D_DESCRIPTOR."""
 
     _fields_ = (
         ("width", u64), ("height", u64), ("depth", u64),
@@ -38,13 +39,13 @@ class Shape(ctypes.Structure):
 
 
 class Extent(ctypes.Structure):
-    """cudaExtent."""
+    """The runtime's struct cudaExtent."""
 
     _fields_ = (("width", size_t), ("height", size_t), ("depth", size_t))
 
 
 class PoolProps(ctypes.Structure):
-    """CUmemPoolProps, cudaMemPoolProps."""
+    """The structs CUmemPoolProps and cudaMemPoolProps."""
 
     _fields_ = (
         ("type", u32), ("handles", u32), ("where", u32), ("device", u32),
@@ -53,13 +54,13 @@ class PoolProps(ctypes.Structure):
 
 
 class Access(ctypes.Structure):
-    """CUmemAccessDesc, cudaMemAccessDesc."""
+    """The structs CUmemAccessDesc and cudaMemAccessDesc."""
 
     _fields_ = (("where", u32), ("device", u32), ("flags", u32))
 
 
 class Node(ctypes.Structure):
-    """CUDA_MEM_ALLOC_NODE_PARAMS, cudaMemAllocNodeParams."""
+    """The structs CUDA_MEM_ALLOC_NODE_PARAMS and cudaMemAllocNodeParams."""
 
     _fields_ = (
         ("props", PoolProps), ("access", ctypes.POINTER(Access)), ("accesses", size_t),
@@ -74,7 +75,7 @@ Calls = Callable[[str], Callable[..., int]]
 
 
 def graph(call: Calls, prefix: str) -> Take:
-    """Run a graph with one allocation once. Its memory stays with the pointer."""
+    """Return a function that runs a graph with one allocation node once. The memory stays allocated."""
     access = Access(DEVICE, 0, READ_WRITE)
 
     def take() -> int:
@@ -91,7 +92,7 @@ def graph(call: Calls, prefix: str) -> Take:
 
 
 def from_pool(call: Calls, prefix: str) -> Take:
-    """Allocate from a separate pool."""
+    """Return a function that allocates from a separate pool, which it creates at the first call."""
     pool = pointer()
     made: list[int] = []
 
@@ -105,12 +106,12 @@ def from_pool(call: Calls, prefix: str) -> Take:
 
 
 def take(call: Calls, name: str, *arguments: object) -> Take:
-    """Make a call whose first argument receives the result."""
+    """Return a function that makes a call. The first argument of the call receives the result."""
     return lambda: call(name)(ctypes.byref(u64()), *arguments)
 
 
 def of_driver(call: Calls) -> dict[str, Take]:
-    """Return a function for every kind, by the driver's names."""
+    """Return a function for every kind of allocation, by the driver's names."""
     rows = ctypes.byref(u64()), u64(4096), u64(STEP // 4096), 4
     handle = (u32 * 8)(PINNED, 0, DEVICE, 0)
     return {
@@ -128,7 +129,7 @@ def of_driver(call: Calls) -> dict[str, Take]:
 
 
 def of_runtime(call: Calls) -> dict[str, Take]:
-    """Return a function for every kind that the runtime has: it has no cuMemCreate."""
+    """Return a function for every kind of allocation of the runtime. The runtime has no equivalent of cuMemCreate."""
     flat, cube = Extent(512, 1024, 0), Extent(128, 64, 64)
     rows = ctypes.byref(u64()), size_t(4096), size_t(STEP // 4096)
     return {
@@ -144,7 +145,7 @@ def of_runtime(call: Calls) -> dict[str, Take]:
     }
 
 
-# The driver's exported names for current names.
+# The name of a function in the driver's headers -> the name that the driver exports.
 EXPORTS = {
     "cuMemAlloc": "cuMemAlloc_v2",
     "cuMemAllocPitch": "cuMemAllocPitch_v2",
@@ -152,7 +153,7 @@ EXPORTS = {
     "cuArray3DCreate": "cuArray3DCreate_v2",
     "cuMemGetInfo": "cuMemGetInfo_v2",
 }
-THREADED = ("async", "from_pool", "graph")  # kinds of which the runtime has a _ptsz name
+THREADED = ("async", "from_pool", "graph")  # kinds whose runtime function also has a name with _ptsz
 DRIVER_KINDS = list(of_driver(lambda name: int))
 COMBINATIONS = (
     *(("driver", kind) for kind in DRIVER_KINDS),
@@ -163,7 +164,7 @@ COMBINATIONS = (
 
 
 def calls_of(api: str, runtime: str) -> Calls:
-    """Return a function that calls by current names."""
+    """Return a function that finds a call of this API by its name in the headers."""
     library = ctypes.CDLL(runtime if api.startswith("runtime") else "libcuda.so.1")
 
     def by_lookup(name: str) -> Callable[..., int]:
@@ -186,7 +187,7 @@ def calls_of(api: str, runtime: str) -> Calls:
 
 
 def begin(call: Calls, prefix: str) -> int:
-    """Make a context and set it as current."""
+    """Create a context and make it current. Return the error code."""
     if prefix == "cuda":
         return call("cudaFree")(None)
     context = pointer()
@@ -198,14 +199,14 @@ def begin(call: Calls, prefix: str) -> int:
 
 
 def graph_bytes() -> int:
-    """Return the driver's bytes for graphs: it takes whole blocks of 32 MiB for each, however little one needs."""
+    """Return the bytes that the driver has reserved for graphs. It reserves whole blocks of 32 MiB for each graph."""
     found = u64()
     code = ctypes.CDLL("libcuda.so.1").cuDeviceGetGraphMemAttribute(0, RESERVED_CURRENT, ctypes.byref(found))
     return 0 if code else found.value
 
 
 def main() -> int:
-    """Print one line of JSON."""
+    """Allocate, print the result as one line of JSON, and wait for a line of stdin before the exit."""
     api, kind, limit = sys.argv[1], sys.argv[2], int(sys.argv[3])
     call, prefix = calls_of(api, sys.argv[4] if len(sys.argv) > 4 else ""), "cuda" if "runtime" in api else "cu"
     free, total, got = size_t(), size_t(), 0

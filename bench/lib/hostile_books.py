@@ -1,6 +1,7 @@
-"""Compare the driver's bytes of a tenant with the agent's figures: which bytes are uncharged, which processes unnamed.
+"""Compare the simulated driver's bytes of a tenant with the agent's figures.
 
-Imports nothing of fgpu. All bytes are of device 0.
+The result has the bytes that are not charged, and the processes that the agent does not report. All bytes are those of
+device 0. The module imports nothing of fgpu.
 """
 
 from __future__ import annotations
@@ -9,16 +10,20 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-MIB = 20  # bits
+MIB = 20  # right shift by this number of bits converts bytes to MiB
 
 
 @dataclass(frozen=True)
 class Compared:
-    """A comparison at one moment. `used_bytes`: of the tenant's ledger, with all cgroups inside; `holding`: its living
-    processes with driver memory; `how`: in which way each process that the agent names bypasses the shim.
+    """A comparison at one moment.
 
-    `uncharged`: processes that hold more of the driver than is charged to them, and "ended", if exited or exporting
-    processes left more behind than is charged beside the living ones.
+    Attributes:
+        used_bytes: the ledger's bytes of the tenant.
+        holding: the tenant's running processes that hold driver memory.
+        how: the processes that the agent reports, each with the way in which it bypasses the shim.
+        uncharged: the processes that hold more driver memory than is charged to them. It contains "ended" if exited
+            processes and exports hold more than the tenant is charged for beyond its running processes.
+        text: the figures of the comparison, for messages.
     """
 
     used_bytes: int
@@ -28,14 +33,24 @@ class Compared:
     text: str
 
     def unnamed(self, bypassing: Collection[int]) -> set[object]:
-        """Return processes with driver memory that the agent does not name, or fails to name as bypassing."""
+        """Return the processes that the agent fails to report.
+
+        These hold driver memory and are not reported at all, or are in `bypassing` and are not reported as bypassing.
+        """
         return {*self.holding - self.how.keys(), *(pid for pid in bypassing if not self.how.get(pid))}
 
 
 def compare(
     books: Mapping[str, Any], tenants: Sequence[Mapping[str, Any]], path: str, others: Collection[int]
 ) -> Compared:
-    """Compare. `path`: the tenant's cgroup. All memory outside of the processes `others` counts as the tenant's."""
+    """Return a comparison.
+
+    Args:
+        books: the dump of the simulated driver.
+        tenants: the tenants of the agent's Snapshot.
+        path: the tenant's cgroup.
+        others: processes of other tenants. All other memory counts as the tenant's.
+    """
     theirs = [entry for entry in books["processes"] if entry["pid"] not in others]
     held = {entry["pid"]: entry["bytes"] for entry in theirs if not entry["ended"]}
     left = sum(e["bytes"] for e in theirs if e["ended"]) + sum(d["exported_bytes"] for d in books["devices"])

@@ -1,10 +1,10 @@
 """The device time of honest programs, and how long their threads waited for a processor of the host.
 
 `Waits` samples /proc/PID/task/TID/schedstat, where the kernel counts how long a thread was runnable without a
-processor: for the thread of each honest program that launches, for the gatekeeper's that gives turns, and for the
-server that is the simulated device. A program that waits for a processor needs no turn, and a device that does has no
-time to give, so a program's part is one of the rest. The waits are added up, because each of these waits for the
-others. Imports nothing of fgpu.
+processor. The threads are those of each honest program that launch, the gatekeeper's slicer thread, and the server of
+the simulated device. While a program waits for a processor it needs no turn, and while the simulated device waits for a
+processor it does no work. So the part of a program is computed from the remaining time. The waits of the threads are
+added, because each of these threads waits for the other threads. The module imports nothing of fgpu.
 """
 
 from __future__ import annotations
@@ -25,20 +25,20 @@ SAMPLE_SECONDS = 0.05
 
 
 def _waited_ns(task: Path) -> int:
-    """Return the nanoseconds for which the thread was runnable without a processor, so far; 0 if it has exited."""
+    """Return the total nanoseconds for which a thread was runnable without a processor; 0 if it has exited."""
     with contextlib.suppress(OSError):
         return int((task / "schedstat").read_text().split()[1])
     return 0
 
 
 def slicer_of(pid: int) -> Path:
-    """Return the thread of a gatekeeper that gives turns: it has run for longest, beside the main thread."""
+    """Return the slicer thread of a gatekeeper: except for the main thread, it has run for the longest time."""
     tasks = [task for task in Path(f"/proc/{pid}/task").iterdir() if task.name != str(pid)]
     return max(tasks, key=lambda task: int((task / "schedstat").read_text().split()[0]))
 
 
 class Waits:
-    """Samples of how long each of these threads has waited for a processor."""
+    """A thread that samples how long each of `tasks` has waited for a processor, until end()."""
 
     def __init__(self, tasks: Sequence[Path]) -> None:
         self.number = len(tasks)
@@ -55,12 +55,12 @@ class Waits:
                 waited.append(max(_waited_ns(task), waited[-1] if waited else 0))
 
     def end(self) -> None:
-        """Take no more samples."""
+        """Stop the sampling."""
         self._ended.set()
         self._thread.join()
 
     def between_ns(self, which: int, begin_ns: int, end_ns: int) -> int:
-        """Return how long that thread waited between the last samples before these times."""
+        """Return how long thread number `which` waited between the last samples before these times."""
         return self._until(which, end_ns) - self._until(which, begin_ns)
 
     def _until(self, which: int, at_ns: int) -> int:
@@ -69,7 +69,7 @@ class Waits:
 
 
 class Progress:
-    """The kernels that one honest program has completed, by its own record of its steps."""
+    """The CUDA kernels that an honest program has completed, by its record of (begin, end, kernels) for each step."""
 
     def __init__(self, record: Path) -> None:
         steps = [*struct.iter_unpack("=qqq", record.read_bytes())]
@@ -77,7 +77,7 @@ class Progress:
         self._done = [0, *itertools.accumulate(s[2] for s in steps)]
 
     def until(self, at_ns: int) -> float:
-        """Return the kernels completed by then. Those of a step count as spread evenly over it."""
+        """Return the number of kernels that were completed at a time. The kernels of a step count as evenly spaced."""
         place = bisect.bisect_right(self._ended, at_ns)
         if place == len(self._ended):
             return self._done[-1]
@@ -88,22 +88,32 @@ class Progress:
 
 @dataclass(frozen=True)
 class Window:
-    """Two seconds of one honest program. `points`: of all this time, above its part; `ready_points`: of the time in
-    which neither its thread nor the gatekeeper's nor the device's waited for a processor.
+    """Two seconds of one honest program.
+
+    `points` is its share of the device's time minus its part by weight, in percentage points. `ready_points` is the
+    same for the time in which no thread of program, gatekeeper or simulated device waited for a processor.
     """
 
     program: int
     at_seconds: float
     points: float
     ready_points: float
-    waited: float  # this part of the window
-    own_waited: float  # of that, the program's thread
+    waited: float  # the part of the window in which one of these threads waited
+    own_waited: float  # the part in which the program's thread waited
 
 
 def windows(
     records: Sequence[Path], parts: Sequence[float], waits: Waits, begun_ns: int, ended_ns: int
 ) -> list[Window]:
-    """Return all windows, 0.2 s apart. `waits` has a thread of each program, then those that all of them wait for."""
+    """Return all windows of all programs, 0.2 s apart.
+
+    Args:
+        records: the programs' records of their steps.
+        parts: the part of each program by its weight.
+        waits: the samples: first one thread of each program, then the threads that all programs wait for.
+        begun_ns: the begin of the first window.
+        ended_ns: the time before which the last window must end.
+    """
     begins, shared = range(begun_ns, ended_ns - WINDOW_NS, WINDOW_NS // 10), range(len(records), waits.number)
     return [
         window
@@ -128,7 +138,7 @@ def _windows_of(
 
 @dataclass(frozen=True)
 class Processors:
-    """The time of all processors of the host so far, in seconds."""
+    """The total time of all processors since the host's boot, in seconds."""
 
     passed: float
     idle: float
@@ -142,6 +152,6 @@ class Processors:
         return cls(sum(ticks), ticks[3] + ticks[4], ticks[7])
 
     def since(self, before: Processors) -> tuple[float, float]:
-        """Return the percentages that were idle, and that a hypervisor gave to other machines."""
+        """Return the percentages of idle time and of stolen time, in which the hypervisor ran other machines."""
         passed = max(self.passed - before.passed, 1e-9)
         return 100 * (self.idle - before.idle) / passed, 100 * (self.stolen - before.stolen) / passed

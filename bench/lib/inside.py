@@ -1,8 +1,8 @@
 """Record when processes first entered and left a function of libcuda: `/usr/bin/python3 -I inside.py NAME`.
 
-Prints "ready". Answers every line of stdin with a line of JSON, {pid: [entered_ns, left_ns]} by CLOCK_MONOTONIC, of all
-processes since the last answer. It uses its own BPF programs on the driver's own function, so libraries before it in a
-process count as outside.
+The program prints "ready". It answers every line of stdin with a line of JSON, {pid: [entered_ns, left_ns]} by
+CLOCK_MONOTONIC, with all processes since the last answer. It attaches its own BPF programs to the driver's function, so
+the time in other libraries that are called before, such as the shim, counts as outside.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import os
 import sys
 from pathlib import Path
 
-# Programs with only the stub headers of bpf/include: the host may have no headers of its kernel.
+# Compile the programs with the stub headers of bpf/include, because the host may have no headers of its kernel.
 os.environ["BCC_KERNEL_SOURCE"] = str(Path(__file__).resolve().parents[2] / "bpf")
 TEXT = """
 struct span { u64 entered_ns, left_ns; };
@@ -39,7 +39,7 @@ int leaves(void *context)
 
 
 def driver() -> str:
-    """Return the file that a program of this environment gets as libcuda.so.1. Raises OSError."""
+    """Return the file that the dynamic linker finds as libcuda.so.1 in this environment. Raises OSError."""
     library = ctypes.CDLL("libcuda.so.1")
     try:
         lines = Path("/proc/self/maps").read_text().splitlines()
@@ -49,7 +49,7 @@ def driver() -> str:
 
 
 def main() -> None:
-    """Answer until stdin ends."""
+    """Attach the programs, and answer lines until stdin ends."""
     from bcc import BPF  # type: ignore[import-untyped,unused-ignore]
 
     programs, path = BPF(text=TEXT, cflags=["-Wno-everything"]), driver()
@@ -60,7 +60,7 @@ def main() -> None:
         spans = programs["spans"]
         print(json.dumps({pid.value: [span.entered_ns, span.left_ns] for pid, span in spans.items()}), flush=True)
         spans.clear()
-    os._exit(0)  # the kernel detaches: BCC does not without a tracefs
+    os._exit(0)  # the kernel then detaches the programs; BCC's own cleanup needs tracefs
 
 
 if __name__ == "__main__":

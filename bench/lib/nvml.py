@@ -1,4 +1,4 @@
-"""NVML's figures of device 0 and its processes, for the benchmarks. Call after nvmlInit(). Raises NVMLError."""
+"""NVML's figures of device 0 and its processes. To be called after nvmlInit(). The functions raise NVMLError."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ import pynvml
 
 
 def device() -> object:
-    """Return NVML's handle of the device."""
+    """Return NVML's handle of device 0."""
     return pynvml.nvmlDeviceGetHandleByIndex(0)
 
 
 def bytes_in_use() -> int:
-    """Return the memory in use."""
+    """Return the memory in use on the device, in bytes."""
     return int(pynvml.nvmlDeviceGetMemoryInfo(device()).used)
 
 
@@ -24,10 +24,10 @@ def bytes_by_pid() -> Mapping[int, int]:
 
 
 def bytes_of(pids: set[int]) -> int:
-    """Return NVML's bytes of these processes."""
+    """Return the sum of NVML's bytes of these processes."""
     return sum(bytes_ for pid, bytes_ in bytes_by_pid().items() if pid in pids)
 
 
 def pids_of(cgroup: Path) -> set[int]:
-    """Return the processes in a cgroup. FileNotFoundError: there is none."""
+    """Return the pids of the processes in a cgroup. Raises FileNotFoundError if there is no such cgroup."""
     return set(map(int, (cgroup / "cgroup.procs").read_text().split()))

@@ -1,7 +1,8 @@
-"""Takes and gives back device memory as one framework does, phase by phase: `phases.py FRAMEWORK`, as a tenant.
+"""Allocate and free device memory with one framework, in phases: `phases.py FRAMEWORK`, in a tenant.
 
-Answers every line of stdin with a line of JSON, {"phase": name, "least": bytes that it then surely holds}, at last
-{"end": true}; {"absent": why} where the framework is not installed. pool and vmm need the standard library alone.
+For every line of stdin, the program runs the next phase and prints a line of JSON: {"phase": name, "least": bytes that
+it certainly holds after the phase}. After the last phase it prints {"end": true}, and {"absent": why} if the framework
+is not installed. `pool` and `vmm` use the driver itself and need the standard library only.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ Phases = Iterator[tuple[str, int]]
 
 
 def torch() -> Phases:
-    """Use torch's own caching allocator, with modules of cuBLAS and of its kernels."""
+    """Use torch's caching allocator. Modules of cuBLAS and of torch's kernels are loaded too."""
     import torch
 
     kept = [torch.empty(1, device="cuda")]
@@ -54,7 +55,7 @@ def cupy() -> Phases:
 
 
 def jax() -> Phases:
-    """Use jax: cuMemCreate or cuMemAlloc, depending on its version; XLA's modules."""
+    """Use jax, which calls cuMemCreate or cuMemAlloc, depending on its version. XLA's modules are loaded too."""
     os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
     import jax
     import jax.numpy as jnp
@@ -70,7 +71,7 @@ def jax() -> Phases:
 
 
 def numba() -> Phases:
-    """Use numba: cuMemAlloc for every array; freed ones wait in a list."""
+    """Use numba, which calls cuMemAlloc for every array, and collects freed arrays in a list before it frees them."""
     from numba import cuda
 
     kept = [cuda.device_array(size, dtype="u1") for size in SIZES]
@@ -86,7 +87,7 @@ u64 = ctypes.c_uint64
 
 
 class Driver:
-    """libcuda with a context; what a call gives, and an exception where it fails."""
+    """libcuda with a context. A call that fails raises OSError with the driver's error."""
 
     def __init__(self) -> None:
         self.cuda = ctypes.CDLL("libcuda.so.1")
@@ -101,14 +102,14 @@ class Driver:
             raise OSError(f"{name}: {code}")
 
     def new(self, name: str, *arguments: object) -> u64:
-        """Make a call whose first argument receives the result."""
+        """Make a call whose first argument receives the result, and return the result."""
         made = u64()
         self(name, ctypes.byref(made), *arguments)
         return made
 
 
 def pool() -> Phases:
-    """The default pool and one of its own, with and without what is kept."""
+    """Use the default pool and a separate pool. Freed memory stays in the default pool until it is trimmed."""
     driver = Driver()
     prop = (ctypes.c_uint32 * 24)(1, 0, 1, 0)
     own = driver.new("cuMemPoolCreate", prop)
@@ -134,7 +135,7 @@ def pool() -> Phases:
 
 
 def vmm() -> Phases:
-    """Use handles and mappings: memory is freed when both are gone."""
+    """Use handles and mappings. Memory is freed when its handle and its mapping are gone."""
     driver = Driver()
     prop = (ctypes.c_uint32 * 8)(1, 0, 1, 0)
     size, count = 6 * MIB, 100
@@ -157,7 +158,7 @@ FRAMEWORKS: dict[str, Callable[[], Phases]] = {f.__name__: f for f in (torch, cu
 
 
 def main() -> int:
-    """Run one phase a line."""
+    """Run one phase for each line of stdin."""
     try:
         for _, (name, least) in zip(sys.stdin, FRAMEWORKS[sys.argv[1]](), strict=False):
             print(json.dumps({"phase": name, "least": least}), flush=True)

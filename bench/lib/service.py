@@ -1,4 +1,4 @@
-"""Start and stop the agent for a benchmark; errors and figures that benchmarks share."""
+"""Start and stop of the agent for a benchmark, and helpers that all benchmarks use."""
 
 from __future__ import annotations
 
@@ -21,12 +21,15 @@ READY_SECONDS = 30
 
 
 class BenchError(Exception):
-    """The reason why nothing could be measured."""
+    """A measurement was not possible. The text has the reason."""
 
 
 @contextmanager
 def agent(options: list[str]) -> Iterator[float]:
-    """Run `fgpu agent` for a while, also with SIGTERM. Yield the seconds from its start to enforcing."""
+    """Run `fgpu agent` for the block, and yield the seconds from its start until it enforces limits.
+
+    The agent is also stopped if this process gets SIGTERM. Raises BenchError if it does not start.
+    """
     end_in_order()
     with tempfile.TemporaryFile("w+") as log:
         begun = time.monotonic()
@@ -40,12 +43,12 @@ def agent(options: list[str]) -> Iterator[float]:
 
 
 def end_in_order() -> None:
-    """Let SIGTERM raise an exception from now on."""
+    """Make SIGTERM raise SystemExit from now on, so that `finally` blocks run."""
     signal.signal(signal.SIGTERM, _leave)
 
 
 def _leave(*_: object) -> None:
-    """Raise once: `timeout` sends the signal twice, and the second one would interrupt the cleaning up."""
+    """Raise SystemExit once. timeout(1) sends the signal twice, and the second would interrupt the cleanup."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     sys.exit(128 + signal.SIGTERM)
 
@@ -63,10 +66,10 @@ def _await_enforcing(process: subprocess.Popen[bytes], log: IO[str], begun: floa
 
 
 def on_one_processor(command: Sequence[str]) -> list[str]:
-    """Return the command bound to one processor, always the same: another one may be half as fast."""
+    """Return the command bound to one processor, always the same one, because another may be half as fast."""
     return ["taskset", "--cpu-list", str(max(os.sched_getaffinity(0))), *command]
 
 
 def percentile(values: list[float], percent: int) -> float:
-    """Return the value that `percent` of all values are below."""
+    """Return the value below which `percent` of all values are. `percent`: 1 to 99."""
     return statistics.quantiles(values, n=100, method="inclusive")[percent - 1]

@@ -1,6 +1,6 @@
-"""The common parts of bench/compute.py's cases: programs that stay warm from case to case, figures and their bars.
+"""The common parts of bench/compute.py's cases: programs that run on from case to case, and figures with their bars.
 
-It owns the programs, each in a tenant or outside of all. Never imports anything of fgpu. It raises BenchError.
+Each program is in a tenant or outside all tenants. The module imports nothing of fgpu. Errors are BenchError.
 """
 
 from __future__ import annotations
@@ -16,19 +16,19 @@ from bench.lib.service import BenchError
 from bench.lib.tenants import Program, ask
 
 LIMIT = 1 << 30
-HEAD_START_NS = 20_000_000  # from the command to the beginning, so that all begin at one moment
+HEAD_START_NS = 20_000_000  # from the command to the beginning, so that all programs begin at the same moment
 SLACK_SECONDS = 60.0
 SETTLE_SECONDS = 0.2
 PREFIX = f"compute-{os.getpid()}-"
 
 
 class Skip(Exception):
-    """The error that this machine lacks something for a case."""
+    """This machine lacks something that a case needs. The text has the reason."""
 
 
 @dataclass(frozen=True, slots=True)
 class Said:
-    """A program's answer: kernels done, and its steps in microseconds."""
+    """A program's answer: the number of kernels that it completed, and the lengths of its steps in microseconds."""
 
     done: float
     p50: float
@@ -38,7 +38,11 @@ class Said:
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """The work of a program: which kernels, how, and the period of a step (0: as fast as possible)."""
+    """The work of a program.
+
+    `kernel` is the length of a CUDA kernel in microseconds, and `how` the way of launching: one, burst, graph or
+    cooperative. `period_ms` is the period of a step; 0: as fast as possible.
+    """
 
     program: Program
     kernel: int
@@ -54,18 +58,23 @@ class Bench:
         self.seconds: float = given.seconds
         self.lines: dict[str, tuple[float, str]] = {}
         self.missed: list[str] = []
-        self.marks: set[str] = set()  # notes of cases to each other about the running programs
+        self.marks: set[str] = set()  # facts about the running programs that a case records for later cases
         self._programs: dict[str, Program] = {}
         self._shares: dict[str, dict[str, object]] = {}
         self._steps: list[Said] = []
-        self.step_seconds = max(self.seconds, 5.5)  # of 110 steps one may be worse than the p99
-        self._settled = 0.0  # when the current shares are in force
+        self.step_seconds = max(self.seconds, 5.5)  # at least 110 steps, so that the p99 is not the longest step
+        self._settled = 0.0  # when the current shares will be in force
         self._rates: dict[tuple[int, str], float] = {}
 
     # -- programs
 
     def program(self, name: str, command: Sequence[str], limit: int | None, ready: str = "ready") -> Program:
-        """Return the warm program of that name. Start it if necessary; Skip: it reports that something is missing."""
+        """Return the running program with this name. Start it if necessary.
+
+        Raises:
+            Skip: the program reports that something is missing.
+            BenchError: the program does not start.
+        """
         if name not in self._programs:
             program = self._programs[name] = Program(list(command), limit, f"{PREFIX}{name}")
             said = program.hear()
@@ -77,18 +86,18 @@ class Bench:
         return self._programs[name]
 
     def spin(self, name: str = "") -> Program:
-        """Return a spin in a tenant of that name; without a name, one outside every tenant and without a gate."""
+        """Return a running spin program in a tenant with this name; without a name, one outside every tenant."""
         return self.program(name or "solo", [str(self.given.program)], LIMIT if name else None)
 
     def tenants(self, *weights: int) -> list[Program]:
-        """Return spins with these weights, w0, w1 and so on, without ceilings, all of normal priority."""
+        """Return spin programs in tenants w0, w1, ... with these weights, without ceilings, with normal priority."""
         found = [self.spin(f"w{number}") for number in range(len(weights))]
         for program, weight in zip(found, weights, strict=True):
             self.share(program, weight=100 * weight)
         return found
 
     def share(self, program: Program, **share: object) -> None:
-        """Set a share again. Values that are not given get their defaults."""
+        """Set the share of a program's tenant. Values that are not given get their defaults."""
         asked = {"compute": "100%", "weight": 100, "priority": "normal"} | share
         if self._shares.get(program.name) == asked:
             return
@@ -97,7 +106,7 @@ class Bench:
         self._settled = time.monotonic() + SETTLE_SECONDS
 
     def end(self, *names: str) -> None:
-        """End these programs, or all without names."""
+        """End the programs with these names, or all programs if there are no names."""
         if not names:
             self.marks.clear()
         for name in names or tuple(self._programs):
@@ -108,17 +117,17 @@ class Bench:
     # -- measuring
 
     def settle(self) -> None:
-        """Wait until the shares are in force: the gatekeeper looks ten times a second."""
+        """Wait until the shares are in force. The gatekeeper reads them ten times a second."""
         time.sleep(max(0.0, self._settled - time.monotonic()))
 
     def run(self, *works: Work, seconds: float | None = None) -> list[Said]:
-        """Let all programs begin at the same moment."""
+        """Run all works from the same moment on, and return the answers of the programs."""
         seconds = self.seconds if seconds is None else seconds
         self.begin(*works, seconds=seconds)
         return [self.heard(work.program, seconds) for work in works]
 
     def begin(self, *works: Work, seconds: float) -> int:
-        """Tell all programs to begin. Return the moment, in CLOCK_MONOTONIC nanoseconds."""
+        """Make all programs begin at the same moment. Return that moment, in CLOCK_MONOTONIC nanoseconds."""
         self.settle()
         start_ns = time.monotonic_ns() + HEAD_START_NS
         for work in works:
@@ -126,31 +135,34 @@ class Bench:
         return start_ns
 
     def heard(self, program: Program, seconds: float) -> Said:
-        """Return a program's answer."""
+        """Wait for a program's answer, and return it."""
         words = program.hear(seconds + SLACK_SECONDS).split()
         if len(words) != 5:
             raise BenchError(f"{program.name}: {' '.join(words)}")
         return Said(float(words[4]), float(words[1]), float(words[2]), float(words[3]))
 
     def times(self, program: Program, of: str = "times") -> list[int]:
-        """Return when each step of its last run had ended, or was `launched`, in CLOCK_MONOTONIC nanoseconds."""
+        """Return when each step of the program's last run ended, in CLOCK_MONOTONIC nanoseconds.
+
+        `of`: "launched" for the times of launches.
+        """
         program.say(of)
         return [int(word) for word in program.hear().split()]
 
     def rate(self, kernel: int, how: str) -> float:
-        """Return the kernels a second that a program completes alone, without a gate. It is measured once."""
+        """Return the kernels a second that a program without a gate completes alone. It is measured once."""
         if (kernel, how) not in self._rates:
             self._rates[kernel, how] = self.rate_now(kernel, how)
         return self._rates[kernel, how]
 
     def rate_now(self, kernel: int, how: str) -> float:
-        """Measure the kernels a second that a program completes alone now."""
+        """Measure the kernels a second that a program without a gate completes alone."""
         seconds = max(0.5, min(self.seconds / 4, 3), 10 * kernel / 1e6)
         (said,) = self.run(Work(self.spin(), kernel, how), seconds=seconds)
         return said.done / seconds
 
     def step_alone(self) -> Said:
-        """Return steps of 5 ms every 50 ms without a gate and without other programs. They are measured once."""
+        """Return the lengths of steps of 5 ms every 50 ms of a program alone, without a gate. Measured once."""
         if not self._steps:
             self._steps = self.run(Work(self.spin(), 100, "burst", 50), seconds=self.step_seconds)
         return self._steps[0]
@@ -158,7 +170,7 @@ class Bench:
     # -- figures
 
     def line(self, name: str, value: float, unit: str, most: float | None = None, least: float | None = None) -> None:
-        """Print one figure, and whether it holds its bar, if it has one."""
+        """Print one figure and record it. If it has a bar (`most`, `least`), print whether the bar is held."""
         self.lines[f"compute_{name}"] = (value, unit)
         held = (most is None or value <= most) and (least is None or value >= least)
         bar = "" if most is least is None else f"   # {'PASS' if held else 'MISS'}: bar {_bar(most, least)}"
@@ -172,7 +184,7 @@ def _bar(most: float | None, least: float | None) -> str:
 
 
 def options(parser: argparse.ArgumentParser, root: Path) -> None:
-    """Add the options for paths of programs and driver, and for the time of measurements."""
+    """Add the options of bench/compute.py to a parser. `root`: the root of the repository."""
     parser.add_argument("--seconds", type=float, help="of each measurement: 10, or 2 with --quick")
     parser.add_argument("--quick", action="store_true", help="the hardest splits alone, all cases within 4 minutes")
     parser.add_argument("--kernels", default="20,200,4000,50000", help="microseconds, of the splits")

@@ -1,7 +1,7 @@
-"""The sizes of the services and of their kernel objects in long runs, and whether they grow.
+"""The sizes of the services and of their kernel objects in long runs, and whether these sizes grow.
 
-A slope is that of minutes' means, by least squares, with one level for each life of a process: a restarted process
-begins at its own level. It owns one thread. Never imports anything of fgpu.
+A slope is fitted by least squares to the means of minutes, with a separate level for each life of a process, because a
+restarted process begins at another level. Sampling runs in its own thread. The module imports nothing of fgpu.
 """
 
 from __future__ import annotations
@@ -21,28 +21,28 @@ import scipy.stats
 from tests.support import kernel
 
 EVERY_SECONDS = 2.0
-SETTLING_SECONDS = 60.0  # of a life: until all caches are full
+SETTLING_SECONDS = 60.0  # the begin of a life that is left out, until all caches are full
 MINUTE = 60.0
-MOST_POINTS = 300  # of a line that is drawn: the picture is part of a page
+MOST_POINTS = 300  # the maximum points of a line in the picture, which is part of a page
 MAPS = ("pages", "resolved", "limits", "shares", "turns", "processes", "threads", "allocations", "counters", "files")
-Key = tuple[str, int]  # what is watched, and in which life
+Key = tuple[str, int]  # (name of the size, pid of the process or 0)
 
 
 @dataclass(frozen=True, slots=True)
 class Slope:
-    """Units a minute, and half of the 95 % interval around it."""
+    """A slope in units a minute, and half of its 95 % interval."""
 
     value: float
     within: float
 
     @property
     def may_be_none(self) -> bool:
-        """Return whether the interval has no growth."""
+        """True if the interval includes zero growth."""
         return self.value - self.within <= 0
 
 
 class Watch(threading.Thread):
-    """A thread that samples from start() to end(). `pids` returns the watched processes at a moment."""
+    """A thread that samples sizes from start() to end(). `pids` returns the current pid of each watched process."""
 
     def __init__(self, pids: Callable[[], Mapping[str, int]]) -> None:
         super().__init__(daemon=True)
@@ -54,17 +54,17 @@ class Watch(threading.Thread):
         while not self._ended.wait(EVERY_SECONDS):
             now = time.monotonic() - self.begun
             for name, pid in self._pids().items():
-                with contextlib.suppress(OSError, KeyError):  # it may have exited, or be about to
+                with contextlib.suppress(OSError, KeyError):  # the process may be exiting
                     for what, value in _sizes(pid).items():
                         self.samples[f"{name}_{what}", pid].append((now, value))
             for name in MAPS:
-                with contextlib.suppress(OSError, StopIteration, AssertionError):  # nothing is pinned at this moment
+                with contextlib.suppress(OSError, StopIteration, AssertionError):  # the maps may not be pinned now
                     self.samples[f"map_{name}", 0].append((now, kernel.entries(name)))
             self.samples["bpf_objects", 0].append((now, len(kernel.in_the_kernel())))
             self.samples["run_files", 0].append((now, sum(1 for _ in Path("/run/fgpu").rglob("*"))))
 
     def end(self) -> None:
-        """Wait for the last sample."""
+        """Stop the sampling and wait for its end."""
         self._ended.set()
         self.join()
 
@@ -77,14 +77,14 @@ class Watch(threading.Thread):
         return [rows for (what, _), rows in self.samples.items() if what == name]
 
     def slope(self, name: str, late: bool = False) -> Slope | None:
-        """Return the slope of a size; None: too few minutes.
+        """Return the slope of a size; None: there are too few minutes.
 
-        `late`: of the second half of each life, when tables of this many entries are full.
+        `late`: only the second half of each life counts, when the tables are full.
         """
         return slope([_minutes(rows, late) for rows in self.lives(name)])
 
     def write(self, path: Path) -> None:
-        """Write all samples, as `what,life,seconds,value`."""
+        """Write all samples as CSV, with the columns what, life, seconds, value."""
         with open(path, "w", encoding="utf-8", newline="") as out:
             rows = csv.writer(out)
             rows.writerow(("what", "life", "seconds", "value"))
@@ -93,7 +93,7 @@ class Watch(threading.Thread):
 
 
 def _sizes(pid: int) -> dict[str, float]:
-    """Return resident KiB, descriptors and threads of a process."""
+    """Return the resident memory in KiB and the numbers of descriptors and threads of a process."""
     status = Path(f"/proc/{pid}/status").read_text()
     fields = dict(line.split(":", 1) for line in status.splitlines())
     return {
@@ -104,7 +104,7 @@ def _sizes(pid: int) -> dict[str, float]:
 
 
 def _minutes(rows: list[tuple[float, float]], late: bool) -> list[tuple[float, float]]:
-    """Return (minutes, mean) of every whole minute of a life, after it has settled."""
+    """Return (minutes, mean) of every whole minute of a life after SETTLING_SECONDS. `late`: of its second half."""
     begun = rows[0][0] + max(SETTLING_SECONDS, (rows[-1][0] - rows[0][0]) / 2 if late else 0)
     found = collections.defaultdict(list)
     for seconds, value in rows:
@@ -115,7 +115,10 @@ def _minutes(rows: list[tuple[float, float]], late: bool) -> list[tuple[float, f
 
 
 def slope(lives: list[list[tuple[float, float]]]) -> Slope | None:
-    """Fit by least squares over deviations from each life's means; None: fewer than three points beyond the lives."""
+    """Return the slope of all lives, by least squares over the deviations from the means of each life.
+
+    None: there are fewer than two degrees of freedom.
+    """
     times: list[float] = []
     values: list[float] = []
     for rows in (rows for rows in lives if len(rows) > 1):
@@ -133,7 +136,7 @@ def slope(lives: list[list[tuple[float, float]]]) -> Slope | None:
 
 
 def plot(watch: Watch, names: list[str], path: Path) -> None:
-    """Draw each size in its own row, one line a life."""
+    """Draw each size in its own row, with one line for each life."""
     import matplotlib
 
     matplotlib.use("svg")

@@ -1,7 +1,7 @@
-"""Cases of bench/compute.py: how a device is divided, by weights, ceilings, need and priority; what that costs.
+"""Cases of bench/compute.py: the division of a device by weights, ceilings, demand and priority, and its cost.
 
-Each takes a Bench and prints its figures. Tenants are spins that stay from case to case; a case sets their shares
-again.
+Each case has a Bench as its argument and prints its figures. The programs of tenants (bench/programs/spin.c) run on
+from case to case, and each case sets their shares again.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ DRAIN_MS = 2.0
 
 
 def split(bench: Bench, weights: Sequence[int], kernel: int, how: str) -> None:
-    """Run busy tenants with these weights, and print by how much the worst one is off."""
+    """Run busy tenants with these weights, and print the largest error of a share."""
     seconds = bench.seconds * (2 if len(weights) > 4 or kernel == LONG_US else 1)
     alone = bench.rate(kernel, how)
     said = bench.run(*(Work(program, kernel, how) for program in bench.tenants(*weights)), seconds=seconds)
@@ -37,7 +37,7 @@ def split(bench: Bench, weights: Sequence[int], kernel: int, how: str) -> None:
 
 
 def pairs(bench: Bench) -> None:
-    """Run two tenants 1:1, 3:1 and 9:1 with every kernel in every way; quick: those that need only two seconds."""
+    """Run two tenants 1:1, 3:1 and 9:1 with every kernel, launched in every way. With --quick, only some of these."""
     for kernel in map(int, bench.given.kernels.split(",")):
         for how in bench.given.hows.split(","):
             for weights in ((1, 1), (3, 1), (9, 1)):
@@ -46,7 +46,10 @@ def pairs(bench: Bench) -> None:
 
 
 def _is_quick(weights: tuple[int, int], kernel: int, how: str) -> bool:
-    """Return whether a quick run has this case. A graph has no interruption: a few long ones make no shares."""
+    """Return whether --quick includes this case.
+
+    A graph cannot be interrupted, so a short run with a few long graphs cannot result in exact shares.
+    """
     if how == "graph" and kernel >= LONG_GRAPH_US:
         return weights == (1, 1) and kernel < LONG_US
     if weights == (9, 1):
@@ -68,17 +71,17 @@ def limit(bench: Bench) -> None:
             (program,) = bench.tenants(1)
             bench.share(program, compute=f"{percent}%")
             (said,) = bench.run(Work(program, kernel))
-            alone = (before + bench.rate_now(kernel, "one")) / 2  # clocks depend on what a device has done before
+            alone = (before + bench.rate_now(kernel, "one")) / 2  # the device's clock rate depends on its earlier load
             got = 100 * said.done / bench.seconds / alone
             bench.line(f"limit_{percent}_{kernel}us_got", got, "%")
             bench.line(f"limit_{percent}_{kernel}us_error", abs(got - percent), "points", most=LIMIT_BAR)
-            ended = bench.times(program)  # time that is lost in a pause of the whole machine is not given back
+            ended = bench.times(program)  # time that is lost in a pause of the whole machine is not compensated
             pause = max((b - a for a, b in itertools.pairwise(ended)), default=0)
             bench.line(f"limit_{percent}_{kernel}us_pause", pause / 1e6, "ms")
 
 
 def idle(bench: Bench) -> None:
-    """Measure what a tenant gets beside a neighbour that was busy before and is idle."""
+    """Measure the share of a tenant whose neighbour was busy before and is idle."""
     alone = bench.rate(200, "burst")
     busy, rests = bench.tenants(1, 1)
     bench.run(Work(rests, 200), seconds=0.1)
@@ -87,7 +90,7 @@ def idle(bench: Bench) -> None:
 
 
 def small(bench: Bench) -> None:
-    """Run two loops of steps of 0.1 ms, each against one alone without a gate."""
+    """Run two loops of steps of 0.1 ms, and compare each with one loop alone without a gate."""
     (alone,) = bench.run(Work(bench.spin(), 100))
     said = bench.run(*(Work(program, 100) for program in bench.tenants(1, 1)))
     for number, one in enumerate(said):
@@ -96,7 +99,7 @@ def small(bench: Bench) -> None:
 
 
 def step(bench: Bench) -> None:
-    """Measure by how much bursts without end increase the p99 of a step of 5 ms every 50 ms."""
+    """Measure by how much a tenant with continuous bursts increases the p99 of a step of 5 ms every 50 ms."""
     alone = bench.step_alone()
     for priority, bar in (("high", 10.0), ("normal", 20 + DRAIN_MS + 2)):
         quick, hog = bench.tenants(1, 1)
@@ -122,8 +125,8 @@ def gatekeeper(bench: Bench) -> None:
 
 
 def launch(bench: Bench) -> None:
-    """Measure what the shim adds to a launch at an open gate: batches of 1,000, in turn with some without a gate."""
-    bench.end()  # a tenant beside it would sometimes close its gate
+    """Measure the time that the shim adds to a launch at an open gate, by batches of 1,000 with and without a gate."""
+    bench.end()  # another tenant would sometimes close the gate
     (program,) = bench.tenants(1)
     both, cpu = (bench.spin(), program), max(os.sched_getaffinity(0))
     added = []
@@ -134,12 +137,12 @@ def launch(bench: Bench) -> None:
             took.append(int(one.hear()))
         native, managed = took if number % 2 else took[::-1]
         if number >= 0:
-            added.append((managed - native) / 1e6)  # nanoseconds of 1,000 launches: microseconds of one
+            added.append((managed - native) / 1e6)  # from nanoseconds of 1,000 launches to microseconds of one
     bench.line("launch_added", statistics.median(added), "us", most=0.1)
 
 
 def under_limit(bench: Bench) -> None:
-    """Measure what a limit of 75 % adds to steps of 5 ms every 10 ms of a tenant that stays below it."""
+    """Measure the time that a limit of 75 % adds to steps of 5 ms every 10 ms, which stay below the limit."""
     found = []
     for number in range(2 if bench.quick else 5):
         (program,) = bench.tenants(1)

@@ -1,6 +1,6 @@
-"""Helpers for several benchmarks: requests to the service, programs in tenants, the file with the figures.
+"""Helpers for benchmarks: requests to the service, programs in tenants, the file with the figures.
 
-It owns nothing that outlives a `with`. Never imports anything of fgpu. It raises BenchError with the reason.
+The module imports nothing of fgpu. Errors are BenchError.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ PATIENCE_SECONDS = 120.0  # a framework's start on a busy machine
 
 
 def ask(**request: Any) -> Any:
-    """Send one request to the control socket."""
+    """Send one request to the control socket and return its result. Raises BenchError if the agent returns an error."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
         sock.settimeout(10)
         sock.connect(str(RUN / "control.sock"))
@@ -36,7 +36,7 @@ def ask(**request: Any) -> Any:
 
 
 def memory_of(name: str) -> dict[str, Any]:
-    """Return limit, used, peak, refused and so on, of a tenant's device 0, at this moment."""
+    """Return the current figures of a tenant on device 0 (limit, used, peak, refused and others), as in a Snapshot."""
     for tenant in ask(verb="snapshot")["tenants"]:
         if tenant["tenant"] == name:
             return dict(tenant["devices"][0])
@@ -50,8 +50,8 @@ def service_pids() -> dict[str, int]:
 
 
 def cpu_ms(pid: int) -> float:
-    """Return the processor time of all threads of a process so far, in milliseconds, by the scheduler's count."""
-    return time.clock_gettime_ns((~pid << 3) | 2) / 1e6  # as clock_getcpuclockid(3) makes it; /proc has hundredths
+    """Return the total processor time of all threads of a process, in milliseconds."""
+    return time.clock_gettime_ns((~pid << 3) | 2) / 1e6  # see clock_getcpuclockid(3); /proc counts in 10 ms only
 
 
 def children_ms(pid: int) -> int:
@@ -61,7 +61,7 @@ def children_ms(pid: int) -> int:
 
 
 def cgroup_root() -> Path:
-    """Return where cgroup v2 is mounted."""
+    """Return the mount point of cgroup v2."""
     for line in Path("/proc/mounts").read_text().splitlines():
         fields = line.split()
         if fields[2] == "cgroup2":
@@ -70,7 +70,7 @@ def cgroup_root() -> Path:
 
 
 class Program:
-    """A program that reads and writes lines, in a tenant if there is a limit."""
+    """A program that reads and writes lines. With a limit (in bytes), it runs in a tenant with this name."""
 
     def __init__(self, command: list[str], limit: int | None = None, name: str = "") -> None:
         self.name = name or Path(command[0]).name
@@ -81,13 +81,13 @@ class Program:
         self._left = b""
 
     def say(self, line: str) -> None:
-        """Write one line to its stdin. An exited program is noticed when its answer is read."""
+        """Write one line to the program's stdin. If the program has exited, hear() reports it."""
         assert self.process.stdin
         with contextlib.suppress(BrokenPipeError):
             self.process.stdin.write(line.encode() + b"\n")
 
     def hear(self, seconds: float = PATIENCE_SECONDS) -> str:
-        """Return one line of its stdout. BenchError: it exited, or wrote nothing in time."""
+        """Return one line of the program's stdout. Raises BenchError if it exited, or wrote nothing in `seconds`."""
         assert self.process.stdout
         deadline = time.monotonic() + seconds
         while b"\n" not in self._left:
@@ -101,7 +101,7 @@ class Program:
         return line.decode()
 
     def end(self) -> None:
-        """Close its stdin and wait. Processes that do not exit are killed. No cgroup is left."""
+        """Close the program's stdin and wait for its exit. After 10 s, kill it. Remove its cgroup."""
         for stream in (self.process.stdin, self.process.stdout):
             assert stream
             stream.close()
@@ -111,13 +111,13 @@ class Program:
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait(10)
         if self._cgroup:
-            with contextlib.suppress(OSError):  # the agent may have been faster
+            with contextlib.suppress(OSError):  # the agent may have removed it already
                 self._cgroup.rmdir()
 
 
 @contextlib.contextmanager
 def ending() -> Iterator[list[Program]]:
-    """Yield a list of programs, which are all ended with the block."""
+    """Yield a list. All programs in the list are ended at the end of the block."""
     programs: list[Program] = []
     try:
         yield programs
@@ -127,7 +127,7 @@ def ending() -> Iterator[list[Program]]:
 
 
 def record(name: str, lines: Mapping[str, tuple[float, str]]) -> None:
-    """Print `name value unit`, and write build/bench/NAME.json."""
+    """Print a line for each figure, and write build/bench/NAME.json. `lines`: (value, unit) by name."""
     for line, (value, unit) in lines.items():
         print(f"{line} {value:.2f} {unit}" if isinstance(value, float) else f"{line} {value} {unit}", flush=True)
     out = ROOT / f"build/bench/{name}.json"

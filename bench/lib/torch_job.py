@@ -1,8 +1,8 @@
-"""Train and allocate freely until killed, as an example of a torch program.
+"""Train and allocate at random until killed, as an example of a torch program.
 
-Prints "ready PID", then answers every line of stdin with "ok STEPS REFUSED FAILED": all steps, those that found no
-memory, in torch or below it, and those that torch ended with any other error, whose tracebacks are on stderr. It
-continues after both, and knows nothing of fgpu.
+The program prints "ready PID", then answers every line of stdin with "ok STEPS REFUSED FAILED": the number of steps, of
+steps without memory (an error of torch, the driver or cuBLAS), and of steps with any other error. Tracebacks of other
+errors are on stderr. The program continues after an error. It does not use fgpu.
 """
 
 from __future__ import annotations
@@ -17,13 +17,12 @@ import torch
 
 MIB = 1 << 20
 BATCHES = (32, 128, 512)
-# Errors that mean the same as OutOfMemoryError: of the driver (a context, a kernel's code), and of cuBLAS (its
-# workspace).
+# Other errors that mean out-of-memory: of the driver (a context, a kernel's code) and of cuBLAS (its workspace).
 NO_MEMORY = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUBLAS_STATUS_NOT_INITIALIZED")
 
 
 def train(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Run twenty steps. They take up to 3 GiB more for a moment, and sometimes release what torch keeps."""
+    """Run twenty steps. Sometimes also allocate up to 3 GiB for a short time, or release torch's cached memory."""
     for _ in range(20):
         optimizer.zero_grad()
         model(torch.randn(random.choice(BATCHES), 1024, device="cuda")).square().mean().backward()
@@ -48,8 +47,8 @@ def main() -> None:
                 optimizer = torch.optim.Adam(model.parameters())
             train(model, optimizer)
             steps += 1
-        except RuntimeError as error:  # torch.OutOfMemoryError is one
-            optimizer = None  # it may have half of a parameter's state, and does not check that again
+        except RuntimeError as error:  # also torch.OutOfMemoryError, which is a subclass
+            optimizer = None  # the optimizer may have incomplete state, which it does not check again
             if not any(words in str(error) for words in NO_MEMORY):
                 failed += 1
                 traceback.print_exc()

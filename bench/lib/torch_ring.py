@@ -1,8 +1,8 @@
-"""Run all-reduces over devices 0 and 1 without end, with a process on each device.
+"""Run all-reduces over devices 0 and 1, with a process on each device.
 
-Prints "ready" or "- WHY", then answers each line of stdin. `reduce SECONDS START_NS` runs from that moment of
-CLOCK_MONOTONIC on for this long: {"steps"}, completed all-reduces of 64 MiB, with fractions. It starts the process for
-device 1 itself, which exits with it. It knows nothing of fgpu.
+The program prints "ready" or "- WHY". A line `reduce SECONDS START_NS` of stdin starts all-reduces of 64 MiB at
+START_NS of CLOCK_MONOTONIC, for SECONDS. The answer is {"steps": N}, the number of completed all-reduces with a
+fraction. The program starts the process for device 1, which exits with it. It does not use fgpu.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ import sys
 import time
 from typing import Any
 
-ELEMENTS = 16 << 20  # of 4 bytes
-os.environ["NCCL_NVLS_ENABLE"] = "0"  # multicast over NVLink depends on the host, not on two devices
-ROUND = 10  # all-reduces between two looks at the clock
+ELEMENTS = 16 << 20  # each has 4 bytes
+os.environ["NCCL_NVLS_ENABLE"] = "0"  # multicast over NVLink is not available on every host with two devices
+ROUND = 10  # all-reduces between two checks of the clock
 
 
 def free_port() -> int:
@@ -28,7 +28,7 @@ def free_port() -> int:
 
 
 def reduce_for(torch: Any, values: Any, more: Any, end_ns: int) -> float:
-    """Run rounds until the first process ends them. Return how many all-reduces were done by then."""
+    """Run rounds until the first process broadcasts the end. Return the all-reduces that were done before `end_ns`."""
     done, at_ns = 0.0, time.monotonic_ns()
     while True:
         for _ in range(ROUND):
@@ -44,7 +44,7 @@ def reduce_for(torch: Any, values: Any, more: Any, end_ns: int) -> float:
 
 
 def serve(torch: Any, rank: int, other: subprocess.Popen[bytes] | None) -> None:
-    """Serve lines until stdin ends. The first process passes its lines on to the other one."""
+    """Serve lines until stdin ends. The first process sends its lines to the other process, too."""
     values = torch.zeros(ELEMENTS, device="cuda")
     more = torch.zeros(1, device="cuda")
     for _ in range(5):
@@ -64,7 +64,7 @@ def serve(torch: Any, rank: int, other: subprocess.Popen[bytes] | None) -> None:
 
 
 def main() -> int:
-    """Run rank 0, or rank 1 as `torch_ring.py 1 PORT`."""
+    """Run rank 0 and start rank 1, which is called as `torch_ring.py 1 PORT`."""
     try:
         import torch
         import torch.distributed

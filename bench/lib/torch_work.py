@@ -1,9 +1,9 @@
-"""A program with torch that runs commands: prints "ready" or "- WHY", then answers each line of stdin with JSON.
+"""A program with torch that runs commands. It prints "ready" or "- WHY", then answers each line of stdin with JSON.
 
-`WHAT SECONDS START_NS`, from that moment of CLOCK_MONOTONIC on for this long: train and unfilled are trainings, small
-is inference of a model that takes 0.1 ms, each {"steps", "p50_us"}; capture makes 1,000 graphs in the default mode
-while another thread launches, {"captures", "failed", "why"}. A line while it works stops that work. It knows nothing of
-fgpu.
+A line is `WHAT SECONDS START_NS`: the work begins at START_NS of CLOCK_MONOTONIC and lasts SECONDS. `train` and
+`unfilled` are trainings, and `small` is inference of a model that takes 0.1 ms. Their answers are {"steps", "p50_us"}.
+`capture` captures 1,000 CUDA graphs in the default mode while another thread launches, and its answer is {"captures",
+"failed", "why"}. A line during a training stops the training. The program does not use fgpu.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ import time
 from typing import Any
 
 CAPTURES = 1000
-IN_FLIGHT = 3  # trainings run ahead of the device by this many steps
+IN_FLIGHT = 3  # a training launches up to this many steps before the device has done them
 
 
 def training(torch: Any, width: int, layers: int, batch: int) -> Any:
-    """Return a function that does one step."""
+    """Return a function that does one step of a training."""
     torch.manual_seed(1)
     model = torch.nn.Sequential(*[torch.nn.Linear(width, width) for _ in range(layers)]).cuda()
     optimizer = torch.optim.Adam(model.parameters())
@@ -38,7 +38,7 @@ def training(torch: Any, width: int, layers: int, batch: int) -> Any:
 
 
 def inference(torch: Any) -> Any:
-    """Return a function that does one step and waits for it."""
+    """Return a function that does one inference and waits for it."""
     model = torch.nn.Sequential(*[torch.nn.Linear(256, 256), torch.nn.ReLU()] * 3).cuda().eval()
     inputs = torch.randn(16, 256, device="cuda")
 
@@ -51,12 +51,12 @@ def inference(torch: Any) -> Any:
 
 
 def told_to_stop() -> bool:
-    """Return whether there is another line."""
+    """Return whether stdin has another line."""
     return bool(select.select([sys.stdin.buffer], [], [], 0)[0])
 
 
 def run_ahead(torch: Any, step: Any, end_ns: int) -> dict[str, float]:
-    """Run steps without waiting for each. Those count that the device had done at the end, with fractions."""
+    """Run steps without waiting for each, until `end_ns`. Count the steps that the device has done by then."""
     events: list[Any] = []
     done, last_ns = 0, time.monotonic_ns()
     took: list[int] = []
@@ -81,7 +81,7 @@ def run_ahead(torch: Any, step: Any, end_ns: int) -> dict[str, float]:
 
 
 def run_waiting(step: Any, end_ns: int) -> dict[str, float]:
-    """Run steps one by one."""
+    """Run steps one by one until `end_ns`."""
     took: list[int] = []
     at_ns = time.monotonic_ns()
     while at_ns < end_ns:
@@ -93,7 +93,7 @@ def run_waiting(step: Any, end_ns: int) -> dict[str, float]:
 
 
 def capture(torch: Any, end_ns: int) -> dict[str, Any]:
-    """Capture graphs in the default mode, each launched once, beside a thread that launches."""
+    """Capture graphs in the default mode and launch each once, while another thread launches."""
     ended, failed, why, count = threading.Event(), 0, "", 0
     side, noise, values = torch.cuda.Stream(), torch.zeros(1 << 16, device="cuda"), torch.zeros(1 << 16, device="cuda")
     torch.cuda.synchronize()
@@ -105,7 +105,7 @@ def capture(torch: Any, end_ns: int) -> dict[str, Any]:
                     noise.mul_(1.0)
 
     thread = threading.Thread(target=launch)
-    gc.freeze()  # a capture collects garbage first: only its own
+    gc.freeze()  # a capture runs the garbage collector first, which then has only new objects to check
     thread.start()
     while count < CAPTURES and time.monotonic_ns() < end_ns:
         count += 1
@@ -149,7 +149,7 @@ def main() -> int:
             step()
     torch.cuda.synchronize()
     print("ready", flush=True)
-    while words := sys.stdin.buffer.raw.readline().split():  # unbuffered: select must see what is left
+    while words := sys.stdin.buffer.raw.readline().split():  # unbuffered, so that select() detects further lines
         what = words[0].decode()
         if what == "stop":
             continue

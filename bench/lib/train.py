@@ -1,5 +1,7 @@
-"""A small torch training, as fast as it goes, COUNT steps for each COUNT of stdin; answers each with a line of JSON,
-{"steps_per_second": N}, or at once with {"absent": why}. Eight layers of 2048, Adam, batch 512.
+"""A small torch training (eight layers of 2048, Adam, batch 512) that measures its own speed.
+
+For each line COUNT of stdin, the program runs 100 steps to warm up and COUNT measured steps, and prints a line of JSON,
+{"steps_per_second": N}. If there is no torch, it prints {"absent": why} and exits.
 """
 
 from __future__ import annotations
@@ -10,7 +12,7 @@ import time
 
 
 def main() -> int:
-    """Train as often as requested."""
+    """Train for each line of stdin."""
     try:
         import torch
     except ImportError as error:

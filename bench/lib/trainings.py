@@ -1,6 +1,7 @@
 """Cases of bench/compute.py with torch: trainings, small inference, graph capture, all-reduces over two devices.
 
-Each takes a Bench and prints its figures; Skip: no torch, or too few devices. Programs: torch_work.py, torch_ring.py.
+Each case has a Bench as its argument and prints its figures. It raises Skip if there is no torch, or too few devices.
+The programs are torch_work.py and torch_ring.py.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ TORCH = ("t0", "t1", "n0", "n1")  # two tenants, and two without a gate
 
 
 def _started(bench: Bench, *names: str, script: str = "torch_work.py") -> dict[str, Program]:
-    """Start programs with torch, all at once, without a spin beside them that would have a share."""
+    """Start programs with torch, all at once, and set the shares of those in tenants. Raises Skip, BenchError."""
     if bench.given.driver_root != "/":
         raise Skip("no torch on a simulated device")
     found: dict[str, Program] = {}
@@ -60,7 +61,7 @@ def _torch(bench: Bench) -> dict[str, Program]:
 
 
 def _run(seconds: float, *works: tuple[Program, str]) -> list[dict[str, float]]:
-    """Run all works from the same moment. Return what each program reports."""
+    """Run all works from the same moment on. Return the answer of each program."""
     start_ns = time.monotonic_ns() + HEAD_START_NS
     for program, what in works:
         program.say(f"{what} {seconds} {start_ns}")
@@ -74,7 +75,7 @@ def _run(seconds: float, *works: tuple[Program, str]) -> list[dict[str, float]]:
 
 
 class Busy(threading.Thread):
-    """The utilization of the device by nvidia-smi, a few times a second."""
+    """A thread that reads the utilization of device 0 from nvidia-smi, five times a second."""
 
     def __init__(self) -> None:
         super().__init__(daemon=True)
@@ -89,7 +90,7 @@ class Busy(threading.Thread):
                 self.seen.append(float(line))
 
     def end(self) -> float:
-        """Return the median, in percent."""
+        """Stop the thread. Return the median of the utilization, in percent."""
         self._process.kill()
         self._process.wait()
         self.join(5)
@@ -97,23 +98,27 @@ class Busy(threading.Thread):
 
 
 def _alone(programs: dict[str, Program], what: str, seconds: float, *names: str) -> dict[str, dict[str, float]]:
-    """Run each program alone. No two programs run alike, so each one is its own measure."""
+    """Run each program alone. Speeds differ between processes, so each program is compared with itself alone."""
     return {name: _run(seconds, (programs[name], what))[0] for name in names}
 
 
 def _parts(alone: dict[str, dict[str, float]], together: dict[str, dict[str, float]]) -> list[float]:
-    """Return what each program got beside the others, in percent of what it gets alone."""
+    """Return the steps of each program in a run with others, in percent of its steps alone."""
     return [100 * said["steps"] / alone[name]["steps"] for name, said in together.items()]
 
 
 def _together(programs: dict[str, Program], seconds: float, **what: str) -> dict[str, dict[str, float]]:
-    """Run all programs at once: name = work."""
+    """Run programs at once, and return their answers by name. `what`: the work of each program, by its name."""
     said = _run(seconds, *((programs[name], work) for name, work in what.items()))
     return dict(zip(what, said, strict=True))
 
 
 def _pairs(bench: Bench, what: str, name: str, bar: float | None, rounds: int) -> None:
-    """Run each alone, two with gates, and two without, repeatedly: the sum of two, in percent of each alone."""
+    """Run programs alone, two with gates, and two without, `rounds` times.
+
+    Prints the sum of two, each in percent of itself alone. `bar`: the least sum with gates; the sum without gates is a
+    second bar then.
+    """
     programs = _torch(bench)
     seconds = 0.75 * bench.seconds if bench.quick else bench.seconds
     gated, ungated, errors, busy = [], [], [], 0.0
@@ -137,7 +142,7 @@ def _pairs(bench: Bench, what: str, name: str, bar: float | None, rounds: int) -
 
 
 def train(bench: Bench) -> None:
-    """Compare two trainings that fill the device with one alone, and with two that the driver schedules."""
+    """Compare two trainings that fill the device with one alone, and with two that only the driver schedules."""
     _pairs(bench, "train", "train", 97, 5)
 
 
@@ -147,7 +152,12 @@ def unfilled(bench: Bench) -> None:
 
 
 def _beside(programs: dict[str, Program], seconds: float, rounds: int, **what: str) -> dict[str, list[float]]:
-    """Run name = work, in turn with each alone, because that varies: medians of percent of that, and added p50."""
+    """Run programs at once and each alone, in turn, because speeds alone vary with time.
+
+    Returns:
+        For each name in `what` the medians of two figures: its steps in percent of those alone, and the percentage by
+        which its p50 is longer than alone.
+    """
     parts: dict[str, list[tuple[float, float]]] = {name: [] for name in what}
     for _ in range(rounds):
         alone = {name: _run(seconds, (programs[name], work))[0] for name, work in what.items()}
@@ -158,7 +168,7 @@ def _beside(programs: dict[str, Program], seconds: float, rounds: int, **what: s
 
 
 def inference(bench: Bench) -> None:
-    """Run two loops of small inference, and one beside a training: each by its own speed alone."""
+    """Run two loops of small inference, and one with a training. Compare each with its own speed alone."""
     programs, seconds, rounds = _torch(bench), bench.seconds, 3
     for number, (part, added) in enumerate(_beside(programs, seconds, rounds, t0="small", t1="small").values()):
         bench.line(f"inference_{number}", part, "% of alone", least=45)
@@ -170,7 +180,7 @@ def inference(bench: Bench) -> None:
 
 
 def train_step(bench: Bench) -> None:
-    """Measure by how much a training without end increases the p99 of a step of 5 ms every 50 ms."""
+    """Measure by how much a continuous training increases the p99 of a step of 5 ms every 50 ms."""
     programs = _torch(bench)
     seconds, alone = bench.step_seconds, bench.step_alone()
     quick = bench.spin("w0")
@@ -185,7 +195,7 @@ def train_step(bench: Bench) -> None:
 
 
 def torch_capture(bench: Bench) -> None:
-    """Capture graphs in the default mode while gates open and close, and another thread launches all the time."""
+    """Capture graphs in the default mode while gates open and close and another thread launches all the time."""
     programs = _torch(bench)
     seconds = 60.0
     programs["t1"].say(f"train {seconds} {time.monotonic_ns()}")
@@ -200,7 +210,10 @@ def torch_capture(bench: Bench) -> None:
 
 
 def nccl(bench: Bench) -> None:
-    """Run two tenants, each an all-reduce loop over the same two devices, a process on each, against one alone."""
+    """Run all-reduce loops of two tenants over the same two devices, and compare them with one loop alone.
+
+    Each tenant has a process on each device.
+    """
     bench.end()
     programs = _started(bench, "tr0", "tr1", "ring", script="torch_ring.py")
     (alone,) = _run(bench.seconds, (programs["ring"], "reduce"))

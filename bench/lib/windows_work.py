@@ -1,8 +1,8 @@
-"""A program with torch that counts its steps in windows of time: says "ready" or "- WHY", then answers lines of stdin.
+"""A program with torch that counts its steps in windows of time. It prints "ready" or "- WHY", then answers stdin.
 
-`WHAT SECONDS START_NS`: from that moment of CLOCK_MONOTONIC on it does steps of that kind, and prints a list with the
-number of steps that ended in each window of WINDOW_SECONDS, and a list with the milliseconds that these steps took
-without waiting: a step of five medians or more has waited, and counts as one median. It knows nothing of fgpu.
+A line `WHAT SECONDS START_NS` starts steps of that kind at START_NS of CLOCK_MONOTONIC. The answer has two lists: the
+number of steps that ended in each window of WINDOW_SECONDS, and the milliseconds that these steps took without waiting.
+A step of five medians or more has waited, and counts as one median. The program does not use fgpu.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from collections.abc import Callable
 from typing import Any
 
 WINDOW_SECONDS = 2
-LONG_PAUSES = 0.1  # of the pauses of `think` are long
-WAITED = 5  # medians
-TURN_SECONDS = 0.02  # as long as `small-paused` works, and as long as it sleeps
+LONG_PAUSES = 0.1  # this part of the pauses of `think` is long
+WAITED = 5  # a step of at least this many medians has waited
+TURN_SECONDS = 0.02  # `small-paused` works and sleeps for this time, in turn
 Step = Callable[[], None]
 
 
 def training(torch: Any, end: Callable[[Any, int], None]) -> Step:
-    """Return a step of a training: 8 x Linear(2048), batch 512. `end` is called with its loss and its number."""
+    """Return a step of a training: 8 x Linear(2048), batch 512. Each step calls `end` with its loss and its number."""
     torch.manual_seed(1)
     model = torch.nn.Sequential(*[torch.nn.Linear(2048, 2048) for _ in range(8)]).cuda()
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-6)
@@ -42,7 +42,7 @@ def training(torch: Any, end: Callable[[Any, int], None]) -> Step:
 
 
 def inference(torch: Any) -> Step:
-    """Return an inference of a small model, which waits for the result."""
+    """Return a step that runs an inference of a small model and waits for the result."""
     model = torch.nn.Sequential(*[torch.nn.Linear(256, 256), torch.nn.ReLU()] * 3).cuda().eval()
     inputs = torch.randn(16, 256, device="cuda")
 
@@ -55,7 +55,7 @@ def inference(torch: Any) -> Step:
 
 
 def decoding(torch: Any) -> Step:
-    """Return a step like that of a language model: one graph a token, batch 1, and the token is read."""
+    """Return a step like that of a language model: one graph for each token, batch 1, and a read of the token."""
     model = torch.nn.Sequential(*[torch.nn.Linear(4096, 4096) for _ in range(48)]).cuda().half().eval()
     inputs, stream = torch.randn(1, 4096, device="cuda").half(), torch.cuda.Stream()
     with torch.inference_mode():
@@ -74,7 +74,7 @@ def decoding(torch: Any) -> Step:
 
 
 def kinds(torch: Any) -> dict[str, Step]:
-    """Return the steps by name."""
+    """Return all kinds of steps, by name."""
     chance = random.Random(2)
 
     def pause() -> None:
@@ -121,7 +121,7 @@ def counted(step: Step, seconds: float, start_ns: int) -> tuple[list[int], list[
 
 
 def main() -> int:
-    """Run what each line of stdin asks for: a kind of step, the seconds, and the start in ns."""
+    """Serve lines until stdin ends."""
     try:
         import torch
     except ImportError as error:

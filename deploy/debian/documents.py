@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
-"""Writes what a package has to read, below STAGE/usr/share: `documents.py STAGE`.
+"""Write the documents of a package below STAGE/usr/share: `documents.py STAGE`.
 
-Pages go to doc/fgpu in the folders that they have in the repository, so that links between them hold, with their
-generated parts filled in. Manual pages go to man/man1, made from the commands, and examples to doc/fgpu/examples.
-Raises KeyError for a generated part that nothing writes.
+Pages are copied to doc/fgpu, into the same folders as in the repository, so that links between them work, and their
+generated parts are filled in. Manual pages are made from the commands, in man/man1. Examples are in doc/fgpu/examples.
+Raises KeyError if a page has the mark of an unknown generated part.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ import fgpu_ebpf  # noqa: E402
 
 FOLDERS = ("docs", "dashboards", "examples/policy.d", "deploy/systemd")
 PAGES = ("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md", "LICENSE")
-LEFT_OUT = ("hooks", "site.css", "make.py", "grafana.py", "__pycache__")  # parts of the site, and what makes the files
+LEFT_OUT = ("hooks", "site.css", "make.py", "grafana.py", "__pycache__")  # parts of the site, and generators
 MARK = re.compile(r"<!-- generated: (\w+) -->")
 SETTINGS = "# Settings of the agent: copy what you change to /etc/fgpu/agent.yaml. These are the defaults.\n"
 
 
 def pages(folder: Path) -> None:
-    """Write all pages, and the files that they link to."""
+    """Write all pages below a folder, and the files that they link to."""
     for name in FOLDERS:
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns(*LEFT_OUT))
     for name in PAGES:
@@ -42,7 +42,10 @@ def pages(folder: Path) -> None:
 
 
 def settings() -> str:
-    """Return agent.yaml with every default, as comments. The page on policies has it, and a test compares it."""
+    """Return an agent.yaml that has every setting with its default, as a comment.
+
+    The text is taken from docs/policy.md, which a test compares with the defaults of the code.
+    """
     (block,) = re.findall(r"^```yaml\n(listen: .*?)^```", (ROOT / "docs/policy.md").read_text(), re.M | re.S)
     return SETTINGS + "".join(f"#{line}\n" for line in block.splitlines())
 
@@ -51,13 +54,13 @@ def settings() -> str:
 
 
 def roff(text: str) -> str:
-    """Return text in which nothing is a request of roff."""
+    """Return text escaped for roff, so that none of it is a request."""
     plain = text.replace("\\", "\\e").replace("-", "\\-").replace("`", "")
     return re.sub(r"^(?=[.'])", r"\\&", plain, flags=re.MULTILINE)
 
 
 def paragraphs(text: str) -> Iterator[str]:
-    """Yield the lines of a command's help; what click is told not to wrap is not wrapped here."""
+    r"""Yield the roff lines of a command's help. A paragraph that begins with \b is not wrapped, as in click."""
     for paragraph in text.split("\n\n"):
         kept = paragraph.startswith("\b\n")
         yield from (".PP", *([".nf"] if kept else []), roff(paragraph.removeprefix("\b\n").strip()))
@@ -65,7 +68,7 @@ def paragraphs(text: str) -> Iterator[str]:
 
 
 def option(found: click.Option, context: click.Context) -> Iterator[str]:
-    """Yield the lines of an option."""
+    """Yield the roff lines of an option."""
     value = "" if found.is_flag else rf" \fI{roff(found.make_metavar(context))}\fR"
     names = ", ".join(rf"\fB{roff(name)}\fR" for name in (*found.opts, *found.secondary_opts))
     usual = f" The default is {found.default}." if found.show_default and found.default is not None else ""
@@ -73,7 +76,13 @@ def option(found: click.Option, context: click.Context) -> Iterator[str]:
 
 
 def manual(words: str, command: click.Command, inner: dict[str, click.Command]) -> str:
-    """Return the manual page of a command. `inner`: its own commands, by the words that call them."""
+    """Return the manual page of a command.
+
+    Args:
+        words: the command as it is typed, such as `fgpu policy check`.
+        command: the command.
+        inner: its sub-commands, by the words that call them.
+    """
     context, name = click.Context(command, info_name=words), words.replace(" ", "-")
     text = inspect.cleandoc(command.help or "")
     lines = [
@@ -100,7 +109,7 @@ def manual(words: str, command: click.Command, inner: dict[str, click.Command]) 
 
 
 def manuals() -> Iterator[tuple[str, str]]:
-    """Yield the name and the text of each manual page: one for every command."""
+    """Yield the file name and the text of the manual page of every command."""
     known = dict(references.commands())
     for words, command in known.items():
         inner = {other: one for other, one in known.items() if other.rpartition(" ")[0] == words}
@@ -108,7 +117,7 @@ def manuals() -> Iterator[tuple[str, str]]:
 
 
 def write(stage: Path) -> None:
-    """Write everything below a folder."""
+    """Write all documents below a folder."""
     share = stage / "usr/share"
     pages(share / "doc/fgpu")
     (share / "doc/fgpu/examples/agent.yaml").write_text(settings())

@@ -1,6 +1,6 @@
-"""Archives that have the same bytes for the same contents: sorted members, owned by root, at the time of the commit.
+"""Archives that have the same bytes for the same contents: sorted members, owned by root, with the commit's time.
 
-The time is SOURCE_DATE_EPOCH, in seconds. Nothing here depends on the umask, the file system or the folder.
+The time is SOURCE_DATE_EPOCH, in seconds. The bytes do not depend on the umask, the file system or the folder.
 """
 
 from __future__ import annotations
@@ -20,29 +20,35 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-OLDEST_ZIP = 315532800  # 1980: zip files know no time before it
+OLDEST_ZIP = 315532800  # the begin of 1980, the earliest time that a zip file can contain
 INDEX = "application/vnd.oci.image.index.v1+json"
 MANIFEST = "application/vnd.oci.image.manifest.v1+json"
 
 
 def epoch() -> int:
-    """Return the time of every member. Raises KeyError without SOURCE_DATE_EPOCH."""
+    """Return the time of every member, in seconds since the epoch. Raises KeyError without SOURCE_DATE_EPOCH."""
     return int(os.environ["SOURCE_DATE_EPOCH"])
 
 
 def moment() -> str:
-    """Return that time as OCI's JSON has it."""
+    """Return the same time as text, in the format of OCI's JSON."""
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(epoch()))
 
 
 def sha256(path: Path) -> str:
-    """Return the digest of a file, in hexadecimal."""
+    """Return the SHA-256 digest of a file, in hexadecimal."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def below(folder: Path, top: str, left_out: Sequence[str] = ()) -> dict[str, Path]:
-    """Return the files below a folder, by their names in an archive. `left_out`: names of files and folders."""
+    """Return the files below a folder, by their names in an archive.
+
+    Args:
+        folder: the folder.
+        top: the first folder of the names in the archive.
+        left_out: names of files and folders to leave out.
+    """
     ignored = {"__pycache__", *left_out}
     paths = [path for path in folder.rglob("*") if path.is_file()]
     return {
@@ -52,7 +58,7 @@ def below(folder: Path, top: str, left_out: Sequence[str] = ()) -> dict[str, Pat
 
 @contextmanager
 def compressed(out: Path, level: int = 9) -> Iterator[IO[bytes]]:
-    """Open a gzip file for writing."""
+    """Open a gzip file for writing, with the time of epoch() and without a name in it."""
     with open(out, "wb") as raw, gzip.GzipFile("", "wb", level, raw, mtime=epoch()) as packed:
         yield packed
 
@@ -66,17 +72,17 @@ def _add(tar: tarfile.TarFile, name: str, source: Path | bytes, mode: int = 0o64
 
 
 def tar_gz(out: Path, files: Mapping[str, Path]) -> None:
-    """Write files to a .tar.gz, by their names in it."""
+    """Write a .tar.gz. `files`: the files by their names in the archive."""
     with compressed(out) as packed, tarfile.open(fileobj=packed, mode="w|", format=tarfile.PAX_FORMAT) as tar:
         for name, path in sorted(files.items()):
             _add(tar, name, path, 0o755 if path.stat().st_mode & stat.S_IXUSR else 0o644)
 
 
 def normal_wheel(made: Path, out: Path) -> None:
-    """Write a wheel again, without what its builder's files had: times, modes, order."""
+    """Write a copy of a wheel whose members have fixed times, modes and order."""
     when = time.gmtime(max(epoch(), OLDEST_ZIP))[:6]
     with zipfile.ZipFile(made) as old, zipfile.ZipFile(out, "w") as new:
-        # dist-info comes last, as the format recommends
+        # .dist-info is last, as the format of wheels recommends
         for info in sorted(old.infolist(), key=lambda info: (".dist-info/" in info.filename, info.filename)):
             fixed = zipfile.ZipInfo(info.filename, when)
             mode = 0o755 if info.external_attr >> 16 & stat.S_IXUSR else 0o644
@@ -96,25 +102,29 @@ class Blob:
 
     @property
     def digest(self) -> str:
-        """Return its SHA-256 digest, in hexadecimal."""
+        """The SHA-256 digest of the contents, in hexadecimal."""
         return hashlib.sha256(self.source).hexdigest() if isinstance(self.source, bytes) else sha256(self.source)
 
     def descriptor(self) -> dict[str, Any]:
-        """Return its descriptor, as manifests and indexes have it."""
+        """Return the OCI descriptor of the blob, for manifests and indexes."""
         size = len(self.source) if isinstance(self.source, bytes) else self.source.stat().st_size
         return {"mediaType": self.kind, "digest": f"sha256:{self.digest}", "size": size}
 
 
 def as_json(value: Any) -> bytes:
-    """Return JSON with sorted keys and without spaces."""
+    """Return a value as JSON with sorted keys and without spaces."""
     return json.dumps(value, sort_keys=True, separators=(",", ":")).encode()
 
 
 def oci_layout(out: Path, config: Blob, layers: Sequence[Blob], name: str, docker: bool = False) -> None:
-    """Write an OCI image layout as a tar file, with one manifest.
+    """Write an OCI image layout with one manifest, as a tar file.
 
-    `name` is what an engine calls it, with a tag. `docker`: write manifest.json too, so that `docker load` of every
-    version reads the file.
+    Args:
+        out: the tar file.
+        config: the configuration of the image.
+        layers: the layers, the lowest first.
+        name: the name of the image in an engine, with a tag.
+        docker: whether to write manifest.json too, so that `docker load` of every version can read the file.
     """
     manifest = Blob(
         MANIFEST,

@@ -1,7 +1,7 @@
 """The images of deploy/images/agent and device-plugin, as OCI layouts, without a registry.
 
-The base is made by mmdebstrap, and a Docker of its own (build/engines) builds the Dockerfiles on it. Each image becomes
-one layer: what the container's file system has, without caches, logs and the times of the build.
+mmdebstrap makes the base image, and a separate Docker (build/engines) builds the Dockerfiles with it. Each image has
+one layer: the container's file system, without caches, logs and the times of the build.
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ import archives
 
 ROOT = Path(__file__).resolve().parents[2]
 IMAGES = ROOT / "deploy/images"
-SUITE, BASE = "bookworm", "debian:bookworm-slim"  # what the Dockerfiles name
+SUITE, BASE = "bookworm", "debian:bookworm-slim"  # as the Dockerfiles name them
 PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 CONFIG = "application/vnd.oci.image.config.v1+json"
 LAYER = "application/vnd.oci.image.layer.v1.tar+gzip"
-# Engines make these themselves, or they depend on when and where the image was built.
+# Files that engines create, or that depend on the time or place of the build.
 LEFT_OUT = re.compile(
     r"\.dockerenv$|(dev|proc|sys|tmp)/.|etc/(hostname|hosts|resolv\.conf)$|var/lib/dpkg/.*-old$"
     r"|etc/(passwd|group|shadow|gshadow|subuid|subgid)-$"
 )
 LEFT_OUT_FILES = re.compile(r"var/(cache/(apt|ldconfig|man)|lib/apt/lists|log)/")
 READY_SECONDS = 60
-LEVEL = 6  # of compression
-# On a hybrid host cgroup v2 is elsewhere.
+LEVEL = 6  # gzip's compression level
+# On a host with both versions of cgroups, cgroup v2 is not mounted at /sys/fs/cgroup.
 MOUNTS = '[ "$(stat -fc %T /sys/fs/cgroup)" = cgroup2fs ] || mount -t cgroup2 none /sys/fs/cgroup; exec "$@"'
 
 
@@ -47,7 +47,7 @@ def _run(*command: str | Path, **more: Any) -> str:
 
 
 class Engine:
-    """A Docker for one release, with the base as an image."""
+    """A separate Docker daemon for one release."""
 
     def __init__(self, engines: Path, work: Path) -> None:
         self._docker = engines / "usr/bin/docker"
@@ -66,11 +66,11 @@ class Engine:
         return [str(self._docker), "--host", f"unix://{self._socket}", *map(str, words)]
 
     def call(self, *words: str | Path) -> str:
-        """Run a command and return what it prints."""
+        """Run a command of the docker client and return its output. Raises SystemExit if it fails."""
         return _run(*self._words(*words), env={**os.environ, "DOCKER_BUILDKIT": "0"})
 
     def wait(self) -> None:
-        """Wait until it answers."""
+        """Wait until the daemon answers. Raises SystemExit if it does not start within READY_SECONDS."""
         deadline = time.monotonic() + READY_SECONDS
         while subprocess.run(self._words("version"), capture_output=True, check=False).returncode:
             if self._daemon.poll() is not None or time.monotonic() > deadline:
@@ -78,7 +78,7 @@ class Engine:
             time.sleep(0.2)
 
     def end(self) -> None:
-        """Stop it."""
+        """Stop the daemon."""
         self._daemon.terminate()
         self._daemon.wait(60)
 
@@ -91,7 +91,7 @@ class Engine:
 
 @contextmanager
 def engine(engines: Path, work: Path) -> Iterator[Engine]:
-    """Run a Docker that has the base."""
+    """Run a Docker that has the base image."""
     root = work / "base.tar"
     _run("mmdebstrap", "--quiet", "--variant=minbase", SUITE, root)
     docker = Engine(engines, work)
@@ -105,7 +105,7 @@ def engine(engines: Path, work: Path) -> Iterator[Engine]:
 
 
 class _Hashed:
-    """A stream that is written through, with the digest of all that was written."""
+    """A stream that writes to another stream and computes the digest of all data."""
 
     def __init__(self, file: IO[bytes]) -> None:
         self._file, self.sha256 = file, hashlib.sha256()
@@ -116,9 +116,10 @@ class _Hashed:
 
 
 def _layer(exported: Path, out: Path) -> str:
-    """Write the layer, and return the digest of what is compressed in it.
+    """Write the layer, and return the digest of its uncompressed data.
 
-    Members stay in the order of the export, which is by name within each folder: a hard link follows its target.
+    Members stay in the order of the export. This order is by name within each folder, and a hard link follows its
+    target.
     """
     with tarfile.open(exported) as old, archives.compressed(out, LEVEL) as packed:
         through = _Hashed(packed)
@@ -126,7 +127,7 @@ def _layer(exported: Path, out: Path) -> str:
             for info in old:
                 if LEFT_OUT.match(info.name) or (LEFT_OUT_FILES.match(info.name) and not info.isdir()):
                     continue
-                # Bytecode names the time of its source: times before the commit stay.
+                # Python's bytecode contains the time of its source, so times before the commit are not changed.
                 info.mtime, info.uname, info.gname = min(int(info.mtime), archives.epoch()), "", ""
                 kept = {key: value for key, value in info.pax_headers.items() if key.startswith("SCHILY.xattr.")}
                 info.pax_headers = kept
@@ -144,7 +145,7 @@ def _packages(exported: Path) -> list[tuple[str, str]]:
 
 
 def build(docker: Engine, kind: str, version: str, deb: Path, work: Path, out: Path) -> list[tuple[str, str]]:
-    """Build deploy/images/KIND/Dockerfile. Return name and version of each Debian package in it."""
+    """Build deploy/images/KIND/Dockerfile as an OCI layout. Return name and version of each Debian package in it."""
     context = work / f"context-{kind}"
     context.mkdir()
     shutil.copy(deb, context)

@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
-"""Makes the artefacts of a release: `make.py --into FOLDER ARTEFACT...`, called by `./dev package` and `./dev release`.
+"""Make the artefacts of a release: `make.py --into FOLDER ARTEFACT...`, called by `./dev package` and `./dev release`.
 
-Two runs on the same commit give the same bytes, in whatever folder. It needs build/shim and build/oci of `./dev build`,
-and SOURCE_DATE_EPOCH. An artefact that others are made of is made too.
+Two runs on the same commit make the same bytes, in any folder. The program needs build/shim and build/oci of `./dev
+build`, and SOURCE_DATE_EPOCH. Artefacts that are parts of the requested artefacts are made too.
 """
 
 from __future__ import annotations
@@ -23,35 +23,39 @@ import yaml
 
 ROOT = Path(__file__).resolve().parents[2]
 LOCK = ROOT / "deploy/packages.lock"
-PYTHONS = ("3.11", "3.12", "3.13", "3.14")  # for which the .deb and the .rpm have compiled packages
-PARTS = ("build/shim/libfgpu.so", "build/oci/fgpu-oci")  # of ./dev build
+PYTHONS = ("3.11", "3.12", "3.13", "3.14")  # the .deb and the .rpm have compiled packages for these versions
+PARTS = ("build/shim/libfgpu.so", "build/oci/fgpu-oci")  # made by ./dev build
 SOURCES = ("fgpu_ebpf", "bpf", "shim", "oci", "sim/headers.sh", "pyproject.toml", "setup.py", "MANIFEST.in")
 SOURCES += ("README.md", "LICENSE", *PARTS)
 CHART_CONFIG = "application/vnd.cncf.helm.config.v1+json"
 CHART_CONTENT = "application/vnd.cncf.helm.chart.content.v1.tar+gzip"
-NAMESPACE = "fgpu"  # of signatures: one for another purpose is not valid here
+NAMESPACE = "fgpu"  # of signatures, so that a signature of the same key for another purpose is not valid
 
 
 def version() -> str:
-    """Return the version of this tree."""
+    """Return the version of fgpu in this tree."""
     (found,) = re.findall('^__version__ = "(.*)"$', (ROOT / "fgpu_ebpf/__init__.py").read_text(), re.MULTILINE)
     return found
 
 
 def run(*command: str | Path, where: Path = ROOT) -> None:
-    """Run a command. Its output is shown if it fails."""
+    """Run a command. Raises SystemExit with its output if it fails."""
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False, cwd=where)
     if done.returncode:
         raise SystemExit(f"{' '.join(map(str, command))}: {done.returncode}\n{done.stdout}{done.stderr}")
 
 
 def python(*words: str | Path) -> None:
-    """Run this Python with pip's usual options."""
+    """Run pip with this Python, without output."""
     run(sys.executable, "-m", "pip", *words, "--quiet", "--disable-pip-version-check")
 
 
 class Release:
-    """What is made, and where. `work`: a folder for parts; `keep`: downloads that the next run may use."""
+    """The artefacts of one run.
+
+    `into` is the folder for the artefacts, `work` a folder for intermediate files, and `keep` a folder for downloads
+    that the next run may use.
+    """
 
     def __init__(self, into: Path, work: Path, keep: Path) -> None:
         self.into, self._work, self._keep, self.version = into, work, keep, version()
@@ -59,12 +63,12 @@ class Release:
         self.packages: dict[Path, list[tuple[str, str]]] = {}  # Debian packages of each image
 
     def make(self, *kinds: str) -> None:
-        """Make artefacts."""
+        """Make the artefacts of these kinds."""
         for kind in kinds:
             self.get(kind)
 
     def get(self, kind: str) -> Path:
-        """Make an artefact, unless that has been done, and return its path."""
+        """Make an artefact, unless it was made in this run, and return its path."""
         if kind not in self.made:
             print(f"dev: {kind}", file=sys.stderr)
             pattern, make = KINDS[kind]
@@ -75,7 +79,10 @@ class Release:
         return self.made[kind]
 
     def _publish(self, kind: str, made: Path) -> None:
-        """Move an artefact to its place, and remove those of other versions. Others may read or make it meanwhile."""
+        """Move an artefact to `into`, and remove the same artefact of other versions.
+
+        The last step is a rename(2), because other processes may read or make the same artefact at this time.
+        """
         pattern, _ = KINDS[kind]
         if kind not in self.made:
             aside = Path(tempfile.mkdtemp(prefix=".new-", dir=self.into))
@@ -90,7 +97,7 @@ class Release:
     # -- Python
 
     def source(self) -> Path:
-        """Return a copy of the files that wheel and sdist are made of, without what earlier builds have left."""
+        """Return a folder with a copy of the files of wheel and sdist, without files of earlier builds."""
         folder = self._work / "source"
         if not folder.exists():
             for name in SOURCES:
@@ -122,7 +129,7 @@ class Release:
         archives.tar_gz(out, archives.below(folder / top, top))
 
     def wheels(self) -> Path:
-        """Return a folder with every wheel of the lock, for each Python; each is compared with its digest."""
+        """Return a folder with every wheel of the lock file, for each Python of PYTHONS. pip checks their digests."""
         folder = self._keep / archives.sha256(LOCK)[:16]
         if not folder.exists():
             self._keep.mkdir(parents=True, exist_ok=True)
@@ -130,14 +137,14 @@ class Release:
             for number in PYTHONS:
                 words = ["--python-version", number, "--platform", "manylinux2014_x86_64", "--only-binary=:all:"]
                 python("download", "--no-deps", "--require-hashes", *words, "--dest", aside, "--requirement", LOCK)
-            with contextlib.suppress(OSError):  # another process was faster
+            with contextlib.suppress(OSError):  # another process may have made the folder
                 aside.rename(folder)
         return folder
 
     # -- packages of distributions
 
     def stage(self) -> Path:
-        """Return the tree of files that both packages have."""
+        """Return the folder with the tree of files that both packages contain."""
         folder = self._work / "stage"
         if not folder.exists():
             run(ROOT / "deploy/stage", sys.executable, self.get("wheel"), self.wheels(), folder)
@@ -155,7 +162,7 @@ class Release:
 
     def images(self, _: Path) -> None:
         """Build both images with one engine."""
-        import images  # needs packages that the others do not need
+        import images  # here, because it needs Python packages that the other artefacts do not need
 
         kinds = {"agent-image": "agent", "device-plugin-image": "device-plugin"}
         deb = self.get("deb")
@@ -182,18 +189,18 @@ class Release:
         archives.oci_layout(out, config, [layer], f"fgpu:{self.version}")
 
     def bake(self, out: Path) -> None:
-        """Pack all that `docker buildx bake` needs for the images of docs/clearml.md."""
+        """Pack all files that `docker buildx bake` needs for the images of docs/clearml.md."""
         top = out.name.removesuffix(".tar.gz")
         files = archives.below(ROOT / "deploy/images", f"{top}/deploy/images", ["agent", "device-plugin"])
         files |= {f"{top}/{name}": ROOT / name for name in ("LICENSE", "docs/clearml.md")}
         archives.tar_gz(out, files | {f"{top}/build/shim/libfgpu.so": ROOT / "build/shim/libfgpu.so"})
 
     def dashboards(self, out: Path) -> None:
-        """Pack dashboards, alerts and their provisioning."""
+        """Pack dashboards and alerts, with the files that install them."""
         archives.tar_gz(out, archives.below(ROOT / "dashboards", out.name.removesuffix(".tar.gz")))
 
     def sbom(self, out: Path) -> None:
-        """Describe everything that has been made."""
+        """Write the SBOM of all artefacts that were made."""
         import sbom
 
         bundles = {self.made.get(kind) for kind in ("deb", "rpm", "agent-image", "device-plugin-image")}
@@ -202,18 +209,18 @@ class Release:
         sbom.write(out, self.version, artefacts, wheels, self.packages, "bookworm")
 
     def checksums(self, out: Path) -> None:
-        """Write the digest of each artefact, as `sha256sum --check` reads it."""
+        """Write the digest of each artefact, in the format of `sha256sum --check`."""
         lines = [f"{archives.sha256(path)}  {path.name}\n" for path in sorted(self.made.values())]
         out.write_text("".join(lines))
 
 
 def sign(file: Path, key: Path) -> None:
-    """Write FILE.sig with an SSH key, which may be in an agent or on a token: `ssh-keygen -Y sign`."""
+    """Write FILE.sig with `ssh-keygen -Y sign`. The SSH key may be in an SSH agent or on a token."""
     file.with_suffix(".sig").unlink(missing_ok=True)
     subprocess.run(["ssh-keygen", "-q", "-Y", "sign", "-f", key, "-n", NAMESPACE, file], check=True)
 
 
-# The names of what is made, with the version, and the functions that make it.
+# The kinds of artefacts: the name of the file, with {} for the version, and the function that makes it.
 KINDS: dict[str, tuple[str, Callable[[Release, Path], None]]] = {
     "wheel": ("fgpu_ebpf-{}-py3-none-manylinux2014_x86_64.whl", Release.wheel),
     "sdist": ("fgpu_ebpf-{}.tar.gz", Release.sdist),
@@ -231,7 +238,7 @@ KINDS: dict[str, tuple[str, Callable[[Release, Path], None]]] = {
 
 
 def main() -> None:
-    """Make what the command line names; everything, if it names nothing."""
+    """Make the artefacts that the command line names, or all artefacts if it names none."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--into", type=Path, required=True)
     parser.add_argument("--keep", type=Path, default=ROOT / "build/wheels", help="downloaded wheels")

@@ -1,7 +1,7 @@
-"""The list of what is in a release (SBOM), as CycloneDX: every artefact with its digest, and the packages in it.
+"""The SBOM of a release, in the format CycloneDX: every artefact with its digest, and the packages in it.
 
-The Python packages are those of deploy/packages.lock, the Debian packages those of the images. The library validates
-the document against CycloneDX's own schema.
+The Python packages are those of deploy/packages.lock, and the Debian packages are those of the images. The CycloneDX
+library validates the document against its schema.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from cyclonedx.schema import SchemaVersion
 from cyclonedx.validation.json import JsonStrictValidator
 from packageurl import PackageURL
 
-SPACE = uuid.UUID("5c1f8f0e-6b0c-5d0a-9c0e-2f6f6d6a7c11")  # of serial numbers: the same contents have the same
+SPACE = uuid.UUID("5c1f8f0e-6b0c-5d0a-9c0e-2f6f6d6a7c11")  # for serial numbers that depend on the contents only
 
 
 def _hashes(path: Path) -> list[HashType]:
@@ -31,7 +31,7 @@ def _hashes(path: Path) -> list[HashType]:
 
 
 def _python(wheel: Path) -> Component:
-    """Describe a wheel, by its own metadata."""
+    """Return the component for a wheel, by the wheel's own metadata."""
     with zipfile.ZipFile(wheel) as file:
         (name,) = [name for name in file.namelist() if name.endswith(".dist-info/METADATA") and name.count("/") == 1]
         facts = email.parser.Parser().parsestr(file.read(name).decode())
@@ -68,8 +68,16 @@ def write(
 ) -> None:
     """Write the document.
 
-    `artefacts`: whether each has the wheels in it. `images`: name and version of each Debian package of each image.
-    Raises SystemExit if the document does not fit the schema.
+    Args:
+        out: the file.
+        version: the version of fgpu.
+        artefacts: the artefacts, each with whether it contains the wheels.
+        wheels: the wheels of the lock file.
+        images: name and version of each Debian package in each image.
+        suite: the Debian release of the images.
+
+    Raises:
+        SystemExit: the document does not match the schema.
     """
     bom = Bom()
     root = Component(name="fgpu", version=version, type=ComponentType.APPLICATION, bom_ref="fgpu")

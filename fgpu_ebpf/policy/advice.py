@@ -1,6 +1,7 @@
-"""Warnings about policies that have no error and select nothing, or something else than their author expects.
+"""Warnings about valid policies: patterns that match nothing, and devices that are not read as the author expects.
 
-`fgpu policy check` uses this module. It does no I/O and knows nothing of the host: each warning holds on every host.
+The module runs in `fgpu policy check`. It does no I/O and uses no property of the host, so that each warning holds on
+every host.
 """
 
 from __future__ import annotations
@@ -16,7 +17,10 @@ _INDEX = re.compile(r"(?:/dev/)?(?:gpu|cuda|nvidia|device)[ :_-]?([0-9]{1,2})", 
 
 
 def warnings(policy: Policy) -> Iterator[str]:
-    """Yield a line for each pattern that cannot match, with its key and the correction."""
+    """Yield a warning for each pattern that cannot match, and for each device that is written like an index.
+
+    A warning is one line with the key and a suggested correction.
+    """
     selector = policy.selector
     for text in selector.cgroup.texts if selector.cgroup else ():
         path = text.strip("/")
@@ -37,7 +41,7 @@ def warnings(policy: Policy) -> Iterator[str]:
 
 
 def _may_be_unit(text: str) -> bool:
-    """Return whether a pattern can match the name of a service or scope: by its text after the last wildcard."""
+    """Return whether a pattern can match the name of a service or scope, by its text after the last wildcard."""
     end = re.split(r"[*?]", text)[-1]
     return "/" not in text and any(end.endswith(suffix) or suffix.endswith(end) for suffix in UNIT_SUFFIXES)
 

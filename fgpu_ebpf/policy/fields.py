@@ -1,7 +1,7 @@
-"""Types of the fields of configuration files: what each value may be, and how it is checked.
+"""Types of the fields of configuration files: the permitted values of each field, and their checks.
 
-`schema` and `agent.host_schema` use this module when files are read. A wrong value raises ValueError with what would be
-right; pydantic makes a ValidationError of it. The types carry the patterns of the JSON Schema, for editors.
+The checks run in the thread that reads the file. A wrong value raises ValueError with the correct form in its text, and
+pydantic turns that into a ValidationError. The types also contain the patterns of the JSON Schema, which editors use.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from fgpu_ebpf.policy.units import MILLION, Amount, amount, duration_ns, million
 
 MOST_METRIC_LABELS = 8
 MOST_ITEMS = 64
-# Labels that the metrics have already, or that Prometheus adds.
+# Labels that fgpu's metrics already have, and labels that Prometheus adds.
 RESERVED_LABELS = frozenset(
     (
         *("tenant", "kind", "policy", "namespace", "pod", "container", "cgroup_path", "gpu"),
@@ -46,13 +46,13 @@ _DURATION = r"^\s*[0-9]+(\.[0-9]+)?\s*(us|ms|s)\s*$"
 
 
 class Model(BaseModel):
-    """A mapping with known keys, which files write in `camelCase`."""
+    """Base of all mappings in configuration files. Its keys are fixed, and are `camelCase` in files."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, alias_generator=to_camel)
 
 
 class _OrOne:
-    """Annotation for the schema: a list, or a single item without the list."""
+    """Annotation of a list: the JSON Schema also accepts a single item in place of the list."""
 
     def __get_pydantic_json_schema__(self, core: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
         schema = handler(core)
@@ -60,7 +60,10 @@ class _OrOne:
 
 
 def absent(description: str, *examples: Any) -> Any:
-    """Return the field of a key that may be left out, but not left empty: the schema has no null and no default."""
+    """Return the field of an optional key. A file must not write the key with an empty value.
+
+    For that, the JSON Schema of the field has no null and no default.
+    """
     shown = list(examples) or None
     return Field(default=None, description=description, examples=shown, json_schema_extra=_without_default)
 
@@ -81,7 +84,11 @@ def _device_listed(value: Any) -> Any:
 
 
 def _written(value: Any, example: str) -> str:
-    """Return the text of a quantity; YAML reads one without a unit as a number, whose error names the unit."""
+    """Return the text of a quantity. Raises ValueError if the value is neither text nor a number.
+
+    YAML reads a quantity without a unit as a number. The number is accepted here, so that the parser of quantities can
+    report the missing unit.
+    """
     if isinstance(value, bool) or not isinstance(value, (str, int, float)):
         raise ValueError(f"is not a quantity: write it as {example}")
     return str(value)
@@ -114,7 +121,7 @@ def _name_pattern(value: str) -> str:
 
 
 def _image_pattern(value: str) -> str:
-    name_globs([value], forbidden="{}")  # [::1]:5000/x is an image
+    name_globs([value], forbidden="{}")  # permits [], because [::1]:5000/x is the name of an image
     return value
 
 

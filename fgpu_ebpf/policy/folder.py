@@ -1,7 +1,8 @@
 """The folder of policy files, read as a whole.
 
-The agent's policy thread, its main thread and `fgpu policy` use this module. A reading is never a part of the folder or
-a mixture of two states of it. A reading with errors has no policies; the caller keeps the last ones.
+The module runs in the policy thread and the main thread of the agent, and in `fgpu policy`. The result is always one
+complete state of the folder, never a mixture of two. If a file has an error, the result has no policies, and the caller
+keeps those of the previous reading.
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ from fgpu_ebpf.policy.yaml_document import MOST_ERRORS, ConfigError, InvalidFile
 FOLDER = Path("/etc/fgpu/policy.d")
 MOST_FILES = 256
 MOST_POLICIES = 1_000
-SETTLE_SECONDS = 0.04  # a file that changed more recently may be written in part only
-EMPTY_TIMES = 10  # this much longer for an empty file: most writers truncate first, and empty means no policies
+SETTLE_SECONDS = 0.04  # a file with a more recent change may be incomplete
+EMPTY_TIMES = 10  # wait this many times longer for an empty file: most programs truncate a file before writing
 TRIES = 20
 SUFFIXES = (".yaml", ".yml")
 CHANGING = "changes all the time: wait until its files are written"
@@ -31,7 +32,7 @@ _GONE = "does not exist: the last policies stay in force; create it again, empty
 
 @dataclass(frozen=True, slots=True)
 class State:
-    """A state of the folder: its permissions and those of the folders around it, and the stamps of its files."""
+    """A state of the folder: the permissions of it and of the folders around it, and the stamps of its files."""
 
     path_stats: tuple[tuple[int, int, int], ...]
     files: tuple[tuple[str, Stamp | None], ...]
@@ -39,9 +40,13 @@ class State:
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """One reading of the folder: a set, or None and errors. `state` is that of what was read; None: no folder.
+    """One reading of the folder: a set of policies, or None and the errors.
 
-    `at_ns`: a time at which the folder was in this state.
+    Attributes:
+        policies: the set, or None if there are errors.
+        errors: the errors, at most MOST_ERRORS.
+        state: the state of the folder when it was read, or None if there was no folder.
+        at_ns: a time of CLOCK_MONOTONIC at which the folder was in this state.
     """
 
     policies: PolicySet | None
@@ -51,7 +56,7 @@ class Reading:
 
 
 def check(folder: Path) -> Check:
-    """Return the finding of `fgpu doctor`: what an agent that starts now would find."""
+    """Return the result for `fgpu doctor`: whether an agent that starts now would find the folder free of errors."""
     reading = PolicyFolder(folder).read()
     if reading.policies is None:
         return Check("policies", False, "; ".join(map(str, reading.errors[:3])), f"fgpu policy check {folder}")
@@ -59,10 +64,10 @@ def check(folder: Path) -> Check:
 
 
 class PolicyFolder:
-    """`*.yaml` and `*.yml` of a folder in lexical order, without hidden files (and so without those of editors).
+    """The files `*.yaml` and `*.yml` of a folder, in lexical order. Hidden files (often of editors) are ignored.
 
-    `root_only`: refuse files and folders that users other than root can write. `settle_seconds`: how long ago the last
-    change of a file must be.
+    `root_only`: refuse files and folders that users other than root can write. `settle_seconds`: the minimum age of the
+    last change of a file when it is read.
     """
 
     def __init__(self, path: Path, root_only: bool = True, settle_seconds: float = SETTLE_SECONDS) -> None:
@@ -71,7 +76,10 @@ class PolicyFolder:
         self._settle_seconds = settle_seconds
 
     def read(self, may_be_missing: bool = True) -> Reading:
-        """Return all policies, or all errors. A missing folder means no policies, if it `may_be_missing`."""
+        """Return all policies, or the errors. Waits until no file has a recent change, and tries up to TRIES times.
+
+        A missing folder means no policies if it `may_be_missing`, and is an error otherwise.
+        """
         for _ in range(TRIES):
             at_ns, before = time.monotonic_ns(), self.state()
             if before is None:
@@ -102,9 +110,9 @@ class PolicyFolder:
             return None
 
     def _unsettled_seconds(self, state: State) -> float:
-        """Return how long to wait until no file has changed just now; 0: no longer.
+        """Return how long to wait until the last change of each file is old enough, in seconds; 0: do not wait.
 
-        A change in the future is ignored: the clock was set.
+        A time of change in the future is ignored, because then the clock was set back.
         """
         left = [self._settle_seconds * (1 if stamp.size else EMPTY_TIMES) - age
                 for _, stamp in state.files
@@ -112,7 +120,7 @@ class PolicyFolder:
         return max([0.0, *left])
 
     def gone(self) -> Reading:
-        """Return the reading of a folder that existed before and does not now."""
+        """Return the reading of a folder that existed before and does not exist now."""
         return self._failed(_GONE)
 
     def _failed(self, text: str, state: State | None = None) -> Reading:
@@ -137,14 +145,14 @@ class PolicyFolder:
             if len(errors) >= MOST_ERRORS or len(policies) > MOST_POLICIES:
                 break
         errors += whole(policies)
-        re.purge()  # its cache keeps hundreds of patterns of earlier policies
+        re.purge()  # the cache of this module still has hundreds of patterns of earlier policies
         read = State(state.path_stats, tuple(stamps.items()))
         return Reading(None if errors else PolicySet(tuple(policies), tuple(files)), tuple(errors[:MOST_ERRORS]), read)
 
     def _read_file(
         self, name: str, policies: list[Policy], errors: list[ConfigError], files: list[tuple[str, bytes]]
     ) -> Stamp | None:
-        """Add a file's policies or errors to the lists; return its stamp when it was read, or None if it was not."""
+        """Read a file and add its policies or errors to the lists. Return its stamp, or None if it is unreadable."""
         path = f"{self.path}/{name}"
         try:
             data, stamp = trusted_file.load(path, path, self._root_only)
@@ -163,14 +171,14 @@ class PolicyFolder:
 
 def parse(name: str, data: bytes) -> tuple[list[Policy], list[ConfigError]]:
     """Return the policies or the errors of one file."""
-    # Imported here: it imports pydantic, 11 MiB that a host without policy files does not need.
+    # Imported here, because it imports pydantic: 11 MiB of memory that a host without policy files does not need.
     from fgpu_ebpf.policy import parse
 
     return parse.read(name, data)
 
 
 def whole(policies: list[Policy]) -> list[ConfigError]:
-    """Return the errors between files that are right by themselves: names used twice, too many policies."""
+    """Return the errors that no single file shows: names that two policies have, and too many policies."""
     first: dict[str, Policy] = {}
     wrong = []
     for policy in policies:

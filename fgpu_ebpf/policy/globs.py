@@ -1,7 +1,6 @@
 """Patterns with `*`, `**` and `?` for paths and names.
 
-Matching takes time linear in pattern and text. Policies use this module, in any thread. GlobError says what would be
-right.
+Matching takes time linear in the lengths of pattern and text. The functions have no state and run in any thread.
 """
 
 from __future__ import annotations
@@ -11,23 +10,23 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 MOST_CHARACTERS = 512
-SETS = "[]{}"  # shells know these; these patterns do not
+SETS = "[]{}"  # special in patterns of shells, refused in these patterns
 _WILD = re.compile(r"(\*+)")
 
 
 class GlobError(ValueError):
-    """The text is not a valid pattern; the message has the correct form."""
+    """The text is not a valid pattern. The message contains the correct form."""
 
 
 @dataclass(frozen=True, slots=True)
 class Globs:
-    """Patterns, of which at least one must match."""
+    """A list of patterns. A text matches the list if at least one pattern matches it."""
 
     texts: tuple[str, ...]
     _compiled: re.Pattern[str] = field(repr=False)
 
     def matches(self, text: str) -> bool:
-        """Return whether one of them matches all of `text`."""
+        """Return whether at least one pattern matches the whole `text`."""
         return self._compiled.fullmatch(text) is not None
 
     def __str__(self) -> str:
@@ -35,12 +34,15 @@ class Globs:
 
 
 def path_globs(texts: Sequence[str]) -> Globs:
-    """Return patterns of paths: `*` and `?` stay within a folder, `**` is any folders. Paths have no leading slash."""
+    """Return patterns of paths without a leading slash. Raises GlobError.
+
+    `*` and `?` stand for characters of one name, `**` for any number of folders.
+    """
     return Globs(tuple(texts), re.compile("|".join(_path(_checked(text, SETS)) for text in texts), re.S))
 
 
 def name_globs(texts: Sequence[str], forbidden: str = SETS) -> Globs:
-    """Return patterns of names: `*` and `?` stand for any character."""
+    """Return patterns of names: `*` stands for any characters, `?` for any single one. Raises GlobError."""
     return Globs(tuple(texts), re.compile("|".join(_pieces(_checked(text, forbidden), ".") for text in texts), re.S))
 
 
@@ -58,8 +60,8 @@ def _checked(text: str, forbidden: str) -> str:
 def _path(text: str) -> str:
     """Return the regular expression of a path pattern such as `a/**/b/*`.
 
-    The part between two `**` is matched where it is found first, without backtracking. That loses no match, since `**`
-    takes anything in between, and it keeps the time linear.
+    The part between two `**` is matched at its first occurrence, without backtracking, which keeps the time linear. No
+    match is lost, because the second `**` matches any text that follows.
     """
     folders = text.strip("/").split("/")
     wrong = next((f for f in folders if not f or ("**" in f and f != "**")), None)
@@ -81,12 +83,12 @@ def _path(text: str) -> str:
 
 
 def _below(before: str) -> str:
-    """Return the expression of a `**` at the end: everything below `before`, or everything if that is empty."""
+    """Return the expression of a `**` at the end: all paths below `before`, or all paths if `before` is empty."""
     return "[^/].*+" if before else ".*+"
 
 
 def _pieces(text: str, any_: str) -> str:
-    """Return the expression of a pattern without folders; each piece between stars is matched where found first."""
+    """Return the expression of a pattern without folders. Each piece between stars matches at its first occurrence."""
     parts = [part for part in _WILD.split(text) if part]
     regex, starred = [], False
     for at, part in enumerate(parts):

@@ -1,7 +1,8 @@
-"""The last good set of policies, stored on disk: a start uses it if the policy files have an error or are gone.
+"""The last valid set of policies, stored on disk.
 
-`agent.policy_reload` uses this module, in the agent's main thread. Only root may write the file; it is replaced as a
-whole. An invalid file is logged and counts as no set.
+The agent starts with this set if the policy files have an error or are gone. The module runs in the agent's main
+thread. Only root may write the file, and each write replaces it as a whole. If the file is invalid, an error is logged
+and there is no last valid set.
 """
 
 from __future__ import annotations
@@ -23,7 +24,11 @@ MOST_BYTES = 300 << 20  # the maximum number of policy files, each of the maximu
 
 
 def write(file: Path, folder: Path, policies: PolicySet) -> None:
-    """Store the files that this set was read from, and the name of their folder. Raises OSError: the old file stays."""
+    """Store the files that this set was read from, and the name of their folder.
+
+    Raises:
+        OSError: the new file could not be written, and the old one stays.
+    """
     files = [[name, data.decode("utf-8", "surrogateescape")] for name, data in policies.files]
     text = json.dumps({"version": VERSION, "folder": str(folder), "files": files})
     file.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
@@ -31,7 +36,7 @@ def write(file: Path, folder: Path, policies: PolicySet) -> None:
 
 
 def read(file: Path, folder: Path) -> PolicySet | None:
-    """Return the set that was last written for this folder, or None if there is none that this version understands."""
+    """Return the set that was last written for this folder, or None if there is none or this version cannot read it."""
     try:
         data, _ = trusted_file.load(str(file), str(file), root_only=True, most_bytes=MOST_BYTES)
         found = json.loads(data)
@@ -48,7 +53,7 @@ def read(file: Path, folder: Path) -> PolicySet | None:
 
 
 def _parsed(files: list[tuple[str, bytes]]) -> PolicySet:
-    """Return the policies in these files. Raises ValueError: this version finds an error in them."""
+    """Return the policies in these files. Raises ValueError if this version of fgpu finds an error in them."""
     policies: list[Policy] = []
     errors: list[ConfigError] = []
     for name, data in files:

@@ -1,7 +1,7 @@
-"""Parsing of one policy file: from its bytes to policies, or to all errors in it.
+"""Parsing of one policy file: from its bytes to its policies, or to the errors in it.
 
-`folder` imports this module only when there is a file to read, because this module imports pydantic. A file with an
-error gives no policy at all.
+The module runs in the thread that reads the folder. It imports pydantic, so it is imported only when there is a file to
+read. A file with an error gives no policy at all.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from fgpu_ebpf.policy.yaml_document import MOST_ERRORS, ConfigError, Document, I
 
 
 def read(file: str, data: bytes) -> tuple[list[Policy], list[ConfigError]]:
-    """Return the policies of a file's documents in their order, and the errors; with errors, no policies."""
+    """Return the policies of a file in the order of its documents, and its errors. If there are errors, no policies."""
     policies: list[Policy] = []
     wrong: list[ConfigError] = []
     try:

@@ -1,7 +1,8 @@
 """Policies in force: which limits a workload gets.
 
-The first policy that matches decides; a workload's own labels can change its limits within the policy's bounds. The
-functions do no I/O. The agent and `fgpu policy` use them. What cannot be applied becomes a note in the decision.
+The first policy that matches a workload applies. The workload's own labels can change its limits within the bounds of
+the policy. A label or device that cannot be applied becomes a note in the decision. The functions do no I/O. They run
+in the agent and in `fgpu policy`.
 """
 
 from __future__ import annotations
@@ -31,19 +32,19 @@ class Device(Protocol):
 
     @property
     def index(self) -> int:
-        """The ledger's index."""
+        """The index of the device in the ledger."""
 
     @property
     def uuid_text(self) -> str:
-        """`GPU-…`, as NVML writes it."""
+        """The UUID in the form of NVML: `GPU-…`."""
 
     @property
     def name(self) -> str:
-        """The model."""
+        """The name of the model, as NVML reports it."""
 
     @property
     def usable_bytes(self) -> int:
-        """The memory that tenants can get in all: the device's memory less the driver's reserve."""
+        """The memory that all tenants together can get: the device's memory minus the driver's reserve."""
 
 
 class Operator(StrEnum):
@@ -93,7 +94,7 @@ class LabelTest:
 
 @dataclass(frozen=True, slots=True)
 class Selector:
-    """The workloads that a policy is for: all fields that are set must match."""
+    """The workloads that a policy selects. A workload must match all fields that are set."""
 
     cgroup: Globs | None = None
     namespace: Globs | None = None
@@ -104,7 +105,8 @@ class Selector:
     def miss(self, workload: Workload) -> str:
         """Return why this workload does not match, or an empty text if it does.
 
-        A cgroup that a workload made below its own has the names of its container, but only a path selects it.
+        A workload can create cgroups below its own. Such a cgroup has the namespace, image and unit of its container,
+        but only a selector with a path matches it.
         """
         if self.cgroup and not self.cgroup.matches(workload.path.lstrip("/")):
             return f"its cgroup matches none of {self.cgroup}"
@@ -125,7 +127,7 @@ class Selector:
 
 @dataclass(frozen=True, slots=True)
 class DeviceChoice:
-    """Devices by index, by UUID or its beginning, or by model; exactly one of these is set."""
+    """Devices by index, by UUID or its beginning, or by model. Exactly one of `index`, `uuid` and `model` is set."""
 
     text: str
     index: int | None = None
@@ -143,7 +145,7 @@ class DeviceChoice:
 
 @dataclass(frozen=True, slots=True)
 class Compute:
-    """A share of a device's time. A limit of 1.0 is no ceiling."""
+    """A share of a device's time. `limit_ratio` 1.0: there is no ceiling."""
 
     limit_ratio: float = 1.0
     weight: int = 100
@@ -153,7 +155,7 @@ class Compute:
 
 @dataclass(frozen=True, slots=True)
 class Memory:
-    """A limit, and the most that the workload's own label can ask for."""
+    """A limit, and the highest limit that the workload's own label can request (`most`)."""
 
     limit: Amount
     most: Amount
@@ -161,7 +163,7 @@ class Memory:
 
 @dataclass(frozen=True, slots=True)
 class Policy:
-    """One policy; `source` is the file and line where it was read: `10-team.yaml:3`."""
+    """One policy. `source`: the file and line that it was read from, such as `10-team.yaml:3`."""
 
     name: str
     source: str
@@ -180,9 +182,10 @@ class Policy:
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """The limits of a workload. `memory`: bytes by ledger index, empty if the policy sets no limit.
+    """The limits of a workload.
 
-    `devices`: the ledger indices of the devices that it may use. `compute` None: it is not gated.
+    `devices` has the ledger indices of the devices that the workload may use. `memory` has the limit in bytes by ledger
+    index, and is empty if the policy sets no limit. `compute` is None if the workload is not gated.
     """
 
     policy: str
@@ -197,7 +200,11 @@ class Limits:
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """The policy of a workload, the policies before it with the reason why they do not match, and notes."""
+    """The decision about a workload: its policy and limits, or None if no policy matches.
+
+    `tried` has the names of the policies that were tried before, each with the reason why it does not match. `notes`
+    has one line for each label or device that was not applied as written.
+    """
 
     workload: Workload
     policy: Policy | None
@@ -208,13 +215,13 @@ class Decision:
 
 @dataclass(frozen=True, slots=True)
 class PolicySet:
-    """All policies in their order. `files`: the names and contents of the files that they were read from."""
+    """All policies, in the order of their files. `files`: the names and contents of these files."""
 
     policies: tuple[Policy, ...] = field(default=())
     files: tuple[tuple[str, bytes], ...] = field(default=(), compare=False, repr=False)
 
     def resolve(self, workload: Workload, devices: Sequence[Device]) -> Decision:
-        """Return the decision of the first policy that matches; without one the workload is unmanaged."""
+        """Return the decision of the first policy that matches. If none matches, the workload is unmanaged."""
         tried: list[tuple[str, str]] = []
         for policy in self.policies:
             miss = policy.selector.miss(workload)
@@ -248,13 +255,13 @@ def _memory(memory: Memory | None, workload: Workload, devices: Iterable[Device]
     return {d.index: _bytes(memory, asked, image, d, notes) for d in devices} if memory else {}
 
 
-_Asked = tuple[str, Amount]  # the label, and the amount that it asks for
+_Asked = tuple[str, Amount]  # a label, and the amount that this label requests
 
 
 def _asked_memory(
     memory: Memory | None, labels: Mapping[str, str], prefix: str, notes: list[str]
 ) -> _Asked | None:  # fmt: skip
-    """Return the amount that a label asks for: fgpu's own label, or else ClearML's."""
+    """Return the amount that a label requests: fgpu's own label or, if that is missing or invalid, ClearML's."""
     for label, read in ((MEMORY_LABEL, amount), (FRACTION_LABEL, fraction)):
         text = labels.get(label)
         if text is None:

@@ -1,7 +1,7 @@
-"""The document `kind: GpuPolicy`: its keys, the values of each, and its JSON Schema.
+"""The document `kind: GpuPolicy`: its keys, the permitted values of each key, and its JSON Schema.
 
-`parse` and `fgpu policy schema` use this module. An empty value is an error, not a default: it may be an oversight.
-Errors are pydantic's ValidationError.
+The module runs in the thread that reads policy files, and in `fgpu policy schema`. A key without a value is an error
+and does not mean the default, because the author may have forgotten the value. Errors are pydantic's ValidationError.
 """
 
 from __future__ import annotations
@@ -155,7 +155,7 @@ class GpuPolicy(Model):
 
 
 def json_schema() -> dict[str, Any]:
-    """Return the JSON Schema of one document, for editors. It does not check rules between two values."""
+    """Return the JSON Schema of one document, for editors. It does not contain the rules that relate two values."""
     schema = GpuPolicy.model_json_schema()
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
 

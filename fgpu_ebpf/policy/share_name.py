@@ -1,7 +1,8 @@
 """Names of shares, as in `--device fgpu.dev/share=8gib-50pct`.
 
-A share of one device alone is written as `--device fgpu.dev/share=8gib-50pct:GPU-…`. The name is the definition; there
-is no table. The agent, the device plugin and the commands use this module. QuantityError says what would be right.
+A share of a single device has the UUID of the device in its name: `--device fgpu.dev/share=8gib-50pct:GPU-…`. A name
+contains the whole definition of its share, so there is no table of shares. The functions have no state. They run in the
+agent, the device plugin and the commands.
 """
 
 from __future__ import annotations
@@ -23,9 +24,9 @@ USUAL = ("2gib", "4gib", "8gib", "12gib", "25pct-25pct", "50pct-50pct")
 
 @dataclass(frozen=True, slots=True)
 class Share:
-    """A limit of memory and a ceiling of time as texts; an empty text sets neither.
+    """A limit of memory and a ceiling of compute time, as texts. An empty text means that the share does not set it.
 
-    `device`: the UUID of the only device that it applies to; empty: all devices.
+    `device`: the UUID of the only device that the share applies to, or an empty text for all devices.
     """
 
     name: str
@@ -35,35 +36,35 @@ class Share:
 
     @property
     def text(self) -> str:
-        """The name, with the device's after it."""
+        """The name as a container requests it: followed by the UUID of the device if the share is for one device."""
         return bound(self.name, self.device) if self.device else self.name
 
     @property
     def amount(self) -> Amount | None:
-        """The limit of memory."""
+        """The limit of memory, or None if the share sets none."""
         return units.amount(self.memory) if self.memory else None
 
     @property
     def limit_millionths(self) -> int | None:
-        """The ceiling of time."""
+        """The ceiling in millionths of a device's time, or None if the share sets none."""
         return units.millionths(self.compute) if self.compute else None
 
 
 def parse(name: str) -> Share:
-    """Parse a name of a share. Raises QuantityError.
+    """Parse the name of a share. Raises QuantityError, whose message contains the correct form.
 
-    `8gib`, `1536mib-25pct` and `50pct-50pct` are memory and compute time, `all-50pct` is compute time alone. With
-    `:GPU-…` after it, the share applies to that device only.
+    `8gib` sets memory, `1536mib-25pct` and `50pct-50pct` set memory and compute time, `all-50pct` sets compute time.
+    A share with `:GPU-…` at the end of its name applies to that device only.
     """
     match = _NAME.fullmatch(name)
     if match is None or (match["size"] is None and match["time"] is None):
         raise QuantityError(f"{shown(name)} is not a share: write it as 8gib, 8gib-50pct, 50pct-50pct or all-50pct")
     memory = f"{match['size']}{_UNITS[match['unit']]}" if match["size"] else ""
     share = Share(match["plain"], memory, f"{match['time']}%" if match["time"] else "", match["device"] or "")
-    _ = share.amount, share.limit_millionths  # an error is raised now, not when a container starts
+    _ = share.amount, share.limit_millionths  # raises QuantityError now instead of when a container starts
     return share
 
 
 def bound(name: str, device: str) -> str:
-    """Return the name of a share of one device, by its UUID."""
+    """Return the name of a share of one device. `device`: the UUID of this device."""
     return f"{name}:{device}"

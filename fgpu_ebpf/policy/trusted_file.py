@@ -1,7 +1,7 @@
-"""Opening of configuration files, and the check that only root can have written them.
+"""Reading of configuration files, and the check that only root can have written them.
 
-The agent and the commands use this module when they read configuration. Only regular files are read, up to a maximum
-size. InvalidFileError names the fix; OSError: the file is gone.
+The functions run in the thread of the agent or command that reads the file. They read only regular files, up to a
+maximum size. The message of InvalidFileError contains the commands that correct the permissions.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _OTHERS = stat.S_IWGRP | stat.S_IWOTH
 
 @dataclass(frozen=True, slots=True)
 class Stamp:
-    """The identity of a file's content, without reading it."""
+    """The identity of a file's content, by its stat result. The content has changed only if the stamp has changed."""
 
     dev: int
     ino: int
@@ -32,8 +32,19 @@ class Stamp:
 
 
 def load(path: str, name: str, root_only: bool, most_bytes: int = MOST_BYTES) -> tuple[bytes, Stamp]:
-    """Return a file's content and stamp; errors call the file `name`. Raises InvalidFileError, OSError."""
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # so that a fifo does not block
+    """Return a file's content and stamp.
+
+    Args:
+        path: the path of the file.
+        name: the name of the file in errors.
+        root_only: refuse a file that users other than root can write.
+        most_bytes: the maximum size. Of a larger file, one byte more than that is returned.
+
+    Raises:
+        InvalidFileError: the file is not a regular file, or users other than root can write it.
+        OSError: the file cannot be opened or read.
+    """
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # without O_NONBLOCK, open() of a FIFO blocks
     try:
         found = os.fstat(fd)
         if not stat.S_ISREG(found.st_mode):
@@ -47,22 +58,30 @@ def load(path: str, name: str, root_only: bool, most_bytes: int = MOST_BYTES) ->
 
 
 def path_stats(path: str) -> tuple[tuple[int, int, int], ...]:
-    """Return inode, mode and owner of a folder and of all around it, as check_folder() judges. Raises OSError."""
+    """Return (inode, mode, owner) of a folder and of each folder around it. Raises OSError.
+
+    The result of check_folder() depends on these, except for the read-only flag of a mount.
+    """
     real = os.path.realpath(path)
     stats = [os.stat(real[:end]) for end in (*(i for i, c in enumerate(real) if c == "/" and i), len(real))]
     return tuple((found.st_ino, found.st_mode, found.st_uid) for found in stats)
 
 
 def check_folder(path: str, root_only: bool) -> None:
-    """Raise InvalidFileError if a user other than root could put files into the folder, or OSError if it is gone."""
+    """Check that only root can create files in the folder.
+
+    Raises:
+        InvalidFileError: a user other than root can write the folder or a folder around it.
+        OSError: the folder does not exist.
+    """
     if root_only:
         _check_owner(path, os.path.realpath(path), os.stat(path), read_only(path))
 
 
 def read_only(path: str | int) -> bool:
-    """Return whether the path is on a read-only mount: no process here can write it, whatever its mode.
+    """Return whether the path is on a read-only mount. Then no process here can write it, and its mode is irrelevant.
 
-    A ConfigMap's folder has mode 0777.
+    For example, the folder of a Kubernetes ConfigMap has mode 0777 and is mounted read-only.
     """
     return bool(os.statvfs(path).f_flag & os.ST_RDONLY)
 
@@ -74,7 +93,7 @@ def _check_owner(name: str, real: str, found: os.stat_result, safe: bool) -> Non
         text = f"may be written by users other than root: chown root {real}; chmod go-w {real}"
         raise InvalidFileError(ConfigError(name, 0, "", text))
     around = os.path.dirname(real)
-    while True:  # a user that may write a folder around it could replace the file, unless the folder is sticky
+    while True:  # a user that can write a folder around the file could replace the file, unless the folder is sticky
         found = os.stat(around)
         if found.st_uid or (found.st_mode & _OTHERS and not found.st_mode & stat.S_ISVTX):
             text = f"lies in {around}, which users other than root may write: chown root {around}; chmod go-w {around}"

@@ -1,7 +1,7 @@
 """Parsing and printing of quantities: memory, shares and lengths of time, such as `8GiB`, `50%` and `20ms`.
 
-The functions do no I/O, and all packages use them. The length of a text that is parsed is bounded. QuantityError says
-what would be right.
+The functions have no state, do no I/O, and run in any thread. Each regular expression limits the number of characters,
+so that a long text costs no time.
 """
 
 from __future__ import annotations
@@ -16,24 +16,27 @@ _QUANTITY = re.compile(r"(?P<number>[0-9]{1,20}(?:\.[0-9]{1,20})?)\s{0,4}(?P<uni
 _FRACTION = re.compile(r"(?P<whole>[0-9]{1,4})(?:\.(?P<part>[0-9]{1,6}))?")
 _PERCENT = re.compile(r"(?P<whole>[0-9]{1,3})(?:\.(?P<part>[0-9]{1,4}))?\s{0,4}%")
 MOST_BYTES = 2**47
-GRANULE = 2 << 20  # the driver's unit of allocation
+GRANULE = 2 << 20  # the driver's unit of allocation, in bytes
 MILLION = 1_000_000
 _SHOWN = 40
 
 
 class QuantityError(ValueError):
-    """The text is not a quantity; the message says what would be right."""
+    """The text is not a valid quantity. The message contains the correct form."""
 
 
 @dataclass(frozen=True, slots=True)
 class Amount:
-    """An amount of memory: a number of bytes, or millionths of what a device can give."""
+    """An amount of memory: a number of bytes, or millionths of the usable memory of a device. The other field is 0."""
 
     bytes: int = 0
     millionths: int = 0
 
     def of(self, usable_bytes: int) -> int:
-        """Return the bytes on a device; a share is cut to whole granules, but has at least one."""
+        """Return the amount in bytes on a device with `usable_bytes` of memory for tenants.
+
+        Millionths are rounded down to a multiple of GRANULE, and are at least one GRANULE.
+        """
         if not self.millionths:
             return self.bytes
         share = usable_bytes * self.millionths // MILLION
@@ -41,7 +44,7 @@ class Amount:
 
 
 def shown(text: str) -> str:
-    """Return foreign text in a form for messages: escaped and cut."""
+    """Return untrusted text in a form for messages: quoted, escaped, and cut after 40 characters."""
     return repr(text if len(text) <= _SHOWN else text[:_SHOWN] + "…")
 
 
@@ -51,8 +54,8 @@ def shown(text: str) -> str:
 def amount(text: str) -> Amount:
     """Parse `8GiB`, `1.5GiB`, `8Gi`, `8192MiB`, `8589934592B` or `50%`, in files, labels and on the command line.
 
-    A number needs a unit, a binary one (8GB would be 7.45GiB). The minimum is 2MiB, the driver's unit of allocation.
-    Raises QuantityError.
+    A number needs a binary unit. Decimal units are refused, because 8GB would be 7.45GiB. The minimum is 2MiB, the
+    driver's unit of allocation. Raises QuantityError.
     """
     if text.rstrip().endswith("%"):
         return Amount(millionths=millionths(text))
@@ -80,7 +83,7 @@ def _bytes(text: str, number: str, unit: str) -> int:
 
 
 def _with_unit(number: str) -> str:
-    """Guess the unit of a number that has none, by its size: gibibytes, mebibytes or bytes."""
+    """Return a number with the unit that its size suggests: gibibytes, mebibytes or bytes."""
     if float(number) < 1024:
         return f"{number}GiB"
     if float(number) < GRANULE or "." in number:
@@ -96,7 +99,7 @@ def _decimal_hint(text: str, number: str, unit: str) -> str:
 
 
 def memory_text(bytes_: int) -> str:
-    """Return bytes as text for people: `1.5GiB`, `518MiB`."""
+    """Return a number of bytes as text for messages, rounded to one decimal place: `1.5GiB`, `518MiB`."""
     for unit, size in (("TiB", 2**40), ("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
         if abs(bytes_) >= size:
             return f"{bytes_ / size:.1f}".removesuffix(".0") + unit
@@ -104,7 +107,7 @@ def memory_text(bytes_: int) -> str:
 
 
 def amount_text(amount: Amount) -> str:
-    """Return an Amount as text for people."""
+    """Return an Amount as text for messages: `50%`, `1.5GiB`."""
     return millionths_text(amount.millionths) if amount.millionths else memory_text(amount.bytes)
 
 
@@ -112,7 +115,7 @@ def amount_text(amount: Amount) -> str:
 
 
 def millionths(text: str) -> int:
-    """Parse `50%` or `12.5%`; return millionths, above 0 and up to a million. Raises QuantityError."""
+    """Parse `50%` or `12.5%` and return millionths, from 1 to 1,000,000. Raises QuantityError."""
     match = _PERCENT.fullmatch(text.strip())
     if match is None:
         raise QuantityError(f"{shown(text)} is not a share: write it as 50%")
@@ -123,7 +126,10 @@ def millionths(text: str) -> int:
 
 
 def fraction(text: str) -> Amount:
-    """Parse `0.25` or `0.500`, as in ClearML's label; whole GPUs (`1`, `2.0`) are all of each. Raises QuantityError."""
+    """Parse `0.25` or `0.500`, the format of ClearML's label. Raises QuantityError.
+
+    A number of whole GPUs, such as `1` or `2.0`, is read as the whole memory of each device.
+    """
     match = _FRACTION.fullmatch(text.strip())
     if match is None:
         raise QuantityError(f"{shown(text)} is not a fraction: write it as 0.25")
@@ -139,7 +145,7 @@ def millionths_text(millionths: int) -> str:
 
 
 def duration_ns(text: str) -> int:
-    """Parse `20ms`, `500us`, `0.5s` or `15min`; return nanoseconds. Raises QuantityError."""
+    """Parse `20ms`, `500us`, `0.5s` or `15min` and return nanoseconds. Raises QuantityError."""
     match = _QUANTITY.fullmatch(text.strip())
     if match is None or match["unit"] not in _TIMES:
         raise QuantityError(f"{shown(text)} is not a length of time: write it as 20ms")

@@ -1,7 +1,7 @@
-"""Error messages for people, from pydantic's validation errors.
+"""Messages for users, made from pydantic's validation errors.
 
-Readers of configuration files use this module when a file is wrong. Only the first errors are shown, and no more of a
-file's text than fits in a line.
+The functions run in the thread that reads an invalid configuration file. At most MOST_ERRORS errors of a document are
+returned, and a message quotes at most one line of a file's text.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _KINDS = {
 
 
 def config_errors(file: str, document: Document, model: type[BaseModel], error: ValidationError) -> list[ConfigError]:
-    """Return the first errors of a document, in the order of its lines."""
+    """Return the first errors of a document, at most MOST_ERRORS, in the order of its lines."""
     details = error.errors(include_url=False)[: MOST_ERRORS * 4]
     found = [_config_error(file, document, model, detail) for detail in details]
     return sorted(dict.fromkeys(found), key=lambda config_error: config_error.line)[:MOST_ERRORS]
@@ -74,7 +74,7 @@ def _text(detail: ErrorDetails) -> str:
 
 
 def _plain(value: Any) -> str:
-    """Return a value as a file would contain it."""
+    """Return a value in the form that it has in a YAML file; of a list or mapping, only the name of its type."""
     return str(value).lower() if isinstance(value, (bool, int, float)) else type(value).__name__
 
 
@@ -104,7 +104,7 @@ def _near(word: str, known: Iterable[str]) -> str:
 
 
 def _example(model: type[BaseModel], place: Place) -> str:
-    """Return an example of a key that is missing."""
+    """Return an example of a missing key with a value, such as `limit: 8GiB`, or the key alone if there is none."""
     key = str(place[-1])
     field = _fields(model, place[:-1]).get(key)
     choices = getattr(field.annotation, "__args__", ()) if field else ()
@@ -115,7 +115,7 @@ def _example(model: type[BaseModel], place: Place) -> str:
 
 
 def _fields(model: type[BaseModel], place: Place) -> dict[str, FieldInfo]:
-    """Return the keys that are known at a place of a document."""
+    """Return the keys that a mapping of the document may have, with their fields. `place`: the path to the mapping."""
     for part in place:
         if isinstance(part, int):
             continue
@@ -128,7 +128,7 @@ def _fields(model: type[BaseModel], place: Place) -> dict[str, FieldInfo]:
 
 
 def _model_in(annotation: Any) -> type[BaseModel] | None:
-    """Return the model of a field: the annotation itself, or the model of a list's items."""
+    """Return the model of a field: the annotation itself or the model of a list's items. None if it has no model."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation
     return next((m for a in getattr(annotation, "__args__", ()) if (m := _model_in(a))), None)

@@ -1,7 +1,7 @@
-"""The thread of the agent that watches the folder of policies.
+"""The agent's thread `policy`, which watches the folder of policies.
 
-It sleeps until the kernel reports a change. Without notifications of the kernel it checks the folder every five
-seconds. Errors that the callback raises are logged, and the thread continues.
+The thread sleeps until the kernel (inotify) reports a change. It also checks the folder every five seconds, for changes
+that the kernel does not report. An exception of the callback is logged, and the thread continues.
 """
 
 from __future__ import annotations
@@ -18,25 +18,25 @@ from fgpu_ebpf.linux.wakeup import Wakeup
 from fgpu_ebpf.policy.folder import PolicyFolder, Reading
 
 log = logging.getLogger("fgpu.policy")
-QUIET_SECONDS = 0.02  # a change is read once nothing has happened for this time
-LONGEST_SECONDS = 2.0  # or after changes for this time
-LOOK_SECONDS = 5.0  # for changes without notifications: behind symbolic links, on network file systems
+QUIET_SECONDS = 0.02  # the folder is read once no change was reported for this time
+LONGEST_SECONDS = 2.0  # or once changes have been reported for this time
+LOOK_SECONDS = 5.0  # between checks for changes without notification: behind symbolic links, on network file systems
 
 Callback = Callable[[Reading], None]
 
 
 class PolicyWatch:
-    """Reads the folder again whenever it has changed.
+    """Watch of the folder: a thread that reads the folder again whenever it has changed.
 
-    `changed` is called in the thread of this object, with a reading that has a set to put in force, or the errors for
-    which the last set stays. That the folder is gone is such an error.
+    The thread calls `changed` with each new reading. A reading has either a set to put in force, or errors, and then
+    the last set stays in force. A folder that existed before and is gone counts as an error.
     """
 
     def __init__(self, folder: PolicyFolder, last: Reading, changed: Callback) -> None:
-        """Watch a folder from `last` on, which is in force already: only differences from it are reported."""
+        """Prepare the watch. `last`: a reading that is already in force. Only changes after it are reported."""
         self._folder = folder
         self._last = last
-        self.had = last.state is not None or last.policies is None  # the folder existed at some time
+        self.had = last.state is not None or last.policies is None  # the folder exists, or did so before
         self._changed = changed
         self._end = threading.Event()
         self._end_wakeup = Wakeup()
@@ -47,7 +47,7 @@ class PolicyWatch:
         self._thread.start()
 
     def stop(self) -> None:
-        """End the thread; `changed` is not called after that."""
+        """Stop the thread and wait for its end. `changed` is not called after that."""
         self._end.set()
         self._end_wakeup.wake()
         self._thread.join()
@@ -58,8 +58,8 @@ class PolicyWatch:
                 self._look()
                 self._await_change()
             except FileNotFoundError:
-                continue  # a folder was removed meanwhile
-            except OSError as error:  # the kernel has no more notifications to give
+                continue  # a folder was removed after watched() had listed it
+            except OSError as error:  # for example, the user's limit of inotify instances is reached
                 log.debug("%s is not watched: %s", self._folder.path, error)
                 self._end.wait(LOOK_SECONDS)
             except Exception:
@@ -67,20 +67,20 @@ class PolicyWatch:
                 self._end.wait(LOOK_SECONDS)
 
     def _await_change(self) -> None:
-        """Wait for a change in a watched folder, and for the changes that follow it. Raises OSError."""
+        """Wait for a change in a watched folder, and for the end of the changes that follow. Raises OSError."""
         folders = watched(self._folder.path)
         with FolderWatch(folders) as notifications:
-            woken = select.poll()  # the agent has more descriptors than select(2) takes
+            woken = select.poll()  # select(2) accepts only descriptors below 1024, and the agent may have more
             woken.register(notifications, select.POLLIN)
             woken.register(self._end_wakeup, select.POLLIN)
             while watched(self._folder.path) == folders:
-                self._look()  # for changes before the notifications began
+                self._look()  # finds changes that happened before the notifications began
                 if woken.poll(LOOK_SECONDS * 1000):
                     self._await_quiet(notifications, woken)
                     return
 
     def _await_quiet(self, notifications: FolderWatch, woken: select.poll) -> None:
-        """Wait until the changes of the folder seem to be complete."""
+        """Wait until no change was reported for QUIET_SECONDS, or until LONGEST_SECONDS have passed."""
         latest = time.monotonic() + LONGEST_SECONDS
         while time.monotonic() < latest and not self._end.is_set():
             notifications.clear()
@@ -88,7 +88,7 @@ class PolicyWatch:
                 return
 
     def _look(self) -> None:
-        """Report the folder if it has changed."""
+        """Read the folder if its state has changed, and call `changed` unless the errors are the same as before."""
         if self._folder.state() == self._last.state:
             return
         reading = self._folder.read(may_be_missing=not self.had)
@@ -99,7 +99,7 @@ class PolicyWatch:
 
 
 def watched(folder: Path) -> list[Path]:
-    """Return the folders to watch: this one and the one around it, or the innermost that exists."""
+    """Return the folders to watch: `folder`, if it exists, and the innermost existing folder around it."""
     places = []
     for path in (folder, *folder.parents):
         if path.exists():

@@ -1,7 +1,7 @@
-"""Configuration files as YAML: each value with its line, and without the features that surprise.
+"""Reading of YAML files: each value with its line, and without the features of YAML that often cause errors.
 
-Aliases, tags and merges are refused, and `no` is text. `parse` and the agent's configuration use this module. Whatever
-a file contains, reading takes a few milliseconds. InvalidFileError has the file, the line and the field.
+Aliases, tags and merges are refused, and `no` is a text instead of false. The module runs in the thread that reads the
+file. Size, depth and number of values are bounded, so that any file is read in a few milliseconds.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ Place = tuple[str | int, ...]  # the path to a value: keys and positions
 
 @dataclass(frozen=True, slots=True)
 class ConfigError:
-    """An error in a file, with what would be right. Line 0: the file as a whole."""
+    """An error in a file. `text` contains the correction. `line` 0: the error concerns the file as a whole."""
 
     file: str
     line: int
@@ -47,7 +47,7 @@ class ConfigError:
 
 
 class InvalidFileError(Exception):
-    """The file cannot be read as configuration."""
+    """The file cannot be read as configuration. `error` has the file, the line and the field."""
 
     def __init__(self, error: ConfigError) -> None:
         super().__init__(str(error))
@@ -56,13 +56,13 @@ class InvalidFileError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """One YAML document, and the line of each of its values; a key's line is its value's."""
+    """One YAML document, and the line of each of its values. The line of a value in a mapping is that of its key."""
 
     value: Any
     lines: Mapping[Place, int]
 
     def line(self, place: Place) -> int:
-        """Return the line of a value, or of the innermost value around it that exists."""
+        """Return the line of the value at `place`. If there is none, return that of the innermost value around it."""
         while place and place not in self.lines:
             place = place[:-1]
         return self.lines[place]
@@ -80,7 +80,7 @@ def _cut(text: str) -> str:
 
 
 def documents(file: str, data: bytes) -> Iterator[Document]:
-    """Yield the documents of a file without empty ones. Raises InvalidFileError."""
+    """Yield the documents of a file, except empty documents. Raises InvalidFileError."""
     if len(data) > MOST_BYTES:
         raise InvalidFileError(ConfigError(file, 0, "", "is larger than 1 MiB: split it"))
     try:
@@ -95,7 +95,7 @@ def documents(file: str, data: bytes) -> Iterator[Document]:
 
 
 def _syntax(file: str, data: bytes, error: yaml.YAMLError) -> ConfigError:
-    """Return the parser's error; if that is at the end of the file, the line of the construct that was not closed."""
+    """Return the parser's error. Its line is that of the unclosed construct if the parser failed at the file's end."""
     problem = str(getattr(error, "problem", None) or getattr(error, "reason", None) or "broken")
     last = len(data.splitlines()) or 1
     marks = [getattr(error, name, None) for name in ("problem_mark", "context_mark")]
@@ -107,7 +107,7 @@ def _syntax(file: str, data: bytes, error: yaml.YAMLError) -> ConfigError:
 
 
 class _Reader:
-    """Makes documents of the parser's events, and refuses unwanted features where they occur."""
+    """Converts the events of the YAML parser to documents. Raises InvalidFileError at a feature that is refused."""
 
     def __init__(self, file: str, data: bytes) -> None:
         self._file = file
@@ -179,7 +179,7 @@ class _Reader:
 
     def _scalar(self, event: yaml.ScalarEvent, place: Place) -> Any:
         text = event.value
-        if not event.implicit[0]:  # in quotes, or a block
+        if not event.implicit[0]:  # the scalar is in quotes or is a block, so it is text
             return text
         if text in _WORDS:
             return _WORDS[text]

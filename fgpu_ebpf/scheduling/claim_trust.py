@@ -1,12 +1,14 @@
 """The time for which other tenants wait for work that a tenant reports to be in flight.
 
-A claim of up to UNPROVEN_NS is accepted. A longer claim is accepted once work that was claimed to take longer has ended
-as claimed. If others waited and the work did not end as claimed, the bound falls to that of a tenant that claims
-nothing. It doubles again, more slowly after each further such wait. All tenants inside one unit (`nested_shares`) have
-one standing, so a new cgroup gets no more trust than the previous one.
+A *claim* is the time that a tenant's work in flight will take, by the tenant's own report. The *bound* is the longest
+time for which other tenants wait for this work. At first, it is UNPROVEN_NS. It rises to MOST_FLIGHT_NS once work with
+a longer claim has ended as claimed. If other tenants waited and the work did not end as claimed, the bound falls to
+BUDGET_NS, which is the wait for a tenant without a claim. From there the bound doubles in regular intervals, which
+become longer with each further wait in vain. All tenants inside one unit (`nested_shares`) have the same `Standing`, so
+that a new cgroup gets no more trust than the previous one.
 
-`turns` uses this module, in the gatekeeper's time slicer thread. The module does not charge tenants. Times are
-CLOCK_MONOTONIC nanoseconds.
+The module runs in the gatekeeper's time slicer thread. It does not charge tenants. Times are CLOCK_MONOTONIC
+nanoseconds.
 """
 
 from __future__ import annotations
@@ -16,11 +18,11 @@ from dataclasses import dataclass, field
 from fgpu_ebpf.abi import BUDGET_NS
 
 MOST_FLIGHT_NS = 1_000_000_000  # the most that a tenant can claim to have in flight
-UNPROVEN_NS = 250_000_000  # a tenth of a device's time in two seconds, and a little more
-MUCH_NS = 2 * BUDGET_NS  # a shorter wait in vain costs others no more than a tenant that claims nothing
-PACE_NS, MOST_PACE_NS = 1_000_000_000, 64_000_000_000  # the time in which the bound doubles
-FORGET_NS = 3600 * 1_000_000_000  # after this time without a wait in vain, the bound doubles at its first pace again
-_TRUE_PARTS = 4  # work ended as claimed if it was late by at most this part of its claimed length
+UNPROVEN_NS = 250_000_000  # a little more than a tenth of a device's time in two seconds
+MUCH_NS = 2 * BUDGET_NS  # a shorter wait in vain costs other tenants no more than a tenant that claims nothing
+PACE_NS, MOST_PACE_NS = 1_000_000_000, 64_000_000_000  # the first and the longest time in which the bound doubles
+FORGET_NS = 3600 * 1_000_000_000  # after this time without a wait in vain, the bound doubles in PACE_NS again
+_TRUE_PARTS = 4  # work ended as claimed if it was late by at most 1/4 of its claimed length
 _MOST_DOUBLINGS = 16
 
 
@@ -30,10 +32,10 @@ class Standing:
 
     lowered_ns: int = 0
     pace_ns: int = 0  # 0: there was no wait in vain yet
-    proven: bool = False  # work that overran UNPROVEN_NS ended as claimed
+    proven: bool = False  # work with a claim beyond UNPROVEN_NS has ended as claimed
 
     def believed_ns(self, now_ns: int) -> int:
-        """Return the longest wait for the work in flight of the tenant."""
+        """Return the longest time for which other tenants wait for the tenant's work in flight."""
         most_ns = MOST_FLIGHT_NS if self.proven else UNPROVEN_NS
         if not self.pace_ns:
             return most_ns
@@ -41,7 +43,7 @@ class Standing:
         return min(most_ns, BUDGET_NS << doublings)
 
     def lower(self, now_ns: int, is_much: bool) -> None:
-        """Record a wait in vain; `is_much`: it was long enough to slow the pace."""
+        """Lower the bound to BUDGET_NS after a wait in vain. `is_much`: it also doubles more slowly from now on."""
         if is_much:
             is_new = not self.pace_ns or now_ns - self.lowered_ns > FORGET_NS
             self.pace_ns = PACE_NS if is_new else min(MOST_PACE_NS, 2 * self.pace_ns)
@@ -50,17 +52,17 @@ class Standing:
 
 @dataclass(slots=True)
 class Trust:
-    """The claims of one tenant, one after the other. Several tenants may have the same `standing`."""
+    """The successive claims of one tenant. Several tenants may have the same `standing`."""
 
     standing: Standing = field(default_factory=Standing)
-    _closed_ns: int = 0
-    _claim_ns: int = 0  # the claim of the turn that closed then
-    _before: tuple[int, int] | None = None  # the standing before an overrun that may still prove true
+    _closed_ns: int = 0  # when the gates of the last turn closed
+    _claim_ns: int = 0  # the claim at that time
+    _before: tuple[int, int] | None = None  # lowered_ns and pace_ns before an overrun whose claim may still prove true
     _overran_ns: int = 0  # the time of that overrun
-    _proves_ns: tuple[int, int] = (0, 0)  # a drain between these proves a claim that overran, in the next turn too
+    _proves_ns: tuple[int, int] = (0, 0)  # a drain of the next turn between these two times still proves that claim
 
     def believed_ns(self, now_ns: int) -> int:
-        """Return the longest wait for the tenant's work in flight."""
+        """Return the longest time for which other tenants wait for the tenant's work in flight."""
         return self.standing.believed_ns(now_ns)
 
     def claims(self, now_ns: int, ns: int) -> None:
@@ -71,10 +73,10 @@ class Trust:
         """Judge the last claim at the end of a turn, after its drain.
 
         Args:
-            overrun: the turn has ended with work in flight.
-            drained: nothing is in flight.
-            lives: the tenant still has a process that uses a device.
-            now_ns: the time.
+            overrun: whether the turn has ended with work in flight.
+            drained: whether nothing is in flight.
+            lives: whether the tenant still has a process that uses a device.
+            now_ns: the current time.
         """
         if overrun:
             self.overran(now_ns)
@@ -84,7 +86,7 @@ class Trust:
             self.drained(now_ns)
 
     def overran(self, now_ns: int) -> None:
-        """Record that others waited for the tenant's work, and that it has not ended."""
+        """Record that other tenants waited for the tenant's work in vain: the work has not ended."""
         is_much, standing = now_ns - self._closed_ns > MUCH_NS, self.standing
         if not is_much and not standing.pace_ns:
             return
@@ -92,31 +94,36 @@ class Trust:
         standing.lower(now_ns, is_much)
 
     def lost_process(self, now_ns: int) -> None:
-        """Record that a process with a claim has ended while others wait: the claim can no longer be proved."""
+        """Record that a process with a claim has exited while other tenants wait. The claim cannot prove true now."""
         self.overran(now_ns)
         self.forget_overrun()
-        self._closed_ns, self._claim_ns = now_ns, 0  # later overruns are of other work, which no tenant waited for yet
+        self._closed_ns, self._claim_ns = now_ns, 0  # a later overrun is of other work: the wait for it begins now
 
     def forget_overrun(self) -> None:
-        """Forget the overrun that may still prove true: a process that claimed it has ended."""
+        """Discard an overrun whose claim may still prove true, because a process with this claim has exited."""
         self._before, self._proves_ns = None, (0, 0)
 
     def ended(self, ended_ns: int, now_ns: int) -> None:
-        """Record the end of work that overran, at `ended_ns` if reported; the claim is true if that fits."""
+        """Record the end of work that overran, and compare it with the claim.
+
+        `ended_ns` is the end that the tenant reports. If it is not between the closing of the gates and now, `now_ns`
+        is taken as the end.
+        """
         at_ns = ended_ns if self._closed_ns < ended_ns < now_ns else now_ns
         first_ns, last_ns = self._proof()
         self.standing.proven |= self._before is not None and first_ns < at_ns <= last_ns
         self._restore(at_ns <= last_ns)
 
     def drained(self, now_ns: int) -> None:
-        """Record that a turn has ended with nothing in flight, also of earlier turns."""
+        """Record that a turn has ended and that nothing of it or of an earlier turn is in flight."""
         self.standing.proven |= self._proves_ns[0] < now_ns <= self._proves_ns[1]
         self._proves_ns = (0, 0)
 
     def begins_again(self, until_ns: int, now_ns: int) -> None:
-        """Record that the next turn begins, with work until `until_ns` according to the tenant.
+        """Record that the next turn begins while work may be in flight until `until_ns`, by the tenant's report.
 
-        The claimed end of the last work may be in the future. The claim may still be true, unless it was prolonged.
+        If the claimed end of the last work is still in the future, the claim may prove true, unless the tenant has
+        prolonged it.
         """
         end_ns = self._closed_ns + self._claim_ns
         may_be_true = now_ns <= end_ns and until_ns <= end_ns + BUDGET_NS
@@ -125,9 +132,9 @@ class Trust:
         self._restore(may_be_true)
 
     def _proof(self) -> tuple[int, int]:
-        """Return (first, last): work that ends after `first` and until `last` proves a claim.
+        """Return (first, last): work that ends after `first` and not after `last` proves the claim.
 
-        Until `first`, others have waited no longer than for an unproved claim.
+        An end before `first` proves nothing, because the wait for it was not longer than for an unproven claim.
         """
         return self._closed_ns + UNPROVEN_NS, self._closed_ns + self._claim_ns + self._claim_ns // _TRUE_PARTS
 

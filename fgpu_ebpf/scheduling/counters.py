@@ -1,18 +1,18 @@
 """Counters of turns, by tenant and by device.
 
-`turns` uses this module, in the gatekeeper's time slicer thread, which publishes the counters. Times are nanoseconds.
+The module runs in the gatekeeper's time slicer thread, which publishes the counters. Times are in nanoseconds.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-BUCKETS_NS = tuple(int(ms * 1e6) for ms in (0.1, 0.25, 0.5, 1, 2, 4, 8, 16, 32, 64, 128, 512))  # of drains
+BUCKETS_NS = tuple(int(ms * 1e6) for ms in (0.1, 0.25, 0.5, 1, 2, 4, 8, 16, 32, 64, 128, 512))  # lengths of drains
 
 
 @dataclass(slots=True)
 class Counts:
-    """Counters of one tenant, only growing."""
+    """Counters of one tenant. They never decrease."""
 
     owned_ns: int = 0
     waits: int = 0
@@ -24,7 +24,10 @@ class Counts:
 
 @dataclass(slots=True)
 class DeviceCounts:
-    """Counters of one device, only growing. `drains`: how many took up to each of BUCKETS_NS, and longer."""
+    """Counters of one device. They never decrease.
+
+    `drains`: the number of drains in each bucket of BUCKETS_NS, whose values are upper bounds, and of longer drains.
+    """
 
     switches: int = 0
     overruns: int = 0
@@ -32,7 +35,7 @@ class DeviceCounts:
     drains: list[int] = field(default_factory=lambda: [0] * (len(BUCKETS_NS) + 1))
 
     def add(self, ns: int, overrun: bool) -> None:
-        """Count a turn that has ended."""
+        """Count a turn that has ended. `ns`: the length of its drain."""
         self.drains[sum(ns > bucket for bucket in BUCKETS_NS)] += 1
         self.drain_ns += ns
         self.overruns += overrun

@@ -1,11 +1,12 @@
-"""Choice of the next turn: proportional shares of a device's time, by virtual time.
+"""Selection of the next turn: proportional shares of a device's time, by virtual time.
 
-As in start-time fair queueing (Goyal, Vin and Cheng, 1996): a turn costs its length divided by the tenant's weight, and
-the tenant with the lowest virtual time is next. A tenant that was idle starts at the device's clock: it gets no credit
-for idle time, and debts stay. What it was behind when it left stays for some quanta (`Leave`).
+The algorithm is that of start-time fair queueing (Goyal, Vin and Cheng, 1996). A turn adds its length, divided by the
+tenant's weight, to the tenant's virtual time. The tenant with the lowest virtual time is next. A tenant that was idle
+starts at the device's clock, the virtual time of the last turn: it gets no credit for idle time, and keeps its debts.
+If a tenant was behind the clock when its last turn ended, it may start as far behind for some quanta (`Leave`).
 
-The module has functions and values without state, I/O or clock. `turns` uses it in the gatekeeper's time slicer thread,
-and the agent uses it for shares. Times are CLOCK_MONOTONIC nanoseconds, limits are millionths.
+The functions have no state, do no I/O and read no clock. They run in the gatekeeper's time slicer thread, and in the
+agent, which computes entitlements. Times are CLOCK_MONOTONIC nanoseconds. Limits are millionths of a device's time.
 """
 
 from __future__ import annotations
@@ -15,16 +16,16 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 MILLION = 1_000_000
-PERIOD_NS = 40_000_000  # of a limit: time that was not used for longer is lost
+PERIOD_NS = 40_000_000  # the period of a limit: a tenant cannot save up the unused time of a longer one
 FLOOR_NS = 100_000_000  # a waiting tenant of a lower priority gets a turn at least this often
 PLAIN_WEIGHT = 100
-CREDIT_QUANTA = 10  # how long a tenant's lag is kept while it is away, and the maximum of the lag
-ROUND_QUANTA = 4  # the longest round of turns, in quanta, of tenants that only wait for each other
+CREDIT_QUANTA = 10  # how long a tenant without turns may still start behind the clock; also the maximum of that lag
+ROUND_QUANTA = 4  # the longest round of turns, in quanta, among tenants that are never idle
 
 
 @dataclass(frozen=True, slots=True)
 class Share:
-    """A tenant's ceiling, its part of contended time, and the length of its turns. The lowest rank goes first."""
+    """A tenant's ceiling, weight, priority (`rank`) and length of turns. The lowest rank has the highest priority."""
 
     limit_millionths: int = MILLION
     weight: int = PLAIN_WEIGHT
@@ -38,28 +39,34 @@ class Share:
 
     @property
     def ample_ns(self) -> int:
-        """The time in hand that, with what the limit adds during it, lasts for a whole turn."""
+        """The time in hand that suffices for a whole turn, together with the time that the limit adds during it."""
         return self.quantum_ns * (MILLION - self.limit_millionths) // MILLION
 
     @property
     def most_ns(self) -> int:
-        """The most time in hand, however long the tenant has waited."""
+        """The maximum of the time in hand. A longer wait adds nothing."""
         return self.ample_ns + PERIOD_NS * self.limit_millionths // MILLION
 
 
 class Account(NamedTuple):
-    """A tenant's virtual time, and the time that its limit had left at `at_ns`; below 0: a debt."""
+    """A tenant's account: its virtual time, and the time in hand that its limit had left at `at_ns`.
+
+    `in_hand_ns` below 0 is a debt.
+    """
 
     virtual_ns: int = 0
     in_hand_ns: int = 0
     at_ns: int = 0
 
     def at(self, now_ns: int, share: Share) -> Account:
-        """Return the account with the time that the limit has added since, for a tenant that runs or wants to."""
+        """Return the account with the time that the limit has added since `at_ns`, for a tenant that runs or waits."""
         return self._refilled(now_ns, share, share.most_ns) if share.limited else self
 
     def rested(self, now_ns: int, share: Share) -> Account:
-        """Return the account as at() does, for a tenant that wanted no turn since: no more than a turn needs."""
+        """Return the account as at() does, for a tenant that has requested no turn since `at_ns`.
+
+        The limit adds time only up to `ample_ns`, which one turn needs.
+        """
         return self._refilled(now_ns, share, max(share.ample_ns, self.in_hand_ns)) if share.limited else self
 
     def _refilled(self, now_ns: int, share: Share, most_ns: int) -> Account:
@@ -67,12 +74,12 @@ class Account(NamedTuple):
         return Account(self.virtual_ns, min(most_ns, self.in_hand_ns + more), now_ns)
 
     def charged(self, ns: int, share: Share) -> Account:
-        """Return the account after `ns` of a device's time."""
+        """Return the account after the tenant has used `ns` of a device's time."""
         in_hand = self.in_hand_ns - ns if share.limited else self.in_hand_ns
         return Account(self.virtual_ns + ns * PLAIN_WEIGHT // share.weight, in_hand, self.at_ns)
 
     def joining(self, clock_ns: int) -> Account:
-        """Return the account of a tenant that was idle: without credit for that time."""
+        """Return the account of a tenant that requests a turn after idle time. It gets no credit for idle time."""
         return self._replace(virtual_ns=max(self.virtual_ns, clock_ns))
 
     def ready_ns(self, share: Share) -> int:
@@ -83,15 +90,15 @@ class Account(NamedTuple):
         return self.at_ns - (-lack * MILLION // share.limit_millionths)
 
     def spent_ns(self, share: Share) -> int:
-        """Return when a turn that continues will have used up the budget."""
+        """Return when a turn that continues will have used up the time in hand."""
         left = max(0, self.in_hand_ns)
         return self.at_ns + left * MILLION // max(1, MILLION - share.limit_millionths)
 
 
 class Leave(NamedTuple):
-    """The end of a tenant's last turn, or of the last inside a unit: when, and how far behind the clock it was then.
+    """The end of the last turn of a tenant, or of a unit: its time, and how far behind the clock the tenant was then.
 
-    A tenant that waited instead would stay as far behind, so leaving gains nothing.
+    A tenant that waits for a turn instead stays as far behind, so a tenant gains nothing by an idle gap.
     """
 
     at_ns: int = 0
@@ -100,25 +107,25 @@ class Leave(NamedTuple):
     def credit_ns(self, now_ns: int, share: Share) -> int:
         """Return how far behind the clock the tenant may start again, in virtual time.
 
-        The time that it was away is taken off: 0 after CREDIT_QUANTA.
+        The credit decreases with the time since the end of the last turn. It is 0 after CREDIT_QUANTA quanta.
         """
         left_ns = CREDIT_QUANTA * share.quantum_ns - (now_ns - self.at_ns)
         return max(0, min(self.behind_ns, left_ns * PLAIN_WEIGHT // share.weight))
 
 
-STAYED = Leave()  # gives no credit
+STAYED = Leave()  # a value without credit
 
 
 def opening(share: Share, now_ns: int) -> Account:
-    """Return a new tenant's account, with enough time in hand to begin."""
+    """Return the account of a new tenant, with enough time in hand to begin a turn."""
     return Account(in_hand_ns=share.ample_ns, at_ns=now_ns)
 
 
 class Waiter(NamedTuple):
-    """A tenant that waits for all of `devices` since `since_ns`, and whose limit allows it to begin.
+    """A tenant that has waited for all of `devices` since `since_ns`, and whose limit allows a turn.
 
-    `inner_ns`: its virtual time inside a unit (`nested_shares`); `virtual_ns` is the unit's then. Until `unlifted_ns`
-    the floor owes its unit nothing.
+    For a tenant inside a unit (`nested_shares`), `virtual_ns` is the virtual time of the unit, `inner_ns` is the
+    tenant's virtual time inside the unit, and waiting for the floor counts from `unlifted_ns` at the earliest.
     """
 
     tenant: int
@@ -131,13 +138,16 @@ class Waiter(NamedTuple):
 
     @property
     def kept_since_ns(self) -> int:
-        """Time since which it has waited for the floor: later if its unit got a turn by the floor meanwhile."""
+        """The time since which the tenant has waited for the floor: not before the unit's last turn by the floor."""
         return max(self.since_ns, self.unlifted_ns)
 
 
 @dataclass(frozen=True, slots=True)
 class Floor:
-    """The floor of one device: when it last lifted a tenant, and the rank of the last turn without it."""
+    """The floor of one device: the rule that gives turns to tenants that wait long because of higher priorities.
+
+    `lifted_ns` is the time of the last such turn, and `rank` the rank of the last other turn.
+    """
 
     lifted_ns: int = 0
     rank: int = 2
@@ -145,7 +155,7 @@ class Floor:
 
 @dataclass(frozen=True, slots=True)
 class Grant:
-    """A turn that begins now. `floor`: it prevents starvation, so a higher priority does not cut it short."""
+    """A turn that begins now. `floor`: the turn prevents starvation, so a higher priority does not end it early."""
 
     tenant: int
     devices: frozenset[int]
@@ -158,11 +168,12 @@ def wanted(waiters: Iterable[Waiter]) -> set[int]:
 
 
 def in_order(waiters: Iterable[Waiter], floors: Mapping[int, Floor], now_ns: int) -> list[tuple[Waiter, bool]]:
-    """Return the waiters in the order of their turns, each with whether the floor lifted it.
+    """Return the waiters in the order of their turns, each with whether the floor lifted it to the front.
 
-    If higher priorities have kept tenants waiting for FLOOR_NS, and the floor has lifted none for as long, it lifts the
-    one that has waited longest. If it lifts several, on devices that a gang shares, they go by waiting time too.
-    Tenants inside a unit wait as one.
+    On each device, the floor lifts the tenant that has waited longest, if two conditions hold: tenants of a higher
+    priority have kept it waiting for FLOOR_NS, and the floor has lifted no tenant there for as long. Several lifted
+    tenants (one for each device) are in the order of their waiting times. For the floor, all tenants inside a unit
+    count as one.
     """
     by_turn = sorted(waiters, key=lambda w: (w.share.rank, w.virtual_ns, w.inner_ns, w.since_ns, w.tenant))
     lifted: set[int] = set()
@@ -170,7 +181,7 @@ def in_order(waiters: Iterable[Waiter], floors: Mapping[int, Floor], now_ns: int
         there = [waiter for waiter in by_turn if device in waiter.devices]
         floor = floors.get(device, Floor())
         top = min(floor.rank, there[0].share.rank)
-        if there[-1].share.rank <= top:  # usually all have one priority
+        if there[-1].share.rank <= top:  # the usual case: all tenants have the same priority
             continue
         kept = [w for w in there if w.share.rank > top and w.kept_since_ns + FLOOR_NS <= now_ns]
         if kept and floor.lifted_ns + FLOOR_NS <= now_ns:
@@ -185,7 +196,7 @@ def in_order(waiters: Iterable[Waiter], floors: Mapping[int, Floor], now_ns: int
 def next_turns(
     waiters: Iterable[Waiter], free: Collection[int], floors: Mapping[int, Floor], now_ns: int
 ) -> list[Grant]:
-    """Return the turns that begin now. A gang gets all its devices or none.
+    """Return the turns that begin now. A gang, which is a tenant on several devices, gets all of them or none.
 
     Free devices are kept for a gang that is next, unless a higher priority keeps it waiting on another device.
     """
@@ -205,9 +216,10 @@ def next_turns(
 def longer_ns(share: Share, rivals: Collection[Share]) -> int:
     """Return how much longer than its quantum a turn may last, in nanoseconds.
 
-    A longer turn is granted when all rivals have been busy for long without a pause: fewer turns cost less. A round
-    takes as long as it would with quanta if the lowest weight were 1 of 4. The result is 0 if a tenant has another
-    priority, or a ceiling: time that the ceiling adds while the tenant waits for longer than PERIOD_NS would be lost.
+    The caller applies this only if all rivals have been busy for long without a pause. Fewer and longer turns cost less
+    time. A round, in which the tenant with the lowest weight has one turn, then takes ROUND_QUANTA quanta. The result
+    is 0 if a rival has another priority, or if any tenant has a ceiling: a tenant with a ceiling that waits for longer
+    than PERIOD_NS would lose the time that the ceiling adds.
     """
     if not rivals or share.limited:
         return 0
@@ -221,7 +233,10 @@ def longer_ns(share: Share, rivals: Collection[Share]) -> int:
 
 
 def entitlements(shares: Mapping[int, Share]) -> dict[int, int]:
-    """Return the millionths of a device that each tenant gets if all want it: by weight, below the limits."""
+    """Return the part of a device's time, in millionths, that each tenant gets while all are busy.
+
+    The time is divided by weight. Time beyond a tenant's limit is divided among the tenants without such a limit.
+    """
     got: dict[int, int] = {}
     left, open_ = MILLION, dict(shares)
     while open_:

@@ -1,6 +1,6 @@
-"""Turns that follow another turn whose work has not drained yet: when they begin, and when they begin earlier.
+"""Handover of a device from a turn that still drains to the next turn: the time from which the next turn is charged.
 
-`turns` uses this module, in the gatekeeper's time slicer thread. Times are CLOCK_MONOTONIC nanoseconds.
+The module runs in the gatekeeper's time slicer thread. Times are CLOCK_MONOTONIC nanoseconds.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ from fgpu_ebpf.scheduling.state import Place, Turn
 
 
 def next_begins_ns(running: Iterable[Place], devices: Collection[int], now_ns: int) -> int:
-    """Return when the turns that are passing on these devices should have drained; the device is theirs until then.
+    """Return when the ending turns on these devices should have drained. Until then, these turns pay for the devices.
 
-    Marks these turns as handed over.
+    Also marks these turns as handed over.
     """
     begins_ns = now_ns
     for place in running:
@@ -24,7 +24,7 @@ def next_begins_ns(running: Iterable[Place], devices: Collection[int], now_ns: i
 
 
 def begin_earlier(running: Iterable[Place], before: Turn, ended_ns: int) -> None:
-    """Correct the turns that were to begin when `before` should have drained: it drained at `ended_ns`."""
+    """Correct the charges of the turns that follow `before`, which has drained at `ended_ns`, earlier than expected."""
     for place in running:
         turn = place.turn
         if turn and turn is not before and turn.begins_ns == before.handed_ns and turn.devices & before.devices:

@@ -1,11 +1,11 @@
 """Nested compute shares: a level with a share gets no additional time if levels inside it have shares too.
 
 A *unit* is the outer level with everything inside it. The scheduler divides a device's time among units and other
-tenants by their virtual times. It divides the time of a unit among the tenants inside by the virtual times of these.
-The ceilings of all enclosing units apply. The time that a unit has used stays charged to it, even if cgroups inside it
-are created and removed.
+tenants by their virtual times. It divides the time of a unit among the tenants inside by their own virtual times. The
+ceilings of all enclosing units apply. The time that a unit has used stays charged to it, even if cgroups inside it are
+created and removed.
 
-`turns`, `share_groups` and `state` use this module, in the gatekeeper's slicer thread. Times are in nanoseconds.
+The module runs in the gatekeeper's time slicer thread. Times are in nanoseconds.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from fgpu_ebpf.scheduling.fair_queue import PLAIN_WEIGHT, ROUND_QUANTA, STAYED, 
 
 
 class Unit:
-    """Use of each device by a unit.
+    """The use of each device by a unit.
 
-    `level` is its cgroup's id, `clock_ns` the virtual time of the last tenant inside that began a turn. `account`,
-    `owned_ns` and `standing` are those of its own programs before it became a unit.
+    `level` is the id of the unit's cgroup. `clock_ns` is the virtual time of the last tenant inside that began a turn.
+    `account`, `owned_ns` and `standing` are those of the cgroup's own programs before the cgroup became a unit.
     """
 
     def __init__(
@@ -31,15 +31,15 @@ class Unit:
         self.clock_ns = account.virtual_ns
         self.left = STAYED
         self._first, self._first_owned_ns = account, owned_ns
-        self._accounts: dict[int, Account] = {}  # by device: tenants inside may use several at a time
-        self._owned_ns: dict[int, int] = {}  # by device, only growing
-        self._unlifted_ns: dict[int, int] = {}  # by device: until then the floor owes nothing to a tenant inside
+        self._accounts: dict[int, Account] = {}  # by device, because tenants inside may use several at a time
+        self._owned_ns: dict[int, int] = {}  # by device; never decreases
+        self._unlifted_ns: dict[int, int] = {}  # by device: waiting for the floor counts from then on
 
     def _of(self, device: int) -> Account:
         return self._accounts.get(device, self._first)
 
     def change(self, share: Share, now_ns: int) -> None:
-        """Set another share from now on; the time used stays."""
+        """Set another share from now on. The used time stays charged."""
         if share == self.share:
             return
         for device in self._accounts:
@@ -54,11 +54,12 @@ class Unit:
             self._accounts[device] = self._of(device).at(now_ns, self.share)
 
     def join(self, devices: Iterable[int], clock_ns: int, now_ns: int, is_first: bool) -> None:
-        """Let a tenant inside want a turn, without credit for idle time.
+        """Record that a tenant inside requests a turn. The unit gets no credit for idle time.
 
-        If no other tenant inside wants a turn or has one (`is_first`), the unit starts at the device's clock. Otherwise
-        it may be behind the clock by a round of turns that are not charged yet, and no more: the others may wait for
-        another device, or do nothing in their turns.
+        If no other tenant inside has or requests a turn (`is_first`), the unit starts at the device's clock, less the
+        credit of its last turn. Otherwise the unit may be behind the clock by at most one round of turns, which may not
+        be charged yet. It gets no more, because the other tenants inside may wait for another device, or be idle in
+        their turns.
         """
         round_ns = ROUND_QUANTA * self.share.quantum_ns * PLAIN_WEIGHT // self.share.weight
         for device in devices:
@@ -67,26 +68,26 @@ class Unit:
             self._accounts[device] = rested if is_first else account.joining(clock_ns - round_ns)
 
     def charge(self, devices: Iterable[int], ns: int) -> None:
-        """Charge the unit for `ns` of the time of each of these devices, used by a tenant inside."""
+        """Charge the unit for `ns` of the time of each of these devices, which a tenant inside has used."""
         for device in devices:
             self._accounts[device] = self._of(device).charged(ns, self.share)
             self._owned_ns[device] = self.owned_ns(device) + ns
 
     def owned_ns(self, device: int) -> int:
-        """Return the device time of all tenants inside, and of its own programs before it became a unit."""
+        """Return the device time that tenants inside have used, and the level's own programs before it was a unit."""
         return self._owned_ns.get(device, self._first_owned_ns)
 
     def lifted(self, devices: Iterable[int], until_ns: int) -> None:
-        """Record that the floor has lifted a tenant inside; until `until_ns` it owes the others nothing either."""
+        """Record that the floor has lifted a tenant inside. All tenants inside wait for it again from `until_ns` on."""
         for device in devices:
             self._unlifted_ns[device] = max(until_ns, self._unlifted_ns.get(device, 0))
 
     def unlifted_ns(self, devices: Iterable[int]) -> int:
-        """Return since when a tenant inside counts as waiting for the floor on these devices."""
+        """Return the earliest time since which a tenant inside can count as waiting for the floor on these devices."""
         return max((self._unlifted_ns.get(device, 0) for device in devices), default=0)
 
     def virtual_ns(self, devices: Iterable[int], ahead_ns: int = 0) -> int:
-        """Return the virtual time on these devices, after `ahead_ns` more of their time."""
+        """Return the virtual time on these devices, as if the unit had used `ahead_ns` more of their time."""
         return max([self._of(device).charged(ahead_ns, self.share).virtual_ns for device in devices], default=0)
 
     def ready_ns(self, devices: Iterable[int]) -> int:
@@ -94,7 +95,7 @@ class Unit:
         return max((self._of(device).ready_ns(self.share) for device in devices), default=0)
 
     def spent_ns(self, devices: Iterable[int]) -> int:
-        """Return the time at which a turn that continues has used up the budget. The unit must have a ceiling."""
+        """Return when a turn that continues will have used up the time in hand. The unit must have a ceiling."""
         return min((self._of(device).spent_ns(self.share) for device in devices), default=0)
 
     def is_spent(self, devices: Iterable[int]) -> bool:
@@ -103,7 +104,7 @@ class Unit:
 
 
 def effective(share: Share, above: Sequence[Unit]) -> Share:
-    """Return the share of a tenant inside units: with the lowest ceiling and the lowest priority of all."""
+    """Return the share of a tenant inside units, with the lowest ceiling and priority of the tenant and the units."""
     limits, ranks = [unit.share.limit_millionths for unit in above], [unit.share.rank for unit in above]
     return replace(share, limit_millionths=min([share.limit_millionths, *limits]), rank=max([share.rank, *ranks]))
 

@@ -1,16 +1,16 @@
-"""The device time that NVML has seen a tenant use, as the least that a tenant with a ceiling pays for.
+"""The device time of a tenant according to NVML. A tenant with a ceiling is charged at least for this time.
 
-`turns` uses this module, in the gatekeeper's time slicer thread. NVML samples, and reports late, so some slack is left.
-Times are nanoseconds.
+NVML takes samples and reports late, so the comparison allows some difference. The module runs in the gatekeeper's time
+slicer thread. Times are in nanoseconds.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-SLACK_PARTS = 10  # this part of the time between two reports of NVML may be used beyond the charged time
-MOST_BETWEEN_NS = 2_000_000_000  # the most of that time: a tenant saves up nothing by a rest
-MOST_AHEAD_NS = 500_000_000  # the most charged time that may stand against later reports
+SLACK_PARTS = 10  # 1/10 of the time between two reports of NVML may be used beyond the charged time
+MOST_BETWEEN_NS = 2_000_000_000  # the maximum of that time, so that a long idle gap does not permit more
+MOST_AHEAD_NS = 500_000_000  # the maximum of the charged time that offsets later reports
 
 
 @dataclass(slots=True)
@@ -23,12 +23,12 @@ class Observed:
     ahead_ns: int = 0
 
     def short_ns(self, ran_ns: int, owned_ns: int, now_ns: int) -> int:
-        """Return how much more the tenant has to be charged.
+        """Return the time that the tenant has to be charged in addition.
 
         Args:
-            ran_ns: the time that NVML has seen the tenant run, in all.
-            owned_ns: the time that the tenant was charged, in all.
-            now_ns: the time.
+            ran_ns: the total device time of the tenant according to NVML.
+            owned_ns: the total time that the tenant was charged.
+            now_ns: the current time.
         """
         if ran_ns == self.ran_ns:
             return 0

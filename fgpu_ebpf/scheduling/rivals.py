@@ -1,7 +1,6 @@
-"""An owner and the tenants that wait for its devices: which of them comes first.
+"""Comparison of an owner with its rivals, the tenants that wait for its devices: which of them runs next.
 
-`turns` uses this module, in the gatekeeper's time slicer thread. The functions change nothing. Times are
-CLOCK_MONOTONIC nanoseconds.
+The functions change no state and run in the gatekeeper's time slicer thread. Times are CLOCK_MONOTONIC nanoseconds.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from fgpu_ebpf.scheduling.state import FLOOR_TURN_NS, Place, Turn
 
 
 def outranked(place: Place, turn: Turn, rivals: Iterable[Place], now_ns: int) -> bool:
-    """Return whether a rival has a higher priority than the owner, and may end its turn."""
+    """Return whether a rival has a higher priority than the owner and may end the owner's turn."""
     if turn.floor and now_ns < turn.opened_ns + FLOOR_TURN_NS:
         return False
     return any(rival.share.rank < place.share.rank for rival in rivals)
@@ -29,8 +28,8 @@ def comes_first_again(
     floors: Mapping[int, Floor],
     now_ns: int,
 ) -> bool:
-    """Return whether the owner would get the next turn too."""
-    ahead_ns = place.flight_ns(now_ns)  # to be paid for in any case
+    """Return whether the owner would also get the next turn."""
+    ahead_ns = place.flight_ns(now_ns)  # charged in advance, because the owner pays for work in flight in any case
     waiters = [*waiters_of(ready, running, now_ns), place.waiter(now_ns, ahead_ns, ahead_ns)]
     free = fair_queue.wanted(waiters) - state.taken(running, now_ns) | turn.devices
     found = fair_queue.next_turns(waiters, free, floors, now_ns)

@@ -1,7 +1,7 @@
 """All units of a host: levels with a share that have levels with shares inside (`nested_shares`).
 
-A unit exists as long as its level has a share, so its used time is kept after the cgroups inside are removed. `turns`
-uses this module, in the gatekeeper's time slicer thread.
+A unit exists as long as its level has a share, so its used time is kept after the cgroups inside are removed. The
+module runs in the gatekeeper's time slicer thread.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ class Units:
         self._units: dict[int, Unit] = {}
 
     def nest(self, places: Mapping[int, Place], tenant: int, levels: Sequence[int]) -> Iterator[Inside]:
-        """Place a tenant inside these levels, innermost first; yield all tenants whose units change, and the units.
+        """Place a tenant inside these levels, innermost first. Yield each tenant whose units change, and the new units.
 
-        A level that becomes a unit starts with what its own state has used.
+        A level that becomes a unit starts with the time that its own programs have used.
         """
         for number, level in enumerate(levels):
             if level not in self._units:
@@ -37,17 +37,17 @@ class Units:
             yield places[tenant], above
 
     def share_out(self, shares: Mapping[int, Share], now_ns: int) -> None:
-        """Set the shares of all levels; units of levels without a share end."""
+        """Set the shares of all levels, and remove the units of levels without a share."""
         self._units = {level: unit for level, unit in self._units.items() if level in shares}
         for level, unit in self._units.items():
             unit.change(shares[level], now_ns)
 
     def of(self, above: Sequence[Unit]) -> tuple[Unit, ...]:
-        """Return those of these units that still exist."""
+        """Return the units in `above` that still exist."""
         return tuple(unit for unit in above if self._units.get(unit.level) is unit)
 
     def differs(self, place: Place, share: Share) -> bool:
-        """Return whether the share of a tenant, or the units around it or their shares, have changed."""
+        """Return whether a tenant's share, the units around the tenant, or the shares of these units have changed."""
         above = self.of(place.above)
         return place.asked != share or above != place.above or place.share != effective(share, above)
 
@@ -59,7 +59,10 @@ def first_inside(place: Place, others: Iterable[Place]) -> bool:
 
 
 def leave(place: Place, clock_ns: int, now_ns: int) -> None:
-    """Record that a tenant's turn has ended, and how far it is behind; `clock_ns`: of the turn that has followed."""
+    """Record that a tenant's turn has ended, and how far the tenant and its unit are behind the clock.
+
+    `clock_ns`: the device's clock, after the next turn has begun.
+    """
     own_ns = clock_ns
     if place.above:
         unit = place.above[-1]
@@ -69,7 +72,7 @@ def leave(place: Place, clock_ns: int, now_ns: int) -> None:
 
 
 def waiters_of(places: Iterable[Place], running: Collection[Place], now_ns: int) -> list[Waiter]:
-    """Return these tenants as waiters. A unit is charged in advance for its turns that are under way."""
+    """Return these tenants as waiters. A unit is charged in advance for the turns that tenants inside have now."""
     owed: dict[Unit, int] = {}
     for owner in running:
         if owner.above:

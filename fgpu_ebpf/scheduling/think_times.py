@@ -1,10 +1,11 @@
 """Think times: how long a tenant has nothing in flight between the end of a step and its next launch.
 
-An owner without work keeps its turn for twice the think time that nine of ten of its recent ones do not exceed. Those
-that are longer than any patience do not count, unless nearly all are. The owner pays for the time like for work, so a
+An owner without work keeps its turn for some time, its *patience*. The patience is twice the 90th percentile of the
+owner's recent think times, within the bounds below. Think times above the maximum of the patience are left out. If more
+than three quarters are above the maximum, the patience is IDLE_NS. The owner is charged for this time as for work, so a
 wrong report gains nothing.
 
-`turns` uses this module, in the gatekeeper's time slicer thread. Times are nanoseconds.
+The module runs in the gatekeeper's time slicer thread. Times are in nanoseconds.
 """
 
 from __future__ import annotations
@@ -12,22 +13,22 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass, field
 
-IDLE_NS = 500_000  # the patience without measurements; less gains nothing, because checks are not more frequent
-MOST_NS = 2_000_000  # the maximum; for short quanta this part of the quantum
-QUANTUM_PARTS = 10
-_RECENT = 16
-_HOPE_PARTS = 4  # if fewer than this part of the think times are short enough, waiting is in vain
+IDLE_NS = 500_000  # the minimum, and the patience without measurements; checks are not frequent enough for less
+MOST_NS = 2_000_000  # the maximum
+QUANTUM_PARTS = 10  # for short quanta the maximum is 1/10 of the quantum
+_RECENT = 16  # the number of think times that are kept
+_HOPE_PARTS = 4  # if fewer than 1/4 of the think times are short enough, a longer patience is useless
 
 
 @dataclass(slots=True)
 class ThinkTimes:
-    """The recent think times of one tenant. Checks find long ones more often than short ones."""
+    """The recent think times of one tenant. Checks find long think times more often, so these are over-represented."""
 
     _recent: deque[int] = field(default_factory=lambda: deque(maxlen=_RECENT))
-    _known: tuple[int, int] = (0, IDLE_NS)  # a quantum, and the patience with it
+    _known: tuple[int, int] = (0, IDLE_NS)  # a quantum, and the patience that was computed for it
 
     def add(self, ns: int) -> None:
-        """Record a think time, as far as it was seen or reported."""
+        """Record a think time. `ns`: the part of it that was measured or reported."""
         self._recent.append(max(0, ns))
         self._known = (0, 0)
 
@@ -45,5 +46,5 @@ class ThinkTimes:
 
 
 def most_patience_ns(quantum_ns: int) -> int:
-    """Return the most that an idle owner costs other tenants in one turn."""
+    """Return the maximum of the patience, which is also the most that an idle owner costs other tenants in one turn."""
     return max(IDLE_NS, min(MOST_NS, quantum_ns // QUANTUM_PARTS))

@@ -1,11 +1,11 @@
 """Turns on the devices, from the opening of a gate to the end of its drain: which tenants run, wait and stop.
 
-The next gate opens LEAD_NS before a drain should end, so that the device does not wait until a thread has woken up and
-launched; the turns themselves are charged as if the next began where the last should have ended.
+The next gate opens LEAD_NS before a drain should end, so that the device is not idle until a thread has woken up and
+launched work. The next turn is nevertheless charged from the expected end of the drain.
 
-The gatekeeper's time slicer uses this module in its thread. The module has no I/O and reads no clock. `fair_queue`
-decides the order. A tenant that shares no device with another and has no ceiling is *free*: it has no turns, and its
-gates stay open. Wrong reports of a tenant cost its own turn at most.
+The module runs in the gatekeeper's time slicer thread, does no I/O and reads no clock. `fair_queue` determines the
+order of turns. A tenant that shares no device with another tenant and has no ceiling is *free*: it has no turns, and
+its gates stay open. Wrong reports of a tenant cost at most its own turn.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from fgpu_ebpf.scheduling.state import NEVER_NS, NOTHING, Place, Seen, Turn
 from fgpu_ebpf.scheduling.virtual_clock import Clocks
 
 MS = 1_000_000
-LEAST_NS = 100_000  # between two looks without a wake-up by a tenant
-REST_NS = 100 * MS  # while no tenant waits, a turn without work for this time is closed, and not examined any more
-SILENCE_NS = 1 * MS  # the most beyond the work in flight that a closing turn lasts
-MOST_LATE_NS = 100 * MS  # the most charged for work that went on after the turn had passed
-PAUSE_NS, MOST_PAUSE_NS = 1 * MS, 500 * MS  # the pause after a turn without a launch
-STOPPED_NS = 10_000 * MS  # the same pause if something is in flight all the time: usually until that has drained
+LEAST_NS = 100_000  # the least time between two steps without a wake-up by a tenant
+REST_NS = 100 * MS  # while no tenant waits, a turn without work for this time is closed and not checked any more
+SILENCE_NS = 1 * MS  # a closing turn lasts at most this much longer than its work in flight
+MOST_LATE_NS = 100 * MS  # the maximum charged for work that continued after the end of its turn
+PAUSE_NS, MOST_PAUSE_NS = 1 * MS, 500 * MS  # bounds of the pause after a turn without a launch
+STOPPED_NS = 10_000 * MS  # this pause if work remains in flight; it ends earlier once that work has drained
 
 
 class Turns:
@@ -42,14 +42,14 @@ class Turns:
         self._changed: set[int] = set()
         self._here: dict[int, Place] = {}  # tenants with processes
         self._running: dict[int, Place] = {}  # tenants with a turn
-        self._queue: dict[int, Place] = {}  # tenants that want a turn
+        self._queue: dict[int, Place] = {}  # tenants that wait for a turn
         self._left: list[Place] = []  # tenants whose turn has ended in this step
         self._users_changed, self._is_drained, self._stepped_ns = False, False, 0
 
-    # -- called by the time slicer
+    # -- interface for the time slicer
 
     def share_out(self, shares: Mapping[int, Share], now_ns: int) -> None:
-        """Set the shares of all tenants from now on; the next step must examine every tenant."""
+        """Set the shares of all tenants from now on. The next step() must be given observations of every tenant."""
         for tenant in set(self.places) - set(shares):
             del self.places[tenant]
             for places in (self._here, self._running, self._queue):
@@ -70,7 +70,10 @@ class Turns:
             self._change(*change, now_ns)
 
     def _change(self, place: Place, above: tuple[Unit, ...], now_ns: int) -> None:
-        """Set the units around a tenant whose share or units have changed; it queues again among its equals."""
+        """Set the units around a tenant whose share or units have changed.
+
+        The tenant leaves the queue, and joins it again when it is next observed to wait.
+        """
         if place.change(above, now_ns):
             place.left = fair_queue.STAYED
             self._join(place, now_ns, is_waiting=False)
@@ -78,7 +81,7 @@ class Turns:
         self._leave_queue(place)
 
     def leave(self, tenant: int, now_ns: int) -> None:
-        """Remove a tenant whose last process has gone, and end its turn."""
+        """Remove a tenant whose last process has exited, and end its turn."""
         place = self._here.pop(tenant, None)
         if place is None:
             return
@@ -90,7 +93,7 @@ class Turns:
         self._users_changed = True
 
     def lose(self, tenant: int, now_ns: int) -> None:
-        """Record that a process with work in flight, by its own report, has ended."""
+        """Record that a process has exited that had work in flight by its own report."""
         place = self._here.get(tenant)
         if place and place.turn and place.turn.closing_ns:
             place.trust.lost_process(now_ns)
@@ -98,27 +101,31 @@ class Turns:
             place.trust.forget_overrun()
 
     def observed(self, tenant: int, ran_ns: int, now_ns: int) -> None:
-        """Charge a tenant with a ceiling at least for the time that NVML has seen it run in all."""
+        """Charge a tenant with a ceiling at least for `ran_ns`, its total device time according to NVML."""
         place = self.places[tenant]
         if place.share.limited:
             place.count_up(now_ns)
             place.charge(place.observed.short_ns(ran_ns, place.owned_ns(), now_ns))
 
     def in_question(self) -> list[int]:
-        """Return tenants that have a turn, or whose turn was just cut: every step must examine them."""
+        """Return the tenants that have a turn or whose turn was just cut. Every step must get observations of these."""
         return [*self._running, *(tenant for tenant, place in self._queue.items() if place.cut)]
 
     def without_wakeups(self) -> set[int]:
-        """Return tenants whose wake-ups can wait for the next step: they outrank no owner that they wait for."""
+        """Return tenants whose wake-ups can wait for the next step, because they outrank no owner they wait for."""
         waiting = (*self._queue.values(), *self._preempted())
         return {place.tenant for place in waiting if place.waits_for_any(self._running.values())}
 
     def _preempted(self) -> list[Place]:
-        """Return tenants that were preempted and whose turn was handed over: they queue again at the next step."""
+        """Return tenants that were preempted and whose turn was handed over. They queue again at the next step."""
         return [place for place in self._running.values() if place.is_preempted()]
 
     def step(self, observations: Mapping[int, Seen], now_ns: int) -> set[int]:
-        """Apply the observations since the last step, and do what is due; return tenants whose gates have changed."""
+        """Apply the observations since the last step, and begin, extend and end turns.
+
+        Returns:
+            The tenants whose gates have changed.
+        """
         self._stepped_ns = now_ns
         wanted = state.devices_of((*self._queue.values(), *self._preempted()))
         for tenant, seen in observations.items():
@@ -137,12 +144,15 @@ class Turns:
         return changed
 
     def look_again(self) -> bool:
-        """Return whether to check again: gates closed with nothing in flight; if it stays so, the turns have ended."""
+        """Return whether the caller should check again at once, because gates were closed with nothing in flight.
+
+        If nothing is in flight then either, these turns have ended.
+        """
         is_drained, self._is_drained = self._is_drained, False
         return is_drained
 
     def to_meet(self, now_ns: int) -> list[int]:
-        """Return gangs with kernels that wait for each other behind closed gates, and prolong their turns a little."""
+        """Return the gangs with CUDA kernels that wait for kernels behind closed gates, and prolong their turns."""
         found = []
         for place in self._running.values():
             turn = place.turn
@@ -152,12 +162,12 @@ class Turns:
         return found
 
     def due_ns(self, now_ns: int) -> int:
-        """Return when the next step is due without a wake-up; NEVER_NS: not at all."""
+        """Return when the next step is due if no tenant wakes the time slicer; NEVER_NS: only after a wake-up."""
         due = NEVER_NS
         waiting = self._preempted()
         for place in self._queue.values():
             at_ns = place.ready_ns()
-            if at_ns > self._stepped_ns:  # even if that is past by now: no step has considered it yet
+            if at_ns > self._stepped_ns:  # also if at_ns has passed by now, because no step has considered it yet
                 due = min(due, at_ns)
             else:
                 waiting.append(place)
@@ -166,17 +176,17 @@ class Turns:
                 due = min(due, place.turn_due_ns(place.turn, waiting, now_ns))
         return max(due, now_ns + LEAST_NS)
 
-    # -- looks at tenants
+    # -- observations of tenants
 
     def _try_to_look(self, place: Place, seen: Seen, wanted: set[int], now_ns: int) -> None:
         try:
             self._look(place, seen, wanted, now_ns)
-        except Exception:  # a bug that this tenant's reports have triggered must not stop the others
+        except Exception:  # an error that this tenant's reports have triggered must not stop other tenants
             self.resets += 1
             self.forget(place.tenant)
 
     def forget(self, tenant: int) -> None:
-        """Reset what a tenant has reported, and end its turn. Its account stays, as do its debts."""
+        """Discard the reports of a tenant, and end its turn. Its account stays, with its debts."""
         place = self.places[tenant]
         for places in (self._here, self._running, self._queue):
             places.pop(tenant, None)
@@ -193,7 +203,7 @@ class Turns:
         if place.late_ns and seen.drained:
             place.charge(min(now_ns - place.late_ns, MOST_LATE_NS))
             place.late_ns = place.pause_ns = place.pause_until_ns = 0
-            if seen.devices:  # otherwise its processes have ended, and nothing proves that there was any work
+            if seen.devices:  # otherwise its processes have exited, and nothing proves that there was any work
                 place.trust.ended(seen.ended_ns, now_ns)
         turn, place.cut = place.turn, False
         if turn and turn.closing_ns:
@@ -205,17 +215,17 @@ class Turns:
             self._look_at_waiter(place, now_ns)
 
     def _look_at_owner(self, place: Place, turn: Turn, wanted: bool, now_ns: int) -> None:
-        """Charge an owner for the time since the last check, and note when it was last active."""
+        """Charge an owner for the time since the last check, and record when it was last active."""
         seen, since_ns = place.seen, max(turn.charged_ns, place.begun_ns(turn))
         if seen.launches != turn.launches:
-            if turn.rest_ns:  # the last look was in a think time
+            if turn.rest_ns:  # the last check was in a think time
                 place.thinks.add(max(turn.rest_ns, seen.idle_ns))
             wanted_ns = seen.wanted_ns if turn.charged_ns <= seen.wanted_ns <= now_ns else now_ns
             turn.launches, turn.active_ns = seen.launches, max(turn.active_ns, wanted_ns)
         busy_ns = seen.busy_until_ns if seen.in_flight else min(seen.ended_ns, now_ns)
         turn.active_ns = max(turn.active_ns, busy_ns)
         until_ns, idle_ns = now_ns, 0
-        if not wanted:  # no other tenant wants the devices: then rests cost nothing
+        if not wanted:  # idle time is not charged while no other tenant waits for the devices
             until_ns, idle_ns = min(now_ns, turn.active_ns), max(0, seen.idle_ns - turn.rest_ns)
         turn.rest_ns = 0 if seen.in_flight else max(0, now_ns - seen.ended_ns)
         place.count_up(now_ns)
@@ -224,10 +234,10 @@ class Turns:
         turn.charged_ns = max(turn.charged_ns, now_ns)
 
     def _look_at_waiter(self, place: Place, now_ns: int) -> None:
-        if not place.seen.waiting or not place.seen.devices:  # a turn on no device would be extended to all
+        if not place.seen.waiting or not place.seen.devices:  # a turn without a device would be extended to all devices
             self._leave_queue(place)
         elif place.since_ns is None:
-            if place.seen.wanted_ns > place.seen.ended_ns > 0 and not place.seen.in_flight:  # a think time has ended
+            if place.seen.wanted_ns > place.seen.ended_ns > 0 and not place.seen.in_flight:  # end of a think time
                 place.thinks.add(place.seen.wanted_ns - place.seen.ended_ns)
             self._join(place, now_ns)
 
@@ -241,7 +251,7 @@ class Turns:
         place.since_ns = None
         self._queue.pop(place.tenant, None)
 
-    # -- free or not
+    # -- tenants that are free
 
     def _set_all_free(self, now_ns: int) -> None:
         self._users_changed = False
@@ -260,10 +270,10 @@ class Turns:
             place.turn = None
             self._running.pop(place.tenant, None)
             self._leave_queue(place)
-        elif place.seen.devices:  # it runs already: that becomes its turn
+        elif place.seen.devices:  # the tenant is running, so it gets a turn now
             self._open(place, Grant(place.tenant, before & place.seen.devices), now_ns)
 
-    # -- which tenants go on, and which stop
+    # -- tenants that continue, and tenants that stop
 
     def _ready(self, now_ns: int) -> list[Place]:
         """Return the queued tenants that may begin."""
@@ -278,13 +288,13 @@ class Turns:
         return found
 
     def _let_run_or_close(self, place: Place, ready: list[Place], now_ns: int) -> None:
-        """Go on with a turn whose gates are open, extend it, or close its gates, by the first of these rows that holds.
+        """Continue or extend a turn with open gates, or close its gates. The first row that applies decides.
 
         a limit leaves no time in hand                     close the gates
-        another owner needs one of its devices             close them at the end of the quantum, or when idle
-        no ready tenant wants its devices                  go on; close them after a rest of REST_NS
-        it is idle, or a higher priority is ready          close them
-        the quantum is over                                extend the turn if it would be next, else close them
+        another owner needs one of the devices             close them at the end of the quantum, or when idle
+        no ready tenant waits for the devices              continue; close the gates after a rest of REST_NS
+        the tenant is idle, or a higher priority is ready  close the gates
+        the quantum is over                                extend the turn if the tenant would be next, else close them
         """
         turn = place.turn
         if turn is None or turn.closing_ns:
@@ -359,7 +369,7 @@ class Turns:
         self._changed.add(place.tenant)
 
     def _close(self, place: Place, turn: Turn, now_ns: int) -> None:
-        """Close the gates; the turn lasts until nothing is in flight, or until its deadline."""
+        """Close the gates. The turn lasts until nothing is in flight, or until its deadline."""
         turn.closing_ns, turn.cut = now_ns, not place.is_idle(turn, now_ns)
         self._is_drained |= not place.seen.in_flight
         turn.deadline_ns = now_ns + max(place.flight_ns(now_ns), abi.BUDGET_NS) + SILENCE_NS
@@ -367,7 +377,7 @@ class Turns:
         self._changed.add(place.tenant)
 
     def _finish(self, place: Place, turn: Turn, now_ns: int) -> None:
-        """Charge the rest of a turn, count its drain, and end it. `place.turn` stays until all is charged to it."""
+        """Charge the rest of a turn, count its drain, and end it. `place.turn` stays until everything is charged."""
         place.count_up(now_ns)
         ended_ns = min(now_ns, turn.active_ns) if turn.rested else place.ended_ns(turn, now_ns)
         passed_ns = now_ns
@@ -391,7 +401,7 @@ class Turns:
         self._running.pop(place.tenant, None)
         self._changed.add(place.tenant)
         self._left.append(place)
-        if turn.cut and place.seen.drained and place.seen.devices:  # it queues again without being woken up for that
+        if turn.cut and place.seen.drained and place.seen.devices:  # it queues again without a wake-up by a thread
             place.cut = True
             self._join(place, now_ns)
             place.since_ns = min(passed_ns, now_ns)

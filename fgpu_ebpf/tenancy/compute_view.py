@@ -1,4 +1,4 @@
-"""A tenant's share of a device's time in a Snapshot. No I/O."""
+"""A tenant's share of a device's time, in the form that a Snapshot has. No I/O; runs in the agent's main loop."""
 
 from __future__ import annotations
 
@@ -13,7 +13,15 @@ NS = 1e9
 def compute_view(
     share: Share, t: TurnCounts, now_ns: int, beyond_ratio: float | None, shortfall: Shortfall | None
 ) -> ComputeView:
-    """Return the share and what the gatekeeper has counted of it."""
+    """Return the view of a tenant on one device.
+
+    Args:
+        share: the tenant's share of the device's time.
+        t: the gatekeeper's counts of the tenant's turns.
+        now_ns: the current time, CLOCK_MONOTONIC.
+        beyond_ratio: see `ComputeView`.
+        shortfall: set if the tenant gets less time than is due to it.
+    """
     return ComputeView(
         share.limit_millionths / MILLION, share.weight, list(Priority)[share.rank].value, t.owned_ns / NS, t.waits,
         t.wait_ns / NS, t.throttled, t.overruns, bool(t.owner), t.had_millionths / MILLION,

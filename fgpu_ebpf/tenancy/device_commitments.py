@@ -1,11 +1,11 @@
 """Limits that count against each device, so that the limits in use of all tenants fit on each device.
 
-A limit counts on a device from the tenant's first use of that device on: most tenants of a host with several devices
-use a single device. If the tenant has one device, or its devices were named when it was started, the limit counts on
-all of them from the first process on. Inside a group that has a limit only the group's limit counts.
+A limit counts on a device from the tenant's first use of that device on, because most tenants of a host with several
+devices use a single device. If the tenant has one device, or its devices were named when it was started, the limit
+counts on all of them from its first process on. Inside a group with a limit, only the group's limit counts.
 
-The enforcer uses this module, in the agent's main loop. The enforcer writes the limits, and knows which process uses
-which device. This module does no I/O.
+The module runs in the agent's main loop and does no I/O. It decides which limits count. `enforcer` writes them to the
+kernel, and reads which process uses which device.
 """
 
 from __future__ import annotations
@@ -24,9 +24,10 @@ Saved = tuple[dict[int, Mapping[int, int]], dict[int, Mapping[int, str]], set[in
 
 
 class Commitments:
-    """Grants and denials of each tenant on each device, and the sums.
+    """Grants and denials of each tenant on each device, and the sum of the grants of each device.
 
-    `overcommit`: limits may sum past a device. `held_elsewhere`: returns the bytes of a device held for gone tenants.
+    `overcommit`: the sum of limits may exceed a device's memory. `held_elsewhere`: a function that returns the bytes of
+    a device that are still charged to tenants whose cgroup is gone.
     """
 
     def __init__(self, tree: TenantTree, devices: Sequence[Device], overcommit: bool) -> None:
@@ -34,19 +35,20 @@ class Commitments:
         self._capacity = {device.index: device.usable_bytes for device in devices}
         self.overcommit = overcommit
         self.held_elsewhere: Callable[[int], int] = lambda _: 0
-        # By cgroup and device: bytes, or the reason. Inner maps are replaced, never changed: save() need not copy them.
+        # By cgroup and device: granted bytes, or the reason of a denial. An inner map is replaced and never changed, so
+        # that save() need not copy it.
         self._granted: dict[int, Mapping[int, int]] = {}
         self._denied: dict[int, Mapping[int, str]] = {}
-        self._lacking: set[int] = set()  # cgroups that were denied something, or have less than they asked for
-        self._sums: dict[int, int] | None = None  # committed bytes by device, while known
+        self._lacking: set[int] = set()  # cgroups that were denied a limit, or have less than they requested
+        self._sums: dict[int, int] | None = None  # committed bytes by device; None: they must be computed again
 
     def add_device(self, device: Device) -> None:
-        """Let limits count on this device too."""
+        """Add a device on which limits count."""
         self._capacity[device.index] = device.usable_bytes
         self._sums = None
 
     def adopt(self, tenant: Tenant, devices: Iterable[int]) -> None:
-        """Enter what was decided before this start. A pinned limit of 0 was denied."""
+        """Enter the decisions of an earlier agent about a tenant. A pinned limit of 0 means that it was denied."""
         for index in devices:
             if tenant.limits[index]:
                 _enter(self._granted, tenant.cgroup, index, tenant.limits[index])
@@ -73,7 +75,7 @@ class Commitments:
     # -- which limit counts where
 
     def unit(self, tenant: Tenant) -> Tenant | None:
-        """Return the outermost level whose limit counts: the tenant itself or a group; None: no level has a limit."""
+        """Return the outermost level whose limit counts: the tenant itself or a group. None: no level has a limit."""
         levels = [tenant, *self._tree.around(tenant)]
         return next((level for level in reversed(levels) if counts(level)), None)
 
@@ -89,29 +91,36 @@ class Commitments:
         return {i for cgroup, found in self._granted.items() if self._path(cgroup).startswith(inside) for i in found}
 
     def is_used(self, cgroup: int) -> bool:
-        """Return True if the limit counts on a device, or was denied there."""
+        """Return True if the cgroup's limit was granted or denied on at least one device."""
         return cgroup in self._granted or cgroup in self._denied
 
     def undecided(self, tenant: Tenant) -> set[int]:
-        """Return the devices on which the limit was neither granted nor denied yet."""
+        """Return the devices on which the tenant's limit was neither granted nor denied yet."""
         granted, denied = self._granted.get(tenant.cgroup, {}), self._denied.get(tenant.cgroup, {})
         return {i for i, limit in tenant.limits.items() if _is_limit(limit) and i not in granted and i not in denied}
 
     def uncommitted(self, tenant: Tenant) -> set[int]:
-        """Return the devices on which the kernel admits nothing of a tenant before it has reported the first use."""
+        """Return the devices on which the kernel reports the tenant's first use before it admits a request."""
         if self.overcommit or self.unit(tenant) is not tenant:
             return set()
         return {index for index in self.undecided(tenant) if tenant.limits[index]}
 
     def in_force(self, tenant: Tenant) -> dict[int, int]:
-        """Return bytes by device: the limit; 0 if it was denied; the earlier limit if an increase does not fit."""
+        """Return the limit in force by device, in bytes.
+
+        The limit is 0 on a device where it was denied, and the earlier limit where an increase does not fit.
+        """
         granted, denied = self._granted.get(tenant.cgroup, {}), self._denied.get(tenant.cgroup, {})
         return {i: 0 if i in denied else granted.get(i, limit) for i, limit in tenant.limits.items()}
 
     # -- decisions
 
     def commit(self, tenant: Tenant, devices: Iterable[int]) -> str:
-        """Let the limit count on these devices. Returns why it does not fit on one of them, or empty."""
+        """Grant or deny the limit on those of these devices where it is undecided.
+
+        Returns:
+            Why the limit does not fit on one of them, or an empty text.
+        """
         new = sorted(self.undecided(tenant).intersection(devices))
         for index in new:
             self._grant(tenant, index)
@@ -119,7 +128,7 @@ class Commitments:
         return next((denied[index] for index in new if index in denied), "")
 
     def renew(self, tenant: Tenant) -> None:
-        """Grant what counts again, as far as it fits, after a change of the tenant or of a group around it."""
+        """Grant the tenant's limits again, as far as they fit, after a change of the tenant or of a group around it."""
         if self._is_inside(tenant):
             self.forget(tenant.cgroup)
         if not self.is_used(tenant.cgroup):
@@ -133,7 +142,7 @@ class Commitments:
             self._grant(tenant, index)
 
     def try_again(self) -> list[Tenant]:
-        """Try again to grant what was denied, since capacity may have been freed. Returns the tenants that got more."""
+        """Try to grant limits that were denied, because capacity may have been freed. Returns tenants that got more."""
         more = []
         for cgroup in sorted(self._lacking):
             tenant = self._tree.get(cgroup)
@@ -141,7 +150,7 @@ class Commitments:
                 continue
             before = self.in_force(tenant)
             for index in [*self._denied.get(cgroup, ()), *self._short(tenant)]:
-                if tenant.limits[index]:  # 0: pinned as denied, until the wanted limit is known
+                if tenant.limits[index]:  # 0: an earlier agent denied a limit that this agent has not determined yet
                     self._grant(tenant, index)
             if cgroup not in self._denied and not self._short(tenant):
                 self._lacking.discard(cgroup)
@@ -177,9 +186,10 @@ class Commitments:
     # -- room
 
     def shortage(self, tenant: Tenant) -> str:
-        """Return why a limit that is set by hand does not fit; empty: it fits.
+        """Return why a limit that is set by hand does not fit; an empty text if it fits.
 
-        The limit must fit on every device where it counts already or will count from the start, else on at least one.
+        The limit must fit on every device where it already counts or will count from the first process on. If there is
+        no such device, it must fit on at least one device.
         """
         if not counts_by_device(tenant):
             return next(filter(None, (self._shortage_on(tenant, index) for index in tenant.limits)), "")
@@ -188,7 +198,7 @@ class Commitments:
         return next(filter(None, shortages), "") if decided or all(shortages) else ""
 
     def _shortage_on(self, tenant: Tenant, index: int) -> str:
-        """Return why the tenant's limit does not fit on this device; empty: it fits."""
+        """Return why the tenant's limit does not fit on this device; an empty text if it fits."""
         if self.overcommit or not counts(tenant) or self._is_inside(tenant):
             return ""
         others = self.committed(index, tenant) + self.held_elsewhere(index)
@@ -201,7 +211,10 @@ class Commitments:
         )
 
     def committed(self, index: int, but: Tenant | None = None) -> int:
-        """Return the committed bytes of a device without those of `but`. A group's limit stands for those inside."""
+        """Return the committed bytes of a device, without those of `but` and of tenants inside it.
+
+        Inside a group with a limit, only the group's limit is added.
+        """
         if but and self._tree.has_inside(but.path):
             inside = below(but.path)
             others = (c for c in self._granted if not below(self._path(c)).startswith(inside))
@@ -216,25 +229,25 @@ class Commitments:
         return tenant.path if tenant else ""
 
     def _promise(self, cgroup: int, index: int) -> int:
-        """Return the bytes of a grant that count: 0 inside a group whose own limit counts."""
+        """Return the bytes of a grant that count on a device: 0 inside a group whose own limit counts."""
         limit, tenant = self._granted[cgroup].get(index, 0), self._tree.get(cgroup)
         if tenant is None or not _is_limit(limit) or self._is_inside(tenant):
             return 0
         return min(limit, self._capacity.get(index, 0))
 
     def denied(self, tenant: Tenant) -> str:
-        """Return why the tenant gets nothing on a device where it has a limit; empty: no device is denied."""
+        """Return why the tenant's limit was denied on devices; an empty text if it was denied on none."""
         found = self._denied.get(tenant.cgroup, {})
         return "; ".join(self._shortage_on(tenant, index) or reason for index, reason in found.items())
 
 
 def counts(tenant: Tenant) -> bool:
-    """Return True if the tenant's limit is a commitment: it has one, and it does not only observe."""
+    """Return True if the tenant has a limit that counts against devices: it has one, and its mode is not `observe`."""
     return not tenant.observe and any(map(_is_limit, tenant.limits.values()))
 
 
 def counts_by_device(tenant: Tenant) -> bool:
-    """Return True if the limit counts on each device from the first use of that device."""
+    """Return True if the limit counts on each device separately, from the first use of that device on."""
     limited: Mapping[int, int] = {i: limit for i, limit in tenant.limits.items() if _is_limit(limit)}
     return counts(tenant) and len(limited) > 1 and not tenant.named_devices
 

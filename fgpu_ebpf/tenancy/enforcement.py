@@ -1,6 +1,7 @@
-"""Degree to which the limits of a tenant are enforced: the word that status, metrics, page and explain show.
+"""Degree to which the limits of a tenant are enforced: the word in `fgpu status`, `fgpu explain`, metrics and web page.
 
-The snapshot builder applies the rule; all others read the word from its Snapshot. The module does no I/O.
+The rule is applied when a Snapshot is built, in the agent's main loop. The commands, the metrics and the web page read
+the word from the Snapshot. The module does no I/O.
 """
 
 from __future__ import annotations
@@ -12,12 +13,12 @@ from typing import Any
 from fgpu_ebpf.policy.units import memory_text
 
 _COOPERATES = frozenset({"unprobed", "standalone"})
-_OUTSIDE_TURNS = frozenset({"outside_turns", "empty_turns"})  # their memory is limited; their time is not
-_KILLED_IN_TIME = frozenset({"no_admission", "no_shim"})  # the kernel sees the call of such a process before it returns
+_OUTSIDE_TURNS = frozenset({"outside_turns", "empty_turns"})  # memory of these processes is limited; their time is not
+_KILLED_IN_TIME = frozenset({"no_admission", "no_shim"})  # a probe runs in the call of such a process, and can kill it
 
 
 class Enforcement(StrEnum):
-    """The words as metrics export them, the strongest first."""
+    """The words as metrics export them. The strongest is first."""
 
     KERNEL = "kernel"
     COOPERATIVE = "cooperative"
@@ -27,7 +28,7 @@ class Enforcement(StrEnum):
 
     @property
     def words(self) -> str:
-        """Explanation of the word if a limit may be exceeded; empty if the limit holds."""
+        """An explanation of the word if a limit may be exceeded; an empty text if the limit holds."""
         match self:
             case Enforcement.KERNEL:
                 return ""
@@ -41,17 +42,20 @@ class Enforcement(StrEnum):
                 return "no limit is in force"
 
 
-UNHELD = frozenset({Enforcement.COOPERATIVE, Enforcement.COUNTED, Enforcement.NONE})  # unlike OBSERVE, not by request
+# OBSERVE is not included, because the policy requests it.
+UNHELD = frozenset({Enforcement.COOPERATIVE, Enforcement.COUNTED, Enforcement.NONE})
 
 
 def enforcement(unenforced: str, observe: bool, kill: bool, bypassing: Iterable[str]) -> Enforcement:
-    """Return the word for one tenant. The weakest process decides: one that is only counted can take the whole device.
+    """Return the word for one tenant.
+
+    The least limited process determines the word, because a process that is only counted can use the whole device.
 
     Args:
-        unenforced: why no limit of the host is in force; empty: limits are in force.
-        observe: the tenant's policy only observes.
-        kill: `onBypass: kill` is in force.
-        bypassing: how the tenant's processes bypass the shim.
+        unenforced: why no limit on the host is in force; an empty text if limits are in force.
+        observe: whether the mode of the tenant's policy is `observe`.
+        kill: whether `onBypass: kill` is in force.
+        bypassing: the ways in which the tenant's processes bypass the shim.
     """
     if unenforced:
         return Enforcement.NONE
@@ -64,7 +68,10 @@ def enforcement(unenforced: str, observe: bool, kill: bool, bypassing: Iterable[
 
 
 def denial(tenant: Mapping[str, Any]) -> str:
-    """Return what a tenant (of a Snapshot's JSON or a level of `fgpu explain`) is denied; empty: nothing."""
+    """Return the text about a denied limit; an empty text if none was denied.
+
+    `tenant`: a tenant in a Snapshot's JSON, or a level of `fgpu explain`.
+    """
     if not tenant["denied"]:
         return ""
     somewhere = any(device["limit_bytes"] for device in tenant["devices"])
@@ -72,13 +79,19 @@ def denial(tenant: Mapping[str, Any]) -> str:
 
 
 def excess(device: Mapping[str, Any]) -> str:
-    """Return what a tenant has to free on a device of a level of `fgpu explain` to get more; empty: nothing."""
+    """Return the text about memory above the limit, which blocks further requests; an empty text if there is none.
+
+    `device`: a device of a level of `fgpu explain`.
+    """
     over = device["excess_bytes"]
     return f"it gets nothing more until it has freed {memory_text(over)}" if over else ""
 
 
 def sentence(tenant: Mapping[str, Any]) -> str:
-    """Return a sentence about a tenant of a Snapshot's JSON if one of its processes is only counted, else empty."""
+    """Return a sentence about a tenant if one of its processes is only counted, else an empty text.
+
+    `tenant`: a tenant in a Snapshot's JSON.
+    """
     if tenant["enforcement"] != Enforcement.COUNTED:
         return ""
     pids = sorted({p["pid"] for p in tenant["processes"] if p["how"] and p["how"] not in _COOPERATES | _OUTSIDE_TURNS})

@@ -1,11 +1,11 @@
-"""Puts tenants' limits in force, and keeps their sum within the devices.
+"""Putting tenants' limits in force in the kernel, while the sum of limits stays within the devices' memory.
 
-This module runs in the agent's main loop; the manager, the kernel's events and the control socket use it. `tenant`
-decides what a tenant should get, and `device_commitments` where its limit counts. Only the kernel changes bytes in use.
+The module runs in the agent's main loop. `tenant` determines the limits of a tenant, and `device_commitments` the
+devices on which they count. This module writes limits only; bytes in use are changed by the kernel alone.
 
-Until the first process of a tenant registers or is charged, the kernel's map `resolved` has no entry for its cgroup,
-and the gatekeeper asks the agent about that process. No process is killed in a tenant that contains a preexisting
-process, because none of those can have the shim.
+Until the first process of a tenant registers or is charged, the kernel's map `resolved` has no entry for the tenant's
+cgroup, and the gatekeeper asks the agent about that process. `onBypass: kill` is not applied in a tenant that contains
+a preexisting process, because a preexisting process cannot have the shim.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ from fgpu_ebpf.workloads.cgroups import Workloads
 
 
 class RoomError(Exception):
-    """A limit does not fit on a device beside the others; the text has the numbers."""
+    """A limit does not fit on a device together with the limits of other tenants. The text has the numbers."""
 
 
 class Enforcer:
-    """The tenants and what is in force for them. `overcommit`: the sum of limits may exceed a device's memory."""
+    """The tenants and their limits in force. `overcommit`: the sum of limits may exceed a device's memory."""
 
     def __init__(
         self,
@@ -60,7 +60,7 @@ class Enforcer:
         self.get, self.at, self.around = self._tree.get, self._tree.at, self._tree.around
         self.names = TenantNames()
         self._wakeup = Wakeup()
-        self._published: deque[tuple[set[int], int]] = deque()  # new levels, and the number of processes before them
+        self._published: deque[tuple[set[int], int]] = deque()  # new levels, and the processes counted before them
 
     # -- the managed cgroups
 
@@ -71,21 +71,21 @@ class Enforcer:
         return len(self._tree)
 
     def name_of(self, cgroup: int) -> str:
-        """Return the tenant's name; empty if the cgroup is no tenant."""
+        """Return the tenant's name; an empty text if the cgroup is not a tenant."""
         tenant = self.get(cgroup)
         return tenant.name if tenant else ""
 
     def name_at(self, path: str) -> str:
-        """Return the name of the innermost tenant that contains this cgroup; empty: none does."""
+        """Return the name of the innermost tenant that contains this cgroup; an empty text if there is none."""
         levels = self.levels(path)
         return self.name_of(levels[0]) if levels else ""
 
     def named(self, name: str) -> Tenant | None:
-        """Return the tenant of that name."""
+        """Return the tenant with this name."""
         return self.get(self.names.owner(name) or -1)
 
     def levels(self, path: str) -> tuple[int, ...]:
-        """Return the managed cgroups of a path as the kernel finds them: innermost first, the outermost LEVELS."""
+        """Return the managed cgroups on a path, innermost first: the outermost LEVELS only, like the BPF programs."""
         return tuple(c for c in procfs.cgroup_ids(self._workloads.root, path) if c in self._tree)[-abi.LEVELS :]
 
     def groups(self) -> set[int]:
@@ -95,10 +95,11 @@ class Enforcer:
     # -- putting in force
 
     def adopt(self, tenant: Tenant, devices: Iterable[int]) -> None:
-        """Enter a level as the kernel has it pinned, without writing to the kernel. A limit that counted still counts.
+        """Enter a level with the limits that are pinned in the kernel, without writing to the kernel.
 
         Args:
-            devices: those on which the limit was granted or denied.
+            tenant: the level. Limits that counted continue to count.
+            devices: the devices on which the limit was granted or denied.
         """
         (tenant,) = self.names.named([tenant])
         self._enter(tenant)
@@ -106,17 +107,17 @@ class Enforcer:
         self.commitments.adopt(tenant, devices)
 
     def keep(self, tenant: Tenant) -> None:
-        """Leave an adopted level as it is pinned, and replace its workload and its notes."""
+        """Keep the pinned limits of an adopted level, and replace its workload and notes by those of `tenant`."""
         before = self.get(tenant.cgroup)
         assert before
         self._tree.replace(replace(before, workload=tenant.workload, notes=tenant.notes))
 
     def put(self, tenants: Iterable[Tenant]) -> None:
-        """Put limits in force, also for processes that run already.
+        """Put limits in force, also for processes that already run. If an error is raised, nothing has changed.
 
         Raises:
-            RoomError: a limit set by hand does not fit, or there is no place for a level. Nothing has changed.
-            OSError: the kernel's maps are full. Nothing has changed.
+            RoomError: a limit set by hand does not fit, or the kernel has no free slot for a level.
+            OSError: the kernel's maps are full.
         """
         changed = [t for t in self.names.named(tenants) if self.get(t.cgroup) != t]
         for tenant in changed:
@@ -146,9 +147,12 @@ class Enforcer:
         self._retry_denied()
 
     def _enter_all(self, tenants: Sequence[Tenant]) -> list[Tenant]:
-        """Enter tenants. Returns other tenants inside them, whose own limits cease or begin to count.
+        """Enter tenants in memory.
 
         If limits of tenants inside a group counted on a device, the group's limit counts there at once.
+
+        Returns:
+            Tenants inside these tenants whose own limits begin or cease to count.
         """
         before = {tenant.cgroup: self.get(tenant.cgroup) for tenant in tenants}
         counted = {t.cgroup: self.commitments.granted_inside(t) for t in tenants if counts(t)}
@@ -162,7 +166,7 @@ class Enforcer:
         return self._renew_inside(group.path for group in groups)
 
     def _renew_inside(self, paths: Iterable[str]) -> list[Tenant]:
-        """Grant again the limits of tenants below these paths, after a change of the levels around them."""
+        """Grant the limits of tenants below these paths again, after a change of the levels around them."""
         prefixes = tuple(below(path) for path in paths if self._tree.has_inside(path))
         inside = [tenant for tenant in self if tenant.path.startswith(prefixes)] if prefixes else []
         for tenant in inside:
@@ -170,25 +174,28 @@ class Enforcer:
         in_use = set(self._in_use(inside))
         for tenant in inside:
             if tenant.cgroup in in_use:
-                self._commit_used(tenant)  # the caller writes the limits of all of these to the kernel
+                self._commit_used(tenant)  # the caller writes the limits of all tenants in `inside` to the kernel
         return inside
 
     def _in_use(self, tenants: Iterable[Tenant]) -> list[int]:
-        """Return the cgroups whose limits count from now on. Processes are only read if the result depends on them."""
+        """Return the cgroups whose limits count from now on.
+
+        The kernel's entries of processes are read only if the result depends on them.
+        """
         certain = {t.cgroup for t in tenants if t.by_hand or self.commitments.is_used(t.cgroup)}
         open_ = [t.cgroup for t in tenants if t.cgroup not in certain]
         charged = levels_of(self._ledger.processes()) if open_ else set()
         return [t.cgroup for t in tenants if t.cgroup in certain or t.cgroup in charged]
 
     def _ask_again(self, new: Sequence[Tenant]) -> None:
-        """Discard the kernel's decisions about new tenants' cgroups, and make their programs register again."""
+        """Remove the kernel's entries in `resolved` for new tenants' cgroups, and make all programs register again."""
         self._ledger.unresolve([tenant.cgroup for tenant in new])
         if any(self._workloads.is_populated(tenant.path) for tenant in new):
             self._ledger.new_epoch()
 
     @contextlib.contextmanager
     def _unless_refused(self) -> Iterator[None]:
-        """Undo the changes in memory if the kernel refuses a write, so that it is tried again later."""
+        """Undo the changes in memory if the kernel refuses a write. The next decision then tries the write again."""
         tree, commitments = self._tree.save(), self.commitments.save()
         try:
             yield
@@ -215,24 +222,26 @@ class Enforcer:
         return tenant.kill and tenant.path in self._spared
 
     def update_spared(self) -> None:
-        """Update the cgroups that preexisting processes are in, and the kill flags that depend on it."""
+        """Update the set of cgroups that contain preexisting processes, and the kill flags that depend on this set."""
         before, self._spared = self._spared, self.preexisting.places()
         changed = [t for path in before ^ self._spared if (t := self.at(path)) and t.kill]
         if changed:
             self._ledger.set_limits([self._in_force(tenant) for tenant in changed])
 
     def _note_published(self, cgroups: set[int], so_far: int) -> None:
-        """Note that every program in the kernel sees these levels. Called on any thread."""
+        """Record that every BPF program uses these levels from now on. Called in any thread."""
         self._published.append((cgroups, so_far))
         self._wakeup.wake()
 
     def fileno(self) -> int:
-        """Return a descriptor that is readable when take_over_late() has something to do."""
+        """Return a descriptor that is readable when take_over_late() must be called."""
         return self._wakeup.fileno()
 
     def take_over_late(self) -> None:
-        """Re-assign processes whose levels were computed before a new level was published, but whose entry was created
-        after that.
+        """Assign processes to new levels that their entries lack.
+
+        The kernel may compute the levels of a process before a new level is published, and create the entry of the
+        process after put() has read the entries.
         """
         self._wakeup.clear()
         published = [self._published.popleft() for _ in range(len(self._published))]
@@ -242,7 +251,7 @@ class Enforcer:
             self._take_over(late)
 
     def _take_over(self, cgroups: set[int]) -> None:
-        """Move the charges of processes into their new levels. What else NVML shows follows at the next reconcile."""
+        """Move the charges of processes into their new levels. Overhead (from NVML) follows at the next reconcile."""
         known = self._ledger.processes()
         for pid, process in known.items():
             path = procfs.cgroup_path(pid)
@@ -251,10 +260,11 @@ class Enforcer:
                 self._ledger.move(pid, process.generation, levels)
 
     def release(self, cgroups: Collection[int], kept: Set[int] = frozenset()) -> None:
-        """Stop managing cgroups; the charges of their processes stay with the remaining levels.
+        """Stop managing cgroups. Their processes stay charged to the remaining levels around them.
 
         Args:
-            kept: cgroups whose pages stay in the kernel, for orphaned bytes.
+            cgroups: the ids of the cgroups.
+            kept: cgroups whose pages stay in the kernel, because they are charged for orphans.
         """
         gone = set(cgroups)
         paths = [tenant.path for cgroup in gone if (tenant := self.get(cgroup)) and counts(tenant)]
@@ -278,9 +288,10 @@ class Enforcer:
     # -- first uses
 
     def use(self, cgroup: int) -> None:
-        """Decide for the shims of a tenant's first process, and commit what counts from the first process on.
+        """Commit the limits that count from a tenant's first process on, and enter the tenant in the map `resolved`.
 
-        That is the limit on devices where it has memory already, or on all devices if they count together.
+        If the limit counts on each device separately, it is committed on devices where the tenant already has memory.
+        Otherwise it is committed on all devices.
         """
         tenant = self.get(cgroup)
         if tenant is None:
@@ -290,7 +301,7 @@ class Enforcer:
             self._ledger.resolve(level.cgroup, True)
 
     def use_charged(self, levels: Iterable[int]) -> None:
-        """Let limits of these levels count where a process has memory without an admission. Raises OSError."""
+        """Commit the limits of these levels on devices where a process has memory without admission. Raises OSError."""
         self._put_used(t for cgroup in levels if (t := self.get(cgroup)) and counts_by_device(t))
 
     def _put_used(self, tenants: Iterable[Tenant]) -> None:
@@ -299,7 +310,11 @@ class Enforcer:
             self._ledger.set_limits([self._in_force(unit) for unit in changed])
 
     def _commit_used(self, tenant: Tenant) -> Tenant | None:
-        """Let the limit of the tenant's unit count where it has memory. Returns the unit if its limits change."""
+        """Commit the limit of the outermost level around a tenant on the devices where this level has memory.
+
+        Returns:
+            The level if its limits in force change, else None.
+        """
         unit = self.commitments.unit(tenant)
         new = self._first_used(unit) if unit else []
         if unit is None or not new:
@@ -309,7 +324,7 @@ class Enforcer:
         return unit if self._in_force(unit) != before else None
 
     def _first_used(self, unit: Tenant) -> list[int]:
-        """Return the devices on which the unit's limit counts from now on."""
+        """Return the undecided devices on which the limit of `unit` counts from now on."""
         new = sorted(self.commitments.undecided(unit))
         if not new or not counts_by_device(unit):
             return new
@@ -317,32 +332,33 @@ class Enforcer:
         return [index for index, found in zip(new, usage, strict=False) if found.used]
 
     def use_device(self, cgroup: int, index: int) -> str:
-        """Commit the limit of a level on a device, when a process first asks for memory there.
+        """Commit the limit of a level on a device, when a process first requests memory there.
 
         Returns:
-            Why the limit does not fit; empty: it fits.
+            Why the limit does not fit; an empty text if it fits.
 
         Raises:
-            OSError: the kernel does not take the limit.
+            OSError: the limit cannot be written to the kernel's map.
         """
         tenant = self.get(cgroup)
         unit = self.commitments.unit(tenant) if tenant else None
         if tenant is None or unit is None:
             return ""
         shortage = self.commitments.commit(unit, [index])
-        levels = [unit] if unit is tenant else [unit, tenant]  # a group around it may have a limit since
+        levels = [unit] if unit is tenant else [unit, tenant]  # a group may have got a limit after the request
         self._ledger.set_limits([self._in_force(level) for level in levels])
         return shortage
 
     def answer(self, path: str, lacking: Mapping[str, int] = MappingProxyType({})) -> None:
-        """Answer a program of this cgroup that waits for a decision: use its limit, or mark the cgroup as unmanaged.
+        """Write the decision about a cgroup in which a program waits for it: the limit, or that it is unmanaged.
 
         Args:
-            lacking: cgroups, by path, that should have a limit and have no place for it. Their programs get no memory,
-                whatever limit holds around them.
+            path: the cgroup.
+            lacking: cgroups, by path, that should have a limit and for which the kernel has no free slot. Their
+                programs get no memory, even if a limit holds around them.
 
         Raises:
-            OSError: the kernel's map does not take the answer.
+            OSError: the decision cannot be written to the kernel's map.
         """
         levels, owner = self.levels(path), self.places.owner(path).cgroup
         refused = [around for around in procfs.and_above(path) if around in lacking]
@@ -355,14 +371,14 @@ class Enforcer:
                 self.answered.unmanaged(owner, cgroup)
 
     def _retry_denied(self) -> None:
-        """Retry tenants that were denied or whose increase was denied; capacity may have been freed."""
+        """Retry the limits and increases of limits that were denied, because capacity may have been freed."""
         with self._unless_refused():
             more = self.commitments.try_again()
             if more:
                 self._ledger.set_limits([self._in_force(tenant) for tenant in more])
 
     def denied(self, cgroup: int) -> str:
-        """Return why a tenant gets nothing although a policy gives it a limit; empty: it gets its limit."""
+        """Return why a tenant's limit is not in force; an empty text if it is in force."""
         tenant = self.get(cgroup)
         if tenant is None:
             return ""

@@ -1,7 +1,7 @@
 """The event log of `fgpu events`: refusals, bypasses, adoptions, kills, overruns, XIDs, reloads, limits set by hand.
 
-Written and read in the agent's main loop. It keeps the last MOST events, so it does not grow. The same event is logged
-at most once a second, except for those made by hand; how many were omitted is part of the next one.
+The log is written and read in the agent's main loop, and keeps the last MOST events. Events of the same kind are logged
+at most once a second, except for `set` and `unset`. The next event of the kind has the number of omitted events.
 """
 
 from __future__ import annotations
@@ -25,9 +25,10 @@ BY_HAND = {"set", "unset"}
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """One event. `number`: 1 and up, without gaps; `time_seconds`: since the epoch; unknown fields are empty or 0.
+    """One event. Fields that do not apply are empty or 0.
 
-    `more`: how many events of the same kind and tenant were omitted before this one, within REMEMBERED_SECONDS.
+    `number` starts at 1 and has no gaps. `time_seconds` counts from the epoch. `more` is the number of events of the
+    same kind and tenant that were omitted before this event, within REMEMBERED_SECONDS.
     """
 
     number: int
@@ -47,13 +48,18 @@ class EventLog:
     """The last MOST events."""
 
     def __init__(self) -> None:
-        self._last: deque[bytes] = deque(maxlen=MOST)  # as JSON: one object per event instead of ten in Python's heap
+        self._last: deque[bytes] = deque(maxlen=MOST)  # as JSON: one object per event in Python's heap, not ten
         self._number = 0
-        self._told: dict[tuple[str, str, str, str], tuple[float, int]] = {}  # by kind: when last, and how many since
+        self._told: dict[tuple[str, str, str, str], tuple[float, int]] = {}  # by kind: last time, and omitted after it
         self._room = FEW_KINDS  # entries of _told at which old ones are removed
 
     def add(self, what: str, **more: Any) -> None:
-        """Add an event and log it, unless the same one was added less than AGAIN_SECONDS ago."""
+        """Add an event and log it, unless an equal event was added less than AGAIN_SECONDS ago.
+
+        Args:
+            what: the kind of event.
+            more: fields of Event.
+        """
         event = Event(self._number + 1, time.time(), what, **more)
         kind = (what, event.tenant, event.reason, event.operation + event.text)
         now = time.monotonic()
@@ -73,13 +79,13 @@ class EventLog:
         log.info("%s", line_of(fields), extra={name: value for name, value in fields.items() if value})
 
     def _forget(self, now: float) -> None:
-        """Remove old kinds. Most tenants appear once, and end while they are refused."""
+        """Remove old kinds, so that tenants that are gone use no memory."""
         kept = {kind: told for kind, told in self._told.items() if now - told[0] < _remembered(told[1])}
         self._told = kept if len(kept) < MOST_KINDS else {}
         self._room = min(MOST_KINDS, max(FEW_KINDS, 2 * len(self._told)))
 
     def since(self, number: int) -> dict[str, Any]:
-        """Return the events after `number`, the last number, and how many after `number` are no longer kept."""
+        """Return the events after `number`, the last number, and how many events after `number` are no longer kept."""
         first = self._number + 1 - len(self._last)
         found = [json.loads(kept) for kept in islice(self._last, max(0, number + 1 - first), None)]
         return {"events": found, "last": self._number, "forgotten": max(0, first - number - 1)}

@@ -1,6 +1,6 @@
 """`fgpu explain`: the reasons for the limits of a cgroup, from the decision to the limits in force.
 
-The control socket uses this module, in the agent's main loop. Cgroups that are not managed are explained too.
+The module runs in the agent's main loop. It also explains cgroups that are not managed.
 """
 
 from __future__ import annotations
@@ -39,16 +39,19 @@ def explain(
     enforced: Mapping[int, str] = MappingProxyType({}),
     shortfalls: Mapping[tuple[int, int], Shortfall] = MappingProxyType({}),
 ) -> dict[str, Any]:
-    """Explain a cgroup as plain values; `lines` is the text that `fgpu explain` prints.
+    """Return the explanation of a cgroup as values for JSON. `lines` is the text that `fgpu explain` prints.
 
     Args:
-        unenforced: why no limit is in force; empty: limits are in force.
+        path: the cgroup.
+        manager: the desired state of the host.
+        ledger: the kernel's ledger.
+        unenforced: why no limit is in force; an empty text if limits are in force.
         unprobed: processes with a libcuda that cannot be probed, each with the reason.
         standalone: processes that found no agent and enforce their image's own limit.
-        orphans: those of the tenant, as in a Snapshot.
+        orphans: the orphans of the tenant, as in a Snapshot.
         is_shim: see `bypass_reason`.
         enforced: the Snapshot's word of enforcement for each tenant, by cgroup.
-        shortfalls: of tenants that get less time than is due to them, by cgroup and device.
+        shortfalls: the tenants that get less time than is due to them, by cgroup and device.
 
     Raises:
         TargetError: the cgroup is gone.
@@ -86,21 +89,24 @@ def explain(
 
 
 def level_at(path: str, manager: Manager, ledger: Ledger) -> dict[str, Any] | None:
-    """Return the innermost level that contains a cgroup, as in explain(); None: no limit holds there."""
+    """Return the innermost level that contains a cgroup, in the form of explain(). None: no limit holds there."""
     cgroup = next(iter(manager.enforcer.levels(path)), None)
     tenant = None if cgroup is None else manager.enforcer.get(cgroup)
     return None if tenant is None else _level(tenant, manager, ledger, {}, {})
 
 
 def _word(levels: Sequence[Tenant], unenforced: str, enforced: Mapping[int, str]) -> str:
-    """Return the Snapshot's word for the innermost level; if it has none yet, the word for its first process."""
+    """Return the Snapshot's word of enforcement for the innermost level.
+
+    If no Snapshot has the level yet, the word is that of a level without bypassing processes.
+    """
     if not levels:
         return Enforcement.NONE
     return enforced.get(levels[0].cgroup) or enforcement(unenforced, levels[0].observe, False, ())
 
 
 def _notes(workload: Workload, tenant: Tenant | None, levels: Sequence[Tenant], manager: Manager) -> Iterator[str]:
-    """Yield the other reasons why the cgroup does not get what a policy gives it."""
+    """Yield further reasons why the cgroup does not get the limits of its policy."""
     if missing := manager.workloads.missing(workload):
         yield missing
     if tenant and tenant not in levels:
@@ -164,7 +170,7 @@ def _time(tenant: Tenant, device: int, turn: TurnCounts | None, shortfall: Short
 
 
 def _those(levels: list[Tenant], known: Mapping[int, Process], pids: Set[int]) -> list[int]:
-    """Return those of `pids` that hold memory and belong to the innermost level."""
+    """Return the processes of `pids` that hold memory and belong to the innermost level."""
     return sorted(pid for pid in pids & known.keys() if levels[0].cgroup in known[pid].levels and any(known[pid].bytes))
 
 
@@ -185,7 +191,7 @@ def _joined(alone: Sequence[int]) -> list[str]:
 
 
 def _stronger(levels: list[Tenant], manager: Manager, ledger: Ledger, is_shim: bypass_reason.IsShim) -> list[str]:
-    """Return what would enforce the limits more strongly."""
+    """Return a text for each obstacle to stronger enforcement of the limits, with the fix."""
     if not levels:
         return ["no policy matches: write one, or use `fgpu set`"]
     found = [f"{level.name} only observes: set mode: enforce" for level in levels if level.observe]

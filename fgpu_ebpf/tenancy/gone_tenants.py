@@ -1,7 +1,7 @@
-"""Tenants whose cgroup is gone while a device still holds memory of theirs, in descriptors that other processes have.
+"""Tenants whose cgroup is gone while a device still holds their memory, because other processes have its descriptors.
 
-Their usage pages stay in the kernel, so that the bytes remain charged to them, until the last orphan is released. The
-manager uses this module, in the agent's main loop.
+The usage pages of these tenants stay in the kernel until the last orphan is released, so that the bytes remain charged.
+The module runs in the agent's main loop.
 """
 
 from __future__ import annotations
@@ -14,32 +14,32 @@ from fgpu_ebpf.tenancy.tenant import Source, Tenant
 from fgpu_ebpf.tenancy.tenant_names import TenantNames
 from fgpu_ebpf.workloads.workload import Workload
 
-FRESH_SECONDS = 5.0  # the driver frees what an ended process held within this time, and so makes room for others
+FRESH_SECONDS = 5.0  # the driver frees the memory of an exited process within this time
 
 
 class GoneTenants:
-    """Gone tenants by cgroup id. Each is named after its cgroup, since another tenant may have its name by now.
+    """Gone tenants by cgroup id. Each gets a name with its cgroup id, because a new tenant may have its old name.
 
-    Tenants without memory are not shown, and are removed soon.
+    Tenants without memory are not returned by iteration, and release_freed() removes them.
     """
 
     def __init__(self, ledger: Ledger, names: TenantNames | None = None) -> None:
         self._ledger = ledger
         self._names = names or TenantNames()
-        self._tenants: dict[int, tuple[Tenant, float]] = {}  # each with the monotonic time since which it is gone
+        self._tenants: dict[int, tuple[Tenant, float]] = {}  # each with the monotonic time at which it was gone
 
     def __iter__(self) -> Iterator[Tenant]:
         return iter([t for t, _ in self._tenants.values() if any(self._ledger.orphans.of_level(t.cgroup))])
 
     def keep(self, tenants: Iterable[Tenant]) -> set[int]:
-        """Keep those of these tenants that have orphaned bytes. Returns their cgroups."""
+        """Keep the tenants in `tenants` that have orphans. Returns the ids of their cgroups."""
         now, held = time.monotonic(), [t for t in tenants if any(self._ledger.orphans.of_level(t.cgroup))]
         for tenant in held:
             self._tenants[tenant.cgroup] = self._names.outlive(tenant), now
         return {tenant.cgroup for tenant in held}
 
     def release_freed(self) -> None:
-        """Remove tenants whose memory every device has released."""
+        """Remove the tenants whose memory was released on every device."""
         free = [cgroup for cgroup in self._tenants if not any(self._ledger.orphans.of_level(cgroup))]
         self.forget(free)
 
@@ -51,13 +51,13 @@ class GoneTenants:
             self._names.forget(known)
 
     def held_bytes(self, index: int) -> int:
-        """Return the bytes of a device that are held for longer than the driver needs to end a process."""
+        """Return the bytes of a device that gone tenants have held for more than FRESH_SECONDS."""
         until = time.monotonic() - FRESH_SECONDS
         old = [cgroup for cgroup, (_, since) in self._tenants.items() if since < until]
         return sum(found[index] for cgroup in old if (found := self._ledger.orphans.of_level(cgroup)))
 
 
 def left_behind(cgroup: int) -> Tenant:
-    """Return a tenant for a pinned page whose cgroup no longer exists and of which this agent has no other record."""
+    """Return a tenant for a pinned page whose cgroup no longer exists, and of which this agent has no other record."""
     workload = Workload(path="", cgroup=cgroup, name="gone")
     return Tenant(workload, workload.name, Source.POLICY, "", {})

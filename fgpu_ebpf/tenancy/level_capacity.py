@@ -1,8 +1,8 @@
-"""Capacity for levels: how many levels each owner of bounds has, and whether it may have another.
+"""Capacity for levels: how many levels each bound owner has, and whether another level can be added.
 
-The kernel has a page for each level, and a fixed number of pages. If a level has no place, its programs get no memory
-(`Enforcer.answer`). Half of all places are kept for owners that have few levels. The enforcer and the manager use this
-module, in the agent's main loop. OSError of the kernel's table of owners.
+The kernel has a page for each level, and a fixed number of pages (PLACES). If there is no page for a level, its
+programs get no memory (`Enforcer.answer`). Half of all pages are reserved for owners with few levels. The module runs
+in the agent's main loop. Writes to the kernel's table of owners raise OSError.
 """
 
 from __future__ import annotations
@@ -18,15 +18,17 @@ from fgpu_ebpf.tenancy.tenant import Tenant
 from fgpu_ebpf.workloads.bound_owner import Owner, owner_of
 
 PLACES = bpf.MOST_INNER
-FEW = 16  # owners with fewer levels than this may use the second half of all places
+FEW = 16  # owners with fewer levels than this may use the second half of all pages
 
 
 class LevelCapacity:
     """The levels of one host.
 
     Args:
-        taken: returns how many pages the kernel has in use.
-        table: the kernel's table of owners; None: the BPF programs count no owners.
+        root: the mount point of the cgroup hierarchy.
+        bounds: the bounds of each owner; None: the defaults.
+        table: the kernel's table of owners; None: the BPF programs do not count by owner.
+        taken: a function that returns how many pages the kernel has in use.
     """
 
     def __init__(
@@ -41,14 +43,14 @@ class LevelCapacity:
         self._owners: dict[int, Owner] = {}  # by level
         self._paths: dict[int, str] = {}
         self._slots: dict[int, int] = {}
-        self._levels = Counter[int]()  # of an owner, by its cgroup
+        self._levels = Counter[int]()  # the number of levels of each owner, by the owner's cgroup
 
     def owner(self, path: str, level: int = 0) -> Owner:
-        """Return the owner of a cgroup's bounds. `level`: the id of a cgroup that is about to be a level."""
+        """Return the owner of a cgroup's bounds. `level`: the id of a cgroup that will become a level."""
         return owner_of(self._root, path, lambda cgroup: cgroup in self._owners or cgroup == level != 0)
 
     def divide(self, tenants: Iterable[Tenant]) -> tuple[list[Tenant], dict[int, str]]:
-        """Return the tenants that have or get a place, and why the others get none, by cgroup."""
+        """Return the tenants that have or can get a page, and the reasons for all other tenants, by cgroup."""
         fit, shortages, new = list[Tenant](), dict[int, str](), Counter[int]()
         for tenant in tenants:
             why = "" if tenant.cgroup in self._owners else self._shortage(tenant, new)
@@ -59,10 +61,11 @@ class LevelCapacity:
         return fit, shortages
 
     def _shortage(self, tenant: Tenant, new: Counter[int]) -> str:
-        """Return why no further level can be added; empty: it can, and it is added to `new`.
+        """Return why no level can be added for a tenant. An empty text: it can be added, and is counted in `new`.
 
         Args:
-            new: levels by owner that are about to be entered.
+            tenant: the tenant.
+            new: the number of levels that will be entered, by owner.
         """
         owner = self.owner(tenant.path, tenant.cgroup)
         has, taken = self._levels[owner.cgroup] + new[owner.cgroup], self._taken() + new.total()
@@ -94,7 +97,7 @@ class LevelCapacity:
             self._renew_inside(path)
 
     def _renew_inside(self, path: str) -> None:
-        """Enter the levels inside a path again, since their owner may be another one now."""
+        """Enter the levels inside a path again, because their owner may have changed."""
         for cgroup, inside in list(self._paths.items()):
             if inside.startswith(f"{path}/"):
                 self.enter(cgroup, inside)
@@ -121,11 +124,11 @@ class LevelCapacity:
             self.leave(cgroup)
 
     def slot(self, cgroup: int) -> int:
-        """Return the slot of the level's owner in the kernel's table; 0: it has none."""
+        """Return the slot of the level's owner in the kernel's table; 0: it has no slot."""
         return self._slots.get(cgroup, 0)
 
     def crowds(self, paths: Sequence[str]) -> list[str]:
-        """Return, as text, which bounds on shared maps the owners of these cgroups have reached."""
+        """Return a text for each bound on the kernel's shared maps that an owner of these cgroups has reached."""
         owners = {owner.cgroup: owner for owner in map(self.owner, paths)}
         return [text for owner in owners.values() for text in self._crowds(owner)]
 

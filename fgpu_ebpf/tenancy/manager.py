@@ -1,8 +1,8 @@
 """The desired state of the host: applies policies and overrides to every cgroup, and puts the result in force.
 
-This module runs in the agent's main loop. It has the policies in force, the overrides and the cgroups of `fgpu run`;
-the enforcer writes the ledger. Requests by hand raise TargetError and RoomError; what a policy cannot be given is in
-the tenant's notes and in the event log.
+The module runs in the agent's main loop. It has the policies in force, the overrides and the cgroups of `fgpu run`. The
+enforcer writes the limits to the kernel. A limit that a user sets and that cannot be put in force raises TargetError or
+RoomError. A limit of a policy that cannot be put in force is reported in the tenant's notes and in the event log.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ from fgpu_ebpf.workloads.workload import Workload
 
 log = logging.getLogger("fgpu.agent")
 ENTER_SECONDS = 10.0
-MOST_RETRIED = 64  # refused cgroups at a time
+MOST_RETRIED = 64  # refused cgroups in one batch
 
 
 class Manager:
-    """The desired state of the host."""
+    """The policies, overrides and tenants of the host."""
 
     def __init__(
         self,
@@ -53,7 +53,7 @@ class Manager:
         self.workloads = workloads
         self.enforcer = enforcer
         self.policies = PolicySet(())
-        self.policies_unknown = ""  # why the wanted policies are not known; empty: they are known
+        self.policies_unknown = ""  # why the policies could not be read; empty: they were read
         self.overrides = overrides
         self._devices = devices
         self._history = history
@@ -61,7 +61,7 @@ class Manager:
         self._has_freed_places = False
         self.gone = gone
         enforcer.commitments.held_elsewhere = gone.held_bytes
-        self._awaited: dict[str, float] = {}  # cgroups of `fgpu run` without a process, until when
+        self._awaited: dict[str, float] = {}  # cgroups of `fgpu run` that a process must enter, and by when
 
     @classmethod
     def of_host(
@@ -82,7 +82,7 @@ class Manager:
     # -- deciding
 
     def decide(self, workload: Workload, override: Override | None = None) -> Decision:
-        """Return what the policies give a workload and the share that it has asked for."""
+        """Return the decision of the policies about a workload, with the share that its container requests."""
         decision = self.policies.resolve(workload, self._devices)
         override = override or self._override(workload.cgroup)
         if override is None or not override.share or decision.policy is None:
@@ -91,7 +91,7 @@ class Manager:
         return self.policies.resolve(replace(workload, labels={**workload.labels, **asked}), self._devices)
 
     def _tenant(self, path: str) -> Tenant | None:
-        """Return the tenant that a cgroup should be; a tenant of source KEPT stays as it is pinned."""
+        """Return the tenant that a cgroup should be. A tenant of source KEPT keeps its pinned limits while in doubt."""
         workload = self.workloads.identify(path)
         if workload is None:
             return None
@@ -109,17 +109,20 @@ class Manager:
         return None if override is None or override.kept else override
 
     def _doubt(self, workload: Workload) -> str:
-        """Return why it is not known whether the limits pinned for a cgroup are still wanted; empty: it is known."""
+        """Return why the agent cannot establish whether the limits pinned for a cgroup are still wanted.
+
+        An empty text means that it can.
+        """
         override = self.overrides.get(workload.cgroup)
         said = override.kept if override else ""
         unknown = self.overrides.unknown(workload.cgroup)
         return said or unknown or self.policies_unknown or self.workloads.missing(workload)
 
     def consider(self, paths: Iterable[str]) -> dict[str, int]:
-        """Decide about cgroups again: they may be managed, changed or gone.
+        """Decide about these cgroups again, and put the result in force. A cgroup may be new, changed or gone.
 
         Returns:
-            The cgroups, by path, that should have a limit and have no place for it.
+            The cgroups, by path, that should have a limit and for which the kernel has no free slot.
         """
         wanted = {path: self._tenant(path) for path in sorted(paths)}
         gone = []
@@ -140,16 +143,16 @@ class Manager:
         self.consider({*self.workloads.walk(), *(tenant.path for tenant in self.enforcer)})
 
     def reload(self, policies: PolicySet) -> None:
-        """Replace the set of policies as a whole."""
+        """Replace the set of policies, and decide about every cgroup again."""
         self.policies = policies
         self.consider_all()
 
     def _enforce(self, tenants: Sequence[Tenant]) -> None:
-        """Put limits of groups in force before those inside them, and within a depth the oldest cgroups first.
+        """Put limits in force: those of groups before those of tenants inside, and at each depth the oldest first.
 
-        The order matters because only the group's limit counts inside a group.
+        The order matters, because only the group's limit counts inside a group.
         """
-        tenants = self.enforcer.names.named(tenants)  # names depend on all of them, and put() gets a part at a time
+        tenants = self.enforcer.names.named(tenants)  # here, because put() gets a part, and names depend on all tenants
         for tenant in tenants:
             if tenant.source is Source.KEPT:
                 self.enforcer.keep(tenant)
@@ -162,7 +165,7 @@ class Manager:
             self._put([tenant for tenant in level if not tenant.by_hand])
 
     def _put(self, tenants: Sequence[Tenant]) -> None:
-        """Put limits in force; a tenant for which there is no capacity must not keep the others from theirs."""
+        """Put limits in force. If one does not fit, the tenants are halved until the limits of all others apply."""
         fit, shortages = self.enforcer.places.divide(tenants)
         self.refusals.report({t.path: shortages[t.cgroup] for t in tenants if t.cgroup in shortages})
         try:
@@ -187,7 +190,7 @@ class Manager:
         self._has_freed_places = True
 
     def bounds_met(self, path: str) -> list[str]:
-        """Return which bounds keep this cgroup, or one around it, from a limit or from entries, as text."""
+        """Return a text for each bound that prevents a limit or entries of this cgroup or of a cgroup around it."""
         wanted = [tenant for around in procfs.and_above(path) if (tenant := self._tenant(around))]
         _, shortages = self.enforcer.places.divide(tenant for tenant in wanted if not self.enforcer.get(tenant.cgroup))
         return [*shortages.values(), *self.enforcer.places.crowds([path])]
@@ -207,11 +210,13 @@ class Manager:
         """Set limits of a cgroup by hand. If an error is raised, nothing has changed.
 
         Args:
-            asked: fields of Override; fields left out keep what was set before.
-            own: the cgroup was made for `fgpu run`.
+            path: the cgroup.
+            asked: fields of Override. Fields that are left out keep their values.
+            name: the name of the tenant; an empty text: by its workload.
+            own: whether the cgroup was made for `fgpu run`.
 
         Raises:
-            TargetError: the cgroup does not exist, or part of the limits that it keeps would be lost.
+            TargetError: the cgroup does not exist, or part of its kept limits would be lost.
             RoomError: the limit does not fit.
             OSError: the override cannot be written to its file, or the kernel's maps are full.
         """
@@ -235,11 +240,12 @@ class Manager:
         return self.enforcer.get(tenant.cgroup) or tenant
 
     def share(self, path: str, share: Share) -> Tenant:
-        """Give a container the share that it asks for before it runs. A container may ask for the same share of several
-        devices, one call for each.
+        """Set the share that a container requests, before the container runs.
+
+        A container may request the same share of several devices, with one call for each.
 
         Raises:
-            TargetError: it has another share, or may not have this device.
+            TargetError: the container has another share, or its policy does not permit this device.
             RoomError: the share does not fit.
         """
         cgroup = self.workloads.cgroup(path)
@@ -257,9 +263,10 @@ class Manager:
         return tenant
 
     def unset(self, path: str) -> bool:
-        """Remove the override, or the limit in state `kept`. Then the container's share or its policy applies again.
+        """Remove the override or the kept limit of a cgroup. Then the container's share or its policy applies again.
 
-        Returns False if nothing was set.
+        Returns:
+            False if nothing was set.
         """
         cgroup = self.workloads.cgroup(path)
         tenant = self.enforcer.get(cgroup) if cgroup is not None else None
@@ -276,14 +283,14 @@ class Manager:
         return True
 
     def _forget(self, path: str, cgroup: int, is_kept: bool = False) -> None:
-        """Remove everything that was set for a cgroup, and what it keeps."""
+        """Remove everything that was set for a cgroup, and its kept limits."""
         self.overrides.drop([cgroup])
         if is_kept:
             self.enforcer.release([cgroup])
         self._follow_what_is_left(path)
 
     def settle(self) -> None:
-        """End the start: overrides that could not be read stay unknown until `unset`."""
+        """End the start of the agent. Tenants whose overrides could not be read keep their limits until `unset`."""
         kept = [
             Override(tenant.cgroup, tenant.path, None, own=is_of_run(tenant.path), kept=why)
             for tenant in self.enforcer
@@ -295,14 +302,14 @@ class Manager:
             log.error("limits kept from before the start are not written to the overrides: %s", error)
 
     def _follow_what_is_left(self, path: str) -> None:
-        """Apply the remaining override or policy of a cgroup; release the cgroup if there is none."""
+        """Apply the remaining override or policy of a cgroup, or release the cgroup if there is neither."""
         self.consider([path])
         tenant = self.enforcer.at(path)
         if tenant and self._tenant(path) is None:
             self.enforcer.release([tenant.cgroup])
 
     def run(self, asked: Mapping[str, Any], name: str) -> Tenant:
-        """Make a new cgroup for `fgpu run`, with its limit in force before a process is in it."""
+        """Make a cgroup for `fgpu run` and put its limit in force, before a process enters it. Raises as set() does."""
         if name:
             self._clear_place(self.workloads.place(name))
         path = self.workloads.make(name)
@@ -318,7 +325,7 @@ class Manager:
     def _clear_place(self, path: str) -> None:
         """Remove the empty cgroup of an earlier `fgpu run` of the same name."""
         if self._awaited.get(path, 0.0) > time.monotonic():
-            return  # a process is about to enter it
+            return  # a process will enter it within ENTER_SECONDS
         self._awaited.pop(path, None)
         if self.workloads.cgroup(path) is not None and not self.workloads.is_populated(path):
             self.workloads.remove(path)
@@ -327,12 +334,12 @@ class Manager:
     # -- cgroups of `fgpu run`
 
     def remove_empty(self, paths: Iterable[str]) -> None:
-        """Remove those of these cgroups that belong to `fgpu run`, were entered and are empty now."""
+        """Remove the cgroups in `paths` that belong to `fgpu run`, were entered by a process, and are empty now."""
         now, gone = time.monotonic(), []
         for path in paths:
             cgroup = self.workloads.cgroup(path)
             override = self.overrides.get(cgroup or 0)
-            own = override.own if override else self.workloads.is_own(path)  # without: made before a detach
+            own = override.own if override else self.workloads.is_own(path)  # no override: made before a detach
             if cgroup is None or not own or now < self._awaited.get(path, 0.0):
                 continue
             if not self.workloads.is_populated(path) and self.workloads.remove(path):
@@ -342,18 +349,18 @@ class Manager:
             self.consider(gone)
 
     def entered(self, path: str) -> None:
-        """Note that a process has entered a cgroup of `fgpu run`."""
+        """Record that a process has entered a cgroup of `fgpu run`."""
         self._awaited.pop(path, None)
 
     def remove_not_entered(self) -> None:
-        """Remove cgroups of `fgpu run` that no process entered in time."""
+        """Remove cgroups of `fgpu run` that no process has entered within ENTER_SECONDS."""
         late = [path for path, until in self._awaited.items() if until < time.monotonic()]
         for path in late:
             del self._awaited[path]
         self.remove_empty(late)
 
     def remove_all_empty(self) -> None:
-        """Remove every empty cgroup of `fgpu run`: events may have been lost, or have come while no agent ran."""
+        """Remove every empty cgroup of `fgpu run`. The event of its end may be lost, or be older than the agent."""
         self.remove_empty(self.workloads.own())
 
 

@@ -1,4 +1,4 @@
-"""The text for memory that outlives its process: one sentence for each orphan. No I/O."""
+"""Text about orphans, memory that outlives its process: one sentence for each. No I/O; runs in agent and commands."""
 
 from __future__ import annotations
 
@@ -7,23 +7,23 @@ from typing import Any
 
 from fgpu_ebpf.policy.units import memory_text
 
-SHOWN_SECONDS = 1.0  # the driver takes up to 0.1 s to free an ended process's memory, longer if many end at once
+SHOWN_SECONDS = 1.0  # the driver frees the memory of an exited process within 0.1 s, later if many exit at once
 
 
 def lasting(orphans: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """Return the orphans of a Snapshot that are older than the driver needs to end a process."""
+    """Return the orphans of a Snapshot that are older than the driver needs to free the memory of an exited process."""
     return [orphan for orphan in orphans if orphan["seconds"] > SHOWN_SECONDS]
 
 
 def keepers(orphan: Mapping[str, Any]) -> str:
-    """Return which processes keep the memory, or why none is named."""
+    """Return a text with the processes that keep the memory, or with the reason why none is known."""
     if orphan["keepers"]:
         return "kept by pid " + ", ".join(map(str, orphan["keepers"]))
     return "held by a file descriptor that no process in its cgroups has open"
 
 
 def sentence(orphan: Mapping[str, Any]) -> str:
-    """Return a sentence with the held bytes, their process, and the fix."""
+    """Return a sentence with the held bytes, their process, the processes that keep them, and the fix."""
     what = f"{memory_text(orphan['bytes'])} on gpu {orphan['gpu']}"
     why = "which has ended" if orphan["ended"] else "which exported and freed them"
     found = f"{what} stay charged for process {orphan['pid']}, {why}: {keepers(orphan)}"
@@ -33,7 +33,7 @@ def sentence(orphan: Mapping[str, Any]) -> str:
 
 
 def _which(orphan: Mapping[str, Any]) -> str:
-    """Return `pid 4711, a child of 4700` if parents are known: a parent may start such a process again."""
+    """Return `pid 4711, a child of 4700` if parents are known, because a parent may start the process again."""
     kept, parents = orphan["keepers"], orphan.get("parents", ())
     if not any(parents):
         return "it" if len(kept) == 1 else "them"

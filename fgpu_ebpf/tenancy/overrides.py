@@ -1,7 +1,7 @@
-"""Overrides: limits set by `fgpu set`, `fgpu run` and shares, kept over restarts of the agent, not over a reboot.
+"""Overrides: limits set by `fgpu set`, `fgpu run` and shares. They survive a restart of the agent, and not a reboot.
 
-The manager uses this module, in the agent's main loop. Overrides are kept in one file under /run. An invalid part of
-the file is not treated as absent: `unknown` returns the reason, for one cgroup or for all.
+The module runs in the agent's main loop. Overrides are stored in one file under /run. An invalid part of the file does
+not mean that nothing was set: `unknown` returns the error, for one cgroup or for all.
 """
 
 from __future__ import annotations
@@ -25,11 +25,16 @@ MOST_WEIGHT = 10_000
 
 @dataclass(frozen=True, slots=True)
 class Override:
-    """Limits set by hand for one cgroup, on each device. None and "" mean that nothing was set, so that a policy holds.
+    """Limits set by hand for one cgroup, on each device. None or "" means not set, so that the policy's value applies.
 
-    `own`: the agent made the cgroup, for `fgpu run`. `share`: the share that the container asked for at its start;
-    policies bound it. `devices`: UUIDs of the only devices that it may use; empty: any device.
-    `kept`: why the cgroup keeps what the kernel has pinned for it, until something else is set.
+    Attributes:
+        cgroup: the id of the cgroup.
+        path: its path from the hierarchy's root.
+        name: the tenant's name, if it was set.
+        own: whether the agent made the cgroup for `fgpu run`.
+        share: the share that the container requested at its start. Policies bound it.
+        devices: the UUIDs of the only devices that the container may use; empty: any device.
+        kept: why the cgroup keeps the limits that the kernel has pinned, until other limits are set.
     """
 
     cgroup: int
@@ -42,7 +47,7 @@ class Override:
     priority: str = ""
     share: str = ""
     devices: tuple[str, ...] = ()
-    memory_millionths: int | None = None  # of each device, in place of memory_bytes
+    memory_millionths: int | None = None  # of each device's usable memory, in place of memory_bytes
     kept: str = ""
 
     @property
@@ -54,7 +59,7 @@ class Override:
 
     @property
     def has_limits(self) -> bool:
-        """True if limits were set by hand, beside a share."""
+        """True if limits were set by hand, apart from a share."""
         return self.memory is not None or self.has_compute
 
     @property
@@ -69,20 +74,20 @@ class Overrides:
     def __init__(self, file: Path) -> None:
         self._file = file
         self._all: dict[int, Override] = {}
-        self._error = ""  # why nothing of the file is known
-        self._errors: dict[int, str] = {}  # why the entry of a cgroup is not known
-        self._has_dropped = self._has_failed = False  # since the file was last written
+        self._error = ""  # why the whole file could not be read
+        self._errors: dict[int, str] = {}  # why the entry of a cgroup could not be read
+        self._has_dropped = self._has_failed = False  # whether overrides were removed, or a write failed, since a write
         self._read()
 
     def __iter__(self) -> Iterator[Override]:
         return iter(list(self._all.values()))
 
     def get(self, cgroup: int) -> Override | None:
-        """Return the override of a cgroup."""
+        """Return the override of a cgroup, or None."""
         return self._all.get(cgroup)
 
     def put(self, override: Override) -> None:
-        """Enter or replace an override. Raises OSError: it could not be written, and is not entered."""
+        """Enter or replace an override. Raises OSError if it cannot be written, and then it is not entered."""
         after = self._all | {override.cgroup: override}
         self._write(after.values())
         self._all = after
@@ -109,24 +114,24 @@ class Overrides:
             self._has_failed = False
 
     def unknown(self, cgroup: int) -> str:
-        """Return why it is not known what was set for a cgroup before this start; empty: it is known."""
+        """Return why the override of a cgroup from before this start could not be read; empty if it was read."""
         return self._error or self._errors.get(cgroup, "")
 
     def settle(self, kept: Iterable[Override]) -> None:
-        """Note that the start has considered every cgroup. Raises OSError.
+        """Record that the agent's start has decided about every cgroup. Raises OSError.
 
-        If part of the file is invalid, the file is replaced, and the old one is left beside it.
+        If part of the file is invalid, the file is replaced, and the old file stays next to it with the suffix `.bad`.
 
         Args:
-            kept: overrides of cgroups of which it is not known what was set.
+            kept: overrides for the cgroups whose entries could not be read.
         """
         if not (self._error or self._errors):
             return
-        if self._file.is_dir():  # engines make a folder if a container mounts a file that does not exist
+        if self._file.is_dir():  # engines create a folder if a container mounts a file that does not exist
             self._file.rmdir()
         elif self._file.exists():
             os.replace(self._file, self._file.with_name(f"{self._file.name}.bad"))
-        self._all |= {override.cgroup: override for override in kept}  # if not written now, then with the next override
+        self._all |= {override.cgroup: override for override in kept}  # if this write fails, the next one includes them
         self._write(self._all.values())
         self._error, self._errors = "", {}
 
@@ -164,7 +169,7 @@ class Overrides:
 
 
 def _entry(override: Override) -> dict[str, object]:
-    """Return the entry for the file, without empty fields that an older agent does not know."""
+    """Return the entry for the file. Empty fields that older agents cannot read are left out."""
     entry = asdict(override)
     for name in ("devices", "kept", "memory_millionths"):
         if not entry[name]:
@@ -173,7 +178,11 @@ def _entry(override: Override) -> dict[str, object]:
 
 
 def _override(entry: Any) -> Override:
-    """Read one entry of the file; fields that this version does not know are ignored. Raises ValueError and others."""
+    """Return the override of one entry of the file. Fields that this version does not have are ignored.
+
+    Raises:
+        ValueError, TypeError, KeyError: the entry is invalid.
+    """
     known = {field.name for field in fields(Override)}
     said = {name: value for name, value in entry.items() if name in known} if isinstance(entry, Mapping) else {}
     override = Override(**{**said, "devices": tuple(said.get("devices", ()))})

@@ -1,8 +1,9 @@
 """Taking over the levels that the kernel has pinned when the agent starts.
 
-First every level of an existing cgroup is entered as it is pinned, then policies and overrides are put in force, then
-levels that nothing wants are released. A level of which it is not known whether something wants it keeps its limits, as
-a tenant of source `kept`, and `doubts` names it. This module runs in the agent's main thread.
+First, every level of an existing cgroup is entered with its pinned limits. Then policies and overrides are put in
+force. Then levels that neither a policy nor an override requests are released. If the agent cannot establish whether a
+level is requested, the level keeps its limits as a tenant of source `kept`, and doubts() reports it. The module runs in
+the agent's main thread.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ MOST_NAMED = 3
 
 
 def take_up(ledger: Ledger, manager: Manager, gone: GoneTenants) -> None:
-    """Bring the kernel's levels, the policies and the overrides together."""
+    """Enter the pinned levels, apply policies and overrides, and release the other levels."""
     workloads, enforcer = manager.workloads, manager.enforcer
     alive = {cgroup: path for path in ("/", *workloads.walk()) if (cgroup := workloads.cgroup(path)) is not None}
     used = _used(ledger)
@@ -36,13 +37,13 @@ def take_up(ledger: Ledger, manager: Manager, gone: GoneTenants) -> None:
     known = {tenant.cgroup for tenant in enforcer}
     unknown = [cgroup for cgroup in ledger.tenants() if cgroup not in known]
     enforcer.release(unknown, gone.keep(left_behind(c) for c in unknown if c not in alive))
-    manager.consider([tenant.path for tenant in _kept(enforcer)])  # there may be room now
+    manager.consider([tenant.path for tenant in _kept(enforcer)])  # the release may have made room for their limits
     for tenant in _kept(enforcer):
         log.error("%s keeps its limits from before the start: %s", tenant.name, "; ".join(tenant.notes))
 
 
 def _pinned(ledger: Ledger, manager: Manager, alive: dict[int, str]) -> Iterator[tuple[Tenant, set[int]]]:
-    """Yield each pinned level of an existing cgroup, oldest first, and the devices where its limit does not count."""
+    """Yield each pinned level of an existing cgroup and the devices where its limit does not count, oldest first."""
     limits: dict[int, dict[int, int]] = defaultdict(dict)
     uncommitted: dict[int, set[int]] = defaultdict(set)
     flags: dict[int, int] = {}
@@ -60,7 +61,7 @@ def _pinned(ledger: Ledger, manager: Manager, alive: dict[int, str]) -> Iterator
 
 
 def _used(ledger: Ledger) -> set[int]:
-    """Return the levels whose limits count: a process in them has registered or is charged."""
+    """Return the levels whose limits count, because a process in them has registered or is charged."""
     used = levels_of(ledger.processes())
     for cgroup in ledger.tenants():
         if ledger.resolved(cgroup) or any(usage.used for usage in ledger.usage(cgroup) or ()):
@@ -73,7 +74,12 @@ def _kept(tenants: Iterable[Tenant]) -> list[Tenant]:
 
 
 def doubts(trouble: str, tenants: Iterable[Tenant]) -> str:
-    """Return why the wanted limits may not be in force; empty: they are. `trouble`: what is wrong with the policies."""
+    """Return why the requested limits may not be in force; an empty text if they are in force.
+
+    Args:
+        trouble: the error in the policies; an empty text if there is none.
+        tenants: all tenants.
+    """
     kept = _kept(tenants)
     said = [f"{tenant.name}: {'; '.join(tenant.notes)}" for tenant in kept[:MOST_NAMED]]
     more = f" and {len(kept) - MOST_NAMED} more" if len(kept) > MOST_NAMED else ""

@@ -1,9 +1,9 @@
 """Processes that mapped the driver's library before fgpu was installed, or before a change of the layout of pages.
 
-They are adopted and reported, never killed. They are found once and kept in a file until `fgpu detach` or a reboot. A
-process that starts later is never counted, so that no tenant can claim to be preexisting. If the file cannot be
-written, the next agent finds no such process; if it cannot be read, there is none. The enforcer uses this module, in
-the agent's main loop.
+Preexisting processes are adopted and reported, and never killed. The agent searches for them once and stores them in a
+file, which stays until `fgpu detach` or a reboot. Processes that start after the search do not count, so that no tenant
+can claim to be preexisting. If the file exists and cannot be read, there are no preexisting processes. If it could not
+be written, the next agent searches again. The module runs in the agent's main loop.
 """
 
 from __future__ import annotations
@@ -22,17 +22,18 @@ _SHIM = "libfgpu.so"
 
 
 class PreexistingProcesses:
-    """The preexisting processes. `known`: start time in ticks since boot, by pid."""
+    """The preexisting processes. `known`: the start time of each by pid, in clock ticks since boot."""
 
     FILE = "elders.json"
 
     @classmethod
     def found(cls, run_dir: Path, layout_changes: bool = False) -> PreexistingProcesses:
-        """Return the processes that an earlier agent has recorded; otherwise search for them.
+        """Return the processes that an earlier agent has stored, or search for them and store them.
 
         Args:
-            layout_changes: the layout of pages changes, so that processes with a shim count too: this version does not
-                understand their requests.
+            run_dir: the folder of the file.
+            layout_changes: whether the layout of pages changes. Then processes with a shim count too, because this
+                version cannot read their requests.
         """
         place = run_dir / cls.FILE
         if place.exists() and not layout_changes:
@@ -61,17 +62,17 @@ class PreexistingProcesses:
         return iter(self._known)
 
     def look(self) -> None:
-        """Remove processes that have exited, even if another process has the pid by now."""
+        """Remove processes that have exited, even if another process has the same pid now."""
         self._known = {pid: start for pid, start in self._known.items() if procfs.started(pid) == start}
 
     def places(self) -> frozenset[str]:
-        """Return the cgroups that they are in now, and all cgroups around those."""
+        """Return the cgroups that contain a preexisting process now, directly or in a cgroup inside."""
         self.look()
         paths = {path for pid in self._known if (path := procfs.cgroup_path(pid))}
         return frozenset(above for path in paths for above in procfs.and_above(path))
 
 
 def _uses_the_driver(pid: int, with_the_shim: bool) -> bool:
-    """Return True if the process maps the driver's library. One with a shim counts only if `with_the_shim`."""
+    """Return True if the process maps the driver's library. A process with a shim counts only if `with_the_shim`."""
     names = [mapped.path.rpartition("/")[2] for mapped in cuda_mappings.fgpu_mappings(pid) or ()]
     return bool(names) and (with_the_shim or not any(name.startswith(_SHIM) for name in names))

@@ -1,6 +1,7 @@
-"""Profiles: the shares that this host offers in numbers, as `profiles:` in agent.yaml lists them. No I/O.
+"""Profiles: the shares that this host offers to Kubernetes, and how many of each, by `profiles:` in agent.yaml.
 
-The answer to the device plugin uses this module. The agent decides what a container gets when it starts.
+The module does no I/O and runs in the agent's main loop. An offered share is a number for Kubernetes' scheduler. The
+limits of a container are decided when the container starts.
 """
 
 from __future__ import annotations
@@ -12,17 +13,21 @@ from fgpu_ebpf.policy import share_name
 from fgpu_ebpf.policy.rules import Device, DeviceChoice
 from fgpu_ebpf.policy.units import MILLION, memory_text
 
-MOST_NAME_CHARACTERS = 16  # of a share's name: kubelet's ids have 63 characters, a UUID takes 40
-MOST_COUNT = 128  # of a profile on one device
+MOST_NAME_CHARACTERS = 16  # of a share's name, because kubelet's ids have 63 characters, and a UUID needs 40 of them
+MOST_COUNT = 128  # the maximum number of shares of a profile on one device
 
 
 class ProfileError(ValueError):
-    """The profiles do not fit a device; the text has the numbers."""
+    """The profiles do not fit on a device. The text has the numbers."""
 
 
 @dataclass(frozen=True, slots=True)
 class Profile:
-    """A share that is offered. `count`: on each device, None: as many as fit. `devices`: empty: on every device."""
+    """A share that the host offers.
+
+    `count` is the number of shares on each device; None: as many as fit. `devices` has the devices that offer the
+    share; empty: every device.
+    """
 
     share: str
     count: int | None = None
@@ -34,18 +39,21 @@ class Profile:
 
 
 def size_bytes(share: str, device: Device) -> int:
-    """Return the bytes that one share takes of a device. Profiles always name memory."""
+    """Return the memory that one share uses on a device, in bytes. The share of a profile always sets memory."""
     amount = share_name.parse(share).amount
     assert amount
     return amount.of(device.usable_bytes)
 
 
 def counts(profiles: Sequence[Profile], device: Device, overcommit: bool) -> dict[str, int]:
-    """Return how many of each share a device offers, by name; shares that do not fit even once are left out.
+    """Return how many of each share a device offers, by name. Shares that do not fit even once are left out.
 
-    Profiles with a count come first, and must fit together unless `overcommit`. Each other profile gets as many as fit
-    beside them, in memory and in time. Several profiles without a count overlap: each has the count that it would have
-    alone. Raises ProfileError.
+    Profiles with a count are first, and must fit together unless `overcommit` is true. A profile without a count gets
+    as many shares as fit in the remaining memory and in the device's time. Several profiles without a count overlap:
+    each has the count that it would have alone.
+
+    Raises:
+        ProfileError: the profiles with a count do not fit together.
     """
     here = [profile for profile in profiles if profile.is_of(device)]
     fixed = {profile.share: profile.count for profile in here if profile.count is not None}
@@ -65,12 +73,12 @@ def counts(profiles: Sequence[Profile], device: Device, overcommit: bool) -> dic
 
 
 def _fitting(name: str, free_bytes: int, device: Device) -> int:
-    """Return how many fit by memory, and by time if the share has a ceiling: the ceilings sum to the whole device."""
+    """Return how many shares fit into `free_bytes`, and into the device's time if the share has a ceiling."""
     share = share_name.parse(name)
     by_time = MILLION // share.limit_millionths if share.limit_millionths else MOST_COUNT
     return min(free_bytes // size_bytes(name, device), by_time, MOST_COUNT)
 
 
 def names(profiles: Iterable[Profile], devices: Sequence[Device]) -> list[str]:
-    """Return the names of shares of single devices that containers must be able to ask for."""
+    """Return the names of all shares of single devices that containers can request by these profiles."""
     return [share_name.bound(p.share, device.uuid_text) for p in profiles for device in devices if p.is_of(device)]

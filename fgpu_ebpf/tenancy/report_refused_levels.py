@@ -1,7 +1,7 @@
-"""Reports levels for which there was no room: one event per owner of bounds every PAUSE_SECONDS, however many levels it
-lacks.
+"""Events for levels that were refused because there was no room.
 
-The manager uses this module, in the agent's main loop.
+There is at most one event for each bound owner in PAUSE_SECONDS, for any number of refused levels. The module runs in
+the agent's main loop.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ MOST_OWNERS = 256
 
 
 class LevelRefusals:
-    """Counts and reports refused levels. `count`: how often there was no room for a level since the agent's start."""
+    """Counter and reporter of refused levels. `count`: the number of refusals since the agent's start."""
 
     def __init__(self, history: EventLog, places: LevelCapacity) -> None:
         self._history, self._places = history, places
@@ -26,7 +26,7 @@ class LevelRefusals:
         self.count = 0
 
     def report(self, refused: Mapping[str, str]) -> None:
-        """Report refused levels. `refused`: the reason, by path."""
+        """Count and report refused levels. `refused`: the reasons, by path."""
         self.count += len(refused)
         owners = {path: self._places.owner(path).path for path in refused}
         more, now = Counter(owners.values()), time.monotonic()

@@ -1,8 +1,7 @@
-"""TARGET of a command -> the path of a cgroup.
+"""Conversion of the TARGET of a command to the path of a cgroup.
 
-The forms are: a tenant's name, a container's id or its beginning, pod/NS/NAME, unit/NAME, /cgroup/path, pid/N. The
-control socket uses this module, in the agent's main loop. An ambiguous target is a TargetError that says what to name
-instead.
+The forms of a target are: a tenant's name, a container's id or its beginning, pod/NS/NAME, unit/NAME, /cgroup/path,
+pid/N. An ambiguous target raises TargetError with the cgroups that match. The module runs in the agent's main loop.
 """
 
 from __future__ import annotations
@@ -18,11 +17,11 @@ from fgpu_ebpf.workloads.workload import Workload
 
 SHORTEST_ID = 4
 _PID = re.compile(r"pid/([0-9]{1,10})")
-_PAYLOADS = ("container", "payload")  # crun puts the processes into such a cgroup inside the container's own
+_PAYLOADS = ("container", "payload")  # crun puts the processes into a cgroup of this name inside the container's own
 
 
 def find(target: str, enforcer: Enforcer, workloads: Workloads) -> str:
-    """Return the path of the target's cgroup; tenants take precedence over other cgroups. Raises TargetError."""
+    """Return the path of the target's cgroup. Tenants have precedence over other cgroups. Raises TargetError."""
     if target.startswith("/"):
         workloads.folder(target)
         return "/" + "/".join(part for part in target.split("/") if part)
@@ -44,11 +43,12 @@ def find(target: str, enforcer: Enforcer, workloads: Workloads) -> str:
 
 
 def starting(pid: object, engine: int, workloads: Workloads) -> str:
-    """Return the cgroup of a container that an engine is about to start.
+    """Return the path of the cgroup of a container that an engine is starting.
 
     Args:
         pid: the container's first process.
         engine: the process of the engine's hook.
+        workloads: the cgroup hierarchy.
 
     Raises:
         TargetError: the container has no cgroup of its own, or the engine is in another pid namespace.

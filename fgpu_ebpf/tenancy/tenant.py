@@ -1,6 +1,6 @@
-"""Limits of a workload as a tenant: policies and overrides put together, with their precedence.
+"""Limits of a workload as a tenant, from its policy and its override. Overrides have precedence.
 
-The manager uses this module. It does no I/O. The enforcer decides whether there is capacity.
+The module does no I/O and runs in the agent's main loop. `enforcer` decides whether the limits fit.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ class Source(StrEnum):
     SET = "set"
     RUN = "run"
     SHARE = "share"
-    KEPT = "kept"  # pinned in the kernel; the start does not know whether other limits are wanted
+    KEPT = "kept"  # pinned in the kernel; the agent could not establish whether other limits are wanted
 
 
 @dataclass(frozen=True, slots=True)
 class Tenant:
     """A managed cgroup.
 
-    `limits`: bytes by ledger index, NO_LIMIT if use is only counted; the tenant may not use a device that is left out.
-    `policy`: empty if none matches. `named_devices`: its devices were named for it alone, so that its limit counts on
-    all of them from its first process on.
+    `limits` has bytes by ledger index, or NO_LIMIT if use is only counted. The tenant may not use a device that is left
+    out. `policy` is empty if no policy matches. `named_devices` is true if the tenant's devices were named for it
+    alone. Then its limit counts on all of them from its first process on.
     """
 
     workload: Workload
@@ -58,12 +58,12 @@ class Tenant:
 
     @property
     def path(self) -> str:
-        """The cgroup's path from the hierarchy's root."""
+        """The path of the cgroup from the hierarchy's root."""
         return self.workload.path
 
     @property
     def flags(self) -> int:
-        """The flags of the kernel's map of limits."""
+        """The flags for the kernel's map of limits."""
         observe = abi.LimitFlag.OBSERVE if self.observe else 0
         return observe | (abi.LimitFlag.KILL if self.kill else 0)
 
@@ -82,13 +82,16 @@ class Tenant:
         return self.source not in (Source.POLICY, Source.KEPT)
 
     def is_in_force_as(self, other: Tenant) -> bool:
-        """Return True if both result in the same entries in the kernel."""
+        """Return True if both tenants result in the same entries in the kernel's maps."""
         mine, its = (self.limits, self.observe, self.kill), (other.limits, other.observe, other.kill)
         return mine == its and self.shares == other.shares
 
 
 def tenant_of(decision: Decision, override: Override | None, devices: Sequence[Device]) -> Tenant | None:
-    """Return the tenant of a workload; None: it is not managed. Overrides win, and keep the policy's mode."""
+    """Return the tenant of a workload; None: the workload is not managed.
+
+    An override has precedence over the policy. The policy's mode stays.
+    """
     limits = decision.limits
     if limits is None and override is None:
         return None
@@ -110,7 +113,7 @@ def tenant_of(decision: Decision, override: Override | None, devices: Sequence[D
 
 
 def kept_tenant(workload: Workload, limits: Mapping[int, int], flags: int, share: TimeShare | None) -> Tenant:
-    """Return a tenant with what the kernel has pinned for a cgroup."""
+    """Return a tenant with the limits, flags and share that the kernel has pinned for a cgroup."""
     compute = None
     if share:
         priority = list(Priority)[min(share.rank, len(Priority) - 1)]
@@ -122,7 +125,7 @@ def kept_tenant(workload: Workload, limits: Mapping[int, int], flags: int, share
 
 
 def _by_hand(tenant: Tenant, override: Override, devices: Sequence[Device]) -> Tenant:
-    """Apply an override field by field; fields that are not set stay as the share has them, or else the policy."""
+    """Apply an override field by field. A field that is not set has the value of the share, or else of the policy."""
     tenant = replace(tenant, named_devices=bool(override.devices))
     if override.share:
         tenant = _by_share(tenant, parse(override.share), override.devices, devices)
@@ -143,29 +146,32 @@ def _by_hand(tenant: Tenant, override: Override, devices: Sequence[Device]) -> T
 
 
 def _memory_by_hand(limits: Mapping[int, int], memory: Amount | None, devices: Iterable[Device]) -> Mapping[int, int]:
-    """Replace the limit on each device that the tenant may use; None: keep the limits."""
+    """Replace the limit on each device that the tenant may use. `memory` None: keep the limits."""
     if memory is None:
         return limits
     return {device.index: memory.of(device.usable_bytes) for device in devices if device.index in limits}
 
 
 def _is_chosen(tenant: Tenant) -> bool:
-    """Return True if a policy or a share decides which devices the tenant may use, perhaps none of this host's."""
+    """Return True if a policy or a share determines the tenant's devices. These may be none of this host's devices."""
     return bool(tenant.policy) or tenant.source is Source.SHARE
 
 
 def requests(share: Share, policy: Policy) -> dict[str, str]:
-    """Return what a share asks of a policy, as labels: a policy bounds only what it names."""
+    """Return the requests of a share as labels. They include only memory or compute that the policy limits too."""
     memory = {MEMORY_LABEL: share.memory} if share.memory and policy.memory else {}
     compute = {COMPUTE_LABEL: share.compute} if share.compute and policy.compute else {}
     return memory | compute
 
 
 def _by_share(tenant: Tenant, share: Share, of: Sequence[str], devices: Iterable[Device]) -> Tenant:
-    """Add what the share gives and the policy does not decide; the workload's labels include requests() already.
+    """Apply the limits of a share that the policy does not set. Limits that both set are in `tenant` already.
 
     Args:
-        of: UUIDs of the only devices; empty: any device.
+        tenant: the tenant by its policy, which was resolved with the labels of requests().
+        share: the share.
+        of: the UUIDs of the only devices; empty: any device.
+        devices: the host's devices.
     """
     limits = dict(tenant.limits if tenant.policy else {device.index: abi.NO_LIMIT for device in devices})
     for device in devices:
@@ -191,7 +197,7 @@ def _compute_by_hand(compute: Compute | None, override: Override) -> Compute | N
 
 
 def _name(workload: Workload) -> str:
-    """Return `namespace/pod/container` or `namespace/pod` if known, else the container's or cgroup's name."""
+    """Return `namespace/pod/container` or `namespace/pod` if the pod is known, else the name of container or cgroup."""
     if workload.pod:
         own = [workload.name] if workload.container else []
         parts = (workload.namespace or "default", workload.pod, *own)

@@ -1,8 +1,8 @@
-"""Names of tenants: which cgroup has which name. Metrics, commands and events know tenants by these names.
+"""Names of tenants: the name of each managed cgroup, which identifies the tenant in metrics, commands and events.
 
-The enforcer and the manager use this module, in the agent's main loop. No two tenants have the same name, and a tenant
-keeps its name. The names are kept in a file under /run over restarts of the agent. If the file cannot be read or
-written, names are assigned in the order of cgroup ids, which is the order in which the kernel made the cgroups.
+No two tenants have the same name, and a tenant keeps its name. The names are stored in a file under /run, for restarts
+of the agent. Without this file, names are assigned in the order of cgroup ids, which is the order in which the kernel
+made the cgroups. The module runs in the agent's main loop.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from fgpu_ebpf.workloads.workload import NAME_CHARACTERS
 log = logging.getLogger("fgpu.agent")
 FILE = "tenants.json"
 MOST_BYTES = 16 << 20
-_MOST_BEHIND = 25  # characters of a suffix: a dash, an id of 64 bits, and a number if that is taken too
+_MOST_BEHIND = 25  # characters of a suffix: a dash, an id of 64 bits, and a number if that name is taken too
 
 
 class TenantNames:
-    """Each tenant's name by its cgroup's id. A name that is taken gets that id as a suffix."""
+    """The name of each tenant, by cgroup id. If a name is taken, the next tenant gets its cgroup id as a suffix."""
 
     def __init__(self) -> None:
         self._names: dict[int, str] = {}
@@ -34,18 +34,18 @@ class TenantNames:
         self._file: Path | None = None
 
     def keep_in(self, file: Path, cgroup_at: Callable[[str], int | None]) -> None:
-        """Read the names of cgroups that still exist from a file, and write later names to it."""
+        """Read the names of cgroups that still exist from a file, and write changes to it from now on."""
         self._file = file
         for cgroup, path, name in _read(file):
             if cgroup_at(path) == cgroup and name not in self._owners:
                 self._enter(cgroup, path, name)
 
     def owner(self, name: str) -> int | None:
-        """Return the cgroup of the tenant that has this name."""
+        """Return the cgroup id of the tenant with this name, or None."""
         return self._owners.get(name)
 
     def named(self, tenants: Iterable[Tenant]) -> list[Tenant]:
-        """Return the tenants with the names that they are to have, oldest cgroup first. No name is entered."""
+        """Return the tenants with their unique names, oldest cgroup first. The names are not entered."""
         entered: dict[str, int] = {}
         found = []
         for tenant in sorted(tenants, key=lambda tenant: tenant.cgroup):
@@ -55,7 +55,7 @@ class TenantNames:
         return found
 
     def enter(self, tenants: Iterable[Tenant]) -> None:
-        """Enter the names that named() has given, and write the file."""
+        """Enter the names that named() has returned, and write the file."""
         before = dict(self._names)
         for tenant in tenants:
             self._enter(tenant.cgroup, tenant.path, tenant.name)
@@ -63,7 +63,7 @@ class TenantNames:
             self._write()
 
     def outlive(self, tenant: Tenant) -> Tenant:
-        """Rename a tenant whose cgroup is gone, so that its name is free for another."""
+        """Rename a tenant whose cgroup is gone, so that a new tenant can have its name. Returns the renamed tenant."""
         self._remove(tenant.cgroup)
         (renamed,) = self.named([replace(tenant, name=_behind(tenant.name, tenant.cgroup))])
         self._enter(renamed.cgroup, renamed.path, renamed.name)
@@ -78,7 +78,7 @@ class TenantNames:
             self._write()
 
     def _free(self, tenant: Tenant, entered: dict[str, int]) -> str:
-        """Return the tenant's earlier name if it fits its current one; else the first name that is free."""
+        """Return the entered name of a tenant if it is derived from its current name, else the first free name."""
         had, longer = self._names.get(tenant.cgroup), _behind(tenant.name, tenant.cgroup)
         if had is not None and had not in entered and (had == tenant.name or had.startswith(longer)):
             return had

@@ -1,7 +1,4 @@
-"""The managed cgroups, and which of them lie inside which.
-
-The enforcer uses this module, in the agent's main loop. It does no I/O.
-"""
+"""The managed cgroups, and their nesting. The module does no I/O and runs in the agent's main loop."""
 
 from __future__ import annotations
 
@@ -18,7 +15,7 @@ class TenantTree:
     def __init__(self) -> None:
         self._tenants: dict[int, Tenant] = {}
         self._paths: dict[str, int] = {}
-        self._inside: dict[str, int] = {}  # how many tenants lie below a path
+        self._inside: dict[str, int] = {}  # the number of tenants below a path
 
     def __iter__(self) -> Iterator[Tenant]:
         return iter(list(self._tenants.values()))
@@ -34,27 +31,27 @@ class TenantTree:
         return set(self._tenants)
 
     def get(self, cgroup: int) -> Tenant | None:
-        """Return the tenant of a cgroup."""
+        """Return the tenant with this cgroup id, or None."""
         return self._tenants.get(cgroup)
 
     def at(self, path: str) -> Tenant | None:
-        """Return the tenant of the cgroup at exactly this path."""
+        """Return the tenant whose cgroup has exactly this path, or None."""
         return self._tenants.get(self._paths.get(path, -1))
 
     def around(self, tenant: Tenant) -> list[Tenant]:
-        """Return the groups that a tenant lies in, innermost first."""
+        """Return the groups around a tenant, innermost first."""
         return [group for path in above(tenant.path) if (group := self.at(path))]
 
     def has_inside(self, path: str) -> bool:
-        """Return True if a tenant lies below this path."""
+        """Return True if there is a tenant below this path."""
         return path in self._inside
 
     def replace(self, tenant: Tenant) -> None:
-        """Replace the record of a tenant; its path is the same."""
+        """Replace the record of a tenant, which must have the same path."""
         self._tenants[tenant.cgroup] = tenant
 
     def enter(self, tenant: Tenant) -> Tenant | None:
-        """Enter a tenant. Returns what its cgroup was before."""
+        """Enter a tenant. Returns the earlier tenant of the same cgroup, or None."""
         before = self._tenants.get(tenant.cgroup)
         if before:
             self._count_inside(before.path, -1)
@@ -92,6 +89,6 @@ def below(path: str) -> str:
 
 
 def above(path: str) -> list[str]:
-    """Return the paths around a cgroup, innermost first; none for the root."""
+    """Return the paths of the cgroups around a cgroup, innermost first. The root has none."""
     parts = path.split("/")
     return [around for n in range(len(parts) - 1, 0, -1) if (around := "/".join(parts[:n]) or "/") != path]

@@ -1,8 +1,9 @@
-"""Cgroups that are not managed and from which programs have asked: which of them the kernel's map keeps.
+"""Unmanaged and refused cgroups in the kernel's map `resolved`: decisions about cgroups whose programs have registered.
 
-Each owner of bounds has a number of entries. If it asks from more cgroups, the entry answered longest ago is removed,
-and the next program there asks again. So programs of unmanaged cgroups take no entry from managed ones. The enforcer
-and the manager use this module, in the agent's main loop. OSError of the kernel's map.
+Each bound owner has a number of entries. If programs of one owner register from more cgroups, the oldest entry of the
+owner is removed, and the agent decides again when the next program of that cgroup registers. So programs of unmanaged
+cgroups cannot use up the entries for managed cgroups. The module runs in the agent's main loop. Writes to the kernel's
+map raise OSError.
 """
 
 from __future__ import annotations
@@ -13,25 +14,25 @@ from fgpu_ebpf.ledger.ledger import Ledger
 
 
 class UnmanagedCgroups:
-    """The answered cgroups, and which of them are refused. `most`: entries of one owner."""
+    """The cgroups with a decision, and the refused cgroups among them. `most`: the maximum number of one owner."""
 
     def __init__(self, ledger: Ledger, most: int) -> None:
         self._ledger, self._most = ledger, most
-        self._owners: dict[int, dict[int, None]] = {}  # cgroups by owner, oldest answer first
+        self._owners: dict[int, dict[int, None]] = {}  # cgroups by owner, oldest decision first
         self._refused: dict[str, int] = {}  # cgroup by path
 
     def forget_earlier(self) -> None:
-        """Remove answers of an earlier agent, which have no owner: their programs ask again."""
+        """Remove decisions of an earlier agent, which have no owner. Programs there make this agent decide again."""
         for cgroup in list(self._ledger.not_managed()):
             self._ledger.forget(cgroup)
 
     def unmanaged(self, owner: int, cgroup: int) -> None:
-        """Answer that programs in this cgroup have no limit. Raises OSError."""
+        """Write the decision that programs in this cgroup have no limit. Raises OSError."""
         self._ledger.resolve(cgroup, False)
         self._enter(owner, cgroup)
 
     def refuse(self, owner: int, cgroup: int, path: str) -> None:
-        """Answer that programs in and below this cgroup get no memory. Raises OSError."""
+        """Write the decision that programs in and below this cgroup get no memory. Raises OSError."""
         self._ledger.refuse(cgroup)
         self._refused[path] = cgroup
         self._enter(owner, cgroup)
@@ -48,11 +49,11 @@ class UnmanagedCgroups:
 
     @property
     def refused(self) -> list[str]:
-        """Paths of cgroups that are refused."""
+        """The paths of the refused cgroups."""
         return list(self._refused)
 
     def admit(self, path: str, is_gone: bool) -> None:
-        """Stop refusing a cgroup, so that its programs retry. `is_gone`: the cgroup no longer exists."""
+        """Remove the refusal of a cgroup, so that its programs retry. `is_gone`: the cgroup no longer exists."""
         cgroup = self._refused.pop(path)
         if is_gone:
             self._ledger.forget(cgroup)
@@ -60,15 +61,20 @@ class UnmanagedCgroups:
             self._ledger.unresolve([cgroup])
 
     def known(self) -> Set[int]:
-        """Return the cgroups that were answered and are not managed."""
+        """Return the ids of the cgroups with a decision that are not managed."""
         return set(self._ledger.not_managed())
 
     def forget_gone(self, before: Set[int], live: Set[int | None]) -> None:
-        """Remove cgroups that were known before a scan of the host and were not found by it."""
+        """Remove the cgroups that a scan of the host has not found.
+
+        Args:
+            before: known() before the scan. Later cgroups stay, because the scan may have missed them.
+            live: the cgroups that the scan has found.
+        """
         self.keep_only({cgroup for cgroup in live if cgroup is not None} | (self.known() - before))
 
     def keep_only(self, live: Set[int]) -> None:
-        """Remove all other cgroups, since they are gone."""
+        """Remove all cgroups that are not in `live`, because they no longer exist."""
         for cgroup in set(self._ledger.not_managed()) - live:
             self._ledger.forget(cgroup)
         left = {owner: {c: None for c in known if c in live} for owner, known in self._owners.items()}

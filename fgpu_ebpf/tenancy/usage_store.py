@@ -1,8 +1,8 @@
-"""The use of devices, kept on disk: device-seconds, byte-seconds, idle and waiting time, by tenant and ten minutes.
+"""The use of devices, stored on disk: device-seconds, byte-seconds, idle and waiting time, by tenant and ten minutes.
 
-`agent.usage_meter` writes through a Writer, which has a thread of its own, so that a slow disk delays nothing; the
-command `fgpu usage` reads. The file is SQLite. It has MOST_ROWS rows at most; the oldest are removed first. A writer
-that is killed loses what it was not given yet, and the file stays valid.
+The agent writes in its thread `usage`, so that a slow disk delays no other work. The command `fgpu usage` reads. The
+file is an SQLite database with at most MOST_ROWS rows of use; the oldest are removed first. If the agent is killed,
+amounts that are not written yet are lost, and the file stays valid.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from typing import NamedTuple
 
 log = logging.getLogger("fgpu.agent")
 FILE = Path("/var/lib/fgpu/usage.db")
-PERIOD_SECONDS = 600  # of a row
+PERIOD_SECONDS = 600  # the time that a row covers
 MOST_ROWS = 500_000
-CACHE_KIB = 256  # of the writer's memory: the agent's bounds its use
+CACHE_KIB = 256  # SQLite's cache in the writing thread; small, because the agent's memory is bounded
 VERSION = 1
 END_SECONDS = 2.0
 LABEL = "label:"
@@ -51,7 +51,7 @@ _FORGET = "DELETE FROM owners WHERE id NOT IN (SELECT owner FROM used)"
 
 
 class StoreError(Exception):
-    """The file cannot be read; the text says why."""
+    """The file cannot be read. The text has the reason."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,8 +91,8 @@ class Owner:
 class Used(NamedTuple):
     """An amount of use of a device, in seconds and byte-seconds.
 
-    `run`: the device's time. `held`: time with memory on the device, `idle` the part of it without running anything.
-    `waited`: time in which the tenant waited for a turn.
+    `run` is the time that the device worked for the tenant. `held` is the time with memory on the device, and `idle`
+    the part of `held` without work. `waited` is the time in which the tenant waited for a turn.
     """
 
     run: float = 0.0
@@ -102,12 +102,12 @@ class Used(NamedTuple):
     waited: float = 0.0
 
     def plus(self, other: Used) -> Used:
-        """Return the sum."""
+        """Return the sum of both amounts."""
         return Used(*map(sum, zip(self, other, strict=True)))
 
 
 class Place(NamedTuple):
-    """The key of an amount: when, whose, on which device (UUID), and by which source `run` was measured."""
+    """The key of an amount: period, tenant, UUID of the device, and the source that has measured `run`."""
 
     period: int
     owner: Owner
@@ -119,7 +119,7 @@ Amounts = Mapping[Place, Used]
 
 
 class Writer:
-    """The writing thread, from its making to stop(). What cannot be written now is written later."""
+    """The writing thread, which runs until stop(). Amounts that cannot be written are kept and written later."""
 
     def __init__(self, file: Path = FILE) -> None:
         self._file = file
@@ -130,11 +130,11 @@ class Writer:
         self._thread.start()
 
     def give(self, amounts: Amounts) -> None:
-        """Have amounts added to the file soon."""
+        """Pass amounts to the thread, which adds them to the file."""
         self._given.put(amounts)
 
     def stop(self) -> None:
-        """Write what was given, unless the disk hangs."""
+        """Stop the thread after it has written all amounts. Does not wait longer than END_SECONDS."""
         self._given.put(None)
         self._thread.join(END_SECONDS)
 
@@ -152,13 +152,13 @@ class Writer:
                 self._bound()
 
     def _bound(self) -> None:
-        """Keep the newest amounts only, so that a full disk does not fill the memory."""
+        """Drop the oldest amounts, so that a full disk does not fill the memory."""
         while len(self._left) > MOST_ROWS // 100:
             self._left.pop(next(iter(self._left)))
 
 
 def add(file: Path, amounts: Amounts) -> None:
-    """Add amounts to the file, in one transaction. Raises sqlite3.Error or OSError: nothing was added."""
+    """Add amounts to the file, in one transaction. If it raises sqlite3.Error or OSError, nothing was added."""
     file.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
     with contextlib.closing(sqlite3.connect(file)) as store, store:
         store.execute(f"PRAGMA cache_size = -{CACHE_KIB}")
@@ -183,7 +183,12 @@ def _id(store: sqlite3.Connection, owner: Owner) -> int:
 
 
 def read(since_seconds: float, file: Path = FILE) -> Iterator[tuple[Owner, str, str, Used]]:
-    """Yield owner, device, source and what was used since a time (epoch), in whole periods. Raises StoreError."""
+    """Yield owner, UUID of the device, source and amount of use since a time. Raises StoreError.
+
+    Args:
+        since_seconds: the time, in seconds since the epoch. The whole period that contains it is included.
+        file: the database.
+    """
     if not file.exists():
         raise StoreError(f"there is no {file}: no agent has run on this host yet, or not for half a minute")
     try:
@@ -200,7 +205,7 @@ def read(since_seconds: float, file: Path = FILE) -> Iterator[tuple[Owner, str, 
 
 
 def period(seconds: float) -> int:
-    """Return the number of the period of a time (epoch)."""
+    """Return the number of the period that contains a time, which is in seconds since the epoch."""
     return int(seconds // PERIOD_SECONDS)
 
 

@@ -1,11 +1,12 @@
-"""The owner of a bound: the cgroup for which the levels, entries, files and connections inside it are counted.
+"""The bound owner: the cgroup for which the levels, entries, files and connections inside it are counted.
 
-A workload that can make cgroups inside its own would have every bound again in each of them. So a bound belongs to the
-outermost cgroup that is one workload: a container or pod by its name, a unit of systemd, a cgroup of `fgpu run`, one
-that belongs to a user other than root, or one that a policy gives a limit and that is no folder for workloads. On the
-path from the root, the first of these is the owner: the workload itself may name what lies inside it.
+If bounds applied to each cgroup, a workload could multiply them by cgroups inside its own. So a bound applies to the
+outermost cgroup that is one workload. This is a container or pod (by its name), a systemd unit, a cgroup of `fgpu run`,
+a cgroup of a user other than root, or a cgroup with a limit that is not a folder for several workloads. The first of
+these on the path from the root is the owner. Names further inside do not count, because the workload may choose them.
 
-The agent and the gatekeeper use this module, in any thread. A cgroup that is gone is judged by its name.
+The functions have no state and run in any thread of the agent and the gatekeeper. If a cgroup is gone, only its name is
+used.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from fgpu_ebpf.workloads import cgroup_names
 
 
 class Why(StrEnum):
-    """The property that makes a cgroup the owner."""
+    """The property that makes a cgroup the owner, as refusals show it."""
 
     CONTAINER = "container"
     POD = "pod"
@@ -34,7 +35,7 @@ class Why(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Owner:
-    """A cgroup: its id (0 if it is gone) and its path below the hierarchy's root."""
+    """A bound owner: the id of its cgroup (0 if it is gone), and its path below the hierarchy's root."""
 
     cgroup: int
     path: str
@@ -49,9 +50,9 @@ def owner_of(root: Path, path: str, is_level: Callable[[int], bool] = lambda _: 
     """Return the owner of a cgroup's bounds.
 
     Args:
-        root: where the hierarchy is mounted.
+        root: the mount point of the hierarchy.
         path: the cgroup, relative to the root.
-        is_level: returns whether the cgroup with this id has a limit of its own.
+        is_level: a function that returns whether the cgroup with this id has a limit of its own.
     """
     parts = cgroup_names.split(path)[:DEEPEST]
     group: Owner | None = None
@@ -69,7 +70,7 @@ def owner_of(root: Path, path: str, is_level: Callable[[int], bool] = lambda _: 
 
 
 def _stat(folder: str) -> tuple[int, int]:
-    """Return the cgroup's id and its user; (0, 0) if it is gone, as if root had made it."""
+    """Return the cgroup's id and the uid of its owner. If it is gone, return (0, 0), so that it counts as root's."""
     try:
         found = os.stat(folder)
     except OSError:

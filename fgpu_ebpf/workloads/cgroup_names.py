@@ -1,8 +1,8 @@
-"""The meaning of a cgroup's name: the engine that made it, the container, the pod, the unit.
+"""The meaning of a cgroup's path: the engine that made the cgroup, the container, the pod, the systemd unit.
 
-The module knows the names of systemd, Docker, Podman, CRI engines, kubelet and LXC, with the drivers systemd and
-cgroupfs. The agent, the gatekeeper and the commands use this module, in any thread. It reads nothing of the host. A
-path without a meaning has no engine, container, pod or unit.
+The module recognizes the names that systemd, Docker, Podman, CRI engines, kubelet and LXC give to cgroups, with the
+cgroup drivers systemd and cgroupfs. The functions have no state, do no I/O and run in any thread of the agent, the
+gatekeeper and the commands.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from enum import StrEnum
 
 
 class Engine(StrEnum):
-    """The program that made a container's cgroup; CRI: an engine that kubelet uses, by kubelet's folder around it."""
+    """The program that made a container's cgroup. CRI: an engine of kubelet, identified only by the pod's folder."""
 
     DOCKER = "docker"
     PODMAN = "podman"
@@ -27,12 +27,17 @@ class Engine(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class CgroupName:
-    """The names in a path.
+    """The names in the path of a cgroup.
 
-    `container` is the innermost container around the cgroup, and `depth` how many folders down its own folder is.
-    `inside`: the cgroup lies below the container's own folder, or below the unit's if there is no container. `nested`:
-    the container lies in another container, which has made it. `pod_depth` is 0 if there is no pod, or if the pod lies
-    around the container.
+    Attributes:
+        engine: the engine that made the container.
+        container: the id of the innermost container around the cgroup.
+        pod_uid: kubelet's uid of the innermost pod.
+        unit: the innermost service or scope of systemd.
+        inside: whether the cgroup is below the container's own folder, or below the unit's if there is no container.
+        nested: whether the container is inside another container or, unlike usual, around its pod.
+        depth: the number of folders from the root to the container's own folder.
+        pod_depth: the same for the pod's folder; 0 if there is no pod or if the container is inside the pod.
     """
 
     engine: Engine | None = None
@@ -56,11 +61,11 @@ _PREFIXES = {
     "nerdctl": Engine.NERDCTL,
     "runc": Engine.RUNC,
 }
-# A container's own folder: scopes of systemd, bare cgroups, and systemd's name under the cgroupfs driver.
+# Names of a container's own folder: scopes of systemd, plain cgroups, and systemd's notation with the driver cgroupfs.
 _OWN = re.compile(rf"(?P<engine>{'|'.join(map(re.escape, _PREFIXES))})-{_ID}(?:\.scope)?")
 _COLONS = re.compile(rf"(?:.*\.slice:)?(?P<engine>[a-z0-9-]{{1,40}}):{_ID}")
 _LXC = re.compile(r"lxc\.payload\.(?P<id>[A-Za-z0-9._-]{1,64})")
-_BARE = re.compile(_ID)  # a container only below a folder that engines make
+_BARE = re.compile(_ID)  # names a container only if the folder around it is one that engines make
 _BARE_PARENTS = {
     "docker": Engine.DOCKER,
     "buildkit": Engine.DOCKER,
@@ -75,8 +80,8 @@ _POD = re.compile(
     r"(?P<uid>[0-9a-f]{8}(?:[_-]?[0-9a-f]{4}){3}[_-]?[0-9a-f]{12})(?:\.slice.*)?"
 )
 UNIT_SUFFIXES = (".service", ".scope")
-# Folders for workloads: systemd's slices, those of engines and of kubelet. _ENGINE_UNITS: units of engines whose
-# containers are inside the unit, if the driver of cgroups is not systemd.
+# Folders that contain several workloads: slices of systemd (see is_folder), folders of engines and of kubelet.
+# _ENGINE_UNITS: systemd units of engines. Their containers are inside the unit if the cgroup driver is not systemd.
 _FOLDERS = frozenset({*_BARE_PARENTS, "kubepods", "burstable", "besteffort", RUN_FOLDER, "lxc", "machine"})
 _ENGINE_UNITS = re.compile(
     r"(?:docker|containerd|crio|cri-docker|podman|buildkit|nerdctl|k3s|k3s-agent|rke2-server|rke2-agent|k0s.*)\.service"
@@ -86,12 +91,12 @@ _Found = tuple[Engine | None, str]
 
 
 def split(path: str) -> list[str]:
-    """Return the folders of a path."""
+    """Return the names of the folders in a path, without empty ones."""
     return [part for part in path.split("/") if part]
 
 
 def is_monitor(parts: list[str]) -> bool:
-    """Return whether the cgroup belongs to an engine's own helper of a container."""
+    """Return whether the cgroup has an engine's own helper process for a container, such as conmon."""
     around = ["", "", *parts]
     return any(
         _MONITOR.fullmatch(part) or (part == "conmon" and "libpod_parent" in (above, further))
@@ -100,7 +105,7 @@ def is_monitor(parts: list[str]) -> bool:
 
 
 def parse(parts: list[str]) -> CgroupName:
-    """Return the meaning of these folders, which go from the hierarchy's root inwards."""
+    """Return the names in a path. `parts`: its folders, from the hierarchy's root inwards."""
     containers = [(depth, *found) for depth, found in enumerate(_containers(parts), 1) if found]
     units = [(depth, part) for depth, part in enumerate(parts, 1) if part.endswith(UNIT_SUFFIXES)]
     pods = [(depth, uid) for depth, part in enumerate(parts, 1) if (uid := _pod_uid(part))]
@@ -118,9 +123,9 @@ def parse(parts: list[str]) -> CgroupName:
 
 
 def _containers(parts: list[str]) -> list[_Found | None]:
-    """Return for each path component engine and container id if it is a container's own cgroup, else None."""
+    """Return (engine, container id) for each folder that is a container's own cgroup, and None for all others."""
     found = [_container(part, above) for above, part in zip(["", *parts], parts, strict=False)]
-    for at, part in enumerate(parts[1:], 1):  # below libpod_parent, a folder with a container in it is a pod
+    for at, part in enumerate(parts[1:], 1):  # a folder in libpod_parent is a pod if it contains a container
         if parts[at - 1] == "libpod_parent" and _BARE.fullmatch(part) and any(found[at + 1 : at + 2]):
             found[at] = None
     return found
@@ -139,7 +144,7 @@ def _container(part: str, above: str) -> _Found | None:
 
 
 def is_container(part: str, above: str) -> bool:
-    """Return whether the folder is a container's own; `above` is the folder around it."""
+    """Return whether the folder is a container's own. `above` is the name of the folder around it."""
     return _container(part, above) is not None
 
 
@@ -149,7 +154,7 @@ def is_pod(part: str) -> bool:
 
 
 def is_unit(part: str) -> bool:
-    """Return whether the folder is a service or scope of systemd, and not one that contains an engine's containers."""
+    """Return whether the folder is a service or scope of systemd, except units that contain an engine's containers."""
     return part.endswith(UNIT_SUFFIXES) and not _ENGINE_UNITS.fullmatch(part)
 
 

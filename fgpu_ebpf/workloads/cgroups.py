@@ -1,7 +1,7 @@
 """The cgroups of this host: their paths, ids and processes, and the cgroups of `fgpu run`.
 
-The agent's main thread and commands use this module. It never waits for an engine. A cgroup that is removed meanwhile
-is not an error; TargetError reports a name of the caller's that does not exist.
+The module runs in the agent's main thread and in commands. It never waits for an engine. If a cgroup is removed while
+it is read, that is not an error. A name or path of the user that does not exist raises TargetError.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,100}")
 
 
 class TargetError(Exception):
-    """There is no such cgroup, process or tenant."""
+    """The cgroup, process or tenant does not exist, or the name is not valid. The text is a message for the user."""
 
 
 class Namer(Protocol):
-    """Adds to a workload the labels that container engines have reported so far."""
+    """An object with the labels that container engines have reported so far."""
 
     def named(self, workload: Workload) -> Workload:
-        """Return the workload with its names and labels."""
+        """Return the workload with the names and labels that are known now."""
 
     def missing(self, workload: Workload) -> str:
-        """Return why names or labels are not known yet, or an empty text."""
+        """Return why names or labels are not known yet, or an empty text if they are known."""
 
 
 class Workloads:
@@ -43,7 +43,7 @@ class Workloads:
         self._namer = namer
 
     def walk(self) -> Iterator[str]:
-        """Yield the path of every cgroup but the root, outer ones first."""
+        """Yield the path of every cgroup except the root. A cgroup comes before the cgroups inside it."""
         waiting = [""]
         while waiting:
             inner = [path for _, path in self.inside(waiting.pop())]
@@ -51,7 +51,7 @@ class Workloads:
             yield from inner
 
     def inside(self, path: str) -> Iterator[tuple[int, str]]:
-        """Yield the id and path of every cgroup directly below one; nothing if it is gone."""
+        """Yield the id and path of every cgroup directly inside the cgroup at `path`; nothing if it is gone."""
         with contextlib.suppress(OSError), os.scandir(f"{self.root}{path}") as entries:
             for entry in entries:
                 if entry.is_dir(follow_symlinks=False):
@@ -63,11 +63,11 @@ class Workloads:
         return self._namer.named(workload) if workload and self._namer else workload
 
     def missing(self, workload: Workload) -> str:
-        """Return why engines have not reported a workload's labels yet; empty if they have, or none can."""
+        """Return why no engine has reported a workload's labels yet; empty if one has, or if no engine can."""
         return self._namer.missing(workload) if self._namer else ""
 
     def folder(self, path: str) -> str:
-        """Return the folder of the cgroup with this path, for example `/a/b`. Raises TargetError: there is none."""
+        """Return the folder of the cgroup with this path, for example `/a/b`. Raises TargetError if there is none."""
         parts = [part for part in path.split("/") if part]
         if ".." in parts or not os.path.isdir(folder := os.path.join(self.root, *parts)):
             raise TargetError(f"no cgroup {path} under {self.root}")
@@ -81,14 +81,14 @@ class Workloads:
             return None
 
     def is_populated(self, path: str) -> bool:
-        """Return whether a process is in the cgroup or below it."""
+        """Return whether a process is in the cgroup or in a cgroup inside."""
         try:
             return b"populated 1" in procfs.read(f"{self.root}{path}/cgroup.events")
         except OSError:
             return path in ("", "/")
 
     def pids(self, path: str) -> list[int]:
-        """Return the pids of the processes in the cgroup itself."""
+        """Return the pids of the processes in the cgroup itself; none if it is gone."""
         try:
             return [int(line) for line in procfs.read(f"{self.root}{path}/cgroup.procs").split()]
         except OSError:
@@ -97,13 +97,13 @@ class Workloads:
     # -- cgroups of `fgpu run`
 
     def place(self, name: str) -> str:
-        """Return the path of the cgroup of a `fgpu run` with this name. Raises TargetError: the name is not valid."""
+        """Return the path of the cgroup of `fgpu run` with this name. Raises TargetError if the name is not valid."""
         if not _NAME.fullmatch(name):
             raise TargetError(f"{name!r} is not a name: use letters, digits, '.', '_' and '-', at most 101")
         return f"/{RUN_FOLDER}/{name}"
 
     def is_own(self, path: str) -> bool:
-        """Return whether the cgroup lies directly below the folder of `fgpu run`."""
+        """Return whether the cgroup is directly inside the folder of `fgpu run`."""
         return os.path.dirname(path) == f"/{RUN_FOLDER}"
 
     def own(self) -> list[str]:
@@ -118,7 +118,7 @@ class Workloads:
         """Create a cgroup for `fgpu run` and return its path.
 
         Args:
-            name: its name; empty: the first free `run-N`.
+            name: the name of the cgroup; empty: the first free `run-N`.
 
         Raises:
             TargetError: the name is not valid or taken, or the folder of `fgpu run` cannot be created.
@@ -142,7 +142,7 @@ class Workloads:
         raise TargetError("too many tenants")
 
     def remove(self, path: str) -> bool:
-        """Remove an empty cgroup of `fgpu run`; return False if a process is in it."""
+        """Remove an empty cgroup of `fgpu run`. Return False if the kernel refuses, because a process is in it."""
         try:
             os.rmdir(self.folder(path))
         except TargetError:
@@ -153,15 +153,15 @@ class Workloads:
 
 
 def is_of_run(path: str) -> bool:
-    """Return whether the agent has made this cgroup for `fgpu run`."""
+    """Return whether a cgroup was made for `fgpu run`, by its path."""
     return os.path.dirname(path) == f"/{RUN_FOLDER}"
 
 
 def make_run_folder() -> None:
-    """Create the folder of `fgpu run`, before capabilities are dropped.
+    """Create the folder of `fgpu run`. To be called before the agent drops its capabilities.
 
-    No user may write the hierarchy's root, and only DAC_OVERRIDE allows it to root. If the hierarchy is read-only there
-    is no `fgpu run`.
+    The mode of the hierarchy's root allows no user to write, and root needs CAP_DAC_OVERRIDE. If the hierarchy is
+    read-only, the folder is not created, and `fgpu run` fails.
     """
     root = procfs.cgroup2_root()
     if root:
@@ -170,7 +170,7 @@ def make_run_folder() -> None:
 
 
 def remove_run_folder() -> None:
-    """Remove the folder of `fgpu run`, unless a process is in it or a running agent has dropped its capabilities."""
+    """Remove the folder of `fgpu run` if it is empty and this process has CAP_DAC_OVERRIDE."""
     root = procfs.cgroup2_root()
     if root:
         with contextlib.suppress(OSError):
@@ -178,7 +178,7 @@ def remove_run_folder() -> None:
 
 
 def checks() -> list[Check]:
-    """Return the check result for the cgroup v2 hierarchy."""
+    """Return the result of `fgpu doctor` for the cgroup v2 hierarchy."""
     root = procfs.cgroup2_root()
     if root is None:
         fix = "boot with systemd.unified_cgroup_hierarchy=1, or mount -t cgroup2 none /sys/fs/cgroup/unified"

@@ -1,7 +1,7 @@
 """A client of the container runtime interface (gRPC): containerd, CRI-O and other engines that kubelet uses.
 
-This module runs in an engine thread of the agent. grpc is imported at the first request: it is heavy, and most hosts
-have no such engine.
+The module runs in an engine thread of the agent. It imports grpc at the first request only, because grpc is large and
+most hosts have no such engine.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ _OPTIONS = (
     ("grpc.max_metadata_size", 65536),
     ("grpc.default_authority", "localhost"),  # CRI-O refuses a path as authority
     ("grpc.enable_http_proxy", 0),
-    ("grpc.use_local_subchannel_pool", 1),  # otherwise a new connection inherits the back-off of the last failure
+    ("grpc.use_local_subchannel_pool", 1),  # without it, a new connection inherits the back-off of the last failure
 )
 
 
 class CriApi:
-    """The engine behind one socket."""
+    """A client of the engine at one socket."""
 
     name = "cri"
 
@@ -42,11 +42,16 @@ class CriApi:
         self._images: OrderedDict[str, Mapping[str, str]] = OrderedDict()
 
     def serves(self, subject: Subject) -> bool:
-        """Return whether the engine can know this container or pod."""
+        """Return whether an engine with this interface can have this container or pod."""
         return subject.is_pod or subject.engine in _SERVED
 
     def ask(self, subject: Subject) -> Names | None:
-        """Return what the engine knows of it, or None if it does not know it. Raises EngineError, AnswerError."""
+        """Return the names of a container or pod, or None if the engine does not have it. Takes seconds at most.
+
+        Raises:
+            EngineError: the engine cannot be asked.
+            AnswerError: its answer is not of the expected form.
+        """
         if subject.is_pod:
             pod = self._pod(subject.id)
             return None if pod is None else _names(pod)
@@ -62,12 +67,15 @@ class CriApi:
         return with_image(_names(pod, status), self._image(status.image_ref or status.image.image))
 
     def _of_sandbox(self, id_: str) -> Names | None:
-        """Return empty names for a pod's sandbox: it holds the namespaces only, and no policy selects it by label."""
+        """Return empty names if the id is that of a pod's sandbox, else None.
+
+        A sandbox has the namespaces of the pod and no program of the user, so that policies need not match it by label.
+        """
         found = self._call("ListPodSandbox", "Runtime", filter=self._known_messages()["PodSandboxFilter"](id=id_))
         return Names() if found and found.items else None
 
     def _pod(self, uid: str) -> Any:
-        """Return the pod's sandbox: of several the ready one, or the latest; None: the pod has none (yet)."""
+        """Return the pod's sandbox, or None if there is none yet. Of several, return the ready one, or the latest."""
         messages = self._known_messages()
         wanted = messages["PodSandboxFilter"](label_selector={POD_UID: uid})
         answer = self._call("ListPodSandbox", "Runtime", filter=wanted)
@@ -77,7 +85,7 @@ class CriApi:
     # -- images
 
     def _image(self, ref: str) -> Mapping[str, str] | None:
-        """Return the image's labels; None: the engine does not report them."""
+        """Return the labels of an image; None: the engine does not report them."""
         if ref in self._images:
             self._images.move_to_end(ref)
             return self._images[ref]
@@ -98,7 +106,15 @@ class CriApi:
         return self._messages
 
     def _call(self, method: str, service: str, **fields: Any) -> Any:
-        """Call a method and return its response; None: not found. Raises EngineError, AnswerError."""
+        """Call a method of the interface and return its response.
+
+        Returns:
+            The response message, or None if the status is NOT_FOUND.
+
+        Raises:
+            EngineError: the call failed, or a Python package is missing.
+            AnswerError: the response is too long or not of the expected form.
+        """
         try:
             import grpc
 
@@ -107,7 +123,7 @@ class CriApi:
             raise EngineError(f"{error.name} is not installed: install python3-grpcio and python3-protobuf") from error
         if self._channel is None:
             self._channel = grpc.insecure_channel(f"unix:{self.path}", options=_OPTIONS)
-        call = self._channel.unary_unary(f"/{cri_messages.PACKAGE}.{service}Service/{method}")  # bytes in, bytes out
+        call = self._channel.unary_unary(f"/{cri_messages.PACKAGE}.{service}Service/{method}")  # bytes, not messages
         try:
             answer = call(messages[f"{method}Request"](**fields).SerializeToString(), timeout=DEADLINE_SECONDS)
         except grpc.RpcError as error:
@@ -120,12 +136,15 @@ class CriApi:
             raise EngineError(_reason(method, error, grpc)) from error
         try:
             return messages[f"{method}Response"].FromString(answer)
-        except Exception as error:  # each version of protobuf has its DecodeError in another place
+        except Exception as error:  # the module of DecodeError depends on the version of protobuf
             raise AnswerError(f"is not a {method}Response") from error
 
 
 def _names(pod: Any, status: Any = None) -> Names:
-    """Return the names of a pod or of a container in it; labels precede annotations, the pod's the container's."""
+    """Return the names of a pod, or of a container in it if `status` is given.
+
+    If a key occurs several times, labels have precedence over annotations, and the pod over the container.
+    """
     labels, notes = [dict(pod.labels)], [dict(pod.annotations)]
     name = image = None
     if status is not None:
@@ -143,7 +162,10 @@ def _reason(method: str, error: Any, grpc: Any) -> str:
 
 
 def _image_labels(info: str) -> Mapping[str, str] | None:
-    """Return the labels in the image's configuration, JSON that containerd and CRI-O add to the interface."""
+    """Return the labels in an image's configuration, or None if it cannot be read.
+
+    `info`: JSON that containerd and CRI-O return in addition to the interface's fields.
+    """
     try:
         config = json.loads(info)["imageSpec"]["config"]
         return labels_of(config.get("Labels"))

@@ -1,7 +1,7 @@
 """The messages of the container runtime interface that fgpu sends and reads: names, field numbers and types.
 
-Only the used fields of `runtime.v1` of https://github.com/kubernetes/cri-api (Apache License 2.0, the Kubernetes
-Authors); protobuf skips the others. `cri` uses this module, in an engine thread of the agent.
+These are the used fields of `runtime.v1` of https://github.com/kubernetes/cri-api (Apache License 2.0, the Kubernetes
+Authors). protobuf skips all other fields. The module runs in an engine thread of the agent.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from fgpu_ebpf.protobuf import BOOL, INT32, INT64, MAP, STRING
 
 PACKAGE = "runtime.v1"
 
-# message -> field -> number, type: a scalar, a map of strings, a message, or [a message] where it is repeated
+# message -> field -> (number, type). A type is a scalar, a map of strings, a message, or [a message] if it is repeated.
 MESSAGES: dict[str, dict[str, tuple[int, Any]]] = {
     "ContainerStatusRequest": {"container_id": (1, STRING)},
     "ContainerStatusResponse": {"status": (1, "ContainerStatus")},
@@ -45,5 +45,5 @@ MESSAGES: dict[str, dict[str, tuple[int, Any]]] = {
 
 
 def classes() -> dict[str, Any]:
-    """Return message name -> class. Raises ImportError: protobuf is not installed."""
+    """Return the class of each message, by name. Raises ImportError if protobuf is not installed."""
     return protobuf.classes(PACKAGE, MESSAGES)

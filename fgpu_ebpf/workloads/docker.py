@@ -1,7 +1,7 @@
-"""A client of Docker's and Podman's HTTP API, which both serve: the list of containers, and an image's labels.
+"""A client of the HTTP API that Docker and Podman serve: the list of containers, and the labels of an image.
 
-The client runs in an engine thread of the agent. It only reads, with a deadline for the whole answer and a maximum
-size; the Docker SDK bounds neither. `inspect` is not used: it waits for a container that is starting.
+The client runs in an engine thread of the agent. It only reads. Time and size of an answer are bounded, which the
+Docker SDK does not do. The client does not call `inspect`, because `inspect` waits for a container that is starting.
 """
 
 from __future__ import annotations
@@ -23,20 +23,25 @@ MOST_BYTES = 4 << 20
 
 
 class _Socket(socket.socket):
-    """A connection with a deadline and a maximum number of bytes to receive."""
+    """A connection with a deadline (`until`, CLOCK_MONOTONIC) and a maximum number of bytes to receive (`left`)."""
 
     until = 0.0
     left = MOST_BYTES
 
     def wait(self) -> None:
-        """Limit the next call to the time that is left. Raises TimeoutError."""
+        """Set the timeout of the next call to the remaining time. Raises TimeoutError if none remains."""
         left = self.until - time.monotonic()
         if left <= 0:
             raise TimeoutError(f"no answer within {DEADLINE_SECONDS:g} s")
         self.settimeout(left)
 
     def recv_into(self, *args: Any) -> int:
-        """Receive as socket.recv_into() does; http.client reads everything by it. Raises TimeoutError, AnswerError."""
+        """Receive as socket.recv_into() does, which http.client calls for all reads.
+
+        Raises:
+            TimeoutError: the deadline has passed.
+            AnswerError: the answer is longer than MOST_BYTES.
+        """
         self.wait()
         try:
             count = super().recv_into(*args)
@@ -63,7 +68,7 @@ class _Connection(http.client.HTTPConnection):
 
 
 class DockerApi:
-    """A client of the engine behind one socket."""
+    """A client of the engine at one socket."""
 
     def __init__(self, engine: Engine, path: str) -> None:
         self.name = engine.value
@@ -71,11 +76,11 @@ class DockerApi:
         self._engine = engine
 
     def serves(self, subject: Subject) -> bool:
-        """Return whether the engine can know this container."""
+        """Return whether this engine can have this container."""
         return subject.engine is self._engine and not subject.is_pod
 
     def ask(self, subject: Subject) -> Names | None:
-        """Return what the engine knows of a container, or None. Raises EngineError, AnswerError."""
+        """Return the names of a container, or None if the engine does not have it. Raises EngineError, AnswerError."""
         wanted = quote(json.dumps({"id": [subject.id]}))
         found = engine_answers.of_docker(self._get(f"/containers/json?all=true&filters={wanted}"), subject.id)
         if found is None:
@@ -88,7 +93,7 @@ class DockerApi:
         return engine_answers.with_image(names, labels)
 
     def _get(self, target: str) -> Any:
-        """Return a document, or None for status 404. Raises EngineError, AnswerError."""
+        """Return the JSON document at `target`, or None for status 404. Raises EngineError, AnswerError."""
         connection = _Connection(self.path)
         try:
             connection.request("GET", target)

@@ -1,7 +1,7 @@
-"""Parsing of the engines' answers about containers into Names, whatever the answers contain.
+"""Conversion of the engines' answers about containers to Names. The answers are not trusted.
 
-The clients of engines use this module, in the engine threads of the agent. Sizes are bounded. AnswerError reports an
-answer of the wrong form; a label that is too long or not printable is left out.
+The module runs in the engine threads of the agent. The size of the result is bounded. An answer of the wrong form
+raises AnswerError. A label that is too long or not printable is left out.
 """
 
 from __future__ import annotations
@@ -15,23 +15,23 @@ from fgpu_ebpf.workloads.workload import ASKING, Names
 MOST_LABELS = 256
 MOST_KEY_CHARACTERS = 317  # a Kubernetes name with its prefix
 MOST_VALUE_CHARACTERS = 256
-MOST_CHARACTERS = 16384  # of all labels of one workload
+MOST_CHARACTERS = 16384  # keys and values of all labels of one workload
 MOST_NAME_CHARACTERS = 512
 POD_NAME, POD_NAMESPACE, POD_UID = "io.kubernetes.pod.name", "io.kubernetes.pod.namespace", "io.kubernetes.pod.uid"
 
 
 class EngineError(Exception):
-    """The engine cannot be asked now; the text says why."""
+    """The engine cannot be asked now. The text has the reason."""
 
 
 class AnswerError(Exception):
-    """The engine's answer is not of the expected form; the text completes "its answer ..."."""
+    """The engine's answer is not of the expected form. The text completes a sentence that begins with "its answer"."""
 
 
 def labels_of(*sources: object) -> dict[str, str]:
-    """Merge labels and annotations. If several sources have a key, the first source takes precedence.
+    """Merge labels and annotations. If several sources have a key, the first source has precedence.
 
-    The result has at most MOST_LABELS labels and MOST_CHARACTERS characters. Keys of ASKING are added first.
+    The result has at most MOST_LABELS labels and MOST_CHARACTERS characters. The keys in ASKING are added first.
     """
     found: dict[str, str] = {}
     left = MOST_CHARACTERS
@@ -60,14 +60,14 @@ def _is_label(key: object, value: object) -> bool:
 
 
 def text_of(value: object) -> str | None:
-    """Return a name in an answer, or None if it is not text, too long or not printable."""
+    """Return a name from an answer, or None if it is not text, is empty or too long, or is not printable."""
     if isinstance(value, str) and 0 < len(value) <= MOST_NAME_CHARACTERS and value.isprintable():
         return value
     return None
 
 
 def asks_anything(labels: Mapping[str, str]) -> bool:
-    """Return whether the labels contain a request, which the image may have brought along."""
+    """Return whether the labels contain a request for limits. Such a request may come from the image."""
     return any(key in labels for key in ASKING)
 
 
@@ -75,8 +75,9 @@ def with_image(names: Names, image: object) -> Names:
     """Merge the image's labels into the names, and move requests of the image to `image_asks`.
 
     Args:
-        names: what the engine knows of the container.
-        image: the image's labels. If it is not a mapping, they are unknown, and all requests may be the image's.
+        names: the names and labels of the container.
+        image: the labels of the image. If it is not a mapping, these labels are unknown, and all requests count as
+            requests of the image.
     """
     known = isinstance(image, Mapping)
     own = labels_of(image) if known else names.labels
@@ -90,9 +91,10 @@ def with_image(names: Names, image: object) -> Names:
 
 
 def of_docker(found: object, id_: str) -> tuple[Names, str] | None:
-    """Parse the answer to /containers/json for one id.
+    """Parse the answer to /containers/json for one id. Raises AnswerError.
 
-    Returns the names and the id of the image, or None if there is no such container. Raises AnswerError.
+    Returns:
+        The names and the id of the image, or None if there is no such container.
     """
     if not isinstance(found, list) or not all(isinstance(item, dict) for item in found):
         raise AnswerError("is not a list of containers")
@@ -107,14 +109,14 @@ def of_docker(found: object, id_: str) -> tuple[Names, str] | None:
     own = (
         [text for text in called if isinstance(text, str) and text.rfind("/") == 0] if isinstance(called, list) else []
     )
-    name = text_of(own[0]) if own else None  # the others, /A/B, are names that container A has for it
+    name = text_of(own[0]) if own else None  # a name /A/B is an alias, which container A has for this container
     pod, namespace = labels.get(POD_NAME), labels.get(POD_NAMESPACE)
     names = Names((name or "").lstrip("/"), pod, namespace, text_of(item.get("Image")), labels)
     return names, text_of(item.get("ImageID")) or ""
 
 
 def docker_image_labels(found: object) -> Mapping[str, str] | None:
-    """Parse the answer to /images/ID/json; return the image's labels, or None if it has none. Raises AnswerError."""
+    """Parse the answer to /images/ID/json and return the image's labels. Raises AnswerError."""
     if not isinstance(found, dict) or not isinstance(found.get("Config") or {}, dict):
         raise AnswerError("is not an image")
     return labels_of((found.get("Config") or {}).get("Labels"))

@@ -1,8 +1,8 @@
-"""The names and labels that engines report of the containers and pods of this host.
+"""The names and labels that engines report for the containers and pods of this host.
 
-The agent's main thread uses this module and never waits for an engine: engine threads ask and store the answers, and
-`take` returns the cgroups that they concern. At most MOST_KNOWN containers and pods are stored, each for as long as
-rescans ask for it. A container that no engine has reported has the labels of its cgroup only.
+The module runs in the agent's main thread, which never waits for an engine. Engine threads ask the engines and store
+the answers, and `take` returns the cgroups that the answers concern. At most MOST_KNOWN containers and pods are stored,
+each for as long as rescans request it. A container that no engine has reported has only the labels of its cgroup.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from fgpu_ebpf.workloads.workload import Names, Subject, Workload, named
 
 log = logging.getLogger("fgpu.engines")
 MOST_KNOWN = 4096
-MOST_PATHS = 64  # cgroups of one container that are reconsidered at once; the others are at the next rescan
-FORGOTTEN_RESCANS = 4  # each asks for every cgroup that still exists; a frozen agent does none
+MOST_PATHS = 64  # cgroups of one container that are decided again at once; the remaining ones follow at the next rescan
+FORGOTTEN_RESCANS = 4  # a container that this many rescans have not requested is gone
 
 
 @dataclass(slots=True)
 class _Entry:
-    asked_in: int  # the number of rescans at the last request for it
+    asked_in: int  # the number of rescans at the last call of named() for the subject
     paths: set[str] = field(default_factory=set)
     names: Names | None = None
 
@@ -43,9 +43,9 @@ def api_of(text: str) -> Api:
 
 
 class Engines:
-    """All engines of the host. `fileno` is readable when `take` has something to return.
+    """The names from all engines of the host. `fileno` is readable when `take` has something to return.
 
-    `file` stores what is known over restarts of the agent; None: it is not stored.
+    `file` stores the names for restarts of the agent; None: they are not stored.
     """
 
     def __init__(self, apis: Iterable[Api] = (), file: Path | None = None) -> None:
@@ -55,7 +55,7 @@ class Engines:
         kept = label_cache.read(file) if file else {}
         self._entries = {subject: _Entry(0, names=names) for subject, names in kept.items()}
         self._written: object = None
-        self._write_error = ""  # of the last try to write the file
+        self._write_error = ""  # the error of the last attempt to write the file
         self._answers = 0
         self._changed: set[str] = set()
         self._lock = threading.Lock()
@@ -63,7 +63,7 @@ class Engines:
         self.left_out = 0  # containers that no engine was asked about, because there are too many
 
     def fileno(self) -> int:
-        """Return a descriptor that is readable when cgroups have got names."""
+        """Return a descriptor that is readable when engines have reported names of cgroups."""
         return self._wakeup.fileno()
 
     def stop(self) -> None:
@@ -72,7 +72,10 @@ class Engines:
             thread.stop()
 
     def named(self, workload: Workload) -> Workload:
-        """Return the workload with what is known of it now; the rest is asked, and `take` returns its path then."""
+        """Return the workload with the names and labels that are known now.
+
+        If there are none, an engine thread asks for them, and `take` returns the workload's path after the answer.
+        """
         subject = workload.subject
         if subject is None:
             return workload
@@ -89,19 +92,22 @@ class Engines:
         return workload if names is None else named(workload, names)
 
     def take(self) -> list[str]:
-        """Return the cgroups whose names were resolved since the last call."""
+        """Return the paths of the cgroups whose names were reported since the last call."""
         self._wakeup.clear()
         with self._lock:
             found, self._changed = self._changed, set()
         return sorted(found)
 
     def rescanned(self) -> None:
-        """Count a rescan of all cgroups. Elapsed time is no substitute: a suspended agent does not rescan."""
+        """Count a rescan of all cgroups, which is the measure of an entry's age.
+
+        Time is not used for that, because time also passes while the agent is suspended and does not rescan.
+        """
         with self._lock:
             self._rescans += 1
 
     def keep(self) -> None:
-        """Forget containers that are gone, and write the file if it has changed; to be called about once a second."""
+        """Remove containers that are gone, and write the file if it has changed. To be called about once a second."""
         with self._lock:
             self._forget_gone()
             known = {subject: entry.names for subject, entry in self._entries.items() if entry.names}
@@ -111,19 +117,19 @@ class Engines:
         try:
             label_cache.write(self._file, known)
             self._written, self._write_error = state, ""
-        except OSError as error:  # tried again at the next call
+        except OSError as error:  # the next call tries again
             if str(error) != self._write_error:
                 self._write_error = str(error)
                 log.warning("labels from engines will not survive a restart of the agent: %s", error)
 
     def views(self) -> tuple[EngineView, ...]:
-        """Return the state of each engine that was asked or can be."""
+        """Return the state of each engine that was asked or has a socket."""
         return tuple(
             view for thread in self._threads if (view := thread.view()).is_there or view.waiting or view.failed
         )
 
     def missing(self, workload: Workload) -> str:
-        """Return why no engine has reported a workload yet; empty if one has, or none can."""
+        """Return why no engine has reported a workload yet; empty if one has, or if no engine can."""
         subject = workload.subject
         threads = [thread for thread in self._threads if subject and thread.api.serves(subject)]
         with self._lock:
@@ -148,7 +154,7 @@ class Engines:
         return entry
 
     def _forget_gone(self) -> bool:
-        """Drop entries that the last rescans have not asked for; return whether there were any."""
+        """Remove entries that the last FORGOTTEN_RESCANS rescans have not requested. Return whether there were any."""
         before = self._rescans - FORGOTTEN_RESCANS
         gone = [subject for subject, entry in self._entries.items() if entry.asked_in < before]
         for subject in gone:
@@ -158,7 +164,7 @@ class Engines:
         return bool(gone)
 
     def _answered(self, subject: Subject, names: Names) -> None:
-        """Store an answer; called in an engine thread."""
+        """Store an answer. Called in an engine thread."""
         with self._lock:
             entry = self._entries.get(subject)
             if entry is None:
@@ -169,5 +175,5 @@ class Engines:
         pod = Subject(names.labels.get(POD_UID, ""), Engine.CRI, is_pod=True)
         for thread in self._threads:
             thread.forget(subject)
-            thread.ask_now(pod)  # it has a container now, so it has a sandbox
+            thread.ask_now(pod)  # the pod has a container, so that the engine has its sandbox now
         self._wakeup.wake()

@@ -1,7 +1,7 @@
-"""The thread that asks one engine: its queue of containers, and when each is asked about again.
+"""The engine thread, which asks one engine: its queue of containers, and the time of each repeated request.
 
-Each engine socket has one such thread in the agent. A hanging engine blocks its own thread alone, until the deadline of
-the request, and is asked again after a pause. Answers are passed to a callback.
+The agent has one such thread for each engine socket. An engine that hangs blocks only its own thread, until the
+deadline of the request, and is asked again after a pause. Answers are passed to a callback.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from fgpu_ebpf.workloads.engine_answers import AnswerError, EngineError
 from fgpu_ebpf.workloads.workload import Names, Subject
 
 log = logging.getLogger("fgpu.engines")
-FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 0.1, 5.0  # after a failure of the engine
-FIRST_AGAIN_SECONDS, LONGEST_AGAIN_SECONDS = 0.05, 30.0  # after an answer that the container is not known (yet)
+FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 0.1, 5.0  # without any request, after a failure of the engine
+FIRST_AGAIN_SECONDS, LONGEST_AGAIN_SECONDS = 0.05, 30.0  # until the next request for a container that is not known yet
 
 
 class Api(Protocol):
@@ -30,10 +30,13 @@ class Api(Protocol):
     path: str
 
     def serves(self, subject: Subject) -> bool:
-        """Return whether the engine can know this container or pod."""
+        """Return whether the engine can have this container or pod."""
 
     def ask(self, subject: Subject) -> Names | None:
-        """Return what the engine knows of it, or None. Raises EngineError, AnswerError; takes seconds at most."""
+        """Return the names of a container or pod, or None if the engine does not have it. Takes seconds at most.
+
+        Raises EngineError, AnswerError.
+        """
 
 
 @dataclass(slots=True)
@@ -45,7 +48,7 @@ class _Want:
 
 
 class EngineThread:
-    """The queue and the thread of one engine. `answered` is called in the thread, with each answer."""
+    """The queue and the thread of one engine. The thread calls `answered` with each answer."""
 
     def __init__(self, api: Api, answered: Callable[[Subject, Names], None]) -> None:
         self.api = api
@@ -61,18 +64,18 @@ class EngineThread:
         self._counts = {"found": 0, "unknown": 0, "failed": 0}
 
     def want(self, subject: Subject) -> None:
-        """Ask about a container or pod until the engine knows it. The first call starts the thread."""
+        """Ask about a container or pod until the engine reports it. The first call starts the thread."""
         with self._changed:
             self._wants.setdefault(subject, _Want(time.monotonic()))
             if not self.is_there and not self.error:
-                self._resume_at = 0.0  # an engine that makes a container has a socket by now
+                self._resume_at = 0.0  # there is a container, so that its engine should have a socket now
             if self._thread is None and not self._ended:
                 self._thread = threading.Thread(target=self._run, name=f"engine {self.api.name}", daemon=True)
                 self._thread.start()
             self._changed.notify()
 
     def ask_now(self, subject: Subject) -> None:
-        """Ask at once about a subject that is still in the queue, because the engine knows it by now."""
+        """Ask at once about a subject that is still in the queue. To be called when the engine should have it."""
         with self._changed:
             if subject in self._wants:
                 self._wants[subject].due = time.monotonic()
@@ -84,7 +87,7 @@ class EngineThread:
             self._wants.pop(subject, None)
 
     def stop(self) -> None:
-        """End the thread after its current request."""
+        """Stop the thread after its current request. Does not wait for its end."""
         with self._changed:
             self._ended = True
             self._changed.notify()
@@ -114,14 +117,15 @@ class EngineThread:
         while (subject := self._next()) is not None:
             try:
                 self._ask(subject)
-            except Exception as error:  # a bug of ours about an engine's answer must not end the thread
+            except Exception as error:  # an error of this program must not end the thread
                 log.exception("%s: unexpected error while querying %s", self.api.name, subject.id)
                 self._failed(subject, repr(error)[:200])
 
     def _next(self) -> Subject | None:
-        """Wait until a subject is due, and return it; None: the thread is to end.
+        """Wait until a subject is due, and return it; None: the thread must end.
 
-        The newest that was never asked about is first: it must not wait for those that ended while there was no engine.
+        The newest subject without a request is first. Otherwise it would wait for requests about containers that have
+        ended while the engine did not run.
         """
         with self._changed:
             while not self._ended:
@@ -172,7 +176,7 @@ class EngineThread:
                 self.error = text
                 self._later(subject, text)
             elif subject in self._wants:
-                self._wants[subject].due = time.monotonic()  # after the other subjects
+                self._wants[subject].due = time.monotonic()  # after all other subjects that are due
         if pause:
             self._pause_after(text)
 
@@ -184,14 +188,14 @@ class EngineThread:
             want.tries = min(want.tries + 1, 16)
 
     def _pause_after(self, error: str) -> None:
-        """Ask nothing for a while, twice as long as the last time, at most LONGEST_PAUSE_SECONDS."""
+        """Send no request for twice the time of the last pause, at most LONGEST_PAUSE_SECONDS."""
         self.error = error
         self._pause = min(max(self._pause * 2, FIRST_PAUSE_SECONDS), LONGEST_PAUSE_SECONDS)
         self._resume_at = time.monotonic() + self._pause
 
 
 def _is_roots(path: str) -> bool:
-    """Return whether the socket exists. Raises EngineError: it is not root's, so it could report anything."""
+    """Return whether the socket exists. Raises EngineError if another user owns it and could forge answers."""
     try:
         found = os.stat(path)
     except OSError:

@@ -1,6 +1,6 @@
 """A file with the names and labels that engines have reported, so that limits by label survive a restart of the agent.
 
-The agent's main thread uses this module. If the file is invalid, the log says so and the engines are asked again.
+The module runs in the agent's main thread. If the file is invalid, an error is logged and the engines are asked again.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ MOST_BYTES = 64 << 20
 
 
 def read(file: Path) -> dict[Subject, Names]:
-    """Return all that was written; nothing if the file is missing or invalid."""
+    """Return the stored names; none if the file is missing or invalid."""
     try:
         with file.open("rb") as opened:
             found = json.loads(opened.read(MOST_BYTES))
@@ -34,13 +34,17 @@ def read(file: Path) -> dict[Subject, Names]:
 
 
 def write(file: Path, known: Mapping[Subject, Names]) -> None:
-    """Replace the file, readable for root alone. Raises OSError."""
+    """Replace the file by one that only root can read. Raises OSError."""
     entries = [{"of": [s.engine, s.id, s.is_pod], **asdict(names)} for s, names in known.items()]
     atomic_file.write(file, json.dumps(entries), 0o600)
 
 
 def _entry(entry: Any) -> tuple[Subject, Names]:
-    """Parse an entry, without fields that this version does not know. Raises ValueError and others."""
+    """Parse an entry. Fields that this version does not have are ignored.
+
+    Raises:
+        ValueError, TypeError, KeyError, AttributeError: the entry is invalid.
+    """
     names = Names(**{field.name: entry[field.name] for field in fields(Names) if field.name in entry})
     if not isinstance(names.name, str) or not all(
         text is None or isinstance(text, str) for text in (names.pod, names.namespace, names.image)

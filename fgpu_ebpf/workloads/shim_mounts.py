@@ -1,7 +1,7 @@
-"""Mounts of the gatekeeper's folder in containers, as the kernel lists them: no file of a tenant is opened.
+"""Mounts of the gatekeeper's folder in containers, read from /proc/PID/mountinfo. No file of a tenant is opened.
 
-`fgpu detach` and the agent use this module. A mount shows the folder that was there when the container was made, even
-if that folder was removed since. A process that has gone has no mount.
+A container has a mount of the folder that existed when the container was made, even if this folder was removed later. A
+process that has exited has no mount. The module runs in the agent and in `fgpu detach`.
 """
 
 from __future__ import annotations
@@ -15,24 +15,24 @@ from pathlib import Path
 from fgpu_ebpf.linux import procfs
 
 FOLDER = "/run/fgpu/shim"
-BESIDE = "/var/lib/fgpu/run"  # where a container has the folder too, since its init may mount over /run
+BESIDE = "/var/lib/fgpu/run"  # the folder's second place in a container, because its init may mount over /run
 LIST = "/etc/ld.so.preload"
-NIX_LIST = "/etc/ld-nix.so.preload"  # what the loader of programs that Nix built reads instead
+NIX_LIST = "/etc/ld-nix.so.preload"  # read in place of LIST by the loader of programs that Nix has built
 LISTS = (LIST, NIX_LIST)
-_REMOVED = "//deleted"  # as the kernel marks the source of a mount
+_REMOVED = "//deleted"  # the kernel's suffix for the source of a mount that was removed
 
 
 class Mount(Enum):
-    """The kind of folder that a process sees at FOLDER, or beside the shim."""
+    """The state of the gatekeeper's folder in a process's mount namespace, at FOLDER or at BESIDE."""
 
     NONE = auto()
     LIVE = auto()
     REMOVED = auto()
-    HIDDEN = auto()  # FOLDER was mounted, or the list that preloads the shim is, and the folder is not there
+    HIDDEN = auto()  # FOLDER or LIST is mounted for the shim, and another mount covers FOLDER
 
 
 def mount_of(pid: int) -> Mount:
-    """Return the kind of folder that the shim of a process finds. Of mounts over each other, the last one counts."""
+    """Return the state of the folder that the shim of a process finds. If mounts cover each other, the last counts."""
     own, given = _device_of(Path(FOLDER)), False
     beside, seen, last = Mount.NONE, Mount.NONE, ""
     for device, source, path in _mounts(pid):
@@ -50,9 +50,9 @@ def mount_of(pid: int) -> Mount:
 
 
 def is_mounted(folder: Path) -> bool:
-    """Return whether the folder is mounted in any mount namespace that has a process, also if it is hidden there.
+    """Return whether the folder is mounted in any mount namespace that has a process, even if a mount covers it there.
 
-    Containers of another agent may have its folder at the same path: that one lies in another file system.
+    Another agent's folder can be mounted at the same path. It is not counted, because it is on another file system.
     """
     own = _device_of(folder)
     return bool(own) and any(
@@ -62,7 +62,7 @@ def is_mounted(folder: Path) -> bool:
 
 
 def mounted_lists(run_dir: Path) -> set[str]:
-    """Return the LISTS over which `fgpu run` has mounted the file of that name, for any process that still runs."""
+    """Return the paths in LISTS that `fgpu run` has mounted a file over, in a namespace of any running process."""
     own = _device_of(run_dir)
     return {
         path
@@ -85,13 +85,13 @@ def one_of_each_namespace(pids: Iterable[int]) -> Iterator[int]:
 
 
 def _mounts_everywhere() -> Iterator[tuple[str, str, str]]:
-    """Yield what _mounts() does, for one process of each mount namespace."""
+    """Yield the mounts of all mount namespaces that have a process, in the form of _mounts()."""
     for pid in one_of_each_namespace(procfs.pids()):
         yield from _mounts(pid)
 
 
 def _mounts(pid: int) -> Iterator[tuple[str, str, str]]:
-    """Yield MAJOR:MINOR, the source and the path of each mount that a process sees."""
+    """Yield MAJOR:MINOR, source and path of each mount in a process's namespace. `source`: in its file system."""
     try:
         with open(f"/proc/{pid}/mountinfo", encoding="utf-8", errors="surrogateescape") as file:
             for line in islice(file, procfs.MOST_MOUNTS):
@@ -102,7 +102,7 @@ def _mounts(pid: int) -> Iterator[tuple[str, str, str]]:
 
 
 def _device_of(folder: Path) -> str:
-    """Return MAJOR:MINOR of the folder's file system; empty: there is no folder."""
+    """Return MAJOR:MINOR of the folder's file system; an empty text if there is no folder."""
     try:
         number = os.stat(folder).st_dev
     except OSError:

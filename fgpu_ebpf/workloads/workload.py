@@ -1,7 +1,7 @@
-"""The workload of a cgroup: its unit, its container and pod, and the labels that its folder carries.
+"""The workload of a cgroup: its unit, container and pod, and the labels in the attributes of its folder.
 
-The agent's main thread and commands use this module. Engines are asked elsewhere (`engine_labels`). Attributes that a
-user other than root can write count only as requests that the workload may make for itself.
+The module runs in the agent's main thread and in commands. It asks no engine; `engine_labels` does. Of the attributes
+that a user other than root can write, only requests for limits are used.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ REQUESTS = {"memory": MEMORY_LABEL, "compute": COMPUTE_LABEL}
 _XATTR = "user.fgpu."
 _UNSAFE = re.compile(r"[^A-Za-z0-9._@:+=-]")
 _ESCAPED = re.compile(r"\\x([0-9a-f]{2})")
-_PAYLOADS = ("container", "payload")  # folders of crun for the processes, inside the container's own folder
+_PAYLOADS = ("container", "payload")  # folders that crun makes inside a container's own folder, for the processes
 
 
 @dataclass(frozen=True, slots=True)
 class Subject:
-    """A container, or a pod by kubelet's uid, that an engine can be asked about."""
+    """A container or pod that an engine can be asked about. `id`: the engine's id, or kubelet's uid of the pod."""
 
     id: str
     engine: Engine
@@ -42,9 +42,9 @@ class Subject:
 
 @dataclass(frozen=True, slots=True)
 class Names:
-    """The names that an engine reports of a container or pod; empty or None where it reports none.
+    """The names that an engine reports for a container or pod. A name that it does not report is empty or None.
 
-    `image_asks`: the labels of ASKING that the image brought along; they are not in `labels`.
+    `image_asks`: the labels in ASKING that come from the image. They are not in `labels`.
     """
 
     name: str = ""
@@ -59,10 +59,18 @@ class Names:
 class Workload:
     """A cgroup and its names.
 
-    `cgroup` is the kernel's id, `path` starts at the hierarchy's root. `unit` is the innermost service or scope around,
-    with systemd's escapes. `container` is the engine's id, also if the cgroup lies `inside`: below the container's own
-    folder, made by the workload. `named` adds what only an engine knows (pod, namespace, image, most labels);
-    `subject` is what to ask an engine about, or None if root's engines cannot know it.
+    Attributes:
+        cgroup: the kernel's id of the cgroup.
+        path: the path from the hierarchy's root.
+        name: the name of the folder or container.
+        unit: the innermost systemd service or scope around the cgroup, with systemd's escapes.
+        container: the engine's id of the container around the cgroup.
+        pod_uid: kubelet's uid of the pod.
+        pod, namespace, image: set by named(), because only an engine can report them.
+        labels: labels from the folder's attributes; named() adds those that an engine reports.
+        inside: whether the cgroup is below the container's own folder, so that the workload has made it.
+        image_asks: see Names.
+        subject: the container or pod to ask an engine about, or None if root has not made the folder.
     """
 
     cgroup: int
@@ -81,7 +89,12 @@ class Workload:
 
 
 def identify(root: Path, path: str) -> Workload | None:
-    """Return the workload of a cgroup, by its path below `root`; None: it is gone, or is an engine's own monitor."""
+    """Return the workload of a cgroup; None: the cgroup is gone, or has an engine's monitor process.
+
+    Args:
+        root: the mount point of the hierarchy.
+        path: the path of the cgroup below `root`.
+    """
     parts = cgroup_names.split(path)
     if ".." in parts or cgroup_names.is_monitor(parts):
         return None
@@ -102,9 +115,9 @@ def identify(root: Path, path: str) -> Workload | None:
 
 
 def _subject(root: Path, parts: list[str], parsed: CgroupName) -> Subject | None:
-    """Return the subject if only root can have made the folder: any user can give a cgroup another's container name.
+    """Return the subject of a cgroup, or None unless root owns the folder around it. Raises OSError.
 
-    Raises OSError.
+    A user that owns the folder around could give the cgroup the name of another user's container.
     """
     subject, depth = None, parsed.depth
     if parsed.container and parsed.engine and not parsed.nested:
@@ -117,7 +130,7 @@ def _subject(root: Path, parts: list[str], parsed: CgroupName) -> Subject | None
 
 
 def named(workload: Workload, names: Names) -> Workload:
-    """Return the workload with an engine's names; labels that root wrote on the folder itself have precedence."""
+    """Return the workload with an engine's names. Labels from the folder's attributes have precedence."""
     own = workload.inside or not names.name
     return replace(
         workload,
@@ -131,12 +144,12 @@ def named(workload: Workload, names: Names) -> Workload:
 
 
 def safe_name(text: str) -> str:
-    """Return a text with all characters but letters, digits and a few signs replaced, cut to NAME_CHARACTERS."""
+    """Return a text as a name: all characters except letters, digits and `._@:+=-` replaced, cut to NAME_CHARACTERS."""
     return _UNSAFE.sub("_", text)[:NAME_CHARACTERS]
 
 
 def _name(parts: list[str]) -> str:
-    """Return the name of the folder, or of the container's if it is crun's payload; escapes of systemd decoded."""
+    """Return the name of the folder with systemd's escapes decoded. For crun's payload, it is the folder around."""
     if len(parts) > 1 and parts[-1] in _PAYLOADS and cgroup_names.is_container(parts[-2], "".join(parts[-3:-2])):
         parts = parts[:-1]
     name = _ESCAPED.sub(lambda m: chr(int(m[1], 16)), parts[-1] if parts else "root")
@@ -147,7 +160,7 @@ def _name(parts: list[str]) -> str:
 
 
 def _labels(folder: str, trusted: bool) -> dict[str, str]:
-    """Return the attributes `user.fgpu.*`; if other users could set them, only requests that they may make."""
+    """Return the attributes `user.fgpu.*` as labels. If not `trusted`, only the attributes in REQUESTS."""
     try:
         names = [name for name in os.listxattr(folder) if name.startswith(_XATTR)]
     except OSError:
