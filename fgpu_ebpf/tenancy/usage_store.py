@@ -56,10 +56,10 @@ class StoreError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Owner:
-    """A tenant with its names.
+    """A tenant and the names that its use can be grouped by.
 
     `labels`: those that the policy exports. `user`: the uid of a slice, or empty. `around`: the tenants around it,
-    whose amounts include those of this tenant.
+    whose amounts include this tenant's.
     """
 
     tenant: str
@@ -210,7 +210,7 @@ def period(seconds: float) -> int:
 
 
 def grouped(rows: Iterator[tuple[Owner, str, str, Used]], by: str) -> dict[str, dict[str, Used]]:
-    """Return what was used by group and source, over all devices. What a tenant used inside another one of the same
+    """Return the amounts by group and by source, summed over all devices. A tenant inside another tenant of the same
     group counts once.
     """
     found: defaultdict[str, dict[str, Used]] = defaultdict(dict)
