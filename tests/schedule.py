@@ -34,7 +34,10 @@ QUIET = frozenset(
         "gatekeeper/test_storm",
         "shim/test_shim_flight",
         "shim/test_shim_turns",
+        "sim/test_collectives",
+        "sim/test_engines",
         "sim/test_faults",
+        "sim/test_graphs",
         "sim/test_timeslice",
         "unit/test_slicer",
     )
