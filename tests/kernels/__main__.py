@@ -29,18 +29,18 @@ _HELLO = (
     "test_pages_that_are_passed_on_end_with_their_process",
 )
 _PRODUCT = (
-    "(test_limit_to_the_byte and (2MiB-and or vmm or managed))",
-    "test_context_is_counted_and_given_back",
-    "test_full_tenant_leaves_its_neighbour_alone",
+    "(test_a_limit_is_enforced_to_the_byte and (2MiB-and or vmm or managed))",
+    "test_a_context_is_charged_and_released",
+    "test_a_full_tenant_does_not_affect_its_neighbour",
     "test_killed_processes_release_within_a_second",
-    "test_exec_releases",
+    "test_exec_releases_the_memory_of_the_previous_program",
     "test_a_process_stays_charged_after_its_first_thread_has_exited",
     "test_limits_hold_without_agent_and_gatekeeper",
-    "test_process_started_without_a_gatekeeper_gets_no_memory",
+    "test_a_process_started_without_a_gatekeeper_gets_no_memory",
     "test_restarts_do_not_affect_running_programs",
 )
 _REFUSED = "tests/kernels/refused.py"
-_LINKS = ("test_the_layer_is_released_with_its_last_mapper", "test_links_that_are_gone_are_there_again")
+_LINKS = ("test_the_agent_releases_a_layer_after_its_last_process_exits", "test_the_agent_restores_removed_links")
 # Name -> what pytest is given. The ledger's tests are all of them, of the others those that tell most.
 SUITES = {
     guest.VERIFIER: ("tests/kernels/verify_programs.py",),
