@@ -413,7 +413,10 @@ def test_an_agent_started_under_a_strict_umask_serves_every_user(service: Servic
 
 
 def test_limits_are_enforced_if_the_shim_store_cannot_be_written(service: Service, unharmed: None) -> None:
-    """If /var is full or read-only, the agent uses the published version, or the package's own if none is published."""
+    """A full or read-only /var does not prevent enforcement.
+
+    The agent uses the published version, or the package's own if no version is published.
+    """
     store = Path(f"/var/lib/fgpu-e2e-{os.getpid()}/shim")
     newer = store.parent / "newer.so"
     query = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader"]

@@ -1,4 +1,4 @@
-"""For every way in which a process ends, its memory is free within a second, and the ledger has no entry of it."""
+"""Every end of a process frees its memory within a second, and leaves no entry in the ledger."""
 
 from __future__ import annotations
 

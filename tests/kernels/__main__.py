@@ -22,11 +22,11 @@ def _only(names: Iterable[str], *files: str) -> tuple[str, ...]:
 
 _HELLO = (
     "test_a_managed_process_gets_all_its_pages",
-    "test_rows_carry_the_pids_of_the_readers_namespace",
-    "test_death_gives_back_every_descriptor_and_page",
+    "test_rows_contain_the_pids_of_the_reader_s_namespace",
+    "test_the_exit_of_a_process_releases_its_descriptors_and_pages",
     "test_the_connecting_process_is_answered",
-    "test_a_socket_whose_process_has_gone_gets_nothing",
-    "test_pages_that_are_passed_on_end_with_their_process",
+    "test_a_socket_whose_process_has_exited_gets_no_answer",
+    "test_pages_passed_to_another_process_end_with_their_own_process",
 )
 _PRODUCT = (
     "(test_a_limit_is_enforced_to_the_byte and (2MiB-and or vmm or managed))",

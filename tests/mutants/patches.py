@@ -3,7 +3,7 @@
 A patch begins with its header, lines `Key: value`, and is else what `git diff` prints:
 
     Row: T7
-    Test: tests/gatekeeper/test_abuse.py::test_malformed_messages_cost_their_sender_the_connection
+    Test: tests/gatekeeper/test_abuse.py::test_a_malformed_message_closes_the_connection_of_its_sender
     Removes: one sentence that says what is taken away
 
 The test's assertion must fail with it. Where it cannot but hang, the header says `Hangs:` and why.
