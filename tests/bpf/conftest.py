@@ -258,7 +258,7 @@ def assert_left(level: Level, bytes_: int) -> None:
 
 
 def assert_corrected(kernel: Kernel, client: Client, overhead: int) -> None:
-    """Let NVML show this many bytes of a quiet process beyond the witnessed ones, and check that the ledger follows."""
+    """Let NVML show these bytes of a quiet process beyond the witnessed ones. Check that the ledger has them."""
     process = client.entry(kernel)
     assert kernel.ledger.overhead(client.pid, process.generation, 0, overhead, process.changes)
 

@@ -15,6 +15,6 @@ AT_UPROBES = {"admit", "give_back", "call_enter", "call_return"}
 
 @pytest.mark.parametrize("arch", ["x86", "arm64"])
 def test_the_kernel_detects_a_tail_call_in_programs_at_uprobes(arch: str) -> None:
-    """Because of the tail call, the kernel does not give them the stack of a processor."""
+    """A tail call prevents the kernel from giving these programs the stack of a processor."""
     code = compiled(arch)
     assert {name for name, made in code.items() if (CALL, 0, 0, TAIL_CALL) in made} == AT_UPROBES

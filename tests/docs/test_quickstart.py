@@ -29,7 +29,7 @@ BLOCK = re.compile(r"^```console\n(.*?)^```", re.MULTILINE | re.DOTALL)
 SUDO = 'BY_SUDO=yes; export BY_SUDO; exec "$@"'
 ASKS = '[ "${BY_SUDO:-}" ] || { echo "$0: root alone may, or a group that has no member yet" >&2; exit 1; }'
 SYSTEMCTL = '[ "$*" = "reload docker" ] && kill -HUP "$(cat {pid})"'
-# The settings are not at Docker's usual path, and tenants' cgroups are where the agent sees them.
+# The settings are not at Docker's usual path, and tenants' cgroups are at a place that the agent scans.
 FGPU = """
 case $1 in
 setup) exec {fgpu} "$@" --file {settings} ;;

@@ -1,9 +1,9 @@
-"""`./dev test kernels [VERSION…]`: what tells most of the kernel's side, and the thinnest line through the product, in
-a machine that QEMU emulates, with a kernel of a distribution's.
+"""`./dev test kernels [VERSION…]`: selected tests in an emulated machine (QEMU) with a distribution's kernel.
 
-The guest's root is this machine's, below a layer in its memory; the kernel is all that differs. Without KVM, which
-CI's machines lack: some twenty times slower than this machine, so nothing here is part of `./dev test`, and tests are
-chosen by name.
+The tests are those that cover most of the kernel's side, and a few that cover each step of the product. The guest's
+root is this machine's, below a layer in its memory, so only the kernel differs. Without KVM, which CI's machines lack,
+the guest is some twenty times slower than this machine. Nothing here is therefore part of `./dev test`, and tests are
+selected by name.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ _PRODUCT = (
 )
 _REFUSED = "tests/kernels/refused.py"
 _LINKS = ("test_the_agent_releases_a_layer_after_its_last_process_exits", "test_the_agent_restores_removed_links")
-# Name -> what pytest is given. The ledger's tests are all of them, of the others those that tell most.
+# Name -> pytest's arguments. All tests of the ledger, and of the other suites those that cover most.
 SUITES = {
     guest.VERIFIER: ("tests/kernels/verify_programs.py",),
     "ledger": ("tests/bpf/test_ledger.py",),
@@ -49,7 +49,7 @@ SUITES = {
     "product": _only(_PRODUCT, *(f"tests/e2e/test_{name}.py" for name in ("limit", "end", "restart"))),
     "links": _only(_LINKS, "tests/e2e/test_private_copies.py", "tests/e2e/test_unpinned.py"),
 }
-UNFIT = {"5.15": "old", "6.11.0-17": "return_probes"}  # the agent does not start there: why, as refused.py names it
+UNFIT = {"5.15": "old", "6.11.0-17": "return_probes"}  # the agent does not start there: why, by its name in refused.py
 
 
 def main() -> int:

@@ -30,7 +30,7 @@ class Patch:
     row: str
     test: str
     removes: str
-    compiled: bool  # changes what `./dev build` makes
+    compiled: bool  # whether it changes files that `./dev build` compiles
     kills: frozenset[Outcome]
 
     @property
@@ -42,12 +42,12 @@ class Patch:
         return HERE / f"{self.name}.patch"
 
     def apply(self, root: Path, *how: str) -> None:
-        """Takes the defence away in the tree at `root`; CalledProcessError where it does not apply."""
+        """Remove the defence in the tree at `root`. Raise CalledProcessError if the patch does not apply."""
         subprocess.run(["git", "apply", *how, self.path], cwd=root, check=True, capture_output=True, text=True)
 
 
 def read(path: Path) -> Patch:
-    """The patch in a file; SystemExit where its header lacks something."""
+    """Return the patch in a file. Raise SystemExit if its header is incomplete."""
     text = path.read_text(encoding="utf-8")
     head = dict(re.findall(r"^(\w+): (.+)$", text.partition("\ndiff --git ")[0], re.MULTILINE))
     if not {"Row", "Test", "Removes"} <= head.keys() <= {"Row", "Test", "Removes", "Hangs"}:
@@ -57,6 +57,6 @@ def read(path: Path) -> Patch:
 
 
 def patches() -> list[Patch]:
-    """All of them, in the order of their rows."""
+    """Return all patches, in the order of their rows."""
     found = [read(path) for path in sorted(HERE.glob("*.patch"))]
     return sorted(found, key=lambda patch: (patch.row[:1] == "F", int(patch.row[1:]), patch.name))

@@ -249,7 +249,7 @@ out(f(C.addressof(p), 1 << 20), f(C.addressof(p), 2 << 30), L.fake_calls())
 
 
 def test_sizes_are_free_of_undefined_behaviour(build: Build, held: Agent, tmp_path: Path) -> None:
-    """The same sizes run with a library that aborts at the first undefined operation."""
+    """A library that aborts at the first undefined operation computes the same sizes."""
     trapping = build.make(tmp_path, "CFLAGS=-O2 -g -fsanitize=undefined -fsanitize-undefined-trap-on-error")
     script = f"""
 p, pitch = C.c_uint64(), C.c_size_t()

@@ -94,7 +94,7 @@ def test_a_gatekeeper_with_or_without_tags_takes_over(agent: Agent, first: bool)
 
 
 def test_a_hello_follows_if_an_older_kernel_side_answers_on_newer_pages(tagged: Agent) -> None:
-    """After a downgrade the BPF programs have no tags and answer at the old place, and the gatekeeper gives no tags."""
+    """The BPF programs have no tags after a downgrade and answer at the old place. The gatekeeper gives no tags."""
     with tagged.start_python(TALK) as program:
         program.stdout.readline()
         tagged.do("knobs", old=1)

@@ -72,5 +72,5 @@ def fill(filler: Path) -> None:
 
 
 def new_seed() -> int:
-    """Return a seed for random operations: a new one in a full run, and else always the same."""
+    """Return a seed for random operations: a new one in a full run, and otherwise always the same."""
     return random.SystemRandom().randrange(1 << 30) if os.environ.get("FGPU_TEST_SCALE") == "full" else 1
