@@ -35,7 +35,10 @@ class Again(Exception):
 
 @dataclass(frozen=True)
 class Clock:
-    """Seconds since the machine was started: of the clock, of all processors, stolen from them, and with a waiter."""
+    """Seconds since the machine was started.
+
+    They are: elapsed, of all processors, stolen from them, and with a waiting program.
+    """
 
     passed: float
     stolen: float

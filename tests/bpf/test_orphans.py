@@ -142,7 +142,7 @@ def test_no_orphan_is_released_from_a_recreated_level(kernel, make_level, make_c
     assert (level.used, level.orphaned, newcomer.used) == (3 * MIB, 0, 5 * MIB)
 
 
-def test_bytes_without_an_entry_are_orphaned_and_never_more_than_charged(kernel, level, client):
+def test_bytes_without_an_entry_are_released_and_never_more_than_charged(kernel, level, client):
     client(f"alloc(0x1000, {8 * MIB})")
     client.kill()
     assert not kernel.ledger.orphans.disown(level.cgroup, 0, 9 * MIB)

@@ -79,7 +79,7 @@ def age() -> float:
 
 
 @pytest.mark.places("host")
-def test_jumps_of_the_wall_clock_change_no_limit_and_no_schedule(
+def test_jumps_of_the_wall_clock_do_not_affect_agent_or_programs(
     service: Service, clock: Clock, tenant, scale: Callable[[int, int, int], int]
 ) -> None:
     one, chance = tenant(LIMIT), random.Random(8)

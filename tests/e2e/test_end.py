@@ -294,7 +294,7 @@ def test_fgpu_run_exits_when_its_program_exits(unharmed, tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("uid", ["0", "65534"])
-def test_a_program_ends_with_the_command_that_runs_it(unharmed, uid: str) -> None:
+def test_a_program_ends_when_its_fgpu_run_is_killed(unharmed, uid: str) -> None:
     """The program ends even under sudo, where it runs as another user. The killed command cannot forward a signal."""
     environment = {**ENVIRONMENT, "SUDO_UID": uid, "SUDO_GID": uid}
     command = [*FGPU, "run", "--pidns", "--memory", "1GiB", "--", "sh", "-c", "echo up; exec sleep 77"]

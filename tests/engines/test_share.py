@@ -193,7 +193,7 @@ def test_a_share_without_an_agent_is_refused(bundles: kit.Bundles, service: Serv
         service.start_agent()
 
 
-def test_a_hook_outside_the_host_s_root_changes_nothing(service: Service) -> None:
+def test_a_hook_of_another_user_or_outside_a_container_changes_nothing(service: Service) -> None:
     """Every user may run the helper. The agent serves only root of the host, and only for containers."""
     state = json.dumps({"pid": os.getpid(), "id": "x"})
     call = [kit.HELPER, "share", "2gib"]

@@ -674,7 +674,7 @@ def test_the_gatekeeper_does_not_wait_for_a_log_without_a_reader(start: Callable
 
 
 @pytest.mark.timed
-def test_the_heartbeat_continues_with_an_unread_log(keeper: Keeper, tenant: Make) -> None:
+def test_the_heartbeat_is_written_continuously(keeper: Keeper, tenant: Make) -> None:
     def watch() -> list[int]:
         reply = hello(keeper.run)
         assert reply

@@ -106,7 +106,7 @@ def test_a_directory_that_a_detach_has_marked_counts_as_absent(agent: Agent) -> 
     assert agent.python("out(alloc(1), info()[1])") == [[0, 10 << 30]]
 
 
-def test_a_closed_shim_reports_once(agent: Agent) -> None:
+def test_a_shim_without_an_answer_reports_that_once(agent: Agent) -> None:
     _, err = agent.run(SYSTEM_PYTHON, "-c", PREAMBLE + "alloc(1); alloc(1); info()")
     assert err == "fgpu: the agent does not answer: device memory is refused\n"
 

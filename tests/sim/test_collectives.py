@@ -117,7 +117,7 @@ settle(); say(time.monotonic() - began)
     assert max(took) >= 0.1
 
 
-def test_a_full_queue_holds_the_launch_back(pair: Machine) -> None:
+def test_a_full_queue_blocks_the_launch(pair: Machine) -> None:
     script = """
 import threading
 def many():

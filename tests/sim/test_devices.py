@@ -137,8 +137,8 @@ need("cuArrayDestroy", flat); need("cuArrayDestroy", deep); say(before - info()[
     ]
 
 
-def test_the_oldest_functions_exist_and_return_no_memory(machine: Machine) -> None:
-    """They are there, and give nothing away."""
+def test_the_oldest_functions_exist_and_allocate_nothing(machine: Machine) -> None:
+    """They exist, and allocate nothing."""
     script = """
 start(); before = info()[0]; p, free, total, version = C.c_uint(), C.c_uint(), C.c_uint(), C.c_uint()
 say(L.cuMemAlloc(C.byref(p), 1000), L.cuMemFree(7), L.cuMemGetInfo(C.byref(free), C.byref(total)))

@@ -237,7 +237,7 @@ say(many[0], many[63], many[64:])
         assert client.stdout.readline() == "(0, 7) (0, 70) ['NVMLError_Timeout', 'NVMLError_Timeout']\n"
 
 
-def test_a_lost_device_sends_its_event(machine: Machine) -> None:
+def test_waits_and_registrations_for_events_of_a_lost_device_fail(machine: Machine) -> None:
     pytest.importorskip("pynvml")
     script = """
 found = watching(XID); say("there"); sys.stdin.readline()

@@ -156,4 +156,4 @@ def test_all_mappings_of_a_process_are_found(tmp_path: Path) -> None:
         found = [one.path for one in Search(lambda _: False).by_contents(os.getpid()).files or ()]
         assert found.count(str(library)) == 1
         kept.close()
-    _ctypes.dlclose(loaded._handle)  # a gatekeeper in this process, which other tests ask, would take it for a driver
+    _ctypes.dlclose(loaded._handle)  # other tests use a gatekeeper in this process, which would count it as a driver

@@ -22,7 +22,7 @@ def manager(request, tmp_path, monkeypatch) -> Iterator[socket.socket]:
         yield sock
 
 
-def test_the_manager_receives_readiness_status_and_watchdog(manager) -> None:
+def test_the_manager_receives_ready_reloading_and_stopping(manager) -> None:
     begun = time.monotonic_ns() // 1000
     assert sd_notify.ready("two devices")
     assert sd_notify.reloading()

@@ -92,7 +92,7 @@ exec chroot . "$2"
     ("lists", "why"),
     [("", Reason.NOT_MOUNTED), (LIST, Reason.OTHER_LOADER), (f"{LIST} {NIX_LIST}", Reason.NOT_LOADED)],
 )
-def test_a_program_of_nix_has_its_loader_as_the_reason(
+def test_a_program_of_nix_has_the_reason_of_its_preload_list(
     program: Any, reason_of: Any, tmp_path: Path, lists: str, why: Reason
 ) -> None:
     loaders.of_nix(tmp_path / loaders.NIX_GLIBC)

@@ -108,7 +108,7 @@ def test_only_tests_that_lost_processor_time_are_repeated(
     assert waits == [WAIT_SECONDS] * more
 
 
-def test_repetitions_end(waits: list[float]) -> None:
+def test_no_trial_starts_after_the_time_limit_of_the_run(waits: list[float]) -> None:
     assert tries(Trials(time.monotonic(), Taken(0.3))) == 0
 
 
@@ -151,7 +151,7 @@ def test_each_trial_has_its_own_timeout(tmp_path: Path) -> None:
     assert "Timeout (>2.0s)" in out
 
 
-def test_a_trial_that_leaves_state_behind_is_not_repeated(tmp_path: Path) -> None:
+def test_option_again_finds_state_that_a_trial_leaves(tmp_path: Path) -> None:
     assert re.search(r"\b2 passed\b", asked(tmp_path / "once", LEFT, 0.0))
     out = asked(tmp_path / "again", LEFT, 0.0, "--again")
     assert re.search(r"\b1 failed, 1 passed, 2 rerun\b", out), out

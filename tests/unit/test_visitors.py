@@ -50,7 +50,7 @@ def test_an_exit_before_the_connection_belongs_to_another_process(sock):
     os.close(found.pidfd(sock))
 
 
-def test_the_proc_entry_of_a_pidfd_is_found(monkeypatch):
+def test_proc_and_the_pidfd_give_the_same_identity(monkeypatch):
     pidfd = os.pidfd_open(os.getpid())
     said = procfs.identity(pidfd), procfs.pid_space(pidfd)
     monkeypatch.setattr(procfs, "_PIDFD_GET_INFO", 0xC040EE0B)

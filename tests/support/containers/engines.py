@@ -403,7 +403,7 @@ class Docker(Engine):
         return ["docker", "--host", f"unix://{self.work}/docker.sock"]
 
     def apply(self) -> None:
-        """Do what `fgpu setup` asks for: a reload, or a restart if the default runtime is removed from the file."""
+        """Do what `fgpu setup` requires: a reload, or a restart if the default runtime is removed from the file."""
         default = json.loads(self.settings.read_text()).get("default-runtime")
         if default:
             os.kill(int((self.work / "pid").read_text()), signal.SIGHUP)
