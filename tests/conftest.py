@@ -69,7 +69,7 @@ def pytest_sessionstart(session: pytest.Session) -> None:
 
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> Schedule:
-    """Use this schedule, whatever `--dist` says."""
+    """Use this schedule for every value of `--dist`."""
     return Schedule(config, log)
 
 

@@ -1,8 +1,8 @@
 """Kill agent or gatekeeper in the middle of a change, at a named point, with SIGKILL.
 
 Each point is a place in agent or gatekeeper at which a change is half done. Neither the programs nor a package contain
-them: they are added from here before the program begins. If the place of a point no longer exists, this exits at once
-and prints what is missing. A program that is started in any other way has no points.
+the points: this module adds them before the program begins. If the place of a point no longer exists, the module exits
+at once and prints what is missing. A program that is started in any other way has no points.
 
 usage: python tests/failpoints.py
 

@@ -176,7 +176,7 @@ def run_cleared(command: list[str]) -> int:
     clear()
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, end)
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell has it ignored by what it starts in the background
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell ignores it in programs that it starts in the background
     child = subprocess.Popen(command)
     if asked:  # before a child was started
         child.send_signal(signal.SIGINT)

@@ -54,7 +54,7 @@ class Kernel:
 
 
 def pins_of(folder: Path) -> Path:
-    """Return where `loaded` pins what it loads for a folder."""
+    """Return the folder in which `loaded` pins its objects for a folder."""
     return Path(f"/sys/fs/bpf/fgpu-test-{os.getpid()}-{folder.name}")
 
 

@@ -133,7 +133,7 @@ def test_a_child_that_executes_a_program_is_charged_itself_afterwards(kernel, le
 
 
 def test_a_child_in_another_level_is_charged_to_its_parent_s_level(kernel, level, known, start, make_level):
-    """The memory belongs to the parent, whatever level the child has been moved to."""
+    """The memory belongs to the parent, also if the child has been moved to another level."""
     other, child = make_level(1024 * MIB), start(known, CLONE_VM)
     (other.path / "cgroup.procs").write_text(str(child.pid))
     child.order("a")

@@ -103,7 +103,7 @@ class States(RuleBasedStateMachine):
         return [program for program in self.programs if program.life.home >= 0]
 
     def seen(self, which: int) -> Program:
-        """Return a program that the kernel has an entry of from now on."""
+        """Return a program, of which the kernel has an entry after this."""
         program = self.some(which)
         if program.life.home < 0:
             program.life = Life(number=next(self.lives), home=program.tenant)

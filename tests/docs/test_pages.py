@@ -1,4 +1,4 @@
-"""Tests of what pages say about the code: named tests exist, and every check of `fgpu doctor` is explained."""
+"""Tests of the pages' statements about the code: named tests exist, and every check of `fgpu doctor` is explained."""
 
 from __future__ import annotations
 

@@ -159,7 +159,7 @@ def orphaned(tenant: Tenant) -> Held:
 
 @dataclass
 class World:
-    """The service, its tenants, and what a fault needs to be caused."""
+    """The service, its tenants, and the means to cause a fault."""
 
     service: Service
     columns: dict[str, Held]

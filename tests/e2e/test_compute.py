@@ -98,7 +98,7 @@ def restless(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 def test_a_ceiling_holds_for_a_program_that_always_reports_a_rest(start, restless: list[str]) -> None:
     """The ceiling holds within a tenth of a device, the error that NVML's figures may have.
 
-    What it uses before NVML has reported it is paid for afterwards, so it is measured over many reports.
+    Time that it uses before NVML has reported this time is charged afterwards, so the test measures over many reports.
     """
     liar, seconds = start("restless", before=restless), 16
     (free,) = together(liar)

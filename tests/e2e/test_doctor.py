@@ -133,7 +133,7 @@ echo 'int out_of_bounds(struct pt_regs *ctx) { return *(volatile int *)ctx->sp; 
 
 
 def verifier_refuses(work: Path) -> Host:
-    """Add a program that reads what no program may read."""
+    """Add a BPF program with a read that the verifier refuses."""
     loader = work / "loader"
     loader.write_text(SPOIL)
     loader.chmod(0o755)
@@ -146,7 +146,7 @@ def nothing_allowed(work: Path) -> Host:
 
 
 CASES = {
-    # defect: (host, the check that fails, what its lines and the agent's line say)
+    # defect: (host, the failing check, the words in its lines and in the agent's line)
     "no-bcc": (no_bcc, "bcc", "apt-get install python3-bpfcc"),
     "wrong-bcc": (wrong_bcc, "bcc", "pip uninstall bcc"),
     "no-interpreter": (no_interpreter, "bcc", "--loader"),

@@ -16,7 +16,7 @@ REPOSITORY = Path(__file__).parent.parent.parent
 
 
 def import_compiler() -> ModuleType:
-    """Import the compiler by its file: this interpreter lacks what the package needs."""
+    """Import the compiler by its file: this interpreter lacks the package's dependencies."""
     spec = importlib.util.spec_from_file_location("compiler", REPOSITORY / "fgpu_ebpf/driver/compiler.py")
     assert spec
     assert spec.loader

@@ -1,8 +1,8 @@
 """A node without a cluster: containerd, and kubelet's work for a manifest's pod: volumes, mounts, rights, order.
 
-It owns containerd for one test module, at its usual socket, and pods' volumes. The manifest is followed exactly. What
-is no field of it comes as on a node: the driver's files are where NVIDIA's runtime puts them. Pods have no network of
-their own but the node's, which is separate. Imports nothing of fgpu.
+The module runs containerd for one test module, at its usual socket, and pods' volumes. The manifest is followed
+exactly. Parts that are no field of the manifest are as on a node: the driver's files are at the paths where NVIDIA's
+runtime puts them. Pods use the node's network, which is separate. Imports nothing of fgpu.
 """
 
 from __future__ import annotations

@@ -1,12 +1,12 @@
-"""Patches that take the defence of one row of docs/security.md away: NAME.patch beside this file.
+"""Patches that remove the defence of one row of docs/security.md: NAME.patch beside this file.
 
-A patch begins with its header, lines `Key: value`, and is else what `git diff` prints:
+A patch begins with its header, lines `Key: value`, and continues with the output of `git diff`:
 
     Row: T7
     Test: tests/gatekeeper/test_abuse.py::test_a_malformed_message_closes_the_connection_of_its_sender
     Removes: one sentence that says what is taken away
 
-The test's assertion must fail with it. Where it cannot but hang, the header says `Hangs:` and why.
+The test's assertion must fail with the patch. If the test can only hang, the header has `Hangs:` with the reason.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ from tests.mutants.judge import Outcome
 
 ROOT = Path(__file__).resolve().parents[2]
 BUILT = ("bench", "e2e", "examples", "headers", "oci", "shim", "sim")  # in build/; the rest is shared
-# The first argument is a copy; then what it shares with the tree, up to `--`; then the command.
+# The arguments are a copy, the parts that it shares with the tree, `--`, and the command.
 ALONE = """
 root=$PWD copy=$1
 shift

@@ -85,6 +85,6 @@ def test_the_documented_command_enforces(docker: engines.Engine) -> None:
 
 
 def log(docker: engines.Engine) -> str:
-    """Return what the agent's container has printed."""
+    """Return the output of the agent's container."""
     done = docker.call("logs", "fgpu", check=False)
     return str(done.stdout + done.stderr)

@@ -175,7 +175,7 @@ class Host(kit.Installed):
         return {name: path.read_text() for name, path in found.items() if path.exists()}
 
     def pins(self) -> list[str]:
-        """Return what is pinned in this host's BPF file system."""
+        """Return the objects that are pinned in this host's BPF file system."""
         return self.run("find", "/sys/fs/bpf", "-mindepth", "1", "!", "-name", "*.debug").stdout.split()
 
     def _mount(self, source: str, target: Path, *options: str) -> None:

@@ -240,7 +240,7 @@ class Tenant:
         assert bytes_ is None or grown["driver"] == bytes_, (grown, bytes_)
 
     def assert_exact(self, seconds: float = 3) -> int:
-        """Wait until the ledger and the driver agree to the byte. Return what they hold."""
+        """Wait until the ledger and the driver agree to the byte. Return their bytes."""
 
         return self._agree(seconds, lambda seen, held: seen["used_bytes"] == held and not seen["drift_bytes"])
 

@@ -101,7 +101,7 @@ class Device:
         return sum(client.pool for client in self.clients if client.is_alive and not client.contexts)
 
     def of_tenants(self) -> int:
-        """Return the bytes that tenants' processes hold or held, whatever NVML shows."""
+        """Return the bytes that tenants' processes hold or held, also those that NVML does not show."""
         clients = sum(self._bytes(client) for client in self.clients if not client.is_stranger)
         return clients + sum(handle.bytes for handle in self.handles)
 
@@ -115,7 +115,7 @@ class Device:
         return named is None or not named.is_alive
 
     def clean(self, client: Client) -> None:
-        """Release what the driver frees of a client that has no open descriptors."""
+        """Free the memory that the driver frees for a client without open descriptors."""
         self.clients.remove(client)
         for handle in list(self.handles):
             if handle.maker is client:

@@ -1,4 +1,4 @@
-"""The stop of an agent stops each of its parts, whatever another part raises."""
+"""The stop of an agent stops each of its parts, even if another part raises an exception."""
 
 from __future__ import annotations
 

@@ -85,7 +85,7 @@ NAMES = st.sampled_from(
     levels=st.integers(0, 2**7 - 1),
 )
 def test_names_of_cgroups_inside_a_workload_give_it_no_second_owner(tmp_path_factory, outside, inside, other, levels):
-    """A cgroup inside a workload has the workload's owner, whatever the workload calls it."""
+    """A cgroup inside a workload has the workload's owner, with any name that the workload chooses."""
     root = tmp_path_factory.mktemp("host")
     own = "/" + "/".join([*outside, f"cri-containerd-{ID}.scope"])
     paths = ["/".join([own, *names]) for names in (inside, other)]

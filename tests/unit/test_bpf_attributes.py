@@ -1,4 +1,4 @@
-"""The arguments of bpf(2) and perf_event_open(2) against the kernel's headers, as the C compiler sees them."""
+"""The arguments of bpf(2) and perf_event_open(2) equal the kernel's headers, as the C compiler reads them."""
 
 from __future__ import annotations
 

@@ -190,7 +190,7 @@ COVERS: dict[str, tuple[list[Tenant], list[Tenant]]] = {
 
 @pytest.mark.parametrize("cover", COVERS)
 def test_waiting_time_inside_is_no_credit_for_a_new_tenant(cover: str) -> None:
-    """Tenants inside want turns for 20 s and get almost none.
+    """Tenants inside request turns for 20 s and get almost none.
 
     Then a busy tenant appears, which gets no credit for that.
     """

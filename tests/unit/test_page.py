@@ -57,7 +57,7 @@ class Read(HTMLParser):
 
     @property
     def words(self) -> str:
-        """Return all text that a reader sees."""
+        """Return all text that the page shows."""
         return " ".join(" ".join(self.texts).split())
 
 

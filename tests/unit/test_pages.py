@@ -1,4 +1,4 @@
-"""Tests of control and status pages: who can write them, what a reader gets, and that no descriptor is left."""
+"""Tests of control and status pages: which processes can write them, what a reader gets, and that nothing is left."""
 
 from __future__ import annotations
 

@@ -260,7 +260,7 @@ class Engine:
             self.call("import", *changes, "-", f"{name}:1", stdin=given)
 
     def run(self, name: str, *options: str, image: str = "plain", command: str = FILL) -> Any:
-        """Run `ENGINE run` in the background. Return what it printed if it did not start."""
+        """Run `ENGINE run` in the background. Return its output if it did not start."""
         words = ["run", "--detach", "--name", name, *ALLOWED, "--volume", f"{BUILD}:/opt/build:ro"]
         words += ["--volume", "/run/fgpu-sim:/run/fgpu-sim", "--env", "LD_LIBRARY_PATH=/opt/build/sim/lib"]
         return self.call(*words, *options, f"{image}:1", "sh", "-c", command, check=False)
@@ -360,7 +360,7 @@ class Rootless(Podman):
         return [*session, *user, *places]
 
     def close(self) -> None:
-        """See Engine. What holds the user's namespaces is killed too."""
+        """See Engine. Processes that keep the user's namespaces are killed too."""
         (self.session / "cgroup.kill").write_text("1")
         eventually(lambda: not (self.session / "cgroup.procs").read_text(), 10, "the end of the session")
         super().close()

@@ -1,8 +1,8 @@
 """A stand-in for kubelet: its messages to device plugins and their answers, by the interface that kubelet publishes.
 
-It owns a Registration server and a DevicePlugin client for each resource, both made by protoc from api.proto, which is
-k8s.io/kubelet v0.34.0's pkg/apis/deviceplugin/v1beta1/api.proto (Apache License 2.0, the Kubernetes Authors); and the
-plugin's process. Imports nothing of fgpu.
+The module runs a Registration server, a DevicePlugin client for each resource, and the plugin's process. Both
+interfaces are compiled by protoc from api.proto, which is k8s.io/kubelet v0.34.0's
+pkg/apis/deviceplugin/v1beta1/api.proto (Apache License 2.0, the Kubernetes Authors). Imports nothing of fgpu.
 """
 
 from __future__ import annotations
