@@ -108,7 +108,10 @@ def test_a_program_that_bypasses_the_shim_is_limited_or_named(
 @pytest.mark.timed
 @pytest.mark.places("cgroups")
 def test_an_admission_that_is_never_settled_hides_no_memory(service: Service, tenant) -> None:
-    """The process is always inside a call, so no probe reports what it allocates while the admission is unsettled."""
+    """The ledger counts the process as inside a call all the time.
+
+    The program uses no library of the driver, so no probe reports what it allocates in that time.
+    """
     one = tenant(GIB)
     one.assert_enforced()
     client = Bypass(one, "unsettled", RAW)

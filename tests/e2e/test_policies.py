@@ -1,4 +1,4 @@
-"""Changes of policy files at run time: which workloads become tenants, which limits change, and both modes."""
+"""Changes of policy files at run time: new tenants, changed limits, `observe`, and `onBypass: kill`."""
 
 from __future__ import annotations
 

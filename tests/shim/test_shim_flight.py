@@ -218,7 +218,10 @@ def both():
 
 @pytest.mark.timeout(60)  # a failure would never end
 def test_a_launch_beyond_the_budget_does_not_wait_for_work_that_waits_for_it(simulator: Simulator) -> None:
-    """The first kernel takes longer than the budget. Its twin, which it waits for, is launched nevertheless."""
+    """The first kernel takes longer than the budget and waits for its twin.
+
+    Another kernel is launched before the twin.
+    """
     agent = simulator.agent
     unlock(agent, 1)
     process = simulator.start(
@@ -236,9 +239,9 @@ out("warm"); go(0, twins[0]); go(0, f); go(1, twins[1]); both(); out("done"); li
 
 
 def test_a_launch_at_a_reopened_gate_does_not_wait_for_work_that_waits_for_it(simulator: Simulator) -> None:
-    """Earlier work waits for this launch, so it does not end.
+    """Earlier work waits for a later launch of this thread, so it does not end.
 
-    The thread reports that it waits, and continues when the gate opens.
+    The thread still reports that it waits, and continues when the gate opens.
     """
     agent = simulator.agent
     unlock(agent, 1)
