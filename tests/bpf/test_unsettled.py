@@ -68,7 +68,7 @@ def left(client, call: str) -> None:
     client(f"meanwhile(lambda: free(0x9999, code=1)) or {call}")
 
 
-def test_a_context_whose_end_was_not_recorded_still_counts(kernel, level, client):
+def test_a_context_whose_creation_was_not_recorded_still_counts(kernel, level, client):
     client("retain()")
     client(f"managed(0x1000, {4 * MIB})")
     left(client, "context(0xabc)")
@@ -77,7 +77,7 @@ def test_a_context_whose_end_was_not_recorded_still_counts(kernel, level, client
     assert level.used >= 4 * MIB
 
 
-def test_a_reference_whose_end_was_not_recorded_keeps_the_primary_context(kernel, level, client):
+def test_an_unrecorded_second_retain_keeps_the_primary_context(kernel, level, client):
     client("retain()")
     client(f"managed(0x1000, {4 * MIB})")
     left(client, "retain()")
@@ -87,7 +87,7 @@ def test_a_reference_whose_end_was_not_recorded_keeps_the_primary_context(kernel
     assert level.used == 0
 
 
-def test_a_first_reference_whose_retain_was_not_recorded_is_a_context(kernel, level, client):
+def test_an_unrecorded_first_retain_counts_as_a_context(kernel, level, client):
     left(client, "retain()")
     client("context(0xabc)")
     client(f"managed(0x1000, {4 * MIB})")

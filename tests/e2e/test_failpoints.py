@@ -256,7 +256,7 @@ def assert_taken_up(one: Tenant, client: Client) -> None:
 
 
 @pytest.mark.places("host")
-def test_a_second_detach_completes_an_interrupted_detach(host: Host, held: tuple[Tenant, Client]) -> None:
+def test_fgpu_detach_completes_the_detach_of_a_killed_agent(host: Host, held: tuple[Tenant, Client]) -> None:
     one, client = held
     agent = host.children.start("agent", "detach_half")
     fgpu("detach")

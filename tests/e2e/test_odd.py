@@ -33,7 +33,7 @@ def stays_exact(one: Tenant, bytes_: int, seconds: float = LEDGER_SECONDS) -> No
 
 
 @pytest.mark.places("host", "runc")
-def test_a_pointer_that_one_thread_frees_while_another_gets_it_is_charged_once(tenant, scale) -> None:
+def test_a_pointer_that_one_thread_frees_while_another_gets_it_keeps_the_ledger_exact(tenant, scale) -> None:
     one = tenant(CONTEXT + 64 * MIB)
     client = one.client()
     client.ok("context")

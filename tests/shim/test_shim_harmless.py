@@ -108,7 +108,7 @@ def test_dlerror_reports_only_the_program_s_own_lookups(build: Build, plain: Run
     assert plain_python(plain, LOOKUPS + script) == expected
 
 
-def test_the_shim_finds_a_driver_that_is_loaded_again_from_another_path(build: Build, plain: Run) -> None:
+def test_the_shim_finds_a_driver_that_is_loaded_again_at_another_address(build: Build, plain: Run) -> None:
     script = f"""
     import mmap
     places = set()

@@ -275,7 +275,7 @@ def test_one_invalid_answer_delays_no_other(docker, api):
         eventually(lambda: "longer than 4 MiB" in found.missing(workload()))
 
 
-def test_a_full_backlog_of_an_engine_s_socket_causes_no_longer_wait(tmp_path, quick):
+def test_an_engine_with_a_full_backlog_is_reported_after_a_deadline(tmp_path, quick):
     path = tmp_path / "docker.sock"
     with socket.socket(socket.AF_UNIX) as full, running(DockerApi(Engine.DOCKER, str(path))) as found:
         full.bind(str(path))

@@ -49,7 +49,7 @@ def test_a_start_that_cannot_read_the_policies_uses_the_last_good_ones(place, ho
     assert start.kept == good
 
 
-def test_valid_files_and_an_empty_folder_replace_the_stored_set(place):
+def test_valid_files_and_an_empty_folder_precede_the_stored_set(place):
     folder, file = place
     (folder / "50.yaml").unlink()
     start = at_start(folder, file)

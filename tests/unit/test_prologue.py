@@ -16,7 +16,7 @@ REAL = {
 
 
 @pytest.mark.parametrize("driver", REAL)
-def test_functions_of_real_drivers_are_probed_behind_the_comparison(driver):
+def test_functions_of_real_drivers_are_probed_at_the_right_offset(driver):
     code, shift = REAL[driver]
     assert prologue.shift(bytes.fromhex(code)) == shift
 

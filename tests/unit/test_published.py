@@ -181,7 +181,9 @@ def test_a_version_runs_with_the_package_s_file_if_nothing_is_published(tmp_path
     assert "cannot be put into" in release.failed_checks()["store"].found
 
 
-def test_a_version_runs_with_the_published_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_version_runs_with_the_published_file_if_the_store_cannot_be_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     store = tmp_path / "store"
     older = shim_store.Release(a_shim(tmp_path, "older"), store)
     assert older.publish() == shim_store.stable_path(store)
