@@ -44,7 +44,7 @@ OF_PART = {  # the first that a path begins with
 
 
 def changed() -> list[str]:
-    """Return the paths of all files that differ from where this branch left main, and of those that are new."""
+    """Return the paths of all new files, and of those that differ from the commit at which this branch left main."""
     base = _git("merge-base", "HEAD", "main")[0]
     return sorted({*_git("diff", "--name-only", base), *_git("ls-files", "--others", "--exclude-standard")})
 

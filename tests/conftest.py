@@ -25,12 +25,15 @@ SCALES = ("quick", "ci", "full")
 BEGAN = time.monotonic()
 TRIALS = pytest.StashKey[Trials]()
 TIMER = pytest.StashKey[pytest_timeout.Settings]()
-MOST_SECONDS = 240  # of a test, except in a full run; alone on a machine no test takes half of it
+MOST_SECONDS = 240  # time limit of a test, except in a full run; alone on a machine no test takes half of it
 WORLDS = "FGPU_TEST_WORLDS"  # in the environment: each process that runs tests enters its own world
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Add options. `--again` finds what a failed trial leaves, which is not seen on a machine where all trials pass."""
+    """Add options.
+
+    `--again` finds state that a failed trial leaves, which never shows on a machine where all trials pass.
+    """
     parser.addoption("--again", action="store_true", help="a test that may be tried again fails once, at its end")
     parser.addoption("--renew-durations", action="store_true", help="write the seconds of each file that is run")
     parser.addoption("--rows", metavar="LETTER", help="only tests that docs/security.md names in rows of that letter")
@@ -66,18 +69,18 @@ def pytest_sessionstart(session: pytest.Session) -> None:
 
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> Schedule:
-    """Use this schedule, whatever `--dist` says."""
+    """Use this schedule for every value of `--dist`."""
     return Schedule(config, log)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave slow tests out of a quick run, repeat tests that lost processors, and limit the time of each test."""
+    """Leave slow tests out of a quick run, repeat tests that lost processor time, and limit the time of each test."""
     is_full = os.environ.get("FGPU_TEST_SCALE") == "full"
     for item in items:
         limit = item.get_closest_marker("timeout")
         if limit and limit.args[0] > MOST_SECONDS and not is_full:
             item.add_marker(pytest.mark.timeout(MOST_SECONDS), append=False)
-        if not item.get_closest_marker("flaky"):  # a test after which the next trial cannot pass has its own mark
+        if not item.get_closest_marker("flaky"):  # a test after which no further trial can pass has its own mark
             item.stash[TRIALS] = Trials(BEGAN + LAST_SECONDS)
             item.add_marker(item.stash[TRIALS].marker())
     left_out: set[pytest.Item] = set()
@@ -92,13 +95,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_timeout_set_timer(item: pytest.Item, settings: pytest_timeout.Settings) -> None:
-    """Keep the timer, because pytest-timeout starts only one for a test, which ends with the first failed trial."""
+    """Keep the timer. pytest-timeout starts only one for a test, and that one would end with the first failed trial."""
     item.stash[TIMER] = settings
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Begin a trial: its time limit starts, and from here on the time that processors lose counts for it."""
+    """Begin a trial: its time limit starts, and processor time that is lost after this counts for it."""
     if trials := item.stash.get(TRIALS, None):
         timer = item.stash.get(TIMER, None)
         if timer:
@@ -133,7 +136,7 @@ def pytest_runtest_makereport(
 
 
 class AtOnce:
-    """Print a failure when it happens: a run that is killed at a time limit has then said what failed."""
+    """Print each failure when it happens, so that a run that is killed at a time limit has printed its failures."""
 
     def __init__(self, config: pytest.Config) -> None:
         self._plugins = config.pluginmanager
@@ -144,7 +147,7 @@ class AtOnce:
             return
         last = [line for line in report.longreprtext.splitlines() if line.startswith("E ")][:6]
         head = f"{time.strftime('%H:%M:%S')} {report.outcome.upper()} {report.when} {report.nodeid}"
-        terminal = self._plugins.getplugin("terminalreporter")  # made after this one
+        terminal = self._plugins.getplugin("terminalreporter")  # this plugin was created after this one
         terminal.write_line("\n".join(["", head, *(line[:200] for line in last)]))
 
 
@@ -164,6 +167,6 @@ def _folders_open_to_all_users(tmp_path_factory: pytest.TempPathFactory) -> None
     """Open the folders above the tests' folders for all users. A test's own folder stays root's unless it opens it."""
     base, end = tmp_path_factory.getbasetemp(), Path(tempfile.gettempdir())
     for folder in (base, *base.parents):
-        if end not in folder.parents:  # or elsewhere, with --basetemp
+        if end not in folder.parents:  # otherwise it is elsewhere, because of --basetemp
             break
         folder.chmod(0o755)

@@ -1,8 +1,8 @@
 """Kill agent or gatekeeper in the middle of a change, at a named point, with SIGKILL.
 
-It owns the points: each is a place in agent or gatekeeper where something is half changed. Neither the programs nor a
-package contain them: they are added from here before the program begins. If the place of a point no longer exists, this
-exits at once and prints what is missing. A program that is started in any other way has no points.
+Each point is a place in agent or gatekeeper at which a change is half done. Neither the programs nor a package contain
+the points: this module adds them before the program begins. If the place of a point no longer exists, the module exits
+at once and prints what is missing. A program that is started in any other way has no points.
 
 usage: python tests/failpoints.py
 
@@ -33,7 +33,7 @@ def die() -> None:
 
 
 def before(holder: Any, name: str, wanted: Judge = lambda *_, **__: True) -> None:
-    """Kill the process before the first matching call. AttributeError: there is no such function."""
+    """Kill the process before the first matching call. Raise AttributeError if there is no such function."""
     function = getattr(holder, name)
 
     @functools.wraps(function)
@@ -46,7 +46,7 @@ def before(holder: Any, name: str, wanted: Judge = lambda *_, **__: True) -> Non
 
 
 def after(holder: Any, name: str) -> None:
-    """Kill the process after the first call. AttributeError: there is no such function."""
+    """Kill the process after the first call. Raise AttributeError if there is no such function."""
     function = getattr(holder, name)
 
     @functools.wraps(function)
@@ -79,7 +79,7 @@ def publishes(_: object, what: int = 0, *__: int) -> bool:
 
 
 def limit_unpublished() -> None:
-    """A level's new limit is not yet on its page: only the agent knows it."""
+    """A level's new limit is not yet on its page: only the agent has it."""
     from fgpu_ebpf.ledger.ledger import Ledger
 
     before(Ledger, "_run", publishes)
@@ -93,49 +93,49 @@ def policy_half() -> None:
 
 
 def page_unannounced() -> None:
-    """A new level has its page, and is not yet known as managed."""
+    """A new level has its page, and is not yet recorded as managed."""
     from fgpu_ebpf.ledger.usage_page_table import UsagePageTable
 
     after(UsagePageTable, "make")
 
 
 def charges_behind() -> None:
-    """A new level is in force, without the charges of the processes that are in it already."""
+    """A new level is in force, without the charges of the processes that are already in it."""
     from fgpu_ebpf.tenancy.enforcer import Enforcer
 
     before(Enforcer, "_take_over")
 
 
 def level_half_gone() -> None:
-    """A level that is no longer managed has lost its limits and keeps its page."""
+    """A level that is no longer managed has no limits any more, and still has its page."""
     from fgpu_ebpf.ledger.usage_page_table import UsagePageTable
 
     before(UsagePageTable, "take_away")
 
 
 def state_unrenamed() -> None:
-    """A limit of `fgpu set` is in force, and its file is written and not yet renamed."""
+    """A limit of `fgpu set` is in force. Its file is written and not yet renamed."""
     from fgpu_ebpf.linux import atomic_file
 
     before(atomic_file.os, "replace", named(".overrides.json.new"))
 
 
 def programs_half() -> None:
-    """One program is replaced, another is pinned beside its place, the others are old."""
+    """One program is replaced, another is pinned beside its place, and the rest are old."""
     from fgpu_ebpf.driver import image
 
     before(image.os, "rename", later(named("-new")))
 
 
 def links_half() -> None:
-    """A driver's links of returns are pinned, those of entries not yet."""
+    """A driver's links of return probes are pinned, those of entry probes are not yet."""
     from fgpu_ebpf.driver import attach, probe_plan
 
     before(attach.Probes, "_pin", lambda _, program, *__: program == probe_plan.DRIVER_PROGRAMS[1])
 
 
 def detach_half() -> None:
-    """The pins are removed, everything else is there."""
+    """The pins are removed, and everything else still exists."""
     from fgpu_ebpf.driver import attach
 
     after(attach, "detach")
@@ -145,7 +145,7 @@ def detach_half() -> None:
 
 
 def socket_unrenamed() -> None:
-    """Its socket is bound and listens, beside the place where shims look for it."""
+    """The socket is bound and listens, beside the path that shims use."""
     from fgpu_ebpf.gatekeeper import listener
 
     before(listener.os, "rename", named(".shim.sock"))
@@ -164,7 +164,7 @@ GATEKEEPER = (socket_unrenamed, hello_unanswered)
 
 
 def become(point: str, program: str, words: list[str]) -> int:
-    """Run agent or gatekeeper, with the point in it."""
+    """Run agent or gatekeeper, with this point."""
     from fgpu_ebpf.cli import main as cli
     from fgpu_ebpf.gatekeeper import main as gatekeeper
 
@@ -185,7 +185,7 @@ def bear() -> int:
 
 
 def end_of(pid: int) -> int | None:
-    """Return the exit status of a child; None: it runs."""
+    """Return the exit status of a child, or None while it runs."""
     ended, status = os.waitpid(pid, os.WNOHANG)
     return os.waitstatus_to_exitcode(status) if ended else None
 

@@ -1,7 +1,7 @@
 """The end of a run that hangs: the stacks of all processes of its worlds are printed, and pytest exits with 1.
 
-A time limit from outside would say nothing. pytest-timeout ends single tests; this ends what it cannot end: a worker
-that does not answer, a fixture that waits in C.
+A time limit from outside would print nothing. pytest-timeout ends single tests. This module ends runs that
+pytest-timeout cannot end: a worker that does not answer, a fixture that waits in C code.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import psutil
 
 from tests import world
 
-LAST_SECONDS = 40 * 60.0  # of a run
+LAST_SECONDS = 40 * 60.0  # time limit of a run
 MOST = 100  # processes whose stacks are printed
 PY_SPY = Path(sys.executable).with_name("py-spy")
 
@@ -46,12 +46,13 @@ def pids() -> Iterator[int]:
 
 
 def uninterruptible() -> Iterator[str]:
-    """Yield the command, the scheduler's figures and the kernel's stack of each thread of the host in such a sleep.
+    """Yield the command, the scheduler's figures and the kernel's stack of each thread in uninterruptible sleep.
 
-    A process that waits for a lock of the kernel is in it, and so may be the process that holds the lock.
+    These are threads of the whole host. A process that waits for a lock of the kernel is in this sleep, and so may be
+    the process that holds the lock.
     """
     for task in Path("/proc").glob("[0-9]*/task/[0-9]*"):
-        with contextlib.suppress(OSError):  # it has ended
+        with contextlib.suppress(OSError):  # the process has ended
             state = task.joinpath("stat").read_text().rpartition(")")[2].split()[0]
             if state == "D":
                 facts = (task.joinpath(name).read_text() for name in ("comm", "cgroup", "schedstat", "stack"))
@@ -59,7 +60,7 @@ def uninterruptible() -> Iterator[str]:
 
 
 def stack(pid: int) -> str:
-    """Return the command line and the stacks of a process: of Python's functions if it runs some, else the kernel's."""
+    """Return the command line and the stacks of a process: of Python functions if it runs any, or the kernel's."""
     try:
         process = psutil.Process(pid)
         command, state = " ".join(process.cmdline())[:200], process.status()

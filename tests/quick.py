@@ -1,6 +1,6 @@
-"""The files of `./dev test quick`: `python -m tests.quick` prints them, and on stderr what is left out.
+"""The files of `./dev test quick`: `python -m tests.quick` prints them, and on stderr those that it leaves out.
 
-They are the unit tests, but for those that take long, and one file for each step from a policy to the kernel.
+They are the unit tests except the slow ones, and one file for each step from a policy to the kernel.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from pathlib import Path
 
 from tests.schedule import DURATIONS, TESTS
 
-MOST_SECONDS = 3  # of a file of unit tests, as DURATIONS has them
+MOST_SECONDS = 3  # the longest time of a file of unit tests, by DURATIONS
 STEPS = ("bpf/test_ledger.py", "gatekeeper/test_hello.py", "e2e/test_limit.py", "e2e/test_policies.py")
 
 
@@ -23,7 +23,7 @@ def chosen() -> list[str]:
 
 
 def left_out(files: list[str]) -> str:
-    """Return in words which tests are not among these files."""
+    """Return a text about the tests that are not among these files."""
     every = [_name(path) for path in TESTS.glob("*/test_*.py")]
     suites = sorted({Path(name).parts[1] for name in every} - {Path(name).parts[1] for name in files})
     return (

@@ -45,7 +45,7 @@ QUIET = frozenset(
 
 
 def suite_of(scope: str) -> str:
-    """Return the suite of a file: the folder of tests/ that it is in."""
+    """Return the suite of a file, which is its folder in tests/."""
     return scope.split("/")[1]
 
 
@@ -56,7 +56,7 @@ class Durations:
         self._seconds: dict[str, float] = defaultdict(float)
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        """Add up what the tests of a file take, with their fixtures."""
+        """Add the time of a test, with its fixtures."""
         self._seconds[report.nodeid.partition("::")[0]] += report.duration
 
     def pytest_sessionfinish(self) -> None:
@@ -73,7 +73,7 @@ class Schedule(LoadScopeScheduling):
         super().__init__(*arguments)  # type: ignore[arg-type]
         self._durations: dict[str, float] = json.loads(DURATIONS.read_text())
         self._suites: dict[WorkerController, str] = {}
-        self._is_quiet = True  # only the first worker may have work
+        self._is_quiet = True  # only the first worker may run tests
 
     def _split_scope(self, nodeid: str) -> str:
         file = nodeid.partition("::")[0]

@@ -1,10 +1,10 @@
-"""Repeat a failed test only if processors were taken from it.
+"""Repeat a failed test only if it lost processor time to other machines or other tests.
 
 A hypervisor gives processors to other machines (`steal` of /proc/stat), and other tests of the same run use them while
-this one waits (the kernel's pressure figure). Both make any program late, and a failure of such a trial says little
-about the program. It is printed in full like all failures and counted in the last line of the run (`rerun`), and the
-next trial comes later. Any other failure is final: the files that run alone at the end have no second trial on a
-machine that is theirs.
+this one waits (the kernel's pressure figure). Both make any program late, and a failure of such a trial proves little
+about the program. The failure is printed in full like all failures and counted in the last line of the run (`rerun`),
+and the next trial starts later. Any other failure is final. Files that run alone at the beginning have no second trial
+on a machine without other load.
 """
 
 from __future__ import annotations
@@ -18,21 +18,27 @@ import pytest
 
 from tests.support.wait import waited_seconds
 
-STOLEN_SHARE = 0.05  # of the time of all processors, from the start of a trial; a quiet machine loses a hundredth
-MOST_STOLEN = 2  # trials of one test that do not count for that reason
+STOLEN_SHARE = 0.05  # part of the time of all processors, from the start of a trial; a quiet machine loses a hundredth
+MOST_STOLEN = 2  # trials of one test that may be repeated for this reason
 CROWDED_SHARE = 0.5  # of the time of a trial in which a program waited for a processor
 MOST_CROWDED = 1
 WAIT_SECONDS = 10
-LAST_SECONDS = 25 * 60.0  # of a run: later failures are final
+LAST_SECONDS = 25 * 60.0  # time of a run after which failures are final
 
 
 class Again(Exception):
-    """The end of a trial that passed, if `--again` asks for another one, which finds what this one has left."""
+    """The end of a trial that passed, if `--again` requests another.
+
+    The other trial finds the state that it has left.
+    """
 
 
 @dataclass(frozen=True)
 class Clock:
-    """Seconds since the machine was started: of the clock, of all processors, stolen from them, and with a waiter."""
+    """Seconds since the machine was started.
+
+    They are: elapsed, of all processors, stolen from them, and with a waiting program.
+    """
 
     passed: float
     stolen: float
@@ -44,7 +50,7 @@ class Clock:
         return cls(time.monotonic(), psutil.cpu_times().steal, waited_seconds(), psutil.cpu_count() or 1)
 
     def stolen_share_since(self, before: Clock) -> float:
-        """Return the part of what all processors had to give that was stolen."""
+        """Return the part of the time of all processors that was stolen."""
         return (self.stolen - before.stolen) / max((self.passed - before.passed) * self.processors, 1e-9)
 
     def crowded_share_since(self, before: Clock) -> float:
@@ -64,7 +70,7 @@ class Trials:
         self._until, self._clock = until, clock
         self._stolen = self._crowded = 0
         self._began = clock()
-        self._wait_seconds = 0.0  # before the next
+        self._wait_seconds = 0.0  # before the next trial
         self.begun = 0
 
     def marker(self) -> pytest.MarkDecorator:
@@ -72,14 +78,14 @@ class Trials:
         return pytest.mark.flaky(reruns=MOST_STOLEN + MOST_CROWDED + 1, condition=self.is_another_due)
 
     def begin(self) -> None:
-        """Begin a trial, after a while if the last one does not count."""
+        """Begin a trial. Wait before that if the last trial does not count."""
         time.sleep(self._wait_seconds)
         self._wait_seconds = 0
         self._began = self._clock()
         self.begun += 1
 
     def taken(self) -> str:
-        """Return in words what was taken from the trial so far."""
+        """Return a text about the processor time that the trial has lost so far."""
         now = self._clock()
         return (
             f"{now.stolen_share_since(self._began):.0%} of them was given to other machines; "
@@ -87,7 +93,7 @@ class Trials:
         )
 
     def is_another_due(self, error: BaseException | None) -> bool:
-        """Return whether there is another trial; asked after each. `error`: why this one failed."""
+        """Return whether another trial follows. `error` is the reason for which this trial failed."""
         if not error:
             return False
         if isinstance(error, Again):

@@ -1,4 +1,4 @@
-"""A world: resources that a host has only once, made private for one process and all that it starts.
+"""A world: resources that a host has only once, made private for one process and its descendants.
 
 A world has its own /run (with an empty /run/fgpu), /etc (if a preload list is removed there, the kernel also unmounts
 what `fgpu run` has mounted over it, in all mount namespaces), /var/lib/fgpu and /sys/fs/bpf, its own copies of the
@@ -40,7 +40,7 @@ def cgroup2() -> Path:
 
 
 def enter(name: str) -> None:
-    """Give the calling thread, and all that it starts from here on, a new world of this name. Needs root."""
+    """Give the calling thread, and every process that it starts later, a new world of this name. Needs root."""
     root = cgroup2()
     cgroup = root / FOLDER / name
     cgroup.mkdir(parents=True)
@@ -78,7 +78,10 @@ def _run(*command: str | Path) -> None:
 
 
 def _own_run_folder() -> None:
-    """Mount the entries of /run into a new /run: to remove a folder there does not remove it on the host."""
+    """Mount the entries of /run into a new /run.
+
+    A removal of a folder there does not remove it on the host.
+    """
     own = Path(tempfile.mkdtemp())
     _run("mount", "-t", "tmpfs", "-o", "mode=755", "tmpfs", own)
     for entry in Path("/run").iterdir():
@@ -107,7 +110,7 @@ def _own_etc() -> None:
     for name in ("upper", "work"):
         (own / name).mkdir()
     _run("mount", "-t", "overlay", "-o", f"lowerdir=/etc,upperdir={own}/upper,workdir={own}/work", "overlay", "/etc")
-    _run("umount", "--lazy", own)  # the overlay keeps it
+    _run("umount", "--lazy", own)  # the overlay keeps it mounted
     own.rmdir()
 
 
@@ -120,7 +123,7 @@ def _own_copy(folder: Path) -> None:
 
 
 def clear(name: str = "") -> None:
-    """Kill all processes of a world, and remove its cgroups; without a name: of all worlds."""
+    """Kill all processes of a world, and remove its cgroups. Without a name, do this for all worlds."""
     top = cgroup2() / FOLDER / name
     deadline = time.monotonic() + GONE_SECONDS
     while top.exists():
@@ -139,7 +142,7 @@ def clear(name: str = "") -> None:
 
 
 def run(command: list[str]) -> int:
-    """Run a command in a new world; return its exit status. The world ends with it."""
+    """Run a command in a new world, and return its exit status. The world ends with the command."""
     name = f"run-{os.getpid()}"
     pid = os.fork()
     if not pid:
@@ -173,9 +176,9 @@ def run_cleared(command: list[str]) -> int:
     clear()
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, end)
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell has it ignored by what it starts in the background
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell ignores it in programs that it starts in the background
     child = subprocess.Popen(command)
-    if asked:  # before there was a child
+    if asked:  # before a child was started
         child.send_signal(signal.SIGINT)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to the command too
     status = child.wait()
@@ -184,7 +187,7 @@ def run_cleared(command: list[str]) -> int:
 
 
 def is_possible() -> bool:
-    """Return whether this process may make worlds."""
+    """Return whether this process may create worlds."""
     return os.geteuid() == 0 and shutil.which("mount") is not None
 
 

@@ -11,7 +11,7 @@ u64 = ctypes.c_uint64
 
 
 def use_driver(path):
-    """Call this driver library from now on."""
+    """Call this driver library from this call on."""
     global cuda
     cuda = ctypes.CDLL(path)
     cuda.set.argtypes = [ctypes.c_int, u64, u64]
@@ -30,7 +30,7 @@ def use_page(fd):
 
 
 def meanwhile(call):
-    """Call this in the middle of this thread's next call of the driver."""
+    """Call this function in the middle of this thread's next call of the driver."""
     global inside
     inside = ctypes.CFUNCTYPE(None)(call)
     ctypes.c_void_p.in_dll(cuda, "inside").value = ctypes.cast(inside, ctypes.c_void_p).value
@@ -42,7 +42,7 @@ def linger(seconds):
 
 
 def admit(bytes_, kind=0, device=0, again=False):
-    """Ask for admission. Return the verdict, or None without an answer."""
+    """Request admission. Return the verdict, or None without an answer."""
     global ticket
     ticket += 0 if again else 1
     shim.fgpu_admit(device, u64(bytes_), kind, u64(ticket))
@@ -54,7 +54,7 @@ TAGGED, PATIENT = 0x200, 0x400
 
 
 def ask(tag, bytes_, at, kind=0, patient=False):
-    """Ask for an answer with a tag, which is read from `at` on. Return the verdict, or None without one."""
+    """Make a tagged request, and read its answer from `at` on. Return the verdict, or None without an answer."""
     global ticket
     ticket += 1
     shim.fgpu_admit(0, u64(bytes_), kind | TAGGED | (PATIENT if patient else 0), u64(ticket))
@@ -204,7 +204,7 @@ child, leash = 0, -1
 
 
 def spawn(bytes_, pid=0):
-    """Fork a child that holds this much, with this pid if no other process gets it. Return its pid."""
+    """Fork a child that allocates these bytes, with this pid if no other process gets it. Return its pid."""
     global child, leash
     end, leash = os.pipe()
     ready, say = os.pipe()

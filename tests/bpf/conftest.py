@@ -1,4 +1,4 @@
-"""A ledger of its own in this kernel, with real programs, real uprobes and real cgroups; no agent, no GPU."""
+"""A separate ledger in this kernel, with real programs, real uprobes and real cgroups. There is no agent and no GPU."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ REPOSITORY = HERE.parent.parent
 MIB = 1 << 20
 CONTEXT = 518 * MIB
 SECONDS = 5.0
-GONE_SECONDS = 60.0  # for thousands of killed processes to leave a cgroup
+GONE_SECONDS = 60.0  # time for thousands of killed processes to leave a cgroup
 
 
 @dataclass
 class Kernel:
-    """Programs pinned and attached to the test's own driver library and to the shim.
+    """Programs that are pinned, and attached to the tests' driver library and to the shim.
 
-    `unknown`: a copy of the driver library that is not trusted.
+    `unknown` is a copy of the driver library that is not trusted.
     """
 
     ledger: Ledger
@@ -54,13 +54,13 @@ class Kernel:
 
 
 def pins_of(folder: Path) -> Path:
-    """Return where `loaded` pins what it loads for a folder."""
+    """Return the folder in which `loaded` pins its objects for a folder."""
     return Path(f"/sys/fs/bpf/fgpu-test-{os.getpid()}-{folder.name}")
 
 
 @contextlib.contextmanager
 def loaded(folder: Path, sources: Path, shim: Path) -> Iterator[Kernel]:
-    """The programs of `sources`, attached to a driver of their own in `folder` and to that shim."""
+    """Yield the programs of `sources`, attached to a separate driver in `folder` and to that shim."""
     driver = folder / "libcuda.so.1"
     flags = ["-O1", "-shared", "-fPIC", "-w", "-fno-omit-frame-pointer", "-fcf-protection=none", "-pthread"]
     subprocess.run(["gcc", *flags, "-o", str(driver), str(HERE / "driver.c")], check=True)
@@ -91,7 +91,7 @@ def kernel(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Kernel]:
 
 
 def forget_empty(kernel: Kernel) -> None:
-    """Delete the entries of exited processes that have no orphaned bytes any more, as the agent does."""
+    """Delete the entries of exited processes without orphaned bytes, as the agent does."""
     living = {(tgid, process.generation) for tgid, process in kernel.ledger.processes().items()}
     kernel.ledger.orphans.forget_empty(living)
 
@@ -140,7 +140,10 @@ class Level:
         return sorted(found, key=lambda orphan: orphan.since_ns)
 
     def let_go(self) -> int:
-        """Releases all orphans of the level, as the agent does when the device holds nothing of them; their bytes."""
+        """Release all orphans of the level, as the agent does when the device holds nothing of them.
+
+        Return their bytes.
+        """
         orphans = self.orphans()
         for orphan in orphans:
             assert self.kernel.ledger.orphans.let_go(orphan, orphan.bytes)
@@ -159,10 +162,14 @@ class Level:
 
 
 class Client:
-    """A process in a level; call() runs a line of Python in it."""
+    """A process in a level. call() runs a line of Python in the process."""
 
     def __init__(self, kernel: Kernel, level: Level, page_of: Level | None = None, later: Sequence[Level] = ()) -> None:
-        """`page_of`: the level whose page it reads, if not its own; `later`: levels whose pages it may read later."""
+        """Start the process.
+
+        `page_of` is the level whose page the process reads, if not its own. `later` are levels whose pages it may read
+        later.
+        """
         found = {of.cgroup: kernel.ledger.page_fd(of.cgroup) for of in (page_of or level, *later)}
         self.pages = {cgroup: fd for cgroup, fd in found.items() if fd is not None}
         keep = tuple(self.pages.values())
@@ -172,11 +179,11 @@ class Client:
         self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, pass_fds=keep, preexec_fn=enter)
         self.pid = self.process.pid
         for fd in keep:
-            os.close(fd)  # its own stays
+            os.close(fd)  # the process keeps its own descriptor
         self.begin((page_of or level).cgroup)
 
     def begin(self, cgroup: int) -> None:
-        """Begin in the cgroup, for the first time or after an exec."""
+        """Start the process in the cgroup, for the first time or after an exec."""
         assert self.process.stdout
         assert self.process.stdout.readline() == "ready\n"
         if cgroup in self.pages:
@@ -243,7 +250,7 @@ def client(make_client: Callable[..., Client], level: Level) -> Client:
 
 
 def assert_left(level: Level, bytes_: int) -> None:
-    """Check that exited processes of the level held this much, which stays charged until it is released."""
+    """Check that exited processes of the level held these bytes, which stay charged until they are released."""
     wait_until(lambda: level.held == 0)
     assert (level.used, level.orphaned) == (bytes_, bytes_)
     assert level.let_go() == bytes_
@@ -251,7 +258,7 @@ def assert_left(level: Level, bytes_: int) -> None:
 
 
 def assert_corrected(kernel: Kernel, client: Client, overhead: int) -> None:
-    """Let NVML show this many bytes of a quiet process beyond the witnessed ones, and check that the ledger follows."""
+    """Let NVML show these bytes of a quiet process beyond the witnessed ones. Check that the ledger has them."""
     process = client.entry(kernel)
     assert kernel.ledger.overhead(client.pid, process.generation, 0, overhead, process.changes)
 
@@ -261,7 +268,7 @@ def wait_until(condition: Callable[[], bool], seconds: float = SECONDS) -> None:
 
 
 def page_of(kernel: Kernel, level: Level) -> abi.UsagePage:
-    """The level's usage page as it is now."""
+    """Return the level's usage page in its current state."""
     fd = kernel.ledger.page_fd(level.cgroup)
     assert fd is not None
     raw = bpf.lookup(fd, bytes(4), abi.PAGE_BYTES)
@@ -288,7 +295,7 @@ def attacker(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def attack(kernel: Kernel, attacker: Path) -> Iterator[Callable[..., int]]:
-    """Runs it in a level to its end, which it reaches when the test does; answers what it found."""
+    """Yield a function that runs an attacker in a level until the test ends, and returns its findings."""
     started = []
 
     def run(level: Level, way: str, times: int, seed: int = 1) -> int:

@@ -8,7 +8,7 @@ News = abi.News
 
 
 def of(events, level, *kinds):
-    """Return the events of a level, of these kinds, or all but those of new processes."""
+    """Return the events of a level: those of the given kinds, or all except those of new processes."""
     found = [e for e in events.read() if e.cgroup == level.cgroup]
     return [e for e in found if (e.kind in kinds if kinds else e.kind not in (News.PROCESS, News.EXECUTED))]
 

@@ -1,4 +1,4 @@
-"""A plain model of what the kernel's ledger should have of a process. No I/O.
+"""A plain model of the kernel's ledger for one process. It does no I/O.
 
 A call that may orphan bytes returns how many.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-CONTEXT = 1 << 17  # bytes of a context that was not asked for
+CONTEXT = 1 << 17  # bytes of a context without an admission
 
 
 @dataclass
@@ -15,12 +15,12 @@ class Entry:
     """An allocation, a handle, a mapping or a context."""
 
     bytes: int
-    home: int  # the level that counts it
+    home: int  # the level that it counts for
     managed: bool = False
     exported: bool = False
     references: int = 1
-    owner: int = -1  # of a mapping: its handle
-    gone: bool = False  # ended with the last context
+    owner: int = -1  # handle number of a mapping
+    gone: bool = False  # whether it ended with the last context
 
 
 @dataclass
@@ -38,8 +38,8 @@ class Life:
 
     number: int = 0
     turn: int = 0
-    home: int = -1  # the level that counts it; below 0: it has not called yet
-    asked: bool = False  # for memory or a context, and no call has settled it
+    home: int = -1  # the level that counts it; below 0: no call yet
+    asked: bool = False  # whether a request for memory or a context is unsettled
     granted: bool = False
     admitted: int = 0
     call: Call | None = None
@@ -86,7 +86,7 @@ class Life:
         in_flight = self.admitted + (self.call.bytes if self.call else 0)
         return plain + self.managed + self.vmm + self.pool + self.overhead + in_flight
 
-    # -- what is in flight
+    # -- calls in flight
 
     def leave_unsettled(self) -> None:
         """Turn an unsettled admission into overhead, at another request or the end of the thread."""
@@ -94,7 +94,7 @@ class Life:
         self.admitted, self.asked = 0, False
 
     def enter(self) -> None:
-        """Begin another call: the end of the one before was not seen."""
+        """Begin another call. The end of the previous call was not recorded."""
         call, self.call = self.call, None
         if call and call.managed:
             self.loose_managed += call.bytes
@@ -102,7 +102,7 @@ class Life:
             self.overhead += call.bytes
 
     def take_over(self) -> int | None:
-        """Return what the thread was admitted for the call that begins; None: nothing."""
+        """Return the admission that the starting call takes from the thread, or None."""
         found = self.admitted if self.asked and self.granted else None
         self.admitted, self.asked = 0, False
         return found
@@ -110,7 +110,7 @@ class Life:
     # -- pointers and handles
 
     def name_pointer(self, at: int, new: Entry) -> int:
-        """Enter a pointer that a call returned, and that may be in use already."""
+        """Enter a pointer that a call returned. It may be in use already."""
         old = self.pointers.get(at)
         self.pointers[at] = new
         if not old:
@@ -135,7 +135,7 @@ class Life:
         return orphaned
 
     def name_handle(self, at: int, new: Entry) -> None:
-        """Enter a handle that a call returned, and that may be in use already."""
+        """Enter a handle that a call returned. It may be in use already."""
         old = self.handles.get(at)
         self.handles[at] = new
         if not old:
@@ -184,12 +184,12 @@ class Life:
     # -- contexts
 
     def begin_context(self, bytes_: int) -> None:
-        """Add a context, charged with these bytes."""
+        """Add a context that is charged with these bytes."""
         self.overhead += bytes_
         self.contexts += 1
 
     def retain(self, admitted: int | None) -> None:
-        """Add a reference to the primary context, which may be the first."""
+        """Add a reference to the primary context. It may be the first."""
         self.retained += 1
         if not self.primary:
             self.primary = True
@@ -219,7 +219,7 @@ class Life:
         return 0
 
     def end_last_context(self) -> int:
-        """End the last context. Handles and pools outlive it."""
+        """End the last context. Handles and pools survive it."""
         lost = self.bytes() - self.vmm - self.pool
         exported = sum(e.bytes for e in self.there() if e.exported)
         self.managed_freed += self.managed

@@ -1,4 +1,4 @@
-"""Attacks of a tenant on the kernel's ledger by calls alone: T6, T15, T16, T21, T22 of docs/security.md."""
+"""Attacks of a tenant on the kernel's ledger by calls only: T6, T15, T16, T21, T22 of docs/security.md."""
 
 from __future__ import annotations
 
@@ -8,15 +8,16 @@ from fgpu_ebpf import abi
 from tests.bpf.conftest import MIB, anomalies, assert_left, wait_until
 from tests.bpf.events_kit import fates
 
-HELD = 64 * MIB  # by every attacker
+HELD = 64 * MIB  # bytes that each attacker has
 
 
 # -- T15, T16: floods -----------------------------------------------------------------------------------------------
 
 
-def test_a_flood_costs_its_neighbour_no_event(kernel, events, make_level, make_client, attack, scale):
-    """Every request of one level is refused and counted, and so is each event that is not sent. No event of the other
-    level is lost, which is refused less often than a level may report in a second.
+def test_a_flood_of_one_level_loses_no_event_of_its_neighbour(kernel, events, make_level, make_client, attack, scale):
+    """Every request of one level is refused and counted, and so is each event that is not sent.
+
+    The other level is refused less often than a level may report in a second. None of its events is lost.
     """
     loud, quiet = make_level(100 * MIB), make_level(MIB)
     client, times, asked = make_client(quiet), scale(20_000, 1_000_000, 1_000_000), 15
@@ -36,10 +37,11 @@ def test_a_flood_costs_its_neighbour_no_event(kernel, events, make_level, make_c
 
 
 @pytest.mark.parametrize(("code", "holds"), [(201, 0), (0, 4096 * MIB)])
-def test_a_call_that_does_not_fit_refuses_no_other_while_the_driver_decides(
-    kernel, make_level, make_client, code, holds
-):
-    """A call without a request may fail for ever, and be repeated for ever. What the driver returned is charged."""
+def test_an_unadmitted_call_that_does_not_fit_refuses_no_other_request(kernel, make_level, make_client, code, holds):
+    """A call without a request may fail for ever, and be repeated for ever.
+
+    Memory that the driver returned is charged.
+    """
     group = make_level(1024 * MIB)
     one, other = make_client(make_level(512 * MIB, parent=group)), make_client(make_level(512 * MIB, parent=group))
     one("linger(1)")
@@ -54,7 +56,7 @@ def test_a_call_that_does_not_fit_refuses_no_other_while_the_driver_decides(
 # -- T21: arbitrary calls ----------------------------------------------------------------------------------------------
 
 
-def test_any_calls_never_make_it_less_than_the_driver_has(kernel, level, attack, scale):
+def test_no_calls_make_the_ledger_less_than_the_driver_s_bytes(kernel, level, attack, scale):
     before = anomalies(kernel)
     assert attack(level, "noise", scale(20_000, 1_000_000, 10_000_000), seed=0xF69) == 0
     after = anomalies(kernel)
@@ -65,7 +67,7 @@ def test_any_calls_never_make_it_less_than_the_driver_has(kernel, level, attack,
 # -- T22: sizes -----------------------------------------------------------------------------------------------------
 
 
-def test_no_absurd_size_is_admitted(level, attack, scale):
+def test_no_impossible_size_is_admitted(level, attack, scale):
     times = scale(1000, 10_000, 100_000)
     assert attack(level, "sizes", times, seed=23) == 0
     assert (level.used, level.usage().refused) == (HELD, times)
@@ -80,7 +82,7 @@ def test_no_absurd_size_is_admitted(level, attack, scale):
     ],
 )
 def test_products_of_sizes_do_not_wrap_around(level, client, call):
-    """They are charged as too much for any limit. Nothing more fits then, and all of it is released, to the byte."""
+    """The products are charged as more than any limit, so nothing more fits. All of it is released, to the byte."""
     client(f"alloc(0x2000, {MIB})")
     client(call)
     charged = level.used
@@ -109,8 +111,8 @@ def test_impossible_sizes_are_not_charged(level, client, call):
 # -- T6: a pid that is reused ------------------------------------------------------------------------------------------
 
 
-def test_a_pid_that_is_used_again_is_another_process(kernel, make_level, make_client, scale):
-    """The kernel refuses changes for the earlier process, and the later one is not charged for its orphans."""
+def test_a_reused_pid_is_another_process(kernel, make_level, make_client, scale):
+    """The kernel refuses changes for the earlier process, and does not charge the later one for its orphans."""
     gone, here = make_level(1024 * MIB), make_level(1024 * MIB)
     before, after = make_client(gone), make_client(here)
     wanted, done = scale(20, 1000, 10_000), 0

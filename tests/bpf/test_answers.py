@@ -1,4 +1,4 @@
-"""Answers with a tag, which no other process can have written; and requests that wait for orphaned memory."""
+"""Tagged answers, which no other process can have written, and requests that wait for orphaned memory."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ HOST_TAGS = 7
 
 
 def ask(kernel: Kernel, client: Client, bytes_: int, patient: bool = False) -> int | None:
-    """A question with the client's own tag."""
+    """Make a request with the client's own tag."""
     return client(f"ask({client.entry(kernel).tag}, {bytes_}, {AT}, patient={patient})")
 
 
@@ -32,7 +32,7 @@ def known(kernel: Kernel, level: Level, client: Client) -> Client:
 # -- tags
 
 
-def test_a_tagged_question_is_answered_with_the_tag_and_nowhere_else(kernel, level, known):
+def test_a_tagged_request_is_answered_only_at_the_tag(kernel, level, known):
     before = list(page_of(kernel, level).verdicts)
     assert ask(kernel, known, 10 * MIB) == ADMITTED
     assert ask(kernel, known, 1024 * MIB) == REFUSED
@@ -41,13 +41,13 @@ def test_a_tagged_question_is_answered_with_the_tag_and_nowhere_else(kernel, lev
     assert (level.usage().refused, level.used) == (1, 14 * MIB)
 
 
-def test_a_question_without_a_tag_is_answered_without_one(kernel, level, known):
+def test_an_untagged_request_gets_no_tagged_answer(kernel, level, known):
     before = list(page_of(kernel, level).answers)
     assert known(f"admit({10 * MIB})") == ADMITTED
     assert list(page_of(kernel, level).answers) == before
 
 
-def test_each_life_of_each_process_has_another_tag(kernel, level, make_client):
+def test_each_process_gets_a_new_tag_at_its_start_and_at_an_exec(kernel, level, make_client):
     tags = []
     for _ in range(3):
         client = make_client(level)
@@ -61,7 +61,7 @@ def test_each_life_of_each_process_has_another_tag(kernel, level, make_client):
     assert 0 not in tags
 
 
-def test_tags_come_round_without_0(kernel, level, make_client):
+def test_tags_wrap_around_without_0(kernel, level, make_client):
     host = bpf.pinned(kernel.pins / "maps/host")
     try:
         bpf.update(host, HOST_TAGS.to_bytes(4, "little"), (2 * (abi.TAG_BITS + 1) - 2).to_bytes(8, "little"))
@@ -73,8 +73,11 @@ def test_tags_come_round_without_0(kernel, level, make_client):
     assert [client.entry(kernel).tag for client in clients] == [abi.TAG_BITS, 1, 1]
 
 
-def test_no_question_of_another_process_makes_the_word_that_one_waits_for(kernel, level, known, make_client, scale):
-    """It knows the victim's tag and ticket, and asks by the same page; the victim asks nothing meanwhile."""
+def test_no_request_of_another_process_forges_an_expected_answer(kernel, level, known, make_client, scale):
+    """The attacker has the victim's tag and ticket, and uses the same page.
+
+    The victim makes no request in this time.
+    """
     attacker, tag, ticket = make_client(level), known.entry(kernel).tag, 0x123456789
     attacker(f"admit({MIB})")
     choose = random.Random(7)
@@ -105,7 +108,7 @@ def test_a_process_without_an_entry_gets_no_tagged_answer(kernel, level, make_le
 # -- entries that the gatekeeper asks for
 
 
-def test_an_entry_is_made_once_and_its_tag_stays(kernel, level, client):
+def test_an_entry_is_created_once_and_keeps_its_tag(kernel, level, client):
     so_far = kernel.ledger._number("host", HOST_PROCESSES)
     tag = kernel.ledger.tag(client.pid, (level.cgroup,))
     assert tag == client.entry(kernel).tag == kernel.ledger.tag(client.pid, (level.cgroup,))
@@ -121,14 +124,14 @@ def test_an_entry_is_made_once_and_its_tag_stays(kernel, level, client):
 
 @pytest.fixture
 def full(level: Level, make_client) -> Level:
-    """A level of 1024 MiB, 1000 of which are orphaned."""
+    """Return a level of 1024 MiB with 1000 MiB of orphaned memory."""
     one = make_client(level)
     one(f"alloc(0x1000, {1000 * MIB})")
     one.kill()
     return level
 
 
-def test_a_patient_request_that_orphans_alone_keep_from_fitting_is_refused_silently(kernel, events, full, known):
+def test_a_patient_request_that_would_fit_without_orphans_is_refused_uncounted(kernel, events, full, known):
     list(events.read())
     assert ask(kernel, known, 1024 * MIB, patient=True) == REFUSED
     assert (full.usage().refused, reasons(kernel, full), of(events, full)) == (0, {}, [])
@@ -147,7 +150,7 @@ def test_a_patient_request_that_would_not_fit_in_any_case_is_refused_and_counted
     assert [event.kind for event in of(events, full, abi.News.REFUSED)] == [abi.News.REFUSED] * 2
 
 
-def test_orphans_of_a_neighbour_in_the_group_are_waited_for_too(kernel, make_level, make_client):
+def test_a_patient_request_waits_for_orphans_of_a_neighbour_in_the_group(kernel, make_level, make_client):
     group = make_level(100 * MIB)
     leaf, other = make_level(80 * MIB, group), make_level(80 * MIB, group)
     one, neighbour = make_client(leaf), make_client(other)
@@ -160,7 +163,7 @@ def test_orphans_of_a_neighbour_in_the_group_are_waited_for_too(kernel, make_lev
     assert (leaf.usage().refused, group.usage().refused) == (1, 0), "its own level has no orphans"
 
 
-# -- what a process had at most
+# -- the peak of a process
 
 
 def test_a_mark_resets_the_peak_of_a_process(kernel, level, client):

@@ -1,5 +1,7 @@
-"""Programs and shim for arm64, compiled here and never run: the same, but for where a function's arguments lie. This
-machine's kernel verifies the programs, which is the same code there but for what it knows of the registers.
+"""BPF programs and shim for arm64, which are compiled here and never run.
+
+They equal those for x86-64, except for the places of a function's arguments. This machine's kernel verifies the
+programs: the verifier is the same code on both, except for its description of the registers.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ from tests.bpf.conftest import REPOSITORY
 
 CROSS = "aarch64-linux-gnu-gcc"
 LOAD_8, LOAD_POINTER = 0x79, 0x18
-# Where a called function's first five arguments lie in the registers that a program is shown.
+# The registers that have a called function's first five arguments, as a program reads them.
 REGISTERS = {112: 0, 104: 8, 96: 16, 88: 24, 72: 32}
 
 pytestmark = pytest.mark.skipif(
@@ -34,20 +36,20 @@ def both() -> tuple[dict[str, list[Instruction]], dict[str, list[Instruction]]]:
 
 
 def differences(here: list[Instruction], there: list[Instruction]) -> list[tuple[Instruction, Instruction]]:
-    """Return instructions that differ, side by side. A map's descriptor differs in every module."""
+    """Return instructions that differ, side by side. The descriptor of a map differs in every module."""
     assert len(here) == len(there)
     return [(a, b) for a, b in zip(here, there, strict=True) if a != b and a[0] != LOAD_POINTER]
 
 
-def test_the_same_programs_are_made(both: tuple[dict[str, list[Instruction]], dict[str, list[Instruction]]]) -> None:
+def test_arm64_has_the_same_programs(both: tuple[dict[str, list[Instruction]], dict[str, list[Instruction]]]) -> None:
     here, there = both
     assert here.keys() == there.keys()
     assert {"admit", "give_back", "call_enter", "call_return", "adjust"} <= here.keys()
-    for name in ("process_exit", "process_exec", "cgroup_made", "cgroup_populated"):  # they are given no registers
+    for name in ("process_exit", "process_exec", "cgroup_made", "cgroup_populated"):  # they read no registers
         assert not differences(here[name], there[name])
 
 
-def test_the_verifier_accepts_the_programs() -> None:
+def test_the_verifier_accepts_the_arm64_programs() -> None:
     pins = Path(f"/sys/fs/bpf/fgpu-arm64-{os.getpid()}")
     programs = image_for("arm64")
     try:
@@ -90,17 +92,17 @@ def symbols(path: Path, defined: bool) -> set[str]:
     return {row[7] for row in rows if row[4:5] in (["GLOBAL"], ["WEAK"]) and (row[6] != "UND") == defined}
 
 
-def test_shim_exports_what_it_does_here(shim: Path) -> None:
+def test_the_arm64_shim_has_the_same_exports(shim: Path) -> None:
     assert "AArch64" in output("readelf", "-h", shim)
     names = symbols(shim, defined=True)
     assert {"dlsym", "fgpu_admit", "fgpu_release", "fgpu_settle", "cuMemAlloc_v2"} <= names
     assert names == symbols(REPOSITORY / "build/shim/libfgpu.so", defined=True)
 
 
-def test_shim_takes_of_libc_what_every_glibc_has(shim: Path) -> None:
+def test_the_arm64_shim_imports_only_symbols_that_every_glibc_has(shim: Path) -> None:
     assert re.findall(r"NEEDED.*\[(.*)\]", output("readelf", "-d", shim)) == ["libc.so.6"]
     versions = {name.partition("@")[2] for name in symbols(shim, defined=False) if "@" in name}
-    assert versions == {"GLIBC_2.17"}  # the first that arm64 had
+    assert versions == {"GLIBC_2.17"}  # the first version that has arm64
 
 
 @pytest.mark.parametrize("name", ["fgpu_admit", "fgpu_release", "fgpu_settle"])

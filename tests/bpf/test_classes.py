@@ -1,7 +1,7 @@
-"""Libraries that are not trusted: what they allocate is charged as usual; what they report as freed may still be there.
+"""Libraries that are not trusted: their allocations are charged as usual, and memory that they free may still exist.
 
-A tenant may bring a file of its own that exports the driver's names and does nothing. The agent probes it, because it
-may be a driver, and a call of it must not release what the real driver holds.
+A tenant may use a library that exports the driver's names and does nothing. The agent probes it, because it may be a
+driver. A call of it must not release memory that the real driver holds.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from tests.bpf.conftest import CONTEXT, MIB, Client, Kernel, assert_left
 
 @pytest.fixture
 def other(kernel: Kernel, client: Client) -> Client:
-    """Return the client, which calls the unknown library from now on, after calls of the host's."""
+    """Return the client, which has called the host's library and calls the unknown library now."""
     client(f"def host(): use_driver({str(kernel.driver)!r})")
     client(f"def unknown(): use_driver({str(kernel.unknown)!r})")
     return client
@@ -59,7 +59,7 @@ def test_memory_freed_by_an_unknown_library_is_orphaned(level, other, take, give
     assert_left(level, 4 * MIB)
 
 
-def test_a_mapping_that_an_unknown_library_ends_orphans_what_it_held(level, other):
+def test_a_mapping_that_an_unknown_library_ends_orphans_its_memory(level, other):
     other(f"create(7, {4 * MIB})")
     other(f"map_(0x100000, {4 * MIB}, 7)")
     other("release(7)")
@@ -123,8 +123,11 @@ def test_an_unknown_library_ends_no_context(kernel, level, other, held, end):
     assert (level.used, level.orphaned) == (4 * MIB, 0), "it was the last one all along"
 
 
-def test_a_context_that_an_unknown_library_ended_keeps_another_from_being_the_last(kernel, level, other, held):
-    """The other context is made and ended with the real driver. Its end would free the memory of the first."""
+def test_a_context_ended_by_an_unknown_library_still_counts(kernel, level, other, held):
+    """Another context is created and ended with the real driver.
+
+    If it counted as the last, its end would free the memory of the first.
+    """
     other("context(0xabc)")
     other("primary_release()")
     before = level.used
@@ -137,7 +140,7 @@ def test_a_context_that_an_unknown_library_ended_keeps_another_from_being_the_la
     assert level.used == before
 
 
-def test_a_reference_that_an_unknown_library_gave_back_keeps_the_primary_context(kernel, level, other, held):
+def test_a_reference_dropped_by_an_unknown_library_keeps_the_primary_context(kernel, level, other, held):
     other("retain()")
     other("unknown()")
     other("primary_release()")
@@ -148,8 +151,8 @@ def test_a_reference_that_an_unknown_library_gave_back_keeps_the_primary_context
     assert level.used == 4 * MIB
 
 
-def test_names_of_before_an_unknown_library_s_end_of_a_context_are_still_in_use(kernel, level, other, held):
-    """A small piece of managed memory must not be able to free a large one of the same name."""
+def test_names_stay_in_use_after_an_unknown_library_ends_a_context(kernel, level, other, held):
+    """A small piece of managed memory must not be able to free a large piece of the same name."""
     other("unknown()")
     other("primary_release()")
     other("host()")

@@ -1,4 +1,4 @@
-"""Maps that all tenants share: each level has a part, and a full part takes nothing from the neighbours."""
+"""Maps that all tenants share: each level has a part, and a full part uses no entry of the neighbours."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ REFUSED, ADMITTED = 0, 1
 OLDER = 262144
 PART = (1048576 if bpf.kernel_release() >= (6, 1) else OLDER) // 4
 PARTS = {Shared.THREADS: 65536 // 4, Shared.PROCESSES: 16384 // 4}
-MORE = 101  # than the part
+MORE = 101  # more than a level's part
 
 
 @pytest.fixture(autouse=True)
 def swept(kernel: Kernel) -> Iterator[None]:
-    """Remove what exited processes left, as an agent does twice a second, so that the next crowd has room."""
+    """Remove entries of exited processes, as an agent does twice a second, so that the next crowd has room."""
     yield
     kernel.ledger.sweep()
 
@@ -62,7 +62,7 @@ def test_a_process_with_too_many_allocations_is_refused_and_named(kernel, crowd)
 
 
 def test_a_shorter_map_of_an_older_version_has_smaller_parts(kernel, tmp_path):
-    """An upgrade keeps the map that is pinned."""
+    """An upgrade keeps the pinned map."""
     shim, maps = tmp_path / "libfgpu.so", pins_of(tmp_path) / "maps"
     shutil.copy(kernel.shim, shim)
     maps.mkdir(parents=True)
@@ -84,7 +84,7 @@ def test_a_shorter_map_of_an_older_version_has_smaller_parts(kernel, tmp_path):
             level.remove()
 
 
-def test_its_neighbour_s_frees_are_seen(kernel, crowd, level, client):
+def test_the_ledger_counts_the_frees_of_a_crowd_s_neighbour(kernel, crowd, level, client):
     before = anomalies(kernel)["FULL"]
     for _ in range(11):
         assert client(f"admit({512 * MIB})") == ADMITTED
@@ -96,7 +96,7 @@ def test_its_neighbour_s_frees_are_seen(kernel, crowd, level, client):
 
 def test_entries_are_counted_through_frees_failures_and_reuse(kernel, level, client):
     client("alloc(0x1000, 1)")
-    client("alloc(0x1000, 2)")  # its first end was not seen
+    client("alloc(0x1000, 2)")  # the end of the first allocation was not recorded
     client("alloc(0x2000, 1, code=2)")
     assert entries(kernel, level) == 1
     client("free(0x1000, code=1)")
@@ -117,7 +117,7 @@ def test_entries_are_counted_through_frees_failures_and_reuse(kernel, level, cli
     assert entries(kernel, level) == 1
 
 
-def test_entries_stay_where_they_came_to_be(kernel, level, make_level, client):
+def test_entries_count_for_the_level_in_which_they_were_created(kernel, level, make_level, client):
     other = make_level(1024 * MIB)
     client("alloc(0x1000, 1)")
     assert kernel.ledger.move(client.pid, client.entry(kernel).generation, (other.cgroup,))
@@ -138,7 +138,7 @@ def test_entries_of_ended_processes_count_until_they_are_swept(kernel, level, cl
     assert entries(kernel, level) == 0
 
 
-def test_a_sweep_holds_a_part_of_all_entries_at_a_time(kernel, level, client):
+def test_a_sweep_holds_only_a_part_of_all_entries_in_memory(kernel, level, client):
     client("cuda.allocate_many(u64(0x1000), u64(20000))")
     tracemalloc.start()
     try:
@@ -150,7 +150,7 @@ def test_a_sweep_holds_a_part_of_all_entries_at_a_time(kernel, level, client):
     assert most <= MIB, "some 200 bytes of each"
 
 
-def test_looking_leaves_no_garbage(kernel, level, client):
+def test_reads_of_the_ledger_leave_no_cyclic_garbage(kernel, level, client):
     """Memory that only the cycle collector frees would stay for hours."""
     client("alloc(0x1000, 1)")
 
@@ -180,7 +180,7 @@ def reasons(kernel: Kernel, level: Level) -> dict[tuple[int, int], int]:
 
 @pytest.fixture
 def gathered(level: Level, client: Client, shared: abi.Shared) -> Client:
-    """Return a client with more than its level may have, and no entry for itself."""
+    """Return a client with more entries than its level may have, and no entry for itself."""
     client(f"cuda.gather(u64({PARTS[shared] + MORE}), {int(shared == Shared.PROCESSES)})")
     return client
 
@@ -212,7 +212,7 @@ def test_a_crowd_under_observing_levels_is_admitted(gathered, level):
     assert gathered(f"admit({2 * MIB})") == ADMITTED
 
 
-def test_a_crowd_that_observes_within_a_limit_is_refused(kernel, make_level, make_client):
+def test_a_crowd_of_an_observing_level_within_a_limit_is_refused(kernel, make_level, make_client):
     group = make_level(1024 * MIB)
     leaf = make_level(None, group)
     leaf.limit(1024 * MIB, abi.LimitFlag.OBSERVE)
@@ -233,7 +233,7 @@ def test_memory_of_a_surplus_process_is_charged_when_nvml_reports_it(kernel, gat
     assert level.used == 4 * MIB
 
 
-def test_a_crowd_that_goes_home_leaves_room(kernel, level, client):
+def test_a_crowd_that_exits_leaves_room(kernel, level, client):
     client(f"cuda.gather(u64({PARTS[Shared.THREADS] + MORE}), 0)")
     assert client(f"admit({MIB})") == REFUSED
     client("cuda.disperse()")
@@ -248,7 +248,7 @@ def test_a_crowd_that_is_killed_leaves_room(kernel, gathered, level, make_client
     assert make_client(level)(f"admit({MIB})") == ADMITTED
 
 
-def test_threads_and_processes_count_where_they_came_to_be(kernel, level, make_level, client):
+def test_threads_and_processes_count_for_the_level_in_which_they_first_called(kernel, level, make_level, client):
     other = make_level(1024 * MIB)
     client("cuda.gather(u64(23), 0)")
     client("import os")
@@ -257,7 +257,7 @@ def test_threads_and_processes_count_where_they_came_to_be(kernel, level, make_l
     for shared, n in ((Shared.THREADS, 24), (Shared.PROCESSES, 1)):
         assert (entries(kernel, level, shared), entries(kernel, other, shared)) == (n, 0)
     client("cuda.disperse()")
-    # a join may return before the end of the thread is seen
+    # a join may return before the kernel records the thread's end
     wait_until(lambda: entries(kernel, level, Shared.THREADS) == 1)
     client.send("os.execv('/bin/sleep', ['sleep', '100'])")
     wait_until(lambda: entries(kernel, level, Shared.PROCESSES) == entries(kernel, level, Shared.THREADS) == 0)
@@ -272,14 +272,14 @@ def test_a_process_that_leaves_its_cgroups_is_counted_again_when_it_returns(kern
     client(f"admit({4 * MIB})")
     assert (level.used, [entries(kernel, level, shared) for shared in Shared]) == (4 * MIB, [0, 1, 1])
     client("cuda.disperse()")
-    # none of the other entries was counted
+    # no other entry was counted
     wait_until(lambda: [entries(kernel, level, shared) for shared in Shared] == [0, 1, 1])
     client(f"alloc(0x1000, {4 * MIB})")
     client.kill()
     wait_until(lambda: [entries(kernel, level, shared) for shared in Shared] == [1, 0, 0])  # until the agent sweeps
 
 
-def test_a_call_ends_in_the_life_in_which_it_began(kernel, level, client):
+def test_the_end_of_a_call_counts_for_the_process_that_began_it(kernel, level, client):
     before = anomalies(kernel)["RELEASE"]
     client("linger(0.5)")
     client.send(f"alloc(0x1000, {4 * MIB})")
@@ -299,7 +299,10 @@ def test_a_call_ends_in_the_life_in_which_it_began(kernel, level, client):
 
 @pytest.fixture
 def owned(kernel: Kernel) -> Callable[..., None]:
-    """Return owned(owner, levels, most), which binds these levels to this owner, with this many entries of each."""
+    """Return owned(owner, levels, most).
+
+    It binds these levels to this owner, with at most this many entries of each kind.
+    """
 
     def own(owner: Level, levels: list[Level], most: int = 1 << 30) -> None:
         for level in levels:
@@ -315,8 +318,8 @@ def share_of(kernel: Kernel, owner: Level, shared: abi.Shared) -> int:
 
 
 @pytest.mark.parametrize("nested", [False, True], ids=["siblings", "nested"])
-def test_levels_of_one_owner_have_one_part_together(kernel, make_level, make_client, owned, shared, nested):
-    """Four levels together have as many as the owner may have, with or without a level around them."""
+def test_levels_of_one_owner_share_one_part(kernel, make_level, make_client, owned, shared, nested):
+    """Four levels together have as many entries as the owner may have, with or without a level around them."""
     owner = make_level(1024 * MIB)
     levels = [make_level(1024 * MIB, owner if nested else None) for _ in range(4)]
     each = PARTS[shared] // 4 - 50
@@ -338,7 +341,7 @@ def test_levels_of_one_owner_have_one_part_together(kernel, make_level, make_cli
 
 @pytest.mark.parametrize("shared", [Shared.ALLOCATIONS, Shared.PROCESSES], ids=["allocations", "processes"])
 def test_owners_leave_room_for_owners_with_few_entries(kernel, make_level, make_client, owned, shared):
-    """Owners that may have the whole map leave an eighth of it to owners that have little."""
+    """Owners that may use the whole map leave an eighth of it to owners with few entries."""
     part = PARTS.get(shared, PART)
     owners = [make_level(1024 * MIB) for _ in range(5)]
     for owner in owners:
@@ -369,9 +372,7 @@ def test_owners_leave_room_for_owners_with_few_entries(kernel, make_level, make_
     assert kernel.ledger.owners.claimed()[shared] <= before
 
 
-def test_allocations_of_levels_that_are_gone_count_for_their_owner_until_they_are_swept(
-    kernel, make_level, make_client, owned
-):
+def test_allocations_of_removed_levels_count_for_their_owner_until_swept(kernel, make_level, make_client, owned):
     owner, level = make_level(1024 * MIB), make_level(1024 * MIB)
     owned(owner, [owner, level])
     client = make_client(level)
@@ -386,7 +387,7 @@ def test_allocations_of_levels_that_are_gone_count_for_their_owner_until_they_ar
     assert share_of(kernel, owner, Shared.ALLOCATIONS) == 0
 
 
-def test_a_slot_is_another_owner_s_when_nothing_counts_there(kernel, make_level, make_client, owned, monkeypatch):
+def test_a_slot_without_entries_is_given_to_another_owner(kernel, make_level, make_client, owned, monkeypatch):
     one, two = make_level(1024 * MIB), make_level(1024 * MIB)
     owned(one, [one])
     client = make_client(one)

@@ -1,4 +1,4 @@
-"""Events that the kernel sends at once: refusals, bypasses, kills, orphans, moves; and its counts of lost events."""
+"""Events that the kernel sends at once: refusals, bypasses, kills, orphans and moves, and its counts of lost events."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_the_first_call_of_a_process_is_reported_once(events, level, client):
     assert event.tgid == client.pid
 
 
-def test_of_many_processes_at_a_time_one_is_reported(kernel, events, level, make_client):
+def test_only_one_of_many_simultaneous_new_processes_is_reported(kernel, events, level, make_client):
     before = fates(kernel)[abi.Fate.RATE]
     clients = [make_client(level) for _ in range(3)]
     wait_until(lambda: time.monotonic_ns() % (1 << 30) < 1 << 28)  # the kernel's second has just begun
@@ -43,7 +43,7 @@ def test_of_many_processes_at_a_time_one_is_reported(kernel, events, level, make
     assert fates(kernel)[abi.Fate.RATE] == before, "nor is anything lost"
 
 
-def test_a_program_that_begins_in_a_managed_cgroup_is_reported(kernel, events, level, make_level, make_client):
+def test_a_program_that_starts_in_a_managed_cgroup_is_reported(kernel, events, level, make_level, make_client):
     clients = [make_client(level), make_client(make_level(None))]
     (event,) = [e for e in events.read() if e.kind == News.EXECUTED and e.tgid in [c.pid for c in clients]]
     assert (event.tgid, event.cgroup) == (clients[0].pid, level.cgroup)
@@ -51,7 +51,7 @@ def test_a_program_that_begins_in_a_managed_cgroup_is_reported(kernel, events, l
     wait_until(lambda: any(e.tgid == clients[0].pid for e in of(events, level, News.EXECUTED)))
 
 
-def test_of_many_programs_the_first_of_a_second_are_reported(kernel, events, level):
+def test_only_the_first_of_many_programs_in_a_second_are_reported(kernel, events, level):
     before = fates(kernel)[abi.Fate.RATE]
     storm = f"echo $$ >{level.path}/cgroup.procs; i=0; while [ $i -lt 101 ]; do /bin/true; i=$((i + 1)); done"
     wait_until(lambda: time.monotonic_ns() % (1 << 30) < 1 << 28)  # the kernel's second has just begun
@@ -69,7 +69,7 @@ def test_a_refusal_names_the_process_and_the_bytes(events, level, client):
     assert event.reason == abi.Reason.LIMIT
 
 
-def test_a_first_use_is_held_and_reported_until_the_agent_has_decided(kernel, events, level, client):
+def test_a_first_use_waits_and_is_reported_until_the_agent_has_decided(kernel, events, level, client):
     level.limit(8 * MIB, uncommitted=True, devices=(0, 1))
     assert client(f"admit({MIB})") == abi.Verdict.REFUSED
     (event,) = of(events, level)
@@ -81,14 +81,14 @@ def test_a_first_use_is_held_and_reported_until_the_agent_has_decided(kernel, ev
     assert client(f"admit({MIB})") == abi.Verdict.ADMITTED
 
 
-def test_a_process_that_does_not_ask_is_charged_before_the_agent_has_decided(events, level, client):
+def test_a_process_without_a_request_is_charged_before_the_agent_has_decided(events, level, client):
     level.limit(8 * MIB, abi.LimitFlag.KILL, uncommitted=True)
     client(f"alloc(0x1000, {MIB})")
     assert level.usage().used == MIB
     assert [event.kind for event in of(events, level)] == [News.BYPASS]
 
 
-def test_an_uncommitted_group_holds_the_tenants_inside(events, level, make_level, make_client):
+def test_tenants_wait_for_the_decision_about_an_uncommitted_group(events, level, make_level, make_client):
     level.limit(8 * MIB, uncommitted=True)
     inside = make_client(make_level(4 * MIB, level))
     assert inside(f"admit({MIB})") == abi.Verdict.REFUSED
@@ -97,7 +97,7 @@ def test_an_uncommitted_group_holds_the_tenants_inside(events, level, make_level
 
 
 def undecided(kernel, level, device):
-    """Return how many requests of the level's programs met a limit that does not count yet."""
+    """Return how many requests of the level's programs met a limit that is not committed yet."""
     fd = kernel.ledger.page_fd(level.cgroup)
     try:
         with mmap.mmap(fd, abi.PAGE_BYTES, mmap.MAP_SHARED, mmap.PROT_READ) as page:
@@ -143,7 +143,7 @@ def test_refusals_do_not_use_the_budget_of_bypasses(events, level, client):
 
 
 def test_an_unreported_bypass_is_reported_at_a_later_call(events, level, client):
-    """There are more processes at once than a level may report in a second."""
+    """More processes call at once than a level may report in a second."""
     twice = "(alloc(0x1000, 4096), time.sleep(2.2), alloc(0x2000, 4096), os._exit(0))"
     wait_until(lambda: time.monotonic_ns() % (1 << 30) < 1 << 28)  # the kernel's second has just begun
     children = client(f"[os.fork() or {twice} for _ in range(25)]")
@@ -154,12 +154,12 @@ def test_an_unreported_bypass_is_reported_at_a_later_call(events, level, client)
 
 def test_a_failed_call_names_no_process(kernel, events, level, client):
     before = anomalies(kernel)["BYPASS"]
-    client(f"alloc(0x1000, {MIB}, code=3)")  # a forked child's, which has no context
+    client(f"alloc(0x1000, {MIB}, code=3)")  # the call of a forked child, which has no context
     assert (level.used, of(events, level), anomalies(kernel)["BYPASS"]) == (0, [], before)
     assert not client.entry(kernel).flags & abi.Seen.BYPASS
 
 
-# -- the level that was out of memory
+# -- which level was out of memory
 
 
 @pytest.mark.parametrize(
@@ -171,7 +171,7 @@ def test_a_failed_call_names_no_process(kernel, events, level, client):
         (f"admit({{n}}, kind=1); shim.fgpu_release(0, u64({{n}}), {1 | abi.FULL}, u64(9))", abi.Kind.POOL),
     ],
 )
-def test_the_driver_s_own_out_of_memory_is_the_device_s(kernel, events, level, client, call, kind):
+def test_an_out_of_memory_of_the_driver_is_reported_as_the_device_s(kernel, events, level, client, call, kind):
     for line in call.format(n=4 * MIB).split("; "):
         client(line)
     assert level.used == 0
@@ -189,9 +189,9 @@ def test_another_failure_is_not_out_of_memory(kernel, level, client):
 # -- onBypass: kill
 
 
-def test_kill_ends_an_exceeding_process_before_the_driver_runs(kernel, events, level, client):
+def test_on_bypass_kill_ends_an_exceeding_process_before_the_driver_is_called(kernel, events, level, client):
     level.limit(100 * MIB, abi.LimitFlag.KILL)
-    client(f"alloc(0x1000, {60 * MIB})")  # fits: charged and named, nothing else
+    client(f"alloc(0x1000, {60 * MIB})")  # it fits: charged and named, nothing else
     assert level.used == 60 * MIB
     client.send(f"alloc(0x2000, {60 * MIB})")
     client.process.wait(5)
@@ -200,7 +200,7 @@ def test_kill_ends_an_exceeding_process_before_the_driver_runs(kernel, events, l
     assert (level.orphaned, level.usage().refused, level.usage().peak) == (60 * MIB, 1, 60 * MIB)
 
 
-def test_kill_never_ends_a_process_that_asks(level, client):
+def test_on_bypass_kill_never_ends_a_process_that_requests_admission(level, client):
     level.limit(100 * MIB, abi.LimitFlag.KILL)
     assert client(f"admit({200 * MIB})") == abi.Verdict.REFUSED
     assert client(f"admit({100 * MIB})") == abi.Verdict.ADMITTED
@@ -217,7 +217,7 @@ def test_observe_kills_no_process(level, client):
 # -- cgroups
 
 
-def test_a_cgroup_s_life_is_reported(kernel, events, make_level, client):
+def test_the_creation_and_the_end_of_a_cgroup_are_reported(kernel, events, make_level, client):
     other = make_level(None)
     path = "/" + str(other.path.relative_to(kernel.root))
     for cgroup in (other.path, kernel.root):
@@ -243,7 +243,7 @@ def test_a_level_sends_twenty_events_a_second_and_the_rest_is_counted(kernel, ev
     assert level.usage().refused == 101
 
 
-def test_a_full_ring_counts_what_it_lost(kernel, events, make_level, client):
+def test_a_full_ring_counts_the_lost_events(kernel, events, make_level, client):
     one, two = make_level(MIB), make_level(MIB)
     list(events.read())
     before = fates(kernel)
@@ -271,11 +271,11 @@ def budgets(kernel):
 
     found = EventBudgets(kernel.ledger.event_budgets, owner)
     yield found
-    EventBudgets(kernel.ledger.event_budgets, owner)  # removes all of them
+    EventBudgets(kernel.ledger.event_budgets, owner)  # removes all budgets
 
 
 def flood(level, times):
-    """Make and remove this many cgroups in a level: two events each."""
+    """Create and remove this many cgroups in a level. Each causes two events."""
     for _ in range(times):
         (level.path / "one").mkdir()
         (level.path / "one").rmdir()
@@ -290,7 +290,7 @@ def test_a_workload_sends_its_budget_of_events_and_leaves_the_rest_to_others(ker
     budgets.note([path_of(kernel, greedy)] * BUSY)
     list(events.read())
     before, begun, told = fates(kernel), time.monotonic(), []
-    while time.monotonic() - begun < 1.5:  # seconds of the kernel's programs begin at any time
+    while time.monotonic() - begun < 1.5:  # a second of the kernel's programs may begin at any time
         flood(greedy, 100)
         told += events.read()
     flood(modest, 20)
@@ -305,7 +305,7 @@ def test_a_workload_sends_its_budget_of_events_and_leaves_the_rest_to_others(ker
 
 
 def test_workloads_with_budgets_do_not_use_the_host_s_events(kernel, events, budgets, make_level):
-    """3,000 events a second are sent for all workloads with budgets together, and 1,000 more for others."""
+    """3,000 events a second are sent for all workloads with budgets together, and 1,000 more for the rest."""
     greedy, modest = make_level(None), make_level(None)
     budgets.note([path_of(kernel, greedy)] * BUSY)
     wait_until(lambda: time.monotonic_ns() % (1 << 30) < 1 << 28)
@@ -359,7 +359,7 @@ def is_rung(bell, seconds=0.0):
     return bool(select.select([bell], [], [], seconds)[0])
 
 
-def test_a_sleeper_on_the_ring_buffer_wakes_when_shares_change(kernel, bell, level):
+def test_a_reader_of_the_ring_buffer_is_woken_when_shares_change(kernel, bell, level):
     share = {level.cgroup: {0: Share()}}
     threading.Timer(0.1, kernel.ledger.times.set_shares, [share]).start()
     assert is_rung(bell, 5.0)
@@ -409,7 +409,7 @@ def test_the_end_of_a_process_without_a_context_is_not_reported(bell, level, cli
     assert not is_rung(bell)
 
 
-def test_the_end_of_a_thread_and_of_a_program_that_execs_is_not(kernel, bell, level, client):
+def test_the_end_of_a_thread_and_of_an_executing_program_is_not_reported(kernel, bell, level, client):
     client("retain()")
     client("import threading")
     client(f"[t.start() or t.join() for t in [threading.Thread(target=lambda: admit({MIB}))]] and None")
@@ -435,7 +435,7 @@ def test_counters_are_read_for_levels_with_a_share(kernel, level, devices):
     assert (times.take_ended(), times.take_ended()) == (counts, {})
 
 
-def test_shares_of_which_some_found_no_room_are_reported_anyway(kernel, level, bell, monkeypatch):
+def test_a_change_of_shares_is_reported_even_if_some_found_no_room(kernel, level, bell, monkeypatch):
     times, update = kernel.ledger.times, compute_maps.bpf.update
     assert list(times.shared()) == []
 

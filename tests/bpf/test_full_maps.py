@@ -1,6 +1,6 @@
-"""Full maps: counted, never silent.
+"""Full maps are counted, and never silent.
 
-A process without an entry is refused; an allocation without one stays charged until its process exits.
+A process without an entry is refused. An allocation without one stays charged until its process exits.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from fgpu_ebpf.linux import bpf
 from tests.bpf.conftest import CONTEXT, MIB, Kernel, anomalies, assert_corrected, assert_left
 
 ADMITTED = 1
-AT_ONCE = 4096  # entries of a map that is filled
+AT_ONCE = 4096  # number of entries that are filled at once
 CONTEXT_KIND = abi.Kind.CONTEXT
-NOBODY = 1 << 23  # above every pid
+NOBODY = 1 << 23  # a number above every pid
 VALUES = {
     "allocations": abi.Allocation,
     "threads": abi.Thread,
@@ -71,7 +71,7 @@ class Full:
             raise NoRoom if error.errno == errno.E2BIG else error from error
 
     def make(self, room: int) -> None:
-        """Make room for this many entries, or remove all."""
+        """Free this many entries, or all entries of the test."""
         for _ in range(min(room, self._entered)):
             self._entered -= 1
             assert bpf.delete(self._fd, self._key(self._entered))
@@ -105,10 +105,10 @@ def counted(kernel) -> Iterator[None]:
 
 
 @pytest.mark.parametrize("name", ["threads", "processes"])
-def test_a_process_that_cannot_be_entered_is_not_admitted(kernel, counted, level, client, name):
+def test_a_process_without_room_for_its_entry_is_not_admitted(kernel, counted, level, client, name):
     with full(kernel, name):
         assert client(f"admit({4 * MIB})") is None, "no answer: the shim refuses"
-        client(f"alloc(0x1000, {4 * MIB})")  # a bypass: NVML shows it
+        client(f"alloc(0x1000, {4 * MIB})")  # a bypass, which NVML shows
         assert level.used == 0
     assert client(f"admit({4 * MIB})") == ADMITTED
     client(f"alloc(0x2000, {4 * MIB})")
@@ -118,7 +118,7 @@ def test_a_process_that_cannot_be_entered_is_not_admitted(kernel, counted, level
     assert_left(level, 4 * MIB)
 
 
-def test_an_unseen_free_is_noticed_when_the_pointer_is_returned_again(kernel, counted, level, client):
+def test_an_unrecorded_free_is_detected_when_the_pointer_is_returned_again(kernel, counted, level, client):
     client(f"alloc(0x1000, {4 * MIB})")
     client("import threading")
     with full(kernel, "threads"):
@@ -135,7 +135,7 @@ def test_an_unseen_free_is_noticed_when_the_pointer_is_returned_again(kernel, co
 # -- counters
 
 
-def test_a_refusal_that_has_no_counter_is_counted_anyway(kernel, counted, level, client):
+def test_a_refusal_without_a_counter_of_its_own_is_counted(kernel, counted, level, client):
     with full(kernel, "counters"):
         assert client(f"admit({2048 * MIB})") == 0
     assert level.usage().refused == 1
@@ -152,12 +152,12 @@ def filled(kernel) -> Iterator[Full]:
 
 @pytest.fixture
 def allocations(filled: Full) -> Full:
-    """Return a full map, even if the last test has made room."""
+    """Return a full map, even if an earlier test has freed entries."""
     filled.fill()
     return filled
 
 
-def test_memory_without_an_entry_stays_charged_to_the_end(kernel, allocations, counted, level, client):
+def test_memory_without_an_entry_stays_charged_until_the_process_exits(kernel, allocations, counted, level, client):
     for i in range(23):
         assert client(f"admit({4 * MIB})") == ADMITTED
         client(f"alloc({0x1000 * (i + 1)}, {4 * MIB})")
@@ -176,7 +176,7 @@ def test_memory_without_an_entry_stays_charged_to_the_end(kernel, allocations, c
     assert_left(level, 1024 * MIB)
 
 
-def test_a_mapping_without_an_entry_holds_its_memory(kernel, allocations, counted, level, client):
+def test_a_mapping_without_an_entry_keeps_its_memory_charged(kernel, allocations, counted, level, client):
     allocations.make(1)
     client(f"create(7, {4 * MIB})")
     client(f"map_(0x100000, {4 * MIB}, 7)")
@@ -187,7 +187,7 @@ def test_a_mapping_without_an_entry_holds_its_memory(kernel, allocations, counte
     assert_left(level, 4 * MIB)
 
 
-def test_a_context_without_an_entry(allocations, counted, level, client):
+def test_a_context_without_an_entry_stays_charged_until_the_process_exits(allocations, counted, level, client):
     client(f"admit(0, kind={int(CONTEXT_KIND)})")
     client("context(0xabc)")
     client(f"alloc(0x1000, {4 * MIB})")
@@ -197,7 +197,7 @@ def test_a_context_without_an_entry(allocations, counted, level, client):
     assert_left(level, CONTEXT + 4 * MIB)
 
 
-def test_memory_with_an_entry_is_given_back(kernel, allocations, level, client):
+def test_memory_with_an_entry_is_released(kernel, allocations, level, client):
     before = anomalies(kernel)["FULL"]
     allocations.make(23)
     for i in range(23):
@@ -209,7 +209,7 @@ def test_memory_with_an_entry_is_given_back(kernel, allocations, level, client):
     assert anomalies(kernel)["FULL"] == before
 
 
-def test_a_refused_free_without_room_for_its_entry(allocations, counted, level, client):
+def test_memory_stays_charged_after_a_failed_free_without_room_for_its_entry(allocations, counted, level, client):
     allocations.make(1)
     client(f"alloc(0x1000, {4 * MIB})")
     client("linger(0.5)")
@@ -228,7 +228,7 @@ def test_a_refused_free_without_room_for_its_entry(allocations, counted, level, 
 # -- decisions about cgroups
 
 
-def test_cgroups_that_are_not_managed_make_room_for_one_that_is(kernel, level):
+def test_unmanaged_cgroups_make_room_for_a_managed_one(kernel, level):
     ledger, first = kernel.ledger, NOBODY << 8
     values = {first + n: n % 2 * 2 for n in range(resolutions.MOST)}  # unmanaged, refused
     fd = bpf.pinned(kernel.pins / "maps/resolved")
@@ -249,7 +249,7 @@ def test_cgroups_that_are_not_managed_make_room_for_one_that_is(kernel, level):
         os.close(fd)
 
 
-def test_managed_cgroups_make_no_room(kernel):
+def test_managed_cgroups_do_not_make_room(kernel):
     fd = bpf.pinned(kernel.pins / "maps/resolved")
     known = [NOBODY << 8 | n for n in range(resolutions.MOST)]
     with contextlib.suppress(OSError):

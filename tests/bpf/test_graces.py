@@ -1,4 +1,4 @@
-"""Limits are in force as soon as the kernel has them, however long it then waits for running programs."""
+"""A limit is in force as soon as the kernel has it, however long the kernel then waits for running programs."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ ARRAY_OF_MAPS, HASH_OF_MAPS = 12, 13
 
 @pytest.fixture
 def grace(monkeypatch):
-    """Let the kernel make a change at once, and end its wait for programs when the test says so."""
+    """Make the kernel apply a change at once, and end its wait for programs when the test requires."""
     over = threading.Event()
 
     def held(call):
@@ -40,7 +40,7 @@ def grace(monkeypatch):
 
 @pytest.fixture
 def ledger(kernel):
-    """Return an agent's own ledger, which is closed at the end."""
+    """Return a separate ledger of an agent, which is closed at the end."""
     with contextlib.closing(Ledger(kernel.pins)) as own:
         yield own
 
@@ -56,7 +56,7 @@ def no_thread_held():
         thread.join(PATIENCE_SECONDS)
 
 
-def test_a_limit_is_in_force_while_programs_are_waited_for(kernel, ledger, grace, make_level, make_client):
+def test_a_limit_is_in_force_while_the_kernel_waits_for_programs(kernel, ledger, grace, make_level, make_client):
     level, seen = make_level(None), []
     ledger.set_limits([LevelLimits(level.cgroup, {0: 8 * MIB})], seen.append)
     one = make_client(level)
@@ -69,7 +69,7 @@ def test_a_limit_is_in_force_while_programs_are_waited_for(kernel, ledger, grace
     assert (seen, held_threads()) == ([{level.cgroup}], [])
 
 
-def test_a_level_is_gone_while_programs_are_waited_for_and_comes_again(kernel, ledger, grace, make_level):
+def test_a_level_can_be_removed_and_added_again_while_the_kernel_waits_for_programs(kernel, ledger, grace, make_level):
     level = make_level(None)
     for bytes_ in (8 * MIB, 4 * MIB):
         ledger.set_limits([LevelLimits(level.cgroup, {0: bytes_})])
@@ -79,12 +79,12 @@ def test_a_level_is_gone_while_programs_are_waited_for_and_comes_again(kernel, l
         assert ledger.page_missing(level.cgroup)
 
 
-def test_counts_of_a_removed_level_are_forgotten_after_the_last_program(kernel, ledger, grace, level):
+def test_counts_of_a_removed_level_are_deleted_after_the_last_program(kernel, ledger, grace, level):
     late = Count(level.cgroup, 0, abi.Kind.MEMORY, abi.Reason.LIMIT)
     ledger.remove([level.cgroup])
     counters = bpf.pinned(kernel.pins / "maps/counters")
     key = _COUNTER_KEY.pack(late.cgroup, late.device, late.kind, late.reason)
-    bpf.update(counters, key, (1).to_bytes(8, "little"))  # as a running program does that has its page already
+    bpf.update(counters, key, (1).to_bytes(8, "little"))  # as a running program that already has its page does
     os.close(counters)
     assert late in ledger.counters()
     grace.set()
@@ -93,9 +93,9 @@ def test_counts_of_a_removed_level_are_forgotten_after_the_last_program(kernel, 
     assert late not in ledger.counters()
 
 
-def test_a_full_map_that_another_thread_met_is_reported(kernel, ledger, make_level):
+def test_a_full_map_in_another_thread_is_reported(kernel, ledger, make_level):
     level, other, room = make_level(None), make_level(None), 10**12
-    ledger.set_limits([LevelLimits(other.cgroup, {0: MIB})])  # from now on it knows which slots are free
+    ledger.set_limits([LevelLimits(other.cgroup, {0: MIB})])  # now it has read which slots are free
     outer, page = bpf.pinned(kernel.pins / "maps/pages"), bpf.create_array_page("fgpu_usage", 4096)
     before = {*ledger.tenants()}
     others = [(room + n).to_bytes(8, "little") for n in range(4096 - len(before))]
@@ -113,19 +113,19 @@ def test_a_full_map_that_another_thread_met_is_reported(kernel, ledger, make_lev
     assert level.usage().limit == MIB
 
 
-def test_without_a_new_thread_the_change_is_made_anyway(kernel, make_level, monkeypatch):
+def test_a_change_is_made_even_if_no_new_thread_can_start(kernel, make_level, monkeypatch):
     def refused(_):
         raise RuntimeError("can't start new thread")
 
     monkeypatch.setattr(threading.Thread, "start", refused)
-    monkeypatch.setattr("fgpu_ebpf.ledger.map_in_map.MOST_THREADS", 1)  # so that each thread must give its slot back
+    monkeypatch.setattr("fgpu_ebpf.ledger.map_in_map.MOST_THREADS", 1)  # so that each thread must release its slot
     level, seen = make_level(None), []
     with contextlib.closing(Ledger(kernel.pins)) as own:
         own.set_limits([LevelLimits(level.cgroup, {0: 8 * MIB})], seen.append)
     assert (level.usage().limit, seen) == (8 * MIB, [{level.cgroup}])
 
 
-def test_as_many_are_held_as_may_be_and_the_next_waits(monkeypatch):
+def test_a_change_waits_if_the_maximum_of_threads_is_waiting(monkeypatch):
     monkeypatch.setattr("fgpu_ebpf.ledger.map_in_map.MOST_THREADS", 3)
     entries, over = {}, threading.Event()
 
@@ -149,7 +149,7 @@ def test_as_many_are_held_as_may_be_and_the_next_waits(monkeypatch):
 
 @pytest.fixture
 def held_lookers(monkeypatch):
-    """Simulate a kernel before Linux 6.8, where each look into a map of maps takes 20 ms: no caller may look."""
+    """Simulate a kernel before Linux 6.8, where a lookup in a map of maps takes 20 ms. No caller may make a lookup."""
 
     def refusing(call, *kinds):
         def look(fd, *rest):
@@ -163,7 +163,7 @@ def held_lookers(monkeypatch):
     monkeypatch.setattr(bpf, "items", refusing(bpf.items, ARRAY_OF_MAPS))
 
 
-def test_no_lookup_waits_where_the_kernel_holds_lookups(kernel, held_lookers, level, make_level, make_client):
+def test_no_caller_waits_on_a_kernel_with_slow_lookups(kernel, held_lookers, level, make_level, make_client):
     one = make_client(level)
     one(f"alloc(0x1000, {4 * MIB})")
     other = make_level(None)
@@ -177,7 +177,7 @@ def test_no_lookup_waits_where_the_kernel_holds_lookups(kernel, held_lookers, le
         assert (own.page_missing(other.cgroup), own.page_fd(other.cgroup)) == (True, None)
 
 
-def test_several_changes_wait_at_once(monkeypatch, held_lookers, kernel, make_level):
+def test_several_changes_wait_at_the_same_time(monkeypatch, held_lookers, kernel, make_level):
     monkeypatch.setattr("fgpu_ebpf.ledger.map_in_map.MOST_THREADS", 3)
     together = threading.Barrier(3)
 
@@ -201,7 +201,7 @@ def test_several_changes_wait_at_once(monkeypatch, held_lookers, kernel, make_le
     assert seen == [{level.cgroup for level in levels}]
 
 
-def test_one_part_of_a_change_that_fails_fails_all_of_it(monkeypatch):
+def test_a_change_fails_if_one_part_of_it_fails(monkeypatch):
     monkeypatch.setattr(bpf, "HOLDS_LOOKERS", True)
     made, seen = [], []
 

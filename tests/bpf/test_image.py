@@ -1,4 +1,4 @@
-"""An image over maps that an older version has pinned: the form decides whether they are used."""
+"""An image is loaded over maps that an older version has pinned. The maps' form decides whether they are used."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def pins() -> Iterator[Path]:
 
 
 def pinned(pins: Path, form: bpf.Form) -> None:
-    """Pin an array with a number in it, as an older version has."""
+    """Pin an array that contains a number, as an older version does."""
     (pins / "maps").mkdir(parents=True)
     fd = bpf.create("host", form)
     bpf.update(fd, KEY, VALUE)
@@ -43,7 +43,7 @@ def number(pins: Path) -> int:
 
 @pytest.mark.parametrize("entries", [9, 8])
 def test_a_pinned_map_is_reused(pins: Path, entries: int) -> None:
-    """Eight entries are those of an older version; no program uses the ninth."""
+    """The older version has eight entries, and no program uses the ninth."""
     pinned(pins, HOST._replace(max_entries=entries))
     image.load(Image({"host": HOST}, {"admit": RETURN}), pins)
     assert number(pins) == 77
@@ -60,7 +60,7 @@ def test_a_pinned_map_is_reused(pins: Path, entries: int) -> None:
         HOST._replace(map_type=1, map_flags=1),
     ],
 )
-def test_a_pinned_map_of_another_form_is_refused_and_stays(pins: Path, form: bpf.Form) -> None:
+def test_a_pinned_map_of_another_form_is_refused_and_kept(pins: Path, form: bpf.Form) -> None:
     (pins / "maps").mkdir(parents=True)
     fd = bpf.create("host", form)
     bpf.pin(fd, pins / "maps/host")
@@ -75,7 +75,7 @@ def test_a_pinned_map_of_another_form_is_refused_and_stays(pins: Path, form: bpf
 
 @pytest.mark.parametrize("entries", [1_048_576, 262_144])
 def test_programs_get_the_size_of_the_pinned_maps(pins: Path, entries: int) -> None:
-    """A map of an older version is shorter, and stays: it has what is charged."""
+    """A map of an older version is shorter. It stays, because it contains the charges."""
     forms = {
         "allocations": bpf.Form(1, 24, 56, entries, 1),
         "threads": bpf.Form(1, 8, 8, 23, 1),
@@ -98,7 +98,7 @@ def test_an_absent_slot_is_not_zero(pins: Path) -> None:
     os.close(fd)
 
 
-def test_entries_that_are_not_there_do_not_count_as_deleted() -> None:
+def test_absent_entries_do_not_count_as_deleted() -> None:
     fd = bpf.create("some", bpf.Form(1, 4, 4, 23, 0))
     keys = [n.to_bytes(4, "little") for n in range(23)]
     bpf.update_all(fd, dict.fromkeys(keys[:11], bytes(4)))

@@ -1,4 +1,4 @@
-"""The kernel's side of the ledger, each rule once: what is charged, what is released, and when."""
+"""The kernel's side of the ledger, with one test for each rule: what is charged, what is released, and when."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_admission_charges_and_the_driver_settles(kernel, level, client):
     assert level.usage().peak == 100 * MIB
 
 
-def test_the_limit_holds_to_the_byte(level, client):
+def test_the_limit_is_exact_to_the_byte(level, client):
     assert client(f"admit({1024 * MIB + 1})") == REFUSED
     assert level.usage().refused == 1
     assert client(f"admit({1024 * MIB})") == ADMITTED
@@ -43,13 +43,13 @@ def test_the_limit_holds_to_the_byte(level, client):
     assert level.used == 1024 * MIB
 
 
-def test_a_ticket_is_charged_once_however_often_it_asks(level, client):
+def test_a_ticket_is_charged_once_for_any_number_of_requests(level, client):
     assert client(f"admit({10 * MIB})") == ADMITTED
     assert client(f"admit({10 * MIB}, again=True)") == ADMITTED
     assert (level.used, level.usage().admitted) == (10 * MIB, 10 * MIB)
 
 
-def test_an_admission_that_no_call_settled_stays_charged_until_nvml_shows_that_it_was_not_used(kernel, level, client):
+def test_an_unsettled_admission_stays_charged_until_nvml_shows_that_it_was_unused(kernel, level, client):
     client(f"admit({10 * MIB})")
     client(f"admit({20 * MIB})")
     assert (level.used, client.entry(kernel).overhead[0]) == (30 * MIB, 10 * MIB)
@@ -58,7 +58,7 @@ def test_an_admission_that_no_call_settled_stays_charged_until_nvml_shows_that_i
     assert level.used == 20 * MIB
 
 
-def test_a_hello_between_two_asks_changes_nothing(kernel, level, client):
+def test_a_hello_between_two_requests_changes_nothing(kernel, level, client):
     assert client(f"admit({10 * MIB})") == ADMITTED
     client(f"shim.fgpu_admit(0, u64(0), {int(HELLO)}, u64(5))")
     assert client(f"admit({10 * MIB}, again=True)") == ADMITTED
@@ -67,15 +67,15 @@ def test_a_hello_between_two_asks_changes_nothing(kernel, level, client):
     assert not client.entry(kernel).flags & abi.Seen.BYPASS
 
 
-def test_a_failed_call_gives_the_admission_back(level, client):
+def test_a_failed_call_releases_its_admission(level, client):
     client(f"admit({10 * MIB})")
     client(f"alloc(0x1000, {10 * MIB}, code=2)")
     assert level.used == 0
 
 
-def test_the_admission_of_a_thread_that_ends_stays_charged_until_nvml_shows_that_it_was_not_used(kernel, level, client):
+def test_an_ended_thread_s_admission_stays_charged_until_nvml_shows_that_it_was_unused(kernel, level, client):
     client(f"cuda.thread_admits_and_ends(u64({30 * MIB}))")
-    wait_until(lambda: client.entry(kernel).quiet)  # before Linux 6.16 a join may return before the kernel sees the end
+    wait_until(lambda: client.entry(kernel).quiet)  # before Linux 6.16 a join may return before the kernel has the end
     assert (level.used, client.entry(kernel).overhead[0]) == (30 * MIB, 30 * MIB)
     assert_corrected(kernel, client, 0)
     assert level.used == 0
@@ -97,7 +97,7 @@ def test_a_device_that_is_not_the_tenant_s_is_refused(kernel, level, client):
     assert level.used == 0
 
 
-def test_hello_marks_the_shim_as_seen(kernel, client):
+def test_a_hello_marks_its_process_as_one_with_the_shim(kernel, client):
     assert client(f"admit(0, kind={int(HELLO)})") == ADMITTED
     assert client.entry(kernel).flags & abi.Seen.SHIM
 
@@ -109,7 +109,7 @@ def test_an_unmanaged_process_gets_no_answer_and_no_entry(kernel, make_level, ma
     assert outside.entry(kernel) is None
 
 
-def test_observe_admits_and_counts(kernel, level, client):
+def test_mode_observe_admits_and_counts(kernel, level, client):
     level.limit(10 * MIB, abi.LimitFlag.OBSERVE)
     assert client(f"admit({20 * MIB})") == ADMITTED
     reasons = {c.reason: n for c, n in kernel.ledger.counters().items() if c.cgroup == level.cgroup}
@@ -117,21 +117,21 @@ def test_observe_admits_and_counts(kernel, level, client):
     assert level.used == 20 * MIB
 
 
-def test_without_a_limit_it_is_counted_anyway(level, client):
+def test_memory_without_a_limit_is_counted(level, client):
     level.limit(abi.NO_LIMIT)
     assert client(f"admit({20 * MIB})") == UNLIMITED
     assert level.used == 20 * MIB
 
 
 def nested(make_level, outer, levels):
-    """Return levels inside one another, outermost first, with a limit of 1 GiB each."""
+    """Return nested levels, outermost first, with a limit of 1 GiB each."""
     found = [outer]
     while len(found) < levels:
         found.append(make_level(1024 * MIB, found[-1]))
     return found
 
 
-def test_surplus_levels_are_left_out_on_the_inside(kernel, make_level, make_client):
+def test_the_innermost_of_too_many_levels_are_left_out(kernel, make_level, make_client):
     box = make_level(100 * MIB)
     one, other = nested(make_level, box, 6), nested(make_level, box, 5)
     client = make_client(one[-1], page_of=one[3])
@@ -155,7 +155,7 @@ def test_a_limit_lowered_below_use_admits_nothing_more(level, client):
 # -- groups
 
 
-def test_a_group_refuses_and_the_leaf_is_untouched(kernel, make_level, make_client):
+def test_a_refusal_by_a_group_charges_no_leaf(kernel, make_level, make_client):
     group = make_level(100 * MIB)
     leaf = make_level(1024 * MIB, group)
     one = make_client(leaf)
@@ -166,7 +166,7 @@ def test_a_group_refuses_and_the_leaf_is_untouched(kernel, make_level, make_clie
     assert (leaf.used, group.used) == (100 * MIB, 100 * MIB)
 
 
-def test_two_leaves_share_their_group(make_level, make_client):
+def test_two_leaves_share_the_limit_of_their_group(make_level, make_client):
     group = make_level(100 * MIB)
     leaves = [make_level(80 * MIB, group) for _ in range(2)]
     one, two = (make_client(leaf) for leaf in leaves)
@@ -184,7 +184,7 @@ def test_two_leaves_share_their_group(make_level, make_client):
 # -- the witness
 
 
-def test_without_admission_it_is_charged_and_named(kernel, level, client):
+def test_memory_without_admission_is_charged_and_its_process_is_marked(kernel, level, client):
     client(f"alloc(0x1000, {2048 * MIB})")
     assert level.used == 2048 * MIB
     assert client.entry(kernel).flags & abi.Seen.BYPASS
@@ -201,7 +201,7 @@ def test_the_larger_of_admitted_and_witnessed_is_charged(level, client):
     assert level.used == 7 * MIB
 
 
-def test_a_failed_free_leaves_the_charge(level, client):
+def test_a_failed_free_keeps_the_charge(level, client):
     client(f"admit({4 * MIB})")
     client(f"alloc(0x1000, {4 * MIB})")
     client("free(0x1000, code=1)")
@@ -219,7 +219,7 @@ def test_double_and_foreign_frees_change_nothing(level, client):
     assert level.used == 0
 
 
-def test_a_pointer_that_another_thread_gets_during_the_free(level, client):
+def test_a_pointer_that_another_thread_gets_during_its_free_is_charged(level, client):
     client(f"alloc(0x1000, {4 * MIB})")
     client(f"cuda.free_while_reused(u64(0x1000), u64({8 * MIB}))")
     assert level.used == 8 * MIB
@@ -227,7 +227,7 @@ def test_a_pointer_that_another_thread_gets_during_the_free(level, client):
     assert level.used == 0
 
 
-def test_a_call_left_by_longjmp_stays_charged_until_nvml_shows_that_it_came_to_nothing(kernel, level, client):
+def test_a_call_left_by_longjmp_stays_charged_until_nvml_shows_that_it_failed(kernel, level, client):
     client(f"admit({512 * MIB})")
     client(f"cuda.allocate_and_leap(u64({512 * MIB}), 0)")
     client("alloc(0x1000, 4096)")
@@ -254,14 +254,14 @@ def test_a_second_probe_on_one_file_counts_nothing_twice(kernel, level, client):
             os.close(fd)
 
 
-def test_pitch_is_charged_with_the_driver_s_pitch(level, client):
+def test_pitched_memory_is_charged_with_the_driver_s_pitch(level, client):
     client("pitched(0x1000, 1000, 100, 1024)")
     assert level.used == 1024 * 100
     client("free(0x1000)")
     assert level.used == 0
 
 
-def test_managed_memory_is_known_as_such_until_it_is_freed(kernel, level, client):
+def test_managed_memory_is_counted_as_managed_until_its_free(kernel, level, client):
     client(f"managed(0x1000, {4 * MIB})")
     assert level.used == client.entry(kernel).managed[0] == 4 * MIB
     client("free(0x1000, code=1)")
@@ -270,7 +270,7 @@ def test_managed_memory_is_known_as_such_until_it_is_freed(kernel, level, client
     assert level.used == client.entry(kernel).managed[0] == 0
 
 
-def test_a_call_that_takes_nothing_settles_nothing(kernel, level, client):
+def test_a_call_that_allocates_nothing_settles_no_admission(kernel, level, client):
     client(f"create(7, {2 * MIB})")
     client(f"admit({4 * MIB})")
     client(f"map_(0x100000, {2 * MIB}, 7)")
@@ -313,14 +313,14 @@ def test_the_admitted_size_of_an_array_is_charged(level, client):
     assert level.used == 0
 
 
-def test_arrays_without_memory_yet(level, client):
+def test_arrays_without_memory_are_not_charged(level, client):
     client("array3d(7, 1024, 1024, 0, 3, 1, flags=0x40)")
     client("array3d(8, 1024, 1024, 0, 3, 1, flags=0x80)")
     client("array3d(9, 1024, 1024, 0, 3, 1, code=2)")
     assert level.used == 0
 
 
-def test_an_array_and_a_pointer_of_the_same_number_are_two(level, client):
+def test_an_array_and_a_pointer_of_the_same_number_are_charged_separately(level, client):
     client("array(7, 1024, 1024, 3, 1)")
     client(f"alloc(7, {2 * MIB})")
     client("array_destroy(7)")
@@ -330,7 +330,7 @@ def test_an_array_and_a_pointer_of_the_same_number_are_two(level, client):
 # -- VMM
 
 
-def test_create_map_release_keeps_the_memory_until_unmap(level, client):
+def test_a_released_handle_stays_charged_until_its_unmap(level, client):
     client(f"admit({4 * MIB}, kind={int(VMM)})")
     client(f"create(7, {4 * MIB})")
     client(f"map_(0x100000, {4 * MIB}, 7)")
@@ -340,7 +340,7 @@ def test_create_map_release_keeps_the_memory_until_unmap(level, client):
     assert level.used == 0
 
 
-def test_unmap_then_release(level, client):
+def test_an_unmapped_handle_stays_charged_until_its_release(level, client):
     client(f"create(7, {4 * MIB})")
     client(f"map_(0x100000, {4 * MIB}, 7)")
     client(f"unmap(0x100000, {4 * MIB})")
@@ -352,7 +352,7 @@ def test_unmap_then_release(level, client):
 
 
 @pytest.mark.parametrize("mappings", [5, 32, 33, 300])
-def test_one_unmap_over_several_mappings(level, client, mappings):
+def test_one_unmap_ends_several_mappings(level, client, mappings):
     for i in range(mappings):
         client(f"create({7 + i}, {2 * MIB})")
         client(f"map_({0x100000000 + i * 2 * MIB}, {2 * MIB}, {7 + i})")
@@ -362,8 +362,8 @@ def test_one_unmap_over_several_mappings(level, client, mappings):
     assert level.used == 0
 
 
-def test_one_unmap_over_mappings_of_two_devices(level, client):
-    """Each device has its own bytes back, exported handles count as orphaned, and the order does not matter."""
+def test_one_unmap_of_two_devices_releases_the_bytes_of_each(level, client):
+    """Bytes of exported handles count as orphaned. The order does not matter."""
     level.limit(200 * MIB, devices=(0, 1))
     for i, device in enumerate((0, 0, 1, 0, 1, 1)):
         client(f"admit({2 * MIB}, kind={int(VMM)}, device={device})")
@@ -379,7 +379,7 @@ def test_one_unmap_over_mappings_of_two_devices(level, client):
     assert [(usage[device].used, usage[device].orphaned) for device in (0, 1)] == [(2 * MIB, 2 * MIB)] * 2
 
 
-def test_an_unmap_ends_where_nothing_is_mapped(level, client):
+def test_an_unmap_stops_at_an_unmapped_address(level, client):
     for i in range(40):
         client(f"create({7 + i}, {2 * MIB})")
         client(f"map_({0x100000000 + (i + (i > 35)) * 2 * MIB}, {2 * MIB}, {7 + i})")
@@ -388,7 +388,7 @@ def test_an_unmap_ends_where_nothing_is_mapped(level, client):
     assert level.used == 4 * 2 * MIB
 
 
-def test_a_retained_handle_holds_the_memory(level, client):
+def test_a_retained_handle_keeps_its_memory_charged(level, client):
     client(f"create(7, {4 * MIB})")
     client("retain_handle(7, 0)")
     client("release(7)")
@@ -405,7 +405,7 @@ def test_host_memory_is_not_charged(level, client):
 # -- contexts
 
 
-def test_a_context_is_admitted_with_the_size_last_seen(level, client):
+def test_a_context_is_admitted_with_the_last_known_size(level, client):
     assert client(f"admit(0, kind={int(CONTEXT_KIND)})") == ADMITTED
     assert level.used == CONTEXT
     client("retain()")
@@ -417,7 +417,7 @@ def test_a_context_is_admitted_with_the_size_last_seen(level, client):
     assert level.used == 0
 
 
-def test_the_last_context_takes_its_allocations_along(kernel, level, client):
+def test_the_end_of_the_last_context_releases_its_allocations(kernel, level, client):
     client(f"admit(0, kind={int(HELLO)})")
     client(f"admit(0, kind={int(CONTEXT_KIND)})")
     client("retain()")
@@ -434,7 +434,7 @@ def test_the_last_context_takes_its_allocations_along(kernel, level, client):
     assert level.used == 0
 
 
-def test_reset_ends_the_primary_context(level, client):
+def test_a_reset_ends_the_primary_context(level, client):
     client(f"admit(0, kind={int(CONTEXT_KIND)})")
     client("retain()")
     client(f"alloc(0x1000, {4 * MIB})")
@@ -442,7 +442,7 @@ def test_reset_ends_the_primary_context(level, client):
     assert level.used == 0
 
 
-def test_reset_leaves_the_references(level, client):
+def test_a_reset_keeps_the_references(level, client):
     client(f"admit(0, kind={int(CONTEXT_KIND)})")
     client("retain()")
     client("primary_reset()")
@@ -455,7 +455,7 @@ def test_reset_leaves_the_references(level, client):
     assert level.used == 0
 
 
-def test_threads_that_retain_and_release_end_nothing(level, client):
+def test_threads_that_retain_and_release_do_not_end_the_context(level, client):
     client(f"admit(0, kind={int(CONTEXT_KIND)})")
     client("retain()")
     client(f"alloc(0x1000, {4 * MIB})")
@@ -465,7 +465,7 @@ def test_threads_that_retain_and_release_end_nothing(level, client):
     assert level.used == 0
 
 
-def test_a_reference_that_is_handed_over_keeps_the_context(level, client):
+def test_a_reference_retained_during_a_release_keeps_the_context(level, client):
     client(f"admit(0, kind={int(CONTEXT_KIND)})")
     client("retain()")
     client(f"alloc(0x1000, {4 * MIB})")
@@ -483,28 +483,28 @@ def test_a_retain_that_fails_leaves_no_reference(level, client):
     assert level.used == 0
 
 
-def test_pool_bytes_are_no_admission_of_a_context(kernel, level, client):
+def test_admitted_pool_bytes_do_not_admit_a_context(kernel, level, client):
     client(f"admit({MIB}, kind={int(POOL)})")
     client("retain()")
     assert level.used == CONTEXT + MIB
     assert client.entry(kernel).flags & abi.Seen.BYPASS
 
 
-def test_a_refused_context(level, client):
+def test_a_refused_context_is_not_charged(level, client):
     level.limit(100 * MIB)
     assert client(f"admit(0, kind={int(CONTEXT_KIND)})") == REFUSED
     assert level.used == 0
 
 
-def test_a_context_that_the_driver_refuses_is_given_back(level, client):
+def test_a_context_that_the_driver_refuses_is_released(level, client):
     client(f"admit(0, kind={int(CONTEXT_KIND)})")
     client("retain(code=2)")
     assert level.used == 0
 
 
-def test_pool_bytes_are_committed_and_given_back_never_beyond(kernel, level, client):
+def test_pool_bytes_are_charged_at_once_and_never_released_beyond(kernel, level, client):
     before = anomalies(kernel)["RELEASE"]
-    client(f"admit({8 * MIB}); alloc(0x1000, {8 * MIB})")  # which is no pool's
+    client(f"admit({8 * MIB}); alloc(0x1000, {8 * MIB})")  # this memory belongs to no pool
     client(f"admit({32 * MIB}, kind={int(POOL)})")
     client(f"admit({32 * MIB}, kind={int(POOL)})")
     assert level.used == 72 * MIB
@@ -532,7 +532,7 @@ def test_every_hit_of_a_probe_is_counted(kernel, level, client):
     assert grown == {function.ALLOC: 23, function.FREE: 17, abi.HIT_ADMIT: 23, abi.HIT_GIVE_BACK: 1}
 
 
-def test_programs_of_two_versions_give_back_once(kernel, level, client):
+def test_programs_of_two_versions_release_once(kernel, level, client):
     """During an upgrade the programs of both versions are attached, and so are their admissions."""
     before = anomalies(kernel)["RELEASE"]
     links = []
@@ -567,7 +567,7 @@ def test_memory_of_a_killed_process_stays_charged_until_it_is_released(kernel, l
     assert_left(level, 10 * MIB)
 
 
-def test_an_unreaped_zombie_holds_nothing_itself(level, client):
+def test_an_unreaped_zombie_has_no_charge_of_its_own(level, client):
     client(f"alloc(0x1000, {4 * MIB})")
     client.process.kill()
     wait_until(lambda: level.held == 0, 1.0)
@@ -586,7 +586,7 @@ def test_the_first_thread_may_exit_before_the_others(kernel, level, client):
     assert_left(level, 4 * MIB)
 
 
-def test_exec_orphans(kernel, level, client):
+def test_exec_orphans_the_memory_of_the_previous_program(kernel, level, client):
     client(f"alloc(0x1000, {4 * MIB})")
     client(f"admit({6 * MIB})")
     client.send("os.execv('/bin/sleep', ['sleep', '100'])")
@@ -594,7 +594,7 @@ def test_exec_orphans(kernel, level, client):
     assert_left(level, 10 * MIB)
 
 
-def test_exec_of_a_thread_that_is_not_the_leader(kernel, level, client):
+def test_exec_in_a_later_thread_orphans_the_memory_of_the_previous_program(kernel, level, client):
     client(f"alloc(0x1000, {4 * MIB})")
     client("import threading")
     body = f"lambda: (admit({6 * MIB}), os.execv('/bin/sleep', ['sleep', '100']))"
@@ -604,7 +604,7 @@ def test_exec_of_a_thread_that_is_not_the_leader(kernel, level, client):
     assert_left(level, 10 * MIB)
 
 
-def test_a_fork_is_another_process(kernel, level, client):
+def test_a_forked_child_is_another_process(kernel, level, client):
     client(f"alloc(0x1000, {4 * MIB})")
     assert client(f"fork() or (alloc(0x1000, {8 * MIB}), os._exit(0))") != 0
     assert (level.used, level.orphaned, level.usage().peak) == (12 * MIB, 8 * MIB, 12 * MIB)
@@ -612,7 +612,7 @@ def test_a_fork_is_another_process(kernel, level, client):
     assert level.used == 4 * MIB
 
 
-def test_levels_are_those_of_the_charge(kernel, make_level, make_client):
+def test_releases_go_to_the_levels_of_the_charge(kernel, make_level, make_client):
     first, second = make_level(1024 * MIB), make_level(1024 * MIB)
     one = make_client(first)
     one(f"alloc(0x1000, {4 * MIB})")
@@ -621,10 +621,10 @@ def test_levels_are_those_of_the_charge(kernel, make_level, make_client):
     assert (first.used, second.used) == (0, 0)
 
 
-# -- what the agent enters
+# -- bytes that the agent enters
 
 
-def test_overhead_is_set_and_given_back(kernel, level, client):
+def test_overhead_is_set_and_released(kernel, level, client):
     client(f"admit({4 * MIB})")
     client(f"alloc(0x1000, {4 * MIB})")
     p = client.entry(kernel)
@@ -640,7 +640,7 @@ def test_overhead_is_set_and_given_back(kernel, level, client):
     assert level.used == 0
 
 
-def test_overhead_is_refused_when_anything_happened_since(kernel, level, client):
+def test_overhead_is_refused_if_the_process_has_changed_since(kernel, level, client):
     client(f"admit({4 * MIB})")
     p = client.entry(kernel)
     client(f"alloc(0x1000, {4 * MIB})")
@@ -651,8 +651,11 @@ def test_overhead_is_refused_when_anything_happened_since(kernel, level, client)
 
 
 @pytest.mark.parametrize("kind", [0, abi.PATIENT], ids=["once", "patient"])
-def test_a_refused_question_is_no_change(kernel, level, client, kind):
-    """Programs that wait for room ask all the time. If that were a change, no process would ever be quiet."""
+def test_a_refused_request_is_no_change(kernel, level, client, kind):
+    """Programs that wait for room send requests all the time.
+
+    If a request were a change, no process would ever be quiet.
+    """
     client(f"admit({4 * MIB})")
     client(f"alloc(0x1000, {4 * MIB})")
     before = client.entry(kernel)
@@ -667,8 +670,8 @@ def quiet(kernel, client):
     return client.entry(kernel).quiet
 
 
-def test_nothing_is_quiet_from_an_admission_to_the_end_of_its_call(kernel, level, client):
-    client(f"admit({4 * MIB}, kind=1)")  # of a pool: committed at once
+def test_a_process_is_not_quiet_from_an_admission_to_the_end_of_its_call(kernel, level, client):
+    client(f"admit({4 * MIB}, kind=1)")  # pool bytes are committed at once
     assert quiet(kernel, client)
     client(f"admit({4 * MIB})")
     assert not quiet(kernel, client)
@@ -677,7 +680,7 @@ def test_nothing_is_quiet_from_an_admission_to_the_end_of_its_call(kernel, level
     client(f"admit({2048 * MIB})")
     assert quiet(kernel, client), "refused: there is nothing to wait for"
     client(f"admit({4 * MIB})")
-    client(f"admit({2048 * MIB})")  # replaces the one before
+    client(f"admit({2048 * MIB})")  # this admission replaces the previous one
     assert quiet(kernel, client)
 
 
@@ -698,7 +701,7 @@ def test_a_thread_that_ends_leaves_its_process_quiet(kernel, level, client):
     assert level.used == 0
 
 
-def test_starts_and_ends_of_processes_are_noticed_at_once(kernel, level, make_client):
+def test_starts_and_ends_of_processes_are_counted_at_once(kernel, level, make_client):
     one, other = make_client(level), make_client(level)
     one(f"alloc(0x1000, {4 * MIB})")
     assert {one.pid} == kernel.ledger.processes().keys() & {one.pid, other.pid}
@@ -715,9 +718,9 @@ def test_a_removed_page_charges_no_process(kernel, make_level, make_client):
     first = make_level(1024 * MIB)
     one = make_client(first)
     one(f"alloc(0x1000, {4 * MIB})")
-    kernel.ledger.remove([first.cgroup])  # and its process was not moved
+    kernel.ledger.remove([first.cgroup])  # its process was not moved
     assert one(f"admit({MIB})") is None, "there is no answer"
-    second = make_level(1024 * MIB)  # in the slot that is free now
+    second = make_level(1024 * MIB)  # it gets the freed slot
     one(f"alloc(0x2000, {6 * MIB})")
     one("free(0x1000)")
     assert second.used == 0
@@ -727,7 +730,7 @@ def test_a_removed_page_charges_no_process(kernel, make_level, make_client):
     assert (first.used, second.used) == (8 * MIB, 0)
 
 
-def test_another_ledger_finds_the_places_that_are_taken(kernel, level, make_level, make_client):
+def test_another_ledger_finds_the_used_slots(kernel, level, make_level, make_client):
     one = make_client(level)
     one(f"alloc(0x1000, {4 * MIB})")
     later = Ledger(kernel.pins)
@@ -740,7 +743,7 @@ def test_another_ledger_finds_the_places_that_are_taken(kernel, level, make_leve
     assert (level.used, other.used) == (10 * MIB, 0)
 
 
-def test_moving_takes_the_charges_along(kernel, make_level, make_client):
+def test_charges_move_with_a_process(kernel, make_level, make_client):
     first, second = make_level(1024 * MIB), make_level(1024 * MIB)
     one = make_client(first)
     one(f"alloc(0x1000, {4 * MIB})")
@@ -765,7 +768,7 @@ def test_an_older_process_is_adopted(kernel, make_level, make_client, level):
     assert_left(outside, 600 * MIB)
 
 
-def test_reap_ends_a_process_without_a_reported_end(kernel, level, client):
+def test_reap_ends_a_process_whose_exit_was_not_reported(kernel, level, client):
     client(f"alloc(0x1000, {4 * MIB})")
     generation = client.entry(kernel).generation
     assert not kernel.ledger.reap(client.pid, generation + 1)
@@ -773,7 +776,7 @@ def test_reap_ends_a_process_without_a_reported_end(kernel, level, client):
     assert_left(level, 4 * MIB)
 
 
-def test_sweep_deletes_what_a_dead_process_left(kernel, client):
+def test_sweep_deletes_the_entries_of_an_exited_process(kernel, client):
     for i in range(23):
         client(f"alloc({0x1000 * (i + 1)}, 4096)")
     before = kernel.ledger.entries("allocations")
@@ -783,7 +786,7 @@ def test_sweep_deletes_what_a_dead_process_left(kernel, client):
 
 
 def own_descriptor(kernel, cgroup):
-    """Return a descriptor with which its maker could write the page."""
+    """Return a descriptor through which the creator of the page can write to it."""
     raw = bpf.lookup(bpf.pinned(kernel.pins / "maps/pages"), cgroup.to_bytes(8, "little"), 4)
     return bpf.map_by_id(int.from_bytes(raw, "little"))
 
@@ -799,13 +802,13 @@ def test_a_usage_page_cannot_be_written_from_outside(kernel, level):
 
 @pytest.mark.parametrize("last", ["create_array_page", "update", "freeze", "update_all"])
 @pytest.mark.parametrize("done", [False, True])
-def test_an_agent_that_ends_in_between_leaves_no_page_that_can_be_written(kernel, make_level, monkeypatch, last, done):
+def test_an_agent_killed_in_between_leaves_no_writable_page(kernel, make_level, monkeypatch, last, done):
     level, call = make_level(None), getattr(bpf, last)
     monkeypatch.setattr(bpf, last, lambda *given: (call(*given) if done else None, os._exit(9)))
     child = os.fork()
     if not child:
         level.limit(MIB)
-        kernel.ledger.close()  # no change is in progress in the kernel afterwards
+        kernel.ledger.close()  # no change is in progress in the kernel after this
         os._exit(0)
     monkeypatch.undo()
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
@@ -816,7 +819,7 @@ def test_an_agent_that_ends_in_between_leaves_no_page_that_can_be_written(kernel
     assert level.usage().limit == 2 * MIB
 
 
-def test_a_page_that_can_be_written_is_not_handed_out(kernel, make_level):
+def test_a_writable_page_is_not_handed_out(kernel, make_level):
     level = make_level(None)
     page = bpf.create_array_page("fgpu_usage", 4096)
     bpf.update(bpf.pinned(kernel.pins / "maps/pages"), level.cgroup.to_bytes(8, "little"), page.to_bytes(4, "little"))
@@ -825,7 +828,7 @@ def test_a_page_that_can_be_written_is_not_handed_out(kernel, make_level):
     assert kernel.ledger.page_fd(level.cgroup) is not None
 
 
-def test_more_levels_than_there_is_room_for_leave_nothing(kernel, level):
+def test_levels_without_room_leave_nothing(kernel, level):
     before = sorted(kernel.ledger.tenants())
     many = [LevelLimits(10**12 + n, {0: MIB}) for n in range(4201)]
     with pytest.raises(OSError, match="maximum number of levels"):
@@ -835,13 +838,13 @@ def test_more_levels_than_there_is_room_for_leave_nothing(kernel, level):
     assert kernel.ledger.limit(level.cgroup, 0) == 1024 * MIB
 
 
-def test_the_shim_s_own_exports_are_not_taken_for_the_driver(kernel):
+def test_the_shim_s_exports_are_not_probed_as_the_driver_s(kernel):
     links = (kernel.pins / "links").glob(f"*-{kernel.shim.stat().st_ino:x}-*")
     check = kernel.probes.of(mapped_files.as_mapped(str(kernel.shim))).check
     assert {link.name.split("-", 3)[3] for link in links} == {"s0-admit", "s0-give_back", f"s0-all2at{check:x}"}
 
 
-def test_a_wrong_interpreter_is_named():
+def test_an_error_names_a_wrong_interpreter():
     check = programs.check_loader([sys.executable, "-I", "-S"])
     assert not check.ok
     assert "python3-bpfcc" in check.fix

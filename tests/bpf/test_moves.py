@@ -1,4 +1,4 @@
-"""A process gets other levels while it charges and releases: each level has the bytes that its processes have there."""
+"""A process gets other levels while it charges and releases. Each level keeps exactly the bytes charged there."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def two(make_level: Callable[..., Level]) -> tuple[Level, Level]:
 
 
 def change(kernel: Kernel, client: Client, alter: Callable[[abi.Process], None]) -> None:
-    """Write the process's entry, as a program that was late would have left it."""
+    """Write the process's entry as a late program would have left it."""
     fd, key = bpf.pinned(kernel.pins / "maps/processes"), client.pid.to_bytes(4, "little")
     try:
         process = abi.Process.from_buffer_copy(bpf.lookup(fd, key, bytes_of_process()) or b"")
@@ -36,12 +36,12 @@ def bytes_of_process() -> int:
 
 
 def move(kernel: Kernel, client: Client, *levels: Level) -> None:
-    """Move a process as the agent does, with levels from the leaf on."""
+    """Move a process as the agent does, with the levels from the leaf outwards."""
     generation = client.entry(kernel).generation
     assert kernel.ledger.move(client.pid, generation, tuple(level.cgroup for level in levels))
 
 
-def test_a_release_that_was_late_for_a_move(kernel, two, make_client):
+def test_a_release_that_was_late_for_a_move_is_corrected(kernel, two, make_client):
     first, second = two
     one = make_client(first)
     one(f"alloc(0x1000, {4 * MIB})")
@@ -49,7 +49,7 @@ def test_a_release_that_was_late_for_a_move(kernel, two, make_client):
     move(kernel, one, second)
     assert not one.entry(kernel).late
 
-    def release_late(process: abi.Process) -> None:  # it drew from the first level, which had nothing left
+    def release_late(process: abi.Process) -> None:  # it released from the first level, which had nothing left
         process.devices[0].bytes -= 4 * MIB
         process.devices[0].owed = 4 * MIB
 
@@ -63,14 +63,14 @@ def test_a_release_that_was_late_for_a_move(kernel, two, make_client):
     assert second.used == 0
 
 
-def test_a_charge_that_was_late_for_a_move(kernel, two, make_client):
+def test_a_charge_that_was_late_for_a_move_is_corrected(kernel, two, make_client):
     first, second = two
     other, one = make_client(first), make_client(first)
     other(f"alloc(0x1000, {9 * MIB})")
     one(f"alloc(0x1000, {4 * MIB})")
     move(kernel, one, second)
 
-    def charge_late(process: abi.Process) -> None:  # as if 3 of the 9 MiB at the first were of this process
+    def charge_late(process: abi.Process) -> None:  # as if 3 of the 9 MiB at the first level were of this process
         process.devices[0].charged[(process.turn + 1) % 2] += 3 * MIB
         process.devices[0].bytes += 3 * MIB
 
@@ -101,7 +101,7 @@ def test_a_process_that_ends_in_the_middle_of_a_move_leaves_orphans_at_both_leve
     assert_left(second, 4 * MIB)
 
 
-def test_a_group_above_both_notices_nothing(kernel, make_level, make_client):
+def test_a_move_does_not_change_a_group_above_both_levels(kernel, make_level, make_client):
     group = make_level(100 * MIB)
     first, second = make_level(1024 * MIB, group), make_level(1024 * MIB, group)
     one = make_client(first)
@@ -131,7 +131,7 @@ def test_a_move_back_waits_for_late_charges(kernel, two, make_client):
 
 
 def test_releases_follow_the_levels_that_were_charged(kernel, make_level, make_client, scale):
-    """F5: a process is moved between cgroups, these are removed and made again, and limits come after charges."""
+    """F5: a process is moved between cgroups, which are removed and created again, and limits are set after charges."""
     group = make_level(None)
     home = make_level(64 * MIB, group)
     one, strange = make_client(home), anomalies(kernel)["RELEASE"]
@@ -139,9 +139,9 @@ def test_releases_follow_the_levels_that_were_charged(kernel, make_level, make_c
     for number in range(scale(100, 1000, 10_000)):
         one(f"alloc(0x1000, {4 * MIB})")
         if number % 10 == 0:
-            (empty[0].path / "cgroup.procs").write_text(str(one.pid))  # the ledger is not told
+            (empty[0].path / "cgroup.procs").write_text(str(one.pid))  # the ledger gets no report of this move
         if number % 3 == 0:
-            group.limit(64 * MIB)  # the existing charge is not below it
+            group.limit(64 * MIB)  # the limit is above the existing charge
         assert home.used == 4 * MIB
         assert one("free(0x1000)") == 0
         assert (home.used, empty[0].used) == (0, 0)
@@ -158,8 +158,8 @@ def test_releases_follow_the_levels_that_were_charged(kernel, make_level, make_c
     one.kill()
 
 
-def test_another_level_in_its_page_s_place_is_not_released_from(kernel, make_level, make_client):
-    """F5: a level is removed while a process of it holds memory, and another takes its slot."""
+def test_no_bytes_are_released_from_another_level_in_the_same_slot(kernel, make_level, make_client):
+    """F5: a level is removed while a process of it holds memory, and another level gets its slot."""
     gone = make_level(64 * MIB)
     one = make_client(gone)
     one(f"alloc(0x1000, {4 * MIB})")

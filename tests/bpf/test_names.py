@@ -1,4 +1,4 @@
-"""Two charges of one name: a free that was not seen, or a tenant that overwrites the pointer which a call returned.
+"""Two charges with one name (pointer or handle), after an unrecorded free or a pointer that a tenant overwrote.
 
 Whatever the tenant does, no free by that name releases more than the driver library frees.
 """
@@ -32,7 +32,7 @@ def charges(kernel: Kernel, client: Client, level: Level) -> dict[str, int]:
         pytest.param("managed", "alloc", None, None, id="managed-then-plain"),
     ],
 )
-def test_nothing_is_released_and_the_name_frees_the_smaller(
+def test_a_name_with_two_charges_frees_only_the_smaller(
     kernel, level, client, old, new, first, second, overhead, managed
 ):
     before = anomalies(kernel)["STALE"]
@@ -55,9 +55,9 @@ def test_nothing_is_released_and_the_name_frees_the_smaller(
     assert_left(level, 6 * MIB)
 
 
-def test_nvml_corrects_what_has_no_entry_any_more(kernel, level, client):
+def test_nvml_corrects_charges_without_an_entry(kernel, level, client):
     client(f"alloc(0x1000, {4 * MIB})")
-    client(f"alloc(0x1000, {6 * MIB})")  # the driver has freed the first
+    client(f"alloc(0x1000, {6 * MIB})")  # the driver has freed the first allocation
     assert_corrected(kernel, client, 2 * MIB)
     assert level.used == 6 * MIB
     client("free(0x1000)")
@@ -65,14 +65,14 @@ def test_nvml_corrects_what_has_no_entry_any_more(kernel, level, client):
     assert level.used == 0
 
 
-def test_a_name_that_comes_a_third_time_frees_the_smallest(level, client):
+def test_a_name_with_three_charges_frees_the_smallest(level, client):
     for bytes_ in (6, 2, 8):
         client(f"managed(0x1000, {bytes_ * MIB})")
     client("free(0x1000)")
     assert level.used == 14 * MIB
 
 
-def test_a_name_of_two_devices_frees_nothing(kernel, level, client):
+def test_a_name_on_two_devices_frees_nothing(kernel, level, client):
     kernel.ledger.set_limits([LevelLimits(level.cgroup, {0: 64 * MIB, 1: 64 * MIB})])
     client(f"admit({4 * MIB}, device=1)")
     client(f"managed(0x1000, {4 * MIB})")
@@ -94,7 +94,7 @@ def test_an_exported_name_frees_nothing(level, client):
     assert_left(level, 10 * MIB)
 
 
-def test_exported_memory_whose_name_comes_again_is_orphaned_once(level, client):
+def test_exported_memory_whose_name_is_reused_is_orphaned_once(level, client):
     client("retain()")
     client(f"alloc(0x1000, {4 * MIB})")
     client("export_pointer(0x1000)")
@@ -104,8 +104,8 @@ def test_exported_memory_whose_name_comes_again_is_orphaned_once(level, client):
     assert (level.used, level.orphaned) == (4 * MIB, 4 * MIB), "the rest went with the context"
 
 
-def test_a_handle_that_is_not_in_its_entry_outlives_the_context(kernel, level, client):
-    """NVML shows nothing of a process without a context, so nothing would correct overhead."""
+def test_a_handle_without_an_entry_survives_the_context(kernel, level, client):
+    """NVML shows nothing of a process without a context, so no comparison would correct its overhead."""
     client(f"create(7, {8 * MIB})")
     client(f"create(7, {2 * MIB})")
     client("retain()")
@@ -115,7 +115,7 @@ def test_a_handle_that_is_not_in_its_entry_outlives_the_context(kernel, level, c
     assert level.used == 8 * MIB
 
 
-def test_the_mappings_of_a_handle_hold_its_entry_when_it_comes_again(level, client):
+def test_mappings_of_a_handle_keep_its_entry_when_its_name_is_reused(level, client):
     client(f"create(7, {4 * MIB})")
     client(f"map_(0x100000, {4 * MIB}, 7)")
     client(f"create(7, {4 * MIB})")
@@ -125,7 +125,7 @@ def test_the_mappings_of_a_handle_hold_its_entry_when_it_comes_again(level, clie
     assert level.used == 4 * MIB
 
 
-def test_a_name_of_an_ended_context_is_free(kernel, level, client):
+def test_a_name_of_an_ended_context_can_be_reused(kernel, level, client):
     before = anomalies(kernel)["STALE"]
     client("retain()")
     client(f"alloc(0x1000, {4 * MIB})")
@@ -136,8 +136,8 @@ def test_a_name_of_an_ended_context_is_free(kernel, level, client):
     assert level.used == 0
 
 
-def test_a_name_of_an_ended_context_is_free_after_a_failed_free(kernel, level, client):
-    """The driver refuses to free what went with the context."""
+def test_a_name_of_an_ended_context_can_be_reused_after_a_failed_free(kernel, level, client):
+    """The driver refuses to free memory that ended with the context."""
     client("retain()")
     client(f"managed(0x1000, {4 * MIB})")
     client("primary_release()")
@@ -147,14 +147,14 @@ def test_a_name_of_an_ended_context_is_free_after_a_failed_free(kernel, level, c
     assert (level.used, client.entry(kernel).managed[0]) == (0, 0)
 
 
-def test_a_context_s_name_that_comes_again_is_a_context_more(kernel, level, client):
+def test_a_reused_context_name_is_an_additional_context(kernel, level, client):
     for _ in range(2):
         client("context(0xabc)")
     client("destroy(0xabc)")
     assert client.entry(kernel).contexts[0] == 1
 
 
-# -- a thread that overwrites what calls return
+# -- a thread that overwrites returned values
 
 
 @pytest.fixture(scope="session")
@@ -167,7 +167,7 @@ def liar(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("library", ["driver", "unknown"])
 @pytest.mark.parametrize("seed", [0xF69, 0xBEEF])
-def test_no_forged_name_makes_less_charged_than_the_driver_gave(kernel, make_level, liar, scale, library, seed):
+def test_no_forged_name_reduces_the_charge_below_the_driver_s_bytes(kernel, make_level, liar, scale, library, seed):
     level = make_level(1 << 40)
     page, before = kernel.ledger.page_fd(level.cgroup), anomalies(kernel)
     command = [liar, getattr(kernel, library), str(page), str(scale(2000, 20_000, 1_000_000)), str(seed)]

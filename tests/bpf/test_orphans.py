@@ -1,4 +1,4 @@
-"""Memory that outlives its process, or that another process may have open: charged until the agent lets it go."""
+"""Memory that outlives its process, or that another process may have open, is charged until the agent releases it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ POOL = int(abi.Kind.POOL)
 # -- the end of a process
 
 
-def test_an_orphan_says_which_process_had_it_and_when_that_ended(kernel, level, client):
+def test_an_orphan_records_its_process_and_the_time_of_its_end(kernel, level, client):
     client(f"alloc(0x1000, {4 * MIB})")
     client(f"managed(0x2000, {6 * MIB})")
     client(f"create(7, {8 * MIB})")
@@ -35,7 +35,7 @@ def test_an_orphan_says_which_process_had_it_and_when_that_ended(kernel, level, 
     assert_left(level, held)
 
 
-def test_while_a_process_ends_there_is_no_moment_with_less_charged(level, client):
+def test_the_charge_is_never_lower_while_a_process_ends(level, client):
     client(f"alloc(0x1000, {700 * MIB})")
     client.process.kill()
     least = level.used
@@ -57,8 +57,8 @@ def test_managed_memory_that_ends_with_its_process_is_counted_as_freed(kernel, c
     assert kernel.ledger.orphans.managed_freed(0) == before + 11 * MIB
 
 
-def test_the_first_of_several_is_reported(events, level, client, make_client):
-    """The agent looks again and again as long as orphans are new."""
+def test_only_the_first_of_several_orphans_is_reported(events, level, client, make_client):
+    """The agent scans repeatedly as long as there are new orphans."""
     other = make_client(level)
     for each in (client, other):
         each(f"alloc(0x1000, {8 * MIB})")
@@ -96,7 +96,7 @@ def test_a_process_that_executes_another_program_leaves_an_orphan_and_starts_aga
     assert found == [(client.pid, first, 8 * MIB), (client.pid, second, 2 * MIB)]
 
 
-# -- letting go
+# -- the release of orphans
 
 
 def test_an_orphan_is_released_in_parts_and_never_beyond_its_size(kernel, level, client):
@@ -116,7 +116,7 @@ def test_an_orphan_is_released_in_parts_and_never_beyond_its_size(kernel, level,
     assert not kernel.ledger.orphans.let_go(orphan, 1), "it is gone"
 
 
-def test_released_memory_is_room_for_others(kernel, make_level, make_client):
+def test_released_memory_can_be_allocated_by_other_processes(kernel, make_level, make_client):
     level = make_level(100 * MIB)
     one, other = make_client(level), make_client(level)
     one(f"alloc(0x1000, {80 * MIB})")
@@ -127,8 +127,8 @@ def test_released_memory_is_room_for_others(kernel, make_level, make_client):
     assert other(f"admit({50 * MIB})") == abi.Verdict.ADMITTED
 
 
-def test_a_level_that_was_made_again_is_not_released_from(kernel, make_level, make_client):
-    """Its cgroup is the same; what was charged to the page before went with that."""
+def test_no_orphan_is_released_from_a_recreated_level(kernel, make_level, make_client):
+    """Its cgroup is the same. The charges of the former page ended with that page."""
     level, newcomer = make_level(1024 * MIB), make_level(1024 * MIB)
     one = make_client(level)
     one(f"alloc(0x1000, {8 * MIB})")
@@ -142,7 +142,7 @@ def test_a_level_that_was_made_again_is_not_released_from(kernel, make_level, ma
     assert (level.used, level.orphaned, newcomer.used) == (3 * MIB, 0, 5 * MIB)
 
 
-def test_bytes_without_an_entry_are_disowned_and_never_more_than_there_are(kernel, level, client):
+def test_bytes_without_an_entry_are_released_and_never_more_than_charged(kernel, level, client):
     client(f"alloc(0x1000, {8 * MIB})")
     client.kill()
     assert not kernel.ledger.orphans.disown(level.cgroup, 0, 9 * MIB)
@@ -153,12 +153,12 @@ def test_bytes_without_an_entry_are_disowned_and_never_more_than_there_are(kerne
     assert (level.used, level.orphaned) == (0, 0), "the entry has more than the level by now"
 
 
-def test_a_look_is_noted_on_the_page(kernel, level):
+def test_the_time_of_a_comparison_is_written_to_the_page(kernel, level):
     kernel.ledger.orphans.looked(level.cgroup, 2, 77)
     assert list(page_of(kernel, level).looked_ns[:3]) == [0, 0, 77]
 
 
-# -- what other processes may have open
+# -- memory that other processes may have open
 
 
 @pytest.mark.parametrize("how", ["exit", "release(0x77)"])
@@ -175,7 +175,7 @@ def test_an_exported_handle_stays_charged_to_the_level(kernel, level, client, ho
     assert (level.used, level.orphaned) == (0 if how == "exit" else 16 * MIB, 0)
 
 
-def test_exported_memory_and_the_rest_of_a_process_are_one_orphan(kernel, level, client):
+def test_exported_memory_and_the_other_memory_of_a_process_are_one_orphan(kernel, level, client):
     for handle, bytes_ in ((0x77, 8 * MIB), (0x78, 16 * MIB), (0x79, 32 * MIB)):
         client(f"create({handle}, {bytes_})")
         client(f"export({handle})")
@@ -191,7 +191,7 @@ def test_exported_memory_and_the_rest_of_a_process_are_one_orphan(kernel, level,
     assert_left(level, 56 * MIB)
 
 
-def test_an_orphan_whose_bytes_were_released_starts_again(kernel, level, client):
+def test_an_orphan_with_no_bytes_left_starts_again(kernel, level, client):
     for handle in (0x77, 0x78):
         before = time.monotonic_ns()
         client(f"create({handle}, {8 * MIB})")
@@ -203,7 +203,7 @@ def test_an_orphan_whose_bytes_were_released_starts_again(kernel, level, client)
     assert page_of(kernel, level).orphans == 1, "the entry of a process that lives"
 
 
-def test_an_exported_handle_goes_with_its_last_mapping(level, client):
+def test_an_exported_handle_is_orphaned_with_its_last_mapping(level, client):
     client(f"create(0x77, {8 * MIB})")
     client("export(0x77)")
     client(f"map_(0x10000000, {8 * MIB}, 0x77)")
@@ -238,7 +238,7 @@ def test_a_failed_export_does_not_count(level, client, export):
 
 
 @pytest.mark.parametrize("export", ["export_pointer", "export_range"])
-def test_after_an_export_of_what_has_no_entry_nothing_is_freed(level, client, export):
+def test_nothing_is_released_after_an_export_without_an_entry(level, client, export):
     client(f"alloc(0x1000, {8 * MIB})")
     client(f"{export}(0x1200)")
     client("free(0x1000)")
@@ -257,7 +257,7 @@ def test_pool_bytes_are_orphaned_once_a_pool_is_exported(kernel, level, client):
     assert_left(level, 24 * MIB)
 
 
-def test_an_import_is_noted(kernel, level, client):
+def test_an_import_is_recorded(kernel, level, client):
     client("import_(9, code=1)")
     assert not client.entry(kernel).flags & abi.Seen.IMPORT
     client("import_(9)")
@@ -268,7 +268,7 @@ def test_an_import_is_noted(kernel, level, client):
 # -- the end of a context
 
 
-def test_the_last_context_takes_plain_and_managed_memory_and_leaves_handles_and_pools(kernel, level, client):
+def test_the_last_context_releases_plain_and_managed_memory_and_keeps_handles_and_pools(kernel, level, client):
     freed = kernel.ledger.orphans.managed_freed(0)
     client("retain()")
     client(f"alloc(0x1000, {2 * MIB})")
@@ -293,7 +293,7 @@ def test_the_last_context_takes_plain_and_managed_memory_and_leaves_handles_and_
     assert (level.used, level.orphaned) == (9 * MIB, 9 * MIB)
 
 
-def test_the_end_of_another_context_is_counted_for_the_agent(kernel, level, client):
+def test_the_end_of_a_context_that_is_not_the_last_is_counted_for_the_agent(kernel, level, client):
     client("retain()")
     client("context(0xabc)")
     client(f"alloc(0x1000, {2 * MIB})")
@@ -308,7 +308,7 @@ def test_the_end_of_another_context_is_counted_for_the_agent(kernel, level, clie
 # -- moves
 
 
-def test_orphans_of_several_moves_are_charged_where_they_came_to_be(kernel, make_level, make_client):
+def test_orphans_are_charged_at_the_levels_in_which_they_were_created(kernel, make_level, make_client):
     group = make_level(1024 * MIB)
     levels = [make_level(512 * MIB, group) for _ in range(2)]
     one = make_client(levels[0])
@@ -327,7 +327,7 @@ def test_orphans_of_several_moves_are_charged_where_they_came_to_be(kernel, make
 
 
 def leave_one(kernel: Kernel, one, level: Level, group: Level, turn: int) -> None:
-    """The process is of the level now; it exports and frees one MiB more each turn."""
+    """Move the process to the level, and make it export and free MiBs: in each turn one more than before."""
     if turn:
         assert kernel.ledger.move(one.pid, one.entry(kernel).generation, (level.cgroup, group.cgroup))
     one(f"create({turn + 7}, {(turn + 1) * MIB})")

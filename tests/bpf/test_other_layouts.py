@@ -1,4 +1,4 @@
-"""F37: the levels of another layout are entered in this ledger as they are charged, and the other admits no more."""
+"""F37: the charges of another layout's levels are entered in this ledger, and the other ledger admits no more."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ REFUSED, ADMITTED = 0, 1
 
 @dataclass
 class Held:
-    """A level of the other ledger, with a process that has 60 of its 100 MiB."""
+    """A level of the other ledger, with a process that holds 60 of its 100 MiB."""
 
     level: Level
     client: Client
@@ -47,10 +47,10 @@ def held(kernel: Kernel, other: Kernel) -> Iterator[Held]:
     kernel.ledger.remove([level.cgroup])
 
 
-def test_charges_of_another_layout_are_entered_here_and_no_longer_admitted_there(
+def test_charges_of_another_layout_are_entered_and_its_ledger_admits_no_more(
     kernel: Kernel, other: Kernel, held: Held
 ) -> None:
-    for _ in range(2):  # a start that was killed in the middle is made again
+    for _ in range(2):  # a start that was killed half-way is repeated
         carry_over(other.pins, abi.LAYOUT, kernel.ledger)
         (usage,) = kernel.ledger.usage(held.level.cgroup, (0,)) or ()
         assert (usage.limit, usage.used, usage.orphaned) == (100 * MIB, 60 * MIB, 60 * MIB)
@@ -73,7 +73,7 @@ def test_an_uncommitted_limit_stays_uncommitted_and_no_process_is_killed(
     assert found == {0: (MIB, abi.LimitFlag.OBSERVE), 1: (MIB, abi.LimitFlag.OBSERVE | abi.uncommitted(1))}
 
 
-def test_a_level_that_was_about_to_go_is_left_out(kernel: Kernel, other: Kernel, held: Held) -> None:
+def test_a_level_that_is_being_removed_is_left_out(kernel: Kernel, other: Kernel, held: Held) -> None:
     assert other.ledger._run(abi.Adjust.WITHDRAW, held.level.cgroup) == 0
     carry_over(other.pins, abi.LAYOUT, kernel.ledger)
     assert kernel.ledger.page_missing(held.level.cgroup)

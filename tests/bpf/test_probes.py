@@ -1,4 +1,4 @@
-"""Probes as a later agent finds them: names of pinned links give each file's class and breakpoints."""
+"""Probes as a later agent finds them. The names of pinned links give each file's class and breakpoints."""
 
 from __future__ import annotations
 
@@ -53,9 +53,7 @@ def cookies(target: Target, role: Role) -> set[int]:
 
 
 @pytest.mark.parametrize("role", ROLES)
-def test_a_later_agent_finds_what_each_file_is_and_where_its_breakpoints_are(
-    kernel: Kernel, library: Target, role: Role
-) -> None:
+def test_a_later_agent_finds_each_file_s_class_and_breakpoints(kernel: Kernel, library: Target, role: Role) -> None:
     kernel.probes.attach(library, role)
     before = kernel.probes.of(file_of(library))
     assert before
@@ -69,7 +67,7 @@ def test_a_later_agent_finds_what_each_file_is_and_where_its_breakpoints_are(
     os.close(fd)
 
 
-def test_a_file_that_is_something_else_now_is_attached_again(kernel: Kernel, library: Target) -> None:
+def test_a_file_whose_class_has_changed_is_probed_again(kernel: Kernel, library: Target) -> None:
     kernel.probes.attach(library, Role.LISTED)
     before = pinned(kernel, library)
     agent = later(kernel)
@@ -83,7 +81,7 @@ def test_a_file_that_is_something_else_now_is_attached_again(kernel: Kernel, lib
     assert found.role is Role.UNKNOWN
 
 
-def test_links_that_are_not_all_there_are_removed(kernel: Kernel, library: Target) -> None:
+def test_incomplete_links_of_a_file_are_removed(kernel: Kernel, library: Target) -> None:
     kernel.probes.attach(library, Role.LISTED)
     next((kernel.pins / "links").glob(f"*-{library.dev:x}-{library.ino:x}-*-call_enter")).unlink()
     agent = later(kernel)
@@ -92,15 +90,15 @@ def test_links_that_are_not_all_there_are_removed(kernel: Kernel, library: Targe
     assert kernel.ledger.file_check(*file_of(library)) is None
 
 
-def test_names_that_no_agent_gives_are_removed(kernel: Kernel, library: Target) -> None:
-    stranger = kernel.pins / "links" / f"{kernel.probes._digest}-a-b-all3"  # of an agent before classes existed
+def test_links_with_invalid_names_are_removed(kernel: Kernel, library: Target) -> None:
+    stranger = kernel.pins / "links" / f"{kernel.probes._digest}-a-b-all3"  # of an agent before classes
     stranger.mkdir()
     later(kernel)
     assert not stranger.exists()
 
 
-def test_probes_of_two_inodes_are_kept_beside_one_another(kernel: Kernel, library: Target) -> None:
-    """The last probes show where new processes have the breakpoint. Earlier ones are removed if there are too many."""
+def test_probes_of_two_inodes_are_kept(kernel: Kernel, library: Target) -> None:
+    """The last probes give the breakpoint of new processes. Earlier probes are removed if there are too many."""
     kernel.probes.attach(library, Role.UNKNOWN)
     fd = library.open()
     plan, stamp = probe_plan.plan(fd, library.path, Role.UNKNOWN), Stamp.of(fd)
@@ -118,9 +116,9 @@ def test_probes_of_two_inodes_are_kept_beside_one_another(kernel: Kernel, librar
 
 @pytest.mark.parametrize("role", [Role.SHIM, Role.UNKNOWN])
 def test_the_checked_breakpoint_comes_last(kernel: Kernel, library: Target, role: Role, tmp_path: Path) -> None:
-    """A process whose memory holds it has all others too.
+    """A process whose memory has this breakpoint has all others too.
 
-    The gatekeeper admits a process that has it, and another inode may have had the same number and the same offset.
+    The gatekeeper admits a process that has it. Another inode may have had the same number and the same offset.
     """
     path = library.path if role is Role.UNKNOWN else shutil.copy(ROOT / "build/shim/libfgpu.so", tmp_path)
     with open(path, "rb") as file:

@@ -1,4 +1,7 @@
-"""A driver whose calls begin as those of most real ones: probed after the comparison, and witnessed as any other."""
+"""A driver whose functions begin like those of most real drivers.
+
+It is probed after the comparison, and witnessed like any other driver.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +35,7 @@ def run(*command: str | Path) -> str:
 
 @pytest.fixture(scope="module")
 def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return the tests' driver. Each call is reached by a jump after such a beginning, as in the drivers 535 to 570."""
+    """Return the tests' driver. Each call reaches it by a jump after such a beginning, as in the drivers 535 to 570."""
     folder = tmp_path_factory.mktemp("prologues")
     made = folder / "libcuda.so.1"
     flags = ["-O1", "-fPIC", "-w", "-fno-omit-frame-pointer", "-fcf-protection=none"]
@@ -54,7 +57,7 @@ def other(kernel: Kernel, library: Path) -> Iterator[Kernel]:
     kernel.probes.let_go((target.dev, target.ino))
 
 
-def test_probed_behind_the_comparison(library: Path) -> None:
+def test_probes_are_attached_behind_the_comparison(library: Path) -> None:
     symbols = {
         line.split()[2]: int(line.split()[0], 16) for line in run("nm", "-D", library).splitlines() if " T " in line
     }
@@ -66,10 +69,10 @@ def test_probed_behind_the_comparison(library: Path) -> None:
         assert code[at] == 0x74
 
 
-def test_calls_are_seen_with_what_they_ask_for_and_answer(other: Kernel, level: Level) -> None:
+def test_probes_record_the_arguments_and_results_of_calls(other: Kernel, level: Level) -> None:
     client = Client(other, level)
     client(f"alloc(0x1000, {4 * MIB})")
-    client(f"alloc(0x2000, {6 * MIB}, 2)")  # fails
+    client(f"alloc(0x2000, {6 * MIB}, 2)")  # this call fails
     assert level.used == 4 * MIB
     client(f"create(7, {2 * MIB})")
     client(f"map_(0x100000, {2 * MIB}, 7)")
@@ -81,8 +84,8 @@ def test_calls_are_seen_with_what_they_ask_for_and_answer(other: Kernel, level: 
     client.kill()
 
 
-def test_the_test_of_return_probes_ends(kernel: Kernel) -> None:
-    """A check that fails early would find every kernel fit."""
+def test_the_selftest_of_return_probes_passes(kernel: Kernel) -> None:
+    """A selftest that failed early would accept every kernel."""
     assert uretprobe_check.return_probes_survive_seccomp(str(kernel.shim))
     with pytest.raises(OSError, match="the check failed"):
         uretprobe_check.return_probes_survive_seccomp(str(kernel.shim), -1)
@@ -91,7 +94,7 @@ def test_the_test_of_return_probes_ends(kernel: Kernel) -> None:
 def test_a_process_that_dies_at_a_return_probe_makes_the_kernel_unfit(
     kernel: Kernel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Every process under such a profile gets SIGILL at the probe's return, from Linux 6.11 to early 6.13."""
+    """Every process under such a seccomp profile gets SIGILL at the probe's return, from Linux 6.11 to early 6.13."""
     monkeypatch.setattr(uretprobe_check, "_CHILD", "import os, signal; os.kill(os.getpid(), signal.SIGILL)")
     assert uretprobe_check.unfit(str(kernel.shim)) == uretprobe_check.KILLS
     monkeypatch.undo()

@@ -1,4 +1,4 @@
-"""T16: floods with maps of 64 entries and a ring of one page: what is sent and what is lost add up to everything."""
+"""T16: floods with maps of 64 entries and a ring of one page. Sent and lost events add up to all events."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ from tests.bpf.conftest import (
 from tests.bpf.events_kit import fates
 
 ENTRIES, PART = 64, 16
-PAGE_EVENTS = 4096 // 64  # at most
-ROUNDS = 10  # of a flood, each by another process
+PAGE_EVENTS = 4096 // 64  # the most that fit in a page
+ROUNDS = 10  # rounds of a flood, each by another process
 SMALL = {
     "MOST_ALLOCATIONS": ENTRIES,
     "MOST_THREADS": ENTRIES,
@@ -34,8 +34,8 @@ SMALL = {
     "MOST_ORPHANS": ENTRIES,
     "MOST_BORROWERS": 1,
     "EVENT_BYTES": 4096,
-    "EVENTS_A_SECOND": 1 << 30,  # none is left out for its rate: only the ring loses events
-    "CGROUPS_A_SECOND": 0,  # other events of this host do not matter
+    "EVENTS_A_SECOND": 1 << 30,  # no event is left out because of the rate: only the ring loses events
+    "CGROUPS_A_SECOND": 0,  # other events of this host are ignored
 }
 
 
@@ -80,7 +80,7 @@ class Listener(threading.Thread):
 
 @pytest.mark.parametrize("is_read", [True, False], ids=["read during the flood", "read at the end"])
 def test_reported_and_lost_events_of_a_flood_add_up(kernel, events, level, attack, scale, is_read):
-    """The ring has a reader, or is read only at the end."""
+    """A thread reads the ring during the flood, or only at its end."""
     each = scale(20_000, 100_000, 1_000_000) // ROUNDS
     list(events.read())
     before = fates(kernel)
@@ -96,13 +96,16 @@ def test_reported_and_lost_events_of_a_flood_add_up(kernel, events, level, attac
 
 
 def leave(client: Client, orphans: int) -> None:
-    """Let this many children allocate a MiB for their pools, which have no entries, and exit."""
+    """Start this many children, each of which allocates a MiB in a pool, without an entry, and exits."""
     for _ in range(orphans):
         client(f"fork() or (admit({MIB}, kind=1), os._exit(0))")
 
 
 def test_orphans_without_room_are_charged_and_released_level_by_level(kernel, make_level, make_client):
-    """Each level has its part of the map, and four have filled it. Orphans without an entry are only on the page."""
+    """Each level has its part of the map, and four levels have filled it.
+
+    Orphans without an entry are only on the page.
+    """
     orphans, levels = kernel.ledger.orphans, [make_level(64 * MIB) for _ in range(ENTRIES // PART + 1)]
     before = anomalies(kernel)["FULL"]
     for level in levels:
@@ -133,7 +136,7 @@ def test_a_released_orphan_makes_room_for_another(kernel, level: Level, client):
 
 
 def test_entries_and_missing_entries_add_up(kernel, make_level, make_client):
-    """Four levels have their parts of the map, which is full then. All that the driver returned is charged."""
+    """Four levels have used their parts, so the map is full. All bytes that the driver returned are charged."""
     kernel.ledger.sweep()
     before, levels = anomalies(kernel)["FULL"], [make_level(MIB) for _ in range(ENTRIES // PART + 1)]
     clients = [make_client(level) for level in levels]

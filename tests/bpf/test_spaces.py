@@ -1,4 +1,4 @@
-"""Processes that share an address space (vfork, clone with CLONE_VM): what one of them allocates, all have."""
+"""Processes that share an address space (vfork, clone with CLONE_VM) share the memory that one of them allocates."""
 
 from __future__ import annotations
 
@@ -16,7 +16,10 @@ CLONE_VM, CLONE_FILES, CLONE_VFORK = 0x100, 0x400, 0x4000
 
 
 class Child:
-    """A child of a client, made by clone() with these flags. order() starts a call in it and returns at once."""
+    """A child of a client, created by clone() with these flags.
+
+    order() starts a call in the child and returns at once.
+    """
 
     def __init__(self, client: Client, fifo: Path, flags: int, bytes_: int) -> None:
         os.mkfifo(fifo)
@@ -24,7 +27,7 @@ class Child:
         waits = flags & CLONE_VFORK
         client.send(line) if waits else None
         self.pid = 0 if waits else int(client(line))
-        self._orders = fifo.open("wb", buffering=0)  # opens when the child opens it
+        self._orders = fifo.open("wb", buffering=0)  # the open returns when the child opens it
 
     def order(self, what: str) -> None:
         self._orders.write(what.encode())
@@ -74,7 +77,7 @@ def known(kernel: Kernel, client: Client) -> Client:
     return client
 
 
-def test_a_vforked_child_takes_memory_for_its_parent(kernel, level, known, start):
+def test_memory_of_a_vforked_child_is_charged_to_its_parent(kernel, level, known, start):
     child = start(known, CLONE_VM | CLONE_VFORK)
     child.order("a")
     wait_until(lambda: level.used == 5 * MIB)
@@ -92,7 +95,7 @@ def cgroup_pids(level: Level) -> list[int]:
 
 
 @pytest.mark.parametrize("flags", [CLONE_VM, CLONE_VM | CLONE_FILES])
-def test_a_child_with_the_same_memory_takes_memory_for_its_parent(kernel, level, known, start, flags):
+def test_memory_of_a_child_with_the_same_address_space_is_charged_to_its_parent(kernel, level, known, start, flags):
     child = start(known, flags)
     child.order("a")
     wait_until(lambda: level.used == 5 * MIB)
@@ -107,7 +110,7 @@ def test_a_child_with_the_same_memory_takes_memory_for_its_parent(kernel, level,
     assert_left(level, 5 * MIB)
 
 
-def test_a_child_with_a_copy_of_the_memory_is_another_process(kernel, level, known, start):
+def test_a_child_with_a_copied_address_space_is_another_process(kernel, level, known, start):
     child = start(known, 0)
     child.order("a")
     wait_until(lambda: level.used == 5 * MIB)
@@ -117,7 +120,7 @@ def test_a_child_with_a_copy_of_the_memory_is_another_process(kernel, level, kno
     assert (level.used, level.orphaned) == (5 * MIB, 4 * MIB)
 
 
-def test_a_child_that_executes_a_program_is_its_own_from_then_on(kernel, level, known, start):
+def test_a_child_that_executes_a_program_is_charged_itself_afterwards(kernel, level, known, start):
     child = start(known, CLONE_VM)
     child.order("a")
     wait_until(lambda: level.used == 5 * MIB)
@@ -129,8 +132,8 @@ def test_a_child_that_executes_a_program_is_its_own_from_then_on(kernel, level, 
     assert (level.used, level.orphaned) == (5 * MIB, 0)
 
 
-def test_a_child_in_another_level_is_charged_to_its_parent_s(kernel, level, known, start, make_level):
-    """The memory belongs to the parent, whatever level the child has been moved to."""
+def test_a_child_in_another_level_is_charged_to_its_parent_s_level(kernel, level, known, start, make_level):
+    """The memory belongs to the parent, also if the child has been moved to another level."""
     other, child = make_level(1024 * MIB), start(known, CLONE_VM)
     (other.path / "cgroup.procs").write_text(str(child.pid))
     child.order("a")
@@ -155,7 +158,7 @@ def test_a_child_that_outlives_its_parent_is_charged_itself(kernel, level, known
     assert_left(level, 9 * MIB)
 
 
-def test_the_first_of_them_that_calls_is_charged_for_all(kernel, level, client, start):
+def test_the_first_process_that_calls_is_charged_for_its_whole_address_space(kernel, level, client, start):
     child = start(client, CLONE_VM)
     child.order("a")
     wait_until(lambda: level.used == 4 * MIB)
@@ -169,8 +172,11 @@ def test_the_first_of_them_that_calls_is_charged_for_all(kernel, level, client, 
     assert (level.used, client.entry(kernel).bytes[0]) == (7 * MIB, 2 * MIB)
 
 
-def test_an_address_space_that_is_used_again_is_another_process_s(kernel, level, make_client):
-    """The kernel soon reuses the address for another space. The earlier process is charged for nothing of that."""
+def test_a_reused_address_space_belongs_to_another_process(kernel, level, make_client):
+    """The kernel soon reuses the address for another address space.
+
+    The earlier process is not charged for that space.
+    """
     for _ in range(20):
         one = make_client(level)
         one(f"alloc(0x1000, {MIB})")

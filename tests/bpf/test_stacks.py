@@ -14,7 +14,7 @@ AT_UPROBES = {"admit", "give_back", "call_enter", "call_return"}
 
 
 @pytest.mark.parametrize("arch", ["x86", "arm64"])
-def test_the_kernel_sees_a_tail_call_in_programs_at_uprobes(arch: str) -> None:
-    """The tail call keeps the kernel from giving them the stack of a processor."""
+def test_the_kernel_detects_a_tail_call_in_programs_at_uprobes(arch: str) -> None:
+    """A tail call prevents the kernel from giving these programs the stack of a processor."""
     code = compiled(arch)
     assert {name for name, made in code.items() if (CALL, 0, 0, TAIL_CALL) in made} == AT_UPROBES

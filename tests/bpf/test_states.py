@@ -1,6 +1,6 @@
-"""The kernel's ledger compared with a model of it: after each call, in any order, both hold the same.
+"""The kernel's ledger is compared with a model of it. After each call, in any order, both have the same charges.
 
-hypothesis chooses the calls, in programs of two tenants of one group, with every limit low enough to be met.
+hypothesis chooses the calls, in programs of two tenants of one group. Every limit is low enough to be reached.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ IMPOSSIBLE = ("RELEASE", "FULL", "DEVICE", "LOST")
 sizes = st.integers(1, 1 << 20)
 limits = st.integers(1 << 18, 1 << 22)
 programs = st.integers(0, MOST_PROGRAMS - 1)
-places = st.integers(0, 1)  # few pointers and handles, so that they come again
-outcomes = st.sampled_from([0, 0, 0, 1])  # of a call: most succeed
+places = st.integers(0, 1)  # few pointers and handles, so that they are reused
+outcomes = st.sampled_from([0, 0, 0, 1])  # results of a call: most succeed
 libraries = st.sampled_from([True, True, True, False])  # most calls are of the host's library
 
 
@@ -40,15 +40,15 @@ class Program:
     client: Client
     tenant: int
     life: Life = field(default_factory=Life)
-    is_host: bool = True  # the library that it calls
+    is_host: bool = True  # whether it calls the host's library
 
 
 @dataclass
 class Left:
-    """Bytes that one process has left at the levels that it had then."""
+    """Bytes that an exited process has left at the levels that it had."""
 
     tgid: int
-    number: int  # of the process's life
+    number: int  # number of the process's generation
     turn: int
     bytes: int
     levels: tuple[int, ...]
@@ -82,7 +82,7 @@ class States(RuleBasedStateMachine):
         return all(self.used(level) + bytes_ <= self.limits[level] for level in (program.tenant, 2))
 
     def orphan(self, program: Program, bytes_: int, tgid: int = 0, number: int = 0) -> None:
-        """Orphan bytes of a program, or of a child of it."""
+        """Orphan bytes of a program, or of a child of the program."""
         tgid, number, turn = tgid or program.client.pid, number or program.life.number, program.life.turn
         if not bytes_:
             return
@@ -103,14 +103,14 @@ class States(RuleBasedStateMachine):
         return [program for program in self.programs if program.life.home >= 0]
 
     def seen(self, which: int) -> Program:
-        """Return a program that is known to the kernel from now on."""
+        """Return a program, of which the kernel has an entry after this."""
         program = self.some(which)
         if program.life.home < 0:
             program.life = Life(number=next(self.lives), home=program.tenant)
         return program
 
     def calls(self, which: int, is_host: bool = True) -> Program:
-        """Return a program that calls the driver, in this library."""
+        """Return a program that calls the driver, with this library."""
         program = self.seen(which)
         program.life.enter()
         if program.is_host != is_host:
@@ -119,7 +119,7 @@ class States(RuleBasedStateMachine):
         return program
 
     def end(self, program: Program) -> None:
-        """End a program's life, and orphan all that it held."""
+        """End a program, and orphan all memory that it held."""
         life = program.life
         life.enter()
         self.orphan(program, life.bytes())
@@ -185,14 +185,14 @@ class States(RuleBasedStateMachine):
     @precondition(lambda self: self.programs)
     @rule(which=programs)
     def forget(self, which: int) -> None:
-        """Move a program out of all managed cgroups until it calls again, which removes its charges."""
+        """Move a program out of all managed cgroups until its next call. This removes its charges."""
         program = self.some(which)
         process = program.client.entry(self.kernel)
         if process:
             assert self.kernel.ledger.move(program.client.pid, process.generation, ())
             self.forget_life(program)
 
-    # -- asking
+    # -- requests
 
     @precondition(lambda self: self.programs)
     @rule(which=programs, size=sizes, kind=st.sampled_from([0, POOL, CONTEXT_KIND]))
@@ -231,7 +231,7 @@ class States(RuleBasedStateMachine):
     @precondition(lambda self: self.known())
     @rule(which=programs, size=sizes, managed=st.integers(0, 1))
     def end_a_thread_in_a_call(self, which: int, size: int, managed: int) -> None:
-        """End a thread during a call. The program is charged what fitted when the call began."""
+        """End a thread during a call. The program is charged the bytes that fitted when the call began."""
         program = self.known()[which % len(self.known())]
         charged = size if self.fits(program, size) else 0
         program.life.loose_managed += charged if managed else 0
@@ -240,7 +240,7 @@ class States(RuleBasedStateMachine):
         self.wait_for_threads(program)
 
     def wait_for_threads(self, program: Program) -> None:
-        """Wait for joined threads: before Linux 6.16 a join may return before the kernel sees the end."""
+        """Wait for joined threads: before Linux 6.16 a join may return before the kernel records the end."""
         busy = 1 if program.life.admitted or program.life.call else 0
         wait_until(lambda: (p := program.client.entry(self.kernel)) and p.begun - p.changes == busy)
 
@@ -251,7 +251,10 @@ class States(RuleBasedStateMachine):
         which=programs, at=places, size=sizes, call=st.sampled_from(["alloc", "managed"]), code=outcomes, host=libraries
     )
     def allocate(self, which: int, at: int, size: int, call: str, code: int, host: bool) -> None:
-        """Allocate. If the pointer is in use already, its end was not seen, or the call returned a forged pointer."""
+        """Allocate.
+
+        If the pointer is in use already, its free was not recorded, or the call returned a forged pointer.
+        """
         program = self.calls(which, host)
         code = code if call == "alloc" else 0
         charged = max(program.life.take_over() or 0, size)
@@ -263,7 +266,7 @@ class States(RuleBasedStateMachine):
     @precondition(lambda self: self.programs)
     @rule(which=programs, at=places, code=outcomes, host=libraries)
     def free(self, which: int, at: int, code: int, host: bool) -> None:
-        """Free a pointer that may be unknown."""
+        """Free a pointer, which may be unknown."""
         program = self.calls(which, host)
         program.client(f"free({0x1000 * (at + 1)}, code={code})")
         if code:
@@ -274,9 +277,9 @@ class States(RuleBasedStateMachine):
     @precondition(lambda self: self.programs)
     @rule(which=programs, size=sizes, managed=st.booleans())
     def leave(self, which: int, size: int, managed: bool) -> None:
-        """Leave a call. What was not admitted is charged if it fitted when the call began."""
+        """Leave a call. Bytes that were not admitted are charged if they fitted when the call began."""
         call = self.some(which).life.call
-        size += bool(call and call.asked == size)  # to the ledger, the same call again is the same call
+        size += bool(call and call.asked == size)  # for the ledger, a repeated call is the same call
         program = self.calls(which)
         admitted = program.life.take_over() or 0
         fits = self.fits(program, max(0, size - admitted) + admitted)
@@ -286,7 +289,7 @@ class States(RuleBasedStateMachine):
     @precondition(lambda self: self.programs)
     @rule(which=programs, at=places, code=outcomes, export=st.sampled_from(["export_pointer", "export_range"]))
     def export(self, which: int, at: int, code: int, export: str) -> None:
-        """Export a pointer, so that another process may have it."""
+        """Export a pointer, so that another process may have it open."""
         entry = self.some(which).life.pointers.get(at)
         if entry and not entry.gone:
             self.calls(which).client(f"{export}({0x1000 * (at + 1)}, code={code})")
@@ -304,7 +307,7 @@ class States(RuleBasedStateMachine):
     @precondition(lambda self: self.programs)
     @rule(which=programs, size=sizes, code=outcomes, at=places, again=outcomes, host=libraries)
     def create(self, which: int, size: int, code: int, at: int, again: int, host: bool) -> None:
-        """Create a handle, seldom under a name that exists."""
+        """Create a handle, seldom with a name that exists."""
         program = self.calls(which, host)
         known = self.handle_of(program, at) if again else None
         handle = next(self.numbers) if known is None else known
@@ -396,7 +399,7 @@ class States(RuleBasedStateMachine):
         host=libraries,
     )
     def end_context(self, which: int, at: int, what: str, code: int, host: bool) -> None:
-        """End a context, but not during a call, which would end with the last context and be charged again."""
+        """End a context, but not during a call. The call would end with the last context and be charged again."""
         life = self.some(which).life
         handles = sorted(life.context_entries.keys() - {0})
         if life.admitted or (what == "destroy" and not handles):
@@ -427,7 +430,7 @@ class States(RuleBasedStateMachine):
     @precondition(lambda self: self.programs)
     @rule(which=programs, size=sizes)
     def correct(self, which: int, size: int) -> None:
-        """Correct the overhead, which only NVML knows. It is refused during a call."""
+        """Correct the overhead, which only NVML shows. The kernel refuses that during a call."""
         program = self.some(which)
         process = program.client.entry(self.kernel)
         if not process:
@@ -468,7 +471,7 @@ class States(RuleBasedStateMachine):
     # -- at each check
 
     def seen_levels(self) -> list[tuple[int, ...]]:
-        """Return of each level: bytes, orphaned bytes, entries in each map."""
+        """Return bytes, orphaned bytes and the entries in each map, for each level."""
         found = []
         for level in self.levels:
             usage = level.usage()
@@ -525,7 +528,7 @@ def assert_same(process: Process | None, life: Life) -> None:
 
 
 @pytest.mark.timeout(3600)
-def test_the_ledger_is_its_model(kernel: Kernel, scale: Callable[[int, int, int], int]) -> None:
+def test_the_ledger_equals_its_model(kernel: Kernel, scale: Callable[[int, int, int], int]) -> None:
     settings = hypothesis.settings(
         max_examples=scale(5, 40, 200),
         stateful_step_count=100,

@@ -1,4 +1,4 @@
-"""Admissions that no call settles, and calls whose end is not seen, stay charged: the driver may have done them."""
+"""Unsettled admissions, and calls whose end is not recorded, stay charged: the driver may have executed them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from tests.bpf.conftest import CONTEXT, MIB, assert_corrected, assert_left, wait
 REFUSED, ADMITTED = abi.Verdict.REFUSED, abi.Verdict.ADMITTED
 
 
-def test_a_loop_of_admissions_that_are_never_used_reaches_the_limit(kernel, level, client):
+def test_unused_admissions_in_a_loop_reach_the_limit(kernel, level, client):
     """The limit holds, because the memory may have been allocated where there is no probe."""
     asked = [client(f"admit({100 * MIB})") for _ in range(23)]
     assert asked == [ADMITTED] * 10 + [REFUSED] * 13
@@ -20,7 +20,7 @@ def test_a_loop_of_admissions_that_are_never_used_reaches_the_limit(kernel, leve
     assert client(f"admit({1024 * MIB})") == ADMITTED
 
 
-def test_an_admission_that_is_not_used_before_the_next_one_is_not_quiet(kernel, level, client):
+def test_a_process_with_an_unused_earlier_admission_is_not_quiet(kernel, level, client):
     client(f"admit({4 * MIB})")
     client(f"admit({6 * MIB})")
     entry = client.entry(kernel)
@@ -38,8 +38,8 @@ def test_admissions_of_ended_threads_stay_charged(kernel, level, client):
 
 @pytest.mark.parametrize("how", ["allocate_and_leap", "thread_ends_inside"])
 @pytest.mark.parametrize(("managed", "corrected"), [(0, 0), (1, 6 * MIB)])
-def test_memory_of_a_call_that_was_left_stays_charged(kernel, level, client, how, managed, corrected):
-    """NVML does not show managed memory, so only the end of the process proves that it is freed."""
+def test_memory_of_a_call_left_by_longjmp_stays_charged(kernel, level, client, how, managed, corrected):
+    """NVML does not show managed memory, so only the end of the process proves that the memory is free."""
     client(f"cuda.{how}(u64({6 * MIB}), {managed})")
     client("free(0x9999)")  # another call
     wait_until(lambda: client.entry(kernel).quiet)
@@ -51,24 +51,24 @@ def test_memory_of_a_call_that_was_left_stays_charged(kernel, level, client, how
     assert_left(level, corrected)
 
 
-def test_an_admitted_call_that_was_left_stays_charged_with_all_that_was_admitted(kernel, level, client):
+def test_a_call_left_by_longjmp_stays_charged_with_its_whole_admission(kernel, level, client):
     client(f"admit({8 * MIB})")
-    client(f"cuda.thread_ends_inside(u64({6 * MIB}), 1)")  # another thread: not its admission
+    client(f"cuda.thread_ends_inside(u64({6 * MIB}), 1)")  # another thread, without this admission
     client(f"cuda.allocate_and_leap(u64({6 * MIB}), 1)")
     client("free(0x9999)")
     entry = client.entry(kernel)
     assert (level.used, entry.managed[0]) == (14 * MIB, 14 * MIB)
 
 
-# -- a call of another library during a call: the result of the first is not seen
+# -- a call of another library during a call: the result of the first call is not recorded
 
 
 def left(client, call: str) -> None:
-    """Call the driver from a signal's handler during that call, which succeeds."""
+    """Call the driver in a signal handler during that call, which succeeds."""
     client(f"meanwhile(lambda: free(0x9999, code=1)) or {call}")
 
 
-def test_a_context_whose_end_was_not_seen_keeps_another_from_being_the_last(kernel, level, client):
+def test_a_context_whose_creation_was_not_recorded_still_counts(kernel, level, client):
     client("retain()")
     client(f"managed(0x1000, {4 * MIB})")
     left(client, "context(0xabc)")
@@ -77,7 +77,7 @@ def test_a_context_whose_end_was_not_seen_keeps_another_from_being_the_last(kern
     assert level.used >= 4 * MIB
 
 
-def test_a_reference_whose_end_was_not_seen_keeps_the_primary_context(kernel, level, client):
+def test_an_unrecorded_second_retain_keeps_the_primary_context(kernel, level, client):
     client("retain()")
     client(f"managed(0x1000, {4 * MIB})")
     left(client, "retain()")
@@ -87,7 +87,7 @@ def test_a_reference_whose_end_was_not_seen_keeps_the_primary_context(kernel, le
     assert level.used == 0
 
 
-def test_a_first_reference_whose_end_was_not_seen_is_a_context(kernel, level, client):
+def test_an_unrecorded_first_retain_counts_as_a_context(kernel, level, client):
     left(client, "retain()")
     client("context(0xabc)")
     client(f"managed(0x1000, {4 * MIB})")
@@ -95,14 +95,14 @@ def test_a_first_reference_whose_end_was_not_seen_is_a_context(kernel, level, cl
     assert (client.entry(kernel).contexts[0], client.entry(kernel).managed[0]) == (1, 4 * MIB)
 
 
-def test_a_handle_whose_making_was_not_seen_outlives_the_last_context(kernel, level, client):
+def test_a_handle_whose_creation_was_not_recorded_survives_the_last_context(kernel, level, client):
     left(client, f"create(7, {4 * MIB})")
     client("retain()")
     client("primary_release()")
     assert (level.used, client.entry(kernel).overhead[0]) == (4 * MIB, 0)
 
 
-def test_a_mapping_that_was_not_seen_holds_its_handle(kernel, level, client):
+def test_a_mapping_that_was_not_recorded_keeps_its_handle_charged(kernel, level, client):
     client(f"create(7, {4 * MIB})")
     left(client, f"map_(0x100000, {4 * MIB}, 7)")
     client("release(7)")
@@ -110,7 +110,7 @@ def test_a_mapping_that_was_not_seen_holds_its_handle(kernel, level, client):
 
 
 @pytest.mark.parametrize("export", ["export_pointer(0x1000)", "export_range(0x1000)", "export(7)"])
-def test_after_an_export_that_was_not_seen_nothing_is_freed(level, client, export):
+def test_nothing_is_released_after_an_unrecorded_export(level, client, export):
     client(f"alloc(0x1000, {2 * MIB})")
     client(f"create(7, {4 * MIB})")
     left(client, export)
@@ -119,7 +119,7 @@ def test_after_an_export_that_was_not_seen_nothing_is_freed(level, client, expor
     assert (level.used, level.orphaned) == (6 * MIB, 6 * MIB)
 
 
-def test_after_an_export_of_a_pool_that_was_not_seen_its_bytes_are_orphaned(level, client):
+def test_pool_bytes_are_orphaned_after_an_unrecorded_export_of_the_pool(level, client):
     client(f"admit({8 * MIB}, kind={int(abi.Kind.POOL)})")
     left(client, "export_pool()")
     client(f"give_back({8 * MIB})")

@@ -27,7 +27,7 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
 
 @pytest.fixture
 def make(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """Return what make.py defines."""
+    """Return the functions that make.py defines."""
     monkeypatch.syspath_prepend(FOLDER)
     return runpy.run_path(str(FOLDER / "make.py"))
 

@@ -1,7 +1,7 @@
-"""A known load on one simulated device, and what it comes to.
+"""A known load on one simulated device, and the resulting figures.
 
-Owns: four tenants and a process outside any. What is expected of a dashboard is counted here from what was asked for,
-never from what the agent says.
+The module starts four tenants and a process outside every tenant. The expected figures of a dashboard are computed here
+from the requested load, never from figures of the agent.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ FULL_LIMIT, FULL_USED = CONTEXT + 96 * MIB, CONTEXT + 64 * MIB
 AROUND_LIMIT, AROUND_USED = 2 * GIB, CONTEXT + 32 * MIB
 BUSY_LIMIT = GIB
 STRANGER = CONTEXT + 128 * MIB
-REFUSALS = 5  # few: by how much Prometheus extrapolates is a part of them
+REFUSALS = 5  # few: the tolerance for Prometheus' extrapolation depends on this number
 FATAL_XIDS, XIDS = 1, 3
 WEIGHTS = {"heavy": 300, "light": 100}
-CEILINGS = {"heavy": 0.8, "light": 0.1}  # less than the whole together: each is held back, and not by the other alone
-DUE = CEILINGS  # what the ceiling of one leaves is due to the other
+CEILINGS = {"heavy": 0.8, "light": 0.1}  # less than the whole together: each tenant is limited by its own ceiling
+DUE = CEILINGS  # time that the ceiling of one tenant leaves is due to the other
 
 
 @dataclass
 class Load:
-    """The tenants by their part, and the program whose refusals are counted."""
+    """The tenants by their role, and the program whose refusals are counted."""
 
     tenants: dict[str, Tenant]
     full: Client
@@ -50,7 +50,7 @@ class Load:
 
     @property
     def committed(self) -> int:
-        """The sum of the limits."""
+        """Return the sum of the limits."""
         return FULL_LIMIT + AROUND_LIMIT + 2 * BUSY_LIMIT
 
     @property
@@ -76,7 +76,7 @@ def compiled_spin(work: Path) -> Path:
 
 @contextmanager
 def stranger() -> Iterator[None]:
-    """A process in no tenant, with a context and 128 MiB."""
+    """Start a process in no tenant, with a context and 128 MiB."""
     pipe = subprocess.PIPE
     command = [BUILD / "e2e/client"]
     with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, bufsize=1, env=ENVIRONMENT) as process:
@@ -92,14 +92,14 @@ def stranger() -> Iterator[None]:
 
 
 def end(tenant: Tenant) -> None:
-    """Kills all that is in it."""
+    """Kill all processes in the tenant's cgroup."""
     for pid in tenant.pids():
         with suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
 
 
 def busy(work: Path, part: str, program: Path, closing: ExitStack) -> Tenant:
-    """A tenant that has kernels in flight whenever it may."""
+    """Return a tenant that has kernels in flight whenever its gate is open."""
     place = Place(work, "--weight", str(WEIGHTS[part]), "--compute", f"{CEILINGS[part]:.0%}")
     closing.callback(place.close)
     tenant = place.tenant(BUSY_LIMIT)

@@ -78,7 +78,7 @@ def exporting(text: str) -> Iterator[str]:
 
 @contextlib.contextmanager
 def scraping(address: str, work: Path, other: str) -> Iterator[Prometheus]:
-    """Run Prometheus after it has scraped the agent's address once. `other`: an address that is another job's."""
+    """Run Prometheus after it has scraped the agent's address once. `other` is an address of another job."""
     target = {"targets": [address], "labels": {"cluster": CLUSTER}}
     config = {
         "global": {"scrape_interval": "1s", "evaluation_interval": "1s"},

@@ -1,4 +1,4 @@
-"""The rules of grafana/dashboard-linter, Grafana's own schema, and a check that the files are what make.py writes.
+"""The rules of grafana/dashboard-linter, Grafana's own schema, and a check that make.py writes the committed files.
 
 Prometheus itself checks that a query is valid PromQL: test_queries runs every query.
 """
@@ -31,7 +31,7 @@ def dashboard(request: pytest.FixtureRequest, dashboards: dict[str, dict[str, An
 
 @pytest.fixture
 def panels(dashboard: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return the panels that show something."""
+    """Return the panels that show data."""
     return [panel for panel in dashboard["panels"] if panel["type"] != "row"]
 
 
@@ -41,12 +41,12 @@ def queries(panels: list[dict[str, Any]]) -> list[str]:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_file_is_what_make_writes(name: str, make: dict[str, Any]) -> None:
+def test_the_file_equals_the_output_of_make(name: str, make: dict[str, Any]) -> None:
     assert (FOLDER / f"{name}.json").read_text() == make["text"](name), "python3 dashboards/make.py"
 
 
-def test_variables(dashboard: dict[str, Any]) -> None:
-    """template-datasource, -job, -instance, -on-time-change-reload and uneditable."""
+def test_dashboards_have_the_required_variables(dashboard: dict[str, Any]) -> None:
+    """The rules are template-datasource, -job, -instance, -on-time-change-reload and uneditable."""
     found = {variable["name"]: variable for variable in dashboard["templating"]["list"]}
     assert found.keys() == VARIABLES
     assert (found["datasource"]["type"], found["datasource"]["query"]) == ("datasource", "prometheus")
@@ -63,8 +63,10 @@ def test_variables(dashboard: dict[str, Any]) -> None:
     assert dashboard["editable"] is False
 
 
-def test_panels(dashboard: dict[str, Any], panels: list[dict[str, Any]]) -> None:
-    """panel-datasource, -title-description, -units and -no-targets."""
+def test_panels_have_datasource_title_units_and_targets(
+    dashboard: dict[str, Any], panels: list[dict[str, Any]]
+) -> None:
+    """The rules are panel-datasource, -title-description, -units and -no-targets."""
     for panel in panels:
         assert panel["title"]
         assert panel["description"].endswith(".")
@@ -77,13 +79,13 @@ def test_panels(dashboard: dict[str, Any], panels: list[dict[str, Any]]) -> None
 
 
 def invalid(part: dict[str, Any], found: Any) -> list[str]:
-    """Return what the schema of a part of Grafana's does not allow."""
+    """Return the values that the schema of a part of Grafana does not allow."""
     schema = part | {"definitions": GRAFANA["definitions"]}
     return [f"{error.json_path}: {error.message}" for error in jsonschema.Draft7Validator(schema).iter_errors(found)]
 
 
-def test_grafana_knows_every_key(dashboard: dict[str, Any], panels: list[dict[str, Any]]) -> None:
-    """Dashboard, options and custom fields have the types of @grafana/schema, with no key that it does not have."""
+def test_grafana_s_schema_has_every_key(dashboard: dict[str, Any], panels: list[dict[str, Any]]) -> None:
+    """Dashboard, options and custom fields have the types of @grafana/schema, and no other key."""
     part = GRAFANA["properties"]
     assert invalid(part["dashboard"], dashboard) == []
     assert invalid(part["dashboard"], dashboard | {"panel": []}) != []
@@ -95,8 +97,8 @@ def test_grafana_knows_every_key(dashboard: dict[str, Any], panels: list[dict[st
             assert invalid(part["custom"]["properties"][kind], custom) == []
 
 
-def test_numbers_have_colours_of_their_own(panels: list[dict[str, Any]]) -> None:
-    """Grafana shows a number without thresholds in green below 80, and in red from there."""
+def test_numbers_have_their_own_colours(panels: list[dict[str, Any]]) -> None:
+    """Grafana shows a number without thresholds in green below 80, and in red from 80."""
     colours: dict[str, list[str]] = {}
     for panel in panels:
         if panel["type"] in ("stat", "gauge"):
@@ -123,7 +125,7 @@ def test_legends_are_tables(panels: list[dict[str, Any]]) -> None:
 
 
 @pytest.mark.parametrize("name", ["cluster", "node"])
-def test_curves_of_tenants_are_few(dashboards: dict[str, dict[str, Any]], name: str) -> None:
+def test_graphs_show_only_few_tenants(dashboards: dict[str, dict[str, Any]], name: str) -> None:
     """A cluster or a node may have a thousand tenants."""
     curves = [panel for panel in dashboards[name]["panels"] if panel["type"] == "timeseries"]
     few = [target["expr"] for panel in curves for target in panel["targets"] if "{{tenant}}" in target["legendFormat"]]
@@ -146,8 +148,11 @@ def test_tables_have_names_for_their_columns(panels: list[dict[str, Any]]) -> No
             assert all(row["displayName"] in names.values() for row in panel["options"]["sortBy"])
 
 
-def test_tenants_lead_to_their_dashboard(dashboard: dict[str, Any], panels: list[dict[str, Any]]) -> None:
-    """Each link is to a dashboard that exists, sets variables that it has, and uses a column or label that is there."""
+def test_names_of_tenants_link_to_their_dashboard(dashboard: dict[str, Any], panels: list[dict[str, Any]]) -> None:
+    """Each link leads to an existing dashboard.
+
+    It sets variables of that dashboard, and uses an existing column or label.
+    """
     uids, to_tenants = {f"fgpu-{name}" for name in NAMES}, 0
     for panel in panels:
         overrides = panel["fieldConfig"]["overrides"]
@@ -162,22 +167,25 @@ def test_tenants_lead_to_their_dashboard(dashboard: dict[str, Any], panels: list
     assert to_tenants >= (3 if dashboard["uid"] == "fgpu-cluster" else 1)
 
 
-def test_metrics_that_are_not_of_fgpu_are_known(queries: list[str]) -> None:
-    """Metrics of fgpu are compared with the agent's own in docs/test_references.py."""
+def test_metrics_of_other_exporters_are_listed(queries: list[str]) -> None:
+    """docs/test_references.py compares metrics of fgpu with the agent's own."""
     words = {word for expr in queries for word in re.findall(r"\b[A-Z][A-Z]+_\w+", expr)}
     assert words <= DCGM
 
 
 def test_every_selector_names_cluster_job_and_instance(queries: list[str]) -> None:
-    """target-job and target-instance."""
+    """The rules are target-job and target-instance."""
     for expr in queries:
         for selector in SELECTOR.finditer(expr):
             for name in ("cluster", "job", "instance"):
                 assert f'{name}=~"${name}"' in (selector[1] or ""), f"{selector[0]} in {expr}"
 
 
-def test_rates_and_counters(queries: list[str]) -> None:
-    """The rules target-rate-interval and target-counter-agg; no `or vector()`, which shows 0 without a measurement."""
+def test_counters_are_queried_as_rates(queries: list[str]) -> None:
+    """The rules are target-rate-interval and target-counter-agg.
+
+    `or vector()` is not allowed: it shows 0 without a measurement.
+    """
     for expr in queries:
         assert "vector(" not in expr
         for function, rest in re.findall(r"\b(rate|irate|increase)\((\w+\{[^}]*\}\[[^]]*\])", expr):

@@ -1,4 +1,4 @@
-"""The files that bring Prometheus and Grafana up: what one names is there, and they name each other right."""
+"""The files that start Prometheus and Grafana: named files exist, and the files refer to each other correctly."""
 
 from __future__ import annotations
 
@@ -29,7 +29,9 @@ def mounted(service: dict[str, Any]) -> dict[str, str]:
     return {target: source for source, target, *_ in found}
 
 
-def test_prometheus_takes_its_configuration_and_the_rules(tmp_path: Path, services: dict[str, dict[str, Any]]) -> None:
+def test_prometheus_accepts_its_configuration_and_the_rules(
+    tmp_path: Path, services: dict[str, dict[str, Any]]
+) -> None:
     here = mounted(services["prometheus"])
     config = read("prometheus.yaml")
     assert (

@@ -1,6 +1,6 @@
 """Every query of every panel, run by a real Prometheus that scrapes a real agent.
 
-Every number that is shown is compared with the load that was applied.
+Every number in a panel is compared with the applied load.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def load(service: Service, tmp_path_factory: pytest.TempPathFactory) -> Iterator
 
 @pytest.fixture(scope="module")
 def prometheus(load: known.Load, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prometheus]:
-    """Return a Prometheus that has seen the tenants before the first refusal, and the last refusal."""
+    """Return a Prometheus that has scraped the tenants before the first refusal, and the last refusal."""
     (uuid,) = re.findall(r'gpu_uuid="([^"]+)"', metrics_page())
     labels = f'{{gpu="7",UUID="{uuid}",device="nvidia7",Hostname="elsewhere"}}'  # other names than the agent's
     page = "".join(f"DCGM_FI_DEV_{name}{labels} {value}\n" for name, value in DCGM.items())
@@ -73,7 +73,7 @@ Expected = float | Any
 
 
 def totals(load: known.Load) -> dict[str, dict[str, Expected]]:
-    """Return what each dashboard and panel shows when all tenants are chosen."""
+    """Return the expected values of each dashboard and panel when all tenants are selected."""
     held, in_use = sum(load.used.values()) + known.STRANGER, known.device_used()
     assert held < in_use < held + 128 * MIB  # for each context the driver holds some memory that no process's row has
     memory = {
@@ -98,7 +98,7 @@ def totals(load: known.Load) -> dict[str, dict[str, Expected]]:
 
 
 def of_tenant(load: known.Load, part: str) -> dict[str, Expected]:
-    """Return what each panel of the tenant's dashboard shows."""
+    """Return the expected value of each panel of the tenant's dashboard."""
     limit = {"full": known.FULL_LIMIT, "around": known.AROUND_LIMIT}.get(part, known.BUSY_LIMIT)
     used = load.used[load.tenants[part].name]
     shown = {
@@ -118,7 +118,10 @@ def numbers(dashboard: dict[str, Any]) -> dict[str, str]:
 
 
 def shown(prometheus: Prometheus, panel: str, expr: str) -> float | None:
-    """Return the one number, rounded if it is a count over time, which Prometheus extrapolates; None: no data."""
+    """Return the number of a panel, or None without data.
+
+    A count over time is rounded, because Prometheus extrapolates it.
+    """
     found = prometheus.ask(expr)
     assert len(found) <= 1, (panel, found)
     value = next(iter(found.values()), None)
@@ -140,12 +143,14 @@ def assert_shows(prometheus: Prometheus, queries: dict[str, str], expected: dict
 
 
 @pytest.mark.parametrize("name", ["cluster", "node"])
-def test_each_number_is_what_was_applied(prometheus: Prometheus, load: known.Load, dashboards, name: str) -> None:
+def test_each_number_equals_the_applied_load(prometheus: Prometheus, load: known.Load, dashboards, name: str) -> None:
     assert_shows(prometheus, numbers(dashboards[name]), totals(load)[name], ".+")
 
 
 @pytest.mark.parametrize("part", ["full", "around", "heavy", "light"])
-def test_each_number_of_a_tenant(prometheus: Prometheus, load: known.Load, dashboards, part: str) -> None:
+def test_each_number_of_a_tenant_equals_its_load(
+    prometheus: Prometheus, load: known.Load, dashboards, part: str
+) -> None:
     expected = of_tenant(load, part)
     assert_shows(prometheus, numbers(dashboards["tenant"]), expected, load.tenants[part].name)
 
@@ -164,7 +169,7 @@ def by(found: dict[Labels, float], label: str) -> dict[str, float]:
     return {dict(labels)[label]: value for labels, value in found.items()}
 
 
-def test_tables_and_shares(prometheus: Prometheus, load: known.Load, dashboards) -> None:
+def test_tables_and_shares_have_the_right_tenants(prometheus: Prometheus, load: known.Load, dashboards) -> None:
     """The series have the right tenants."""
     panels = [panel for panel in dashboards["cluster"]["panels"] if panel["type"] != "row"]
     queries = {panel["title"]: chosen(panel["targets"][0]["expr"]) for panel in panels}
@@ -179,8 +184,10 @@ def test_tables_and_shares(prometheus: Prometheus, load: known.Load, dashboards)
     )
 
 
-def test_who_used_the_gpu(prometheus: Prometheus, load: known.Load, dashboards) -> None:
-    """A tenant holds the same memory all the time, so its memory hours give the time for which it held them."""
+def test_memory_hours_equal_the_time_for_which_tenants_held_memory(
+    prometheus: Prometheus, load: known.Load, dashboards
+) -> None:
+    """A tenant holds the same memory all the time, so its memory hours give that time."""
     panels = {panel["title"]: panel for panel in dashboards["usage"]["panels"]}
     names, now = {part: tenant.name for part, tenant in load.tenants.items()}, str(time.time())
 
@@ -215,8 +222,8 @@ def test_who_used_the_gpu(prometheus: Prometheus, load: known.Load, dashboards) 
 
 
 @pytest.mark.parametrize("name", ["cluster", "node"])
-def test_use_of_devices_is_that_of_dcgm(prometheus: Prometheus, dashboards, name: str) -> None:
-    """Both name a device by its UUID, and their other labels differ."""
+def test_use_of_devices_equals_that_of_dcgm(prometheus: Prometheus, dashboards, name: str) -> None:
+    """Both identify a device by its UUID. Their other labels differ."""
     panels = {panel["title"]: panel for panel in dashboards[name]["panels"]}
     expected = {"GPU utilisation": 0.37, "Memory bandwidth utilisation": 0.11, "Power": 350.5, "Temperature": 61}
     for title, value in expected.items():
@@ -224,7 +231,7 @@ def test_use_of_devices_is_that_of_dcgm(prometheus: Prometheus, dashboards, name
         assert found == {frozenset({("instance", LISTEN), ("gpu", "0")}): pytest.approx(value)}, title
 
 
-def test_variables_offer_what_there_is(prometheus: Prometheus, load: known.Load, dashboards) -> None:
+def test_variables_list_the_existing_values(prometheus: Prometheus, load: known.Load, dashboards) -> None:
     offered = {
         "cluster": {CLUSTER}, "job": {JOB}, "instance": {LISTEN}, "gpu": {"0"}, "namespace": set(), "pod": set(),
         "tenant": {tenant.name for tenant in load.tenants.values()},

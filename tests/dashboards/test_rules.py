@@ -1,4 +1,4 @@
-"""Tests of alerts, with promtool's own unit tests: what makes each one fire, and what does not."""
+"""Tests of alerts, with promtool's own unit tests: which series make each alert fire, and which do not."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ HERE = 'cluster="c",job="fgpu",instance="n"'
 ON = f'{HERE},gpu="0",tenant="t"'
 GIB = 1 << 30
 
-MINUTES = {"FgpuTenantIdle": 300}  # of the series, if not 20
+MINUTES = {"FgpuTenantIdle": 300}  # minutes of the series, if not 20
 HOLDING = {
     f"fgpu_memory_used_bytes{{{ON}}}": f"{2 * GIB}x300",
     f'fgpu_tenant_info{{{HERE},tenant="t",kind="tenant"}}': "1x300",
 }
 
-# Each alert: series that make it fire within 20 minutes, and those that do not.
+# For each alert: series that make it fire within 20 minutes, and series that do not.
 CASES: dict[str, tuple[dict[str, str], dict[str, str]]] = {
     "FgpuAgentDown": ({f"up{{{HERE}}}": "0x20"}, {f"up{{{HERE}}}": "1x20"}),
     "FgpuGatekeeperDown": ({f"fgpu_gatekeeper_up{{{HERE}}}": "0x20"}, {f"fgpu_gatekeeper_up{{{HERE}}}": "1x20"}),
@@ -36,7 +36,7 @@ CASES: dict[str, tuple[dict[str, str], dict[str, str]]] = {
             f'fgpu_tenant_enforcement{{{HERE},tenant="t",mode="none"}}': "1x20",
             f"fgpu_memory_limit_bytes{{{ON}}}": "1x20",
         },
-        {f'fgpu_tenant_enforcement{{{HERE},tenant="t",mode="none"}}': "1x20"},  # it has no limit
+        {f'fgpu_tenant_enforcement{{{HERE},tenant="t",mode="none"}}': "1x20"},  # the tenant has no limit
     ),
     "FgpuOverLimit": (
         {f"fgpu_memory_used_bytes{{{ON}}}": "101x20", f"fgpu_memory_limit_bytes{{{ON}}}": "100x20"},
@@ -130,13 +130,13 @@ CASES: dict[str, tuple[dict[str, str], dict[str, str]]] = {
 }
 
 
-def test_every_alert_is_tried() -> None:
+def test_every_alert_has_test_series() -> None:
     assert CASES.keys() == ALERTS.keys()
 
 
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("fires", [True, False])
-def test_alerts_that_fire_and_that_do_not(tmp_path: Path, name: str, fires: bool) -> None:
+def test_alerts_fire_only_with_their_series(tmp_path: Path, name: str, fires: bool) -> None:
     assert_fires(tmp_path, name, CASES[name][not fires], fires)
 
 
@@ -144,7 +144,7 @@ def test_alerts_that_fire_and_that_do_not(tmp_path: Path, name: str, fires: bool
     ("mode", "fires"),
     [("kernel", False), ("observe", False), ("cooperative", True), ("counted", True), ("none", True)],
 )
-def test_each_word_for_enforcement_alerts_or_does_not(tmp_path: Path, mode: str, fires: bool) -> None:
+def test_each_word_for_enforcement_has_its_alert_or_none(tmp_path: Path, mode: str, fires: bool) -> None:
     limited = {f"fgpu_memory_limit_bytes{{{ON}}}": "1x20"}
     series = limited | {f'fgpu_tenant_enforcement{{{HERE},tenant="t",mode="{mode}"}}': "1x20"}
     assert_fires(tmp_path, "FgpuNotEnforced", series, fires)
@@ -163,10 +163,10 @@ def test_an_observed_tenant_may_exceed_its_limit(tmp_path: Path, mode: str, fire
         (GIB, "tenant", 60, False), (2 * GIB, "group", 60, False),
     ],
 )  # fmt: skip
-def test_holding_little_or_working_is_not_idleness(
+def test_a_tenant_that_holds_little_or_works_is_not_idle(
     tmp_path: Path, held: int, kind: str, idle_seconds: int, fires: bool
 ) -> None:
-    """`idle_seconds`: of each minute. A group is as idle as its tenants, which have alerts of their own."""
+    """`idle_seconds` is the value of each minute. A group is as idle as its tenants, which have their own alerts."""
     series = {
         f"fgpu_memory_used_bytes{{{ON}}}": f"{held}x300",
         f'fgpu_tenant_info{{{HERE},tenant="t",kind="{kind}"}}': "1x300",
@@ -176,8 +176,8 @@ def test_holding_little_or_working_is_not_idleness(
 
 
 @pytest.mark.parametrize(("waiting", "fires"), [("0+60x20", True), ("30x20", False), ("_x20", False)])
-def test_a_turn_that_never_comes_is_starvation(tmp_path: Path, waiting: str, fires: bool) -> None:
-    """The wait is not counted until it ends."""
+def test_a_wait_without_end_is_starvation(tmp_path: Path, waiting: str, fires: bool) -> None:
+    """The wait is counted only when it ends."""
     entered = {f"fgpu_compute_wait_seconds_total{{{ON}}}": "7x20", f"fgpu_compute_seconds_total{{{ON}}}": "1x20"}
     shares = {f"fgpu_compute_entitled_ratio{{{ON}}}": "0.5x20"}
     series = entered | shares | {f"fgpu_compute_waiting_seconds{{{ON}}}": waiting}
@@ -199,7 +199,7 @@ def assert_fires(tmp_path: Path, name: str, values: dict[str, str], fires: bool)
 
 
 @pytest.mark.parametrize("name", ALERTS)
-def test_each_says_what_it_is_and_has_a_runbook(name: str) -> None:
+def test_each_alert_has_a_description_and_a_runbook(name: str) -> None:
     rule: dict[str, Any] = ALERTS[name]
     assert rule["labels"]["severity"] in {"critical", "warning", "info"}
     assert rule["annotations"].keys() == {"summary", "description", "runbook_url"}

@@ -18,7 +18,7 @@ from tests.support.service import Service
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Build the site, and return its folder. A warning of the build is a failure."""
     folder = tmp_path_factory.mktemp("site")
-    # Without --quiet, which hides warnings from the count that --strict uses.
+    # Without --quiet, which would exclude warnings from the count of --strict.
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", folder]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -44,9 +44,12 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
 
 @pytest.fixture(scope="module")
 def docker(service: Service, tmp_path_factory: pytest.TempPathFactory) -> Iterator[engines.Engine]:
-    """Return Docker where the agent asks for it, with an image `ubuntu:24.04`: a root with glibc and a shell."""
+    """Return a Docker at the socket that the agent uses.
+
+    It has an image `ubuntu:24.04`: a root with glibc and a shell.
+    """
     image = engines.make_root(tmp_path_factory.mktemp("image") / "root")
-    work = service.engine.parent  # of its socket
+    work = service.engine.parent  # the folder of its socket
     cave = engines.Cave(work, service.cdi)
     try:
         found = engines.NewerDocker(cave, work)

@@ -1,4 +1,4 @@
-"""Tests of what the Debian package brings to read: pages without dead links, manual pages, examples."""
+"""Tests of the documentation in the Debian package: pages without dead links, manual pages, examples."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ FENCE = re.compile(r"^(```|~~~).*?^\1", re.MULTILINE | re.DOTALL)
 
 @pytest.fixture(scope="module")
 def share(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return /usr/share as the package has it."""
+    """Return /usr/share as in the package."""
     stage = tmp_path_factory.mktemp("stage")
     runpy.run_path(str(ROOT / "deploy/debian/documents.py"))["write"](stage)
     return stage / "usr/share"
@@ -37,7 +37,7 @@ def pages(share: Path) -> dict[Path, str]:
 
 
 def anchors(text: str) -> set[str]:
-    """Return the anchors of a page's titles, as code hosts and the site make them."""
+    """Return the anchors of a page's titles, as code hosts and the site create them."""
     named = [(own, re.sub(r"[^\w -]", "", title).lower().replace(" ", "-")) for title, own in TITLE.findall(text)]
     return {own or made for own, made in named} | set(re.findall(r'<\w+ id="([\w-]+)"', text))
 
@@ -62,7 +62,7 @@ def test_every_page_is_installed_with_its_generated_parts(share: Path, pages: di
 
 
 def test_pages_that_messages_and_units_name_are_installed(share: Path) -> None:
-    """A user of the package has no checkout to look into."""
+    """A user of the package has no checkout."""
     sources = [*(ROOT / "fgpu_ebpf").rglob("*.py"), *(ROOT / "shim").rglob("*.[ch]"), *(ROOT / "oci").glob("*.c")]
     named = {f"doc/fgpu/{page}" for path in sources for page in re.findall(r"\bdocs/\w+\.md", path.read_text())}
     units = "".join(unit.read_text() for unit in (ROOT / "deploy/systemd").glob("*.service"))

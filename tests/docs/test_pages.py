@@ -1,4 +1,4 @@
-"""Tests of what pages say about the code: named tests exist, and every check of `fgpu doctor` is explained."""
+"""Tests of the pages' statements about the code: named tests exist, and every check of `fgpu doctor` is explained."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ OUTSIDE = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.m
 PAGES = [*OUTSIDE, *sorted(DOCS.rglob("*.md"))]
 TEST = re.compile(r"^def (test_\w+)", re.MULTILINE)
 SELECTS = re.compile(r'\./dev test (\w+)(?: -s)? -k ("[^"]+"|\w+)')
-# On its own line, indented or after a prompt, or in a text.
+# A selection on its own line, indented or after a prompt, or in a text.
 TYPED = re.compile(r"(?:`|^ {4}(?:\$ )?|^\$ )(?:sudo )?fgpu ([a-z][^`|#&\n]*)", re.MULTILINE)
 OPTIONS = {words: {name for p in command.params for name in p.opts} for words, command in references.commands()}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: path.stem)
-def test_tests_that_a_page_names_are_there(page) -> None:
+def test_tests_that_a_page_names_exist(page) -> None:
     named = re.findall(r"`(?:tests/)?([\w/]+\.py)::(\w+)`", page.read_text())
     for file, test in named:
         found = ast.parse((ROOT / "tests" / file).read_text()).body
         assert test in {node.name for node in found if isinstance(node, ast.FunctionDef)}, f"{file}::{test}"
 
 
-def test_every_promise_has_tests() -> None:
+def test_every_promise_of_a_page_names_tests() -> None:
     promises = re.split(r"^\*\*(P\d)\.", (DOCS / "security.md").read_text().split("## How it is held")[0], flags=re.M)
     assert promises[1::2] == [f"P{n}" for n in range(1, 9)]
     assert all(text.count(".py::") >= 2 for text in promises[2::2])
@@ -48,13 +48,13 @@ def test_selections_of_tests_in_a_page_match(page) -> None:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: path.stem)
-def test_metrics_that_a_page_names_are_there(page) -> None:
+def test_metrics_that_a_page_names_exist(page) -> None:
     named = set(re.findall(r"`(fgpu_[a-z_]*[a-z])[`{]", page.read_text())) - {"fgpu_ebpf", "fgpu_admit"}
     assert named - {references.exposed(family) for family in references.families()} == set()
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: path.stem)
-def test_commands_and_options_that_a_page_types_are_there(page) -> None:
+def test_commands_and_options_that_a_page_contains_exist(page) -> None:
     for said in TYPED.findall(page.read_text()):
         words = ["fgpu", *said.split(" -- ")[0].split()]
         command = next((known for n in (3, 2) if (known := " ".join(words[:n])) in OPTIONS), "")
@@ -80,8 +80,8 @@ def test_suites_and_benchmarks_that_a_page_names_exist(page) -> None:
 
 
 @pytest.mark.parametrize("page", [*OUTSIDE, *sorted(ROOT.glob(".github/**/*.md"))], ids=lambda path: path.stem)
-def test_links_of_a_page_outside_the_site_lead_somewhere(page) -> None:
-    """mkdocs checks those of docs/."""
+def test_links_of_pages_outside_the_site_have_targets(page) -> None:
+    """mkdocs checks the links in docs/."""
     for path, anchor in re.findall(r"\]\((?!https?:)([\w./-]+)(?:#([\w-]+))?\)", page.read_text()):
         target = page.parent / path
         assert target.exists(), path
@@ -114,7 +114,7 @@ def test_statements_on_other_products_have_sources() -> None:
 
 
 def texts(node: ast.expr, around: ast.AST) -> Iterator[str]:
-    """Yield the texts of an expression: constants, also those that a name has in the same function or module."""
+    """Yield the texts of an expression: constants, and those that a name has in the same function or module."""
     for part in ast.walk(node):
         if isinstance(part, ast.Constant) and isinstance(part.value, str):
             yield part.value

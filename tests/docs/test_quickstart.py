@@ -1,8 +1,8 @@
 """The quick start, typed: each command of its ```console blocks is run, and its output is compared with the page.
 
-Steps that cannot be done here are left out and have their own tests: the demo (`test_demo_holds`), packages and systemd
-(`tests/packages`). Replaced are NVIDIA's part of `docker run --gpus`, and the path of Docker's settings. The user is in
-no group yet, so that commands of root need `sudo`.
+Steps that cannot be done here are left out and have their own tests: the demo (`test_the_demo_enforces_both_limits`),
+packages and systemd (`tests/packages`). NVIDIA's part of `docker run --gpus` and the path of Docker's settings are
+replaced. The user is in no group at first, so commands of root need `sudo`.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ BLOCK = re.compile(r"^```console\n(.*?)^```", re.MULTILINE | re.DOTALL)
 SUDO = 'BY_SUDO=yes; export BY_SUDO; exec "$@"'
 ASKS = '[ "${BY_SUDO:-}" ] || { echo "$0: root alone may, or a group that has no member yet" >&2; exit 1; }'
 SYSTEMCTL = '[ "$*" = "reload docker" ] && kill -HUP "$(cat {pid})"'
-# The settings are not at Docker's usual path, and tenants' cgroups are where the agent sees them.
+# The settings are not at Docker's usual path, and tenants' cgroups are at a place that the agent scans.
 FGPU = """
 case $1 in
 setup) exec {fgpu} "$@" --file {settings} ;;

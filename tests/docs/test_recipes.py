@@ -1,4 +1,4 @@
-"""Settings of the page on recipes, in real engines: the limits that they promise are in force."""
+"""Settings of the page on recipes, in real engines: the promised limits are in force."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ LIMITS = {"nproc": 100, "nofile": 1024}
 
 
 class Shared(Service):
-    """A host with the page's shares, and the usual ones that it names."""
+    """A host with the page's shares, and the default shares that the page names."""
 
     def __init__(self, work: Path, asked: Sequence[str]) -> None:
         super().__init__(work, asked)
@@ -52,7 +52,7 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
 
 @contextlib.contextmanager
 def cgroups(service: Service, work: Path, group: str, policy: str) -> Iterator[Cgroups]:
-    """Cgroups inside one of the host's, whose programs have the page's variable, and a policy of the page."""
+    """Yield cgroups inside one of the host's. Their programs have the page's variable and a policy of the page."""
     place = Cgroups(work)
     place.group = group
     with engines.policy(service, policy, FILES[f"/etc/fgpu/policy.d/{policy}"]):
@@ -62,13 +62,13 @@ def cgroups(service: Service, work: Path, group: str, policy: str) -> Iterator[C
 
 @pytest.fixture
 def users(service: Service, tmp_path: Path) -> Iterator[Cgroups]:
-    """Sessions of users."""
+    """Yield sessions of users."""
     with cgroups(service, tmp_path, "/user.slice", "20-users.yaml") as place:
         yield place
 
 
 def slice_of(one: Tenant) -> dict[str, Any]:
-    """Return what `fgpu status` says of the slice of a session's user."""
+    """Return the line of `fgpu status` for the slice of a session's user."""
     path = os.path.dirname(one.path)
     return eventually(lambda: next((t for t in output("status")["tenants"] if t["path"] == path), None), 5, path)
 
@@ -87,7 +87,7 @@ def test_a_recipe_limits_all_programs_of_a_user_together(users: Cgroups) -> None
     assert slice_of(other)["devices"][0]["compute"]["weight"] == 100
 
 
-def test_a_recipe_holds_without_the_variable(users: Cgroups) -> None:
+def test_a_recipe_limits_a_user_without_the_variable(users: Cgroups) -> None:
     one = users.named("user-1000.slice/session-1.scope")
     honest, without = one.client(), one.client(before="env -u LD_PRELOAD")
     honest.ok(f"alloc {6 * GIB}")
@@ -103,7 +103,7 @@ def test_a_recipe_of_slurm_limits_the_tasks_of_a_job_together(service: Service, 
         first, second = (jobs.named(f"job_7/step_0/user/task_{number}") for number in (0, 1))
         one, two, other = first.client(), second.client(), jobs.named("job_8/step_0/user/task_0").client()
         limit = one.ok("info")[1]
-        assert 3 * GIB < limit <= 4 * GIB  # a quarter of what tenants can get
+        assert 3 * GIB < limit <= 4 * GIB  # a quarter of the memory that tenants can get
         one.ok(f"alloc {2 * GIB}")
         assert two.do(f"alloc {2 * GIB}") == REFUSED
         other.ok(f"alloc {2 * GIB}")
@@ -111,7 +111,10 @@ def test_a_recipe_of_slurm_limits_the_tasks_of_a_job_together(service: Service, 
 
 @pytest.fixture
 def with_etc(tmp_path: Path) -> Callable[[str, str], str]:
-    """Return a function that makes a prefix of a command: it changes a copy of /etc, which the command has as /etc."""
+    """Return a function that makes a prefix of a command.
+
+    The prefix gives the command a changed copy of /etc as its /etc.
+    """
     etc = tmp_path / "etc"
     shutil.copytree("/etc", etc, symlinks=True)
     (etc / "ld.so.preload").unlink(missing_ok=True)
@@ -128,7 +131,9 @@ def with_etc(tmp_path: Path) -> Callable[[str, str], str]:
     return prefix
 
 
-def test_a_recipe_holds_by_a_list_of_all_programs(users: Cgroups, with_etc: Callable[[str, str], str]) -> None:
+def test_a_recipe_limits_a_user_by_a_preload_list_of_all_programs(
+    users: Cgroups, with_etc: Callable[[str, str], str]
+) -> None:
     (command,) = re.findall(r"`sudo (ln -s \S+ /etc/ld\.so\.preload)`", PAGE)
     one = users.named("user-1000.slice/session-1.scope")
     client = one.client(before=with_etc(command, 'env -u LD_PRELOAD "$@"'))
@@ -146,8 +151,8 @@ def bypassing() -> dict[int, str]:
     return {row["pid"]: row["how"] for row in output("ps")}
 
 
-def test_a_recipe_reaches_programs_of_a_login(users: Cgroups, with_etc: Callable[[str, str], str]) -> None:
-    """A login by `su`, which reads /etc/environment by PAM."""
+def test_a_recipe_limits_programs_of_a_login(users: Cgroups, with_etc: Callable[[str, str], str]) -> None:
+    """The test logs in by `su`, which reads /etc/environment by PAM."""
     line = FILES["/etc/environment"].strip().replace("/var/lib/fgpu/shim/current/libfgpu.so", str(SHIM))
     library = ENVIRONMENT["LD_LIBRARY_PATH"]
     login = f'su --login daemon --shell /bin/sh --command "env LD_LIBRARY_PATH={library} $*"'
@@ -164,7 +169,7 @@ def compose() -> dict[str, Any]:
     return dict(yaml.safe_load(FILES["compose.yaml"])["services"])
 
 
-def test_a_recipe_of_compose_names_shares_of_its_own(docker: engines.Engine, compose: dict[str, Any]) -> None:
+def test_a_recipe_of_compose_names_its_own_shares(docker: engines.Engine, compose: dict[str, Any]) -> None:
     """Engines get the names of `devices` as Compose passes them on."""
     limits = {"train": 8 * GIB, "notebook": 2 * GIB}
     assert compose.keys() == limits.keys()
@@ -176,13 +181,13 @@ def test_a_recipe_of_compose_names_shares_of_its_own(docker: engines.Engine, com
 
 
 def filled_by(logs: str) -> dict[str, int]:
-    """Return what the program of each service got, with its context, from the logs of Compose."""
+    """Return the bytes that the program of each service got, with its context, from the logs of Compose."""
     return {name: int(got) + CONTEXT for name, got in re.findall(r"^(\w+)-1 .*admitted (\d+) bytes", logs, re.M)}
 
 
 @pytest.mark.skipif(not COMPOSE, reason="FGPU_COMPOSE names no docker-compose")
 def test_a_recipe_runs_with_compose(docker: engines.Engine, compose: dict[str, Any], tmp_path: Path) -> None:
-    """The page's file, but for the image, the program and NVIDIA's devices, which are not here."""
+    """The file is the page's, except for the image, the program and NVIDIA's devices, which do not exist here."""
     for one in compose.values():
         one["devices"].remove("nvidia.com/gpu=all")
         one |= {"image": "plain:1", "command": ["sh", "-c", engines.FILL], "network_mode": "none", "ulimits": LIMITS}
@@ -248,7 +253,7 @@ def filled(docker: engines.Engine, name: str) -> int:
 
 
 def test_a_recipe_of_jupyterhub_gives_groups_their_shares(docker: engines.Engine) -> None:
-    """Docker's API gets the function's result; NVIDIA's request cannot be answered here."""
+    """Docker's API gets the function's result. NVIDIA's request cannot be served here."""
     spawner = SimpleNamespace(extra_host_config=None)
     exec(FILES["jupyterhub_config.py"], {"c": SimpleNamespace(DockerSpawner=spawner)})
     for group, limit in (("staff", 12 * GIB), ("students", 2 * GIB), ("others", 4 * GIB)):

@@ -1,4 +1,4 @@
-"""Reference pages have all that there is, with words for each."""
+"""Reference pages contain every metric, key, command and field, each with a description."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.support.host import ROOT
 
 @pytest.fixture(scope="module")
 def shown(site: Path) -> dict[str, str]:
-    """The reference pages as text."""
+    """Return the text of the reference pages."""
     return {path.stem: path.read_text() for path in (site / "reference").glob("*.html")}
 
 
@@ -30,14 +30,14 @@ def test_every_metric_is_shown(shown: dict[str, str]) -> None:
         assert f"<code>{name}</code>" in shown["metrics"], name
 
 
-def test_every_metric_has_words_and_its_labels(shown: dict[str, str]) -> None:
+def test_every_metric_has_a_description_and_its_labels(shown: dict[str, str]) -> None:
     for family in references.families():
         assert family.documentation, family.name
         for label in family._labelnames:
             assert f"<code>{label}</code>" in shown["metrics"], (family.name, label)
 
 
-def test_every_metric_that_dashboards_ask_for_is_shown(shown: dict[str, str]) -> None:
+def test_every_metric_of_the_dashboards_is_shown(shown: dict[str, str]) -> None:
     files = [*(ROOT / "dashboards").rglob("*.json"), ROOT / "dashboards/rules.yaml"]
     asked = {name for file in files for name in re.findall(r"\bfgpu_[a-z_]+\b", file.read_text())}
     known = {references.exposed(family) for family in references.families()}
@@ -67,7 +67,7 @@ def test_every_key_is_shown(shown: dict[str, str]) -> None:
         assert f"<code>{key}</code>" in shown["policy"], key
 
 
-def test_editors_show_what_each_key_means() -> None:
+def test_editors_show_the_description_of_each_key() -> None:
     """Descriptions are those of `fgpu policy schema`."""
     schema = policy_schema.json_schema()
     for model in (schema, *schema["$defs"].values()):
@@ -75,7 +75,7 @@ def test_editors_show_what_each_key_means() -> None:
             assert said.get("description") or "$ref" in said, (model["title"], key)
 
 
-def test_every_command_and_option_has_words_and_is_shown(shown: dict[str, str]) -> None:
+def test_every_command_and_option_has_a_description_and_is_shown(shown: dict[str, str]) -> None:
     found = dict(references.commands())
     assert len(found) > 20
     assert "\b" not in shown["cli"], "click's mark of a paragraph that is not wrapped"
@@ -88,7 +88,7 @@ def test_every_command_and_option_has_words_and_is_shown(shown: dict[str, str]) 
                 assert f"<code>{name}</code>" in shown["cli"], (words, name)
 
 
-def test_a_key_without_words_ends_the_build(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_key_without_a_description_fails_the_build(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(policy_schema.Views.model_fields["utilization"], "description", None)
     with pytest.raises(AssertionError, match="utilization does not say what it is"):
         references.policy()
@@ -105,7 +105,7 @@ def test_every_field_of_json_output_is_shown(shown: dict[str, str]) -> None:
                 assert f"<code>{field}</code>" in shown["json"], (name, field)
 
 
-def test_examples_of_json_output_are_as_the_schema_says() -> None:
+def test_examples_of_json_output_follow_the_schema() -> None:
     row, event = (json.loads(text) for text in re.findall(r"^```json\n(.*?)^```", JSON_PAGE, re.M | re.S))
     jsonschema.validate([row], output_schema.of("ps"))
     jsonschema.validate(event, output_schema.of("events"))

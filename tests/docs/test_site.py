@@ -11,7 +11,7 @@ import pytest
 
 from tests.support.host import ROOT
 
-# What a browser fetches by itself when it shows a page.
+# Addresses that a browser fetches by itself when it shows a page.
 FETCHED = {
     "script": "src", "img": "src", "iframe": "src", "source": "src", "embed": "src", "object": "data", "use": "href",
     "image": "href", "link": "href",
@@ -49,14 +49,14 @@ def pages(site: Path) -> dict[Path, Page]:
     return {path: Page(path) for path in sorted(site.rglob("*.html"))}
 
 
-def test_every_document_is_a_page(site: Path) -> None:
+def test_every_document_is_a_page_of_the_site(site: Path) -> None:
     for path in (ROOT / "docs").rglob("*.md"):
         assert (site / path.relative_to(ROOT / "docs").with_suffix(".html")).exists(), path
     assert (site / "contributing.html").exists()
     assert not (site / "hooks").exists()
 
 
-def test_no_other_host_is_asked(site: Path, pages: dict[Path, Page]) -> None:
+def test_no_page_fetches_from_another_host(site: Path, pages: dict[Path, Page]) -> None:
     asked = {(path.name, target) for path, page in pages.items() for target in page.fetched}
     for style in site.rglob("*.css"):
         asked |= {(style.name, target) for target in STYLE.findall(style.read_text())}
@@ -65,14 +65,14 @@ def test_no_other_host_is_asked(site: Path, pages: dict[Path, Page]) -> None:
     assert elsewhere == set()
 
 
-def test_no_page_has_what_the_theme_fetches_code_for(pages: dict[Path, Page]) -> None:
+def test_no_page_has_elements_for_which_the_theme_fetches_code(pages: dict[Path, Page]) -> None:
     """The theme's script has addresses of other hosts for diagrams and repositories. No page needs them."""
     for path, page in pages.items():
         assert not page.classes & {"mermaid", "md-source"}, path
 
 
-def test_links_lead_somewhere(site: Path, pages: dict[Path, Page]) -> None:
-    """Links within the site, with their anchors, exist. mkdocs does not check what hooks and the theme have made."""
+def test_links_within_the_site_have_targets(site: Path, pages: dict[Path, Page]) -> None:
+    """Anchors of the links exist too. mkdocs does not check text that hooks and the theme have generated."""
     for path, page in pages.items():
         for link in page.links:
             parts = urlsplit(link)
@@ -96,8 +96,8 @@ def test_pictures_are_small_and_their_text_is_text(site: Path) -> None:
         assert "<title" in text
 
 
-def test_what_a_search_finds(site: Path) -> None:
-    """Generated parts are found too."""
+def test_the_search_finds_all_parts(site: Path) -> None:
+    """This includes generated parts."""
     index = (site / "search/search_index.json").read_text()
     for word in ("fgpu_memory_refused_total", "matchExpressions", "--pidns", "fgpu doctor"):
         assert word in index, word

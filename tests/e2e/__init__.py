@@ -1,1 +1,1 @@
-"""End to end: commands, sockets and container runtimes, and nothing from the package."""
+"""End-to-end tests: they use commands, sockets and container runtimes, and import nothing from the package."""

@@ -28,7 +28,7 @@ NEWER = "9.9.9"
 
 @dataclass(kw_only=True)
 class Host(World):
-    """A host with everything that a fault of this file needs; `work`: a folder for its files."""
+    """A host with everything that the faults of test_combinations_anew.py need. `work` is a folder for its files."""
 
     group: Cgroups
     docker: Docker
@@ -46,7 +46,7 @@ class Host(World):
         return {name: one for name, one in self.columns.items() if not isinstance(one, special)}
 
     def check_programs(self) -> None:
-        """Check the columns of held() without the ledger, which only an agent that is well can show."""
+        """Check the columns of held() without the ledger, which only a working agent can show."""
         for one in self.held().values():
             for device, bytes_ in one.bytes.items():
                 one._check(device, bytes_)
@@ -81,7 +81,7 @@ class Host(World):
             self.columns[feature].client.kill()
             self.columns[feature].client.close()
             if feature == "orphaned memory":
-                continue  # only the program that asks: what another one held stays
+                continue  # only the first program of the tenant: memory of a second program is not allocated again
             eventually(lambda tenant=tenant: not tenant.driver(), 10, "its end")
             eventually(lambda feature=feature: not self.columns[feature].ledger(), 10, f"{feature}: its release")
         for feature in features:
@@ -115,7 +115,7 @@ def is_tenant(tenant: Tenant) -> bool:
 
 
 def assert_unlimited_by_hand(tenant: Tenant) -> None:
-    """Check that a program gets more than the limit that was set on the cgroup before this one."""
+    """Check that a program exceeds the limit that `fgpu set` gave to the tenant's previous cgroup."""
     client = tenant.client()
     client.ok("device 0")
     client.ok(f"alloc {LIMIT}")
@@ -126,7 +126,7 @@ def assert_unlimited_by_hand(tenant: Tenant) -> None:
 
 
 def newer_build(work: Path) -> Version:
-    """Build this tree's fgpu as a later version: another number, BPF programs and shim, with the same layout."""
+    """Build this tree's fgpu as a later version: other version number, BPF programs and shim; same layout."""
     newer = version(work, 0)
     site = work / "site/fgpu_ebpf"
     (site / "__init__.py").write_text(f'__version__ = "{NEWER}"\n')

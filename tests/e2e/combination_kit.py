@@ -26,7 +26,7 @@ from tests.support.tenant import Tenant
 from tests.support.wait import eventually
 
 inside = [
-    pytest.mark.skipif(GPUS == "1", reason="is run by test_on_two_devices"),
+    pytest.mark.skipif(GPUS == "1", reason="is run by test_the_file_s_tests_pass_on_two_devices"),
     pytest.mark.skipif(not DOCKERD, reason="no dockerd: ./dev test unpacks it"),
     pytest.mark.timeout(900),
 ]
@@ -56,19 +56,19 @@ PATHS = {
 
 
 class Timed(Held):
-    """It has a share of the device's time too."""
+    """A tenant with a share of the device's time as well."""
 
     def check(self, lost: int = -1) -> None:
-        """Check that it keeps its share."""
+        """Check that the tenant keeps its share."""
         super().check(lost)
         assert self.tenant.memory()["compute"]
 
 
 class Denied(Held):
-    """A tenant whose limit does not fit beside the others: it gets nothing."""
+    """A tenant whose limit does not fit next to the other limits. It gets no memory."""
 
     def check(self, lost: int = -1) -> None:
-        """Check that neither its program nor one that starts gets memory."""
+        """Check that neither its running program nor a new program gets memory."""
         assert self.client.do("device 0") == REFUSED
         assert self.tenant.driver() == 0
         eventually(
@@ -79,10 +79,10 @@ class Denied(Held):
 
 
 class Observed(Held):
-    """Nothing is refused, all is counted."""
+    """A tenant in `observe` mode: nothing is refused, and everything is counted."""
 
     def check(self, lost: int = -1) -> None:
-        """Check that memory beyond its limit is counted."""
+        """Check that memory beyond the tenant's limit is counted."""
         self.client.ok("device 0")
         (at,) = self.client.ok(f"alloc {64 * MIB}")
         eventually(lambda: self.ledger(lost)[0] == self.tenant.driver_by_device()[0] > LIMIT, 10, "the ledger")
@@ -124,7 +124,7 @@ def made_places(service: Service, work: Path) -> Iterator[tuple[Cgroups, Docker]
 
 
 def started(group: Cgroups, docker: Docker) -> dict[str, Tenant]:
-    """Start the tenant of each feature; no program of theirs uses a device yet."""
+    """Start the tenant of each feature. Their programs do not use a device yet."""
     found = {feature: group.named(path) for feature, path in PATHS.items()}
     return found | {"by label": docker.container({"tier": "small"})}
 
@@ -159,13 +159,13 @@ def orphaned(tenant: Tenant) -> Held:
 
 @dataclass
 class World:
-    """The service, its tenants, and what a fault needs to be caused."""
+    """The service, its tenants, and the means to cause a fault."""
 
     service: Service
     columns: dict[str, Held]
     order: Callable[[str], None]
     scale: Callable[..., int]
-    lost: int = -1  # a device, and with it what was on it
+    lost: int = -1  # index of the lost device, whose memory is lost too
 
     def restart(self, how: int = signal.SIGKILL) -> None:
         """End the agent, and start another."""
@@ -185,7 +185,10 @@ SomeWorld = TypeVar("SomeWorld", bound=World)
 
 
 def assert_holds(world: SomeWorld, faults: Mapping[str, Callable[[SomeWorld], None]]) -> None:
-    """Cause one fault after the other, and check every column: what one leaves behind, the next one meets."""
+    """Cause the faults one after another, and check every column.
+
+    State that a fault leaves behind affects the next one.
+    """
     world.check()
     for name, cause in faults.items():
         begun = time.monotonic()

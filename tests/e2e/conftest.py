@@ -1,4 +1,4 @@
-"""One simulated driver and one agent for the whole suite. Every test leaves both as it found them."""
+"""One simulated driver and one agent for the whole suite. Every test restores the state of both."""
 
 from __future__ import annotations
 
@@ -100,20 +100,23 @@ def columns(feature_places: tuple[Cgroups, Docker]) -> dict[str, Held]:
 
 
 def order(fault: str) -> None:
-    """Set the faults of the simulated driver from now on."""
+    """Set the faults of the simulated driver, which apply immediately."""
     subprocess.run([SIM / "fgpu-simd", "--fault", fault], check=True, timeout=10)
 
 
 @pytest.fixture
 def fault(unharmed: None) -> Iterator[Callable[[str], None]]:
-    """Return a function that sets faults of the driver, which end with the test."""
+    """Return a function that sets faults of the driver. The faults are removed after the test."""
     yield order
     order("reset")
 
 
 @pytest.fixture
 def place(request: pytest.FixtureRequest, unharmed: None, tmp_path: Path) -> Iterator[Place]:
-    """Return where tenants live, by the test's parameter. Afterwards none of their cgroups is left."""
+    """Return the place in which the test's tenants live (the test's parameter).
+
+    Remove all of its cgroups afterwards.
+    """
     place = place_of(request.param, tmp_path)
     yield place
     place.close()

@@ -1,6 +1,6 @@
 """Copies of the driver's libraries as a tenant may make them: functions have other names, and loaders accept the file.
 
-It knows as much of the format as renaming exported functions needs.
+The code handles only the parts of the ELF format that are needed to rename exported functions.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ _SYMBOL_BYTES = 24
 
 
 def with_other_names(library: bytes, names: Mapping[str, str]) -> bytes:
-    """Return the library with these exported functions renamed. New names are not longer than old ones."""
+    """Return the library with these exported functions renamed. A new name must not be longer than the old one."""
     text = bytearray(library)
     tables = _dynamic(text)
     strings, symbols, table = (_offset(text, tables[tag]) for tag in (_STRTAB, _SYMTAB, _GNU_HASH))
@@ -56,7 +56,7 @@ def _name(text: bytes, at: int) -> bytes:
 
 
 def _hash_anew(text: bytearray, table: int, first: int, words: int, names: list[bytes]) -> None:
-    """Replace the hash table by one with a single bucket, which takes no more room."""
+    """Replace the hash table by a table with a single bucket, which needs no more space."""
     struct.pack_into("<I", text, table, 1)
     text[table + 16 : table + 16 + words * 8] = b"\xff" * (words * 8)
     chain = [_hash(name) & ~1 for name in names]

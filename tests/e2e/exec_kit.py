@@ -1,6 +1,7 @@
-"""Every program that begins in one cgroup, as the kernel tells it: run by the interpreter that sees BCC.
+"""Print every program that is executed in one cgroup, as the kernel reports it.
 
-exec_kit.py CGROUP_ID STUBS: a line with the new program's name for each, as soon as it begins; ends with its stdin.
+It is run by the interpreter that can import BCC: exec_kit.py CGROUP_ID STUBS. It prints a line with the new program's
+name as soon as the program is executed, and exits when its stdin is closed.
 """
 
 import os

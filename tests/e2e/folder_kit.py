@@ -12,7 +12,7 @@ from tests.support.tenant import Tenant
 
 
 class CgroupFolder(Place):
-    """Cgroups in a folder of that name, made directly, with the shim and without limits of their own."""
+    """Cgroups in a folder of that name. They are created directly, with the shim and without own limits."""
 
     def __init__(self, work: Path, name: str) -> None:
         super().__init__(work)
@@ -20,7 +20,7 @@ class CgroupFolder(Place):
         self.root.mkdir()
 
     def start(self, path: str) -> Tenant:
-        """A hub in the cgroup of that path in the folder, made where there is none."""
+        """Start a hub in the cgroup with that path in the folder. Create the cgroup if it does not exist."""
         cgroup = self.root / path
         cgroup.mkdir(parents=True, exist_ok=True)
         folder = self.work / path.replace("/", "-")
@@ -32,7 +32,7 @@ class CgroupFolder(Place):
         return self.tenants[-1]
 
     def close(self) -> None:
-        """Ends every program and removes every cgroup."""
+        """End every program and remove every cgroup."""
         super().close()
         for folder, _, _ in os.walk(self.root, topdown=False):
             os.rmdir(folder)

@@ -1,4 +1,4 @@
-"""A file whose last close takes as long as a test wants, as a driver's file does in a process that exits.
+"""A file whose last close a test can delay, like the close of a driver's file in a process that exits.
 
 It is the root of a FUSE mount. The kernel waits for the answer to a flush, even if the closing process is killed: at
 that point the process takes no more signals, and its pidfd reports nothing. The server is a separate program

@@ -1,4 +1,4 @@
-"""A tenant at its limit: what must be true of it whatever happens around it."""
+"""A tenant at its limit, and the conditions that must hold for it during every fault."""
 
 from __future__ import annotations
 
@@ -15,7 +15,9 @@ LIMIT = CONTEXT + ROOM
 
 @dataclass
 class Held:
-    """The program that holds the tenant's memory. `bytes`: that the driver holds; `last`: its last allocation; both by
+    """The program that holds the tenant's memory.
+
+    `bytes` is the memory that the driver holds for the tenant, and `last` is the program's last allocation, both by
     device.
     """
 
@@ -54,7 +56,7 @@ H = TypeVar("H", bound=Held)
 
 
 def filled(tenant: Tenant, devices: tuple[int, ...] = (0,), kind: type[H] = Held) -> H:  # type: ignore[assignment]
-    """A program of the tenant takes LIMIT on each device."""
+    """Start a program of the tenant that allocates LIMIT on each device."""
     held = kind(tenant, tenant.client(), dict.fromkeys(devices, LIMIT))
     for device in devices:
         held.client.ok(f"device {device}")

@@ -11,7 +11,7 @@ HEAD = "apiVersion: fgpu.dev/v1alpha1\nkind: GpuPolicy\n"
 
 
 def write(service: Service, text: str) -> None:
-    """The policies of all that there are; returns when they are in force."""
+    """Write the policies, which replace all earlier ones. Return when they are in force."""
 
     def reloads() -> float:
         return metrics()["fgpu_config_last_reload_success_timestamp_seconds", frozenset()]
@@ -22,6 +22,6 @@ def write(service: Service, text: str) -> None:
 
 
 def limit_of(one: Tenant) -> tuple[str, int]:
-    """The policy that it has, and its limit."""
+    """Return the name of the tenant's policy, and its limit."""
     view = one.view()
     return view["policy"], view["devices"][0]["limit_bytes"]

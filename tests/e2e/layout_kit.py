@@ -1,4 +1,4 @@
-"""A version of fgpu with another layout of its pages: a copy of the package, of its programs and of its shim."""
+"""A version of fgpu whose pages have another layout: a copy of the package, of its BPF programs and of its shim."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ PYTHON = ROOT / ".venv/bin/python"
 
 @dataclass
 class Version:
-    """A version of fgpu: the number of its layout, the command that runs it, and its shim."""
+    """A version of fgpu: the number of its layout, the command that runs the version, and its shim."""
 
     layout: int
     command: list[str]
     shim: Path
 
     def start(self, service: Service, store: Path) -> None:
-        """Start its agent, with the shim in that store. Returns when limits are in force."""
+        """Start the version's agent, with the shim in that store. Return when limits are in force."""
         before, service.command = service.command, self.command
         try:
             service.start_agent(None, "--shim", str(self.shim), "--store", str(store))

@@ -12,7 +12,7 @@ from tests.support.tenant import Client, Tenant
 
 
 def load(one: Tenant) -> tuple[list[Client], Callable[[], None]]:
-    """A client that always fits and one that never does, both busy; what must be true of both when they stop."""
+    """Run a client whose requests always fit and one whose requests never fit. Check the results when they stop."""
     fits, hopeless = one.client(), one.client()
     fits.ok("context")
     hopeless.ok("context")

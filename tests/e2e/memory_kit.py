@@ -1,4 +1,4 @@
-"""A cgroup of the memory controller for agent and gatekeeper, in whichever version of cgroups the host has it."""
+"""A cgroup of the memory controller for agent and gatekeeper, in the host's version of cgroups (1 or 2)."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class MemoryGroup:
 
     @contextlib.contextmanager
     def entered(self) -> Iterator[None]:
-        """Move this process into the cgroup. Its children and its memory are charged there meanwhile."""
+        """Move this process into the cgroup. Until it leaves, its children and its memory are charged there."""
         before = Path("/proc/self/cgroup").read_text().splitlines()
         mine = next(line.split(":", 2) for line in before if line.split(":")[1] == ("" if self.is_v2 else "memory"))
         (self.path / "cgroup.procs").write_text(str(os.getpid()))
@@ -52,7 +52,7 @@ class MemoryGroup:
         return set(map(int, (self.path / "cgroup.procs").read_text().split()))
 
     def waits(self) -> int:
-        """Return how often a process in it needed a page and met the limit."""
+        """Return how often a process in the cgroup needed a page while the cgroup was at its limit."""
         if not self.is_v2:
             return int((self.path / "memory.failcnt").read_text())
         events = dict(line.split() for line in (self.path / "memory.events").read_text().splitlines())
@@ -70,8 +70,10 @@ class MemoryGroup:
         self._limit_v1(MIB // 4)
 
     def kill(self) -> None:
-        """Let the kernel kill the next process that needs another page. A second call takes away pages that processes
-        have freed since, because with spare pages they might never need another one.
+        """Let the kernel kill the next process that needs another page.
+
+        A second call removes pages that processes have freed since, because with spare pages the remaining processes
+        might never need another page.
         """
         if self.is_v2:
             (self.path / "memory.max").write_text(str(MIB))
@@ -80,7 +82,7 @@ class MemoryGroup:
         self._limit_v1(MIB // 4, PAGE)
 
     def has_killed(self, pids: set[int], where: Callable[[], set[int]]) -> bool:
-        """Return whether all of these processes have been killed. Processes that still live are left no spare page."""
+        """Return whether all of these processes have been killed. Remove spare pages from processes that still live."""
         if pids & where():
             self.kill()
         return not pids & where()
@@ -89,7 +91,7 @@ class MemoryGroup:
         """Set the lowest limit that the kernel accepts: it refuses a limit below what cannot be reclaimed.
 
         Args:
-            steps: bytes by which the limit falls; the last step is how much memory may be left to spare.
+            steps: bytes by which the limit falls; the last step is how much spare memory may remain.
         """
         for step in steps:
             with contextlib.suppress(OSError):
@@ -100,11 +102,11 @@ class MemoryGroup:
         """Remove the limit."""
         for name in ("memory.high", "memory.max") if self.is_v2 else ("memory.limit_in_bytes",):
             (self.path / name).write_text(NO_LIMIT[self.is_v2])
-        if not self.is_v2:  # wakes up waiting processes once more, because a process may have begun to wait meanwhile
+        if not self.is_v2:  # wake waiting processes again: a process may have begun to wait since the first time
             (self.path / "memory.oom_control").write_text("0")
 
     def close(self) -> None:
-        """Remove the cgroup, which has no processes any more."""
+        """Remove the cgroup, which has no processes left."""
         self.release()
         for pid in self.pids():
             self.leave(pid)
@@ -118,7 +120,7 @@ class MemoryGroup:
 
 @contextlib.contextmanager
 def questions() -> Iterator[None]:
-    """Send requests to agent and gatekeeper without pause, so that both need memory. No answer is waited for."""
+    """Send requests to agent and gatekeeper without pause, so that both need memory. Do not wait for the replies."""
     ended = threading.Event()
     threads = [threading.Thread(target=_ask, args=(ended, *which)) for which in DOORS]
     for thread in threads:

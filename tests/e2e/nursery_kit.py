@@ -1,5 +1,7 @@
-"""Agents and gatekeepers in place of the service's. They are forked, so that they begin at once, and killed at a point
-that tests/failpoints.py adds, or at any moment of their start.
+"""Agents and gatekeepers that replace the service's.
+
+They are forked, so that they start at once. They are killed at a point that tests/failpoints.py adds, or at a random
+moment of their start.
 """
 
 from __future__ import annotations
@@ -54,7 +56,7 @@ class Nursery:
 
 
 class Child:
-    """An agent or a gatekeeper, with as much of subprocess.Popen as tests need."""
+    """An agent or a gatekeeper, with the methods of subprocess.Popen that tests need."""
 
     def __init__(self, nursery: Nursery, point: str, program: str, *words: str | Path) -> None:
         self._nursery = nursery
@@ -62,7 +64,7 @@ class Child:
         self.pid: int = nursery.ask([point, program, *map(str, words)])
 
     def poll(self) -> int | None:
-        """Return the exit status; None: the process runs."""
+        """Return the exit status, or None while the process runs."""
         if self._ended is None:
             self._ended = self._nursery.ask(self.pid)
         return self._ended
@@ -90,7 +92,7 @@ class Children:
         self._seconds = {"agent": 0.2, "gatekeeper": 0.1}  # seconds that a start takes
 
     def begin(self, program: str, point: str = "", *options: str | Path) -> Child:
-        """Start a program that is killed at this point; without a point, it is not killed."""
+        """Start a program that is killed at this point. Without a point, the program is not killed."""
         if program == "gatekeeper":
             return Child(self._nursery, point, program, "--run-dir", RUN_DIR)
         files = ("--config", self._service.config, "--policies", self._service.policies)

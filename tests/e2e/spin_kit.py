@@ -43,7 +43,7 @@ class Spin:
         return self.said()[0]
 
     def said(self) -> list[float]:
-        """Return the kernels done, and the p50 and p99 of a step in microseconds."""
+        """Return the number of kernels done, and the p50 and p99 of a step in microseconds."""
         assert self.process.stdout
         return [float(word) for word in self.process.stdout.readline().split()]
 

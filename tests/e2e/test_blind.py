@@ -1,4 +1,4 @@
-"""NVML fails for processes or completely: limits hold, charges stay, and the ledger is exact again afterwards."""
+"""NVML fails for processes or completely. Limits hold, charges stay, and the ledger is exact again afterwards."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_charges_stay_while_nvml_is_blind(service: Service, fault: Callable[[str
     assert client.do(f"alloc {20 * MIB}") == REFUSED
     client.ok(f"free {kept}")
     eventually(lambda: one.memory()["used_bytes"] == CONTEXT + 40 * MIB == one.driver(), 2, "what was freed")
-    late = one.client()  # only the probes see it
+    late = one.client()  # only the probes report this process
     assert late.do("context") == REFUSED, "a context beyond the limit"
     service.check()
     fault("reset")
@@ -45,7 +45,7 @@ def test_charges_stay_while_nvml_is_blind(service: Service, fault: Callable[[str
 
 
 @pytest.mark.places("host")
-def test_the_age_of_nvml_s_last_answer_is_shown(service: Service, fault: Callable[[str], None], tenant) -> None:
+def test_metrics_show_the_age_of_nvml_s_last_answer(service: Service, fault: Callable[[str], None], tenant) -> None:
     one = tenant(LIMIT)
     one.client().ok("context")
     eventually(lambda: one.memory()["drift_bytes"] == 0, 3, "a comparison")

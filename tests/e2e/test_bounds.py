@@ -1,4 +1,4 @@
-"""T41 to T43: workloads with very many cgroups, processes and hellos take nothing from their neighbours."""
+"""T41 to T43: workloads with very many cgroups, processes and hellos do not reduce what their neighbours have."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def table(name: str) -> float:
 
 
 @pytest.mark.timeout(180)
-def test_cgroups_without_number_leave_their_neighbour_its_limit(
+def test_many_cgroups_of_a_workload_leave_the_neighbour_its_limit(
     write: Write,
     folder: Folder,
 ) -> None:
@@ -74,14 +74,14 @@ def test_cgroups_without_number_leave_their_neighbour_its_limit(
 
 
 @pytest.mark.timeout(180)
-def test_a_cgroup_that_was_refused_is_served_when_there_is_room(
+def test_a_refused_cgroup_gets_memory_when_there_is_room(
     write: Write,
     folder: Folder,
 ) -> None:
     write("memory: {limit: 1GiB}", selector=NAMES)
     folder.make(LEVELS + 10)
     eventually(lambda: len(levels_of_greedy()) == LEVELS, 30, "the levels that it may have")
-    served = levels_of_greedy() - {""}  # not always those that were made first: where events are lost, the agent looks
+    served = levels_of_greedy() - {""}  # not always the oldest: if events are lost, the agent scans in its own order
     refused = next(name for n in range(LEVELS + 10) if (name := str(n)) not in served)
     client = folder.start(f"greedy/{refused}").client()
     assert client.do(f"alloc {MIB}") == REFUSED
@@ -91,7 +91,7 @@ def test_a_cgroup_that_was_refused_is_served_when_there_is_room(
     assert client.ok("info")[1] == GIB
 
 
-def test_processes_of_four_cgroups_leave_their_neighbour_an_entry(
+def test_processes_of_four_cgroups_leave_the_neighbour_an_entry(
     write: Write,
     folder: Folder,
     crowd: Callable[[Path, int], int],
@@ -111,7 +111,7 @@ def test_processes_of_four_cgroups_leave_their_neighbour_an_entry(
     assert re.search(words, fgpu("explain", f"/{GROUP}/greedy/3").stdout)
 
 
-def test_small_allocations_have_room_where_the_limit_has_it(write: Write, folder: Folder) -> None:
+def test_small_allocations_get_entries_as_long_as_the_limit_has_room(write: Write, folder: Folder) -> None:
     write("memory: {limit: 2GiB}", selector=NAMES)
     assert folder.start("modest").client().ok(f"fill 4096 0 {SMALL}") == [SMALL]
 
@@ -131,7 +131,10 @@ def test_a_refusal_for_entries_differs_from_one_for_bytes(write: Write, folder: 
 
 @pytest.fixture
 def crowd() -> Iterator[Callable[[Path, int], int]]:
-    """Return crowd(cgroup, number), which starts processes that only make the shim's request, until the test ends."""
+    """Return crowd(cgroup, number).
+
+    It starts processes that only make the shim's request, and kills them after the test.
+    """
     made: list[tuple[subprocess.Popen[str], Path]] = []
 
     def make(cgroup: Path, number: int) -> int:
@@ -168,11 +171,11 @@ for n in range(number):
         codes.append(struct.unpack_from("<IHHI", sock.recv(4096))[3])
 print(*sorted(set(codes)), flush=True)
 """
-UNMANAGED = 1024  # cgroups of one workload without a limit that are remembered, by default
+UNMANAGED = 1024  # cgroups of one workload without a limit that the kernel remembers, by default
 
 
 @pytest.mark.timeout(180)
-def test_a_user_without_a_limit_asks_from_cgroups_without_number(
+def test_requests_from_many_cgroups_without_a_limit_do_not_fill_the_table(
     write: Write,
     folder: Folder,
 ) -> None:
@@ -186,8 +189,8 @@ def test_a_user_without_a_limit_asks_from_cgroups_without_number(
     done = subprocess.run(
         ["python3", "-c", STRANGER, stranger, str(number)], capture_output=True, text=True, timeout=150, check=False
     )
-    assert done.stdout.split() == ["2"], done.stdout + done.stderr  # unmanaged, each of them
-    assert UNMANAGED <= table("resolved") <= before + UNMANAGED + 8  # some of those before may have gone meanwhile
+    assert done.stdout.split() == ["2"], done.stdout + done.stderr  # each request is answered as unmanaged
+    assert UNMANAGED <= table("resolved") <= before + UNMANAGED + 8  # some earlier entries may have been removed since
     modest = folder.start("modest").client()
     assert modest.ok("info")[1] == GIB
     modest.ok(f"alloc {MIB}")

@@ -1,4 +1,4 @@
-"""Programs bypass the shim in various ways: their limit holds, or they are charged and named within a second."""
+"""Programs bypass the shim in various ways. Their limit holds, or they are charged and named within a second."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def static(folder: Path) -> str:
 
 
 def private_copy(folder: Path) -> str:
-    """Copy the driver's library to a folder that fgpu does not know."""
+    """Copy the driver's library to a folder in which fgpu does not look for it."""
     (folder / "copy").mkdir()
     shutil.copy(SIM / "lib/libcuda.so.1", folder / "copy/libcuda.so.1")
     return f"env -u LD_PRELOAD LD_LIBRARY_PATH={folder}/copy:{SIM}/lib {BYPASS} plain"
@@ -87,7 +87,9 @@ def assert_named(tenant: Tenant, client: Client) -> None:
 
 @pytest.mark.places("cgroups")
 @pytest.mark.parametrize("way", WAYS)
-def test_a_way_around_the_shim_is_held_or_named(service: Service, tenant, tmp_path: Path, way: str) -> None:
+def test_a_program_that_bypasses_the_shim_is_limited_or_named(
+    service: Service, tenant, tmp_path: Path, way: str
+) -> None:
     one = tenant(LIMIT)
     tmp_path.chmod(0o755)
     client = Bypass(one, "bypass", WAYS[way](tmp_path))
@@ -106,7 +108,10 @@ def test_a_way_around_the_shim_is_held_or_named(service: Service, tenant, tmp_pa
 @pytest.mark.timed
 @pytest.mark.places("cgroups")
 def test_an_admission_that_is_never_settled_hides_no_memory(service: Service, tenant) -> None:
-    """The process is never between two calls, so no probe sees what it allocates meanwhile."""
+    """The ledger counts the process as inside a call all the time.
+
+    The program uses no library of the driver, so no probe reports what it allocates in that time.
+    """
     one = tenant(GIB)
     one.assert_enforced()
     client = Bypass(one, "unsettled", RAW)

@@ -21,7 +21,7 @@ from tests.support.wait import eventually
 
 GROUP = "fgpu-floods"
 PROCESSES, MAPPINGS = 150, 30_000
-AT_ONCE, PAUSE_US = 40, 5000  # more than 8,000 events a second: the host's programs tell 4,000
+AT_ONCE, PAUSE_US = 40, 5000  # more than 8,000 events a second: the host's programs send 4,000
 NEIGHBOURS = 8
 LIMIT, ROOM = GIB, 40 * MIB
 PING_SECONDS, MANAGED_SECONDS = 0.1, 2.0
@@ -32,7 +32,7 @@ class Folder(CgroupFolder):
     """The folder of these tests."""
 
     def delegated(self, name: str) -> Path:
-        """A cgroup of user 65534, which may make others inside."""
+        """Create a cgroup of user 65534, which may create cgroups in it."""
         cgroup = self.root / name
         cgroup.mkdir()
         for path in (cgroup, cgroup / "cgroup.procs", cgroup / "cgroup.subtree_control"):
@@ -49,7 +49,7 @@ def folder(unharmed: None, tmp_path: Path) -> Iterator[Folder]:
 
 @contextlib.contextmanager
 def ready(*command: object) -> Iterator[subprocess.Popen[str]]:
-    """A program that says "ready", and is killed at the end."""
+    """Start a program that prints "ready" and is killed at the end."""
     with subprocess.Popen([str(word) for word in command], stdout=subprocess.PIPE, text=True) as process:
         try:
             assert process.stdout
@@ -61,7 +61,7 @@ def ready(*command: object) -> Iterator[subprocess.Popen[str]]:
 
 @pytest.fixture
 def crowd(tmp_path: Path) -> Iterator[None]:
-    """Start processes of user 65534 whose mappings take long to read."""
+    """Start processes of user 65534 with so many mappings that reading them takes long."""
     file = tmp_path / "mapped"
     file.write_bytes(bytes(3 * 4096))
     file.chmod(0o644)
@@ -78,8 +78,9 @@ def is_managed(path: str) -> bool:
 
 
 def serve(folder: Folder, name: str) -> float:
-    """A new container is managed before it has a process, and its first program gets its limit and no byte more.
-    Returns the seconds until it was managed.
+    """Check that a new container is managed before it has a process, and that its first program gets exactly its limit.
+
+    Return the seconds until the container was managed.
     """
     begun = time.monotonic()
     (folder.root / name).mkdir()
@@ -94,7 +95,7 @@ def serve(folder: Folder, name: str) -> float:
 
 
 @pytest.mark.timeout(120)
-def test_a_flood_of_one_workload_beside_mappings_without_number_delays_no_other(
+def test_a_flood_of_cgroups_beside_many_mappings_delays_no_other_workload(
     write: Write,
     folder: Folder,
     crowd: None,

@@ -1,4 +1,4 @@
-"""`./dev bench charged` on the simulated driver: what the device holds is charged, in every scenario."""
+"""`./dev bench charged` on the simulated driver: in every scenario, all memory that the device holds is charged."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ import pytest
 from tests.support.host import ROOT
 from tests.support.service import IN_A_WORLD
 
-PARTS = 2  # of which one is run where time is short
-REFUSED = {"exp_fd": "cuMemCreate returns 2", "stack": "cuCtxSetLimit returns 2"}  # and each of these
+PARTS = 2  # a quick run runs only one of them
+REFUSED = {"exp_fd": "cuMemCreate returns 2", "stack": "cuCtxSetLimit returns 2"}  # and each of the following
 MARK = re.compile(r"^ {3}\S.* +-?\d+ +-?\d+  lower +\d+ ms, higher +\d+ ms", re.MULTILINE)
 MARKS = 99  # of all scenarios
 
@@ -33,9 +33,9 @@ def _is_named(node: ast.stmt, name: str) -> bool:
 
 
 def bench(*names: str) -> str:
-    """Run the command as a user types it, beside its own driver and agent. Return its output."""
+    """Run the command as a user types it, with a separate driver and agent. Return its output."""
     command = [*IN_A_WORLD, "./dev", "bench", "charged", *names]
-    environment = {**os.environ, "FGPU_DEV_ALONE": "1"}  # the tests have what a host has one of
+    environment = {**os.environ, "FGPU_DEV_ALONE": "1"}  # the suite's own driver and agent occupy what a host has once
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280, cwd=ROOT)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
@@ -43,7 +43,7 @@ def bench(*names: str) -> str:
 
 @pytest.mark.timed
 @pytest.mark.timeout(300)
-def test_all_that_the_device_holds_is_charged(scale: Callable[[int, int, int], int]) -> None:
+def test_all_memory_that_the_device_holds_is_charged(scale: Callable[[int, int, int], int]) -> None:
     every = scenarios()
     part = scale(1, 1, PARTS)
     chosen = [name for name in every if name in REFUSED or zlib.crc32(name.encode()) % PARTS < part]

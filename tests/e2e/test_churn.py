@@ -1,4 +1,4 @@
-"""Thousands of short-lived tenants with names of their own choosing: nothing of them is left."""
+"""Thousands of short-lived tenants with names of their own choosing: nothing remains of them."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.support.wait import eventually
 
 LIVE = 200
 GROWTH_KIB = 5 * 1024
-WARM, SOME = 1000, 500  # tenants: until the first look at what is left of them, and between two
+WARM, SOME = 1000, 500  # numbers of tenants before the first measurement of what remains, and between two measurements
 MAPS = ("pages", "resolved", "limits", "shares", "turns", "ran", "processes", "threads", "allocations")
 ODD = ('quo"te', "back\\slash", "a\ttab", "{}=,", "é" * 100, "x" * 200, "-", " ", "\x7f\x01", "..x")
 POLICY = """
@@ -116,13 +116,13 @@ def assert_maps_empty(known: dict[str, int]) -> None:
 
 
 def assert_never_more(numbers: list[int], what: str) -> None:
-    """Check that the numbers do not grow. Ten looks find a leak of one in SOME tenants."""
+    """Check that the numbers do not grow. Ten measurements detect a leak of one object in SOME tenants."""
     some = max(2, len(numbers) // 4)
     assert min(numbers[-some:]) <= max(numbers[:some]), f"{what}: {numbers}"
 
 
 def sizes(service: Service) -> dict[str, int]:
-    """Return memory, descriptors and threads of agent and gatekeeper, and what the kernel keeps of tenants."""
+    """Return memory, descriptors and threads of agent and gatekeeper, and the numbers of kernel objects for tenants."""
     assert service.agent
     found = {f"entries of {name}": entries(name) for name in MAPS}
     for name, pid in (("agent", service.agent.pid), ("gatekeeper", *service.gatekeepers())):
@@ -136,14 +136,14 @@ def sizes(service: Service) -> dict[str, int]:
 @pytest.mark.slow
 @pytest.mark.timeout(7200)  # the full count takes half an hour
 def test_tenants_come_and_go_and_leave_nothing(service: Service, parent: Path, scale) -> None:
-    known = {name: entries(name) for name in MAPS}  # processes outside of any tenant that have registered stay known
+    known = {name: entries(name) for name in MAPS}  # registered processes outside every tenant keep their entries
     looks, counters = [], entries("counters")
     for first in range(0, WARM + scale(500, 4_000, 100_000), SOME):
         churn(parent, range(first, first + SOME))
         assert_none_left(60)
         assert_maps_empty(known)
         looks.append(sizes(service))
-    looks = looks[WARM // SOME - 1 :]  # until all caches are full
+    looks = looks[WARM // SOME - 1 :]  # the first measurement once all caches are full
     print(f"{SOME} tenants between two of:", *({n: x for n, x in look.items() if x} for look in looks), sep="\n")
     for what, before in looks[0].items():
         if what.startswith("KiB"):
@@ -154,7 +154,7 @@ def test_tenants_come_and_go_and_leave_nothing(service: Service, parent: Path, s
     assert ask(verb="snapshot")["failures"] == 0
 
 
-def test_a_new_tenant_in_an_unmanaged_cgroup_has_its_limit_at_once(parent: Path) -> None:
+def test_a_new_tenant_in_an_unmanaged_cgroup_has_its_limit_from_the_start(parent: Path) -> None:
     """The first program of a new tenant in an unmanaged cgroup has its limit, however early it starts."""
     say_hello(parent)
     eventually(lambda: entries("resolved") > 0, 5, "that the cgroup around them is unmanaged")

@@ -1,7 +1,8 @@
-"""F8: jumps of the wall clock have no effect on anything that is decided by time.
+"""F8: jumps of the wall clock affect no decision that depends on time.
 
-Only the programs under test see the jumps: agent, gatekeeper and tenants preload a library that changes the time they
-read. The kernel's own timers use the monotonic clock, and tests/unit/test_clocks.py checks that fgpu's sources do too.
+Only the programs under test get the changed time: agent, gatekeeper and tenants preload a library that changes the time
+they read. The kernel's own timers use the monotonic clock, and tests/unit/test_clocks.py checks that fgpu's sources do
+too.
 """
 
 from __future__ import annotations
@@ -78,7 +79,9 @@ def age() -> float:
 
 
 @pytest.mark.places("host")
-def test_the_wall_clock_may_jump(service: Service, clock: Clock, tenant, scale: Callable[[int, int, int], int]) -> None:
+def test_jumps_of_the_wall_clock_do_not_affect_agent_or_programs(
+    service: Service, clock: Clock, tenant, scale: Callable[[int, int, int], int]
+) -> None:
     one, chance = tenant(LIMIT), random.Random(8)
     before = " ".join(clock.words())
     client = one.client(before=before)

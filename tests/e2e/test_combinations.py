@@ -1,7 +1,7 @@
-"""The table of combinations in docs/faults.md: what a tenant has with each feature, during each fault.
+"""The table of combinations in docs/faults.md: what a tenant with each feature gets during each fault.
 
-Every fault affects tenants with all features at once. For each, the test looks at the driver's bytes, the ledger, a
-running program and a program that starts. It needs a driver with two devices and its own agent, and so runs itself in a
+Every fault affects tenants with all features at once. After each fault, the test checks the driver's bytes, the ledger,
+a running program and a new program. The test needs a driver with two devices and its own agent, so it runs itself in a
 separate mount namespace.
 """
 
@@ -145,7 +145,7 @@ FAULTS = {
 @pytest.mark.slow
 @pytest.mark.skipif(GPUS != "1", reason="this is it")
 @pytest.mark.timeout(600)
-def test_on_two_devices() -> None:
+def test_the_file_s_tests_pass_on_two_devices() -> None:
     run_on_devices(__file__, seconds=580)
 
 
@@ -154,14 +154,14 @@ class TestInside:
 
     pytestmark = inside
 
-    def test_the_table_holds(
+    def test_tenants_keep_what_the_table_says_through_each_fault(
         self, strict: Service, columns: dict[str, Held], fault: Callable[[str], None], scale: Callable[..., int]
     ) -> None:
-        """Faults follow each other, so that each one meets what the one before left."""
+        """The faults follow one another, so state that a fault leaves behind affects the next one."""
         assert_holds(World(strict, columns, fault, scale), FAULTS)
 
 
-def test_the_page_has_this_table() -> None:
+def test_docs_faults_md_has_this_table() -> None:
     text = (ROOT / "docs/faults.md").read_text()
     rows = re.findall(r"^\| (.+?) \|", text, re.MULTILINE)
     assert set(FAULTS) <= set(rows), set(FAULTS) - set(rows)

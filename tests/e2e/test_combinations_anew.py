@@ -1,8 +1,8 @@
 """More rows of the table of combinations in docs/faults.md: faults that restart fgpu or the tenants.
 
-Another build of fgpu, another layout, `fgpu detach`, a boot, full tables, containers that start again under their
-names, and an agent that is stopped until the watchdog kills it. Every fault affects tenants with all features at once,
-as in test_combinations.py, with the columns of combination_kit.py.
+The faults are another build of fgpu, another layout, `fgpu detach`, a boot, full tables, containers that start again
+under their names, and an agent that is stopped until the watchdog kills it. Every fault affects tenants with all
+features at once, as in test_combinations.py, with the columns of combination_kit.py.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ LEVELS, PROCESSES = 512, 4096  # of one workload, by default
 
 
 def frozen(host: Host) -> None:
-    """Stop the agent. Then systemd kills it, with WatchdogSec= and WatchdogSignal=SIGKILL."""
+    """Stop the agent with SIGSTOP. systemd then kills it (WatchdogSec= and WatchdogSignal=SIGKILL)."""
     assert host.service.agent
     host.service.agent.send_signal(signal.SIGSTOP)
     until = time.monotonic() + host.scale(10, 10, 35)
@@ -53,7 +53,7 @@ def entries(table: str) -> float:
 
 
 def full_tables(host: Host) -> None:
-    """A workload has all cgroups with limits and all processes that one workload may have."""
+    """Fill the tables of one workload: the largest numbers of cgroups with limits and of processes that it may have."""
     root = host.columns["turns"].tenant.cgroup.parent / "greedy"
     text = GREEDY.replace("GROUP", host.group.group.lstrip("/"))
     file, others = host.service.policies / "greedy.yaml", entries("levels")
@@ -87,7 +87,7 @@ def full_tables(host: Host) -> None:
 
 
 def containers_again(host: Host, is_agent_away: bool) -> None:
-    """End every tenant, and start another of its name: the same path, and another cgroup."""
+    """End every tenant, and start another with the same name: its path is the same, its cgroup is new."""
     name = host.columns["by label"].tenant.name
     if is_agent_away:
         host.service.kill_agent()
@@ -119,7 +119,7 @@ def upgraded(host: Host) -> None:
 
 
 def assert_older(name: str, one: Held) -> None:
-    """A program of the other layout keeps its memory and gets no more; its tenant is `counted`."""
+    """Check that a program of the other layout keeps its memory and gets no more, and that its tenant is `counted`."""
     tenant = one.tenant
     for device, bytes_ in one.bytes.items():
         one.client.ok(f"device {device}")
@@ -133,7 +133,7 @@ def assert_older(name: str, one: Held) -> None:
 
 
 def other_layout(host: Host) -> None:
-    """The version with the next layout, after SIGTERM, and back to this one, which is older, after SIGKILL."""
+    """Change to the next layout after SIGTERM, and back to this one, which is then the older one, after SIGKILL."""
     this, newer = host.versions
     change(host.service, this, host.store, signal.SIGTERM)
     with host.preloading(host.store / "current/libfgpu.so"):
@@ -150,7 +150,10 @@ def other_layout(host: Host) -> None:
 
 
 def detached(host: Host) -> None:
-    """Run `fgpu detach`, which removes all limits. The next agent has those of policies, and charges what is held."""
+    """Run `fgpu detach`, which removes all limits.
+
+    The next agent restores the policies' limits and charges held memory.
+    """
     host.service.detach()
     extra = {name: unlimited(one) for name, one in host.held().items()}
     host.service.start_agent()
@@ -169,7 +172,7 @@ def detached(host: Host) -> None:
 
 
 def unlimited(one: Held) -> dict[int, int]:
-    """A running program gets memory beyond its limit on each device; where it is, by device."""
+    """Allocate memory beyond the limit on each device in a running program. Return its addresses by device."""
     found = {}
     for device in one.bytes:
         one.client.ok(f"device {device}")
@@ -179,8 +182,9 @@ def unlimited(one: Held) -> dict[int, int]:
 
 
 def assert_counted(name: str, one: Held, extra: dict[int, int]) -> None:
-    """A program that ran across the detach is charged and never refused, and its tenant is `counted`; a program that
-    starts gets nothing beyond the limit.
+    """Check that a program that ran across the detach is charged and never refused, and that its tenant is `counted`.
+
+    A program that starts afterwards gets nothing beyond the limit.
     """
     beyond = {device: bytes_ + STEP for device, bytes_ in one.bytes.items()}
     eventually(lambda: one.ledger() == beyond, 10, f"{name}: what it holds is charged")
@@ -232,7 +236,7 @@ FAULTS: dict[str, Callable[[Host], None]] = {
 @pytest.mark.slow
 @pytest.mark.skipif(GPUS != "1", reason="this is it")
 @pytest.mark.timeout(600)
-def test_on_two_devices() -> None:
+def test_the_file_s_tests_pass_on_two_devices() -> None:
     run_on_devices(__file__, seconds=580)
 
 
@@ -241,7 +245,7 @@ class TestInside:
 
     pytestmark = inside
 
-    def test_the_table_holds(
+    def test_tenants_keep_what_the_table_says_through_each_restart(
         self,
         strict: Service,
         feature_places: tuple[Cgroups, Docker],
@@ -251,13 +255,13 @@ class TestInside:
         scale: Callable[..., int],
         tmp_path: Path,
     ) -> None:
-        """One fault after the other: what one leaves behind, the next one meets."""
+        """Cause the faults one after another. State that a fault leaves behind affects the next one."""
         group, docker = feature_places
         host = Host(strict, columns, fault, scale, group=group, docker=docker, work=tmp_path, versions=versions)
         assert_holds(host, FAULTS)
 
 
-def test_the_page_has_these_rows() -> None:
+def test_docs_faults_md_has_these_rows() -> None:
     text = (ROOT / "docs/faults.md").read_text()
     rows = re.findall(r"^\| (.+?) \|", text, re.MULTILINE)
     assert set(FAULTS) <= set(rows), set(FAULTS) - set(rows)

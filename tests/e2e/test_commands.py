@@ -1,4 +1,4 @@
-"""The commands as documented: words, JSON, exit codes, metrics."""
+"""The commands as documented: arguments, text, JSON, exit codes and metrics."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ FAMILIES = {
 
 
 @pytest.mark.places("host")
-def test_metrics_show_what_happened(tenant) -> None:
+def test_metrics_show_the_memory_and_the_refusals_of_a_tenant(tenant) -> None:
     limit = CONTEXT + 40 * MIB
     one = tenant(limit)
     client = one.client()
@@ -107,7 +107,7 @@ def test_status_ps_and_metrics_show_the_same_values(tenant) -> None:
 
 
 @pytest.mark.places("runc")
-def test_ps_names_unmanaged_processes_only_if_asked(place: Place, tenant) -> None:
+def test_ps_lists_unmanaged_processes_only_with_an_option(place: Place, tenant) -> None:
     managed, free = tenant(CONTEXT + 40 * MIB), place.tenant(None)
     client, stranger = managed.client(), free.client()
     with managed.growing():
@@ -128,7 +128,7 @@ def test_ps_names_unmanaged_processes_only_if_asked(place: Place, tenant) -> Non
 
 
 @pytest.mark.places("host")
-def test_changes_by_hand_say_what_they_did(tenant) -> None:
+def test_set_unset_and_reload_print_their_effect(tenant) -> None:
     one = tenant(CONTEXT + 40 * MIB)
     client = one.client()
     with one.growing():
@@ -147,7 +147,7 @@ def test_changes_by_hand_say_what_they_did(tenant) -> None:
 
 
 @pytest.mark.places("host")
-def test_events_are_followed_through_a_restart(service: Service, unharmed: None, tenant) -> None:
+def test_events_follow_continues_across_an_agent_restart(service: Service, unharmed: None, tenant) -> None:
     one = tenant(CONTEXT + 40 * MIB)
     one.assert_enforced()
     fgpu("set", one.name, "--memory", "2GiB")
@@ -165,7 +165,7 @@ def test_events_are_followed_through_a_restart(service: Service, unharmed: None,
         feed.terminate()
 
 
-def test_metrics_page_is_for_this_machine_alone(service: Service) -> None:
+def test_the_metrics_page_listens_on_loopback_only(service: Service) -> None:
     assert METRICS.startswith("http://127.0.0.1:")
     with urllib.request.urlopen(METRICS, timeout=5) as page:
         assert page.headers["Content-Type"].startswith("text/plain")
@@ -200,7 +200,7 @@ def test_metrics_page_is_for_this_machine_alone(service: Service) -> None:
         (["run", "--memory", "1GiB", "--", "false"], 1),
     ],
 )
-def test_exit_codes(service: Service, words: list[str], code: int) -> None:
+def test_commands_return_the_documented_exit_codes(service: Service, words: list[str], code: int) -> None:
     root = service and fgpu("run", "--memory", "1GiB", "--", "true")  # so that /fgpu exists
     assert root.returncode == 0
     done = fgpu(*words, check=False)
@@ -247,7 +247,9 @@ def as_outsider(*words: str) -> subprocess.CompletedProcess[str]:
     ],
     ids=str,
 )
-def test_a_user_without_permission_learns_that_the_agent_runs(service: Service, words: list[str], code: int) -> None:
+def test_status_tells_a_user_without_permission_that_the_agent_runs(
+    service: Service, words: list[str], code: int
+) -> None:
     done = as_outsider(*words)
     assert done.returncode == code
     assert len(done.stderr.splitlines()) == 1
@@ -257,14 +259,14 @@ def test_a_user_without_permission_learns_that_the_agent_runs(service: Service, 
     assert fgpu("status").returncode == 0, "it still runs"
 
 
-def test_doctor_says_so_to_a_user_without_permission(service: Service) -> None:
+def test_doctor_tells_a_user_without_permission_that_the_agent_runs(service: Service) -> None:
     (found,) = [one for one in json.loads(as_outsider("doctor", "--json").stdout) if one["name"] == "agent"]
     assert not found["ok"]
     assert "the agent runs" in found["found"]
     assert "use sudo" in found["fix"]
 
 
-def test_a_socket_that_an_agent_has_left_is_no_agent(service: Service, tmp_path: Path) -> None:
+def test_a_command_reports_no_agent_at_the_socket_of_an_exited_agent(service: Service, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     run_dir.mkdir()
     for folder in (tmp_path, run_dir):
@@ -295,7 +297,7 @@ GARBAGE = [
 
 
 @pytest.mark.parametrize("said", GARBAGE, ids=[str(said[:40]) for said in GARBAGE])
-def test_garbage_is_answered_with_an_error(service: Service, said: bytes) -> None:
+def test_the_agent_answers_an_invalid_request_with_an_error(service: Service, said: bytes) -> None:
     with socket.socket(socket.AF_UNIX) as sock:
         sock.settimeout(5)
         sock.connect("/run/fgpu/control.sock")
@@ -307,7 +309,7 @@ def test_garbage_is_answered_with_an_error(service: Service, said: bytes) -> Non
 
 
 @pytest.mark.timed
-def test_a_slow_peer_delays_no_other(service: Service) -> None:
+def test_a_slow_client_delays_no_other_client(service: Service) -> None:
     with socket.socket(socket.AF_UNIX) as slow:
         slow.connect("/run/fgpu/control.sock")
         for letter in b'{"verb"':
@@ -320,7 +322,7 @@ def test_a_slow_peer_delays_no_other(service: Service) -> None:
         assert slow.recv(1) == b"", "hung up on"
 
 
-def test_decimal_unit_is_asked_about(service: Service) -> None:
+def test_set_questions_a_decimal_unit(service: Service) -> None:
     assert "did you mean 8GiB?" in fgpu("set", "/", "--memory", "8GB", check=False).stderr
 
 
@@ -342,7 +344,7 @@ with socket.socket(socket.AF_UNIX) as sock:
 """
 
 
-def test_root_of_another_user_namespace_may_not_write(service: Service) -> None:
+def test_root_of_another_user_namespace_may_not_change_limits(service: Service) -> None:
     words = ["unshare", "--user", "--map-root-user", *FGPU, "run", "--memory", "1GiB", "--", "true"]
     done = subprocess.run(words, capture_output=True, text=True, timeout=20, check=False, env=ENVIRONMENT)
     assert done.returncode == 125
@@ -350,7 +352,7 @@ def test_root_of_another_user_namespace_may_not_write(service: Service) -> None:
 
 
 @pytest.mark.slow
-def test_demo_holds(service: Service) -> None:
+def test_the_demo_enforces_both_limits(service: Service) -> None:
     command = [sys.executable, ROOT / "examples/demo.py", "--sim", "--metrics", METRICS]
     done = subprocess.run(
         command, capture_output=True, text=True, timeout=90, check=False, env={**os.environ, **ENVIRONMENT}

@@ -1,4 +1,4 @@
-"""Shares of a device's time, with programs that count their own kernels. Bounds leave room for two busy processors."""
+"""Shares of a device's time, with programs that count their own kernels. The bounds allow for two busy processors."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ pytestmark = pytest.mark.timed
 def test_weights_divide_the_device(start) -> None:
     heavy, light = start("heavy", "--weight", "300"), start("light", "--weight", "100")
     done = together(heavy, light)
-    assert heavy.compute()["waits"] > 10  # turns are given
+    assert heavy.compute()["waits"] > 10  # the tenants take turns
     assert done[0] / sum(done) == pytest.approx(0.75, abs=0.05)
 
 
-def test_a_ceiling_holds_alone_and_set_again_it_holds_on_a_running_program(start) -> None:
+def test_a_ceiling_holds_on_an_idle_device_and_when_set_again_on_a_running_program(start) -> None:
     one = start("one")
     (free,) = together(one)
     fgpu("set", "one", "--compute", "25%")
@@ -44,7 +44,7 @@ def test_a_ceiling_holds_alone_and_set_again_it_holds_on_a_running_program(start
     assert limited / free == pytest.approx(0.25, abs=0.06)
 
 
-def test_an_owner_that_is_killed_is_followed_and_all_of_it_is_shown(start) -> None:
+def test_another_tenant_runs_after_the_owner_is_killed_and_views_show_the_shares(start) -> None:
     first, second = start("first", "--priority", "high"), start("second", "--compute", "50%", "--weight", "200")
     first.begin(60)
     second.begin()
@@ -88,22 +88,22 @@ def test_a_tenant_that_runs_outside_its_turns_is_named(start, programs: None) ->
 
 @pytest.fixture(scope="session")
 def restless(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """Return the start of a command line for a program that always reports that it rests."""
+    """Return the start of a command line for a program that always reports that it is in a rest."""
     source, out = Path(__file__).parent / "preloads/restless.c", tmp_path_factory.mktemp("restless") / "restless.so"
     flags = ["-std=gnu11", "-O2", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC", f"-I{ROOT}/bpf"]
     subprocess.run(["gcc", *flags, "-o", out, source, "-lpthread"], check=True, timeout=60)
     return ["env", f"LD_PRELOAD={out}"]
 
 
-def test_a_ceiling_holds_for_one_that_says_it_rests_all_the_time(start, restless: list[str]) -> None:
+def test_a_ceiling_holds_for_a_program_that_always_reports_a_rest(start, restless: list[str]) -> None:
     """The ceiling holds within a tenth of a device, the error that NVML's figures may have.
 
-    What it uses before NVML has reported it is paid for afterwards, so it is measured over many reports.
+    Time that it uses before NVML has reported this time is charged afterwards, so the test measures over many reports.
     """
     liar, seconds = start("restless", before=restless), 16
     (free,) = together(liar)
     fgpu("set", "restless", "--compute", "25%")
-    liar.begin(4)  # until NVML has been asked
+    liar.begin(4)  # run until NVML has been queried
     liar.said()
     liar.begin(seconds)
     assert liar.kernels() / seconds / (free / SECONDS) <= 0.25 + 0.1 + 0.06
@@ -115,12 +115,12 @@ def test_a_ceiling_holds_for_one_that_says_it_rests_all_the_time(start, restless
 
 
 def keep_waiting(owner: Spin, other: Spin) -> None:
-    """Launch until the owner, with kernels of 50 ms and nearly all of the device, delays the other's next step."""
+    """Launch until the owner (kernels of 50 ms, nearly all of the device) delays the next step of the other tenant."""
     owner.begin(60)
     eventually(lambda: owner.compute().get("is_owner"), 5, "a turn")
     for _ in range(
         40
-    ):  # of one step each, and a debt for it; until the owner's kernels are known to be long, it gives way
+    ):  # each step leaves the other tenant in debt; the owner yields until its kernels are known to be long
         other.begin(0.001)
         if not select.select([other.process.stdout], [], [], 0.5)[0]:
             break
@@ -130,7 +130,7 @@ def keep_waiting(owner: Spin, other: Spin) -> None:
         pytest.fail("it had nothing to wait for")
 
 
-def test_a_killed_owner_keeps_no_tenant_waiting(start) -> None:
+def test_a_killed_owner_delays_no_other_tenant(start) -> None:
     """The other program would wait for minutes. On a quiet machine it continues within 5 ms."""
     owner, other = start("owner", "--weight", "10000", kernel_us=50_000), start("other", "--weight", "1")
     keep_waiting(owner, other)
@@ -189,7 +189,7 @@ def frozen(owner: Spin) -> Iterator[None]:
     freezer.write_text("0")
 
 
-def test_a_stopped_owner_costs_one_deadline_once(start, scale) -> None:
+def test_a_stopped_owner_delays_the_other_tenant_by_one_deadline_once(start, scale) -> None:
     """The owner is stopped by a signal, a debugger and a freezer in turn: each delays the other by one deadline."""
     owner, other = start("owner", "--weight", "100"), start("other", "--weight", "100")
     other.begin(1)
@@ -207,7 +207,7 @@ def test_a_stopped_owner_costs_one_deadline_once(start, scale) -> None:
             assert select.select([other.process.stdout], [], [], 10)[0], "it waits for the stopped one"
             beside += other.kernels()
             assert owner.compute()["overruns"] - before <= 2
-    assert beside > 0.4 * alone * 0.2 * times  # it would be 0.15 with a wait each time
+    assert beside > 0.4 * alone * 0.2 * times  # it would be 0.15 with a delay in each turn
 
 
 def test_turns_continue_while_nvml_is_blind(start, fault) -> None:
@@ -273,7 +273,7 @@ def _removed(folder: Path) -> bool:
     return not folder.exists()
 
 
-def test_silent_clients_change_no_turns(start, scale) -> None:
+def test_silent_connections_do_not_change_the_number_of_turns(start, scale) -> None:
     """A thousand silent connections are closed and counted, and the number of turns stays the same."""
 
     def switches() -> float:
@@ -319,7 +319,7 @@ def test_an_overrun_is_reported_with_its_tenant(start) -> None:
     assert "passed with work in flight" in str(event["text"])
 
 
-def test_without_a_gatekeeper_gates_open_and_shares_hold_again_when_it_is_back(start, service: Service) -> None:
+def test_gates_open_without_a_gatekeeper_and_shares_hold_again_when_it_returns(start, service: Service) -> None:
     heavy, light = start("heavy", "--weight", "300"), start("light", "--weight", "100")
     heavy.begin(6)
     light.begin(6)

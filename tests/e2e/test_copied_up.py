@@ -21,7 +21,10 @@ ROOM = 96 * MIB
 
 @pytest.fixture
 def layers(place: Place, tmp_path: Path) -> Iterator[Path]:
-    """Return the driver's libraries in the lower layer of an overlay. A container has them for compatibility."""
+    """Return the driver's libraries in the lower layer of an overlay.
+
+    A container uses them as compatibility libraries.
+    """
     names = ("lower", "upper", "work", "merged")
     for name in names:
         (tmp_path / name).mkdir()
@@ -68,7 +71,9 @@ def bypasses(one: Tenant) -> dict[str, float]:
 
 
 @pytest.mark.places("host", "runc")
-def test_programs_that_start_after_it_have_their_limit_from_the_first_byte(layers: Path, place: Place, tenant) -> None:
+def test_a_program_started_after_the_copy_up_has_its_limit_from_the_first_byte(
+    layers: Path, place: Place, tenant
+) -> None:
     one = tenant(2 * CONTEXT + ROOM)
     one.assert_enforced()
     first = one.client(before=before(place, layers))
@@ -77,7 +82,7 @@ def test_programs_that_start_after_it_have_their_limit_from_the_first_byte(layer
     second = one.client(before=before(place, layers))
     with one.growing(ROOM - 10 * MIB):
         assert second.ok(f"fill {2 * MIB} 0") == [(ROOM - 10 * MIB) // (2 * MIB)]
-    for piece in pieces:  # the probes of the first inode are still set
+    for piece in pieces:  # the probes of the first inode are still attached
         first.ok(f"free {piece}")
     eventually(lambda: one.assert_exact() == 2 * CONTEXT + ROOM - 10 * MIB, 3, "what NVML shows of them")
     assert second.ok(f"fill {2 * MIB} 0") == [5]
@@ -88,10 +93,10 @@ def test_programs_that_start_after_it_have_their_limit_from_the_first_byte(layer
 
 
 @pytest.mark.places("host")
-def test_an_agent_that_starts_later_keeps_the_probes_of_both_inodes(
+def test_a_restarted_agent_keeps_the_probes_of_both_inodes(
     service: Service, layers: Path, place: Place, tenant
 ) -> None:
-    """Links of probes are pinned, because the host's processes use these files too."""
+    """The links of probes are pinned, because the host's processes use these files too."""
     one = tenant(2 * CONTEXT + ROOM)
     clients = [one.client(before=before(place, layers))]
     clients[0].ok("context")
@@ -108,7 +113,7 @@ def test_an_agent_that_starts_later_keeps_the_probes_of_both_inodes(
 
 
 @pytest.mark.places("runc")
-def test_a_process_whose_file_cannot_be_reached_any_more_gets_no_memory_and_is_named(
+def test_a_process_whose_libcuda_has_no_path_any_more_gets_no_memory_and_is_named(
     service: Service, layers: Path, place: Place, tenant
 ) -> None:
     """The process mapped the file of the lower layer, which no path leads to, before any agent ran."""
@@ -124,5 +129,5 @@ def test_a_process_whose_file_cannot_be_reached_any_more_gets_no_memory_and_is_n
     assert "not probed" in log[0]
     assert "its layer was changed after it was mapped" in log[0]
     assert one.memory()["used_bytes"] == one.driver() == 0
-    one.client(before=before(place, layers)).ok("context")  # other tenants have the memory of the layer now
+    one.client(before=before(place, layers)).ok("context")  # a new program maps the copied-up file, which is probed
     assert "enforcement: kernel" in fgpu("explain", one.path).stdout

@@ -1,4 +1,4 @@
-"""A tenant with a process that is only counted: every output shows the same word, and none shows `kernel`."""
+"""A tenant with a process that is only counted: every output shows the same word, and no output shows `kernel`."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ WORDS = "kernel", "counted", "cooperative", "observe", "none"
 
 
 def words(one: Tenant) -> dict[str, str]:
-    """Return what each output shows for the tenant."""
+    """Return the word that each output shows for the tenant."""
     (top,) = [line for line in fgpu("top", "-1").stdout.splitlines() if line.strip().startswith(one.name)]
     (status,) = [line for line in fgpu("status").stdout.splitlines() if line.split()[0:1] == [one.name]]
     exported = [
@@ -44,7 +44,7 @@ def assert_said(one: Tenant, word: str) -> None:
 
 
 @pytest.mark.places("cgroups")
-def test_a_tenant_over_its_limit_is_not_called_held(service: Service, tenant) -> None:
+def test_no_output_shows_kernel_for_a_tenant_above_its_limit(service: Service, tenant) -> None:
     one = tenant(LIMIT)
     one.assert_enforced()
     assert_said(one, "kernel")

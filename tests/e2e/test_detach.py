@@ -1,4 +1,4 @@
-"""`fgpu detach` leaves a host as it was: files, mounts, cgroups, processes, and kernel objects."""
+"""`fgpu detach` restores a host to its state before fgpu: files, mounts, cgroups, processes and kernel objects."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from tests.support.service import Service
 from tests.support.wait import eventually
 
 STATE = Path("/var/lib/fgpu")
-MEASURED = f"{STATE}/contexts.json"  # the size of a context with this driver: kept, because measuring needs a context
+MEASURED = f"{STATE}/contexts.json"  # the size of a context, which detach keeps: measuring it needs a context
 FOLDERS = ("/etc", "/run/fgpu", "/usr/lib/fgpu", STATE, "/sys/fs/bpf")
 
 
 def files(*folders: str | Path) -> dict[str, tuple[int, int, int, int]]:
-    """Return every file in the folders by path: mode, owners and size, and the time of change unless it is a folder."""
+    """Return every file in the folders by path, with mode, owners and size, and the change time if it is no folder."""
     found = {}
     for folder in folders:
         for around, inside, names in os.walk(folder):
@@ -47,12 +47,12 @@ def mounts() -> list[str]:
 
 @contextlib.contextmanager
 def own(folder: Path) -> Iterator[None]:
-    """Replace a folder of the host, so that no other process writes to it meanwhile."""
+    """Replace a folder of the host, so that no other process writes to it during the test."""
     made = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
     subprocess.run(["mount", "-t", "tmpfs", "own", folder], check=True)
     yield
-    subprocess.run(["umount", "--lazy", folder], check=True)  # a removed probe keeps its file for a moment
+    subprocess.run(["umount", "--lazy", folder], check=True)  # a removed probe still references its file for a moment
     if made:
         folder.rmdir()
 
@@ -68,7 +68,7 @@ def bare(service: Service, unharmed: None) -> Iterator[Service]:
 
 
 @pytest.mark.parametrize("alive", [True, False], ids=["a running agent", "a dead one"])
-def test_detach_leaves_a_host_as_it_was(bare: Service, tmp_path: Path, alive: bool) -> None:
+def test_detach_restores_the_host_to_its_state_before_fgpu(bare: Service, tmp_path: Path, alive: bool) -> None:
     folders = (*FOLDERS, bare.cdi)
     before, mounted = files(*folders), mounts()
     bare.start_agent(None, "--store", str(STATE / "shim"))
@@ -101,7 +101,7 @@ def test_detach_leaves_a_host_as_it_was(bare: Service, tmp_path: Path, alive: bo
     eventually(lambda: not ours & in_the_kernel(), 10, "nothing of it in the kernel")
 
 
-def test_a_shim_in_use_stays(bare: Service, tmp_path: Path) -> None:
+def test_detach_keeps_a_shim_that_a_program_uses(bare: Service, tmp_path: Path) -> None:
     """A program of `fgpu run`, and the programs that it starts, continue after `fgpu detach`."""
     preload = Path("/etc/ld.so.preload")
     was_there = preload.exists()
@@ -124,7 +124,7 @@ def test_a_shim_in_use_stays(bare: Service, tmp_path: Path) -> None:
     assert preload.exists() == was_there
 
 
-def test_a_bpffs_that_the_agent_mounted_goes_with_it(service: Service, tmp_path: Path) -> None:
+def test_detach_unmounts_a_bpffs_that_the_agent_mounted(service: Service, tmp_path: Path) -> None:
     tmp_path.chmod(0o755)
     fgpu_there = [*FGPU, "--run-dir", str(tmp_path / "run")]
     agent = [
@@ -153,5 +153,6 @@ def test_a_bpffs_that_the_agent_mounted_goes_with_it(service: Service, tmp_path:
     assert " /sys/fs/bpf " in during, (tmp_path / "log").read_text()
     assert after == before
     assert not (tmp_path / "run").exists()
-    # Detach has removed the service's cgroup too. Its agent may not make it again, because a host has one agent.
+    # Detach has removed the service's cgroup too. The suite's agent cannot create it again while it runs, because a
+    # host has one agent.
     (cgroup_root() / "fgpu").mkdir(exist_ok=True)

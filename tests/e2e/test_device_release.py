@@ -1,4 +1,4 @@
-"""Devices that are released: no process of fgpu has one open, limits hold, and they are taken up again."""
+"""Released devices: no process of fgpu has one open, limits hold, and the agent opens the devices again afterwards."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def open_devices(service: Service) -> list[str]:
 
 
 def findings() -> dict[str, dict[str, str]]:
-    """Return what `fgpu doctor` finds wrong, by name."""
+    """Return the failed checks of `fgpu doctor`, by name."""
     said = json.loads(fgpu("doctor", "--driver-root", SIM, "--json", check=False).stdout)
     return {check["name"]: check for check in said if not check["ok"]}
 
@@ -83,7 +83,7 @@ def test_no_process_of_fgpu_has_a_released_device_open_and_limits_hold(
 
 
 @pytest.mark.places("host")
-def test_a_release_that_no_command_ends_is_ended_by_its_time(service: Service, tenant) -> None:
+def test_a_release_ends_after_its_time_without_a_command(service: Service, tenant) -> None:
     one = tenant(LIMIT)
     one.assert_enforced()
     fgpu("device", "release", "--for", "0.2s")
@@ -95,7 +95,7 @@ def test_a_release_that_no_command_ends_is_ended_by_its_time(service: Service, t
 
 
 @pytest.mark.places("host")
-def test_a_device_that_is_reset_while_it_is_released_is_used_again(
+def test_the_agent_uses_a_device_again_that_was_reset_during_its_release(
     service: Service, tenant, fault: Callable[[str], None], request: pytest.FixtureRequest
 ) -> None:
     one = tenant(LIMIT)
@@ -123,7 +123,9 @@ def replaced(service: Service, unharmed: None, tmp_path: Path) -> Iterator[Path]
 
 
 @pytest.mark.places("host")
-def test_a_replaced_driver_is_named_and_used_after_a_release(service: Service, tenant, replaced: Path) -> None:
+def test_doctor_names_a_replaced_driver_and_the_agent_uses_it_after_a_release(
+    service: Service, tenant, replaced: Path
+) -> None:
     one = tenant(LIMIT)
     one.assert_enforced()
     eventually(lambda: str(replaced) in findings().get("driver files", {}).get("found", ""), 3, "its name")

@@ -1,4 +1,4 @@
-"""Libraries that are not what their names say, and the class that fgpu gives each of them."""
+"""Libraries with misleading names, and the class that fgpu assigns to each of them."""
 
 from __future__ import annotations
 
@@ -61,7 +61,10 @@ def log_of(service: Service, since: int = 0) -> str:
 
 @pytest.mark.places("host")
 def test_a_driver_with_the_shim_s_functions_is_probed_as_a_driver(tenant, folder: Path) -> None:
-    """The functions named as the shim's are driver functions. A shim is only a library that this host has published."""
+    """The functions named like the shim's are driver functions.
+
+    Only a library that this host has published is a shim.
+    """
     names = {"cuDeviceGetLuid": "fgpu_admit", "cuDeviceGetByPCIBusId": "fgpu_release"}
     library = folder / "libcuda.so.1"
     library.write_bytes(with_other_names(DRIVER.read_bytes(), names))
@@ -77,8 +80,8 @@ def test_a_driver_with_the_shim_s_functions_is_probed_as_a_driver(tenant, folder
 
 
 @pytest.mark.places("cgroups")
-def test_a_copy_of_a_published_shim_is_one_until_it_is_changed(service: Service, tenant, folder: Path) -> None:
-    """An image carries a copy: the contents of the file decide."""
+def test_a_copy_of_a_published_shim_is_a_shim_until_its_contents_change(service: Service, tenant, folder: Path) -> None:
+    """An image may carry a copy. The contents of the file decide its class."""
     copy = Path(shutil.copy(SHIM, folder / "libfgpu.so"))
     one = tenant(CONTEXT + ROOM)
     one.assert_enforced()
@@ -94,7 +97,7 @@ def test_a_copy_of_a_published_shim_is_one_until_it_is_changed(service: Service,
 
 @pytest.mark.places("cgroups")
 def test_a_shim_that_this_host_has_not_published_is_unknown(tenant, folder: Path) -> None:
-    """Its admissions do not count. Its process is one without the shim, and the reason is shown."""
+    """Its admissions do not count. Its process counts as shimless, and the reason is shown."""
     source = folder / "foreign.c"
     source.write_text("void fgpu_admit(void) {}\nvoid fgpu_release(void) {}\n")
     foreign = folder / "libfgpu.so"
@@ -117,7 +120,7 @@ def renamed(folder: Path) -> str:
 
 
 def renamed_within(folder: Path) -> str:
-    """Rename the library's own name too, which is not libcuda."""
+    """Rename the library, and its soname (not libcuda) as well."""
     other = DRIVER.read_bytes().replace(b"\0libcuda.so.1\0", b"\0libother.so1\0")
     assert other != DRIVER.read_bytes()
     (folder / "x.so").write_bytes(other)
@@ -140,7 +143,7 @@ def in_memory(folder: Path) -> str:
 @pytest.mark.timed
 @pytest.mark.places("host")
 @pytest.mark.parametrize("how", [renamed, renamed_within, without_sections, in_memory])
-def test_a_copy_under_another_name_is_witnessed_once_nvml_shows_what_it_took(
+def test_a_copy_under_another_name_is_witnessed_once_nvml_shows_its_memory(
     service: Service, tenant, folder: Path, how
 ) -> None:  # type: ignore[no-untyped-def]
     one = tenant(2 * CONTEXT + 4 * ROOM)
@@ -157,7 +160,7 @@ def test_a_copy_under_another_name_is_witnessed_once_nvml_shows_what_it_took(
 
 
 @pytest.mark.places("host")
-def test_a_copy_that_was_deleted_is_probed_like_any_other(service: Service, tenant, folder: Path) -> None:
+def test_a_deleted_copy_of_the_driver_is_probed_like_any_other_copy(service: Service, tenant, folder: Path) -> None:
     one = tenant(2 * CONTEXT + ROOM)
     said = service.log.stat().st_size
     client = Calls(one, "deleted", renamed(folder))

@@ -1,4 +1,4 @@
-"""Each defect of a host is reported with its fix in one line, by `doctor` and by the agent, without a traceback."""
+"""`doctor` and the agent report each defect of a host with its fix in one line, without a traceback."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from tests.support.wait import eventually
 
 @dataclass(frozen=True)
 class Host:
-    """A host with a defect: how to run a command on it, and fgpu's options."""
+    """A host with a defect: how to run a command on this host, and fgpu's options."""
 
     before: tuple[str, ...] = ()
     loader: str = "/usr/bin/python3 -I"
@@ -133,7 +133,7 @@ echo 'int out_of_bounds(struct pt_regs *ctx) { return *(volatile int *)ctx->sp; 
 
 
 def verifier_refuses(work: Path) -> Host:
-    """Add a program that reads what no program may read."""
+    """Add a BPF program with a read that the verifier refuses."""
     loader = work / "loader"
     loader.write_text(SPOIL)
     loader.chmod(0o755)
@@ -146,7 +146,7 @@ def nothing_allowed(work: Path) -> Host:
 
 
 CASES = {
-    # defect: (host, the check that fails, what its lines and the agent's line say)
+    # defect: (host, the failing check, the words in its lines and in the agent's line)
     "no-bcc": (no_bcc, "bcc", "apt-get install python3-bpfcc"),
     "wrong-bcc": (wrong_bcc, "bcc", "pip uninstall bcc"),
     "no-interpreter": (no_interpreter, "bcc", "--loader"),
@@ -167,7 +167,7 @@ def work(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_doctor_names_it_and_the_fix(service: Service, work: Path, case: str) -> None:
+def test_doctor_names_each_defect_and_its_fix(service: Service, work: Path, case: str) -> None:
     make, check, fix = CASES[case]
     done = make(work).doctor(work)
     assert done.returncode == 1, done
@@ -180,7 +180,7 @@ def test_doctor_names_it_and_the_fix(service: Service, work: Path, case: str) ->
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_the_agent_reports_its_error_in_one_line(service: Service, work: Path, case: str) -> None:
+def test_the_agent_reports_each_defect_in_one_line(service: Service, work: Path, case: str) -> None:
     make, _, fix = CASES[case]
     done = make(work).agent(work)
     assert done.returncode == 1, done
@@ -196,7 +196,7 @@ OLD = subprocess.run(
     ["setarch", "--uname-2.6", "uname", "-r"], capture_output=True, text=True, check=True
 ).stdout.strip()
 LINES = {
-    # F12, literally; WORK is the test's folder
+    # F12, word for word; WORK is the test's folder
     "verifier-refuses": (
         verifier_refuses,
         f"fgpu: Linux {RELEASE} rejects the program out_of_bounds (Permission denied): update the kernel, or fgpu",
@@ -229,7 +229,9 @@ LINES = {
 
 
 @pytest.mark.parametrize("case", LINES)
-def test_what_the_kernel_or_the_driver_lacks_is_one_line_with_the_fix(service: Service, work: Path, case: str) -> None:
+def test_a_missing_kernel_or_driver_feature_is_reported_in_one_line_with_the_fix(
+    service: Service, work: Path, case: str
+) -> None:
     make, line = LINES[case]
     done = make(work).agent(work)
     assert (done.returncode, done.stdout) == (1, "")
@@ -237,14 +239,14 @@ def test_what_the_kernel_or_the_driver_lacks_is_one_line_with_the_fix(service: S
 
 
 def is_anothers(cgroup: Path) -> bool:
-    """Return whether a container has this cgroup, by its name. None of these tests runs a container at this moment."""
+    """Return whether the cgroup's name is that of a container. No test runs a container at this moment."""
     return re.fullmatch(r"([a-z-]+-)?[0-9a-f]{64}(\.scope)?", cgroup.name) is not None
 
 
 def test_doctor_finds_nothing_wrong_here(service: Service) -> None:
-    """Doctor finds nothing but that it cannot reach the tests' sockets, if other containers run on this host."""
+    """All checks pass, except `labels` if other containers run here: doctor cannot reach the tests' sockets."""
     strangers = any(is_anothers(folder) for folder in cgroup_root().rglob("*") if folder.is_dir())
-    done = fgpu("doctor", check=False)  # the agent knows where the driver is
+    done = fgpu("doctor", check=False)  # the running agent has recorded the driver's path
     lines = [line for line in done.stdout.splitlines() if not line.startswith(" ")]
     wrong = [line for line in lines if not line.startswith("ok ")]
     assert not wrong or (strangers and all(line.startswith("FAIL  labels: ") for line in wrong)), done.stdout
@@ -261,7 +263,7 @@ def failures(*options: str) -> dict[str, dict[str, str]]:
     return found
 
 
-def test_a_gatekeeper_that_hangs_is_named(service: Service) -> None:
+def test_doctor_names_a_gatekeeper_that_hangs(service: Service) -> None:
     assert "gatekeeper" not in failures()
     (pid,) = service.gatekeepers()
     os.kill(pid, signal.SIGSTOP)
@@ -274,7 +276,7 @@ def test_a_gatekeeper_that_hangs_is_named(service: Service) -> None:
     eventually(lambda: "gatekeeper" not in failures(), 10, "a gatekeeper that answers")
 
 
-def test_a_shim_that_some_users_cannot_read_is_named(service: Service) -> None:
+def test_doctor_names_a_shim_that_some_users_cannot_read(service: Service) -> None:
     before = SHIM.stat().st_mode
     SHIM.chmod(0o700)
     try:
@@ -284,7 +286,7 @@ def test_a_shim_that_some_users_cannot_read_is_named(service: Service) -> None:
     assert "preload" not in failures()
 
 
-def test_without_an_agent_the_policies_are_read_anyway(work: Path) -> None:
+def test_doctor_reads_the_policies_without_an_agent(work: Path) -> None:
     (work / "policy.d").mkdir()
     (work / "policy.d/bad.yaml").write_text("spec: {memory: {limit: 8GB}}\n")
     (work / "agent.yaml").write_text(f"policyFolder: {work}/policy.d\n")
@@ -300,7 +302,7 @@ def test_without_an_agent_the_policies_are_read_anyway(work: Path) -> None:
     assert found["policies"]["ok"]
 
 
-def test_a_device_in_mig_mode_is_named(service: Service, fault: Callable[[str], None]) -> None:
+def test_doctor_names_a_device_in_mig_mode(service: Service, fault: Callable[[str], None]) -> None:
     def said() -> list[str]:
         done = fgpu("doctor", "--json", "--driver-root", SIM, check=False)
         return [one["found"] for one in json.loads(done.stdout) if one["name"] == "mig" and not one["ok"]]
@@ -313,14 +315,17 @@ def test_a_device_in_mig_mode_is_named(service: Service, fault: Callable[[str], 
     assert said() == []
 
 
-def test_second_agent_is_turned_away(service: Service) -> None:
+def test_a_second_agent_exits_with_an_error(service: Service) -> None:
     done = fgpu("agent", "--driver-root", SIM, "--shim", SHIM, check=False)
     assert done.returncode == 1
     assert done.stderr.strip() == "fgpu: an agent is running on this host already"
 
 
 def test_limits_are_enforced_if_the_metrics_address_is_in_use(service: Service, unharmed: None) -> None:
-    """An agent that exits because of this error is restarted each second; new containers get no limit or no memory."""
+    """The agent must not exit because of this error.
+
+    If it exited, it would be restarted each second, and new containers would get no limit or no memory.
+    """
     host, port = LISTEN.split(":")
     service.kill_agent()
     with socket.socket() as taken:
@@ -337,8 +342,8 @@ def test_limits_are_enforced_if_the_metrics_address_is_in_use(service: Service, 
     assert "fgpu_build_info" in metrics_page()
 
 
-def test_folders_in_the_place_of_sockets_are_removed(service: Service, unharmed: None) -> None:
-    """Docker makes folders for bind mounts of containers that it starts at boot, before the agent runs."""
+def test_the_agent_removes_folders_at_the_paths_of_its_sockets(service: Service, unharmed: None) -> None:
+    """Docker creates folders for bind mounts of containers that it starts at boot, before the agent runs."""
     places = [RUN_DIR / name for name in ("control.sock", "discover.sock", "shim/shim.sock")]
     service.kill_agent()
     service.kill_gatekeeper()
@@ -357,7 +362,7 @@ def test_folders_in_the_place_of_sockets_are_removed(service: Service, unharmed:
 
 
 @pytest.mark.slow
-def test_bpffs_is_mounted_where_it_is_missing(service: Service, work: Path) -> None:
+def test_the_agent_mounts_a_missing_bpffs(service: Service, work: Path) -> None:
     """The agent also starts without BTF, which most eBPF programs need."""
     bare = in_private_mounts(
         "{ [ ! -d /sys/kernel/btf ] || mount -t tmpfs none /sys/kernel/btf; } && "
@@ -378,7 +383,7 @@ def test_bpffs_is_mounted_where_it_is_missing(service: Service, work: Path) -> N
     assert "Traceback" not in (work / "log").read_text()
 
 
-def test_an_agent_that_is_started_under_a_strict_umask_serves_every_user(service: Service, unharmed: None) -> None:
+def test_an_agent_started_under_a_strict_umask_serves_every_user(service: Service, unharmed: None) -> None:
     store = Path(f"/var/lib/fgpu-e2e-{os.getpid()}/shim")
     service.detach()
     before = os.umask(0o077)
@@ -407,8 +412,11 @@ def test_an_agent_that_is_started_under_a_strict_umask_serves_every_user(service
         service.start_agent()
 
 
-def test_a_store_that_cannot_be_written_keeps_no_limit_from_being_enforced(service: Service, unharmed: None) -> None:
-    """The published version is used if /var is full or read-only, or the package's own if there is none."""
+def test_limits_are_enforced_if_the_shim_store_cannot_be_written(service: Service, unharmed: None) -> None:
+    """A full or read-only /var does not prevent enforcement.
+
+    The agent uses the published version, or the package's own if no version is published.
+    """
     store = Path(f"/var/lib/fgpu-e2e-{os.getpid()}/shim")
     newer = store.parent / "newer.so"
     query = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader"]
@@ -437,7 +445,7 @@ def test_a_store_that_cannot_be_written_keeps_no_limit_from_being_enforced(servi
         assert os.readlink(store / "current") == before
         subprocess.run(["mount", "-o", "remount,bind,rw", store], check=True)
         (store / "current").unlink()
-        (store / "current/libfgpu.so").mkdir(parents=True)  # as Docker makes it for a bind mount
+        (store / "current/libfgpu.so").mkdir(parents=True)  # as Docker creates it for a bind mount
         assert start("--shim", str(newer)) == ""
         assert os.readlink(store / "current") != before
     finally:

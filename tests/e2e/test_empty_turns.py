@@ -1,4 +1,4 @@
-"""A tenant says at all times that a second of its work is in flight, and launches nothing."""
+"""A tenant reports at all times that a second of its work is in flight, and launches nothing."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from tests.support.wait import eventually
 
 FIRST_SECONDS, SECONDS = 3, 10
 STEP = f"{BUILD}/bench/spin 100 burst"  # 50 kernels of 100 us
-# More than beside an honest tenant: its claim is believed for 4 ms, then another 1 ms is waited for, and a look.
+# The tenant delays its neighbour by more than an honest tenant does: the scheduler accepts the report for 4 ms, then
+# waits another 1 ms, and scans at most 1.75 ms later.
 MORE_US = 4_000 + 1_000 + 1_750
 
 
@@ -29,7 +30,7 @@ def program(tenant: Tenant, command: str) -> Program:
 @pytest.mark.timed
 @pytest.mark.places("cgroups")
 @pytest.mark.timeout(120)
-def test_it_costs_its_neighbour_little_and_is_named(tenant: Callable[[int], Tenant]) -> None:
+def test_a_tenant_with_false_reports_delays_its_neighbour_little_and_is_named(tenant: Callable[[int], Tenant]) -> None:
     honest, other, liar = tenant(GIB), tenant(GIB), tenant(GIB)
     for one in (honest, other, liar):
         fgpu("set", one.path, "--weight", "100")

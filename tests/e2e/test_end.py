@@ -1,4 +1,4 @@
-"""However a process ends, its memory is free within a second, and the ledger has no entry of it."""
+"""Every end of a process frees its memory within a second, and leaves no entry in the ledger."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ def ledger_pids() -> set[int]:
 
 
 def bystander(one: Tenant) -> Client:
-    """Start a client with a context, which sees the tenant's free memory at once."""
+    """Start a client with a context. The free memory that it reads changes at once with that of the tenant."""
     client = one.client()
     client.ok("context")
     return client
 
 
 def released_in(bystander: Client, free: int) -> float:
-    """Return the seconds until this much is free again."""
+    """Return the seconds until this many bytes are free again."""
     begun = time.monotonic()
     eventually(lambda: bystander.ok("info")[0] == free, 5, f"{free} bytes free")
     return time.monotonic() - begun
@@ -127,8 +127,10 @@ def test_zombies_hold_no_memory(tenant) -> None:
 
 @contextlib.contextmanager
 def held_up(pid: int) -> Iterator[None]:
-    """Kill a process and stop it half-way, as a driver with much memory to free does: its threads have exited, and wait
-    unseen for their tracer. It does not work for a process whose only thread is the first.
+    """Kill a process and stop its exit half-way, as a driver with much memory to free does.
+
+    Its threads have exited, and wait unreported for their tracer. This does not work for a process with only its first
+    thread.
     """
     seize, every_thread = 0x4206, 0x40000000  # PTRACE_SEIZE, __WALL
     threads = [int(name) for name in os.listdir(f"/proc/{pid}/task")]
@@ -154,7 +156,7 @@ def test_a_process_that_takes_long_to_end_is_not_adopted(tenant, fault) -> None:
     one.assert_enforced()
     client = one.client()
     client.ok("context")
-    client.ok("thread")  # another thread continues without the first
+    client.ok("thread")  # another thread continues without the first one
     assert one.assert_exact() == CONTEXT
     fault("slow-end:3s")
     with held_up(client.pid):
@@ -185,7 +187,7 @@ def test_a_request_waits_while_the_end_of_a_process_is_under_way(tenant, fault) 
 @pytest.mark.timed
 @pytest.mark.slow
 @pytest.mark.places("runc")
-def test_killed_container_leaves_nothing(tenant) -> None:
+def test_a_killed_container_leaves_no_charge_and_no_tenant(tenant) -> None:
     one, other = tenant(8 * GIB), tenant(2 * GIB)
     watcher = bystander(other)
     breed(one, 8)
@@ -203,13 +205,13 @@ def test_killed_container_leaves_nothing(tenant) -> None:
 
 
 @pytest.mark.places("host", "runc")
-def test_exec_releases(tenant) -> None:
+def test_exec_releases_the_memory_of_the_previous_program(tenant) -> None:
     one = tenant(CONTEXT + 80 * MIB)
     client = one.client()
     for _ in range(5):
         eventually(lambda: client.do("context") == "ok", 1, "a context")
-        # The driver takes a moment to free the memory of the previous process. NVML's earlier answer is used until NVML
-        # is asked again, every 500 ms.
+        # The driver takes a moment to free the memory of the previous process. NVML's earlier figures are used until
+        # the next query of NVML, at most 500 ms later.
         steadily(lambda: one.memory()["used_bytes"] == one.driver() == CONTEXT, 0.6, what="the books of one life")
         with one.growing(80 * MIB):
             client.ok(f"fill {2 * MIB} 0")
@@ -222,7 +224,7 @@ def test_exec_releases(tenant) -> None:
 
 
 @pytest.mark.places("host", "runc")
-def test_fork_changes_nothing_of_the_parent(tenant) -> None:
+def test_a_fork_does_not_change_the_parent_s_charges(tenant) -> None:
     one = tenant(CONTEXT + 80 * MIB)
     client = one.client()
     client.ok("context")
@@ -238,10 +240,11 @@ def test_fork_changes_nothing_of_the_parent(tenant) -> None:
 
 @pytest.mark.timeout(900)
 @pytest.mark.places("runc")
-def test_each_process_of_a_tree_is_itself(tenant, scale) -> None:
+def test_each_process_of_a_tree_is_charged_for_its_own_memory(tenant, scale) -> None:
     """F4: fork, vfork, posix_spawn, exec, a double fork, daemons that close every descriptor."""
     count = scale(60, 250, 10_000)
-    # one that holds memory, and one more: a process charged for another is refused
+    # Room for one process that holds memory, and for one more. A process that is charged for another's memory is
+    # refused.
     one = tenant(2 * CONTEXT + 3 * HELD)
     program = Program(one, "trees", f"{BUILD}/e2e/trees {count} {HELD}")
     good, before, after = Client.numbers(program.receive(count))
@@ -249,7 +252,7 @@ def test_each_process_of_a_tree_is_itself(tenant, scale) -> None:
     assert before == after == CONTEXT + 2 * HELD, "the parent's books"
     assert one.assert_exact() == CONTEXT + HELD
     taken = count - count // 2 - len(range(3, count - count // 2, 4))  # without those that only forked
-    taken += count // 2 + len(range(3, count // 2, 6)) + 1  # some twice, before an exec and after it
+    taken += count // 2 + len(range(3, count // 2, 6)) + 1  # some are counted twice: before an exec and after it
     assert one.memory()["witnessed_bytes"] == taken * HELD
     assert len(one.view()["processes"]) == 1
     program.close()
@@ -262,7 +265,7 @@ def test_a_process_stays_charged_after_its_first_thread_has_exited(tenant) -> No
     client.ok("context")
     with one.growing(20 * MIB):
         client.ok(f"alloc {20 * MIB}")
-    client.ok("thread")  # another thread replies: the first has exited
+    client.ok("thread")  # another thread replies, because the first has exited
     assert one.assert_exact() == CONTEXT + 20 * MIB
     with one.growing(60 * MIB):
         client.ok(f"fill {2 * MIB} 0")
@@ -270,13 +273,13 @@ def test_a_process_stays_charged_after_its_first_thread_has_exited(tenant) -> No
     eventually(lambda: one.memory()["used_bytes"] == 0, 1, "released")
 
 
-def test_run_passes_the_exit_code_on(unharmed) -> None:
+def test_fgpu_run_returns_the_exit_code_of_its_program(unharmed) -> None:
     for options in ([], ["--pidns"]):
         for script, code in (("exit 0", 0), ("exit 7", 7), ("exit 255", 255)):
             assert fgpu("run", *options, "--memory", "1GiB", "--", "sh", "-c", script, check=False).returncode == code
 
 
-def test_run_ends_with_its_program(unharmed, tmp_path: Path) -> None:
+def test_fgpu_run_exits_when_its_program_exits(unharmed, tmp_path: Path) -> None:
     told = tmp_path / "told"
     command = f"trap 'echo term >{told}; exit 3' TERM; echo up >{told}; while :; do sleep 0.05; done"
     with contextlib.ExitStack() as stack:
@@ -291,8 +294,8 @@ def test_run_ends_with_its_program(unharmed, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("uid", ["0", "65534"])
-def test_a_program_ends_with_the_command_that_runs_it(unharmed, uid: str) -> None:
-    """The program ends even under sudo, where it runs as another user. The killed command passes no signal on."""
+def test_a_program_ends_when_its_fgpu_run_is_killed(unharmed, uid: str) -> None:
+    """The program ends even under sudo, where it runs as another user. The killed command cannot forward a signal."""
     environment = {**ENVIRONMENT, "SUDO_UID": uid, "SUDO_GID": uid}
     command = [*FGPU, "run", "--pidns", "--memory", "1GiB", "--", "sh", "-c", "echo up; exec sleep 77"]
     with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as run:
@@ -318,7 +321,7 @@ def _lives(pid: int) -> bool:
 
 
 @pytest.mark.places("runc")
-def test_explain_names_what_keeps_memory_of_an_ended_process_and_its_parent(tenant) -> None:
+def test_explain_names_the_process_that_keeps_orphaned_memory_and_its_parent(tenant) -> None:
     """A child has the descriptors of the driver, and the container's init has adopted it."""
     one = tenant(GIB)
     one.assert_enforced()

@@ -1,4 +1,4 @@
-"""An engine's daemon is killed and started again while containers run: their limits stay, and new ones have theirs."""
+"""An engine's daemon is killed and restarted while containers run: running and new containers have their limits."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def containerd(service: Service, policy: None, tmp_path_factory: pytest.TempPath
 
 
 def fill(one: Tenant) -> Client:
-    """A program that has taken all that the container may have."""
+    """Start a program that allocates all memory that the container may have."""
     one.assert_enforced()
     client = one.client()
     client.ok(f"fill {2 * MIB} 0")
@@ -66,7 +66,7 @@ def assert_full(one: Tenant, client: Client) -> None:
     assert one.assert_exact() == GIB
 
 
-def test_limits_stay_while_dockerd_is_killed_and_started_again(docker: Docker) -> None:
+def test_limits_hold_while_dockerd_is_killed_and_restarted(docker: Docker) -> None:
     one = docker.container({})
     client = fill(one)
     docker.kill_daemon()
@@ -77,7 +77,7 @@ def test_limits_stay_while_dockerd_is_killed_and_started_again(docker: Docker) -
     assert_full(one, client)
 
 
-def test_limits_stay_while_containerd_is_killed_and_started_again(containerd: Containerd) -> None:
+def test_limits_hold_while_containerd_is_killed_and_restarted(containerd: Containerd) -> None:
     one = containerd.run("before-0", {}, {}).container("main")
     client = fill(one)
     containerd.kill_daemon()

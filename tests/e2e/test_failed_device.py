@@ -1,4 +1,4 @@
-"""A device that has reported a fatal XID stays unfit over restarts of the agent, until something repairs it."""
+"""A device that has reported a fatal XID stays marked as failed across agent restarts until it is repaired."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def restart(service: Service) -> None:
     eventually(lambda: ask(verb="snapshot")["devices"][0]["xids"] is not None, 5, "a look at it")
 
 
-def test_a_restart_repairs_no_device_and_a_command_says_that_it_is_repaired(
+def test_a_failed_device_stays_failed_over_a_restart_until_a_command_clears_it(
     service: Service, failed: Callable[[], None]
 ) -> None:
     failed()
@@ -65,7 +65,7 @@ def test_a_restart_repairs_no_device_and_a_command_says_that_it_is_repaired(
     assert "no device 7" in unknown.stderr
 
 
-def test_a_reset_that_nvml_reports_repairs_it_for_later_agents_too(
+def test_a_reset_that_nvml_reports_clears_the_failure_for_later_agents_too(
     service: Service, failed: Callable[[], None], fault: Callable[[str], None]
 ) -> None:
     failed()
@@ -78,8 +78,10 @@ def test_a_reset_that_nvml_reports_repairs_it_for_later_agents_too(
     assert is_healthy()
 
 
-def test_a_boot_and_another_load_of_the_driver_end_the_record(service: Service, failed: Callable[[], None]) -> None:
-    """Such a record is one of another lifetime of the driver."""
+def test_a_boot_and_a_reload_of_the_driver_end_the_record_of_a_failure(
+    service: Service, failed: Callable[[], None]
+) -> None:
+    """The record belongs to an earlier boot or an earlier load of the driver."""
     failed()
     service.kill_agent()
     file = RUN_DIR / "xids.json"

@@ -1,7 +1,7 @@
 """F1: agent and gatekeeper are killed in the middle of a change, at every point that tests/failpoints.py has.
 
-Running programs notice nothing meanwhile, and the next start completes what is half done: the limits are those that
-were requested, and the ledger is exact.
+Running programs are not affected. The next start completes the interrupted change: the limits are those that were
+requested, and the ledger is exact.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from tests.support.service import Service
 from tests.support.tenant import Client, Tenant
 from tests.support.wait import eventually
 
-BUSY = 3  # clients of a tenant that always fit; one more client never does
-LIMIT = (BUSY + 2) * CONTEXT + 64 * MIB  # a client that comes later is the fifth
+BUSY = 3  # clients of a tenant whose requests always fit; the requests of one further client never do
+LIMIT = (BUSY + 2) * CONTEXT + 64 * MIB  # a client that starts later is the fifth
 STEP = 2 * MIB
-GATEKEEPERS, AGENTS = 5, 3  # numbers that are killed during their start, one after another
-LEVEL = f"fgpu-half-{os.getpid()}-"  # the names of its levels, which no other run uses
+GATEKEEPERS, AGENTS = 5, 3  # how many are killed during their start, one after another
+LEVEL = f"fgpu-half-{os.getpid()}-"  # the prefix of the names of its levels, which no other run uses
 POLICY = f"""
 apiVersion: fgpu.dev/v1alpha1
 kind: GpuPolicy
@@ -38,7 +38,7 @@ spec:
 
 
 class Host:
-    """The service, the programs in its place, and changes on this host meanwhile: levels and their limits."""
+    """The service, the programs that replace it, and changes of levels and limits on this host during the test."""
 
     def __init__(self, service: Service, children: Children) -> None:
         self.service, self.children = service, children
@@ -101,7 +101,7 @@ def host(service: Service, unharmed: None) -> Iterator[Host]:
         host.close()
 
 
-# -- kills, each at its point: no agent runs before it, nor after it
+# -- kills, each at its point: no agent runs before or after it
 
 
 def assert_killed(program: Child) -> None:
@@ -110,7 +110,7 @@ def assert_killed(program: Child) -> None:
 
 
 def at_start(host: Host, tenant: Tenant, point: str) -> None:
-    """Kill the agent while it starts, at what has changed since the last one was killed."""
+    """Kill the agent during its start, at a step that applies the changes since the previous kill."""
     host.change()
     assert_killed(host.children.begin("agent", point))
 
@@ -176,7 +176,7 @@ POINTS: dict[str, Callable[[Host, Tenant, str], None]] = {
 
 
 class Load:
-    """Four busy clients of a tenant: two that fit, one that fits with a pool, one that never does."""
+    """Four busy clients of a tenant. The requests of two fit, those of one fit with a pool, those of one never fit."""
 
     def __init__(self, tenant: Tenant) -> None:
         self.tenant, self._before = tenant, tenant.memory()["witnessed_bytes"]
@@ -184,7 +184,7 @@ class Load:
         self._hopeless = self._asking(f"{32 * GIB} 0")
 
     def _asking(self, words: str) -> Client:
-        client = self.tenant.client(before="nice -n 19")  # so that a client that starts again waits for no other
+        client = self.tenant.client(before="nice -n 19")  # so that a restarted client waits for no other client
         client.ok("context")
         client.send(f"ask {words}")
         return client
@@ -210,7 +210,7 @@ class Load:
 
 @pytest.mark.timeout(7200)
 @pytest.mark.places("host")
-def test_an_end_at_any_point_affects_no_other_tenant_and_leaves_nothing(host: Host, tenant, scale) -> None:
+def test_an_end_at_any_point_affects_no_tenant_and_leaves_nothing(host: Host, tenant, scale) -> None:
     """Eighteen kills at all points, nine of them at a random moment: a hundred in all, or a thousand."""
     host.children.start()
     tenants = [tenant(LIMIT) for _ in range(2)]
@@ -247,7 +247,7 @@ def held(host: Host, tenant) -> tuple[Tenant, Client]:
 
 
 def assert_taken_up(one: Tenant, client: Client) -> None:
-    """Check that the client's memory is charged, and that it can allocate the rest."""
+    """Check that the client's memory is charged, and that the client can allocate the rest of the limit."""
     one.assert_enforced()
     assert one.assert_exact() == CONTEXT + 20 * MIB
     with one.growing(44 * MIB):
@@ -256,7 +256,7 @@ def assert_taken_up(one: Tenant, client: Client) -> None:
 
 
 @pytest.mark.places("host")
-def test_a_detach_that_ends_half_way_is_ended_by_the_command(host: Host, held: tuple[Tenant, Client]) -> None:
+def test_fgpu_detach_completes_the_detach_of_a_killed_agent(host: Host, held: tuple[Tenant, Client]) -> None:
     one, client = held
     agent = host.children.start("agent", "detach_half")
     fgpu("detach")
@@ -267,12 +267,12 @@ def test_a_detach_that_ends_half_way_is_ended_by_the_command(host: Host, held: t
     fgpu("set", one.path, "--memory", f"{CONTEXT + 64 * MIB}B")
     eventually(lambda: one.memory()["used_bytes"] == CONTEXT + 20 * MIB, 5, "what it held")
     client.ok(f"fill {STEP} 0")
-    one.assert_enforced()  # not earlier: a process that has not asked yet is unknown
+    one.assert_enforced()  # not earlier: a process that has made no request yet is unknown
     assert one.assert_exact() == CONTEXT + 64 * MIB == one.memory()["limit_bytes"]
 
 
 @pytest.mark.places("host")
-def test_a_driver_that_is_half_probed_is_probed_by_the_next_start(host: Host, held: tuple[Tenant, Client]) -> None:
+def test_the_next_start_completes_the_probes_of_a_partly_probed_driver(host: Host, held: tuple[Tenant, Client]) -> None:
     subprocess.run(["rm", "-r", *Path("/sys/fs/bpf/fgpu").glob("v*/links")], check=True)
     assert_killed(host.children.begin("agent", "links_half"))
     host.service.start_agent()

@@ -1,7 +1,7 @@
-"""A limit counts on a device from the tenant's first use of that device, so a host takes as many tenants as fit on
-each.
+"""A limit counts on a device from the tenant's first use of that device.
 
-The test needs a driver with eight devices and its own agent, and so runs itself in a separate mount namespace.
+A host can therefore have as many tenants as fit on each device. The test needs a driver with eight devices and its own
+agent, so it runs itself in a separate mount namespace.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from tests.support.service import Service, run_on_devices
 from tests.support.tenant import Client, Tenant
 from tests.support.wait import eventually
 
-inside = pytest.mark.skipif(GPUS == "1", reason="is run by test_on_eight_devices")
+inside = pytest.mark.skipif(GPUS == "1", reason="is run by test_the_file_s_tests_pass_on_eight_devices")
 DEVICES, LIMIT, FIT = 8, 8 * GIB, 9  # devices of 75 GiB, of which 74.7 are usable
 POLICY = """
 apiVersion: fgpu.dev/v1alpha1
@@ -33,7 +33,7 @@ spec:
 
 @pytest.mark.skipif(GPUS != "1", reason="this is it")
 @pytest.mark.timeout(300)
-def test_on_eight_devices() -> None:
+def test_the_file_s_tests_pass_on_eight_devices() -> None:
     run_on_devices(__file__, DEVICES, "75GiB")
 
 
@@ -63,7 +63,7 @@ def use(place: Cgroups, device: int) -> Client:
 
 @inside
 @pytest.mark.timeout(170)
-def test_each_device_takes_as_many_as_fit_on_it(strict: Service, group: Cgroups) -> None:
+def test_each_device_takes_as_many_tenants_as_fit_on_it(strict: Service, group: Cgroups) -> None:
     clients = [group.tenant(None).client() for _ in range(DEVICES * FIT)]
     assert clients[0].ok("info 0")[1] == LIMIT
     assert sum(committed()) == LIMIT, "one has used a device"
@@ -98,7 +98,9 @@ def leave(group: Cgroups, tenant: Tenant) -> None:
 
 @inside
 @pytest.mark.timeout(900)
-def test_one_of_two_first_uses_gets_the_last_room(strict: Service, group: Cgroups, scale: Callable[..., int]) -> None:
+def test_exactly_one_of_two_simultaneous_first_uses_gets_the_last_room(
+    strict: Service, group: Cgroups, scale: Callable[..., int]
+) -> None:
     for _ in range(FIT - 1):
         use(group, 7)
     for number in range(scale(5, 20, 1000)):
@@ -114,9 +116,7 @@ def test_one_of_two_first_uses_gets_the_last_room(strict: Service, group: Cgroup
 
 
 @inside
-def test_without_an_agent_a_device_in_use_continues_and_another_is_refused_in_time(
-    strict: Service, group: Cgroups
-) -> None:
+def test_without_an_agent_a_used_device_stays_usable_and_a_new_one_is_refused(strict: Service, group: Cgroups) -> None:
     client = use(group, 0)
     strict.kill_agent()
     client.ok(f"alloc {MIB}")
@@ -129,7 +129,7 @@ def test_without_an_agent_a_device_in_use_continues_and_another_is_refused_in_ti
 
 
 @inside
-def test_a_group_is_committed_once_on_a_device(strict: Service, group: Cgroups) -> None:
+def test_a_group_counts_only_once_against_a_device(strict: Service, group: Cgroups) -> None:
     (cgroup_root() / group.group.lstrip("/")).mkdir(exist_ok=True)
     fgpu("set", group.group, "--memory", "70GiB")
     for _ in range(3):
@@ -155,10 +155,10 @@ def answers(clients: list[Client], command: str) -> list[str]:
 
 @inside
 @pytest.mark.timeout(900)
-def test_no_program_is_refused_under_a_group_whose_limit_is_new(
+def test_a_new_limit_of_a_group_refuses_no_program_that_fits(
     strict: Service, group: Cgroups, scale: Callable[..., int]
 ) -> None:
-    """A limit for the group appears around four programs that just then use another device for the first time."""
+    """The group gets a limit while its four programs use another device for the first time."""
     folder = cgroup_root() / group.group.lstrip("/")
     folder.mkdir(exist_ok=True)
     for number in range(scale(3, 8, 200)):
@@ -174,7 +174,7 @@ def test_no_program_is_refused_under_a_group_whose_limit_is_new(
 
 
 @inside
-def test_a_use_without_a_request_is_committed_when_it_is_seen(strict: Service, group: Cgroups) -> None:
+def test_a_use_without_a_request_is_committed_once_the_agent_observes_it(strict: Service, group: Cgroups) -> None:
     one = group.tenant(None)
     client = Client(one, "outside", before="env LD_PRELOAD=")
     client.ok("device 5")
@@ -193,7 +193,7 @@ def named(group: Cgroups) -> Iterator[str]:
 
 
 @inside
-def test_devices_that_are_named_are_committed_at_once(strict: Service, named: str) -> None:
+def test_a_limit_that_names_devices_is_committed_at_once(strict: Service, named: str) -> None:
     said = fgpu("set", named, "--memory", "60GiB", "--device", "6", "--device", "4").stdout
     assert "device 6, 4" in said
     assert committed() == [60 * GIB if device in (4, 6) else 0 for device in range(DEVICES)]

@@ -1,4 +1,4 @@
-"""Memory that a program has freed, in whatever way, can be taken again at once."""
+"""Memory that a program has freed in any way can be allocated again at once."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 from tests.support.host import BUILD, GIB, MIB
 
 LIMIT = 2 * GIB
-SHARE = 60  # percent of what is free, in each round: two rounds together do not fit
+SHARE = 60  # percent of the free memory, in each round: two rounds together exceed the limit
 WAYS = (
     "plain", "pitched", "managed", "async", "unwaited", "plain_async", "async_plain", "async_and_plain",
     "pool", "pool_first", "mapped_one", "mapped_four", "mapped_each", "created", "context", "array",
@@ -17,7 +17,7 @@ WAYS = (
 )  # fmt: skip
 
 
-def test_the_program_knows_these_ways(programs: None) -> None:
+def test_the_test_program_implements_every_way_to_free(programs: None) -> None:
     assert subprocess.run([BUILD / "e2e/freed", "ways"], capture_output=True, text=True).stdout.split() == list(WAYS)
 
 
@@ -30,5 +30,5 @@ def test_every_way_to_free_memory_makes_room_at_once(tenant, way: str) -> None:
     name, passed, rounds, total, before, after = one.run(f"{BUILD}/e2e/freed {SHARE} {way}", 60).split()
     assert (name, int(total)) == (way, LIMIT // MIB)
     assert passed == rounds
-    if way != "pool_first":  # what a destroyed pool had in use is given back when a request needs it
+    if way != "pool_first":  # the driver returns memory that a destroyed pool had in use when a request needs it
         assert after == before

@@ -1,4 +1,4 @@
-"""F17: with a log that is not read, or a full disk, nothing important waits, and what cannot be saved is refused."""
+"""F17: nothing important blocks on an unread log or a full disk, and a change that cannot be saved is refused."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.support.wait import eventually
 
 LIMIT = 3 * CONTEXT + 40 * MIB
 STEP = 2 * MIB
-QUICK_SECONDS = 5.0  # for what takes a twentieth of that; a program that waits for a reader waits for ever
+QUICK_SECONDS = 5.0  # for actions that take a twentieth of that; a program that waits for a reader waits for ever
 
 
 def brimful() -> tuple[int, int]:
@@ -38,7 +38,7 @@ def brimful() -> tuple[int, int]:
 
 @pytest.fixture
 def dead(service: Service, unharmed: None) -> Iterator[Service]:
-    """Return the service without agent and gatekeeper. Both run again afterwards."""
+    """Return the service without agent and gatekeeper. Restart both afterwards."""
     service.kill_agent()
     service.kill_gatekeeper()
     yield service
@@ -51,14 +51,14 @@ def dead(service: Service, unharmed: None) -> Iterator[Service]:
 
 
 def timed(what: str, longest: float, begun: float) -> float:
-    """Return the longest time of its kind so far, in seconds."""
+    """Return the longest time of this action so far, in seconds."""
     took = time.monotonic() - begun
     assert took < QUICK_SECONDS, f"{what} took {took:.2f} s"
     return max(longest, took)
 
 
 def busy(one: Tenant, command: str) -> Client:
-    """Start a program that repeats a request until it is told to stop."""
+    """Start a program that repeats a request until it receives a line."""
     client = one.client()
     client.ok("context")
     client.send(command)
@@ -74,7 +74,7 @@ def answered(client: Client) -> list[int]:
 
 
 def live_for(seconds: float, tenants: list[Tenant]) -> dict[str, float]:
-    """Do all that a host does, for this long, each action within QUICK_SECONDS. Return the longest time of each."""
+    """Run all actions of a host for this long, each within QUICK_SECONDS. Return the longest time of each action."""
     longest = {"set": 0.0, "start": 0.0, "scrape": 0.0}
     end, number = time.monotonic() + seconds, 0
     while time.monotonic() < end:
@@ -96,7 +96,7 @@ def live_for(seconds: float, tenants: list[Tenant]) -> dict[str, float]:
 
 @pytest.mark.slow
 @pytest.mark.places("host")
-def test_no_request_waits_for_a_log_that_is_not_read(dead: Service, tenant, scale) -> None:
+def test_no_request_waits_for_a_log_without_a_reader(dead: Service, tenant, scale) -> None:
     reader, writer = brimful()
     try:
         dead.start_agent(writer)
@@ -114,7 +114,7 @@ def test_no_request_waits_for_a_log_that_is_not_read(dead: Service, tenant, scal
         assert [one.assert_exact() for one in tenants] == [CONTEXT, CONTEXT]
         assert set(os.read(reader, 4096)) == set(b"."), "what was in the pipe from the beginning, and nothing else"
         os.set_blocking(reader, False)
-        fgpu("set", tenants[1].path, "--memory", f"{LIMIT + 7 * STEP}B")  # the other has printed its lines by now
+        fgpu("set", tenants[1].path, "--memory", f"{LIMIT + 7 * STEP}B")  # the other one has printed its lines by now
 
         def told() -> bytes:
             with contextlib.suppress(BlockingIOError):
@@ -129,7 +129,7 @@ def test_no_request_waits_for_a_log_that_is_not_read(dead: Service, tenant, scal
 
 @pytest.fixture
 def full(dead: Service) -> Iterator[Path]:
-    """Yield the path of a file on the file system of /run/fgpu, which has little room left."""
+    """Yield the path of a file on the file system of /run/fgpu, which has little space left."""
     if not os.path.ismount(RUN_DIR):
         pytest.skip(f"{RUN_DIR} is no file system of its own: ./dev test gives it one")
     state = os.statvfs(RUN_DIR)
@@ -147,7 +147,9 @@ def full(dead: Service) -> Iterator[Path]:
 
 @pytest.mark.slow
 @pytest.mark.places("host")
-def test_a_full_disk_stops_no_tenant_and_what_cannot_be_stored_is_refused(dead: Service, full: Path, tenant) -> None:
+def test_a_full_disk_stops_no_tenant_and_a_change_that_cannot_be_saved_is_refused(
+    dead: Service, full: Path, tenant
+) -> None:
     dead.start_agent()
     one = tenant(LIMIT)
     one.assert_enforced()

@@ -1,4 +1,4 @@
-"""F28: `/run` is full while a container exits: other containers of that moment still have their limits."""
+"""F28: `/run` is full while a container exits. Other containers that start at that moment still get their limits."""
 
 from __future__ import annotations
 
@@ -33,7 +33,10 @@ def remount(how: str) -> None:
 
 @pytest.fixture
 def unwritable(service: Service, unharmed: None) -> Iterator[Callable[[str], None]]:
-    """Called with `ro`, no file can be written in fgpu's folder under /run until it is called with `rw`."""
+    """Yield a function.
+
+    After a call with `ro`, no file in fgpu's folder under /run can be written until a call with `rw`.
+    """
     subprocess.run(["mount", "--bind", RUN_DIR, RUN_DIR], check=True)
     yield remount
     subprocess.run(["umount", "--lazy", RUN_DIR], check=True)
@@ -57,7 +60,7 @@ def group(service: Service, unharmed: None) -> Iterator[Path]:
 
 
 def limit_of(path: str) -> int | None:
-    """Return the bytes of the first device; None: it is no tenant."""
+    """Return the limit in bytes on the first device, or None if the cgroup is no tenant."""
     found = [tenant for tenant in ask(verb="snapshot")["tenants"] if tenant["path"] == path]
     return int(found[0]["devices"][0]["limit_bytes"]) if found else None
 
@@ -66,7 +69,7 @@ def set_by_hand() -> set[str]:
     return {entry["path"] for entry in json.loads((RUN_DIR / "overrides.json").read_text())}
 
 
-def test_a_container_of_the_moment_in_which_another_ends_has_its_limit(
+def test_a_container_that_starts_while_another_exits_has_its_limit(
     service: Service, group: Path, unwritable: Callable[[str], None]
 ) -> None:
     assert service.agent
@@ -75,7 +78,7 @@ def test_a_container_of_the_moment_in_which_another_ends_has_its_limit(
     fgpu("set", ended, "--memory", "1GiB")
     assert limit_of(ended) == GIB
     unwritable("ro")
-    os.kill(service.agent.pid, signal.SIGSTOP)  # so that both are looked at together
+    os.kill(service.agent.pid, signal.SIGSTOP)  # so that the agent handles both events in one iteration
     try:
         (group / "ended").rmdir()
         (group / "begun").mkdir()

@@ -1,7 +1,7 @@
 """Ten thousand unexpected messages to the sockets of a real agent and a real gatekeeper.
 
-The inputs are those of tests/fuzz, which tests the sockets' code in more detail. With any input, both processes go on,
-a tenant's program gets its answers as before, and neither process grows by a mebibyte.
+The inputs are those of tests/fuzz, which tests the sockets' code in more detail. With any input, both processes
+continue, a tenant's program gets its answers as before, and neither process grows by a mebibyte.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from tests.support.service import Service
 from tests.support.wait import eventually
 
 COUNTS = 1_000, 10_000, 100_000
-ENDS_IT = b"detach", b"reload", b"run", b"put", b"share"  # these verbs would be executed, which is not tested here
+ENDS_IT = b"detach", b"reload", b"run", b"put", b"share"  # the agent would execute these verbs; not tested here
 
 
 def grown(pid: int, send: Callable[[bytes], None], mutator: corpora.Mutator, runs: int) -> int:
@@ -44,7 +44,7 @@ def say(data: bytes) -> None:
 
 
 def request(data: bytes) -> None:
-    """Send one line to the agent, as root. Its answer must be JSON, unless the message was no line."""
+    """Send one line to the agent, as root. The answer must be JSON, unless the message was no complete line."""
     if any(word in data for word in ENDS_IT):
         return
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
@@ -61,7 +61,7 @@ def request(data: bytes) -> None:
 
 @pytest.mark.places("host")
 @pytest.mark.slow
-def test_agent_and_gatekeeper_survive_any_input(service: Service, tenant, scale) -> None:
+def test_agent_and_gatekeeper_continue_after_any_input(service: Service, tenant, scale) -> None:
     one = tenant(CONTEXT + 40 * MIB)
     client = one.client()
     client.ok("context")

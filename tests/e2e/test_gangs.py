@@ -1,6 +1,6 @@
-"""Tenants on several devices: they have all of them at once or none, because their kernels wait for each other.
+"""Tenants on several devices get all of their devices at once or none, because their kernels wait for each other.
 
-The tests need a driver with two devices and their own agent, and so run themselves in a separate mount namespace.
+The tests need a driver with two devices and their own agent, so they run themselves in a separate mount namespace.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from tests.support.wait import eventually
 
 pytestmark = pytest.mark.timed
 
-inside = pytest.mark.skipif(GPUS == "1", reason="is run by test_on_two_devices")
+inside = pytest.mark.skipif(GPUS == "1", reason="is run by test_the_file_s_tests_pass_on_two_devices")
 SECONDS, KERNEL_US, HEAD_START_NS = 3, 1000, 100_000_000
 
 
 @pytest.mark.skipif(GPUS != "1", reason="this is it")
-def test_on_two_devices() -> None:
+def test_the_file_s_tests_pass_on_two_devices() -> None:
     run_on_devices(__file__)
 
 
@@ -53,7 +53,7 @@ class Pairs:
         return float(self.process.stdout.readline().split()[4])
 
     def turns(self) -> list[float]:
-        """Return the number of turns it has had on each device."""
+        """Return the number of turns that the tenant has had on each device."""
         (tenant,) = [t for t in ask(verb="snapshot")["tenants"] if t["tenant"] == self.name]
         assert tenant["enforcement"] == "kernel"
         return [device["compute"]["waits"] for device in sorted(tenant["devices"], key=lambda d: d["gpu"])]
@@ -102,11 +102,13 @@ def test_gangs_take_turns_on_all_their_devices(start: Callable[..., Pairs]) -> N
     for gang in (first, second):
         eventually(lambda: gang.turns()[0] == gang.turns()[1] > 10, 3, "turns on both at once")  # noqa: B023
     assert min(done) > 0.4 * sum(done)
-    assert sum(done) > 0.6 * alone  # if a turn ends between two matching launches, the missing ones may go
+    assert sum(done) > 0.6 * alone  # a turn may end between two matching launches; the missing ones may still proceed
 
 
 @inside
-def test_a_gang_and_a_neighbour_on_one_of_its_devices(start: Callable[..., Pairs], tmp_path: Path) -> None:
+def test_a_neighbour_on_one_device_of_a_gang_gets_its_part_of_that_device(
+    start: Callable[..., Pairs], tmp_path: Path
+) -> None:
     """The neighbour gets its part of device 0. The gang gets the rest, although device 1 has no other tenant."""
     spin = tmp_path / "spin"
     flags = ["-std=gnu11", "-O2", f"-I{BUILD}/headers"]
@@ -130,7 +132,7 @@ def test_a_gang_and_a_neighbour_on_one_of_its_devices(start: Callable[..., Pairs
 
 
 @inside
-def test_a_gang_that_is_killed_gives_both_devices_back(start: Callable[..., Pairs]) -> None:
+def test_a_killed_gang_releases_both_devices(start: Callable[..., Pairs]) -> None:
     first, second = start("gang-1"), start("gang-2")
     start_ns = time.monotonic_ns() + HEAD_START_NS
     first.begin(start_ns, 60)

@@ -1,4 +1,4 @@
-"""Removed containers leave nothing, whether they had their own libcuda or the host's."""
+"""Nothing remains of removed containers, with their own libcuda or with the host's."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tests.support.tenant import Client, Tenant
 from tests.support.wait import eventually
 
 LIVE = 4  # at one time
-MORE = 5  # descriptors that a busy agent may have more
+MORE = 5  # how many more descriptors a busy agent may have
 OF_CGROUPS, OF_PROCESSES = ("pages", "resolved", "limits", "shares", "turns", "counters"), ("processes", "allocations")
 OWN = f"env LD_LIBRARY_PATH=/.:{SIM}/lib"  # the start of a program with the image's libcuda
 POLICY = """
@@ -36,7 +36,7 @@ spec:
 
 
 class Layered(Container):
-    """Containers whose root is a separate mount, as engines make it."""
+    """Containers whose root is a separate mount, as engines create it."""
 
     def _bundle(self, bundle: Path, name: str, folder: Path) -> None:
         layers = [bundle / layer for layer in ("lower", "upper", "spare", "rootfs")]
@@ -73,7 +73,7 @@ class Made:
     files: set[int] = field(default_factory=set)
 
     def left(self, place: Layered) -> list[str]:
-        """Return what is left of them."""
+        """Return the traces that still exist."""
         found = [name for name in OF_CGROUPS if self.cgroups & {struct.unpack_from("Q", key)[0] for key in keys(name)}]
         found += [name for name in OF_PROCESSES if self.pids & {struct.unpack_from("I", key)[0] for key in keys(name)}]
         found += ["threads"] if self.pids & {struct.unpack_from("II", key)[1] for key in keys("threads")} else []
@@ -124,9 +124,9 @@ def written(service: Service) -> dict[Path, str]:
 
 
 @pytest.mark.timeout(3600)
-def test_containers_that_are_gone_leave_nothing(service: Service, layered: Layered, scale) -> None:
+def test_removed_containers_leave_no_trace(service: Service, layered: Layered, scale) -> None:
     made = Made()
-    for with_own in (False, True):  # so that everything that is made only once exists
+    for with_own in (False, True):  # first run: creates everything that is created only once
         removed(layered, started(layered, made, with_own))
     eventually(lambda: not made.left(layered), 10, "nothing left of the first")
     before, files = descriptors(service), written(service).keys()

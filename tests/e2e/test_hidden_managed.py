@@ -1,4 +1,4 @@
-"""Managed memory is in no row of NVML: a process that hides it from the probes is charged what the driver gave it."""
+"""Managed memory is in no row of NVML. A process that hides it from the probes is charged for what the driver holds."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.support.tenant import Tenant
 from tests.support.wait import eventually, steadily
 
 LARGE = 16 * MIB  # of managed.c
-SECONDS = 1.0  # until the ledger has what the driver gave
+SECONDS = 1.0  # until the ledger has the bytes that the driver allocated
 DRIVER = (SIM / "lib/libcuda.so.1").resolve()
 
 
@@ -40,7 +40,7 @@ def assert_charged(client: Bypass, bytes_: int) -> None:
 
 @pytest.mark.timed
 @pytest.mark.places("cgroups")
-def test_while_a_thread_writes_over_the_pointers_that_calls_return(hiding: Bypass) -> None:
+def test_managed_memory_is_charged_while_a_thread_overwrites_returned_pointers(hiding: Bypass) -> None:
     for times in (1, 2, 3):
         (bytes_,) = hiding.ok("overwrite 40")
         assert bytes_ == times * 40 * LARGE
@@ -49,7 +49,7 @@ def test_while_a_thread_writes_over_the_pointers_that_calls_return(hiding: Bypas
 
 @pytest.mark.timed
 @pytest.mark.places("cgroups")
-def test_when_vforked_children_allocate_it(hiding: Bypass) -> None:
+def test_managed_memory_is_charged_when_vforked_children_allocate_it(hiding: Bypass) -> None:
     (bytes_,) = hiding.ok("vfork 60")
     assert bytes_ == 60 * LARGE
     assert_charged(hiding, bytes_)
@@ -59,8 +59,10 @@ def test_when_vforked_children_allocate_it(hiding: Bypass) -> None:
 
 @pytest.mark.timed
 @pytest.mark.places("cgroups")
-def test_when_a_library_of_the_tenant_s_own_frees_it(service: Service, hiding: Bypass, tmp_path: Path) -> None:
-    """The library is the driver's, except that this call does nothing and returns success."""
+def test_managed_memory_stays_charged_after_a_fake_free_of_the_tenant_s_library(
+    service: Service, hiding: Bypass, tmp_path: Path
+) -> None:
+    """The library is the driver's, except that its cuMemFree_v2 frees nothing and returns success."""
     library = tmp_path / "own" / "libcuda.so.1"
     library.parent.mkdir()
     names = {"cuMemFree_v2": "cuMemFree_v0", "cuDriverGetVersion": "cuMemFree_v2"}

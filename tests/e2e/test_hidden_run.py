@@ -1,4 +1,4 @@
-"""Something is mounted over /run where a program runs that has the shim: it has its limit or no memory, never more."""
+"""A mount hides /run from a program that has the shim: the program has its limit or no memory, never more."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def assert_refused_and_named(service: Service, one: Tenant, client: Client) -> N
     assert one.driver() == 0
     assert client.complaints() == f"{SAID}\n"
     service.kill_agent()
-    service.start_agent()  # looks at once, and every half minute
+    service.start_agent()  # it scans at its start, and then every half minute
     said = json.loads(fgpu("doctor", "--json", "--driver-root", SIM, check=False).stdout)
     (found,) = [check for check in said if check["name"] == "mounts"]
     assert not found["ok"]
@@ -53,7 +53,7 @@ def assert_refused_and_named(service: Service, one: Tenant, client: Client) -> N
 
 
 @pytest.mark.places("runc")
-def test_a_container_that_has_the_folder_under_run_alone_gets_no_memory(
+def test_a_container_whose_shim_folder_is_hidden_under_run_gets_no_memory(
     service: Service, place: Container, tenant: Callable[[int], Tenant]
 ) -> None:
     place.mounts = OVER_RUN
@@ -64,7 +64,7 @@ def test_a_container_that_has_the_folder_under_run_alone_gets_no_memory(
 
 
 @pytest.mark.places("runc")
-def test_a_container_that_has_the_folder_beside_the_shim_is_held_across_a_detach(
+def test_a_container_that_mounts_the_folder_beside_the_shim_is_limited_across_a_detach(
     service: Service, place: Container, tenant: Callable[[int], Tenant]
 ) -> None:
     place.mounts = [*OVER_RUN, BESIDE]
@@ -72,7 +72,7 @@ def test_a_container_that_has_the_folder_beside_the_shim_is_held_across_a_detach
     one.assert_holds(ROOM)
     service.detach()
     client = one.client()
-    client.ok(f"alloc {100 * MIB}")  # nothing is enforced, and nothing is waited for
+    client.ok(f"alloc {100 * MIB}")  # nothing is enforced, and the request waits for nothing
     client.kill()
     client.close()
     service.start_agent()
@@ -81,7 +81,9 @@ def test_a_container_that_has_the_folder_beside_the_shim_is_held_across_a_detach
 
 
 @pytest.mark.places("host")
-def test_a_sandbox_of_the_host(service: Service, place: Place, tenant: Callable[[int], Tenant]) -> None:
+def test_a_sandbox_on_the_host_that_hides_run_never_exceeds_the_limit(
+    service: Service, place: Place, tenant: Callable[[int], Tenant]
+) -> None:
     one = tenant(LIMIT)
     (one.folder / "sandbox").write_text(SANDBOX)
     assert_refused_and_named(service, one, one.client(before=f"unshare -m sh -e {one.folder}/sandbox"))

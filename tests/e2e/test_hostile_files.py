@@ -1,4 +1,4 @@
-"""A tenant replaces or damages libraries: the agent still examines those of all others, answers, and starts."""
+"""A tenant replaces or damages libraries. The agent still examines other tenants' libraries, replies, and starts."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def library(path: Path) -> Path:
 
 
 def without_segments(path: Path) -> Path:
-    """Remove the segments, so that its functions are nowhere in the file."""
+    """Remove the segments, so that no segment of the file contains its functions."""
     text = bytearray(library(path).read_bytes())
     (at,), (count,) = struct.unpack_from("<Q", text, 0x20), struct.unpack_from("<H", text, 56)
     for segment in range(count):
@@ -92,7 +92,7 @@ MADE = {"fifo": ("fifo", library), "segments": ("file", without_segments), "junk
 
 @pytest.mark.places("host")
 @pytest.mark.parametrize("kind", MADE)
-def test_an_agent_starts_beside_it_and_continues(
+def test_an_agent_starts_and_continues_beside_a_hostile_library(
     service: Service, mapper: Mapper, folder: Path, tenant, kind: str
 ) -> None:
     how, make = MADE[kind]
@@ -116,7 +116,9 @@ def links() -> list[Path]:
 
 
 @pytest.mark.places("host")
-def test_many_files_of_one_cgroup_use_nothing_up(service: Service, mapper: Mapper, folder: Path, tenant) -> None:
+def test_many_libraries_of_one_cgroup_exhaust_no_resource(
+    service: Service, mapper: Mapper, folder: Path, tenant
+) -> None:
     assert service.agent
     eventually(lambda: len(links()) < 30, 20, "an agent that has let go of what a trial before had mapped")
     before = len(os.listdir(f"/proc/{service.agent.pid}/fd"))

@@ -1,4 +1,4 @@
-"""`fgpu-info`: a program in a container reads its own limits, and changes nothing by that."""
+"""`fgpu-info`: a program in a container reads its own limits, and changes nothing by that request."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def sessions() -> int:
 
 
 @pytest.mark.places("host", "runc")
-def test_a_program_reads_its_limit_and_its_use(place: Place, tenant) -> None:
+def test_fgpu_info_prints_the_limit_and_the_use_of_its_cgroup(place: Place, tenant) -> None:
     one = tenant(CONTEXT + 40 * MIB)
     client = one.client()
     with one.growing():
@@ -47,12 +47,12 @@ def test_a_program_reads_its_limit_and_its_use(place: Place, tenant) -> None:
 
 
 @pytest.mark.places("runc")
-def test_a_container_without_a_limit_learns_that(place: Place, service) -> None:
+def test_fgpu_info_reports_a_container_without_a_limit(place: Place, service) -> None:
     assert info(place.tenant(None)).startswith("no limit: ")
 
 
 @pytest.mark.places("runc")
-def test_a_question_is_no_first_use(strict: Service, place: Place, write: Write) -> None:
+def test_a_request_of_fgpu_info_is_no_first_use(strict: Service, place: Place, write: Write) -> None:
     write("memory: {limit: 600MiB}")
     one, counts = place.tenant(None), "counts on the device from its first use on"
     eventually(lambda: counts in fgpu("explain", one.path).stdout, 3, "the policy's limit")

@@ -1,4 +1,4 @@
-"""Processes older than fgpu are adopted, reported, and never killed; no memory is admitted until everything fits."""
+"""Processes older than fgpu are adopted, reported, and never killed. No memory is admitted until everything fits."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ spec:
 
 
 class Before:
-    """A cgroup, with as much of a tenant as its programs need, with the shim or without."""
+    """A cgroup, with the parts of a tenant that its programs need, with the shim or without."""
 
     name = NAME
 
@@ -61,7 +61,7 @@ class Before:
 
 @pytest.fixture
 def before(service: Service, unharmed: None, tmp_path: Path) -> Iterator[Before]:
-    """Return a host without fgpu. Afterwards fgpu runs, and no process is older."""
+    """Return a host without fgpu. Afterwards fgpu runs, and no process is older than fgpu."""
     service.detach()
     place = Before(tmp_path)
     yield place
@@ -72,7 +72,7 @@ def before(service: Service, unharmed: None, tmp_path: Path) -> Iterator[Before]
 
 
 def install(service: Service) -> None:
-    """Start an agent, with a policy for all that runs."""
+    """Start an agent, with a policy for all processes."""
     (service.policies / "install.yaml").write_text(POLICY)
     service.start_agent()
     key = "fgpu_tenant_enforcement", frozenset({("tenant", NAME), ("mode", "kernel")})
@@ -85,12 +85,14 @@ def memory() -> dict[str, int]:
 
 
 def uses(bytes_: int) -> bool:
-    """Return whether this much is charged, and the driver holds as much."""
+    """Return whether this many bytes are charged and held by the driver."""
     holds = sum(one[f"{kind}_bytes"] for one in driver_books() for kind in KINDS)
     return memory()["used_bytes"] == holds == bytes_
 
 
-def test_a_running_process_is_adopted_and_reported_and_nothing_more_fits(service: Service, before: Before) -> None:
+def test_a_running_process_is_adopted_and_reported_and_further_memory_is_refused(
+    service: Service, before: Before
+) -> None:
     older = before.program("older")
     (pointer,) = older.ok(f"alloc {HELD}")
     install(service)
@@ -117,8 +119,10 @@ def test_a_running_process_is_adopted_and_reported_and_nothing_more_fits(service
     younger.close()
 
 
-def test_twenty_in_the_middle_of_their_lives_are_adopted_to_the_byte(service: Service, before: Before, scale) -> None:
-    """Some have only a context. Others have begun to allocate, and continue while the probes are attached."""
+def test_twenty_processes_that_allocate_meanwhile_are_adopted_to_the_byte(
+    service: Service, before: Before, scale
+) -> None:
+    """Some processes have only a context. Others have begun to allocate, and continue while the probes are attached."""
     for _ in range(scale(1, 1, 5)):
         older = [before.program(f"older{number}") for number in range(20)]
         held = 0
@@ -143,14 +147,14 @@ def test_twenty_in_the_middle_of_their_lives_are_adopted_to_the_byte(service: Se
         service.detach()
 
 
-def test_preexisting_processes_are_never_killed_and_later_ones_are(service: Service, before: Before) -> None:
+def test_on_bypass_kill_spares_preexisting_processes_and_kills_later_ones(service: Service, before: Before) -> None:
     older = before.program("older")
     older.ok("context")
     install(service)
     assert "onBypass: kill is not applied" in fgpu("explain", f"/{NAME}").stdout
     older.ok(f"alloc {HELD}")
     service.kill_agent()
-    service.start_agent()  # the next agent knows them too
+    service.start_agent()  # the next agent reads which processes are preexisting
     older.ok(f"alloc {100 * MIB}")
     eventually(lambda: uses(CONTEXT + HELD + 100 * MIB), 3, "all of it charged")
     assert events("killed") == []

@@ -28,7 +28,7 @@ RESTARTS = 3
 
 @pytest.fixture
 def tenant_of_policy(service: Service, place: Place) -> Iterator[Callable[[], Tenant]]:
-    """Makes tenants to which that policy gives 2 GiB."""
+    """Yield a function that creates tenants to which the policy gives 2 GiB."""
     file = service.policies / "kill.yaml"
     file.write_text(POLICY.format(group=place.group.lstrip("/")))
     eventually(lambda: metrics()["fgpu_policies", frozenset()] == 1, 5, "the policy")
@@ -38,8 +38,11 @@ def tenant_of_policy(service: Service, place: Place) -> Iterator[Callable[[], Te
 
 
 @pytest.mark.places("cgroups")
-def test_no_program_within_its_limit_is_killed(service: Service, tenant_of_policy: Callable[[], Tenant]) -> None:
-    """Programs that ask, one that goes around the shim, and one that no probe sees; together they have all of it."""
+def test_a_restart_kills_no_program_within_its_limit(service: Service, tenant_of_policy: Callable[[], Tenant]) -> None:
+    """The programs are several that request admission, one that bypasses the shim, and one that no probe reports.
+
+    Together they hold the whole limit.
+    """
     one = tenant_of_policy()
     one.assert_enforced()
     asks = one.client()

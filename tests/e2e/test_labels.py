@@ -1,4 +1,4 @@
-"""Labels of real Docker containers: which limits they choose, their bounds, and an engine that stalls."""
+"""Labels of real Docker containers: which limits they select, the bounds of these limits, and an engine that stalls."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def engine(service: Service, tmp_path_factory: pytest.TempPathFactory) -> Iterat
 
 @pytest.fixture
 def docker(service: Service, engine: Docker, unharmed: None) -> Iterator[Docker]:
-    """Return dockerd with policies for its containers. Afterwards neither containers nor policies are left."""
+    """Return dockerd with policies for its containers. Afterwards no container and no policy is left."""
     write(service, POLICIES)
     try:
         yield engine
@@ -61,19 +61,19 @@ def becomes(one: Tenant, policy: str, limit: int, seconds: float = 5) -> None:
 
 
 def full_by_label(docker: Docker, service: Service) -> tuple[Tenant, Client]:
-    """Return a container at the limit of its label. Then its engine stops, and the agent is killed."""
+    """Return a container at the limit of its label. Its engine has been stalled and the agent has been killed."""
     one = docker.container({"tier": "notebook"})
     eventually(lambda: [t for t in ask(verb="snapshot")["tenants"] if t["path"] == one.path], 5, "a tenant")
     becomes(one, "notebooks", 3 * GIB)
     client = one.client()
     client.ok(f"fill {2 * MIB} 0")
-    time.sleep(1.5)  # known labels are saved once a second
+    time.sleep(1.5)  # the agent saves known labels once a second
     docker.socket.stall()
     service.kill_agent()
     return one, client
 
 
-def test_a_label_chooses_the_policy_and_the_kernel_holds_its_limit(docker: Docker) -> None:
+def test_a_label_selects_the_policy_and_the_kernel_enforces_its_limit(docker: Docker) -> None:
     one, other = docker.container({"tier": "notebook"}), docker.container({"tier": "batch"})
     becomes(one, "notebooks", 3 * GIB)
     becomes(other, "others", GIB)
@@ -84,7 +84,7 @@ def test_a_label_chooses_the_policy_and_the_kernel_holds_its_limit(docker: Docke
             client.ok(f"fill {2 * MIB} 0")
         assert client.do(f"alloc {2 * MIB}") == REFUSED
         assert tenant.assert_exact() == limit
-    assert "notebooks" in fgpu("explain", one.name).stdout  # by the name that Docker gives it
+    assert "notebooks" in fgpu("explain", one.name).stdout  # by the name that Docker gives to the container
 
 
 ASKED: list[tuple[dict[str, str], dict[str, str], int]] = [
@@ -93,7 +93,7 @@ ASKED: list[tuple[dict[str, str], dict[str, str], int]] = [
     ({"clearml-injector/fraction": "0.125"}, {}, 0),  # an eighth of the device's usable memory
     ({}, {"fgpu.dev/memory": "2GiB"}, 2 * GIB),  # the image's label lowers the limit
     ({}, {"fgpu.dev/memory": "5GiB"}, 3 * GIB),  # and never raises it
-    ({"fgpu.dev/memory": "5GiB"}, {"fgpu.dev/memory": "4GiB"}, 5 * GIB),  # the container's own replaces the image's
+    ({"fgpu.dev/memory": "5GiB"}, {"fgpu.dev/memory": "4GiB"}, 5 * GIB),  # the container's label replaces the image's
 ]
 
 
@@ -123,7 +123,7 @@ def test_labels_from_a_stalled_engine_change_the_limit_of_a_running_program_late
     eventually(lambda: "no answer within" in fgpu("doctor", check=False).stdout, 5, "doctor's finding")
     before = ages()
     time.sleep(1)
-    assert ages() >= before  # the agent works meanwhile
+    assert ages() >= before  # the agent continues to work
     docker.socket.go_on()
     becomes(one, "notebooks", 3 * GIB, 10)
     assert client.ok("info")[1] == 3 * GIB
@@ -136,7 +136,7 @@ def is_an_eighth(one: Tenant, usable: int) -> bool:
     return usable / 9 < limit_of(one)[1] <= usable / 8
 
 
-def test_without_a_policy_by_cgroup_a_program_is_a_tenants_once_the_engine_answers(
+def test_without_a_policy_by_cgroup_a_container_is_a_tenant_once_the_engine_answers(
     docker: Docker, service: Service
 ) -> None:
     write(service, BY_LABEL)
@@ -168,7 +168,7 @@ def up() -> float | None:
     return next((value for (name, _), value in metrics().items() if name == "fgpu_engine_up"), None)
 
 
-def test_an_engine_that_goes_and_comes_back(docker: Docker) -> None:
+def test_labels_apply_again_after_the_engine_has_been_down(docker: Docker) -> None:
     one = docker.container({"tier": "notebook"})
     becomes(one, "notebooks", 3 * GIB)
     docker.socket.close()
@@ -179,7 +179,7 @@ def test_an_engine_that_goes_and_comes_back(docker: Docker) -> None:
     becomes(later, "notebooks", 3 * GIB, 10)
 
 
-def test_a_limit_by_label_outlives_the_agent_although_the_engine_is_down(docker: Docker, service: Service) -> None:
+def test_a_limit_by_label_survives_an_agent_restart_while_the_engine_is_down(docker: Docker, service: Service) -> None:
     write(service, BY_LABEL)
     one, client = full_by_label(docker, service)
     assert client.do(f"alloc {2 * MIB}") == REFUSED
@@ -193,7 +193,7 @@ def test_a_limit_by_label_outlives_the_agent_although_the_engine_is_down(docker:
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
-def test_a_limit_by_label_outlives_minutes_in_which_the_agent_stands_still(
+def test_a_limit_by_label_survives_minutes_in_which_the_agent_is_stopped(
     docker: Docker, service: Service, scale: Callable[[int, int, int], int]
 ) -> None:
     """The agent is stopped, as in a frozen virtual machine, and the engine is down when the agent continues."""
@@ -224,7 +224,7 @@ def add_a_key(file: Path) -> None:
 @pytest.mark.parametrize(
     "damage", [add_a_key, Path.unlink, lambda file: file.write_text("[{")], ids=["later version", "gone", "garbage"]
 )
-def test_a_limit_by_label_outlives_the_file_of_names(
+def test_a_limit_by_label_survives_the_loss_of_the_label_cache(
     docker: Docker, service: Service, damage: Callable[[Path], object]
 ) -> None:
     one, client = full_by_label(docker, service)
@@ -237,7 +237,7 @@ def test_a_limit_by_label_outlives_the_file_of_names(
     becomes(one, "notebooks", 3 * GIB, 10)
 
 
-def test_five_containers_come_and_go_and_leave_nothing(docker: Docker, record: Callable[[str], None]) -> None:
+def test_five_containers_get_their_limits_and_leave_nothing(docker: Docker, record: Callable[[str], None]) -> None:
     for _ in range(5):
         begun = time.monotonic()
         one = docker.container({"tier": "notebook"})
@@ -251,7 +251,7 @@ def test_five_containers_come_and_go_and_leave_nothing(docker: Docker, record: C
 
 @pytest.fixture
 def record(capsys: pytest.CaptureFixture[str]) -> Callable[[str], None]:
-    """Return a function that prints a measurement in spite of pytest's capture."""
+    """Return a function that prints a measurement in spite of pytest's output capture."""
 
     def say(text: str) -> None:
         with capsys.disabled():

@@ -40,12 +40,14 @@ def containerd(service: Service, unharmed: None, tmp_path: Path) -> Iterator[Con
 
 
 def at(path: str) -> tuple[str, str, int] | None:
-    """Return name, policy and limit of the tenant there."""
+    """Return name, policy and limit of the tenant at this path, or None."""
     found = next((t for t in ask(verb="snapshot")["tenants"] if t["path"] == path), None)
     return found and (found["tenant"], found["policy"], found["devices"][0]["limit_bytes"])
 
 
-def test_a_pods_labels_hold_for_the_pod_before_it_has_a_container_and_for_each(containerd: Containerd) -> None:
+def test_a_pod_s_labels_apply_to_the_pod_before_its_first_container_and_to_each_container(
+    containerd: Containerd,
+) -> None:
     other = containerd.run("batch-0", {}, {})
     pod = containerd.run("jupyter-0", {"tier": "notebook"}, {"fgpu.dev/memory": "4GiB"})
     eventually(lambda: at(pod.path) == ("dev/jupyter-0", "notebooks", 4 * GIB), 5, f"the pod: {at(pod.path)}")
@@ -59,17 +61,17 @@ def test_a_pods_labels_hold_for_the_pod_before_it_has_a_container_and_for_each(c
     client.ok(f"alloc {2 * GIB}")
     one.assert_exact()
     neighbour = second.client()
-    neighbour.ok(f"fill {2 * MIB} 0")  # what is left of the pod's, not four more
+    neighbour.ok(f"fill {2 * MIB} 0")  # the rest of the pod's limit, not another 4 GiB
     assert neighbour.do(f"alloc {2 * MIB}") == REFUSED
     group = next(t for t in ask(verb="snapshot")["tenants"] if t["path"] == pod.path)
     assert (group["kind"], group["devices"][0]["used_bytes"]) == ("group", 4 * GIB)
     assert "notebooks" in fgpu("explain", "pod/dev/jupyter-0").stdout
     sandbox = at(f"{pod.path}/{pod.sandbox}")
     assert sandbox is not None
-    assert sandbox[1] == "pods"  # what only holds the namespaces has no label
+    assert sandbox[1] == "pods"  # the sandbox container, which only keeps the namespaces, has no label
 
 
-def test_requests_of_a_pods_image_tighten(containerd: Containerd) -> None:
+def test_a_request_of_a_pod_s_image_lowers_the_limit(containerd: Containerd) -> None:
     pod = containerd.run("jupyter-1", {"tier": "notebook"}, {})
     one = pod.container("main")
     eventually(lambda: limit_of(one) == ("notebooks", 2 * GIB), 5, f"the image's limit: {limit_of(one)}")

@@ -1,7 +1,7 @@
-"""A version of fgpu with another layout of pinned maps starts: no limit opens at any moment.
+"""A version of fgpu with another layout of pinned maps starts: every limit stays in force at every moment.
 
-Each test goes to the next layout and back. Tenants by policy, by `fgpu set` and by `fgpu run` are at their limits, with
-programs that ask for more all the time and others that start all the time.
+Each test changes to the next layout and back. Tenants by policy, by `fgpu set` and by `fgpu run` are at their limits.
+Some of their programs request more memory all the time, and others start all the time.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ spec:
 
 @pytest.fixture
 def store(service: Service, unharmed: None, versions: tuple[Version, Version], tmp_path: Path) -> Iterator[Path]:
-    """Return the folder of shims of both versions. This version runs, and afterwards the service's own agent."""
+    """Return the folder of shims of both versions. This version runs. Afterwards the service's own agent runs."""
     store = tmp_path / "store"
     change(service, versions[0], store, signal.SIGTERM)
     yield store
@@ -57,7 +57,7 @@ class Full:
     programs: list[Client] = field(default_factory=list)
 
     def fill(self) -> None:
-        """Allocate all that the limit allows, in one program."""
+        """Allocate the whole limit in one program."""
         client = self.tenant.client(before=self.before)
         client.ok("context")
         for _ in range((self.limit - CONTEXT) // STEP):
@@ -65,12 +65,12 @@ class Full:
         self.programs = [client]
 
     def ask(self) -> None:
-        """Let each program ask for more until got() is called."""
+        """Make each program request more memory until got() is called."""
         for client in self.programs:
             client.send(f"ask {STEP} 0")
 
     def got(self) -> int:
-        """Return how often a program got something since ask()."""
+        """Return how often a request of a program succeeded since ask()."""
         found = 0
         for client in self.programs:
             client.send("context")
@@ -79,7 +79,7 @@ class Full:
         return found
 
     def end(self) -> None:
-        """Kill its programs."""
+        """Kill the tenant's programs."""
         for client in self.programs:
             client.kill()
             client.close()
@@ -87,7 +87,7 @@ class Full:
 
 
 class Watch:
-    """A thread that reads the driver's bytes, and starts program after program in each tenant, until end()."""
+    """A thread that reads the driver's bytes, and starts programs in each tenant one after another, until end()."""
 
     def __init__(self, tenants: list[Full]) -> None:
         self._tenants, self._ended = tenants, threading.Event()
@@ -141,7 +141,7 @@ class World:
 
 @pytest.fixture
 def world(service: Service, store: Path, tmp_path: Path) -> Iterator[World]:
-    """Return tenants at their limits, one by policy, one by `fgpu set`, one by `fgpu run`; and one more."""
+    """Return tenants at their limits, one by policy, one by `fgpu set`, one by `fgpu run`, and a further tenant."""
     cgroups, place = Cgroups(tmp_path), Place(tmp_path)
     policy = service.policies / "layouts.yaml"
     policy.write_text(POLICY.format(group=cgroups.group.lstrip("/"), bytes=LIMIT))
@@ -164,7 +164,7 @@ def world(service: Service, store: Path, tmp_path: Path) -> Iterator[World]:
 
 
 def assert_over(service: Service, to: Version, store: Path, how: signal.Signals, world: World) -> None:
-    """Check that no program gets a byte while an agent of another version replaces this one, and for a while after."""
+    """Check that no program gets a byte while an agent of another version replaces this one, and shortly after."""
     for one in world.tenants:
         one.ask()
     watch = Watch([*world.tenants, *world.hidden])

@@ -41,11 +41,11 @@ A_FEW, MANY, MOST = (
     170,
     6_700,
     16_700,
-)  # operations of a thread and round: of three lives in CI 5 x 10^5 in all, in full 10^8
+)  # operations of a thread per round. The sum over three lives is 5 x 10^5 in CI, and 10^8 in a full run
 MOVES = True  # the kernel and the agent follow a process from one cgroup to another
-WORKING = True  # and may change the levels of a process that is at work
+WORKING = True  # whether the levels of a working process may change
 IMPOSSIBLE = ("release", "full", "device", "lost")  # anomalies that no life may cause
-FLOOD_SECONDS, FLOOD_MOVES = 2.2, 5000  # 4,000 events a second are let into a ring that has room for 4,369
+FLOOD_SECONDS, FLOOD_MOVES = 2.2, 5000  # at most 4,000 events a second enter the ring; it has room for 4,369
 REFUSALS = "fgpu_memory_refused_total"
 SMALL = {"MOST_ALLOCATIONS": 64, "MOST_THREADS": 32, "MOST_PROCESSES": 16, "EVENT_BYTES": 4096}
 
@@ -101,7 +101,7 @@ class Life(Program):
 
 
 class World:
-    """Tenants, the lives in them, and all events that may happen to them."""
+    """Tenants, the lives in them, and all events that may affect them."""
 
     def __init__(
         self,
@@ -130,15 +130,18 @@ class World:
         self._assert_alive(self.lives[-1])
 
     def _assert_alive(self, life: Life) -> None:
-        """Check that the life had room for a context."""
+        """Check that the life has room for a context."""
         assert self.crowded or life.contexts, f"no life in {life.tenant.name}: {self._books()}"
 
     def _books(self) -> list[Any]:
-        """Return what the ledger and the driver hold of each tenant; the ledger's figures in all and by process."""
+        """Return the bytes that ledger and driver hold of each tenant.
+
+        The ledger's figures are totals and per process.
+        """
         seen = [(one, one.view()) for one in self.tenants]
         return [(one.name, of["devices"], of["processes"], one.driver_by_device()) for one, of in seen]
 
-    # -- what happens
+    # -- events
 
     def _kill_one(self) -> Life:
         victim = self.chance.choice(self.lives)
@@ -147,7 +150,7 @@ class World:
         return victim
 
     def die(self) -> None:
-        """Kill a life with SIGKILL, and begin another."""
+        """Kill a life with SIGKILL, and start another."""
         victim = self._kill_one()
         self._stretch()
         self._bear(victim.tenant, victim.ways)
@@ -160,7 +163,7 @@ class World:
             fgpu("set", one.path, "--memory", f"{LIMIT}B")
 
     def execute(self) -> None:
-        """Replace a life that is not at work by another one in the same process."""
+        """Replace the program of an idle life by another one in the same process."""
         life = self.chance.choice(self.lives)
         if not life.busy:
             self._stretch()
@@ -178,7 +181,7 @@ class World:
         fgpu("set", self.chance.choice(self.tenants).path, "--memory", f"{self.chance.randrange(2, 6)}GiB")
 
     def regroup(self) -> None:
-        """Set a limit on the cgroup around all others, which have charges already, or remove it."""
+        """Set a limit on the cgroup around all tenants, which already have charges, or remove that limit."""
         if not WORKING and any(life.busy for life in self.lives):
             return
         if self.grouped:
@@ -205,7 +208,7 @@ class World:
         eventually(self.service.gatekeepers, 3, "another gatekeeper")
 
     def lose_events(self) -> None:
-        """Stop the agent until the ring is full, and cause events that it would have received."""
+        """Stop the agent until the ring is full, and cause events that the agent would have received."""
         agent = self.service.agent
         assert agent is not None
         before = _lost()
@@ -222,7 +225,7 @@ class World:
         self._bear(victim.tenant, victim.ways)
 
     def happen(self) -> None:
-        """Cause one of these events now and then, between two rounds or during one."""
+        """Sometimes cause one of these events, between two rounds or during a round."""
         steps = (self.die, self.execute, self.leave, self.limit, self.regroup, self.move)
         steps += (self.restart_agent, self.restart_gatekeeper, self.lose_events)
         if self.chance.randrange(3):
@@ -231,7 +234,7 @@ class World:
     # -- rounds and checks
 
     def turn(self) -> None:
-        """Run one round of all lives, including those that begin in it, with events meanwhile."""
+        """Run one round of all lives, including lives that start during the round, while events happen."""
         for life in self.lives:
             life.begin(self.pace)
         if self.chance.randrange(2):
@@ -289,8 +292,8 @@ def _lost() -> float:
 def _flood(place: Place) -> None:
     """Move a process from one of two cgroups to the other and back.
 
-    They are in no workload: few events of a workload with many of them are sent, and then the kernel's ring is never
-    full.
+    The cgroups belong to no workload: the kernel sends only few events of a workload with many events, so such a
+    workload never fills the ring.
     """
     beside = cgroup_root() / f"{place.group.lstrip('/')}-flood"
     two = [beside / name for name in ("here", "there")]
@@ -312,7 +315,7 @@ def _flood(place: Place) -> None:
 
 @pytest.fixture
 def chance() -> random.Random:
-    """Return a generator with the seed FGPU_TEST_SEED; without it a full run has a new one."""
+    """Return a generator with the seed FGPU_TEST_SEED. Without it, each full run uses a new seed."""
     seed = int(os.environ.get("FGPU_TEST_SEED", new_seed()))
     print(f"FGPU_TEST_SEED={seed}")
     return random.Random(seed)
@@ -351,7 +354,7 @@ def live(world: World, rounds: int) -> dict[str, int]:
 
 @pytest.mark.timeout(7200)
 @pytest.mark.places("cgroups")
-def test_random_lives(world: World, rounds) -> None:
+def test_random_lives_keep_ledger_and_driver_equal(world: World, rounds) -> None:
     many = rounds(5, 12, 1000)
     anomalies = live(world, many)
     assert world.operations == many * 3 * THREADS * world.pace
@@ -366,7 +369,7 @@ def test_random_lives(world: World, rounds) -> None:
 
 @pytest.fixture
 def small(service: Service, tmp_path: Path) -> Iterator[None]:
-    """Run the service with its own programs, whose maps are soon full."""
+    """Run the service with its own BPF programs, whose maps fill up soon."""
     package = tmp_path / "site/fgpu_ebpf"
     shutil.copytree(ROOT / "fgpu_ebpf", package, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copytree(ROOT / "bpf", package / "bpf")
@@ -396,7 +399,7 @@ def small(service: Service, tmp_path: Path) -> Iterator[None]:
 
 @pytest.fixture
 def crowd(small: None, service: Service, place: Place, chance: random.Random) -> Iterator[World]:
-    """Return three lives without memory that NVML does not show: only NVML shows processes without an entry."""
+    """Return three lives without memory that NVML hides: a process without an entry is visible only in NVML."""
     world = World(service, place, chance, ("shown", "shown", "shown"), crowded=True)
     yield world
     if world.grouped:
@@ -405,7 +408,7 @@ def crowd(small: None, service: Service, place: Place, chance: random.Random) ->
 
 @pytest.mark.timeout(7200)
 @pytest.mark.places("cgroups")
-def test_random_lives_in_full_maps(crowd: World, rounds) -> None:
+def test_random_lives_in_full_maps_keep_ledger_and_driver_equal(crowd: World, rounds) -> None:
     anomalies = live(crowd, rounds(3, 10, 100))
     assert anomalies["full"] > 0
     refused = {dict(labels)["reason"]: n for (name, labels), n in metrics().items() if name == REFUSALS}

@@ -1,4 +1,4 @@
-"""A limit holds to the byte, whatever asks, and the tenant sees its share."""
+"""A limit is exact to the byte, whichever call allocates, and programs of the tenant read its share."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ ROOM = 82 * MIB
 @pytest.mark.parametrize(
     ("step", "how", "takes", "odd"),
     [
-        pytest.param(MIB, PLAIN, 2 * MIB, 0, id="1MiB"),  # two share a block of 2 MiB
+        pytest.param(MIB, PLAIN, 2 * MIB, 0, id="1MiB"),  # two allocations share a block of 2 MiB
         pytest.param(2 * MIB, PLAIN, 2 * MIB, 0, id="2MiB"),
         pytest.param(2 * MIB, PLAIN, 2 * MIB, 1, id="2MiB-and-a-byte-to-spare"),
         pytest.param(2 * MIB, PLAIN, 2 * MIB, -1, id="2MiB-and-a-byte-too-few"),
@@ -28,7 +28,7 @@ ROOM = 82 * MIB
         pytest.param(2 * MIB, MANAGED, 2 * MIB, 0, id="managed"),
     ],
 )
-def test_limit_to_the_byte(tenant, step: int, how: int, takes: int, odd: int) -> None:
+def test_a_limit_is_enforced_to_the_byte(tenant, step: int, how: int, takes: int, odd: int) -> None:
     limit = CONTEXT + ROOM + odd
     fits = (ROOM + odd) // takes * takes
     one = tenant(limit)
@@ -40,14 +40,14 @@ def test_limit_to_the_byte(tenant, step: int, how: int, takes: int, odd: int) ->
     memory = one.memory()
     assert memory["used_bytes"] == one.assert_exact() == CONTEXT + fits
     assert memory["limit_bytes"] == limit
-    # NVML shows a whole block. While its rest is charged, pieces of it are charged too, until the next comparison.
+    # NVML counts whole blocks. Until the next comparison, the rest of a block and the pieces in it are both charged.
     assert memory["peak_bytes"] <= limit + shared
     assert memory["refused"] >= 1
     assert client.do(f"alloc {takes}") == REFUSED
 
 
 @pytest.mark.parametrize("via", ["", "proc"], ids=["dlsym", "cuGetProcAddress"])
-def test_freed_memory_can_be_taken_again(tenant, via: str) -> None:
+def test_freed_memory_can_be_allocated_again(tenant, via: str) -> None:
     one = tenant(CONTEXT + ROOM)
     client = one.client(via)
     client.ok("context")
@@ -60,12 +60,12 @@ def test_freed_memory_can_be_taken_again(tenant, via: str) -> None:
 
 
 @pytest.mark.places("host", "runc")
-def test_mapping_keeps_the_memory_when_the_handle_goes(tenant) -> None:
+def test_mapped_memory_stays_charged_after_its_handle_is_released(tenant) -> None:
     one = tenant(CONTEXT + ROOM)
     client = one.client()
     client.ok("context")
     with one.growing(60 * MIB):
-        (mapped,) = client.ok(f"vmm {40 * MIB}")  # its handle is released already
+        (mapped,) = client.ok(f"vmm {40 * MIB}")  # its handle has been released already
         (handle,) = client.ok(f"create {20 * MIB}")
     assert client.do(f"create {40 * MIB}") == REFUSED
     client.ok(f"unmap {mapped} {40 * MIB}")
@@ -76,7 +76,7 @@ def test_mapping_keeps_the_memory_when_the_handle_goes(tenant) -> None:
 
 
 @pytest.mark.places("host", "runc")
-def test_context_is_counted_and_given_back(tenant) -> None:
+def test_a_context_is_charged_and_released(tenant) -> None:
     one = tenant(2 * CONTEXT - 1)
     one.assert_enforced()
     first, second = one.client(), one.client()
@@ -90,7 +90,7 @@ def test_context_is_counted_and_given_back(tenant) -> None:
 
 
 @pytest.mark.every_place
-def test_tenant_sees_its_share(tenant) -> None:
+def test_a_tenant_s_program_reads_its_share_as_the_device_s_memory(tenant) -> None:
     limit = CONTEXT + 200 * MIB
     one, other = tenant(limit), tenant(2 * GIB)
     client, neighbour = one.client(), other.client()
@@ -149,7 +149,7 @@ def test_sizes_near_the_end_of_the_integer_range_are_refused(tenant) -> None:
 
 
 @pytest.mark.places("host", "runc")
-def test_full_tenant_leaves_its_neighbour_alone(tenant) -> None:
+def test_a_full_tenant_does_not_affect_its_neighbour(tenant) -> None:
     one, other = tenant(CONTEXT + ROOM), tenant(CONTEXT + ROOM)
     greedy, neighbour = one.client(), other.client()
     greedy.ok("context")
@@ -163,7 +163,7 @@ def test_full_tenant_leaves_its_neighbour_alone(tenant) -> None:
 
 
 @pytest.mark.places("host", "runc")
-def test_group_holds_what_its_tenants_hold_together(place, tenant) -> None:
+def test_a_group_s_limit_applies_to_the_sum_of_its_tenants(place, tenant) -> None:
     one, other = tenant(2 * GIB), tenant(2 * GIB)
     with group(place, 2 * CONTEXT + ROOM) as whole:
         first, second = one.client(), other.client()
@@ -174,7 +174,7 @@ def test_group_holds_what_its_tenants_hold_together(place, tenant) -> None:
         with other.growing(20 * MIB):
             second.ok(f"fill {2 * MIB} {PLAIN}")
         assert first.do(f"alloc {2 * MIB}") == REFUSED
-        assert first.ok("info") == [0, 2 * CONTEXT + ROOM]  # the smallest of both levels
+        assert first.ok("info") == [0, 2 * CONTEXT + ROOM]  # the smaller of both levels' values
         assert one.assert_exact() + other.assert_exact() == whole()["used_bytes"] == 2 * CONTEXT + ROOM
         assert whole()["refused"] == 2  # at the level that refused
         assert one.memory()["refused"] == other.memory()["refused"] == 0
@@ -183,7 +183,7 @@ def test_group_holds_what_its_tenants_hold_together(place, tenant) -> None:
 
 
 @pytest.mark.places("host", "runc")
-def test_limit_can_be_changed_while_a_program_runs(tenant) -> None:
+def test_a_changed_limit_applies_to_a_running_program(tenant) -> None:
     one = tenant(CONTEXT + 20 * MIB)
     client = one.client()
     client.ok("context")
@@ -193,7 +193,7 @@ def test_limit_can_be_changed_while_a_program_runs(tenant) -> None:
     assert client.ok("info") == [30 * MIB, CONTEXT + 50 * MIB]
     with one.growing(30 * MIB):
         client.ok(f"fill {2 * MIB} {PLAIN}")
-    fgpu("set", one.path, "--memory", f"{CONTEXT + 10 * MIB}B")  # below what it holds
+    fgpu("set", one.path, "--memory", f"{CONTEXT + 10 * MIB}B")  # below the bytes in use
     free, total = client.ok("info")
     assert (free, total) == (0, CONTEXT + 50 * MIB)  # max(limit, used)
     assert client.do(f"alloc {2 * MIB}") == REFUSED
@@ -204,9 +204,9 @@ def test_limit_can_be_changed_while_a_program_runs(tenant) -> None:
 
 
 @pytest.mark.places("host")
-def test_a_number_without_a_unit_changes_nothing_and_a_percentage_is_of_the_device(tenant) -> None:
+def test_a_limit_without_a_unit_is_refused_and_a_percentage_is_of_the_device(tenant) -> None:
     one = tenant(GIB)
-    one.client()  # so that the tenant is there
+    one.client()  # so that the tenant exists
     for words in (["set", one.path], ["run"]):
         command = [] if words[0] == "set" else ["--", "true"]
         done = fgpu(*words, "--memory", "6", *command, check=False)
@@ -223,7 +223,7 @@ def test_a_number_without_a_unit_changes_nothing_and_a_percentage_is_of_the_devi
 
 @pytest.mark.slow
 @pytest.mark.places("host", "runc")
-def test_unset_opens(tenant) -> None:
+def test_unset_removes_the_limit_of_a_running_program(tenant) -> None:
     one = tenant(CONTEXT + 20 * MIB)
     client = one.client()
     client.ok("context")
@@ -237,7 +237,7 @@ def test_unset_opens(tenant) -> None:
 @pytest.mark.timed
 @pytest.mark.slow
 @pytest.mark.places("runc")
-def test_container_without_a_limit_is_left_alone(place, tenant) -> None:
+def test_a_container_without_a_limit_is_not_limited_or_delayed(place, tenant) -> None:
     one, free = tenant(CONTEXT + ROOM), place.tenant(None)
     client, stranger = one.client(), free.client()
     begun = time.monotonic()
@@ -250,8 +250,8 @@ def test_container_without_a_limit_is_left_alone(place, tenant) -> None:
     assert output("status")["devices"][0]["unmanaged_processes"] == 1
     with one.growing(ROOM):
         client.ok(f"alloc {ROOM}")
-    assert stranger.do(f"alloc {16 * GIB}") == REFUSED  # the driver's own word
-    fgpu("set", free.path, "--memory", "1GiB")  # what it has is more than that
+    assert stranger.do(f"alloc {16 * GIB}") == REFUSED  # the driver's own error
+    fgpu("set", free.path, "--memory", "1GiB")  # less than the container holds
     eventually(lambda: stranger.do(f"alloc {2 * MIB}") == REFUSED, 2, "the limit's first refusal")
-    assert free.assert_exact() >= CONTEXT + 4 * GIB  # what it had, and what it got before its shim saw the limit
+    assert free.assert_exact() >= CONTEXT + 4 * GIB  # plus what it allocated before its shim had read the limit
     assert [stranger.do(f"alloc {2 * MIB}") for _ in range(20)] == [REFUSED] * 20

@@ -1,6 +1,7 @@
-"""Limits change under a running program: it sees the new total and keeps it, and nothing is restarted.
+"""Limits change under a running program, which then reads and gets the new total. Nothing is restarted.
 
-`./dev bench live` measures the delay. The bound here is twenty times as long, for two busy processors.
+`./dev bench live` measures the delay. The bound here is twenty times as long, because the test machine has two busy
+processors.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ spec:
 
 
 def put(service: Service, limit: int) -> None:
-    """Write the policy, and replace the old file at once."""
+    """Write the policy, and replace the old file atomically."""
     aside = service.policies / ".live"
     aside.write_text(POLICY.format(limit // MIB))
     aside.rename(service.policies / "live.yaml")
@@ -46,7 +47,7 @@ def policy(service: Service, unharmed: None) -> Iterator[Callable[[int], None]]:
 
 
 def watcher(one) -> Client:
-    """Start a program that has allocated LOW but for less than the 16 MiB that it will ask for."""
+    """Start a program that has allocated LOW minus the 16 MiB that it will request later."""
     one.assert_enforced()
     client = one.client()
     client.ok("context")
@@ -56,7 +57,7 @@ def watcher(one) -> Client:
 
 
 def assert_follows(client: Client, limit: int) -> None:
-    """Check that within SECONDS the program sees the limit, and that its next allocation is judged by it."""
+    """Check that within SECONDS the program reads the limit, and that the limit applies to its next allocation."""
     eventually(lambda: client.ok("info")[1] == limit, SECONDS, f"a total of {limit // MIB} MiB")
     said = client.do(f"alloc {16 * MIB}").split()
     if limit == LOW:
@@ -67,7 +68,7 @@ def assert_follows(client: Client, limit: int) -> None:
 
 
 @pytest.mark.places("cgroups")
-def test_set_and_unset_reach_a_running_program(policy, tenant) -> None:
+def test_set_and_unset_change_the_limit_of_a_running_program(policy, tenant) -> None:
     policy(HIGH)
     one = tenant(LOW)
     client = watcher(one)
@@ -83,7 +84,7 @@ def test_set_and_unset_reach_a_running_program(policy, tenant) -> None:
 
 
 @pytest.mark.places("cgroups")
-def test_a_policy_file_reaches_a_running_program(policy, tenant) -> None:
+def test_a_policy_file_changes_the_limit_of_a_running_program(policy, tenant) -> None:
     policy(LOW)
     one = tenant(LOW)
     fgpu("unset", one.path)
@@ -97,8 +98,8 @@ def test_a_policy_file_reaches_a_running_program(policy, tenant) -> None:
 
 @pytest.mark.places("cgroups")
 @pytest.mark.parametrize("how", ["reload", "SIGHUP"])
-def test_a_reload_reaches_a_running_program(service: Service, policy, tenant, how: str) -> None:
-    """A reload applies the request of the cgroup itself, a change that no file event shows."""
+def test_a_reload_changes_the_limit_of_a_running_program(service: Service, policy, tenant, how: str) -> None:
+    """A reload reads the request of the cgroup itself (its extended attribute), whose change causes no file event."""
     policy(LOW)
     one = tenant(LOW)
     fgpu("unset", one.path)

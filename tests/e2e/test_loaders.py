@@ -1,4 +1,4 @@
-"""Programs that another loader than the distribution's starts."""
+"""Programs that are started by another loader than the distribution's."""
 
 from __future__ import annotations
 
@@ -21,12 +21,14 @@ ROOM = 40 * MIB
 
 @pytest.mark.places("host")
 @pytest.mark.parametrize("kind", ["nix", "prefix", "called"])
-def test_fgpu_run_holds_programs_of_every_loader(
+def test_fgpu_run_limits_programs_of_every_loader(
     place: Place, tenant: Callable[[int], Tenant], tmp_path: Path, kind: str
 ) -> None:
-    """`nix`: a loader that reads /etc/ld-nix.so.preload, the host's with the change of nixpkgs' patch of glibc.
+    """Run a program with each kind of loader at its limit.
 
-    `prefix`: glibc's loader in a folder of its own. `called`: a loader that is executed with the program as argument.
+    `nix`: a loader that reads /etc/ld-nix.so.preload. It is the host's loader with the change of nixpkgs' patch of
+    glibc. `prefix`: glibc's loader in a separate folder. `called`: a loader that is executed with the program as
+    argument.
     """
     loader = tmp_path / "ld-own.so"
     made = loaders.of_nix(loader) if kind == "nix" else Path(shutil.copy(loaders.USUAL, loader))
@@ -37,10 +39,10 @@ def test_fgpu_run_holds_programs_of_every_loader(
 
 
 @pytest.mark.places("runc")
-def test_a_loader_that_reads_another_list_is_named(
+def test_a_loader_that_reads_another_preload_list_is_named(
     place: Container, tenant: Callable[[int], Tenant], tmp_path: Path
 ) -> None:
-    """Its program is charged, and each report has the reason; doctor and explain have the loader too."""
+    """The program is charged, and each report has the reason. Doctor and explain also show the loader."""
     (tmp_path / "none").touch()
     loaders.client_of(loaders.of_nix(tmp_path / "opt/ld.so"), tmp_path / "opt/client", Path("/opt/ld.so"))
     bound = {"/opt": tmp_path / "opt", LISTS[1]: tmp_path / "none"}

@@ -1,4 +1,4 @@
-"""Local users that are no tenants cannot keep the agent from serving its tenants."""
+"""Local users outside every tenant cannot prevent the agent from serving its tenants."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from tests.support.commands import ask
 from tests.support.host import BUILD, CONTEXT, MIB
 from tests.support.service import Service
 
-PROCESSES, MAPPINGS = 100, 30_000  # one processor needs 10 s to read all of them
+PROCESSES, MAPPINGS = 100, 30_000  # reading all mappings takes one processor 10 s
 ROOM = 40 * MIB
-# Without them a start takes 0.6 s and a reply 0.01 s.
+# Without these processes a start takes 0.6 s and a reply 0.01 s.
 START_SECONDS, PING_SECONDS = 7.0, 1.0
 
 
 @pytest.fixture
 def agent(service: Service, unharmed: None) -> Iterator[Service]:
-    """Return the service, and start it again if a test leaves it dead."""
+    """Return the service, and start it again if a test has ended it."""
     yield service
     service.stand()
 
 
 @pytest.fixture
 def crowd(tmp_path: Path) -> Iterator[None]:
-    """Start processes of user 65534 whose mappings take long to read."""
+    """Start processes of user 65534 with so many mappings that reading them takes long."""
     file = tmp_path / "mapped"
     file.write_bytes(bytes(3 * 4096))
     file.chmod(0o644)
@@ -43,8 +43,8 @@ def crowd(tmp_path: Path) -> Iterator[None]:
 
 
 @pytest.mark.places("host")
-def test_mappings_without_number_keep_no_tenant_waiting(agent: Service, tenant, crowd: None, scale) -> None:
-    """T46: the agent examines all processes of the host when it starts, and every half minute."""
+def test_processes_with_many_mappings_delay_no_tenant(agent: Service, tenant, crowd: None, scale) -> None:
+    """T46: the agent examines all processes of the host at its start and every half minute."""
     agent.kill_agent()
     seconds = agent.start_agent()
     worst, end = 0.0, time.monotonic() + scale(4, 33, 66)

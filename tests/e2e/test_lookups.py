@@ -1,4 +1,4 @@
-"""Lookups that do not reach the shim's exports, of deep-bound plugins and of wrappers: the limit holds in all."""
+"""Deep-bound plugins and wrappers look up driver functions past the shim's exports. The limit holds in all cases."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ LIMIT = CONTEXT + 400 * MIB
 OUT_OF_MEMORY = "CUDA_ERROR_2"
 LINKED = ("-Wl,--no-as-needed", f"-L{SIM}/lib", "-l:libcuda.so.1")
 
-WAYS = {  # how it is opened, the plugin, the preloaded wrapper
+WAYS = {  # how the plugin is opened, the plugin, the preloaded wrapper
     "plain": ("plain", ("-DPLUGIN", *LINKED), ()),
     "deep-bound": ("deep", ("-DPLUGIN", *LINKED), ()),
     "deep-bound, opens the driver": ("deep", ("-DPLUGIN", "-DOPENS"), ()),
@@ -42,7 +42,7 @@ def library(out: Path, flags: tuple[str, ...]) -> Path:
 
 @pytest.mark.places("host", "runc")
 @pytest.mark.parametrize("way", WAYS)
-def test_the_limit_holds_to_the_byte_however_the_driver_is_found(tenant, way: str) -> None:
+def test_the_limit_is_exact_for_every_way_to_look_up_the_driver(tenant, way: str) -> None:
     mode, flags, wrapper = WAYS[way]
     one = tenant(LIMIT)
     one.assert_enforced()

@@ -1,6 +1,6 @@
-"""F10: a device is reset, lost, put into MIG mode, or has an ECC error under agent and programs.
+"""F10: a device is reset, lost, put into MIG mode, or has an ECC error while agent and programs use it.
 
-It is found again, and the ledger drops what is gone.
+The agent uses the device again when it answers, and the ledger drops memory that is gone.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def assert_gone(one: Tenant, client: Client) -> None:
 
 
 def lives_as_ever(one: Tenant) -> None:
-    """Check that a program of the tenant gets its share, and no more."""
+    """Check that a program of the tenant gets its limit, and no more."""
     client = one.client()
     client.ok(f"alloc {40 * MIB}")
     assert client.do(f"alloc {2 * MIB}") == REFUSED
@@ -55,10 +55,10 @@ def lives_as_ever(one: Tenant) -> None:
 
 @pytest.mark.timeout(900)
 @pytest.mark.places("host")
-def test_a_device_that_is_reset_is_found_again(
+def test_the_agent_uses_a_reset_device_again(
     service: Service, fault: Callable[[str], None], tenant, scale: Scale
 ) -> None:
-    """The device has the same mode or another one afterwards, and earlier programs continue or exit."""
+    """The device has the same mode or another one afterwards. Programs from before the reset continue or exit."""
     one = tenant(LIMIT)
     one.assert_enforced()
     for how, goes_on in itertools.islice(itertools.cycle(itertools.product(RESETS, (True, False))), scale(2, 10, 50)):
@@ -77,7 +77,7 @@ def test_a_device_that_is_reset_is_found_again(
 
 @pytest.mark.timeout(900)
 @pytest.mark.places("host")
-def test_while_a_device_is_lost_limits_stand_and_its_age_is_shown(
+def test_limits_hold_while_a_device_is_lost_and_metrics_show_its_age(
     service: Service, fault: Callable[[str], None], tenant, scale: Scale
 ) -> None:
     one = tenant(LIMIT)
@@ -107,7 +107,7 @@ def refusals(one: Tenant) -> float:
 def test_a_process_with_an_ecc_error_is_charged_until_it_ends(
     service: Service, fault: Callable[[str], None], tenant, scale: Scale
 ) -> None:
-    """An ECC error is no refusal. The next program works as usual beside the failed one, which stays."""
+    """An ECC error is no refusal. A new program works normally beside the failed one, which keeps running."""
     one = tenant(2 * LIMIT)
     one.assert_enforced()
     for _ in range(scale(1, 7, 35)):

@@ -1,6 +1,6 @@
 """One of two devices has fallen off the bus when the agent starts.
 
-Limits hold on the other one, and the lost one is named, and used again when it is found.
+Limits hold on the other device. The lost device is named, and used again when it returns.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ from tests.support.service import Service, run_on_devices
 from tests.support.tenant import Tenant
 from tests.support.wait import eventually
 
-inside = pytest.mark.skipif(GPUS == "1", reason="is run by test_on_two_devices")
+inside = pytest.mark.skipif(GPUS == "1", reason="is run by test_the_file_s_tests_pass_on_two_devices")
 LIMIT = CONTEXT + 40 * MIB
 
 
 @pytest.mark.skipif(GPUS != "1", reason="this is it")
-def test_on_two_devices() -> None:
+def test_the_file_s_tests_pass_on_two_devices() -> None:
     run_on_devices(__file__)
 
 
 @pytest.fixture
 def restart(service: Service, fault: Callable[[str], None]) -> Iterator[Callable[..., None]]:
-    """Return a function that restarts the agent while a device is lost. `boot`: without earlier state."""
+    """Return a function that restarts the agent while a device is lost. `boot`: the agent has no earlier state."""
 
     def lose_and_start(device: int, boot: bool = False) -> None:
         fault(f"device-lost:{device}")
@@ -50,7 +50,7 @@ def indexes() -> list[int]:
 
 
 def missing() -> dict[str, Any] | None:
-    """Return what `fgpu doctor` says of devices that do not answer."""
+    """Return what `fgpu doctor` reports about devices that do not answer."""
     said = json.loads(fgpu("doctor", "--driver-root", SIM, "--json", check=False).stdout)
     return next((check for check in said if check["name"] == "devices"), None)
 
@@ -72,7 +72,7 @@ def assert_held(one: Tenant, device: int) -> None:
 @inside
 @pytest.mark.places("host")
 @pytest.mark.parametrize("lost", [0, 1])
-def test_limits_hold_on_the_device_that_is_well(
+def test_limits_hold_on_the_working_device(
     service: Service, tenant: Callable[[int], Tenant], restart: Callable[..., None], lost: int
 ) -> None:
     one, well = tenant(LIMIT), 1 - lost
@@ -100,7 +100,7 @@ def test_limits_hold_on_the_device_that_is_well(
 @inside
 @pytest.mark.places("host")
 @pytest.mark.parametrize("boot", [False, True], ids=["restart", "boot"])
-def test_a_device_that_is_found_again_is_taken_in(
+def test_the_agent_uses_a_device_that_has_returned(
     service: Service, fault: Callable[[str], None], place: Any, restart: Callable[..., None], boot: bool
 ) -> None:
     restart(0, boot)
@@ -120,7 +120,7 @@ def test_a_device_that_is_found_again_is_taken_in(
 def test_allocations_are_refused_on_a_device_that_the_agent_has_not_initialized(
     service: Service, fault: Callable[[str], None], place: Any, restart: Callable[..., None]
 ) -> None:
-    """Programs may find the device before the agent has initialized NVML again."""
+    """Programs may open the returned device before the agent has initialized NVML again."""
     restart(0, True)
     one = place.tenant(LIMIT)
     one.assert_enforced()

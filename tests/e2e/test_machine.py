@@ -1,6 +1,7 @@
-"""Small steps that hypothesis chooses, and shrinks after a failure, compared with a model that knows every byte.
+"""Small steps that hypothesis chooses, and shrinks after a failure, compared with a model that tracks every byte.
 
-Sizes are whole granules, so that the model is exact at once: which requests are admitted and refused, and what is left.
+Sizes are whole granules. The model can therefore predict exactly which requests are admitted or refused, and what
+remains.
 """
 
 from __future__ import annotations
@@ -42,12 +43,12 @@ class Life:
     """A process in the model."""
 
     client: Client
-    ready: bool = False  # it has its context
-    pieces: set[Piece] = field(default_factory=set)  # and this memory
+    ready: bool = False  # whether it has its context
+    pieces: set[Piece] = field(default_factory=set)  # its other memory
 
     @property
     def held(self) -> int:
-        """Return the bytes on the device."""
+        """Return the bytes that it holds on the device."""
         return (CONTEXT if self.ready else 0) + sum(piece.bytes for piece in self.pieces)
 
     def lose_all(self) -> None:
@@ -95,7 +96,7 @@ class Machine(RuleBasedStateMachine):
         return sum(life.held for life in self.all)
 
     def _ask(self, life: Life, command: str, bytes_: int) -> list[int] | None:
-        """Run a command that allocates: it succeeds if the bytes fit, and else fails with out-of-memory."""
+        """Run a command that allocates. It must succeed if the bytes fit, and otherwise fail with out-of-memory."""
         fits = self.used + bytes_ <= self.limit
         said = life.client.do(command)
         self.steps[f"{command.split()[0]} {'granted' if fits else 'refused'}"] += 1
@@ -103,7 +104,7 @@ class Machine(RuleBasedStateMachine):
         return Client.numbers(said, command) if fits else None
 
     def _ready(self, life: Life) -> bool:
-        """Return whether the process has a context. Make one if it fits."""
+        """Return whether the process has a context. Create a context if it fits."""
         if not life.ready and self._ask(life, "context", CONTEXT) is not None:
             life.ready = True
         return life.ready
@@ -135,7 +136,7 @@ class Machine(RuleBasedStateMachine):
 
     @rule(life=lives)
     def execute(self, life: Life) -> None:
-        """Execute another program. Its memory is freed, but for a moment the driver still shows it."""
+        """Execute another program. Its memory is freed, but the driver still shows this memory for a moment."""
         life.client.execute_again()
         life.lose_all()
         eventually(lambda: self.tenant.driver() == self.used, 5, "the driver's books after exec")
@@ -148,7 +149,7 @@ class Machine(RuleBasedStateMachine):
 
     @rule(life=lives)
     def make_context(self, life: Life) -> None:
-        """Make a second context, and destroy it."""
+        """Create a second context, and destroy it."""
         made = self._ask(life, "newcontext", CONTEXT) if self._ready(life) else None
         if made is not None:
             assert self.tenant.memory()["used_bytes"] == self.used + CONTEXT == self.tenant.driver()
@@ -168,7 +169,7 @@ class Machine(RuleBasedStateMachine):
 
     @rule(target=pieces, life=lives)
     def take_all(self, life: Life) -> object:
-        """Allocate what is left, to the last granule. The next granule is refused."""
+        """Allocate the rest, to the last granule. The next granule is refused."""
         left = (self.limit - self.used) // GRANULE
         return self.take(life, left, "alloc") if self._ready(life) and left > 0 else multiple()
 
@@ -184,7 +185,10 @@ class Machine(RuleBasedStateMachine):
 
     @rule(life=lives, size=granules, brief=st.booleans())
     def leap(self, life: Life, size: int, brief: bool) -> None:
-        """Leave an admitted call with longjmp. It is charged until NVML shows that the driver allocated nothing."""
+        """Leave an admitted call with longjmp.
+
+        Its bytes stay charged until NVML shows that the driver allocated nothing.
+        """
         if self._ready(life) and self.used + size * GRANULE <= self.limit:
             assert life.client.do(f"{'brieflyleap' if brief else 'leap'} {size * GRANULE}") == "ok"
             if not brief:
@@ -219,7 +223,9 @@ class Machine(RuleBasedStateMachine):
 
 @pytest.mark.timeout(3600)
 @pytest.mark.places("runc")
-def test_machine(tenant: Callable[[int], Tenant], scale: Callable[[int, int, int], int]) -> None:
+def test_the_ledger_equals_the_model_after_every_step(
+    tenant: Callable[[int], Tenant], scale: Callable[[int, int, int], int]
+) -> None:
     Machine.tenant = tenant(LIMIT)
     Machine.tenant.assert_enforced()
     number = int(os.environ.get("FGPU_TEST_SEED", new_seed()))

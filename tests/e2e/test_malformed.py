@@ -1,4 +1,4 @@
-"""Malformed messages to the shim's socket harm only their sender."""
+"""Malformed messages to the gatekeeper's socket affect only their sender."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ BAD = [
 
 
 def speak(message: bytes, seconds: float = 5) -> bytes:
-    """Send one message. Return what comes back before the peer closes the connection."""
+    """Send one message. Return the data that arrives before the peer closes the connection."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as sock:
         sock.settimeout(seconds)
         sock.connect(SOCKET)
@@ -43,12 +43,12 @@ def speak(message: bytes, seconds: float = 5) -> bytes:
 
 
 def counted(name: str) -> int:
-    """Return a count of the gatekeeper, which saves its counts once a second."""
+    """Return a counter of the gatekeeper, which saves its counters once a second."""
     return int(ask(verb="snapshot")["gatekeeper"].get(name, 0))
 
 
 @pytest.mark.places("host")
-def test_malformed_message_drops_its_sender_alone(service: Service, tenant, scale) -> None:
+def test_a_malformed_message_disconnects_only_its_sender(service: Service, tenant, scale) -> None:
     one = tenant(CONTEXT + 40 * MIB)
     client = one.client()
     client.ok("context")
@@ -72,7 +72,7 @@ def test_malformed_message_drops_its_sender_alone(service: Service, tenant, scal
 
 
 @pytest.mark.places("host")
-def test_descriptors_sent_along_are_not_kept(service: Service, tenant) -> None:
+def test_the_gatekeeper_closes_descriptors_that_a_client_sends(service: Service, tenant) -> None:
     (keeper,) = service.gatekeepers()
     before = len(os.listdir(f"/proc/{keeper}/fd"))
     for _ in range(50):
@@ -85,7 +85,7 @@ def test_descriptors_sent_along_are_not_kept(service: Service, tenant) -> None:
 
 
 @pytest.mark.places("host")
-def test_silent_peers_do_not_keep_others_waiting(service: Service, tenant) -> None:
+def test_silent_connections_do_not_delay_other_clients(service: Service, tenant) -> None:
     peers = [socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) for _ in range(200)]
     try:
         for peer in peers:
@@ -104,7 +104,7 @@ def test_silent_peers_do_not_keep_others_waiting(service: Service, tenant) -> No
 
 @pytest.mark.slow
 def test_an_unmanaged_process_gets_an_answer_without_usage_pages(service: Service) -> None:
-    """A process outside every tenant, the first that registers after the start, gets its answer at once."""
+    """The process is outside every tenant, and is the first to register after the start. It is answered at once."""
     service.detach()
     service.start_agent()
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as sock:
@@ -117,6 +117,6 @@ def test_an_unmanaged_process_gets_an_answer_without_usage_pages(service: Servic
     assert len(answer) == 128, "no answer"
     magic, _, size, code, levels = struct.unpack_from("<IHHII", answer)
     assert (magic, size) == (MAGIC, 128)
-    assert code != 1  # managed
+    assert code != 1  # the code for managed processes
     assert levels == 0
     assert len(fds) <= 2

@@ -1,4 +1,4 @@
-"""Twenty tenants with equal shares run at one moment, and each gets its part of the device's time."""
+"""Twenty tenants with equal shares run at the same time, and each gets an equal part of the device's time."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def twenty(spin: Path, unharmed: None) -> Iterator[list[Spin]]:
             one.close()
 
 
-def test_twenty_tenants_get_equal_parts(twenty: list[Spin]) -> None:
+def test_twenty_tenants_with_equal_shares_get_equal_parts_of_the_time(twenty: list[Spin]) -> None:
     for program in twenty:
         program.begin(SECONDS)
     done = [program.kernels() for program in twenty]

@@ -1,4 +1,4 @@
-"""Agent and gatekeeper have too little memory for seconds, or the kernel kills one for want of it: limits hold."""
+"""Agent and gatekeeper lack memory for seconds, or the kernel kills one of them for lack of memory. Limits hold."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def start_in(service: Service, group: MemoryGroup) -> None:
 
 
 def assert_full(one: Tenant, limit: int) -> None:
-    """The limit is what it was; a program that starts gets nothing beyond it, and what is freed can be had again."""
+    """Check that the limit is unchanged, and that a new program gets exactly the rest, including freed memory."""
     one.assert_enforced()
     assert one.memory()["limit_bytes"] == limit
     client = one.client()
@@ -79,7 +79,7 @@ def test_limits_hold_and_programs_continue_while_agent_and_gatekeeper_have_no_me
 
 
 def answers(service: Service) -> bool:
-    """Return whether the agent answers; while it stood still, requests have filled the queue of its socket."""
+    """Return whether the agent answers. While it was blocked, requests filled the queue of its socket."""
     with contextlib.suppress(BlockingIOError):
         return service.agent is not None and ask(verb="ping")["pid"] == service.agent.pid
     return False
@@ -91,7 +91,7 @@ def running(process: subprocess.Popen[bytes]) -> set[int]:
 
 
 @pytest.mark.parametrize("victim", ["agent", "gatekeeper"])
-def test_a_process_that_the_kernel_kills_for_want_of_memory_comes_back_to_the_same_limits(
+def test_limits_hold_after_the_kernel_kills_agent_or_gatekeeper_for_lack_of_memory(
     memory: MemoryGroup, place: Cgroups, service: Service, victim: str
 ) -> None:
     limit = 3 * CONTEXT + ROOM

@@ -1,4 +1,4 @@
-"""T47: a tenant that makes cgroups of its own below one that has a share of a device's time gets no more for it."""
+"""T47: a tenant with a share of a device's time creates cgroups below its own. It gets no more time by that."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ FOLDER_TOO, ALL_BELOW = '["{group}/own", "{group}/own/*"]', '["{group}/**"]'
 
 
 class Inside(Spin):
-    """A running spin in a cgroup that its tenant has made, or in one without a policy."""
+    """A running spin in a cgroup that its tenant has created, or in one without a policy."""
 
     def __init__(self, program: Path, cgroup: Path) -> None:
         cgroup.mkdir(parents=True)
@@ -56,7 +56,10 @@ def group(tmp_path: Path) -> Iterator[Cgroups]:
 
 @pytest.fixture
 def nested(service: Service, unharmed: None, group: Cgroups, spin: Path) -> Iterator[Nested]:
-    """Return nested(compute, N, cgroup): N programs of one tenant with that share, each in a cgroup that it made."""
+    """Yield nested(compute, N, cgroup): it starts N programs of one tenant with that share.
+
+    Each program is in a cgroup that the tenant has created.
+    """
     root, file = cgroup_root() / group.group.lstrip("/"), service.policies / "nested.yaml"
     made: list[Inside] = []
 
@@ -77,7 +80,7 @@ def nested(service: Service, unharmed: None, group: Cgroups, spin: Path) -> Iter
     eventually(lambda: metrics()["fgpu_policies", frozenset()] == 0, 5, "no policy")
 
 
-def test_three_cgroups_have_the_ceiling_of_one(nested: Nested, group: Cgroups, spin: Path) -> None:
+def test_three_cgroups_of_a_tenant_share_one_ceiling(nested: Nested, group: Cgroups, spin: Path) -> None:
     free = Inside(spin, cgroup_root() / group.group.lstrip("/") / "free")
     (most,) = together(free)
     free.close()
@@ -90,15 +93,18 @@ def test_three_cgroups_have_the_ceiling_of_one(nested: Nested, group: Cgroups, s
     assert sorted(due) == pytest.approx([0.25 / 3] * 3 + [0.25], abs=0.001)
 
 
-def test_three_cgroups_have_the_weight_of_one(nested: Nested, start) -> None:
+def test_three_cgroups_of_a_tenant_share_one_weight(nested: Nested, start) -> None:
     own, honest = nested("weight: 100", 3), start("honest", "--weight", "100")
     *_, part = done = together(*own, honest)
-    assert honest.compute()["waits"] > 10  # it is enforced
+    assert honest.compute()["waits"] > 10  # the weight is enforced
     assert part / sum(done) == pytest.approx(0.5, abs=0.05)
 
 
-def test_a_new_cgroup_each_second_gives_no_more_time(nested: Nested, start) -> None:
-    """The policy matches cgroups that the tenant creates, at any depth. Their time is charged to the outermost."""
+def test_a_tenant_gets_no_more_time_by_a_new_cgroup_each_second(nested: Nested, start) -> None:
+    """The policy matches cgroups that the tenant creates, at any depth.
+
+    Their time is charged to the outermost cgroup.
+    """
     honest, seconds = start("honest", "--weight", "100"), 8
     first = nested("weight: 100", 1, ALL_BELOW)
     began = time.monotonic()
@@ -110,6 +116,6 @@ def test_a_new_cgroup_each_second_gives_no_more_time(nested: Nested, start) -> N
         made += nested("weight: 100", 1, ALL_BELOW)
         made[-1].begin(seconds - (time.monotonic() - began))
     part, done = honest.kernels(), [one.kernels() for one in made]
-    assert honest.compute()["waits"] > 10  # it is enforced
+    assert honest.compute()["waits"] > 10  # the weight is enforced
     assert all(done)
     assert part / (part + sum(done)) == pytest.approx(0.5, abs=0.05)

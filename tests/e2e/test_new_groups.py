@@ -1,4 +1,4 @@
-"""Four programs start at one moment while their cgroups get limits: all fit, so none is refused."""
+"""Four programs start at the moment at which their cgroups get limits. All of them fit, so none is refused."""
 
 from __future__ import annotations
 
@@ -35,7 +35,10 @@ spec:
 
 @pytest.fixture
 def folder(strict: Service) -> Iterator[Path]:
-    """A cgroup in which others have 3 GiB each, and those inside of these 1 GiB, by policy."""
+    """Yield a cgroup whose children have limits of 3 GiB each by policy.
+
+    Cgroups inside these children have 1 GiB each.
+    """
     file, folder = strict.policies / "new-groups.yaml", cgroup_root() / NAME
     file.write_text(POLICIES)
     eventually(lambda: metrics()["fgpu_policies", frozenset()] == 2, 5, "the policies")
@@ -47,7 +50,7 @@ def folder(strict: Service) -> Iterator[Path]:
 
 
 def start(cgroup: Path) -> subprocess.Popen[str]:
-    """A program in this cgroup that takes a context and 100 MiB, and ends."""
+    """Start a program in this cgroup that allocates a context and 100 MiB, and exits."""
     command = ["sh", "-c", f'echo $$ >{cgroup}/cgroup.procs && exec "{BUILD}/e2e/client"']
     environment = {**ENVIRONMENT, "LD_PRELOAD": str(SHIM)}
     pipe = subprocess.PIPE
@@ -59,7 +62,7 @@ def start(cgroup: Path) -> subprocess.Popen[str]:
 
 
 def answers(programs: list[subprocess.Popen[str]]) -> list[list[str]]:
-    """The first word of all that each says, and what it complains of."""
+    """Return the first word of each line that each program prints, and its complaints."""
     said = [program.communicate(timeout=60) for program in programs]
     return [[*(line.split()[0] for line in out.splitlines()), *err.splitlines()] for out, err in said]
 
@@ -81,7 +84,7 @@ def set_limit(path: str, memory: str) -> subprocess.Popen[bytes]:
 
 
 @pytest.mark.timeout(900)
-def test_no_program_is_refused_that_starts_under_a_new_limit(folder: Path, scale: Callable[..., int]) -> None:
+def test_no_program_that_starts_under_a_new_limit_is_refused(folder: Path, scale: Callable[..., int]) -> None:
     for number, kind in itertools.product(range(scale(3, 15, 200)), ("policy", "hand")):
         group = folder / f"{kind}-{number}"
         members = [group / f"member-{n}" for n in range(4)]

@@ -1,4 +1,4 @@
-"""Actions that programs rarely take. The ledger equals the driver after each of them."""
+"""Rare actions of programs. The ledger equals the driver after each of them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.support.sim_driver import driver_books
 from tests.support.tenant import Client, Tenant
 from tests.support.wait import eventually, steadily
 
-LEDGER_SECONDS = 1.5  # three looks of the agent at the driver
+LEDGER_SECONDS = 1.5  # three comparisons with the driver
 
 
 def anomalies(kind: str) -> float:
@@ -23,7 +23,7 @@ def anomalies(kind: str) -> float:
 
 
 def stays_exact(one: Tenant, bytes_: int, seconds: float = LEDGER_SECONDS) -> None:
-    """Check that the ledger is exact, and still so after the agent has asked the driver a few times."""
+    """Check that the ledger is exact, and that it stays exact while the agent reads the driver a few times."""
     assert one.assert_exact() == bytes_
     time.sleep(seconds)
     assert one.assert_exact() == bytes_
@@ -33,7 +33,7 @@ def stays_exact(one: Tenant, bytes_: int, seconds: float = LEDGER_SECONDS) -> No
 
 
 @pytest.mark.places("host", "runc")
-def test_a_pointer_that_one_thread_frees_while_another_is_given_it(tenant, scale) -> None:
+def test_a_pointer_that_one_thread_frees_while_another_gets_it_keeps_the_ledger_exact(tenant, scale) -> None:
     one = tenant(CONTEXT + 64 * MIB)
     client = one.client()
     client.ok("context")
@@ -48,7 +48,7 @@ def test_a_pointer_that_one_thread_frees_while_another_is_given_it(tenant, scale
 
 
 @pytest.mark.places("host", "runc")
-def test_a_call_that_is_left_by_a_jump(tenant) -> None:
+def test_a_call_that_is_left_by_longjmp_stays_charged_until_nvml_shows_nothing(tenant) -> None:
     one = tenant(CONTEXT + 64 * MIB)
     client = one.client()
     client.ok("context")
@@ -57,7 +57,8 @@ def test_a_call_that_is_left_by_a_jump(tenant) -> None:
             pointer = client.ok(f"alloc {4 * MIB}")[0]
         assert client.do(f"leap {40 * MIB}") == "ok"
         client.ok(f"free {pointer}")  # afterwards the thread is in no call
-        # Nothing showed whether the driver allocated what was admitted. It is charged until NVML shows that it did not.
+        # No probe showed whether the driver allocated the admitted bytes. They are charged until NVML shows that it did
+        # not.
         assert one.assert_exact() == CONTEXT
         assert client.do(f"brieflyleap {40 * MIB}") == "ok"
         assert one.assert_exact() == CONTEXT
@@ -66,8 +67,8 @@ def test_a_call_that_is_left_by_a_jump(tenant) -> None:
 
 
 @pytest.mark.places("host", "runc")
-def test_zombies_hold_nothing(tenant) -> None:
-    """Zombies hold nothing, including those whose first threads exited long before."""
+def test_zombies_hold_no_memory(tenant) -> None:
+    """This includes zombies whose first threads exited long before."""
     one = tenant(8 * GIB)
     parent = one.client()
     before = set(one.pids())
@@ -91,7 +92,7 @@ def test_zombies_hold_nothing(tenant) -> None:
 
 
 @pytest.mark.places("host", "runc")
-def test_memory_stays_after_its_handle_and_goes_with_its_mapping(tenant) -> None:
+def test_memory_stays_charged_after_its_handle_and_is_released_with_its_mapping(tenant) -> None:
     one = tenant(CONTEXT + 64 * MIB)
     client = one.client()
     client.ok("context")
@@ -106,7 +107,7 @@ def test_memory_stays_after_its_handle_and_goes_with_its_mapping(tenant) -> None
 
 
 @pytest.mark.places("host", "runc")
-def test_a_context_comes_and_goes_beside_another(tenant) -> None:
+def test_creating_and_destroying_a_second_context_keeps_the_ledger_exact(tenant) -> None:
     one = tenant(2 * CONTEXT + 64 * MIB)
     client = one.client()
     client.ok("context")
@@ -125,7 +126,7 @@ def test_a_context_comes_and_goes_beside_another(tenant) -> None:
 
 @pytest.mark.places("host", "runc")
 def test_managed_memory_is_released_with_its_context_while_another_context_exists(tenant) -> None:
-    """NVML never shows this memory, and the kernel does not know which context it belongs to."""
+    """NVML never shows this memory, and the kernel has no record of the context that it belongs to."""
     one = tenant(3 * CONTEXT + 200 * MIB)
     client = one.client()
     client.ok("context")
@@ -162,7 +163,7 @@ def export_handle(exporter: Client, importer: Client, bytes_: int = 20 * MIB) ->
 
 @pytest.mark.places("host", "runc")
 @pytest.mark.parametrize("export", [export_pointer, export_handle])
-def test_memory_that_an_exporter_leaves_is_the_importer_s(tenant, export, scale) -> None:
+def test_memory_of_an_exited_exporter_is_charged_to_the_importer(tenant, export, scale) -> None:
     one = tenant(4 * GIB)
     importer = one.client()
     importer.ok("context")
@@ -183,8 +184,8 @@ def test_memory_that_an_exporter_leaves_is_the_importer_s(tenant, export, scale)
 
 @pytest.mark.places("host")
 @pytest.mark.parametrize("export", [export_pointer, export_handle])
-def test_an_importer_bypasses_nothing(tenant, export) -> None:
-    """Its row is larger than a program's code and data may be, because of memory of exporters that have exited."""
+def test_an_importer_is_not_reported_as_a_bypass(tenant, export) -> None:
+    """Its row in NVML may exceed a program's code and data, because it includes memory of exited exporters."""
     one = tenant(6 * GIB)
     importer = one.client()
     importer.ok("context")
@@ -229,8 +230,8 @@ def balance(path: str) -> tuple[int, int]:
 
 @pytest.mark.timeout(600)
 @pytest.mark.places("cgroups")
-def test_a_limit_set_over_programs_at_work(place: Place, tenant, scale) -> None:
-    """A level that appears or disappears in the middle of charges and releases holds what its processes hold."""
+def test_a_level_set_over_working_programs_holds_the_sum_of_their_bytes(place: Place, tenant, scale) -> None:
+    """The level appears or disappears during charges and releases."""
     tenants = [tenant(8 * GIB) for _ in range(2)]
     clients = [one.client() for one in tenants for _ in range(2)]
     for client in clients:

@@ -1,4 +1,4 @@
-"""An agent that is started with a hostile environment and folder: no program that it starts inherits them."""
+"""An agent is started with a hostile environment and working folder. No program that it starts inherits them."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def poison(folder: Path) -> list[str]:
             (where / name).write_text(MARK.format(folder=str(folder), name=name.replace("/", ".")))
     (folder / "path/fgpu_ebpf/__init__.py").unlink()
     (folder / "path/fgpu_ebpf").rmdir()
-    (folder / "path/pynvml.py").unlink()  # the agent's own, which the user that starts it may choose
+    (folder / "path/pynvml.py").unlink()  # the agent's own pynvml: the user that starts the agent may choose it
     variables = {"LD_PRELOAD": library, "PYTHONPATH": folder / "path", "PYTHONSTARTUP": here / "bcc.py"}
     variables |= {"PYTHONINSPECT": "", "PYTHONBREAKPOINT": "bcc.breakpoint", "LD_AUDIT": library}
     return ["env", f"--chdir={here}", *(f"{name}={value}" for name, value in variables.items())]
@@ -39,8 +39,8 @@ def poison(folder: Path) -> list[str]:
 
 @pytest.fixture
 def poisoned(service: Service, unharmed: None, tmp_path: Path) -> Iterator[Path]:
-    """Run the agent in such an environment, and the usual one afterwards."""
-    service.detach()  # else the programs were loaded, and the agent would start no compiler
+    """Run the agent in such an environment, and afterwards in the usual one."""
+    service.detach()  # otherwise the BPF programs would be loaded already, and the agent would start no compiler
     service.command = [*poison(tmp_path), *FGPU]
     service.start_agent()
     yield tmp_path
@@ -50,7 +50,7 @@ def poisoned(service: Service, unharmed: None, tmp_path: Path) -> Iterator[Path]
 
 
 @pytest.mark.places("host")
-def test_nothing_of_a_poisoned_environment_reaches_what_the_agent_starts(
+def test_programs_that_the_agent_starts_inherit_no_hostile_environment(
     poisoned: Path, service: Service, tenant
 ) -> None:
     one = tenant(CONTEXT + 20 * MIB)
@@ -61,7 +61,7 @@ def test_nothing_of_a_poisoned_environment_reaches_what_the_agent_starts(
     (keeper,) = eventually(service.gatekeepers, 5, "another gatekeeper")
     environment = Path(f"/proc/{keeper}/environ").read_bytes()
     assert str(poisoned).encode() not in environment
-    told = environment.replace(b"\0", b":")  # the C library separates the parts in place by zero bytes
+    told = environment.replace(b"\0", b":")  # the C library splits it in place, with zero bytes
     assert all(f"{name}={value}:".encode() in told for name, value in SERVICE_ENVIRONMENT.items())
     marks = [path for path in poisoned.iterdir() if "mark" in path.name]
     assert [(path.name, path.read_bytes()) for path in marks] == []

@@ -1,4 +1,4 @@
-"""Changes of policy files at run time: which workloads are tenants, which limits change, what is observed or killed."""
+"""Changes of policy files at run time: new tenants, changed limits, `observe`, and `onBypass: kill`."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_a_container_that_a_policy_matches_is_a_tenant_before_its_first_call(wri
 
 
 @pytest.mark.places("runc")
-def test_a_change_of_the_file_is_in_force_in_running_programs(write: Write, container) -> None:
+def test_a_changed_policy_file_applies_to_running_programs(write: Write, container) -> None:
     write("memory: {limit: 2GiB}")
     one = container()
     client = one.client()
@@ -57,7 +57,7 @@ def test_a_change_of_the_file_is_in_force_in_running_programs(write: Write, cont
 
 
 @pytest.mark.places("runc")
-def test_a_broken_file_changes_nothing_and_is_reported(service: Service, write: Write, container) -> None:
+def test_an_invalid_policy_file_changes_no_limit_and_is_reported(service: Service, write: Write, container) -> None:
     write("memory: {limit: 2GiB}")
     one = container()
     client = one.client()
@@ -73,7 +73,7 @@ def test_a_broken_file_changes_nothing_and_is_reported(service: Service, write: 
 
 
 @pytest.mark.places("runc")
-def test_a_tenant_that_no_longer_matches_is_released_with_its_memory(write: Write, container) -> None:
+def test_a_tenant_that_no_policy_matches_any_more_becomes_unmanaged_with_its_memory(write: Write, container) -> None:
     write("memory: {limit: 2GiB}")
     one = container()
     client = one.client()
@@ -89,7 +89,7 @@ def test_a_tenant_that_no_longer_matches_is_released_with_its_memory(write: Writ
 
 
 @pytest.mark.places("runc")
-def test_observe_changes_nothing_and_counts(write: Write, container) -> None:
+def test_mode_observe_refuses_nothing_and_counts_refusals(write: Write, container) -> None:
     write("mode: observe\n  memory: {limit: 1GiB}")
     one = container()
     client = one.client()
@@ -110,7 +110,7 @@ def bypassing_client(folder: Path, cgroup: Path, name: str) -> Client:
     """Start a CUDA program without the shim in the tenant's cgroup."""
 
     class Outside:
-        """A stand-in for a tenant, with as much of it as a program needs."""
+        """A stand-in for a tenant, with the attributes that a program needs."""
 
         def __init__(self) -> None:
             self.folder, self.name, self.cgroup = folder, name, cgroup
@@ -142,12 +142,12 @@ def test_a_bypass_is_charged_and_named_within_a_second(write: Write, container) 
     assert "no_admission" in fgpu("ps").stdout
     assert f"without the shim: pid {client.pid}" in fgpu("explain", one.path).stdout
     assert one.assert_exact() == CONTEXT + 100 * MIB
-    client.ok(f"alloc {4 * GIB}")  # reported, not killed
+    client.ok(f"alloc {4 * GIB}")  # the process is reported, not killed
     client.close()
 
 
 @pytest.mark.places("runc")
-def test_on_bypass_kill_ends_it_before_the_driver_runs(write: Write, container) -> None:
+def test_on_bypass_kill_ends_a_process_before_the_driver_is_called(write: Write, container) -> None:
     write("memory: {limit: 1GiB}\n  onBypass: kill")
     one = container()
     one.assert_enforced()
@@ -158,13 +158,13 @@ def test_on_bypass_kill_ends_it_before_the_driver_runs(write: Write, container) 
     eventually(lambda: not os.path.exists(f"/proc/{client.pid}") or _is_zombie(client.pid), 5, "its end")
     assert any((e["pid"], e["tenant"]) == (client.pid, one.name) for e in events("killed"))
     assert one.memory()["peak_bytes"] <= 1 * GIB
-    assert behaved.do(f"alloc {2 * GIB}") == REFUSED  # a program that asks is refused, not killed
+    assert behaved.do(f"alloc {2 * GIB}") == REFUSED  # a program that requests admission is refused, not killed
     behaved.ok(f"alloc {2 * MIB}")
     client.close()
 
 
 @pytest.mark.places("runc")
-def test_on_bypass_kill_ends_a_process_that_no_probe_sees(write: Write, container) -> None:
+def test_on_bypass_kill_ends_a_process_that_no_probe_reports(write: Write, container) -> None:
     write("memory: {limit: 1GiB}\n  onBypass: kill")
     one = container()
     one.assert_enforced()
@@ -208,7 +208,7 @@ def test_an_override_takes_precedence_until_it_is_unset(service: Service, write:
 
 
 @pytest.mark.places("runc")
-def test_explain_says_which_policy_and_why_not_the_others(write: Write, container) -> None:
+def test_explain_names_the_policy_and_why_other_policies_do_not_match(write: Write, container) -> None:
     write("memory: {limit: 8GiB}", name="services", selector="{unit: ['*.service']}", file="10.yaml")
     write("memory: {limit: 2GiB}", name="containers")
     one = container()
@@ -224,7 +224,7 @@ def test_explain_says_which_policy_and_why_not_the_others(write: Write, containe
 
 
 @pytest.mark.places("runc")
-def test_a_workload_s_own_wish_counts_within_the_policy_s_maximum(write: Write, container) -> None:
+def test_a_workload_s_request_applies_up_to_the_policy_s_maximum(write: Write, container) -> None:
     write("memory: {limit: 1GiB, max: 4GiB}")
     one = container()
     client = one.client()
@@ -242,7 +242,7 @@ def test_a_workload_s_own_wish_counts_within_the_policy_s_maximum(write: Write, 
 
 
 @pytest.mark.places("runc")
-def test_a_process_that_is_moved_takes_its_charges_along(write: Write, container) -> None:
+def test_charges_follow_a_process_that_is_moved_to_another_cgroup(write: Write, container) -> None:
     write("memory: {limit: 3GiB}")
     one, two = container(), container()
     client = one.client()
@@ -260,7 +260,7 @@ def test_a_process_that_is_moved_takes_its_charges_along(write: Write, container
 
 
 @pytest.mark.places("runc")
-def test_a_group_s_limit_holds_over_the_sum_of_its_tenants(write: Write, container) -> None:
+def test_a_group_s_limit_applies_to_the_sum_of_its_tenants(write: Write, container) -> None:
     write("memory: {limit: 2GiB}", name="whole", selector=f'{{cgroup: ["{GROUP}"]}}', file="10.yaml")
     write("memory: {limit: 2GiB}", name="each")
     one, two = container(), container()
@@ -282,7 +282,7 @@ def test_limits_whose_sum_exceeds_the_device_are_refused(strict: Service, write:
     write("memory: {limit: 9GiB}")
     first = container().client()
     assert first.ok("info")[1] == 9 * GIB
-    two = container()  # of containers that are found together, either may come first
+    two = container()  # the agent may find the containers in either order
     second = two.client()
     assert second.do("context") == REFUSED
     assert "9GiB for" in fgpu("explain", two.path).stdout
@@ -312,7 +312,7 @@ def test_out_of_memory_on_the_device_is_not_counted_as_a_refusal_by_the_limit(wr
 
 
 @pytest.mark.places("runc")
-def test_root_of_another_user_namespace_reads_and_may_not_write(write: Write, container) -> None:
+def test_root_of_another_user_namespace_may_read_and_not_write(write: Write, container) -> None:
     write("memory: {limit: 2GiB}")
     one = container()
     counted = metrics()["fgpu_control_refused_total", frozenset()]

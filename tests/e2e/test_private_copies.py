@@ -1,4 +1,4 @@
-"""Copies of libcuda that the host does not know: found, named, counted, and dropped."""
+"""Copies of libcuda that the host does not know: the agent finds, names, witnesses and drops them."""
 
 from __future__ import annotations
 
@@ -35,15 +35,15 @@ def copy(tmp_path: Path) -> Iterator[Path]:
 
 @pytest.fixture
 def image(place: Container) -> str:
-    """Make containers whose image has a libcuda, without the shim. Return the start of a program that uses it."""
+    """Create containers whose image has a libcuda and no shim. Return the start of a program that uses this libcuda."""
     place.image = {"libcuda.so.1": (SIM / "lib/libcuda.so.1").resolve()}
     (place.work / "ld.so.preload").write_text("")
     return f"env LD_LIBRARY_PATH=/.:{SIM}/lib"
 
 
 @pytest.mark.places("runc")
-def test_a_copy_in_a_container_is_witnessed_from_the_first_call_on(tenant, image: str, place: Container) -> None:
-    """The agent finds the copy because of its first program, which says no hello and has no row of NVML yet."""
+def test_a_copy_in_a_container_is_witnessed_from_the_first_call(tenant, image: str, place: Container) -> None:
+    """The agent finds the copy by its first program, which has sent no hello and has no row in NVML yet."""
     one = tenant(CONTEXT + 400 * MIB)
     one.assert_enforced()
     client = one.client(before=image)
@@ -68,7 +68,7 @@ def test_a_copy_in_a_container_is_witnessed_from_the_first_call_on(tenant, image
 
 @pytest.mark.timed
 @pytest.mark.places("host")
-def test_a_private_copy_is_named_within_a_second_and_witnessed_from_then_on(tenant, copy: Path) -> None:
+def test_a_private_copy_is_named_within_a_second_and_witnessed_afterwards(tenant, copy: Path) -> None:
     one = tenant(CONTEXT + 400 * MIB)
     one.assert_enforced()
     client = outside(one, "private", copy)
@@ -87,7 +87,7 @@ def test_a_private_copy_is_named_within_a_second_and_witnessed_from_then_on(tena
 
 
 @pytest.mark.places("host")
-def test_the_layer_is_released_with_its_last_mapper(service: Service, tenant, copy: Path) -> None:
+def test_the_agent_releases_a_layer_after_its_last_process_exits(service: Service, tenant, copy: Path) -> None:
     one = tenant(CONTEXT + 400 * MIB)
     one.assert_enforced()
     clients = [outside(one, f"private{n}", copy) for n in range(2)]

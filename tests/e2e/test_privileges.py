@@ -1,7 +1,7 @@
-"""Agent and gatekeeper have exactly the listed rights, need each of them, and start no program after their own start.
+"""Agent and gatekeeper have exactly the listed rights, need each of them, and execute no program after their start.
 
-Each right is checked against one scenario: a container whose programs belong to another user is found, its limit holds,
-a libcuda of its own that only that user may read is probed, and a killed gatekeeper is replaced.
+Each right is checked with one scenario: a container whose programs belong to another user is found, and its limit
+holds. It has a libcuda that only this user may read, and this file is probed. A killed gatekeeper is replaced.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def assert_has_just(pid: int, capabilities: dict[str, int]) -> None:
         held = {name: int(thread[name], 16) for name in ("CapPrm", "CapEff", "CapInh", "CapAmb")}
         assert held == {"CapPrm": wanted, "CapEff": wanted, "CapInh": 0, "CapAmb": 0}, thread["Name"]
         assert thread["NoNewPrivs"] == "1"
-        assert int(thread["CapBnd"], 16) == mask(AGENT)  # the agent's gatekeeper has it too: it may not lower it
+        assert int(thread["CapBnd"], 16) == mask(AGENT)  # the agent cannot reduce it: its gatekeeper has it too
 
 
 class Nobodys(Container):
@@ -77,7 +77,10 @@ class Nobodys(Container):
 
 @pytest.fixture
 def nobodys(unharmed: None, tmp_path: Path) -> Iterator[Nobodys]:
-    """Return a place for such containers. Lines reach them in a file of root that every user may open."""
+    """Return a place for such containers.
+
+    Their programs read commands from a root-owned file that every user may open.
+    """
     before = os.umask(0)
     place = Nobodys(tmp_path, "runc")
     yield place
@@ -98,7 +101,7 @@ def limit_holds(one: Tenant) -> None:
 def own_libcuda_is_probed(one: Tenant) -> None:
     client = one.client(before=f"env LD_LIBRARY_PATH=/own:{SIM}/lib")
     assert " /own/libcuda.so.1\n" in Path(f"/proc/{client.pid}/maps").read_text()
-    client.ok("context", 30)  # the hello is answered after its files are probed
+    client.ok("context", 30)  # the hello is answered once the files of the process are probed
     assert is_probed(one.place.work / f"{one.name}.bundle/rootfs/own/libcuda.so.1")
     client.kill()
     client.close()
@@ -149,7 +152,7 @@ def end_agent(service: Service) -> None:
 
 @contextlib.contextmanager
 def agents_with(service: Service, capabilities: set[str]) -> Iterator[None]:
-    """Stop the agent. The next one has these capabilities and can get no others."""
+    """Stop the agent. The next agent has these capabilities and cannot get any others."""
     listed = ",".join(f"+{name}" for name in sorted(capabilities))
     end_agent(service)
     service.command = ["setpriv", f"--bounding-set=-all,{listed}", "--inh-caps=-all", "--no-new-privs", *FGPU]
@@ -161,7 +164,7 @@ def agents_with(service: Service, capabilities: set[str]) -> Iterator[None]:
         service.start_agent()
 
 
-def test_started_as_root_both_keep_just_these(service: Service, unharmed: None) -> None:
+def test_agent_and_gatekeeper_started_as_root_keep_exactly_their_capabilities(service: Service, unharmed: None) -> None:
     assert service.agent
     assert_has_just(service.agent.pid, AGENT)
     (first,) = service.gatekeepers()
@@ -171,7 +174,7 @@ def test_started_as_root_both_keep_just_these(service: Service, unharmed: None) 
     assert_has_just(second, GATEKEEPER)
 
 
-def test_the_first_tenant_of_a_host_that_never_had_one(service: Service, unharmed: None) -> None:
+def test_fgpu_run_creates_the_first_tenant_on_a_host_without_a_cgroup_fgpu(service: Service, unharmed: None) -> None:
     end_agent(service)
     folder = cgroup_root() / "fgpu"
     for left in [*filter(Path.is_dir, folder.glob("*")), folder]:
@@ -185,7 +188,7 @@ def test_the_first_tenant_of_a_host_that_never_had_one(service: Service, unharme
 
 
 @pytest.mark.slow
-def test_nothing_else_is_needed(service: Service, nobodys: Nobodys) -> None:
+def test_the_listed_capabilities_are_sufficient(service: Service, nobodys: Nobodys) -> None:
     service.detach()  # so that the loader runs too
     with agents_with(service, set(AGENT)):
         assert first_failure(service, nobodys) == ""
@@ -198,19 +201,19 @@ MISSED = {"sys_admin": "set", "sys_ptrace": "set", "dac_read_search": "probe", "
 
 @full
 @pytest.mark.parametrize("name", MISSED)
-def test_none_is_there_for_nothing(service: Service, nobodys: Nobodys, name: str) -> None:
+def test_the_scenario_fails_without_each_capability(service: Service, nobodys: Nobodys, name: str) -> None:
     with agents_with(service, set(AGENT) - {name}):
         assert first_failure(service, nobodys) == MISSED[name]
         nobodys.close()
 
 
-def test_each_is_missed_by_something() -> None:
+def test_the_tests_cover_every_capability() -> None:
     assert {*MISSED, "chown", "kill"} == set(AGENT)  # the next tests check the other two
 
 
 @full
 @pytest.mark.parametrize("has", [True, False])
-def test_chown_is_for_the_group_that_may_read(service: Service, unharmed: None, has: bool) -> None:
+def test_the_agent_needs_chown_to_give_its_socket_to_the_group(service: Service, unharmed: None, has: bool) -> None:
     with tempfile.NamedTemporaryFile("w", suffix="group") as groups:
         groups.write(Path("/etc/group").read_text() + "fgpu:x:65533:\n")
         groups.flush()
@@ -243,7 +246,9 @@ def is_killed(pid: int) -> bool:
 
 @full
 @pytest.mark.parametrize("has", [True, False])
-def test_kill_is_for_what_no_probe_sees(service: Service, nobodys: Nobodys, has: bool) -> None:
+def test_the_agent_needs_kill_for_a_process_that_no_probe_reports(
+    service: Service, nobodys: Nobodys, has: bool
+) -> None:
     with agents_with(service, set(AGENT) if has else set(AGENT) - {"kill"}):
         policy = service.policies / "kills.yaml"
         policy.write_text(KILLING)
@@ -265,7 +270,7 @@ def test_kill_is_for_what_no_probe_sees(service: Service, nobodys: Nobodys, has:
             nobodys.close()
 
 
-# -- what they execute
+# -- the programs that agent and gatekeeper execute
 
 POLICY = """
 apiVersion: fgpu.dev/v1alpha1
@@ -276,7 +281,7 @@ spec: {selector: {cgroup: nowhere}, memory: {limit: 1GiB}}
 
 
 class Watch:
-    """A separate cgroup for the agent, and the programs that start in it."""
+    """A separate cgroup for the agent, and a list of the programs that are executed in it."""
 
     def __init__(self) -> None:
         self.folder = cgroup_root() / f"fgpu-e2e-watch-{os.getpid()}"
@@ -290,7 +295,7 @@ class Watch:
         return os.pread(self._said.fileno(), 1 << 16, 0).decode().splitlines()
 
     def enter(self) -> list[str]:
-        """Return the start of a command line that runs in the cgroup."""
+        """Return the start of a command line that runs its program in the cgroup."""
         return ["sh", "-c", f'echo $$ >{self.folder}/cgroup.procs && exec "$@"', "sh"]
 
     def close(self) -> None:
@@ -317,7 +322,9 @@ def watch(service: Service, unharmed: None) -> Iterator[Watch]:
 
 
 @pytest.mark.slow
-def test_no_program_begins_after_the_start_but_a_gatekeeper(service: Service, watch: Watch, nobodys: Nobodys) -> None:
+def test_no_program_except_a_gatekeeper_is_executed_after_the_start(
+    service: Service, watch: Watch, nobodys: Nobodys
+) -> None:
     """The run includes tenants, limits, probes, policies, every request, and a dead gatekeeper."""
     assert len(watch.began()) > 2, "the loader and the gatekeeper are seen"
     start = len(watch.began())
@@ -328,7 +335,7 @@ def test_no_program_begins_after_the_start_but_a_gatekeeper(service: Service, wa
         fgpu(*words, check=False)
     policy = service.policies / "a.yaml"
     policy.write_text(POLICY)
-    policy.chmod(0o644)  # a file that others may write is refused
+    policy.chmod(0o644)  # the agent refuses a file that others may write
     eventually(lambda: metrics()["fgpu_policies", frozenset()] == 1, 20, "the policy")
     policy.unlink()
     assert watch.began()[start:] == []

@@ -1,4 +1,4 @@
-"""Neighbours that ask at the same moment: one of two gets the last bytes, and a request that fits is never refused."""
+"""Simultaneous requests: exactly one of two gets the last bytes, and a request that fits is never refused."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ PLACES = ("pidns", "runc")
 
 
 def prepare_track(folder: Path, *tenants: Tenant) -> None:
-    """Make a page that all racers map, under the name that each of them looks for."""
+    """Create a page that all racers map, at the path that each of them opens."""
     track = folder / "track"
     track.write_bytes(bytes(4096))
     for tenant in tenants:
@@ -24,7 +24,7 @@ def prepare_track(folder: Path, *tenants: Tenant) -> None:
 
 
 def race(racers: list[Client], rounds: int) -> None:
-    """Let all ask for the last 2 MiB in every round; exactly one gets it."""
+    """Let all racers request the last 2 MiB in every round, and check that exactly one of them gets it."""
     for racer in racers:
         racer.send(f"race {2 * MIB} {len(racers)} {rounds}")
     results = [racer.numbers(racer.receive(120), "race") for racer in racers]
@@ -33,7 +33,7 @@ def race(racers: list[Client], rounds: int) -> None:
 
 
 @pytest.mark.places(*PLACES)
-def test_two_processes_race_for_the_last_bytes(tenant, tmp_path: Path, scale) -> None:
+def test_exactly_one_of_two_processes_gets_the_last_bytes(tenant, tmp_path: Path, scale) -> None:
     one = tenant(2 * CONTEXT + 100 * MIB)
     prepare_track(tmp_path, one)
     racers = [one.client(), one.client()]
@@ -50,7 +50,7 @@ def test_two_processes_race_for_the_last_bytes(tenant, tmp_path: Path, scale) ->
 
 
 @pytest.mark.places(*PLACES)
-def test_two_tenants_race_for_the_last_bytes_of_their_group(place, tenant, tmp_path: Path, scale) -> None:
+def test_exactly_one_of_two_tenants_gets_the_last_bytes_of_their_group(place, tenant, tmp_path: Path, scale) -> None:
     both = [tenant(2 * GIB), tenant(2 * GIB)]
     prepare_track(tmp_path, *both)
     with group(place, 2 * CONTEXT + 100 * MIB) as whole:
@@ -68,7 +68,7 @@ def test_two_tenants_race_for_the_last_bytes_of_their_group(place, tenant, tmp_p
 
 @contextlib.contextmanager
 def hopeless(askers: list[Client]) -> Iterator[None]:
-    """Let each ask for more than there is, without pause, and never get it."""
+    """Let each program request more than the limit allows, without pause, and check that no request succeeds."""
     for asker in askers:
         asker.ok("context")
     for asker in askers:
@@ -84,7 +84,7 @@ def hopeless(askers: list[Client]) -> Iterator[None]:
 
 
 @pytest.mark.places(*PLACES)
-def test_a_request_that_fits_is_not_refused_beside_hopeless_ones(tenant, scale) -> None:
+def test_a_request_that_fits_is_admitted_beside_hopeless_requests(tenant, scale) -> None:
     one = tenant(9 * CONTEXT + 2 * MIB)
     fitting, *askers = [one.client() for _ in range(9)]
     fitting.ok("context")
@@ -101,7 +101,7 @@ def test_a_request_that_fits_is_not_refused_beside_hopeless_ones(tenant, scale) 
 
 @pytest.mark.slow
 @pytest.mark.places(*PLACES)
-def test_a_request_that_fits_is_not_refused_beside_hopeless_ones_of_its_group(place, tenant, scale) -> None:
+def test_a_request_that_fits_is_admitted_beside_hopeless_requests_of_its_group(place, tenant, scale) -> None:
     one, other = tenant(2 * GIB), tenant(12 * GIB)
     with group(place, 9 * CONTEXT + 2 * MIB) as whole:
         fitting = one.client()

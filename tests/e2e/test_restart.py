@@ -1,4 +1,4 @@
-"""Agent and gatekeeper are killed and come back: limits stay, no program notices, and the ledger stays exact."""
+"""Agent and gatekeeper are killed and restarted. Limits stay, no program is affected, and the ledger stays exact."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ ROOM = 40 * MIB
 
 @pytest.fixture
 def agent(service: Service, unharmed: None) -> Iterator[Service]:
-    """Return the service, and repair it if a test leaves it dead."""
+    """Return the service, and repair it if a test has ended a part of it."""
     yield service
     if service.agent is None or service.agent.poll() is not None:
         service.start_agent()
@@ -59,7 +59,7 @@ def test_agent_and_gatekeeper_have_a_higher_scheduling_priority(agent: Service) 
     assert {os.getpriority(os.PRIO_PROCESS, pid) for pid in (agent.agent.pid, *agent.gatekeepers())} == {-10}
 
 
-@pytest.mark.places("runc")  # on the host: test_failpoints.py
+@pytest.mark.places("runc")  # test_failpoints.py has the same test on the host
 def test_restarts_do_not_affect_running_programs(agent: Service, tenant, scale) -> None:
     tenants = [tenant(2 * CONTEXT + ROOM) for _ in range(2)]
     for one in tenants:
@@ -102,7 +102,9 @@ def test_limits_hold_without_agent_and_gatekeeper(agent: Service, tenant) -> Non
 
 @pytest.mark.timeout(900)
 @pytest.mark.places("runc")
-def test_processes_that_end_together_are_forgotten_by_the_next_start(agent: Service, tenant, scale) -> None:
+def test_the_next_start_releases_memory_of_processes_killed_with_agent_and_gatekeeper(
+    agent: Service, tenant, scale
+) -> None:
     """F3: agent, gatekeeper and programs are killed at one moment. The next start releases the programs' memory."""
     one = tenant(4 * CONTEXT + 2 * ROOM)
     stays = one.client()
@@ -129,7 +131,7 @@ def test_processes_that_end_together_are_forgotten_by_the_next_start(agent: Serv
 
 
 @pytest.mark.places("host", "runc")
-def test_process_started_without_a_gatekeeper_gets_no_memory(agent: Service, tenant) -> None:
+def test_a_process_started_without_a_gatekeeper_gets_no_memory(agent: Service, tenant) -> None:
     one = tenant(CONTEXT + ROOM)
     one.assert_enforced()
     agent.kill_agent()
@@ -147,7 +149,7 @@ def test_process_started_without_a_gatekeeper_gets_no_memory(agent: Service, ten
 
 @pytest.mark.timed
 @pytest.mark.slow
-def test_agent_enforces_within_three_seconds(agent: Service) -> None:
+def test_the_agent_enforces_limits_within_three_seconds(agent: Service) -> None:
     seconds = []
     for _ in range(3):
         agent.kill_agent()
@@ -159,7 +161,7 @@ def test_agent_enforces_within_three_seconds(agent: Service) -> None:
 @pytest.mark.timed
 @pytest.mark.places("host")
 @pytest.mark.parametrize("ends", ["while no agent runs", "after the next start"])
-def test_the_cgroup_of_a_program_that_outlives_a_detach_is_removed_later(agent: Service, ends: str) -> None:
+def test_the_cgroup_of_a_program_that_runs_across_a_detach_is_removed_later(agent: Service, ends: str) -> None:
     name = f"outlives-{os.getpid()}-{ends.count(' ')}"
     cgroup = cgroup_root() / "fgpu" / name
     run = subprocess.Popen([*FGPU, "run", "--memory", "1GiB", "--name", name, "--", "sleep", "60"], env=ENVIRONMENT)
@@ -178,8 +180,8 @@ def test_the_cgroup_of_a_program_that_outlives_a_detach_is_removed_later(agent: 
 
 
 @pytest.mark.places("host")
-def test_no_user_keeps_the_agent_from_starting(agent: Service, tenant) -> None:
-    """T45: flock needs no more than permission to read."""
+def test_a_user_that_locks_the_lock_file_cannot_prevent_a_start(agent: Service, tenant) -> None:
+    """T45: flock() needs only permission to read."""
     one = tenant(CONTEXT + ROOM)
     one.assert_enforced()
     for name in ("agent.lock", "gatekeeper.lock"):
@@ -199,7 +201,7 @@ def test_no_user_keeps_the_agent_from_starting(agent: Service, tenant) -> None:
 
 @contextlib.contextmanager
 def service_gatekeeper() -> Iterator[subprocess.Popen[bytes]]:
-    """Run a gatekeeper as its unit or its pod starts it, until the end of the block."""
+    """Run a gatekeeper until the end of the block, as its systemd unit or its pod starts it."""
     command = [ROOT / ".venv/bin/python", "-m", "fgpu_ebpf.gatekeeper", "--wait", "--run-dir", RUN_DIR]
     with subprocess.Popen(command, env={"PATH": os.environ["PATH"]} | SERVICE_ENVIRONMENT) as process:
         try:
@@ -210,7 +212,7 @@ def service_gatekeeper() -> Iterator[subprocess.Popen[bytes]]:
 
 @pytest.mark.places("host")
 def test_the_agents_gatekeeper_exits_when_a_service_starts_one(agent: Service, tenant) -> None:
-    """F30: a gatekeeper that systemd or a pod starts never waits for the agent to end."""
+    """F30: a gatekeeper that systemd or a pod starts never waits until the agent exits."""
     one = tenant(2 * CONTEXT + ROOM)
     one.assert_enforced()
     (own,) = agent.gatekeepers()
@@ -221,16 +223,16 @@ def test_the_agents_gatekeeper_exits_when_a_service_starts_one(agent: Service, t
         eventually(lambda: agent.gatekeepers() == {other.pid}, 5, "the service's gatekeeper alone")
         with one.growing(ROOM // 2):
             one.client().ok(f"alloc {ROOM // 2}")
-        time.sleep(2)  # the agent starts a gatekeeper if it has seen none for a second
+        time.sleep(2)  # the agent starts a gatekeeper if none has run for a second
         assert agent.gatekeepers() == {other.pid}
     eventually(lambda: agent.gatekeepers() - {other.pid}, 5, "the agent's gatekeeper in its place")
-    assert one.client().do(f"alloc {2 * MIB}") == REFUSED  # the limit is still known
+    assert one.client().do(f"alloc {2 * MIB}") == REFUSED  # the kernel still has the limit
     assert one.assert_exact() == 2 * CONTEXT + ROOM
 
 
 @pytest.mark.slow
 @pytest.mark.places("host")
-def test_gatekeeper_comes_back_within_a_second(agent: Service, tenant) -> None:
+def test_a_killed_gatekeeper_is_replaced_within_a_second(agent: Service, tenant) -> None:
     begun = time.monotonic()
     agent.kill_gatekeeper()
     eventually(agent.gatekeepers, 3, "another gatekeeper")
@@ -242,7 +244,7 @@ def test_gatekeeper_comes_back_within_a_second(agent: Service, tenant) -> None:
 
 @pytest.mark.slow
 @pytest.mark.places("host")
-def test_detach_leaves_nothing(agent: Service, tenant) -> None:
+def test_detach_leaves_no_file_pin_or_process(agent: Service, tenant) -> None:
     one = tenant(CONTEXT + ROOM)
     client = one.client()
     with one.growing():

@@ -25,7 +25,7 @@ NAMES = (
     "usr/lib/libcuda.so.1",
     "usr/lib/libcuda.so",
 )
-SYMBOLS = 1023  # in one chain: as many as are looked through for each name
+SYMBOLS = 1023  # symbols in one chain: the agent compares this many for each name
 SLEEPER = "#include <unistd.h>\nint main(void) { return usleep(300000); }\n"
 
 
@@ -49,7 +49,7 @@ def slow_library() -> bytes:
 
 
 def make_root(root: Path, program: Path, number: int) -> None:
-    """A folder with a program and files of libcuda's name: slow ones, short ones, large ones."""
+    """Create a folder with a program and files with libcuda's name: slow, short and large ones."""
     for name in NAMES:
         path = root / name
         path.parent.mkdir(parents=True, exist_ok=True)

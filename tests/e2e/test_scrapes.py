@@ -1,4 +1,4 @@
-"""The metrics address and its clients: many at once, silent ones, and what the metrics never contain."""
+"""The metrics address and its clients: many clients at once, silent clients, and contents that metrics never have."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SECRET = "a-secret-of-its-own"
 
 
 def scrape(_: int) -> bytes:
-    """The whole answer, or nothing where there was no place."""
+    """Return the whole response, or nothing if the server closed the connection."""
     with socket.create_connection((HOST, int(PORT)), timeout=20) as sock:
         try:
             sock.sendall(b"GET /metrics HTTP/1.0\r\n\r\n")
@@ -37,7 +37,7 @@ def threads(service: Service) -> int:
 
 
 def lasting(service: Service) -> int:
-    """Return the number of threads without short-lived ones, which answer an earlier client or a new limit."""
+    """Return the number of threads, except short-lived ones, which serve an earlier client or a new limit."""
     found = []
     for _ in range(20):
         found.append(threads(service))
@@ -46,7 +46,10 @@ def lasting(service: Service) -> int:
 
 
 def test_many_scrapes_at_once_are_complete_or_disconnected(service: Service, scale) -> None:
-    """Eight are served at a time, with as many threads. Silent connections have none, and the agent works."""
+    """Eight scrapes are served at a time, each by a thread.
+
+    A silent connection has no thread, and the agent still works.
+    """
     before, number = lasting(service), scale(50, 200, 1000)
     socks = [socket.create_connection((HOST, int(PORT)), timeout=20) for _ in range(number)]
     assert ask(verb="ping")["pid"] == service.agent.pid  # type: ignore[union-attr]
@@ -62,8 +65,8 @@ def test_many_scrapes_at_once_are_complete_or_disconnected(service: Service, sca
     eventually(lambda: threads(service) <= before, 5, "the end of all")
 
 
-def test_slow_connections_keep_no_scrape_out(service: Service) -> None:
-    """Twelve that send a byte now and then, and come back as soon as they are hung up on."""
+def test_slow_connections_prevent_no_scrape(service: Service) -> None:
+    """Twelve connections send a byte now and then, and reconnect as soon as the server closes them."""
     with contextlib.ExitStack() as stack:
 
         def connected() -> socket.socket:

@@ -19,7 +19,7 @@ from tests.support.wait import eventually
 
 COMPAT = "/usr/local/cuda/compat"
 OUT_OF_MEMORY, NOT_SUPPORTED = 2, 801
-ROOM = 96 * MIB  # three steps of a pool
+ROOM = 96 * MIB  # three growth steps of a pool
 
 
 def library(folder: Path) -> Path:
@@ -40,8 +40,8 @@ def compat(place: Container, tmp_path: Path) -> Path:
 
 
 @pytest.mark.places("runc")
-def test_forward_compatibility_libraries(compat: Path, tenant) -> None:
-    """The loader finds the image's libcuda before the host's. The limit is the same, to the byte."""
+def test_the_limit_is_exact_with_forward_compatibility_libraries(compat: Path, tenant) -> None:
+    """The loader finds the image's libcuda before the host's."""
     one = tenant(CONTEXT + ROOM)
     client = one.client(before=f"env LD_LIBRARY_PATH={COMPAT}:{SIM}/lib")
     client.ok("context")
@@ -65,11 +65,12 @@ def bypasses(one: Tenant) -> dict[str, float]:
 
 @pytest.mark.places("runc")
 @pytest.mark.parametrize("contents", [b"", b"another"], ids=["the host's", "unknown"])
-def test_an_honest_program_is_refused_nothing_whatever_its_libcuda_is(
+def test_an_honest_program_is_never_refused_with_any_libcuda(
     service: Service, compat: Path, tenant, contents: bytes, scale
 ) -> None:
-    """It allocates 80 % of its limit and frees it, again and again. What it frees with an unknown library counts once
-    NVML shows it, so its next allocation waits.
+    """It allocates 80 % of its limit and frees it, again and again.
+
+    Memory that it frees with an unknown library counts as freed once NVML shows it, so the next allocation waits.
     """
     with compat.open("ab") as file:
         file.write(contents)
@@ -103,7 +104,8 @@ def libraries(tmp_path: Path) -> list[Path]:
 def several(service: Service, tenant, libraries: list[Path]) -> Callable[..., tuple[Tenant, Several]]:
     """Return a tenant with room for ROOM and the contexts of these drivers, and its program with all contexts.
 
-    The agent has read the libraries: until then they are unknown to it, and their frees of managed memory do not count.
+    The agent has read the libraries. Before that, their class is unknown, and their frees of managed memory do not
+    count.
     """
 
     def make(n: int, via: str = "") -> tuple[Tenant, Several]:
@@ -149,7 +151,7 @@ def test_the_limit_holds_for_both_drivers_of_a_process(several, how: str, via: s
 
 
 @pytest.mark.places("host")
-def test_each_driver_shows_and_gives_back_its_own_memory(several) -> None:
+def test_each_driver_shows_and_releases_its_own_memory(several) -> None:
     one, client = several(2)
     client.ok(f"fill.plain 1 {2 * MIB}")
     client.ok("drop 1 5")
@@ -164,8 +166,8 @@ def test_each_driver_shows_and_gives_back_its_own_memory(several) -> None:
 
 @pytest.mark.places("host")
 @pytest.mark.parametrize("via", ["", "proc"], ids=["dlsym", "cuGetProcAddress"])
-def test_a_second_driver_has_no_pools(several, via: str) -> None:
-    """The shim counts the pools of one driver. It refuses those of a second one, which it could not limit."""
+def test_pools_of_a_second_driver_are_refused(several, via: str) -> None:
+    """The shim counts the pools of one driver. It refuses pools of a second driver, which it could not limit."""
     one, client = several(2, via)
     assert client.ok(f"fill.async 1 {2 * MIB}") == [0, NOT_SUPPORTED]
     assert client.ok(f"fill.async 0 {2 * MIB}")[1] == OUT_OF_MEMORY
@@ -175,8 +177,8 @@ def test_a_second_driver_has_no_pools(several, via: str) -> None:
 
 
 @pytest.mark.places("host")
-def test_a_third_driver_is_seen(several) -> None:
-    """The shim has no hooks for it. Its memory is charged to the byte, and its process is named."""
+def test_memory_of_a_third_driver_is_charged_and_its_process_is_named(several) -> None:
+    """The shim has no hooks for this driver. The memory is charged to the byte."""
     one, client = several(3)
     before = one.memory()["witnessed_bytes"]
     client.ok(f"fill.plain 1 {ROOM}")
@@ -202,8 +204,10 @@ sys.stdin.readline()
 
 
 @pytest.mark.places("host")
-def test_a_driver_in_another_namespace_is_seen(tenant, libraries: list[Path], tmp_path: Path) -> None:
-    """The shim has no hooks in it. Its memory is charged to the byte, and its process is named."""
+def test_memory_of_a_driver_in_another_namespace_is_charged_and_its_process_is_named(
+    tenant, libraries: list[Path], tmp_path: Path
+) -> None:
+    """The driver is in another linker namespace, where the shim has no hooks. The memory is charged to the byte."""
     one = tenant(CONTEXT + ROOM)
     one.assert_enforced()
     (tmp_path / "elsewhere.py").write_text(ELSEWHERE)
@@ -233,8 +237,11 @@ for path in sys.argv[2:]:
 
 
 @pytest.mark.places("host")
-def test_a_late_driver_that_cannot_be_probed_is_limited_by_the_shim_alone_and_reported(tenant, tmp_path: Path) -> None:
-    """The process has registered before. The shim requests each allocation of this driver; the kernel sees none."""
+def test_a_late_driver_without_probes_is_limited_by_the_shim_alone_and_reported(tenant, tmp_path: Path) -> None:
+    """The process has registered before.
+
+    The shim requests admission for each allocation of this driver, of which the kernel has no probe.
+    """
     odd = library(tmp_path / "odd")
     odd.write_bytes(odd.read_bytes().replace(b"\0cuMemRelease\0", b"\0cuMemReleasX\0"))
     one = tenant(2 * CONTEXT + ROOM)
@@ -259,7 +266,7 @@ def test_a_late_driver_that_cannot_be_probed_is_limited_by_the_shim_alone_and_re
     eventually(lambda: one.view()["enforcement"] == "kernel", 3, "the kernel's own")
 
 
-def test_without_a_limit_a_second_driver_lacks_nothing(service: Service, libraries: list[Path]) -> None:
+def test_a_second_driver_works_fully_without_a_limit(service: Service, libraries: list[Path]) -> None:
     lines = f"fill.async 1 {MIB}\nfill.plain 1 {MIB}\nfill.async 0 {MIB}\n"
     program = [BUILD / "e2e/pair", *libraries[:2]]
     environment = ENVIRONMENT | {"LD_PRELOAD": str(SHIM)}

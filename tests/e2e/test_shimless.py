@@ -1,4 +1,4 @@
-"""Programs that the shim cannot get into: charged like others, and named with the reason."""
+"""Programs that the shim cannot be loaded into: they are charged like others, and named with the reason."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def assert_named(tenant: Tenant, clients: list[Client], reason: str) -> None:
 
 
 @pytest.mark.places("runc")
-def test_each_reason_is_named(place: Container, tenant, scale) -> None:
+def test_every_output_names_the_reason_for_a_missing_shim(place: Container, tenant, scale) -> None:
     one, times = tenant(CONTEXT + 400 * MIB), scale(1, 10, 25)
     one.assert_enforced()
     assert_named(one, [outside(one, f"outside{n}", SIM / "lib") for n in range(times)], "not_mounted")

@@ -1,5 +1,7 @@
-"""Containers run across `fgpu detach`, a purge or the removal of /run/fgpu/shim: once an agent enforces again, programs
-that start in them have their limit or no memory, never more."""
+"""Containers run across `fgpu detach`, a purge or the removal of /run/fgpu/shim.
+
+Once an agent enforces limits again, programs that start in these containers have their limit or no memory, never more.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,7 @@ SHIM_FOLDER = RUN_DIR / "shim"
 
 @pytest.fixture
 def again(service: Service, unharmed: None) -> Iterator[Service]:
-    """Return the service. Afterwards a service runs that has nothing of before."""
+    """Return the service. Afterwards a service without any earlier state runs."""
     yield service
     service.detach()
     shutil.rmtree(SHIM_FOLDER, ignore_errors=True)
@@ -34,18 +36,18 @@ def again(service: Service, unharmed: None) -> Iterator[Service]:
 
 
 def assert_held(one: Tenant) -> None:
-    """A program that starts now gets what the limit says, and no more."""
+    """Check that a program that starts now gets exactly the limit."""
     one.assert_enforced()
     one.assert_holds(ROOM)
 
 
 def limit(one: Tenant) -> None:
-    """Set the limit again after a detach, which removes limits of `fgpu set`."""
+    """Set the limit again after a detach, which has removed all limits of `fgpu set`."""
     fgpu("set", one.path, "--memory", f"{LIMIT}B")
 
 
 @pytest.mark.places("runc")
-def test_programs_of_a_container_that_ran_across_a_detach_are_held_by_the_next_agent(
+def test_programs_of_a_container_that_ran_across_a_detach_are_limited_by_the_next_agent(
     again: Service, place: Place, tenant: Callable[[int], Tenant]
 ) -> None:
     one = tenant(LIMIT)
@@ -55,7 +57,7 @@ def test_programs_of_a_container_that_ran_across_a_detach_are_held_by_the_next_a
     assert sorted(path.name for path in RUN_DIR.iterdir()) == ["shim"], "the folder that a container shows stays"
     assert not list(SHIM_FOLDER.iterdir())
     client = one.client()
-    client.ok(f"alloc {100 * MIB}")  # nothing is enforced, and nothing is waited for
+    client.ok(f"alloc {100 * MIB}")  # nothing is enforced, and the request waits for nothing
     client.kill()
     client.close()
     again.start_agent()
@@ -67,7 +69,7 @@ def test_programs_of_a_container_that_ran_across_a_detach_are_held_by_the_next_a
 
 
 @pytest.mark.places("runc")
-def test_the_folder_goes_with_a_detach_that_no_container_outlives(again: Service, place: Place) -> None:
+def test_a_detach_without_running_containers_removes_the_shim_folder(again: Service, place: Place) -> None:
     again.detach()
     assert not SHIM_FOLDER.exists()
 
@@ -87,7 +89,7 @@ def test_programs_under_a_removed_folder_get_no_memory_and_the_container_is_name
     client.kill()
     client.close()
     again.kill_agent()
-    again.start_agent()  # looks at once, and every half minute
+    again.start_agent()  # it scans at its start, and then every half minute
     said = json.loads(fgpu("doctor", "--json", "--driver-root", SIM, check=False).stdout)
     (found,) = [check for check in said if check["name"] == "mounts"]
     assert one.name in found["found"]
@@ -98,10 +100,10 @@ def test_programs_under_a_removed_folder_get_no_memory_and_the_container_is_name
 
 
 @pytest.mark.places("runc")
-def test_a_purge_leaves_the_folder_that_a_container_shows(
+def test_a_purge_keeps_the_folder_that_a_container_has_mounted(
     again: Service, place: Place, tenant: Callable[[int], Tenant], tmp_path: Path
 ) -> None:
-    """The part of the package's own script that removes it, since fgpu is not installed here."""
+    """The test runs the part of the package's script that removes the folder, because fgpu is not installed here."""
     one = tenant(LIMIT)
     one.assert_enforced()
     before = SHIM_FOLDER.stat().st_ino

@@ -1,4 +1,4 @@
-"""A container whose image has a limit, on a host with an agent that it cannot reach: the agent names it as such."""
+"""A container's image has a limit, and its host has an agent that it cannot reach. The agent reports both facts."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from tests.support.wait import eventually
 
 @pytest.fixture
 def images(service: Service, tmp_path: Path) -> Iterator[kit.Images]:
-    """Return containers of such an image."""
+    """Yield containers of such an image."""
     place = kit.Images(tmp_path, "runc")
     yield place
     place.close()
 
 
-def test_which_limit_holds(images: kit.Images) -> None:
+def test_the_image_s_limit_applies_and_the_agent_reports_cooperative_mode(images: kit.Images) -> None:
     tenant = images.tenant(6 * GIB)
     tenant.assert_enforced()
     client = kit.assert_live(tenant)

@@ -1,4 +1,4 @@
-"""Unknown limits are kept: a start with damaged files, or without room, neither opens nor closes a limit."""
+"""Limits that the agent cannot confirm are kept: a start with damaged files, or without room, changes no limit."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def readiness() -> tuple[int, str]:
 
 
 def doctor_says(name: str) -> str:
-    """Return the line of `fgpu doctor` about this check, from its first word on."""
+    """Return the line of `fgpu doctor` about this check, without the text before it."""
     lines = fgpu("doctor", check=False).stdout.splitlines()
     return next(line for line in lines if f" {name}" in line[:20])
 
@@ -61,7 +61,7 @@ class Host:
         self.policies = service.policies
 
     def policy(self, rest: str, cgroup: str = "", name: str = "test", file: str = "50.yaml") -> None:
-        """Write a policy for the tenants of this place. Returns when it is in force."""
+        """Write a policy for the tenants of this place. Return when the policy is in force."""
         before = loaded_seconds()
         path = cgroup or f"{self.place.group.lstrip('/')}/*"
         (self.policies / file).write_text(POLICY.format(name=name, cgroup=path, rest=rest))
@@ -87,7 +87,7 @@ class Host:
 
 @pytest.fixture
 def host(service: Service, place: Place) -> Iterator[Host]:
-    """Return the host. Afterwards the policies' folder is empty, and an agent runs that has read everything."""
+    """Return the host. Afterwards the policies' folder is empty, and an agent runs that has read all files."""
     config = service.config.read_text()
     host = Host(service, place)
     yield host
@@ -102,7 +102,7 @@ def host(service: Service, place: Place) -> Iterator[Host]:
 
 
 def assert_same_limit(tenant: Tenant, client: Client, limit: int) -> None:
-    """Check that neither the running program nor the next in its cgroup gets a byte beyond the limit, or loses one."""
+    """Check that neither the running program nor the next one in its cgroup gets more or less than the limit."""
     assert client.do(f"alloc {2 * MIB}") == REFUSED
     assert client.ok("info")[1] == limit
     client.ok("drop 1")
@@ -129,7 +129,7 @@ def no_folder(host: Host) -> None:
 
 @pytest.mark.places("cgroups")
 @pytest.mark.parametrize("damage", [no_file, no_folder])
-def test_policies_that_cannot_be_read_at_a_start_are_the_last_good_ones(
+def test_unreadable_policies_at_a_start_are_replaced_by_the_last_valid_policies(
     host: Host, damage: Callable[[Host], None]
 ) -> None:
     host.policy("memory: {limit: 2GiB}\n  compute: {limit: 50%}")
@@ -159,7 +159,7 @@ def test_policies_that_cannot_be_read_at_a_start_are_the_last_good_ones(
 
 
 @pytest.mark.places("cgroups")
-def test_a_reboot_with_a_typo_in_a_policy_starts_with_the_last_good_ones(host: Host) -> None:
+def test_a_reboot_with_a_typo_in_a_policy_starts_with_the_last_valid_policies(host: Host) -> None:
     host.policy("memory: {limit: 2GiB}")
     fgpu("status")
     kept = LAST_GOOD.read_bytes()
@@ -174,7 +174,7 @@ def test_a_reboot_with_a_typo_in_a_policy_starts_with_the_last_good_ones(host: H
 
 
 @pytest.mark.places("cgroups")
-def test_without_a_last_good_set_pinned_limits_stay_and_no_policy_is_claimed(host: Host) -> None:
+def test_pinned_limits_stay_without_valid_policies_and_show_no_policy(host: Host) -> None:
     host.policy("memory: {limit: 2GiB}\n  compute: {limit: 50%}")
     tenant, client = host.at_its_limit()
     host.stop()
@@ -205,7 +205,7 @@ def by_command(host: Host) -> str:
 
 
 def by_systemctl(host: Host) -> str:
-    """Return what `fgpu status` says after `systemctl reload`, which runs the unit's command and prints nothing."""
+    """Return the output of `fgpu status` after `systemctl reload`, which runs the unit's command and prints nothing."""
     agent = host.service.agent
     assert agent
     (command,) = re.findall(r"^ExecReload=(.*)$", UNIT.read_text(), re.MULTILINE)
@@ -216,7 +216,9 @@ def by_systemctl(host: Host) -> str:
 
 @pytest.mark.places("cgroups")
 @pytest.mark.parametrize("reload", [by_command, by_systemctl])
-def test_a_reload_without_the_folder_says_so_and_changes_nothing(host: Host, reload: Callable[[Host], str]) -> None:
+def test_a_reload_without_the_policy_folder_reports_that_and_changes_nothing(
+    host: Host, reload: Callable[[Host], str]
+) -> None:
     host.policy("memory: {limit: 2GiB}")
     tenant, client = host.at_its_limit()
     no_folder(host)
@@ -226,7 +228,7 @@ def test_a_reload_without_the_folder_says_so_and_changes_nothing(host: Host, rel
 
 
 @pytest.mark.places("cgroups")
-def test_a_policy_removed_without_an_agent_no_longer_holds(host: Host) -> None:
+def test_a_policy_that_is_removed_without_an_agent_no_longer_applies(host: Host) -> None:
     host.policy("memory: {limit: 2GiB}")
     tenant, client = host.at_its_limit()
     host.stop()
@@ -285,11 +287,11 @@ LOST = {
 
 @pytest.mark.places("cgroups")
 @pytest.mark.parametrize("damage", LOST.values(), ids=LOST)
-def test_a_limit_by_hand_outlives_a_file_that_cannot_be_understood(host: Host, damage: Callable[[Path], None]) -> None:
+def test_a_limit_set_by_hand_survives_an_invalid_overrides_file(host: Host, damage: Callable[[Path], None]) -> None:
     tenant, client = host.at_its_limit(2 * GIB)
     host.stop()
     damage(RUN_DIR / "overrides.json")
-    for _ in range(2):  # the second start reads what the first one has written
+    for _ in range(2):  # the second start reads the file that the first one has written
         host.service.start_agent()
         assert_same_limit(tenant, client, 2 * GIB)
         assert tenant.view()["source"] == "kept"
@@ -306,7 +308,7 @@ def test_a_limit_by_hand_outlives_a_file_that_cannot_be_understood(host: Host, d
 
 
 @pytest.mark.places("cgroups")
-def test_a_kept_limit_goes_when_it_is_unset(host: Host) -> None:
+def test_unset_removes_a_kept_limit(host: Host) -> None:
     tenant, client = host.at_its_limit(2 * GIB)
     host.stop()
     empty(RUN_DIR / "overrides.json")
@@ -318,7 +320,7 @@ def test_a_kept_limit_goes_when_it_is_unset(host: Host) -> None:
 
 
 @pytest.mark.places("cgroups")
-def test_fields_of_a_later_version_in_a_limit_by_hand_are_ignored(host: Host) -> None:
+def test_unknown_fields_in_the_overrides_file_are_ignored(host: Host) -> None:
     tenant, client = host.at_its_limit(2 * GIB)
     host.stop()
     of_every_entry(colour="blue")(RUN_DIR / "overrides.json")
@@ -329,7 +331,7 @@ def test_fields_of_a_later_version_in_a_limit_by_hand_are_ignored(host: Host) ->
 
 @pytest.mark.places("cgroups")
 @pytest.mark.parametrize("text", ["", "[{", "[]", '{"x": "much"}', '{"x": -1}', "9" * 10_000])
-def test_a_broken_cache_is_only_a_cache(host: Host, text: str) -> None:
+def test_a_start_with_a_damaged_cache_changes_no_limit(host: Host, text: str) -> None:
     tenant, client = host.at_its_limit(2 * GIB)
     host.stop()
     sizes = Path("/var/lib/fgpu/contexts.json")
@@ -355,8 +357,8 @@ def limits(tenants: list[Tenant]) -> list[int]:
 
 
 @pytest.mark.places("cgroups")
-def test_a_restart_grants_first_what_was_granted_before(host: Host) -> None:
-    """Tenants that never use the device take no room from those that do."""
+def test_a_restart_grants_earlier_commitments_first(host: Host) -> None:
+    """Tenants that have never used the device take no room from tenants that have used it."""
     forbid_overcommit(host)
     host.policy("memory: {limit: 6GiB}")
     idle = [host.place.tenant(None) for _ in range(4)]
@@ -378,7 +380,7 @@ def test_a_restart_grants_first_what_was_granted_before(host: Host) -> None:
 
 
 @pytest.mark.places("cgroups")
-def test_a_limit_that_could_not_be_raised_is_unchanged(host: Host) -> None:
+def test_a_limit_that_could_not_be_raised_stays_unchanged(host: Host) -> None:
     forbid_overcommit(host)
     host.policy("memory: {limit: 6GiB}")
     tenants = [host.place.tenant(None) for _ in range(2)]
@@ -415,7 +417,7 @@ def test_an_override_that_no_longer_fits_at_a_restart_is_kept(host: Host) -> Non
 
 
 @pytest.mark.places("cgroups")
-def test_limits_by_hand_inside_a_group_with_a_limit_fit_after_a_restart(host: Host) -> None:
+def test_limits_set_by_hand_inside_a_limited_group_fit_after_a_restart(host: Host) -> None:
     forbid_overcommit(host)
     host.policy("memory: {limit: 12GiB}", cgroup=host.place.group.lstrip("/"))
     tenants = [host.place.tenant(6 * GIB) for _ in range(3)]
@@ -429,11 +431,11 @@ def test_limits_by_hand_inside_a_group_with_a_limit_fit_after_a_restart(host: Ho
     assert readiness()[0] == 200
 
 
-# -- what is left out of `fgpu set` stays as it was
+# -- settings that a call of `fgpu set` omits stay unchanged
 
 
 @pytest.mark.places("cgroups")
-def test_a_policy_for_devices_that_are_not_here_gives_none_by_hand(host: Host) -> None:
+def test_set_gives_no_memory_on_devices_that_the_policy_excludes(host: Host) -> None:
     host.policy("devices: [7]\n  memory: {limit: 2GiB}")
     tenant = host.place.tenant(None)
     for asked in (("--compute", "50%"), ("--memory", "4GiB")):

@@ -1,5 +1,6 @@
-"""Every file that the agent keeps, damaged in every way before a start: tenants at their limit get not a byte more or
-less, and containers that start afterwards get what they got before.
+"""Every file that the agent keeps is damaged in every way before a start, and no limit changes.
+
+Tenants at their limit get not a byte more or less, and containers that start afterwards get the same as before.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ RUN_FILES = (
     *("control.sock", "discover.sock", "shim/shim.sock"),
 )
 STATE_FILES = ("policies.json", "contexts.json", "shim/previous", "shim/versions")
-# What containers are given when they start.
+# Files that containers get when they start.
 GIVEN_RUN_FILES = ("published", "containers", "container.preload", "cdi.files")
 GIVEN_STATE_FILES = ("shim/current", "bin/fgpu-oci")
 CDI_FILES = ("fgpu.dev-shim.json", "fgpu.dev-share.json")
@@ -88,7 +89,7 @@ def folder(path: Path) -> None:
 
 
 def full(path: Path) -> None:
-    """Fill the file's file system."""
+    """Fill the file system that has this file."""
     root = next(root for root in (RUN_DIR, STATE, path.parent) if path.is_relative_to(root))
     fill(root / "filler")
 
@@ -97,7 +98,7 @@ DAMAGES = (gone, empty, garbage, unknown_key, folder, full)
 
 
 class Kept:
-    """The files as an agent that runs leaves them, and their file systems, small ones of their own."""
+    """The state files as a running agent leaves them, and their file systems, which are small separate ones."""
 
     def __init__(self, service: Service, copies: Path) -> None:
         self._service, self._copies = service, copies
@@ -137,7 +138,7 @@ class Kept:
         self.start()
 
     def assert_given(self) -> None:
-        """Check that containers get what they got when the files were saved."""
+        """Check that containers get the same as when the files were saved."""
         for path in self.given:
             copy = self._copies / str(self.files.index(path))
             if path.is_symlink() or copy.is_symlink():
@@ -155,7 +156,7 @@ def kept(service: Service, unharmed: None, tmp_path: Path) -> Iterator[Kept]:
     service.kill_agent()
     shutil.copytree(STATE, tmp_path / "state", symlinks=True)
     for root in (STATE, service.cdi):
-        root.mkdir(exist_ok=True)  # a detach of another test took an empty one away
+        root.mkdir(exist_ok=True)  # a detach of another test has removed it if it was empty
         subprocess.run(["mount", "-t", "tmpfs", "-o", world.SIZE, "tmpfs", root], check=True)
     shutil.copytree(tmp_path / "state", STATE, symlinks=True, dirs_exist_ok=True)
     found = Kept(service, copies)
@@ -171,7 +172,7 @@ def kept(service: Service, unharmed: None, tmp_path: Path) -> Iterator[Kept]:
 
 @pytest.fixture
 def places(service: Service, kept: Kept, tmp_path: Path) -> Iterator[tuple[Cgroups, Place, Docker]]:
-    """Yield the places of the tenants; policies match cgroups that a test has not named, and a label."""
+    """Yield the places of the tenants. Policies match cgroups that a test has not named, and a label."""
     (tmp_path / "docker").mkdir()
     cgroups, place, docker = Cgroups(tmp_path), Place(tmp_path), Docker(tmp_path / "docker", service.engine)
     selectors = {
@@ -206,7 +207,7 @@ def tenants(places: tuple[Cgroups, Place, Docker]) -> dict[str, Held]:
 
 
 def with_a_share(tenant: Tenant) -> Tenant:
-    """The tenant has asked for its limit by the name of a share, with what engines call for a container that starts."""
+    """Make the tenant request its limit by a share's name, with the hook that engines call at a container's start."""
     pid = eventually(tenant.pids, 5, "its first process")[0]
     hook = [BUILD / "oci/fgpu-oci", "share", f"{LIMIT // MIB}mib"]
     subprocess.run(hook, input=json.dumps({"pid": pid}), text=True, check=True, timeout=10)
@@ -216,11 +217,12 @@ def with_a_share(tenant: Tenant) -> Tenant:
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 @pytest.mark.skipif(not DOCKERD, reason="no dockerd: ./dev test unpacks it")
-def test_no_damage_to_a_file_changes_what_a_tenant_gets(
+def test_no_damage_to_a_state_file_changes_a_tenant_s_limit(
     kept: Kept, tenants: dict[str, Held], scale: Callable[..., int]
 ) -> None:
-    """Every file, damaged in every way, before a start after SIGTERM and after SIGKILL; outside the full run every
-    file in every second way, after one of the two.
+    """Damage every file in every way, and start an agent after SIGTERM and after SIGKILL.
+
+    Outside the full run, each file gets every second damage, after one of the two signals.
     """
     for held in tenants.values():
         held.check()

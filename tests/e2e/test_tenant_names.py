@@ -1,4 +1,4 @@
-"""Cgroups with folders of one name, as a service of several users has: each tenant has a name of its own."""
+"""Cgroups with equal last path components, as a service of several users has: each tenant has a unique name."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ spec:
   selector: {{cgroup: ["{GROUP}/*/job"]}}
   memory: {{limit: 2GiB}}
 """
-USERS = ("zoe", "yan", "ann", "bob")  # in the order in which their cgroups are made
+USERS = ("zoe", "yan", "ann", "bob")  # in the order in which their cgroups are created
 
 
 @pytest.fixture
 def jobs(service: Service, unharmed: None) -> Iterator[list[str]]:
-    """The paths of cgroups that a policy matches, oldest first."""
+    """Yield the paths of cgroups that a policy matches, oldest first."""
     root = cgroup_root() / GROUP
     file = service.policies / "50-names.yaml"
     file.write_text(POLICY)
@@ -71,7 +71,7 @@ def test_tenants_with_equal_cgroup_names_keep_unique_names_after_restarts(servic
     assert_each_has_its_own(jobs, in_order)
     for forgotten in (False, True):
         service.kill_agent()
-        if forgotten:  # what a first start after an upgrade finds
+        if forgotten:  # the state at the first start after an upgrade
             (RUN_DIR / "tenants.json").unlink()
         service.start_agent()
         assert_each_has_its_own(jobs, in_order)

@@ -1,4 +1,4 @@
-"""`fgpu top` as a user sees it in a terminal: keys, sizes, an agent that stops and starts, the terminal afterwards."""
+"""`fgpu top` in a terminal: keys, sizes, an agent that stops and starts, and the terminal's state afterwards."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class Terminal:
             stderr=slave,
             env={**ENVIRONMENT, "TERM": "xterm-256color", "LANG": "C.UTF-8", **environment},
             start_new_session=True,
-            preexec_fn=lambda: fcntl.ioctl(slave, termios.TIOCSCTTY, 0),  # so that Ctrl-C and the size reach it
+            preexec_fn=lambda: fcntl.ioctl(slave, termios.TIOCSCTTY, 0),  # so that it receives Ctrl-C and the size
         )
 
     def resize(self, columns: int, lines: int) -> None:
@@ -77,13 +77,13 @@ class Terminal:
         return self.wait(lambda lines: any(re.search(pattern, line) for line in lines), pattern)
 
     def end(self) -> int:
-        """End the program and return its exit code. Its output until then can still be read."""
+        """End the program and return its exit code. Its earlier output can still be read."""
         code: int = eventually(lambda: (self.lines(), self.program.poll())[1] is not None, PATIENCE_SECONDS, "its end")
         self.lines()
         return code and self.program.returncode
 
     def assert_as_before(self) -> None:
-        """Check the terminal's mode, its cursor, and that the earlier screen is shown again."""
+        """Check that the terminal's mode and cursor are restored, and that the earlier screen is shown again."""
         assert termios.tcgetattr(self.slave) == self.before
         assert not self.screen.cursor.hidden
         assert self.all.rindex(b"\x1b[?1049l") > self.all.rindex(b"\x1b[?1049h")
@@ -112,7 +112,7 @@ def terminal(service: Service) -> Iterator[Callable[..., Terminal]]:
 
 @pytest.fixture
 def pair(tenant: Callable[[int], Tenant]) -> tuple[Tenant, Tenant]:
-    """Return two tenants: the first has the smaller limit, is refused once, and holds more."""
+    """Return two tenants. The first has the smaller limit, one refusal, and more memory in use."""
     first, second = tenant(CONTEXT + 60 * MIB), tenant(CONTEXT + 90 * MIB)
     clients: list[Client] = []
     for one, megabytes in ((first, 50), (second, 20)):
@@ -151,7 +151,9 @@ def test_top_once_prints_one_sorted_table(service: Service, pair: tuple[Tenant, 
 
 
 @pytest.mark.places("host")
-def test_keys(terminal: Callable[..., Terminal], pair: tuple[Tenant, Tenant]) -> None:
+def test_keys_sort_and_filter_the_table_and_quit(
+    terminal: Callable[..., Terminal], pair: tuple[Tenant, Tenant]
+) -> None:
     first, second = pair
     there = terminal("top")
     lines = there.wait_for(re.escape(second.name))
@@ -171,7 +173,7 @@ def test_keys(terminal: Callable[..., Terminal], pair: tuple[Tenant, Tenant]) ->
 
 
 @pytest.mark.places("host")
-def test_top_refreshes_by_itself(terminal: Callable[..., Terminal], tenant: Callable[[int], Tenant]) -> None:
+def test_top_refreshes_without_a_key(terminal: Callable[..., Terminal], tenant: Callable[[int], Tenant]) -> None:
     there = terminal("top")
     there.wait_for("TENANT")
     one = tenant(CONTEXT + 60 * MIB)
@@ -183,7 +185,9 @@ def test_top_refreshes_by_itself(terminal: Callable[..., Terminal], tenant: Call
 
 
 @pytest.mark.places("host")
-def test_every_size(terminal: Callable[..., Terminal], place: Place, pair: tuple[Tenant, Tenant]) -> None:
+def test_top_adapts_its_table_to_every_terminal_size(
+    terminal: Callable[..., Terminal], place: Place, pair: tuple[Tenant, Tenant]
+) -> None:
     there = terminal("top", columns=100, lines=30)
     there.wait_for("HELD BY")
     there.resize(40, 8)
@@ -200,7 +204,7 @@ def test_every_size(terminal: Callable[..., Terminal], place: Place, pair: tuple
     assert there.end() == 0
 
 
-def test_colours_are_left_out(terminal: Callable[..., Terminal]) -> None:
+def test_top_prints_no_colours_if_no_color_is_set(terminal: Callable[..., Terminal]) -> None:
     for environment, coloured in (({}, True), ({"NO_COLOR": "1"}, False)):
         there = terminal("top", **environment)
         there.wait_for("committed")
@@ -208,7 +212,7 @@ def test_colours_are_left_out(terminal: Callable[..., Terminal]) -> None:
 
 
 @pytest.mark.parametrize("ending", ["\x03", signal.SIGINT, signal.SIGTERM], ids=["Ctrl-C", "INT", "TERM"])
-def test_however_it_ends_the_terminal_is_as_before(terminal: Callable[..., Terminal], ending: str | int) -> None:
+def test_top_restores_the_terminal_at_every_kind_of_exit(terminal: Callable[..., Terminal], ending: str | int) -> None:
     there = terminal("top")
     there.wait_for("TENANT")
     if isinstance(ending, str):
@@ -220,7 +224,7 @@ def test_however_it_ends_the_terminal_is_as_before(terminal: Callable[..., Termi
     assert b"Traceback" not in there.all
 
 
-def test_stopped_and_gone_on_with(terminal: Callable[..., Terminal]) -> None:
+def test_top_restores_the_terminal_when_stopped_and_redraws_when_continued(terminal: Callable[..., Terminal]) -> None:
     there = terminal("top")
     there.wait_for("TENANT")
     there.program.send_signal(signal.SIGTSTP)
@@ -239,7 +243,9 @@ def test_stopped_and_gone_on_with(terminal: Callable[..., Terminal]) -> None:
     there.assert_as_before()
 
 
-def test_an_agent_that_goes_and_comes(service: Service, terminal: Callable[..., Terminal]) -> None:
+def test_top_continues_when_a_killed_agent_has_been_restarted(
+    service: Service, terminal: Callable[..., Terminal]
+) -> None:
     there = terminal("top")
     there.wait_for("TENANT")
     service.kill_agent()
@@ -268,7 +274,7 @@ def test_a_hung_agent_delays_no_key(service: Service, terminal: Callable[..., Te
         service.agent.send_signal(signal.SIGCONT)
 
 
-def test_without_an_agent(service: Service, tmp_path: object) -> None:
+def test_top_exits_with_an_error_without_an_agent(service: Service, tmp_path: object) -> None:
     for words in ("top", "top -1"):
         done = fgpu("--run-dir", str(tmp_path), *words.split(), check=False)
         assert (done.returncode, done.stdout) == (3, "")
@@ -287,14 +293,14 @@ printf '%s\\n' "${COMPREPLY[@]}"
 
 
 def completed(*words: str) -> list[str]:
-    """Return what bash offers after these words."""
+    """Return the words that bash offers after these words."""
     command = ["bash", "-c", BASH, "bash", *words]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=ENVIRONMENT, check=True)
     return done.stdout.split()
 
 
 @pytest.mark.places("host")
-def test_completion(service: Service, tenant: Callable[[int], Tenant]) -> None:
+def test_completion_offers_commands_options_and_tenants(service: Service, tenant: Callable[[int], Tenant]) -> None:
     one = tenant(CONTEXT + 60 * MIB)
     assert {"top", "status", "completion"} <= set(completed())
     assert completed("completion") == ["bash", "zsh", "fish"]
@@ -304,7 +310,7 @@ def test_completion(service: Service, tenant: Callable[[int], Tenant]) -> None:
 
 
 @pytest.mark.parametrize(("shell", "begins"), [("zsh", "#compdef fgpu"), ("fish", "function _fgpu_completion")])
-def test_completion_of_other_shells(service: Service, shell: str, begins: str) -> None:
+def test_completion_supports_zsh_and_fish(service: Service, shell: str, begins: str) -> None:
     assert fgpu("completion", shell).stdout.startswith(begins)
     asked = {
         "_FGPU_COMPLETE": f"{shell}_complete",
@@ -314,7 +320,7 @@ def test_completion_of_other_shells(service: Service, shell: str, begins: str) -
     assert "status" in fgpu(env={**ENVIRONMENT, **asked}).stdout
 
 
-def test_completion_waits_for_no_agent(service: Service) -> None:
+def test_completion_does_not_wait_for_a_hung_agent(service: Service) -> None:
     assert service.agent is not None
     service.agent.send_signal(signal.SIGSTOP)
     try:

@@ -1,4 +1,4 @@
-"""Peers in namespaces of their own, with root there: tenants like others, and no more than readers of the agent."""
+"""Peers with root in namespaces of their own: they are tenants like others, and may only read from the agent."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def refused_writes() -> float:
 
 @pytest.mark.places("host")
 @pytest.mark.parametrize("topology", TOPOLOGIES)
-def test_root_elsewhere_is_a_tenant_and_may_not_write(tenant, topology: str) -> None:
+def test_root_of_another_namespace_is_a_tenant_and_may_not_write(tenant, topology: str) -> None:
     one, into = tenant(CONTEXT + 100 * MIB), TOPOLOGIES[topology]
     client = one.client(before=into)
     with one.growing(60 * MIB):

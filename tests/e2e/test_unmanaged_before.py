@@ -1,4 +1,4 @@
-"""A cgroup in which a program ran without a limit, and which is empty now, gets a policy: its next program is held."""
+"""A program ran without a limit in a cgroup that is empty now and gets a policy. The next program there is limited."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def run(cgroup: Path, *commands: str) -> list[str]:
 
 @pytest.fixture
 def known(unharmed: None) -> Iterator[Path]:
-    """Return a cgroup without processes, two below the root, whose programs are known to have no limit."""
+    """Return a cgroup without processes, two levels below the root. The kernel has recorded that it has no limit."""
     outer = cgroup_root() / f"fgpu-e2e-{os.getpid()}-before"
     inner = outer / "inner"
     inner.mkdir(parents=True)
@@ -58,7 +58,7 @@ def known(unharmed: None) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def here(service: Service) -> Iterator[None]:
-    """The agent runs."""
+    """Keep the agent running."""
     yield
 
 
@@ -75,7 +75,7 @@ def stopped(service: Service) -> Iterator[None]:
 
 @contextlib.contextmanager
 def killed(service: Service) -> Iterator[None]:
-    """The agent is killed, and started again at the end."""
+    """Kill the agent, and start it again at the end of the block."""
     service.kill_agent()
     try:
         yield
@@ -95,7 +95,7 @@ def is_in_force(cgroup: Path) -> bool:
 
 @pytest.mark.parametrize("level", ["itself", "above"])
 @pytest.mark.parametrize("agent", [here, stopped, killed])
-def test_its_next_program_is_held_from_the_first_byte(
+def test_the_next_program_of_a_formerly_unmanaged_cgroup_is_limited_from_the_first_byte(
     service: Service, known: Path, agent: Callable[[Service], AbstractContextManager[None]], level: str
 ) -> None:
     cgroup = known if level == "itself" else known.parent

@@ -1,4 +1,4 @@
-"""The probes are removed by another program: the missing enforcement is shown, and repaired if possible."""
+"""Another program removes the probes. The missing enforcement is shown, and repaired if possible."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def pins() -> Path:
 def links() -> set[str]:
     """Return the links of process events and of the host's own files. Links of other files may come and go.
 
-    A file that is probed anew has another number behind its role, or the same: the number is left out.
+    A file that is probed again may have another number in the names of its links, so the numbers are left out.
     """
     own = {f"{path.resolve().stat().st_ino:x}" for path in (SHIM, SIM / "lib/libcuda.so.1")}
     names = [path.name for path in (pins() / "links").iterdir()]
@@ -30,7 +30,7 @@ def links() -> set[str]:
 
 
 def are(expected: set[str]) -> bool:
-    """Return whether these links are there, and print the difference."""
+    """Return whether exactly these links exist, and print the difference."""
     found = links()
     if found != expected:
         print("missing", sorted(expected - found), "too many", sorted(found - expected))
@@ -56,7 +56,7 @@ def whole(service: Service, unharmed: None) -> Iterator[Service]:
     [(True, 1), (False, 1), (False, 2)],
     ids=["under a running agent", "while there is none", "every other one while there is none"],
 )
-def test_links_that_are_gone_are_there_again(service: Service, tenant, alive: bool, every: int) -> None:
+def test_the_agent_restores_removed_links(service: Service, tenant, alive: bool, every: int) -> None:
     one = tenant(CONTEXT + 40 * MIB)
     one.assert_enforced()
     client = one.client()
@@ -67,7 +67,7 @@ def test_links_that_are_gone_are_there_again(service: Service, tenant, alive: bo
         service.kill_agent()
     there = sorted(path for path in (pins() / "links").iterdir() if not path.is_dir())
     for path in there[::every]:
-        path.unlink(missing_ok=True)  # a running agent may restore it already
+        path.unlink(missing_ok=True)  # a running agent may restore it at once
     if not alive:
         service.start_agent()
     eventually(lambda: are(before), 5, "the links")
@@ -78,7 +78,7 @@ def test_links_that_are_gone_are_there_again(service: Service, tenant, alive: bo
 
 
 @pytest.mark.places("host")
-def test_missing_enforcement_is_shown(whole: Service, place) -> None:
+def test_every_output_shows_missing_enforcement(whole: Service, place) -> None:
     one = place.tenant(CONTEXT + 40 * MIB)
     one.assert_enforced()
     assert "ok    probes" in fgpu("doctor", "--driver-root", SIM, check=False).stdout

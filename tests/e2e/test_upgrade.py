@@ -1,7 +1,7 @@
 """Upgrades under load to a version with another shim, and sometimes other programs: nothing is refused or missed.
 
-An upgrade works as a package's does: gatekeeper and agent of the old version get SIGTERM, those of the new one start.
-Every version is a copy of the package with its own shim. Its programs are compiled again if they differ.
+An upgrade works as a package's does: gatekeeper and agent of the old version get SIGTERM, and those of the new version
+start. Every version is a copy of the package with its own shim. Its BPF programs are compiled again if they differ.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from tests.support.tenant import Client, Tenant, answered
 from tests.support.wait import eventually
 
 STEP = 2 * MIB
-NEW_PROGRAMS = 4  # in one of this many versions
+NEW_PROGRAMS = 4  # every fourth version has new programs
 PYTHON = ROOT / ".venv/bin/python"
 ANOMALIES = ("release", "full", "device", "lost", "bypass", "stale")
 
 
 class Versions:
-    """An installed fgpu, version after version: the package's folder, and the two services."""
+    """An installed fgpu, with one version after another: the package's folder, and the two services."""
 
     def __init__(self, service: Service, work: Path) -> None:
         self._service, self._store = service, work / "store"
@@ -79,7 +79,7 @@ class Versions:
             self._gatekeeper.wait(10)
 
     def close(self) -> None:
-        """End both. Limits stay."""
+        """End agent and gatekeeper. Limits stay in force."""
         self.end_agent()
         self._end_gatekeeper()
         self._gatekeeper = None
@@ -89,7 +89,7 @@ class Versions:
         return "cannot be read: probes" not in self._service.log.read_text()
 
     def stored(self) -> list[Path]:
-        """Return the shims that are kept."""
+        """Return the shims that the store keeps."""
         return sorted(path for path in self._store.iterdir() if path.is_dir() and not path.is_symlink())
 
     def published(self) -> Path:
@@ -112,7 +112,10 @@ def versions(service: Service, unharmed: None, tmp_path: Path) -> Iterator[Versi
 
 
 class Starts(threading.Thread):
-    """Programs that start, allocate memory and exit, one after the other. Each must see its limit and get what fits."""
+    """Programs that start, allocate memory and exit, one after another.
+
+    Each must read its limit, and get memory that fits.
+    """
 
     def __init__(self, tenant: Tenant, limit: int) -> None:
         super().__init__(daemon=True)
@@ -149,7 +152,7 @@ class Starts(threading.Thread):
 
 
 def asking(one: Tenant, command: str) -> Client:
-    """Start a program that has a context and repeats a request until it is told to stop."""
+    """Start a program that has a context and repeats a request until it receives a line."""
     client = one.client()
     client.ok("context")
     client.send(command)
@@ -178,7 +181,7 @@ def test_upgrades_under_load_refuse_no_request_and_charge_every_allocation(versi
     for _ in range(scale(3, 8, 100)):
         versions.install()
         counts.append(starts.count)
-        # Each start needs the memory of the one before it, and an agent must have seen the driver free it.
+        # Each start needs the memory of the previous program, after an agent has recorded that the driver freed it.
         eventually(lambda: starts.count > counts[-1] + 1, 30, "a start with this version")
         for one in (busy, full, starting):
             memory = one.memory()
@@ -218,7 +221,7 @@ def shims_of(client: Client) -> set[str]:
 
 @pytest.mark.slow
 @pytest.mark.places("host")
-def test_a_version_stays_while_a_process_uses_it(versions: Versions, tenant) -> None:
+def test_a_shim_version_is_kept_while_a_process_uses_it(versions: Versions, tenant) -> None:
     one = tenant(2 * CONTEXT + 40 * MIB)
     old = one.client()
     with one.growing():
@@ -238,7 +241,7 @@ def test_a_version_stays_while_a_process_uses_it(versions: Versions, tenant) -> 
     old.close()
     eventually(lambda: old.pid not in one.pids(), 5, "its end")
     versions.install()
-    if versions.all_are_readable():  # else it is unknown which processes map a version
+    if versions.all_are_readable():  # otherwise fgpu cannot establish which processes map a version
         its_shell = {Path(path) for pid in one.pids() for path in shims_mapped_by(pid)}
         kept = {Path(last), versions.published()} | its_shell
         assert len(kept) < 5, "five were published"

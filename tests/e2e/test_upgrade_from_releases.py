@@ -1,7 +1,7 @@
 """Upgrades in place from versions of this repository's history, and back: nothing changes for the tenants.
 
 The older version is built from its commit, with its own shim and its own BPF programs, which the system's BCC compiles.
-It runs on the present simulated driver. docs/operations.md has the table of what each change of versions does.
+It runs on the present simulated driver. docs/operations.md has the table of the effects of each change of versions.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ from tests.support.tenant import Client, Tenant, answered
 from tests.support.wait import eventually, steadily
 
 IS_FULL = os.environ.get("FGPU_TEST_SCALE") == "full"
-FIRST = "98d377c"  # it does not charge what outlives a process, and answers no shim of a later version
-KNOWS_KEPT = "8309c35"  # the versions before it read no file of overrides that has a kept limit
+FIRST = "98d377c"  # it does not charge orphaned memory, and does not answer the shim of a later version
+KNOWS_KEPT = "8309c35"  # earlier versions cannot read a file of overrides that has a kept limit
 COMMITS = (FIRST, "72d2c3a", KNOWS_KEPT) if IS_FULL else (KNOWS_KEPT,)
 SHARED = 20 * MIB
 POLICY = """---
@@ -48,7 +48,7 @@ BY_POLICY = dict.fromkeys(("full", "ending", "orphaned", "busy", "pools"), LIMIT
 
 @dataclass
 class Older:
-    """A version before this one, and where it runs. `store`: the folder of published shims of both versions."""
+    """A version before this one, and where it runs. `store` is the folder of published shims of both versions."""
 
     commit: str
     version: Version
@@ -62,7 +62,7 @@ class Older:
 
     @property
     def knows_kept(self) -> bool:
-        """Return whether it keeps limits of which it cannot read that they were set by hand."""
+        """Return whether it keeps limits that may have been set by hand when their file is unreadable."""
         return self.commit == KNOWS_KEPT
 
     def fgpu(self, *arguments: str) -> None:
@@ -84,7 +84,7 @@ class Older:
 
 @pytest.fixture(params=COMMITS)
 def older(request: pytest.FixtureRequest, service: Service, unharmed: None, tmp_path: Path) -> Iterator[Older]:
-    """Return a version. No agent runs, nothing is pinned, and the driver is empty."""
+    """Return an older version. No agent runs, nothing is pinned, and the driver is empty."""
     found = Older(request.param, release(request.param), service, tmp_path / "store")
     service.detach()
     yield found
@@ -115,7 +115,10 @@ def tenant_of(cgroups: Cgroups, name: str, store: Path) -> Tenant:
 
 
 def left_behind(tenant: Tenant) -> int:
-    """Fill a tenant, and end its program but not its child, which keeps the memory. Return the pid of the child."""
+    """Fill a tenant, and end its program but not the program's child, which keeps the memory.
+
+    Return the child's pid.
+    """
     first = filled(tenant).client
     (child,) = first.ok("linger")
     first.kill()
@@ -129,7 +132,7 @@ def assert_stays(orphaned: Tenant) -> None:
 
 
 def importer(tenant: Tenant) -> Client:
-    """Return a program that has a context and memory of another program, which has ended."""
+    """Return a program that has a context and memory of an exporter that has exited."""
     client, exporter = tenant.client(), tenant.client()
     client.ok("device 0")
     _, descriptor = exporter.ok(f"export {SHARED}")
@@ -151,7 +154,7 @@ class Tenants:
         for tenant in of.values():
             tenant.assert_enforced()
         self.full, self.ending, self.kept = (filled(of[name]) for name in ("full", "ending", "kept"))
-        self._fitting = {of["busy"].client(): 0, of["pools"].client(): 1}  # and whether it asks for memory of a pool
+        self._fitting = {of["busy"].client(): 0, of["pools"].client(): 1}  # 1: it requests memory of a pool
         for client in self._fitting:
             client.ok("context")
         self.sharing, self.importer = of["sharing"], importer(of["sharing"])
@@ -160,12 +163,15 @@ class Tenants:
         self.check()
 
     def change(self, to: Version, damages: bool = False) -> None:
-        """Change to another version, while programs ask: what fits is never refused, and what does not fit always."""
+        """Change to another version while programs send requests.
+
+        Requests that fit are admitted, all others refused.
+        """
         for client, pool in self._fitting.items():
             client.send(f"ask {STEP} 0 {pool}")
         self.full.client.send(f"ask {STEP} 0 0")
         self._older.change(to, damages)
-        time.sleep(1)  # NVML's figures have been entered
+        time.sleep(1)  # the agent has entered NVML's figures
         got, refused, other = answered(self.full.client)
         assert refused
         assert (got, other) == (0, 0), "beyond the limit"
@@ -175,7 +181,7 @@ class Tenants:
             assert (refused, other) == (0, 0), "one that fits noticed"
 
     def check(self) -> None:
-        """Check that ledger and driver agree, and that the limits hold."""
+        """Check that ledger and driver are equal, and that the limits hold."""
         self.full.check()
         self.kept.check()
         for client in self._fitting:
@@ -186,7 +192,7 @@ class Tenants:
             eventually(lambda: self.orphaned.memory()["orphaned_bytes"] == LIMIT, 5, "memory that outlives its process")
 
     def check_orphan(self) -> None:
-        """Check that the memory that outlives its process stays charged, and that its tenant gets nothing beside it."""
+        """Check that orphaned memory stays charged, and that its tenant gets no memory beside it."""
         if self.child:
             assert_stays(self.orphaned)
             new = self.orphaned.client()
@@ -194,7 +200,7 @@ class Tenants:
             new.close()
 
     def end(self) -> None:
-        """End all programs that hold memory, and check that nothing stays charged."""
+        """End all programs that hold memory, and check that no charge remains."""
         if self.child:
             os.kill(self.child, signal.SIGKILL)
         for client in (self.full.client, self.kept.client, self.importer, *self._fitting):
@@ -204,7 +210,7 @@ class Tenants:
 
 
 @pytest.mark.slow
-def test_nothing_changes_over_an_upgrade_and_back(older: Older, cgroups: Cgroups) -> None:
+def test_limits_and_charges_stay_over_an_upgrade_and_back(older: Older, cgroups: Cgroups) -> None:
     older.version.start(older.service, older.store)
     tenants = Tenants(cgroups, older)
     tenants.change(THIS, damages=not older.knows_kept)
@@ -225,8 +231,8 @@ def test_nothing_changes_over_an_upgrade_and_back(older: Older, cgroups: Cgroups
 
 @pytest.mark.slow
 @pytest.mark.skipif(not IS_FULL, reason="in the full run: as the test before, with maps of this version")
-def test_nothing_changes_over_a_downgrade_and_back(older: Older, cgroups: Cgroups) -> None:
-    """The host had this version first, so the pinned maps are as this version makes them."""
+def test_limits_and_charges_stay_over_a_downgrade_and_back(older: Older, cgroups: Cgroups) -> None:
+    """The host had this version first, so this version has created the pinned maps."""
     THIS.start(older.service, older.store)
     full, orphaned = (tenant_of(cgroups, name, older.store) for name in ("full", "orphaned"))
     for tenant in (full, orphaned):
@@ -234,7 +240,7 @@ def test_nothing_changes_over_a_downgrade_and_back(older: Older, cgroups: Cgroup
     held = filled(full)
     child = None if older.is_first else left_behind(orphaned)
     older.change(older.version)
-    if older.is_first:  # it may refuse a program of a later version what fits
+    if older.is_first:  # the first version may refuse requests of a later version's programs that fit
         assert held.client.do(f"alloc {STEP}") == REFUSED
         assert held.tenant.driver() == LIMIT
     else:

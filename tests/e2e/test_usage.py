@@ -1,4 +1,4 @@
-"""The use of devices is measured, shown, and kept on disk over the agent's end."""
+"""The use of devices is measured, shown, and kept on disk after the agent exits."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ KERNEL_SECONDS = 200e-6
 
 @pytest.fixture
 def agent(service: Service, unharmed: None) -> Iterator[Service]:
-    """Return the service, and repair it if a test leaves it dead."""
+    """Return the service, and repair it if a test has ended the agent."""
     yield service
     if service.agent is None or service.agent.poll() is not None:
         service.start_agent()
@@ -32,11 +32,11 @@ def stored(*words: str) -> dict[tuple[str, str], dict[str, float]]:
 
 
 @pytest.mark.parametrize(("limits", "source"), [((), "nvml"), (("--compute", "50%"), "turns")])
-def test_the_device_s_time_and_memory_of_a_tenant_are_on_disk(
+def test_the_agent_stores_a_tenant_s_device_time_and_memory_on_disk(
     agent: Service, start: Callable[..., Spin], limits: tuple[str, ...], source: str
 ) -> None:
     busy = start(f"busy-{source}", *limits)
-    busy.compute()  # limits are enforced
+    busy.compute()  # now limits are enforced
     (kernels,) = together(busy)
     ran, part = kernels * KERNEL_SECONDS, 0.5 if limits else 1.0
 
@@ -49,7 +49,7 @@ def test_the_device_s_time_and_memory_of_a_tenant_are_on_disk(
     agent.kill_agent(signal.SIGTERM)
     found = stored()[busy.name, source]
     sample_seconds = 1.0 if source == "nvml" else 0.0
-    # A turn lasts while the program waits for a processor.
+    # A turn also includes the time in which the program waits for a processor.
     assert 0.9 * ran - sample_seconds < found["run_seconds"] < 1.1 * part * SECONDS + sample_seconds
     assert 1 <= found["idle_seconds"] < found["held_seconds"]
     assert CONTEXT <= found["memory_byte_seconds"] / found["held_seconds"] < GIB

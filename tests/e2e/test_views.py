@@ -1,4 +1,4 @@
-"""Views of a device with third-party clients: a tenant sees its share, and only its own processes."""
+"""Third-party clients' views of a device: a tenant's programs read its share, and only its own processes."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from tests.support.wait import eventually
 PLACES = pytest.mark.places("host", "pidns", "runc")
 LIMIT, HELD = 2 * GIB, CONTEXT + 100 * MIB
 
-# Everything that nvidia-ml-py tells of memory and processes, as one JSON object.
+# Everything that nvidia-ml-py reports about memory and processes, as one JSON object.
 NVML = """
 import ctypes as C, json, pynvml as N
 N.nvmlInit()
@@ -83,7 +83,7 @@ def on_the_host(*words: str | Path, **environment: str) -> subprocess.CompletedP
 
 
 def nvml(tenant: Tenant) -> dict[str, Any]:
-    """Return what nvidia-ml-py shows inside the tenant."""
+    """Return what nvidia-ml-py reports inside the tenant."""
     (tenant.folder / "views.py").write_text(NVML)
     return json.loads(tenant.run("python views.py"))
 
@@ -110,10 +110,10 @@ class Scene:
 
     one: Tenant
     client: Client
-    rows: list[list[int]]  # what the tenant may see: pid, bytes
+    rows: list[list[int]]  # rows that the tenant may read: pid, bytes
 
     def shows(self, command: str) -> str:
-        """Return what a command prints in the tenant."""
+        """Return the output of a command in the tenant."""
         return self.one.run(command)
 
 
@@ -138,7 +138,7 @@ def scene(tenant: Callable[[int], Tenant]) -> Iterator[Scene]:
 
 
 @PLACES
-def test_nvidia_smi_table(scene: Scene) -> None:
+def test_nvidia_smi_shows_the_share_and_own_processes_in_its_table(scene: Scene) -> None:
     table = scene.shows("nvidia-smi")
     assert re.findall(r"(\d+)MiB / +(\d+)MiB", table) == [("618", "2048")]
     processes = re.findall(r"^\| +0 +N/A +N/A +(\d+) +C .* (\d+)MiB \|$", table, re.MULTILINE)
@@ -146,7 +146,7 @@ def test_nvidia_smi_table(scene: Scene) -> None:
 
 
 @PLACES
-def test_nvidia_smi_in_full(scene: Scene) -> None:
+def test_nvidia_smi_q_shows_the_share_and_own_processes(scene: Scene) -> None:
     lines = scene.shows("nvidia-smi -q").splitlines()
     at = lines.index("    FB Memory Usage")
     values = {key.strip(): value.strip() for key, value in (line.split(":") for line in lines[at + 1 : at + 5])}
@@ -158,7 +158,7 @@ def test_nvidia_smi_in_full(scene: Scene) -> None:
 
 
 @PLACES
-def test_nvidia_smi_xml(scene: Scene) -> None:
+def test_nvidia_smi_xml_shows_the_share_and_own_processes(scene: Scene) -> None:
     gpus = ElementTree.fromstring(scene.shows("nvidia-smi -x -q")).findall("gpu")
     assert [{part.tag: part.text for part in gpu.findall("fb_memory_usage/*")} for gpu in gpus] == [
         {"total": "2048 MiB", "reserved": "0 MiB", "used": "618 MiB", "free": "1430 MiB"}
@@ -170,7 +170,7 @@ def test_nvidia_smi_xml(scene: Scene) -> None:
 
 
 @PLACES
-def test_nvidia_smi_queries(scene: Scene) -> None:
+def test_nvidia_smi_queries_return_the_share_and_own_processes(scene: Scene) -> None:
     fields = "index,memory.total,memory.used,memory.free,memory.reserved"
     ask = f"nvidia-smi --query-gpu={fields} --format=csv"
     heading = "index, memory.total [MiB], memory.used [MiB], memory.free [MiB], memory.reserved [MiB]"
@@ -186,7 +186,7 @@ def test_nvidia_smi_queries(scene: Scene) -> None:
 
 
 @PLACES
-def test_nvidia_smi_pmon(scene: Scene) -> None:
+def test_nvidia_smi_pmon_shows_own_processes(scene: Scene) -> None:
     lines = scene.shows("nvidia-smi pmon -c 1 -s um").splitlines()
     assert [line.split() for line in lines if not line.startswith("#")] == [
         ["0", str(scene.client.inner_pid), "C", *"------", "618", "0", "client"]
@@ -194,11 +194,11 @@ def test_nvidia_smi_pmon(scene: Scene) -> None:
     assert len(scene.shows("nvidia-smi pmon -c 1").splitlines()) == 3
 
 
-# -- what is built on nvidia-ml-py
+# -- tools that use nvidia-ml-py
 
 
 @PLACES
-def test_every_call_of_nvml(scene: Scene) -> None:
+def test_every_nvml_call_returns_the_share_and_own_processes(scene: Scene) -> None:
     found = nvml(scene.one)
     assert found["v1"] == {"total": LIMIT, "free": LIMIT - HELD, "used": HELD}
     v2 = {name: found["v2"][name] for name in ("total", "reserved", "free", "used")}
@@ -215,7 +215,7 @@ def test_every_call_of_nvml(scene: Scene) -> None:
 
 
 @PLACES
-def test_use_of_time_is_of_own_processes(tenant: Callable[[int], Tenant]) -> None:
+def test_nvml_returns_the_utilization_of_own_processes_only(tenant: Callable[[int], Tenant]) -> None:
     one, other, pids = tenant(LIMIT), tenant(LIMIT), []
     programs = []
     for name, where in (("busy", one), ("busy", other)):
@@ -239,7 +239,7 @@ def test_use_of_time_is_of_own_processes(tenant: Callable[[int], Tenant]) -> Non
 
 
 @PLACES
-def test_gpustat(scene: Scene) -> None:
+def test_gpustat_shows_the_share_and_own_processes(scene: Scene) -> None:
     found = json.loads(scene.shows("gpustat --json"))["gpus"]
     assert [(gpu["memory.used"], gpu["memory.total"]) for gpu in found] == [(618, 2048)]
     assert [(p["pid"], p["gpu_memory_usage"]) for p in found[0]["processes"]] == [(scene.client.inner_pid, 618)]
@@ -248,18 +248,18 @@ def test_gpustat(scene: Scene) -> None:
 
 
 @PLACES
-def test_nvitop(scene: Scene) -> None:
+def test_nvitop_shows_the_share_and_own_processes(scene: Scene) -> None:
     text = scene.shows("nvitop -1 --ascii")
     assert re.search(r"\| +618\.0MiB / 2048MiB \|", text), text
     processes = re.findall(r"^\| +0 +(\d+) +C +\S+ +([\d.]+MiB) ", text, re.MULTILINE)
     assert processes == [(str(scene.client.inner_pid), "618.0MiB")], text
 
 
-# -- the numbers
+# -- the figures
 
 
 def numbers(one: Tenant, client: Client) -> dict[str, list[int]]:
-    """Return the figures that CUDA gives to a running program, and NVML to a new one."""
+    """Return the figures that CUDA returns to a running program, and NVML to a new one."""
     free, total = client.ok("info")
     (device,) = client.ok("total")
     found = nvml(one)
@@ -276,7 +276,7 @@ def share(total: int, free: int, used: int) -> dict[str, list[int]]:
 
 
 @PLACES
-def test_limit_lowered_below_use(tenant: Callable[[int], Tenant]) -> None:
+def test_a_limit_below_the_use_leaves_no_free_memory(tenant: Callable[[int], Tenant]) -> None:
     one = tenant(LIMIT)
     client = one.client()
     with one.growing(100 * MIB):
@@ -290,7 +290,7 @@ def test_limit_lowered_below_use(tenant: Callable[[int], Tenant]) -> None:
 
 
 @PLACES
-def test_no_more_is_free_than_the_driver_has(tenant: Callable[[int], Tenant]) -> None:
+def test_no_view_shows_more_free_memory_than_the_driver_has(tenant: Callable[[int], Tenant]) -> None:
     """Memory of others on the device is neither free nor the tenant's."""
     one = tenant(12 * GIB)
     client = one.client()
@@ -304,7 +304,7 @@ def test_no_more_is_free_than_the_driver_has(tenant: Callable[[int], Tenant]) ->
 
 
 @PLACES
-def test_narrowest_of_the_levels(place: Any, tenant: Callable[[int], Tenant]) -> None:
+def test_the_views_show_the_narrowest_level(place: Any, tenant: Callable[[int], Tenant]) -> None:
     one, other = tenant(LIMIT), tenant(LIMIT)
     client, neighbour = one.client(), other.client()
     with one.growing(100 * MIB):
@@ -318,12 +318,12 @@ def test_narrowest_of_the_levels(place: Any, tenant: Callable[[int], Tenant]) ->
             eventually(lambda: look()["used_bytes"] == HELD + theirs, 3, "the group's use")
             total = min(LIMIT, max(limit, HELD + theirs))
             free = max(0, min(LIMIT - HELD, limit - HELD - theirs))
-            # A running program learns of a new level by its next hello, of which it sends one a second if necessary.
+            # A running program learns a new level from its next hello. It sends at most one hello a second.
             shown = share(total, free, HELD)
             eventually(lambda: numbers(one, client) == shown, 10, f"{shown}")  # noqa: B023
 
 
-# -- nothing else is touched
+# -- processes without a limit
 
 TIMES = rb"\d+:\d\d:\d\d(\.\d+)?|(\"query_time\": \").*(\")|^\w{3} \w{3} +\d+ .*|Up [^|]*"
 PROGRAMS = [
@@ -341,13 +341,13 @@ PROGRAMS = [
 
 
 def alone(*words: str, **environment: str) -> subprocess.CompletedProcess[bytes]:
-    """Run a program on the host after the driver has freed all but the memory of the one outside every tenant."""
+    """Run a program on the host once the driver holds only the memory of the program outside every tenant."""
     eventually(lambda: len(driver_books()) == 1, 5, "only the stranger's memory")
     return on_the_host(*words, **environment)
 
 
-def test_without_a_limit_nothing_changes(unharmed: None) -> None:
-    """Programs outside every tenant have the same output, errors and exit codes with the shim and without."""
+def test_the_shim_changes_no_output_without_a_limit(unharmed: None) -> None:
+    """Programs outside every tenant have the same output, errors and exit codes with and without the shim."""
     path = {"PATH": f"{BUILD}/e2e:{ENVIRONMENT['PATH']}"}
     with stranger("context", f"alloc {50 * MIB}"):
         for words in PROGRAMS:

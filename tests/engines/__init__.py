@@ -1,1 +1,1 @@
-"""Container engines and runtimes: how their containers come to a limit."""
+"""Container engines and runtimes: how their containers get a limit."""

@@ -1,4 +1,4 @@
-"""The simulated driver and the agent for this suite, and engines that are started when the first test wants them."""
+"""The simulated driver and the agent for this suite, and engines that start when the first test needs them."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def unharmed(service: Service) -> Iterator[None]:
 
 @pytest.fixture(scope="package")
 def image(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A root file system with glibc and a shell."""
+    """Return a root file system with glibc and a shell."""
     return kit.make_root(tmp_path_factory.mktemp("image") / "root")
 
 
@@ -41,7 +41,7 @@ def image(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def engine(
     request: pytest.FixtureRequest, service: Service, image: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[kit.Engine]:
-    """An engine with the image `plain`."""
+    """Yield an engine with the image `plain`."""
     work = tmp_path_factory.mktemp(request.param)
     cave = kit.Cave(work, service.cdi)
     try:

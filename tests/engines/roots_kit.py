@@ -1,8 +1,8 @@
-"""Root file systems of other releases: each with its own C library, its own Python and numba for that, and a shell.
+"""Root file systems of other releases, each with its own C library, Python with numba, and shell.
 
-It owns build/roots/glibc-VERSION, made once from that release's packages, unpacked and never configured; and a
-simulated driver for all of them, built against the oldest. A failed download is a failure that names it, and never
-skips a test. Imports nothing of fgpu.
+The module creates build/roots/glibc-VERSION once from that release's packages, unpacked and never configured, and a
+simulated driver for all of them, built against the oldest. A failed download fails the tests with the release's name,
+and never skips a test. The module imports nothing of fgpu.
 """
 
 from __future__ import annotations
@@ -37,7 +37,10 @@ ENVIRONMENT = {"PATH": f"{DRIVER}:/usr/bin:/bin", "LD_LIBRARY_PATH": f"{DRIVER}/
 
 @dataclass(frozen=True, slots=True)
 class Release:
-    """A release of a distribution. `digest`: SHA-256 of its final list of packages' lists; without it, it is signed."""
+    """A release of a distribution.
+
+    `digest` is the SHA-256 of its final list of packages' lists. Without a digest, the list is signed.
+    """
 
     glibc: str
     suite: str
@@ -81,7 +84,7 @@ def root_of(release: Release) -> Path:
         unpack = 'dpkg-deb --fsys-tarfile "$1" | tar -xC "$2" --keep-directory-symlink'
         _run("sh", "-c", unpack, "sh", package, aside)
     shutil.rmtree(aside / "apt")
-    for link in (path for path in aside.rglob("*") if path.is_symlink()):  # programs that build against it are outside
+    for link in (path for path in aside.rglob("*") if path.is_symlink()):  # for programs outside that build against it
         target = os.readlink(link)
         if target.startswith("/"):
             link.unlink()
@@ -93,7 +96,7 @@ def root_of(release: Release) -> Path:
 
 
 def _packages(release: Release, work: Path) -> list[Path]:
-    """Return the release's packages that a root needs, from a package manager without anything of this host's."""
+    """Return the release's packages that a root needs, from a package manager without any state of this host."""
     (work / "archives/partial").mkdir(parents=True)
     (work / "lists/partial").mkdir(parents=True)
     trust = "trusted=yes" if release.digest else f"signed-by={DEBIAN_KEYS}"
@@ -120,7 +123,7 @@ def _wheels(release: Release, place: Path) -> None:
 
 
 def driver() -> Path:
-    """Build a simulated driver and nvidia-smi that need nothing newer than the oldest release has, as real ones do."""
+    """Build a simulated driver and nvidia-smi that need only symbols of the oldest release, as real drivers do."""
     oldest = root_of(OLDEST)
     compiler = f"gcc --sysroot={oldest} -B{oldest}/usr/lib/x86_64-linux-gnu"
     made = [DRIVER / name for name in ("lib/libcuda.so.1", "lib/libnvidia-ml.so.1", "nvidia-smi")]
@@ -131,7 +134,10 @@ def driver() -> Path:
 
 @contextlib.contextmanager
 def layered(release: Release, work: Path, prefix: Sequence[str] = ()) -> Iterator[Path]:
-    """Yield a writable root, as an engine makes it of an image. `prefix`: the command that enters its namespace."""
+    """Yield a writable root, as an engine creates it from an image.
+
+    `prefix` is the command that enters its namespace.
+    """
     top, spare, root = (work / f"{name}-{release.glibc}" for name in ("top", "spare", "root"))
     for folder in (top, spare, root):
         folder.mkdir()

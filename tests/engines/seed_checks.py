@@ -1,6 +1,6 @@
-"""Checks for a program in a container: what the device shows and gives, as one JSON object. For Python 3.6 and later.
+"""Checks of the device's figures and allocations in a container, as one JSON object. For Python 3.6 and later.
 
-Run inside, as `seed_checks.py BYTES`: the bytes that should be admitted beside the context.
+Run inside the container as `seed_checks.py BYTES`, with the bytes that should be admitted beside the context.
 """
 
 import ctypes
@@ -19,7 +19,7 @@ def smi():
 
 
 def of_driver(name, version, *words):
-    """Call a function as the CUDA runtime does: it asks the driver for it, by name and version."""
+    """Call a function as the CUDA runtime does: by a lookup in the driver with name and version."""
     function = ctypes.c_void_p()
     cuda = ctypes.CDLL("libcuda.so.1")
     found = cuda.cuGetProcAddress(name.encode(), ctypes.byref(function), version, ctypes.c_ulonglong(0))
@@ -38,21 +38,24 @@ def runtime():
 
 
 def numba():
-    """Return numba's figures, from a separate process: older releases know no other contexts on a newer driver."""
+    """Return numba's figures, from a separate process.
+
+    Older releases of numba support no other contexts on a newer driver.
+    """
     ask = "from numba import cuda; print(*cuda.current_context().get_memory_info())"
     said = subprocess.run([sys.executable, "-c", ask], stdout=subprocess.PIPE, check=True).stdout
     return [int(number) for number in said.split()]
 
 
 def take(size):
-    """Return the driver's result of a request."""
+    """Return the driver's result of an allocation."""
     return of_driver("cuMemAlloc", 3020, ctypes.byref(ctypes.c_ulonglong()), ctypes.c_size_t(size))
 
 
 shown = {"glibc": os.confstr("CS_GNU_LIBC_VERSION").split()[1], "pids": os.readlink("/proc/self/ns/pid")}
 shown["smi"] = smi()
 shown["numba"] = numba()
-time.sleep(0.5)  # the driver frees that process's memory within 0.1 s, and it is charged until then
+time.sleep(0.5)  # the driver frees that process's memory within 0.1 s, and until then it is charged
 shown["runtime"] = runtime()
 shown["took"] = [take(int(sys.argv[1])), take(2 << 20)]
 print(json.dumps(shown))

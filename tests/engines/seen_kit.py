@@ -6,6 +6,6 @@ from tests.support.commands import ask
 
 
 def seen() -> dict:
-    """The one tenant that holds something, in the Snapshot of this moment."""
+    """Return the only tenant with memory in use, from the current Snapshot."""
     (tenant,) = [t for t in ask(verb="snapshot")["tenants"] if t["processes"]]
     return tenant["devices"][0]

@@ -1,4 +1,4 @@
-"""`fgpu setup containerd`: containers of pods get the shim, as kubelet starts them, and nothing else is changed."""
+"""`fgpu setup containerd`: containers of pods get the shim, as kubelet starts them, and no other setting is changed."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ spec:
 
 
 class SetUp(Containerd):
-    """containerd as `fgpu setup` leaves it. Its runtime is named by a path that is on no PATH."""
+    """containerd as `fgpu setup` configures it. Its runtime is given by a path that is in no PATH."""
 
     def __init__(self, work: Path, service: Service, cave: kit.Cave) -> None:
         self.cave = cave
@@ -54,7 +54,7 @@ def containerd(service: Service, unharmed: None, tmp_path: Path) -> Iterator[Set
         place.close()
 
 
-def test_pods_have_the_shim_with_no_flag_at_all(containerd: SetUp) -> None:
+def test_pods_have_the_shim_without_any_flag(containerd: SetUp) -> None:
     pod = containerd.run("any-0", {}, {})
     one = pod.container("main")
     one.assert_enforced()

@@ -1,4 +1,4 @@
-"""Tests of fgpu-oci, which engines call: how it edits a configuration, and what it never touches."""
+"""Tests of fgpu-oci, which engines call: how it edits a configuration, and which parts it never changes."""
 
 from __future__ import annotations
 
@@ -28,9 +28,10 @@ ADDR_NO_RANDOMIZE, ANY_PERSONALITY = 0x0040000, 0xFFFFFFFF
 
 @pytest.fixture(scope="module", autouse=True, params=["as it is", "sanitized"])
 def helper(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Run all tests twice, once with sanitizers: any report is an error, except of memory held until the exit.
+    """Run all tests twice, the second time with sanitizers.
 
-    With sanitizers the helper runs without random addresses, like after `setarch -R` (`sanitizers.UNRANDOM`).
+    Any report is an error, except of memory that is held until the exit. With sanitizers the helper runs without random
+    addresses, like after `setarch -R` (`sanitizers.UNRANDOM`).
     """
     if request.param == "as it is":
         yield
@@ -82,7 +83,7 @@ JSON = st.recursive(
 
 @settings(deadline=None, max_examples=100)
 @given(st.dictionaries(st.text(), JSON, max_size=5), st.lists(JSON, max_size=3), st.sampled_from([None, 1]))
-def test_all_else_stays_byte_for_byte(tmp_path_factory, more, annotations, indent) -> None:
+def test_the_rest_of_a_configuration_stays_byte_for_byte(tmp_path_factory, more, annotations, indent) -> None:
     run_dir = tmp_path_factory.mktemp("run")
     (run_dir / "containers").write_text(f"shim {SHIM}\nsocket /s\npreload /p\n")
     config = {**more, "annotations": annotations, "root": {"path": "/nowhere"}, "mounts": [{"destination": "/proc"}]}
@@ -100,7 +101,7 @@ def test_all_else_stays_byte_for_byte(tmp_path_factory, more, annotations, inden
 @pytest.mark.parametrize(
     "text", ['{"root":{"path":"/x"}}', '{"root":{"path":"/x"},"mounts":[]}', ' {"root" : {"path":"/x"} }']
 )
-def test_without_mounts(run_dir: Path, text: str) -> None:
+def test_a_configuration_without_mounts_is_edited(run_dir: Path, text: str) -> None:
     assert destinations(edited(run_dir, text)) == OURS
 
 
@@ -113,19 +114,19 @@ def test_an_invalid_configuration_is_refused(run_dir: Path, text: str) -> None:
     assert done.stderr.startswith("fgpu: "), done.stderr
 
 
-def test_nesting_without_end_is_refused(run_dir: Path) -> None:
+def test_endless_nesting_is_refused(run_dir: Path) -> None:
     assert precreate(run_dir, '{"root":{"path":"/x"},"a":' + "[" * 100_000).returncode == 1
 
 
 @pytest.mark.parametrize("place", LISTS)
-def test_mounts_of_others_stay(run_dir: Path, place: str) -> None:
+def test_other_mounts_are_kept(run_dir: Path, place: str) -> None:
     own = {"destination": place, "source": "/mine"}
     after = edited(run_dir, json.dumps({"root": {"path": "/x"}, "mounts": [own]}))
     assert destinations(after) == [place, *(other for other in OURS if other != place)]
     assert after["mounts"][0] == own
 
 
-def test_without_an_agent_nothing_changes(tmp_path: Path) -> None:
+def test_a_configuration_is_unchanged_without_an_agent(tmp_path: Path) -> None:
     text = '{"root":{"path":"/x"}}'
     assert precreate(tmp_path, text).stdout == text
 
@@ -142,8 +143,10 @@ def test_without_an_agent_nothing_changes(tmp_path: Path) -> None:
         ("/opt/libfgpu.so.1 liba.so # a remark: x.so\nlibb.so", "liba.so\nlibb.so\n"),
     ],
 )
-def test_preloads_of_the_image(run_dir: Path, tmp_path: Path, place: str, own: str, joined: str | None) -> None:
-    """Each list of the image is joined with the shim by itself: a library may suit the loader of one list alone."""
+def test_preload_lists_of_the_image_are_joined_with_the_shim(
+    run_dir: Path, tmp_path: Path, place: str, own: str, joined: str | None
+) -> None:
+    """Each list is joined by itself: a library may suit the loader of only one list."""
     (tmp_path / "root/etc").mkdir(parents=True)
     (tmp_path / f"root{place}").write_text(own)
     mounts = edited(run_dir, json.dumps({"root": {"path": str(tmp_path / "root")}}))["mounts"]
@@ -157,7 +160,7 @@ def test_preloads_of_the_image(run_dir: Path, tmp_path: Path, place: str, own: s
         assert Path(source).read_text() == f"{joined}{SHIM}\n"
 
 
-def test_links_of_the_image_stay_inside(run_dir: Path, tmp_path: Path) -> None:
+def test_links_of_the_image_stay_inside_its_root(run_dir: Path, tmp_path: Path) -> None:
     (tmp_path / "root/etc").mkdir(parents=True)
     (tmp_path / "secret").write_text("libsecret.so\n")
     (tmp_path / "root/etc/ld.so.preload").symlink_to(tmp_path / "secret")
@@ -168,7 +171,7 @@ def test_links_of_the_image_stay_inside(run_dir: Path, tmp_path: Path) -> None:
     assert precreate(run_dir, json.dumps({"root": {"path": str(tmp_path / "root")}})).returncode == 0
 
 
-def test_only_files_are_opened(run_dir: Path, tmp_path: Path) -> None:
+def test_the_helper_opens_only_regular_files(run_dir: Path, tmp_path: Path) -> None:
     """Opening some devices has effects, and images may have device nodes. The kernel reports every opening."""
     place = tmp_path / "root/etc/ld.so.preload"
     place.parent.mkdir(parents=True)
@@ -186,7 +189,7 @@ def test_only_files_are_opened(run_dir: Path, tmp_path: Path) -> None:
 
 
 def test_images_cannot_fill_the_host(run_dir: Path, tmp_path: Path) -> None:
-    """Podman's hook knows no bundle: at most 256 lists are kept for it, and the oldest is removed."""
+    """Podman's hook does not know the bundle. At most 256 lists are kept for it, and the oldest is removed."""
     (tmp_path / "root/etc").mkdir(parents=True)
 
     def code(number: int) -> int:
@@ -203,7 +206,7 @@ def test_images_cannot_fill_the_host(run_dir: Path, tmp_path: Path) -> None:
     assert not lists[2].exists(), "the oldest"
 
 
-def test_many_images_with_lists_of_their_own_keep_no_other_from_starting(run_dir: Path, tmp_path: Path) -> None:
+def test_many_images_with_their_own_lists_prevent_no_other_from_starting(run_dir: Path, tmp_path: Path) -> None:
     """Each list is in its container's bundle, and is removed with it. Nothing is kept beside the agent's own files."""
     own = sorted(os.listdir(run_dir))
     for number in range(300):
@@ -233,7 +236,7 @@ def test_a_bundle_with_a_path_that_no_configuration_can_contain_is_refused(run_d
     assert (bundle / "config.json").read_text() == '{"root":{"path":"rootfs"}}'
 
 
-def test_a_list_that_is_asked_for_again_is_new_again(run_dir: Path, tmp_path: Path) -> None:
+def test_a_list_that_is_requested_again_gets_a_new_time(run_dir: Path, tmp_path: Path) -> None:
     """The agent removes lists that were not used for some time."""
     (tmp_path / "root/etc").mkdir(parents=True)
     (tmp_path / "root/etc/ld.so.preload").write_text("lib.so")
@@ -258,7 +261,7 @@ def test_the_runtime_gets_the_same_arguments(run_dir: Path, tmp_path: Path) -> N
         assert (tmp_path / "config.json").read_text() == "{}"
 
 
-def test_the_reason_reaches_the_engine(run_dir: Path, tmp_path: Path) -> None:
+def test_the_engine_gets_the_reason_of_a_failure(run_dir: Path, tmp_path: Path) -> None:
     log = tmp_path / "log.json"
     (tmp_path / "config.json").write_text("{")
     command = [kit.HELPER, "--run-dir", run_dir, "runtime", "/bin/true", "--log", log, "create", "--bundle", tmp_path]
@@ -268,7 +271,7 @@ def test_the_reason_reaches_the_engine(run_dir: Path, tmp_path: Path) -> None:
     assert "the shim cannot be put in" in said["msg"]
 
 
-def test_hardened_and_in_need_of_no_library() -> None:
+def test_the_helper_is_hardened_and_needs_no_library() -> None:
     helper = BUILD / "oci/fgpu-oci"
     text = subprocess.run(["readelf", "-dlW", helper], check=True, capture_output=True, text=True).stdout
     assert "GNU_RELRO" in text
@@ -277,8 +280,8 @@ def test_hardened_and_in_need_of_no_library() -> None:
     assert "INTERP" not in text
 
 
-def test_called_by_a_runtimes_name(tmp_path: Path) -> None:
-    """Settings that allow no arguments, such as containerd's, name a link."""
+def test_the_helper_runs_under_the_name_of_a_runtime(tmp_path: Path) -> None:
+    """Settings that allow no arguments, such as containerd's, use a link with this name."""
     (tmp_path / "fgpu-runtime-echo").symlink_to(kit.HELPER)
     done = subprocess.run([tmp_path / "fgpu-runtime-echo", "state", "x"], capture_output=True, text=True, check=True)
     assert done.stdout == "state x\n"
@@ -287,8 +290,8 @@ def test_called_by_a_runtimes_name(tmp_path: Path) -> None:
     assert done.returncode == 1, "it would call itself for ever"
 
 
-def test_called_by_a_name_that_leads_to_a_path(tmp_path: Path) -> None:
-    """Programs that engines name by a path need not be in PATH. The link is searched beside the program itself."""
+def test_the_helper_finds_a_runtime_by_a_link_beside_itself(tmp_path: Path) -> None:
+    """Runtimes that engines name by a path need not be in PATH. The link is searched beside the helper."""
     shutil.copy(kit.HELPER, tmp_path / "fgpu-oci")
     (tmp_path / "fgpu-runtime-crio-said").symlink_to("fgpu-oci")
     (tmp_path / "runtimes").mkdir()

@@ -24,7 +24,7 @@ spec:
 TMPFS = {"destination": "/run", "type": "tmpfs", "source": "tmpfs", "options": ["mode=755"]}
 SIMULATOR = {"destination": "/run/fgpu-sim", "type": "bind", "source": "/run/fgpu-sim", "options": ["rbind", "ro"]}
 MOUNT = "/bin/mount"
-# What an init does. The simulated driver is under /run too.
+# The mounts of an init. The simulated driver is under /run too.
 OVER_RUN = """set -e
 mount -o bind,X-mount.mkdir /run/fgpu-sim /sim
 mount -t tmpfs tmpfs /run
@@ -45,14 +45,14 @@ class Hiding(kit.Bundles):
 
 @pytest.fixture(params=["runc", "crun"])
 def bundles(request: pytest.FixtureRequest, service: Service, unharmed: None, tmp_path: Path) -> Iterator[Hiding]:
-    """Return containers that ask for devices."""
+    """Return containers that request devices."""
     place = Hiding(tmp_path, request.param)
     place.spec = json.loads((service.cdi / "fgpu.dev-share.json").read_text())
     yield place
     place.close()
 
 
-def test_a_share_holds_where_run_is_hidden(bundles: Hiding) -> None:
+def test_a_share_is_in_force_where_run_is_hidden(bundles: Hiding) -> None:
     bundles.device = "2gib"
     tenant = bundles.tenant(None)
     client = tenant.client()
@@ -73,12 +73,12 @@ def set_up(engine: kit.Engine, service: Service, unharmed: None) -> Iterator[kit
         engine.apply()
 
 
-def test_the_engine_s_own_file_system_at_run(set_up: kit.Engine) -> None:
+def test_a_limit_is_in_force_with_the_engine_s_own_mount_at_run(set_up: kit.Engine) -> None:
     with set_up.filled("held", "--tmpfs", "/run") as admitted:
         assert admitted == GIB - CONTEXT
 
 
-def test_an_entry_point_that_mounts_over_run(set_up: kit.Engine) -> None:
+def test_a_limit_is_in_force_after_an_entry_point_mounts_over_run(set_up: kit.Engine) -> None:
     options = ["--cap-add", "SYS_ADMIN", "--security-opt", "apparmor=unconfined"]
     for path in (MOUNT, *kit.libraries(MOUNT)):
         options += ["--volume", f"{path}:{path}:ro"]

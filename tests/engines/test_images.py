@@ -1,4 +1,4 @@
-"""Tests of deploy/images: an image that Docker and Podman really build, and what its containers get with an agent."""
+"""Tests of deploy/images: an image that Docker and Podman build, and its containers' limits with an agent."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def context(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def built(engine: kit.Engine, image: Path, context: Path, tmp_path_factory: pytest.TempPathFactory) -> kit.Engine:
-    """Return an engine that has built `fgpu` on a root file system of this distribution, and `heir` on that."""
+    """Return an engine that has built `fgpu` on a root file system of this distribution, and `heir` on `fgpu`."""
     base = tmp_path_factory.mktemp("base") / "root"
     shutil.copytree(image, base, symlinks=True)
     programs = [str(shutil.which(tool)) for tool in TOOLS]
@@ -85,7 +85,7 @@ class Running:
 
     @contextlib.contextmanager
     def starts(self, *words: str) -> Iterator[subprocess.Popen[str]]:
-        """Start a program in it, in the background."""
+        """Start a program in the container, in the background."""
         command = [*self._engine.cave.prefix, *self._engine.words(), "exec", self.name, *words]
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
         with subprocess.Popen(list(map(str, command)), env=self._engine.environment, text=True, **pipes) as program:
@@ -95,7 +95,7 @@ class Running:
                 program.kill()
 
     def says(self, command: str) -> list[str]:
-        """Return the output of a shell in it."""
+        """Return the output of a shell in the container."""
         with self.starts("sh", "-c", command) as program:
             return program.communicate(timeout=60)[0].splitlines()
 
@@ -112,11 +112,11 @@ def container(engine: kit.Engine, image: str, *options: str) -> Iterator[Running
         engine.remove(name)
 
 
-# -- what is in it -------------------------------------------------------------------------------------------------
+# -- contents ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["fgpu", "heir"])
-def test_labels_and_variables_say_the_limit_and_root_owns_the_file_that_holds_it(built: kit.Engine, name: str) -> None:
+def test_labels_and_variables_give_the_limit_and_root_owns_its_file(built: kit.Engine, name: str) -> None:
     (image,) = json.loads(built.call("image", "inspect", f"{name}:1").stdout)
     assert image["Config"]["Labels"]["fgpu.dev/memory"] == f"{GB}GiB"
     for line in (f"GPU_MEM_LIMIT_GB={GB}", "NVIDIA_VISIBLE_DEVICES=all", "NVIDIA_DRIVER_CAPABILITIES=compute,utility"):
@@ -131,16 +131,17 @@ def test_labels_and_variables_say_the_limit_and_root_owns_the_file_that_holds_it
 
 
 @pytest.mark.parametrize("gb", ["", "0", "1.5", "8GiB"])
-def test_an_invalid_size_makes_no_image(built: kit.Engine, context: Path, gb: str) -> None:
+def test_an_invalid_size_fails_the_build(built: kit.Engine, context: Path, gb: str) -> None:
     done = build(built, context, "none:1", gb)
     assert done.returncode
     assert f"GB={gb}: whole GiB, such as 8\n" in done.stdout + done.stderr
 
 
-# -- without an agent, or with one that does not know of the container -----------------------------------------------
+# -- without an agent, or with an agent that does not know the container
+# ------------------------------------------------
 
 
-def test_without_an_agent_its_programs_keep_its_limit_together(built: kit.Engine) -> None:
+def test_programs_of_an_image_keep_its_limit_together_without_an_agent(built: kit.Engine) -> None:
     with (
         container(built, "fgpu") as one,
         one.starts("/opt/build/examples/fill", "--step", "2MiB", "--hold", "60") as fill,
@@ -158,7 +159,10 @@ def test_without_an_agent_its_programs_keep_its_limit_together(built: kit.Engine
 
 @pytest.fixture(scope="module")
 def managed(built: kit.Engine, service: Service) -> Iterator[kit.Engine]:
-    """Set the engine up with `fgpu setup`. The agent asks it for labels, and a policy leaves the limit to images."""
+    """Set the engine up with `fgpu setup`.
+
+    The agent reads the engine's labels, and a policy leaves the limit to images.
+    """
     with kit.policy(service, "10-images.yaml", POLICY.format(group=built.group)):  # before those of other tests
         built.setup()
         built.apply()
@@ -170,7 +174,7 @@ def managed(built: kit.Engine, service: Service) -> Iterator[kit.Engine]:
 
 @contextlib.contextmanager
 def answering(engine: kit.Engine, service: Service) -> Iterator[None]:
-    """Serve the engine's socket where the agent looks for it."""
+    """Serve the engine's socket at the path that the agent uses."""
     if isinstance(engine, kit.Docker):
         front = docker.Front(service.engine, engine.work / "docker.sock")
         yield
@@ -185,13 +189,13 @@ def answering(engine: kit.Engine, service: Service) -> Iterator[None]:
 
 @pytest.fixture
 def ready(managed: kit.Engine, unharmed: None) -> kit.Engine:
-    """Return `managed` with nothing left of the test before."""
+    """Return `managed`, without any state of the previous test."""
     return managed
 
 
 @contextlib.contextmanager
 def held(engine: kit.Engine, image: str, *options: str) -> Iterator[Running]:
-    """Run a container whose limit is in force. It exists before engines are asked for labels."""
+    """Run a container whose limit is in force. It exists before the engine's labels are read."""
     with container(engine, image, *options) as one:
         eventually(lambda: limits().get(one.name) == ("images", LIMIT), 10, f"its limit: {limits()}")
         yield one
@@ -220,8 +224,8 @@ def test_a_container_gets_its_images_limit(ready: kit.Engine, name: str, options
         assert any(f"{LIMIT // MIB}MiB /" in line for line in one.says("/opt/build/sim/nvidia-smi"))
 
 
-def test_nothing_in_the_container_changes_it(ready: kit.Engine) -> None:
-    """Neither variables that the engine, or a program, sets and removes change it, nor root with the image's file."""
+def test_nothing_in_the_container_changes_its_limit(ready: kit.Engine) -> None:
+    """Neither variables that the engine or a program sets and removes change it, nor root with the image's file."""
     mine = ("GPU_MEM_LIMIT_GB=12", "LD_PRELOAD=/lib/none.so", "FGPU_SHARE=12gib", "NVIDIA_VISIBLE_DEVICES=void")
     ways = ("", f"env {' '.join(mine)}", "env -u GPU_MEM_LIMIT_GB", "env -i LD_LIBRARY_PATH=$LD_LIBRARY_PATH")
     with held(ready, "fgpu", *(word for variable in mine for word in ("--env", variable))) as one:
@@ -237,7 +241,7 @@ IN_USE = f"sha256sum <{IN_IMAGES}; stat -c %i {IN_IMAGES}; grep -m1 {IN_IMAGES} 
 
 
 def in_use(one: Running) -> tuple[str, list[str]]:
-    """Return the digest of the shim that its programs have mapped, and the list that names it."""
+    """Return the digest of the shim that its programs have mapped, and the preload list that names the shim."""
     digest, inode, mapped, *names = one.says(IN_USE)
     assert mapped.split()[4:] == [inode, str(IN_IMAGES)]
     return digest.split()[0], names
@@ -257,7 +261,7 @@ def published(ready: kit.Engine) -> Iterator[kit.Engine]:
     preload.unlink()
 
 
-def test_the_hosts_shim_is_in_use_where_there_is_one_and_else_the_images(published: kit.Engine) -> None:
+def test_the_host_s_shim_is_used_if_it_exists_and_otherwise_the_image_s(published: kit.Engine) -> None:
     with container(published, "fgpu") as one:
         assert in_use(one) == (hashlib.sha256(SHIM.read_bytes()).hexdigest(), [str(IN_IMAGES)])
     (RUN_DIR / "containers").unlink()  # as without an agent

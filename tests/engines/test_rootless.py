@@ -1,4 +1,4 @@
-"""Podman of a user: the shim by name and without any flag, the limit from the policy of the user's slice."""
+"""Podman of a user: the shim by name and without any flag, and the limit from the policy of the user's slice."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def anna(service: Service, image: Path, tmp_path_factory: pytest.TempPathFactory
 
 @pytest.fixture
 def ready(anna: kit.Rootless, unharmed: None) -> kit.Rootless:
-    """Return `anna` with nothing left of the test before."""
+    """Return `anna`, without any state of the previous test."""
     return anna
 
 
@@ -60,11 +60,11 @@ def assert_held(engine: kit.Rootless, *options: str) -> None:
         assert held == [GIB]
 
 
-def test_the_shim_by_name(ready: kit.Rootless) -> None:
+def test_a_container_gets_the_shim_by_name(ready: kit.Rootless) -> None:
     assert_held(ready, "--device", "fgpu.dev/shim=all")
 
 
-def test_no_flag_at_all_and_undone(ready: kit.Rootless) -> None:
+def test_containers_have_the_shim_without_a_flag_until_undo(ready: kit.Rootless) -> None:
     ready.setup()
     assert_held(ready)
     ready.setup("--undo")
@@ -76,7 +76,7 @@ def test_no_flag_at_all_and_undone(ready: kit.Rootless) -> None:
 
 
 def test_a_share_is_refused(ready: kit.Rootless) -> None:
-    """Only root decides on shares."""
+    """Only root may request shares."""
     done = ready.run("share", "--device", "fgpu.dev/share=2gib")
     ready.remove("share")
     assert done.returncode == 126

@@ -1,4 +1,4 @@
-"""Any image sees the device's share and its limit, with five C libraries under three engines."""
+"""Any image reads the device's share and its limit, with five C libraries and three engines."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.support.tenant import Tenant
 SHARES = {"1.5gib": 1536 * MIB, "2gib": 2 * GIB, "4gib": 4 * GIB, "8gib": 8 * GIB, "12gib": 12 * GIB}
 ALL = os.environ.get("FGPU_TEST_SCALE") == "full"
 RELEASES = roots_kit.RELEASES if ALL else (roots_kit.OLDEST,)
-# with the shares that are tried, if not all of them
+# the shares that are tried, if not all of them
 ENGINES = {"runc": ("1.5gib",), "crun": ("4gib",), "podman": ("12gib",)}
 OUT_OF_MEMORY = 2
 
@@ -78,15 +78,17 @@ def containers(
 
 
 def shown_in(tenant: Tenant, limit: int) -> dict[str, Any]:
-    """Return what programs in the container see."""
+    """Return the figures that programs in the container read."""
     shutil.copy(Path(__file__).with_name("seed_checks.py"), tenant.folder)
     said = tenant.run(f"python3 seed_checks.py {limit - CONTEXT}", 60)
     assert said, (tenant.folder / "p1.err").read_text()
     return json.loads(said)
 
 
-def test_seed_checks(containers: roots_kit.Images | roots_kit.Pods, release: roots_kit.Release, runtime: str) -> None:
-    """All three show the limit, which holds to the byte, in a separate pid namespace."""
+def test_seed_checks_show_the_limit_in_every_image(
+    containers: roots_kit.Images | roots_kit.Pods, release: roots_kit.Release, runtime: str
+) -> None:
+    """All three checks show the limit, which holds to the byte, in a separate pid namespace."""
     for device in SHARES if ALL else ENGINES[runtime]:
         limit, containers.device = SHARES[device], device
         tenant = containers.tenant(None)

@@ -1,6 +1,6 @@
-"""Tests of `fgpu setup`: every container of Docker and Podman has the shim without any flag, and none after --undo.
+"""Tests of `fgpu setup`: every container of Docker and Podman has the shim without a flag, and none after --undo.
 
-If the engine has CDI, so it has by `--device fgpu.dev/share=…`, with and without setup.
+If the engine has CDI, `--device fgpu.dev/share=…` works with and without setup.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def set_up(engine: kit.Engine, service: Service) -> Iterator[kit.Engine]:
 
 @pytest.fixture
 def ready(set_up: kit.Engine, unharmed: None) -> kit.Engine:
-    """Return `set_up` with nothing left of the test before."""
+    """Return `set_up`, without any state of the previous test."""
     return set_up
 
 
@@ -57,7 +57,7 @@ def assert_held(engine: kit.Engine, *options: str, image: str = "plain") -> None
         assert held == [GIB]
 
 
-def test_no_flag_at_all_and_undone(ready: kit.Engine) -> None:
+def test_containers_have_the_shim_without_a_flag_until_undo(ready: kit.Engine) -> None:
     assert_held(ready)
     ready.setup("--undo")
     assert (ready.settings.read_text() if ready.settings.exists() else None) == ready.before
@@ -71,18 +71,18 @@ def test_no_flag_at_all_and_undone(ready: kit.Engine) -> None:
 
 
 @pytest.mark.parametrize("options", [("--read-only",), ("--user", "65534:65534"), ("--env", "LD_PRELOAD=")])
-def test_containers_of_every_kind(ready: kit.Engine, options: tuple[str, ...]) -> None:
+def test_containers_of_every_kind_have_the_shim(ready: kit.Engine, options: tuple[str, ...]) -> None:
     assert_held(ready, *options)
 
 
-@podman_alone  # Docker has one for all containers or none
-def test_a_user_namespace_of_roots_engine(ready: kit.Engine) -> None:
+@podman_alone  # Docker has one mode for all containers
+def test_a_container_in_a_user_namespace_has_the_shim(ready: kit.Engine) -> None:
     assert_held(ready, "--uidmap", "0:100000:65536", "--gidmap", "0:100000:65536")
 
 
 @podman_alone
 def test_crio_s_monitor_accepts_the_runtime(ready: kit.Podman, tmp_path: Path) -> None:
-    """CRI-O itself is not here. Like Podman, it has conmon call the runtime, by the path in its settings."""
+    """CRI-O itself is not installed here. Like Podman, it lets conmon call the runtime, by the path in its settings."""
     file = tmp_path / "crio.conf.d/zz-fgpu.conf"
     file.parent.mkdir()
     runc = f'default_runtime = "runc"\n[crio.runtime.runtimes.runc]\nruntime_path = "{ready.runtime}"\n'
@@ -112,7 +112,7 @@ spec:
 
 @pytest.fixture
 def labelled(ready: kit.Podman, service: Service, image: Path) -> Iterator[kit.Podman]:
-    """Serve Podman's socket where the agent looks for it, with a policy by label, and an image with its own labels."""
+    """Serve Podman's socket at the agent's path, with a policy by label, and an image with its own labels."""
     ready.load(image, "asks", {"tier": "notebook", "fgpu.dev/memory": "2GiB"})
     with kit.policy(service, "a-label.yaml", BY_LABEL), ready.serving(service.podman):
         yield ready
@@ -128,7 +128,7 @@ def labelled(ready: kit.Podman, service: Service, image: Path) -> Iterator[kit.P
         ((), "plain", ("engine", GIB)),
     ],
 )
-def test_labels_of_podmans_containers(
+def test_labels_of_podman_s_containers_select_the_policy(
     labelled: kit.Podman, options: tuple[str, ...], which: str, expected: tuple[str, int]
 ) -> None:
     """Docker's labels are tested in tests/e2e."""
@@ -155,7 +155,7 @@ def test_builds_work_as_before(ready: kit.Podman, tmp_path: Path) -> None:
     ready.call("rmi", "built")
 
 
-def test_an_image_with_preloads_of_its_own(ready: kit.Engine, image: Path, tmp_path: Path) -> None:
+def test_an_image_with_its_own_preload_list_has_the_shim(ready: kit.Engine, image: Path, tmp_path: Path) -> None:
     root = tmp_path / "root"
     shutil.copytree(image, root, symlinks=True)
     (root / "etc/ld.so.preload").write_text("# ours\n/opt/build/sim/lib/libcuda.so.1 /usr/lib/old/libfgpu.so\n")
@@ -171,7 +171,7 @@ def test_an_image_with_preloads_of_its_own(ready: kit.Engine, image: Path, tmp_p
     assert_held(ready, image="preloads")
 
 
-def test_a_set_up_that_cannot_work_says_so(ready: kit.Engine) -> None:
+def test_a_setup_that_cannot_work_reports_the_reason(ready: kit.Engine) -> None:
     told = RUN_DIR / "containers"
     text = told.read_text()
     told.write_text("nothing of use\n")

@@ -1,4 +1,4 @@
-"""Tests of `fgpu.dev/share=…`: a container becomes a tenant with that limit, or it does not start and says why."""
+"""Tests of `fgpu.dev/share=…`: a container becomes a tenant with that limit, or fails to start with the reason."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ spec:
 
 @pytest.fixture(params=["runc", "crun"])
 def bundles(request: pytest.FixtureRequest, service: Service, unharmed: None, tmp_path: Path) -> Iterator[kit.Bundles]:
-    """Return containers that ask for devices."""
+    """Return containers that request devices."""
     place = kit.Bundles(tmp_path, request.param)
     place.spec = json.loads((service.cdi / "fgpu.dev-share.json").read_text())
     yield place
@@ -39,7 +39,7 @@ def bundles(request: pytest.FixtureRequest, service: Service, unharmed: None, tm
 
 @pytest.fixture
 def policy(service: Service) -> Iterator[None]:
-    """Give 1 GiB, and up to 3 GiB to containers that ask for it."""
+    """Give 1 GiB, and up to 3 GiB to containers that request it."""
     with kit.policy(service, "engines.yaml", POLICY):
         yield
 
@@ -57,12 +57,12 @@ def assert_held(tenant: Tenant, limit: int) -> None:
     assert tenant.assert_exact() == limit
 
 
-def test_a_share_is_the_limit(bundles: kit.Bundles) -> None:
+def test_a_share_is_the_limit_of_its_container(bundles: kit.Bundles) -> None:
     bundles.device = "2gib"
     assert_held(bundles.tenant(None), 2 * GIB)
 
 
-def test_a_share_of_a_device_and_of_its_time(bundles: kit.Bundles) -> None:
+def test_a_share_limits_a_device_and_its_time(bundles: kit.Bundles) -> None:
     bundles.device = "25pct-25pct"
     tenant = bundles.tenant(None)
     usable = ask(verb="snapshot")["devices"][0]["capacity_bytes"]
@@ -74,7 +74,7 @@ def test_a_share_of_a_device_and_of_its_time(bundles: kit.Bundles) -> None:
     assert said["levels"][0]["compute"][0]["limit_ratio"] == 0.25
 
 
-def test_a_policy_bounds_what_a_share_asks_for(bundles: kit.Bundles, policy: None) -> None:
+def test_a_policy_bounds_the_request_of_a_share(bundles: kit.Bundles, policy: None) -> None:
     for device, limit in (("2gib", 2 * GIB), ("8gib", 3 * GIB), ("", GIB)):
         bundles.device = device
         bundles.spec = bundles.spec if device else {}
@@ -86,7 +86,7 @@ def test_a_policy_bounds_what_a_share_asks_for(bundles: kit.Bundles, policy: Non
 
 
 @pytest.mark.parametrize("wrapped", [False, True], ids=["CDI", "fgpu-oci"])
-def test_a_program_that_nix_built_is_held(bundles: kit.Bundles, tmp_path: Path, wrapped: bool) -> None:
+def test_a_program_of_nix_is_limited_by_a_share(bundles: kit.Bundles, tmp_path: Path, wrapped: bool) -> None:
     """Its loader reads /etc/ld-nix.so.preload. The loader is the host's, changed as nixpkgs' patch changes glibc."""
     loader, client = Path("/", loaders.NIX_GLIBC), Path("/nix/store/client")
     loaders.client_of(loaders.of_nix(tmp_path / loaders.NIX_GLIBC), tmp_path / "nix/store/client", loaded_as=loader)
@@ -97,7 +97,7 @@ def test_a_program_that_nix_built_is_held(bundles: kit.Bundles, tmp_path: Path, 
     tenant.assert_holds(2 * GIB - CONTEXT, client)
 
 
-def test_a_share_outlives_the_agent(bundles: kit.Bundles, service: Service) -> None:
+def test_a_share_survives_an_agent_restart(bundles: kit.Bundles, service: Service) -> None:
     bundles.device = "2gib"
     tenant = bundles.tenant(None)
     service.kill_agent()
@@ -107,7 +107,7 @@ def test_a_share_outlives_the_agent(bundles: kit.Bundles, service: Service) -> N
 
 
 def assert_still(tenant: Tenant, client: Client, limit: int) -> None:
-    """Check that a program at its limit gets no byte more, and gets again what it frees."""
+    """Check that a program at its limit gets no byte more, and that memory that it frees can be allocated again."""
     assert client.do(f"alloc {2 * MIB}") == REFUSED
     assert client.ok("info")[1] == limit
     assert tenant.memory()["limit_bytes"] == limit
@@ -117,7 +117,7 @@ def assert_still(tenant: Tenant, client: Client, limit: int) -> None:
     assert tenant.driver() == limit
 
 
-def test_a_share_outlives_what_is_set_beside_it(bundles: kit.Bundles, service: Service) -> None:
+def test_a_share_survives_other_settings(bundles: kit.Bundles, service: Service) -> None:
     bundles.device = "2gib"
     tenant = bundles.tenant(None)
     tenant.assert_enforced()
@@ -144,7 +144,7 @@ def test_the_container_reads_its_limit(bundles: kit.Bundles) -> None:
     assert ": limit 2048 MiB, used 2048 MiB, free 0 MiB\n  refused so far: 1\n" in said, said
 
 
-def test_nothing_in_the_container_can_change_it(bundles: kit.Bundles) -> None:
+def test_nothing_in_the_container_can_change_its_share(bundles: kit.Bundles) -> None:
     bundles.device = "2gib"
     tenant = bundles.tenant(None)
     paths = ["/etc/ld.so.preload", "/run/fgpu/shim/x", str(SHIM), INFO]
@@ -157,11 +157,11 @@ def test_nothing_in_the_container_can_change_it(bundles: kit.Bundles) -> None:
     assert client.ok("info") == [2 * GIB - CONTEXT, 2 * GIB]
 
 
-# -- what must not start -------------------------------------------------------------------------------------------
+# -- containers that must not start ----------------------------------------------------------------------------------
 
 
 def refused(bundles: kit.Bundles) -> str:
-    """Return what the runtime says of a container that must not start."""
+    """Return the runtime's message about a container that must not start."""
     with pytest.raises(AssertionError) as caught:
         bundles.tenant(None)
     return str(caught.value)
@@ -174,7 +174,7 @@ def test_an_invalid_share_is_refused(bundles: kit.Bundles) -> None:
     assert "2gb" in said or bundles._runtime == "crun", said
 
 
-def test_two_shares(bundles: kit.Bundles) -> None:
+def test_two_shares_are_refused(bundles: kit.Bundles) -> None:
     bundles.device = "2gib"
     two, four = (device["containerEdits"]["hooks"] for device in bundles.spec["devices"][:2])
     two += four
@@ -182,7 +182,7 @@ def test_two_shares(bundles: kit.Bundles) -> None:
     assert "it has fgpu.dev/share=2gib already: ask for a single share" in said or bundles._runtime == "crun", said
 
 
-def test_no_agent_no_share(bundles: kit.Bundles, service: Service) -> None:
+def test_a_share_without_an_agent_is_refused(bundles: kit.Bundles, service: Service) -> None:
     service.kill_agent()
     try:
         (RUN_DIR / "control.sock").unlink(missing_ok=True)
@@ -193,7 +193,7 @@ def test_no_agent_no_share(bundles: kit.Bundles, service: Service) -> None:
         service.start_agent()
 
 
-def test_a_hook_that_is_not_the_hosts_changes_nothing(service: Service) -> None:
+def test_a_hook_of_another_user_or_outside_a_container_changes_nothing(service: Service) -> None:
     """Every user may run the helper. The agent serves only root of the host, and only for containers."""
     state = json.dumps({"pid": os.getpid(), "id": "x"})
     call = [kit.HELPER, "share", "2gib"]

@@ -10,7 +10,7 @@ from pathlib import Path
 HERE = Path(__file__).parent
 CORPUS = HERE / "corpus"
 MOST_BYTES = 1 << 12
-# this part of the runs comes before memory is measured, until caches are full and the allocator has its size
+# this part of the runs comes before memory is measured, so that caches are full and the allocator has its final size
 WARM_PART = 5
 MIB = 1 << 20
 ODD = (
@@ -36,7 +36,7 @@ def corpus(name: str) -> list[bytes]:
 
 
 class Mutator:
-    """A source of inputs, with another one at each call. `words`: words that the reader knows."""
+    """A source of inputs, with another input at each call. `words` are the words of the tested format."""
 
     def __init__(self, seed: int, inputs: Sequence[bytes], words: Sequence[bytes] = ()) -> None:
         self._dice = random.Random(seed)

@@ -1,7 +1,7 @@
-"""The fuzzers in C: which there are, and how they are built, by clang with libFuzzer or by gcc with drive.c.
+"""The fuzzers in C, and their builds: by clang with libFuzzer, or by gcc with drive.c.
 
-Both find what AddressSanitizer and UndefinedBehaviorSanitizer find. gcc is there wherever fgpu is built; clang looks at
-what an input reaches, and so finds more.
+Both report the errors of AddressSanitizer and UndefinedBehaviorSanitizer. gcc exists wherever fgpu is built. libFuzzer
+measures which code an input reaches, and so finds more errors.
 """
 
 from __future__ import annotations
@@ -21,14 +21,17 @@ _SERVER = tuple(str(path.relative_to(ROOT)) for path in _SERVER_SOURCES)
 
 @dataclass(frozen=True)
 class Harness:
-    """One fuzzer. Its own source is `fuzz_NAME.c`; it runs these sources of the project besides those it includes."""
+    """One fuzzer.
+
+    Its own source is `fuzz_NAME.c`. It compiles these sources of the project and those that it includes.
+    """
 
     name: str
     sources: tuple[str, ...]
     flags: tuple[str, ...]
 
     def build(self, out: Path, guided: bool = False) -> Path:
-        """The program; `guided`: by clang, with libFuzzer."""
+        """Build the program. `guided`: by clang, with libFuzzer."""
         files = [HERE / f"fuzz_{self.name}.c", *(ROOT / source for source in self.sources)]
         compiler = (
             ["clang", f"-fsanitize=fuzzer,{_CHECKS}", "-Wno-c2x-extensions"]

@@ -1,8 +1,8 @@
-"""Fuzzing of the control socket, as root: each input gets an answer that says ok, or what is wrong with the request.
+"""Fuzzing of the control socket, as root: each input gets an answer `ok`, or the error of the request.
 
-It runs the control server, its peers, and all that it asks: policies, overrides, targets, on its own folder of cgroups.
-The kernel's place has a ledger that accepts everything; tests/e2e asks a real agent. The first byte of an input says
-where it is divided in two messages.
+It runs the control server, its peers, and all of its handlers: policies, overrides, targets, on a separate folder of
+cgroups. A ledger that accepts everything replaces the kernel; tests/e2e sends requests to a real agent. The first byte
+of an input is the position at which it is divided into two messages.
 """
 
 from __future__ import annotations
@@ -151,7 +151,7 @@ class Fuzzer:
             try:
                 sock.sendall(line[cut:])
                 sock.shutdown(socket.SHUT_WR)
-            except OSError:  # the first part was a line, and is answered
+            except OSError:  # the first part was a line, and has been answered
                 line = line[:cut]
             for _ in range(4):
                 self._turn()

@@ -1,7 +1,7 @@
 """Fuzzing of the shim's socket: a hello is read at once, any other message closes its connection, and nothing is left.
 
-It runs the gatekeeper's own listener and connections, without its decisions. The first byte of an input says how it is
-sent: with descriptors, in two messages, and whether the sender hangs up.
+It runs the gatekeeper's own listener and connections, without its decisions. The first byte of an input selects how it
+is sent: with descriptors, in two messages, and whether the sender closes the connection.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ FILES, TWICE, HANG_UP = 1, 2, 4
 
 
 class Fuzzer:
-    """A door of its own, at which this process knocks."""
+    """A separate listener, to which this process sends messages."""
 
     def __init__(self) -> None:
         self._folder = tempfile.TemporaryDirectory(prefix="fgpu-fuzz-")
@@ -63,7 +63,7 @@ class Fuzzer:
             if how & HANG_UP:
                 sock.close()
             self._callers.accept(self._door.socket)
-            while self._callers.pending():  # a turn is short, by the clock
+            while self._callers.pending():  # a round of the listener is limited by time
                 self._callers.serve()
         for key, _ in self._selector.select(0):  # silent connections have been closed by now
             key.data()
@@ -77,7 +77,7 @@ class Fuzzer:
         self._complete.clear()
 
     def close(self) -> None:
-        """The folder goes."""
+        """Remove the folder."""
         self._door.close()
         self._selector.close()
         self._folder.cleanup()

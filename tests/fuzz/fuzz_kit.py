@@ -1,7 +1,7 @@
-"""Inputs for a fuzzer: those of its corpus, then random ones, and randomly changed ones of the corpus.
+"""Inputs for a fuzzer: those of its corpus, then random ones, and random changes of the corpus.
 
-A fuzzer is a callable that gets bytes and raises an exception for an error. `run` is the same for all of them: the
-inputs of a seed never change, so that an error can be found again.
+A fuzzer is a callable that gets bytes and raises an exception for an error. `run` is the same for all fuzzers: the
+inputs of a seed never change, so that an error can be reproduced.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from tests.fuzz.corpora import MIB, WARM_PART, Mutator, corpus, resident_bytes
 
 
 def kept_bytes() -> int:
-    """Return the resident bytes of this process after freeing what it does not need, as agent and gatekeeper do."""
+    """Return the resident bytes of this process after it has freed unneeded memory, as agent and gatekeeper do."""
     gc.collect()
     malloc.give_back()
     return resident_bytes()
 
 
 def run(one: Callable[[bytes], object], name: str, runs: int, words: Sequence[bytes] = (), seed: int = 0) -> int:
-    """Run the corpus, then this many more inputs. Return the growth of this process in bytes after its start-up."""
+    """Run the corpus, then this many further inputs. Return the growth of this process in bytes after its start-up."""
     inputs = corpus(name)
     warm = 0
     for number, data in enumerate(_inputs(inputs, runs, Mutator(seed, inputs, words))):

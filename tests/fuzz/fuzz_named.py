@@ -1,4 +1,7 @@
-"""Fuzzing of messages to the agent from a peer that claims to be the gatekeeper: pids, or nothing."""
+"""Fuzzing of messages to the agent from a peer that claims to be the gatekeeper.
+
+The result is a list of pids, or nothing.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,7 @@ WORDS = (b'{"tgid": 1, "others": [2, 3]}', b'"tgid"', b'"others"', b"[", b"]", b
 
 
 class Fuzzer:
-    """The agent's side of that socket, with a message in it."""
+    """The agent's side of that socket, with a message in its queue."""
 
     def __init__(self) -> None:
         self._folder = tempfile.TemporaryDirectory(prefix="fgpu-fuzz-")
@@ -31,6 +34,6 @@ class Fuzzer:
                 assert 0 < pid < 1 << 31, pid
 
     def close(self) -> None:
-        """The folder goes."""
+        """Remove the folder."""
         self._keeper.close()
         self._folder.cleanup()

@@ -1,8 +1,8 @@
-"""`./dev test fuzz NAME [-- RUNS]`: one fuzzer for long, led by what its inputs reach, 10 million runs unless told.
+"""`./dev test fuzz NAME [-- RUNS]`: run one fuzzer for long, guided by coverage; 10 million runs by default.
 
-By atheris those in Python, by libFuzzer those in C where clang is, else by drive.c. Inputs that reach more are kept
-under build/fuzz/NAME, and begun with the next time; what is wrong with one, and that input, is said and ends it. Memory
-is looked at every so often: objects of Python that stay are a fault too.
+Fuzzers in Python use atheris. Fuzzers in C use libFuzzer if clang is installed, and otherwise drive.c. Inputs that
+reach new code are stored under build/fuzz/NAME, and the next run starts with them. An error is printed with its input,
+and ends the run. Memory is measured at intervals: a growing number of Python objects is an error too.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from tests.fuzz.fuzz_c import HARNESSES
 
 RUNS = 10_000_000
 LOOK_RUNS = 100_000
-MOST_BLOCKS = (1 << 20) // 64  # of Python's allocator: 1 MiB, as they are on the average
+MOST_BLOCKS = (1 << 20) // 64  # in Python's allocator: 1 MiB, at the average size of a block
 KEPT = Path(__file__).parents[2] / "build/fuzz"
 
 
@@ -47,7 +47,7 @@ class Watched:
 
 
 def words(path: Path, name: str) -> Path:
-    """A dictionary as libFuzzer reads it."""
+    """Write a dictionary in libFuzzer's format."""
     found = importlib.import_module(f"tests.fuzz.fuzz_{name}").WORDS
     path.write_text("".join('"' + "".join(f"\\x{byte:02x}" for byte in word[:64]) + '"\n' for word in found))
     return path

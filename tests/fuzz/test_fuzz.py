@@ -1,4 +1,4 @@
-"""Every fuzzer: its corpus, and ten thousand inputs more. `./dev test fuzz NAME` runs one of them for long."""
+"""Every fuzzer runs its corpus and ten thousand further inputs. `./dev test fuzz NAME` runs one of them for long."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def run(*command: object) -> str:
 
 
 @pytest.mark.parametrize("name", PYTHON)
-def test_python(name: str, scale: Callable[[int, int, int], int]) -> None:
+def test_each_python_fuzzer_finds_no_error(name: str, scale: Callable[[int, int, int], int]) -> None:
     runs = scale(*COUNTS)
     inputs, done, grown = map(int, SAID.findall(run(sys.executable, "-m", "tests.fuzz.fuzz_kit", name, runs))[0])
     assert (inputs >= 6, done) == (True, runs)
@@ -40,7 +40,7 @@ def test_python(name: str, scale: Callable[[int, int, int], int]) -> None:
 
 
 @pytest.mark.parametrize("name", HARNESSES)
-def test_c(name: str, scale: Callable[[int, int, int], int], tmp_path: Path) -> None:
+def test_each_c_fuzzer_finds_no_error(name: str, scale: Callable[[int, int, int], int], tmp_path: Path) -> None:
     runs = scale(*COUNTS)
     program = HARNESSES[name].build(tmp_path)
     inputs, done, grown = map(int, SAID.findall(run(program, corpora.CORPUS / name, runs))[0])
@@ -48,11 +48,11 @@ def test_c(name: str, scale: Callable[[int, int, int], int], tmp_path: Path) -> 
     assert grown <= corpora.MIB
 
 
-def test_every_corpus_has_its_fuzzer() -> None:
+def test_every_corpus_has_a_fuzzer() -> None:
     assert {path.name for path in corpora.CORPUS.iterdir()} == {*PYTHON, *HARNESSES}
 
 
-def test_growth_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Else the tests above would prove nothing of it."""
+def test_the_measurement_detects_growth(monkeypatch: pytest.MonkeyPatch) -> None:
+    """This proves that the tests above can detect growth."""
     kept: list[bytes] = []
     assert fuzz_kit.run(lambda data: kept.append(data + b"x" * (1 << 15)), "hello", 2_000) > corpora.MIB

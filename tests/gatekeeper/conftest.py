@@ -1,4 +1,4 @@
-"""A real ledger under pins of its own, cgroups of its own, and a real gatekeeper in a folder of its own."""
+"""A real ledger with its own pins, its own cgroups, and a real gatekeeper in its own folder."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ class Keeper:
 def pins() -> Iterator[Path]:
     if os.geteuid() != 0:
         pytest.skip("needs root: BPF and cgroups")
-    # The children of this process register, and wait if they have a driver that is not probed.
+    # The children of this process register. They wait if they have a driver without probes.
     mapped = [
         line for line in Path("/proc/self/maps").read_text().splitlines() if re.search(r"lib(cuda|fgpu)\.so", line)
     ]
@@ -124,7 +124,7 @@ def remove(path: Path) -> bool:
 
 @pytest.fixture
 def cgroup(cgroup_base: Path) -> Callable[..., Path]:
-    """Makes a new cgroup, below the tests' own or another."""
+    """Return a function that creates a cgroup, below the tests' own or below another."""
 
     def make(parent: Path | None = None) -> Path:
         path = (parent or cgroup_base) / f"c{next(numbers)}"
@@ -136,7 +136,7 @@ def cgroup(cgroup_base: Path) -> Callable[..., Path]:
 
 @pytest.fixture
 def tenant(ledger: Ledger, cgroup: Callable[..., Path]) -> Callable[..., Path]:
-    """Makes a managed cgroup with 1 GiB of device 0."""
+    """Return a function that creates a managed cgroup with 1 GiB of device 0."""
 
     def make(parent: Path | None = None, limits: dict[int, int] | None = None) -> Path:
         path = cgroup(parent)
@@ -156,7 +156,7 @@ def unmanaged(ledger: Ledger, cgroup: Callable[..., Path]) -> Path:
 
 @pytest.fixture(scope="module")
 def keeper(pins: Path, ledger: Ledger) -> Iterator[Keeper]:
-    """A gatekeeper that the tests of one file share; at the end it must still stand and stop at once."""
+    """Run a gatekeeper that the tests of one file share. At the end it must still run, and exit at once on request."""
     keeper = Keeper(pins)
     assert keeper.ready, keeper.log.read_text()
     yield keeper
@@ -168,7 +168,7 @@ def keeper(pins: Path, ledger: Ledger) -> Iterator[Keeper]:
 
 @pytest.fixture
 def start(pins: Path) -> Iterator[Callable[..., Keeper]]:
-    """Starts gatekeepers of one's own."""
+    """Return a function that starts a further gatekeeper."""
     started: list[Keeper] = []
 
     def begin(**changes: Any) -> Keeper:

@@ -1,4 +1,4 @@
-"""The hello of a shim, in Python; and children that act inside a cgroup."""
+"""The hello of a shim, in Python, and child processes that act inside a cgroup."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class Reply:
 
 
 class Live:
-    """Fields of a page that can only be read, with their current values."""
+    """The current values of a page's fields, which can only be read."""
 
     def __init__(self, memory: mmap.mmap, form: type[ctypes.Structure]) -> None:
         self._memory, self._form = memory, form
@@ -58,14 +58,14 @@ class Live:
 def connect(run: Path, patience: float = 3.0) -> socket.socket:
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     limit = struct.pack("qq", int(patience), int(patience % 1 * 1e6))
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, limit)  # blocks, so that it queues behind a flood
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, limit)  # the send blocks, so that it queues behind a flood
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, limit)
     sock.connect(str(run / "shim" / "shim.sock"))
     return sock
 
 
 def hello(run: Path, payload: bytes | None = None, patience: float = 3.0) -> Reply | None:
-    """Send one hello; None: it was not answered."""
+    """Send one hello. Return its answer, or None if there is none."""
     with connect(run, patience) as sock:
         sock.send(request() if payload is None else payload)
         return receive(sock)
@@ -96,7 +96,7 @@ class Child:
 
     @staticmethod
     def _live(cgroup: Path, work: Callable[..., Any], args: Any, uid: int, write: int) -> None:
-        gc.disable()  # else hundreds of them might each copy all memory of the parent
+        gc.disable()  # otherwise each of hundreds of children might copy all memory of the parent
         signal.alarm(25)
         try:
             (cgroup / "cgroup.procs").write_text("0")
@@ -105,13 +105,13 @@ class Child:
                 os.setgid(uid)
                 os.setuid(uid)
             said: Any = (True, work(*args))
-        except BaseException:  # the parent shows all of it
+        except BaseException:  # the parent prints all of it
             said = (False, traceback.format_exc())
         try:
             with open(write, "wb") as pipe:
                 pickle.dump(said, pipe)
         finally:
-            os._exit(0)  # never back into the test runner, of which this is a copy
+            os._exit(0)  # never return into the test runner, of which this process is a copy
 
     def result(self) -> Any:
         with open(self._read, "rb") as pipe:
@@ -131,5 +131,5 @@ def in_cgroup(cgroup: Path, work: Callable[..., Any], *args: Any, uid: int = 0) 
 
 
 def until(true: Callable[[], Any], patience: float = 3.0) -> Any:
-    """Wait until something holds, and return it."""
+    """Wait until the function returns a true value, and return that value."""
     return eventually(true, patience)

@@ -1,8 +1,9 @@
-"""300 processes that send a hello at the same time: `storm.py SOCKET HELLO ANSWER_BYTES`, HELLO in hexadecimal.
+"""300 processes send a hello at the same time: `storm.py SOCKET HELLO ANSWER_BYTES`, HELLO in hexadecimal.
 
-Prints `started` when they begin, then a line of JSON: for each the seconds until it was answered (-1: it was not), its
-number of attempts, and the number of those in which it had no processor to send. It is a separate program, because
-copies of a test runner, with all of its memory, would be measured instead of the gatekeeper.
+The program prints `started` when they begin, then a line of JSON. This line has, for each process, the seconds until it
+was answered (-1: it was not), the number of its attempts, and the number of attempts in which it had no processor to
+send. The program is separate, because otherwise copies of the test runner, with all of its memory, would be measured
+instead of the gatekeeper.
 """
 
 from __future__ import annotations
@@ -16,12 +17,15 @@ import time
 
 STORM = 300
 PATIENCE_SECONDS = 2.0  # a shim's
-SILENCE_SECONDS = 0.15  # a connection that says nothing for a little longer may be let go
+SILENCE_SECONDS = 0.15  # the gatekeeper may close a connection that is silent for a little longer
 RESULT = struct.Struct("dII")
 
 
 def attempt(path: str, hello: bytes, answer_bytes: int, end: float) -> tuple[bool, float]:
-    """Make one attempt as a shim does: only the answer is waited for. Return also how long it could not send."""
+    """Make one attempt as a shim does, with a time limit for the answer only.
+
+    Return also how long it could not send.
+    """
     began = time.monotonic()
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK) as sock:
         try:
@@ -35,7 +39,7 @@ def attempt(path: str, hello: bytes, answer_bytes: int, end: float) -> tuple[boo
 
 
 def say_hello(path: str, hello: bytes, answer_bytes: int) -> tuple[float, int, int]:
-    """Say hello as a shim does, again and again until its patience ends."""
+    """Send hellos as a shim does, until one is answered or the shim's time limit has passed."""
     began, attempts, mute = time.monotonic(), 0, 0
     while True:
         answered, kept = attempt(path, hello, answer_bytes, began + PATIENCE_SECONDS)
@@ -57,7 +61,7 @@ def main(path: str, hello: bytes, answer_bytes: int) -> None:
             os.write(results[1], RESULT.pack(*say_hello(path, hello, answer_bytes)))
             os.read(stay[0], 1)
             os._exit(0)
-    time.sleep(0.1)  # all of them wait now
+    time.sleep(0.1)  # by then all of them wait
     os.close(gate[1])
     print("started", flush=True)
     met = [RESULT.unpack(os.read(results[0], RESULT.size)) for _ in range(STORM)]

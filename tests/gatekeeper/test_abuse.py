@@ -126,7 +126,7 @@ def as_root_of_a_user_namespace() -> None:
 
 
 def attack(run: Path, become: Callable[[], None], times: int) -> list[str]:
-    """Try every form of writing on every page, this often. Return those that succeeded."""
+    """Try every form of writing on every page, this many times. Return the forms that succeeded."""
     reply = hello(run)
     assert reply
     control, usage = reply.page(0), reply.page(2, abi.UsagePage)
@@ -149,10 +149,10 @@ def attack(run: Path, become: Callable[[], None], times: int) -> list[str]:
 
 
 @pytest.mark.parametrize("become", [as_nobody, as_root_of_a_user_namespace, as_root])
-def test_no_form_of_writing_reaches_a_page(
+def test_no_form_of_writing_changes_a_page(
     keeper: Keeper, tenant: Make, become: Callable[[], None], scale: Callable[..., int]
 ) -> None:
-    """No write changes the pages of a neighbour, whose heartbeat continues."""
+    """The pages of a neighbour do not change, and their heartbeat continues."""
 
     def neighbour() -> tuple[int, int, int]:
         reply = hello(keeper.run)
@@ -173,7 +173,7 @@ def test_no_form_of_writing_reaches_a_page(
 
 
 def test_the_forms_of_attack_work_on_a_page_without_seals() -> None:
-    """This proves that the test above could fail."""
+    """This proves that the test above can fail."""
     for form in CONTROL:
         fd = os.memfd_create("open", os.MFD_ALLOW_SEALING)
         os.ftruncate(fd, abi.PAGE_BYTES)
@@ -219,7 +219,7 @@ def send_as(sock: socket.socket, payload: bytes, pid: int, uid: int) -> None:
 
 
 def test_claims_of_a_hello_are_ignored(keeper: Keeper, tenant: Make, scale: Callable[..., int]) -> None:
-    """T3. Many tenants send at once, so that no tenant uses up its time."""
+    """T3. Many tenants send at once, so that no tenant exhausts its time."""
     other, each = tenant(), scale(20, 834, 8334)
     victim = Child(other, lambda: bool(hello(keeper.run)) and signal.pause())
 
@@ -271,8 +271,8 @@ def send_malformed(run: Path, seed: int, number: int) -> int:
     return answered
 
 
-@pytest.mark.timeout(7200)  # the full count takes an hour
-def test_malformed_messages_cost_their_sender_the_connection(
+@pytest.mark.timeout(7200)  # the full run's number of messages takes an hour
+def test_a_malformed_message_closes_the_connection_of_its_sender(
     keeper: Keeper, tenant: Make, scale: Callable[..., int]
 ) -> None:
     place = tenant()
@@ -289,7 +289,7 @@ def test_malformed_messages_cost_their_sender_the_connection(
 
 
 @pytest.mark.timed
-def test_a_second_message_loses_the_connection(keeper: Keeper, cgroup: Make) -> None:
+def test_a_second_message_closes_the_connection(keeper: Keeper, cgroup: Make) -> None:
     def chatter(pause: float) -> float:
         with connect(keeper.run) as sock:
             began = time.monotonic()
@@ -304,7 +304,7 @@ def test_a_second_message_loses_the_connection(keeper: Keeper, cgroup: Make) -> 
     counted()
 
 
-def test_descriptors_sent_along_are_not_kept(keeper: Keeper, tenant: Make) -> None:
+def test_the_gatekeeper_closes_descriptors_that_a_client_sends(keeper: Keeper, tenant: Make) -> None:
     def send() -> bool:
         with connect(keeper.run) as sock:
             socket.send_fds(sock, [request()], [0] * 200)
@@ -319,7 +319,7 @@ def test_descriptors_sent_along_are_not_kept(keeper: Keeper, tenant: Make) -> No
 
 
 @pytest.mark.timed
-def test_silent_clients_are_dropped_and_delay_no_other(keeper: Keeper, tenant: Make) -> None:
+def test_silent_clients_are_disconnected_and_delay_no_other_client(keeper: Keeper, tenant: Make) -> None:
     def silent() -> list[float]:
         socks = [connect(keeper.run) for _ in range(16)]
         began = time.monotonic()
@@ -348,7 +348,7 @@ def test_a_tenant_has_at_most_sixteen_connections(keeper: Keeper, tenant: Make, 
     def still_open(number: int) -> int:
         os.close(start[1])
         os.write(ready[1], b".")
-        # all together: else the first ones have gone, and freed their slots, when the last ones come
+        # all at once: otherwise the first would be closed and their slots free when the last connect
         os.read(start[0], 1)
         socks = [connect(keeper.run) for _ in range(number)]
         time.sleep(0.4)
@@ -367,8 +367,10 @@ def test_a_tenant_has_at_most_sixteen_connections(keeper: Keeper, tenant: Make, 
 
 
 @pytest.mark.timed
-def test_when_all_places_are_taken_the_silent_make_room(start: Callable[..., Keeper], cgroup: Make) -> None:
-    """Seventy undecided cgroups hold 16 silent connections each. A new connection that speaks is served."""
+def test_a_silent_connection_is_closed_for_a_new_one_if_all_slots_are_used(
+    start: Callable[..., Keeper], cgroup: Make
+) -> None:
+    """Seventy undecided cgroups hold 16 silent connections each. A new connection that sends a hello is served."""
     keeper = start()
     place = cgroup()
 
@@ -427,7 +429,7 @@ def test_a_flood_from_one_tenant_does_not_delay_another(
     keeper: Keeper, tenant: Make, flood: Callable[[Path, int], None], scale: Callable[..., int]
 ) -> None:
     def nicely() -> None:
-        os.nice(5)  # the queue is measured, not the lack of processors
+        os.nice(5)  # the test measures the queue, not the lack of processors
         flood(keeper.run, scale(2500, 5000, 50_000))
 
     place = tenant()
@@ -445,7 +447,7 @@ def test_a_flood_from_one_tenant_does_not_delay_another(
 
 
 @pytest.mark.timed
-def test_a_tenant_that_has_used_its_time_waits_and_is_served_later(start: Callable[..., Keeper], tenant: Make) -> None:
+def test_a_tenant_that_has_used_its_time_is_served_later(start: Callable[..., Keeper], tenant: Make) -> None:
     code = (
         "import sys; from fgpu_ebpf.gatekeeper import connections, main; connections.WAIT_NS = 0; sys.exit(main.main())"
     )
@@ -455,8 +457,10 @@ def test_a_tenant_that_has_used_its_time_waits_and_is_served_later(start: Callab
 
 
 @pytest.mark.timed
-def test_a_peer_whose_mappings_hang_hangs_alone(start: Callable[..., Keeper], tenant: Make, tmp_path: Path) -> None:
-    """Reading /proc/PID/maps can wait for that process. Other peers must not wait for it."""
+def test_a_peer_whose_mappings_cannot_be_read_delays_no_other_peer(
+    start: Callable[..., Keeper], tenant: Make, tmp_path: Path
+) -> None:
+    """A read of /proc/PID/maps can block on that process."""
     code = """
 import sys, time
 from fgpu_ebpf.linux import breakpoints; from fgpu_ebpf.gatekeeper import main as gatekeeper
@@ -499,8 +503,10 @@ def replace_socket(run: Path) -> None:
     (run / "shim" / "shim.sock").touch()
 
 
-def test_a_lost_socket_is_made_again(start: Callable[..., Keeper], unmanaged: Path, scale: Callable[..., int]) -> None:
-    """The socket is there again within two seconds, however and how often it was lost. Gatekeepers run in parallel."""
+def test_the_gatekeeper_creates_a_lost_socket_again(
+    start: Callable[..., Keeper], unmanaged: Path, scale: Callable[..., int]
+) -> None:
+    """The socket exists again within two seconds, for every way in which it was lost. Gatekeepers run in parallel."""
     harms = {start(): harm for harm in (replace_folder, remove_all, replace_socket)}
 
     def answered(keeper: Keeper) -> bool:
@@ -540,10 +546,11 @@ def test_a_folder_of_another_user_is_refused(start: Callable[..., Keeper], tmp_p
     assert "another user" in keeper.log.read_text()
 
 
-def test_there_is_a_listener_at_every_moment_while_one_follows_another(
-    start: Callable[..., Keeper], unmanaged: Path
-) -> None:
-    """A successor takes the socket by rename: a connection meets one of the two, or the one that has just gone."""
+def test_a_successor_leaves_no_moment_without_a_listener(start: Callable[..., Keeper], unmanaged: Path) -> None:
+    """A successor replaces the socket by rename.
+
+    A connection reaches either gatekeeper, or the one that has just exited.
+    """
     first = start()
     stop, missing = threading.Event(), []
 
@@ -568,7 +575,9 @@ def test_there_is_a_listener_at_every_moment_while_one_follows_another(
 # -- life of the process --------------------------------------------------------------------------------------------
 
 
-def test_a_second_gatekeeper_says_so_and_ends(keeper: Keeper, start: Callable[..., Keeper], pins: Path) -> None:
+def test_a_second_gatekeeper_prints_an_error_and_exits(
+    keeper: Keeper, start: Callable[..., Keeper], pins: Path
+) -> None:
     command = [sys.executable, "-m", "fgpu_ebpf.gatekeeper", "--pins", pins, "--run-dir", keeper.run]
     root = Path(__file__).parents[2]
     second = subprocess.run(command, capture_output=True, text=True, cwd=root, check=False, timeout=5)
@@ -582,14 +591,14 @@ def remake_folder(run: Path) -> None:
 
 
 @pytest.mark.parametrize("harm", [shutil.rmtree, remake_folder, lambda run: (run / "gatekeeper.lock").unlink()])
-def test_without_its_lock_file_it_says_so_and_leaves_the_place_to_another(
+def test_a_gatekeeper_without_its_lock_file_prints_an_error_and_exits(
     start: Callable[..., Keeper], tmp_path: Path, unmanaged: Path, harm: Callable[[Path], None]
 ) -> None:
     run, log = tmp_path / "run", tmp_path / "log"
     run.mkdir()
     with log.open("wb") as file:
         keeper = start(run=run, stderr=file)
-        until((run / "gatekeeper.json").exists)  # nothing more is written for a second
+        until((run / "gatekeeper.json").exists)  # the file is not written again for a second
         harm(run)
         run.mkdir(exist_ok=True)
         successor = start(run=run)
@@ -602,7 +611,9 @@ def test_without_its_lock_file_it_says_so_and_leaves_the_place_to_another(
     assert in_cgroup(unmanaged, lambda: bool(hello(run)))
 
 
-def test_a_ledger_pinned_in_part_is_waited_for_with_nothing_kept_open(start: Callable[..., Keeper], pins: Path) -> None:
+def test_the_gatekeeper_waits_for_a_partly_pinned_ledger_without_open_descriptors(
+    start: Callable[..., Keeper], pins: Path
+) -> None:
     part = pins.with_name(f"{pins.name}-part")
     (part / "maps").mkdir(parents=True)
     fd = bpf.create_array_page("fgpu_part", 8)
@@ -618,7 +629,9 @@ def test_a_ledger_pinned_in_part_is_waited_for_with_nothing_kept_open(start: Cal
         shutil.rmtree(part)
 
 
-def test_sigterm_leaves_folder_and_socket_so_that_shims_fail_closed(start: Callable[..., Keeper], tenant: Make) -> None:
+def test_sigterm_keeps_folder_and_socket_so_that_shims_refuse_memory(
+    start: Callable[..., Keeper], tenant: Make
+) -> None:
     keeper = start()
 
     def outlive() -> tuple[bool, bool, bool]:
@@ -644,7 +657,7 @@ def test_sigterm_leaves_folder_and_socket_so_that_shims_fail_closed(start: Calla
 
 
 @pytest.mark.timed
-def test_a_log_that_is_not_read_is_not_waited_for(start: Callable[..., Keeper], tenant: Make) -> None:
+def test_the_gatekeeper_does_not_wait_for_a_log_without_a_reader(start: Callable[..., Keeper], tenant: Make) -> None:
     read, write = os.pipe()
     os.set_blocking(write, False)
     try:
@@ -661,7 +674,7 @@ def test_a_log_that_is_not_read_is_not_waited_for(start: Callable[..., Keeper], 
 
 
 @pytest.mark.timed
-def test_the_heartbeat_continues(keeper: Keeper, tenant: Make) -> None:
+def test_the_heartbeat_is_written_continuously(keeper: Keeper, tenant: Make) -> None:
     def watch() -> list[int]:
         reply = hello(keeper.run)
         assert reply

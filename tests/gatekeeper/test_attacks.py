@@ -22,16 +22,17 @@ Make = Callable[..., Path]
 NOBODY = 65534
 LIBC = ctypes.CDLL(None)
 AT_FDCWD, RENAME_EXCHANGE = -100, 2
-MANY = 10_000  # between two looks whether the readers have exited
-# that a reader sees: if a reader and the writer alternate on a processor, the number of reads proves nothing
+MANY = 10_000  # updates between two checks whether the readers have exited
+# number of states that a reader must read. If a reader and the writer alternate on a processor, the number of reads
+# proves nothing.
 STATES = 1000
 
 
 # -- T2: half an update ---------------------------------------------------------------------------------------------
 
 
-def test_no_reader_sees_half_an_update(tmp_path: Path, scale: Callable[..., int]) -> None:
-    """Two readers run at full speed, and the gatekeeper's own code writes without a pause."""
+def test_no_reader_reads_half_an_update(tmp_path: Path, scale: Callable[..., int]) -> None:
+    """Two readers run at full speed, while the gatekeeper's own code writes without a pause."""
     reads, flags = scale(2_000_000, 50_000_000, 500_000_000), ["-std=gnu11", "-O2", "-Wall", "-Wextra", "-Werror"]
     reader, memory = tmp_path / "reader", ControlMemory()
     command = ["gcc", *flags, f"-I{ROOT}/bpf", "-o", reader, Path(__file__).with_name("reader.c")]
@@ -58,7 +59,7 @@ def test_no_reader_sees_half_an_update(tmp_path: Path, scale: Callable[..., int]
 
 
 def use_sockets(channel: socket.socket) -> int:
-    """Say hello on every socket that comes. Return how many were answered with pages of the peer of `channel`."""
+    """Send a hello on every received socket. Return how many were answered with pages of the peer of `channel`."""
     right = 0
     while data := socket.recv_fds(channel, 8, 1):
         word, fds, _, _ = data
@@ -75,7 +76,7 @@ def use_sockets(channel: socket.socket) -> int:
     return right
 
 
-def test_the_connecting_process_is_answered_though_another_uses_its_socket(
+def test_the_connecting_process_is_answered_even_if_another_uses_its_socket(
     keeper: Keeper, tenant: Make, scale: Callable[..., int]
 ) -> None:
     mine, other, times = tenant(), tenant(), scale(20, 1000, 10_000)
@@ -95,8 +96,8 @@ def test_the_connecting_process_is_answered_though_another_uses_its_socket(
     assert user.result() == times
 
 
-def test_pages_that_are_passed_on_end_with_their_process(keeper: Keeper, tenant: Make) -> None:
-    """The heartbeat of the pages stops with the process that they were made for, and the gatekeeper closes them."""
+def test_pages_passed_to_another_process_end_with_their_own_process(keeper: Keeper, tenant: Make) -> None:
+    """The heartbeat of the pages stops with the process that they were created for, and the gatekeeper closes them."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
 
     def owner() -> None:
@@ -114,7 +115,10 @@ def test_pages_that_are_passed_on_end_with_their_process(keeper: Keeper, tenant:
     until(lambda: keeper.count("processes") == 0)
 
     def watch() -> bool:
-        """Watch another process's page for two heartbeats of this process's page. Return whether it stands still."""
+        """Read another process's page for two heartbeats of this process's page.
+
+        Return whether its heartbeat has stopped.
+        """
         theirs, own = Reply(abi.Answer(), fds).page(0), hello(keeper.run)
         assert own
         page, last = own.page(0), theirs.heartbeat_ns
@@ -134,10 +138,10 @@ def files(folder: Path) -> list[tuple[str, int]]:
     return sorted((entry.name, entry.inode()) for entry in os.scandir(folder))
 
 
-def test_nothing_of_others_is_bound_or_removed_in_a_race_for_the_folder(
+def test_the_gatekeeper_touches_no_other_folder_in_a_race_for_its_folder(
     tmp_path: Path, scale: Callable[..., int]
 ) -> None:
-    """The folder changes at full speed: one of root behind a link, one of another user, and the right one."""
+    """The folder changes at full speed between a link to root's folder, another user's folder, and the right folder."""
     run, linked, foreign = tmp_path / "run", tmp_path / "linked", tmp_path / "foreign"
     for folder in (run, linked, foreign):
         folder.mkdir()
@@ -174,7 +178,7 @@ def test_nothing_of_others_is_bound_or_removed_in_a_race_for_the_folder(
 
 
 def swap_for_ever(run: Path) -> None:
-    """Replace `shim` by a link, the folder again, another user's folder, and the folder again, without end."""
+    """Replace `shim` by a link, the right folder, another user's folder, and the right folder, without end."""
     try:
         for name in itertools.cycle((b"link", b"link", b"foreign", b"foreign")):
             here, there = os.fsencode(run / "shim"), os.fsencode(run) + b"/" + name

@@ -77,7 +77,7 @@ def shared(path: Path) -> None:
 
 
 def in_part(path: Path) -> None:
-    """Map all but the page with the breakpoint."""
+    """Map the file except for the page with the breakpoint."""
     map_file(path, bytes_=PAGE)
 
 
@@ -87,7 +87,7 @@ def once_good_once_shared(path: Path) -> None:
 
 
 def written_over(path: Path) -> None:
-    """Restore the original instruction, as a process may do in its own memory."""
+    """Map the file and restore the original instruction, as a process may do in its own memory."""
     with path.open("rb") as file:
         at = LIBC.mmap(None, 3 * PAGE, mmap.PROT_READ | mmap.PROT_EXEC, mmap.MAP_PRIVATE, file.fileno(), 0)
     assert LIBC.mprotect(ctypes.c_void_p(at), 3 * PAGE, mmap.PROT_READ | mmap.PROT_WRITE | mmap.PROT_EXEC) == 0
@@ -98,7 +98,7 @@ def written_over(path: Path) -> None:
 def too_often(path: Path) -> None:
     for _ in range(breakpoints.MOST_MAPPINGS + 1):
         map_file(path, bytes_=PAGE)
-        LIBC.mmap(None, PAGE, mmap.PROT_READ, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, -1, 0)  # so that none are joined
+        LIBC.mmap(None, PAGE, mmap.PROT_READ, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, -1, 0)  # keeps mappings apart
 
 
 SEEN = {privately: True, twice: True, shared: False, in_part: False, once_good_once_shared: False,
@@ -106,7 +106,7 @@ SEEN = {privately: True, twice: True, shared: False, in_part: False, once_good_o
 
 
 @pytest.mark.parametrize("how", SEEN, ids=lambda how: how.__name__)
-def test_a_process_is_answered_where_its_memory_has_the_breakpoints(
+def test_a_process_is_answered_only_if_its_memory_has_the_breakpoints(
     keeper: Keeper, ledger: Ledger, tenant: Make, library: Path, probe: Callable[..., None], how: Callable[[Path], None]
 ) -> None:
     probe(library)
@@ -124,10 +124,10 @@ def test_a_process_is_answered_where_its_memory_has_the_breakpoints(
     ledger.forget_file(*file_of(library))
 
 
-def test_a_process_that_waits_is_answered_once_the_breakpoint_is_there(
+def test_a_waiting_process_is_answered_once_the_breakpoint_exists(
     keeper: Keeper, ledger: Ledger, tenant: Make, library: Path, probe: Callable[..., None]
 ) -> None:
-    """It has the file mapped already. What its memory has of the file is read again and again."""
+    """The process has mapped the file already. The gatekeeper reads the file's contents in its memory repeatedly."""
     ledger.enter_file(*file_of(library), CHECK)
     read, write = os.pipe()
 
@@ -149,7 +149,7 @@ def test_a_process_that_waits_is_answered_once_the_breakpoint_is_there(
 
 @pytest.fixture
 def overlay(tmp_path: Path) -> Iterator[Path]:
-    """Mount a container's root of two layers."""
+    """Mount a container's root with two layers."""
     for folder in ("lower", "upper", "work", "root"):
         (tmp_path / folder).mkdir()
     (tmp_path / "lower/libcuda.so.1").write_bytes(PUSH * (3 * PAGE))
@@ -166,9 +166,7 @@ def holder(path: Path) -> subprocess.Popen[bytes]:
     return process
 
 
-def test_a_file_that_was_copied_up_is_another_one_for_processes_that_start(
-    overlay: Path, probe: Callable[..., None]
-) -> None:
+def test_a_copied_up_file_needs_new_breakpoints_for_later_processes(overlay: Path, probe: Callable[..., None]) -> None:
     """Overlayfs keeps (dev, ino): the breakpoints stay on the inode of the lower layer."""
     probe(overlay)
     file, before = file_of(overlay), holder(overlay)
@@ -187,16 +185,17 @@ def test_a_file_that_was_copied_up_is_another_one_for_processes_that_start(
         process.communicate()
 
 
-def test_the_contents_of_a_file_prove_no_breakpoint(library: Path) -> None:
+def test_a_breakpoint_in_a_file_s_contents_proves_no_probe(library: Path) -> None:
     library.write_bytes(breakpoints.CODE * (3 * PAGE))
     with library.open("rb") as file:
         assert not breakpoints.is_set_in_new_mappings(file.fileno(), CHECK)
         assert breakpoints.choose(file.fileno(), [CHECK]) is None
 
 
-def test_mappings_in_which_a_breakpoint_proves_a_probe(library: Path) -> None:
-    """A breakpoint proves nothing at a no-operation of five bytes, which the kernel may replace by a call, nor at an
-    offset that the map cannot hold, or that means something else there.
+def test_only_some_mappings_prove_a_probe_by_their_breakpoint(library: Path) -> None:
+    """A breakpoint proves nothing at a five-byte no-operation, which the kernel may replace by a call.
+
+    It also proves nothing at an offset that the map cannot hold, or that has another meaning there.
     """
     text = bytearray(PUSH * (3 * PAGE))
     text[100:105] = b"\x0f\x1f\x44\x00\x00"
@@ -207,12 +206,12 @@ def test_mappings_in_which_a_breakpoint_proves_a_probe(library: Path) -> None:
         assert breakpoints.choose(file.fileno(), [1 << 32]) is None
 
 
-def test_a_truncated_file_ends_no_process(library: Path) -> None:
+def test_a_truncated_file_causes_no_error(library: Path) -> None:
     with library.open("r+b") as file:
         file.truncate(0)
         assert not breakpoints.is_set_in_new_mappings(file.fileno(), CHECK)
 
 
-def test_a_process_that_no_longer_maps_the_file_is_no_failure(library: Path) -> None:
+def test_a_process_that_no_longer_maps_the_file_causes_no_error(library: Path) -> None:
     assert breakpoints.is_set(os.getpid(), file_of(library), CHECK) is None
     assert breakpoints.is_set(1 << 22, file_of(library), CHECK) is None

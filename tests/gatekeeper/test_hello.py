@@ -63,7 +63,7 @@ def test_a_managed_process_gets_all_its_pages(keeper: Keeper, ledger: Ledger, te
 
 
 @pytest.mark.parametrize("ahead", [86_400, -100], ids=["ahead", "behind"])
-def test_a_page_goes_by_the_clock_of_its_process(keeper: Keeper, tenant: Make, ahead: int) -> None:
+def test_the_heartbeat_of_a_page_uses_the_clock_of_its_process(keeper: Keeper, tenant: Make, ahead: int) -> None:
     """A heartbeat by another clock, in a time namespace, would open every gate or keep all of them closed."""
 
     def late() -> list[int]:
@@ -89,7 +89,7 @@ def test_a_page_goes_by_the_clock_of_its_process(keeper: Keeper, tenant: Make, a
     assert all(-1e9 < ns < 1e9 for ns in in_cgroup(place, within))
 
 
-def test_a_cgroup_below_a_managed_one_is_of_that_tenant(keeper: Keeper, tenant: Make, cgroup: Make) -> None:
+def test_a_cgroup_below_a_managed_one_belongs_to_that_tenant(keeper: Keeper, tenant: Make, cgroup: Make) -> None:
     outer = tenant()
     facts = in_cgroup(cgroup(cgroup(outer)), facts_of_a_hello, keeper.run)
     assert facts["cgroups"] == [outer.stat().st_ino]
@@ -109,7 +109,7 @@ def test_a_second_hello_gets_the_same_pages(keeper: Keeper, tenant: Make) -> Non
     assert forked == 0, "a forked child is a process of its own"
 
 
-def test_the_unmanaged_get_a_control_page_and_see_the_epoch_change(
+def test_an_unmanaged_process_gets_a_control_page_and_reads_epoch_changes(
     keeper: Keeper, ledger: Ledger, unmanaged: Path
 ) -> None:
     def live() -> tuple[int, int, int]:
@@ -125,7 +125,9 @@ def test_the_unmanaged_get_a_control_page_and_see_the_epoch_change(
     ledger.resolve(unmanaged.stat().st_ino, managed=False)
 
 
-def test_an_unmanaged_process_that_becomes_managed_gets_the_rest(keeper: Keeper, ledger: Ledger, cgroup: Make) -> None:
+def test_an_unmanaged_process_that_becomes_managed_gets_the_other_pages(
+    keeper: Keeper, ledger: Ledger, cgroup: Make
+) -> None:
     place = cgroup()
     ledger.resolve(place.stat().st_ino, managed=False)
 
@@ -145,11 +147,11 @@ def test_an_unmanaged_process_that_becomes_managed_gets_the_rest(keeper: Keeper,
     assert in_cgroup(place, live) == [(abi.Code.UNMANAGED, 1), (abi.Code.MANAGED, 3), (abi.Code.UNMANAGED, 1)]
 
 
-def test_a_page_is_never_behind_its_answer(keeper: Keeper, ledger: Ledger, tenant: Make, unmanaged: Path) -> None:
+def test_a_page_is_never_older_than_its_answer(keeper: Keeper, ledger: Ledger, tenant: Make, unmanaged: Path) -> None:
     def live() -> list[tuple[int, int]]:
         seen = []
         for turn in range(6):
-            ledger.resolve(unmanaged.stat().st_ino, managed=turn % 2 == 0)  # of another process: the epoch changes
+            ledger.resolve(unmanaged.stat().st_ino, managed=turn % 2 == 0)  # for another process: the epoch changes
             reply = hello(keeper.run)
             assert reply
             seen.append((reply.answer.epoch, reply.page(0).epoch))
@@ -181,14 +183,14 @@ def test_undecided_processes_are_held_and_the_agent_is_notified(keeper: Keeper, 
         ledger.resolve(place.stat().st_ino, managed=True)
         code, seconds = child.result()
         agent.setblocking(False)
-        with pytest.raises(BlockingIOError):  # sent once, however often it was looked up
+        with pytest.raises(BlockingIOError):  # sent once, however often the gatekeeper checked the process
             agent.recv(100)
     (keeper.run / "discover.sock").unlink()
     assert code == abi.Code.MANAGED
     assert 0.2 < seconds < 0.8
 
 
-def test_a_managed_cgroup_whose_page_is_not_there_yet_is_held(keeper: Keeper, ledger: Ledger, cgroup: Make) -> None:
+def test_a_managed_cgroup_waits_until_its_page_exists(keeper: Keeper, ledger: Ledger, cgroup: Make) -> None:
     place = cgroup()
     ledger.resolve(place.stat().st_ino, managed=True)
     read, write = os.pipe()
@@ -201,7 +203,7 @@ def test_a_managed_cgroup_whose_page_is_not_there_yet_is_held(keeper: Keeper, le
 
 
 @pytest.mark.timed
-def test_an_undecided_process_is_left_unanswered_after_a_second(keeper: Keeper, cgroup: Make) -> None:
+def test_an_undecided_process_gets_no_answer_after_a_second(keeper: Keeper, cgroup: Make) -> None:
     grown = keeper.grows("hello_unanswered")
     code, seconds = in_cgroup(cgroup(), timed_hello, keeper.run)
     assert code == -1
@@ -210,7 +212,7 @@ def test_an_undecided_process_is_left_unanswered_after_a_second(keeper: Keeper, 
 
 
 @pytest.mark.parametrize("name", ["libcuda.so.1", "libfgpu.so", "libcuda.so.580.1"])
-def test_files_that_are_not_probed_yet_hold_a_managed_process(
+def test_a_managed_process_waits_until_its_files_are_probed(
     keeper: Keeper, ledger: Ledger, tenant: Make, unmanaged: Path, tmp_path: Path, name: str
 ) -> None:
     library = tmp_path / name
@@ -265,7 +267,7 @@ def charge(ledger: Ledger, tgid: int, levels: tuple[int, ...], device: int, byte
     assert ledger.overhead(tgid, entry.generation, device, bytes_, entry.changes)
 
 
-def test_rows_are_those_of_the_tenant_alone(keeper: Keeper, ledger: Ledger, tenant: Make) -> None:
+def test_rows_contain_only_processes_of_the_tenant(keeper: Keeper, ledger: Ledger, tenant: Make) -> None:
     mine, other = tenant(), tenant()
     sleepers = [Child(mine, signal.pause), Child(other, signal.pause)]
     try:
@@ -280,8 +282,8 @@ def test_rows_are_those_of_the_tenant_alone(keeper: Keeper, ledger: Ledger, tena
             child.kill()
 
 
-def test_rows_carry_the_pids_of_the_readers_namespace(keeper: Keeper, ledger: Ledger, tenant: Make) -> None:
-    """A process in the reader's pid namespace is shown with its pid there, and one outside it is not shown."""
+def test_rows_contain_the_pids_of_the_reader_s_namespace(keeper: Keeper, ledger: Ledger, tenant: Make) -> None:
+    """A process in the reader's pid namespace is shown with its pid there. A process outside of it is not shown."""
     place = tenant()
     level = place.stat().st_ino
     libc = ctypes.CDLL(None, use_errno=True)
@@ -296,7 +298,7 @@ def test_rows_carry_the_pids_of_the_readers_namespace(keeper: Keeper, ledger: Le
                 signal.pause()
             seen = (os.getpid(), sleeper, rows_seen(keeper.run, (1, 2)))
             os.write(write, repr(seen).encode())
-            os._exit(0)  # pid 1 of the namespace: its child is killed with it
+            os._exit(0)  # pid 1 of the namespace: its child is killed when it exits
         own = until(lambda: children(pid_in_outer))[0]
         for tgid, held in ((os.getpid(), 11), (pid_in_outer, 13), (own, 17)):
             charge(ledger, tgid, (level,), 0, held)
@@ -315,7 +317,7 @@ def children(pid: int) -> list[int]:
     return [int(n) for n in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
-def test_death_gives_back_every_descriptor_and_page(keeper: Keeper, tenant: Make) -> None:
+def test_the_exit_of_a_process_releases_its_descriptors_and_pages(keeper: Keeper, tenant: Make) -> None:
     places = [tenant() for _ in range(10)]
     until(lambda: keeper.count("processes") == 0)
     before = keeper.descriptors()
@@ -333,7 +335,7 @@ def test_death_gives_back_every_descriptor_and_page(keeper: Keeper, tenant: Make
 
 
 def test_the_connecting_process_is_answered(keeper: Keeper, tenant: Make) -> None:
-    """T4: a process that uses the socket of another process gets no pages of its own: the other's pages are sent."""
+    """T4: a process uses the socket of another process. It gets that process's pages instead of its own."""
     mine, other = tenant(), tenant()
 
     def hand_off() -> int:
@@ -350,7 +352,7 @@ def test_the_connecting_process_is_answered(keeper: Keeper, tenant: Make) -> Non
     assert in_cgroup(mine, hand_off) == 0
 
 
-def test_a_socket_whose_process_has_gone_gets_nothing(keeper: Keeper, tenant: Make) -> None:
+def test_a_socket_whose_process_has_exited_gets_no_answer(keeper: Keeper, tenant: Make) -> None:
     place = tenant()
 
     def orphaned() -> bool:
@@ -385,7 +387,7 @@ def test_setting_a_share_closes_the_gates_of_running_processes(
         reply = hello(keeper.run)
         assert reply
         page, seen = reply.page(0), []
-        until(lambda: threads() == 1)  # no tenant has a share, so nothing wakes up for one
+        until(lambda: threads() == 1)  # no tenant has a share, so no thread runs for shares
         for shares in ({0: Share(limit_millionths=500_000)}, {}):
             wanted = abi.Gate.GATED if shares else abi.Gate.OPEN
             ledger.times.set_shares({place.stat().st_ino: shares})

@@ -1,4 +1,4 @@
-"""The gatekeeper's parts by themselves: what /proc says, what the ledger's words add up to, how rows are chosen."""
+"""The gatekeeper's parts by themselves: parsing of /proc, decisions from the ledger's entries, selection of rows."""
 
 from __future__ import annotations
 
@@ -41,14 +41,16 @@ def ledger_that_says(in_force: tuple[int, ...] = (), **words: bool) -> Any:
     [
         ({}, ManagedState(None, 4)),
         ({"c4": False}, ManagedState(False, 4)),
-        ({"c3": False}, ManagedState(None, 4)),  # a new one in it may be a tenant's
+        ({"c3": False}, ManagedState(None, 4)),  # a new cgroup in it may belong to a tenant
         ({"c4": True}, ManagedState(True, 4, (4,))),
         ({"c4": False, "c2": True}, ManagedState(True, 2, (2,))),
         ({"c2": True, "c3": True, "c1": False}, ManagedState(True, 3, (3, 2))),
         ({"c1": True, "c2": True, "c3": True, "c4": True, "c5": True}, ManagedState(True, 4, (4, 3, 2, 1))),
     ],
 )
-def test_standing(words: dict[str, bool], expected: ManagedState) -> None:
+def test_the_managed_state_follows_from_the_decisions_of_all_cgroups(
+    words: dict[str, bool], expected: ManagedState
+) -> None:
     ids = [5, 4, 3, 2, 1] if "c5" in words else [4, 3, 2, 1]
     assert managed_state(ledger_that_says(**words), ids) == expected
 
@@ -61,18 +63,18 @@ def test_an_unused_limit_in_force_is_undecided(words: dict[str, bool]) -> None:
 
 @pytest.mark.parametrize("page", [4, 3, 2, 1])
 def test_a_cgroup_with_a_page_on_any_level_is_never_unmanaged(page: int) -> None:
-    """Whatever was answered to its programs before."""
+    """Earlier answers to its programs do not matter."""
     words = {"c4": False, f"c{page}": False}
     assert managed_state(ledger_that_says((page,), **words), [4, 3, 2, 1]) == ManagedState(None, 4)
 
 
-def test_standing_without_a_ledger_is_undecided() -> None:
+def test_the_managed_state_without_a_ledger_is_undecided() -> None:
     assert managed_state(None, [4, 1]) == ManagedState(None, 4)
     assert managed_state(None, []) == ManagedState(None, 0)
 
 
 def test_a_process_that_executes_another_program_is_another_client() -> None:
-    """The kernel removes its entry, and its pidfd stays valid."""
+    """The kernel removes the process's entry, and its pidfd stays valid."""
     selector, parted = selectors.DefaultSelector(), []
     clients = Sessions(selector, bytes(16))
     clients.on_end = parted.append
@@ -86,7 +88,7 @@ def test_a_process_that_executes_another_program_is_another_client() -> None:
     for _ in range(2):
         clients.show({child.pid: lives[0]})
     assert (parted, clients.get(child.pid), page.gates[0]) == ([], first, 6)
-    clients.update(first, 4, 4, (), first.header)  # it has registered since
+    clients.update(first, 4, 4, (), first.header)  # the process has registered since
     clients.show({child.pid: lives[1]})
     assert not parted
     clients.show({})
@@ -96,7 +98,7 @@ def test_a_process_that_executes_another_program_is_another_client() -> None:
     child.wait()
 
 
-def test_times_on_a_page_are_by_the_clock_of_its_process() -> None:
+def test_times_on_a_page_use_the_clock_of_its_process() -> None:
     control, status = ControlMemory(), StatusMemory()
     client = SimpleNamespace(control=control, status=status, ahead_ns=0)
     desk = ProcessGates(client)  # type: ignore[arg-type]
@@ -118,7 +120,7 @@ def test_times_on_a_page_are_by_the_clock_of_its_process() -> None:
     assert (seen[0].busy_until_ns, seen[0].wanted_ns) == (2_000_005, 2_000_003)
 
 
-def test_cgroups_of_a_process(cgroup: Any, cgroup_base: Path) -> None:
+def test_the_cgroups_of_a_process_are_read_from_the_leaf_up(cgroup: Any, cgroup_base: Path) -> None:
     place = cgroup(cgroup())
     pid = os.fork()
     if pid == 0:
@@ -132,7 +134,7 @@ def test_cgroups_of_a_process(cgroup: Any, cgroup_base: Path) -> None:
         cgroups(pid, cgroup_base.parent)
 
 
-def test_a_deep_cgroup_is_taken_for_an_outer_one(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_too_deep_cgroup_is_treated_as_an_outer_one(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     parts = ["d"] * 100
     (tmp_path / "/".join(parts)).mkdir(parents=True)
     monkeypatch.setattr(procfs, "read", lambda _: b"1:cpu:/x\n0::/" + "/".join(parts).encode() + b"\n")
@@ -141,7 +143,7 @@ def test_a_deep_cgroup_is_taken_for_an_outer_one(monkeypatch: pytest.MonkeyPatch
     assert cgroups(1, tmp_path) == []
 
 
-def test_levels_that_are_gone_are_left_out(tmp_path: Path) -> None:
+def test_removed_cgroups_are_left_out(tmp_path: Path) -> None:
     (tmp_path / "a" / "b").mkdir(parents=True)
     there = [p.stat().st_ino for p in (tmp_path / "a" / "b", tmp_path / "a", tmp_path)]
     assert list(cgroup_ids(tmp_path, "/a/b")) == there
@@ -149,7 +151,7 @@ def test_levels_that_are_gone_are_left_out(tmp_path: Path) -> None:
     assert list(cgroup_ids(tmp_path, "/")) == there[2:]
 
 
-def test_a_cgroups_path(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_path_of_a_cgroup_is_parsed(monkeypatch: pytest.MonkeyPatch) -> None:
     assert cgroup_path(2**22) is None
     for text, path in (
         (b"1:cpu:/x\n0::/a/b\n", "/a/b"),
@@ -162,9 +164,9 @@ def test_a_cgroups_path(monkeypatch: pytest.MonkeyPatch) -> None:
         assert cgroup_path(1) == path
 
 
-def test_files_are_those_mapped_executable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_files_mapped_as_executable_are_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     names = ["libcuda.so.1", "libfgpu.so", "libcudart.so", "libcuda.so.2", "not-libcuda.so"]
-    before = of_process(os.getpid(), lambda *_: UNCHECKED)  # what other tests have loaded into this process
+    before = of_process(os.getpid(), lambda *_: UNCHECKED)  # files that other tests have loaded into this process
     kept = []
     for name in names:
         (tmp_path / name).write_bytes(bytes(4096))
@@ -189,8 +191,8 @@ def test_files_are_those_mapped_executable(tmp_path: Path, monkeypatch: pytest.M
     assert of_process(os.getpid(), lambda *_: UNCHECKED) == unknown
 
 
-def test_mappings_are_named_as_in_the_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(breakpoints, "CUDA_NAMES", b"")  # all
+def test_mappings_have_the_names_of_the_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(breakpoints, "CUDA_NAMES", b"")  # matches every name
     lines = [line.split(maxsplit=5) for line in Path("/proc/self/maps").read_text().splitlines()]
     files = [(dev, int(ino), path) for _, mode, _, dev, ino, path in (f for f in lines if len(f) == 6) if "x" in mode]
     text = {(os.makedev(*(int(part, 16) for part in dev.split(":"))), ino, path) for dev, ino, path in files if ino}
@@ -213,7 +215,7 @@ def test_no_files_is_not_the_same_as_unknown_files(monkeypatch: pytest.MonkeyPat
     assert not procfs.has_memory(sleeper.pid)
 
 
-def test_names_of_a_process() -> None:
+def test_the_names_of_a_process_are_parsed() -> None:
     space = os.stat("/proc/self/ns/pid").st_ino
     assert pid_names(os.getpid()) == {space: os.getpid()}
     assert pid_names(2**22) == {}
@@ -233,7 +235,7 @@ def process(leaf: int, *held: int) -> Any:
     return SimpleNamespace(generation=9, levels=(leaf, 1), bytes=held)
 
 
-def test_rows_by_tenant() -> None:
+def test_rows_are_grouped_by_tenant() -> None:
     assert by_tenant({7: process(5, 0, 101), 3: process(5, 23, 0), 4: process(6, 1), 8: process(6, 0)}) == {
         5: [(3, 9, 0, 23), (7, 9, 1, 101)],
         6: [(4, 9, 0, 1)],
@@ -245,14 +247,14 @@ def test_the_largest_rows_are_kept_in_order_of_pid() -> None:
     assert [row[0] for row in rows] == list(range(1010 - abi.ROWS, 1010))
 
 
-def test_an_end_that_the_kernel_reports_is_of_an_earlier_process() -> None:
+def test_a_reported_exit_before_the_hello_belongs_to_an_earlier_process() -> None:
     with selectors.DefaultSelector() as selector, subprocess.Popen(["sleep", "100"]) as process:
         clients, parted = Sessions(selector, bytes(16)), list[Session]()
         clients.on_end = parted.append
         before_ns = time.monotonic_ns()
         client = clients.add(process.pid, os.pidfd_open(process.pid), 7, 7, PageHeader())
         assert client
-        clients.end(process.pid, before_ns)  # of another process that had this pid
+        clients.end(process.pid, before_ns)  # the exit of another process that had this pid
         clients.end(process.pid + 1, time.monotonic_ns())
         assert not parted
         assert not client.has_ended
@@ -260,7 +262,7 @@ def test_an_end_that_the_kernel_reports_is_of_an_earlier_process() -> None:
             clients.end(process.pid, time.monotonic_ns())
             assert parted == [client] * times
         assert client.has_ended
-        assert clients.get(process.pid) is client  # its pages are its own until its pidfd says that it is gone
+        assert clients.get(process.pid) is client  # it keeps its pages until its pidfd reports the exit
         process.kill()
         selector.select(5)[0][0].data()
         assert parted == [client] * 3
@@ -294,7 +296,7 @@ def test_a_missing_ledger_leaves_nothing_open(monkeypatch: pytest.MonkeyPatch, t
     assert len(os.listdir("/proc/self/fd")) == before
 
 
-def test_nothing_heavy_is_imported() -> None:
+def test_the_gatekeeper_imports_no_large_module() -> None:
     code = "import sys, fgpu_ebpf.gatekeeper.main; print(*sys.modules)"
     root = Path(__file__).parents[2]
     said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=root).stdout

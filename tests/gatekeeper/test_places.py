@@ -1,4 +1,4 @@
-"""The gatekeeper's places for processes: unmanaged ones take none, and no tenant takes those of its neighbours."""
+"""The gatekeeper's slots for processes: unmanaged processes use none, and no tenant uses those of its neighbours."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def crowd(program: Path) -> Iterator[Callable[..., Crowd]]:
 
 
 @pytest.mark.timed
-def test_unmanaged_processes_without_number_take_no_place_of_a_tenant(
+def test_many_unmanaged_processes_use_no_slot_of_a_tenant(
     start: Callable[..., Keeper], ledger: Ledger, cgroup: Make, tenant: Make, crowd: Callable[..., Crowd]
 ) -> None:
     keeper, places = start(), [cgroup() for _ in range(CGROUPS)]
@@ -78,7 +78,7 @@ def test_unmanaged_processes_without_number_take_no_place_of_a_tenant(
     assert keeper.descriptors() - before < 100, "no page and no pidfd of any of them is kept"
 
 
-def test_half_of_the_places_are_for_tenants_that_have_few(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_half_of_the_slots_are_reserved_for_tenants_with_few_processes(monkeypatch: pytest.MonkeyPatch) -> None:
     clients, most = Sessions(selectors.DefaultSelector(), bytes(16)), 4 * FEW_PROCESSES
     monkeypatch.setattr(clients, "_most", most)
     made: list[Session] = []
@@ -101,7 +101,7 @@ def test_half_of_the_places_are_for_tenants_that_have_few(monkeypatch: pytest.Mo
 
 
 @pytest.mark.timed
-def test_an_unmanaged_process_sees_the_heartbeat_without_a_free_slot(
+def test_an_unmanaged_process_gets_the_heartbeat_without_a_free_slot(
     start: Callable[..., Keeper], unmanaged: Path
 ) -> None:
     keeper = start()

@@ -1,4 +1,4 @@
-"""A real gatekeeper continues whatever tenants write to their status pages, and their neighbour gets its turns."""
+"""A real gatekeeper continues with any contents of its tenants' status pages, and their neighbour gets its turns."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ SECONDS = 3.0
 
 
 class Pages:
-    """The pages of this process, as its program has them: one to read, one to write."""
+    """The pages of this process as its program has them: the control page to read, the status page to write."""
 
     def __init__(self, run: Path) -> None:
         reply = hello(run)
@@ -54,7 +54,7 @@ class Pages:
 
 
 def write_anything(run: Path, seed: int) -> int:
-    """Write arbitrary bytes, words that are nearly right, and rings, at full speed. Return how often."""
+    """Write arbitrary bytes, nearly valid words, and wake-ups, at full speed. Return how often."""
     mine, draw, end, rounds = Pages(run), random.Random(seed), time.monotonic() + SECONDS, 0
     while time.monotonic() < end:
         rounds += 1
@@ -71,7 +71,7 @@ def write_anything(run: Path, seed: int) -> int:
 
 
 def take_turns(run: Path) -> int:
-    """Run an honest program that always has something to launch. Return how many turns it had."""
+    """Run an honest program that always has work to launch. Return the number of its turns."""
     mine, end, turns = Pages(run), time.monotonic() + SECONDS, 0
     device = mine.status.devices[0]
     while time.monotonic() < end:
@@ -87,7 +87,7 @@ def take_turns(run: Path) -> int:
 
 @pytest.fixture
 def sharing(ledger: Ledger, tenant: Make) -> Iterator[Callable[..., Path]]:
-    """Return a function that makes a managed cgroup with a share of device 0."""
+    """Return a function that creates a managed cgroup with a share of device 0."""
     made: list[int] = []
 
     def make(share: Share) -> Path:
@@ -101,7 +101,7 @@ def sharing(ledger: Ledger, tenant: Make) -> Iterator[Callable[..., Path]]:
 
 
 def followed(keeper: Keeper, ledger: Ledger, *children: Child) -> list[int]:
-    """Return the results of the children. Meanwhile all counts are checked, which may only grow."""
+    """Yield a function that returns the children's results. Check all counts while they run: a count may only grow."""
     pid, before = keeper.process.pid, dict[tuple[int, int], TurnCounts]()
     end = time.monotonic() + SECONDS
     while time.monotonic() < end:
@@ -116,7 +116,7 @@ def followed(keeper: Keeper, ledger: Ledger, *children: Child) -> list[int]:
     return [child.result() for child in children]
 
 
-def test_any_page_leaves_the_gatekeeper_running_and_the_neighbour_its_turns(
+def test_any_status_page_leaves_the_gatekeeper_running_and_the_neighbour_its_turns(
     keeper: Keeper, ledger: Ledger, sharing: Callable[..., Path]
 ) -> None:
     seed = random.randrange(2**32)
@@ -130,8 +130,8 @@ def test_any_page_leaves_the_gatekeeper_running_and_the_neighbour_its_turns(
     assert keeper.counts()["slices"]["faults"] == 0
 
 
-def test_nvml_s_figures_are_kept_as_long_as_the_share(ledger: Ledger, tenant: Make) -> None:
-    """A thread that is late must not leave an entry of a level that is gone."""
+def test_nvml_s_figures_are_kept_as_long_as_the_share_exists(ledger: Ledger, tenant: Make) -> None:
+    """A late thread must not leave an entry of a level that has been removed."""
     level, times = tenant().stat().st_ino, ledger.times
     times.add_ran(level, 0, 5)
     assert times.ran_ns(level, 0) is None

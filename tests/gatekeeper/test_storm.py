@@ -1,4 +1,4 @@
-"""Many hellos at one moment: all are answered at the first attempt, others do not wait, and tenants take turns."""
+"""Many simultaneous hellos: all are answered at the first attempt, others do not wait, and tenants take turns."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ sys.exit(gatekeeper.main())
 
 
 class Storm:
-    """The 300 processes of one cgroup that send a hello at the same time (storm.py). They have begun."""
+    """The 300 processes of one cgroup that send a hello at the same time (storm.py). They have started to send."""
 
     def __init__(self, run: Path, cgroup: Path, niceness: int = 0) -> None:
         enter = f'echo $$ >"$0/cgroup.procs" && exec nice -n {niceness} "$@"'
@@ -69,7 +69,7 @@ class Storm:
         assert self._process.stdout.readline() == "started\n"
 
     def met(self) -> list[tuple[float, int, int]]:
-        """Return for each: seconds until its answer, or -1; attempts; those in which it had no processor to send."""
+        """Return for each process: seconds until its answer, or -1; attempts; attempts without a processor to send."""
         said, _ = self._process.communicate(timeout=60)
         assert self._process.returncode == 0
         return [(seconds, attempts, mute) for seconds, attempts, mute in json.loads(said)]
@@ -86,17 +86,17 @@ def test_a_storm_in_one_tenant_is_answered_at_once(start: Callable[..., Keeper],
 
 
 def test_a_storm_in_one_tenant_does_not_delay_another(start: Callable[..., Keeper], tenant: Make) -> None:
-    """A hello takes so long that the storm lasts for a second."""
+    """A hello is delayed so much that the storm lasts for a second."""
     keeper = start(code=SLOW)
 
-    crowd = Storm(keeper.run, tenant(), niceness=5)  # the queue is measured, not the lack of processors
+    crowd = Storm(keeper.run, tenant(), niceness=5)  # the test measures the queue, not the lack of processors
     assert prompt(in_cgroup(tenant(), waits, keeper.run, 10))
     assert len(crowd.met()) == STORM
 
 
 @contextlib.contextmanager
 def listening(keeper: Keeper, agent: socket.socket) -> Iterator[socket.socket]:
-    """Have a socket at the place where the agent listens."""
+    """Open a socket at the path at which the agent listens."""
     place = keeper.run / "discover.sock"
     with agent:
         agent.bind(str(place))
@@ -107,7 +107,7 @@ def listening(keeper: Keeper, agent: socket.socket) -> Iterator[socket.socket]:
 
 
 def test_the_agent_receives_one_process_of_an_undecided_storm_at_a_time(keeper: Keeper, cgroup: Make) -> None:
-    """A message about a tenant follows the last one after 50 ms, or after a heartbeat: there is one each 250 ms."""
+    """A message about a tenant is sent 50 ms after the previous one, or after a heartbeat: one each 250 ms."""
 
     def crowd() -> int:
         for _ in range(CROWD):
@@ -134,15 +134,15 @@ def test_the_agent_receives_one_process_of_an_undecided_storm_at_a_time(keeper: 
 
 
 def told_of(agent: socket.socket) -> list[int]:
-    """Return the processes that the gatekeeper's next message names."""
+    """Return the processes that the gatekeeper's next message contains."""
     said = json.loads(agent.recv(4096))
     return [said["tgid"], *said["others"]]
 
 
 def socket_of_few_messages() -> tuple[socket.socket, int]:
-    """Return a socket, and how many messages it takes without being read: 11, the default of a network namespace.
+    """Return a socket, and how many messages it queues without a reader: 11, the default of a network namespace.
 
-    The host may allow many more. The namespace is that of a thread.
+    The host may queue many more. The namespace is that of a thread.
     """
 
     def make() -> tuple[socket.socket, int]:
@@ -154,12 +154,12 @@ def socket_of_few_messages() -> tuple[socket.socket, int]:
         return thread.submit(make).result()
 
 
-def test_an_agent_that_could_not_be_notified_yet_receives_all_at_once(
+def test_an_agent_that_was_not_notified_yet_receives_all_processes_at_once(
     start: Callable[..., Keeper], cgroup: Make
 ) -> None:
-    """The kernel queues few messages for a socket that is not read.
+    """The kernel queues few messages for a socket without a reader.
 
-    All processes are patient, because a process that hangs up meanwhile is not reported afterwards.
+    No process closes its connection during the test, because such a process would not be reported afterwards.
     """
     keeper, patience = start(code=PATIENT), 20.0
     agent, room = socket_of_few_messages()
@@ -178,11 +178,11 @@ def test_an_agent_that_could_not_be_notified_yet_receives_all_at_once(
             child.kill()
 
 
-# -- the fair order alone
+# -- the fair order by itself
 
 
 class Peers:
-    """Connections at a real socket; this process plays all tenants, in the order of `tenants`."""
+    """Connections at a real socket. This process acts as all tenants, in the order of `tenants`."""
 
     def __init__(self, folder: Path, tenants: list[int]) -> None:
         self.tenants = tenants
@@ -236,7 +236,7 @@ def test_tenants_take_turns(peers: Callable[[list[int]], Peers], monkeypatch: py
     assert some.callers.pending()
 
 
-def test_a_tenant_without_time_is_passed_over_unless_the_process_is_new(
+def test_a_tenant_without_time_is_skipped_unless_the_process_is_new(
     peers: Callable[[list[int]], Peers], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(connections, "TURN_NS", 1_000_000_000)
@@ -257,7 +257,7 @@ def wanting(tenant: int, number: int) -> list[Any]:
     return [SimpleNamespace(tenant=tenant, pid=pid, here=True) for pid in range(number)]
 
 
-def test_readers_that_hang_hold_up_their_tenants_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_readers_that_block_delay_only_their_own_tenants(monkeypatch: pytest.MonkeyPatch) -> None:
     let_go, rung = threading.Event(), threading.Event()
 
     def files(pid: int, _: object) -> dict[tuple[int, int], int]:
@@ -290,7 +290,7 @@ def test_readers_that_hang_hold_up_their_tenants_alone(monkeypatch: pytest.Monke
     until(lambda: readers.take() == [] and readers.due_ns() is None)
 
 
-def test_a_tenant_whose_reading_hangs_is_remembered_within_bounds(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_queue_of_a_tenant_whose_reads_block_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     readers = MappingScanner(lambda: None)
     for caller in wanting(7, 10 * MOST_WANTED):
         readers.want(caller)
@@ -303,7 +303,7 @@ def test_a_tenant_whose_reading_hangs_is_remembered_within_bounds(monkeypatch: p
     assert max(map(len, readers._workers._wanted.values())) <= MOST_WANTED
 
 
-def test_the_cgroups_around_one_are_read_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_the_outer_cgroups_of_a_cgroup_are_read_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     asked: list[int] = []
 
     def cgroups(pid: int, root: Path) -> list[int]:

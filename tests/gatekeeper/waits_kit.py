@@ -9,7 +9,7 @@ from tests.gatekeeper.hello_client import hello
 
 
 def waits(run: Path, number: int) -> tuple[list[float], float]:
-    """Return the seconds of each hello, and how far a plain sleep overshot meanwhile, which is the machine's noise."""
+    """Return the seconds of each hello, and the lateness of plain sleeps in between, which is the machine's noise."""
     took, noise = [], 0.0
     for _ in range(number):
         began = time.monotonic()
@@ -22,6 +22,9 @@ def waits(run: Path, number: int) -> tuple[list[float], float]:
 
 
 def prompt(measured: tuple[list[float], float]) -> bool:
-    """Check 50 ms each, except for one. A hello is four turns of the processor, each as late as a sleep may be."""
+    """Check that all hellos but one take at most 50 ms.
+
+    A hello needs a processor four times, each as late as a sleep may be.
+    """
     took, noise = measured
     return sorted(took)[-2] < 0.05 + 4 * noise and max(took) < 0.5 + 4 * noise

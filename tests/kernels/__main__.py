@@ -1,9 +1,9 @@
-"""`./dev test kernels [VERSION…]`: what tells most of the kernel's side, and the thinnest line through the product, in
-a machine that QEMU emulates, with a kernel of a distribution's.
+"""`./dev test kernels [VERSION…]`: selected tests in an emulated machine (QEMU) with a distribution's kernel.
 
-The guest's root is this machine's, below a layer in its memory; the kernel is all that differs. Without KVM, which
-CI's machines lack: some twenty times slower than this machine, so nothing here is part of `./dev test`, and tests are
-chosen by name.
+The tests are those that cover most of the kernel's side, and a few that cover each step of the product. The guest's
+root is this machine's, below a layer in its memory, so only the kernel differs. Without KVM, which CI's machines lack,
+the guest is some twenty times slower than this machine. Nothing here is therefore part of `./dev test`, and tests are
+selected by name.
 """
 
 from __future__ import annotations
@@ -22,26 +22,26 @@ def _only(names: Iterable[str], *files: str) -> tuple[str, ...]:
 
 _HELLO = (
     "test_a_managed_process_gets_all_its_pages",
-    "test_rows_carry_the_pids_of_the_readers_namespace",
-    "test_death_gives_back_every_descriptor_and_page",
+    "test_rows_contain_the_pids_of_the_reader_s_namespace",
+    "test_the_exit_of_a_process_releases_its_descriptors_and_pages",
     "test_the_connecting_process_is_answered",
-    "test_a_socket_whose_process_has_gone_gets_nothing",
-    "test_pages_that_are_passed_on_end_with_their_process",
+    "test_a_socket_whose_process_has_exited_gets_no_answer",
+    "test_pages_passed_to_another_process_end_with_their_own_process",
 )
 _PRODUCT = (
-    "(test_limit_to_the_byte and (2MiB-and or vmm or managed))",
-    "test_context_is_counted_and_given_back",
-    "test_full_tenant_leaves_its_neighbour_alone",
+    "(test_a_limit_is_enforced_to_the_byte and (2MiB-and or vmm or managed))",
+    "test_a_context_is_charged_and_released",
+    "test_a_full_tenant_does_not_affect_its_neighbour",
     "test_killed_processes_release_within_a_second",
-    "test_exec_releases",
+    "test_exec_releases_the_memory_of_the_previous_program",
     "test_a_process_stays_charged_after_its_first_thread_has_exited",
     "test_limits_hold_without_agent_and_gatekeeper",
-    "test_process_started_without_a_gatekeeper_gets_no_memory",
+    "test_a_process_started_without_a_gatekeeper_gets_no_memory",
     "test_restarts_do_not_affect_running_programs",
 )
 _REFUSED = "tests/kernels/refused.py"
-_LINKS = ("test_the_layer_is_released_with_its_last_mapper", "test_links_that_are_gone_are_there_again")
-# Name -> what pytest is given. The ledger's tests are all of them, of the others those that tell most.
+_LINKS = ("test_the_agent_releases_a_layer_after_its_last_process_exits", "test_the_agent_restores_removed_links")
+# Name -> pytest's arguments. All tests of the ledger, and of the other suites those that cover most.
 SUITES = {
     guest.VERIFIER: ("tests/kernels/verify_programs.py",),
     "ledger": ("tests/bpf/test_ledger.py",),
@@ -49,7 +49,7 @@ SUITES = {
     "product": _only(_PRODUCT, *(f"tests/e2e/test_{name}.py" for name in ("limit", "end", "restart"))),
     "links": _only(_LINKS, "tests/e2e/test_private_copies.py", "tests/e2e/test_unpinned.py"),
 }
-UNFIT = {"5.15": "old", "6.11.0-17": "return_probes"}  # the agent does not start there: why, as refused.py names it
+UNFIT = {"5.15": "old", "6.11.0-17": "return_probes"}  # the agent does not start there: why, by its name in refused.py
 
 
 def main() -> int:

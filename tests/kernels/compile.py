@@ -1,6 +1,7 @@
-"""Compiles the kernel's programs here as for another kernel, for verify_programs.py.
+"""Compile the kernel's programs on this machine for another kernel, for verify_programs.py.
 
-To compile takes an emulated machine minutes, to verify a moment. usage: /usr/bin/python3 compile.py MAJOR.MINOR OUT
+A compilation takes an emulated machine minutes, a verification a moment. usage: /usr/bin/python3 compile.py MAJOR.MINOR
+OUT
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ REPOSITORY = Path(__file__).parent.parent.parent
 
 
 def import_compiler() -> ModuleType:
-    """Import the compiler by its file: this interpreter lacks what the package needs."""
+    """Import the compiler by its file: this interpreter lacks the package's dependencies."""
     spec = importlib.util.spec_from_file_location("compiler", REPOSITORY / "fgpu_ebpf/driver/compiler.py")
     assert spec
     assert spec.loader
@@ -25,10 +26,10 @@ def import_compiler() -> ModuleType:
 
 
 def main() -> None:
-    """Writes the image."""
+    """Write the image."""
     compiler, release = import_compiler(), tuple(map(int, sys.argv[1].split(".")))
     compiler.kernel_release = lambda: release
-    compiler.member_offset = lambda *_: 8  # wherever it is there: the verifier does not care
+    compiler.member_offset = lambda *_: 8  # any value: the verifier does not check it
     bcc = compiler.import_bcc()
     image = compiler.image(bcc, compiler.compile_programs(bcc, str(REPOSITORY / "bpf")))
     Path(sys.argv[2]).write_text(json.dumps(image))

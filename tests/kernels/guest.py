@@ -1,4 +1,4 @@
-"""A guest that runs one suite after the other and exits, and the results."""
+"""A guest that runs one suite after another and exits, and the results."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.kernels.images import HERE, KERNELS, Image
 
 CHECKOUT = HERE.parent.parent
 PARTS = ("bench", "e2e", "examples", "headers", "oci", "shim", "sim")  # of build/
-VERIFIER = "verifier"  # the suite that gets what the agent would load there, compiled here
+VERIFIER = "verifier"  # the suite that loads the programs that the agent would load there, compiled on this machine
 MEMORY_MIB = 3072
 _COUNTED = {"failure": "failed", "error": "failed", "skipped": "skipped"}
 # Options that make an emulated processor fast: no wide registers, for which TCG has helpers, and no guard against
@@ -25,7 +25,10 @@ _APPEND = "console=ttyS0 loglevel=4 rdinit=/init panic=1 mitigations=off tsc=rel
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """The numbers of tests. `reasons`: a line for each that failed or was skipped, or for an incomplete suite."""
+    """The numbers of tests.
+
+    `reasons` has a line for each test that failed or was skipped, and for an incomplete suite.
+    """
 
     passed: int = 0
     failed: int = 0
@@ -60,7 +63,7 @@ def _command(image: Image, out: Path) -> list[str]:
     return [
         *("qemu-system-x86_64", "-nodefaults", "-no-reboot", "-display", "none", "-serial", "stdio"),
         *("-machine", "q35", "-accel", "tcg,thread=single,tb-size=512", "-cpu", _PROCESSOR),
-        # Its clock counts instructions, so that no deadline there depends on the speed of this machine; with one
+        # Its clock counts instructions, so that no deadline there depends on the speed of this machine. It has one
         # processor.
         *("-icount", "shift=0", "-smp", "1", "-m", str(MEMORY_MIB)),
         *("-kernel", str(image.kernel), "-initrd", str(image.initramfs), "-append", _APPEND),
@@ -78,7 +81,7 @@ def _read(out: Path, name: str, late: str) -> Outcome:
         return Outcome(passed, failed, reasons=(f"    it did not end{late}: see {log} and {out}/console",))
     last = {(case.get("classname"), case.get("name")): case for case in ElementTree.parse(report).iter("testcase")}
     counts, reasons = {"passed": 0, "failed": 0, "skipped": 0}, []
-    for case in last.values():  # of a repeated test, the last trial
+    for case in last.values():  # the last trial of a repeated test
         found = next((part for part in case if part.tag in _COUNTED), None)
         outcome = "passed" if found is None else _COUNTED[found.tag]
         counts[outcome] += 1

@@ -18,7 +18,7 @@ MODULES = ("virtio_pci", "9pnet_virtio", "9p", "overlay")
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """The place of a kernel. The dependencies of `package` lead to it."""
+    """The place of a kernel. The dependencies of `package` lead to the kernel."""
 
     keys: Path
     archives: tuple[tuple[str, str], ...]  # address and suite
@@ -61,7 +61,7 @@ class Image:
 
 
 def image(version: str) -> Image:
-    """Return the newest kernel of that name at the time of the first call. build/kernels/VERSION keeps it."""
+    """Return the newest kernel of that name at the time of the first call. build/kernels/VERSION stores it."""
     folder = KERNELS / version
     if not (folder / "initramfs").exists():
         _fetch(folder, SOURCES[version], BUSYBOX)
@@ -95,7 +95,7 @@ def _fetch(folder: Path, source: Source, *more: str) -> None:
 
 
 def _packages(folder: Path, source: Source) -> set[str]:
-    """Return names of packages, without a kernel's modules for devices that no guest has."""
+    """Return names of packages, without a kernel's modules for devices that guests do not have."""
     found: set[str] = set()
     asked = {source.package}
     while asked:
@@ -144,7 +144,7 @@ def _initramfs(folder: Path, modules: Path) -> bytes:
 
 
 def _in_order(modules: Path) -> list[str]:
-    """Return paths of modules that are not built into the kernel, each after those that it needs."""
+    """Return paths of modules that are not built into the kernel, each after its dependencies."""
     needs = dict(line.split(":") for line in (modules / "modules.dep").read_text().splitlines())
     paths = {Path(path).name.partition(".ko")[0]: path for path in needs}
 

@@ -1,4 +1,7 @@
-"""The agent does not start where the product cannot work, and says why. The kernels are chosen for that."""
+"""The agent does not start on a kernel where the product cannot work, and reports the reason.
+
+The kernels are chosen for that.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,7 @@ REASONS = {
 
 
 @pytest.mark.parametrize("why", REASONS)
-def test_the_agent_does_not_start(why: str, tmp_path: Path) -> None:
+def test_the_agent_refuses_to_start_and_reports_the_reason(why: str, tmp_path: Path) -> None:
     service = Service(tmp_path)
     service.start_driver()
     try:

@@ -37,7 +37,7 @@ def bpf(command: int, layout: str, *values: int) -> int:
 
 @pytest.fixture(scope="module")
 def maps() -> Iterator[list[int]]:
-    """The maps, in the order in which the code numbers them."""
+    """Return the maps, in the order in which the code numbers them."""
     page = bpf(_MAP_CREATE, "6I", _ARRAY, 4, 4096, 1, _MMAPABLE, 0)
     made = [bpf(_MAP_CREATE, "6I", *form, page if form[0] in _OF_MAPS else 0) for form in SAID["maps"].values()]
     yield made
@@ -46,7 +46,7 @@ def maps() -> Iterator[list[int]]:
 
 
 @pytest.mark.parametrize("name", SAID["programs"])
-def test_the_verifier_takes_it(name, maps):
+def test_the_verifier_accepts_each_program(name, maps):
     code = bytearray.fromhex(SAID["programs"][name])
     for at in range(0, len(code), 8):
         operation, _, number = struct.unpack_from("HhI", code, at)

@@ -1,1 +1,1 @@
-"""The device plugin, as kubelet and pods meet it."""
+"""The device plugin, from the view of kubelet and pods."""

@@ -1,4 +1,4 @@
-"""The path from kubelet's request to a container that has its share of its device, and nothing of another."""
+"""The path from kubelet's request to a container that has its share of its device, and nothing of another device."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def pods(request: pytest.FixtureRequest, service: Service, tmp_path: Path) -> It
 
 
 def assert_only(tenant: Tenant, limits: dict[int, int]) -> None:
-    """Check that the share holds to the byte on these devices, and that others give nothing."""
+    """Check that the share holds to the byte on these devices, and that other devices give nothing."""
     for device in (0, 1):
         client = tenant.client()
         if device not in limits:
@@ -64,7 +64,7 @@ def assert_only(tenant: Tenant, limits: dict[int, int]) -> None:
 
 
 def shown(tenant: Tenant) -> dict[int, int]:
-    """Return its limits by device. A device that gives nothing has no limit here."""
+    """Return the tenant's limits by device, without devices that give nothing."""
     return {seen["gpu"]: seen["limit_bytes"] for seen in tenant.view()["devices"] if seen["limit_bytes"]}
 
 
@@ -97,7 +97,7 @@ def test_a_pod_has_shares_of_two_devices(
     assert_only(pods.pod(answer), {0: GIB, 1: GIB})
 
 
-def test_a_taken_slot_is_no_longer_promised(
+def test_a_used_slot_is_no_longer_offered(
     kubelet: kit.Kubelet, plugin: kit.Plugin, pods: Pods, uuids: list[str]
 ) -> None:
     """Two pods use a device, and a third finds no id. When they have exited, both ids are free again."""
@@ -119,7 +119,7 @@ def test_a_taken_slot_is_no_longer_promised(
 def test_shares_of_devices_do_not_sum_over_devices(
     pods: Pods, uuids: list[str], service: Service, tmp_path: Path
 ) -> None:
-    """All but 1 GiB of each device is requested: together more than one device, but each device counts only its own."""
+    """All but 1 GiB of each device is requested. The sum exceeds one device, but each device counts only its own."""
     (tmp_path / "cdi").mkdir()
     for uuid in uuids:
         spec = (service.cdi / "fgpu.dev-share.json").read_text().replace(f"1gib:{uuid}", f"5gib:{uuid}")
@@ -134,8 +134,10 @@ def test_shares_of_devices_do_not_sum_over_devices(
 
 
 @pytest.mark.parametrize("other", ["4gib:1", "1gib:0", "2gib", "1gib:0 and a policy"])
-def test_shares_that_no_container_can_have_together(pods: Pods, uuids: list[str], service: Service, other: str) -> None:
-    """The shares have one name, are all of single devices, and are within what a policy gives."""
+def test_shares_that_no_container_can_have_together_are_refused(
+    pods: Pods, uuids: list[str], service: Service, other: str
+) -> None:
+    """The shares have one name, are both of single devices, or exceed what a policy gives."""
     share, device = "1gib", uuids[1]
     name = re.sub(r":(\d).*", lambda found: f":{uuids[int(found[1])]}", other)
     said = f"it has fgpu.dev/share={share} already: ask for a single share"
@@ -152,7 +154,7 @@ def test_shares_that_no_container_can_have_together(pods: Pods, uuids: list[str]
         assert said in str(caught.value) or pods._runtime == "crun", caught.value
 
 
-# -- ways ----------------------------------------------------------------------------------------------------------
+# -- ways to pass a device ---------------------------------------------------------------------------------------------
 
 
 def test_a_device_known_to_cdi_is_given_by_cdi(
@@ -172,10 +174,10 @@ def test_a_device_known_to_cdi_is_given_by_cdi(
     assert one.allocate(one.ids[0]).envs["NVIDIA_VISIBLE_DEVICES"] != "void", "device 0 is not in it"
 
 
-def test_devices_by_annotation(
+def test_devices_are_passed_by_annotation_without_cdi_in_kubelet(
     kubelet: kit.Kubelet, start: Callable[..., kit.Plugin], pods: Pods, uuids: list[str]
 ) -> None:
-    """A kubelet without CDI passes annotations, and the runtime reads the names there."""
+    """The runtime reads the names of the devices in the annotations."""
     start("--device-list-strategy", "cdi-annotations")
     one = kubelet.resource("1gib")
     answers = [one.allocate(one.ids[0]), one.allocate(one.ids[1])]
@@ -187,8 +189,10 @@ def test_devices_by_annotation(
     assert_only(pods.pod(answers[0], value.split(",")), {0: GIB})
 
 
-def test_mounts_where_there_is_no_cdi(kubelet: kit.Kubelet, start: Callable[..., kit.Plugin], service: Service) -> None:
-    """The container gets the shim, and the variables that a policy uses."""
+def test_a_container_gets_mounts_and_variables_without_cdi(
+    kubelet: kit.Kubelet, start: Callable[..., kit.Plugin], service: Service
+) -> None:
+    """The mounts are those of the shim, and the variables those that a policy uses."""
     start("--device-list-strategy", "mounts", "--gpu-strategy", "none")
     two = kubelet.resource("2gib-25pct")
     answer = two.allocate(two.ids[0])

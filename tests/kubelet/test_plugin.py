@@ -1,4 +1,4 @@
-"""Tests of what kubelet receives: resources, ids, health; kubelet and plugin may exit independently."""
+"""Tests of the data that kubelet receives: resources, ids, health. Kubelet and plugin may exit independently."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def caps(pid: int) -> set[str]:
     return {line.split()[1] for line in lines if line.startswith("Cap")}
 
 
-def test_a_resource_for_each_profile(kubelet: kit.Kubelet, plugin: kit.Plugin, uuids: list[str]) -> None:
+def test_kubelet_gets_a_resource_for_each_profile(kubelet: kit.Kubelet, plugin: kit.Plugin, uuids: list[str]) -> None:
     two, one, four = (kubelet.resource(name) for name in ("2gib-25pct", "1gib", "4gib"))
     assert sorted((r.version, r.resource_name) for r in kubelet.registrations) == [
         ("v1beta1", f"fgpu.dev/{name}") for name in ("1gib", "2gib-25pct", "4gib")
@@ -50,7 +50,7 @@ def test_a_resource_for_each_profile(kubelet: kit.Kubelet, plugin: kit.Plugin, u
     assert caps(plugin.process.pid) == {"0" * 16}
 
 
-def test_kubelet_restarts(kubelet: kit.Kubelet, plugin: kit.Plugin) -> None:
+def test_the_plugin_registers_again_after_a_restart_of_kubelet(kubelet: kit.Kubelet, plugin: kit.Plugin) -> None:
     before = kubelet.resource("1gib").ids
     for _ in range(2):
         kubelet.stop()
@@ -61,8 +61,8 @@ def test_kubelet_restarts(kubelet: kit.Kubelet, plugin: kit.Plugin) -> None:
         assert len(kubelet.registrations) == 3
 
 
-def test_kubelet_closes_the_connection(kubelet: kit.Kubelet, plugin: kit.Plugin) -> None:
-    """It stays the same kubelet, which no longer listens: the plugin has to register again."""
+def test_the_plugin_registers_again_after_a_closed_connection(kubelet: kit.Kubelet, plugin: kit.Plugin) -> None:
+    """Kubelet is the same process, and has stopped listening."""
     for name in ("1gib", "2gib-25pct", "4gib"):
         kubelet.resource(name)
     kubelet.resources.pop("fgpu.dev/1gib").close()
@@ -79,8 +79,8 @@ def test_the_plugin_starts_before_kubelet(kubelet: kit.Kubelet, start: Start) ->
     assert kubelet.resource("1gib").healthy
 
 
-def test_a_socket_without_a_listener(kubelet: kit.Kubelet, start: Start) -> None:
-    """Kubelet has been killed, and its socket is there. The socket of an earlier plugin is there as well."""
+def test_the_plugin_waits_at_a_socket_without_a_listener(kubelet: kit.Kubelet, start: Start) -> None:
+    """Kubelet has been killed, and its socket still exists. The socket of an earlier plugin exists as well."""
     kubelet.stop()
     (kubelet.folder / "kubelet.sock").unlink(missing_ok=True)
     for name in ("kubelet.sock", "fgpu.dev-1gib.sock"):
@@ -92,7 +92,7 @@ def test_a_socket_without_a_listener(kubelet: kit.Kubelet, start: Start) -> None
     assert kubelet.resource("1gib").healthy
 
 
-def test_a_registration_that_is_refused_is_tried_again(kubelet: kit.Kubelet, start: Start) -> None:
+def test_a_refused_registration_is_repeated(kubelet: kit.Kubelet, start: Start) -> None:
     kubelet.refusing = "not today"
     plugin = start()
     eventually(lambda: "kubelet refuses: invalid_argument: not today" in plugin.said(), 30, "the refusal")
@@ -100,7 +100,7 @@ def test_a_registration_that_is_refused_is_tried_again(kubelet: kit.Kubelet, sta
     assert kubelet.resource("1gib").healthy
 
 
-def test_the_plugin_is_killed_and_comes_back(kubelet: kit.Kubelet, start: Start) -> None:
+def test_a_killed_plugin_registers_again_when_restarted(kubelet: kit.Kubelet, start: Start) -> None:
     first = start()
     before = kubelet.resource("2gib-25pct")
     first.kill()
@@ -111,8 +111,8 @@ def test_the_plugin_is_killed_and_comes_back(kubelet: kit.Kubelet, start: Start)
     assert after.ids == before.ids
 
 
-def test_sigterm_ends_it_within_a_second(kubelet: kit.Kubelet, start: Start) -> None:
-    """Meanwhile streams are open, and an allocation waits for an agent that is stopped."""
+def test_sigterm_ends_the_plugin_within_a_second(kubelet: kit.Kubelet, start: Start) -> None:
+    """Streams are open at that time, and an allocation waits for an agent that is stopped."""
     plugin = start()
     resource = kubelet.resource("1gib")
     agent = commands.ask(verb="ping")["pid"]
@@ -122,7 +122,7 @@ def test_sigterm_ends_it_within_a_second(kubelet: kit.Kubelet, start: Start) -> 
             container_requests=[kubelet.api.ContainerAllocateRequest(devices_ids=resource.ids[:1])]
         )
         pending = resource.plugin.Allocate.future(asked, timeout=30)
-        time.sleep(0.2)  # it is there, or comes too late: both are right
+        time.sleep(0.2)  # the answer may arrive or be too late: both are right
         assert plugin.stop() < 1.5
         assert pending.code() is not None
     finally:
@@ -131,7 +131,7 @@ def test_sigterm_ends_it_within_a_second(kubelet: kit.Kubelet, start: Start) -> 
 
 
 def test_a_stream_that_is_not_read_delays_no_other(kubelet: kit.Kubelet, plugin: kit.Plugin) -> None:
-    """Many streams have a reader that sleeps. Other calls are served meanwhile."""
+    """Many streams have a reader that sleeps. Other calls are served at that time."""
     resource = kubelet.resource("1gib")
     sleepers = [resource.plugin.ListAndWatch(kubelet.api.Empty()) for _ in range(50)]
     for name in ("1gib", "2gib-25pct"):
@@ -142,7 +142,7 @@ def test_a_stream_that_is_not_read_delays_no_other(kubelet: kit.Kubelet, plugin:
         sleeper.cancel()
 
 
-def test_wrong_requests_are_refused(kubelet: kit.Kubelet, plugin: kit.Plugin, uuids: list[str]) -> None:
+def test_invalid_requests_are_refused(kubelet: kit.Kubelet, plugin: kit.Plugin, uuids: list[str]) -> None:
     one, two = kubelet.resource("1gib"), kubelet.resource("2gib-25pct")
 
     def refusal(ask: Callable[[], object]) -> tuple[grpc.StatusCode, str]:
@@ -171,8 +171,10 @@ def test_wrong_requests_are_refused(kubelet: kit.Kubelet, plugin: kit.Plugin, uu
 # -- which ids -----------------------------------------------------------------------------------------------------
 
 
-def test_preferred_slots(kubelet: kit.Kubelet, plugin: kit.Plugin, uuids: list[str]) -> None:
-    """The fuller device comes first, and several ids are of different devices."""
+def test_the_plugin_prefers_slots_of_the_fuller_device(
+    kubelet: kit.Kubelet, plugin: kit.Plugin, uuids: list[str]
+) -> None:
+    """Several ids of one request are on different devices."""
     one = kubelet.resource("1gib")
     first, second = [id_ for id_ in one.ids if id_.startswith(uuids[0])], [i for i in one.ids if i.startswith(uuids[1])]
     assert one.preferred(1, one.ids) == first[:1], "both are empty"
@@ -186,7 +188,7 @@ def test_preferred_slots(kubelet: kit.Kubelet, plugin: kit.Plugin, uuids: list[s
 # -- health --------------------------------------------------------------------------------------------------------
 
 
-def test_without_an_agent_nothing_is_healthy(kubelet: kit.Kubelet, plugin: kit.Plugin, service: Service) -> None:
+def test_no_id_is_healthy_without_an_agent(kubelet: kit.Kubelet, plugin: kit.Plugin, service: Service) -> None:
     one = kubelet.resource("1gib")
     service.kill_agent()
     eventually(lambda: not one.healthy, 30, "unhealthy")
@@ -200,7 +202,9 @@ def test_without_an_agent_nothing_is_healthy(kubelet: kit.Kubelet, plugin: kit.P
     assert kubelet.resource("1gib") is one, "the same registration"
 
 
-def test_devices_unknown_to_nvml(kubelet: kit.Kubelet, plugin: kit.Plugin, service: Service) -> None:
+def test_ids_of_devices_unknown_to_nvml_are_unhealthy(
+    kubelet: kit.Kubelet, plugin: kit.Plugin, service: Service
+) -> None:
     """The driver hangs, or a device is lost."""
     one = kubelet.resource("1gib")
     simd = [SIM / "fgpu-simd", "--fault"]
@@ -215,10 +219,10 @@ def test_devices_unknown_to_nvml(kubelet: kit.Kubelet, plugin: kit.Plugin, servi
     eventually(lambda: one.healthy == one.ids, 60, "healthy")
 
 
-def test_a_device_that_reports_an_xid(
+def test_a_device_with_an_xid_is_unhealthy_until_its_reset(
     kubelet: kit.Kubelet, plugin: kit.Plugin, service: Service, uuids: list[str]
 ) -> None:
-    """An XID that programs cause is counted. Another one makes every id of the device unhealthy until it is reset."""
+    """An XID that programs cause is only counted."""
     one, two = kubelet.resource("1gib"), kubelet.resource("2gib-25pct")
     order = lambda spec: subprocess.run([SIM / "fgpu-simd", "--fault", spec], check=True, timeout=10)  # noqa: E731
 
@@ -258,7 +262,7 @@ def test_a_device_that_reports_an_xid(
     assert healthy() == [1, 1]
 
 
-def test_an_agent_that_restarts_is_not_missed(kubelet: kit.Kubelet, plugin: kit.Plugin, service: Service) -> None:
+def test_an_agent_restart_changes_no_health(kubelet: kit.Kubelet, plugin: kit.Plugin, service: Service) -> None:
     one = kubelet.resource("1gib")
     told = len(one.lists)
     service.kill_agent()
@@ -274,10 +278,10 @@ def tenants(tmp_path: Path) -> Iterator[Place]:
     place.close()
 
 
-def test_room_that_others_take_is_no_longer_offered(
+def test_room_that_other_tenants_use_is_no_longer_offered(
     kubelet: kit.Kubelet, plugin: kit.Plugin, tenants: Place, uuids: list[str]
 ) -> None:
-    """A tenant that is no pod takes all but 3 GiB of each device. It names the devices, so its limit counts at once."""
+    """A tenant outside of pods has all but 3 GiB of each device. It names the devices, so its limit counts at once."""
     two, one = kubelet.resource("2gib-25pct"), kubelet.resource("1gib")
     capacity = min(device["capacity_bytes"] for device in commands.ask(verb="offers")["devices"])
     tenant, memory = tenants.tenant(None), f"{capacity - 3 * GIB}B"
@@ -312,7 +316,7 @@ def sizes(count: int) -> str:
         ("[]", "fgpu.kubelet: the agent offers nothing: list profiles in agent.yaml, and restart it"),
     ],
 )
-def test_more_slots_than_kubelet_takes(
+def test_more_slots_than_kubelet_accepts_are_left_out(
     kubelet: kit.Kubelet, start: Start, service: Service, profiles: str, said: str
 ) -> None:
     before = service.config.read_text()
@@ -338,7 +342,7 @@ def test_more_slots_than_kubelet_takes(
         service.start_agent()
 
 
-def test_doctor_says_whether_kubelet_knows_the_plugin(kubelet: kit.Kubelet, start: Start) -> None:
+def test_doctor_reports_whether_the_plugin_is_registered(kubelet: kit.Kubelet, start: Start) -> None:
     assert "FAIL  device plugin: no device plugin offers 2gib-25pct, 1gib, 4gib" in kit.doctor(kubelet.folder)
     start()
     for name in ("2gib-25pct", "1gib", "4gib"):

@@ -1,7 +1,7 @@
-"""A real kubelet and containerd, if they are provided: a static pod that asks for a share gets it.
+"""A real kubelet and containerd, if they are provided: a static pod that requests a share gets it.
 
-It is not part of continuous integration, because Debian has no package of kubelet. CONTRIBUTING.md says how to build
-it.
+This is not part of continuous integration, because Debian has no package of kubelet. CONTRIBUTING.md describes how to
+build it.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def folder() -> Iterator[Path]:
 
 @pytest.fixture
 def runtime(service: Service, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Containerd]:
-    """Run containerd where it sees kubelet's folder."""
+    """Run containerd in a namespace that has kubelet's folder."""
     monkeypatch.setattr(containerd, "PATH", f"{CONTAINERD}:{containerd.PATH}")
     monkeypatch.setattr(Containerd, "cdi", service.cdi)
     (tmp_path / "engine").mkdir()
@@ -90,7 +90,7 @@ def settings(work: Path, socket: Path) -> dict[str, Any]:
 
 
 def pod(name: str, resource: str) -> dict[str, Any]:
-    """Return a pod that allocates all that it can get, and holds it."""
+    """Return a pod that allocates as much as it can, and holds it."""
     mounts = [{"name": f"m{at}", "mountPath": path, "readOnly": True} for at, path in enumerate(SHARED)]
     volumes = [{"name": f"m{at}", "hostPath": {"path": path}} for at, path in enumerate(SHARED)]
     main = {

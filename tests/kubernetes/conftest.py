@@ -1,4 +1,4 @@
-"""A node with the simulated driver, the image, and what `kubectl apply -f deploy/kubernetes/fgpu.yaml` would bring."""
+"""A node with the simulated driver, the image, and the pods of `kubectl apply -f deploy/kubernetes/fgpu.yaml`."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def driver(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def manifest() -> Path:
-    """Return the manifest that is applied. A module may have another one."""
+    """Return the manifest that is applied. A module may override it."""
     return MANIFESTS / "fgpu.yaml"
 
 

@@ -1,4 +1,4 @@
-"""An image without a package, for tests that are not a full run: it has links to files of this checkout.
+"""An image without a package, for runs other than full ones. It has links to files of this checkout.
 
 A full run has the image that `./dev package image` builds.
 """
@@ -14,7 +14,10 @@ from tests.support.host import BUILD, ROOT
 
 
 def thin(name: str, work: Path) -> Path:
-    """Make an image without a package: commands that call this checkout, which Node mounts, and this machine's /usr."""
+    """Make an image without a package.
+
+    It has commands that call this checkout, which Node mounts, and this machine's /usr.
+    """
     root, out = work / "thin", work / "thin-archive"
     words = {"fgpu": f"{ROOT}/.venv/bin/fgpu", "fgpu-gatekeeper": f"{ROOT}/.venv/bin/fgpu-gatekeeper"}
     words["fgpu-oci"] = f"{BUILD}/oci/fgpu-oci"

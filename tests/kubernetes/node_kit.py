@@ -1,8 +1,8 @@
 """A node without a cluster: containerd, and kubelet's work for a manifest's pod: volumes, mounts, rights, order.
 
-It owns containerd for one test module, at its usual socket, and pods' volumes. The manifest is followed exactly. What
-is no field of it comes as on a node: the driver's files are where NVIDIA's runtime puts them. Pods have no network of
-their own but the node's, which is separate. Imports nothing of fgpu.
+The module runs containerd for one test module, at its usual socket, and pods' volumes. The manifest is followed
+exactly. Parts that are no field of the manifest are as on a node: the driver's files are at the paths where NVIDIA's
+runtime puts them. Pods use the node's network, which is separate. Imports nothing of fgpu.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ from tests.support.wait import eventually
 
 SOCKET = Path("/run/containerd/containerd.sock")
 STATE = Path("/var/lib/fgpu")
-OWN_FOLDERS = (Path("/run"), Path("/var/lib"))  # of the node; on this machine they belong to others
+OWN_FOLDERS = (Path("/run"), Path("/var/lib"))  # of the node; on this machine these folders belong to other programs
 OWN_PIDS, HOST_PIDS = 1, 2  # NamespaceMode.CONTAINER, NODE
 PROPAGATION = {"None": 0, "HostToContainer": 1, "Bidirectional": 2}
 LIBRARIES = "/usr/lib/x86_64-linux-gnu"
-# Files that NVIDIA's runtime gives a container of its runtime class: libraries in the loader's folder, and the device.
+# Files that NVIDIA's runtime adds to containers of its runtime class: libraries in the loader's folder, and the device.
 DRIVER = ("libcuda.so.1", "libnvidia-ml.so.1")
 # Kubelet's defaults for a container without its own procMount.
 MASKED = ("asound", "acpi", "kcore", "keys", "latency_stats", "timer_list", "timer_stats", "sched_debug", "scsi")
@@ -107,7 +107,7 @@ class Container:
         for number, value in fields(answer):
             if number == 2 and dict(fields(value)).get(1) == b"info":
                 pid = int(json.loads(dict(fields(value))[2])["pid"])
-                # a signal to 0 would be one to this process
+                # a signal to pid 0 would reach this process
                 assert pid > 1, f"{self.spec['name']} has ended: {self.log}"
                 return pid
         raise AssertionError("no pid")
@@ -149,7 +149,7 @@ class Container:
 
 @dataclass
 class Pod:
-    """A pod of a manifest's template."""
+    """A pod with the template of a manifest."""
 
     node: Node
     spec: Mapping[str, Any]
@@ -169,7 +169,7 @@ class Pod:
         return self.containers[name]
 
     def begin(self) -> None:
-        """Start init containers one after the other, then the others."""
+        """Start the init containers one after another, then the others."""
         for spec in self.spec.get("initContainers", ()):
             one = self.start(spec["name"])
             assert one.ended() == 0, f"{spec['name']}: {one.log}"
@@ -193,7 +193,7 @@ class Pod:
 
 
 class Node(Containerd):
-    """containerd, and the actions of kubelet. `manifests`: the files that `kubectl apply` would get."""
+    """containerd, and the actions of kubelet. `manifests` has the files that `kubectl apply` would get."""
 
     def __init__(self, work: Path, manifests: Sequence[Mapping[str, Any]]) -> None:
         self.memory, self.pods_of_manifests = work / "memory", list[Pod]()
@@ -370,7 +370,10 @@ class Node(Containerd):
 
 
 def _security(pod: Pod, context: Mapping[str, Any]) -> bytes:
-    """Return LinuxContainerSecurityContext. An unknown field fails, because it would be a right that is not tested."""
+    """Return LinuxContainerSecurityContext.
+
+    An unknown field is an error, because it would be a right that is not tested.
+    """
     known = {"runAsUser", "runAsGroup", "readOnlyRootFilesystem", "allowPrivilegeEscalation", "seccompProfile"}
     assert set(context) <= known | {"capabilities", "appArmorProfile"}, context
     assert context["allowPrivilegeEscalation"] is False

@@ -1,5 +1,6 @@
-"""Tests of deploy/helm/fgpu: its output is valid for Kubernetes, gives no right that is not listed, and equals
-deploy/kubernetes. Without helm, a digest of their sources guards the rendered files.
+"""Tests of deploy/helm/fgpu: its output is valid, gives only listed rights, and equals deploy/kubernetes.
+
+Without helm, a digest of their sources guards the rendered files.
 """
 
 from __future__ import annotations
@@ -77,7 +78,7 @@ spec:
     limit: 8GiB
     max: 16GiB
 """
-# What is replaced in POLICY, with what, and helm's error.
+# The replaced text in POLICY, its replacement, and helm's error.
 BROKEN = {
     ("limit: 8GiB", "limit: 8GB"): '10.yaml:10: spec.memory.limit: "8GB" is not valid: write it as 8GiB or 50%',
     ("limit: 50%", "limit: 50"): "10.yaml:8: spec.compute.limit: 50 is no string: write it as 50%",
@@ -94,7 +95,7 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
-def test_kubernetes_takes_it_and_knows_every_field(path: Path) -> None:
+def test_kubernetes_s_schema_accepts_every_field(path: Path) -> None:
     found = objects(path)
     assert len(found) >= 3
     for one in found:
@@ -108,7 +109,7 @@ def test_kubernetes_takes_it_and_knows_every_field(path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
-def test_no_account_has_more_rights_than_named(path: Path) -> None:
+def test_no_account_has_more_rights_than_listed(path: Path) -> None:
     harmless = {"ConfigMap", "DaemonSet", "NetworkPolicy", "ServiceAccount"}
     assert {one["kind"] for one in objects(path)} <= {*harmless, *OPERATOR}
     for one in sets(path):
@@ -125,7 +126,7 @@ def test_no_account_has_more_rights_than_named(path: Path) -> None:
             assert "memory" in container["resources"]["limits"]
 
 
-def test_agent_and_gatekeeper_may_what_their_units_may() -> None:
+def test_agent_and_gatekeeper_have_the_rights_of_their_units() -> None:
     more = {"SYS_NICE"}  # systemd sets the priority itself
     less = {"gatekeeper": set[str](), "agent": {"CHOWN", "DAC_OVERRIDE"}}  # no group fgpu, no `fgpu run`
     found = {c["name"]: c for one in sets(MADE / "fgpu.yaml") for c in containers(one)}
@@ -144,7 +145,7 @@ def test_every_mount_has_its_volume_and_every_volume_its_mount() -> None:
             assert sorted(volumes) == sorted(mounted), (path, one["metadata"]["name"])
 
 
-def test_rules_and_dashboards_are_those_of_dashboards() -> None:
+def test_rules_and_dashboards_equal_those_of_the_folder_dashboards() -> None:
     values = yaml.safe_load((HERE / "values/everything.yaml").read_text())
     runbooks = values["prometheusRule"]["runbooks"]
     rules = (ROOT / "dashboards/rules.yaml").read_text().replace("https://fgpu.example/runbooks.html", runbooks)
@@ -160,7 +161,7 @@ def test_rules_and_dashboards_are_those_of_dashboards() -> None:
         )
 
 
-def test_prometheus_finds_the_agents_and_leaves_tenants_their_names() -> None:
+def test_prometheus_finds_the_agents_and_keeps_the_names_of_tenants() -> None:
     spec = of_kind("everything", "PodMonitor")["spec"]
     (agent,) = [one for one in sets(HERE / "rendered/everything.yaml") if one["metadata"]["name"] == "fgpu-agent"]
     labels = agent["spec"]["template"]["metadata"]["labels"]
@@ -171,8 +172,8 @@ def test_prometheus_finds_the_agents_and_leaves_tenants_their_names() -> None:
     assert endpoint["port"] in [port["name"] for c in containers(agent) for port in c.get("ports", ())]
 
 
-def test_settings_are_what_an_agent_reads(tmp_path: Path) -> None:
-    """The agent.yaml is valid, according to `fgpu doctor`."""
+def test_the_settings_are_a_valid_agent_yaml(tmp_path: Path) -> None:
+    """`fgpu doctor` accepts the agent.yaml."""
     for path in FILES:
         for one in objects(path):
             if "agent.yaml" not in one.get("data", {}):
@@ -185,7 +186,7 @@ def test_settings_are_what_an_agent_reads(tmp_path: Path) -> None:
             assert check["ok"], (path, check)
 
 
-def test_rendered_files_are_of_this_chart() -> None:
+def test_rendered_files_belong_to_this_chart() -> None:
     files = sorted(
         (str(path.relative_to(ROOT)), path)
         for folder in (CHART, HERE / "values")
@@ -208,13 +209,13 @@ def merged(values: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
 
 
 def errors(changes: str) -> list[str]:
-    """Return what the schema says of values."""
+    """Return the errors of the schema for these values."""
     values = merged(yaml.safe_load((CHART / "values.yaml").read_text()), yaml.safe_load(changes) or {})
     schema = json.loads((CHART / "values.schema.json").read_text())
     return [f"{error.json_path}: {error.message}" for error in jsonschema.Draft7Validator(schema).iter_errors(values)]
 
 
-def test_the_schema_takes_the_values_that_are_used() -> None:
+def test_the_schema_accepts_the_used_values() -> None:
     assert errors("") == []
     for path in (HERE / "values").glob("*.yaml"):
         assert errors(path.read_text()) == [], path
@@ -250,18 +251,18 @@ def test_the_schema_has_each_key_and_no_more() -> None:
 
 
 @pytest.mark.parametrize("values", WRONG)
-def test_the_schema_refuses(values: str) -> None:
+def test_the_schema_refuses_invalid_values(values: str) -> None:
     assert any(WRONG[values] in error for error in errors(values)), errors(values)
 
 
-def test_the_schema_of_policies_is_that_of_the_agent() -> None:
+def test_the_schema_of_policies_equals_that_of_the_agent() -> None:
     command = [ROOT / ".venv/bin/fgpu", "policy", "schema"]
     printed = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
     made = (CHART / "files/policy.schema.json").read_text()
     assert made == printed, "run .venv/bin/fgpu policy schema >deploy/helm/fgpu/files/policy.schema.json"
 
 
-def test_the_icon_is_a_picture() -> None:
+def test_the_icon_is_a_valid_image() -> None:
     icon = yaml.safe_load((CHART / "Chart.yaml").read_text())["icon"]
     picture = base64.b64decode(icon.removeprefix("data:image/svg+xml;base64,"), validate=True)
     assert ElementTree.fromstring(picture).tag == "{http://www.w3.org/2000/svg}svg"
@@ -276,7 +277,7 @@ def template(values: str, work: Path) -> subprocess.CompletedProcess[str]:
 
 @needs_helm
 @pytest.mark.parametrize("values", WRONG)
-def test_helm_refuses(values: str, tmp_path: Path) -> None:
+def test_helm_refuses_invalid_values(values: str, tmp_path: Path) -> None:
     done = template(values, tmp_path)
     assert done.returncode
     assert "don't meet the specifications of the schema" in done.stderr
@@ -295,7 +296,7 @@ def test_helm_refuses_a_policy_with_its_line(change: tuple[str, str], tmp_path: 
 
 
 @needs_helm
-def test_helm_takes_every_policy_of_the_examples(tmp_path: Path) -> None:
+def test_helm_accepts_every_policy_of_the_examples(tmp_path: Path) -> None:
     texts = {path.name: path.read_text() for path in (ROOT / "examples/policy.d").glob("*.yaml")}
     assert texts
     for policies in (texts, {"all.yaml": "---\n".join([POLICY, *texts.values()])}):
@@ -311,7 +312,7 @@ def test_a_device_plugin_without_profiles_is_refused(tmp_path: Path) -> None:
 
 
 @needs_helm
-def test_helm_renders_what_is_in_the_repository(tmp_path: Path) -> None:
+def test_helm_renders_the_committed_files(tmp_path: Path) -> None:
     subprocess.run([MADE / "render", tmp_path], check=True, capture_output=True, timeout=120)
     for path in FILES:
         assert (tmp_path / path.relative_to(ROOT)).read_text() == path.read_text(), AGAIN
@@ -328,7 +329,7 @@ def test_helm_lint_has_no_findings(values: Path | None) -> None:
 
 
 @needs_helm
-def test_a_missing_operator_is_named(tmp_path: Path) -> None:
+def test_an_error_names_a_missing_operator(tmp_path: Path) -> None:
     done = template("podMonitor: {enabled: true}", tmp_path)
     assert done.returncode
     assert "install it first" in done.stderr

@@ -1,7 +1,6 @@
-"""Tests of deploy/kubernetes on a real containerd and runc, with exactly the rights that it lists: no cluster, no
-kubectl.
+"""Tests of deploy/kubernetes on a real containerd and runc, with exactly its rights: no cluster, no kubectl.
 
-The tests follow each other on one node, from the first pod to a node as it was before.
+The tests follow one another on one node, from the first pod to the node's state before the installation.
 """
 
 from __future__ import annotations
@@ -45,7 +44,7 @@ DETACH = ROOT / "deploy/kubernetes/detach.yaml"
 
 @pytest.fixture(scope="module")
 def pods(node: node_kit.Node) -> dict[str, node_kit.Pod]:
-    """Return both DaemonSets' pods, up by their own probes."""
+    """Return the pods of both DaemonSets, which are ready by their own probes."""
     return {name: node.apply(f"fgpu-{name}") for name in ("gatekeeper", "agent")}
 
 
@@ -73,7 +72,7 @@ def test_each_container_has_only_the_rights_of_the_manifest(pods: dict[str, node
         assert (code, "Read-only file system" in said) == (1, True), said
 
 
-def test_a_pod_gets_what_the_config_map_says_and_then_what_it_says_next(node: node_kit.Node, tenant: Tenant) -> None:
+def test_a_pod_gets_the_limit_of_the_config_map_and_of_its_next_version(node: node_kit.Node, tenant: Tenant) -> None:
     for limit in (1, 2):
         node.publish("fgpu-policies", {"10-dev.yaml": POLICY.format(limit=limit)})
         eventually(lambda limit=limit: limits().get(tenant.name) == limit * GIB, 30, f"{limits()}")
@@ -84,11 +83,11 @@ def test_a_pod_gets_what_the_config_map_says_and_then_what_it_says_next(node: no
     assert tenant.assert_exact() == GIB + CONTEXT
     node.publish("fgpu-policies", {"10-dev.yaml": POLICY.format(limit=3)})
     eventually(lambda: limits().get(tenant.name) == 3 * GIB, 30, f"{limits()}")
-    client.ok(f"alloc {GIB}")  # a running program sees it too
+    client.ok(f"alloc {GIB}")  # a running program reads it too
     client.close()
 
 
-def test_a_pods_annotation_goes_as_far_as_the_policy_lets_it(node: node_kit.Node, tenant: Tenant) -> None:
+def test_a_pod_s_annotation_applies_as_far_as_the_policy_allows(node: node_kit.Node, tenant: Tenant) -> None:
     asking = node.run("train-1", {}, {"fgpu.dev/memory": "4GiB"}).container("main")
     eventually(lambda: limits().get(asking.name) == 4 * GIB, 30, f"{limits()}")
 
@@ -107,9 +106,7 @@ def test_metrics_name_the_tenant(node: node_kit.Node, tenant: Tenant) -> None:
     assert re.search(rf'fgpu_tenant_enforcement\{{[^}}]*tenant="{tenant.name}"[^}}]*\}} 1', page), page
 
 
-def test_the_gatekeeper_answers_and_limits_hold_while_there_is_no_agent(
-    pods: dict[str, node_kit.Pod], tenant: Tenant
-) -> None:
+def test_the_gatekeeper_answers_and_limits_hold_without_an_agent(pods: dict[str, node_kit.Pod], tenant: Tenant) -> None:
     gatekeeper = pods["gatekeeper"].containers["gatekeeper"]
     before = gatekeeper.pid
     pods["agent"].containers["agent"].kill()
@@ -126,7 +123,7 @@ def test_the_gatekeeper_answers_and_limits_hold_while_there_is_no_agent(
     eventually(lambda: limits().get(tenant.name) == 3 * GIB, 30, f"{limits()}")
 
 
-def test_the_next_gatekeeper_waits_beside_the_last_and_follows_it(
+def test_the_next_gatekeeper_waits_beside_the_last_and_takes_over(
     node: node_kit.Node, pods: dict[str, node_kit.Pod], tenant: Tenant
 ) -> None:
     """A DaemonSet with maxSurge: 1 is rolled out."""
@@ -175,8 +172,8 @@ def test_each_lives_within_its_limit_of_memory(node: node_kit.Node, pods: dict[s
             assert peak < limit, name  # at the limit the kernel reclaims, or kills
 
 
-@pytest.mark.flaky(reruns=0)  # the node is detached afterwards
-def test_detach_leaves_a_node_as_it_was(node: node_kit.Node, pods: dict[str, node_kit.Pod]) -> None:
+@pytest.mark.flaky(reruns=0)  # the node is detached after this test
+def test_a_detach_restores_the_node_to_its_earlier_state(node: node_kit.Node, pods: dict[str, node_kit.Pod]) -> None:
     left = [Path("/run/fgpu"), Path("/sys/fs/bpf/fgpu"), Path("/var/lib/fgpu"), Path("/run/cdi")]
     assert [path.exists() for path in left] == [True] * 4
     node.end_tenants()
@@ -184,7 +181,7 @@ def test_detach_leaves_a_node_as_it_was(node: node_kit.Node, pods: dict[str, nod
     node.objects |= {(one["kind"], one["metadata"]["name"]): one for one in node_kit.manifests(DETACH)}
     detach = node.make("fgpu-agent").start("detach")
     eventually(lambda: "gatekeeper: ends" in pods["gatekeeper"].containers["gatekeeper"].log, 60, detach.log)
-    pods["gatekeeper"].start("gatekeeper")  # as kubelet does until its DaemonSet is gone, a moment later
+    pods["gatekeeper"].start("gatekeeper")  # as kubelet does until the DaemonSet is removed, a moment later
     pods["gatekeeper"].end()
     eventually(lambda: detach.probe("readinessProbe"), 60, detach.log)
     assert [path for path in left if path.exists()] == []

@@ -1,7 +1,6 @@
-"""The chart's device plugin as a pod, with exactly the rights that it lists, between a stand-in for kubelet and the
-agent's pod.
+"""The chart's device plugin as a pod with exactly its listed rights, a stand-in for kubelet, and the agent's pod.
 
-The tests follow each other on one node.
+The tests follow one another on one node.
 """
 
 from __future__ import annotations
@@ -76,7 +75,7 @@ def test_the_plugin_has_no_rights_but_those_listed(plugin: node_kit.Pod) -> None
         assert (code, "Read-only file system" in said) == (1, True), said
 
 
-def test_it_registers_and_lists(kubelet: kubelet_kit.Kubelet, plugin: node_kit.Pod) -> None:
+def test_the_plugin_registers_and_lists_its_ids(kubelet: kubelet_kit.Kubelet, plugin: node_kit.Pod) -> None:
     (uuid,) = [device["uuid"] for device in ask(verb="snapshot")["devices"]]
     for name, count in ((SHARE, 2), ("1gib", 3)):
         resource = kubelet.resource(name)
@@ -85,7 +84,7 @@ def test_it_registers_and_lists(kubelet: kubelet_kit.Kubelet, plugin: node_kit.P
     assert {request.version for request in kubelet.registrations} == {"v1beta1"}
 
 
-def test_a_pod_has_what_is_allocated_and_no_more(kubelet: kubelet_kit.Kubelet, pods: pods_kit.Pods) -> None:
+def test_a_pod_has_its_allocated_share_and_no_more(kubelet: kubelet_kit.Kubelet, pods: pods_kit.Pods) -> None:
     """The pod has its share to the byte, by the driver's own figures."""
     resource = kubelet.resource(SHARE)
     answer = resource.allocate(resource.ids[0])
@@ -102,7 +101,9 @@ def test_a_pod_has_what_is_allocated_and_no_more(kubelet: kubelet_kit.Kubelet, p
     assert share == 0.25
 
 
-def test_kubelet_restarts_and_the_plugin_registers_again(kubelet: kubelet_kit.Kubelet, plugin: node_kit.Pod) -> None:
+def test_the_plugin_registers_again_after_a_restart_of_kubelet(
+    kubelet: kubelet_kit.Kubelet, plugin: node_kit.Pod
+) -> None:
     before = plugin.containers["device-plugin"].pid
     kubelet.stop()
     kubelet.registrations.clear()
@@ -111,7 +112,7 @@ def test_kubelet_restarts_and_the_plugin_registers_again(kubelet: kubelet_kit.Ku
     assert plugin.containers["device-plugin"].pid == before
 
 
-def test_it_is_killed_and_comes_back(kubelet: kubelet_kit.Kubelet, plugin: node_kit.Pod) -> None:
+def test_a_killed_plugin_pod_registers_again_when_restarted(kubelet: kubelet_kit.Kubelet, plugin: node_kit.Pod) -> None:
     before = kubelet.resource(SHARE)
     plugin.containers["device-plugin"].kill()
     plugin.containers["device-plugin"].ended()
@@ -120,9 +121,9 @@ def test_it_is_killed_and_comes_back(kubelet: kubelet_kit.Kubelet, plugin: node_
     assert after.ids == before.ids
 
 
-@pytest.mark.flaky(reruns=0)  # the device stays broken afterwards
-def test_a_device_that_fails_is_reported_in_the_agents_pod(kubelet: kubelet_kit.Kubelet, plugin: node_kit.Pod) -> None:
-    """The agent's pod has no additional rights for it."""
+@pytest.mark.flaky(reruns=0)  # the device stays broken after this test
+def test_a_failed_device_is_reported_from_the_agent_s_pod(kubelet: kubelet_kit.Kubelet, plugin: node_kit.Pod) -> None:
+    """The agent's pod has no additional rights for this."""
     resource = kubelet.resource(SHARE)
     eventually(lambda: resource.healthy == resource.ids, 20, "healthy")
     subprocess.run([SIM / "fgpu-simd", "--fault", "xid=79"], check=True, timeout=10)
@@ -132,10 +133,10 @@ def test_a_device_that_fails_is_reported_in_the_agents_pod(kubelet: kubelet_kit.
     assert "it has reported XID 79" in caught.value.details()
 
 
-def test_it_lives_within_its_limit_of_memory(
+def test_the_plugin_lives_within_its_limit_of_memory(
     node: node_kit.Node, kubelet: kubelet_kit.Kubelet, plugin: node_kit.Pod
 ) -> None:
-    """A full run starts it without files in the page cache, because cached files are charged to their readers."""
+    """A full run starts the pod without files in the page cache, because cached files are charged to their readers."""
     if os.environ.get("FGPU_TEST_SCALE") == "full":
         Path("/proc/sys/vm/drop_caches").write_text("1")
         plugin.containers["device-plugin"].kill()
@@ -153,7 +154,9 @@ def test_it_lives_within_its_limit_of_memory(
             assert peak < limit, name
 
 
-@pytest.mark.flaky(reruns=0)  # the pod is gone afterwards
-def test_its_end_leaves_nothing_in_kubelets_folder(kubelet: kubelet_kit.Kubelet, plugin: node_kit.Pod) -> None:
+@pytest.mark.flaky(reruns=0)  # the pod has ended after this test
+def test_the_end_of_the_plugin_leaves_nothing_in_kubelet_s_folder(
+    kubelet: kubelet_kit.Kubelet, plugin: node_kit.Pod
+) -> None:
     plugin.end()
     assert [path.name for path in KUBELET.iterdir()] == ["kubelet.sock"]

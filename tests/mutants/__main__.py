@@ -22,7 +22,7 @@ Mutant = Patch | Rule
 
 
 def chosen(names: list[str]) -> list[Mutant]:
-    """Return the mutants with these names or rows. SystemExit: there is no such name or row."""
+    """Return the mutants with these names or rows. Raise SystemExit if there is no such name or row."""
     every: list[Mutant] = [*patches(), *map(Rule, RULES)]
     for name in names:
         if not any(name in (mutant.name, mutant.row) for mutant in every):
@@ -39,7 +39,7 @@ class Trial:
         self.passed: dict[tuple[str, ...], bool] = {}  # tests -> they pass without a mutant
 
     def killed(self, mutant: Mutant) -> bool:
-        """Print whether its tests fail with the mutant, with their output if they do not. Return the same."""
+        """Return whether its tests fail with the mutant. Print this, with their output if they pass."""
         log = self.folder / f"{mutant.name}.log"
         log.touch()  # no test runs for a mutant whose tests failed without an earlier mutant
         said = self._try(mutant, log)

@@ -13,13 +13,13 @@ import pytest
 
 
 class Outcome(enum.IntEnum):
-    """The result of a run of tests, in exit statuses that neither Python nor a shell uses."""
+    """The result of a run of tests, as exit statuses that neither Python nor a shell uses."""
 
     PASSED = 0
-    ASSERTED = 40  # a test's assertion failed
-    HUNG = 41  # its time was over
-    RAISED = 42  # something else was raised in a test
-    BROKE = 43  # it was not collected, not set up, skipped or not found: no result
+    ASSERTED = 40  # an assertion of a test failed
+    HUNG = 41  # its time limit was over
+    RAISED = 42  # a test raised another exception
+    BROKE = 43  # a test was not collected, not set up, skipped or not found: no result
 
 
 def outcome_of(error: BaseException) -> Outcome:
@@ -62,7 +62,7 @@ class Judge:
     def outcome(self, code: int) -> Outcome:
         """Return the outcome of the whole run, whose exit status was `code`."""
         if code == pytest.ExitCode.OK and self.passed:
-            return Outcome.PASSED  # although a first trial may have failed
+            return Outcome.PASSED  # even if a first trial has failed
         if code != pytest.ExitCode.TESTS_FAILED or Outcome.BROKE in self.ends:
             return Outcome.BROKE
         return min(self.ends, default=Outcome.BROKE)

@@ -1,12 +1,12 @@
-"""Patches that take the defence of one row of docs/security.md away: NAME.patch beside this file.
+"""Patches that remove the defence of one row of docs/security.md: NAME.patch beside this file.
 
-A patch begins with its header, lines `Key: value`, and is else what `git diff` prints:
+A patch begins with its header, lines `Key: value`, and continues with the output of `git diff`:
 
     Row: T7
-    Test: tests/gatekeeper/test_abuse.py::test_malformed_messages_cost_their_sender_the_connection
+    Test: tests/gatekeeper/test_abuse.py::test_a_malformed_message_closes_the_connection_of_its_sender
     Removes: one sentence that says what is taken away
 
-The test's assertion must fail with it. Where it cannot but hang, the header says `Hangs:` and why.
+The test's assertion must fail with the patch. If the test can only hang, the header has `Hangs:` with the reason.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Patch:
     row: str
     test: str
     removes: str
-    compiled: bool  # changes what `./dev build` makes
+    compiled: bool  # whether it changes files that `./dev build` compiles
     kills: frozenset[Outcome]
 
     @property
@@ -42,12 +42,12 @@ class Patch:
         return HERE / f"{self.name}.patch"
 
     def apply(self, root: Path, *how: str) -> None:
-        """Takes the defence away in the tree at `root`; CalledProcessError where it does not apply."""
+        """Remove the defence in the tree at `root`. Raise CalledProcessError if the patch does not apply."""
         subprocess.run(["git", "apply", *how, self.path], cwd=root, check=True, capture_output=True, text=True)
 
 
 def read(path: Path) -> Patch:
-    """The patch in a file; SystemExit where its header lacks something."""
+    """Return the patch in a file. Raise SystemExit if its header is incomplete."""
     text = path.read_text(encoding="utf-8")
     head = dict(re.findall(r"^(\w+): (.+)$", text.partition("\ndiff --git ")[0], re.MULTILINE))
     if not {"Row", "Test", "Removes"} <= head.keys() <= {"Row", "Test", "Removes", "Hangs"}:
@@ -57,6 +57,6 @@ def read(path: Path) -> Patch:
 
 
 def patches() -> list[Patch]:
-    """All of them, in the order of their rows."""
+    """Return all patches, in the order of their rows."""
     found = [read(path) for path in sorted(HERE.glob("*.patch"))]
     return sorted(found, key=lambda patch: (patch.row[:1] == "F", int(patch.row[1:]), patch.name))

@@ -1,6 +1,6 @@
 """Rules of the kernel's ledger, each with the replacement that breaks it: one text in one of bpf/*.bpf.*.
 
-The whole of tests/bpf is what must notice.
+The tests in tests/bpf together must detect each broken rule.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from pathlib import Path
 
 from tests.mutants.judge import Outcome
 
-TESTS = ("tests/bpf", "--ignore=tests/bpf/test_arm64.py")  # which compares compilers, and takes half of the time
+TESTS = ("tests/bpf", "--ignore=tests/bpf/test_arm64.py")  # that file compares compilers, and takes half of the time
 RELEASES_ALL = """\
     u32 tgid = id >> 32;
     struct fgpu_process *p = processes.lookup(&tgid);
@@ -292,7 +292,7 @@ class Rule:
     removes = "a rule of the ledger"
 
     def place(self, root: Path) -> Path:
-        """Return the only file that has its text. SystemExit: there is no such file, or more than one."""
+        """Return the only file that contains its text. Raise SystemExit if there is no such file, or more than one."""
         texts = {path: path.read_text(encoding="utf-8") for path in (root / "bpf").glob("*.bpf.[ch]")}
         found = [path for path, text in texts.items() for _ in range(text.count(RULES[self.name][0]))]
         if len(found) != 1:

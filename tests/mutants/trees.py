@@ -1,8 +1,8 @@
 """Copies of this tree in which tests run as in the tree itself.
 
-A copy has the sources and the built files. Large parts that never change are shared with the tree. It is mounted over
-the tree in a separate mount namespace, so that every path means the copy: those in .venv, those that tests print, the
-working directory. The tree itself is never written.
+A copy has the sources and the built files. Large parts that never change are shared with the tree. The copy is mounted
+over the tree in a separate mount namespace, so that every path means the copy: those in .venv, those that tests print,
+and the working directory. The tree itself is never written.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from tests.mutants.judge import Outcome
 
 ROOT = Path(__file__).resolve().parents[2]
 BUILT = ("bench", "e2e", "examples", "headers", "oci", "shim", "sim")  # in build/; the rest is shared
-# The first argument is a copy; then what it shares with the tree, up to `--`; then the command.
+# The arguments are a copy, the parts that it shares with the tree, `--`, and the command.
 ALONE = """
 root=$PWD copy=$1
 shift
@@ -40,7 +40,7 @@ class Tree:
         self.copy = copy
         self.shared = of.shared if of else _copy(copy)
         if of:
-            shutil.copytree(of.copy, copy, symlinks=True)  # times too: make looks at them
+            shutil.copytree(of.copy, copy, symlinks=True)  # with time stamps, which make compares
 
     def judge(self, *tests: str, once: bool, log: Path) -> Outcome:
         """Return how these tests end in the copy. Their output goes to `log`."""
@@ -48,7 +48,7 @@ class Tree:
         return Outcome(self._run(log, *judge, "-q", "-x", "--timeout=120", *tests))
 
     def build(self, log: Path) -> bool:
-        """Compile what is older than its source. Return whether that succeeds."""
+        """Compile outdated files. Return whether that succeeds."""
         return self._run(log, "./dev", "build") == 0
 
     def _run(self, log: Path, *command: str) -> int:
@@ -60,7 +60,7 @@ class Tree:
 
 
 def _copy(copy: Path) -> list[str]:
-    """Copy sources and built files. Return what is to be mounted instead, by its path in the tree."""
+    """Copy sources and built files. Return the folders to mount instead, by their path in the tree."""
     listed = subprocess.run(
         ["git", "ls-files", "-coz", "--exclude-standard"], cwd=ROOT, check=True, capture_output=True, text=True
     )

@@ -11,7 +11,7 @@ from tests.support import fresh_host
 from tests.support import packages as kit
 
 
-@pytest.fixture(scope="module")  # not the session's: other suites start one of their own
+@pytest.fixture(scope="module")  # not of the session: other suites start their own driver
 def driver(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Run fgpu-simd with one device of 16 GiB."""
     with kit.driver(tmp_path_factory.mktemp("driver") / "log", "16GiB", 5):
@@ -36,13 +36,13 @@ def _packaged(kind: str) -> None:
 
 @pytest.fixture(scope="session")
 def wheel() -> Path:
-    """The wheel of this tree."""
+    """Return the wheel of this tree."""
     _packaged("wheel")
     return kit.package("fgpu_ebpf-*.whl")
 
 
 @pytest.fixture(scope="session")
 def deb() -> Path:
-    """The Debian package of this tree."""
+    """Return the Debian package of this tree."""
     _packaged("deb")
     return kit.package("fgpu_*.deb")

@@ -41,7 +41,9 @@ READ = {f"/usr/share/doc/fgpu/{name}" for name in ("docs/index.md", "docs/runboo
 READ |= {f"/usr/share/man/man1/fgpu{name}.1.gz" for name in ("", "-status", "-policy-check")}
 
 
-def test_install_enforce_purge(host: fresh_host.Host, deb: Path, tmp_path: Path) -> None:
+def test_install_enforce_purge_takes_two_commands_and_leaves_nothing(
+    host: fresh_host.Host, deb: Path, tmp_path: Path
+) -> None:
     settings = host.root / "etc/docker/daemon.json"
     settings.parent.mkdir(exist_ok=True)
     settings.write_text('{"debug": true}')
@@ -81,7 +83,7 @@ def test_install_enforce_purge(host: fresh_host.Host, deb: Path, tmp_path: Path)
     assert Path("/proc/mounts").read_text() == mounts
 
 
-def test_purge_removes_what_a_dead_agent_left(host: fresh_host.Host, deb: Path, tmp_path: Path) -> None:
+def test_a_purge_removes_the_state_of_a_dead_agent(host: fresh_host.Host, deb: Path, tmp_path: Path) -> None:
     before = fresh_host.listing(host.root)
     host.install(deb)
     host.start_agent(tmp_path / "log")
@@ -89,14 +91,14 @@ def test_purge_removes_what_a_dead_agent_left(host: fresh_host.Host, deb: Path, 
     host.agent.kill()
     host.agent.wait(60)
     assert host.pins()
-    (host.root / "usr/bin/fgpu").write_text("#!/bin/sh\nexit 1\n")  # not even its own command helps
+    (host.root / "usr/bin/fgpu").write_text("#!/bin/sh\nexit 1\n")  # the purge works without its own command
     said = host.apt("purge", "fgpu")
     assert "what is pinned is taken away all the same" in said.stdout + said.stderr
     assert_nothing_left(host, before)
 
 
-def test_upgrade_under_load(host: fresh_host.Host, deb: Path, tmp_path: Path) -> None:
-    """One tenant holds its limit all the time, one starts program after program: neither notices."""
+def test_an_upgrade_under_load_affects_no_tenant(host: fresh_host.Host, deb: Path, tmp_path: Path) -> None:
+    """One tenant is at its limit all the time, and one starts program after program."""
     host.install(deb)
     fits = f"admitted {kit.GIB - kit.CONTEXT} bytes, then CUDA_ERROR_OUT_OF_MEMORY\n"
     with contextlib.ExitStack() as old:

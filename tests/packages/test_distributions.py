@@ -15,7 +15,7 @@ pytestmark = pytest.mark.skipif(
     os.environ.get("FGPU_TEST_SCALE") != "full", reason="a root of another distribution takes minutes"
 )
 PYTHONS = {"trixie": "3.13"}
-NETBASE = {"etc/hosts", "etc/networks"}  # made by a dependency of BCC, when it is installed
+NETBASE = {"etc/hosts", "etc/networks"}  # created by a dependency of BCC when it is installed
 
 
 @pytest.fixture(params=PYTHONS)
@@ -33,7 +33,7 @@ def other(
 
 
 @pytest.mark.timeout(600)
-def test_install_enforce_purge(
+def test_install_enforce_purge_works_on_other_distributions(
     other: fresh_host.Host, deb: Path, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
     before = fresh_host.listing(other.root)

@@ -1,7 +1,7 @@
 """The agent's image, started by the command of docs/install.md in a real Docker: a container gets exactly its share.
 
-Replaced is NVIDIA's part of the command: `--gpus all` mounts the simulated driver as NVIDIA's toolkit mounts the real
-one. Added is an address for metrics that no other test uses.
+NVIDIA's part of the command is replaced: `--gpus all` mounts the simulated driver as NVIDIA's toolkit mounts the real
+one. An address for metrics that no other test uses is added.
 """
 
 from __future__ import annotations
@@ -85,6 +85,6 @@ def test_the_documented_command_enforces(docker: engines.Engine) -> None:
 
 
 def log(docker: engines.Engine) -> str:
-    """Return what the agent's container has printed."""
+    """Return the output of the agent's container."""
     done = docker.call("logs", "fgpu", check=False)
     return str(done.stdout + done.stderr)

@@ -1,4 +1,4 @@
-"""A new user on a clean Debian with Docker, who types what README shows and then what the command prints."""
+"""A new user on a clean Debian with Docker types the commands of README and then the command that fgpu prints."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.support.containers import engines
 
 README = (kit.ROOT / "README.md").read_text()
 LIMIT = 8 * kit.GIB
-# Docker as it has to be in a host that is itself a container, and an administrator's own setting.
+# Docker's settings for a host that is itself a container, and an administrator's own setting.
 SETTINGS = {"bridge": "none", "iptables": False, "ip6tables": False, "storage-driver": "vfs", "debug": True}
 # What NVIDIA's toolkit does for `--gpus all`, with the simulated driver.
 GPUS = [
@@ -44,7 +44,7 @@ def typed(deb: Path) -> list[list[str]]:
 
 @pytest.fixture(scope="module")
 def driver(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Run fgpu-simd with room for containers that have just ended too."""
+    """Run fgpu-simd with additional room for containers that have just ended."""
     with kit.driver(tmp_path_factory.mktemp("driver") / "log", "80GiB", 5):
         yield
 
@@ -54,13 +54,13 @@ in_full = pytest.mark.skipif(os.environ.get("FGPU_TEST_SCALE") != "full", reason
 
 @pytest.fixture(scope="module", params=["", pytest.param("trixie", marks=in_full)], ids=["docker-20.10", "docker-26.1"])
 def release(request: pytest.FixtureRequest) -> str:
-    """The name of a Debian; empty: this distribution."""
+    """Return the name of a Debian release, or an empty text for this distribution."""
     return str(request.param)
 
 
 @pytest.fixture
 def newcomer(driver: None, image: Path, release: str, tmp_path: Path) -> Iterator[fresh_host.Host]:
-    """A booted host with Docker, which has an image and does nothing else."""
+    """Return a booted host with Docker, which has an image and no other task."""
     host = fresh_host.Host(tmp_path, release)
     try:
         host.mount()
@@ -84,24 +84,24 @@ def newcomer(driver: None, image: Path, release: str, tmp_path: Path) -> Iterato
 
 @pytest.fixture(scope="module")
 def image(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A root file system with glibc and a shell."""
+    """Return a root file system with glibc and a shell."""
     return engines.make_root(tmp_path_factory.mktemp("image") / "root")
 
 
 def container(host: fresh_host.Host, command: list[str]) -> str:
-    """Return the words that `docker run` prints; `--gpus all` gives the simulated driver."""
+    """Return the words of a `docker run` command. `--gpus all` passes the simulated driver."""
     words = " ".join(command).replace("--gpus all", " ".join([*engines.ALLOWED, *GPUS])).split()
     done = host.run(*words, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     return " ".join(done.stdout.split())
 
 
-def test_two_commands_to_a_limited_container(newcomer: fresh_host.Host, deb: Path) -> None:
+def test_two_commands_lead_to_a_limited_container(newcomer: fresh_host.Host, deb: Path) -> None:
     install, setup = typed(deb)
     assert install[:2] == ["apt", "install"]
     newcomer.apt(*install[1:])
     done = newcomer.run(*LOGIN, *setup, check=False)
-    # This host is a container: doctor finds that, and nothing else.
+    # This host is a container. Doctor reports that, and nothing else.
     assert re.findall(r"^FAIL  (.*?):", done.stdout, re.M) == ["pid namespace"], done.stdout + done.stderr
     (apply,) = re.findall(r"^takes effect after: (.*)$", done.stdout, re.M)
     (example,) = re.findall(r"^then try: (.*)$", done.stdout, re.M)
@@ -116,7 +116,7 @@ def test_two_commands_to_a_limited_container(newcomer: fresh_host.Host, deb: Pat
         return int(got) == LIMIT - kit.CONTEXT
 
     kit.eventually(exact, 20, "a limit that holds")
-    if "restart docker" in done.stdout.split(apply)[1]:  # this Docker has shares by name, once they are switched on
+    if "restart docker" in done.stdout.split(apply)[1]:  # this Docker has shares by name once they are switched on
         newcomer.run("systemctl", "restart", "docker")
         share = example.replace("nvidia-smi", "").split()
         share[-1:] = ["--device", "fgpu.dev/share=2gib", share[-1], "nvidia-smi"]

@@ -1,4 +1,4 @@
-"""Tests of what `./dev release` makes: the same bytes from two folders, checksums, a signature, and the contents."""
+"""Tests of the output of `./dev release`: the same bytes from two folders, checksums, a signature, and the contents."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tests.support import fresh_host
 from tests.support import packages as kit
 
 IS_FULL = os.environ.get("FGPU_TEST_SCALE") == "full"
-IMAGES = ("agent-image", "device-plugin-image")  # minutes
+IMAGES = ("agent-image", "device-plugin-image")  # these take minutes
 CHEAP = ("wheel", "sdist", "deb", "rpm", "chart", "chart-layout", "bake", "dashboards")
 LAST = ("sbom", "checksums")
 OLD = 1_000_000_000  # seconds since 1970
@@ -91,7 +91,7 @@ def release(folder: Path, kinds: tuple[str, ...], key: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def made(key: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, Path]]:
-    """Make the artefacts twice, in two folders with other modes and times; the images in a full run alone."""
+    """Make the artefacts twice, in two folders with other modes and times; the images only in a full run."""
     kit.run(kit.ROOT / "dev", "package", "image" if IS_FULL else "rpm", timeout=900)  # installs what both need
     kinds = (*CHEAP, *IMAGES, *LAST) if IS_FULL else (*CHEAP, *LAST)
     folders = tmp_path_factory.mktemp("a"), tmp_path_factory.mktemp("other") / "folder"
@@ -112,7 +112,7 @@ def test_two_builds_in_two_folders_have_the_same_bytes(made: tuple[Path, Path]) 
     assert found[0] == found[1]
 
 
-# -- as docs/install.md says
+# -- the commands of docs/install.md
 
 
 def block(words: str) -> list[str]:
@@ -131,12 +131,12 @@ def checked(folder: Path, key: Path) -> list[int]:
     return [subprocess.run(command, shell=True, cwd=folder, capture_output=True).returncode for command in commands]
 
 
-def test_checksums_and_signature_are_checked_as_the_page_says(
+def test_checksums_and_signature_are_verified_by_the_page_s_commands(
     made: tuple[Path, Path], key: Path, tmp_path: Path
 ) -> None:
     folder = tmp_path / "download"
     folder.mkdir()
-    for kind in ("deb", "sbom", "checksums"):  # a user downloads some of it
+    for kind in ("deb", "sbom", "checksums"):  # a user downloads a part of the artefacts
         shutil.copy(made[0] / NAMES[kind], folder)
     shutil.copy(made[0] / "SHA256SUMS.sig", folder)
     assert checked(folder, key) == [0, 0]
@@ -156,7 +156,7 @@ def test_a_signature_by_another_key_is_refused(made: tuple[Path, Path], tmp_path
     assert checked(folder, tmp_path / "other")[0] != 0
 
 
-# -- what is inside
+# -- contents
 
 
 def test_the_sbom_names_every_artefact_and_every_bundled_package(made: tuple[Path, Path]) -> None:
@@ -179,7 +179,7 @@ def test_the_sbom_names_every_artefact_and_every_bundled_package(made: tuple[Pat
     assert len(inside) >= len(locked)
 
 
-def test_the_sdist_gives_the_same_wheel(made: tuple[Path, Path], tmp_path: Path) -> None:
+def test_the_sdist_builds_the_same_wheel(made: tuple[Path, Path], tmp_path: Path) -> None:
     words = ["--no-deps", "--no-build-isolation", "--quiet", "--wheel-dir", tmp_path, made[0] / NAMES["sdist"]]
     kit.run(sys.executable, "-m", "pip", "wheel", *words, timeout=200)
     (rebuilt,) = tmp_path.glob("*.whl")
@@ -189,7 +189,10 @@ def test_the_sdist_gives_the_same_wheel(made: tuple[Path, Path], tmp_path: Path)
 
 
 def blobs(layout: Path) -> dict[str, Any]:
-    """Return the parts of an OCI layout by digest, after a check of each digest. `index`: what index.json has."""
+    """Return the parts of an OCI layout by digest, after a check of each digest.
+
+    `index` is the contents of index.json.
+    """
     found: dict[str, Any] = {}
     with tarfile.open(layout) as tar:
         for info in tar:
@@ -221,7 +224,7 @@ def test_the_layout_of_the_chart_has_the_chart(made: tuple[Path, Path]) -> None:
         assert all(info.isfile() for info in tar), "helm follows no link"
 
 
-def test_the_archive_of_the_images_has_what_its_bake_file_needs(made: tuple[Path, Path], tmp_path: Path) -> None:
+def test_the_archive_of_the_images_has_the_files_of_its_bake_file(made: tuple[Path, Path], tmp_path: Path) -> None:
     shutil.unpack_archive(made[0] / NAMES["bake"], tmp_path)
     (top,) = tmp_path.iterdir()
     text = (top / "deploy/images/docker-bake.hcl").read_text()
@@ -244,10 +247,10 @@ def test_the_rpm_has_the_files_of_the_deb(made: tuple[Path, Path]) -> None:
     assert {"python3-bcc", "python3 >= 3.11"} <= set(asked.splitlines())
 
 
-def test_the_rpm_enforces_and_leaves_what_was_measured(
+def test_the_rpm_enforces_and_keeps_measurements_after_its_removal(
     host: fresh_host.Host, made: tuple[Path, Path], tmp_path: Path
 ) -> None:
-    """Run rpm itself, in a root of this distribution: its dependencies have other names there."""
+    """rpm itself runs in a root of this distribution, where its dependencies have other names."""
     host.apt("install", "rpm", "python3-bpfcc")
     before = fresh_host.listing(host.root)
     shutil.copy(made[0] / NAMES["rpm"], host.root / "tmp/fgpu.rpm")
@@ -259,7 +262,7 @@ def test_the_rpm_enforces_and_leaves_what_was_measured(
         host.run("rpm", "--erase", "--nodeps", "fgpu")
         host.stop()
     left = [name for name in host.left(before) if "rpm" not in name and not name.startswith("etc/g")]
-    # The folders are those of other packages where rpm is at home. Their parent may be there already.
+    # The folders belong to other packages on distributions of rpm. Their parent may exist already.
     others = {"usr/share/fish", "usr/share/fish/vendor_completions.d", "usr/share/zsh", "usr/share/zsh/site-functions"}
     assert set(left) - others <= {"var/lib/fgpu", "var/lib/fgpu/contexts.json"}, left
     assert host.pins() == []

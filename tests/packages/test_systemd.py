@@ -57,13 +57,13 @@ def running(service: fresh_host.Host) -> fresh_host.Host:
 
 
 def pid(host: fresh_host.Host, unit: str) -> int:
-    """Return the main process of a unit that is up; 0 else."""
+    """Return the main process of a running unit, or 0."""
     state, number = host.unit(unit, "ActiveState", "MainPID")
     return int(number) if state == "active" else 0
 
 
 def another(host: fresh_host.Host, unit: str, old: int, seconds: float = 20) -> int:
-    """Return the main process that came after that one."""
+    """Return the main process that has replaced that one."""
     return kit.eventually(lambda: (new := pid(host, unit)) != old and new, seconds, f"another {unit}")
 
 
@@ -71,7 +71,7 @@ _numbers = itertools.count()
 
 
 def fills(host: fresh_host.Host) -> None:
-    """Check that a tenant gets its limit, and not a step more.
+    """Check that a tenant gets exactly its limit.
 
     The kernel's pids are not those of this host's pid namespace, so that the agent takes a program that lives through a
     reconcile, twice a second, for a dead one: it is tried again. test_deb.py is exact, with the kernel's own pids.
@@ -94,14 +94,14 @@ def test_installation_starts_nothing(service: fresh_host.Host) -> None:
     assert (done.returncode, "start it with `systemctl start fgpu-agent`" in done.stderr) == (3, True), done
 
 
-def test_units_are_sound(service: fresh_host.Host) -> None:
-    done = service.run("systemd-analyze", "verify", "--man=no", *UNITS)  # the page comes with the .deb
+def test_the_units_are_valid_and_confined(service: fresh_host.Host) -> None:
+    done = service.run("systemd-analyze", "verify", "--man=no", *UNITS)  # the manual page comes with the .deb
     assert done.stdout + done.stderr == ""
     for unit, most in ((AGENT, 45), (GATEKEEPER, 25)):  # tenths of systemd's measure of exposure, 0 to 100
         service.run("systemd-analyze", "security", "--offline=yes", f"--threshold={most}", unit)
 
 
-def test_start_enforces_confined(running: fresh_host.Host) -> None:
+def test_a_start_enforces_limits_with_confined_units(running: fresh_host.Host) -> None:
     fills(running)
     assert running.unit(AGENT, "StatusText") == ["1 devices"]
     for unit in UNITS:
@@ -110,11 +110,11 @@ def test_start_enforces_confined(running: fresh_host.Host) -> None:
         for field, names in (("CapBnd", TO_START[unit]), ("CapPrm", KEPT[unit])):
             assert int(facts[field], 16) == sum(1 << CAPABILITIES[name] for name in names), (unit, field)
         assert (facts["NoNewPrivs"], facts["Seccomp"]) == ("1", "2")
-    # the unit's gatekeeper is enough
+    # the unit's gatekeeper is sufficient
     assert "another gatekeeper" not in running.run("journalctl", "--unit", AGENT).stdout
 
 
-def test_engines_start_their_containers_after_it(running: fresh_host.Host) -> None:
+def test_engines_start_their_containers_after_the_agent(running: fresh_host.Host) -> None:
     (before,) = running.unit(AGENT, "Before")
     assert {f"{name}.service" for name in ("containerd", "crio", "docker", "podman-restart")} <= set(before.split())
 
@@ -131,7 +131,9 @@ def test_lines_in_the_journal_have_fields(running: fresh_host.Host) -> None:
 
 
 @pytest.mark.parametrize(("killed", "lives"), [UNITS, UNITS[::-1]])
-def test_one_survives_the_kill_of_the_other(running: fresh_host.Host, killed: str, lives: str) -> None:
+def test_agent_and_gatekeeper_survive_the_kill_of_one_another(
+    running: fresh_host.Host, killed: str, lives: str
+) -> None:
     old, other = pid(running, killed), pid(running, lives)
     running.run("systemctl", "kill", "--kill-whom=main", "--signal=KILL", killed)
     another(running, killed, old)
@@ -148,7 +150,7 @@ def test_a_hung_process_is_replaced(running: fresh_host.Host, unit: str) -> None
     fills(running)
 
 
-def test_the_agent_s_gatekeeper_makes_room_for_the_unit_s(running: fresh_host.Host) -> None:
+def test_the_agent_s_gatekeeper_exits_for_the_unit_s(running: fresh_host.Host) -> None:
     """F30: the state after a kill on a host with slow starts. The unit never waits for the agent."""
 
     def holder() -> str:
@@ -163,14 +165,14 @@ def test_the_agent_s_gatekeeper_makes_room_for_the_unit_s(running: fresh_host.Ho
     fills(running)
 
 
-def test_a_reload_does_not_restart(running: fresh_host.Host) -> None:
+def test_a_reload_does_not_restart_the_agent(running: fresh_host.Host) -> None:
     old = pid(running, AGENT)
     running.run("systemctl", "reload", AGENT)
     fills(running)
     assert pid(running, AGENT) == old
 
 
-def test_upgrade_restarts_both(running: fresh_host.Host, deb: Path, tmp_path: Path) -> None:
+def test_an_upgrade_restarts_both_units(running: fresh_host.Host, deb: Path, tmp_path: Path) -> None:
     package = fresh_host.newer(deb, running.root / "tmp", tmp_path)
     old, version = [pid(running, unit) for unit in UNITS], running.version()
     with fresh_host.load(running) as said:
@@ -183,7 +185,7 @@ def test_upgrade_restarts_both(running: fresh_host.Host, deb: Path, tmp_path: Pa
     fills(running)
 
 
-def test_purge_leaves_nothing(service: fresh_host.Host, before: fresh_host.Listing, deb: Path) -> None:
+def test_a_purge_leaves_nothing(service: fresh_host.Host, before: fresh_host.Listing, deb: Path) -> None:
     service.install(deb)  # an earlier trial may have purged it
     service.run("systemctl", "enable", "--now", AGENT)
     assert service.unit(GATEKEEPER, "ActiveState", "UnitFileState") == ["active", "enabled"]

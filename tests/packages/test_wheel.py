@@ -1,4 +1,4 @@
-"""The wheel: what is in it, and that it enforces from a virtual environment that sees nothing of the system's."""
+"""The wheel: its contents, and that it enforces limits from a virtual environment without the system's packages."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.support import packages as kit
 
 @pytest.fixture(scope="module")
 def environment(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A plain environment with the wheel in it, as `uv tool install` and pipx make them."""
+    """Return a plain environment with the wheel, as `uv tool install` and pipx create it."""
     folder = tmp_path_factory.mktemp("environment") / "fgpu"
     kit.run("/usr/bin/python3", "-m", "venv", folder)
     kit.run(folder / "bin/python", "-m", "pip", "install", "--quiet", "--no-compile", wheel, timeout=170)
@@ -31,7 +31,7 @@ def place(environment: Path, driver: None) -> Iterator[kit.Installed]:
     kit.run("mount", "-t", "tmpfs", "tmpfs", kit.STATE)
     yield place
     place.stop()
-    kit.run("umount", "--lazy", kit.STATE)  # a removed probe keeps its file for a moment
+    kit.run("umount", "--lazy", kit.STATE)  # a removed probe still references its file for a moment
 
 
 def test_the_tag_states_what_the_shim_requires(wheel: Path, tmp_path: Path) -> None:
@@ -49,7 +49,7 @@ def test_the_tag_states_what_the_shim_requires(wheel: Path, tmp_path: Path) -> N
     assert max(tuple(map(int, v.split("."))) for v in versions) <= (2, 17)  # manylinux2014
 
 
-def test_it_carries_the_programs(wheel: Path) -> None:
+def test_the_wheel_contains_the_bpf_programs(wheel: Path) -> None:
     tracked = kit.run("git", "ls-files", "bpf", cwd=kit.ROOT).stdout.split()
     assert len(tracked) > 10
     with zipfile.ZipFile(wheel) as file:
@@ -66,12 +66,12 @@ def test_nothing_of_the_checkout_is_installed(wheel: Path) -> None:
 
 
 def test_the_wheel_has_no_failpoints(wheel: Path) -> None:
-    """The points at which tests end it are put in by tests/failpoints.py; what is installed has none and reads none."""
+    """tests/failpoints.py adds the points at which tests kill processes. The installed code has none and reads none."""
     with zipfile.ZipFile(wheel) as file:
         assert [name for name in file.namelist() if b"failpoint" in (name.encode() + file.read(name)).lower()] == []
 
 
-def test_enforces_without_the_systems_packages(place: kit.Installed, tmp_path: Path) -> None:
+def test_the_wheel_enforces_limits_without_the_system_s_packages(place: kit.Installed, tmp_path: Path) -> None:
     python = str(Path(place.fgpu).with_name("python"))
     assert kit.run(python, "-c", "import bcc", check=False).returncode, "the environment sees the system's packages"
     seconds = place.start_agent(tmp_path / "log")

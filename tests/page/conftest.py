@@ -1,4 +1,4 @@
-"""The simulated driver with two devices, the agent, and a browser that looks at its page."""
+"""The simulated driver with two devices, the agent, and a browser that opens its page."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """The picture alone where one is asked for, all but it else."""
+    """Run only the picture if one is requested, and otherwise all tests except the picture."""
     is_asked = bool(config.getoption("picture", None))
     left_out = [item for item in items if item.path.parent == FOLDER and (item.name == "test_picture") is not is_asked]
     items[:] = [item for item in items if item not in left_out]
@@ -36,7 +36,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.fixture(scope="package")
 def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
-    """The simulated driver (two devices of 140 GiB) and the agent, on a host that is called HOST."""
+    """The simulated driver (two devices of 140 GiB) and the agent, on a host with the name HOST."""
     compile_programs()
     service = Service(tmp_path_factory.mktemp("service"), ["docker"])
     service.config.write_text(f"{service.config.read_text()}listenNames: [page.example]\n")
@@ -62,7 +62,10 @@ def browser() -> Iterator[Browser]:
 
 @pytest.fixture
 def look(service: Service, browser: Browser) -> Iterator[Callable[..., Looker]]:
-    """Return look(query, width=…): the page in a new window. Check that it asked no other host, without errors."""
+    """Return look(query, width=…), which opens the page in a new window.
+
+    Check that it contacts no other host and has no errors.
+    """
     with contextlib.ExitStack() as opened:
 
         def opening(query: str = "", **more: object) -> Looker:

@@ -1,4 +1,4 @@
-"""A browser window on the status page, and everything else that the browser did."""
+"""A browser window on the web page, and all requests and messages of the browser."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ expect.set_options(timeout=PATIENCE_MS)
 
 
 class Looker:
-    """A window on the page; `requests` are the addresses that it asked, `said` is the text of its console."""
+    """A window on the page. `requests` are the addresses that it requested, `said` is the text of its console."""
 
     def __init__(self, page: Page) -> None:
         self.page = page
@@ -47,7 +47,7 @@ class Looker:
             context.close()
 
     def assert_clean(self) -> None:
-        """Check that no other host was asked, and that the browser reported no error."""
+        """Check that no other host was contacted, and that the browser reported no error."""
         assert {urlsplit(url).netloc for url in self.requests if not url.startswith("data:")} == {LISTEN}
         assert self.said == []
 
@@ -64,11 +64,11 @@ class Looker:
         return self.page.locator("tbody th > bdi").all_inner_texts()
 
     def marked(self) -> bool:
-        """Return whether this is still the page that `mark` has marked, not one that was loaded again."""
+        """Return whether this is still the page that `mark` has marked, not a reloaded one."""
         return bool(self.page.evaluate("window.marked === true"))
 
     def mark(self) -> None:
-        """Mark the page, so that a new load can be seen."""
+        """Mark the page, so that a reload can be detected."""
         self.page.evaluate("window.marked = true")
 
     def evaluate(self, expression: str) -> Any:

@@ -1,6 +1,6 @@
 """Five example tenants on two devices: training, notebooks, serving, one without the shim, and an unmanaged program.
 
-It owns their programs. The page shows what agent and kernel make of them.
+The module starts their programs. The page shows the figures of agent and kernel about them.
 """
 
 from __future__ import annotations
@@ -65,7 +65,10 @@ class Host:
         spinning.send("600")
 
     def beside(self, device: int, size_mib: int, enter: str = "") -> None:
-        """Start a program without the shim. `enter`: the shell's words before it; without them it is in no tenant."""
+        """Start a program without the shim.
+
+        `enter` are the shell's words before it. Without them the program is in no tenant.
+        """
         words = [sys.executable, self._hold, device, size_mib]
         command = ["sh", "-c", f'{enter} exec "$@"', "sh", *map(str, words)]
         pipe = subprocess.PIPE
@@ -87,7 +90,7 @@ class Host:
 
 
 def end(tenant: Tenant) -> None:
-    """Kill all processes in it."""
+    """Kill all processes in the tenant."""
     for pid in tenant.pids():
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
@@ -117,7 +120,7 @@ def applied(work: Path) -> Iterator[None]:
 
 
 def _is_seen() -> bool:
-    """Return whether the snapshot shows the unmanaged program, the tenant without the shim, and the shares as due."""
+    """Return whether the snapshot shows the unmanaged program, the tenant without the shim, and the expected shares."""
     snapshot = ask(verb="snapshot")
     shares = [d["compute"] for t in snapshot["tenants"] for d in t["devices"] if d["gpu"] == 0 and d["compute"]]
     around = [t for t in snapshot["tenants"] if t["shimless"]]

@@ -1,4 +1,4 @@
-"""The status page in a browser, as an operator sees it: beside a real agent, under a known load."""
+"""The web page in a browser, as an operator uses it: with a real agent, under a known load."""
 
 from __future__ import annotations
 
@@ -36,18 +36,18 @@ spec:
 
 @pytest.fixture
 def holder(place: Place) -> Tenant:
-    """A tenant that holds 50 MiB on the first device, and was refused once."""
+    """Return a tenant that holds 50 MiB on the first device, and was refused once."""
     tenant = place.tenant(CONTEXT + 60 * MIB)
     client = tenant.client()
     client.ok(f"alloc {50 * MIB}")
     assert client.do(f"alloc {90 * MIB}") == REFUSED
-    assert tenant.memory()["refused"] == 1  # a page that is opened from now on shows that too
+    assert tenant.memory()["refused"] == 1  # a page that is opened later shows that too
     return tenant
 
 
 @pytest.fixture
 def other(place: Place) -> Tenant:
-    """A tenant with a higher limit that holds nothing; the page that is loaded next knows it."""
+    """Return a tenant with a higher limit that holds nothing. A page that is loaded later shows it."""
     tenant = place.tenant(CONTEXT + 90 * MIB)
     tenant.assert_enforced()
     return tenant
@@ -59,7 +59,7 @@ def policies(service: Service, text: str) -> None:
     fgpu("reload")
 
 
-def test_figures_change_by_themselves(look: Look, place: Place) -> None:
+def test_figures_change_without_a_reload(look: Look, place: Place) -> None:
     there = look()
     there.mark()
     expect(there.page).to_have_title(f"fgpu {HOST}")
@@ -78,8 +78,8 @@ def test_figures_change_by_themselves(look: Look, place: Place) -> None:
     assert there.marked()
 
 
-def test_the_same_as_top(look: Look, holder: Tenant, other: Tenant) -> None:
-    """Names, words, units and order."""
+def test_the_page_shows_the_same_table_as_top(look: Look, holder: Tenant, other: Tenant) -> None:
+    """Names, words, units and order are compared."""
     for query, words in (("", []), ("?sort=limit&reverse=1", ["--sort", "limit", "--reverse"])):
         lines = [line.split() for line in fgpu("top", *words).stdout.splitlines()]
         rows = [line for line in lines if line[0] in (holder.name, other.name)]
@@ -90,7 +90,7 @@ def test_the_same_as_top(look: Look, holder: Tenant, other: Tenant) -> None:
         assert " ".join(heads).split() == next(line for line in lines if line[0] == "TENANT")
 
 
-def test_sorted_and_filtered_by_hand(look: Look, holder: Tenant, other: Tenant) -> None:
+def test_the_page_can_be_sorted_and_filtered(look: Look, holder: Tenant, other: Tenant) -> None:
     there = look()
     assert set(there.names()) == {holder.name, other.name}
     there.page.get_by_role("link", name="LIMIT").click()
@@ -104,7 +104,7 @@ def test_sorted_and_filtered_by_hand(look: Look, holder: Tenant, other: Tenant) 
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_on_a_phone(look: Look, holder: Tenant, place: Place, service: Service, scheme: str) -> None:
+def test_the_page_fits_on_a_phone(look: Look, holder: Tenant, place: Place, service: Service, scheme: str) -> None:
     (service.policies / "50.yaml").write_text("kind: " + "x" * 300)
     fgpu("reload", check=False)
     try:
@@ -133,7 +133,7 @@ def odd(service: Service) -> Iterator[Path]:
     folder.parent.rmdir()
 
 
-def test_names_of_tenants_are_inert(look: Look, odd: Path) -> None:
+def test_names_of_tenants_are_shown_as_plain_text(look: Look, odd: Path) -> None:
     there = look()
     about = there.page.locator("tbody small").first
     expect(about).to_have_text(f"policy odd /fgpu-page/{MARKUP} team={SCRIPT}")
@@ -146,7 +146,7 @@ def test_names_of_tenants_are_inert(look: Look, odd: Path) -> None:
 
 
 def test_an_injected_script_does_not_run(look: Look) -> None:
-    """The second lock: whatever stood there, the browser would refuse it."""
+    """This is the second protection: the browser refuses the script even if it is in the page."""
     there = look()
     there.evaluate(f"document.querySelector('main').innerHTML = '{MARKUP}<p style=color:red onclick=hit=1>x</p>'")
     there.page.get_by_text("x", exact=True).click()
@@ -156,7 +156,7 @@ def test_an_injected_script_does_not_run(look: Look) -> None:
 
 
 @pytest.mark.parametrize("how", ["ended", "hanging"])
-def test_an_agent_that_does_not_answer(look: Look, service: Service, holder: Tenant, how: str) -> None:
+def test_the_page_reports_an_agent_that_does_not_answer(look: Look, service: Service, holder: Tenant, how: str) -> None:
     there = look()
     there.mark()
     there.page.clock.install()
@@ -184,11 +184,11 @@ def test_an_agent_that_does_not_answer(look: Look, service: Service, holder: Ten
     expect(silence).to_be_hidden()
     expect(there.page.locator(".state")).to_contain_text("enforced")
     assert there.marked()
-    assert all("Failed to load resource" in line for line in there.said)  # as the browser says it
+    assert all("Failed to load resource" in line for line in there.said)  # the browser's own message
     there.said.clear()
 
 
-def test_without_a_reader_the_page_costs_nothing(look: Look) -> None:
+def test_the_page_costs_nothing_without_a_reader(look: Look) -> None:
     hide = "window.away = true; Object.defineProperty(document, 'hidden', {get: () => window.away});"
     there = look(before=hide)
     there.page.clock.install()
@@ -202,7 +202,7 @@ def test_without_a_reader_the_page_costs_nothing(look: Look) -> None:
     assert len(there.requests) == asked + 1
 
 
-def test_without_scripts(look: Look, holder: Tenant) -> None:
+def test_the_page_works_without_scripts(look: Look, holder: Tenant) -> None:
     there = look(java_script_enabled=False)
     expect(there.cell(holder.name, "USED")).to_have_text("568MiB")
     expect(there.page.locator("noscript meta[http-equiv=refresh]")).to_have_count(1)
@@ -218,13 +218,13 @@ def answer(method: str, path: str, host: str = LISTEN) -> tuple[int, dict[str, s
 
 
 @pytest.mark.parametrize("path", ["/", "/metrics"])
-def test_a_page_elsewhere_whose_name_means_this_host_reads_nothing(service: Service, path: str) -> None:
+def test_a_foreign_page_with_a_name_of_this_host_reads_nothing(service: Service, path: str) -> None:
     status, _, body = answer("GET", path, host="rebound.example")
     assert (status, body.count(b"\n")) == (421, 1)
     assert answer("GET", path, host="page.example")[0] == 200, "listenNames has it"
 
 
-def test_answers(service: Service) -> None:
+def test_the_server_answers_only_valid_requests(service: Service) -> None:
     status, headers, body = answer("GET", "/")
     assert (status, headers["content-type"]) == (200, "text/html; charset=utf-8")
     assert b"</html>" in body

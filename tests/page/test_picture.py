@@ -1,6 +1,6 @@
-"""The pictures that the documentation shows: `./dev test page --picture docs/pictures/status-page.png`.
+"""The pictures in the documentation: `./dev test page --picture docs/pictures/status-page.png`.
 
-The picture of `fgpu top` is made beside it, as `top.png`.
+The picture of `fgpu top` is written beside it, as `top.png`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ COLUMNS = 100
 
 
 def top() -> str:
-    """Return what `fgpu top` prints at a terminal, as SVG without fonts of other hosts."""
+    """Return the output of `fgpu top` on a terminal, as SVG without fonts of other hosts."""
     typed = f"stty cols {COLUMNS}; fgpu top -1"
     environment = {**ENVIRONMENT, "TERM": "xterm-256color"}
     script = ["script", "--quiet", "--return", "--command", typed, "/dev/null"]

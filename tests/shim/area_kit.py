@@ -1,4 +1,4 @@
-"""Programs whose kernels use memory of their own on the simulated driver, and what the shim has requested for them."""
+"""Programs whose kernels use their own memory on the simulated driver, and the requests of the shim for it."""
 
 from __future__ import annotations
 

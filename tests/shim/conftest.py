@@ -21,7 +21,7 @@ def build(tmp_path_factory: pytest.TempPathFactory) -> Build:
     headers = ROOT / "build" / "headers"
     if not (headers / "cuda.h").exists():
         subprocess.run([ROOT / "sim" / "headers.sh", headers], check=True, timeout=120)
-    under = os.environ.get("FGPU_SHIM_UNDER")  # a shim for a sanitizer, built by test_shim_sanitizers.py
+    under = os.environ.get("FGPU_SHIM_UNDER")  # a shim built with a sanitizer by test_shim_sanitizers.py
     first = (SANITIZERS[under].runtime, SANITIZERS[under].folder / "early.so") if under else ()
     made = Build(folder, folder / "libfgpu.so", headers, first)
     shutil.copy(SANITIZERS[under].make("shim") / "libfgpu.so" if under else made.make(folder / "out"), made.shim)
@@ -48,21 +48,21 @@ def one_agent(build: Build) -> Iterator[Agent]:
 
 @pytest.fixture
 def agent(one_agent: Agent) -> Agent:
-    """Return the agent, reset and not yet listening."""
+    """Return the agent in its initial state, before it listens."""
     one_agent.do("reset")
     return one_agent
 
 
 @pytest.fixture
 def held(agent: Agent) -> Agent:
-    """A tenant with 1 GiB on the ledger's device 3, which is CUDA's device 0."""
+    """Return the agent with a tenant that has 1 GiB on the ledger's device 3, which is CUDA's device 0."""
     agent.do("start")
     return agent
 
 
 @pytest.fixture
 def plain(build: Build) -> Callable[..., subprocess.CompletedProcess[str]]:
-    """Runs a program with the shim on a host without an agent."""
+    """Return a function that runs a program with the shim on a host without an agent."""
 
     def go(*command: Any, preload: tuple[Any, ...] | None = None, **more: Any) -> subprocess.CompletedProcess[str]:
         libraries = ":".join(map(str, (build.shim,) if preload is None else preload))

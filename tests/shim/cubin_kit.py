@@ -6,7 +6,7 @@ import struct
 
 
 def cubin(*sections: tuple[str, int, int]) -> bytes:
-    """An ELF file with these sections: name, size, alignment."""
+    """Return an ELF file with these sections, each given by name, size and alignment."""
     names = b"\0" + b"".join(name.encode() + b"\0" for name, _, _ in sections) + b".shstrtab\0"
     headers = [bytes(64)]
     at = 1

@@ -1,8 +1,8 @@
-"""A gatekeeper and a kernel side that follow orders, for tests of the shim alone.
+"""A gatekeeper and a kernel side that tests of the shim control by commands.
 
-The system's interpreter runs it, because it has bcc. It makes a mount namespace with an empty /run, attaches a few
-lines of BPF to the shim's own probe symbols, and answers hellos. Each line on stdin is an order, a JSON object, and
-gets one answer.
+The system's interpreter runs this program, because it has bcc. The program creates a mount namespace with an empty
+/run, attaches a few lines of BPF to the shim's own probe symbols, and answers hellos. Each line on stdin is a command,
+a JSON object, and gets one answer.
 """
 
 import array
@@ -24,9 +24,9 @@ os.environ["BCC_KERNEL_SOURCE"] = STUBS
 from bcc import BPF  # noqa: E402
 
 LEVEL_SIZE, NO_LIMIT, MAGIC = 4096, 2**64 - 1, 0x75706766
-# In a usage page; TAIL: after all fields that the shim knows.
+# Offsets in a usage page. TAIL is behind all fields that the shim reads.
 ORPHANED, ORPHANED_NS, LOOKED_NS, TAIL = 1856, 2048, 3224, 3496
-TAG = 44  # in a control page
+TAG = 44  # offset in a control page
 MANAGED, SETTLE = 1, 2
 GATES, BUDGETS, FUTEX = 64 + 16 * 32, 0x290 + 16 * 128, 202 if os.uname().machine == "x86_64" else 98
 STATUS = "waiting", "drained", "launches", "in_flight", "busy_until", "wanted", "idle", "bell", "begun", "ended"
@@ -119,7 +119,7 @@ libc = ctypes.CDLL(None, use_errno=True)
 
 
 def private_run():
-    """Mount an empty /run, so that nothing of the host is seen and nothing of the test stays."""
+    """Mount an empty /run, which hides the host's files and discards those of the test."""
     assert libc.unshare(0x00020000) == 0
     for what in (["mount", "--make-rprivate", "/"], ["mount", "-t", "tmpfs", "none", "/run"]):
         subprocess.check_call(what)
@@ -135,13 +135,13 @@ class Agent:
         self.pages = [self.bpf[n].map_fd for n in ("leaf", "group")]
         self.maps = [mmap.mmap(fd, LEVEL_SIZE) for fd in self.pages]
         self.listener = None
-        self.given_tags = 0x3FFFFF00  # all bits of the first ones are used
+        self.given_tags = 0x3FFFFF00  # the first tags have all of their bits in use
         self.hellos = []
         self.controls, self.statuses, self.gates, self.budgets = [], [], {}, {}
         self.reset({})
         threading.Thread(target=self.beat, daemon=True).start()
 
-    # -- what tests say
+    # -- commands of the tests
 
     def reset(self, _):
         self.stop({})
@@ -150,7 +150,7 @@ class Agent:
         self.answer, self.flags, self.levels, self.epoch = "managed", 0, 1, 7
         self.boot, self.beats, self.delay, self.rows = b"B" * 16, True, 0, []
         self.uuids, self.versions, self.tagged = list(UUIDS), {}, False
-        self.heard_from = 0  # the first hello after which the kernel answers on the pages of that hello
+        self.heard_from = 0  # number of the first hello from which on the kernel answers on that hello's pages
         self.bpf["tags"].clear()
         self.hellos.clear()
         self.gates, self.budgets = {}, {}
@@ -173,7 +173,7 @@ class Agent:
         threading.Thread(target=self.serve, args=(self.listener,), daemon=True).start()
 
     def die(self, _):
-        """End as if killed: the socket stays."""
+        """Exit as if killed: the socket stays."""
         if self.listener:
             self.listener.shutdown(socket.SHUT_RDWR)
             self.listener.close()
@@ -206,7 +206,11 @@ class Agent:
             setattr(self, name, [bytes.fromhex(u) for u in value] if name == "uuids" else value)
 
     def limit(self, what):
-        """{limit, used, level, device, flags, orphaned, age_ms: of orphaned bytes, looked_ms: of the last look}"""
+        """Set the fields of a usage page.
+
+        The fields are {limit, used, level, device, flags, orphaned, age_ms: of orphaned bytes, looked_ms: of the last
+        comparison}.
+        """
         device = what.get("device", 3)
         m, at = self.maps[what.get("level", 0)], 64 + 32 * device
         struct.pack_into("<QQ", m, at, what.get("limit", NO_LIMIT), what.get("used", 0))
@@ -218,7 +222,7 @@ class Agent:
         struct.pack_into("<Q", m, LOOKED_NS + 8 * device, looked_ns)
 
     def grow(self, _):
-        """Add fields to pages after all that the shim knows."""
+        """Add fields to pages behind all fields that the shim reads."""
         for m in self.maps:
             m[TAIL:] = b"\xff" * (LEVEL_SIZE - TAIL)
 
@@ -231,7 +235,10 @@ class Agent:
         k[ctypes.c_int(0)] = k.Leaf(*(what.get(name, 0) for name in names))
 
     def tag(self, what):
-        """{pid, tag}: in the kernel's answers to that process from now on; {page}: and in its page."""
+        """Set {pid, tag}: the tag in the kernel's answers to that process.
+
+        With {page}, write the tag to its page too.
+        """
         self.bpf["tags"][ctypes.c_uint32(what["pid"])] = ctypes.c_uint32(what["tag"])
         if "page" in what:
             ctypes.c_uint32.from_buffer(self.controls[what["page"]], TAG).value = what["tag"]
@@ -247,7 +254,7 @@ class Agent:
                 struct.pack_into("<I", c, 0x280, what["sequence"])
 
     def gate(self, what):
-        """{word, device, budget, passes}: for the pages in use and later ones; with {page} for that one alone."""
+        """Set {word, device, budget, passes} in the pages in use and in later ones; with {page}, in that page only."""
         device, word = what.get("device", 3), what["word"]
         if "page" not in what:
             self.gates[device], self.budgets[device] = word, what.get("budget", 0)
@@ -265,7 +272,7 @@ class Agent:
             ctypes.c_uint32.from_buffer(control, GATES + 4 * device).value = word
 
     def status(self, what):
-        """Return what the status page of each process says of a device, in the order of hellos."""
+        """Return the fields of each process's status page for a device, in the order of hellos."""
         device = what.get("device", 3)
         answer = []
         for m in self.statuses:
@@ -290,7 +297,7 @@ class Agent:
             "sizes": [len(h) for h in self.hellos],
         }
 
-    # -- what the gatekeeper does
+    # -- the gatekeeper's part
 
     def beat(self):
         while True:

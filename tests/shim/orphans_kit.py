@@ -8,7 +8,7 @@ from tests.shim.shim_kit import DEADLINE, Agent
 
 MEMORY, POOL, CONTEXT, PATIENT, OBSERVE, OOM = 0, 1, 2, 0x400, 1, 2
 MIB, GIB = 1 << 20, 1 << 30
-# Says how long the call took, in ms.
+# Prints how long the call took, in ms.
 TIMED = """
 L.cuInit(0); alloc(0); out("ready"); sys.stdin.readline()
 def timed(call):
@@ -18,7 +18,10 @@ out(*timed(lambda: {call}))
 
 
 def call_while(agent: Agent, call: str, *, then: Callable[[], Any] = lambda: None, setup: str = "") -> tuple[int, int]:
-    """The result of a program's call and its milliseconds; `then` is done 0.2 s after its beginning."""
+    """Return the result of a program's call and its duration in ms.
+
+    `then` is executed 0.2 s after the call has begun.
+    """
     with agent.start_python(setup + TIMED.format(call=call)) as program:
         assert program.stdout.readline() == '["ready"]\n'
         program.stdin.write("\n")

@@ -18,8 +18,8 @@ ALONE = (
     "--fork",
     "--kill-child",
     "--mount-proc",
-)  # all that a test leaves ends with it
-# /run and /etc belong to the container; `py CODE` is a program with the shim and the fake driver.
+)  # the processes and mounts of a test end with it
+# /run and /etc belong to the container. `py CODE` runs a program with the shim and the fake driver.
 ROOT = """
 set -eu
 mount -t tmpfs -o mode=755 none /run
@@ -57,7 +57,7 @@ class Container:
         )
 
     def says(self, script: str) -> list[Any]:
-        """Return what its programs passed to out()."""
+        """Return what the script's programs passed to out()."""
         done = self.run(script)
         assert done.returncode == 0, (done.returncode, done.stdout, done.stderr)
         return [json.loads(line) for line in done.stdout.splitlines()]
@@ -68,5 +68,5 @@ class Container:
 
 
 def limit(text: str) -> str:
-    """Return the image's limit, written as an image has it."""
+    """Return the lines that write this limit into the image."""
     return f"printf '%s' '{text}' >/etc/fgpu/limit\n"

@@ -1,6 +1,6 @@
 """The library for the tests of the shim: the built shim, compiled programs, a stand-in for the driver, a fake agent.
 
-Everything is built into a separate folder, the shim too: probes and preloads touch no file that others use.
+Everything is built into a separate folder, including the shim, so that probes and preloads affect no other file.
 """
 
 import json
@@ -33,7 +33,7 @@ def fds(): return sorted(os.listdir("/proc/self/fd"))
 MiB, GiB = 1 << 20, 1 << 30
 """
 
-# All names are looked up, but this process has said no hello: its first call does.
+# Look up all names. This process sends no hello before its first call.
 IN_A_FRESH_CHILD = """
 for name in ("cuInit", "cuMemAlloc_v2", "cuMemGetInfo_v2", "fake_errno", "fake_calls"): getattr(L, name)
 pid = os.fork()
@@ -46,7 +46,7 @@ class Build:
     folder: Path
     shim: Path
     headers: Path
-    first: tuple[Path, ...] = ()  # what is preloaded before everything else
+    first: tuple[Path, ...] = ()  # libraries that are preloaded before all others
 
     def compile(self, source: str | Path, target: str, *flags: str) -> Path:
         path = self.folder / target
@@ -70,13 +70,14 @@ class Build:
 
 
 class Program(subprocess.Popen[str]):
-    """A program under test: a time limit is for what it does, not for what the kernel does after its last instruction.
+    """A program under test. Its time limit excludes the kernel's work after the program's last instruction.
 
-    The kernel may need long to release the memory of a process, while it maintains pages of the same files for others.
+    The kernel may need long to release the memory of a process while it maintains pages of the same files for other
+    processes.
     """
 
     def communicate(self, input: str | None = None, timeout: float | None = None) -> tuple[str, str]:  # noqa: A002
-        """Send the input and return what the program writes, once the kernel has ended it."""
+        """Send the input. Return the program's output once the kernel has ended the process."""
         try:
             return super().communicate(input, timeout)
         except subprocess.TimeoutExpired:
@@ -88,7 +89,7 @@ class Program(subprocess.Popen[str]):
 
 
 class Agent:
-    """The fake agent: its process, and programs that run where they can reach it."""
+    """The fake agent: its process, and programs that run where they can connect to it."""
 
     def __init__(self, build: Build) -> None:
         self.build = build
@@ -155,7 +156,7 @@ class Simulator:
         return self.run(SYSTEM_PYTHON, "-c", PREAMBLE + script)
 
     def start(self, script: str, **more: Any) -> Any:
-        """Start a program. The fixture ends it if the test does not."""
+        """Start a program. The fixture ends the program if the test does not."""
         self.started.append(self.agent.start_python(script, **{"driver": self.folder / "lib", **more}))
         return self.started[-1]
 

@@ -1,4 +1,4 @@
-"""Files of the shim use one another in one direction: no cycle, and no use of a folder further down in the table."""
+"""The include dependencies of the shim's files have no cycle, and follow the order of folders in the table."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def check(*arguments: object) -> subprocess.CompletedProcess[str]:
 
 
 def compiled(folder: Path, **sources: str) -> Path:
-    """Returns a folder of object files; `low__a` names the source of low/a.o."""
+    """Return a folder of object files. `low__a` stands for the source of low/a.o."""
     for name, source in sources.items():
         target = folder / (name.replace("__", "/") + ".o")
         target.parent.mkdir(exist_ok=True)
@@ -34,20 +34,20 @@ def test_no_file_uses_a_higher_folder() -> None:
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
-def test_every_source_is_looked_at() -> None:
+def test_the_check_reads_every_source_file() -> None:
     sources = {str(path.relative_to(ROOT / "shim")) for path in (ROOT / "shim").rglob("*.[cS]")} - {"base/libc.S"}
     assert {str(path.relative_to(OBJECTS)) for path in OBJECTS.rglob("*.o")} >= {f"{source}.o" for source in sources}
     assert {source.split("/")[0] for source in sources} == set(LAYERS)
 
 
-def test_a_cycle_is_found(tmp_path: Path) -> None:
+def test_the_check_finds_a_cycle(tmp_path: Path) -> None:
     objects = compiled(tmp_path, low__a="int b(); int a() { return b(); }", low__b="int a(); int b() { return a(); }")
     done = check(objects)
     assert done.returncode == 1
     assert "cycle of 2 files: low/a low/b\n  low/a -> low/b: b\n  low/b -> low/a: a\n" in done.stdout
 
 
-def test_a_use_of_a_higher_folder_is_found(tmp_path: Path) -> None:
+def test_the_check_finds_a_use_of_a_higher_folder(tmp_path: Path) -> None:
     objects = compiled(tmp_path, low__a="int b(); int a() { return b(); }", high__b="int b() { return 1; }")
     assert check("--layers", "high,low", objects).returncode == 0
     done = check("--layers", "low,high", objects)

@@ -1,4 +1,4 @@
-"""Memory with a shape, and the 32-bit forms of old: what is asked for them."""
+"""Arrays and the former 32-bit functions: the sizes that the shim requests for them."""
 
 import pytest
 
@@ -30,7 +30,7 @@ def asked(held: Agent, call: str, kind: int = MEMORY) -> list[int]:
         (f"two(1024, 1024, {S8}, 4)", 4 * MIB),
         (f"two(1024, 1024, {U32}, 2)", 8 * MIB),
         (f"two(1024, 1024, {S32}, 2)", 8 * MIB),
-        (f"two(1024, 1024, {NV12}, 3)", 12 * MIB),  # the kernel's witness counts four bytes as well
+        (f"two(1024, 1024, {NV12}, 3)", 12 * MIB),  # the kernel's witness also counts four bytes per element
         (f"two(1024, 1024, {BC7}, 4)", 16 * MIB),
         (f"three(256, 256, 64, {FLOAT}, 1, 0)", 16 * MIB),
         (f"three(1024, 1024, 6, {FLOAT}, 1, {CUBEMAP})", 24 * MIB),
@@ -49,7 +49,7 @@ def asked(held: Agent, call: str, kind: int = MEMORY) -> list[int]:
         (f"mip(32, {2**63}, 1, 1, {U8}, 1, 0)", MOST + 1),
     ],
 )
-def test_asked_is_extent_by_format_by_levels(held: Agent, call: str, bytes_: int) -> None:
+def test_the_requested_size_is_extent_times_format_times_levels(held: Agent, call: str, bytes_: int) -> None:
     assert asked(held, call) == [bytes_]
 
 
@@ -84,7 +84,7 @@ def test_mipmapped_arrays_are_refused_at_the_limit(held: Agent) -> None:
     assert held.python(ARRAYS + f"out({call}, {call}, L.fake_calls())") == [[0, OOM, 1]]
 
 
-# -- the forms of old have no witness: committed at once, given back when the driver fails
+# -- the former 32-bit functions have no witness: their admission is committed at once, and released on an error
 
 OLD = [
     ("L.cuMemAlloc(C.byref(C.c_uint()), 3 << 20)", 4 * MIB),
@@ -96,18 +96,18 @@ OLD = [
 
 
 @pytest.mark.parametrize(("call", "bytes_"), OLD)
-def test_old_forms_are_committed_at_once(held: Agent, call: str, bytes_: int) -> None:
+def test_allocations_by_32_bit_functions_are_committed_at_once(held: Agent, call: str, bytes_: int) -> None:
     assert asked(held, call, POOL) == [bytes_]
 
 
 @pytest.mark.parametrize(("call", "bytes_"), [o for o in OLD if o[1] <= MOST])
-def test_an_old_form_that_fails_is_given_back(held: Agent, call: str, bytes_: int) -> None:
+def test_a_failed_allocation_by_a_32_bit_function_is_released(held: Agent, call: str, bytes_: int) -> None:
     assert held.python(ARRAYS + f"L.fake_result(2); out({call})") == [[OOM]]
     assert [c["bytes"] for c in held.calls(RELEASED)] == [bytes_]
     assert held.do("look")["used"] == 0
 
 
-def test_old_forms_are_refused_at_the_limit(held: Agent) -> None:
+def test_allocations_by_32_bit_functions_are_refused_at_the_limit(held: Agent) -> None:
     call = "L.cuMemAlloc(C.byref(C.c_uint()), 600 << 20)"
     assert held.python(f"out({call}, {call}, L.fake_calls())") == [[0, OOM, 1]]
     assert held.calls(RELEASED) == []
@@ -117,10 +117,10 @@ def test_old_forms_are_refused_at_the_limit(held: Agent) -> None:
     ("limit", "used", "seen"),
     [
         (1 << 30, 256 * MIB, [768 * MIB, 1 << 30]),
-        (8 << 30, 0, [3 << 30, 0xFFFFFFFF]),  # what 32 bits hold, and what the driver has
+        (8 << 30, 0, [3 << 30, 0xFFFFFFFF]),  # the largest 32-bit value, and the driver's value
     ],
 )
-def test_old_views_show_the_share(held: Agent, limit: int, used: int, seen: list[int]) -> None:
+def test_32_bit_views_show_the_share(held: Agent, limit: int, used: int, seen: list[int]) -> None:
     held.do("limit", limit=limit, used=used)
     script = """
 f, t, d = C.c_uint(), C.c_uint(), C.c_uint()

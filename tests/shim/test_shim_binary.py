@@ -1,4 +1,4 @@
-"""Tests of the built file: what it needs, what it exports, and the bytes that the kernel depends on."""
+"""Tests of the built file: the symbols that it needs and exports, and the bytes that the kernel depends on."""
 
 import platform
 import re
@@ -28,13 +28,16 @@ def needed(path: Path) -> dict[str, str]:
     return {name: version for version, name in found}
 
 
-def test_table_is_what_is_exported(build: Build) -> None:
+def test_the_shim_exports_exactly_the_hooks_of_its_table(build: Build) -> None:
     assert len(hooks()) > 25
     assert exported(build.shim) == hooks() | {"dlopen", "dlsym", "fgpu_admit", "fgpu_release", "fgpu_settle"}
 
 
-def test_takes_of_libc_what_every_glibc_has(build: Build) -> None:
-    """Symbols have the first version for this machine. Those that moved into libc later are weak, without a version."""
+def test_the_shim_imports_only_symbols_that_every_glibc_has(build: Build) -> None:
+    """Symbols have the first version for this machine.
+
+    Symbols that moved into libc later are weak, without a version.
+    """
     oldest = {"x86_64": "GLIBC_2.2.5", "aarch64": "GLIBC_2.17"}[platform.machine()]
     moved = {"__libc_dlopen_mode", "__libc_dlsym", "clock_gettime", "dlclose", "dlerror", "dlvsym"}
     versions = needed(build.shim)
@@ -45,12 +48,12 @@ def test_takes_of_libc_what_every_glibc_has(build: Build) -> None:
     assert libraries == ["libc.so.6"]
 
 
-def test_takes_no_more_where_compilers_harden_by_themselves(build: Build, tmp_path: Path) -> None:
+def test_the_shim_imports_the_same_symbols_with_a_hardening_compiler(build: Build, tmp_path: Path) -> None:
     hardened = build.make(tmp_path, "CFLAGS=-O2 -fstack-protector-strong -D_FORTIFY_SOURCE=3", "-j2")
     assert needed(hardened) == needed(build.shim)
 
 
-def test_the_clock_works_without_clock_gettime_in_libc(build: Build, held: Agent, tmp_path: Path) -> None:
+def test_the_shim_s_clock_works_without_clock_gettime_in_libc(build: Build, held: Agent, tmp_path: Path) -> None:
     """A program with a glibc before 2.17 has no clock_gettime unless it loads librt."""
     lacking = tmp_path / "libfgpu.so"
     lacking.write_bytes(build.shim.read_bytes().replace(b"\0clock_gettime\0", b"\0clock_gettimX\0"))
@@ -64,7 +67,7 @@ def test_the_clock_works_without_clock_gettime_in_libc(build: Build, held: Agent
 @pytest.mark.parametrize(
     "name", ["getenv", "secure_getenv", "exit", "_exit", "abort", "malloc", "calloc", "printf", "puts", "sigaction"]
 )
-def test_never_calls(build: Build, name: str) -> None:
+def test_the_shim_never_calls_forbidden_functions(build: Build, name: str) -> None:
     assert name not in needed(build.shim)
 
 
@@ -72,14 +75,14 @@ def test_never_calls(build: Build, name: str) -> None:
 def test_probe_symbols_are_a_nop_and_a_return(build: Build, name: str) -> None:
     text = output("objdump", "-d", f"--disassemble={name}", build.shim)
     code = re.findall(r"^\s+[0-9a-f]+:\t((?:[0-9a-f]{2} )+)", text, re.M)
-    assert "".join(code).split() == ["90", "c3"]  # never the five-byte nop: see probe.S
+    assert "".join(code).split() == ["90", "c3"]  # never the five-byte no-operation: see probe.S
 
 
 def test_no_library_can_interpose_between_the_shim_and_its_probes(build: Build) -> None:
     assert "fgpu_admit" not in output("readelf", "-rW", build.shim)
 
 
-def test_hardened(build: Build) -> None:
+def test_the_shim_is_hardened(build: Build) -> None:
     dynamic, segments = output("readelf", "-d", build.shim), output("readelf", "-lW", build.shim)
     assert "BIND_NOW" in dynamic
     assert "NOW" in dynamic
@@ -97,11 +100,11 @@ def test_every_hook_is_an_export_of_its_library(build: Build) -> None:
     assert not missing
 
 
-def test_small(build: Build) -> None:
+def test_the_shim_is_small(build: Build) -> None:
     """The shim is small, because it is mapped into every program of a container."""
     assert sum(int(x) for x in output("size", build.shim).splitlines()[1].split()[:3]) < 128 << 10
 
 
-def test_sources_stay_readable() -> None:
+def test_source_files_of_the_shim_stay_short() -> None:
     for path in (ROOT / "shim").rglob("*.[chS]"):
         assert len(path.read_text().splitlines()) <= 400, path

@@ -1,7 +1,8 @@
-"""The shim's own calls of the driver break no capture, even in the mode that forbids most.
+"""The shim's own driver calls break no capture, even in the strictest capture mode.
 
-A real driver was asked which calls are harmless there (tests/sim/conformance_h200.txt, section `asides`), and the
-simulated one answers as it did. All other calls are made in relaxed mode, and none concerns a stream that captures.
+Recorded results of a real driver show which calls are harmless there (tests/sim/conformance_h200.txt, section
+`asides`), and the simulated driver returns the same results. All other calls are made in relaxed mode, and none
+concerns a stream that captures.
 """
 
 import re
@@ -15,8 +16,8 @@ from tests.shim.shim_kit import ROOT, Simulator
 
 GIB = 1 << 30
 
-# Every call that may be made in any mode of the program's thread, and the recorded lines that say so: how the call and
-# the capture ended, or how the capture continued and ended.
+# Every call that may be made in any mode of the program's thread, and the recorded lines that prove it: how the call
+# and the capture ended, or how the capture continued and ended.
 HARMLESS = {
     "cuThreadExchangeStreamCaptureMode": [r"capture\.exchanged\.nothing 0 0 1 0 1 0"],
     "cuStreamIsCapturing": [
@@ -33,11 +34,11 @@ HARMLESS = {
     "cuDevicePrimaryCtxGetState": [r"asides\.(aside|blocking)\.primary 0 0"],
 }
 
-# Made by no test here: in one function with calls that are made, and so in the same mode.
+# No test here makes these calls. Each is in one function with a call that is made, and so in the same mode.
 BESIDE = {
-    "cuDeviceGetUuid": "cuDeviceGetUuid_v2",  # which older drivers lack
-    "cuEventDestroy_v2": "cuEventCreate",  # if too many events were made in idle contexts
-    "cuGraphChildGraphNodeGetGraph": "cuGraphNodeGetType",  # the simulated driver has no graphs in graphs
+    "cuDeviceGetUuid": "cuDeviceGetUuid_v2",  # older drivers lack it
+    "cuEventDestroy_v2": "cuEventCreate",  # if idle contexts had too many events
+    "cuGraphChildGraphNodeGetGraph": "cuGraphNodeGetType",  # the simulated driver has no child graphs
 }
 
 SECOND = """
@@ -69,7 +70,7 @@ def both(simulator: Simulator, verb: Callable[..., None], turn: int) -> None:
 
 @pytest.mark.parametrize("flags", [0, 1], ids=["blocking", "aside"])
 @pytest.mark.parametrize("gated", [False, True], ids=["free", "gated"])
-def test_a_capture_outlives_launches_on_every_device(simulator: Simulator, flags: int, gated: bool) -> None:
+def test_a_capture_survives_launches_on_every_device(simulator: Simulator, flags: int, gated: bool) -> None:
     """One thread uses two devices. It uses the capturing device's default stream only where the driver allows it."""
     both(simulator, unlock, 1 if gated else 0)
     own = "" if flags == 0 else ", lambda: launch(f)"
@@ -88,7 +89,7 @@ need("cuCtxSynchronize")"""
 @pytest.mark.parametrize("devices", ["", SECOND], ids=["one device", "two"])
 @pytest.mark.parametrize("name", ["cuMemAllocAsync", "cuMemAllocAsync_ptsz"])
 def test_a_thread_without_a_context_breaks_no_capture(simulator: Simulator, name: str, devices: str) -> None:
-    """The driver refuses the call before it looks at captures, so the shim's earlier calls must not break one."""
+    """The driver refuses the call before it checks captures, so the shim's earlier calls must not break a capture."""
     both(simulator, unlock, 1)
     script = f"""
 def other():

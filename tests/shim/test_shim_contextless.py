@@ -1,4 +1,4 @@
-"""A call that the driver refuses without a context takes no room from other processes: nothing is requested for it."""
+"""The shim requests nothing for a call that the driver refuses without a context, and takes no room from others."""
 
 import pytest
 
@@ -16,7 +16,7 @@ def each():
             L.cuMemAllocAsync(C.byref(p), n, None), L.cuMemAllocAsync_ptsz(C.byref(p), n, None)]
 L.cuInit(0)
 """
-# Ways in which a thread has no context, or one that has ended. A pool has been used before.
+# Ways in which a thread has no context or an ended one. A pool has been used before.
 WAYS = {
     "none": ("pass", NONE),
     "released": ("L.cuDevicePrimaryCtxRelease_v2(0)", GONE),
@@ -32,7 +32,7 @@ def asked(simulator: Simulator) -> int:
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_nothing_is_asked_without_a_context(simulator: Simulator, way: str) -> None:
+def test_no_call_without_a_context_is_requested(simulator: Simulator, way: str) -> None:
     how, error = WAYS[way]
     begin = "" if way == "none" else RETAINED
     said = simulator.python(CALLS + begin + how + "\nout(each())")
@@ -41,13 +41,13 @@ def test_nothing_is_asked_without_a_context(simulator: Simulator, way: str) -> N
 
 
 @pytest.mark.parametrize("end", ["Release_v2", "Reset_v2"])
-def test_a_context_that_is_there_again_is_asked_for(simulator: Simulator, end: str) -> None:
+def test_an_allocation_in_a_recreated_primary_context_is_requested(simulator: Simulator, end: str) -> None:
     script = CALLS + RETAINED + f"L.cuDevicePrimaryCtx{end}(0)\n" + RETAINED + "n = C.c_size_t(MiB)\n"
     assert simulator.python(script + "out(L.cuMemAlloc_v2(C.byref(p), n))") == "[0]\n"
     assert asked(simulator) == 1
 
 
-def test_another_context_is_asked_for_after_one_has_ended(simulator: Simulator) -> None:
+def test_an_allocation_in_another_context_is_requested_after_one_context_has_ended(simulator: Simulator) -> None:
     script = CALLS + RETAINED + "d = C.c_void_p(); L.cuCtxCreate_v2(C.byref(d), 0, 0); L.cuCtxDestroy_v2(d)\n"
     script += "L.cuCtxSetCurrent(c); out(L.cuMemAlloc_v2(C.byref(p), C.c_size_t(MiB)))\n"
     script += "L.cuCtxCreate_v2(C.byref(d), 0, 0); out(L.cuMemAlloc_v2(C.byref(p), C.c_size_t(MiB)))"
@@ -55,15 +55,15 @@ def test_another_context_is_asked_for_after_one_has_ended(simulator: Simulator) 
     assert asked(simulator) == 2
 
 
-def test_a_pool_that_has_room_admitted_serves_no_thread_without_a_context(simulator: Simulator) -> None:
+def test_no_thread_without_a_context_allocates_from_admitted_pool_room(simulator: Simulator) -> None:
     script = CALLS + RETAINED + "n = C.c_size_t(MiB); out(L.cuMemAllocAsync(C.byref(p), n, None))\n"
     script += "L.cuCtxSetCurrent(None); out([L.cuMemAllocAsync(C.byref(p), C.c_size_t(20 * MiB), None) for _ in '12'])"
     assert simulator.python(script) == f"[0]\n[[{NONE}, {NONE}]]\n"
     assert asked(simulator) == 1
 
 
-def test_the_driver_says_whether_a_context_has_ended(held: Agent) -> None:
-    """Its handle is another one's by now, which was made where the shim does not see it: that one may allocate."""
+def test_a_new_context_with_the_handle_of_an_ended_one_may_allocate(held: Agent) -> None:
+    """The new context was created where the shim has no hook. The driver's state decides whether it exists."""
     script = "c = C.c_void_p(); L.cuDevicePrimaryCtxRetain(C.byref(c), 0); L.fake_active(0)\n"
     script += "L.cuDevicePrimaryCtxRelease_v2(0); C.set_errno(77); out(alloc(MiB), C.get_errno())"
     assert held.python(script) == [[0, 77]]

@@ -1,4 +1,4 @@
-"""The k-th call of the shim to the system fails, for every k until none is left to fail: the program is unharmed."""
+"""The k-th system call of the shim fails, for every k until no call is left to fail. The program is not affected."""
 
 import pytest
 
@@ -17,7 +17,7 @@ out(r, e, made, before == fds(), f[0], L.fake_calls())
 
 
 @pytest.mark.parametrize("answer", ["managed", "unmanaged"])
-def test_every_failure_in_turn(build: Build, agent: Agent, answer: str) -> None:
+def test_the_program_is_unaffected_by_each_failed_system_call(build: Build, agent: Agent, answer: str) -> None:
     agent.do("set", answer=answer)
     agent.do("start")
     results, k = [], 0

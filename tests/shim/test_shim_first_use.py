@@ -1,4 +1,4 @@
-"""The first use of a device waits for the agent's decision whether the limit counts there, and no longer."""
+"""The first use of a device waits only until the agent has decided whether the limit counts there."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def test_a_first_use_that_is_denied_is_refused_at_once(held: Agent) -> None:
     assert 190 <= ms < 1000
 
 
-def test_without_a_decision_it_is_refused_in_time(held: Agent) -> None:
+def test_a_first_use_without_a_decision_is_refused_in_time(held: Agent) -> None:
     pending(held)
     result, ms = call_while(held, "alloc(256 * MiB)")
     assert result == OOM
@@ -44,20 +44,20 @@ def test_a_call_on_another_device_does_not_wait(held: Agent, limit: int) -> None
 
 
 def pending_group(agent: Agent) -> None:
-    """Add a group whose limit came after the program's hello, so the program has no page of it."""
+    """Add a group whose limit was set after the program's hello, so the program has no page of the group."""
     agent.do("knobs", outer=1)
     agent.do("limit", level=1, limit=GIB, flags=UNCOMMITTED << DEVICE)
 
 
 @pytest.mark.parametrize("limit", [GIB, 0])
-def test_a_first_use_under_a_group_that_came_later_waits_for_the_decision(held: Agent, limit: int) -> None:
+def test_a_first_use_under_a_later_group_waits_for_the_decision(held: Agent, limit: int) -> None:
     pending_group(held)
     result, ms = call_while(held, "alloc(256 * MiB)", then=lambda: held.do("limit", level=1, limit=limit))
     assert result == (0 if limit else OOM)
     assert 190 <= ms < 1000
 
 
-def test_under_a_group_that_came_later_without_a_decision_it_is_refused_in_time(held: Agent) -> None:
+def test_a_first_use_under_a_later_group_without_a_decision_is_refused_in_time(held: Agent) -> None:
     pending_group(held)
     result, ms = call_while(held, "alloc(256 * MiB)")
     assert result == OOM

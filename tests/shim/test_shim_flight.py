@@ -1,4 +1,4 @@
-"""Work in flight on a gated device of the simulated driver: bounded, drained, reported, unnoticed by programs."""
+"""Work in flight on a gated device of the simulated driver: bounded, drained, reported, and without side effects."""
 
 import time
 
@@ -9,7 +9,10 @@ from tests.shim.shim_kit import Simulator
 
 
 def test_work_in_flight_is_bounded(simulator: Simulator) -> None:
-    """1,009 kernels of 0.2 ms are launched without waiting: at most a budget and a batch of them are in flight."""
+    """A program launches 1,009 kernels of 0.2 ms without waiting.
+
+    At most a budget and a batch of them are in flight.
+    """
     agent = simulator.agent
     unlock(agent, 1, budget=4_000_000)
     process = simulator.start(
@@ -27,7 +30,7 @@ out("given"); line(); need("cuStreamSynchronize", s); out("done"); line()"""
     while (now := page(agent))["launches"] < 1110:
         seen.append(now["in_flight"])
     assert len(seen) > 10
-    assert max(seen) <= 40, max(seen)  # 4 ms are 20; on a busy machine, an estimate may be half of the right value
+    assert max(seen) <= 40, max(seen)  # 4 ms are 20 kernels; an estimate may be half of it on a busy machine
     assert said(process) == ["given"]
     tell(process)
     assert said(process) == ["done"]
@@ -66,7 +69,7 @@ need("cuCtxSynchronize"); out(n)"""
         before = now["launches"]
         time.sleep(0.005)
         assert page(agent)["launches"] == before
-    assert sorted(drains)[5] < 0.02, drains  # 2 ms are the budget; without a bound it would be seconds
+    assert sorted(drains)[5] < 0.02, drains  # the budget is 2 ms; without a bound a drain would take seconds
     tell(process)
     unlock(agent, 13)
     assert said(process) == [page(agent)["launches"]]
@@ -133,7 +136,7 @@ need("cuStreamSynchronize", s); done = time.monotonic_ns(); line(); out(at, done
     end(process)
 
 
-def test_the_rest_between_an_end_and_a_launch_is_reported(simulator: Simulator) -> None:
+def test_the_shim_reports_the_rest_between_an_end_and_the_next_launch(simulator: Simulator) -> None:
     agent = simulator.agent
     unlock(agent, 1)
     process = simulator.start(
@@ -156,8 +159,8 @@ out(rests, sum(between[1:])); line()"""
     end(process)
 
 
-def test_a_program_that_goes_step_by_step_does_not_rest(simulator: Simulator) -> None:
-    """The time between an end that it waited for and its next launch counts as the program's, unless it is long."""
+def test_the_shim_reports_no_rest_of_a_program_that_waits_for_each_step(simulator: Simulator) -> None:
+    """The time from an end that the program waited for to its next launch is the program's, unless it is long."""
     agent = simulator.agent
     unlock(agent, 1)
     process = simulator.start(
@@ -174,15 +177,15 @@ out(*gaps); line()"""
     gaps = said(process)
     now = until(agent, launches=401, in_flight=0)
     own, whole = sorted(own for own, _ in gaps)[200], sorted(whole for _, whole in gaps)[200]
-    assert own < 50_000  # else this machine is too slow to tell
+    assert own < 50_000  # otherwise this machine is too slow for this test
     late = [most for least, most in gaps if least > 50_000 or most > whole + 50_000]
     assert now["idle"] <= 3_000_000 + 2 * sum(late)
     tell(process)
     end(process)
 
 
-def test_a_driver_that_answers_late_does_no_harm(simulator: Simulator) -> None:
-    """A thread is in the driver for longer than its turn, and others continue: their counts stay right."""
+def test_a_slow_driver_call_does_not_disturb_the_counts_of_other_threads(simulator: Simulator) -> None:
+    """One thread is in a driver call for longer than its turn, and other threads continue. Their counts stay right."""
     agent = simulator.agent
     unlock(agent, 1)
     program = agent.build.compile("threads.c", "threads", "-ldl", "-lpthread")
@@ -214,8 +217,11 @@ def both():
 
 
 @pytest.mark.timeout(60)  # a failure would never end
-def test_a_launch_does_not_wait_for_what_waits_for_it_where_no_room_is(simulator: Simulator) -> None:
-    """The first kernel is known to take longer than the budget. Another kernel is launched before its twin."""
+def test_a_launch_beyond_the_budget_does_not_wait_for_work_that_waits_for_it(simulator: Simulator) -> None:
+    """The first kernel takes longer than the budget and waits for its twin.
+
+    Another kernel is launched before the twin.
+    """
     agent = simulator.agent
     unlock(agent, 1)
     process = simulator.start(
@@ -232,8 +238,11 @@ out("warm"); go(0, twins[0]); go(0, f); go(1, twins[1]); both(); out("done"); li
     end(process)
 
 
-def test_a_launch_does_not_wait_for_what_waits_for_it_at_a_gate_that_opens(simulator: Simulator) -> None:
-    """The work before it does not end. The thread still reports that it waits, and continues when it may."""
+def test_a_launch_at_a_reopened_gate_does_not_wait_for_work_that_waits_for_it(simulator: Simulator) -> None:
+    """Earlier work waits for a later launch of this thread, so it does not end.
+
+    The thread still reports that it waits, and continues when the gate opens.
+    """
     agent = simulator.agent
     unlock(agent, 1)
     process = simulator.start(
@@ -255,8 +264,8 @@ go(0, twins[0]); out("given"); line(); go(0, f); go(1, twins[1]); both(); out("d
     end(process)
 
 
-def test_a_program_that_does_not_synchronise_is_reported_by_the_clock(simulator: Simulator) -> None:
-    """No call shows that its work has ended. The page says when it should have."""
+def test_work_of_a_program_that_does_not_synchronise_has_an_estimated_end(simulator: Simulator) -> None:
+    """No call shows that the work has ended. The page has the time at which it should have ended."""
     agent = simulator.agent
     unlock(agent, 1)
     process = simulator.start(
@@ -275,8 +284,8 @@ launch(f, s); at = time.monotonic_ns(); out(at); line()"""
     end(process)
 
 
-def test_nothing_is_recorded_on_a_stream_that_was_drawn_into_a_capture(simulator: Simulator) -> None:
-    """It has launches without an event. They are reported when the capture is over."""
+def test_no_event_is_recorded_on_a_stream_that_joined_a_capture(simulator: Simulator) -> None:
+    """The stream has launches without an event. They are reported after the end of the capture."""
     agent = simulator.agent
     unlock(agent, 1)
     process = simulator.start(
@@ -307,8 +316,8 @@ thread.join(); out("done")"""
     end(process)
 
 
-def test_forks_carry_nothing_on(simulator: Simulator) -> None:
-    """The child has nothing in flight, and no page of its parent."""
+def test_a_forked_child_has_no_work_in_flight(simulator: Simulator) -> None:
+    """The child has no page of its parent either."""
     agent = simulator.agent
     unlock(agent, 3)
     script = """
@@ -325,8 +334,8 @@ os.wait(); out(os.getpid() and 1); line(); need("cuCtxSynchronize"); out("done")
     end(process)
 
 
-def test_the_program_finds_all_as_it_left_it(simulator: Simulator) -> None:
-    """Current context, capture mode and events stay the program's, whatever was recorded meanwhile."""
+def test_the_shim_keeps_context_capture_mode_and_events_of_the_program(simulator: Simulator) -> None:
+    """Current context, capture mode and events stay the program's, whichever events the shim has recorded."""
     agent = simulator.agent
     unlock(agent, 1)
     script = """
@@ -355,7 +364,7 @@ need("cuCtxDestroy_v2", d); need("cuCtxSetCurrent", c); need("cuCtxSynchronize")
     end(process)
 
 
-def test_memory_of_another_context_outlives_the_primary_one(simulator: Simulator) -> None:
+def test_memory_of_another_context_survives_the_end_of_the_primary_context(simulator: Simulator) -> None:
     agent = simulator.agent
     unlock(agent, 1)
     script = """
@@ -376,8 +385,8 @@ need("cuCtxDestroy_v2", d); out("ended"); line()"""
 
 
 @pytest.mark.parametrize("budget", [pytest.param(4_000_000, id="marked"), pytest.param(400_000_000, id="unmarked")])
-def test_memory_of_a_green_context_outlives_it(simulator: Simulator, budget: int) -> None:
-    """Its work drains as all other work, and nothing is done in a context that has ended."""
+def test_memory_of_a_green_context_survives_the_end_of_that_context(simulator: Simulator, budget: int) -> None:
+    """Its work drains like all other work, and the shim makes no call in a context that has ended."""
     agent = simulator.agent
     unlock(agent, 1, budget=budget)
     script = """
@@ -398,7 +407,7 @@ launch(f); out(C.c_int.in_dll(L, "misused").value); need("cuCtxSynchronize"); li
     end(process)
 
 
-def test_a_failed_launch_does_not_count(simulator: Simulator) -> None:
+def test_a_failed_launch_is_not_counted(simulator: Simulator) -> None:
     unlock(simulator.agent, 1)
     script = "f = kernel(1); out(L.cuLaunchKernel(f, 0, 1, 1, 1, 1, 1, 0, None, None, None)); line()"
     process = simulator.start(KIT + script)

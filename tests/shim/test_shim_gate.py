@@ -1,4 +1,4 @@
-"""Tests of the gate with the simulated driver: which threads wait and how long, and that only launches wait."""
+"""Tests of the gate with the simulated driver: which threads wait, for how long, and that only launches wait."""
 
 import time
 
@@ -9,14 +9,14 @@ from tests.shim.shim_kit import Simulator
 
 
 @pytest.mark.parametrize("word", [0, 1, 5 << 2])
-def test_a_process_that_is_not_scheduled_is_not_counted(simulator: Simulator, word: int) -> None:
+def test_launches_of_an_ungated_process_are_not_counted(simulator: Simulator, word: int) -> None:
     simulator.agent.do("gate", word=word)
     script = KIT + "f = kernel(1); out([launch(f) for _ in range(101)].count(0)); need('cuCtxSynchronize')"
     assert simulator.python(script) == "[101]\n"
     assert not any(page(simulator.agent).values())
 
 
-def test_another_device_may_be_shut(simulator: Simulator) -> None:
+def test_a_closed_gate_of_another_device_blocks_no_launch(simulator: Simulator) -> None:
     shut(simulator.agent, 5, device=4)
     assert simulator.python(KIT + "f = kernel(1); out([launch(f) for _ in range(11)].count(0))") == "[11]\n"
     assert not any(page(simulator.agent, 3).values())
@@ -35,7 +35,7 @@ CALLS = {
 
 
 @pytest.mark.parametrize("call", CALLS)
-def test_a_closed_gate_holds(simulator: Simulator, call: str) -> None:
+def test_a_closed_gate_blocks_every_kind_of_launch(simulator: Simulator, call: str) -> None:
     agent = simulator.agent
     unlock(agent, 4)
     process = simulator.start(
@@ -45,7 +45,7 @@ f, s = kernel(1), stream(); e = exec_of(f, 3, s); config = Config((1, 1, 1, 1, 1
 out("ready"); line(); r = {CALLS[call]}; out(r, C.get_errno()); line(); need("cuCtxSynchronize"); out("done")"""
     )
     assert said(process) == ["ready"]
-    assert page(agent)["launches"] == 0  # captured kernels do not count
+    assert page(agent)["launches"] == 0  # the shim does not count captured kernels
     shut(agent, 4)
     tell(process)
     assert until(agent, waiting=1, drained=4)["in_flight"] == 0
@@ -70,7 +70,7 @@ OLD = {
 
 @pytest.mark.parametrize("flags", [0, 1])
 @pytest.mark.parametrize("call", OLD)
-def test_a_closed_gate_holds_what_runs_at_once_in_a_relaxed_capture(
+def test_a_closed_gate_blocks_immediate_work_during_a_relaxed_capture(
     simulator: Simulator, call: str, flags: int
 ) -> None:
     agent = simulator.agent
@@ -135,7 +135,7 @@ need("cuCtxSynchronize"); out("done")""".replace("f, s, t", "import select\nf, s
     end(process)
 
 
-def test_without_a_heartbeat_gates_open(simulator: Simulator) -> None:
+def test_gates_open_without_a_heartbeat(simulator: Simulator) -> None:
     agent = simulator.agent
     shut(agent, 3)
     process = simulator.start(KIT + "f = kernel(1); out('ready'); out(launch(f))")
@@ -149,7 +149,7 @@ def test_without_a_heartbeat_gates_open(simulator: Simulator) -> None:
     end(process)
 
 
-def test_another_gatekeeper_is_found_by_launches_alone(simulator: Simulator) -> None:
+def test_launches_alone_make_the_shim_register_with_another_gatekeeper(simulator: Simulator) -> None:
     agent = simulator.agent
     process = simulator.start(KIT + "f = kernel(1); out('ready')\nwhile launch(f) == 0: time.sleep(0.001)")
     assert said(process) == ["ready"]
@@ -184,7 +184,7 @@ out("ready"); r = launch(f); signal.setitimer(signal.ITIMER_REAL, 0); out(r, C.g
 
 
 def test_a_lone_thread_drains_its_other_devices_too(simulator: Simulator) -> None:
-    """It waits at one closed gate. Its work on another device is reported when that is done."""
+    """The thread waits at one closed gate. Its work on another device is reported as soon as that work is done."""
     agent = simulator.agent
     unlock(agent, 1)
     unlock(agent, 1, device=4)
@@ -210,7 +210,7 @@ out("given"); line(); launch(f); need("cuCtxSynchronize"); out("done")"""
     end(process)
 
 
-def test_a_closed_gate_passes_the_allowed_launches_and_reports_again_that_it_has_drained(simulator: Simulator) -> None:
+def test_a_closed_gate_passes_the_allowed_launches_and_reports_the_drain_again(simulator: Simulator) -> None:
     agent = simulator.agent
     unlock(agent, 1)
     process = simulator.start(KIT + "f = kernel(20); out('ready'); line(); out([launch(f) for _ in range(6)])")

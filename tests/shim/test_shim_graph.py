@@ -1,4 +1,4 @@
-"""Memory that graphs take for themselves: asked for when a graph first runs, followed afterwards."""
+"""Memory that graphs allocate: requested at a graph's first launch, and tracked afterwards."""
 
 import pytest
 
@@ -21,7 +21,7 @@ L.cuGraphInstantiateWithFlags.argtypes = [V, V, C.c_ulonglong]
 )
 
 
-def test_asked_for_at_the_first_launch_and_never_again(held: Agent) -> None:
+def test_graph_memory_is_requested_only_at_the_first_launch(held: Agent) -> None:
     script = (
         GRAPHS
         + "e = holding(300 * MiB); out(reserved()); [launch(e) for _ in range(50)]; out(reserved(), L.fake_unsafe())"
@@ -32,17 +32,17 @@ def test_asked_for_at_the_first_launch_and_never_again(held: Agent) -> None:
 
 
 @pytest.mark.parametrize("name", ["cuGraphLaunch", "cuGraphLaunch_ptsz", "cuGraphUpload"])
-def test_refused_before_the_driver_is_asked(held: Agent, name: str) -> None:
+def test_graph_memory_is_refused_before_the_driver_is_called(held: Agent, name: str) -> None:
     script = GRAPHS + f"e = holding(2 << 30); out(launch(e, 3, '{name}'), reserved())"
     assert held.python(script) == [[OOM, 0]]
 
 
-def test_graphs_add_up_to_the_limit(held: Agent) -> None:
+def test_memory_of_several_graphs_adds_up_to_the_limit(held: Agent) -> None:
     script = GRAPHS + "es = [holding(300 * MiB) for _ in range(5)]; out([launch(e) for e in es], reserved())"
     assert held.python(script) == [[[0, 0, 0, OOM, OOM], 900]]
 
 
-def test_graphs_that_share_memory_are_not_refused_for_their_sum(held: Agent) -> None:
+def test_graphs_that_share_memory_are_not_charged_for_their_sum(held: Agent) -> None:
     script = (
         GRAPHS
         + """
@@ -65,7 +65,7 @@ out(launch(make(capture(body))), reserved())"""
     assert held.python(script) == [[0, 400]]
 
 
-def test_the_most_at_once_is_asked_for(held: Agent) -> None:
+def test_the_peak_of_a_graph_s_memory_is_requested(held: Agent) -> None:
     script = (
         GRAPHS
         + """
@@ -77,7 +77,7 @@ out(launch(make(capture(body))), reserved())"""
     assert [c["bytes"] for c in held.calls(POOL)] == [500 * MIB]
 
 
-def test_long_graphs_and_children_are_read(held: Agent) -> None:
+def test_the_shim_reads_long_graphs_and_child_graphs(held: Agent) -> None:
     script = (
         GRAPHS
         + """
@@ -90,7 +90,7 @@ out(launch(make(outer)))"""
 
 
 @pytest.mark.parametrize("size", ["300 * MiB", "2 << 30"])
-def test_uploaded_at_instantiation_it_is_asked_for_there(held: Agent, size: str) -> None:
+def test_memory_of_a_graph_uploaded_at_instantiation_is_requested_then(held: Agent, size: str) -> None:
     script = (
         GRAPHS
         + f"""
@@ -114,7 +114,7 @@ out(a, (L.cuGraphInstantiateWithParams(C.byref(e), g, (C.c_uint64 * 8)()), launc
     assert held.python(script) == [[[0, OOM], [0, OOM]]]
 
 
-def test_a_trim_gives_back_and_the_next_launch_asks(held: Agent) -> None:
+def test_a_trim_releases_graph_memory_and_the_next_launch_requests_it(held: Agent) -> None:
     script = (
         GRAPHS
         + "e = passing(300 * MiB); launch(e); L.cuDeviceGraphMemTrim(0); out(reserved()); launch(e); out(reserved())"
@@ -129,23 +129,23 @@ def test_idle_graph_memory_is_trimmed_before_another_call_is_refused(held: Agent
     assert held.do("look")["used"] == 600 * MIB
 
 
-def test_more_than_was_foreseen_is_asked_for_afterwards(held: Agent) -> None:
+def test_memory_beyond_the_estimate_is_requested_after_the_launch(held: Agent) -> None:
     held.python(GRAPHS + "e = holding(100 * MiB); L.fake_graph_take(0, C.c_uint64(200 * MiB)); out(launch(e))")
     assert held.do("look")["used"] == 300 * MIB
 
 
-def test_a_failed_launch_gives_back(held: Agent) -> None:
+def test_a_failed_launch_releases_its_admission(held: Agent) -> None:
     held.python(GRAPHS + "e = holding(100 * MiB); L.fake_pool_result(719); out(launch(e))")
     assert held.do("look")["used"] == 0
 
 
-def test_a_launch_into_a_capture_takes_nothing(held: Agent) -> None:
+def test_a_launch_into_a_capture_requests_nothing(held: Agent) -> None:
     script = GRAPHS + "e = holding(2 << 30); L.cuStreamBeginCapture_v2(V(4), 0); out(launch(e, 4))"
     held.python(script)
     assert held.calls(POOL) == []
 
 
-def test_graphs_without_allocations_are_asked_nothing(held: Agent) -> None:
+def test_graphs_without_allocations_request_nothing(held: Agent) -> None:
     script = (
         GRAPHS
         + """
@@ -157,14 +157,14 @@ out(L.fake_asked_capturing() - n)"""
     assert held.calls(POOL) == []
 
 
-def test_more_graphs_than_the_table_has_are_followed(held: Agent) -> None:
+def test_graphs_beyond_the_size_of_the_table_are_charged(held: Agent) -> None:
     script = GRAPHS + "es = [holding(20 * MiB) for _ in range(90)]; out([launch(e) for e in es].count(0), reserved())"
     launched, reserved = held.python(script)[0]
-    assert launched == 52  # the last of them is noticed too late
+    assert launched == 52  # the shim detects the last allocation too late
     assert (reserved - 20) * MIB <= held.do("look")["used"] <= GIB
 
 
-def test_graphs_that_are_destroyed_leave_their_place(held: Agent) -> None:
+def test_a_destroyed_graph_frees_its_slot(held: Agent) -> None:
     script = (
         GRAPHS
         + """
@@ -177,18 +177,18 @@ out(launch(holding(2 << 30)))"""
     assert held.python(script) == [[OOM]]
 
 
-def test_a_reset_forgets_graph_memory(held: Agent) -> None:
+def test_a_device_reset_releases_graph_memory(held: Agent) -> None:
     held.python(GRAPHS + "e = holding(300 * MiB); launch(e); L.cuDevicePrimaryCtxReset_v2(0); out(1)")
     assert held.do("look")["used"] == 0
 
 
 @pytest.mark.parametrize(("active", "asked"), [(0, 1), (1, 0)])
-def test_a_green_context_is_asked_for_where_it_makes_a_context(held: Agent, active: int, asked: int) -> None:
+def test_a_green_context_is_requested_where_it_creates_a_context(held: Agent, active: int, asked: int) -> None:
     script = f"L.fake_active({active}); c = C.c_void_p(); out(L.cuGreenCtxCreate(C.byref(c), None, 0, 1))"
     assert held.python(script) == [[0]]
     assert len(held.calls(2)) == asked
 
 
-def test_a_refused_green_context_is_out_of_memory(held: Agent) -> None:
+def test_a_refused_green_context_returns_out_of_memory(held: Agent) -> None:
     held.do("knobs", fixed=1)
     assert held.python("c = C.c_void_p(); out(L.cuGreenCtxCreate(C.byref(c), None, 0, 1))") == [[OOM]]

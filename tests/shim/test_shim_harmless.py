@@ -26,14 +26,14 @@ Run = Callable[..., subprocess.CompletedProcess[str]]
         ["sh", "-c", "umask; pwd; ls /proc/self/fd; trap; ulimit -a"],
     ],
 )
-def test_other_programs_run_as_before(plain: Run, command: list[str]) -> None:
+def test_programs_without_cuda_run_unchanged(plain: Run, command: list[str]) -> None:
     bare, with_shim = plain(*command, preload=()), plain(*command)
     assert (with_shim.returncode, with_shim.stdout, with_shim.stderr) == (bare.returncode, bare.stdout, bare.stderr)
 
 
 @pytest.mark.skipif(not shutil.which("musl-gcc"), reason="no musl-tools")
 @pytest.mark.parametrize("flags", [["-static"], []])
-def test_musl_programs_run_untouched_by_ld_so_preload(build: Build, tmp_path: Path, flags: list[str]) -> None:
+def test_musl_programs_run_unchanged_with_ld_so_preload(build: Build, tmp_path: Path, flags: list[str]) -> None:
     (tmp_path / "m.c").write_text('#include <stdio.h>\nint main(void) { puts("fine"); return 5; }\n')
     for name in ("upper", "work"):
         (tmp_path / name).mkdir()
@@ -49,7 +49,7 @@ def test_musl_programs_run_untouched_by_ld_so_preload(build: Build, tmp_path: Pa
 
 
 @pytest.mark.parametrize("order", ["before", "after"])
-def test_other_preloads_still_find_what_comes_next(build: Build, plain: Run, order: str) -> None:
+def test_other_preloaded_libraries_still_find_the_next_definition(build: Build, plain: Run, order: str) -> None:
     other = build.folder / "next.so"
     preload = (other, build.shim) if order == "before" else (build.shim, other)
     script = "import ctypes; l = ctypes.CDLL(None); print(l.puts(b'x') >= 0, l.next_calls(), flush=True)"
@@ -57,13 +57,13 @@ def test_other_preloads_still_find_what_comes_next(build: Build, plain: Run, ord
     assert (done.returncode, sorted(done.stdout.split())) == (0, ["1", "True", "x"]), done
 
 
-def test_a_preload_that_wraps_a_hooked_name_reaches_us(build: Build, held: Agent) -> None:
+def test_a_preloaded_wrapper_of_a_hooked_function_calls_the_shim(build: Build, held: Agent) -> None:
     program = build.compile("linked.c", "linked", f"-L{build.folder / 'driver'}", "-l:libcuda.so.1")
     out, _ = held.run(program, preload=(build.folder / "next.so",))
     assert out.split()[:3] == ["0", "2", "1"]
 
 
-def test_both_versions_of_dlsym_are_ours(build: Build, plain: Run) -> None:
+def test_the_shim_provides_both_versions_of_dlsym(build: Build, plain: Run) -> None:
     program = build.compile("versions.c", "versions")
     assert plain(program).stdout.split() == ["libfgpu.so", "libfgpu.so", "libcuda.so.1", "none"]
 
@@ -91,7 +91,7 @@ def test_absent_symbols_are_not_found(build: Build, plain: Run) -> None:
     assert plain_python(plain, LOOKUPS + script) == "(False, True) (False, True) (False, True)\n"
 
 
-def test_an_old_driver_stays_old(build: Build, plain: Run) -> None:
+def test_an_old_driver_gets_no_newer_functions(build: Build, plain: Run) -> None:
     script = f"""
     old = dl.dlopen(b"{build.folder}/old/libcuda.so.1", 2)
     print(look(old, b"cuCtxCreate_v4"), look(old, b"cuCtxCreate_v3"), look(old, b"cuMemAllocManaged"))
@@ -99,7 +99,7 @@ def test_an_old_driver_stays_old(build: Build, plain: Run) -> None:
     assert plain_python(plain, LOOKUPS + script) == "(False, True) (True, False) (False, True)\n"
 
 
-def test_dlerror_reports_the_programs_own_lookups_alone(build: Build, plain: Run) -> None:
+def test_dlerror_reports_only_the_program_s_own_lookups(build: Build, plain: Run) -> None:
     script = f"""
     driver = dl.dlopen(b"{build.folder}/driver/libcuda.so.1", 2)
     print([look(driver, n) for n in (b"cuInit", b"cuMemAlloc_v2", b"cuCtxCreate", b"cuMemAlloc_v2")])
@@ -108,7 +108,7 @@ def test_dlerror_reports_the_programs_own_lookups_alone(build: Build, plain: Run
     assert plain_python(plain, LOOKUPS + script) == expected
 
 
-def test_a_driver_that_is_loaded_again_elsewhere_is_found_again(build: Build, plain: Run) -> None:
+def test_the_shim_finds_a_driver_that_is_loaded_again_at_another_address(build: Build, plain: Run) -> None:
     script = f"""
     import mmap
     places = set()
@@ -126,7 +126,7 @@ def test_a_driver_that_is_loaded_again_elsewhere_is_found_again(build: Build, pl
     assert plain_python(plain, LOOKUPS + script) == "0 0xd00000\n" * 3
 
 
-def test_without_an_agent_all_is_open_and_one_line_says_so(plain: Run) -> None:
+def test_without_an_agent_no_limit_applies_and_one_line_reports_that(plain: Run) -> None:
     script = PREAMBLE + "L.cuInit(0); print(alloc(8 * GiB), alloc(8 * GiB), info(), L.fake_calls())"
     done = plain(SYSTEM_PYTHON, "-c", script)
     assert done.stdout == f"0 0 (0, {10 << 30}, {16 << 30}) 2\n"
@@ -134,13 +134,13 @@ def test_without_an_agent_all_is_open_and_one_line_says_so(plain: Run) -> None:
 
 
 @pytest.mark.parametrize("state", ["2>&-", "2>/dev/full", "2>/dev/null"])
-def test_a_stderr_that_cannot_be_written_does_no_harm(plain: Run, state: str) -> None:
+def test_a_stderr_that_cannot_be_written_does_not_affect_the_program(plain: Run, state: str) -> None:
     script = PREAMBLE + "L.cuInit(0); os.write(1, str(alloc(1)).encode())"
     done = plain("sh", "-c", f'exec "$@" {state}', "sh", SYSTEM_PYTHON, "-c", script)
     assert (done.returncode, done.stdout) == (0, "0")
 
 
-def test_a_stderr_that_is_a_dead_pipe_does_no_harm(plain: Run) -> None:
+def test_a_stderr_that_is_a_closed_pipe_does_not_affect_the_program(plain: Run) -> None:
     script = (
         PREAMBLE
         + """

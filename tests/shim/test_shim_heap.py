@@ -14,8 +14,8 @@ f = function(load(MALLOC), "mal")
 """
 
 
-def test_the_first_launch_is_asked_for(simulator: Simulator) -> None:
-    """It is requested once, with the limit of that moment, and not for code without malloc."""
+def test_the_heap_is_requested_at_the_first_launch(simulator: Simulator) -> None:
+    """It is requested once, with the limit at that moment, and not for code without malloc."""
     script = """
 out(heap(100 * MiB), heap(32 * MiB + 1), launch(of(100)), launch(f), launch(f), heap(64 * MiB))
 need("cuDevicePrimaryCtxReset_v2", 0); out(1)
@@ -25,7 +25,7 @@ need("cuDevicePrimaryCtxReset_v2", 0); out(1)
 
 
 def test_a_launch_that_does_not_fit_fails_with_the_driver_s_error(simulator: Simulator) -> None:
-    """The memory that was granted for the same launch is released."""
+    """The memory that was admitted for the same launch is released."""
     script = """
 g = function(load(MALLOC.replace("{", "{ .local .align 16 .b8 buf[4096];")), "mal")
 out(heap(2 * GiB), launch(f), launch(g), launch(of(100)), heap(20 * MiB), launch(f))
@@ -35,13 +35,13 @@ out(heap(2 * GiB), launch(f), launch(g), launch(of(100)), heap(20 * MiB), launch
     assert asked(simulator.agent) == [huge, area(4096), huge, -area(4096), 22 * MIB]
 
 
-def test_kernels_of_libraries_are_asked_for(simulator: Simulator) -> None:
+def test_the_heap_is_requested_for_kernels_of_libraries(simulator: Simulator) -> None:
     script = 'k = entry(library(MALLOC), "mal"); out(heap(32 * MiB), launch(k), launch(k))'
     assert said(simulator, CODE + script) == [[0, 0, 0]]
     assert asked(simulator.agent) == [34 * MIB]
 
 
-def test_each_context_has_a_heap_of_its_own(simulator: Simulator) -> None:
+def test_the_heap_is_requested_for_each_context(simulator: Simulator) -> None:
     script = """
 inner = another(); g = function(load(MALLOC), "mal"); out(heap(32 * MiB), launch(g))
 need("cuCtxSetCurrent", c); out(launch(f)); need("cuCtxDestroy_v2", inner); out(1)
@@ -50,13 +50,13 @@ need("cuCtxSetCurrent", c); out(launch(f)); need("cuCtxDestroy_v2", inner); out(
     assert asked(simulator.agent) == [34 * MIB, -34 * MIB]
 
 
-def test_a_launch_that_fails_takes_no_heap(simulator: Simulator) -> None:
+def test_a_failed_launch_releases_the_heap(simulator: Simulator) -> None:
     script = "out(heap(32 * MiB), L.cuLaunchKernel(f, 0, 1, 1, 1, 1, 1, 0, None, None, None), launch(f))"
     assert said(simulator, CODE + script) == [[0, 1, 0]]
     assert asked(simulator.agent) == [34 * MIB, -34 * MIB, 34 * MIB]
 
 
-def test_a_limit_as_in_a_new_context_is_not_asked_for(simulator: Simulator) -> None:
+def test_a_heap_limit_as_in_a_new_context_is_not_requested(simulator: Simulator) -> None:
     assert said(simulator, CODE + "out(heap(32 * MiB), heap(8 * MiB), launch(f))") == [[0, 0, 0]]
     assert asked(simulator.agent) == []
 

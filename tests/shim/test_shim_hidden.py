@@ -32,7 +32,7 @@ IMAGE_LIMIT = "mkdir /etc/fgpu\necho 8GiB >/etc/fgpu/limit\n"
 
 
 def injected(agent: Agent, more: str, code: str = "out(alloc(1), info()[1])", **options: object) -> tuple[str, str]:
-    """Return what a program prints that was given the shim, after these shell lines in its mount namespace."""
+    """Run these shell lines in a program's mount namespace, then the program with the shim. Return its output."""
     inside = ["unshare", "-m", "sh", "-ec", f'{INJECTED}{more}exec "$@"', "sh"]
     return agent.run(*inside, SYSTEM_PYTHON, "-c", PREAMBLE + code, **options)
 
@@ -48,32 +48,32 @@ def injected(agent: Agent, more: str, code: str = "out(alloc(1), info()[1])", **
     ],
     ids=["a mount over /run", "moved", "as after a detach", "an image's limit", "a folder without a socket"],
 )
-def test_a_folder_that_is_hidden_is_not_a_host_without_an_agent(held: Agent, more: str) -> None:
+def test_a_hidden_folder_is_not_treated_as_a_host_without_an_agent(held: Agent, more: str) -> None:
     assert injected(held, more) == (f"[{OOM}, 0]\n", HIDDEN)
 
 
-def test_a_hidden_folder_is_not_waited_for(held: Agent) -> None:
+def test_the_shim_does_not_wait_for_a_hidden_folder(held: Agent) -> None:
     code = "L.cuInit(0); t = time.monotonic(); [alloc(1) for _ in range(50)]; out(time.monotonic() - t < 1)"
     assert injected(held, OVER_RUN, code)[0] == "[true]\n"
 
 
-def test_the_folder_beside_the_shim_is_found_where_run_is_hidden(held: Agent) -> None:
+def test_the_shim_uses_the_folder_beside_it_if_run_is_hidden(held: Agent) -> None:
     assert injected(held, BESIDE + OVER_RUN) == (f"[0, {HELD}]\n", "")
 
 
 def test_a_folder_beside_the_shim_that_is_no_mount_is_ignored(held: Agent) -> None:
-    """Root in a container can make one, and could make it look like that of a host after a detach."""
+    """Root in a container can create such a folder, and could imitate that of a host after a detach."""
     assert injected(held, "chmod 1755 /var/lib/fgpu/run\n") == (f"[0, {HELD}]\n", "")
 
 
-def test_under_a_removed_folder_beside_the_shim_memory_is_refused(agent: Agent) -> None:
+def test_memory_is_refused_if_the_folder_beside_the_shim_was_removed(agent: Agent) -> None:
     more = "mkdir /mnt/host\nmount --bind /mnt/host /var/lib/fgpu/run\nrmdir /mnt/host\n"
     assert injected(agent, more)[0] == f"[{OOM}, 0]\n"
 
 
 @pytest.mark.parametrize("more", [OVER_RUN, f"chmod 1755 /mnt/shim\n{BESIDE}", f"{BESIDE}chmod 1755 /mnt/shim\n"])
-def test_without_probes_there_is_no_agent(build: Build, agent: Agent, more: str) -> None:
-    """`fgpu detach` removes the probes of the shim. Nothing probes this copy."""
+def test_a_shim_without_probes_treats_the_host_as_one_without_an_agent(build: Build, agent: Agent, more: str) -> None:
+    """`fgpu detach` removes the probes of the shim. This copy has no probes."""
     copy = shutil.copy(build.shim, build.folder / "unprobed.so")
     said = injected(agent, more, libraries=(copy,))
     assert said == (f"[0, {10 << 30}]\n", "fgpu: no agent on this host: not enforced\n")
@@ -97,7 +97,7 @@ out(alloc(1), info()[1])
 @pytest.mark.parametrize(
     ("call", "error"), [("socket", "EPERM"), ("socket", "EAFNOSUPPORT"), ("connect", "EACCES"), ("connect", "ENOSYS")]
 )
-def test_the_reason_is_reported_where_a_sandbox_refuses_the_socket(held: Agent, call: str, error: str) -> None:
+def test_the_shim_reports_a_sandbox_that_refuses_its_socket(held: Agent, call: str, error: str) -> None:
     code = FILTER.format(number=NUMBERS[call], error=getattr(errno, error))
     began = time.monotonic()
     said = held.run(SYSTEM_PYTHON, "-c", PREAMBLE + code)

@@ -1,4 +1,4 @@
-"""A decision exists for every function of the driver that allocates, launches or shows memory."""
+"""Every function of the driver that allocates, launches or shows memory has a decision."""
 
 import re
 import shutil
@@ -33,13 +33,13 @@ def edit(path: Path, old: str, new: str) -> None:
     path.write_text(text.replace(old, new))
 
 
-def test_all_lists_at_once() -> None:
+def test_every_function_of_all_lists_has_a_decision() -> None:
     done = check()
     assert (done.returncode, done.stdout) == (0, "every name is hooked or decided about\n"), done
 
 
 def test_lists_of_several_generations() -> None:
-    """The lists cover headers and libraries, from CUDA 11 to the first driver with limits of its own."""
+    """The lists cover headers and libraries from CUDA 11 on, including the first driver with limits of its own."""
     for kind in ("cuda-driver", "nvml-driver"):
         branches = {path.stem.split("-")[2].split(".")[0] for path in LISTS if path.name.startswith(kind)}
         assert branches >= {"470", "535", "550", "570", "580", "595", "615"}
@@ -52,7 +52,7 @@ def listed(path: Path) -> list[list[str]]:
 
 
 @pytest.mark.parametrize("path", LISTS, ids=lambda p: p.stem)
-def test_each_list_has_what_matters(path: Path) -> None:
+def test_each_list_contains_the_essential_functions(path: Path) -> None:
     lines = listed(path)
     names = {name for line in lines for name in line}
     wanted = (
@@ -66,14 +66,14 @@ def test_each_list_has_what_matters(path: Path) -> None:
         assert len(lines) > 300
         return
     about, source = path.read_text().splitlines()[:2]
-    assert about.startswith(f"# {len(lines)} ")  # the list is complete: as many lines as were written
+    assert about.startswith(f"# {len(lines)} ")  # the list is complete: it has as many lines as were written
     assert path.stem.split("-")[2] in about
     assert re.fullmatch(r"# from [\w.]+/\S+\.deb", source)
 
 
 @pytest.mark.parametrize("path", [p for p in LISTS if "lookup" in p.name], ids=lambda p: p.stem)
-def test_lookup_answers_with_exports_alone(path: Path) -> None:
-    """The program lookup.c knows a function that cuGetProcAddress returns by the address of an export."""
+def test_cu_get_proc_address_returns_only_exported_functions(path: Path) -> None:
+    """The program lookup.c identifies a function that cuGetProcAddress returns by the address of an export."""
     exports = {line[0] for line in listed(path.with_name(path.name.replace("lookup", "driver")))}
     lines = listed(path)
     assert {given for line in lines for given in line[1:]} <= exports
@@ -83,12 +83,12 @@ def test_lookup_answers_with_exports_alone(path: Path) -> None:
         assert all(name == asked or name.startswith(f"{asked}_") for name in given)
 
 
-def test_a_hook_found_under_another_name_is_noticed(tmp_path: Path) -> None:
+def test_the_check_finds_a_hook_under_another_name(tmp_path: Path) -> None:
     (tmp_path / "lookup.txt").write_text("# 1 name\ncuMemTake cuMemAlloc_v2\n")
     assert "lookup.txt: cuMemAlloc_v2 is what cuMemTake finds\n" in check(tmp_path / "lookup.txt").stdout
 
 
-def test_simulated_libraries(build: Build, tmp_path: Path) -> None:
+def test_the_simulated_libraries_have_a_decision_for_every_export(build: Build, tmp_path: Path) -> None:
     made = [f"OUT={tmp_path}", f"HEADERS={build.headers}"]
     subprocess.run(["make", "-s", "-j2", "-C", ROOT / "sim", *made], check=True, timeout=120)
     libraries = [(tmp_path / "lib" / n).resolve() for n in ("libcuda.so.1", "libnvidia-ml.so.1")]
@@ -103,13 +103,13 @@ def test_simulated_libraries(build: Build, tmp_path: Path) -> None:
     }
 
 
-def test_stand_ins(build: Build) -> None:
-    """Exports are read from the file itself, which has a name that no list has."""
+def test_the_test_stand_ins_have_a_decision_for_every_export(build: Build) -> None:
+    """Exports are read from the file itself, whose name is in no list."""
     done = check(build.folder / "driver" / "libcuda.so.1")
     assert done.stdout == "libcuda.so.1: cuLaunchKernel_fake: neither hooked nor decided about\n"
 
 
-def test_what_a_real_drivers_lookup_answered(tmp_path: Path) -> None:
+def test_every_function_that_a_real_driver_s_lookup_returned_has_a_decision(tmp_path: Path) -> None:
     lines = (ROOT / "tests" / "sim" / "conformance_h200.txt").read_text().splitlines()
     names = {line.split()[-1] for line in lines if line.startswith("lookup.") and line.split()[-1].startswith("cu")}
     assert "cuMemAllocAsync_ptsz" in names
@@ -130,7 +130,7 @@ def test_what_a_real_drivers_lookup_answered(tmp_path: Path) -> None:
         "nvmlDeviceGetMemoryInfo_v2",
     ],
 )
-def test_a_hook_that_is_taken_out_is_missed(copy: Path, name: str) -> None:
+def test_the_check_finds_a_missing_hook(copy: Path, name: str) -> None:
     text = (copy / "core/hook_table.h").read_text()
     (copy / "core/hook_table.h").write_text(text.replace(f"({name})", "(cuNothing)"))
     done = check(shim=copy)
@@ -142,7 +142,7 @@ def test_a_hook_that_is_taken_out_is_missed(copy: Path, name: str) -> None:
 @pytest.mark.parametrize(
     "name", ["cuMemHostAlloc", "cuLaunchHostFunc_ptsz", "cuIpcOpenMemHandle_v2", "nvmlSystemGetProcessName"]
 )
-def test_a_decision_that_is_taken_out_is_missed(copy: Path, name: str) -> None:
+def test_the_check_finds_a_missing_decision(copy: Path, name: str) -> None:
     path = copy / "symbols" / "decided.txt"
     path.write_text(
         "\n".join(
@@ -165,7 +165,7 @@ def test_a_decision_that_is_taken_out_is_missed(copy: Path, name: str) -> None:
         ("cuMemHostAllok", "no reason"),
     ],
 )
-def test_the_decisions_are_held_to_their_form(copy: Path, line: str, complaint: str) -> None:
+def test_the_check_finds_a_malformed_decision(copy: Path, line: str, complaint: str) -> None:
     with (copy / "symbols" / "decided.txt").open("a") as file:
         file.write(f"{line}\n")
     done = check(shim=copy)
@@ -183,7 +183,7 @@ def test_the_decisions_are_held_to_their_form(copy: Path, line: str, complaint: 
         "nvmlDeviceGetEncoderSessions_v2", "nvmlDeviceGetAccountingStats_v3", "nvmlDeviceGetSamples_v2",
     ],
 )  # fmt: skip
-def test_a_name_of_tomorrow_is_noticed(tmp_path: Path, name: str) -> None:
+def test_the_check_finds_an_unknown_future_function(tmp_path: Path, name: str) -> None:
     (tmp_path / "driver.txt").write_text(f"{name}\ncuDeviceGetCount\n")
     done = check(tmp_path / "driver.txt")
     assert done.stdout == f"driver.txt: {name}: neither hooked nor decided about\n"
@@ -205,13 +205,13 @@ nvmlReturn_t DECLDIR nvmlDeviceGetSpeedOfLight(nvmlDevice_t device, unsigned int
     assert check(tmp_path / "nvml.h").stdout == "nvml.h: nvmlDeviceGetGuests: neither hooked nor decided about\n"
 
 
-def test_headers_are_read_as_they_are(build: Build) -> None:
+def test_headers_are_parsed_completely(build: Build) -> None:
     done = check("--names", build.headers / "cuda.h")
     names = set(done.stdout.split())
     assert {"cuMemAlloc", "cuMemAlloc_v2", "cuMemAllocAsync_ptsz", "cuMemcpyHtoD_v2_ptds", "cuCtxCreate_v4"} <= names
     assert not [n for n in names if not n.startswith("cu")]
 
 
-def test_an_empty_file_is_no_list(tmp_path: Path) -> None:
+def test_an_empty_list_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "empty.txt").write_text("")
     assert check(tmp_path / "empty.txt").stdout == "empty.txt: no names\n"

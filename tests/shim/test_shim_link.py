@@ -1,4 +1,4 @@
-"""Hello, and all that can go wrong with it: the state it leaves, the time it takes, a program that never notices."""
+"""Hello and all of its failures: the resulting state, the time that they take, and no effect on the program."""
 
 import re
 import time
@@ -10,7 +10,7 @@ from tests.shim.shim_kit import DEADLINE, IN_A_FRESH_CHILD, PREAMBLE, ROOT, SYST
 
 MEMORY, HELLO, OOM = 0, 3, 2
 
-# What must be as it was when the shim has done its work.
+# State of the process that the shim must not change.
 WATCH = """
 import signal, resource
 def state():
@@ -20,27 +20,27 @@ def state():
 """
 
 
-def test_managed(held: Agent) -> None:
+def test_a_managed_process_sends_one_hello_and_requests_memory(held: Agent) -> None:
     assert held.python("out(alloc(1))") == [[0]]
     look = held.do("look")
     assert (look["hellos"], look["sizes"], look["boots"]) == (1, [64], ["00" * 16])
     assert [c["kind"] for c in look["calls"]] == [HELLO, MEMORY]
 
 
-def test_a_lookup_prints_nothing(held: Agent) -> None:
+def test_a_lookup_of_functions_sends_no_hello(held: Agent) -> None:
     held.python("L.cuInit, L.cuMemAlloc_v2, L.cuCtxGetDevice")
     assert held.do("look")["hellos"] == 0
 
 
 def greeted(agent: Agent) -> None:
-    """A first hello has come."""
+    """Wait for a first hello."""
     deadline = time.monotonic() + DEADLINE
     while not agent.do("look")["hellos"]:
         assert time.monotonic() < deadline, "no hello"
         time.sleep(0.002)
 
 
-# The driver initialises for as long as we say.
+# The driver's initialization takes as long as the test requires.
 INSIDE = """
 def inside(): out("asked", len(fds()) - len(before)); sys.stdin.readline(); %s
 then = C.CFUNCTYPE(None)(inside)
@@ -50,7 +50,7 @@ out(L.cuInit(0), alloc(1), done, before == fds())
 """
 
 
-def test_hello_before_the_driver_initialises_and_its_answer_after(held: Agent) -> None:
+def test_the_hello_is_sent_before_the_driver_initialises_and_its_answer_read_after(held: Agent) -> None:
     with held.start_python(INSIDE % "pass") as program:
         assert program.stdout.readline() == '["asked", 1]\n'
         greeted(held)
@@ -59,7 +59,7 @@ def test_hello_before_the_driver_initialises_and_its_answer_after(held: Agent) -
     assert (look["hellos"], [c["kind"] for c in look["calls"]]) == (1, [HELLO, MEMORY])
 
 
-def test_no_thread_waits_for_the_driver_s_initialisation_in_another(held: Agent) -> None:
+def test_no_thread_waits_for_a_driver_initialisation_in_another_thread(held: Agent) -> None:
     script = INSIDE % "t = threading.Thread(target=lambda: done.append(alloc(1))); t.start(); t.join()"
     with held.start_python(script) as program:
         assert program.communicate("\n", DEADLINE)[0] == '["asked", 1]\n[0, 0, [0], true]\n'
@@ -76,14 +76,14 @@ def test_a_hello_whose_connection_ended_is_sent_again(agent: Agent) -> None:
         assert program.communicate("\n", DEADLINE)[0] == "[0, 0, [], true]\n"
 
 
-def test_unmanaged(agent: Agent) -> None:
+def test_an_unmanaged_process_has_no_limit(agent: Agent) -> None:
     agent.do("set", answer="unmanaged")
     agent.do("start")
     assert agent.python("out(alloc(64 * GiB), info())") == [[0, [0, 10 << 30, 16 << 30]]]
     assert agent.calls() == []
 
 
-def test_closed_without_an_answer(agent: Agent) -> None:
+def test_an_unanswered_hello_refuses_memory_in_time(agent: Agent) -> None:
     script = (
         WATCH
         + "L.cuCtxGetDevice\nbefore, t = state(), time.monotonic()\n"
@@ -95,8 +95,8 @@ def test_closed_without_an_answer(agent: Agent) -> None:
     assert second == [True, True, True]
 
 
-def test_under_a_removed_directory_that_a_container_has_mounted_memory_is_refused(agent: Agent) -> None:
-    """An agent ran there, and may not have left on purpose. The container could not reach another agent."""
+def test_memory_is_refused_if_the_directory_that_a_container_has_mounted_was_removed(agent: Agent) -> None:
+    """An agent ran there, and may not have exited on purpose. The container could not reach another agent."""
     agent.do("orphan")
     assert agent.python("out(alloc(1), info()[1])") == [[OOM, 0]]
 
@@ -106,7 +106,7 @@ def test_a_directory_that_a_detach_has_marked_counts_as_absent(agent: Agent) -> 
     assert agent.python("out(alloc(1), info()[1])") == [[0, 10 << 30]]
 
 
-def test_a_closed_shim_reports_once(agent: Agent) -> None:
+def test_a_shim_without_an_answer_reports_that_once(agent: Agent) -> None:
     _, err = agent.run(SYSTEM_PYTHON, "-c", PREAMBLE + "alloc(1); alloc(1); info()")
     assert err == "fgpu: the agent does not answer: device memory is refused\n"
 
@@ -121,7 +121,7 @@ def test_a_refusal_for_too_many_entries_is_reported_once(agent: Agent) -> None:
     assert agent.run(SYSTEM_PYTHON, "-c", script) == (f"[{OOM}, 77, {OOM}]\n", said)
 
 
-def test_a_gatekeeper_that_starts_late_is_found(agent: Agent) -> None:
+def test_the_shim_finds_a_gatekeeper_that_starts_late(agent: Agent) -> None:
     process = agent.start_python("out(0)\nt = time.monotonic(); out(alloc(1), time.monotonic() - t < 1.9)")
     process.stdout.readline()
     time.sleep(0.4)
@@ -129,7 +129,7 @@ def test_a_gatekeeper_that_starts_late_is_found(agent: Agent) -> None:
     assert process.communicate(timeout=10)[0] == "[0, true]\n"
 
 
-def test_a_gatekeeper_that_closes_the_connection_is_asked_again(agent: Agent) -> None:
+def test_the_shim_sends_another_hello_after_a_closed_connection(agent: Agent) -> None:
     agent.do("set", answer="eof")
     agent.do("start")
     process = agent.start_python("out(0)\nout(alloc(1))")
@@ -140,7 +140,7 @@ def test_a_gatekeeper_that_closes_the_connection_is_asked_again(agent: Agent) ->
     assert 2 < agent.do("look")["hellos"] < 100
 
 
-def test_closed_opens_when_the_gatekeeper_is_back(agent: Agent) -> None:
+def test_a_refusing_shim_admits_again_when_the_gatekeeper_is_back(agent: Agent) -> None:
     script = "out(alloc(1)); sys.stdin.readline()\nwhile alloc(1): time.sleep(0.1)\nout(info()[2])"
     process = agent.start_python(script)
     assert process.stdout.readline() == f"[{OOM}]\n"
@@ -155,14 +155,14 @@ MALFORMED = [
 
 
 @pytest.mark.parametrize("answer", MALFORMED)
-def test_garbage_is_no_answer(agent: Agent, answer: str) -> None:
+def test_the_shim_rejects_an_invalid_answer(agent: Agent, answer: str) -> None:
     agent.do("set", answer=answer)
     agent.do("start")
     script = WATCH + "L.cuCtxGetDevice\nb = state()\nout(alloc(1), L.fake_calls(), info()[1], b == state())"
     assert agent.python(script) == [[OOM, 0, 0, True]]
 
 
-def test_a_usage_page_of_another_version_is_no_answer(agent: Agent) -> None:
+def test_the_shim_rejects_a_usage_page_of_another_version(agent: Agent) -> None:
     agent.do("version", level=0, version=99)
     agent.do("start")
     assert agent.python("out(alloc(1))") == [[OOM]]
@@ -170,8 +170,8 @@ def test_a_usage_page_of_another_version_is_no_answer(agent: Agent) -> None:
 
 @pytest.mark.parametrize("what", ["answer", "control", "usage"])
 @pytest.mark.parametrize("ahead", [-2, -1, 0, 1, 2])
-def test_versions_that_do_not_know_each_other_refuse_and_say_so(agent: Agent, what: str, ahead: int) -> None:
-    """F16: an agent has an older or newer layout, which the shim does not guess at."""
+def test_the_shim_refuses_memory_and_reports_an_agent_of_another_layout(agent: Agent, what: str, ahead: int) -> None:
+    """F16: the agent has an older or newer layout, which the shim does not interpret."""
     layout = int(re.findall(r"#define FGPU_LAYOUT (\d+)", (ROOT / "bpf/fgpu.h").read_text())[0])
     if what == "usage":
         agent.do("version", level=0, version=layout + ahead)
@@ -185,8 +185,8 @@ def test_versions_that_do_not_know_each_other_refuse_and_say_so(agent: Agent, wh
         assert (said, err) == (f"[0, {(1 << 30) - 512}]\n", "")
 
 
-def test_pages_that_have_grown_at_their_end_are_read_as_before(agent: Agent) -> None:
-    """F16: a newer kernel side, of the same layout, says more."""
+def test_the_shim_reads_pages_with_additional_fields_at_their_end(agent: Agent) -> None:
+    """F16: a newer kernel side with the same layout writes additional fields."""
     agent.do("grow")
     agent.do("set", answer="longer")
     agent.do("start")
@@ -199,7 +199,7 @@ def test_a_reply_of_a_newer_gatekeeper_may_be_longer(agent: Agent) -> None:
     assert agent.python("out(alloc(1))") == [[0]]
 
 
-def test_silent_probes_are_no_agent(agent: Agent) -> None:
+def test_probes_that_do_not_answer_count_as_no_agent(agent: Agent) -> None:
     agent.do("knobs", mute=1)
     agent.do("start")
     assert agent.python("out(alloc(1), info()[1])") == [[OOM, 0]]
@@ -207,15 +207,15 @@ def test_silent_probes_are_no_agent(agent: Agent) -> None:
 
 
 @pytest.mark.parametrize("heard_from", [1, 2, 3, 4])
-def test_pages_that_are_outdated_when_they_come_are_asked_for_again(held: Agent, heard_from: int) -> None:
-    """A level gets a limit between the gatekeeper's answer and the first question to the kernel."""
+def test_the_shim_registers_again_if_the_received_pages_are_outdated(held: Agent, heard_from: int) -> None:
+    """A level gets a limit between the gatekeeper's answer and the first request to the kernel."""
     held.do("set", heard_from=heard_from)
     assert held.python("out(alloc(1), alloc(1))") == [[0, 0]]
     assert held.do("look")["hellos"] == heard_from
 
 
 @pytest.mark.parametrize("change", [{"epoch": 8}, {"boot": "aa" * 16}])
-def test_hello_again_when_the_page_says_so(held: Agent, change: dict[str, object]) -> None:
+def test_the_shim_registers_again_when_the_page_requests_it(held: Agent, change: dict[str, object]) -> None:
     script = "out(alloc(1)); sys.stdin.readline(); time.sleep(1.05); out(*[alloc(1) for _ in range(9)], info()[2])"
     process = held.start_python(script)
     process.stdout.readline()
@@ -228,7 +228,7 @@ def test_hello_again_when_the_page_says_so(held: Agent, change: dict[str, object
     assert look["boots"][1] == "42" * 16
 
 
-def test_hello_again_at_most_once_a_second_when_the_heartbeat_stops(held: Agent) -> None:
+def test_the_shim_registers_at_most_once_a_second_when_the_heartbeat_stops(held: Agent) -> None:
     held.do("set", beats=False)
     script = """
 out(alloc(1)); time.sleep(2.1)
@@ -238,7 +238,7 @@ while time.monotonic() - t < 1.5:
 out(n > 100, slow < 1)
 """
     assert held.python(script) == [[0], [True, True]]
-    assert held.do("look")["hellos"] == 2  # the second answer's page is fresh
+    assert held.do("look")["hellos"] == 2  # the page of the second answer is fresh
 
 
 def test_pages_stay_in_force_when_the_gatekeeper_dies(held: Agent) -> None:
@@ -261,7 +261,7 @@ def test_a_bad_second_answer_leaves_the_pages_in_use(held: Agent, answer: str) -
     assert held.do("look")["hellos"] == 2
 
 
-def test_a_removed_directory_does_not_open_what_the_kernel_holds(held: Agent) -> None:
+def test_a_removed_directory_does_not_lift_a_limit_of_the_kernel(held: Agent) -> None:
     held.do("set", beats=False)
     script = "out(alloc(1)); sys.stdin.readline(); time.sleep(2.1); out(alloc(2 << 30), info()[2])"
     process = held.start_python(script)
@@ -270,7 +270,7 @@ def test_a_removed_directory_does_not_open_what_the_kernel_holds(held: Agent) ->
     assert process.communicate("\n", timeout=10)[0] == f"[{OOM}, {1 << 30}]\n"
 
 
-def test_a_fork_is_another_process(held: Agent) -> None:
+def test_a_forked_child_registers_as_another_process(held: Agent) -> None:
     script = """
 out(alloc(1), os.getpid())
 for _ in range(3):
@@ -304,7 +304,7 @@ os.waitpid(pid, 0); out(alloc(1))
     assert held.do("look")["hellos"] == 2
 
 
-def test_children_by_exec_spawn_and_vfork(held: Agent) -> None:
+def test_children_by_exec_spawn_and_vfork_register_themselves(held: Agent) -> None:
     script = """
 import subprocess
 out(alloc(1))
@@ -319,12 +319,12 @@ out(alloc(1))
     assert held.do("look")["hellos"] == 4
 
 
-def test_daemons_that_close_every_descriptor(held: Agent) -> None:
+def test_daemons_that_close_every_descriptor_keep_their_limit(held: Agent) -> None:
     script = "out(alloc(1)); os.closerange(3, 4096); out(alloc(1), info()[2])"
     assert held.python(script) == [[0], [0, 1 << 30]]
 
 
-def test_no_descriptor_is_kept_and_errno_is_the_programs(held: Agent) -> None:
+def test_the_shim_keeps_no_descriptor_and_does_not_change_errno(held: Agent) -> None:
     script = (
         WATCH
         + IN_A_FRESH_CHILD
@@ -358,7 +358,9 @@ out(got)
     assert agent.do("look")["hellos"] == 1
 
 
-def test_thousands_of_hellos_leave_nothing(build: Build, held: Agent, scale: Callable[[int, int, int], int]) -> None:
+def test_thousands_of_hellos_leak_no_memory_or_descriptor(
+    build: Build, held: Agent, scale: Callable[[int, int, int], int]
+) -> None:
     """Each jump of the shim's clock makes the heartbeat stale, so that the next call registers again."""
     hellos = scale(200, 2000, 10000)
     script = f"""

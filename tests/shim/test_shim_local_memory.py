@@ -1,4 +1,4 @@
-"""Local memory of threads is requested before the driver takes it, and released when the driver frees it."""
+"""Local memory of threads is requested before the driver allocates it, and released when the driver frees it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ OOM, GIB = 2, 1 << 30
 INVALID, UNSAFE = 1, 900
 
 
-def test_the_stack_s_limit_is_asked_for_and_given_back(simulator: Simulator) -> None:
+def test_memory_for_a_raised_stack_limit_is_requested_and_released(simulator: Simulator) -> None:
     sizes = [8192, 8192, 3000, 1024, 512, 8192, 0]
     assert said(simulator, f"out(*[stack(n) for n in {sizes}])") == [[0] * len(sizes)]
     large, small = area(8192), area(3000)
@@ -19,7 +19,7 @@ def test_the_stack_s_limit_is_asked_for_and_given_back(simulator: Simulator) -> 
     assert simulator.agent.do("look")["used"] == 0
 
 
-def test_a_limit_that_does_not_fit_is_refused_and_stays(simulator: Simulator) -> None:
+def test_a_stack_limit_that_does_not_fit_is_refused_and_unchanged(simulator: Simulator) -> None:
     script = """
 v = C.c_size_t()
 def limit(): need("cuCtxGetLimit", C.byref(v), 0); return v.value
@@ -29,7 +29,7 @@ out(stack(8192), limit(), stack(64 << 10), limit(), stack(4096), limit())
     assert asked(simulator.agent) == [area(8192), area(64 << 10) - area(8192), area(4096) - area(8192)]
 
 
-def test_an_admission_that_the_driver_refuses_is_given_back(simulator: Simulator) -> None:
+def test_an_admission_whose_call_the_driver_refuses_is_released(simulator: Simulator) -> None:
     script = """
 s = stream(); out(stack((512 << 10) + 1), L.cuCtxSetLimit(1, C.c_size_t(1 << 20)))
 need("cuStreamBeginCapture_v2", s, 0); out(stack(2048))
@@ -54,7 +54,7 @@ WAYS = {
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("size", [8192, 64 << 10], ids=["fits", "refused"])
-def test_the_first_launch_is_asked_for(simulator: Simulator, way: str, size: int) -> None:
+def test_local_memory_is_requested_at_the_first_launch(simulator: Simulator, way: str, size: int) -> None:
     script = f"""
 config = Config((C.c_uint * 7)(1, 1, 1, 1, 1, 1, 0)); f = of({size})
 out(*[{WAYS[way]} for _ in range(3)])
@@ -64,7 +64,7 @@ out(*[{WAYS[way]} for _ in range(3)])
     assert asked(simulator.agent) == [area(size)] * (1 if fits else 3)
 
 
-def test_functions_that_fit_ask_for_nothing(simulator: Simulator) -> None:
+def test_a_function_that_fits_into_the_area_requests_nothing(simulator: Simulator) -> None:
     script = (
         "a, b, d = of(1024), of(5000), of(4000); out(*[launch(f) for f in (a, b, d, b, a)], stack(5008), launch(b))"
     )
@@ -72,8 +72,8 @@ def test_functions_that_fit_ask_for_nothing(simulator: Simulator) -> None:
     assert asked(simulator.agent) == [area(5000)]
 
 
-def test_what_is_known_of_functions_ends_with_what_made_it_so(simulator: Simulator) -> None:
-    """A smaller limit, a reset context, or a function at the place of another one."""
+def test_recorded_sizes_of_functions_are_dropped_when_their_cause_ends(simulator: Simulator) -> None:
+    """The causes are a smaller limit, a reset context, and a new function at the address of another one."""
     script = """
 f = of(4096); out(launch(f), launch(f), stack(1024), launch(f), launch(f))
 need("cuDevicePrimaryCtxReset_v2", 0); context(); f = of(4096); out(launch(f))
@@ -92,7 +92,7 @@ out(len(seen) < 40)
     assert asked(simulator.agent) == expected
 
 
-def test_each_context_has_an_area_of_its_own(simulator: Simulator) -> None:
+def test_local_memory_is_requested_for_each_context(simulator: Simulator) -> None:
     """Kernels of a library have one handle for all contexts."""
     script = """
 k = entry(library(local(4096))); out(*[launch(k) for _ in range(3)])
@@ -104,8 +104,8 @@ need("cuCtxDestroy_v2", inner); out(launch(k))
     assert asked(simulator.agent) == [area(4096)] * 3 + [-area(4096)]
 
 
-def test_captured_launches_are_asked_for(simulator: Simulator) -> None:
-    """A capture in the strictest mode is not broken by the shim's own calls."""
+def test_local_memory_is_requested_for_captured_launches(simulator: Simulator) -> None:
+    """The shim's own calls do not break a capture in the strictest mode."""
     script = """
 f, s, g = of(4096), stream(), C.c_void_p(); need("cuStreamBeginCapture_v2", s, 0)
 out(launch(f, s), launch(f, s)); need("cuStreamEndCapture", s, C.byref(g))
@@ -134,7 +134,7 @@ MADE = {
 
 @pytest.mark.parametrize("name", MADE)
 @pytest.mark.parametrize("size", [8192, 64 << 10], ids=["fits", "refused"])
-def test_the_first_node_is_asked_for(simulator: Simulator, name: str, size: int) -> None:
+def test_local_memory_is_requested_for_the_first_node_of_a_graph(simulator: Simulator, name: str, size: int) -> None:
     script = f"""
 need("cuGraphCreate", C.byref(g), 0); f = of({size}); out(*[add("{name}", {MADE[name]}) for _ in range(2)])
 """
@@ -143,7 +143,7 @@ need("cuGraphCreate", C.byref(g), 0); f = of({size}); out(*[add("{name}", {MADE[
 
 
 @pytest.mark.parametrize("made", ["params(None, k)", "any(None, k)"])
-def test_nodes_of_kernels_are_asked_for(simulator: Simulator, made: str) -> None:
+def test_local_memory_is_requested_for_kernel_nodes(simulator: Simulator, made: str) -> None:
     name = "cuGraphAddKernelNode_v2" if made.startswith("params") else "cuGraphAddNode"
     script = f'need("cuGraphCreate", C.byref(g), 0); k = entry(library(local(8192))); out(add("{name}", {made}))'
     assert said(simulator, NODES + script) == [[0]]
@@ -162,7 +162,7 @@ CHANGED = {
 
 @pytest.mark.parametrize("name", CHANGED)
 @pytest.mark.parametrize("fits", [True, False])
-def test_nodes_that_change_are_asked_for(held: Agent, name: str, fits: bool) -> None:
+def test_local_memory_is_requested_for_changed_nodes(held: Agent, name: str, fits: bool) -> None:
     """The stand-in for the driver has functions that all need 2 KiB."""
     script = "c, f = C.c_void_p(), C.c_void_p(0x5000); L.cuDevicePrimaryCtxRetain(C.byref(c), 0)\n" + NODES
     held.do("limit", limit=GIB if fits else 1)
@@ -173,20 +173,20 @@ def test_nodes_that_change_are_asked_for(held: Agent, name: str, fits: bool) -> 
 
 
 @pytest.mark.parametrize("params", ["None", "C.byref(any(f, type=1))"])
-def test_nodes_of_no_kernel_are_not_asked_for(held: Agent, params: str) -> None:
+def test_other_nodes_request_no_local_memory(held: Agent, params: str) -> None:
     script = "c, f = C.c_void_p(), C.c_void_p(0x5000); L.cuDevicePrimaryCtxRetain(C.byref(c), 0)\n" + NODES
     assert held.python(script + f"out(L.cuGraphNodeSetParams(g, {params}))") == [[0]]
     assert asked(held) == []
 
 
-def test_a_launch_that_fails_gives_back_what_it_was_granted(simulator: Simulator) -> None:
+def test_a_failed_launch_releases_its_admission(simulator: Simulator) -> None:
     script = "f = of(4096); out(L.cuLaunchKernel(f, 0, 1, 1, 1, 1, 1, 0, None, None, None), launch(None), launch(f))"
     assert said(simulator, script) == [[1, 400, 0]]
     assert asked(simulator.agent) == [area(4096), -area(4096), area(4096)]
 
 
 @pytest.mark.parametrize("how", ["observed", "unmanaged", "absent"])
-def test_nothing_is_asked_where_no_limit_holds(simulator: Simulator, how: str) -> None:
+def test_nothing_is_requested_without_a_limit(simulator: Simulator, how: str) -> None:
     agent = simulator.agent
     if how == "observed":
         agent.do("limit", limit=GIB, flags=1)
@@ -199,7 +199,7 @@ def test_nothing_is_asked_where_no_limit_holds(simulator: Simulator, how: str) -
     assert asked(agent) == []
 
 
-def test_a_context_s_end_gives_all_back(simulator: Simulator) -> None:
+def test_the_end_of_a_context_releases_its_local_memory(simulator: Simulator) -> None:
     script = """
 out(stack(4096)); inner = another(); out(stack(8192), launch(of(9000)))
 need("cuCtxDestroy_v2", inner); need("cuDevicePrimaryCtxRelease_v2", 0); out(1)
@@ -209,7 +209,7 @@ need("cuCtxDestroy_v2", inner); need("cuDevicePrimaryCtxRelease_v2", 0); out(1)
     assert sum(size for size in asked(simulator.agent) if size > 0) == area(4096) + area(9000)
 
 
-def test_threads_that_launch_one_function_first_ask_once(simulator: Simulator) -> None:
+def test_threads_that_first_launch_one_function_together_request_once(simulator: Simulator) -> None:
     """A second request would be refused, because only one fits."""
     script = """
 f = of(16 << 10); gate = threading.Barrier(8); results = []
@@ -223,7 +223,7 @@ out(*results)
     assert asked(simulator.agent) == [area(16 << 10)]
 
 
-def test_pools_yield_to_a_launch(simulator: Simulator) -> None:
+def test_pools_are_trimmed_for_a_launch(simulator: Simulator) -> None:
     script = """
 p, f = C.c_uint64(), of(16 << 10); need("cuMemAllocAsync", C.byref(p), C.c_size_t(600 * MiB), None)
 pool, keep = C.c_void_p(), C.c_uint64(1 << 40); need("cuDeviceGetDefaultMemPool", C.byref(pool), 0)
@@ -233,7 +233,7 @@ out(launch(f)); need("cuMemFreeAsync", p, None); need("cuCtxSynchronize"); out(l
     assert said(simulator, script) == [[OOM], [0]]
 
 
-def test_errno_stays_the_program_s(held: Agent) -> None:
+def test_the_shim_does_not_change_errno(held: Agent) -> None:
     """The stand-in for the driver changes errno whenever the shim calls it."""
     script = """
 c, f = C.c_void_p(), C.c_void_p(0x5000); L.cuDevicePrimaryCtxRetain(C.byref(c), 0); C.set_errno(77)

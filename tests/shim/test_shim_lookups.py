@@ -1,4 +1,4 @@
-"""Lookups that pass the shim's exports by: they end at the driver's own table of symbols, which has the hooks."""
+"""Lookups that bypass the shim's exports end at the driver's own symbol table, which has the hooks."""
 
 import json
 from collections.abc import Callable
@@ -57,7 +57,7 @@ out(P.plugin_alloc(600 * MiB), P.plugin_alloc(600 * MiB), P.plugin_total(), driv
     assert [c["bytes"] for c in held.calls(MEMORY)] == [600 * MIB] * 2
 
 
-# The table of symbols is in the segment of the code. The names of a real driver fill pages behind it.
+# The symbol table is in the code segment. The names of a real driver fill the pages behind it.
 ONE_SEGMENT = ("-Wl,-z,noseparate-code",)
 LAYOUTS = {
     "gnu": ("-Wl,--hash-style=gnu",),
@@ -69,7 +69,9 @@ LAYOUTS = {
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_drivers_of_every_layout(build: Build, held: Agent, plugins: dict[str, Path], layout: str) -> None:
+def test_the_symbol_table_is_replaced_in_drivers_of_every_layout(
+    build: Build, held: Agent, plugins: dict[str, Path], layout: str
+) -> None:
     folder = f"layout-{layout.replace(' ', '-')}"
     names = "".join(f"void fake_{'of_a_long_name' * 5}_{i}(void) {{}}\n" for i in range(100))
     (build.folder / "names.c").write_text(names)
@@ -86,8 +88,8 @@ out([l.split()[1] for l in open("/proc/self/maps") if "{made}" in l])
     assert not [right for right in rights if "w" in right and "x" in right]
 
 
-def test_a_table_in_a_page_of_code_is_left_as_it_is(build: Build, held: Agent, plugins: dict[str, Path]) -> None:
-    """It could not be replaced without memory that is both executable and of no file."""
+def test_a_symbol_table_in_a_code_page_is_not_changed(build: Build, held: Agent, plugins: dict[str, Path]) -> None:
+    """A replacement would need anonymous memory that is executable."""
     build.library("libcuda.c", "small/libcuda.so.1", POOLS, "-Wl,-Bsymbolic,-soname,libcuda.so.1", *ONE_SEGMENT)
     script = f"""
 P, L, p = plugin("{plugins["linked"]}"), driver(), C.c_uint64()
@@ -106,19 +108,19 @@ out([W.cuMemAlloc_v2(C.byref(p), C.c_size_t(600 * MiB)) for _ in range(2)], W.ne
 
 
 @pytest.mark.parametrize("mode", ["os.RTLD_NOW", "DEEP"])
-def test_a_preloaded_wrapper_is_called_once_and_its_memory_is_counted_once(
+def test_a_preloaded_wrapper_is_called_once_and_its_memory_is_charged_once(
     build: Build, held: Agent, plugins: dict[str, Path], mode: str
 ) -> None:
     script = f"""
 P, W = plugin("{plugins["linked"]}", {mode}), C.CDLL(None)
 out(P.plugin_alloc(600 * MiB), P.plugin_alloc(600 * MiB), W.next_calls() // 100, driver().fake_calls())
 """
-    wrapped = 2 if mode == "os.RTLD_NOW" else 0  # a plugin that is deep-bound passes every preload by
+    wrapped = 2 if mode == "os.RTLD_NOW" else 0  # a deep-bound plugin bypasses every preloaded library
     assert run(held, script, preload=(build.folder / "next.so",)) == [[0, OOM, wrapped, 1]]
     assert [c["bytes"] for c in held.calls(MEMORY)] == [600 * MIB] * 2
 
 
-def test_a_stub_behind_the_shim_is_called_once_and_no_call_runs_in_circles(
+def test_a_stub_behind_the_shim_is_called_once_without_recursion(
     build: Build, held: Agent, plugins: dict[str, Path]
 ) -> None:
     script = """
@@ -128,8 +130,8 @@ out([S.cuMemAlloc_v2(C.byref(p), C.c_size_t(300 * MiB)) for _ in range(2)], S.st
     assert run(held, script, libraries=(build.shim, plugins["stub"])) == [[[0, 0], 1, 2]]
 
 
-def test_threads_that_look_up_at_once(held: Agent, plugins: dict[str, Path]) -> None:
-    """Some replace the table while others read it. A child that forks meanwhile has the hooks too."""
+def test_threads_that_look_up_at_the_same_time_find_the_hooks(held: Agent, plugins: dict[str, Path]) -> None:
+    """Some replace the table while others read it. A child that forks at that time has the hooks too."""
     script = f"""
 dl = C.CDLL(None); dl.dlsym.restype = dl.dlopen.restype = C.c_void_p
 names = [b"cuInit", b"cuMemAlloc_v2", b"cuLaunchKernel", b"cuMemGetInfo_v2"]
@@ -156,7 +158,7 @@ out(got, len(wrong), os.waitpid(pid, 0)[1])
 def test_the_table_is_not_writable_and_every_name_still_finds_its_function(
     held: Agent, plugins: dict[str, Path]
 ) -> None:
-    """Names that are not hooked are as before."""
+    """Names without a hook keep their functions."""
     script = f"""
 P, L = plugin("{plugins["opens"]}"), driver()
 dl = C.CDLL(None); dl.dlsym.restype = C.c_void_p
@@ -172,7 +174,7 @@ out([l[1] for l in lines if first - (1 << 16) <= int(l[0].split("-")[0], 16) < f
     assert not [r for r in rights if "x" in r]
 
 
-def test_nvml_has_the_hooks_too(held: Agent) -> None:
+def test_lookups_in_nvml_find_the_hooks(held: Agent) -> None:
     script = """
 hidden = C.CDLL("libc.so.6"); look = hidden.dlvsym; look.restype = C.c_void_p
 C.CDLL("libm.so.6", DEEP)
@@ -194,7 +196,7 @@ def plain_lines(plain: Run, script: str, **more: Any) -> list[Any]:
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
-def test_without_a_driver_nothing_is_loaded_or_said(build: Build, plain: Run, plugins: dict[str, Path]) -> None:
+def test_without_a_driver_the_shim_loads_and_prints_nothing(build: Build, plain: Run, plugins: dict[str, Path]) -> None:
     script = f"""
 os.environ.clear()
 P = C.CDLL("{plugins["opens"]}", DEEP)
@@ -206,7 +208,7 @@ out(mapped("libcuda.so"), bool(P.plugin_open_deep(b"libm.so.6")))
 
 
 @pytest.mark.parametrize("preload", [None, ()], ids=["shim", "bare"])
-def test_errno_and_dlerror_are_those_of_the_programs_own_call(
+def test_errno_and_dlerror_are_those_of_the_program_s_own_call(
     plain: Run, plugins: dict[str, Path], preload: tuple[()] | None
 ) -> None:
     script = f"""
@@ -222,13 +224,13 @@ for path in (b"libm.so.6", b"/no/such/file"):
 
 
 @pytest.mark.parametrize("flags", ["os.RTLD_NOW", "DEEP"])
-def test_dlopen_sees_its_callers_runpath(build: Build, plain: Run, flags: str) -> None:
+def test_dlopen_uses_the_runpath_of_its_caller(build: Build, plain: Run, flags: str) -> None:
     build.library("next.c", "inner/leaf.so")
     caller = build.library("plugin.c", "caller.so", "-DLEAF", "-Wl,--enable-new-dtags,-rpath,$ORIGIN/inner")
     assert plain_lines(plain, f'out(C.CDLL("{caller}").plugin_open({flags}))') == [[1]]
 
 
-def test_a_driver_that_is_opened_itself_is_the_only_one(build: Build, plain: Run) -> None:
+def test_a_directly_opened_driver_is_the_only_copy_in_the_process(build: Build, plain: Run) -> None:
     path = f"{build.folder}/old/libcuda.so.1"
     script = f"""
 D, p = C.CDLL("{path}", DEEP), C.c_uint64()
@@ -240,7 +242,7 @@ out(mapped("libcuda.so"), D.fake_calls())
 
 
 def test_a_driver_of_a_deep_bound_program_stays_and_keeps_its_hooks(held: Agent, plugins: dict[str, Path]) -> None:
-    """The plugin closes the driver after each lookup. A driver that is loaded anew would not have the hooks in time."""
+    """The plugin closes the driver after each lookup. A newly loaded driver would not have the hooks in time."""
     script = f"""
 P = plugin("{plugins["opens"]}")
 out([P.plugin_alloc(300 * MiB) for _ in range(4)], driver().fake_calls())

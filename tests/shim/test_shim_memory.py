@@ -1,4 +1,4 @@
-"""Admission: what is requested, in which size, and the effect of the answer. The driver counts its calls."""
+"""Admission: the requested sizes, and the effect of the answers. The driver stand-in counts its calls."""
 
 import subprocess
 from pathlib import Path
@@ -14,14 +14,14 @@ OOM = 2
 HELLO_ROUNDS = 4  # FGPU_HELLO_ROUNDS of link.h
 
 
-def test_admitted_until_the_limit_and_not_beyond(held: Agent) -> None:
+def test_allocations_are_admitted_up_to_the_limit_and_not_beyond(held: Agent) -> None:
     script = "out(*[alloc(256 * MiB) for _ in range(6)], L.fake_calls())"
     assert held.python(script) == [[0, 0, 0, 0, OOM, OOM, 4]]
     assert held.do("look")["used"] == 1 << 30
 
 
 @pytest.mark.parametrize("device", [0, 1])
-def test_asked_for_the_ledgers_index_of_the_current_device(held: Agent, device: int) -> None:
+def test_a_request_names_the_ledger_s_index_of_the_current_device(held: Agent, device: int) -> None:
     held.do("limit", device=3 + device, limit=1 << 30)
     held.python(f"L.fake_context({device + 1}); out(alloc(1))")
     assert [c["device"] for c in held.calls(MEMORY)] == [3 + device]
@@ -45,7 +45,7 @@ SIZES = {
 }
 
 
-def test_asked_is_what_the_driver_will_take(held: Agent) -> None:
+def test_the_requested_size_is_the_size_that_the_driver_will_allocate(held: Agent) -> None:
     held.python(f"for n in {list(SIZES)}: alloc(n)")
     assert [c["bytes"] for c in held.calls(MEMORY)] == list(SIZES.values())
 
@@ -61,7 +61,7 @@ for w, h in ((1000, 2000), (1 << 40, 1 << 40), (2**64 - 1, 1), (1, 2**64 - 1), (
     assert [c["bytes"] for c in held.calls(MEMORY)] == [2 * MIB, *[MOST + 1] * 4, MOST + 1]
 
 
-def test_managed_memory_is_memory(held: Agent) -> None:
+def test_managed_memory_is_requested_like_other_memory(held: Agent) -> None:
     script = "p = C.c_uint64(); out(*[L.cuMemAllocManaged(C.byref(p), C.c_size_t(n * MiB), 1) for n in (600, 600)])"
     assert held.python(script) == [[0, OOM]]
     assert [c["bytes"] for c in held.calls(MEMORY)] == [600 * MIB] * 2
@@ -76,14 +76,14 @@ def create(where, device, size):
 """
 
 
-def test_vmm_is_asked_for_its_own_device_and_only_for_devices(held: Agent) -> None:
+def test_vmm_memory_is_requested_for_its_own_device_and_never_for_the_host(held: Agent) -> None:
     held.do("limit", device=4, limit=1 << 30)
     script = VMM_SCRIPT + "out(create(1, 1, 4 * MiB), create(2, 0, 4 * MiB), create(1, 1, 2 << 30), L.fake_calls())"
     assert held.python(script) == [[0, 0, OOM, 2]]
     assert [(c["device"], c["bytes"]) for c in held.calls(VMM)] == [(4, 4 * MIB), (4, 2 << 30)]
 
 
-def test_contexts_ask_with_no_size_and_a_second_reference_not_at_all(held: Agent) -> None:
+def test_a_context_is_requested_without_a_size_and_its_second_reference_not_at_all(held: Agent) -> None:
     script = """
 c = C.c_void_p()
 out(L.cuDevicePrimaryCtxRetain(C.byref(c), 0), L.cuDevicePrimaryCtxRetain(C.byref(c), 0),
@@ -94,7 +94,7 @@ out(L.cuDevicePrimaryCtxRetain(C.byref(c), 0), L.cuDevicePrimaryCtxRetain(C.byre
     assert [(c["device"], c["bytes"]) for c in held.calls(CONTEXT)] == [(3, 0)] * 4
 
 
-def test_a_refused_context_is_out_of_memory(held: Agent) -> None:
+def test_a_refused_context_returns_out_of_memory(held: Agent) -> None:
     held.do("knobs", fixed=1)
     script = """
 c = C.c_void_p()
@@ -103,7 +103,7 @@ out(L.cuDevicePrimaryCtxRetain(C.byref(c), 0), L.cuCtxCreate_v2(C.byref(c), 0, 0
     assert held.python(script) == [[OOM, OOM, 0]]
 
 
-def test_no_limit_is_admitted(held: Agent) -> None:
+def test_requests_without_a_limit_are_admitted(held: Agent) -> None:
     held.do("knobs", fixed=4)
     assert held.python("out(alloc(64 * GiB), L.fake_calls())") == [[0, 1]]
 
@@ -111,8 +111,8 @@ def test_no_limit_is_admitted(held: Agent) -> None:
 @pytest.mark.parametrize(
     ("call", "result"),
     [
-        ("alloc(0)", 1),  # the driver's word for it
-        ("(L.fake_context(0), alloc(1 << 20))[1]", 0),  # no context: the driver's to refuse
+        ("alloc(0)", 1),  # the driver's own error
+        ("(L.fake_context(0), alloc(1 << 20))[1]", 0),  # no context: the driver refuses the call
         ("L.cuCtxCreate_v2(C.byref(C.c_void_p()), 0, 77)", 0),
     ],
 )
@@ -121,15 +121,15 @@ def test_calls_that_allocate_nothing_are_not_requested(held: Agent, call: str, r
     assert [c["kind"] for c in held.calls() if c["kind"] != HELLO] == []
 
 
-def test_a_device_that_is_not_the_tenants_has_no_memory(held: Agent) -> None:
+def test_a_device_outside_the_policy_has_no_memory(held: Agent) -> None:
     assert held.python("L.fake_context(3); out(alloc(1), L.fake_calls())") == [[OOM, 0]]
 
 
-def test_the_drivers_own_error_is_passed_on(held: Agent) -> None:
+def test_the_shim_returns_the_driver_s_own_error(held: Agent) -> None:
     assert held.python("L.fake_result(719); out(alloc(1))") == [[719]]
 
 
-def test_lost_swaps_are_asked_again_with_the_same_ticket(held: Agent) -> None:
+def test_a_request_is_repeated_with_the_same_ticket_after_a_lost_update(held: Agent) -> None:
     held.python("L.cuInit(0)\nos.read(0, 0)")
     held.do("reset")
     held.do("start")
@@ -142,7 +142,7 @@ def test_lost_swaps_are_asked_again_with_the_same_ticket(held: Agent) -> None:
     assert len(set(tickets)) == 1
 
 
-def test_without_an_answer_the_hello_is_repeated_and_then_refused(held: Agent) -> None:
+def test_an_unanswered_request_repeats_the_hello_and_is_then_refused(held: Agent) -> None:
     process = held.start_python(
         "L.cuInit(0); out(1); sys.stdin.readline(); time.sleep(1.05); out(alloc(1), L.fake_calls())"
     )
@@ -151,11 +151,11 @@ def test_without_an_answer_the_hello_is_repeated_and_then_refused(held: Agent) -
     assert process.communicate("\n", timeout=10)[0] == f"[{OOM}, 0]\n"
     assert len(held.calls(MEMORY)) == 128
     assert len({c["ticket"] for c in held.calls(MEMORY)}) == 1
-    assert 2 <= held.do("look")["hellos"] <= 1 + HELLO_ROUNDS  # as often as fits in before the deadline
+    assert 2 <= held.do("look")["hellos"] <= 1 + HELLO_ROUNDS  # as many as fit before the deadline
 
 
 @pytest.mark.parametrize("how", ["remove", "detach"])
-def test_detached_while_held_the_shim_lets_go(held: Agent, how: str) -> None:
+def test_a_detach_lifts_the_limit_of_a_running_program(held: Agent, how: str) -> None:
     process = held.start_python(
         "L.cuInit(0); out(1); sys.stdin.readline(); time.sleep(1.05); out(alloc(8 * GiB), info()[2] >> 30)"
     )
@@ -165,7 +165,7 @@ def test_detached_while_held_the_shim_lets_go(held: Agent, how: str) -> None:
     assert process.communicate("\n", timeout=10)[0] == "[0, 16]\n"
 
 
-def test_settles_where_return_probes_are_missing(held: Agent) -> None:
+def test_the_shim_settles_admissions_if_return_probes_are_missing(held: Agent) -> None:
     held.do("set", flags=2)
     held.python(
         "out(alloc(3 * MiB)); L.fake_result(2); out(alloc(5)); L.fake_result(0)\n"
@@ -182,12 +182,12 @@ def test_settles_where_return_probes_are_missing(held: Agent) -> None:
     assert [c["ticket"] for c in settled] == [c["ticket"] for c in asked]
 
 
-def test_does_not_settle_where_the_kernel_does(held: Agent) -> None:
+def test_the_shim_does_not_settle_admissions_if_the_kernel_does(held: Agent) -> None:
     assert held.python("out(alloc(3 * MiB))") == [[0]]
     assert held.calls(SETTLED) == []
 
 
-def test_threads_have_tickets_of_their_own(held: Agent) -> None:
+def test_each_thread_has_its_own_tickets(held: Agent) -> None:
     script = """
 got = []
 def work():
@@ -203,7 +203,7 @@ out(len(got), sum(got))
     assert held.do("look")["hellos"] == 1
 
 
-def test_an_older_driver_is_enough_and_dlerror_stays_clean(held: Agent) -> None:
+def test_an_older_driver_works_and_dlerror_reports_nothing(held: Agent) -> None:
     script = """
 dl = C.CDLL(None); dl.dlerror.restype = C.c_char_p
 L.cuMemAlloc_v2; L.fake_calls; dl.dlerror()
@@ -212,8 +212,8 @@ out(alloc(1), dl.dlerror(), L.fake_calls())
     assert held.python(script, driver="old") == [[0, None, 1]]
 
 
-def test_a_wrapper_that_was_loaded_later_finds_what_follows_it(build: Build, held: Agent) -> None:
-    """RTLD_NEXT of a hooked name is the driver for the wrapper. Seen from the shim, it is the wrapper itself."""
+def test_a_wrapper_that_is_loaded_later_finds_the_driver_by_rtld_next(build: Build, held: Agent) -> None:
+    """RTLD_NEXT of a hooked name is the driver for the wrapper, and the wrapper for the shim."""
     script = f"""
 G = C.CDLL("libcuda.so.1", C.RTLD_GLOBAL); W = C.CDLL("{build.folder}/next.so"); p = C.c_uint64()
 out(W.cuMemAlloc_v2(C.byref(p), C.c_size_t(8)), L.fake_calls(), W.next_calls())
@@ -222,12 +222,12 @@ out(W.cuMemAlloc_v2(C.byref(p), C.c_size_t(8)), L.fake_calls(), W.next_calls())
     assert held.python(script, libraries=later) == [[0, 1, 100]]
 
 
-def test_reached_by_linking(build: Build, held: Agent) -> None:
+def test_a_linked_program_calls_the_hooks(build: Build, held: Agent) -> None:
     program = build.compile("linked.c", "linked2", f"-L{build.folder / 'driver'}", "-l:libcuda.so.1")
     assert held.run(program)[0] == f"0 2 1 {(1 << 30) - (4 << 20)} {1 << 30}\n"
 
 
-def test_reached_by_cu_get_proc_address(held: Agent) -> None:
+def test_cu_get_proc_address_returns_the_hooks(held: Agent) -> None:
     script = """
 dl = C.CDLL(None); dl.dlsym.restype = C.c_void_p
 def ask(name, version):
@@ -249,7 +249,7 @@ out(f(C.addressof(p), 1 << 20), f(C.addressof(p), 2 << 30), L.fake_calls())
 
 
 def test_sizes_are_free_of_undefined_behaviour(build: Build, held: Agent, tmp_path: Path) -> None:
-    """The library again, built to die of the first undefined operation; the same sizes."""
+    """A library that aborts at the first undefined operation computes the same sizes."""
     trapping = build.make(tmp_path, "CFLAGS=-O2 -g -fsanitize=undefined -fsanitize-undefined-trap-on-error")
     script = f"""
 p, pitch = C.c_uint64(), C.c_size_t()

@@ -31,14 +31,14 @@ def file(n):
 
 
 @pytest.mark.parametrize("way", LOADS)
-def test_a_load_is_asked_for_and_given_back(simulator: Simulator, way: str) -> None:
+def test_variables_of_a_module_are_requested_and_released(simulator: Simulator, way: str) -> None:
     script = f"n = 5 * MiB; out({LOADS[way]}, L.cuModuleUnload(m)); n = 100; out({LOADS[way]}, L.cuModuleUnload(m))"
     assert said(simulator, BEGIN + script) == [[0, 0], [0, 0]]
     assert asked(simulator.agent) == [6 * MIB, -6 * MIB]
 
 
 @pytest.mark.parametrize("way", LOADS)
-def test_a_load_that_does_not_fit_is_refused(simulator: Simulator, way: str) -> None:
+def test_a_module_that_does_not_fit_is_refused(simulator: Simulator, way: str) -> None:
     script = f"n = 2 * GiB; out({LOADS[way]}, m.value); n = 4 * MiB; out({LOADS[way]})"
     assert said(simulator, BEGIN + script) == [[OOM, None], [0]]
     assert asked(simulator.agent) == [LARGE, 4 * MIB]
@@ -60,8 +60,8 @@ l = C.c_void_p(); need("cuLibraryLoadFromFile", C.byref(l), file(n), None, None,
 
 @pytest.mark.parametrize("way", USES)
 @pytest.mark.parametrize("made", MADE)
-def test_a_library_s_first_use_is_asked_for(simulator: Simulator, way: str, made: str) -> None:
-    """Each context requests it, although the source of the library is gone by then."""
+def test_the_first_use_of_a_library_is_requested(simulator: Simulator, way: str, made: str) -> None:
+    """Each context requests it, although the source of the library has been freed by then."""
     script = f"""
 p, size, n = C.c_uint64(), C.c_size_t(), 5 * MiB; {MADE[made]}
 k = entry(l, "glob"); out(1); out(*[{USES[way]} for _ in range(2)])
@@ -73,13 +73,13 @@ out({USES[way]}, L.cuLibraryUnload(l))
 
 
 @pytest.mark.parametrize("way", USES)
-def test_a_library_that_does_not_fit_is_refused_when_it_is_used(simulator: Simulator, way: str) -> None:
+def test_a_library_that_does_not_fit_is_refused_at_its_first_use(simulator: Simulator, way: str) -> None:
     script = "p, size, n = C.c_uint64(), C.c_size_t(), 2 * GiB; l = library(data(n)); k = entry(l, 'glob')\n"
     assert said(simulator, BEGIN + script + f"out({USES[way]}, {USES[way]}, L.cuLibraryUnload(l))") == [[OOM, OOM, 0]]
     assert asked(simulator.agent) == [LARGE, LARGE]
 
 
-def test_a_context_s_end_gives_back_what_its_modules_had(simulator: Simulator) -> None:
+def test_the_end_of_a_context_releases_the_memory_of_its_modules(simulator: Simulator) -> None:
     script = """
 load(data(5 * MiB)); inner = another(); load(data(9 * MiB)); need("cuCtxDestroy_v2", inner); out(1)
 need("cuDevicePrimaryCtxReset_v2", 0); out(1)
@@ -88,8 +88,8 @@ need("cuDevicePrimaryCtxReset_v2", 0); out(1)
     assert asked(simulator.agent) == [6 * MIB, 10 * MIB, -10 * MIB, -6 * MIB]
 
 
-def test_an_admission_that_the_driver_refuses_is_given_back(simulator: Simulator) -> None:
-    """The driver itself has no room; while a stream captures in the strictest mode, nothing is unloaded."""
+def test_an_admission_whose_call_the_driver_refuses_is_released(simulator: Simulator) -> None:
+    """The driver has no room. While a stream captures in the strictest mode, nothing is unloaded."""
     script = """
 m = load(data(5 * MiB)); s, g, n = stream(), C.c_void_p(), C.c_void_p()
 out(L.cuModuleLoadData(C.byref(n), data(100 * GiB).encode())); need("cuStreamBeginCapture_v2", s, 0)
@@ -100,22 +100,22 @@ out(L.cuModuleUnload(m)); L.cuStreamEndCapture(s, C.byref(g)); out(L.cuModuleUnl
     assert asked(simulator.agent) == [6 * MIB, 100 * GIB, -100 * GIB, -6 * MIB]
 
 
-def test_more_modules_than_there_is_room_for(simulator: Simulator) -> None:
-    """The last modules are not requested, and none is released twice."""
+def test_modules_beyond_the_size_of_the_table_are_released_once_at_most(simulator: Simulator) -> None:
+    """The shim requests nothing for the last modules, and releases none of them twice."""
     script = "ms = [load(data(2 * MiB)) for _ in range(300)]; out(*{L.cuModuleUnload(m) for m in ms})"
     assert said(simulator, script) == [[0]]
     assert asked(simulator.agent) == [2 * MIB] * 256 + [-2 * MIB] * 256
 
 
 @pytest.mark.parametrize("how", ["observed", "unmanaged"])
-def test_nothing_is_asked_where_no_limit_holds(simulator: Simulator, how: str) -> None:
+def test_nothing_is_requested_without_a_limit(simulator: Simulator, how: str) -> None:
     agent = simulator.agent
     agent.do("limit", limit=GIB, flags=1) if how == "observed" else agent.do("set", answer="unmanaged")
     assert said(simulator, "m = load(data(2 * GiB)); out(L.cuModuleUnload(m))") == [[0]]
     assert asked(agent) == []
 
 
-# -- what is read from code
+# -- sizes that the shim reads from code
 
 
 def part(kind: int, content: bytes, flags: int = 0) -> bytes:
@@ -158,15 +158,15 @@ IMAGES: dict[str, tuple[bytes, int]] = {
 
 
 @pytest.mark.parametrize("name", IMAGES)
-def test_sizes_that_an_image_declares(simulator: Simulator, name: str) -> None:
+def test_the_shim_reads_the_sizes_that_an_image_declares(simulator: Simulator, name: str) -> None:
     image, mib = IMAGES[name]
     script = f"m = C.c_void_p(); L.cuModuleLoadData(C.byref(m), bytes.fromhex('{(image + bytes(64)).hex()}')); out(1)"
     assert said(simulator, script) == [[1]]
     assert [size for size in asked(simulator.agent) if size > 0] == ([mib * MIB] if mib else [])
 
 
-def test_no_byte_is_read_beyond_an_image(build: Build, tmp_path: Path) -> None:
-    """Images with changed or missing bytes are read under sanitizers, in memory that ends where they end."""
+def test_the_shim_reads_no_byte_beyond_an_image(build: Build, tmp_path: Path) -> None:
+    """Images with changed or missing bytes are read under sanitizers, in memory whose end is the end of the image."""
     folders = (f"-I{ROOT / 'shim'}", f"-I{ROOT / 'bpf'}")
     program = build.compile("image.c", "image", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", *folders)
     for n, (image, _) in enumerate(IMAGES.values()):
@@ -178,7 +178,7 @@ def test_no_byte_is_read_beyond_an_image(build: Build, tmp_path: Path) -> None:
     assert read == [mib for _, mib in IMAGES.values()]
 
 
-def test_a_fat_binary_in_its_wrapper(simulator: Simulator) -> None:
+def test_the_shim_reads_a_fat_binary_in_its_wrapper(simulator: Simulator) -> None:
     script = f"""
 inside = C.create_string_buffer(bytes.fromhex('{fatbin(part(2, FOUR)).hex()}'))
 wrapper, m = (C.c_uint64 * 3)(1 << 32 | 0x466243B1, C.addressof(inside)), C.c_void_p()

@@ -1,4 +1,4 @@
-"""A request that fits but for memory of exited processes waits for that memory, as long as it may help."""
+"""A request that fits only without orphaned memory waits for the release of that memory, as long as this may help."""
 
 import subprocess
 import time
@@ -19,18 +19,18 @@ def asked(agent: Agent, kind: int = MEMORY) -> list[bool]:
     return [bool(c["flags"] & PATIENT) for c in agent.calls(kind)]
 
 
-def test_waits_until_the_device_has_released_memory(held: Agent) -> None:
+def test_a_request_waits_until_the_device_has_released_memory(held: Agent) -> None:
     held.do("limit", **FULL)
     result, ms = call_while(held, "alloc(256 * MiB)", then=lambda: held.do("limit", **EMPTY))
     assert result == 0
     assert 190 <= ms < 1000
     assert held.do("look")["refused"] == 0
-    assert 3 <= len(asked(held)) <= 9  # every 50 ms or so
+    assert 3 <= len(asked(held)) <= 9  # about every 50 ms
     assert asked(held)[:-1] == [True] * (len(asked(held)) - 1)
 
 
 @pytest.mark.parametrize("age_ms", [0, 3500, 29_000])
-def test_memory_that_the_device_keeps_is_a_refusal_once_the_agent_has_seen_it(held: Agent, age_ms: int) -> None:
+def test_a_request_is_refused_once_the_agent_knows_that_the_device_keeps_the_memory(held: Agent, age_ms: int) -> None:
     held.do("limit", **{**FULL, "age_ms": age_ms})
     result, ms = call_while(held, "alloc(256 * MiB)", then=lambda: held.do("limit", **FULL, looked_ms=-1000))
     assert result == OOM
@@ -39,8 +39,8 @@ def test_memory_that_the_device_keeps_is_a_refusal_once_the_agent_has_seen_it(he
     assert asked(held)[-1] is False
 
 
-def test_a_look_before_the_request_is_not_enough(held: Agent) -> None:
-    """The memory may have been released since."""
+def test_a_comparison_before_the_request_does_not_end_the_wait(held: Agent) -> None:
+    """The device may have released the memory since."""
     held.do("limit", **{**FULL, "age_ms": 200}, looked_ms=100)
     result, ms = call_while(held, "alloc(256 * MiB)", then=lambda: held.do("limit", **EMPTY))
     assert result == 0
@@ -57,7 +57,7 @@ HOPELESS = {
 
 
 @pytest.mark.parametrize("why", HOPELESS)
-def test_does_not_wait_where_it_cannot_help(held: Agent, why: str) -> None:
+def test_a_request_does_not_wait_if_waiting_cannot_help(held: Agent, why: str) -> None:
     held.do("limit", **{"limit": GIB, **HOPELESS[why]})
     result, ms = call_while(held, "alloc(256 * MiB)")
     assert (result, held.do("look")["refused"]) == (OOM, 1)
@@ -65,13 +65,13 @@ def test_does_not_wait_where_it_cannot_help(held: Agent, why: str) -> None:
     assert len(asked(held)) <= 2
 
 
-def test_a_level_that_only_observes_is_not_waited_for(held: Agent) -> None:
+def test_a_request_does_not_wait_for_an_observing_level(held: Agent) -> None:
     held.do("limit", **FULL, flags=OBSERVE)
-    assert held.python("out(alloc(256 * MiB))") == [[OOM]]  # counted by this kernel all the same
+    assert held.python("out(alloc(256 * MiB))") == [[OOM]]  # this kernel side counts it nevertheless
     assert asked(held) == [False]
 
 
-def test_the_outer_level_may_be_the_one_that_is_full(held: Agent) -> None:
+def test_a_request_waits_if_only_the_outer_level_is_full(held: Agent) -> None:
     held.do("set", levels=2)
     held.do("limit", level=1, **FULL)
     held.do("knobs", outer=1)
@@ -80,7 +80,7 @@ def test_the_outer_level_may_be_the_one_that_is_full(held: Agent) -> None:
     assert 190 <= ms < 1000
 
 
-def test_room_that_the_page_shows_and_the_kernel_does_not_give_is_asked_for_twice(held: Agent) -> None:
+def test_a_request_is_repeated_once_if_the_kernel_refuses_room_that_the_page_shows(held: Agent) -> None:
     held.do("knobs", fixed=1)
     held.do("limit", limit=GIB, used=0, orphaned=0)
     held.do("limit", **{**FULL, "used": GIB // 2, "orphaned": 1})
@@ -90,7 +90,7 @@ def test_room_that_the_page_shows_and_the_kernel_does_not_give_is_asked_for_twic
     assert asked(held) == [True, True, False]
 
 
-def test_a_context_waits_too(held: Agent) -> None:
+def test_a_context_waits_for_orphaned_memory(held: Agent) -> None:
     held.do("knobs", fixed=1)
     held.do("limit", **FULL)
     call = "L.cuDevicePrimaryCtxRetain(C.byref(C.c_void_p()), 0)"
@@ -100,7 +100,7 @@ def test_a_context_waits_too(held: Agent) -> None:
     assert asked(held, CONTEXT)[0]
 
 
-def test_a_pool_waits_too(held: Agent) -> None:
+def test_a_pool_waits_for_orphaned_memory(held: Agent) -> None:
     held.do("limit", **FULL)
     call = "int(new(256 * MiB) < 1000)"
     result, ms = call_while(held, call, then=lambda: held.do("limit", **EMPTY), setup=POOLS)
@@ -108,15 +108,15 @@ def test_a_pool_waits_too(held: Agent) -> None:
     assert 190 <= ms < 1000
 
 
-def test_while_an_agent_is_replaced_it_is_waited_for(held: Agent) -> None:
+def test_a_request_waits_while_an_agent_is_replaced(held: Agent) -> None:
     held.do("limit", **{**FULL, "age_ms": 29_000})
     result, ms = call_while(held, "alloc(256 * MiB)")
     assert result == OOM
     assert 900 <= ms < 1500
 
 
-def test_a_pool_that_asks_twice_waits_once(held: Agent) -> None:
-    """The pool asks for less if a whole block is refused. Both requests together have the time of one."""
+def test_a_pool_with_two_requests_waits_once(held: Agent) -> None:
+    """The pool requests less if a whole block is refused. Both requests together wait as long as one."""
     held.do("limit", **{**FULL, "age_ms": -100_000})
     result, ms = call_while(held, "new(256 * MiB)", setup=POOLS)
     assert result == OOM
@@ -124,7 +124,7 @@ def test_a_pool_that_asks_twice_waits_once(held: Agent) -> None:
     assert held.do("look")["refused"] >= 1
 
 
-def test_a_pool_gives_back_before_anything_is_waited_for(held: Agent) -> None:
+def test_unused_pool_memory_is_released_before_a_request_waits(held: Agent) -> None:
     held.do("limit", limit=GIB, used=GIB // 2, orphaned=GIB // 2, age_ms=0)
     setup = POOLS + "p = new(448 * MiB); drop(p)\n"
     result, ms = call_while(held, "(L.fake_sync(), alloc(448 * MiB))[1]", setup=setup)
@@ -132,7 +132,7 @@ def test_a_pool_gives_back_before_anything_is_waited_for(held: Agent) -> None:
     assert ms < 100
 
 
-def test_signals_and_errno_stay_the_programs(held: Agent) -> None:
+def test_a_wait_does_not_change_signals_or_errno(held: Agent) -> None:
     held.do("limit", **FULL)
     setup = """
 import signal
@@ -149,8 +149,8 @@ def call():
     assert 190 <= ms < 1000
 
 
-def test_many_that_wait_share_what_comes(held: Agent) -> None:
-    """Eight threads want room for four: those that fit are admitted, and the others are refused in time."""
+def test_waiting_threads_share_the_released_memory(held: Agent) -> None:
+    """Eight threads request room, and four of them fit. Those are admitted, and the others are refused in time."""
     held.do("limit", **{**FULL, "age_ms": 3000})
     script = """
 got = []
@@ -165,7 +165,7 @@ out("ready"); [t.start() for t in ts]; [t.join() for t in ts]; out(sorted(got))
         assert program.communicate(timeout=DEADLINE)[0] == f"[[0, 0, 0, 0, {', '.join([str(OOM)] * 4)}]]\n"
 
 
-def test_no_page_and_no_kernel_holds_a_call_longer(build: Build, scale: Callable[[int, int, int], int]) -> None:
+def test_no_page_or_verdict_makes_a_call_wait_longer(build: Build, scale: Callable[[int, int, int], int]) -> None:
     flags = (f"-I{ROOT}/shim", f"-I{ROOT}/bpf", "-O2", "-fsanitize=undefined", "-fno-sanitize-recover=all")
     program = build.compile("orphans.c", "orphans", *flags)
     done = subprocess.run(

@@ -1,4 +1,7 @@
-"""Stream-ordered allocation: blocks are admitted, using them needs no request, and unused ones are released."""
+"""Stream-ordered allocation: the shim requests whole blocks.
+
+Their use needs no request, and unused blocks are released.
+"""
 
 import json
 import time
@@ -19,21 +22,21 @@ def given_back(held: Agent) -> list[int]:
 
 
 @pytest.mark.parametrize("name", ["cuMemAllocAsync", "cuMemAllocAsync_ptsz"])
-def test_blocks_are_admitted_and_not_each_call(held: Agent, name: str) -> None:
+def test_blocks_are_requested_instead_of_each_call(held: Agent, name: str) -> None:
     script = POOLS + f"out(results(new(MiB, 0, '{name}') for _ in range(64)), L.fake_reserved(0) >> 20)"
     assert held.python(script) == [[[0] * 64, 64]]
     assert grants(held) == [32 * MIB] * 2
     assert given_back(held) == []
 
 
-def test_a_large_one_takes_as_many_blocks_as_it_needs(held: Agent) -> None:
+def test_a_large_allocation_requests_as_many_blocks_as_needed(held: Agent) -> None:
     assert held.python(POOLS + "out(results([new(MiB), new(100 * MiB)]), L.fake_reserved(0) >> 20)") == [[[0, 0], 128]]
     assert grants(held) == [32 * MIB, 96 * MIB]
 
 
 @pytest.mark.parametrize("name", ["cuMemAllocAsync", "cuMemAllocAsync_ptsz"])
 @pytest.mark.parametrize("size", [MIB, 4 * MIB, 100 * MIB])
-def test_a_loop_in_one_stream_asks_and_measures_once(held: Agent, name: str, size: int) -> None:
+def test_a_loop_in_one_stream_requests_and_measures_once(held: Agent, name: str, size: int) -> None:
     free = name.replace("Alloc", "Free")
     script = (
         POOLS
@@ -42,12 +45,12 @@ for _ in range(500):
     p = new({size}, 0, "{name}"); assert p > 1000 and not drop(p, 0, "{free}")
 out(L.fake_queries())"""
     )
-    assert held.python(script) == [[4]]  # two before and two after the only growth
+    assert held.python(script) == [[4]]  # two measurements before and two after the only growth
     assert len(grants(held)) == 1
 
 
-def test_memory_freed_in_one_stream_is_no_credit_of_another(held: Agent) -> None:
-    """Eight streams allocate 200 MiB each and free it, without waiting: five fit."""
+def test_memory_freed_in_one_stream_does_not_serve_another_stream(held: Agent) -> None:
+    """Eight streams allocate 200 MiB each and free it, without waiting. Five of them fit."""
     script = (
         POOLS
         + """
@@ -72,11 +75,11 @@ a = L.fake_queries() - before
 new(300 * MiB, 2)
 out(a, L.fake_queries() - before - a)"""
     )
-    assert held.python(script)[0] == [4, 0]  # the other thread measured, this one had its credit... of either name
+    assert held.python(script)[0] == [4, 0]  # the other thread measured; this one had credit by either stream name
 
 
 @pytest.mark.parametrize("size", [2 * MIB, 3 * MIB, 32 * MIB, 100 * MIB])
-def test_refused_at_the_limit_and_nearly_all_is_usable(held: Agent, size: int) -> None:
+def test_pool_allocations_use_nearly_all_of_the_limit_and_are_refused_beyond(held: Agent, size: int) -> None:
     script = (
         POOLS
         + f"""
@@ -91,8 +94,8 @@ out(n, new({size}), L.fake_reserved(0))"""
 
 
 @pytest.mark.parametrize(("limit", "size"), [(100 * MIB, 2 * MIB), (505 * MIB, 2 * MIB)])
-def test_near_the_limit_what_is_in_use_counts(held: Agent, limit: int, size: int) -> None:
-    """A whole block no longer fits, but what the program needs does."""
+def test_near_the_limit_only_the_bytes_in_use_count(held: Agent, limit: int, size: int) -> None:
+    """A whole block no longer fits, but the bytes that the program needs do."""
     held.do("limit", limit=limit)
     script = (
         POOLS
@@ -107,32 +110,32 @@ out(n, new(2 * MiB))"""
     assert held.do("look")["used"] <= limit
 
 
-def test_a_huge_size_is_refused_and_spoils_nothing(held: Agent) -> None:
+def test_a_huge_size_is_refused_and_changes_no_count(held: Agent) -> None:
     script = POOLS + "out(results([new(MiB), new(2**64 - 1), new(2**63), new(1 << 48), new(MiB), new(20 * MiB)]))"
     assert held.python(script) == [[[0, OOM, OOM, OOM, 0, 0]]]
 
 
-def test_nothing_is_asked_for_nothing(held: Agent) -> None:
+def test_an_allocation_of_zero_bytes_requests_nothing(held: Agent) -> None:
     script = POOLS + "new(0); L.cuMemAllocAsync(None, C.c_size_t(5), None) if 0 else 0; L.fake_context(0); out(1)"
     held.python(script)
     assert grants(held) == []
 
 
-def test_a_failed_call_gives_back_at_once(held: Agent) -> None:
+def test_a_failed_allocation_releases_its_block_at_once(held: Agent) -> None:
     script = POOLS + "L.fake_pool_result(719); out([new(200 * MiB) for _ in range(3)])"
     assert held.python(script)[0][0] == [719] * 3
     assert held.do("look")["used"] == 0
     assert sum(grants(held)) == sum(given_back(held))
 
 
-def test_a_trim_gives_back(held: Agent) -> None:
+def test_a_trim_releases_the_freed_bytes(held: Agent) -> None:
     script = POOLS + "p = new(200 * MiB); drop(p); L.fake_sync(); out(trim(0x1000), L.fake_reserved(0))"
     assert held.python(script) == [[0, 0]]
     assert given_back(held) == [224 * MIB]
     assert held.do("look")["used"] == 0
 
 
-def test_after_a_trim_old_credit_is_worth_nothing(held: Agent) -> None:
+def test_a_trim_discards_the_credit_of_freed_memory(held: Agent) -> None:
     script = (
         POOLS
         + "p = new(200 * MiB); drop(p); L.fake_sync(); trim(0x1000); new(200 * MiB); out(L.fake_reserved(0) >> 20)"
@@ -141,18 +144,18 @@ def test_after_a_trim_old_credit_is_worth_nothing(held: Agent) -> None:
     assert held.do("look")["used"] == 224 * MIB
 
 
-def test_a_trim_gives_back_no_more_than_is_unused(held: Agent) -> None:
+def test_a_trim_releases_only_unused_blocks(held: Agent) -> None:
     held.python(POOLS + "p, q = new(40 * MiB), new(200 * MiB); drop(q); L.fake_sync(); out(trim(0x1000))")
     assert held.do("look")["used"] == 64 * MIB
 
 
-def test_trimmed_at_a_synchronise_it_is_given_back_before_another_call_is_refused(held: Agent) -> None:
+def test_memory_trimmed_at_a_synchronise_is_released_before_another_call_is_refused(held: Agent) -> None:
     script = POOLS + "p = new(900 * MiB); drop(p); L.fake_sync(); out(alloc(900 * MiB), L.fake_calls())"
     assert held.python(script) == [[0, 2]]
     assert held.do("look")["used"] == 900 * MIB
 
 
-def test_held_but_unused_it_is_trimmed_before_another_call_is_refused(held: Agent) -> None:
+def test_unused_pool_memory_is_trimmed_before_another_call_is_refused(held: Agent) -> None:
     """The shim trims a pool, as the driver itself does when a device is full."""
     script = (
         POOLS
@@ -167,18 +170,18 @@ out(results([new(700 * MiB)]), results([new_from(a, 500 * MiB)]), L.fake_trims()
     assert held.do("look")["used"] <= GIB
 
 
-def test_a_pool_in_use_is_not_given_back_on_a_refusal(held: Agent) -> None:
+def test_a_pool_in_use_is_not_released_on_a_refusal(held: Agent) -> None:
     assert held.python(POOLS + "p = new(600 * MiB); out(alloc(600 * MiB), alloc(300 * MiB))") == [[OOM, 0]]
     assert held.do("look")["used"] == (608 + 300) * MIB
 
 
-def test_without_pools_a_refusal_is_asked_for_once(held: Agent) -> None:
+def test_a_refusal_without_pools_is_requested_once(held: Agent) -> None:
     assert held.python("out(alloc(2 * GiB))") == [[OOM]]
     assert len(held.calls(MEMORY)) == 1
 
 
-def test_a_pool_that_others_filled_is_measured(held: Agent) -> None:
-    """Streams that keep what they freed make a pool larger than the bytes in use."""
+def test_a_pool_that_other_streams_filled_is_measured(held: Agent) -> None:
+    """Streams that keep freed memory make a pool larger than the bytes in use."""
     script = (
         POOLS
         + """
@@ -194,12 +197,12 @@ out(L.fake_reserved(0) >> 20)"""
     "wait",
     ["cuCtxSynchronize()", "cuStreamSynchronize(None)", "cuStreamSynchronize_ptsz(None)", "cuEventSynchronize(None)"],
 )
-def test_memory_released_by_a_wait_is_given_back_for_other_processes(held: Agent, wait: str) -> None:
+def test_memory_freed_by_a_synchronise_is_released_for_other_processes(held: Agent, wait: str) -> None:
     held.python(POOLS + f"p, q = new(200 * MiB), new(40 * MiB); drop(p); L.{wait}; out(L.fake_reserved(0) >> 20)")
     assert held.do("look")["used"] == 64 * MIB
 
 
-def test_a_wait_that_released_nothing_is_looked_at_a_few_times(held: Agent) -> None:
+def test_a_pool_is_measured_a_few_times_after_a_wait_that_released_nothing(held: Agent) -> None:
     script = (
         POOLS
         + """
@@ -211,8 +214,8 @@ out(n, L.fake_queries() - n)"""
     assert held.do("look")["used"] == 224 * MIB
 
 
-def test_streams_that_share_a_place_do_not_share_credit(held: Agent) -> None:
-    """Ten streams hold 100 MiB each and want more: there is no room for any of them."""
+def test_streams_that_share_a_slot_do_not_share_credit(held: Agent) -> None:
+    """Ten streams hold 100 MiB each and request more. There is no room for any of them."""
     script = (
         POOLS
         + """
@@ -226,7 +229,7 @@ out(first, L.fake_reserved(0) >> 20)"""
     assert held.python(script) == [[1024, 1024]]
 
 
-def test_a_failure_on_credit_costs_no_measure(held: Agent) -> None:
+def test_a_failed_allocation_on_credit_causes_no_measurement(held: Agent) -> None:
     script = (
         POOLS
         + """
@@ -236,7 +239,7 @@ n = L.fake_queries(); new(300 * MiB); out(L.fake_queries() - n)"""
     assert held.python(script) == [[0]]
 
 
-def test_a_pool_that_is_far_beyond_its_grant_gets_no_more(held: Agent) -> None:
+def test_a_pool_far_beyond_its_admitted_bytes_gets_no_more(held: Agent) -> None:
     script = POOLS + "new(MiB); L.fake_held(C.c_uint64(2000 * MiB)); out(new(60 * MiB))"
     assert held.python(script) == [[OOM]]
 
@@ -250,7 +253,7 @@ def test_a_pool_is_charged_to_its_own_device(held: Agent) -> None:
     assert [(c["device"], c["bytes"]) for c in held.calls(POOL)] == [(4, 64 * MIB)]
 
 
-def test_a_device_is_its_streams(held: Agent) -> None:
+def test_an_allocation_is_charged_to_the_device_of_its_stream(held: Agent) -> None:
     held.do("limit", device=4, limit=GIB)
     held.python(POOLS + "L.fake_active(0); L.cuDevicePrimaryCtxRetain(C.byref(c), 1); out(new(MiB, 0x10), new(MiB, 1))")
     assert [c["device"] for c in held.calls(POOL)] == [4, 3]
@@ -266,7 +269,7 @@ def test_a_host_pool_is_not_charged(held: Agent) -> None:
 @pytest.mark.parametrize(
     "how", ["cuDeviceSetMemPool(0, V(a))", "cuMemSetMemPool(C.byref((C.c_int * 2)(1, 0)), 1, V(a))"]
 )
-def test_the_current_pool_may_change(held: Agent, how: str) -> None:
+def test_allocations_use_the_current_pool_after_a_change(held: Agent, how: str) -> None:
     script = (
         POOLS
         + f"new(MiB); a = create(); L.{how}; new(40 * MiB); out(L.fake_reserved(0) >> 20, L.fake_reserved(3) >> 20)"
@@ -275,7 +278,7 @@ def test_the_current_pool_may_change(held: Agent, how: str) -> None:
     assert grants(held) == [32 * MIB, 64 * MIB]
 
 
-def test_a_destroyed_pool_gives_back_and_its_place_serves_again(held: Agent) -> None:
+def test_a_destroyed_pool_is_released_and_its_slot_is_reused(held: Agent) -> None:
     script = (
         POOLS
         + """
@@ -300,7 +303,7 @@ drop(q); L.cuMemPoolDestroy(V(a)); out(1)"""
 
 
 def test_memory_of_destroyed_pools_causes_no_refusal(held: Agent) -> None:
-    """Frees after the end of their pool are not seen. NVML knows what is still allocated."""
+    """The shim has no hook for frees after the end of their pool. NVML shows which memory is still allocated."""
     script = (
         POOLS
         + """
@@ -313,7 +316,7 @@ out(results(rs)); drop(rs[-1]); out(alloc(900 * MiB))"""
     assert held.do("look")["used"] <= GIB
 
 
-def test_more_pools_than_the_table_has_are_charged_together(held: Agent) -> None:
+def test_pools_beyond_the_size_of_the_table_are_charged_together(held: Agent) -> None:
     script = (
         POOLS
         + """
@@ -325,7 +328,7 @@ out(sum(new_from(p, 30 * MiB) > 1000 for p in ps))"""
     assert held.do("look")["used"] <= GIB
 
 
-def test_a_pool_that_cannot_be_measured_is_counted(held: Agent) -> None:
+def test_a_pool_that_cannot_be_measured_is_charged_by_its_allocations(held: Agent) -> None:
     held.python(POOLS + "L.fake_break(1); out(results(new(20 * MiB) for _ in range(60)))")
     assert held.do("look")["used"] <= GIB
 
@@ -337,8 +340,8 @@ ENDS = ("L.cuDevicePrimaryCtxReset_v2(0)", "L.cuDevicePrimaryCtxRelease_v2(0)", 
 
 
 @pytest.mark.parametrize("end", ENDS)
-def test_a_pool_outlives_every_context(held: Agent, end: str) -> None:
-    """The pool's memory stays, as with a real driver, so its charge stays too, without any gap."""
+def test_the_charge_of_a_pool_survives_the_end_of_every_context(held: Agent, end: str) -> None:
+    """The pool's memory stays, as with a real driver. Its charge stays too, without any gap."""
     script = POOLS + f"p = new(200 * MiB); {end}; out(drop(p)); L.cuCtxSynchronize(); out(L.fake_reserved(0))"
     assert held.python(script) == [[0], [0]]
     calls = [(c["kind"], c["bytes"]) for c in held.calls() if c["kind"] in (POOL, RELEASED)]
@@ -347,21 +350,21 @@ def test_a_pool_outlives_every_context(held: Agent, end: str) -> None:
 
 
 @pytest.mark.parametrize("end", ENDS)
-def test_memory_freed_in_an_ended_context_is_given_back(held: Agent, end: str) -> None:
+def test_memory_freed_in_an_ended_context_is_released(held: Agent, end: str) -> None:
     held.python(POOLS + f"p, q = new(200 * MiB), new(40 * MiB); drop(p); {end}; out(L.fake_reserved(0))")
     assert held.do("look")["used"] == 64 * MIB
 
 
 @pytest.mark.parametrize("end", ENDS)
-def test_memory_freed_in_a_stream_of_an_ended_context_serves_any_other(held: Agent, end: str) -> None:
-    """The pool keeps it, so nothing is requested and nothing is trimmed."""
+def test_memory_freed_in_a_stream_of_an_ended_context_serves_any_stream(held: Agent, end: str) -> None:
+    """The pool keeps the memory, so the shim requests and trims nothing."""
     script = POOLS + f"p = new(600 * MiB, 3); L.fake_lazy(1); drop(p, 3); {end}\n"
     assert held.python(script + "out(results([new(600 * MiB, 4)]), L.fake_trims())") == [[[0], 0]]
     assert grants(held) == [608 * MIB]
 
 
-def test_other_processes_find_no_room_while_a_context_ends(held: Agent) -> None:
-    """A pool that holds all of a limit holds it before, during and after the end."""
+def test_the_end_of_a_context_leaves_no_moment_with_room_for_other_processes(held: Agent) -> None:
+    """A pool holds a whole limit before, during and after the end of the context."""
     script = POOLS + "p = new(960 * MiB); [L.cuDevicePrimaryCtxReset_v2(0) for _ in range(20)]; out(p > 1000)"
     assert held.python(script) == [[True]]
     assert given_back(held) == []
@@ -375,7 +378,7 @@ def test_other_processes_find_no_room_while_a_context_ends(held: Agent) -> None:
         "L.cuStreamBeginCaptureToCig(V(3), None)",
     ],
 )
-def test_captured_allocations_take_nothing_from_a_pool(held: Agent, begin: str) -> None:
+def test_captured_allocations_use_no_pool_memory(held: Agent, begin: str) -> None:
     script = (
         POOLS
         + f"""
@@ -387,7 +390,7 @@ out(L.fake_unsafe(), L.fake_asked_capturing() > 0, results([new(100 * MiB, 3)]))
     assert grants(held) == [128 * MIB]
 
 
-def test_memory_freed_into_a_capture_is_no_credit(held: Agent) -> None:
+def test_memory_freed_in_a_capture_gives_no_credit(held: Agent) -> None:
     script = (
         POOLS
         + """
@@ -398,34 +401,34 @@ out(results([new(600 * MiB, 3)]))"""
     assert held.python(script) == [[[OOM]]]
 
 
-def test_our_own_calls_leave_the_capture_mode_alone(held: Agent) -> None:
+def test_the_shim_s_own_calls_do_not_change_the_capture_mode(held: Agent) -> None:
     assert held.python(POOLS + "new(MiB); out(L.fake_mode(), L.fake_unsafe()); trim(0x1000); out(L.fake_mode())") == [
         [0, 0],
         [0],
     ]
 
 
-def test_programs_without_captures_are_not_asked_about_them(held: Agent) -> None:
+def test_the_shim_makes_no_capture_calls_for_programs_without_captures(held: Agent) -> None:
     assert held.python(
         POOLS + "[drop(new(MiB)) for _ in range(50)]; out(L.fake_asked_capturing(), L.fake_unsafe())"
     ) == [[0, 0]]
 
 
 @pytest.mark.parametrize("call", ["trim(0x1000)", "new(2 * GiB)", "L.cuCtxSynchronize()"])
-def test_errno_stays_the_programs(held: Agent, call: str) -> None:
+def test_the_shim_does_not_change_errno(held: Agent, call: str) -> None:
     script = POOLS + f"p = new(MiB); drop(p); C.set_errno(77); {call}; out(C.get_errno())"
     assert held.python(script) == [[77]]
 
 
 @pytest.mark.parametrize("answer", ["unmanaged", "magic"])
-def test_unmanaged_is_open_and_closed_is_closed(agent: Agent, answer: str) -> None:
+def test_pools_are_unlimited_if_unmanaged_and_refused_without_an_answer(agent: Agent, answer: str) -> None:
     agent.do("set", answer=answer)
     agent.do("start")
     script = POOLS + "out(results(new(4 * GiB) for _ in range(4)), L.fake_queries())"
     assert agent.python(script) == [[[0 if answer == "unmanaged" else OOM] * 4, 0]]
 
 
-def test_a_tenant_that_becomes_managed_is_measured(held: Agent) -> None:
+def test_pools_of_a_process_that_becomes_managed_are_measured(held: Agent) -> None:
     held.do("set", answer="unmanaged", epoch=7)
     script = (
         POOLS
@@ -442,7 +445,7 @@ out(results([new(300 * MiB), new(300 * MiB)]))"""
     assert held.do("look")["used"] == 928 * MIB
 
 
-def test_a_child_after_fork_has_no_grant_of_its_parents(held: Agent) -> None:
+def test_a_forked_child_has_no_admitted_bytes_of_its_parent(held: Agent) -> None:
     script = (
         POOLS
         + """
@@ -457,7 +460,7 @@ new(MiB); drop(p); out(results([new(200 * MiB)]))"""
     assert sum(c["bytes"] for c in asked if c["tgid"] == asked[-1]["tgid"]) >= 200 * MIB
 
 
-def test_threads_share_a_pool(held: Agent) -> None:
+def test_threads_share_the_admitted_bytes_of_a_pool(held: Agent) -> None:
     script = (
         POOLS
         + """
@@ -487,7 +490,7 @@ out(alloc(1))"""
 
 
 def test_pools_and_graphs_are_free_of_undefined_behaviour(build: Build, held: Agent, tmp_path: Path) -> None:
-    """The library is built again, so that the first undefined operation aborts."""
+    """The library is built again, so that the first undefined operation aborts the program."""
     trapping = build.make(tmp_path, "CFLAGS=-O2 -g -fsanitize=undefined -fsanitize-undefined-trap-on-error")
     script = (
         POOLS
@@ -515,8 +518,8 @@ out(alloc(900 * MiB), drop({0xD00000}), alloc(100 * MiB), L.cuStreamSynchronize(
 """
 
 
-def test_a_request_waits_for_the_agents_look_after_a_free_that_no_probe_sees(held: Agent) -> None:
-    """It is made when the pages show room, so it is never refused."""
+def test_a_request_after_an_unprobed_free_waits_for_the_agent_s_comparison(held: Agent) -> None:
+    """The request is made when the pages show room, so it is never refused."""
     process = held.start_python(POOLS + UNSEEN + "out(*timed(200 * MiB))")
     assert process.stdout.readline() == "[0, 0, 0, 0]\n"
     time.sleep(0.3)
@@ -527,7 +530,7 @@ def test_a_request_waits_for_the_agents_look_after_a_free_that_no_probe_sees(hel
     assert [c["result"] for c in held.calls(MEMORY)] == [0, 0, 0]
 
 
-def test_a_request_that_no_look_makes_room_for_is_refused_once(held: Agent) -> None:
+def test_a_request_is_refused_once_if_no_comparison_makes_room(held: Agent) -> None:
     first, (result, seconds), again = held.python(POOLS + UNSEEN + "for _ in range(2): out(*timed(200 * MiB))")
     assert first == [0, 0, 0, 0]
     assert result == OOM
@@ -537,8 +540,8 @@ def test_a_request_that_no_look_makes_room_for_is_refused_once(held: Agent) -> N
     assert len(held.calls(MEMORY)) == 4
 
 
-def test_a_later_wait_may_free_what_the_first_did_not(held: Agent) -> None:
-    """The first wait may be for another stream."""
+def test_a_later_synchronise_frees_memory_that_the_first_did_not(held: Agent) -> None:
+    """The first synchronize may be for another stream."""
     script = POOLS + UNSEEN + "time.sleep(1.1); L.cuStreamSynchronize(None); out(*timed(200 * MiB))"
     _, (result, seconds) = held.python(script)
     assert result == OOM

@@ -1,7 +1,7 @@
-"""The whole shim and the simulated driver under sanitizers: programs/storm.c does everything at once.
+"""The whole shim and the simulated driver under sanitizers: programs/storm.c uses all functions at once.
 
-If there is a gatekeeper, it is inside that program and writes pages where the shim reads them, because ThreadSanitizer
-takes two mappings of one page for different memory.
+A gatekeeper, if there is one, runs inside that program and writes the pages in the mapping that the shim reads, because
+ThreadSanitizer treats two mappings of one page as different memory.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ Scale = Callable[[int, int, int], int]
 
 @dataclass(frozen=True)
 class Under:
-    """One sanitizer and the parts that are built for it."""
+    """One sanitizer and the parts that are built with it."""
 
     by: Sanitizer
     storm: Path
@@ -46,10 +46,12 @@ class Under:
     def run(
         self, shim: Path, reports: Path, milliseconds: int, image: str | None = None, late: bool = False
     ) -> dict[str, int]:
-        """Run a storm. `image`: this limit is in the image and there is no gatekeeper; else the program has one inside.
+        """Run a storm.
 
-        `late`: the driver now and then takes longer than a turn lasts, and pages are given once, because pages of a
-        thread that is in the driver for so long would otherwise go to others.
+        `image` is a limit in the image, without a gatekeeper. Without `image`, the program contains a gatekeeper.
+
+        `late`: the driver now and then takes longer than a turn lasts. Pages are then given only once, because
+        otherwise pages of a thread that is in the driver for so long would be given to another process.
         """
         inside = [] if image else [shim, NEVER if late else HELLO_MS]
         variables = {
@@ -125,7 +127,7 @@ def under(request: pytest.FixtureRequest) -> Under:
     return built(request.param)
 
 
-def test_nothing_is_found_while_pages_change(under: Under, tmp_path: Path, scale: Scale) -> None:
+def test_sanitizers_find_no_error_while_pages_change(under: Under, tmp_path: Path, scale: Scale) -> None:
     """Limits, gates, budgets and lists change every few milliseconds, and each hello gives new pages."""
     counts = under.run(under.by.folder / "shim" / "libfgpu.so", tmp_path, scale(0, 4000, 60_000))
     print(under.by.name, counts)
@@ -133,26 +135,26 @@ def test_nothing_is_found_while_pages_change(under: Under, tmp_path: Path, scale
     assert all(counts.values())
 
 
-def test_nothing_is_found_where_the_image_decides(under: Under, tmp_path: Path, scale: Scale) -> None:
+def test_sanitizers_find_no_error_with_an_image_s_limit(under: Under, tmp_path: Path, scale: Scale) -> None:
     counts = under.run(under.by.folder / "shim" / "libfgpu.so", tmp_path, scale(0, 3000, 60_000), "2GiB")
     print(under.by.name, counts)
     assert all(counts[what] for what in ("calls", "forks", "launches", "graphs"))
 
 
 @pytest.mark.skipif(not IS_FULL, reason="a driver that takes its time: ./dev test full")
-def test_nothing_is_found_where_the_driver_answers_late(under: Under, tmp_path: Path) -> None:
-    """A thread's turn ends while it is in the driver, and then two threads handle the work in flight."""
+def test_sanitizers_find_no_error_with_a_slow_driver(under: Under, tmp_path: Path) -> None:
+    """A thread's turn ends while it is in the driver. Then two threads handle the work in flight."""
     counts = under.run(under.by.folder / "shim" / "libfgpu.so", tmp_path, 60_000, late=True)
     assert counts["launches"]
 
 
-# Programs that preload nothing else, which would come before what a sanitizer needs.
+# Programs that preload nothing else, which would be loaded before the sanitizer's library.
 SUITE = ("array", "capture", "flight", "gate", "graph", "memory", "pool", "simulator", "view")
 
 
 @pytest.mark.skipif(not IS_FULL, reason="the suite once more: ./dev test full")
 @pytest.mark.timeout(1200)
-def test_nothing_is_found_in_the_suite(under: Under, tmp_path: Path) -> None:
+def test_sanitizers_find_no_error_in_the_shim_s_suite(under: Under, tmp_path: Path) -> None:
     files = [HERE / f"test_shim_{name}.py" for name in SUITE]
     command = [*UNRANDOM, sys.executable, "-m", "pytest", "-q", "--tb=short", "-k", "not undefined", *files]
     settings = {
@@ -174,7 +176,7 @@ def test_nothing_is_found_in_the_suite(under: Under, tmp_path: Path) -> None:
 
 @dataclass(frozen=True)
 class Plant:
-    """An error that is put into a copy of the shim, and the report that it must cause."""
+    """An error that is added to a copy of the shim, and the report that it must cause."""
 
     by: Sanitizer
     file: str
@@ -201,7 +203,7 @@ PLANTS = {
         NOWHERE + "volatile int n = 0x7fffffff; n = n + 1;\n",
         "signed integer overflow",
     ),
-    # Errors that sanitizers have found in it.
+    # Errors that sanitizers have found in the shim.
     "flags": Plant(
         THREAD,
         "account/admit.c",
@@ -241,7 +243,7 @@ PLANTS = {
 
 @pytest.mark.skipif(not IS_FULL, reason="each builds a shim: ./dev test full")
 @pytest.mark.parametrize("name", PLANTS)
-def test_planted_errors_are_found(name: str, tmp_path: Path) -> None:
+def test_sanitizers_find_planted_errors(name: str, tmp_path: Path) -> None:
     plant = PLANTS[name]
     under = built(plant.by)
     for part in ("shim", "bpf"):

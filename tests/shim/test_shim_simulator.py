@@ -1,4 +1,4 @@
-"""The shim with the simulated driver: the whole life of a driver, as a program and nvidia-smi see it."""
+"""The shim with the simulated driver: the driver's whole life, from the view of a program and of nvidia-smi."""
 
 import re
 
@@ -15,7 +15,7 @@ def test_nvidia_smi_shows_the_share(simulator: Simulator) -> None:
     assert re.findall(r"(\d+)MiB / +(\d+)MiB", table)[0] == ("256", "1024")
 
 
-def test_a_program_gets_its_share_and_no_more(simulator: Simulator) -> None:
+def test_a_program_can_allocate_exactly_its_share(simulator: Simulator) -> None:
     script = """
 c = C.c_void_p(); L.cuInit(0); L.cuDevicePrimaryCtxRetain(C.byref(c), 0); L.cuCtxSetCurrent(c)
 out(alloc(256 * MiB), alloc(1 * GiB), info())
@@ -23,7 +23,7 @@ out(alloc(256 * MiB), alloc(1 * GiB), info())
     assert simulator.python(script) == f"[0, {OOM}, [0, {768 << 20}, {GIB}]]\n"
 
 
-def test_neighbours_are_not_in_the_lists(simulator: Simulator) -> None:
+def test_process_lists_do_not_show_neighbours(simulator: Simulator) -> None:
     holder = "c = C.c_void_p(); L.cuInit(0); L.cuDevicePrimaryCtxRetain(C.byref(c), 0); out(1); sys.stdin.readline()"
     process = simulator.agent.start_python(holder, driver=simulator.folder / "lib")
     process.stdout.readline()
@@ -38,7 +38,7 @@ def test_neighbours_are_not_in_the_lists(simulator: Simulator) -> None:
 CONTEXT = "c = C.c_void_p(); L.cuInit(0); L.cuDevicePrimaryCtxRetain(C.byref(c), 0); L.cuCtxSetCurrent(c)\n"
 
 
-def test_arrays_of_every_kind_end_at_the_limit(simulator: Simulator) -> None:
+def test_arrays_of_every_kind_are_refused_at_the_limit(simulator: Simulator) -> None:
     script = (
         CONTEXT
         + ARRAYS
@@ -52,7 +52,7 @@ for make in kinds:
     assert simulator.python(script) == f"[256, {OOM}]\n[0, {OOM}]\n[0, {OOM}]\n"
 
 
-def test_a_stream_takes_the_share_and_no_more(simulator: Simulator) -> None:
+def test_stream_ordered_allocations_use_the_share_and_no_more(simulator: Simulator) -> None:
     """The simulated pool grows by 32 MiB and shrinks when a thread waits, as a real one does."""
     script = (
         CONTEXT

@@ -1,4 +1,7 @@
-"""The time that the shim adds to calls which take the driver half a microsecond. The stand-in takes almost none."""
+"""The time that the shim adds to calls which take the driver half a microsecond.
+
+The stand-in's calls take almost none.
+"""
 
 import subprocess
 
@@ -16,8 +19,10 @@ def figures(text: str) -> list[float]:
 
 @pytest.mark.parametrize("size", [4096, 4 * MIB, 100 * MIB])
 @pytest.mark.parametrize("more", [(), ("wait",), ("wait", "graph")], ids=["pools", "waits", "graphs"])
-def test_little_is_added(build: Build, held: Agent, size: int, more: tuple[str, ...]) -> None:
-    """A pair of calls takes less than 0.1 us on a busy machine: a measurement or a request would take more."""
+def test_the_shim_adds_less_than_a_tenth_of_a_microsecond_to_a_call(
+    build: Build, held: Agent, size: int, more: tuple[str, ...]
+) -> None:
+    """A measurement or a request would take more than this 0.1 us, which holds on a busy machine too."""
     program = build.compile("speed.c", "speed", f"-L{build.folder / 'driver'}", "-l:libcuda.so.1")
     command = [program, size, *more]
     environment = {"LD_LIBRARY_PATH": str(build.folder / "driver")}
@@ -31,13 +36,13 @@ def test_little_is_added(build: Build, held: Agent, size: int, more: tuple[str, 
     raise AssertionError(added)
 
 
-def test_an_open_gate_costs_one_look_at_the_clock(build: Build, held: Agent) -> None:
+def test_an_open_gate_reads_the_clock_once(build: Build, held: Agent) -> None:
     """A scheduled step that waits for its launches makes no additional call of the driver."""
     unlock(held, 1)
     program = build.compile("gated.c", "gated", f"-L{build.folder / 'driver'}", "-l:libcuda.so.1", "-rdynamic", "-ldl")
     launch_ns, wait_ns, clocks, clocks_waiting, exchanges = figures(held.run(program)[0])
     print(f"a launch {launch_ns} ns, a wait {wait_ns} ns")
     assert 0 < launch_ns < 1000
-    assert 0 < clocks <= 1.2  # sometimes it looks for another gatekeeper
+    assert 0 < clocks <= 1.2  # sometimes it checks for another gatekeeper
     assert clocks_waiting <= 4
     assert exchanges == 0

@@ -1,4 +1,4 @@
-"""Standalone mode, without an agent and with a limit in the image: the shim limits the programs together."""
+"""Standalone mode: without an agent, the shim keeps the image's limit over all programs of the container together."""
 
 import subprocess
 from collections.abc import Callable, Iterator
@@ -16,7 +16,7 @@ def container(build: Build, text: str = "1GiB\n", more: str = "") -> Container:
     return Container(build, limit(text) + more)
 
 
-def test_the_limit_holds_and_is_all_that_is_seen(build: Build) -> None:
+def test_the_limit_holds_and_is_shown_as_the_device_s_memory(build: Build) -> None:
     said = container(build).python("out(info()); out(alloc(700 * MiB), alloc(700 * MiB), info(), L.fake_calls())")
     assert said == [[[0, GIB, GIB]], [0, OOM, [0, 324 * MIB, GIB], 1]]
 
@@ -27,7 +27,7 @@ def test_freed_memory_is_available_again(build: Build) -> None:
 
 
 def test_memory_freed_in_stream_order_is_available_again(build: Build) -> None:
-    """The driver takes plain memory. It refuses managed memory, which stays charged."""
+    """The driver allocates plain memory. It refuses managed memory, which stays charged."""
     code = """
 p = C.c_uint64()
 def free(at): return L.cuMemFreeAsync(C.c_uint64(at), None)
@@ -36,8 +36,8 @@ out(L.cuMemAllocManaged(C.byref(p), C.c_size_t(700 * MiB), 1), free(0xe00000), a
     assert container(build).python(code) == [[0, 0, 0, OOM, 0], [0, 801, OOM, 0]]
 
 
-def test_no_request_waits_for_a_look_of_an_agent(build: Build) -> None:
-    """The ledger of the container knows of each free: the next request is answered at once."""
+def test_no_request_waits_for_a_comparison_of_an_agent(build: Build) -> None:
+    """The container's ledger has each free, so the next request is answered at once."""
     code = """
 L.cuMemFreeAsync(C.c_uint64(0xd00000 + 0 * alloc(700 * MiB)), None); L.cuCtxSynchronize()
 r = alloc(1024 * MiB); t = time.monotonic(); out(r, alloc(512 * MiB), time.monotonic() - t < 0.5)"""
@@ -58,18 +58,18 @@ L.cuMemFreeAsync(p, None); L.cuCtxSynchronize(); out(alloc(512 * MiB))"""
     ("text", "bytes_"),
     [("8GiB\n", 8 << 30), ("8Gi", 8 << 30), ("512 MiB\n", 512 << 20), ("1073741824B", 1 << 30), ("4096KiB\n", 4 << 20)],
 )
-def test_quantities_are_those_of_policies(build: Build, text: str, bytes_: int) -> None:
+def test_the_limit_has_the_same_units_as_in_policies(build: Build, text: str, bytes_: int) -> None:
     assert container(build, text).python("out(info()[2])") == [[bytes_]]
 
 
 @pytest.mark.parametrize(
     "text", ["", "\n", "lots", "8GB", "-1", "6", "1073741824", "8GiB 9GiB", "1" + "0" * 30, "0x10", "9" * 80]
 )
-def test_an_invalid_limit_holds_for_no_process(build: Build, text: str) -> None:
+def test_an_invalid_limit_limits_no_process(build: Build, text: str) -> None:
     assert container(build, text).python("out(alloc(512), info()[1])") == [[OOM, 0]]
 
 
-def test_nothing_in_the_environment_changes_it(build: Build) -> None:
+def test_no_environment_variable_changes_the_limit(build: Build) -> None:
     said = container(build).says(
         "export GPU_MEM_LIMIT_GB=9 FGPU_LIMIT=9GiB FGPU_MEMORY=9GiB LD_BIND_NOT=1\npy 'out(info()[2])'"
     )
@@ -90,7 +90,7 @@ def test_nothing_in_the_environment_changes_it(build: Build) -> None:
         "rm /etc/fgpu/limit; mkdir /etc/fgpu/limit\n",
     ],
 )
-def test_a_file_that_others_can_make_sets_no_limit(build: Build, more: str) -> None:
+def test_a_file_that_other_users_can_create_sets_no_limit(build: Build, more: str) -> None:
     done = container(build, more=more).run("py 'out(alloc(2 * GiB), info()[2])'")
     assert (done.stdout, done.stderr) == (f"[0, {16 * GIB}]\n", "fgpu: no agent on this host: not enforced\n")
 
@@ -103,19 +103,19 @@ py 'out(alloc(600 * MiB), info()[1]); os.system(os.environ["NEXT"]); out(alloc(4
     assert done.stderr == 2 * TOGETHER
 
 
-def test_the_killed_hold_nothing(build: Build) -> None:
+def test_killed_processes_hold_no_charge(build: Build) -> None:
     said = container(build).says("for i in 1 2 3 4 5; do py 'out(alloc(GiB)); os.kill(os.getpid(), 9)' || :; done")
     assert said == [[0]] * 5
 
 
-def test_a_child_left_behind_holds_nothing_of_its_parents(build: Build) -> None:
+def test_a_surviving_child_holds_no_charge_of_its_parent(build: Build) -> None:
     said = container(build).says("""
 py 'out(alloc(GiB)); os.fork() or (os.close(1), os.close(2), time.sleep(9)); os._exit(0)'
 py 'out(alloc(GiB), info()[1])'""")
     assert said == [[0], [0, 0]]
 
 
-def test_a_process_that_executes_another_program_holds_nothing(build: Build) -> None:
+def test_exec_releases_the_charges_of_a_process(build: Build) -> None:
     code = 'out(alloc(GiB)); os.execv("/etc/py", ["py", "out(alloc(GiB), info()[1])"])'
     assert container(build).python(code) == [[0], [0, 0]]
 
@@ -129,7 +129,7 @@ os.waitpid(pid, 0); out(info()[1], alloc(400 * MiB))"""
 
 
 @pytest.mark.parametrize(("first", "second", "mode"), [("", "$unprivileged", 755), ("$unprivileged", "", 1777)])
-def test_users_share_it_in_any_order(build: Build, first: str, second: str, mode: int) -> None:
+def test_users_share_one_limit_in_any_order(build: Build, first: str, second: str, mode: int) -> None:
     said = container(build).says(f"""
 chmod {mode} /run
 mkfifo -m 666 /run/in
@@ -143,7 +143,7 @@ cat /run/out""")
     assert said == [[OOM, 0], [0]]
 
 
-def test_no_place_for_the_ledger(build: Build) -> None:
+def test_memory_is_refused_without_a_place_for_the_ledger(build: Build) -> None:
     done = container(build, more="mount -o remount,ro /run\n").run("py 'out(alloc(GiB), alloc(512), info()[1:])'")
     assert (done.stdout, done.stderr) == (f"[0, {OOM}, [0, {GIB}]]\n", BY_ITSELF)
 
@@ -161,7 +161,7 @@ def test_no_place_for_the_ledger(build: Build) -> None:
         "rmdir /run/fgpu; touch /run/fgpu",
     ],
 )
-def test_a_file_that_is_no_ledger_is_not_written(build: Build, planted: str) -> None:
+def test_the_shim_does_not_write_a_file_that_is_no_ledger(build: Build, planted: str) -> None:
     more = f"mkdir /run/fgpu /run/elsewhere; seq 1 9000 | head -c 40960 >/run/precious; {planted}\n"
     done = container(build, more=more).run("""
 py 'out(alloc(GiB), alloc(512))'
@@ -179,7 +179,7 @@ done""")
     assert done.stdout == "[0]\n" + "[true, 0, 0]\n" * 8, done
 
 
-def test_the_program_is_left_as_it_was(build: Build) -> None:
+def test_the_shim_changes_no_state_of_the_program(build: Build) -> None:
     code = """
 import resource
 def state():
@@ -200,8 +200,8 @@ out(r, e, made, before == fds(), info()[0])
 """
 
 
-def test_every_failure_in_turn(build: Build) -> None:
-    """Each system call of the shim fails once: at most the program gets no memory, and never more than the limit."""
+def test_no_failed_system_call_lifts_the_limit(build: Build) -> None:
+    """Each system call of the shim fails once. The program may get no memory, but never more than the limit."""
     fresh = """
 for name in ("cuInit", "cuMemAlloc_v2", "cuMemGetInfo_v2"): getattr(L, name)
 pid = os.fork()
@@ -225,7 +225,7 @@ if pid: os.waitpid(pid, 0); os._exit(0)
 
 @pytest.fixture
 def image(agent: Agent) -> Iterator[Agent]:
-    """Return the fake agent's root with an image that says 700 MiB. No gatekeeper listens."""
+    """Return the fake agent's root with an image whose limit is 700 MiB. No gatekeeper listens."""
     script = "mkdir -p /run/etc/fgpu && cp /etc/ld.so.cache /run/etc && mount --bind /run/etc /etc && " + limit(
         "700MiB"
     )
@@ -235,7 +235,7 @@ def image(agent: Agent) -> Iterator[Agent]:
     subprocess.run([*inside, "sh", "-c", "umount /etc; rm -rf /run/fgpu/books"], check=True)
 
 
-def test_an_agents_word_is_the_only_one(image: Agent) -> None:
+def test_the_agent_s_limit_replaces_the_image_s(image: Agent) -> None:
     image.do("start")
     assert image.python("out(alloc(800 * MiB), info()[2])") == [[0, GIB]]
 
@@ -246,7 +246,7 @@ def test_a_process_that_an_agent_does_not_manage_has_the_image_s_limit(image: Ag
     assert image.python("out(alloc(800 * MiB), alloc(600 * MiB), info()[1:])") == [[OOM, 0, [100 * MIB, 700 * MIB]]]
 
 
-def test_an_agent_that_comes_takes_over(image: Agent) -> None:
+def test_an_agent_that_starts_later_takes_over(image: Agent) -> None:
     image.do("remove")
     code = "out(alloc(600 * MiB), info()[2]); sys.stdin.readline(); time.sleep(1.05); out(alloc(800 * MiB), info()[2])"
     process = image.start_python(code)
@@ -257,7 +257,7 @@ def test_an_agent_that_comes_takes_over(image: Agent) -> None:
 
 
 def test_a_silent_agent_leaves_no_memory(image: Agent) -> None:
-    """Its socket is left: the agent's limit may have been lower than the image's."""
+    """Its socket still exists. The agent's limit may have been lower than the image's."""
     image.do("start")
     held = image.start_python(
         "out(alloc(512)); sys.stdin.readline(); time.sleep(1.05); out(alloc(800 * MiB), info()[2])"
@@ -272,7 +272,7 @@ def test_a_folder_in_which_no_agent_ever_answered_is_no_agent(image: Agent) -> N
     assert image.python("out(alloc(800 * MiB), alloc(600 * MiB))") == [[OOM, 0]]
 
 
-def test_after_detach_the_image_decides(image: Agent) -> None:
+def test_the_image_s_limit_applies_after_a_detach(image: Agent) -> None:
     image.do("start")
     code = """
 out(alloc(512), info()[2]); sys.stdin.readline(); time.sleep(1.3)
@@ -302,11 +302,11 @@ def counted(books: Path, what: str, n: int) -> str:
     return done.stdout
 
 
-def test_one_gets_the_last_piece(books: Path, scale: Scale) -> None:
+def test_exactly_one_process_gets_the_last_piece(books: Path, scale: Scale) -> None:
     assert ", 0 without exactly one winner, 0 bytes left" in counted(books, "races", scale(100, 1000, 20000))
 
 
-def test_what_was_granted_and_not_given_back_is_in_the_ledger(books: Path, scale: Scale) -> None:
+def test_the_ledger_holds_exactly_the_unreleased_bytes(books: Path, scale: Scale) -> None:
     assert " 0 beyond, 0 of " in counted(books, "churn", scale(100_000, 1_000_000, 20_000_000))
 
 
@@ -314,7 +314,7 @@ def test_a_request_that_fits_is_never_refused(books: Path, scale: Scale) -> None
     assert " 0 refused, 0 bytes left" in counted(books, "fits", scale(10_000, 100_000, 2_000_000))
 
 
-def test_an_unfinished_change_is_settled_by_the_next_process(books: Path) -> None:
+def test_the_next_process_completes_an_unfinished_change(books: Path) -> None:
     assert counted(books, "left", 1000) == "1000 rounds, 0 wrong\n"
 
 

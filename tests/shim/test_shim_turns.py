@@ -22,7 +22,10 @@ out(n * %d)"""
 
 
 def take_turns(agent: Agent, first: int, weights: list[int], seconds: float) -> list[float]:
-    """Give the program that has had least 20 ms, and charge it until it has drained; return the time of each."""
+    """Give 20 ms to the program that has had least, and charge it until it has drained.
+
+    Repeat. Return the time of each.
+    """
     given, turn = [0.0] * len(weights), 1
     end = time.monotonic() + seconds
     while time.monotonic() < end:
@@ -43,7 +46,7 @@ def take_turns(agent: Agent, first: int, weights: list[int], seconds: float) -> 
 
 @pytest.fixture
 def one_processor() -> Iterator[None]:
-    """All that the test starts runs on one processor: in a virtual machine, to wake another one may take 0.1 ms."""
+    """Run all programs of the test on one processor: in a virtual machine, waking another processor may take 0.1 ms."""
     before = os.sched_getaffinity(0)
     os.sched_setaffinity(0, {min(before)})
     yield
@@ -52,12 +55,12 @@ def one_processor() -> Iterator[None]:
 
 @pytest.mark.parametrize(("us", "deep"), [(20, 50), (200, 20), (4_000, 3)])
 def test_turns_divide_the_time(one_processor: None, simulator: Simulator, us: int, deep: int) -> None:
-    """Turns are 3:1. As the programs themselves count it, neither does more than its turns allow, nor much less."""
+    """Turns are given 3:1. By the programs' own count, neither does more than its turns allow, nor much less."""
     agent = simulator.agent
     shut(agent, 1)
     first = len(agent.do("status")["pages"])
     processes = []
-    for _ in range(2):  # one after the other, as their pages are
+    for _ in range(2):  # in the order of their pages
         processes.append(simulator.start(KIT + SPINNER % (us, deep, us)))
         assert said(processes[-1]) == ["ready"]
     for process in processes:

@@ -1,4 +1,4 @@
-"""The answer to a request is read from a place that no other process of the level can write, on old and new pages."""
+"""A verdict is read from a place that no other process of the level can write, on pages with and without tags."""
 
 import subprocess
 from collections.abc import Callable
@@ -20,12 +20,12 @@ def tagged(agent: Agent) -> Agent:
     return agent
 
 
-def test_asked_with_its_tag_and_answered_there(tagged: Agent) -> None:
+def test_a_tagged_request_is_answered_at_its_tag(tagged: Agent) -> None:
     assert tagged.python("out(alloc(MiB), alloc(2 * GiB), info()[2] >> 30)") == [[0, OOM, 1]]
     assert [(c["kind"], c["flags"]) for c in tagged.calls()] == [(HELLO, TAGGED), (MEMORY, TAGGED), (MEMORY, TAGGED)]
 
 
-def test_without_a_tag_it_is_asked_as_before(held: Agent) -> None:
+def test_a_process_without_a_tag_makes_untagged_requests(held: Agent) -> None:
     assert held.python("out(alloc(MiB))") == [[0]]
     assert {c["flags"] for c in held.calls()} == {0}
 
@@ -40,8 +40,8 @@ out(1)
 
 
 @pytest.mark.parametrize("kind", [MEMORY, MEMORY | TAGGED])
-def test_another_process_cannot_answer_for_it(build: Build, tagged: Agent, kind: int) -> None:
-    """The kernel does not answer the victim: everything on the page was written by the forger."""
+def test_another_process_cannot_forge_a_verdict(build: Build, tagged: Agent, kind: int) -> None:
+    """The kernel does not answer the victim. Everything on the page was written by the forger."""
     script = TALK.replace("alloc(512)", "alloc(512), os.getpid()")
     with tagged.start_python(script) as victim:
         pid = int(victim.stdout.readline().strip(" []\n"))
@@ -54,7 +54,7 @@ def test_another_process_cannot_answer_for_it(build: Build, tagged: Agent, kind:
 
 
 def test_a_tag_of_another_process_gives_no_answer(tagged: Agent) -> None:
-    """A gatekeeper gives a wrong tag: the request is refused, and the verdict of the other process is not used."""
+    """The gatekeeper gives a wrong tag. The request is refused, and the other process's verdict is not used."""
     with tagged.start_python(TALK) as program:
         pid = int(program.stdout.readline().strip(" []\n"))
         tagged.do("tag", pid=pid, tag=77)
@@ -63,7 +63,7 @@ def test_a_tag_of_another_process_gives_no_answer(tagged: Agent) -> None:
     assert tagged.do("look")["hellos"] == 2
 
 
-def test_a_tag_that_changes_in_the_page_in_use(tagged: Agent) -> None:
+def test_a_changed_tag_in_the_page_does_not_break_requests(tagged: Agent) -> None:
     with tagged.start_python(TALK) as program:
         pid = int(program.stdout.readline().strip(" []\n"))
         tagged.do("tag", pid=pid, tag=78, page=0)
@@ -73,7 +73,7 @@ def test_a_tag_that_changes_in_the_page_in_use(tagged: Agent) -> None:
 
 
 @pytest.mark.parametrize("first", [False, True], ids=["upgrade", "downgrade"])
-def test_a_gatekeeper_of_the_other_kind_takes_over(agent: Agent, first: bool) -> None:
+def test_a_gatekeeper_with_or_without_tags_takes_over(agent: Agent, first: bool) -> None:
     agent.do("set", tagged=first)
     agent.do("start")
     with agent.start_python(TALK) as program:
@@ -93,8 +93,8 @@ def test_a_gatekeeper_of_the_other_kind_takes_over(agent: Agent, first: bool) ->
             assert agent.calls(MEMORY)[-1]["flags"] == (TAGGED if now else 0)
 
 
-def test_an_older_kernel_side_behind_newer_pages_is_met_by_a_hello(tagged: Agent) -> None:
-    """The programs know no tags and answer at the old place after a downgrade, and the gatekeeper gives no tags."""
+def test_a_hello_follows_if_an_older_kernel_side_answers_on_newer_pages(tagged: Agent) -> None:
+    """The BPF programs have no tags after a downgrade and answer at the old place. The gatekeeper gives no tags."""
     with tagged.start_python(TALK) as program:
         program.stdout.readline()
         tagged.do("knobs", old=1)
@@ -105,7 +105,7 @@ def test_an_older_kernel_side_behind_newer_pages_is_met_by_a_hello(tagged: Agent
     assert look["calls"][-1]["flags"] == 0
 
 
-def test_one_bit_more_or_less_is_no_answer(build: Build, scale: Callable[[int, int, int], int]) -> None:
+def test_an_answer_with_one_changed_bit_is_rejected(build: Build, scale: Callable[[int, int, int], int]) -> None:
     program = build.compile("verdict.c", "verdict", f"-I{ROOT}/shim", f"-I{ROOT}/bpf", "-O2")
     done = subprocess.run([program, str(scale(3, 10, 100))], capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stdout) == (0, "")

@@ -15,7 +15,7 @@ GIB, NO_LIMIT = 1 << 30, 2**64 - 1
     [
         (8 * GIB, 0, 8 * GIB, 8 * GIB),
         (8 * GIB, 3 * GIB, 5 * GIB, 8 * GIB),
-        (12 * GIB, 0, 10 * GIB, 12 * GIB),  # the driver has less
+        (12 * GIB, 0, 10 * GIB, 12 * GIB),  # the driver has less free
         (64 * GIB, 0, 10 * GIB, 16 * GIB),
         (NO_LIMIT, 0, 10 * GIB, 16 * GIB),
         (2 * GIB, 3 * GIB, 0, 3 * GIB),  # lowered below the bytes in use
@@ -33,7 +33,10 @@ VIEWS = "out(info()[1:], memory(0)[1:], memory2(0)[1:])"
 
 
 def test_the_narrowest_level_is_shown(held: Agent) -> None:
-    """Memory of the group's other tenants is neither used nor free, but reserved, if the function has such a field."""
+    """Memory of the group's other tenants is neither used nor free.
+
+    It is reserved, if the function has such a field.
+    """
     held.do("set", levels=2)
     held.do("limit", limit=8 * GIB, used=GIB)
     held.do("limit", level=1, limit=4 * GIB, used=3 * GIB)
@@ -45,14 +48,14 @@ def test_the_narrowest_level_is_shown(held: Agent) -> None:
     ("limit", "used", "shown"),
     [
         (8 * GIB, 3 * GIB, [8 * GIB, 0, 5 * GIB, 3 * GIB]),
-        (12 * GIB, GIB, [12 * GIB, GIB, 10 * GIB, GIB]),  # granted, and not available
+        (12 * GIB, GIB, [12 * GIB, GIB, 10 * GIB, GIB]),  # within the limit, and not available on the device
         (2 * GIB, 3 * GIB, [3 * GIB, 0, 0, 3 * GIB]),  # lowered below the bytes in use
         (64 * GIB, 2 * GIB, [17 * GIB, 5 * GIB, 10 * GIB, 2 * GIB]),
         (NO_LIMIT, 2 * GIB, [17 * GIB, GIB, 10 * GIB, 6 * GIB]),  # the driver's own answer
         (0, 0, [0, 0, 0, 0]),
     ],
 )
-def test_the_second_version_adds_up(held: Agent, limit: int, used: int, shown: list[int]) -> None:
+def test_the_fields_of_the_second_version_add_up(held: Agent, limit: int, used: int, shown: list[int]) -> None:
     """Total, reserved, free and used add up as the driver's own."""
     held.do("limit", limit=limit, used=used)
     assert held.python(NVML + "out(memory2(0))") == [[[0, *shown]]]
@@ -64,8 +67,8 @@ AS_IT_IS = [[10 * GIB, 16 * GIB], [17 * GIB, 10 * GIB, 7 * GIB], [17 * GIB, GIB,
 
 
 @pytest.mark.parametrize("levels", [1, 2])
-def test_an_observed_tenant_sees_what_the_driver_shows(held: Agent, levels: int) -> None:
-    """The tenant sees its neighbours, and a limit below the bytes in use has no effect."""
+def test_an_observed_tenant_gets_the_driver_s_own_figures(held: Agent, levels: int) -> None:
+    """The tenant's programs read their neighbours' processes, and a limit below the bytes in use has no effect."""
     held.do("set", levels=levels, rows=ROWS)
     for level in range(levels):
         held.do("limit", level=level, limit=GIB, used=2 * GIB, flags=OBSERVES)
@@ -76,8 +79,8 @@ t = C.c_size_t(); out(L.cuDeviceTotalMem_v2(C.byref(t), 0), t.value)"""
     assert held.python(NVML + FILTERED + VIEWS + script) == expected
 
 
-def test_an_observed_level_beside_one_that_enforces(held: Agent) -> None:
-    """The observed level counts as unlimited. The level that enforces is shown, and hides the neighbours."""
+def test_an_observed_level_beside_an_enforcing_one_counts_as_unlimited(held: Agent) -> None:
+    """The enforcing level is shown, and hides the neighbours."""
     held.do("set", levels=2, rows=ROWS)
     for observed, other in ((0, 1), (1, 0)):
         held.do("limit", level=observed, limit=GIB, used=GIB, flags=OBSERVES)
@@ -87,7 +90,7 @@ def test_an_observed_level_beside_one_that_enforces(held: Agent) -> None:
         assert held.python(NVML + script) == [expected, [[0, 2]]]
 
 
-def test_a_level_that_begins_to_enforce_does_so_at_once(held: Agent) -> None:
+def test_a_level_that_changes_to_enforce_limits_at_once(held: Agent) -> None:
     held.do("limit", limit=GIB, flags=OBSERVES)
     process = held.start_python(NVML + VIEWS + "\nsys.stdin.readline()\n" + VIEWS)
     assert process.stdout.readline() == f"{AS_IT_IS}\n"
@@ -95,7 +98,7 @@ def test_a_level_that_begins_to_enforce_does_so_at_once(held: Agent) -> None:
     assert process.communicate("\n", timeout=10)[0].startswith(f"[[{GIB}, {GIB}], [{GIB}, {GIB}, 0]")
 
 
-def test_a_device_that_is_not_the_tenants_is_shown_as_it_is(held: Agent) -> None:
+def test_a_device_outside_the_policy_is_shown_with_the_driver_s_figures(held: Agent) -> None:
     script = NVML + "L.fake_context(3); out(info(), memory(2), memory2(2))"
     expected = [[0, 10 * GIB, 16 * GIB], [0, 17 * GIB, 10 * GIB, 7 * GIB], [0, 17 * GIB, GIB, 10 * GIB, 6 * GIB]]
     assert held.python(script) == [expected]
@@ -107,18 +110,18 @@ def test_nvml_shows_the_share(held: Agent) -> None:
     assert held.python(NVML + "out(memory(0), memory2(0))") == [expected]
 
 
-def test_more_used_than_there_is_shows_as_all(held: Agent) -> None:
+def test_use_above_the_total_is_shown_as_the_total(held: Agent) -> None:
     held.do("limit", limit=2 * GIB, used=99 * GIB)
     assert held.python(NVML + "out(memory(0))") == [[[0, 17 * GIB, 0, 17 * GIB]]]
 
 
-def test_nvml_has_a_limit_for_each_device(held: Agent) -> None:
+def test_nvml_shows_the_limit_of_each_device(held: Agent) -> None:
     held.do("limit", device=4, limit=2 * GIB)
     assert held.python(NVML + "out(memory(1)[1], memory(0)[1])") == [[2 * GIB, GIB]]
 
 
 @pytest.mark.parametrize("answer", ["unmanaged", "closed"])
-def test_unmanaged_sees_all_and_closed_nothing_to_have(agent: Agent, answer: str) -> None:
+def test_an_unmanaged_process_reads_all_memory_and_one_without_an_answer_none(agent: Agent, answer: str) -> None:
     agent.do("set", answer="magic" if answer == "closed" else answer)
     agent.do("start")
     script = NVML + 'out(info()[1:], memory(0)[1:3], processes("nvmlDeviceGetComputeRunningProcesses_v3", Info, 8)[1])'
@@ -126,7 +129,7 @@ def test_unmanaged_sees_all_and_closed_nothing_to_have(agent: Agent, answer: str
     assert agent.python(script) == [[[free, 16 * GIB], [17 * GIB, free], listed]]
 
 
-def test_the_drivers_errors_stay(held: Agent) -> None:
+def test_the_driver_s_errors_are_returned_unchanged(held: Agent) -> None:
     script = (
         NVML.replace("N.nvmlInit_v2()", "")
         + """
@@ -151,26 +154,26 @@ def listed(held: Agent, call: str) -> Any:
     return held.python(NVML + f"out({call})")[0][0]
 
 
-def test_own_processes_alone(held: Agent) -> None:
+def test_process_lists_contain_only_own_processes(held: Agent) -> None:
     v3 = 'processes("nvmlDeviceGetComputeRunningProcesses_v3", Info, 8{})'
     none = 0xFFFFFFFF
     assert listed(held, v3.format("")) == [0, 2, [[41, 5 << 20, none, none], [43, 7 << 20, none, none]]]
     assert listed(held, v3.format(", 1")) == [0, 1, [[42, 6 << 20, none, none]]]
 
 
-def test_own_processes_in_the_old_shape(held: Agent) -> None:
+def test_the_old_process_lists_contain_only_own_processes(held: Agent) -> None:
     v1 = listed(held, 'processes("nvmlDeviceGetComputeRunningProcesses", Info1, 8)')
     assert v1 == [0, 2, [[41, 5 << 20], [43, 7 << 20]]]
 
 
 @pytest.mark.parametrize(("room", "result"), [(0, [7, 2, []]), (1, [7, 2, []])])
-def test_too_little_room_says_how_much(held: Agent, room: int, result: list[Any]) -> None:
+def test_a_too_small_array_returns_the_needed_size(held: Agent, room: int, result: list[Any]) -> None:
     assert listed(held, f'processes("nvmlDeviceGetComputeRunningProcesses_v3", Info, {room})') == result
 
 
 @pytest.mark.parametrize("version", ["", "_v2", "_v3"])
 @pytest.mark.parametrize("kind", ["Compute", "Graphics", "MPSCompute"])
-def test_every_list_of_every_version(held: Agent, kind: str, version: str) -> None:
+def test_every_version_of_every_process_list_is_filtered(held: Agent, kind: str, version: str) -> None:
     """Processes with memory are in the list of compute processes. The other lists are empty."""
     name, shape = f"nvmlDeviceGet{kind}RunningProcesses{version}", "Info" if version else "Info1"
     pids = [41, 43] if kind == "Compute" else []
@@ -179,7 +182,7 @@ def test_every_list_of_every_version(held: Agent, kind: str, version: str) -> No
     assert listed(held, f'processes("{name}", {shape}, 0)') == [7 if pids else 0, len(pids), []]
 
 
-def test_details_are_of_own_processes(held: Agent) -> None:
+def test_process_details_are_of_own_processes(held: Agent) -> None:
     script = """(lambda a: (lambda d: [N.nvmlDeviceGetRunningProcessDetailList(device(0), C.byref(d)),
         d.count, a[0].pid, a[1].pid])(Details(0, 0, 8, a)))((Detail * 8)())"""
     assert listed(held, script) == [0, 2, 41, 43]
@@ -220,8 +223,8 @@ def account(pid):
         ("account(1)", [6, 0, 6, 0]),
     ],
 )
-def test_calls_that_name_processes_name_own_ones(held: Agent, call: str, result: list[Any]) -> None:
-    """Left-out processes are removed from the caller's array. The result is "not found" if there is no process."""
+def test_calls_with_process_arguments_return_only_own_processes(held: Agent, call: str, result: list[Any]) -> None:
+    """Other processes are removed from the caller's array. The result is "not found" if no process is left."""
     held.do("set", rows=ROWS)
     assert held.python(NVML + FILTERED + f"out({call})") == [[result]]
     held.do("set", rows=[])
@@ -229,7 +232,7 @@ def test_calls_that_name_processes_name_own_ones(held: Agent, call: str, result:
         assert held.python(NVML + FILTERED + f"out({call})") == [[[6, 0, [0, 0, 0, 0]]]]
 
 
-def test_a_table_in_the_middle_of_a_change_is_not_read(held: Agent) -> None:
+def test_a_table_is_not_read_during_a_change(held: Agent) -> None:
     held.do("set", rows=ROWS)
     script = (
         NVML
@@ -248,7 +251,7 @@ out(p()); sys.stdin.readline(); out(p()); sys.stdin.readline(); out(p())"""
     assert seen == ["[2]\n", "[0]\n", "[2]\n"]
 
 
-def test_errno_is_the_programs(held: Agent) -> None:
+def test_the_shim_does_not_change_errno(held: Agent) -> None:
     script = """
 C.set_errno(77); V = C.CDLL("libnvidia-ml.so.1", use_errno=True); m = Memory()
 out(V.nvmlDeviceGetMemoryInfo(device(0), C.byref(m)), m.total, C.get_errno())
@@ -256,7 +259,7 @@ out(V.nvmlDeviceGetMemoryInfo(device(0), C.byref(m)), m.total, C.get_errno())
     assert held.python(NVML + script) == [[0, GIB, 77]]
 
 
-def test_nvml_alone_says_hello(held: Agent) -> None:
+def test_a_program_that_uses_only_nvml_sends_a_hello(held: Agent) -> None:
     script = "import ctypes as C; N = C.CDLL('libnvidia-ml.so.1'); N.nvmlInit_v2()"
     held.run(SYSTEM_PYTHON, "-c", script)
     assert held.do("look")["hellos"] == 1

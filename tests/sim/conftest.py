@@ -1,7 +1,7 @@
-"""Owns one simulated driver per test that asks for it; builds what is missing; changes nothing outside its namespace.
+"""Provide one simulated driver for each test that requests it, build missing parts, and change nothing else.
 
-The libraries find their server at one fixed path. So that test runs do not meet there, each server lives in a mount
-namespace with a `/run` of its own, and clients are started inside that namespace.
+The libraries find their server at one fixed path. So that several test runs do not use the same one, each server runs
+in a mount namespace with its own `/run`, and clients are started inside that namespace.
 """
 
 from __future__ import annotations
@@ -66,14 +66,14 @@ def launch(function, stream=None):
 
 
 def say(client: subprocess.Popen[str], text: str = "") -> None:
-    """A line to a script that waits for one."""
+    """Send a line to a script that waits for one."""
     assert client.stdin
     client.stdin.write(f"{text}\n")
     client.stdin.flush()
 
 
 class Machine:
-    """A machine with simulated GPUs: a server, and a way to run programs that see it."""
+    """A machine with simulated GPUs: a server, and a way to run programs that find this server."""
 
     def __init__(self, tools: Path, settings: dict[str, str]) -> None:
         self.tools = tools
@@ -116,7 +116,10 @@ class Machine:
         )
 
     def together(self, *scripts: str, apart: float = 0.0) -> list[subprocess.Popen[str]]:
-        """Start programs that print "ready" and wait, then let all begin; `apart`: the seconds between two of them."""
+        """Start programs that print "ready" and wait, then let all begin.
+
+        `apart` is the seconds between two of them.
+        """
         running = [self.spawn(script) for script in scripts]
         for one in running:
             assert one.stdout is not None
@@ -146,7 +149,7 @@ class Machine:
         return time.monotonic() - start
 
     def has_descriptors(self, n: int, within: float = 1.0) -> None:
-        """The last client's end may still be on its way to the server."""
+        """Wait until the server has n descriptors. The end of the last client may still be on its way to the server."""
         start = time.monotonic()
         while self.descriptors() != n:
             assert time.monotonic() - start < within, self.descriptors()
@@ -186,7 +189,7 @@ def tools() -> Path:
 
 @pytest.fixture(scope="session")
 def program(tools: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The conformance program."""
+    """Build the conformance program, and return its path."""
     out = tmp_path_factory.mktemp("conformance") / "conformance"
     sources = sorted(HERE.glob("conformance*.c"))
     settled = "-DSETTLED_MS=200"  # the simulated driver frees memory within 97 ms

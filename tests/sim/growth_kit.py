@@ -1,4 +1,4 @@
-"""Assembly for code that takes memory of a device, and how much of it there is."""
+"""Assembly for code that makes the driver use memory of a device, and the amount of this memory."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ from .sharing_kit import hear
 
 SYS_PIDFD_GETFD = 438
 
-# A program that holds memory and runs the lines that it reads. It answers each with one line.
+# A program that holds memory and runs the lines that it reads. It answers each line with one line.
 FILES = """
 import socket
 def driver_files():
@@ -62,7 +62,7 @@ def kept_by_child(client: Popen[str]) -> Callable[[], None]:
 
 
 def kept_in_queue(client: Popen[str]) -> Callable[[], None]:
-    """Keep the connection in a socket that is never read."""
+    """Keep the connection in the queue of a socket that is never read."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
         name = f"fgpu-kept-{os.getpid()}-{time.monotonic_ns()}"
         listener.bind(f"\0{name}")
@@ -85,7 +85,7 @@ KEEPERS = {"child": kept_by_child, "queue": kept_in_queue, "other": kept_by_othe
 
 
 def compute_rows(machine: Machine) -> dict[int, int]:
-    """Return what NVML lists: pid to MiB."""
+    """Return NVML's list of processes: pid to MiB."""
     words = [machine.tools / "nvidia-smi", "--query-compute-apps=pid,used_memory", "--format=csv,noheader,nounits"]
     lines = machine.run(*words).stdout.splitlines()
     return {int(pid): int(mib) for pid, mib in (line.split(", ") for line in lines)}

@@ -1,4 +1,4 @@
-"""Tests of the built libraries' files: the properties that probes rely on."""
+"""Tests of the files of the built libraries: the properties that probes rely on."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def exports(library: Path) -> list[str]:
 
 
 @pytest.mark.parametrize(("library", "prefix"), LIBRARIES.items())
-def test_exports_only_the_public_names(tools: Path, library: str, prefix: str) -> None:
+def test_the_libraries_export_only_the_public_names(tools: Path, library: str, prefix: str) -> None:
     names = exports(tools / "lib" / library)
     assert len(names) > 80
     assert [name for name in names if not re.match(prefix + "[A-Z]", name)] == []
@@ -55,22 +55,22 @@ def test_no_export_is_called_from_inside(tools: Path, library: str) -> None:
 
 
 @pytest.mark.parametrize("library", LIBRARIES)
-def test_exports_return_by_themselves(tools: Path, library: str) -> None:
-    """A jump out of an export would leave it without the return that a return probe waits for."""
+def test_every_export_returns_by_itself(tools: Path, library: str) -> None:
+    """A jump out of an export would leave the function without the return that a return probe waits for."""
     public = set(exports(tools / "lib" / library))
     code = disassemble(tools / "lib" / library)
     assert [name for name in sorted(public) if not any("\tret" in line for line in code[name])] == []
 
 
 @pytest.mark.parametrize("library", LIBRARIES)
-def test_sonames(tools: Path, library: str) -> None:
+def test_the_libraries_have_the_real_sonames(tools: Path, library: str) -> None:
     text = subprocess.run(["readelf", "-d", tools / "lib" / library], check=True, capture_output=True, text=True)
     assert f"Library soname: [{library}]" in text.stdout
     assert (tools / "lib" / library.removesuffix(".1")).resolve() == (tools / "lib" / library).resolve()
 
 
 @pytest.mark.parametrize("library", LIBRARIES)
-def test_hardened(tools: Path, library: str) -> None:
+def test_the_libraries_and_programs_are_hardened(tools: Path, library: str) -> None:
     command = ["readelf", "-dlW", tools / "lib" / library]
     text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     assert "BIND_NOW" in text
@@ -85,7 +85,7 @@ def table() -> list[tuple[str, int, str]]:
     return [(name, int(version), symbol) for name, version, symbol in rows]
 
 
-def test_symbol_table_against_the_public_header(tools: Path) -> None:
+def test_the_lookup_table_has_every_version_of_the_public_header(tools: Path) -> None:
     """Every version that cudaTypedefs.h has for an implemented function is found, and no other."""
     text = (HEADERS / "cudaTypedefs.h").read_text()
     pairs = {(name, int(v)) for name, v in re.findall(r"\*PFN_(cu\w+?)_v(\d{4,5})(?:_pt[ds][sz])?\)", text)}
@@ -96,7 +96,7 @@ def test_symbol_table_against_the_public_header(tools: Path) -> None:
     for name, version in pairs:
         versions.setdefault(name, set()).add(version)
     newest = {name: max(v for n, v, _ in rows if n == name) for name in ours}
-    # A later entry in the header is either the same export in its per-thread form (7000) or one that is not
+    # A later entry in the header is the same export in its per-thread form (7000), or an export that is not
     # implemented.
     assert {n: max(versions[n]) for n in ours if max(versions[n]) > newest[n] and max(versions[n]) != 7000} == {}
 
@@ -104,5 +104,5 @@ def test_symbol_table_against_the_public_header(tools: Path) -> None:
 def test_every_exported_cuda_function_can_be_looked_up(tools: Path) -> None:
     text = (ROOT / "sim" / "cuda" / "data" / "symbols.h").read_text()
     symbols = set(re.findall(r"\b(cu\w+)\b", text))
-    # Superseded at the version where their successors appeared; the header lists no function for them.
+    # Superseded at the version in which their successors appeared. The header has no function for them.
     assert set(exports(tools / "lib" / "libcuda.so.1")) - symbols == set()

@@ -1,4 +1,4 @@
-"""Kernels that run only together, each on its own device: each waits until the others have started."""
+"""Kernels that run only together, each on its own device. Each waits until the others have started."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .conftest import Machine, say
 
 pytestmark = pytest.mark.timed
 
-# Both devices, a kernel that waits for its twin there, and one that works by itself.
+# Both devices, a kernel that waits for its twin there, and an independent kernel.
 PAIR = """
 need("cuInit", 0); contexts, streams, meets, spins = [], [], [], []
 for device in range(2):
@@ -35,7 +35,7 @@ def pair(make_machine: Callable[..., Machine]) -> Machine:
     return make_machine(FGPU_SIM_GPUS="2")
 
 
-def test_one_spins_until_the_other_has_come(pair: Machine) -> None:
+def test_a_kernel_spins_until_its_twin_has_started(pair: Machine) -> None:
     script = """
 meet(0); one = event(0); time.sleep(0.05); say(state(0), L.cuEventQuery(one)); began = time.monotonic()
 meet(1); settle(0, 1); say(0.001 <= time.monotonic() - began < 0.02, state(0), state(1), L.cuEventQuery(one))
@@ -43,7 +43,7 @@ meet(1); settle(0, 1); say(0.001 <= time.monotonic() - began < 0.02, state(0), s
     assert pair.python(PAIR + script) == ["600 600", "True 0 0 0"]
 
 
-def test_what_is_behind_waits_and_each_meets_the_one_of_its_round(pair: Machine) -> None:
+def test_later_kernels_wait_and_each_meets_the_twin_of_its_round(pair: Machine) -> None:
     script = """
 meet(0); spin(0); last = event(0); meet(0); spin(1); meet(1); time.sleep(0.03)
 say(state(1), L.cuEventQuery(last)); on(1); began = time.monotonic(); need("cuEventSynchronize", last)
@@ -52,7 +52,7 @@ say(time.monotonic() - began < 0.02); time.sleep(0.01); say(state(0), state(1));
     assert pair.python(PAIR + script) == ["0 600", "True", "600 0", "0"]
 
 
-def test_a_hundred_of_them_take_as_long_as_they_should(pair: Machine) -> None:
+def test_a_hundred_twin_kernels_take_the_expected_time(pair: Machine) -> None:
     script = """
 began = time.monotonic()
 for _ in range(100): meet(0); meet(1)
@@ -62,7 +62,7 @@ settle(); say(time.monotonic() - began)
     assert 0.1 <= float(took) < 0.14
 
 
-def test_a_stream_is_one_like_others_afterwards(pair: Machine) -> None:
+def test_a_stream_works_normally_after_twin_kernels(pair: Machine) -> None:
     script = """
 meet(0); meet(1); settle(); began = time.monotonic(); spin(0); e = event(0); need("cuEventSynchronize", e)
 say(0.02 <= time.monotonic() - began < 0.03); began = time.monotonic(); meet(0); spin(0); meet(1); on(0)
@@ -85,7 +85,7 @@ settle(d); say(began, time.monotonic())
 
 
 def test_a_spinning_kernel_occupies_the_device(pair: Machine) -> None:
-    """A kernel that spins uses the device as a real one does: another context gets half, and all of it after a kill."""
+    """A spinning kernel uses the device as a real one does. Another context gets half, and all of it after a kill."""
     hog = pair.spawn(PAIR + "meet(0); say('up'); wait()")
     assert hog.stdout is not None
     assert hog.stdout.readline() == "up\n"
@@ -106,7 +106,7 @@ for _ in range(2):
     assert 0.1 <= alone < 0.12
 
 
-def test_two_programs_without_gates_get_through(pair: Machine) -> None:
+def test_two_programs_without_gates_complete(pair: Machine) -> None:
     """The devices switch between them, and a kernel that has started once counts as started: slow, but not for ever."""
     script = """
 say("ready"); wait(); began = time.monotonic()
@@ -118,7 +118,7 @@ settle(); say(time.monotonic() - began)
     assert max(took) >= 0.1
 
 
-def test_a_full_queue_holds_the_launch_back(pair: Machine) -> None:
+def test_a_full_queue_blocks_the_launch(pair: Machine) -> None:
     script = """
 import threading
 def many():
@@ -131,7 +131,7 @@ t.join(); settle(); say(said, time.monotonic() - began < 3)
     assert pair.python(PAIR + script) == ["[]", "[1] True"]
 
 
-def test_more_parties_than_announced_are_refused(pair: Machine) -> None:
+def test_more_kernels_than_announced_are_refused(pair: Machine) -> None:
     script = """
 meet(0); meet(1); on(0); other = C.c_void_p(); need("cuCtxCreate_v2", C.byref(other), 0, 0)
 say(launch(kernel("meet_7_2_1000us")[1])); say(launch(kernel("meet_8_17_1000us")[1])); settle()

@@ -1,6 +1,6 @@
 """The simulated driver gives the answers that a real H200 (driver 580.159.04) gave earlier to the same calls.
 
-Calls that no card has been asked yet are in conformance_unrecorded.txt; those that need no card, in
+Calls that have not been made on a card yet are in conformance_unrecorded.txt. Calls that need no card are in
 conformance_no_device.txt.
 """
 
@@ -27,7 +27,9 @@ def explained() -> dict[str, str]:
 
 
 @pytest.mark.parametrize("section", REAL)
-def test_as_the_real_driver(make_machine: Callable[..., Machine], program: Path, section: str) -> None:
+def test_the_simulated_driver_answers_as_the_real_one(
+    make_machine: Callable[..., Machine], program: Path, section: str
+) -> None:
     answers = make_machine().run(program, section).stdout.splitlines()
     expected = []
     allowed = explained()
@@ -38,7 +40,9 @@ def test_as_the_real_driver(make_machine: Callable[..., Machine], program: Path,
 
 
 @pytest.mark.parametrize("section", WAITING | NO_DEVICE)
-def test_questions_that_no_card_was_asked(make_machine: Callable[..., Machine], program: Path, section: str) -> None:
+def test_calls_that_were_made_on_no_card_have_the_stored_answers(
+    make_machine: Callable[..., Machine], program: Path, section: str
+) -> None:
     answers = make_machine().run(program, section).stdout.splitlines()
     expected = (WAITING | NO_DEVICE)[section]
     assert [line for line in answers if not line.startswith("uninitialised.")] == expected
@@ -46,7 +50,7 @@ def test_questions_that_no_card_was_asked(make_machine: Callable[..., Machine], 
     assert len(set(names)) == len(names)
 
 
-def test_a_section_is_recorded_or_waits() -> None:
+def test_every_section_is_recorded_or_listed_as_unrecorded() -> None:
     """Recorded sections are removed from conformance_unrecorded.txt, and each section is in one of the files."""
     assert not WAITING.keys() & REAL.keys()
     table = SOURCES[SOURCES.index("sections[] = ") :]
@@ -63,14 +67,14 @@ def unasked() -> dict[str, str]:
     return dict(line.split(": ", 1) for line in lines if not line.startswith("#"))
 
 
-def test_every_hook_is_asked() -> None:
+def test_the_program_calls_every_hook() -> None:
     reasons = unasked()
     asked = set(re.findall(r"(?:\bCALL\(|\b(?:TRY|LIST)\([^,()]+,)\s*(\w+)", SOURCES))
     assert hooked() - asked == reasons.keys()
     assert all(len(reason.split()) > 3 for reason in reasons.values())
 
 
-def test_every_hook_of_the_driver_is_asked_before_it_is_ready() -> None:
+def test_the_program_calls_every_hook_before_the_driver_is_initialized() -> None:
     asked = {line.split()[0].removeprefix("unready.") for line in NO_DEVICE["unready"]}
     assert {name for name in hooked() if name.startswith("cu")} - asked - unasked().keys() == {"cuInit"}
 
@@ -87,15 +91,15 @@ def shim(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_shim_changes_no_answer(
     make_machine: Callable[..., Machine], program: Path, shim: Path, section: str
 ) -> None:
-    """Errors, their order, and the addresses that a lookup finds stay the same in a process without a limit."""
+    """Errors, their order, and the addresses that a lookup returns stay the same in a process without a limit."""
     plain = make_machine().run(program, section).stdout
     machine = make_machine()
     through = machine.run("env", f"LD_PRELOAD={shim}", program, section).stdout
     assert through == plain
 
 
-def test_every_question_has_an_answer(machine: Machine, program: Path) -> None:
-    """All sections run: no call is missing, and the program completes."""
+def test_every_call_has_an_answer(machine: Machine, program: Path) -> None:
+    """All sections run. No call is missing, and the program completes."""
     answers = machine.run(program).stdout.splitlines()
     unknown = ["sharing.import.closed 999", "pool_handles.import.closed 999"]  # a real card returns this error too
     assert [line for line in answers if line.split(" ")[1] == "999"] == unknown
@@ -105,7 +109,7 @@ def test_every_question_has_an_answer(machine: Machine, program: Path) -> None:
     assert asked >= {"nvml", "device", "capture", "graph", "module", "array", "managed", "old", "sharing", "lookup"}
 
 
-def test_explained_differences_are_differences() -> None:
+def test_every_explained_difference_exists() -> None:
     real = {line for lines in REAL.values() for line in lines}
     names = {line.split(" ", 1)[0] for line in real}
     for name, value in explained().items():

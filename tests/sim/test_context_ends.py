@@ -1,4 +1,4 @@
-"""The end of a context: what is freed, what stays, and which row shows it meanwhile."""
+"""The end of a context: which memory is freed, which stays, and which row of NVML shows it then."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ start()
 
 
 @pytest.mark.parametrize("end", LAST_ENDS)
-def test_pools_and_mapped_memory_outlive_the_last_context(machine: Machine, end: str) -> None:
+def test_pools_and_mapped_memory_survive_the_last_context(machine: Machine, end: str) -> None:
     """They stay on the device, in no row until there is a context again. Plain and managed memory is freed."""
     script = f"""
 p = alloc(10 << 20); managed = C.c_uint64(); need("cuMemAllocManaged", C.byref(managed), C.c_size_t(1 << 20), 1)
@@ -58,8 +58,8 @@ need("cuMemRelease", h); say("released"); ask()
     machine.settles_at(0)
 
 
-def test_pools_outlive_the_context_that_used_them(machine: Machine) -> None:
-    """Their pointers are freed by address in any other context."""
+def test_pools_survive_the_context_that_used_them(machine: Machine) -> None:
+    """Their pointers can be freed by address in any other context."""
     script = """
 contexts = [C.c_void_p() for _ in range(2)]
 held = []
@@ -80,8 +80,8 @@ freed(held[1]); say(reserved()); ask()
     machine.settles_at(0)
 
 
-def test_a_process_is_listed_where_it_has_a_context(machine: Machine) -> None:
-    """Mapped memory alone makes no row, neither before the first context nor between two."""
+def test_a_process_is_listed_on_a_device_with_its_context(machine: Machine) -> None:
+    """Mapped memory alone makes no row, neither before the first context nor between two contexts."""
     script = """
 need("cuDevicePrimaryCtxRelease_v2", 0); h = create(8 << 20, 0); say("without"); ask()
 start(); say("with"); ask(); need("cuDevicePrimaryCtxReset_v2", 0); say("reset"); ask()
@@ -96,7 +96,7 @@ start(); say("with"); ask(); need("cuDevicePrimaryCtxReset_v2", 0); say("reset")
     machine.settles_at(0)
 
 
-def test_a_shared_pool_outlives_the_last_context(machine: Machine) -> None:
+def test_a_shared_pool_survives_the_last_context(machine: Machine) -> None:
     script = """
 own = pool(); p = pooled(own, 40 << 20); fd = pool_descriptor(own); need("cuDevicePrimaryCtxReset_v2", 0)
 say("reset"); ask(); os.close(fd); start(); freed(p); say("freed"); ask()

@@ -1,6 +1,6 @@
-"""The order of the simulated driver's sources: no file uses another in a circle, and folders use only lower folders.
+"""The order of the simulated driver's sources: files have no cycles, and folders use only lower folders.
 
-`tools/c_cycles.py` reads the symbols of the object files. Each program and library has a tree of objects of its own.
+`tools/c_cycles.py` reads the symbols of the object files. Each program and library has its own tree of objects.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import pytest
 from .conftest import ROOT
 
 SCRIPT = ROOT / "tools" / "c_cycles.py"
-# For each tree of objects its folders. A folder uses those before it, and itself.
+# The folders of each tree of objects. A folder uses the folders before it, and itself.
 TREES = {
     "libcuda": (
         *("wire", "cuda/data", "cuda/core", "cuda/stream", "cuda/memory"),
@@ -43,7 +43,7 @@ def test_folders_use_only_folders_before_them(tools: Path, tree: str) -> None:
     assert_finds_nothing("--layers", ",".join(TREES[tree]), objects)
 
 
-def test_every_source_is_part_of_something(tools: Path) -> None:
+def test_every_source_belongs_to_a_program_or_library(tools: Path) -> None:
     objects = {path.relative_to(tools / "obj").parts[1:] for path in (tools / "obj").rglob("*.o")}
     sources = {path.relative_to(ROOT / "sim").with_suffix(".o").parts for path in (ROOT / "sim").rglob("*.c")}
     assert objects == sources

@@ -15,7 +15,7 @@ def on(device):
 """
 
 
-def test_peers(make_machine: Callable[..., Machine]) -> None:
+def test_peer_access_works_between_devices(make_machine: Callable[..., Machine]) -> None:
     machine = make_machine(FGPU_SIM_GPUS="2")
     script = """
 can = C.c_int()
@@ -42,7 +42,7 @@ need("cuDevicePrimaryCtxRetain", C.byref(contexts[1]), 1); say(L.cuCtxDisablePee
 
 
 def test_copies_between_devices(make_machine: Callable[..., Machine]) -> None:
-    """Each device holds its own; what is copied arrives."""
+    """Each device has its own memory, and copied contents arrive."""
     machine = make_machine(FGPU_SIM_GPUS="2")
     script = """
 on(1); there = alloc(5 << 20); on(0); here = alloc(100); out = C.create_string_buffer(4)
@@ -59,7 +59,7 @@ need("cuMemcpyDtoH_v2", out, here, C.c_size_t(4)); say(out.raw); say("up"); wait
         client.kill()
 
 
-def test_memory_of_graphs_and_shares_knows_its_device(make_machine: Callable[..., Machine]) -> None:
+def test_memory_of_graphs_and_shares_belongs_to_its_device(make_machine: Callable[..., Machine]) -> None:
     machine = make_machine(FGPU_SIM_GPUS="2")
     script = """
 on(1); s = stream(); graph, exec_, at = C.c_void_p(), C.c_void_p(), C.c_uint64(); handle = C.create_string_buffer(64)
@@ -79,7 +79,7 @@ need("cuIpcGetMemHandle", handle, alloc(4 << 20)); say("up"); wait()
     assert machine.used(1) == 0
 
 
-def test_host_memory_takes_nothing_from_the_device(machine: Machine) -> None:
+def test_host_memory_uses_no_device_memory(machine: Machine) -> None:
     script = """
 start(); before = info()[0]; p, flags, d = C.c_void_p(), C.c_uint(), C.c_uint64()
 need("cuMemAllocHost_v2", C.byref(p), C.c_size_t(64 << 20)); C.memset(p, 7, 4096); need("cuMemFreeHost", p)
@@ -106,7 +106,7 @@ say(L.cuMemAdvise_v2(m, size, 3, Place(1, 0)), (before - info()[0]) >> 20)
     assert machine.python(script) == ["[0, 0, 101]", "[0, 0, 0, 1]", "1 1", "[1, 0, 0, 0, 0, 0, 0, 1] 101", "0 130"]
 
 
-def test_sizes_of_arrays(machine: Machine) -> None:
+def test_arrays_have_the_sizes_of_a_real_driver(machine: Machine) -> None:
     script = """
 class Shape(C.Structure):
     _fields_ = [("width", C.c_size_t), ("height", C.c_size_t), ("depth", C.c_size_t),
@@ -137,8 +137,8 @@ need("cuArrayDestroy", flat); need("cuArrayDestroy", deep); say(before - info()[
     ]
 
 
-def test_oldest_forms(machine: Machine) -> None:
-    """They are there, and give nothing away."""
+def test_the_oldest_functions_exist_and_allocate_nothing(machine: Machine) -> None:
+    """They exist, and allocate nothing."""
     script = """
 start(); before = info()[0]; p, free, total, version = C.c_uint(), C.c_uint(), C.c_uint(), C.c_uint()
 say(L.cuMemAlloc(C.byref(p), 1000), L.cuMemFree(7), L.cuMemGetInfo(C.byref(free), C.byref(total)))

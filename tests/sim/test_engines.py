@@ -46,7 +46,7 @@ copies(1, t); need("cuStreamSynchronize", t); say(0.01 <= time.monotonic() - beg
     assert machine.python(COPY + script) == ["True 600"]
 
 
-def test_each_engine_does_one_copy_after_the_other(machine: Machine) -> None:
+def test_each_engine_runs_one_copy_after_another(machine: Machine) -> None:
     """Two copies in one direction take 20 ms; one to the device and one on it take 10 ms."""
     script = """
 for other in (copies, lambda _, to: zeroes(to)):
@@ -57,8 +57,8 @@ for other in (copies, lambda _, to: zeroes(to)):
     assert machine.python(COPY + script) == ["20", "10"]
 
 
-def test_copies_leave_the_device_to_others(make_machine: Callable[..., Machine]) -> None:
-    """Another context's kernels run at full speed while one copies for 0.3 s, although kernels wait for the copies."""
+def test_copies_do_not_slow_kernels_of_other_contexts(make_machine: Callable[..., Machine]) -> None:
+    """Another context's kernels run at full speed during a copy of 0.3 s, although kernels wait for the copies."""
     machine = make_machine()
     copier = """
 f = kernel("spin_1000us")[1]; say("ready"); wait(); began = time.monotonic()
@@ -77,8 +77,8 @@ need("cuCtxSynchronize"); say(time.monotonic() - began)
     assert 0.2 <= worked < 0.23  # six kernels, and the switches to them and back
 
 
-def test_a_graph_takes_what_its_nodes_take(machine: Machine) -> None:
-    """Two kernels in sequence with a copy of 10 ms between them, and a parallel copy."""
+def test_a_graph_takes_the_time_of_its_nodes(machine: Machine) -> None:
+    """The graph has two kernels in sequence with a copy of 10 ms between them, and a parallel copy."""
     script = """
 f, g = kernel("spin_20000us")[1], kernel("spin_5000us")[1]; t = stream(); graph, exec_ = C.c_void_p(), C.c_void_p()
 need("cuStreamBeginCapture_v2", s, 2); fork = recorded(); need("cuStreamWaitEvent", t, fork, 0); launch(g, t)
@@ -90,7 +90,7 @@ first = recorded(); need("cuGraphLaunch", exec_, s); say(ms(first, recorded()))
     assert machine.python(COPY + script) == ["50"]
 
 
-def test_a_cooperative_kernel_must_fit(machine: Machine) -> None:
+def test_a_cooperative_kernel_must_fit_on_the_device(machine: Machine) -> None:
     """All blocks run at once: eight of 256 threads on each of 132 multiprocessors. Other kernels need not fit."""
     script = """
 start(); f = kernel("spin_10us")[1]; n = C.c_int()
@@ -102,8 +102,8 @@ for blocks in (132 * 8, 132 * 8 + 1):
     assert machine.python(script) == ["8", "0 0", "720 0"]
 
 
-def test_a_kernel_on_several_devices(make_machine: Callable[..., Machine]) -> None:
-    """One call launches all or none, each after the streams of all devices."""
+def test_a_launch_on_several_devices_starts_all_or_none(make_machine: Callable[..., Machine]) -> None:
+    """Each kernel starts after the streams of all devices."""
     script = """
 class Params(C.Structure):
     _fields_ = [("f", C.c_void_p), *((name, C.c_uint) for name in ("gx", "gy", "gz", "bx", "by", "bz", "shared")),

@@ -1,4 +1,4 @@
-"""Faults of the driver, as ordered by tests."""
+"""Faults of the simulated driver, which tests request."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ say([order() for _ in range(7)], (before - info()[0]) >> 20)
     assert machine.python(script) == ["[0, 0, 0, 0, 0, 0, 0] 42"]
 
 
-def test_faults_from_the_start(make_machine: Callable[..., Machine]) -> None:
+def test_faults_apply_from_the_start_of_the_server(make_machine: Callable[..., Machine]) -> None:
     machine = make_machine(FGPU_SIM_FAULT="nvml-na,alloc-fail:1")
     script = "start(); say(L.cuMemAlloc_v2(C.byref(C.c_uint64()), C.c_size_t(1)), launch(kernel('f')[1]))"
     assert machine.python(script) == ["2 0"]
 
 
-def test_nvml_that_does_not_know(machine: Machine) -> None:
+def test_nvml_reports_unknown_values(machine: Machine) -> None:
     pytest.importorskip("pynvml")
     order(machine, "nvml-na")
     script = (
@@ -58,7 +58,9 @@ say(N.nvmlDeviceGetMemoryInfo(device).used > 500 << 20, info()[0] > 0)
 
 
 @pytest.mark.parametrize(("model", "modes"), [("h200", ["[0, 0]", "[1, 1]", "[0, 0]"]), ("t4", [])])
-def test_mig_mode_where_a_board_has_it(make_machine: Callable[..., Machine], model: str, modes: list[str]) -> None:
+def test_mig_mode_exists_only_on_boards_with_it(
+    make_machine: Callable[..., Machine], model: str, modes: list[str]
+) -> None:
     pytest.importorskip("pynvml")
     machine, found = make_machine(FGPU_SIM_MODEL=model), []
     for spec in ("reset", "mig", "reset"):
@@ -68,7 +70,7 @@ def test_mig_mode_where_a_board_has_it(make_machine: Callable[..., Machine], mod
     assert found == modes
 
 
-def test_an_end_that_takes_long(machine: Machine) -> None:
+def test_the_end_of_a_process_can_be_delayed(machine: Machine) -> None:
     """NVML shows the process until the driver has freed everything."""
     order(machine, "slow-end:1s")
     with machine.spawn("start(); say('up'); wait()") as client:
@@ -84,8 +86,8 @@ def test_an_end_that_takes_long(machine: Machine) -> None:
 
 
 @pytest.mark.timed
-def test_nvml_that_stalls(machine: Machine) -> None:
-    """NVML waits, CUDA does not. A process that stops waiting leaves nothing behind."""
+def test_a_stalled_nvml_blocks_no_call_of_cuda(machine: Machine) -> None:
+    """A process that stops waiting for NVML leaves nothing behind."""
     pytest.importorskip("pynvml")
     before = machine.descriptors()
     order(machine, "nvml-stall:500ms")
@@ -108,8 +110,8 @@ def test_nvml_that_stalls(machine: Machine) -> None:
 
 
 @pytest.mark.parametrize("fault", ["device-reset", "device-lost"])
-def test_a_device_that_is_lost(machine: Machine, fault: str) -> None:
-    """A program that computes gets an error and keeps nothing. One that uses NVML must initialize it again."""
+def test_a_lost_device_fails_its_clients(machine: Machine, fault: str) -> None:
+    """A program that computes gets an error and keeps nothing. A program that uses NVML must initialize it again."""
     pytest.importorskip("pynvml")
     script = (
         NVML
@@ -189,7 +191,7 @@ def come(found, ms=0):
 
 
 def test_xids_reach_the_clients_that_registered_for_them(make_machine: Callable[..., Machine]) -> None:
-    """Each set gets the XIDs in each device's order, once, and none from before."""
+    """Each set of events gets each device's XIDs in order, once, and none from before its registration."""
     pytest.importorskip("pynvml")
     machine = make_machine(FGPU_SIM_GPUS="2")
     script = """
@@ -214,7 +216,7 @@ say(come(first), come(second), come(other))
 
 
 def test_a_client_that_waits_for_an_xid_receives_it(machine: Machine) -> None:
-    """Other calls for the device are served meanwhile. Only the last 64 XIDs that no call takes are kept."""
+    """Other calls for the device are served at that time. Only the last 64 XIDs that no call has read are kept."""
     pytest.importorskip("pynvml")
     script = """
 import threading
@@ -235,7 +237,7 @@ say(many[0], many[63], many[64:])
         assert client.stdout.readline() == "(0, 7) (0, 70) ['NVMLError_Timeout', 'NVMLError_Timeout']\n"
 
 
-def test_events_of_a_device_that_is_lost(machine: Machine) -> None:
+def test_waits_and_registrations_for_events_of_a_lost_device_fail(machine: Machine) -> None:
     pytest.importorskip("pynvml")
     script = """
 found = watching(XID); say("there"); sys.stdin.readline()
@@ -251,7 +253,7 @@ except N.NVMLError as error: say(type(error).__name__)
         assert [client.stdout.readline() for _ in range(2)] == ["NVMLError_GpuIsLost\n"] * 2
 
 
-def test_which_events_a_board_has(machine: Machine) -> None:
+def test_a_board_reports_the_events_that_it_supports(machine: Machine) -> None:
     pytest.importorskip("pynvml")
     ask = "say(N.nvmlDeviceGetSupportedEventTypes(device), watching(XID) is not None)"
     assert machine.python(EVENTS + ask) == [f"{0xFF9F} True"]
@@ -259,13 +261,13 @@ def test_which_events_a_board_has(machine: Machine) -> None:
     assert machine.python(EVENTS + ask) == ["none"]
 
 
-def test_an_xid_of_no_device(machine: Machine) -> None:
+def test_an_xid_of_an_absent_device_is_refused(machine: Machine) -> None:
     done = order(machine, "xid=79:1", check=False)
     assert (done.returncode, done.stderr) == (1, "fgpu-simd: /run/fgpu-sim: there is no such device\n")
 
 
-def test_a_client_that_met_an_ecc_error(machine: Machine) -> None:
-    """It gets nothing more and keeps what it has. NVML and later clients work."""
+def test_a_client_with_an_ecc_error_keeps_its_memory_and_gets_no_more(machine: Machine) -> None:
+    """NVML and later clients work."""
     ask = "L.cuMemAlloc_v2(C.byref(C.c_uint64()), C.c_size_t(5 << 20))"
     script = f"import sys; start(); alloc(5 << 20); say(); sys.stdin.readline(); say({ask}); wait()"
     with machine.spawn(script) as client:
@@ -281,8 +283,8 @@ def test_a_client_that_met_an_ecc_error(machine: Machine) -> None:
     machine.settles_at(0)
 
 
-def test_nvml_that_is_gone(machine: Machine) -> None:
-    """CUDA works; a client of NVML must initialize it again once it is back."""
+def test_a_missing_nvml_does_not_affect_cuda(machine: Machine) -> None:
+    """A client of NVML must initialize it again when it is back."""
     pytest.importorskip("pynvml")
     script = (
         NVML
@@ -347,7 +349,7 @@ def test_a_reset_ends_a_stall(machine: Machine) -> None:
         "x" * 300,
     ],
 )
-def test_invalid_faults(tools: Path, tmp_path: Path, machine: Machine, spec: str) -> None:
+def test_invalid_faults_are_refused(tools: Path, tmp_path: Path, machine: Machine, spec: str) -> None:
     known = "nvml-stall:60s, nvml-na, nvml-gone, mig, alloc-fail:N, slow-end:3s, "
     known += "device-reset, device-lost[:DEVICE], ecc, xid=79[:DEVICE], reset"
     line = f"fgpu-simd: fault is none of {known}: {spec}\n"
@@ -358,8 +360,8 @@ def test_invalid_faults(tools: Path, tmp_path: Path, machine: Machine, spec: str
     assert (started.returncode, started.stdout, started.stderr) == (1, "", line)
 
 
-def test_faults_are_for_root(machine: Machine) -> None:
-    """Neither another user nor root in its own pid namespace can break the driver for all."""
+def test_only_root_can_set_faults(machine: Machine) -> None:
+    """Neither another user nor root in its own pid namespace can set them."""
     simd = machine.tools / "fgpu-simd"
     for prefix in (["setpriv", "--reuid=65534", "--clear-groups"], ["unshare", "--pid", "--fork"]):
         done = machine.run(*prefix, simd, "--fault", "alloc-fail:1", check=False)

@@ -1,4 +1,4 @@
-"""Stream capture and graphs: what can be captured, what breaks a capture, and which memory a graph holds when."""
+"""Stream capture and graphs: which calls can be captured, which break a capture, and what memory graphs hold."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ FINE = "0 0 1 0 1"
 REFUSED = "0 900 2 901 0 0"
 IMPLICIT = "0 906 2 901 0 0"
 
-# Act -> its effect in a global capture, a thread-local one, a relaxed one, and a global one while its own thread is
+# Action -> its effect in a global capture, a thread-local one, a relaxed one, and a global one while its own thread is
 # relaxed: began, result, status then, result of the end, graph or none, nodes.
 ACTS = {
     "nothing": [f"{FINE} 0"] * 4,
@@ -59,7 +59,7 @@ ACTS = {
     "again": ["0 401 1 0 1 0"] * 4,
 }
 
-# In a blocking stream the legacy one is unusable besides.
+# In a blocking stream the legacy stream is unusable too.
 BLOCKING = dict.fromkeys(("launch.legacy", "copy", "set", "query.legacy", "wait.legacy"), IMPLICIT)
 BLOCKING["capturing.legacy"] = "0 906 1 0 1 0"
 
@@ -105,8 +105,10 @@ def test_calls_that_may_be_captured(machine: Machine, program: Path) -> None:
 @pytest.mark.parametrize(
     ("mode", "other", "query", "end"), [(0, 0, 900, 901), (0, 1, 0, 0), (0, 2, 0, 0), (1, 0, 0, 0), (2, 0, 0, 0)]
 )
-def test_a_capture_and_other_threads(machine: Machine, mode: int, other: int, query: int, end: int) -> None:
-    """Only a global capture is broken by another thread, and only while that thread does not ignore it."""
+def test_only_a_global_capture_is_broken_by_another_thread(
+    machine: Machine, mode: int, other: int, query: int, end: int
+) -> None:
+    """It is broken only while that thread does not ignore it."""
     script = f"""
 import threading
 context = start(); s = stream(); event, graph = C.c_void_p(), C.c_void_p()
@@ -124,8 +126,8 @@ say(*said, L.cuStreamEndCapture(s, C.byref(graph)), bool(graph))
     assert machine.python(script) == [f"{query} 908 {end} {end == 0}"]
 
 
-def test_a_capture_and_streams_that_go(machine: Machine) -> None:
-    """It ends with the stream in which it began, and the loss of another stream breaks it."""
+def test_a_capture_ends_with_its_first_stream_and_breaks_with_another(machine: Machine) -> None:
+    """The loss of the stream in which it began ends it. The loss of another stream breaks it."""
     script = """
 start(); s, t, u = stream(), stream(), stream(); fork, graph = C.c_void_p(), C.c_void_p(1)
 need("cuEventCreate", C.byref(fork), 2); _, nothing = kernel("spin_0us")
@@ -162,8 +164,8 @@ say(L.cuMemAlloc_v2(C.byref(C.c_uint64()), C.c_size_t(1)))
     assert machine.python(script) == ["0"]
 
 
-def test_memory_that_no_capture_has_recorded(machine: Machine, program: Path) -> None:
-    """The footprint is empty until a launch, shared by launches in one stream, and kept until it is trimmed."""
+def test_graph_memory_without_a_capture_is_allocated_at_the_launch(machine: Machine, program: Path) -> None:
+    """The footprint is empty until a launch, shared by launches in one stream, and kept until a trim."""
     said = answers(machine, program, "graph")
     footprint = {name: n for name, n in said.items() if name.startswith("footprint.") and "taken" in name}
     taken = {name.split(".")[1]: int(n) for name, n in footprint.items()}
@@ -255,8 +257,8 @@ say(L.cuGraphLaunch(exec_, s), L.cuGraphLaunch(exec_, s))
 
 
 @pytest.mark.timed
-def test_graphs_take_their_time(machine: Machine) -> None:
-    """A graph takes as long as its longest chain: two parallel branches of 50 ms, then one more."""
+def test_a_graph_takes_as_long_as_its_longest_chain(machine: Machine) -> None:
+    """The graph has two parallel branches of 50 ms, then a further node."""
     script = """
 start(); s, t = stream(), stream(); _, spin = kernel("spin_50000us")
 fork, join, graph, exec_ = C.c_void_p(), C.c_void_p(), C.c_void_p(), C.c_void_p()
@@ -276,8 +278,8 @@ say(quick, L.cuStreamQuery(s)); need("cuStreamSynchronize", s); say(round(time.m
     assert 0.1 <= float(took) < 0.14
 
 
-def test_streams_in_parallel_need_memory_of_their_own(machine: Machine) -> None:
-    """A launch in another stream allocates more while the first one runs. One in the same stream does not."""
+def test_a_launch_in_a_parallel_stream_needs_its_own_memory(machine: Machine) -> None:
+    """It allocates more while the first launch runs. A launch in the same stream does not."""
     script = """
 start(); _, spin = kernel("spin_200000us"); base = [0]
 def make(s, size=64):
@@ -297,8 +299,8 @@ go(a, s); go(b, s); go(c, t); need("cuCtxSynchronize"); go(c, t)
     assert machine.python(script) == ["64", "64", "160", "160"]
 
 
-def test_cuda_bindings_capture(machine: Machine) -> None:
-    """A captured graph allocates, writes, reads and frees memory each time that it is launched."""
+def test_cuda_bindings_capture_a_graph_with_memory(machine: Machine) -> None:
+    """The graph allocates, writes, reads and frees memory at each launch."""
     pytest.importorskip("cuda.bindings")
     script = (
         BINDINGS
@@ -331,7 +333,7 @@ ok(D.cuGraphExecDestroy(exec_)); ok(D.cuGraphDestroy(graph)); ok(D.cuDeviceGraph
     ]
 
 
-def test_cuda_bindings_nodes(machine: Machine) -> None:
+def test_cuda_bindings_build_a_graph_of_nodes(machine: Machine) -> None:
     pytest.importorskip("cuda.bindings")
     script = (
         BINDINGS

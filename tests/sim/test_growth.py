@@ -1,4 +1,4 @@
-"""Memory that the driver takes by itself: for code, its heap and output, data, streams, graphs, page tables."""
+"""Memory that the driver allocates by itself: for code, its heap and output, data, streams, graphs, page tables."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .sharing_kit import hear
 
 CONTEXT = 518
 THREADS = 132 * 2048
-FIRST = 1024  # bytes a thread, which a new context has
+FIRST = 1024  # bytes of a thread in a new context
 
 
 def area_mib(bytes_per_thread: int) -> int:
@@ -22,14 +22,14 @@ def area_mib(bytes_per_thread: int) -> int:
 
 
 def parts(machine: Machine, pid: int) -> dict[str, int]:
-    """Return what the driver took by itself, in MiB, without zeros."""
+    """Return the memory that the driver has allocated by itself, in MiB, without zeros."""
     row = machine.process(pid)
     kinds = ("context", "module", "local", "runtime", "launch", "pages")
     return {kind: row[f"{kind}_bytes"] // MIB for kind in kinds if row[f"{kind}_bytes"]}
 
 
-def test_the_stack_s_limit_sets_the_area(machine: Machine) -> None:
-    """The area of one context gets that size at once. Below the first size the context itself is smaller."""
+def test_the_stack_limit_sets_the_size_of_the_local_memory(machine: Machine) -> None:
+    """The local memory of one context gets that size at once. Below the first size the context itself is smaller."""
     sizes = [8192, 1024, 512, 0, 3000]
     script = f"""
 say(); wait()
@@ -52,8 +52,8 @@ need("cuCtxDestroy_v2", another()); say(limit(STACK, (512 << 10) + 1), limit(STA
     machine.settles_at(0)
 
 
-def test_launches_make_the_area_larger(machine: Machine) -> None:
-    """Only a launch of a kernel whose local memory has no room makes it larger, and no later one makes it smaller."""
+def test_a_launch_of_a_larger_kernel_enlarges_the_local_memory(machine: Machine) -> None:
+    """Only a kernel whose local memory does not fit enlarges it, and no later launch makes it smaller."""
     script = """
 _, small, s = load(local(512), "lmem"); _, large, l = load(local(5000), "lmem"); inner = another()
 _, module, i = load(local(2000), "lmem"); say(taken() - 523.5625)
@@ -71,7 +71,7 @@ need("cuModuleUnload", large); say(run(s), taken(), limit(STACK, 1024), taken())
     ]
 
 
-def test_other_ways_to_launch(machine: Machine) -> None:
+def test_captured_launches_and_nodes_allocate_local_memory_at_the_graph_s_launch(machine: Machine) -> None:
     """Captured launches and nodes take it when the graph is launched."""
     script = """
 _, _, l = load(local(4096), "lmem"); s = stream(); graph, execute = C.c_void_p(), C.c_void_p()
@@ -85,7 +85,7 @@ need("cuFuncSetBlockShape", l, 1, 1, 1); need("cuLaunch", l); say(taken())
     assert machine.python(CODE + script) == ["0.0"] + [f"{float(area_mib(4096) - area_mib(FIRST))}"] * 3
 
 
-def test_the_stack_s_limit_is_unsafe_while_something_captures(machine: Machine) -> None:
+def test_the_stack_limit_is_unsafe_during_a_capture(machine: Machine) -> None:
     script = """
 s = stream(); need("cuStreamBeginCapture_v2", s, 0)
 say(limit(STACK, 2048), limit(STACK), L.cuStreamEndCapture(s, C.byref(C.c_void_p())), taken())
@@ -93,8 +93,8 @@ say(limit(STACK, 2048), limit(STACK), L.cuStreamEndCapture(s, C.byref(C.c_void_p
     assert machine.python(CODE + script) == ["900 1024 901 0.0"]
 
 
-def test_nothing_that_does_not_fit(make_machine: Callable[..., Machine]) -> None:
-    """Each call fails with its own error and allocates nothing. What fits is granted afterwards."""
+def test_a_call_that_does_not_fit_fails_and_allocates_nothing(make_machine: Callable[..., Machine]) -> None:
+    """Each call fails with its own error. A request that fits is granted afterwards."""
     machine = make_machine(FGPU_SIM_MEMORY="4GiB")
     script = """
 _, _, small = load(local(100), "lmem"); _, _, l = load(local(8192), "lmem"); _, _, m = load(MALLOC, "mal")
@@ -117,8 +117,11 @@ need("cuMemFree_v2", ballast); say(run(kernel), run(m), limit(STACK, 2048), load
     machine.settles_at(0)
 
 
-def test_heap_and_output_of_device_code(machine: Machine) -> None:
-    """Once for each context, at the first load and, the heap, at the first launch, until which its limit can change."""
+def test_heap_and_output_of_device_code_are_allocated_once_per_context(machine: Machine) -> None:
+    """The output is allocated at the first load.
+
+    The heap is allocated at the first launch, until which its limit can change.
+    """
     script = """
 say(limit(HEAP, 20 << 20), limit(FIFO, 1 << 30), taken()); wait()
 _, one, f = load(MALLOC, "mal"); _, two, g = load(MALLOC, "mal"); say(taken()); wait()
@@ -140,8 +143,8 @@ need("cuModuleUnload", one); need("cuModuleUnload", two); say(taken()); wait()
             say(client)
 
 
-def test_data_of_modules(machine: Machine) -> None:
-    """It exists from the load on, with contents, in granules of the module. It is no allocation that can be freed."""
+def test_data_of_modules_exists_from_the_load(machine: Machine) -> None:
+    """It has its contents then, in granules of the module. It is no allocation that can be freed."""
     script = """
 _, module, f = load(data(5 << 20), "glob"); _, other, g = load(data(1), "glob"); say(taken()); wait()
 result, at, size = variable(module, "big"); say(result, size, variable(module, "bi")[0], variable(other, "big")[2])
@@ -168,8 +171,8 @@ context = another(); load(data(9 << 20), "glob"); need("cuCtxDestroy_v2", contex
         "L.cuLibraryGetGlobal(C.byref(C.c_uint64()), C.byref(C.c_size_t()), library, b'big')",
     ],
 )
-def test_data_of_libraries(machine: Machine, use: str) -> None:
-    """Each context has it from its first use to the unload. Calls that need no context do not load it."""
+def test_data_of_libraries_exists_from_the_first_use_in_each_context(machine: Machine, use: str) -> None:
+    """It exists until the unload. Calls that need no context do not load it."""
     script = f"""
 library, kernel, value = C.c_void_p(), C.c_void_p(), C.c_int()
 need("cuLibraryLoadData", C.byref(library), data(64 << 20).encode(), None, None, 0, None, None, 0)
@@ -183,7 +186,7 @@ need("cuCtxDestroy_v2", context); say(taken()); need("cuLibraryUnload", library)
 
 
 def test_streams_and_nodes_are_kept(machine: Machine) -> None:
-    """The row has as many as ever existed at one time, and they are freed with the context."""
+    """The row has as many as ever existed at the same time. They are freed with the context."""
     script = """
 context = another(); here = taken()
 held = [stream() for _ in range(64)]; say(taken() - here); [need("cuStreamDestroy_v2", s) for s in held]
@@ -207,8 +210,8 @@ three = graph(1000); say(taken())
         assert [hear(client), hear(client)] == ["0.0", "0.0"]
 
 
-def test_registered_host_memory_is_in_no_row(machine: Machine) -> None:
-    """Its page tables are in the row: 2 MiB for each GiB, until it is unregistered or the context ends."""
+def test_the_page_tables_of_registered_host_memory_are_in_a_row(machine: Machine) -> None:
+    """The row has 2 MiB for each GiB, until the memory is unregistered or the context ends."""
     script = """
 import mmap
 maps = [mmap.mmap(-1, 1 << 30) for _ in range(3)]
@@ -259,8 +262,8 @@ need("cuDevicePrimaryCtxReset_v2", 0); say("ended"); wait()
 
 
 @pytest.mark.parametrize("seed", range(6))
-def test_books_balance(make_machine: Callable[..., Machine], seed: int) -> None:
-    """Rows and the driver's own memory add up to the total, on a device that is often full. Contexts leave nothing."""
+def test_rows_and_the_driver_s_own_memory_add_up_to_the_total(make_machine: Callable[..., Machine], seed: int) -> None:
+    """The device is often full. Contexts leave nothing behind."""
     machine = make_machine(FGPU_SIM_MEMORY="6GiB")
     with machine.spawn(CODE + f"SEED = {seed}\n" + ACTS) as client:
         assert hear(client) == "held"
@@ -315,7 +318,9 @@ TEXTS = {
 
 
 @pytest.mark.parametrize(("text", "local", "variables"), TEXTS.values(), ids=TEXTS)
-def test_what_assembly_declares(machine: Machine, text: str, local: int | None, variables: dict[str, int]) -> None:
+def test_the_driver_reads_the_declarations_of_assembly(
+    machine: Machine, text: str, local: int | None, variables: dict[str, int]
+) -> None:
     script = f"""
 module, function = C.c_void_p(), C.c_void_p()
 need("cuModuleLoadData", C.byref(module), (HEAD + {text!r}).encode())
@@ -326,8 +331,8 @@ say(found == {variables!r}, has and attribute(function), taken() == (2 if any(fo
     assert machine.python(CODE + script) == [f"True {local is not None and local} True"]
 
 
-def test_no_text_is_too_much(machine: Machine) -> None:
-    """Pieces of assembly in any order, with numbers of any size, are loaded or refused, and leave nothing."""
+def test_no_text_breaks_the_reader_of_assembly(machine: Machine) -> None:
+    """Pieces of assembly in any order, with numbers of any size, are loaded or refused, and leave nothing behind."""
     words = [".version", ".global", ".local", ".entry", ".func", ".extern", ".align", ".v4", ".b8", ".u64", "f", "g"]
     words += ["malloc", "vprintf", "1", "16", "0x7fffffff", "99999999999999999999", "//", "\n", *'{}()[],;="/*<>']
     chance = random.Random(1009)

@@ -1,4 +1,4 @@
-"""The lifetime of memory: as long as any process or socket queue has a descriptor of its client's connection."""
+"""Memory lives as long as any process or socket queue has a descriptor of its client's connection."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .server_kit import BLOCK, TAKE, request
 from .sharing_kit import hear
 
 CONTEXT = 518
-OVERHEAD = 3407872 + 5832704  # in no process's row: once, and for each context
+OVERHEAD = 3407872 + 5832704  # in no process's row: the first part once, the second for each context
 HOLD = f"{FILES}\nstart(); alloc(100 << 20); say('holding'); serve()"
 
 
@@ -26,7 +26,7 @@ def kill(pid: int) -> None:
 
 @pytest.mark.parametrize("seed", range(12))
 def test_memory_stays_until_the_last_close(machine: Machine, seed: int) -> None:
-    """Up to four keepers end, with a kill among them, in each order."""
+    """Up to four holders of the connection end, one of them by a kill, in each order."""
     chance = random.Random(seed)
     with machine.spawn(HOLD) as client:
         assert hear(client) == "holding"
@@ -47,7 +47,7 @@ def test_memory_stays_until_the_last_close(machine: Machine, seed: int) -> None:
 
 
 @pytest.mark.timed
-def test_memory_goes_some_time_after_the_last_close(machine: Machine) -> None:
+def test_memory_is_freed_some_time_after_the_last_close(machine: Machine) -> None:
     with machine.spawn(HOLD) as client:
         hear(client)
         held = machine.used()
@@ -63,7 +63,10 @@ def test_memory_goes_some_time_after_the_last_close(machine: Machine) -> None:
 
 
 def test_each_client_has_the_driver_s_node_open(machine: Machine) -> None:
-    """Each process has it from cuInit on, under a name that host tools know. Executed programs do not inherit it."""
+    """Each process has it open from cuInit, under a name that host tools recognize.
+
+    Executed programs do not inherit it.
+    """
     script = (
         FILES
         + """
@@ -86,8 +89,8 @@ os.execv(sys.executable, [sys.executable, "-c", {CLIENT + FILES + script!r}])
 """
 
 
-def test_a_program_that_is_executed_with_the_descriptors(machine: Machine) -> None:
-    """The process continues under its pid, and has the memory until it closes them or exits."""
+def test_an_executed_program_keeps_the_memory_of_inherited_descriptors(machine: Machine) -> None:
+    """The process continues under its pid. It has the memory until it closes the descriptors or exits."""
     executed = executing("say('there'); serve()")
     with machine.spawn(f"{FILES}\nstart(); alloc(100 << 20); {executed}") as client:
         assert hear(client) == "there"
@@ -98,8 +101,8 @@ def test_a_program_that_is_executed_with_the_descriptors(machine: Machine) -> No
     machine.settles_at(0)
 
 
-def test_an_executed_program_with_a_connection_of_its_own(machine: Machine) -> None:
-    """One row shows the memory of both connections."""
+def test_one_row_shows_the_memory_of_both_connections_of_a_process(machine: Machine) -> None:
+    """The executed program has a connection of its own."""
     executed = executing("start(); alloc(20 << 20); say('again'); wait()")
     with machine.spawn(f"{FILES}\nstart(); alloc(100 << 20); {executed}") as client:
         assert hear(client) == "again"
@@ -109,8 +112,8 @@ def test_an_executed_program_with_a_connection_of_its_own(machine: Machine) -> N
     machine.settles_at(0)
 
 
-def test_an_ended_process_is_served_nothing(machine: Machine) -> None:
-    """Requests that another process sends on its connection are not read."""
+def test_requests_on_the_connection_of_an_ended_process_are_not_read(machine: Machine) -> None:
+    """Another process sends these requests."""
     message = request(TAKE, kind=BLOCK, context=1, size=50 * MIB).hex()
     child = f"""
 import select
@@ -121,7 +124,7 @@ if not os.fork():
 time.sleep(60)
 """
     with machine.spawn(f"{FILES}\nstart(); alloc(100 << 20); {child}") as client:
-        assert hear(client) == "1"  # its parent lives, and the driver cannot distinguish them
+        assert hear(client) == "1"  # its parent lives, and the driver cannot distinguish the two
         held = machine.used()
         kill(client.pid)
         time.sleep(0.15)
@@ -133,7 +136,7 @@ time.sleep(60)
     machine.settles_at(0)
 
 
-def test_an_ended_process_computes_no_more(machine: Machine) -> None:
+def test_kernels_of_an_ended_process_do_not_run(machine: Machine) -> None:
     pytest.importorskip("pynvml")
     busy = """
 import pynvml as N
@@ -185,8 +188,8 @@ sys.stdin.readline()
     machine.settles_at(0)
 
 
-def test_a_new_namespace_sees_no_process_of_one_that_is_gone(machine: Machine) -> None:
-    """The kernel reuses inodes of pid namespaces, but not those of processes that the driver still lists."""
+def test_a_new_namespace_lists_no_process_of_a_removed_one(machine: Machine) -> None:
+    """The kernel reuses inodes of pid namespaces, except those of processes that the driver still lists."""
     pytest.importorskip("pynvml")
     prefix = ["unshare", "--pid", "--fork", "--kill-child", "--mount-proc"]
     machine.run(machine.tools / "fgpu-simd", "--fault", "slow-end:3s")

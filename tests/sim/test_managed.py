@@ -1,4 +1,7 @@
-"""Managed memory on a device: there from its first use there, in chunks of all processes, and in no process's row."""
+"""Managed memory on a device exists from its first use there.
+
+It is allocated in chunks for all processes, and is in no process's row.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,7 @@ from .sharing_kit import hear
 
 CONTEXT = 518
 CHUNK = 128
-OVERHEAD = 5832704  # of a context, in no process's row
+OVERHEAD = 5832704  # bytes of a context, in no process's row
 
 # Runs lines that it reads, with sizes in MiB, and prints the value of each expression.
 MANAGED = f"""
@@ -50,8 +53,8 @@ def books(machine: Machine, device: int = 0) -> dict[str, Any]:
     return found
 
 
-def test_memory_is_on_the_device_from_its_first_use_there(machine: Machine) -> None:
-    """Granules are on the device once each. Those that moved to the host stay, and only freed ones go."""
+def test_managed_memory_is_on_a_device_from_its_first_use_there(machine: Machine) -> None:
+    """Granules are on the device once each. Granules that moved to the host stay, and only freed granules disappear."""
     script = """
 at = managed(300); say(taken()); wait()
 say(touch(at, 0, 2), touch(at, 1, 2), taken()); wait()
@@ -110,8 +113,8 @@ def test_processes_share_chunks(machine: Machine) -> None:
 
 
 @pytest.mark.parametrize("end", ['need("cuDevicePrimaryCtxReset_v2", 0)', 'need("cuDevicePrimaryCtxRelease_v2", 0)'])
-def test_the_context_s_end_is_its_end(make_machine: Callable[..., Machine], end: str) -> None:
-    """It is freed on each device that has some of it."""
+def test_the_end_of_the_context_frees_managed_memory(make_machine: Callable[..., Machine], end: str) -> None:
+    """It is freed on each device that has a part of it."""
     machine = make_machine(FGPU_SIM_GPUS="2")
     script = f"at = managed(200); say(touch(at, 0, 10), bring(at, 200, 1)); wait(); {end}; say('ended'); wait()"
     with machine.spawn(MANAGED + script) as client:
@@ -125,7 +128,7 @@ def test_the_context_s_end_is_its_end(make_machine: Callable[..., Machine], end:
 
 
 @pytest.mark.parametrize("way", KEEPERS)
-def test_it_stays_until_the_last_close(machine: Machine, way: str) -> None:
+def test_managed_memory_stays_until_the_last_close(machine: Machine, way: str) -> None:
     with machine.spawn(f"{MANAGED}\ntouch(managed(200), 0, 200); say('ready'); serve()") as client:
         assert hear(client) == "ready"
         end = KEEPERS[way](client)
@@ -139,7 +142,7 @@ def test_it_stays_until_the_last_close(machine: Machine, way: str) -> None:
 
 
 def test_managed_memory_without_room_stays_on_the_host(make_machine: Callable[..., Machine]) -> None:
-    """Its use is no error. It moves to the device once there is room."""
+    """Its use is no error. The memory moves to the device once there is room."""
     machine = make_machine(FGPU_SIM_MEMORY="4GiB")
     script = """
 ballast = alloc((info()[0] - (64 << 20)) >> 21 << 21); at = managed(100); before = taken()
@@ -149,7 +152,7 @@ need("cuMemFree_v2", ballast); before = taken(); say(touch(at, 50, 2), taken() -
     assert machine.python(MANAGED + script) == ["0 0 0", "0 128"]
 
 
-def test_nothing_comes_after_an_ecc_error(machine: Machine) -> None:
+def test_no_memory_moves_to_the_device_after_an_ecc_error(machine: Machine) -> None:
     with machine.spawn(OBEY) as client:
         assert hear(client) == "ready"
         obey(client, "held.append(managed(300)) or touch(held[0], 0, 4)")
@@ -171,8 +174,8 @@ ACTS = (
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_books_balance(make_machine: Callable[..., Machine], seed: int) -> None:
-    """Several processes act in any order. The sums are right at each step, and nothing is left."""
+def test_the_sums_of_managed_memory_are_right_at_each_step(make_machine: Callable[..., Machine], seed: int) -> None:
+    """Several processes act in any order. Nothing is left in the end."""
     chance = random.Random(seed)
     machine = make_machine(FGPU_SIM_GPUS="2", FGPU_SIM_MEMORY="4GiB")
     with ExitStack() as stack:

@@ -1,4 +1,4 @@
-"""Memory of processes: sizes, exits, several processes at a time, and full devices."""
+"""Memory of processes: sizes, exits, several processes at the same time, and full devices."""
 
 from __future__ import annotations
 
@@ -11,12 +11,13 @@ import pytest
 from .conftest import CLIENT, MIB, Machine, say
 
 CONTEXT = 518 * MIB
-# What an H200 uses besides, in no process's row: for each context, and once while any process has initialized it.
+# Bytes that an H200 uses in addition, in no process's row: for each context, and once while any process has initialized
+# it.
 CONTEXT_OVERHEAD = 5832704
 OVERHEAD = 3407872
 
 
-def test_dump_counts_every_kind_apart(machine: Machine) -> None:
+def test_the_dump_counts_every_kind_of_memory_separately(machine: Machine) -> None:
     script = """
 start()
 for size in (1000, 5 << 20, 70 << 10):
@@ -49,7 +50,7 @@ wait()
 
 
 @pytest.mark.timed
-def test_killed_process_gives_back_after_80_to_200_ms(machine: Machine) -> None:
+def test_memory_of_a_killed_process_is_freed_after_80_to_200_ms(machine: Machine) -> None:
     with machine.spawn("start(); alloc(3 << 30); say('holding'); wait()") as client:
         assert client.stdout is not None
         client.stdout.readline()
@@ -62,7 +63,7 @@ def test_killed_process_gives_back_after_80_to_200_ms(machine: Machine) -> None:
         assert 0.08 <= time.monotonic() - killed < 0.2
 
 
-def test_exec_and_closed_descriptors_give_back(machine: Machine) -> None:
+def test_exec_and_closed_descriptors_free_memory(machine: Machine) -> None:
     """A process that closes its connection frees its memory on the device, whether it continues or not."""
     for end in ("os.execvp('sleep', ['sleep', '5'])", "os.closerange(3, 1000); wait()"):
         with machine.spawn(f"start(); alloc(1 << 30); say('holding'); wait(); {end}") as client:
@@ -74,7 +75,7 @@ def test_exec_and_closed_descriptors_give_back(machine: Machine) -> None:
             client.kill()
 
 
-def test_fork_leaves_the_parent_alone(machine: Machine) -> None:
+def test_a_fork_does_not_affect_the_parent(machine: Machine) -> None:
     script = """
 start(); alloc(1 << 30)
 before = info()
@@ -88,7 +89,7 @@ say(before == info())
     assert machine.python(script) == ["3 3 3", "True"]
 
 
-def test_a_child_that_outlives_its_parent_keeps_its_memory(machine: Machine) -> None:
+def test_a_child_that_outlives_its_parent_keeps_the_parent_s_memory(machine: Machine) -> None:
     """The child has the driver's descriptors, although it cannot use them."""
     script = """
 start(); alloc(1 << 30)
@@ -116,7 +117,7 @@ os.wait(); start(); say("parent")
     assert machine.python(script) == ["child", "parent"]
 
 
-def test_full_device(make_machine: Callable[..., Machine]) -> None:
+def test_a_full_device_refuses_allocations(make_machine: Callable[..., Machine]) -> None:
     machine = make_machine(FGPU_SIM_MEMORY="4GiB")
     script = """
 start()
@@ -151,7 +152,7 @@ def test_two_processes_share_a_device(machine: Machine) -> None:
         client.kill()
 
 
-def test_context_end_frees_only_its_own(machine: Machine) -> None:
+def test_the_end_of_a_context_frees_only_its_own_memory(machine: Machine) -> None:
     script = """
 start(); alloc(8 << 20); base = info()[0]
 context = C.c_void_p()
@@ -164,8 +165,8 @@ say(base == info()[0])
     assert machine.python(script) == ["True"]
 
 
-def test_room_in_pieces_is_no_room(machine: Machine) -> None:
-    """A granule with enough bytes free, but not in a row, is passed over. The next one is a new granule."""
+def test_fragmented_room_in_a_granule_is_not_used(machine: Machine) -> None:
+    """A granule with enough free bytes that are not contiguous is skipped. The allocation gets a new granule."""
     script = """
 start(); held = [alloc(128 << 10) for _ in range(16)]
 [need("cuMemFree_v2", p) for p in held[::2]]
@@ -177,8 +178,8 @@ say(big.value % (2 << 20), any(abs(big.value - p) < 512 << 10 for p in pointers)
     assert machine.python(script) == ["0 False"]
 
 
-def test_threads(machine: Machine) -> None:
-    """Contexts are current per thread, and every thread may use all memory. Nothing is lost in parallel calls."""
+def test_every_thread_may_use_the_memory_of_all_threads(machine: Machine) -> None:
+    """Contexts are current per thread. Nothing is lost in parallel calls."""
     script = """
 import threading
 context = start(); base = info()[0]
@@ -198,8 +199,8 @@ say(wrong, base == info()[0])
     assert machine.python(script) == ["[] True"]
 
 
-def test_many_clients_and_no_leak(machine: Machine) -> None:
-    """200 clients at once, then 500 short lives: memory is freed, and the server does not grow."""
+def test_many_clients_leave_no_leak(machine: Machine) -> None:
+    """The test runs 200 clients at once, then 500 short ones. Memory is freed, and the server does not grow."""
     forking = """
 children = []
 for _ in range(200):
@@ -238,7 +239,7 @@ for _ in range(500):
 @pytest.mark.parametrize(
     ("model", "name", "total"), [("t4", "Tesla T4", 15360), ("a100", "NVIDIA A100-SXM4-80GB", 81920)]
 )
-def test_models(make_machine: Callable[..., Machine], model: str, name: str, total: int) -> None:
+def test_each_model_has_its_properties(make_machine: Callable[..., Machine], model: str, name: str, total: int) -> None:
     machine = make_machine(FGPU_SIM_MODEL=model, FGPU_SIM_GPUS="3")
     devices = machine.dump()["devices"]
     assert [d["name"] for d in devices] == [name] * 3
@@ -252,14 +253,14 @@ def test_models(make_machine: Callable[..., Machine], model: str, name: str, tot
         client.kill()
 
 
-def test_same_uuid_at_every_start(make_machine: Callable[..., Machine]) -> None:
+def test_a_device_has_the_same_uuid_at_every_start(make_machine: Callable[..., Machine]) -> None:
     first, second = make_machine(FGPU_SIM_GPUS="2"), make_machine(FGPU_SIM_GPUS="2")
     uuids = [d["uuid"] for d in first.dump()["devices"]]
     assert uuids == [d["uuid"] for d in second.dump()["devices"]]
     assert len(set(uuids)) == 2
 
 
-def test_no_driver(machine: Machine) -> None:
+def test_programs_get_errors_without_a_server(machine: Machine) -> None:
     """CUDA finds no device and NVML no driver without a server. If the server dies, programs get errors."""
     script = """
 N = C.CDLL("libnvidia-ml.so.1")
@@ -280,7 +281,7 @@ say(L.cuInit(0), N.nvmlInit_v2())
 
 
 @pytest.mark.timed
-def test_kernels_take_their_time(machine: Machine) -> None:
+def test_kernels_take_the_requested_time(machine: Machine) -> None:
     script = """
 start()
 module, spin, other = C.c_void_p(), C.c_void_p(), C.c_void_p()
@@ -303,8 +304,8 @@ say(*timed(spin)); say(*timed(other))
     assert lines[1].split()[:2] == ["True", "0"]
 
 
-def test_arrays(machine: Machine) -> None:
-    """Extent times format, in granules. Small arrays share them, levels add up, and the context's end frees them."""
+def test_arrays_use_extent_times_format_in_granules(machine: Machine) -> None:
+    """Small arrays share granules, levels add up, and the end of the context frees them."""
     script = """
 class Shape(C.Structure):
     _fields_ = [("width", C.c_size_t), ("height", C.c_size_t), ("depth", C.c_size_t),

@@ -1,4 +1,4 @@
-"""Code takes device memory, but only from its first use."""
+"""Code uses device memory, but only from its first use."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def held():
 """
 
 
-def test_small_modules_take_nothing(machine: Machine) -> None:
+def test_small_modules_use_no_memory(machine: Machine) -> None:
     script = """
 start(); state = C.c_int(); before = info()[0]
 module, function = kernel("one"); need("cuFuncIsLoaded", C.byref(state), function); say(held(), state.value)
@@ -26,8 +26,8 @@ others = [kernel("two") for _ in range(40)]; say({launch(f) for _, f in others},
     assert machine.python(HELD + script) == ["0.0 1", "{0} 0.0", "0.0"]
 
 
-def test_a_module_of_a_size(machine: Machine) -> None:
-    """NVML shows it, no allocation asked for it, and it is taken when a function is first requested."""
+def test_a_large_module_uses_memory_from_the_first_request_of_a_function(machine: Machine) -> None:
+    """NVML shows this memory, and no allocation has requested it."""
     script = """
 start(); before = info()[0]; module, function = C.c_void_p(), C.c_void_p()
 need("cuModuleLoadData", C.byref(module), b"fgpu-module 301MiB\\nmore"); say(held())
@@ -45,8 +45,8 @@ say([L.cuModuleLoadData(C.byref(C.c_void_p()), image) for image in (b"fgpu-modul
         assert [client.stdout.readline() for _ in range(2)] == ["0.0\n", "[0, 0, 1]\n"]
 
 
-def test_what_a_module_has(machine: Machine, tmp_path: Path) -> None:
-    """Assembly is read for its kernels, from memory, from a file and in a library; linked code is not."""
+def test_a_module_has_the_kernels_of_its_assembly(machine: Machine, tmp_path: Path) -> None:
+    """Assembly is read from memory, from a file and in a library. Linked code is not read."""
     text = b"// .entry remark\n\n.version 8.0\n.visible .entry one(\n.param .u64 p) { }\n.entry\ttwo$x() { ret; }\n"
     path = tmp_path / "module.ptx"
     path.write_bytes(text * 20)
@@ -71,7 +71,7 @@ say(L.cuModuleLoad(C.byref(k), b"/"), L.cuModuleLoad(C.byref(k), b"/dev/null"), 
     assert machine.python(script) == [some, some, everything, some, some, everything, "200 200 301"]
 
 
-def test_eager_loading(machine: Machine) -> None:
+def test_eager_loading_allocates_code_at_the_load(machine: Machine) -> None:
     script = "start(); before = info()[0]; mode = C.c_int(); "
     script += "need('cuModuleLoadData', C.byref(C.c_void_p()), b'fgpu-module 2MiB'); "
     script += "need('cuModuleGetLoadingMode', C.byref(mode)); say(held(), mode.value)"
@@ -80,7 +80,7 @@ def test_eager_loading(machine: Machine) -> None:
     assert machine.python(HELD + eager + script) == ["2.0 1"]
 
 
-def test_no_room_for_code(make_machine: Callable[..., Machine]) -> None:
+def test_code_without_room_is_refused(make_machine: Callable[..., Machine]) -> None:
     machine = make_machine(FGPU_SIM_MEMORY="2GiB")
     script = """
 start(); before = info()[0]; module, function = C.c_void_p(), C.c_void_p()
@@ -90,7 +90,7 @@ say(L.cuModuleGetFunction(C.byref(function), module, b"f"), function.value, held
     assert machine.python(HELD + script) == ["2 None 0.0 0 0.0"]
 
 
-def test_a_context_takes_its_code_with_it(machine: Machine) -> None:
+def test_the_end_of_a_context_frees_its_code(machine: Machine) -> None:
     script = """
 start(); before = info()[0]; context = C.c_void_p()
 need("cuCtxCreate_v2", C.byref(context), 0, 0); launch(kernel("f", b"fgpu-module 100MiB")[1])
@@ -101,8 +101,8 @@ need("cuCtxDestroy_v2", context); say(held()); kernel("g", b"fgpu-module 2MiB");
     assert machine.python(HELD + again + "before = info()[0]; kernel('g', image); say(held())") == ["2.0"]
 
 
-def test_libraries(machine: Machine) -> None:
-    """A library is in every context where one of its kernels was used, and in no other."""
+def test_a_library_is_loaded_in_each_context_that_uses_its_kernels(machine: Machine) -> None:
+    """It is in no other context."""
     script = """
 start(); before = info()[0]; library, k, f, g, m = (C.c_void_p() for _ in range(5)); name = C.c_char_p()
 need("cuLibraryLoadData", C.byref(library), b"fgpu-module 10MiB", None, None, 0, None, None, 0)
@@ -124,7 +124,7 @@ need("cuLibraryUnload", library); say(held(), launch(k), L.cuLibraryUnload(libra
     ]
 
 
-def test_linking(machine: Machine) -> None:
+def test_linked_code_can_be_loaded(machine: Machine) -> None:
     script = """
 start(); before = info()[0]; state, cubin, size = C.c_void_p(), C.c_void_p(), C.c_size_t(); text = b"fgpu-module 6MiB"
 need("cuLinkCreate_v2", 0, None, None, C.byref(state))
@@ -136,7 +136,7 @@ launch(kernel("f", cubin)[1]); say(held()); need("cuLinkDestroy", state); say(L.
     assert machine.python(HELD + script) == ["1", "6.0", "400"]
 
 
-def test_cuda_bindings_library(machine: Machine) -> None:
+def test_cuda_bindings_load_a_library(machine: Machine) -> None:
     pytest.importorskip("cuda.bindings")
     script = """
 from cuda.bindings import driver as D

@@ -14,8 +14,8 @@ from xml.etree import ElementTree
 from .conftest import Machine, say
 
 
-def test_nvidia_smi_table(machine: Machine, holder: Popen[str]) -> None:
-    """Each column is where the real tool has it, compared with lines that it printed."""
+def test_nvidia_smi_prints_the_table_of_the_real_tool(machine: Machine, holder: Popen[str]) -> None:
+    """Each column is at the place where the real tool has it, compared with lines that the real tool printed."""
     lines = machine.run(machine.tools / "nvidia-smi").stdout.splitlines()
     assert "| NVIDIA-SMI 580.159.04             Driver Version: 580.159.04     CUDA Version: 13.0     |" in lines
     assert "|   0  NVIDIA H200                    On  |   00000000:00:06.0 Off |                    0 |" in lines
@@ -26,13 +26,13 @@ def test_nvidia_smi_table(machine: Machine, holder: Popen[str]) -> None:
     assert {len(line) for line in lines[1:] if line} == {91}
 
 
-def test_nvidia_smi_idle(machine: Machine) -> None:
+def test_nvidia_smi_prints_an_idle_device(machine: Machine) -> None:
     text = machine.run(machine.tools / "nvidia-smi").stdout
     assert "|       0MiB / 143771MiB |" in text
     assert "|  No running processes found                                                             |" in text
 
 
-def test_nvidia_smi_queries(machine: Machine, holder: Popen[str]) -> None:
+def test_nvidia_smi_answers_queries(machine: Machine, holder: Popen[str]) -> None:
     smi = machine.tools / "nvidia-smi"
     uuid = machine.dump()["devices"][0]["uuid"]
     assert machine.run(smi, "-L").stdout == f"GPU 0: NVIDIA H200 (UUID: {uuid})\n"
@@ -58,8 +58,8 @@ def full(machine: Machine, *words: str) -> list[str]:
     return machine.run(machine.tools / "nvidia-smi", "-q", *words).stdout.splitlines()
 
 
-def test_nvidia_smi_in_full(machine: Machine, holder: Popen[str]) -> None:
-    """Label, colon and value are where the real tool has them."""
+def test_nvidia_smi_q_prints_the_list_of_the_real_tool(machine: Machine, holder: Popen[str]) -> None:
+    """Label, colon and value are at the places where the real tool has them."""
     lines = full(machine)
     assert lines[:2] == ["", "==============NVSMI LOG=============="]
     start = lines.index("    FB Memory Usage")
@@ -99,7 +99,7 @@ def test_nvidia_smi_in_full(machine: Machine, holder: Popen[str]) -> None:
         assert line in lines
 
 
-def test_nvidia_smi_parts_of_it(machine: Machine) -> None:
+def test_nvidia_smi_q_d_prints_parts_of_the_list(machine: Machine) -> None:
     lines = full(machine, "-d", "MEMORY,PIDS")
     assert [line for line in lines if re.match("    [A-Z]", line)] == [
         "    FB Memory Usage",
@@ -110,8 +110,8 @@ def test_nvidia_smi_parts_of_it(machine: Machine) -> None:
     assert machine.run(machine.tools / "nvidia-smi", "-q", "-d", "BOGUS", check=False).returncode == 255
 
 
-def test_nvidia_smi_xml(machine: Machine) -> None:
-    """It has the same numbers, and names that a process chose for itself cannot break it."""
+def test_nvidia_smi_prints_valid_xml(machine: Machine) -> None:
+    """The XML has the same numbers. Names that a process chose for itself cannot break it."""
     name = "a<b>&'\"c\x1b"
     script = "start(); alloc(100 << 20); say('up'); wait()"
     with machine.spawn(
@@ -145,7 +145,7 @@ def test_nvidia_smi_xml(machine: Machine) -> None:
         client.kill()
 
 
-def test_nvidia_smi_pmon(machine: Machine) -> None:
+def test_nvidia_smi_pmon_prints_processes(machine: Machine) -> None:
     smi = machine.tools / "nvidia-smi"
     heading = [
         "# gpu         pid   type     sm    mem    enc    dec    jpg    ofa    command ",
@@ -178,7 +178,7 @@ def test_nvidia_smi_pmon(machine: Machine) -> None:
         client.kill()
 
 
-def test_nvidia_smi_chooses_devices(make_machine: Callable[..., Machine]) -> None:
+def test_nvidia_smi_selects_devices(make_machine: Callable[..., Machine]) -> None:
     machine = make_machine(FGPU_SIM_GPUS="3")
     smi = machine.tools / "nvidia-smi"
     uuid = machine.dump()["devices"][1]["uuid"]
@@ -190,7 +190,7 @@ def test_nvidia_smi_chooses_devices(make_machine: Callable[..., Machine]) -> Non
     assert (missing.returncode, missing.stdout) == (6, "No devices were found\n")
 
 
-def test_nvidia_smi_more_fields(machine: Machine) -> None:
+def test_nvidia_smi_supports_further_query_fields(machine: Machine) -> None:
     smi = machine.tools / "nvidia-smi"
     fields = {
         "pstate": "P0",
@@ -218,7 +218,7 @@ def test_nvidia_smi_more_fields(machine: Machine) -> None:
 
 
 def test_nvidia_smi_resolves_by_dlsym(machine: Machine) -> None:
-    """A preloaded library that answers dlsym must be able to change every number that it prints."""
+    """A preloaded library that answers dlsym can therefore change every number that it prints."""
     needed = subprocess.run(["readelf", "-d", machine.tools / "nvidia-smi"], check=True, capture_output=True, text=True)
     symbols = subprocess.run(["nm", "-D", machine.tools / "nvidia-smi"], check=True, capture_output=True, text=True)
     assert "nvidia-ml" not in needed.stdout

@@ -71,18 +71,18 @@ def used(server: Server) -> int:
 
 
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT])
-def test_ends_cleanly(server: Server, how: signal.Signals) -> None:
+def test_the_server_ends_cleanly(server: Server, how: signal.Signals) -> None:
     with server.connect() as sock:
         assert ask(sock, request(HELLO)) == (0, 1)
         assert server.stop(how) == (0, "")
     assert not (server.directory / "driver").exists()
 
 
-def test_socket_is_open_to_all(server: Server) -> None:
+def test_the_socket_is_open_to_all_users(server: Server) -> None:
     assert (server.directory / "driver").stat().st_mode & 0o777 == 0o666
 
 
-def test_second_server_is_refused(server: Server) -> None:
+def test_a_second_server_is_refused(server: Server) -> None:
     second = subprocess.run(
         [server.program, "--dir", server.directory], capture_output=True, text=True, timeout=10, check=False
     )
@@ -93,7 +93,7 @@ def test_second_server_is_refused(server: Server) -> None:
         assert ask(sock, request(HELLO)) == (0, 1)
 
 
-def test_stale_socket_is_replaced(tools: Path, tmp_path: Path) -> None:
+def test_a_stale_socket_is_replaced(tools: Path, tmp_path: Path) -> None:
     first = Server(tools, tmp_path)
     first.process.kill()
     first.process.wait()
@@ -109,7 +109,7 @@ def test_stale_socket_is_replaced(tools: Path, tmp_path: Path) -> None:
     [("GPUS", "x"), ("GPUS", "17"), ("GPUS", "-1"), ("MEMORY", "16GB"), ("MEMORY", "1"), ("MEMORY", "-4GiB"),
      ("MEMORY", "99999999999GiB"), ("MODEL", "h100")],
 )  # fmt: skip
-def test_bad_settings(tools: Path, tmp_path: Path, name: str, value: str) -> None:
+def test_invalid_settings_are_refused(tools: Path, tmp_path: Path, name: str, value: str) -> None:
     environment = {f"FGPU_SIM_{name}": value}
     words = [tools / "fgpu-simd", "--dir", tmp_path]
     done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=10, check=False)
@@ -118,7 +118,7 @@ def test_bad_settings(tools: Path, tmp_path: Path, name: str, value: str) -> Non
     assert done.stderr.count("\n") == 1
 
 
-def test_dump_without_server(tools: Path, tmp_path: Path) -> None:
+def test_a_dump_without_a_server_is_an_error(tools: Path, tmp_path: Path) -> None:
     words = [tools / "fgpu-simd", "--dump", "--dir", tmp_path]
     done = subprocess.run(words, capture_output=True, text=True, timeout=10, check=False)
     assert (done.returncode, done.stdout) == (1, "")
@@ -140,7 +140,7 @@ MALFORMED = {
 
 
 @pytest.mark.parametrize("message", MALFORMED.values(), ids=MALFORMED)
-def test_malformed_message_drops_its_sender_alone(server: Server, message: bytes) -> None:
+def test_a_malformed_message_disconnects_only_its_sender(server: Server, message: bytes) -> None:
     with server.connect() as good, server.connect() as bad:
         assert ask(good, request(TAKE, kind=CONTEXT, context=1)) == (0, 0)
         before = used(server)
@@ -150,7 +150,7 @@ def test_malformed_message_drops_its_sender_alone(server: Server, message: bytes
 
 
 @pytest.mark.parametrize("excess", [(1, 0), (0, 1)], ids=["bytes", "requested"])
-def test_a_client_that_gives_back_more_than_it_holds_is_dropped(server: Server, excess: tuple[int, int]) -> None:
+def test_a_client_that_frees_more_than_it_holds_is_disconnected(server: Server, excess: tuple[int, int]) -> None:
     with server.connect() as sock:
         assert ask(sock, request(TAKE, kind=CONTEXT, context=1)) == (0, 0)
         assert ask(sock, request(TAKE, kind=BLOCK, context=1, size=1009, asked=1009)) == (0, 0)
@@ -198,7 +198,7 @@ def share(sock: socket.socket, size: int, context: int = 1) -> tuple[int, tuple[
     return status, () if status else SHARE_REPLY.unpack_from(answer, 16)[:2]
 
 
-def test_shared_memory_cannot_be_given_back(server: Server) -> None:
+def test_shared_memory_cannot_be_freed_as_private_memory(server: Server) -> None:
     """It can neither be freed twice into a share, nor as if it were not shared."""
     with server.connect() as sock:
         assert ask(sock, request(TAKE, kind=CONTEXT, context=1)) == (0, 0)
@@ -212,7 +212,7 @@ def test_shared_memory_cannot_be_given_back(server: Server) -> None:
     assert used(server) == 0
 
 
-def test_a_share_is_dropped_by_its_holders_alone(server: Server) -> None:
+def test_only_its_holders_can_drop_a_share(server: Server) -> None:
     with server.connect() as sock, server.connect() as other, server.connect() as third:
         assert ask(sock, request(TAKE, kind=CONTEXT, context=1)) == (0, 0)
         assert ask(sock, request(TAKE, kind=BLOCK, context=1, size=1009)) == (0, 0)
@@ -229,7 +229,7 @@ def test_a_share_is_dropped_by_its_holders_alone(server: Server) -> None:
     assert used(server) == 0
 
 
-def test_shares_are_bounded(server: Server) -> None:
+def test_the_number_of_shares_is_bounded(server: Server) -> None:
     with server.connect() as sock:
         assert ask(sock, request(TAKE, kind=CONTEXT, context=1)) == (0, 0)
         assert ask(sock, request(TAKE, kind=BLOCK, context=1, size=4096)) == (0, 0)
@@ -240,7 +240,7 @@ def test_shares_are_bounded(server: Server) -> None:
 
 
 @pytest.mark.timed
-def test_a_stall_delays_every_client_that_asks(tools: Path, tmp_path: Path) -> None:
+def test_a_stall_delays_every_client_that_sends_a_request(tools: Path, tmp_path: Path) -> None:
     """Further messages of the waiting peer wait too. No other peer waits, and no connection is closed."""
     server = Server(tools, tmp_path, "env", "FGPU_SIM_FAULT=nvml-stall:400ms")
     start = time.monotonic()
@@ -259,7 +259,7 @@ def send_many(sock: socket.socket, message: bytes) -> None:
         sock.send(message)
 
 
-def test_a_client_that_never_reads_is_dropped(server: Server) -> None:
+def test_a_client_that_never_reads_is_disconnected(server: Server) -> None:
     with server.connect() as silent, server.connect() as good:
         silent.settimeout(0.2)
         with pytest.raises(OSError, match=r"timed out|Broken pipe|reset"):
@@ -282,7 +282,7 @@ def is_turned_away(sock: socket.socket) -> bool:
         return True
 
 
-def test_connections_are_bounded(server: Server) -> None:
+def test_the_number_of_connections_is_bounded(server: Server) -> None:
     """Beyond 1,024 connections a new one is refused. When others close, there is room again."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, 4096), hard))
@@ -316,8 +316,8 @@ def keep_dead(server: Server) -> socket.socket:
     return socket.socket(fileno=fd)
 
 
-def test_connections_of_ended_processes_are_bounded_too(server: Server) -> None:
-    """Their slots are taken for as long as they are kept, and not longer."""
+def test_the_number_of_connections_of_ended_processes_is_bounded(server: Server) -> None:
+    """Their slots are used for as long as the connections are kept, and not longer."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, 4096), hard))
     kept = [keep_dead(server) for _ in range(1024)]
@@ -336,7 +336,7 @@ def test_connections_of_ended_processes_are_bounded_too(server: Server) -> None:
 
 
 @pytest.mark.skipif(not shutil.which("valgrind"), reason="no valgrind here")
-def test_nothing_leaks(tools: Path, tmp_path: Path) -> None:
+def test_the_server_leaks_nothing(tools: Path, tmp_path: Path) -> None:
     valgrind = ["valgrind", "-q", "--leak-check=full", "--show-leak-kinds=all", "--error-exitcode=9"]
     server = Server(tools, tmp_path, *valgrind)
     for turn in range(11):
@@ -356,8 +356,8 @@ def test_nothing_leaks(tools: Path, tmp_path: Path) -> None:
     assert code == 0, errors
 
 
-def test_a_client_that_reports_managed_memory_wrongly(server: Server) -> None:
-    """It is refused more than the device has, even if sums overflow, and leaves nothing."""
+def test_false_reports_of_managed_memory_are_refused(server: Server) -> None:
+    """The client is refused more than the device has, even if sums overflow, and leaves nothing behind."""
     mib, chunk = 1 << 20, 128 << 20
     with server.connect() as sock:
         assert ask(sock, request(RESIDENT, size=5 * mib)) == (0, 0)

@@ -21,12 +21,15 @@ EXPORT = "descriptor(held[{m}][-1])"
 IMPORT = "(lambda fd: (held.setdefault({m}, []).append(imported(fd)[1]), os.close(fd)))(take_fd({pid}, {fd}))"
 RELEASE = "need('cuMemRelease', held[{m}].pop())"
 STEPS = 80
-MOST = 4  # memories at a time: each should have several processes
+MOST = 4  # memories at the same time: each should belong to several processes
 
 
 @dataclass
 class Memory:
-    """A model of the rule: the maker's row, then no row while a descriptor is open, then the newest holder's."""
+    """A model of the rule.
+
+    Memory is in its maker's row, then in no row while a descriptor is open, then in the row of the newest holder.
+    """
 
     size: int
     holders: list[int]  # one entry for each handle, oldest first
@@ -144,7 +147,7 @@ def clients(machine: Machine) -> Iterator[list[Popen[str]]]:
 
 
 @pytest.mark.parametrize("seed", range(8))
-def test_rows_follow_the_rule(machine: Machine, clients: list[Popen[str]], seed: int) -> None:
+def test_the_row_of_shared_memory_follows_the_rule(machine: Machine, clients: list[Popen[str]], seed: int) -> None:
     lives = Lives(machine, clients, seed)
     for _ in range(STEPS):
         lives.step()
@@ -172,7 +175,7 @@ def vmm_and_block(machine: Machine, client: Popen[str]) -> tuple[int, int, int]:
     ("make", "free", "rows"),
     [
         ("held.update(p=alloc(6 << 20))", "need('cuMemFree_v2', held['p'])", ((6, 0, 0), (0, 0, 6))),
-        # A small memory has two MiB in common with others, which stay until all are freed.
+        # A small memory shares two MiB with others, which stay until all are freed.
         ("held.update(q=alloc(4096), p=alloc(8192))", "need('cuMemFree_v2', held['p'])", ((2, 0, 0), (2, 0, 0))),
         (
             "held.update(h=create(6 << 20, 0)), held.update(p=mapped(held['h'], 6 << 20))",
@@ -182,10 +185,10 @@ def vmm_and_block(machine: Machine, client: Popen[str]) -> tuple[int, int, int]:
     ],
     ids=["plain", "small", "mapped"],
 )
-def test_a_range_s_descriptor_keeps_memory(
+def test_a_descriptor_of_a_range_keeps_its_memory(
     machine: Machine, clients: list[Popen[str]], make: str, free: str, rows: tuple[tuple[int, int, int], ...]
 ) -> None:
-    """No process imports it, but its memory outlives its free, and its process."""
+    """No process imports it, but its memory survives the free and the end of its process."""
     client, other = clients[:2]
     ask(client, make)
     result, fd = map(int, ask(client, "range_descriptor(held['p'], 4096)").strip("()").split(", "))
@@ -205,7 +208,7 @@ def test_a_range_s_descriptor_keeps_memory(
     machine.settles_at(three)
 
 
-def test_ranges_that_are_refused(machine: Machine) -> None:
+def test_invalid_ranges_are_refused(machine: Machine) -> None:
     script = """
 start(); p = alloc(6 << 20); managed, host = C.c_uint64(), C.c_void_p()
 need("cuMemAllocManaged", C.byref(managed), C.c_size_t(1 << 20), 1)
@@ -220,8 +223,11 @@ say(ask(None, p, C.c_size_t(4096), 1, C.c_uint64(0)), ask(C.byref(fd), p, C.c_si
     assert machine.python(SHARING + script) == ["[1, 1, 1, 1, 1, 1, 1, 0]", "1 1 1"]
 
 
-def test_a_pool_in_two_processes(machine: Machine, clients: list[Popen[str]]) -> None:
-    """Both see the same contents. Freed memory stays while the other has the pool, in no row, and is reused."""
+def test_two_processes_share_the_memory_of_a_pool(machine: Machine, clients: list[Popen[str]]) -> None:
+    """Both read the same contents.
+
+    Freed memory stays while the other process has the pool, in no row, and is reused.
+    """
     one, two = clients[:2]
     ask(one, "held.update(pool=pool()), held.update(p=pooled(held['pool'], 40 << 20)), put(held['p'], b'first')")
     fd, text = ask(one, "pool_descriptor(held['pool'])"), ask(one, "pool_export(held['p'])")
@@ -252,7 +258,7 @@ def test_a_pool_in_two_processes(machine: Machine, clients: list[Popen[str]]) ->
     assert (pools(), nameless()) == ([64, 0], 0)
 
 
-def test_an_imported_pool_allocates_nothing(machine: Machine) -> None:
+def test_an_imported_pool_cannot_allocate(machine: Machine) -> None:
     script = """
 start(); own = pool(); p = pooled(own, 1 << 20); fd = pool_descriptor(own); result, other = pool_imported(fd)
 out = C.c_uint64()

@@ -1,4 +1,4 @@
-"""Memory in several processes: which row shows it, how long it lives, and that it is the same memory."""
+"""Memory in several processes: which row shows it, how long it lives, and that its contents are the same."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ need("cuIpcCloseMemHandle", p); say(get(p, 6)); need("cuIpcCloseMemHandle", p); 
 @pytest.mark.parametrize(
     "end", ["need('cuMemFree_v2', p)", "os._exit(0)", "need('cuDevicePrimaryCtxReset_v2', 0)", "os.closerange(3, 999)"]
 )
-def test_memory_outlives_its_maker(machine: Machine, end: str) -> None:
-    """It is in the maker's row while the maker has it, then in the other's, and is freed when neither has it."""
+def test_shared_memory_outlives_its_creator(machine: Machine, end: str) -> None:
+    """It is in the creator's row while the creator has it, then in the other's. It is freed when neither has it."""
     owner = f"start(); p = alloc(100 << 20); put(p, b'kept'); say(export(p)); ask(); {end}; say('done'); ask()"
     guest = (
         "start(); result, p = opened(ask()); say(result); ask(); say(get(p, 4)); need('cuIpcCloseMemHandle', p)\nask()"
@@ -64,7 +64,7 @@ def test_memory_outlives_its_maker(machine: Machine, end: str) -> None:
     machine.settles_at(0)
 
 
-def test_the_guest_ends_first(machine: Machine) -> None:
+def test_shared_memory_stays_when_the_importer_ends_first(machine: Machine) -> None:
     owner = "start(); p = alloc(100 << 20); say(export(p)); ask(); put(p, b'mine'); say(get(p, 4)); ask()"
     with machine.spawn(SHARING + owner) as first:
         handle = hear(first)
@@ -80,7 +80,7 @@ def test_the_guest_ends_first(machine: Machine) -> None:
     machine.settles_at(0)
 
 
-def test_handles_that_are_refused(machine: Machine) -> None:
+def test_invalid_handles_are_refused(machine: Machine) -> None:
     script = """
 start(); p = alloc(1000); text = export(p); host = C.c_void_p(); handle = Handle()
 need("cuMemAllocHost_v2", C.byref(host), C.c_size_t(10)); managed = C.c_uint64()
@@ -96,7 +96,7 @@ say(text)
     machine.settles_at(0)
 
 
-def test_a_context_that_ends_closes_what_it_opened(machine: Machine) -> None:
+def test_the_end_of_a_context_closes_its_imported_memory(machine: Machine) -> None:
     owner = "start(); p = alloc(4 << 20); say(export(p)); ask(); need('cuMemFree_v2', p); say('freed'); ask()"
     guest = "start(); say(opened(ask())[0]); need('cuDevicePrimaryCtxReset_v2', 0); say('reset'); ask()"
     with machine.spawn(SHARING + owner) as first, machine.spawn(SHARING + guest) as second:
@@ -141,7 +141,7 @@ p = mapped(h, 6 << 20); say(one, two, h.value != i.value, get(p, 6)); put(p, b"a
 
 
 def test_a_descriptor_keeps_memory_alive(machine: Machine) -> None:
-    """It is in no process's row until all are closed. Then it is free, or in the row of its importer."""
+    """It is in no process's row until all descriptors are closed. Then it is free, or in the row of its importer."""
     script = """
 start(); h = create(6 << 20); fd = descriptor(h); other = os.dup(fd); need("cuMemRelease", h); say("held"); ask()
 os.close(fd); result, h = imported(other); os.close(other); say(result); ask()
@@ -165,7 +165,7 @@ fd = descriptor(h); need("cuMemRelease", h); os.close(fd); say("closed"); ask()
     machine.settles_at(0)
 
 
-def test_descriptors_that_are_refused(machine: Machine) -> None:
+def test_invalid_descriptors_are_refused(machine: Machine) -> None:
     script = """
 start(); plain, h, fd = create(2 << 20, 0), create(2 << 20), C.c_int(-1)
 def exported(handle, kind=1, flags=0):

@@ -1,5 +1,7 @@
-"""The simulated driver under sanitizers: server, both libraries and nvidia-smi, on every question of the conformance
-program. Threads at it all at once are in shim/test_shim_sanitizers.py, any bytes for the server in fuzz/test_fuzz.py.
+"""The simulated driver under sanitizers: server, both libraries and nvidia-smi, with every conformance call.
+
+shim/test_shim_sanitizers.py runs threads that use all of it at once, and fuzz/test_fuzz.py sends arbitrary bytes to the
+server.
 """
 
 from __future__ import annotations
@@ -28,7 +30,7 @@ LISTINGS = (
 
 @pytest.fixture(scope="module")
 def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The conformance program, with what must be there before the libraries."""
+    """Build the conformance program, with the sanitizer's library in front of the driver's. Return its path."""
     out = tmp_path_factory.mktemp("sanitized") / "conformance"
     return ADDRESS.compile(out, "-std=c11", *sorted(HERE.glob("conformance*.c")), "-ldl")
 
@@ -46,13 +48,13 @@ def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Machine
 
 
 @pytest.mark.parametrize("section", REAL | WAITING | NO_DEVICE)
-def test_nothing_is_found_by_any_question(machine: Machine, program: Path, section: str) -> None:
+def test_sanitizers_find_no_error_in_any_conformance_call(machine: Machine, program: Path, section: str) -> None:
     done = machine.run(program, section, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout
 
 
-def test_nothing_is_found_in_any_listing(machine: Machine) -> None:
+def test_sanitizers_find_no_error_in_any_listing(machine: Machine) -> None:
     preload = ("env", f"LD_PRELOAD={ADDRESS.runtime}")
     with machine.spawn("start(); alloc(100 << 20); say('holding'); wait()", preload) as holder:
         assert holder.stdout

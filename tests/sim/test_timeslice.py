@@ -1,4 +1,4 @@
-"""Several contexts on one device alternate. Their work adds up to the time that has passed."""
+"""Several contexts on one device alternate. Their work adds up to the elapsed time."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ say(done * us / 1000, 1000 * (time.monotonic() - began))
 
 
 def together(machine: Machine, *programs: str) -> tuple[list[float], float]:
-    """Start programs at the same moment. Return how much each one did, and how long the last one took, in ms."""
+    """Start programs at the same moment. Return how much work each did, and how long the last one took, in ms."""
     running = machine.together(*programs)
     said = [[float(word) for word in one.communicate(timeout=60)[0].split()] for one in running]
     return [done for done, _ in said], max(took for _, took in said)
@@ -36,40 +36,42 @@ def worker(us: int, deep: int, seconds: float = 1.0, n: int = 1) -> str:
 
 
 @pytest.mark.parametrize(("us", "deep"), [(200, 50), (10_000, 2), (100_000, 1)])
-def test_alone_nothing_is_lost(make_machine: Callable[..., Machine], us: int, deep: int) -> None:
+def test_a_lone_context_loses_no_time(make_machine: Callable[..., Machine], us: int, deep: int) -> None:
     (done,), took = together(make_machine(), worker(us, deep))
     assert 0.9 * took <= done <= took
 
 
 @pytest.mark.parametrize(("us", "deep"), [(2_000, 40), (20_000, 3), (100_000, 1)])
-def test_two_share_and_pay_for_each_change(make_machine: Callable[..., Machine], us: int, deep: int) -> None:
-    """Two of every 2.18 ms are work, but for the end, when one program may be alone with its last round."""
+def test_two_contexts_share_the_device_and_lose_time_at_each_change(
+    make_machine: Callable[..., Machine], us: int, deep: int
+) -> None:
+    """Two of every 2.18 ms are work, except at the end, when one program may be alone with its last round."""
     (a, b), took = together(make_machine(), worker(us, deep, 3.0), worker(us, deep, 3.0))
     last = us * deep / 1000
     assert 0.8 * took <= a + b <= took * 2 / 2.18 + last
     assert abs(a - b) <= 0.1 * (a + b) + last
-    assert took * 2 / 2.18 + last < took  # or this would hold for a device that changes without need
+    assert took * 2 / 2.18 + last < took  # otherwise this would also hold for a device that changes without need
 
 
-def test_three_share(make_machine: Callable[..., Machine]) -> None:
+def test_three_contexts_share_the_device(make_machine: Callable[..., Machine]) -> None:
     done, took = together(make_machine(), *[worker(10_000, 3, 2.0) for _ in range(3)])
     assert 0.8 * took <= sum(done) <= 0.95 * took
     assert max(done) < 1.3 * min(done)
 
 
-def test_another_device_is_another_matter(make_machine: Callable[..., Machine]) -> None:
+def test_contexts_on_different_devices_do_not_share_time(make_machine: Callable[..., Machine]) -> None:
     other = worker(10_000, 3).replace("start()", "start(1)")
     done, took = together(make_machine(FGPU_SIM_GPUS="2"), worker(10_000, 3), other)
     assert min(done) >= 0.85 * took
 
 
-def test_streams_of_one_context_run_side_by_side(make_machine: Callable[..., Machine]) -> None:
+def test_streams_of_one_context_run_in_parallel(make_machine: Callable[..., Machine]) -> None:
     (done,), took = together(make_machine(), worker(10_000, 3, n=3))
     assert 0.9 * took <= done <= took
 
 
 def test_contexts_of_one_process_alternate(make_machine: Callable[..., Machine]) -> None:
-    """Two times 200 ms take at least 400 ms, whichever thread waits and however."""
+    """Two times 200 ms take at least 400 ms, for every thread that waits and every way to wait."""
     script = """
 c = start(); f = kernel("spin_200000us")[1]; s, e = stream(), C.c_void_p(); need("cuEventCreate", C.byref(e), 0)
 d = C.c_void_p(); need("cuCtxCreate_v2", C.byref(d), 0, 0); g = kernel("spin_200000us")[1]; t = stream()
@@ -103,11 +105,11 @@ say(between(events[0], events[1]), between(events[0], events[2]), took)
     first, all_, took = (float(word) for word in running[1].communicate(timeout=30)[0].split())
     running[0].communicate(timeout=30)
     assert 0.9 * took < all_ <= took + 1
-    assert took > 1.2 * 200  # the other one was there
-    assert 0.15 * all_ < first < 0.4 * all_  # one of four
+    assert took > 1.2 * 200  # the other context was busy
+    assert 0.15 * all_ < first < 0.4 * all_  # about one of four
 
 
-def test_the_work_of_the_dead_is_gone(make_machine: Callable[..., Machine]) -> None:
+def test_work_of_a_killed_process_is_dropped(make_machine: Callable[..., Machine]) -> None:
     machine = make_machine()
     hog = machine.spawn("start(); launch(kernel('spin_60000000us')[1]); say('up'); wait()")
     assert hog.stdout is not None
@@ -125,7 +127,7 @@ def test_the_work_of_the_dead_is_gone(make_machine: Callable[..., Machine]) -> N
     assert 0.35 < took < 0.52  # half of the first 0.2 s is its own
 
 
-def test_a_destroyed_context_gives_way(make_machine: Callable[..., Machine]) -> None:
+def test_work_of_a_destroyed_context_is_dropped(make_machine: Callable[..., Machine]) -> None:
     script = """
 c = start(); f = kernel("spin_100000us")[1]; s = stream()
 d = C.c_void_p(); need("cuCtxCreate_v2", C.byref(d), 0, 0); launch(kernel("spin_60000000us")[1], stream())

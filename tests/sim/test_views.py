@@ -1,4 +1,4 @@
-"""Output of third-party programs with the simulated driver, and what a pid namespace sees of other processes."""
+"""Output of third-party programs with the simulated driver, and other processes' rows in a pid namespace."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ def processes():
 """
 
 
-def test_nvml_sees_host_pids(machine: Machine, holder: Popen[str]) -> None:
+def test_nvml_returns_host_pids(machine: Machine, holder: Popen[str]) -> None:
     assert machine.python(NVML + "say(processes())") == [f"[({holder.pid}, 618)]"]
 
 
-def test_two_versions_of_the_memory_question(machine: Machine, holder: Popen[str]) -> None:
-    """The old version counts the driver's reserve as used, the new one shows it separately."""
+def test_both_versions_of_the_memory_query_return_their_figures(machine: Machine, holder: Popen[str]) -> None:
+    """The old version counts the driver's reserve as used. The new version shows it separately."""
     script = (
         NVML
         + """
@@ -37,7 +37,7 @@ say(old.total - new.total, old.free - new.free, old.used - new.used, new.reserve
     assert machine.python(script) == ["0 0 644939776 644939776 626"]
 
 
-def test_a_context_that_is_gone_is_not_listed(machine: Machine) -> None:
+def test_an_ended_context_is_not_listed(machine: Machine) -> None:
     script = NVML + "start(); say(len(processes())); need('cuDevicePrimaryCtxReset_v2', 0); say(len(processes()))"
     assert machine.python(script) == ["1", "0"]
 
@@ -47,8 +47,8 @@ def in_pid_namespace(script: str, proc: bool = True) -> list[str]:
     return ["unshare", "--pid", "--fork", *flags, sys.executable, "-c", CLIENT + NVML + script]
 
 
-def test_pid_namespace_sees_its_own(machine: Machine, holder: Popen[str]) -> None:
-    """Inside are its own processes with its pids. The host sees all of them, with its own pids."""
+def test_a_pid_namespace_lists_its_own_processes(machine: Machine, holder: Popen[str]) -> None:
+    """Inside, processes have the namespace's pids. The host lists all of them, with its own pids."""
     script = "start(); alloc(5 << 20); say(os.getpid(), processes()); say('up'); wait()"
     words = in_pid_namespace(script)
     with machine.spawn("", prefix=[*words, "--"]) as inside:
@@ -63,7 +63,7 @@ def test_pid_namespace_sees_its_own(machine: Machine, holder: Popen[str]) -> Non
         say(inside)
 
 
-def test_sibling_namespaces_do_not_see_each_other(machine: Machine) -> None:
+def test_sibling_namespaces_do_not_list_each_other_s_processes(machine: Machine) -> None:
     script = "start(); say('up'); wait(); say(processes()); say('seen'); wait()"
     words = [*in_pid_namespace(script), "--"]
     with machine.spawn("", prefix=words) as one, machine.spawn("", prefix=words) as other:
@@ -79,13 +79,13 @@ def test_sibling_namespaces_do_not_see_each_other(machine: Machine) -> None:
             say(client)
 
 
-def test_foreign_proc_lists_no_process(machine: Machine, holder: Popen[str]) -> None:
+def test_a_foreign_proc_lists_no_process(machine: Machine, holder: Popen[str]) -> None:
     done = machine.run(*in_pid_namespace("start(); say(processes())", proc=False))
     assert done.stdout == "[]\n"
 
 
-def test_outer_namespace_sees_inner_but_not_reverse(machine: Machine) -> None:
-    """The middle one of two levels sees the innermost process under the middle level's pid."""
+def test_an_outer_namespace_lists_inner_processes_but_not_the_reverse(machine: Machine) -> None:
+    """The middle one of two levels lists the innermost process with the middle level's pid."""
     inner = "start(); say('up'); time.sleep(30)"
     script = f"""
 import subprocess
@@ -99,7 +99,7 @@ child.kill()
     assert machine.run(*in_pid_namespace(script)).stdout == "1 True\n"
 
 
-def test_process_list_sizes(machine: Machine, holder: Popen[str]) -> None:
+def test_process_lists_return_the_needed_size(machine: Machine, holder: Popen[str]) -> None:
     script = """
 N = C.CDLL("libnvidia-ml.so.1")
 need_nvml = lambda result: result and sys.exit(result)
@@ -117,7 +117,7 @@ for name, width in (("", 16), ("_v2", 24), ("_v3", 24)):
     assert machine.python(script) == [f"7 0 1 {holder.pid} 618 77"] * 3
 
 
-def test_every_list_of_processes(machine: Machine, holder: Popen[str]) -> None:
+def test_every_kind_of_process_list_has_the_expected_processes(machine: Machine, holder: Popen[str]) -> None:
     """Every process with a context computes. None draws, encodes or captures, and the host's accounts are empty."""
     script = (
         NVML
@@ -145,7 +145,7 @@ say(ask("nvmlDeviceGetAccountingPids"), ask("nvmlDeviceGetAccountingStats", 1))
     ]
 
 
-def test_two_lists_of_busy_processes(machine: Machine, holder: Popen[str]) -> None:
+def test_both_lists_of_busy_processes_agree(machine: Machine, holder: Popen[str]) -> None:
     script = (
         NVML
         + """
@@ -167,7 +167,7 @@ os._exit(0)
     assert seen == f"{pid} [({pid}, 100, True)] [({pid}, 100, True)]"
 
 
-def test_each_shows_the_part_that_it_ran(machine: Machine) -> None:
+def test_each_process_is_shown_with_its_part_of_the_time(machine: Machine) -> None:
     spin = "start(); launch(kernel('spin_5000000us')[1]); say('ready'); wait(); os._exit(0)"
     both = [machine.spawn(spin) for _ in range(2)]
     for one in both:
@@ -189,20 +189,20 @@ say(*ran, N.nvmlDeviceGetUtilizationRates(device).gpu)
     assert 85 <= device <= 96
 
 
-def test_gpustat(machine: Machine, holder: Popen[str]) -> None:
+def test_gpustat_runs_on_the_simulated_driver(machine: Machine, holder: Popen[str]) -> None:
     pytest.importorskip("gpustat")
     text = machine.run(sys.executable, "-m", "gpustat", "--no-color", "--show-pid").stdout
     assert re.search(rf"\[0\] NVIDIA H200 .* 626 / 143771 MB \|.*/{holder.pid}\(618M\)", text)
 
 
-def test_nvitop(machine: Machine, holder: Popen[str]) -> None:
+def test_nvitop_runs_on_the_simulated_driver(machine: Machine, holder: Popen[str]) -> None:
     pytest.importorskip("nvitop")
     text = machine.run(sys.executable, "-m", "nvitop", "--once", "--ascii").stdout
     assert "140.4GiB" in text
     assert re.search(rf"\b{holder.pid} +C? *root +618\.\dMiB", text), text
 
 
-def test_cuda_bindings(machine: Machine) -> None:
+def test_cuda_bindings_run_on_the_simulated_driver(machine: Machine) -> None:
     pytest.importorskip("cuda.bindings")
     script = """
 from cuda.bindings import driver as D
@@ -233,7 +233,7 @@ say(free - ok(D.cuMemGetInfo())[0], ok(D.cuGetErrorString(D.CUresult(2))))
     ]
 
 
-def test_numba(machine: Machine) -> None:
+def test_numba_runs_on_the_simulated_driver(machine: Machine) -> None:
     pytest.importorskip("numba_cuda")
     script = """
 import numpy

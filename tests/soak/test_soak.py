@@ -1,4 +1,4 @@
-"""Everything at once: for a moment here, for ten minutes in the full run."""
+"""All kinds of load at once: for a moment here, for ten minutes in the full run."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 FIGURES = ROOT / "build/bench/soak.json"
-DONE = ("refused", "leave", "work", "contained", "check")  # some of each, or it was no soak
+DONE = ("refused", "leave", "work", "contained", "check")  # actions of which each must have happened
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
-def test_a_soak_finds_nothing(scale) -> None:
-    """Its status says that nothing was wrong, and after some minutes that nothing grew."""
+def test_a_soak_reports_no_error(scale) -> None:
+    """The soak also checks, after some minutes, that nothing has grown."""
     seconds = scale(20, 40, 600)
     command = [sys.executable, "-m", "bench.soak", str(seconds / 60), "--restart-every", str(seconds / 3)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=seconds + 300, check=False, cwd=ROOT)

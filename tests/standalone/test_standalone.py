@@ -20,7 +20,7 @@ THREADS, OPERATIONS = 2, 170
 
 
 def fill(tenant: Tenant) -> Client:
-    """Return a program that has allocated all that its container may have, to the byte."""
+    """Return a program that has allocated the whole limit of its container, to the byte."""
     client = kit.assert_live(tenant)
     left = client.ok("info")[0]
     client.ok(f"alloc {left}")
@@ -29,7 +29,7 @@ def fill(tenant: Tenant) -> Client:
     return client
 
 
-def test_the_limit_holds_for_all_programs_together(images: kit.Images) -> None:
+def test_the_limit_holds_for_all_programs_of_a_container_together(images: kit.Images) -> None:
     tenant = images.tenant(None)
     one, two = kit.assert_live(tenant), kit.assert_live(tenant)
     assert two.ok("info")[0] == LIMIT - 2 * CONTEXT
@@ -40,7 +40,7 @@ def test_the_limit_holds_for_all_programs_together(images: kit.Images) -> None:
     assert kit.said(tenant) == {kit.TOGETHER}
 
 
-def test_each_sees_the_container_and_nothing_else(images: kit.Images) -> None:
+def test_each_program_reads_only_the_figures_of_its_container(images: kit.Images) -> None:
     tenant, other = images.tenant(None), images.tenant(None)
     client, _ = fill(tenant), fill(other)
     table = tenant.run(f"{SIM}/nvidia-smi")
@@ -49,14 +49,14 @@ def test_each_sees_the_container_and_nothing_else(images: kit.Images) -> None:
     assert [row[4] for row in rows] == [str(client.inner_pid)]
 
 
-def test_the_environment_changes_nothing(images: kit.Images) -> None:
+def test_the_environment_does_not_change_the_limit(images: kit.Images) -> None:
     tenant = images.tenant(None)
     client = tenant.client(before="env GPU_MEM_LIMIT_GB=12 FGPU_SHARE=12gib FGPU_LIMIT=12GiB LD_PRELOAD=")
     assert client.ok("info") == [LIMIT - CONTEXT, LIMIT]
 
 
 @pytest.mark.parametrize("shared", [(), ("pid",), ("pid", "ipc")], ids=lambda spaces: "-".join(spaces) or "none")
-def test_two_containers_of_an_image_have_two_limits(images: kit.Images, shared: tuple[str, ...]) -> None:
+def test_two_containers_of_an_image_have_separate_limits(images: kit.Images, shared: tuple[str, ...]) -> None:
     images.shared = set(shared)
     one, two = images.tenant(None), images.tenant(None)
     first, second = fill(one), fill(two)
@@ -79,15 +79,15 @@ def test_a_killed_container_starts_with_an_empty_ledger(images: kit.Images) -> N
         fill(images.tenant(None))
 
 
-def test_a_read_only_root_with_a_run_of_its_own(images: kit.Images) -> None:
+def test_a_container_with_a_read_only_root_and_its_own_run_has_one_limit(images: kit.Images) -> None:
     images.read_only = images.run_is_tmpfs = True
     tenant = images.tenant(None)
     fill(tenant)
     assert tenant.client().do("info") != f"ok {LIMIT - CONTEXT} {LIMIT}"
 
 
-def test_a_read_only_root_without(images: kit.Images) -> None:
-    """The programs can share nothing, so each one is limited separately, and says so."""
+def test_programs_with_a_read_only_root_and_no_run_are_limited_separately(images: kit.Images) -> None:
+    """The programs have no place to share a ledger. Each of them reports that."""
     images.read_only = True
     tenant = images.tenant(None)
     for _ in range(2):
@@ -190,14 +190,14 @@ call("cuCtxSynchronize"); print(used())
     ],
     ids=["mapped", "contexts", "frees", "pools"],
 )
-def test_memory_of_an_ended_process_is_given_back(images: kit.Images, code: str, said: list[str]) -> None:
+def test_memory_of_an_ended_process_is_released(images: kit.Images, code: str, said: list[str]) -> None:
     tenant = images.tenant(None)
     (tenant.folder / "program.py").write_text(PROGRAM + code)
     assert tenant.run(f"/usr/bin/python3 {tenant.folder}/program.py").splitlines() == said, kit.said(tenant)
 
 
 @pytest.mark.timeout(3600)
-def test_one_gets_the_last_piece(images: kit.Images, scale: Scale) -> None:
+def test_exactly_one_program_gets_the_last_piece(images: kit.Images, scale: Scale) -> None:
     tenant = images.tenant(None)
     clients = [kit.assert_live(tenant) for _ in range(4)]
     for _ in range(scale(5, 30, 1000)):
@@ -211,7 +211,7 @@ def test_one_gets_the_last_piece(images: kit.Images, scale: Scale) -> None:
 
 
 @pytest.mark.timeout(3600)
-def test_the_killed_leave_nothing(images: kit.Images, scale: Scale) -> None:
+def test_killed_processes_leave_no_charge(images: kit.Images, scale: Scale) -> None:
     tenant = images.tenant(None)
     stays = kit.assert_live(tenant)
     stays.ok(f"alloc {256 * MIB}")
@@ -226,7 +226,10 @@ def test_the_killed_leave_nothing(images: kit.Images, scale: Scale) -> None:
 
 
 class Life(Program):
-    """The program tests/programs/life.c, two threads, in whole granules: the driver allocates exactly these sizes."""
+    """The program tests/programs/life.c with two threads and whole granules.
+
+    The driver allocates exactly these sizes.
+    """
 
     def __init__(self, tenant: Tenant, number: int, seed: int) -> None:
         super().__init__(tenant, f"life{number}", f"{BUILD}/e2e/life {seed} {THREADS} whole")

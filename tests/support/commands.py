@@ -41,7 +41,10 @@ Samples = dict[tuple[str, frozenset[tuple[str, str]]], float]
 
 @functools.cache
 def output_schema(command: str) -> Any:
-    """Return a validator of what `fgpu schema COMMAND` prints. It allows no property that the schema does not name."""
+    """Return a validator of the schema of `fgpu schema COMMAND`.
+
+    It allows no property that the schema does not have.
+    """
     import jsonschema  # benchmarks use this module where it is not installed
 
     schema = json.loads(fgpu("schema", command).stdout)
@@ -52,7 +55,7 @@ def output_schema(command: str) -> Any:
 
 
 def output(command: str) -> Any:
-    """Return what `fgpu status`, `ps` or `events` prints with --json. It must be as its schema says; events: a list."""
+    """Return the JSON output of `fgpu status`, `ps` or `events`, as a list for events. It must follow its schema."""
     said = fgpu(command, "--json").stdout
     found = [json.loads(line) for line in said.splitlines()]
     for document in found:
@@ -75,7 +78,7 @@ def metrics(page: str | None = None) -> Samples:
 
 
 def metrics_page() -> str:
-    """Return the page that Prometheus gets. It is made again once a second."""
+    """Return the page that Prometheus gets. The agent renews it once a second."""
     with urllib.request.urlopen(METRICS, timeout=5) as page:
         return str(page.read().decode())
 

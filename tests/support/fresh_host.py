@@ -1,8 +1,7 @@
-"""A fresh host for the package tests, of this distribution or of another Debian: a root made by debootstrap, in which
-systemd may be the first process.
+"""A fresh host for the package tests, of this distribution or of another Debian: a root made by debootstrap.
 
-It owns build/roots/NAME, made once, and a copy of it for every host, in which every changed file is visible. A failed
-download is a failure that names the mirror, and never skips a test.
+systemd may be its first process. The module creates build/roots/NAME once, and a copy of it for every host, in which
+every changed file is visible. A failed download fails the tests with the name of the mirror, and never skips a test.
 """
 
 from __future__ import annotations
@@ -69,7 +68,7 @@ def distribution() -> tuple[str, str]:
 def fresh_root(other: str = "") -> Path:
     """Return the root that hosts are made of: the distribution's base, its lists of packages, and nothing else.
 
-    `other`: the code name of another distribution, one of OTHERS.
+    `other` is the code name of another distribution, one of OTHERS.
     """
     name, mirror = (other, OTHERS[other]) if other else distribution()
     root = ROOTS / name
@@ -109,7 +108,10 @@ class Host(kit.Installed):
     """A separate root, entered by chroot. boot() and halt() start and stop systemd in it."""
 
     def __init__(self, work: Path, other: str = "") -> None:
-        """`other`: the code name of another distribution, one of OTHERS."""
+        """Create the host.
+
+        `other` is the code name of another distribution, one of OTHERS.
+        """
         self._other = other
         self.root = ROOTS / f".host-{os.getpid()}"
         self._cgroup = kit.cgroup2() / f"fgpu-packages-{os.getpid()}"
@@ -158,7 +160,7 @@ class Host(kit.Installed):
         return (self._cgroup / "cgroup.procs").read_text().split()
 
     def left(self, before: Listing) -> list[str]:
-        """Return the files that were added, removed or changed since, and that no package of the distribution owns."""
+        """Return files added, removed or changed since `before` that belong to no package of the distribution."""
         lists = (self.root / "var/lib/dpkg/info").glob("*.list")
         owned = {line.lstrip("/") for path in lists for line in path.read_text().splitlines()}
         owned |= {re.sub(r"^(lib|bin|sbin|lib64)/", r"usr/\1/", name) for name in owned}
@@ -173,7 +175,7 @@ class Host(kit.Installed):
         return {name: path.read_text() for name, path in found.items() if path.exists()}
 
     def pins(self) -> list[str]:
-        """Return what is pinned in this host's BPF file system."""
+        """Return the objects that are pinned in this host's BPF file system."""
         return self.run("find", "/sys/fs/bpf", "-mindepth", "1", "!", "-name", "*.debug").stdout.split()
 
     def _mount(self, source: str, target: Path, *options: str) -> None:
@@ -262,7 +264,7 @@ class Host(kit.Installed):
         return [shown[name] for name in properties]
 
 
-_majors = itertools.count(10)  # all different: a host may have been upgraded by a trial that failed
+_majors = itertools.count(10)  # all differ: a failed trial may have upgraded a host
 
 
 def newer(deb: Path, folder: Path, work: Path) -> str:

@@ -32,7 +32,7 @@ ENVIRONMENT = {
     "LD_LIBRARY_PATH": str(SIM / "lib"),
     "HOME": "/root",
 }
-# What the units and the chart give agent and gatekeeper.
+# Capabilities that the units and the chart give to agent and gatekeeper.
 SERVICE_ENVIRONMENT = {"GLIBC_TUNABLES": "glibc.malloc.tcache_count=0:glibc.pthread.stack_cache_size=0"}
 
 
@@ -72,5 +72,5 @@ def fill(filler: Path) -> None:
 
 
 def new_seed() -> int:
-    """Return a seed for random operations: a new one in a full run, and else always the same."""
+    """Return a seed for random operations: a new one in a full run, and otherwise always the same."""
     return random.SystemRandom().randrange(1 << 30) if os.environ.get("FGPU_TEST_SCALE") == "full" else 1

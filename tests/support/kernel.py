@@ -22,7 +22,7 @@ def _bpf(command: int, attributes: bytes | ctypes.Array[ctypes.c_char]) -> int:
 
 
 def opened(path: Path) -> int:
-    """Return a descriptor of the object that is pinned there; negative: nothing is pinned."""
+    """Return a descriptor of the object that is pinned there. It is negative if nothing is pinned."""
     name = ctypes.create_string_buffer(os.fsencode(path))
     return _bpf(_OBJ_GET, struct.pack("QII", ctypes.addressof(name), 0, 0).ljust(128, b"\0"))
 
@@ -70,7 +70,7 @@ def entries(name: str) -> int:
 
 
 def is_probed(path: Path) -> bool:
-    """Return whether the probes of this file are in place."""
+    """Return whether the probes of this file are attached."""
     return path.stat().st_ino in (struct.unpack_from("QQ", key)[1] for key in keys("files"))
 
 
@@ -90,7 +90,7 @@ def _look_up(fd: int, key: bytes, value_bytes: int) -> bytes:
 
 
 def limit_in_force(cgroup: int) -> int | None:
-    """Return the limit of the first device in bytes, from the page that the kernel uses; None: the cgroup has none."""
+    """Return the limit of the first device in bytes, from the page that the kernel uses. None: the cgroup has none."""
     number = _look_up(_map("pages"), struct.pack("Q", cgroup), 4)
     fd = _bpf(_MAP_BY_ID, number.ljust(128, b"\0")) if number else -1
     if fd < 0:

@@ -1,4 +1,4 @@
-"""Programs that another loader than the distribution's starts: copies of the host's loader, changed as others are."""
+"""Programs that another loader than the distribution's starts: copies of the host's loader with the usual changes."""
 
 from __future__ import annotations
 

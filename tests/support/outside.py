@@ -13,7 +13,7 @@ def outside(tenant, name: str, libraries: Path) -> Client:
     """Start a CUDA program in the tenant's cgroup with these libraries and without the shim."""
 
     class Outside:
-        """A stand-in for a tenant, with as much of it as a program needs."""
+        """A stand-in for a tenant, with the attributes that a program needs."""
 
         def __init__(self) -> None:
             self.folder, self.name, self.cgroup = tenant.folder, name, tenant.cgroup

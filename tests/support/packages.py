@@ -1,7 +1,7 @@
 """An installed package as its user has it, for the package tests.
 
-It owns what is the same wherever fgpu is installed: its commands, a program that allocates memory, and what must be
-true of it. Imports nothing of fgpu.
+The module has the parts that are the same for every kind of installation: the commands, a program that allocates
+memory, and the conditions that must hold for it. Imports nothing of fgpu.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def eventually(look: Callable[[], T], seconds: float, what: str) -> T:
 
 
 def run(*command: str | Path, check: bool = True, **more: Any) -> subprocess.CompletedProcess[str]:
-    """Run a command and return its output; `check`: it must succeed."""
+    """Run a command and return its output. `check`: it must succeed."""
     more.setdefault("timeout", 120)
     done = subprocess.run([str(c) for c in command], capture_output=True, text=True, check=False, **more)
     assert not check or done.returncode == 0, f"{command}: {done.returncode}\n{done.stdout}{done.stderr}"
@@ -63,7 +63,7 @@ def cgroup2() -> Path:
 
 
 def package(pattern: str) -> Path:
-    """Return the package of that name that `./dev package` has just made."""
+    """Return the package of that name that `./dev package` has just built."""
     found = list(PACKAGES.glob(pattern))
     assert len(found) == 1, f"{PACKAGES} has {found}"
     return found[0]
@@ -74,7 +74,7 @@ def package(pattern: str) -> Path:
 
 @dataclass
 class Installed:
-    """An installed fgpu, reached through a prefix such as `chroot ROOT`; `build` is the path of build/ there."""
+    """An installed fgpu, entered by a prefix such as `chroot ROOT`. `build` is the path of build/ there."""
 
     fgpu: str
     prefix: list[str] = field(default_factory=list)
@@ -102,7 +102,7 @@ class Installed:
 
     @property
     def agent_words(self) -> list[str]:
-        """Return the one command that enforces."""
+        """Return the one command that starts enforcement."""
         return [self.fgpu, "agent", "--driver-root", str(self.build / "sim"), "--listen", self.listen]
 
     def start_agent(self, log: Path) -> float:
@@ -121,12 +121,12 @@ class Installed:
         return time.monotonic() - begun
 
     def stop(self) -> None:
-        """End an agent that a test has left."""
+        """Stop an agent that a test has left running."""
         if self.agent and self.agent.poll() is None:
             with contextlib.suppress(AssertionError, subprocess.TimeoutExpired):
                 self.call("detach", timeout=15)
             self.agent.kill()
-            self.agent.wait(60)  # it removes probes of other processes one by one
+            self.agent.wait(60)  # the agent removes probes of other processes one by one
 
     def fill(self, *words: str | Path, held_seconds: int = 0) -> subprocess.Popen[str]:
         """Run examples/fill there, after these words. Its stdout has the output of all of them."""
@@ -153,7 +153,7 @@ def driver_bytes() -> list[int]:
 
 
 def assert_page_shows(place: Installed, name: str) -> None:
-    """Check that the status page and all of its parts are installed."""
+    """Check that the web page and all of its parts are installed."""
     with urllib.request.urlopen(f"http://{place.listen}/", timeout=20) as answer:
         page = answer.read().decode()
     assert f"<bdi>{name}</bdi>" in page

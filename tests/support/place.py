@@ -24,7 +24,7 @@ HUB = 'while read -r name command; do (exec $command <"$name.in" >"$name.out" 2>
 
 
 class Place:
-    """A way to be a tenant: `fgpu run` on the host, with or without a pid namespace."""
+    """A kind of tenant: `fgpu run` on the host, with or without a pid namespace."""
 
     group = "/fgpu"
     _numbers = itertools.count(1)
@@ -34,7 +34,10 @@ class Place:
         self.tenants: list[Tenant] = []
 
     def tenant(self, memory: int | None) -> Tenant:
-        """A new tenant with that limit in force before its first program starts; None: a container without a limit."""
+        """Return a new tenant with that limit in force before its first program starts.
+
+        With None, it is a container without a limit.
+        """
         name = f"e2e-{os.getpid()}-{next(self._numbers)}"
         folder = self.work / name
         folder.mkdir()
@@ -48,7 +51,7 @@ class Place:
         return Tenant(self, name, f"/fgpu/{name}", folder, hub)
 
     def end(self, tenant: Tenant) -> None:
-        """Wait for the hub, and kill the processes that do not end with it, such as those of a test that failed."""
+        """Wait for the hub, and kill the processes that do not end with it, such as those of a failed test."""
         with contextlib.suppress(subprocess.TimeoutExpired):
             tenant.hub.wait(5)
         for pid in tenant.pids():
@@ -60,13 +63,13 @@ class Place:
             tenant.cgroup.rmdir()
 
     def close(self) -> None:
-        """Ends every tenant."""
+        """End every tenant."""
         for tenant in self.tenants:
             tenant.end()
         self.tenants.clear()
 
     def left(self) -> list[Path]:
-        """The cgroups that are there of tenants made here, or made inside them."""
+        """Return the existing cgroups of tenants made here, and cgroups inside them."""
         return [*(cgroup_root() / self.group.lstrip("/")).glob(f"e2e-{os.getpid()}-*")]
 
 
@@ -98,14 +101,14 @@ class Cgroups(Place):
         return Tenant(self, os.path.basename(path), path, folder, hub)
 
     def close(self) -> None:
-        """Ends every tenant; the folder of their cgroups goes."""
+        """End every tenant, and remove the folder of their cgroups."""
         super().close()
         for folder, _, _ in os.walk(cgroup_root() / self.group.lstrip("/"), topdown=False):
             os.rmdir(folder)
 
 
 LISTS = ("/etc/ld.so.preload", "/etc/ld-nix.so.preload")
-# A container runtime takes version 2 of cgroups where that is what it sees at /sys/fs/cgroup.
+# A container runtime uses version 2 of cgroups if that is mounted at /sys/fs/cgroup.
 PRIVATE_MOUNTS = """
 [ "$(stat -fc %T /sys/fs/cgroup)" = cgroup2fs ] || mount -t cgroup2 none /sys/fs/cgroup
 exec "$@"
@@ -122,7 +125,7 @@ class Container(Place):
         self._runtime = runtime
         self._state = work / "state"
         self.mounts: list[dict[str, Any]] = []  # in addition to those of every container
-        self.image: dict[str, Path] = {}  # files in its root: path -> what is copied there
+        self.image: dict[str, Path] = {}  # files in its root: path -> the copied file
         (work / "ld.so.preload").write_text(f"{SHIM}\n")
 
     def _command(self, *words: str | Path) -> list[str | Path]:
@@ -174,7 +177,7 @@ class Container(Place):
             spaces.append({"type": "cgroup"})
         spec["mounts"] += [_bind("/usr"), *(_bind(f"/{d}") for d in ("bin", "sbin", "lib", "lib64") if _is_folder(d))]
         spec["mounts"] += [_bind(BUILD), _bind(ROOT / ".venv"), _bind("/run/fgpu-sim"), _bind(folder, read_only=False)]
-        # What fgpu needs, but for the folder beside the shim.
+        # The mounts that fgpu needs, except the folder beside the shim.
         spec["mounts"] += [_bind(SHIM), _bind("/run/fgpu/shim")]
         spec["mounts"] += [_bind(self.work / "ld.so.preload", place) for place in LISTS]
         spec["mounts"] += self.mounts
@@ -206,7 +209,7 @@ def _bind(source: str | Path, target: str | Path | None = None, read_only: bool 
 
 @contextlib.contextmanager
 def group(place: Place, memory: int) -> Iterator[Callable[[], dict[str, Any]]]:
-    """A limit on the cgroup above all tenants of a place; yields a look at its memory."""
+    """Set a limit on the cgroup above all tenants of a place. Yield a function that returns its memory figures."""
     fgpu("set", place.group, "--memory", f"{memory}B")
     try:
 

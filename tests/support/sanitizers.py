@@ -19,7 +19,10 @@ UNRANDOM = ("setarch", "-R")
 
 @dataclass(frozen=True)
 class Sanitizer:
-    """A sanitizer. `checks`: the compiler's names of its checks; `library`: what must be first in the process."""
+    """A sanitizer.
+
+    `checks` are the compiler's names of its checks. `library` must be the first library in the process.
+    """
 
     name: str
     checks: str
@@ -52,7 +55,7 @@ class Sanitizer:
         return out
 
     def environment(self, reports: Path, leaks: bool = True) -> dict[str, str]:
-        """Return variables that send reports to that folder and end their process."""
+        """Return variables that make a process write reports to that folder and end after an error."""
         where = f"log_path={reports}/report"
         return {
             "ASAN_OPTIONS": f"{where}:detect_leaks={int(leaks)}:abort_on_error=0",

@@ -44,7 +44,7 @@ def compile_programs() -> None:
 def gatekeepers_of(run_dir: Path) -> set[int]:
     """Return the pids of all gatekeepers that were started with that folder."""
     found = set()
-    for pid in filter(str.isdigit, os.listdir("/proc")):  # no glob: it fails if a process exits meanwhile
+    for pid in filter(str.isdigit, os.listdir("/proc")):  # no glob: it fails if a process exits during the search
         with contextlib.suppress(OSError):
             words = Path("/proc", pid, "cmdline").read_bytes().split(b"\0")
             if b"fgpu_ebpf.gatekeeper" in words and str(run_dir).encode() in words:
@@ -75,10 +75,13 @@ def run_on_devices(file: str, number: int = 2, memory: str = "16GiB", seconds: f
 
 
 class Service:
-    """The simulated driver and the agent, started once and restarted on request."""
+    """The service under test: simulated driver and agent, started once and restarted on request."""
 
     def __init__(self, work: Path, asked: Sequence[str] = ("docker", "cri")) -> None:
-        """`asked`: the kinds of engines whose sockets the agent looks for."""
+        """Initialize the service.
+
+        `asked` has the kinds of engines whose sockets the agent uses.
+        """
         self.log = work / "agent.log"
         self.config = work / "agent.yaml"
         self.cdi = work / "cdi"
@@ -93,7 +96,7 @@ class Service:
         self._driver: subprocess.Popen[bytes] | None = None
         self.agent: subprocess.Popen[bytes] | None = None
         self.started_in = 0.0  # seconds from the last start to enforcement
-        self._checked = 0  # characters of the log that check() has read
+        self._checked = 0  # number of characters of the log that check() has read
         self.command = FGPU  # of the agent
 
     def start_driver(self, memory: str = MEMORY) -> None:
@@ -108,7 +111,10 @@ class Service:
         eventually(lambda: b"ready" in self._driver_log.read_bytes(), 20, "the simulated driver")
 
     def start_agent(self, stderr: int | None = None, *options: str) -> float:
-        """Start `fgpu agent`, logging to `stderr` or the usual file. Return the seconds until limits are in force."""
+        """Start `fgpu agent` with the log to `stderr` or the usual file.
+
+        Return the seconds until limits are in force.
+        """
         begun = time.monotonic()
         said = self.log.stat().st_size if self.log.exists() else 0
         with open(self.log, "ab") if stderr is None else open(stderr, "wb", closefd=False) as log:
@@ -128,12 +134,12 @@ class Service:
         return self.started_in
 
     def gatekeepers(self) -> set[int]:
-        """Return the pids of all gatekeepers that see this /run."""
+        """Return the pids of all gatekeepers that use this /run."""
         here = os.readlink("/proc/self/ns/mnt")
         return {pid for pid in gatekeepers_of(RUN_DIR) if _reads(f"/proc/{pid}/ns/mnt") == here}
 
     def stand(self) -> None:
-        """Start an agent if there is none, because a trial may have failed between two of them."""
+        """Start an agent if none runs, because a trial may have failed while no agent was running."""
         assert self.agent is not None
         if self.agent.poll() is not None:
             self.start_agent()
@@ -169,7 +175,7 @@ class Service:
         assert self.agent is not None
         assert self.agent.poll() is None, "the agent ended"
         log = self.log.read_text()[self._checked :]
-        self._checked += len(log)  # a traceback is the failure of one test, not of all later ones
+        self._checked += len(log)  # a traceback is the failure of one test, not of all later tests
         assert "Traceback" not in log, log
 
     def detach(self) -> None:
@@ -181,11 +187,11 @@ class Service:
             os.kill(pid, signal.SIGKILL)
 
     def stop(self) -> None:
-        """Detach, and end all that was started here."""
+        """Detach, and stop all processes that this object has started."""
         try:
             if self.agent:
                 self.detach()
-        finally:  # an agent that cannot start leaves no driver behind
+        finally:  # a failed start of an agent leaves no driver behind
             if self._driver:
                 self._driver.terminate()
                 self._driver.wait(10)

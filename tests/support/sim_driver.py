@@ -10,18 +10,18 @@ from tests.support.host import SIM
 
 
 def driver_dump() -> dict[str, Any]:
-    """Return everything that the simulated driver knows, as `fgpu-simd --dump` prints it."""
+    """Return the whole state of the simulated driver, as `fgpu-simd --dump` prints it."""
     done = subprocess.run([SIM / "fgpu-simd", "--dump"], capture_output=True, text=True, check=True, timeout=10)
     return dict(json.loads(done.stdout))
 
 
 def driver_books() -> list[dict[str, Any]]:
-    """Return what the driver itself holds: one entry for each process and device."""
+    """Return the driver's own figures: one entry for each process and device."""
     return list(driver_dump()["processes"])
 
 
 def unnamed_bytes() -> int:
-    """Return the bytes on all devices that no living process holds: those of exited ones, or of exports alone."""
+    """Return the bytes on all devices that no living process holds: those of exited processes, or of exports only."""
     said = driver_dump()
     ended = sum(entry["bytes"] for entry in said["processes"] if entry["ended"])
     return ended + sum(device["exported_bytes"] for device in said["devices"])

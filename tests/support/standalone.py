@@ -1,6 +1,6 @@
 """Containers of one image that has the shim and a limit, on a host without an agent.
 
-It owns the image's root, and a copy of it for each container. Imports nothing of fgpu.
+The module creates the image's root, and a copy of it for each container. Imports nothing of fgpu.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from tests.support.tenant import Client, Tenant
 from tests.support.wait import eventually
 
 LIMIT = 4 * GIB
-CONTEXT = 512 * MIB  # what the ledger charges for a context
+CONTEXT = 512 * MIB  # bytes that the ledger charges for a context
 TOGETHER = "fgpu: no agent: this container's programs share its limit"
 BY_ITSELF = "fgpu: no agent, no ledger in /run/fgpu: each process has the image's limit"
 
@@ -29,7 +29,7 @@ class Images(Container):
         self.shared: set[str] = set()  # namespaces that it shares with the host
         self.read_only = False
         self.run_is_tmpfs = False
-        self.root: Path | None = None  # of another container, which was started before
+        self.root: Path | None = None  # of another container, which was started earlier
 
     def _bundle(self, bundle: Path, name: str, folder: Path) -> None:
         super()._bundle(bundle, name, folder)
@@ -49,7 +49,7 @@ class Images(Container):
             spec["mounts"].insert(first, tmpfs)
         spaces = spec["linux"]["namespaces"]
         spec["linux"]["namespaces"] = [space for space in spaces if space["type"] not in self.shared]
-        if "pid" in self.shared:  # a new procfs shows a namespace that the runtime would have to be in
+        if "pid" in self.shared:  # a new procfs shows only a namespace that the runtime itself is in
             proc = next(mount for mount in spec["mounts"] if mount["destination"] == "/proc")
             proc.update(type="bind", source="/proc", options=["rbind", "nosuid"])
         if "ipc" in self.shared:
@@ -62,7 +62,7 @@ class Images(Container):
 
 
 def assert_live(tenant: Tenant, limit: int = LIMIT) -> Client:
-    """Check that the shim is there and a program sees the image's limit. Return the program."""
+    """Check that the shim is in use and a program reads the image's limit. Return the program."""
     client = tenant.client()
     free, total = client.ok("info")
     assert total == limit
@@ -71,13 +71,13 @@ def assert_live(tenant: Tenant, limit: int = LIMIT) -> Client:
 
 
 def used(client: Client) -> int:
-    """Return what the ledger says the container holds."""
+    """Return the container's charge in the ledger."""
     free, total = client.ok("info")
     return total - free
 
 
 def held(tenant: Tenant) -> int:
-    """Return what the driver has given to the container's processes, with contexts as the ledger charges them."""
+    """Return the bytes that the driver holds for the container's processes, with contexts as in the ledger."""
     pids, sum_ = set(tenant.pids()), 0
     for entry in driver_books():
         if entry["pid"] in pids:
@@ -87,12 +87,12 @@ def held(tenant: Tenant) -> int:
 
 
 def buried(client: Client) -> None:
-    """Wait until the driver has freed what a killed program held, and this is shown as free."""
+    """Wait until the driver has freed the memory of a killed program, and this memory is shown as free."""
     eventually(lambda: client.pid not in client.tenant.pids(), 10, "its death")
     eventually(lambda: all(entry["pid"] != client.pid for entry in driver_books()), 10, "its memory")
     client.close()
 
 
 def said(tenant: Tenant) -> set[str]:
-    """Return all that programs wrote to stderr."""
+    """Return the stderr of all programs."""
     return {line for path in tenant.folder.glob("*.err") for line in path.read_text().splitlines()}

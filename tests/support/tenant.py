@@ -64,7 +64,7 @@ class Program:
             return False
         try:
             data = os.read(self._out, 1 << 16)
-        except BlockingIOError:  # the program has opened its end meanwhile
+        except BlockingIOError:  # the program has opened its end by now
             return True
         self._left += data
         return bool(data)
@@ -80,7 +80,7 @@ class Program:
         return self._left.decode()
 
     def complaints(self) -> str:
-        """Return what it has written to stderr."""
+        """Return its stderr so far."""
         return self._errors.read_text(errors="replace") if self._errors.exists() else ""
 
     def close(self) -> None:
@@ -173,7 +173,10 @@ class Tenant:
             return []
 
     def has_left(self) -> bool:
-        """Return whether no process is left. A dead one holds the cgroup until the driver has freed everything."""
+        """Return whether no process is left.
+
+        A dead process keeps the cgroup until the driver has freed all of its memory.
+        """
         try:
             return "populated 0" in (self.cgroup / "cgroup.events").read_text()
         except OSError:
@@ -237,12 +240,12 @@ class Tenant:
         assert bytes_ is None or grown["driver"] == bytes_, (grown, bytes_)
 
     def assert_exact(self, seconds: float = 3) -> int:
-        """Wait until the ledger and the driver agree to the byte. Return what they hold."""
+        """Wait until the ledger and the driver agree to the byte. Return their bytes."""
 
         return self._agree(seconds, lambda seen, held: seen["used_bytes"] == held and not seen["drift_bytes"])
 
     def assert_holds(self, bytes_: int, program: Path = PROGRAM, before: str = "") -> None:
-        """Run a program that gets this much besides its context, as the limit says, and no more."""
+        """Start a program that can allocate these bytes besides its context, and no more."""
         client = self.client(program=program, before=before)
         client.ok(f"alloc {bytes_}")
         assert client.do(f"alloc {2 * MIB}") == REFUSED
@@ -265,7 +268,7 @@ class Tenant:
         return self._agree(seconds, agree)
 
     def _agree(self, seconds: float, agree: Callable[[dict[str, Any], int], bool]) -> int:
-        """Wait until the condition holds on every device. Return what the ledger holds on all of them."""
+        """Wait until the condition holds on every device. Return the ledger's bytes on all devices."""
 
         def all_agree() -> bool:
             held = self.driver_by_device()
@@ -285,7 +288,7 @@ class Tenant:
 
 
 def answered(client: Client) -> tuple[int, int, int]:
-    """Stop a client that asks. Return how often its request was granted, was refused, and had another result."""
+    """Stop a client that sends requests. Return how often they were admitted, refused, or had another result."""
     client.send("context")
     got, refused, other = client.numbers(client.receive())
     assert client.receive() == "ok"

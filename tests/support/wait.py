@@ -1,4 +1,4 @@
-"""Waiting for a condition, on a machine that other tests use too."""
+"""Wait for a condition, on a machine that other tests use too."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import TypeVar
 T = TypeVar("T")
 PRESSURE = Path("/proc/pressure/cpu")  # Linux 4.20
 GROWTH, LONGEST_PAUSE_SECONDS = 1.2, 0.05
-LONGEST = 10  # times as long, at most
+LONGEST = 10  # the factor by which a wait is extended, at most
 
 
 class Timeout(AssertionError):
@@ -20,9 +20,10 @@ class Timeout(AssertionError):
 
 
 class Deadline:
-    """The end of a number of seconds in which no program waited for a processor, and the hypervisor took none.
+    """The end of a number of quiet seconds.
 
-    Programs that wait for a processor are late without a defect. The kernel measures both times.
+    In these seconds no program waits for a processor, and the hypervisor takes no processor. Programs that wait for a
+    processor are late without a defect. The kernel measures both times.
     """
 
     def __init__(self, seconds: float) -> None:
@@ -33,7 +34,7 @@ class Deadline:
         return _quiet_clock() > self._quiet or time.monotonic() > self._any
 
     def left(self) -> float:
-        """Return the seconds until it is over, if no program waits for a processor meanwhile."""
+        """Return the seconds until the end, if no program waits for a processor until then."""
         return self._quiet - _quiet_clock()
 
 
@@ -51,7 +52,7 @@ def stolen_seconds() -> float:
 
 
 def _quiet_clock() -> float:
-    """Return the seconds since some moment in which no program waited for a processor and none was taken."""
+    """Return the seconds since some moment in which no program waited for a processor and the hypervisor took none."""
     return time.monotonic() - waited_seconds() - stolen_seconds()
 
 
@@ -73,7 +74,7 @@ def eventually(look: Callable[[], T], seconds: float = 10.0, what: str = "", pau
 
 
 def steadily(look: Callable[[], object], for_seconds: float, within: float = 10.0, what: str = "") -> None:
-    """Check that a function returns true values at every look for `for_seconds`."""
+    """Check that a function returns a true value at every call for `for_seconds`."""
     deadline = Deadline(within)
     since = time.monotonic()
     while time.monotonic() - since < for_seconds:

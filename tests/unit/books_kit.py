@@ -1,4 +1,4 @@
-"""A double of the ledger."""
+"""A test double of the ledger."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 
 class Books:
-    """The ledger's calls that an enforcer makes."""
+    """The calls of the ledger that an enforcer makes."""
 
     def __init__(self):
         self.limits, self.shares, self.decided, self.calls = {}, {}, {}, 0

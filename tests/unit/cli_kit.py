@@ -1,4 +1,4 @@
-"""The command `fgpu` in this process, and an agent that answers as a test says."""
+"""The command `fgpu` in this process, and an agent whose answers the test defines."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Answer = dict[str, Any] | Callable[[dict[str, Any]], dict[str, Any]]
 
 @contextmanager
 def agent(run_dir: Path, **answers: Answer) -> Iterator[list[dict[str, Any]]]:
-    """Answer requests at a control socket by verb, and yield the list of requests so far."""
+    """Answer requests at a control socket by verb, and yield the list of the received requests."""
     asked: list[dict[str, Any]] = []
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(str(run_dir / "control.sock"))
@@ -49,7 +49,7 @@ def agent(run_dir: Path, **answers: Answer) -> Iterator[list[dict[str, Any]]]:
 
 
 def fgpu(run_dir: Path, *words: str, **more: Any) -> Result:
-    """Run the command. Its exit code, stdout and stderr are in the result."""
+    """Run the command. The result has its exit code, stdout and stderr."""
     done = CliRunner().invoke(main, ["--run-dir", str(run_dir), *words], **more)
     assert done.exception is None or isinstance(done.exception, SystemExit), done.exception
     return done

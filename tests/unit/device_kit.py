@@ -1,7 +1,7 @@
 """A device that behaves as an H200, and operations of processes that may stop at any point.
 
-An operation of a process is a generator: at each `yield`, other operations may run. The reconcile thread asks NVML and
-the ledger one question at a time, and operations continue between two questions.
+An operation of a process is a generator: at each `yield`, other operations may run. The reconcile thread reads one
+figure of NVML or of the ledger at a time, and operations continue between two reads.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ Operation = Iterator[None]
 
 @dataclass(eq=False)
 class Managed:
-    """Managed memory. `resident`: how many of its bytes are on the device."""
+    """Managed memory. `resident` is the number of its bytes that are on the device."""
 
     bytes: int
     resident: int = 0
@@ -27,7 +27,7 @@ class Managed:
 
 @dataclass(eq=False)
 class Handle:
-    """Memory of cuMemCreate. `descriptors`: the number of its exported descriptors that are open."""
+    """Memory of cuMemCreate. `descriptors` is the number of its exported descriptors that are open."""
 
     bytes: int
     maker: Client | None
@@ -44,7 +44,7 @@ class Handle:
 
 @dataclass(eq=False)
 class Client:
-    """A process that uses the driver, or its remains. `keepers`: processes that have its descriptors open."""
+    """A process that uses the driver, or its remains. `keepers` are processes that have its descriptors open."""
 
     pid: int
     is_stranger: bool = False
@@ -55,8 +55,8 @@ class Client:
     plain: list[int] = field(default_factory=list)
     managed: list[Managed] = field(default_factory=list)
     pool: int = 0
-    grown: int = 0  # stacks, modules: what only the driver knows
-    never_seen: int = 0  # of an exited process: bytes that were never charged, because NVML was not asked in time
+    grown: int = 0  # stacks and modules: bytes that only the driver knows
+    never_seen: int = 0  # of an exited process: bytes that were never charged, because NVML was not read in time
 
     def own_bytes(self) -> int:
         """Return the bytes on the device, without handles and managed memory."""
@@ -101,7 +101,7 @@ class Device:
         return sum(client.pool for client in self.clients if client.is_alive and not client.contexts)
 
     def of_tenants(self) -> int:
-        """Return the bytes that tenants' processes hold or held, whatever NVML shows."""
+        """Return the bytes that tenants' processes hold or held, also those that NVML does not show."""
         clients = sum(self._bytes(client) for client in self.clients if not client.is_stranger)
         return clients + sum(handle.bytes for handle in self.handles)
 
@@ -115,7 +115,7 @@ class Device:
         return named is None or not named.is_alive
 
     def clean(self, client: Client) -> None:
-        """Release what the driver frees of a client that has no open descriptors."""
+        """Free the memory that the driver frees for a client without open descriptors."""
         self.clients.remove(client)
         for handle in list(self.handles):
             if handle.maker is client:
@@ -129,7 +129,7 @@ class Device:
 
 
 class World:
-    """A device and a ledger. `between` is called before each answer of NVML, and before processes are read."""
+    """A device and a ledger. `between` is called before each read of NVML, and before processes are read."""
 
     def __init__(self, between: Callable[[], None]) -> None:
         self.device, self.ledger = Device(), Ledger(between)
@@ -165,7 +165,7 @@ class World:
         return client
 
     def end(self, client: Client, in_flight_managed: int, keepers: int) -> None:
-        """Exit the client's process. The kernel learns of it at once, the driver some time later."""
+        """Exit the client's process. The kernel records the exit at once, the driver some time later."""
         if not client.is_stranger:
             self.ledger.end(client.pid, in_flight_managed)
         client.is_alive, client.keepers = False, keepers
@@ -197,7 +197,7 @@ class World:
         entry.changes += 1
 
     def admit(self, client: Client, bytes_: int) -> Operation:
-        """Admit bytes without a call of the driver. They become overhead in the end."""
+        """Admit bytes without a call of the driver. They finally become overhead."""
         entry = self._entry(client)
         entry.begun += 1
         entry.charge(bytes_)

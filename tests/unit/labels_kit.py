@@ -68,7 +68,7 @@ class _Server(socketserver.ThreadingMixIn, socketserver.UnixStreamServer):
 
 
 class Docker:
-    """A Docker engine for the two questions that fgpu asks. `raw` replaces its answers by arbitrary bytes."""
+    """A Docker engine for the two requests that fgpu makes. `raw` replaces its responses by arbitrary bytes."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -127,7 +127,7 @@ class Docker:
 
 
 class Cri:
-    """A containerd or CRI-O, as kubelet sees it."""
+    """A containerd or CRI-O engine with the interface for kubelet."""
 
     def __init__(self, path: Path) -> None:
         import grpc

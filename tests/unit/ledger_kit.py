@@ -70,7 +70,7 @@ class Ledger:
     def orphaned(self) -> int:
         return sum(orphan.bytes for orphan in self.kept.values())
 
-    # -- what the kernel does
+    # -- changes by the kernel
 
     def enter(self, pid: int) -> Entry:
         self.so_far += 1
@@ -92,7 +92,7 @@ class Ledger:
             self.freed += entry.managed + in_flight_managed
             self.orphan(pid, entry, entry.bytes, True)
 
-    # -- what the agent does
+    # -- changes by the agent
 
     def processes(self) -> dict[int, Process]:
         self._between()

@@ -1,4 +1,4 @@
-"""Orphans, tenants and a ledger that knows nothing but usage, for tests of what is made of them."""
+"""Orphans, tenants and a ledger that has only usage, for tests of the code that uses them."""
 
 from __future__ import annotations
 
@@ -48,7 +48,10 @@ def tenant(cgroup: int = 7, path: str = "/a", **more: Any) -> Tenant:
 
 
 class Books:
-    """A ledger. `orphaned`: bytes of each level on the first device; `removed`: levels whose pages were removed."""
+    """A ledger.
+
+    `orphaned` has the bytes of each level on the first device. `removed` has levels whose pages were removed.
+    """
 
     def __init__(self) -> None:
         self.orphaned: dict[int, int] = {}

@@ -1,4 +1,4 @@
-"""Policies and workloads made up for the tests."""
+"""Invented policies and workloads for the tests."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def text(name: str = "p", spec: str = "{selector: {cgroup: a}}") -> str:
 
 
 def read(yaml: str) -> list[Policy]:
-    """The policies of a text that is right."""
+    """Return the policies of a valid text."""
     policies, errors = parse.read("p.yaml", yaml.encode())
     assert [str(error) for error in errors] == []
     return policies
@@ -126,7 +126,7 @@ documents = st.builds(
 
 
 def as_yaml(*found: Any) -> bytes:
-    """Documents as a file: JSON is YAML."""
+    """Return a strategy of documents as YAML text (JSON is YAML)."""
     return "".join(f"--- {json.dumps(document, ensure_ascii=False)}\n" for document in found).encode()
 
 

@@ -1,4 +1,4 @@
-"""Run pytest in a folder with a copy of what all suites share, and one suite with one file."""
+"""Run pytest in a folder with a copy of the files that all suites share, and with one suite of one file."""
 
 from __future__ import annotations
 

@@ -13,8 +13,8 @@ from fgpu_ebpf.scheduling.turns import Turns
 
 US, MS, S = 1_000, 1_000_000, 1_000_000_000
 REST_NS = 100 * US  # a shorter rest is not reported
-BELL_NS = 200 * US  # until the gatekeeper has seen a wake-up
-WAKE_NS = 150 * US  # until a thread at a gate has seen that the gate is open
+BELL_NS = 200 * US  # until the gatekeeper has processed a wake-up
+WAKE_NS = 150 * US  # until a thread at a gate has read that the gate is open
 BUDGET_NS = 2 * MS
 
 
@@ -28,7 +28,7 @@ class Steps:
     owed: int = 0
 
     def wants_ns(self, now_ns: int, kernel_ns: int) -> int:
-        """Return the time of the next launch; 0: now."""
+        """Return the time of the next launch; 0 is now."""
         if not self.owed and now_ns >= self.next_ns:
             self.owed, self.next_ns = max(1, self.work_ns // kernel_ns), max(now_ns, self.next_ns + self.period_ns)
         return 0 if self.owed else self.next_ns
@@ -36,7 +36,7 @@ class Steps:
 
 @dataclass(eq=False)
 class Loop:
-    """A program that launches `kernels`, waits until they are done, thinks, and begins again.
+    """A program that launches `kernels`, waits until they are done, computes on the host, and repeats.
 
     `thinks`: returns the nanoseconds from the end of the work to the next launch, with the wake-up of the thread.
     `guesses`: returns the part of the work's length that the shim reports as its length.
@@ -50,7 +50,7 @@ class Loop:
     doubt_ns: int = 0  # error of the estimate of the work in flight; below 0: too short
 
     def wants_ns(self, now_ns: int, kernel_ns: int) -> int:
-        """Return the time of the next launch; 0: now; NEVER_NS: when its work is done."""
+        """Return the time of the next launch; 0 is now, and NEVER_NS is when its work is done."""
         if not self.owed and now_ns >= self.next_ns:
             self.owed, self.next_ns = self.kernels, NEVER_NS
             self.doubt_ns = round((self.guesses() - 1.0) * self.kernels * kernel_ns)
@@ -64,17 +64,20 @@ class Loop:
 
 @dataclass(eq=False)
 class Tenant:
-    """A program that launches kernels whenever it wants and may, with a bounded amount of work in flight."""
+    """A program that launches kernels while it has work and its gate is open.
+
+    The amount of its work in flight is bounded.
+    """
 
     key: int
     share: Share = field(default_factory=Share)
     kernel_ns: int = 200 * US
     devices: frozenset[int] = frozenset({0})
-    steps: Steps | Loop | None = None  # None: always
-    doubt_ns: int = 0  # how much longer the work in flight is estimated than it takes
-    silent: bool = False  # it never reports that it has drained
-    lies: bool = False  # it reports that its turns begin late and end at once
-    restless: bool = False  # it reports that it has rested all the time
+    steps: Steps | Loop | None = None  # None: it always has work
+    doubt_ns: int = 0  # by how much the estimate of the work in flight is too long
+    silent: bool = False  # whether it never reports that it has drained
+    lies: bool = False  # whether it reports that its turns begin late and end at once
+    restless: bool = False  # whether it reports that it has rested all the time
     stopped: bool = False
     dead: bool = False
     flights: list[int] = field(default_factory=list)
@@ -87,19 +90,19 @@ class Tenant:
     begun_ns: int = 0
     ended_ns: int = 0
     closed_ns: int = 0
-    rested_ns: int = 0  # since the scheduler's last look
+    rested_ns: int = 0  # since the scheduler's last step
     said: tuple[Any, ...] = ()
     longest_wait_ns: int = 0
     waits_ns: list[int] = field(default_factory=list)
 
     def rests_ns(self, now_ns: int) -> int:
-        """Return the time of the next launch; 0: now."""
+        """Return the time of the next launch; 0 is now."""
         if self.stopped:
             return NEVER_NS
         return self.steps.wants_ns(now_ns, self.kernel_ns) if self.steps else 0
 
     def tell(self) -> None:
-        if not self.stopped:  # else its page does not change
+        if not self.stopped:  # otherwise its page does not change
             span = (2**62, self.closed_ns) if self.lies else (self.begun_ns, self.ended_ns)
             doubt_ns = self.steps.doubt_ns if isinstance(self.steps, Loop) else self.doubt_ns
             until_ns = max(self.flights, default=0) + doubt_ns
@@ -116,7 +119,8 @@ class Tenant:
 class Hog(Tenant):
     """A program that launches nothing, and always reports that work of `claim_ns` is in flight.
 
-    `cunning`: only during turns that begin while the claim is believed; else it reports at once that it has drained.
+    `cunning`: it claims the work only in turns that begin while the scheduler accepts the claim. In other turns it
+    reports at once that it has drained.
     """
 
     claim_ns: int = 990 * MS
@@ -136,12 +140,15 @@ class Hog(Tenant):
 
 
 class World:
-    """Devices that run the kernels of all tenants one after the other."""
+    """Devices that run the kernels of all tenants one after another."""
 
     def __init__(
         self, *tenants: Tenant, outer: dict[int, Share] | None = None, inside: dict[int, list[int]] | None = None
     ) -> None:
-        """`outer`: levels without programs of their own; `inside`: the levels around a tenant, innermost first."""
+        """Initialize the devices.
+
+        `outer` are levels without programs of their own. `inside` has the levels around a tenant, innermost first.
+        """
         self.tenants = {tenant.key: tenant for tenant in tenants}
         self.turns = Turns()
         self.now = 1 * S
@@ -174,7 +181,7 @@ class World:
         return self
 
     def step(self) -> int:
-        """Step the scheduler until nothing changes, because it looks at a closed gate again at once."""
+        """Step the scheduler until nothing changes, because it checks a closed gate again at once."""
         is_new = True
         while is_new:
             self.steps += 1
@@ -195,7 +202,7 @@ class World:
         return self.turns.due_ns(self.now)
 
     def run_observed(self, seconds: int, error: Callable[[int], float] = lambda _: 0.0) -> World:
-        """Run as `run` does, and ask NVML once a second. `error(second)`: NVML's error, as a part of that second."""
+        """Run as `run` does, and read NVML once a second. `error(second)` is NVML's error, as a part of that second."""
         for second in range(seconds):
             before = {key: tenant.done_ns for key, tenant in self.tenants.items()}
             self.run(1.0)
@@ -206,7 +213,7 @@ class World:
         return self
 
     def check(self) -> None:
-        """Check that a device has one owner beside those about to drain, and a gang all of its devices or none."""
+        """Check that a device has one owner, except for draining tenants, and a gang has all of its devices or none."""
         turns = [place.turn for place in self.turns.places.values() if place.turn]
         owned = [device for turn in turns if not turn.handed_ns for device in turn.devices]
         assert len(owned) == len(set(owned))
@@ -260,7 +267,7 @@ class World:
 
     def _begin_to_wait(self, tenant: Tenant) -> None:
         tenant.waiting, tenant.waited_from, tenant.wanted_ns = True, self.now, self.now
-        if not tenant.flights:  # else it rings once it has drained, for both reasons
+        if not tenant.flights:  # otherwise it wakes the gatekeeper once it has drained, for both reasons
             self._ring(tenant)
 
     def _complete(self, tenant: Tenant) -> None:
@@ -278,7 +285,10 @@ class World:
                 self._ring(tenant)
 
     def _ring(self, tenant: Tenant | None = None) -> None:
-        """Ring for this tenant, or for all. The next step sees it. It wakes the gatekeeper if it cannot wait."""
+        """Send a wake-up for this tenant, or for all.
+
+        The next step processes it. The gatekeeper is woken if the wake-up cannot wait.
+        """
         self.rung |= {tenant.key} if tenant else set(self.tenants)
         if self.bell is None and not (tenant and tenant.key in self.turns.without_wakeups()):
             self.bell = self.now + BELL_NS

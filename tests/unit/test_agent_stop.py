@@ -1,4 +1,4 @@
-"""The end of an agent: each part of it is stopped, whatever another one raises."""
+"""The stop of an agent stops each of its parts, even if another part raises an exception."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ PARTS = ("policies", "engines", "reconciler", "usage", "gatekeeper")
 
 
 class Part:
-    """Remembers that it was stopped, and raises then if it `fails`."""
+    """A part that records its stop, and raises an exception in it if it `fails`."""
 
     def __init__(self, name: str, stopped: list[str], fails: bool) -> None:
         self.name, self.stopped, self.fails = name, stopped, fails
@@ -26,7 +26,7 @@ class Part:
 
 
 def agent_of(stopped: list[str], failing: tuple[str, ...], is_wired: bool = True) -> Agent:
-    """An agent that has made all of its parts, or only those that it has before its start."""
+    """Return an agent with all of its parts, or only with those that it has before its start."""
     agent = Agent.__new__(Agent)
     agent.failures = 0
     part = {name: Part(name, stopped, name in failing) for name in PARTS}
@@ -39,7 +39,7 @@ def agent_of(stopped: list[str], failing: tuple[str, ...], is_wired: bool = True
 
 
 @pytest.mark.parametrize("failing", [(), *((name,) for name in PARTS), PARTS], ids="+".join)
-def test_a_part_that_raises_keeps_no_other_from_being_stopped(
+def test_a_part_that_raises_does_not_prevent_the_stop_of_others(
     failing: tuple[str, ...], caplog: pytest.LogCaptureFixture
 ) -> None:
     stopped: list[str] = []
@@ -53,7 +53,7 @@ def test_a_part_that_raises_keeps_no_other_from_being_stopped(
     }
 
 
-def test_a_part_that_a_start_did_not_reach_is_left_out() -> None:
+def test_a_part_that_was_not_started_is_not_stopped() -> None:
     stopped: list[str] = []
     agent_of(stopped, (), is_wired=False).stop()
     assert stopped == ["engines", "gatekeeper"]

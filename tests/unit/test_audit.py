@@ -1,4 +1,4 @@
-"""Tests of the audit: which tenants run beyond their turns, according to NVML and to the counts of turns."""
+"""Tests of the audit: which tenants run outside their turns, according to NVML and to the counts of turns."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Host:
         return said
 
 
-def test_a_tenant_that_runs_outside_its_turns_is_known_after_ten_seconds():
+def test_a_tenant_that_runs_outside_its_turns_is_found_after_ten_seconds():
     host = Host({71: 48, 81: 60, 82: 35, 99: 100})
     assert host.looks(10) == Verdict()
     assert host.looks(1).beyond == pytest.approx({HONEST: -0.02, LIAR: 0.45})
@@ -49,7 +49,7 @@ def test_a_tenant_that_runs_outside_its_turns_is_known_after_ten_seconds():
     assert host.looks(10).outside == set()
 
 
-def test_a_tenant_that_owns_much_and_runs_nothing_is_named_by_its_processes_with_contexts():
+def test_a_tenant_that_owns_much_and_runs_nothing_is_named_by_its_processes():
     host = Host({71: 48})
     assert host.looks(10).empty == set()
     assert host.looks(1).empty == {81}
@@ -63,7 +63,7 @@ def test_a_tenant_that_owns_little_need_not_run():
     assert host.looks(11).empty == set()
 
 
-def test_the_gatekeeper_receives_nvml_s_figures_from_the_second_look_on():
+def test_the_gatekeeper_receives_nvml_s_figures_from_the_second_sample_on():
     host = Host({71: 48, 81: 60, 82: 35, 99: 100})
     host.looks(1)
     assert host.ran == {HONEST: 0, LIAR: 0}
@@ -74,11 +74,11 @@ def test_the_gatekeeper_receives_nvml_s_figures_from_the_second_look_on():
     assert host.ran[HONEST] == pytest.approx(4.8e9 + 2 * 0.48e9), "a look that is late speaks for two seconds"
 
 
-def test_two_processes_do_not_run_for_more_than_all_the_time():
+def test_the_time_of_two_processes_does_not_exceed_the_whole_time():
     assert Host({81: 100, 82: 100}).looks(11).beyond[LIAR] == pytest.approx(0.5)
 
 
-def test_without_an_answer_nothing_is_known_and_the_audit_starts_again():
+def test_the_audit_starts_again_after_a_missing_answer_of_nvml():
     host = Host({81: 100})
     assert host.looks(11).beyond
     host.percent = None
@@ -100,14 +100,14 @@ def test_a_tenant_that_reports_nothing_owns_nothing():
     assert host.looks(11).beyond[LIAR] == pytest.approx(0.3)
 
 
-def test_counts_that_start_again_are_no_owned_time():
+def test_counts_that_restart_at_zero_add_no_owned_time():
     host = Host({81: 50})
     host.looks(11)
     host.now = 0.0
     assert host.looks(10) == Verdict()
 
 
-def test_once_a_second():
+def test_the_audit_runs_once_a_second():
     host = Host({})
     host.looks(1)
     assert (host.audit.due(host.now + 0.5), host.audit.due(host.now + 1.0)) == (False, True)

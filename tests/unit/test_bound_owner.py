@@ -1,4 +1,4 @@
-"""Tests of the owner of a bound: the cgroup that it belongs to, in trees as engines, systemd and users make them."""
+"""Tests of the owner of a bound: its cgroup, in trees as engines, systemd and users create them."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def host(tmp_path: Path) -> Callable[..., Owner]:
         ("/", "/", Why.ITSELF),
     ],
 )
-def test_what_engines_and_systemd_name(host, path, owner, why):
+def test_cgroups_named_by_engines_and_systemd_have_the_expected_owner(host, path, owner, why):
     found = host(path)
     assert found.why is why
     assert found.path.endswith(owner or path)
@@ -60,12 +60,12 @@ def test_all_cgroups_of_a_user_are_one_workload(host):
     assert (found.path, found.why) == ("/work/alice", Why.USER)
 
 
-def test_a_cgroup_with_a_limit_is_one_with_all_that_is_inside(host):
+def test_a_cgroup_with_a_limit_owns_all_cgroups_inside_it(host):
     found = host("/teams/a/x/y", levels=("/teams/a", "/teams/a/x"))
     assert (found.path, found.why) == ("/teams/a", Why.LEVEL)
 
 
-def test_a_group_s_limit_makes_its_workloads_no_single_one(host):
+def test_workloads_of_a_group_with_a_limit_keep_their_own_owners(host):
     levels = ("/kubepods.slice", f"/kubepods.slice/{POD}")
     assert host(f"/kubepods.slice/{POD}/a", levels=levels).path == f"/kubepods.slice/{POD}"
     assert host("/work.slice/plain/a", levels=("/work.slice", "/work.slice/plain")).path == "/work.slice/plain"
@@ -85,7 +85,7 @@ NAMES = st.sampled_from(
     levels=st.integers(0, 2**7 - 1),
 )
 def test_names_of_cgroups_inside_a_workload_give_it_no_second_owner(tmp_path_factory, outside, inside, other, levels):
-    """A cgroup inside a workload has the workload's owner, whatever the workload calls it."""
+    """A cgroup inside a workload has the workload's owner, with any name that the workload chooses."""
     root = tmp_path_factory.mktemp("host")
     own = "/" + "/".join([*outside, f"cri-containerd-{ID}.scope"])
     paths = ["/".join([own, *names]) for names in (inside, other)]

@@ -1,4 +1,4 @@
-"""The arguments of bpf(2) and perf_event_open(2) against the kernel's headers, as the C compiler sees them."""
+"""The arguments of bpf(2) and perf_event_open(2) equal the kernel's headers, as the C compiler reads them."""
 
 from __future__ import annotations
 
@@ -58,11 +58,11 @@ def c_facts(expressions: list[str], folder: Path) -> dict[str, tuple[int, int]]:
 
 
 def has_uprobe_multi() -> bool:
-    """Return whether the headers have what Linux 6.6 added."""
+    """Return whether the headers have the fields that Linux 6.6 added."""
     return "uprobe_multi" in Path("/usr/include/linux/bpf.h").read_text()
 
 
-def test_offsets_and_sizes_are_those_of_the_kernel(tmp_path: Path) -> None:
+def test_offsets_and_sizes_equal_those_of_the_kernel(tmp_path: Path) -> None:
     facts = python_facts()
     if not has_uprobe_multi():
         facts = {text: fact for text, fact in facts.items() if "uprobe_multi" not in text}
@@ -71,7 +71,7 @@ def test_offsets_and_sizes_are_those_of_the_kernel(tmp_path: Path) -> None:
     assert ctypes.sizeof(attributes.PerfEventAttr) == 128, "PERF_ATTR_SIZE_VER7"
 
 
-def test_uprobe_multi_is_where_linux_6_6_has_it() -> None:
+def test_uprobe_multi_has_its_offsets_of_linux_6_6() -> None:
     member, kind = attributes.UprobeMultiLinkAttr.uprobe_multi, attributes.UprobeMultiLink
     offsets = [member.offset + getattr(kind, name).offset for name, *_ in kind._fields_]
     assert offsets == [16, 24, 32, 40, 48, 52, 56]

@@ -89,16 +89,16 @@ def test_percent_of_a_device():
         *("8gib-50pct-2", "8gib 50pct", "9999999gib", "\u0661gib", "1mib", "8gib-50pct\n", "../8gib", "8gib;id"),
     ],
 )
-def test_names_that_are_no_shares(name):
+def test_invalid_names_are_no_shares(name):
     with pytest.raises(QuantityError):
         share_name.parse(name)
 
 
-def test_the_usual_ones_are_shares():
+def test_the_default_share_names_are_valid():
     assert [share_name.parse(name).name for name in share_name.USUAL] == list(share_name.USUAL)
 
 
-def test_agent_yaml_lists_them(tmp_path):
+def test_agent_yaml_lists_the_offered_shares(tmp_path):
     file = tmp_path / "agent.yaml"
     file.write_text("shares: [6gib-30pct, all-10pct]\ncdiFolder: /etc/cdi\n")
     host, errors = host_config.read(file, root_only=False)
@@ -119,7 +119,7 @@ def test_agent_yaml_lists_them(tmp_path):
 # -- specifications ------------------------------------------------------------------------------------------------
 
 
-def test_valid_by_the_schema_and_of_the_lowest_version(parts):
+def test_specifications_are_valid_and_of_the_lowest_version(parts):
     for spec, version in (
         (cdi.shim_spec(parts), "0.3.0"),
         (cdi.share_spec(parts, ["8gib-50pct", "all-50pct"]), "0.5.0"),
@@ -127,8 +127,8 @@ def test_valid_by_the_schema_and_of_the_lowest_version(parts):
     ):
         validate(spec)
         assert spec["cdiVersion"] == version
-        # Nothing from later versions: `type` of mounts came with 0.4.0, hostPath of nodes with 0.5.0, annotations with
-        # 0.6.0.
+        # Nothing from later versions is used: `type` of mounts came with 0.4.0, hostPath of nodes with 0.5.0,
+        # annotations with 0.6.0.
         assert keys(spec) <= {
             *("cdiVersion", "kind", "devices", "name", "containerEdits", "mounts", "hostPath", "containerPath"),
             *("options", "hooks", "hookName", "path", "args", "timeout", "env"),
@@ -139,7 +139,7 @@ def test_valid_by_the_schema_and_of_the_lowest_version(parts):
         validate(broken)
 
 
-def test_everything_is_mounted_read_only(parts):
+def test_every_mount_is_read_only(parts):
     found = cdi.mounts(parts)
     lists, folders = ["/etc/ld.so.preload", "/etc/ld-nix.so.preload"], ["/run/fgpu/shim", "/var/lib/fgpu/run"]
     info = "/var/lib/fgpu/bin/fgpu-info"
@@ -157,7 +157,7 @@ def test_a_share_named_twice_is_one_device(parts):
     assert [d["name"] for d in cdi.share_spec(parts, ["8gib", "4gib", "8gib"])["devices"]] == ["8gib", "4gib"]
 
 
-def test_the_limit_comes_by_a_hook_on_the_host(parts):
+def test_a_hook_on_the_host_sets_the_limit(parts):
     (device,) = cdi.share_spec(parts, ["8gib"])["devices"]
     (hook,) = device["containerEdits"]["hooks"]
     assert hook["hookName"] == "createRuntime"
@@ -181,8 +181,8 @@ def test_specifications_are_written_and_removed(parts, tmp_path):
     injection.take_away(parts.run_dir)
 
 
-def test_lists_that_are_not_requested_are_swept(parts, monkeypatch):
-    """Unused lists are removed, so that images cannot use all of them up and keep later containers from starting."""
+def test_unused_preload_lists_are_removed(parts, monkeypatch):
+    """Unused lists are removed. Otherwise images could use up all lists and prevent later containers from starting."""
     now = 1000.0
     monkeypatch.setattr(injection.time, "monotonic", lambda: now)
     swept, lists = injection.Lists(parts.run_dir), parts.run_dir / "preload.d"
@@ -204,7 +204,7 @@ def test_lists_that_are_not_requested_are_swept(parts, monkeypatch):
     assert os.listdir(lists) == []
 
 
-def test_what_is_no_longer_wanted_is_removed(parts, tmp_path):
+def test_specifications_that_are_no_longer_needed_are_removed(parts, tmp_path):
     injection.set_up(parts, tmp_path / "old", ["8gib"])
     injection.set_up(parts, tmp_path / "new", [])
     assert not (tmp_path / "old").exists()
@@ -214,7 +214,7 @@ def test_what_is_no_longer_wanted_is_removed(parts, tmp_path):
 @pytest.mark.parametrize(
     "text", [None, b"", bytes(range(256)), b"/\n\n.\n\0\n"], ids=["folder", "empty", "bytes", "paths"]
 )
-def test_a_list_of_specifications_that_says_nothing_stops_no_set_up(parts, tmp_path, text):
+def test_an_invalid_list_of_specifications_prevents_no_setup(parts, tmp_path, text):
     folder = tmp_path / "cdi"
     injection.set_up(parts, folder, ["8gib"])
     shutil.rmtree(folder)
@@ -229,7 +229,7 @@ def test_a_list_of_specifications_that_says_nothing_stops_no_set_up(parts, tmp_p
     assert len(injection.written(parts.run_dir)) == 2
 
 
-def test_the_helper_is_published_where_a_folder_is(tmp_path, monkeypatch):
+def test_the_helper_replaces_a_folder_at_its_path(tmp_path, monkeypatch):
     monkeypatch.setattr(injection, "BIN", tmp_path / "bin")
     built = tmp_path / "built"
     built.write_text("helper")
@@ -238,7 +238,7 @@ def test_the_helper_is_published_where_a_folder_is(tmp_path, monkeypatch):
     assert (tmp_path / "bin/fgpu-info").read_text() == "helper", "its other name"
 
 
-def test_the_earlier_helper_stays_where_no_other_can_be_published(tmp_path, monkeypatch):
+def test_the_earlier_helper_stays_if_no_other_can_be_published(tmp_path, monkeypatch):
     monkeypatch.setattr(injection, "BIN", tmp_path / "bin")
     built = tmp_path / "built"
     built.write_text("helper")
@@ -256,14 +256,14 @@ def test_the_earlier_helper_stays_where_no_other_can_be_published(tmp_path, monk
         injection.publish_helper(built)
 
 
-def test_specifications_of_others_stay(parts, tmp_path):
+def test_specifications_of_other_programs_are_kept(parts, tmp_path):
     (tmp_path / "nvidia.yaml").write_text("x")
     injection.set_up(parts, tmp_path, ["8gib"])
     injection.take_away(parts.run_dir)
     assert (tmp_path / "nvidia.yaml").read_text() == "x"
 
 
-def test_a_reader_sees_the_old_or_the_new(parts, tmp_path):
+def test_a_reader_gets_the_old_or_the_new_specification(parts, tmp_path):
     path, ended, seen = tmp_path / "x.json", threading.Event(), set()
     both = [cdi.share_spec(parts, [name]) for name in ("8gib", "16gib-50pct")]
     cdi.write(path, both[0])
@@ -282,7 +282,7 @@ def test_a_reader_sees_the_old_or_the_new(parts, tmp_path):
     assert sorted(os.listdir(tmp_path)) == ["run", "x.json"]
 
 
-def test_a_path_that_no_configuration_can_contain(tmp_path):
+def test_a_path_that_no_configuration_can_contain_is_refused(tmp_path):
     with pytest.raises(ValueError, match="quotes"):
         injection.parts(tmp_path, tmp_path / 'a"b', tmp_path)
 
@@ -296,7 +296,7 @@ def fgpu(*words: str) -> tuple[int, str]:
     return done.exit_code, done.output
 
 
-def test_generate(tmp_path):
+def test_fgpu_cdi_generate_prints_specifications(tmp_path):
     code, said = fgpu("generate", "8gib-50pct", "1.5gib")
     assert code == 0
     validate(json.loads(said))
@@ -309,7 +309,7 @@ def test_generate(tmp_path):
     )
 
 
-def test_list_shows_what_exists(parts, tmp_path, monkeypatch):
+def test_fgpu_cdi_list_shows_existing_devices(parts, tmp_path, monkeypatch):
     from fgpu_ebpf.cli import request
 
     monkeypatch.setattr(request, "RUN_DIR", parts.run_dir)

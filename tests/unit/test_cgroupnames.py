@@ -1,4 +1,4 @@
-"""Tests of the table of cgroup names: every engine, with systemd's driver and without, nested, and unknown names."""
+"""Tests of the table of cgroup names: every engine, with and without systemd's driver, nested, and unknown names."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ ID = "4f1d" * 16
 INNER = "beef" * 16
 UID = "0f8a2c1e-1111-2222-3333-444455556666"
 UID_ = UID.replace("-", "_")
-HASH = UID.replace("-", "")  # of a static pod: kubelet makes its uid from its file, without dashes
+HASH = UID.replace("-", "")  # of a static pod: kubelet derives its uid from its file, without dashes
 PODS = {
     "burstable": f"/kubepods.slice/kubepods-burstable.slice/kubepods-burstable-pod{UID_}.slice",
     "besteffort": f"/kubepods.slice/kubepods-besteffort.slice/kubepods-besteffort-pod{UID_}.slice",
@@ -75,7 +75,7 @@ CASES = {
     **dict.fromkeys(BARE_PODS.values(), (None, None, UID, None, False)),
     "/kubepods.slice/kubepods-burstable.slice": (None, None, None, None, False),
     "/kubepods/burstable": (None, None, None, None, False),
-    # others
+    # other cgroups
     f"/system.slice/nerdctl-{ID}.scope": ("nerdctl", ID, None, f"nerdctl-{ID}.scope", False),
     f"/system.slice/runc-{ID}.scope": ("runc", ID, None, f"runc-{ID}.scope", False),
     "/lxc.payload.web-1": ("lxc", "web-1", None, None, False),
@@ -84,7 +84,7 @@ CASES = {
     "/system.slice/jupyter-anna.service": (None, None, None, "jupyter-anna.service", False),
     "/system.slice/docker.service": (None, None, None, "docker.service", False),
     "/system.slice/docker.socket": (None, None, None, None, False),
-    # engines in containers: processes of the outer container made these, and could have chosen any name
+    # engines in containers: processes of the outer container created these cgroups, and could have chosen any name
     f"{NODE}/docker/{INNER}": ("docker", INNER, None, f"docker-{ID}.scope", True),
     f"/docker/{ID}/docker/{INNER}": ("docker", INNER, None, None, True),
     f"{NODE}{PODS['kind']}/cri-containerd-{INNER}.scope": (
@@ -95,7 +95,7 @@ CASES = {
         "docker", INNER, UID, f"cri-containerd-{ID}.scope", True,
     ),
     f"/lxc.payload.web/docker/{INNER}": ("docker", INNER, None, None, True),
-    # names that only look like a container's
+    # names that only resemble those of containers
     f"/batch/{ID}": (None, None, None, None, False),
     f"/system.slice/docker-{ID[:11]}.scope": (None, None, None, f"docker-{ID[:11]}.scope", False),
     f"/system.slice/docker-{ID.upper()}.scope": (None, None, None, f"docker-{ID.upper()}.scope", False),
@@ -108,7 +108,7 @@ CASES = {
 
 
 @pytest.mark.parametrize("path", CASES)
-def test_a_path_names_its_maker(path):
+def test_the_engine_is_read_from_a_path(path):
     said = cgroup_names.parse(cgroup_names.split(path))
     assert (said.engine, said.container, said.pod_uid, said.unit, said.inside) == CASES[path]
 
@@ -122,7 +122,7 @@ def test_a_container_inside_another_is_nested(path):
 
 
 @pytest.mark.parametrize("path", [path for path in CASES if "conmon" not in path])
-def test_containers_are_no_monitors(path):
+def test_a_container_s_cgroup_is_no_monitor(path):
     assert not cgroup_names.is_monitor(cgroup_names.split(path))
 
 
@@ -160,7 +160,7 @@ def test_every_path_has_a_result(found):
 
 
 @given(parts)
-def test_every_cgroup_made_inside_a_container_belongs_to_it(found):
+def test_every_cgroup_inside_a_container_belongs_to_that_container(found):
     said = cgroup_names.parse(["docker", ID, *found])
     assert said.inside == bool(found)
     assert said.container == ID or said.nested

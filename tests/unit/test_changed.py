@@ -21,7 +21,7 @@ from tests.changed import ALWAYS, broken_by
         ("dev", {"tests"}, set()),
     ],
 )
-def test_tests_that_a_change_can_break(path: str, broken: set[str], spared: set[str]) -> None:
+def test_the_tests_that_a_change_can_break_are_selected(path: str, broken: set[str], spared: set[str]) -> None:
     found = set(broken_by([path]))
     assert broken <= found
     assert not spared & found

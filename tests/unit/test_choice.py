@@ -1,4 +1,4 @@
-"""Tests of the keys of `fgpu top`: how each key changes what is shown."""
+"""Tests of the keys of `fgpu top`: how each key changes the view."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def test_scrolling_stays_within_the_rows() -> None:
     assert after("down", count=3).first == 0
 
 
-def test_an_order_begins_at_the_top() -> None:
+def test_a_new_order_scrolls_to_the_top() -> None:
     found = after("end", "r")
     assert (found.first, found.order.column.word, found.order.is_reversed) == (0, "refused", False)
     assert after("r", "r").order.is_reversed
@@ -41,7 +41,7 @@ def test_a_filter_is_typed_kept_and_cleared() -> None:
     assert after("escape", choice=typed) == after("escape", choice=kept) == ViewChoice()
 
 
-def test_only_q_ends_it() -> None:
+def test_only_q_ends_top() -> None:
     assert ViewChoice().pressed("q", PAGE) is None
     assert after("x", "enter", "\x1b[99~", "é") == ViewChoice()
 

@@ -1,4 +1,4 @@
-"""Tests of arbitrary status pages: the figures that are read are within bounds, and counts never shrink."""
+"""Tests of arbitrary status pages: all figures that the gatekeeper reads are within bounds, and counts never shrink."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ near = st.integers(-25_000, 25_000).map(lambda us: us * US)  # a time near the p
 
 
 def page_of(**fields: int) -> StatusPage:
-    """A status page that says this about device 0."""
+    """Return a status page with these values for device 0."""
     page = StatusPage()
     for part in (page.devices[0], page.flights[0], page.spans[0]):
         for name, _ in part._fields_:
@@ -38,7 +38,7 @@ def page_of(**fields: int) -> StatusPage:
 
 
 @given(st.lists(any_word, min_size=8, max_size=8), st.integers(-(2**62), 2**62), st.integers(0, 2**62))
-def test_any_page_is_read_within_bounds(some, ahead_ns, now_ns):
+def test_the_figures_of_any_page_are_within_bounds(some, ahead_ns, now_ns):
     words = process_claims.Words(*(some * 64)[: process_claims.Words._length_])
     for device in range(abi.DEVICES):
         said = process_claims.read(words, process_claims.row_of(device), ahead_ns, now_ns)
@@ -57,7 +57,7 @@ def test_an_honest_page_is_read_unchanged():
 
 
 @given(st.integers(-(2**70), 2**70))
-def test_a_count_that_no_word_holds_is_written_as_the_nearest_that_one_does(number):
+def test_a_count_beyond_a_word_is_written_as_the_nearest_value(number):
     written = []
     book = compute_maps.ComputeMaps({"turns": 3}, lambda: None)
     with pytest.MonkeyPatch.context() as patch:
@@ -73,7 +73,7 @@ class Program:
     """A process of a tenant. The test writes its status page."""
 
     def __init__(self) -> None:
-        self.status = SimpleNamespace(page=StatusPage())  # no memory file: hypothesis makes thousands of them
+        self.status = SimpleNamespace(page=StatusPage())  # no memory file: hypothesis creates thousands of programs
         client = SimpleNamespace(control=SimpleNamespace(page=ControlPage()), status=self.status, ahead_ns=0)
         self.desk = ProcessGates(client)
         self.desk.set_shared([0, 1])
@@ -83,7 +83,10 @@ class Program:
 
 
 class Host:
-    """Turns over programs, as the slicer leads them; after each step all counts are compared with those before."""
+    """Turns over programs, in the order of the slicer.
+
+    After each step all counts are compared with the previous ones.
+    """
 
     def __init__(self, shares: list[Share]) -> None:
         self.turns, self.now_ns = Turns(), START_NS
@@ -164,8 +167,8 @@ def test_any_sequence_of_pages_leaves_counts_positive_and_growing(made):
 @settings(phases=(Phase.explicit, Phase.generate), deadline=None)
 @example(1_200, 500)
 @given(st.integers(0, 3_000), st.integers(0, 3_000))
-def test_a_drain_before_the_reported_time_is_no_wait_since_the_future(ahead_us, rings_us):
-    """A says at the end of its turn that it is busy for a little longer, and drains at once; B wants nothing."""
+def test_a_drain_before_the_reported_time_never_gives_a_negative_wait(ahead_us, rings_us):
+    """A reports at the end of its turn that it is busy for a little longer, and drains at once. B has no work."""
     host = Host([Share(), Share()])
     for tenant in (0, 1):
         host.programs[tenant].write(page_of(waiting=1))

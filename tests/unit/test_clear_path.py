@@ -1,4 +1,4 @@
-"""A folder in the place of a socket goes aside, and a detach removes it."""
+"""A folder at the path of a socket is moved aside, and a detach removes it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from fgpu_ebpf.linux import clear_path
 REMOVE = (
     "import pathlib, sys; from fgpu_ebpf.linux import clear_path; clear_path.remove_moved(pathlib.Path(sys.argv[1]))"
 )
-# The one with a mount in it stays, with what is mounted there.
+# The folder with a mount in it is kept, with the mounted files.
 MOUNTED = """
 inner=$1/a.sock.moved-3/inner
 mkdir "$inner" && mount -t tmpfs none "$inner" && touch "$inner/data"

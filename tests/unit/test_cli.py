@@ -1,4 +1,4 @@
-"""Tests of what the commands say, with an agent that answers as each test says."""
+"""Tests of the texts that commands print, with an agent whose answers each test defines."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def tenants(*names: str) -> dict[str, Any]:
 # -- set, unset, reload, detach
 
 
-def test_a_limit_below_what_is_held_is_explained(tmp_path: Path) -> None:
+def test_set_explains_a_limit_below_the_bytes_in_use(tmp_path: Path) -> None:
     with agent(tmp_path, put={"tenant": "alice", "level": level(5 * GIB // 2, GIB)}):
         done = fgpu(tmp_path, "set", "alice", "--memory", "1GiB")
     assert done.stdout.splitlines() == [
@@ -54,18 +54,18 @@ def test_a_limit_below_what_is_held_is_explained(tmp_path: Path) -> None:
         (level(0, abi.NO_LIMIT, "batch", "team"), "in force now: no limit of memory (batch of team)"),
     ],
 )
-def test_unset_says_what_is_left(left: Any, said: str, tmp_path: Path) -> None:
+def test_unset_prints_the_remaining_limit(left: Any, said: str, tmp_path: Path) -> None:
     with agent(tmp_path, drop={"tenant": "alice", "path": "/a", "level": left}):
         assert fgpu(tmp_path, "unset", "alice").stdout == f"alice: limits set by hand are removed; {said}\n"
 
 
-def test_reload_and_clear_say_what_they_did(tmp_path: Path) -> None:
+def test_reload_and_clear_print_their_effect(tmp_path: Path) -> None:
     with agent(tmp_path, reload={"policies": 1}, clear={"device": 3}):
         assert fgpu(tmp_path, "reload").stdout == "reloaded: 1 policy in force\n"
         assert fgpu(tmp_path, "device", "clear", "3").stdout == "gpu 3: offered again\n"
 
 
-def test_detach_says_how_many_tenants_have_lost_their_limits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_detach_prints_how_many_tenants_have_lost_their_limits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fgpu_ebpf.workloads.cgroups.remove_run_folder", lambda: None)
     for count, said in ((2, "2 tenants have lost their limits"), (1, "1 tenant has lost its limit")):
         with agent(tmp_path, detach={"tenants": count}) as asked:
@@ -82,7 +82,7 @@ def test_detach_says_how_many_tenants_have_lost_their_limits(tmp_path: Path, mon
     ],
     ids=["no", "yes", "--yes"],
 )
-def test_detach_asks_a_terminal(
+def test_detach_asks_for_confirmation_on_a_terminal(
     words: list[str], typed: str, verbs: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("fgpu_ebpf.workloads.cgroups.remove_run_folder", lambda: None)
@@ -128,7 +128,7 @@ LEAVES = dict(leaves(main))
 
 
 @pytest.mark.parametrize("words", LEAVES, ids=" ".join)
-def test_every_command_has_two_examples_that_can_be_typed(words: tuple[str, ...], tmp_path: Path) -> None:
+def test_every_command_has_two_valid_examples(words: tuple[str, ...], tmp_path: Path) -> None:
     typed = re.findall(r"^    (.*fgpu.*)$", fgpu(tmp_path, *words, "--help").stdout.split("Examples:")[1], re.M)
     assert len(typed) == 2
     for line in typed:
@@ -142,7 +142,7 @@ def test_every_command_has_two_examples_that_can_be_typed(words: tuple[str, ...]
     assert any(line.replace('eval "$(', "").startswith("fgpu " + " ".join(words)) for line in typed)
 
 
-def test_help_has_every_command_in_one_section_and_cuts_no_line(tmp_path: Path) -> None:
+def test_help_lists_every_command_in_one_section_and_cuts_no_line(tmp_path: Path) -> None:
     listed = [name for names in Main.sections.values() for name in names]
     assert sorted(listed) == sorted(main.commands)
     for words in ((), ("policy",), ("cdi",), ("device",)):
@@ -156,7 +156,7 @@ def test_help_has_every_command_in_one_section_and_cuts_no_line(tmp_path: Path) 
 
 
 def log(*events: tuple[int, float, str]) -> Callable[[dict[str, Any]], dict[str, Any]]:
-    """Answer like an agent with these events: numbers, seconds before now, tenants."""
+    """Answer like an agent with these events, each given by number, seconds before now, and tenant."""
     fields = {"pid": 0, "gpu": None, "operation": "", "reason": "", "bytes": 0, "text": "", "more": 0}
     rows = [
         {"number": number, "time_seconds": time.time() - ago, "what": "refused", "tenant": tenant, **fields}
@@ -166,7 +166,7 @@ def log(*events: tuple[int, float, str]) -> Callable[[dict[str, Any]], dict[str,
     return lambda asked: {"events": [row for row in rows if row["number"] > asked["since"]], "last": last}
 
 
-def test_events_of_a_time_and_of_a_tenant(tmp_path: Path) -> None:
+def test_events_selects_by_time_and_by_tenant(tmp_path: Path) -> None:
     with agent(tmp_path, events=log((1, 900, "alice"), (2, 30, "bob"), (3, 20, "alice")), snapshot=tenants("carol")):
 
         def found(*words: str) -> list[int]:
@@ -184,7 +184,7 @@ def test_events_of_a_time_and_of_a_tenant(tmp_path: Path) -> None:
         assert fgpu(tmp_path, "events", "--since", "ten").exit_code == 2
 
 
-def test_a_feed_continues_with_the_next_agent(tmp_path: Path) -> None:
+def test_events_follow_continues_with_the_next_agent(tmp_path: Path) -> None:
     said: list[str] = []
     feed = EventFeed(tmp_path)
     with agent(tmp_path, events=log((1, 30, "a"), (2, 20, "b"))):
@@ -208,7 +208,7 @@ def test_a_feed_continues_with_the_next_agent(tmp_path: Path) -> None:
         (1, "Nothing is managed: no workload matches the 1 policy in force."),
     ],
 )
-def test_an_empty_status_says_what_to_do_next(policies: int, said: str, tmp_path: Path) -> None:
+def test_an_empty_status_prints_the_next_step(policies: int, said: str, tmp_path: Path) -> None:
     found = json.loads(json.dumps(Snapshot(1.0, policies=PoliciesView(True, 1.0, policies, ())), default=plain))
     with agent(tmp_path, snapshot=found):
         shown = fgpu(tmp_path, "status").stdout

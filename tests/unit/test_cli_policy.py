@@ -1,4 +1,4 @@
-"""`fgpu policy`: words and exit codes."""
+"""`fgpu policy`: output and exit codes."""
 
 from __future__ import annotations
 
@@ -39,13 +39,13 @@ def two(tmp_path):
     return tmp_path
 
 
-def test_good_files_are_counted(two):
+def test_check_counts_valid_files(two):
     assert fgpu("check", two) == (0, "ok: 3 policies in 2 files\n")
     assert fgpu("check", two / "b.yaml") == (0, "ok: 1 policy in 1 file\n")
     assert fgpu("check", two / "a.yaml", two / "b.yaml") == (0, "ok: 3 policies in 2 files\n")
 
 
-def test_every_error_is_printed(two):
+def test_check_prints_every_error(two):
     (two / "b.yaml").write_text(kit.text("x", "{selector: {cgroup: a}, memory: {limit: 8GB}, mode: of}"))
     assert fgpu("check", two) == (
         1,
@@ -56,7 +56,7 @@ def test_every_error_is_printed(two):
     assert fgpu("list", two)[0] == 1
 
 
-def test_names_are_unique_over_all_that_is_checked(two):
+def test_check_requires_unique_names_over_all_files(two):
     code, output = fgpu("check", two / "b.yaml", two / "b.yaml")
     assert code == 1
     assert "the name third is taken by" in output
@@ -70,7 +70,7 @@ def test_a_missing_path_is_an_error(tmp_path):
     )
 
 
-def test_without_a_path_it_is_the_hosts_own_folder_by_the_agents_rules(tmp_path, monkeypatch):
+def test_check_without_a_path_reads_the_host_s_folder_by_the_agent_s_rules(tmp_path, monkeypatch):
     monkeypatch.setattr(folder, "FOLDER", tmp_path / "policy.d")
     assert fgpu("check") == (0, "ok: 0 policies in 0 files: no workload gets a limit from a policy\n")
     assert fgpu("list") == (0, "no policy: no workload gets a limit from a policy\n")
@@ -100,7 +100,7 @@ def test_without_a_path_it_is_the_hosts_own_folder_by_the_agents_rules(tmp_path,
         ("{selector: {cgroup: a}, devices: [GPU-0]}", "'GPU-0' is read as the beginning of a UUID, not as an index"),
     ],
 )
-def test_what_can_never_match_is_a_warning(spec, said, tmp_path):
+def test_check_warns_about_a_selector_that_can_never_match(spec, said, tmp_path):
     (tmp_path / "a.yaml").write_text(kit.text("x", spec))
     code, output = fgpu("check", tmp_path)
     assert code == 0
@@ -118,12 +118,12 @@ def test_what_can_never_match_is_a_warning(spec, said, tmp_path):
         "{selector: {namespace: 'team-*', image: ['nvcr.io/*', 'a/b:c']}}",
     ],
 )
-def test_what_may_match_is_no_warning(spec, tmp_path):
+def test_check_does_not_warn_about_a_selector_that_may_match(spec, tmp_path):
     (tmp_path / "a.yaml").write_text(kit.text("x", spec))
     assert fgpu("check", tmp_path) == (0, "ok: 1 policy in 1 file\n")
 
 
-def test_the_hosts_own_policies_have_the_number_of_their_tenants(tmp_path, monkeypatch):
+def test_list_shows_the_number_of_tenants_of_each_policy(tmp_path, monkeypatch):
     def snapshot(_):
         found = [("a", "first", "tenant"), ("b", "first", "tenant"), ("c", "", "tenant"), ("d", "second", "gone")]
         return {"tenants": [dict(zip(("tenant", "policy", "kind"), each, strict=True)) for each in found]}
@@ -147,7 +147,7 @@ def test_the_hosts_own_policies_have_the_number_of_their_tenants(tmp_path, monke
     assert counts("--json") == [None, None], "no agent answers"
 
 
-def test_list_shows_them_in_order(two):
+def test_list_shows_policies_in_their_order(two):
     code, output = fgpu("list", two)
     assert code == 0
     assert (
@@ -167,7 +167,7 @@ def test_list_shows_them_in_order(two):
     )
 
 
-def test_list_as_json(two):
+def test_list_prints_policies_as_json(two):
     first, second, _ = json.loads(fgpu("list", "--json", two)[1])
     assert first == {
         "name": "first",
@@ -184,7 +184,7 @@ def test_list_as_json(two):
     assert (second["memory"], second["compute"]) == (None, None)
 
 
-def test_the_schema_is_printed():
+def test_schema_prints_the_json_schema():
     code, output = fgpu("schema")
     assert code == 0
     assert json.loads(output)["title"] == "GpuPolicy"
@@ -192,7 +192,7 @@ def test_the_schema_is_printed():
 
 @settings(max_examples=40)
 @given(st.lists(kit.documents, min_size=1, max_size=4))
-def test_what_check_accepts_is_loaded(tmp_path_factory, documents):
+def test_the_agent_loads_files_that_check_accepts(tmp_path_factory, documents):
     folder = tmp_path_factory.mktemp("policies")
     for at, document in enumerate(documents):
         (folder / f"{at}.yaml").write_bytes(kit.as_yaml(document))

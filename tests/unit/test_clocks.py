@@ -1,4 +1,4 @@
-"""F8: code that decides by time uses the monotonic clock. The wall clock is only for output and for other programs."""
+"""F8: code that decides by time uses the monotonic clock. The wall clock serves only output and other programs."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[2]
 OF_THE_WALL = {"time", "time_ns", "now", "utcnow", "today", "CLOCK_REALTIME", "CLOCK_REALTIME_COARSE", "CLOCK_TAI"}
 PACKAGE = ROOT / "fgpu_ebpf"
 SHOWN = {
-    # where the wall clock is read, how often, and for what
+    # where, how often and for what purpose the wall clock is read
     "agent/agent.py": 1,  # when the first Snapshot was taken
     "tenancy/event_log.py": 1,  # when an event happened
     "agent/policy_reload.py": 1,  # when policies were read last
@@ -41,7 +41,7 @@ def wall_clocks(path: Path) -> int:
 
 
 @pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: str(path.relative_to(PACKAGE)))
-def test_the_wall_clock_decides_nothing(path: Path) -> None:
+def test_no_decision_depends_on_the_wall_clock(path: Path) -> None:
     assert wall_clocks(path) == SHOWN.get(str(path.relative_to(PACKAGE)), 0)
     assert not re.search(r"from (time|datetime) import .*\b(time|time_ns|datetime)\b", path.read_text())
 

@@ -1,4 +1,4 @@
-"""Tests of the size of a context, which a child process measures: the child may hang in the driver or fail."""
+"""Tests of the size of a context, which a child process measures. The child may hang in the driver or fail."""
 
 from __future__ import annotations
 
@@ -39,14 +39,14 @@ def nvml(bytes_: int | None) -> Any:
     )
 
 
-def test_a_measured_size_is_remembered(tmp_path: Path) -> None:
+def test_a_measured_size_is_stored(tmp_path: Path) -> None:
     state = tmp_path / "contexts.json"
     assert context_sizes.context_bytes(nvml(518 * MIB), library(tmp_path, "(void)0"), state) == {0: 518 * MIB}
     assert context_sizes.context_bytes(nvml(None), tmp_path / "nothing", state) == {0: 518 * MIB}
 
 
 @pytest.mark.parametrize("value", ['"much"', "-1", "0", "1.5", "true", "null", str(1 << 41)])
-def test_an_invalid_remembered_size_is_measured_again(tmp_path: Path, value: str) -> None:
+def test_an_invalid_stored_size_is_measured_again(tmp_path: Path, value: str) -> None:
     state = tmp_path / "contexts.json"
     state.write_text(f'{{"NVIDIA X 1": {value}}}')
     assert context_sizes.context_bytes(nvml(518 * MIB), library(tmp_path, "(void)0"), state) == {0: 518 * MIB}

@@ -1,4 +1,4 @@
-"""Tests of agent.detach and driver.attach: what `fgpu detach` waits for."""
+"""Tests of agent.detach and driver.attach: for which probes `fgpu detach` waits, and how long."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fgpu_ebpf.linux import breakpoints
 from fgpu_ebpf.policy import last_good
 
 
-def test_it_waits_until_no_program_gets_a_probe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_detach_waits_until_no_new_program_gets_a_probe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "libfgpu.so").touch()
     answers, asked = [True, True, False, True], list[int]()
     monkeypatch.setattr(probe_plan, "plan", lambda *_: SimpleNamespace(check=0x3A70))
@@ -23,7 +23,7 @@ def test_it_waits_until_no_program_gets_a_probe(tmp_path: Path, monkeypatch: pyt
     assert asked == 3 * [0x3A70]
 
 
-def test_it_waits_for_some_time_at_most(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_detach_stops_waiting_after_a_time_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "libfgpu.so").touch()
     monkeypatch.setattr(attach, "DETACHED_SECONDS", 0.0)
     monkeypatch.setattr(probe_plan, "plan", lambda *_: SimpleNamespace(check=0x3A70))
@@ -31,13 +31,13 @@ def test_it_waits_for_some_time_at_most(tmp_path: Path, monkeypatch: pytest.Monk
     attach.wait_until_detached(tmp_path / "libfgpu.so")
 
 
-def test_a_shim_that_is_gone_is_not_waited_for(tmp_path: Path) -> None:
+def test_a_detach_does_not_wait_for_a_removed_shim(tmp_path: Path) -> None:
     attach.wait_until_detached(tmp_path / "libfgpu.so")
     (tmp_path / "libfgpu.so").write_text("no library")
     attach.wait_until_detached(tmp_path / "libfgpu.so")
 
 
-def test_every_shim_is_waited_for_and_only_a_published_one_is_removed(
+def test_a_detach_waits_for_every_shim_and_removes_only_a_published_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The last agent had a shim of the administrator's (`fgpu agent --shim`), which is in a folder with other files."""

@@ -1,4 +1,4 @@
-"""Tests of `./dev`: a wrong word costs nothing, and a shell in the simulator is told what it can do."""
+"""Tests of `./dev`: a wrong word is refused before any work, and a shell in the simulator prints its commands."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ ROOT = Path(__file__).parents[2]
         "nonsense",
     ],
 )
-def test_a_wrong_word_fails_before_anything_is_built(words: str, tmp_path: Path) -> None:
+def test_dev_refuses_a_wrong_word_before_it_builds(words: str, tmp_path: Path) -> None:
     shutil.copy(ROOT / "dev", tmp_path)
     done = subprocess.run([tmp_path / "dev", *words.split()], capture_output=True, text=True, check=False, timeout=30)
     assert done.returncode == 1
@@ -34,14 +34,14 @@ def test_a_wrong_word_fails_before_anything_is_built(words: str, tmp_path: Path)
 
 
 def greeting(*command: str, agent: str = "") -> str:
-    """Return what ./dev sim says before it runs the command in a terminal."""
+    """Return the output of `./dev sim` before the command runs in a terminal."""
     found = re.search(r"^greet\(\) \{.*?^\}$", (ROOT / "dev").read_text(), re.M | re.S)
     assert found
     script = f"set -eu; build=/b logs=/logs agent='{agent}'\n{found[0]}\ngreet {' '.join(command)}"
     return subprocess.run(["sh", "-c", script], capture_output=True, text=True, check=True).stderr
 
 
-def test_a_shell_in_the_simulator_is_greeted() -> None:
+def test_a_shell_in_the_simulator_prints_a_greeting() -> None:
     said = greeting("/usr/bin/bash")
     assert "simulated GPU" in said
     assert "An agent that ran before answers" in said

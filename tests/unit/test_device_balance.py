@@ -1,4 +1,4 @@
-"""Random operations on a device, with questions to NVML at any time: exactly the freed bytes are released."""
+"""Random operations on a device, with reads of NVML at any time: exactly the freed bytes are released."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.unit.device_kit import Client, Handle, Managed, Operation, World
 from tests.unit.orphan_kit import MIB
 
 SIZE = 256 * MIB
-REST = 32 * MIB  # what a device holds besides; this much may be released too early
+REST = 32 * MIB  # the device's other bytes; this much may be released too early
 MOST_CLIENTS = 3
 sizes = st.integers(1, 4).map(lambda n: n * SIZE)
 a_client = st.integers(0, MOST_CLIENTS - 1)
@@ -33,15 +33,16 @@ def world_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(procfs, "ended", lambda _: False)
     monkeypatch.setattr(
         ledger_corrections, "_is_alive", ledger_corrections._is_alive
-    )  # each machine has its own NVML: restored afterwards
+    )  # each machine has its own NVML, which is restored afterwards
     monkeypatch.setattr(nvml_reconcile, "_alive", nvml_reconcile._alive)
 
 
 class Machine(RuleBasedStateMachine):
     """Processes of tenants on one device, and the reconcile thread.
 
-    `running`: operations that have begun, each with the managed memory that it takes. `steps`: which of them continue
-    between two questions of a reconciliation. `disturbed`: hidden memory changed while orphans may have explained it.
+    `running`: operations that have begun, each with the managed memory that it allocates. `steps`: which of them
+    continue between two questions of a reconciliation. `disturbed`: hidden memory changed while orphans may have
+    explained it.
     """
 
     def __init__(self) -> None:
@@ -81,7 +82,7 @@ class Machine(RuleBasedStateMachine):
         return [client for client in self.world.device.clients if client.is_alive and not client.is_stranger]
 
     def some(self, n: int) -> Client | None:
-        """Return a client that is not ending a context, because that would free what another call adds."""
+        """Return a client that is not ending a context: such an end would free memory that another call adds."""
         found = [client for client in self.living() if not client.is_ending_context]
         return found[n % len(found)] if found else None
 
@@ -99,7 +100,7 @@ class Machine(RuleBasedStateMachine):
 
     @initialize(has_managed=st.booleans(), has_orphan=st.booleans())
     def populate(self, has_managed: bool, has_orphan: bool) -> None:
-        """Start with an orphan that is held, beside something else: most errors need both."""
+        """Start with an orphan that is still held, and other memory: most errors need both."""
         self.begin(False, True)
         self.begin(False, True)
         if has_managed:
@@ -148,7 +149,7 @@ class Machine(RuleBasedStateMachine):
 
     @rule(is_slow=st.booleans())
     def pace(self, is_slow: bool) -> None:
-        """Set whether operations that begin from now on may be interrupted, or complete at once."""
+        """Set whether operations that begin later may be interrupted, or complete at once."""
         self.is_slow = is_slow
 
     @precondition(lambda self: self.running)
@@ -227,7 +228,7 @@ class Machine(RuleBasedStateMachine):
 
     @rule(n=a_client, bytes_=st.integers(0, 4).map(lambda n: n * SIZE))
     def grow(self, n: int, bytes_: int) -> None:
-        """Change the memory that only the driver knows. It may stay unseen for one reconciliation."""
+        """Change the memory that only the driver knows. One reconciliation may not detect it."""
         client = self.some(n)
         if client and client.contexts and not self.busy(client):
             client.grown = bytes_
@@ -277,7 +278,7 @@ class Machine(RuleBasedStateMachine):
             del handle.importers[0]
             self.world.device.free_unused(handle)
 
-    # -- strangers
+    # -- unmanaged processes
 
     @rule(n=st.integers(0, 1), bytes_=sizes, managed=st.sampled_from([0, SIZE, 4 * SIZE]))
     def stranger(self, n: int, bytes_: int, managed: int) -> None:
@@ -292,7 +293,7 @@ class Machine(RuleBasedStateMachine):
         if n < len(found):
             self.world.device.clean(found[n])
 
-    # -- looks
+    # -- comparisons
 
     @rule(steps=st.lists(st.integers(0, 3), max_size=20), is_full=st.booleans())
     def look(self, steps: list[int], is_full: bool) -> None:
@@ -309,7 +310,7 @@ class Machine(RuleBasedStateMachine):
             self.look([], False)
 
     def missing(self) -> int:
-        """Return the bytes that tenants hold beyond what is charged, without those that were never seen."""
+        """Return the bytes that tenants hold beyond their charges, except bytes that no reconciliation could detect."""
         device = self.world.device
         never_seen = sum(client.never_seen for client in device.clients)
         return device.of_tenants() - self.world.ledger.total() - never_seen
@@ -327,7 +328,10 @@ class Machine(RuleBasedStateMachine):
         self.all_is_released()
 
     def all_is_released(self) -> None:
-        """Check that everything is released, but for what hidden memory or a later process of that pid may explain."""
+        """Check that everything is released.
+
+        Exceptions are bytes that hidden memory or a later process of that pid may explain.
+        """
         device, orphaned = self.world.device, self.world.ledger.orphaned()
         unknown = sum(map(device.in_no_row, device.clients)) if self.is_hidden_unknown() else device.pools_in_no_row()
         assert orphaned <= device.kept() + REST + unknown + sum(map(self.uncharged, self.living())), (
@@ -345,7 +349,7 @@ class Machine(RuleBasedStateMachine):
         return self.disturbed
 
 
-def test_the_release_is_what_the_device_released(scale: Callable[[int, int, int], int]) -> None:
+def test_exactly_the_bytes_that_the_device_freed_are_released(scale: Callable[[int, int, int], int]) -> None:
     settings = hypothesis.settings(
         max_examples=scale(30, 300, 5000),
         stateful_step_count=60,

@@ -1,4 +1,4 @@
-"""Tests of ledger indexes of devices: a device that the kernel knows keeps its index."""
+"""Tests of the ledger's indexes of devices: a device that has an index in the kernel keeps it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from fgpu_ebpf.driver.device_indexes import index_of
 UUIDS = st.lists(st.binary(min_size=16, max_size=16), unique=True, max_size=2 * DEVICES)
 
 
-def test_a_known_device_keeps_its_index_and_no_other_gets_it() -> None:
+def test_a_known_device_keeps_its_index_and_no_other_device_gets_it() -> None:
     first, second, other = (bytes([n]) * 16 for n in (1, 2, 3))
     known = {first: 0, second: 1}
     assert index_of(second, 0, known, ()) == 1, "NVML lists it as the first one, while the other is lost"
@@ -21,7 +21,7 @@ def test_a_known_device_keeps_its_index_and_no_other_gets_it() -> None:
 
 
 @given(UUIDS, st.lists(st.integers(0, DEVICES - 1), unique=True))
-def test_no_two_devices_have_one_index(uuids: list[bytes], pinned: list[int]) -> None:
+def test_no_two_devices_have_the_same_index(uuids: list[bytes], pinned: list[int]) -> None:
     known = dict(zip(uuids[::2], pinned, strict=False))
     used: dict[int, bytes] = {}
     for number, uuid in enumerate(uuids):

@@ -1,4 +1,4 @@
-"""Tests of discovery: which probes stay, by what is known of the processes."""
+"""Tests of discovery: which probes are kept, depending on the known processes."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ MAPPED = {7: [MappedFile("/nowhere/libcuda.so.1", 1, 23)], 8: [], 9: None}
     [({7, 8}, [{(1, 23)}]), ({7, 8, 9}, [])],
     ids=["what has no memory maps nothing", "what cannot be read may map anything"],
 )
-def test_probes_are_dropped_only_if_all_is_known(
+def test_probes_are_removed_only_if_all_processes_are_known(
     monkeypatch: pytest.MonkeyPatch, with_memory: set[int], dropped: list[set[tuple[int, int]]]
 ) -> None:
     monkeypatch.setattr(procfs, "pids", lambda: [7, 8, 9])
@@ -37,8 +37,8 @@ def test_probes_are_dropped_only_if_all_is_known(
     assert stage.dropped == dropped
 
 
-def test_a_process_that_holds_more_than_was_witnessed_is_looked_at_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A process that holds more than was witnessed may have loaded another library: it is searched again."""
+def test_a_process_that_holds_more_than_was_witnessed_is_searched_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The process may have loaded another library."""
     looks: list[tuple[int, str]] = []
     monkeypatch.setattr(Search, "by_name", lambda _, pid: looks.append((pid, "name")) or Found([]))
     monkeypatch.setattr(Search, "by_contents", lambda _, pid: looks.append((pid, "contents")) or Found([]))
@@ -56,7 +56,7 @@ def test_a_process_that_holds_more_than_was_witnessed_is_looked_at_again(monkeyp
     assert looks == [(7, "name"), (8, "name"), (8, "contents"), (7, "name")]
 
 
-def test_messages_of_the_gatekeeper_are_taken_one_at_a_time(tmp_path: Path) -> None:
+def test_messages_of_the_gatekeeper_are_processed_one_at_a_time(tmp_path: Path) -> None:
     found = Discovery(Stage(), {})  # type: ignore[arg-type]
     found.listen(tmp_path / "sock")
     said = [
@@ -73,8 +73,8 @@ def test_messages_of_the_gatekeeper_are_taken_one_at_a_time(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("make", [os.mkfifo, os.mkdir, lambda path: os.symlink("/dev/zero", path)])
-def test_an_entry_in_the_place_of_a_library_is_not_waited_for(tmp_path: Path, make) -> None:
-    """A tenant maps its own libcuda and puts a pipe in its place. Opening the pipe would block for ever."""
+def test_the_agent_does_not_block_on_a_pipe_in_place_of_a_library(tmp_path: Path, make) -> None:
+    """A tenant maps its own libcuda and replaces it by a pipe. Opening the pipe would block for ever."""
     path = str(tmp_path / "libcuda.so.1")
     make(path)
     with pytest.raises(OSError, match="not a regular file"):

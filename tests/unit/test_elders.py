@@ -73,7 +73,7 @@ def test_another_process_of_the_same_pid_is_not_preexisting(tmp_path: Path) -> N
     assert ME in known
 
 
-def test_an_ended_process_is_not_preexisting_before_its_end_is_noticed(other) -> None:
+def test_an_ended_process_is_not_preexisting_even_before_its_end_is_recorded(other) -> None:
     known = PreexistingProcesses({other.pid: procfs.started(other.pid) or 0})
     assert known.places()
     other.kill()
@@ -81,17 +81,17 @@ def test_an_ended_process_is_not_preexisting_before_its_end_is_noticed(other) ->
     assert not known.places()
 
 
-def test_their_cgroups_include_the_ones_around_them(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cgroups_of_preexisting_processes_include_the_outer_ones(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(procfs, "cgroup_path", lambda _: "/a/b/c")
     assert PreexistingProcesses({ME: procfs.started(ME) or 0}).places() == {"/a/b/c", "/a/b", "/a", "/"}
     assert PreexistingProcesses().places() == set()
 
 
-# -- what is told
+# -- reports
 
 
 class Host:
-    """One process in one tenant, as NVML, the ledger and the enforcer see it."""
+    """One process in one tenant, as NVML, the ledger and the enforcer show it."""
 
     def __init__(self, flags: int = 0, known: PreexistingProcesses | None = None) -> None:
         one = (5 * MIB, *[0] * 15)
@@ -155,15 +155,15 @@ def test_memory_within_the_limit_is_reported_without_an_excess() -> None:
 
 
 @pytest.mark.parametrize("flags", [abi.Seen.SHIM, abi.Seen.CALL, abi.Seen.CALL | abi.Seen.BYPASS])
-def test_a_process_that_the_kernel_has_seen_is_reported_by_the_kernel(flags: int) -> None:
+def test_a_process_with_a_kernel_entry_is_reported_by_the_kernel(flags: int) -> None:
     host = Host(flags)
     assert host.told() == []
     host.truth = Truth(held={0: {ME: 5 * MIB}})
     assert host.told() == []
 
 
-def test_unwitnessed_memory_is_reported_with_a_shim_too() -> None:
-    """A process with the shim has memory of a second library, whose name is not libcuda's: it is reported too."""
+def test_unwitnessed_memory_of_a_process_with_the_shim_is_reported() -> None:
+    """A process with the shim has memory of a second library, whose name is not libcuda's."""
     host = Host(abi.Seen.SHIM | abi.Seen.CALL)
     for overhead, told in (
         (CONTEXT + MODULES, []),
@@ -176,14 +176,14 @@ def test_unwitnessed_memory_is_reported_with_a_shim_too() -> None:
         assert found == told
 
 
-def test_a_process_with_the_shim_is_not_looked_up() -> None:
+def test_a_process_with_the_shim_is_not_searched() -> None:
     host = Host(abi.Seen.SHIM)
     host.adoption._ledger.process = None
     host.truth = replace(host.truth, processes={ME: host.process})
     assert host.told() == []
 
 
-def test_without_a_new_look_of_nvml_nothing_is_looked_at() -> None:
+def test_no_process_is_searched_without_a_new_answer_of_nvml() -> None:
     host = Host()
     host.told()
     host.adoption.look()

@@ -1,4 +1,4 @@
-"""Tests of the word for how a tenant's limits are enforced, and of every output that shows it."""
+"""Tests of the word for the enforcement of a tenant's limits, and of every output that shows this word."""
 
 from __future__ import annotations
 
@@ -37,14 +37,14 @@ COUNTED = ("no_admission", "no_shim", "unwitnessed", "older")
         ("probes are gone", True, True, ("unprobed",), "none"),
     ],
 )
-def test_the_weakest_process_decides(
+def test_the_weakest_process_decides_the_enforcement(
     unenforced: str, observe: bool, kill: bool, bypassing: tuple[str, ...], word: str
 ) -> None:
     assert enforcement(unenforced, observe, kill, bypassing) == word
 
 
-def test_a_new_kind_of_bypass_is_counted() -> None:
-    """A bypass that the rule does not know is never shown as `kernel`."""
+def test_an_unknown_kind_of_bypass_is_shown_as_counted() -> None:
+    """A bypass that the rule does not contain is never shown as `kernel`."""
     assert {enforcement("", False, kill, ["a new way"]) for kill in (False, True)} == {Enforcement.COUNTED}
 
 
@@ -57,11 +57,11 @@ def test_every_exported_kind_of_bypass_has_a_label() -> None:
 
 
 def seen(one: TenantView) -> dict[str, Any]:
-    """Return the tenant as it is in a snapshot that the agent sends."""
+    """Return the tenant as a snapshot of the agent contains it."""
     return dict(kit.latest(one).snapshot)
 
 
-def test_all_surfaces_say_that_a_tenant_is_only_counted() -> None:
+def test_all_outputs_show_that_a_tenant_is_only_counted() -> None:
     process = ProcessView(4711, 0, 5, "no_admission", "not_mounted")
     one = replace(kit.tenant("alice", kit.on(0, 5, 2)), enforcement=Enforcement.COUNTED, processes=(process,))
     whole = Snapshot(1.0, (kit.device(),), (one,))
@@ -92,7 +92,7 @@ def test_an_enforcement_that_does_not_hold_is_unheld() -> None:
     assert {word for word in Enforcement if word.words} - UNHELD == {Enforcement.OBSERVE}
 
 
-def test_one_place_decides_the_word() -> None:
+def test_only_one_module_decides_the_enforcement() -> None:
     """No other module contains a word of this list."""
     folder = Path(fgpu_ebpf.__file__).parent
     spelled = {

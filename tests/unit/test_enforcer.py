@@ -48,7 +48,7 @@ def in_force(books, tenant):
     return books.limits[tenant.cgroup][0][0]
 
 
-def test_limits_are_in_force_before_their_first_use_and_count_from_it_on(place, books):
+def test_limits_are_in_force_before_their_first_use_and_committed_from_it_on(place, books):
     one = place.make("/one", 8)
     place.enforcer.put([one])
     assert (in_force(books, one), books.decided, place.enforcer.commitments.committed(0)) == (8 * GIB, {}, 0)
@@ -56,7 +56,7 @@ def test_limits_are_in_force_before_their_first_use_and_count_from_it_on(place, 
     assert (books.decided, place.enforcer.commitments.committed(0)) == ({one.cgroup: True}, 8 * GIB)
 
 
-def test_a_tenant_that_comes_when_there_is_no_room_gets_nothing_until_there_is(place, books):
+def test_a_tenant_without_room_gets_nothing_until_there_is_room(place, books):
     one, two = place.make("/one", 8), place.make("/two", 4)
     place.enforcer.put([one, two])
     for tenant in (one, two):
@@ -67,10 +67,10 @@ def test_a_tenant_that_comes_when_there_is_no_room_gets_nothing_until_there_is(p
     assert (in_force(books, two), place.enforcer.denied(two.cgroup)) == (4 * GIB, "")
 
 
-def test_processes_named_while_a_level_appears_are_moved_when_all_programs_see_it(place, books, monkeypatch):
+def test_processes_named_while_a_level_appears_are_moved_once_it_is_in_force(place, books, monkeypatch):
     pod, leaf = place.make("/pod", 8), place.make("/pod/c", 6)
     place.enforcer.put([pod])
-    place.enforcer.put([leaf])  # and a moment before, a program found no limit
+    place.enforcer.put([leaf])  # a moment before, a program found no limit
     books.known, books.so_far = {23: SimpleNamespace(generation=7, levels=())}, 1
     monkeypatch.setattr("fgpu_ebpf.tenancy.enforcer.procfs.cgroup_path", {23: "/pod/c"}.get)
     for tell in books.over:
@@ -81,7 +81,7 @@ def test_processes_named_while_a_level_appears_are_moved_when_all_programs_see_i
     assert not select.select([place.enforcer], [], [], 0)[0]
 
 
-def test_without_a_named_process_no_process_is_looked_at(place, books, monkeypatch):
+def test_no_process_is_examined_without_a_named_one(place, books, monkeypatch):
     books.known, books.so_far = {23: SimpleNamespace(generation=7, levels=())}, 1
     monkeypatch.setattr("fgpu_ebpf.tenancy.enforcer.procfs.cgroup_path", {}.get)
     place.enforcer.put([place.make("/one", 8)])
@@ -91,7 +91,7 @@ def test_without_a_named_process_no_process_is_looked_at(place, books, monkeypat
     place.enforcer.take_over_late()
 
 
-def test_a_limit_by_hand_is_refused_with_the_numbers_and_nothing_changes(place, books):
+def test_a_limit_by_hand_without_room_is_refused_with_the_figures(place, books):
     one, two = place.make("/one", 8, Source.SET), place.make("/two", 4, Source.SET)
     place.enforcer.put([one])
     with pytest.raises(RoomError, match="8GiB of 10GiB are committed"):
@@ -100,7 +100,7 @@ def test_a_limit_by_hand_is_refused_with_the_numbers_and_nothing_changes(place, 
     assert list(books.limits) == [one.cgroup]
 
 
-def test_what_the_kernel_refused_is_not_in_force_and_is_tried_again(place, books):
+def test_a_limit_that_the_kernel_refused_is_not_in_force_and_is_tried_again(place, books):
     one, group, leaf = place.make("/one", 2, Source.SET), place.make("/pod", 8), place.make("/pod/c", 6)
     place.enforcer.put([one])
     before = dict(books.limits)
@@ -138,7 +138,7 @@ def test_a_tenant_that_could_not_grow_grows_when_there_is_room(place, books):
     assert in_force(books, two) == 9 * GIB
 
 
-def test_the_reason_of_a_denial_is_current(place):
+def test_the_reason_of_a_denial_is_up_to_date(place):
     one, two, three = place.make("/one", 8), place.make("/two", 4), place.make("/three", 1)
     place.enforcer.put([one, two, three])
     for tenant in (one, two, three):
@@ -146,7 +146,7 @@ def test_the_reason_of_a_denial_is_current(place):
     assert "9GiB of 10GiB" in place.enforcer.denied(two.cgroup)
 
 
-def test_overcommit_admits_all(place, books):
+def test_overcommit_admits_every_limit(place, books):
     place.enforcer.commitments.overcommit = True
     tenants = [place.make(f"/t{n}", 8, Source.SET) for n in range(3)]
     place.enforcer.put(tenants)
@@ -160,19 +160,19 @@ def test_a_limit_beyond_the_device_is_the_whole_device(place):
         place.enforcer.put([place.make("/two", 1, Source.SET)])
 
 
-def test_inside_a_group_the_group_counts_alone(place):
+def test_only_the_group_s_limit_counts_for_tenants_inside_it(place):
     inner = [place.make(f"/pod/c{n}", 6, Source.SET) for n in range(3)]
     place.enforcer.put([place.make("/pod", 8, Source.SET), *inner])
     assert place.enforcer.commitments.committed(0) == 8 * GIB
 
 
-def test_a_group_may_come_after_those_inside(place):
+def test_a_group_may_appear_after_its_tenants(place):
     place.enforcer.put([place.make("/pod/a", 5, Source.SET), place.make("/pod/b", 5, Source.SET)])
     place.enforcer.put([place.make("/pod", 7, Source.SET)])
     assert place.enforcer.commitments.committed(0) == 7 * GIB
 
 
-def test_the_first_use_inside_a_group_counts_the_group_and_answers_for_all_levels(place, books):
+def test_the_first_use_inside_a_group_commits_the_group_and_decides_all_levels(place, books):
     group, leaf = place.make("/pod", 8), place.make("/pod/c", 6)
     place.enforcer.put([group, leaf])
     place.enforcer.use(leaf.cgroup)
@@ -181,7 +181,7 @@ def test_the_first_use_inside_a_group_counts_the_group_and_answers_for_all_level
     assert place.enforcer.groups() == {group.cgroup}
 
 
-def test_observed_and_unlimited_tenants_promise_nothing(place, books):
+def test_observed_and_unlimited_tenants_commit_nothing(place, books):
     place.enforcer.put([place.make("/all", 10, Source.SET)])
     others = [place.make("/observed", 5, observe=True), place.make("/free")]
     place.enforcer.put(others)
@@ -202,7 +202,7 @@ def test_a_tenant_that_cannot_grow_keeps_its_limit(place, books):
     assert in_force(books, two) == 6 * GIB
 
 
-def test_nothing_is_written_for_what_stays_as_it_is(place, books):
+def test_unchanged_limits_are_not_written_again(place, books):
     one = place.make("/one", 4)
     place.enforcer.put([one])
     calls = books.calls
@@ -210,9 +210,9 @@ def test_nothing_is_written_for_what_stays_as_it_is(place, books):
     assert books.calls == calls
 
 
-def test_decisions_before_a_cgroup_was_a_tenant_do_not_hold(place, books):
+def test_decisions_from_before_a_cgroup_was_a_tenant_are_dropped(place, books):
     one = place.make("/one", 4)
-    books.decided[one.cgroup] = False  # a program has registered there, and no policy matched
+    books.decided[one.cgroup] = False  # a program registered there while no policy matched
     place.enforcer.put([one])
     assert one.cgroup not in books.decided
     assert not books.epoch, "nothing is in it that could ask again"
@@ -222,7 +222,7 @@ def test_decisions_before_a_cgroup_was_a_tenant_do_not_hold(place, books):
     assert (books.epoch, place.enforcer.commitments.committed(0)) == (1, 0), "a process in it may never use the device"
 
 
-def test_names_are_unique(place):
+def test_names_of_tenants_are_unique(place):
     one, two = place.make("/a/x", 1), place.make("/b/x", 1)
     place.enforcer.put([one])
     place.enforcer.put([two])
@@ -248,7 +248,7 @@ def test_a_cgroup_too_deep_for_the_kernel_s_programs_is_reported(place):
     assert (found, lost) == ("", "its cgroup is more than 15 levels below the root, deeper than the BPF programs look")
 
 
-def test_surplus_levels_are_left_out_on_the_inside_and_reported(place, books):
+def test_the_innermost_of_too_many_levels_are_left_out_and_reported(place, books):
     paths = ["/b", "/b/1", "/b/1/2", "/b/1/2/3", "/b/1/2/3/4"]
     place.enforcer.put([place.make(path, 2) for path in reversed(paths)])
     ids = [place.enforcer.at(path).cgroup for path in paths]
@@ -263,7 +263,7 @@ def test_surplus_levels_are_left_out_on_the_inside_and_reported(place, books):
 
 
 def summed(enforcer, index, but=None):
-    """Return the sum of the commitments, calculated without the enforcer's shortcuts."""
+    """Return the sum of the commitments, computed without the enforcer's shortcuts."""
     total = 0
     for tenant in enforcer:
         granted = enforcer.commitments._granted
@@ -293,7 +293,7 @@ def test_the_committed_sum_is_right_after_any_history(place, scale):
     assert not place.enforcer._tree._inside, "nothing is remembered of removed tenants"
 
 
-def test_a_thousand_tenants_at_once_are_not_looked_at_one_by_one(place, monkeypatch):
+def test_a_thousand_tenants_at_once_are_not_examined_one_by_one(place, monkeypatch):
     looks = []
     promise = Commitments._promise
     monkeypatch.setattr(Commitments, "_promise", lambda *given: looks.append(1) or promise(*given))
@@ -369,7 +369,7 @@ def test_a_limit_counts_on_a_device_from_its_first_use_there(two, books):
     assert (books.limits[other.cgroup][0], two.enforcer.denied(other.cgroup)) == ({0: 8 * GIB, 1: 8 * GIB}, "")
 
 
-def test_a_tenant_whose_devices_are_named_counts_on_all_of_them_from_the_start(two, books):
+def test_a_limit_with_named_devices_counts_on_all_of_them_from_the_start(two, books):
     one = two.make("/one", 8, Source.SET, named_devices=True)
     two.enforcer.put([one])
     assert (two.committed(0), two.committed(1), uncommitted(books, one)) == (8 * GIB, 8 * GIB, set())
@@ -377,19 +377,19 @@ def test_a_tenant_whose_devices_are_named_counts_on_all_of_them_from_the_start(t
         two.enforcer.put([two.make("/other", 4, Source.SET, named_devices=True)])
 
 
-def test_a_limit_by_hand_needs_room_where_it_is_used_or_on_one_device(two):
+def test_a_limit_by_hand_needs_room_on_its_used_devices_or_on_one_device(two):
     first, other = two.make("/first", 8, Source.SET), two.make("/other", 4, Source.SET)
     two.enforcer.put([first, other])
     for tenant, device in ((first, 0), (other, 1)):
         assert two.enforcer.use_device(tenant.cgroup, device) == ""
-    two.enforcer.put([two.make("/third", 6, Source.SET)])  # fits beside the second
+    two.enforcer.put([two.make("/third", 6, Source.SET)])  # this limit fits next to the second
     with pytest.raises(RoomError, match="7GiB for fourth do not fit on device 0"):
         two.enforcer.put([two.make("/fourth", 7, Source.SET)])
     two.enforcer.put([two.make("/first", 9, Source.SET)])
     assert (two.committed(0), two.committed(1)) == (9 * GIB, 4 * GIB)
 
 
-def test_memory_that_was_not_asked_for_is_a_first_use(two, books):
+def test_memory_without_a_request_is_a_first_use(two, books):
     one = two.make("/one", 8)
     two.enforcer.put([one])
     books.used[one.cgroup, 1] = GIB
@@ -397,7 +397,7 @@ def test_memory_that_was_not_asked_for_is_a_first_use(two, books):
     assert (two.committed(0), two.committed(1), uncommitted(books, one)) == (0, 8 * GIB, {0})
 
 
-def test_a_group_that_comes_later_counts_in_place_of_those_inside(two, books):
+def test_a_later_group_counts_in_place_of_its_tenants(two, books):
     inner = two.make("/g/inner", 8)
     two.enforcer.put([inner])
     group = two.make("/g", 9)
@@ -407,7 +407,7 @@ def test_a_group_that_comes_later_counts_in_place_of_those_inside(two, books):
     assert (two.committed(0), uncommitted(books, group), uncommitted(books, inner)) == (9 * GIB, {1}, set())
 
 
-def test_with_overcommit_no_first_use_waits(two, books):
+def test_no_first_use_waits_with_overcommit(two, books):
     two.enforcer.commitments.overcommit = True
     tenants = [two.make(f"/t{number}", 8) for number in range(3)]
     two.enforcer.put(tenants)
@@ -435,14 +435,14 @@ def test_only_first_uses_that_fit_get_memory(two, books, scale, seed):
             assert sum(books.limits[t.cgroup][0][device] for t in usable) <= 10 * GIB, "what can be had at all"
 
 
-def test_a_start_knows_on_which_devices_a_limit_counted(two, books):
+def test_a_start_restores_the_devices_on_which_a_limit_counted(two, books):
     one = two.make("/one", 8)
     two.enforcer.adopt(dataclasses.replace(one, source=Source.KEPT), {1})
     two.enforcer.put([one])
     assert (two.committed(0), two.committed(1), uncommitted(books, one)) == (0, 8 * GIB, {0})
 
 
-def test_a_tenant_inside_a_group_counts_for_itself_when_the_group_goes(two, books):
+def test_a_tenant_counts_for_itself_when_its_group_is_removed(two, books):
     group, one, other = two.make("/g", 10), two.make("/g/one", 8), two.make("/g/other", 8)
     two.enforcer.put([group, one, other])
     assert [uncommitted(books, tenant) for tenant in (group, one, other)] == [{0, 1}, set(), set()]
@@ -457,7 +457,7 @@ def test_a_tenant_inside_a_group_counts_for_itself_when_the_group_goes(two, book
     assert uncommitted(books, one) == uncommitted(books, other) == {1}
 
 
-def test_a_limit_of_the_hierarchy_s_root_holds_for_all(two):
+def test_a_limit_of_the_hierarchy_s_root_holds_for_all_tenants(two):
     inner, root = two.make("/inner", 8), two.make("/", 9)
     two.enforcer.put([inner])
     assert two.enforcer.use_device(inner.cgroup, 0) == ""
@@ -465,7 +465,7 @@ def test_a_limit_of_the_hierarchy_s_root_holds_for_all(two):
     assert (two.committed(0), two.committed(1)) == (9 * GIB, 0)
 
 
-def test_a_tenant_denied_before_a_start_is_denied_for_the_same_reason_after_it(two, books):
+def test_a_denied_tenant_is_denied_for_the_same_reason_after_a_start(two, books):
     holder, denied = two.make("/holder", 8), two.make("/denied", 4)
     pinned = {0: 0, 1: 4 * GIB}
     two.enforcer.adopt(dataclasses.replace(holder, source=Source.KEPT), {0})

@@ -1,4 +1,4 @@
-"""Tests of engines: their labels reach workloads, and a slow, silent or lying engine delays nothing else."""
+"""Tests of engines: their labels reach workloads, and a slow, silent or malicious engine delays nothing else."""
 
 from __future__ import annotations
 
@@ -53,21 +53,21 @@ def quick(monkeypatch):
     monkeypatch.setattr(engine_thread, "LONGEST_PAUSE_SECONDS", 0.1)
 
 
-# -- what arrives
+# -- labels and names
 
 
 def test_labels_image_and_name_arrive_and_wake_the_loop(docker, api):
     docker.containers = [container(), container(OTHER, Names=["/db"])]
     with running(api) as found:
         first = found.named(workload())
-        assert (first.name, first.labels, first.image) == ("w", {}, None)  # it returns at once, with nothing known yet
+        assert (first.name, first.labels, first.image) == ("w", {}, None)  # the call returns at once, with no names yet
         known = asked(found, workload())
         assert (known.name, known.labels, known.image) == ("web", {"tier": "notebook"}, "registry.example/app:1")
         assert len(docker.targets) == 1
         assert (found.views()[0].found, found.views()[0].failed) == (1, 0)
 
 
-def test_a_container_is_asked_about_once_and_for_all_its_cgroups(docker, api):
+def test_a_container_is_requested_once_for_all_its_cgroups(docker, api):
     docker.containers = [container()]
     with running(api) as found:
         found.named(workload(path=PATH + "/inner", inside=True))
@@ -89,7 +89,7 @@ def test_podman_reports_the_same_labels(tmp_path):
     podman.stop()
 
 
-def test_kubernetes_names_on_dockers_containers(docker, api):
+def test_docker_containers_have_their_kubernetes_names(docker, api):
     docker.containers = [container(Labels={engine_answers.POD_NAME: "jupyter-0", engine_answers.POD_NAMESPACE: "dev"})]
     with running(api) as found:
         known = asked(found, workload())
@@ -117,10 +117,10 @@ def test_attributes_that_root_set_on_the_cgroup_come_first():
     assert one.labels == {"tier": "batch", "team": "ml"}
 
 
-# -- later
+# -- later changes
 
 
-def test_an_engine_that_learns_of_the_container_later_is_asked_again(docker, api):
+def test_a_container_that_the_engine_reports_late_is_requested_again(docker, api):
     with running(api) as found:
         found.named(workload())
         eventually(lambda: len(docker.targets) > 2)
@@ -130,7 +130,7 @@ def test_an_engine_that_learns_of_the_container_later_is_asked_again(docker, api
         assert found.missing(workload()) == ""
 
 
-def test_an_engine_that_is_started_later_or_restarts(tmp_path, quick):
+def test_names_are_found_with_an_engine_that_starts_later_or_restarts(tmp_path, quick):
     path = tmp_path / "docker.sock"
     with running(DockerApi(Engine.DOCKER, str(path))) as found:
         found.named(workload())
@@ -150,13 +150,13 @@ def test_an_engine_that_is_started_later_or_restarts(tmp_path, quick):
 
 
 def rescan(found: engine_labels.Engines, times: int) -> None:
-    """Rescan several times, with nothing new to ask."""
+    """Rescan several times, with no new container."""
     for _ in range(times):
         found.rescanned()
 
 
-def test_known_labels_outlive_a_frozen_agent_and_its_engine(docker, api, tmp_path, monkeypatch):
-    """Time without a rescan is no proof that a container is gone: a frozen agent forgets nothing."""
+def test_known_labels_survive_a_frozen_agent_and_its_engine(docker, api, tmp_path, monkeypatch):
+    """Time without a rescan is no proof that a container has been removed: an agent that was frozen forgets nothing."""
     docker.containers, docker.images = [container(Labels={"fgpu.dev/memory": "8GiB"})], {IMAGE: {}}
     with running(api, file=tmp_path / "engines.json") as found:
         known = asked(found, workload())
@@ -167,7 +167,7 @@ def test_known_labels_outlive_a_frozen_agent_and_its_engine(docker, api, tmp_pat
         assert found.named(workload()) == known
 
 
-def test_known_labels_outlive_the_agent_and_its_engine(docker, api, tmp_path):
+def test_known_labels_survive_the_agent_and_its_engine(docker, api, tmp_path):
     docker.containers, docker.images = [container(Labels={"fgpu.dev/memory": "8GiB"})], {IMAGE: {}}
     file = tmp_path / "engines.json"
     with running(api, file=file) as found:
@@ -179,20 +179,20 @@ def test_known_labels_outlive_the_agent_and_its_engine(docker, api, tmp_path):
         assert file.stat().st_ino == before  # nothing has changed
     docker.stop()
     with running(api, file=file) as found:
-        assert found.named(workload()) == known  # at once
+        assert found.named(workload()) == known  # immediately
         rescan(found, engine_labels.FORGOTTEN_RESCANS)
         found.keep()
         assert found.named(workload()) == known
         rescan(found, engine_labels.FORGOTTEN_RESCANS + 1)
         found.keep()
     with running(api, file=file) as found:
-        assert found.named(workload()).labels == {}  # not asked about for long
+        assert found.named(workload()).labels == {}  # the container was not rescanned for long
 
 
 @pytest.mark.parametrize(
     "text", ["", "{", "[1]", '[{"of": ["docker"]}]', '[{"of": ["x", "y", 0]}]', "{}", "null", "[" * 10**5]
 )
-def test_an_invalid_file_has_no_labels(tmp_path, text):
+def test_an_invalid_label_cache_has_no_labels(tmp_path, text):
     file = tmp_path / "engines.json"
     file.write_text(text)
     assert label_cache.read(file) == {}
@@ -243,7 +243,7 @@ LIES = {
 
 @pytest.mark.timed
 @pytest.mark.parametrize("lie", LIES)
-def test_an_engine_that_hangs_or_lies_delays_nothing_and_is_reported(docker, api, quick, lie):
+def test_an_engine_with_false_or_no_answers_delays_nothing_and_is_reported(docker, api, quick, lie):
     docker.raw = LIES[lie]
     other = DockerApi(Engine.PODMAN, str(docker.path) + ".other")
     podman = Docker(docker.path.with_name("docker.sock.other"))
@@ -264,7 +264,7 @@ def test_an_engine_that_hangs_or_lies_delays_nothing_and_is_reported(docker, api
 
 
 @pytest.mark.timed
-def test_one_bad_answer_delays_no_other(docker, api):
+def test_one_invalid_answer_delays_no_other(docker, api):
     docker.containers = [container(Labels={"x": "y" * 5 * MIB}), container(OTHER)]
     with running(api) as found:
         found.named(workload())
@@ -275,7 +275,7 @@ def test_one_bad_answer_delays_no_other(docker, api):
         eventually(lambda: "longer than 4 MiB" in found.missing(workload()))
 
 
-def test_a_backlog_that_is_full_is_waited_for_no_longer(tmp_path, quick):
+def test_an_engine_with_a_full_backlog_is_reported_after_a_deadline(tmp_path, quick):
     path = tmp_path / "docker.sock"
     with socket.socket(socket.AF_UNIX) as full, running(DockerApi(Engine.DOCKER, str(path))) as found:
         full.bind(str(path))
@@ -290,21 +290,21 @@ def test_a_backlog_that_is_full_is_waited_for_no_longer(tmp_path, quick):
             sock.close()
 
 
-def test_a_new_container_waits_for_none_of_those_that_ended_without_an_engine(tmp_path):
-    """The engine starts after hundreds of containers have ended, and makes one. That one is asked about first."""
+def test_a_new_container_waits_for_no_request_about_ended_containers(tmp_path):
+    """The engine starts after hundreds of containers have ended, and creates one. That container is requested first."""
     with running(DockerApi(Engine.DOCKER, str(tmp_path / "docker.sock"))) as found:
         for number in range(300):
             found.named(workload(subject(f"{number:064x}"), f"/docker/{number:064x}"))
-        time.sleep(1)  # the engine's absence has been noticed
+        time.sleep(1)  # by now the engine's absence has been recorded
         engine = Docker(tmp_path / "docker.sock")
         engine.containers = [container()]
         asked(found, workload())
-        assert any(ID in target for target in engine.targets[:2])  # one of the others may have been under way
+        assert any(ID in target for target in engine.targets[:2])  # another request may have been in progress
         engine.stop()
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a socket away")
-def test_a_socket_that_is_not_roots_is_asked_nothing(docker, api, quick):
+def test_a_socket_that_root_does_not_own_gets_no_request(docker, api, quick):
     docker.containers = [container()]
     os.chown(docker.path, 1000, 1000)
     with running(api) as found:
@@ -316,7 +316,7 @@ def test_a_socket_that_is_not_roots_is_asked_nothing(docker, api, quick):
 # -- bounds
 
 
-def test_long_labels_and_many_are_left_out_and_requests_never():
+def test_long_or_many_labels_are_dropped_and_requests_never():
     many = {f"k{n:05}": "v" * 10 for n in range(5000)}
     labels = engine_answers.labels_of({**many, "long": "x" * MIB, "x" * 400: "", "fgpu.dev/memory": "8GiB"})
     assert labels["fgpu.dev/memory"] == "8GiB"
@@ -339,7 +339,7 @@ def test_known_labels_are_bounded_and_forgotten(docker, api, monkeypatch):
         assert len(found._entries) == 1
 
 
-def test_a_container_that_is_gone_is_asked_about_no_more(docker, api, monkeypatch):
+def test_a_removed_container_is_not_requested_any_more(docker, api, monkeypatch):
     monkeypatch.setattr(engine_labels, "MOST_KNOWN", 1)
     docker.containers = [container(OTHER)]
     with running(api) as found:
@@ -350,7 +350,7 @@ def test_a_container_that_is_gone_is_asked_about_no_more(docker, api, monkeypatc
         assert found._threads[0]._wants == {}
 
 
-def test_without_a_container_no_engine_is_asked(docker, api):
+def test_no_engine_gets_a_request_without_a_container(docker, api):
     with running(api) as found:
         before = threading.active_count()
         found.named(Workload(1, "/batch", "batch"))
@@ -360,7 +360,7 @@ def test_without_a_container_no_engine_is_asked(docker, api):
         assert found.views() == ()
 
 
-# -- any answer at all
+# -- arbitrary answers
 
 junk = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20),

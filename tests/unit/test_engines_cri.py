@@ -1,4 +1,4 @@
-"""Pods' labels, annotations and names by the container runtime interface, from an engine that speaks real gRPC."""
+"""Pods' labels, annotations and names by the container runtime interface, from an engine with real gRPC."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_a_container_has_its_pods_names_labels_and_annotations(cri, api):
         assert _name(known) == "dev/jupyter-0/main"
 
 
-def test_an_image_s_labels_are_its_own_and_requested_once(cri, api):
+def test_an_image_s_labels_are_kept_apart_and_requested_once(cri, api):
     cri.add_pod()
     cri.add_container()
     cri.add_container(OTHER)
@@ -70,7 +70,7 @@ def test_an_image_s_labels_are_its_own_and_requested_once(cri, api):
         assert cri.calls.count("ImageStatus") == 1
 
 
-def test_a_pod_is_known_before_its_containers_are(cri, api):
+def test_a_pod_is_known_before_its_containers(cri, api):
     with running(api) as found:
         found.named(workload(POD, path="/pod"))
         eventually(lambda: cri.calls.count("ListPodSandbox") > 1)
@@ -81,7 +81,7 @@ def test_a_pod_is_known_before_its_containers_are(cri, api):
         assert _name(known) == "dev/jupyter-0"
 
 
-def test_a_pod_is_asked_about_at_once_when_a_container_of_it_is_known(cri, api, monkeypatch):
+def test_a_pod_is_requested_at_once_when_one_of_its_containers_is_known(cri, api, monkeypatch):
     monkeypatch.setattr(engine_thread, "FIRST_AGAIN_SECONDS", 30.0)
     with running(api) as found:
         found.named(workload(POD, path="/pod"))
@@ -92,7 +92,7 @@ def test_a_pod_is_asked_about_at_once_when_a_container_of_it_is_known(cri, api, 
         eventually(lambda: found.named(workload(POD, path="/pod")).pod, 2)
 
 
-def test_of_several_sandboxes_the_ready_one_counts(cri, api):
+def test_the_ready_one_of_several_sandboxes_counts(cri, api):
     cri.add_pod("a" * 64, labels={"n": "old"}, state=1)
     cri.add_pod("b" * 64, labels={"n": "ready"}, state=0)
     cri.add_pod("c" * 64, labels={"n": "gone"}, state=1)
@@ -108,7 +108,7 @@ def test_a_pause_container_has_no_names(cri, api):
         assert api.ask(CONTAINERD) == Names()
 
 
-def test_docker_containers_are_unknown_to_cri(api):
+def test_cri_engines_get_no_request_about_docker_containers(api):
     assert [api.serves(subject(engine=engine)) for engine in (Engine.DOCKER, Engine.PODMAN, Engine.LXC)] == [False] * 3
     assert api.serves(POD)
 
@@ -117,7 +117,7 @@ def test_docker_containers_are_unknown_to_cri(api):
 
 
 @pytest.mark.parametrize("lie", ["hangs", "garbage", "another container", "20 MiB", "is down"])
-def test_an_engine_that_hangs_or_lies_is_reported_and_asked_again(cri, api, quick, lie):
+def test_an_engine_with_false_or_no_answers_is_reported_and_asked_again(cri, api, quick, lie):
     ended = threading.Event()
     status = cri.messages["ContainerStatusResponse"]
     pad = cri.messages["ContainerStatus"](id=ID, labels={"x": "y" * (20 << 20)})
@@ -140,7 +140,7 @@ def test_an_engine_that_hangs_or_lies_is_reported_and_asked_again(cri, api, quic
         assert found.views()[0].fault == ""
 
 
-def test_a_socket_without_grpc_and_an_engine_that_restarts(tmp_path, quick):
+def test_names_are_found_after_a_socket_without_grpc_and_an_engine_restart(tmp_path, quick):
     path = tmp_path / "cri.sock"
     with socket.socket(socket.AF_UNIX) as silent, running(CriApi(str(path))) as found:
         silent.bind(str(path))
@@ -158,7 +158,7 @@ def test_a_socket_without_grpc_and_an_engine_that_restarts(tmp_path, quick):
             found._entries.clear()
 
 
-def test_an_old_interface_is_named(tmp_path, quick):
+def test_an_engine_with_an_old_interface_is_reported(tmp_path, quick):
     import grpc
 
     server = grpc.server(futures.ThreadPoolExecutor(1))
@@ -170,7 +170,7 @@ def test_an_old_interface_is_named(tmp_path, quick):
     server.stop(0)
 
 
-def test_without_grpc_the_message_says_what_to_install(tmp_path, monkeypatch, quick):
+def test_a_missing_grpc_package_is_reported_with_its_installation(tmp_path, monkeypatch, quick):
     monkeypatch.setitem(sys.modules, "grpc", None)
     (tmp_path / "cri.sock").touch()
     with running(CriApi(f"{tmp_path}/cri.sock")) as found:

@@ -1,4 +1,4 @@
-"""Tests of `fgpu setup`: the new settings of an engine, that no existing setting is lost, and that undo is exact."""
+"""Tests of `fgpu setup`: the new settings of an engine. No existing setting is lost, and undo is exact."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ root = "/srv/containerd"
   [plugins."io.containerd.grpc.v1.cri".registry]
     config_path = "/etc/containerd/certs.d"
 """
-# As `containerd config default` of 2.1 prints it: other quotes.
+# As `containerd config default` of 2.1 prints it, with other quotes.
 CONTAINERD_3 = """version = 3
 
 [plugins]
@@ -121,7 +121,7 @@ def test_created_folders_are_removed(tmp_path, helper):
     found, state = engine("podman", tmp_path, None), tmp_path / "state.json"
     found = replace(found, file=tmp_path / "etc/containers/containers.conf.d/zz.conf")
     assert set_up(found, helper, state)
-    found.file.unlink()  # so that setup writes it again
+    found.file.unlink()  # so that setup writes the file again
     assert set_up(found, helper, state)
     assert undo(found, state)
     assert list((tmp_path / "etc").iterdir()) == []
@@ -136,7 +136,7 @@ def test_created_folders_are_removed(tmp_path, helper):
 
 
 @pytest.mark.parametrize(("name", "text"), [(n, t) for n, t in CASES if t])
-def test_changes_by_others_stay(name, text, tmp_path, helper):
+def test_changes_by_other_programs_are_kept(name, text, tmp_path, helper):
     found, state = engine(name, tmp_path, text), tmp_path / "x.json"
     set_up(found, helper, state)
     now = read(found)
@@ -154,8 +154,8 @@ def test_changes_by_others_stay(name, text, tmp_path, helper):
 
 
 @pytest.mark.parametrize("name", ["docker", "containerd"])
-def test_undo_works_without_the_notes_too(name, tmp_path, helper):
-    """Undo without the state file, which was removed with /var/lib, removes the lines of setup and no others."""
+def test_undo_works_without_the_state_file(name, tmp_path, helper):
+    """The state file was removed with /var/lib. Undo removes the lines of setup and no others."""
     text = '{"debug": true}' if name == "docker" else CONTAINERD
     found, state = engine(name, tmp_path, text), tmp_path / "x.json"
     set_up(found, helper, state)
@@ -166,7 +166,7 @@ def test_undo_works_without_the_notes_too(name, tmp_path, helper):
     assert parse(read(found) or "") == parse(text)
 
 
-def test_a_file_without_settings_is_left_unchanged(tmp_path, helper):
+def test_a_file_without_settings_stays_unchanged(tmp_path, helper):
     for name, text in (("docker", "{"), ("docker", "[]"), ("containerd", "version = ")):
         found = engine(name, tmp_path, text)
         with pytest.raises(SetupError):
@@ -235,7 +235,7 @@ def test_a_full_disk_changes_nothing(tmp_path, helper, monkeypatch):
     assert [p.name for p in found.file.parent.iterdir()] == ["settings"]
 
 
-def test_doctor_says_whether_the_set_up_is_intact(tmp_path, helper):
+def test_doctor_reports_whether_the_setup_is_intact(tmp_path, helper):
     found, state = engine("docker", tmp_path, "{}"), tmp_path / "state"
     assert list(checks(state, helper)) == []
     set_up(found, helper, state / "docker.json")
@@ -249,7 +249,7 @@ def test_doctor_says_whether_the_set_up_is_intact(tmp_path, helper):
     assert list(checks(state, helper)) == []
 
 
-# -- what it becomes -----------------------------------------------------------------------------------------------
+# -- the new settings ----------------------------------------------------------------------------------------------
 
 
 def test_docker_runs_fgpu_before_the_default_runtime(tmp_path, helper):
@@ -272,7 +272,7 @@ def test_docker_runs_fgpu_before_the_default_runtime(tmp_path, helper):
         '{"runtimes": []}',
     ],
 )
-def test_docker_runtimes_that_cannot_be_wrapped(text, tmp_path, helper):
+def test_docker_runtimes_that_cannot_be_wrapped_are_refused(text, tmp_path, helper):
     found = engine("docker", tmp_path, text)
     with pytest.raises(SetupError):
         set_up(found, helper, tmp_path / "x.json")
@@ -288,10 +288,10 @@ def test_docker_runtimes_that_cannot_be_wrapped(text, tmp_path, helper):
         ((28, 1), {"buildkit": True}, {"buildkit": True, "cdi": True}),
         ((28, 2), {}, {}),
         ((), {}, {}),  # unknown
-        ((26, 1), {"cdi": False}, {"cdi": False}),  # an administrator's
+        ((26, 1), {"cdi": False}, {"cdi": False}),  # set by an administrator
     ],
 )
-def test_docker_gets_cdi_in_the_versions_that_ask_for_it(version, before, after, tmp_path, helper):
+def test_docker_gets_cdi_in_the_versions_that_need_the_setting(version, before, after, tmp_path, helper):
     found, state = engine("docker", tmp_path, json.dumps({"features": before} if before else {})), tmp_path / "x.json"
     found = replace(found, version=version)
     wanted = set_up(found, helper, state)
@@ -315,7 +315,7 @@ def test_containerd_changes_one_value(text, tmp_path, helper):
     assert runtime["runtime_type"] == "io.containerd.runc.v2"
     link = Path(runtime["options"].pop("BinaryName"))
     was = before.get("plugins", {}).get(plugin, {}).get("containerd", {}).get("runtimes", {}).get("runc", {})
-    if was.get("options", {}).get("BinaryName"):  # named by a path, because it need not be in any PATH
+    if was.get("options", {}).get("BinaryName"):  # given by a path, because it need not be in any PATH
         assert link == helper.with_name("fgpu-runtime-containerd-runc")
         assert os.readlink(helper.parent / "runtimes/containerd-runc") == "/usr/sbin/runc"
     else:
@@ -335,8 +335,8 @@ def drop_in(name: str, tmp_path: Path, **others: str) -> Engine:
     return found
 
 
-def test_podman_gets_a_folder_of_hooks_of_its_own(tmp_path, helper):
-    """Podman gets its own folder of hooks: Buildah and CRI-O refuse all hooks if one names a stage of Podman's."""
+def test_podman_gets_its_own_folder_of_hooks(tmp_path, helper):
+    """Buildah and CRI-O would refuse all hooks of a folder if one has a stage that only Podman has."""
     found = drop_in("podman", tmp_path)
     set_up(found, helper, tmp_path / "x.json")
     usual, ours = tomllib.loads(read(found) or "")["engine"]["hooks_dir"]
@@ -357,7 +357,7 @@ def test_podman_gets_a_folder_of_hooks_of_its_own(tmp_path, helper):
         ({"10": '[containers]\nlog_driver = "journald"'}, ["/usr/share/containers/oci/hooks.d"]),
     ],
 )
-def test_podman_keeps_the_folders_that_it_has(others, folders, tmp_path, helper):
+def test_podman_keeps_its_existing_folders_of_hooks(others, folders, tmp_path, helper):
     found = drop_in("podman", tmp_path, **others)
     set_up(found, helper, tmp_path / "x.json")
     assert tomllib.loads(read(found) or "")["engine"]["hooks_dir"] == [*folders, str(tmp_path / "bin/hooks.d")]
@@ -385,7 +385,7 @@ def crio_table(found: Engine) -> tuple[str, dict]:
     return table
 
 
-def test_crio_has_its_default_runtime_under_the_same_name_and_a_path_of_ours(tmp_path, helper):
+def test_crio_keeps_the_name_of_its_default_runtime_with_the_path_of_fgpu(tmp_path, helper):
     found = drop_in("crio", tmp_path, **{"10-crio": CRIO})
     set_up(found, helper, tmp_path / "x.json")
     name, table = crio_table(found)
@@ -398,7 +398,7 @@ def test_crio_has_its_default_runtime_under_the_same_name_and_a_path_of_ours(tmp
     assert not found.file.exists()
 
 
-def test_doctor_says_when_another_default_has_come(tmp_path, helper):
+def test_doctor_reports_a_changed_default_runtime(tmp_path, helper):
     found, state = drop_in("crio", tmp_path, **{"10-crio": CRIO}), tmp_path / "state"
     set_up(found, helper, state / "crio.json")
     (check,) = checks(state, helper)
@@ -414,7 +414,7 @@ def test_doctor_says_when_another_default_has_come(tmp_path, helper):
     assert next(checks(state, helper)).ok
 
 
-def test_crio_settings_that_come_later_win(tmp_path, helper):
+def test_later_crio_settings_take_precedence(tmp_path, helper):
     main = '[crio.runtime]\ndefault_runtime = "runc"\n[crio.runtime.runtimes.runc]\nruntime_path = ""'
     nvidia = '[crio.runtime]\ndefault_runtime = "nvidia"\n[crio.runtime.runtimes.nvidia]\nruntime_path = "/n/nvidia"'
     found = drop_in("crio", tmp_path, main=main)
@@ -437,7 +437,7 @@ def test_crio_settings_that_come_later_win(tmp_path, helper):
         ("[crio", "10.conf is not TOML"),
     ],
 )
-def test_crio_settings_that_are_not_understood(text, why, tmp_path, helper):
+def test_unknown_crio_settings_are_refused(text, why, tmp_path, helper):
     found = drop_in("crio", tmp_path, **{"10": text})
     with pytest.raises(SetupError, match=why):
         set_up(found, helper, tmp_path / "x.json")
@@ -455,7 +455,7 @@ def test_a_file_of_another_program_is_never_replaced(name, tmp_path, helper):
     assert read(found) == "# theirs\n"
 
 
-def test_a_set_up_in_another_file_is_undone(tmp_path, helper):
+def test_a_setup_in_another_file_is_undone(tmp_path, helper):
     """Setup restores a file if the settings name another one, or if a newer version of fgpu uses another place."""
     first, second, state = engine("docker", tmp_path, "{}"), drop_in("docker", tmp_path), tmp_path / "x.json"
     set_up(first, helper, state)
@@ -487,7 +487,7 @@ BASE = '{{ template "base" . }}'
 
 
 def k3s(tmp_path: Path, made: str, template: str | None = None, version: tuple[int, ...] = (1, 30)) -> Engine:
-    """Return k3s with the settings that it has made for containerd, and a template that an administrator wrote."""
+    """Return k3s with the settings that it has generated for containerd, and with an administrator's template."""
     folder = tmp_path / "containerd"
     folder.mkdir()
     if made:
@@ -499,7 +499,7 @@ def k3s(tmp_path: Path, made: str, template: str | None = None, version: tuple[i
 
 
 def rendered(template: str, made: str) -> str:
-    """Return what k3s makes of a template."""
+    """Return the file that k3s renders from a template."""
     return template.replace(BASE, made).replace("{{ .SystemdCgroup }}", "true")
 
 
@@ -536,7 +536,7 @@ def test_k3s_gets_a_runtime_in_front_of_nvidia_s(version, nvidia, template, tmp_
         (MADE, "version = 2\n", (1, 30), "add a runtime by hand"),
     ],
 )
-def test_k3s_that_cannot_be_set_up_is_left_unchanged(made, template, version, why, tmp_path, helper):
+def test_k3s_that_cannot_be_set_up_stays_unchanged(made, template, version, why, tmp_path, helper):
     made = made.format(version=2, plugin=PLUGINS[2])
     found = k3s(tmp_path, made, template, version)
     with pytest.raises(SetupError, match=why):
@@ -544,7 +544,7 @@ def test_k3s_that_cannot_be_set_up_is_left_unchanged(made, template, version, wh
     assert read(found) == template
 
 
-# -- what is installed ---------------------------------------------------------------------------------------------
+# -- installed versions ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -557,7 +557,7 @@ def test_k3s_that_cannot_be_set_up_is_left_unchanged(made, template, version, wh
         ("containerd", "containerd github.com/containerd/containerd 1.6.20~ds1", ()),
     ],
 )
-def test_versions(name, said, version, tmp_path, monkeypatch):
+def test_versions_of_engines_are_parsed(name, said, version, tmp_path, monkeypatch):
     found = next(engine for engine in ENGINES.values() if name in engine.programs)
     monkeypatch.setattr("fgpu_ebpf.containers.engine_setup._FOLDERS", ())
     assert (program(found), as_installed(found).version) == ("", ())

@@ -48,7 +48,7 @@ def kernel(monkeypatch):
     return Kernel(monkeypatch)
 
 
-def test_only_what_is_busy_has_a_budget(kernel):
+def test_only_a_busy_workload_has_a_budget(kernel):
     assert set(kernel.map) == {bytes(8)}, "those of an agent before are gone"
     kernel.budgets.note(f"/user/{n}" for n in range(BUSY - 1))
     kernel.now += 1
@@ -59,12 +59,12 @@ def test_only_what_is_busy_has_a_budget(kernel):
     assert not kernel.has("/user/one")
 
 
-def test_root_s_own_cgroups_have_none(kernel):
+def test_root_s_own_cgroups_have_no_budget(kernel):
     kernel.budgets.note(["/root/one"] * 2 * BUSY)
     assert set(kernel.map) == {bytes(8)}
 
 
-def test_a_name_that_the_kernel_cannot_read_as_a_whole_has_none(kernel):
+def test_a_workload_whose_name_is_too_long_for_the_kernel_has_no_budget(kernel):
     kernel.budgets.note([f"/{'n' * abi.PATH}/one"] * BUSY)
     assert set(kernel.map) == {bytes(8)}
 
@@ -80,7 +80,7 @@ def test_lost_events_are_reported_once(kernel):
     assert kernel.budgets.lost() == ["/b", ""]
 
 
-def test_an_idle_workload_has_none_any_more(kernel):
+def test_an_idle_workload_loses_its_budget(kernel):
     kernel.budgets.note(["/a/one", "/b/one"] * BUSY)
     kernel.now += IDLE_SECONDS - 1
     kernel.lose("/b")
@@ -90,7 +90,7 @@ def test_an_idle_workload_has_none_any_more(kernel):
     assert (kernel.has("/a"), kernel.has("/b")) == (False, True)
 
 
-def test_the_idlest_makes_room(kernel, monkeypatch):
+def test_the_idlest_workload_makes_room_for_another(kernel, monkeypatch):
     monkeypatch.setattr(event_budgets, "MOST", 2)
     for name in ("/a/one", "/b/one", "/c/one"):
         kernel.now += 1

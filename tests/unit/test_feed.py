@@ -1,4 +1,4 @@
-"""Tests of the feed of `fgpu top`: complete answers of the agent, half an answer, none, and then one again."""
+"""Tests of the feed of `fgpu top`: complete answers of the agent, half an answer, none, and complete ones again."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def test_a_failure_is_shown_until_the_next_reply(
         assert (found.latest.snapshot, found.latest.error) == ({"number": number}, error)
 
 
-def test_silence_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_answer_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(top_input.time, "monotonic", lambda: 109.0)
     assert LatestSnapshot({}, "", 108.0).now().error == ""
     assert LatestSnapshot({}, "", 100.0).now().error == "no answer for 9 s"

@@ -13,7 +13,7 @@ def test_files_of_a_cgroup_are_bounded() -> None:
     for n in range(MOST_FILES):
         assert budget.room("/a") == MOST_FILES - n
         budget.enter((1, n), "/a")
-    budget.enter((1, 0), "/b")  # it counts for the first cgroup
+    budget.enter((1, 0), "/b")  # the file counts for the first cgroup
     assert (budget.room("/a"), budget.room("/b"), budget.has("/a")) == (0, MOST_FILES, (MOST_FILES, MOST_FILES))
     assert budget.cgroup_of((1, 0)) == "/a"
     budget.forget((1, 0))
@@ -29,7 +29,7 @@ def test_files_of_all_cgroups_are_bounded(monkeypatch: pytest.MonkeyPatch) -> No
     assert budget.room("/new") == 0
 
 
-def test_used_time_is_forgiven_step_by_step() -> None:
+def test_used_time_is_reduced_step_by_step() -> None:
     budget = FileBudget()
     budget.charge("/a", BURST_NS + 2 * REFILL_NS)
     assert (budget.has_time("/a"), budget.has_time("/b")) == (False, True)

@@ -1,4 +1,4 @@
-"""Given Snapshots in windows of given sizes."""
+"""Tests of the frame of `fgpu top`: given Snapshots in windows of given sizes."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def lines(latest: LatestSnapshot, width: int, height: int, choice: ViewChoice | 
     return text.plain.split("\n")
 
 
-def test_a_usual_window() -> None:
+def test_the_frame_of_a_usual_window_has_all_columns() -> None:
     assert lines(kit.latest(*kit.ALL), 80, 9) == [
         "fgpu 00:00:01  4 tenants  by used",
         "0 NVIDIA H200 ▕██░░░░   ▏ 40GiB/160GiB ░committed 100GiB ▒unmanaged 0B turn: bob",
@@ -35,7 +35,7 @@ def test_a_usual_window() -> None:
     ]
 
 
-def test_the_keys_take_the_place_of_the_table() -> None:
+def test_the_list_of_keys_replaces_the_table() -> None:
     shown = lines(kit.latest(*kit.ALL), 80, 16, choice=ViewChoice(helping=True))
     assert shown[1].startswith("0 NVIDIA H200"), "devices stay"
     assert any(line.startswith("h ?  ") for line in shown)
@@ -44,7 +44,7 @@ def test_the_keys_take_the_place_of_the_table() -> None:
     assert max(map(len, shown)) <= 80
 
 
-def test_a_narrow_window_keeps_what_matters() -> None:
+def test_a_narrow_window_keeps_the_main_columns() -> None:
     assert lines(kit.latest(*kit.ALL), 40, 8) == [
         "fgpu 00:00:01  4 tenants  by used",
         "0 ▕███░░░░░     ▏ 40GiB/160GiB turn: bob",
@@ -59,7 +59,7 @@ def test_a_narrow_window_keeps_what_matters() -> None:
 
 @pytest.mark.parametrize("width", [1, 2, 5, 12, 20, 40, 79, 80, 99, 100, 132, 400])
 @pytest.mark.parametrize("height", [1, 2, 3, 4, 5, 24, 100])
-def test_it_fits_any_window(width: int, height: int) -> None:
+def test_the_frame_fits_any_window(width: int, height: int) -> None:
     wide = kit.tenant("日本" * 60, kit.on(0, 1), kit.on(1, 1))
     latest = kit.latest(
         *kit.ALL, wide, devices=(kit.device(0), kit.device(1)), error="no agent", unenforced="no driver"
@@ -78,7 +78,7 @@ def test_a_long_name_is_cut_and_moves_nothing() -> None:
     assert second.endswith(" kernel")
 
 
-def test_more_rows_than_there_is_room() -> None:
+def test_rows_beyond_the_window_can_be_scrolled_to() -> None:
     latest = kit.latest(*(kit.tenant(f"t{number:02}", kit.on(0, number)) for number in range(30)))
     choice = ViewChoice(Order(BY_WORD["tenant"]), first=99)
     text, kept = top_frame.live(latest, choice, Window(80, 8))
@@ -105,7 +105,7 @@ def test_devices_are_listed_one_below_the_other() -> None:
     ]
 
 
-def test_a_filter_says_how_many_it_finds() -> None:
+def test_a_filter_shows_how_many_rows_match() -> None:
     drawn = lines(kit.latest(*kit.ALL), 80, 6, ViewChoice(filter="ali", typing=True))
     assert drawn[0] == "fgpu 00:00:01  4 tenants  1 of them with 'ali'  by used"
     assert drawn[3].startswith("alice ")
@@ -130,7 +130,7 @@ def test_silence_and_no_enforcement_are_one_line_each() -> None:
         (None, None, "▕░░░░░   ▏"),
     ],
 )
-def test_bar(used: int | None, unmanaged: int | None, bar: str) -> None:
+def test_the_usage_bar_has_the_right_length(used: int | None, unmanaged: int | None, bar: str) -> None:
     used_bytes, others = (None if part is None else part * kit.GIB for part in (used, unmanaged))
     device = kit.latest(devices=(kit.device(0, used_bytes, None, others),)).snapshot["devices"][0]
     assert top_frame._bar(device, 8, UNICODE).plain == bar

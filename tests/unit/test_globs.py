@@ -1,4 +1,4 @@
-"""Tests of patterns: what they match, compared with a slow and simple matcher, and the time of the worst ones."""
+"""Tests of patterns: their matches, compared with a slow and simple matcher, and the time of the worst patterns."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ from fgpu_ebpf.policy.globs import GlobError, name_globs, path_globs
         ("a/**/**/b", "a/b", True),
     ],
 )
-def test_paths(pattern, path, matches):
+def test_patterns_match_paths_as_documented(pattern, path, matches):
     assert path_globs([pattern]).matches(path) is matches
 
 
@@ -61,11 +61,11 @@ def test_paths(pattern, path, matches):
         ("a*", "a\nb", True),
     ],
 )
-def test_names(pattern, name, matches):
+def test_patterns_match_names_as_documented(pattern, name, matches):
     assert name_globs([pattern]).matches(name) is matches
 
 
-def test_one_of_several_is_enough():
+def test_one_matching_pattern_of_several_is_enough():
     globs = path_globs(["a/*", "b"])
     assert [globs.matches(path) for path in ("a/x", "b", "a", "b/x")] == [True, True, False, False]
 
@@ -88,7 +88,7 @@ def test_an_invalid_pattern_is_refused(pattern, hint):
 
 
 def slowly_name(pattern: str, name: str) -> bool:
-    """Match a name, without regard to speed."""
+    """Match a name with a simple, slow algorithm."""
 
     @lru_cache(None)
     def way(i: int, j: int) -> bool:
@@ -102,7 +102,7 @@ def slowly_name(pattern: str, name: str) -> bool:
 
 
 def slowly(pattern: str, path: str) -> bool:
-    """Match a path, without regard to speed."""
+    """Match a path with a simple, slow algorithm."""
     folders = tuple(pattern.split("/"))
     names = tuple(path.split("/")) if path else ()
 
@@ -124,13 +124,13 @@ folder = st.one_of(st.just("**"), st.text("ab*?", min_size=1, max_size=5).filter
 
 
 @given(st.lists(folder, min_size=1, max_size=5), st.lists(st.text("ab", min_size=1, max_size=4), max_size=6))
-def test_paths_match_as_the_plain_matcher_says(folders, names):
+def test_paths_match_as_with_the_simple_matcher(folders, names):
     pattern, path = "/".join(folders), "/".join(names)
     assert path_globs([pattern]).matches(path) is slowly(pattern, path)
 
 
 @given(st.text("ab*?", min_size=1, max_size=12), st.text("ab", max_size=12))
-def test_names_match_as_the_plain_matcher_says(pattern, name):
+def test_names_match_as_with_the_simple_matcher(pattern, name):
     assert name_globs([pattern]).matches(name) is slowly_name(pattern, name)
 
 

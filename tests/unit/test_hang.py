@@ -1,4 +1,4 @@
-"""Tests of tests/hang.py: a run that does not end is killed, and prints what its processes do."""
+"""Tests of tests/hang.py: a run that does not end is killed, and the state of its processes is printed."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests import hang, schedule
 from tests.support.wait import eventually
 from tests.unit.pytest_kit import asked_of_copy
 
-# pytest-timeout does not end what happens outside a test.
+# pytest-timeout does not end code that runs outside a test.
 HANGS = """
 import time
 
@@ -42,7 +42,7 @@ def test_passes():
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root: it reads the stack of another process")
-def test_a_run_that_hangs_ends(tmp_path: Path) -> None:
+def test_a_run_that_hangs_is_killed(tmp_path: Path) -> None:
     suite = SOON + HANGS
     done = asked_of_copy(tmp_path, PASSES, suite, "--numprocesses=1", "-p", "tests.sim.conftest")
     assert done.returncode == 1
@@ -50,7 +50,7 @@ def test_a_run_that_hangs_ends(tmp_path: Path) -> None:
     assert "so_it_hangs (" in done.stderr
 
 
-def test_a_program_without_python_has_the_stack_of_the_kernel() -> None:
+def test_the_kernel_stack_of_a_program_without_python_is_printed() -> None:
     with subprocess.Popen(["sleep", "1000"]) as program:
         try:
             eventually(lambda: "nanosleep" in hang.stack(program.pid), 10, "a program that has begun to sleep")
@@ -59,16 +59,16 @@ def test_a_program_without_python_has_the_stack_of_the_kernel() -> None:
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root: it reads the stacks of other processes")
-def test_a_process_that_the_kernel_holds_up_has_its_stack_printed() -> None:
+def test_the_stack_of_a_process_that_blocks_in_the_kernel_is_printed() -> None:
     """A parent of vfork() waits in uninterruptible sleep until its child has ended."""
     with subprocess.Popen([sys.executable, "-c", VFORKS], start_new_session=True) as program:
         try:
             eventually(lambda: any(f"/proc/{program.pid}/" in text for text in hang.uninterruptible()), 10, "a stack")
         finally:
-            os.killpg(program.pid, signal.SIGKILL)  # the child too
+            os.killpg(program.pid, signal.SIGKILL)  # and the child
 
 
-def test_a_process_that_has_ended_is_one_line() -> None:
+def test_an_ended_process_is_printed_as_one_line() -> None:
     with subprocess.Popen(["true"]) as program:
         pass
     assert str(program.pid) in hang.stack(program.pid)

@@ -1,4 +1,4 @@
-"""Tests of the settings of malloc: freed memory goes back to the system."""
+"""Tests of the settings of malloc: freed memory is returned to the system."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ print(resident() - before)
 
 
 def arenas(before: str, out: Path) -> int:
-    """Return the number of malloc arenas of a process with eight threads that hold memory at one time."""
+    """Return the number of malloc arenas of a process with eight threads that hold memory at the same time."""
     subprocess.run([sys.executable, "-c", THREADS.format(before=before), out], check=True, timeout=30)
     return out.read_text().count("<heap nr=")
 
@@ -121,13 +121,13 @@ def mapped_bytes(before: str) -> int:
     return printed(MALLINFO + LARGE.format(before=before))
 
 
-def test_a_large_block_stays_a_mapping_of_its_own() -> None:
+def test_a_large_block_stays_a_separate_mapping() -> None:
     assert mapped_bytes("heap.keep_small()") >= 1 << 19
     assert mapped_bytes("") == 0
 
 
 def given_back_bytes(after: str) -> int:
-    """Return how many of 8 MB go back to the system, if they were freed below a block that was not."""
+    """Return how many of 8 MB are returned to the system, if they were freed below a block that is still in use."""
     return printed(RESIDENT + HOLES.format(after=after))
 
 
@@ -186,7 +186,7 @@ def test_unreachable_cycles_are_freed() -> None:
     assert not seen()
 
 
-def test_patterns_of_policies_that_are_gone_are_freed() -> None:
+def test_patterns_of_removed_policies_are_freed() -> None:
     seen = weakref.ref(path_globs(["some/*"])._compiled)
     assert seen(), "the object was freed too early for this test"
     malloc.give_back()
@@ -205,22 +205,22 @@ def test_long_lived_objects_are_not_examined() -> None:
 
 
 def grown_bytes(before: str) -> int:
-    """Return the growth of the process after 900 KB of small objects lived for a moment."""
+    """Return the growth of the process after 900 KB of small objects existed for a moment."""
     return printed(RESIDENT + CROWD.format(before=before))
 
 
-def test_many_small_objects_fit_in_the_memory_that_was_set_aside() -> None:
+def test_many_small_objects_fit_in_the_reserved_memory() -> None:
     assert grown_bytes("heap.settle(1 << 20)") < 1 << 17
     assert grown_bytes("heap.settle(0)") > 1 << 19
 
 
-def test_names_that_come_and_go_are_not_interned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Names of short-lived files are not interned: Python's table never shrinks, and a Path interns its parts."""
+def test_names_of_short_lived_files_are_not_interned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Python's table of interned names never shrinks, and a Path interns its parts."""
     (tmp_path / "run/shim").mkdir(parents=True)
     (tmp_path / "policy.d").mkdir()
     (tmp_path / "policy.d/some.yaml").write_text("")
     cgroups, run, policies = Workloads(tmp_path), tmp_path / "run", PolicyFolder(tmp_path / "policy.d", False, 0)
-    policies.read()  # its imports happen at the first call
+    policies.read()  # the first call imports modules
     interned: list[str] = []
     intern = sys.intern
     monkeypatch.setattr(sys, "intern", lambda text: (interned.append(text), intern(text))[1])

@@ -30,7 +30,7 @@ def test_actions_by_hand_are_reported_every_time() -> None:
     assert told(one) == [("set", 1, 0), ("set", 2, 0), ("set", 2, 0)]
 
 
-def test_nothing_is_kept_of_removed_tenants(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_event_log_keeps_nothing_of_removed_tenants(monkeypatch: pytest.MonkeyPatch) -> None:
     one, now = EventLog(), 100.0
     monkeypatch.setattr(event_log.time, "monotonic", lambda: now)
     for number in range(100 * FEW_KINDS):

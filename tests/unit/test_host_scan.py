@@ -1,4 +1,4 @@
-"""Tests of the scan of all processes: it waits for none of them, and a slow cgroup does not delay the others."""
+"""Tests of the scan of all processes: it does not block on any process, and a slow cgroup does not delay others."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class World:
         self.scan.begin(self.ended.append)
 
     def until(self, true: Callable[[], object], seconds: float = 5) -> None:
-        """Apply what the threads find until `true` returns a true value."""
+        """Apply the threads' results until `true` returns a true value."""
         end = time.monotonic() + seconds
         while not true():
             assert time.monotonic() < end, f"not within {seconds} s"
@@ -60,13 +60,13 @@ class World:
 
 @pytest.fixture
 def gate() -> Iterator[threading.Event]:
-    """Return an event. Jobs that hang do so until it is set."""
+    """Return an event. Jobs that hang wait for it."""
     event = threading.Event()
     yield event
     event.set()
 
 
-def test_every_process_is_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_process_is_examined(monkeypatch: pytest.MonkeyPatch) -> None:
     world = World(monkeypatch, lambda pid: Found([ONE] if pid == 20 else []))
     world.begin()
     world.until(lambda: world.ended)
@@ -75,7 +75,7 @@ def test_every_process_is_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (found.used, found.left_out, found.is_whole) == ({(1, 2)}, [], True)
 
 
-def test_one_look_at_a_time(monkeypatch: pytest.MonkeyPatch, gate: threading.Event) -> None:
+def test_only_one_scan_runs_at_a_time(monkeypatch: pytest.MonkeyPatch, gate: threading.Event) -> None:
     world = World(monkeypatch, lambda pid: Found([]) if gate.wait(5) else Found(None))
     world.begin()
     world.begin()
@@ -86,7 +86,7 @@ def test_one_look_at_a_time(monkeypatch: pytest.MonkeyPatch, gate: threading.Eve
     world.until(lambda: len(world.ended) == 2)
 
 
-def test_processes_that_take_long_are_looked_at_in_slices(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_slow_processes_are_examined_in_slices(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(process_scan, "SLICE_SECONDS", 0.0)
     world = World(monkeypatch, lambda pid: Found([]))
     world.begin()
@@ -95,7 +95,7 @@ def test_processes_that_take_long_are_looked_at_in_slices(monkeypatch: pytest.Mo
     assert sorted(world.seen) == [10, 11, 12, 20, 21]
 
 
-def test_a_cgroup_that_has_had_its_share_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cgroup_that_has_used_its_share_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(process_scan, "SLICE_SECONDS", 0.0)
     world = World(monkeypatch, lambda pid: Found([]), share=2)
     world.begin()
@@ -104,7 +104,7 @@ def test_a_cgroup_that_has_had_its_share_is_left_out(monkeypatch: pytest.MonkeyP
     assert (world.ended[0].left_out, world.ended[0].is_whole) == ([12], True)
 
 
-def test_a_process_that_cannot_be_read_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_process_that_cannot_be_read_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     world = World(monkeypatch, lambda pid: Found(None if pid == 21 else []))
     world.begin()
     world.until(lambda: world.ended)
@@ -112,7 +112,7 @@ def test_a_process_that_cannot_be_read_is_named(monkeypatch: pytest.MonkeyPatch)
 
 
 @pytest.mark.parametrize("where", ["of all", "of one"])
-def test_a_job_that_fails_ends_its_cgroup_s_part_alone(monkeypatch: pytest.MonkeyPatch, where: str) -> None:
+def test_a_failed_job_ends_only_the_scan_of_its_cgroup(monkeypatch: pytest.MonkeyPatch, where: str) -> None:
     def read(pid: int) -> Found:
         if world.pids[pid] == HOSTILE:
             raise OSError("too many open files")
@@ -130,7 +130,7 @@ def test_a_job_that_fails_ends_its_cgroup_s_part_alone(monkeypatch: pytest.Monke
     world.until(lambda: len(world.ended) == 2)
 
 
-def test_a_process_that_hangs_keeps_no_other_from_being_looked_at(
+def test_a_process_that_hangs_does_not_prevent_the_scan_of_others(
     monkeypatch: pytest.MonkeyPatch, gate: threading.Event
 ) -> None:
     monkeypatch.setattr(process_scan, "MOST_SECONDS", 0.3)
@@ -145,7 +145,7 @@ def test_a_process_that_hangs_keeps_no_other_from_being_looked_at(
     world.until(lambda: sorted(world.seen) == [20, 21])
     assert not world.ended
     time.sleep(0.3)
-    world.begin()  # the previous scan is given up
+    world.begin()  # the previous scan is abandoned
     assert (sorted(world.ended[0].left_out), world.ended[0].is_whole) == ([10, 11, 12], True)
     world.until(lambda: sorted(world.seen) == [20, 20, 21, 21])
     gate.set()
@@ -153,7 +153,7 @@ def test_a_process_that_hangs_keeps_no_other_from_being_looked_at(
     assert world.ended[1].left_out == []
 
 
-def test_nothing_is_known_where_no_look_can_begin(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_scan_that_cannot_start_reports_nothing_as_known(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     world = World(monkeypatch, lambda _: Found([]), share=0)
     world.begin()
     assert (world.ended[0].is_whole, world.ended[0].used) == (False, set())

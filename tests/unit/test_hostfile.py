@@ -24,7 +24,7 @@ def settings(tmp_path):
     return read
 
 
-def test_without_a_file_and_with_an_empty_one_the_defaults_hold(tmp_path, settings):
+def test_the_defaults_apply_without_a_file_and_with_an_empty_one(tmp_path, settings):
     assert host_config.read(tmp_path / "none.yaml") == (HostSettings(), ())
     assert settings("") == settings("# nothing\n") == settings("{}") == (HostSettings(), [])
 
@@ -69,12 +69,12 @@ def test_a_digest_has_64_small_hexadecimal_digits(settings, digest):
     assert settings("drivers: {trusted: []}")[0] == settings("drivers: {}")[0] == HostSettings()
 
 
-def test_one_key_leaves_the_others_alone(settings):
+def test_one_key_does_not_change_the_other_settings(settings):
     assert settings("logFormat: json") == (HostSettings(log_format="json"), [])
 
 
 @pytest.mark.parametrize("address", ["0.0.0.0:1", "localhost:65535", "gpu-3.example:9423", "[fd00::1]:80"])
-def test_addresses(settings, address):
+def test_addresses_are_parsed(settings, address):
     assert settings(f"listen: '{address}'")[0].listen == address
 
 
@@ -135,7 +135,7 @@ def test_an_unreadable_file_is_reported(tmp_path):
     assert str(host_config.read(tmp_path, root_only=False)[1][0]) == f"{tmp_path}: is not a regular file: remove it"
 
 
-def test_the_guide_shows_the_defaults(settings):
+def test_the_guide_lists_the_default_settings(settings):
     guide = (Path(__file__).parent.parent.parent / "docs/policy.md").read_text()
     block = guide.rpartition("```yaml\n")[2].partition("```")[0]
     assert settings(block) == (HostSettings(), [])

@@ -17,10 +17,10 @@ WINDOW, STEP_SECONDS = 20, 0.1
 
 
 class Garbage(Hog):
-    """A tenant with a program that now and then exits after up to 0.3 s with arbitrary bytes on its page, and an idle
-    program.
+    """A tenant with an idle program and a program that leaves arbitrary bytes on its page.
 
-    The scheduler always reads such a page as work in flight for one more second.
+    The latter exits now and then, after up to 0.3 s. The scheduler always reads such a page as work that stays in
+    flight for another second.
     """
 
     chance: random.Random
@@ -71,7 +71,7 @@ class Arbitrary(Hog):
 
 
 def least_share(it: World, honest: list[Tenant], seconds: float) -> float:
-    """Return how many points a tenant was above its part by weight in its worst window of 2 s."""
+    """Return by how many points a tenant was above its part by weight in its worst window of 2 s."""
     done = [[tenant.done_ns for tenant in honest]]
     for _ in range(round(seconds / STEP_SECONDS)):
         it.run(STEP_SECONDS)
@@ -89,8 +89,8 @@ def neighbours() -> list[Tenant]:
 
 
 @pytest.mark.parametrize("seed", [0, 3])
-def test_programs_that_end_with_work_in_flight_prove_nothing(seed: int) -> None:
-    """Programs that exit before their claim would have been over leave nothing in flight, so no claim is proven."""
+def test_a_program_that_exits_with_work_in_flight_proves_no_claim(seed: int) -> None:
+    """A program that exits before its claimed end leaves nothing in flight, so its claim is not proven."""
     honest, hostile = neighbours(), Garbage(HOSTILE)
     it = World(*honest, hostile)
     hostile.chance, hostile.world = random.Random(seed), it
@@ -108,8 +108,8 @@ def test_arbitrary_words_cost_honest_tenants_no_share(pause_ms: int) -> None:
     assert it.turns.places[HOSTILE].counts.overruns >= 3, "it is waited for in vain"
 
 
-def test_a_tenant_s_last_program_that_ends_proves_nothing_to_the_next() -> None:
-    """One program claims work of a second and exits. Another one begins, and drains before that second is over."""
+def test_a_tenant_s_exited_program_proves_no_claim_of_the_next() -> None:
+    """One program claims work of a second and exits. Another program starts, and drains before that second is over."""
     honest, hog = Tenant(1), Hog(2)
     it = World(honest, hog)
     place = it.turns.places[2]
@@ -124,7 +124,7 @@ def test_a_tenant_s_last_program_that_ends_proves_nothing_to_the_next() -> None:
     assert place.trust.standing.pace_ns
 
 
-def test_cgroups_that_are_made_again_are_trusted_no_more_than_the_last() -> None:
+def test_a_recreated_cgroup_is_trusted_no_more_than_the_previous_one() -> None:
     """Every 0.3 s the tenant continues in a new cgroup below its own, and claims a second of work there."""
     honest = Tenant(1)
     it = World(honest, outer={OUTER: Share()})
@@ -151,7 +151,7 @@ def test_an_unproven_claim_is_never_trusted_for_longer_than_at_first() -> None:
 
 
 def test_a_short_claim_that_was_true_proves_no_long_one() -> None:
-    """A tenant with a false claim is waited for 4 ms. Work of 12 ms that ends as claimed proves no longer claim."""
+    """A tenant with a false claim delays others for 4 ms. Work of 12 ms that ends as claimed proves no longer claim."""
     trust = Trust()
     trust.claims(S, S)
     trust.overran(S + UNPROVEN_NS)

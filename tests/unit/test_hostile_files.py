@@ -1,4 +1,4 @@
-"""Tests of files that tenants choose: the agent opens the mapped file, and no file keeps others from being probed."""
+"""Tests of files that tenants choose: the agent opens the mapped file, and no file prevents the probes of others."""
 
 from __future__ import annotations
 
@@ -140,7 +140,7 @@ def parse(path: Path) -> dict[str, int]:
         os.close(fd)
 
 
-def test_the_offsets_are_those_of_the_functions(library: Path) -> None:
+def test_the_offsets_equal_those_of_the_functions(library: Path) -> None:
     shown = subprocess.run(["nm", "-D", library], capture_output=True, text=True, check=True).stdout.splitlines()
     addresses = {line.split()[2]: int(line.split()[0], 16) for line in shown if " T " in line}
     segments = subprocess.run(["readelf", "-lW", library], capture_output=True, text=True, check=True).stdout
@@ -149,7 +149,7 @@ def test_the_offsets_are_those_of_the_functions(library: Path) -> None:
     assert parse(library) == {name: addresses[name] + shift for name in NAMES}
 
 
-def test_a_broken_library_is_an_elf_error_and_takes_no_longer_than_a_whole_one(tmp_path: Path, library: Path) -> None:
+def test_a_broken_library_is_an_elf_error_in_the_time_of_an_intact_one(tmp_path: Path, library: Path) -> None:
     whole = library.read_bytes()
     (sections_at,) = struct.unpack_from("<Q", whole, 0x28)
     chance, broken = random.Random(1009), tmp_path / "libcuda.so.1"
@@ -178,7 +178,7 @@ def segments_of(text: bytes) -> Iterator[tuple[int, int]]:
 
 
 @pytest.mark.parametrize("what", ["dynamic", "segments"])
-def test_a_table_beyond_all_measure_is_not_read(tmp_path: Path, library: Path, what: str) -> None:
+def test_an_oversized_table_is_not_read(tmp_path: Path, library: Path, what: str) -> None:
     text = bytearray(library.read_bytes())
     if what == "dynamic":
         (row,) = [row for row, kind in segments_of(text) if kind == 2]
@@ -187,12 +187,12 @@ def test_a_table_beyond_all_measure_is_not_read(tmp_path: Path, library: Path, w
         struct.pack_into("<H", text, 56, 65535)
     broken = tmp_path / "libcuda.so.1"
     broken.write_bytes(text)
-    os.truncate(broken, 1 << 40)  # sparse: the file really has that size
+    os.truncate(broken, 1 << 40)  # sparse: the file has this size
     with pytest.raises(elf.ElfError, match=r"longer than|more than"):
         parse(broken)
 
 
-def test_an_endless_chain_of_symbols_is_left(tmp_path: Path, library: Path) -> None:
+def test_an_endless_chain_of_symbols_is_abandoned(tmp_path: Path, library: Path) -> None:
     """A hash table has one chain without an end, and names whose hashes all equal the wanted one."""
     text = bytearray(library.read_bytes())
     (row,) = [row for row, kind in segments_of(text) if kind == 2]
@@ -219,7 +219,7 @@ def test_a_library_is_read_as_its_loader_does(tmp_path: Path, library: Path) -> 
     bare = tmp_path / "libcuda.so.1"
     bare.write_bytes(text)
     load = [sys.executable, "-c", "import ctypes, sys; ctypes.CDLL(sys.argv[1])", bare]
-    subprocess.run(load, check=True, timeout=60)  # the loader accepts it
+    subprocess.run(load, check=True, timeout=60)  # the loader accepts the file
     assert parse(bare) == expected
     source = tmp_path / "cuda.c"
     source.write_text("\n".join(f"int {name}(void) {{ return 0; }}" for name in NAMES))
@@ -239,7 +239,7 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(breakpoints, "is_set", lambda *_: True)
 
 
-def test_one_bad_file_does_not_hide_the_others_and_is_named_once(
+def test_one_bad_file_does_not_hide_others_and_is_reported_once(
     tmp_path: Path, library: Path, mapper: Mapper, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture,
     seen: None,
 ) -> None:  # fmt: skip

@@ -25,7 +25,7 @@ def test_kernels_of_a_step_are_spread_evenly_over_it(tmp_path: Path) -> None:
     assert found == [0, 0, 5, 10, 10, 20, 30, 30]
 
 
-def test_a_program_that_stands_still_shows_in_a_window(tmp_path: Path) -> None:
+def test_a_window_shows_a_program_that_stands_still(tmp_path: Path) -> None:
     """A program has half of the device's time for ten seconds without a pause, then nothing for three seconds."""
     per_second = S // 2 // KERNEL_NS
     steps = [(second * S, (second + 1) * S, per_second) for second in range(10)]
@@ -37,7 +37,7 @@ def test_a_program_that_stands_still_shows_in_a_window(tmp_path: Path) -> None:
     assert all(one.points == one.ready_points for one in found)
 
 
-def test_time_without_a_processor_is_no_demand_for_a_turn(tmp_path: Path) -> None:
+def test_time_without_a_processor_is_not_counted_as_waiting_for_a_turn(tmp_path: Path) -> None:
     program, gatekeeper = tmp_path / "program", tmp_path / "gatekeeper"
     for task in (program, gatekeeper):
         task.mkdir()

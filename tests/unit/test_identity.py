@@ -1,4 +1,4 @@
-"""Tests of the workload that a cgroup belongs to, in trees made of folders."""
+"""Tests of the workload that a cgroup belongs to, in trees of folders."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ CASES = {
     f"/system.slice/docker-{ID}.scope/a/b": ("b", f"docker-{ID}.scope", ID, None, True),
     f"/docker/{ID}": (ID, None, ID, None, False),
     f"/docker/{ID}/x": ("x", None, ID, None, True),
-    f"/docker/{ID}/docker/{INNER}": (INNER, None, INNER, None, True),  # made by the outer container
+    f"/docker/{ID}/docker/{INNER}": (INNER, None, INNER, None, True),  # created by the outer container
     f"/docker/{ID[:12]}": (ID[:12], None, ID[:12], None, False),
     "/docker/buildkit": ("buildkit", None, None, None, False),
     "/docker": ("docker", None, None, None, False),
@@ -94,7 +94,7 @@ def test_a_path_identifies_its_workload(tmp_path, path):
         "/lxc.monitor.web",
     ],
 )
-def test_engines_monitors_are_no_workload(tmp_path, path):
+def test_monitors_of_engines_are_no_workload(tmp_path, path):
     (tmp_path / path.lstrip("/")).mkdir(parents=True)
     assert identify(tmp_path, path) is None
 
@@ -134,14 +134,14 @@ needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root's folders a
 
 
 @needs_root
-def test_attributes_are_labels_and_two_of_them_requests(tmp_path, labelled):
+def test_attributes_are_labels_and_two_attributes_are_requests(tmp_path, labelled):
     labelled("/a", {"user.fgpu.memory": b"8GiB", "user.fgpu.compute": b"50%", "user.fgpu.team": b"ml", "user.x": b"y"})
     labels = identify(tmp_path, "/a").labels
     assert labels == {"fgpu.dev/memory": "8GiB", "fgpu.dev/compute": "50%", "team": "ml"}
 
 
 @needs_root
-def test_users_other_than_root_may_ask_but_not_label(tmp_path, labelled):
+def test_users_other_than_root_may_set_requests_but_no_labels(tmp_path, labelled):
     folder = labelled(
         "/a", {"user.fgpu.memory": b"8GiB", "user.fgpu.team": b"ml", "user.fgpu.fgpu.dev/memory": b"1GiB"}
     )
@@ -150,7 +150,7 @@ def test_users_other_than_root_may_ask_but_not_label(tmp_path, labelled):
 
 
 @needs_root
-def test_cgroups_inside_may_ask_but_not_label(tmp_path, labelled):
+def test_cgroups_inside_a_workload_may_set_requests_but_no_labels(tmp_path, labelled):
     labelled(f"/docker/{ID}/x", {"user.fgpu.memory": b"8GiB", "user.fgpu.team": b"ml"})
     assert identify(tmp_path, f"/docker/{ID}/x").labels == {"fgpu.dev/memory": "8GiB"}
 
@@ -163,7 +163,7 @@ def test_labels_are_bounded(tmp_path, labelled):
     assert identify(tmp_path, "/odd").labels == {"d": ""}
 
 
-# -- what engines are asked ----------------------------------------------------------------------------------------
+# -- requests to engines ------------------------------------------------------------------------------------------
 
 POD = f"/kubepods/burstable/pod{UID}"
 
@@ -186,18 +186,18 @@ POD = f"/kubepods/burstable/pod{UID}"
         ("/system.slice/jupyter.service", None),
     ],
 )
-def test_engines_are_asked_about_their_own(tmp_path, path, subject):
+def test_each_engine_is_asked_only_about_its_own_containers(tmp_path, path, subject):
     (tmp_path / path.lstrip("/")).mkdir(parents=True)
     assert identify(tmp_path, path).subject == subject
 
 
 @needs_root
 @pytest.mark.parametrize("path", [f"/a/docker-{ID}.scope", f"/a/docker-{ID}.scope/x", f"/a/pod{UID}", f"/docker/{ID}"])
-def test_cgroups_that_others_than_root_can_make_cause_no_question(tmp_path, path):
+def test_cgroups_that_other_users_can_create_cause_no_request(tmp_path, path):
     (tmp_path / path.lstrip("/")).mkdir(parents=True)
     assert identify(tmp_path, path).subject
     own = tmp_path / path.split("/")[1] / path.split("/")[2]
-    os.chown(own, 1000, 1000)  # the root user of a user namespace owns its folder, and did not make it
+    os.chown(own, 1000, 1000)  # the root user of a user namespace owns its folder, and has not created it
     assert identify(tmp_path, path).subject
     os.chown(own.parent, 1000, 1000)
     assert identify(tmp_path, path).subject is None

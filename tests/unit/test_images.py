@@ -1,4 +1,4 @@
-"""Tests of deploy/images: bake makes the images that NVIDIA has bases for and that examples and documentation name."""
+"""Tests of deploy/images: bake builds the images that have a base of NVIDIA and that the documentation names."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import hcl2
 ROOT = Path(__file__).parents[2]
 IMAGES = ROOT / "deploy/images"
 UBUNTU, CUDA = ("20", "22", "24"), ("11.1", "11.7", "12.3", "13.0")
-NEVER = {"u20-cu13.0", "u22-cu11.1", "u24-cu11.1", "u24-cu11.7", "u24-cu12.3"}  # had a base image
+NEVER = {"u20-cu13.0", "u22-cu11.1", "u24-cu11.1", "u24-cu11.7", "u24-cu12.3"}  # these had no base image
 TAG = re.compile(r"(?<!\w)u\d+-cu[\d.]+(?=-\d+gb)")
 
 
@@ -23,7 +23,7 @@ def bases() -> dict[str, str]:
     return {f"u{row['ubuntu']}-cu{row['cuda']}": row["tag"] for row in rows}
 
 
-def test_every_combination_is_made_or_never_had_a_base():
+def test_every_combination_is_built_or_never_had_a_base():
     assert set(bases()) | NEVER == {f"u{ubuntu}-cu{cuda}" for ubuntu, cuda in itertools.product(UBUNTU, CUDA)}
     assert not set(bases()) & NEVER
     for name, tag in bases().items():
@@ -31,12 +31,12 @@ def test_every_combination_is_made_or_never_had_a_base():
         assert re.fullmatch(rf"{re.escape(cuda)}\.\d-runtime-ubuntu{ubuntu}\.04", tag), (name, tag)
 
 
-def test_a_build_without_bake_gets_a_base_of_its_own():
+def test_a_build_without_bake_gets_its_own_base():
     (base,) = re.findall(r"^ARG BASE=nvidia/cuda:(\S+)$", (IMAGES / "Dockerfile").read_text(), re.M)
     assert base in bases().values()
 
 
-def test_examples_and_the_documentation_name_images_that_are_made():
+def test_examples_and_the_documentation_name_built_images():
     examples = sorted((IMAGES / "examples").iterdir())
     assert len(examples) == 3
     for file in (*examples, ROOT / "docs/clearml.md", ROOT / "docs/containers.md"):
@@ -45,7 +45,7 @@ def test_examples_and_the_documentation_name_images_that_are_made():
         assert named <= set(bases()), file
 
 
-def test_clearmls_images_all_have_an_equivalent():
+def test_every_image_of_clearml_has_an_equivalent():
     """Each image in ClearML's README has an equivalent."""
     text = (ROOT / "docs/clearml.md").read_text()
     for name in ("u22-cu12.3", "u20-cu12.3", "u22-cu11.7", "u20-cu11.1"):

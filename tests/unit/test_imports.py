@@ -25,7 +25,7 @@ def name_of(path: Path) -> str:
 
 
 def linted(folder: Path) -> subprocess.CompletedProcess[str]:
-    """The contracts of pyproject.toml, checked on the package in this folder."""
+    """Check the contracts of pyproject.toml for the package in this folder."""
     command = [sys.executable, "-c", LINTER]
     environment = {"PYTHONPATH": str(folder), "PATH": "/usr/bin:/bin", "COLUMNS": "200"}
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False, timeout=60)
@@ -46,7 +46,9 @@ def test_packages_import_in_one_direction() -> None:
         ("gatekeeper/listener.py", "from fgpu_ebpf.policy import rules", "The gatekeeper knows nothing of policies"),
     ],
 )
-def test_an_import_against_the_direction_is_reported(module: str, line: str, contract: str, tmp_path: Path) -> None:
+def test_the_check_reports_an_import_against_the_direction(
+    module: str, line: str, contract: str, tmp_path: Path
+) -> None:
     shutil.copytree(PACKAGE, tmp_path / "fgpu_ebpf", ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(ROOT / "pyproject.toml", tmp_path)
     path = tmp_path / "fgpu_ebpf" / module
@@ -58,7 +60,7 @@ def test_an_import_against_the_direction_is_reported(module: str, line: str, con
 
 
 def imported(source: str) -> set[str]:
-    """Return the modules of the package that this source imports, wherever in it."""
+    """Return the modules of the package that this source imports at any place."""
     found = set()
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
@@ -76,7 +78,7 @@ def test_no_module_imports_many_others() -> None:
     assert {name: count for name, count in counts.items() if count > MOST_IMPORTS} == {}
 
 
-def test_each_module_counts_once() -> None:
+def test_the_check_counts_each_module_once() -> None:
     source = """
 import fgpu_ebpf, os
 from fgpu_ebpf import abi, __version__
@@ -96,13 +98,13 @@ def test_only_packages_have_folders() -> None:
 
 
 @pytest.mark.parametrize("path", sorted(PACKAGE.glob("*/__init__.py")), ids=lambda path: path.parent.name)
-def test_a_package_imports_nothing_by_itself(path: Path) -> None:
-    """A process pays for the modules that it imports, and for no others of the same package."""
+def test_the_import_of_a_package_imports_no_module(path: Path) -> None:
+    """A process pays only for the modules that it imports, not for others of the same package."""
     (docstring,) = ast.parse(path.read_text()).body
     assert isinstance(docstring, ast.Expr)
 
 
-def test_the_compiler_imports_nothing_of_ours() -> None:
+def test_the_compiler_imports_nothing_of_fgpu() -> None:
     assert "fgpu_ebpf" not in (PACKAGE / "driver/compiler.py").read_text()
 
 
@@ -118,14 +120,14 @@ def test_the_compiler_imports_nothing_of_ours() -> None:
         ("cli.tables", {"rich"}),  # until a table is printed
     ],
 )
-def test_heavy_modules_stay_out(module: str, heavy: set[str]) -> None:
+def test_a_process_does_not_import_large_modules_that_it_does_not_need(module: str, heavy: set[str]) -> None:
     code = f"import sys, fgpu_ebpf.{module}; print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     assert heavy & set(done.stdout.split()) == set()
 
 
 @pytest.mark.parametrize("module", ["cli", "gatekeeper"])
-def test_a_package_that_is_a_program_runs(module: str) -> None:
+def test_packages_that_are_programs_run_by_module_name(module: str) -> None:
     """An agent that runs while the package is upgraded starts the gatekeeper by this name."""
     command = [sys.executable, "-P", "-m", f"fgpu_ebpf.{module}", "--help"]
     environment = {"PATH": "/usr/bin:/bin", "PYTHONPATH": str(ROOT)}
@@ -136,7 +138,7 @@ def test_a_package_that_is_a_program_runs(module: str) -> None:
 @pytest.mark.parametrize(
     "words", [["set", "x", "--memory", "1GiB"], ["unset", "x"], ["reload"], ["detach"]], ids=" ".join
 )
-def test_changes_of_limits_wait_for_no_imports(words: list[str], tmp_path: Path) -> None:
+def test_changes_of_limits_do_not_wait_for_imports(words: list[str], tmp_path: Path) -> None:
     """A command reaches the agent in a tenth of a second; the import of the agent's own modules takes half a second."""
     code = (
         "import sys\n"

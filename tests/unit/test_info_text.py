@@ -32,7 +32,7 @@ def said(monkeypatch: pytest.MonkeyPatch, *pages: abi.UsagePage, share: Any = No
     return info_text.text(ledger, (1, 2, 3), [(0, GPU.bytes)], NOW_NS).splitlines()
 
 
-def test_limit_use_and_what_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fgpu_info_prints_limit_use_and_free_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     assert said(monkeypatch, page(1, 8192 * MIB, 3200 * MIB, refused=2)) == [
         f"{HEAD}: limit 8192 MiB, used 3200 MiB, free 4992 MiB",
         "  refused so far: 2",
@@ -40,25 +40,25 @@ def test_limit_use_and_what_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
     assert said(monkeypatch, page(1, MIB, 3 * MIB)) == [f"{HEAD}: limit 1 MiB, used 3 MiB, free 0 MiB"]
 
 
-def test_a_group_leaves_less(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fgpu_info_reports_a_group_that_leaves_less(monkeypatch: pytest.MonkeyPatch) -> None:
     assert said(monkeypatch, page(1, 8192 * MIB, 1024 * MIB), page(3, 4096 * MIB, 4000 * MIB)) == [
         f"{HEAD}: limit 4096 MiB, used 1024 MiB, free 96 MiB",
         "  a limit around this container leaves less than its own",
     ]
 
 
-def test_without_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fgpu_info_reports_a_missing_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     assert said(monkeypatch)[0].startswith("no limit: ")
     assert said(monkeypatch, page(1, abi.NO_LIMIT, MIB)) == [f"{HEAD}: no limit, used 1 MiB"]
     assert said(monkeypatch, page(1, 0)) == [f"{HEAD}: this container gets none of its memory"]
 
 
-def test_limits_that_do_not_hold_yet(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fgpu_info_reports_limits_that_are_not_in_force_yet(monkeypatch: pytest.MonkeyPatch) -> None:
     assert said(monkeypatch, page(1, MIB, flags=abi.LimitFlag.OBSERVE))[-1].startswith("limits are only observed")
     assert said(monkeypatch, page(1, MIB, flags=abi.uncommitted(0)))[1].startswith("  not used so far")
 
 
-def test_the_share_of_time(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fgpu_info_prints_the_share_of_time(monkeypatch: pytest.MonkeyPatch) -> None:
     share = Share(500_000, 100, 1, 0)
     alone = said(monkeypatch, page(1, MIB), share=share, turn=TurnCounts(free=1))
     assert alone[1:] == ["  time: up to 50%, weight 100, normal priority", "  no other container shares its time now"]

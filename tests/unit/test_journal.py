@@ -1,4 +1,4 @@
-"""Tests of log lines: the three forms, and that a reader that stops reading delays no process."""
+"""Tests of log lines: the three forms. A reader that stops reading delays no process."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from fgpu_ebpf.linux.logs import Format
 
 @pytest.fixture
 def log() -> Iterator[logging.Logger]:
-    """Return a logger of its own. Its handlers are closed after the test."""
+    """Return a separate logger. Its handlers are closed after the test."""
     found = logging.getLogger("fgpu.test")
     found.propagate = False
     found.setLevel(logging.INFO)
@@ -50,7 +50,7 @@ def untimed(text: str) -> str:
     return "".join(f"{line[20:]}\n" for line in lines)
 
 
-def test_text_has_the_local_time_and_no_fields(log, tmp_path) -> None:
+def test_text_lines_have_the_local_time_and_no_fields(log, tmp_path) -> None:
     reader, writer = pipe(tmp_path)
     attached(log, Format.TEXT, writer)
     before = time.time()
@@ -60,7 +60,7 @@ def test_text_has_the_local_time_and_no_fields(log, tmp_path) -> None:
     assert int(before) <= time.mktime(time.strptime(line[:19], "%Y-%m-%d %H:%M:%S")) <= time.time()
 
 
-def test_json_is_one_object_a_line_with_fields(log, tmp_path) -> None:
+def test_json_lines_are_objects_with_fields(log, tmp_path) -> None:
     reader, writer = pipe(tmp_path)
     attached(log, Format.JSON, writer)
     log.warning("limit of %s\non %s", 23, "/a", extra={"tenant": "a", "cgroup": 101, "path": Path("/a")})
@@ -96,7 +96,7 @@ def entry_of(datagram: bytes) -> dict[str, str]:
     return found
 
 
-def test_journal_gets_fields(log, tmp_path, monkeypatch) -> None:
+def test_the_journal_gets_fields(log, tmp_path, monkeypatch) -> None:
     place = tmp_path / "socket"
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
         sock.bind(str(place))
@@ -140,7 +140,7 @@ def blocked_terminal() -> tuple[int, int]:
 
 
 @pytest.mark.parametrize("make", [blocked_pipe, blocked_socket, blocked_terminal])
-def test_a_log_that_is_not_read_delays_nothing(log, make) -> None:
+def test_a_log_without_a_reader_delays_nothing(log, make) -> None:
     writer, reader = make()
     hours = itertools.count(0, 3600)  # one line an hour is no flood
     handler = logs.Handler(logs.Descriptor(writer), logs.Text(), lambda: next(hours))
@@ -164,14 +164,14 @@ def test_a_log_that_is_not_read_delays_nothing(log, make) -> None:
 
 
 def drained(fd: int) -> str:
-    """Return all that the descriptor holds. A terminal passes lines on with a delay."""
+    """Return all bytes that the descriptor has. A terminal passes lines on with a delay."""
     text = b""
     while select.select([fd], [], [], 0.5)[0]:
         text += os.read(fd, 1 << 16)
     return text.replace(b"\r", b"").decode()
 
 
-def test_full_disk_and_no_journal_are_counted(log, tmp_path) -> None:
+def test_lines_lost_by_a_full_disk_or_a_missing_journal_are_counted(log, tmp_path) -> None:
     with open("/dev/full", "wb") as full:
         handler = attached(log, Format.TEXT, full.fileno())
         nowhere = logs.Handler(logs.Journal(str(tmp_path / "absent")), logs.Native())
@@ -223,7 +223,7 @@ def test_one_tenants_flood_does_not_silence_another(log, tmp_path) -> None:
     assert untimed(path.read_text()).splitlines()[10:] == ["fgpu.test: refused b", "fgpu.test: killed a"]
 
 
-def test_many_tenants_lines_are_bounded_too(log, tmp_path) -> None:
+def test_lines_of_many_tenants_are_bounded(log, tmp_path) -> None:
     clock, path = [100.0], tmp_path / "log"
     with open(path, "ab") as file:
         handler = logs.Handler(logs.Descriptor(file.fileno()), logs.Text(), lambda: clock[0])
@@ -237,7 +237,7 @@ def test_many_tenants_lines_are_bounded_too(log, tmp_path) -> None:
     assert untimed(path.read_text()).splitlines()[-1] == "fgpu.test: again"
 
 
-def test_nothing_is_kept_of_removed_tenants(log) -> None:
+def test_the_log_keeps_nothing_of_removed_tenants(log) -> None:
     clock = [100.0]
     with open(os.devnull, "wb") as devnull:
         handler = logs.Handler(logs.Descriptor(devnull.fileno()), logs.Text(), lambda: clock[0])
@@ -251,7 +251,7 @@ def test_nothing_is_kept_of_removed_tenants(log) -> None:
 # -- set-up ---------------------------------------------------------------------------------------------------------
 
 
-def test_usual_format(tmp_path, monkeypatch) -> None:
+def test_the_usual_format_depends_on_the_output(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(logs, "JOURNAL", str(tmp_path))
     with open(tmp_path / "log", "wb") as file:
         there = os.fstat(file.fileno())
@@ -263,7 +263,7 @@ def test_usual_format(tmp_path, monkeypatch) -> None:
         assert logs.usual_format(tied, file.fileno()) is Format.TEXT
 
 
-def test_configure_makes_it_the_only_handler() -> None:
+def test_configure_installs_the_only_handler() -> None:
     root = logging.getLogger()
     before, level = list(root.handlers), root.level
     try:

@@ -1,4 +1,4 @@
-"""Tests of the start of a missing gatekeeper: the service's own gatekeeper gets time to come back first."""
+"""Tests of the start of a missing gatekeeper: the service's own gatekeeper gets time to return first."""
 
 import fcntl
 import socket
@@ -33,8 +33,8 @@ def world(monkeypatch, tmp_path):
     return it
 
 
-def test_the_time_that_a_service_has_begins_when_its_gatekeeper_is_first_missed(world):
-    """The time does not begin when the gatekeeper was last seen, a round ago: two gatekeepers would start at once."""
+def test_a_service_s_time_limit_begins_when_its_gatekeeper_is_first_missed(world):
+    """The time does not begin at the last check, a round earlier: two gatekeepers would start at once."""
     assert [world.after(1.0) for _ in range(3)] == [0, 0, 0]
     world.is_locked = False
     assert [world.after(1.0), world.after(0.1), world.after(0.5)] == [0, 0, 0]
@@ -44,7 +44,7 @@ def test_the_time_that_a_service_has_begins_when_its_gatekeeper_is_first_missed(
     assert [world.after(1.0), world.after(0.9), world.after(0.2)] == [0, 0, 1]
 
 
-def test_a_gatekeeper_is_up_that_holds_its_lock_and_its_socket(tmp_path):
+def test_a_gatekeeper_is_up_if_it_holds_its_lock_and_its_socket(tmp_path):
     socket = tmp_path / "shim/shim.sock"
     socket.parent.mkdir()
     with open(tmp_path / "gatekeeper.lock", "w") as lock:

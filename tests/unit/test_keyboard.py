@@ -34,7 +34,7 @@ def terminal() -> Iterator[tuple[int, int]]:
         (b"\x1b", ["escape"]),
     ],
 )
-def test_keys(terminal: tuple[int, int], data: bytes, keys: list[str]) -> None:
+def test_key_sequences_are_read_as_keys(terminal: tuple[int, int], data: bytes, keys: list[str]) -> None:
     hands, program = terminal
     with Keyboard(program) as board:
         os.write(hands, data)
@@ -44,7 +44,7 @@ def test_keys(terminal: tuple[int, int], data: bytes, keys: list[str]) -> None:
     assert found == keys
 
 
-def test_a_sequence_that_comes_in_pieces_is_one_key(terminal: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_sequence_in_several_pieces_is_one_key(terminal: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
     hands, program = terminal
     pieces = [b"\x1b", b"[5", b"~"]
     read = os.read
@@ -61,7 +61,7 @@ def test_a_sequence_that_comes_in_pieces_is_one_key(terminal: tuple[int, int], m
         assert board.keys() == ["page up"]
 
 
-def test_the_terminal_is_as_before(terminal: tuple[int, int]) -> None:
+def test_the_terminal_s_mode_is_restored(terminal: tuple[int, int]) -> None:
     _, program = terminal
     before = termios.tcgetattr(program)
     with Keyboard(program):

@@ -1,4 +1,4 @@
-"""tools/language.py: the tree has no new banned words, and each kind of file is checked."""
+"""Tests of tools/language.py: the tree has no new banned words, and each kind of file is checked."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from tools import language
 
 ROOT = Path(__file__).parents[2]
 
-BANNED = "some" + "body"  # in two parts, or this file would have findings of its own
+BANNED = "some" + "body"  # in two parts: otherwise this file would have findings
 PRONOUN = "w" + "ho"
 FILES = {
     "fgpu_ebpf/docstring.py": f'def f():\n    """Wake {BANNED}."""\n',
@@ -57,7 +57,7 @@ def test_the_tree_has_no_new_findings() -> None:
     assert language.check(ROOT) == []
 
 
-def test_text_that_is_no_prose_is_ignored(tree: Path) -> None:
+def test_text_other_than_prose_is_ignored(tree: Path) -> None:
     assert language.check(tree) == []
 
 
@@ -73,7 +73,7 @@ def test_a_banned_word_or_opening_fails(tree: Path, path: str) -> None:
 
 
 @pytest.mark.parametrize("path", ["fgpu_ebpf/__init__.py", "docs/how.md", "tests/bpf/test_ledger.py", "oci/json.c"])
-def test_one_banned_word_more_in_a_file_of_the_tree_fails(tmp_path: Path, path: str) -> None:
+def test_an_additional_banned_word_in_a_file_fails(tmp_path: Path, path: str) -> None:
     sources = (ROOT / path).read_text()
     write(tmp_path, path, sources)
     (tmp_path / "tools").mkdir()
@@ -84,7 +84,7 @@ def test_one_banned_word_more_in_a_file_of_the_tree_fails(tmp_path: Path, path: 
     assert any(BANNED in line for line in language.check(tmp_path))
 
 
-def test_numbers_only_fall(tree: Path) -> None:
+def test_the_allowed_numbers_can_only_fall(tree: Path) -> None:
     write(tree, "README.md", f"{BANNED}\n{BANNED}\n")
     language.update(tree)
     assert len(language.check(tree)) == 3, "a number has been raised"

@@ -1,4 +1,4 @@
-"""The last good set of policies on disk: what a start has where the files have an error or the folder is gone."""
+"""The last good set of policies on disk: a start uses it if the files have an error or the folder is missing."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.unit.policy_kit import text
 
 @pytest.fixture
 def place(tmp_path):
-    """A folder with one policy, and the file in which it was kept."""
+    """A folder with one policy, and the file in which this policy was stored."""
     folder, file = tmp_path / "policy.d", tmp_path / "state" / "policies.json"
     folder.mkdir()
     (folder / "50.yaml").write_text(text("mine", "{selector: {cgroup: a}, devices: [1], memory: {limit: 1GiB}}"))
@@ -39,7 +39,7 @@ def damaged(folder, how):
 
 
 @pytest.mark.parametrize("how", ["typo", "gone", "a file", "others' file"])
-def test_a_start_that_cannot_read_the_policies_has_the_last_good_ones(place, how):
+def test_a_start_that_cannot_read_the_policies_uses_the_last_good_ones(place, how):
     folder, file = place
     good = at_start(folder, file).reading.policies
     damaged(folder, how)
@@ -49,7 +49,7 @@ def test_a_start_that_cannot_read_the_policies_has_the_last_good_ones(place, how
     assert start.kept == good
 
 
-def test_good_files_and_an_empty_folder_come_before_what_was_kept(place):
+def test_valid_files_and_an_empty_folder_precede_the_stored_set(place):
     folder, file = place
     (folder / "50.yaml").unlink()
     start = at_start(folder, file)
@@ -67,14 +67,14 @@ def test_a_host_that_never_had_the_folder_has_no_policies_and_no_error(tmp_path)
      '{"version": 2, "folder": "%s", "files": []}', '{"version": 1, "folder": "/else", "files": []}',
      '{"version": 1, "folder": "%s", "files": [["a.yaml", "x: ["]]}', '{"version": 1, "folder": "%s", "files": 3}'],
 )  # fmt: skip
-def test_an_invalid_stored_set_is_no_set(place, said):
+def test_an_invalid_stored_set_is_ignored(place, said):
     folder, file = place
     file.write_text(said.replace("%s", str(folder)))
     damaged(folder, "typo")
     assert at_start(folder, file).kept is None
 
 
-def test_a_file_that_others_than_root_may_write_is_not_trusted(place):
+def test_a_file_that_users_other_than_root_may_write_is_ignored(place):
     folder, file = place
     file.chmod(0o666)
     damaged(folder, "typo")
@@ -84,7 +84,7 @@ def test_a_file_that_others_than_root_may_write_is_not_trusted(place):
     assert at_start(folder, file).kept is None
 
 
-def test_a_full_disk_leaves_the_set_before(place, monkeypatch):
+def test_a_full_disk_keeps_the_earlier_set(place, monkeypatch):
     folder, file = place
     before = file.read_text()
     (folder / "50.yaml").write_text(text("other"))
@@ -101,7 +101,7 @@ def test_a_full_disk_leaves_the_set_before(place, monkeypatch):
     assert json.loads(before)["version"] == last_good.VERSION
 
 
-def test_a_reading_that_comes_late_does_not_replace_a_newer_one(place):
+def test_a_late_reading_does_not_replace_a_newer_one(place):
     """The thread that watches the folder read it before a reload did, and reports it only now."""
     folder, file = place
     reloads = []

@@ -1,4 +1,4 @@
-"""The Python layouts against bpf/fgpu.h, as the C compiler sees it: sizes, offsets, names, numbers."""
+"""The Python layouts equal bpf/fgpu.h as the C compiler reads it: sizes, offsets, names, numbers."""
 
 from __future__ import annotations
 
@@ -87,17 +87,17 @@ def c_facts(expressions: list[str], folder: Path) -> dict[str, int]:
     return dict(zip(expressions, map(int, said.split()), strict=True))
 
 
-def test_sizes_offsets_and_numbers_are_those_of_the_compiler(tmp_path: Path) -> None:
+def test_sizes_offsets_and_numbers_equal_those_of_the_compiler(tmp_path: Path) -> None:
     facts = python_facts()
     assert len(facts) > 200
     assert facts == c_facts(list(facts), tmp_path)
 
 
-def test_every_struct_and_field_of_the_header_is_here() -> None:
+def test_every_struct_and_field_of_the_header_has_a_python_layout() -> None:
     assert {name: [field[0] for field in kind._fields_] for name, kind in STRUCTS.items()} == header_fields()
 
 
-def test_every_enum_and_constant_of_the_header_is_here() -> None:
+def test_every_enum_and_constant_of_the_header_exists_in_python() -> None:
     tails = {name: [constant.removeprefix("FGPU_") for constant in body] for name, body in header_enums().items()}
     assert set(tails) == set(ENUMS)
     for name, constants in tails.items():
@@ -106,24 +106,27 @@ def test_every_enum_and_constant_of_the_header_is_here() -> None:
     assert set(FLAGS) < set(header_numbers())
 
 
-def test_signed_fields_are_those_of_the_header() -> None:
+def test_signed_fields_equal_those_of_the_header() -> None:
     signed = re.findall(r"__s64 (\w+)", header_text())
     ours = [name for kind in STRUCTS.values() for name, form, *_ in kind._fields_ if is_signed(form)]
     assert sorted(ours) == sorted(signed)
 
 
-def test_socket_is_where_the_header_says() -> None:
+def test_the_socket_s_path_equals_that_of_the_header() -> None:
     assert f'#define FGPU_SOCKET_DIR "{abi.SOCKET_DIR}"' in HEADER.read_text()
     assert abi.SOCKET.startswith(abi.SOCKET_DIR + "/")
 
 
 @pytest.mark.parametrize("page", [abi.UsagePage, abi.ControlPage, abi.StatusPage])
-def test_pages_fit_their_page(page: type[ctypes.Structure]) -> None:
+def test_page_layouts_fit_into_a_page(page: type[ctypes.Structure]) -> None:
     assert ctypes.sizeof(page) <= abi.PAGE_BYTES
 
 
 def test_fields_of_every_layout_keep_their_offsets() -> None:
-    """An agent of another layout reads it, older or newer: see `other_layouts`. Never change these numbers."""
+    """An agent of another layout, older or newer, reads these fields: see `other_layouts`.
+
+    Never change these numbers.
+    """
     page, usage = abi.UsagePage, abi.Usage
     assert (page.version.offset, page.cgroup.offset, page.place.offset, page.devices.offset) == (0, 8, 24, 64)
     assert (ctypes.sizeof(usage), usage.limit.offset, usage.used.offset, abi.DEVICES) == (32, 0, 8, 16)
@@ -132,8 +135,8 @@ def test_fields_of_every_layout_keep_their_offsets() -> None:
     assert (abi.LimitFlag.OBSERVE, abi.UNCOMMITTED_SHIFT) == (1, 16)
 
 
-def test_a_wrong_layout_is_seen(tmp_path: Path) -> None:
-    """The comparison itself: one offset off by four must not pass."""
+def test_the_comparison_finds_a_wrong_layout(tmp_path: Path) -> None:
+    """One offset that is wrong by four must fail."""
     facts = python_facts()
     facts["offsetof(struct fgpu_control_page, epoch)"] += 4
     assert facts != c_facts(list(facts), tmp_path)

@@ -1,4 +1,4 @@
-"""Places for levels: what one workload may have, on hosts as they are, and what is kept for the others."""
+"""Slots for levels: how many a workload may have, on hosts with typical trees, and how many are reserved for others."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ def pod(n: int) -> str:
 
 @dataclass
 class Host:
-    """Cgroups in a folder, and the levels that have found a place."""
+    """Cgroups in a folder, and the levels that have a slot."""
 
     root: Path
     bounds: Bounds = field(default_factory=Bounds)
-    others: int = 0  # pages of tenants that are gone
+    others: int = 0  # pages of removed tenants
 
     def __post_init__(self) -> None:
         self.placed: dict[int, str] = {}
@@ -77,16 +77,16 @@ USER = "/user.slice/user-1000.slice/user@1000.service/user.slice"
     ],
     ids=["kind", "docker-in-docker", "rootless-podman", "jupyterhub"],
 )
-def test_the_defaults_are_enough(host, paths):
+def test_the_default_bounds_are_sufficient(host, paths):
     assert host(others=PLACES // 2 - len(paths)).take(*paths) == {}
 
 
-def test_users_of_jupyterhub_are_workloads_of_their_own(host):
+def test_users_of_jupyterhub_are_separate_workloads(host):
     whole = host(bounds=Bounds(levels=1))
     assert whole.take("/system.slice", *(f"/system.slice/jupyter-user{n}.service" for n in range(200))) == {}
 
 
-def test_a_surplus_level_is_refused_with_owner_bound_and_key(host):
+def test_a_level_beyond_the_bound_is_refused_with_owner_bound_and_key(host):
     whole = host(bounds=Bounds(levels=3))
     said = whole.take(*(f"{NODE}/docker/{container(n)}" for n in range(5)))
     assert len(said) == 2
@@ -96,7 +96,7 @@ def test_a_surplus_level_is_refused_with_owner_bound_and_key(host):
     assert len(whole.take(*said)) == 1
 
 
-def test_workloads_with_few_levels_find_a_place_beside_those_with_many(host):
+def test_workloads_with_few_levels_find_a_slot_beside_those_with_many(host):
     whole = host(others=PLACES // 2 - FEW)
     greedy = [f"{NODE}/docker/{container(n)}" for n in range(FEW + 5)]
     said = whole.take(*greedy)
@@ -108,8 +108,8 @@ def test_workloads_with_few_levels_find_a_place_beside_those_with_many(host):
     assert "all 4096 levels" in whole.take("/system.slice/other.service")["/system.slice/other.service"]
 
 
-def test_counted_levels_are_the_existing_ones_after_any_history(host, scale):
-    """Levels come and go inside and around one another: each owner has as many as `owner` says now."""
+def test_counted_levels_equal_the_existing_ones_after_any_history(host, scale):
+    """Levels appear and disappear inside and around one another. Each owner has as many as `owner` returns now."""
     whole, chance = host(bounds=Bounds(levels=7)), random.Random(1009)
     paths = [f"/{a}{b}{c}" for a in ("x.slice", "y") for b in ("", "/m", "/n.scope") for c in ("", "/u", "/v")]
     for _ in range(scale(101, 1009, 10007)):

@@ -1,4 +1,4 @@
-"""Tests of files of libcuda in the agent's loop: what the workers are asked, and how their answers are used."""
+"""Tests of files of libcuda in the agent's loop: the workers' jobs, and the use of their results."""
 
 from __future__ import annotations
 
@@ -132,7 +132,7 @@ def test_a_copy_of_the_host_s_driver_is_listed_once_both_are_read(
     assert role(stage, library) is Role.HOST
 
 
-def test_a_file_trusted_by_its_contents_is_looked_at_in_every_round(
+def test_a_file_trusted_by_its_contents_is_checked_in_every_round(
     tmp_path: Path, library: Path, holder: Holder, seen: dict[int, bool], cgroups: dict[int, str]
 ) -> None:
     there = copy(library, tmp_path / "libcuda.so.1")
@@ -150,10 +150,13 @@ def test_a_file_trusted_by_its_contents_is_looked_at_in_every_round(
     settled(looks, lambda: role(stage, there) is Role.UNKNOWN)
 
 
-def test_only_what_this_host_has_published_is_a_shim(
+def test_only_a_library_that_this_host_has_published_is_a_shim(
     tmp_path: Path, library: Path, holder: Holder, seen: dict[int, bool], cgroups: dict[int, str]
 ) -> None:
-    """A file with the functions of both is a driver. One with libfgpu's name and no function of it is not fgpu's."""
+    """A file with the functions of both is a driver.
+
+    A file with libfgpu's name and none of its functions is not fgpu's.
+    """
     source = tmp_path / "both.c"
     names = [*probe_plan.REQUIRED, *probe_plan.SHIM]
     source.write_text("\n".join(f"int {name}(void) {{ return 0; }}" for name in names))
@@ -185,10 +188,10 @@ def test_only_what_this_host_has_published_is_a_shim(
     assert none.check == breakpoints.UNCHECKED
 
 
-# -- what is not probed
+# -- processes that are not probed
 
 
-def test_a_process_without_breakpoints_is_outside_and_others_are_not(
+def test_only_a_process_without_breakpoints_counts_as_unprobed(
     tmp_path: Path, library: Path, holder: Holder, seen: dict[int, bool], cgroups: dict[int, str],
     caplog: pytest.LogCaptureFixture,
 ) -> None:  # fmt: skip
@@ -214,7 +217,7 @@ def test_a_process_without_breakpoints_is_outside_and_others_are_not(
     settled(looks, lambda: not looks.unprobed())
 
 
-def test_a_file_that_fails_is_looked_through_once_while_it_stays_as_it_is(
+def test_a_file_that_fails_is_searched_once_while_it_is_unchanged(
     tmp_path: Path, holder: Holder, cgroups: dict[int, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     broken, plans = tmp_path / "libcuda.so.1", list[str]()
@@ -235,14 +238,14 @@ def test_a_file_that_fails_is_looked_through_once_while_it_stays_as_it_is(
     assert len(plans) == 2
 
 
-# -- what hangs or costs much
+# -- files that hang or cost much time
 
 
-def test_a_file_that_hangs_delays_its_cgroup_alone(
+def test_a_file_that_hangs_delays_only_its_cgroup(
     tmp_path: Path, library: Path, holder: Holder, seen: dict[int, bool], cgroups: dict[int, str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    """A file that hangs, as in a file system that never answers, delays only its own cgroup."""
+    """The file is in a file system that never answers, for example."""
     let_go = threading.Event()
     real = Examiner.mapped
 
@@ -264,8 +267,8 @@ def test_a_file_that_hangs_delays_its_cgroup_alone(
     settled(looks, lambda: len(stage.attached) == 6)
 
 
-def test_a_job_that_takes_long_does_not_keep_the_next_waiting() -> None:
-    """A long job does not delay the next one, although nothing happens in the loop meanwhile."""
+def test_a_long_job_does_not_delay_the_next_job() -> None:
+    """The next job runs although nothing happens in the loop at that time."""
     looks, let_go, done = Discovery(Stage(), {}), threading.Event(), threading.Event()  # type: ignore[arg-type]
 
     def long() -> libraries.Taken:
@@ -283,7 +286,7 @@ def test_a_job_that_takes_long_does_not_keep_the_next_waiting() -> None:
     let_go.set()
 
 
-def test_a_cgroup_that_has_used_its_time_waits_until_some_is_forgiven(
+def test_a_cgroup_that_has_used_its_time_waits_until_the_used_time_is_reduced(
     tmp_path: Path, library: Path, holder: Holder, seen: dict[int, bool], cgroups: dict[int, str]
 ) -> None:
     stage = Stage()
@@ -318,7 +321,7 @@ def test_the_queue_of_a_cgroup_has_a_bound(cgroups: dict[int, str]) -> None:
     let_go.set()
 
 
-def test_a_result_that_fails_leaves_the_others_to_be_taken() -> None:
+def test_a_result_that_fails_does_not_prevent_the_use_of_others() -> None:
     looks = Discovery(Stage(), {})  # type: ignore[arg-type]
     done: list[int] = []
 
@@ -332,7 +335,7 @@ def test_a_result_that_fails_leaves_the_others_to_be_taken() -> None:
     settled(looks, lambda: done == [1])
 
 
-def test_workers_come_after_the_loop_on_the_processor(cgroups: dict[int, str]) -> None:
+def test_workers_have_a_lower_priority_than_the_loop(cgroups: dict[int, str]) -> None:
     looks, found = Discovery(Stage(), {}), list[int]()  # type: ignore[arg-type]
 
     def nice() -> libraries.Taken:
@@ -345,7 +348,7 @@ def test_workers_come_after_the_loop_on_the_processor(cgroups: dict[int, str]) -
     assert os.getpriority(os.PRIO_PROCESS, 0) < libraries.NICE
 
 
-def test_a_stamp_is_of_the_file_and_not_of_its_name(tmp_path: Path, library: Path, holder: Holder) -> None:
+def test_a_stamp_belongs_to_the_file_and_not_to_its_name(tmp_path: Path, library: Path, holder: Holder) -> None:
     there = copy(library, tmp_path / "libcuda.so.1")
     pid = holder(there)
     (one,) = [one for one in cuda_mappings.fgpu_mappings(pid) or () if one.path == str(there)]

@@ -29,7 +29,7 @@ def opened(tmp_path: Path) -> Iterator[int]:
     os.close(fd)
 
 
-def test_the_host_s_own_files_are_known_by_their_place_and_others_by_their_contents() -> None:
+def test_the_host_s_files_are_classified_by_path_and_others_by_contents() -> None:
     trust = Trust({FILE: Role.HOST, SHIM: Role.SHIM}, {"a" * 64: 5}, [B])
     found = [trust.role(file) for file in (FILE, SHIM, OTHER, TWIN)]
     assert found == [Role.HOST, Role.SHIM, Role.UNKNOWN, Role.UNKNOWN]
@@ -45,7 +45,7 @@ def test_the_host_s_own_files_are_known_by_their_place_and_others_by_their_conte
 
 
 @pytest.mark.parametrize("changed", [Stamp(6, 1, 2), Stamp(5, 2, 2), Stamp(5, 1, 3), None])
-def test_a_file_that_has_changed_since_it_was_read_is_unknown(changed: Stamp | None) -> None:
+def test_a_file_that_has_changed_since_its_digest_is_unknown(changed: Stamp | None) -> None:
     trust = Trust(listed=[A])
     trust.learn(FILE, STAMP, A)
     assert trust.role(FILE, STAMP) is Role.LISTED
@@ -55,7 +55,7 @@ def test_a_file_that_has_changed_since_it_was_read_is_unknown(changed: Stamp | N
     assert trust.role(FILE, STAMP) is Role.UNKNOWN
 
 
-def test_remembered_files_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_number_of_recorded_files_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(library_class, "MOST_KNOWN", 5)
     trust = Trust()
     for n in range(23):
@@ -64,13 +64,13 @@ def test_remembered_files_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(trust._known) <= 5
 
 
-def test_a_file_as_long_as_a_shim_may_be_one() -> None:
+def test_a_file_with_the_length_of_a_shim_may_be_a_shim() -> None:
     trust = Trust(shims={"a" * 64: 5})
     assert trust.may_be_a_shim(STAMP)
     assert not trust.may_be_a_shim(Stamp(6, 1, 2))
 
 
-def test_a_digest_is_that_of_the_contents(opened: int) -> None:
+def test_a_digest_is_computed_from_the_contents(opened: int) -> None:
     found = library_class.digest(opened, Stamp.of(opened))
     assert found == f"sha256:{hashlib.sha256(b'contents').hexdigest()}"
     assert DIGEST.fullmatch(found)
@@ -85,7 +85,10 @@ def test_a_file_that_changes_while_it_is_read_has_no_digest(opened: int, monkeyp
 
 @pytest.fixture
 def coarse(tmp_path: Path) -> Iterator[int]:
-    """Return the tick in ns of a file system with coarse time stamps: writes within one tick have the same time."""
+    """Return the tick in ns of a file system with coarse time stamps.
+
+    Writes within one tick have the same time.
+    """
     subprocess.run(["mount", "-t", "ramfs", "coarse", tmp_path], check=True)
     fd = os.open(tmp_path / "libcuda.so.1", os.O_RDWR | os.O_CREAT)
     yield fd

@@ -1,4 +1,4 @@
-"""The driver's files: which a host has, and whether they are still there."""
+"""The driver's files: which files a host has, and whether they still exist."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 from fgpu_ebpf.driver.library_files import driver_files, file_at
 
 
-def test_the_files_of_a_driver_are_those_that_its_links_lead_to(tmp_path: Path) -> None:
+def test_the_files_of_a_driver_are_the_targets_of_its_links(tmp_path: Path) -> None:
     folder = tmp_path / "usr/lib64"
     folder.mkdir(parents=True)
     (folder / "libcuda.so.580").touch()
@@ -23,8 +23,8 @@ def test_the_files_of_a_driver_are_those_that_its_links_lead_to(tmp_path: Path) 
     assert file_at(folder / "libcuda.so.1") not in (None, found[folder / "libcuda.so.1"])
 
 
-def test_a_removed_file_that_is_still_shown_is_none(tmp_path: Path) -> None:
-    """A container's mount of a file shows it after the host has removed it."""
+def test_a_removed_file_that_a_mount_still_shows_is_not_used(tmp_path: Path) -> None:
+    """A container's mount shows the file after the host has removed it."""
     path = tmp_path / "libcuda.so.1"
     with path.open("w") as file:
         shown = Path(f"/proc/self/fd/{file.fileno()}")

@@ -77,7 +77,9 @@ def found(search: Search, pid: int) -> set[str]:
     ],
     ids=["functions", "name", "one is missing", "of the runtime", "another library"],
 )
-def test_names_of_libcuda(tmp_path: Path, holder: Holder, names: list[str], flags: list[str], is_one: bool) -> None:
+def test_names_of_libcuda_are_recognized(
+    tmp_path: Path, holder: Holder, names: list[str], flags: list[str], is_one: bool
+) -> None:
     library = built(tmp_path / "x.so", names, *flags)
     pid, search = holder(library), Search(lambda _: False)
     assert found(search, pid) == ({"x.so"} if is_one else set())
@@ -85,14 +87,14 @@ def test_names_of_libcuda(tmp_path: Path, holder: Holder, names: list[str], flag
 
 
 @pytest.mark.parametrize("how", ["deleted", "memfd"])
-def test_a_file_that_no_path_leads_to_is_found(tmp_path: Path, holder: Holder, how: str) -> None:
+def test_a_file_without_a_path_is_found(tmp_path: Path, holder: Holder, how: str) -> None:
     library = built(tmp_path / "x.so", list(probe_plan.REQUIRED))
     pid = holder(f"memfd:{library}" if how == "memfd" else library)
     library.unlink()
     assert found(Search(lambda _: False), pid) == {"memfd:x" if how == "memfd" else "x.so"}
 
 
-def test_a_file_that_is_probed_is_not_opened(tmp_path: Path, holder: Holder, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_probed_file_is_not_opened(tmp_path: Path, holder: Holder, monkeypatch: pytest.MonkeyPatch) -> None:
     library = tmp_path / "x.so"
     library.write_bytes(bytes(4096))
     pid, file = holder(library), mapped_files.as_mapped(str(library))
@@ -106,12 +108,12 @@ def of_one(real, file):  # type: ignore[no-untyped-def]
     return lambda maps, which: (one for one in real(maps, which) if (one.dev, one.ino) == file)
 
 
-def test_a_file_is_looked_through_once_while_it_stays_as_it_is(
+def test_a_file_is_searched_once_while_it_is_unchanged(
     tmp_path: Path, holder: Holder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     library, looks = built(tmp_path / "x.so", ["x"]), list[int]()
     search, pid = Search(lambda _: False), holder(library)
-    search.by_contents(pid)  # everything that Python maps
+    search.by_contents(pid)  # all files that Python maps
     real = library_search.is_libcuda
     monkeypatch.setattr(library_search, "is_libcuda", lambda fd: looks.append(fd) or real(fd))
     for _ in range(3):
@@ -123,7 +125,7 @@ def test_a_file_is_looked_through_once_while_it_stays_as_it_is(
     assert len(looks) == 1
 
 
-def test_other_remembered_files_are_bounded(holder: Holder, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_number_of_other_recorded_files_is_bounded(holder: Holder, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(library_search, "MOST_REMEMBERED", 3)
     search = Search(lambda _: False)
     search.by_contents(holder())
@@ -145,8 +147,8 @@ def test_a_process_that_cannot_be_read_has_no_files() -> None:
     assert Search(lambda _: False).by_name(1 << 22).files is None
 
 
-def test_its_own_mappings_are_all_found(tmp_path: Path) -> None:
-    """All mappings of a process are found. A file that is mapped in parts is found once."""
+def test_all_mappings_of_a_process_are_found(tmp_path: Path) -> None:
+    """A file that is mapped in several parts is found once."""
     library = built(tmp_path / "x.so", list(probe_plan.REQUIRED))
     loaded = ctypes.CDLL(str(library))
     with library.open("rb") as file:
@@ -154,4 +156,4 @@ def test_its_own_mappings_are_all_found(tmp_path: Path) -> None:
         found = [one.path for one in Search(lambda _: False).by_contents(os.getpid()).files or ()]
         assert found.count(str(library)) == 1
         kept.close()
-    _ctypes.dlclose(loaded._handle)  # a gatekeeper in this process, which other tests ask, would take it for a driver
+    _ctypes.dlclose(loaded._handle)  # other tests use a gatekeeper in this process, which would count it as a driver

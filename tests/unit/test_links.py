@@ -1,4 +1,4 @@
-"""Several links of one program to one file: their names, and that none is left open."""
+"""Several links of one program to one file have different names, and none stays open."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fgpu_ebpf.linux import bpf
 
 @pytest.fixture
 def pinned(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The names in the order in which they were pinned; files stand for what the kernel keeps."""
+    """Return the list of names in the order in which they are pinned. Files stand for the kernel's links."""
     names: list[str] = []
 
     def pin(_: int, path: Path) -> None:
@@ -37,7 +37,7 @@ def is_open(fd: int) -> bool:
 
 
 @pytest.mark.parametrize("count", [1, 2, 23])
-def test_each_link_is_pinned_under_a_name_of_its_own(tmp_path: Path, pinned: list[str], count: int) -> None:
+def test_each_link_is_pinned_under_its_own_name(tmp_path: Path, pinned: list[str], count: int) -> None:
     made = opened(count)
     names = links.pin(made, tmp_path / "call")
     assert names == set(pinned) == set(os.listdir(tmp_path))
@@ -45,7 +45,7 @@ def test_each_link_is_pinned_under_a_name_of_its_own(tmp_path: Path, pinned: lis
     assert not any(map(is_open, made))
 
 
-def test_if_one_link_cannot_be_pinned_none_stays_open(tmp_path: Path, pinned: list[str]) -> None:
+def test_no_link_stays_open_if_one_cannot_be_pinned(tmp_path: Path, pinned: list[str]) -> None:
     made = opened(3)
     with pytest.raises(OSError, match="no room"):
         links.pin(made, tmp_path / "call-full")
@@ -53,7 +53,7 @@ def test_if_one_link_cannot_be_pinned_none_stays_open(tmp_path: Path, pinned: li
     assert not any(map(is_open, made))
 
 
-def test_a_link_that_another_process_removes_is_gone(tmp_path: Path) -> None:
+def test_the_removal_of_a_missing_link_is_no_error(tmp_path: Path) -> None:
     (tmp_path / "mark").mkdir()
     (tmp_path / "call").touch()
     links.remove([tmp_path / "gone", tmp_path / "mark", tmp_path / "call"])

@@ -1,4 +1,4 @@
-"""Lock files: one holder, for root alone, and a look at one keeps no process from taking it."""
+"""Lock files: one holder, root only, and a check of a lock does not prevent another process from taking it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def path(tmp_path: Path) -> Path:
     return tmp_path / "run/fgpu.lock"
 
 
-def test_a_look_at_a_lock_does_not_take_it(path: Path) -> None:
+def test_a_check_of_a_lock_does_not_take_it(path: Path) -> None:
     path.parent.mkdir()
     path.touch()
     with open(path, "rb") as looking:
@@ -45,7 +45,7 @@ def test_a_released_lock_can_be_taken(path: Path) -> None:
     assert second.take()
 
 
-def test_another_file_in_its_place_is_not_held(path: Path) -> None:
+def test_a_replaced_lock_file_is_not_held(path: Path) -> None:
     lock = FileLock(path)
     assert lock.take()
     assert lock.is_held()
@@ -57,8 +57,8 @@ def test_another_file_in_its_place_is_not_held(path: Path) -> None:
 
 
 @pytest.mark.parametrize("is_there", [False, True], ids=["new", "of an earlier version"])
-def test_no_other_user_can_lock_it(path: Path, is_there: bool) -> None:
-    """flock needs no more than permission to read: a local user could keep the agent from starting."""
+def test_no_user_except_root_can_take_the_lock(path: Path, is_there: bool) -> None:
+    """flock() needs only permission to read: otherwise a local user could prevent the agent's start."""
     path.parent.mkdir(mode=0o755)
     if is_there:
         path.touch()

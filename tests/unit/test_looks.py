@@ -1,4 +1,4 @@
-"""Looks at cgroups take turns, in slices of the loop's time, and rest for as long as they were work."""
+"""Scans of cgroups take turns, in slices of the loop's time, and pause as long as they have worked."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ STEP_SECONDS = 0.004
 
 
 class Loop:
-    """A loop whose time is simulated; `steps`: the number of steps for each path."""
+    """A loop with simulated time. `steps` has the number of steps for each path."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, steps: dict[str, int]) -> None:
         self.now, self.steps, self.done = 1000.0, steps, Counter[str]()
@@ -35,7 +35,7 @@ class Loop:
             yield
 
     def slice(self) -> float:
-        """Sleep as long as the loop may, and continue. Return the seconds that this took of the loop."""
+        """Sleep as long as the loop may, and continue. Return the seconds that the scan took of the loop."""
         self.now += self.looks.wait(1.0)
         began = self.now
         self.looks.go_on()
@@ -47,7 +47,7 @@ def loop(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Loop]:
     return lambda **steps: Loop(monkeypatch, {ALL if path == "everything" else path: n for path, n in steps.items()})
 
 
-def test_a_look_takes_no_more_than_a_slice_and_leaves_as_much_time(loop):
+def test_a_scan_takes_at_most_a_slice_and_then_pauses_as_long(loop):
     world = loop(large=1000)
     world.looks.ask("large")
     world.looks.keep()
@@ -57,7 +57,7 @@ def test_a_look_takes_no_more_than_a_slice_and_leaves_as_much_time(loop):
     assert sum(taken) <= (world.now - began) / 2 + SLICE_SECONDS
 
 
-def test_looks_alternate(loop):
+def test_scans_alternate(loop):
     world = loop(large=1000, small=3)
     for path in ("large", "small"):
         world.looks.ask(path)
@@ -67,7 +67,7 @@ def test_looks_alternate(loop):
     assert world.done["small"] == 3
 
 
-def test_a_long_look_is_followed_by_a_long_rest(loop):
+def test_a_long_scan_is_followed_by_a_long_pause(loop):
     world = loop(large=500)
     world.looks.ask("large")
     world.looks.keep()
@@ -84,7 +84,7 @@ def test_a_long_look_is_followed_by_a_long_rest(loop):
     assert world.now - ended >= PAUSE * spent
 
 
-def test_a_look_requested_during_a_look_is_done_again(loop):
+def test_a_scan_requested_during_a_scan_is_repeated(loop):
     world = loop(one=6)
     world.looks.ask("one")
     world.looks.keep()
@@ -97,7 +97,7 @@ def test_a_look_requested_during_a_look_is_done_again(loop):
     assert world.begun == ["one", "one"]
 
 
-def test_every_cgroup_is_looked_at_every_half_minute(loop):
+def test_every_cgroup_is_scanned_every_half_minute(loop):
     world = loop(everything=2)
     world.looks.keep()
     assert world.begun == []
@@ -109,7 +109,7 @@ def test_every_cgroup_is_looked_at_every_half_minute(loop):
     assert world.begun == [ALL] * 3
 
 
-def test_a_failed_look_ends_and_the_others_continue(loop):
+def test_a_failed_scan_ends_and_the_others_continue(loop):
     world = loop(good=2)
     world.looks.ask("bad")  # it has no number of steps
     world.looks.ask("good")
@@ -121,15 +121,15 @@ def test_a_failed_look_ends_and_the_others_continue(loop):
     assert world.looks.wait(1.0) == 1.0
 
 
-# -- what a look needs
+# -- data that a scan uses
 
 
-def test_an_answer_during_a_look_is_not_forgotten():
+def test_a_decision_during_a_scan_is_kept():
     decided = {1: False, 2: False, 3: False}
     ledger = SimpleNamespace(not_managed=lambda: iter(list(decided)), forget=decided.pop)
     answered = UnmanagedCgroups(ledger, 10)  # type: ignore[arg-type]
     before = answered.known()
-    decided[4] = False  # it came behind the look
+    decided[4] = False  # this decision follows after the scan has passed the cgroup
     answered.forget_gone(before, {None, 1, 3})
     assert sorted(decided) == [1, 3, 4]
 
@@ -143,7 +143,7 @@ def test_children_of_a_cgroup_are_found_with_their_ids(tmp_path: Path):
     assert list(workloads.walk()) == ["/a", "/a/b", "/a/b/c"]
 
 
-def test_inside_is_by_whole_names():
+def test_a_cgroup_is_inside_another_only_by_whole_names():
     assert is_inside("/a", "/a")
     assert is_inside("/a/b", "/a")
     assert is_inside("/a", ALL)

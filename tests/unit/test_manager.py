@@ -1,4 +1,4 @@
-"""Tests of requests that the kernel or the disk has no room for: nothing changes, and the request can be repeated."""
+"""Tests of requests for which the kernel or the disk has no room: nothing changes, and the request can be repeated."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def test_a_run_that_cannot_be_stored_leaves_nothing(host, monkeypatch):
     nothing_is_left(host)
 
 
-def test_of_many_tenants_by_policy_those_that_fit_are_admitted(host):
+def test_only_the_tenants_that_fit_are_admitted_of_many_by_policy(host):
     host.books.room = 5
     for n in range(7):
         (host.root / f"c{n}").mkdir()
@@ -86,7 +86,7 @@ def test_of_many_tenants_by_policy_those_that_fit_are_admitted(host):
     assert len(host.enforcer) == len(host.books.limits) == 7
 
 
-# -- what is left out of `fgpu set` stays as it was
+# -- settings that a call of `fgpu set` omits stay unchanged
 
 
 @pytest.fixture
@@ -101,7 +101,7 @@ def in_force(host, path):
 
 
 @pytest.mark.parametrize("policy", ["", "{selector: {cgroup: ['job']}, memory: {limit: 4GiB, max: 4GiB}}"])
-def test_a_share_stays_beside_what_is_set(host, container, policy):
+def test_a_share_stays_when_another_setting_is_set(host, container, policy):
     if policy:
         host.manager.reload(policies(policy))
     host.manager.share(container, parse("2gib-50pct"))
@@ -121,7 +121,7 @@ def test_a_share_stays_beside_what_is_set(host, container, policy):
 
 
 @pytest.mark.parametrize("asked", [{"limit_millionths": 500_000}, {"memory_bytes": GIB}])
-def test_a_policy_whose_devices_are_not_here_gives_none_by_hand(host, container, asked):
+def test_set_gives_no_memory_on_devices_that_the_policy_excludes(host, container, asked):
     host.manager.reload(policies("{selector: {cgroup: ['job']}, devices: [7], memory: {limit: 2GiB}}"))
     host.manager.set(container, asked)
     assert host.enforcer.at(container).limits == {}

@@ -21,7 +21,7 @@ def test_twenty_tenants_get_their_shares(weights: tuple[int, ...]) -> None:
     assert sum(tenant.done_ns for tenant in tenants) / (SECONDS * S) > 0.97
 
 
-def test_none_of_twenty_equal_tenants_waits_for_longer_than_a_round() -> None:
+def test_no_tenant_of_twenty_equal_ones_waits_longer_than_a_round() -> None:
     tenants = [Tenant(n + 1, kernel_ns=KERNEL_NS) for n in range(20)]
     World(*tenants).run(SECONDS)
     assert max(tenant.longest_wait_ns for tenant in tenants) <= 20 * (20 + 2 + 2) * MS

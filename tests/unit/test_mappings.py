@@ -1,4 +1,4 @@
-"""The mapped files of a process: the kernel's answers, and the same out of the text."""
+"""The mapped files of a process: the results of the kernel's query, and the same from the text of /proc/PID/maps."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ NAMES = ("plain", "with a space", "with\nnewlines\n", "with\rreturns", "back\\sl
 
 @pytest.fixture
 def maps(tmp_path: Path):
-    """Return this process's mappings, with files of odd names among them, one of them deleted."""
+    """Return this process's mappings. They include files with unusual names, one of which is deleted."""
     held = []
     for name in NAMES:
         path = tmp_path / name
@@ -34,7 +34,7 @@ def maps(tmp_path: Path):
 
 @pytest.fixture
 def unasked(monkeypatch: pytest.MonkeyPatch):
-    """A kernel that does not know the question."""
+    """Simulate a kernel without the query."""
     return lambda: monkeypatch.setattr(procmaps, "_PROCMAP_QUERY", 0xC0686699)
 
 
@@ -49,7 +49,7 @@ def test_the_text_has_the_same_mappings_as_the_kernel_s_query(maps, unasked, whi
 def test_every_name_is_read(maps, unasked, tmp_path):
     unasked()
     found = [os.fsdecode(mapped.path) for mapped in procmaps.each(maps, procmaps.NEXT_SHARED)]
-    # The kernel escapes a newline and nothing else, so a name with that very text in it is taken for one.
+    # The kernel escapes a newline and nothing else, so a name that contains the escape's text is read as a newline.
     assert {path.removeprefix(f"{tmp_path}/") for path in found} >= {"plain (deleted)", *NAMES[1:]}
 
 

@@ -1,4 +1,4 @@
-"""Tests of /metrics: a golden file, and properties of every Snapshot."""
+"""Tests of /metrics: comparison with a stored file, and properties of every Snapshot."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def snapshot(name: str = "notebook") -> Snapshot:
                     gatekeeper_up=True, maps=(MapView("levels", 101, 4096),))  # fmt: skip
 
 
-def test_the_text_is_the_golden_one():
+def test_the_text_equals_the_stored_file():
     assert metrics.text(snapshot()) == GOLDEN.read_text()
 
 
@@ -90,7 +90,7 @@ def test_xids_begin_at_zero():
     assert [s.value for f in families for s in f.samples if s.name == "fgpu_device_healthy"] == [1]
 
 
-def test_a_tenant_without_a_limit_shows_none():
+def test_a_tenant_without_a_limit_has_no_metric_of_a_limit():
     found = snapshot()
     (tenant,) = found.tenants
     unlimited = replace(tenant, devices=(replace(tenant.devices[0], limit_bytes=2**64 - 1),))
@@ -109,8 +109,8 @@ def test_refusals_begin_at_zero():
     assert (shown.labels["operation"], shown.labels["reason"], shown.value) == ("memory", "limit", 0)
 
 
-def test_an_age_is_that_of_the_moment_of_asking():
-    """The age is that of the scrape, also if no Snapshot was taken for long."""
+def test_an_age_is_computed_at_the_scrape():
+    """This holds even if no Snapshot was taken for long."""
     found = replace(snapshot(), taken_seconds=101.0)
     family = next(f for f in metrics.registry(lambda: found, lambda: 108.5).collect() if "reconcile_age" in f.name)
     assert [(sample.labels, sample.value) for sample in family.samples] == [({"gpu": "0"}, 7.75)]

@@ -1,4 +1,4 @@
-"""Tests of mutants: each one applies, and every row of docs/security.md has a test that fails without its defence."""
+"""Tests of mutants: each applies, and every row of docs/security.md has a test that fails without its defence."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def test_every_row_has_tests_and_patches() -> None:
 
 
 @pytest.mark.parametrize("row", ROWS)
-def test_the_tests_of_a_row_are_there(row: str) -> None:
+def test_the_tests_of_a_row_exist(row: str) -> None:
     for test in named_of_rows()[row]:
         assert exists(test), test
 

@@ -1,4 +1,4 @@
-"""Tests in simulated time of shares inside a share: cgroups below its own give a tenant no more time."""
+"""Tests in simulated time of shares inside a share: a tenant gets no more time through cgroups below its own."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ OUTER = 100
 
 
 def nested(share: Share, inner: list[Share], *others: Tenant, kernel_ns: int = 200 * US) -> World:
-    """Return a world with a level of this share, busy tenants inside it, numbered from 1, and other tenants."""
+    """Return a world with a level of this share, busy tenants inside it (numbered from 1), and other tenants."""
     made = [Tenant(n + 1, one, kernel_ns) for n, one in enumerate(inner)]
     return World(*made, *others, outer={OUTER: share}, inside={tenant.key: [OUTER] for tenant in made})
 
 
 @pytest.mark.parametrize("number", [1, 2, 3, 8])
 @pytest.mark.parametrize("percent", [25, 50])
-def test_a_ceiling_is_that_of_all_inside_together(percent: int, number: int) -> None:
+def test_a_ceiling_limits_all_levels_inside_together(percent: int, number: int) -> None:
     limit = Share(limit_millionths=percent * 10_000)
     it = nested(limit, [limit] * number).run(SECONDS)
     done = [tenant.done_ns / (SECONDS * S) for tenant in it.tenants.values()]
@@ -35,13 +35,13 @@ def test_a_ceiling_is_that_of_all_inside_together(percent: int, number: int) -> 
 
 @pytest.mark.parametrize("number", [1, 2, 3, 8])
 @pytest.mark.parametrize("kernel_us", [200, 4_000])
-def test_a_weight_is_that_of_all_inside_together(number: int, kernel_us: int) -> None:
+def test_a_weight_counts_for_all_levels_inside_together(number: int, kernel_us: int) -> None:
     other = Tenant(50, kernel_ns=kernel_us * US)
     got = nested(Share(), [Share()] * number, other, kernel_ns=kernel_us * US).run(SECONDS).shares()
     assert got[50] == pytest.approx(0.5, abs=0.01)
 
 
-def test_levels_inside_divide_it_by_their_weights() -> None:
+def test_levels_inside_divide_the_outer_share_by_their_weights() -> None:
     got = nested(Share(weight=200), [Share(weight=300), Share()], Tenant(50)).run(SECONDS).shares()
     assert (got[1], got[2], got[50]) == pytest.approx((0.5, 1 / 6, 1 / 3), abs=0.015)
 
@@ -52,7 +52,7 @@ def test_a_ceiling_inside_holds_below_the_outer_one() -> None:
     assert (one, two) == pytest.approx((0.1, 0.4), abs=0.02)
 
 
-def test_what_nvml_sees_of_a_level_costs_its_own_programs_nothing_that_others_inside_have_run() -> None:
+def test_a_level_s_own_programs_are_not_charged_for_time_of_levels_inside() -> None:
     limit = Share(limit_millionths=500_000)
     own, inner = Tenant(OUTER, limit), Tenant(1, limit)
     it = World(own, inner, inside={1: [OUTER]})
@@ -64,7 +64,7 @@ def test_what_nvml_sees_of_a_level_costs_its_own_programs_nothing_that_others_in
     assert done == pytest.approx([0.25, 0.25], abs=0.03)
 
 
-def test_a_ceiling_in_the_middle_holds_too() -> None:
+def test_a_ceiling_of_a_middle_level_holds() -> None:
     middle, outer = Share(limit_millionths=200_000), Share(limit_millionths=600_000)
     tenants = [Tenant(n) for n in (1, 2, 3)]
     inside = {1: [90, OUTER], 2: [90, OUTER], 3: [OUTER]}
@@ -79,7 +79,7 @@ def test_a_priority_inside_is_no_higher_than_the_outer_one() -> None:
     assert low[50] > 0.9
 
 
-def test_programs_of_the_level_itself_are_inside_too() -> None:
+def test_programs_of_the_level_itself_count_as_inside() -> None:
     own, inner, other = Tenant(OUTER), Tenant(1), Tenant(50)
     it = World(own, inner, other, inside={1: [OUTER]}).run(SECONDS)
     got = it.shares()
@@ -107,7 +107,7 @@ def test_new_cgroups_do_not_remove_a_debt() -> None:
 @given(
     st.integers(1, 9), st.lists(st.integers(1, 9), min_size=1, max_size=5), st.integers(0, 2**32),
 )  # fmt: skip
-def test_any_levels_inside_leave_a_neighbour_its_part(weight: int, inner: list[int], seed: int) -> None:
+def test_a_neighbour_gets_its_part_beside_any_nested_levels(weight: int, inner: list[int], seed: int) -> None:
     chance = random.Random(seed)
     made = [
         Tenant(n + 1, Share(weight=100 * w), steps=Steps(chance.randrange(1, 60) * MS, chance.randrange(1, 120) * MS))
@@ -122,7 +122,7 @@ def test_any_levels_inside_leave_a_neighbour_its_part(weight: int, inner: list[i
 
 @pytest.mark.parametrize("kernel_us", [200, 50_000])
 @pytest.mark.parametrize("number", [2, 8])
-def test_the_floor_lifts_a_unit_as_often_as_a_tenant(number: int, kernel_us: int) -> None:
+def test_the_floor_raises_a_unit_as_often_as_a_tenant(number: int, kernel_us: int) -> None:
     low = Share(rank=2)
     other, top = Tenant(50, low, kernel_us * US), Tenant(60, Share(rank=0))
     it = nested(low, [low] * number, other, top, kernel_ns=kernel_us * US).run(30.0)
@@ -132,14 +132,14 @@ def test_the_floor_lifts_a_unit_as_often_as_a_tenant(number: int, kernel_us: int
     assert top.done_ns / (30.0 * S) > 0.85
 
 
-def test_entitlements_are_of_units_and_divided_inside() -> None:
+def test_entitlements_belong_to_units_and_are_divided_inside() -> None:
     unit = Unit(OUTER, Share(weight=200), Account())
     shares = {1: Share(weight=300), 2: Share(), 50: Share(weight=200)}
     got = entitled(shares, {1: unit, 2: unit})
     assert (got[1], got[2], got[50]) == pytest.approx((0.375 * MILLION, 0.125 * MILLION, 0.5 * MILLION), abs=2)
 
 
-def test_a_share_that_goes_leaves_those_inside_their_own() -> None:
+def test_levels_inside_a_removed_share_keep_their_own_shares() -> None:
     it = nested(Share(), [Share(), Share()], Tenant(50)).run(2.0)
     it.turns.share_out({1: Share(), 2: Share(), 50: Share()}, it.now)
     it._ring()
@@ -150,16 +150,16 @@ def test_a_share_that_goes_leaves_those_inside_their_own() -> None:
 
 
 def parts(it: World, seconds: float) -> dict[int, float]:
-    """Return each tenant's part of the device's time from now on."""
+    """Return each tenant's part of the device's time from this moment."""
     before = {key: tenant.done_ns for key, tenant in it.tenants.items()}
-    it._ring()  # the next step looks at every tenant
+    it._ring()  # the next step checks every tenant
     it.run(seconds)
     return {key: (tenant.done_ns - before[key]) / (seconds * S) for key, tenant in it.tenants.items()}
 
 
 @pytest.mark.parametrize("weight", [1, 100, 10_000])
 def test_a_share_around_running_tenants_starves_no_tenant(weight: int) -> None:
-    """Virtual time inside a unit differs from that outside, both when the unit comes and when it goes."""
+    """Virtual time inside a unit differs from that outside, both when the unit appears and when it is removed."""
     shares = {1: Share(weight=weight), 2: Share(weight=weight), 50: Share()}
     it = World(*(Tenant(key, share) for key, share in shares.items())).run(20.0)
     it.turns.share_out(shares | {OUTER: Share()}, it.now)
@@ -175,7 +175,7 @@ def test_a_share_around_running_tenants_starves_no_tenant(weight: int) -> None:
 
 
 class Idler(Hog):
-    """A program that wants every turn, and launches nothing in it."""
+    """A program that takes every turn, and launches nothing in it."""
 
     def act(self, now_ns: int, is_open: bool, believed_ns: int) -> None:
         self.said = (self.waiting, 0, 0, 0, True, now_ns, 0, 0)
@@ -190,7 +190,10 @@ COVERS: dict[str, tuple[list[Tenant], list[Tenant]]] = {
 
 @pytest.mark.parametrize("cover", COVERS)
 def test_waiting_time_inside_is_no_credit_for_a_new_tenant(cover: str) -> None:
-    """Tenants inside want turns for 20 s and get almost none. Then a busy one comes, which gets no credit for that."""
+    """Tenants inside request turns for 20 s and get almost none.
+
+    Then a busy tenant appears, which gets no credit for that.
+    """
     inner, others = deepcopy(COVERS[cover])
     late, honest = Tenant(2, stopped=True), [Tenant(50), Tenant(51)]
     inside = {tenant.key: [OUTER] for tenant in (late, *inner)}

@@ -1,4 +1,4 @@
-"""Tests of messages to the service manager: what it receives, and that a manager that does not read delays nothing."""
+"""Tests of messages to the service manager: their contents, and that a manager that does not read delays nothing."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def manager(request, tmp_path, monkeypatch) -> Iterator[socket.socket]:
         yield sock
 
 
-def test_the_messages_to_the_manager(manager) -> None:
+def test_the_manager_receives_ready_reloading_and_stopping(manager) -> None:
     begun = time.monotonic_ns() // 1000
     assert sd_notify.ready("two devices")
     assert sd_notify.reloading()
@@ -35,7 +35,7 @@ def test_the_messages_to_the_manager(manager) -> None:
     assert [manager.recv(4096) for _ in range(2)] == [b"READY=1", b"STOPPING=1"]
 
 
-def test_without_a_socket_nothing_is_sent(monkeypatch) -> None:
+def test_nothing_is_sent_without_a_socket(monkeypatch) -> None:
     monkeypatch.delenv("NOTIFY_SOCKET", raising=False)
     assert not sd_notify.ready()
     for address in ("", "vsock:2:23", "/nowhere/at/all"):
@@ -49,7 +49,7 @@ def test_a_manager_that_does_not_read_delays_nothing(manager) -> None:
     assert time.monotonic() - begun < 2
 
 
-def test_watchdog_is_pinged_at_half_its_time(manager) -> None:
+def test_the_watchdog_is_notified_at_half_its_time(manager) -> None:
     clock = [100.0]
     environment = {**os.environ, "WATCHDOG_USEC": "10000000", "WATCHDOG_PID": str(os.getpid())}
     watchdog = sd_notify.Watchdog(environment, lambda: clock[0])
@@ -65,5 +65,5 @@ def test_watchdog_is_pinged_at_half_its_time(manager) -> None:
     "environment",
     [{}, {"WATCHDOG_USEC": "0"}, {"WATCHDOG_USEC": "much"}, {"WATCHDOG_USEC": "1000", "WATCHDOG_PID": "1"}],
 )
-def test_no_watchdog_asked_for(manager, environment) -> None:
+def test_no_watchdog_message_is_sent_if_none_is_configured(manager, environment) -> None:
     assert not sd_notify.Watchdog({**os.environ, **environment}).ping()

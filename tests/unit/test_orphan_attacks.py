@@ -1,4 +1,4 @@
-"""Attacks by a tenant's own calls that try to have orphaned memory released while the device holds it. None works."""
+"""A tenant tries by its own calls to have orphaned memory released while the device holds it. No attempt succeeds."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.unit.orphan_kit import MIB
 
 GIB = 1024 * MIB
 HELD = 8 * GIB
-REST = 32 * MIB  # what the device holds besides
+REST = 32 * MIB  # the device's other bytes
 
 
 class Attack:
@@ -53,7 +53,7 @@ class Attack:
             self.reconciler.look(False)
 
     def escaped(self) -> int:
-        """Return the bytes that tenants hold beyond what is charged."""
+        """Return the bytes that tenants hold beyond their charges."""
         return max(0, self.world.device.of_tenants() - self.world.ledger.total() - REST)
 
 
@@ -67,7 +67,7 @@ def attack(monkeypatch: pytest.MonkeyPatch) -> Attack:
     return found
 
 
-def test_without_an_attack_it_stays_and_goes_with_its_descriptor(attack: Attack) -> None:
+def test_without_an_attack_an_orphan_stays_until_its_descriptor_is_closed(attack: Attack) -> None:
     handle = attack.keep_memory()
     attack.look(LOOKS)
     assert attack.world.ledger.orphaned() == HELD
@@ -77,7 +77,7 @@ def test_without_an_attack_it_stays_and_goes_with_its_descriptor(attack: Attack)
     assert attack.world.ledger.orphaned() == 0
 
 
-def test_pool_bytes_that_are_admitted_and_not_taken(attack: Attack) -> None:
+def test_admitted_and_unallocated_pool_bytes_release_no_orphan(attack: Attack) -> None:
     """The process has no context, so it has no row."""
     attack.keep_memory()
     other = attack.tenant(has_context=False)
@@ -88,7 +88,7 @@ def test_pool_bytes_that_are_admitted_and_not_taken(attack: Attack) -> None:
     assert attack.escaped() == 0
 
 
-def test_an_admission_that_no_call_follows(attack: Attack) -> None:
+def test_an_admission_without_a_call_releases_no_orphan(attack: Attack) -> None:
     attack.keep_memory()
     other = attack.tenant(has_context=False)
     admission = attack.world.admit(other, HELD)
@@ -99,7 +99,7 @@ def test_an_admission_that_no_call_follows(attack: Attack) -> None:
     assert attack.escaped() == 0
 
 
-def test_handles_that_a_library_only_claims_to_have_made(attack: Attack) -> None:
+def test_handles_that_a_library_falsely_reports_release_no_orphan(attack: Attack) -> None:
     """The process has no context, so it has no row."""
     attack.keep_memory()
     other = attack.tenant(has_context=False)
@@ -112,8 +112,8 @@ def test_handles_that_a_library_only_claims_to_have_made(attack: Attack) -> None
     assert attack.escaped() == 0
 
 
-def test_handles_that_are_freed_and_then_only_claimed(attack: Attack) -> None:
-    """It happens between two reconciliations, so that the charge does not change."""
+def test_freed_handles_that_a_library_reports_again_release_no_orphan(attack: Attack) -> None:
+    """Both happen between two reconciliations, so the charge does not change."""
     other = attack.tenant(has_context=False)
     list(attack.world.create(other, HELD))
     attack.look()
@@ -130,8 +130,8 @@ def test_handles_that_are_freed_and_then_only_claimed(attack: Attack) -> None:
     assert attack.escaped() == 0
 
 
-def test_a_handle_that_is_given_up_by_a_process_that_has_more_than_it_is_charged(attack: Attack) -> None:
-    """The memory stays in the call: its charge there and the memory that only the driver knows are different memory."""
+def test_a_handle_released_by_an_undercharged_process_releases_no_orphan(attack: Attack) -> None:
+    """The memory stays in the call. Its charge there and the memory that only the driver knows are different memory."""
     other = attack.tenant()
     list(attack.world.take_managed(other, HELD))
     handle = attack.export_memory()
@@ -147,7 +147,7 @@ def test_a_handle_that_is_given_up_by_a_process_that_has_more_than_it_is_charged
     assert attack.escaped() == 0
 
 
-def test_a_release_that_stands_still(attack: Attack) -> None:
+def test_a_stopped_release_releases_no_orphan(attack: Attack) -> None:
     """Its thread is stopped after the driver has freed the memory, before the call returns."""
     attack.keep_memory()
     other = attack.tenant(has_context=False)
@@ -161,7 +161,7 @@ def test_a_release_that_stands_still(attack: Attack) -> None:
     assert attack.escaped() == 0
 
 
-def test_a_create_that_stands_still_and_fails(attack: Attack) -> None:
+def test_a_stopped_create_that_fails_releases_no_orphan(attack: Attack) -> None:
     attack.keep_memory()
     other = attack.tenant(has_context=False)
     take = attack.world.take(other, HELD, False)
@@ -172,15 +172,15 @@ def test_a_create_that_stands_still_and_fails(attack: Attack) -> None:
     assert attack.escaped() == 0
 
 
-def test_contexts_that_a_library_only_claims_to_have_made(attack: Attack) -> None:
-    """Each would explain the bytes that a driver needs for a context."""
+def test_contexts_that_a_library_falsely_reports_release_no_orphan(attack: Attack) -> None:
+    """Each context would explain the bytes that a driver needs for a context."""
     attack.keep_memory()
     attack.world.ledger.entries[attack.exporter.pid].contexts += 2000
     attack.look()
     assert attack.escaped() == 0
 
 
-def test_a_free_of_managed_memory_that_stands_still(attack: Attack) -> None:
+def test_a_stopped_free_of_managed_memory_releases_no_orphan(attack: Attack) -> None:
     list(attack.world.take_managed(attack.exporter, HELD))
     managed = attack.exporter.managed[0]
     managed.resident = HELD
@@ -195,7 +195,7 @@ def test_a_free_of_managed_memory_that_stands_still(attack: Attack) -> None:
     assert attack.escaped() == 0
 
 
-def test_the_end_of_a_context_with_managed_memory_that_stands_still(attack: Attack) -> None:
+def test_a_stopped_end_of_a_context_with_managed_memory_releases_no_orphan(attack: Attack) -> None:
     other = attack.tenant()
     list(attack.world.take_managed(other, HELD))
     other.managed[0].resident = HELD
@@ -210,7 +210,7 @@ def test_the_end_of_a_context_with_managed_memory_that_stands_still(attack: Atta
     assert attack.escaped() == 0
 
 
-def test_an_export_between_the_look_at_orphans_and_the_look_at_processes(attack: Attack) -> None:
+def test_an_export_between_the_reads_of_orphans_and_processes_releases_no_orphan(attack: Attack) -> None:
     """Managed memory that is charged and was never touched is not on the device."""
     list(attack.world.take_managed(attack.exporter, HELD))
     attack.look()
@@ -221,7 +221,7 @@ def test_an_export_between_the_look_at_orphans_and_the_look_at_processes(attack:
     assert attack.escaped() == 0
 
 
-def test_the_end_of_an_exporter_between_the_look_at_orphans_and_the_look_at_processes(attack: Attack) -> None:
+def test_an_exporter_s_exit_between_the_reads_of_orphans_and_processes_releases_no_orphan(attack: Attack) -> None:
     other = attack.tenant()
     list(attack.world.take_managed(other, HELD))
     attack.export_memory()
@@ -239,7 +239,7 @@ def test_the_end_of_an_exporter_between_the_look_at_orphans_and_the_look_at_proc
     assert attack.escaped() == 0
 
 
-def test_managed_memory_of_a_stranger_that_ends(attack: Attack) -> None:
+def test_managed_memory_of_an_exiting_unmanaged_process_releases_no_orphan(attack: Attack) -> None:
     """The process is in no managed cgroup."""
     stranger = attack.world.begin(is_stranger=True)
     stranger.contexts, stranger.grown = 1, 0
@@ -252,7 +252,7 @@ def test_managed_memory_of_a_stranger_that_ends(attack: Attack) -> None:
     assert attack.escaped() == 0
 
 
-def test_managed_memory_of_a_stranger_that_frees_it(attack: Attack) -> None:
+def test_managed_memory_freed_by_an_unmanaged_process_releases_no_orphan(attack: Attack) -> None:
     stranger = attack.world.begin(is_stranger=True)
     stranger.contexts = 1
     stranger.managed = [Managed(HELD, HELD)]
@@ -264,7 +264,7 @@ def test_managed_memory_of_a_stranger_that_frees_it(attack: Attack) -> None:
     assert attack.escaped() == 0
 
 
-def test_a_stranger_s_managed_memory_is_not_taken_for_a_tenant_s(attack: Attack) -> None:
+def test_managed_memory_of_an_unmanaged_process_is_not_charged_to_a_tenant(attack: Attack) -> None:
     list(attack.world.take_managed(attack.exporter, HELD))
     stranger = attack.world.begin(is_stranger=True)
     stranger.contexts = 1
@@ -279,8 +279,8 @@ def test_a_stranger_s_managed_memory_is_not_taken_for_a_tenant_s(attack: Attack)
     assert attack.escaped() == 0
 
 
-def test_memory_of_one_s_own_that_others_orphans_are_charged_for(attack: Attack) -> None:
-    """A neighbour's process exits and the driver frees all it had, while this tenant's memory is kept."""
+def test_memory_charged_as_a_neighbour_s_orphan_releases_no_orphan(attack: Attack) -> None:
+    """A neighbour's process exits and the driver frees all its memory, while this tenant's memory is kept."""
     attack.keep_memory()
     neighbour = attack.tenant()
     list(attack.world.take(neighbour, HELD, True))
@@ -293,8 +293,8 @@ def test_memory_of_one_s_own_that_others_orphans_are_charged_for(attack: Attack)
     assert kept == {attack.exporter.pid: HELD}
 
 
-def test_admissions_that_end_with_their_process_beside_memory_that_nvml_names(attack: Attack) -> None:
-    """A forked child keeps what an exited process had: its row proves that the device holds it."""
+def test_admissions_of_an_exited_process_beside_a_row_of_nvml_release_no_orphan(attack: Attack) -> None:
+    """A forked child keeps memory of an exited process. The child's row proves that the device holds it."""
     doomed, kept = attack.tenant(), attack.tenant()
     list(attack.world.take(kept, HELD, True))
     next(attack.world.admit(doomed, HELD + CONTEXT))
@@ -304,7 +304,7 @@ def test_admissions_that_end_with_their_process_beside_memory_that_nvml_names(at
     assert attack.escaped() == 0
 
 
-def test_memory_that_nvml_names_is_not_what_a_neighbour_s_process_had(attack: Attack) -> None:
+def test_a_row_of_nvml_does_not_stand_for_a_neighbour_s_orphan(attack: Attack) -> None:
     """The neighbour's older process has no row. Its memory is freed, and both orphans are of equal size."""
     kept, neighbour = attack.tenant(), attack.tenant(has_context=False)
     list(attack.world.create(neighbour, HELD))
@@ -317,16 +317,19 @@ def test_memory_that_nvml_names_is_not_what_a_neighbour_s_process_had(attack: At
     assert {pid for pid, _ in attack.world.ledger.kept} == {kept.pid}
 
 
-def test_handles_of_a_process_whose_pid_an_ended_one_had(attack: Attack) -> None:
-    """The row of the exited process proves nothing of them, because the later process has no context."""
+def test_handles_of_a_process_with_a_reused_pid_release_no_orphan(attack: Attack) -> None:
+    """The row of the exited process proves nothing about these handles, because the later process has no context."""
     attack.world.end(attack.exporter, 0, 1)
     list(attack.world.create(attack.world.begin(attack.exporter.pid), HELD))
     attack.look()
     assert attack.escaped() == 0
 
 
-def test_an_admission_of_a_process_whose_pid_an_ended_one_had(attack: Attack) -> None:
-    """It becomes overhead, which ends with the last context. The row that it seemed to explain is another process's."""
+def test_an_admission_of_a_process_with_a_reused_pid_releases_no_orphan(attack: Attack) -> None:
+    """The admission becomes overhead, which ends with the last context.
+
+    The row that seemed to explain it belongs to another process.
+    """
     list(attack.world.take(attack.exporter, HELD, True))
     attack.look()
     attack.world.end(attack.exporter, 0, 1)
@@ -339,8 +342,8 @@ def test_an_admission_of_a_process_whose_pid_an_ended_one_had(attack: Attack) ->
     assert attack.escaped() == 0
 
 
-def test_what_only_the_driver_knows_of_a_process_whose_pid_an_ended_one_had(attack: Attack) -> None:
-    """The exited process had handles and no context: the row of its pid shows only memory of the later process."""
+def test_driver_memory_of_a_process_with_a_reused_pid_releases_no_orphan(attack: Attack) -> None:
+    """The exited process had handles and no context. The row of its pid shows only memory of the later process."""
     other = attack.tenant(has_context=False)
     list(attack.world.create(other, HELD))
     attack.look()

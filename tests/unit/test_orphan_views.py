@@ -1,4 +1,4 @@
-"""Tests of memory that outlives its process: how its keepers are found, when it is reported, and in which words."""
+"""Tests of memory that outlives its process: the search for its keepers, the time of its report, and the texts."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def here() -> str:
 # -- keepers
 
 
-def test_a_process_that_has_the_node_open_is_found_and_others_are_not(keeper: Start) -> None:
+def test_only_processes_that_have_the_node_open_are_found(keeper: Start) -> None:
     kept = keeper()
     with subprocess.Popen(["sleep", "60"]) as other:
         found = find(Held(1 << 22, (here(),)))
@@ -74,7 +74,7 @@ def test_a_process_that_has_the_node_open_is_found_and_others_are_not(keeper: St
     assert other.pid not in found
 
 
-def test_the_parent_of_a_process_is_its_own_but_not_init() -> None:
+def test_the_parent_of_a_process_is_reported_unless_it_is_init() -> None:
     """Init is no parent: it adopts each process whose parent has exited."""
     assert parent(os.getpid()) == (os.getppid() if os.getppid() != 1 else 0)
     assert (parent(1), parent(1 << 22)) == (0, 0)
@@ -82,18 +82,18 @@ def test_the_parent_of_a_process_is_its_own_but_not_init() -> None:
         assert parent(child.pid) == os.getpid()
 
 
-def test_a_relative_of_the_ended_process_is_named_alone(keeper: Start) -> None:
+def test_only_a_relative_of_the_ended_process_is_named(keeper: Start) -> None:
     keeper()
     child = keeper(start_new_session=True)
     assert find(Held(child.pid, (here(),))) == (child.pid,)
 
 
-def test_a_folder_of_another_name_s_beginning_is_another_cgroup(keeper: Start) -> None:
+def test_a_cgroup_whose_name_is_a_prefix_is_another_cgroup(keeper: Start) -> None:
     keeper()
     assert find(Held(1 << 22, (here()[:-1] or "/x",))) == ()
 
 
-def test_the_next_cgroup_is_searched_where_the_innermost_has_no_keeper(keeper: Start) -> None:
+def test_the_outer_cgroup_is_searched_if_the_innermost_has_no_keeper(keeper: Start) -> None:
     kept = keeper()
     assert kept.pid in find(Held(1 << 22, ("/no/such/cgroup", here())))
 
@@ -109,7 +109,7 @@ def test_no_more_descriptors_are_read_than_asked_for() -> None:
         assert len(descriptors(os.getpid(), 2)) == 2
 
 
-def test_a_thread_finds_keepers_and_forgets_them(keeper: Start) -> None:
+def test_a_thread_finds_keepers_and_later_drops_them(keeper: Start) -> None:
     kept, keepers = keeper(start_new_session=True), Keepers()
     assert keepers.of(kept.pid) == ()
     keepers.look([Held(kept.pid, (here(),))])
@@ -172,14 +172,14 @@ def test_an_export_without_a_keeper_is_reported_as_such() -> None:
     assert (event["reason"], event["text"]) == ("exported", "no process that keeps it was found")
 
 
-def test_a_tenant_whose_cgroup_is_gone_is_named() -> None:
+def test_a_tenant_with_a_removed_cgroup_is_named() -> None:
     reports = Reports(tenant(cgroup=9, path="/b"))
     reports.truth = Truth(orphans=(orphan(levels=(9,), since_ns=aged(2 * TOLD_AGE_NS)),))
     assert [event["tenant"] for event in reports.told()] == ["a"]
     assert reports.asked[-1] == [Held(11, ("/b", "/"))]
 
 
-# -- words
+# -- texts
 
 
 def row(**more: Any) -> dict[str, Any]:
@@ -221,18 +221,18 @@ def row(**more: Any) -> dict[str, Any]:
         ),
     ],
 )
-def test_messages_say_what_to_do(orphan_row: dict[str, Any], sentence: str) -> None:
+def test_messages_contain_the_next_step(orphan_row: dict[str, Any], sentence: str) -> None:
     assert orphan_text.sentence(orphan_row) == sentence
 
 
-def test_a_process_that_the_driver_is_taking_down_is_not_shown() -> None:
+def test_a_process_that_the_driver_is_ending_is_not_shown() -> None:
     assert orphan_text.lasting([row(seconds=0.4), row(seconds=1.1)]) == [row(seconds=1.1)]
 
 
-# -- tenants whose cgroup is gone
+# -- tenants with a removed cgroup
 
 
-def test_a_tenant_is_kept_while_the_device_holds_memory_of_its() -> None:
+def test_a_tenant_is_kept_while_the_device_holds_its_memory() -> None:
     books = Books()
     gone, kept = GoneTenants(books), tenant()  # type: ignore[arg-type]
     books.orphaned = {7: MIB}
@@ -256,7 +256,7 @@ def test_memory_held_for_long_counts_against_the_device(monkeypatch: pytest.Monk
     assert (gone.held_bytes(0), gone.held_bytes(1)) == (MIB, 0)
 
 
-def test_a_level_that_an_earlier_agent_left_has_a_name_of_its_own() -> None:
+def test_a_level_of_an_earlier_agent_has_its_own_name() -> None:
     books = Books()
     books.orphaned = {9: MIB}
     gone = GoneTenants(books)  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""Output of `--json` is as `fgpu schema` says, and a schema keeps what its version has promised."""
+"""The output of `--json` follows `fgpu schema`, and a schema keeps the promises of its version."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def printed(command: str) -> Schema:
 
 
 def kinds(schema: Schema) -> set[str]:
-    """Return a property's possible types; that of an object or a list also says of what."""
+    """Return the possible types of a property, for an object or a list with its type of elements."""
     if "anyOf" in schema:
         return {kind for one in schema["anyOf"] for kind in kinds(one)}
     if "$ref" in schema:
@@ -41,7 +41,7 @@ def kinds(schema: Schema) -> set[str]:
 
 
 def broken(before: Schema, after: Schema) -> list[str]:
-    """Return what a program that was written for `before` cannot rely on in `after`."""
+    """Return the properties of `before` that a program can no longer rely on in `after`."""
     found = [] if before["$id"] == after["$id"] and kinds(before) == kinds(after) else ["the document"]
     for name, old in before["$defs"].items():
         new = after["$defs"].get(name, {"properties": {}, "required": []})
@@ -53,13 +53,13 @@ def broken(before: Schema, after: Schema) -> list[str]:
 
 
 @pytest.mark.parametrize("command", output_schema.PRINTED)
-def test_nothing_that_a_version_promised_is_gone(command: str) -> None:
+def test_no_property_of_a_released_version_is_removed(command: str) -> None:
     """A failure means: undo the change, or make a new version. A release writes its additions into the file."""
     assert PROMISED.keys() == output_schema.PRINTED.keys()
     assert broken(PROMISED[command], printed(command)) == []
 
 
-def test_a_change_that_is_no_addition_is_found() -> None:
+def test_the_check_finds_a_change_that_is_no_addition() -> None:
     device = "DeviceView"
     for change in ("removed", "renamed", "type", "null", "not always"):
         after = copy.deepcopy(printed("status"))
@@ -82,7 +82,7 @@ def test_a_change_that_is_no_addition_is_found() -> None:
 
 
 @pytest.mark.parametrize("command", output_schema.PRINTED)
-def test_schemas_are_schemas_and_name_their_version(command: str) -> None:
+def test_schemas_are_valid_and_name_their_version(command: str) -> None:
     schema = printed(command)
     jsonschema.Draft202012Validator.check_schema(schema)
     assert schema["$id"] == f"urn:fgpu:{command}:v{output_schema.VERSION}"
@@ -92,7 +92,7 @@ def test_schemas_are_schemas_and_name_their_version(command: str) -> None:
 
 
 def documents() -> list[tuple[str, Any]]:
-    """Every command's output, made from a Snapshot that has all parts, and from an event."""
+    """Return every command's output, made from a Snapshot with all parts and from an event."""
     log = EventLog()
     log.add("refused", tenant="a", pid=7, gpu=0, operation="memory", reason="limit", bytes=1009)
     status = json.loads(json.dumps(snapshot(), default=plain))
@@ -101,7 +101,7 @@ def documents() -> list[tuple[str, Any]]:
 
 
 @pytest.mark.parametrize(("command", "document"), documents(), ids=output_schema.PRINTED)
-def test_outputs_are_as_the_schema_says(command: str, document: Any) -> None:
+def test_outputs_follow_their_schema(command: str, document: Any) -> None:
     schema = printed(command)
     jsonschema.validate(document, schema)
     (document[0] if command == "ps" else document).pop({"status": "devices", "ps": "pid", "events": "what"}[command])

@@ -1,4 +1,4 @@
-"""Tests of the file of overrides: entries that cannot be read are reported as unknown, and never taken for absent."""
+"""Tests of the file of overrides: unreadable entries are reported as unknown, and never treated as absent."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def file(tmp_path):
     return path
 
 
-def test_a_stored_override_is_read_and_known(file):
+def test_a_stored_override_is_read_back(file):
     read = Overrides(file)
     assert list(read) == [ONE, TWO]
     assert not read.unknown(5)
@@ -30,7 +30,7 @@ def test_a_stored_override_is_read_and_known(file):
 
 
 @pytest.mark.parametrize("text", ["", "[{", "{}", "null", "7", '["x"]', "[" * 100_000])
-def test_nothing_is_known_of_an_invalid_file(file, text):
+def test_an_invalid_file_makes_every_override_unknown(file, text):
     file.write_text(text)
     assert all(str(file) in Overrides(file).unknown(cgroup) for cgroup in (5, 6, 7))
 
@@ -40,7 +40,7 @@ def test_nothing_is_known_of_an_invalid_file(file, text):
     [{"memory_bytes": "2GiB"}, {"memory_bytes": -1}, {"weight": 1.5}, {"priority": "urgent"}, {"share": "8gib-50pct-x"},
      {"path": None}, {"own": 1}, {"devices": [1]}, {"devices": 3}, {"limit_millionths": True}],
 )  # fmt: skip
-def test_a_bad_entry_makes_only_its_cgroup_unknown(file, wrong):
+def test_an_invalid_entry_makes_only_its_cgroup_unknown(file, wrong):
     entries = json.loads(file.read_text())
     entries[0] |= wrong
     file.write_text(json.dumps(entries))
@@ -50,13 +50,13 @@ def test_a_bad_entry_makes_only_its_cgroup_unknown(file, wrong):
     assert not read.unknown(6)
 
 
-def test_fields_of_a_later_version_are_left_out(file):
+def test_fields_of_a_later_version_are_ignored(file):
     file.write_text(json.dumps([entry | {"colour": "blue"} for entry in json.loads(file.read_text())]))
     assert list(Overrides(file)) == [ONE, TWO]
     assert not Overrides(file).unknown(5)
 
 
-def test_what_a_start_could_not_learn_is_stored_and_the_old_file_is_kept(file):
+def test_unknown_overrides_are_stored_and_the_old_file_is_kept(file):
     file.write_text("[{")
     read = Overrides(file)
     kept = Override(5, "/a", None, kept=read.unknown(5))

@@ -1,4 +1,4 @@
-"""Tests of OverrunReports: only new overruns are reported, with their number and not for each one."""
+"""Tests of OverrunReports: only new overruns are reported, with their number and not one by one."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fgpu_ebpf.tenancy.event_log import EventLog
 
 @pytest.fixture
 def host(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
-    """Return counts that a test sets, by level; a clock that it moves; and the reports."""
+    """Return counts by level that a test sets, a clock that it moves, and the reports."""
     made = SimpleNamespace(counts={1: 5}, now=100.0, history=EventLog())
     monkeypatch.setattr(reporters.time, "monotonic", lambda: made.now)
 
@@ -39,7 +39,7 @@ def test_earlier_overruns_are_not_reported(host) -> None:
     assert host.told(LOOK_SECONDS) == [("tenant-1", "a turn passed with work in flight")]
 
 
-def test_many_are_one_line_in_ten_seconds_and_none_is_left_out(host) -> None:
+def test_many_overruns_are_one_line_in_ten_seconds_and_none_is_left_out(host) -> None:
     host.counts |= {1: 8, 2: 1}
     assert host.told(LOOK_SECONDS) == [
         ("tenant-1", "3 turns passed with work in flight"),

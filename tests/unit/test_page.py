@@ -1,4 +1,4 @@
-"""Tests of the status page of given Snapshots: its contents, and that any name is shown as plain text."""
+"""Tests of the web page for given Snapshots: its contents, and that every name is shown as plain text."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class Read(HTMLParser):
 
     @property
     def words(self) -> str:
-        """Return all text that a reader sees."""
+        """Return all text that the page shows."""
         return " ".join(" ".join(self.texts).split())
 
 
@@ -76,10 +76,10 @@ def rows(read: Read) -> list[str]:
     return re.findall(r"(?:^| )([\w/]+(?: \(group\))?) policy notebooks", text)
 
 
-# -- what it says
+# -- contents
 
 
-def test_a_usual_host() -> None:
+def test_the_page_of_a_usual_host_has_all_parts() -> None:
     policies = PoliciesView(True, 1.0, 3, ())
     words = shown(snapshot(*kit.ALL, policies=policies, events={"rate": 2, "full": 1})).words
     assert "enforced agent up gatekeeper up 3 events lost policies good, 3 in force as of 00:00:01 " in words
@@ -99,13 +99,13 @@ def test_rows_have_the_order_of_fgpu_top() -> None:
     assert ", 1 with ALI" in shown(host, "filter=ALI").words.replace(" ,", ",")
 
 
-def test_one_device_needs_no_column() -> None:
+def test_a_single_device_has_no_column() -> None:
     both = kit.tenant("alice", kit.on(0, 5), kit.on(1, 7 * kit.MIB))
     assert "TENANT GPU LIMIT" in shown(snapshot(both, devices=(kit.device(0), kit.device(1)))).words
     assert "TENANT LIMIT" in shown(snapshot(kit.ALICE)).words
 
 
-def test_the_rest_is_counted() -> None:
+def test_rows_beyond_the_maximum_are_counted() -> None:
     many = [kit.tenant(f"t{number}", kit.on(0, number)) for number in range(1234)]
     read = shown(snapshot(*many))
     assert len(rows(read)) == status_page.MOST_ROWS
@@ -141,7 +141,7 @@ def test_errors_of_a_tenant_are_shown() -> None:
     assert "shim alice (musl, static) fix: static: static programs have no loader" in words
 
 
-def test_notes_are_reported_once_of_each_tenant() -> None:
+def test_notes_are_shown_once_for_each_tenant() -> None:
     both = replace(kit.tenant("alice", kit.on(0, 5), kit.on(1, 7, limit=0)), denied="no room")
     words = shown(snapshot(both, devices=(kit.device(0), kit.device(1)))).words
     assert words.count("gets nothing") == words.count("gets nothing on some devices: no room") == 1
@@ -154,11 +154,11 @@ def test_an_unmeasured_value_is_a_dash() -> None:
 
 
 @pytest.mark.parametrize("none", [snapshot(), Snapshot(0.0), Snapshot(1.0, (kit.device(),), (kit.tenant("a"),))])
-def test_a_host_with_next_to_nothing(none: Snapshot) -> None:
+def test_the_page_of_an_empty_host_is_complete(none: Snapshot) -> None:
     assert "enforced" in shown(none).words
 
 
-# -- nothing is more than text
+# -- every name is plain text
 
 
 def host_of(text: str) -> Snapshot:
@@ -182,7 +182,7 @@ def test_every_name_is_shown_as_text(text: str) -> None:
     assert read.values.count(text) == plain.values.count("x")
 
 
-def test_the_script_and_style_are_the_files() -> None:
+def test_the_script_and_style_equal_their_files() -> None:
     """The hashes in the page's policy are those of its script and style."""
     text = status_page.html(Fields(snapshot()), Asked(), "x")
     (style,), (script,) = (
@@ -195,7 +195,7 @@ def test_the_script_and_style_are_the_files() -> None:
     assert not re.search(r"""\s(?:on\w+|style)=|javascript:|https?://(?!www\.w3\.org/2000/svg)""", text)
 
 
-# -- questions and answers
+# -- queries and responses
 
 
 @pytest.mark.parametrize(
@@ -211,7 +211,7 @@ def test_the_script_and_style_are_the_files() -> None:
         ("\xff;;&&==", Asked()),
     ],
 )
-def test_questions(query: str, asked: Asked) -> None:
+def test_the_query_string_is_parsed(query: str, asked: Asked) -> None:
     assert Asked.of(query) == asked
     assert Asked.of(asked.query[1:]) == asked
 
@@ -226,7 +226,7 @@ def call(
     return said[0], said[1], body
 
 
-def test_answers() -> None:
+def test_the_response_has_its_security_headers() -> None:
     status, headers, body = call()
     assert (status, headers["Content-Length"]) == ("200 OK", str(len(body)))
     assert headers["Content-Type"] == "text/html; charset=utf-8"
@@ -246,7 +246,7 @@ def test_a_request_to_write_is_refused(method: str) -> None:
     assert (status, headers["Allow"], body) == ("405 Method Not Allowed", "GET, HEAD", b"")
 
 
-def test_a_path_that_is_no_text() -> None:
+def test_a_path_that_is_not_utf_8_is_shown() -> None:
     """A folder's name may be any bytes."""
     body = call(latest=lambda: snapshot(replace(kit.ALICE, path="/\udcff<b>")))[2]
     assert b"/?&lt;b&gt;" in body

@@ -1,4 +1,4 @@
-"""Tests of control and status pages: which processes can write them, what a reader sees, what they leave behind."""
+"""Tests of control and status pages: which processes can write them, what a reader gets, and that nothing is left."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ CONTROL_FORMS: list[Callable[[int], object]] = [
 ]
 
 
-def test_its_maker_writes_a_control_page_and_readers_see_it() -> None:
+def test_readers_read_what_the_creator_writes_to_a_control_page() -> None:
     memory = ControlMemory()
     memory.page.epoch = 7
     memory.page.gates[3] = 1
@@ -63,7 +63,7 @@ def test_no_process_writes_or_resizes_a_control_page(form: Callable[[int], objec
     with pytest.raises(OSError, match=r"Bad file|not permitted|denied"):
         form(memory.descriptor)
     assert ControlPage.from_buffer_copy(raw(memory.descriptor)).epoch == 7
-    memory.page.epoch = 8  # no seal was added that would take the page from its writer
+    memory.page.epoch = 8  # no seal was added that would prevent the writer from writing
     assert len(raw(memory.descriptor)) == abi.PAGE_BYTES
     memory.close()
 
@@ -83,7 +83,7 @@ def test_a_status_page_is_written_through_its_descriptor_and_keeps_its_size() ->
 
 
 @pytest.mark.parametrize("kind", [ControlMemory, StatusMemory])
-def test_closing_leaves_nothing_behind(kind: type[ControlMemory] | type[StatusMemory]) -> None:
+def test_closing_a_page_leaves_no_descriptor_and_no_mapping(kind: type[ControlMemory] | type[StatusMemory]) -> None:
     before, mapped = descriptors(), mappings()
     for _ in range(101):
         memory = kind()
@@ -95,7 +95,7 @@ def test_closing_leaves_nothing_behind(kind: type[ControlMemory] | type[StatusMe
     assert mappings() == mapped
 
 
-def test_descriptors_outlive_the_maker_of_the_page() -> None:
+def test_descriptors_of_a_page_outlive_its_creator() -> None:
     memory = ControlMemory()
     memory.page.epoch = 7
     kept = os.dup(memory.descriptor)
@@ -104,7 +104,7 @@ def test_descriptors_outlive_the_maker_of_the_page() -> None:
     os.close(kept)
 
 
-def test_rows_are_shown_under_the_sequence_word() -> None:
+def test_rows_are_published_under_the_sequence_word() -> None:
     memory = ControlMemory()
     memory.show(row_bytes([(11, 0, 1 << 40), (13, 1, 17)]))
     seen = ControlPage.from_buffer_copy(raw(memory.descriptor))
@@ -117,7 +117,7 @@ def test_rows_are_shown_under_the_sequence_word() -> None:
 
 
 def read_for(fd: int, seconds: float) -> tuple[int, int]:
-    """Return how often a reader in another process saw a table, and how often a torn table, by the sequence word."""
+    """Return how often a reader in another process read a table, and how often a torn one, by the sequence word."""
     memory = mmap.mmap(fd, abi.PAGE_BYTES, prot=mmap.PROT_READ)
     good = torn = 0
     end = time.monotonic() + seconds
@@ -132,7 +132,7 @@ def read_for(fd: int, seconds: float) -> tuple[int, int]:
     return good, torn
 
 
-def test_a_reader_never_sees_half_a_table_nor_half_a_word() -> None:
+def test_a_reader_never_reads_half_a_table_or_half_a_word() -> None:
     memory = ControlMemory()
     tables = [row_bytes([(n, n, n << 32 | n)] * 64) for n in range(1, 200)]
     memory.show(tables[0])
@@ -176,7 +176,7 @@ def test_the_word_of_a_page_is_never_torn() -> None:
     memory.close()
 
 
-def test_uuid_texts() -> None:
+def test_uuids_are_formatted_as_text() -> None:
     text = "GPU-00010203-0405-0607-0809-0a0b0c0d0e0f"
     assert uuid_bytes(text) == bytes(range(16))
     assert uuid_text(bytes(range(16))) == text

@@ -1,4 +1,4 @@
-"""Tests of slow, silent and many peers of the control socket: other peers do not wait for them, and they are closed."""
+"""Tests of slow, silent and many peers of the control socket: they are closed, and do not delay other peers."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ LONG = 4 << 20
 
 
 def answer(_: socket.socket, line: bytes) -> bytes:
-    """Return as many bytes as the line asks for, else the line's length."""
+    """Return as many bytes as the line requests, or the line's length."""
     return b"x" * int(line) if line.strip().isdigit() else b"%d" % len(line)
 
 
@@ -64,7 +64,7 @@ def later(monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
     monkeypatch.setattr(line_server.time, "monotonic", lambda: then)
 
 
-def test_a_line_is_answered_whenever_it_is_whole(host: Host) -> None:
+def test_a_line_is_answered_as_soon_as_it_is_complete(host: Host) -> None:
     sock = host.call(b"ab")
     host.turn(3)
     assert len(host.peers) == 1
@@ -76,7 +76,7 @@ def test_a_line_is_answered_whenever_it_is_whole(host: Host) -> None:
 
 
 @pytest.mark.parametrize(("call", "line"), [("register", b"ab"), ("modify", b"ab\n")])
-def test_a_connection_that_the_selector_has_no_memory_for_is_closed(
+def test_a_connection_without_kernel_memory_for_its_entry_is_closed(
     host: Host, monkeypatch: pytest.MonkeyPatch, call: str, line: bytes
 ) -> None:
     """The kernel refuses memory in epoll_ctl(2). The connection is closed at its time, and others are served."""
@@ -89,7 +89,7 @@ def test_a_connection_that_the_selector_has_no_memory_for_is_closed(
             host.turn()
     later(monkeypatch, 11)
     host.turn()
-    with contextlib.suppress(ConnectionResetError):  # where the line was not read
+    with contextlib.suppress(ConnectionResetError):  # if the line was not read
         assert sock.recv(9) == b""
     assert len(host.peers) == 0
     other = host.call(b"abc\n")
@@ -98,7 +98,7 @@ def test_a_connection_that_the_selector_has_no_memory_for_is_closed(
 
 
 @pytest.mark.timed
-def test_a_silent_peer_delays_no_other_and_is_dropped(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_silent_peer_is_closed_and_delays_no_other_peer(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
     slow = host.call(b"one byte at a ti")
     host.turn()
     began = time.monotonic()
@@ -112,7 +112,7 @@ def test_a_silent_peer_delays_no_other_and_is_dropped(host: Host, monkeypatch: p
     assert len(host.peers) == 0
 
 
-def test_a_peer_that_does_not_read_its_reply_is_dropped(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_peer_that_does_not_read_its_reply_is_closed(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
     sock = host.call(b"%d\n" % LONG)
     host.turn(3)
     assert len(host.peers) == 1
@@ -122,7 +122,7 @@ def test_a_peer_that_does_not_read_its_reply_is_dropped(host: Host, monkeypatch:
     sock.close()
 
 
-def test_a_long_answer_arrives_whole(host: Host) -> None:
+def test_a_long_answer_arrives_completely(host: Host) -> None:
     sock = host.call(b"%d\n" % LONG)
     sock.setblocking(False)
     had, end = 0, time.monotonic() + 20
@@ -162,7 +162,7 @@ def test_peers_are_bounded_and_a_peer_that_sends_is_answered(host: Host) -> None
         sock.close()
 
 
-def test_closing_drops_every_peer(host: Host) -> None:
+def test_closing_the_server_closes_every_peer(host: Host) -> None:
     sock = host.call()
     host.turn()
     host.peers.close()

@@ -1,4 +1,4 @@
-"""Tests of pinned levels at a start: a level is released only if it is known that nothing needs it."""
+"""Tests of pinned levels at a start: a level is released only if nothing can need it any more."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.unit.policy_kit import GIB, Gpu, policies
 
 
 class Ledger:
-    """The calls of take_up besides those of an enforcer."""
+    """The calls of the ledger by take_up, in addition to those of an enforcer."""
 
     def __init__(self, books):
         self.books = books
@@ -49,7 +49,7 @@ class Ledger:
 
 @pytest.fixture
 def host(tmp_path):
-    """Return start(policies, …), which returns the manager of an agent that has just started after another agent."""
+    """Return start(policies, …). It returns the manager of an agent that has just started after another agent."""
     root, books, file = tmp_path / "cgroups", Books(), tmp_path / "overrides.json"
     root.mkdir()
     books.orphans = SimpleNamespace(of_level=lambda _: [])
@@ -72,7 +72,7 @@ def host(tmp_path):
     return SimpleNamespace(start=start, cgroup=cgroup, books=books, file=file, root=root)
 
 
-def test_a_full_disk_at_the_end_of_a_container_keeps_no_other_out(host):
+def test_a_full_disk_at_the_end_of_a_container_excludes_no_other_container(host):
     gone = host.cgroup("a")
     manager = host.start(SIX)
     manager.set("/a", {"memory_bytes": GIB})
@@ -80,7 +80,7 @@ def test_a_full_disk_at_the_end_of_a_container_keeps_no_other_out(host):
     host.cgroup("c1")
     folder, away = host.file.parent, host.file.parent.with_name("away")
     overrides = manager.overrides
-    overrides._file = away / host.file.name  # nothing can be written there yet
+    overrides._file = away / host.file.name  # no file can be written there yet
     manager.consider_all()
     assert [tenant.path for tenant in manager.enforcer] == ["/c1"]
     assert overrides.get(gone) is None
@@ -144,17 +144,17 @@ def test_kept_limits_are_stored_with_the_next_setting_after_a_full_disk(host, mo
     assert {t.name: t.source for t in host.start().enforcer} == {"c1": "kept", "c2": "set"}
 
 
-def test_the_cgroup_of_a_run_that_is_kept_goes_with_its_program(host):
+def test_the_cgroup_of_a_kept_run_is_removed_with_its_program(host):
     manager = host.start()
     path = manager.run({"memory_bytes": GIB}, "mine").path
     host.file.write_text("")
-    manager = host.start()  # it removes empty cgroups of runs, although it cannot read their files
+    manager = host.start()  # the agent removes empty cgroups of runs, although it cannot read their files
     assert manager.enforcer.at(path) is None
     assert not list(manager.enforcer)
     assert not (host.root / "fgpu" / "mine").exists()
 
 
-def test_an_equal_limit_is_not_in_doubt(host):
+def test_an_equal_limit_is_not_kept(host):
     host.cgroup("c1")
     host.start(SIX)
     host.file.write_text("")
@@ -171,7 +171,7 @@ def test_a_kept_level_is_decided_once_its_policies_are_known(host):
     assert [limits for limits, _ in host.books.limits.values()] == [{0: 3 * GIB}]
 
 
-def test_earlier_grants_come_first(host):
+def test_earlier_commitments_come_first(host):
     idle = [host.cgroup(f"c{n}") for n in range(4)]
     used = [host.cgroup(f"c{n}") for n in (8, 9)]
     manager = host.start(SIX)
@@ -189,7 +189,7 @@ def test_earlier_grants_come_first(host):
 
 
 def _written(host, act):
-    """Return the cgroup and limits of all that `act` puts in force."""
+    """Return the cgroup and limits of every level that `act` puts in force."""
     seen, set_limits = [], host.books.set_limits
 
     def noted(levels, over=None):
@@ -225,7 +225,7 @@ def test_a_limit_by_hand_that_does_not_fit_any_more_is_kept_and_named(host):
     assert "do not fit" in doubts("", manager.enforcer)
 
 
-def test_members_by_hand_of_a_group_with_a_limit_are_put_after_it(host):
+def test_limits_by_hand_inside_a_group_are_set_after_the_group_s_limit(host):
     host.cgroup("c")
     group = "{selector: {cgroup: ['c']}, memory: {limit: 12GiB}}"
     for name in ("c/a", "c/b", "c/d"):
@@ -246,7 +246,7 @@ def test_levels_of_removed_cgroups_are_released_in_any_case(host):
     assert not host.books.limits
 
 
-def test_a_level_without_a_limit_stays_without(host):
+def test_a_level_without_a_limit_stays_unlimited(host):
     host.cgroup("c1")
     host.start("{selector: {cgroup: ['c*']}, compute: {limit: 50%}}")
     host.start(unknown="not known")

@@ -1,4 +1,4 @@
-"""Tests of policies: which one a workload gets, and the resulting limits."""
+"""Tests of policies: which policy a workload gets, and the resulting limits."""
 
 from __future__ import annotations
 
@@ -60,19 +60,19 @@ def test_every_key_of_a_selector_must_match(selector, names, reason):
     assert decision.tried == ((("p0", reason),) if reason else ())
 
 
-def test_the_first_that_matches_decides_and_those_before_say_why_not():
+def test_the_first_matching_policy_applies_and_earlier_ones_report_why_not():
     found = policies("{selector: {unit: x}}", EVERY, EVERY).resolve(workload(), [H200])
     assert found.policy.name == found.limits.policy == "p1"
     assert found.tried == (("p0", "it has no unit"),)
 
 
-def test_without_a_match_there_are_no_limits():
+def test_no_limit_applies_without_a_matching_policy():
     found = policies("{selector: {unit: x}}").resolve(workload(), [H200])
     assert (found.policy, found.limits, found.notes) == (None, None, ())
     assert PolicySet().resolve(workload(), [H200]).tried == ()
 
 
-# -- what it gets --------------------------------------------------------------------------------------------------
+# -- resulting limits ----------------------------------------------------------------------------------------------
 
 
 def test_every_field_of_a_policy_is_read():
@@ -125,7 +125,7 @@ def test_devices_are_chosen_by_index_uuid_or_model(devices, chosen):
     assert decision.notes == (() if chosen else ("this host has no device 7, A100*",))
 
 
-def test_a_share_is_cut_to_granules_of_what_a_device_can_give():
+def test_a_share_is_rounded_down_to_granules_of_the_device_s_capacity():
     odd = Gpu(0, usable_bytes=10 * GIB + 12345)
     assert memory_of("{selector: {cgroup: a}, memory: {limit: 50%}}", [odd, Gpu(1, usable_bytes=100)])[0] == {
         0: (5 * GIB) >> 21 << 21,
@@ -139,7 +139,7 @@ def test_a_limit_beyond_the_device_is_reported():
     assert notes == ("the limit of 16GiB is more than device 1 can give",)
 
 
-# -- what a workload asks for itself -------------------------------------------------------------------------------
+# -- requests of the workload itself -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -160,7 +160,7 @@ def test_a_limit_beyond_the_device_is_reported():
         ),
     ],
 )  # fmt: skip
-def test_its_own_label_goes_as_far_as_the_policy_lets_it(rule, label, gib, note):
+def test_a_workload_s_label_applies_as_far_as_the_policy_allows(rule, label, gib, note):
     spec = f"{{selector: {{cgroup: a}}, memory: {rule}}}"
     memory, notes = memory_of(spec, labels={"fgpu.dev/memory": label})
     assert (memory, notes) == ({0: gib * GIB}, (f"fgpu.dev/memory {note}",) if note else ())
@@ -175,7 +175,7 @@ def test_its_own_label_goes_as_far_as_the_policy_lets_it(rule, label, gib, note)
         ("{limit: 50%}", "half", 0.5, "fgpu.dev/compute is ignored: 'half' is not a share: write it as 50%"),
     ],
 )
-def test_a_label_of_time_goes_as_far_too(rule, label, ratio, note):
+def test_a_workload_s_label_of_time_applies_as_far_as_the_policy_allows(rule, label, ratio, note):
     decision = policies(f"{{selector: {{cgroup: a}}, compute: {rule}}}").resolve(
         workload(labels={"fgpu.dev/compute": label}), [H200]
     )
@@ -183,7 +183,7 @@ def test_a_label_of_time_goes_as_far_too(rule, label, ratio, note):
     assert decision.limits.compute.weight == (5 if "weight" in rule else 100)
 
 
-def test_a_label_makes_no_limit_where_the_policy_has_none():
+def test_a_label_sets_no_limit_where_the_policy_has_none():
     labels = {"fgpu.dev/memory": "1GiB", "fgpu.dev/compute": "1%"}
     decision = policies(EVERY).resolve(workload(labels=labels), [H200])
     assert (decision.limits.memory, decision.limits.compute) == ({}, None)
@@ -205,13 +205,13 @@ def test_a_label_makes_no_limit_where_the_policy_has_none():
         ("{limit: 8GiB}", "\u0661", 8, "is ignored: '\u0661' is not a fraction: write it as 0.25"),
     ],
 )
-def test_clearmls_fraction_is_memory(rule, label, gib, note):
+def test_clearml_s_fraction_requests_memory(rule, label, gib, note):
     spec = f"{{selector: {{cgroup: a}}, memory: {rule}}}"
     memory, notes = memory_of(spec, labels={"clearml-injector/fraction": label})
     assert (memory, notes) == ({0: gib * GIB}, (f"clearml-injector/fraction {note}",) if note else ())
 
 
-def test_its_own_label_comes_before_clearmls_unless_it_cannot_be_read():
+def test_fgpu_s_label_precedes_clearml_s_unless_it_is_invalid():
     spec = "{selector: {cgroup: a}, memory: {limit: 8GiB}}"
     both = {"fgpu.dev/memory": "1GiB", "clearml-injector/fraction": "0.03125"}
     assert memory_of(spec, labels=both) == ({0: GIB}, ())
@@ -230,7 +230,7 @@ def test_its_own_label_comes_before_clearmls_unless_it_cannot_be_read():
         ("2GiB", "4GiB", 2),
     ],
 )
-def test_requests_of_an_image_only_tighten(own, image, gib):
+def test_requests_of_an_image_only_lower_the_limit(own, image, gib):
     spec = "{selector: {cgroup: a}, memory: {limit: 8GiB, max: 16GiB}}"
     labels = {"fgpu.dev/memory": own} if own else {}
     memory, notes = memory_of(spec, labels=labels, image_asks={"fgpu.dev/memory": image})
@@ -238,7 +238,7 @@ def test_requests_of_an_image_only_tighten(own, image, gib):
     assert [note.split()[:3] for note in notes] == [["the", "image's", "fgpu.dev/memory"]] * (image == "x")
 
 
-def test_the_image_s_share_of_time_only_tightens_too():
+def test_an_image_s_share_of_time_only_lowers_the_limit():
     for own, image, ratio in (("40%", "20%", 0.2), ("40%", "45%", 0.4), (None, "20%", 0.2), (None, "90%", 0.5)):
         labels = {"fgpu.dev/compute": own} if own else {}
         one = workload(labels=labels, image_asks={"fgpu.dev/compute": image})
@@ -246,7 +246,7 @@ def test_the_image_s_share_of_time_only_tightens_too():
         assert (decision.limits.compute.limit_ratio, decision.notes) == (ratio, ())
 
 
-# -- whatever there is ---------------------------------------------------------------------------------------------
+# -- properties of any policies ------------------------------------------------------------------------------------
 
 
 def made(documents):
@@ -259,7 +259,7 @@ def made(documents):
 
 
 @given(st.lists(kit.documents, max_size=5), kit.workloads, kit.gpus)
-def test_no_label_goes_beyond_what_the_policy_allows(documents, found, gpus):
+def test_no_label_exceeds_what_the_policy_allows(documents, found, gpus):
     limits = (decision := made(documents).resolve(found, gpus)).limits
     if not limits:
         return
@@ -274,7 +274,7 @@ def test_no_label_goes_beyond_what_the_policy_allows(documents, found, gpus):
 
 
 @given(st.lists(kit.documents, max_size=5), kit.workloads, kit.gpus)
-def test_the_first_match_wins_and_twice_is_the_same(documents, found, gpus):
+def test_the_first_match_applies_and_a_repetition_gives_the_same_result(documents, found, gpus):
     whole = made(documents)
     decision = whole.resolve(found, gpus)
     assert decision == whole.resolve(found, gpus) == made(documents).resolve(found, gpus)
@@ -287,7 +287,7 @@ def test_the_first_match_wins_and_twice_is_the_same(documents, found, gpus):
 
 
 @given(kit.documents, kit.workloads, kit.gpus)
-def test_no_label_goes_beyond_what_the_policy_lets_it(document, found, gpus):
+def test_no_label_of_any_value_exceeds_the_policy_s_maximum(document, found, gpus):
     policy = made([document]).policies[0]
     limits = PolicySet((policy,)).resolve(found, gpus).limits
     for gpu in gpus if limits and policy.memory else ():
@@ -297,9 +297,9 @@ def test_no_label_goes_beyond_what_the_policy_lets_it(document, found, gpus):
         assert 0 < limits.compute.limit_ratio <= policy.compute.limit_ratio
 
 
-def test_a_thousand_workloads_and_a_hundred_policies():
+def test_a_thousand_workloads_and_a_hundred_policies_are_matched_in_time():
     whole = policies(*[f"{{selector: {{cgroup: ['a/**/b{n}', 'c/*{n}*/d'], image: 'x*y*z{n}'}}}}" for n in range(100)])
     found = [workload(f"/c/x{n % 100}x/d", image="xyzabc") for n in range(1000)]
     begun = time.perf_counter()
     assert all(len(whole.resolve(one, [H200]).tried) == 100 for one in found)
-    assert time.perf_counter() - begun < 5.0  # takes 0.2 s; the bound finds an algorithm of a higher order
+    assert time.perf_counter() - begun < 5.0  # it takes 0.2 s; the bound detects an algorithm of a higher order

@@ -1,4 +1,4 @@
-"""Policy files: what is refused and how it is said, and that nothing in a file takes long."""
+"""Policy files: what is refused, with which message, and that no contents of a file take long."""
 
 from __future__ import annotations
 
@@ -28,17 +28,17 @@ def first_error(data: bytes) -> str:
     return str(errors[0])
 
 
-# -- what is refused -----------------------------------------------------------------------------------------------
+# -- refused files --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("path", BAD, ids=lambda path: path.stem)
-def test_a_bad_file_is_refused_with_line_field_and_what_would_be_right(path):
+def test_an_invalid_file_is_refused_with_line_field_and_a_valid_value(path):
     data = path.read_bytes()
     expected = data.partition(b"\n")[0].decode().removeprefix("# ")
     assert first_error(data) == f"bad.yaml:{expected}"
 
 
-def test_there_are_bad_files():
+def test_the_set_of_invalid_files_is_not_empty():
     assert len(BAD) > 90
 
 
@@ -54,7 +54,7 @@ def test_errors_of_a_document_are_in_the_order_of_lines():
     ]
 
 
-def test_one_bad_document_refuses_the_file_and_all_bad_ones_are_reported():
+def test_one_invalid_document_refuses_the_file_and_each_one_is_reported():
     data = kit.text("a") + kit.text("b", "{}") + kit.text("c") + kit.text("d", "5")
     policies, errors = parse.read("p.yaml", data.encode())
     assert policies == []
@@ -76,7 +76,7 @@ def test_errors_are_bounded():
         (b"[1]\n" * 3, "bad.yaml:1: is not a policy: write apiVersion, kind, metadata and spec"),
     ],
 )
-def test_a_file_that_is_no_text_is_refused(data, error):
+def test_a_file_that_is_not_text_is_refused(data, error):
     assert first_error(data) == error
 
 
@@ -87,7 +87,7 @@ def test_an_empty_file_has_no_policies(data):
     assert parse.read("p.yaml", data) == ([], [])
 
 
-# -- words that YAML would turn into something else ----------------------------------------------------------------
+# -- words that YAML would convert to another type -------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("word", ["no", "yes", "on", "off", "y", "1:30", "2024-01-01", "0x10", "1_000", "=", "0o7"])
@@ -101,7 +101,7 @@ def test_policies_keep_their_order_and_their_lines():
     assert [(p.name, p.source) for p in found] == [("b", "p.yaml:2"), ("a", "p.yaml:8")]
 
 
-# -- whatever the file holds ---------------------------------------------------------------------------------------
+# -- arbitrary contents ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", BOMBS)
@@ -113,7 +113,7 @@ def test_no_file_takes_long(name):
 
 @st.composite
 def spoilt(draw):
-    """A valid document with something else in one of its places."""
+    """Return a valid document with an arbitrary value in one of its places."""
     document = draw(kit.documents)
     places = list(_places(document))
     way = draw(st.sampled_from(places))
@@ -158,14 +158,14 @@ def test_any_bytes_are_policies_or_errors(data):
 
 
 @given(kit.documents)
-def test_the_schema_accepts_what_is_accepted(document):
+def test_the_schema_accepts_documents_that_the_parser_accepts(document):
     assert parse.read("p.yaml", kit.as_yaml(document))[1] == []
     SCHEMA.validate(document)
 
 
 @settings(max_examples=300)
 @given(spoilt())
-def test_the_schema_refuses_nothing_that_is_accepted(document):
+def test_the_schema_rejects_no_document_that_the_parser_accepts(document):
     if parse.read("p.yaml", kit.as_yaml(document))[0]:
         SCHEMA.validate(document)
 
@@ -180,14 +180,14 @@ def test_the_schema_rejects_common_errors(spec):
     assert not SCHEMA.is_valid(document)
 
 
-def test_the_schema_is_one():
+def test_the_schema_is_a_valid_json_schema():
     jsonschema.Draft202012Validator.check_schema(schema.json_schema())
 
 
 # -- the documentation ---------------------------------------------------------------------------------------------
 
 
-def test_every_policy_in_the_documentation_is_right():
+def test_every_policy_in_the_documentation_is_valid():
     text = "".join(page.read_text() for page in sorted(DOCS.glob("*.md")))
     blocks = re.findall(r"^```yaml\n(.*?)^```", text, re.M | re.S)
     policies = [policy for block in blocks if "kind: GpuPolicy" in block for policy in kit.read(block)]

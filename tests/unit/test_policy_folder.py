@@ -1,4 +1,4 @@
-"""Tests of the policies' folder: what is read, which users may write it, and that no reading mixes two states."""
+"""Tests of the policies' folder: which files are read, who may write it, and that no reading mixes two states."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def errors(reading):
     return [str(error) for error in reading.errors]
 
 
-def test_files_in_lexical_order_and_documents_in_theirs(tmp_path):
+def test_files_are_read_in_lexical_order_and_documents_in_their_own(tmp_path):
     (tmp_path / "20-b.yml").write_text(kit.text("c"))
     (tmp_path / "10-a.yaml").write_text(kit.text("b") + kit.text("a"))
     (tmp_path / "9.yaml").write_text(kit.text("d"))
@@ -47,7 +47,7 @@ def test_files_of_editors_are_ignored(tmp_path):
     assert names(folder(tmp_path).read()) == ["a"]
 
 
-def test_no_folder_means_no_policies_unless_there_was_one(tmp_path):
+def test_a_missing_folder_means_no_policies_unless_it_existed_before(tmp_path):
     absent = folder(tmp_path / "policy.d")
     assert names(absent.read()) == []
     assert errors(absent.read(may_be_missing=False)) == [
@@ -55,7 +55,7 @@ def test_no_folder_means_no_policies_unless_there_was_one(tmp_path):
     ]
 
 
-def test_one_bad_file_refuses_all_and_errors_name_their_files(tmp_path):
+def test_one_invalid_file_refuses_the_set_and_errors_name_their_files(tmp_path):
     (tmp_path / "a.yaml").write_text(kit.text("a"))
     (tmp_path / "b.yaml").write_text(kit.text("b", "{}"))
     (tmp_path / "c.yaml").write_text("x")
@@ -71,7 +71,7 @@ def test_a_duplicate_name_is_refused_at_the_second_policy(tmp_path):
     ]
 
 
-def test_an_entry_that_is_no_file_delays_nothing(tmp_path):
+def test_an_entry_that_is_no_file_does_not_block(tmp_path):
     os.mkfifo(tmp_path / "a.yaml")
     (tmp_path / "b.yaml").mkdir()
     (tmp_path / "c.yaml").symlink_to("/dev/zero")
@@ -85,7 +85,7 @@ def test_an_entry_that_is_no_file_delays_nothing(tmp_path):
     ]
 
 
-def test_patterns_that_no_policy_has_any_more_are_gone(tmp_path):
+def test_compiled_patterns_of_removed_policies_are_freed(tmp_path):
     (tmp_path / "a.yaml").write_text(kit.text("a", "{selector: {cgroup: first/*}}"))
     reading = folder(tmp_path).read()
     known = weakref.ref(reading.policies.policies[0].selector.cgroup._compiled)
@@ -95,7 +95,7 @@ def test_patterns_that_no_policy_has_any_more_are_gone(tmp_path):
     assert not known()
 
 
-def test_a_gigabyte_is_refused_unread(tmp_path):
+def test_a_file_of_a_gigabyte_is_refused_unread(tmp_path):
     with open(tmp_path / "a.yaml", "wb") as file:
         file.truncate(1 << 30)
     tracemalloc.start()
@@ -118,7 +118,7 @@ def test_files_and_policies_are_bounded(tmp_path):
 
 @pytest.fixture
 def own(tmp_path):
-    """A folder that root alone may write."""
+    """Return a folder that only root may write."""
     place = tmp_path / "fgpu/policy.d"
     place.mkdir(parents=True, mode=0o755)
     (place / "a.yaml").write_text(kit.text("a"))
@@ -149,7 +149,7 @@ def test_a_policy_file_that_others_may_write_is_refused(own, inner, mode, owner)
 
 
 @needs_root
-def test_a_link_is_judged_by_what_it_names(own, tmp_path):
+def test_the_permissions_of_a_link_s_target_count(own, tmp_path):
     theirs = tmp_path / "theirs"
     theirs.mkdir()
     theirs.chmod(0o777)
@@ -160,7 +160,7 @@ def test_a_link_is_judged_by_what_it_names(own, tmp_path):
 
 
 @needs_root
-def test_a_sticky_folder_around_is_fine_and_so_is_a_read_only_mount(own, monkeypatch):
+def test_an_outer_sticky_folder_and_a_read_only_mount_are_accepted(own, monkeypatch):
     own.parent.chmod(0o1777)
     assert names(folder(own, root_only=True).read()) == ["a"]
     own.chmod(0o777)
@@ -169,10 +169,10 @@ def test_a_sticky_folder_around_is_fine_and_so_is_a_read_only_mount(own, monkeyp
     assert names(folder(own, root_only=True).read()) == ["a"]
 
 
-# -- one state or the other ----------------------------------------------------------------------------------------
+# -- concurrent changes --------------------------------------------------------------------------------------------
 
 
-def test_a_folder_that_changes_all_the_time_is_never_read_in_part(tmp_path, scale):
+def test_a_continuously_changing_folder_is_never_read_in_part(tmp_path, scale):
     place = ConfigMap(tmp_path / "policy.d", 4)
     end = threading.Event()
 
@@ -198,7 +198,7 @@ def test_a_folder_that_changes_all_the_time_is_never_read_in_part(tmp_path, scal
     finally:
         end.set()
         writer.join()
-    assert len(seen) > 10  # it did change
+    assert len(seen) > 10  # the folder did change
 
 
 def test_a_file_is_not_read_while_it_is_written(tmp_path):
@@ -209,7 +209,7 @@ def test_a_file_is_not_read_while_it_is_written(tmp_path):
     later.join()
 
 
-def test_a_file_that_was_only_opened_yet_does_not_mean_no_policies(tmp_path):
+def test_a_file_that_is_opened_and_still_empty_does_not_mean_no_policies(tmp_path):
     (tmp_path / "a.yaml").touch()
     later = threading.Timer(0.4, lambda: (tmp_path / "a.yaml").write_text(kit.text("a")))
     later.start()
@@ -219,7 +219,7 @@ def test_a_file_that_was_only_opened_yet_does_not_mean_no_policies(tmp_path):
     assert names(folder(tmp_path, settle_seconds=0.01).read()) == ["a"], "some files are empty"
 
 
-def test_a_folder_that_is_written_all_the_time_is_an_error(tmp_path, monkeypatch):
+def test_a_folder_that_changes_continuously_is_an_error(tmp_path, monkeypatch):
     (tmp_path / "a.yaml").write_text(kit.text("a"))
     patient = folder(tmp_path, settle_seconds=0.01)
     monkeypatch.setattr(patient, "_unsettled_seconds", lambda _: 0.01)

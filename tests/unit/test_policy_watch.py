@@ -1,4 +1,4 @@
-"""Tests of the thread that notices changes of the policies' folder. Without an event it looks only once a minute."""
+"""Tests of the thread that detects changes of the policies' folder. Without an event it scans only once a minute."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SECONDS = 10.0
 
 
 class Readings(queue.Queue):
-    """A queue of what the watch reports."""
+    """A queue of the watch's reports."""
 
     def __call__(self, reading) -> None:
         names = None if reading.policies is None else [p.name for p in reading.policies.policies]
@@ -37,7 +37,7 @@ class Readings(queue.Queue):
 
 
 def switches(watch: PolicyWatch) -> int:
-    """Return how often the thread has gone to sleep."""
+    """Return how often the thread has started to wait."""
     status = Path(f"/proc/self/task/{watch._thread.native_id}/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in status if line.startswith("voluntary_ctxt_switches"))
 
@@ -50,7 +50,7 @@ def watches(monkeypatch):
 
 @pytest.fixture
 def watch(watches):
-    """Return watch(path), which returns what is reported of a folder from now on."""
+    """Return watch(path), which returns the reports about a folder from then on."""
 
     def begin(path) -> Readings:
         folder, readings = PolicyFolder(path, root_only=False, settle_seconds=0.01), Readings()
@@ -74,7 +74,7 @@ def test_only_changes_are_reported(tmp_path, watch):
     assert readings.next() == (["b"], [])
 
 
-def test_a_bad_set_is_reported_without_policies_and_then_a_good_one(tmp_path, watch):
+def test_an_invalid_set_is_reported_without_policies_and_then_a_valid_one(tmp_path, watch):
     (tmp_path / "a.yaml").write_text(kit.text("a"))
     readings = watch(tmp_path)
     (tmp_path / "a.yaml").write_text(kit.text("a", "{selector: {cgroup: a}, mode: x}"))
@@ -83,7 +83,7 @@ def test_a_bad_set_is_reported_without_policies_and_then_a_good_one(tmp_path, wa
     assert readings.next() == (["c"], [])
 
 
-def test_a_folder_that_is_made_later_is_found(tmp_path, watch):
+def test_a_folder_that_is_created_later_is_found(tmp_path, watch):
     readings = watch(tmp_path / "etc/fgpu/policy.d")
     (tmp_path / "etc/fgpu/policy.d").mkdir(parents=True)
     assert readings.next() == ([], [])
@@ -91,7 +91,7 @@ def test_a_folder_that_is_made_later_is_found(tmp_path, watch):
     assert readings.next() == (["a"], [])
 
 
-def test_a_folder_that_is_gone_drops_nothing(tmp_path, watch):
+def test_a_removed_folder_drops_no_policy(tmp_path, watch):
     place = tmp_path / "policy.d"
     place.mkdir()
     (place / "a.yaml").write_text(kit.text("a"))
@@ -108,7 +108,7 @@ def test_a_folder_that_is_gone_drops_nothing(tmp_path, watch):
         told = readings.next()
 
 
-def test_a_config_map_is_taken_over_by_its_swap(tmp_path, watch):
+def test_a_config_map_is_read_after_its_rename(tmp_path, watch):
     place = ConfigMap(tmp_path / "policy.d", 3)
     readings = watch(place.path)
     for version in ("v1", "v2"):
@@ -116,7 +116,7 @@ def test_a_config_map_is_taken_over_by_its_swap(tmp_path, watch):
         assert readings.next() == ([f"{version}-0", f"{version}-1", f"{version}-2"], [])
 
 
-def test_a_replaced_folder_is_noticed(tmp_path, watch):
+def test_a_replaced_folder_is_detected(tmp_path, watch):
     place, fresh = tmp_path / "policy.d", tmp_path / "fresh"
     for folder, name in ((place, "a"), (fresh, "b")):
         folder.mkdir()
@@ -130,11 +130,11 @@ def test_a_replaced_folder_is_noticed(tmp_path, watch):
     assert readings.next() == (["b", "c"], [])
 
 
-def test_a_folder_made_again_in_the_same_place_is_watched(tmp_path, watch):
+def test_a_recreated_folder_is_watched(tmp_path, watch):
     place = tmp_path / "policy.d"
     place.mkdir()
     readings = watch(place)
-    time.sleep(0.5)  # until the thread listens
+    time.sleep(0.5)  # until the thread waits for events
     place.rmdir()
     place.mkdir()  # most often with the same inode
     time.sleep(0.5)
@@ -145,7 +145,7 @@ def test_a_folder_made_again_in_the_same_place_is_watched(tmp_path, watch):
 
 
 @pytest.mark.parametrize("write", ["in place", "renamed over", "linked anew"])
-def test_each_kind_of_write_is_noticed(tmp_path, watch, write):
+def test_each_kind_of_write_is_detected(tmp_path, watch, write):
     place, other = tmp_path / "policy.d/a.yaml", tmp_path / "policy.d/.new"
     place.parent.mkdir()
     for name in "ab":
@@ -155,7 +155,7 @@ def test_each_kind_of_write_is_noticed(tmp_path, watch, write):
     else:
         place.write_text(kit.text("a"))
     readings = watch(place.parent)
-    time.sleep(0.5)  # until the thread listens
+    time.sleep(0.5)  # until the thread waits for events
     if write == "in place":
         place.write_text(kit.text("b"))
     elif write == "renamed over":
@@ -165,12 +165,12 @@ def test_each_kind_of_write_is_noticed(tmp_path, watch, write):
         other.symlink_to(tmp_path / "b")
         os.replace(other, place)
     told = readings.next()
-    while told == ([], []):  # a moment between emptied and written
+    while told == ([], []):  # a moment between truncation and write
         told = readings.next()
     assert told == (["b"], [])
 
 
-def test_without_notifications_the_folder_is_polled(tmp_path, watch, monkeypatch):
+def test_the_folder_is_polled_without_notifications(tmp_path, watch, monkeypatch):
     def refuse(folders):
         raise OSError("no watches are left")
 
@@ -186,7 +186,7 @@ def test_the_watch_sleeps_without_changes(tmp_path, watch, watches):
     readings = watch(tmp_path)
     (tmp_path / "a.yaml").write_text(kit.text("a"))
     assert readings.next() == (["a"], [])
-    time.sleep(0.5)  # until the thread listens again
+    time.sleep(0.5)  # until the thread waits for events again
     before = switches(watches[0])
     for _ in range(5):
         (tmp_path / "a.yaml").read_text()

@@ -1,4 +1,4 @@
-"""Tests of the capabilities that a process has left after it has dropped the rest, each in a new process."""
+"""Tests of the capabilities that a process keeps after it has dropped the rest, each in a new process."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def mask(kept: frozenset[Capability]) -> str:
 
 
 @pytest.mark.parametrize("kept", [AGENT, GATEKEEPER, frozenset()], ids=["agent", "gatekeeper", "none"])
-def test_all_others_are_gone_from_every_set(kept: frozenset[Capability]) -> None:
+def test_every_other_capability_is_removed_from_every_set(kept: frozenset[Capability]) -> None:
     is_kept = f"frozenset(map(p.Capability, {sorted(map(int, kept))}))"
     found = status(f"p.keep_only({is_kept}); {SHOW}")
     assert {found[name] for name in ("CapPrm", "CapEff", "CapBnd")} == {mask(kept)}
@@ -44,13 +44,13 @@ def test_started_and_executed_programs_have_no_more_capabilities() -> None:
     assert found["CapEff"] == found["CapPrm"] == mask(GATEKEEPER)
 
 
-def test_no_capability_returns() -> None:
+def test_a_dropped_capability_cannot_be_regained() -> None:
     found = status(f"p.keep_only(p.GATEKEEPER); p.keep_only(p.AGENT | set(p.Capability)); {SHOW}")
     assert found["CapEff"] == found["CapBnd"] == mask(GATEKEEPER)
 
 
 def test_a_process_that_may_not_lower_the_bounding_set_drops_its_own_capabilities() -> None:
-    """A process without SETPCAP, as under a unit, keeps its bounding set and drops its own capabilities."""
+    """A process without SETPCAP, as under a systemd unit, keeps its bounding set."""
     found = status(f"p.keep_only(p.GATEKEEPER); {SHOW}", "setpriv", "--bounding-set=-setpcap")
     assert found["CapEff"] == found["CapPrm"] == mask(GATEKEEPER)
     assert found["CapBnd"] != mask(GATEKEEPER)

@@ -1,4 +1,4 @@
-"""Tests of what NVML's two lists of processes say together."""
+"""Tests of the combination of NVML's two lists of processes."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_a_process_in_both_lists_has_its_bytes_once(compute: Said, graphics: Sai
     assert rows(compute, graphics) == held
 
 
-def test_each_list_is_asked_once_however_many_there_are() -> None:
+def test_each_list_is_requested_once_for_any_number_of_processes() -> None:
     many, few = Question([(pid, pid) for pid in range(300)]), Question([(7, 5)])
     nvml = nvml_of(**{COMPUTE: many, GRAPHICS: few})
     for _ in range(3):
@@ -68,22 +68,22 @@ def test_each_list_is_asked_once_however_many_there_are() -> None:
 
 
 @pytest.mark.parametrize("code", [pynvml.NVML_ERROR_NOT_SUPPORTED, pynvml.NVML_ERROR_FUNCTION_NOT_FOUND])
-def test_a_device_that_draws_nothing_has_its_other_list(code: int) -> None:
+def test_the_compute_list_is_used_for_a_device_without_graphics(code: int) -> None:
     questions = {COMPUTE: Question([(7, 5)]), GRAPHICS: Question([], code)}
     assert nvml_of(**questions).process_bytes(0) == {7: 5}
 
 
-def test_a_driver_without_the_second_list_has_the_first() -> None:
+def test_the_first_list_is_used_with_a_driver_without_the_second() -> None:
     assert nvml_of(**{COMPUTE: Question([(7, 5)])}).process_bytes(0) == {7: 5}
 
 
 @pytest.mark.parametrize("failing", [COMPUTE, GRAPHICS])
-def test_an_incomplete_answer_of_nvml_is_none(failing: str) -> None:
+def test_an_incomplete_answer_of_nvml_counts_as_none(failing: str) -> None:
     """Nothing is known if one list fails, because it may have named any process."""
     questions = {COMPUTE: Question([(7, 5)]), GRAPHICS: Question([(8, 9)])}
     questions[failing] = Question([], pynvml.NVML_ERROR_UNKNOWN)
     assert nvml_of(**questions).process_bytes(0) is None
 
 
-def test_a_driver_without_any_list_says_nothing() -> None:
+def test_a_driver_without_any_list_gives_no_answer() -> None:
     assert nvml_of().process_bytes(0) is None

@@ -1,4 +1,4 @@
-"""Tests of profiles: what agent.yaml may list, how many a device holds, and which of them kubelet gets."""
+"""Tests of profiles: the list in agent.yaml, how many of each a device holds, and which of them kubelet gets."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def read(tmp_path, text: str) -> Any:
 # -- settings ------------------------------------------------------------------------------------------------------
 
 
-def test_agent_yaml_lists_them(tmp_path):
+def test_agent_yaml_lists_the_profiles(tmp_path):
     host, errors = read(
         tmp_path, "profiles: [{share: 8gib-50pct, count: 2}, {share: 4gib, devices: ['1', GPU-0000]}]\n"
     )
@@ -61,7 +61,7 @@ def test_agent_yaml_lists_them(tmp_path):
         ("share: 8gib}, {share: 8gib", "'8gib' is listed twice: join them"),
     ],
 )
-def test_invalid_profiles(tmp_path, text, said):
+def test_invalid_profiles_are_refused(tmp_path, text, said):
     host, errors = read(tmp_path, f"listen: 127.0.0.1:1\nprofiles:\n  [{{{text}}}]\n")
     assert host is None
     assert said in str(errors[0])
@@ -76,27 +76,27 @@ def test_invalid_profiles(tmp_path, text, said):
     [
         ([Profile("8gib-50pct")], {"8gib-50pct": 2}),
         ([Profile("1gib-50pct")], {"1gib-50pct": 2}),  # limited by time
-        ([Profile("1gib-50pct", 4)], {"1gib-50pct": 4}),  # a ceiling guarantees no time, so agent.yaml may allow more
+        ([Profile("1gib-50pct", 4)], {"1gib-50pct": 4}),  # a ceiling guarantees no time, so agent.yaml may list more
         ([Profile("1gib")], {"1gib": 16}),
         ([Profile("2mib")], {"2mib": profiles.MOST_COUNT}),
         ([Profile("50pct", 1), Profile("3gib")], {"50pct": 1, "3gib": 2}),
-        ([Profile("8gib"), Profile("4gib")], {"8gib": 2, "4gib": 4}),  # each as if it were the only profile
+        ([Profile("8gib"), Profile("4gib")], {"8gib": 2, "4gib": 4}),  # each counted as the only profile
         ([Profile("8gib", 2), Profile("4gib")], {"8gib": 2}),
         ([Profile("17gib")], {}),
     ],
 )
-def test_how_many_a_device_holds(listed, counted):
+def test_a_device_holds_the_expected_number_of_each_profile(listed, counted):
     assert profiles.counts(listed, Device(), overcommit=False) == counted
 
 
-def test_counts_that_do_not_fit_together():
+def test_counts_that_do_not_fit_together_are_refused():
     listed = [Profile("8gib", 1), Profile("3gib", 3)]
     with pytest.raises(ProfileError, match="1 of 8gib, 3 of 3gib would take 17GiB of 16GiB on device 0"):
         profiles.counts(listed, Device(), overcommit=False)
     assert profiles.counts(listed, Device(), overcommit=True) == {"8gib": 1, "3gib": 3}
 
 
-def test_containers_can_ask_for_each_of_each_device():
+def test_containers_can_request_each_profile_on_each_device():
     devices = [Device(), Device(1, TWO)]
     found = profiles.names([Profile("8gib"), Profile("4gib", devices=())], devices)
     assert found == [f"{share}:{uuid}" for share in ("8gib", "4gib") for uuid in (ONE, TWO)]
@@ -104,7 +104,7 @@ def test_containers_can_ask_for_each_of_each_device():
     assert (share.name, share.device, share.text) == ("4gib", TWO, found[3])
 
 
-def test_memory_nodes(tmp_path):
+def test_devices_have_their_memory_nodes(tmp_path):
     for name, text in (("0000:0f:00.0", "1\n"), ("0001:00:00.0", "-1\n"), ("0000:10:00.0", "")):
         (tmp_path / name).mkdir()
         (tmp_path / name / "numa_node").write_text(text)
@@ -132,7 +132,7 @@ def numbers(found: set[Slot]) -> list[int]:
     return sorted(slot.number for slot in found)
 
 
-def test_free_ids_are_as_many_as_there_is_room_for():
+def test_the_number_of_free_ids_equals_the_room():
     book = Book()
     assert not book.healthy("8gib")
     for free, taken, eights, fours in ((16, 0, 2, 4), (8, 1, 2, 2), (7, 1, 1, 1), (0, 2, 2, 0), (0, 0, 0, 0)):
@@ -145,7 +145,7 @@ def test_free_ids_are_as_many_as_there_is_room_for():
     assert numbers(book.healthy("8gib")) == [0, 1]
 
 
-def test_a_promise_holds_until_it_is_taken_or_old():
+def test_a_promise_holds_until_its_use_or_its_expiry():
     book = Book()
     book.look(told(), now=0)
     slot = Slot(ONE, "8gib", 1)
@@ -162,8 +162,8 @@ def test_a_promise_holds_until_it_is_taken_or_old():
     assert numbers(book.healthy("4gib")) == [0, 1]
 
 
-def test_ids_that_were_given_stay_healthy():
-    """Kubelet does not say which ids are taken. The last one that it asked for is, so it stays healthy."""
+def test_allocated_ids_stay_healthy():
+    """Kubelet does not report which ids are in use. The id that it requested last is in use, so it stays healthy."""
     book = Book()
     book.look(told())
     book.promise([Slot(ONE, "8gib", 1)])
@@ -174,14 +174,14 @@ def test_ids_that_were_given_stay_healthy():
 @pytest.mark.parametrize(
     "id_", ["", "::", f"{ONE}::8gib::2", f"{ONE}::8gib::01", f"{ONE}::8gib::\u0661", f"{TWO}::8gib::0"]
 )
-def test_invalid_ids(id_):
+def test_invalid_ids_are_refused(id_):
     book = Book()
     book.look(told())
     with pytest.raises(SlotError, match=r"is not an id of fgpu\.dev/8gib"):
         book.read("8gib", [id_])
 
 
-def test_an_agent_of_another_version():
+def test_an_answer_of_another_version_s_agent_is_refused():
     for answer in ({}, {"devices": [{}]}, {"fault": "", "devices": [{"uuid": ONE}], "mounts": []}, []):
         with pytest.raises((KeyError, TypeError)):
             host_of(answer)

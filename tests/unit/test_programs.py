@@ -1,6 +1,6 @@
-"""Tests of the compiler as the agent uses it: it runs during the rest of a start, and its errors are reported.
+"""Tests of the compiler process: it runs during the rest of a start, and its errors are reported.
 
-It is killed when no start waits for it. Its output is kept for the next start.
+It is killed when no start waits for it. Its output is stored for the next start.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> World:
 
 
 def shell(text: str) -> tuple[str, ...]:
-    """Return a compiler that is a shell script. Arguments follow it."""
+    """Return a compiler that is a shell script. Its arguments follow the script."""
     return "/bin/sh", "-c", text, "compiler"
 
 
@@ -81,7 +81,7 @@ def test_pinned_programs_are_not_loaded_again(world: World, compiler: tuple[str,
     assert runs(tmp_path) == 2
 
 
-def test_after_a_boot_nothing_is_compiled_again(world: World, compiler: tuple[str, ...], tmp_path: Path) -> None:
+def test_a_start_after_a_boot_compiles_nothing(world: World, compiler: tuple[str, ...], tmp_path: Path) -> None:
     for _ in range(2):
         world.load(compiler)
         world.boot()
@@ -103,7 +103,7 @@ def test_a_damaged_file_of_the_cache_is_replaced(
     assert file.read_bytes() == whole
 
 
-def test_another_kernel_has_other_programs(
+def test_another_kernel_needs_a_new_compilation(
     world: World, compiler: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     world.load(compiler)
@@ -123,7 +123,7 @@ def test_the_cache_is_bounded(world: World) -> None:
     assert len(list(world.cache.iterdir())) == programs.MOST_CACHED
 
 
-def test_the_cache_keeps_what_is_used(world: World, compiler: tuple[str, ...], tmp_path: Path) -> None:
+def test_the_cache_keeps_used_files(world: World, compiler: tuple[str, ...], tmp_path: Path) -> None:
     for number in range(2 * programs.MOST_CACHED):
         world.load(compiler)
         world.boot()
@@ -134,7 +134,7 @@ def test_the_cache_keeps_what_is_used(world: World, compiler: tuple[str, ...], t
     assert runs(tmp_path) == 1
 
 
-def test_without_a_cache_it_is_compiled(world: World, compiler: tuple[str, ...], tmp_path: Path) -> None:
+def test_programs_are_compiled_without_a_cache(world: World, compiler: tuple[str, ...], tmp_path: Path) -> None:
     world.cache.write_text("no folder")
     for _ in range(2):
         world.load(compiler)
@@ -142,7 +142,7 @@ def test_without_a_cache_it_is_compiled(world: World, compiler: tuple[str, ...],
     assert runs(tmp_path) == 2
 
 
-def test_says_why_there_are_no_programs(world: World) -> None:
+def test_the_error_gives_the_reason_for_missing_programs(world: World) -> None:
     with pytest.raises(ProgramError, match=r"^no BCC here$"):
         world.load(shell("echo one; echo warning >&2; echo 'fgpu compiler: no BCC here' >&2; exit 1"))
     with pytest.raises(ProgramError, match="exited with 3"):
@@ -156,7 +156,7 @@ def test_says_why_there_are_no_programs(world: World) -> None:
     assert not world.cache.exists()
 
 
-def test_is_ended_without_a_waiting_process(world: World, tmp_path: Path) -> None:
+def test_the_compiler_is_ended_without_a_waiting_start(world: World, tmp_path: Path) -> None:
     loading = world.loading(shell(f"echo $$ >{tmp_path}/pid; exec sleep 60"))
     while not (tmp_path / "pid").exists() or not (tmp_path / "pid").read_text():
         time.sleep(0.01)
@@ -168,7 +168,7 @@ def test_is_ended_without_a_waiting_process(world: World, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize(("seconds", "watched"), [(0.6, True), (0.6, False), (0, True)])
-def test_a_waiting_caller_sees_what_it_waits_for(
+def test_a_waiting_caller_on_a_terminal_is_told_about_the_compilation(
     world: World, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, seconds: float, watched: bool
 ) -> None:
     monkeypatch.setattr(programs, "SOON_SECONDS", 0.3)

@@ -1,4 +1,4 @@
-"""Beginnings of real drivers' calls: behind what is known the probe is, and nowhere else."""
+"""First instructions of real drivers' functions: the probe is behind a known comparison, and otherwise at the start."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ REAL = {
 
 
 @pytest.mark.parametrize("driver", REAL)
-def test_real_drivers(driver):
+def test_functions_of_real_drivers_are_probed_at_the_right_offset(driver):
     code, shift = REAL[driver]
     assert prologue.shift(bytes.fromhex(code)) == shift
 
@@ -25,11 +25,11 @@ def test_real_drivers(driver):
     ("code", "shift"),
     [
         ("833d0102030405 5548", 7),  # a byte to compare with, and a push
-        ("833d0102030405 4155", 0),  # what is behind it is not known to be emulated
-        ("813d010203040506 0708", 0),  # the library ends
+        ("833d0102030405 4155", 0),  # the next instruction is not known to be emulated
+        ("813d010203040506 0708", 0),  # the library ends here
         ("823d0102030405 74", 0),
         ("", 0),
     ],
 )
-def test_all_else_is_probed_at_its_first_byte(code, shift):
+def test_every_other_function_is_probed_at_its_first_byte(code, shift):
     assert prologue.shift(bytes.fromhex(code)) == shift

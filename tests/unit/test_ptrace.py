@@ -1,4 +1,4 @@
-"""A host that lets no process read another's memory is named before anything is tried."""
+"""A host on which no process may read another's memory is reported before any other step."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tests of versions of the shim: a process that opens the published file always gets a complete one."""
+"""Tests of versions of the shim: a process that opens the published file always gets a complete file."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def version(tmp_path: Path, store: Path, content: bytes) -> Path:
     return stage(shim(tmp_path, content), store)
 
 
-def test_staged_is_there_and_not_published(tmp_path, store) -> None:
+def test_a_staged_version_exists_and_is_not_published(tmp_path, store) -> None:
     staged = version(tmp_path, store, b"one")
     assert staged.read_bytes() == b"one"
     assert staged.stat().st_mode & 0o7777 == 0o755
@@ -40,17 +40,17 @@ def test_staged_is_there_and_not_published(tmp_path, store) -> None:
     assert stable_path(store).read_bytes() == b"one"
 
 
-def test_the_same_bytes_are_the_same_file(tmp_path, store) -> None:
+def test_the_same_contents_are_the_same_file(tmp_path, store) -> None:
     first = version(tmp_path, store, b"one")
     publish(first)
     inode = first.stat().st_ino
     again = version(tmp_path, store, b"one")
     publish(again)
-    assert (again, again.stat().st_ino) == (first, inode)  # the probes on it stay
+    assert (again, again.stat().st_ino) == (first, inode)  # the probes of this file stay
     assert not (store / "previous").exists()
 
 
-def test_staging_leaves_the_published_one_alone(tmp_path, store) -> None:
+def test_staging_does_not_change_the_published_version(tmp_path, store) -> None:
     publish(version(tmp_path, store, b"one"))
     staged = version(tmp_path, store, b"two")
     assert stable_path(store).read_bytes() == b"one"
@@ -63,10 +63,10 @@ def test_a_damaged_version_is_staged_again_as_another_file(tmp_path, store) -> N
     with open(staged, "rb") as mapped:
         os.truncate(staged, 1)
         assert version(tmp_path, store, b"one").read_bytes() == b"one"
-        assert os.fstat(mapped.fileno()).st_ino != staged.stat().st_ino  # the mapped file keeps its bytes
+        assert os.fstat(mapped.fileno()).st_ino != staged.stat().st_ino  # the mapped file keeps its contents
 
 
-def test_a_folder_in_a_version_s_place_is_moved_aside(tmp_path, store) -> None:
+def test_a_folder_at_the_path_of_a_version_is_moved_aside(tmp_path, store) -> None:
     staged = version(tmp_path, store, b"one")
     staged.unlink()
     staged.mkdir()
@@ -80,7 +80,7 @@ def test_a_version_that_is_not_staged_cannot_be_published(tmp_path, store) -> No
     assert stable_path(store).read_bytes() == b"one"
 
 
-def test_a_full_disk_leaves_what_was(tmp_path, store, monkeypatch) -> None:
+def test_a_full_disk_changes_no_version(tmp_path, store, monkeypatch) -> None:
     publish(version(tmp_path, store, b"one"))
 
     def full(_: int) -> None:
@@ -107,7 +107,7 @@ def test_only_unused_versions_are_retired(tmp_path, store) -> None:
     assert retire(tmp_path / "nothing", set()) == []
 
 
-def test_a_downgrade_is_a_publication_too(tmp_path, store) -> None:
+def test_a_downgrade_publishes_the_older_version(tmp_path, store) -> None:
     one, two = (version(tmp_path, store, text) for text in (b"one", b"two"))
     publish(one)
     publish(two)
@@ -130,7 +130,7 @@ while True:
 """
 
 
-def test_readers_see_one_or_the_other(tmp_path, store, scale) -> None:
+def test_readers_get_the_old_or_the_new_version(tmp_path, store, scale) -> None:
     versions = [version(tmp_path, store, digit * 65536) for digit in (b"1", b"2")]
     publish(versions[0])
     command = [sys.executable, "-c", READER, stable_path(store)]
@@ -144,8 +144,8 @@ def test_readers_see_one_or_the_other(tmp_path, store, scale) -> None:
         reader.kill()
 
 
-def test_every_version_that_was_ever_staged_is_one_of_ours(tmp_path, store, monkeypatch) -> None:
-    """Every version that was ever staged counts as fgpu's: images have copies, containers keep removed versions."""
+def test_every_version_that_was_ever_staged_counts_as_published(tmp_path, store, monkeypatch) -> None:
+    """Images have copies of versions, and containers keep removed versions mapped."""
     for content in (b"one", b"two", b"three", b"two"):
         publish(version(tmp_path, store, content))
     assert retire(store, set()), "one is removed"
@@ -164,7 +164,7 @@ def test_every_version_that_was_ever_staged_is_one_of_ours(tmp_path, store, monk
     assert not list(store.iterdir())
 
 
-# -- where the store cannot be written
+# -- a store that cannot be written
 
 
 def a_shim(tmp_path: Path, text: str = "newer") -> Path:
@@ -173,7 +173,7 @@ def a_shim(tmp_path: Path, text: str = "newer") -> Path:
     return shim
 
 
-def test_a_release_continues_with_the_package_s_own_file_where_nothing_is_published(tmp_path: Path) -> None:
+def test_a_version_runs_with_the_package_s_file_if_nothing_is_published(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     shim = a_shim(tmp_path)
     release = shim_store.Release(shim, tmp_path / "file/store")
@@ -181,7 +181,9 @@ def test_a_release_continues_with_the_package_s_own_file_where_nothing_is_publis
     assert "cannot be put into" in release.failed_checks()["store"].found
 
 
-def test_a_release_continues_with_what_is_published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_version_runs_with_the_published_file_if_the_store_cannot_be_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     store = tmp_path / "store"
     older = shim_store.Release(a_shim(tmp_path, "older"), store)
     assert older.publish() == shim_store.stable_path(store)
@@ -197,7 +199,7 @@ def test_a_release_continues_with_what_is_published(tmp_path: Path, monkeypatch:
     assert "No space left" in newer.failed_checks()["store"].found
 
 
-def test_a_folder_in_the_link_s_place_is_moved_aside(tmp_path: Path) -> None:
+def test_a_folder_at_the_path_of_the_link_is_moved_aside(tmp_path: Path) -> None:
     store = tmp_path / "store"
     (store / "current/libfgpu.so").mkdir(parents=True)
     release = shim_store.Release(a_shim(tmp_path), store)

@@ -19,7 +19,7 @@ from fgpu_ebpf.policy.units import MOST_BYTES, Amount, QuantityError, amount, me
         (" 2048 KiB ", 2 << 20),
     ],
 )
-def test_quantities(text, bytes_):
+def test_valid_quantities_are_parsed(text, bytes_):
     assert amount(text) == Amount(bytes_)
 
 
@@ -48,7 +48,7 @@ def test_quantities(text, bytes_):
         ("9999999TiB", "between 1 byte and 128 TiB"),
     ],
 )
-def test_errors_are_reported(text, hint):
+def test_invalid_quantities_are_refused_with_a_hint(text, hint):
     with pytest.raises(QuantityError, match=hint):
         amount(text)
 
@@ -76,5 +76,5 @@ def test_a_number_without_a_unit_is_refused_with_a_suggestion_that_can_be_typed(
         assert suggestion.startswith(number) or amount(suggestion) == Amount(int(number))
 
 
-def test_for_people():
+def test_quantities_are_printed_with_the_largest_unit():
     assert [memory_text(n) for n in (0, 518 << 20, 3 << 29, -(2 << 30))] == ["0B", "518MiB", "1.5GiB", "-2GiB"]

@@ -7,7 +7,7 @@ import json
 from tests import quick
 from tests.schedule import DURATIONS, TESTS
 
-MOST_IN_ALL = 180  # seconds of the chosen files in a whole run, of which three workers need a third
+MOST_IN_ALL = 180  # seconds of the chosen files in a whole run; three workers need a third of it
 
 
 def test_quick_takes_a_minute_and_lists_what_it_leaves_out() -> None:

@@ -1,4 +1,4 @@
-"""Rows in the order that was asked for, and those that a filter finds."""
+"""Rows in the requested order, and the rows that a filter matches."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def names(word: str, is_reversed: bool = False) -> list[str]:
         ("gpu", "alice batch bob carol"),
     ],
 )
-def test_most_comes_first_and_unmeasured_values_last(word: str, order: str) -> None:
+def test_the_largest_value_comes_first_and_unmeasured_values_last(word: str, order: str) -> None:
     assert names(word) == order.split()
 
 
@@ -47,7 +47,7 @@ def test_reversed_order_leaves_unmeasured_values_last(word: str, order: str) -> 
     assert names(word, is_reversed=True) == order.split()
 
 
-def test_nothing_is_due_on_a_device_that_a_tenant_does_not_use() -> None:
+def test_a_tenant_has_no_entitlement_on_a_device_that_it_does_not_use() -> None:
     idle = kit.tenant("alice", kit.on(0, 0, time=kit.compute(0.0, 0.0)))
     snapshot = kit.latest(idle, kit.BOB).snapshot
     entitled = {row.tenant["tenant"]: BY_WORD["entitled"].text(row) for row in ranking.rows(snapshot)}
@@ -73,19 +73,19 @@ def test_every_device_has_its_row() -> None:
         ("nobody", ""),
     ],
 )
-def test_filter(text: str, found: str) -> None:
+def test_a_filter_matches_names_policies_and_kinds(text: str, found: str) -> None:
     rows = ranking.rows(kit.latest(*kit.ALL).snapshot, text)
     assert [row.tenant["tenant"] for row in rows] == found.split()
 
 
-def test_the_same_column_again_reverses_the_order() -> None:
+def test_a_second_choice_of_a_column_reverses_the_order() -> None:
     by_peak = Order().by(BY_WORD["peak"])
     assert (by_peak.column.word, by_peak.is_reversed) == ("peak", False)
     assert by_peak.by(BY_WORD["peak"]).is_reversed
     assert not by_peak.by(BY_WORD["peak"]).by(BY_WORD["used"]).is_reversed
 
 
-def test_each_column_has_a_word_and_a_key_of_its_own() -> None:
+def test_each_column_has_its_own_word_and_key() -> None:
     assert tuple(BY_WORD) == views.SORTS
     letters = {word[0]: word for word in BY_WORD if word != "held"}
     assert {key: column.word for key, column in BY_KEY.items()} == letters | {"m": "used", "b": "held"}

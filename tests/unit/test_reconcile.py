@@ -1,4 +1,4 @@
-"""Tests of entering NVML's figures in the ledger, with stand-ins for both. NVML's may answer as no driver does."""
+"""Tests of the reconciliation with stand-ins for NVML and the ledger. This NVML may answer as no driver does."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class Orphans:
 
     def __init__(self) -> None:
         self.all: list[Orphan] = []
-        self.kept: dict[tuple[int, int], int] = {}  # by level and device: bytes orphaned before then are kept
+        self.kept: dict[tuple[int, int], int] = {}  # by level and device: bytes orphaned before this time are kept
         self.without = self.freed = 0
 
     def entries(self):
@@ -104,7 +104,7 @@ class Books:
         self.so_far, self.swept = 1, 0
         self.orphans = Orphans()
         self.marked: list[tuple[int, int]] = []
-        self.churn = 0  # bytes that the process allocates and frees between two looks at it
+        self.churn = 0  # bytes that the process allocates and frees between two reads of it
 
     def processes(self):
         return {ME: self.entry}
@@ -153,7 +153,7 @@ class Books:
 
 
 def reconciler(books: Books, says, in_use=None) -> Reconciler:
-    """Return a reconciler. NVML has these rows, and this many bytes are in use."""
+    """Return a reconciler. NVML reports these rows, and this many bytes in use."""
     nvml = SimpleNamespace(
         devices=[SimpleNamespace(index=0)],
         used_bytes=lambda _: 1,
@@ -168,11 +168,11 @@ def reconciler(books: Books, says, in_use=None) -> Reconciler:
 
 
 def test_a_reconciler_that_was_never_started_can_be_stopped():
-    """A reconciler that was never started can be stopped, so that an agent that cannot start shows its own error."""
+    """An agent that cannot start therefore shows its own error."""
     Reconciler(SimpleNamespace(devices=[], process_percent=None), Books(process(0)), lambda _: ()).stop()
 
 
-def test_memory_that_nvml_shows_beyond_the_witnessed_is_overhead():
+def test_memory_in_nvml_beyond_the_witnessed_bytes_is_overhead():
     books = Books(process(900 * MIB, 512 * MIB))
     one = reconciler(books, {ME: 1000 * MIB})
     one.look()
@@ -195,7 +195,7 @@ def test_nothing_is_corrected_during_a_change():
     assert one.truth.drift == {}
 
 
-def test_a_refused_correction_is_tried_again_and_the_rest_is_reported():
+def test_a_refused_correction_is_repeated_and_the_rest_is_reported():
     books = Books(process(900 * MIB))
     books.refuses = 1
     one = reconciler(books, {ME: 950 * MIB})
@@ -217,8 +217,8 @@ def test_a_missing_charge_is_entered_though_each_correction_is_refused():
 
 @pytest.mark.parametrize("says", [None, {ME: None}, {}], ids=["no list", "N/A", "has a context and is not named"])
 @pytest.mark.parametrize("quiet", [True, False])
-def test_without_a_value_of_nvml_nothing_is_decided(says, quiet):
-    """Nothing is decided without an answer of NVML, above all not that a tenant holds nothing."""
+def test_nothing_is_corrected_without_a_value_of_nvml(says, quiet):
+    """Above all, a tenant without a value is not treated as one that holds nothing."""
     books = Books(process(900 * MIB, 512 * MIB, quiet=quiet))
     one = reconciler(books, says)
     for _ in range(3):
@@ -229,8 +229,8 @@ def test_without_a_value_of_nvml_nothing_is_decided(says, quiet):
     assert books.moved == []
 
 
-def test_a_process_without_a_context_that_is_not_named_holds_what_was_witnessed():
-    """A process without a context has handles and pools on the device, in no row. Its modules were freed."""
+def test_a_process_without_a_context_and_row_holds_its_witnessed_bytes():
+    """It has handles and pools on the device, in no row. Its modules were freed."""
     books = Books(replace(process(900 * MIB, 512 * MIB, managed=100 * MIB), contexts=(0,) * 16))
     one = reconciler(books, {})
     one.look()
@@ -253,14 +253,14 @@ def test_an_unexplained_row_of_a_busy_process_is_charged():
 
 
 @pytest.mark.parametrize("churn", [100 * MIB, 500 * MIB])
-def test_what_a_process_had_since_it_was_marked_may_be_what_nvml_shows(churn):
+def test_bytes_since_the_mark_of_a_busy_process_may_explain_its_row(churn):
     books = Books(process(900 * MIB, quiet=False))
     books.churn = churn
     reconciler(books, {ME: 1000 * MIB}).look()
     assert books.entry.bytes[0] == 900 * MIB
 
 
-def test_managed_memory_does_not_explain_what_nvml_shows_of_one_that_is_not_quiet():
+def test_managed_memory_does_not_explain_the_row_of_a_busy_process():
     books = Books(process(900 * MIB, managed=300 * MIB, quiet=False))
     reconciler(books, {ME: 700 * MIB}).look()
     assert books.entry.overhead[0] == 100 * MIB
@@ -272,11 +272,11 @@ def test_a_quiet_process_is_not_marked():
     assert books.marked == []
 
 
-# -- orphans: what is let go is tested in test_device_balance.py
+# -- orphans: test_device_balance.py tests which bytes are released
 
 
 @pytest.mark.parametrize(("age_ns", "left"), [(0, 40), (2 * SLACK_AFTER_NS, 8)])
-def test_slack_of_the_driver_is_taken_from_old_orphans_alone(age_ns, left):
+def test_the_driver_s_slack_is_subtracted_only_from_old_orphans(age_ns, left):
     books, since_ns = Books(process(900 * MIB)), time.monotonic_ns() - age_ns
     books.orphans.all = [orphan(64 * MIB, since_ns=since_ns)]
     one = reconciler(books, {ME: 900 * MIB}, lambda: held_beside_the_rest(40 * MIB))
@@ -286,7 +286,7 @@ def test_slack_of_the_driver_is_taken_from_old_orphans_alone(age_ns, left):
 
 
 @pytest.mark.parametrize("named", [True, False])
-def test_no_slack_is_taken_from_a_young_orphan(named):
+def test_no_slack_is_subtracted_from_a_young_orphan(named):
     books = Books(process(900 * MIB))
     old = orphan(64 * MIB, tgid=8, since_ns=1)
     young = orphan(64 * MIB, since_ns=time.monotonic_ns())
@@ -314,7 +314,7 @@ def test_rows_of_ended_processes_are_no_slack():
 
 @pytest.mark.parametrize("room", [1 * MIB, 2 * MIB, 3 * MIB])
 @pytest.mark.parametrize(("age_ns", "left"), [(0, 2), (2 * SLACK_AFTER_NS, 0)])
-def test_what_a_driver_rounds_up_of_a_process_is_not_its_last_program_s(room, age_ns, left):
+def test_rounding_of_a_process_does_not_count_for_its_previous_program(room, age_ns, left):
     """The process has executed another program, so NVML has one row for both."""
     books = Books(process(900 * MIB, overhead=518 * MIB))
     books.orphans.all = [orphan(2 * MIB, tgid=ME, since_ns=time.monotonic_ns() - age_ns)]
@@ -325,7 +325,10 @@ def test_what_a_driver_rounds_up_of_a_process_is_not_its_last_program_s(room, ag
 
 
 def kept_ns(books, looks=CALM_LOOKS, orphaned=()):
-    """Return which look noted that the device keeps all, in ns after the beginning of the first one; None: none."""
+    """Return the time of the comparison that recorded that the device keeps all bytes, or None.
+
+    It is in ns after the beginning of the first comparison.
+    """
     one, begun_ns = reconciler(books, {ME: 900 * MIB}, lambda: held_beside_the_rest(64 * MIB)), time.monotonic_ns()
     for level in orphaned:
         one.orphaned(level)
@@ -336,8 +339,8 @@ def kept_ns(books, looks=CALM_LOOKS, orphaned=()):
 
 
 @pytest.mark.parametrize("ended_ago_ns", [None, SETTLED_NS, VAIN_NS], ids=["freed", "ended", "ended long ago"])
-def test_what_the_device_keeps_is_noted(ended_ago_ns):
-    """Its process has freed exported memory, or has ended a while ago: the driver frees nothing more by itself."""
+def test_bytes_that_the_device_keeps_are_recorded(ended_ago_ns):
+    """The process has freed exported memory, or has ended a while ago. The driver frees nothing more by itself."""
     books = Books(process(900 * MIB))
     ended_ns = time.monotonic_ns() - ended_ago_ns if ended_ago_ns else 0
     books.orphans.all = [orphan(64 * MIB, since_ns=time.monotonic_ns(), ended_ns=ended_ns)]
@@ -345,7 +348,7 @@ def test_what_the_device_keeps_is_noted(ended_ago_ns):
     assert 0 <= kept_ns(books) <= SETTLED_NS
 
 
-def test_what_a_row_proves_is_kept_though_the_bytes_in_use_are_too_few():
+def test_an_orphan_with_a_row_is_kept_even_if_the_bytes_in_use_are_too_few():
     """The rest that is subtracted from the bytes in use is too large, so that no orphan is released too late."""
     books = Books(process(900 * MIB))
     books.orphans.all = [orphan(64 * MIB, since_ns=time.monotonic_ns())]
@@ -357,14 +360,14 @@ def test_what_a_row_proves_is_kept_though_the_bytes_in_use_are_too_few():
     assert books.orphans.kept
 
 
-def test_of_a_process_that_has_just_ended_the_driver_may_free_more():
+def test_an_orphan_of_a_just_ended_process_is_not_recorded_as_kept():
     books = Books(process(900 * MIB))
     books.orphans.all = [orphan(64 * MIB, ended_ns=time.monotonic_ns())]
     assert kept_ns(books) is None
 
 
 @pytest.mark.parametrize(("ended_ago_ns", "is_noted"), [(2 * SETTLED_NS, False), (VAIN_NS, True)])
-def test_of_a_process_that_is_exiting_the_driver_may_free_more(monkeypatch, ended_ago_ns, is_noted):
+def test_an_orphan_of_an_exiting_process_is_not_recorded_as_kept(monkeypatch, ended_ago_ns, is_noted):
     exiting = {9}
     monkeypatch.setattr("fgpu_ebpf.linux.procfs.exiting", lambda pid: pid in exiting)
     books = Books(process(900 * MIB))
@@ -378,7 +381,7 @@ def test_of_a_process_that_is_exiting_the_driver_may_free_more(monkeypatch, ende
     assert bool(books.orphans.kept) == is_noted, "the driver may need a moment after the exit"
 
 
-def test_a_release_that_the_last_reading_shows_is_about_to_come():
+def test_an_orphan_is_not_recorded_as_kept_if_the_last_sample_shows_its_release():
     books, held = Books(process(900 * MIB)), [64 * MIB]
     books.orphans.all = [orphan(64 * MIB, since_ns=time.monotonic_ns())]
     one = reconciler(books, {ME: 900 * MIB}, lambda: held_beside_the_rest(held[0]))
@@ -394,7 +397,7 @@ def test_a_release_that_the_last_reading_shows_is_about_to_come():
     assert books.orphans.kept != before
 
 
-def test_bytes_without_an_entry_may_be_those_of_a_process_that_is_exiting(monkeypatch):
+def test_bytes_without_an_entry_may_belong_to_an_exiting_process(monkeypatch):
     books = Books(process(900 * MIB))
     books.orphans.without = 64 * MIB
     assert kept_ns(books, CALM_LOOKS + 1, orphaned=[5]) is None
@@ -431,7 +434,7 @@ def test_orphans_are_released_when_the_device_does_not_hold_them():
         pytest.param({ME: 900 * MIB, 1: None}, 0, id="a row is N/A"),
     ],
 )
-def test_orphans_are_kept_where_nvml_does_not_say_enough(says, in_use):
+def test_orphans_are_kept_if_nvml_s_answers_are_incomplete(says, in_use):
     books = Books(process(900 * MIB))
     books.orphans.all, books.orphans.without = [orphan(64 * MIB)], 3 * MIB
     one = reconciler(books, says, in_use)
@@ -462,7 +465,7 @@ def test_only_orphaned_bytes_need_more_than_one_sample():
     assert len(asked) == 1 + device_sample.SAMPLES
 
 
-def test_memory_without_an_entry_is_looked_for_at_noted_levels():
+def test_memory_without_an_entry_is_searched_at_recorded_levels():
     books = Books(process(900 * MIB))
     books.orphans.without = 64 * MIB
     one = reconciler(books, {ME: 900 * MIB}, lambda: held_beside_the_rest(0))
@@ -470,12 +473,12 @@ def test_memory_without_an_entry_is_looked_for_at_noted_levels():
         one.look()
     assert books.orphans.without == 64 * MIB
     one.orphaned(5)
-    for _ in range(CALM_LOOKS + 1):  # the looks before it was reported are no evidence
+    for _ in range(CALM_LOOKS + 1):  # comparisons before the report are no evidence
         one.look()
     assert books.orphans.without == 0
 
 
-def test_an_ended_process_s_row_charges_no_later_process_of_its_pid():
+def test_a_row_of_an_ended_process_charges_no_later_process_of_its_pid():
     books = Books(process(100 * MIB))
     books.orphans.all = [orphan(64 * MIB, tgid=ME)]
     one = reconciler(books, {ME: 164 * MIB}, lambda: held_beside_the_rest(0))
@@ -484,7 +487,7 @@ def test_an_ended_process_s_row_charges_no_later_process_of_its_pid():
     assert one.truth.ended == {0: {ME: 64 * MIB}}
 
 
-def test_a_dead_pid_that_nvml_still_names_is_no_process():
+def test_a_dead_pid_in_nvml_is_no_process():
     books = Books(process(100 * MIB))
     books.orphans.all = [orphan(64 * MIB, tgid=1 << 22)]
     one = reconciler(books, {ME: 100 * MIB, 1 << 22: 64 * MIB}, lambda: held_beside_the_rest(0))
@@ -492,7 +495,7 @@ def test_a_dead_pid_that_nvml_still_names_is_no_process():
     assert (books.moved, one.truth.pids()) == ([], {ME})
 
 
-def test_the_younger_an_orphan_is_the_more_often_is_nvml_asked():
+def test_nvml_is_read_more_often_for_younger_orphans():
     now = time.monotonic_ns()
     ages = [0, 10 * 10**9, 100 * 10**9]
     assert [_period([orphan(1, since_ns=now - age)]) for age in ages] == [seconds for _, seconds in ORPHAN_PERIODS]
@@ -509,7 +512,7 @@ def test_a_process_without_an_nvml_value_does_not_hide_the_others():
 
 
 def test_an_ended_process_is_not_adopted_while_the_driver_holds_its_memory():
-    """An exited process is not adopted, whether or not it was reaped. One without its first thread lives."""
+    """This holds whether or not it was reaped. A process without its first thread counts as alive."""
     books = Books(process(0))
     with (
         subprocess.Popen(["true"]) as dead,
@@ -526,7 +529,7 @@ def test_an_ended_process_is_not_adopted_while_the_driver_holds_its_memory():
 
 
 def test_a_process_adopted_while_it_exits_is_reaped_without_its_parent():
-    """A process that exits during its adoption is removed from the ledger, because no event reports its end."""
+    """It is removed from the ledger, because no event reports its end."""
     with subprocess.Popen(["true"]) as dead:
         os.waitid(os.P_PID, dead.pid, os.WEXITED | os.WNOWAIT)
         for flags, reaped in ((0, [dead.pid]), (Seen.CALL, [])):
@@ -537,15 +540,15 @@ def test_a_process_adopted_while_it_exits_is_reaped_without_its_parent():
             assert found == reaped, flags
 
 
-def test_a_process_that_the_kernel_never_saw_is_adopted():
+def test_a_process_without_a_kernel_entry_is_adopted():
     books = Books(process(0))
     parent = os.getppid()
     reconciler(books, {parent: 5 * MIB}).look()
     assert books.moved == [(parent, (5,))]
 
 
-def test_entries_of_an_unseen_process_are_swept_too():
-    """The process started and exited between two looks."""
+def test_entries_of_a_process_between_two_scans_are_removed():
+    """The process started and exited between two scans."""
     books = Books(process(0))
     one = reconciler(books, {})
     one.look()
@@ -560,15 +563,15 @@ def test_entries_of_an_unseen_process_are_swept_too():
 
 
 @given(st.integers(-(2**40), 2**40), st.integers(0, 2**40), st.integers(-(2**40), 0))
-def test_pool_bytes_are_never_taken_back_by_nvml(exact, pool, gone):
+def test_pool_bytes_are_never_reduced_by_figures_of_nvml(exact, pool, gone):
     overhead = overhead_for(exact, pool, gone)
     assert overhead >= exact
     assert overhead == exact or (overhead <= gone and overhead - exact <= pool)
     assert pool or overhead == exact
 
 
-def test_each_device_is_as_old_as_its_own_last_answer():
-    """The age of a device is that of its own last answer. Answers of other devices do not make it fresh."""
+def test_the_age_of_a_device_is_that_of_its_own_last_answer():
+    """Answers of other devices do not make it fresh."""
     answers = {0: {}, 1: {}, 2: None, 3: {}}
     used = {0: 1, 1: 1, 2: 1, 3: None}
     nvml = SimpleNamespace(
@@ -591,7 +594,7 @@ def test_each_device_is_as_old_as_its_own_last_answer():
     assert one.truth.answered[1] == first[1] < one.truth.answered[0]
 
 
-def test_a_failed_look_gives_its_reason_and_refreshes_nothing():
+def test_a_failed_comparison_reports_its_reason_and_refreshes_nothing():
     def fails():
         raise RuntimeError("the books are wet")
 
@@ -620,7 +623,7 @@ def test_doctor_shows_the_oldest_age(ages, ok, says):
     assert ok or found.fix
 
 
-def test_it_wakes_for_new_processes_and_for_those_without_a_shim():
+def test_the_reconciler_wakes_for_new_processes_and_for_shimless_ones():
     books = Books(replace(process(512 * MIB), flags=abi.Seen.SHIM))
     one = reconciler(books, {ME: 512 * MIB})
     woken = []
@@ -635,7 +638,7 @@ def test_it_wakes_for_new_processes_and_for_those_without_a_shim():
 
 @pytest.mark.parametrize(("in_use", "kept"), [(899 * MIB, 0), (900 * MIB, 900 * MIB), (None, 900 * MIB)])
 def test_memory_lost_with_a_device_is_no_longer_charged(in_use, kept):
-    """NVML does not name it, and for a few looks in a row the device does not hold its memory."""
+    """NVML does not list it, and the device does not hold its memory in several successive comparisons."""
     books = Books(process(900 * MIB))
     one = reconciler(books, {}, in_use)
     for _ in range(GONE - 1):
@@ -647,7 +650,7 @@ def test_memory_lost_with_a_device_is_no_longer_charged(in_use, kept):
 
 
 def test_the_end_of_a_context_is_corrected_exactly_once_for_each():
-    """Pool bytes that the driver has given back stay charged, apart from those that ended with a context."""
+    """Pool bytes that the driver has freed stay charged, except those that ended with a context."""
     books, rows = Books(replace(process(900 * MIB, pool=300 * MIB), ended=one(1))), {ME: 700 * MIB}
     reconciler_ = reconciler(books, rows)
     reconciler_.look()

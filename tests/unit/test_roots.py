@@ -1,4 +1,4 @@
-"""Tests of the search for libraries in a root that is not the host's, and of what the search does not open."""
+"""Tests of the search for libraries in a root that is not the host's, and of the files that the search never opens."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ CLONE_NEWNS = 0x20000
 
 @pytest.fixture
 def dweller() -> Iterator[Dweller]:
-    """Return a function that starts processes which have this folder as their root, in their own mount namespaces."""
+    """Return a function that starts processes with this folder as their root, in their own mount namespaces."""
     started: list[int] = []
 
     def start(folder: Path) -> int:
@@ -58,7 +58,7 @@ def found(pid: int) -> dict[str, tuple[int, int]]:
     return {target.path: (target.dev, target.ino) for target in root_scan.libraries(pid)}
 
 
-def test_files_are_found_where_a_loader_looks_through_links_of_the_root_s_own(tmp_path: Path, dweller: Dweller) -> None:
+def test_files_are_found_on_a_loader_s_paths_through_links_inside_the_root(tmp_path: Path, dweller: Dweller) -> None:
     """The links are those of an image with CUDA: /usr/local/cuda, /etc/alternatives/cuda, /usr/local/cuda-12."""
     real = library(tmp_path / "usr/local/cuda-12/compat/libcuda.so.550.1")
     real.with_name("libcuda.so.1").symlink_to("libcuda.so.550.1")
@@ -68,7 +68,7 @@ def test_files_are_found_where_a_loader_looks_through_links_of_the_root_s_own(tm
     assert found(dweller(tmp_path)) == {"/usr/local/cuda/compat/libcuda.so.1": mapped_files.as_mapped(str(real))}
 
 
-def test_nothing_is_opened_that_is_not_the_root_s_own(tmp_path: Path, dweller: Dweller) -> None:
+def test_no_file_outside_the_root_is_opened(tmp_path: Path, dweller: Dweller) -> None:
     root, outside = tmp_path / "root", library(tmp_path / "outside/libcuda.so.1")
     for folder in ("usr/lib", "usr/lib64", "lib", "lib64"):
         (root / folder).mkdir(parents=True)
@@ -85,7 +85,7 @@ def test_nothing_is_opened_that_is_not_the_root_s_own(tmp_path: Path, dweller: D
         subprocess.run(["umount", "--lazy", root / "lib64"], check=True)
 
 
-def test_every_root_is_entered_once_and_the_host_s_never(tmp_path: Path, dweller: Dweller) -> None:
+def test_every_root_is_searched_once_and_the_host_s_never(tmp_path: Path, dweller: Dweller) -> None:
     seen, first = Roots(), root_scan.root_of(dweller(tmp_path))
     here = root_scan.root_of(os.getpid())
     assert here in seen
@@ -98,7 +98,7 @@ def test_every_root_is_entered_once_and_the_host_s_never(tmp_path: Path, dweller
     assert other != first
 
 
-def test_a_file_is_awaited_while_a_process_is_in_its_root(tmp_path: Path, dweller: Dweller) -> None:
+def test_a_missing_file_is_searched_for_while_a_process_is_in_its_root(tmp_path: Path, dweller: Dweller) -> None:
     seen, pid = Roots(), dweller(tmp_path)
     root = root_scan.root_of(pid)
     assert root
@@ -128,7 +128,7 @@ def test_roots_do_not_accumulate(tmp_path: Path, dweller: Dweller, monkeypatch: 
 
 @pytest.mark.parametrize("link", ["/etc", "../" * 20 + "etc"])
 def test_a_path_in_a_root_never_leads_to_a_file_of_the_host_s(tmp_path: Path, dweller: Dweller, link: str) -> None:
-    """The path that the kernel showed is a link now: no file is opened, above all not the host's."""
+    """The path that the kernel showed is a link now. No file is opened, least of all a file of the host."""
     (tmp_path / "own").mkdir()
     (tmp_path / "own/passwd").write_text("its own")
     (tmp_path / "way").symlink_to(link)
@@ -142,8 +142,11 @@ def test_a_path_in_a_root_never_leads_to_a_file_of_the_host_s(tmp_path: Path, dw
     os.close(found)
 
 
-def test_a_file_that_is_mapped_is_not_looked_for_behind_a_link(tmp_path: Path, dweller: Dweller) -> None:
-    """The only way to the file, without map_files, is through the process's root, which shows no file of the host."""
+def test_a_mapped_file_is_not_searched_behind_a_link(tmp_path: Path, dweller: Dweller) -> None:
+    """The only path to the file, without map_files, leads through the process's root.
+
+    That root shows no file of the host.
+    """
     (tmp_path / "way").symlink_to("/etc")
     pid, here = dweller(tmp_path), mapped_files.as_mapped("/etc/passwd")
     with pytest.raises(OSError, match=r"symbolic links|No such file"):

@@ -14,7 +14,7 @@ USUAL, OF_NIX = run.PRELOADS
 
 @pytest.fixture
 def mounts(monkeypatch):
-    """Return the targets that were mounted, and by target the error of a mount."""
+    """Return the list of mounted targets, and a map from target to the error of its mount."""
     done, errors = [], {}
 
     def mount(source, target, kind, flags):
@@ -29,8 +29,8 @@ def mounts(monkeypatch):
 
 
 @pytest.mark.parametrize("why", [errno.EROFS, errno.ENOENT])
-def test_a_host_that_cannot_have_the_second_list_runs_programs_with_the_first(mounts, tmp_path, why):
-    """A read-only /etc, and an agent that is older than the command."""
+def test_programs_run_with_the_first_list_if_the_second_cannot_be_mounted(mounts, tmp_path, why):
+    """The reason is a read-only /etc, or an agent that is older than the command."""
     done, errors = mounts
     errors[str(OF_NIX)] = why
     run._preload_the_shim(tmp_path)
@@ -38,7 +38,7 @@ def test_a_host_that_cannot_have_the_second_list_runs_programs_with_the_first(mo
 
 
 @pytest.mark.parametrize(("place", "why"), [(USUAL, errno.EROFS), (USUAL, errno.ENOENT), (OF_NIX, errno.EPERM)])
-def test_a_program_without_the_list_is_not_run(mounts, tmp_path, place, why):
+def test_a_program_is_not_run_without_the_list(mounts, tmp_path, place, why):
     mounts[1][str(place)] = why
     with pytest.raises(run.LaunchError, match=str(place)):
         run._preload_the_shim(tmp_path)

@@ -1,4 +1,4 @@
-"""Tests of tests/schedule.py: each test runs once, and what measures time runs alone and first."""
+"""Tests of tests/schedule.py: each test runs once, and a test that measures time runs alone and first."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tests.schedule import QUIET, Schedule, suite_of
 
 
 class Worker:
-    """A worker of pytest-xdist: it keeps its last test back until it has another, or is shut down."""
+    """A worker of pytest-xdist. It holds its last test until it gets another, or is shut down."""
 
     def __init__(self, number: int) -> None:
         self.gateway = SimpleNamespace(id=f"gw{number}")
@@ -30,7 +30,7 @@ class Worker:
 
 
 def run(tests: list[str], workers: int) -> list[tuple[str, str, int]]:
-    """Run tests by turns; return (test, worker, number of workers that had something to run)."""
+    """Run tests by turns. Return a list of (test, worker, number of workers with a test to run)."""
     config = SimpleNamespace(
         option=SimpleNamespace(loadscopereorder=False, tx=[f"{workers}*popen"]),
         getvalue=lambda name: [f"{workers}*popen"],
@@ -56,7 +56,7 @@ def run(tests: list[str], workers: int) -> list[tuple[str, str, int]]:
 
 
 @pytest.mark.parametrize("workers", [1, 2, 4])
-def test_each_test_runs_once_and_quiet_ones_alone(workers: int) -> None:
+def test_each_test_runs_once_and_each_measuring_test_alone(workers: int) -> None:
     quiet = [f"{file}::test_{number}" for file in sorted(QUIET) for number in range(3)]
     ordinary = [f"tests/e2e/test_{file}.py::test_{number}" for file in "abcdef" for number in range(file == "a" or 7)]
     ordinary += [f"tests/page/test_{file}.py::test_it" for file in "ab"]

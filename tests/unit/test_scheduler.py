@@ -36,7 +36,7 @@ def test_the_device_does_not_wait_for_the_next_tenant(kernel_us):
     assert it.shares()[1] == pytest.approx(0.5, abs=0.01)
 
 
-def test_an_estimate_that_is_too_long_costs_its_tenant_nothing_and_gives_the_other_nothing():
+def test_a_too_long_estimate_does_not_change_the_division_of_time():
     assert World(Tenant(1), Tenant(2, doubt_ns=450 * US)).run(SECONDS).shares()[2] == pytest.approx(0.5, abs=0.005)
 
 
@@ -54,23 +54,23 @@ def test_a_limit_holds_on_an_idle_device(percent, kernel_us):
 
 
 @pytest.mark.parametrize("percent", [25, 50, 75, 90])
-def test_a_limit_is_of_what_the_tenant_could_do(percent):
-    """The time until a thread has come through its gate, and until its end is seen, does not count as the tenant's."""
+def test_a_limit_is_a_part_of_the_time_that_a_tenant_can_use(percent):
+    """The time until a thread has passed its gate, and until its end is recorded, is not charged to the tenant."""
     tenant = Tenant(1, Share(limit_millionths=percent * 10_000))
     World(tenant).run(SECONDS)
     assert tenant.done_ns / (SECONDS * S) == pytest.approx(percent / 100, abs=0.003)
 
 
 @pytest.mark.parametrize(("work_us", "period_us"), [(350, 500), (700, 1_000), (5_000, 10_000), (21_000, 30_000)])
-def test_rests_are_not_charged_however_they_fall_between_our_looks(work_us, period_us):
+def test_rests_are_not_charged_at_any_time_between_two_steps(work_us, period_us):
     tenant = Tenant(1, Share(limit_millionths=750_000), 50 * US, steps=Steps(work_us * US, period_us * US))
     counts = World(tenant).run(SECONDS).turns.places[1].counts
     assert tenant.done_ns >= 0.99 * SECONDS * S * work_us / period_us
     assert counts.owned_ns == pytest.approx(tenant.done_ns, rel=0.01)
 
 
-def test_a_tenant_that_becomes_ready_after_a_step_is_not_forgotten():
-    """A tenant may become ready between a step and the publishing of counts. Nothing rings for it."""
+def test_a_tenant_that_becomes_ready_after_a_step_gets_its_turn():
+    """A tenant may become ready between a step and the publication of counts. No wake-up reports it."""
     it = World(Tenant(1, Share(limit_millionths=250_000))).run(1.0)
     place = it.turns.places[1]
     while place.turn or place.ready_ns() < it.now + 5 * MS:
@@ -80,13 +80,13 @@ def test_a_tenant_that_becomes_ready_after_a_step_is_not_forgotten():
     assert it.turns.due_ns(ready_ns + MS) <= ready_ns + 2 * MS
 
 
-def test_idle_time_is_no_credit_under_a_limit():
+def test_idle_time_gives_no_credit_under_a_limit():
     tenant = Tenant(1, Share(limit_millionths=750_000), steps=Steps(60 * S, 1, 6 * S))
     World(tenant).run(5.0 + 2.0)
     assert tenant.done_ns / (2.0 * S) == pytest.approx(0.75, abs=0.005)
 
 
-def test_below_the_limits_nothing_is_left_idle():
+def test_no_time_is_left_idle_below_the_limits():
     limited, other = Tenant(1, Share(limit_millionths=250_000)), Tenant(2)
     World(limited, other).run(SECONDS)
     assert limited.done_ns / (SECONDS * S) == pytest.approx(0.25, abs=0.015)
@@ -99,7 +99,7 @@ def test_unused_time_of_an_idle_tenant_is_used():
     assert busy.done_ns / (SECONDS * S) >= 0.97
 
 
-def test_idle_time_is_no_credit():
+def test_idle_time_gives_no_credit():
     early, late = Tenant(1), Tenant(2, steps=Steps(60 * S, 1, 6 * S))
     it = World(early, late).run(5.0)
     before = early.done_ns
@@ -107,7 +107,7 @@ def test_idle_time_is_no_credit():
     assert early.done_ns - before == pytest.approx(late.done_ns, rel=0.05)
 
 
-def test_a_lone_tenant_is_free_until_another_comes():
+def test_a_lone_tenant_s_gate_is_open_until_another_tenant_launches():
     first, second = Tenant(1), Tenant(2, dead=True)
     it = World(first, second).run(1.0)
     assert it.turns.places[1].gate(0) == 1
@@ -121,7 +121,7 @@ def test_a_lone_tenant_is_free_until_another_comes():
     assert it.turns.places[1].gate(0) == 1
 
 
-def test_high_priority_comes_at_the_next_launch_and_no_tenant_starves():
+def test_a_high_priority_runs_at_the_next_launch_and_no_tenant_starves():
     quick = Tenant(1, Share(rank=0), 1 * MS, steps=Steps(5 * MS, 50 * MS))
     hog, low = Tenant(2), Tenant(3, Share(rank=2))
     World(quick, hog, low).run(SECONDS)
@@ -130,13 +130,13 @@ def test_high_priority_comes_at_the_next_launch_and_no_tenant_starves():
     assert low.longest_wait_ns <= 1 * S
 
 
-def test_at_equal_weight_a_short_step_waits_a_quantum_at_most():
+def test_a_short_step_of_equal_weight_waits_at_most_a_quantum():
     quick = Tenant(1, Share(), 1 * MS, steps=Steps(5 * MS, 50 * MS))
     World(quick, Tenant(2)).run(SECONDS)
     assert quick.longest_wait_ns <= (20 + 2 + 2) * MS
 
 
-def test_turns_are_longer_where_all_have_long_been_busy():
+def test_turns_are_longer_if_all_tenants_have_long_been_busy():
     it = World(Tenant(1), Tenant(2)).run(2.0)
     before = it.counted()
     it.run(2.0)
@@ -144,7 +144,7 @@ def test_turns_are_longer_where_all_have_long_been_busy():
     it.tenants[1].steps = Steps(5 * MS, 50 * MS, it.now)
     before = it.counted()
     it.run(2.0)
-    assert it.counted() - before >= 70  # two a step: each of these turns is ended after a quantum
+    assert it.counted() - before >= 70  # two a step: each of these turns ends after a quantum
 
 
 @pytest.mark.parametrize("period_ms", [409, 1013])
@@ -161,15 +161,15 @@ def test_turns_stay_short_beside_a_small_share():
     assert it.counted() - before == pytest.approx(20, abs=3)  # 20 ms of 200
 
 
-def test_an_idle_owner_gives_way_within_two_milliseconds():
+def test_an_idle_owner_loses_its_turn_within_two_milliseconds():
     lazy, busy = Tenant(1, kernel_ns=500 * US, steps=Steps(1 * MS, 40 * MS)), Tenant(2)
     World(lazy, busy).run(SECONDS)
     idle_ns = SECONDS * S - lazy.done_ns - busy.done_ns
-    assert idle_ns / (SECONDS / 0.04) <= 3 * MS  # each burst: giving way, a drain, two wake-ups
+    assert idle_ns / (SECONDS / 0.04) <= 3 * MS  # for each burst: the end of the turn, a drain, two wake-ups
 
 
 def test_a_return_from_a_cut_turn_needs_no_wake_up():
-    """A turn takes five wake-ups: its end, the next one's beginning, the end of the drain, two looks."""
+    """A turn takes five wake-ups: its end, the next one's beginning, the end of the drain, and two checks."""
     it = World(Tenant(1), Tenant(2)).run(2.0)
     steps, before = it.steps, it.counted()
     it.run(2.0)
@@ -200,7 +200,7 @@ def test_a_tenant_that_outranks_the_owner_wakes_the_slicer_at_once():
     assert it.turns.without_wakeups() == set()
 
 
-def test_a_tenant_that_was_busy_for_long_is_looked_at_less_often_and_gives_way_later():
+def test_a_long_busy_tenant_is_checked_less_often_and_loses_its_turn_later():
     busy, other = Tenant(1), Tenant(2)
     it = World(busy, other).run(2.0)
     before = it.steps, it.counted()
@@ -211,11 +211,11 @@ def test_a_tenant_that_was_busy_for_long_is_looked_at_less_often_and_gives_way_l
     while not it.is_open(busy):
         it.run(0.001)
     it.run(0.001)
-    busy.steps = Steps(0, 60 * S, 60 * S + it.now)  # it has nothing to launch from now on
+    busy.steps = Steps(0, 60 * S, 60 * S + it.now)  # it has nothing to launch after this
     began = it.now
     while not it.is_open(other):
         it.run(0.0005)
-    assert it.now - began <= (10 + 2 + 1) * MS  # and the work in flight
+    assert it.now - began <= (10 + 2 + 1) * MS  # plus the work in flight
 
 
 # -- gangs
@@ -237,7 +237,7 @@ def test_a_gang_among_single_tenants_gets_its_part_and_no_tenant_starves():
 
 
 def test_devices_are_not_reserved_for_a_gang_that_cannot_run_soon():
-    """A higher priority holds one of its devices. The other device is used meanwhile."""
+    """A higher priority holds one of its devices. The other device is used in that time."""
     gang = Tenant(1, Share(weight=800, rank=2), devices=frozenset({0, 1}))
     single = Tenant(3, Share(rank=2), devices=frozenset({1}))
     World(gang, Tenant(2, Share(rank=1)), single).run(SECONDS)
@@ -250,7 +250,7 @@ def test_devices_are_not_reserved_for_a_gang_that_cannot_run_soon():
 
 
 @pytest.mark.parametrize("ms", [20, 100, 1000])
-def test_the_floor_is_one_for_long_kernels_too(ms):
+def test_the_floor_holds_for_long_kernels(ms):
     """A kernel cannot be interrupted. A tenant with long kernels gets its floor less often, but its equals do not."""
     high, long, short = Tenant(1, Share(rank=0)), Tenant(2, Share(rank=2), ms * MS), Tenant(3, Share(rank=2))
     shares = World(high, long, short).run(30).shares()
@@ -258,7 +258,7 @@ def test_the_floor_is_one_for_long_kernels_too(ms):
     assert shares[3] > 0.02
 
 
-def test_alone_and_at_rest_a_tenant_pays_for_no_unobserved_work():
+def test_a_lone_resting_tenant_is_not_charged_for_unobserved_work():
     """A tenant that waits for its kernels by a copy, for example, reports their end only when it launches again."""
     turns, now = Turns(), 1 * S
     turns.share_out({1: Share(limit_millionths=100_000)}, now)
@@ -277,7 +277,7 @@ def test_alone_and_at_rest_a_tenant_pays_for_no_unobserved_work():
     assert place.counts.overruns == 0
 
 
-def test_a_dead_owner_is_followed_at_once():
+def test_another_tenant_follows_a_dead_owner_at_once():
     owner, other = Tenant(1), Tenant(2)
     it = World(owner, other).run(1.0)
     while not it.turns.places[1].turn:
@@ -288,7 +288,7 @@ def test_a_dead_owner_is_followed_at_once():
     assert it.turns.places[2].gate(0) & 1
 
 
-def test_a_stopped_owner_costs_one_deadline_once():
+def test_a_stopped_owner_delays_others_by_one_deadline_once():
     owner, other = Tenant(1), Tenant(2)
     it = World(owner, other).run(1.0)
     while not it.turns.places[1].turn:
@@ -304,7 +304,7 @@ def test_a_stopped_owner_costs_one_deadline_once():
     assert owner.done_ns - before >= 0.6 * S
 
 
-def test_a_stopped_waiter_with_work_in_flight_is_not_asked_repeatedly():
+def test_a_stopped_waiter_with_work_in_flight_is_not_given_repeated_turns():
     owner, other = Tenant(1), Tenant(2)
     it = World(owner, other).run(1.0)
     while not (owner.waiting and owner.flights):
@@ -335,8 +335,8 @@ def p99(waits_ns):
 
 
 @pytest.mark.parametrize(("cunning", "claim_ms"), [(False, 990), (True, 240), (True, 990)])
-def test_claimed_work_that_is_not_in_flight_costs_others_little(cunning, claim_ms):
-    """It reports work for as long as that is believed, which costs its neighbour that time each time."""
+def test_falsely_claimed_work_costs_other_tenants_little(cunning, claim_ms):
+    """It reports work for as long as the scheduler accepts, which costs its neighbour that time at each turn."""
     honest, hog = Tenant(1), Hog(2, cunning=cunning, claim_ns=claim_ms * MS)
     it = World(honest, hog).run(5.0)
     honest.waits_ns.clear()
@@ -347,14 +347,14 @@ def test_claimed_work_that_is_not_in_flight_costs_others_little(cunning, claim_m
     assert honest.done_ns - before >= 0.4 * 60 * S
 
 
-def test_a_claim_that_nothing_has_proved_costs_a_quarter_of_a_second_at_most():
+def test_an_unproven_claim_costs_at_most_a_quarter_of_a_second():
     honest, hog = Tenant(1), Hog(2)
     World(honest, hog).run(5.0)
     assert 200 * MS < honest.longest_wait_ns <= (250 + 20 + 5 + 3) * MS
 
 
 def test_a_tenant_whose_processes_end_with_work_in_flight_is_trusted_less():
-    """The tenant's cgroup has a program that claims work and exits before that ends. Another program continues."""
+    """The tenant's cgroup has a program that claims work and exits before that work ends. Another program continues."""
     honest, hog = Tenant(1), Hog(2, claim_ns=240 * MS)
     it = World(honest, hog)
     place = it.turns.places[2]
@@ -401,7 +401,7 @@ def test_long_kernels_are_accepted_again_after_a_stop(kernel_ms):
 
 
 @pytest.mark.parametrize("percent", [25, 50])
-def test_a_limit_holds_for_one_that_says_it_rests_all_the_time(percent):
+def test_a_limit_holds_for_a_tenant_that_always_reports_a_rest(percent):
     """The limit holds within the slack of NVML's figures."""
     liar = Tenant(1, Share(limit_millionths=percent * 10_000), restless=True)
     it = World(liar).run_observed(5)
@@ -428,7 +428,7 @@ def test_a_changed_share_holds_at_once():
     it = world((1, 1)).run(2.0)
     before = {key: t.done_ns for key, t in it.tenants.items()}
     it.turns.share_out({1: Share(weight=300), 2: Share()}, it.now)
-    it._ring()  # the next step looks at every tenant
+    it._ring()  # the next step checks every tenant
     it.run(2.0)
     part = [it.tenants[key].done_ns - before[key] for key in (1, 2)]
     assert part[0] / sum(part) == pytest.approx(0.75, abs=0.015)
@@ -444,15 +444,15 @@ tenants = st.lists(
         st.integers(0, 2),
         st.sampled_from([frozenset({0}), frozenset({1}), frozenset({0, 1})]),
         st.sampled_from([200 * US, 1 * MS, 4 * MS]),
-        st.integers(0, 60),  # ms it pauses
-        st.integers(1, 60),  # ms it works
+        st.integers(0, 60),  # ms of its pauses
+        st.integers(1, 60),  # ms of its work
     ),
     min_size=2,
     max_size=6,
 )
 
 
-@example(  # two that each wait for a device of their own, of which a gang above them gets one by its floor
+@example(  # two tenants that each wait for a device of their own; a gang of both gets one of them by its floor
     [
         (2, MILLION, 1, frozenset({0, 1}), 200 * US, 60, 38),
         (1, MILLION, 0, frozenset({0, 1}), 200 * US, 44, 50),
@@ -464,7 +464,7 @@ tenants = st.lists(
 )
 @settings(max_examples=25, deadline=None, phases=(Phase.explicit, Phase.generate))
 @given(tenants)
-def test_any_behaviour_leaves_one_owner_whole_gangs_and_bounded_waits(made):
+def test_one_owner_whole_gangs_and_bounded_waits_hold_with_any_behaviour(made):
     them = [
         Tenant(n + 1, Share(limit, weight * 100, rank), kernel, devices, Steps(on * MS, (on + off) * MS))
         for n, (weight, limit, rank, devices, kernel, off, on) in enumerate(made)
@@ -487,7 +487,7 @@ def test_entitlements_are_below_limits_and_fill_the_device(shares):
 
 
 @given(st.integers(10_000, 990_000), st.lists(st.integers(0, 30 * MS), max_size=50))
-def test_a_limit_is_never_passed_by_more_than_one_overrun(limit, uses):
+def test_a_limit_is_exceeded_by_at_most_one_overrun(limit, uses):
     share, now, used = Share(limit), 0, 0
     account = fair_queue.opening(share, 0)
     for ns in uses:
@@ -497,6 +497,6 @@ def test_a_limit_is_never_passed_by_more_than_one_overrun(limit, uses):
         assert used <= share.ample_ns + now * limit // MILLION + ns
 
 
-def test_debts_stay_and_credit_does_not():
+def test_debts_stay_and_credit_expires():
     assert Account(virtual_ns=5).joining(9).virtual_ns == 9
     assert Account(virtual_ns=12).joining(9).virtual_ns == 12

@@ -1,4 +1,4 @@
-"""Tests of `fgpu doctor` where SELinux enforces: what the kernel's policy refuses to containers, and the fix."""
+"""Tests of `fgpu doctor` with an enforcing SELinux: the rights that its policy refuses to containers, and the fix."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def root(tmp_path, monkeypatch) -> Path:
 
 @pytest.fixture
 def policy(monkeypatch) -> dict[tuple[str, str], int]:
-    """Return a map of label and class to the rights that the kernel grants. It grants all rights to others."""
+    """Return a map from label and class to the rights that the kernel grants. Other pairs have all rights."""
     given: dict[tuple[str, str], int] = {}
 
     def ask(_, question):
@@ -58,7 +58,7 @@ def policy(monkeypatch) -> dict[tuple[str, str], int]:
     return given
 
 
-def test_off_is_not_reported_and_permissive_is_no_error(root, run_dir, policy):
+def test_a_disabled_selinux_is_not_reported_and_a_permissive_one_is_no_error(root, run_dir, policy):
     assert list(selinux.checks(run_dir, root / "nothing")) == []
     (root / "enforce").write_text("0")
     policy["libfgpu.so", "file"] = 0
@@ -66,7 +66,7 @@ def test_off_is_not_reported_and_permissive_is_no_error(root, run_dir, policy):
     assert (check.ok, check.found) == (True, "permissive: it refuses nothing")
 
 
-def test_all_that_is_needed_is_given(root, run_dir, policy):
+def test_granted_permissions_are_no_error(root, run_dir, policy):
     (check,) = selinux.checks(run_dir, root)
     assert (check.name, check.ok) == ("selinux", True)
 

@@ -1,4 +1,4 @@
-"""Tests of the command `fgpu setup`: the steps from nothing to a first limit, each decision, and the way back."""
+"""Tests of the command `fgpu setup`: the steps to a first limit, each decision, and undo."""
 
 from __future__ import annotations
 
@@ -22,7 +22,10 @@ ID = "0123456789abcdef" * 4
 
 @pytest.fixture
 def host(tmp_path, monkeypatch):
-    """A host with Docker 26 and an empty folder of policies, where systemd runs. `systemctl` writes down its words."""
+    """Return a host with Docker 26 and an empty folder of policies, where systemd runs.
+
+    `systemctl` records its arguments.
+    """
     for name in ("bin", "policy.d"):
         (tmp_path / name).mkdir()
     docker, systemctl = tmp_path / "bin/dockerd", tmp_path / "bin/systemctl"
@@ -62,7 +65,7 @@ def everything(host) -> dict[str, str]:
     return {str(p): p.read_text() for p in host.path.rglob("*") if p.is_file() and p.name != "asked"}
 
 
-def test_one_command_writes_all_and_says_what_to_run(host):
+def test_one_command_writes_all_files_and_prints_the_next_command(host):
     host.checks = [Check("kernel", True, "6.1")]
     done = setup(host, "--memory", "8GiB")
     assert done.exit_code == 0, done.output
@@ -80,7 +83,7 @@ def test_one_command_writes_all_and_says_what_to_run(host):
         assert line in done.output
 
 
-def test_a_second_run_changes_nothing_and_says_so(host):
+def test_a_second_run_changes_nothing_and_reports_that(host):
     setup(host, "--memory", "8GiB")
     before = everything(host)
     for name in ("enabled", "active"):
@@ -92,7 +95,7 @@ def test_a_second_run_changes_nothing_and_says_so(host):
     assert asked(host) == ["enable --now fgpu-agent"]
 
 
-def test_an_engine_that_is_not_installed(host):
+def test_a_missing_engine_is_an_error(host):
     (host.path / "bin/dockerd").unlink()
     before = everything(host)
     done = setup(host, "--memory", "8GiB")
@@ -111,7 +114,7 @@ def test_a_dry_run_writes_nothing(host):
     assert (done.exit_code, everything(host), asked(host)) == (0, before, [])
 
 
-def test_settings_that_cannot_be_set_up_leave_everything_as_it_was(host):
+def test_settings_that_cannot_be_set_up_change_nothing(host):
     host.daemon.write_text("{")
     before = everything(host)
     assert setup(host, "--memory", "8GiB").exit_code == 1
@@ -119,12 +122,12 @@ def test_settings_that_cannot_be_set_up_leave_everything_as_it_was(host):
 
 
 @pytest.mark.parametrize("size", ["8", "8GB", "8GiB}", ""])
-def test_sizes_that_are_none(size, host):
+def test_invalid_sizes_are_refused(size, host):
     done = setup(host, "--memory", size)
     assert (done.exit_code, host.policy.exists()) == (2, False)
 
 
-def test_without_memory_only_the_engine_is_set_up(host):
+def test_only_the_engine_is_set_up_without_a_memory_size(host):
     done = setup(host)
     assert (done.exit_code, host.policy.exists(), asked(host)) == (0, False, [])
     assert json.loads(host.daemon.read_text())["default-runtime"] == "fgpu"
@@ -144,7 +147,7 @@ def test_an_administrator_s_policies_are_kept(host):
     assert theirs.read_text() == "# none yet\n"
 
 
-def test_another_size_replaces_the_policy_of_a_setup_alone(host):
+def test_another_size_replaces_only_the_policy_of_a_setup(host):
     setup(host, "--memory", "8GiB")
     setup(host, "--memory", "50%")
     assert "{limit: 50%}" in host.policy.read_text()
@@ -156,7 +159,7 @@ def test_another_size_replaces_the_policy_of_a_setup_alone(host):
     assert "{limit: 60%}" in host.policy.read_text()
 
 
-def test_two_engines_have_a_policy_each(host, monkeypatch):
+def test_each_of_two_engines_has_its_own_policy(host, monkeypatch):
     podman = replace(engines.ENGINES["podman"], file=host.path / "etc/podman.conf", programs=("dockerd",))
     monkeypatch.setitem(engines.ENGINES, "podman", podman)
     setup(host, "--memory", "8GiB")
@@ -189,10 +192,10 @@ def test_every_engine_can_be_named():
     assert set(NAMES) == set(engines.ENGINES)
 
 
-# -- the way back --------------------------------------------------------------------------------------------------
+# -- undo ----------------------------------------------------------------------------------------------------------
 
 
-def test_undo_takes_back_all(host):
+def test_undo_reverts_everything(host):
     before = everything(host)
     setup(host, "--memory", "8GiB")
     done = setup(host, "--undo")
@@ -203,7 +206,7 @@ def test_undo_takes_back_all(host):
     assert setup(host, "--undo").output == f"{host.daemon}: nothing to do\n"
 
 
-def test_undo_says_what_is_kept(host):
+def test_undo_reports_what_it_keeps(host):
     setup(host, "--memory", "8GiB")
     host.daemon.write_text(json.dumps({**json.loads(host.daemon.read_text()), "debug": True}))
     done = setup(host, "--undo")
@@ -214,7 +217,7 @@ def test_undo_says_what_is_kept(host):
 @pytest.mark.parametrize(
     ("policies", "tenants", "why"), [(1, [], "1 policy in force"), (0, [{"tenant": "alice"}], "alice"), (0, [], "")]
 )
-def test_a_service_that_others_need_goes_on(policies, tenants, why, host):
+def test_undo_keeps_a_service_that_is_still_needed(policies, tenants, why, host):
     setup(host, "--memory", "8GiB")
     with agent(host.path, reload={"policies": policies}, snapshot={"tenants": tenants}):
         done = setup(host, "--undo")
@@ -231,7 +234,7 @@ def test_a_service_that_others_need_goes_on(policies, tenants, why, host):
         (("enabled", "active"), []),
     ],
 )
-def test_the_service_is_as_before_in_the_end(was, words, host):
+def test_undo_restores_the_state_of_the_service(was, words, host):
     for name in was:
         (host.path / name).touch()
     setup(host, "--memory", "8GiB")
@@ -242,7 +245,7 @@ def test_the_service_is_as_before_in_the_end(was, words, host):
 # -- failures ------------------------------------------------------------------------------------------------------
 
 
-def test_a_service_that_does_not_start(host):
+def test_a_service_that_does_not_start_is_an_error(host):
     (host.path / "fails").write_text("1")
     done = setup(host, "--memory", "8GiB")
     assert (done.exit_code, "does not start" in done.output) == (1, True)
@@ -256,7 +259,7 @@ def test_findings_of_doctor_are_printed(host):
     assert "kernel" not in done.output
 
 
-def test_an_agent_of_another_place_is_left_alone(host):
+def test_an_agent_of_another_installation_is_not_changed(host):
     with agent(host.path, ping={}):
         done = setup(host, "--memory", "8GiB")
     assert (done.exit_code, asked(host)) == (0, [])

@@ -1,4 +1,4 @@
-"""Tests of what a process sees of the gatekeeper's folder, with mounts of each kind in namespaces of their own."""
+"""Tests of a process's view of the gatekeeper's folder, with mounts of each kind in separate namespaces."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def program(host: Path) -> Iterator[Callable[[str], int]]:
         (f"{GIVEN}{OVER_RUN}mkdir -p {FOLDER}\n{GIVEN}", Mount.LIVE, Reason.UNUSED),
     ],
 )
-def test_each_kind(program: Callable[[str], int], more: str, kind: Mount, why: Reason) -> None:
+def test_each_kind_of_mount_is_recognized(program: Callable[[str], int], more: str, kind: Mount, why: Reason) -> None:
     pid = program(more)
     assert mount_of(pid) is kind
 
@@ -87,20 +87,20 @@ def test_each_kind(program: Callable[[str], int], more: str, kind: Mount, why: R
     assert reason(pid) is why
 
 
-def test_a_program_of_the_host_sees_the_folder_itself(program: Callable[[str], int], host: Path) -> None:
-    """`fgpu run` mounts the list alone."""
+def test_a_program_of_the_host_has_the_folder_itself(program: Callable[[str], int], host: Path) -> None:
+    """`fgpu run` mounts only the list."""
     pid = program(f"{LISTED}umount /run\nmount --bind /mnt/agent /run\n")
     assert mount_of(pid) is Mount.NONE
 
 
-def test_a_folder_counts_as_mounted_where_it_is_hidden(program: Callable[[str], int], host: Path) -> None:
-    """A detach must not remove it: the programs of the container would find a removed folder beside the shim."""
+def test_a_hidden_folder_counts_as_mounted(program: Callable[[str], int], host: Path) -> None:
+    """A detach must not remove it: programs of the container would find a removed folder beside the shim."""
     assert not is_mounted(host / "shim")
     program(ALSO_BESIDE + OVER_RUN)
     assert is_mounted(host / "shim")
 
 
-def test_one_process_of_each_namespace(program: Callable[[str], int]) -> None:
+def test_one_process_of_each_namespace_is_examined(program: Callable[[str], int]) -> None:
     one, other = program(""), program("")
     with subprocess.Popen(["nsenter", f"--target={one}", "--user", "--mount", "cat"], stdin=-1) as beside:
         eventually(lambda: Path(f"/proc/{beside.pid}/comm").read_text() == "cat\n", 5, "another program there")
@@ -108,6 +108,6 @@ def test_one_process_of_each_namespace(program: Callable[[str], int]) -> None:
         beside.communicate(timeout=5)
 
 
-def test_the_shim_and_the_engines_name_the_same_place() -> None:
+def test_the_shim_and_the_engines_use_the_same_path() -> None:
     assert f'PLACE("{BESIDE}"), PLACE(FGPU_SOCKET_DIR)' in (ROOT / "shim/link/hello.c").read_text()
     assert f'"{BESIDE}"' in (ROOT / "oci/edits.c").read_text()

@@ -1,4 +1,4 @@
-"""Tests of the reason why a process has no shim, with programs of each kind, and of the report."""
+"""Tests of the reason for which a process has no shim, with programs of each kind, and of the report."""
 
 from __future__ import annotations
 
@@ -54,22 +54,24 @@ def reason_of() -> Iterator[Any]:
 
 
 @pytest.mark.parametrize("flags", [["-static"], ["-static-pie"]])
-def test_static(program: Any, reason_of: Any, flags: list[str]) -> None:
+def test_a_static_program_has_the_reason_static(program: Any, reason_of: Any, flags: list[str]) -> None:
     assert reason_of(program("gcc", *flags)) is Reason.STATIC
 
 
-def test_musl(program: Any, reason_of: Any) -> None:
+def test_a_program_with_musl_has_the_reason_musl(program: Any, reason_of: Any) -> None:
     assert reason_of(program("musl-gcc")) is Reason.MUSL
     assert reason_of(program("musl-gcc", "-static")) is Reason.STATIC
 
 
-def test_nothing_mounted(program: Any, reason_of: Any) -> None:
+def test_a_program_without_the_mount_has_the_reason_not_mounted(program: Any, reason_of: Any) -> None:
     assert reason_of(program("gcc")) is Reason.NOT_MOUNTED
     loader = subprocess.run(["readelf", "-p", ".interp", program("gcc")], capture_output=True, text=True, check=True)
     assert reason_of(loader.stdout.split()[-1], program("gcc")) is Reason.NOT_MOUNTED, "its loader was called"
 
 
-def test_a_preload_list_without_the_shim(program: Any, reason_of: Any, tmp_path: Path) -> None:
+def test_a_preload_list_without_the_shim_gives_the_reason_not_loaded(
+    program: Any, reason_of: Any, tmp_path: Path
+) -> None:
     inside = ["unshare", "--map-root-user", "--mount", "sh", "-c", MOUNTED, "sh", str(tmp_path / "list")]
     assert reason_of(*inside, program("gcc")) is Reason.NOT_LOADED
 
@@ -90,7 +92,9 @@ exec chroot . "$2"
     ("lists", "why"),
     [("", Reason.NOT_MOUNTED), (LIST, Reason.OTHER_LOADER), (f"{LIST} {NIX_LIST}", Reason.NOT_LOADED)],
 )
-def test_a_program_that_nix_built(program: Any, reason_of: Any, tmp_path: Path, lists: str, why: Reason) -> None:
+def test_a_program_of_nix_has_the_reason_of_its_preload_list(
+    program: Any, reason_of: Any, tmp_path: Path, lists: str, why: Reason
+) -> None:
     loaders.of_nix(tmp_path / loaders.NIX_GLIBC)
     path = program("gcc", f"-Wl,--dynamic-linker=/{loaders.NIX_GLIBC}")
     shutil.copy(path, tmp_path / "nix/store/wait")
@@ -99,7 +103,7 @@ def test_a_program_that_nix_built(program: Any, reason_of: Any, tmp_path: Path, 
 
 
 def test_another_loader_is_named_and_cannot_forge_a_line(program: Any, tmp_path: Path) -> None:
-    """A path of the program's own choice, with a control character and more characters than are shown."""
+    """The program has chosen a path with a control character and more characters than are shown."""
     loader = tmp_path / "a\nb" / ("long" * 40) / "ld.so"
     loader.parent.mkdir(parents=True)
     shutil.copy(loaders.USUAL, loader)
@@ -125,20 +129,20 @@ line: .ascii "up\\n"
 """
 
 
-def test_a_32_bit_program(reason_of: Any, tmp_path: Path) -> None:
-    """It needs no 32-bit C library. The vector of such a program has entries of half the size."""
+def test_a_32_bit_program_has_the_reason_bits_32(reason_of: Any, tmp_path: Path) -> None:
+    """The test needs no 32-bit C library. The auxiliary vector of such a program has entries of half the size."""
     (tmp_path / "wait.s").write_text(EXIT_32_BIT)
     command = ["gcc", "-m32", "-nostdlib", "-static", "-o", tmp_path / "wait", tmp_path / "wait.s"]
     subprocess.run(command, check=True, timeout=30)
     assert reason_of(str(tmp_path / "wait")) is Reason.BITS_32
 
 
-def test_mounted_and_not_used(program: Any, reason_of: Any) -> None:
+def test_a_loaded_shim_without_hooks_in_use_has_the_reason_unused(program: Any, reason_of: Any) -> None:
     assert reason_of(program("gcc"), LD_PRELOAD=str(SHIM)) is Reason.UNUSED
 
 
-def test_an_unknown_shim(program: Any, tmp_path: Path) -> None:
-    """A shim is known by the contents of its file, not by its name."""
+def test_an_unknown_shim_has_the_reason_foreign(program: Any, tmp_path: Path) -> None:
+    """A shim is identified by the contents of its file, not by its name."""
     copy = Path(shutil.copy(SHIM, tmp_path / "libfgpu.so"))
     environment = {"LD_PRELOAD": str(copy)}
     with subprocess.Popen([program("gcc")], stdin=-1, stdout=-1, env=environment) as process:
@@ -155,14 +159,14 @@ def test_an_unknown_shim(program: Any, tmp_path: Path) -> None:
         process.communicate(b"\n", timeout=5)
 
 
-def test_gone() -> None:
+def test_an_ended_process_has_no_reason() -> None:
     ended = subprocess.Popen(["true"])
     ended.wait()
     assert reason(ended.pid) is None
 
 
-def test_a_reason_is_looked_up_once_in_a_life(program: Any) -> None:
-    """The process executes another program meanwhile: a second lookup would find another reason."""
+def test_a_reason_is_looked_up_once_for_each_process(program: Any) -> None:
+    """The process executes another program after the first lookup: a second lookup would find another reason."""
     reasons, ended = Reasons(), subprocess.Popen(["true"])
     shell = 'echo up; read _; exec "$1"'
     with subprocess.Popen(["sh", "-c", shell, "sh", program("gcc", "-static")], stdin=-1, stdout=-1) as process:

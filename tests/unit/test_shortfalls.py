@@ -1,4 +1,4 @@
-"""Tests of agent/shortfalls.py: which tenants are short of time, by how much, and which reason is given."""
+"""Tests of agent/shortfalls.py: which tenants have too little time, by how much, and for which reason."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ NS = 1_000_000_000
 
 @dataclass
 class Host:
-    """A clock, and counts of tenants that a test moves on. What each does in a second: owned, waited, entitled."""
+    """A clock, and counts of tenants that a test advances. The fields of a second are: owned, waited, entitled."""
 
     now: float = 100.0
     counts: dict[Key, TurnCounts] = field(default_factory=dict)
@@ -27,7 +27,7 @@ class Host:
         self.shortfalls = Shortfalls(lambda: self.counts, lambda level: f"tenant-{level}", self.history)
 
     def run(self, seconds: int, overruns: int = 0, **tenants: tuple[float, float, float]) -> None:
-        """Let time pass. `overruns`: of each tenant, in each second."""
+        """Let time pass. `overruns` is the number for each tenant in each second."""
         for _ in range(seconds):
             self.now += 1
             for name, (owned, waited, entitled) in tenants.items():
@@ -71,13 +71,13 @@ def test_a_tenant_with_less_is_named_with_the_tenant_that_had_more(host: Host) -
     assert host.told() == [("tenant-1", "short of time")]
 
 
-def test_it_ends(host: Host) -> None:
+def test_a_shortfall_ends(host: Host) -> None:
     host.run(12, t1=(0.55, 0.45, 0.75), t2=(0.45, 0.55, 0.25))
     host.run(10, t1=(0.75, 0.25, 0.75), t2=(0.25, 0.75, 0.25))
     assert host.found() == {}
 
 
-def test_work_in_flight_after_turns_is_a_reason(host: Host) -> None:
+def test_work_in_flight_after_turns_is_given_as_the_reason(host: Host) -> None:
     host.run(12, overruns=3, t1=(0.2, 0.8, 0.5), t2=(0.8, 0.2, 0.5))
     assert host.shortfalls.found[1, 0].why.endswith(
         "tenant-2 had 80.0% of 50.0%, and 30 of its turns ended with work in flight"
@@ -95,7 +95,7 @@ def test_a_tenant_that_does_not_want_more_is_not_short(host: Host) -> None:
     assert host.found() == {}
 
 
-def test_an_unfinished_wait_counts(host: Host) -> None:
+def test_an_unfinished_wait_is_counted(host: Host) -> None:
     host.run(1, t1=(0.0, 0.0, 0.5), t2=(1.0, 0.0, 0.5))
     waits = TurnCounts(entitled_millionths=500_000, since_ns=int(host.now * NS))
     for _ in range(LOOKS + 1):

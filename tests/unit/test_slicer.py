@@ -128,12 +128,12 @@ def world():
             program.ended.set()
 
 
-def test_without_a_share_gates_are_open_and_nothing_is_due(world):
+def test_gates_are_open_without_a_share_and_the_slicer_does_not_run(world):
     it = world(t7=Share())
     program = it.greet(1, 8, start=False)
     assert program.word() == Gate.OPEN
     it.run(1.0)
-    assert it.turns <= 11 + 1  # it looks for shares
+    assert it.turns <= 11 + 1  # for the poll of shares
 
 
 def test_a_slicer_that_is_notified_of_shares_does_not_poll(world):
@@ -147,14 +147,14 @@ def test_a_slicer_that_is_notified_of_shares_does_not_poll(world):
     it.until(lambda: all(p.word() & Gate.GATED for p in programs))
     turns = it.turns
     it.run(1.0)
-    assert it.turns - turns <= 3 + 2  # it publishes
+    assert it.turns - turns <= 3 + 2  # for the publication of counts
     it.slicer.ledger.given, it.slicer.ledger.version = {}, 3
-    late = it.greet(3, 8, start=False)  # it is not known yet
+    late = it.greet(3, 8, start=False)  # the slicer has no entry of it yet
     it.until(lambda: all(p.word() == Gate.OPEN for p in (*programs, late)))
 
 
-def test_shares_that_change_all_the_time_are_read_now_and_then(world):
-    """A tenant makes a cgroup with a share every 2 ms, for example. The last change still takes effect."""
+def test_continuously_changing_shares_are_read_at_intervals(world):
+    """A tenant creates a cgroup with a share every 2 ms, for example. The last change still takes effect."""
     it = world(t7=Share())
     it.slicer.is_told = True
     program, ledger, reads = it.greet(1, 7, start=False), it.slicer.ledger, []
@@ -195,7 +195,7 @@ def test_a_process_that_stops_waking_too_often_is_watched_again(world):
     it.until(lambda: not it.slicer._unwatched and it.slicer._watched)
 
 
-def test_a_gate_is_closed_before_it_is_seen_and_opens_for_a_waiting_thread(world):
+def test_a_gate_is_closed_before_its_first_read_and_opens_for_a_waiting_thread(world):
     it = world(t7=Share(limit_millionths=500_000))
     program = it.greet(1, 7, start=False)
     assert program.word() == Gate.GATED
@@ -206,7 +206,7 @@ def test_a_gate_is_closed_before_it_is_seen_and_opens_for_a_waiting_thread(world
     assert program.word() & Gate.GATED
 
 
-def test_alone_and_without_a_ceiling_it_is_free(world):
+def test_a_lone_tenant_without_a_ceiling_has_an_open_gate(world):
     it = world(t7=Share())
     program = it.greet(1, 7)
     it.until(lambda: program.word() == Gate.OPEN)
@@ -218,12 +218,12 @@ def test_nvml_s_figures_are_the_least_charge_of_a_tenant_with_a_ceiling(world):
     told, ran = it.slicer.ledger.told, it.slicer.ledger.ran
     it.until(lambda: (7, 0) in told)
     ran[7, 0] = 0
-    it.run(0.6)  # until it is published again
+    it.run(0.6)  # until the next publication
     before, ran[7, 0] = told[7, 0].owned_ns, 60 * 10**9
     it.until(lambda: told[7, 0].owned_ns - before > 50 * 10**9)
 
 
-def test_one_owner_at_a_time_each_with_its_turn(world):
+def test_tenants_own_the_device_one_at_a_time(world):
     it = world(t7=Share(), t8=Share())
     programs = [it.greet(1, 7), it.greet(2, 8)]
     it.until(lambda: all(p.word() & Gate.GATED for p in programs))
@@ -241,7 +241,7 @@ def test_one_owner_at_a_time_each_with_its_turn(world):
     assert counts[7, 0].entitled_millionths == pytest.approx(500_000, abs=1)
 
 
-def test_the_others_continue_when_an_owner_ends(world):
+def test_another_tenant_continues_when_an_owner_ends(world):
     it = world(t7=Share(quantum_ns=1_000_000_000), t8=Share(quantum_ns=1_000_000_000))
     programs = [it.greet(1, 7), it.greet(2, 8)]
     it.until(lambda: sum(p.is_open() for p in programs) == 1 and all(p.word() & Gate.GATED for p in programs))
@@ -254,7 +254,7 @@ def test_the_others_continue_when_an_owner_ends(world):
     assert time.monotonic() - began < 0.1
 
 
-def test_an_end_with_work_in_flight_is_reported_to_the_turns(world):
+def test_an_exit_with_work_in_flight_is_reported_to_the_turns(world):
     """Another process of the tenant continues, and has nothing in flight."""
     it = world(t7=Share(), t8=Share())
     liar, sibling = it.greet(1, 7, start=False), it.greet(2, 7, start=False)
@@ -289,7 +289,7 @@ def test_a_device_used_only_by_an_ended_process_has_no_tenant(world):
     it.until(lambda: (places[7].free_on, places[8].free_on) == ({0}, {1}))
 
 
-def test_a_unit_s_own_line_has_the_time_of_all_inside_it(world):
+def test_the_counts_of_a_unit_include_the_time_of_all_inside_it(world):
     it = world(t5=Share(), t7=Share(), t8=Share(weight=300), t9=Share())
     programs = [it.greet(1, 7, 9), it.greet(2, 8, 9), it.greet(3, 5)]
     told = it.slicer.ledger.told
@@ -308,7 +308,7 @@ def test_a_unit_s_own_line_has_the_time_of_all_inside_it(world):
     assert told[9, 0].owned_ns >= found[9].owned_ns
 
 
-def test_a_share_of_one_device_inside_one_of_two_leaves_neither_without_a_gate(world):
+def test_an_inner_share_of_one_device_keeps_the_gates_of_both_devices(world):
     """A tenant's cgroup with a share of one device must not remove the ceiling of the other device."""
     it, outer = world(t7=Share()), Share(limit_millionths=10_000)
     ledger = it.slicer.ledger
@@ -323,12 +323,12 @@ def test_a_share_of_one_device_inside_one_of_two_leaves_neither_without_a_gate(w
     program.status.devices[1].waiting, program.status.devices[1].launches = 0, 1
     program.status.flights[1].in_flight, program.status.flights[1].busy_until_ns = 1, 2**62
     it.until(lambda: not words[1] & Gate.OPEN)  # its ceiling is that of the outer level
-    it.run(0.6)  # it is published
+    it.run(0.6)  # until the publication
     assert not {key for key in ledger.told if key not in ledger.given}
 
 
 @pytest.mark.parametrize("share", [Share(), Share(limit_millionths=500_000)])
-def test_counters_stay_to_the_end_and_the_entitlement_does_not(world, share):
+def test_counters_of_a_removed_share_stay_and_its_entitlement_does_not(world, share):
     it = world(t7=share)
     program, told = it.greet(1, 7), it.slicer.ledger.told
     it.until(lambda: (7, 0) in told and told[7, 0].owner)
@@ -352,14 +352,14 @@ def test_removing_a_share_opens_the_gates_of_running_programs(world):
     assert time.monotonic() - began < 0.2
 
 
-def test_at_the_end_every_gate_is_open(world):
+def test_the_end_of_the_slicer_opens_every_gate(world):
     it = world(t7=Share(limit_millionths=10_000))
     program = it.greet(1, 7, start=False)
     it.slicer.end()
     assert program.word() == Gate.OPEN
 
 
-def test_a_ledger_that_cannot_be_read_is_asked_again(world):
+def test_a_ledger_that_cannot_be_read_is_read_again(world):
     it = world(t7=Share(), t8=Share())
     programs = [it.greet(1, 7), it.greet(2, 8)]
     it.until(lambda: all(p.word() & Gate.GATED for p in programs))
@@ -372,7 +372,7 @@ def test_a_ledger_that_cannot_be_read_is_asked_again(world):
 
 
 @pytest.mark.parametrize("part", ["_look", "_turns._look"])
-def test_a_defect_that_one_tenant_finds_does_not_stop_the_others(world, monkeypatch, part):
+def test_an_internal_error_for_one_tenant_does_not_stop_the_others(world, monkeypatch, part):
     it = world(t7=Share(), t8=Share(), t9=Share())
     programs = [it.greet(1, 7), it.greet(2, 8), it.greet(3, 9)]
     it.until(lambda: all(p.word() & Gate.GATED for p in programs))
@@ -406,7 +406,7 @@ def test_an_internal_error_ends_the_process_so_that_gates_open(world, monkeypatc
     assert ended == [os.EX_SOFTWARE]
 
 
-def test_a_process_that_wakes_without_end_is_not_watched(world):
+def test_a_process_that_wakes_the_slicer_without_end_is_not_watched(world):
     it = world(t7=Share(limit_millionths=500_000))
     program = it.greet(1, 7, start=False)
     stop = time.monotonic() + 1.0
@@ -445,8 +445,8 @@ def test_an_ignored_word_wakes_no_thread():
     assert wakes(0)
 
 
-def test_a_tenant_that_waits_for_an_owner_does_not_wake_the_slicer_and_is_seen_with_it(world):
-    """Only the owner is looked at, every 1.75 ms at most.
+def test_a_tenant_that_waits_for_an_owner_does_not_wake_the_slicer(world):
+    """Only the owner is checked, every 1.75 ms at most.
 
     An owner without a processor seems idle, and the other tenant gets the device: such rounds do not count.
     """
@@ -469,7 +469,7 @@ def test_a_tenant_that_waits_for_an_owner_does_not_wake_the_slicer_and_is_seen_w
 
 
 def test_a_share_removed_and_set_again_is_counted_again():
-    """The counts of its new place begin at 0, below the last reported ones."""
+    """The counts of its new slot begin at 0, below the last reported counts."""
     share = Share(limit_millionths=500_000)
     ledger, slicer = Ledger(L7=share), TimeSlicer()
     slicer.ledger = ledger
@@ -492,7 +492,7 @@ def test_a_share_removed_and_set_again_is_counted_again():
     assert published(0) == 0
 
 
-def test_a_gang_that_is_closed_between_kernels_that_wait_for_each_other_lets_the_missing_ones_go(world):
+def test_a_gang_s_missing_launches_proceed_after_its_gates_close(world):
     """The gates close after three launches on one device, before the matching launches on the other."""
     it = world(t7=Share(limit_millionths=500_000))
     ledger = it.slicer.ledger

@@ -62,7 +62,7 @@ def test_types_are_strict() -> None:
     assert mypy.keys() == {"python_version"}
 
 
-def test_nothing_is_left_out_by_ruff() -> None:
+def test_ruff_checks_every_file_with_every_rule() -> None:
     """Ruff excludes no file of the sources and silences no rule. `I` is the order of imports within a file."""
     lint = SETTINGS["ruff"]["lint"]
     assert {"B", "C90", "E", "F", "I", "UP", "W"} <= set(lint["select"])

@@ -1,4 +1,4 @@
-"""The suites of whole processes use the product as its users do: nothing that they import comes from fgpu_ebpf."""
+"""The suites of whole processes use the product as its users do: none of their imports comes from fgpu_ebpf."""
 
 from __future__ import annotations
 
@@ -50,17 +50,17 @@ def offenders(folder: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("folder", [LIBRARY, *(f"tests/{suite}" for suite in SUITES)])
-def test_nothing_of_the_product_is_imported(folder: str) -> None:
+def test_suites_of_whole_processes_import_nothing_of_the_product(folder: str) -> None:
     assert offenders(ROOT / folder) == []
 
 
-def test_an_import_of_the_product_is_found() -> None:
-    """The unit tests import the product: the search finds it there, also through another module."""
+def test_the_check_finds_an_import_of_the_product() -> None:
+    """The unit tests import the product. The search finds these imports, also through another module."""
     assert offenders(ROOT / "tests/unit")
     assert ROOT / "tests/unit/policy_kit.py" in reached(ROOT / "bench/policy.py")
 
 
-def test_the_library_imports_no_suite() -> None:
+def test_the_support_library_imports_no_suite() -> None:
     for file in (ROOT / LIBRARY).rglob("*.py"):
         own = ("tests.support", "tests.world")
         others = [name for name in imported(file) if name.startswith("tests.") and not name.startswith(own)]

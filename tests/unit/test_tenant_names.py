@@ -1,4 +1,4 @@
-"""Names of tenants: unique after any history, kept over restarts, given in the order in which cgroups were made."""
+"""Names of tenants are unique after any history, kept over restarts, and given in the order of cgroups' creation."""
 
 from __future__ import annotations
 
@@ -24,24 +24,24 @@ def put(names: TenantNames, *tenants: Tenant) -> dict[int, str]:
 
 
 def anywhere(path: str) -> int:
-    """Return an id: every cgroup of tenant() exists."""
+    """Return an id, as if every cgroup of tenant() existed."""
     return int(path[1:])
 
 
-# Few names, so that they meet; some look like what another tenant's would be with its id behind it.
+# Few names, so that they collide. Some equal another tenant's name with that tenant's id behind it.
 words = st.sampled_from(["job", "job-2", "job-3", "job-2-2", "job-3.2", "x" * NAME_CHARACTERS])
 batches = st.lists(
     st.tuples(
         st.dictionaries(st.integers(1, 6), words, max_size=6),  # put
         st.sets(st.integers(1, 6), max_size=3),  # then forgotten
-        st.sets(st.integers(1, 6), max_size=2),  # then gone, with memory left behind
+        st.sets(st.integers(1, 6), max_size=2),  # then removed, with memory left behind
         st.booleans(),  # then a restart
     ),
     max_size=6,
 )
 
 
-@settings(deadline=None)  # it writes files
+@settings(deadline=None)  # the test writes files
 @given(batches, st.randoms())
 def test_names_are_unique_after_any_history(tmp_path_factory, history, chance: random.Random):
     file = tmp_path_factory.mktemp("run") / FILE
@@ -65,7 +65,7 @@ def test_names_are_unique_after_any_history(tmp_path_factory, history, chance: r
         assert all(len(name) <= NAME_CHARACTERS for name in have.values())
 
 
-def test_the_oldest_cgroup_of_a_batch_has_the_name_itself():
+def test_the_oldest_cgroup_of_a_batch_has_the_name_without_a_suffix():
     for order in ((2, 3, 5), (5, 3, 2), (3, 5, 2)):
         assert put(TenantNames(), *(tenant(c, "job") for c in order)) == {2: "job", 3: "job-3", 5: "job-5"}
 
@@ -82,12 +82,12 @@ def test_a_restart_keeps_each_name(tmp_path):
     assert put(again, *(tenant(c, "job") for c in (2, 7, 3, 9))) == {3: "job", 2: "job-2", 7: "job-7", 9: "job-9"}
 
 
-def test_a_cgroup_that_is_gone_keeps_no_name(tmp_path):
+def test_a_removed_cgroup_keeps_no_name(tmp_path):
     names = TenantNames()
     names.keep_in(tmp_path / FILE, anywhere)
     put(names, tenant(2, "job"))
     again = TenantNames()
-    again.keep_in(tmp_path / FILE, lambda _: 11)  # another cgroup is there now
+    again.keep_in(tmp_path / FILE, lambda _: 11)  # another cgroup has this path now
     assert put(again, tenant(3, "job")) == {3: "job"}
 
 
@@ -98,7 +98,7 @@ def test_a_name_follows_the_tenant_s_label():
     assert put(names, tenant(5, "job-3")) == {5: "job-3"}
 
 
-def test_the_end_of_one_tenant_leaves_the_others_names():
+def test_the_end_of_one_tenant_changes_no_other_name():
     names = TenantNames()
     put(names, tenant(2, "job"), tenant(3, "job"))
     names.forget([3])
@@ -108,14 +108,14 @@ def test_the_end_of_one_tenant_leaves_the_others_names():
 
 
 @pytest.mark.parametrize("text", ["", "{", "[1]", "[[1]]", '[["x", 1, 2]]', "null", "[" * 1000, "5"])
-def test_a_file_that_cannot_be_read_has_no_names(tmp_path, text):
+def test_an_unreadable_file_has_no_names(tmp_path, text):
     (tmp_path / FILE).write_text(text)
     names = TenantNames()
     names.keep_in(tmp_path / FILE, anywhere)
     assert put(names, tenant(2, "job")) == {2: "job"}
 
 
-def test_a_file_that_cannot_be_written_ends_nothing(tmp_path, caplog):
+def test_a_file_that_cannot_be_written_causes_no_error(tmp_path, caplog):
     names = TenantNames()
     names.keep_in(tmp_path / "nowhere" / FILE, anywhere)
     assert put(names, tenant(2, "job"), tenant(3, "job")) == {2: "job", 3: "job-3"}

@@ -1,7 +1,7 @@
-"""Programs that synchronise each step: nothing is in flight while they think, and they get their shares nevertheless.
+"""Programs that synchronise each step: nothing is in flight while they think, and they still get their shares.
 
-A step's work is followed by a think time, with the late wake-up of a thread in it; the shim's estimates of the work in
-flight are too short or too long. Simulated time.
+A step's work is followed by a think time, which includes the late wake-up of a thread. The shim's estimates of the work
+in flight are too short or too long. Time is simulated.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ Think = Callable[[random.Random], float]
 
 
 def short(chance: random.Random) -> float:
-    """A synchronise, and the host's part of the next step."""
+    """Return the time of a synchronise, and of the host's part of the next step."""
     return chance.uniform(10 * US, 300 * US)
 
 
@@ -31,7 +31,7 @@ def longer(chance: random.Random) -> float:
 
 
 def with_pauses(chance: random.Random) -> float:
-    """Return a time with pauses: sometimes it loads data, or its thread wakes up late."""
+    """Return a time with pauses: sometimes the program loads data, or its thread wakes up late."""
     return chance.uniform(1 * MS, 5 * MS) if chance.random() < 0.05 else short(chance)
 
 
@@ -44,16 +44,17 @@ def wrong(chance: random.Random) -> float:
 
 
 def program(key: int, weight: int, think: Think, guess: Think = right, step_ns: int = 2_800 * US) -> Tenant:
-    """Return a program that launches kernels of 200 us, waits for all of a step, and thinks."""
+    """Return a program that launches kernels of 200 us, waits for all kernels of a step, and thinks."""
     chance = random.Random(key)
     loop = Loop(step_ns // (200 * US), lambda: int(think(chance)), lambda: guess(chance))
     return Tenant(key, Share(weight=100 * weight), steps=loop)
 
 
 def parts(it: World, rates: dict[int, float]) -> list[dict[int, float]]:
-    """The part of each tenant in windows of 2 s after the first, and in all of them together.
+    """Return the part of each tenant in windows of 2 s after the first, and in all windows together.
 
-    `rates`: the part of the time in which a program that is alone has work in flight; 1.0 for those not given.
+    `rates` is the part of the time in which a program that is alone has work in flight. Programs that are not listed
+    have 1.0.
     """
     it.run(WINDOW_SECONDS)
     first = {key: tenant.done_ns for key, tenant in it.tenants.items()}
@@ -89,14 +90,14 @@ def test_programs_that_synchronise_each_step_get_their_shares(
 
 @pytest.mark.parametrize("think", [short, longer])
 def test_a_program_that_synchronises_gets_its_share_beside_one_that_does_not(think: Think) -> None:
-    """It gets its part of what it does alone, because the time that it thinks in its turn counts as its own."""
+    """It gets its part of the work that it does alone, because its think time during its turn counts as its own."""
     alone = World(program(1, 3, think)).run(4.0).tenants[1].done_ns / (4.0 * S)
     assert_by_weight(World(program(1, 3, think, wrong), Tenant(2)), {1: alone})
 
 
 @pytest.mark.parametrize("think", [short, longer])
 def test_short_think_times_cost_neighbours_no_time(think: Think) -> None:
-    """Each has the device for as long as alone: what is lost is its own think times and the changes of turns."""
+    """Each tenant has the device for as long as alone, except for its own think times and the changes of turns."""
     alone = World(program(1, 1, think)).run(4.0).tenants[1].done_ns
     pair = World(program(1, 3, think, wrong), program(2, 1, think, wrong)).run(4.0)
     assert sum(tenant.done_ns for tenant in pair.tenants.values()) >= 0.97 * alone
@@ -114,19 +115,24 @@ def test_no_turn_passes_with_work_in_flight() -> None:
     st.sampled_from([short, longer, with_pauses]),
     st.sampled_from([right, wrong]),
 )
-def test_any_think_times_leave_service_by_weight(weights: list[int], step_ns: int, think: Think, guess: Think) -> None:
+def test_time_is_divided_by_weight_with_any_think_times(
+    weights: list[int], step_ns: int, think: Think, guess: Think
+) -> None:
     assert_by_weight(World(*(program(n + 1, weight, think, guess, step_ns) for n, weight in enumerate(weights))))
 
 
 def test_a_tenant_that_leaves_with_each_step_gains_nothing_over_its_share() -> None:
-    """It thinks for longer than any owner keeps its turn, so it leaves behind the clock and returns."""
+    """The tenant thinks for longer than any owner keeps its turn.
+
+    It therefore leaves behind the virtual clock and returns.
+    """
     leaver, busy = program(1, 1, lambda _: 4 * MS, step_ns=10 * MS), Tenant(2)
     it = World(leaver, busy).run(10.0)
     assert it.shares()[1] <= 0.5 + 0.01
 
 
 def test_a_false_report_of_think_times_gains_nothing() -> None:
-    """It says that it has rested for 10 s at each look."""
+    """The tenant reports at each step that it has rested for 10 s."""
     liar, honest = program(1, 1, longer, wrong), program(2, 1, longer, wrong)
     liar.restless = True
     it = World(liar, honest).run(10.0)
@@ -134,7 +140,7 @@ def test_a_false_report_of_think_times_gains_nothing() -> None:
 
 
 @pytest.mark.parametrize("pause_ms", [30, 100, 400])
-def test_a_tenant_that_comes_now_and_then_delays_its_neighbour_by_a_turn(pause_ms: int) -> None:
+def test_an_occasional_tenant_delays_its_neighbour_by_a_turn(pause_ms: int) -> None:
     visitor = Tenant(1, steps=Steps(50 * MS, (50 + pause_ms) * MS))
     busy = Tenant(2)
     it = World(visitor, busy).run(2.0)
@@ -145,7 +151,7 @@ def test_a_tenant_that_comes_now_and_then_delays_its_neighbour_by_a_turn(pause_m
 
 
 def test_an_owner_without_work_costs_its_neighbour_a_tenth_of_its_quantum() -> None:
-    """It has thought for 0.9 ms each time, and does not come back."""
+    """The owner has thought for 0.9 ms each time, and does not return."""
     owner, other = program(1, 1, lambda _: 900 * US), Tenant(2)
     it = World(owner, other).run(1.0)
     while not (it.is_open(owner) and it.turns.places[1].turn and not owner.flights):
@@ -156,7 +162,7 @@ def test_an_owner_without_work_costs_its_neighbour_a_tenth_of_its_quantum() -> N
     assert it.now - began <= MOST_NS + 1 * MS
 
 
-def test_patience_is_learned_and_bounded() -> None:
+def test_the_wait_for_a_thinking_owner_adapts_and_is_bounded() -> None:
     thinks = ThinkTimes()
     assert thinks.patience_ns(20 * MS) == IDLE_NS
     for ns in [100 * US] * 15 + [60 * S]:

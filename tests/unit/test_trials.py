@@ -1,4 +1,4 @@
-"""Tests of tests/trials.py: a test that failed while processors were taken is repeated, and no other."""
+"""Tests of tests/trials.py: only a test that failed while processors were taken away is repeated."""
 
 from __future__ import annotations
 
@@ -41,14 +41,14 @@ def test_hangs():
         time.sleep(1000)
     assert count == 3
 """
-# The second cannot be repeated, because of what it has left.
+# The second test cannot be repeated, because of the state that it has left.
 LEFT = """
 def test_leaves_nothing():
     pass
 def test_leaves_a_folder(tmp_path):
     (tmp_path.parent / "folder").mkdir()
 """
-# As if a hypervisor had taken this much of every trial. A real one may do so too.
+# As if a hypervisor had taken this much of every trial. A real hypervisor may do so too.
 TAKEN = """
 from tests import trials
 trials.WAIT_SECONDS = 0
@@ -60,7 +60,7 @@ trials.Trials.begin = lambda self: print("begun") or begin(self)
 
 
 class Taken:
-    """A clock by which a hypervisor takes this much of each second of two processors."""
+    """A clock of a machine whose hypervisor takes this much of each second of two processors."""
 
     def __init__(self, share: float, crowded: float = 0.0) -> None:
         self.share, self.crowded, self.seconds = share, crowded, 0
@@ -72,7 +72,7 @@ class Taken:
 
 @pytest.fixture
 def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """Return the seconds of each wait. The waits take no time."""
+    """Return the list of waits in seconds. The waits take no time."""
     waits: list[float] = []
     monkeypatch.setattr("time.sleep", waits.append)
     return waits
@@ -101,12 +101,14 @@ def later() -> float:
         (1.1 * STOLEN_SHARE, 1.1 * CROWDED_SHARE, MOST_STOLEN + MOST_CROWDED),
     ],
 )
-def test_only_what_was_taken_is_tried_again(waits: list[float], share: float, crowded: float, more: int) -> None:
+def test_only_tests_that_lost_processor_time_are_repeated(
+    waits: list[float], share: float, crowded: float, more: int
+) -> None:
     assert tries(Trials(later(), Taken(share, crowded))) == more
     assert waits == [WAIT_SECONDS] * more
 
 
-def test_a_run_ends(waits: list[float]) -> None:
+def test_no_trial_starts_after_the_time_limit_of_the_run(waits: list[float]) -> None:
     assert tries(Trials(time.monotonic(), Taken(0.3))) == 0
 
 
@@ -115,12 +117,12 @@ def test_time_taken_before_a_trial_does_not_count() -> None:
     trials = Trials(later(), clock)
     assert trials.taken().startswith("90% of them")
     trials.begin()
-    clock.share = clock.share * clock.seconds / (clock.seconds + 1)  # nothing of the next second was taken
+    clock.share = clock.share * clock.seconds / (clock.seconds + 1)  # nothing was taken of the next second
     clock.crowded = clock.crowded * clock.seconds / (clock.seconds + 1)
     assert trials.taken() == "0% of them was given to other machines; a program waited for one in 0% of the time"
 
 
-def test_the_kernels_clock() -> None:
+def test_the_clock_reads_the_kernel_s_figures() -> None:
     """The clock counts all of the time since the boot, and adds little."""
     before = psutil.cpu_times().steal
     now = Clock.now()
@@ -130,26 +132,26 @@ def test_the_kernels_clock() -> None:
 
 
 def asked(work: Path, tests: str, share: float, *options: str, crowded: float = 0.0) -> str:
-    """Return what pytest prints of these tests with the suites' own conftest.py."""
+    """Return pytest's output for these tests with the suites' own conftest.py."""
     taken = TAKEN.format(share=share, crowded=crowded)
     return asked_of_copy(work, tests, taken, "-s", "--rerun-show-tracebacks", *options).stdout
 
 
 @pytest.mark.parametrize(("share", "end", "failed"), [(0.3, "2 passed, 2 rerun", 2), (0.0, "1 failed, 1 passed", 1)])
-def test_pytest_asks(tmp_path: Path, share: float, end: str, failed: int) -> None:
+def test_pytest_repeats_a_test_that_lost_processor_time(tmp_path: Path, share: float, end: str, failed: int) -> None:
     out = asked(tmp_path, THIRD, share)
     assert re.search(rf"\b{end}\b", out), out
     assert out.count("begun") == sum(map(int, re.findall(r"\d+", end))), out
     assert out.count(f"{share:.0%} of them was given to other machines") == failed, out
 
 
-def test_each_trial_has_a_time_to_end_in(tmp_path: Path) -> None:
+def test_each_trial_has_its_own_timeout(tmp_path: Path) -> None:
     out = asked(tmp_path, HANGS, 0.3, "--timeout=2")
     assert re.search(r"\b1 passed, 2 rerun\b", out), out
     assert "Timeout (>2.0s)" in out
 
 
-def test_leftovers_of_a_trial_are_found(tmp_path: Path) -> None:
+def test_option_again_finds_state_that_a_trial_leaves(tmp_path: Path) -> None:
     assert re.search(r"\b2 passed\b", asked(tmp_path / "once", LEFT, 0.0))
     out = asked(tmp_path / "again", LEFT, 0.0, "--again")
     assert re.search(r"\b1 failed, 1 passed, 2 rerun\b", out), out

@@ -1,4 +1,4 @@
-"""Memory that no probe has seen a process take: how much there is, and what `onBypass: kill` does about it."""
+"""Memory that no probe has recorded: how much a process has, and the effect of `onBypass: kill`."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def child() -> Iterator[subprocess.Popen[bytes]]:
 
 
 def unwitnessed() -> Unwitnessed:
-    """Return one that looked before there was any process."""
+    """Return an instance that ran once before any process existed."""
     made = Unwitnessed({0: CONTEXT}, MODULES)
     assert made.find({}, ()) == {}
     return made
@@ -39,19 +39,19 @@ def found(**facts: Any) -> int:
     return unwitnessed().find({1: process(**facts)}, ()).get((1, 0), 0)
 
 
-def test_contexts_and_modules_explain_what_nvml_alone_shows() -> None:
+def test_contexts_and_modules_explain_unwitnessed_memory() -> None:
     assert found(overhead=2 * CONTEXT + MODULES, contexts=2) == 0
     assert found(overhead=2 * CONTEXT + MODULES + 7, contexts=2) == 7
 
 
 @pytest.mark.parametrize(("flags", "beyond"), [(0, 4 * MIB), (Seen.IMPORT, 0)])
-def test_an_importer_may_have_what_others_export(flags: int, beyond: int) -> None:
+def test_exports_of_others_explain_memory_of_an_importer(flags: int, beyond: int) -> None:
     exporter = process(exported=3 * MIB)
     importer = process(flags=flags, overhead=MODULES + 4 * MIB)
     assert unwitnessed().find({1: exporter, 2: importer}, [orphan(bytes_=MIB)]).get((2, 0), 0) == beyond
 
 
-def test_exports_of_a_process_explain_nothing_of_its_own() -> None:
+def test_exports_of_a_process_do_not_explain_its_own_memory() -> None:
     assert found(flags=Seen.IMPORT, overhead=MODULES + 4 * MIB, exported=4 * MIB) == 4 * MIB
 
 
@@ -68,8 +68,8 @@ def importer(bytes_: int, **facts: Any) -> Process:
         {"flags": Seen.EXPORT, "bytes_": 4 * MIB},
     ],
 )
-def test_memory_freed_by_an_exporter_stays_its_importers(exporter: dict[str, Any]) -> None:
-    """The driver shows it in the importer's row from then on. It may come there some looks later."""
+def test_memory_freed_by_an_exporter_explains_the_importer_s_row(exporter: dict[str, Any]) -> None:
+    """The driver then shows the memory in the importer's row, perhaps some comparisons later."""
     one = unwitnessed()
     assert one.find({1: process(**exporter), 2: importer(0)}, ()) == {}
     assert one.find({2: importer(0)}, [orphan(bytes_=4 * MIB)]) == {}
@@ -94,7 +94,7 @@ def test_freed_memory_explains_the_rows_of_one_importer() -> None:
     assert sum(one.find({2: importer(4 * MIB), 3: importer(4 * MIB)}, ()).values()) == 4 * MIB
 
 
-def test_an_importer_that_gives_it_back_may_not_take_it_again() -> None:
+def test_an_importer_that_has_released_imported_memory_may_not_allocate_it_again() -> None:
     one = unwitnessed()
     one.find({1: process(exported=4 * MIB), 2: importer(0)}, ())
     assert one.find({2: importer(4 * MIB)}, ()) == {}
@@ -102,7 +102,7 @@ def test_an_importer_that_gives_it_back_may_not_take_it_again() -> None:
     assert one.find({2: importer(4 * MIB)}, ()) == {(2, 0): 4 * MIB}
 
 
-def test_one_producer_after_another() -> None:
+def test_exports_of_successive_producers_are_added() -> None:
     one = unwitnessed()
     for number in range(1, 9):
         one.find({number: process(generation=number, exported=MIB), 100: importer((number - 1) * MIB)}, ())
@@ -151,14 +151,14 @@ def is_killed(child: subprocess.Popen[bytes]) -> bool:
 @pytest.mark.parametrize(
     ("facts", "dies"),
     [
-        ({"bytes_": 5 * MIB, "overhead": 5 * MIB}, True),  # no call of it was seen at all
+        ({"bytes_": 5 * MIB, "overhead": 5 * MIB}, True),  # no call of the process was witnessed
         ({"flags": Seen.CALL, "bytes_": 6 * MIB, "overhead": MODULES + 1}, True),
-        ({"flags": Seen.CALL, "bytes_": 6 * MIB, "overhead": MODULES}, False),  # the kernel's programs see to it
+        ({"flags": Seen.CALL, "bytes_": 6 * MIB, "overhead": MODULES}, False),  # the kernel's programs handle this case
         ({"flags": Seen.SHIM, "bytes_": 6 * MIB, "overhead": MODULES + 1}, True),
         ({"bytes_": 0}, False),
     ],
 )
-def test_a_process_beyond_its_limit_by_what_no_probe_saw_is_killed(
+def test_a_process_beyond_its_limit_by_unwitnessed_memory_is_killed(
     child: subprocess.Popen[bytes], facts: dict[str, Any], dies: bool
 ) -> None:
     host = Host(child.pid, **facts)
@@ -168,19 +168,19 @@ def test_a_process_beyond_its_limit_by_what_no_probe_saw_is_killed(
 
 
 @pytest.mark.parametrize("why", ["report", "observe", "spared", "within", "elsewhere", "another"])
-def test_a_process_is_not_killed(child: subprocess.Popen[bytes], why: str) -> None:
+def test_a_process_with_explained_memory_is_not_killed(child: subprocess.Popen[bytes], why: str) -> None:
     host = Host(child.pid, bytes_=5 * MIB, overhead=5 * MIB, levels=(8,) if why == "elsewhere" else (7,))
     host.is_spared = why == "spared"
     if why == "within":
         host.books.used = host.books.limit
-    if why == "another":  # the pid's ledger entry is of a later program
+    if why == "another":  # the pid's ledger entry belongs to a later program
         host.books.processes = {child.pid: SimpleNamespace(generation=10)}  # type: ignore[dict-item]
     host.look(kill=why != "report", observe=why == "observe")
     assert not is_killed(child)
     assert host.killed() == []
 
 
-def test_a_process_that_is_gone_is_no_error() -> None:
+def test_an_exited_process_is_no_error() -> None:
     ended = subprocess.Popen(["true"])
     ended.wait()
     host = Host(ended.pid, bytes_=5 * MIB)

@@ -1,4 +1,4 @@
-"""Tests of what tenants use: what one look enters by which source, and the store on disk."""
+"""Tests of usage: which amounts a sample adds from which source, and the store on disk."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ ALICE = Owner("alice", "research", "1000", (("team", "vision"),), (UNIT,))
 
 
 class Host:
-    """A tenant, level 7 inside level 1, with a process 71 that holds 2 GiB; NVML reports `percent`."""
+    """A tenant, level 7 inside level 1, with a process 71 that holds 2 GiB. NVML reports `percent`."""
 
     def __init__(self, monkeypatch, percent, counts=None):
         self.now, self.given, self.percent, self.counts = 1000.0, [], percent, counts
@@ -78,7 +78,7 @@ def test_each_sample_of_nvml_counts_once(monkeypatch):
     assert host.looks(1)["nvml"].run == pytest.approx(0.5 + 0.5 * 4), "a later sample stands for the time since"
 
 
-def test_a_tenant_with_turns_is_measured_by_them(monkeypatch):
+def test_a_tenant_with_turns_is_measured_by_its_turns(monkeypatch):
     host = Host(monkeypatch, {71: 100}, TurnCounts(owned_ns=5_000_000_000, wait_ns=1_000_000_000))
     host.looks(1)
     host.counts = TurnCounts(owned_ns=5_500_000_000, wait_ns=1_250_000_000)
@@ -94,7 +94,7 @@ def test_a_tenant_with_turns_is_measured_by_them(monkeypatch):
 
 @pytest.mark.parametrize("removed", [False, True])
 def test_the_last_turns_of_a_tenant_count(monkeypatch, removed):
-    """Its last process ends between two looks; its cgroup stays, or is removed with its counters."""
+    """Its last process ends between two samples. Its cgroup stays, or is removed with its counters."""
     host = Host(monkeypatch, {71: 100}, TurnCounts(owned_ns=5_000_000_000))
     host.looks(1)
     host.processes, last = {}, TurnCounts(owned_ns=5_400_000_000, wait_ns=300_000_000)
@@ -113,15 +113,15 @@ def test_the_last_turns_of_a_tenant_count(monkeypatch, removed):
     assert (place.owner, place.source, used) == (ALICE, "turns", pytest.approx(Used(0.4, 3 * GIB, 1.0, 1.0, 0.3)))
 
 
-def test_where_nvml_does_not_say_it_time_and_idleness_are_unknown(monkeypatch):
+def test_time_and_idleness_are_unknown_without_figures_of_nvml(monkeypatch):
     assert Host(monkeypatch, None).looks(2) == {"none": pytest.approx(Used(0.0, 6 * GIB, 2.0, 0.0, 0.0))}
 
 
-def test_a_pause_of_the_agent_is_not_entered_as_use(monkeypatch):
+def test_a_pause_of_the_agent_is_not_counted_as_use(monkeypatch):
     assert Host(monkeypatch, {71: 100}).looks(1, seconds=3600.0)["nvml"].run == usage_meter.MOST_SECONDS
 
 
-def test_amounts_are_handed_over_every_half_minute_and_once(monkeypatch):
+def test_amounts_are_stored_every_half_minute_and_only_once(monkeypatch):
     host = Host(monkeypatch, {71: 100})
     host.looks(29)
     assert not host.given
@@ -137,7 +137,7 @@ def used(tenant="alice", period=10, gpu="GPU-a", source="turns", seconds=1.0):
     return {Place(period, owner, gpu, source): Used(seconds, seconds, seconds, seconds, seconds)}
 
 
-def test_amounts_of_one_place_are_added_and_grouped(tmp_path):
+def test_amounts_of_one_tenant_and_device_are_added_and_grouped(tmp_path):
     file = tmp_path / "fgpu" / "usage.db"
     for amounts in (used(), used(seconds=2.0), used(gpu="GPU-b"), used("bob", source="nvml"), used(period=9)):
         usage_store.add(file, amounts)
@@ -169,7 +169,7 @@ def test_a_tenant_inside_another_one_of_the_same_group_counts_once(tmp_path, by,
     assert {group: of["turns"].run for group, of in found.items()} == expected
 
 
-def test_the_file_is_bounded_and_the_oldest_rows_go_first(tmp_path, monkeypatch):
+def test_the_file_is_bounded_and_loses_its_oldest_rows_first(tmp_path, monkeypatch):
     monkeypatch.setattr(usage_store, "MOST_ROWS", 100)
     file = tmp_path / "usage.db"
     for number in range(150):
@@ -180,7 +180,7 @@ def test_the_file_is_bounded_and_the_oldest_rows_go_first(tmp_path, monkeypatch)
     assert "t149" in usage_store.grouped(usage_store.read(0, file), "tenant")
 
 
-def test_what_cannot_be_written_is_written_later(tmp_path, caplog):
+def test_amounts_that_cannot_be_written_are_written_later(tmp_path, caplog):
     folder = tmp_path / "fgpu"
     folder.write_text("in the way")
     writer = Writer(folder / "usage.db")
@@ -195,7 +195,7 @@ def test_what_cannot_be_written_is_written_later(tmp_path, caplog):
     assert caplog.text.count("cannot be written") == 1
 
 
-def test_a_file_that_is_no_store_is_named(tmp_path):
+def test_a_file_that_is_no_store_is_reported(tmp_path):
     file = tmp_path / "usage.db"
     file.write_bytes(b"no database at all, but longer than a header of one would be" * 20)
     with pytest.raises(usage_store.StoreError, match="cannot be read"):
@@ -213,7 +213,7 @@ def stored(tmp_path, monkeypatch):
     monkeypatch.setattr(command.os, "geteuid", lambda: 0)
 
 
-def test_the_table_the_csv_and_the_json_say_the_source(stored):
+def test_table_csv_and_json_contain_the_source(stored):
     table = CliRunner().invoke(command.usage, []).output
     assert [line.split() for line in table.splitlines()[1:]] == [
         ["alice", "turns", "2.00", "0.00", "2.00", "2.00", "2.00"], ["bob", "none", "-", "0.00", "1.00", "-", "1.00"],
@@ -228,7 +228,7 @@ def test_the_table_the_csv_and_the_json_say_the_source(stored):
 
 
 @pytest.mark.parametrize("words", [["--since", "1y"], ["--since", ""], ["--by", "color"]])
-def test_wrong_words_are_refused_with_the_right_ones(words):
+def test_invalid_arguments_are_refused_with_the_valid_ones(words):
     done = CliRunner().invoke(command.usage, words)
     assert done.exit_code == 2
     assert "7d" in done.output or "label:NAME" in done.output

@@ -1,4 +1,4 @@
-"""Tests of the view of a tenant: drift, if every process was compared, and the processes that bypass the shim."""
+"""Tests of the view of a tenant: its drift, if every process was compared, and the processes that bypass the shim."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_drift_is_known_for_all_processes_or_for_none(
     ("flags", "bytes_", "how"),
     [(0, 5, "unwitnessed"), (Seen.CALL, 5, "no_shim"), (Seen.CALL, 0, ""), (Seen.SHIM | Seen.CALL, 5, "")],
 )
-def test_only_a_live_process_is_a_bypass(flags: int, bytes_: int, how: str) -> None:
+def test_only_a_living_process_is_a_bypass(flags: int, bytes_: int, how: str) -> None:
     known = Bypasses((), (), (), (), Verdict(), Reasons())
     process = SimpleNamespace(flags=flags, bytes=(bytes_,))
     ended = subprocess.Popen(["true"])

@@ -1,4 +1,4 @@
-"""Tests of a peer's identity on kernels whose sockets know only its pid, and of a pidfd's /proc entry there."""
+"""Tests of a peer's identity on kernels whose sockets have only its pid, and of the /proc entry of a pidfd there."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(procfs, "_PIDFD_GET_PID_NAMESPACE", 0xEE05)
 
 
-def test_no_process_of_that_pid_has_ended_since(sock):
+def test_a_peer_is_identified_if_no_process_of_its_pid_has_ended_since(sock):
     pidfd = PeerIdentifier(lambda pid: 0 if pid == os.getpid() else None).pidfd(sock)
     assert procfs.identity(pidfd)[0] == os.getpid()
     os.close(pidfd)
@@ -43,14 +43,14 @@ def test_a_peer_that_may_be_another_process_is_not_identified(sock, ended):
         found.pidfd(sock)
 
 
-def test_an_end_before_the_connection_is_of_another_process(sock):
+def test_an_exit_before_the_connection_belongs_to_another_process(sock):
     ended_ns = monotonic_ns()
     found = PeerIdentifier(lambda _: ended_ns)
     found.none_waiting(monotonic_ns())
     os.close(found.pidfd(sock))
 
 
-def test_proc_and_the_pidfd_agree(monkeypatch):
+def test_proc_and_the_pidfd_give_the_same_identity(monkeypatch):
     pidfd = os.pidfd_open(os.getpid())
     said = procfs.identity(pidfd), procfs.pid_space(pidfd)
     monkeypatch.setattr(procfs, "_PIDFD_GET_INFO", 0xC040EE0B)

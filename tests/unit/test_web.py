@@ -1,4 +1,4 @@
-"""Tests of the metrics address: eight requests at a time; incomplete requests keep no other request out."""
+"""Tests of the metrics address: eight requests at a time, and incomplete requests do not exclude other requests."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def silent(server: HttpServer) -> socket.socket:
     return socket.create_connection(("127.0.0.1", server.server_port), timeout=5)
 
 
-def test_it_answers(server: HttpServer) -> None:
+def test_the_server_answers_a_request(server: HttpServer) -> None:
     assert ask(server) == b"fine"
 
 
@@ -80,8 +80,8 @@ def test_silent_connections_have_no_thread_and_are_closed(server: HttpServer) ->
         sock.close()
 
 
-def test_connections_that_drip_keep_no_request_out(server: HttpServer) -> None:
-    """The connections, as many as may wait, send single bytes and reconnect as soon as they are closed."""
+def test_slow_connections_prevent_no_request(server: HttpServer) -> None:
+    """The connections, as many as may wait, send single bytes and reconnect as soon as the server closes them."""
     ended = threading.Event()
 
     def drip() -> None:
@@ -108,13 +108,13 @@ def test_connections_that_drip_keep_no_request_out(server: HttpServer) -> None:
             dripper.join()
 
 
-def test_requests_beyond_eight_wait_for_a_place() -> None:
+def test_requests_beyond_eight_wait_for_a_thread() -> None:
     go, most = threading.Event(), 0
     before = threading.active_count()
 
     def slow(_: dict[str, Any], start: Any) -> Iterable[bytes]:
         nonlocal most
-        most = max(most, threading.active_count() - before - 1)  # the loop's own thread
+        most = max(most, threading.active_count() - before - 1)  # without the loop's own thread
         go.wait(0.5)
         start("200 OK", [("Content-Type", "text/plain")])
         return [b"fine"]
@@ -150,7 +150,7 @@ def test_clients_that_do_not_read_their_replies_make_room_for_others(monkeypatch
 
 
 @pytest.mark.parametrize("head", [b"G" * (1 << 20), b"\0" * 100_000, b"GET / HTTP/1.0\r\nX: " + b"y" * (1 << 20)])
-def test_a_head_without_end_closes_the_connection(server: HttpServer, head: bytes) -> None:
+def test_an_endless_request_head_closes_the_connection(server: HttpServer, head: bytes) -> None:
     with silent(server) as sock:
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):
             sock.sendall(head)
@@ -159,7 +159,7 @@ def test_a_head_without_end_closes_the_connection(server: HttpServer, head: byte
     assert ask(server) == b"fine"
 
 
-def test_a_connection_that_drips_is_closed_too(server: HttpServer) -> None:
+def test_a_slow_connection_is_closed(server: HttpServer) -> None:
     sock, began = silent(server), time.monotonic()
     with contextlib.suppress(BrokenPipeError, ConnectionResetError):
         while time.monotonic() - began < 10:
@@ -168,12 +168,12 @@ def test_a_connection_that_drips_is_closed_too(server: HttpServer) -> None:
     assert time.monotonic() - began < 4
 
 
-def test_a_taken_address_is_reported(server: HttpServer) -> None:
+def test_an_address_in_use_is_reported(server: HttpServer) -> None:
     with pytest.raises(OSError, match="in use"):
         HttpServer("127.0.0.1", server.server_port, app)
 
 
-def test_both_families() -> None:
+def test_the_server_supports_ipv4_and_ipv6() -> None:
     one = HttpServer("::1", 0, app)
     assert one.address_family == socket.AF_INET6
     one.server_close()
@@ -186,13 +186,13 @@ def status_of(method: str, path: str, fault: str = "") -> tuple[str, bytes]:
     return said[0], body
 
 
-def test_paths() -> None:
+def test_requests_are_routed_by_path() -> None:
     assert status_of("GET", "/metrics") == status_of("GET", "/") == status_of("GET", "") == ("200 OK", b"fine")
     assert status_of("GET", "/x") == ("404 Not Found", b"no such path: / /metrics /readyz\n")
     assert status_of("HEAD", "/metrics/") == ("404 Not Found", b"")
 
 
-def test_health() -> None:
+def test_readyz_reports_the_fault() -> None:
     assert status_of("GET", "/readyz") == ("200 OK", b"ok\n")
     assert status_of("GET", "/readyz", "no driver: \u2026") == (
         "503 Service Unavailable",
@@ -229,7 +229,7 @@ STRANGE = [
         ("", ("gpu1.example",), [*OWN, "gpu1.example"], STRANGE),
     ],
 )
-def test_only_its_names_are_accepted(
+def test_only_the_server_s_host_names_are_accepted(
     address: str, names: tuple[str, ...], answered: list[str | None], refused: list[str]
 ) -> None:
     with serving(HttpServer(address, 0, app, names)) as server:

@@ -1,4 +1,4 @@
-"""Tests of cgroups, overrides and TARGETs, with a tree made of folders."""
+"""Tests of cgroups, overrides and TARGETs, with a tree of folders."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def test_walk_finds_every_cgroup_but_the_root_outer_ones_first(workloads, root):
     assert all(found.index(path.rpartition("/")[0]) < found.index(path) for path in found if path.count("/") > 1)
 
 
-def test_a_cgroup_made_again_under_the_same_path_is_another(workloads, root):
+def test_a_recreated_cgroup_of_the_same_path_is_another_cgroup(workloads, root):
     before = workloads.cgroup("/a/b/c")
     (root / "a/b/c").rename(root / "moved")
     assert workloads.cgroup("/a/b/c") is None
@@ -41,7 +41,7 @@ def test_a_cgroup_made_again_under_the_same_path_is_another(workloads, root):
 
 
 @pytest.mark.parametrize("name", ["../x", "a/b", ".hidden", "x" * 200, "new\nline"])
-def test_invalid_names(workloads, name):
+def test_invalid_names_are_refused(workloads, name):
     with pytest.raises(TargetError):
         workloads.make(name)
 
@@ -53,7 +53,7 @@ def test_make_finds_a_free_number(workloads):
         workloads.make("mine")
 
 
-def test_populated_and_pids_are_what_the_files_say(workloads, root):
+def test_populated_and_pids_are_read_from_the_files(workloads, root):
     (root / "a/cgroup.events").write_text("populated 1\nfrozen 0\n")
     (root / "a/cgroup.procs").write_text("12\n345\n")
     assert workloads.is_populated("/a")
@@ -62,10 +62,10 @@ def test_populated_and_pids_are_what_the_files_say(workloads, root):
     assert workloads.pids("/gone") == []
 
 
-# -- what was set by hand
+# -- overrides
 
 
-def test_the_file_brings_overrides_back(tmp_path):
+def test_overrides_are_restored_from_the_file(tmp_path):
     one = Override(23, "/a/b", 5, "tenant", True)
     overrides = Overrides(tmp_path / "overrides.json")
     overrides.put(one)
@@ -74,7 +74,7 @@ def test_the_file_brings_overrides_back(tmp_path):
     assert list(Overrides(tmp_path / "overrides.json")) == [one]
 
 
-def test_a_percentage_is_kept_and_an_older_agent_reads_a_file_that_has_none(tmp_path):
+def test_a_percentage_is_stored_and_a_file_without_one_stays_readable_for_older_agents(tmp_path):
     file = tmp_path / "overrides.json"
     overrides = Overrides(file)
     overrides.put(Override(23, "/a", 4 << 20))
@@ -84,12 +84,12 @@ def test_a_percentage_is_kept_and_an_older_agent_reads_a_file_that_has_none(tmp_
 
 
 @pytest.mark.parametrize("text", ["", "{", "[1]", '[{"cgroup": 1}]', "null", "[" * 1000])
-def test_a_broken_file_has_no_overrides(tmp_path, text):
+def test_an_invalid_file_has_no_overrides(tmp_path, text):
     (tmp_path / "overrides.json").write_text(text)
     assert list(Overrides(tmp_path / "overrides.json")) == []
 
 
-def test_an_override_that_cannot_be_kept_is_not_taken(tmp_path):
+def test_an_override_that_cannot_be_stored_is_not_applied(tmp_path):
     overrides = Overrides(tmp_path / "nowhere/overrides.json")
     with pytest.raises(OSError, match="nowhere"):
         overrides.put(Override(23, "/a", 5))
@@ -115,14 +115,14 @@ def find(workloads):
         ("x.service", "/system.slice/x.service"),
     ],
 )
-def test_targets(find, target, path):
+def test_every_form_of_target_is_resolved(find, target, path):
     assert find(target) == path
 
 
 @pytest.mark.parametrize(
     "target", ["/nowhere", "/a/../../etc", "/..", "pid/999999999", "pid/x", "nobody", "", "unit/y.service", "1f3"]
 )
-def test_missing_targets(find, target):
+def test_missing_targets_are_errors(find, target):
     with pytest.raises(TargetError):
         find(target)
 

@@ -1,4 +1,4 @@
-"""Tests of tests/world.py: what a command has for itself, and what is left of it."""
+"""Tests of tests/world.py: the resources that a command has for itself, and that nothing remains of it."""
 
 from __future__ import annotations
 
@@ -44,14 +44,14 @@ def test_folders_are_private(tmp_path: Path) -> None:
     assert not Path("/sys/fs/bpf/mine").exists()
 
 
-def test_the_copies_of_driver_and_shim_are_other_files() -> None:
+def test_the_copies_of_driver_and_shim_are_separate_files() -> None:
     library = ROOT / "build/sim/lib/libcuda.so.1"
     done = in_world("stat", "--dereference", "--format=%d %i", library)
     assert done.stdout.split() != [str(library.stat().st_dev), str(library.stat().st_ino)]
 
 
-def test_nothing_is_left(tmp_path: Path) -> None:
-    """The status of the command is returned, and processes that it leaves are killed."""
+def test_nothing_remains_of_a_command(tmp_path: Path) -> None:
+    """The status of the command is returned. Processes that the command leaves are killed."""
     file = tmp_path / "pid"
     done = in_world("sh", "-c", f"setsid sleep 1000 >/dev/null 2>&1 & echo $! >{file}; exit 7")
     assert done.returncode == 7
@@ -59,7 +59,7 @@ def test_nothing_is_left(tmp_path: Path) -> None:
     assert not any((world.cgroup2() / world.FOLDER).glob("run-*"))
 
 
-def test_paths_of_the_hierarchy_are_those_of_the_namespace() -> None:
+def test_paths_of_cgroups_are_those_of_the_namespace() -> None:
     """The kernel's tracepoints name cgroups from the root of the hierarchy."""
     root, itself, below, beside = in_world(sys.executable, "-c", NAMES).stdout.split()
     assert f"/{world.FOLDER}/run-" in root
@@ -68,10 +68,10 @@ def test_paths_of_the_hierarchy_are_those_of_the_namespace() -> None:
 
 @pytest.mark.parametrize(("signals", "status"), [([signal.SIGTERM], 5), ([signal.SIGTERM, signal.SIGHUP], 137)])
 def test_a_signal_ends_a_command_at_once(signals: list[signal.Signals], status: int) -> None:
-    """The first signal is a Ctrl-C for the command, and the next one kills it."""
+    """The first signal is a Ctrl-C for the command. The next signal kills it."""
     ends = "exit 5" if len(signals) == 1 else "echo asked"
     script = f'trap "{ends}" INT; echo up; while :; do sleep 0.1; done'
-    command = [*RUN, *RUN, "--clear", "sh", "-c", script]  # it clears inside a world of its own
+    command = [*RUN, *RUN, "--clear", "sh", "-c", script]  # the inner command clears inside its own world
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT) as process:
         try:
             assert process.stdout
@@ -89,13 +89,16 @@ def _clear() -> None:
 
 
 def _clear_until_ended(workers: list[psutil.Process]) -> None:
-    """Clear the worlds until all workers have exited, because one may enter its world after pytest was killed."""
+    """Clear the worlds until all workers have exited.
+
+    A worker may enter its world after pytest was killed.
+    """
     eventually(lambda: _clear() or not any(worker.is_running() for worker in workers), 30, "the end of the workers")
 
 
 @pytest.mark.slow
-def test_after_kill_9_the_next_run_begins_as_the_first(scale: Callable[[int, int, int], int]) -> None:
-    """Pytest is killed at a random time; its worlds are cleared, as `./dev test` does, and the same tests pass."""
+def test_a_run_after_kill_9_starts_like_the_first_run(scale: Callable[[int, int, int], int]) -> None:
+    """Pytest is killed at a random time. Its worlds are cleared, as `./dev test` does, and the same tests pass."""
     command = [sys.executable, "-m", "pytest", "-q", "--numprocesses=2", "tests/e2e/test_race.py"]
     environment = os.environ | {"FGPU_TEST_WORLDS": "2", "FGPU_TEST_SCALE": "quick"}
     moments = random.Random(os.environ.get("FGPU_TEST_SCALE"))

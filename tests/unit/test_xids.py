@@ -25,7 +25,7 @@ HANDLES = [pynvml.c_nvmlDevice_t(pynvml.struct_c_nvmlDevice_t()) for _ in range(
 
 
 class Library:
-    """A stand-in for NVML's events: which ones come, which devices can be registered, which sets exist."""
+    """A stand-in for NVML's events: which events come, which devices can be registered, and which event sets exist."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.coming: list[Any] = []
@@ -79,14 +79,14 @@ def library(monkeypatch: pytest.MonkeyPatch) -> Library:
     return Library(monkeypatch)
 
 
-def test_events_are_taken_in_their_order_and_once(library: Library) -> None:
+def test_events_are_processed_in_their_order_and_once(library: Library) -> None:
     library.coming = [event(2, 79), event(0, 31), event(1, 5, pynvml.nvmlEventTypePState), event(0, 31)]
     assert library.nvml.xids() == [(2, 79), (0, 31), (0, 31)]
     assert library.nvml.xids() == []
     assert (library.nvml.watched(), library.made) == ({0, 1, 2}, 1)
 
 
-def test_a_flood_of_events_ends_a_look_and_no_event(library: Library) -> None:
+def test_a_flood_of_events_ends_a_read_and_loses_no_event(library: Library) -> None:
     library.coming = [event(0, 13)] * 150
     assert [len(library.nvml.xids()) for _ in range(4)] == [64, 64, 22, 0]
 
@@ -102,7 +102,7 @@ def test_an_event_of_an_unknown_handle_counts_for_every_device(library: Library)
     assert library.nvml.xids() == [(0, 79), (1, 79), (2, 79)]
 
 
-def test_events_before_an_error_are_kept_and_the_next_look_registers_again(library: Library) -> None:
+def test_events_before_an_error_are_kept_and_the_next_read_registers_again(library: Library) -> None:
     library.coming = [event(1, 79), pynvml.NVMLError(pynvml.NVML_ERROR_GPU_IS_LOST), event(0, 48)]
     assert library.nvml.xids() == [(1, 79)]
     assert library.nvml.watched() == set()
@@ -124,8 +124,8 @@ def test_devices_found_again_are_reported_once(library: Library, monkeypatch: py
     assert library.freed == library.made - 1, "the one in use"
 
 
-def test_without_an_event_set_nothing_is_watched(library: Library, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The library is too old, or the driver is gone."""
+def test_no_device_is_watched_without_an_event_set(library: Library, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The library is too old, or the driver is missing."""
 
     def refuse() -> None:
         raise pynvml.NVMLError(pynvml.NVML_ERROR_FUNCTION_NOT_FOUND)
@@ -134,7 +134,7 @@ def test_without_an_event_set_nothing_is_watched(library: Library, monkeypatch: 
     assert (library.nvml.xids(), library.nvml.watched()) == ([], frozenset())
 
 
-# -- whose mistake -------------------------------------------------------------------------------------------------
+# -- errors of programs or of the device ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("xid", [13, 31, 43, 45, 68, 109])
@@ -142,7 +142,7 @@ def test_errors_of_programs_are_only_counted(xid: int) -> None:
     assert Tally().take([0], [(0, xid), (0, xid)]) == {0: Reported({xid: 2}, 2)}
 
 
-def test_the_first_that_no_program_causes_stays_until_the_device_is_found_again() -> None:
+def test_the_first_device_error_stays_until_the_device_is_found_again() -> None:
     tally = Tally()
     assert tally.take([0, 1], []) == {0: Reported({}), 1: Reported({})}
     assert tally.take([0, 1], [(1, 31), (1, 48), (1, 79)])[1] == Reported({31: 1, 48: 1, 79: 1}, 1, 48)
@@ -172,7 +172,7 @@ def test_a_record_holds_over_restarts_and_ends_with_the_lifetime_of_the_driver(t
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "null", '{"of": "a"}', '{"of": "a", "fatal": [1]}', "[" * 10**5])
-def test_an_invalid_record_says_nothing(tmp_path: Path, text: str) -> None:
+def test_an_invalid_record_is_ignored(tmp_path: Path, text: str) -> None:
     (tmp_path / "xids.json").write_text(text)
     devices = [Device(0, bytes(16), "", "", 1, 1)]
     assert XidRecord(tmp_path / "xids.json", "a").tally((), devices).take([], []) == {}
@@ -199,7 +199,7 @@ def test_a_driver_that_is_loaded_again_has_another_lifetime(tmp_path: Path) -> N
     assert lifetime(tmp_path / "boot", tmp_path / "gone") != before
 
 
-# -- what is said ---------------------------------------------------------------------------------------------------
+# -- messages -------------------------------------------------------------------------------------------------------
 
 
 def view(index: int, **more: Any) -> dict[str, Any]:
@@ -223,7 +223,7 @@ def test_no_share_of_a_failed_device_is_offered() -> None:
     assert [offers._failure(index) for index in (0, 1)] == ["it has reported XID 79", ""]
 
 
-def test_events_list_each_and_its_number() -> None:
+def test_events_lists_each_xid_with_its_number() -> None:
     before, after = Truth(xids={0: Reported({31: 2}, 2)}), Truth(xids={0: Reported({31: 3, 79: 1}, 3, 79)})
     truths, history = iter([before, before, after]), EventLog()
     news = XidReports(lambda: next(truths), history)

@@ -1,4 +1,4 @@
-"""Snapshots to look at, as the agent sends them."""
+"""Snapshots for the tests of views, as the agent sends them."""
 
 from __future__ import annotations
 

@@ -112,25 +112,28 @@ class Pod:
 
 
 class Hub:
-    """The container's first process. It reads the lines that are written here."""
+    """The container's first process. It reads the lines that are written to this object."""
 
     def __init__(self, fifo: Path) -> None:
         self.stdin = open(os.open(fifo, os.O_RDWR), "wb", buffering=0)  # noqa: SIM115
 
 
 class Containerd(Place):
-    """containerd with the cgroupfs driver, at the socket where the agent looks for it."""
+    """containerd with the cgroupfs driver, at the socket that the agent uses."""
 
     group = "/kubepods/burstable"
-    pods = itertools.count(1)  # for their uids, which must all be different
+    pods = itertools.count(1)  # for their uids, which must all differ
 
     def __init__(self, work: Path, where: Path, labels: Mapping[str, str], enter: Sequence[str] = OWN_MOUNTS) -> None:
-        """`labels`: the image's. `enter`: a command that runs the engine where it finds cgroups."""
+        """Start the engine.
+
+        `labels` are those of the image. `enter` is a command that runs the engine in a namespace with its cgroups.
+        """
         super().__init__(work)
         self._running: list[Pod] = []
         preload = work / "ld.so.preload"
         preload.write_text(f"{SHIM}\n")
-        # The mounts that every container gets: its place in the container, and the host's.
+        # The mounts that every container gets: its path in the container, and the host's path.
         self.shim = {str(SHIM): str(SHIM), "/run/fgpu/shim": "/run/fgpu/shim", "/etc/ld.so.preload": str(preload)}
         (work / "runtime").write_text(RUNTIME)
         (work / "runtime").chmod(0o755)
@@ -180,7 +183,10 @@ class Containerd(Place):
         return answer[2 : 2 + answer[1]].decode() if answer else ""
 
     def stop(self, method: str, request: bytes) -> None:
-        """Stop a container or pod. A container may exit meanwhile, and its shim with it: then kubelet asks again."""
+        """Stop a container or pod.
+
+        A container and its containerd-shim may exit during the call. Then the call is repeated, as by kubelet.
+        """
 
         def is_done() -> bool:
             try:

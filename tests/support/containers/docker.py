@@ -1,4 +1,4 @@
-"""Docker itself, separate for one test: containers with labels, and a socket on which it can be made to stall."""
+"""Docker itself, separate for one test: containers with labels, and a socket that a test can stall."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ DOCKERD = next((str(ENGINES / f / "dockerd") for f in FOLDERS if (ENGINES / f / 
 
 
 class Docker(Place):
-    """dockerd with the cgroupfs driver, on a private socket. `socket` is where the agent looks for it."""
+    """dockerd with the cgroupfs driver, on a private socket. `socket` is the one that the agent uses."""
 
     group = "/docker"
 
@@ -43,7 +43,7 @@ class Docker(Place):
         options = ["--data-root", work / "data", "--exec-root", self._state, "--pidfile", work / "pid"]
         options += ["--host", f"unix://{self._own}", "--storage-driver=vfs", "--iptables=false", "--bridge=none"]
         options += ["--exec-opt", "native.cgroupdriver=cgroupfs", *more]
-        # A dockerd that starts removes containers with --rm, even those that run.
+        # A dockerd that starts removes containers with --rm, even running ones.
         self._removed = [] if "--live-restore" in more else ["--rm"]
         self._mounts = -1  # descriptor of the mount namespace of a killed daemon
         self._enter = ["unshare", "-m", "sh", "-c", PRIVATE_MOUNTS, "sh"]
@@ -71,11 +71,11 @@ class Docker(Place):
         self._enter = ["nsenter", f"--mount=/proc/self/fd/{self._mounts}"]
         self._daemon.kill()
         self._daemon.wait(10)
-        # If pid 1 does not reap children, the next dockerd would take the zombie for a containerd that runs.
+        # If pid 1 does not reap children, the next dockerd would treat the zombie as a running containerd.
         (self._state / "containerd/containerd.pid").unlink(missing_ok=True)
 
     def open(self) -> None:
-        """Let the agent reach it (again)."""
+        """Make the engine reachable for the agent (again)."""
         self.socket = Front(self._where, self._own)
 
     def _docker(self, *words: str | Path) -> list[str]:
@@ -104,12 +104,12 @@ class Docker(Place):
         return name
 
     def container(self, labels: Mapping[str, str], image: Mapping[str, str] | None = None) -> Tenant:
-        """Start a container with these labels, of an image with those. No limit is set by hand."""
+        """Start a container with these labels, from an image with those labels. No limit is set by hand."""
         self._labels, self._image = labels, self.image(image or {})
         return self.tenant(None)
 
     def named(self, name: str) -> Tenant:
-        """Start a container of that name, with the labels and the image of the last one, which loses the name."""
+        """Start a container with that name, with the labels and the image of the last one, which loses the name."""
         folder = self.work / name
         folder.mkdir()
         self.tenants.append(self._make(name, folder, None))
@@ -159,7 +159,10 @@ class Docker(Place):
 
 
 class Front:
-    """A socket in front of the engine's own. `stall`: requests are accepted and not answered; `close`: no socket."""
+    """A socket in front of the engine's own.
+
+    `stall`: requests are accepted and not answered. `close`: the socket does not exist.
+    """
 
     def __init__(self, path: Path, engine: Path) -> None:
         self.path, self._engine = path, engine
@@ -172,7 +175,7 @@ class Front:
         threading.Thread(target=self._accept, daemon=True).start()
 
     def stall(self) -> None:
-        """Answer no request from now on."""
+        """Stop answering requests."""
         self._go.clear()
 
     def go_on(self) -> None:

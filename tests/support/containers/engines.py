@@ -1,7 +1,7 @@
 """Container engines for tests: Docker and Podman, unpacked and never installed, a newer Docker, and bare bundles.
 
-It owns build/engines/{root,newer}, made once; a mount namespace in which engines find a separate /run; containers. A
-failed download is a failure that names it, and never skips a test. Imports nothing of fgpu.
+The module creates build/engines/{root,newer} once, a mount namespace in which engines have a separate /run, and
+containers. A failed download fails the tests with its name, and never skips a test. The module imports nothing of fgpu.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ FIRST_WITH_CDI = 25  # of Docker; Debian 12 has 20.10
 NEWER = "deb [signed-by=/usr/share/keyrings/debian-archive-keyring.gpg] http://deb.debian.org/debian trixie main\n"
 HOLD = "/opt/build/examples/fill --step 2MiB --hold"  # for this many seconds
 FILL = f"{HOLD} 60"
-# What an engine may do if it lacks privileges over the whole host.
+# Capabilities of an engine that lacks privileges over the whole host.
 ALLOWED = ("--network", "none", "--pids-limit", "-1", "--ulimit", "nproc=100:100", "--ulimit", "nofile=1024:1024")
 ANSWER = re.compile(r"admitted (\d+) bytes, then CUDA_ERROR_OUT_OF_MEMORY")
 
-MADE = (Path("/opt/containerd"), Path("/var/lib/containers"))  # by engines, wherever their settings put files
+MADE = (Path("/opt/containerd"), Path("/var/lib/containers"))  # created by engines, whatever their settings
 # A separate /etc and /run with the files of the agent and the simulated driver, and cgroup v2 where engines look for
 # it.
 CAVE = """
@@ -77,7 +77,7 @@ mount --move "$1/root" "$4"
 
 @contextlib.contextmanager
 def policy(service: Service, file: str, text: str) -> Iterator[None]:
-    """Put one more policy in force until the end of the block."""
+    """Put an additional policy in force until the end of the block."""
 
     def in_force() -> int:
         return int(ask(verb="snapshot")["policies"]["count"])
@@ -115,7 +115,10 @@ def newer_docker() -> Path:
 
 
 def _unpacked(name: str, words: list[str], options: list[str]) -> Path:
-    """Return what `apt-get WORDS` with these options gives, unpacked. One process does that, and others wait for it."""
+    """Return the unpacked result of `apt-get WORDS` with these options.
+
+    One process creates it, and others wait for it.
+    """
     root = ENGINES / name
     ENGINES.mkdir(parents=True, exist_ok=True)
     with open(ENGINES / f"{name}.lock", "w") as lock:
@@ -124,7 +127,7 @@ def _unpacked(name: str, words: list[str], options: list[str]) -> Path:
 
 
 def _unpack(root: Path, words: list[str], options: list[str]) -> Path:
-    """Run `apt-get WORDS` with these options, and fetch its lists again if that fails."""
+    """Run `apt-get WORDS` with these options. If that fails, fetch the lists of packages again and repeat."""
     name = root.name
     aside, archives = ENGINES / f".{name}", ENGINES / f"archives-{name}"
     for folder in (aside, archives):
@@ -169,7 +172,7 @@ def make_root(root: Path) -> Path:
 
 
 class Cave:
-    """A mount namespace. Changes in it leave nothing outside but cgroups."""
+    """A mount namespace. Its changes are not visible outside, except cgroups."""
 
     def __init__(self, work: Path, cdi: Path) -> None:
         (work / "cave").mkdir()
@@ -183,7 +186,7 @@ class Cave:
         self.prefix = ["nsenter", f"--target={self._holder.pid}", "--mount"]
 
     def close(self) -> None:
-        """Let the namespace end with its last process."""
+        """End the namespace with its last process."""
         self._holder.kill()
         self._holder.wait(5)
         for path in self._made:
@@ -191,13 +194,16 @@ class Cave:
 
 
 class Engine:
-    """An engine's command line: run, logs and rm are the same for all. `settings`: the file that setup edits."""
+    """An engine's command line.
+
+    run, logs and rm are the same for all engines. `settings` is the file that setup edits.
+    """
 
     kind = ""
     group = ""
-    cdi = True  # it reads CDI specifications
+    cdi = True  # whether it reads CDI specifications
     settings: Path
-    named = True  # by --file: it is not at the engine's usual place
+    named = True  # whether --file names it: it is not at the engine's usual path
     before: str | None = None
 
     def __init__(self, cave: Cave, work: Path) -> None:
@@ -213,7 +219,7 @@ class Engine:
         }
 
     def roots(self) -> list[Path]:
-        """Return the roots with its programs, the first one first."""
+        """Return the roots with its programs, in the order of the search."""
         return [unpacked()]
 
     def words(self) -> list[str | Path]:
@@ -236,7 +242,7 @@ class Engine:
     def fgpu(self, *words: str | Path) -> str:
         """Run `fgpu …` where the engine is."""
         command = [*self.cave.prefix, *FGPU, *map(str, words)]
-        path = {"PATH": self.environment["PATH"]}  # where it finds the engine
+        path = {"PATH": self.environment["PATH"]}  # where the command finds the engine
         done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False, env=path)
         assert done.returncode == 0, f"{words}: {done.stdout}{done.stderr}"
         return done.stdout
@@ -254,14 +260,14 @@ class Engine:
             self.call("import", *changes, "-", f"{name}:1", stdin=given)
 
     def run(self, name: str, *options: str, image: str = "plain", command: str = FILL) -> Any:
-        """Run `ENGINE run` in the background. Return what it printed if it did not start."""
+        """Run `ENGINE run` in the background. Return its output if it did not start."""
         words = ["run", "--detach", "--name", name, *ALLOWED, "--volume", f"{BUILD}:/opt/build:ro"]
         words += ["--volume", "/run/fgpu-sim:/run/fgpu-sim", "--env", "LD_LIBRARY_PATH=/opt/build/sim/lib"]
         return self.call(*words, *options, f"{image}:1", "sh", "-c", command, check=False)
 
     @contextlib.contextmanager
     def filled(self, name: str, *options: str, image: str = "plain") -> Iterator[int]:
-        """Run a container that allocates all that it gets, and holds it. Yield the number of bytes."""
+        """Run a container that allocates as much as it can, and holds it. Yield the number of bytes."""
         try:
             done = self.run(name, *options, image=image)
             assert done.returncode == 0, done.stderr
@@ -276,7 +282,7 @@ class Engine:
         self.call("rm", "--force", name, check=False)
 
     def apply(self) -> None:
-        """Let the engine read its settings again."""
+        """Make the engine read its settings again."""
 
     def close(self) -> None:
         """End the engine and remove its cgroups."""
@@ -354,11 +360,11 @@ class Rootless(Podman):
         return [*session, *user, *places]
 
     def close(self) -> None:
-        """See Engine. What holds the user's namespaces is killed too."""
+        """See Engine. Processes that keep the user's namespaces are killed too."""
         (self.session / "cgroup.kill").write_text("1")
         eventually(lambda: not (self.session / "cgroup.procs").read_text(), 10, "the end of the session")
         super().close()
-        with contextlib.suppress(OSError):  # others' sessions are in it
+        with contextlib.suppress(OSError):  # sessions of other users are in it
             self.session.parent.parent.rmdir()
 
 
@@ -397,7 +403,7 @@ class Docker(Engine):
         return ["docker", "--host", f"unix://{self.work}/docker.sock"]
 
     def apply(self) -> None:
-        """Do what `fgpu setup` asks for: a reload, or a restart if the default runtime is removed from the file."""
+        """Do what `fgpu setup` requires: a reload, or a restart if the default runtime is removed from the file."""
         default = json.loads(self.settings.read_text()).get("default-runtime")
         if default:
             os.kill(int((self.work / "pid").read_text()), signal.SIGHUP)
@@ -440,7 +446,7 @@ class Bundles(Container):
 
     def __init__(self, work: Path, runtime: str, run_dir: Path = RUN_DIR) -> None:
         super().__init__(work, runtime)
-        self.spec: dict[str, Any] = {}  # what an engine would take from CDI, for the next container
+        self.spec: dict[str, Any] = {}  # the edits of CDI that an engine would apply to the next container
         self.device = ""
         self.wrapped = False
         self.before: list[Path] = []

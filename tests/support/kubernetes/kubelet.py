@@ -1,8 +1,8 @@
 """A stand-in for kubelet: its messages to device plugins and their answers, by the interface that kubelet publishes.
 
-It owns a Registration server and a DevicePlugin client for each resource, both made by protoc from api.proto, which is
-k8s.io/kubelet v0.34.0's pkg/apis/deviceplugin/v1beta1/api.proto (Apache License 2.0, the Kubernetes Authors); and the
-plugin's process. Imports nothing of fgpu.
+The module runs a Registration server, a DevicePlugin client for each resource, and the plugin's process. Both
+interfaces are compiled by protoc from api.proto, which is k8s.io/kubelet v0.34.0's
+pkg/apis/deviceplugin/v1beta1/api.proto (Apache License 2.0, the Kubernetes Authors). Imports nothing of fgpu.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from tests.support.wait import eventually
 
 PROTO = Path(__file__).with_name("api.proto")
 PROFILES = "[{share: 2gib-25pct, count: 2}, {share: 1gib, count: 3}, {share: 4gib, devices: ['1']}]"
-NODES = {0: "0\n", 1: "1\n"}  # memory nodes of the devices, whatever this machine has
+NODES = {0: "0\n", 1: "1\n"}  # memory nodes of the devices, whichever nodes this machine has
 OPTIONS = (("grpc.use_local_subchannel_pool", 1),)
 
 
@@ -56,7 +56,7 @@ def _load(name: str, file: Path) -> None:
 
 
 class Resource:
-    """A plugin that has registered, as kubelet holds it. A separate thread reads its stream."""
+    """A registered plugin, as kubelet holds it. A separate thread reads its stream."""
 
     def __init__(self, kubelet: Kubelet, request: Any) -> None:
         self.request, self.lists = request, []
@@ -112,7 +112,10 @@ class Resource:
 
 
 class Kubelet:
-    """Kubelet's folder and Registration service. start() again is another kubelet, which empties the folder first."""
+    """Kubelet's folder and Registration service.
+
+    A second start() acts as another kubelet, which empties the folder first.
+    """
 
     def __init__(self, folder: Path, made: Path) -> None:
         self.folder = folder
@@ -196,7 +199,7 @@ class Plugin:
 
 
 def doctor(folder: Path) -> str:
-    """Return what `fgpu doctor` says of the plugin of a kubelet that has its folder at the usual place."""
+    """Return the check of `fgpu doctor` for the plugin of a kubelet that has its folder at the usual path."""
     script = f"""
 mount -t tmpfs tmpfs /var/lib && mkdir -p /var/lib/kubelet/device-plugins &&
 mount --bind {folder} /var/lib/kubelet/device-plugins && exec "$@"

@@ -1,4 +1,4 @@
-"""Containers with kubelet's answer: what a container runtime that reads CDI makes of it. Imports nothing of fgpu."""
+"""Containers with kubelet's answer, as a container runtime that reads CDI starts them. Imports nothing of fgpu."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tests.support.tenant import Tenant
 
 
 class Pods(engines.Bundles):
-    """Containers that get what a container runtime makes of kubelet's answer."""
+    """Containers that a container runtime creates from kubelet's answer."""
 
     def __init__(self, work: Path, runtime: str, folders: list[Path]) -> None:
         super().__init__(work, runtime)
@@ -31,7 +31,7 @@ class Pods(engines.Bundles):
         if self.answer is not None:
             config["process"]["env"] += [f"{key}={value}" for key, value in self.answer.envs.items()]
         whole: list[dict[str, Any]] = []
-        for qualified in self.names:  # as the interface's library does: a specification's own edits once
+        for qualified in self.names:  # like the interface's library: a specification's own edits are applied once
             kind, _, device = qualified.partition("=")
             (spec,) = [spec for spec in self.specs() if spec["kind"] == kind and device in named(spec)]
             common = {} if spec in whole else spec["containerEdits"]
@@ -45,5 +45,5 @@ class Pods(engines.Bundles):
 
 
 def named(spec: dict[str, Any]) -> list[str]:
-    """The devices of a specification."""
+    """Return the devices of a specification."""
     return [device["name"] for device in spec["devices"]]
