@@ -408,7 +408,7 @@ def crowd(small: None, service: Service, place: Place, chance: random.Random) ->
 
 @pytest.mark.timeout(7200)
 @pytest.mark.places("cgroups")
-def test_random_lives_in_full_maps_keep_ledger_and_driver_equal(crowd: World, rounds) -> None:
+def test_random_lives_in_full_maps_never_bring_the_ledger_below_the_driver(crowd: World, rounds) -> None:
     anomalies = live(crowd, rounds(3, 10, 100))
     assert anomalies["full"] > 0
     refused = {dict(labels)["reason"]: n for (name, labels), n in metrics().items() if name == REFUSALS}

@@ -141,7 +141,7 @@ def test_an_invalid_size_fails_the_build(built: kit.Engine, context: Path, gb: s
 # ------------------------------------------------
 
 
-def test_programs_of_an_image_keep_its_limit_together_without_an_agent(built: kit.Engine) -> None:
+def test_programs_of_an_image_share_the_image_s_limit_without_an_agent(built: kit.Engine) -> None:
     with (
         container(built, "fgpu") as one,
         one.starts("/opt/build/examples/fill", "--step", "2MiB", "--hold", "60") as fill,
