@@ -437,7 +437,7 @@ def test_counters_are_read_for_levels_with_a_share(kernel, level, devices):
     assert (times.take_ended(), times.take_ended()) == (counts, {})
 
 
-def test_a_change_of_shares_is_reported_even_if_some_found_no_room(kernel, level, bell, monkeypatch):
+def test_a_change_of_shares_is_reported_even_if_some_shares_find_no_room(kernel, level, bell, monkeypatch):
     times, update = kernel.ledger.times, compute_maps.bpf.update
     assert list(times.shared()) == []
 

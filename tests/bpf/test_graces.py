@@ -203,7 +203,7 @@ def test_several_changes_wait_at_the_same_time(monkeypatch, held_lookers, kernel
     assert seen == [{level.cgroup for level in levels}]
 
 
-def test_a_change_fails_if_one_part_of_it_fails(monkeypatch):
+def test_a_change_fails_if_one_of_its_parts_fails(monkeypatch):
     monkeypatch.setattr(bpf, "HOLDS_LOOKERS", True)
     made, seen = [], []
 

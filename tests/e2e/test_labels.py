@@ -237,7 +237,9 @@ def test_a_limit_by_label_survives_a_changed_missing_or_damaged_label_cache(
     becomes(one, "notebooks", 3 * GIB, 10)
 
 
-def test_five_containers_get_their_limits_and_leave_nothing(docker: Docker, record: Callable[[str], None]) -> None:
+def test_five_containers_get_their_limits_and_leave_no_tenant_or_cgroup(
+    docker: Docker, record: Callable[[str], None]
+) -> None:
     for _ in range(5):
         begun = time.monotonic()
         one = docker.container({"tier": "notebook"})

@@ -354,7 +354,7 @@ def live(world: World, rounds: int) -> dict[str, int]:
 
 @pytest.mark.timeout(7200)
 @pytest.mark.places("cgroups")
-def test_random_lives_keep_ledger_and_driver_equal(world: World, rounds) -> None:
+def test_random_lives_keep_ledger_and_driver_equal_except_for_the_drift_of_pools(world: World, rounds) -> None:
     many = rounds(5, 12, 1000)
     anomalies = live(world, many)
     assert world.operations == many * 3 * THREADS * world.pace

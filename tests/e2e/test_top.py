@@ -322,7 +322,7 @@ def test_completion_supports_zsh_and_fish(service: Service, shell: str, begins: 
     assert "status" in fgpu(env={**ENVIRONMENT, **asked}).stdout
 
 
-def test_completion_does_not_wait_for_a_hung_agent(service: Service) -> None:
+def test_completion_waits_at_most_20_seconds_for_a_hung_agent(service: Service) -> None:
     assert service.agent is not None
     service.agent.send_signal(signal.SIGSTOP)
     try:

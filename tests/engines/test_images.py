@@ -116,7 +116,7 @@ def container(engine: kit.Engine, image: str, *options: str) -> Iterator[Running
 
 
 @pytest.mark.parametrize("name", ["fgpu", "heir"])
-def test_labels_and_variables_give_the_limit_and_root_owns_its_file(built: kit.Engine, name: str) -> None:
+def test_image_labels_and_variables_have_the_limit_and_root_owns_the_limit_s_file(built: kit.Engine, name: str) -> None:
     (image,) = json.loads(built.call("image", "inspect", f"{name}:1").stdout)
     assert image["Config"]["Labels"]["fgpu.dev/memory"] == f"{GB}GiB"
     for line in (f"GPU_MEM_LIMIT_GB={GB}", "NVIDIA_VISIBLE_DEVICES=all", "NVIDIA_DRIVER_CAPABILITIES=compute,utility"):

@@ -194,7 +194,7 @@ def assert_share(engine: kit.Engine, name: str, limit: int) -> None:
 
 
 @with_cdi
-def test_an_engine_with_cdi_gives_shares(ready: kit.Engine, service: Service) -> None:
+def test_device_options_of_an_engine_with_cdi_select_shares(ready: kit.Engine, service: Service) -> None:
     assert_share(ready, "2gib", 2 * GIB)
     assert_share(ready, "8gib", 3 * GIB)  # the policy allows no more
     uuid = ask(verb="snapshot")["devices"][0]["uuid"]

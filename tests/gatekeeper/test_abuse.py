@@ -425,7 +425,7 @@ def flood_with_garbage(run: Path, number: int) -> None:
 
 @pytest.mark.timed
 @pytest.mark.parametrize("flood", [flood_silently, flood_with_hellos, flood_with_garbage])
-def test_a_flood_from_one_tenant_does_not_delay_another(
+def test_a_flood_from_one_tenant_does_not_delay_another_tenant(
     keeper: Keeper, tenant: Make, flood: Callable[[Path, int], None], scale: Callable[..., int]
 ) -> None:
     def nicely() -> None:

@@ -89,7 +89,7 @@ def test_the_heartbeat_of_a_page_uses_the_clock_of_its_process(keeper: Keeper, t
     assert all(-1e9 < ns < 1e9 for ns in in_cgroup(place, within))
 
 
-def test_a_cgroup_below_a_managed_one_belongs_to_that_tenant(keeper: Keeper, tenant: Make, cgroup: Make) -> None:
+def test_a_cgroup_below_a_managed_cgroup_belongs_to_that_tenant(keeper: Keeper, tenant: Make, cgroup: Make) -> None:
     outer = tenant()
     facts = in_cgroup(cgroup(cgroup(outer)), facts_of_a_hello, keeper.run)
     assert facts["cgroups"] == [outer.stat().st_ino]
@@ -205,7 +205,7 @@ def test_a_process_of_a_managed_cgroup_waits_until_the_cgroup_s_page_exists(
 
 
 @pytest.mark.timed
-def test_an_undecided_process_gets_no_answer_after_a_second(keeper: Keeper, cgroup: Make) -> None:
+def test_an_undecided_process_is_disconnected_without_an_answer_after_a_second(keeper: Keeper, cgroup: Make) -> None:
     grown = keeper.grows("hello_unanswered")
     code, seconds = in_cgroup(cgroup(), timed_hello, keeper.run)
     assert code == -1

@@ -279,7 +279,7 @@ def test_only_a_hello_is_well_formed() -> None:
     assert not any(well_formed(dice.randbytes(dice.randrange(200))) for _ in range(10_000))
 
 
-def test_a_missing_ledger_leaves_nothing_open(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_missing_ledger_leaves_no_descriptor_open(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(bpf, "pinned", lambda path: os.open(path, os.O_RDONLY))
     (tmp_path / "maps").mkdir()
     for name in ("pages", "limits", "host"):

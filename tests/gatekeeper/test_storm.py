@@ -87,7 +87,7 @@ def test_a_storm_of_300_hellos_of_one_tenant_is_answered_at_the_first_attempt(
     assert [attempts for _, attempts, mute in met if attempts > 1 + mute] == []
 
 
-def test_a_storm_in_one_tenant_does_not_delay_another(start: Callable[..., Keeper], tenant: Make) -> None:
+def test_a_storm_of_one_tenant_does_not_delay_another_tenant(start: Callable[..., Keeper], tenant: Make) -> None:
     """A hello is delayed so much that the storm lasts for a second."""
     keeper = start(code=SLOW)
 
