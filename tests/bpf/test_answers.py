@@ -150,7 +150,7 @@ def test_a_patient_request_that_would_not_fit_in_any_case_is_refused_and_counted
     assert [event.kind for event in of(events, full, abi.News.REFUSED)] == [abi.News.REFUSED] * 2
 
 
-def test_a_patient_request_waits_for_orphans_of_a_neighbour_in_the_group(kernel, make_level, make_client):
+def test_orphans_of_a_neighbour_in_the_group_leave_a_patient_refusal_uncounted(kernel, make_level, make_client):
     group = make_level(100 * MIB)
     leaf, other = make_level(80 * MIB, group), make_level(80 * MIB, group)
     one, neighbour = make_client(leaf), make_client(other)

@@ -106,6 +106,6 @@ def test_the_arm64_shim_imports_only_symbols_that_every_glibc_has(shim: Path) ->
 
 
 @pytest.mark.parametrize("name", ["fgpu_admit", "fgpu_release", "fgpu_settle"])
-def test_probe_symbols_are_a_nop_and_a_return(shim: Path, name: str) -> None:
+def test_probe_symbols_of_the_arm64_shim_are_a_nop_and_a_return(shim: Path, name: str) -> None:
     offset = probe_plan.symbol_offsets(str(shim), [name])[name]
     assert struct.unpack_from("<2I", shim.read_bytes(), offset) == (0xD503201F, 0xD65F03C0)

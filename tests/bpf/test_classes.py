@@ -69,7 +69,7 @@ def test_a_mapping_that_an_unknown_library_ends_orphans_its_memory(level, other)
 
 
 @pytest.mark.parametrize(("first", "last"), [("release(7)", "unmap"), ("unmap", "release(7)")])
-def test_a_reference_that_an_unknown_library_dropped_may_still_hold_the_memory(level, other, first, last):
+def test_memory_is_orphaned_if_an_unknown_library_dropped_one_of_its_references(level, other, first, last):
     unmap = f"unmap(0x100000, {4 * MIB})"
     other(f"create(7, {4 * MIB})")
     other(f"map_(0x100000, {4 * MIB}, 7)")

@@ -51,7 +51,7 @@ def crowd(kernel: Kernel, make_level: Callable[..., Level], make_client: Callabl
     return client
 
 
-def test_a_process_with_too_many_allocations_is_refused_and_named(kernel, crowd):
+def test_a_process_with_too_many_allocations_is_refused_and_counted_by_reason(kernel, crowd):
     level = next(cgroup for cgroup in kernel.ledger.process(crowd.pid).levels)
     assert crowd("admit(1)") == REFUSED
     assert crowd("admit(1, kind=1)") == ADMITTED, "pool bytes have no entry"
@@ -185,7 +185,7 @@ def gathered(level: Level, client: Client, shared: abi.Shared) -> Client:
     return client
 
 
-def test_a_process_beyond_the_bound_is_refused_and_named(kernel, gathered, level, shared):
+def test_a_process_beyond_the_bound_is_refused_and_counted_by_reason(kernel, gathered, level, shared):
     assert entries(kernel, level, shared) == PARTS[shared]
     assert gathered(f"admit({MIB})") == REFUSED
     assert gathered(f"admit({MIB}, kind=1)") == REFUSED, "nor pool bytes: there is no process to charge"
@@ -233,7 +233,7 @@ def test_memory_of_a_surplus_process_is_charged_when_nvml_reports_it(kernel, gat
     assert level.used == 4 * MIB
 
 
-def test_a_crowd_that_exits_leaves_room(kernel, level, client):
+def test_a_process_is_admitted_after_its_surplus_threads_have_exited(kernel, level, client):
     client(f"cuda.gather(u64({PARTS[Shared.THREADS] + MORE}), 0)")
     assert client(f"admit({MIB})") == REFUSED
     client("cuda.disperse()")

@@ -51,7 +51,7 @@ def test_a_program_that_starts_in_a_managed_cgroup_is_reported(kernel, events, l
     wait_until(lambda: any(e.tgid == clients[0].pid for e in of(events, level, News.EXECUTED)))
 
 
-def test_only_the_first_of_many_programs_in_a_second_are_reported(kernel, events, level):
+def test_at_most_four_started_programs_a_second_are_reported(kernel, events, level):
     before = fates(kernel)[abi.Fate.RATE]
     storm = f"echo $$ >{level.path}/cgroup.procs; i=0; while [ $i -lt 101 ]; do /bin/true; i=$((i + 1)); done"
     wait_until(lambda: time.monotonic_ns() % (1 << 30) < 1 << 28)  # the kernel's second has just begun
@@ -69,7 +69,7 @@ def test_a_refusal_names_the_process_and_the_bytes(events, level, client):
     assert event.reason == abi.Reason.LIMIT
 
 
-def test_a_first_use_waits_and_is_reported_until_the_agent_has_decided(kernel, events, level, client):
+def test_a_first_use_is_refused_uncounted_and_reported_until_the_agent_has_decided(kernel, events, level, client):
     level.limit(8 * MIB, uncommitted=True, devices=(0, 1))
     assert client(f"admit({MIB})") == abi.Verdict.REFUSED
     (event,) = of(events, level)
@@ -88,7 +88,9 @@ def test_a_process_without_a_request_is_charged_before_the_agent_has_decided(eve
     assert [event.kind for event in of(events, level)] == [News.BYPASS]
 
 
-def test_tenants_wait_for_the_decision_about_an_uncommitted_group(events, level, make_level, make_client):
+def test_a_request_below_an_uncommitted_group_is_refused_and_reported_for_the_group(
+    events, level, make_level, make_client
+):
     level.limit(8 * MIB, uncommitted=True)
     inside = make_client(make_level(4 * MIB, level))
     assert inside(f"admit({MIB})") == abi.Verdict.REFUSED
@@ -435,7 +437,7 @@ def test_counters_are_read_for_levels_with_a_share(kernel, level, devices):
     assert (times.take_ended(), times.take_ended()) == (counts, {})
 
 
-def test_a_change_of_shares_is_reported_even_if_some_found_no_room(kernel, level, bell, monkeypatch):
+def test_a_change_of_shares_is_reported_even_if_some_shares_find_no_room(kernel, level, bell, monkeypatch):
     times, update = kernel.ledger.times, compute_maps.bpf.update
     assert list(times.shared()) == []
 

@@ -163,7 +163,9 @@ def held_lookers(monkeypatch):
     monkeypatch.setattr(bpf, "items", refusing(bpf.items, ARRAY_OF_MAPS))
 
 
-def test_no_caller_waits_on_a_kernel_with_slow_lookups(kernel, held_lookers, level, make_level, make_client):
+def test_no_caller_makes_a_lookup_in_a_map_of_maps_on_a_kernel_with_slow_lookups(
+    kernel, held_lookers, level, make_level, make_client
+):
     one = make_client(level)
     one(f"alloc(0x1000, {4 * MIB})")
     other = make_level(None)
@@ -201,7 +203,7 @@ def test_several_changes_wait_at_the_same_time(monkeypatch, held_lookers, kernel
     assert seen == [{level.cgroup for level in levels}]
 
 
-def test_a_change_fails_if_one_part_of_it_fails(monkeypatch):
+def test_a_change_fails_if_one_of_its_parts_fails(monkeypatch):
     monkeypatch.setattr(bpf, "HOLDS_LOOKERS", True)
     made, seen = [], []
 

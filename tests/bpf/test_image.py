@@ -90,7 +90,7 @@ def test_programs_get_the_size_of_the_pinned_maps(pins: Path, entries: int) -> N
         os.close(fd)
 
 
-def test_an_absent_slot_is_not_zero(pins: Path) -> None:
+def test_a_read_of_an_absent_slot_raises_file_not_found(pins: Path) -> None:
     pinned(pins, HOST)
     fd = bpf.pinned(pins / "maps/host")
     with pytest.raises(FileNotFoundError):

@@ -23,7 +23,7 @@ VMM, CONTEXT_KIND, HELLO, POOL = abi.Kind.VMM, abi.Kind.CONTEXT, abi.Kind.HELLO,
 # -- admission
 
 
-def test_admission_charges_and_the_driver_settles(kernel, level, client):
+def test_an_admission_is_charged_then_settled_by_the_call_and_released_by_the_free(kernel, level, client):
     assert client(f"admit({100 * MIB})") == ADMITTED
     assert level.used == 100 * MIB
     client(f"alloc(0x1000, {100 * MIB})")
@@ -502,7 +502,7 @@ def test_a_context_that_the_driver_refuses_is_released(level, client):
     assert level.used == 0
 
 
-def test_pool_bytes_are_charged_at_once_and_never_released_beyond(kernel, level, client):
+def test_pool_bytes_are_charged_at_once_and_no_other_bytes_are_released_as_pool_bytes(kernel, level, client):
     before = anomalies(kernel)["RELEASE"]
     client(f"admit({8 * MIB}); alloc(0x1000, {8 * MIB})")  # this memory belongs to no pool
     client(f"admit({32 * MIB}, kind={int(POOL)})")
@@ -533,7 +533,7 @@ def test_every_hit_of_a_probe_is_counted(kernel, level, client):
 
 
 def test_programs_of_two_versions_release_once(kernel, level, client):
-    """During an upgrade the programs of both versions are attached, and so are their admissions."""
+    """During an upgrade the programs of both versions are attached to the same functions."""
     before = anomalies(kernel)["RELEASE"]
     links = []
     offsets = probe_plan.symbol_offsets(str(kernel.shim), probe_plan.SHIM)
@@ -701,7 +701,7 @@ def test_a_thread_that_ends_leaves_its_process_quiet(kernel, level, client):
     assert level.used == 0
 
 
-def test_starts_and_ends_of_processes_are_counted_at_once(kernel, level, make_client):
+def test_the_ledger_lists_a_process_from_its_first_call_until_its_end(kernel, level, make_client):
     one, other = make_client(level), make_client(level)
     one(f"alloc(0x1000, {4 * MIB})")
     assert {one.pid} == kernel.ledger.processes().keys() & {one.pid, other.pid}
@@ -802,7 +802,7 @@ def test_a_usage_page_cannot_be_written_from_outside(kernel, level):
 
 @pytest.mark.parametrize("last", ["create_array_page", "update", "freeze", "update_all"])
 @pytest.mark.parametrize("done", [False, True])
-def test_an_agent_killed_in_between_leaves_no_writable_page(kernel, make_level, monkeypatch, last, done):
+def test_an_agent_killed_while_creating_a_page_leaves_no_writable_page(kernel, make_level, monkeypatch, last, done):
     level, call = make_level(None), getattr(bpf, last)
     monkeypatch.setattr(bpf, last, lambda *given: (call(*given) if done else None, os._exit(9)))
     child = os.fork()
@@ -828,7 +828,7 @@ def test_a_writable_page_is_not_handed_out(kernel, make_level):
     assert kernel.ledger.page_fd(level.cgroup) is not None
 
 
-def test_levels_without_room_leave_nothing(kernel, level):
+def test_a_change_with_more_levels_than_fit_changes_no_limit(kernel, level):
     before = sorted(kernel.ledger.tenants())
     many = [LevelLimits(10**12 + n, {0: MIB}) for n in range(4201)]
     with pytest.raises(OSError, match="maximum number of levels"):
@@ -844,7 +844,7 @@ def test_the_shim_s_exports_are_not_probed_as_the_driver_s(kernel):
     assert {link.name.split("-", 3)[3] for link in links} == {"s0-admit", "s0-give_back", f"s0-all2at{check:x}"}
 
 
-def test_an_error_names_a_wrong_interpreter():
+def test_the_check_of_an_interpreter_without_bcc_fails_and_names_the_missing_package():
     check = programs.check_loader([sys.executable, "-I", "-S"])
     assert not check.ok
     assert "python3-bpfcc" in check.fix

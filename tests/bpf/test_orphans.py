@@ -191,7 +191,7 @@ def test_exported_memory_and_the_other_memory_of_a_process_are_one_orphan(kernel
     assert_left(level, 56 * MIB)
 
 
-def test_an_orphan_with_no_bytes_left_starts_again(kernel, level, client):
+def test_the_age_of_an_orphan_starts_again_after_all_its_bytes_were_released(kernel, level, client):
     for handle in (0x77, 0x78):
         before = time.monotonic_ns()
         client(f"create({handle}, {8 * MIB})")

@@ -60,7 +60,7 @@ def test_charges_of_another_layout_are_entered_and_its_ledger_admits_no_more(
     assert kernel.ledger.orphans.disown(held.level.cgroup, 0, 60 * MIB)
 
 
-def test_an_uncommitted_limit_stays_uncommitted_and_no_process_is_killed(
+def test_an_uncommitted_limit_of_another_layout_stays_uncommitted_without_the_kill_flag(
     kernel: Kernel, other: Kernel, held: Held
 ) -> None:
     flags, first = abi.LimitFlag.OBSERVE | abi.LimitFlag.KILL, frozenset({1})

@@ -97,7 +97,7 @@ def test_links_with_invalid_names_are_removed(kernel: Kernel, library: Target) -
     assert not stranger.exists()
 
 
-def test_probes_of_two_inodes_are_kept(kernel: Kernel, library: Target) -> None:
+def test_probes_of_at_most_eight_inodes_with_one_number_are_kept(kernel: Kernel, library: Target) -> None:
     """The last probes give the breakpoint of new processes. Earlier probes are removed if there are too many."""
     kernel.probes.attach(library, Role.UNKNOWN)
     fd = library.open()

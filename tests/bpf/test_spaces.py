@@ -120,7 +120,7 @@ def test_a_child_with_a_copied_address_space_is_another_process(kernel, level, k
     assert (level.used, level.orphaned) == (5 * MIB, 4 * MIB)
 
 
-def test_a_child_that_executes_a_program_is_charged_itself_afterwards(kernel, level, known, start):
+def test_a_child_that_executes_a_program_is_no_borrower_and_its_parent_stays_charged(kernel, level, known, start):
     child = start(known, CLONE_VM)
     child.order("a")
     wait_until(lambda: level.used == 5 * MIB)

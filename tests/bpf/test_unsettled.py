@@ -38,7 +38,9 @@ def test_admissions_of_ended_threads_stay_charged(kernel, level, client):
 
 @pytest.mark.parametrize("how", ["allocate_and_leap", "thread_ends_inside"])
 @pytest.mark.parametrize(("managed", "corrected"), [(0, 0), (1, 6 * MIB)])
-def test_memory_of_a_call_left_by_longjmp_stays_charged(kernel, level, client, how, managed, corrected):
+def test_memory_of_a_call_left_by_longjmp_or_by_a_thread_s_end_stays_charged(
+    kernel, level, client, how, managed, corrected
+):
     """NVML does not show managed memory, so only the end of the process proves that the memory is free."""
     client(f"cuda.{how}(u64({6 * MIB}), {managed})")
     client("free(0x9999)")  # another call

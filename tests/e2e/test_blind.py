@@ -18,7 +18,9 @@ PERIODS = 2.0  # seconds: four reconciles
 
 @pytest.mark.places("host")
 @pytest.mark.parametrize("kind", ["nvml-na", "nvml-stall:60s", "nvml-gone"])
-def test_charges_stay_while_nvml_is_blind(service: Service, fault: Callable[[str], None], tenant, kind: str) -> None:
+def test_charges_stay_and_the_limit_holds_while_nvml_fails(
+    service: Service, fault: Callable[[str], None], tenant, kind: str
+) -> None:
     one = tenant(LIMIT)
     one.assert_enforced()
     client = one.client()
@@ -45,7 +47,9 @@ def test_charges_stay_while_nvml_is_blind(service: Service, fault: Callable[[str
 
 
 @pytest.mark.places("host")
-def test_metrics_show_the_age_of_nvml_s_last_answer(service: Service, fault: Callable[[str], None], tenant) -> None:
+def test_metrics_show_the_age_of_nvml_s_last_answer_and_no_drift_while_nvml_stalls(
+    service: Service, fault: Callable[[str], None], tenant
+) -> None:
     one = tenant(LIMIT)
     one.client().ok("context")
     eventually(lambda: one.memory()["drift_bytes"] == 0, 3, "a comparison")

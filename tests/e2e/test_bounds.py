@@ -74,7 +74,7 @@ def test_many_cgroups_of_a_workload_leave_the_neighbour_its_limit(
 
 
 @pytest.mark.timeout(180)
-def test_a_refused_cgroup_gets_memory_when_there_is_room(
+def test_a_refused_cgroup_gets_its_limit_after_other_cgroups_of_its_workload_are_removed(
     write: Write,
     folder: Folder,
 ) -> None:
@@ -111,13 +111,13 @@ def test_processes_of_four_cgroups_leave_the_neighbour_an_entry(
     assert re.search(words, fgpu("explain", f"/{GROUP}/greedy/3").stdout)
 
 
-def test_small_allocations_get_entries_as_long_as_the_limit_has_room(write: Write, folder: Folder) -> None:
+def test_at_least_60000_small_allocations_within_the_limit_succeed(write: Write, folder: Folder) -> None:
     write("memory: {limit: 2GiB}", selector=NAMES)
     assert folder.start("modest").client().ok(f"fill 4096 0 {SMALL}") == [SMALL]
 
 
 @pytest.mark.timeout(180)
-def test_a_refusal_for_entries_differs_from_one_for_bytes(write: Write, folder: Folder) -> None:
+def test_explain_and_the_program_report_a_refusal_for_too_many_allocations(write: Write, folder: Folder) -> None:
     write("memory: {limit: 2GiB}", selector=NAMES)
     greedy = folder.start("greedy").client()
     assert ALLOCATIONS - 8 <= greedy.ok("fill 4096 0", 120)[0] < ALLOCATIONS, "a context has an entry too"

@@ -135,7 +135,9 @@ def sizes(service: Service) -> dict[str, int]:
 
 @pytest.mark.slow
 @pytest.mark.timeout(7200)  # the full count takes half an hour
-def test_tenants_come_and_go_and_leave_nothing(service: Service, parent: Path, scale) -> None:
+def test_many_short_lived_tenants_leave_no_entries_and_at_most_5_mib_of_memory(
+    service: Service, parent: Path, scale
+) -> None:
     known = {name: entries(name) for name in MAPS}  # registered processes outside every tenant keep their entries
     looks, counters = [], entries("counters")
     for first in range(0, WARM + scale(500, 4_000, 100_000), SOME):

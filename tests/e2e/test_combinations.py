@@ -154,14 +154,14 @@ class TestInside:
 
     pytestmark = inside
 
-    def test_tenants_keep_what_the_table_says_through_each_fault(
+    def test_tenants_behave_as_docs_faults_md_documents_during_each_fault(
         self, strict: Service, columns: dict[str, Held], fault: Callable[[str], None], scale: Callable[..., int]
     ) -> None:
         """The faults follow one another, so state that a fault leaves behind affects the next one."""
         assert_holds(World(strict, columns, fault, scale), FAULTS)
 
 
-def test_docs_faults_md_has_this_table() -> None:
+def test_docs_faults_md_has_a_row_for_each_fault() -> None:
     text = (ROOT / "docs/faults.md").read_text()
     rows = re.findall(r"^\| (.+?) \|", text, re.MULTILINE)
     assert set(FAULTS) <= set(rows), set(FAULTS) - set(rows)

@@ -245,7 +245,7 @@ class TestInside:
 
     pytestmark = inside
 
-    def test_tenants_keep_what_the_table_says_through_each_restart(
+    def test_tenants_behave_as_docs_faults_md_documents_after_each_restart(
         self,
         strict: Service,
         feature_places: tuple[Cgroups, Docker],
@@ -261,7 +261,7 @@ class TestInside:
         assert_holds(host, FAULTS)
 
 
-def test_docs_faults_md_has_these_rows() -> None:
+def test_docs_faults_md_has_a_row_for_each_fault() -> None:
     text = (ROOT / "docs/faults.md").read_text()
     rows = re.findall(r"^\| (.+?) \|", text, re.MULTILINE)
     assert set(FAULTS) <= set(rows), set(FAULTS) - set(rows)

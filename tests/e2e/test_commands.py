@@ -79,7 +79,7 @@ def test_metrics_show_the_memory_and_the_refusals_of_a_tenant(tenant) -> None:
 
 
 @pytest.mark.places("host")
-def test_status_ps_and_metrics_show_the_same_values(tenant) -> None:
+def test_status_and_ps_show_the_same_bytes_and_metrics_have_the_tenant(tenant) -> None:
     one = tenant(CONTEXT + 40 * MIB)
     client = one.client()
     with one.growing():
@@ -165,7 +165,7 @@ def test_events_follow_continues_across_an_agent_restart(service: Service, unhar
         feed.terminate()
 
 
-def test_the_metrics_page_listens_on_loopback_only(service: Service) -> None:
+def test_the_metrics_page_at_the_loopback_address_is_plain_text(service: Service) -> None:
     assert METRICS.startswith("http://127.0.0.1:")
     with urllib.request.urlopen(METRICS, timeout=5) as page:
         assert page.headers["Content-Type"].startswith("text/plain")
@@ -219,7 +219,9 @@ def test_commands_return_the_documented_exit_codes(service: Service, words: list
         *[("4294967294", "1", "are not the ids of a user"), ("65534", "9" * 30, "are not the ids of a user")],
     ],
 )
-def test_under_sudo_a_program_runs_as_the_calling_user(service: Service, uid: str, gid: str, said: str) -> None:
+def test_run_under_sudo_uses_the_calling_user_s_id_and_refuses_invalid_ids(
+    service: Service, uid: str, gid: str, said: str
+) -> None:
     environment = {**ENVIRONMENT, "SUDO_UID": uid, "SUDO_GID": gid}
     done = fgpu("run", "--memory", "1GiB", "--", "id", "-u", env=environment, check=False)
     assert "Traceback" not in done.stderr
@@ -247,7 +249,7 @@ def as_outsider(*words: str) -> subprocess.CompletedProcess[str]:
     ],
     ids=str,
 )
-def test_status_tells_a_user_without_permission_that_the_agent_runs(
+def test_commands_tell_a_user_without_permission_that_the_agent_runs(
     service: Service, words: list[str], code: int
 ) -> None:
     done = as_outsider(*words)
@@ -322,11 +324,11 @@ def test_a_slow_client_delays_no_other_client(service: Service) -> None:
         assert slow.recv(1) == b"", "hung up on"
 
 
-def test_set_questions_a_decimal_unit(service: Service) -> None:
+def test_set_suggests_8gib_for_8gb(service: Service) -> None:
     assert "did you mean 8GiB?" in fgpu("set", "/", "--memory", "8GB", check=False).stderr
 
 
-def test_an_unprivileged_user_may_not_change_limits(service: Service) -> None:
+def test_an_unprivileged_user_cannot_connect_to_the_control_socket(service: Service) -> None:
     """The control socket belongs to root and to a group that the user of this process is not in."""
     command = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", sys.executable, "-c", ASK]
     done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
@@ -344,7 +346,7 @@ with socket.socket(socket.AF_UNIX) as sock:
 """
 
 
-def test_root_of_another_user_namespace_may_not_change_limits(service: Service) -> None:
+def test_run_refuses_root_of_another_user_namespace(service: Service) -> None:
     words = ["unshare", "--user", "--map-root-user", *FGPU, "run", "--memory", "1GiB", "--", "true"]
     done = subprocess.run(words, capture_output=True, text=True, timeout=20, check=False, env=ENVIRONMENT)
     assert done.returncode == 125
@@ -363,7 +365,7 @@ def test_the_demo_enforces_both_limits(service: Service) -> None:
     assert "4096MiB" in done.stdout
 
 
-def test_help_lists_every_command() -> None:
+def test_dev_help_lists_every_command_of_dev() -> None:
     said = subprocess.run([ROOT / "dev", "help"], capture_output=True, text=True, timeout=10, check=True).stdout
     verbs = re.findall(r"^([a-z]+)(?: \|.*)?\) ", (ROOT / "dev").read_text(), re.MULTILINE)
     assert {"setup", "build", "demo", "sim", "test", "check", "bench", "docs"} <= set(verbs)

@@ -34,7 +34,7 @@ def test_weights_divide_the_device(start) -> None:
     assert done[0] / sum(done) == pytest.approx(0.75, abs=0.05)
 
 
-def test_a_ceiling_holds_on_an_idle_device_and_when_set_again_on_a_running_program(start) -> None:
+def test_a_ceiling_that_is_set_on_a_running_program_holds_on_an_idle_device(start) -> None:
     one = start("one")
     (free,) = together(one)
     fgpu("set", "one", "--compute", "25%")
@@ -44,7 +44,7 @@ def test_a_ceiling_holds_on_an_idle_device_and_when_set_again_on_a_running_progr
     assert limited / free == pytest.approx(0.25, abs=0.06)
 
 
-def test_another_tenant_runs_after_the_owner_is_killed_and_views_show_the_shares(start) -> None:
+def test_a_tenant_runs_after_another_is_killed_and_status_ps_and_explain_show_shares(start) -> None:
     first, second = start("first", "--priority", "high"), start("second", "--compute", "50%", "--weight", "200")
     first.begin(60)
     second.begin()
@@ -273,8 +273,8 @@ def _removed(folder: Path) -> bool:
     return not folder.exists()
 
 
-def test_silent_connections_do_not_change_the_number_of_turns(start, scale) -> None:
-    """A thousand silent connections are closed and counted, and the number of turns stays the same."""
+def test_silent_connections_are_closed_and_do_not_halve_the_number_of_turns(start, scale) -> None:
+    """Silent connections are closed and counted. Beside them there are more than half as many turns a second."""
 
     def switches() -> float:
         return metrics().get(("fgpu_slice_switches_total", frozenset({("gpu", "0")})), 0)
@@ -319,7 +319,7 @@ def test_an_overrun_is_reported_with_its_tenant(start) -> None:
     assert "passed with work in flight" in str(event["text"])
 
 
-def test_gates_open_without_a_gatekeeper_and_shares_hold_again_when_it_returns(start, service: Service) -> None:
+def test_gates_open_without_a_gatekeeper_and_shares_hold_with_the_next_gatekeeper(start, service: Service) -> None:
     heavy, light = start("heavy", "--weight", "300"), start("light", "--weight", "100")
     heavy.begin(6)
     light.begin(6)

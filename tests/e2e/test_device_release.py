@@ -123,7 +123,7 @@ def replaced(service: Service, unharmed: None, tmp_path: Path) -> Iterator[Path]
 
 
 @pytest.mark.places("host")
-def test_doctor_names_a_replaced_driver_and_the_agent_uses_it_after_a_release(
+def test_doctor_names_a_replaced_driver_and_the_agent_exits_for_a_restart_after_a_release(
     service: Service, tenant, replaced: Path
 ) -> None:
     one = tenant(LIMIT)

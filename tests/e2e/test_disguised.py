@@ -60,7 +60,7 @@ def log_of(service: Service, since: int = 0) -> str:
 
 
 @pytest.mark.places("host")
-def test_a_driver_with_the_shim_s_functions_is_probed_as_a_driver(tenant, folder: Path) -> None:
+def test_memory_of_a_driver_with_the_shim_s_function_names_is_limited_and_charged(tenant, folder: Path) -> None:
     """The functions named like the shim's are driver functions.
 
     Only a library that this host has published is a shim.
@@ -96,7 +96,7 @@ def test_a_copy_of_a_published_shim_is_a_shim_until_its_contents_change(service:
 
 
 @pytest.mark.places("cgroups")
-def test_a_shim_that_this_host_has_not_published_is_unknown(tenant, folder: Path) -> None:
+def test_a_process_with_a_shim_that_this_host_has_not_published_is_reported_as_foreign(tenant, folder: Path) -> None:
     """Its admissions do not count. Its process counts as shimless, and the reason is shown."""
     source = folder / "foreign.c"
     source.write_text("void fgpu_admit(void) {}\nvoid fgpu_release(void) {}\n")

@@ -229,7 +229,7 @@ LINES = {
 
 
 @pytest.mark.parametrize("case", LINES)
-def test_a_missing_kernel_or_driver_feature_is_reported_in_one_line_with_the_fix(
+def test_the_agent_s_error_line_matches_the_expected_text_word_for_word(
     service: Service, work: Path, case: str
 ) -> None:
     make, line = LINES[case]
@@ -243,7 +243,7 @@ def is_anothers(cgroup: Path) -> bool:
     return re.fullmatch(r"([a-z-]+-)?[0-9a-f]{64}(\.scope)?", cgroup.name) is not None
 
 
-def test_doctor_finds_nothing_wrong_here(service: Service) -> None:
+def test_doctor_finds_no_defect_on_a_host_with_a_running_agent(service: Service) -> None:
     """All checks pass, except `labels` if other containers run here: doctor cannot reach the tests' sockets."""
     strangers = any(is_anothers(folder) for folder in cgroup_root().rglob("*") if folder.is_dir())
     done = fgpu("doctor", check=False)  # the running agent has recorded the driver's path
@@ -342,7 +342,7 @@ def test_limits_are_enforced_if_the_metrics_address_is_in_use(service: Service, 
     assert "fgpu_build_info" in metrics_page()
 
 
-def test_the_agent_removes_folders_at_the_paths_of_its_sockets(service: Service, unharmed: None) -> None:
+def test_the_agent_moves_or_removes_folders_at_the_paths_of_its_sockets(service: Service, unharmed: None) -> None:
     """Docker creates folders for bind mounts of containers that it starts at boot, before the agent runs."""
     places = [RUN_DIR / name for name in ("control.sock", "discover.sock", "shim/shim.sock")]
     service.kill_agent()
@@ -362,7 +362,7 @@ def test_the_agent_removes_folders_at_the_paths_of_its_sockets(service: Service,
 
 
 @pytest.mark.slow
-def test_the_agent_mounts_a_missing_bpffs(service: Service, work: Path) -> None:
+def test_the_agent_starts_without_a_bpffs_and_doctor_reports_the_missing_bpffs(service: Service, work: Path) -> None:
     """The agent also starts without BTF, which most eBPF programs need."""
     bare = in_private_mounts(
         "{ [ ! -d /sys/kernel/btf ] || mount -t tmpfs none /sys/kernel/btf; } && "

@@ -65,7 +65,7 @@ def kill_all(pids: list[int]) -> None:
 
 
 @pytest.mark.places("host", "runc")
-def test_killed_processes_release_within_a_second(tenant, scale) -> None:
+def test_memory_of_killed_processes_is_free_within_a_second(tenant, scale) -> None:
     each, limit = 8, 16 * GIB
     tenants = [tenant(limit) for _ in range(3)]
     watchers = [bystander(one) for one in tenants]
@@ -89,7 +89,7 @@ def test_killed_processes_release_within_a_second(tenant, scale) -> None:
 
 
 @pytest.mark.places("runc")
-def test_a_process_killed_in_a_call_or_an_admission_leaves_nothing(tenant, scale) -> None:
+def test_a_process_killed_in_a_call_or_an_admission_leaves_no_memory_charged(tenant, scale) -> None:
     """F2: each process allocates and frees without a pause, so that few of them are killed between two calls."""
     one = tenant(16 * GIB)
     watcher = bystander(one)
@@ -187,7 +187,7 @@ def test_a_request_waits_while_the_end_of_a_process_is_under_way(tenant, fault) 
 @pytest.mark.timed
 @pytest.mark.slow
 @pytest.mark.places("runc")
-def test_a_killed_container_leaves_no_charge_and_no_tenant(tenant) -> None:
+def test_memory_of_a_killed_container_is_released_within_a_second(tenant) -> None:
     one, other = tenant(8 * GIB), tenant(2 * GIB)
     watcher = bystander(other)
     breed(one, 8)
@@ -279,7 +279,7 @@ def test_fgpu_run_returns_the_exit_code_of_its_program(unharmed) -> None:
             assert fgpu("run", *options, "--memory", "1GiB", "--", "sh", "-c", script, check=False).returncode == code
 
 
-def test_fgpu_run_exits_when_its_program_exits(unharmed, tmp_path: Path) -> None:
+def test_fgpu_run_forwards_sigterm_and_returns_the_program_s_exit_code(unharmed, tmp_path: Path) -> None:
     told = tmp_path / "told"
     command = f"trap 'echo term >{told}; exit 3' TERM; echo up >{told}; while :; do sleep 0.05; done"
     with contextlib.ExitStack() as stack:

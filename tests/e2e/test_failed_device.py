@@ -78,7 +78,7 @@ def test_a_reset_that_nvml_reports_clears_the_failure_for_later_agents_too(
     assert is_healthy()
 
 
-def test_a_boot_and_a_reload_of_the_driver_end_the_record_of_a_failure(
+def test_an_agent_ignores_a_failure_recorded_under_another_boot_or_driver_load(
     service: Service, failed: Callable[[], None]
 ) -> None:
     """The record belongs to an earlier boot or an earlier load of the driver."""

@@ -210,7 +210,7 @@ class Load:
 
 @pytest.mark.timeout(7200)
 @pytest.mark.places("host")
-def test_an_end_at_any_point_affects_no_tenant_and_leaves_nothing(host: Host, tenant, scale) -> None:
+def test_a_kill_at_any_point_of_agent_or_gatekeeper_affects_no_tenant(host: Host, tenant, scale) -> None:
     """Eighteen kills at all points, nine of them at a random moment: a hundred in all, or a thousand."""
     host.children.start()
     tenants = [tenant(LIMIT) for _ in range(2)]

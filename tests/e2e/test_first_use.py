@@ -116,7 +116,9 @@ def test_exactly_one_of_two_simultaneous_first_uses_gets_the_last_room(
 
 
 @inside
-def test_without_an_agent_a_used_device_stays_usable_and_a_new_one_is_refused(strict: Service, group: Cgroups) -> None:
+def test_without_an_agent_a_used_device_stays_usable_and_an_unused_device_is_refused(
+    strict: Service, group: Cgroups
+) -> None:
     client = use(group, 0)
     strict.kill_agent()
     client.ok(f"alloc {MIB}")

@@ -69,7 +69,7 @@ def set_by_hand() -> set[str]:
     return {entry["path"] for entry in json.loads((RUN_DIR / "overrides.json").read_text())}
 
 
-def test_a_container_that_starts_while_another_exits_has_its_limit(
+def test_a_container_that_starts_while_another_exits_has_its_limit_if_run_fgpu_is_read_only(
     service: Service, group: Path, unwritable: Callable[[str], None]
 ) -> None:
     assert service.agent

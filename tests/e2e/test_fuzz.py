@@ -61,7 +61,7 @@ def request(data: bytes) -> None:
 
 @pytest.mark.places("host")
 @pytest.mark.slow
-def test_agent_and_gatekeeper_continue_after_any_input(service: Service, tenant, scale) -> None:
+def test_agent_and_gatekeeper_continue_after_thousands_of_mutated_messages(service: Service, tenant, scale) -> None:
     one = tenant(CONTEXT + 40 * MIB)
     client = one.client()
     client.ok("context")

@@ -64,7 +64,7 @@ def test_a_container_whose_shim_folder_is_hidden_under_run_gets_no_memory(
 
 
 @pytest.mark.places("runc")
-def test_a_container_that_mounts_the_folder_beside_the_shim_is_limited_across_a_detach(
+def test_a_container_that_mounts_the_folder_beside_the_shim_is_limited_before_and_after_a_detach(
     service: Service, place: Container, tenant: Callable[[int], Tenant]
 ) -> None:
     place.mounts = [*OVER_RUN, BESIDE]
@@ -81,7 +81,7 @@ def test_a_container_that_mounts_the_folder_beside_the_shim_is_limited_across_a_
 
 
 @pytest.mark.places("host")
-def test_a_sandbox_on_the_host_that_hides_run_never_exceeds_the_limit(
+def test_a_sandbox_on_the_host_that_hides_run_gets_no_memory_and_doctor_names_the_mount(
     service: Service, place: Place, tenant: Callable[[int], Tenant]
 ) -> None:
     one = tenant(LIMIT)

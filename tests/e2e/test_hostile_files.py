@@ -117,7 +117,7 @@ def links() -> list[Path]:
 
 
 @pytest.mark.places("host")
-def test_many_libraries_of_one_cgroup_exhaust_no_resource(
+def test_many_libraries_of_one_cgroup_get_a_bounded_number_of_probes_and_descriptors(
     service: Service, mapper: Mapper, folder: Path, tenant
 ) -> None:
     assert service.agent

@@ -119,10 +119,10 @@ def test_a_running_process_is_adopted_and_reported_and_further_memory_is_refused
     younger.close()
 
 
-def test_twenty_processes_that_allocate_meanwhile_are_adopted_to_the_byte(
+def test_memory_of_twenty_processes_older_than_fgpu_is_charged_to_the_byte(
     service: Service, before: Before, scale
 ) -> None:
-    """Some processes have only a context. Others have begun to allocate, and continue while the probes are attached."""
+    """Some processes have only a context, others have memory too. Half of them allocate more after the start."""
     for _ in range(scale(1, 1, 5)):
         older = [before.program(f"older{number}") for number in range(20)]
         held = 0

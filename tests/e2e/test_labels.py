@@ -168,7 +168,7 @@ def up() -> float | None:
     return next((value for (name, _), value in metrics().items() if name == "fgpu_engine_up"), None)
 
 
-def test_labels_apply_again_after_the_engine_has_been_down(docker: Docker) -> None:
+def test_labels_apply_to_a_new_container_once_the_engine_can_be_reached_again(docker: Docker) -> None:
     one = docker.container({"tier": "notebook"})
     becomes(one, "notebooks", 3 * GIB)
     docker.socket.close()
@@ -193,7 +193,7 @@ def test_a_limit_by_label_survives_an_agent_restart_while_the_engine_is_down(doc
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
-def test_a_limit_by_label_survives_minutes_in_which_the_agent_is_stopped(
+def test_a_limit_by_label_survives_a_stop_of_the_agent_while_the_engine_is_down(
     docker: Docker, service: Service, scale: Callable[[int, int, int], int]
 ) -> None:
     """The agent is stopped, as in a frozen virtual machine, and the engine is down when the agent continues."""
@@ -224,7 +224,7 @@ def add_a_key(file: Path) -> None:
 @pytest.mark.parametrize(
     "damage", [add_a_key, Path.unlink, lambda file: file.write_text("[{")], ids=["later version", "gone", "garbage"]
 )
-def test_a_limit_by_label_survives_the_loss_of_the_label_cache(
+def test_a_limit_by_label_survives_a_changed_missing_or_damaged_label_cache(
     docker: Docker, service: Service, damage: Callable[[Path], object]
 ) -> None:
     one, client = full_by_label(docker, service)
@@ -237,7 +237,9 @@ def test_a_limit_by_label_survives_the_loss_of_the_label_cache(
     becomes(one, "notebooks", 3 * GIB, 10)
 
 
-def test_five_containers_get_their_limits_and_leave_nothing(docker: Docker, record: Callable[[str], None]) -> None:
+def test_five_containers_get_their_limits_and_leave_no_tenant_or_cgroup(
+    docker: Docker, record: Callable[[str], None]
+) -> None:
     for _ in range(5):
         begun = time.monotonic()
         one = docker.container({"tier": "notebook"})

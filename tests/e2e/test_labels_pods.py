@@ -71,7 +71,7 @@ def test_a_pod_s_labels_apply_to_the_pod_before_its_first_container_and_to_each_
     assert sandbox[1] == "pods"  # the sandbox container, which only keeps the namespaces, has no label
 
 
-def test_a_request_of_a_pod_s_image_lowers_the_limit(containerd: Containerd) -> None:
+def test_a_request_of_an_image_lowers_the_limit_of_its_container_but_not_of_the_pod(containerd: Containerd) -> None:
     pod = containerd.run("jupyter-1", {"tier": "notebook"}, {})
     one = pod.container("main")
     eventually(lambda: limit_of(one) == ("notebooks", 2 * GIB), 5, f"the image's limit: {limit_of(one)}")

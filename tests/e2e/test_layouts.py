@@ -188,7 +188,7 @@ def assert_shown(tenants: list[Full]) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(240)
-def test_limits_hold_over_an_upgrade_and_a_downgrade(
+def test_limits_hold_over_an_upgrade_and_a_downgrade_to_another_layout(
     service: Service, versions: tuple[Version, Version], store: Path, world: World
 ) -> None:
     """The upgrade uses SIGTERM. The downgrade uses SIGKILL, which leaves a gatekeeper of the other layout."""

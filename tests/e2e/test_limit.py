@@ -103,7 +103,7 @@ def test_a_tenant_s_program_reads_its_share_as_the_device_s_memory(tenant) -> No
     assert neighbour.ok("info") == [2 * GIB - CONTEXT - 300 * MIB, 2 * GIB]
 
 
-def test_nvidia_smi_inside_shows_the_share_and_own_processes(tenant) -> None:
+def test_nvidia_smi_in_a_tenant_shows_the_tenant_s_share_and_processes(tenant) -> None:
     one, other = tenant(CONTEXT + 200 * MIB), tenant(2 * GIB)
     client, neighbour = one.client(), other.client()
     neighbour.ok(f"alloc {300 * MIB}")
@@ -136,7 +136,7 @@ ABSURD = (
 
 
 @pytest.mark.places("host", "runc")
-def test_sizes_near_the_end_of_the_integer_range_are_refused(tenant) -> None:
+def test_sizes_of_zero_and_near_the_end_of_the_integer_range_are_refused(tenant) -> None:
     one = tenant(CONTEXT + ROOM)
     client = one.client()
     client.ok("context")

@@ -77,7 +77,7 @@ def test_the_agent_uses_a_reset_device_again(
 
 @pytest.mark.timeout(900)
 @pytest.mark.places("host")
-def test_limits_hold_while_a_device_is_lost_and_metrics_show_its_age(
+def test_a_lost_device_s_charges_stay_until_nvml_answers_and_metrics_show_the_answer_s_age(
     service: Service, fault: Callable[[str], None], tenant, scale: Scale
 ) -> None:
     one = tenant(LIMIT)

@@ -72,7 +72,7 @@ def assert_held(one: Tenant, device: int) -> None:
 @inside
 @pytest.mark.places("host")
 @pytest.mark.parametrize("lost", [0, 1])
-def test_limits_hold_on_the_working_device(
+def test_limits_hold_on_the_working_device_if_the_other_is_lost_at_the_agent_s_start(
     service: Service, tenant: Callable[[int], Tenant], restart: Callable[..., None], lost: int
 ) -> None:
     one, well = tenant(LIMIT), 1 - lost

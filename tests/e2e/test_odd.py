@@ -33,7 +33,7 @@ def stays_exact(one: Tenant, bytes_: int, seconds: float = LEDGER_SECONDS) -> No
 
 
 @pytest.mark.places("host", "runc")
-def test_a_pointer_that_one_thread_frees_while_another_gets_it_keeps_the_ledger_exact(tenant, scale) -> None:
+def test_the_ledger_stays_exact_while_threads_get_pointers_that_other_threads_just_freed(tenant, scale) -> None:
     one = tenant(CONTEXT + 64 * MIB)
     client = one.client()
     client.ok("context")
@@ -202,7 +202,7 @@ def test_an_importer_is_not_reported_as_a_bypass(tenant, export) -> None:
 
 
 @pytest.mark.places("host")
-def test_memory_of_a_lost_event_is_released(tenant) -> None:
+def test_memory_whose_event_was_lost_is_released(tenant) -> None:
     """A level reports twenty events a second. Its refusals come first, then memory that other processes may share."""
     one = tenant(4 * GIB)
     client = one.client()

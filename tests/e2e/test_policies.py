@@ -73,7 +73,7 @@ def test_an_invalid_policy_file_changes_no_limit_and_is_reported(service: Servic
 
 
 @pytest.mark.places("runc")
-def test_a_tenant_that_no_policy_matches_any_more_becomes_unmanaged_with_its_memory(write: Write, container) -> None:
+def test_a_tenant_that_no_policy_matches_any_more_becomes_unmanaged_and_unlimited(write: Write, container) -> None:
     write("memory: {limit: 2GiB}")
     one = container()
     client = one.client()

@@ -53,7 +53,7 @@ def restart(service: Service, number: int) -> None:
 
 
 @pytest.mark.places("runc")
-def test_agent_and_gatekeeper_have_a_higher_scheduling_priority(agent: Service) -> None:
+def test_agent_and_gatekeeper_have_a_nice_value_of_minus_10(agent: Service) -> None:
     """Programs wait for these processes when they start, also while many other programs start."""
     assert agent.agent
     assert {os.getpriority(os.PRIO_PROCESS, pid) for pid in (agent.agent.pid, *agent.gatekeepers())} == {-10}
@@ -149,7 +149,7 @@ def test_a_process_started_without_a_gatekeeper_gets_no_memory(agent: Service, t
 
 @pytest.mark.timed
 @pytest.mark.slow
-def test_the_agent_enforces_limits_within_three_seconds(agent: Service) -> None:
+def test_the_fastest_of_three_starts_enforces_limits_within_three_seconds(agent: Service) -> None:
     seconds = []
     for _ in range(3):
         agent.kill_agent()
@@ -180,7 +180,7 @@ def test_the_cgroup_of_a_program_that_runs_across_a_detach_is_removed_later(agen
 
 
 @pytest.mark.places("host")
-def test_a_user_that_locks_the_lock_file_cannot_prevent_a_start(agent: Service, tenant) -> None:
+def test_the_agent_sets_the_modes_of_lock_files_so_that_other_users_cannot_lock_them(agent: Service, tenant) -> None:
     """T45: flock() needs only permission to read."""
     one = tenant(CONTEXT + ROOM)
     one.assert_enforced()
@@ -211,7 +211,7 @@ def service_gatekeeper() -> Iterator[subprocess.Popen[bytes]]:
 
 
 @pytest.mark.places("host")
-def test_the_agents_gatekeeper_exits_when_a_service_starts_one(agent: Service, tenant) -> None:
+def test_the_agent_s_gatekeeper_exits_when_a_service_starts_a_gatekeeper(agent: Service, tenant) -> None:
     """F30: a gatekeeper that systemd or a pod starts never waits until the agent exits."""
     one = tenant(2 * CONTEXT + ROOM)
     one.assert_enforced()
@@ -232,7 +232,7 @@ def test_the_agents_gatekeeper_exits_when_a_service_starts_one(agent: Service, t
 
 @pytest.mark.slow
 @pytest.mark.places("host")
-def test_a_killed_gatekeeper_is_replaced_within_a_second(agent: Service, tenant) -> None:
+def test_a_killed_gatekeeper_is_replaced_within_three_seconds(agent: Service, tenant) -> None:
     begun = time.monotonic()
     agent.kill_gatekeeper()
     eventually(agent.gatekeepers, 3, "another gatekeeper")
@@ -244,7 +244,7 @@ def test_a_killed_gatekeeper_is_replaced_within_a_second(agent: Service, tenant)
 
 @pytest.mark.slow
 @pytest.mark.places("host")
-def test_detach_leaves_no_file_pin_or_process(agent: Service, tenant) -> None:
+def test_detach_leaves_no_shim_folder_pin_process_or_limit(agent: Service, tenant) -> None:
     one = tenant(CONTEXT + ROOM)
     client = one.client()
     with one.growing():

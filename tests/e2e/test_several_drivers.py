@@ -65,7 +65,7 @@ def bypasses(one: Tenant) -> dict[str, float]:
 
 @pytest.mark.places("runc")
 @pytest.mark.parametrize("contents", [b"", b"another"], ids=["the host's", "unknown"])
-def test_an_honest_program_is_never_refused_with_any_libcuda(
+def test_a_program_that_fits_is_never_refused_with_a_listed_or_an_unknown_libcuda(
     service: Service, compat: Path, tenant, contents: bytes, scale
 ) -> None:
     """It allocates 80 % of its limit and frees it, again and again.

@@ -331,7 +331,7 @@ def test_unknown_fields_in_the_overrides_file_are_ignored(host: Host) -> None:
 
 @pytest.mark.places("cgroups")
 @pytest.mark.parametrize("text", ["", "[{", "[]", '{"x": "much"}', '{"x": -1}', "9" * 10_000])
-def test_a_start_with_a_damaged_cache_changes_no_limit(host: Host, text: str) -> None:
+def test_a_start_with_a_damaged_cache_of_context_sizes_changes_no_limit(host: Host, text: str) -> None:
     tenant, client = host.at_its_limit(2 * GIB)
     host.stop()
     sizes = Path("/var/lib/fgpu/contexts.json")

@@ -185,7 +185,7 @@ def test_top_refreshes_without_a_key(terminal: Callable[..., Terminal], tenant: 
 
 
 @pytest.mark.places("host")
-def test_top_adapts_its_table_to_every_terminal_size(
+def test_top_adapts_its_table_to_the_terminal_size(
     terminal: Callable[..., Terminal], place: Place, pair: tuple[Tenant, Tenant]
 ) -> None:
     there = terminal("top", columns=100, lines=30)
@@ -212,7 +212,9 @@ def test_top_prints_no_colours_if_no_color_is_set(terminal: Callable[..., Termin
 
 
 @pytest.mark.parametrize("ending", ["\x03", signal.SIGINT, signal.SIGTERM], ids=["Ctrl-C", "INT", "TERM"])
-def test_top_restores_the_terminal_at_every_kind_of_exit(terminal: Callable[..., Terminal], ending: str | int) -> None:
+def test_top_restores_the_terminal_after_ctrl_c_sigint_and_sigterm(
+    terminal: Callable[..., Terminal], ending: str | int
+) -> None:
     there = terminal("top")
     there.wait_for("TENANT")
     if isinstance(ending, str):
@@ -259,7 +261,7 @@ def test_top_continues_when_a_killed_agent_has_been_restarted(
     assert there.end() == 0
 
 
-def test_a_hung_agent_delays_no_key(service: Service, terminal: Callable[..., Terminal]) -> None:
+def test_a_hung_agent_delays_no_key_of_top(service: Service, terminal: Callable[..., Terminal]) -> None:
     there = terminal("top")
     there.wait_for("TENANT")
     assert service.agent is not None
@@ -320,7 +322,7 @@ def test_completion_supports_zsh_and_fish(service: Service, shell: str, begins: 
     assert "status" in fgpu(env={**ENVIRONMENT, **asked}).stdout
 
 
-def test_completion_does_not_wait_for_a_hung_agent(service: Service) -> None:
+def test_completion_waits_at_most_20_seconds_for_a_hung_agent(service: Service) -> None:
     assert service.agent is not None
     service.agent.send_signal(signal.SIGSTOP)
     try:

@@ -27,7 +27,7 @@ def refused_writes() -> float:
 
 @pytest.mark.places("host")
 @pytest.mark.parametrize("topology", TOPOLOGIES)
-def test_root_of_another_namespace_is_a_tenant_and_may_not_write(tenant, topology: str) -> None:
+def test_root_of_another_user_namespace_is_limited_and_may_only_read_from_the_agent(tenant, topology: str) -> None:
     one, into = tenant(CONTEXT + 100 * MIB), TOPOLOGIES[topology]
     client = one.client(before=into)
     with one.growing(60 * MIB):

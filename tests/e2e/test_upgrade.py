@@ -167,7 +167,9 @@ def anomalies() -> dict[str, float]:
 
 @pytest.mark.slow
 @pytest.mark.places("host")
-def test_upgrades_under_load_refuse_no_request_and_charge_every_allocation(versions: Versions, tenant, scale) -> None:
+def test_upgrades_under_load_refuse_no_request_that_fits_and_charge_every_allocation(
+    versions: Versions, tenant, scale
+) -> None:
     limit = 2 * CONTEXT + 40 * MIB
     busy, full, starting = tenant(limit), tenant(limit), tenant(limit)
     for one in (busy, full, starting):

@@ -119,7 +119,7 @@ def test_endless_nesting_is_refused(run_dir: Path) -> None:
 
 
 @pytest.mark.parametrize("place", LISTS)
-def test_other_mounts_are_kept(run_dir: Path, place: str) -> None:
+def test_a_mount_at_the_place_of_a_preload_list_is_kept(run_dir: Path, place: str) -> None:
     own = {"destination": place, "source": "/mine"}
     after = edited(run_dir, json.dumps({"root": {"path": "/x"}, "mounts": [own]}))
     assert destinations(after) == [place, *(other for other in OURS if other != place)]
@@ -188,7 +188,7 @@ def test_the_helper_opens_only_regular_files(run_dir: Path, tmp_path: Path) -> N
     assert openings == [True, False]
 
 
-def test_images_cannot_fill_the_host(run_dir: Path, tmp_path: Path) -> None:
+def test_at_most_256_preload_lists_of_images_are_kept(run_dir: Path, tmp_path: Path) -> None:
     """Podman's hook does not know the bundle. At most 256 lists are kept for it, and the oldest is removed."""
     (tmp_path / "root/etc").mkdir(parents=True)
 

@@ -116,7 +116,7 @@ def container(engine: kit.Engine, image: str, *options: str) -> Iterator[Running
 
 
 @pytest.mark.parametrize("name", ["fgpu", "heir"])
-def test_labels_and_variables_give_the_limit_and_root_owns_its_file(built: kit.Engine, name: str) -> None:
+def test_image_labels_and_variables_have_the_limit_and_root_owns_the_limit_s_file(built: kit.Engine, name: str) -> None:
     (image,) = json.loads(built.call("image", "inspect", f"{name}:1").stdout)
     assert image["Config"]["Labels"]["fgpu.dev/memory"] == f"{GB}GiB"
     for line in (f"GPU_MEM_LIMIT_GB={GB}", "NVIDIA_VISIBLE_DEVICES=all", "NVIDIA_DRIVER_CAPABILITIES=compute,utility"):
@@ -141,7 +141,7 @@ def test_an_invalid_size_fails_the_build(built: kit.Engine, context: Path, gb: s
 # ------------------------------------------------
 
 
-def test_programs_of_an_image_keep_its_limit_together_without_an_agent(built: kit.Engine) -> None:
+def test_programs_of_an_image_share_the_image_s_limit_without_an_agent(built: kit.Engine) -> None:
     with (
         container(built, "fgpu") as one,
         one.starts("/opt/build/examples/fill", "--step", "2MiB", "--hold", "60") as fill,

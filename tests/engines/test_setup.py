@@ -71,7 +71,9 @@ def test_containers_have_the_shim_without_a_flag_until_undo(ready: kit.Engine) -
 
 
 @pytest.mark.parametrize("options", [("--read-only",), ("--user", "65534:65534"), ("--env", "LD_PRELOAD=")])
-def test_containers_of_every_kind_have_the_shim(ready: kit.Engine, options: tuple[str, ...]) -> None:
+def test_containers_that_are_read_only_or_unprivileged_or_clear_ld_preload_have_the_shim(
+    ready: kit.Engine, options: tuple[str, ...]
+) -> None:
     assert_held(ready, *options)
 
 
@@ -146,7 +148,7 @@ def test_labels_of_podman_s_containers_select_the_policy(
 
 
 @podman_alone
-def test_builds_work_as_before(ready: kit.Podman, tmp_path: Path) -> None:
+def test_podman_build_works_after_setup(ready: kit.Podman, tmp_path: Path) -> None:
     """A build reads the hooks that all programs share, and fails at an unknown stage."""
     (tmp_path / "Dockerfile").write_text("FROM localhost/plain:1\nRUN cat /proc/uptime >/made\n")
     limits = ["--ulimit", "nproc=100:100", "--ulimit", "nofile=1024:1024"]
@@ -171,7 +173,7 @@ def test_an_image_with_its_own_preload_list_has_the_shim(ready: kit.Engine, imag
     assert_held(ready, image="preloads")
 
 
-def test_a_setup_that_cannot_work_reports_the_reason(ready: kit.Engine) -> None:
+def test_a_container_does_not_start_if_the_agent_s_file_for_containers_is_incomplete(ready: kit.Engine) -> None:
     told = RUN_DIR / "containers"
     text = told.read_text()
     told.write_text("nothing of use\n")
@@ -192,7 +194,7 @@ def assert_share(engine: kit.Engine, name: str, limit: int) -> None:
 
 
 @with_cdi
-def test_an_engine_with_cdi_gives_shares(ready: kit.Engine, service: Service) -> None:
+def test_device_options_of_an_engine_with_cdi_select_shares(ready: kit.Engine, service: Service) -> None:
     assert_share(ready, "2gib", 2 * GIB)
     assert_share(ready, "8gib", 3 * GIB)  # the policy allows no more
     uuid = ask(verb="snapshot")["devices"][0]["uuid"]

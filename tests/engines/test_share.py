@@ -117,7 +117,7 @@ def assert_still(tenant: Tenant, client: Client, limit: int) -> None:
     assert tenant.driver() == limit
 
 
-def test_a_share_survives_other_settings(bundles: kit.Bundles, service: Service) -> None:
+def test_a_share_survives_set_compute_and_unset_and_agent_restarts(bundles: kit.Bundles, service: Service) -> None:
     bundles.device = "2gib"
     tenant = bundles.tenant(None)
     tenant.assert_enforced()
@@ -136,7 +136,7 @@ def test_a_share_survives_other_settings(bundles: kit.Bundles, service: Service)
     assert tenant.view()["source"] == "share"
 
 
-def test_the_container_reads_its_limit(bundles: kit.Bundles) -> None:
+def test_fgpu_info_in_a_container_prints_the_share(bundles: kit.Bundles) -> None:
     bundles.device = "2gib"
     tenant = bundles.tenant(None)
     assert_held(tenant, 2 * GIB)

@@ -367,10 +367,10 @@ def test_a_tenant_has_at_most_sixteen_connections(keeper: Keeper, tenant: Make, 
 
 
 @pytest.mark.timed
-def test_a_silent_connection_is_closed_for_a_new_one_if_all_slots_are_used(
+def test_silent_connections_of_many_cgroups_are_closed_if_all_slots_are_used(
     start: Callable[..., Keeper], cgroup: Make
 ) -> None:
-    """Seventy undecided cgroups hold 16 silent connections each. A new connection that sends a hello is served."""
+    """Seventy undecided cgroups hold 16 silent connections each. The number of open descriptors stays bounded."""
     keeper = start()
     place = cgroup()
 
@@ -425,7 +425,7 @@ def flood_with_garbage(run: Path, number: int) -> None:
 
 @pytest.mark.timed
 @pytest.mark.parametrize("flood", [flood_silently, flood_with_hellos, flood_with_garbage])
-def test_a_flood_from_one_tenant_does_not_delay_another(
+def test_a_flood_from_one_tenant_does_not_delay_another_tenant(
     keeper: Keeper, tenant: Make, flood: Callable[[Path, int], None], scale: Callable[..., int]
 ) -> None:
     def nicely() -> None:
@@ -611,7 +611,7 @@ def test_a_gatekeeper_without_its_lock_file_prints_an_error_and_exits(
     assert in_cgroup(unmanaged, lambda: bool(hello(run)))
 
 
-def test_the_gatekeeper_waits_for_a_partly_pinned_ledger_without_open_descriptors(
+def test_the_gatekeeper_leaks_no_descriptor_while_the_ledger_is_partly_pinned(
     start: Callable[..., Keeper], pins: Path
 ) -> None:
     part = pins.with_name(f"{pins.name}-part")
@@ -629,7 +629,7 @@ def test_the_gatekeeper_waits_for_a_partly_pinned_ledger_without_open_descriptor
         shutil.rmtree(part)
 
 
-def test_sigterm_keeps_folder_and_socket_so_that_shims_refuse_memory(
+def test_sigterm_ends_the_heartbeat_and_keeps_a_socket_that_refuses_connections(
     start: Callable[..., Keeper], tenant: Make
 ) -> None:
     keeper = start()

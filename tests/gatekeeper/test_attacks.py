@@ -96,7 +96,7 @@ def test_the_connecting_process_is_answered_even_if_another_uses_its_socket(
     assert user.result() == times
 
 
-def test_pages_passed_to_another_process_end_with_their_own_process(keeper: Keeper, tenant: Make) -> None:
+def test_the_heartbeat_of_pages_passed_on_stops_when_their_own_process_ends(keeper: Keeper, tenant: Make) -> None:
     """The heartbeat of the pages stops with the process that they were created for, and the gatekeeper closes them."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
 

@@ -192,7 +192,7 @@ def test_a_breakpoint_in_a_file_s_contents_proves_no_probe(library: Path) -> Non
         assert breakpoints.choose(file.fileno(), [CHECK]) is None
 
 
-def test_only_some_mappings_prove_a_probe_by_their_breakpoint(library: Path) -> None:
+def test_only_suitable_offsets_are_chosen_as_the_checked_breakpoint(library: Path) -> None:
     """A breakpoint proves nothing at a five-byte no-operation, which the kernel may replace by a call.
 
     It also proves nothing at an offset that the map cannot hold, or that has another meaning there.

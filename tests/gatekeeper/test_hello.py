@@ -89,7 +89,7 @@ def test_the_heartbeat_of_a_page_uses_the_clock_of_its_process(keeper: Keeper, t
     assert all(-1e9 < ns < 1e9 for ns in in_cgroup(place, within))
 
 
-def test_a_cgroup_below_a_managed_one_belongs_to_that_tenant(keeper: Keeper, tenant: Make, cgroup: Make) -> None:
+def test_a_cgroup_below_a_managed_cgroup_belongs_to_that_tenant(keeper: Keeper, tenant: Make, cgroup: Make) -> None:
     outer = tenant()
     facts = in_cgroup(cgroup(cgroup(outer)), facts_of_a_hello, keeper.run)
     assert facts["cgroups"] == [outer.stat().st_ino]
@@ -190,7 +190,9 @@ def test_undecided_processes_are_held_and_the_agent_is_notified(keeper: Keeper, 
     assert 0.2 < seconds < 0.8
 
 
-def test_a_managed_cgroup_waits_until_its_page_exists(keeper: Keeper, ledger: Ledger, cgroup: Make) -> None:
+def test_a_process_of_a_managed_cgroup_waits_until_the_cgroup_s_page_exists(
+    keeper: Keeper, ledger: Ledger, cgroup: Make
+) -> None:
     place = cgroup()
     ledger.resolve(place.stat().st_ino, managed=True)
     read, write = os.pipe()
@@ -203,7 +205,7 @@ def test_a_managed_cgroup_waits_until_its_page_exists(keeper: Keeper, ledger: Le
 
 
 @pytest.mark.timed
-def test_an_undecided_process_gets_no_answer_after_a_second(keeper: Keeper, cgroup: Make) -> None:
+def test_an_undecided_process_is_disconnected_without_an_answer_after_a_second(keeper: Keeper, cgroup: Make) -> None:
     grown = keeper.grows("hello_unanswered")
     code, seconds = in_cgroup(cgroup(), timed_hello, keeper.run)
     assert code == -1
@@ -334,7 +336,9 @@ def test_the_exit_of_a_process_releases_its_descriptors_and_pages(keeper: Keeper
     until(lambda: keeper.count("processes") == 0)
 
 
-def test_the_connecting_process_is_answered(keeper: Keeper, tenant: Make) -> None:
+def test_the_connecting_process_is_answered_and_not_the_process_that_uses_its_socket(
+    keeper: Keeper, tenant: Make
+) -> None:
     """T4: a process uses the socket of another process. It gets that process's pages instead of its own."""
     mine, other = tenant(), tenant()
 
@@ -375,7 +379,7 @@ def test_a_socket_whose_process_has_exited_gets_no_answer(keeper: Keeper, tenant
     assert in_cgroup(place, orphaned)
 
 
-def test_setting_a_share_closes_the_gates_of_running_processes(
+def test_a_share_closes_the_gate_of_a_running_process_until_the_share_is_removed(
     start: Callable[..., Keeper], ledger: Ledger, tenant: Make
 ) -> None:
     keeper, place = start(), tenant()

@@ -134,7 +134,7 @@ def test_the_cgroups_of_a_process_are_read_from_the_leaf_up(cgroup: Any, cgroup_
         cgroups(pid, cgroup_base.parent)
 
 
-def test_a_too_deep_cgroup_is_treated_as_an_outer_one(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_too_deep_cgroup_is_treated_as_an_outer_cgroup(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     parts = ["d"] * 100
     (tmp_path / "/".join(parts)).mkdir(parents=True)
     monkeypatch.setattr(procfs, "read", lambda _: b"1:cpu:/x\n0::/" + "/".join(parts).encode() + b"\n")
@@ -191,7 +191,7 @@ def test_only_files_mapped_as_executable_are_listed(tmp_path: Path, monkeypatch:
     assert of_process(os.getpid(), lambda *_: UNCHECKED) == unknown
 
 
-def test_mappings_have_the_names_of_the_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_listed_mappings_equal_those_of_proc_self_maps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(breakpoints, "CUDA_NAMES", b"")  # matches every name
     lines = [line.split(maxsplit=5) for line in Path("/proc/self/maps").read_text().splitlines()]
     files = [(dev, int(ino), path) for _, mode, _, dev, ino, path in (f for f in lines if len(f) == 6) if "x" in mode]
@@ -215,7 +215,7 @@ def test_no_files_is_not_the_same_as_unknown_files(monkeypatch: pytest.MonkeyPat
     assert not procfs.has_memory(sleeper.pid)
 
 
-def test_the_names_of_a_process_are_parsed() -> None:
+def test_the_pids_of_a_process_in_each_namespace_are_parsed() -> None:
     space = os.stat("/proc/self/ns/pid").st_ino
     assert pid_names(os.getpid()) == {space: os.getpid()}
     assert pid_names(2**22) == {}
@@ -279,7 +279,7 @@ def test_only_a_hello_is_well_formed() -> None:
     assert not any(well_formed(dice.randbytes(dice.randrange(200))) for _ in range(10_000))
 
 
-def test_a_missing_ledger_leaves_nothing_open(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_missing_ledger_leaves_no_descriptor_open(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(bpf, "pinned", lambda path: os.open(path, os.O_RDONLY))
     (tmp_path / "maps").mkdir()
     for name in ("pages", "limits", "host"):

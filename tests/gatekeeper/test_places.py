@@ -101,7 +101,7 @@ def test_half_of_the_slots_are_reserved_for_tenants_with_few_processes(monkeypat
 
 
 @pytest.mark.timed
-def test_an_unmanaged_process_gets_the_heartbeat_without_a_free_slot(
+def test_an_unmanaged_process_gets_the_heartbeat_and_uses_no_slot(
     start: Callable[..., Keeper], unmanaged: Path
 ) -> None:
     keeper = start()

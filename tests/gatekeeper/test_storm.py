@@ -75,7 +75,9 @@ class Storm:
         return [(seconds, attempts, mute) for seconds, attempts, mute in json.loads(said)]
 
 
-def test_a_storm_in_one_tenant_is_answered_at_once(start: Callable[..., Keeper], tenant: Make) -> None:
+def test_a_storm_of_300_hellos_of_one_tenant_is_answered_at_the_first_attempt(
+    start: Callable[..., Keeper], tenant: Make
+) -> None:
     keeper = start()
     met = Storm(keeper.run, tenant()).met()
     assert len([seconds for seconds, *_ in met if 0 <= seconds < PATIENCE_SECONDS]) == STORM
@@ -85,7 +87,7 @@ def test_a_storm_in_one_tenant_is_answered_at_once(start: Callable[..., Keeper],
     assert [attempts for _, attempts, mute in met if attempts > 1 + mute] == []
 
 
-def test_a_storm_in_one_tenant_does_not_delay_another(start: Callable[..., Keeper], tenant: Make) -> None:
+def test_a_storm_of_one_tenant_does_not_delay_another_tenant(start: Callable[..., Keeper], tenant: Make) -> None:
     """A hello is delayed so much that the storm lasts for a second."""
     keeper = start(code=SLOW)
 
@@ -154,7 +156,7 @@ def socket_of_few_messages() -> tuple[socket.socket, int]:
         return thread.submit(make).result()
 
 
-def test_an_agent_that_was_not_notified_yet_receives_all_processes_at_once(
+def test_an_agent_that_reads_late_receives_all_processes_in_fewer_messages(
     start: Callable[..., Keeper], cgroup: Make
 ) -> None:
     """The kernel queues few messages for a socket without a reader.
@@ -226,7 +228,9 @@ def peers(tmp_path: Path) -> Iterator[Callable[[list[int]], Peers]]:
         one.close()
 
 
-def test_tenants_take_turns(peers: Callable[[list[int]], Peers], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hellos_are_served_in_turns_by_tenant(
+    peers: Callable[[list[int]], Peers], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(connections, "TURN_NS", 1_000_000_000)
     some = peers([7, 7, 7, 7, 8, 9, 9])
     some.callers.serve()

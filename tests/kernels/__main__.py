@@ -26,13 +26,13 @@ _HELLO = (
     "test_the_exit_of_a_process_releases_its_descriptors_and_pages",
     "test_the_connecting_process_is_answered",
     "test_a_socket_whose_process_has_exited_gets_no_answer",
-    "test_pages_passed_to_another_process_end_with_their_own_process",
+    "test_the_heartbeat_of_pages_passed_on_stops_when_their_own_process_ends",
 )
 _PRODUCT = (
     "(test_a_limit_is_enforced_to_the_byte and (2MiB-and or vmm or managed))",
     "test_a_context_is_charged_and_released",
     "test_a_full_tenant_does_not_affect_its_neighbour",
-    "test_killed_processes_release_within_a_second",
+    "test_memory_of_killed_processes_is_free_within_a_second",
     "test_exec_releases_the_memory_of_the_previous_program",
     "test_a_process_stays_charged_after_its_first_thread_has_exited",
     "test_limits_hold_without_agent_and_gatekeeper",

@@ -97,10 +97,10 @@ def test_a_pod_has_shares_of_two_devices(
     assert_only(pods.pod(answer), {0: GIB, 1: GIB})
 
 
-def test_a_used_slot_is_no_longer_offered(
+def test_used_slots_are_counted_as_taken_until_their_pods_end(
     kubelet: kit.Kubelet, plugin: kit.Plugin, pods: Pods, uuids: list[str]
 ) -> None:
-    """Two pods use a device, and a third finds no id. When they have exited, both ids are free again."""
+    """Two pods use a device. After both have ended, none of its slots is taken, and a slot can be allocated again."""
     two, one = kubelet.resource("2gib-25pct"), kubelet.resource("1gib")
     ids = two.ids[:2]
     tenants = [pods.pod(two.allocate(id_)) for id_ in ids]
@@ -134,10 +134,10 @@ def test_shares_of_devices_do_not_sum_over_devices(
 
 
 @pytest.mark.parametrize("other", ["4gib:1", "1gib:0", "2gib", "1gib:0 and a policy"])
-def test_shares_that_no_container_can_have_together_are_refused(
+def test_only_equal_shares_of_different_devices_that_a_policy_gives_can_be_combined(
     pods: Pods, uuids: list[str], service: Service, other: str
 ) -> None:
-    """The shares have one name, are both of single devices, or exceed what a policy gives."""
+    """A container may have two shares if both have one name, each is of one device, and a policy gives both devices."""
     share, device = "1gib", uuids[1]
     name = re.sub(r":(\d).*", lambda found: f":{uuids[int(found[1])]}", other)
     said = f"it has fgpu.dev/share={share} already: ask for a single share"

@@ -70,7 +70,7 @@ def test_the_plugin_registers_again_after_a_closed_connection(kubelet: kit.Kubel
     assert [r.resource_name for r in kubelet.registrations[3:]] == ["fgpu.dev/1gib"], "the others listen"
 
 
-def test_the_plugin_starts_before_kubelet(kubelet: kit.Kubelet, start: Start) -> None:
+def test_a_plugin_that_started_before_kubelet_registers_when_kubelet_starts(kubelet: kit.Kubelet, start: Start) -> None:
     kubelet.stop()
     (kubelet.folder / "kubelet.sock").unlink(missing_ok=True)
     plugin = start()
@@ -111,7 +111,7 @@ def test_a_killed_plugin_registers_again_when_restarted(kubelet: kit.Kubelet, st
     assert after.ids == before.ids
 
 
-def test_sigterm_ends_the_plugin_within_a_second(kubelet: kit.Kubelet, start: Start) -> None:
+def test_sigterm_ends_the_plugin_within_one_and_a_half_seconds(kubelet: kit.Kubelet, start: Start) -> None:
     """Streams are open at that time, and an allocation waits for an agent that is stopped."""
     plugin = start()
     resource = kubelet.resource("1gib")
@@ -202,10 +202,10 @@ def test_no_id_is_healthy_without_an_agent(kubelet: kit.Kubelet, plugin: kit.Plu
     assert kubelet.resource("1gib") is one, "the same registration"
 
 
-def test_ids_of_devices_unknown_to_nvml_are_unhealthy(
+def test_ids_are_unhealthy_while_nvml_does_not_answer(
     kubelet: kit.Kubelet, plugin: kit.Plugin, service: Service
 ) -> None:
-    """The driver hangs, or a device is lost."""
+    """The driver hangs."""
     one = kubelet.resource("1gib")
     simd = [SIM / "fgpu-simd", "--fault"]
     subprocess.run([*simd, "nvml-stall:120s"], check=True, timeout=10)
@@ -316,7 +316,7 @@ def sizes(count: int) -> str:
         ("[]", "fgpu.kubelet: the agent offers nothing: list profiles in agent.yaml, and restart it"),
     ],
 )
-def test_more_slots_than_kubelet_accepts_are_left_out(
+def test_the_plugin_offers_992_slots_and_reports_profiles_that_cannot_be_offered(
     kubelet: kit.Kubelet, start: Start, service: Service, profiles: str, said: str
 ) -> None:
     before = service.config.read_text()

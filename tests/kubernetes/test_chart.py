@@ -109,7 +109,7 @@ def test_kubernetes_s_schema_accepts_every_field(path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
-def test_no_account_has_more_rights_than_listed(path: Path) -> None:
+def test_no_manifest_grants_a_role_and_every_container_is_restricted(path: Path) -> None:
     harmless = {"ConfigMap", "DaemonSet", "NetworkPolicy", "ServiceAccount"}
     assert {one["kind"] for one in objects(path)} <= {*harmless, *OPERATOR}
     for one in sets(path):
@@ -221,7 +221,7 @@ def test_the_schema_accepts_the_used_values() -> None:
         assert errors(path.read_text()) == [], path
 
 
-def test_the_schema_has_each_key_and_no_more() -> None:
+def test_the_schema_has_exactly_the_keys_of_the_values() -> None:
     def keys(value: dict[str, Any], below: str = "") -> set[str]:
         closed = {f"{below}{key}" for key in value}
         free = {
@@ -329,7 +329,7 @@ def test_helm_lint_has_no_findings(values: Path | None) -> None:
 
 
 @needs_helm
-def test_an_error_names_a_missing_operator(tmp_path: Path) -> None:
+def test_helm_refuses_a_pod_monitor_without_its_operator(tmp_path: Path) -> None:
     done = template("podMonitor: {enabled: true}", tmp_path)
     assert done.returncode
     assert "install it first" in done.stderr

@@ -149,7 +149,7 @@ def test_a_gatekeeper_that_hangs_fails_its_probe(pods: dict[str, node_kit.Pod]) 
     assert one.probe("livenessProbe")
 
 
-def test_each_lives_within_its_limit_of_memory(node: node_kit.Node, pods: dict[str, node_kit.Pod]) -> None:
+def test_each_container_s_peak_memory_is_below_its_limit(node: node_kit.Node, pods: dict[str, node_kit.Pod]) -> None:
     """All tenants hold memory, and the pods start without any of their files in the page cache."""
     if TENANTS > FEW:
         Path("/proc/sys/vm/drop_caches").write_text("1")
@@ -173,7 +173,7 @@ def test_each_lives_within_its_limit_of_memory(node: node_kit.Node, pods: dict[s
 
 
 @pytest.mark.flaky(reruns=0)  # the node is detached after this test
-def test_a_detach_restores_the_node_to_its_earlier_state(node: node_kit.Node, pods: dict[str, node_kit.Pod]) -> None:
+def test_a_detach_removes_fgpu_s_folders_from_the_node(node: node_kit.Node, pods: dict[str, node_kit.Pod]) -> None:
     left = [Path("/run/fgpu"), Path("/sys/fs/bpf/fgpu"), Path("/var/lib/fgpu"), Path("/run/cdi")]
     assert [path.exists() for path in left] == [True] * 4
     node.end_tenants()

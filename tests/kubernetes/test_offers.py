@@ -133,7 +133,7 @@ def test_a_failed_device_is_reported_from_the_agent_s_pod(kubelet: kubelet_kit.K
     assert "it has reported XID 79" in caught.value.details()
 
 
-def test_the_plugin_lives_within_its_limit_of_memory(
+def test_each_container_s_peak_memory_is_below_its_limit(
     node: node_kit.Node, kubelet: kubelet_kit.Kubelet, plugin: node_kit.Pod
 ) -> None:
     """A full run starts the pod without files in the page cache, because cached files are charged to their readers."""
