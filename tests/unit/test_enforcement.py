@@ -93,7 +93,7 @@ def test_every_enforcement_under_which_a_limit_may_be_exceeded_except_observe_is
 
 
 def test_only_one_module_contains_the_word_cooperative() -> None:
-    """This module alone decides the enforcement, so no other module needs the word."""
+    """The module `enforcement` alone decides the word, so no other module contains this word."""
     folder = Path(fgpu_ebpf.__file__).parent
     spelled = {
         path.stem
