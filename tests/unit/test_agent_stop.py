@@ -53,7 +53,7 @@ def test_a_part_that_raises_does_not_prevent_the_stop_of_others(
     }
 
 
-def test_a_part_that_was_not_started_is_not_stopped() -> None:
+def test_an_agent_stopped_before_its_start_stops_its_engines_and_gatekeeper() -> None:
     stopped: list[str] = []
     agent_of(stopped, (), is_wired=False).stop()
     assert stopped == ["engines", "gatekeeper"]

@@ -49,7 +49,7 @@ def test_a_tenant_that_runs_outside_its_turns_is_found_after_ten_seconds():
     assert host.looks(10).outside == set()
 
 
-def test_a_tenant_that_owns_much_and_runs_nothing_is_named_by_its_processes():
+def test_a_process_with_a_context_is_reported_if_its_tenant_owns_much_time_and_runs_nothing():
     host = Host({71: 48})
     assert host.looks(10).empty == set()
     assert host.looks(1).empty == {81}
@@ -57,13 +57,13 @@ def test_a_tenant_that_owns_much_and_runs_nothing_is_named_by_its_processes():
     assert host.looks(10).empty == set(), "little is not nothing"
 
 
-def test_a_tenant_that_owns_little_need_not_run():
+def test_a_tenant_that_owns_little_time_and_runs_nothing_is_not_reported():
     host = Host({71: 48})
     host.part = 0.05
     assert host.looks(11).empty == set()
 
 
-def test_the_gatekeeper_receives_nvml_s_figures_from_the_second_sample_on():
+def test_each_look_from_the_second_on_reports_at_most_2_s_of_running_time_to_the_gatekeeper():
     host = Host({71: 48, 81: 60, 82: 35, 99: 100})
     host.looks(1)
     assert host.ran == {HONEST: 0, LIAR: 0}
@@ -88,19 +88,19 @@ def test_the_audit_starts_again_after_a_missing_answer_of_nvml():
     assert host.looks(1).outside
 
 
-def test_a_tenant_that_is_not_gated_has_no_turns():
+def test_the_audit_has_no_result_for_tenants_that_are_not_gated():
     host = Host({81: 100})
     host.free = 1
     assert host.looks(11) == Verdict()
 
 
-def test_a_tenant_that_reports_nothing_owns_nothing():
+def test_a_tenant_without_counts_of_turns_owns_no_time():
     host = Host({81: 30})
     host.silent = True
     assert host.looks(11).beyond[LIAR] == pytest.approx(0.3)
 
 
-def test_counts_that_restart_at_zero_add_no_owned_time():
+def test_the_audit_starts_again_after_the_counts_of_turns_restart_at_zero():
     host = Host({81: 50})
     host.looks(11)
     host.now = 0.0

@@ -49,23 +49,23 @@ def host(tmp_path: Path) -> Callable[..., Owner]:
         ("/", "/", Why.ITSELF),
     ],
 )
-def test_cgroups_named_by_engines_and_systemd_have_the_expected_owner(host, path, owner, why):
+def test_the_owner_of_a_cgroup_follows_from_the_names_in_its_path(host, path, owner, why):
     found = host(path)
     assert found.why is why
     assert found.path.endswith(owner or path)
 
 
-def test_all_cgroups_of_a_user_are_one_workload(host):
+def test_a_container_inside_a_user_s_cgroup_is_owned_by_that_cgroup(host):
     found = host(f"/work/alice/docker-{ID}.scope", {"/work/alice": 1000})
     assert (found.path, found.why) == ("/work/alice", Why.USER)
 
 
-def test_a_cgroup_with_a_limit_owns_all_cgroups_inside_it(host):
+def test_the_outermost_cgroup_with_a_limit_owns_a_cgroup_inside_it(host):
     found = host("/teams/a/x/y", levels=("/teams/a", "/teams/a/x"))
     assert (found.path, found.why) == ("/teams/a", Why.LEVEL)
 
 
-def test_workloads_of_a_group_with_a_limit_keep_their_own_owners(host):
+def test_a_slice_with_a_limit_owns_only_cgroups_without_an_owner_inside_the_slice(host):
     levels = ("/kubepods.slice", f"/kubepods.slice/{POD}")
     assert host(f"/kubepods.slice/{POD}/a", levels=levels).path == f"/kubepods.slice/{POD}"
     assert host("/work.slice/plain/a", levels=("/work.slice", "/work.slice/plain")).path == "/work.slice/plain"

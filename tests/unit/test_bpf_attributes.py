@@ -62,7 +62,7 @@ def has_uprobe_multi() -> bool:
     return "uprobe_multi" in Path("/usr/include/linux/bpf.h").read_text()
 
 
-def test_offsets_and_sizes_equal_those_of_the_kernel(tmp_path: Path) -> None:
+def test_offsets_and_sizes_of_arguments_equal_those_of_the_kernel_headers(tmp_path: Path) -> None:
     facts = python_facts()
     if not has_uprobe_multi():
         facts = {text: fact for text, fact in facts.items() if "uprobe_multi" not in text}
@@ -71,7 +71,7 @@ def test_offsets_and_sizes_equal_those_of_the_kernel(tmp_path: Path) -> None:
     assert ctypes.sizeof(attributes.PerfEventAttr) == 128, "PERF_ATTR_SIZE_VER7"
 
 
-def test_uprobe_multi_has_its_offsets_of_linux_6_6() -> None:
+def test_fields_of_uprobe_multi_have_the_offsets_of_linux_6_6() -> None:
     member, kind = attributes.UprobeMultiLinkAttr.uprobe_multi, attributes.UprobeMultiLink
     offsets = [member.offset + getattr(kind, name).offset for name, *_ in kind._fields_]
     assert offsets == [16, 24, 32, 40, 48, 52, 56]

@@ -56,12 +56,12 @@ def keys(value: object) -> set[str]:
         ("all-100pct", None, 1_000_000),
     ],
 )
-def test_a_name_has_all_values_of_a_share(name, memory, compute):
+def test_the_name_of_a_share_contains_its_memory_and_compute_limits(name, memory, compute):
     share = share_name.parse(name)
     assert (share.amount and share.amount.bytes, share.limit_millionths) == (memory, compute)
 
 
-def test_percent_of_a_device():
+def test_a_memory_percentage_of_a_share_is_relative_to_the_device():
     share = share_name.parse("50pct-25pct")
     assert share.amount
     assert share.amount.of(100 << 30) == 50 << 30
@@ -89,7 +89,7 @@ def test_percent_of_a_device():
         *("8gib-50pct-2", "8gib 50pct", "9999999gib", "\u0661gib", "1mib", "8gib-50pct\n", "../8gib", "8gib;id"),
     ],
 )
-def test_invalid_names_are_no_shares(name):
+def test_an_invalid_share_name_is_refused(name):
     with pytest.raises(QuantityError):
         share_name.parse(name)
 
@@ -98,7 +98,7 @@ def test_the_default_share_names_are_valid():
     assert [share_name.parse(name).name for name in share_name.USUAL] == list(share_name.USUAL)
 
 
-def test_agent_yaml_lists_the_offered_shares(tmp_path):
+def test_shares_and_cdi_folder_are_read_from_agent_yaml_and_an_invalid_share_is_an_error(tmp_path):
     file = tmp_path / "agent.yaml"
     file.write_text("shares: [6gib-30pct, all-10pct]\ncdiFolder: /etc/cdi\n")
     host, errors = host_config.read(file, root_only=False)
@@ -139,7 +139,7 @@ def test_specifications_are_valid_and_of_the_lowest_version(parts):
         validate(broken)
 
 
-def test_every_mount_is_read_only(parts):
+def test_mounts_have_the_expected_paths_and_are_read_only(parts):
     found = cdi.mounts(parts)
     lists, folders = ["/etc/ld.so.preload", "/etc/ld-nix.so.preload"], ["/run/fgpu/shim", "/var/lib/fgpu/run"]
     info = "/var/lib/fgpu/bin/fgpu-info"
@@ -157,7 +157,7 @@ def test_a_share_named_twice_is_one_device(parts):
     assert [d["name"] for d in cdi.share_spec(parts, ["8gib", "4gib", "8gib"])["devices"]] == ["8gib", "4gib"]
 
 
-def test_a_hook_on_the_host_sets_the_limit(parts):
+def test_a_create_runtime_hook_calls_the_helper_with_the_share_s_name(parts):
     (device,) = cdi.share_spec(parts, ["8gib"])["devices"]
     (hook,) = device["containerEdits"]["hooks"]
     assert hook["hookName"] == "createRuntime"
@@ -204,7 +204,7 @@ def test_unused_preload_lists_are_removed(parts, monkeypatch):
     assert os.listdir(lists) == []
 
 
-def test_specifications_that_are_no_longer_needed_are_removed(parts, tmp_path):
+def test_a_setup_removes_the_specifications_of_an_earlier_setup(parts, tmp_path):
     injection.set_up(parts, tmp_path / "old", ["8gib"])
     injection.set_up(parts, tmp_path / "new", [])
     assert not (tmp_path / "old").exists()
@@ -214,7 +214,7 @@ def test_specifications_that_are_no_longer_needed_are_removed(parts, tmp_path):
 @pytest.mark.parametrize(
     "text", [None, b"", bytes(range(256)), b"/\n\n.\n\0\n"], ids=["folder", "empty", "bytes", "paths"]
 )
-def test_an_invalid_list_of_specifications_prevents_no_setup(parts, tmp_path, text):
+def test_an_invalid_list_of_specifications_does_not_prevent_a_setup(parts, tmp_path, text):
     folder = tmp_path / "cdi"
     injection.set_up(parts, folder, ["8gib"])
     shutil.rmtree(folder)
@@ -282,7 +282,7 @@ def test_a_reader_gets_the_old_or_the_new_specification(parts, tmp_path):
     assert sorted(os.listdir(tmp_path)) == ["run", "x.json"]
 
 
-def test_a_path_that_no_configuration_can_contain_is_refused(tmp_path):
+def test_a_path_with_a_quote_is_refused(tmp_path):
     with pytest.raises(ValueError, match="quotes"):
         injection.parts(tmp_path, tmp_path / 'a"b', tmp_path)
 
@@ -296,7 +296,7 @@ def fgpu(*words: str) -> tuple[int, str]:
     return done.exit_code, done.output
 
 
-def test_fgpu_cdi_generate_prints_specifications(tmp_path):
+def test_fgpu_cdi_generate_prints_or_writes_a_specification_and_refuses_an_invalid_share(tmp_path):
     code, said = fgpu("generate", "8gib-50pct", "1.5gib")
     assert code == 0
     validate(json.loads(said))
@@ -309,7 +309,7 @@ def test_fgpu_cdi_generate_prints_specifications(tmp_path):
     )
 
 
-def test_fgpu_cdi_list_shows_existing_devices(parts, tmp_path, monkeypatch):
+def test_fgpu_cdi_list_prints_the_devices_of_written_specifications_and_fails_without_any(parts, tmp_path, monkeypatch):
     from fgpu_ebpf.cli import request
 
     monkeypatch.setattr(request, "RUN_DIR", parts.run_dir)

@@ -108,13 +108,13 @@ CASES = {
 
 
 @pytest.mark.parametrize("path", CASES)
-def test_the_engine_is_read_from_a_path(path):
+def test_engine_container_pod_and_unit_are_read_from_a_path(path):
     said = cgroup_names.parse(cgroup_names.split(path))
     assert (said.engine, said.container, said.pod_uid, said.unit, said.inside) == CASES[path]
 
 
 @pytest.mark.parametrize("path", CASES)
-def test_a_container_inside_another_is_nested(path):
+def test_only_a_container_or_pod_inside_a_container_is_nested(path):
     said = cgroup_names.parse(cgroup_names.split(path))
     assert said.nested == (path.startswith((NODE + "/docker", NODE + "/kube", f"/docker/{ID}/docker")) or (
         f"/docker/{INNER}" in path
@@ -122,7 +122,7 @@ def test_a_container_inside_another_is_nested(path):
 
 
 @pytest.mark.parametrize("path", [path for path in CASES if "conmon" not in path])
-def test_a_container_s_cgroup_is_no_monitor(path):
+def test_no_cgroup_of_a_container_pod_or_service_is_a_monitor(path):
     assert not cgroup_names.is_monitor(cgroup_names.split(path))
 
 
@@ -140,7 +140,7 @@ def test_a_container_s_cgroup_is_no_monitor(path):
         "/lxc.monitor.web",
     ],
 )
-def test_a_cgroup_beside_a_container_is_a_monitor(path):
+def test_cgroups_of_conmon_and_lxc_monitor_are_monitors(path):
     assert cgroup_names.is_monitor(cgroup_names.split(path))
     assert cgroup_names.is_monitor(cgroup_names.split(path + "/below"))
 
@@ -160,7 +160,7 @@ def test_every_path_has_a_result(found):
 
 
 @given(parts)
-def test_every_cgroup_inside_a_container_belongs_to_that_container(found):
+def test_a_cgroup_inside_a_container_belongs_to_that_or_to_a_nested_container(found):
     said = cgroup_names.parse(["docker", ID, *found])
     assert said.inside == bool(found)
     assert said.container == ID or said.nested

@@ -26,7 +26,7 @@ def test_scrolling_stays_within_the_rows() -> None:
     assert after("down", count=3).first == 0
 
 
-def test_a_new_order_scrolls_to_the_top() -> None:
+def test_the_key_of_an_order_scrolls_to_the_top_and_a_second_press_reverses_the_order() -> None:
     found = after("end", "r")
     assert (found.first, found.order.column.word, found.order.is_reversed) == (0, "refused", False)
     assert after("r", "r").order.is_reversed
@@ -41,12 +41,12 @@ def test_a_filter_is_typed_kept_and_cleared() -> None:
     assert after("escape", choice=typed) == after("escape", choice=kept) == ViewChoice()
 
 
-def test_only_q_ends_top() -> None:
+def test_q_ends_top_and_keys_without_a_meaning_change_nothing() -> None:
     assert ViewChoice().pressed("q", PAGE) is None
     assert after("x", "enter", "\x1b[99~", "é") == ViewChoice()
 
 
-def test_the_keys_are_shown_until_the_next_key() -> None:
+def test_the_list_of_keys_is_shown_until_the_next_key() -> None:
     for key in ("h", "?"):
         helping = after("end", key)
         assert (helping.helping, helping.first) == (True, 90)

@@ -155,7 +155,7 @@ def written(host: Host, tenant: int, said: dict) -> StatusPage:
 
 @settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(acts)
-def test_any_sequence_of_pages_leaves_counts_positive_and_growing(made):
+def test_no_sequence_of_pages_makes_a_count_negative_or_smaller(made):
     host = Host(SHARES)
     for later_us, tenants, said in made:
         host.now_ns += later_us * US
@@ -167,7 +167,7 @@ def test_any_sequence_of_pages_leaves_counts_positive_and_growing(made):
 @settings(phases=(Phase.explicit, Phase.generate), deadline=None)
 @example(1_200, 500)
 @given(st.integers(0, 3_000), st.integers(0, 3_000))
-def test_a_drain_before_the_reported_time_never_gives_a_negative_wait(ahead_us, rings_us):
+def test_a_drain_before_the_reported_end_of_work_makes_no_count_negative_or_smaller(ahead_us, rings_us):
     """A reports at the end of its turn that it is busy for a little longer, and drains at once. B has no work."""
     host = Host([Share(), Share()])
     for tenant in (0, 1):

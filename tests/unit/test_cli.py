@@ -82,7 +82,7 @@ def test_detach_prints_how_many_tenants_have_lost_their_limits(tmp_path: Path, m
     ],
     ids=["no", "yes", "--yes"],
 )
-def test_detach_asks_for_confirmation_on_a_terminal(
+def test_detach_asks_for_confirmation_on_a_terminal_unless_yes_is_given(
     words: list[str], typed: str, verbs: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("fgpu_ebpf.workloads.cgroups.remove_run_folder", lambda: None)
@@ -107,7 +107,7 @@ def test_a_similar_name_is_suggested(command: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("command", ["set", "unset", "explain"])
-def test_every_command_with_a_target_lists_its_forms(command: str, tmp_path: Path) -> None:
+def test_the_help_of_a_command_with_a_target_lists_the_forms_of_a_target(command: str, tmp_path: Path) -> None:
     said = fgpu(tmp_path, command, "--help").stdout
     for form in ("NAME ", "ID ", "pod/NAMESPACE/NAME ", "unit/NAME ", "/PATH ", "pid/N "):
         assert f"\n    {form}" in said, form
@@ -166,7 +166,7 @@ def log(*events: tuple[int, float, str]) -> Callable[[dict[str, Any]], dict[str,
     return lambda asked: {"events": [row for row in rows if row["number"] > asked["since"]], "last": last}
 
 
-def test_events_selects_by_time_and_by_tenant(tmp_path: Path) -> None:
+def test_events_selects_by_time_and_tenant_and_refuses_unknown_values(tmp_path: Path) -> None:
     with agent(tmp_path, events=log((1, 900, "alice"), (2, 30, "bob"), (3, 20, "alice")), snapshot=tenants("carol")):
 
         def found(*words: str) -> list[int]:

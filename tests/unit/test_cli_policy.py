@@ -39,7 +39,7 @@ def two(tmp_path):
     return tmp_path
 
 
-def test_check_counts_valid_files(two):
+def test_check_prints_the_number_of_valid_policies_and_files(two):
     assert fgpu("check", two) == (0, "ok: 3 policies in 2 files\n")
     assert fgpu("check", two / "b.yaml") == (0, "ok: 1 policy in 1 file\n")
     assert fgpu("check", two / "a.yaml", two / "b.yaml") == (0, "ok: 3 policies in 2 files\n")
@@ -100,7 +100,7 @@ def test_check_without_a_path_reads_the_host_s_folder_by_the_agent_s_rules(tmp_p
         ("{selector: {cgroup: a}, devices: [GPU-0]}", "'GPU-0' is read as the beginning of a UUID, not as an index"),
     ],
 )
-def test_check_warns_about_a_selector_that_can_never_match(spec, said, tmp_path):
+def test_check_warns_about_a_selector_or_device_that_can_never_match(spec, said, tmp_path):
     (tmp_path / "a.yaml").write_text(kit.text("x", spec))
     code, output = fgpu("check", tmp_path)
     assert code == 0
@@ -118,7 +118,7 @@ def test_check_warns_about_a_selector_that_can_never_match(spec, said, tmp_path)
         "{selector: {namespace: 'team-*', image: ['nvcr.io/*', 'a/b:c']}}",
     ],
 )
-def test_check_does_not_warn_about_a_selector_that_may_match(spec, tmp_path):
+def test_check_does_not_warn_about_selectors_and_devices_that_may_match(spec, tmp_path):
     (tmp_path / "a.yaml").write_text(kit.text("x", spec))
     assert fgpu("check", tmp_path) == (0, "ok: 1 policy in 1 file\n")
 
@@ -192,7 +192,7 @@ def test_schema_prints_the_json_schema():
 
 @settings(max_examples=40)
 @given(st.lists(kit.documents, min_size=1, max_size=4))
-def test_the_agent_loads_files_that_check_accepts(tmp_path_factory, documents):
+def test_the_agent_loads_exactly_the_files_that_check_accepts(tmp_path_factory, documents):
     folder = tmp_path_factory.mktemp("policies")
     for at, document in enumerate(documents):
         (folder / f"{at}.yaml").write_bytes(kit.as_yaml(document))
@@ -201,7 +201,7 @@ def test_the_agent_loads_files_that_check_accepts(tmp_path_factory, documents):
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="changes its user")
-def test_an_unprivileged_user_may_check(two):
+def test_an_unprivileged_user_can_run_check(two):
     for path in (two, *two.parents):
         if path.stat().st_uid == 0 and path != Path("/"):
             path.chmod(path.stat().st_mode | 0o055)

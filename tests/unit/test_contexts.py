@@ -39,14 +39,14 @@ def nvml(bytes_: int | None) -> Any:
     )
 
 
-def test_a_measured_size_is_stored(tmp_path: Path) -> None:
+def test_a_measured_context_size_is_stored_and_used_without_a_new_measurement(tmp_path: Path) -> None:
     state = tmp_path / "contexts.json"
     assert context_sizes.context_bytes(nvml(518 * MIB), library(tmp_path, "(void)0"), state) == {0: 518 * MIB}
     assert context_sizes.context_bytes(nvml(None), tmp_path / "nothing", state) == {0: 518 * MIB}
 
 
 @pytest.mark.parametrize("value", ['"much"', "-1", "0", "1.5", "true", "null", str(1 << 41)])
-def test_an_invalid_stored_size_is_measured_again(tmp_path: Path, value: str) -> None:
+def test_a_context_size_is_measured_again_if_the_stored_size_is_invalid(tmp_path: Path, value: str) -> None:
     state = tmp_path / "contexts.json"
     state.write_text(f'{{"NVIDIA X 1": {value}}}')
     assert context_sizes.context_bytes(nvml(518 * MIB), library(tmp_path, "(void)0"), state) == {0: 518 * MIB}
@@ -55,7 +55,7 @@ def test_an_invalid_stored_size_is_measured_again(tmp_path: Path, value: str) ->
 @pytest.mark.parametrize(
     ("init", "weighs"), [("sleep(99)", 518 * MIB), ("_exit(1)", None), ("(void)0", None)], ids=["hangs", "ends", "N/A"]
 )
-def test_a_start_does_not_wait_for_a_driver_that_hangs(
+def test_a_context_size_that_cannot_be_measured_has_a_default_that_is_not_stored(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, init: str, weighs: int | None
 ) -> None:
     monkeypatch.setattr(context_sizes, "MEASURE_SECONDS", 1.0)

@@ -31,13 +31,13 @@ def test_a_detach_stops_waiting_after_a_time_limit(tmp_path: Path, monkeypatch: 
     attach.wait_until_detached(tmp_path / "libfgpu.so")
 
 
-def test_a_detach_does_not_wait_for_a_removed_shim(tmp_path: Path) -> None:
+def test_a_detach_does_not_wait_for_a_missing_or_invalid_shim(tmp_path: Path) -> None:
     attach.wait_until_detached(tmp_path / "libfgpu.so")
     (tmp_path / "libfgpu.so").write_text("no library")
     attach.wait_until_detached(tmp_path / "libfgpu.so")
 
 
-def test_a_detach_waits_for_every_shim_and_removes_only_a_published_one(
+def test_a_detach_waits_for_the_mounted_shim_and_removes_only_a_published_store(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The last agent had a shim of the administrator's (`fgpu agent --shim`), which is in a folder with other files."""

@@ -41,7 +41,7 @@ def greeting(*command: str, agent: str = "") -> str:
     return subprocess.run(["sh", "-c", script], capture_output=True, text=True, check=True).stderr
 
 
-def test_a_shell_in_the_simulator_prints_a_greeting() -> None:
+def test_only_an_interactive_shell_in_the_simulator_prints_a_greeting() -> None:
     said = greeting("/usr/bin/bash")
     assert "simulated GPU" in said
     assert "An agent that ran before answers" in said

@@ -25,7 +25,7 @@ MAPPED = {7: [MappedFile("/nowhere/libcuda.so.1", 1, 23)], 8: [], 9: None}
     [({7, 8}, [{(1, 23)}]), ({7, 8, 9}, [])],
     ids=["what has no memory maps nothing", "what cannot be read may map anything"],
 )
-def test_probes_are_removed_only_if_all_processes_are_known(
+def test_unused_probes_are_removed_only_if_the_mappings_of_all_processes_are_known(
     monkeypatch: pytest.MonkeyPatch, with_memory: set[int], dropped: list[set[tuple[int, int]]]
 ) -> None:
     monkeypatch.setattr(procfs, "pids", lambda: [7, 8, 9])
@@ -37,7 +37,9 @@ def test_probes_are_removed_only_if_all_processes_are_known(
     assert stage.dropped == dropped
 
 
-def test_a_process_that_holds_more_than_was_witnessed_is_searched_again(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_holder_is_searched_by_name_and_with_unwitnessed_memory_once_by_contents(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """The process may have loaded another library."""
     looks: list[tuple[int, str]] = []
     monkeypatch.setattr(Search, "by_name", lambda _, pid: looks.append((pid, "name")) or Found([]))
@@ -56,7 +58,7 @@ def test_a_process_that_holds_more_than_was_witnessed_is_searched_again(monkeypa
     assert looks == [(7, "name"), (8, "name"), (8, "contents"), (7, "name")]
 
 
-def test_messages_of_the_gatekeeper_are_processed_one_at_a_time(tmp_path: Path) -> None:
+def test_valid_messages_of_the_gatekeeper_are_read_in_order_and_invalid_messages_ignored(tmp_path: Path) -> None:
     found = Discovery(Stage(), {})  # type: ignore[arg-type]
     found.listen(tmp_path / "sock")
     said = [
@@ -73,8 +75,8 @@ def test_messages_of_the_gatekeeper_are_processed_one_at_a_time(tmp_path: Path) 
 
 
 @pytest.mark.parametrize("make", [os.mkfifo, os.mkdir, lambda path: os.symlink("/dev/zero", path)])
-def test_the_agent_does_not_block_on_a_pipe_in_place_of_a_library(tmp_path: Path, make) -> None:
-    """A tenant maps its own libcuda and replaces it by a pipe. Opening the pipe would block for ever."""
+def test_a_file_that_is_not_regular_in_place_of_a_library_is_refused(tmp_path: Path, make) -> None:
+    """A tenant may map its own libcuda and replace it by a pipe. Opening the pipe would block for ever."""
     path = str(tmp_path / "libcuda.so.1")
     make(path)
     with pytest.raises(OSError, match="not a regular file"):
@@ -83,7 +85,7 @@ def test_the_agent_does_not_block_on_a_pipe_in_place_of_a_library(tmp_path: Path
         probe_plan.symbol_offsets(path, ["cuInit"])
 
 
-def test_any_library_file_is_refused_with_a_message(tmp_path: Path, scale) -> None:
+def test_a_damaged_library_is_read_or_refused_with_a_probe_error(tmp_path: Path, scale) -> None:
     good, path, chance = Path(os.__file__).read_bytes(), tmp_path / "libcuda.so.1", random.Random(23)
     library = (Path(__file__).parents[2] / "build/shim/libfgpu.so").read_bytes()
     for _ in range(scale(101, 503, 10007)):

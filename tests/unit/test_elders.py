@@ -1,4 +1,4 @@
-"""Tests of processes older than fgpu: found once, never adopted later, never killed, and reported once."""
+"""Tests of processes older than fgpu, which are found once, and of the reports of adopted processes."""
 
 from __future__ import annotations
 
@@ -54,7 +54,9 @@ def test_a_process_with_the_shim_is_not_preexisting(tmp_path: Path, monkeypatch:
 
 
 @pytest.mark.parametrize("said", ["", "[1]", '{"a": 1}', '{"1": null}'])
-def test_an_unreadable_file_makes_no_process_preexisting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said) -> None:
+def test_an_invalid_file_of_preexisting_processes_makes_no_process_preexisting(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said
+) -> None:
     maps(monkeypatch, {ME: ["libcuda.so"]})
     (tmp_path / PreexistingProcesses.FILE).write_text(said)
     assert list(PreexistingProcesses.found(tmp_path)) == []
@@ -73,7 +75,7 @@ def test_another_process_of_the_same_pid_is_not_preexisting(tmp_path: Path) -> N
     assert ME in known
 
 
-def test_an_ended_process_is_not_preexisting_even_before_its_end_is_recorded(other) -> None:
+def test_an_ended_process_is_not_preexisting_even_before_its_parent_waits_for_it(other) -> None:
     known = PreexistingProcesses({other.pid: procfs.started(other.pid) or 0})
     assert known.places()
     other.kill()
@@ -81,7 +83,7 @@ def test_an_ended_process_is_not_preexisting_even_before_its_end_is_recorded(oth
     assert not known.places()
 
 
-def test_cgroups_of_preexisting_processes_include_the_outer_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cgroups_of_preexisting_processes_include_all_outer_cgroups(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(procfs, "cgroup_path", lambda _: "/a/b/c")
     assert PreexistingProcesses({ME: procfs.started(ME) or 0}).places() == {"/a/b/c", "/a/b", "/a", "/"}
     assert PreexistingProcesses().places() == set()
@@ -122,7 +124,7 @@ class Host:
 BEYOND = "the tenant has 5MiB of 4MiB: nothing more is admitted"
 
 
-def test_each_process_is_reported_once() -> None:
+def test_an_adopted_process_is_reported_once_while_nvml_lists_the_process() -> None:
     host = Host(known=PreexistingProcesses({ME: 1}))
     assert host.told() == [("adopted", "older than fgpu", 5 * MIB, BEYOND)]
     host.truth = Truth(held={0: {ME: 6 * MIB}})
@@ -135,7 +137,7 @@ def test_each_process_is_reported_once() -> None:
     assert len(host.told()) == 1, "a second process was not reported"
 
 
-def test_memory_left_by_an_exec_is_not_reported() -> None:
+def test_memory_that_is_not_held_in_two_successive_looks_is_not_reported() -> None:
     host = Host()
     assert host.told() == []
     host.process = replace(host.process, bytes=(0,) * 16)
@@ -155,14 +157,14 @@ def test_memory_within_the_limit_is_reported_without_an_excess() -> None:
 
 
 @pytest.mark.parametrize("flags", [abi.Seen.SHIM, abi.Seen.CALL, abi.Seen.CALL | abi.Seen.BYPASS])
-def test_a_process_with_a_kernel_entry_is_reported_by_the_kernel(flags: int) -> None:
+def test_a_process_with_the_shim_or_a_witnessed_call_is_not_reported_as_adopted(flags: int) -> None:
     host = Host(flags)
     assert host.told() == []
     host.truth = Truth(held={0: {ME: 5 * MIB}})
     assert host.told() == []
 
 
-def test_unwitnessed_memory_of_a_process_with_the_shim_is_reported() -> None:
+def test_a_process_with_the_shim_is_reported_if_its_overhead_exceeds_context_and_modules() -> None:
     """A process with the shim has memory of a second library, whose name is not libcuda's."""
     host = Host(abi.Seen.SHIM | abi.Seen.CALL)
     for overhead, told in (
@@ -176,14 +178,14 @@ def test_unwitnessed_memory_of_a_process_with_the_shim_is_reported() -> None:
         assert found == told
 
 
-def test_a_process_with_the_shim_is_not_searched() -> None:
+def test_a_process_with_the_shim_is_not_looked_up_in_the_ledger() -> None:
     host = Host(abi.Seen.SHIM)
     host.adoption._ledger.process = None
     host.truth = replace(host.truth, processes={ME: host.process})
     assert host.told() == []
 
 
-def test_no_process_is_searched_without_a_new_answer_of_nvml() -> None:
+def test_the_same_answer_of_nvml_is_processed_once() -> None:
     host = Host()
     host.told()
     host.adoption.look()

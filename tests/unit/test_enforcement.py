@@ -48,7 +48,7 @@ def test_an_unknown_kind_of_bypass_is_shown_as_counted() -> None:
     assert {enforcement("", False, kill, ["a new way"]) for kill in (False, True)} == {Enforcement.COUNTED}
 
 
-def test_every_exported_kind_of_bypass_has_a_label() -> None:
+def test_every_exported_kind_of_bypass_has_the_expected_enforcement() -> None:
     assert {how: str(enforcement("", False, False, [how])) for how in metrics._HOW} == {
         **dict.fromkeys(COUNTED, "counted"),
         **dict.fromkeys(("unprobed", "standalone"), "cooperative"),
@@ -83,17 +83,17 @@ def test_only_counted_tenants_are_named_below_the_table() -> None:
 
 
 @pytest.mark.parametrize(("used", "mark"), [(0, Mark.IDLE), (5, Mark.USUAL), (10, Mark.FULL), (11, Mark.OVER)])
-def test_a_limit_that_is_exceeded_is_marked(used: int, mark: Mark) -> None:
+def test_the_mark_of_a_tenant_depends_on_used_memory_and_limit(used: int, mark: Mark) -> None:
     (tenant,) = seen(kit.tenant("alice", kit.on(0, used, 10)))["tenants"]
     assert ranking.mark(Row(tenant, tenant["devices"][0])) is mark
 
 
-def test_an_enforcement_that_does_not_hold_is_unheld() -> None:
+def test_every_enforcement_under_which_a_limit_may_be_exceeded_except_observe_is_unheld() -> None:
     assert {word for word in Enforcement if word.words} - UNHELD == {Enforcement.OBSERVE}
 
 
-def test_only_one_module_decides_the_enforcement() -> None:
-    """No other module contains a word of this list."""
+def test_only_one_module_contains_the_word_cooperative() -> None:
+    """The module `enforcement` alone decides the word, so no other module contains this word."""
     folder = Path(fgpu_ebpf.__file__).parent
     spelled = {
         path.stem

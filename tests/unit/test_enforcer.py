@@ -67,7 +67,7 @@ def test_a_tenant_without_room_gets_nothing_until_there_is_room(place, books):
     assert (in_force(books, two), place.enforcer.denied(two.cgroup)) == (4 * GIB, "")
 
 
-def test_processes_named_while_a_level_appears_are_moved_once_it_is_in_force(place, books, monkeypatch):
+def test_a_process_whose_entry_is_created_while_a_level_appears_is_moved_into_that_level(place, books, monkeypatch):
     pod, leaf = place.make("/pod", 8), place.make("/pod/c", 6)
     place.enforcer.put([pod])
     place.enforcer.put([leaf])  # a moment before, a program found no limit
@@ -81,7 +81,7 @@ def test_processes_named_while_a_level_appears_are_moved_once_it_is_in_force(pla
     assert not select.select([place.enforcer], [], [], 0)[0]
 
 
-def test_no_process_is_examined_without_a_named_one(place, books, monkeypatch):
+def test_process_entries_are_not_read_again_if_no_entry_was_created_while_a_level_appeared(place, books, monkeypatch):
     books.known, books.so_far = {23: SimpleNamespace(generation=7, levels=())}, 1
     monkeypatch.setattr("fgpu_ebpf.tenancy.enforcer.procfs.cgroup_path", {}.get)
     place.enforcer.put([place.make("/one", 8)])
@@ -100,7 +100,7 @@ def test_a_limit_by_hand_without_room_is_refused_with_the_figures(place, books):
     assert list(books.limits) == [one.cgroup]
 
 
-def test_a_limit_that_the_kernel_refused_is_not_in_force_and_is_tried_again(place, books):
+def test_a_limit_that_the_kernel_refused_is_not_in_force_and_can_be_set_again(place, books):
     one, group, leaf = place.make("/one", 2, Source.SET), place.make("/pod", 8), place.make("/pod/c", 6)
     place.enforcer.put([one])
     before = dict(books.limits)
@@ -116,7 +116,7 @@ def test_a_limit_that_the_kernel_refused_is_not_in_force_and_is_tried_again(plac
     assert place.enforcer.groups() == {group.cgroup}
 
 
-def test_a_denied_tenant_gets_its_limit_when_another_is_lowered(place, books):
+def test_a_denied_tenant_gets_its_limit_when_another_limit_is_lowered_far_enough(place, books):
     one, two = place.make("/one", 8), place.make("/two", 4)
     place.enforcer.put([one, two])
     for tenant in (one, two):
@@ -127,7 +127,7 @@ def test_a_denied_tenant_gets_its_limit_when_another_is_lowered(place, books):
     assert (in_force(books, two), place.enforcer.denied(two.cgroup)) == (4 * GIB, "")
 
 
-def test_a_tenant_that_could_not_grow_grows_when_there_is_room(place, books):
+def test_a_raised_limit_without_room_is_put_in_force_when_there_is_room(place, books):
     one, two = place.make("/one", 4), place.make("/two", 4)
     place.enforcer.put([one, two])
     for tenant in (one, two):
@@ -153,7 +153,7 @@ def test_overcommit_admits_every_limit(place, books):
     assert [in_force(books, tenant) for tenant in tenants] == [8 * GIB] * 3
 
 
-def test_a_limit_beyond_the_device_is_the_whole_device(place):
+def test_a_limit_beyond_the_device_commits_the_whole_device(place):
     place.enforcer.put([place.make("/one", 100, Source.SET)])
     assert place.enforcer.commitments.committed(0) == 10 * GIB
     with pytest.raises(RoomError):
@@ -166,7 +166,7 @@ def test_only_the_group_s_limit_counts_for_tenants_inside_it(place):
     assert place.enforcer.commitments.committed(0) == 8 * GIB
 
 
-def test_a_group_may_appear_after_its_tenants(place):
+def test_a_group_that_appears_after_its_tenants_is_committed_in_their_place(place):
     place.enforcer.put([place.make("/pod/a", 5, Source.SET), place.make("/pod/b", 5, Source.SET)])
     place.enforcer.put([place.make("/pod", 7, Source.SET)])
     assert place.enforcer.commitments.committed(0) == 7 * GIB
@@ -191,7 +191,7 @@ def test_observed_and_unlimited_tenants_commit_nothing(place, books):
     assert in_force(books, others[1]) == abi.NO_LIMIT
 
 
-def test_a_tenant_that_cannot_grow_keeps_its_limit(place, books):
+def test_a_raised_limit_without_room_leaves_the_earlier_limit_in_force(place, books):
     one, two = place.make("/one", 4), place.make("/two", 4)
     place.enforcer.put([one, two])
     for tenant in (one, two):
@@ -232,7 +232,7 @@ def test_names_of_tenants_are_unique(place):
     assert place.enforcer.named("x").path == "/a/x"
 
 
-def test_levels_are_leaf_first(place):
+def test_levels_of_a_cgroup_are_ordered_from_the_leaf_outwards(place):
     place.enforcer.put([place.make("/pod", 8), place.make("/pod/c", 6)])
     (pod, leaf) = (place.enforcer.at(p).cgroup for p in ("/pod", "/pod/c"))
     place.make("/pod/c/inside")
@@ -274,7 +274,7 @@ def summed(enforcer, index, but=None):
     return total
 
 
-def test_the_committed_sum_is_right_after_any_history(place, scale):
+def test_the_committed_sum_equals_the_sum_of_all_commitments_after_any_history(place, scale):
     chance = random.Random(1009)
     paths = [f"/{a}{b}{c}" for a in "ab" for b in ("", "/x", "/y") for c in ("", "/u", "/v") if b or not c]
     for _ in range(scale(101, 1009, 10007)):
@@ -293,7 +293,7 @@ def test_the_committed_sum_is_right_after_any_history(place, scale):
     assert not place.enforcer._tree._inside, "nothing is remembered of removed tenants"
 
 
-def test_a_thousand_tenants_at_once_are_not_examined_one_by_one(place, monkeypatch):
+def test_a_thousand_tenants_at_once_need_at_most_three_examinations_each(place, monkeypatch):
     looks = []
     promise = Commitments._promise
     monkeypatch.setattr(Commitments, "_promise", lambda *given: looks.append(1) or promise(*given))
@@ -308,7 +308,7 @@ def test_a_thousand_tenants_at_once_are_not_examined_one_by_one(place, monkeypat
 # -- preexisting processes
 
 
-def test_kill_waits_for_preexisting_processes(place, books, monkeypatch):
+def test_kill_is_not_in_force_for_a_tenant_with_preexisting_processes(place, books, monkeypatch):
     at = {"/": "", "/one": ""}
     monkeypatch.setattr(place.enforcer.preexisting, "places", lambda: frozenset(at))
     place.enforcer.update_spared()
@@ -407,7 +407,7 @@ def test_a_later_group_counts_in_place_of_its_tenants(two, books):
     assert (two.committed(0), uncommitted(books, group), uncommitted(books, inner)) == (9 * GIB, {1}, set())
 
 
-def test_no_first_use_waits_with_overcommit(two, books):
+def test_overcommit_leaves_no_device_of_a_tenant_uncommitted(two, books):
     two.enforcer.commitments.overcommit = True
     tenants = [two.make(f"/t{number}", 8) for number in range(3)]
     two.enforcer.put(tenants)
@@ -457,7 +457,7 @@ def test_a_tenant_counts_for_itself_when_its_group_is_removed(two, books):
     assert uncommitted(books, one) == uncommitted(books, other) == {1}
 
 
-def test_a_limit_of_the_hierarchy_s_root_holds_for_all_tenants(two):
+def test_a_limit_of_the_root_cgroup_is_committed_in_place_of_its_tenants(two):
     inner, root = two.make("/inner", 8), two.make("/", 9)
     two.enforcer.put([inner])
     assert two.enforcer.use_device(inner.cgroup, 0) == ""

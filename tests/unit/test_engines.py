@@ -56,7 +56,7 @@ def quick(monkeypatch):
 # -- labels and names
 
 
-def test_labels_image_and_name_arrive_and_wake_the_loop(docker, api):
+def test_labels_image_and_name_of_a_container_arrive_later_by_one_request(docker, api):
     docker.containers = [container(), container(OTHER, Names=["/db"])]
     with running(api) as found:
         first = found.named(workload())
@@ -79,7 +79,7 @@ def test_a_container_is_requested_once_for_all_its_cgroups(docker, api):
         assert len(docker.targets) == 1
 
 
-def test_podman_reports_the_same_labels(tmp_path):
+def test_annotations_of_podman_are_read_and_docker_containers_get_no_labels_from_podman(tmp_path):
     podman = Docker(tmp_path / "podman.sock")
     podman.containers = [container(Annotations={"fgpu.dev/memory": "8GiB"})]
     with running(DockerApi(Engine.PODMAN, str(podman.path))) as found:
@@ -89,7 +89,7 @@ def test_podman_reports_the_same_labels(tmp_path):
     podman.stop()
 
 
-def test_docker_containers_have_their_kubernetes_names(docker, api):
+def test_a_docker_container_has_the_pod_name_and_namespace_of_its_labels(docker, api):
     docker.containers = [container(Labels={engine_answers.POD_NAME: "jupyter-0", engine_answers.POD_NAMESPACE: "dev"})]
     with running(api) as found:
         known = asked(found, workload())
@@ -112,7 +112,7 @@ def test_requests_of_the_image_and_of_the_workload_are_kept_apart(docker, api, o
         assert (known.image_asks, known.labels) == (asks, labels)
 
 
-def test_attributes_that_root_set_on_the_cgroup_come_first():
+def test_labels_of_a_cgroup_s_attributes_take_precedence_over_labels_of_the_engine():
     one = named(workload(labels={"tier": "batch"}), Names("web", labels={"tier": "notebook", "team": "ml"}))
     assert one.labels == {"tier": "batch", "team": "ml"}
 
@@ -155,7 +155,7 @@ def rescan(found: engine_labels.Engines, times: int) -> None:
         found.rescanned()
 
 
-def test_known_labels_survive_a_frozen_agent_and_its_engine(docker, api, tmp_path, monkeypatch):
+def test_known_labels_are_kept_while_the_agent_is_frozen_and_the_engine_is_stopped(docker, api, tmp_path, monkeypatch):
     """Time without a rescan is no proof that a container has been removed: an agent that was frozen forgets nothing."""
     docker.containers, docker.images = [container(Labels={"fgpu.dev/memory": "8GiB"})], {IMAGE: {}}
     with running(api, file=tmp_path / "engines.json") as found:
@@ -167,7 +167,7 @@ def test_known_labels_survive_a_frozen_agent_and_its_engine(docker, api, tmp_pat
         assert found.named(workload()) == known
 
 
-def test_known_labels_survive_the_agent_and_its_engine(docker, api, tmp_path):
+def test_known_labels_survive_an_agent_restart_and_are_forgotten_after_many_rescans(docker, api, tmp_path):
     docker.containers, docker.images = [container(Labels={"fgpu.dev/memory": "8GiB"})], {IMAGE: {}}
     file = tmp_path / "engines.json"
     with running(api, file=file) as found:
@@ -264,7 +264,7 @@ def test_an_engine_with_false_or_no_answers_delays_nothing_and_is_reported(docke
 
 
 @pytest.mark.timed
-def test_one_invalid_answer_delays_no_other(docker, api):
+def test_an_oversized_answer_does_not_delay_the_answer_about_another_container(docker, api):
     docker.containers = [container(Labels={"x": "y" * 5 * MIB}), container(OTHER)]
     with running(api) as found:
         found.named(workload())
@@ -316,7 +316,7 @@ def test_a_socket_that_root_does_not_own_gets_no_request(docker, api, quick):
 # -- bounds
 
 
-def test_long_or_many_labels_are_dropped_and_requests_never():
+def test_labels_are_bounded_in_length_and_number_and_requests_are_kept():
     many = {f"k{n:05}": "v" * 10 for n in range(5000)}
     labels = engine_answers.labels_of({**many, "long": "x" * MIB, "x" * 400: "", "fgpu.dev/memory": "8GiB"})
     assert labels["fgpu.dev/memory"] == "8GiB"
@@ -350,7 +350,7 @@ def test_a_removed_container_is_not_requested_any_more(docker, api, monkeypatch)
         assert found._threads[0]._wants == {}
 
 
-def test_no_engine_gets_a_request_without_a_container(docker, api):
+def test_a_cgroup_without_an_engine_causes_no_request(docker, api):
     with running(api) as found:
         before = threading.active_count()
         found.named(Workload(1, "/batch", "batch"))
@@ -386,7 +386,7 @@ def is_sound(names):
 
 
 @given(st.lists(items, max_size=3) | junk, junk, labels | junk)
-def test_any_answer_gives_valid_names_or_none(found, image, image_labels):
+def test_any_answer_of_docker_gives_valid_names_none_or_an_error(found, image, image_labels):
     try:
         said = engine_answers.of_docker(found, ID)
     except AnswerError:

@@ -43,7 +43,7 @@ def quick(monkeypatch):
     monkeypatch.setattr(engine_thread, "LONGEST_PAUSE_SECONDS", 0.1)
 
 
-def test_a_container_has_its_pods_names_labels_and_annotations(cri, api):
+def test_a_container_has_its_pod_s_names_labels_and_annotations_and_its_image_s_labels(cri, api):
     cri.add_pod(labels={"tier": "notebook"}, annotations={"fgpu.dev/memory": "50%", "long": "x" * 1000})
     cri.add_container()
     cri.images[IMAGE] = {"maintainer": "us"}
@@ -92,7 +92,7 @@ def test_a_pod_is_requested_at_once_when_one_of_its_containers_is_known(cri, api
         eventually(lambda: found.named(workload(POD, path="/pod")).pod, 2)
 
 
-def test_the_ready_one_of_several_sandboxes_counts(cri, api):
+def test_the_labels_of_the_ready_sandbox_of_a_pod_are_used(cri, api):
     cri.add_pod("a" * 64, labels={"n": "old"}, state=1)
     cri.add_pod("b" * 64, labels={"n": "ready"}, state=0)
     cri.add_pod("c" * 64, labels={"n": "gone"}, state=1)
@@ -108,7 +108,7 @@ def test_a_pause_container_has_no_names(cri, api):
         assert api.ask(CONTAINERD) == Names()
 
 
-def test_cri_engines_get_no_request_about_docker_containers(api):
+def test_cri_engines_get_no_request_about_docker_podman_and_lxc_containers(api):
     assert [api.serves(subject(engine=engine)) for engine in (Engine.DOCKER, Engine.PODMAN, Engine.LXC)] == [False] * 3
     assert api.serves(POD)
 
@@ -158,7 +158,7 @@ def test_names_are_found_after_a_socket_without_grpc_and_an_engine_restart(tmp_p
             found._entries.clear()
 
 
-def test_an_engine_with_an_old_interface_is_reported(tmp_path, quick):
+def test_an_engine_without_cri_v1_is_reported(tmp_path, quick):
     import grpc
 
     server = grpc.server(futures.ThreadPoolExecutor(1))
@@ -170,7 +170,7 @@ def test_an_engine_with_an_old_interface_is_reported(tmp_path, quick):
     server.stop(0)
 
 
-def test_a_missing_grpc_package_is_reported_with_its_installation(tmp_path, monkeypatch, quick):
+def test_a_missing_grpc_module_is_reported_with_the_name_of_its_package(tmp_path, monkeypatch, quick):
     monkeypatch.setitem(sys.modules, "grpc", None)
     (tmp_path / "cri.sock").touch()
     with running(CriApi(f"{tmp_path}/cri.sock")) as found:

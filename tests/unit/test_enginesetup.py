@@ -116,7 +116,7 @@ def test_two_set_ups_and_one_undo_leave_the_file_as_before(name, text, tmp_path,
     assert not [p.name for p in helper.parent.rglob(".*")], "nothing half-written beside the helper"
 
 
-def test_created_folders_are_removed(tmp_path, helper):
+def test_undo_removes_exactly_the_empty_folders_that_setup_created(tmp_path, helper):
     """Undo removes folders that setup made, but not a folder that has other files by then."""
     found, state = engine("podman", tmp_path, None), tmp_path / "state.json"
     found = replace(found, file=tmp_path / "etc/containers/containers.conf.d/zz.conf")
@@ -136,7 +136,7 @@ def test_created_folders_are_removed(tmp_path, helper):
 
 
 @pytest.mark.parametrize(("name", "text"), [(n, t) for n, t in CASES if t])
-def test_changes_by_other_programs_are_kept(name, text, tmp_path, helper):
+def test_undo_keeps_changes_by_other_programs(name, text, tmp_path, helper):
     found, state = engine(name, tmp_path, text), tmp_path / "x.json"
     set_up(found, helper, state)
     now = read(found)
@@ -166,7 +166,7 @@ def test_undo_works_without_the_state_file(name, tmp_path, helper):
     assert parse(read(found) or "") == parse(text)
 
 
-def test_a_file_without_settings_stays_unchanged(tmp_path, helper):
+def test_an_invalid_settings_file_is_refused_and_stays_unchanged(tmp_path, helper):
     for name, text in (("docker", "{"), ("docker", "[]"), ("containerd", "version = ")):
         found = engine(name, tmp_path, text)
         with pytest.raises(SetupError):
@@ -175,7 +175,7 @@ def test_a_file_without_settings_stays_unchanged(tmp_path, helper):
         assert not (tmp_path / "x.json").exists()
 
 
-def test_a_link_stays_a_link(tmp_path, helper):
+def test_a_settings_file_that_is_a_link_stays_a_link(tmp_path, helper):
     found = engine("docker", tmp_path, None)
     (tmp_path / "real.json").write_text("{}")
     found.file.symlink_to(tmp_path / "real.json")
@@ -222,7 +222,7 @@ def test_doctor_names_settings_that_a_user_may_not_read(hidden, tmp_path, helper
     assert (check.ok, str(unreadable) in check.found, check.fix) == (False, True, "sudo fgpu doctor")
 
 
-def test_a_full_disk_changes_nothing(tmp_path, helper, monkeypatch):
+def test_a_setup_on_a_full_disk_leaves_the_settings_unchanged(tmp_path, helper, monkeypatch):
     found = engine("docker", tmp_path, "{}")
 
     def full(*_):
@@ -306,7 +306,7 @@ def test_docker_gets_cdi_in_the_versions_that_need_the_setting(version, before, 
 
 
 @pytest.mark.parametrize("text", TEXTS["containerd"])
-def test_containerd_changes_one_value(text, tmp_path, helper):
+def test_setup_of_containerd_changes_only_the_binary_name_of_runc(text, tmp_path, helper):
     found = engine("containerd", tmp_path, text)
     set_up(found, helper, tmp_path / "x.json")
     before, after = tomllib.loads(text or "version = 2"), tomllib.loads(read(found) or "")
@@ -398,7 +398,7 @@ def test_crio_keeps_the_name_of_its_default_runtime_with_the_path_of_fgpu(tmp_pa
     assert not found.file.exists()
 
 
-def test_doctor_reports_a_changed_default_runtime(tmp_path, helper):
+def test_doctor_reports_a_changed_default_runtime_of_crio(tmp_path, helper):
     found, state = drop_in("crio", tmp_path, **{"10-crio": CRIO}), tmp_path / "state"
     set_up(found, helper, state / "crio.json")
     (check,) = checks(state, helper)
@@ -437,7 +437,7 @@ def test_later_crio_settings_take_precedence(tmp_path, helper):
         ("[crio", "10.conf is not TOML"),
     ],
 )
-def test_unknown_crio_settings_are_refused(text, why, tmp_path, helper):
+def test_crio_settings_without_a_usable_default_runtime_are_refused(text, why, tmp_path, helper):
     found = drop_in("crio", tmp_path, **{"10": text})
     with pytest.raises(SetupError, match=why):
         set_up(found, helper, tmp_path / "x.json")
@@ -455,7 +455,7 @@ def test_a_file_of_another_program_is_never_replaced(name, tmp_path, helper):
     assert read(found) == "# theirs\n"
 
 
-def test_a_setup_in_another_file_is_undone(tmp_path, helper):
+def test_a_setup_in_another_file_undoes_the_setup_in_the_first_file(tmp_path, helper):
     """Setup restores a file if the settings name another one, or if a newer version of fgpu uses another place."""
     first, second, state = engine("docker", tmp_path, "{}"), drop_in("docker", tmp_path), tmp_path / "x.json"
     set_up(first, helper, state)
@@ -506,7 +506,7 @@ def rendered(template: str, made: str) -> str:
 @pytest.mark.parametrize("version", PLUGINS)
 @pytest.mark.parametrize("nvidia", [False, True])
 @pytest.mark.parametrize("template", [None, f"{BASE}\n[plugins.a]\nb = 1"])
-def test_k3s_gets_a_runtime_in_front_of_nvidia_s(version, nvidia, template, tmp_path, helper):
+def test_k3s_gets_a_runtime_in_front_of_nvidia_s_or_runc(version, nvidia, template, tmp_path, helper):
     made = (MADE + (NVIDIA if nvidia else "")).format(version=version, plugin=PLUGINS[version])
     found, state = k3s(tmp_path, made, template), tmp_path / "x.json"
     assert found.file.name == ("config.toml.tmpl" if version == 2 else "config-v3.toml.tmpl")

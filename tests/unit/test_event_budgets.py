@@ -90,7 +90,7 @@ def test_an_idle_workload_loses_its_budget(kernel):
     assert (kernel.has("/a"), kernel.has("/b")) == (False, True)
 
 
-def test_the_idlest_workload_makes_room_for_another(kernel, monkeypatch):
+def test_the_longest_idle_workload_loses_its_budget_if_all_budgets_are_used(kernel, monkeypatch):
     monkeypatch.setattr(event_budgets, "MOST", 2)
     for name in ("/a/one", "/b/one", "/c/one"):
         kernel.now += 1
@@ -98,7 +98,7 @@ def test_the_idlest_workload_makes_room_for_another(kernel, monkeypatch):
     assert [kernel.has(path) for path in ("/a", "/b", "/c")] == [False, True, True]
 
 
-def test_a_name_is_its_fnv_1a_hash():
+def test_the_key_of_a_budget_is_the_fnv_1a_hash_of_the_workload_s_name():
     assert name_of(b"") == 0xCBF29CE484222325
     assert name_of(b"a") == 0xAF63DC4C8601EC8C
     assert name_of(b"foobar") == 0x85944171F73967E8

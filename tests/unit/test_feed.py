@@ -41,7 +41,7 @@ def answers(tmp_path: Path) -> Iterator[queue.SimpleQueue[bytes]]:
     listener.close()
 
 
-def test_half_an_answer_is_no_answer(answers: queue.SimpleQueue[bytes], tmp_path: Path) -> None:
+def test_an_incomplete_answer_raises_a_connection_error(answers: queue.SimpleQueue[bytes], tmp_path: Path) -> None:
     for half in (b'{"ok": {"tena', b""):
         answers.put(half)
         with pytest.raises(ConnectionError, match="closed the connection"):

@@ -70,7 +70,7 @@ def test_the_frame_fits_any_window(width: int, height: int) -> None:
     assert max(line.cell_len for line in drawn) <= width
 
 
-def test_a_long_name_is_cut_and_moves_nothing() -> None:
+def test_a_long_name_is_cut_and_moves_no_column() -> None:
     heading, first, second = lines(kit.latest(kit.ALICE, kit.tenant("x" * 99, kit.on(0, 1))), 80, 6)[2:5]
     assert second.startswith("xxxxxxxxxxxx")
     assert len(heading) == len(first) == len(second) <= 80
@@ -78,7 +78,7 @@ def test_a_long_name_is_cut_and_moves_nothing() -> None:
     assert second.endswith(" kernel")
 
 
-def test_rows_beyond_the_window_can_be_scrolled_to() -> None:
+def test_scrolling_beyond_the_last_row_shows_the_last_rows() -> None:
     latest = kit.latest(*(kit.tenant(f"t{number:02}", kit.on(0, number)) for number in range(30)))
     choice = ViewChoice(Order(BY_WORD["tenant"]), first=99)
     text, kept = top_frame.live(latest, choice, Window(80, 8))
@@ -113,7 +113,7 @@ def test_a_filter_shows_how_many_rows_match() -> None:
     assert drawn[5].startswith("/ali ")
 
 
-def test_silence_and_no_enforcement_are_one_line_each() -> None:
+def test_a_missing_answer_and_missing_enforcement_are_shown_in_one_line_each() -> None:
     drawn = lines(kit.latest(kit.ALICE, error="no agent answers", unenforced="no driver"), 80, 9)
     assert drawn[1] == "as of 00:00:01: no agent answers"
     assert drawn[2] == "No limit is enforced: no driver"
@@ -130,7 +130,9 @@ def test_silence_and_no_enforcement_are_one_line_each() -> None:
         (None, None, "▕░░░░░   ▏"),
     ],
 )
-def test_the_usage_bar_has_the_right_length(used: int | None, unmanaged: int | None, bar: str) -> None:
+def test_the_usage_bar_shows_used_unmanaged_and_committed_memory(
+    used: int | None, unmanaged: int | None, bar: str
+) -> None:
     used_bytes, others = (None if part is None else part * kit.GIB for part in (used, unmanaged))
     device = kit.latest(devices=(kit.device(0, used_bytes, None, others),)).snapshot["devices"][0]
     assert top_frame._bar(device, 8, UNICODE).plain == bar
@@ -140,7 +142,7 @@ def test_the_usage_bar_has_the_right_length(used: int | None, unmanaged: int | N
     assert f" {'-' if used is None else f'{used}GiB' if used else '0B'}/160GiB " in text
 
 
-def test_one_print_is_as_wide_as_its_rows() -> None:
+def test_a_single_print_cuts_names_only_if_a_width_is_given() -> None:
     long = kit.tenant("team/" + "x" * 90 + "/main", kit.on(0, 1))
     text = top_frame.once(kit.latest(long, *kit.ALL), ViewChoice(), None, UNICODE).plain.split("\n")
     assert long.tenant in "\n".join(text)

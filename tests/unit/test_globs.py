@@ -43,7 +43,7 @@ from fgpu_ebpf.policy.globs import GlobError, name_globs, path_globs
         ("a/**/**/b", "a/b", True),
     ],
 )
-def test_patterns_match_paths_as_documented(pattern, path, matches):
+def test_patterns_match_exactly_the_expected_paths(pattern, path, matches):
     assert path_globs([pattern]).matches(path) is matches
 
 
@@ -61,7 +61,7 @@ def test_patterns_match_paths_as_documented(pattern, path, matches):
         ("a*", "a\nb", True),
     ],
 )
-def test_patterns_match_names_as_documented(pattern, name, matches):
+def test_patterns_match_exactly_the_expected_names(pattern, name, matches):
     assert name_globs([pattern]).matches(name) is matches
 
 
@@ -145,7 +145,7 @@ def test_names_match_as_with_the_simple_matcher(pattern, name):
         ("**/" + "*a" * 100 + "/b", ("a" * 254 + "/") * 15 + "c"),
     ],
 )
-def test_no_pattern_takes_long(pattern, path):
+def test_each_of_the_worst_patterns_is_matched_within_one_second(pattern, path):
     globs = path_globs([pattern])
     begun = time.perf_counter()
     assert not globs.matches(path)

@@ -42,7 +42,7 @@ def test_passes():
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root: it reads the stack of another process")
-def test_a_run_that_hangs_is_killed(tmp_path: Path) -> None:
+def test_a_test_run_that_hangs_is_ended_and_its_stack_is_printed(tmp_path: Path) -> None:
     suite = SOON + HANGS
     done = asked_of_copy(tmp_path, PASSES, suite, "--numprocesses=1", "-p", "tests.sim.conftest")
     assert done.returncode == 1
@@ -68,13 +68,13 @@ def test_the_stack_of_a_process_that_blocks_in_the_kernel_is_printed() -> None:
             os.killpg(program.pid, signal.SIGKILL)  # and the child
 
 
-def test_an_ended_process_is_printed_as_one_line() -> None:
+def test_the_stack_of_an_ended_process_contains_its_pid() -> None:
     with subprocess.Popen(["true"]) as program:
         pass
     assert str(program.pid) in hang.stack(program.pid)
 
 
-def test_a_run_renews_the_durations(tmp_path: Path) -> None:
+def test_a_run_with_renew_durations_writes_only_the_durations_of_its_tests(tmp_path: Path) -> None:
     done = asked_of_copy(tmp_path, PASSES, "", "--numprocesses=1", "--renew-durations")
     assert done.returncode == 0, done.stdout
     durations = json.loads((tmp_path / "tests" / schedule.DURATIONS.name).read_text())

@@ -105,7 +105,7 @@ def arenas(before: str, out: Path) -> int:
     return out.read_text().count("<heap nr=")
 
 
-def test_threads_share_one_arena(tmp_path: Path) -> None:
+def test_threads_share_one_arena_after_keep_small(tmp_path: Path) -> None:
     assert arenas("heap.keep_small()", tmp_path / "one") == 1
     assert arenas("", tmp_path / "many") > 1
 
@@ -141,7 +141,7 @@ def given_up_bytes(environment: dict[str, str]) -> int:
     return printed(MALLINFO + KEPT, environment)
 
 
-def test_a_thread_keeps_nothing_that_it_has_freed() -> None:
+def test_the_allocator_s_environment_leaves_a_thread_little_of_the_memory_that_it_freed() -> None:
     assert given_up_bytes(malloc.ENVIRONMENT) > 180_000
     assert given_up_bytes({}) < 30_000
 
@@ -151,7 +151,7 @@ def stacks_left(environment: dict[str, str]) -> int:
     return printed(STACKS, environment)
 
 
-def test_threads_that_have_ended_leave_no_stacks() -> None:
+def test_the_allocator_s_environment_leaves_few_stacks_of_ended_threads_mapped() -> None:
     assert stacks_left(malloc.ENVIRONMENT) < 8
     assert stacks_left({}) > 48
 
@@ -174,7 +174,7 @@ class Thing:
     """An object that may be in a cycle."""
 
 
-def test_unreachable_cycles_are_freed() -> None:
+def test_give_back_frees_unreachable_cycles() -> None:
     thing = Thing()
     thing.itself = thing  # type: ignore[attr-defined]
     gc.collect()  # older objects are examined less often
@@ -186,7 +186,7 @@ def test_unreachable_cycles_are_freed() -> None:
     assert not seen()
 
 
-def test_patterns_of_removed_policies_are_freed() -> None:
+def test_give_back_frees_patterns_that_are_no_longer_used() -> None:
     seen = weakref.ref(path_globs(["some/*"])._compiled)
     assert seen(), "the object was freed too early for this test"
     malloc.give_back()
@@ -199,7 +199,7 @@ def looked_at(before: str) -> int:
     return printed(f"{program}; print(len(gc.get_objects()))")
 
 
-def test_long_lived_objects_are_not_examined() -> None:
+def test_the_cycle_collector_does_not_examine_objects_from_before_settle() -> None:
     assert looked_at("malloc.settle(0)") < 1000
     assert looked_at("pass") > 100_000
 

@@ -95,7 +95,7 @@ def test_slow_processes_are_examined_in_slices(monkeypatch: pytest.MonkeyPatch) 
     assert sorted(world.seen) == [10, 11, 12, 20, 21]
 
 
-def test_a_cgroup_that_has_used_its_share_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_processes_beyond_the_share_of_their_cgroup_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(process_scan, "SLICE_SECONDS", 0.0)
     world = World(monkeypatch, lambda pid: Found([]), share=2)
     world.begin()
@@ -104,7 +104,7 @@ def test_a_cgroup_that_has_used_its_share_is_left_out(monkeypatch: pytest.Monkey
     assert (world.ended[0].left_out, world.ended[0].is_whole) == ([12], True)
 
 
-def test_a_process_that_cannot_be_read_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_process_that_cannot_be_read_is_reported_as_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     world = World(monkeypatch, lambda pid: Found(None if pid == 21 else []))
     world.begin()
     world.until(lambda: world.ended)
@@ -112,7 +112,9 @@ def test_a_process_that_cannot_be_read_is_reported(monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.parametrize("where", ["of all", "of one"])
-def test_a_failed_job_ends_only_the_scan_of_its_cgroup(monkeypatch: pytest.MonkeyPatch, where: str) -> None:
+def test_a_failure_ends_the_scan_of_one_cgroup_or_of_all_and_allows_the_next_scan(
+    monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
     def read(pid: int) -> Found:
         if world.pids[pid] == HOSTILE:
             raise OSError("too many open files")
@@ -130,7 +132,7 @@ def test_a_failed_job_ends_only_the_scan_of_its_cgroup(monkeypatch: pytest.Monke
     world.until(lambda: len(world.ended) == 2)
 
 
-def test_a_process_that_hangs_does_not_prevent_the_scan_of_others(
+def test_a_process_that_hangs_does_not_prevent_the_scan_of_other_cgroups(
     monkeypatch: pytest.MonkeyPatch, gate: threading.Event
 ) -> None:
     monkeypatch.setattr(process_scan, "MOST_SECONDS", 0.3)
@@ -153,7 +155,7 @@ def test_a_process_that_hangs_does_not_prevent_the_scan_of_others(
     assert world.ended[1].left_out == []
 
 
-def test_a_scan_that_cannot_start_reports_nothing_as_known(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_scan_that_cannot_start_is_reported_as_not_whole(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     world = World(monkeypatch, lambda _: Found([]), share=0)
     world.begin()
     assert (world.ended[0].is_whole, world.ended[0].used) == (False, set())

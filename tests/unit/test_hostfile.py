@@ -29,7 +29,7 @@ def test_the_defaults_apply_without_a_file_and_with_an_empty_one(tmp_path, setti
     assert settings("") == settings("# nothing\n") == settings("{}") == (HostSettings(), [])
 
 
-def test_every_setting_of_a_file_is_read(settings):
+def test_the_settings_of_a_file_are_read(settings):
     text = """
 listen: "[::1]:9999"
 listenNames: [gpu1, gpu1.example]
@@ -62,7 +62,7 @@ drivers: {trusted: ["sha256:%s"]}
 
 
 @pytest.mark.parametrize("digest", ["0A" * 32, "0a" * 31, "0a" * 33, "0g" * 32])
-def test_a_digest_has_64_small_hexadecimal_digits(settings, digest):
+def test_a_digest_without_64_lower_case_hexadecimal_digits_is_refused(settings, digest):
     found, errors = settings(f"drivers: {{trusted: ['sha256:{digest}']}}")
     assert found is None
     assert "is not a digest: write it as sha256: and 64 digits" in errors[0]
@@ -74,7 +74,7 @@ def test_one_key_does_not_change_the_other_settings(settings):
 
 
 @pytest.mark.parametrize("address", ["0.0.0.0:1", "localhost:65535", "gpu-3.example:9423", "[fd00::1]:80"])
-def test_addresses_are_parsed(settings, address):
+def test_valid_listen_addresses_are_accepted(settings, address):
     assert settings(f"listen: '{address}'")[0].listen == address
 
 
@@ -115,7 +115,7 @@ def test_addresses_are_parsed(settings, address):
         ("a: &b c", ":1: a: anchors and aliases (&, *) are refused: write the value out, or in quotes"),
     ],
 )
-def test_errors_are_reported(settings, text, error):
+def test_an_error_in_the_settings_is_reported_with_its_line(settings, text, error):
     assert settings(text) == (None, [error])
 
 
@@ -131,7 +131,7 @@ def test_a_file_that_others_may_write_is_refused(tmp_path):
     assert "may be written by users other than root: chown root" in str(error)
 
 
-def test_an_unreadable_file_is_reported(tmp_path):
+def test_a_folder_in_place_of_the_settings_file_is_reported(tmp_path):
     assert str(host_config.read(tmp_path, root_only=False)[1][0]) == f"{tmp_path}: is not a regular file: remove it"
 
 

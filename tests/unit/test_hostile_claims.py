@@ -89,7 +89,7 @@ def neighbours() -> list[Tenant]:
 
 
 @pytest.mark.parametrize("seed", [0, 3])
-def test_a_program_that_exits_with_work_in_flight_proves_no_claim(seed: int) -> None:
+def test_a_program_that_exits_with_work_in_flight_proves_no_claim_and_costs_at_most_3_points(seed: int) -> None:
     """A program that exits before its claimed end leaves nothing in flight, so its claim is not proven."""
     honest, hostile = neighbours(), Garbage(HOSTILE)
     it = World(*honest, hostile)
@@ -100,7 +100,7 @@ def test_a_program_that_exits_with_work_in_flight_proves_no_claim(seed: int) -> 
 
 
 @pytest.mark.parametrize("pause_ms", [2, 20])
-def test_arbitrary_words_cost_honest_tenants_no_share(pause_ms: int) -> None:
+def test_arbitrary_words_on_a_page_cost_honest_tenants_at_most_3_points_of_share(pause_ms: int) -> None:
     honest, hostile = neighbours(), Arbitrary(HOSTILE)
     it = World(*honest, hostile)
     hostile.chance, hostile.world, hostile.pause_ms = random.Random(pause_ms), it, pause_ms
@@ -108,7 +108,7 @@ def test_arbitrary_words_cost_honest_tenants_no_share(pause_ms: int) -> None:
     assert it.turns.places[HOSTILE].counts.overruns >= 3, "it is waited for in vain"
 
 
-def test_a_tenant_s_exited_program_proves_no_claim_of_the_next() -> None:
+def test_a_claim_of_an_exited_program_is_not_proven_by_the_next_program() -> None:
     """One program claims work of a second and exits. Another program starts, and drains before that second is over."""
     honest, hog = Tenant(1), Hog(2)
     it = World(honest, hog)
@@ -124,7 +124,7 @@ def test_a_tenant_s_exited_program_proves_no_claim_of_the_next() -> None:
     assert place.trust.standing.pace_ns
 
 
-def test_a_recreated_cgroup_is_trusted_no_more_than_the_previous_one() -> None:
+def test_a_recreated_cgroup_delays_an_honest_tenant_by_less_than_60_ms() -> None:
     """Every 0.3 s the tenant continues in a new cgroup below its own, and claims a second of work there."""
     honest = Tenant(1)
     it = World(honest, outer={OUTER: Share()})
@@ -150,7 +150,7 @@ def test_an_unproven_claim_is_never_trusted_for_longer_than_at_first() -> None:
     assert trust.believed_ns(3600 * S) == UNPROVEN_NS
 
 
-def test_a_short_claim_that_was_true_proves_no_long_one() -> None:
+def test_a_true_claim_of_12_ms_does_not_prove_claims_and_a_true_claim_of_400_ms_does() -> None:
     """A tenant with a false claim delays others for 4 ms. Work of 12 ms that ends as claimed proves no longer claim."""
     trust = Trust()
     trust.claims(S, S)

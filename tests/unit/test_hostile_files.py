@@ -99,7 +99,9 @@ def put_nothing(place: Path, library: Path) -> None:
 
 
 @pytest.mark.parametrize("put", [put_fifo, put_link, put_junk, put_device, put_nothing])
-def test_the_opened_file_is_the_mapped_one(tmp_path: Path, library: Path, mapper: Mapper, put) -> None:
+def test_the_agent_opens_the_mapped_file_and_not_its_replacement(
+    tmp_path: Path, library: Path, mapper: Mapper, put
+) -> None:
     path = copy(library, tmp_path / "libcuda.so.1")
     was = mapped_files.as_mapped(str(path))
     pid = mapper(path).pid
@@ -140,7 +142,7 @@ def parse(path: Path) -> dict[str, int]:
         os.close(fd)
 
 
-def test_the_offsets_equal_those_of_the_functions(library: Path) -> None:
+def test_function_offsets_equal_those_of_nm_and_readelf(library: Path) -> None:
     shown = subprocess.run(["nm", "-D", library], capture_output=True, text=True, check=True).stdout.splitlines()
     addresses = {line.split()[2]: int(line.split()[0], 16) for line in shown if " T " in line}
     segments = subprocess.run(["readelf", "-lW", library], capture_output=True, text=True, check=True).stdout
@@ -149,7 +151,7 @@ def test_the_offsets_equal_those_of_the_functions(library: Path) -> None:
     assert parse(library) == {name: addresses[name] + shift for name in NAMES}
 
 
-def test_a_broken_library_is_an_elf_error_in_the_time_of_an_intact_one(tmp_path: Path, library: Path) -> None:
+def test_a_broken_library_is_parsed_or_refused_within_one_second(tmp_path: Path, library: Path) -> None:
     whole = library.read_bytes()
     (sections_at,) = struct.unpack_from("<Q", whole, 0x28)
     chance, broken = random.Random(1009), tmp_path / "libcuda.so.1"
@@ -239,7 +241,7 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(breakpoints, "is_set", lambda *_: True)
 
 
-def test_one_bad_file_does_not_hide_others_and_is_reported_once(
+def test_a_file_that_cannot_be_probed_does_not_prevent_other_probes_and_is_reported_once(
     tmp_path: Path, library: Path, mapper: Mapper, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture,
     seen: None,
 ) -> None:  # fmt: skip
@@ -288,7 +290,7 @@ def test_probed_files_of_a_cgroup_are_bounded(
     assert again.pid not in looks.unprobed()
 
 
-def test_the_descriptor_limit_is_raised(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_soft_limit_of_descriptors_is_raised_to_the_hard_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     put = []
     monkeypatch.setattr(process_setup, "resource", SimpleNamespace(
         RLIMIT_NOFILE=resource.RLIMIT_NOFILE, getrlimit=lambda _: (1024, 4096), setrlimit=lambda *a: put.append(a)

@@ -19,13 +19,13 @@ def record(folder: Path, *steps: tuple[int, int, int]) -> Path:
     return file
 
 
-def test_kernels_of_a_step_are_spread_evenly_over_it(tmp_path: Path) -> None:
+def test_kernels_of_a_step_are_spread_evenly_over_the_step(tmp_path: Path) -> None:
     progress = Progress(record(tmp_path, (100, 200, 10), (300, 400, 20)))
     found = [progress.until(at) for at in (0, 100, 150, 200, 250, 350, 400, 500)]
     assert found == [0, 0, 5, 10, 10, 20, 30, 30]
 
 
-def test_a_window_shows_a_program_that_stands_still(tmp_path: Path) -> None:
+def test_a_window_in_which_a_program_runs_nothing_is_50_points_below_its_share(tmp_path: Path) -> None:
     """A program has half of the device's time for ten seconds without a pause, then nothing for three seconds."""
     per_second = S // 2 // KERNEL_NS
     steps = [(second * S, (second + 1) * S, per_second) for second in range(10)]

@@ -99,7 +99,7 @@ def test_monitors_of_engines_are_no_workload(tmp_path, path):
     assert identify(tmp_path, path) is None
 
 
-def test_an_absent_cgroup_is_no_workload(tmp_path):
+def test_a_path_that_is_no_cgroup_below_the_root_is_no_workload(tmp_path):
     (tmp_path / "file").touch()
     (tmp_path / "inner").mkdir()
     assert [identify(tmp_path, path) for path in ("/gone", "/file", "/file/x")] == [None] * 3
@@ -107,7 +107,7 @@ def test_an_absent_cgroup_is_no_workload(tmp_path):
 
 
 @given(st.lists(st.text(st.characters(blacklist_characters="/\0"), min_size=1, max_size=30), max_size=6))
-def test_no_name_that_a_tenant_chooses_is_unsafe(parts):
+def test_the_name_of_a_workload_has_only_safe_characters_and_at_most_128(parts):
     name = workload._name([part for part in parts if part not in (".", "..")])
     assert 0 < len(name) <= 128
     assert set(name) <= set("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789._@:+=-")
@@ -156,7 +156,7 @@ def test_cgroups_inside_a_workload_may_set_requests_but_no_labels(tmp_path, labe
 
 
 @needs_root
-def test_labels_are_bounded(tmp_path, labelled):
+def test_at_most_64_labels_are_read_and_invalid_labels_are_dropped(tmp_path, labelled):
     labelled("/many", {f"user.fgpu.k{n:03}": b"v" for n in range(100)})
     labelled("/odd", {"user.fgpu.a": b"x" * 257, "user.fgpu.b": b"\xff", "user.fgpu.c": b"a\nb", "user.fgpu.d": b""})
     assert len(identify(tmp_path, "/many").labels) == 64

@@ -23,7 +23,7 @@ def bases() -> dict[str, str]:
     return {f"u{row['ubuntu']}-cu{row['cuda']}": row["tag"] for row in rows}
 
 
-def test_every_combination_is_built_or_never_had_a_base():
+def test_every_combination_of_ubuntu_and_cuda_is_built_or_has_no_base_image():
     assert set(bases()) | NEVER == {f"u{ubuntu}-cu{cuda}" for ubuntu, cuda in itertools.product(UBUNTU, CUDA)}
     assert not set(bases()) & NEVER
     for name, tag in bases().items():
@@ -31,12 +31,12 @@ def test_every_combination_is_built_or_never_had_a_base():
         assert re.fullmatch(rf"{re.escape(cuda)}\.\d-runtime-ubuntu{ubuntu}\.04", tag), (name, tag)
 
 
-def test_a_build_without_bake_gets_its_own_base():
+def test_the_default_base_of_the_dockerfile_is_a_base_of_bake():
     (base,) = re.findall(r"^ARG BASE=nvidia/cuda:(\S+)$", (IMAGES / "Dockerfile").read_text(), re.M)
     assert base in bases().values()
 
 
-def test_examples_and_the_documentation_name_built_images():
+def test_examples_and_documentation_name_only_images_that_are_built():
     examples = sorted((IMAGES / "examples").iterdir())
     assert len(examples) == 3
     for file in (*examples, ROOT / "docs/clearml.md", ROOT / "docs/containers.md"):
@@ -45,8 +45,8 @@ def test_examples_and_the_documentation_name_built_images():
         assert named <= set(bases()), file
 
 
-def test_every_image_of_clearml_has_an_equivalent():
-    """Each image in ClearML's README has an equivalent."""
+def test_the_clearml_page_names_an_equivalent_and_its_base_for_four_images():
+    """These are the images in ClearML's README."""
     text = (ROOT / "docs/clearml.md").read_text()
     for name in ("u22-cu12.3", "u20-cu12.3", "u22-cu11.7", "u20-cu11.1"):
         assert f"`{name}-12gb`, `-8gb`, `-4gb`, `-2gb`" in text

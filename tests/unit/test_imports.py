@@ -31,7 +31,7 @@ def linted(folder: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False, timeout=60)
 
 
-def test_packages_import_in_one_direction() -> None:
+def test_the_import_contracts_of_pyproject_are_kept() -> None:
     done = linted(ROOT)
     assert done.returncode == 0, done.stdout + done.stderr
 
@@ -46,7 +46,7 @@ def test_packages_import_in_one_direction() -> None:
         ("gatekeeper/listener.py", "from fgpu_ebpf.policy import rules", "The gatekeeper knows nothing of policies"),
     ],
 )
-def test_the_check_reports_an_import_against_the_direction(
+def test_the_linter_reports_a_module_that_breaks_an_import_contract(
     module: str, line: str, contract: str, tmp_path: Path
 ) -> None:
     shutil.copytree(PACKAGE, tmp_path / "fgpu_ebpf", ignore=shutil.ignore_patterns("__pycache__"))
@@ -73,7 +73,7 @@ def imported(source: str) -> set[str]:
     return found & NAMES
 
 
-def test_no_module_imports_many_others() -> None:
+def test_no_module_imports_more_than_20_modules_of_the_package() -> None:
     counts = {name_of(path): len(imported(path.read_text())) for path in MODULES}
     assert {name: count for name, count in counts.items() if count > MOST_IMPORTS} == {}
 
@@ -93,7 +93,7 @@ def lazy():
     assert imported(source) == {"fgpu_ebpf", *(f"fgpu_ebpf.{name}" for name in named)}
 
 
-def test_only_packages_have_folders() -> None:
+def test_every_folder_with_modules_is_a_package() -> None:
     assert [path.parent.name for path in PACKAGE.rglob("*.py") if not (path.parent / "__init__.py").exists()] == []
 
 
@@ -138,7 +138,7 @@ def test_packages_that_are_programs_run_by_module_name(module: str) -> None:
 @pytest.mark.parametrize(
     "words", [["set", "x", "--memory", "1GiB"], ["unset", "x"], ["reload"], ["detach"]], ids=" ".join
 )
-def test_changes_of_limits_do_not_wait_for_imports(words: list[str], tmp_path: Path) -> None:
+def test_commands_that_change_limits_do_not_import_large_or_agent_modules(words: list[str], tmp_path: Path) -> None:
     """A command reaches the agent in a tenth of a second; the import of the agent's own modules takes half a second."""
     code = (
         "import sys\n"
@@ -162,7 +162,7 @@ def test_changes_of_limits_do_not_wait_for_imports(words: list[str], tmp_path: P
 
 
 @pytest.mark.parametrize("path", MODULES, ids=name_of)
-def test_files_and_functions_stay_small(path: Path) -> None:
+def test_modules_and_functions_stay_small_and_have_docstrings(path: Path) -> None:
     text = path.read_text()
     tree = ast.parse(text)
     functions = [n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef)]

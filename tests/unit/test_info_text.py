@@ -47,13 +47,13 @@ def test_fgpu_info_reports_a_group_that_leaves_less(monkeypatch: pytest.MonkeyPa
     ]
 
 
-def test_fgpu_info_reports_a_missing_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fgpu_info_reports_a_missing_limit_and_a_limit_of_zero(monkeypatch: pytest.MonkeyPatch) -> None:
     assert said(monkeypatch)[0].startswith("no limit: ")
     assert said(monkeypatch, page(1, abi.NO_LIMIT, MIB)) == [f"{HEAD}: no limit, used 1 MiB"]
     assert said(monkeypatch, page(1, 0)) == [f"{HEAD}: this container gets none of its memory"]
 
 
-def test_fgpu_info_reports_limits_that_are_not_in_force_yet(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fgpu_info_reports_observed_limits_and_uncommitted_limits(monkeypatch: pytest.MonkeyPatch) -> None:
     assert said(monkeypatch, page(1, MIB, flags=abi.LimitFlag.OBSERVE))[-1].startswith("limits are only observed")
     assert said(monkeypatch, page(1, MIB, flags=abi.uncommitted(0)))[1].startswith("  not used so far")
 

@@ -140,7 +140,7 @@ def blocked_terminal() -> tuple[int, int]:
 
 
 @pytest.mark.parametrize("make", [blocked_pipe, blocked_socket, blocked_terminal])
-def test_a_log_without_a_reader_delays_nothing(log, make) -> None:
+def test_a_log_without_a_reader_drops_lines_without_a_delay_and_reports_their_number(log, make) -> None:
     writer, reader = make()
     hours = itertools.count(0, 3600)  # one line an hour is no flood
     handler = logs.Handler(logs.Descriptor(writer), logs.Text(), lambda: next(hours))
@@ -212,7 +212,7 @@ def test_one_statement_gets_ten_lines_in_ten_seconds(log, tmp_path) -> None:
     assert (handler.left_out, handler.dropped) == (91, 0)
 
 
-def test_one_tenants_flood_does_not_silence_another(log, tmp_path) -> None:
+def test_many_lines_of_one_tenant_do_not_suppress_lines_of_another_tenant(log, tmp_path) -> None:
     path = tmp_path / "log"
     with open(path, "ab") as file:
         attached(log, Format.TEXT, file.fileno())
@@ -237,7 +237,7 @@ def test_lines_of_many_tenants_are_bounded(log, tmp_path) -> None:
     assert untimed(path.read_text()).splitlines()[-1] == "fgpu.test: again"
 
 
-def test_the_log_keeps_nothing_of_removed_tenants(log) -> None:
+def test_the_number_of_remembered_statements_stays_bounded_over_time(log) -> None:
     clock = [100.0]
     with open(os.devnull, "wb") as devnull:
         handler = logs.Handler(logs.Descriptor(devnull.fileno()), logs.Text(), lambda: clock[0])
@@ -251,7 +251,7 @@ def test_the_log_keeps_nothing_of_removed_tenants(log) -> None:
 # -- set-up ---------------------------------------------------------------------------------------------------------
 
 
-def test_the_usual_format_depends_on_the_output(tmp_path, monkeypatch) -> None:
+def test_the_default_log_format_is_journal_only_if_the_output_is_the_journal(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(logs, "JOURNAL", str(tmp_path))
     with open(tmp_path / "log", "wb") as file:
         there = os.fstat(file.fileno())

@@ -44,7 +44,7 @@ def test_a_service_s_time_limit_begins_when_its_gatekeeper_is_first_missed(world
     assert [world.after(1.0), world.after(0.9), world.after(0.2)] == [0, 0, 1]
 
 
-def test_a_gatekeeper_is_up_if_it_holds_its_lock_and_its_socket(tmp_path):
+def test_a_gatekeeper_is_up_if_its_lock_is_held_and_its_socket_exists(tmp_path):
     socket = tmp_path / "shim/shim.sock"
     socket.parent.mkdir()
     with open(tmp_path / "gatekeeper.lock", "w") as lock:

@@ -49,7 +49,7 @@ def test_a_start_that_cannot_read_the_policies_uses_the_last_good_ones(place, ho
     assert start.kept == good
 
 
-def test_valid_files_and_an_empty_folder_precede_the_stored_set(place):
+def test_an_empty_folder_takes_precedence_over_the_stored_set(place):
     folder, file = place
     (folder / "50.yaml").unlink()
     start = at_start(folder, file)
@@ -74,7 +74,7 @@ def test_an_invalid_stored_set_is_ignored(place, said):
     assert at_start(folder, file).kept is None
 
 
-def test_a_file_that_users_other_than_root_may_write_is_ignored(place):
+def test_a_stored_set_that_users_other_than_root_may_write_is_ignored(place):
     folder, file = place
     file.chmod(0o666)
     damaged(folder, "typo")

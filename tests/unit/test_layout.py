@@ -112,7 +112,7 @@ def test_signed_fields_equal_those_of_the_header() -> None:
     assert sorted(ours) == sorted(signed)
 
 
-def test_the_socket_s_path_equals_that_of_the_header() -> None:
+def test_the_socket_s_folder_equals_that_of_the_header() -> None:
     assert f'#define FGPU_SOCKET_DIR "{abi.SOCKET_DIR}"' in HEADER.read_text()
     assert abi.SOCKET.startswith(abi.SOCKET_DIR + "/")
 
@@ -122,7 +122,7 @@ def test_page_layouts_fit_into_a_page(page: type[ctypes.Structure]) -> None:
     assert ctypes.sizeof(page) <= abi.PAGE_BYTES
 
 
-def test_fields_of_every_layout_keep_their_offsets() -> None:
+def test_fields_that_agents_of_other_layouts_read_keep_their_offsets() -> None:
     """An agent of another layout, older or newer, reads these fields: see `other_layouts`.
 
     Never change these numbers.

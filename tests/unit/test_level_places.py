@@ -77,7 +77,7 @@ USER = "/user.slice/user-1000.slice/user@1000.service/user.slice"
     ],
     ids=["kind", "docker-in-docker", "rootless-podman", "jupyterhub"],
 )
-def test_the_default_bounds_are_sufficient(host, paths):
+def test_the_default_bounds_are_sufficient_for_typical_hosts(host, paths):
     assert host(others=PLACES // 2 - len(paths)).take(*paths) == {}
 
 
@@ -96,7 +96,7 @@ def test_a_level_beyond_the_bound_is_refused_with_owner_bound_and_key(host):
     assert len(whole.take(*said)) == 1
 
 
-def test_workloads_with_few_levels_find_a_slot_beside_those_with_many(host):
+def test_workloads_with_few_levels_find_a_slot_beside_workloads_with_many(host):
     whole = host(others=PLACES // 2 - FEW)
     greedy = [f"{NODE}/docker/{container(n)}" for n in range(FEW + 5)]
     said = whole.take(*greedy)
@@ -108,7 +108,7 @@ def test_workloads_with_few_levels_find_a_slot_beside_those_with_many(host):
     assert "all 4096 levels" in whole.take("/system.slice/other.service")["/system.slice/other.service"]
 
 
-def test_counted_levels_equal_the_existing_ones_after_any_history(host, scale):
+def test_counted_levels_of_each_owner_equal_its_existing_levels_after_any_history(host, scale):
     """Levels appear and disappear inside and around one another. Each owner has as many as `owner` returns now."""
     whole, chance = host(bounds=Bounds(levels=7)), random.Random(1009)
     paths = [f"/{a}{b}{c}" for a in ("x.slice", "y") for b in ("", "/m", "/n.scope") for c in ("", "/u", "/v")]

@@ -94,7 +94,7 @@ def role(stage: Stage, path: Path) -> Role | None:
 # -- classes
 
 
-def test_a_file_is_unknown_until_its_contents_are_known(
+def test_a_file_is_unknown_until_its_digest_is_found_in_the_list(
     tmp_path: Path, library: Path, holder: Holder, seen: dict[int, bool], cgroups: dict[int, str]
 ) -> None:
     files = {name: copy(library, tmp_path / f"libcuda.so.{name}", name.encode()) for name in ("listed", "other")}
@@ -153,9 +153,9 @@ def test_a_file_trusted_by_its_contents_is_checked_in_every_round(
 def test_only_a_library_that_this_host_has_published_is_a_shim(
     tmp_path: Path, library: Path, holder: Holder, seen: dict[int, bool], cgroups: dict[int, str]
 ) -> None:
-    """A file with the functions of both is a driver.
+    """A file with the functions of a driver and of the shim is a driver.
 
-    A file with libfgpu's name and none of its functions is not fgpu's.
+    A file with libfgpu's name and functions, but other contents, is not a shim.
     """
     source = tmp_path / "both.c"
     names = [*probe_plan.REQUIRED, *probe_plan.SHIM]
@@ -267,7 +267,7 @@ def test_a_file_that_hangs_delays_only_its_cgroup(
     settled(looks, lambda: len(stage.attached) == 6)
 
 
-def test_a_long_job_does_not_delay_the_next_job() -> None:
+def test_long_jobs_in_all_threads_but_one_do_not_delay_the_next_job() -> None:
     """The next job runs although nothing happens in the loop at that time."""
     looks, let_go, done = Discovery(Stage(), {}), threading.Event(), threading.Event()  # type: ignore[arg-type]
 
@@ -321,7 +321,7 @@ def test_the_queue_of_a_cgroup_has_a_bound(cgroups: dict[int, str]) -> None:
     let_go.set()
 
 
-def test_a_result_that_fails_does_not_prevent_the_use_of_others() -> None:
+def test_a_result_that_fails_does_not_prevent_the_use_of_other_results() -> None:
     looks = Discovery(Stage(), {})  # type: ignore[arg-type]
     done: list[int] = []
 

@@ -29,7 +29,7 @@ def opened(tmp_path: Path) -> Iterator[int]:
     os.close(fd)
 
 
-def test_the_host_s_files_are_classified_by_path_and_others_by_contents() -> None:
+def test_the_host_s_files_are_classified_by_inode_and_other_files_by_contents() -> None:
     trust = Trust({FILE: Role.HOST, SHIM: Role.SHIM}, {"a" * 64: 5}, [B])
     found = [trust.role(file) for file in (FILE, SHIM, OTHER, TWIN)]
     assert found == [Role.HOST, Role.SHIM, Role.UNKNOWN, Role.UNKNOWN]
@@ -64,7 +64,7 @@ def test_the_number_of_recorded_files_is_bounded(monkeypatch: pytest.MonkeyPatch
     assert len(trust._known) <= 5
 
 
-def test_a_file_with_the_length_of_a_shim_may_be_a_shim() -> None:
+def test_only_a_file_with_the_length_of_a_shim_may_be_a_shim() -> None:
     trust = Trust(shims={"a" * 64: 5})
     assert trust.may_be_a_shim(STAMP)
     assert not trust.may_be_a_shim(Stamp(6, 1, 2))
@@ -106,12 +106,12 @@ def test_a_change_right_after_a_digest_has_another_time(coarse: int) -> None:
         assert Stamp.of(coarse) != stamp
 
 
-def test_an_oversized_file_is_not_read(opened: int) -> None:
+def test_an_oversized_file_has_no_digest(opened: int) -> None:
     os.ftruncate(opened, library_class.MOST_BYTES + 1)
     assert library_class.digest(opened, Stamp.of(opened)) == ""
 
 
-def test_cookies_contain_function_and_class() -> None:
+def test_cookies_of_driver_roles_contain_function_and_class() -> None:
     for role, of in (
         (Role.HOST, abi.Class.HOST),
         (Role.LISTED, abi.Class.LISTED),

@@ -77,7 +77,7 @@ def found(search: Search, pid: int) -> set[str]:
     ],
     ids=["functions", "name", "one is missing", "of the runtime", "another library"],
 )
-def test_names_of_libcuda_are_recognized(
+def test_libcuda_is_recognized_by_all_its_functions_or_its_soname(
     tmp_path: Path, holder: Holder, names: list[str], flags: list[str], is_one: bool
 ) -> None:
     library = built(tmp_path / "x.so", names, *flags)
@@ -142,13 +142,13 @@ def test_code_without_a_file_is_reported(holder: Holder) -> None:
         plain.kill()
 
 
-def test_a_process_that_cannot_be_read_has_no_files() -> None:
+def test_the_files_of_a_process_that_cannot_be_read_are_unknown() -> None:
     assert Search(lambda _: False).by_contents(1 << 22).files is None
     assert Search(lambda _: False).by_name(1 << 22).files is None
 
 
-def test_all_mappings_of_a_process_are_found(tmp_path: Path) -> None:
-    """A file that is mapped in several parts is found once."""
+def test_a_file_that_is_mapped_several_times_is_found_once(tmp_path: Path) -> None:
+    """The library is loaded, and its first page is mapped once more."""
     library = built(tmp_path / "x.so", list(probe_plan.REQUIRED))
     loaded = ctypes.CDLL(str(library))
     with library.open("rb") as file:

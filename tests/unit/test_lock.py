@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[2]
 ENTRY = re.compile(r"^([\w.-]+)==(\S+)((?: \\\n    --hash=sha256:[0-9a-f]{64})+)$", re.MULTILINE)
 
 
-def test_the_lock_has_every_package_that_fgpu_needs() -> None:
+def test_the_lock_has_every_dependency_of_pyproject_and_a_digest_for_each_entry() -> None:
     text = (ROOT / "deploy/packages.lock").read_text()
     locked = {canonicalize_name(name): version for name, version, _ in ENTRY.findall(text)}
     assert len(locked) == len(re.findall(r"^[^#\s]", text, re.MULTILINE)), "an entry without a digest"

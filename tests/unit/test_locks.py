@@ -19,7 +19,7 @@ def path(tmp_path: Path) -> Path:
     return tmp_path / "run/fgpu.lock"
 
 
-def test_a_check_of_a_lock_does_not_take_it(path: Path) -> None:
+def test_a_short_shared_lock_of_a_check_does_not_prevent_the_lock_from_being_taken(path: Path) -> None:
     path.parent.mkdir()
     path.touch()
     with open(path, "rb") as looking:
@@ -28,7 +28,7 @@ def test_a_check_of_a_lock_does_not_take_it(path: Path) -> None:
         assert FileLock(path).take(), "a look was taken for a holder"
 
 
-def test_a_second_process_is_refused_soon(path: Path) -> None:
+def test_a_second_lock_on_the_same_file_is_refused_within_2_s(path: Path) -> None:
     first, begun = FileLock(path), time.monotonic()
     assert first.take()
     assert not FileLock(path).take()

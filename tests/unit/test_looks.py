@@ -109,7 +109,7 @@ def test_every_cgroup_is_scanned_every_half_minute(loop):
     assert world.begun == [ALL] * 3
 
 
-def test_a_failed_scan_ends_and_the_others_continue(loop):
+def test_a_failed_scan_ends_and_other_scans_continue(loop):
     world = loop(good=2)
     world.looks.ask("bad")  # it has no number of steps
     world.looks.ask("good")
