@@ -97,7 +97,7 @@ def test_grafana_s_schema_has_every_key(dashboard: dict[str, Any], panels: list[
             assert invalid(part["custom"]["properties"][kind], custom) == []
 
 
-def test_numbers_have_their_own_colours(panels: list[dict[str, Any]]) -> None:
+def test_numbers_have_sorted_thresholds_and_the_expected_colours(panels: list[dict[str, Any]]) -> None:
     """Grafana shows a number without thresholds in green below 80, and in red from 80."""
     colours: dict[str, list[str]] = {}
     for panel in panels:

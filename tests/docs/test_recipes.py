@@ -169,7 +169,7 @@ def compose() -> dict[str, Any]:
     return dict(yaml.safe_load(FILES["compose.yaml"])["services"])
 
 
-def test_a_recipe_of_compose_names_its_own_shares(docker: engines.Engine, compose: dict[str, Any]) -> None:
+def test_a_recipe_of_compose_gives_each_service_its_limit(docker: engines.Engine, compose: dict[str, Any]) -> None:
     """Engines get the names of `devices` as Compose passes them on."""
     limits = {"train": 8 * GIB, "notebook": 2 * GIB}
     assert compose.keys() == limits.keys()

@@ -67,8 +67,8 @@ def test_every_key_is_shown(shown: dict[str, str]) -> None:
         assert f"<code>{key}</code>" in shown["policy"], key
 
 
-def test_editors_show_the_description_of_each_key() -> None:
-    """Descriptions are those of `fgpu policy schema`."""
+def test_each_key_of_the_policy_schema_has_a_description() -> None:
+    """Editors show the descriptions of `fgpu policy schema`."""
     schema = policy_schema.json_schema()
     for model in (schema, *schema["$defs"].values()):
         for key, said in model["properties"].items():
