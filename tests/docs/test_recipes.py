@@ -87,7 +87,7 @@ def test_a_recipe_limits_all_programs_of_a_user_together(users: Cgroups) -> None
     assert slice_of(other)["devices"][0]["compute"]["weight"] == 100
 
 
-def test_a_recipe_limits_a_user_without_the_variable(users: Cgroups) -> None:
+def test_a_recipe_ends_only_the_program_without_the_variable_that_exceeds_the_limit(users: Cgroups) -> None:
     one = users.named("user-1000.slice/session-1.scope")
     honest, without = one.client(), one.client(before="env -u LD_PRELOAD")
     honest.ok(f"alloc {6 * GIB}")

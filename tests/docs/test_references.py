@@ -112,7 +112,7 @@ def test_examples_of_json_output_follow_the_schema() -> None:
 
 
 @pytest.mark.skipif(not shutil.which("jq"), reason="no jq")
-def test_filters_of_the_page_work() -> None:
+def test_jq_filters_of_the_page_print_the_expected_results() -> None:
     devices = [{"gpu": 0, "used_bytes": 90, "limit_bytes": 100}, {"gpu": 1, "used_bytes": 89, "limit_bytes": 100}]
     tenants = [{"tenant": "a", "devices": devices}]
     status = json.dumps({"tenants": tenants, "unenforced": "", "incomplete": "a fault"})

@@ -30,7 +30,7 @@ def names(word: str, is_reversed: bool = False) -> list[str]:
         ("gpu", "alice batch bob carol"),
     ],
 )
-def test_the_largest_value_comes_first_and_unmeasured_values_last(word: str, order: str) -> None:
+def test_a_column_sorts_names_upwards_numbers_downwards_and_unmeasured_values_last(word: str, order: str) -> None:
     assert names(word) == order.split()
 
 

@@ -640,7 +640,7 @@ def test_the_reconciler_wakes_for_new_processes_and_for_shimless_ones():
 
 @pytest.mark.parametrize(("in_use", "kept"), [(899 * MIB, 0), (900 * MIB, 900 * MIB), (None, 900 * MIB)])
 def test_memory_of_an_unlisted_process_that_the_device_cannot_hold_is_no_longer_charged(in_use, kept):
-    """NVML does not list the process, and the device holds fewer bytes than its charge in successive comparisons."""
+    """NVML does not list the process. In successive comparisons the device holds fewer bytes than the charge."""
     books = Books(process(900 * MIB))
     one = reconciler(books, {}, in_use)
     for _ in range(GONE - 1):

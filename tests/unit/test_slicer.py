@@ -273,7 +273,7 @@ def test_an_exit_with_work_in_flight_is_reported_to_the_turns(world):
     assert not place.trust.standing.proven
 
 
-def test_a_device_used_only_by_an_ended_process_has_no_tenant(world):
+def test_a_device_that_only_an_ended_process_used_is_free_for_the_remaining_tenant(world):
     """A tenant takes no turns on a device that only an exited process used. Others keep their turns there."""
     it = world(t7=Share(), t8=Share())
     ledger = it.slicer.ledger

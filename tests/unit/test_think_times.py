@@ -150,7 +150,7 @@ def test_an_occasional_tenant_delays_its_neighbour_by_at_most_two_quanta(pause_m
     assert busy.done_ns >= 0.48 * 10 * S
 
 
-def test_an_owner_without_work_costs_its_neighbour_a_tenth_of_its_quantum() -> None:
+def test_an_owner_without_work_delays_its_neighbour_by_a_tenth_of_a_quantum_at_most() -> None:
     """The owner has thought for 0.9 ms each time, and does not return."""
     owner, other = program(1, 1, lambda _: 900 * US), Tenant(2)
     it = World(owner, other).run(1.0)

@@ -158,7 +158,7 @@ def is_killed(child: subprocess.Popen[bytes]) -> bool:
         ({"bytes_": 0}, False),
     ],
 )
-def test_a_process_beyond_its_limit_by_unwitnessed_memory_is_killed(
+def test_only_a_process_beyond_its_limit_by_unwitnessed_memory_is_killed(
     child: subprocess.Popen[bytes], facts: dict[str, Any], dies: bool
 ) -> None:
     host = Host(child.pid, **facts)
