@@ -97,7 +97,7 @@ def test_grafana_s_schema_has_every_key(dashboard: dict[str, Any], panels: list[
             assert invalid(part["custom"]["properties"][kind], custom) == []
 
 
-def test_numbers_have_their_own_colours(panels: list[dict[str, Any]]) -> None:
+def test_numbers_have_sorted_thresholds_and_the_expected_colours(panels: list[dict[str, Any]]) -> None:
     """Grafana shows a number without thresholds in green below 80, and in red from 80."""
     colours: dict[str, list[str]] = {}
     for panel in panels:
@@ -167,7 +167,7 @@ def test_names_of_tenants_link_to_their_dashboard(dashboard: dict[str, Any], pan
     assert to_tenants >= (3 if dashboard["uid"] == "fgpu-cluster" else 1)
 
 
-def test_metrics_of_other_exporters_are_listed(queries: list[str]) -> None:
+def test_queries_use_only_listed_metrics_of_other_exporters(queries: list[str]) -> None:
     """docs/test_references.py compares metrics of fgpu with the agent's own."""
     words = {word for expr in queries for word in re.findall(r"\b[A-Z][A-Z]+_\w+", expr)}
     assert words <= DCGM
@@ -181,7 +181,7 @@ def test_every_selector_names_cluster_job_and_instance(queries: list[str]) -> No
                 assert f'{name}=~"${name}"' in (selector[1] or ""), f"{selector[0]} in {expr}"
 
 
-def test_counters_are_queried_as_rates(queries: list[str]) -> None:
+def test_counters_are_queried_as_rates_or_increases(queries: list[str]) -> None:
     """The rules are target-rate-interval and target-counter-agg.
 
     `or vector()` is not allowed: it shows 0 without a measurement.

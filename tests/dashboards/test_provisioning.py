@@ -44,7 +44,7 @@ def test_prometheus_accepts_its_configuration_and_the_rules(
     assert "SUCCESS" in promtool("check", "config", "prometheus.yaml", cwd=tmp_path)
 
 
-def test_mounted_files_exist(services: dict[str, dict[str, Any]]) -> None:
+def test_compose_services_have_known_keys_and_their_mounted_files_exist(services: dict[str, dict[str, Any]]) -> None:
     volumes = read("compose.yaml")["volumes"]
     for service in services.values():
         assert service.keys() <= SERVICE_KEYS

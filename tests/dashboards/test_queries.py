@@ -184,7 +184,7 @@ def test_tables_and_shares_have_the_right_tenants(prometheus: Prometheus, load: 
     )
 
 
-def test_memory_hours_equal_the_time_for_which_tenants_held_memory(
+def test_amounts_of_the_usage_dashboard_agree_with_the_load(
     prometheus: Prometheus, load: known.Load, dashboards
 ) -> None:
     """A tenant holds the same memory all the time, so its memory hours give that time."""

@@ -144,14 +144,16 @@ def test_alerts_fire_only_with_their_series(tmp_path: Path, name: str, fires: bo
     ("mode", "fires"),
     [("kernel", False), ("observe", False), ("cooperative", True), ("counted", True), ("none", True)],
 )
-def test_each_word_for_enforcement_has_its_alert_or_none(tmp_path: Path, mode: str, fires: bool) -> None:
+def test_the_alert_not_enforced_fires_unless_the_kernel_enforces_or_the_tenant_is_observed(
+    tmp_path: Path, mode: str, fires: bool
+) -> None:
     limited = {f"fgpu_memory_limit_bytes{{{ON}}}": "1x20"}
     series = limited | {f'fgpu_tenant_enforcement{{{HERE},tenant="t",mode="{mode}"}}': "1x20"}
     assert_fires(tmp_path, "FgpuNotEnforced", series, fires)
 
 
 @pytest.mark.parametrize(("mode", "fires"), [("observe", False), ("kernel", True), ("counted", True)])
-def test_an_observed_tenant_may_exceed_its_limit(tmp_path: Path, mode: str, fires: bool) -> None:
+def test_only_an_observed_tenant_may_exceed_its_limit_without_an_alert(tmp_path: Path, mode: str, fires: bool) -> None:
     series = CASES["FgpuOverLimit"][0] | {f'fgpu_tenant_enforcement{{{HERE},tenant="t",mode="{mode}"}}': "1x20"}
     assert_fires(tmp_path, "FgpuOverLimit", series, fires)
 

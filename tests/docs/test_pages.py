@@ -30,7 +30,7 @@ def test_tests_that_a_page_names_exist(page) -> None:
         assert test in {node.name for node in found if isinstance(node, ast.FunctionDef)}, f"{file}::{test}"
 
 
-def test_every_promise_of_a_page_names_tests() -> None:
+def test_every_promise_of_the_security_page_names_two_tests() -> None:
     promises = re.split(r"^\*\*(P\d)\.", (DOCS / "security.md").read_text().split("## How it is held")[0], flags=re.M)
     assert promises[1::2] == [f"P{n}" for n in range(1, 9)]
     assert all(text.count(".py::") >= 2 for text in promises[2::2])
@@ -70,8 +70,8 @@ def test_a_page_has_one_title(page) -> None:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: path.stem)
-def test_suites_and_benchmarks_that_a_page_names_exist(page) -> None:
-    """Suites and benchmarks that print a figure exist."""
+def test_benchmarks_and_paths_that_a_page_names_exist(page) -> None:
+    """A page names a benchmark as `./dev bench NAME`."""
     text = page.read_text()
     for name in re.findall(r"`\./dev bench (\w+)", text):
         assert (ROOT / f"bench/{name}.py").exists(), name

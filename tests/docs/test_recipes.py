@@ -87,7 +87,7 @@ def test_a_recipe_limits_all_programs_of_a_user_together(users: Cgroups) -> None
     assert slice_of(other)["devices"][0]["compute"]["weight"] == 100
 
 
-def test_a_recipe_limits_a_user_without_the_variable(users: Cgroups) -> None:
+def test_a_recipe_ends_only_the_program_without_the_variable_that_exceeds_the_limit(users: Cgroups) -> None:
     one = users.named("user-1000.slice/session-1.scope")
     honest, without = one.client(), one.client(before="env -u LD_PRELOAD")
     honest.ok(f"alloc {6 * GIB}")
@@ -169,7 +169,7 @@ def compose() -> dict[str, Any]:
     return dict(yaml.safe_load(FILES["compose.yaml"])["services"])
 
 
-def test_a_recipe_of_compose_names_its_own_shares(docker: engines.Engine, compose: dict[str, Any]) -> None:
+def test_a_recipe_of_compose_gives_each_service_its_limit(docker: engines.Engine, compose: dict[str, Any]) -> None:
     """Engines get the names of `devices` as Compose passes them on."""
     limits = {"train": 8 * GIB, "notebook": 2 * GIB}
     assert compose.keys() == limits.keys()

@@ -67,8 +67,8 @@ def test_every_key_is_shown(shown: dict[str, str]) -> None:
         assert f"<code>{key}</code>" in shown["policy"], key
 
 
-def test_editors_show_the_description_of_each_key() -> None:
-    """Descriptions are those of `fgpu policy schema`."""
+def test_each_key_of_the_policy_schema_has_a_description() -> None:
+    """Editors show the descriptions of `fgpu policy schema`."""
     schema = policy_schema.json_schema()
     for model in (schema, *schema["$defs"].values()):
         for key, said in model["properties"].items():
@@ -112,7 +112,7 @@ def test_examples_of_json_output_follow_the_schema() -> None:
 
 
 @pytest.mark.skipif(not shutil.which("jq"), reason="no jq")
-def test_filters_of_the_page_work() -> None:
+def test_jq_filters_of_the_page_print_the_expected_results() -> None:
     devices = [{"gpu": 0, "used_bytes": 90, "limit_bytes": 100}, {"gpu": 1, "used_bytes": 89, "limit_bytes": 100}]
     tenants = [{"tenant": "a", "devices": devices}]
     status = json.dumps({"tenants": tenants, "unenforced": "", "incomplete": "a fault"})

@@ -85,7 +85,7 @@ def test_links_within_the_site_have_targets(site: Path, pages: dict[Path, Page])
                 assert unquote(parts.fragment) in pages[target].ids, f"{path.name}: {link}"
 
 
-def test_pictures_are_small_and_their_text_is_text(site: Path) -> None:
+def test_pictures_are_small_and_have_text_elements_a_title_and_a_dark_form(site: Path) -> None:
     found = list((site / "pictures").glob("*.svg"))
     assert len(found) == 3
     for picture in found:
@@ -96,7 +96,7 @@ def test_pictures_are_small_and_their_text_is_text(site: Path) -> None:
         assert "<title" in text
 
 
-def test_the_search_finds_all_parts(site: Path) -> None:
+def test_the_search_index_contains_words_of_pages_and_of_generated_parts(site: Path) -> None:
     """This includes generated parts."""
     index = (site / "search/search_index.json").read_text()
     for word in ("fgpu_memory_refused_total", "matchExpressions", "--pidns", "fgpu doctor"):

@@ -55,7 +55,7 @@ def commands() -> list[list[str]]:
 
 
 @pytest.mark.timeout(1200)
-def test_the_documented_command_enforces(docker: engines.Engine) -> None:
+def test_the_documented_command_enforces_the_share_of_a_container(docker: engines.Engine) -> None:
     kit.run(kit.ROOT / "dev", "package", "image", timeout=900)
     archive = kit.package("fgpu-agent-image-*.oci.tar")
     version = archive.name.removesuffix(".oci.tar").rpartition("-")[2]

@@ -172,7 +172,9 @@ def test_a_reload_does_not_restart_the_agent(running: fresh_host.Host) -> None:
     assert pid(running, AGENT) == old
 
 
-def test_an_upgrade_restarts_both_units(running: fresh_host.Host, deb: Path, tmp_path: Path) -> None:
+def test_an_upgrade_restarts_both_units_and_refuses_no_program(
+    running: fresh_host.Host, deb: Path, tmp_path: Path
+) -> None:
     package = fresh_host.newer(deb, running.root / "tmp", tmp_path)
     old, version = [pid(running, unit) for unit in UNITS], running.version()
     with fresh_host.load(running) as said:

@@ -49,7 +49,7 @@ def test_the_tag_states_what_the_shim_requires(wheel: Path, tmp_path: Path) -> N
     assert max(tuple(map(int, v.split("."))) for v in versions) <= (2, 17)  # manylinux2014
 
 
-def test_the_wheel_contains_the_bpf_programs(wheel: Path) -> None:
+def test_the_wheel_contains_the_bpf_programs_and_the_shim(wheel: Path) -> None:
     tracked = kit.run("git", "ls-files", "bpf", cwd=kit.ROOT).stdout.split()
     assert len(tracked) > 10
     with zipfile.ZipFile(wheel) as file:

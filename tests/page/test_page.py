@@ -188,7 +188,7 @@ def test_the_page_reports_an_agent_that_does_not_answer(look: Look, service: Ser
     there.said.clear()
 
 
-def test_the_page_costs_nothing_without_a_reader(look: Look) -> None:
+def test_a_hidden_page_sends_no_request_until_the_page_is_shown(look: Look) -> None:
     hide = "window.away = true; Object.defineProperty(document, 'hidden', {get: () => window.away});"
     there = look(before=hide)
     there.page.clock.install()
@@ -218,7 +218,7 @@ def answer(method: str, path: str, host: str = LISTEN) -> tuple[int, dict[str, s
 
 
 @pytest.mark.parametrize("path", ["/", "/metrics"])
-def test_a_foreign_page_with_a_name_of_this_host_reads_nothing(service: Service, path: str) -> None:
+def test_a_request_with_an_unlisted_host_name_is_refused(service: Service, path: str) -> None:
     status, _, body = answer("GET", path, host="rebound.example")
     assert (status, body.count(b"\n")) == (421, 1)
     assert answer("GET", path, host="page.example")[0] == 200, "listenNames has it"

@@ -190,7 +190,9 @@ call("cuCtxSynchronize"); print(used())
     ],
     ids=["mapped", "contexts", "frees", "pools"],
 )
-def test_memory_of_an_ended_process_is_released(images: kit.Images, code: str, said: list[str]) -> None:
+def test_used_memory_is_exact_after_mappings_contexts_frees_and_pools(
+    images: kit.Images, code: str, said: list[str]
+) -> None:
     tenant = images.tenant(None)
     (tenant.folder / "program.py").write_text(PROGRAM + code)
     assert tenant.run(f"/usr/bin/python3 {tenant.folder}/program.py").splitlines() == said, kit.said(tenant)
@@ -244,7 +246,9 @@ class Life(Program):
 
 
 @pytest.mark.timeout(7200)
-def test_random_lives_are_in_the_ledger_to_the_byte(images: kit.Images, scale: Scale) -> None:
+def test_the_ledger_equals_the_driver_s_bytes_after_random_operations_and_kills(
+    images: kit.Images, scale: Scale
+) -> None:
     seed = int(os.environ.get("FGPU_TEST_SEED", new_seed()))
     print(f"FGPU_TEST_SEED={seed}")
     chance = random.Random(seed)

@@ -48,7 +48,7 @@ def nothing_is_left(host):
     assert not host.books.limits
 
 
-def test_a_run_that_the_kernel_has_no_room_for_leaves_nothing(host):
+def test_a_run_that_the_kernel_has_no_room_for_leaves_nothing_and_can_be_repeated(host):
     host.books.room = 0
     with pytest.raises(OSError, match="no room"):
         host.manager.run({"memory_bytes": GIB}, "mine")
@@ -74,7 +74,7 @@ def test_a_run_that_cannot_be_stored_leaves_nothing(host, monkeypatch):
     nothing_is_left(host)
 
 
-def test_only_the_tenants_that_fit_are_admitted_of_many_by_policy(host):
+def test_a_policy_admits_the_tenants_that_fit_and_the_rest_once_the_kernel_has_room(host):
     host.books.room = 5
     for n in range(7):
         (host.root / f"c{n}").mkdir()
@@ -101,7 +101,7 @@ def in_force(host, path):
 
 
 @pytest.mark.parametrize("policy", ["", "{selector: {cgroup: ['job']}, memory: {limit: 4GiB, max: 4GiB}}"])
-def test_a_share_stays_when_another_setting_is_set(host, container, policy):
+def test_set_replaces_only_the_named_settings_of_a_share_and_unset_restores_the_share(host, container, policy):
     if policy:
         host.manager.reload(policies(policy))
     host.manager.share(container, parse("2gib-50pct"))
@@ -121,7 +121,7 @@ def test_a_share_stays_when_another_setting_is_set(host, container, policy):
 
 
 @pytest.mark.parametrize("asked", [{"limit_millionths": 500_000}, {"memory_bytes": GIB}])
-def test_set_gives_no_memory_on_devices_that_the_policy_excludes(host, container, asked):
+def test_set_and_share_give_no_memory_on_devices_that_the_policy_excludes(host, container, asked):
     host.manager.reload(policies("{selector: {cgroup: ['job']}, devices: [7], memory: {limit: 2GiB}}"))
     host.manager.set(container, asked)
     assert host.enforcer.at(container).limits == {}

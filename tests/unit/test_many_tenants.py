@@ -12,7 +12,7 @@ MIXED = (10, 8, 6, 5, 5, 4, 4, 3, 3, 3, 2, 2, 2, 2, 1, 1, 1, 1, 1, 1)
 
 
 @pytest.mark.parametrize("weights", [(1,) * 20, MIXED], ids=["equal", "mixed"])
-def test_twenty_tenants_get_their_shares(weights: tuple[int, ...]) -> None:
+def test_twenty_tenants_get_their_shares_and_keep_the_device_busy(weights: tuple[int, ...]) -> None:
     tenants = [Tenant(n + 1, Share(weight=100 * weight), KERNEL_NS) for n, weight in enumerate(weights)]
     it = World(*tenants).run(SECONDS)
     got = it.shares()

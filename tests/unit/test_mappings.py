@@ -46,14 +46,14 @@ def test_the_text_has_the_same_mappings_as_the_kernel_s_query(maps, unasked, whi
     assert asked
 
 
-def test_every_name_is_read(maps, unasked, tmp_path):
+def test_unusual_file_names_are_read_from_the_text(maps, unasked, tmp_path):
     unasked()
     found = [os.fsdecode(mapped.path) for mapped in procmaps.each(maps, procmaps.NEXT_SHARED)]
     # The kernel escapes a newline and nothing else, so a name that contains the escape's text is read as a newline.
     assert {path.removeprefix(f"{tmp_path}/") for path in found} >= {"plain (deleted)", *NAMES[1:]}
 
 
-def test_one_mapping_is_found(maps, unasked):
+def test_the_mapping_at_an_address_is_found_by_the_query_and_in_the_text(maps, unasked):
     inside = ctypes.cast(ctypes.CDLL(None).getpid, ctypes.c_void_p).value
     asked = procmaps.find(maps, inside)
     unasked()

@@ -81,7 +81,7 @@ def test_an_unmeasured_value_is_absent():
     assert "fgpu_device_xids_total" not in shown
 
 
-def test_xids_begin_at_zero():
+def test_a_device_without_xids_is_healthy_and_has_xid_counters_of_zero():
     """Counters of XIDs exist at 0, so that the first XID is an increase."""
     quiet = DeviceView(0, "GPU-1", "x", "y", 1, None, 0, None, xids={})
     families = list(metrics.families(Snapshot(1.0, (quiet,))))
@@ -99,7 +99,7 @@ def test_a_tenant_without_a_limit_has_no_metric_of_a_limit():
     assert "fgpu_memory_limit_bytes{" not in shown
 
 
-def test_refusals_begin_at_zero():
+def test_refusal_counters_begin_at_zero():
     """Counters of refusals exist at 0, so that the first refusal is an increase."""
     found = snapshot()
     (tenant,) = found.tenants
@@ -109,14 +109,14 @@ def test_refusals_begin_at_zero():
     assert (shown.labels["operation"], shown.labels["reason"], shown.value) == ("memory", "limit", 0)
 
 
-def test_an_age_is_computed_at_the_scrape():
+def test_the_reconcile_age_is_computed_at_the_scrape():
     """This holds even if no Snapshot was taken for long."""
     found = replace(snapshot(), taken_seconds=101.0)
     family = next(f for f in metrics.registry(lambda: found, lambda: 108.5).collect() if "reconcile_age" in f.name)
     assert [(sample.labels, sample.value) for sample in family.samples] == [({"gpu": "0"}, 7.75)]
 
 
-def test_at_most_sixteen_series_for_a_tenant_and_device_and_four_for_a_while():
+def test_a_tenant_on_a_device_has_at_most_sixteen_lasting_series_and_twenty_in_all():
     samples = [s for f in metrics.families(snapshot()) for s in f.samples if {"tenant", "gpu"} <= s.labels.keys()]
     passing = {"fgpu_compute_shortfall_ratio", "fgpu_compute_waiting_seconds", "fgpu_memory_orphaned_bytes"}
     assert {s.name for s in samples} >= passing
@@ -125,6 +125,6 @@ def test_at_most_sixteen_series_for_a_tenant_and_device_and_four_for_a_while():
     assert len(samples) <= 20
 
 
-def test_labels_of_policies_are_refused_or_shown():
-    """A policy whose label has a metric's own name is refused. All other labels are shown."""
+def test_every_own_label_of_the_info_metric_is_reserved():
+    """A policy with a reserved label is refused, so no policy can set a label twice."""
     assert set(metrics._INFO_LABELS) < RESERVED_LABELS

@@ -41,7 +41,7 @@ def test_a_patch_applies_and_names_a_test_of_its_row(patch: Patch) -> None:
 
 
 @pytest.mark.parametrize("name", RULES)
-def test_the_text_of_a_rule_occurs_once(name: str) -> None:
+def test_the_text_of_a_rule_occurs_once_in_the_bpf_sources(name: str) -> None:
     old, new = RULES[name]
     assert old != new
     assert Rule(name).place(ROOT).name.endswith((".bpf.c", ".bpf.h"))

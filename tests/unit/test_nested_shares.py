@@ -107,7 +107,9 @@ def test_new_cgroups_do_not_remove_a_debt() -> None:
 @given(
     st.integers(1, 9), st.lists(st.integers(1, 9), min_size=1, max_size=5), st.integers(0, 2**32),
 )  # fmt: skip
-def test_a_neighbour_gets_its_part_beside_any_nested_levels(weight: int, inner: list[int], seed: int) -> None:
+def test_nested_levels_of_any_weights_all_run_and_leave_a_neighbour_its_part(
+    weight: int, inner: list[int], seed: int
+) -> None:
     chance = random.Random(seed)
     made = [
         Tenant(n + 1, Share(weight=100 * w), steps=Steps(chance.randrange(1, 60) * MS, chance.randrange(1, 120) * MS))
@@ -158,7 +160,7 @@ def parts(it: World, seconds: float) -> dict[int, float]:
 
 
 @pytest.mark.parametrize("weight", [1, 100, 10_000])
-def test_a_share_around_running_tenants_starves_no_tenant(weight: int) -> None:
+def test_adding_or_removing_a_share_around_running_tenants_starves_no_tenant(weight: int) -> None:
     """Virtual time inside a unit differs from that outside, both when the unit appears and when it is removed."""
     shares = {1: Share(weight=weight), 2: Share(weight=weight), 50: Share()}
     it = World(*(Tenant(key, share) for key, share in shares.items())).run(20.0)

@@ -35,7 +35,7 @@ def test_the_manager_receives_ready_reloading_and_stopping(manager) -> None:
     assert [manager.recv(4096) for _ in range(2)] == [b"READY=1", b"STOPPING=1"]
 
 
-def test_nothing_is_sent_without_a_socket(monkeypatch) -> None:
+def test_nothing_is_sent_without_a_usable_socket(monkeypatch) -> None:
     monkeypatch.delenv("NOTIFY_SOCKET", raising=False)
     assert not sd_notify.ready()
     for address in ("", "vsock:2:23", "/nowhere/at/all"):
@@ -65,5 +65,5 @@ def test_the_watchdog_is_notified_at_half_its_time(manager) -> None:
     "environment",
     [{}, {"WATCHDOG_USEC": "0"}, {"WATCHDOG_USEC": "much"}, {"WATCHDOG_USEC": "1000", "WATCHDOG_PID": "1"}],
 )
-def test_no_watchdog_message_is_sent_if_none_is_configured(manager, environment) -> None:
+def test_no_watchdog_message_is_sent_without_a_watchdog_of_this_process(manager, environment) -> None:
     assert not sd_notify.Watchdog({**os.environ, **environment}).ping()

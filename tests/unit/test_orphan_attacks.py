@@ -264,7 +264,7 @@ def test_managed_memory_freed_by_an_unmanaged_process_releases_no_orphan(attack:
     assert attack.escaped() == 0
 
 
-def test_managed_memory_of_an_unmanaged_process_is_not_charged_to_a_tenant(attack: Attack) -> None:
+def test_managed_memory_of_a_tenant_and_an_unmanaged_process_releases_no_orphan(attack: Attack) -> None:
     list(attack.world.take_managed(attack.exporter, HELD))
     stranger = attack.world.begin(is_stranger=True)
     stranger.contexts = 1
@@ -279,7 +279,7 @@ def test_managed_memory_of_an_unmanaged_process_is_not_charged_to_a_tenant(attac
     assert attack.escaped() == 0
 
 
-def test_memory_charged_as_a_neighbour_s_orphan_releases_no_orphan(attack: Attack) -> None:
+def test_the_release_of_a_neighbour_s_orphan_releases_no_kept_orphan(attack: Attack) -> None:
     """A neighbour's process exits and the driver frees all its memory, while this tenant's memory is kept."""
     attack.keep_memory()
     neighbour = attack.tenant()
@@ -304,7 +304,7 @@ def test_admissions_of_an_exited_process_beside_a_row_of_nvml_release_no_orphan(
     assert attack.escaped() == 0
 
 
-def test_a_row_of_nvml_does_not_stand_for_a_neighbour_s_orphan(attack: Attack) -> None:
+def test_a_row_of_nvml_keeps_only_the_orphan_of_its_own_process(attack: Attack) -> None:
     """The neighbour's older process has no row. Its memory is freed, and both orphans are of equal size."""
     kept, neighbour = attack.tenant(), attack.tenant(has_context=False)
     list(attack.world.create(neighbour, HELD))

@@ -172,7 +172,7 @@ def test_an_export_without_a_keeper_is_reported_as_such() -> None:
     assert (event["reason"], event["text"]) == ("exported", "no process that keeps it was found")
 
 
-def test_a_tenant_with_a_removed_cgroup_is_named() -> None:
+def test_an_orphan_is_reported_with_its_tenant_although_the_cgroup_is_removed() -> None:
     reports = Reports(tenant(cgroup=9, path="/b"))
     reports.truth = Truth(orphans=(orphan(levels=(9,), since_ns=aged(2 * TOLD_AGE_NS)),))
     assert [event["tenant"] for event in reports.told()] == ["a"]
@@ -221,11 +221,13 @@ def row(**more: Any) -> dict[str, Any]:
         ),
     ],
 )
-def test_messages_contain_the_next_step(orphan_row: dict[str, Any], sentence: str) -> None:
+def test_the_text_of_an_orphan_gives_its_bytes_its_process_and_its_keepers(
+    orphan_row: dict[str, Any], sentence: str
+) -> None:
     assert orphan_text.sentence(orphan_row) == sentence
 
 
-def test_a_process_that_the_driver_is_ending_is_not_shown() -> None:
+def test_an_orphan_younger_than_a_second_is_not_shown() -> None:
     assert orphan_text.lasting([row(seconds=0.4), row(seconds=1.1)]) == [row(seconds=1.1)]
 
 

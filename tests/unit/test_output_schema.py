@@ -53,13 +53,13 @@ def broken(before: Schema, after: Schema) -> list[str]:
 
 
 @pytest.mark.parametrize("command", output_schema.PRINTED)
-def test_no_property_of_a_released_version_is_removed(command: str) -> None:
+def test_no_property_of_a_released_version_is_removed_retyped_or_made_optional(command: str) -> None:
     """A failure means: undo the change, or make a new version. A release writes its additions into the file."""
     assert PROMISED.keys() == output_schema.PRINTED.keys()
     assert broken(PROMISED[command], printed(command)) == []
 
 
-def test_the_check_finds_a_change_that_is_no_addition() -> None:
+def test_the_check_finds_each_change_that_is_no_addition_and_accepts_an_addition() -> None:
     device = "DeviceView"
     for change in ("removed", "renamed", "type", "null", "not always"):
         after = copy.deepcopy(printed("status"))
@@ -82,7 +82,7 @@ def test_the_check_finds_a_change_that_is_no_addition() -> None:
 
 
 @pytest.mark.parametrize("command", output_schema.PRINTED)
-def test_schemas_are_valid_and_name_their_version(command: str) -> None:
+def test_schemas_are_valid_name_their_version_and_describe_each_type(command: str) -> None:
     schema = printed(command)
     jsonschema.Draft202012Validator.check_schema(schema)
     assert schema["$id"] == f"urn:fgpu:{command}:v{output_schema.VERSION}"
@@ -101,7 +101,7 @@ def documents() -> list[tuple[str, Any]]:
 
 
 @pytest.mark.parametrize(("command", "document"), documents(), ids=output_schema.PRINTED)
-def test_outputs_follow_their_schema(command: str, document: Any) -> None:
+def test_outputs_follow_their_schema_which_refuses_a_missing_property(command: str, document: Any) -> None:
     schema = printed(command)
     jsonschema.validate(document, schema)
     (document[0] if command == "ps" else document).pop({"status": "devices", "ps": "pid", "events": "what"}[command])

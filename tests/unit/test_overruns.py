@@ -39,7 +39,7 @@ def test_earlier_overruns_are_not_reported(host) -> None:
     assert host.told(LOOK_SECONDS) == [("tenant-1", "a turn passed with work in flight")]
 
 
-def test_many_overruns_are_one_line_in_ten_seconds_and_none_is_left_out(host) -> None:
+def test_many_overruns_of_a_tenant_give_one_line_in_ten_seconds_and_all_are_counted(host) -> None:
     host.counts |= {1: 8, 2: 1}
     assert host.told(LOOK_SECONDS) == [
         ("tenant-1", "3 turns passed with work in flight"),
@@ -52,7 +52,7 @@ def test_many_overruns_are_one_line_in_ten_seconds_and_none_is_left_out(host) ->
     assert host.told(AGAIN_SECONDS) == []
 
 
-def test_a_level_of_a_new_tenant_starts_again(host) -> None:
+def test_the_overrun_count_of_a_removed_level_starts_again_at_zero(host) -> None:
     host.counts[1] = 2
     assert host.told(LOOK_SECONDS) == [("tenant-1", "2 turns passed with work in flight")]
     del host.counts[1]

@@ -90,7 +90,7 @@ def test_the_page_of_a_usual_host_has_all_parts() -> None:
     assert "fix:" not in words
 
 
-def test_rows_have_the_order_of_fgpu_top() -> None:
+def test_rows_follow_the_sort_reverse_and_filter_of_the_query() -> None:
     host = snapshot(*kit.ALL)
     assert rows(shown(host)) == ["batch (group)", "bob", "alice", "carol"]
     assert rows(shown(host, "sort=refused")) == ["alice", "batch (group)", "bob", "carol"]
@@ -99,7 +99,7 @@ def test_rows_have_the_order_of_fgpu_top() -> None:
     assert ", 1 with ALI" in shown(host, "filter=ALI").words.replace(" ,", ",")
 
 
-def test_a_single_device_has_no_column() -> None:
+def test_the_table_has_a_gpu_column_only_with_several_devices() -> None:
     both = kit.tenant("alice", kit.on(0, 5), kit.on(1, 7 * kit.MIB))
     assert "TENANT GPU LIMIT" in shown(snapshot(both, devices=(kit.device(0), kit.device(1)))).words
     assert "TENANT LIMIT" in shown(snapshot(kit.ALICE)).words
@@ -128,7 +128,7 @@ def test_rows_beyond_the_maximum_are_counted() -> None:
         ({"failures": 3}, "internal errors 3 fix: report"),
     ],
 )
-def test_errors_are_shown_with_their_fix(more: dict[str, Any], said: str) -> None:
+def test_errors_of_the_host_are_shown_with_a_fix_if_there_is_one(more: dict[str, Any], said: str) -> None:
     assert said in shown(snapshot(kit.ALICE, **more)).words
 
 
@@ -141,7 +141,7 @@ def test_errors_of_a_tenant_are_shown() -> None:
     assert "shim alice (musl, static) fix: static: static programs have no loader" in words
 
 
-def test_notes_are_shown_once_for_each_tenant() -> None:
+def test_a_denial_is_shown_once_for_a_tenant_on_two_devices() -> None:
     both = replace(kit.tenant("alice", kit.on(0, 5), kit.on(1, 7, limit=0)), denied="no room")
     words = shown(snapshot(both, devices=(kit.device(0), kit.device(1)))).words
     assert words.count("gets nothing") == words.count("gets nothing on some devices: no room") == 1
@@ -154,7 +154,7 @@ def test_an_unmeasured_value_is_a_dash() -> None:
 
 
 @pytest.mark.parametrize("none", [snapshot(), Snapshot(0.0), Snapshot(1.0, (kit.device(),), (kit.tenant("a"),))])
-def test_the_page_of_an_empty_host_is_complete(none: Snapshot) -> None:
+def test_the_page_without_rows_of_tenants_shows_the_state_of_enforcement(none: Snapshot) -> None:
     assert "enforced" in shown(none).words
 
 
@@ -182,7 +182,7 @@ def test_every_name_is_shown_as_text(text: str) -> None:
     assert read.values.count(text) == plain.values.count("x")
 
 
-def test_the_script_and_style_equal_their_files() -> None:
+def test_the_policy_has_the_hashes_of_script_and_style_and_the_page_has_no_other_code() -> None:
     """The hashes in the page's policy are those of its script and style."""
     text = status_page.html(Fields(snapshot()), Asked(), "x")
     (style,), (script,) = (
@@ -211,7 +211,7 @@ def test_the_script_and_style_equal_their_files() -> None:
         ("\xff;;&&==", Asked()),
     ],
 )
-def test_the_query_string_is_parsed(query: str, asked: Asked) -> None:
+def test_the_query_string_is_parsed_and_written_back(query: str, asked: Asked) -> None:
     assert Asked.of(query) == asked
     assert Asked.of(asked.query[1:]) == asked
 
@@ -226,7 +226,7 @@ def call(
     return said[0], said[1], body
 
 
-def test_the_response_has_its_security_headers() -> None:
+def test_the_response_has_security_headers_a_gzip_form_and_no_body_for_head() -> None:
     status, headers, body = call()
     assert (status, headers["Content-Length"]) == ("200 OK", str(len(body)))
     assert headers["Content-Type"] == "text/html; charset=utf-8"
@@ -241,7 +241,7 @@ def test_the_response_has_its_security_headers() -> None:
 
 
 @pytest.mark.parametrize("method", ["POST", "PUT", "DELETE", "OPTIONS", "TRACE", "nonsense"])
-def test_a_request_to_write_is_refused(method: str) -> None:
+def test_a_request_method_other_than_get_and_head_is_refused(method: str) -> None:
     status, headers, body = call(method)
     assert (status, headers["Allow"], body) == ("405 Method Not Allowed", "GET, HEAD", b"")
 

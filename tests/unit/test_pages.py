@@ -57,7 +57,9 @@ def test_readers_read_what_the_creator_writes_to_a_control_page() -> None:
 
 
 @pytest.mark.parametrize("form", CONTROL_FORMS)
-def test_no_process_writes_or_resizes_a_control_page(form: Callable[[int], object]) -> None:
+def test_a_control_page_cannot_be_written_resized_or_sealed_through_its_descriptor(
+    form: Callable[[int], object],
+) -> None:
     memory = ControlMemory()
     memory.page.epoch = 7
     with pytest.raises(OSError, match=r"Bad file|not permitted|denied"):
@@ -95,7 +97,7 @@ def test_closing_a_page_leaves_no_descriptor_and_no_mapping(kind: type[ControlMe
     assert mappings() == mapped
 
 
-def test_descriptors_of_a_page_outlive_its_creator() -> None:
+def test_a_duplicated_descriptor_reads_a_page_after_its_creator_has_closed_the_page() -> None:
     memory = ControlMemory()
     memory.page.epoch = 7
     kept = os.dup(memory.descriptor)
@@ -104,7 +106,7 @@ def test_descriptors_of_a_page_outlive_its_creator() -> None:
     os.close(kept)
 
 
-def test_rows_are_published_under_the_sequence_word() -> None:
+def test_rows_are_published_under_the_sequence_word_and_bounded_in_number() -> None:
     memory = ControlMemory()
     memory.show(row_bytes([(11, 0, 1 << 40), (13, 1, 17)]))
     seen = ControlPage.from_buffer_copy(raw(memory.descriptor))
@@ -132,7 +134,7 @@ def read_for(fd: int, seconds: float) -> tuple[int, int]:
     return good, torn
 
 
-def test_a_reader_never_reads_half_a_table_or_half_a_word() -> None:
+def test_a_reader_that_checks_the_sequence_word_never_reads_a_torn_table() -> None:
     memory = ControlMemory()
     tables = [row_bytes([(n, n, n << 32 | n)] * 64) for n in range(1, 200)]
     memory.show(tables[0])
@@ -176,7 +178,7 @@ def test_the_word_of_a_page_is_never_torn() -> None:
     memory.close()
 
 
-def test_uuids_are_formatted_as_text() -> None:
+def test_uuids_are_converted_to_bytes_and_text_and_invalid_uuids_are_refused() -> None:
     text = "GPU-00010203-0405-0607-0809-0a0b0c0d0e0f"
     assert uuid_bytes(text) == bytes(range(16))
     assert uuid_text(bytes(range(16))) == text

@@ -136,7 +136,7 @@ def test_a_long_answer_arrives_completely(host: Host) -> None:
     assert had == LONG
 
 
-def test_an_incomplete_line_is_answered_once_it_is_too_long_or_ends(host: Host) -> None:
+def test_a_too_long_line_closes_its_peer_and_an_ended_line_without_newline_is_answered(host: Host) -> None:
     sock = host.call()
     sock.setblocking(False)
     sent, end = 0, time.monotonic() + 20

@@ -101,7 +101,7 @@ def test_levels_without_a_policy_are_released(host):
 
 
 @pytest.mark.parametrize("why", ["unknown", "missing", "overrides"])
-def test_an_unreadable_override_keeps_limit_flags_and_share(host, why):
+def test_unknown_policies_names_or_overrides_keep_limit_flags_and_share(host, why):
     one = host.cgroup("c1")
     host.start("{selector: {cgroup: ['c*']}, memory: {limit: 6GiB}, compute: {limit: 50%}, onBypass: kill}")
     before = dict(host.books.limits), dict(host.books.shares)
@@ -144,7 +144,7 @@ def test_kept_limits_are_stored_with_the_next_setting_after_a_full_disk(host, mo
     assert {t.name: t.source for t in host.start().enforcer} == {"c1": "kept", "c2": "set"}
 
 
-def test_the_cgroup_of_a_kept_run_is_removed_with_its_program(host):
+def test_the_empty_cgroup_of_a_run_is_removed_at_a_start_despite_unreadable_overrides(host):
     manager = host.start()
     path = manager.run({"memory_bytes": GIB}, "mine").path
     host.file.write_text("")
@@ -154,7 +154,7 @@ def test_the_cgroup_of_a_kept_run_is_removed_with_its_program(host):
     assert not (host.root / "fgpu" / "mine").exists()
 
 
-def test_an_equal_limit_is_not_kept(host):
+def test_a_level_with_the_limit_of_its_policy_is_not_kept_despite_unreadable_overrides(host):
     host.cgroup("c1")
     host.start(SIX)
     host.file.write_text("")
@@ -171,7 +171,7 @@ def test_a_kept_level_is_decided_once_its_policies_are_known(host):
     assert [limits for limits, _ in host.books.limits.values()] == [{0: 3 * GIB}]
 
 
-def test_earlier_commitments_come_first(host):
+def test_tenants_in_use_keep_their_commitments_at_a_start_and_a_denied_tenant_stays_denied(host):
     idle = [host.cgroup(f"c{n}") for n in range(4)]
     used = [host.cgroup(f"c{n}") for n in (8, 9)]
     manager = host.start(SIX)
@@ -225,7 +225,7 @@ def test_a_limit_by_hand_that_does_not_fit_any_more_is_kept_and_named(host):
     assert "do not fit" in doubts("", manager.enforcer)
 
 
-def test_limits_by_hand_inside_a_group_are_set_after_the_group_s_limit(host):
+def test_limits_by_hand_inside_a_group_are_in_force_after_a_start_with_or_without_pins(host):
     host.cgroup("c")
     group = "{selector: {cgroup: ['c']}, memory: {limit: 12GiB}}"
     for name in ("c/a", "c/b", "c/d"):
@@ -238,7 +238,7 @@ def test_limits_by_hand_inside_a_group_are_set_after_the_group_s_limit(host):
     assert len(list(host.start(group).enforcer)) == 4
 
 
-def test_levels_of_removed_cgroups_are_released_in_any_case(host):
+def test_levels_of_removed_cgroups_are_released_even_if_policies_are_unknown(host):
     host.cgroup("c1")
     host.start(SIX)
     (host.root / "c1").rmdir()
@@ -246,7 +246,7 @@ def test_levels_of_removed_cgroups_are_released_in_any_case(host):
     assert not host.books.limits
 
 
-def test_a_level_without_a_limit_stays_unlimited(host):
+def test_a_level_without_a_memory_limit_keeps_no_limit_and_its_share_at_a_start(host):
     host.cgroup("c1")
     host.start("{selector: {cgroup: ['c*']}, compute: {limit: 50%}}")
     host.start(unknown="not known")

@@ -38,7 +38,7 @@ def test_an_invalid_file_is_refused_with_line_field_and_a_valid_value(path):
     assert first_error(data) == f"bad.yaml:{expected}"
 
 
-def test_the_set_of_invalid_files_is_not_empty():
+def test_the_set_of_invalid_files_has_more_than_90_files():
     assert len(BAD) > 90
 
 
@@ -76,7 +76,7 @@ def test_errors_are_bounded():
         (b"[1]\n" * 3, "bad.yaml:1: is not a policy: write apiVersion, kind, metadata and spec"),
     ],
 )
-def test_a_file_that_is_not_text_is_refused(data, error):
+def test_a_file_that_is_too_large_or_no_yaml_text_of_policies_is_refused(data, error):
     assert first_error(data) == error
 
 
@@ -105,7 +105,7 @@ def test_policies_keep_their_order_and_their_lines():
 
 
 @pytest.mark.parametrize("name", BOMBS)
-def test_no_file_takes_long(name):
+def test_each_harmful_file_is_refused_within_a_second(name):
     begun = time.perf_counter()
     assert first_error(BOMBS[name][:MIB])
     assert time.perf_counter() - begun < 1.0  # `./dev bench policy` has the figures; the bar there is 0.1 s
@@ -147,7 +147,7 @@ def test_a_damaged_document_is_a_policy_or_errors_with_lines(document):
 
 @settings(max_examples=EXAMPLES)
 @given(st.one_of(st.binary(max_size=200), st.text("[]{}:,-?&*!|>'\"%@` \nab1~<", max_size=60).map(str.encode)))
-def test_any_bytes_are_policies_or_errors(data):
+def test_arbitrary_bytes_give_no_policy_and_errors_name_lines_of_the_file(data):
     policies, errors = parse.read("p.yaml", data)
     assert policies == []
     breaks = len(re.findall("[\r\n\x85\u2028\u2029]", data.decode(errors="replace")))  # as YAML has them

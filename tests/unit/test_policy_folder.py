@@ -71,7 +71,7 @@ def test_a_duplicate_name_is_refused_at_the_second_policy(tmp_path):
     ]
 
 
-def test_an_entry_that_is_no_file_does_not_block(tmp_path):
+def test_an_entry_that_is_no_regular_file_is_refused_without_blocking(tmp_path):
     os.mkfifo(tmp_path / "a.yaml")
     (tmp_path / "b.yaml").mkdir()
     (tmp_path / "c.yaml").symlink_to("/dev/zero")
@@ -138,7 +138,7 @@ def test_a_file_that_only_root_may_write_is_read(own):
     [("a.yaml", 0o664, 0), ("a.yaml", 0o646, 0), ("a.yaml", 0o644, 1000), (".", 0o775, 0), (".", 0o1777, 0),
      (".", 0o755, 1000), ("..", 0o777, 0), ("..", 0o755, 1000)],
 )  # fmt: skip
-def test_a_policy_file_that_others_may_write_is_refused(own, inner, mode, owner):
+def test_a_policy_file_is_refused_if_others_may_write_the_file_or_its_folders(own, inner, mode, owner):
     path = own / inner
     os.chmod(path, mode)
     os.chown(path, owner, -1)
@@ -149,7 +149,7 @@ def test_a_policy_file_that_others_may_write_is_refused(own, inner, mode, owner)
 
 
 @needs_root
-def test_the_permissions_of_a_link_s_target_count(own, tmp_path):
+def test_a_link_to_a_file_in_a_folder_that_others_may_write_is_refused(own, tmp_path):
     theirs = tmp_path / "theirs"
     theirs.mkdir()
     theirs.chmod(0o777)

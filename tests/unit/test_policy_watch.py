@@ -91,7 +91,7 @@ def test_a_folder_that_is_created_later_is_found(tmp_path, watch):
     assert readings.next() == (["a"], [])
 
 
-def test_a_removed_folder_drops_no_policy(tmp_path, watch):
+def test_a_removed_folder_is_reported_as_an_error_and_a_new_folder_is_read(tmp_path, watch):
     place = tmp_path / "policy.d"
     place.mkdir()
     (place / "a.yaml").write_text(kit.text("a"))

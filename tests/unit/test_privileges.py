@@ -37,7 +37,7 @@ def test_every_other_capability_is_removed_from_every_set(kept: frozenset[Capabi
     assert (found["CapInh"], found["CapAmb"], found["NoNewPrivs"]) == ("0" * 16, "0" * 16, "1")
 
 
-def test_started_and_executed_programs_have_no_more_capabilities() -> None:
+def test_a_program_started_by_a_new_thread_has_no_more_capabilities() -> None:
     start = f"import subprocess, sys, threading\nsubprocess.run([sys.executable, '-c', {SHOW!r}])"
     thread = f"import threading\nt = threading.Thread(target=lambda: exec({start!r})); t.start(); t.join()"
     found = status(f"p.keep_only(p.GATEKEEPER)\n{thread}")

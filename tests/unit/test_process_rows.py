@@ -46,7 +46,9 @@ def rows(compute: Said, graphics: Said) -> dict[int, int | None] | None:
      ([(7, None), (7, 5)], {7: None}), ([], {})],
 )  # fmt: skip
 @pytest.mark.parametrize("draws", [False, True])
-def test_an_unknown_value_of_one_process_is_not_zero(said: Said, held: dict[int, int | None], draws: bool) -> None:
+def test_bytes_of_a_process_are_the_sum_of_its_rows_and_unknown_if_a_row_is_unknown(
+    said: Said, held: dict[int, int | None], draws: bool
+) -> None:
     assert rows([], said) == held if draws else rows(said, []) == held
 
 
@@ -55,11 +57,13 @@ def test_an_unknown_value_of_one_process_is_not_zero(said: Said, held: dict[int,
     [([(7, 5)], [(8, 9)], {7: 5, 8: 9}), ([(7, 5)], [(7, 5)], {7: 5}), ([(7, 5)], [(7, 6)], {7: 6}),
      ([(7, 6)], [(7, 5)], {7: 6}), ([(7, None)], [(7, 5)], {7: None}), ([(7, 5)], [(7, None)], {7: None})],
 )  # fmt: skip
-def test_a_process_in_both_lists_has_its_bytes_once(compute: Said, graphics: Said, held: dict[int, int | None]) -> None:
+def test_a_process_in_both_lists_has_the_larger_value_and_none_if_a_value_is_unknown(
+    compute: Said, graphics: Said, held: dict[int, int | None]
+) -> None:
     assert rows(compute, graphics) == held
 
 
-def test_each_list_is_requested_once_for_any_number_of_processes() -> None:
+def test_each_list_is_requested_once_per_reading_and_again_only_if_the_buffer_was_too_small() -> None:
     many, few = Question([(pid, pid) for pid in range(300)]), Question([(7, 5)])
     nvml = nvml_of(**{COMPUTE: many, GRAPHICS: few})
     for _ in range(3):
@@ -73,12 +77,12 @@ def test_the_compute_list_is_used_for_a_device_without_graphics(code: int) -> No
     assert nvml_of(**questions).process_bytes(0) == {7: 5}
 
 
-def test_the_first_list_is_used_with_a_driver_without_the_second() -> None:
+def test_the_compute_list_is_used_with_a_driver_without_the_graphics_list() -> None:
     assert nvml_of(**{COMPUTE: Question([(7, 5)])}).process_bytes(0) == {7: 5}
 
 
 @pytest.mark.parametrize("failing", [COMPUTE, GRAPHICS])
-def test_an_incomplete_answer_of_nvml_counts_as_none(failing: str) -> None:
+def test_bytes_of_processes_are_unknown_if_one_of_nvml_s_lists_fails(failing: str) -> None:
     """Nothing is known if one list fails, because it may have named any process."""
     questions = {COMPUTE: Question([(7, 5)]), GRAPHICS: Question([(8, 9)])}
     questions[failing] = Question([], pynvml.NVML_ERROR_UNKNOWN)

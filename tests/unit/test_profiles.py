@@ -104,7 +104,7 @@ def test_containers_can_request_each_profile_on_each_device():
     assert (share.name, share.device, share.text) == ("4gib", TWO, found[3])
 
 
-def test_devices_have_their_memory_nodes(tmp_path):
+def test_the_numa_node_of_a_device_is_read_and_none_if_unknown(tmp_path):
     for name, text in (("0000:0f:00.0", "1\n"), ("0001:00:00.0", "-1\n"), ("0000:10:00.0", "")):
         (tmp_path / name).mkdir()
         (tmp_path / name / "numa_node").write_text(text)
@@ -132,7 +132,7 @@ def numbers(found: set[Slot]) -> list[int]:
     return sorted(slot.number for slot in found)
 
 
-def test_the_number_of_free_ids_equals_the_room():
+def test_the_number_of_healthy_ids_is_that_of_taken_and_of_still_fitting_profiles():
     book = Book()
     assert not book.healthy("8gib")
     for free, taken, eights, fours in ((16, 0, 2, 4), (8, 1, 2, 2), (7, 1, 1, 1), (0, 2, 2, 0), (0, 0, 0, 0)):

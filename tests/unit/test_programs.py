@@ -66,7 +66,9 @@ def runs(tmp_path: Path) -> int:
     return len((tmp_path / "runs").read_text().splitlines())
 
 
-def test_pinned_programs_are_not_loaded_again(world: World, compiler: tuple[str, ...], tmp_path: Path) -> None:
+def test_pinned_programs_are_loaded_again_only_after_a_change_of_the_sources(
+    world: World, compiler: tuple[str, ...], tmp_path: Path
+) -> None:
     digests = set()
     for first in (True, False):
         loading = world.loading(compiler)
@@ -156,7 +158,7 @@ def test_the_error_gives_the_reason_for_missing_programs(world: World) -> None:
     assert not world.cache.exists()
 
 
-def test_the_compiler_is_ended_without_a_waiting_start(world: World, tmp_path: Path) -> None:
+def test_the_compiler_is_killed_when_its_loading_is_ended(world: World, tmp_path: Path) -> None:
     loading = world.loading(shell(f"echo $$ >{tmp_path}/pid; exec sleep 60"))
     while not (tmp_path / "pid").exists() or not (tmp_path / "pid").read_text():
         time.sleep(0.01)
@@ -168,7 +170,7 @@ def test_the_compiler_is_ended_without_a_waiting_start(world: World, tmp_path: P
 
 
 @pytest.mark.parametrize(("seconds", "watched"), [(0.6, True), (0.6, False), (0, True)])
-def test_a_waiting_caller_on_a_terminal_is_told_about_the_compilation(
+def test_a_slow_compilation_is_logged_only_on_a_terminal(
     world: World, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, seconds: float, watched: bool
 ) -> None:
     monkeypatch.setattr(programs, "SOON_SECONDS", 0.3)

@@ -31,5 +31,5 @@ def test_functions_of_real_drivers_are_probed_at_the_right_offset(driver):
         ("", 0),
     ],
 )
-def test_every_other_function_is_probed_at_its_first_byte(code, shift):
+def test_a_probe_is_behind_a_known_comparison_and_otherwise_at_the_first_byte(code, shift):
     assert prologue.shift(bytes.fromhex(code)) == shift

@@ -1,4 +1,4 @@
-"""A host on which no process may read another's memory is reported before any other step."""
+"""Tests of the check of the host that reports a kernel on which no process may read another's memory."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from fgpu_ebpf import doctor
 
 
 @pytest.mark.parametrize(("scope", "ok"), [("0\n", True), ("1\n", True), ("2\n", True), ("3\n", False), (None, True)])
-def test_unreadable_memory_names_the_kernel_setting(
+def test_the_ptrace_check_fails_only_at_scope_3_and_names_the_kernel_setting(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, scope: str | None, ok: bool
 ) -> None:
     path = tmp_path / "ptrace_scope"

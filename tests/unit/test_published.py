@@ -66,7 +66,7 @@ def test_a_damaged_version_is_staged_again_as_another_file(tmp_path, store) -> N
         assert os.fstat(mapped.fileno()).st_ino != staged.stat().st_ino  # the mapped file keeps its contents
 
 
-def test_a_folder_at_the_path_of_a_version_is_moved_aside(tmp_path, store) -> None:
+def test_a_folder_at_the_path_of_a_version_is_replaced_by_the_version(tmp_path, store) -> None:
     staged = version(tmp_path, store, b"one")
     staged.unlink()
     staged.mkdir()
@@ -144,7 +144,7 @@ def test_readers_get_the_old_or_the_new_version(tmp_path, store, scale) -> None:
         reader.kill()
 
 
-def test_every_version_that_was_ever_staged_counts_as_published(tmp_path, store, monkeypatch) -> None:
+def test_every_recorded_version_counts_as_genuine_and_the_record_is_bounded(tmp_path, store, monkeypatch) -> None:
     """Images have copies of versions, and containers keep removed versions mapped."""
     for content in (b"one", b"two", b"three", b"two"):
         publish(version(tmp_path, store, content))
@@ -173,7 +173,7 @@ def a_shim(tmp_path: Path, text: str = "newer") -> Path:
     return shim
 
 
-def test_a_version_runs_with_the_package_s_file_if_nothing_is_published(tmp_path: Path) -> None:
+def test_a_release_uses_the_package_s_file_if_nothing_is_published_and_the_store_fails(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     shim = a_shim(tmp_path)
     release = shim_store.Release(shim, tmp_path / "file/store")
@@ -181,7 +181,7 @@ def test_a_version_runs_with_the_package_s_file_if_nothing_is_published(tmp_path
     assert "cannot be put into" in release.failed_checks()["store"].found
 
 
-def test_a_version_runs_with_the_published_file_if_the_store_cannot_be_written(
+def test_a_release_uses_the_published_file_if_the_store_cannot_be_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store = tmp_path / "store"
@@ -199,7 +199,7 @@ def test_a_version_runs_with_the_published_file_if_the_store_cannot_be_written(
     assert "No space left" in newer.failed_checks()["store"].found
 
 
-def test_a_folder_at_the_path_of_the_link_is_moved_aside(tmp_path: Path) -> None:
+def test_a_folder_at_the_path_of_the_published_file_is_replaced_by_the_file(tmp_path: Path) -> None:
     store = tmp_path / "store"
     (store / "current/libfgpu.so").mkdir(parents=True)
     release = shim_store.Release(a_shim(tmp_path), store)

@@ -10,7 +10,7 @@ from tests.schedule import DURATIONS, TESTS
 MOST_IN_ALL = 180  # seconds of the chosen files in a whole run; three workers need a third of it
 
 
-def test_quick_takes_a_minute_and_lists_what_it_leaves_out() -> None:
+def test_quick_chooses_files_of_less_than_180_seconds_and_lists_every_other_suite() -> None:
     files, seconds = quick.chosen(), json.loads(DURATIONS.read_text())
     assert all((TESTS.parent / file).is_file() for file in files)
     assert sum(seconds.get(file, 0) for file in files) < MOST_IN_ALL

@@ -30,7 +30,7 @@ def names(word: str, is_reversed: bool = False) -> list[str]:
         ("gpu", "alice batch bob carol"),
     ],
 )
-def test_the_largest_value_comes_first_and_unmeasured_values_last(word: str, order: str) -> None:
+def test_a_column_sorts_names_upwards_numbers_downwards_and_unmeasured_values_last(word: str, order: str) -> None:
     assert names(word) == order.split()
 
 
@@ -55,7 +55,7 @@ def test_a_tenant_has_no_entitlement_on_a_device_that_it_does_not_use() -> None:
     assert [line.split()[3] for line in tables.status(snapshot).splitlines()[-2:]] == ["-", "75.0%"]
 
 
-def test_every_device_has_its_row() -> None:
+def test_a_tenant_has_a_row_for_each_of_its_devices() -> None:
     both = kit.tenant("alice", kit.on(1, 5), kit.on(0, 5))
     found = ranking.rows(kit.latest(both, devices=(kit.device(0), kit.device(1))).snapshot)
     assert [row.device["gpu"] for row in ranking.ranked(found, Order())] == [0, 1]
@@ -73,7 +73,7 @@ def test_every_device_has_its_row() -> None:
         ("nobody", ""),
     ],
 )
-def test_a_filter_matches_names_policies_and_kinds(text: str, found: str) -> None:
+def test_a_filter_matches_names_paths_policies_kinds_and_enforcement(text: str, found: str) -> None:
     rows = ranking.rows(kit.latest(*kit.ALL).snapshot, text)
     assert [row.tenant["tenant"] for row in rows] == found.split()
 

@@ -314,7 +314,7 @@ def test_rows_of_ended_processes_are_no_slack():
 
 @pytest.mark.parametrize("room", [1 * MIB, 2 * MIB, 3 * MIB])
 @pytest.mark.parametrize(("age_ns", "left"), [(0, 2), (2 * SLACK_AFTER_NS, 0)])
-def test_rounding_of_a_process_does_not_count_for_its_previous_program(room, age_ns, left):
+def test_bytes_of_a_previous_program_are_an_orphan_while_young_and_later_of_the_process(room, age_ns, left):
     """The process has executed another program, so NVML has one row for both."""
     books = Books(process(900 * MIB, overhead=518 * MIB))
     books.orphans.all = [orphan(2 * MIB, tgid=ME, since_ns=time.monotonic_ns() - age_ns)]
@@ -367,7 +367,9 @@ def test_an_orphan_of_a_just_ended_process_is_not_recorded_as_kept():
 
 
 @pytest.mark.parametrize(("ended_ago_ns", "is_noted"), [(2 * SETTLED_NS, False), (VAIN_NS, True)])
-def test_an_orphan_of_an_exiting_process_is_not_recorded_as_kept(monkeypatch, ended_ago_ns, is_noted):
+def test_an_orphan_of_an_exiting_process_is_recorded_as_kept_only_after_the_longest_exit(
+    monkeypatch, ended_ago_ns, is_noted
+):
     exiting = {9}
     monkeypatch.setattr("fgpu_ebpf.linux.procfs.exiting", lambda pid: pid in exiting)
     books = Books(process(900 * MIB))
@@ -381,7 +383,7 @@ def test_an_orphan_of_an_exiting_process_is_not_recorded_as_kept(monkeypatch, en
     assert bool(books.orphans.kept) == is_noted, "the driver may need a moment after the exit"
 
 
-def test_an_orphan_is_not_recorded_as_kept_if_the_last_sample_shows_its_release():
+def test_an_orphan_is_not_released_or_recorded_anew_before_enough_samples_show_its_release():
     books, held = Books(process(900 * MIB)), [64 * MIB]
     books.orphans.all = [orphan(64 * MIB, since_ns=time.monotonic_ns())]
     one = reconciler(books, {ME: 900 * MIB}, lambda: held_beside_the_rest(held[0]))
@@ -397,7 +399,7 @@ def test_an_orphan_is_not_recorded_as_kept_if_the_last_sample_shows_its_release(
     assert books.orphans.kept != before
 
 
-def test_bytes_without_an_entry_may_belong_to_an_exiting_process(monkeypatch):
+def test_bytes_without_an_entry_are_recorded_as_kept_only_after_the_longest_exit(monkeypatch):
     books = Books(process(900 * MIB))
     books.orphans.without = 64 * MIB
     assert kept_ns(books, CALM_LOOKS + 1, orphaned=[5]) is None
@@ -465,7 +467,7 @@ def test_only_orphaned_bytes_need_more_than_one_sample():
     assert len(asked) == 1 + device_sample.SAMPLES
 
 
-def test_memory_without_an_entry_is_searched_at_recorded_levels():
+def test_orphaned_bytes_without_an_entry_are_released_only_at_reported_levels():
     books = Books(process(900 * MIB))
     books.orphans.without = 64 * MIB
     one = reconciler(books, {ME: 900 * MIB}, lambda: held_beside_the_rest(0))
@@ -503,7 +505,7 @@ def test_nvml_is_read_more_often_for_younger_orphans():
     assert _period([]) == PERIOD_SECONDS
 
 
-def test_a_process_without_an_nvml_value_does_not_hide_the_others():
+def test_a_process_without_an_nvml_value_is_not_adopted_and_others_are_corrected():
     books = Books(process(900 * MIB, 512 * MIB))
     one = reconciler(books, {ME: 1000 * MIB, os.getppid(): None})
     one.look()
@@ -512,7 +514,7 @@ def test_a_process_without_an_nvml_value_does_not_hide_the_others():
 
 
 def test_an_ended_process_is_not_adopted_while_the_driver_holds_its_memory():
-    """This holds whether or not it was reaped. A process without its first thread counts as alive."""
+    """The ended process is not reaped yet. A process without its first thread counts as alive."""
     books = Books(process(0))
     with (
         subprocess.Popen(["true"]) as dead,
@@ -637,8 +639,8 @@ def test_the_reconciler_wakes_for_new_processes_and_for_shimless_ones():
 
 
 @pytest.mark.parametrize(("in_use", "kept"), [(899 * MIB, 0), (900 * MIB, 900 * MIB), (None, 900 * MIB)])
-def test_memory_lost_with_a_device_is_no_longer_charged(in_use, kept):
-    """NVML does not list it, and the device does not hold its memory in several successive comparisons."""
+def test_memory_of_an_unlisted_process_that_the_device_cannot_hold_is_no_longer_charged(in_use, kept):
+    """NVML does not list the process. In successive comparisons the device holds fewer bytes than the charge."""
     books = Books(process(900 * MIB))
     one = reconciler(books, {}, in_use)
     for _ in range(GONE - 1):
@@ -649,7 +651,7 @@ def test_memory_lost_with_a_device_is_no_longer_charged(in_use, kept):
         assert books.entry.bytes[0] == kept
 
 
-def test_the_end_of_a_context_is_corrected_exactly_once_for_each():
+def test_each_end_of_a_context_lowers_the_charge_to_nvml_s_value_exactly_once():
     """Pool bytes that the driver has freed stay charged, except those that ended with a context."""
     books, rows = Books(replace(process(900 * MIB, pool=300 * MIB), ended=one(1))), {ME: 700 * MIB}
     reconciler_ = reconciler(books, rows)

@@ -68,7 +68,7 @@ def test_files_are_found_on_a_loader_s_paths_through_links_inside_the_root(tmp_p
     assert found(dweller(tmp_path)) == {"/usr/local/cuda/compat/libcuda.so.1": mapped_files.as_mapped(str(real))}
 
 
-def test_no_file_outside_the_root_is_opened(tmp_path: Path, dweller: Dweller) -> None:
+def test_no_file_outside_the_root_is_found(tmp_path: Path, dweller: Dweller) -> None:
     root, outside = tmp_path / "root", library(tmp_path / "outside/libcuda.so.1")
     for folder in ("usr/lib", "usr/lib64", "lib", "lib64"):
         (root / folder).mkdir(parents=True)
@@ -98,7 +98,9 @@ def test_every_root_is_searched_once_and_the_host_s_never(tmp_path: Path, dwelle
     assert other != first
 
 
-def test_a_missing_file_is_searched_for_while_a_process_is_in_its_root(tmp_path: Path, dweller: Dweller) -> None:
+def test_a_process_in_the_root_of_a_found_file_is_returned_until_the_file_is_forgotten(
+    tmp_path: Path, dweller: Dweller
+) -> None:
     seen, pid = Roots(), dweller(tmp_path)
     root = root_scan.root_of(pid)
     assert root
@@ -111,7 +113,9 @@ def test_a_missing_file_is_searched_for_while_a_process_is_in_its_root(tmp_path:
     assert root not in seen, "what is probed no more may have to be again"
 
 
-def test_roots_do_not_accumulate(tmp_path: Path, dweller: Dweller, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_root_that_was_entered_longest_ago_is_forgotten_beyond_the_maximum(
+    tmp_path: Path, dweller: Dweller, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(root_scan, "MOST_ROOTS", 2)
     seen, pids = Roots(), [dweller(tmp_path) for _ in range(3)]
     places = [root_scan.root_of(pid) for pid in pids]
@@ -127,7 +131,7 @@ def test_roots_do_not_accumulate(tmp_path: Path, dweller: Dweller, monkeypatch: 
 
 
 @pytest.mark.parametrize("link", ["/etc", "../" * 20 + "etc"])
-def test_a_path_in_a_root_never_leads_to_a_file_of_the_host_s(tmp_path: Path, dweller: Dweller, link: str) -> None:
+def test_a_path_in_a_root_never_leads_to_a_file_of_the_host(tmp_path: Path, dweller: Dweller, link: str) -> None:
     """The path that the kernel showed is a link now. No file is opened, least of all a file of the host."""
     (tmp_path / "own").mkdir()
     (tmp_path / "own/passwd").write_text("its own")

@@ -38,7 +38,7 @@ def test_programs_run_with_the_first_list_if_the_second_cannot_be_mounted(mounts
 
 
 @pytest.mark.parametrize(("place", "why"), [(USUAL, errno.EROFS), (USUAL, errno.ENOENT), (OF_NIX, errno.EPERM)])
-def test_a_program_is_not_run_without_the_list(mounts, tmp_path, place, why):
+def test_a_program_is_not_run_without_the_first_list_or_permission_to_mount_the_second(mounts, tmp_path, place, why):
     mounts[1][str(place)] = why
     with pytest.raises(run.LaunchError, match=str(place)):
         run._preload_the_shim(tmp_path)

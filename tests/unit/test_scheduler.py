@@ -69,7 +69,7 @@ def test_rests_are_not_charged_at_any_time_between_two_steps(work_us, period_us)
     assert counts.owned_ns == pytest.approx(tenant.done_ns, rel=0.01)
 
 
-def test_a_tenant_that_becomes_ready_after_a_step_gets_its_turn():
+def test_the_next_step_is_due_within_two_ms_of_a_tenant_that_becomes_ready_after_a_step():
     """A tenant may become ready between a step and the publication of counts. No wake-up reports it."""
     it = World(Tenant(1, Share(limit_millionths=250_000))).run(1.0)
     place = it.turns.places[1]
@@ -200,7 +200,7 @@ def test_a_tenant_that_outranks_the_owner_wakes_the_slicer_at_once():
     assert it.turns.without_wakeups() == set()
 
 
-def test_a_long_busy_tenant_is_checked_less_often_and_loses_its_turn_later():
+def test_a_long_busy_tenant_is_checked_seldom_and_loses_an_unused_turn_within_13_ms():
     busy, other = Tenant(1), Tenant(2)
     it = World(busy, other).run(2.0)
     before = it.steps, it.counted()
@@ -336,7 +336,7 @@ def p99(waits_ns):
 
 @pytest.mark.parametrize(("cunning", "claim_ms"), [(False, 990), (True, 240), (True, 990)])
 def test_falsely_claimed_work_costs_other_tenants_little(cunning, claim_ms):
-    """It reports work for as long as the scheduler accepts, which costs its neighbour that time at each turn."""
+    """The tenant reports work for as long as the scheduler accepts. Its neighbour loses that time at each turn."""
     honest, hog = Tenant(1), Hog(2, cunning=cunning, claim_ns=claim_ms * MS)
     it = World(honest, hog).run(5.0)
     honest.waits_ns.clear()

@@ -103,5 +103,5 @@ def test_a_policy_without_containers_is_no_error(root, run_dir, policy, monkeypa
 
 
 def test_absent_files_need_no_permission(root, tmp_path):
-    """A file without a label and a process that has exited need no rights."""
+    """The agent's folder has no files, and no gatekeeper runs."""
     assert list(selinux.needs(tmp_path)) == []

@@ -95,7 +95,7 @@ def test_a_second_run_changes_nothing_and_reports_that(host):
     assert asked(host) == ["enable --now fgpu-agent"]
 
 
-def test_a_missing_engine_is_an_error(host):
+def test_a_missing_engine_is_an_error_without_option_file_or_undo(host):
     (host.path / "bin/dockerd").unlink()
     before = everything(host)
     done = setup(host, "--memory", "8GiB")
@@ -114,7 +114,7 @@ def test_a_dry_run_writes_nothing(host):
     assert (done.exit_code, everything(host), asked(host)) == (0, before, [])
 
 
-def test_settings_that_cannot_be_set_up_change_nothing(host):
+def test_invalid_settings_of_the_engine_are_an_error_and_nothing_is_changed(host):
     host.daemon.write_text("{")
     before = everything(host)
     assert setup(host, "--memory", "8GiB").exit_code == 1
@@ -251,7 +251,7 @@ def test_a_service_that_does_not_start_is_an_error(host):
     assert (done.exit_code, "does not start" in done.output) == (1, True)
 
 
-def test_findings_of_doctor_are_printed(host):
+def test_setup_prints_only_failed_checks_of_doctor_and_fails(host):
     host.checks = [Check("kernel", True, "6.1"), Check("driver", False, "no driver", "install it")]
     done = setup(host, "--memory", "8GiB")
     assert done.exit_code == 1

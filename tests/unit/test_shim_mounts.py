@@ -87,7 +87,7 @@ def test_each_kind_of_mount_is_recognized(program: Callable[[str], int], more: s
     assert reason(pid) is why
 
 
-def test_a_program_of_the_host_has_the_folder_itself(program: Callable[[str], int], host: Path) -> None:
+def test_a_program_that_uses_the_host_s_folder_itself_has_no_mount(program: Callable[[str], int], host: Path) -> None:
     """`fgpu run` mounts only the list."""
     pid = program(f"{LISTED}umount /run\nmount --bind /mnt/agent /run\n")
     assert mount_of(pid) is Mount.NONE

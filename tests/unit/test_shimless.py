@@ -141,8 +141,10 @@ def test_a_loaded_shim_without_hooks_in_use_has_the_reason_unused(program: Any, 
     assert reason_of(program("gcc"), LD_PRELOAD=str(SHIM)) is Reason.UNUSED
 
 
-def test_an_unknown_shim_has_the_reason_foreign(program: Any, tmp_path: Path) -> None:
-    """A shim is identified by the contents of its file, not by its name."""
+def test_an_unknown_shim_has_the_reason_foreign_and_a_hidden_process_the_reason_hidden(
+    program: Any, tmp_path: Path
+) -> None:
+    """A shim is identified by its file, not by the file's name."""
     copy = Path(shutil.copy(SHIM, tmp_path / "libfgpu.so"))
     environment = {"LD_PRELOAD": str(copy)}
     with subprocess.Popen([program("gcc")], stdin=-1, stdout=-1, env=environment) as process:

@@ -61,7 +61,7 @@ def test_a_tenant_that_gets_its_entitlement_is_not_named(host: Host) -> None:
     assert host.told() == []
 
 
-def test_a_tenant_with_less_is_named_with_the_tenant_that_had_more(host: Host) -> None:
+def test_a_tenant_below_its_entitlement_is_reported_with_the_tenant_that_had_more(host: Host) -> None:
     host.run(LOOKS, t1=(0.55, 0.45, 0.75), t2=(0.45, 0.55, 0.25))
     assert host.found() == {}, "ten seconds have not passed"
     host.run(2, t1=(0.55, 0.45, 0.75), t2=(0.45, 0.55, 0.25))
@@ -71,7 +71,7 @@ def test_a_tenant_with_less_is_named_with_the_tenant_that_had_more(host: Host) -
     assert host.told() == [("tenant-1", "short of time")]
 
 
-def test_a_shortfall_ends(host: Host) -> None:
+def test_a_shortfall_ends_when_the_tenant_gets_its_entitlement(host: Host) -> None:
     host.run(12, t1=(0.55, 0.45, 0.75), t2=(0.45, 0.55, 0.25))
     host.run(10, t1=(0.75, 0.25, 0.75), t2=(0.25, 0.75, 0.25))
     assert host.found() == {}
@@ -90,7 +90,7 @@ def test_time_that_no_tenant_had_is_reported(host: Host) -> None:
     assert "lost between turns" in host.shortfalls.found[1, 0].why
 
 
-def test_a_tenant_that_does_not_want_more_is_not_short(host: Host) -> None:
+def test_a_tenant_that_seldom_waits_is_not_short_of_time(host: Host) -> None:
     host.run(12, t1=(0.2, 0.1, 0.75), t2=(0.8, 0.2, 0.25))
     assert host.found() == {}
 

@@ -47,7 +47,7 @@ def agent() -> Iterator[Any]:
         (signal.SIGCHLD, "round_soon"),
     ],
 )
-def test_a_signal_wakes_the_loop(agent, number: int, asks: str) -> None:
+def test_a_signal_calls_its_handler_once_and_wakes_the_loop(agent, number: int, asks: str) -> None:
     later = threading.Timer(0.1, os.kill, (os.getpid(), number))
     later.start()
     (heard,) = agent.selector.select(LONG_SECONDS)

@@ -128,7 +128,7 @@ def world():
             program.ended.set()
 
 
-def test_gates_are_open_without_a_share_and_the_slicer_does_not_run(world):
+def test_a_gate_without_a_share_is_open_and_the_slicer_only_polls_shares(world):
     it = world(t7=Share())
     program = it.greet(1, 8, start=False)
     assert program.word() == Gate.OPEN
@@ -273,7 +273,7 @@ def test_an_exit_with_work_in_flight_is_reported_to_the_turns(world):
     assert not place.trust.standing.proven
 
 
-def test_a_device_used_only_by_an_ended_process_has_no_tenant(world):
+def test_a_device_that_only_an_ended_process_used_is_free_for_the_remaining_tenant(world):
     """A tenant takes no turns on a device that only an exited process used. Others keep their turns there."""
     it = world(t7=Share(), t8=Share())
     ledger = it.slicer.ledger
@@ -328,7 +328,7 @@ def test_an_inner_share_of_one_device_keeps_the_gates_of_both_devices(world):
 
 
 @pytest.mark.parametrize("share", [Share(), Share(limit_millionths=500_000)])
-def test_counters_of_a_removed_share_stay_and_its_entitlement_does_not(world, share):
+def test_counters_of_a_tenant_without_programs_stay_and_its_current_figures_are_zero(world, share):
     it = world(t7=share)
     program, told = it.greet(1, 7), it.slicer.ledger.told
     it.until(lambda: (7, 0) in told and told[7, 0].owner)
@@ -395,7 +395,7 @@ def test_an_internal_error_for_one_tenant_does_not_stop_the_others(world, monkey
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-def test_an_internal_error_ends_the_process_so_that_gates_open(world, monkeypatch):
+def test_an_internal_error_of_the_slicer_ends_the_process(world, monkeypatch):
     it, ended = world(t7=Share()), []
     monkeypatch.setattr(os, "_exit", ended.append)
     it.greet(1, 7)
@@ -406,7 +406,7 @@ def test_an_internal_error_ends_the_process_so_that_gates_open(world, monkeypatc
     assert ended == [os.EX_SOFTWARE]
 
 
-def test_a_process_that_wakes_the_slicer_without_end_is_not_watched(world):
+def test_a_process_that_rings_without_end_causes_fewer_than_2000_rounds_in_a_second(world):
     it = world(t7=Share(limit_millionths=500_000))
     program = it.greet(1, 7, start=False)
     stop = time.monotonic() + 1.0
@@ -468,7 +468,7 @@ def test_a_tenant_that_waits_for_an_owner_does_not_wake_the_slicer(world):
     assert looks < 20 + seconds / 0.00175
 
 
-def test_a_share_removed_and_set_again_is_counted_again():
+def test_a_share_removed_and_set_again_is_counted_from_zero():
     """The counts of its new slot begin at 0, below the last reported counts."""
     share = Share(limit_millionths=500_000)
     ledger, slicer = Ledger(L7=share), TimeSlicer()

@@ -43,7 +43,7 @@ def test_a_warning_is_an_error(part: str, tmp_path: Path) -> None:
     assert "unused-variable" in done.stderr
 
 
-def test_no_warning_is_silenced() -> None:
+def test_no_source_silences_warnings_of_a_whole_file_or_without_a_code() -> None:
     silence = re.compile(r"#\s*pragma\s+GCC\s+(diagnostic|system_header)|-Wno-error")
     files = [path for part in PARTS for path in (ROOT / part).rglob("*") if path.is_file()]
     assert [path.name for path in files if silence.search(path.read_text())] == []
@@ -54,7 +54,7 @@ def test_no_warning_is_silenced() -> None:
     assert [path.name for path in (ROOT / "fgpu_ebpf").rglob("*.py") if bare.search(path.read_text())] == []
 
 
-def test_types_are_strict() -> None:
+def test_mypy_checks_the_whole_package_strictly() -> None:
     mypy = dict(SETTINGS["mypy"])
     assert mypy.pop("strict") is True
     assert mypy.pop("files") == ["fgpu_ebpf"]
@@ -62,7 +62,7 @@ def test_types_are_strict() -> None:
     assert mypy.keys() == {"python_version"}
 
 
-def test_ruff_checks_every_file_with_every_rule() -> None:
+def test_ruff_excludes_only_build_and_ignores_no_selected_rule() -> None:
     """Ruff excludes no file of the sources and silences no rule. `I` is the order of imports within a file."""
     lint = SETTINGS["ruff"]["lint"]
     assert {"B", "C90", "E", "F", "I", "UP", "W"} <= set(lint["select"])

@@ -115,7 +115,7 @@ def test_an_unreadable_file_has_no_names(tmp_path, text):
     assert put(names, tenant(2, "job")) == {2: "job"}
 
 
-def test_a_file_that_cannot_be_written_causes_no_error(tmp_path, caplog):
+def test_a_file_that_cannot_be_written_causes_a_warning_and_no_error(tmp_path, caplog):
     names = TenantNames()
     names.keep_in(tmp_path / "nowhere" / FILE, anywhere)
     assert put(names, tenant(2, "job"), tenant(3, "job")) == {2: "job", 3: "job-3"}

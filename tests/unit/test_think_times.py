@@ -96,7 +96,7 @@ def test_a_program_that_synchronises_gets_its_share_beside_one_that_does_not(thi
 
 
 @pytest.mark.parametrize("think", [short, longer])
-def test_short_think_times_cost_neighbours_no_time(think: Think) -> None:
+def test_short_think_times_cost_at_most_3_percent_of_the_work_of_a_lone_program(think: Think) -> None:
     """Each tenant has the device for as long as alone, except for its own think times and the changes of turns."""
     alone = World(program(1, 1, think)).run(4.0).tenants[1].done_ns
     pair = World(program(1, 3, think, wrong), program(2, 1, think, wrong)).run(4.0)
@@ -140,7 +140,7 @@ def test_a_false_report_of_think_times_gains_nothing() -> None:
 
 
 @pytest.mark.parametrize("pause_ms", [30, 100, 400])
-def test_an_occasional_tenant_delays_its_neighbour_by_a_turn(pause_ms: int) -> None:
+def test_an_occasional_tenant_delays_its_neighbour_by_at_most_two_quanta(pause_ms: int) -> None:
     visitor = Tenant(1, steps=Steps(50 * MS, (50 + pause_ms) * MS))
     busy = Tenant(2)
     it = World(visitor, busy).run(2.0)
@@ -150,7 +150,7 @@ def test_an_occasional_tenant_delays_its_neighbour_by_a_turn(pause_ms: int) -> N
     assert busy.done_ns >= 0.48 * 10 * S
 
 
-def test_an_owner_without_work_costs_its_neighbour_a_tenth_of_its_quantum() -> None:
+def test_an_owner_without_work_delays_its_neighbour_by_a_tenth_of_a_quantum_at_most() -> None:
     """The owner has thought for 0.9 ms each time, and does not return."""
     owner, other = program(1, 1, lambda _: 900 * US), Tenant(2)
     it = World(owner, other).run(1.0)
@@ -180,7 +180,7 @@ def test_the_wait_for_a_thinking_owner_adapts_and_is_bounded() -> None:
     assert thinks.patience_ns(20 * MS) == IDLE_NS, "it would be in vain"
 
 
-def test_the_lag_of_a_tenant_is_bounded_to_some_quanta() -> None:
+def test_the_credit_of_a_tenant_that_left_expires_after_some_quanta() -> None:
     share = Share(weight=200)
     left = Leave(1 * S, 7 * MS)
     assert left.credit_ns(1 * S + 1 * MS, share) == 7 * MS

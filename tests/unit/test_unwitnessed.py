@@ -80,7 +80,7 @@ def test_memory_freed_by_an_exporter_explains_the_importer_s_row(exporter: dict[
     assert one.find({2: importer(5 * MIB)}, ()) == {(2, 0): MIB}
 
 
-def test_later_memory_is_no_import() -> None:
+def test_memory_that_appears_long_after_the_end_of_an_export_is_no_import() -> None:
     one = unwitnessed()
     one.find({1: process(exported=4 * MIB), 2: importer(0)}, ())
     for _ in range(LOOKS + 1):
@@ -158,7 +158,7 @@ def is_killed(child: subprocess.Popen[bytes]) -> bool:
         ({"bytes_": 0}, False),
     ],
 )
-def test_a_process_beyond_its_limit_by_unwitnessed_memory_is_killed(
+def test_only_a_process_beyond_its_limit_by_unwitnessed_memory_is_killed(
     child: subprocess.Popen[bytes], facts: dict[str, Any], dies: bool
 ) -> None:
     host = Host(child.pid, **facts)
@@ -168,7 +168,9 @@ def test_a_process_beyond_its_limit_by_unwitnessed_memory_is_killed(
 
 
 @pytest.mark.parametrize("why", ["report", "observe", "spared", "within", "elsewhere", "another"])
-def test_a_process_with_explained_memory_is_not_killed(child: subprocess.Popen[bytes], why: str) -> None:
+def test_a_process_outside_the_scope_of_kill_is_not_killed_for_unwitnessed_memory(
+    child: subprocess.Popen[bytes], why: str
+) -> None:
     host = Host(child.pid, bytes_=5 * MIB, overhead=5 * MIB, levels=(8,) if why == "elsewhere" else (7,))
     host.is_spared = why == "spared"
     if why == "within":

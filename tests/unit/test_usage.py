@@ -117,7 +117,7 @@ def test_time_and_idleness_are_unknown_without_figures_of_nvml(monkeypatch):
     assert Host(monkeypatch, None).looks(2) == {"none": pytest.approx(Used(0.0, 6 * GIB, 2.0, 0.0, 0.0))}
 
 
-def test_a_pause_of_the_agent_is_not_counted_as_use(monkeypatch):
+def test_a_pause_of_the_agent_adds_a_bounded_time_of_use(monkeypatch):
     assert Host(monkeypatch, {71: 100}).looks(1, seconds=3600.0)["nvml"].run == usage_meter.MOST_SECONDS
 
 
@@ -195,7 +195,7 @@ def test_amounts_that_cannot_be_written_are_written_later(tmp_path, caplog):
     assert caplog.text.count("cannot be written") == 1
 
 
-def test_a_file_that_is_no_store_is_reported(tmp_path):
+def test_a_missing_or_invalid_store_is_reported(tmp_path):
     file = tmp_path / "usage.db"
     file.write_bytes(b"no database at all, but longer than a header of one would be" * 20)
     with pytest.raises(usage_store.StoreError, match="cannot be read"):

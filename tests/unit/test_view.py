@@ -43,7 +43,9 @@ def test_drift_is_known_for_all_processes_or_for_none(
     ("flags", "bytes_", "how"),
     [(0, 5, "unwitnessed"), (Seen.CALL, 5, "no_shim"), (Seen.CALL, 0, ""), (Seen.SHIM | Seen.CALL, 5, "")],
 )
-def test_only_a_living_process_is_a_bypass(flags: int, bytes_: int, how: str) -> None:
+def test_each_living_process_has_its_kind_of_bypass_and_an_ended_process_has_none(
+    flags: int, bytes_: int, how: str
+) -> None:
     known = Bypasses((), (), (), (), Verdict(), Reasons())
     process = SimpleNamespace(flags=flags, bytes=(bytes_,))
     ended = subprocess.Popen(["true"])

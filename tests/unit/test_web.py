@@ -173,7 +173,7 @@ def test_an_address_in_use_is_reported(server: HttpServer) -> None:
         HttpServer("127.0.0.1", server.server_port, app)
 
 
-def test_the_server_supports_ipv4_and_ipv6() -> None:
+def test_the_server_supports_an_ipv6_address() -> None:
     one = HttpServer("::1", 0, app)
     assert one.address_family == socket.AF_INET6
     one.server_close()
@@ -229,7 +229,7 @@ STRANGE = [
         ("", ("gpu1.example",), [*OWN, "gpu1.example"], STRANGE),
     ],
 )
-def test_only_the_server_s_host_names_are_accepted(
+def test_a_server_on_loopback_or_with_names_accepts_only_its_own_host_names(
     address: str, names: tuple[str, ...], answered: list[str | None], refused: list[str]
 ) -> None:
     with serving(HttpServer(address, 0, app, names)) as server:

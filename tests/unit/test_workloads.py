@@ -115,14 +115,14 @@ def find(workloads):
         ("x.service", "/system.slice/x.service"),
     ],
 )
-def test_every_form_of_target_is_resolved(find, target, path):
+def test_names_paths_container_ids_and_units_are_resolved_as_targets(find, target, path):
     assert find(target) == path
 
 
 @pytest.mark.parametrize(
     "target", ["/nowhere", "/a/../../etc", "/..", "pid/999999999", "pid/x", "nobody", "", "unit/y.service", "1f3"]
 )
-def test_missing_targets_are_errors(find, target):
+def test_missing_and_invalid_targets_are_errors(find, target):
     with pytest.raises(TargetError):
         find(target)
 
