@@ -143,7 +143,7 @@ need("cuGraphCreate", C.byref(g), 0); f = of({size}); out(*[add("{name}", {MADE[
 
 
 @pytest.mark.parametrize("made", ["params(None, k)", "any(None, k)"])
-def test_local_memory_is_requested_for_kernel_nodes(simulator: Simulator, made: str) -> None:
+def test_local_memory_is_requested_for_nodes_of_library_kernels(simulator: Simulator, made: str) -> None:
     name = "cuGraphAddKernelNode_v2" if made.startswith("params") else "cuGraphAddNode"
     script = f'need("cuGraphCreate", C.byref(g), 0); k = entry(library(local(8192))); out(add("{name}", {made}))'
     assert said(simulator, NODES + script) == [[0]]
@@ -186,7 +186,7 @@ def test_a_failed_launch_releases_its_admission(simulator: Simulator) -> None:
 
 
 @pytest.mark.parametrize("how", ["observed", "unmanaged", "absent"])
-def test_nothing_is_requested_without_a_limit(simulator: Simulator, how: str) -> None:
+def test_no_local_memory_is_requested_without_an_enforced_limit(simulator: Simulator, how: str) -> None:
     agent = simulator.agent
     if how == "observed":
         agent.do("limit", limit=GIB, flags=1)

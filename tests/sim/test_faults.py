@@ -36,7 +36,7 @@ def test_faults_apply_from_the_start_of_the_server(make_machine: Callable[..., M
     assert machine.python(script) == ["2 0"]
 
 
-def test_nvml_reports_unknown_values(machine: Machine) -> None:
+def test_the_fault_nvml_na_hides_only_the_memory_of_processes(machine: Machine) -> None:
     pytest.importorskip("pynvml")
     order(machine, "nvml-na")
     script = (

@@ -178,7 +178,7 @@ say(big.value % (2 << 20), any(abs(big.value - p) < 512 << 10 for p in pointers)
     assert machine.python(script) == ["0 False"]
 
 
-def test_every_thread_may_use_the_memory_of_all_threads(machine: Machine) -> None:
+def test_threads_allocate_in_parallel_after_each_has_set_its_current_context(machine: Machine) -> None:
     """Contexts are current per thread. Nothing is lost in parallel calls."""
     script = """
 import threading

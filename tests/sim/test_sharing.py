@@ -140,7 +140,7 @@ p = mapped(h, 6 << 20); say(one, two, h.value != i.value, get(p, 6)); put(p, b"a
     machine.settles_at(0)
 
 
-def test_a_descriptor_keeps_memory_alive(machine: Machine) -> None:
+def test_an_open_descriptor_keeps_released_memory_allocated(machine: Machine) -> None:
     """It is in no process's row until all descriptors are closed. Then it is free, or in the row of its importer."""
     script = """
 start(); h = create(6 << 20); fd = descriptor(h); other = os.dup(fd); need("cuMemRelease", h); say("held"); ask()
