@@ -34,7 +34,7 @@ def test_the_shim_s_files_have_no_cycle_and_use_no_higher_folder() -> None:
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
-def test_each_source_file_has_an_object_file_and_each_folder_is_a_layer() -> None:
+def test_each_source_file_except_libc_has_an_object_file_and_each_folder_is_a_layer() -> None:
     sources = {str(path.relative_to(ROOT / "shim")) for path in (ROOT / "shim").rglob("*.[cS]")} - {"base/libc.S"}
     assert {str(path.relative_to(OBJECTS)) for path in OBJECTS.rglob("*.o")} >= {f"{source}.o" for source in sources}
     assert {source.split("/")[0] for source in sources} == set(LAYERS)

@@ -90,7 +90,7 @@ out(launch(make(outer)))"""
 
 
 @pytest.mark.parametrize("size", ["300 * MiB", "2 << 30"])
-def test_memory_of_a_graph_uploaded_at_instantiation_is_requested_then(held: Agent, size: str) -> None:
+def test_memory_of_a_graph_uploaded_at_instantiation_is_requested_at_instantiation(held: Agent, size: str) -> None:
     script = (
         GRAPHS
         + f"""

@@ -101,7 +101,7 @@ def test_memory_is_refused_if_the_directory_that_a_container_has_mounted_was_rem
     assert agent.python("out(alloc(1), info()[1])") == [[OOM, 0]]
 
 
-def test_a_directory_that_a_detach_has_marked_counts_as_absent(agent: Agent) -> None:
+def test_memory_is_unlimited_if_a_detach_has_marked_the_agent_s_directory(agent: Agent) -> None:
     agent.do("detach")
     assert agent.python("out(alloc(1), info()[1])") == [[0, 10 << 30]]
 

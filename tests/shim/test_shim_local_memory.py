@@ -64,7 +64,7 @@ out(*[{WAYS[way]} for _ in range(3)])
     assert asked(simulator.agent) == [area(size)] * (1 if fits else 3)
 
 
-def test_a_function_that_fits_into_the_area_requests_nothing(simulator: Simulator) -> None:
+def test_a_launch_that_fits_into_the_present_local_memory_requests_nothing(simulator: Simulator) -> None:
     script = (
         "a, b, d = of(1024), of(5000), of(4000); out(*[launch(f) for f in (a, b, d, b, a)], stack(5008), launch(b))"
     )
@@ -173,7 +173,7 @@ def test_local_memory_is_requested_for_changed_nodes(held: Agent, name: str, fit
 
 
 @pytest.mark.parametrize("params", ["None", "C.byref(any(f, type=1))"])
-def test_other_nodes_request_no_local_memory(held: Agent, params: str) -> None:
+def test_changed_nodes_without_a_kernel_request_no_local_memory(held: Agent, params: str) -> None:
     script = "c, f = C.c_void_p(), C.c_void_p(0x5000); L.cuDevicePrimaryCtxRetain(C.byref(c), 0)\n" + NODES
     assert held.python(script + f"out(L.cuGraphNodeSetParams(g, {params}))") == [[0]]
     assert asked(held) == []

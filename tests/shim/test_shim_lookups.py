@@ -69,7 +69,7 @@ LAYOUTS = {
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_the_symbol_table_is_replaced_in_drivers_of_every_layout(
+def test_deep_bound_plugins_have_the_limit_with_drivers_of_every_layout(
     build: Build, held: Agent, plugins: dict[str, Path], layout: str
 ) -> None:
     folder = f"layout-{layout.replace(' ', '-')}"
@@ -174,7 +174,7 @@ out([l[1] for l in lines if first - (1 << 16) <= int(l[0].split("-")[0], 16) < f
     assert not [r for r in rights if "x" in r]
 
 
-def test_lookups_in_nvml_find_the_hooks(held: Agent) -> None:
+def test_lookups_in_nvml_by_libc_s_own_dlsym_find_the_hooks(held: Agent) -> None:
     script = """
 hidden = C.CDLL("libc.so.6"); look = hidden.dlvsym; look.restype = C.c_void_p
 C.CDLL("libm.so.6", DEEP)

@@ -363,7 +363,7 @@ def test_memory_freed_in_a_stream_of_an_ended_context_serves_any_stream(held: Ag
     assert grants(held) == [608 * MIB]
 
 
-def test_the_end_of_a_context_leaves_no_moment_with_room_for_other_processes(held: Agent) -> None:
+def test_the_end_of_a_context_releases_no_memory_that_a_pool_holds(held: Agent) -> None:
     """A pool holds a whole limit before, during and after the end of the context."""
     script = POOLS + "p = new(960 * MiB); [L.cuDevicePrimaryCtxReset_v2(0) for _ in range(20)]; out(p > 1000)"
     assert held.python(script) == [[True]]

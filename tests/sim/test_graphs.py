@@ -217,7 +217,7 @@ say(held() - before)
 
 
 @pytest.mark.parametrize("end", ["os.kill(os.getpid(), 9)", "need('cuDevicePrimaryCtxReset_v2', 0); say('x'); wait()"])
-def test_graph_memory_ends_with_process_and_context(machine: Machine, end: str) -> None:
+def test_the_end_of_a_process_or_context_frees_its_graph_memory(machine: Machine, end: str) -> None:
     script = f"""
 start(); s = stream(); graph, exec_, at = C.c_void_p(), C.c_void_p(), C.c_uint64()
 need("cuStreamBeginCapture_v2", s, 0)
@@ -238,7 +238,9 @@ need("cuGraphLaunch", exec_, s); say("up"); wait(); {end}
         client.kill()
 
 
-def test_a_full_device_refuses_a_launch_and_nothing_else(make_machine: Callable[..., Machine]) -> None:
+def test_a_graph_launch_on_a_full_device_is_refused_and_succeeds_once_there_is_room(
+    make_machine: Callable[..., Machine],
+) -> None:
     machine = make_machine(FGPU_SIM_MEMORY="4GiB")
     script = """
 start(); s = stream(); graph, exec_, at = C.c_void_p(), C.c_void_p(), C.c_uint64()
@@ -280,7 +282,7 @@ say(quick, L.cuStreamQuery(s)); need("cuStreamSynchronize", s); say(round(time.m
     assert 0.1 <= float(took) < 0.14
 
 
-def test_a_launch_in_a_parallel_stream_needs_its_own_memory(machine: Machine) -> None:
+def test_a_graph_launch_in_a_parallel_stream_allocates_its_own_memory(machine: Machine) -> None:
     """It allocates more while the first launch runs. A launch in the same stream does not."""
     script = """
 start(); _, spin = kernel("spin_200000us"); base = [0]

@@ -165,7 +165,7 @@ rows = lambda: sorted((p.pid, p.usedGpuMemory >> 20) for p in N.nvmlDeviceGetCom
 """
 
 
-def test_an_ended_process_keeps_its_number_in_every_namespace(machine: Machine) -> None:
+def test_an_ended_process_keeps_its_pid_in_every_namespace(machine: Machine) -> None:
     pytest.importorskip("pynvml")
     script = f"""
 {NAMESPACE}
