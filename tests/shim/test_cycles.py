@@ -29,12 +29,12 @@ def compiled(folder: Path, **sources: str) -> Path:
     return folder
 
 
-def test_no_file_uses_a_higher_folder() -> None:
+def test_the_shim_s_files_have_no_cycle_and_use_no_higher_folder() -> None:
     done = check("--layers", ",".join(LAYERS), OBJECTS)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
-def test_the_check_reads_every_source_file() -> None:
+def test_each_source_file_except_libc_has_an_object_file_and_each_folder_is_a_layer() -> None:
     sources = {str(path.relative_to(ROOT / "shim")) for path in (ROOT / "shim").rglob("*.[cS]")} - {"base/libc.S"}
     assert {str(path.relative_to(OBJECTS)) for path in OBJECTS.rglob("*.o")} >= {f"{source}.o" for source in sources}
     assert {source.split("/")[0] for source in sources} == set(LAYERS)
@@ -47,7 +47,7 @@ def test_the_check_finds_a_cycle(tmp_path: Path) -> None:
     assert "cycle of 2 files: low/a low/b\n  low/a -> low/b: b\n  low/b -> low/a: a\n" in done.stdout
 
 
-def test_the_check_finds_a_use_of_a_higher_folder(tmp_path: Path) -> None:
+def test_the_check_finds_a_use_of_a_higher_folder_and_a_folder_without_a_layer(tmp_path: Path) -> None:
     objects = compiled(tmp_path, low__a="int b(); int a() { return b(); }", high__b="int b() { return 1; }")
     assert check("--layers", "high,low", objects).returncode == 0
     done = check("--layers", "low,high", objects)

@@ -49,7 +49,9 @@ def asked(held: Agent, call: str, kind: int = MEMORY) -> list[int]:
         (f"mip(32, {2**63}, 1, 1, {U8}, 1, 0)", MOST + 1),
     ],
 )
-def test_the_requested_size_is_extent_times_format_times_levels(held: Agent, call: str, bytes_: int) -> None:
+def test_the_requested_size_of_an_array_is_extent_times_format_summed_over_its_levels(
+    held: Agent, call: str, bytes_: int
+) -> None:
     assert asked(held, call) == [bytes_]
 
 
@@ -68,7 +70,7 @@ def test_the_requested_size_is_extent_times_format_times_levels(held: Agent, cal
         f"(L.fake_context(0), two(5, 5, {FLOAT}, 1))",
     ],
 )
-def test_calls_that_allocate_nothing_yet_are_not_requested(held: Agent, call: str) -> None:
+def test_array_calls_that_allocate_no_memory_reach_the_driver_without_a_request(held: Agent, call: str) -> None:
     assert asked(held, call) == []
     assert held.python(ARRAYS + f"{call}; out(L.fake_calls())") == [[1]]
 
@@ -96,7 +98,9 @@ OLD = [
 
 
 @pytest.mark.parametrize(("call", "bytes_"), OLD)
-def test_allocations_by_32_bit_functions_are_committed_at_once(held: Agent, call: str, bytes_: int) -> None:
+def test_allocations_by_32_bit_functions_are_requested_with_their_size_as_pool_memory(
+    held: Agent, call: str, bytes_: int
+) -> None:
     assert asked(held, call, POOL) == [bytes_]
 
 
@@ -120,7 +124,9 @@ def test_allocations_by_32_bit_functions_are_refused_at_the_limit(held: Agent) -
         (8 << 30, 0, [3 << 30, 0xFFFFFFFF]),  # the largest 32-bit value, and the driver's value
     ],
 )
-def test_32_bit_views_show_the_share(held: Agent, limit: int, used: int, seen: list[int]) -> None:
+def test_32_bit_views_show_the_share_up_to_the_largest_32_bit_value(
+    held: Agent, limit: int, used: int, seen: list[int]
+) -> None:
     held.do("limit", limit=limit, used=used)
     script = """
 f, t, d = C.c_uint(), C.c_uint(), C.c_uint()

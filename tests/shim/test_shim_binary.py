@@ -28,12 +28,12 @@ def needed(path: Path) -> dict[str, str]:
     return {name: version for version, name in found}
 
 
-def test_the_shim_exports_exactly_the_hooks_of_its_table(build: Build) -> None:
+def test_the_shim_exports_exactly_its_hooks_dlopen_dlsym_and_the_probe_symbols(build: Build) -> None:
     assert len(hooks()) > 25
     assert exported(build.shim) == hooks() | {"dlopen", "dlsym", "fgpu_admit", "fgpu_release", "fgpu_settle"}
 
 
-def test_the_shim_imports_only_symbols_that_every_glibc_has(build: Build) -> None:
+def test_the_shim_requires_only_libc_and_symbols_that_every_glibc_has(build: Build) -> None:
     """Symbols have the first version for this machine.
 
     Symbols that moved into libc later are weak, without a version.
@@ -67,7 +67,7 @@ def test_the_shim_s_clock_works_without_clock_gettime_in_libc(build: Build, held
 @pytest.mark.parametrize(
     "name", ["getenv", "secure_getenv", "exit", "_exit", "abort", "malloc", "calloc", "printf", "puts", "sigaction"]
 )
-def test_the_shim_never_calls_forbidden_functions(build: Build, name: str) -> None:
+def test_the_shim_imports_no_forbidden_function(build: Build, name: str) -> None:
     assert name not in needed(build.shim)
 
 
@@ -78,7 +78,7 @@ def test_probe_symbols_are_a_nop_and_a_return(build: Build, name: str) -> None:
     assert "".join(code).split() == ["90", "c3"]  # never the five-byte no-operation: see probe.S
 
 
-def test_no_library_can_interpose_between_the_shim_and_its_probes(build: Build) -> None:
+def test_no_relocation_lets_a_library_interpose_fgpu_admit(build: Build) -> None:
     assert "fgpu_admit" not in output("readelf", "-rW", build.shim)
 
 
@@ -91,7 +91,7 @@ def test_the_shim_is_hardened(build: Build) -> None:
     assert "TEXTREL" not in dynamic
 
 
-def test_every_hook_is_an_export_of_its_library(build: Build) -> None:
+def test_a_header_declares_each_hook(build: Build) -> None:
     """Prototypes come from NVIDIA's headers; this finds a name that no header has."""
     lists = [build.headers / "cuda.h", build.headers / "nvml.h", *(ROOT / "shim/symbols").glob("*-header-*.txt")]
     headers = "".join(path.read_text() for path in lists)
@@ -100,11 +100,11 @@ def test_every_hook_is_an_export_of_its_library(build: Build) -> None:
     assert not missing
 
 
-def test_the_shim_is_small(build: Build) -> None:
+def test_the_shim_s_sections_occupy_less_than_128_kib(build: Build) -> None:
     """The shim is small, because it is mapped into every program of a container."""
     assert sum(int(x) for x in output("size", build.shim).splitlines()[1].split()[:3]) < 128 << 10
 
 
-def test_source_files_of_the_shim_stay_short() -> None:
+def test_source_files_of_the_shim_have_at_most_400_lines() -> None:
     for path in (ROOT / "shim").rglob("*.[chS]"):
         assert len(path.read_text().splitlines()) <= 400, path

@@ -32,7 +32,7 @@ def asked(simulator: Simulator) -> int:
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_no_call_without_a_context_is_requested(simulator: Simulator, way: str) -> None:
+def test_no_allocation_without_a_live_context_is_requested(simulator: Simulator, way: str) -> None:
     how, error = WAYS[way]
     begin = "" if way == "none" else RETAINED
     said = simulator.python(CALLS + begin + how + "\nout(each())")

@@ -17,7 +17,9 @@ out(r, e, made, before == fds(), f[0], L.fake_calls())
 
 
 @pytest.mark.parametrize("answer", ["managed", "unmanaged"])
-def test_the_program_is_unaffected_by_each_failed_system_call(build: Build, agent: Agent, answer: str) -> None:
+def test_a_failed_system_call_of_the_shim_keeps_errno_and_refuses_memory_at_most(
+    build: Build, agent: Agent, answer: str
+) -> None:
     agent.do("set", answer=answer)
     agent.do("start")
     results, k = [], 0

@@ -28,7 +28,7 @@ def test_a_first_use_that_is_denied_is_refused_at_once(held: Agent) -> None:
     assert 190 <= ms < 1000
 
 
-def test_a_first_use_without_a_decision_is_refused_in_time(held: Agent) -> None:
+def test_a_first_use_without_a_decision_is_refused_after_2_s(held: Agent) -> None:
     pending(held)
     result, ms = call_while(held, "alloc(256 * MiB)")
     assert result == OOM
@@ -36,7 +36,7 @@ def test_a_first_use_without_a_decision_is_refused_in_time(held: Agent) -> None:
 
 
 @pytest.mark.parametrize("limit", [GIB, GIB // 8])
-def test_a_call_on_another_device_does_not_wait(held: Agent, limit: int) -> None:
+def test_a_call_does_not_wait_for_a_first_use_of_another_device(held: Agent, limit: int) -> None:
     pending(held, DEVICE + 1, limit)
     result, ms = call_while(held, "alloc(256 * MiB)")
     assert result == (0 if limit == GIB else OOM)
@@ -57,7 +57,7 @@ def test_a_first_use_under_a_later_group_waits_for_the_decision(held: Agent, lim
     assert 190 <= ms < 1000
 
 
-def test_a_first_use_under_a_later_group_without_a_decision_is_refused_in_time(held: Agent) -> None:
+def test_a_first_use_under_a_later_group_without_a_decision_is_refused_after_2_s(held: Agent) -> None:
     pending_group(held)
     result, ms = call_while(held, "alloc(256 * MiB)")
     assert result == OOM

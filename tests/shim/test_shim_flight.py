@@ -159,7 +159,7 @@ out(rests, sum(between[1:])); line()"""
     end(process)
 
 
-def test_the_shim_reports_no_rest_of_a_program_that_waits_for_each_step(simulator: Simulator) -> None:
+def test_the_shim_reports_almost_no_rest_of_a_program_that_waits_for_each_step(simulator: Simulator) -> None:
     """The time from an end that the program waited for to its next launch is the program's, unless it is long."""
     agent = simulator.agent
     unlock(agent, 1)
@@ -334,7 +334,7 @@ os.wait(); out(os.getpid() and 1); line(); need("cuCtxSynchronize"); out("done")
     end(process)
 
 
-def test_the_shim_keeps_context_capture_mode_and_events_of_the_program(simulator: Simulator) -> None:
+def test_the_shim_keeps_context_capture_mode_errno_and_events_of_the_program(simulator: Simulator) -> None:
     """Current context, capture mode and events stay the program's, whichever events the shim has recorded."""
     agent = simulator.agent
     unlock(agent, 1)
@@ -364,7 +364,7 @@ need("cuCtxDestroy_v2", d); need("cuCtxSetCurrent", c); need("cuCtxSynchronize")
     end(process)
 
 
-def test_memory_of_another_context_survives_the_end_of_the_primary_context(simulator: Simulator) -> None:
+def test_work_of_another_context_stays_in_flight_after_the_end_of_the_primary_context(simulator: Simulator) -> None:
     agent = simulator.agent
     unlock(agent, 1)
     script = """
@@ -385,7 +385,9 @@ need("cuCtxDestroy_v2", d); out("ended"); line()"""
 
 
 @pytest.mark.parametrize("budget", [pytest.param(4_000_000, id="marked"), pytest.param(400_000_000, id="unmarked")])
-def test_memory_of_a_green_context_survives_the_end_of_that_context(simulator: Simulator, budget: int) -> None:
+def test_work_of_a_destroyed_green_context_drains_without_calls_in_that_context(
+    simulator: Simulator, budget: int
+) -> None:
     """Its work drains like all other work, and the shim makes no call in a context that has ended."""
     agent = simulator.agent
     unlock(agent, 1, budget=budget)

@@ -70,7 +70,7 @@ OLD = {
 
 @pytest.mark.parametrize("flags", [0, 1])
 @pytest.mark.parametrize("call", OLD)
-def test_a_closed_gate_blocks_immediate_work_during_a_relaxed_capture(
+def test_a_closed_gate_blocks_uncaptured_launches_during_a_relaxed_capture(
     simulator: Simulator, call: str, flags: int
 ) -> None:
     agent = simulator.agent
@@ -165,7 +165,7 @@ def test_launches_alone_make_the_shim_register_with_another_gatekeeper(simulator
     process.communicate()
 
 
-def test_signals_end_no_wait(simulator: Simulator) -> None:
+def test_signals_do_not_end_the_wait_at_a_closed_gate(simulator: Simulator) -> None:
     agent = simulator.agent
     shut(agent, 3)
     script = """
@@ -183,7 +183,7 @@ out("ready"); r = launch(f); signal.setitimer(signal.ITIMER_REAL, 0); out(r, C.g
     end(process)
 
 
-def test_a_lone_thread_drains_its_other_devices_too(simulator: Simulator) -> None:
+def test_a_thread_that_waits_at_a_gate_reports_the_drain_of_another_device(simulator: Simulator) -> None:
     """The thread waits at one closed gate. Its work on another device is reported as soon as that work is done."""
     agent = simulator.agent
     unlock(agent, 1)

@@ -32,7 +32,7 @@ def test_graph_memory_is_requested_only_at_the_first_launch(held: Agent) -> None
 
 
 @pytest.mark.parametrize("name", ["cuGraphLaunch", "cuGraphLaunch_ptsz", "cuGraphUpload"])
-def test_graph_memory_is_refused_before_the_driver_is_called(held: Agent, name: str) -> None:
+def test_graph_memory_beyond_the_limit_is_refused_before_the_driver_allocates(held: Agent, name: str) -> None:
     script = GRAPHS + f"e = holding(2 << 30); out(launch(e, 3, '{name}'), reserved())"
     assert held.python(script) == [[OOM, 0]]
 
@@ -90,7 +90,7 @@ out(launch(make(outer)))"""
 
 
 @pytest.mark.parametrize("size", ["300 * MiB", "2 << 30"])
-def test_memory_of_a_graph_uploaded_at_instantiation_is_requested_then(held: Agent, size: str) -> None:
+def test_memory_of_a_graph_uploaded_at_instantiation_is_requested_at_instantiation(held: Agent, size: str) -> None:
     script = (
         GRAPHS
         + f"""
@@ -102,7 +102,7 @@ out(L.cuGraphInstantiateWithFlags(C.byref(e), g, 2), reserved())"""
     assert held.do("look")["used"] == (300 * MIB if fits else 0)
 
 
-def test_every_way_of_instantiation_reads_the_graph(held: Agent) -> None:
+def test_the_shim_reads_graphs_of_cu_graph_instantiate_v2_and_with_params(held: Agent) -> None:
     script = (
         GRAPHS
         + """
@@ -177,13 +177,15 @@ out(launch(holding(2 << 30)))"""
     assert held.python(script) == [[OOM]]
 
 
-def test_a_device_reset_releases_graph_memory(held: Agent) -> None:
+def test_a_reset_of_the_primary_context_releases_graph_memory(held: Agent) -> None:
     held.python(GRAPHS + "e = holding(300 * MiB); launch(e); L.cuDevicePrimaryCtxReset_v2(0); out(1)")
     assert held.do("look")["used"] == 0
 
 
 @pytest.mark.parametrize(("active", "asked"), [(0, 1), (1, 0)])
-def test_a_green_context_is_requested_where_it_creates_a_context(held: Agent, active: int, asked: int) -> None:
+def test_a_green_context_is_requested_only_if_the_primary_context_is_inactive(
+    held: Agent, active: int, asked: int
+) -> None:
     script = f"L.fake_active({active}); c = C.c_void_p(); out(L.cuGreenCtxCreate(C.byref(c), None, 0, 1))"
     assert held.python(script) == [[0]]
     assert len(held.calls(2)) == asked

@@ -83,7 +83,7 @@ LOOKUPS = """
 """
 
 
-def test_absent_symbols_are_not_found(build: Build, plain: Run) -> None:
+def test_dlsym_finds_no_driver_function_without_a_loaded_driver(build: Build, plain: Run) -> None:
     script = """
     maths = dl.dlopen(b"libm.so.6", 2)
     print(look(maths, b"cuMemAlloc_v2"), look(0, b"cuMemAlloc_v2"), look(maths, b"nvmlInit_v2"))
@@ -108,7 +108,7 @@ def test_dlerror_reports_only_the_program_s_own_lookups(build: Build, plain: Run
     assert plain_python(plain, LOOKUPS + script) == expected
 
 
-def test_the_shim_finds_a_driver_that_is_loaded_again_at_another_address(build: Build, plain: Run) -> None:
+def test_the_shim_finds_a_driver_that_is_closed_and_loaded_again(build: Build, plain: Run) -> None:
     script = f"""
     import mmap
     places = set()

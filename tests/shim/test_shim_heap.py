@@ -24,7 +24,7 @@ need("cuDevicePrimaryCtxReset_v2", 0); out(1)
     assert asked(simulator.agent) == [36 * MIB, -36 * MIB]
 
 
-def test_a_launch_that_does_not_fit_fails_with_the_driver_s_error(simulator: Simulator) -> None:
+def test_a_launch_whose_heap_does_not_fit_fails_with_the_driver_s_error(simulator: Simulator) -> None:
     """The memory that was admitted for the same launch is released."""
     script = """
 g = function(load(MALLOC.replace("{", "{ .local .align 16 .b8 buf[4096];")), "mal")
@@ -61,7 +61,7 @@ def test_a_heap_limit_as_in_a_new_context_is_not_requested(simulator: Simulator)
     assert asked(simulator.agent) == []
 
 
-def test_a_heap_in_a_binary_is_requested_too(simulator: Simulator) -> None:
+def test_the_heap_is_requested_for_code_in_a_binary(simulator: Simulator) -> None:
     image = (cubin(("malloc", 8, 1)) + bytes(64)).hex()
     script = f"""
 m = C.c_void_p(); need("cuModuleLoadData", C.byref(m), bytes.fromhex("{image}"))

@@ -48,7 +48,7 @@ def injected(agent: Agent, more: str, code: str = "out(alloc(1), info()[1])", **
     ],
     ids=["a mount over /run", "moved", "as after a detach", "an image's limit", "a folder without a socket"],
 )
-def test_a_hidden_folder_is_not_treated_as_a_host_without_an_agent(held: Agent, more: str) -> None:
+def test_memory_is_refused_and_a_line_printed_if_the_agent_s_folder_is_hidden(held: Agent, more: str) -> None:
     assert injected(held, more) == (f"[{OOM}, 0]\n", HIDDEN)
 
 

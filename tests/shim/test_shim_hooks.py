@@ -38,7 +38,7 @@ def test_every_function_of_all_lists_has_a_decision() -> None:
     assert (done.returncode, done.stdout) == (0, "every name is hooked or decided about\n"), done
 
 
-def test_lists_of_several_generations() -> None:
+def test_the_lists_cover_seven_driver_branches_six_headers_and_three_lookups() -> None:
     """The lists cover headers and libraries from CUDA 11 on, including the first driver with limits of its own."""
     for kind in ("cuda-driver", "nvml-driver"):
         branches = {path.stem.split("-")[2].split(".")[0] for path in LISTS if path.name.startswith(kind)}
@@ -52,7 +52,7 @@ def listed(path: Path) -> list[list[str]]:
 
 
 @pytest.mark.parametrize("path", LISTS, ids=lambda p: p.stem)
-def test_each_list_contains_the_essential_functions(path: Path) -> None:
+def test_each_list_is_complete_and_contains_the_essential_functions(path: Path) -> None:
     lines = listed(path)
     names = {name for line in lines for name in line}
     wanted = (
@@ -72,7 +72,7 @@ def test_each_list_contains_the_essential_functions(path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", [p for p in LISTS if "lookup" in p.name], ids=lambda p: p.stem)
-def test_cu_get_proc_address_returns_only_exported_functions(path: Path) -> None:
+def test_lookup_lists_contain_only_exports_that_match_the_requested_name(path: Path) -> None:
     """The program lookup.c identifies a function that cuGetProcAddress returns by the address of an export."""
     exports = {line[0] for line in listed(path.with_name(path.name.replace("lookup", "driver")))}
     lines = listed(path)
@@ -88,7 +88,9 @@ def test_the_check_finds_a_hook_under_another_name(tmp_path: Path) -> None:
     assert "lookup.txt: cuMemAlloc_v2 is what cuMemTake finds\n" in check(tmp_path / "lookup.txt").stdout
 
 
-def test_the_simulated_libraries_have_a_decision_for_every_export(build: Build, tmp_path: Path) -> None:
+def test_simulated_exports_have_decisions_and_simulated_lookups_match_the_real_ones(
+    build: Build, tmp_path: Path
+) -> None:
     made = [f"OUT={tmp_path}", f"HEADERS={build.headers}"]
     subprocess.run(["make", "-s", "-j2", "-C", ROOT / "sim", *made], check=True, timeout=120)
     libraries = [(tmp_path / "lib" / n).resolve() for n in ("libcuda.so.1", "libnvidia-ml.so.1")]
@@ -103,7 +105,7 @@ def test_the_simulated_libraries_have_a_decision_for_every_export(build: Build, 
     }
 
 
-def test_the_test_stand_ins_have_a_decision_for_every_export(build: Build) -> None:
+def test_the_check_finds_the_one_undecided_export_of_the_driver_stand_in(build: Build) -> None:
     """Exports are read from the file itself, whose name is in no list."""
     done = check(build.folder / "driver" / "libcuda.so.1")
     assert done.stdout == "libcuda.so.1: cuLaunchKernel_fake: neither hooked nor decided about\n"
@@ -165,7 +167,7 @@ def test_the_check_finds_a_missing_decision(copy: Path, name: str) -> None:
         ("cuMemHostAllok", "no reason"),
     ],
 )
-def test_the_check_finds_a_malformed_decision(copy: Path, line: str, complaint: str) -> None:
+def test_the_check_finds_an_invalid_decision(copy: Path, line: str, complaint: str) -> None:
     with (copy / "symbols" / "decided.txt").open("a") as file:
         file.write(f"{line}\n")
     done = check(shim=copy)
@@ -189,7 +191,7 @@ def test_the_check_finds_an_unknown_future_function(tmp_path: Path, name: str) -
     assert done.stdout == f"driver.txt: {name}: neither hooked nor decided about\n"
 
 
-def test_functions_are_found_by_the_structs_of_a_header(build: Build, tmp_path: Path) -> None:
+def test_the_check_finds_functions_by_the_structs_of_a_header(build: Build, tmp_path: Path) -> None:
     """A function that writes a pid or an amount of memory is found by its structs, under any name."""
     header = (build.headers / "nvml.h").read_text(errors="replace")
     (tmp_path / "nvml.h").write_text(header)
@@ -205,13 +207,13 @@ nvmlReturn_t DECLDIR nvmlDeviceGetSpeedOfLight(nvmlDevice_t device, unsigned int
     assert check(tmp_path / "nvml.h").stdout == "nvml.h: nvmlDeviceGetGuests: neither hooked nor decided about\n"
 
 
-def test_headers_are_parsed_completely(build: Build) -> None:
+def test_the_check_reads_versioned_and_unversioned_names_from_a_header(build: Build) -> None:
     done = check("--names", build.headers / "cuda.h")
     names = set(done.stdout.split())
     assert {"cuMemAlloc", "cuMemAlloc_v2", "cuMemAllocAsync_ptsz", "cuMemcpyHtoD_v2_ptds", "cuCtxCreate_v4"} <= names
     assert not [n for n in names if not n.startswith("cu")]
 
 
-def test_an_empty_list_is_an_error(tmp_path: Path) -> None:
+def test_the_check_reports_an_empty_list(tmp_path: Path) -> None:
     (tmp_path / "empty.txt").write_text("")
     assert check(tmp_path / "empty.txt").stdout == "empty.txt: no names\n"

@@ -83,7 +83,7 @@ def test_an_unmanaged_process_has_no_limit(agent: Agent) -> None:
     assert agent.calls() == []
 
 
-def test_an_unanswered_hello_refuses_memory_in_time(agent: Agent) -> None:
+def test_without_a_listening_gatekeeper_memory_is_refused_after_2_s_then_at_once(agent: Agent) -> None:
     script = (
         WATCH
         + "L.cuCtxGetDevice\nbefore, t = state(), time.monotonic()\n"
@@ -101,7 +101,7 @@ def test_memory_is_refused_if_the_directory_that_a_container_has_mounted_was_rem
     assert agent.python("out(alloc(1), info()[1])") == [[OOM, 0]]
 
 
-def test_a_directory_that_a_detach_has_marked_counts_as_absent(agent: Agent) -> None:
+def test_memory_is_unlimited_if_a_detach_has_marked_the_agent_s_directory(agent: Agent) -> None:
     agent.do("detach")
     assert agent.python("out(alloc(1), info()[1])") == [[0, 10 << 30]]
 
@@ -140,7 +140,7 @@ def test_the_shim_sends_another_hello_after_a_closed_connection(agent: Agent) ->
     assert 2 < agent.do("look")["hellos"] < 100
 
 
-def test_a_refusing_shim_admits_again_when_the_gatekeeper_is_back(agent: Agent) -> None:
+def test_a_shim_that_refused_memory_admits_it_after_a_gatekeeper_starts(agent: Agent) -> None:
     script = "out(alloc(1)); sys.stdin.readline()\nwhile alloc(1): time.sleep(0.1)\nout(info()[2])"
     process = agent.start_python(script)
     assert process.stdout.readline() == f"[{OOM}]\n"
@@ -199,7 +199,7 @@ def test_a_reply_of_a_newer_gatekeeper_may_be_longer(agent: Agent) -> None:
     assert agent.python("out(alloc(1))") == [[0]]
 
 
-def test_probes_that_do_not_answer_count_as_no_agent(agent: Agent) -> None:
+def test_memory_is_refused_after_64_hello_requests_without_a_verdict(agent: Agent) -> None:
     agent.do("knobs", mute=1)
     agent.do("start")
     assert agent.python("out(alloc(1), info()[1])") == [[OOM, 0]]
@@ -228,7 +228,7 @@ def test_the_shim_registers_again_when_the_page_requests_it(held: Agent, change:
     assert look["boots"][1] == "42" * 16
 
 
-def test_the_shim_registers_at_most_once_a_second_when_the_heartbeat_stops(held: Agent) -> None:
+def test_a_stopped_heartbeat_causes_one_hello_and_no_wait_of_a_second(held: Agent) -> None:
     held.do("set", beats=False)
     script = """
 out(alloc(1)); time.sleep(2.1)
@@ -358,7 +358,7 @@ out(got)
     assert agent.do("look")["hellos"] == 1
 
 
-def test_thousands_of_hellos_leak_no_memory_or_descriptor(
+def test_many_hellos_leak_no_memory_or_descriptor(
     build: Build, held: Agent, scale: Callable[[int, int, int], int]
 ) -> None:
     """Each jump of the shim's clock makes the heartbeat stale, so that the next call registers again."""
@@ -376,7 +376,7 @@ work(50); before = size(); work({hellos}); out(before, size())
     assert before == after
 
 
-def test_pages_are_swapped_under_busy_threads(build: Build, held: Agent) -> None:
+def test_threads_get_correct_results_while_the_shim_swaps_pages(build: Build, held: Agent) -> None:
     script = f"""
 F = C.CDLL("{build.folder}/fault.so"); F.fault_skip.argtypes = [C.c_int64]
 stop, bad, count = [], [], []

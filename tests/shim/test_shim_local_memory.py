@@ -64,7 +64,7 @@ out(*[{WAYS[way]} for _ in range(3)])
     assert asked(simulator.agent) == [area(size)] * (1 if fits else 3)
 
 
-def test_a_function_that_fits_into_the_area_requests_nothing(simulator: Simulator) -> None:
+def test_a_launch_that_fits_into_the_present_local_memory_requests_nothing(simulator: Simulator) -> None:
     script = (
         "a, b, d = of(1024), of(5000), of(4000); out(*[launch(f) for f in (a, b, d, b, a)], stack(5008), launch(b))"
     )
@@ -143,7 +143,7 @@ need("cuGraphCreate", C.byref(g), 0); f = of({size}); out(*[add("{name}", {MADE[
 
 
 @pytest.mark.parametrize("made", ["params(None, k)", "any(None, k)"])
-def test_local_memory_is_requested_for_kernel_nodes(simulator: Simulator, made: str) -> None:
+def test_local_memory_is_requested_for_nodes_of_library_kernels(simulator: Simulator, made: str) -> None:
     name = "cuGraphAddKernelNode_v2" if made.startswith("params") else "cuGraphAddNode"
     script = f'need("cuGraphCreate", C.byref(g), 0); k = entry(library(local(8192))); out(add("{name}", {made}))'
     assert said(simulator, NODES + script) == [[0]]
@@ -173,7 +173,7 @@ def test_local_memory_is_requested_for_changed_nodes(held: Agent, name: str, fit
 
 
 @pytest.mark.parametrize("params", ["None", "C.byref(any(f, type=1))"])
-def test_other_nodes_request_no_local_memory(held: Agent, params: str) -> None:
+def test_changed_nodes_without_a_kernel_request_no_local_memory(held: Agent, params: str) -> None:
     script = "c, f = C.c_void_p(), C.c_void_p(0x5000); L.cuDevicePrimaryCtxRetain(C.byref(c), 0)\n" + NODES
     assert held.python(script + f"out(L.cuGraphNodeSetParams(g, {params}))") == [[0]]
     assert asked(held) == []
@@ -186,7 +186,7 @@ def test_a_failed_launch_releases_its_admission(simulator: Simulator) -> None:
 
 
 @pytest.mark.parametrize("how", ["observed", "unmanaged", "absent"])
-def test_nothing_is_requested_without_a_limit(simulator: Simulator, how: str) -> None:
+def test_no_local_memory_is_requested_without_an_enforced_limit(simulator: Simulator, how: str) -> None:
     agent = simulator.agent
     if how == "observed":
         agent.do("limit", limit=GIB, flags=1)

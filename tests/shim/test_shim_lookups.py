@@ -69,7 +69,7 @@ LAYOUTS = {
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_the_symbol_table_is_replaced_in_drivers_of_every_layout(
+def test_deep_bound_plugins_have_the_limit_with_drivers_of_every_layout(
     build: Build, held: Agent, plugins: dict[str, Path], layout: str
 ) -> None:
     folder = f"layout-{layout.replace(' ', '-')}"
@@ -88,7 +88,9 @@ out([l.split()[1] for l in open("/proc/self/maps") if "{made}" in l])
     assert not [right for right in rights if "w" in right and "x" in right]
 
 
-def test_a_symbol_table_in_a_code_page_is_not_changed(build: Build, held: Agent, plugins: dict[str, Path]) -> None:
+def test_a_driver_with_its_symbol_table_in_a_code_page_works_and_dlsym_finds_the_hooks(
+    build: Build, held: Agent, plugins: dict[str, Path]
+) -> None:
     """A replacement would need anonymous memory that is executable."""
     build.library("libcuda.c", "small/libcuda.so.1", POOLS, "-Wl,-Bsymbolic,-soname,libcuda.so.1", *ONE_SEGMENT)
     script = f"""
@@ -108,7 +110,7 @@ out([W.cuMemAlloc_v2(C.byref(p), C.c_size_t(600 * MiB)) for _ in range(2)], W.ne
 
 
 @pytest.mark.parametrize("mode", ["os.RTLD_NOW", "DEEP"])
-def test_a_preloaded_wrapper_is_called_once_and_its_memory_is_charged_once(
+def test_a_preloaded_wrapper_is_called_at_most_once_and_its_memory_is_charged_once(
     build: Build, held: Agent, plugins: dict[str, Path], mode: str
 ) -> None:
     script = f"""
@@ -155,10 +157,8 @@ out(got, len(wrong), os.waitpid(pid, 0)[1])
         assert run(held, script) == [[[0] * 8, 0, 0]]
 
 
-def test_the_table_is_not_writable_and_every_name_still_finds_its_function(
-    held: Agent, plugins: dict[str, Path]
-) -> None:
-    """Names without a hook keep their functions."""
+def test_the_table_is_read_only_and_names_without_a_hook_are_still_found(held: Agent, plugins: dict[str, Path]) -> None:
+    """Absent names are not found, and the driver's own error is returned."""
     script = f"""
 P, L = plugin("{plugins["opens"]}"), driver()
 dl = C.CDLL(None); dl.dlsym.restype = C.c_void_p
@@ -174,7 +174,7 @@ out([l[1] for l in lines if first - (1 << 16) <= int(l[0].split("-")[0], 16) < f
     assert not [r for r in rights if "x" in r]
 
 
-def test_lookups_in_nvml_find_the_hooks(held: Agent) -> None:
+def test_lookups_in_nvml_by_libc_s_own_dlsym_find_the_hooks(held: Agent) -> None:
     script = """
 hidden = C.CDLL("libc.so.6"); look = hidden.dlvsym; look.restype = C.c_void_p
 C.CDLL("libm.so.6", DEEP)
@@ -241,7 +241,9 @@ out(mapped("libcuda.so"), D.fake_calls())
     assert (done.returncode, json.loads(done.stdout)) == (0, [[path], 1]), done
 
 
-def test_a_driver_of_a_deep_bound_program_stays_and_keeps_its_hooks(held: Agent, plugins: dict[str, Path]) -> None:
+def test_a_driver_that_a_deep_bound_plugin_closes_stays_loaded_with_its_hooks(
+    held: Agent, plugins: dict[str, Path]
+) -> None:
     """The plugin closes the driver after each lookup. A newly loaded driver would not have the hooks in time."""
     script = f"""
 P = plugin("{plugins["opens"]}")

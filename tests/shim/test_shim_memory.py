@@ -45,7 +45,7 @@ SIZES = {
 }
 
 
-def test_the_requested_size_is_the_size_that_the_driver_will_allocate(held: Agent) -> None:
+def test_a_requested_size_is_rounded_to_the_driver_s_granules_and_capped(held: Agent) -> None:
     held.python(f"for n in {list(SIZES)}: alloc(n)")
     assert [c["bytes"] for c in held.calls(MEMORY)] == list(SIZES.values())
 
@@ -248,8 +248,8 @@ out(f(C.addressof(p), 1 << 20), f(C.addressof(p), 2 << 30), L.fake_calls())
     assert held.python(script) == [[True, True, True, True, True, [500, None], True, True], [0, OOM, 1]]
 
 
-def test_sizes_are_free_of_undefined_behaviour(build: Build, held: Agent, tmp_path: Path) -> None:
-    """A library that aborts at the first undefined operation computes the same sizes."""
+def test_computations_of_sizes_are_free_of_undefined_behaviour(build: Build, held: Agent, tmp_path: Path) -> None:
+    """A library that aborts at the first undefined operation computes sizes up to the largest values."""
     trapping = build.make(tmp_path, "CFLAGS=-O2 -g -fsanitize=undefined -fsanitize-undefined-trap-on-error")
     script = f"""
 p, pitch = C.c_uint64(), C.c_size_t()

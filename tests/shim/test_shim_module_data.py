@@ -60,7 +60,7 @@ l = C.c_void_p(); need("cuLibraryLoadFromFile", C.byref(l), file(n), None, None,
 
 @pytest.mark.parametrize("way", USES)
 @pytest.mark.parametrize("made", MADE)
-def test_the_first_use_of_a_library_is_requested(simulator: Simulator, way: str, made: str) -> None:
+def test_the_first_use_of_a_library_in_each_context_is_requested(simulator: Simulator, way: str, made: str) -> None:
     """Each context requests it, although the source of the library has been freed by then."""
     script = f"""
 p, size, n = C.c_uint64(), C.c_size_t(), 5 * MiB; {MADE[made]}
@@ -100,15 +100,15 @@ out(L.cuModuleUnload(m)); L.cuStreamEndCapture(s, C.byref(g)); out(L.cuModuleUnl
     assert asked(simulator.agent) == [6 * MIB, 100 * GIB, -100 * GIB, -6 * MIB]
 
 
-def test_modules_beyond_the_size_of_the_table_are_released_once_at_most(simulator: Simulator) -> None:
-    """The shim requests nothing for the last modules, and releases none of them twice."""
+def test_the_shim_requests_and_releases_only_the_256_modules_of_its_table(simulator: Simulator) -> None:
+    """The shim requests and releases nothing for the other modules."""
     script = "ms = [load(data(2 * MiB)) for _ in range(300)]; out(*{L.cuModuleUnload(m) for m in ms})"
     assert said(simulator, script) == [[0]]
     assert asked(simulator.agent) == [2 * MIB] * 256 + [-2 * MIB] * 256
 
 
 @pytest.mark.parametrize("how", ["observed", "unmanaged"])
-def test_nothing_is_requested_without_a_limit(simulator: Simulator, how: str) -> None:
+def test_no_variables_are_requested_without_an_enforced_limit(simulator: Simulator, how: str) -> None:
     agent = simulator.agent
     agent.do("limit", limit=GIB, flags=1) if how == "observed" else agent.do("set", answer="unmanaged")
     assert said(simulator, "m = load(data(2 * GiB)); out(L.cuModuleUnload(m))") == [[0]]

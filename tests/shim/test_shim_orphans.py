@@ -30,7 +30,9 @@ def test_a_request_waits_until_the_device_has_released_memory(held: Agent) -> No
 
 
 @pytest.mark.parametrize("age_ms", [0, 3500, 29_000])
-def test_a_request_is_refused_once_the_agent_knows_that_the_device_keeps_the_memory(held: Agent, age_ms: int) -> None:
+def test_a_request_is_refused_once_a_comparison_shows_that_the_device_keeps_the_memory(
+    held: Agent, age_ms: int
+) -> None:
     held.do("limit", **{**FULL, "age_ms": age_ms})
     result, ms = call_while(held, "alloc(256 * MiB)", then=lambda: held.do("limit", **FULL, looked_ms=-1000))
     assert result == OOM
@@ -80,7 +82,7 @@ def test_a_request_waits_if_only_the_outer_level_is_full(held: Agent) -> None:
     assert 190 <= ms < 1000
 
 
-def test_a_request_is_repeated_once_if_the_kernel_refuses_room_that_the_page_shows(held: Agent) -> None:
+def test_a_request_is_made_three_times_if_the_kernel_refuses_room_that_the_page_shows(held: Agent) -> None:
     held.do("knobs", fixed=1)
     held.do("limit", limit=GIB, used=0, orphaned=0)
     held.do("limit", **{**FULL, "used": GIB // 2, "orphaned": 1})
@@ -108,7 +110,7 @@ def test_a_pool_waits_for_orphaned_memory(held: Agent) -> None:
     assert 190 <= ms < 1000
 
 
-def test_a_request_waits_while_an_agent_is_replaced(held: Agent) -> None:
+def test_a_request_waits_without_comparisons_until_the_orphaned_memory_is_30_s_old(held: Agent) -> None:
     held.do("limit", **{**FULL, "age_ms": 29_000})
     result, ms = call_while(held, "alloc(256 * MiB)")
     assert result == OOM
@@ -132,7 +134,7 @@ def test_unused_pool_memory_is_released_before_a_request_waits(held: Agent) -> N
     assert ms < 100
 
 
-def test_a_wait_does_not_change_signals_or_errno(held: Agent) -> None:
+def test_signals_do_not_end_a_wait_for_orphaned_memory_and_errno_is_kept(held: Agent) -> None:
     held.do("limit", **FULL)
     setup = """
 import signal
@@ -165,7 +167,9 @@ out("ready"); [t.start() for t in ts]; [t.join() for t in ts]; out(sorted(got))
         assert program.communicate(timeout=DEADLINE)[0] == f"[[0, 0, 0, 0, {', '.join([str(OOM)] * 4)}]]\n"
 
 
-def test_no_page_or_verdict_makes_a_call_wait_longer(build: Build, scale: Callable[[int, int, int], int]) -> None:
+def test_requests_keep_the_rules_of_waiting_with_any_pages_and_verdicts(
+    build: Build, scale: Callable[[int, int, int], int]
+) -> None:
     flags = (f"-I{ROOT}/shim", f"-I{ROOT}/bpf", "-O2", "-fsanitize=undefined", "-fno-sanitize-recover=all")
     program = build.compile("orphans.c", "orphans", *flags)
     done = subprocess.run(

@@ -64,7 +64,7 @@ out(results(got), L.fake_reserved(0) >> 20)"""
     assert held.do("look")["used"] <= GIB
 
 
-def test_streams_of_threads_are_distinguished(held: Agent) -> None:
+def test_per_thread_default_streams_of_two_threads_do_not_share_credit(held: Agent) -> None:
     script = (
         POOLS
         + """
@@ -110,7 +110,7 @@ out(n, new(2 * MiB))"""
     assert held.do("look")["used"] <= limit
 
 
-def test_a_huge_size_is_refused_and_changes_no_count(held: Agent) -> None:
+def test_a_huge_size_is_refused_and_later_allocations_succeed(held: Agent) -> None:
     script = POOLS + "out(results([new(MiB), new(2**64 - 1), new(2**63), new(1 << 48), new(MiB), new(20 * MiB)]))"
     assert held.python(script) == [[[0, OOM, OOM, OOM, 0, 0]]]
 
@@ -328,7 +328,7 @@ out(sum(new_from(p, 30 * MiB) > 1000 for p in ps))"""
     assert held.do("look")["used"] <= GIB
 
 
-def test_a_pool_that_cannot_be_measured_is_charged_by_its_allocations(held: Agent) -> None:
+def test_a_pool_that_cannot_be_measured_is_not_charged_beyond_the_limit(held: Agent) -> None:
     held.python(POOLS + "L.fake_break(1); out(results(new(20 * MiB) for _ in range(60)))")
     assert held.do("look")["used"] <= GIB
 
@@ -363,7 +363,7 @@ def test_memory_freed_in_a_stream_of_an_ended_context_serves_any_stream(held: Ag
     assert grants(held) == [608 * MIB]
 
 
-def test_the_end_of_a_context_leaves_no_moment_with_room_for_other_processes(held: Agent) -> None:
+def test_the_end_of_a_context_releases_no_memory_that_a_pool_holds(held: Agent) -> None:
     """A pool holds a whole limit before, during and after the end of the context."""
     script = POOLS + "p = new(960 * MiB); [L.cuDevicePrimaryCtxReset_v2(0) for _ in range(20)]; out(p > 1000)"
     assert held.python(script) == [[True]]
@@ -530,7 +530,7 @@ def test_a_request_after_an_unprobed_free_waits_for_the_agent_s_comparison(held:
     assert [c["result"] for c in held.calls(MEMORY)] == [0, 0, 0]
 
 
-def test_a_request_is_refused_once_if_no_comparison_makes_room(held: Agent) -> None:
+def test_only_the_first_request_after_an_unprobed_free_waits_before_it_is_refused(held: Agent) -> None:
     first, (result, seconds), again = held.python(POOLS + UNSEEN + "for _ in range(2): out(*timed(200 * MiB))")
     assert first == [0, 0, 0, 0]
     assert result == OOM
@@ -540,7 +540,7 @@ def test_a_request_is_refused_once_if_no_comparison_makes_room(held: Agent) -> N
     assert len(held.calls(MEMORY)) == 4
 
 
-def test_a_later_synchronise_frees_memory_that_the_first_did_not(held: Agent) -> None:
+def test_a_request_waits_for_a_comparison_after_a_later_synchronise(held: Agent) -> None:
     """The first synchronize may be for another stream."""
     script = POOLS + UNSEEN + "time.sleep(1.1); L.cuStreamSynchronize(None); out(*timed(200 * MiB))"
     _, (result, seconds) = held.python(script)

@@ -154,7 +154,7 @@ SUITE = ("array", "capture", "flight", "gate", "graph", "memory", "pool", "simul
 
 @pytest.mark.skipif(not IS_FULL, reason="the suite once more: ./dev test full")
 @pytest.mark.timeout(1200)
-def test_sanitizers_find_no_error_in_the_shim_s_suite(under: Under, tmp_path: Path) -> None:
+def test_sanitizers_find_no_error_in_selected_files_of_the_shim_s_suite(under: Under, tmp_path: Path) -> None:
     files = [HERE / f"test_shim_{name}.py" for name in SUITE]
     command = [*UNRANDOM, sys.executable, "-m", "pytest", "-q", "--tb=short", "-k", "not undefined", *files]
     settings = {

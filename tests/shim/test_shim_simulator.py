@@ -15,7 +15,7 @@ def test_nvidia_smi_shows_the_share(simulator: Simulator) -> None:
     assert re.findall(r"(\d+)MiB / +(\d+)MiB", table)[0] == ("256", "1024")
 
 
-def test_a_program_can_allocate_exactly_its_share(simulator: Simulator) -> None:
+def test_an_allocation_beyond_the_share_is_refused_and_the_share_is_shown(simulator: Simulator) -> None:
     script = """
 c = C.c_void_p(); L.cuInit(0); L.cuDevicePrimaryCtxRetain(C.byref(c), 0); L.cuCtxSetCurrent(c)
 out(alloc(256 * MiB), alloc(1 * GiB), info())

@@ -36,8 +36,8 @@ def test_the_shim_adds_less_than_a_tenth_of_a_microsecond_to_a_call(
     raise AssertionError(added)
 
 
-def test_an_open_gate_reads_the_clock_once(build: Build, held: Agent) -> None:
-    """A scheduled step that waits for its launches makes no additional call of the driver."""
+def test_a_launch_at_an_open_gate_reads_the_clock_about_once(build: Build, held: Agent) -> None:
+    """A wait reads the clock four times at most. Neither a launch nor a wait changes the capture mode."""
     unlock(held, 1)
     program = build.compile("gated.c", "gated", f"-L{build.folder / 'driver'}", "-l:libcuda.so.1", "-rdynamic", "-ldl")
     launch_ns, wait_ns, clocks, clocks_waiting, exchanges = figures(held.run(program)[0])

@@ -27,7 +27,7 @@ def test_freed_memory_is_available_again(build: Build) -> None:
 
 
 def test_memory_freed_in_stream_order_is_available_again(build: Build) -> None:
-    """The driver allocates plain memory. It refuses managed memory, which stays charged."""
+    """The driver frees plain memory in this way. It refuses to free managed memory, which stays charged."""
     code = """
 p = C.c_uint64()
 def free(at): return L.cuMemFreeAsync(C.c_uint64(at), None)
@@ -65,7 +65,7 @@ def test_the_limit_has_the_same_units_as_in_policies(build: Build, text: str, by
 @pytest.mark.parametrize(
     "text", ["", "\n", "lots", "8GB", "-1", "6", "1073741824", "8GiB 9GiB", "1" + "0" * 30, "0x10", "9" * 80]
 )
-def test_an_invalid_limit_limits_no_process(build: Build, text: str) -> None:
+def test_an_invalid_limit_refuses_all_memory(build: Build, text: str) -> None:
     assert container(build, text).python("out(alloc(512), info()[1])") == [[OOM, 0]]
 
 
@@ -90,12 +90,12 @@ def test_no_environment_variable_changes_the_limit(build: Build) -> None:
         "rm /etc/fgpu/limit; mkdir /etc/fgpu/limit\n",
     ],
 )
-def test_a_file_that_other_users_can_create_sets_no_limit(build: Build, more: str) -> None:
+def test_a_limit_file_that_other_users_can_change_or_that_is_not_regular_sets_no_limit(build: Build, more: str) -> None:
     done = container(build, more=more).run("py 'out(alloc(2 * GiB), info()[2])'")
     assert (done.stdout, done.stderr) == (f"[0, {16 * GIB}]\n", "fgpu: no agent on this host: not enforced\n")
 
 
-def test_processes_share_a_limit_and_report_that_once(build: Build) -> None:
+def test_processes_share_a_limit_and_each_reports_that_once(build: Build) -> None:
     done = container(build).run("""
 export NEXT='py "out(alloc(600 * MiB), alloc(400 * MiB), info()[1])"'
 py 'out(alloc(600 * MiB), info()[1]); os.system(os.environ["NEXT"]); out(alloc(400 * MiB))'""")
@@ -120,7 +120,7 @@ def test_exec_releases_the_charges_of_a_process(build: Build) -> None:
     assert container(build).python(code) == [[0], [0, 0]]
 
 
-def test_a_forked_child_is_another_process(build: Build) -> None:
+def test_a_forked_child_shares_the_limit_and_its_charge_ends_with_it(build: Build) -> None:
     code = """
 out(alloc(600 * MiB)); pid = os.fork()
 if not pid: out(alloc(600 * MiB), alloc(400 * MiB), info()[1]); os._exit(0)
@@ -143,7 +143,7 @@ cat /run/out""")
     assert said == [[OOM, 0], [0]]
 
 
-def test_memory_is_refused_without_a_place_for_the_ledger(build: Build) -> None:
+def test_a_process_has_the_whole_limit_without_a_place_for_the_ledger(build: Build) -> None:
     done = container(build, more="mount -o remount,ro /run\n").run("py 'out(alloc(GiB), alloc(512), info()[1:])'")
     assert (done.stdout, done.stderr) == (f"[0, {OOM}, [0, {GIB}]]\n", BY_ITSELF)
 
@@ -169,7 +169,7 @@ py 'out(alloc(GiB), alloc(512))'
     assert (done.returncode, done.stdout, done.stderr) == (0, f"[0, {OOM}]\n", BY_ITSELF)
 
 
-def test_an_invalid_ledger_affects_no_process(build: Build) -> None:
+def test_random_bytes_in_the_ledger_cause_at_most_a_refusal_of_memory(build: Build) -> None:
     done = container(build).run("""
 py 'out(alloc(512))'
 for seed in 1 2 3 4 5 6 7 8; do
@@ -200,8 +200,8 @@ out(r, e, made, before == fds(), info()[0])
 """
 
 
-def test_no_failed_system_call_lifts_the_limit(build: Build) -> None:
-    """Each system call of the shim fails once. The program may get no memory, but never more than the limit."""
+def test_a_failed_system_call_in_standalone_mode_keeps_errno_and_refuses_memory_at_most(build: Build) -> None:
+    """Each system call of the shim fails once. The program's open descriptors do not change."""
     fresh = """
 for name in ("cuInit", "cuMemAlloc_v2", "cuMemGetInfo_v2"): getattr(L, name)
 pid = os.fork()
@@ -256,8 +256,8 @@ def test_an_agent_that_starts_later_takes_over(image: Agent) -> None:
     assert process.communicate("\n", timeout=10)[0] == f"[0, {GIB}]\n"
 
 
-def test_a_silent_agent_leaves_no_memory(image: Agent) -> None:
-    """Its socket still exists. The agent's limit may have been lower than the image's."""
+def test_after_an_agent_died_new_programs_get_no_memory_and_running_ones_keep_the_limit(image: Agent) -> None:
+    """The agent's socket still exists. The agent's limit may have been lower than the image's."""
     image.do("start")
     held = image.start_python(
         "out(alloc(512)); sys.stdin.readline(); time.sleep(1.05); out(alloc(800 * MiB), info()[2])"
@@ -268,7 +268,7 @@ def test_a_silent_agent_leaves_no_memory(image: Agent) -> None:
     assert held.communicate("\n", timeout=10)[0] == f"[0, {GIB}]\n", "the kernel's word, as before"
 
 
-def test_a_folder_in_which_no_agent_ever_answered_is_no_agent(image: Agent) -> None:
+def test_the_image_s_limit_applies_if_no_agent_ever_answered_in_the_folder(image: Agent) -> None:
     assert image.python("out(alloc(800 * MiB), alloc(600 * MiB))") == [[OOM, 0]]
 
 

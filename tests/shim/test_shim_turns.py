@@ -54,8 +54,10 @@ def one_processor() -> Iterator[None]:
 
 
 @pytest.mark.parametrize(("us", "deep"), [(20, 50), (200, 20), (4_000, 3)])
-def test_turns_divide_the_time(one_processor: None, simulator: Simulator, us: int, deep: int) -> None:
-    """Turns are given 3:1. By the programs' own count, neither does more than its turns allow, nor much less."""
+def test_each_program_s_work_fills_at_least_half_of_its_turns_and_hardly_exceeds_them(
+    one_processor: None, simulator: Simulator, us: int, deep: int
+) -> None:
+    """Turns are given 3:1. By its own count, each program works 50% to 102% of the time of its turns."""
     agent = simulator.agent
     shut(agent, 1)
     first = len(agent.do("status")["pages"])

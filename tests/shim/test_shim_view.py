@@ -55,7 +55,9 @@ def test_the_narrowest_level_is_shown(held: Agent) -> None:
         (0, 0, [0, 0, 0, 0]),
     ],
 )
-def test_the_fields_of_the_second_version_add_up(held: Agent, limit: int, used: int, shown: list[int]) -> None:
+def test_the_fields_of_nvml_s_second_memory_info_show_the_share_and_add_up(
+    held: Agent, limit: int, used: int, shown: list[int]
+) -> None:
     """Total, reserved, free and used add up as the driver's own."""
     held.do("limit", limit=limit, used=used)
     assert held.python(NVML + "out(memory2(0))") == [[[0, *shown]]]
@@ -90,7 +92,7 @@ def test_an_observed_level_beside_an_enforcing_one_counts_as_unlimited(held: Age
         assert held.python(NVML + script) == [expected, [[0, 2]]]
 
 
-def test_a_level_that_changes_to_enforce_limits_at_once(held: Agent) -> None:
+def test_the_limit_of_a_level_that_changes_to_enforce_is_shown_at_once(held: Agent) -> None:
     held.do("limit", limit=GIB, flags=OBSERVES)
     process = held.start_python(NVML + VIEWS + "\nsys.stdin.readline()\n" + VIEWS)
     assert process.stdout.readline() == f"{AS_IT_IS}\n"
@@ -223,7 +225,9 @@ def account(pid):
         ("account(1)", [6, 0, 6, 0]),
     ],
 )
-def test_calls_with_process_arguments_return_only_own_processes(held: Agent, call: str, result: list[Any]) -> None:
+def test_utilisation_sessions_and_accounting_contain_only_own_processes(
+    held: Agent, call: str, result: list[Any]
+) -> None:
     """Other processes are removed from the caller's array. The result is "not found" if no process is left."""
     held.do("set", rows=ROWS)
     assert held.python(NVML + FILTERED + f"out({call})") == [[result]]
@@ -232,7 +236,7 @@ def test_calls_with_process_arguments_return_only_own_processes(held: Agent, cal
         assert held.python(NVML + FILTERED + f"out({call})") == [[[6, 0, [0, 0, 0, 0]]]]
 
 
-def test_a_table_is_not_read_during_a_change(held: Agent) -> None:
+def test_the_process_table_is_not_read_during_a_change(held: Agent) -> None:
     held.do("set", rows=ROWS)
     script = (
         NVML

@@ -32,7 +32,7 @@ def assert_finds_nothing(*arguments: str | Path) -> None:
 
 
 @pytest.mark.parametrize("tree", TREES)
-def test_no_file_uses_itself_by_way_of_others(tools: Path, tree: str) -> None:
+def test_the_files_of_each_tree_have_no_cycle(tools: Path, tree: str) -> None:
     assert_finds_nothing(tools / "obj" / tree)
 
 

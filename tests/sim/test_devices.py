@@ -41,7 +41,7 @@ need("cuDevicePrimaryCtxRetain", C.byref(contexts[1]), 1); say(L.cuCtxDisablePee
     ]
 
 
-def test_copies_between_devices(make_machine: Callable[..., Machine]) -> None:
+def test_copies_between_devices_keep_contents_and_memory_stays_separate(make_machine: Callable[..., Machine]) -> None:
     """Each device has its own memory, and copied contents arrive."""
     machine = make_machine(FGPU_SIM_GPUS="2")
     script = """
@@ -91,7 +91,7 @@ need("cuMemHostGetDevicePointer_v2", C.byref(d), p, 0); say(d.value == p.value, 
     assert machine.python(script) == ["6 712 0 713", "True 0"]
 
 
-def test_managed_memory_goes_to_the_advised_place(machine: Machine) -> None:
+def test_prefetches_and_advice_for_managed_memory_return_the_expected_results(machine: Machine) -> None:
     script = """
 start(); before = info()[0]; m, plain = C.c_uint64(), alloc(1 << 20)
 class Place(C.Structure):
@@ -106,7 +106,7 @@ say(L.cuMemAdvise_v2(m, size, 3, Place(1, 0)), (before - info()[0]) >> 20)
     assert machine.python(script) == ["[0, 0, 101]", "[0, 0, 0, 1]", "1 1", "[1, 0, 0, 0, 0, 0, 0, 1] 101", "0 130"]
 
 
-def test_arrays_have_the_sizes_of_a_real_driver(machine: Machine) -> None:
+def test_arrays_and_their_levels_have_descriptors_until_they_are_destroyed(machine: Machine) -> None:
     script = """
 class Shape(C.Structure):
     _fields_ = [("width", C.c_size_t), ("height", C.c_size_t), ("depth", C.c_size_t),
@@ -138,7 +138,7 @@ need("cuArrayDestroy", flat); need("cuArrayDestroy", deep); say(before - info()[
 
 
 def test_the_oldest_functions_exist_and_allocate_nothing(machine: Machine) -> None:
-    """They exist, and allocate nothing."""
+    """Allocations and contexts fail. A device's memory is shown as the largest 32-bit value."""
     script = """
 start(); before = info()[0]; p, free, total, version = C.c_uint(), C.c_uint(), C.c_uint(), C.c_uint()
 say(L.cuMemAlloc(C.byref(p), 1000), L.cuMemFree(7), L.cuMemGetInfo(C.byref(free), C.byref(total)))

@@ -36,7 +36,7 @@ def test_faults_apply_from_the_start_of_the_server(make_machine: Callable[..., M
     assert machine.python(script) == ["2 0"]
 
 
-def test_nvml_reports_unknown_values(machine: Machine) -> None:
+def test_the_fault_nvml_na_hides_only_the_memory_of_processes(machine: Machine) -> None:
     pytest.importorskip("pynvml")
     order(machine, "nvml-na")
     script = (
@@ -110,7 +110,7 @@ def test_a_stalled_nvml_blocks_no_call_of_cuda(machine: Machine) -> None:
 
 
 @pytest.mark.parametrize("fault", ["device-reset", "device-lost"])
-def test_a_lost_device_fails_its_clients(machine: Machine, fault: str) -> None:
+def test_calls_of_clients_of_a_lost_device_fail(machine: Machine, fault: str) -> None:
     """A program that computes gets an error and keeps nothing. A program that uses NVML must initialize it again."""
     pytest.importorskip("pynvml")
     script = (
@@ -140,7 +140,7 @@ N.nvmlShutdown(); N.nvmlInit(); device = N.nvmlDeviceGetHandleByIndex(0); look()
     assert machine.python("start(); alloc(1); say('fine')") == ["fine"]
 
 
-def test_one_lost_device_of_two_has_no_handle_and_the_other_works(make_machine: Callable[..., Machine]) -> None:
+def test_nvml_fails_for_one_lost_device_of_two_and_the_other_device_works(make_machine: Callable[..., Machine]) -> None:
     pytest.importorskip("pynvml")
     machine = make_machine(FGPU_SIM_GPUS="2")
     script = (

@@ -94,7 +94,7 @@ def answers(machine: Machine, program: Path, section: str) -> dict[str, str]:
     return dict(line.removeprefix(f"{section}.").split(" ", 1) for line in lines if line.startswith(section))
 
 
-def test_calls_that_may_be_captured(machine: Machine, program: Path) -> None:
+def test_calls_during_a_capture_have_the_expected_effects(machine: Machine, program: Path) -> None:
     said = answers(machine, program, "capture")
     for name, expected in ACTS.items():
         assert [said[f"{how}.{name}"] for how in ("global", "local", "relaxed", "exchanged")] == expected, name
@@ -108,7 +108,7 @@ def test_calls_that_may_be_captured(machine: Machine, program: Path) -> None:
 def test_only_a_global_capture_is_broken_by_another_thread(
     machine: Machine, mode: int, other: int, query: int, end: int
 ) -> None:
-    """It is broken only while that thread does not ignore it."""
+    """Another thread breaks it only while that thread's own capture mode is global."""
     script = f"""
 import threading
 context = start(); s = stream(); event, graph = C.c_void_p(), C.c_void_p()
@@ -126,7 +126,7 @@ say(*said, L.cuStreamEndCapture(s, C.byref(graph)), bool(graph))
     assert machine.python(script) == [f"{query} 908 {end} {end == 0}"]
 
 
-def test_a_capture_ends_with_its_first_stream_and_breaks_with_another(machine: Machine) -> None:
+def test_a_capture_ends_when_its_first_stream_is_destroyed_and_breaks_with_another(machine: Machine) -> None:
     """The loss of the stream in which it began ends it. The loss of another stream breaks it."""
     script = """
 start(); s, t, u = stream(), stream(), stream(); fork, graph = C.c_void_p(), C.c_void_p(1)
@@ -164,8 +164,10 @@ say(L.cuMemAlloc_v2(C.byref(C.c_uint64()), C.c_size_t(1)))
     assert machine.python(script) == ["0"]
 
 
-def test_graph_memory_without_a_capture_is_allocated_at_the_launch(machine: Machine, program: Path) -> None:
-    """The footprint is empty until a launch, shared by launches in one stream, and kept until a trim."""
+def test_graph_memory_is_allocated_at_an_upload_or_launch_and_kept_until_a_trim(
+    machine: Machine, program: Path
+) -> None:
+    """Launches in one stream share the memory."""
     said = answers(machine, program, "graph")
     footprint = {name: n for name, n in said.items() if name.startswith("footprint.") and "taken" in name}
     taken = {name.split(".")[1]: int(n) for name, n in footprint.items()}
@@ -215,7 +217,7 @@ say(held() - before)
 
 
 @pytest.mark.parametrize("end", ["os.kill(os.getpid(), 9)", "need('cuDevicePrimaryCtxReset_v2', 0); say('x'); wait()"])
-def test_graph_memory_ends_with_process_and_context(machine: Machine, end: str) -> None:
+def test_the_end_of_a_process_or_context_frees_its_graph_memory(machine: Machine, end: str) -> None:
     script = f"""
 start(); s = stream(); graph, exec_, at = C.c_void_p(), C.c_void_p(), C.c_uint64()
 need("cuStreamBeginCapture_v2", s, 0)
@@ -236,7 +238,9 @@ need("cuGraphLaunch", exec_, s); say("up"); wait(); {end}
         client.kill()
 
 
-def test_a_full_device_refuses_a_launch_and_nothing_else(make_machine: Callable[..., Machine]) -> None:
+def test_a_graph_launch_on_a_full_device_is_refused_and_succeeds_once_there_is_room(
+    make_machine: Callable[..., Machine],
+) -> None:
     machine = make_machine(FGPU_SIM_MEMORY="4GiB")
     script = """
 start(); s = stream(); graph, exec_, at = C.c_void_p(), C.c_void_p(), C.c_uint64()
@@ -278,7 +282,7 @@ say(quick, L.cuStreamQuery(s)); need("cuStreamSynchronize", s); say(round(time.m
     assert 0.1 <= float(took) < 0.14
 
 
-def test_a_launch_in_a_parallel_stream_needs_its_own_memory(machine: Machine) -> None:
+def test_a_graph_launch_in_a_parallel_stream_allocates_its_own_memory(machine: Machine) -> None:
     """It allocates more while the first launch runs. A launch in the same stream does not."""
     script = """
 start(); _, spin = kernel("spin_200000us"); base = [0]

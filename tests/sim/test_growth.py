@@ -71,8 +71,8 @@ need("cuModuleUnload", large); say(run(s), taken(), limit(STACK, 1024), taken())
     ]
 
 
-def test_captured_launches_and_nodes_allocate_local_memory_at_the_graph_s_launch(machine: Machine) -> None:
-    """Captured launches and nodes take it when the graph is launched."""
+def test_graph_cooperative_and_old_launches_allocate_local_memory(machine: Machine) -> None:
+    """A captured launch allocates it when the graph is launched."""
     script = """
 _, _, l = load(local(4096), "lmem"); s = stream(); graph, execute = C.c_void_p(), C.c_void_p()
 need("cuStreamBeginCapture_v2", s, 0); need("cuLaunchKernel", l, 1, 1, 1, 1, 1, 1, 0, s, None, None)
@@ -85,7 +85,7 @@ need("cuFuncSetBlockShape", l, 1, 1, 1); need("cuLaunch", l); say(taken())
     assert machine.python(CODE + script) == ["0.0"] + [f"{float(area_mib(4096) - area_mib(FIRST))}"] * 3
 
 
-def test_the_stack_limit_is_unsafe_during_a_capture(machine: Machine) -> None:
+def test_a_change_of_the_stack_limit_is_refused_during_a_capture_and_breaks_it(machine: Machine) -> None:
     script = """
 s = stream(); need("cuStreamBeginCapture_v2", s, 0)
 say(limit(STACK, 2048), limit(STACK), L.cuStreamEndCapture(s, C.byref(C.c_void_p())), taken())
@@ -117,7 +117,7 @@ need("cuMemFree_v2", ballast); say(run(kernel), run(m), limit(STACK, 2048), load
     machine.settles_at(0)
 
 
-def test_heap_and_output_of_device_code_are_allocated_once_per_context(machine: Machine) -> None:
+def test_a_context_allocates_heap_and_output_of_device_code_once(machine: Machine) -> None:
     """The output is allocated at the first load.
 
     The heap is allocated at the first launch, until which its limit can change.
@@ -185,7 +185,7 @@ need("cuCtxDestroy_v2", context); say(taken()); need("cuLibraryUnload", library)
     assert machine.python(CODE + script) == ["400 0.0", "0 0 64.0", "0 64.0", "64.0", "0.0"]
 
 
-def test_streams_and_nodes_are_kept(machine: Machine) -> None:
+def test_memory_of_streams_and_graph_nodes_is_kept_until_the_context_ends(machine: Machine) -> None:
     """The row has as many as ever existed at the same time. They are freed with the context."""
     script = """
 context = another(); here = taken()
@@ -210,8 +210,8 @@ three = graph(1000); say(taken())
         assert [hear(client), hear(client)] == ["0.0", "0.0"]
 
 
-def test_the_page_tables_of_registered_host_memory_are_in_a_row(machine: Machine) -> None:
-    """The row has 2 MiB for each GiB, until the memory is unregistered or the context ends."""
+def test_page_tables_of_registered_host_memory_are_in_no_process_s_row_of_nvml(machine: Machine) -> None:
+    """They occupy 2 MiB of the device for each GiB, until the memory is unregistered or the context ends."""
     script = """
 import mmap
 maps = [mmap.mmap(-1, 1 << 30) for _ in range(3)]

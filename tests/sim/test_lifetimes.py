@@ -47,7 +47,7 @@ def test_memory_stays_until_the_last_close(machine: Machine, seed: int) -> None:
 
 
 @pytest.mark.timed
-def test_memory_is_freed_some_time_after_the_last_close(machine: Machine) -> None:
+def test_memory_is_freed_80_to_200_ms_after_the_last_close(machine: Machine) -> None:
     with machine.spawn(HOLD) as client:
         hear(client)
         held = machine.used()
@@ -165,7 +165,7 @@ rows = lambda: sorted((p.pid, p.usedGpuMemory >> 20) for p in N.nvmlDeviceGetCom
 """
 
 
-def test_an_ended_process_keeps_its_number_in_every_namespace(machine: Machine) -> None:
+def test_an_ended_process_keeps_its_pid_in_every_namespace(machine: Machine) -> None:
     pytest.importorskip("pynvml")
     script = f"""
 {NAMESPACE}

@@ -75,7 +75,7 @@ def test_exec_and_closed_descriptors_free_memory(machine: Machine) -> None:
             client.kill()
 
 
-def test_a_fork_does_not_affect_the_parent(machine: Machine) -> None:
+def test_a_forked_child_gets_errors_and_does_not_affect_the_parent(machine: Machine) -> None:
     script = """
 start(); alloc(1 << 30)
 before = info()
@@ -108,7 +108,7 @@ say("ends"); os._exit(0)
         machine.settles_at(0)
 
 
-def test_a_child_forked_before_cuinit_is_a_process_of_its_own(machine: Machine) -> None:
+def test_parent_and_child_of_a_fork_before_cuinit_can_both_use_the_driver(machine: Machine) -> None:
     script = """
 if os.fork() == 0:
     start(); alloc(1 << 20); say("child"); os._exit(0)
@@ -142,7 +142,7 @@ wait()
     assert machine.python("start(); say('room')") == ["room"]
 
 
-def test_two_processes_share_a_device(machine: Machine) -> None:
+def test_the_memory_of_two_processes_adds_up_on_a_device(machine: Machine) -> None:
     with machine.spawn("start(); alloc(10 << 30); say('holding'); wait()") as client:
         assert client.stdout is not None
         client.stdout.readline()
@@ -152,7 +152,7 @@ def test_two_processes_share_a_device(machine: Machine) -> None:
         client.kill()
 
 
-def test_the_end_of_a_context_frees_only_its_own_memory(machine: Machine) -> None:
+def test_the_end_of_a_context_frees_exactly_its_own_memory(machine: Machine) -> None:
     script = """
 start(); alloc(8 << 20); base = info()[0]
 context = C.c_void_p()
@@ -178,7 +178,7 @@ say(big.value % (2 << 20), any(abs(big.value - p) < 512 << 10 for p in pointers)
     assert machine.python(script) == ["0 False"]
 
 
-def test_every_thread_may_use_the_memory_of_all_threads(machine: Machine) -> None:
+def test_threads_allocate_in_parallel_after_each_has_set_its_current_context(machine: Machine) -> None:
     """Contexts are current per thread. Nothing is lost in parallel calls."""
     script = """
 import threading

@@ -71,7 +71,7 @@ def used(server: Server) -> int:
 
 
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT])
-def test_the_server_ends_cleanly(server: Server, how: signal.Signals) -> None:
+def test_sigterm_and_sigint_end_the_server_cleanly(server: Server, how: signal.Signals) -> None:
     with server.connect() as sock:
         assert ask(sock, request(HELLO)) == (0, 1)
         assert server.stop(how) == (0, "")
@@ -82,7 +82,7 @@ def test_the_socket_is_open_to_all_users(server: Server) -> None:
     assert (server.directory / "driver").stat().st_mode & 0o777 == 0o666
 
 
-def test_a_second_server_is_refused(server: Server) -> None:
+def test_a_second_server_in_one_directory_is_refused(server: Server) -> None:
     second = subprocess.run(
         [server.program, "--dir", server.directory], capture_output=True, text=True, timeout=10, check=False
     )
@@ -240,7 +240,7 @@ def test_the_number_of_shares_is_bounded(server: Server) -> None:
 
 
 @pytest.mark.timed
-def test_a_stall_delays_every_client_that_sends_a_request(tools: Path, tmp_path: Path) -> None:
+def test_an_nvml_stall_delays_every_nvml_request_and_no_cuda_request(tools: Path, tmp_path: Path) -> None:
     """Further messages of the waiting peer wait too. No other peer waits, and no connection is closed."""
     server = Server(tools, tmp_path, "env", "FGPU_SIM_FAULT=nvml-stall:400ms")
     start = time.monotonic()

@@ -147,7 +147,9 @@ def clients(machine: Machine) -> Iterator[list[Popen[str]]]:
 
 
 @pytest.mark.parametrize("seed", range(8))
-def test_the_row_of_shared_memory_follows_the_rule(machine: Machine, clients: list[Popen[str]], seed: int) -> None:
+def test_the_row_of_shared_memory_equals_the_model_at_each_step(
+    machine: Machine, clients: list[Popen[str]], seed: int
+) -> None:
     lives = Lives(machine, clients, seed)
     for _ in range(STEPS):
         lives.step()

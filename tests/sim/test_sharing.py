@@ -39,7 +39,7 @@ need("cuIpcCloseMemHandle", p); say(get(p, 6)); need("cuIpcCloseMemHandle", p); 
 @pytest.mark.parametrize(
     "end", ["need('cuMemFree_v2', p)", "os._exit(0)", "need('cuDevicePrimaryCtxReset_v2', 0)", "os.closerange(3, 999)"]
 )
-def test_shared_memory_outlives_its_creator(machine: Machine, end: str) -> None:
+def test_shared_memory_stays_for_the_importer_when_its_creator_frees_it_or_ends(machine: Machine, end: str) -> None:
     """It is in the creator's row while the creator has it, then in the other's. It is freed when neither has it."""
     owner = f"start(); p = alloc(100 << 20); put(p, b'kept'); say(export(p)); ask(); {end}; say('done'); ask()"
     guest = (
@@ -140,7 +140,7 @@ p = mapped(h, 6 << 20); say(one, two, h.value != i.value, get(p, 6)); put(p, b"a
     machine.settles_at(0)
 
 
-def test_a_descriptor_keeps_memory_alive(machine: Machine) -> None:
+def test_an_open_descriptor_keeps_released_memory_allocated(machine: Machine) -> None:
     """It is in no process's row until all descriptors are closed. Then it is free, or in the row of its importer."""
     script = """
 start(); h = create(6 << 20); fd = descriptor(h); other = os.dup(fd); need("cuMemRelease", h); say("held"); ask()
@@ -177,7 +177,7 @@ say(imported(one.fileno())[0], imported(-1)[0], imported(os.open("/dev/null", 0)
     assert machine.python(SHARING + script) == ["1 1 1 1 0", "1 999 1"]
 
 
-def test_the_server_keeps_no_descriptor(machine: Machine) -> None:
+def test_shared_memory_leaves_no_descriptor_in_the_server(machine: Machine) -> None:
     before = machine.descriptors()
     script = """
 start()

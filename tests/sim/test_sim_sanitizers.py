@@ -54,7 +54,7 @@ def test_sanitizers_find_no_error_in_any_conformance_call(machine: Machine, prog
     assert done.stdout
 
 
-def test_sanitizers_find_no_error_in_any_listing(machine: Machine) -> None:
+def test_sanitizers_find_no_error_in_any_listing_of_nvidia_smi(machine: Machine) -> None:
     preload = ("env", f"LD_PRELOAD={ADDRESS.runtime}")
     with machine.spawn("start(); alloc(100 << 20); say('holding'); wait()", preload) as holder:
         assert holder.stdout

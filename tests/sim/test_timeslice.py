@@ -36,7 +36,9 @@ def worker(us: int, deep: int, seconds: float = 1.0, n: int = 1) -> str:
 
 
 @pytest.mark.parametrize(("us", "deep"), [(200, 50), (10_000, 2), (100_000, 1)])
-def test_a_lone_context_loses_no_time(make_machine: Callable[..., Machine], us: int, deep: int) -> None:
+def test_a_lone_context_works_at_least_90_percent_of_the_time(
+    make_machine: Callable[..., Machine], us: int, deep: int
+) -> None:
     (done,), took = together(make_machine(), worker(us, deep))
     assert 0.9 * took <= done <= took
 
@@ -71,7 +73,7 @@ def test_streams_of_one_context_run_in_parallel(make_machine: Callable[..., Mach
 
 
 def test_contexts_of_one_process_alternate(make_machine: Callable[..., Machine]) -> None:
-    """Two times 200 ms take at least 400 ms, for every thread that waits and every way to wait."""
+    """Two times 200 ms take about 400 ms, both for queries of an event and for a wait for a stream."""
     script = """
 c = start(); f = kernel("spin_200000us")[1]; s, e = stream(), C.c_void_p(); need("cuEventCreate", C.byref(e), 0)
 d = C.c_void_p(); need("cuCtxCreate_v2", C.byref(d), 0, 0); g = kernel("spin_200000us")[1]; t = stream()

@@ -79,12 +79,12 @@ def test_sibling_namespaces_do_not_list_each_other_s_processes(machine: Machine)
             say(client)
 
 
-def test_a_foreign_proc_lists_no_process(machine: Machine, holder: Popen[str]) -> None:
+def test_nvml_lists_no_process_in_a_pid_namespace_with_the_host_s_proc(machine: Machine, holder: Popen[str]) -> None:
     done = machine.run(*in_pid_namespace("start(); say(processes())", proc=False))
     assert done.stdout == "[]\n"
 
 
-def test_an_outer_namespace_lists_inner_processes_but_not_the_reverse(machine: Machine) -> None:
+def test_an_outer_pid_namespace_lists_inner_processes_with_its_own_pids(machine: Machine) -> None:
     """The middle one of two levels lists the innermost process with the middle level's pid."""
     inner = "start(); say('up'); time.sleep(30)"
     script = f"""
