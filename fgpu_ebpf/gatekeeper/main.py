@@ -1,7 +1,6 @@
 """The gatekeeper's main loop: it answers the hello of each shim, and updates the pages of registered processes.
 
-Run as `python -m fgpu_ebpf.gatekeeper`. A file lock (flock) allows one gatekeeper per host. The loop runs in the main
-thread of the process, calls all other parts, and writes `<run>/gatekeeper.json`.
+Run as `python -m fgpu_ebpf.gatekeeper`. A file lock allows one per host. The loop runs in the process's main thread.
 
 The kernel identifies a tenant's process by the pidfd of its connection. The data that the process sends is not used for
 that. The loop never waits for a tenant. Only the agent writes limits.

@@ -150,12 +150,9 @@ class Ledger:
         yield from ((*_LIMIT_KEY.unpack(key), *_LIMIT.unpack(value)) for key, value in found)
 
     def set_limits(self, levels: Iterable[LevelLimits], over: Callable[[set[int]], object] | None = None) -> None:
-        """Put the limits of these levels in force, and create the pages of levels that have none.
-
-        No charge is lost, because charges are stored only in the pages, which stay.
+        """Put limits in force, and create the pages of levels that have none. All pages stay, and so all charges.
 
         Args:
-            levels: the levels.
             over: called in another thread with the cgroups of the new levels, after the last BPF program has ended that
                 found no page for them.
 
@@ -225,10 +222,7 @@ class Ledger:
         bpf.update(self._maps["host"], _U32.pack(index), _U64.pack(value))
 
     def file_check(self, dev: int, ino: int) -> int | None:
-        """Return the file offset of a probed instruction, or 1 if it is unknown; None: the file is not probed.
-
-        Safe in any thread.
-        """
+        """Return the offset of a probed instruction, 1 if it is unknown, or None for an unprobed file. Thread-safe."""
         raw = bpf.lookup(self._maps["files"], _FILE.pack(dev, ino), 4)
         return None if raw is None else int(_U32.unpack(raw)[0])
 
@@ -296,10 +290,6 @@ class Ledger:
         """Set a process's overhead on a device.
 
         Args:
-            tgid: the process.
-            generation: the generation of its entry.
-            device: the ledger index.
-            bytes_: the new overhead.
             changes: Process.changes of the reading from which the overhead was computed.
 
         Returns:

@@ -198,9 +198,6 @@ def items(fd: int, key_bytes: int, value_bytes: int, chunk: int = 256) -> Iterat
     An entry that changes during the call is yielded at most once. The caller may delete entries that were yielded.
 
     Args:
-        fd: the map.
-        key_bytes: the size of a key.
-        value_bytes: the size of a value.
         chunk: how many entries are read at a time. It grows if one bucket has more.
 
     Raises:
@@ -333,8 +330,7 @@ def open_uprobe(path: str, offset: int, at_return: bool) -> int:
     """Open a uprobe perf event at a file offset, for all processes, and return its descriptor.
 
     Args:
-        path: the file.
-        offset: the offset of the instruction in the file.
+        offset: of the instruction in the file.
         at_return: the event occurs at the function's return instead of its entry.
 
     Raises:
@@ -360,8 +356,6 @@ def attach_uprobes(program: int, path: str, places: Sequence[tuple[int, int]], a
     takes 5 ms to attach and 0.1 s to detach.
 
     Args:
-        program: the program's descriptor.
-        path: the file.
         places: pairs of file offset and cookie, which the program can read when it runs.
         at_return: run the program at the function's return instead of its entry.
 

@@ -38,9 +38,8 @@ _OPEN, _GATED = int(abi.Gate.OPEN), int(abi.Gate.GATED)
 
 
 class Seen(NamedTuple):
-    """The combined reports of all processes of a tenant. `devices`: the devices on which the tenant has contexts.
-
-    `drained`: nothing has been in flight since the gates were last closed.
+    """The combined reports of a tenant's processes. `devices`: on which it has contexts. `drained`: nothing has been in
+    flight since the gates were last closed.
     """
 
     devices: frozenset[int]
@@ -87,9 +86,8 @@ class Turn:
 
 @dataclass(slots=True)
 class Place:
-    """The state of a tenant that has a share.
-
-    `above`: the units that contain the tenant, innermost first. `asked`: its share without the limits of these units.
+    """The state of a tenant with a share. `above`: the units that contain it, innermost first. `asked`: its share
+    without the limits of these units.
     """
 
     tenant: int
@@ -147,10 +145,9 @@ class Place:
         return self.virtual_ns()
 
     def change(self, above: tuple[Unit, ...], now_ns: int) -> bool:
-        """Set the units around the tenant. The time in hand stays.
+        """Set the units around the tenant; the time in hand stays. Return whether the innermost unit has changed.
 
-        Returns:
-            Whether the innermost unit has changed. The virtual times of two units cannot be compared.
+        The virtual times of two units cannot be compared.
         """
         is_elsewhere = above[-1:] != self.above[-1:]
         account, was = self.account.at(now_ns, self.share)._replace(at_ns=now_ns), self.share
@@ -169,9 +166,8 @@ class Place:
             unit.count_up(self._devices(), now_ns)
 
     def join(self, clock_ns: int, now_ns: int, is_first: bool) -> None:
-        """Record that the tenant requests a turn. It gets no credit for idle time.
-
-        `is_first`: no other tenant of its unit has or requests a turn.
+        """Record that the tenant requests a turn, without credit for idle time. `is_first`: no other tenant of its unit
+        has or requests a turn.
         """
         for unit in self.above:
             unit.join(self.seen.devices, clock_ns, now_ns, is_first)
@@ -263,9 +259,8 @@ class Place:
         return self.flight_ns(now_ns) <= LEAD_NS + MORE_NS
 
     def is_preempted(self) -> bool:
-        """Return whether the tenant's turn was preempted and the next tenant's turn has been granted.
-
-        The turn will have drained by the next pass of the scheduler, and the tenant then queues again.
+        """Return whether the tenant's turn was preempted and the next tenant's turn has been granted. The turn drains
+        by the next pass of the scheduler, and the tenant then queues again.
         """
         return self.turn is not None and self.turn.handed_ns > 0 and self.turn.cut
 
@@ -323,9 +318,8 @@ class Place:
         return any(map(self.waits_for, owners))
 
     def look_due_ns(self, turn: Turn, now_ns: int, due_ns: int) -> int:
-        """Return when to check the owner again. Each check costs time, so a long busy owner is checked less often.
-
-        `due_ns`: when something else about the turn is due.
+        """Return when to check the owner again: less often if it is busy for long. `due_ns`: when something else about
+        the turn is due.
         """
         idle_ns = turn.active_ns + self._patience_ns()
         if self.seen.in_flight:  # the work may end as estimated, and the tenant may be idle after that

@@ -1,11 +1,10 @@
 """Turns on the devices, from the opening of a gate to the end of its drain: which tenants run, wait and stop.
 
 The next gate opens LEAD_NS before a drain should end, so that the device is not idle until a thread has woken up and
-launched work. The next turn is nevertheless charged from the expected end of the drain.
-
-The module runs in the gatekeeper's time slicer thread, does no I/O and reads no clock. `fair_queue` determines the
-order of turns. A tenant that shares no device with another tenant and has no ceiling is *free*: it has no turns, and
-its gates stay open. Wrong reports of a tenant cost at most its own turn.
+launched work. The next turn is charged from the expected end of the drain. The module runs in the gatekeeper's time
+slicer thread, does no I/O and reads no clock. `fair_queue` determines the order of turns. A tenant that shares no
+device with another tenant and has no ceiling is *free*: it has no turns, and its gates stay open. Wrong reports of a
+tenant cost at most its own turn.
 """
 
 from __future__ import annotations
@@ -70,9 +69,8 @@ class Turns:
             self._change(*change, now_ns)
 
     def _change(self, place: Place, above: tuple[Unit, ...], now_ns: int) -> None:
-        """Set the units around a tenant whose share or units have changed.
-
-        The tenant leaves the queue, and joins it again when it is next observed to wait.
+        """Set the units around a tenant whose share or units have changed. The tenant leaves the queue, and joins it
+        again when it is next observed to wait.
         """
         if place.change(above, now_ns):
             place.left = fair_queue.STAYED
@@ -121,11 +119,7 @@ class Turns:
         return [place for place in self._running.values() if place.is_preempted()]
 
     def step(self, observations: Mapping[int, Seen], now_ns: int) -> set[int]:
-        """Apply the observations since the last step, and begin, extend and end turns.
-
-        Returns:
-            The tenants whose gates have changed.
-        """
+        """Apply new observations, and begin, extend and end turns. Return the tenants whose gates have changed."""
         self._stepped_ns = now_ns
         wanted = state.devices_of((*self._queue.values(), *self._preempted()))
         for tenant, seen in observations.items():
@@ -144,9 +138,8 @@ class Turns:
         return changed
 
     def look_again(self) -> bool:
-        """Return whether the caller should check again at once, because gates were closed with nothing in flight.
-
-        If nothing is in flight then either, these turns have ended.
+        """Return whether to check again at once: gates were closed with nothing in flight. If the next check finds
+        nothing in flight either, these turns have ended.
         """
         is_drained, self._is_drained = self._is_drained, False
         return is_drained
