@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from typing import NamedTuple
 
 from fgpu_ebpf.agent.device_balance import Balance, Charges, Life, Reading, surplus
@@ -67,13 +67,19 @@ class EndedRows:
         self._living: frozenset[int] = frozenset()  # pids of ended processes that live processes have again
         self._fell: dict[int, int] = {}  # by pid: when the ended part of its row last fell
 
-    def look(self, rows: Rows, live: Mapping[int, Process], orphans: Iterable[Orphan]) -> dict[int, int]:
-        """Record a sample. Returns the bytes of ended processes by pid, for pids that NVML still lists."""
+    def look(
+        self, rows: Rows, live: Mapping[int, Process], orphans: Iterable[Orphan], busy: Set[int] = frozenset()
+    ) -> dict[int, int]:
+        """Record a sample. Returns the bytes of ended processes by pid, for pids that NVML still lists.
+
+        Args:
+            busy: live processes that are in a call or changed their memory during the pass.
+        """
         orphaned: dict[int, int] = defaultdict(int)
         for orphan in orphans:
             orphaned[orphan.tgid] += orphan.bytes if orphan.ended_ns else 0
         last = {
-            pid: _Row(rows.get(pid) or 0, self._ended(pid, rows.get(pid) or 0, bytes_, live.get(pid)), bytes_)
+            pid: _Row(row := rows.get(pid) or 0, self._ended(pid, row, bytes_, live.get(pid), pid in busy), bytes_)
             for pid, bytes_ in orphaned.items()
         }
         now = time.monotonic_ns()
@@ -117,11 +123,12 @@ class EndedRows:
         is_old = fell < time.monotonic_ns() - FALL_COUNTS_NS
         return is_named, is_old, -max(fell, orphan.ended_ns or orphan.since_ns)
 
-    def _ended(self, pid: int, row: int, orphaned: int, process: Process | None) -> int:
+    def _ended(self, pid: int, row: int, orphaned: int, process: Process | None, is_busy: bool) -> int:
         """Return the part of a row that belongs to ended processes.
 
         This part only grows by bytes that were orphaned since the last pass and were in the row before. Other growth
-        belongs to a live process. Memory of a process that ended without a context was in no row.
+        belongs to a live process. Memory of a process that ended without a context was in no row. Of a live process
+        that is in a call, no byte is certain to be in the row: the call may have freed it already.
         """
         then = self._last.get(pid)
         if then is None and process is None:
@@ -131,7 +138,7 @@ class EndedRows:
         if process and self._rows is not None:
             more = min(more, max(0, (self._rows.get(pid) or 0) - ended_then))
         most = min(ended_then + more, orphaned) if process else ended_then + more
-        own = self._own(process) if process else 0
+        own = self._own(process) if process and not is_busy else 0
         fallen = 0 if process else max(0, bytes_then - row)
         return max(0, min(most - fallen, row - own))
 
@@ -183,7 +190,7 @@ class OrphanRelease:
         Orphaned bytes without an entry may belong to any ended process, also to one that was never in the ledger. If
         there are such bytes, the rows of all ended processes count.
         """
-        found = self._rows.look(sample.rows, sample.processes, orphans)
+        found = self._rows.look(sample.rows, sample.processes, orphans, sample.busy)
         unknown = sample.rows.keys() - sample.processes.keys() - found.keys() if self._without else ()
         rows = {pid: row for pid in unknown if (row := sample.rows[pid]) and procfs.ended(pid)}
         self._proven = sum(rows.values())

@@ -42,7 +42,7 @@ class Machine(RuleBasedStateMachine):
 
     `running`: operations that have begun, each with the managed memory that it allocates. `steps`: which of them
     continue between two questions of a reconciliation. `disturbed`: hidden memory changed while orphans may have
-    explained it.
+    explained it. `is_hidden_newer`: it has changed since the last calm look.
     """
 
     def __init__(self) -> None:
@@ -52,6 +52,7 @@ class Machine(RuleBasedStateMachine):
         self.steps: list[int] = []
         self.is_slow = False
         self.disturbed = False
+        self.is_hidden_newer = False
         self.reconciler = Reconciler(self.world.nvml, self.world.ledger, lambda _: ())
         ledger_corrections._is_alive = nvml_reconcile._alive = self.world.is_alive
 
@@ -90,6 +91,7 @@ class Machine(RuleBasedStateMachine):
         return any(one[0] is client for one in self.running)
 
     def disturb(self) -> None:
+        self.is_hidden_newer = True
         self.disturbed = self.disturbed or bool(self.world.ledger.kept)
 
     def disturb_hidden(self, client: Client) -> None:
@@ -121,7 +123,7 @@ class Machine(RuleBasedStateMachine):
     @rule(n=a_client, keepers=st.sampled_from([0, 0, 1]))
     def kill(self, n: int, keepers: int) -> None:
         for client in self.living()[n : n + 1]:
-            self.disturbed = self.disturbed or bool(self.world.device.in_no_row(client))
+            self.disturbed = self.disturbed or self.is_hidden_newer or bool(self.world.device.in_no_row(client))
             client.never_seen = min(client.grown + client.pool, max(self.uncharged(client), self.missing()))
             managed = sum(one[2] for one in self.running if one[0] is client)
             self.running = [one for one in self.running if one[0] is not client]
@@ -256,6 +258,7 @@ class Machine(RuleBasedStateMachine):
     def release(self, n: int) -> None:
         handle = self.handle(n, lambda one: one.maker and one.maker.is_alive and not self.busy(one.maker))
         if handle and handle.maker:
+            self.disturbed = self.disturbed or (handle.is_exported and self.is_hidden_newer)
             self.start(handle.maker, self.world.release(handle.maker, handle))
 
     @rule(n=which, importer=a_client)
@@ -300,6 +303,7 @@ class Machine(RuleBasedStateMachine):
         self.steps = steps
         moved = {one[0].pid for one in self.running}
         self.reconciler.look(is_full)
+        self.is_hidden_newer = self.is_hidden_newer and bool(steps or self.running)
         self.steps = []
         unseen = sum(client.grown + client.pool for client in self.living() if client.pid in moved)
         assert self.missing() <= REST + unseen, f"{self.missing() // MIB} MiB are held and not charged"
@@ -360,3 +364,16 @@ def test_released_bytes_equal_the_bytes_that_the_device_freed_within_32_mib(
         suppress_health_check=list(hypothesis.HealthCheck),
     )
     run_state_machine_as_test(Machine, settings=settings)
+
+
+def test_a_context_that_a_call_has_freed_is_not_taken_from_the_orphans_of_its_pid() -> None:
+    """NVML shows two contexts of one pid: of the programs before two execs. A third one is being destroyed."""
+    machine = Machine()
+    machine.populate(has_managed=False, has_orphan=True)
+    machine.pace(is_slow=True)
+    for _ in range(2):
+        machine.look([], False)
+        machine.execute(0, 0)
+    machine.end_context(0)
+    machine.look([1], False)
+    machine.look([1, 0], False)

@@ -171,11 +171,12 @@ def test_the_word_of_a_page_is_never_torn() -> None:
             bad += sum(words[at] not in values for _ in range(1000))
         os._exit(min(bad, 100))
     page = memory.page
-    while os.waitpid(pid, os.WNOHANG) == (0, 0):
+    while (ended := os.waitpid(pid, os.WNOHANG)) == (0, 0):
         for _ in range(1000):
             page.heartbeat_ns = 0xEEEEEEEEEEEEEEEE
             page.heartbeat_ns = 0x1111111111111111
     memory.close()
+    assert os.waitstatus_to_exitcode(ended[1]) == 0, "values that were never written"
 
 
 def test_uuids_are_converted_to_bytes_and_text_and_invalid_uuids_are_refused() -> None:

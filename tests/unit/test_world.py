@@ -47,6 +47,7 @@ def test_folders_are_private(tmp_path: Path) -> None:
 def test_the_copy_of_the_driver_s_library_is_a_separate_file() -> None:
     library = ROOT / "build/sim/lib/libcuda.so.1"
     done = in_world("stat", "--dereference", "--format=%d %i", library)
+    assert done.returncode == 0, done.stderr
     assert done.stdout.split() != [str(library.stat().st_dev), str(library.stat().st_ino)]
 
 
