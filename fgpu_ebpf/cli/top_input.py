@@ -164,7 +164,9 @@ class Keyboard:
             EOFError: the terminal is closed.
         """
         text = self._read()
-        while _UNFINISHED.search(text) and select.select([self._fd], [], [], REST_SECONDS)[0]:
+        ready = select.poll()
+        ready.register(self._fd, select.POLLIN)
+        while _UNFINISHED.search(text) and ready.poll(1000 * REST_SECONDS):
             text += self._read()
         return [_NAMES.get(key, key) for key in _KEY.findall(text)]
 

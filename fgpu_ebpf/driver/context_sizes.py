@@ -50,7 +50,9 @@ def measure_contexts(nvml: Nvml, libcuda: Path) -> dict[int, int]:
     assert child.stdin
     assert child.stdout
     try:
-        if not select.select([child.stdout], [], [], MEASURE_SECONDS)[0]:
+        ready = select.poll()  # unlike select(), for any descriptor: an agent may have thousands
+        ready.register(child.stdout, select.POLLIN)
+        if not ready.poll(1000 * MEASURE_SECONDS):
             return {}
         held = [((nvml.process_bytes(d.index) or {}).get(child.pid), d.index) for d in nvml.devices]
         return {index: size for size, index in held if size}
