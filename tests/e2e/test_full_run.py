@@ -1,4 +1,6 @@
-"""F28: `/run` is full while a container exits. Other containers that start at that moment still get their limits."""
+"""F28: no file in /run/fgpu can be written while a container exits, as if `/run` were full. Other containers that start
+at that moment still get their limits.
+"""
 
 from __future__ import annotations
 

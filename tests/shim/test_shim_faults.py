@@ -1,4 +1,4 @@
-"""The k-th system call of the shim fails, for every k until no call is left to fail. The program is not affected."""
+"""The k-th system call of the shim fails, for every k until no call is left to fail. At most, memory is refused."""
 
 import pytest
 
