@@ -1,4 +1,4 @@
-"""The symbols that the shim's files use of each other form no cycle. They follow the order of folders in the Makefile."""
+"""The shim's files use no symbols of each other in a cycle, and follow the order of folders in the Makefile."""
 
 from __future__ import annotations
 
