@@ -160,9 +160,10 @@ def run(command: list[str]) -> int:
 
 
 def run_cleared(command: list[str]) -> int:
-    """Run a command between two clearings; return its exit status. A signal to end becomes its Ctrl-C; a second kills.
+    """Clear the worlds, run a command, clear the worlds again, and return the command's exit status.
 
-    The shell's own `trap` would wait until the command has exited.
+    The first SIGTERM or SIGHUP is passed on to the command as SIGINT, each further one as SIGKILL. A shell's `trap`
+    would run only after the command has exited.
     """
     child: subprocess.Popen[bytes] | None = None
     asked = 0

@@ -142,7 +142,7 @@ def launch(bench: Bench) -> None:
 
 
 def under_limit(bench: Bench) -> None:
-    """Measure the time that a limit of 75 % adds to steps of 5 ms every 10 ms, which stay below the limit."""
+    """Measure by how many percent a limit of 75 % lengthens steps of 5 ms every 10 ms, which stay below it."""
     found = []
     for number in range(2 if bench.quick else 5):
         (program,) = bench.tenants(1)

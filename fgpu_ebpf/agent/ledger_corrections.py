@@ -85,7 +85,10 @@ class Corrections:
         return max(0, process.witnessed(device))
 
     def _look_for_the_unnamed(self, device: int, sample: Sample) -> None:
-        """Count the passes in which less memory is in use than an unlisted process with a context holds."""
+        """Count, for each unlisted process with a context, the consecutive passes in which its memory is not in use.
+
+        Its memory is not in use if fewer bytes are in use beyond all rows than probes counted for the process.
+        """
         unnamed = {t: p for t, p in sample.processes.items() if p.contexts[device] and t not in sample.rows}
         left = self._left(device, sample) if unnamed else None
         counts = {life: n for life, n in self._gone.items() if life[2] != device}

@@ -41,7 +41,10 @@ class Looks:
         self._next_scan = monotonic() + RESCAN_SECONDS
 
     def ask(self, path: str) -> None:
-        """Request a scan of these cgroups. A running scan does not count, as it may have passed them."""
+        """Request a scan of the cgroups at `path`, also during such a scan.
+
+        The running scan may have passed a cgroup before the cgroup changed.
+        """
         self._wanted.setdefault(path)
 
     def wait(self, seconds: float) -> float:

@@ -36,7 +36,7 @@ Totals = Mapping[str, Used]  # by source
 
 
 class UsageMeter:
-    """The amounts of all tenants since the agent's start, by level and device.
+    """The use of devices by all tenants since the agent's start, by level and device.
 
     Args:
         truth: returns the last result of NVML.

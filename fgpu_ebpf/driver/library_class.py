@@ -117,7 +117,7 @@ class Trust:
         return stamp.size in self._shims.values()
 
     def learn(self, file: File, stamp: Stamp, digest: str) -> None:
-        """Store the digest of a file for as long as it has this stamp."""
+        """Store the digest of a file with this stamp. If MOST_KNOWN digests are stored, they are all dropped first."""
         if len(self._known) >= MOST_KNOWN:
             self._known.clear()
         self._known[file] = stamp, digest

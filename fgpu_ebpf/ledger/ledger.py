@@ -153,8 +153,8 @@ class Ledger:
         """Put limits in force, and create the pages of levels that have none. All pages stay, and so all charges.
 
         Args:
-            over: called in another thread with the cgroups of the new levels, after the last BPF program has ended that
-                found no page for them.
+            over: called in another thread, once for each batch of at most PAGES_AT_ONCE new levels, with their
+                cgroups, when every BPF program that found no page for them has ended.
 
         Raises:
             OSError: E2BIG: there are too few pages for so many levels. No level is changed then.

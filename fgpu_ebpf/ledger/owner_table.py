@@ -60,7 +60,7 @@ class OwnerTable:
 
     @functools.cached_property
     def sizes(self) -> dict[str, int]:
-        """The maximum of entries of each map of abi.Shared. A map that an older version has pinned may be smaller."""
+        """The maximum number of entries of each map of abi.Shared. A map pinned by an older version may be smaller."""
         return {(name := shared.name.lower()): bpf.form(self._maps[name]).max_entries for shared in abi.Shared}
 
     def claimed(self) -> tuple[int, ...]:

@@ -62,7 +62,7 @@ class Descriptor:
                 self._fd = os.open(f"/proc/self/fd/{fd}", os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
 
     def write(self, line: bytes) -> None:
-        """Write a line in one write. A line of which a terminal accepts only a part counts as dropped."""
+        """Write a line in one call. Raises OSError: the line, or a part of it, is not accepted at once."""
         if self._socket:
             self._socket.send(line, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
             return

@@ -1,4 +1,4 @@
-"""A process gets other levels while it charges and releases. Each level keeps exactly the bytes charged there."""
+"""Moves of a process to other levels, also during its charges and releases: no byte is lost or counted twice."""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
-"""A driver whose functions begin like those of most real drivers.
+"""Probes of a driver whose functions begin with a comparison, like those of most real drivers; return probes.
 
-It is probed after the comparison, and witnessed like any other driver.
+The probes are attached behind the comparison, and record calls as on any other driver. The self-test of return probes
+detects a kernel on which a return probe kills the process.
 """
 
 from __future__ import annotations

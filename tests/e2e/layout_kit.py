@@ -53,7 +53,7 @@ def version(work: Path, ahead: int) -> Version:
 
 
 def shim(sources: Path, ahead: int) -> Path:
-    """Build the shim of that layout."""
+    """Build the shim from these sources, and return its path. If `ahead` is 0, return this tree's shim."""
     if not ahead:
         return SHIM
     out = sources.parent / "shim"

@@ -12,7 +12,10 @@ from tests.support.tenant import Client, Tenant
 
 
 def load(one: Tenant) -> tuple[list[Client], Callable[[], None]]:
-    """Run a client whose requests always fit and one whose requests never fit. Check the results when they stop."""
+    """Start a client whose requests always fit, and a client whose requests never fit.
+
+    Returns the clients, and a function that stops both and checks their results.
+    """
     fits, hopeless = one.client(), one.client()
     fits.ok("context")
     hopeless.ok("context")

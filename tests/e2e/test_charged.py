@@ -22,7 +22,7 @@ MARKS = 99  # of all scenarios
 
 
 def scenarios() -> list[str]:
-    """Return all scenarios of the benchmark."""
+    """Return the names of all scenarios in bench/charged.py."""
     text = (ROOT / "bench/charged.py").read_text(encoding="utf-8")
     (table,) = [node.value for node in ast.parse(text).body if _is_named(node, "SCENARIOS")]
     return [name for names in ast.literal_eval(table).values() for name in names]

@@ -20,7 +20,10 @@ if "agent" not in open("/proc/self/cmdline").read().split("\\0"):
 
 
 def poison(folder: Path) -> list[str]:
-    """Return a command of env(1) with a library to preload, modules named like fgpu's imports, and their folder."""
+    """Return an env(1) command that poisons a program's environment.
+
+    It preloads a library, and puts modules with the names of fgpu's imports into PYTHONPATH and the working directory.
+    """
     library = folder / "evil.so"
     source = Path(__file__).with_name("libraries") / "evil.c"
     subprocess.run(["gcc", "-shared", "-fPIC", "-o", library, source, "-ldl"], check=True, timeout=60)

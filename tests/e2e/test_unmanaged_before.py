@@ -84,7 +84,7 @@ def killed(service: Service) -> Iterator[None]:
 
 
 def is_in_force(cgroup: Path) -> bool:
-    """Return whether the cgroup is a tenant whose limit the kernel enforces."""
+    """Return whether the cgroup is a tenant with the limit LIMIT, and the kernel enforces this limit."""
     path = f"/{cgroup.relative_to(cgroup_root())}"
     found = [tenant for tenant in ask(verb="snapshot")["tenants"] if tenant["path"] == path]
     if not found or found[0]["devices"][0]["limit_bytes"] != LIMIT:

@@ -150,7 +150,7 @@ def layered(release: Release, work: Path, prefix: Sequence[str] = ()) -> Iterato
 
 
 class Images(kit.Bundles):
-    """Containers of runc or crun with such a root."""
+    """Containers of runc or crun whose root file system is `root`, without the host's system folders."""
 
     root: Path
 

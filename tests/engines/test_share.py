@@ -30,7 +30,7 @@ spec:
 
 @pytest.fixture(params=["runc", "crun"])
 def bundles(request: pytest.FixtureRequest, service: Service, unharmed: None, tmp_path: Path) -> Iterator[kit.Bundles]:
-    """Return containers that request devices."""
+    """Return containers that can request the devices of the agent's CDI specification of shares."""
     place = kit.Bundles(tmp_path, request.param)
     place.spec = json.loads((service.cdi / "fgpu.dev-share.json").read_text())
     yield place

@@ -1,4 +1,4 @@
-"""Inputs for fuzzers: those of a corpus, and random changes of them. Imports nothing from fgpu_ebpf."""
+"""Inputs for fuzzers: a corpus, random changes of its inputs, and random bytes. Imports nothing from fgpu_ebpf."""
 
 from __future__ import annotations
 

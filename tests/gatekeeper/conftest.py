@@ -56,7 +56,10 @@ class Keeper:
         return 0
 
     def grows(self, name: str, by: int = 1, patience: float = 3.0) -> Callable[[], None]:
-        """Return a function that asserts, when it is called later, that the count has grown by this number."""
+        """Return a function that waits until the count has grown by at least `by` since this call.
+
+        The function fails after `patience` seconds.
+        """
         before = self.count(name)
         return lambda: until(lambda: self.count(name) >= before + by, patience)
 

@@ -49,7 +49,7 @@ def pods(node: node_kit.Node) -> dict[str, node_kit.Pod]:
 
 
 def limits() -> dict[str, int]:
-    """Return the limits by tenant."""
+    """Return each tenant's limit of memory on its first device, in bytes."""
     return {t["tenant"]: t["devices"][0]["limit_bytes"] for t in ask(verb="snapshot")["tenants"]}
 
 

@@ -272,7 +272,7 @@ class Agent:
             ctypes.c_uint32.from_buffer(control, GATES + 4 * device).value = word
 
     def status(self, what):
-        """Return the fields of each process's status page for a device, in the order of hellos."""
+        """Return the time, and each process's fields on its status page for a device, in the order of hellos."""
         device = what.get("device", 3)
         answer = []
         for m in self.statuses:

@@ -216,7 +216,7 @@ say(come(first), come(second), come(other))
 
 
 def test_a_client_that_waits_for_an_xid_receives_it(machine: Machine) -> None:
-    """Other calls for the device are served at that time. Only the last 64 XIDs that no call has read are kept."""
+    """Other calls for the device are served during the wait. Only the last 64 XIDs that no call has read are kept."""
     pytest.importorskip("pynvml")
     script = """
 import threading
@@ -267,7 +267,7 @@ def test_an_xid_of_an_absent_device_is_refused(machine: Machine) -> None:
 
 
 def test_a_client_with_an_ecc_error_keeps_its_memory_and_gets_no_more(machine: Machine) -> None:
-    """NVML and later clients work."""
+    """Its next call returns CUDA_ERROR_ECC_UNCORRECTABLE (214). A later client gets memory."""
     ask = "L.cuMemAlloc_v2(C.byref(C.c_uint64()), C.c_size_t(5 << 20))"
     script = f"import sys; start(); alloc(5 << 20); say(); sys.stdin.readline(); say({ask}); wait()"
     with machine.spawn(script) as client:

@@ -1,4 +1,4 @@
-"""Places in which tenants live: `fgpu run`, plain cgroups, containers of runc and crun."""
+"""Places in which tenants run: `fgpu run`, plain cgroups, containers of runc and crun."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ from fgpu_ebpf.linux.logs import Format
 
 @pytest.fixture
 def log() -> Iterator[logging.Logger]:
-    """Return a separate logger. Its handlers are closed after the test."""
+    """Return a separate logger. Its handlers are removed after the test."""
     found = logging.getLogger("fgpu.test")
     found.propagate = False
     found.setLevel(logging.INFO)
@@ -85,7 +85,7 @@ def test_no_line_is_longer_than_a_pipe_takes_at_once(log, tmp_path, form) -> Non
 
 
 def entry_of(datagram: bytes) -> dict[str, str]:
-    """Parse an entry of the native protocol, by its documentation: NAME, newline, length, value, newline."""
+    """Parse an entry in the journal's documented native protocol: NAME, newline, length, value, newline."""
     found = {}
     while datagram:
         name, rest = datagram.split(b"\n", 1)

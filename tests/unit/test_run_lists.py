@@ -1,4 +1,4 @@
-"""Tests of the preload lists that `fgpu run` binds: which failures refuse the program."""
+"""Tests of the preload lists that `fgpu run` mounts: after which failures the program is not run."""
 
 from __future__ import annotations
 

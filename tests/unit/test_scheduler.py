@@ -1,4 +1,4 @@
-"""Tests of shares, limits, priorities, gangs and failures in simulated time. The figures are those of ten seconds."""
+"""Tests of shares, limits, priorities, gangs and failures in simulated time."""
 
 from __future__ import annotations
 

@@ -446,7 +446,7 @@ def test_an_ignored_word_wakes_no_thread():
 
 
 def test_a_tenant_that_waits_for_an_owner_does_not_wake_the_slicer(world):
-    """Only the owner is checked, every 1.75 ms at most.
+    """Only the owner is checked, at most once in 1.75 ms.
 
     An owner without a processor seems idle, and the other tenant gets the device: such rounds do not count.
     """

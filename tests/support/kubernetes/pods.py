@@ -20,7 +20,7 @@ class Pods(engines.Bundles):
         self.answer: Any = None
 
     def pod(self, answer: Any = None, names: list[str] | None = None) -> Tenant:
-        """Start one container with that answer of the plugin, or with these CDI devices."""
+        """Start one container with the plugin's `answer`, or with the CDI devices `names`."""
         self.answer, self.names = answer, names or [device.name for device in answer.cdi_devices]
         return self.tenant(None)
 
