@@ -36,7 +36,7 @@ def by_path(apps: Mapping[str, WSGIApplication]) -> WSGIApplication:
 
     The text of the 404 response lists the valid paths.
     """
-    missing = _text_response("404 Not Found", f"no such path: {' '.join(apps)}")
+    missing = _text_response("404 Not Found", f"no such path; valid paths: {' '.join(apps)}")
 
     def answer(environ: WSGIEnvironment, start: StartResponse) -> Iterable[bytes]:
         return apps.get(environ.get("PATH_INFO") or "/", missing)(environ, start)

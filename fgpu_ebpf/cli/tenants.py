@@ -114,7 +114,7 @@ def _now(level: Mapping[str, Any] | None) -> str:
 
 @click.group(cls=Sections)
 def device() -> None:
-    """Report the repair of a device to the agent, or make the agent release all devices."""
+    """Report the repair of a device, or make the agent release all devices or open them again."""
 
 
 @examples("fgpu device clear 0", "fgpu device clear GPU-1f3a")

@@ -61,7 +61,7 @@ def usage(since: int, by: str, as_csv: bool, as_json: bool) -> None:
       turns   measured by the gatekeeper
       nvml    a sample of NVML's, of tenants that do not take turns
       none    unknown: NVML does not report it
-    IDLE is the part of HELD, the time with memory on a device, in which nothing ran there.
+    IDLE is the part of HELD, the time with memory on a device, in which the tenant ran less than 1 %.
     """
     if os.geteuid():
         fail("usage needs root on the host", 1)

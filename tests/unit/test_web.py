@@ -188,7 +188,7 @@ def status_of(method: str, path: str, fault: str = "") -> tuple[str, bytes]:
 
 def test_requests_are_routed_by_path() -> None:
     assert status_of("GET", "/metrics") == status_of("GET", "/") == status_of("GET", "") == ("200 OK", b"fine")
-    assert status_of("GET", "/x") == ("404 Not Found", b"no such path: / /metrics /readyz\n")
+    assert status_of("GET", "/x") == ("404 Not Found", b"no such path; valid paths: / /metrics /readyz\n")
     assert status_of("HEAD", "/metrics/") == ("404 Not Found", b"")
 
 
