@@ -279,6 +279,7 @@ def wait_until_detached(shim: Path) -> None:
     """
     until = time.monotonic() + DETACHED_SECONDS
     with contextlib.suppress(OSError, elf.ElfError, ProbeError), open(shim, "rb") as file:
-        place = probe_plan.plan(file.fileno(), str(shim), Role.SHIM).check
-        while breakpoints.is_set_in_new_mappings(file.fileno(), place) and time.monotonic() < until:
-            time.sleep(0.01)
+        made = probe_plan.plan(file.fileno(), str(shim), Role.SHIM)
+        for place in (offset for _, places, _ in made.programs for offset, _ in places):  # each has a link of its own
+            while breakpoints.is_set_in_new_mappings(file.fileno(), place) and time.monotonic() < until:
+                time.sleep(0.01)

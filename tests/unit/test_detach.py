@@ -3,30 +3,32 @@
 from __future__ import annotations
 
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
 from fgpu_ebpf.agent import detach, gatekeeper_process
 from fgpu_ebpf.containers import engine_setup, injection, run
 from fgpu_ebpf.driver import attach, other_layouts, probe_plan, programs
+from fgpu_ebpf.driver.library_class import Role
 from fgpu_ebpf.linux import breakpoints
 from fgpu_ebpf.policy import last_good
+
+PLAN = probe_plan.Plan(Role.SHIM, (("admit", ((0x3A70, 0),), False), ("release", ((0x3A80, 0),), False)), 0x3A80)
 
 
 def test_a_detach_waits_until_no_new_program_gets_a_probe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "libfgpu.so").touch()
-    answers, asked = [True, True, False, True], list[int]()
-    monkeypatch.setattr(probe_plan, "plan", lambda *_: SimpleNamespace(check=0x3A70))
+    answers, asked = [True, True, False, True, False, True], list[int]()
+    monkeypatch.setattr(probe_plan, "plan", lambda *_: PLAN)
     monkeypatch.setattr(breakpoints, "is_set_in_new_mappings", lambda _, at: asked.append(at) or answers.pop(0))
     attach.wait_until_detached(tmp_path / "libfgpu.so")
-    assert asked == 3 * [0x3A70]
+    assert asked == [0x3A70, 0x3A70, 0x3A70, 0x3A80, 0x3A80], "the kernel detaches the links in any order"
 
 
 def test_a_detach_stops_waiting_after_a_time_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "libfgpu.so").touch()
     monkeypatch.setattr(attach, "DETACHED_SECONDS", 0.0)
-    monkeypatch.setattr(probe_plan, "plan", lambda *_: SimpleNamespace(check=0x3A70))
+    monkeypatch.setattr(probe_plan, "plan", lambda *_: PLAN)
     monkeypatch.setattr(breakpoints, "is_set_in_new_mappings", lambda *_: True)
     attach.wait_until_detached(tmp_path / "libfgpu.so")
 
