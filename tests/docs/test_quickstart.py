@@ -28,7 +28,11 @@ BLOCK = re.compile(r"^```console\n(.*?)^```", re.MULTILINE | re.DOTALL)
 # Commands of this host that are found first. Each is a shell script.
 SUDO = 'BY_SUDO=yes; export BY_SUDO; exec "$@"'
 ASKS = '[ "${BY_SUDO:-}" ] || { echo "$0: root alone may, or a group that has no member yet" >&2; exit 1; }'
-SYSTEMCTL = '[ "$*" = "reload docker" ] && kill -HUP "$(cat {pid})"'
+# Docker reads its settings some time after the signal. This script runs the next command sooner than a user types it.
+SYSTEMCTL = """
+[ "$*" = "reload docker" ] && kill -HUP "$(cat {pid})" || exit 1
+until docker info --format '{{{{.DefaultRuntime}}}}' | grep -qx fgpu; do sleep 0.05; done
+"""
 # The settings are not at Docker's usual path, and tenants' cgroups are at a place that the agent scans.
 FGPU = """
 case $1 in
