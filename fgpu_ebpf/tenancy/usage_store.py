@@ -24,17 +24,27 @@ FILE = Path("/var/lib/fgpu/usage.db")
 PERIOD_SECONDS = 600  # the time that a row covers
 MOST_ROWS = 500_000
 CACHE_KIB = 256  # SQLite's cache in the writing thread; small, because the agent's memory is bounded
-VERSION = 1
+VERSION = 2
 END_SECONDS = 2.0
 LABEL = "label:"
 _TABLES = """
 CREATE TABLE IF NOT EXISTS owners (
-    id INTEGER PRIMARY KEY, tenant TEXT, namespace TEXT, user TEXT, labels TEXT, around TEXT,
+    id INTEGER PRIMARY KEY, tenant TEXT, namespace TEXT, user TEXT, labels TEXT,
+    around TEXT NOT NULL DEFAULT '[]',
     UNIQUE (tenant, namespace, user, labels, around));
 CREATE TABLE IF NOT EXISTS used (
     period INTEGER, owner INTEGER, gpu TEXT, source TEXT,
     run REAL, byte_seconds REAL, held REAL, idle REAL, waited REAL,
     UNIQUE (period, owner, gpu, source));
+"""
+# A file of version 1 has owners without `around`.
+_UPGRADE = f"""
+BEGIN;
+ALTER TABLE owners RENAME TO earlier;
+{_TABLES}
+INSERT INTO owners (id, tenant, namespace, user, labels) SELECT id, tenant, namespace, user, labels FROM earlier;
+DROP TABLE earlier;
+COMMIT;
 """
 _ADD = """
 INSERT INTO used VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT DO UPDATE SET run = run + excluded.run,
@@ -162,7 +172,8 @@ def add(file: Path, amounts: Amounts) -> None:
     file.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
     with contextlib.closing(sqlite3.connect(file)) as store, store:
         store.execute(f"PRAGMA cache_size = -{CACHE_KIB}")
-        store.executescript(_TABLES)
+        columns = {name for _, name, *_ in store.execute("PRAGMA table_info(owners)")}
+        store.executescript(_UPGRADE if columns and "around" not in columns else _TABLES)
         store.execute(f"PRAGMA user_version = {VERSION}")
         store.executemany(
             _ADD, ((p.period, _id(store, p.owner), p.gpu, p.source, *used) for p, used in amounts.items())

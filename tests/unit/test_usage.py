@@ -169,6 +169,22 @@ def test_a_tenant_inside_another_one_of_the_same_group_counts_once(tmp_path, by,
     assert {group: of["turns"].run for group, of in found.items()} == expected
 
 
+def test_a_file_of_version_1_keeps_its_amounts(tmp_path):
+    file = tmp_path / "usage.db"
+    with sqlite3.connect(file) as store:
+        tables = usage_store._TABLES.replace("    around TEXT NOT NULL DEFAULT '[]',\n", "").replace(", around", "")
+        store.executescript(f"{tables} PRAGMA user_version = 1")
+        names = ("alice", "research", "1000", '[["team", "vision"]]')
+        store.execute("INSERT INTO owners (tenant, namespace, user, labels) VALUES (?, ?, ?, ?)", names)
+        store.execute("INSERT INTO used VALUES (10, 1, 'GPU-a', 'turns', 1, 1, 1, 1, 1)")
+    store.close()
+    with pytest.raises(usage_store.StoreError, match="of version 1"):
+        list(usage_store.read(0, file))
+    for _ in range(2):
+        usage_store.add(file, used(seconds=2.0))
+    assert usage_store.grouped(usage_store.read(0, file), "label:team")["vision"]["turns"].run == 5.0
+
+
 def test_the_file_is_bounded_and_loses_its_oldest_rows_first(tmp_path, monkeypatch):
     monkeypatch.setattr(usage_store, "MOST_ROWS", 100)
     file = tmp_path / "usage.db"
