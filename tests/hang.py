@@ -53,10 +53,9 @@ def uninterruptible() -> Iterator[str]:
     """
     for task in Path("/proc").glob("[0-9]*/task/[0-9]*"):
         with contextlib.suppress(OSError):  # the process has ended
-            state = task.joinpath("stat").read_text().rpartition(")")[2].split()[0]
-            if state == "D":
-                facts = (task.joinpath(name).read_text() for name in ("comm", "cgroup", "schedstat", "stack"))
-                yield f"--- {task}\n" + "".join(facts)
+            if task.joinpath("stat").read_bytes().rpartition(b") ")[2].startswith(b"D"):
+                facts = (task.joinpath(name).read_bytes() for name in ("comm", "cgroup", "schedstat", "stack"))
+                yield f"--- {task}\n" + b"".join(facts).decode(errors="backslashreplace")
 
 
 def stack(pid: int) -> str:

@@ -72,16 +72,22 @@ def mounted_lists(run_dir: Path) -> set[str]:
 
 
 def one_of_each_namespace(pids: Iterable[int]) -> Iterator[int]:
-    """Yield the first process of each mount namespace."""
+    """Yield a process of each mount namespace. If one exits before the caller asks for the next, another follows."""
     seen = set[str]()
     for pid in pids:
-        try:
-            namespace = os.readlink(f"/proc/{pid}/ns/mnt")
-        except OSError:
-            continue
-        if namespace not in seen:
-            seen.add(namespace)
+        namespace = _namespace_of(pid)
+        if namespace and namespace not in seen:
             yield pid
+            if _namespace_of(pid) == namespace:
+                seen.add(namespace)
+
+
+def _namespace_of(pid: int) -> str:
+    """Return a name of the process's mount namespace; an empty text if it has exited."""
+    try:
+        return os.readlink(f"/proc/{pid}/ns/mnt")
+    except OSError:
+        return ""
 
 
 def _mounts_everywhere() -> Iterator[tuple[str, str, str]]:

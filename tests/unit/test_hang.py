@@ -32,6 +32,7 @@ hang.LAST_SECONDS = 5
 """
 VFORKS = """
 import ctypes
+open("/proc/self/comm", "wb").write(b"\\xff) R")
 ctypes.CDLL(None).vfork() or __import__("time").sleep(1000)
 """
 PASSES = """
@@ -60,7 +61,7 @@ def test_the_kernel_stack_of_a_program_without_python_is_printed() -> None:
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root: it reads the stacks of other processes")
 def test_the_stack_of_a_process_that_blocks_in_the_kernel_is_printed() -> None:
-    """A parent of vfork() waits in uninterruptible sleep until its child has ended."""
+    """A parent of vfork() waits in uninterruptible sleep until its child has ended. Its name is not in UTF-8."""
     with subprocess.Popen([sys.executable, "-c", VFORKS], start_new_session=True) as program:
         try:
             eventually(lambda: any(f"/proc/{program.pid}/" in text for text in hang.uninterruptible()), 10, "a stack")

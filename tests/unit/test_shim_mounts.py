@@ -108,6 +108,16 @@ def test_one_process_of_each_namespace_is_examined(program: Callable[[str], int]
         beside.communicate(timeout=5)
 
 
+def test_another_process_of_a_namespace_follows_one_that_has_exited(program: Callable[[str], int]) -> None:
+    one = program("")
+    with subprocess.Popen(["nsenter", f"--target={one}", "--user", "--mount", "cat"], stdin=-1) as beside:
+        eventually(lambda: Path(f"/proc/{beside.pid}/comm").read_text() == "cat\n", 5, "another program there")
+        found = one_of_each_namespace([beside.pid, one])
+        assert next(found) == beside.pid
+        beside.communicate(timeout=5)
+        assert list(found) == [one]
+
+
 def test_the_shim_and_the_engines_use_the_same_path() -> None:
     assert f'PLACE("{BESIDE}"), PLACE(FGPU_SOCKET_DIR)' in (ROOT / "shim/link/hello.c").read_text()
     assert f'"{BESIDE}"' in (ROOT / "oci/edits.c").read_text()
