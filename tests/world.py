@@ -5,7 +5,9 @@ what `fgpu run` has mounted over it, in all mount namespaces), /var/lib/fgpu and
 simulated driver and the shim (uprobes belong to a file, and the probes of two agents must not meet in one), and a
 cgroup namespace with its own root cgroup. Agents in two worlds do not affect each other.
 
-`python -m tests.world COMMAND...` runs a command in a new world, and removes the world when the command has exited.
+`python -m tests.world COMMAND...` runs a command in a new world, and removes the world when the command has exited. A
+world that is made so inside another one is beside it: the other one's agent would probe the files of programs in its
+own cgroups.
 `python -m tests.world --clear COMMAND...` runs a command on the host itself, such as pytest, whose workers make worlds.
 Before and after it removes what worlds have left: their processes and cgroups. Everything else is gone with these.
 """
@@ -28,6 +30,7 @@ FOLDER = "fgpu-worlds"
 CLONE_NEWNS, CLONE_NEWCGROUP = 0x00020000, 0x02000000
 GONE_SECONDS = 20.0
 SIZE = "size=32m"  # of the file systems that tests fill to the last byte
+HOST = "FGPU_TEST_HOST"  # variable of the processes in a world: the host's cgroup namespace, as a path
 
 
 def cgroup2() -> Path:
@@ -41,16 +44,12 @@ def cgroup2() -> Path:
 
 def enter(name: str) -> None:
     """Give the calling thread, and every process that it starts later, a new world of this name. Needs root."""
-    root = cgroup2()
-    cgroup = root / FOLDER / name
+    os.environ.setdefault(HOST, f"/proc/{os.getppid()}/ns/cgroup")
+    cgroup = cgroup2() / FOLDER / name
     cgroup.mkdir(parents=True)
     (cgroup / "cgroup.procs").write_text("0")
-    if ctypes.CDLL(None, use_errno=True).unshare(CLONE_NEWNS | CLONE_NEWCGROUP):
-        raise OSError(ctypes.get_errno(), "unshare")
-    _run("mount", "--make-rprivate", "/")
-    for place, kind, options in _hierarchies():  # as this namespace shows them
-        _run("umount", "--lazy", place)
-        _run("mount", "-t", kind, *options, kind, place)
+    _call("unshare", CLONE_NEWNS | CLONE_NEWCGROUP)
+    _mount_hierarchies()
     _own_run_folder()
     _own_etc()
     _run("mount", "-t", "bpf", "bpf", "/sys/fs/bpf")
@@ -59,6 +58,29 @@ def enter(name: str) -> None:
     for folder in (BUILD / name for name in COPIED):
         if folder.exists():
             _own_copy(folder)
+
+
+def _leave() -> None:
+    """Give the calling process the cgroups of the host. It stays in its own cgroup."""
+    if HOST in os.environ:
+        with open(os.environ[HOST], "rb") as host:
+            _call("setns", host.fileno(), CLONE_NEWCGROUP)
+        _call("unshare", CLONE_NEWNS)
+        _mount_hierarchies()
+
+
+def _call(name: str, *arguments: int) -> None:
+    """Call a function of libc. Raises OSError."""
+    if getattr(ctypes.CDLL(None, use_errno=True), name)(*arguments):
+        raise OSError(ctypes.get_errno(), name)
+
+
+def _mount_hierarchies() -> None:
+    """Mount the hierarchies of cgroups as the calling process's cgroup namespace shows them."""
+    _run("mount", "--make-rprivate", "/")
+    for place, kind, options in _hierarchies():
+        _run("umount", "--lazy", place)
+        _run("mount", "-t", kind, *options, kind, place)
 
 
 def _hierarchies() -> list[tuple[str, str, list[str]]]:
@@ -144,6 +166,7 @@ def clear(name: str = "") -> None:
 def run(command: list[str]) -> int:
     """Run a command in a new world, and return its exit status. The world ends with the command."""
     name = f"run-{os.getpid()}"
+    _leave()
     pid = os.fork()
     if not pid:
         try:

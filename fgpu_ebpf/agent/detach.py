@@ -8,6 +8,7 @@ command if no agent runs. After an OSError a part is left, which the next call r
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import shutil
 from pathlib import Path
@@ -22,6 +23,7 @@ from fgpu_ebpf.tenancy.preexisting import PreexistingProcesses
 from fgpu_ebpf.workloads import shim_mounts
 from fgpu_ebpf.workloads.cgroups import Workloads
 
+log = logging.getLogger("fgpu.agent")
 NAMES, TENANT_NAMES = "engines.json", tenant_names.FILE
 _FILES = (
     *("shim/shim.sock", "control.sock", "discover.sock", "overrides.json", "overrides.json.bad"),
@@ -53,8 +55,8 @@ def take_away(run_dir: Path, pins: Path, by_agent: bool = False) -> None:
     shim = injection.mounted(run_dir).get("shim")
     published = injection.take_away(run_dir)  # an earlier agent has published it if the last one had its own shim
     run.remove_created_preloads(run_dir)
-    if shim:
-        attach.wait_until_detached(shim)
+    if shim and not attach.wait_until_detached(shim):
+        log.warning("%s still has probes: its programs get no memory until the kernel has removed them", shim)
     if published:
         _published(published)
     last_good.FILE.unlink(missing_ok=True)

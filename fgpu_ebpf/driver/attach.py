@@ -271,15 +271,21 @@ def detach(pins: Path) -> None:
         pins.rmdir()
 
 
-def wait_until_detached(shim: Path) -> None:
+def wait_until_detached(shim: Path) -> bool:
     """Wait until new mappings of the shim have no probe, for at most DETACHED_SECONDS.
 
     The kernel detaches a link some time after it was unpinned. Until then, a program that starts finds the probe but no
     folder of an agent, and would treat the folder as hidden from it.
+
+    Returns:
+        Whether they have none. The probes of another agent stay.
     """
     until = time.monotonic() + DETACHED_SECONDS
     with contextlib.suppress(OSError, elf.ElfError, ProbeError), open(shim, "rb") as file:
         made = probe_plan.plan(file.fileno(), str(shim), Role.SHIM)
         for place in (offset for _, places, _ in made.programs for offset, _ in places):  # each has a link of its own
-            while breakpoints.is_set_in_new_mappings(file.fileno(), place) and time.monotonic() < until:
+            while breakpoints.is_set_in_new_mappings(file.fileno(), place):
+                if time.monotonic() > until:
+                    return False
                 time.sleep(0.01)
+    return True

@@ -120,7 +120,9 @@ class Client(Program):
 
     def ok(self, command: str, seconds: float = 60) -> list[int]:
         """Run one command that must succeed. Return the numbers of its answer."""
-        return self.numbers(self.do(command, seconds), command)
+        said = self.do(command, seconds)
+        assert said.startswith("ok"), f"{command}: {said}\n{self.complaints()}"
+        return self.numbers(said, command)
 
     @staticmethod
     def numbers(said: str, command: str = "") -> list[int]:

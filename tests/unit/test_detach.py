@@ -21,7 +21,7 @@ def test_a_detach_waits_until_no_new_program_gets_a_probe(tmp_path: Path, monkey
     answers, asked = [True, True, False, True, False, True], list[int]()
     monkeypatch.setattr(probe_plan, "plan", lambda *_: PLAN)
     monkeypatch.setattr(breakpoints, "is_set_in_new_mappings", lambda _, at: asked.append(at) or answers.pop(0))
-    attach.wait_until_detached(tmp_path / "libfgpu.so")
+    assert attach.wait_until_detached(tmp_path / "libfgpu.so")
     assert asked == [0x3A70, 0x3A70, 0x3A70, 0x3A80, 0x3A80], "the kernel detaches the links in any order"
 
 
@@ -30,17 +30,17 @@ def test_a_detach_stops_waiting_after_a_time_limit(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(attach, "DETACHED_SECONDS", 0.0)
     monkeypatch.setattr(probe_plan, "plan", lambda *_: PLAN)
     monkeypatch.setattr(breakpoints, "is_set_in_new_mappings", lambda *_: True)
-    attach.wait_until_detached(tmp_path / "libfgpu.so")
+    assert not attach.wait_until_detached(tmp_path / "libfgpu.so")
 
 
 def test_a_detach_does_not_wait_for_a_missing_or_invalid_shim(tmp_path: Path) -> None:
-    attach.wait_until_detached(tmp_path / "libfgpu.so")
+    assert attach.wait_until_detached(tmp_path / "libfgpu.so")
     (tmp_path / "libfgpu.so").write_text("no library")
-    attach.wait_until_detached(tmp_path / "libfgpu.so")
+    assert attach.wait_until_detached(tmp_path / "libfgpu.so")
 
 
 def test_a_detach_waits_for_the_mounted_shim_and_removes_only_a_published_store(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """The last agent had a shim of the administrator's (`fgpu agent --shim`), which is in a folder with other files."""
     nothing = ((gatekeeper_process, "end_any"), (detach, "_cgroups"), (programs, "unmount_made"))
@@ -51,7 +51,7 @@ def test_a_detach_waits_for_the_mounted_shim_and_removes_only_a_published_store(
     monkeypatch.setattr(engine_setup, "STATE", tmp_path / "store/setup")
     monkeypatch.setattr(injection, "BIN", tmp_path / "store/bin")
     waited = list[Path]()
-    monkeypatch.setattr(attach, "wait_until_detached", waited.append)
+    monkeypatch.setattr(attach, "wait_until_detached", lambda shim: waited.append(shim) or len(waited) > 1)
     run_dir, own, store = tmp_path / "run", tmp_path / "opt/lib/libfgpu.so", tmp_path / "store/shim"
     for file in (own, store / "1/libfgpu.so"):
         file.parent.mkdir(parents=True)
@@ -61,12 +61,15 @@ def test_a_detach_waits_for_the_mounted_shim_and_removes_only_a_published_store(
     (run_dir / "containers").write_text(f"shim {own}\nsocket /run/fgpu/shim\n")
     detach.take_away(run_dir, tmp_path / "pins")
     assert waited == [own]
+    text = f"{own} still has probes: its programs get no memory until the kernel has removed them"
+    assert caplog.messages == [text]
     assert own.exists()
     run_dir.mkdir()
     (run_dir / "containers").write_text(f"shim {own}\nsocket /run/fgpu/shim\n")
     (run_dir / "published").write_text(f"{store}/current/libfgpu.so\n")
     detach.take_away(run_dir, tmp_path / "pins")
     assert waited == [own, own]
+    assert caplog.messages == [text]
     assert own.exists()
     assert not store.exists()
     assert not run_dir.exists()

@@ -34,6 +34,13 @@ def in_world(*command: str | Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run([*RUN, *map(str, command)], capture_output=True, text=True, timeout=60, cwd=ROOT, check=False)
 
 
+def worlds() -> Path:
+    """Return the folder with the cgroups of all worlds, as a path that is valid in each of them."""
+    host = os.environ.get(world.HOST)
+    process = Path(host).parents[1] if host else Path(f"/proc/{os.getpid()}")
+    return process / "root" / world.cgroup2().relative_to("/") / world.FOLDER
+
+
 def test_folders_are_private(tmp_path: Path) -> None:
     script = 'touch /run/fgpu/mine /var/lib/fgpu/mine && mkdir /sys/fs/bpf/mine "$1/fgpu" && ls /run/fgpu'
     root = world.cgroup2()
@@ -54,10 +61,20 @@ def test_the_copy_of_the_driver_s_library_is_a_separate_file() -> None:
 def test_nothing_remains_of_a_command(tmp_path: Path) -> None:
     """The status of the command is returned. Processes that the command leaves are killed."""
     file = tmp_path / "pid"
-    done = in_world("sh", "-c", f"setsid sleep 1000 >/dev/null 2>&1 & echo $! >{file}; exit 7")
+    made = f"ls -d {worlds()}/run-$PPID"
+    done = in_world("sh", "-c", f"setsid sleep 1000 >/dev/null 2>&1 & echo $! >{file}; {made}; exit 7")
     assert done.returncode == 7
     assert not procfs.has_memory(int(file.read_text()))
-    assert not any((world.cgroup2() / world.FOLDER).glob("run-*"))
+    assert done.stdout.startswith(f"{worlds()}/run-")
+    assert not Path(done.stdout.rstrip()).exists()
+
+
+def test_a_world_that_is_made_in_another_world_is_beside_it() -> None:
+    """An agent in the outer world would probe the files of programs in the inner world."""
+    outer = [] if world.HOST in os.environ else RUN
+    command = [*outer, "sh", "-c", f"{' '.join(RUN)} cat /proc/$$/cgroup; exit"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=ROOT, check=False)
+    assert re.search(r"^0::/\.\./[a-z]+[-0-9]*$", done.stdout, re.MULTILINE), done.stdout + done.stderr
 
 
 def test_paths_of_cgroups_are_those_of_the_namespace() -> None:
