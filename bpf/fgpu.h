@@ -127,7 +127,7 @@ struct fgpu_row { /* one process of the tenant on one device */
 };
 struct fgpu_control_page {
     __u32 version;
-    __u32 flags;   /* FGPU_MANAGED, FGPU_SETTLE */
+    __u32 flags;   /* FGPU_MANAGED */
     __u8 boot[16]; /* identifies the gatekeeper that wrote this page */
     __u64 heartbeat_ns;
     __u64 epoch; /* if it changes, the process must register again */
@@ -152,7 +152,6 @@ struct fgpu_control_page {
 #define FGPU_GATED 2
 #define FGPU_GATE_SHIFT 2
 #define FGPU_MANAGED 1
-#define FGPU_SETTLE 2 /* no return probes on this kernel: the shim calls fgpu_settle after the driver */
 
 /* -- status page: one per process, a memfd sealed against resizing, written by the tenant: hints, never trusted -- */
 struct fgpu_status {

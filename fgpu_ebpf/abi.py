@@ -70,7 +70,7 @@ Fate = IntEnum("Fate", "SENT RATE FULL", start=0)
 
 # Bits, beginning with 1: of limits and usage pages, of control pages and answers, of gates, and of processes.
 LimitFlag = IntFlag("LimitFlag", "OBSERVE KILL")
-ControlFlag = IntFlag("ControlFlag", "MANAGED SETTLE")
+ControlFlag = IntFlag("ControlFlag", "MANAGED")
 Gate = IntFlag("Gate", "OPEN GATED")  # the bits below GATE_SHIFT; the bits above are the number of the turn
 Seen = IntFlag("Seen", "SHIM BYPASS EXPORT CALL POOL_EXPORT IMPORT")
 

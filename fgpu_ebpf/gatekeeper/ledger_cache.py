@@ -119,7 +119,6 @@ class LedgerCache:
 
     def __init__(self, ledger: Ledger, epoch: int, devices: Sequence[tuple[int, bytes]], lineages: Lineages) -> None:
         self._ledger, self.epoch, self._devices, self._lineages = ledger, epoch, devices, lineages
-        self._flags = ControlFlag.MANAGED | (ControlFlag.SETTLE if ledger.settle() else 0)
         self._resolved: dict[int, Resolution | None] = {}
         self._missing: dict[int, bool] = {}
         self._states: dict[int, ManagedState] = {}
@@ -187,4 +186,4 @@ class LedgerCache:
             self._fds.append(fd)
             usage.append(fd)
         allowed = (d for d in self._devices if any(self._ledger.limit(level, d[0]) is not None for level in levels))
-        return Grant(PageHeader(self._flags, tuple(allowed)), tuple(usage))
+        return Grant(PageHeader(ControlFlag.MANAGED, tuple(allowed)), tuple(usage))

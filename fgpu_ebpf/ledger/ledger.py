@@ -44,7 +44,7 @@ _COUNTER_KEY = struct.Struct("QIHH")
 _FILE = struct.Struct("QQ")
 _DEVICE = ctypes.sizeof(abi.Device)
 _ZERO = _U32.pack(0)
-HOST_EPOCH, HOST_FLAGS, HOST_PROCESSES = 0, 1, 5
+HOST_EPOCH, HOST_PROCESSES = 0, 5
 SWEPT_AT_ONCE = 1024  # allocations
 PAGES_AT_ONCE = 256  # created at a time; each takes a descriptor until all are created
 FEW = 24  # for up to this many processes, single lookups are faster than reading the whole map
@@ -210,10 +210,6 @@ class Ledger:
     def new_epoch(self) -> None:
         """Make every shim register again at its next call."""
         self._set_host(HOST_EPOCH, self.epoch() + 1)
-
-    def settle(self) -> bool:
-        """Return whether shims settle their admissions themselves, because this kernel has no return probes."""
-        return bool(self._number("host", HOST_FLAGS) & abi.ControlFlag.SETTLE)
 
     def _number(self, array: str, index: int) -> int:
         return bpf.number(self._maps[array], index)

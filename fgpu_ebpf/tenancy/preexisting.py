@@ -2,8 +2,9 @@
 
 Preexisting processes are adopted and reported, and never killed. The agent searches for them once and stores them in a
 file, which stays until `fgpu detach` or a reboot. Processes that start after the search do not count, so that no tenant
-can claim to be preexisting. If the file exists and cannot be read, there are no preexisting processes. If it could not
-be written, the next agent searches again. The module runs in the agent's main loop.
+can claim to be preexisting. If the file exists and cannot be read, there are no preexisting processes. If it cannot be
+written, the agent tries again regularly; if it never succeeds, the next agent searches again. The module runs in the
+agent's main loop.
 """
 
 from __future__ import annotations
@@ -46,14 +47,21 @@ class PreexistingProcesses:
             for pid in procfs.pids()
             if _uses_the_driver(pid, layout_changes) and (start := procfs.started(pid))
         }
-        try:
-            atomic_file.write(place, json.dumps(known))
-        except OSError as error:
-            log.warning("cannot write the list of preexisting processes, which a restart needs: %s", error)
-        return cls(known)
+        made = cls(known, place)
+        made._store(logging.WARNING)
+        return made
 
-    def __init__(self, known: Mapping[int, int] | None = None) -> None:
-        self._known = dict(known or {})
+    def __init__(self, known: Mapping[int, int] | None = None, place: Path | None = None) -> None:
+        """Initialize. `place`: the file, if it must be written."""
+        self._known, self._place = dict(known or {}), place
+
+    def _store(self, level: int = logging.DEBUG) -> None:
+        if self._place:
+            try:
+                atomic_file.write(self._place, json.dumps(self._known))
+                self._place = None
+            except OSError as error:
+                log.log(level, "cannot write the list of preexisting processes, which a restart needs: %s", error)
 
     def __contains__(self, pid: object) -> bool:
         return pid in self._known
@@ -62,8 +70,9 @@ class PreexistingProcesses:
         return iter(self._known)
 
     def look(self) -> None:
-        """Remove processes that have exited, even if another process has the same pid now."""
+        """Remove processes that have exited, even if another process has the same pid now. Write the file if it lacks."""
         self._known = {pid: start for pid, start in self._known.items() if procfs.started(pid) == start}
+        self._store()
 
     def places(self) -> frozenset[str]:
         """Return the cgroups that contain a preexisting process now, directly or in a cgroup inside."""

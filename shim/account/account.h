@@ -36,11 +36,10 @@ HIDDEN uint64_t fgpu_taken(uint64_t bytes, uint64_t granule);
 
 #define FGPU_CONTEXT_BYTES (512ULL << 20) /* of a context that was never measured; as in the kernel's ledger */
 
-/* -- admit.c: one admission. It begins, is requested as often as that can help, and ends. */
+/* -- admit.c: one admission. It begins, and is requested as often as that can help. */
 struct admission {
     CUresult refusal;   /* CUDA_SUCCESS: call the driver */
     int index;          /* the ledger's index, if something was admitted; else -1 */
-    bool settles;       /* no return probe on this kernel: the shim reports the result of the call */
     bool by_standalone; /* admitted by the standalone ledger, which also needs the result of the call */
     bool patient;       /* refused for now: bytes of exited processes may make room, and the refusal was not counted */
     unsigned kind;
@@ -48,7 +47,6 @@ struct admission {
 };
 HIDDEN struct admission fgpu_admission_begin(struct fgpu_view view, CUdevice ordinal, uint64_t bytes, unsigned kind);
 HIDDEN void fgpu_ask_once(struct admission *admission, struct fgpu_view *view, CUdevice ordinal, bool patient);
-HIDDEN void fgpu_admission_end(struct admission *admission, struct fgpu_view view);
 HIDDEN CUresult fgpu_settled(const struct admission *admission, CUresult result, uint64_t handle);
 HIDDEN void fgpu_settled_standalone(const struct admission *admission, CUresult result, uint64_t handle);
 HIDDEN void fgpu_failed(int index, uint64_t bytes, CUresult result);

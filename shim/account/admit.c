@@ -101,12 +101,6 @@ struct admission fgpu_admission_begin(struct fgpu_view view, CUdevice ordinal, u
     return admission;
 }
 
-void fgpu_admission_end(struct admission *admission, struct fgpu_view view)
-{
-    bool pooled = admission->kind == FGPU_POOL;
-    admission->settles = !pooled && !admission->by_standalone && view.control && view.control->flags & FGPU_SETTLE;
-}
-
 /* Release bytes of a pool in the ledger that is now in force. */
 static void release(unsigned index, uint64_t bytes, unsigned kind)
 {
@@ -164,13 +158,12 @@ void fgpu_settled_standalone(const struct admission *admission, CUresult result,
     errno = saved;
 }
 
-/* Report the result of the driver's call; return `result`. If the kernel has return probes, it sees the result itself;
- * otherwise this function reports it. No probe sees the driver's part of a pool or of the 32-bit calls: their bytes
- * were committed at once, and are released here if the call failed. */
+/* Report the result of the driver's call, and return it. Return probes report it to the kernel, except for the driver's
+ * part of a pool or of the 32-bit calls: their bytes were committed at once, and are released here if the call failed.
+ */
 CUresult fgpu_settled(const struct admission *admission, CUresult result, uint64_t handle)
 {
     if (admission->kind == FGPU_POOL && result) fgpu_failed(admission->index, admission->bytes, result);
     if (admission->by_standalone) fgpu_settled_standalone(admission, result, handle);
-    if (admission->settles) fgpu_settle_here(handle, admission->bytes, result, admission->ticket);
     return result;
 }

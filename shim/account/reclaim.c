@@ -152,7 +152,6 @@ struct admission fgpu_admission_with(struct patience *patience, CUdevice ordinal
         wait_for_orphans(&admission, &view, ordinal, since(patience));
         if (admission.refusal && admission.patient) fgpu_ask_once(&admission, &view, ordinal, false);
     }
-    fgpu_admission_end(&admission, view);
     return admission;
 }
 

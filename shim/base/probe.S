@@ -29,6 +29,5 @@
         .text
         probe   fgpu_admit
         probe   fgpu_release
-        probe   fgpu_settle
 
         .section .note.GNU-stack, "", @progbits

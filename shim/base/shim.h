@@ -42,6 +42,5 @@ HIDDEN void fgpu_end_turn(_Atomic uint64_t *busy_until_ns, uint64_t turn);
 /* -- probe.S: the same addresses as the exported symbols, under names that no other library can interpose */
 HIDDEN void fgpu_admit_here(unsigned device, uint64_t bytes, unsigned kind, uint64_t ticket);
 HIDDEN void fgpu_release_here(unsigned device, uint64_t bytes, unsigned kind, uint64_t ticket);
-HIDDEN void fgpu_settle_here(uint64_t handle, uint64_t bytes, unsigned result, uint64_t ticket);
 
 #endif

@@ -150,7 +150,7 @@ static bool map(void *at, size_t bytes, int file)
 static void fill_pages(struct place *place, uint64_t limit)
 {
     place->control.version = FGPU_LAYOUT;
-    place->control.flags = FGPU_MANAGED | FGPU_SETTLE | FGPU_STANDALONE;
+    place->control.flags = FGPU_MANAGED | FGPU_STANDALONE;
     place->control.device_count = FGPU_DEVICES;
     place->usage.version = FGPU_LAYOUT;
     for (unsigned i = 0; i < FGPU_DEVICES; i++) {

@@ -63,7 +63,6 @@ NEVER(void, fgpu_grant_made, unsigned, uint64_t, unsigned, uint64_t, uint64_t)
 NEVER(void, fgpu_admit_here, unsigned, uint64_t, unsigned, uint64_t)
 NEVER(void, fgpu_report_crowd, void)
 NEVER(void, fgpu_release_here, unsigned, uint64_t, unsigned, uint64_t)
-NEVER(void, fgpu_settle_here, uint64_t, uint64_t, unsigned, uint64_t)
 
 static CUresult fake_memory(size_t *left, size_t *total)
 {

@@ -48,6 +48,21 @@ def test_preexisting_processes_are_found_once(tmp_path: Path, monkeypatch: pytes
     assert list(PreexistingProcesses.found(tmp_path)) == [ME], "a later one has become older"
 
 
+def test_a_list_that_could_not_be_written_is_written_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, other, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Otherwise the next agent would count a process that has started in the meantime."""
+    run_dir = tmp_path / "run"
+    maps(monkeypatch, {ME: ["/usr/lib/libcuda.so.1"]})
+    known = PreexistingProcesses.found(run_dir)
+    known.look()
+    assert len(caplog.messages) == 1, "one warning, not one for each attempt"
+    maps(monkeypatch, {ME: ["/usr/lib/libcuda.so.1"], other.pid: ["/usr/lib/libcuda.so.1"]})
+    run_dir.mkdir()
+    known.look()
+    assert list(PreexistingProcesses.found(run_dir)) == [ME]
+
+
 def test_a_process_with_the_shim_is_not_preexisting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     maps(monkeypatch, {ME: ["/usr/lib/libcuda.so.1", "/var/lib/fgpu/shim/libfgpu.so.0"]})
     assert list(PreexistingProcesses.found(tmp_path)) == []

@@ -106,7 +106,6 @@ struct fgpu_view fgpu_look(void)
 
 int fgpu_index(const struct fgpu_control_page *page, CUdevice ordinal) { return page == &control ? ordinal : -1; }
 bool fgpu_pools_yield(CUdevice ordinal) { return ordinal == 0 && draw(2); }
-void fgpu_admission_end(struct admission *admission, struct fgpu_view seen) { (void)admission, (void)seen; }
 
 struct admission fgpu_admission_begin(struct fgpu_view seen, CUdevice ordinal, uint64_t bytes, unsigned kind)
 {
