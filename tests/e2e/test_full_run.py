@@ -1,14 +1,15 @@
-"""F28: no file in /run/fgpu can be written while a container exits, as if `/run` were full. Other containers that start
-at that moment still get their limits.
-"""
+"""F28: /run/fgpu is full or read-only while a container exits. Containers that start then still get their limits."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
 import subprocess
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from itertools import repeat
 from pathlib import Path
 
 import pytest
@@ -29,18 +30,36 @@ spec:
 """
 
 
-def remount(how: str) -> None:
-    subprocess.run(["mount", "-o", f"remount,bind,{how}", RUN_DIR], check=True)
+@contextlib.contextmanager
+def full() -> Iterator[None]:
+    """Let no byte be written to fgpu's folder under /run."""
+    assert os.stat(RUN_DIR).st_dev != os.stat("/run").st_dev, (
+        "a file system of this world, which other programs do not use"
+    )
+    filler = RUN_DIR / "filler"
+    try:
+        with open(filler, "wb", buffering=0) as file, pytest.raises(OSError, match="No space left"):
+            file.writelines(repeat(bytes(4096)))
+        yield
+    finally:
+        filler.unlink()
+
+
+@contextlib.contextmanager
+def read_only() -> Iterator[None]:
+    """Make fgpu's folder under /run read-only."""
+    subprocess.run(["mount", "-o", "remount,bind,ro", RUN_DIR], check=True)
+    try:
+        yield
+    finally:
+        subprocess.run(["mount", "-o", "remount,bind,rw", RUN_DIR], check=True)
 
 
 @pytest.fixture
-def unwritable(service: Service, unharmed: None) -> Iterator[Callable[[str], None]]:
-    """Yield a function.
-
-    After a call with `ro`, no file in fgpu's folder under /run can be written until a call with `rw`.
-    """
+def mounted(service: Service, unharmed: None) -> Iterator[None]:
+    """Make fgpu's folder under /run a mount, which can be made read-only."""
     subprocess.run(["mount", "--bind", RUN_DIR, RUN_DIR], check=True)
-    yield remount
+    yield
     subprocess.run(["umount", "--lazy", RUN_DIR], check=True)
 
 
@@ -71,23 +90,23 @@ def set_by_hand() -> set[str]:
     return {entry["path"] for entry in json.loads((RUN_DIR / "overrides.json").read_text())}
 
 
-def test_a_container_that_starts_while_another_exits_has_its_limit_if_run_fgpu_is_read_only(
-    service: Service, group: Path, unwritable: Callable[[str], None]
+@pytest.mark.parametrize("unwritable", [full, read_only])
+def test_a_container_that_starts_while_another_exits_has_its_limit_if_run_fgpu_is_unwritable(
+    service: Service, group: Path, mounted: None, unwritable: Callable[[], AbstractContextManager[None]]
 ) -> None:
     assert service.agent
     ended, begun = (f"/{GROUP}/{name}" for name in ("ended", "begun"))
     (group / "ended").mkdir()
     fgpu("set", ended, "--memory", "1GiB")
     assert limit_of(ended) == GIB
-    unwritable("ro")
-    os.kill(service.agent.pid, signal.SIGSTOP)  # so that the agent handles both events in one iteration
-    try:
-        (group / "ended").rmdir()
-        (group / "begun").mkdir()
-    finally:
-        os.kill(service.agent.pid, signal.SIGCONT)
-    eventually(lambda: limit_of(begun) == 2 * GIB, 5, "the limit of the one that has begun")
-    eventually(lambda: limit_of(ended) is None, 5, "the end of the other one")
-    assert ended in set_by_hand(), "the file was to be unwritable"
-    unwritable("rw")
+    with unwritable():
+        os.kill(service.agent.pid, signal.SIGSTOP)  # so that the agent handles both events in one iteration
+        try:
+            (group / "ended").rmdir()
+            (group / "begun").mkdir()
+        finally:
+            os.kill(service.agent.pid, signal.SIGCONT)
+        eventually(lambda: limit_of(begun) == 2 * GIB, 5, "the limit of the one that has begun")
+        eventually(lambda: limit_of(ended) is None, 5, "the end of the other one")
+        assert ended in set_by_hand(), "the file was to be unwritable"
     eventually(lambda: ended not in set_by_hand(), 5, "a file without the one that ended")
