@@ -32,6 +32,7 @@ DEBIAN_KEYS = "/usr/share/keyrings/debian-archive-keyring.gpg"
 PACKAGES = ("python3", "dash", "coreutils", "libstdc++6")
 TO_BUILD = ("libc6-dev",)
 LAST_BUILTIN = ("numba==0.61.2", "llvmlite==0.44.0", "numpy==1.26.4")
+LATEST = ("numba==0.61.2", "llvmlite==0.44.0", "numpy==2.2.6")
 ENVIRONMENT = {"PATH": f"{DRIVER}:/usr/bin:/bin", "LD_LIBRARY_PATH": f"{DRIVER}/lib", "HOME": "/root"}
 
 
@@ -51,6 +52,9 @@ class Release:
 
 
 RELEASES = (
+    Release("2.23", "xenial", UBUNTU, "3.5", ("numba==0.47.0", "llvmlite==0.31.0", "numpy==1.18.5",
+                                              "setuptools==50.3.2"),
+            "30e9ff343d9ec0b64d28d27010bf472090bb3399b4b6bc5aee077085e920e89b"),
     Release("2.27", "bionic", UBUNTU, "3.6", ("numba==0.53.1", "llvmlite==0.36.0", "numpy==1.19.5",
                                               "setuptools==59.6.0"),
             "690bd875ab5799394af7406f32f2e698c48e772ac367d520f74ec1095662da4d"),
@@ -62,6 +66,9 @@ RELEASES = (
     Release("2.36", "bookworm", DEBIAN, "3.11", LAST_BUILTIN),
     Release("2.39", "noble", UBUNTU, "3.12", LAST_BUILTIN,
             "cdb2f31d809f589719a53c6ad15f255b27569c4059542ada282aaa21b8e164b0"),
+    Release("2.41", "trixie", DEBIAN, "3.13", LATEST),
+    Release("2.42", "questing", UBUNTU, "3.13", LATEST,
+            "9e5889fd7c39f73bfad7847e355b514c600e004602fd4227c8cc53d4fd94b1c4"),
 )  # fmt: skip
 OLDEST = RELEASES[0]
 
