@@ -18,7 +18,7 @@ from fgpu_ebpf.snapshot import RELEASED
 NONE = ": only `fgpu run`, `fgpu set` and shares limit anything"
 FULL_PARTS = 0.75  # the threshold of the alert FgpuTableFilling
 FULL = (
-    "a full table refuses new programs: find the workload in `fgpu events`, "
+    "a full table refuses new programs: find the workload in `fgpu events` or `fgpu explain TARGET`, "
     "and lower its bound under bounds: in agent.yaml"
 )
 
@@ -101,7 +101,9 @@ def _engines(found: Sequence[Mapping[str, Any]]) -> Iterator[Check]:
     if not found:
         return
     texts = [f"{e['name']} at {e['path']}: {e['fault']}" for e in failed]
-    texts += [f"{e['path']} is missing, {e['waiting']} containers have no labels" for e in absent if e not in failed]
+    texts += [
+        f"{e['path']} is missing, {e['waiting']} containers have no labels yet" for e in absent if e not in failed
+    ]
     fix = "start the engine, or set its socket under engines: in agent.yaml; until then policies by cgroup are in force"
-    asked = f"received from {', '.join(sorted(there))}" if there else "no engine runs"
+    asked = f"received from {', '.join(sorted(there))}" if there else "no engine was found"
     yield Check("labels", not texts, "; ".join(texts[:3]) or asked, fix if texts else "")

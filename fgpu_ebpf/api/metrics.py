@@ -22,7 +22,7 @@ from fgpu_ebpf.snapshot import ComputeView, DeviceView, SlicesView, Snapshot, Te
 _TENANT_GAUGES: tuple[tuple[str, str, Callable[[TenantDevice], int | None]], ...] = (
     ("fgpu_memory_limit_bytes", "Bytes that the tenant may hold on the device", lambda d: abi.limit(d.limit_bytes)),
     ("fgpu_memory_used_bytes", "Bytes charged to the tenant on the device", lambda d: d.used_bytes),
-    ("fgpu_memory_peak_bytes", "Most bytes charged at once", lambda d: d.peak_bytes),
+    ("fgpu_memory_peak_bytes", "Most bytes charged to the tenant at any time", lambda d: d.peak_bytes),
     (
         "fgpu_memory_drift_bytes",
         "Bytes in the ledger minus bytes in the driver, as far as NVML reports them",
@@ -129,7 +129,9 @@ def families(snapshot: Snapshot, since_seconds: float = 0.0) -> Iterator[Metric]
 
 def _tenants(snapshot: Snapshot) -> Iterator[Metric]:
     own = sorted({label for tenant in snapshot.tenants for label in tenant.labels} - set(_INFO_LABELS))
-    info = GaugeMetricFamily("fgpu_tenant_info", "Names of a tenant", labels=[*_INFO_LABELS, *own])
+    info = GaugeMetricFamily(
+        "fgpu_tenant_info", "Names and labels of the tenant; always 1", labels=[*_INFO_LABELS, *own]
+    )
     processes = GaugeMetricFamily("fgpu_processes", "Processes charged to the tenant", labels=["tenant"])
     bypassing = GaugeMetricFamily(
         "fgpu_bypassing_processes", "Processes that use a device without requesting admission", labels=["tenant", "how"]
@@ -217,7 +219,9 @@ def _slices(snapshot: Snapshot) -> Iterator[Metric]:
 
 
 def _devices(snapshot: Snapshot, since_seconds: float) -> Iterator[Metric]:
-    info = GaugeMetricFamily("fgpu_device_info", "Names of a device", labels=["gpu", "gpu_uuid", "model", "pci_bus_id"])
+    info = GaugeMetricFamily(
+        "fgpu_device_info", "Names of the device; always 1", labels=["gpu", "gpu_uuid", "model", "pci_bus_id"]
+    )
     for device in snapshot.devices:
         info.add_metric([str(device.index), device.uuid, device.name, device.pci_bus_id], 1)
     yield info
@@ -270,7 +274,7 @@ def _host(snapshot: Snapshot) -> Iterator[Metric]:
         )
         yield GaugeMetricFamily(
             "fgpu_config_last_reload_success_timestamp_seconds",
-            "When policies were last put in force, since the epoch",
+            "Time when policies were last put in force, in seconds since the epoch",
             snapshot.policies.loaded_seconds,
         )
         yield GaugeMetricFamily("fgpu_policies", "Policies in force", snapshot.policies.count)
@@ -294,7 +298,9 @@ def _engines(snapshot: Snapshot) -> Iterator[Metric]:
     labels = ["engine", "socket"]
     up = GaugeMetricFamily("fgpu_engine_up", "1: the engine answered when last asked for labels", labels=labels)
     waiting = GaugeMetricFamily("fgpu_engine_waiting", "Containers whose labels are not reported yet", labels=labels)
-    asked = CounterMetricFamily("fgpu_engine_asked", "Times that the engine was asked", labels=[*labels, "outcome"])
+    asked = CounterMetricFamily(
+        "fgpu_engine_asked", "Requests to the engine for labels, by outcome", labels=[*labels, "outcome"]
+    )
     for engine in snapshot.engines:
         names = [engine.name, engine.path]
         up.add_metric(names, engine.is_there and not engine.fault)

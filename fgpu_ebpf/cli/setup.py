@@ -64,7 +64,7 @@ def setup(engine: str, memory: str, is_undo: bool, is_dry: bool, file: Path | No
         else:
             to_do = _set_up(_parts(engine, found, memory, bool(file)), is_dry)
     except (SetupError, AgentError) as error:
-        fail(f"{error}; nothing was changed", 1)
+        fail(f"{error}; {'no further file' if is_undo else 'nothing'} was changed", 1)
     except OSError as error:
         fail(f"{error.filename or found.file}: {error.strerror}; no further file was changed", 1)
     is_well = is_undo or is_dry or _go_on(bool(memory))

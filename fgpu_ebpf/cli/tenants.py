@@ -123,7 +123,7 @@ def device() -> None:
 def clear(gpu: str) -> None:
     """Offer GPU (an index or a UUID) again after the repair of the error that its XID reported."""
     done = call({"verb": "clear", "device": gpu})
-    click.echo(f"gpu {done['device']}: offered again")
+    click.echo(f"gpu {done['device']}: shares are offered again")
 
 
 @examples("fgpu device release", "fgpu device release --for 2min")

@@ -50,7 +50,7 @@ class LaunchTarget:
 
 def _check(result: int, what: str) -> None:
     if result:
-        raise LaunchError(f"{what}: {os.strerror(ctypes.get_errno())}")
+        raise LaunchError(f"{what} failed: {os.strerror(ctypes.get_errno())}")
 
 
 def _mount(source: str, target: str, kind: str, flags: int) -> None:

@@ -62,7 +62,7 @@ def test_unset_prints_the_remaining_limit(left: Any, said: str, tmp_path: Path) 
 def test_reload_and_clear_print_their_effect(tmp_path: Path) -> None:
     with agent(tmp_path, reload={"policies": 1}, clear={"device": 3}):
         assert fgpu(tmp_path, "reload").stdout == "reloaded: 1 policy in force\n"
-        assert fgpu(tmp_path, "device", "clear", "3").stdout == "gpu 3: offered again\n"
+        assert fgpu(tmp_path, "device", "clear", "3").stdout == "gpu 3: shares are offered again\n"
 
 
 def test_detach_prints_how_many_tenants_have_lost_their_limits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
