@@ -103,8 +103,9 @@ def _no_answer(run_dir: Path, error: OSError) -> NoAnswerError:
     if isinstance(error, PermissionError) and _is_running(run_dir):
         text = f"the agent runs, but this user has no access to it ({run_dir}/control.sock: {error.strerror})"
         return NoAnswerError(text, _permission(), denied=True)
-    why = "not in time" if isinstance(error, TimeoutError) else error.strerror or error
-    return NoAnswerError(f"no agent answers at {run_dir}/control.sock ({why})", f"start it with `{agent_command()}`")
+    why = "timed out" if isinstance(error, TimeoutError) else error.strerror or error
+    fix = f"start the agent with `{agent_command()}`"
+    return NoAnswerError(f"no agent answers at {run_dir}/control.sock ({why})", fix)
 
 
 def _is_running(run_dir: Path) -> bool:
@@ -128,7 +129,7 @@ def _permission() -> str:
 
 def _read(data: bytes) -> Any:
     if not data.endswith(b"\n"):
-        raise ConnectionError("the agent closed the connection")
+        raise ConnectionError("the agent closed the connection without a complete answer: read the agent's log")
     answer = json.loads(data)
     if "error" in answer:
         raise RequestError(answer["error"], answer["code"])

@@ -92,16 +92,16 @@ def serve(options: Options) -> None:
             devices = len(service.parts.driver.nvml.devices)
             found = (devices, len(service.parts.enforcer), service.settings.listen)
             if error := service.policy_error():
-                log.error("not enforcing policies: %s", error)
+                log.error("policies are not enforced: %s", error)
             else:
-                log.info("enforcing, %d devices, %d tenants, page and /metrics at http://%s/", *found)
+                log.info("enforcing limits, %d devices, %d tenants, web page and /metrics at http://%s/", *found)
             service.mark("answering")
             parts = ", ".join(f"{part} {at - begun:.2f}" for part, at in service.marks.items())
             log.info("ready after %.2f s: %s", time.monotonic() - begun, parts)
             sd_notify.ready(f"{devices} devices")
             service.run()
     except PermissionError as error:
-        raise AgentError(f"{error}: give the agent all capabilities that docs/security.md names") from error
+        raise AgentError(f"{error}: give the agent all capabilities that docs/security.md lists") from error
     finally:
         sd_notify.stopping()
         service.stop()

@@ -96,8 +96,8 @@ def _pid_namespace() -> Check:
     """
     if has_host_pids():
         return Check("pid namespace", True, "the host's")
-    fix = "run the agent in the host's pid namespace (hostPID: true, --pid=host); tenants need none of that"
-    return Check("pid namespace", False, "the agent sees only the processes of a container", fix)
+    fix = "run the agent in the host's pid namespace (hostPID: true, --pid=host); tenants do not need this"
+    return Check("pid namespace", False, "this process is not in the host's pid namespace", fix)
 
 
 def _uprobes() -> Check:
@@ -117,14 +117,14 @@ def _ptrace() -> Check:
     if scope < NO_PTRACE:
         return Check("ptrace", True, "memory of processes can be read")
     fix = "set kernel.yama.ptrace_scope to 2 or less in /etc/sysctl.d, and reboot"
-    return Check("ptrace", False, f"kernel.yama.ptrace_scope={scope} lets no process read another's memory", fix)
+    return Check("ptrace", False, f"kernel.yama.ptrace_scope={scope} forbids reading memory of other processes", fix)
 
 
 def _bpffs() -> Check:
     if os.path.ismount("/sys/fs/bpf"):
         return Check("bpffs", True, "/sys/fs/bpf")
     fix = "mount -t bpf bpf /sys/fs/bpf (the agent does this at its start)"
-    return Check("bpffs", False, "no bpffs is mounted", fix)
+    return Check("bpffs", False, "no bpffs is mounted at /sys/fs/bpf", fix)
 
 
 def _agent(run_dir: Path) -> list[Check]:
@@ -135,7 +135,8 @@ def _agent(run_dir: Path) -> list[Check]:
     except control_client.NoAnswerError as error:
         return [Check("agent", False, str(error), error.fix)]
     except (ConnectionError, control_client.RequestError, subprocess.SubprocessError) as error:
-        return [Check("agent", False, str(error), f"restart it with `{control_client.agent_command('restart')}`")]
+        fix = f"restart the agent with `{control_client.agent_command('restart')}`"
+        return [Check("agent", False, str(error), fix)]
     return [
         Check("agent", True, f"pid {answer['pid']}"),
         gatekeeper_process.check(run_dir),

@@ -357,4 +357,4 @@ def no_limit(snapshot: Mapping[str, Any]) -> str:
     if released := snapshot.get("lacks", {}).get(RELEASED):
         return f"Released devices: {released[0]}"
     incomplete = snapshot.get("incomplete")  # an agent of an older version does not report this
-    return f"Not everything is in force: {incomplete}" if incomplete else ""
+    return f"Some limits may be out of date: {incomplete}" if incomplete else ""

@@ -119,10 +119,12 @@ class ControlServer:
     def _handle(self, peer: socket.socket, request: dict[str, Any]) -> Any:
         verb = request.get("verb")
         if not isinstance(verb, str) or verb not in self._verbs:
-            raise RequestError(f"unknown verb {verb!r}", 2)
+            raise RequestError(f"this version of the agent has no request {verb!r}", 2)
         if verb not in READS and not self._may_write(peer):
             self._agent.writes_refused += 1
-            self._agent.history.add("write refused", text=f"{verb} on the control socket: not root on the host")
+            self._agent.history.add(
+                "write refused", text=f"{verb} on the control socket: sender is not root on the host"
+            )
             raise RequestError("this change needs root on the host: use sudo")
         return self._verbs[verb](request | {"peer": _pid(peer)})
 
@@ -148,7 +150,8 @@ class ControlServer:
 
     def _reload(self) -> dict[str, Any]:
         if errors := self._agent.reload():
-            raise RequestError("\n".join(["the policies in force stay:", *map(str, errors)]), 1)
+            said = "the policies in force do not change, because of these errors:"
+            raise RequestError("\n".join([said, *map(str, errors)]), 1)
         return {"policies": len(self._agent.parts.manager.policies.policies)}
 
     def _put(self, request: dict[str, Any]) -> dict[str, Any]:
@@ -194,7 +197,7 @@ class ControlServer:
     def _device(self, name: str) -> Device:
         device = next((d for d in self._agent.parts.driver.nvml.devices if name in (str(d.index), d.uuid_text)), None)
         if device is None:
-            raise TargetError(f"no device {name}: fgpu status --json lists each index and uuid")
+            raise TargetError(f"no device {name}: `fgpu status --json` lists each index and uuid")
         return device
 
     def _devices(self, request: dict[str, Any]) -> dict[str, Any]:
@@ -247,7 +250,7 @@ def _limits(request: dict[str, Any]) -> dict[str, Any]:
             raise RequestError(f"priority must be one of {', '.join(Priority)}", 2)
         asked["priority"] = priority
     if not asked:
-        raise RequestError("no limit is named: give memory, compute, weight or priority", 2)
+        raise RequestError("no limit is given: set memory, compute, weight or priority", 2)
     return asked
 
 
@@ -306,7 +309,7 @@ class MetricsAddress:
             agent.failed_checks["metrics"] = Check("metrics", False, f"cannot listen at {listen}: {error}", fix)
             return
         if agent.failed_checks.pop("metrics", None):
-            log.info("metrics at http://%s/", listen)
+            log.info("web page and /metrics at http://%s/", listen)
         agent.selector.register(self._web, selectors.EVENT_READ, self._take_in)
 
     def _keep(self) -> None:

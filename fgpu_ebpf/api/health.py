@@ -17,7 +17,10 @@ from fgpu_ebpf.snapshot import RELEASED
 
 NONE = ": only `fgpu run`, `fgpu set` and shares limit anything"
 FULL_PARTS = 0.75  # the threshold of the alert FgpuTableFilling
-FULL = "a full table refuses new programs: `fgpu events` names the workload, bounds: in agent.yaml its bounds"
+FULL = (
+    "a full table refuses new programs: find the workload in `fgpu events` or `fgpu explain TARGET`, "
+    "and lower its bound under bounds: in agent.yaml"
+)
 
 
 def checks(snapshot: Mapping[str, Any]) -> Iterator[Check]:
@@ -26,18 +29,19 @@ def checks(snapshot: Mapping[str, Any]) -> Iterator[Check]:
     if policies and not policies["good"]:
         yield Check("policies", False, "; ".join(policies["faults"][:3]), "fgpu policy check")
     elif policies and policies["unsaved"]:
-        yield Check("policies", False, policies["unsaved"], "free space there: a start needs it if a file has an error")
+        fix = "free space there: the next start needs the stored policies if a policy file has an error"
+        yield Check("policies", False, policies["unsaved"], fix)
     elif policies:
         more = "" if policies["count"] else NONE
         yield Check("policies", True, f"{policies['count']} in force, {len(tenants)} tenants{more}")
     kept = [f"{t['tenant']}: {'; '.join(t['notes'])}" for t in tenants if t["source"] == "kept"]
     yield Check(
-        "start", not kept, ", ".join(kept[:5]) or "no limit from before the start is in doubt",
+        "start", not kept, ", ".join(kept[:5]) or "no unconfirmed limit is kept from before the start",
         "fix the named file; or run fgpu set TARGET, or fgpu unset TARGET to apply the policies",
     )  # fmt: skip
     yield from _engines(snapshot["engines"])
     missing = snapshot["unenforced"]
-    yield Check("probes", not missing, missing or "attached", "restart the agent, and find what removed them")
+    yield Check("probes", not missing, missing or "attached", "restart the agent, and find out what removed the probes")
     ages = {d["index"]: d["reconcile_age_seconds"] for d in snapshot["devices"]}
     if RELEASED not in snapshot.get("lacks", {}):
         yield nvml_reconcile.check(ages, snapshot["reconcile_failure"])
@@ -45,9 +49,10 @@ def checks(snapshot: Mapping[str, Any]) -> Iterator[Check]:
     yield _shims(tenants)
     yield _libraries(snapshot["libraries"], snapshot["trusted"])
     denied = sorted(t["tenant"] for t in tenants if t["denied"])
-    yield Check("room", not denied, ", ".join(denied[:5]) or "for every tenant", "fgpu explain TARGET has the numbers")
+    found = f"no room for {', '.join(denied[:5])}" if denied else "enough for the limit of every tenant"
+    yield Check("room", not denied, found, "`fgpu explain TARGET` shows the numbers")
     full = [f"{m['name']}: {m['entries']} of {m['most']}" for m in snapshot.get("maps", ()) if _is_filling(m)]
-    yield Check("tables", not full, ", ".join(full) or "have room", FULL)
+    yield Check("tables", not full, ", ".join(full) or "every table has room", FULL)
     for name, (found, how_to_fix) in snapshot.get("lacks", {}).items():
         yield Check(name, False, found, how_to_fix)
     failures = snapshot["failures"]
@@ -67,7 +72,8 @@ def _shims(tenants: Sequence[Mapping[str, Any]]) -> Check:
     loaders = {p.get("loader", ""): None for t in tenants_without[:5] for p in t["processes"]}
     named += [f"loader {loader}" for loader in filter(None, loaders)][:5]
     reasons = [why for why in bypass_reason.Reason if any(why in t["shimless"] for t in tenants_without)]
-    fix = "; ".join([*(f"{why}: {why.words}" for why in reasons), "fgpu explain TARGET, or onBypass: kill"])
+    words = [f"{why}: {why.words}" for why in reasons]
+    fix = "; ".join([*words, "run `fgpu explain TARGET`, or set onBypass: kill in the policy"])
     return Check("shim", False, ", ".join(named), fix)
 
 
@@ -82,7 +88,8 @@ def _libraries(found: Sequence[Mapping[str, Any]], trusted: Sequence[str]) -> Ch
     named = [f"{library['path']!a} of process {library['pids'][0]} in {library['tenant']}" for library in unknown[:5]]
     digests = sorted({*trusted, *(library["digest"] for library in unknown if library["digest"])})
     line = f"drivers: {{trusted: {json.dumps(digests)}}}"
-    fix = f"memory that they free stays charged until NVML confirms it; to trust them, write in agent.yaml: {line}"
+    text = "memory that these libraries free stays charged until NVML confirms it"
+    fix = f"{text}; to trust the libraries, write in agent.yaml: {line}"
     return Check("libraries", False, ", ".join(named), fix)
 
 
@@ -94,7 +101,9 @@ def _engines(found: Sequence[Mapping[str, Any]]) -> Iterator[Check]:
     if not found:
         return
     texts = [f"{e['name']} at {e['path']}: {e['fault']}" for e in failed]
-    texts += [f"{e['path']} is missing, {e['waiting']} containers wait for it" for e in absent if e not in failed]
-    fix = "until then policies by cgroup are in force; start the engine, or set its socket under engines: in agent.yaml"
-    asked = ", ".join(sorted(there)) or "no engine"
-    yield Check("labels", not texts, "; ".join(texts[:3]) or f"{asked} answers", fix if texts else "")
+    texts += [
+        f"{e['path']} is missing, {e['waiting']} containers have no labels yet" for e in absent if e not in failed
+    ]
+    fix = "start the engine, or set its socket under engines: in agent.yaml; until then policies by cgroup are in force"
+    asked = f"received from {', '.join(sorted(there))}" if there else "no engine was found"
+    yield Check("labels", not texts, "; ".join(texts[:3]) or asked, fix if texts else "")

@@ -50,7 +50,8 @@ def only_by_name(names: Collection[str], app: WSGIApplication) -> WSGIApplicatio
     A web page in a browser of this host can let its own name resolve to 127.0.0.1, and could then read the metrics.
     """
     known = {"localhost", *(name.lower().rstrip(".") for name in names)}
-    refused = _text_response("421 Misdirected Request", "use an address, localhost, or a name listed in listenNames")
+    text = "host name not accepted: use an address, localhost, or a name in listenNames of agent.yaml"
+    refused = _text_response("421 Misdirected Request", text)
 
     def answer(environ: WSGIEnvironment, start: StartResponse) -> Iterable[bytes]:
         host = _host(environ.get("HTTP_HOST", "localhost"))  # a browser always sends the header

@@ -22,17 +22,25 @@ from fgpu_ebpf.snapshot import ComputeView, DeviceView, SlicesView, Snapshot, Te
 _TENANT_GAUGES: tuple[tuple[str, str, Callable[[TenantDevice], int | None]], ...] = (
     ("fgpu_memory_limit_bytes", "Bytes that the tenant may hold on the device", lambda d: abi.limit(d.limit_bytes)),
     ("fgpu_memory_used_bytes", "Bytes charged to the tenant on the device", lambda d: d.used_bytes),
-    ("fgpu_memory_peak_bytes", "Most bytes charged at once", lambda d: d.peak_bytes),
-    ("fgpu_memory_drift_bytes", "Ledger minus driver, for what NVML shows", lambda d: d.drift_bytes),
+    ("fgpu_memory_peak_bytes", "Most bytes charged to the tenant at any time", lambda d: d.peak_bytes),
+    (
+        "fgpu_memory_drift_bytes",
+        "Bytes in the ledger minus bytes in the driver, as far as NVML reports them",
+        lambda d: d.drift_bytes,
+    ),
     (
         "fgpu_memory_orphaned_bytes",
-        "Charged bytes of ended processes and of freed exports; absent while there are none",
+        "Bytes still charged for ended processes or for exported memory that was freed; absent if 0",
         lambda d: d.orphaned_bytes or None,
     ),
 )
 _TENANT_COUNTERS: tuple[tuple[str, str, Callable[[TenantDevice], int]], ...] = (
     ("fgpu_memory_admitted_bytes", "Bytes admitted, without contexts", lambda d: d.admitted_bytes),
-    ("fgpu_memory_witnessed_bytes", "Bytes that the driver was seen to allocate", lambda d: d.witnessed_bytes),
+    (
+        "fgpu_memory_witnessed_bytes",
+        "Bytes allocated by calls that the probes have recorded",
+        lambda d: d.witnessed_bytes,
+    ),
 )
 _DEVICE_GAUGES: tuple[tuple[str, str, Callable[[DeviceView], int | None]], ...] = (
     (
@@ -41,7 +49,11 @@ _DEVICE_GAUGES: tuple[tuple[str, str, Callable[[DeviceView], int | None]], ...] 
         lambda d: d.capacity_bytes,
     ),
     ("fgpu_device_memory_used_bytes", "Memory in use on the device, as reported by NVML", lambda d: d.used_bytes),
-    ("fgpu_device_memory_committed_bytes", "Sum of the tenants' limits", lambda d: d.committed_bytes),
+    (
+        "fgpu_device_memory_committed_bytes",
+        "Sum of the limits of tenants that have used the device",
+        lambda d: d.committed_bytes,
+    ),
     ("fgpu_device_memory_unmanaged_bytes", "Memory held by processes outside any tenant", lambda d: d.unmanaged_bytes),
     ("fgpu_device_memory_orphaned_bytes", "Memory charged for processes that have exited", lambda d: d.orphaned_bytes),
     (
@@ -52,7 +64,7 @@ _DEVICE_GAUGES: tuple[tuple[str, str, Callable[[DeviceView], int | None]], ...] 
     ("fgpu_device_unmanaged_processes", "Processes outside tenants that hold memory", lambda d: d.unmanaged_processes),
     (
         "fgpu_device_healthy",
-        "1: no XID but those that programs cause; 0: another XID, and no share of the device is offered",
+        "1: healthy; 0: the device reported an XID that programs do not cause, and no share of it is offered",
         lambda d: None if d.xids is None else d.fatal_xid is None,
     ),
 )
@@ -65,22 +77,26 @@ _COMPUTE_COUNTERS: tuple[tuple[str, str, Callable[[ComputeView], float | None]],
         lambda c: None if c.free and not c.owned_seconds else c.owned_seconds,
     ),
     ("fgpu_compute_wait_seconds", "Time for which the tenant waited for its turns", lambda c: c.wait_seconds),
-    ("fgpu_compute_throttled", "Times that the tenant's ceiling held it back", lambda c: c.throttled),
+    ("fgpu_compute_throttled", "Times that the tenant's ceiling ended or delayed a turn", lambda c: c.throttled),
 )
 _COMPUTE_GAUGES: tuple[tuple[str, str, Callable[[ComputeView], float | None]], ...] = (
     ("fgpu_compute_weight", "Weight of the tenant when tenants compete for a device", lambda c: c.weight),
-    ("fgpu_compute_limit_ratio", "The most of the device's time that the tenant may own", lambda c: c.limit_ratio),
+    ("fgpu_compute_limit_ratio", "Ceiling of the tenant, as a part of the device's time", lambda c: c.limit_ratio),
     (
         "fgpu_compute_entitled_ratio",
-        "Part of the device's time that was due to the tenant in the last half second, by all shares and ceilings",
+        "Part of the device's time due to the tenant in the last half second, computed from all shares and ceilings",
         lambda c: None if c.free else c.entitled_ratio,
     ),
     (
         "fgpu_compute_shortfall_ratio",
-        "Part of the device's time by which a tenant that wants it got less than is due to it, in ten seconds",
+        "Part of the device's time that was due to a busy tenant in ten seconds and that it did not get",
         lambda c: c.shortfall.ratio if c.shortfall else None,
     ),
-    ("fgpu_compute_waiting_seconds", "Time waited so far for the next turn", lambda c: c.waiting_seconds),
+    (
+        "fgpu_compute_waiting_seconds",
+        "Time for which the tenant has waited for its next turn so far",
+        lambda c: c.waiting_seconds,
+    ),
 )
 _USAGE_COUNTERS: tuple[tuple[str, str, Callable[[UsageView], float]], ...] = (
     (
@@ -113,7 +129,9 @@ def families(snapshot: Snapshot, since_seconds: float = 0.0) -> Iterator[Metric]
 
 def _tenants(snapshot: Snapshot) -> Iterator[Metric]:
     own = sorted({label for tenant in snapshot.tenants for label in tenant.labels} - set(_INFO_LABELS))
-    info = GaugeMetricFamily("fgpu_tenant_info", "Names of a tenant", labels=[*_INFO_LABELS, *own])
+    info = GaugeMetricFamily(
+        "fgpu_tenant_info", "Names and labels of the tenant; always 1", labels=[*_INFO_LABELS, *own]
+    )
     processes = GaugeMetricFamily("fgpu_processes", "Processes charged to the tenant", labels=["tenant"])
     bypassing = GaugeMetricFamily(
         "fgpu_bypassing_processes", "Processes that use a device without requesting admission", labels=["tenant", "how"]
@@ -123,7 +141,7 @@ def _tenants(snapshot: Snapshot) -> Iterator[Metric]:
     )
     mode = GaugeMetricFamily(
         "fgpu_tenant_enforcement",
-        "1: how limits hold: kernel, cooperative (processes must ask), counted (a process does not), observe or none",
+        "1: mode in force: kernel, cooperative (requested allocations only), counted (no requests), observe, none",
         labels=["tenant", "mode"],
     )
     for tenant in snapshot.tenants:
@@ -149,7 +167,9 @@ def _tenant_devices(snapshot: Snapshot) -> Iterator[Metric]:
         yield _filled(
             CounterMetricFamily(name, text, labels=labels), (([t.tenant, str(d.gpu)], number(d)) for t, d in rows)
         )
-    refused = CounterMetricFamily("fgpu_memory_refused", "Admissions refused", labels=[*labels, "operation", "reason"])
+    refused = CounterMetricFamily(
+        "fgpu_memory_refused", "Requests for admission that were refused", labels=[*labels, "operation", "reason"]
+    )
     for tenant, device in rows:
         counts = {_FIRST_REFUSAL: 0} | {(r.operation, r.reason): r.count for r in device.refusals}
         for why, count in counts.items():
@@ -199,7 +219,9 @@ def _slices(snapshot: Snapshot) -> Iterator[Metric]:
 
 
 def _devices(snapshot: Snapshot, since_seconds: float) -> Iterator[Metric]:
-    info = GaugeMetricFamily("fgpu_device_info", "Names of a device", labels=["gpu", "gpu_uuid", "model", "pci_bus_id"])
+    info = GaugeMetricFamily(
+        "fgpu_device_info", "Names of the device; always 1", labels=["gpu", "gpu_uuid", "model", "pci_bus_id"]
+    )
     for device in snapshot.devices:
         info.add_metric([str(device.index), device.uuid, device.name, device.pci_bus_id], 1)
     yield info
@@ -228,7 +250,9 @@ def _host(snapshot: Snapshot) -> Iterator[Metric]:
     for kind, count in snapshot.anomalies.items():
         anomalies.add_metric([kind], count)
     yield anomalies
-    hits = CounterMetricFamily("fgpu_probe_hits", "Calls that a probe has seen, of any process", labels=["probe"])
+    hits = CounterMetricFamily(
+        "fgpu_probe_hits", "Calls that the probe has recorded, of all processes", labels=["probe"]
+    )
     for probe, count in snapshot.probe_hits.items():
         hits.add_metric([probe], count)
     yield hits
@@ -237,16 +261,20 @@ def _host(snapshot: Snapshot) -> Iterator[Metric]:
         lost.add_metric([reason], snapshot.events.get(reason, 0))
     yield lost
     if snapshot.gatekeeper_up is not None:
-        yield GaugeMetricFamily("fgpu_gatekeeper_up", "1: a gatekeeper holds its socket", snapshot.gatekeeper_up)
-    yield CounterMetricFamily("fgpu_control_refused", "Writes refused on the control socket", snapshot.writes_refused)
+        yield GaugeMetricFamily(
+            "fgpu_gatekeeper_up", "1: the gatekeeper runs and its socket exists", snapshot.gatekeeper_up
+        )
+    yield CounterMetricFamily("fgpu_control_refused", "Changes refused on the control socket", snapshot.writes_refused)
     yield CounterMetricFamily("fgpu_agent_failures", "Internal errors of the agent", snapshot.failures)
     if snapshot.policies:
         yield GaugeMetricFamily(
-            "fgpu_config_last_reload_successful", "1: the policy files were good when last read", snapshot.policies.good
+            "fgpu_config_last_reload_successful",
+            "1: the policy files had no error when last read",
+            snapshot.policies.good,
         )
         yield GaugeMetricFamily(
             "fgpu_config_last_reload_success_timestamp_seconds",
-            "When policies were last put in force, since the epoch",
+            "Time when policies were last put in force, in seconds since the epoch",
             snapshot.policies.loaded_seconds,
         )
         yield GaugeMetricFamily("fgpu_policies", "Policies in force", snapshot.policies.count)
@@ -270,7 +298,9 @@ def _engines(snapshot: Snapshot) -> Iterator[Metric]:
     labels = ["engine", "socket"]
     up = GaugeMetricFamily("fgpu_engine_up", "1: the engine answered when last asked for labels", labels=labels)
     waiting = GaugeMetricFamily("fgpu_engine_waiting", "Containers whose labels are not reported yet", labels=labels)
-    asked = CounterMetricFamily("fgpu_engine_asked", "Times that the engine was asked", labels=[*labels, "outcome"])
+    asked = CounterMetricFamily(
+        "fgpu_engine_asked", "Requests to the engine for labels, by outcome", labels=[*labels, "outcome"]
+    )
     for engine in snapshot.engines:
         names = [engine.name, engine.path]
         up.add_metric(names, engine.is_there and not engine.fault)

@@ -17,7 +17,7 @@ function update(old, fresh) {
 
 function tell() {
   const silent = Math.abs(Date.now() - received) > SILENCE_MS; // also if the clock was set: the figures' age is then unknown
-  const text = silent ? `no answer since ${document.querySelector("main time").textContent}: the figures below are from then` : "";
+  const text = silent ? `no answer from the agent since ${document.querySelector("main time").textContent}: the figures below are from that time` : "";
   if (silence.textContent !== text) silence.textContent = text;
   silence.hidden = !silent;
   document.body.classList.toggle("silent", silent);

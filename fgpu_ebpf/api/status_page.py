@@ -92,10 +92,10 @@ def state(snapshot: Mapping[str, Any]) -> list[str]:
     policies, events = snapshot["policies"], snapshot["events"]
     up = {True: "gatekeeper up", False: "gatekeeper down", None: "gatekeeper unknown"}[snapshot["gatekeeper_up"]]
     lost = sum(events.get(reason, 0) for reason in ("rate", "full"))
-    held = "not enforced" if snapshot["unenforced"] else "in part" if snapshot["incomplete"] else "enforced"
+    held = "not enforced" if snapshot["unenforced"] else "may be out of date" if snapshot["incomplete"] else "enforced"
     words = [held, "agent up", up, f"{lost:,} events lost"]
     if policies:
-        words.append(f"policies {'good' if policies['good'] else 'have errors'}, {policies['count']} in force")
+        words.append(f"policies {'valid' if policies['good'] else 'have errors'}, {policies['count']} in force")
     return words
 
 

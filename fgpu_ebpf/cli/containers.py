@@ -19,14 +19,14 @@ from fgpu_ebpf.cli.request import fail, run_dir
 
 @click.group("cdi", cls=Sections)
 def cdi_group() -> None:
-    """Devices that a container may ask for: fgpu.dev/share=8gib-50pct, fgpu.dev/shim=all."""
+    """Show the CDI devices that a container can request: fgpu.dev/share=8gib-50pct, fgpu.dev/shim=all."""
 
 
 @examples("fgpu cdi list", "fgpu cdi list --json")
 @cdi_group.command("list")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON list.")
 def list_devices(as_json: bool) -> None:
-    """List the devices that engines find on this host now."""
+    """List the CDI devices of fgpu on this host, and the limits that each of them sets."""
     from fgpu_ebpf.containers import injection
 
     found = [_device(spec, device) for spec in injection.written(run_dir()) for device in spec["devices"]]
@@ -34,7 +34,7 @@ def list_devices(as_json: bool) -> None:
         click.echo(json.dumps(found))
         return
     if not found:
-        fail(f"no agent has written a specification: start the agent with `{control_client.agent_command()}`", 1)
+        fail(f"no agent has written a CDI specification: start the agent with `{control_client.agent_command()}`", 1)
     for device in found:
         click.echo(f"{device['name']:<32} {device['gives']}")
 
@@ -55,9 +55,9 @@ def _device(spec: dict[str, Any], device: dict[str, Any]) -> dict[str, str]:
 @examples("fgpu cdi generate 8gib 8gib-50pct", "fgpu cdi generate --output /etc/cdi/fgpu.yaml")
 @cdi_group.command()
 @click.argument("names", metavar="[SHARE]...", nargs=-1)
-@click.option("--output", type=click.Path(path_type=Path, dir_okay=False), help="A file in /etc/cdi; default: stdout.")
+@click.option("--output", type=click.Path(path_type=Path, dir_okay=False), help="File to write; default: stdout.")
 def generate(names: tuple[str, ...], output: Path | None) -> None:
-    """Print the specification of SHAREs (8gib-50pct, 50pct-50pct, all-50pct), or of those in agent.yaml."""
+    """Print the CDI specification of SHAREs (8gib-50pct, 50pct-50pct, all-50pct); default: the shares in agent.yaml."""
     from fgpu_ebpf.agent import host_config
     from fgpu_ebpf.containers import cdi, injection
     from fgpu_ebpf.driver import shim_store
@@ -76,7 +76,7 @@ def generate(names: tuple[str, ...], output: Path | None) -> None:
     except QuantityError as error:
         fail(str(error), 2)
     except OSError as error:
-        fail(f"{output}: {error.strerror}", 1)
+        fail(f"cannot write {output}: {error.strerror}", 1)
 
 
 COMMANDS = (cdi_group,)

@@ -44,7 +44,7 @@ class EventFeed:
             found = self.begin()
         except (ConnectionError, control_client.RequestError) as error:
             if not self._is_lost:
-                report(f"{error}; waiting for it")
+                report(f"{error}; waiting for the agent")
             self._is_lost, self._number = True, 0
             return []
         self._is_lost = False

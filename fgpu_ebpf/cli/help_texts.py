@@ -26,9 +26,9 @@ TARGET is one of:
   /PATH               a cgroup below /sys/fs/cgroup, as in /user.slice
   pid/N               the cgroup of a process"""
 TOP_WORDS = (
-    "A device's bar: memory held by tenants (█), held by others (▒), committed to",
-    "tenants beyond that (░). SHARE and ENTITLED are parts of the device's time in",
-    "the last half second.",
+    "A device's bar: memory held by tenants (█), held by other processes (▒), and",
+    "committed to tenants but not held yet (░). SHARE and ENTITLED are parts of the",
+    "device's time in the last half second.",
 )
 TOP_KEYS = (
     "t g l u p s e w r b     sort by the column with this first letter (b: HELD BY);",

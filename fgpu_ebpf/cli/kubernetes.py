@@ -27,12 +27,14 @@ _GPUS = ["auto", "cdi", "envvar", "none"]
 @click.option("--gpu-strategy", type=click.Choice(_GPUS), default="auto", show_default=True, envvar="GPU_STRATEGY",
                             help="How a container gets the GPU itself.")  # fmt: skip
 @click.option("--cdi-dir", "folders", type=click.Path(path_type=Path), multiple=True, envvar="CDI_DIRS",
-                            help="Folders of NVIDIA's CDI specification: /etc/cdi, /var/run/cdi.")  # fmt: skip
-@click.option("--log-format", type=click.Choice(["text", "json", "journal"]), help="text, or journal under systemd.")
+                            help="Folder of NVIDIA's CDI specification (default: /etc/cdi, /var/run/cdi).")  # fmt: skip
+@click.option(
+    "--log-format", type=click.Choice(["text", "json", "journal"]), help="Default: journal under systemd, else text."
+)
 def device_plugin(
     kubelet_dir: Path, device_list_strategy: str, gpu_strategy: str, folders: tuple[Path, ...], log_format: str | None
 ) -> None:
-    """Offer this host's profiles to kubelet, as fgpu.dev/8gib-50pct."""
+    """Offer this host's profiles to kubelet, as resources such as fgpu.dev/8gib-50pct."""
     from fgpu_ebpf.kubernetes import device_plugin
     from fgpu_ebpf.kubernetes.allocation import CDI_FOLDERS, Gpus, Strategy, Way
     from fgpu_ebpf.linux import logs

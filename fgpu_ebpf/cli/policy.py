@@ -58,9 +58,9 @@ def check(paths: Paths) -> None:
 @_PATHS
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON list.")
 def list_policies(paths: Paths, as_json: bool) -> None:
-    """List policies in the order in which they are tried: the first that matches decides.
+    """List policies in the order in which they are tried: the first that matches a workload decides.
 
-    For this host's own policies the list says how many tenants each matches now, if an agent answers.
+    For this host's own policies, the list shows how many tenants each policy matches now, if an agent runs.
     """
     policies = _must_read(paths)
     counts = None if paths else _tenants()

@@ -23,7 +23,7 @@ from fgpu_ebpf.cli.request import call, fail, no_answer, run_dir
 @click.option(
     "--driver-root", type=click.Path(path_type=Path), help="Root of the NVIDIA driver's libraries (default: /)."
 )
-@click.option("--shim", type=click.Path(path_type=Path), help="The shim's file (default: the package's).")
+@click.option("--shim", type=click.Path(path_type=Path), help="Path of the shim (default: the package's file).")
 @click.option("--listen", help="Address of the web page (/) and /metrics (default: 127.0.0.1:9423).")
 @click.option("--loader", help="Python interpreter that can import BCC (default: /usr/bin/python3 -I).")
 @click.option(
@@ -33,9 +33,14 @@ from fgpu_ebpf.cli.request import call, fail, no_answer, run_dir
 @click.option("--pins", type=click.Path(path_type=Path), hidden=True)
 @click.option("--store", type=click.Path(path_type=Path), hidden=True)
 @click.option("--skip-check", "skipped", multiple=True, hidden=True)
-@click.option("--log-format", type=click.Choice(["text", "json", "journal"]), help="text, or journal under systemd.")
+@click.option(
+    "--log-format", type=click.Choice(["text", "json", "journal"]), help="Default: journal under systemd, else text."
+)
 def agent(log_format: str | None, **options: Any) -> None:
-    """Run the agent: enforce limits on this host. Starts the loader and the gatekeeper."""
+    """Run the agent: enforce limits on this host.
+
+    The agent starts the gatekeeper and, if the BPF programs are not pinned, the loader, which compiles them.
+    """
 
     from fgpu_ebpf import daemon
     from fgpu_ebpf.agent.settings import Options
@@ -71,9 +76,14 @@ def load(**options: Any) -> None:
 @examples("fgpu doctor", "fgpu doctor --json")
 @click.command()
 @click.option(
-    "--driver-root", type=click.Path(path_type=Path), help="Default: the value of the running agent, or of agent.yaml."
+    "--driver-root",
+    type=click.Path(path_type=Path),
+    help="Root of the NVIDIA driver's libraries; default: the running agent's value, else that of agent.yaml.",
 )
-@click.option("--loader", help="Default: the value of the running agent, or of agent.yaml.")
+@click.option(
+    "--loader",
+    help="Python interpreter that can import BCC; default: the running agent's value, else that of agent.yaml.",
+)
 @click.option(
     "--config", type=click.Path(path_type=Path), help="File with the host's settings (default: /etc/fgpu/agent.yaml)."
 )

@@ -39,9 +39,9 @@ def _size(_: click.Context, __: click.Parameter, value: str | None) -> str:
 @click.argument("engine", type=click.Choice(NAMES))
 @click.option(
     "--memory", metavar="SIZE", callback=_size,
-    help="Also write a first policy, SIZE (8GiB, 50%) for each container, start the service and check the host.",
+    help="Also write a first policy (SIZE, as 8GiB or 50%, for each container), start the service, check the host.",
 )  # fmt: skip
-@click.option("--undo", "is_undo", is_flag=True, help="Take back all that the setup has written.")
+@click.option("--undo", "is_undo", is_flag=True, help="Restore the settings and remove the files that the setup wrote.")
 @click.option("--dry-run", "is_dry", is_flag=True, help="Only print which files would be written.")
 @click.option("--file", type=click.Path(path_type=Path, dir_okay=False), help="The engine's settings file.")
 def setup(engine: str, memory: str, is_undo: bool, is_dry: bool, file: Path | None) -> None:
@@ -55,7 +55,7 @@ def setup(engine: str, memory: str, is_undo: bool, is_dry: bool, file: Path | No
     from fgpu_ebpf.driver.start_checks import AgentError
 
     if is_undo and (memory or is_dry):
-        raise click.UsageError("--undo takes no other option than --file")
+        raise click.UsageError("--undo cannot be combined with --memory or --dry-run")
     found = replace(ENGINES[engine], file=file) if file else ENGINES[engine]
     to_do = []
     try:
@@ -64,9 +64,9 @@ def setup(engine: str, memory: str, is_undo: bool, is_dry: bool, file: Path | No
         else:
             to_do = _set_up(_parts(engine, found, memory, bool(file)), is_dry)
     except (SetupError, AgentError) as error:
-        fail(f"{error}: nothing was changed", 1)
+        fail(f"{error}; {'no further file' if is_undo else 'nothing'} was changed", 1)
     except OSError as error:
-        fail(f"{error.filename or found.file}: {error.strerror}: nothing more was changed", 1)
+        fail(f"{error.filename or found.file}: {error.strerror}; no further file was changed", 1)
     is_well = is_undo or is_dry or _go_on(bool(memory))
     for line in [*to_do, *([f"then try: {found.example}"] if memory and not is_dry else [])]:
         click.echo(line)
@@ -80,7 +80,7 @@ def _parts(name: str, engine: Engine, memory: str, is_named: bool) -> Parts:
 
     if not is_named and not engine_setup.program(engine):
         program = engine.programs[0]
-        raise SetupError(f"{name} is not installed here, no {program} is found; --file names settings elsewhere")
+        raise SetupError(f"{name} is not installed here ({program} was not found): name its settings with --file")
     found = engine_setup.as_installed(engine)
     return [*_settings(name, found), *(_policy(name, found, memory) if memory else ())]
 
@@ -102,7 +102,7 @@ def _policy(name: str, engine: Engine, memory: str) -> Parts:
         fail("\n".join(map(str, errors)), 1)
     if others := first_policy.others(host.policy_folder, STATE):
         names = ", ".join(path.name for path in others[:3]) + (", ..." if len(others) > 3 else "")
-        click.echo(f"{host.policy_folder}: kept as it is ({names}), without a policy for {memory}: add one by hand")
+        click.echo(f"{host.policy_folder}: kept, it has policies ({names}): add a policy for {memory} by hand")
         return []
     return [(first_policy.settings(name, engine.cgroups, memory, host.policy_folder), STATE / f"{name}-policy.json")]
 
@@ -174,7 +174,7 @@ def _undo(name: str, engine: Engine, is_named: bool) -> None:
     if has_changed and engine.reload_undone:
         click.echo(f"takes effect after: {engine.reload_undone}")
     if has_changed and name == "docker":
-        click.echo("containers created since the set-up name the runtime fgpu: create them again")
+        click.echo("containers created since the setup use the removed runtime fgpu: create them again")
     host_service.stop(run_dir(), STATE)
 
 
@@ -185,7 +185,7 @@ def _take_back(part: Engine, state: Path) -> bool:
     is_known, is_unchanged = state.exists(), engine_setup.unchanged(state) is not None
     did = engine_setup.undo(part, state)
     if not did:
-        said = "kept: it has changed since the setup" if is_known and part.file.exists() else "nothing to do"
+        said = "kept: the file has changed since the setup" if is_known and part.file.exists() else "nothing to do"
     elif not part.file.exists():
         said = "removed"
     else:

@@ -78,7 +78,7 @@ def _nothing_managed(snapshot: Mapping[str, Any]) -> str:
     if count:
         return (
             f"Nothing is managed: no workload matches the {count} {'policy' if count == 1 else 'policies'} in force.\n"
-            "`fgpu policy list` shows them, and `fgpu explain pid/N` says why they do not match a process."
+            "`fgpu policy list` shows the policies; `fgpu explain pid/N` shows why no policy matches process N."
         )
     return (
         "Nothing is managed: no program and no container has a limit.\n"
@@ -117,7 +117,7 @@ def _shares(snapshot: Mapping[str, Any]) -> str:
         waited = f"{c['wait_seconds']:.1f}s"
         table.add_row(tenant, str(gpu), *parts, limit, str(c["weight"]), c["priority"], waited, _mark(c["is_owner"]))
     short = [(tenant, gpu, c["shortfall"]["why"]) for tenant, gpu, c in rows if c["shortfall"]]
-    lines = [f"{tenant} is short of time on gpu {gpu}: {why}\n" for tenant, gpu, why in short]
+    lines = [f"{tenant} got less than its entitled time on gpu {gpu}: {why}\n" for tenant, gpu, why in short]
     return "\n".join(["", _text(table), *lines])
 
 

@@ -28,7 +28,7 @@ def _limits(command: Callable[..., None]) -> Callable[..., None]:
         click.option(
             "--priority", type=click.Choice(["high", "normal", "low"]), help="Tenants with a higher priority run first."
         ),
-        click.option("--weight", type=int, help="Part of contended time; the default is 100."),
+        click.option("--weight", type=int, help="Weight when tenants compete for a device; the default is 100."),
         click.option("--compute", help="Ceiling of each device's time, e.g. 50%."),
         click.option("--memory", help="Limit on each device, e.g. 8GiB or 50%."),
         click.option(
@@ -74,7 +74,7 @@ def run(name: str, pidns: bool, command: tuple[str, ...], **limits: Any) -> None
     except ConnectionError as error:
         fail(f"not started: {no_answer(error)}", 125)
     except (control_client.RequestError, run.LaunchError) as error:
-        fail(f"{error}: not started", 125)
+        fail(f"not started: {error}", 125)
 
 
 @examples("fgpu set alice --memory 8GiB", "fgpu set unit/ollama.service --memory 50% --weight 200")
@@ -108,8 +108,8 @@ def _now(level: Mapping[str, Any] | None) -> str:
     if level is None:
         return "no limit is in force"
     limits = {limit for device in level["devices"] if (limit := abi.limit(device["limit_bytes"])) is not None}
-    sizes = " and ".join(map(memory_text, sorted(limits))) or "no limit of memory"
-    return f"in force now: {sizes} ({level['by']} of {level['tenant']})"
+    sizes = " and ".join(map(memory_text, sorted(limits))) or "no memory limit"
+    return f"in force now: {sizes} (source: {level['by']}, tenant: {level['tenant']})"
 
 
 @click.group(cls=Sections)
@@ -123,23 +123,23 @@ def device() -> None:
 def clear(gpu: str) -> None:
     """Offer GPU (an index or a UUID) again after the repair of the error that its XID reported."""
     done = call({"verb": "clear", "device": gpu})
-    click.echo(f"gpu {done['device']}: offered again")
+    click.echo(f"gpu {done['device']}: shares are offered again")
 
 
 @examples("fgpu device release", "fgpu device release --for 2min")
 @device.command()
-@click.option("--for", "duration", default="15min", show_default=True, help="Longest time, e.g. 30s or 15min.")
+@click.option("--for", "duration", default="15min", show_default=True, help="Maximum duration, e.g. 30s or 15min.")
 def release(duration: str) -> None:
     """Release all devices, so that they can be reset, and their driver unloaded or replaced.
 
-    Limits stay in force. The release ends by `fgpu device take`, or after the time.
+    Limits stay in force. The release ends with `fgpu device take`, or when the time of --for is over.
     """
     end = time.monotonic() + _RELEASE_SECONDS
     while not (answer := call({"verb": "release", "for": duration}))["done"] and time.monotonic() < end:
         time.sleep(0.05)
     if not answer["done"]:
-        still = ", ".join(answer["open"]) or "waiting for an answer of NVML"
-        fail(f"not released after {_RELEASE_SECONDS:.0f} s ({still}): fgpu device take ends the attempt", 1)
+        still = ", ".join(answer["open"]) or "NVML has not answered yet"
+        fail(f"devices not released after {_RELEASE_SECONDS:.0f} s ({still}): `fgpu device take` ends the attempt", 1)
     click.echo(f"released until {answer['until']}, or until `fgpu device take`")
 
 

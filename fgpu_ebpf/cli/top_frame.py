@@ -125,7 +125,7 @@ def _devices(snapshot: Mapping[str, Any], width: int, marks: Marks, most: int) -
     shown = devices if len(devices) <= most else devices[: most - 1]
     lines = list(_bars(shown, width, marks))
     if len(shown) < len(devices):
-        lines.append(Text(f"and {len(devices) - len(shown)} devices more", style="dim"))
+        lines.append(Text(f"and {len(devices) - len(shown)} more devices", style="dim"))
     return lines or [Text("no device", style="dim")]
 
 

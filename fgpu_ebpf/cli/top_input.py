@@ -58,7 +58,7 @@ class LatestSnapshot:
     def now(self) -> LatestSnapshot:
         """Return this Snapshot. If no reply or failure has come for SILENCE_SECONDS, that becomes its `error`."""
         silent = time.monotonic() - self.received
-        return replace(self, error=f"no answer for {silent:.0f} s") if silent > SILENCE_SECONDS else self
+        return replace(self, error=f"no answer from the agent for {silent:.0f} s") if silent > SILENCE_SECONDS else self
 
 
 class SnapshotPoller:

@@ -43,28 +43,31 @@ def _span(_: click.Context, __: click.Parameter, text: str) -> int:
 def _by(_: click.Context, __: click.Parameter, text: str) -> str:
     """Return the name of a property by which the store can group tenants. Raises BadParameter for other names."""
     if text not in ("tenant", "namespace", "user") and not text.startswith(LABEL):
-        raise click.BadParameter(f"{text!r}: tenant, namespace, user or label:NAME")
+        raise click.BadParameter(f"{text!r} is not a grouping: use tenant, namespace, user or label:NAME")
     return text
 
 
 @examples("fgpu usage --since 30d", "fgpu usage --by label:team --csv")
 @click.command()
-@click.option("--since", default="7d", show_default=True, callback=_span, help="How far back: 90m, 12h or 7d.")
-@click.option("--by", default="tenant", show_default=True, callback=_by, help="tenant, namespace, user or label:NAME.")
+@click.option("--since", default="7d", show_default=True, callback=_span, help="Period up to now: 90m, 12h or 7d.")
+@click.option(
+    "--by", default="tenant", show_default=True, callback=_by, help="Group by tenant, namespace, user or label:NAME."
+)
 @click.option("--csv", "as_csv", is_flag=True, help="Print CSV, in seconds and byte-seconds.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON list, in seconds and byte-seconds.")
 def usage(since: int, by: str, as_csv: bool, as_json: bool) -> None:
     """Show what each tenant used: device time, memory times time, time without work, time spent waiting.
 
     \b
-    Hours of all devices together, in whole ten minutes; the last half minute is not in it yet. SOURCE of GPU TIME:
+    Hours are summed over all devices. The period begins at a multiple of ten
+    minutes, and the last half minute may be missing. SOURCE of GPU TIME:
       turns   measured by the gatekeeper
-      nvml    a sample of NVML's, of tenants that do not take turns
+      nvml    sampled by NVML, for tenants that do not take turns
       none    unknown: NVML does not report it
-    IDLE is the part of HELD, the time with memory on a device, in which the tenant ran less than 1 %.
+    HELD is the time with memory on a device. IDLE is the part of HELD in which the tenant ran less than 1 %.
     """
     if os.geteuid():
-        fail("usage needs root on the host", 1)
+        fail("`fgpu usage` needs root on the host: use sudo", 1)
     try:
         found = usage_store.grouped(usage_store.read(time.time() - since), by)
     except usage_store.StoreError as error:

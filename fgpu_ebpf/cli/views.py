@@ -26,7 +26,7 @@ SORTS = ("tenant", "gpu", "limit", "used", "peak", "share", "entitled", "waited"
 
 @examples("fgpu status", "fgpu status --json | jq .devices")
 @click.command()
-@click.option("--json", "as_json", is_flag=True, help="Print the whole Snapshot as one JSON object.")
+@click.option("--json", "as_json", is_flag=True, help="Print the whole state of the host as one JSON object.")
 def status(as_json: bool) -> None:
     """Show tenants: limit, used, peak, refused."""
     from fgpu_ebpf.cli import tables
@@ -37,7 +37,7 @@ def status(as_json: bool) -> None:
 
 @examples("fgpu ps", "fgpu ps --all")
 @click.command()
-@click.option("--all", "is_all", is_flag=True, help="Also processes outside tenants, with their cgroups.")
+@click.option("--all", "is_all", is_flag=True, help="Also show processes outside tenants, with their cgroups.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON list of processes.")
 def ps(is_all: bool, as_json: bool) -> None:
     """Show the processes of tenants and the bytes charged to each."""
@@ -53,7 +53,9 @@ def ps(is_all: bool, as_json: bool) -> None:
 @click.option("-1", "--once", is_flag=True, help="Print once and exit; the default if the output is not a terminal.")
 @click.option("--sort", type=click.Choice(SORTS), default="used", show_default=True, help="The column to sort by.")
 @click.option("--reverse", is_flag=True, help="Reverse the order.")
-@click.option("--filter", "filter_", default="", help="Text in the name, path, policy or enforcement.")
+@click.option(
+    "--filter", "filter_", default="", help="Only tenants with this text in name, path, policy, kind or enforcement."
+)
 @also(f"{lines(TOP_WORDS)}\n\n{lines(TOP_KEYS)}")
 def top(once: bool, sort: str, reverse: bool, filter_: str) -> None:
     """Show devices and tenants, sorted, updated once a second."""
@@ -98,14 +100,14 @@ def _seconds(_: click.Context, __: click.Parameter, value: str | None) -> float 
 
 @examples("fgpu events --since 10m --tenant alice", "fgpu events -f --json")
 @click.command()
-@click.option("-f", "--follow", is_flag=True, help="Print new events until interrupted, over restarts of the agent.")
+@click.option("-f", "--follow", is_flag=True, help="Print new events until interrupted, across restarts of the agent.")
 @click.option("--since", metavar="DURATION", callback=_seconds, help="Only events of the last 90s, 10m, 2h or 1d.")
 @click.option("--tenant", default="", help="Only events of the tenant with this name.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object per line.")
 def events(follow: bool, since: float | None, tenant: str, as_json: bool) -> None:
     """Show refusals, bypasses, adoptions, kills, overruns, reloads and limits set by hand.
 
-    The agent keeps its last 1,000 events, until it ends.
+    The agent keeps its last 1,000 events until it exits.
     """
     from fgpu_ebpf.cli import tables
     from fgpu_ebpf.cli.event_feed import EventFeed
@@ -132,7 +134,7 @@ def events(follow: bool, since: float | None, tenant: str, as_json: bool) -> Non
 def _check_name(tenant: str) -> None:
     """Exit with NO_TARGET if no tenant of this name exists."""
     if all(found["tenant"] != tenant for found in call({"verb": "snapshot"})["tenants"]):
-        fail(f"no tenant {tenant!r} and no event of one{did_you_mean(tenant)}", NO_TARGET)
+        fail(f"no tenant and no event has the name {tenant!r}{did_you_mean(tenant)}", NO_TARGET)
 
 
 @examples("fgpu metrics", "fgpu metrics | grep refused")

@@ -84,7 +84,7 @@ class Engine:
 # -- Docker --------------------------------------------------------------------------------------------------------
 
 CDI_ASKS = ((25, 0), (28, 2))  # Docker from the first version to before the second needs a setting that enables CDI
-_CDI_NOTE = "for --device fgpu.dev/share=..., once: systemctl restart docker"
+_CDI_NOTE = "to use --device fgpu.dev/share=..., run once: systemctl restart docker"
 
 
 def docker_after(of: Settings) -> Wanted:
@@ -93,10 +93,10 @@ def docker_after(of: Settings) -> Wanted:
     default = settings.get("default-runtime", "runc")
     runtimes = settings.get("runtimes", {})
     if not isinstance(runtimes, dict) or default == NAME:
-        raise SetupError(f"daemon.json has a runtime {NAME} that is not fgpu's: remove it")
+        raise SetupError(f"daemon.json has a runtime {NAME} that `fgpu setup` did not write: remove the runtime")
     real = runtimes.get(default, {"path": "runc"} if default in ("runc", _TYPE) else {})
     if "path" not in real:
-        raise SetupError(f"Docker's default runtime {default} has no path: only OCI runtimes can be put behind fgpu")
+        raise SetupError(f"Docker's default runtime {default} has no path: fgpu supports only OCI runtimes")
     words = ["runtime", shutil.which(real["path"]) or real["path"], *real.get("runtimeArgs", [])]
     ours = {NAME: {"path": str(of.helper), "runtimeArgs": words}}
     settings |= {"default-runtime": NAME, "runtimes": {**runtimes, **ours}}
@@ -128,7 +128,7 @@ def docker_without(text: str, before: str | None = None) -> str:
 def _features(settings: Mapping[str, Any]) -> Mapping[str, Any]:
     features = settings.get("features", {})
     if not isinstance(features, dict):
-        raise SetupError("daemon.json has features that are not an object: fix it first")
+        raise SetupError('"features" in daemon.json is not an object: fix the file first')
     return features
 
 
@@ -136,9 +136,9 @@ def _json(text: str) -> dict[str, Any]:
     try:
         settings = json.loads(text or "{}")
     except ValueError as error:
-        raise SetupError(f"daemon.json is not JSON ({error}): fix it first") from error
+        raise SetupError(f"daemon.json is not JSON ({error}): fix the file first") from error
     if not isinstance(settings, dict):
-        raise SetupError("daemon.json is not a JSON object: fix it first")
+        raise SetupError("daemon.json is not a JSON object: fix the file first")
     return settings
 
 
@@ -240,10 +240,10 @@ def template_after(of: Settings) -> Wanted:
     A template cannot change tables of its base template. Therefore the runtime has a table of its own.
     """
     if of.version < OLDEST:
-        raise SetupError("this version has no setting default-runtime: 1.29 or later is needed")
+        raise SetupError("this version of k3s or RKE2 has no setting default-runtime: 1.29 or later is needed")
     made = of.file.with_name("config.toml")
     if not made.is_file():
-        raise SetupError(f"{made} does not exist: start the service once, which writes it")
+        raise SetupError(f"{made} does not exist: start the service once, which writes this file")
     text = of.text or f'{{{{ template "base" . }}}} {_MARK}\n'
     if not _BASE.search(text):
         raise SetupError(f'{of.file} has no {{{{ template "base" . }}}}: add a runtime by hand')
@@ -264,7 +264,7 @@ def template_after(of: Settings) -> Wanted:
 def default_after(of: Settings) -> Wanted:
     """Return a file of k3s or RKE2 that names the default runtime."""
     if of.text:
-        raise SetupError(f"{of.file} has settings that are not fgpu's: remove it")
+        raise SetupError(f"{of.file} has settings that are not fgpu's: remove the file")
     return Wanted(f"{_HEAD}default-runtime: {NAME}\n")
 
 
@@ -306,9 +306,9 @@ def crio_after(of: Settings) -> Wanted:
     table = tables.get(name)
     if table is None:
         what = f"no [crio.runtime.runtimes.{name}]" if name else "no default_runtime"
-        raise SetupError(f"CRI-O's settings beside {of.file} have {what}: add it there, to name the runtime")
+        raise SetupError(f"CRI-O's settings beside {of.file} have {what}: add it, because fgpu runs that runtime")
     if table.get("runtime_type", "") not in ("", "oci", "pod"):
-        raise SetupError(f"CRI-O's default runtime {name} has no OCI configuration")
+        raise SetupError(f"CRI-O's default runtime {name} is not an OCI runtime: only OCI runtimes are supported")
     link, links = _in_front_of(table.get("runtime_path") or name, "crio", of.helper)
     text = _drop_in(_name(("crio", "runtime", "runtimes", name)), {**table, "runtime_path": str(link)})
     return Wanted(text, links)
@@ -333,7 +333,7 @@ def _in_front_of(real: str, engine: str, helper: Path) -> tuple[Path, dict[str, 
 def _others(of: Settings, *places: Path | str) -> Iterator[dict[str, Any]]:
     """Yield the engine's other settings in order. `places`: paths beside the folder of fgpu's file, then a pattern."""
     if of.text:
-        raise SetupError(f"{of.file} has settings that are not fgpu's: name another file")
+        raise SetupError(f"{of.file} has settings that are not fgpu's: name another file with --file")
     *files, pattern = places
     base, folder = of.file.parent.parent, of.file.parent
     drop_ins: Iterable[Path] = sorted(folder.glob(str(pattern))) if folder.is_dir() else ()
@@ -345,7 +345,7 @@ def _others(of: Settings, *places: Path | str) -> Iterator[dict[str, Any]]:
 def _drop_in(table: str, values: Mapping[str, Any]) -> str:
     text = _HEAD + f"[{table}]\n" + "".join(f"{key} = {_toml_value(value)}\n" for key, value in values.items())
     if list(tomllib.loads(text)) != [table.split(".")[0]]:
-        raise SetupError(f"[{table}] cannot be written")
+        raise SetupError(f"the table [{table}] cannot be written as TOML: write it by hand")
     return text
 
 
@@ -361,4 +361,4 @@ def _toml(text: str, file: Path) -> dict[str, Any]:
     try:
         return tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
-        raise SetupError(f"{file} is not TOML ({error}): fix it first") from error
+        raise SetupError(f"{file} is not TOML ({error}): fix the file first") from error

@@ -192,10 +192,10 @@ def _check(name: str, usual: Engine, state: Path, helper: Path) -> Check | None:
         return None
     file, now = engine.file, _text(engine.file)
     if now is None or (now != kept["after"] and engine.without(now, None) == now):
-        return Check(name, False, f"{file} no longer names fgpu", f"fgpu setup {name}, or --undo")
+        return Check(name, False, f"{file} no longer has fgpu's settings", f"fgpu setup {name}, or with --undo")
     if engine.is_drop_in and (why := _outdated(engine, now, helper)):
-        return Check(name, False, why, f"fgpu setup {name}, or --undo")
-    return Check(name, True, f"{file} names fgpu")
+        return Check(name, False, why, f"fgpu setup {name}, or with --undo")
+    return Check(name, True, f"{file} has fgpu's settings")
 
 
 def _outdated(engine: Engine, now: str, helper: Path) -> str:
@@ -204,4 +204,4 @@ def _outdated(engine: Engine, now: str, helper: Path) -> str:
         wanted = engine.after(Settings(engine.file, "", helper))
     except SetupError as error:
         return str(error)
-    return "" if wanted.text == now else f"the engine's other settings have changed since {engine.file}"
+    return "" if wanted.text == now else f"the engine's other settings have changed since {engine.file} was written"

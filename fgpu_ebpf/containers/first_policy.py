@@ -29,7 +29,7 @@ def settings(name: str, cgroups: tuple[str, ...], memory: str, folder: Path) -> 
 
     def after(of: Settings) -> Wanted:
         if of.text:
-            raise SetupError(f"{of.file} is not as `fgpu setup` wrote it")
+            raise SetupError(f"{of.file} was not written by `fgpu setup`, or has changed since: edit it by hand")
         return Wanted(text)
 
     # keeps_folder, because an agent without the folder would keep the last policies in force.

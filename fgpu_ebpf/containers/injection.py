@@ -159,7 +159,7 @@ def check(run_dir: Path) -> Check:
     """Check that engines find the CDI devices that a container may request."""
     devices = [f"{spec['kind']}={device['name']}" for spec in written(run_dir) for device in spec["devices"]]
     if devices:
-        return Check("containers", True, f"{len(devices)} CDI devices (fgpu cdi list)")
+        return Check("containers", True, f"{len(devices)} CDI devices (`fgpu cdi list`)")
     fix = "the agent's log has the reason; set cdiFolder in agent.yaml to a writable folder"
     return Check("containers", False, "there is no CDI specification", fix)
 

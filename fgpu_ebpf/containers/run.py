@@ -50,7 +50,7 @@ class LaunchTarget:
 
 def _check(result: int, what: str) -> None:
     if result:
-        raise LaunchError(f"{what}: {os.strerror(ctypes.get_errno())}")
+        raise LaunchError(f"{what} failed: {os.strerror(ctypes.get_errno())}")
 
 
 def _mount(source: str, target: str, kind: str, flags: int) -> None:
@@ -118,7 +118,7 @@ def check(run_dir: Path) -> Check:
     closed = {place: None for file, right in wanted if (place := _closed_to_others(file, right))}
     if not closed:
         return Check("preload", True, ", ".join(sorted(map(str, files))))
-    found = f"{', '.join(map(str, closed))}: missing, or closed to users other than root"
+    found = f"{', '.join(map(str, closed))}: missing, or not accessible to users other than root"
     folders = " ".join(str(place) for place in closed if place.is_dir())
     return Check("preload", False, found, f"chmod o+x {folders}" if folders else _AGAIN)
 
@@ -151,7 +151,7 @@ def _preload_the_shim(run_dir: Path) -> None:
             # The files after the first are for programs that Nix has built. If /etc is read-only or the agent is older,
             # these programs alone lack the shim, and the agent reports them.
             if host == PRELOADS[0] or error.errno not in (errno.EROFS, errno.ENOENT):
-                raise LaunchError(f"cannot put the shim into {host}: {error.strerror}") from error
+                raise LaunchError(f"cannot mount the preload list over {host}: {error.strerror}") from error
 
 
 def _drop_to_caller() -> None:
@@ -183,11 +183,11 @@ def enter(target: LaunchTarget) -> None:
         LaunchError: the process is not in the tenant, or not in a state in which it may run the program.
     """
     if os.geteuid():
-        raise LaunchError("needs root: sudo fgpu run … (the program runs as you)")
+        raise LaunchError("this command needs root: sudo fgpu run … (the program runs as your user)")
     try:
         (target.folder / "cgroup.procs").write_text(str(os.getpid()), encoding="ascii")
     except OSError as error:
-        raise LaunchError(f"cannot enter {target.folder}: {error.strerror}") from error
+        raise LaunchError(f"cannot enter the cgroup {target.folder}: {error.strerror}") from error
     _preload_the_shim(target.run_dir)
 
 

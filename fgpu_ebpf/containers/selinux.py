@@ -19,7 +19,7 @@ CONTAINER = "system_u:system_r:container_t:s0"
 FIX = (
     "semanage fcontext -a -t container_ro_file_t '/var/lib/fgpu(/.*)?'; "
     "semanage fcontext -a -t container_ro_file_t '/run/fgpu(/.*)?'; "
-    "restorecon -R /var/lib/fgpu /run/fgpu; semodule -i fgpu.cil (docs/containers.md has it)"
+    "restorecon -R /var/lib/fgpu /run/fgpu; semodule -i fgpu.cil (the file is in docs/containers.md)"
 )
 
 
@@ -40,17 +40,17 @@ def checks(run_dir: Path, root: Path = ROOT) -> Iterator[Check]:
     except OSError:
         return
     if not enforces:
-        yield Check("selinux", True, "permissive: it refuses nothing")
+        yield Check("selinux", True, "permissive: SELinux refuses nothing")
         return
     try:
         refused = [f"{need.name} ({', '.join(rights)})" for need in needs(run_dir) if (rights := _refused(root, need))]
     except OSError as error:
-        yield Check("selinux", True, f"the policy does not say what containers may do: {error.strerror}")
+        yield Check("selinux", True, f"the SELinux policy cannot be queried about containers: {error.strerror}")
         return
     if refused:
-        yield Check("selinux", False, f"containers are refused {'; '.join(refused)}", FIX)
+        yield Check("selinux", False, f"containers are denied access to {'; '.join(refused)}", FIX)
     else:
-        yield Check("selinux", True, "containers reach the shim and its socket")
+        yield Check("selinux", True, "containers have access to the shim and its socket")
 
 
 def needs(run_dir: Path) -> Iterator[Need]:

@@ -88,7 +88,7 @@ class Way:
         if len(found) == len(slots):
             return found
         if self.gpus is Gpus.CDI:
-            raise AllocationError(f"no CDI specification has {GPU_KIND}={slots[0].uuid}: nvidia-ctk cdi generate")
+            raise AllocationError(f"no CDI specification has {GPU_KIND}={slots[0].uuid}: run nvidia-ctk cdi generate")
         return []
 
 

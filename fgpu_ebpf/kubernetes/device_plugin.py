@@ -130,7 +130,7 @@ class _Plugin:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*(endpoint.close() for endpoint in self._endpoints.values()))
-            log.info("ended")
+            log.info("the device plugin has ended")
 
     # -- the agent
 
@@ -152,7 +152,8 @@ class _Plugin:
             self._without_agent("this version of the agent offers no shares", now)
             return
         if host.count() >= MOST_SLOTS:
-            raise PluginError(f"{host.count()} slots are too many for kubelet ({MOST_SLOTS}): lower counts of profiles")
+            text = f"{host.count()} slots are too many for kubelet (fewer than {MOST_SLOTS} are allowed)"
+            raise PluginError(f"{text}: lower counts of profiles in agent.yaml")
         self._take(host)
 
     def _without_agent(self, text: str, now: float) -> None:
@@ -161,7 +162,7 @@ class _Plugin:
 
     def _take(self, host: Host) -> None:
         self.book.look(host)
-        offered = ", ".join(host.shares) or "nothing: list profiles in agent.yaml, and restart it"
+        offered = ", ".join(host.shares) or "nothing: list profiles in agent.yaml, and restart the agent"
         said = host.fault or f"the agent offers {offered}"
         if said != self._said:
             self._said = said
@@ -171,7 +172,9 @@ class _Plugin:
     def why_unhealthy(self) -> str:
         """Return the reasons why slots are unhealthy, as the end of a log line."""
         reasons = {device.fault for device in self.book.host.devices.values() if device.fault}
-        return "".join(f", {text}" for text in ([self.book.host.fault] if self.book.host.fault else sorted(reasons)))
+        if self.book.host.fault:
+            return f"; {self.book.host.fault}"
+        return "".join(f"; unhealthy device: {text}" for text in sorted(reasons))
 
     def notify(self) -> None:
         """Send changes to kubelet, on every endpoint."""
@@ -239,10 +242,11 @@ class _Plugin:
                 await endpoint.open()
             await self._call(kubelet, endpoint)
         except grpc.RpcError as error:
-            log.warning("%s: kubelet refuses: %s: %s", endpoint.resource, error.code().name.lower(), error.details())
+            why = error.code().name.lower(), error.details()
+            log.warning("%s: registration with kubelet failed: %s: %s", endpoint.resource, *why)
             return False
         except (OSError, RuntimeError) as error:
-            log.warning("%s: %s: %s", endpoint.resource, endpoint.path, error)
+            log.warning("%s: cannot serve %s: %s", endpoint.resource, endpoint.path, error)
             return False
         endpoint.registered_with(now)
         log.info("%s: registered with kubelet", endpoint.resource)

@@ -167,7 +167,7 @@ class Endpoint:
             return
         self._said = said
         many = (self.resource, sum(entry[1] for entry in said), len(said), self._plugin.why_unhealthy())
-        log.info("%s: %d of %d healthy%s", *many, extra={"what": self.resource})
+        log.info("%s: %d of %d slots are healthy%s", *many, extra={"what": self.resource})
         changed, self._changed = self._changed, asyncio.Event()
         changed.set()
 
@@ -199,7 +199,7 @@ class Endpoint:
             await self._refuse(context, "FAILED_PRECONDITION", str(error))
         self._plugin.promise(slot for slots in of_each for slot in slots)
         given_ids = " ".join(slot.id for slots in of_each for slot in slots)
-        log.info("%s: given %s", self.resource, given_ids, extra={"what": self.resource})
+        log.info("%s: allocated %s", self.resource, given_ids, extra={"what": self.resource})
         return self._plugin.message("AllocateResponse", container_responses=[self._response(each) for each in given])
 
     def _response(self, given: Given) -> Any:
@@ -219,5 +219,5 @@ class Endpoint:
     async def _refuse(self, context: Any, code: str, text: str) -> None:
         import grpc
 
-        log.warning("%s: refused: %s", self.resource, text)
+        log.warning("%s: request of kubelet refused: %s", self.resource, text)
         await context.abort(getattr(grpc.StatusCode, code), text)  # raises

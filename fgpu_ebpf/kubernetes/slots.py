@@ -110,7 +110,7 @@ class Book:
     """
 
     def __init__(self) -> None:
-        self.host = Host("the agent was not asked yet", {})
+        self.host = Host("the agent has not reported its shares yet", {})
         self._promised: dict[Slot, float] = {}
         self._given: dict[Slot, None] = {}  # the latest one last
 
@@ -175,7 +175,7 @@ class Book:
         slots = [self._slot(share, id_) for id_ in ids]
         twice = [uuid for uuid, count in Counter(slot.uuid for slot in slots).items() if count > 1]
         if twice:
-            raise SlotError(f"one container cannot have two shares of one device ({twice[0]}): ask for a larger one")
+            raise SlotError(f"one container cannot have two shares of one device ({twice[0]}): request a larger one")
         return slots
 
     def _slot(self, share: str, id_: str) -> Slot:
@@ -185,7 +185,7 @@ class Book:
         number = rest.removeprefix(share + _BETWEEN)
         slot = Slot(uuid, share, int(number) if number.isascii() and number.isdigit() and len(number) < 4 else 0)
         if profile is None or slot.number >= profile.count or slot.id != id_:
-            raise SlotError(f"{shown(id_)} is not an id of fgpu.dev/{share}")
+            raise SlotError(f"{shown(id_)} is not the id of a slot of fgpu.dev/{share}")
         return slot
 
     def shortage(self, slots: Iterable[Slot]) -> str:

@@ -280,7 +280,7 @@ def test_a_command_reports_no_agent_at_the_socket_of_an_exited_agent(service: Se
         done = as_outsider("--run-dir", str(run_dir), "status")
     assert done.returncode == 3
     assert "no agent answers" in done.stderr
-    assert "start it with `" in done.stderr
+    assert "start the agent with `" in done.stderr
 
 
 GARBAGE = [

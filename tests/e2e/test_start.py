@@ -183,8 +183,8 @@ def test_pinned_limits_stay_without_valid_policies_and_show_no_policy(host: Host
     said = host.service.log.stat().st_size
     host.service.start_agent()
     text = host.service.log.read_text()[said:]
-    assert "not enforcing policies" in text
-    assert " enforcing, " not in text
+    assert "policies are not enforced" in text
+    assert " enforcing limits, " not in text
     assert_same_limit(tenant, client, 2 * GIB)
     assert tenant.view()["source"] == "kept"
     assert tenant.view()["devices"][0]["compute"]["limit_ratio"] == 0.5

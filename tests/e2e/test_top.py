@@ -267,7 +267,7 @@ def test_a_hung_agent_delays_no_key_of_top(service: Service, terminal: Callable[
     assert service.agent is not None
     service.agent.send_signal(signal.SIGSTOP)
     try:
-        there.wait_for("no answer for")
+        there.wait_for("no answer from the agent for")
         there.press("/x")
         there.wait_for("^/x")
         there.press("\x1bq")
@@ -280,7 +280,7 @@ def test_top_exits_with_an_error_without_an_agent(service: Service, tmp_path: ob
     for words in ("top", "top -1"):
         done = fgpu("--run-dir", str(tmp_path), *words.split(), check=False)
         assert (done.returncode, done.stdout) == (3, "")
-        assert "start it with `fgpu agent`" in done.stderr
+        assert "start the agent with `fgpu agent`" in done.stderr
 
 
 # -- completion

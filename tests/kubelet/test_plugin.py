@@ -95,7 +95,9 @@ def test_the_plugin_waits_at_a_socket_without_a_listener(kubelet: kit.Kubelet, s
 def test_a_refused_registration_is_repeated(kubelet: kit.Kubelet, start: Start) -> None:
     kubelet.refusing = "not today"
     plugin = start()
-    eventually(lambda: "kubelet refuses: invalid_argument: not today" in plugin.said(), 30, "the refusal")
+    eventually(
+        lambda: "registration with kubelet failed: invalid_argument: not today" in plugin.said(), 30, "the refusal"
+    )
     kubelet.refusing = ""
     assert kubelet.resource("1gib").healthy
 
@@ -153,12 +155,12 @@ def test_invalid_requests_are_refused(kubelet: kit.Kubelet, plugin: kit.Plugin, 
     wrong = grpc.StatusCode.INVALID_ARGUMENT
     for id_ in ("", "x", two.ids[0], one.ids[0] + "0", f"{uuids[0]}::1gib::-1", f"{uuids[0]}::1gib::{'9' * 5000}"):
         code, text = refusal(lambda id_=id_: one.allocate(id_))
-        assert (code, "is not an id of fgpu.dev/1gib" in text) == (wrong, True), (id_, text)
+        assert (code, "is not the id of a slot of fgpu.dev/1gib" in text) == (wrong, True), (id_, text)
         assert len(text) < 200
     code, text = refusal(lambda: one.allocate(*one.ids[:2]))
     assert (code, text) == (
         wrong,
-        f"one container cannot have two shares of one device ({uuids[0]}): ask for a larger one",
+        f"one container cannot have two shares of one device ({uuids[0]}): request a larger one",
     )
     raw = one.channel.unary_unary("/v1beta1.DevicePlugin/Allocate")
     assert refusal(lambda: raw(b"\xff" * 9, timeout=10)) == (wrong, "not a valid AllocateRequest")
@@ -255,7 +257,7 @@ def test_a_device_with_an_xid_is_unhealthy_until_its_reset(
         assert said("xids") == "FAIL  xids: device 1: it has reported XID 79"
         told = [event["text"] for event in commands.ask(verb="events")["events"] if event["what"] == "xid"]
         assert told[-1] == "79: no share of the device is offered"
-        assert "healthy, it has reported XID 79" in plugin.said()
+        assert "healthy; unhealthy device: it has reported XID 79" in plugin.said()
     finally:
         order("device-reset")
     eventually(lambda: (one.healthy, two.healthy) == (one.ids, two.ids), 20, "healthy")
@@ -311,9 +313,13 @@ def sizes(count: int) -> str:
     ("profiles", "said"),
     [
         (sizes(124), ""),
-        (sizes(125), "fgpu: 1000 slots are too many for kubelet (1000): lower counts of profiles"),
+        (
+            sizes(125),
+            "fgpu: 1000 slots are too many for kubelet (fewer than 1000 are allowed): "
+            "lower counts of profiles in agent.yaml",
+        ),
         ("[{share: 10gib, count: 2}]", "fgpu.kubelet: profiles: 2 of 10gib would take 20GiB of "),
-        ("[]", "fgpu.kubelet: the agent offers nothing: list profiles in agent.yaml, and restart it"),
+        ("[]", "fgpu.kubelet: the agent offers nothing: list profiles in agent.yaml, and restart the agent"),
     ],
 )
 def test_the_plugin_offers_992_slots_and_reports_profiles_that_cannot_be_offered(

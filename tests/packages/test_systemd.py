@@ -91,7 +91,7 @@ def test_installation_starts_nothing(service: fresh_host.Host) -> None:
         assert service.unit(unit, "LoadState", "ActiveState", "UnitFileState") == ["loaded", "inactive", "disabled"]
     assert not (service.root / "run/fgpu").exists()
     done = service.run("fgpu", "status", check=False)
-    assert (done.returncode, "start it with `systemctl start fgpu-agent`" in done.stderr) == (3, True), done
+    assert (done.returncode, "start the agent with `systemctl start fgpu-agent`" in done.stderr) == (3, True), done
 
 
 def test_the_units_are_valid_and_confined(service: fresh_host.Host) -> None:

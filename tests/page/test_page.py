@@ -170,7 +170,7 @@ def test_the_page_reports_an_agent_that_does_not_answer(look: Look, service: Ser
         service.agent.send_signal(signal.SIGSTOP)
         there.page.clock.fast_forward(10_000)
     try:
-        text = r"^no answer since \d\d:\d\d:\d\d \w+: the figures below are from then$"
+        text = r"^no answer from the agent since \d\d:\d\d:\d\d \w+: the figures below are from that time$"
         expect(silence).to_have_text(re.compile(text))
         expect(silence).to_be_visible()
         expect(there.page.locator(".state")).to_be_hidden()

@@ -50,8 +50,8 @@ def test_set_explains_a_limit_below_the_bytes_in_use(tmp_path: Path) -> None:
     ("left", "said"),
     [
         (None, "no limit is in force"),
-        (level(0, 8 * GIB, "notebooks"), "in force now: 8GiB (notebooks of alice)"),
-        (level(0, abi.NO_LIMIT, "batch", "team"), "in force now: no limit of memory (batch of team)"),
+        (level(0, 8 * GIB, "notebooks"), "in force now: 8GiB (source: notebooks, tenant: alice)"),
+        (level(0, abi.NO_LIMIT, "batch", "team"), "in force now: no memory limit (source: batch, tenant: team)"),
     ],
 )
 def test_unset_prints_the_remaining_limit(left: Any, said: str, tmp_path: Path) -> None:
@@ -62,7 +62,7 @@ def test_unset_prints_the_remaining_limit(left: Any, said: str, tmp_path: Path) 
 def test_reload_and_clear_print_their_effect(tmp_path: Path) -> None:
     with agent(tmp_path, reload={"policies": 1}, clear={"device": 3}):
         assert fgpu(tmp_path, "reload").stdout == "reloaded: 1 policy in force\n"
-        assert fgpu(tmp_path, "device", "clear", "3").stdout == "gpu 3: offered again\n"
+        assert fgpu(tmp_path, "device", "clear", "3").stdout == "gpu 3: shares are offered again\n"
 
 
 def test_detach_prints_how_many_tenants_have_lost_their_limits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -180,7 +180,7 @@ def test_events_selects_by_time_and_tenant_and_refuses_unknown_values(tmp_path: 
         assert found("--tenant", "carol") == []
         wrong = fgpu(tmp_path, "events", "--tenant", "carl")
         assert (wrong.exit_code, wrong.stdout) == (4, "")
-        assert wrong.stderr == "fgpu: no tenant 'carl' and no event of one; did you mean carol?\n"
+        assert wrong.stderr == "fgpu: no tenant and no event has the name 'carl'; did you mean carol?\n"
         assert fgpu(tmp_path, "events", "--since", "ten").exit_code == 2
 
 

@@ -44,7 +44,7 @@ def answers(tmp_path: Path) -> Iterator[queue.SimpleQueue[bytes]]:
 def test_an_incomplete_answer_raises_a_connection_error(answers: queue.SimpleQueue[bytes], tmp_path: Path) -> None:
     for half in (b'{"ok": {"tena', b""):
         answers.put(half)
-        with pytest.raises(ConnectionError, match="closed the connection"):
+        with pytest.raises(ConnectionError, match="closed the connection without a complete answer"):
             control_client.call(tmp_path, {"verb": "snapshot"})
 
 
@@ -57,7 +57,7 @@ def test_a_failure_is_shown_until_the_next_reply(
     found = SnapshotPoller(lambda: control_client.call(tmp_path, {"verb": "snapshot"}), wakeup)
     assert (found.latest.snapshot, found.latest.error) == ({"number": 1}, "")
     for answer, number, error in (
-        (b'{"ok"', 1, "the agent closed the connection"),
+        (b'{"ok"', 1, "the agent closed the connection without a complete answer: read the agent's log"),
         (b'{"error": "busy", "code": 1}\n', 1, "busy"),
         (b'{"ok": {"number": 2}}\n', 2, ""),
     ):
@@ -70,4 +70,4 @@ def test_a_failure_is_shown_until_the_next_reply(
 def test_a_missing_answer_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(top_input.time, "monotonic", lambda: 109.0)
     assert LatestSnapshot({}, "", 108.0).now().error == ""
-    assert LatestSnapshot({}, "", 100.0).now().error == "no answer for 9 s"
+    assert LatestSnapshot({}, "", 100.0).now().error == "no answer from the agent for 9 s"

@@ -93,7 +93,7 @@ def test_many_devices_leave_room_for_tenants() -> None:
     devices = tuple(kit.device(index) for index in range(16))
     drawn = lines(kit.latest(kit.tenant("alice", *(kit.on(gpu, 1) for gpu in range(16))), devices=devices), 80, 24)
     assert [line.split()[0] for line in drawn[1:7]] == ["0", "1", "2", "3", "4", "and"]
-    assert drawn[6] == "and 11 devices more"
+    assert drawn[6] == "and 11 more devices"
     assert drawn[7].split()[:3] == ["TENANT", "GPU", "LIMIT"]
 
 

@@ -82,7 +82,7 @@ def rows(read: Read) -> list[str]:
 def test_the_page_of_a_usual_host_has_all_parts() -> None:
     policies = PoliciesView(True, 1.0, 3, ())
     words = shown(snapshot(*kit.ALL, policies=policies, events={"rate": 2, "full": 1})).words
-    assert "enforced agent up gatekeeper up 3 events lost policies good, 3 in force as of 00:00:01 " in words
+    assert "enforced agent up gatekeeper up 3 events lost policies valid, 3 in force as of 00:00:01 " in words
     assert "0 NVIDIA H200 used 40GiB/160GiB committed 100GiB unmanaged 0B turn: bob" in words
     assert "4 tenants , by used" in words or "4 tenants, by used" in words
     assert "alice policy notebooks /batch/alice 8GiB 4GiB 4GiB 25.1% 25.0% 12.3s 3 kernel" in words
@@ -117,7 +117,7 @@ def test_rows_beyond_the_maximum_are_counted() -> None:
     ("more", "said"),
     [
         ({"unenforced": "a probe has gone"}, "No limit is enforced: a probe has gone not enforced agent up"),
-        ({"incomplete": "a typo"}, "Not everything is in force: a typo in part agent up"),
+        ({"incomplete": "a typo"}, "Some limits may be out of date: a typo may be out of date agent up"),
         ({"gatekeeper_up": False}, "gatekeeper not running: new programs are refused memory fix: wait for the agent"),
         ({"gatekeeper_up": None}, "gatekeeper unknown"),
         (

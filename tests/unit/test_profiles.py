@@ -177,7 +177,7 @@ def test_allocated_ids_stay_healthy():
 def test_invalid_ids_are_refused(id_):
     book = Book()
     book.look(told())
-    with pytest.raises(SlotError, match=r"is not an id of fgpu\.dev/8gib"):
+    with pytest.raises(SlotError, match=r"is not the id of a slot of fgpu\.dev/8gib"):
         book.read("8gib", [id_])
 
 

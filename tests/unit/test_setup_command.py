@@ -100,7 +100,7 @@ def test_a_missing_engine_is_an_error_without_option_file_or_undo(host):
     before = everything(host)
     done = setup(host, "--memory", "8GiB")
     assert (done.exit_code, "docker is not installed here" in done.stderr) == (1, True)
-    assert "nothing was changed" in done.stderr
+    assert "; nothing was changed" in done.stderr
     assert (everything(host), asked(host)) == (before, [])
     assert setup(host, "--file", str(host.daemon)).exit_code == 0, "its settings are named"
     assert setup(host, "--undo").exit_code == 0, "also after it was removed"
