@@ -58,7 +58,8 @@ static int share(const char *run, const char *name)
 {
     char *state = file_read(AT_FDCWD, "-", MOST_OF_A_CONFIG);
     const char *pid = state ? json_member(state, "pid") : NULL;
-    if (!pid || atoi(pid) <= 0 || !is_name(name)) return refuse("the share's name is not valid, or stdin has no state");
+    if (!pid || atoi(pid) <= 0 || !is_name(name))
+        return refuse("the share's name is not valid, or stdin has no state of the container");
     int agent = connect_to(run, "control.sock", SOCK_STREAM);
     if (agent < 0) return refuse("the container needs a limit, and no agent responds (start the agent: fgpu agent)");
     dprintf(agent, "{\"verb\":\"share\",\"pid\":%d,\"share\":\"%s\"}\n", atoi(pid), name);
@@ -182,7 +183,8 @@ static int runtime(const char *run, char **words)
 {
     const char *name = words[0] ? strrchr(words[0], '/') : NULL;
     name = name ? name + 1 : words[0];
-    if (!name || !strncmp(name, "fgpu-", 5)) return refuse("no OCI runtime is named");
+    if (!name || !strncmp(name, "fgpu-", 5))
+        return refuse("the command names no OCI runtime: fgpu-oci runtime RUNTIME");
     reasons_log = option(words, "--log", NULL);
     if (starts_a_container(words + 1) && edit_bundle(run, option(words, "--bundle", "-b") ?: ".")) return 1;
     execvp(words[0], words);
