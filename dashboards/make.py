@@ -376,7 +376,7 @@ def with_runbooks(rules: str, url: str) -> str:
 def main() -> None:
     """Write all dashboards, and the address of runbooks if one is given."""
     parser = argparse.ArgumentParser(description="Write the dashboards, and optionally the address of runbooks.")
-    parser.add_argument("--runbooks", metavar="URL", help="where docs/runbooks.md is for those who get alerts")
+    parser.add_argument("--runbooks", metavar="URL", help="the address of docs/runbooks.md, to which alerts link")
     url = parser.parse_args().runbooks
     for name in DASHBOARDS:
         Path(__file__).with_name(f"{name}.json").write_text(text(name))

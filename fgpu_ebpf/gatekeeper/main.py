@@ -297,7 +297,7 @@ class Gatekeeper:
                 self._connections.drop(connection, "dropped_process")
                 return None
             connection.pidfd = -1
-            self._log.say(f"process {session.pid} of cgroup {tenant}: managed")
+            self._log.say(f"process {session.pid} of cgroup {tenant} has registered")
         self._sessions.update(session, tenant, owner, connection.managed_state.levels, header)
         if self._ledger and session.levels:
             session.control.page.tag = self._ledger.tag(session.pid, session.levels)
@@ -312,7 +312,7 @@ class Gatekeeper:
             if self._ledger:
                 self._slicer.ledger, self._scanner.check = self._ledger, self._ledger.file_check
                 self._listen(self._ledger)
-                self._log.say("ledger opened")
+                self._log.say("opened the ledger, the kernel's record of charged memory")
                 self._beat()
                 self._show()
         self._connections.turn()

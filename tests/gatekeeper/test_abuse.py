@@ -607,7 +607,9 @@ def test_a_gatekeeper_without_its_lock_file_prints_an_error_and_exits(
         assert successor.ready
         socket_of_the_successor = (run / "shim" / "shim.sock").stat().st_ino
         assert keeper.process.wait(3) == 1
-    said = [line for line in log.read_text().splitlines() if "listening" not in line and "ledger opened" not in line]
+    said = [
+        line for line in log.read_text().splitlines() if "listening" not in line and "opened the ledger" not in line
+    ]
     assert said == [
         f"fgpu gatekeeper: {run}/gatekeeper.lock is no longer the file that this gatekeeper has locked: exiting"
     ]
