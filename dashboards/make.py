@@ -96,15 +96,15 @@ def ratio(above: str, below: str, labels: str) -> str:
 CAPACITY = "fgpu_device_memory_capacity_bytes"
 REFUSED = "fgpu_memory_refused_total"
 ASKED = "Allocations that were refused in the displayed range, including those that `mode: observe` admitted."
-AROUND = "Processes that use CUDA without asking first. They are charged."
+AROUND = "Processes that use CUDA without requesting admission. They are charged."
 DEVICES = [  # one row
     stat("Devices failed", "Devices with an XID that no program causes: no share of them is offered.", "none",
          f"count(fgpu_device_healthy{{{DEVICE}}}) - sum(fgpu_device_healthy{{{DEVICE}}})", NONE_IS_GOOD, width=8),
     stat("XIDs", "Errors that devices reported in the displayed range, including those that programs cause.", "none",
          grown("fgpu_device_xids_total", DEVICE), NONE_IS_USUAL, width=8),
-    stat("Memory unexplained", "Memory in use on devices that belongs to no process, is not orphaned and is not the "
-         "driver's own: no tenant can get it.", "bytes", f"sum(fgpu_device_memory_unexplained_bytes{{{DEVICE}}})",
-         (("green", None), ("orange", 256 * 2**20)), width=8),
+    stat("Memory unexplained", "Memory in use on devices that belongs to no process, is charged for no exited process "
+         "and is not the driver's own: no tenant can get it.", "bytes",
+         f"sum(fgpu_device_memory_unexplained_bytes{{{DEVICE}}})", (("green", None), ("orange", 256 * 2**20)), width=8),
 ]  # fmt: skip
 UTILISATION = "GPU utilisation, by NVIDIA's dcgm-exporter"
 
@@ -141,7 +141,7 @@ CLUSTER = [
     stat("Memory unmanaged", UNMANAGED, "bytes", f"sum(fgpu_device_memory_unmanaged_bytes{{{DEVICE}}})"),
     stat("Refusals", ASKED, "none", grown(REFUSED, BOTH), NONE_IS_USUAL),
     stat("Bypassing processes", AROUND, "none", f"sum(fgpu_bypassing_processes{{{TENANT}}})", NONE_IS_USUAL),
-    stat("Tenants not enforced by the kernel", "Cooperative, with a process that is only counted, or observed.",
+    stat("Tenants not enforced by the kernel", "Tenants whose enforcement is cooperative, counted, observe or none.",
          "none", f'count(fgpu_tenant_enforcement{{{TENANT}, mode!="kernel"}} == 1)', NONE_IS_GOOD),
     stat("Gatekeepers down", "Nodes without a gatekeeper: programs that start there get no memory.", "none",
          f"count(fgpu_gatekeeper_up{{{NODE}}}) - sum(fgpu_gatekeeper_up{{{NODE}}})", NONE_IS_GOOD),
@@ -185,7 +185,7 @@ NODES = [
     stat("Policies in force", "Documents of all policy files.", "none", f"sum(fgpu_policies{{{NODE}}})"),
     stat("Gatekeeper up", "No: programs that start get no memory.", "bool_yes_no", f"min(fgpu_gatekeeper_up{{{NODE}}})",
          YES_IS_GOOD, noValue="?"),
-    stat("NVML's last answer", "Age of the answer with which the ledger was last reconciled; normally half a "
+    stat("NVML's last answer", "Age of the last answer with which charged memory was corrected; normally half a "
          "second.", "s", f"max(fgpu_reconcile_age_seconds{{{DEVICE}}})",
          (("green", None), ("orange", 5), ("red", 30)), decimals=1, noValue="?"),
     stat("Unmanaged processes", "Processes outside any tenant that hold memory.", "none",
@@ -220,15 +220,15 @@ NODES = [
            "stopped, hung, or has long kernels.", "ops",
            Query(f"sum by (instance, gpu) (rate(fgpu_slice_overruns_total{{{DEVICE}}}[{RATE}]))",
                  "{{instance}} {{gpu}}")),
-    series("Probe hits", "Calls of the driver and requests of the shim that probes saw, per second.", "ops",
+    series("Probe hits", "Calls of the driver and requests of the shim that reached a probe, per second.", "ops",
            Query(f"sum by (probe) (rate(fgpu_probe_hits_total{{{NODE}}}[{RATE}]))", "{{probe}}")),
     series("Anomalies", "Events that should not occur, per second. `bypass`: an allocation without admission; `full`: "
            "a map without room.", "ops",
            Query(f"sum by (kind) (rate(fgpu_anomalies_total{{{NODE}}}[{RATE}]))", "{{kind}}")),
     series("Refusals, by tenant", "Allocations refused per second, of the twenty tenants with most.", "ops",
            Query(most(refused(BOTH, "instance, tenant").expr), "{{instance}} {{tenant}}")),
-    series("Containers that wait for labels", "Containers whose engine has not told their labels: policies without "
-           "labels hold for them.", "none", Query(f"sum by (instance, engine) (fgpu_engine_waiting{{{NODE}}})",
+    series("Containers that wait for labels", "Containers whose labels the engine has not reported: policies without "
+           "labels apply.", "none", Query(f"sum by (instance, engine) (fgpu_engine_waiting{{{NODE}}})",
                                            "{{instance}} {{engine}}")),
     *DEVICE_USE,
 ]  # fmt: skip
@@ -242,7 +242,7 @@ TENANTS = [
     gauge("Full", "The used part of the tenant's limit, on the fullest device.",
           f"max(fgpu_memory_used_bytes{{{BOTH}}} / fgpu_memory_limit_bytes{{{BOTH}}})"),
     stat("Refusals", ASKED, "none", grown(REFUSED, BOTH), NONE_IS_USUAL),
-    stat("Drift", "The ledger's bytes minus the driver's, where they differ most. A few MiB of a pool are normal.",
+    stat("Drift", "Charged bytes minus the driver's, where they differ most. A few MiB of a pool are normal.",
          "bytes", f"max(abs(fgpu_memory_drift_bytes{{{BOTH}}}))",
          (("green", None), ("orange", 64 * 2**20))),
     stat("Processes", "Processes charged to the tenant.", "none", f"sum(fgpu_processes{{{TENANT}}})"),
@@ -255,21 +255,21 @@ TENANTS = [
          "weights and ceilings, also of groups around tenants.", "percentunit", f"min({due(BOTH)})", noValue="none"),
     stat("Ceiling", "The most of a device's time that the tenant may own.", "percentunit",
          f"min(fgpu_compute_limit_ratio{{{BOTH}}})", noValue="none"),
-    stat("Throttled", "Times that the ceiling held the tenant back, in the displayed range.", "none",
+    stat("Throttled", "Times that the ceiling delayed the tenant's turn, in the displayed range.", "none",
          grown("fgpu_compute_throttled_total", BOTH)),
     series("Memory", "Charged bytes, their peak, and the limit.", "bytes", *(
         Query(f"sum by (instance, gpu, tenant) (fgpu_memory_{what}_bytes{{{BOTH}}})", f"{LEGEND} {what}")
         for what in ("limit", "used", "peak"))),
     series("Refusals", "Allocations refused per second.", "ops", refused(BOTH, "operation, reason")),
-    series("Allocated", "Bytes per second: admitted by the kernel, and seen to be allocated by the driver. They differ "
-           "if a process asks for more than it takes, or does not ask.", "binBps", *(
+    series("Allocated", "Bytes per second: admitted by the kernel, and allocated by the driver. They differ if a "
+           "process requests more than it allocates, or requests no admission.", "binBps", *(
                Query(f"sum by (instance, gpu, tenant) (rate(fgpu_memory_{what}_bytes_total{{{BOTH}}}[{RATE}]))",
                      f"{LEGEND} {what}") for what in ("admitted", "witnessed"))),
-    series("Drift", "The ledger's bytes minus the driver's. Below 0, the driver holds bytes that are not charged.",
+    series("Drift", "Charged bytes minus the driver's. Below 0, the tenant holds bytes that are not charged.",
            "bytes", Query(f"sum by (instance, gpu, tenant) (fgpu_memory_drift_bytes{{{BOTH}}})", LEGEND), min=None),
-    series("Share of time", "Owned time, the entitlement, and the ceiling. Short: by how much a "
-           "tenant that wants time got less than is due to it in ten seconds. A tenant that is alone on its devices "
-           "and has no ceiling is not measured.", "percentunit",
+    series("Share of time", "Owned time, the entitlement, and the ceiling. Short: the part of the "
+           "device's time that a tenant with work got less than its entitlement, in ten seconds. A tenant that is "
+           "alone on its devices and has no ceiling is not measured.", "percentunit",
            Query(had(BOTH), f"{LEGEND} had"), Query(due(BOTH), f"{LEGEND} entitled"),
            Query(f"sum by (instance, gpu, tenant) (fgpu_compute_shortfall_ratio{{{BOTH}}} or "
                  f"0 * fgpu_compute_entitled_ratio{{{BOTH}}})", f"{LEGEND} short"),
@@ -376,7 +376,7 @@ def with_runbooks(rules: str, url: str) -> str:
 def main() -> None:
     """Write all dashboards, and the address of runbooks if one is given."""
     parser = argparse.ArgumentParser(description="Write the dashboards, and optionally the address of runbooks.")
-    parser.add_argument("--runbooks", metavar="URL", help="where docs/runbooks.md is for those who get alerts")
+    parser.add_argument("--runbooks", metavar="URL", help="the address of docs/runbooks.md, to which alerts link")
     url = parser.parse_args().runbooks
     for name in DASHBOARDS:
         Path(__file__).with_name(f"{name}.json").write_text(text(name))

@@ -243,7 +243,7 @@ static int list_for(const struct setup *setup, const char *bundle, const char *r
     char *own = own_list(root, place), *text = own ? joined(own, setup->shim) : NULL;
     int failed = text && (bundle ? keep_in_bundle(setup, bundle, place, text, path, size)
                                  : keep_shared(setup, text, path, size));
-    if (failed) say("the image's own %s cannot be joined with the shim: %s", place, strerror(errno));
+    if (failed) say("the image's own %s cannot be combined with the shim's: %s", place, strerror(errno));
     free(own);
     free(text);
     return failed ? -1 : 0;
@@ -267,7 +267,7 @@ static void mount_entry(char **to, const char *mounts, const char *source, const
 {
     if (is_mounted(mounts, destination)) {
         if (!strcmp(destination, PRELOAD) || !strcmp(destination, NIX_PRELOAD))
-            say("the container has a mount of its own at %s: it is not changed", destination);
+            say("the container has its own mount at %s: fgpu does not mount the shim's list there", destination);
         return;
     }
     *to += sprintf(*to,
@@ -300,7 +300,7 @@ char *edits_apply(const struct setup *setup, const char *config, const char *bun
     const char *mounts = json_member(config, "mounts");
     char *root = json_text(json_member(json_member(config, "root") ?: "", "path"));
     if (!root || (mounts && *mounts != '[')) {
-        say("the container's configuration has no root: see the runtime's own message");
+        say("the container's configuration has no root.path, or its mounts are not a list");
         free(root);
         return NULL;
     }

@@ -58,9 +58,10 @@ static int share(const char *run, const char *name)
 {
     char *state = file_read(AT_FDCWD, "-", MOST_OF_A_CONFIG);
     const char *pid = state ? json_member(state, "pid") : NULL;
-    if (!pid || atoi(pid) <= 0 || !is_name(name)) return refuse("a share needs a name and the runtime's state");
+    if (!pid || atoi(pid) <= 0 || !is_name(name))
+        return refuse("the share's name is not valid, or stdin has no state of the container");
     int agent = connect_to(run, "control.sock", SOCK_STREAM);
-    if (agent < 0) return refuse("no agent responds that could limit it (start it: fgpu agent)");
+    if (agent < 0) return refuse("the container needs a limit, and no agent responds (start the agent: fgpu agent)");
     dprintf(agent, "{\"verb\":\"share\",\"pid\":%d,\"share\":\"%s\"}\n", atoi(pid), name);
     char answer[4096] = "";
     size_t length = 0;
@@ -70,7 +71,7 @@ static int share(const char *run, const char *name)
     if (json_member(answer, "ok")) return 0;
     char *why = json_text(json_member(answer, "error"));
     say("fgpu.dev/share=%s: %s", name, why ?: "the agent did not answer in time");
-    return refuse("its share cannot be given");
+    return refuse("the container cannot get its share");
 }
 
 /* -- fgpu-oci knock */
@@ -111,7 +112,7 @@ static int info(const char *run)
     }
     ssize_t length = read(gatekeeper, answer, sizeof answer - 1);
     if (length <= 0) {
-        dprintf(2, "fgpu-info: the agent has not answered: ask again, or it is of a version without fgpu-info\n");
+        dprintf(2, "fgpu-info: the agent has not answered: try again; an older version of the agent cannot answer\n");
         return 3;
     }
     answer[length] = 0;
@@ -124,12 +125,12 @@ static int precreate(const char *run)
 {
     struct setup setup;
     char *config = file_read(AT_FDCWD, "-", MOST_OF_A_CONFIG);
-    if (!config) return refuse("its configuration cannot be read");
+    if (!config) return refuse("the container's configuration cannot be read");
     int is_set_up = setup_read(&setup, run);
-    if (is_set_up < 0) return refuse("the location of the shim is not known");
+    if (is_set_up < 0) return refuse("the location of the shim is unknown");
     if (!is_set_up) say("no agent runs here: the container starts without a limit");
     char *edited = is_set_up ? edits_apply(&setup, config, NULL) : config;
-    if (!edited || put_out(edited)) return refuse("the shim cannot be put in");
+    if (!edited || put_out(edited)) return refuse("the shim cannot be added to the container");
     return 0;
 }
 
@@ -164,7 +165,7 @@ static int edit_bundle(const char *run, const char *bundle)
     struct setup setup;
     char path[PATH_MAX];
     int is_set_up = setup_read(&setup, run);
-    if (is_set_up < 0) return refuse("the location of the shim is not known");
+    if (is_set_up < 0) return refuse("the location of the shim is unknown");
     if (!is_set_up) {
         say("no agent runs here: the container starts without a limit");
         return 0;
@@ -174,7 +175,7 @@ static int edit_bundle(const char *run, const char *bundle)
     char *edited = config ? edits_apply(&setup, config, bundle) : NULL;
     int failed = !edited || (strcmp(edited, config) && file_write(path, edited));
     if (!config || (edited && failed)) say("%s: %s", path, strerror(errno));
-    if (failed) return refuse("the shim cannot be put in");
+    if (failed) return refuse("the shim cannot be added to the container");
     return 0;
 }
 
@@ -182,12 +183,13 @@ static int runtime(const char *run, char **words)
 {
     const char *name = words[0] ? strrchr(words[0], '/') : NULL;
     name = name ? name + 1 : words[0];
-    if (!name || !strncmp(name, "fgpu-", 5)) return refuse("no runtime is given that could start it");
+    if (!name || !strncmp(name, "fgpu-", 5))
+        return refuse("the command names no OCI runtime: fgpu-oci runtime RUNTIME");
     reasons_log = option(words, "--log", NULL);
     if (starts_a_container(words + 1) && edit_bundle(run, option(words, "--bundle", "-b") ?: ".")) return 1;
     execvp(words[0], words);
     say("%s: %s", words[0], strerror(errno));
-    return refuse("its runtime does not exist");
+    return refuse("the OCI runtime cannot be executed");
 }
 
 /* Find a runtime by its name in PATH, or by the target of the link of that name. */

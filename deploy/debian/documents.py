@@ -99,7 +99,7 @@ def manual(words: str, command: click.Command, inner: dict[str, click.Command]) 
             lines += [".TP", rf"\fB{roff(called)}\fR", roff((one.help or "").split("\n")[0])]
     exits = "0 done, 1 a finding or a failure, 2 wrong usage, 3 the agent does not answer, 4 no such target."
     if words == "fgpu run":
-        exits = "That of COMMAND, or 125 if fgpu itself fails."
+        exits = "The status of COMMAND, or 125 if fgpu itself fails."
     lines += [".SH EXIT STATUS", roff(exits), ".SH FILES"]
     for path, what in (("/etc/fgpu/policy.d", "policies"), ("/etc/fgpu/agent.yaml", "settings of the agent")):
         lines += [".TP", rf"\fI{roff(path)}\fR", what]

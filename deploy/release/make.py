@@ -70,7 +70,7 @@ class Release:
     def get(self, kind: str) -> Path:
         """Make an artefact, unless it was made in this run, and return its path."""
         if kind not in self.made:
-            print(f"dev: {kind}", file=sys.stderr)
+            print(f"dev: making {kind}", file=sys.stderr)
             pattern, make = KINDS[kind]
             made = self._work / "made" / pattern.format(self.version)
             made.parent.mkdir(exist_ok=True)
@@ -241,12 +241,12 @@ def main() -> None:
     """Make the artefacts that the command line names, or all artefacts if it names none."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--into", type=Path, required=True)
-    parser.add_argument("--keep", type=Path, default=ROOT / "build/wheels", help="downloaded wheels")
+    parser.add_argument("--keep", type=Path, default=ROOT / "build/wheels", help="the folder of downloaded wheels")
     parser.add_argument("--sign", type=Path, metavar="KEY", help="sign the checksums with this SSH key")
     parser.add_argument("kinds", nargs="*", metavar="ARTEFACT", help=" ".join(KINDS))
     asked = parser.parse_args()
     if wrong := set(asked.kinds) - KINDS.keys():
-        parser.error(f"no artefact {' '.join(sorted(wrong))}: {' '.join(KINDS)}")
+        parser.error(f"no artefact {' '.join(sorted(wrong))}: choose from {' '.join(KINDS)}")
     os.umask(0o022)
     os.environ["PYTHONHASHSEED"] = "0"
     into = asked.into.absolute()

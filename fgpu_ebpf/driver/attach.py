@@ -127,7 +127,9 @@ class Probes:
             except FileNotFoundError as error:
                 raise ProbeError(f"{self._programs / program} is no longer pinned: restart the agent") from error
             except OSError as error:
-                raise ProbeError(f"cannot attach to {event}, so process exits are not reported: {error}") from error
+                raise ProbeError(
+                    f"cannot attach to {event}, with which the kernel reports process exits: {error}"
+                ) from error
         for program, event in OPTIONAL_TRACEPOINTS.items():
             with contextlib.suppress(OSError):  # the periodic scan of all cgroups replaces it
                 self._attach_tracepoint(program, event)

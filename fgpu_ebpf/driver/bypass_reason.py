@@ -45,36 +45,36 @@ class Reason(StrEnum):
     NOT_MOUNTED = (
         "not_mounted",
         f"nothing is mounted at {LIST} (programs that Nix built: {NIX_LIST}): "
-        "fgpu setup, or --device fgpu.dev/shim=all",
+        "run fgpu setup, or start the container with --device fgpu.dev/shim=all",
     )
     NOT_LOADED = (
         "not_loaded",
-        f"the list that is mounted at {LIST} (programs that Nix built: {NIX_LIST}) did not load the shim: does it name "
-        "a shim that exists?",
+        f"the list that is mounted at {LIST} (programs that Nix built: {NIX_LIST}) did not load the shim: check "
+        "that the list names an existing shim",
     )
     OTHER_LOADER = (
         "other_loader",
-        f"the list that is mounted at {LIST} did not load the shim, and their loader is not a distribution's: Nix's "
-        f"reads {NIX_LIST} (create the container again), and others may need LD_PRELOAD with the shim's path",
+        f"the list that is mounted at {LIST} did not load the shim, and the program's loader is not a distribution's: "
+        f"Nix's reads {NIX_LIST} (create the container again), and others may need LD_PRELOAD with the shim's path",
     )
     FOREIGN = (
         "foreign",
-        "this host has not published their libfgpu.so: mount the host's, or build the image again",
+        "this host has not published the loaded libfgpu.so: mount the host's, or build the image again",
     )
     HIDDEN = (
         "hidden",
-        "the shim is loaded, but they execute memory that no file backs, in which a copy of libcuda cannot be probed",
+        "the shim is loaded, but the program executes memory that no file backs: libcuda cannot be probed there",
     )
     STALE_MOUNT = (
         "stale_mount",
-        "/run/fgpu/shim was removed while their container ran: restart the container",
+        "/run/fgpu/shim was removed while the container ran: restart the container",
     )
     RUN_HIDDEN = (
         "run_hidden",
-        f"a mount hides {shim_mounts.FOLDER} from them: create the container again, so that it has the folder at "
-        f"{shim_mounts.BESIDE} too",
+        f"a mount in the container hides {shim_mounts.FOLDER}: create the container again, so that it has the folder "
+        f"at {shim_mounts.BESIDE} too",
     )
-    UNUSED = "unused", "the shim is loaded, but they call the driver without it"
+    UNUSED = "unused", "the shim is loaded, but the program calls the driver without the shim"
 
 
 _OF_MOUNT = {Mount.REMOVED: Reason.STALE_MOUNT, Mount.HIDDEN: Reason.RUN_HIDDEN}  # for processes that have the shim

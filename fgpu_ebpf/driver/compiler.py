@@ -67,7 +67,7 @@ def member_offset(bcc: ModuleType, struct: str, member: str) -> int:
             if library.btf__name_by_offset(types, name) == member.encode():
                 return (bits & 0xFFFFFF) // 8
     raise CompileError(
-        f"this kernel does not say where {struct}.{member} is ({TYPES}): one with CONFIG_DEBUG_INFO_BTF=y is needed"
+        f"the kernel's BTF ({TYPES}) lacks the offset of {struct}.{member}: use a kernel with CONFIG_DEBUG_INFO_BTF=y"
     )
 
 

@@ -85,7 +85,9 @@ def context_bytes(nvml: Nvml, libcuda: Path, state: Path) -> dict[int, int]:
     guessed = [index for index, key in keys.items() if key not in known]
     if guessed:
         size = f"{DEFAULT_CONTEXT_BYTES >> 20} MiB is assumed"
-        log.warning("no context on device %s could be measured: %s", ", ".join(map(str, guessed)), size)
+        log.warning(
+            "the size of a CUDA context on device %s could not be measured: %s", ", ".join(map(str, guessed)), size
+        )
     return {index: known.get(key, DEFAULT_CONTEXT_BYTES) for index, key in keys.items()}
 
 

@@ -109,19 +109,19 @@ class Discovery:
         """Return why nothing is enforced: probes of the host's own files are gone. Empty: all of them exist."""
         if not self._probes.lost() and self._libraries.own_files <= self._probes.known:
             return ""
-        return f"probes are gone: another process has unpinned them{self._attach_error}"
+        return f"probes are missing: another process has removed their links{self._attach_error}"
 
     def reattach(self) -> None:
         """Attach lost probes again. The next reconciliation charges the memory that was allocated without probes."""
         lost = self._probes.lost()
         if not lost and self._libraries.own_files <= self._probes.known:
             return
-        log.warning("probes of %d files are gone: attaching them again", len(lost))
+        log.warning("the probes of %d files are missing: the agent attaches them again", len(lost))
         try:
             self._probes.attach_again(lost)
             self._libraries.attach_own()
         except (ProbeError, OSError) as error:
-            self._attach_error = f", and they cannot be attached again ({error})"
+            self._attach_error = f", and the probes cannot be attached again ({error})"
             log.warning("%s", self.unenforced())
             return
         self._attach_error = ""

@@ -48,7 +48,7 @@ def parsed(text: str) -> Image:
         maps = {name: bpf.Form(*map(int, form)) for name, form in found["maps"].items()}
         programs = {name: bytes.fromhex(code) for name, code in found["programs"].items()}
     except (KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ValueError(f"no image: {error!r}") from error
+        raise ValueError(f"not an image of the BPF programs: {error!r}") from error
     return Image(maps, programs)
 
 
@@ -133,7 +133,7 @@ def _run_again(image: Image, maps: list[int], programs: Mapping[str, int]) -> No
         try:
             bpf.update(maps[list(image.maps).index(array)], _NUMBER.pack(0), _NUMBER.pack(programs[program]))
         except OSError as error:
-            raise ProgramError(f"cannot write {program} in the map {array} ({error})") from error
+            raise ProgramError(f"cannot write the program {program} to the map {array} ({error})") from error
 
 
 def _pin(fd: int, path: Path) -> None:

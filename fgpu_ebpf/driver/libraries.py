@@ -184,7 +184,7 @@ class Libraries:
             self._examining[key] = {}
             self._coming[cgroup] += 1
         elif not self._probes.of(key[0]):
-            self._note_unprobed(pid, key[0], "its cgroup has too many files waiting to be examined")
+            self._note_unprobed(pid, key[0], "too many files of its cgroup wait to be examined")
 
     def _examined(self, pid: int, cgroup: str, one: MappedFile) -> Taken:
         return partial(self._take, pid, cgroup, one, self.examiner.mapped(pid, one))
@@ -338,15 +338,17 @@ class Libraries:
             return True
         self._note_unprobed(pid, file, self._bound_text(cgroup))
         self._refuse(
-            cgroup, cgroup, f"other files that processes of {cgroup!a} map, such as {pid}: {self._bound_text(cgroup)}"
+            cgroup,
+            cgroup,
+            f"other files that processes of {cgroup!a} map, such as process {pid}: {self._bound_text(cgroup)}",
         )
         return False
 
     def _bound_text(self, cgroup: str) -> str:
         its, all_ = self._budget.has(cgroup)
         return (
-            f"{its} of {self._budget.most} files of libcuda's or the shim's name in it, {all_} in all (bounds.files in "
-            "agent.yaml)"
+            f"the workload has {its} of at most {self._budget.most} files with libcuda's or the shim's name, all "
+            f"workloads have {all_} (bounds.files in agent.yaml)"
         )
 
     def _note_unprobed(self, pid: int, file: File, why: str) -> None:

@@ -51,7 +51,7 @@ class Target:
         fd = self._open()
         try:
             if mapped_files.mapped_as(fd) != (self.dev, self.ino):
-                raise OSError(errno.ESTALE, "another file is in its place")
+                raise OSError(errno.ESTALE, "another file has replaced this file")
         except OSError:
             os.close(fd)
             raise

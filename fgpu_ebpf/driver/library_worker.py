@@ -25,7 +25,7 @@ class Unreachable(Exception):
     """A process maps another file than the one that can be opened by the same path, dev and ino."""
 
     def __str__(self) -> str:
-        return "the mapped file cannot be opened: its layer was changed after it was mapped, or it is mapped shared"
+        return "the mapped file cannot be opened: its layer was changed after the mapping, or the mapping is shared"
 
 
 @dataclass(frozen=True, slots=True)

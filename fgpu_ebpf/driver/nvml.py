@@ -79,7 +79,7 @@ class Nvml:
             ) from error
         if not self.devices:
             why = "; ".join(f"{name}: {reason}" for name, reason in self.missing.items())
-            raise DriverError(f"the driver under {root} shows no device{why and f' that answers ({why})'}")
+            raise DriverError(f"the driver under {root} lists no device{why and f' that responds ({why})'}")
 
     @staticmethod
     def _preload(root: Path) -> None:
@@ -103,7 +103,7 @@ class Nvml:
                 found.append(device)
         here = {uuid for uuid, index in self._known.items() if index in self._handles}
         if not missing:  # otherwise a missing UUID is that of a device without a handle
-            missing = {uuid_text(uuid): "NVML does not list it" for uuid in self._known.keys() - here}
+            missing = {uuid_text(uuid): "NVML does not list this device" for uuid in self._known.keys() - here}
         return sorted(found, key=lambda device: device.index), missing
 
     def _device(self, number: int) -> Device | None:
@@ -218,7 +218,7 @@ class Nvml:
         if index in self._lost and not _is_lost(self._handles[index]):
             self._lost.discard(index)
             self._came.append((index, None))
-            log.warning("NVML had lost device %d, and has found it again", index)
+            log.warning("device %d responds to NVML again, after NVML had lost it", index)
 
     def watched(self) -> frozenset[int]:
         """Return the devices whose XIDs NVML reports; empty before the first call of xids()."""
@@ -330,7 +330,7 @@ def checks(root: Path) -> list[Check]:
         return [Check("driver", False, "no driver", str(error))]
     count = len(nvml.devices)
     found = f"{nvml.driver_version}, {count} {'device' if count == 1 else 'devices'}"
-    found += "".join(f"; {name} does not answer: {why}" for name, why in nvml.missing.items())
+    found += "".join(f"; {name} does not respond: {why}" for name, why in nvml.missing.items())
     libraries = library_files.driver_libraries(root, "libcuda.so.1")
     if not libraries:
         return [Check("driver", False, found, f"no libcuda.so.1 under {root}: install the driver's CUDA library")]
@@ -346,7 +346,7 @@ def _mig(nvml: Nvml) -> list[Check]:
     named = [f"{device.index} ({device.name})" for device in nvml.devices if nvml.in_mig_mode(device.index)]
     if not named:
         return []
-    found = f"MIG mode is on: device {', '.join(named)}; a tenant with a limit gets no memory on an instance"
+    found = f"MIG mode is on: device {', '.join(named)}; a tenant with a limit gets no memory on a MIG instance"
     fix = "leave the device out of policies and shares (devices:), or disable MIG: nvidia-smi -i INDEX -mig 0"
     return [Check("mig", False, found, fix)]
 

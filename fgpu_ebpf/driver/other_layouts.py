@@ -93,8 +93,8 @@ def carry_over(folder: Path, layout: int, ledger: Ledger) -> None:
             levels = _levels(maps, layout, opened)
         except (OSError, ValueError) as error:
             raise ProgramError(
-                f"{folder} has limits of another version that cannot be read ({error}): they stay in force; start that "
-                "version again, or remove them with `fgpu detach`"
+                f"limits of another version of fgpu in {folder} cannot be read ({error}): they stay in force; start "
+                "that version again, or remove them with `fgpu detach`"
             ) from error
         _close(maps["shelf"], list(levels.values()))
         new = {cgroup: level for cgroup, level in levels.items() if ledger.page_missing(cgroup)}
@@ -149,14 +149,14 @@ def _opened(path: Path) -> Iterator[int]:
 def _levels(maps: dict[str, int], layout: int, opened: contextlib.ExitStack) -> dict[int, _Level]:
     """Return the levels by cgroup. `opened` closes their pages. Raises ValueError: the maps have an unknown form."""
     if [bpf.form(maps[name]).key_size for name in ("pages", "shelf")] != [_U64.size, _U32.size]:
-        raise ValueError("the keys of its maps have an unexpected size")
+        raise ValueError("the keys of the maps have an unexpected size")
     levels: dict[int, _Level] = {}
     for key, value in bpf.items(maps["pages"], _U64.size, _U32.size, bpf.MOST_INNER):
         fd = bpf.map_by_id(_U32.unpack(value)[0])
         opened.callback(os.close, fd)
         version, cgroup, _, place = _HEAD.unpack_from(_read(fd))
         if version != layout or cgroup not in (_WITHDRAWN, _U64.unpack(key)[0]):
-            raise ValueError("a page does not name its cgroup")
+            raise ValueError("a usage page is of an unexpected version or cgroup")
         if cgroup != _WITHDRAWN:
             levels[cgroup] = _Level(fd, place)
     for cgroup, device, bytes_, flags in _limits(maps["limits"]):
@@ -168,7 +168,7 @@ def _levels(maps: dict[str, int], layout: int, opened: contextlib.ExitStack) -> 
 def _limits(fd: int) -> Iterator[tuple[int, int, int, int]]:
     size = bpf.form(fd).value_size
     if bpf.form(fd).key_size != _LIMIT_KEY.size or size < _LIMIT.size:
-        raise ValueError("its limits have another form")
+        raise ValueError("the map of limits has an unknown form")
     for key, value in bpf.items(fd, _LIMIT_KEY.size, size):
         yield (*_LIMIT_KEY.unpack(key), *_LIMIT.unpack_from(value))
 
@@ -176,7 +176,7 @@ def _limits(fd: int) -> Iterator[tuple[int, int, int, int]]:
 def _read(fd: int) -> bytes:
     size = bpf.form(fd).value_size
     if size < _HEAD.size + abi.DEVICES * _USAGE.size:
-        raise ValueError("a page is too short")
+        raise ValueError("a usage page is too short")
     return bpf.lookup(fd, _U32.pack(0), size) or bytes(size)
 
 

@@ -150,11 +150,11 @@ def plan(fd: int, path: str, role: Role, offsets: Mapping[str, int] | None = Non
 def _check(fd: int, path: str, offsets: Iterable[int]) -> int:
     found = breakpoints.choose(fd, offsets)
     if found is None:
-        raise ProbeError(f"no function of {path} has a probe that can be checked: not a driver that fgpu knows")
+        raise ProbeError(f"no function of {path} has a probe that can be checked: fgpu does not support this driver")
     return found
 
 
 def _need(path: str, wanted: Iterable[str], offsets: Mapping[str, int]) -> None:
     missing = sorted(set(wanted) - set(offsets))
     if missing:
-        raise ProbeError(f"{path} lacks {', '.join(missing)}: not a driver that fgpu knows")
+        raise ProbeError(f"{path} lacks {', '.join(missing)}: fgpu supports no driver or shim without these functions")

@@ -90,7 +90,7 @@ def publish(staged: Path) -> Path:
     """Make this version `current`, for programs that start later, and return stable_path(). Raises OSError."""
     store, version = staged.parent.parent, staged.parent.name
     if not staged.is_file():
-        raise FileNotFoundError(f"{staged} is not staged")
+        raise FileNotFoundError(f"{staged} does not exist")
     before = published(store)
     if before != version:
         if before:
@@ -132,7 +132,7 @@ class Release:
 
     def failed_checks(self) -> dict[str, Check]:
         """Return the finding for `fgpu doctor` by name; empty if there was no error."""
-        fix = "free space on its file system, or make it writable, and restart the agent: limits stay enforced"
+        fix = "free space on this file system, or make it writable, and restart the agent: limits stay enforced"
         return {"store": Check("store", False, self.error, fix)} if self.error else {}
 
     def _stable(self) -> Path | None:

@@ -14,7 +14,7 @@ from fgpu_ebpf.check import Check
 
 # The same as in NVIDIA's device plugin: exceptions and page faults of kernels, and the driver's reactions to a program.
 OF_PROGRAMS = (13, 31, 43, 45, 68, 109)
-_FIX = "dmesg | grep -i xid, and docs.nvidia.com/deploy/xid-errors; a reset clears it, or fgpu device clear GPU"
+_FIX = "see dmesg | grep -i xid, and docs.nvidia.com/deploy/xid-errors; reset the device, or run fgpu device clear GPU"
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,13 +64,17 @@ class Tally:
 
 def failure(xid: int) -> str:
     """Return the text why a device must not be assigned to programs."""
-    return f"it has reported XID {xid}"
+    return f"the device has reported XID {xid}"
 
 
 def check(devices: Iterable[Mapping[str, Any]]) -> Check:
     """Return the finding for `fgpu doctor`: whether a device of a Snapshot has reported a fatal XID."""
     seen = [device for device in devices if device["xids"] is not None]
-    failed = [f"device {d['index']}: {failure(d['fatal_xid'])}" for d in seen if d["fatal_xid"] is not None]
+    failed = [f"device {d['index']} has reported XID {d['fatal_xid']}" for d in seen if d["fatal_xid"] is not None]
     if failed:
         return Check("xids", False, "; ".join(failed), _FIX)
-    return Check("xids", True, "no XID but those of programs' own errors" if seen else "NVML reports no XIDs")
+    return Check(
+        "xids",
+        True,
+        "no device has reported an XID that programs do not cause" if seen else "not checked: NVML reports no XIDs",
+    )

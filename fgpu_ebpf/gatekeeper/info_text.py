@@ -57,15 +57,15 @@ def _lines(ledger: Ledger, pages: Sequence[abi.UsagePage], index: int, name: byt
     if limit == abi.NO_LIMIT:
         yield f"{head}: no limit, used {_mib(own.used)}"
     elif limit == 0:
-        yield f"{head}: this container gets none of its memory"
+        yield f"{head}: limit 0, no allocation of this container fits"
         return
     else:
         free = min(max(0, usage.limit - usage.used) for usage in usages)
         yield f"{head}: limit {_mib(limit)}, used {_mib(own.used)}, free {_mib(free)}"
         if free < max(0, own.limit - own.used):
-            yield "  a limit around this container leaves less than its own"
+            yield "  the limit of a group around this container leaves less than the container's own limit"
     if any(page.flags & abi.uncommitted(index) for page in pages):
-        yield "  not used so far: the limit counts on this device from the first use on"
+        yield "  not used so far: the limit counts against this device from the first use on"
     if own.refused:
         yield f"  refused so far: {own.refused}"
     for page in pages:
@@ -80,10 +80,10 @@ def _turn(ledger: Ledger, cgroup: int, index: int, now_ns: int) -> Iterator[str]
     """Yield the lines about a tenant's turns. The counters are at most half a second old."""
     turn = ledger.times.turn(cgroup, index)
     if turn is None or turn.free:
-        yield "  no other container shares its time now"
+        yield "  no other container shares the device's time now"
         return
     had, due = _percent(turn.had_millionths), _percent(turn.entitled_millionths)
-    yield f"  had {had} of the last half second, entitled to {due}; waited {turn.wait_ns / _NS:.1f} s in all"
+    yield f"  had {had} of the last half second, entitled to {due}; waited {turn.wait_ns / _NS:.1f} s in total"
     if turn.since_ns:
         yield f"  waiting for its turn for {max(0, now_ns - turn.since_ns) / _NS:.1f} s"
 

@@ -71,7 +71,7 @@ class Gatekeeper:
         self._requests = DiscoveryRequests(lock.path.parent)
         self._lineages = Lineages(root)
         self._cache: LedgerCache | None = None
-        self._ended, self._lost, self._last_word = False, False, "ends"
+        self._ended, self._lost, self._last_word = False, False, "exiting"
         self._listed: tuple[int, list[tuple[int, bytes]]] = (-1, [])
         boot = os.urandom(16)
         self._counts = dict.fromkeys(COUNTS, 0)
@@ -139,7 +139,7 @@ class Gatekeeper:
             job()
         except OSError as error:
             self._counts["errors"] += 1
-            self._log.say(f"{getattr(job, '__name__', 'a peer')}: {error}")
+            self._log.say(f"error in {getattr(job, '__name__', 'a connection')}: {error}")
 
     # -- a hello, step by step
 
@@ -297,7 +297,7 @@ class Gatekeeper:
                 self._connections.drop(connection, "dropped_process")
                 return None
             connection.pidfd = -1
-            self._log.say(f"process {session.pid} of cgroup {tenant}: managed")
+            self._log.say(f"process {session.pid} of cgroup {tenant} has registered")
         self._sessions.update(session, tenant, owner, connection.managed_state.levels, header)
         if self._ledger and session.levels:
             session.control.page.tag = self._ledger.tag(session.pid, session.levels)
@@ -312,7 +312,7 @@ class Gatekeeper:
             if self._ledger:
                 self._slicer.ledger, self._scanner.check = self._ledger, self._ledger.file_check
                 self._listen(self._ledger)
-                self._log.say("ledger opened")
+                self._log.say("opened the ledger, the kernel's record of charged memory")
                 self._beat()
                 self._show()
         self._connections.turn()
@@ -347,7 +347,7 @@ class Gatekeeper:
         self._lineages.forget()
         if not self._lock.is_held():
             self._ended = self._lost = True
-            self._last_word = f"{self._lock.path} is no longer the file that was locked: exiting"
+            self._last_word = f"{self._lock.path} is no longer the file that this gatekeeper has locked: exiting"
             return
         if self._is_stand_in and file_locks.is_locked(self._run / file_locks.NEXT):
             self._ended, self._last_word = True, "a service's gatekeeper waits for the lock: exiting"
@@ -368,13 +368,13 @@ class Gatekeeper:
 
 def _options(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="fgpu-gatekeeper", description="Answers programs that start in tenants, and gives turns."
+        prog="fgpu-gatekeeper", description="Registers GPU programs of tenants and schedules their turns."
     )
-    parser.add_argument("--pins", type=Path, default=PINS, help="where the ledger's maps are pinned")
-    parser.add_argument("--run-dir", type=Path, default=Path("/run/fgpu"), help="where the socket's folder is made")
+    parser.add_argument("--pins", type=Path, default=PINS, help="the folder in which the agent pins its BPF maps")
+    parser.add_argument("--run-dir", type=Path, default=Path("/run/fgpu"), help="the parent of the socket's folder")
     parser.add_argument("--wait", action="store_true", help="wait while another gatekeeper holds the lock")
-    parser.add_argument("--stand-in", action="store_true", help="exit as soon as another gatekeeper waits")
-    parser.add_argument("--ready-fd", type=int, help="a descriptor to write 1 to, once listening")
+    parser.add_argument("--stand-in", action="store_true", help="exit as soon as another gatekeeper waits for the lock")
+    parser.add_argument("--ready-fd", type=int, help="write 1 to this descriptor as soon as the socket listens")
     return parser.parse_args(argv)
 
 

@@ -57,4 +57,4 @@ class PeerIdentifier:
         if ended_ns is not None and ended_ns < self._alone_ns:
             return pidfd
         os.close(pidfd)
-        raise ProcessLookupError(errno.ESRCH, "another process may have its pid by now")
+        raise ProcessLookupError(errno.ESRCH, "the process may have exited, and another may have its pid")

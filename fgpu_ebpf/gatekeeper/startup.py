@@ -58,7 +58,7 @@ def prepare(lock: FileLock, is_patient: bool) -> Path:
     if is_patient:
         _wait_for(lock)
     elif not lock.take():
-        raise OSError(f"another gatekeeper holds {lock.path}")
+        raise OSError(f"another gatekeeper runs and holds the lock {lock.path}")
     raise_descriptor_limit()
     raise_priority()
     capabilities.keep_only(capabilities.GATEKEEPER)

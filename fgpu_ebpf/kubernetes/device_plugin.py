@@ -174,7 +174,7 @@ class _Plugin:
         reasons = {device.fault for device in self.book.host.devices.values() if device.fault}
         if self.book.host.fault:
             return f"; {self.book.host.fault}"
-        return "".join(f"; unhealthy device: {text}" for text in sorted(reasons))
+        return "".join(f"; {text}" for text in sorted(reasons))
 
     def notify(self) -> None:
         """Send changes to kubelet, on every endpoint."""

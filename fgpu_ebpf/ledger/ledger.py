@@ -99,7 +99,7 @@ class Ledger:
                 self._maps[path.name] = bpf.pinned(path)
             self._adjust = bpf.pinned(pins / "programs" / "adjust")
         except FileNotFoundError as error:
-            raise LedgerMissing(f"no ledger under {pins}: is `fgpu agent` running?") from error
+            raise LedgerMissing(f"no BPF maps of fgpu are pinned under {pins}: is `fgpu agent` running?") from error
 
     def close(self) -> None:
         """Close all descriptors. The maps stay pinned."""
@@ -173,7 +173,7 @@ class Ledger:
         for level in levels:
             code = self._run(abi.Adjust.PUBLISH, level.cgroup)
             if code < 0:
-                raise OSError(-code, f"adjust(publish): {os.strerror(-code)}")
+                raise OSError(-code, f"cannot put a limit in force (BPF program adjust): {os.strerror(-code)}")
 
     def _write_limits(self, level: LevelLimits, is_new: bool) -> None:
         for device, bytes_ in level.bytes.items():

@@ -10,6 +10,7 @@ import ctypes
 import errno
 import functools
 import heapq
+import os
 import struct
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
@@ -50,7 +51,7 @@ class OwnerTable:
         slot = self._slot(owner, in_use)
         done = self._run(abi.Adjust.OWN, level, slot, owner, *most)
         if done < 0:
-            raise OSError(-done, "adjust(own)")
+            raise OSError(-done, f"cannot count a cgroup for its workload (BPF program adjust): {os.strerror(-done)}")
         return slot
 
     def share(self, owner: int) -> Share | None:

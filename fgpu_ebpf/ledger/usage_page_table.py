@@ -81,7 +81,7 @@ class UsagePageTable:
         """Return a slot for the page of each cgroup."""
         places = self._look()
         if len(cgroups) > len(self._free):
-            raise OSError(errno.E2BIG, "the maximum number of levels is reached")
+            raise OSError(errno.E2BIG, "the maximum number of cgroups with a limit (levels) is reached")
         taken = [heapq.heappop(self._free) for _ in cgroups]
         places |= dict(zip(cgroups, taken, strict=True))
         return taken

@@ -117,7 +117,7 @@ def form(fd: int) -> Form:
     lines = Path(f"/proc/self/fdinfo/{fd}").read_text(encoding="ascii").splitlines()
     found = dict(line.split(":\t") for line in lines if ":\t" in line)
     if not found.keys() >= set(Form._fields):
-        raise OSError(errno.EINVAL, f"descriptor {fd} is not a map")
+        raise OSError(errno.EINVAL, f"descriptor {fd} is not a BPF map")
     return Form(*(int(found[name], 0) for name in Form._fields))
 
 
@@ -137,7 +137,7 @@ def number(fd: int, index: int) -> int:
     """Return one 64-bit number of an array map. Raises OSError; ENOENT: the array has no such index."""
     raw = lookup(fd, struct.pack("I", index), 8)
     if raw is None:
-        raise OSError(errno.ENOENT, f"an array has no entry {index}")
+        raise OSError(errno.ENOENT, f"a BPF array has no entry {index}")
     return int.from_bytes(raw, sys.byteorder)
 
 

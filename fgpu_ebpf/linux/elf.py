@@ -60,19 +60,17 @@ class Library:
                         for kind, flags, offset, address, _, bytes_, _, _ in rows if kind == _LOAD]  # fmt: skip
         dynamic = next(((row[3], row[5]) for row in rows if row[0] == _DYNAMIC), None)
         if dynamic is None:
-            raise ElfError("no dynamic segment: is it a driver library?")
+            raise ElfError("no dynamic segment: not a shared library")
         self._entries = dict(self._dynamic(*dynamic))
 
     def _segments(self, at: int, count: int) -> Iterator[tuple[int, ...]]:
         if count > MOST_SEGMENTS:
-            raise ElfError(f"{count} segments are more than the {MOST_SEGMENTS} that are read")
+            raise ElfError(f"{count} segments, more than the {MOST_SEGMENTS} that fgpu reads")
         return _SEGMENT.iter_unpack(self._read_file(at, count * _SEGMENT.size))
 
     def _dynamic(self, address: int, bytes_: int) -> Iterator[tuple[int, int]]:
         if bytes_ > MOST_ENTRIES * _ENTRY.size:
-            raise ElfError(
-                f"a dynamic segment of {bytes_} bytes is longer than the {MOST_ENTRIES} entries looked through"
-            )
+            raise ElfError(f"a dynamic segment of {bytes_} bytes, more than the {MOST_ENTRIES} entries that fgpu reads")
         for tag, value in _ENTRY.iter_unpack(self._read(address, bytes_ // _ENTRY.size * _ENTRY.size)):
             if not tag:
                 return
@@ -153,7 +151,7 @@ class Library:
         for s in self._loaded:
             if s.executable and s.address <= address < s.address + s.bytes:
                 return s.offset + address - s.address
-        raise ElfError(f"{name} is not in code")
+        raise ElfError(f"the address of {name} is in no executable segment")
 
     def _text(self, at: int) -> bytes:
         """Return a name, cut to MOST_NAME_BYTES."""

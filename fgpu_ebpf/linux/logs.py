@@ -173,11 +173,11 @@ class Handler(logging.Handler):
                 return
             if self.dropped > self._reported:
                 dropped = self.dropped
-                text = "%d lines dropped: their reader was too slow"
+                text = "%d lines were dropped: the reader of this log was too slow"
                 self._sink.write(self._form.encode(_line(text, dropped - self._reported)))
                 self._reported = dropped
             if more:
-                self._sink.write(self._form.encode(_line("%d more like the next line left out", more)))
+                self._sink.write(self._form.encode(_line("%d more lines like the next one were left out", more)))
             self._sink.write(self._form.encode(record))
         except Exception:  # of any kind: a log line must never stop the service
             self.dropped += 1

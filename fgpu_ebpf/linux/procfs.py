@@ -153,13 +153,13 @@ def _identity_by_name(pidfd: int) -> tuple[int, int]:
             cgroup = os.stat(f"{root}{path}").st_ino
             if path == _cgroup(pid) and alive(pidfd):
                 return pid, cgroup
-    raise OSError(errno.ESRCH, "the process is gone, or changes its cgroup too often")
+    raise OSError(errno.ESRCH, "the process has exited, or changes its cgroup too often")
 
 
 def _pid_of(pidfd: int) -> int:
     pid = int(_field(read(f"/proc/self/fdinfo/{pidfd}"), b"Pid:") or -1)
     if pid <= 0:
-        raise OSError(errno.ESRCH, "the process is gone")
+        raise OSError(errno.ESRCH, "the process has exited")
     return pid
 
 
@@ -172,7 +172,7 @@ def pid_space(pidfd: int) -> int:
             raise
         ino = os.stat(f"/proc/{_pid_of(pidfd)}/ns/pid").st_ino
         if not alive(pidfd):
-            raise OSError(errno.ESRCH, "the process is gone") from error
+            raise OSError(errno.ESRCH, "the process has exited") from error
         return ino
     try:
         return os.fstat(space).st_ino

@@ -97,7 +97,7 @@ def each(maps: int, which: int) -> Iterator[Mapped]:
             return
         yield mapped
         at = mapped.end
-    raise OSError(errno.E2BIG, "too many mappings")
+    raise OSError(errno.E2BIG, "the process has too many mappings")
 
 
 def with_names(maps: int, names: tuple[bytes, ...]) -> Iterator[Mapped]:
@@ -135,5 +135,5 @@ def _text(maps: int) -> bytes:
         parts.append(part)
         room -= len(part)
     if room <= 0:
-        raise OSError(errno.E2BIG, "too many mappings")
+        raise OSError(errno.E2BIG, "the process has too many mappings")
     return b"".join(parts)

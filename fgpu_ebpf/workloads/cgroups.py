@@ -99,7 +99,7 @@ class Workloads:
     def place(self, name: str) -> str:
         """Return the path of the cgroup of `fgpu run` with this name. Raises TargetError if the name is not valid."""
         if not _NAME.fullmatch(name):
-            raise TargetError(f"{name!r} is not a name: use letters, digits, '.', '_' and '-', at most 101")
+            raise TargetError(f"{name!r} is not a valid name: use at most 101 letters, digits, '.', '_' and '-'")
         return f"/{RUN_FOLDER}/{name}"
 
     def is_own(self, path: str) -> bool:
@@ -139,7 +139,7 @@ class Workloads:
                     raise TargetError(f"a tenant {name!r} already exists") from error
                 continue
             return self.place(found)
-        raise TargetError("too many tenants")
+        raise TargetError("too many tenants of `fgpu run`: no name run-N is free")
 
     def remove(self, path: str) -> bool:
         """Remove an empty cgroup of `fgpu run`. Return False if the kernel refuses, because a process is in it."""

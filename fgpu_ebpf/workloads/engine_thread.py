@@ -106,10 +106,10 @@ class EngineThread:
         if error:
             return f"{self.api.name} fails: {error}"
         if not self.is_there:
-            return f"{self.api.path} is not there"
+            return f"{self.api.path} does not exist, or was not checked yet"
         if want and not want.is_asked:
             return f"{self.api.name} has not been asked yet"
-        return f"{self.api.name} knows of no such container"
+        return f"{self.api.name} has no such container"
 
     # -- in the thread
 

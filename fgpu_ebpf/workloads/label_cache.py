@@ -29,7 +29,7 @@ def read(file: Path) -> dict[Subject, Names]:
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        log.error("%s cannot be read; engines are asked again: %s", file, error)
+        log.error("%s cannot be read; the agent asks the engines again: %s", file, error)
         return {}
 
 

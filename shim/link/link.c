@@ -246,10 +246,10 @@ static COLD const char *text_of(uint32_t word)
 {
     if (link_of(word) == FGPU_CLOSED)
         return fgpu_silence ?: "fgpu: the agent does not answer: device memory is refused\n";
-    if (!(word & COOPERATIVE)) return "fgpu: no agent on this host: not enforced\n";
+    if (!(word & COOPERATIVE)) return "fgpu: no agent on this host: limits are not enforced\n";
     return fgpu_standalone_join() == FGPU_STANDALONE_WITH
-               ? "fgpu: no agent: this container's programs share its limit\n"
-               : "fgpu: no agent, no ledger in /run/fgpu: each process has the image's limit\n";
+               ? "fgpu: no agent: this container's programs share the image's limit\n"
+               : "fgpu: no agent, no shared file in /run/fgpu: each process has the image's whole limit\n";
 }
 
 struct fgpu_view fgpu_look(void)

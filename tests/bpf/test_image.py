@@ -110,5 +110,5 @@ def test_absent_entries_do_not_count_as_deleted() -> None:
 
 
 def test_a_descriptor_that_is_no_map_has_no_form() -> None:
-    with open(os.devnull) as file, pytest.raises(OSError, match="is not a map"):
+    with open(os.devnull) as file, pytest.raises(OSError, match="is not a BPF map"):
         bpf.form(file.fileno())

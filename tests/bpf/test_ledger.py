@@ -831,7 +831,7 @@ def test_a_writable_page_is_not_handed_out(kernel, make_level):
 def test_a_change_with_more_levels_than_fit_changes_no_limit(kernel, level):
     before = sorted(kernel.ledger.tenants())
     many = [LevelLimits(10**12 + n, {0: MIB}) for n in range(4201)]
-    with pytest.raises(OSError, match="maximum number of levels"):
+    with pytest.raises(OSError, match=r"the maximum number of cgroups with a limit \(levels\) is reached"):
         kernel.ledger.set_limits([LevelLimits(level.cgroup, {0: MIB}), *many])
     assert sorted(kernel.ledger.tenants()) == before
     assert kernel.ledger.limit(many[0].cgroup, 0) is None

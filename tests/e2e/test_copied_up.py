@@ -127,7 +127,7 @@ def test_a_process_whose_libcuda_has_no_path_any_more_gets_no_memory_and_is_name
         lambda: [line for line in service.log.read_text().splitlines() if f"process {client.pid}:" in line]
     )
     assert "not probed" in log[0]
-    assert "its layer was changed after it was mapped" in log[0]
+    assert "its layer was changed after the mapping" in log[0]
     assert one.memory()["used_bytes"] == one.driver() == 0
     one.client(before=before(place, layers)).ok("context")  # a new program maps the copied-up file, which is probed
     assert "enforcement: kernel" in fgpu("explain", one.path).stdout

@@ -109,7 +109,7 @@ def test_a_process_with_a_shim_that_this_host_has_not_published_is_reported_as_f
     shortly(lambda: metrics().get(key) == 1, "the reason")
     assert one.view()["bypassing"] == {"no_admission": 1}
     assert one.assert_exact() == CONTEXT + 10 * MIB
-    assert "foreign: this host has not published their libfgpu.so" in fgpu("explain", one.path).stdout
+    assert "foreign: this host has not published the loaded libfgpu.so" in fgpu("explain", one.path).stdout
 
 
 # -- S1: a copy under another name

@@ -218,7 +218,7 @@ LINES = {
         driver_without_a_function,
         "fgpu: WORK/driver/lib/libcuda.so.1 lacks cuCtxCreate_v2, cuCtxDestroy_v2, cuDevicePrimaryCtxRelease_v2, "
         "cuDevicePrimaryCtxRetain, cuMemAlloc_v2, cuMemCreate, cuMemFree_v2, cuMemMap, cuMemRelease, cuMemUnmap: "
-        "not a driver that fgpu knows",
+        "fgpu supports no driver or shim without these functions",
     ),
     "no-interpreter": (
         no_interpreter,

@@ -54,7 +54,7 @@ def test_a_failed_device_stays_failed_over_a_restart_until_a_command_clears_it(
         restart(service)
         assert not any(is_healthy() for _ in range(40))
         doctor = fgpu("doctor", check=False)
-        assert "FAIL  xids: device 0: it has reported XID 79" in doctor.stdout
+        assert "FAIL  xids: device 0 has reported XID 79" in doctor.stdout
     fgpu("device", "clear", "0")
     eventually(is_healthy, 5, "the device that was cleared")
     eventually(lambda: 79 not in recorded(), 5, "a record without it")

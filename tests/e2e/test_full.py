@@ -121,7 +121,7 @@ def test_no_request_waits_for_a_log_without_a_reader(dead: Service, tenant, scal
                 return os.read(reader, 4096)
             return b""
 
-        eventually(lambda: b"lines dropped: their reader was too slow" in told(), 5, "how much was lost")
+        eventually(lambda: b"lines were dropped: the reader of this log was too slow" in told(), 5, "how much was lost")
     finally:
         os.close(reader)
         os.close(writer)

@@ -88,10 +88,10 @@ def test_every_output_shows_missing_enforcement(whole: Service, place) -> None:
     eventually(lambda: metrics().get(mode) == 1, 3, "enforcement: none")
     eventually(lambda: "cannot be attached" in ask(verb="snapshot")["unenforced"], 5, "why")
     assert one.view()["enforcement"] == "none"
-    assert "No limit is enforced: probes are gone" in fgpu("status").stdout
+    assert "No limit is enforced: probes are missing" in fgpu("status").stdout
     said = fgpu("explain", one.path).stdout
-    assert "enforcement: none: probes are gone" in said
+    assert "enforcement: none: probes are missing" in said
     doctor = fgpu("doctor", "--driver-root", SIM, check=False)
     assert doctor.returncode == 1
-    assert "FAIL  probes: probes are gone" in doctor.stdout
+    assert "FAIL  probes: probes are missing" in doctor.stdout
     place.close()

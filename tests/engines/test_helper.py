@@ -268,7 +268,7 @@ def test_the_engine_gets_the_reason_of_a_failure(run_dir: Path, tmp_path: Path) 
     assert subprocess.run(command, capture_output=True, check=False).returncode == 1
     said = json.loads(log.read_text())
     assert said["level"] == "error"
-    assert "the shim cannot be put in" in said["msg"]
+    assert "the shim cannot be added to the container" in said["msg"]
 
 
 def test_the_helper_is_hardened_and_needs_no_library() -> None:

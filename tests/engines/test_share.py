@@ -188,7 +188,7 @@ def test_a_share_without_an_agent_is_refused(bundles: kit.Bundles, service: Serv
         (RUN_DIR / "control.sock").unlink(missing_ok=True)
         bundles.device = "2gib"
         said = refused(bundles)
-        assert "no agent responds that could limit it" in said or bundles._runtime == "crun", said
+        assert "the container needs a limit, and no agent responds" in said or bundles._runtime == "crun", said
     finally:
         service.start_agent()
 

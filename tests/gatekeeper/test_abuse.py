@@ -582,7 +582,9 @@ def test_a_second_gatekeeper_prints_an_error_and_exits(
     root = Path(__file__).parents[2]
     second = subprocess.run(command, capture_output=True, text=True, cwd=root, check=False, timeout=5)
     assert (second.returncode, second.stdout) == (1, "")
-    assert second.stderr.splitlines() == [f"fgpu gatekeeper: another gatekeeper holds {keeper.run}/gatekeeper.lock"]
+    assert second.stderr.splitlines() == [
+        f"fgpu gatekeeper: another gatekeeper runs and holds the lock {keeper.run}/gatekeeper.lock"
+    ]
 
 
 def remake_folder(run: Path) -> None:
@@ -605,8 +607,12 @@ def test_a_gatekeeper_without_its_lock_file_prints_an_error_and_exits(
         assert successor.ready
         socket_of_the_successor = (run / "shim" / "shim.sock").stat().st_ino
         assert keeper.process.wait(3) == 1
-    said = [line for line in log.read_text().splitlines() if "listening" not in line and "ledger opened" not in line]
-    assert said == [f"fgpu gatekeeper: {run}/gatekeeper.lock is no longer the file that was locked: exiting"]
+    said = [
+        line for line in log.read_text().splitlines() if "listening" not in line and "opened the ledger" not in line
+    ]
+    assert said == [
+        f"fgpu gatekeeper: {run}/gatekeeper.lock is no longer the file that this gatekeeper has locked: exiting"
+    ]
     assert (run / "shim" / "shim.sock").stat().st_ino == socket_of_the_successor
     assert in_cgroup(unmanaged, lambda: bool(hello(run)))
 

@@ -251,13 +251,13 @@ def test_a_device_with_an_xid_is_unhealthy_until_its_reset(
         with pytest.raises(grpc.RpcError) as caught:
             one.allocate(one.ids[5])
         assert caught.value.code() is grpc.StatusCode.FAILED_PRECONDITION
-        assert caught.value.details() == f"{uuids[1]}: it has reported XID 79"
+        assert caught.value.details() == f"{uuids[1]}: the device has reported XID 79"
         assert one.allocate(one.ids[0]).cdi_devices
         assert (healthy(), counted("device")) == ([1, 0], before["device"] + 1)
-        assert said("xids") == "FAIL  xids: device 1: it has reported XID 79"
+        assert said("xids") == "FAIL  xids: device 1 has reported XID 79"
         told = [event["text"] for event in commands.ask(verb="events")["events"] if event["what"] == "xid"]
         assert told[-1] == "79: no share of the device is offered"
-        assert "healthy; unhealthy device: it has reported XID 79" in plugin.said()
+        assert "healthy; the device has reported XID 79" in plugin.said()
     finally:
         order("device-reset")
     eventually(lambda: (one.healthy, two.healthy) == (one.ids, two.ids), 20, "healthy")

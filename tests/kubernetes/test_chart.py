@@ -332,4 +332,4 @@ def test_helm_lint_has_no_findings(values: Path | None) -> None:
 def test_helm_refuses_a_pod_monitor_without_its_operator(tmp_path: Path) -> None:
     done = template("podMonitor: {enabled: true}", tmp_path)
     assert done.returncode
-    assert "install it first" in done.stderr
+    assert "install the operator first" in done.stderr

@@ -180,7 +180,7 @@ def test_a_detach_removes_fgpu_s_folders_from_the_node(node: node_kit.Node, pods
     pods["agent"].end()
     node.objects |= {(one["kind"], one["metadata"]["name"]): one for one in node_kit.manifests(DETACH)}
     detach = node.make("fgpu-agent").start("detach")
-    eventually(lambda: "gatekeeper: ends" in pods["gatekeeper"].containers["gatekeeper"].log, 60, detach.log)
+    eventually(lambda: "gatekeeper: exiting" in pods["gatekeeper"].containers["gatekeeper"].log, 60, detach.log)
     pods["gatekeeper"].start("gatekeeper")  # as kubelet does until the DaemonSet is removed, a moment later
     pods["gatekeeper"].end()
     eventually(lambda: detach.probe("readinessProbe"), 60, detach.log)

@@ -130,7 +130,7 @@ def test_a_failed_device_is_reported_from_the_agent_s_pod(kubelet: kubelet_kit.K
     eventually(lambda: not resource.healthy, 20, plugin.containers["device-plugin"].log)
     with pytest.raises(grpc.RpcError) as caught:
         resource.allocate(resource.ids[0])
-    assert "it has reported XID 79" in caught.value.details()
+    assert "the device has reported XID 79" in caught.value.details()
 
 
 def test_each_container_s_peak_memory_is_below_its_limit(

@@ -93,7 +93,7 @@ def test_a_purge_removes_the_state_of_a_dead_agent(host: fresh_host.Host, deb: P
     assert host.pins()
     (host.root / "usr/bin/fgpu").write_text("#!/bin/sh\nexit 1\n")  # the purge works without its own command
     said = host.apt("purge", "fgpu")
-    assert "what is pinned is taken away all the same" in said.stdout + said.stderr
+    assert "detach failed: the removal goes on and deletes the limits in /sys/fs/bpf/fgpu" in said.stdout + said.stderr
     assert_nothing_left(host, before)
 
 

@@ -8,8 +8,8 @@ from typing import Any
 from tests.shim.shim_kit import DEADLINE, PREAMBLE, SYSTEM_PYTHON, Build
 
 MIB, GIB, OOM = 1 << 20, 1 << 30, 2
-TOGETHER = "fgpu: no agent: this container's programs share its limit\n"
-BY_ITSELF = "fgpu: no agent, no ledger in /run/fgpu: each process has the image's limit\n"
+TOGETHER = "fgpu: no agent: this container's programs share the image's limit\n"
+BY_ITSELF = "fgpu: no agent, no shared file in /run/fgpu: each process has the image's whole limit\n"
 ALONE = (
     "unshare",
     "--mount",

@@ -130,7 +130,7 @@ def test_without_an_agent_no_limit_applies_and_one_line_reports_that(plain: Run)
     script = PREAMBLE + "L.cuInit(0); print(alloc(8 * GiB), alloc(8 * GiB), info(), L.fake_calls())"
     done = plain(SYSTEM_PYTHON, "-c", script)
     assert done.stdout == f"0 0 (0, {10 << 30}, {16 << 30}) 2\n"
-    assert done.stderr == "fgpu: no agent on this host: not enforced\n"
+    assert done.stderr == "fgpu: no agent on this host: limits are not enforced\n"
 
 
 @pytest.mark.parametrize("state", ["2>&-", "2>/dev/full", "2>/dev/null"])

@@ -69,7 +69,7 @@ def test_a_folder_beside_the_shim_that_is_no_mount_is_ignored(held: Agent) -> No
 def test_memory_is_granted_after_a_detach_while_the_kernel_still_detaches_the_probes(held: Agent) -> None:
     """The folder that a container has mounted says that the agent was detached."""
     said = injected(held, f"chmod 1755 /mnt/shim\n{BESIDE}{OVER_RUN}")
-    assert said == (f"[0, {10 << 30}]\n", "fgpu: no agent on this host: not enforced\n")
+    assert said == (f"[0, {10 << 30}]\n", "fgpu: no agent on this host: limits are not enforced\n")
 
 
 def test_memory_is_refused_if_the_folder_beside_the_shim_was_removed(agent: Agent) -> None:
@@ -82,7 +82,7 @@ def test_a_shim_without_probes_treats_the_host_as_one_without_an_agent(build: Bu
     """`fgpu detach` removes the probes of the shim. This copy has no probes."""
     copy = shutil.copy(build.shim, build.folder / "unprobed.so")
     said = injected(agent, more, libraries=(copy,))
-    assert said == (f"[0, {10 << 30}]\n", "fgpu: no agent on this host: not enforced\n")
+    assert said == (f"[0, {10 << 30}]\n", "fgpu: no agent on this host: limits are not enforced\n")
 
 
 # -- a sandbox that refuses the socket

@@ -92,7 +92,10 @@ def test_no_environment_variable_changes_the_limit(build: Build) -> None:
 )
 def test_a_limit_file_that_other_users_can_change_or_that_is_not_regular_sets_no_limit(build: Build, more: str) -> None:
     done = container(build, more=more).run("py 'out(alloc(2 * GiB), info()[2])'")
-    assert (done.stdout, done.stderr) == (f"[0, {16 * GIB}]\n", "fgpu: no agent on this host: not enforced\n")
+    assert (done.stdout, done.stderr) == (
+        f"[0, {16 * GIB}]\n",
+        "fgpu: no agent on this host: limits are not enforced\n",
+    )
 
 
 def test_processes_share_a_limit_and_each_reports_that_once(build: Build) -> None:

@@ -17,8 +17,8 @@ from tests.support.wait import eventually
 
 LIMIT = 4 * GIB
 CONTEXT = 512 * MIB  # bytes that the ledger charges for a context
-TOGETHER = "fgpu: no agent: this container's programs share its limit"
-BY_ITSELF = "fgpu: no agent, no ledger in /run/fgpu: each process has the image's limit"
+TOGETHER = "fgpu: no agent: this container's programs share the image's limit"
+BY_ITSELF = "fgpu: no agent, no shared file in /run/fgpu: each process has the image's whole limit"
 
 
 class Images(Container):

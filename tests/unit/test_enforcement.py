@@ -34,7 +34,7 @@ COUNTED = ("no_admission", "no_shim", "unwitnessed", "older")
         ("", False, False, ("standalone", "outside_turns"), "cooperative"),
         ("", False, False, ("outside_turns", "empty_turns"), "kernel"),
         ("", True, False, ("no_shim",), "observe"),
-        ("probes are gone", True, True, ("unprobed",), "none"),
+        ("probes are missing", True, True, ("unprobed",), "none"),
     ],
 )
 def test_the_weakest_process_decides_the_enforcement(

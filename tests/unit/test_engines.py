@@ -124,7 +124,7 @@ def test_a_container_that_the_engine_reports_late_is_requested_again(docker, api
     with running(api) as found:
         found.named(workload())
         eventually(lambda: len(docker.targets) > 2)
-        assert "knows of no such container" in found.missing(workload())
+        assert "has no such container" in found.missing(workload())
         docker.containers = [container()]
         assert asked(found, workload()).labels == {"tier": "notebook"}
         assert found.missing(workload()) == ""
@@ -135,7 +135,7 @@ def test_names_are_found_with_an_engine_that_starts_later_or_restarts(tmp_path, 
     with running(DockerApi(Engine.DOCKER, str(path))) as found:
         found.named(workload())
         assert eventually(found.views)[0].waiting == 1
-        assert "is not there" in found.missing(workload())
+        assert "does not exist" in found.missing(workload())
         docker = Docker(path)
         docker.containers = [container()]
         assert asked(found, workload()).labels

@@ -43,14 +43,14 @@ def test_fgpu_info_prints_limit_use_and_free_memory(monkeypatch: pytest.MonkeyPa
 def test_fgpu_info_reports_a_group_that_leaves_less(monkeypatch: pytest.MonkeyPatch) -> None:
     assert said(monkeypatch, page(1, 8192 * MIB, 1024 * MIB), page(3, 4096 * MIB, 4000 * MIB)) == [
         f"{HEAD}: limit 4096 MiB, used 1024 MiB, free 96 MiB",
-        "  a limit around this container leaves less than its own",
+        "  the limit of a group around this container leaves less than the container's own limit",
     ]
 
 
 def test_fgpu_info_reports_a_missing_limit_and_a_limit_of_zero(monkeypatch: pytest.MonkeyPatch) -> None:
     assert said(monkeypatch)[0].startswith("no limit: ")
     assert said(monkeypatch, page(1, abi.NO_LIMIT, MIB)) == [f"{HEAD}: no limit, used 1 MiB"]
-    assert said(monkeypatch, page(1, 0)) == [f"{HEAD}: this container gets none of its memory"]
+    assert said(monkeypatch, page(1, 0)) == [f"{HEAD}: limit 0, no allocation of this container fits"]
 
 
 def test_fgpu_info_reports_observed_limits_and_uncommitted_limits(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -61,11 +61,14 @@ def test_fgpu_info_reports_observed_limits_and_uncommitted_limits(monkeypatch: p
 def test_fgpu_info_prints_the_share_of_time(monkeypatch: pytest.MonkeyPatch) -> None:
     share = Share(500_000, 100, 1, 0)
     alone = said(monkeypatch, page(1, MIB), share=share, turn=TurnCounts(free=1))
-    assert alone[1:] == ["  time: up to 50%, weight 100, normal priority", "  no other container shares its time now"]
+    assert alone[1:] == [
+        "  time: up to 50%, weight 100, normal priority",
+        "  no other container shares the device's time now",
+    ]
     turn = TurnCounts(
         had_millionths=240_000, entitled_millionths=250_000, wait_ns=12_300_000_000, since_ns=NOW_NS - 10**9
     )
     assert said(monkeypatch, page(1, MIB), share=share, turn=turn)[2:] == [
-        "  had 24% of the last half second, entitled to 25%; waited 12.3 s in all",
+        "  had 24% of the last half second, entitled to 25%; waited 12.3 s in total",
         "  waiting for its turn for 1.0 s",
     ]

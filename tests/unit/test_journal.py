@@ -156,9 +156,9 @@ def test_a_log_without_a_reader_drops_lines_without_a_delay_and_reports_their_nu
     log.info("the next")
     said = untimed(said + drained(reader))
     assert len(re.findall(r"fgpu.test: line \d+ x{400}\n", said)) == count - handler.dropped
-    told = re.findall(r"fgpu.journal: (\d+) lines dropped: their reader was too slow\n", said)
+    told = re.findall(r"fgpu.journal: (\d+) lines were dropped: the reader of this log was too slow\n", said)
     assert sum(map(int, told)) == handler.dropped
-    assert said.endswith(" lines dropped: their reader was too slow\nfgpu.test: the next\n")
+    assert said.endswith(" lines were dropped: the reader of this log was too slow\nfgpu.test: the next\n")
     for fd in (writer, reader):
         os.close(fd)
 
@@ -206,7 +206,7 @@ def test_one_statement_gets_ten_lines_in_ten_seconds(log, tmp_path) -> None:
     assert lines[:10] == [f"fgpu.test: refused {n}" for n in range(10)]
     assert lines[10:] == [
         "fgpu.test: another",
-        "fgpu.journal: 91 more like the next line left out",
+        "fgpu.journal: 91 more lines like the next one were left out",
         "fgpu.test: refused 101",
     ]
     assert (handler.left_out, handler.dropped) == (91, 0)

@@ -209,7 +209,7 @@ def test_only_a_process_without_breakpoints_counts_as_unprobed(
     looks.look_at(bad)
     quiet(looks)
     assert looks.unprobed() == {bad}
-    assert "its layer was changed after it was mapped" in looks.reasons()[bad]
+    assert "its layer was changed after the mapping" in looks.reasons()[bad]
     said = [record.getMessage() for record in caplog.records if "not probed" in record.getMessage()]
     assert len(said) == 1
     seen[bad] = True

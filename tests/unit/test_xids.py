@@ -209,10 +209,10 @@ def view(index: int, **more: Any) -> dict[str, Any]:
 
 def test_doctor_names_the_device_and_the_xid() -> None:
     failed = xids.check([view(0, xids={}), view(1, xids={79: 1}, fatal_xid=79), view(2)])
-    assert (failed.ok, failed.found) == (False, "device 1: it has reported XID 79")
+    assert (failed.ok, failed.found) == (False, "device 1 has reported XID 79")
     assert "dmesg" in failed.fix
     assert xids.check([view(0, xids={31: 2}, ignored_xids=2)]).ok
-    assert xids.check([view(0)]).found == "NVML reports no XIDs"
+    assert xids.check([view(0)]).found == "not checked: NVML reports no XIDs"
 
 
 def test_no_share_of_a_failed_device_is_offered() -> None:
@@ -220,7 +220,7 @@ def test_no_share_of_a_failed_device_is_offered() -> None:
         answered={0: float("inf"), 1: float("inf")}, xids={0: Reported({79: 1}, 0, 79), 1: Reported({31: 1}, 1)}
     )
     offers = Offers([], [], SimpleNamespace(), truth, "")  # type: ignore[arg-type]
-    assert [offers._failure(index) for index in (0, 1)] == ["it has reported XID 79", ""]
+    assert [offers._failure(index) for index in (0, 1)] == ["the device has reported XID 79", ""]
 
 
 def test_events_lists_each_xid_with_its_number() -> None:

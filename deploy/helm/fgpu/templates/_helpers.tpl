@@ -95,6 +95,6 @@ imagePullPolicy: {{ .Values.image.pullPolicy }}
 
 {{- define "fgpu.monitored" -}}
 {{- if not (.Capabilities.APIVersions.Has "monitoring.coreos.com/v1") }}
-{{- fail "podMonitor and prometheusRule need the Prometheus operator (monitoring.coreos.com/v1) in the cluster: install it first, or with helm template say --api-versions monitoring.coreos.com/v1" }}
+{{- fail "podMonitor and prometheusRule need the Prometheus operator (monitoring.coreos.com/v1) in the cluster: install the operator first, or add --api-versions monitoring.coreos.com/v1 to helm template" }}
 {{- end }}
 {{- end }}
