@@ -56,7 +56,7 @@ def _text(detail: ErrorDetails) -> str:
         case "value_error":
             return str(context["error"])
         case "too_short":
-            return "is empty: name one at least, or leave the key out"
+            return "is empty: list at least one item, or leave the key out"
         case "too_long":
             return f"has more than {context['max_length']} items"
         case "less_than_equal" | "greater_than_equal":
