@@ -116,7 +116,7 @@ class DriversDocument(Model):
     """The mapping under `drivers:`."""
 
     trusted: Annotated[list[Annotated[str, AfterValidator(_digest)]], Field(max_length=256)] = absent(
-        "SHA-256 of files of libcuda that are trusted like the host's own; `fgpu doctor` prints the line."
+        "SHA-256 of files of libcuda that are trusted like the host's own; `fgpu doctor` prints the setting."
     )
 
 
@@ -164,7 +164,7 @@ class HostDocument(Model):
         "Engines to ask for labels, as `docker:`, `podman:` or `cri:` and a socket; `[]`: none."
     )
     log_format: Literal["text", "json", "journal"] = Field("text", description="Format of the agent's log.")
-    cdi_folder: _Path = absent("The folder in which container engines look for devices.")
+    cdi_folder: _Path = absent("The folder in which container engines search for devices.")
     shares: Annotated[list[Annotated[str, AfterValidator(_share)]], Field(max_length=256)] = absent(
         "Shares that containers may ask for by name."
     )

@@ -93,7 +93,7 @@ def _none_of(value: str, known: list[str]) -> str:
 
 def _unknown(key: str, known: Iterable[str]) -> str:
     near = _near(key, known)
-    hint = f"did you mean {near}?" if near else f"known here are {', '.join(known)}"
+    hint = f"did you mean {near}?" if near else f"use one of {', '.join(known)}"
     return f"unknown key {shown(key)}: {hint}"
 
 

@@ -70,7 +70,7 @@ class PreexistingProcesses:
         return iter(self._known)
 
     def look(self) -> None:
-        """Remove exited processes, even if another process has their pid now. Write the file if it is not written yet."""
+        """Remove exited processes, even if another process has their pid now. Write the file if a write is due."""
         self._known = {pid: start for pid, start in self._known.items() if procfs.started(pid) == start}
         self._store()
 

@@ -85,7 +85,7 @@ def test_valid_listen_addresses_are_accepted(settings, address):
             "drivers: {trusted: [0a0a]}",
             ":1: drivers.trusted[0]: '0a0a' is not a digest: write it as sha256: and 64 digits, 0 to 9 and a to f",
         ),
-        ("drivers: {any: true}", ":1: drivers: unknown key 'any': known here are trusted"),
+        ("drivers: {any: true}", ":1: drivers: unknown key 'any': use one of trusted"),
         ("listen: 9423", ":1: listen: must be text: write it in quotes"),
         ("listen: localhost", ":1: listen: 'localhost' has no port: write it as 127.0.0.1:9423"),
         ("listen: ':9423'", ":1: listen: ':9423' has no address: write it as 127.0.0.1:9423 or [::1]:9423"),
