@@ -35,7 +35,7 @@ PATTERNS = {
     policy_fields._MEMORY: "bytes: `8GiB`, `8192MiB`",
     policy_fields._PERCENT: "percentage: `50%`",
     policy_fields._DURATION: "duration: `500us`, `20ms`, `1s`",
-    f"^{policy_fields._NAME}$": "up to 63 small letters, digits, `-` and `.`",
+    f"^{policy_fields._NAME}$": "up to 63 lowercase letters, digits, `-` and `.`",
     f"^{policy_fields._METRIC_LABEL}$": "name of a Prometheus label",
 }
 # Values of labels that the code has a list of.

@@ -183,7 +183,9 @@ class Agent:
             self.failures += 1
             is_short = isinstance(error, OSError) and error.errno in SHORTAGES
             name = getattr(step, "__qualname__", repr(step))
-            log.error("main loop: %s failed; continuing: %s", name, error, exc_info=None if is_short else error)
+            log.error(
+                "main loop: %s failed; the agent continues: %s", name, error, exc_info=None if is_short else error
+            )
 
     def _ask_for_looks(self) -> None:
         """Request scans of cgroups whose events were lost, and keep the periodic scans going."""

@@ -56,7 +56,8 @@ def take_away(run_dir: Path, pins: Path, by_agent: bool = False) -> None:
     published = injection.take_away(run_dir)  # an earlier agent has published it if the last one had its own shim
     run.remove_created_preloads(run_dir)
     if shim and not attach.wait_until_detached(shim):
-        log.warning("%s still has probes: its programs get no memory until the kernel has removed them", shim)
+        text = "%s still has probes: programs with this shim get no memory until the kernel has removed the probes"
+        log.warning(text, shim)
     if published:
         _published(published)
     last_good.FILE.unlink(missing_ok=True)

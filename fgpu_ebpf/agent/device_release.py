@@ -69,7 +69,7 @@ class DeviceRelease:
         self._until = None
         self.history.add("devices taken up", text=f"released since {_clock(self._since)}")
         if replaced := self._replaced():
-            self.fault = f"{replaced}: the agent exits, to be restarted with the new driver"
+            self.fault = f"driver files {replaced}: the agent exits, to be restarted with the new driver"
         else:
             self.reconciler.let_go(False)
         self._report_release()
@@ -80,7 +80,7 @@ class DeviceRelease:
             self.take()
         replaced = self._replaced()
         if replaced and FILES not in self.failed_checks:
-            self.history.add("driver replaced", text=replaced)
+            self.history.add("driver replaced", text=f"driver files {replaced}")
         self._report(FILES, replaced, _FILES_FIX)
 
     def _replaced(self) -> str:

@@ -60,7 +60,7 @@ class GatekeeperProcess:
         """
         self._seen = time.monotonic()
         if layout_changed and file_locks.is_locked(self._lock) and _hangs_up(self._run_dir / "shim/shim.sock"):
-            log.warning("the gatekeeper has a version with another layout: stopping it")
+            log.warning("the running gatekeeper has another layout of shared pages than this agent: the agent stops it")
             end_any(self._run_dir)
         if file_locks.is_locked(self._lock):
             return

@@ -76,9 +76,11 @@ def _share(value: str) -> str:
 def _profile_share(value: str) -> str:
     share = share_name.parse(value)
     if share.device or not share.memory:
-        raise ValueError(f"{shown(value)} is not a profile: it names memory and no device, as 8gib or 8gib-50pct")
+        raise ValueError(f"{shown(value)} is not a profile: write memory and no device, as 8gib or 8gib-50pct")
     if len(value) > MOST_NAME_CHARACTERS:
-        raise ValueError(f"{shown(value)} is longer than {MOST_NAME_CHARACTERS} characters: kubelet's ids are short")
+        raise ValueError(
+            f"{shown(value)} is longer than {MOST_NAME_CHARACTERS} characters: shorten it for kubelet's ids"
+        )
     return value
 
 
@@ -91,7 +93,7 @@ def _digest(value: str) -> str:
 def _different(value: list[ProfileDocument]) -> list[ProfileDocument]:
     names = [profile.share for profile in value]
     if twice := next((name for name in names if names.count(name) > 1), None):
-        raise ValueError(f"{shown(twice)} is listed twice: join them")
+        raise ValueError(f"{shown(twice)} is listed twice: join the two entries")
     return value
 
 
@@ -114,7 +116,7 @@ class DriversDocument(Model):
     """The mapping under `drivers:`."""
 
     trusted: Annotated[list[Annotated[str, AfterValidator(_digest)]], Field(max_length=256)] = absent(
-        "SHA-256 of files of libcuda that are trusted like the host's own; `fgpu doctor` prints the line."
+        "SHA-256 of files of libcuda that are trusted like the host's own; `fgpu doctor` prints the setting."
     )
 
 
@@ -147,7 +149,7 @@ class HostDocument(Model):
 
     listen: Annotated[str, AfterValidator(_address)] = absent("The address of the web page and /metrics.")
     listen_names: Annotated[list[Annotated[str, AfterValidator(_name)]], Field(max_length=64)] = absent(
-        "Names under which it may be requested; absent: any, or localhost alone if no other host can reach it."
+        "Host names in requests for the page; absent: any, or localhost alone if no other host can reach the page."
     )
     overcommit: Literal["forbid", "allow"] = Field(
         "forbid", description="`allow`: the sum of limits may exceed a device's memory."
@@ -162,7 +164,7 @@ class HostDocument(Model):
         "Engines to ask for labels, as `docker:`, `podman:` or `cri:` and a socket; `[]`: none."
     )
     log_format: Literal["text", "json", "journal"] = Field("text", description="Format of the agent's log.")
-    cdi_folder: _Path = absent("The folder in which container engines look for devices.")
+    cdi_folder: _Path = absent("The folder in which container engines search for devices.")
     shares: Annotated[list[Annotated[str, AfterValidator(_share)]], Field(max_length=256)] = absent(
         "Shares that containers may ask for by name."
     )
@@ -186,7 +188,7 @@ def read(file: str, data: bytes) -> tuple[dict[str, Any], tuple[ConfigError, ...
     try:
         found = list(documents(file, data))
         if len(found) > 1:
-            text = "is a second document: join them, there is only one agent"
+            text = "is a second document: join the documents, because a host has one agent"
             return {}, (ConfigError(file, found[1].line(()), "", text),)
         if not found:
             return {}, ()

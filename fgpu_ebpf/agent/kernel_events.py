@@ -103,7 +103,8 @@ class KernelEvents:
         try:
             shortage = self._enforcer.use_device(event.cgroup, event.device)
         except OSError as error:
-            log.error("a first use of device %d waits: %s", event.device, error)  # the program repeats its request
+            text = "a tenant's limit cannot be written at its first use of device %d; the program tries again: %s"
+            log.error(text, event.device, error)
             return
         if shortage:
             self._note("no room", event, "", shortage)

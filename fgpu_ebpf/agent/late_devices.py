@@ -18,7 +18,7 @@ from fgpu_ebpf.tenancy.event_log import EventLog
 from fgpu_ebpf.tenancy.manager import Manager
 
 NAME = "devices"
-_FIX = "nvidia-smi and dmesg | grep -i xid show the reason; after a reset or a reboot it is managed again automatically"
+_FIX = "nvidia-smi and dmesg | grep -i xid show the reason; after a reset or a reboot the agent manages the GPU again"
 
 
 @dataclass(slots=True)

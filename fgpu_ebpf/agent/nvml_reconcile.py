@@ -91,10 +91,9 @@ def check(ages: Mapping[int, float | None], failure: str) -> Check:
     stale = {index: age for index, age in ages.items() if age is None or age > STALE_SECONDS}
     said = ", ".join(f"gpu {i} {'never' if age is None else f'{age:.1f} s ago'}" for i, age in sorted(stale.items()))
     if stale or failure:
-        text = f"NVML answered for {said}" if stale else "NVML answered"
-        return Check(
-            "reconcile", False, text + (f"; {failure}" if failure else ""), "nvidia-smi: does the driver answer?"
-        )
+        found = [f"last answer of NVML: {said}"] if stale else []
+        found += [f"the last comparison with NVML failed: {failure}"] if failure else []
+        return Check("reconcile", False, "; ".join(found), "nvidia-smi shows whether the driver responds")
     return Check("reconcile", True, f"NVML answered {max(filter(None, ages.values()), default=0.0):.1f} s ago")
 
 

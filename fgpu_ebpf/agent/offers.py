@@ -81,7 +81,7 @@ class Offers:
         age = time.monotonic() - at
         if age <= STALE_SECONDS:
             return ""
-        return f"NVML answered {age:.0f} s ago" + (f": {self.truth.failure}" if self.truth.failure else "")
+        return f"NVML has not answered for {age:.0f} s" + (f": {self.truth.failure}" if self.truth.failure else "")
 
 
 def numa(pci_bus_id: str, sysfs: Path = SYSFS) -> int | None:

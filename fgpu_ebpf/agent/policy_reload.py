@@ -83,7 +83,7 @@ class Policies:
         if self.good:
             return ""
         in_force = "the limits in force stay" if self._manager.policies_unknown else "the last good set stays in force"
-        return f"the policy files have an error, {in_force}: {self.errors[0]}"
+        return f"the policy files have an error, so {in_force}: {self.errors[0]}"
 
     def begin(self, start: Start) -> None:
         """Record the first reading, and pass its set or the stored one to the manager, which applies it later."""

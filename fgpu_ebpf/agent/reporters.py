@@ -32,7 +32,7 @@ LOOK_SECONDS = 1.0  # between two checks for overruns
 AGAIN_SECONDS = 10.0  # between two reports of overruns of one tenant on one device
 _MOUNTS = "mounts"
 _MOUNT_WORDS = {
-    Mount.REMOVED: f"{FOLDER} was removed under {{}}",
+    Mount.REMOVED: f"{FOLDER} was removed while {{}} ran",
     Mount.HIDDEN: f"a mount hides {FOLDER} in {{}}",
 }
 _MOUNT_FIX = (
@@ -140,7 +140,7 @@ class OrphanReports:
         self._history.add(
             "orphaned", tenant=tenant.name if tenant else "", pid=orphan.tgid, gpu=orphan.device, bytes=orphan.bytes,
             reason="ended" if orphan.ended_ns else "exported",
-            text=f"kept by pid {keepers}" if keepers else "no process that keeps it was found",
+            text=f"kept by pid {keepers}" if keepers else "no process that keeps the memory was found",
         )  # fmt: skip
 
 
@@ -184,7 +184,7 @@ class OverrunReports:
     def _report(self, key: tuple[int, int], number: int) -> None:
         level, device = key
         turns = "a turn" if number == 1 else f"{number} turns"
-        text = f"{turns} passed with work in flight"
+        text = f"{turns} ended with work in flight"
         self._history.add("overrun", tenant=self._name_of(level), gpu=device, text=text)
 
 
@@ -217,7 +217,7 @@ class StaleMountReports:
                 words.format(", ".join(sorted(name for said, name in found if said == words)[:_MOST_NAMED]))
                 for words in dict.fromkeys(said for said, _ in sorted(found))
             ]
-            text = f"{'; '.join(named)}: programs that start there get no memory"
+            text = f"{'; '.join(named)}: programs that start in such a container get no memory"
             self._failed_checks[_MOUNTS] = Check("mounts", False, text, _MOUNT_FIX)
 
 

@@ -79,14 +79,14 @@ class Shortfalls:
     def _shortfall(self, key: Key, known: Mapping[Key, _Looks]) -> Shortfall:
         looks = known[key]
         ratio = _entitled(looks) - _had(looks)
-        text = f"had {_had(looks):.1%} of {_entitled(looks):.1%} in {looks[-1].at - looks[0].at:.0f} s"
+        text = f"had {_had(looks):.1%} in {looks[-1].at - looks[0].at:.0f} s, entitled to {_entitled(looks):.1%}"
         others = {other: its for other, its in known.items() if other[1] == key[1] and other != key}
         most = max(others, key=lambda other: _had(others[other]) - _entitled(others[other]), default=None)
         if most is None or _had(others[most]) - _entitled(others[most]) < ratio / 2:
-            why = "no other tenant had that much more: time is lost between turns, or unused in them"
+            why = "no other tenant exceeded its entitlement as much: time is lost between turns, or not used in turns"
         else:
             its = others[most]
-            why = f"{self._name_of(most[0])} had {_had(its):.1%} of {_entitled(its):.1%}"
+            why = f"{self._name_of(most[0])} had {_had(its):.1%}, entitled to {_entitled(its):.1%}"
             if overruns := its[-1].counts.overruns - its[0].counts.overruns:
                 why += f", and {overruns} of its turns ended with work in flight"
         return Shortfall(ratio, f"{text}; {why}")

@@ -89,6 +89,6 @@ def set_up_containers(settings: Settings, shim: Path, devices: Sequence[Device])
         parts = injection.parts(settings.run_dir, shim, helper)
         injection.set_up(parts, settings.cdi_folder, [*settings.shares, *profiles.names(settings.profiles, devices)])
     except (OSError, ValueError) as error:
-        log.error("containers cannot ask for shares (%s): set cdiFolder to a writable folder", error)
+        log.error("containers cannot request shares (%s): set cdiFolder to a writable folder", error)
         return None
     return parts

@@ -129,7 +129,7 @@ def _policy_name(value: str) -> str:
     if not re.fullmatch(_NAME, value):
         better = re.sub(r"[^a-z0-9.-]+", "-", value[:63].lower()).strip("-.")
         hint = f": did you mean {better!r}?" if better and len(value) < 64 else ""
-        raise ValueError(f"{shown(value)} is not a name: use up to 63 small letters, digits, '-' and '.'{hint}")
+        raise ValueError(f"{shown(value)} is not a name: use up to 63 lowercase letters, digits, '-' and '.'{hint}")
     return value
 
 

@@ -27,7 +27,7 @@ EMPTY_TIMES = 10  # wait this many times longer for an empty file: most programs
 TRIES = 20
 SUFFIXES = (".yaml", ".yml")
 CHANGING = "changes all the time: wait until its files are written"
-_GONE = "does not exist: the last policies stay in force; create it again, empty for no policies"
+_GONE = "does not exist: the last policies stay in force; create the folder again (empty: no policies)"
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,7 +128,7 @@ class PolicyFolder:
 
     def _read(self, state: State) -> Reading:
         if len(state.files) > MOST_FILES:
-            return self._failed(f"holds more than {MOST_FILES} files: put several policies into one", state)
+            return self._failed(f"holds more than {MOST_FILES} files: put several policies into one file", state)
         try:
             os.listdir(self.path)
             trusted_file.check_folder(str(self.path), self._root_only)

@@ -43,7 +43,7 @@ def read(file: Path, folder: Path) -> PolicySet | None:
         if found["folder"] != str(folder):
             return None
         if found["version"] != VERSION:
-            raise ValueError(f"is of version {found['version']!r}")
+            raise ValueError(f"has version {found['version']!r}, and this agent reads version {VERSION}")
         return _parsed([(name, text.encode("utf-8", "surrogateescape")) for name, text in found["files"]])
     except FileNotFoundError:
         return None

@@ -109,20 +109,20 @@ class Selector:
         but only a selector with a path matches it.
         """
         if self.cgroup and not self.cgroup.matches(workload.path.lstrip("/")):
-            return f"its cgroup matches none of {self.cgroup}"
+            return f"the workload's cgroup matches none of {self.cgroup}"
         if workload.inside and not self.cgroup:
-            return "it lies inside the workload's own cgroup"
+            return "the cgroup is inside the workload's own, where only selector.cgroup matches"
         for word, globs, name in (
             ("namespace", self.namespace, workload.namespace),
             ("image", self.image, workload.image),
             ("unit", self.unit, workload.unit),
         ):
             if globs and name is None:
-                return f"it has no {word}"
+                return f"the workload has no {word}"
             if globs and not globs.matches(name or ""):
-                return f"its {word} matches none of {globs}"
+                return f"the workload's {word} matches none of {globs}"
         failed = next((test for test in self.labels if not test.holds(workload.labels)), None)
-        return f"its labels fail {failed}" if failed else ""
+        return f"the workload's labels do not match {failed}" if failed else ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -287,7 +287,7 @@ def _bytes(memory: Memory, asked: _Asked | None, image: _Asked | None, device: D
     if image is not None:
         limit = min(limit, image[1].of(device.usable_bytes))
     if limit > device.usable_bytes:
-        notes.append(f"the limit of {memory_text(limit)} is more than device {device.index} can give")
+        notes.append(f"the limit of {memory_text(limit)} is more than tenants can get on device {device.index}")
     return limit
 
 

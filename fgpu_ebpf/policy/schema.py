@@ -78,7 +78,7 @@ class Selector(Model):
     @model_validator(mode="after")
     def _says_something(self) -> Self:
         if not self.model_fields_set:
-            raise ValueError("is empty and would match every cgroup: name some, or write cgroup: ['**'] if you mean it")
+            raise ValueError("is empty and would match every cgroup: write a key, or cgroup: ['**'] for every cgroup")
         return self
 
 

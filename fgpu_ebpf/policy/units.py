@@ -121,7 +121,7 @@ def millionths(text: str) -> int:
         raise QuantityError(f"{shown(text)} is not a share: write it as 50%")
     value = int(match["whole"]) * 10_000 + int((match["part"] or "").ljust(4, "0"))
     if not 0 < value <= MILLION:
-        raise QuantityError(f"{shown(text)} is not above 0% and up to 100%")
+        raise QuantityError(f"{shown(text)} must be above 0% and at most 100%")
     return value
 
 

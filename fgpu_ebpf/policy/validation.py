@@ -56,7 +56,7 @@ def _text(detail: ErrorDetails) -> str:
         case "value_error":
             return str(context["error"])
         case "too_short":
-            return "is empty: name one at least, or leave the key out"
+            return "is empty: list at least one item, or leave the key out"
         case "too_long":
             return f"has more than {context['max_length']} items"
         case "less_than_equal" | "greater_than_equal":
@@ -93,7 +93,7 @@ def _none_of(value: str, known: list[str]) -> str:
 
 def _unknown(key: str, known: Iterable[str]) -> str:
     near = _near(key, known)
-    hint = f"did you mean {near}?" if near else f"known here are {', '.join(known)}"
+    hint = f"did you mean {near}?" if near else f"use one of {', '.join(known)}"
     return f"unknown key {shown(key)}: {hint}"
 
 

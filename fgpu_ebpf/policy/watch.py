@@ -60,7 +60,7 @@ class PolicyWatch:
             except FileNotFoundError:
                 continue  # a folder was removed after watched() had listed it
             except OSError as error:  # for example, the user's limit of inotify instances is reached
-                log.debug("%s is not watched: %s", self._folder.path, error)
+                log.debug("%s cannot be watched for changes: %s", self._folder.path, error)
                 self._end.wait(LOOK_SECONDS)
             except Exception:
                 log.exception("the policies were not applied")

@@ -146,7 +146,7 @@ class _Reader:
         if isinstance(event, yaml.ScalarEvent):
             return self._scalar(event, place)
         if len(place) >= MOST_DEPTH:
-            raise self._fail(event, place[:4], f"more than {MOST_DEPTH} levels: nothing here is that deep")
+            raise self._fail(event, place[:4], f"more than {MOST_DEPTH} levels: no valid value is nested so deep")
         if isinstance(event, yaml.MappingStartEvent):
             return self._mapping(place)
         return self._sequence(place)

@@ -53,7 +53,7 @@ class Commitments:
             if tenant.limits[index]:
                 _enter(self._granted, tenant.cgroup, index, tenant.limits[index])
             else:
-                self._deny(tenant.cgroup, index, "it did not fit when the last agent ended")
+                self._deny(tenant.cgroup, index, "the limit did not fit when the previous agent ended")
         self._sums = None
 
     def forget(self, cgroup: int) -> None:

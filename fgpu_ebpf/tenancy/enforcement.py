@@ -33,11 +33,11 @@ class Enforcement(StrEnum):
             case Enforcement.KERNEL:
                 return ""
             case Enforcement.COOPERATIVE:
-                return "enforced only for allocations that each process requests"
+                return "the limit holds only for allocations that the programs request from fgpu"
             case Enforcement.COUNTED:
-                return "a process is only counted: it does not ask before it allocates and may exceed the limit"
+                return "a process is only counted: it allocates without requesting admission and may exceed the limit"
             case Enforcement.OBSERVE:
-                return "the policy observes: nothing is refused"
+                return "the policy's mode is observe: nothing is refused"
             case Enforcement.NONE:
                 return "no limit is in force"
 
@@ -74,8 +74,10 @@ def denial(tenant: Mapping[str, Any]) -> str:
     """
     if not tenant["denied"]:
         return ""
-    somewhere = any(device["limit_bytes"] for device in tenant["devices"])
-    return f"gets nothing{' on some devices' if somewhere else ''}: {tenant['denied']}"
+    limits = [device["limit_bytes"] for device in tenant["devices"]]
+    if limits and all(limits):
+        return f"the limit is not in force: {tenant['denied']}"
+    return f"no memory is admitted{' on some devices' if any(limits) else ''}: {tenant['denied']}"
 
 
 def excess(device: Mapping[str, Any]) -> str:
@@ -84,7 +86,7 @@ def excess(device: Mapping[str, Any]) -> str:
     `device`: a device of a level of `fgpu explain`.
     """
     over = device["excess_bytes"]
-    return f"it gets nothing more until it has freed {memory_text(over)}" if over else ""
+    return f"no more memory is admitted until {memory_text(over)} are freed" if over else ""
 
 
 def sentence(tenant: Mapping[str, Any]) -> str:
@@ -96,4 +98,4 @@ def sentence(tenant: Mapping[str, Any]) -> str:
         return ""
     pids = sorted({p["pid"] for p in tenant["processes"] if p["how"] and p["how"] not in _COOPERATES | _OUTSIDE_TURNS})
     which = f" (pid {', '.join(map(str, pids[:5]))}{', ...' if len(pids) > 5 else ''})" if pids else ""
-    return f"{tenant['tenant']}: {Enforcement.COUNTED.words}{which}: fgpu explain {tenant['tenant']}"
+    return f"{tenant['tenant']}: {Enforcement.COUNTED.words}{which}; see fgpu explain {tenant['tenant']}"

@@ -383,7 +383,7 @@ class Enforcer:
         if tenant is None:
             return ""
         if len(self.around(tenant)) >= abi.LEVELS:
-            return f"at most {abi.LEVELS} levels: the limits of the groups around it hold, its own does not"
+            return f"at most {abi.LEVELS} levels of cgroups can have limits: the outer limits hold, this limit does not"
         if tenant.path.count("/") >= abi.DEPTH:
-            return f"its cgroup is more than {abi.DEPTH - 1} levels below the root, deeper than the BPF programs look"
+            return f"the cgroup is more than {abi.DEPTH - 1} levels below the root: the BPF programs search no deeper"
         return self.commitments.denied(tenant)

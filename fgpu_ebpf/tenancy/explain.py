@@ -179,7 +179,7 @@ def _seen(unseen: Mapping[int, str]) -> list[str]:
         return []
     pids = ", ".join(map(str, list(unseen)[:5]))
     why = "; ".join(list(dict.fromkeys(unseen.values()))[:5])
-    what = "only requests of its shim are limited, and other memory is charged later from NVML"
+    what = "only requests of the shim are limited, and other memory is charged later from NVML"
     return [f"a libcuda of pid {pids} cannot be probed ({why}): {what}; use a driver that fgpu supports"]
 
 
@@ -194,7 +194,9 @@ def _stronger(levels: list[Tenant], manager: Manager, ledger: Ledger, is_shim: b
     """Return a text for each obstacle to stronger enforcement of the limits, with the fix."""
     if not levels:
         return ["no policy matches: write one, or use `fgpu set`"]
-    found = [f"{level.name} only observes: set mode: enforce" for level in levels if level.observe]
+    found = [
+        f"{level.name} has mode: observe, which refuses nothing: set mode: enforce" for level in levels if level.observe
+    ]
     has_levels = {level.cgroup for level in levels}
     bypassing = [
         pid
@@ -204,14 +206,15 @@ def _stronger(levels: list[Tenant], manager: Manager, ledger: Ledger, is_shim: b
     preexisting = [pid for pid in bypassing if pid in manager.enforcer.preexisting]
     if preexisting:
         pids = ", ".join(map(str, sorted(preexisting)[:5]))
-        found.append(f"started before fgpu: pid {pids}: charged, never stopped; restart them")
+        found.append(
+            f"started before fgpu: pid {pids}: these processes are charged, neither refused nor killed; restart them"
+        )
     bypassing = [pid for pid in bypassing if pid not in preexisting]
     if bypassing and has_levels:
         reasons = {pid: bypass_reason.reason(pid, is_shim) for pid in sorted(bypassing)[:5]}
         pids = ", ".join(f"{pid} ({_named(pid, reason)})" if reason else str(pid) for pid, reason in reasons.items())
-        found.append(
-            f"without the shim: pid {pids}: they are charged, not refused: mount the shim, or set onBypass: kill"
-        )
+        what = "these processes are charged, not refused: mount the shim, or set onBypass: kill"
+        found.append(f"without the shim: pid {pids}: {what}")
         found += [f"{reason}: {reason.words}" for reason in dict.fromkeys(filter(None, reasons.values()))]
     return found
 
@@ -227,7 +230,7 @@ def _lines(answer: dict[str, Any], tenant: Tenant | None) -> list[str]:
         lines.append(f"  policy {answer['policy']} ({answer['source']}) matches")
     else:
         lines.append("  no policy matches")
-    lines += [f"  not {tried['policy']}: {tried['reason']}" for tried in answer["tried"]]
+    lines += [f"  policy {tried['policy']} does not match: {tried['reason']}" for tried in answer["tried"]]
     if tenant and tenant.by_hand:
         lines.append(f"  set by hand (fgpu {tenant.source}), which takes precedence")
     lines += [f"  note: {note}" for note in answer["notes"]]
@@ -250,7 +253,7 @@ def _device_line(device: dict[str, Any]) -> str:
         return f"gpu {device['gpu']}: {memory_text(used)} used, no limit"
     left = max(0, limit - used)
     text = f"gpu {device['gpu']}: {memory_text(used)} of {memory_text(limit)} used, {memory_text(left)} left"
-    text += "" if device["counts"] else ", counts on the device from its first use on"
+    text += "" if device["counts"] else ", the limit counts on the device from the tenant's first use"
     times = "once" if device["refused"] == 1 else f"{device['refused']} times"
     text += f", refused {times}" if device["refused"] else ""
     crowded = device["refused_entries"]
@@ -262,14 +265,14 @@ def _time_line(time: dict[str, Any]) -> str:
     ceiling = f"up to {time['limit_ratio']:.0%}, " if time["limit_ratio"] < 1 else ""
     text = f"gpu {time['gpu']}: time {ceiling}weight {time['weight']}, {time['priority']} priority"
     if time["free"]:
-        return f"{text}: no other tenant to share with, its gate is open"
-    text += f": had {time['had_ratio']:.1%} of {time['entitled_ratio']:.1%}"
+        return f"{text}: no other tenant uses the device, so the gate is open"
+    text += f": had {time['had_ratio']:.1%}, entitled to {time['entitled_ratio']:.1%}"
     if time["shortfall"]:
         return f"{text}; short of time: {time['shortfall']}"
     if time["is_owner"]:
-        return f"{text}, and it is its turn"
+        return f"{text}, and the tenant has the turn"
     if time["is_waiting"]:
-        return f"{text}, and it waits for its turn" + (
-            ": its compute limit delays it at times" if time["throttled"] else ""
+        return f"{text}, and the tenant waits for a turn" + (
+            ", at times because of its compute limit" if time["throttled"] else ""
         )
     return text

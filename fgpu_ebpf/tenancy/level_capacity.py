@@ -76,7 +76,7 @@ class LevelCapacity:
         if taken >= PLACES // 2 and has >= FEW:
             return (
                 f"no room for its limit: {taken} of the host's {PLACES} levels are taken, and the others are "
-                f"reserved for workloads with at most {FEW}; {owner} has {has}"
+                f"reserved for workloads with at most {FEW} levels; {owner} has {has}"
             )
         new[owner.cgroup] += 1
         return ""

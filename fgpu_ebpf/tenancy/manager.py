@@ -226,7 +226,8 @@ class Manager:
         before = self.enforcer.get(workload.cgroup)
         has_memory = any(asked.get(field) is not None for field in ("memory_bytes", "memory_millionths"))
         if before and before.source is Source.KEPT and not has_memory:
-            raise TargetError(f"{before.name} keeps limits from before the start: give --memory too, or fgpu unset it")
+            text = "keeps limits from before the start: give --memory too, or run fgpu unset first"
+            raise TargetError(f"{before.name} {text}")
         override = self._override(workload.cgroup) or Override(workload.cgroup, workload.path, None, name, own)
         override = replace(override, path=workload.path, **asked)
         tenant = tenant_of(self.decide(workload, override), override, self._devices)
@@ -252,14 +253,14 @@ class Manager:
         before = self.overrides.get(cgroup) if cgroup is not None else None
         had = before.devices if before and before.share else ()
         if before and before.share and (before.share, bool(had)) != (share.name, bool(share.device)):
-            raise TargetError(f"it has fgpu.dev/share={before.share} already: ask for a single share")
+            raise TargetError(f"the container has fgpu.dev/share={before.share} already: request a single share")
         if share.device and all(device.uuid_text != share.device for device in self._devices):
-            raise TargetError(f"this host has no {share.device}")
+            raise TargetError(f"this host has no device {share.device}")
         devices = tuple(dict.fromkeys((*had, share.device))) if share.device else ()
         tenant = self.set(path, {"share": share.name, "devices": devices})
         if devices and len(tenant.limits) < len(devices):
             self._forget(path, tenant.cgroup)
-            raise TargetError(f"policy {tenant.policy} does not give it {share.device}")
+            raise TargetError(f"policy {tenant.policy} does not give the container device {share.device}")
         return tenant
 
     def unset(self, path: str) -> bool:
@@ -299,7 +300,7 @@ class Manager:
         try:
             self.overrides.settle(kept)
         except OSError as error:
-            log.error("limits kept from before the start are not written to the overrides: %s", error)
+            log.error("limits kept from before the start cannot be written to the file of overrides: %s", error)
 
     def _follow_what_is_left(self, path: str) -> None:
         """Apply the remaining override or policy of a cgroup, or release the cgroup if there is neither."""

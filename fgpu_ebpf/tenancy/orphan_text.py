@@ -19,7 +19,7 @@ def keepers(orphan: Mapping[str, Any]) -> str:
     """Return a text with the processes that keep the memory, or with the reason why none is known."""
     if orphan["keepers"]:
         return "kept by pid " + ", ".join(map(str, orphan["keepers"]))
-    return "held by a file descriptor that no process in its cgroups has open"
+    return "no process with a descriptor of the driver was found"
 
 
 def sentence(orphan: Mapping[str, Any]) -> str:
@@ -28,14 +28,14 @@ def sentence(orphan: Mapping[str, Any]) -> str:
     why = "which has ended" if orphan["ended"] else "which exported and freed them"
     found = f"{what} stay charged for process {orphan['pid']}, {why}: {keepers(orphan)}"
     if not orphan["keepers"]:
-        return f"{found}; it may be unread in a socket, or another container has it"
-    return f"{found}; end {_which(orphan)}, or have the driver's descriptors closed"
+        return f"{found}; a descriptor may be unread in a socket"
+    return f"{found}; end {_which(orphan)}, or make the program close the driver's descriptors"
 
 
 def _which(orphan: Mapping[str, Any]) -> str:
     """Return `pid 4711, a child of 4700` if parents are known, because a parent may start the process again."""
     kept, parents = orphan["keepers"], orphan.get("parents", ())
     if not any(parents):
-        return "it" if len(kept) == 1 else "them"
+        return "this process" if len(kept) == 1 else "these processes"
     known = zip(kept, parents, strict=True)
     return " and ".join(f"pid {pid}, a child of {parent}" if parent else f"pid {pid}" for pid, parent in known)

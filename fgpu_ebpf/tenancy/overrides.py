@@ -108,7 +108,9 @@ class Overrides:
             self._write(self._all.values())
         except OSError as error:
             if not self._has_failed:
-                log.warning("%s still names removed cgroups, and will be written again: %s", self._file, error)
+                log.warning(
+                    "%s cannot be written and still has removed cgroups; the agent retries: %s", self._file, error
+                )
             self._has_failed = True
         else:
             self._has_failed = False
@@ -145,7 +147,7 @@ class Overrides:
             return
         except (OSError, ValueError, RecursionError) as error:
             self._error = f"{self._file} cannot be read: {error}"
-            log.error("%s: pinned limits stay as they are", self._error)
+            log.error("%s: limits from before the start stay in force", self._error)
             return
         for entry in found:
             self._take(entry)
@@ -156,7 +158,7 @@ class Overrides:
             self._all[override.cgroup] = override
         except (ValueError, TypeError, KeyError, QuantityError) as error:
             text = f"{self._file} has an invalid entry: {error}"
-            log.error("%s: pinned limits stay as they are", text)
+            log.error("%s: limits from before the start stay in force", text)
             cgroup = entry.get("cgroup") if isinstance(entry, Mapping) else None
             if isinstance(cgroup, int):
                 self._errors[cgroup] = text

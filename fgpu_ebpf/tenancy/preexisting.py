@@ -61,7 +61,7 @@ class PreexistingProcesses:
                 atomic_file.write(self._place, json.dumps(self._known))
                 self._place = None
             except OSError as error:
-                log.log(level, "cannot write the list of preexisting processes, which a restart needs: %s", error)
+                log.log(level, "cannot write the list of preexisting processes, which the next agent needs: %s", error)
 
     def __contains__(self, pid: object) -> bool:
         return pid in self._known
@@ -70,7 +70,7 @@ class PreexistingProcesses:
         return iter(self._known)
 
     def look(self) -> None:
-        """Remove processes that have exited, even if another process has the same pid now. Write the file if it lacks."""
+        """Remove exited processes, even if another process has their pid now. Write the file if a write is due."""
         self._known = {pid: start for pid, start in self._known.items() if procfs.started(pid) == start}
         self._store()
 

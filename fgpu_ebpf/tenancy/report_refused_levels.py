@@ -34,5 +34,5 @@ class LevelRefusals:
         for path, owner in owners.items():
             if owner not in self._reported and len(self._reported) < MOST_OWNERS:
                 self._reported[owner] = now
-                others = f", and {more[owner] - 1} more of it" if more[owner] > 1 else ""
+                others = f", and {more[owner] - 1} more cgroups of this workload" if more[owner] > 1 else ""
                 self._history.add("no room", tenant=path, text=f"{refused[path]}{others}")

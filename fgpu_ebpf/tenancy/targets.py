@@ -54,10 +54,10 @@ def starting(pid: object, engine: int, workloads: Workloads) -> str:
         TargetError: the container has no cgroup of its own, or the engine is in another pid namespace.
     """
     if not isinstance(pid, int) or isinstance(pid, bool):
-        raise TargetError("the request names no process of the container")
+        raise TargetError("the request contains no pid of the container")
     path, around = procfs.cgroup_path(pid), procfs.cgroup_path(engine)
     if path is None or not _same_pids(engine):
-        raise TargetError(f"no process {pid}, or the engine runs in another pid namespace: limit it by a policy")
+        raise TargetError(f"no process {pid}, or the engine runs in another pid namespace: use a policy")
     if path == "/" or path == around:
         raise TargetError("the container has no cgroup (version 2) of its own: configure the engine to create one")
     outer, _, last = path.rpartition("/")

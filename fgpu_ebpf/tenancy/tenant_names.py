@@ -105,7 +105,7 @@ class TenantNames:
         try:
             atomic_file.write(self._file, json.dumps(entries), 0o600)
         except OSError as error:
-            log.warning("names of tenants will not survive a restart: %s", error)
+            log.warning("names of tenants cannot be stored, and may change when the agent restarts: %s", error)
 
 
 def _behind(name: str, cgroup: int) -> str:

@@ -157,7 +157,7 @@ class Writer:
                 self._left, self._told = {}, ""
             except (sqlite3.Error, OSError) as error:
                 if str(error) != self._told:
-                    log.error("what tenants use cannot be written to %s, and is kept in memory: %s", self._file, error)
+                    log.error("measured use cannot be written to %s and is kept in memory: %s", self._file, error)
                 self._told = str(error)
                 self._bound()
 
@@ -201,12 +201,12 @@ def read(since_seconds: float, file: Path = FILE) -> Iterator[tuple[Owner, str, 
         file: the database.
     """
     if not file.exists():
-        raise StoreError(f"there is no {file}: no agent has run on this host yet, or not for half a minute")
+        raise StoreError(f"there is no {file}: no agent has run on this host for half a minute yet")
     try:
         with contextlib.closing(sqlite3.connect(f"file:{file}?mode=ro", uri=True)) as store:
             (version,) = store.execute("PRAGMA user_version").fetchone()
             if version != VERSION:
-                raise StoreError(f"{file} is of version {version}, and this is a command for version {VERSION}")
+                raise StoreError(f"{file} has version {version}, and this command reads version {VERSION}")
             for row in store.execute(_READ, (period(since_seconds),)):
                 tenant, namespace, user, labels, around, gpu, source, *used = row
                 others = tuple(Owner.of(*words) for words in json.loads(around))

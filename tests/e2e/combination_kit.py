@@ -72,7 +72,9 @@ class Denied(Held):
         assert self.client.do("device 0") == REFUSED
         assert self.tenant.driver() == 0
         eventually(
-            lambda: re.search("do not fit on device 0|did not fit when the last agent", self.tenant.view()["denied"]),
+            lambda: re.search(
+                "do not fit on device 0|did not fit when the previous agent", self.tenant.view()["denied"]
+            ),
             5,
             "why",
         )

@@ -137,8 +137,8 @@ def test_set_unset_and_reload_print_their_effect(tenant) -> None:
     limit = CONTEXT + 20 * MIB
     said = fgpu("set", one.name, "--memory", f"{limit}B").stdout.splitlines()
     assert said[0] == f"{one.name}: {limit}B"
-    assert said[1].endswith("on gpu 0: it gets nothing more until it has freed 20MiB")
-    assert "0B left, refused once: it gets nothing more until it has freed 20MiB" in fgpu("explain", one.name).stdout
+    assert said[1].endswith("on gpu 0: no more memory is admitted until 20MiB are freed")
+    assert "0B left, refused once: no more memory is admitted until 20MiB are freed" in fgpu("explain", one.name).stdout
     wrong = fgpu("unset", one.name[:-1] + "x", check=False)
     assert wrong.returncode == 4
     assert f"did you mean {one.name}?" in wrong.stderr

@@ -316,7 +316,7 @@ def test_an_overrun_is_reported_with_its_tenant(start) -> None:
 
     event = eventually(told, 15, "the event")[0]
     assert event["gpu"] == 0
-    assert "passed with work in flight" in str(event["text"])
+    assert "ended with work in flight" in str(event["text"])
 
 
 def test_gates_open_without_a_gatekeeper_and_shares_hold_with_the_next_gatekeeper(start, service: Service) -> None:

@@ -46,7 +46,8 @@ def assert_refused_and_named(service: Service, one: Tenant, client: Client) -> N
     said = json.loads(fgpu("doctor", "--json", "--driver-root", SIM, check=False).stdout)
     (found,) = [check for check in said if check["name"] == "mounts"]
     assert not found["ok"]
-    assert found["found"] == f"a mount hides /run/fgpu/shim in {one.name}: programs that start there get no memory"
+    said = "programs that start in such a container get no memory"
+    assert found["found"] == f"a mount hides /run/fgpu/shim in {one.name}: {said}"
     assert "create the container again" in found["fix"]
     client.kill()
     client.close()

@@ -214,7 +214,7 @@ def test_explain_names_the_policy_and_why_other_policies_do_not_match(write: Wri
     one = container()
     said = fgpu("explain", one.path).stdout
     assert "policy containers" in said
-    assert "not services: it has no unit" in said
+    assert "policy services does not match: the workload has no unit" in said
     assert "enforcement: kernel" in said
     answer = json.loads(fgpu("explain", "--json", one.path).stdout)
     assert answer["policy"] == "containers"

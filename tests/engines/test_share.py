@@ -179,7 +179,9 @@ def test_two_shares_are_refused(bundles: kit.Bundles) -> None:
     two, four = (device["containerEdits"]["hooks"] for device in bundles.spec["devices"][:2])
     two += four
     said = refused(bundles)
-    assert "it has fgpu.dev/share=2gib already: ask for a single share" in said or bundles._runtime == "crun", said
+    assert (
+        "the container has fgpu.dev/share=2gib already: request a single share" in said or bundles._runtime == "crun"
+    ), said
 
 
 def test_a_share_without_an_agent_is_refused(bundles: kit.Bundles, service: Service) -> None:

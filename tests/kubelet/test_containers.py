@@ -140,7 +140,7 @@ def test_only_equal_shares_of_different_devices_that_a_policy_gives_can_be_combi
     """A container may have two shares if both have one name, each is of one device, and a policy gives both devices."""
     share, device = "1gib", uuids[1]
     name = re.sub(r":(\d).*", lambda found: f":{uuids[int(found[1])]}", other)
-    said = f"it has fgpu.dev/share={share} already: ask for a single share"
+    said = f"the container has fgpu.dev/share={share} already: request a single share"
     if other == "1gib:0":
         pods.pod(names=[f"fgpu.dev/share={share}:{device}", f"fgpu.dev/share={name}"])
         return
@@ -148,7 +148,7 @@ def test_only_equal_shares_of_different_devices_that_a_policy_gives_can_be_combi
     with engines.policy(service, "pods.yaml", POLICY) if by_policy else contextlib.nullcontext():
         if by_policy:
             assert_only(pods.pod(names=[f"fgpu.dev/share={name}"]), {0: GIB})
-            said = f"policy first does not give it {device}"
+            said = f"policy first does not give the container device {device}"
         with pytest.raises(AssertionError) as caught:
             pods.pod(names=[f"fgpu.dev/share={share}:{device}", f"fgpu.dev/share={name}"])
         assert said in str(caught.value) or pods._runtime == "crun", caught.value

@@ -40,7 +40,7 @@ def test_set_explains_a_limit_below_the_bytes_in_use(tmp_path: Path) -> None:
         done = fgpu(tmp_path, "set", "alice", "--memory", "1GiB")
     assert done.stdout.splitlines() == [
         "alice: 1GiB",
-        "alice holds 2.5GiB of 1GiB on gpu 0: it gets nothing more until it has freed 1.5GiB",
+        "alice holds 2.5GiB of 1GiB on gpu 0: no more memory is admitted until 1.5GiB are freed",
     ]
     with agent(tmp_path, put={"tenant": "alice", "level": level(GIB, GIB)}):
         assert fgpu(tmp_path, "set", "alice", "--memory", "1GiB").stdout == "alice: 1GiB\n"

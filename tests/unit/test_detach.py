@@ -61,7 +61,7 @@ def test_a_detach_waits_for_the_mounted_shim_and_removes_only_a_published_store(
     (run_dir / "containers").write_text(f"shim {own}\nsocket /run/fgpu/shim\n")
     detach.take_away(run_dir, tmp_path / "pins")
     assert waited == [own]
-    text = f"{own} still has probes: its programs get no memory until the kernel has removed them"
+    text = f"{own} still has probes: programs with this shim get no memory until the kernel has removed the probes"
     assert caplog.messages == [text]
     assert own.exists()
     run_dir.mkdir()

@@ -245,7 +245,7 @@ def test_a_cgroup_too_deep_for_the_kernel_s_programs_is_reported(place):
     deep = ["/d" * 15, "/d" * 16]
     place.enforcer.put([place.make(path, 2) for path in deep])
     found, lost = (place.enforcer.denied(place.enforcer.at(path).cgroup) for path in deep)
-    assert (found, lost) == ("", "its cgroup is more than 15 levels below the root, deeper than the BPF programs look")
+    assert (found, lost) == ("", "the cgroup is more than 15 levels below the root: the BPF programs search no deeper")
 
 
 def test_the_innermost_of_too_many_levels_are_left_out_and_reported(place, books):

@@ -85,7 +85,7 @@ def test_valid_listen_addresses_are_accepted(settings, address):
             "drivers: {trusted: [0a0a]}",
             ":1: drivers.trusted[0]: '0a0a' is not a digest: write it as sha256: and 64 digits, 0 to 9 and a to f",
         ),
-        ("drivers: {any: true}", ":1: drivers: unknown key 'any': known here are trusted"),
+        ("drivers: {any: true}", ":1: drivers: unknown key 'any': use one of trusted"),
         ("listen: 9423", ":1: listen: must be text: write it in quotes"),
         ("listen: localhost", ":1: listen: 'localhost' has no port: write it as 127.0.0.1:9423"),
         ("listen: ':9423'", ":1: listen: ':9423' has no address: write it as 127.0.0.1:9423 or [::1]:9423"),
@@ -95,7 +95,7 @@ def test_valid_listen_addresses_are_accepted(settings, address):
         ("overcommit: true", ":1: overcommit: 'true' is none of forbid, allow: write one of them"),
         ("loader: /usr/bin/python3", ":1: loader: must be a list, as in [a, b]"),
         ("loader: [python3]", ":1: loader: 'python3' is not an absolute path: begin it with /"),
-        ("loader: []", ":1: loader: is empty: name one at least, or leave the key out"),
+        ("loader: []", ":1: loader: is empty: list at least one item, or leave the key out"),
         (
             "engines: [/run/docker.sock]",
             ":1: engines[0]: '/run/docker.sock' is not a valid engine: "
@@ -111,7 +111,7 @@ def test_valid_listen_addresses_are_accepted(settings, address):
         ),
         ("logFormat: yaml", ":1: logFormat: 'yaml' is none of text, json, journal: write one of them"),
         ("[]", ":1: is not a mapping: write listen: 127.0.0.1:9423"),
-        ("{}\n---\n{}", ":3: is a second document: join them, there is only one agent"),
+        ("{}\n---\n{}", ":3: is a second document: join the documents, because a host has one agent"),
         ("a: &b c", ":1: a: anchors and aliases (&, *) are refused: write the value out, or in quotes"),
     ],
 )

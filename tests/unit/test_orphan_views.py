@@ -169,7 +169,7 @@ def test_an_export_without_a_keeper_is_reported_as_such() -> None:
     reports = Reports()
     reports.truth = Truth(orphans=(orphan(tgid=12, ended_ns=0, since_ns=aged(2 * TOLD_AGE_NS)),))
     (event,) = reports.told()
-    assert (event["reason"], event["text"]) == ("exported", "no process that keeps it was found")
+    assert (event["reason"], event["text"]) == ("exported", "no process that keeps the memory was found")
 
 
 def test_an_orphan_is_reported_with_its_tenant_although_the_cgroup_is_removed() -> None:
@@ -192,32 +192,32 @@ def row(**more: Any) -> dict[str, Any]:
         (
             row(),
             "5MiB on gpu 0 stay charged for process 11, which has ended: kept by pid 4711; "
-            "end it, or have the driver's descriptors closed",
+            "end this process, or make the program close the driver's descriptors",
         ),
         (
             row(ended=False, keepers=(1, 2)),
             "5MiB on gpu 0 stay charged for process 11, which exported and freed them: kept by pid 1, 2; "
-            "end them, or have the driver's descriptors closed",
+            "end these processes, or make the program close the driver's descriptors",
         ),
         (
             row(parents=(4700,)),
             "5MiB on gpu 0 stay charged for process 11, which has ended: kept by pid 4711; "
-            "end pid 4711, a child of 4700, or have the driver's descriptors closed",
+            "end pid 4711, a child of 4700, or make the program close the driver's descriptors",
         ),
         (
             row(keepers=(1, 2), parents=(0, 9)),
             "5MiB on gpu 0 stay charged for process 11, which has ended: kept by pid 1, 2; "
-            "end pid 1 and pid 2, a child of 9, or have the driver's descriptors closed",
+            "end pid 1 and pid 2, a child of 9, or make the program close the driver's descriptors",
         ),
         (
             row(keepers=(1, 2), parents=(0, 0)),
             "5MiB on gpu 0 stay charged for process 11, which has ended: kept by pid 1, 2; "
-            "end them, or have the driver's descriptors closed",
+            "end these processes, or make the program close the driver's descriptors",
         ),
         (
             row(keepers=()),
-            "5MiB on gpu 0 stay charged for process 11, which has ended: held by a file descriptor that no process "
-            "in its cgroups has open; it may be unread in a socket, or another container has it",
+            "5MiB on gpu 0 stay charged for process 11, which has ended: no process with a descriptor of "
+            "the driver was found; a descriptor may be unread in a socket",
         ),
     ],
 )

@@ -36,30 +36,30 @@ def host(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
 def test_earlier_overruns_are_not_reported(host) -> None:
     assert host.told(LOOK_SECONDS) == []
     host.counts[1] = 6
-    assert host.told(LOOK_SECONDS) == [("tenant-1", "a turn passed with work in flight")]
+    assert host.told(LOOK_SECONDS) == [("tenant-1", "a turn ended with work in flight")]
 
 
 def test_many_overruns_of_a_tenant_give_one_line_in_ten_seconds_and_all_are_counted(host) -> None:
     host.counts |= {1: 8, 2: 1}
     assert host.told(LOOK_SECONDS) == [
-        ("tenant-1", "3 turns passed with work in flight"),
-        ("tenant-2", "a turn passed with work in flight"),
+        ("tenant-1", "3 turns ended with work in flight"),
+        ("tenant-2", "a turn ended with work in flight"),
     ]
     for number in range(9, 14):
         host.counts[1] = number
         assert host.told(LOOK_SECONDS) == []
-    assert host.told(AGAIN_SECONDS) == [("tenant-1", "5 turns passed with work in flight")]
+    assert host.told(AGAIN_SECONDS) == [("tenant-1", "5 turns ended with work in flight")]
     assert host.told(AGAIN_SECONDS) == []
 
 
 def test_the_overrun_count_of_a_removed_level_starts_again_at_zero(host) -> None:
     host.counts[1] = 2
-    assert host.told(LOOK_SECONDS) == [("tenant-1", "2 turns passed with work in flight")]
+    assert host.told(LOOK_SECONDS) == [("tenant-1", "2 turns ended with work in flight")]
     del host.counts[1]
     assert host.told(AGAIN_SECONDS) == []
     assert host.one._reported == {}
     host.counts[1] = 1
-    assert host.told(LOOK_SECONDS) == [("tenant-1", "a turn passed with work in flight")]
+    assert host.told(LOOK_SECONDS) == [("tenant-1", "a turn ended with work in flight")]
 
 
 def test_overruns_are_checked_once_a_second(host) -> None:

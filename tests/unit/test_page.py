@@ -124,7 +124,10 @@ def test_rows_beyond_the_maximum_are_counted() -> None:
             {"policies": PoliciesView(False, 1.0, 2, ("a.yaml:3: memory: '8G'",))},
             "policies a.yaml:3: memory: '8G' fix: fgpu policy check",
         ),
-        ({"reconcile_failure": "no driver"}, "reconcile NVML answered; no driver fix: nvidia-smi"),
+        (
+            {"reconcile_failure": "no driver"},
+            "reconcile the last comparison with NVML failed: no driver fix: nvidia-smi",
+        ),
         ({"failures": 3}, "internal errors 3 fix: report"),
     ],
 )
@@ -137,14 +140,21 @@ def test_errors_of_a_tenant_are_shown() -> None:
     denied = replace(kit.tenant("bob", kit.on(0, 0, limit=0)), denied="8GiB are wanted, 1GiB is left")
     words = shown(snapshot(around, denied)).words
     assert "kernel bypassing: 3 no_shim (2 musl, 1 static) note: no device B" in words
-    assert "kernel gets nothing: 8GiB are wanted, 1GiB is left" in words
+    assert "kernel no memory is admitted: 8GiB are wanted, 1GiB is left" in words
     assert "shim alice (musl, static) fix: static: static programs have no loader" in words
 
 
 def test_a_denial_is_shown_once_for_a_tenant_on_two_devices() -> None:
     both = replace(kit.tenant("alice", kit.on(0, 5), kit.on(1, 7, limit=0)), denied="no room")
     words = shown(snapshot(both, devices=(kit.device(0), kit.device(1)))).words
-    assert words.count("gets nothing") == words.count("gets nothing on some devices: no room") == 1
+    assert words.count("no memory is admitted") == words.count("no memory is admitted on some devices: no room") == 1
+
+
+def test_a_limit_that_is_not_in_force_is_shown_without_a_statement_about_memory() -> None:
+    deep = replace(kit.tenant("alice", kit.on(0, 5)), denied="the cgroup is too deep")
+    words = shown(snapshot(deep)).words
+    assert "the limit is not in force: the cgroup is too deep" in words
+    assert "no memory is admitted" not in words
 
 
 def test_an_unmeasured_value_is_a_dash() -> None:

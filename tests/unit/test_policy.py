@@ -31,26 +31,28 @@ def memory_of(spec, gpus=(H200,), **names):
     ("selector", "names", "reason"),
     [
         ("{cgroup: 'system.slice/*'}", {"path": "/system.slice/a"}, ""),
-        ("{cgroup: 'system.slice/*'}", {"path": "/a"}, "its cgroup matches none of system.slice/*"),
+        ("{cgroup: 'system.slice/*'}", {"path": "/a"}, "the workload's cgroup matches none of system.slice/*"),
         ("{cgroup: [x, a]}", {"path": "/a"}, ""),
-        ("{cgroup: a, namespace: dev}", {}, "it has no namespace"),
-        ("{cgroup: a, namespace: dev}", {"namespace": "prod"}, "its namespace matches none of dev"),
+        ("{cgroup: a, namespace: dev}", {}, "the workload has no namespace"),
+        ("{cgroup: a, namespace: dev}", {"namespace": "prod"}, "the workload's namespace matches none of dev"),
         ("{namespace: 'team-*'}", {"namespace": "team-a"}, ""),
         ("{image: 'registry.example/*'}", {"image": "registry.example/a/b"}, ""),
-        ("{image: '*'}", {}, "it has no image"),
+        ("{image: '*'}", {}, "the workload has no image"),
         ("{unit: 'jupyter-*.service'}", {"unit": "jupyter-1.service"}, ""),
         ("{matchLabels: {tier: notebook}}", {"labels": {"tier": "notebook"}}, ""),
-        ("{matchLabels: {tier: notebook}}", {"labels": {"tier": "x"}}, "its labels fail tier In (notebook)"),
-        ("{matchLabels: {tier: notebook}}", {}, "its labels fail tier In (notebook)"),
+        ("{matchLabels: {tier: notebook}}", {"labels": {"tier": "x"}},
+         "the workload's labels do not match tier In (notebook)"),
+        ("{matchLabels: {tier: notebook}}", {}, "the workload's labels do not match tier In (notebook)"),
         ("{matchExpressions: [{key: a, operator: In, values: [x, y]}]}", {"labels": {"a": "y"}}, ""),
         ("{matchExpressions: [{key: a, operator: NotIn, values: [x]}]}", {"labels": {"a": "x"}},
-         "its labels fail a NotIn (x)"),
+         "the workload's labels do not match a NotIn (x)"),
         ("{matchExpressions: [{key: a, operator: NotIn, values: [x]}]}", {}, ""),
         ("{matchExpressions: [{key: a, operator: Exists}]}", {"labels": {"a": ""}}, ""),
-        ("{matchExpressions: [{key: a, operator: Exists}]}", {}, "its labels fail a Exists"),
+        ("{matchExpressions: [{key: a, operator: Exists}]}", {}, "the workload's labels do not match a Exists"),
         ("{matchExpressions: [{key: a, operator: DoesNotExist}]}", {"labels": {"a": ""}},
-         "its labels fail a DoesNotExist"),
-        ("{image: '*'}", {"image": "x", "inside": True}, "it lies inside the workload's own cgroup"),
+         "the workload's labels do not match a DoesNotExist"),
+        ("{image: '*'}", {"image": "x", "inside": True},
+         "the cgroup is inside the workload's own, where only selector.cgroup matches"),
         ("{image: '*', cgroup: '**'}", {"image": "x", "inside": True}, ""),
     ],
 )  # fmt: skip
@@ -63,7 +65,7 @@ def test_every_key_of_a_selector_must_match(selector, names, reason):
 def test_the_first_matching_policy_applies_and_earlier_ones_report_why_not():
     found = policies("{selector: {unit: x}}", EVERY, EVERY).resolve(workload(), [H200])
     assert found.policy.name == found.limits.policy == "p1"
-    assert found.tried == (("p0", "it has no unit"),)
+    assert found.tried == (("p0", "the workload has no unit"),)
 
 
 def test_no_limit_applies_without_a_matching_policy():
@@ -136,7 +138,7 @@ def test_a_share_of_a_device_is_rounded_down_to_granules_and_is_at_least_one_gra
 def test_a_limit_beyond_the_device_is_reported():
     memory, notes = memory_of("{selector: {cgroup: a}, memory: {limit: 16GiB}}", [H200, T4])
     assert memory == {0: 16 * GIB, 1: 16 * GIB}
-    assert notes == ("the limit of 16GiB is more than device 1 can give",)
+    assert notes == ("the limit of 16GiB is more than tenants can get on device 1",)
 
 
 # -- requests of the workload itself -------------------------------------------------------------------------------
@@ -153,7 +155,7 @@ def test_a_limit_beyond_the_device_is_reported():
         ("{limit: 50%, max: 16GiB}", "40GiB", 40, None),
         ("{limit: 8GiB}", "8GB", 8, "is ignored: '8GB': did you mean 8GiB?"),
         ("{limit: 8GiB}", "", 8, "is ignored: '' is not a memory size: write it as 8GiB or 50%"),
-        ("{limit: 8GiB}", "0%", 8, "is ignored: '0%' is not above 0% and up to 100%"),
+        ("{limit: 8GiB}", "0%", 8, "is ignored: '0%' must be above 0% and at most 100%"),
         (
             "{limit: 8GiB}", "9" * 5000, 8,
             f"is ignored: '{'9' * 40}…' is not a memory size: write it as 8GiB or 50%",

@@ -51,7 +51,8 @@ def test_a_missing_folder_means_no_policies_unless_it_existed_before(tmp_path):
     absent = folder(tmp_path / "policy.d")
     assert names(absent.read()) == []
     assert errors(absent.read(may_be_missing=False)) == [
-        f"{tmp_path}/policy.d: does not exist: the last policies stay in force; create it again, empty for no policies"
+        f"{tmp_path}/policy.d: does not exist: the last policies stay in force; "
+        "create the folder again (empty: no policies)"
     ]
 
 

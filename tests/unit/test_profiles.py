@@ -50,15 +50,15 @@ def test_agent_yaml_lists_the_profiles(tmp_path):
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("share: all-50pct", "'all-50pct' is not a profile: it names memory"),
-        (f"share: '8gib:{ONE}'", "is not a profile: it names memory and no device"),
+        ("share: all-50pct", "'all-50pct' is not a profile: write memory"),
+        (f"share: '8gib:{ONE}'", "is not a profile: write memory and no device"),
         ("share: 8gb", "'8gb' is not a share"),
         ("share: 1000.125gib-12.5pct", "is longer than 16 characters"),
         ("share: 8gib, count: 0", "count"),
         ("share: 8gib, count: 129", "count"),
         ("share: 8gib, number: 2", "number"),
         ("count: 2", "share"),
-        ("share: 8gib}, {share: 8gib", "'8gib' is listed twice: join them"),
+        ("share: 8gib}, {share: 8gib", "'8gib' is listed twice: join the two entries"),
     ],
 )
 def test_invalid_profiles_are_refused(tmp_path, text, said):

@@ -38,7 +38,7 @@ def test_valid_quantities_are_parsed(text, bytes_):
         ("8592031744", "did you mean 8194MiB?"),
         ("8589934593", "did you mean 8589934593B?"),
         ("6B", "is less than the driver's unit of allocation: write at least 2MiB"),
-        ("150%", "is not above 0% and up to 100%"),
+        ("150%", "must be above 0% and at most 100%"),
         ("-1GiB", "not a memory size"),
         ("", "not a memory size"),
         ("NaN", "not a memory size"),

@@ -66,7 +66,7 @@ def test_a_tenant_below_its_entitlement_is_reported_with_the_tenant_that_had_mor
     assert host.found() == {}, "ten seconds have not passed"
     host.run(2, t1=(0.55, 0.45, 0.75), t2=(0.45, 0.55, 0.25))
     assert host.found() == {(1, 0): 0.2}
-    why = "had 55.0% of 75.0% in 10 s; tenant-2 had 45.0% of 25.0%"
+    why = "had 55.0% in 10 s, entitled to 75.0%; tenant-2 had 45.0%, entitled to 25.0%"
     assert host.shortfalls.found[1, 0].why == why
     assert host.told() == [("tenant-1", "short of time")]
 
@@ -80,7 +80,7 @@ def test_a_shortfall_ends_when_the_tenant_gets_its_entitlement(host: Host) -> No
 def test_work_in_flight_after_turns_is_given_as_the_reason(host: Host) -> None:
     host.run(12, overruns=3, t1=(0.2, 0.8, 0.5), t2=(0.8, 0.2, 0.5))
     assert host.shortfalls.found[1, 0].why.endswith(
-        "tenant-2 had 80.0% of 50.0%, and 30 of its turns ended with work in flight"
+        "tenant-2 had 80.0%, entitled to 50.0%, and 30 of its turns ended with work in flight"
     )
 
 

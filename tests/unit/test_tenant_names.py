@@ -119,4 +119,4 @@ def test_a_file_that_cannot_be_written_causes_a_warning_and_no_error(tmp_path, c
     names = TenantNames()
     names.keep_in(tmp_path / "nowhere" / FILE, anywhere)
     assert put(names, tenant(2, "job"), tenant(3, "job")) == {2: "job", 3: "job-3"}
-    assert "will not survive a restart" in caplog.text
+    assert "names of tenants cannot be stored" in caplog.text

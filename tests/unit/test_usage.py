@@ -178,7 +178,7 @@ def test_a_file_of_version_1_keeps_its_amounts(tmp_path):
         store.execute("INSERT INTO owners (tenant, namespace, user, labels) VALUES (?, ?, ?, ?)", names)
         store.execute("INSERT INTO used VALUES (10, 1, 'GPU-a', 'turns', 1, 1, 1, 1, 1)")
     store.close()
-    with pytest.raises(usage_store.StoreError, match="of version 1"):
+    with pytest.raises(usage_store.StoreError, match="has version 1"):
         list(usage_store.read(0, file))
     for _ in range(2):
         usage_store.add(file, used(seconds=2.0))
