@@ -110,15 +110,6 @@ static bool agent_here(const struct place *at)
     return S_ISDIR(status.st_mode) && !(status.st_mode & S_ISVTX);
 }
 
-/* Return whether `fgpu detach` has marked the folder that this container has mounted. The kernel detaches the probes
- * some time after that. */
-static bool is_detached(const struct place *at)
-{
-    struct stat status;
-    return is_mount(at->folder) && !syscall(SYS_newfstatat, AT_FDCWD, at->folder, &status, AT_SYMLINK_NOFOLLOW) &&
-           status.st_mode & S_ISVTX;
-}
-
 /* Return whether any user could have created the directory. In an image that has a limit, any user may be able to put a
  * folder into /run/fgpu, with a socket on which others wait in vain. The agent's directory belongs to root or is
  * mounted, whatever user owns it in a user namespace. */
@@ -148,7 +139,6 @@ bool fgpu_is_hidden(void)
     const uint32_t *code = (const uint32_t *)(uintptr_t)fgpu_admit_here;
     if ((__atomic_load_n(code, __ATOMIC_RELAXED) & CODE_BITS) == NOP) return false;
     if (!is_mount("/etc/ld.so.preload") && !is_mount("/var/lib/fgpu/shim/current/libfgpu.so")) return false;
-    if (is_detached(place())) return false;
     fgpu_silence = "fgpu: /run/fgpu/shim is hidden from this program: device memory is refused\n";
     return true;
 }

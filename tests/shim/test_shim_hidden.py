@@ -66,12 +66,6 @@ def test_a_folder_beside_the_shim_that_is_no_mount_is_ignored(held: Agent) -> No
     assert injected(held, "chmod 1755 /var/lib/fgpu/run\n") == (f"[0, {HELD}]\n", "")
 
 
-def test_memory_is_granted_after_a_detach_while_the_kernel_still_detaches_the_probes(held: Agent) -> None:
-    """The folder that a container has mounted says that the agent was detached."""
-    said = injected(held, f"chmod 1755 /mnt/shim\n{BESIDE}{OVER_RUN}")
-    assert said == (f"[0, {10 << 30}]\n", "fgpu: no agent on this host: limits are not enforced\n")
-
-
 def test_memory_is_refused_if_the_folder_beside_the_shim_was_removed(agent: Agent) -> None:
     more = "mkdir /mnt/host\nmount --bind /mnt/host /var/lib/fgpu/run\nrmdir /mnt/host\n"
     assert injected(agent, more)[0] == f"[{OOM}, 0]\n"
