@@ -247,6 +247,8 @@ class Agent:
         """
         found = {"tenants": len(self.parts.enforcer)}
         self.stop()
-        take_away(self.settings.run_dir, self.settings.pins, by_agent=True)
-        self.end()
+        try:
+            take_away(self.settings.run_dir, self.settings.pins, by_agent=True)
+        finally:
+            self.end()  # an agent that has stopped its parts enforces nothing
         return found

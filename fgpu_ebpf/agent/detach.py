@@ -11,6 +11,7 @@ import contextlib
 import logging
 import os
 import shutil
+import time
 from pathlib import Path
 
 from fgpu_ebpf.agent import gatekeeper_process
@@ -24,12 +25,14 @@ from fgpu_ebpf.workloads import shim_mounts
 from fgpu_ebpf.workloads.cgroups import Workloads
 
 log = logging.getLogger("fgpu.agent")
+DETACHED_SECONDS = 10.0  # the longest wait for the kernel, which detaches the shim's probes after they were unpinned
 NAMES, TENANT_NAMES = "engines.json", tenant_names.FILE
 _FILES = (
     *("shim/shim.sock", "control.sock", "discover.sock", "overrides.json", "overrides.json.bad"),
     *(
         *(host.name for host in run.PRELOADS),
         NAMES,
+        injection.PUBLISHED,  # after the store: if this call ends before, the next one removes the store
         PreexistingProcesses.FILE,
         "gatekeeper.json",
         file_locks.GATEKEEPER,
@@ -52,12 +55,15 @@ def take_away(run_dir: Path, pins: Path, by_agent: bool = False) -> None:
         attach.detach(folder)
     _remove_empty(pins.parent)
     programs.unmount_made()
-    shim = injection.mounted(run_dir).get("shim")
-    published = injection.take_away(run_dir)  # an earlier agent has published it if the last one had its own shim
+    # An earlier agent may have published another shim than that of the last one.
+    mounted, published = injection.mounted(run_dir).get("shim"), injection.published(run_dir)
+    injection.take_away(run_dir)
     run.remove_created_preloads(run_dir)
-    if shim and not attach.wait_until_detached(shim):
-        text = "%s still has probes: programs with this shim get no memory until the kernel has removed the probes"
-        log.warning(text, shim)
+    until = time.monotonic() + DETACHED_SECONDS
+    for shim in {mounted, published} - {None}:
+        if not attach.wait_until_detached(shim, until):
+            text = "%s still has probes: programs with this shim get no memory until the kernel has removed the probes"
+            log.warning(text, shim)
     if published:
         _published(published)
     last_good.FILE.unlink(missing_ok=True)

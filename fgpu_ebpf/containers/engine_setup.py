@@ -12,6 +12,7 @@ import json
 import os
 import re
 import shutil
+import stat
 import subprocess
 from collections.abc import Iterator
 from dataclasses import replace
@@ -66,12 +67,14 @@ def set_up(engine: Engine, helper: Path, state: Path, is_dry: bool = False) -> W
     if is_dry:
         return None if wanted.text == now else wanted
     _put_beside(helper, wanted)
+    if state.exists():
+        state.chmod(0o600)  # an earlier version has written it for all users
     if wanted.text == now:
         return None
     missing = () if engine.keeps_folder else _missing_folders(engine.file)
     made = sorted({*kept["made"], *missing}, key=len, reverse=True)
     notes = json.dumps({"file": str(engine.file), "before": before, "after": wanted.text, "made": made})
-    _write(state, notes, like=engine.file)
+    _write(state, notes)
     _write(engine.file, wanted.text, like=engine.file)
     return wanted
 
@@ -141,6 +144,8 @@ def _text(path: Path) -> str | None:
         return path.read_text(encoding="utf-8")
     except FileNotFoundError:
         return None
+    except UnicodeDecodeError as error:
+        raise SetupError(f"{path} is not UTF-8 ({error.reason} at byte {error.start}): fix the file first") from error
 
 
 def _restore(path: Path, text: str | None) -> None:
@@ -150,24 +155,28 @@ def _restore(path: Path, text: str | None) -> None:
         _write(path, text, like=path)
 
 
-def _write(path: Path, text: str, like: Path) -> None:
+def _write(path: Path, text: str, like: Path | None = None) -> None:
     """Replace a file as a whole; a symbolic link is followed.
 
     Args:
-        like: the file whose owner, group and mode the new file gets. Settings may contain passwords, and a state
-            contains a copy of the settings.
+        like: the file whose owner, group and mode the new file gets. If there is no such file, all users may read the
+            new one. Without `like` the new file is root's alone, as a state must be: it contains a copy of settings,
+            which may have passwords, and undo() writes what it says to the file that it names.
     """
     path = path.resolve()
     path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        aside.touch(mode=0o600)
-        aside.write_text(text, encoding="utf-8")
-        if like.exists():
-            os.chown(aside, like.stat().st_uid, like.stat().st_gid)
-            shutil.copymode(like, aside)
-        else:
-            aside.chmod(0o644)
+        aside.unlink(missing_ok=True)
+        fd = os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)  # the folder may be a user's
+        with open(fd, "w", encoding="utf-8") as file:
+            file.write(text)
+            if like and like.exists():
+                status = like.stat()
+                os.fchown(fd, status.st_uid, status.st_gid)
+                os.fchmod(fd, stat.S_IMODE(status.st_mode))
+            elif like:
+                os.fchmod(fd, 0o644)
         os.replace(aside, path)
     except OSError:
         aside.unlink(missing_ok=True)
@@ -181,12 +190,14 @@ def checks(state: Path = STATE, helper: Path = injection.BIN / injection.HELPER)
             check = _check(name, usual, state / f"{name}.json", helper)
         except PermissionError as error:
             check = Check(name, False, f"{error.filename} cannot be read by this user", "sudo fgpu doctor")
+        except (SetupError, OSError) as error:
+            check = Check(name, False, str(error), f"then run fgpu setup {name}, or with --undo")
         if check:
             yield check
 
 
 def _check(name: str, usual: Engine, state: Path, helper: Path) -> Check | None:
-    """Check an engine. Returns None if it was not set up. Raises PermissionError if a file cannot be read."""
+    """Check an engine. Returns None if it was not set up. Raises SetupError, OSError: a file cannot be read."""
     kept, engine = _kept(state), where_it_is(usual, state)
     if kept["after"] is None:
         return None

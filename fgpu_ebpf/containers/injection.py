@@ -26,7 +26,7 @@ from fgpu_ebpf.linux.clear_path import make_way
 HELPER = "fgpu-oci"
 BIN = shim_store.STORE.parent / "bin"
 _WRITTEN = "cdi.files"  # in the run folder: paths of the specifications, one per line
-_PUBLISHED = "published"  # in the run folder: path of the shim, if it and the helper are published copies
+PUBLISHED = "published"  # in the run folder: path of the shim, if it and the helper are published copies
 UNUSED_SECONDS = 600.0  # an engine mounts a list within seconds after `fgpu-oci` has named the list
 _UNSAFE = frozenset('"\\\n')
 
@@ -80,7 +80,7 @@ def set_up(of: Parts, folder: Path, names: Sequence[str]) -> None:
     paths = [folder / cdi.file_name(spec) for spec in specs]
     atomic_file.write(of.preload, f"{of.shim}\n")
     if of.helper.parent == BIN:
-        atomic_file.write(of.run_dir / _PUBLISHED, f"{of.shim}\n")
+        atomic_file.write(of.run_dir / PUBLISHED, f"{of.shim}\n")
     _forget(of.run_dir, keep=paths)
     atomic_file.write(of.run_dir / _WRITTEN, "".join(f"{path}\n" for path in paths))
     for path, spec in zip(paths, specs, strict=True):
@@ -117,23 +117,22 @@ class Lists:
         self._asked = asked
 
 
-def take_away(run_dir: Path) -> Path | None:
-    """Remove the files, so that containers that start from now on get nothing. Running containers keep their mounts.
-
-    Returns:
-        The path of the shim that this host's agents have published, or None if they have published none.
-    """
+def take_away(run_dir: Path) -> None:
+    """Remove the files, so that containers that start from now on get nothing. Running containers keep their mounts."""
     (run_dir / "containers").unlink(missing_ok=True)
     _forget(run_dir, keep=())
     (run_dir / _WRITTEN).unlink(missing_ok=True)
     (run_dir / "container.preload").unlink(missing_ok=True)
     shutil.rmtree(run_dir / "preload.d", ignore_errors=True)
+
+
+def published(run_dir: Path) -> Path | None:
+    """Return the path of the shim that this host's agents have published, or None if they have published none."""
     try:
-        shim = (run_dir / _PUBLISHED).read_text(encoding="utf-8").strip()
-    except FileNotFoundError:
+        shim = (run_dir / PUBLISHED).read_text(encoding="utf-8", errors="surrogateescape").strip()
+    except OSError:
         return None
-    (run_dir / _PUBLISHED).unlink()
-    return Path(shim)
+    return Path(shim) if shim.startswith("/") else None
 
 
 def written(run_dir: Path) -> list[dict[str, Any]]:
@@ -148,7 +147,7 @@ def written(run_dir: Path) -> list[dict[str, Any]]:
 def mounted(run_dir: Path) -> dict[str, Path]:
     """Return the files that containers get (`shim`, `preload`, `info`); empty if nothing is set up."""
     try:
-        lines = (run_dir / "containers").read_text(encoding="utf-8").splitlines()
+        lines = (run_dir / "containers").read_text(encoding="utf-8", errors="surrogateescape").splitlines()
     except OSError:
         return {}
     paths = dict(line.split(" ", 1) for line in lines if " " in line)

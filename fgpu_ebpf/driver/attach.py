@@ -34,7 +34,6 @@ OPTIONAL_TRACEPOINTS = {
     "cgroup_populated": "cgroup_notify_populated",
     "cgroup_removed": "cgroup_rmdir",
 }
-DETACHED_SECONDS = 10.0
 MOST_BESIDE = 8  # sets of probes for one (dev, ino), one for each inode that has had this name
 _NAME = re.compile("([0-9a-f]+)-([0-9a-f]+)-([a-z])([0-9a-f]+)-(.+)")  # dev, ino, role, number, program or mark
 _MARK = re.compile("all([0-9]+)at([0-9a-f]+)")  # number of links, offset of the checked breakpoint
@@ -273,8 +272,8 @@ def detach(pins: Path) -> None:
         pins.rmdir()
 
 
-def wait_until_detached(shim: Path) -> bool:
-    """Wait until new mappings of the shim have no probe, for at most DETACHED_SECONDS.
+def wait_until_detached(shim: Path, until: float) -> bool:
+    """Wait until new mappings of the shim have no probe, or until this time of the monotonic clock.
 
     The kernel detaches a link some time after it was unpinned. Until then, a program that starts finds the probe but no
     folder of an agent, and would treat the folder as hidden from it.
@@ -282,8 +281,7 @@ def wait_until_detached(shim: Path) -> bool:
     Returns:
         Whether they have none. The probes of another agent stay.
     """
-    until = time.monotonic() + DETACHED_SECONDS
-    with contextlib.suppress(OSError, elf.ElfError, ProbeError), open(shim, "rb") as file:
+    with contextlib.suppress(OSError, ValueError, elf.ElfError, ProbeError), open(shim, "rb") as file:
         made = probe_plan.plan(file.fileno(), str(shim), Role.SHIM)
         for place in (offset for _, places, _ in made.programs for offset, _ in places):  # each has a link of its own
             while breakpoints.is_set_in_new_mappings(file.fileno(), place):

@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 from fgpu_ebpf.linux import procfs
 
@@ -84,9 +85,10 @@ def find(held: Held) -> tuple[int, ...]:
 
 
 def _below(path: str) -> Iterable[int]:
-    """Yield the processes of a cgroup and of all cgroups below it."""
+    """Yield the processes of a cgroup and of all cgroups below it, at most MOST_PROCESSES."""
     inside = f"{path.rstrip('/')}/"
-    return (pid for pid in procfs.pids()[:MOST_PROCESSES] if f"{procfs.cgroup_path(pid) or ''}/".startswith(inside))
+    found = (pid for pid in procfs.pids() if f"{procfs.cgroup_path(pid) or ''}/".startswith(inside))
+    return islice(found, MOST_PROCESSES)
 
 
 def _with_descriptors(pids: Iterable[int]) -> list[int]:

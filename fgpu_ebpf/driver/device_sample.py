@@ -10,7 +10,7 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from fgpu_ebpf.driver.nvml import Nvml
@@ -64,8 +64,9 @@ def take(
     begun_ns, rows = time.monotonic_ns(), nvml.process_bytes(device)
     if rows is None:
         return None
+    unsampled = Sample(rows, (), False, before, frozenset(before))  # any process may be in a call that frees memory
     if not samples:
-        return Sample(rows, (), False, before)
+        return unsampled
     found = []
     for n in range(samples):
         if n:
@@ -76,7 +77,7 @@ def take(
         taken = None if in_use is None else _taken(in_use, rows, then)
         rows = then
         if taken is None:
-            return Sample(rows, (), False, before)
+            return replace(unsampled, rows=rows)
         found.append(taken)
     after = ledger.processes()
     changed = {pid for pid in before.keys() | after.keys() if _state(before.get(pid)) != _state(after.get(pid))}

@@ -56,6 +56,7 @@ SELECT owners.tenant, owners.namespace, owners.user, owners.labels, owners.aroun
     sum(run), sum(byte_seconds), sum(held), sum(idle), sum(waited)
 FROM used JOIN owners ON owners.id = used.owner WHERE period >= ? GROUP BY owners.id, used.gpu, used.source
 """
+_READ_FIRST = _READ.replace("owners.around", "'[]'")  # add() has not upgraded the file yet
 _TRIM = "DELETE FROM used WHERE rowid IN (SELECT rowid FROM used ORDER BY rowid LIMIT ?)"
 _FORGET = "DELETE FROM owners WHERE id NOT IN (SELECT owner FROM used)"
 
@@ -205,9 +206,9 @@ def read(since_seconds: float, file: Path = FILE) -> Iterator[tuple[Owner, str, 
     try:
         with contextlib.closing(sqlite3.connect(f"file:{file}?mode=ro", uri=True)) as store:
             (version,) = store.execute("PRAGMA user_version").fetchone()
-            if version != VERSION:
+            if version not in (1, VERSION):
                 raise StoreError(f"{file} has version {version}, and this command reads version {VERSION}")
-            for row in store.execute(_READ, (period(since_seconds),)):
+            for row in store.execute(_READ if version == VERSION else _READ_FIRST, (period(since_seconds),)):
                 tenant, namespace, user, labels, around, gpu, source, *used = row
                 others = tuple(Owner.of(*words) for words in json.loads(around))
                 yield Owner.of(tenant, namespace, user, labels, others), gpu, source, Used(*used)
@@ -221,13 +222,17 @@ def period(seconds: float) -> int:
 
 
 def grouped(rows: Iterator[tuple[Owner, str, str, Used]], by: str) -> dict[str, dict[str, Used]]:
-    """Return the amounts by group and by source, summed over all devices. A tenant inside another tenant of the same
-    group counts once.
+    """Return the amounts by group and by source, summed over all devices.
+
+    The amounts of a tenant include those of the tenants inside it, which therefore count once. Only the time that a
+    tenant has waited is of its own programs alone.
     """
     found: defaultdict[str, dict[str, Used]] = defaultdict(dict)
     for owner, _, source, used in rows:
         if owner.is_counted_around(by):
-            continue
+            used = Used(waited=used.waited)
+            if not used.waited:
+                continue
         of = found[owner.group(by)]
         of[source] = of.get(source, Used()).plus(used)
     return dict(found)

@@ -301,4 +301,6 @@ def test_the_helper_finds_a_runtime_by_a_link_beside_itself(tmp_path: Path) -> N
     (tmp_path / "runtimes/crio-said").unlink()
     (tmp_path / "runtimes/crio-said").symlink_to(tmp_path / "fgpu-oci")
     done = subprocess.run([tmp_path / "fgpu-runtime-crio-said"], capture_output=True, text=True, check=False)
-    assert (done.returncode, "the command names no OCI runtime" in done.stderr) == (1, True), "it would call itself for ever"
+    assert (done.returncode, "the command names no OCI runtime" in done.stderr) == (1, True), (
+        "it would call itself for ever"
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import pytest
@@ -21,28 +22,28 @@ def test_a_detach_waits_until_no_new_program_gets_a_probe(tmp_path: Path, monkey
     answers, asked = [True, True, False, True, False, True], list[int]()
     monkeypatch.setattr(probe_plan, "plan", lambda *_: PLAN)
     monkeypatch.setattr(breakpoints, "is_set_in_new_mappings", lambda _, at: asked.append(at) or answers.pop(0))
-    assert attach.wait_until_detached(tmp_path / "libfgpu.so")
+    assert attach.wait_until_detached(tmp_path / "libfgpu.so", time.monotonic() + 60)
     assert asked == [0x3A70, 0x3A70, 0x3A70, 0x3A80, 0x3A80], "the kernel detaches the links in any order"
 
 
 def test_a_detach_stops_waiting_after_a_time_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "libfgpu.so").touch()
-    monkeypatch.setattr(attach, "DETACHED_SECONDS", 0.0)
     monkeypatch.setattr(probe_plan, "plan", lambda *_: PLAN)
     monkeypatch.setattr(breakpoints, "is_set_in_new_mappings", lambda *_: True)
-    assert not attach.wait_until_detached(tmp_path / "libfgpu.so")
+    assert not attach.wait_until_detached(tmp_path / "libfgpu.so", time.monotonic())
 
 
 def test_a_detach_does_not_wait_for_a_missing_or_invalid_shim(tmp_path: Path) -> None:
-    assert attach.wait_until_detached(tmp_path / "libfgpu.so")
+    until = time.monotonic() + 60
+    assert attach.wait_until_detached(tmp_path / "libfgpu.so", until)
     (tmp_path / "libfgpu.so").write_text("no library")
-    assert attach.wait_until_detached(tmp_path / "libfgpu.so")
+    assert attach.wait_until_detached(tmp_path / "libfgpu.so", until)
+    assert attach.wait_until_detached(Path("/a\0"), until)
 
 
-def test_a_detach_waits_for_the_mounted_shim_and_removes_only_a_published_store(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    """The last agent had a shim of the administrator's (`fgpu agent --shim`), which is in a folder with other files."""
+@pytest.fixture
+def waited(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """Let a detach work on tmp_path alone. Return the shims for which it waits; the first one keeps its probes."""
     nothing = ((gatekeeper_process, "end_any"), (detach, "_cgroups"), (programs, "unmount_made"))
     for module, name in (*nothing, (run, "remove_created_preloads")):
         monkeypatch.setattr(module, name, lambda *_: None)
@@ -50,14 +51,22 @@ def test_a_detach_waits_for_the_mounted_shim_and_removes_only_a_published_store(
     monkeypatch.setattr(last_good, "FILE", tmp_path / "last")
     monkeypatch.setattr(engine_setup, "STATE", tmp_path / "store/setup")
     monkeypatch.setattr(injection, "BIN", tmp_path / "store/bin")
-    waited = list[Path]()
-    monkeypatch.setattr(attach, "wait_until_detached", lambda shim: waited.append(shim) or len(waited) > 1)
+    found = list[Path]()
+    monkeypatch.setattr(attach, "wait_until_detached", lambda shim, _: found.append(shim) or len(found) > 1)
+    (tmp_path / "store/shim/1").mkdir(parents=True)
+    (tmp_path / "store/shim/1/libfgpu.so").touch()
+    (tmp_path / "store/shim/current").symlink_to("1")
+    (tmp_path / "run").mkdir()
+    return found
+
+
+def test_a_detach_waits_for_the_mounted_shim_and_removes_only_a_published_store(
+    tmp_path: Path, waited: list[Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    """The last agent had a shim of the administrator's (`fgpu agent --shim`), which is in a folder with other files."""
     run_dir, own, store = tmp_path / "run", tmp_path / "opt/lib/libfgpu.so", tmp_path / "store/shim"
-    for file in (own, store / "1/libfgpu.so"):
-        file.parent.mkdir(parents=True)
-        file.touch()
-    (store / "current").symlink_to("1")
-    run_dir.mkdir()
+    own.parent.mkdir(parents=True)
+    own.touch()
     (run_dir / "containers").write_text(f"shim {own}\nsocket /run/fgpu/shim\n")
     detach.take_away(run_dir, tmp_path / "pins")
     assert waited == [own]
@@ -68,8 +77,33 @@ def test_a_detach_waits_for_the_mounted_shim_and_removes_only_a_published_store(
     (run_dir / "containers").write_text(f"shim {own}\nsocket /run/fgpu/shim\n")
     (run_dir / "published").write_text(f"{store}/current/libfgpu.so\n")
     detach.take_away(run_dir, tmp_path / "pins")
-    assert waited == [own, own]
+    assert set(waited[1:]) == {own, store / "current/libfgpu.so"}
     assert caplog.messages == [text]
     assert own.exists()
     assert not store.exists()
+    assert not run_dir.exists()
+
+
+def test_a_detach_that_failed_is_finished_by_the_next_one(
+    tmp_path: Path, waited: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_dir, store = tmp_path / "run", tmp_path / "store/shim"
+    (run_dir / "published").write_text(f"{store}/current/libfgpu.so\n")
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "remove_created_preloads", lambda _: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            detach.take_away(run_dir, tmp_path / "pins")
+    assert store.exists()
+    detach.take_away(run_dir, tmp_path / "pins")
+    assert waited == [store / "current/libfgpu.so"]
+    assert not store.exists()
+    assert not run_dir.exists()
+
+
+@pytest.mark.parametrize("text", [b"shim \xff\n", b"shim /a\0\n", b"shim\n", b"\n"])
+def test_a_damaged_list_of_files_does_not_stop_a_detach(tmp_path: Path, waited: list[Path], text: bytes) -> None:
+    run_dir = tmp_path / "run"
+    for name in ("containers", "published"):
+        (run_dir / name).write_bytes(text)
+    detach.take_away(run_dir, tmp_path / "pins")
     assert not run_dir.exists()

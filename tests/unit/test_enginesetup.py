@@ -185,25 +185,45 @@ def test_a_settings_file_that_is_a_link_stays_a_link(tmp_path, helper):
     assert (tmp_path / "real.json").read_text() == "{}"
 
 
-def test_a_copy_of_settings_is_readable_by_the_users_of_the_settings_alone(tmp_path, helper, monkeypatch):
-    found, state = (
-        engine("docker", tmp_path, '{"proxies": {"http-proxy": "http://user:password@proxy"}}'),
-        tmp_path / "s",
-    )
-    found.file.chmod(0o600)
-    written = list[tuple[str, int]]()
-    whole = Path.write_text
+def test_a_state_is_root_s_alone_and_settings_keep_mode_and_owner(tmp_path, helper, monkeypatch):
+    """A state has a copy of the settings, with passwords, and names the file that an undo writes."""
+    password = '{"proxies": {"http-proxy": "http://user:password@proxy"}}'
+    found, state = engine("docker", tmp_path, password), tmp_path / "s"
+    owner, made, whole = (1000 if os.geteuid() == 0 else os.geteuid()), list[tuple[bool, int]](), os.open
+    os.chown(found.file, owner, -1)
 
-    def noted(path, *words, **more):
-        written.append((path.name, path.stat().st_mode & 0o777 if path.exists() else 0o666))
-        return whole(path, *words, **more)
+    def noted(path, flags, mode=0o777, **more):
+        if os.path.basename(path).startswith((".settings.", ".s.")):
+            made.append((bool(flags & os.O_EXCL), mode))
+        return whole(path, flags, mode, **more)
 
-    monkeypatch.setattr(Path, "write_text", noted)
+    monkeypatch.setattr(os, "open", noted)
     set_up(found, helper, state)
-    assert [mode for name, mode in written if name.startswith((".settings.", ".s."))] == [0o600, 0o600]
-    assert (state.stat().st_mode & 0o777, found.file.stat().st_mode & 0o777) == (0o600, 0o600)
+    assert made == [(True, 0o600)] * 2
+    state.chmod(0o644)  # as an earlier version has left it
+    set_up(found, helper, state)
+    assert (state.stat().st_mode & 0o777, state.stat().st_uid) == (0o600, os.geteuid())
+    assert (found.file.stat().st_mode & 0o777, found.file.stat().st_uid) == (0o640, owner)
     undo(found, state)
-    assert found.file.stat().st_mode & 0o777 == 0o600
+    assert (found.file.stat().st_mode & 0o777, found.file.stat().st_uid) == (0o640, owner)
+
+
+def test_a_link_beside_settings_in_a_user_s_folder_is_not_followed(tmp_path, helper):
+    found, other = engine("docker", tmp_path, "{}"), tmp_path / "other"
+    other.touch()
+    (found.file.parent / f".settings.{os.getpid()}").symlink_to(other)
+    set_up(found, helper, tmp_path / "s")
+    assert other.read_text() == ""
+    assert "fgpu" in found.file.read_text()
+
+
+@pytest.mark.parametrize("damage", [b"{,", b"\xff", b"[]"])
+def test_doctor_names_settings_that_are_damaged(damage, tmp_path, helper):
+    found, state = engine("docker", tmp_path, "{}"), tmp_path / "states/docker.json"
+    set_up(found, helper, state)
+    found.file.write_bytes(damage)
+    (check,) = checks(state.parent, helper)
+    assert (check.ok, "fix the file first" in check.found) == (False, True)
 
 
 @pytest.mark.parametrize("hidden", ["state", "settings"])

@@ -98,6 +98,14 @@ def test_the_outer_cgroup_is_searched_if_the_innermost_has_no_keeper(keeper: Sta
     assert kept.pid in find(Held(1 << 22, ("/no/such/cgroup", here())))
 
 
+def test_processes_of_other_cgroups_do_not_use_up_the_search(keeper: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept, paths = keeper(), {1: "/elsewhere", 2: "/elsewhere"}
+    monkeypatch.setattr(descriptor_holders, "MOST_PROCESSES", 1)
+    monkeypatch.setattr(procfs, "pids", lambda: [1, 2, kept.pid])
+    monkeypatch.setattr(procfs, "cgroup_path", lambda pid: paths.get(pid, "/a"))
+    assert find(Held(1 << 22, ("/a",))) == (kept.pid,)
+
+
 def test_an_ended_process_has_no_descriptors() -> None:
     ended = subprocess.Popen(["true"])
     ended.wait()

@@ -162,11 +162,13 @@ def test_amounts_of_one_tenant_and_device_are_added_and_grouped(tmp_path):
     ],
 )
 def test_a_tenant_inside_another_one_of_the_same_group_counts_once(tmp_path, by, expected):
+    """The time that the inner tenant has waited is not among the amounts of the outer one."""
     file = tmp_path / "usage.db"
     for owner, seconds in ((ALICE, 1.0), (UNIT, 3.0)):
-        usage_store.add(file, {Place(10, owner, "GPU-a", "turns"): Used(run=seconds)})
+        usage_store.add(file, {Place(10, owner, "GPU-a", "turns"): Used(run=seconds, waited=seconds)})
     found = usage_store.grouped(usage_store.read(0, file), by)
     assert {group: of["turns"].run for group, of in found.items()} == expected
+    assert sum(of["turns"].waited for of in found.values()) == 4.0
 
 
 def test_a_file_of_version_1_keeps_its_amounts(tmp_path):
@@ -178,11 +180,20 @@ def test_a_file_of_version_1_keeps_its_amounts(tmp_path):
         store.execute("INSERT INTO owners (tenant, namespace, user, labels) VALUES (?, ?, ?, ?)", names)
         store.execute("INSERT INTO used VALUES (10, 1, 'GPU-a', 'turns', 1, 1, 1, 1, 1)")
     store.close()
-    with pytest.raises(usage_store.StoreError, match="has version 1"):
-        list(usage_store.read(0, file))
+    assert usage_store.grouped(usage_store.read(0, file), "label:team")["vision"]["turns"].run == 1.0
     for _ in range(2):
         usage_store.add(file, used(seconds=2.0))
     assert usage_store.grouped(usage_store.read(0, file), "label:team")["vision"]["turns"].run == 5.0
+
+
+def test_a_file_of_a_later_version_is_named_and_not_read(tmp_path):
+    file = tmp_path / "usage.db"
+    usage_store.add(file, used(seconds=2.0))
+    with sqlite3.connect(file) as store:
+        store.execute("PRAGMA user_version = 9")
+    store.close()
+    with pytest.raises(usage_store.StoreError, match="has version 9"):
+        list(usage_store.read(0, file))
 
 
 def test_the_file_is_bounded_and_loses_its_oldest_rows_first(tmp_path, monkeypatch):
