@@ -46,14 +46,17 @@ def known(unharmed: None) -> Iterator[Path]:
     """Return a cgroup without processes, two levels below the root. The kernel has recorded that it has no limit."""
     outer = cgroup_root() / f"fgpu-e2e-{os.getpid()}-before"
     inner = outer / "inner"
+    eventually(lambda: not driver_books(), 20, "the release of what an earlier test has left")
     inner.mkdir(parents=True)
-    (said,) = run(inner, f"alloc {8 * GIB}")
-    assert said.startswith("ok "), "it has a limit"
-    eventually(lambda: not driver_books(), 20, "an empty driver")
-    assert not (inner / "cgroup.procs").read_text()
-    yield inner
-    inner.rmdir()
-    outer.rmdir()
+    try:
+        (said,) = run(inner, f"alloc {8 * GIB}")
+        assert said.startswith("ok "), f"it has a limit: {said}"
+        eventually(lambda: not driver_books(), 20, "an empty driver")
+        assert not (inner / "cgroup.procs").read_text()
+        yield inner
+    finally:
+        inner.rmdir()
+        outer.rmdir()
 
 
 @contextlib.contextmanager
