@@ -60,7 +60,7 @@ def take_away(run_dir: Path, pins: Path, by_agent: bool = False) -> None:
     injection.take_away(run_dir)
     run.remove_created_preloads(run_dir)
     until = time.monotonic() + DETACHED_SECONDS
-    for shim in {mounted, published} - {None}:
+    for shim in {path for path in (mounted, published) if path}:
         if not attach.wait_until_detached(shim, until):
             text = "%s still has probes: programs with this shim get no memory until the kernel has removed the probes"
             log.warning(text, shim)
