@@ -100,7 +100,9 @@ def test_a_detach_that_failed_is_finished_by_the_next_one(
     assert not run_dir.exists()
 
 
-@pytest.mark.parametrize("text", [b"shim \xff\n", b"shim /a\0\n", b"shim\n", b"\n"])
+@pytest.mark.parametrize(
+    "text", [b"shim \xff\n", b"shim /a\0\n", b"shim\n", b"\n"], ids=["not UTF-8", "a NUL", "no path", "empty"]
+)
 def test_a_damaged_list_of_files_does_not_stop_a_detach(tmp_path: Path, waited: list[Path], text: bytes) -> None:
     run_dir = tmp_path / "run"
     for name in ("containers", "published"):

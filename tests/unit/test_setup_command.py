@@ -199,7 +199,7 @@ def test_undo_reverts_everything(host):
     before = everything(host)
     setup(host, "--memory", "8GiB")
     done = setup(host, "--undo")
-    assert (done.exit_code, done.output.count("removed")) == (0, 2)
+    assert (done.exit_code, done.output.count(": removed\n")) == (0, 2)
     assert host.policy.parent.is_dir(), "without the folder, an agent keeps the last policies"
     assert {k: v for k, v in everything(host).items() if "/published/" not in k} == before
     assert asked(host)[1:] == ["disable --now fgpu-agent fgpu-gatekeeper"]

@@ -201,7 +201,7 @@ def test_doctor_names_tenant_reason_and_fix() -> None:
         [tenant("b", {"no_admission": 2}, {"musl": 1, "static": 1}), tenant("a", {"older": 1}, {}), tenant("c", {}, {})]
     )
     assert (found.ok, found.found) == (False, "a (older), b (musl, static)")
-    assert f"musl: {Reason.MUSL.words}; fgpu explain" in found.fix
+    assert f"musl: {Reason.MUSL.words}; run `fgpu explain" in found.fix
     assert "not_mounted" not in found.fix
     other = tenant("d", {"no_admission": 2}, {"other_loader": 2})
     other["processes"] = [{"loader": "'/opt/ld.so'"}, {"loader": ""}, {"loader": "'/opt/ld.so'"}, {}]
