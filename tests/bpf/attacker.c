@@ -19,7 +19,6 @@
 #define POINTER 0x1000ULL
 
 static void (*admit)(unsigned, __u64, unsigned, __u64), (*give_back)(unsigned, __u64, unsigned, __u64);
-static void (*settle)(__u64, __u64, int, __u64);
 static int (*allocate)(__u64 *, __u64), (*free_it)(__u64), (*release)(__u64);
 static void (*set)(int, __u64, __u64);
 static const volatile struct fgpu_usage_page *page;
@@ -67,7 +66,7 @@ static long sizes(long times)
 static void call_any(void)
 {
     unsigned device = any() % 8 ? 0 : (unsigned)any(), kind = any() % 4 ? any() % 8 : (unsigned)any();
-    switch (any() % 6) {
+    switch (any() % 5) {
     case 0:
         admit(device, any_size(), kind, any());
         break;
@@ -78,9 +77,6 @@ static void call_any(void)
         give_back(0, any_size(), FGPU_POOL, any());
         break;
     case 3:
-        settle(any() % 2 ? POINTER : any(), any_size(), (int)any(), any());
-        break;
-    case 4:
         set(1, 0, 0); /* the driver refuses: a double free, another process's memory */
         free_it(any() % 2 ? POINTER : any());
         break;
@@ -113,7 +109,7 @@ int main(int argc, char **argv)
     if (argc != 7) return 2;
     void *driver = dlopen(argv[1], RTLD_NOW), *shim = dlopen(argv[2], RTLD_NOW);
     if (!driver || !shim) return 3;
-    admit = needed(shim, "fgpu_admit"), give_back = needed(shim, "fgpu_release"), settle = needed(shim, "fgpu_settle");
+    admit = needed(shim, "fgpu_admit"), give_back = needed(shim, "fgpu_release");
     allocate = needed(driver, "cuMemAlloc_v2"), free_it = needed(driver, "cuMemFree_v2");
     release = needed(driver, "cuMemRelease"), set = needed(driver, "set");
     page = mmap(NULL, 4096, PROT_READ, MAP_SHARED, atoi(argv[3]), 0);

@@ -95,7 +95,7 @@ def symbols(path: Path, defined: bool) -> set[str]:
 def test_the_arm64_shim_has_the_same_exports(shim: Path) -> None:
     assert "AArch64" in output("readelf", "-h", shim)
     names = symbols(shim, defined=True)
-    assert {"dlsym", "fgpu_admit", "fgpu_release", "fgpu_settle", "cuMemAlloc_v2"} <= names
+    assert {"dlsym", "fgpu_admit", "fgpu_release", "cuMemAlloc_v2"} <= names
     assert names == symbols(REPOSITORY / "build/shim/libfgpu.so", defined=True)
 
 
@@ -105,7 +105,7 @@ def test_the_arm64_shim_imports_only_symbols_that_every_glibc_has(shim: Path) ->
     assert versions == {"GLIBC_2.17"}  # the first version that has arm64
 
 
-@pytest.mark.parametrize("name", ["fgpu_admit", "fgpu_release", "fgpu_settle"])
+@pytest.mark.parametrize("name", ["fgpu_admit", "fgpu_release"])
 def test_probe_symbols_of_the_arm64_shim_are_a_nop_and_a_return(shim: Path, name: str) -> None:
     offset = probe_plan.symbol_offsets(str(shim), [name])[name]
     assert struct.unpack_from("<2I", shim.read_bytes(), offset) == (0xD503201F, 0xD65F03C0)

@@ -110,10 +110,6 @@ int give_back(struct pt_regs *ctx) {
     if (p && (PT_REGS_PARM3(ctx) & ~0x100) == 1) __sync_fetch_and_add(&p->devices[device].used, -bytes);
     return 0;
 }
-int settle(struct pt_regs *ctx) {
-    log_call(100, PT_REGS_PARM1(ctx), PT_REGS_PARM2(ctx), PT_REGS_PARM4(ctx), PT_REGS_PARM3(ctx));
-    return 0;
-}
 """
 libc = ctypes.CDLL(None, use_errno=True)
 
@@ -131,7 +127,6 @@ class Agent:
         self.bpf = BPF(text=SOURCE, cflags=[f"-I{STUBS}"])
         self.bpf.attach_uprobe(name=SHIM, sym="fgpu_admit", fn_name="admit")
         self.bpf.attach_uprobe(name=SHIM, sym="fgpu_release", fn_name="give_back")
-        self.bpf.attach_uprobe(name=SHIM, sym="fgpu_settle", fn_name="settle")
         self.pages = [self.bpf[n].map_fd for n in ("leaf", "group")]
         self.maps = [mmap.mmap(fd, LEVEL_SIZE) for fd in self.pages]
         self.listener = None

@@ -30,7 +30,7 @@ def needed(path: Path) -> dict[str, str]:
 
 def test_the_shim_exports_exactly_its_hooks_dlopen_dlsym_and_the_probe_symbols(build: Build) -> None:
     assert len(hooks()) > 25
-    assert exported(build.shim) == hooks() | {"dlopen", "dlsym", "fgpu_admit", "fgpu_release", "fgpu_settle"}
+    assert exported(build.shim) == hooks() | {"dlopen", "dlsym", "fgpu_admit", "fgpu_release"}
 
 
 def test_the_shim_requires_only_libc_and_symbols_that_every_glibc_has(build: Build) -> None:
@@ -71,7 +71,7 @@ def test_the_shim_imports_no_forbidden_function(build: Build, name: str) -> None
     assert name not in needed(build.shim)
 
 
-@pytest.mark.parametrize("name", ["fgpu_admit", "fgpu_release", "fgpu_settle"])
+@pytest.mark.parametrize("name", ["fgpu_admit", "fgpu_release"])
 def test_probe_symbols_are_a_nop_and_a_return(build: Build, name: str) -> None:
     text = output("objdump", "-d", f"--disassemble={name}", build.shim)
     code = re.findall(r"^\s+[0-9a-f]+:\t((?:[0-9a-f]{2} )+)", text, re.M)

@@ -7,7 +7,7 @@ import pytest
 
 from tests.shim.shim_kit import PREAMBLE, SYSTEM_PYTHON, Agent, Build
 
-MEMORY, CONTEXT, HELLO, VMM, SETTLED = 0, 2, 3, 4, 100
+MEMORY, CONTEXT, HELLO, VMM = 0, 2, 3, 4
 MIB = 1 << 20
 MOST = 1 << 48
 OOM = 2
@@ -163,28 +163,6 @@ def test_a_detach_lifts_the_limit_of_a_running_program(held: Agent, how: str) ->
     held.do("knobs", mute=1)
     held.do(how)
     assert process.communicate("\n", timeout=10)[0] == "[0, 16]\n"
-
-
-def test_the_shim_settles_admissions_if_return_probes_are_missing(held: Agent) -> None:
-    held.do("set", flags=2)
-    held.python(
-        "out(alloc(3 * MiB)); L.fake_result(2); out(alloc(5)); L.fake_result(0)\n"
-        + VMM_SCRIPT
-        + "create(1, 0, 1 << 21)"
-    )
-    asked = [c for c in held.calls() if c["kind"] in (MEMORY, VMM)]
-    settled = held.calls(SETTLED)
-    assert [(c["device"], c["bytes"], c["result"]) for c in settled] == [
-        (0xD00000, 4 * MIB, 0),
-        (0, 512, 2),
-        (0x77, 2 * MIB, 0),
-    ]
-    assert [c["ticket"] for c in settled] == [c["ticket"] for c in asked]
-
-
-def test_the_shim_does_not_settle_admissions_if_the_kernel_does(held: Agent) -> None:
-    assert held.python("out(alloc(3 * MiB))") == [[0]]
-    assert held.calls(SETTLED) == []
 
 
 def test_each_thread_has_its_own_tickets(held: Agent) -> None:
