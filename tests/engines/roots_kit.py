@@ -1,7 +1,7 @@
 """Root file systems of other releases, each with its own C library, Python with numba, and shell.
 
 The module creates build/roots/glibc-VERSION once from that release's packages, unpacked and never configured, and a
-simulated driver for all of them, built against that of BASE. A failed download fails the tests with the release's name,
+simulated driver for all of them, built against the oldest. A failed download fails the tests with the release's name,
 and never skips a test. The module imports nothing of fgpu.
 """
 
@@ -52,8 +52,6 @@ class Release:
 
 
 RELEASES = (
-    Release("2.23", "xenial", UBUNTU, "3.5", (),  # no numba for this Python works with a current driver
-            "30e9ff343d9ec0b64d28d27010bf472090bb3399b4b6bc5aee077085e920e89b"),
     Release("2.27", "bionic", UBUNTU, "3.6", ("numba==0.53.1", "llvmlite==0.36.0", "numpy==1.19.5",
                                               "setuptools==59.6.0"),
             "690bd875ab5799394af7406f32f2e698c48e772ac367d520f74ec1095662da4d"),
@@ -69,7 +67,7 @@ RELEASES = (
     Release("2.42", "questing", UBUNTU, "3.13", LATEST,
             "9e5889fd7c39f73bfad7847e355b514c600e004602fd4227c8cc53d4fd94b1c4"),
 )  # fmt: skip
-BASE = RELEASES[1]  # the simulated driver is built against its C library
+OLDEST = RELEASES[0]
 
 
 def _run(*command: str | Path, **more: Any) -> None:
@@ -116,14 +114,12 @@ def _packages(release: Release, work: Path) -> list[Path]:
         (listing,) = (work / "lists").glob("*Release")
         found = hashlib.sha256(listing.read_bytes()).hexdigest()
         assert found == release.digest, f"{release.mirror} has another {release.suite}: {found}"
-    wanted = [*PACKAGES, *(TO_BUILD if release is BASE else ())]
+    wanted = [*PACKAGES, *(TO_BUILD if release is OLDEST else ())]
     _run("apt-get", *options, "install", "-y", "--download-only", "--no-install-recommends", *wanted)
     return sorted((work / "archives").glob("*.deb"))
 
 
 def _wheels(release: Release, place: Path) -> None:
-    if not release.wheels:
-        return
     platforms = [f"--platform=manylinux{kind}_x86_64" for kind in ("_2_27", "2014", "2010", "1")]
     where = ["--target", place, "--python-version", release.python, "--implementation=cp", *platforms]
     how = ["--only-binary=:all:", "--no-deps", "--no-compile", "--ignore-requires-python"]
@@ -131,9 +127,9 @@ def _wheels(release: Release, place: Path) -> None:
 
 
 def driver() -> Path:
-    """Build a simulated driver and nvidia-smi that need only symbols of an old release, as real drivers do."""
-    base = root_of(BASE)
-    compiler = f"gcc --sysroot={base} -B{base}/usr/lib/x86_64-linux-gnu"
+    """Build a simulated driver and nvidia-smi that need only symbols of the oldest release, as real drivers do."""
+    oldest = root_of(OLDEST)
+    compiler = f"gcc --sysroot={oldest} -B{oldest}/usr/lib/x86_64-linux-gnu"
     made = [DRIVER / name for name in ("lib/libcuda.so.1", "lib/libnvidia-ml.so.1", "nvidia-smi")]
     places = [f"OUT={DRIVER}", f"HEADERS={BUILD}/headers"]
     _run("make", "-s", "-C", ROOT / "sim", *places, f"CC={compiler}", *made)
