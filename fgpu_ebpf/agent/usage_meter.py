@@ -103,7 +103,7 @@ class UsageMeter:
             self._add(tenant, device, source, Used(ran, usage.used * seconds, seconds, seconds * is_idle, waited))
 
     def _enter_rest(self, tenant: Tenant, device: int, counts: TurnCounts, seconds: float) -> None:
-        """Add the time that a tenant without processes owned until its last process ended."""
+        """Add a tenant's turns and waiting from the last measurement to the exit of its last process."""
         key = tenant.cgroup, device
         source, ran, _ = self._ran(key, counts, None, frozenset(), seconds)
         rest = Used(run=ran, waited=self._waited(key, counts))

@@ -123,7 +123,7 @@ class ControlServer:
         if verb not in READS and not self._may_write(peer):
             self._agent.writes_refused += 1
             self._agent.history.add(
-                "write refused", text=f"{verb} on the control socket: sender is not root on the host"
+                "write refused", text=f"{verb} on the control socket: the sender is not root on the host"
             )
             raise RequestError("this change needs root on the host: use sudo")
         return self._verbs[verb](request | {"peer": _pid(peer)})

@@ -34,7 +34,8 @@ def list_devices(as_json: bool) -> None:
         click.echo(json.dumps(found))
         return
     if not found:
-        fail(f"no agent has written a CDI specification: start the agent with `{control_client.agent_command()}`", 1)
+        start = f"start the agent with `{control_client.agent_command()}`"
+        fail(f"there is no CDI specification of fgpu: {start}; if it runs, `fgpu doctor` shows the reason", 1)
     for device in found:
         click.echo(f"{device['name']:<32} {device['gives']}")
 
@@ -76,7 +77,7 @@ def generate(names: tuple[str, ...], output: Path | None) -> None:
     except QuantityError as error:
         fail(str(error), 2)
     except OSError as error:
-        fail(f"cannot write {output}: {error.strerror}", 1)
+        fail(f"cannot write {output or 'to standard output'}: {error.strerror}", 1)
 
 
 COMMANDS = (cdi_group,)

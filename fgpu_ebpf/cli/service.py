@@ -119,7 +119,7 @@ def detach(yes: bool) -> None:
 
     if not yes and _is_terminal():
         _confirm()
-    said = "everything that fgpu had left on this host is removed"
+    said = "limits, probes and set-up files of the agent are removed"
     try:
         answer = control_client.call(run_dir(), {"verb": "detach"})
         if tenants := (answer or {}).get("tenants"):  # None: an agent of an older version

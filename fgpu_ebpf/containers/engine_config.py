@@ -246,7 +246,7 @@ def template_after(of: Settings) -> Wanted:
         raise SetupError(f"{made} does not exist: start the service once, which writes this file")
     text = of.text or f'{{{{ template "base" . }}}} {_MARK}\n'
     if not _BASE.search(text):
-        raise SetupError(f'{of.file} has no {{{{ template "base" . }}}}: add a runtime by hand')
+        raise SetupError(f'{of.file} has no {{{{ template "base" . }}}}: add that line, and run fgpu setup again')
     settings = _toml(made.read_text(encoding="utf-8"), made)
     plugin = _CRI.get(settings.get("version", 1), "")
     runtimes = settings.get("plugins", {}).get(plugin, {}).get("containerd", {}).get("runtimes", {})

@@ -116,7 +116,7 @@ class Discovery:
         lost = self._probes.lost()
         if not lost and self._libraries.own_files <= self._probes.known:
             return
-        log.warning("the probes of %d files are missing: the agent attaches them again", len(lost))
+        log.warning("probes are missing: the agent attaches them again")
         try:
             self._probes.attach_again(lost)
             self._libraries.attach_own()

@@ -76,5 +76,7 @@ def check(devices: Iterable[Mapping[str, Any]]) -> Check:
     return Check(
         "xids",
         True,
-        "no device has reported an XID that programs do not cause" if seen else "not checked: NVML reports no XIDs",
+        "no device has reported a fatal XID since it was last reset or cleared"
+        if seen
+        else "not checked: NVML reports no XIDs",
     )

@@ -136,7 +136,7 @@ class LedgerCache:
         return len(self._fds) >= MOST_PAGES
 
     def managed_state(self, pid: int, cgroup: int) -> ManagedState:
-        """Return the state of a process in this cgroup."""
+        """Return whether a process of this cgroup is managed, its levels and its bound owner; cached by cgroup."""
         known = self._states.get(cgroup)
         if known is None:
             ids = self._lineages.of(pid, cgroup)

@@ -83,13 +83,13 @@ class Way:
         for slot in slots:
             index = str(host.devices[slot.uuid].index)
             name = next((name for name in (slot.uuid, index) if name in known), None)
-            if name is not None:
-                found.append(f"{GPU_KIND}={name}")
-        if len(found) == len(slots):
-            return found
-        if self.gpus is Gpus.CDI:
-            raise AllocationError(f"no CDI specification has {GPU_KIND}={slots[0].uuid}: run nvidia-ctk cdi generate")
-        return []
+            if name is None and self.gpus is Gpus.CDI:
+                fix = "run nvidia-ctk cdi generate --output /etc/cdi/nvidia.yaml"
+                raise AllocationError(f"no CDI specification has {GPU_KIND}={slot.uuid}: {fix}")
+            if name is None:
+                return []
+            found.append(f"{GPU_KIND}={name}")
+        return found
 
 
 def _asked(host: Host, slots: Sequence[Slot]) -> dict[str, str]:

@@ -83,7 +83,8 @@ def a_page_of(fd: int, offset: int) -> Iterator[int]:
     """
     at = LIBC.mmap(None, mmap.PAGESIZE, mmap.PROT_READ, mmap.MAP_PRIVATE, fd, offset)
     if at == _MAP_FAILED:
-        raise OSError(errno.ENODEV, "the file cannot be mapped")
+        number = ctypes.get_errno()
+        raise OSError(number, f"the file cannot be mapped: {os.strerror(number)}")
     try:
         yield at
     finally:

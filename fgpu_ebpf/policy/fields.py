@@ -149,8 +149,9 @@ def _metric_label(value: str) -> str:
 
 
 def _unique(values: list[str]) -> list[str]:
-    if len(set(values)) < len(values):
-        raise ValueError("the same label is named twice: keep one")
+    twice = next((value for value in values if values.count(value) > 1), None)
+    if twice is not None:
+        raise ValueError(f"{shown(twice)} is listed twice: keep one")
     return values
 
 

@@ -267,7 +267,7 @@ def _asked_memory(
         if text is None:
             continue
         if memory is None:
-            notes.append(f"{prefix}{label} is ignored: the policy sets no limit of memory")
+            notes.append(f"{prefix}{label} is ignored: the policy sets no memory limit")
             continue
         try:
             return label, read(text)

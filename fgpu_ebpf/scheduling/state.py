@@ -145,9 +145,9 @@ class Place:
         return self.virtual_ns()
 
     def change(self, above: tuple[Unit, ...], now_ns: int) -> bool:
-        """Set the units around the tenant; the time in hand stays. Return whether the innermost unit has changed.
+        """Set the units around the tenant, and return whether the innermost unit has changed.
 
-        The virtual times of two units cannot be compared.
+        The virtual time then restarts, because the virtual times of two units cannot be compared.
         """
         is_elsewhere = above[-1:] != self.above[-1:]
         account, was = self.account.at(now_ns, self.share)._replace(at_ns=now_ns), self.share
@@ -296,7 +296,10 @@ class Place:
         return now_ns - turn.active_ns >= self._patience_ns()
 
     def _patience_ns(self) -> int:
-        """Return how long the tenant may be without work in its turn. Work in flight may take longer than estimated."""
+        """Return how long the tenant may be without work in its turn.
+
+        With work in flight the time has a margin, because the work may take longer than estimated.
+        """
         if self.seen.waiting:
             return START_NS
         if not self.seen.in_flight:

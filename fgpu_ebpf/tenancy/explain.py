@@ -213,8 +213,8 @@ def _stronger(levels: list[Tenant], manager: Manager, ledger: Ledger, is_shim: b
     if bypassing and has_levels:
         reasons = {pid: bypass_reason.reason(pid, is_shim) for pid in sorted(bypassing)[:5]}
         pids = ", ".join(f"{pid} ({_named(pid, reason)})" if reason else str(pid) for pid, reason in reasons.items())
-        what = "these processes are charged, not refused: mount the shim, or set onBypass: kill"
-        found.append(f"without the shim: pid {pids}: {what}")
+        kill = "" if any(level.kill for level in levels) else "; onBypass: kill would end processes like these"
+        found.append(f"around the shim: pid {pids}: these processes are charged, not refused{kill}")
         found += [f"{reason}: {reason.words}" for reason in dict.fromkeys(filter(None, reasons.values()))]
     return found
 
@@ -265,7 +265,7 @@ def _time_line(time: dict[str, Any]) -> str:
     ceiling = f"up to {time['limit_ratio']:.0%}, " if time["limit_ratio"] < 1 else ""
     text = f"gpu {time['gpu']}: time {ceiling}weight {time['weight']}, {time['priority']} priority"
     if time["free"]:
-        return f"{text}: no other tenant uses the device, so the gate is open"
+        return f"{text}: no other tenant with a share of time uses the device, so the gate is open"
     text += f": had {time['had_ratio']:.1%}, entitled to {time['entitled_ratio']:.1%}"
     if time["shortfall"]:
         return f"{text}; short of time: {time['shortfall']}"

@@ -86,7 +86,7 @@ class Owner:
         return str(getattr(self, by))
 
     def is_counted_around(self, by: str) -> bool:
-        """Return whether a tenant around this one is in the same group, which has this tenant's amounts already."""
+        """Return whether a tenant around this one is in the same group: its amounts include those of this tenant."""
         return any(other.group(by) == self.group(by) for other in self.around)
 
     def words(self) -> tuple[str, str, str, str]:

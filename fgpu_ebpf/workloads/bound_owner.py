@@ -28,7 +28,7 @@ class Why(StrEnum):
     POD = "pod"
     UNIT = "unit"
     RUN = "fgpu run"
-    USER = "belongs to another user than root"
+    USER = "belongs to a user other than root"
     LEVEL = "has a limit of its own"
     ITSELF = "cgroup"
 

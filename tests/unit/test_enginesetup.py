@@ -553,7 +553,7 @@ def test_k3s_gets_a_runtime_in_front_of_nvidia_s_or_runc(version, nvidia, templa
         (MADE, None, (1, 28), "1.29 or later"),
         (MADE, None, (), "1.29 or later"),
         ("", None, (1, 30), "start the service once"),
-        (MADE, "version = 2\n", (1, 30), "add a runtime by hand"),
+        (MADE, "version = 2\n", (1, 30), "add that line, and run fgpu setup again"),
     ],
 )
 def test_k3s_that_cannot_be_set_up_stays_unchanged(made, template, version, why, tmp_path, helper):
