@@ -296,10 +296,7 @@ class Place:
         return now_ns - turn.active_ns >= self._patience_ns()
 
     def _patience_ns(self) -> int:
-        """Return how long the tenant may be without work in its turn.
-
-        With work in flight the time has a margin, because the work may take longer than estimated.
-        """
+        """Return how long the tenant may be without work in its turn, with a margin if work is in flight."""
         if self.seen.waiting:
             return START_NS
         if not self.seen.in_flight:
