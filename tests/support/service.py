@@ -127,7 +127,9 @@ class Service:
             text = self.log.read_bytes()[said:]
             assert self.agent is not None
             assert self.agent.poll() is None, f"the agent ended: {text.decode()}"
-            return b"enforcing" in text if stderr is None else not fgpu("status", check=False).returncode
+            if stderr is None:
+                return b"enforcing limits" in text or b"policies are not enforced" in text
+            return not fgpu("status", check=False).returncode
 
         eventually(enforcing, 60, "the agent")
         self.started_in = time.monotonic() - begun
