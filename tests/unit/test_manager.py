@@ -59,7 +59,7 @@ def test_a_run_that_the_kernel_has_no_room_for_leaves_nothing_and_can_be_repeate
 
 @pytest.mark.parametrize("name", ["../mine", "\ud800"])
 def test_a_run_with_an_invalid_name_is_refused(host, name):
-    with pytest.raises(TargetError, match="is not a name"):
+    with pytest.raises(TargetError, match="is not a valid name"):
         host.manager.run({"memory_bytes": GIB}, name)
     assert not list(host.root.iterdir())
 
