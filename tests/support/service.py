@@ -128,7 +128,7 @@ class Service:
             assert self.agent is not None
             assert self.agent.poll() is None, f"the agent ended: {text.decode()}"
             if stderr is None:
-                return b"enforcing limits" in text or b"policies are not enforced" in text
+                return b"enforcing" in text or b"policies are not enforced" in text  # the first: of all versions
             return not fgpu("status", check=False).returncode
 
         eventually(enforcing, 60, "the agent")
