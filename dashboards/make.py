@@ -141,7 +141,7 @@ CLUSTER = [
     stat("Memory unmanaged", UNMANAGED, "bytes", f"sum(fgpu_device_memory_unmanaged_bytes{{{DEVICE}}})"),
     stat("Refusals", ASKED, "none", grown(REFUSED, BOTH), NONE_IS_USUAL),
     stat("Bypassing processes", AROUND, "none", f"sum(fgpu_bypassing_processes{{{TENANT}}})", NONE_IS_USUAL),
-    stat("Tenants not enforced by the kernel", "Tenants whose enforcement is cooperative, counted, observe or none.",
+    stat("Tenants not enforced by the kernel", "Tenants with the enforcement cooperative, counted, observe or none.",
          "none", f'count(fgpu_tenant_enforcement{{{TENANT}, mode!="kernel"}} == 1)', NONE_IS_GOOD),
     stat("Gatekeepers down", "Nodes without a gatekeeper: programs that start there get no memory.", "none",
          f"count(fgpu_gatekeeper_up{{{NODE}}}) - sum(fgpu_gatekeeper_up{{{NODE}}})", NONE_IS_GOOD),
@@ -227,7 +227,7 @@ NODES = [
            Query(f"sum by (kind) (rate(fgpu_anomalies_total{{{NODE}}}[{RATE}]))", "{{kind}}")),
     series("Refusals, by tenant", "Allocations refused per second, of the twenty tenants with most.", "ops",
            Query(most(refused(BOTH, "instance, tenant").expr), "{{instance}} {{tenant}}")),
-    series("Containers that wait for labels", "Containers whose labels the engine has not reported: policies without "
+    series("Containers that wait for labels", "Containers without labels from the engine: policies without "
            "labels apply.", "none", Query(f"sum by (instance, engine) (fgpu_engine_waiting{{{NODE}}})",
                                            "{{instance}} {{engine}}")),
     *DEVICE_USE,

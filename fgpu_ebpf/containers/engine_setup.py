@@ -159,9 +159,9 @@ def _write(path: Path, text: str, like: Path | None = None) -> None:
     """Replace a file as a whole; a symbolic link is followed.
 
     Args:
-        like: the file whose owner, group and mode the new file gets. If there is no such file, all users may read the
-            new one. Without `like` the new file is root's alone, as a state must be: it contains a copy of settings,
-            which may have passwords, and undo() writes what it says to the file that it names.
+        like: the new file gets the owner, group and mode of this file. If there is no such file, all users may read
+            the new one. Without `like` the new file is root's alone, as a state must be: a state has a copy of settings
+            with their passwords, and names the file to which undo() writes that copy.
     """
     path = path.resolve()
     path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)

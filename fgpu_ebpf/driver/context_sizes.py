@@ -38,7 +38,7 @@ sys.stdin.read()
 
 
 def measure_contexts(nvml: Nvml, libcuda: Path) -> dict[int, int]:
-    """Return the bytes of one empty context by ledger index. Devices whose context cannot be measured are left out.
+    """Return the bytes of one empty context by ledger index. A device is left out if its context cannot be measured.
 
     A child creates the contexts, and NVML reports their size. A child that hangs in the driver cannot be killed, so it
     is left running.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import hypothesis
 import hypothesis.strategies as st
@@ -366,14 +367,8 @@ def test_released_bytes_equal_the_bytes_that_the_device_freed_within_32_mib(
     run_state_machine_as_test(Machine, settings=settings)
 
 
-@pytest.mark.parametrize("in_use", ["known", "unknown"])
-def test_a_context_that_a_call_has_freed_is_not_taken_from_the_orphans_of_its_pid(
-    in_use: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """NVML shows two contexts of one pid: of the programs before two execs. A third one is being destroyed.
-
-    In one case NVML does not report the bytes in use while it is.
-    """
+def test_a_context_that_a_call_has_freed_is_not_taken_from_the_orphans_of_its_pid() -> None:
+    """NVML shows two contexts of one pid: of the programs before two execs. A third one is being destroyed."""
     machine = Machine()
     machine.populate(has_managed=False, has_orphan=True)
     machine.pace(is_slow=True)
@@ -381,8 +376,15 @@ def test_a_context_that_a_call_has_freed_is_not_taken_from_the_orphans_of_its_pi
         machine.look([], False)
         machine.execute(0, 0)
     machine.end_context(0)
-    with monkeypatch.context() as patch:
-        if in_use == "unknown":
-            patch.setattr(machine.world.nvml, "taken_bytes", lambda _: None)
-        machine.look([1], False)
+    machine.look([1], False)
     machine.look([1, 0], False)
+
+
+@pytest.mark.parametrize("in_use", [None, 5 * MIB], ids=["bytes in use unknown", "row unknown"])
+def test_without_a_sample_any_process_may_be_in_a_call(in_use: int | None) -> None:
+    """Then no byte of a row is proved to belong to a live process."""
+    rows = {7: 5 * MIB if in_use is None else None, 8: MIB}
+    nvml = SimpleNamespace(process_bytes=lambda _: rows, taken_bytes=lambda _: in_use)
+    sample = device_sample.take(nvml, SimpleNamespace(), 0, dict.fromkeys((7, 8)))  # type: ignore[arg-type]
+    assert sample
+    assert (sample.taken, sample.busy) == ((), {7, 8})
