@@ -16,31 +16,34 @@ def pending(agent: Agent, device: int = DEVICE, limit: int = GIB) -> None:
 
 def test_a_first_use_continues_when_it_is_granted(held: Agent) -> None:
     pending(held)
-    result, ms = call_while(held, "alloc(256 * MiB)", then=lambda: held.do("limit", limit=GIB))
+    result, ms, own_ms = call_while(held, "alloc(256 * MiB)", then=lambda: held.do("limit", limit=GIB))
     assert result == 0
-    assert 190 <= ms < 1000
+    assert ms >= 190
+    assert own_ms < 1000
 
 
 def test_a_first_use_that_is_denied_is_refused_at_once(held: Agent) -> None:
     pending(held)
-    result, ms = call_while(held, "alloc(256 * MiB)", then=lambda: held.do("limit", limit=0))
+    result, ms, own_ms = call_while(held, "alloc(256 * MiB)", then=lambda: held.do("limit", limit=0))
     assert result == OOM
-    assert 190 <= ms < 1000
+    assert ms >= 190
+    assert own_ms < 1000
 
 
 def test_a_first_use_without_a_decision_is_refused_after_2_s(held: Agent) -> None:
     pending(held)
-    result, ms = call_while(held, "alloc(256 * MiB)")
+    result, ms, own_ms = call_while(held, "alloc(256 * MiB)")
     assert result == OOM
-    assert MOST_MS - 10 <= ms < MOST_MS + 500
+    assert ms >= MOST_MS - 10
+    assert own_ms < MOST_MS + 500
 
 
 @pytest.mark.parametrize("limit", [GIB, GIB // 8])
 def test_a_call_does_not_wait_for_a_first_use_of_another_device(held: Agent, limit: int) -> None:
     pending(held, DEVICE + 1, limit)
-    result, ms = call_while(held, "alloc(256 * MiB)")
+    result, _, own_ms = call_while(held, "alloc(256 * MiB)")
     assert result == (0 if limit == GIB else OOM)
-    assert ms < 200
+    assert own_ms < 200
 
 
 def pending_group(agent: Agent) -> None:
@@ -52,13 +55,15 @@ def pending_group(agent: Agent) -> None:
 @pytest.mark.parametrize("limit", [GIB, 0])
 def test_a_first_use_under_a_later_group_waits_for_the_decision(held: Agent, limit: int) -> None:
     pending_group(held)
-    result, ms = call_while(held, "alloc(256 * MiB)", then=lambda: held.do("limit", level=1, limit=limit))
+    result, ms, own_ms = call_while(held, "alloc(256 * MiB)", then=lambda: held.do("limit", level=1, limit=limit))
     assert result == (0 if limit else OOM)
-    assert 190 <= ms < 1000
+    assert ms >= 190
+    assert own_ms < 1000
 
 
 def test_a_first_use_under_a_later_group_without_a_decision_is_refused_after_2_s(held: Agent) -> None:
     pending_group(held)
-    result, ms = call_while(held, "alloc(256 * MiB)")
+    result, ms, own_ms = call_while(held, "alloc(256 * MiB)")
     assert result == OOM
-    assert MOST_MS - 10 <= ms < MOST_MS + 500
+    assert ms >= MOST_MS - 10
+    assert own_ms < MOST_MS + 500

@@ -21,9 +21,10 @@ def asked(agent: Agent, kind: int = MEMORY) -> list[bool]:
 
 def test_a_request_waits_until_the_device_has_released_memory(held: Agent) -> None:
     held.do("limit", **FULL)
-    result, ms = call_while(held, "alloc(256 * MiB)", then=lambda: held.do("limit", **EMPTY))
+    result, ms, own_ms = call_while(held, "alloc(256 * MiB)", then=lambda: held.do("limit", **EMPTY))
     assert result == 0
-    assert 190 <= ms < 1000
+    assert ms >= 190
+    assert own_ms < 1000
     assert held.do("look")["refused"] == 0
     assert 3 <= len(asked(held)) <= 9  # about every 50 ms
     assert asked(held)[:-1] == [True] * (len(asked(held)) - 1)
@@ -34,9 +35,10 @@ def test_a_request_is_refused_once_a_comparison_shows_that_the_device_keeps_the_
     held: Agent, age_ms: int
 ) -> None:
     held.do("limit", **{**FULL, "age_ms": age_ms})
-    result, ms = call_while(held, "alloc(256 * MiB)", then=lambda: held.do("limit", **FULL, looked_ms=-1000))
+    result, ms, own_ms = call_while(held, "alloc(256 * MiB)", then=lambda: held.do("limit", **FULL, looked_ms=-1000))
     assert result == OOM
-    assert 190 <= ms < 300
+    assert ms >= 190
+    assert own_ms < 300
     assert held.do("look")["refused"] == 1  # counted once, for the last request
     assert asked(held)[-1] is False
 
@@ -44,9 +46,10 @@ def test_a_request_is_refused_once_a_comparison_shows_that_the_device_keeps_the_
 def test_a_comparison_before_the_request_does_not_end_the_wait(held: Agent) -> None:
     """The device may have released the memory since."""
     held.do("limit", **{**FULL, "age_ms": 200}, looked_ms=100)
-    result, ms = call_while(held, "alloc(256 * MiB)", then=lambda: held.do("limit", **EMPTY))
+    result, ms, own_ms = call_while(held, "alloc(256 * MiB)", then=lambda: held.do("limit", **EMPTY))
     assert result == 0
-    assert 190 <= ms < 1000
+    assert ms >= 190
+    assert own_ms < 1000
 
 
 HOPELESS = {
@@ -61,9 +64,9 @@ HOPELESS = {
 @pytest.mark.parametrize("why", HOPELESS)
 def test_a_request_does_not_wait_if_waiting_cannot_help(held: Agent, why: str) -> None:
     held.do("limit", **{"limit": GIB, **HOPELESS[why]})
-    result, ms = call_while(held, "alloc(256 * MiB)")
+    result, _, own_ms = call_while(held, "alloc(256 * MiB)")
     assert (result, held.do("look")["refused"]) == (OOM, 1)
-    assert ms < 100
+    assert own_ms < 100
     assert len(asked(held)) <= 2
 
 
@@ -77,18 +80,19 @@ def test_a_request_waits_if_only_the_outer_level_is_full(held: Agent) -> None:
     held.do("set", levels=2)
     held.do("limit", level=1, **FULL)
     held.do("knobs", outer=1)
-    result, ms = call_while(held, "alloc(256 * MiB)", then=lambda: held.do("limit", level=1, **EMPTY))
+    result, ms, own_ms = call_while(held, "alloc(256 * MiB)", then=lambda: held.do("limit", level=1, **EMPTY))
     assert result == 0
-    assert 190 <= ms < 1000
+    assert ms >= 190
+    assert own_ms < 1000
 
 
 def test_a_request_is_made_three_times_if_the_kernel_refuses_room_that_the_page_shows(held: Agent) -> None:
     held.do("knobs", fixed=1)
     held.do("limit", limit=GIB, used=0, orphaned=0)
     held.do("limit", **{**FULL, "used": GIB // 2, "orphaned": 1})
-    result, ms = call_while(held, "alloc(256 * MiB)")
+    result, _, own_ms = call_while(held, "alloc(256 * MiB)")
     assert result == OOM
-    assert ms < 100
+    assert own_ms < 100
     assert asked(held) == [True, True, False]
 
 
@@ -96,42 +100,46 @@ def test_a_context_waits_for_orphaned_memory(held: Agent) -> None:
     held.do("knobs", fixed=1)
     held.do("limit", **FULL)
     call = "L.cuDevicePrimaryCtxRetain(C.byref(C.c_void_p()), 0)"
-    result, ms = call_while(held, call, then=lambda: held.do("knobs"))
+    result, ms, own_ms = call_while(held, call, then=lambda: held.do("knobs"))
     assert result == 0
-    assert 190 <= ms < 1000
+    assert ms >= 190
+    assert own_ms < 1000
     assert asked(held, CONTEXT)[0]
 
 
 def test_a_pool_waits_for_orphaned_memory(held: Agent) -> None:
     held.do("limit", **FULL)
     call = "int(new(256 * MiB) < 1000)"
-    result, ms = call_while(held, call, then=lambda: held.do("limit", **EMPTY), setup=POOLS)
+    result, ms, own_ms = call_while(held, call, then=lambda: held.do("limit", **EMPTY), setup=POOLS)
     assert result == 0
-    assert 190 <= ms < 1000
+    assert ms >= 190
+    assert own_ms < 1000
 
 
 def test_a_request_waits_without_comparisons_until_the_orphaned_memory_is_30_s_old(held: Agent) -> None:
     held.do("limit", **{**FULL, "age_ms": 29_000})
-    result, ms = call_while(held, "alloc(256 * MiB)")
+    result, ms, own_ms = call_while(held, "alloc(256 * MiB)")
     assert result == OOM
-    assert 900 <= ms < 1500
+    assert ms >= 900
+    assert own_ms < 1500
 
 
 def test_a_pool_with_two_requests_waits_once(held: Agent) -> None:
     """The pool requests less if a whole block is refused. Both requests together wait as long as one."""
     held.do("limit", **{**FULL, "age_ms": -100_000})
-    result, ms = call_while(held, "new(256 * MiB)", setup=POOLS)
+    result, ms, own_ms = call_while(held, "new(256 * MiB)", setup=POOLS)
     assert result == OOM
-    assert 3900 <= ms < 4500
+    assert ms >= 3900
+    assert own_ms < 4500
     assert held.do("look")["refused"] >= 1
 
 
 def test_unused_pool_memory_is_released_before_a_request_waits(held: Agent) -> None:
     held.do("limit", limit=GIB, used=GIB // 2, orphaned=GIB // 2, age_ms=0)
     setup = POOLS + "p = new(448 * MiB); drop(p)\n"
-    result, ms = call_while(held, "(L.fake_sync(), alloc(448 * MiB))[1]", setup=setup)
+    result, _, own_ms = call_while(held, "(L.fake_sync(), alloc(448 * MiB))[1]", setup=setup)
     assert result == 0
-    assert ms < 100
+    assert own_ms < 100
 
 
 def test_signals_do_not_end_a_wait_for_orphaned_memory_and_errno_is_kept(held: Agent) -> None:
@@ -146,9 +154,10 @@ def call():
     signal.setitimer(signal.ITIMER_REAL, 0)
     return r or (0 if e == 77 and seen else 1000)
 """
-    result, ms = call_while(held, "call()", then=lambda: held.do("limit", **EMPTY), setup=setup)
+    result, ms, own_ms = call_while(held, "call()", then=lambda: held.do("limit", **EMPTY), setup=setup)
     assert result == 0
-    assert 190 <= ms < 1000
+    assert ms >= 190
+    assert own_ms < 1000
 
 
 def test_waiting_threads_share_the_released_memory(held: Agent) -> None:
