@@ -1,7 +1,7 @@
 #!/bin/sh
 # What the benchmarks and bench/gpu_check.sh need on a GPU host that reaches no package registry.
 #
-#   bench/kit.sh pack FOLDER      on Debian 12, where registries are reached: fills FOLDER (60 MB)
+#   bench/kit.sh pack FOLDER      on Debian 12, where registries are reached: fills FOLDER (55 MB)
 #   bench/kit.sh unpack FOLDER    there, as root, in this tree, with gcc and a Python of $PYTHON_VERSION (3.12): builds a
 #                                 copy of the tree in /tmp/fgpu and writes /tmp/fgpu/env, to be sourced before a benchmark
 #
@@ -22,9 +22,13 @@ wheels() { # wheels FOLDER PACKAGE...: for the host's Python, with what they nee
 pack() {
     "$root/dev" build
     rm -rf "$1"
-    mkdir -p "$1/debs" "$1/wheels"
+    mkdir -p "$1/debs" "$1/bcc" "$1/wheels"
     (cd "$1/debs" && apt-get download -qq -o APT::Sandbox::User=root libbpfcc python3-bpfcc libllvm14 libclang-cpp14 \
         libbpf1 libedit2 libbsd0 libmd0 libxml2 libicu72 libtinfo6 libelf1 libz3-4 libdebuginfod1 libffi8)
+    for deb in "$1"/debs/*.deb; do dpkg -x "$deb" "$1/bcc"; done
+    rm -r "$1/debs" "$1/bcc/usr/share" # of the packages only the shared objects and BCC's Python package are needed
+    tar -C "$1/bcc" --use-compress-program 'xz -T0 --x86 --lzma2=dict=64MiB' -cf "$1/bcc.tar.xz" .
+    rm -r "$1/bcc"
     "$root/.venv/bin/python" -c '
 import sys, tomllib
 print("\n".join(tomllib.load(open(sys.argv[1], "rb"))["project"]["dependencies"]))' "$root/pyproject.toml" >"$1/needed"
@@ -43,9 +47,9 @@ print("\n".join(tomllib.load(open(sys.argv[1], "rb"))["project"]["dependencies"]
     du -sh "$1"
 }
 
-bcc() { # bcc DEBS: the shared objects that BCC needs, none of libc's
-    for deb in "$1"/*.deb; do dpkg -x "$deb" /tmp/fgpu/bcc; done
-    mkdir -p /tmp/fgpu/lib
+bcc() { # bcc ARCHIVE: the shared objects that BCC needs, none of libc's
+    mkdir -p /tmp/fgpu/bcc /tmp/fgpu/lib
+    tar -C /tmp/fgpu/bcc -xf "$1"
     for name in bcc LLVM clang-cpp bpf edit z3 tinfo bsd md xml2 icuuc icudata elf ffi debuginfod; do
         find /tmp/fgpu/bcc -name "lib$name*.so*" -exec ln -sf -t /tmp/fgpu/lib {} +
     done
@@ -67,7 +71,7 @@ unpack() {
     [ "$(id -u)" = 0 ] || { echo "kit.sh: unpack needs root" >&2 && exit 1; }
     rm -rf /tmp/fgpu
     mkdir -p /tmp/fgpu/tree /tmp/fgpu/bin /tmp/fgpu/site
-    bcc "$1/debs"
+    bcc "$1/bcc.tar.xz"
     for wheel in "$1"/wheels/*.whl; do python3 -m zipfile -e "$wheel" /tmp/fgpu/site; done
     for more in "$1"/*.tar.gz; do tar -C /tmp/fgpu -xzf "$more"; done
     tar -C "$root" --exclude=./.git --exclude=./.venv --exclude=./build -cf - . | tar -C /tmp/fgpu/tree --no-same-owner -xf -
