@@ -31,7 +31,7 @@ from bench.lib import nvml
 from bench.lib.service import ROOT, BenchError, agent
 from bench.lib.tenants import Program, ask, cgroup_root, ending, record
 
-LIMIT = 24 << 30
+MOST_BYTES = 24 << 30
 CONTEXT_REST, DEVICE_REST = 6 * MIB, 32 * MIB  # the driver's own part: in no process's row, measured on one H200
 THREADS, OPERATIONS = 2, 200
 SETTLED_SECONDS, ROUND_SECONDS = 5.0, 120.0
@@ -39,12 +39,12 @@ NAME = "lives-"
 
 
 class Life(Program):
-    """One program. `tenant`: the name of its tenant. `way`: an argument of tests/programs/life.c."""
+    """One program. `tenant`: the name of its tenant. `limit`: in bytes. `way`: an argument of tests/programs/life.c."""
 
-    def __init__(self, tenant: str, chance: random.Random, way: str) -> None:
+    def __init__(self, tenant: str, limit: int, chance: random.Random, way: str) -> None:
         self.tenant = tenant
         command = [str(ROOT / "build/e2e/life"), str(chance.randrange(1 << 30)), str(THREADS), way]
-        super().__init__(command, LIMIT, tenant)
+        super().__init__(command, limit, tenant)
         self.pid = int(self.hear().split()[2])
 
     def finish(self) -> int | None:
@@ -126,11 +126,12 @@ def _until_right(look: Callable[[], str]) -> float:
 def live(minutes: float, lives: int, seed: int, way: str) -> Run:
     """Run all rounds and return the counts. Raises BenchError if a check failed."""
     chance, run = random.Random(seed), Run(nvml.bytes_in_use())
+    limit = min(MOST_BYTES, nvml.bytes_in_all() * 9 // 10 // lives)
     with ending() as programs:
         all_: list[Life] = []
 
         def begin(tenant: str) -> None:
-            all_.append(Life(tenant, chance, way))
+            all_.append(Life(tenant, limit, chance, way))
             programs.append(all_[-1])
 
         for number in range(lives):

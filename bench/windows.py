@@ -1,4 +1,4 @@
-"""Measure the shares of two to four torch programs in windows of 2 s: trainings, inference, decoding of an LLM.
+"""Measure the shares of two to four torch programs in windows of 2 s: trainings, inference, an LLM, kernels.
 
 A program's *work* is its number of steps, as a fraction of the steps that it does alone in the same time. For each
 case, over all starts of the programs, prints:
@@ -51,6 +51,11 @@ CASES = (
     "small 3:1",
     "llm 1:1",
     "llm 3:1",
+    "notebook 1:1",
+    "k1x1 3:1",
+    "k1x4 3:1",
+    "k20x1 3:1",
+    "k20x4 3:1",
 )
 BY_TIME = "small"  # the kind of program with shares of time instead of steps
 Lines = dict[str, tuple[float, str]]

@@ -51,10 +51,16 @@ def driver() -> str:
 def main() -> None:
     """Attach the programs, and answer lines until stdin ends."""
     from bcc import BPF  # type: ignore[import-untyped,unused-ignore]
+    from bcc.libbcc import lib  # type: ignore[import-untyped,unused-ignore]
 
-    programs, path = BPF(text=TEXT, cflags=["-Wno-everything"]), driver()
-    programs.attach_uprobe(name=path, sym=sys.argv[1], fn_name="enters")
-    programs.attach_uretprobe(name=path, sym=sys.argv[1], fn_name="leaves")
+    programs = BPF(text=TEXT, cflags=["-Wno-everything"])
+    path, offset = BPF._check_path_symbol(driver().encode(), sys.argv[1].encode(), None, -1)
+    for returns, name in enumerate(("enters", "leaves")):
+        program = programs.load_func(name, BPF.KPROBE).fd
+        # The last argument is ref_ctr_offset. BCC's attach_uprobe() omits it, so it has a random value, and the kernel
+        # refuses probes of one function with different values.
+        if lib.bpf_attach_uprobe(program, returns, f"inside_{name}".encode(), path, offset, -1, 0) < 0:
+            raise OSError(f"no uprobe of {sys.argv[1]} in {path!r}")
     print("ready", flush=True)
     for _ in sys.stdin:
         spans = programs["spans"]

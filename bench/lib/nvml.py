@@ -18,6 +18,11 @@ def bytes_in_use() -> int:
     return int(pynvml.nvmlDeviceGetMemoryInfo(device()).used)
 
 
+def bytes_in_all() -> int:
+    """Return the memory of the device, in bytes."""
+    return int(pynvml.nvmlDeviceGetMemoryInfo(device()).total)
+
+
 def bytes_by_pid() -> Mapping[int, int]:
     """Return NVML's bytes of each process, by host pid."""
     return {p.pid: p.usedGpuMemory or 0 for p in pynvml.nvmlDeviceGetComputeRunningProcesses(device())}

@@ -7,6 +7,7 @@ A step of five medians or more has waited, and counts as one median. The program
 
 from __future__ import annotations
 
+import collections
 import json
 import random
 import statistics
@@ -73,6 +74,44 @@ def decoding(torch: Any) -> Step:
     return step
 
 
+def kernels(torch: Any, milliseconds: float, in_flight: int) -> Step:
+    """Return a step that launches a kernel of this time, and waits until fewer than `in_flight` have not ended."""
+    cycles, queue = round(milliseconds * cycles_in_ms(torch)), collections.deque[Any]()
+
+    def step() -> None:
+        torch.cuda._sleep(cycles)
+        queue.append(torch.cuda.Event())
+        queue[-1].record()
+        if len(queue) == in_flight:
+            queue.popleft().synchronize()
+
+    return step
+
+
+def cycles_in_ms(torch: Any) -> float:
+    """Return how many cycles a kernel takes in a millisecond."""
+    cycles, best = 10_000_000, 0.0
+    for _ in range(5):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        torch.cuda._sleep(cycles)
+        end.record()
+        end.synchronize()
+        best = max(best, cycles / begin.elapsed_time(end))
+    return best
+
+
+def notebook(torch: Any) -> Step:
+    """Return a step with a kernel of 4 ms, and a pause of 12 ms."""
+    work = kernels(torch, 4, 1)
+
+    def step() -> None:
+        work()
+        time.sleep(0.012)
+
+    return step
+
+
 def kinds(torch: Any) -> dict[str, Step]:
     """Return all kinds of steps, by name."""
     chance = random.Random(2)
@@ -99,6 +138,11 @@ def kinds(torch: Any) -> dict[str, Step]:
         "small": small,
         "small-paused": paused,
         "llm": decoding(torch),
+        "notebook": notebook(torch),
+        "k1x1": kernels(torch, 1, 1),
+        "k1x4": kernels(torch, 1, 4),
+        "k20x1": kernels(torch, 20, 1),
+        "k20x4": kernels(torch, 20, 4),
     }
 
 
