@@ -10,7 +10,7 @@ import shutil
 import signal
 import socket
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -160,10 +160,11 @@ CASES = {
 
 
 @pytest.fixture
-def work(tmp_path: Path) -> Path:
-    """Return a folder that unprivileged users may enter too."""
+def work(tmp_path: Path) -> Iterator[Path]:
+    """Return a folder that unprivileged users may enter too. Remove what an agent of the test has pinned."""
     tmp_path.chmod(0o755)
-    return tmp_path
+    yield tmp_path
+    shutil.rmtree(pins(tmp_path), ignore_errors=True)
 
 
 @pytest.mark.parametrize("case", CASES)

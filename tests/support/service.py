@@ -187,6 +187,9 @@ class Service:
         self.agent.wait(10)
         for pid in self.gatekeepers():
             os.kill(pid, signal.SIGKILL)
+        shim = SHIM.stat()
+        left = sorted(Path("/sys/fs/bpf").glob(f"*/links/*-{shim.st_dev:x}-{shim.st_ino:x}-*"))
+        assert not left, f"another agent of the tests has left probes: {left}"
 
     def stop(self) -> None:
         """Detach, and stop all processes that this object has started."""
