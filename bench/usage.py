@@ -11,7 +11,8 @@ that synchronises each step) and `small` (inference of a small model). With the 
 loads, LOAD+LOAD, runs them at once in tenants of equal weight, and prints `usage_LOAD_LOAD_SOURCE_N_…` for the Nth.
 
 GPU TIME is the sum over both sources; a comment has each source. Recording makes a launch slower, which affects both
-sides of the comparison. Writes build/bench/usage.json. Exits with 1 if an error of the source `turns` is above 2 %.
+sides of the comparison, except for the pauses between kernels: GPU TIME includes pauses below 0.1 ms, and the comment
+has their sum. Writes build/bench/usage.json. Exits with 1 if an error of the source `turns` is above 2 %.
 Starts an agent for each case. The agent's store is a file system of this process, so that the use is not added to that
 of this host. Needs a real GPU and CUPTI. TORCH_PYTHON is a Python interpreter with torch.
 """
@@ -109,8 +110,8 @@ def checked(found: Measured, source: str) -> Measured:
     """Print a tenant's use as a comment. Raises BenchError if it is not comparable."""
     by_source = ", ".join(f"{name} {seconds:.2f} s" for name, seconds in found.used.items())
     ran = found.ran
-    kernels = f"{ran.kernels} kernels in {ran.seconds:.2f} s, {ran.missing} missing"
-    print(f"# {found.figure}: {by_source}; {kernels}", flush=True)
+    kernels = f"{ran.kernels} kernels in {ran.seconds:.2f} s and {ran.short_pauses:.2f} s of short pauses"
+    print(f"# {found.figure}: {by_source}; {kernels}, {ran.missing} missing", flush=True)
     if ran.missing > MOST_MISSING * ran.kernels or not ran.seconds:
         raise BenchError(f"{found.figure}: CUPTI has not recorded all kernels")
     if max(found.used, key=lambda name: found.used[name], default="none") != source:

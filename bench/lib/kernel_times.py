@@ -22,14 +22,20 @@ TOOLKIT = Path("/usr/local/cuda")
 INCLUDES = ("*/include", "include", "extras/CUPTI/include", "targets/*/include")
 LIBRARIES = ("*/lib", "extras/CUPTI/lib64", "lib64", "targets/*/lib")
 HEADER_WORDS = 4
+SHORT_NS = 100_000
 NS = 1_000_000_000
 
 
 @dataclass(frozen=True, slots=True)
 class Ran:
-    """The time in which at least one kernel ran, in seconds; the number of recorded kernels, and of missing ones."""
+    """The kernels of a program, or of several.
+
+    `seconds`: the time in which at least one ran. `short_pauses`: the seconds of the pauses between them that lasted
+    SHORT_NS or less. `kernels`, `missing`: the number of recorded kernels, and of those that CUPTI has not recorded.
+    """
 
     seconds: float
+    short_pauses: float
     kernels: int
     missing: int
 
@@ -84,8 +90,9 @@ def ran(files: Iterable[Path]) -> Ran:
             raise BenchError(f"{file.name}: the process did not end by itself, or CUPTI recorded nothing")
         kernels, missing = kernels + words[0], missing + words[1]
         intervals.append(zip(words[HEADER_WORDS::2], words[HEADER_WORDS + 1 :: 2], strict=True))
-    total = until = 0
+    total = pauses = until = 0
     for begin, end in heapq.merge(*intervals):
+        pauses += begin - until if 0 < begin - until <= SHORT_NS else 0
         total += max(0, end - max(begin, until))
         until = max(until, end)
-    return Ran(total / NS, kernels, missing)
+    return Ran(total / NS, pauses / NS, kernels, missing)
