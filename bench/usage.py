@@ -132,13 +132,15 @@ def main() -> int:
     options = ["--driver-root", given.driver_root, "--shim", str(ROOT / "build/shim/libfgpu.so"), "--listen", LISTEN]
     lines: dict[str, tuple[float, str]] = {}
     above = []
-    for case in given.only.split(","):
-        for found in measured(case, given.seconds, options, environment):
-            lines[f"{found.figure}_kernels"] = found.ran.seconds, "s"
-            lines[f"{found.figure}_error"] = found.error_percent(), "%"
-            if case.endswith(" turns") and abs(found.error_percent()) > BAR_PERCENT:
-                above.append(found.figure)
-    record("usage", lines)
+    try:
+        for case in given.only.split(","):
+            for found in measured(case, given.seconds, options, environment):
+                lines[f"{found.figure}_kernels"] = found.ran.seconds, "s"
+                lines[f"{found.figure}_error"] = found.error_percent(), "%"
+                if case.endswith(" turns") and abs(found.error_percent()) > BAR_PERCENT:
+                    above.append(found.figure)
+    finally:
+        record("usage", lines)  # those of the cases that ended
     if above:
         print(f"# above {BAR_PERCENT:.0f} %: {', '.join(above)}", file=sys.stderr)
     return 1 if above else 0

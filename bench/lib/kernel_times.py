@@ -60,8 +60,9 @@ def _compile(folders: list[Path]) -> None:
     """Compile the library with the headers of these folders. The first one has CUPTI's."""
     header = folders[0] / "cupti_activity.h"
     versions = re.findall(r"\bCUpti_ActivityKernel(\d+);", header.read_text(encoding="utf-8", errors="replace"))
-    flags = ["-std=gnu11", "-O2", "-g", "-Wall", "-shared", "-fPIC", *(f"-I{folder}" for folder in folders)]
-    flags.append(f"-DKERNEL=CUpti_ActivityKernel{max(map(int, versions))}")
+    flags = ["-std=gnu11", "-O2", "-g", "-Wall", "-shared", "-fPIC"]
+    flags += [f"-DKERNEL=CUpti_ActivityKernel{max(map(int, versions))}", f"-I{SOURCE.parent}"]
+    flags += [f"-I{folder}" for folder in folders]
     LIBRARY.parent.mkdir(parents=True, exist_ok=True)
     command = ["gcc", *flags, "-o", LIBRARY, SOURCE, "-ldl", "-pthread"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
