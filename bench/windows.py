@@ -29,6 +29,7 @@ import os
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -85,10 +86,14 @@ class Result:
     gatekeeper: float
 
 
-def started(name: str, limit: int | None) -> Program:
-    """Start a program, in a tenant if there is a limit. Raises BenchError if it has no torch or no device."""
+def started(name: str, limit: int | None, options: Sequence[str] = (), environment: Sequence[str] = ()) -> Program:
+    """Start a program, in a tenant if there is a limit. Raises BenchError if it has no torch or no device.
+
+    `options`: other options of `fgpu run`. `environment`: additional variables of the program, as NAME=VALUE.
+    """
     python, work = os.environ.get("TORCH_PYTHON", "python3"), ROOT / "bench/lib/windows_work.py"
-    program = Program([python, str(work)], limit, name)
+    prefix = ["env", *environment] if environment else []
+    program = Program([*prefix, python, str(work)], limit, name, options)
     answer = program.hear(SLACK_SECONDS)
     if answer != "ready":
         raise BenchError(answer)

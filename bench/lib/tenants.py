@@ -13,7 +13,7 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -70,12 +70,17 @@ def cgroup_root() -> Path:
 
 
 class Program:
-    """A program that reads and writes lines. With a limit (in bytes), it runs in a tenant with this name."""
+    """A program that reads and writes lines. With a limit (in bytes), it runs in a tenant with this name.
 
-    def __init__(self, command: list[str], limit: int | None = None, name: str = "") -> None:
+    `options`: other options of `fgpu run`.
+    """
+
+    def __init__(
+        self, command: list[str], limit: int | None = None, name: str = "", options: Sequence[str] = ()
+    ) -> None:
         self.name = name or Path(command[0]).name
         self._cgroup = None if limit is None else cgroup_root() / "fgpu" / name
-        run = [] if limit is None else [*FGPU, "run", "--memory", f"{limit}B", "--name", name, "--"]
+        run = [] if limit is None else [*FGPU, "run", "--memory", f"{limit}B", *options, "--name", name, "--"]
         pipe = subprocess.PIPE
         self.process = subprocess.Popen([*run, *command], stdin=pipe, stdout=pipe, bufsize=0, start_new_session=True)
         self._left = b""
