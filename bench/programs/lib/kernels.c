@@ -6,9 +6,9 @@
  *
  * The file has 64-bit numbers: the kernels that were recorded, the kernels that are missing, 1 if the process has ended
  * by exit() or by a return from main(), and 0; then the union of the intervals in which kernels ran, as pairs of begin
- * and end in nanoseconds of CUPTI's clock, in order. Intervals are written once they are 10 s old, so that the memory
- * in use is bounded. KERNEL is the newest structure of a kernel's record in the header; the compiler's command line
- * defines it. */
+ * and end in nanoseconds of CUPTI's clock, in order. It is written when the process ends, because CUPTI may deliver
+ * records long after later ones. KERNEL is the newest structure of a kernel's record in the header; the compiler's
+ * command line defines it. */
 #define _GNU_SOURCE
 #include <cupti_activity.h>
 #include <dlfcn.h>
@@ -23,9 +23,8 @@
 
 #define BUFFER_BYTES (1 << 20)
 #define FLUSH_MS 1000
-#define LATE_NS 10000000000ull   /* records arrive out of order by less than this time */
 #define MOST_NS 3600000000000ull /* a longer kernel is a record of another layout */
-#define BATCH 4096               /* this many intervals are written at a time */
+#define FIRST_ROOM 65536
 
 #define CALLS(X)                                                                                                       \
     X(cuptiActivityRegisterCallbacks)                                                                                  \
@@ -47,9 +46,8 @@ struct interval {
 static struct {
     uint64_t kernels, missing, has_ended, unused;
 } header;
-static struct interval *pending; /* not written yet; those of earlier buffers are disjoint and in order */
+static struct interval *pending; /* those of earlier buffers are disjoint and in order */
 static size_t count, room;
-static uint64_t written_until;
 static int out = -1;
 static pid_t owner; /* a forked child has a copy of this library's state, and must not write */
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
@@ -69,7 +67,7 @@ static bool put(const void *data, size_t bytes, off_t at)
 static bool has_room(void)
 {
     if (count < room) return true;
-    size_t more = room ? 2 * room : 16 * BATCH;
+    size_t more = room ? 2 * room : FIRST_ROOM;
     struct interval *grown = realloc(pending, more * sizeof *pending);
     if (!grown) return false;
     pending = grown;
@@ -80,7 +78,7 @@ static bool has_room(void)
 static void add(const KERNEL *kernel)
 {
     uint64_t begin = kernel->start, end = kernel->end;
-    if (!begin || end < begin || end - begin > MOST_NS || begin < written_until || !has_room()) {
+    if (!begin || end < begin || end - begin > MOST_NS || !has_room()) {
         header.missing++;
         return;
     }
@@ -111,20 +109,6 @@ static void unite(size_t first)
     count = last + 1;
 }
 
-/* Writes the intervals that no later record can touch, or all of them. */
-static void settle(bool all)
-{
-    static off_t at = sizeof header;
-    size_t done = 0;
-    while (done < count && (all || pending[done].end + LATE_NS < pending[count - 1].end)) done++;
-    if (!done || (!all && done < BATCH)) return;
-    if (!put(pending, done * sizeof *pending, at)) header.missing += done;
-    at += (off_t)(done * sizeof *pending);
-    written_until = pending[done - 1].end;
-    memmove(pending, pending + done, (count - done) * sizeof *pending);
-    count -= done;
-}
-
 static void CUPTIAPI request(uint8_t **buffer, size_t *size, size_t *most_records)
 {
     *buffer = malloc(BUFFER_BYTES);
@@ -144,7 +128,6 @@ static void CUPTIAPI complete(CUcontext context, uint32_t stream, uint8_t *buffe
             add((const KERNEL *)record);
     if (cupti.cuptiActivityGetNumDroppedRecords(context, stream, &dropped) == CUPTI_SUCCESS) header.missing += dropped;
     unite(first);
-    settle(false);
     pthread_mutex_unlock(&lock);
     free(buffer);
 }
@@ -155,8 +138,7 @@ static void finish(void)
     CUptiResult flushed = cupti.cuptiActivityFlushAll(CUPTI_ACTIVITY_FLAG_FLUSH_FORCED);
     if (flushed != CUPTI_SUCCESS) fprintf(stderr, "kernels: cuptiActivityFlushAll: %d\n", (int)flushed);
     pthread_mutex_lock(&lock);
-    settle(true);
-    header.has_ended = flushed == CUPTI_SUCCESS;
+    header.has_ended = flushed == CUPTI_SUCCESS && put(pending, count * sizeof *pending, sizeof header);
     if (!put(&header, sizeof header, 0)) perror("kernels: pwrite");
     pthread_mutex_unlock(&lock);
 }
