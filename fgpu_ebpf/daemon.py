@@ -25,7 +25,7 @@ from fgpu_ebpf.containers import injection
 from fgpu_ebpf.driver import programs, shim_store, start_checks
 from fgpu_ebpf.driver.start_checks import AgentError
 from fgpu_ebpf.ledger import ledger
-from fgpu_ebpf.linux import malloc, sd_notify
+from fgpu_ebpf.linux import file_locks, malloc, sd_notify
 from fgpu_ebpf.linux.wakeup import Wakeup
 from fgpu_ebpf.workloads import cgroups
 
@@ -183,6 +183,23 @@ def load(options: Options) -> str:
         loading.end()
 
 
-def take_away(run_dir: Path) -> None:
-    """Remove everything of fgpu from this host while no agent runs. Raises OSError if a part of it is left."""
-    detach.take_away(run_dir, ledger.PINS)
+def take_away(run_dir: Path, hung: bool) -> bool:
+    """Remove everything of fgpu from this host while no agent runs, and keep agents from starting meanwhile.
+
+    Args:
+        hung: remove it also if an agent holds its lock, because that agent does not answer.
+
+    Returns:
+        Whether it was removed. Otherwise an agent is starting or exiting.
+
+    Raises:
+        OSError: a part of it is left.
+    """
+    lock = file_locks.FileLock(run_dir / file_locks.AGENT)
+    is_held = lock.take()
+    try:
+        if is_held or hung:
+            detach.take_away(run_dir, ledger.PINS, is_held)
+    finally:
+        lock.release()
+    return is_held or hung

@@ -248,7 +248,7 @@ class Agent:
         found = {"tenants": len(self.parts.enforcer)}
         self.stop()
         try:
-            take_away(self.settings.run_dir, self.settings.pins, by_agent=True)
+            take_away(self.settings.run_dir, self.settings.pins)
         finally:
             self.end()  # an agent that has stopped its parts enforces nothing
         return found

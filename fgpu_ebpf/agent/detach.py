@@ -43,12 +43,8 @@ _FILES = (
 )
 
 
-def take_away(run_dir: Path, pins: Path, by_agent: bool = False) -> None:
-    """Remove pins, probes and set-up files, and end the gatekeeper.
-
-    Args:
-        by_agent: the caller is the agent, which holds the agent's lock.
-    """
+def take_away(run_dir: Path, pins: Path, is_locked: bool = True) -> None:
+    """Remove pins, probes and set-up files, and end the gatekeeper. `is_locked`: the caller holds the agent's lock."""
     gatekeeper_process.end_any(run_dir)
     _cgroups()
     for folder in (pins, *other_layouts.folders(pins)):
@@ -70,7 +66,7 @@ def take_away(run_dir: Path, pins: Path, by_agent: bool = False) -> None:
     for name in _FILES:
         (run_dir / name).unlink(missing_ok=True)
         clear_path.remove_moved(run_dir / name)
-    if by_agent or not file_locks.is_locked(run_dir / file_locks.AGENT):
+    if is_locked:
         (run_dir / file_locks.AGENT).unlink(missing_ok=True)
     _leave(run_dir / "shim")
     _remove_empty(run_dir)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ from fgpu_ebpf import control_client
 from fgpu_ebpf.check import Check
 from fgpu_ebpf.cli.help_texts import examples
 from fgpu_ebpf.cli.request import call, fail, no_answer, run_dir
+
+STARTING_SECONDS = 30.0  # the longest time in which an agent that holds its lock has no socket
 
 
 @examples("fgpu agent", "fgpu agent --listen 127.0.0.1:9400 --log-format json")
@@ -120,23 +123,34 @@ def detach(yes: bool) -> None:
     if not yes and _is_terminal():
         _confirm()
     said = "limits, probes and set-up files of the agent are removed"
-    try:
-        answer = control_client.call(run_dir(), {"verb": "detach"})
-        if tenants := (answer or {}).get("tenants"):  # None: an agent of an older version
-            said = "1 tenant has lost its limit" if tenants == 1 else f"{tenants} tenants have lost their limits"
-    except ConnectionError as error:
-        if isinstance(error, control_client.NoAnswerError) and error.denied:
-            fail(no_answer(error), 3)
+    if tenants := _detached().get("tenants"):
+        said = "1 tenant has lost its limit" if tenants == 1 else f"{tenants} tenants have lost their limits"
+    cgroups.remove_run_folder()
+    click.echo(f"detached: {said}")
+
+
+def _detached() -> dict[str, Any]:
+    """Detach by a request to the agent, or in this process if no agent runs. Return the agent's answer.
+
+    An agent that starts or exits holds its lock and has no socket.
+    """
+    until = time.monotonic() + STARTING_SECONDS
+    while True:
+        try:
+            return control_client.call(run_dir(), {"verb": "detach"}) or {}  # an agent of an older version answers null
+        except ConnectionError as error:
+            if isinstance(error, control_client.NoAnswerError) and error.denied:
+                fail(no_answer(error), 3)
+        except control_client.RequestError as error:
+            fail(str(error), error.code)
         from fgpu_ebpf import daemon
 
         try:
-            daemon.take_away(run_dir())
+            if daemon.take_away(run_dir(), hung=time.monotonic() > until):
+                return {}
         except OSError as error:
             fail(f"cannot detach: {error}", 1)
-    except control_client.RequestError as error:
-        fail(str(error), error.code)
-    cgroups.remove_run_folder()
-    click.echo(f"detached: {said}")
+        time.sleep(0.1)
 
 
 def _is_terminal() -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import subprocess
 from collections.abc import Iterator
@@ -122,6 +123,25 @@ def test_detach_keeps_a_shim_that_a_program_uses(bare: Service, tmp_path: Path) 
     place.close()
     fgpu("detach")
     assert preload.exists() == was_there
+
+
+def test_detach_waits_for_an_agent_that_starts(bare: Service) -> None:
+    """An agent that starts holds its lock and has no socket yet. Here this process holds the lock."""
+    bare.start_agent()
+    bare.kill_agent()
+    pins = Path("/sys/fs/bpf/fgpu")
+    before = sorted(pins.rglob("*"))
+    assert before
+    with open(RUN_DIR / "agent.lock", "rb") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        command = subprocess.Popen([*FGPU, "detach"], env=ENVIRONMENT, stdout=subprocess.PIPE, text=True)
+        with pytest.raises(subprocess.TimeoutExpired):
+            command.communicate(timeout=2)
+        assert sorted(pins.rglob("*")) == before
+    said, _ = command.communicate(timeout=20)
+    assert (command.returncode, said) == (0, "detached: limits, probes and set-up files of the agent are removed\n")
+    assert not pins.exists()
+    assert not RUN_DIR.exists() or not list(RUN_DIR.iterdir())
 
 
 def test_detach_unmounts_a_bpffs_that_the_agent_mounted(service: Service, tmp_path: Path) -> None:
