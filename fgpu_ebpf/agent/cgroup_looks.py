@@ -6,7 +6,7 @@ of cgroups that a workload has made. A step raises the errors of the parts that 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from itertools import islice
 from typing import TypeVar
 
@@ -25,15 +25,15 @@ T = TypeVar("T")
 
 
 class HostLook:
-    """Scans the cgroups of the host in steps. `orphaned` requests a check of a cgroup id's level for orphaned bytes."""
+    """Scans the cgroups of the host in steps."""
 
     def __init__(
         self, manager: Manager, kernel_events: KernelEvents, engines: Engines, discovery: Discovery,
-        orphaned: Callable[[int], None], stale_mounts: StaleMountReports, lists: Lists,
+        stale_mounts: StaleMountReports, lists: Lists,
     ) -> None:  # fmt: skip
         self._manager, self._enforcer, self._workloads = manager, manager.enforcer, manager.workloads
         self._kernel_events, self._engines, self._discovery = kernel_events, engines, discovery
-        self._orphaned, self._stale_mounts, self._lists = orphaned, stale_mounts, lists
+        self._stale_mounts, self._lists = stale_mounts, lists
 
     def steps(self, path: str) -> Iterator[None]:
         """Return the steps of a scan of all cgroups if `path` is ALL, else of the cgroup at `path` and those inside."""
@@ -100,12 +100,11 @@ class HostLook:
             yield
 
     def tenants(self) -> Iterator[None]:
-        """Check each tenant for orphaned bytes and stale mounts, and scan the root of its first process.
+        """Check each tenant for stale mounts, and scan the root of its first process.
 
         That process may have started while no agent ran, so that no agent received its exec event.
         """
         for tenant in list(self._enforcer):
-            self._orphaned(tenant.cgroup)
             for pid in self._workloads.pids(tenant.path)[:1]:
                 self._discovery.look_into(pid)
             yield

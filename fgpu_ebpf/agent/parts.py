@@ -52,6 +52,8 @@ class Parts:
         self.policies.begin(policies)
         take_up(self.ledger, self.manager, self.manager.gone)
         self.ledger.times.tell()
+        for tenant in self.enforcer:
+            self.reconciler.orphaned(tenant.cgroup)
         for _ in self.look.tenants():
             pass
 
@@ -75,10 +77,11 @@ def wire(
     )
     tally = driver.xids.tally(settings.ignored_xids, devices)
     reconciler = Reconciler(driver.nvml, ledger, manager.enforcer.levels, tally, older if driver.layout_changed else ())
-    orphaned = reconciler.orphaned
-    events = KernelEvents(ledger, manager, history, orphaned, lambda: reconciler.truth.held, discovery.look_into)
+    events = KernelEvents(
+        ledger, manager, history, reconciler.orphaned, lambda: reconciler.truth.held, discovery.look_into
+    )
     stale_mounts = StaleMountReports(manager.workloads.pids, history, failed_checks)
-    look = HostLook(manager, events, engines, discovery, orphaned, stale_mounts, Lists(settings.run_dir))
+    look = HostLook(manager, events, engines, discovery, stale_mounts, Lists(settings.run_dir))
     return Parts(
         driver, ledger, manager, Policies(settings.policy_folder, manager, history), reconciler, events, look,
         Looks(look.steps), make_chores(driver, ledger, manager, reconciler, history, failed_checks),

@@ -16,7 +16,6 @@ import re
 import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Set
-from dataclasses import replace
 
 from fgpu_ebpf.agent.nvml_reconcile import Truth
 from fgpu_ebpf.ledger.compute_maps import Key, TurnCounts
@@ -116,8 +115,7 @@ class UsageMeter:
     def _add(self, tenant: Tenant, device: int, source: str, used: Used) -> None:
         of = self.totals.setdefault((tenant.cgroup, device), {})
         of[source] = of.get(source, Used()).plus(used)
-        around = tuple(map(owner_of, self._enforcer.around(tenant)))
-        owner = replace(owner_of(tenant), around=around)
+        owner = owner_of(tenant, tuple(map(owner_of, self._enforcer.around(tenant))))
         place = Place(period(time.time()), owner, self._uuid(device), source)
         self._left[place] = self._left.get(place, Used()).plus(used)
 
@@ -134,8 +132,8 @@ class UsageMeter:
         return "nvml", self._sampled_seconds * ratio, ratio < IDLE_RATIO
 
 
-def owner_of(tenant: Tenant) -> Owner:
-    """Return the tenant as an owner in the store, without the tenants around it."""
+def owner_of(tenant: Tenant, around: tuple[Owner, ...] = ()) -> Owner:
+    """Return the tenant as an owner in the store."""
     user = _USER.search(tenant.path)
     labels = tuple(sorted(tenant.metric_labels.items()))
-    return Owner(tenant.name, tenant.workload.namespace or "", user[1] if user else "", labels)
+    return Owner(tenant.name, tenant.workload.namespace or "", user[1] if user else "", labels, around)
