@@ -66,9 +66,9 @@ def take_away(run_dir: Path, pins: Path, is_locked: bool = True) -> None:
     for name in _FILES:
         (run_dir / name).unlink(missing_ok=True)
         clear_path.remove_moved(run_dir / name)
-    if is_locked:
-        (run_dir / file_locks.AGENT).unlink(missing_ok=True)
     _leave(run_dir / "shim")
+    if is_locked:  # the last file: an agent can start from now on
+        (run_dir / file_locks.AGENT).unlink(missing_ok=True)
     _remove_empty(run_dir)
 
 

@@ -26,7 +26,7 @@ containers:
         add: [DAC_READ_SEARCH, SYS_ADMIN, SYS_PTRACE]
     resources: {{- toYaml .Values.agent.resources | nindent 6 }}
     readinessProbe:
-      exec: {command: ["sh", "-c", "test ! -e /run/fgpu/agent.lock && test ! -e /sys/fs/bpf/fgpu"]}
+      exec: {command: ["sh", "-c", "test ! -e /run/fgpu/agent.lock && test ! -e /run/fgpu/gatekeeper.lock && test ! -e /sys/fs/bpf/fgpu"]}
       periodSeconds: 2
       timeoutSeconds: 5
     volumeMounts:
