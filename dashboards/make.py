@@ -129,8 +129,8 @@ DEVICE_USE = [  # of DCGM's default counters
 UNMANAGED = "Memory of processes outside any tenant: no limit holds for them."
 
 CLUSTER = [
-    stat("Nodes", "Nodes whose agent answers.", "none", f"count(fgpu_build_info{{{NODE}}})"),
-    stat("Nodes down", "Nodes whose agent does not answer. Limits still hold there.", "none",
+    stat("Nodes", "Nodes with an agent that answers.", "none", f"count(fgpu_build_info{{{NODE}}})"),
+    stat("Nodes down", "Nodes with an agent that does not answer. Limits still hold there.", "none",
          f"count(up{{{NODE}}}) - sum(up{{{NODE}}})", NONE_IS_GOOD),
     stat("Devices", "GPUs that agents have found.", "none", f"count({CAPACITY}{{{DEVICE}}})"),
     stat("Tenants", "Cgroups that a policy manages, without groups.", "none",
@@ -145,7 +145,7 @@ CLUSTER = [
          "none", f'count(fgpu_tenant_enforcement{{{TENANT}, mode!="kernel"}} == 1)', NONE_IS_GOOD),
     stat("Gatekeepers down", "Nodes without a gatekeeper: programs that start there get no memory.", "none",
          f"count(fgpu_gatekeeper_up{{{NODE}}}) - sum(fgpu_gatekeeper_up{{{NODE}}})", NONE_IS_GOOD),
-    stat("Policies rejected", "Nodes whose policy files have an error: the last good set is in force.", "none",
+    stat("Policies rejected", "Nodes with an error in their policy files: the last good set is in force.", "none",
          f"count(fgpu_config_last_reload_successful{{{NODE}}}) - sum(fgpu_config_last_reload_successful{{{NODE}}})",
          NONE_IS_GOOD),
     *DEVICES,
@@ -200,7 +200,7 @@ NODES = [
          "none", grown("fgpu_events_lost_total", NODE), NONE_IS_USUAL),
     stat("Agent failures", "Internal errors of the agent in the displayed range.", "none",
          grown("fgpu_agent_failures_total", NODE), NONE_IS_GOOD),
-    stat("Writes refused", "Writes on the control socket by users who may only read, in the displayed range.", "none",
+    stat("Writes refused", "Writes on the control socket by users that may only read, in the displayed range.", "none",
          grown("fgpu_control_refused_total", NODE), NONE_IS_USUAL),
     *DEVICES,
     series("Memory, by device", "By NVML: capacity, used, committed to tenants, and outside any tenant.",

@@ -74,9 +74,9 @@ def decoding(torch: Any) -> Step:
     return step
 
 
-def kernels(torch: Any, milliseconds: float, in_flight: int) -> Step:
-    """Return a step that launches a kernel of this time, and waits until fewer than `in_flight` have not ended."""
-    cycles, queue = round(milliseconds * cycles_in_ms(torch)), collections.deque[Any]()
+def kernels(torch: Any, cycles: int, in_flight: int) -> Step:
+    """Return a step that launches a kernel of this length, and waits until fewer than `in_flight` have not ended."""
+    queue = collections.deque[Any]()
 
     def step() -> None:
         torch.cuda._sleep(cycles)
@@ -88,7 +88,7 @@ def kernels(torch: Any, milliseconds: float, in_flight: int) -> Step:
     return step
 
 
-def cycles_in_ms(torch: Any) -> float:
+def cycles_in_ms(torch: Any) -> int:
     """Return how many cycles a kernel takes in a millisecond."""
     cycles, best = 10_000_000, 0.0
     for _ in range(5):
@@ -98,12 +98,11 @@ def cycles_in_ms(torch: Any) -> float:
         end.record()
         end.synchronize()
         best = max(best, cycles / begin.elapsed_time(end))
-    return best
+    return round(best)
 
 
-def notebook(torch: Any) -> Step:
-    """Return a step with a kernel of 4 ms, and a pause of 12 ms."""
-    work = kernels(torch, 4, 1)
+def notebook(work: Step) -> Step:
+    """Return a step that does its work, and then sleeps for 12 ms."""
 
     def step() -> None:
         work()
@@ -121,7 +120,7 @@ def kinds(torch: Any) -> dict[str, Step]:
         is_long = chance.random() < LONG_PAUSES
         time.sleep(chance.uniform(0.001, 0.005) if is_long else chance.uniform(0.00001, 0.0005))
 
-    small, awake_until = inference(torch), 0.0
+    small, awake_until, ms = inference(torch), 0.0, cycles_in_ms(torch)
 
     def paused() -> None:
         nonlocal awake_until
@@ -138,11 +137,11 @@ def kinds(torch: Any) -> dict[str, Step]:
         "small": small,
         "small-paused": paused,
         "llm": decoding(torch),
-        "notebook": notebook(torch),
-        "k1x1": kernels(torch, 1, 1),
-        "k1x4": kernels(torch, 1, 4),
-        "k20x1": kernels(torch, 20, 1),
-        "k20x4": kernels(torch, 20, 4),
+        "notebook": notebook(kernels(torch, 4 * ms, 1)),
+        "k1x1": kernels(torch, 1 * ms, 1),
+        "k1x4": kernels(torch, 1 * ms, 4),
+        "k20x1": kernels(torch, 20 * ms, 1),
+        "k20x4": kernels(torch, 20 * ms, 4),
     }
 
 

@@ -64,11 +64,10 @@ def take_away(run_dir: Path, pins: Path, is_locked: bool = True) -> None:
         _published(published)
     last_good.FILE.unlink(missing_ok=True)
     for name in _FILES:
-        (run_dir / name).unlink(missing_ok=True)
-        clear_path.remove_moved(run_dir / name)
+        _unlink(run_dir / name)
     _leave(run_dir / "shim")
     if is_locked:  # the last file: an agent can start from now on
-        (run_dir / file_locks.AGENT).unlink(missing_ok=True)
+        _unlink(run_dir / file_locks.AGENT)
     _remove_empty(run_dir)
 
 
@@ -93,6 +92,12 @@ def _published(shim: Path) -> None:
     # A container may have this folder of the host. Then the container runtime has created the shim's mount point in it.
     for folder in (store, engine_setup.STATE, Path(shim_mounts.BESIDE), store.parent):
         _remove_empty(folder)
+
+
+def _unlink(path: Path) -> None:
+    """Remove a file of the run folder, and what had been at its path and was moved away."""
+    path.unlink(missing_ok=True)
+    clear_path.remove_moved(path)
 
 
 def _leave(folder: Path) -> None:

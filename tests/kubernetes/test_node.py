@@ -181,7 +181,12 @@ def test_a_detach_removes_fgpu_s_folders_from_the_node(node: node_kit.Node, pods
     node.objects |= {(one["kind"], one["metadata"]["name"]): one for one in node_kit.manifests(DETACH)}
     detach = node.make("fgpu-agent").start("detach")
     eventually(lambda: "gatekeeper: exiting" in pods["gatekeeper"].containers["gatekeeper"].log, 60, detach.log)
-    pods["gatekeeper"].start("gatekeeper")  # as kubelet does until the DaemonSet is removed, a moment later
+    for _ in range(2):  # kubelet restarts it until the DaemonSet is removed: during a detach, and after one
+        restarted = pods["gatekeeper"].start("gatekeeper")
+        eventually(lambda one=restarted: "gatekeeper: listening" in one.log, 60, restarted.log)
+        eventually(lambda: not Path("/run/fgpu").exists(), 60, detach.log)
+    pods["gatekeeper"].start("gatekeeper")
+    eventually(Path("/run/fgpu/gatekeeper.lock").exists, 60, detach.log)
     pods["gatekeeper"].end()
     eventually(lambda: detach.probe("readinessProbe"), 60, detach.log)
     assert [path for path in left if path.exists()] == []

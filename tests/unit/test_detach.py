@@ -7,11 +7,12 @@ from pathlib import Path
 
 import pytest
 
+from fgpu_ebpf import daemon
 from fgpu_ebpf.agent import detach, gatekeeper_process
 from fgpu_ebpf.containers import engine_setup, injection, run
 from fgpu_ebpf.driver import attach, other_layouts, probe_plan, programs
 from fgpu_ebpf.driver.library_class import Role
-from fgpu_ebpf.linux import breakpoints
+from fgpu_ebpf.linux import breakpoints, file_locks
 from fgpu_ebpf.policy import last_good
 
 PLAN = probe_plan.Plan(Role.SHIM, (("admit", ((0x3A70, 0),), False), ("release", ((0x3A80, 0),), False)), 0x3A80)
@@ -112,3 +113,27 @@ def test_a_damaged_list_of_files_does_not_stop_a_detach(
         (run_dir / name).write_bytes(text)
     detach.take_away(run_dir, tmp_path / "pins")
     assert not run_dir.exists()
+
+
+def test_a_detach_without_an_agent_removes_a_folder_in_the_place_of_the_agent_s_lock(
+    tmp_path: Path, waited: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(daemon.ledger, "PINS", tmp_path / "pins")
+    (tmp_path / "run/agent.lock/inside").mkdir(parents=True)
+    assert daemon.take_away(tmp_path / "run", hung=False)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("hung", [False, True])
+def test_while_an_agent_holds_its_lock_a_detach_removes_something_only_if_the_agent_hangs(
+    tmp_path: Path, waited: list[Path], monkeypatch: pytest.MonkeyPatch, hung: bool
+) -> None:
+    monkeypatch.setattr(daemon.ledger, "PINS", tmp_path / "pins")
+    run_dir = tmp_path / "run"
+    (run_dir / "control.sock").touch()
+    lock = file_locks.FileLock(run_dir / file_locks.AGENT)
+    assert lock.take()
+    assert daemon.take_away(run_dir, hung) == hung
+    assert (run_dir / "control.sock").exists() == (not hung)
+    assert (run_dir / file_locks.AGENT).exists(), "an agent that hangs still has its lock"
+    lock.release()
