@@ -23,6 +23,7 @@
 #define TAG_SIGNAL (UINT64_MAX - 1)
 #define MIN_MEMORY (1ull << 30)
 #define MAX_MEMORY (1ull << 44)
+#define NICE (-15) /* a device does not wait for the programs of its host */
 
 static int fail(const char *what, const char *about)
 {
@@ -156,6 +157,7 @@ static int serve(const char *dir)
     if (snprintf(socket_path, sizeof socket_path, "%s/" SIM_SOCKET_NAME, dir) >= (int)sizeof socket_path)
         return fail("path too long", dir);
     if (make_devices()) return 1;
+    setpriority(PRIO_PROCESS, 0, NICE); /* fails without the privilege */
     /* 0 stands for "no descriptor" in an answer, so that no descriptor of the server may have that number. */
     if (fcntl(0, F_GETFD) < 0) open("/dev/null", O_RDONLY);
     int lock = lock_directory(dir);

@@ -94,6 +94,7 @@ def serve(folder: Folder, name: str) -> float:
     return seconds
 
 
+@pytest.mark.timed
 @pytest.mark.timeout(120)
 def test_a_flood_of_cgroups_beside_many_mappings_delays_no_other_workload(
     write: Write,

@@ -28,6 +28,7 @@ def program(tenant: Tenant, command: str) -> Program:
 
 
 @pytest.mark.places("cgroups")
+@pytest.mark.timed
 @pytest.mark.timeout(120)
 def test_a_tenant_with_false_reports_delays_its_neighbour_little_and_is_named(tenant: Callable[[int], Tenant]) -> None:
     """The mean is compared, since the host's processors delay single turns."""

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.spin_kit import Spin, together
+from tests.e2e.spin_kit import SECONDS, Spin, together
 from tests.support.commands import metrics, output
 from tests.support.host import ENVIRONMENT, SHIM, cgroup_root
 from tests.support.place import Cgroups
@@ -80,17 +80,24 @@ def nested(service: Service, unharmed: None, group: Cgroups, spin: Path) -> Iter
     eventually(lambda: metrics()["fgpu_policies", frozenset()] == 0, 5, "no policy")
 
 
+def entitled() -> list[float]:
+    """Return the parts of the device that all tenants are entitled to, in ascending order."""
+    return sorted(value for (name, _), value in metrics().items() if name == "fgpu_compute_entitled_ratio")
+
+
 def test_three_cgroups_of_a_tenant_share_one_ceiling(nested: Nested, group: Cgroups, spin: Path) -> None:
     free = Inside(spin, cgroup_root() / group.group.lstrip("/") / "free")
     (most,) = together(free)
     free.close()
     made = nested("limit: 25%", 3)
-    assert sum(together(*made)) / most == pytest.approx(0.25, abs=0.06)
+    for one in made:
+        one.begin()
+    ratios = pytest.approx([0.25 / 3] * 3 + [0.25], abs=0.001)
+    eventually(lambda: entitled() == ratios, SECONDS, "a third of the ceiling for each")
+    assert sum(one.kernels() for one in made) / most == pytest.approx(0.25, abs=0.06)
     (own,) = [t["devices"][0] for t in output("status")["tenants"] if t["path"] == f"{group.group}/own"]
     inside = sum(one.compute()["owned_seconds"] for one in made)
     assert own["compute"]["owned_seconds"] == pytest.approx(inside, rel=0.1)
-    due = [value for (name, _), value in metrics().items() if name == "fgpu_compute_entitled_ratio"]
-    assert sorted(due) == pytest.approx([0.25 / 3] * 3 + [0.25], abs=0.001)
 
 
 def test_three_cgroups_of_a_tenant_share_one_weight(nested: Nested, start) -> None:

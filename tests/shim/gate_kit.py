@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.shim.shim_kit import ROOT, Agent, Simulator
+from tests.support.wait import Deadline
 
 SHUT, OPEN = 2, 3  # both GATED
 
@@ -41,9 +42,9 @@ def page(agent: Agent, device: int = 3) -> dict[str, int]:
 
 def until(agent: Agent, seconds: float = 10, **facts: int) -> dict[str, int]:
     """Return the page as soon as it has these values."""
-    deadline = time.monotonic() + seconds
+    deadline = Deadline(seconds)
     while any((now := page(agent))[name] != value for name, value in facts.items()):
-        assert time.monotonic() < deadline, (facts, now)
+        assert not deadline.is_over(), (facts, now)
         time.sleep(0.002)
     return now
 
