@@ -116,13 +116,16 @@ class Discovery:
         lost = self._probes.lost()
         if not lost and self._libraries.own_files <= self._probes.known:
             return
-        log.warning("probes are missing: the agent attaches them again")
+        before = self._attach_error
+        if not before:
+            log.warning("probes are missing: the agent attaches them again")
         try:
             self._probes.attach_again(lost)
             self._libraries.attach_own()
         except (ProbeError, OSError) as error:
             self._attach_error = f", and the probes cannot be attached again ({error})"
-            log.warning("%s", self.unenforced())
+            if self._attach_error != before:  # this is called every second
+                log.warning("%s", self.unenforced())
             return
         self._attach_error = ""
         self.look_around()

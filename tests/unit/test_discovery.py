@@ -13,6 +13,7 @@ import pytest
 from fgpu_ebpf.driver import cuda_mappings, probe_plan
 from fgpu_ebpf.driver.discovery import Discovery
 from fgpu_ebpf.driver.library_search import Found, Search
+from fgpu_ebpf.driver.probe_plan import ProbeError
 from fgpu_ebpf.linux import mapped_files, procfs
 from fgpu_ebpf.linux.mapped_files import MappedFile
 from tests.unit.discovery_kit import Stage, quiet
@@ -35,6 +36,28 @@ def test_unused_probes_are_removed_only_if_the_mappings_of_all_processes_are_kno
     stage = Stage()
     Discovery(stage, {}).start()  # type: ignore[arg-type]
     assert stage.dropped == dropped
+
+
+def test_probes_that_cannot_be_attached_again_are_logged_once_for_each_reason(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The agent tries once a second."""
+    stage, reasons = Stage(), iter(["no program", "no program", "no memory", "", "no program"])
+    found = Discovery(stage, {})  # type: ignore[arg-type]
+
+    def attach_again(_: object) -> None:
+        if reason := next(reasons):
+            raise ProbeError(reason)
+
+    stage.lost = lambda: frozenset({None})  # type: ignore[attr-defined]
+    stage.attach_again = attach_again  # type: ignore[attr-defined]
+    monkeypatch.setattr(found, "look_around", lambda: None)
+    for _ in range(5):
+        found.reattach()
+    again = "probes are missing: the agent attaches them again"
+    lost = "probes are missing: another process has removed their links, and the probes cannot be attached again"
+    no_program, no_memory = f"{lost} (no program)", f"{lost} (no memory)"
+    assert caplog.messages == [again, no_program, no_memory, again, no_program]
 
 
 def test_a_holder_is_searched_by_name_and_with_unwitnessed_memory_once_by_contents(
