@@ -16,6 +16,7 @@ REST_NS = 100 * US  # a shorter rest is not reported
 BELL_NS = 200 * US  # until the gatekeeper has processed a wake-up
 WAKE_NS = 150 * US  # until a thread at a gate has read that the gate is open
 BUDGET_NS = 2 * MS
+OPEN = int(abi.Gate.OPEN)  # an operator of an enumeration takes longer than the simulated step
 
 
 @dataclass(eq=False)
@@ -80,7 +81,7 @@ class Tenant:
     restless: bool = False  # whether it reports that it has rested all the time
     stopped: bool = False
     dead: bool = False
-    flights: list[int] = field(default_factory=list)
+    flights: list[int] = field(default_factory=list)  # the ends of the kernels, in ascending order
     launches: int = 0
     done_ns: int = 0
     waiting: bool = False
@@ -162,7 +163,8 @@ class World:
         self.steps = 0
 
     def is_open(self, tenant: Tenant) -> bool:
-        return all(self.turns.places[tenant.key].gate(device) & abi.Gate.OPEN for device in tenant.devices)
+        place = self.turns.places[tenant.key]
+        return all(place.gate(device) & OPEN for device in tenant.devices)
 
     def run(self, seconds: float) -> World:
         end = self.now + round(seconds * S)
@@ -171,13 +173,13 @@ class World:
             if due <= self.now or (self.bell is not None and self.bell <= self.now):
                 self.bell = None
                 due = self.step()
-            times = [due, self.bell or NEVER_NS, end, *(self._ask(t) for t in self.tenants.values() if not t.dead)]
-            if self.bell is not None:
-                times.append(self.bell)
-            self.now = max(self.now + 1, min(times))
+            asked = [self._ask(t) for t in self.tenants.values() if not t.dead]  # this may ring
+            self.now = max(self.now + 1, min(due, self.bell or NEVER_NS, end, *asked))
             for tenant in self.tenants.values():
-                self._complete(tenant)
-                tenant.tell()
+                if tenant.flights and tenant.flights[0] <= self.now:
+                    self._complete(tenant)
+        for tenant in self.tenants.values():
+            tenant.tell()
         return self
 
     def step(self) -> int:
@@ -271,18 +273,17 @@ class World:
             self._ring(tenant)
 
     def _complete(self, tenant: Tenant) -> None:
-        done = [end for end in tenant.flights if end <= self.now]
-        if done:
-            tenant.done_ns += len(done) * tenant.kernel_ns
-            tenant.flights = [end for end in tenant.flights if end > self.now]
-            place = self.turns.places.get(tenant.key)
-            if tenant.flights or tenant.silent:
-                return
-            if isinstance(tenant.steps, Loop):
-                tenant.steps.ended(self.now)
-            tenant.ended_ns = self.now
-            if place and (place.late_ns or (place.turn and place.turn.closing_ns)):
-                self._ring(tenant)
+        left = [end for end in tenant.flights if end > self.now]
+        tenant.done_ns += (len(tenant.flights) - len(left)) * tenant.kernel_ns
+        tenant.flights = left
+        if left or tenant.silent:
+            return
+        place = self.turns.places.get(tenant.key)
+        if isinstance(tenant.steps, Loop):
+            tenant.steps.ended(self.now)
+        tenant.ended_ns = self.now
+        if place and (place.late_ns or (place.turn and place.turn.closing_ns)):
+            self._ring(tenant)
 
     def _ring(self, tenant: Tenant | None = None) -> None:
         """Send a wake-up for this tenant, or for all.
