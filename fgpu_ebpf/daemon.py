@@ -61,6 +61,7 @@ def settings(options: Options) -> Settings:
         profiles=host.profiles,
         ignored_xids=host.ignored_xids,
         trusted_drivers=host.trusted_drivers,
+        module_bytes=host.module_bytes,
         bounds=host.bounds,
     )
 

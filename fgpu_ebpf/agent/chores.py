@@ -38,9 +38,14 @@ class Chores:
 
 def make_chores(
     driver: HostDriver, ledger: Ledger, manager: Manager, reconciler: Reconciler, history: EventLog,
-    failed_checks: MutableMapping[str, Check],
+    failed_checks: MutableMapping[str, Check], module_bytes: int,
 ) -> Chores:  # fmt: skip
-    """Make the steps. `failed_checks`: the agent's failed checks by name, which some steps change."""
+    """Make the steps.
+
+    Args:
+        failed_checks: the agent's failed checks by name, which some steps change.
+        module_bytes: the memory of a process that needs no recorded allocation.
+    """
 
     def truth() -> Truth:
         return reconciler.truth
@@ -49,7 +54,7 @@ def make_chores(
         return next((d.uuid_text for d in driver.nvml.devices if d.index == device), str(device))
 
     enforcer, turns = manager.enforcer, ledger.times.turns
-    unwitnessed, keepers = Unwitnessed(driver.contexts), Keepers()
+    unwitnessed, keepers = Unwitnessed(driver.contexts, module_bytes), Keepers()
     adoption = AdoptionReports(truth, ledger, enforcer, history, unwitnessed)
     late = LateDevices(driver.nvml, ledger, manager, reconciler, history, driver.contexts, failed_checks)
     shortfalls = Shortfalls(turns, enforcer.name_of, history)

@@ -11,13 +11,13 @@ import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, ValidationError
+from pydantic import AfterValidator, Field, PlainValidator, ValidationError
 
 from fgpu_ebpf.driver.library_class import DIGEST
 from fgpu_ebpf.ledger.owner_bounds import Bounds
 from fgpu_ebpf.policy import share_name
-from fgpu_ebpf.policy.fields import Devices, MetricLabels, Model, absent
-from fgpu_ebpf.policy.units import shown
+from fgpu_ebpf.policy.fields import Devices, MetricLabels, Model, absent, written
+from fgpu_ebpf.policy.units import amount, shown
 from fgpu_ebpf.policy.validation import config_errors
 from fgpu_ebpf.policy.yaml_document import ConfigError, InvalidFileError, documents
 from fgpu_ebpf.tenancy.profiles import MOST_COUNT, MOST_NAME_CHARACTERS, Profile
@@ -90,6 +90,14 @@ def _digest(value: str) -> str:
     return value
 
 
+def _module_bytes(value: Any) -> int:
+    text = written(value, "1GiB")
+    found = amount(text)
+    if not found.bytes:
+        raise ValueError(f"{shown(text)} is a part of a device: write a size, as 1GiB")
+    return found.bytes
+
+
 def _different(value: list[ProfileDocument]) -> list[ProfileDocument]:
     names = [profile.share for profile in value]
     if twice := next((name for name in names if names.count(name) > 1), None):
@@ -117,6 +125,10 @@ class DriversDocument(Model):
 
     trusted: Annotated[list[Annotated[str, AfterValidator(_digest)]], Field(max_length=256)] = absent(
         "SHA-256 of files of libcuda that are trusted like the host's own; `fgpu doctor` prints the setting."
+    )
+    modules: Annotated[int, PlainValidator(_module_bytes)] = absent(
+        "The most memory that NVML may show for a process, beyond its contexts and what probes have recorded, before"
+        " the process is reported as `unwitnessed`: code and data that the driver loads by itself."
     )
 
 
@@ -174,7 +186,7 @@ class HostDocument(Model):
     ignored_xids: Annotated[list[Annotated[int, Field(ge=1, le=MOST_XID)]], Field(max_length=256)] = absent(
         "XIDs after which the device is still offered; absent: those that programs cause."
     )
-    drivers: DriversDocument = absent("Files of libcuda that are trusted beside the host's own.")
+    drivers: DriversDocument = absent("Trusted files of libcuda, and the memory that a driver takes by itself.")
     bounds: BoundsDocument = absent("The most that one workload may use of shared tables, with all cgroups inside it.")
 
 
@@ -212,7 +224,10 @@ def _values(document: HostDocument) -> dict[str, Any]:
         elif name in _PATHS:
             values[name] = Path(value)
     if "drivers" in values:
-        values["trusted_drivers"] = tuple(values.pop("drivers").trusted or ())
+        drivers = values.pop("drivers").model_dump(exclude_unset=True)
+        values["trusted_drivers"] = tuple(drivers.get("trusted", ()))
+        if "modules" in drivers:
+            values["module_bytes"] = drivers["modules"]
     if "bounds" in values:
         values["bounds"] = Bounds(**values["bounds"].model_dump(exclude_unset=True))
     if "overcommit" in values:

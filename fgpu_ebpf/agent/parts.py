@@ -84,5 +84,6 @@ def wire(
     look = HostLook(manager, events, engines, discovery, stale_mounts, Lists(settings.run_dir))
     return Parts(
         driver, ledger, manager, Policies(settings.policy_folder, manager, history), reconciler, events, look,
-        Looks(look.steps), make_chores(driver, ledger, manager, reconciler, history, failed_checks),
+        Looks(look.steps),
+        make_chores(driver, ledger, manager, reconciler, history, failed_checks, settings.module_bytes),
     )  # fmt: skip

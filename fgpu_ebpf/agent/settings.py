@@ -44,6 +44,7 @@ class Settings:
     profiles: tuple[profiles.Profile, ...] = ()
     ignored_xids: Collection[int] = xids.OF_PROGRAMS
     trusted_drivers: tuple[str, ...] = ()  # digests, as sha256:…
+    module_bytes: int = host_config.MODULES_BYTES
     bounds: Bounds = field(default_factory=Bounds)
 
 

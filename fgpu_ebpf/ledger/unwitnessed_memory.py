@@ -17,7 +17,6 @@ from fgpu_ebpf import abi
 from fgpu_ebpf.ledger.orphans import Orphan
 from fgpu_ebpf.ledger.process_entry import Process
 
-MODULES_BYTES = 1 << 30  # code and data that a program may load: NVML shows them, but no probed call reports them
 LOOKS = 4  # an importer's row grows by the bytes that an exporter has freed within this number of passes
 
 
@@ -26,10 +25,10 @@ class Unwitnessed:
 
     Args:
         contexts: bytes of one context by ledger index.
-        modules: bytes that a process's code and data may take on a device.
+        modules: bytes that a process's code and data may take on a device: NVML shows them, but no probed call does.
     """
 
-    def __init__(self, contexts: Mapping[int, int], modules: int = MODULES_BYTES) -> None:
+    def __init__(self, contexts: Mapping[int, int], modules: int) -> None:
         self._contexts = contexts
         self._modules = modules
         self._last: Mapping[int, Process] | None = None

@@ -83,7 +83,7 @@ def _device_listed(value: Any) -> Any:
     return [value] if isinstance(value, (str, int)) else value
 
 
-def _written(value: Any, example: str) -> str:
+def written(value: Any, example: str) -> str:
     """Return the text of a quantity. Raises ValueError if the value is neither text nor a number.
 
     YAML reads a quantity without a unit as a number. The number is accepted here, so that the parser of quantities can
@@ -95,15 +95,15 @@ def _written(value: Any, example: str) -> str:
 
 
 def _amount(value: Any) -> Amount:
-    return amount(_written(value, "8GiB or 50%"))
+    return amount(written(value, "8GiB or 50%"))
 
 
 def _ceiling(value: Any) -> float:
-    return millionths(_written(value, "50%")) / MILLION
+    return millionths(written(value, "50%")) / MILLION
 
 
 def _quantum(value: Any) -> int:
-    text = _written(value, "20ms")
+    text = written(value, "20ms")
     quantum = duration_ns(text)
     if not 1_000_000 <= quantum <= 1_000_000_000:
         raise ValueError(f"{shown(text)} is not between 1ms and 1s")

@@ -69,6 +69,11 @@ def test_a_digest_without_64_lower_case_hexadecimal_digits_is_refused(settings, 
     assert settings("drivers: {trusted: []}")[0] == settings("drivers: {}")[0] == HostSettings()
 
 
+def test_memory_that_needs_no_recorded_allocation_is_a_size(settings):
+    assert settings("drivers: {modules: 256MiB}") == (HostSettings(module_bytes=256 << 20), [])
+    assert settings("drivers: {trusted: []}")[0].module_bytes == 1 << 30
+
+
 def test_one_key_does_not_change_the_other_settings(settings):
     assert settings("logFormat: json") == (HostSettings(log_format="json"), [])
 
@@ -85,7 +90,11 @@ def test_valid_listen_addresses_are_accepted(settings, address):
             "drivers: {trusted: [0a0a]}",
             ":1: drivers.trusted[0]: '0a0a' is not a digest: write it as sha256: and 64 digits, 0 to 9 and a to f",
         ),
-        ("drivers: {any: true}", ":1: drivers: unknown key 'any': use one of trusted"),
+        ("drivers: {any: true}", ":1: drivers: unknown key 'any': use one of trusted, modules"),
+        ("drivers: {modules: 50%}", ":1: drivers.modules: '50%' is a part of a device: write a size, as 1GiB"),
+        ("drivers: {modules: 256}", ":1: drivers.modules: '256' has no unit: did you mean 256GiB?"),
+        ("drivers: {modules: 8GB}", ":1: drivers.modules: '8GB': did you mean 8GiB?"),
+        ("drivers: {modules: [1GiB]}", ":1: drivers.modules: is not a quantity: write it as 1GiB"),
         ("listen: 9423", ":1: listen: must be text: write it in quotes"),
         ("listen: localhost", ":1: listen: 'localhost' has no port: write it as 127.0.0.1:9423"),
         ("listen: ':9423'", ":1: listen: ':9423' has no address: write it as 127.0.0.1:9423 or [::1]:9423"),
