@@ -27,7 +27,8 @@ BEGAN = time.monotonic()
 TRIALS = pytest.StashKey[Trials]()
 TIMER = pytest.StashKey[pytest_timeout.Settings]()
 MOST_SECONDS = 240  # time limit of a test, except in a full run; alone on a machine no test takes half of it
-TIMED_NICE = -5  # agent and gatekeeper, at -10, keep their priority over the programs
+AUTOGROUP = Path("/proc/self/autogroup")
+TIMED_NICE = -15  # thirty times the processor time of a session of other workers, if that has enough to do
 WORLDS = "FGPU_TEST_WORLDS"  # in the environment: each process that runs tests enters its own world
 
 
@@ -60,6 +61,8 @@ def pytest_configure(config: pytest.Config) -> None:
             hang.start()
         if config.getoption("renew_durations"):
             config.pluginmanager.register(Durations())
+    if is_worker:
+        os.setsid()
     if os.environ.get(WORLDS) and (is_worker or not config.getoption("numprocesses", None)):
         world.enter(config.workerinput["workerid"] if is_worker else "alone")
 
@@ -115,15 +118,21 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
-    """Give the programs of a test that measures time priority over those of the tests that run beside it."""
-    if not item.get_closest_marker("timed"):
-        return (yield)
-    with contextlib.suppress(PermissionError):
-        os.setpriority(os.PRIO_PROCESS, 0, TIMED_NICE)
+    """Give a worker whose test measures time the processors before the other workers, as if it ran alone."""
+    is_before = hasattr(item.config, "workerinput") and item.get_closest_marker("timed") is not None
+    if is_before:
+        _set_nice(TIMED_NICE)
     try:
         return (yield)
     finally:
-        os.setpriority(os.PRIO_PROCESS, 0, 0)
+        if is_before:
+            _set_nice(0)
+
+
+def _set_nice(nice: int) -> None:
+    """Set the nice level of this session, which each worker has of its own. Some kernels have none for a session."""
+    with contextlib.suppress(OSError):
+        AUTOGROUP.write_text(f"{nice}")
 
 
 @pytest.hookimpl(wrapper=True)

@@ -2,8 +2,8 @@
 
 Files of the suite that a worker runs come first, so that the suite's agent stays. Otherwise the worker takes the suite
 with the most work for each worker that is in it. Within a suite the longest file comes first. Files that measure time
-come first in one worker, so that another trial is possible if processors are taken from the machine (`trials`). Their
-programs have priority over those of the other workers (`conftest`).
+come first in one worker, so that another trial is possible if processors are taken from the machine (`trials`). The
+worker gets the processors before the others (`conftest`).
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import shutil
 from collections.abc import Iterator
@@ -14,7 +15,8 @@ from fgpu_ebpf import abi
 from fgpu_ebpf.driver import attach, probe_plan
 from fgpu_ebpf.driver.library_class import Role, Stamp
 from fgpu_ebpf.driver.library_files import Target
-from fgpu_ebpf.linux import breakpoints
+from fgpu_ebpf.linux import bpf, breakpoints, libc
+from fgpu_ebpf.linux import bpf_attributes as attributes
 from fgpu_ebpf.linux.procmaps import File
 from tests.bpf.conftest import Kernel
 from tests.support.host import ROOT
@@ -112,6 +114,26 @@ def test_probes_of_at_most_eight_inodes_with_one_number_are_kept(kernel: Kernel,
     assert len({name for name in pinned(kernel, library) if "-all" in name}) == 1
     os.close(fd)
     kernel.probes._files.update(agent._files)
+
+
+def uprobe_with_counter(path: str, offset: int, counter: int) -> int:
+    """Attach a uprobe as tools for USDT probes do: with the file offset of a counter of the users of the probe."""
+    name = ctypes.create_string_buffer(os.fsencode(path))
+    attr = attributes.PerfEventAttr(type=int(bpf.UPROBE_TYPE.read_text()), config=counter << 32, sample_period=1)
+    attr.size, attr.uprobe_path, attr.probe_offset = ctypes.sizeof(attr), ctypes.addressof(name), offset
+    return libc.check("perf_event_open", libc.LIBC.syscall(bpf._PERF_EVENT_OPEN, ctypes.byref(attr), -1, 0, -1, 0))
+
+
+def test_the_error_names_a_uprobe_of_another_program_with_a_reference_counter(kernel: Kernel, library: Target) -> None:
+    fd = library.open()
+    (offset, _), *_ = probe_plan.plan(fd, library.path, Role.UNKNOWN).programs[-1][1]
+    os.close(fd)
+    other = uprobe_with_counter(library.path, offset, 8)
+    with pytest.raises(probe_plan.ProbeError, match=r"ref_ctr_offset mismatch.*another program has a uprobe at this"):
+        kernel.probes.attach(library, Role.UNKNOWN)
+    assert not pinned(kernel, library)
+    os.close(other)
+    kernel.probes.attach(library, Role.UNKNOWN)
 
 
 @pytest.mark.parametrize("role", [Role.SHIM, Role.UNKNOWN])
