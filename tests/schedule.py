@@ -1,9 +1,10 @@
 """The distribution of test files to the workers of pytest-xdist, each of which has its own world.
 
 Files of the suite that a worker runs come first, so that the suite's agent stays. Otherwise the worker takes the suite
-with the most work for each worker that is in it. Within a suite the longest file comes first. Files that measure time
-come first in one worker, so that another trial is possible if processors are taken from the machine (`trials`). The
-worker gets the processors before the others (`conftest`).
+with the most work for each worker that is in it. Within a suite the longest file comes first. Some files that measure
+time run at the beginning, in the first worker, while nothing else runs: early enough for another trial if processors
+are taken from the machine (`trials`). For the others it suffices that their worker gets the processors first
+(`conftest`).
 """
 
 from __future__ import annotations
@@ -21,25 +22,9 @@ DURATIONS = TESTS / "durations.json"  # seconds of each file that takes a second
 SHORT_SECONDS = 0.5
 # Suites whose files share a slow start: engines, packages, a browser.
 WHOLE = ("dashboards", "docs", "engines", "kubelet", "kubernetes", "packages", "page", "soak")
-TIMED = frozenset(
-    f"tests/{name}.py"
-    for name in (
-        "e2e/test_cgroup_floods",
-        "e2e/test_compute",
-        "e2e/test_empty_turns",
-        "e2e/test_gangs",
-        "e2e/test_many_tenants",
-        "e2e/test_nested_shares",
-        "gatekeeper/test_storm",
-        "shim/test_shim_flight",
-        "shim/test_shim_turns",
-        "sim/test_collectives",
-        "sim/test_engines",
-        "sim/test_faults",
-        "sim/test_graphs",
-        "sim/test_timeslice",
-        "unit/test_slicer",
-    )
+# Files whose programs share a device's time: a program that gets no processor cannot use its turns.
+QUIET = frozenset(
+    f"tests/e2e/{name}.py" for name in ("test_compute", "test_gangs", "test_many_tenants", "test_nested_shares")
 )
 
 
@@ -72,6 +57,7 @@ class Schedule(LoadScopeScheduling):
         super().__init__(*arguments)  # type: ignore[arg-type]
         self._durations: dict[str, float] = json.loads(DURATIONS.read_text())
         self._suites: dict[WorkerController, str] = {}
+        self._is_quiet = True  # only the first worker may run tests
 
     def _split_scope(self, nodeid: str) -> str:
         file = nodeid.partition("::")[0]
@@ -84,32 +70,47 @@ class Schedule(LoadScopeScheduling):
 
     def _choose(self, node: WorkerController) -> str:
         """Return the scope that a worker runs next."""
-        timed = self.workqueue.keys() & TIMED
-        ordinary = self.workqueue.keys() - TIMED
-        if timed and not (ordinary and self._another_measures(node)):
-            return max(sorted(timed), key=lambda file: (suite_of(file) == self._suites.get(node), self._seconds(file)))
+        quiet = self.workqueue.keys() & QUIET
+        if quiet:
+            return max(sorted(quiet), key=self._seconds)
         work: Counter[str] = Counter()
-        for scope in ordinary:
+        for scope in self.workqueue:
             work[suite_of(scope)] += self._seconds(scope)
         others = Counter(suite for other, suite in self._suites.items() if other is not node)
         suite = self._suites.get(node, "")
         if suite not in work:
             suite = max(work, key=lambda name: work[name] / (others[name] + 1))
         self._suites[node] = suite
-        return max((scope for scope in sorted(ordinary) if suite_of(scope) == suite), key=self._seconds)
+        return max((scope for scope in self.workqueue if suite_of(scope) == suite), key=self._seconds)
 
-    def _another_measures(self, node: WorkerController) -> bool:
-        """Return whether another worker has a file that measures time and has not run all of it."""
-        return any(
-            scope in TIMED and not all(tests.values())
-            for other, scopes in self.assigned_work.items()
-            for scope, tests in scopes.items()
-            if other is not node
-        )
+    def _waits(self, node: WorkerController) -> bool:
+        """Return whether a worker gets no work yet, because files of QUIET run in the first one."""
+        if self._is_quiet:
+            left = [
+                scope
+                for units in self.assigned_work.values()
+                for scope, unit in units.items()
+                if not all(unit.values())
+            ]
+            self._is_quiet = any(scope in QUIET for scope in (*self.workqueue, *left))
+        return self._is_quiet and node is not self.nodes[0]
 
     def _assign_work_unit(self, node: WorkerController) -> None:
-        self.workqueue.move_to_end(self._choose(node), last=False)
-        super()._assign_work_unit(node)
+        if not self._waits(node):
+            self.workqueue.move_to_end(self._choose(node), last=False)
+            super()._assign_work_unit(node)
+
+    def _reschedule(self, node: WorkerController) -> None:
+        if not self._waits(node):
+            super()._reschedule(node)
+
+    def mark_test_complete(self, node: WorkerController, item_index: int, duration: float = 0) -> None:
+        """Record that a worker has run a test; others may have waited for it."""
+        was_quiet = self._is_quiet
+        super().mark_test_complete(node, item_index, duration)
+        if was_quiet:
+            for other in self.nodes:
+                self._reschedule(other)
 
     def remove_node(self, node: WorkerController) -> str | None:
         """Forget a worker that has exited. Return the test that it ran, if the worker crashed."""

@@ -11,13 +11,13 @@ import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, PlainValidator, ValidationError
+from pydantic import AfterValidator, Field, ValidationError
 
 from fgpu_ebpf.driver.library_class import DIGEST
 from fgpu_ebpf.ledger.owner_bounds import Bounds
 from fgpu_ebpf.policy import share_name
-from fgpu_ebpf.policy.fields import Devices, MetricLabels, Model, absent, written
-from fgpu_ebpf.policy.units import amount, shown
+from fgpu_ebpf.policy.fields import Devices, MetricLabels, Model, Size, absent
+from fgpu_ebpf.policy.units import shown
 from fgpu_ebpf.policy.validation import config_errors
 from fgpu_ebpf.policy.yaml_document import ConfigError, InvalidFileError, documents
 from fgpu_ebpf.tenancy.profiles import MOST_COUNT, MOST_NAME_CHARACTERS, Profile
@@ -90,14 +90,6 @@ def _digest(value: str) -> str:
     return value
 
 
-def _module_bytes(value: Any) -> int:
-    text = written(value, "1GiB")
-    found = amount(text)
-    if not found.bytes:
-        raise ValueError(f"{shown(text)} is a part of a device: write a size, as 1GiB")
-    return found.bytes
-
-
 def _different(value: list[ProfileDocument]) -> list[ProfileDocument]:
     names = [profile.share for profile in value]
     if twice := next((name for name in names if names.count(name) > 1), None):
@@ -126,7 +118,7 @@ class DriversDocument(Model):
     trusted: Annotated[list[Annotated[str, AfterValidator(_digest)]], Field(max_length=256)] = absent(
         "SHA-256 of files of libcuda that are trusted like the host's own; `fgpu doctor` prints the setting."
     )
-    modules: Annotated[int, PlainValidator(_module_bytes)] = absent(
+    modules: Size = absent(
         "The most memory that NVML may show for a process, beyond its contexts and what probes have recorded, before"
         " the process is reported as `unwitnessed`: code and data that the driver loads by itself."
     )

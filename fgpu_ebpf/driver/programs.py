@@ -38,13 +38,45 @@ def sources_digest(sources: Path) -> str:
     return digest.hexdigest()[:8]
 
 
+class Early:
+    """A compiler that starts while the rest of the agent is imported: it takes the longest part of a first start.
+
+    Within its `with`, a Loading takes it over. At the end a compiler that was not taken over is killed.
+    """
+
+    def __init__(self, sources: Path, loader: Sequence[str], cache: Path = CACHE) -> None:
+        """Start the compiler, if there is no cached image. Errors are left to Loading."""
+        self._command = _compiler(sources, loader)
+        self._child: subprocess.Popen[str] | None = None
+        if os.geteuid() == 0 and not _cached(sources_digest(sources), loader, cache).exists():
+            with contextlib.suppress(ProgramError):
+                self._child = _start_compiler(self._command)
+
+    def __enter__(self) -> Early:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        _kill(self._child)
+
+    def take(self, command: Sequence[str]) -> subprocess.Popen[str] | None:
+        """Return the compiler, which the caller ends; None: there is none with this command line."""
+        if command != self._command:
+            return None
+        child, self._child = self._child, None
+        return child
+
+
 class Loading:
     """The compiler in a process of its own, unless exactly these programs are pinned or cached.
 
     The constructor and wait() raise ProgramError.
     """
 
-    def __init__(self, sources: Path, pins: Path, loader: Sequence[str] = LOADER, cache: Path = CACHE) -> None:
+    def __init__(
+        self, sources: Path, pins: Path, loader: Sequence[str] = LOADER, cache: Path = CACHE,
+        early: Early | None = None,
+    ) -> None:  # fmt: skip
+        """Start the compiler, or take over `early`, if the programs are neither pinned nor cached."""
         self._digest, self._pins = sources_digest(sources), pins
         self._stamp = pins / f"loaded-{self._digest}"
         self._child: subprocess.Popen[str] | None = None
@@ -53,12 +85,11 @@ class Loading:
         """True if the programs were not pinned, so that they are loaded for the first time since the host's boot."""
         if self.begun:
             mount_bpffs(pins)
-            kernel = os.uname()
-            parts = [self._digest, *loader, kernel.release, kernel.version, kernel.machine]
-            self._file = cache / f"programs-{_sha256(repr(parts))[:16]}"
+            self._file = _cached(self._digest, loader, cache)
             self._image = _read(self._file)
             if not self._image:
-                self._child = _start_compiler([*loader, str(COMPILER_FILE), str(sources)])
+                command = _compiler(sources, loader)
+                self._child = (early and early.take(command)) or _start_compiler(command)
 
     def wait(self) -> str:
         """Wait until the programs are pinned, and return their digest. A ProgramError has the compiler's error line."""
@@ -99,9 +130,25 @@ class Loading:
 
     def end(self) -> None:
         """Kill the compiler if it is still running."""
-        if self._child and self._child.poll() is None:
-            self._child.kill()
-            self._child.communicate()
+        _kill(self._child)
+
+
+def _compiler(sources: Path, loader: Sequence[str]) -> list[str]:
+    return [*loader, str(COMPILER_FILE), str(sources)]
+
+
+def _kill(child: subprocess.Popen[str] | None) -> None:
+    """Kill a compiler that is still running."""
+    if child and child.poll() is None:
+        child.kill()
+        child.communicate()
+
+
+def _cached(digest: str, loader: Sequence[str], cache: Path) -> Path:
+    """Return the file of the cache for sources with this digest, on this kernel."""
+    kernel = os.uname()
+    parts = [digest, *loader, kernel.release, kernel.version, kernel.machine]
+    return cache / f"programs-{_sha256(repr(parts))[:16]}"
 
 
 def _sha256(text: str) -> str:

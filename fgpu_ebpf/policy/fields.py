@@ -83,7 +83,7 @@ def _device_listed(value: Any) -> Any:
     return [value] if isinstance(value, (str, int)) else value
 
 
-def written(value: Any, example: str) -> str:
+def _written(value: Any, example: str) -> str:
     """Return the text of a quantity. Raises ValueError if the value is neither text nor a number.
 
     YAML reads a quantity without a unit as a number. The number is accepted here, so that the parser of quantities can
@@ -95,15 +95,23 @@ def written(value: Any, example: str) -> str:
 
 
 def _amount(value: Any) -> Amount:
-    return amount(written(value, "8GiB or 50%"))
+    return amount(_written(value, "8GiB or 50%"))
+
+
+def _size(value: Any) -> int:
+    text = _written(value, "1GiB")
+    found = amount(text)
+    if not found.bytes:
+        raise ValueError(f"{shown(text)} is a part of a device: write a size, as 1GiB")
+    return found.bytes
 
 
 def _ceiling(value: Any) -> float:
-    return millionths(written(value, "50%")) / MILLION
+    return millionths(_written(value, "50%")) / MILLION
 
 
 def _quantum(value: Any) -> int:
-    text = written(value, "20ms")
+    text = _written(value, "20ms")
     quantum = duration_ns(text)
     if not 1_000_000 <= quantum <= 1_000_000_000:
         raise ValueError(f"{shown(text)} is not between 1ms and 1s")
@@ -179,6 +187,7 @@ _QUANTITY = {"anyOf": [{**_TEXT, "pattern": _MEMORY}, {**_TEXT, "pattern": _PERC
 _DEVICE = {"anyOf": [{**_TEXT, "minLength": 1}, {**_WHOLE, "minimum": 0, "maximum": abi.DEVICES - 1}]}
 
 Bytes = Annotated[Amount, PlainValidator(_amount), WithJsonSchema(_QUANTITY)]
+Size = Annotated[int, PlainValidator(_size), WithJsonSchema({**_TEXT, "pattern": _MEMORY})]
 Ceiling = Annotated[float, PlainValidator(_ceiling), WithJsonSchema({"type": "string", "pattern": _PERCENT})]
 Quantum = Annotated[int, PlainValidator(_quantum), WithJsonSchema({"type": "string", "pattern": _DURATION})]
 PolicyName = Annotated[str, AfterValidator(_policy_name), Field(json_schema_extra={"pattern": f"^{_NAME}$"})]

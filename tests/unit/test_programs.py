@@ -16,7 +16,7 @@ from typing import NamedTuple
 import pytest
 
 from fgpu_ebpf.driver import image, programs
-from fgpu_ebpf.driver.programs import Loading, ProgramError
+from fgpu_ebpf.driver.programs import Early, Loading, ProgramError
 
 PRINTED = '{"maps": {"host": [2, 4, 8, 9, 0]}, "programs": {"admit": "9500000000000000"}}'
 
@@ -167,6 +167,46 @@ def test_the_compiler_is_killed_when_its_loading_is_ended(world: World, tmp_path
         os.kill(int((tmp_path / "pid").read_text()), 0)
     assert not list(world.pins.iterdir())
     assert world.loading(shell("true")).begun
+
+
+def test_an_early_compiler_is_used_once_and_not_started_with_a_cached_image(
+    world: World, compiler: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(programs.os, "geteuid", lambda: 0)
+    for _ in range(2):
+        with Early(world.sources, compiler, world.cache) as early:
+            Loading(world.sources, world.pins, compiler, world.cache, early).wait()
+        assert runs(tmp_path) == 1
+        assert world.loaded == [image.parsed(PRINTED)]
+    world.boot()
+    with Early(world.sources, compiler, world.cache) as early:
+        assert early.take([*compiler, str(programs.COMPILER_FILE), str(world.sources)]) is None
+
+
+def test_an_early_compiler_of_another_loader_is_killed(
+    world: World, compiler: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The loader in agent.yaml is known only after the compiler has been started."""
+    monkeypatch.setattr(programs.os, "geteuid", lambda: 0)
+    with Early(world.sources, shell(f"echo $$ >{tmp_path}/pid; exec sleep 60"), world.cache) as early:
+        while not (tmp_path / "pid").exists() or not (tmp_path / "pid").read_text():
+            time.sleep(0.01)
+        Loading(world.sources, world.pins, compiler, world.cache, early).wait()
+    assert runs(tmp_path) == 1
+    with pytest.raises(ProcessLookupError):
+        os.kill(int((tmp_path / "pid").read_text()), 0)
+
+
+def test_no_early_compiler_is_started_without_root_or_with_a_loader_that_is_missing(
+    world: World, compiler: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(programs.os, "geteuid", lambda: 65534)
+    with Early(world.sources, compiler, world.cache):
+        time.sleep(0.1)
+    assert not (tmp_path / "runs").exists()
+    monkeypatch.setattr(programs.os, "geteuid", lambda: 0)
+    with Early(world.sources, ("/no/such",), world.cache) as early, pytest.raises(ProgramError, match="cannot run"):
+        Loading(world.sources, world.pins, ("/no/such",), world.cache, early)
 
 
 @pytest.mark.parametrize(("seconds", "watched"), [(0.6, True), (0.6, False), (0, True)])

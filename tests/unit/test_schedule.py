@@ -1,4 +1,4 @@
-"""Tests of tests/schedule.py: each test runs once, and no two files that measure time run at the same time."""
+"""Tests of tests/schedule.py: each test runs once, and a test that measures time runs alone and first."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from tests.schedule import TIMED, Schedule, suite_of
+from tests.schedule import QUIET, Schedule, suite_of
 
 
 class Worker:
@@ -29,8 +29,8 @@ class Worker:
         return len(self.queue) > 1 or (self.shutting_down and bool(self.queue))
 
 
-def run(tests: list[str], workers: int) -> list[list[tuple[str, str]]]:
-    """Run tests by turns. Return rounds of (test, worker): those that ran at the same time."""
+def run(tests: list[str], workers: int) -> list[tuple[str, str, int]]:
+    """Run tests by turns. Return a list of (test, worker, number of workers with a test to run)."""
     config = SimpleNamespace(
         option=SimpleNamespace(loadscopereorder=False, tx=[f"{workers}*popen"]),
         getvalue=lambda name: [f"{workers}*popen"],
@@ -43,26 +43,27 @@ def run(tests: list[str], workers: int) -> list[list[tuple[str, str]]]:
     for worker in pool:
         schedule.add_node_collection(worker, tests)
     schedule.schedule()
-    rounds = []
+    done = []
     while any(worker.can_run() for worker in pool):
-        running = [(worker, worker.queue.pop(0)) for worker in pool if worker.can_run()]
-        rounds.append([(tests[index], worker.gateway.id) for worker, index in running])
-        for worker, index in running:
-            schedule.mark_test_complete(worker, index)
+        for worker in pool:
+            if worker.can_run():
+                busy = sum(other.can_run() for other in pool)
+                index = worker.queue.pop(0)
+                done.append((tests[index], worker.gateway.id, busy))
+                schedule.mark_test_complete(worker, index)
     assert not any(worker.queue for worker in pool), "a test is never run"
-    return rounds
+    return done
 
 
 @pytest.mark.parametrize("workers", [1, 2, 4])
-def test_each_test_runs_once_and_no_two_measuring_files_at_the_same_time(workers: int) -> None:
-    timed = [f"{file}::test_{number}" for file in sorted(TIMED) for number in range(3)]
-    ordinary = [f"tests/e2e/test_{file}.py::test_{number}" for file in range(40) for number in range(file == 0 or 7)]
+def test_each_test_runs_once_and_each_measuring_test_alone(workers: int) -> None:
+    quiet = [f"{file}::test_{number}" for file in sorted(QUIET) for number in range(3)]
+    ordinary = [f"tests/e2e/test_{file}.py::test_{number}" for file in "abcdef" for number in range(file == "a" or 7)]
     ordinary += [f"tests/page/test_{file}.py::test_it" for file in "ab"]
-    rounds = run([*timed, *ordinary], workers)
-    done = [found for each in rounds for found in each]
-    assert sorted(test for test, _ in done) == sorted([*timed, *ordinary])
-    assert all(len([test for test, _ in each if test in timed]) <= 1 for each in rounds)
-    last = max(number for number, each in enumerate(rounds) if any(test in timed for test, _ in each))
-    assert last < 2 * len(timed), "they begin early"
-    assert len({worker for _, worker in done}) == workers
-    assert len({worker for test, worker in done if suite_of(test) == "page"}) == 1
+    done = run([*quiet, *ordinary], workers)
+    assert sorted(test for test, _, _ in done) == sorted([*quiet, *ordinary])
+    assert {test for test, _, _ in done[: len(quiet)]} == set(quiet)
+    assert len({worker for _, worker, _ in done[: len(quiet)]}) == 1
+    assert all(busy == 1 for test, _, busy in done if test in quiet)
+    assert len({worker for _, worker, _ in done}) == workers
+    assert len({worker for test, worker, _ in done if suite_of(test) == "page"}) == 1
