@@ -48,10 +48,11 @@ def agent(log_format: str | None, **options: Any) -> None:
 
     from fgpu_ebpf.driver import programs
     from fgpu_ebpf.driver.start_checks import AgentError, package_file
+    from fgpu_ebpf.ledger.ledger import PINS
 
     loader = tuple(shlex.split(options["loader"] or "")) or programs.LOADER
     try:
-        with programs.Early(package_file("bpf"), loader) as early:
+        with programs.Early(package_file("bpf"), options["pins"] or PINS, loader) as early:
             from fgpu_ebpf import daemon
             from fgpu_ebpf.agent.settings import Options
             from fgpu_ebpf.linux import logs

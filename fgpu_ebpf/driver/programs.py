@@ -41,14 +41,15 @@ def sources_digest(sources: Path) -> str:
 class Early:
     """A compiler that starts while the rest of the agent is imported: it takes the longest part of a first start.
 
-    Within its `with`, a Loading takes it over. At the end a compiler that was not taken over is killed.
+    Within its `with`, a Loading takes it over or kills it. If there was no Loading, it is killed at the end.
     """
 
-    def __init__(self, sources: Path, loader: Sequence[str], cache: Path = CACHE) -> None:
-        """Start the compiler, if there is no cached image. Errors are left to Loading."""
-        self._command = _compiler(sources, loader)
+    def __init__(self, sources: Path, pins: Path, loader: Sequence[str], cache: Path = CACHE) -> None:
+        """Start the compiler, if the programs are neither pinned nor cached. Errors are left to Loading."""
+        self._command, digest = _compiler(sources, loader), sources_digest(sources)
         self._child: subprocess.Popen[str] | None = None
-        if os.geteuid() == 0 and not _cached(sources_digest(sources), loader, cache).exists():
+        is_there = _stamp(pins, digest).is_dir() or _cached(digest, loader, cache).exists()
+        if os.geteuid() == 0 and not is_there:
             with contextlib.suppress(ProgramError):
                 self._child = _start_compiler(self._command)
 
@@ -59,11 +60,12 @@ class Early:
         _kill(self._child)
 
     def take(self, command: Sequence[str]) -> subprocess.Popen[str] | None:
-        """Return the compiler, which the caller ends; None: there is none with this command line."""
-        if command != self._command:
-            return None
+        """Return the compiler, which the caller ends; None: there is none. One with another command line is killed."""
         child, self._child = self._child, None
-        return child
+        if command == self._command:
+            return child
+        _kill(child)
+        return None
 
 
 class Loading:
@@ -78,7 +80,7 @@ class Loading:
     ) -> None:  # fmt: skip
         """Start the compiler, or take over `early`, if the programs are neither pinned nor cached."""
         self._digest, self._pins = sources_digest(sources), pins
-        self._stamp = pins / f"loaded-{self._digest}"
+        self._stamp = _stamp(pins, self._digest)
         self._child: subprocess.Popen[str] | None = None
         self._image: image.Image | None = None
         self.begun = not self._stamp.is_dir()
@@ -87,9 +89,12 @@ class Loading:
             mount_bpffs(pins)
             self._file = _cached(self._digest, loader, cache)
             self._image = _read(self._file)
-            if not self._image:
-                command = _compiler(sources, loader)
-                self._child = (early and early.take(command)) or _start_compiler(command)
+        command = _compiler(sources, loader)
+        child = early.take(command) if early else None
+        if self.begun and not self._image:
+            self._child = child or _start_compiler(command)
+        else:
+            _kill(child)
 
     def wait(self) -> str:
         """Wait until the programs are pinned, and return their digest. A ProgramError has the compiler's error line."""
@@ -142,6 +147,11 @@ def _kill(child: subprocess.Popen[str] | None) -> None:
     if child and child.poll() is None:
         child.kill()
         child.communicate()
+
+
+def _stamp(pins: Path, digest: str) -> Path:
+    """Return the folder that shows that programs with this digest are pinned."""
+    return pins / f"loaded-{digest}"
 
 
 def _cached(digest: str, loader: Sequence[str], cache: Path) -> Path:

@@ -169,18 +169,41 @@ def test_the_compiler_is_killed_when_its_loading_is_ended(world: World, tmp_path
     assert world.loading(shell("true")).begun
 
 
-def test_an_early_compiler_is_used_once_and_not_started_with_a_cached_image(
+def test_an_early_compiler_is_used_and_not_started_if_the_programs_are_pinned_or_cached(
     world: World, compiler: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(programs.os, "geteuid", lambda: 0)
-    for _ in range(2):
-        with Early(world.sources, compiler, world.cache) as early:
+
+    def start() -> None:
+        with Early(world.sources, world.pins, compiler, world.cache) as early:
             Loading(world.sources, world.pins, compiler, world.cache, early).wait()
-        assert runs(tmp_path) == 1
-        assert world.loaded == [image.parsed(PRINTED)]
+
+    start()
+    shutil.rmtree(world.cache)
+    start()
+    assert world.loaded == [image.parsed(PRINTED)], "pinned without a cache"
     world.boot()
-    with Early(world.sources, compiler, world.cache) as early:
-        assert early.take([*compiler, str(programs.COMPILER_FILE), str(world.sources)]) is None
+    start()
+    assert runs(tmp_path) == 2
+    world.boot()
+    start()
+    assert runs(tmp_path) == 2, "cached"
+    assert len(world.loaded) == 3
+
+
+def test_an_early_compiler_is_killed_if_another_process_has_pinned_the_programs(
+    world: World, compiler: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Otherwise it would wait for a reader of its output, with all its memory, for as long as the agent runs."""
+    monkeypatch.setattr(programs.os, "geteuid", lambda: 0)
+    loader = shell(f"echo $$ >{tmp_path}/pid; exec sleep 60")
+    with Early(world.sources, world.pins, loader, world.cache) as early:
+        while not (tmp_path / "pid").exists() or not (tmp_path / "pid").read_text():
+            time.sleep(0.01)
+        world.load(compiler)
+        assert not Loading(world.sources, world.pins, loader, world.cache, early).begun
+        with pytest.raises(ProcessLookupError):
+            os.kill(int((tmp_path / "pid").read_text()), 0)
 
 
 def test_an_early_compiler_of_another_loader_is_killed(
@@ -188,24 +211,27 @@ def test_an_early_compiler_of_another_loader_is_killed(
 ) -> None:
     """The loader in agent.yaml is known only after the compiler has been started."""
     monkeypatch.setattr(programs.os, "geteuid", lambda: 0)
-    with Early(world.sources, shell(f"echo $$ >{tmp_path}/pid; exec sleep 60"), world.cache) as early:
+    with Early(world.sources, world.pins, shell(f"echo $$ >{tmp_path}/pid; exec sleep 60"), world.cache) as early:
         while not (tmp_path / "pid").exists() or not (tmp_path / "pid").read_text():
             time.sleep(0.01)
         Loading(world.sources, world.pins, compiler, world.cache, early).wait()
+        with pytest.raises(ProcessLookupError):
+            os.kill(int((tmp_path / "pid").read_text()), 0)
     assert runs(tmp_path) == 1
-    with pytest.raises(ProcessLookupError):
-        os.kill(int((tmp_path / "pid").read_text()), 0)
 
 
 def test_no_early_compiler_is_started_without_root_or_with_a_loader_that_is_missing(
     world: World, compiler: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(programs.os, "geteuid", lambda: 65534)
-    with Early(world.sources, compiler, world.cache):
+    with Early(world.sources, world.pins, compiler, world.cache):
         time.sleep(0.1)
     assert not (tmp_path / "runs").exists()
     monkeypatch.setattr(programs.os, "geteuid", lambda: 0)
-    with Early(world.sources, ("/no/such",), world.cache) as early, pytest.raises(ProgramError, match="cannot run"):
+    with (
+        Early(world.sources, world.pins, ("/no/such",), world.cache) as early,
+        pytest.raises(ProgramError, match="cannot run"),
+    ):
         Loading(world.sources, world.pins, ("/no/such",), world.cache, early)
 
 
