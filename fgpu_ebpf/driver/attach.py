@@ -8,6 +8,7 @@ processes get no answer to their hello and no memory. The text of a ProbeError n
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import re
 import time
@@ -35,6 +36,10 @@ OPTIONAL_TRACEPOINTS = {
     "cgroup_removed": "cgroup_rmdir",
 }
 MOST_BESIDE = 8  # sets of probes for one (dev, ino), one for each inode that has had this name
+OTHER_COUNTER = (
+    "if the kernel's log has `ref_ctr_offset mismatch`, another program has a uprobe at this instruction with another "
+    "reference counter: end that program"
+)
 _NAME = re.compile("([0-9a-f]+)-([0-9a-f]+)-([a-z])([0-9a-f]+)-(.+)")  # dev, ino, role, number, program or mark
 _MARK = re.compile("all([0-9]+)at([0-9a-f]+)")  # number of links, offset of the checked breakpoint
 
@@ -169,8 +174,10 @@ class Probes:
         try:
             for program, places, at_return in made.programs:
                 found.append((program, self._link(program, f"/proc/self/fd/{fd}", places, at_return)))
-        except OSError:
+        except OSError as error:
             drop(found)
+            if error.errno == errno.EINVAL:
+                raise OSError(error.errno, f"{error.strerror}; {OTHER_COUNTER}") from error
             raise
         return found
 

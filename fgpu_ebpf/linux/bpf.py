@@ -34,10 +34,6 @@ _PERF_FLAG_FD_CLOEXEC = 8
 ARRAY, ARRAY_OF_MAPS, HASH_OF_MAPS = 2, 12, 13
 MMAPABLE = 1 << 10
 MOST_INNER = 4096  # maximum of inner maps in a map of maps
-OTHER_COUNTER = (
-    "if the kernel's log has `ref_ctr_offset mismatch`, another program has a uprobe at this instruction with another "
-    "reference counter: end that program"
-)
 UPROBE_TYPE = Path("/sys/bus/event_source/devices/uprobe/type")
 UPROBE_RETURN_BIT = Path("/sys/bus/event_source/devices/uprobe/format/retprobe")
 
@@ -367,8 +363,7 @@ def attach_uprobes(program: int, path: str, places: Sequence[tuple[int, int]], a
         The descriptors of the links, which the caller closes.
 
     Raises:
-        OSError: nothing is attached. EINVAL: perhaps the kernel has a uprobe of another program at an offset, with
-            another reference counter.
+        OSError: nothing is attached.
     """
     try:
         return [_attach_multi(program, path, places, at_return)]
@@ -379,11 +374,9 @@ def attach_uprobes(program: int, path: str, places: Sequence[tuple[int, int]], a
     try:
         for offset, cookie in places:
             links.append(_attach_one(program, path, offset, cookie, at_return))
-    except OSError as error:
+    except OSError:
         for link in links:
             os.close(link)
-        if error.errno == errno.EINVAL:
-            raise OSError(error.errno, f"{error.strerror}; {OTHER_COUNTER}") from error
         raise
     return links
 
