@@ -11,7 +11,7 @@ from tests.e2e.spin_kit import Spin
 
 pytestmark = [pytest.mark.timed, pytest.mark.slow]
 
-TENANTS, SECONDS = 20, 6
+TENANTS, SECONDS = 20, 12
 
 
 @pytest.fixture
