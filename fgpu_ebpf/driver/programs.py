@@ -46,11 +46,12 @@ class Early:
 
     def __init__(self, sources: Path, pins: Path, loader: Sequence[str], cache: Path = CACHE) -> None:
         """Start the compiler, if the programs are neither pinned nor cached. Errors are left to Loading."""
-        self._command, digest = _compiler(sources, loader), sources_digest(sources)
+        self._command = _compiler(sources, loader)
         self._child: subprocess.Popen[str] | None = None
-        is_there = _stamp(pins, digest).is_dir() or _cached(digest, loader, cache).exists()
-        if os.geteuid() == 0 and not is_there:
-            with contextlib.suppress(ProgramError):
+        with contextlib.suppress(OSError, ProgramError):
+            digest = sources_digest(sources)
+            is_there = _stamp(pins, digest).is_dir() or _cached(digest, loader, cache).exists()
+            if os.geteuid() == 0 and not is_there:
                 self._child = _start_compiler(self._command)
 
     def __enter__(self) -> Early:

@@ -223,6 +223,13 @@ def test_an_early_compiler_of_another_loader_is_killed(
 def test_no_early_compiler_is_started_without_root_or_with_a_loader_that_is_missing(
     world: World, compiler: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    def deny(_: Path) -> bool:
+        raise PermissionError
+
+    with monkeypatch.context() as denied:  # a plain user may not search the folders
+        denied.setattr(Path, "is_dir", deny)
+        with Early(world.sources, world.pins, compiler, world.cache):
+            time.sleep(0.1)
     monkeypatch.setattr(programs.os, "geteuid", lambda: 65534)
     with Early(world.sources, world.pins, compiler, world.cache):
         time.sleep(0.1)
