@@ -84,11 +84,15 @@ class GatekeeperProcess:
         self.start()
 
     def wait(self) -> bool:
-        """Wait until a gatekeeper accepts connections. Returns False if none does within UP_SECONDS."""
+        """Wait until a gatekeeper accepts connections. Returns False if none does within UP_SECONDS.
+
+        A gatekeeper that exits in this time is replaced.
+        """
         deadline = time.monotonic() + UP_SECONDS
         while not self.answers():
             if time.monotonic() > deadline:
                 return False
+            self.keep()
             time.sleep(0.005)
         return True
 

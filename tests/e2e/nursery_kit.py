@@ -107,7 +107,8 @@ class Children:
         is_up = answers if program == "agent" else listens
         eventually(lambda: child.poll() is not None or is_up(), 30, f"the {program}")
         last = self._service.log.read_text()[-500:]
-        assert child.poll() is None, f"the {program} ended before it was asked anything: {last}"
+        ended = child.poll()
+        assert ended is None, f"the {program} ({point}) ended with {ended} before it was asked anything: {last}"
         self._seconds[program] = time.monotonic() - begun
         if program == "agent":
             self._agent = child

@@ -2,7 +2,7 @@
 
 import fcntl
 import socket
-import subprocess
+from types import SimpleNamespace
 
 import pytest
 
@@ -24,7 +24,7 @@ def world(monkeypatch, tmp_path):
 
     def start(*_, **__):
         it.started += 1
-        return subprocess.CompletedProcess([], 0)
+        return SimpleNamespace(poll=lambda: 0)  # it exits at once
 
     monkeypatch.setattr(gatekeeper_process.file_locks, "is_locked", lambda _: it.is_locked)
     monkeypatch.setattr(gatekeeper_process.time, "monotonic", lambda: it.now)
@@ -42,6 +42,17 @@ def test_a_service_s_time_limit_begins_when_its_gatekeeper_is_first_missed(world
     assert world.after(0.1) == 0
     world.is_locked = False
     assert [world.after(1.0), world.after(0.9), world.after(0.2)] == [0, 0, 1]
+
+
+def test_a_gatekeeper_that_exits_during_the_agent_s_start_is_replaced(world, monkeypatch):
+    monkeypatch.setattr(gatekeeper_process.time, "sleep", lambda seconds: setattr(world, "now", world.now + seconds))
+    monkeypatch.setattr(world.keeper, "answers", lambda: world.started > 0)
+    world.is_locked = False
+    assert world.keeper.wait()
+    assert world.started == 1
+    assert world.now == pytest.approx(100.0 + gatekeeper_process.OTHERS_SECONDS, abs=0.02)
+    monkeypatch.setattr(world.keeper, "answers", lambda: False)
+    assert not world.keeper.wait(), "it does not wait for ever"
 
 
 def test_a_gatekeeper_is_up_if_its_lock_is_held_and_its_socket_exists(tmp_path):
