@@ -74,11 +74,8 @@ def _built_file(folder: str, name: str) -> Path:
         return start_checks.package_file(name)
 
 
-def serve(options: Options, early: programs.Early | None = None) -> None:
-    """Run the agent until SIGTERM. Raises AgentError: why it cannot run, and how to fix it.
-
-    `early`: the compiler of the BPF programs, if it runs already.
-    """
+def serve(options: Options) -> None:
+    """Run the agent until SIGTERM. Raises AgentError: why it cannot run, and how to fix it."""
     begun = _process_start()
     os.umask(0o022)  # permissions of files for other users must not depend on how the agent was started
     _clean_environment()
@@ -91,7 +88,7 @@ def serve(options: Options, early: programs.Early | None = None) -> None:
     service.mark("imported")
     _handle_signals(service)
     try:
-        service.start(early)
+        service.start()
         with _reachable(service):
             devices = len(service.parts.driver.nvml.devices)
             found = (devices, len(service.parts.enforcer), service.settings.listen)

@@ -62,7 +62,7 @@ def pytest_configure(config: pytest.Config) -> None:
         if config.getoption("renew_durations"):
             config.pluginmanager.register(Durations())
     if is_worker:
-        os.setsid()
+        os.setsid()  # the kernel divides the processors between sessions
     if os.environ.get(WORLDS) and (is_worker or not config.getoption("numprocesses", None)):
         world.enter(config.workerinput["workerid"] if is_worker else "alone")
 
@@ -118,7 +118,7 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
-    """Give a worker whose test measures time the processors before the other workers, as if it ran alone."""
+    """Give a worker the processors before the other workers while its test measures time, as if it ran alone."""
     is_before = hasattr(item.config, "workerinput") and item.get_closest_marker("timed") is not None
     if is_before:
         _set_nice(TIMED_NICE)

@@ -22,7 +22,7 @@ DURATIONS = TESTS / "durations.json"  # seconds of each file that takes a second
 SHORT_SECONDS = 0.5
 # Suites whose files share a slow start: engines, packages, a browser.
 WHOLE = ("dashboards", "docs", "engines", "kubelet", "kubernetes", "packages", "page", "soak")
-# Files whose programs share a device's time: a program that gets no processor cannot use its turns.
+# In these files programs share a device's time: a program that gets no processor cannot use its turns.
 QUIET = frozenset(
     f"tests/e2e/{name}.py" for name in ("test_compute", "test_gangs", "test_many_tenants", "test_nested_shares")
 )

@@ -24,7 +24,6 @@ from fgpu_ebpf.agent.snapshot_builder import take_snapshot
 from fgpu_ebpf.check import Check
 from fgpu_ebpf.containers import run
 from fgpu_ebpf.driver.library_files import driver_files
-from fgpu_ebpf.driver.programs import Early
 from fgpu_ebpf.driver.start_checks import AgentError
 from fgpu_ebpf.linux import malloc, procfs, sd_notify
 from fgpu_ebpf.linux.process_setup import raise_descriptor_limit, raise_priority
@@ -67,11 +66,8 @@ class Agent:
 
     # -- start
 
-    def start(self, early: Early | None = None) -> None:
+    def start(self) -> None:
         """Take the lock, load the programs, attach the probes, and put known limits in force.
-
-        Args:
-            early: the compiler of the programs, if it runs already.
 
         Raises:
             AgentError: the text names the missing requirement, and its fix.
@@ -81,7 +77,7 @@ class Agent:
         self._lock_file = startup.take_lock(settings.run_dir)
         raise_descriptor_limit()
         files = driver_files(settings.driver_root)
-        attached = startup.attach(settings, self.mark, early)
+        attached = startup.attach(settings, self.mark)
         driver = attached.driver
         self.failed_checks |= driver.failed_checks
         self.gatekeeper.start(driver.layout_changed)

@@ -47,19 +47,18 @@ def take_lock(run_dir: Path) -> file_locks.FileLock:
     return lock
 
 
-def attach(settings: Settings, mark: Callable[[str], None], early: programs.Early | None) -> Attached:
+def attach(settings: Settings, mark: Callable[[str], None]) -> Attached:
     """Load the BPF programs and attach all probes. The steps that need no program run while programs are compiled.
 
     Args:
         mark: called with the name of each part of the start that is done.
-        early: the compiler, if it runs already.
 
     Raises:
         AgentError: the text names the missing requirement, and its fix.
     """
     try:
         libraries = host_driver.libcuda(settings.driver_root)
-        loading = programs.Loading(settings.sources, settings.pins, settings.loader, early=early)
+        loading = programs.Loading(settings.sources, settings.pins, settings.loader)
         try:
             prepared = host_driver.prepare(
                 settings.driver_root, libraries, settings.shim, settings.store, settings.pins, loading, mark

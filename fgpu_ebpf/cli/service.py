@@ -6,7 +6,6 @@ This module runs in the process of the command. Exit codes: 0 done, 1 a finding 
 from __future__ import annotations
 
 import json
-import shlex
 import sys
 import time
 from pathlib import Path
@@ -46,19 +45,14 @@ def agent(log_format: str | None, **options: Any) -> None:
     The agent starts the gatekeeper and, if the BPF programs are not pinned, the loader, which compiles them.
     """
 
-    from fgpu_ebpf.driver import programs
-    from fgpu_ebpf.driver.start_checks import AgentError, package_file
-    from fgpu_ebpf.ledger.ledger import PINS
+    from fgpu_ebpf import daemon
+    from fgpu_ebpf.agent.settings import Options
+    from fgpu_ebpf.driver.start_checks import AgentError
+    from fgpu_ebpf.linux import logs
 
-    loader = tuple(shlex.split(options["loader"] or "")) or programs.LOADER
+    logs.configure(logs.Format(log_format) if log_format else None)
     try:
-        with programs.Early(package_file("bpf"), options["pins"] or PINS, loader) as early:
-            from fgpu_ebpf import daemon
-            from fgpu_ebpf.agent.settings import Options
-            from fgpu_ebpf.linux import logs
-
-            logs.configure(logs.Format(log_format) if log_format else None)
-            daemon.serve(Options(run_dir(), **{name: value for name, value in options.items() if value}), early)
+        daemon.serve(Options(run_dir(), **{name: value for name, value in options.items() if value}))
     except AgentError as error:
         fail(str(error), 1)
 

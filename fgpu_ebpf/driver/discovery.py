@@ -115,6 +115,7 @@ class Discovery:
         """Attach lost probes again. The next reconciliation charges the memory that was allocated without probes."""
         lost = self._probes.lost()
         if not lost and self._libraries.own_files <= self._probes.known:
+            self._attach_error = ""
             return
         before = self._attach_error
         if not before:

@@ -38,64 +38,27 @@ def sources_digest(sources: Path) -> str:
     return digest.hexdigest()[:8]
 
 
-class Early:
-    """A compiler that starts while the rest of the agent is imported: it takes the longest part of a first start.
-
-    Within its `with`, a Loading takes it over or kills it. If there was no Loading, it is killed at the end.
-    """
-
-    def __init__(self, sources: Path, pins: Path, loader: Sequence[str], cache: Path = CACHE) -> None:
-        """Start the compiler, if the programs are neither pinned nor cached. Errors are left to Loading."""
-        self._command = _compiler(sources, loader)
-        self._child: subprocess.Popen[str] | None = None
-        with contextlib.suppress(OSError, ProgramError):
-            digest = sources_digest(sources)
-            is_there = _stamp(pins, digest).is_dir() or _cached(digest, loader, cache).exists()
-            if os.geteuid() == 0 and not is_there:
-                self._child = _start_compiler(self._command)
-
-    def __enter__(self) -> Early:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        _kill(self._child)
-
-    def take(self, command: Sequence[str]) -> subprocess.Popen[str] | None:
-        """Return the compiler, which the caller ends; None: there is none. One with another command line is killed."""
-        child, self._child = self._child, None
-        if command == self._command:
-            return child
-        _kill(child)
-        return None
-
-
 class Loading:
     """The compiler in a process of its own, unless exactly these programs are pinned or cached.
 
     The constructor and wait() raise ProgramError.
     """
 
-    def __init__(
-        self, sources: Path, pins: Path, loader: Sequence[str] = LOADER, cache: Path = CACHE,
-        early: Early | None = None,
-    ) -> None:  # fmt: skip
-        """Start the compiler, or take over `early`, if the programs are neither pinned nor cached."""
+    def __init__(self, sources: Path, pins: Path, loader: Sequence[str] = LOADER, cache: Path = CACHE) -> None:
         self._digest, self._pins = sources_digest(sources), pins
-        self._stamp = _stamp(pins, self._digest)
+        self._stamp = pins / f"loaded-{self._digest}"
         self._child: subprocess.Popen[str] | None = None
         self._image: image.Image | None = None
         self.begun = not self._stamp.is_dir()
         """True if the programs were not pinned, so that they are loaded for the first time since the host's boot."""
         if self.begun:
             mount_bpffs(pins)
-            self._file = _cached(self._digest, loader, cache)
+            kernel = os.uname()
+            parts = [self._digest, *loader, kernel.release, kernel.version, kernel.machine]
+            self._file = cache / f"programs-{_sha256(repr(parts))[:16]}"
             self._image = _read(self._file)
-        command = _compiler(sources, loader)
-        child = early.take(command) if early else None
-        if self.begun and not self._image:
-            self._child = child or _start_compiler(command)
-        else:
-            _kill(child)
+            if not self._image:
+                self._child = _start_compiler([*loader, str(COMPILER_FILE), str(sources)])
 
     def wait(self) -> str:
         """Wait until the programs are pinned, and return their digest. A ProgramError has the compiler's error line."""
@@ -136,30 +99,9 @@ class Loading:
 
     def end(self) -> None:
         """Kill the compiler if it is still running."""
-        _kill(self._child)
-
-
-def _compiler(sources: Path, loader: Sequence[str]) -> list[str]:
-    return [*loader, str(COMPILER_FILE), str(sources)]
-
-
-def _kill(child: subprocess.Popen[str] | None) -> None:
-    """Kill a compiler that is still running."""
-    if child and child.poll() is None:
-        child.kill()
-        child.communicate()
-
-
-def _stamp(pins: Path, digest: str) -> Path:
-    """Return the folder that shows that programs with this digest are pinned."""
-    return pins / f"loaded-{digest}"
-
-
-def _cached(digest: str, loader: Sequence[str], cache: Path) -> Path:
-    """Return the file of the cache for sources with this digest, on this kernel."""
-    kernel = os.uname()
-    parts = [digest, *loader, kernel.release, kernel.version, kernel.machine]
-    return cache / f"programs-{_sha256(repr(parts))[:16]}"
+        if self._child and self._child.poll() is None:
+            self._child.kill()
+            self._child.communicate()
 
 
 def _sha256(text: str) -> str:

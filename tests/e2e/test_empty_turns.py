@@ -27,8 +27,8 @@ def program(tenant: Tenant, command: str) -> Program:
     return one
 
 
-@pytest.mark.places("cgroups")
 @pytest.mark.timed
+@pytest.mark.places("cgroups")
 @pytest.mark.timeout(120)
 def test_a_tenant_with_false_reports_delays_its_neighbour_little_and_is_named(tenant: Callable[[int], Tenant]) -> None:
     """The mean is compared, since the host's processors delay single turns."""

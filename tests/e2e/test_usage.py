@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from tests.e2e.spin_kit import SECONDS, Spin
+from tests.e2e.spin_kit import Spin
 from tests.support.commands import fgpu, metrics
 from tests.support.host import CONTEXT, GIB
 from tests.support.service import Service
@@ -16,6 +16,7 @@ from tests.support.wait import eventually
 
 pytestmark = pytest.mark.timed
 KERNEL_SECONDS = 200e-6
+SECONDS = 8  # NVML's figures are samples of about a second
 
 
 @pytest.fixture
@@ -37,8 +38,7 @@ def test_the_agent_stores_a_tenant_s_device_time_and_memory_on_disk(
 ) -> None:
     busy = start(f"busy-{source}", *limits)
     busy.compute()  # now limits are enforced
-    seconds = 8 if source == "nvml" else SECONDS  # NVML's figures are samples of about a second
-    busy.begin(seconds)
+    busy.begin(SECONDS)
     ran, part = busy.kernels() * KERNEL_SECONDS, 0.5 if limits else 1.0
 
     def counted(name: str) -> float:
@@ -51,7 +51,7 @@ def test_the_agent_stores_a_tenant_s_device_time_and_memory_on_disk(
     found = stored()[busy.name, source]
     sample_seconds = 1.0 if source == "nvml" else 0.0
     # A turn also includes the time in which the program waits for a processor.
-    assert 0.9 * ran - sample_seconds < found["run_seconds"] < 1.1 * part * seconds + sample_seconds
+    assert 0.9 * ran - sample_seconds < found["run_seconds"] < 1.1 * part * SECONDS + sample_seconds
     assert 1 <= found["idle_seconds"] < found["held_seconds"]
     assert CONTEXT <= found["memory_byte_seconds"] / found["held_seconds"] < GIB
     assert busy.name in fgpu("usage").stdout

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import pytest
 
 from fgpu_ebpf.driver import image, programs
-from fgpu_ebpf.driver.programs import Early, Loading, ProgramError
+from fgpu_ebpf.driver.programs import Loading, ProgramError
 
 PRINTED = '{"maps": {"host": [2, 4, 8, 9, 0]}, "programs": {"admit": "9500000000000000"}}'
 
@@ -167,79 +167,6 @@ def test_the_compiler_is_killed_when_its_loading_is_ended(world: World, tmp_path
         os.kill(int((tmp_path / "pid").read_text()), 0)
     assert not list(world.pins.iterdir())
     assert world.loading(shell("true")).begun
-
-
-def test_an_early_compiler_is_used_and_not_started_if_the_programs_are_pinned_or_cached(
-    world: World, compiler: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(programs.os, "geteuid", lambda: 0)
-
-    def start() -> None:
-        with Early(world.sources, world.pins, compiler, world.cache) as early:
-            Loading(world.sources, world.pins, compiler, world.cache, early).wait()
-
-    start()
-    shutil.rmtree(world.cache)
-    start()
-    assert world.loaded == [image.parsed(PRINTED)], "pinned without a cache"
-    world.boot()
-    start()
-    assert runs(tmp_path) == 2
-    world.boot()
-    start()
-    assert runs(tmp_path) == 2, "cached"
-    assert len(world.loaded) == 3
-
-
-def test_an_early_compiler_is_killed_if_another_process_has_pinned_the_programs(
-    world: World, compiler: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Otherwise it would wait for a reader of its output, with all its memory, for as long as the agent runs."""
-    monkeypatch.setattr(programs.os, "geteuid", lambda: 0)
-    loader = shell(f"echo $$ >{tmp_path}/pid; exec sleep 60")
-    with Early(world.sources, world.pins, loader, world.cache) as early:
-        while not (tmp_path / "pid").exists() or not (tmp_path / "pid").read_text():
-            time.sleep(0.01)
-        world.load(compiler)
-        assert not Loading(world.sources, world.pins, loader, world.cache, early).begun
-        with pytest.raises(ProcessLookupError):
-            os.kill(int((tmp_path / "pid").read_text()), 0)
-
-
-def test_an_early_compiler_of_another_loader_is_killed(
-    world: World, compiler: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The loader in agent.yaml is known only after the compiler has been started."""
-    monkeypatch.setattr(programs.os, "geteuid", lambda: 0)
-    with Early(world.sources, world.pins, shell(f"echo $$ >{tmp_path}/pid; exec sleep 60"), world.cache) as early:
-        while not (tmp_path / "pid").exists() or not (tmp_path / "pid").read_text():
-            time.sleep(0.01)
-        Loading(world.sources, world.pins, compiler, world.cache, early).wait()
-        with pytest.raises(ProcessLookupError):
-            os.kill(int((tmp_path / "pid").read_text()), 0)
-    assert runs(tmp_path) == 1
-
-
-def test_no_early_compiler_is_started_without_root_or_with_a_loader_that_is_missing(
-    world: World, compiler: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def deny(_: Path) -> bool:
-        raise PermissionError
-
-    with monkeypatch.context() as denied:  # a plain user may not search the folders
-        denied.setattr(Path, "is_dir", deny)
-        with Early(world.sources, world.pins, compiler, world.cache):
-            time.sleep(0.1)
-    monkeypatch.setattr(programs.os, "geteuid", lambda: 65534)
-    with Early(world.sources, world.pins, compiler, world.cache):
-        time.sleep(0.1)
-    assert not (tmp_path / "runs").exists()
-    monkeypatch.setattr(programs.os, "geteuid", lambda: 0)
-    with (
-        Early(world.sources, world.pins, ("/no/such",), world.cache) as early,
-        pytest.raises(ProgramError, match="cannot run"),
-    ):
-        Loading(world.sources, world.pins, ("/no/such",), world.cache, early)
 
 
 @pytest.mark.parametrize(("seconds", "watched"), [(0.6, True), (0.6, False), (0, True)])

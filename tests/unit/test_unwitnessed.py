@@ -5,16 +5,22 @@ from __future__ import annotations
 import signal
 import subprocess
 from collections.abc import Iterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 
+from fgpu_ebpf import daemon
 from fgpu_ebpf.abi import Seen
+from fgpu_ebpf.agent import chores, parts
 from fgpu_ebpf.agent.bypass_killer import BypassKiller
 from fgpu_ebpf.agent.nvml_reconcile import Truth
+from fgpu_ebpf.agent.settings import Options
 from fgpu_ebpf.ledger.process_entry import Process
 from fgpu_ebpf.ledger.unwitnessed_memory import LOOKS, Unwitnessed
+from fgpu_ebpf.policy import trusted_file
 from fgpu_ebpf.tenancy.event_log import EventLog
 from tests.unit.orphan_kit import MIB, Books, orphan, process, tenant
 
@@ -37,6 +43,20 @@ def unwitnessed() -> Unwitnessed:
 
 def found(**facts: Any) -> int:
     return unwitnessed().find({1: process(**facts)}, ()).get((1, 0), 0)
+
+
+def test_the_setting_in_agent_yaml_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(daemon, "_built_file", lambda *_: tmp_path)
+    monkeypatch.setattr(trusted_file, "load", lambda *_: (b"drivers: {modules: 7MiB}", None))
+    module_bytes = daemon.settings(Options(config=tmp_path / "agent.yaml")).module_bytes
+    monkeypatch.setattr(chores, "Writer", MagicMock())
+    driver = MagicMock(contexts={0: CONTEXT})
+    for name in ("Policies", "KernelEvents", "Reconciler", "Manager", "HostLook", "Looks", "StaleMountReports"):
+        monkeypatch.setattr(parts, name, MagicMock())
+    settings = MagicMock(module_bytes=module_bytes)
+    made = parts.wire(settings, MagicMock(driver=driver), MagicMock(), EventLog(), {}).chores
+    assert made.unwitnessed.find({1: process(overhead=7 * MIB)}, ()) == {}
+    assert made.unwitnessed.find({1: process(overhead=7 * MIB + 1)}, ()) == {(1, 0): 1}
 
 
 def test_contexts_and_modules_explain_unwitnessed_memory() -> None:
