@@ -96,9 +96,9 @@ def measured(case: str, seconds: int, options: list[str], environment: list[str]
     with tempfile.TemporaryDirectory() as out, tempfile.TemporaryDirectory() as policies:
         with agent([*options, "--policies", policies]):
             with ending() as programs:
-                for name in names:
+                for name, load in zip(names, loads, strict=True):
                     recorded = [*environment, f"KERNELS_OUT={out}/{name}"]
-                    programs.append(started(name, LIMIT, shares, recorded))
+                    programs += started([name], LIMIT, [LOADS[load]], shares, recorded)
                 run(programs, loads, seconds)
             time.sleep(LAST_SECONDS)
         for number, name in enumerate(names, 1):

@@ -14,8 +14,8 @@ comments.
 
 A step of `small` is mostly Python code, whose speed varies between processes and from second to second. Therefore the
 shares of `small` are shares of the time in which the programs' steps did not wait, and `working` is the sum of this
-time. The maximum of the sum of `small` is measured by `windows_small_paused`: twice the work of a program without a
-tenant, alone on the device, that sleeps for half of the time.
+time. Programs that take turns cannot do more than a program that sleeps while another has its turn: `paused` is twice
+the work of a program without a tenant, alone on the device, that sleeps for half of the time (`small` and `llm`).
 
 Writes build/bench/windows.json, and build/bench/windows.png with the shares over time in the first start. Needs a real
 GPU. TORCH_PYTHON is a Python interpreter with torch.
@@ -59,6 +59,7 @@ CASES = (
     "k20x4 3:1",
 )
 BY_TIME = "small"  # the kind of program with shares of time instead of steps
+PAUSED = ("small", "llm")  # the kinds whose speed with sleeps in between is measured
 Lines = dict[str, tuple[float, str]]
 
 
@@ -86,18 +87,32 @@ class Result:
     gatekeeper: float
 
 
-def started(name: str, limit: int | None, options: Sequence[str] = (), environment: Sequence[str] = ()) -> Program:
-    """Start a program, in a tenant if there is a limit. Raises BenchError if it has no torch or no device.
+def started(
+    names: Sequence[str], limit: int | None, kinds: Sequence[str], options: Sequence[str] = (),
+    environment: Sequence[str] = (),
+) -> list[Program]:  # fmt: skip
+    """Start programs, and wait until all of them are ready. Raises BenchError if there is no torch or no device.
 
-    `options`: other options of `fgpu run`. `environment`: additional variables of the program, as NAME=VALUE.
+    Args:
+        names: the name of each program, and of its tenant.
+        limit: the memory limit of each tenant in bytes. None: the programs are in no tenant.
+        kinds: the kinds of steps that the programs are to make.
+        options: other options of `fgpu run`.
+        environment: additional variables of the programs, as NAME=VALUE.
     """
     python, work = os.environ.get("TORCH_PYTHON", "python3"), ROOT / "bench/lib/windows_work.py"
     prefix = ["env", *environment] if environment else []
-    program = Program([*prefix, python, str(work)], limit, name, options)
-    answer = program.hear(SLACK_SECONDS)
-    if answer != "ready":
-        raise BenchError(answer)
-    return program
+    programs = [Program([*prefix, python, str(work), *kinds], limit, name, options) for name in names]
+    try:
+        for program in programs:
+            answer = program.hear(SLACK_SECONDS)
+            if answer != "ready":
+                raise BenchError(answer)
+    except BaseException:
+        for program in programs:
+            program.end()
+        raise
+    return programs
 
 
 def counts(programs: list[Program], what: str, seconds: int) -> list[Done]:
@@ -165,16 +180,17 @@ def figures(case: str, results: list[Result]) -> Lines:
 def without_tenants(kinds: list[str]) -> tuple[Lines, dict[str, float]]:
     """Return the figures of two programs without tenants, and the steps of the first one alone in a window, by kind."""
     found: Lines = {}
+    paused = [what for what in PAUSED if what in kinds]
     with ending() as programs:
-        programs += [started(name, None) for name in ("w-alone", "w-beside")]
+        programs += started(("w-alone", "w-beside"), None, [*kinds, *(f"{what}-paused" for what in paused)])
         rates = {what: [alone(program, what) for program in programs] for what in kinds}
         for what in kinds:
             both = counts(programs, what, 3 * WINDOW_SECONDS)
             print(f"# {what} without tenants: alone {rates[what]}, both {[one.steps for one in both]}", flush=True)
             found[f"windows_{what}_unshared_sum"] = (work_of(both, rates[what]), "of one alone")
-        if BY_TIME in kinds:
-            paused = 2 * alone(programs[0], f"{BY_TIME}-paused")
-            found[f"windows_{BY_TIME}_paused"] = (paused / rates[BY_TIME][0], "of one alone")
+        for what in paused:
+            steps = 2 * alone(programs[0], f"{what}-paused")
+            found[f"windows_{what}_paused"] = (steps / rates[what][0], "of one alone")
     return found, {what: rates[what][0] for what in kinds}
 
 
@@ -185,7 +201,8 @@ def measure(cases: list[str], seconds: int, starts: int) -> tuple[Lines, dict[st
     results: dict[str, list[Result]] = {case: [] for case in cases}
     for number in range(starts):
         with ending() as programs:
-            programs += [started(f"w-{n}", LIMIT) for n in range(max(case.count(":") for case in cases) + 1)]
+            names = [f"w-{n}" for n in range(max(case.count(":") for case in cases) + 1)]
+            programs += started(names, LIMIT, kinds)
             by_itself = {what: [alone(program, what) for program in programs] for what in kinds}
             if number == 0:
                 for what in kinds:

@@ -1,4 +1,6 @@
-"""A program with torch that counts its steps in windows of time. It prints "ready" or "- WHY", then answers stdin.
+"""A program with torch that counts its steps in windows of time: `windows_work.py KIND...`.
+
+It makes the steps of these kinds, prints "ready" or "- WHY", and then answers stdin.
 
 A line `WHAT SECONDS START_NS` starts steps of that kind at START_NS of CLOCK_MONOTONIC. The answer has two lists: the
 number of steps that ended in each window of WINDOW_SECONDS, and the milliseconds that these steps took without waiting.
@@ -8,6 +10,7 @@ A step of five medians or more has waited, and counts as one median. The program
 from __future__ import annotations
 
 import collections
+import functools
 import json
 import random
 import statistics
@@ -19,7 +22,7 @@ from typing import Any
 WINDOW_SECONDS = 2
 LONG_PAUSES = 0.1  # this part of the pauses of `think` is long
 WAITED = 5  # a step of at least this many medians has waited
-TURN_SECONDS = 0.02  # `small-paused` works and sleeps for this time, in turn
+TURN_SECONDS = 0.02  # `small-paused` and `llm-paused` work and sleep for this time, in turn
 Step = Callable[[], None]
 
 
@@ -67,8 +70,10 @@ def decoding(torch: Any) -> Step:
         with torch.cuda.graph(graph):
             output = model(inputs)
 
+    of_graph = graph, model, inputs  # the graph holds no reference to the memory that it reads
+
     def step() -> None:
-        graph.replay()
+        of_graph[0].replay()
         output[0, 0].item()
 
     return step
@@ -111,8 +116,8 @@ def notebook(work: Step) -> Step:
     return step
 
 
-def kinds(torch: Any) -> dict[str, Step]:
-    """Return all kinds of steps, by name."""
+def thinking(torch: Any) -> Step:
+    """Return a step of a training that synchronises, and then pauses: mostly for less than 0.5 ms."""
     chance = random.Random(2)
 
     def pause() -> None:
@@ -120,28 +125,41 @@ def kinds(torch: Any) -> dict[str, Step]:
         is_long = chance.random() < LONG_PAUSES
         time.sleep(chance.uniform(0.001, 0.005) if is_long else chance.uniform(0.00001, 0.0005))
 
-    small, awake_until, ms = inference(torch), 0.0, cycles_in_ms(torch)
+    return training(torch, lambda *_: pause())
 
-    def paused() -> None:
+
+def paused(work: Step) -> Step:
+    """Return a step that does its work, after a sleep if it has worked for TURN_SECONDS since the last sleep."""
+    awake_until = 0.0
+
+    def step() -> None:
         nonlocal awake_until
         if time.monotonic() > awake_until:
             time.sleep(TURN_SECONDS)
             awake_until = time.monotonic() + TURN_SECONDS
-        small()
+        work()
 
+    return step
+
+
+def kinds(torch: Any) -> dict[str, Callable[[], Step]]:
+    """Return a function for each kind of step that makes it."""
+    ms = cycles_in_ms(torch)
+    small, llm = functools.cache(lambda: inference(torch)), functools.cache(lambda: decoding(torch))
     return {
-        "each": training(torch, lambda *_: torch.cuda.synchronize()),
-        "tenth": training(torch, lambda _, number: torch.cuda.synchronize() if number % 10 == 0 else None),
-        "item": training(torch, lambda loss, _: loss.item()),
-        "think": training(torch, lambda *_: pause()),
+        "each": lambda: training(torch, lambda *_: torch.cuda.synchronize()),
+        "tenth": lambda: training(torch, lambda _, number: torch.cuda.synchronize() if number % 10 == 0 else None),
+        "item": lambda: training(torch, lambda loss, _: loss.item()),
+        "think": lambda: thinking(torch),
         "small": small,
-        "small-paused": paused,
-        "llm": decoding(torch),
-        "notebook": notebook(kernels(torch, 4 * ms, 1)),
-        "k1x1": kernels(torch, 1 * ms, 1),
-        "k1x4": kernels(torch, 1 * ms, 4),
-        "k20x1": kernels(torch, 20 * ms, 1),
-        "k20x4": kernels(torch, 20 * ms, 4),
+        "small-paused": lambda: paused(small()),
+        "llm": llm,
+        "llm-paused": lambda: paused(llm()),
+        "notebook": lambda: notebook(kernels(torch, 4 * ms, 1)),
+        "k1x1": lambda: kernels(torch, 1 * ms, 1),
+        "k1x4": lambda: kernels(torch, 1 * ms, 4),
+        "k20x1": lambda: kernels(torch, 20 * ms, 1),
+        "k20x4": lambda: kernels(torch, 20 * ms, 4),
     }
 
 
@@ -173,7 +191,8 @@ def main() -> int:
     if not torch.cuda.is_available():
         print("- no device for torch", flush=True)
         return 0
-    steps = kinds(torch)
+    makers = kinds(torch)
+    steps = {name: makers[name]() for name in sys.argv[1:]}
     for step in steps.values():
         for _ in range(30):
             step()
