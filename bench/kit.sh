@@ -80,6 +80,8 @@ unpack() {
     # Users' programs, which know nothing of BCC's libraries.
     command_of nvitop -u LD_LIBRARY_PATH PYTHONPATH=/tmp/fgpu/site /usr/bin/python3 -m nvitop
     command_of gpustat -u LD_LIBRARY_PATH PYTHONPATH=/tmp/fgpu/site /usr/bin/python3 -m gpustat
+    # As the packages do at their installation. The host's environment may keep Python from writing bytecode.
+    /usr/bin/python3 -m compileall -q /tmp/fgpu/site /tmp/fgpu/tree/fgpu_ebpf
     build
     cat >/tmp/fgpu/env <<END
 cd /tmp/fgpu/tree
