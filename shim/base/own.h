@@ -11,6 +11,14 @@ struct fgpu_note {
     _Atomic uint64_t epoch;
 };
 
+/* An event that the program recorded while a device was gated. It is done when all work of this stream (and context) is
+ * done that was launched until then. */
+struct fgpu_recorded {
+    _Atomic uint64_t event, key, until_ns;
+    _Atomic(void *) context;
+};
+#define FGPU_RECORDED 64
+
 /* Zero after a fork, by MADV_WIPEONFORK: for the kernel's ledger the child is another process, and it registers
  * itself. */
 struct fgpu_own {
@@ -22,6 +30,8 @@ struct fgpu_own {
     _Atomic uint32_t ticket_count;
     _Atomic int pid; /* only if the kernel cannot wipe */
     struct fgpu_note notes[2];
+    _Atomic uint64_t polled, polled_ns; /* the stream or event that a query last found not done, and when */
+    struct fgpu_recorded recorded[FGPU_RECORDED];
 };
 union fgpu_own_page {
     struct fgpu_own own;

@@ -33,6 +33,8 @@ FGPU_PER_THREAD(cuLaunchKernel);
 FGPU_PER_THREAD(cuLaunchKernelEx);
 FGPU_PER_THREAD(cuLaunchCooperativeKernel);
 FGPU_PER_THREAD(cuStreamQuery);
+FGPU_PER_THREAD(cuEventRecord);
+FGPU_PER_THREAD(cuEventRecordWithFlags);
 
 /* This type is newer than the headers that the shim is compiled with. With a header that has it, the compiler reports a
  * redefinition. */
@@ -159,6 +161,10 @@ nvmlReturn_t nvmlDeviceGetAccountingStats_v2(nvmlDevice_t device, nvmlAccounting
     HOOK(cuStreamQuery)                                                                                                \
     HOOK(cuStreamQuery_ptsz)                                                                                           \
     HOOK(cuEventQuery)                                                                                                 \
+    HOOK(cuEventRecord)                                                                                                \
+    HOOK(cuEventRecord_ptsz)                                                                                           \
+    HOOK(cuEventRecordWithFlags)                                                                                       \
+    HOOK(cuEventRecordWithFlags_ptsz)                                                                                  \
     HOOK(cuStreamDestroy)                                                                                              \
     HOOK(cuStreamDestroy_v2)                                                                                           \
     NEED(cuDeviceGetAttribute)                                                                                         \
@@ -190,7 +196,6 @@ nvmlReturn_t nvmlDeviceGetAccountingStats_v2(nvmlDevice_t device, nvmlAccounting
     NEED(cuCtxPushCurrent_v2)                                                                                          \
     NEED(cuCtxPopCurrent_v2)                                                                                           \
     NEED(cuEventCreate)                                                                                                \
-    NEED(cuEventRecord)                                                                                                \
     NEED(cuEventDestroy_v2)                                                                                            \
     NEED(cuDeviceGetGraphMemAttribute)
 

@@ -14,7 +14,6 @@
 #include "gate/flight.h"
 
 #define FIRST_NS 1000000ULL /* the estimate before a first launch was measured */
-#define WAITED_NS 10000ULL  /* a call of the program that really waited takes at least this long */
 
 static uint64_t later(uint64_t a, uint64_t b) { return a > b ? a : b; }
 
@@ -116,7 +115,7 @@ static void lose(struct device *device, struct lane *lane)
 
 /* Close the batch of a lane by an event after its launches. The lane's context is current. If there is no event, its
  * launches are no longer counted. */
-void fgpu_batch_close(struct device *device, struct lane *lane, uint64_t guess_key)
+void fgpu_batch_close(struct device *device, struct lane *lane)
 {
     __typeof__(&cuEventRecord) driver = REAL(cuEventRecord);
     struct batch *batch = driver ? free_batch(device, lane->context) : NULL;
@@ -127,7 +126,7 @@ void fgpu_batch_close(struct device *device, struct lane *lane, uint64_t guess_k
         return;
     }
     batch->key = lane->key;
-    batch->guess_key = guess_key;
+    atomic_store(&batch->guess_key, lane->guess_key);
     batch->cost_ns = cost_ns;
     batch->first_ns = lane->first_ns;
     batch->recorded_ns = fgpu_now();
@@ -139,13 +138,6 @@ void fgpu_batch_close(struct device *device, struct lane *lane, uint64_t guess_k
     atomic_fetch_sub(&device->batches_taken, 1);
 }
 
-static CUcontext current_context(void)
-{
-    __typeof__(&cuCtxGetCurrent) get = REAL(cuCtxGetCurrent);
-    CUcontext context = NULL;
-    return get && get(&context) == CUDA_SUCCESS ? context : NULL;
-}
-
 /* Close the batch from any thread. A capturing stream keeps its launches: the event would become part of the program's
  * graph. */
 static void record_anywhere(struct device *device, struct lane *lane)
@@ -153,9 +145,9 @@ static void record_anywhere(struct device *device, struct lane *lane)
     __typeof__(&cuCtxPushCurrent_v2) push = REAL(cuCtxPushCurrent_v2);
     __typeof__(&cuCtxPopCurrent_v2) pop = REAL(cuCtxPopCurrent_v2);
     CUcontext popped;
-    bool here = current_context() == lane->context;
+    bool here = fgpu_current_context() == lane->context;
     if (!here && (!push || !pop || push(lane->context) != CUDA_SUCCESS)) return;
-    if (!fgpu_is_capturing(lane->stream, false)) fgpu_batch_close(device, lane, lane->key);
+    if (!fgpu_is_capturing(lane->stream, false)) fgpu_batch_close(device, lane);
     if (!here) pop(&popped);
 }
 
@@ -174,7 +166,7 @@ struct lane *fgpu_lane_of(struct device *device, const struct fgpu_launch *launc
 {
     struct lane *lane = lane_of(device, launch->key);
     if (lane && !is_default(launch->stream)) return lane;
-    CUcontext context = current_context();
+    CUcontext context = fgpu_current_context();
     if (lane && lane->context == context) return lane;
     for (struct lane *other = device->lanes; !lane && other < device->lanes + LANES; other++)
         if (!other->key) lane = other;
@@ -200,31 +192,31 @@ void fgpu_batches_complete(struct device *device)
         if (lane->open) record_anywhere(device, lane);
 }
 
-/* Return whether a lane or batch is of the stream, or, if no stream is given, of the context. */
-static bool is_of(uint64_t its_key, CUcontext its, uint64_t key, CUcontext context)
+/* Return whether a lane or batch is of the mark's stream, or, if it has none, of its context. */
+static bool is_of(uint64_t its_key, CUcontext its, struct fgpu_mark mark)
 {
-    return (key || context) && (!key || its_key == key) && (!context || its == context);
+    return (mark.key || mark.context) && (!mark.key || its_key == mark.key) && (!mark.context || its == mark.context);
 }
 
-/* The program has waited. Work launched since `began_ns` may not be done. All batches are found done at the same time,
- * so none is measured alone: the time is divided in proportion to their estimates. */
-void fgpu_batches_rest(struct device *device, uint64_t key, CUcontext context, uint64_t began_ns, uint64_t now)
+/* The work of a mark is done. All its batches are found done at the same time, so none is measured alone: the time is
+ * divided in proportion to their estimates. It is a measurement if the program observed the end at about this time. */
+void fgpu_batches_rest(struct device *device, struct fgpu_mark mark, uint64_t undone_ns, uint64_t now)
 {
     struct batch ended[LANES], *done[LANES + BATCHES];
     unsigned lanes = 0, count = 0;
     for (struct lane *lane = device->lanes; lane < device->lanes + LANES; lane++) {
-        if (!lane->open || lane->last_ns > began_ns || !is_of(lane->key, lane->context, key, context)) continue;
+        if (!lane->open || lane->last_ns > mark.until_ns || !is_of(lane->key, lane->context, mark)) continue;
         done[count++] = &ended[lanes];
-        ended[lanes++] = (struct batch){.guess_key = lane->key,
+        ended[lanes++] = (struct batch){.guess_key = atomic_load(&lane->guess_key),
                                         .launches = atomic_exchange(&lane->open, 0),
                                         .cost_ns = atomic_exchange(&lane->cost_ns, 0),
                                         .first_ns = lane->first_ns,
-                                        .recorded_ns = began_ns};
+                                        .recorded_ns = mark.until_ns};
         atomic_fetch_add(&device->batches_taken, !!done[count - 1]->launches);
     }
     struct batch *end = device->batches + (device->batches_taken ? BATCHES : 0);
     for (struct batch *batch = device->batches; batch < end; batch++)
-        if (batch->launches && batch->recorded_ns <= began_ns && is_of(batch->key, batch->context, key, context))
+        if (batch->launches && batch->recorded_ns <= mark.until_ns && is_of(batch->key, batch->context, mark))
             done[count++] = batch;
     uint64_t first = UINT64_MAX, cost = 0;
     for (unsigned i = 0; i < count; i++) {
@@ -232,7 +224,7 @@ void fgpu_batches_rest(struct device *device, uint64_t key, CUcontext context, u
         cost += done[i]->cost_ns;
     }
     uint64_t start = later(first, device->last_done_ns);
-    bool waited = now > start && now - began_ns > WAITED_NS && cost;
+    bool waited = cost && undone_ns > start && (now - undone_ns) * 4 <= now - start;
     double share = waited ? (double)(now - start) / (double)cost : 0;
     for (unsigned i = 0; i < count; i++)
         retire(device, done[i], now, waited ? (uint64_t)(share * (double)done[i]->cost_ns) + 1 : 0);

@@ -126,8 +126,7 @@ void fgpu_flight_cancel(int index) { atomic_fetch_sub(&known(index)->in_flight, 
  * on that stream is followed by an event. */
 static bool wants_event(const struct fgpu_launch *launch, const struct lane *lane, uint64_t budget_ns)
 {
-    return launch->graph || launch->stream == CU_STREAM_PER_THREAD || lane->open >= MOST_OPEN ||
-           lane->cost_ns >= budget_ns / 4;
+    return launch->stream == CU_STREAM_PER_THREAD || lane->open >= MOST_OPEN || lane->cost_ns >= budget_ns / 4;
 }
 
 static void add(struct visit *here, const struct fgpu_launch *launch, uint64_t budget_ns, uint64_t now)
@@ -136,10 +135,11 @@ static void add(struct visit *here, const struct fgpu_launch *launch, uint64_t b
     struct lane *lane = fgpu_lane_of(device, launch);
     uint64_t guess_key = launch->graph ? launch->graph : launch->key;
     uint64_t cost_ns = fgpu_guess_of(device, guess_key)->ns;
-    if (launch->graph && lane->open) {
+    if (lane->open && lane->guess_key != guess_key) { /* each graph is measured alone, and so are kernels */
         will_call(here);
-        fgpu_batch_close(device, lane, lane->key); /* a graph is measured alone */
+        fgpu_batch_close(device, lane);
     }
+    atomic_store_explicit(&lane->guess_key, guess_key, memory_order_relaxed);
     if (!lane->open) atomic_store_explicit(&lane->first_ns, now, memory_order_relaxed);
     lane->open++;
     atomic_store_explicit(&lane->last_ns, now, memory_order_relaxed);
@@ -149,7 +149,7 @@ static void add(struct visit *here, const struct fgpu_launch *launch, uint64_t b
     atomic_store_explicit(&device->cost_ns, had_ns + cost_ns, memory_order_relaxed);
     if (!wants_event(launch, lane, budget_ns)) return;
     will_call(here);
-    fgpu_batch_close(device, lane, guess_key);
+    fgpu_batch_close(device, lane);
 }
 
 void fgpu_flight_launched(const struct fgpu_launch *launch, uint64_t budget_ns, uint64_t now)
@@ -203,12 +203,12 @@ bool fgpu_flight_look(int index)
 
 /* -- the program itself has waited, or has destroyed something */
 
-void fgpu_flight_rested(int index, uint64_t key, CUcontext context, uint64_t began_ns)
+void fgpu_flight_rested(int index, struct fgpu_mark mark, uint64_t undone_ns)
 {
     struct visit here;
     uint64_t now = fgpu_now();
     if (visit(&here, index, now)) {
-        if (key || context) fgpu_batches_rest(here.device, key, context, began_ns, now);
+        fgpu_batches_rest(here.device, mark, undone_ns, now);
         look(&here);
     }
     depart(&here);

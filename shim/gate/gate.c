@@ -319,45 +319,16 @@ CUresult fgpu_gate_leave(const struct fgpu_launch *launch, CUresult result)
     return result;
 }
 
-/* -- the program waits, queries or destroys something */
+/* -- the program has waited, or destroys something */
 
-struct fgpu_rest fgpu_rest_begin(void) { return (struct fgpu_rest){fgpu_is_gated() ? fgpu_now() : 0}; }
-
-static void rested(uint64_t key, CUcontext context, uint64_t began_ns)
+void fgpu_gate_rested(struct fgpu_mark mark, uint64_t began_ns, uint64_t undone_ns)
 {
     struct fgpu_view view = look_now_and_then(began_ns);
     for (int index = 0; view.link == FGPU_HELD && index < FGPU_DEVICES; index++) {
         if (!(gate_of(view, index) & FGPU_GATED) || !fgpu_flight_count(index)) continue;
-        fgpu_flight_rested(index, key, context, began_ns);
+        fgpu_flight_rested(index, mark, undone_ns);
         tell(view, index);
     }
-}
-
-static CUcontext current(void)
-{
-    __typeof__(&cuCtxGetCurrent) get = REAL(cuCtxGetCurrent);
-    CUcontext context = NULL;
-    int saved = errno;
-    bool known = get && get(&context) == CUDA_SUCCESS;
-    errno = saved;
-    return known ? context : NULL;
-}
-
-void fgpu_rest_stream(struct fgpu_rest rest, CUresult result, CUstream stream, bool per_thread)
-{
-    if (!rest.began_ns || result != CUDA_SUCCESS) return;
-    bool legacy = !per_thread && (!stream || stream == CU_STREAM_LEGACY); /* every context has this stream */
-    rested(fgpu_stream_key(stream, per_thread), legacy ? current() : NULL, rest.began_ns);
-}
-
-void fgpu_rest_context(struct fgpu_rest rest, CUresult result, CUcontext context)
-{
-    if (rest.began_ns && result == CUDA_SUCCESS) rested(0, context ? context : current(), rest.began_ns);
-}
-
-void fgpu_rest_event(struct fgpu_rest rest, CUresult result)
-{
-    if (rest.began_ns && result == CUDA_SUCCESS) rested(0, NULL, rest.began_ns);
 }
 
 static void close_batches(uint64_t key, bool ends)

@@ -12,20 +12,32 @@ struct fgpu_launch { /* one call that launches work on a device */
     uint64_t graph;  /* 0: a kernel */
 };
 
-/* -- gate.c */
-HIDDEN bool fgpu_is_gated(void); /* on any device; takes a few nanoseconds, and makes no driver call */
-HIDDEN void fgpu_gate_enter(struct fgpu_launch *launch, /* index -1 */
-                            CUstream stream, bool per_thread, CUgraphExec graph);
-HIDDEN CUresult fgpu_gate_leave(const struct fgpu_launch *launch, CUresult result);
-
-/* For use before and after a driver call that waits for work, or queries whether it is done. */
+/* -- waits.c */
+struct fgpu_mark {     /* work that is done at the same time */
+    uint64_t key;      /* of its stream; 0: the work of a context, or, without a context, no known work */
+    CUcontext context; /* NULL: the key is enough */
+    uint64_t until_ns; /* the work was launched before */
+};
+/* For use before and after a driver call that waits for work, queries whether it is done, or records an event. */
 struct fgpu_rest {
     uint64_t began_ns; /* 0: nothing is gated */
 };
 HIDDEN struct fgpu_rest fgpu_rest_begin(void);
 HIDDEN void fgpu_rest_stream(struct fgpu_rest rest, CUresult result, CUstream stream, bool per_thread);
 HIDDEN void fgpu_rest_context(struct fgpu_rest rest, CUresult result, CUcontext context); /* NULL: the current one */
-HIDDEN void fgpu_rest_event(struct fgpu_rest rest, CUresult result);
+HIDDEN void fgpu_rest_event(struct fgpu_rest rest, CUresult result, CUevent event);
+HIDDEN void fgpu_event_recorded(struct fgpu_rest rest, CUresult result, CUevent event, CUstream stream,
+                                bool per_thread);
+HIDDEN CUcontext fgpu_current_context(void);
+
+/* -- gate.c */
+HIDDEN bool fgpu_is_gated(void); /* on any device; takes a few nanoseconds, and makes no driver call */
+HIDDEN void fgpu_gate_enter(struct fgpu_launch *launch, /* index -1 */
+                            CUstream stream, bool per_thread, CUgraphExec graph);
+HIDDEN CUresult fgpu_gate_leave(const struct fgpu_launch *launch, CUresult result);
+
+/* The work of `mark` is done, as a call showed that began at `began_ns`. It was last not done at `undone_ns`. */
+HIDDEN void fgpu_gate_rested(struct fgpu_mark mark, uint64_t began_ns, uint64_t undone_ns);
 HIDDEN void fgpu_stream_ends(CUstream stream);
 HIDDEN void fgpu_stream_captures(CUstream stream,
                                  bool per_thread); /* soon: first record the event after its launches */
@@ -41,7 +53,7 @@ HIDDEN void fgpu_flight_launched(const struct fgpu_launch *launch, uint64_t budg
 HIDDEN bool fgpu_flight_has_room(int index, uint64_t budget_ns);
 HIDDEN bool fgpu_flight_is_over(int index); /* record an event after each launch without one, and check the batches */
 HIDDEN bool fgpu_flight_look(int index);    /* check the batches; false: there is none */
-HIDDEN void fgpu_flight_rested(int index, uint64_t key, CUcontext context, uint64_t began_ns);
+HIDDEN void fgpu_flight_rested(int index, struct fgpu_mark mark, uint64_t undone_ns);
 HIDDEN bool fgpu_flight_is_used(int index);
 HIDDEN void fgpu_flight_forget(int index, CUcontext context); /* NULL: all contexts except those that cuCtxCreate
                                                                  created */

@@ -69,7 +69,7 @@ EXPORT CUresult cuStreamSynchronize_ptsz(CUstream hStream)
 
 EXPORT CUresult cuEventSynchronize(CUevent hEvent)
 {
-    SYNCHRONIZE(cuEventSynchronize, fgpu_rest_event(rest, result), hEvent);
+    SYNCHRONIZE(cuEventSynchronize, fgpu_rest_event(rest, result, hEvent), hEvent);
 }
 
 /* -- queries that may show that nothing is in flight any more */
@@ -93,9 +93,28 @@ EXPORT CUresult cuEventQuery(CUevent hEvent)
     if (!driver) return CUDA_ERROR_NOT_SUPPORTED;
     struct fgpu_rest rest = fgpu_rest_begin();
     CUresult result = driver(hEvent);
-    fgpu_rest_event(rest, result);
+    fgpu_rest_event(rest, result, hEvent);
     return result;
 }
+
+/* -- recorded events: which work is done when an event is */
+
+#define RECORD(name, per_thread, ...)                                                                                  \
+    do {                                                                                                               \
+        __typeof__(&name) driver = REAL(name);                                                                         \
+        if (!driver) return CUDA_ERROR_NOT_SUPPORTED;                                                                  \
+        struct fgpu_rest rest = fgpu_rest_begin();                                                                     \
+        CUresult result = driver(__VA_ARGS__);                                                                         \
+        fgpu_event_recorded(rest, result, hEvent, hStream, per_thread);                                                \
+        return result;                                                                                                 \
+    } while (0)
+
+#define RECORDS(name, params, ...)                                                                                     \
+    EXPORT CUresult name params { RECORD(name, false, __VA_ARGS__); }                                                  \
+    EXPORT CUresult name##_ptsz params { RECORD(name##_ptsz, true, __VA_ARGS__); }
+
+RECORDS(cuEventRecord, (CUevent hEvent, CUstream hStream), hEvent, hStream)
+RECORDS(cuEventRecordWithFlags, (CUevent hEvent, CUstream hStream, unsigned int flags), hEvent, hStream, flags)
 
 #define END_STREAM(name)                                                                                               \
     EXPORT CUresult name(CUstream hStream)                                                                             \

@@ -7,6 +7,15 @@ import pytest
 from tests.shim.gate_kit import KIT, driver_behind, end, page, said, shut, tell, unlock, until
 from tests.shim.shim_kit import Simulator
 
+# Ways of a program to wait for its work.
+WAITS = [
+    "need('cuStreamSynchronize', s)",
+    "need('cuCtxSynchronize')",
+    "need('cuEventSynchronize', e)",
+    "while L.cuStreamQuery(s) == 600: time.sleep(0.001)",
+    "while L.cuEventQuery(e) == 600: time.sleep(0.001)",
+]
+
 
 def test_work_in_flight_is_bounded(simulator: Simulator) -> None:
     """A program launches 1,009 kernels of 0.2 ms without waiting.
@@ -76,16 +85,7 @@ need("cuCtxSynchronize"); out(n)"""
     end(process)
 
 
-@pytest.mark.parametrize(
-    "wait",
-    [
-        "need('cuStreamSynchronize', s)",
-        "need('cuCtxSynchronize')",
-        "need('cuEventSynchronize', e)",
-        "while L.cuStreamQuery(s) == 600: time.sleep(0.001)",
-        "while L.cuEventQuery(e) == 600: time.sleep(0.001)",
-    ],
-)
+@pytest.mark.parametrize("wait", WAITS)
 def test_a_program_that_waits_reports_the_end_of_its_work(simulator: Simulator, wait: str) -> None:
     agent = simulator.agent
     unlock(agent, 1)
@@ -264,15 +264,49 @@ go(0, twins[0]); out("given"); line(); go(0, f); go(1, twins[1]); both(); out("d
     end(process)
 
 
-def test_work_of_a_program_that_does_not_synchronise_has_an_estimated_end(simulator: Simulator) -> None:
-    """No call shows that the work has ended. The page has the time at which it should have ended."""
+@pytest.mark.parametrize("wait", WAITS)
+@pytest.mark.parametrize("work", ["launch(f, s)", "need('cuGraphLaunch', g, s)"])
+def test_a_wait_for_short_work_shows_its_end_without_an_event_of_the_shim(
+    simulator: Simulator, work: str, wait: str
+) -> None:
+    """A step takes less than a quarter of the budget. The program's own waits show that nothing is in flight."""
+    agent = simulator.agent
+    unlock(agent, 1, budget=400_000_000)
+    process = simulator.start(
+        KIT
+        + f"""
+f, s, e = kernel(200), stream(), C.c_void_p(); need("cuEventCreate", C.byref(e), 2)
+g, recorded, n = exec_of(f, 3, s), C.c_int.in_dll(L, "recorded"), 0
+def step():
+    global n
+    {work}; need("cuEventRecord", e, s); n += 1
+    {wait}
+step(); out("waited"); line()
+for _ in range(40): step()
+out(recorded.value - n); line()""",
+        driver=driver_behind(simulator, "counting_driver.c"),
+    )
+    assert said(process) == ["waited"]
+    assert page(agent) == {**page(agent), "launches": 1, "in_flight": 0}
+    tell(process)
+    assert said(process) == [0]
+    assert page(agent) == {**page(agent), "launches": 41, "in_flight": 0}
+    tell(process)
+    end(process)
+
+
+@pytest.mark.parametrize("wait", WAITS)
+def test_work_in_flight_has_an_estimated_end_however_the_program_waited_before(simulator: Simulator, wait: str) -> None:
+    """No call shows yet that the work has ended. The page has the time at which it should end, within a factor of 2."""
     agent = simulator.agent
     unlock(agent, 1)
     process = simulator.start(
         KIT
-        + """
-f, s = kernel(20000), stream()
-for _ in range(31): launch(f, s); need("cuStreamSynchronize", s)
+        + f"""
+f, s, e = kernel(20000), stream(), C.c_void_p(); need("cuEventCreate", C.byref(e), 2)
+for _ in range(31):
+    launch(f, s); need("cuEventRecord", e, s)
+    {wait}
 launch(f, s); at = time.monotonic_ns(); out(at); line()"""
     )
     given = said(process)[0]
