@@ -254,8 +254,9 @@ class EngineView:
 class LibraryView:
     """A driver library that processes have mapped and that is not the host's own.
 
-    `digest`: empty until the contents of the file have been read. `role`: `listed` or `unknown`. `tenant`: the tenant
-    of one of the processes; empty if that process is in none.
+    `digest`: empty until the contents of the file have been read. `role`: `listed` if the contents are trusted, because
+    agent.yaml lists the digest or the host's driver has the same contents; else `unknown`. `tenant`: the tenant of one
+    of the processes; empty if that process is in none.
     """
 
     path: str
@@ -279,8 +280,8 @@ class Snapshot:
     """The host at one moment: `time_seconds` since the epoch, `taken_seconds` on the monotonic clock.
 
     `unenforced`: the reason why no limit is in force; empty if limits are in force. `incomplete`: the reason why it is
-    unknown whether all requested limits are in force; empty if they are. `lacks`: failed checks of other things than
-    enforcement by name, each with its finding and fix. `trusted`: the digests that agent.yaml lists. `events`: the
+    unknown whether all requested limits are in force; empty if they are. `lacks`: the failed checks that do not concern
+    enforcement, by name, each with its finding and fix. `trusted`: the digests that agent.yaml lists. `events`: the
     number of kernel events that were sent, and of those that were lost, by reason. `writes_refused`: the number of
     requests on the control socket that lacked the permission to write. `failures`: the number of internal errors after
     which the agent continued. `gatekeeper`: the gatekeeper's own counters, for reports; their names may change.
