@@ -1,4 +1,4 @@
-"""`fgpu doctor`: all checks of this host, and the subsets that the start of an agent requires.
+"""`fgpu doctor`: all checks of this host, and the subsets that `fgpu agent` and `fgpu load` require.
 
 This module runs in the main thread of the commands. The checks of a subject, such as SELinux, are defined in the module
 of that subject and collected here.

@@ -39,8 +39,9 @@ class ComputeView:
 
     `had_ratio` and `entitled_ratio` cover the last half second. `free`: the tenant shares the device with no other
     tenant and has no ceiling, so its time is not measured. `waiting_seconds`: how long it has waited for its next turn;
-    None: it is not waiting. `beyond_ratio`: the part of the device's time for which it ran outside its turns in the
-    last ten seconds, measured by NVML. `shortfall` None: the tenant got the time that is due to it, or was not busy.
+    None: it is not waiting. `beyond_ratio`: the part of the device's time that the tenant ran by NVML, minus the part
+    that it owned, in the last ten seconds; usually below 0, because kernels do not fill a whole turn. `shortfall` None:
+    the tenant got the time that is due to it, or was not busy.
     """
 
     limit_ratio: float
@@ -177,9 +178,9 @@ class DeviceView:
 
     `owner`: the tenant that has the turn. `reconcile_age_seconds`: the time since NVML last answered for the device.
     `xids`: the count of each XID since the agent's start; None: NVML does not report XIDs. `ignored_xids`: how many of
-    these XIDs report errors of programs. `fatal_xid`: the XID because of which no share of the device is offered;
-    None: there is none. `unexplained_bytes`: bytes in use that belong to no process, orphan or known reserve; None:
-    unknown.
+    these XIDs agent.yaml ignores, by default those that programs cause. `fatal_xid`: the XID because of which no share
+    of the device is offered; None: there is none. `unexplained_bytes`: bytes in use that belong to no process, orphan
+    or known reserve; None: unknown.
     """
 
     index: int

@@ -1,9 +1,9 @@
-"""`fgpu detach`: removes everything that fgpu has left on the host, with five exceptions.
+"""`fgpu detach`: removes everything that fgpu has left on the host, with six exceptions.
 
 The exceptions are the files that an engine's settings name (run `fgpu setup --undo` first), versions of the shim that
-processes have mapped, the folder of the gatekeeper's socket while a container has it mounted, the measured sizes of
-contexts, and the store of `fgpu usage`. This module runs in the agent's main thread, or in the command if no agent
-runs. After an OSError a part is left, which the next call removes.
+processes have mapped, the folder of the gatekeeper's socket while a container has it mounted, the cache of compiled BPF
+programs, the measured sizes of contexts, and the store of `fgpu usage`. This module runs in the agent's main thread, or
+in the command if no agent runs. After an OSError a part is left, which the next call removes.
 """
 
 from __future__ import annotations
