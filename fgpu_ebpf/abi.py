@@ -68,7 +68,7 @@ News = IntEnum(
 )
 Fate = IntEnum("Fate", "SENT RATE FULL", start=0)
 
-# Bits, beginning with 1: of limits and usage pages, of control pages and answers, of gates, and of processes.
+# Flags. LimitFlag: in limits and usage pages. ControlFlag: in control pages and answers. Seen: in processes.
 LimitFlag = IntFlag("LimitFlag", "OBSERVE KILL")
 ControlFlag = IntFlag("ControlFlag", "MANAGED")
 Gate = IntFlag("Gate", "OPEN GATED")  # the bits below GATE_SHIFT; the bits above are the number of the turn
@@ -341,13 +341,13 @@ class Orphan(Structure):
 
 
 class Admission(Structure):
-    """An admission that no driver call has settled yet. Ticket 0 means that there is none."""
+    """An admission that no driver call has settled yet. `ticket` 0: there is no such admission."""
 
     _fields_ = (("ticket", u64), ("bytes", u64), ("device", u32), ("kind", u32), ("verdict", u64))
 
 
 class Call(Structure):
-    """The driver call that a thread is in. Function 0 means that it is in none."""
+    """The driver call that a thread is in. `function` 0: the thread is in no driver call."""
 
     _fields_ = (
         ("function", u64),

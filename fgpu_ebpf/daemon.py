@@ -125,9 +125,9 @@ def _process_start() -> float:
 
 
 def _handle_signals(service: Agent) -> None:
-    """Install signal handlers: SIGTERM and SIGINT end the agent, SIGHUP reloads, SIGCHLD checks the gatekeeper.
+    """Install signal handlers: SIGTERM and SIGINT end the agent, SIGHUP reloads the policies.
 
-    Each signal wakes the main loop at once.
+    SIGCHLD starts a round, which checks the gatekeeper. Each signal wakes the main loop at once.
     """
     wakeup = Wakeup()
     service.selector.register(wakeup, selectors.EVENT_READ, wakeup.clear)

@@ -1,4 +1,4 @@
-"""`fgpu doctor`: all checks of this host, and the subsets that the start of an agent requires.
+"""`fgpu doctor`: all checks of this host, and the subsets that `fgpu agent` and `fgpu load` require.
 
 This module runs in the main thread of the commands. The checks of a subject, such as SELinux, are defined in the module
 of that subject and collected here.
@@ -128,7 +128,7 @@ def _bpffs() -> Check:
 
 
 def _agent(run_dir: Path) -> list[Check]:
-    """Check that the agent answers, and return the checks of its Snapshot."""
+    """Check that the agent answers. If it does, check its gatekeeper, its Snapshot and the files that tenants get."""
     try:
         answer = control_client.call(run_dir, {"verb": "ping"})
         snapshot = control_client.call(run_dir, {"verb": "snapshot"})

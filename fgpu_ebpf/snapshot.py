@@ -39,8 +39,9 @@ class ComputeView:
 
     `had_ratio` and `entitled_ratio` cover the last half second. `free`: the tenant shares the device with no other
     tenant and has no ceiling, so its time is not measured. `waiting_seconds`: how long it has waited for its next turn;
-    None: it is not waiting. `beyond_ratio`: the part of the device's time for which it ran outside its turns in the
-    last ten seconds, measured by NVML. `shortfall` None: the tenant got the time that is due to it, or was not busy.
+    None: it is not waiting. `beyond_ratio`: the part of the device's time that the tenant ran by NVML, minus the part
+    that it owned, in the last ten seconds; usually below 0, because kernels do not fill a whole turn. `shortfall` None:
+    the tenant got the time that is due to it, or was not busy.
     """
 
     limit_ratio: float
@@ -177,9 +178,9 @@ class DeviceView:
 
     `owner`: the tenant that has the turn. `reconcile_age_seconds`: the time since NVML last answered for the device.
     `xids`: the count of each XID since the agent's start; None: NVML does not report XIDs. `ignored_xids`: how many of
-    these XIDs report errors of programs. `fatal_xid`: the XID because of which no share of the device is offered;
-    None: there is none. `unexplained_bytes`: bytes in use that belong to no process, orphan or known reserve; None:
-    unknown.
+    these XIDs agent.yaml ignores, by default those that programs cause. `fatal_xid`: the XID because of which no share
+    of the device is offered; None: there is none. `unexplained_bytes`: bytes in use that belong to no process, orphan
+    or known reserve; None: unknown.
     """
 
     index: int
@@ -254,8 +255,9 @@ class EngineView:
 class LibraryView:
     """A driver library that processes have mapped and that is not the host's own.
 
-    `digest`: empty until the contents of the file have been read. `role`: `listed` or `unknown`. `tenant`: the tenant
-    of one of the processes; empty if that process is in none.
+    `digest`: empty until the contents of the file have been read. `role`: `listed` if the contents are trusted, because
+    agent.yaml lists the digest or the host's driver has the same contents; else `unknown`. `tenant`: the tenant of one
+    of the processes; empty if that process is in none.
     """
 
     path: str
@@ -279,8 +281,8 @@ class Snapshot:
     """The host at one moment: `time_seconds` since the epoch, `taken_seconds` on the monotonic clock.
 
     `unenforced`: the reason why no limit is in force; empty if limits are in force. `incomplete`: the reason why it is
-    unknown whether all requested limits are in force; empty if they are. `lacks`: failed checks of other things than
-    enforcement by name, each with its finding and fix. `trusted`: the digests that agent.yaml lists. `events`: the
+    unknown whether all requested limits are in force; empty if they are. `lacks`: the failed checks that do not concern
+    enforcement, by name, each with its finding and fix. `trusted`: the digests that agent.yaml lists. `events`: the
     number of kernel events that were sent, and of those that were lost, by reason. `writes_refused`: the number of
     requests on the control socket that lacked the permission to write. `failures`: the number of internal errors after
     which the agent continued. `gatekeeper`: the gatekeeper's own counters, for reports; their names may change.

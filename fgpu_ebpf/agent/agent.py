@@ -42,7 +42,7 @@ AHEAD_BYTES = 1 << 20  # heap kept for small objects: enough for requests, scrap
 
 
 class Agent:
-    """The agent of a host. A lock file keeps a second one from starting."""
+    """The agent of a host. A lock file keeps a second agent from starting."""
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings

@@ -70,5 +70,5 @@ class Bypasses:
         return self.reasons.of(tgid, process.generation) or ""
 
     def loader(self, tgid: int, process: Process) -> str:
-        """Return the path of a process's dynamic loader if that is the reason for why(), else an empty text."""
+        """Return the path of a process's dynamic loader if why() names it as the reason, else an empty text."""
         return self.reasons.loader(tgid, process.generation)

@@ -1,9 +1,9 @@
 """Prevents double charges of running programs after a change of the ledger's layout.
 
-If the start of an agent finds pinned maps of another layout, it enters the charges of each level there as orphaned
-bytes without an entry (`other_layouts`). The first reconcile passes charge each running program with the bytes that
-NVML shows for it. This module then releases as many of the orphaned bytes. The rest is memory that NVML shows for no
-process, or memory of exited processes. `OrphanRelease` releases the rest once the device no longer holds it.
+An agent that finds pinned maps of another layout at its start copies the charges of each level into its own ledger, as
+orphaned bytes without an entry (`other_layouts`). The first reconcile passes charge each running program with the bytes
+that NVML shows for it. This module then releases the same number of orphaned bytes. The rest is memory that NVML shows
+for no process, or memory of exited processes. `OrphanRelease` releases the rest once the device no longer holds it.
 
 This module runs in the reconcile thread, in the first seconds after such a start. After an error the bytes stay
 charged.
@@ -17,7 +17,8 @@ from collections.abc import Iterable
 
 from fgpu_ebpf.ledger.ledger import Ledger
 
-# Several passes. New allocations of running programs in this time are mistaken for carried bytes, so it is short.
+# Long enough for several passes, but short, because new allocations of running programs in this time are mistaken for
+# carried bytes.
 SECONDS = 3.0
 
 _Where = tuple[int, int]  # level and device

@@ -44,7 +44,7 @@ def make_chores(
 
     Args:
         failed_checks: the agent's failed checks by name, which some steps change.
-        module_bytes: the memory of a process that needs no recorded allocation.
+        module_bytes: the most memory that a process may have without a recorded allocation.
     """
 
     def truth() -> Truth:

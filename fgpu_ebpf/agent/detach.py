@@ -1,8 +1,9 @@
-"""`fgpu detach`: removes everything that fgpu has left on the host, with three exceptions.
+"""`fgpu detach`: removes everything that fgpu has left on the host, with six exceptions.
 
-The exceptions are the files that an engine's settings name (`fgpu setup --undo` must come first), versions of the shim
-that processes have mapped, and measurements of the driver. This module runs in the agent's main thread, or in the
-command if no agent runs. After an OSError a part is left, which the next call removes.
+The exceptions are the files that an engine's settings name (run `fgpu setup --undo` first), versions of the shim that
+processes have mapped, the folder of the gatekeeper's socket while a container has it mounted, the cache of compiled BPF
+programs, the measured sizes of contexts, and the store of `fgpu usage`. This module runs in the agent's main thread, or
+in the command if no agent runs. After an OSError a part is left, which the next call removes.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ _FILES = (
     *(
         *(host.name for host in run.PRELOADS),
         NAMES,
-        injection.PUBLISHED,  # after the store: if this call ends before, the next one removes the store
+        injection.PUBLISHED,  # removed after the store, because it has the path of the store
         PreexistingProcesses.FILE,
         "gatekeeper.json",
         file_locks.GATEKEEPER,
@@ -51,7 +52,7 @@ def take_away(run_dir: Path, pins: Path, is_locked: bool = True) -> None:
         attach.detach(folder)
     _remove_empty(pins.parent)
     programs.unmount_made()
-    # An earlier agent may have published another shim than that of the last one.
+    # An earlier agent may have published another shim than the last agent.
     mounted, published = injection.mounted(run_dir).get("shim"), injection.published(run_dir)
     injection.take_away(run_dir)
     run.remove_created_preloads(run_dir)
@@ -95,7 +96,7 @@ def _published(shim: Path) -> None:
 
 
 def _unlink(path: Path) -> None:
-    """Remove a file of the run folder, and what had been at its path and was moved away."""
+    """Remove a file of the run folder, and the folders that were renamed to make room for the file."""
     path.unlink(missing_ok=True)
     clear_path.remove_moved(path)
 
@@ -103,7 +104,8 @@ def _unlink(path: Path) -> None:
 def _leave(folder: Path) -> None:
     """Keep the shim's folder if containers have it mounted, so that the next agent uses the same folder.
 
-    The sticky bit makes shims not wait for an answer. The next gatekeeper clears it. A reboot removes the folder.
+    A shim that finds the sticky bit does not wait for an answer. The next gatekeeper clears the bit. A reboot removes
+    the folder.
     """
     with contextlib.suppress(FileNotFoundError):
         folder.chmod(0o1755)

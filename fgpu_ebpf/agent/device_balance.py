@@ -7,8 +7,8 @@ memory, of which an unknown part is on the device, and handles of processes with
 many handles, because a tenant's own library can claim to have created some. Hidden memory is therefore estimated from
 below: the estimate rises when more memory is in use than orphans can explain, and falls by all hidden memory that is
 freed. The memory in use minus rows, known rest and hidden memory is the upper bound of the orphans. If the estimate is
-too low, orphans are kept longer than necessary, but none is released that the device holds. Managed memory of a process
-without an entry in the ledger explains nothing, because no probe records when that process frees it.
+too low, orphans are kept longer than necessary, but no orphan that the device holds is released. Managed memory of a
+process without an entry in the ledger explains nothing, because no probe records when that process frees it.
 
 The reconcile thread has one Balance for each device. This module does no I/O.
 """
@@ -73,8 +73,8 @@ class Hidden:
     def look(self, reading: Reading, charges: Charges) -> int:
         """Record a reading, and return the estimate in bytes.
 
-        Memory that was freed since the last reading may have been there at this one, so it is subtracted from this
-        reading's value too.
+        Memory that was freed since the last reading may still have been in use in the samples of this reading, so it is
+        subtracted from this reading's value too.
         """
         if reading.calm and not charges.has_strangers:
             self._least = max(self._least, beyond_orphans(reading, charges))
@@ -82,7 +82,10 @@ class Hidden:
         return max(0, self._least - charges.managed_busy)
 
     def _lost(self, charges: Charges) -> int:
-        """Return bytes that may have been freed since the last reading: all handles of a process that changed any."""
+        """Return the bytes that may have been freed since the last reading.
+
+        These are the freed managed bytes, and all handles of each process that changed any.
+        """
         before = charges.managed_freed if self._freed is None else self._freed
         handles = sum(bytes_ for life, bytes_ in self._handles.items() if charges.handles.get(life) != bytes_)
         self._freed, self._handles = charges.managed_freed, charges.handles

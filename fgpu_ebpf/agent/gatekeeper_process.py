@@ -29,13 +29,13 @@ from fgpu_ebpf.snapshot import SlicesView
 log = logging.getLogger("fgpu.agent")
 UP_SECONDS = 5.0
 PATIENCE_SECONDS = 2.0  # how long a shim waits for the answer to its first hello
-HANG_UP_SECONDS = 0.5  # a gatekeeper that does not understand a hello closes the connection when it reads the hello
+HANG_UP_SECONDS = 0.5  # the longest wait for a gatekeeper of another layout to close the connection after a hello
 ABSENT = Check(
     "gatekeeper", False, "not running: new programs are refused memory",
     "wait for the agent to start another (1 s), or run: systemctl restart fgpu-gatekeeper",
 )  # fmt: skip
 NS = 1e9
-# How long no gatekeeper runs before the agent starts one: after its own has exited, and after a service's has.
+# How long the agent waits before it starts a gatekeeper: after its own has exited, and after a service's has exited.
 OWN_SECONDS, OTHERS_SECONDS = 0.5, 1.0
 
 
@@ -48,8 +48,8 @@ class GatekeeperProcess:
         module = [sys.executable, "-P", "-m", "fgpu_ebpf.gatekeeper"]
         self._command = [*module, "--stand-in", "--run-dir", str(run_dir), "--pins", str(pins)]
         self._child: subprocess.Popen[bytes] | None = None
-        self._seen = 0.0  # when a gatekeeper was last seen
-        self.is_missed = False  # set by keep()
+        self._seen = 0.0  # the monotonic time at which a gatekeeper last ran
+        self.is_missed = False  # no gatekeeper runs; set by keep()
 
     def start(self, layout_changed: bool = False) -> None:
         """Start a gatekeeper, unless one runs that a service or an earlier agent has started.
@@ -74,7 +74,7 @@ class GatekeeperProcess:
         """
         own, was_missed = self._child and self._child.poll() is None, self.is_missed
         self.is_missed = not own and not file_locks.is_locked(self._lock)
-        if not self.is_missed or not (was_missed or self._child):  # a service's may have run until a moment ago
+        if not self.is_missed or not (was_missed or self._child):  # a service's gatekeeper may have exited just now
             self._seen = time.monotonic()
         if not self.is_missed:
             return
@@ -149,7 +149,7 @@ def _hello(place: Path, seconds: float) -> bytes | None:
 
 
 def _accepts(place: Path) -> bool:
-    """Return whether a process listens at the path: not if it is a folder, or the socket of an exited process."""
+    """Return whether a process listens at the path. A folder or the socket of an exited process gives False."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as sock:
         sock.setblocking(False)
         try:
@@ -190,9 +190,9 @@ def slices(counted: Mapping[str, Any], device: int) -> SlicesView | None:
 
 
 def end_any(run_dir: Path) -> None:
-    """Stop the gatekeeper that holds the lock, even one of an earlier agent: it would create its folder again.
+    """Stop the gatekeeper that holds the lock, even that of an earlier agent. Waits up to UP_SECONDS for its exit.
 
-    Waits up to UP_SECONDS for its exit.
+    A gatekeeper that keeps running would create the folder of its socket again.
     """
     lock, deadline = run_dir / file_locks.GATEKEEPER, time.monotonic() + UP_SECONDS
     with contextlib.suppress(OSError):

@@ -28,7 +28,7 @@ ENGINES = (
     "cri:/run/cri-dockerd.sock",
     "cri:/run/k3s/containerd/containerd.sock",
 )
-MODULES_BYTES = 1 << 30  # why it is so much: docs/operations.md, "Memory without a recorded allocation"
+MODULES_BYTES = 1 << 30  # the reason for this size: docs/operations.md, "Memory without a recorded allocation"
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,8 +38,8 @@ class HostSettings:
     `overcommit`: the sum of limits may exceed a device's memory. `loader`: the interpreter that can import BCC, and its
     arguments. `engines`: the engines to ask for labels, as KIND:SOCKET. `profiles`: the shares that a device plugin
     offers. `ignored_xids`: XIDs after which a device is still offered. `trusted_drivers`: digests of trusted files of
-    libcuda, as `sha256:…`. `module_bytes`: what a process may have without a recorded allocation. `bounds`: how much of
-    the shared tables one workload may have.
+    libcuda, as `sha256:…`. `module_bytes`: the most memory that a process may have without a recorded allocation.
+    `bounds`: how much of the shared tables one workload may have.
     """
 
     listen: str = "127.0.0.1:9423"

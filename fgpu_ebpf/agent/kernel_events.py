@@ -1,8 +1,8 @@
 """Dispatch of the events of the kernel's ring buffer.
 
-This module runs in the agent's main loop. It decides in which order cgroups that were created, removed or entered are
-examined, and adds refusals, bypasses and kills to the event log. KernelEvents.lost() returns the cgroups whose events
-were lost, so that its caller scans them.
+This module runs in the agent's main loop. It makes the manager examine cgroups that were created, emptied, removed or
+entered, moves the charges of processes that have entered another cgroup, and adds refusals, bypasses and kills to the
+event log. KernelEvents.lost() returns the cgroups whose events were lost, so that its caller scans them.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ from fgpu_ebpf.ledger.process_entry import Process
 from fgpu_ebpf.linux import procfs
 
 # The memory of a process with a context counts as gone after this many passes in a row in which NVML does not list the
-# process, and less memory is in use than the process is charged for.
+# process and fewer bytes are in use outside all rows than probes have recorded for the process.
 GONE = 3
 
 Drift = dict[tuple[int, int], int]  # (pid, device) -> ledger minus NVML, in bytes
@@ -45,8 +45,8 @@ class Corrections:
     def look(self, device: int, sample: Sample, ended: Mapping[int, int], drift: Drift) -> bool:
         """Correct all processes of a device once. Returns True if some were not idle: another pass may be exact.
 
-        The kernel refuses the correction of a process if a change of it has begun since it was read: a charge, a
-        release, an admission or a call.
+        The kernel refuses the correction of a process if a charge, a release, an admission or a call of the process has
+        begun since the process was read.
 
         Args:
             ended: the bytes of each row, by pid, that belong to ended processes.
@@ -73,8 +73,8 @@ class Corrections:
         """Return the bytes that a process holds by NVML, or None if its charge must stay as it is.
 
         NVML lists only processes with a context. A process that has a context and is not listed keeps its charge until
-        its memory counts as gone, because the device was lost or reset. A process without a context keeps its witnessed
-        bytes, because its handles and pools are on the device, in no row.
+        its memory counts as gone, as after the loss or a reset of the device. A process without a context keeps its
+        witnessed bytes, because its handles and pools are on the device, in no row.
         """
         if tgid in sample.rows:
             return sample.rows[tgid]
@@ -135,7 +135,7 @@ class Corrections:
             drift[tgid, device] = 0
 
     def _adopt(self, sample: Sample, ended: Mapping[int, int]) -> None:
-        """Add processes to the ledger that are in managed cgroups, hold memory, and were not recorded by a probe.
+        """Add to the ledger all processes of managed cgroups that hold memory and that no probe has recorded.
 
         Exiting processes are not added: the driver takes 0.1 s to free their memory, and they bypass nothing. Outside
         the host's pid namespace no process is added, because NVML's pids are not the kernel's there.

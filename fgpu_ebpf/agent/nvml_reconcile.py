@@ -189,7 +189,7 @@ class Reconciler:
             self._wait(full_at)
 
     def _wait(self, full_at: float) -> None:
-        """Wait until the next pass, at the latest the next full one. New orphans end the wait after a short pause."""
+        """Wait until the next pass is due. New orphans and requests end the wait after a short pause."""
         looked, period = time.monotonic(), _period(self.truth.orphans)
         if self._levels and looked < self._hurry_until:
             period = ORPHAN_PERIODS[0][1]
@@ -304,7 +304,7 @@ class Reconciler:
         return self._tally.take(self._nvml.watched(), [*repaired, *self._nvml.xids()])
 
     def _with_turns(self, now: Truth, at: float) -> Truth:
-        """Add how long processes ran in the last second, and the audit of turns. Unused devices are left out."""
+        """Add how long processes ran in the last second, and the audit of turns. Unused devices are not measured."""
         since = time.time() - LOOK_SECONDS
         percent = {
             device: self._nvml.process_percent(device, since) if rows else {} for device, rows in now.held.items()

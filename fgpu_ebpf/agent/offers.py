@@ -39,7 +39,7 @@ class Offers:
         """Return the offers as JSON values.
 
         Each profile of a device has `bytes` (of one share), `count` (how many are offered), `taken` (how many
-        containers have) and `fits` (how many more fit into the memory that is not committed).
+        containers have) and `fits` (how many more fit into the memory that is not committed; with overcommit, `count`).
         """
         taken = Counter((uuid, override.share) for override in overrides for uuid in override.devices)
         fault, found = self.unenforced, []

@@ -127,8 +127,8 @@ class EndedRows:
         """Return the part of a row that belongs to ended processes.
 
         This part only grows by bytes that were orphaned since the last pass and were in the row before. Other growth
-        belongs to a live process. Memory of a process that ended without a context was in no row. Of a live process
-        that is in a call, no byte is certain to be in the row: the call may have freed it already.
+        belongs to a live process. Memory of a process that ended without a context was in no row. If a live
+        process is in a call, none of its bytes is certain to be in the row, because the call may have freed it already.
         """
         then = self._last.get(pid)
         if then is None and process is None:
@@ -159,7 +159,7 @@ def excess(spare: Sequence[Spare], room: int) -> list[tuple[Orphan, int]]:
     The released bytes are those beyond `room`. If there are none, slack of old orphans is released.
 
     Args:
-        spare: the orphans, the first to release first.
+        spare: the orphans, in the order in which they are released.
         room: how many orphaned bytes the device may hold.
     """
     kept = sum(entry.orphan.bytes for entry in spare)
@@ -197,9 +197,9 @@ class OrphanRelease:
         return found | rows
 
     def look(self, sample: Sample, orphans: Sequence[Orphan], ended: Mapping[int, int]) -> int | None:
-        """Release what the device does not hold.
+        """Release the orphaned bytes that the device does not hold.
 
-        Returns how many orphaned bytes it may hold beyond those that have entries, or None if that is not known yet.
+        Returns how many orphaned bytes without an entry the device may hold, or None if that is not known yet.
         """
         if not sample.taken:
             self.balance.forget()
@@ -216,7 +216,7 @@ class OrphanRelease:
         return max(self._proven, room - sum(orphan.bytes for orphan in orphans))
 
     def look_without_entries(self, levels: Iterable[int], room: int) -> None:
-        """Release orphaned bytes that have no entry in the map, on levels that have had some for two passes.
+        """Release orphaned bytes that have no entry in the map and that a level has had for two passes.
 
         Args:
             levels: cgroup ids of the levels to check.
@@ -239,7 +239,7 @@ class OrphanRelease:
         self._without = {level: bytes_ for level, bytes_ in now.items() if bytes_ > 0}
 
     def note_kept(self, sample: Sample, levels: Iterable[int]) -> None:
-        """Record on the pages of levels that the device still holds their orphaned bytes, so that no request waits.
+        """Record on usage pages that the device still holds the level's orphaned bytes, so that no request waits.
 
         Two cases are left out. If a process is exiting or has just exited, the device may free some of its bytes soon.
         If the last reading shows that the device has freed some bytes, later readings may confirm it for a release.
@@ -275,8 +275,8 @@ class OrphanRelease:
     def _contexts(self, sample: Sample) -> int:
         """Return the number of contexts of all processes with a row.
 
-        A tenant's own library can claim any number of contexts. At most as many count as the overhead has bytes for,
-        which is what NVML shows.
+        A tenant's own library can claim any number of contexts. Therefore at most as many contexts count as fit into
+        the overhead, which is set by what NVML shows.
         """
         device, size = self._device, self._ledger.context_bytes(self._device)
         claimed = (sample.processes.get(pid) for pid in sample.rows)
@@ -317,5 +317,5 @@ class OrphanRelease:
 
 
 def _shown(rows: Mapping[int, int], ended: Mapping[int, int]) -> dict[int, int]:
-    """Return the bytes of live processes by NVML."""
+    """Return the bytes that NVML shows for live processes, by pid."""
     return {pid: max(0, row - ended.get(pid, 0)) for pid, row in rows.items()}

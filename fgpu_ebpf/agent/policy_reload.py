@@ -30,7 +30,7 @@ log = logging.getLogger("fgpu.policy")
 class Start:
     """The first reading of the folder.
 
-    `kept`: the set that is stored on disk, if the folder has none; None: the folder has one, or none is stored.
+    `kept`: the stored set, if the folder has no valid set; None: the folder has a valid set, or none is stored.
     """
 
     reading: Reading
@@ -38,7 +38,7 @@ class Start:
 
 
 def at_start(folder: Path, file: Path = last_good.FILE) -> Start:
-    """Read the folder. A missing folder is an error if a set of it is stored on disk, else it has no policies."""
+    """Read the folder. A missing folder is an error if a set of it is stored on disk, else it counts as empty."""
     policies = PolicyFolder(folder)
     reading = policies.read()
     if reading.policies is not None and reading.state is not None:

@@ -70,7 +70,7 @@ class AdoptionReports:
         """Report adopted processes, if there is a new result of NVML.
 
         Preexisting processes are reported at once. Other processes are reported when a second result contains them,
-        because after an exec the driver takes a moment to free the memory of the program before.
+        because after an exec the driver takes a moment to free the memory of the earlier program.
         """
         truth = self._truth()
         if truth is self._last:
@@ -175,7 +175,7 @@ class OverrunReports:
         self._reported_at = {key: at for key, at in self._reported_at.items() if now - at < AGAIN_SECONDS}
         for key, counts in turns.items():
             reported = self._reported.setdefault(key, 0)
-            if counts.overruns < reported:  # the level belongs to another cgroup now
+            if counts.overruns < reported:  # a new gatekeeper or share counts from 0
                 reported = 0
             if counts.overruns > reported and key not in self._reported_at:
                 self._report(key, counts.overruns - reported)

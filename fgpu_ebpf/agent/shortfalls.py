@@ -71,7 +71,7 @@ class Shortfalls:
 
     def _with(self, key: Key, look: _Look) -> _Looks:
         looks = self._looks.get(key, deque(maxlen=LOOKS + 1))
-        if looks and look.counts.owned_ns < looks[-1].counts.owned_ns:  # the level belongs to another cgroup now
+        if looks and look.counts.owned_ns < looks[-1].counts.owned_ns:  # a new gatekeeper or share counts from 0
             looks.clear()
         looks.append(look)
         return looks

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from time import monotonic
 
 ALL = ""  # all cgroups of the host
-RESCAN_SECONDS = 30.0  # between scans of ALL, which find changes that no event reports, as of a cgroup's attributes
+RESCAN_SECONDS = 30.0  # between scans of ALL: they find changes without an event, such as of a cgroup's attributes
 SLICE_SECONDS = 0.01
 PAUSE_SECONDS = 1.0  # the least time between two scans of the same cgroups
 PAUSE = 9  # the pause after a scan, as a multiple of the time that the scan took

@@ -1,6 +1,6 @@
 """Makes a Snapshot from the ledger, the tenants and the last result of NVML.
 
-This module runs in the agent's main loop. Numbers of a part that is missing are left out.
+This module runs in the agent's main loop. A number that NVML or the gatekeeper does not report is None.
 """
 
 from __future__ import annotations
@@ -44,7 +44,10 @@ NS = 1e9
 
 @dataclass(frozen=True, slots=True)
 class _Look:
-    """Readings for one Snapshot, by level."""
+    """The readings for one Snapshot.
+
+    `processes`: by level, then by tgid. `refusals` and `turns`: by level and device. `unwitnessed`: by tgid and device.
+    """
 
     parts: Parts
     devices: Sequence[Device]

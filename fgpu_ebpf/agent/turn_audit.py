@@ -1,8 +1,8 @@
 """Audit of turns: compares how long a tenant ran on a device, by NVML, with how long the tenant owned the device.
 
 The audit runs in the reconcile thread. It keeps the last ten seconds of gated tenants, and has no result for a tenant
-before that. Every second it also reports NVML's running times to the gatekeeper. If NVML does not report the running
-times of processes on a device, there is no result for the tenants on that device.
+that has been gated for less. Every second it also reports NVML's running times to the gatekeeper. If NVML does not
+report the running times of processes on a device, there is no result for the tenants on that device.
 """
 
 from __future__ import annotations

@@ -5,9 +5,9 @@ gatekeeper measures the device's time of a gated tenant (source `turns`). For ot
 their processes (source `nvml`). If NVML does not report it, time and idleness are not measured (source `none`). Every
 half minute the amounts are written to the store on disk.
 
-The last turns of a tenant are added by the first measurement after its end. The gatekeeper publishes turns every half
-second. If the cgroup of the tenant is removed before that, up to half a second of turns is lost. The last second of
-memory is lost too.
+The last turns of a tenant are added by the first measurement after the exit of its last process. The gatekeeper
+publishes turns every half second. If the tenant's cgroup is removed before its last turns are published, up to half a
+second of turns is lost. The last second of memory is lost too.
 """
 
 from __future__ import annotations

@@ -26,8 +26,8 @@ MOST_CLIENTS = 8  # requests that are answered at the same time
 MOST_WAITING = 64  # further connections, with or without a complete request
 MOST_HEAD_BYTES = 16 << 10
 HEAD_SECONDS = 1.0  # for the whole head of a request
-SLOW_SECONDS = 1.0  # after this time, a client that reads its response slowly is closed if another request waits
-CLIENT_SECONDS = 10.0
+SLOW_SECONDS = 1.0  # after this time, the connection of a slow reader is closed if another request waits for a thread
+CLIENT_SECONDS = 10.0  # for the wait of a complete request for a thread, and again for its response
 AT_ONCE = 16
 
 
@@ -261,7 +261,7 @@ class HttpServer(ThreadingMixIn, WSGIServer):
 
     def _hang_up(self, request: Any) -> None:
         try:
-            request.shutdown(socket.SHUT_RDWR)  # its thread wakes, and ends
+            request.shutdown(socket.SHUT_RDWR)  # wakes the request's thread, which then exits
         except OSError:
             self._in_threads.pop(request, None)
 

@@ -94,6 +94,6 @@ class LineServer:
     def _drop(self, peer: _Peer) -> None:
         if peer in self._peers:
             del self._peers[peer]
-            with contextlib.suppress(KeyError):  # without memory, the selector could not add it, or has removed it
+            with contextlib.suppress(KeyError):  # if memory was short, the selector may have lost the socket
                 self._selector.unregister(peer.sock)
             peer.sock.close()

@@ -55,7 +55,11 @@ _DEVICE_GAUGES: tuple[tuple[str, str, Callable[[DeviceView], int | None]], ...] 
         lambda d: d.committed_bytes,
     ),
     ("fgpu_device_memory_unmanaged_bytes", "Memory held by processes outside any tenant", lambda d: d.unmanaged_bytes),
-    ("fgpu_device_memory_orphaned_bytes", "Memory charged for processes that have exited", lambda d: d.orphaned_bytes),
+    (
+        "fgpu_device_memory_orphaned_bytes",
+        "Memory charged for ended processes or for exported memory that was freed",
+        lambda d: d.orphaned_bytes,
+    ),
     (
         "fgpu_device_memory_unexplained_bytes",
         "Memory in use on the device that belongs to no process, is not orphaned and is not the driver's own",

@@ -1,5 +1,5 @@
 // Loads this page again while it is visible, and shows when the agent does not answer: old figures must not look like
-// current ones. Only the server makes elements of text, because it escapes the text.
+// current ones. Only the server turns text into elements, because the server escapes the text.
 "use strict";
 
 const PERIOD_MS = 2000, PATIENCE_MS = 4000, SILENCE_MS = 5000;

@@ -63,7 +63,7 @@ def limit_bytes(row: Row) -> int | None:
 
 
 def _part(field: str) -> Callable[[Row], float | None]:
-    """Return a function of a row: a ratio of the device's time in the last half second.
+    """Return a function that returns this field of a row: a ratio of the device's time in the last half second.
 
     The ratio is None if the tenant is not gated, or is alone on the device.
     """
@@ -110,7 +110,7 @@ COLUMNS = (
     _measured("HELD BY", 7, lambda row: row.tenant["enforcement"], str, falls=False),
 )
 BY_WORD = {column.word: column for column in COLUMNS}
-_KEYS = {"held": "b"}  # h shows the keys; other columns have their first letter
+_KEYS = {"held": "b"}  # h shows the keys; the key of every other column is its first letter
 BY_KEY = {_KEYS.get(word, word[0]): column for word, column in BY_WORD.items()} | {"m": BY_WORD["used"]}  # as in htop
 _SEARCHED = ("tenant", "path", "policy", "kind", "enforcement")
 
@@ -128,7 +128,7 @@ class Order:
 
 
 def rows(snapshot: Mapping[str, Any], filter_: str = "") -> list[Row]:
-    """Return every tenant on every device whose name, path, policy, kind or enforcement contains the filter."""
+    """Return a row for each device of each tenant with the filter in its name, path, policy, kind or enforcement."""
     wanted = filter_.casefold()
     return [
         Row(tenant, device)

@@ -1,8 +1,8 @@
 """The web page: one HTML page that shows a Snapshot. Its script loads the page again while it is visible.
 
 This module runs in a thread of the metrics address. The headers isolate the page: a browser loads nothing from another
-host, and runs only the page's own script. Names of tenants are escaped. jinja2 is imported at the first request. For an
-invalid query the whole page is sent.
+host, and runs only the page's own script. Names of tenants are escaped. jinja2 is imported at the first request.
+Invalid parts of a query are ignored.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ class Line:
 
 
 def failed_checks(snapshot: Mapping[str, Any]) -> list[Check]:
-    """Return the checks that fail, the worst first."""
+    """Return the failed checks, a missing gatekeeper first. `probes` is left out: the page shows `unenforced` above."""
     found = [check for check in health.checks(snapshot) if not check.ok and check.name != "probes"]
     if snapshot["gatekeeper_up"] is False:
         found.insert(0, gatekeeper_process.ABSENT)

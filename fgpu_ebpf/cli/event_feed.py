@@ -25,7 +25,7 @@ class EventFeed:
         self._is_lost = False  # the last request failed
 
     def begin(self) -> list[Event]:
-        """Return the events since the last call. The first call returns all. Raises ConnectionError, RequestError."""
+        """Return the new events; at first, all later than `after_seconds`. Raises ConnectionError, RequestError."""
         answer = control_client.call(self._run_dir, {"verb": "events", "since": self._number})
         if answer["last"] < self._number:  # another agent has answered, and no request failed in between
             self._number = 0

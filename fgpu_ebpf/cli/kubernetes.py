@@ -1,7 +1,8 @@
 """`fgpu device-plugin`: offers this host's shares to Kubernetes as resources.
 
-The device plugin runs in the process of the command. Every option can also be given by an environment variable. The
-agent reads the host's settings; the device plugin does not. Exit codes: 0 ended by a signal, 1 failure, 2 wrong usage.
+The device plugin runs in the process of the command. Every option except --log-format can also be given by an
+environment variable. The agent reads the host's settings; the device plugin does not. Exit codes: 0 ended by a signal,
+1 failure, 2 wrong usage.
 """
 
 from __future__ import annotations

@@ -132,7 +132,8 @@ def detach(yes: bool) -> None:
 def _detached() -> dict[str, Any]:
     """Detach by a request to the agent, or in this process if no agent runs. Return the agent's answer.
 
-    An agent that starts or exits holds its lock and has no socket.
+    An agent that starts or exits holds its lock and has no socket, so both ways are repeated. After STARTING_SECONDS,
+    an agent that holds its lock and does not answer counts as hung.
     """
     until = time.monotonic() + STARTING_SECONDS
     while True:

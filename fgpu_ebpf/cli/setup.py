@@ -1,7 +1,7 @@
 """`fgpu setup`: gives every container of an engine the shim and, with --memory, a first limit.
 
-This module runs in the process of the command. It restarts no engine. Exit codes: 0 done, 1 nothing was changed, or
-`fgpu doctor` finds something, 2 wrong usage.
+This module runs in the process of the command. It restarts no engine. Exit codes: 0 done, 1 an error, or `fgpu doctor`
+finds something, 2 wrong usage.
 """
 
 from __future__ import annotations

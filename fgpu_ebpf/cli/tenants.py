@@ -117,7 +117,7 @@ def device() -> None:
     """Report the repair of a device, or make the agent release all devices or open them again."""
 
 
-@examples("fgpu device clear 0", "fgpu device clear GPU-1f3a")
+@examples("fgpu device clear 0", "fgpu device clear GPU-1f3a5b00-8d41-4b7e-9c06-5a2f7e1d3b90")
 @device.command()
 @click.argument("gpu")
 def clear(gpu: str) -> None:

@@ -21,7 +21,7 @@ from fgpu_ebpf.cli.help_texts import TOP_KEYS, TOP_WORDS
 from fgpu_ebpf.cli.top_input import LatestSnapshot, ViewChoice
 from fgpu_ebpf.snapshot import no_limit
 
-# Columns to leave out of a narrow window, the first one first.
+# Columns to leave out of a narrow window, in this order.
 _LEFT_OUT = ("WAITED", "ENTITLED", "PEAK", "HELD BY", "REFUSED", "SHARE", "LIMIT", "USED")
 _NARROW_CELLS, _LEAST_BAR_CELLS, _MOST_BAR_CELLS = 100, 8, 40
 _USED, _COMMITTED, _UNMANAGED = "green", "blue", "yellow"

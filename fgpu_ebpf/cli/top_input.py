@@ -56,7 +56,7 @@ class LatestSnapshot:
     received: float
 
     def now(self) -> LatestSnapshot:
-        """Return this Snapshot. If no reply or failure has come for SILENCE_SECONDS, that becomes its `error`."""
+        """Return this object, with an `error` if no reply and no failure has come for SILENCE_SECONDS."""
         silent = time.monotonic() - self.received
         return replace(self, error=f"no answer from the agent for {silent:.0f} s") if silent > SILENCE_SECONDS else self
 
@@ -88,9 +88,10 @@ class SnapshotPoller:
 
 @dataclass(frozen=True, slots=True)
 class ViewChoice:
-    """Order, filter and scroll position. `first`: rows scrolled off above; `typing`: the filter is being typed.
+    """Order, filter and scroll position.
 
-    `helping`: the keys are shown, until the next key.
+    `first`: the number of rows above the screen. `typing`: the filter is being typed. `helping`: the keys are shown,
+    until the next key.
     """
 
     order: Order = field(default_factory=Order)

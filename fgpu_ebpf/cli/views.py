@@ -50,7 +50,9 @@ def ps(is_all: bool, as_json: bool) -> None:
 
 @examples("fgpu top --filter team-a", "fgpu top -1 --sort refused")
 @click.command()
-@click.option("-1", "--once", is_flag=True, help="Print once and exit; the default if the output is not a terminal.")
+@click.option(
+    "-1", "--once", is_flag=True, help="Print once and exit; the default unless input and output are terminals."
+)
 @click.option("--sort", type=click.Choice(SORTS), default="used", show_default=True, help="The column to sort by.")
 @click.option("--reverse", is_flag=True, help="Reverse the order.")
 @click.option(
