@@ -1,7 +1,7 @@
 """A check whether processes survive return probes on this kernel.
 
-Runs in the agent's main thread, before the first use of its programs, and in `fgpu doctor`. A child process is probed
-before any other process. The probe is removed afterwards. OSError: no file can be probed at all.
+Runs in the main thread of the agent and of `fgpu load`, before the first use of the BPF programs. A child process is
+probed before any other process. The probe is removed afterwards. OSError: no file can be probed at all.
 """
 
 from __future__ import annotations
