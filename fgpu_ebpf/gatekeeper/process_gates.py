@@ -62,7 +62,7 @@ class ProcessGates:
         return True
 
     def set_shared(self, devices: Iterable[int]) -> None:
-        """Set the devices of whose time the process has a share."""
+        """Set the devices on which the process has a share of time."""
         self._shared = frozenset(devices)
         self.use(())
 
@@ -80,7 +80,7 @@ class ProcessGates:
         return bool(found)
 
     def claims_work(self, now_ns: int) -> bool:
-        """Return True if the process claims to have work in flight that is not due to have ended by `now_ns`."""
+        """Return True if the process claims to have work in flight that ends after `now_ns`."""
         claims = [process_claims.read(self.words, row, self.session.ahead_ns, now_ns) for row in self.rows]
         return any(claim.in_flight and claim.busy_until_ns > now_ns for claim in claims)
 
