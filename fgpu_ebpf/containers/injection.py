@@ -94,7 +94,7 @@ def _setup(of: Parts) -> str:
 
 
 class Lists:
-    """Preload lists of images. `fgpu-oci precreate` stores them in the run folder, because it gets no bundle's path.
+    """Preload lists of images. `fgpu-oci precreate` stores them in the run folder, because Podman passes it no bundle.
 
     A list that no container starts with is removed after UNUSED_SECONDS of the monotonic clock.
     """
@@ -155,7 +155,7 @@ def mounted(run_dir: Path) -> dict[str, Path]:
 
 
 def check(run_dir: Path) -> Check:
-    """Check that engines find the CDI devices that a container may request."""
+    """Check that CDI specifications of fgpu exist, with devices that a container may request."""
     devices = [f"{spec['kind']}={device['name']}" for spec in written(run_dir) for device in spec["devices"]]
     if devices:
         return Check("containers", True, f"{len(devices)} CDI devices (`fgpu cdi list`)")

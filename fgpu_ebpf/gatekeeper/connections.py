@@ -85,7 +85,7 @@ class Connections:
         self._load: Counter[int] = Counter()  # by tenant: number of connections
         self._ready: dict[int, dict[Connection, None]] = {}  # by tenant, in the order of their turns
         self._spent_ns: Counter[int] = Counter()  # by tenant: processor time used and not yet forgiven
-        self._hints: dict[int, int] = {}  # pid -> tenant: used only to refuse many connections cheaply
+        self._hints: dict[int, int] = {}  # pid -> tenant: to refuse many connections cheaply, and detect new processes
 
     def __len__(self) -> int:
         return len(self._connections)
