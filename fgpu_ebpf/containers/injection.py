@@ -118,7 +118,10 @@ class Lists:
 
 
 def take_away(run_dir: Path) -> None:
-    """Remove the files, so that containers that start from now on get nothing. Running containers keep their mounts."""
+    """Remove RUN/containers, the lists and the specifications, so that containers that start from now on get nothing.
+
+    Running containers keep their mounts.
+    """
     (run_dir / "containers").unlink(missing_ok=True)
     _forget(run_dir, keep=())
     (run_dir / _WRITTEN).unlink(missing_ok=True)

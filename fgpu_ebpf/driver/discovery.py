@@ -184,7 +184,7 @@ class Discovery:
         self.look_at_new(pids, {pid for (pid, _), bytes_ in drift.items() if bytes_ < 0} | uncalled)
 
     def look_at_new(self, pids: Iterable[int], again: Set[int] = frozenset()) -> None:
-        """Probe the files that these processes map, unless that was done before: NVML shows that they use a device.
+        """Probe the files that processes in NVML's lists map, unless that was done before.
 
         Args:
             pids: the processes.

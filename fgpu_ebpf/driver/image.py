@@ -71,7 +71,10 @@ def load(image: Image, pins: Path) -> None:
 
 
 def _maps(image: Image, folder: Path, opened: contextlib.ExitStack) -> list[int]:
-    """Open the pinned maps, create and pin all others, and return the descriptors in the order of the image."""
+    """Open the pinned maps, create all others, and return the descriptors in the order of the image.
+
+    New maps are pinned, except those in UNPINNED.
+    """
     found: dict[str, int] = {}
     for name in sorted(image.maps, key=lambda name: name != INNER):
         form, path = image.maps[name], folder / name

@@ -102,8 +102,8 @@ def publish(staged: Path) -> Path:
 class Release:
     """The version that one start of the agent puts in force.
 
-    This is the agent's own version. If the store cannot be written, it is the published version, or without one the
-    package's own file. `error`: why it is not the agent's own version, or not in the store.
+    This is the agent's own version. If the store cannot be written, it is the published version, or if there is none,
+    the package's own file. `error`: why the version is not the agent's own, or not in the store.
     """
 
     def __init__(self, shim: Path, store: Path | None) -> None:

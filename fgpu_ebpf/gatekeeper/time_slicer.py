@@ -53,7 +53,7 @@ class TimeSlicer:
         self._shares: dict[int, dict[int, Share]] = {}  # by level and device
         self._gated: dict[int, frozenset[int]] = {}  # by tenant: devices of its own shares and of those around it
         self._used: dict[int, frozenset[int]] = {}  # by tenant: devices that its processes use
-        self._epoch, self._read_ns, self._is_read_owed = -1, 0, False  # of shares: epoch, last reading; one is due
+        self._epoch, self._read_ns, self._is_read_owed = -1, 0, False  # of shares: epoch, last reading, if one is due
         self._shares_ns = self._publish_ns = NEVER_NS
         self._measured: tuple[int, dict[int, int]] = (0, {})
         self._shown: dict[int, frozenset[int]] = {}  # by tenant: devices of the last published rows

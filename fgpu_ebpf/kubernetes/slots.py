@@ -14,7 +14,7 @@ from typing import Any
 
 from fgpu_ebpf.policy.units import memory_text, shown
 
-MOST_SLOTS = 1000  # of a host, all profiles together: kubelet reads them in one message of at most 4 MiB
+MOST_SLOTS = 1000  # a host must have fewer, of all profiles together: kubelet reads messages of at most 4 MiB
 PROMISE_SECONDS = 300.0  # from kubelet's request to the container's start: its image may have to be fetched
 _BETWEEN = "::"
 
