@@ -68,7 +68,10 @@ def share_spec(parts: Parts, names: Iterable[str]) -> dict[str, Any]:
 
 
 def _share(parts: Parts, share: share_name.Share) -> dict[str, Any]:
-    """Return a device whose hook runs on the host, before the container's first program, which cannot affect it."""
+    """Return a device with a hook.
+
+    The hook runs on the host before the container's first program, so the container cannot affect the hook.
+    """
     hook = {
         "hookName": "createRuntime",
         "path": str(parts.helper),

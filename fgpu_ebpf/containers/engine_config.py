@@ -323,7 +323,7 @@ def _in_front_of(real: str, engine: str, helper: Path) -> tuple[Path, dict[str, 
         helper: the path of `fgpu-oci`.
     """
     if "/" not in real:
-        link = helper.with_name(f"fgpu-runtime-{real}")  # found on the engine's PATH, as before
+        link = helper.with_name(f"fgpu-runtime-{real}")  # the helper finds `real` on the engine's PATH
         return link, {link.name: helper.name}
     name = f"{engine}-{Path(real).name}"
     link = helper.with_name(f"fgpu-runtime-{name}")
@@ -331,7 +331,10 @@ def _in_front_of(real: str, engine: str, helper: Path) -> tuple[Path, dict[str, 
 
 
 def _others(of: Settings, *places: Path | str) -> Iterator[dict[str, Any]]:
-    """Yield the engine's other settings in order. `places`: paths beside the folder of fgpu's file, then a pattern."""
+    """Yield the engine's other settings in order.
+
+    `places`: paths beside the folder of fgpu's file, then a pattern of files in that folder.
+    """
     if of.text:
         raise SetupError(f"{of.file} has settings that are not fgpu's: name another file with --file")
     *files, pattern = places

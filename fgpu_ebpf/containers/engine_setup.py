@@ -1,7 +1,7 @@
 """`fgpu setup ENGINE`: gives every container of an engine the shim.
 
 This module runs in the command; `checks` runs in `fgpu doctor`. It writes the engine's settings, and the links and
-files beside `fgpu-oci` that the settings name. It stores the text before, for --undo. `engine_config` computes the
+files beside `fgpu-oci` that the settings name. It stores the previous text for --undo. `engine_config` computes the
 settings. No engine is restarted. After SetupError or OSError the settings are unchanged.
 """
 
@@ -26,7 +26,7 @@ from fgpu_ebpf.containers.engines import ENGINES
 from fgpu_ebpf.linux import atomic_file
 
 STATE = injection.BIN.parent / "setup"
-_FOLDERS = ("/usr/local/bin", "/usr/sbin", "/usr/bin", "/opt/rke2/bin")  # beside PATH, which may be that of a service
+_FOLDERS = ("/usr/local/bin", "/usr/sbin", "/usr/bin", "/opt/rke2/bin")  # besides PATH, which may be a service's
 _VERSION = re.compile(r"version v?(\d+)\.(\d+)")
 
 
@@ -55,7 +55,7 @@ def set_up(engine: Engine, helper: Path, state: Path, is_dry: bool = False) -> W
     Args:
         engine: the engine, as as_installed() returns it.
         helper: the path of `fgpu-oci`.
-        state: the file in which the text before is stored, so that undo() restores it byte for byte.
+        state: the file in which the previous text is stored, so that undo() restores that text byte for byte.
         is_dry: write nothing.
     """
     there = where_it_is(engine, state)
@@ -68,7 +68,7 @@ def set_up(engine: Engine, helper: Path, state: Path, is_dry: bool = False) -> W
         return None if wanted.text == now else wanted
     _put_beside(helper, wanted)
     if state.exists():
-        state.chmod(0o600)  # an earlier version has written it for all users
+        state.chmod(0o600)  # an earlier version of fgpu has made it readable for all users
     if wanted.text == now:
         return None
     missing = () if engine.keeps_folder else _missing_folders(engine.file)
@@ -85,7 +85,7 @@ def undo(engine: Engine, state: Path) -> bool:
     before = kept["before"] if now is not None and now == kept["after"] else _without(engine, now, kept)
     if before != now:
         _restore(engine.file, before)
-    with contextlib.suppress(OSError):  # another program has put something there, or removed it
+    with contextlib.suppress(OSError):  # another program has put a file into the folder, or removed it
         for folder in kept["made"]:
             Path(folder).rmdir()
     state.unlink(missing_ok=True)

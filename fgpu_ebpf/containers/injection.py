@@ -94,7 +94,7 @@ def _setup(of: Parts) -> str:
 
 
 class Lists:
-    """Preload lists of images. `fgpu-oci precreate` stores them in the run folder, because it gets no bundle's path.
+    """Preload lists of images. `fgpu-oci precreate` stores them in the run folder, because Podman passes it no bundle.
 
     A list that no container starts with is removed after UNUSED_SECONDS of the monotonic clock.
     """
@@ -118,7 +118,10 @@ class Lists:
 
 
 def take_away(run_dir: Path) -> None:
-    """Remove the files, so that containers that start from now on get nothing. Running containers keep their mounts."""
+    """Remove RUN/containers, the lists and the specifications, so that containers that start from now on get nothing.
+
+    Running containers keep their mounts.
+    """
     (run_dir / "containers").unlink(missing_ok=True)
     _forget(run_dir, keep=())
     (run_dir / _WRITTEN).unlink(missing_ok=True)
@@ -155,7 +158,7 @@ def mounted(run_dir: Path) -> dict[str, Path]:
 
 
 def check(run_dir: Path) -> Check:
-    """Check that engines find the CDI devices that a container may request."""
+    """Check that CDI specifications of fgpu exist, with devices that a container may request."""
     devices = [f"{spec['kind']}={device['name']}" for spec in written(run_dir) for device in spec["devices"]]
     if devices:
         return Check("containers", True, f"{len(devices)} CDI devices (`fgpu cdi list`)")

@@ -62,7 +62,7 @@ def _mark(run_dir: Path, host: Path) -> Path:
 
 
 def _create_preload_file(run_dir: Path, host: Path) -> None:
-    """Create an empty file if there is none, and a mark, because of which `fgpu detach` removes the file."""
+    """Create an empty file if there is none, and a mark, so that `fgpu detach` removes the file."""
     try:
         os.close(os.open(host, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o644))
     except FileExistsError:

@@ -1,4 +1,4 @@
-"""SELinux: checks by the kernel's own policy whether containers may access the files and sockets of fgpu.
+"""SELinux: checks with the kernel's loaded policy whether containers may access the files and sockets of fgpu.
 
 This module runs in `fgpu doctor` and `fgpu setup`. It lists the accesses that containers need, and the commands that
 permit them. It changes no label and no policy. On a host without SELinux there is no check.
@@ -54,7 +54,7 @@ def checks(run_dir: Path, root: Path = ROOT) -> Iterator[Check]:
 
 
 def needs(run_dir: Path) -> Iterator[Need]:
-    """Yield the accesses to mounted files, and to the gatekeeper's process. A missing file has no label yet."""
+    """Yield the accesses to mounted files, and to the gatekeeper's process. Files without a label are left out."""
     reads = ("read", "open", "getattr")
     for place in injection.mounted(run_dir).values():
         rights = (*reads, "map", "execute") if place.suffix == ".so" else reads

@@ -1,8 +1,8 @@
 """Attaching of the pinned BPF programs to files of libcuda and the shim, and to tracepoints.
 
 Runs in the agent's main thread, except Probes.make(), which also runs in worker threads. The links are pinned under
-PINS/links, and the probed files are entered in the map `files`. A file that cannot be probed is not entered, so its
-processes get no answer to their hello and no memory. The text of a ProbeError names the fix.
+PINS/links, and the probed files are entered in the map `files`. A file that cannot be probed is not entered, so
+processes that map it get no answer to their hello and no memory. The text of a ProbeError names the fix.
 """
 
 from __future__ import annotations
@@ -77,7 +77,10 @@ class Probes:
         self._take_up_pinned()
 
     def _take_up_pinned(self) -> None:
-        """Take over an earlier agent's probes of each file if all their links are pinned. Remove all other links."""
+        """Take over an earlier agent's probes of each file if all their links are pinned.
+
+        Other links of these programs to files are removed.
+        """
         names: dict[tuple[File, Role, int], set[str]] = {}
         for path in self._links.glob(f"{self._digest}-*-*-*"):
             if named := _NAME.fullmatch(path.name.removeprefix(f"{self._digest}-")):
@@ -105,7 +108,10 @@ class Probes:
         return frozenset(lost) if self._events <= there else frozenset({None, *lost})
 
     def attach_again(self, lost: Set[File | None]) -> None:
-        """Attach lost process events again, and remove lost files, so that attach() probes them. Raises ProbeError."""
+        """Attach lost process events again, and remove the remaining links of lost files.
+
+        A later attach() then probes these files again. Raises ProbeError.
+        """
         self._links.mkdir(mode=0o700, parents=True, exist_ok=True)
         for file in lost:
             if file is None:
@@ -124,7 +130,10 @@ class Probes:
         return found[-1] if found else None
 
     def attach_process_ends(self) -> None:
-        """Attach the process events. Raises ProbeError: this kernel does not report process exits."""
+        """Attach the process events.
+
+        Raises ProbeError: the kernel does not report process exits, or a program is no longer pinned.
+        """
         for program, event in TRACEPOINTS.items():
             try:
                 self._attach_tracepoint(program, event)
@@ -282,15 +291,15 @@ def detach(pins: Path) -> None:
 def wait_until_detached(shim: Path, until: float) -> bool:
     """Wait until new mappings of the shim have no probe, or until this time of the monotonic clock.
 
-    The kernel detaches a link some time after it was unpinned. Until then, a program that starts finds the probe but no
-    folder of an agent, and would treat the folder as hidden from it.
+    The kernel detaches a link some time after it was unpinned. The shim of a program that starts before that finds its
+    probe but no folder of an agent, and would treat the folder as hidden by a mount.
 
     Returns:
-        Whether they have none. The probes of another agent stay.
+        False if a probe is left at that time, for example one of another agent.
     """
     with contextlib.suppress(OSError, ValueError, elf.ElfError, ProbeError), open(shim, "rb") as file:
         made = probe_plan.plan(file.fileno(), str(shim), Role.SHIM)
-        for place in (offset for _, places, _ in made.programs for offset, _ in places):  # each has a link of its own
+        for place in (offset for _, places, _ in made.programs for offset, _ in places):  # each may have its own link
             while breakpoints.is_set_in_new_mappings(file.fileno(), place):
                 if time.monotonic() > until:
                     return False

@@ -18,7 +18,7 @@ from types import ModuleType
 from typing import Any
 
 SPARSE_FROM = (6, 1)  # BPF_F_NO_PREALLOC in tracing programs
-PEER_PIDFD_FROM = (6, 5)  # sockets report the peer as a pidfd; a pid, as before, may already belong to another process
+PEER_PIDFD_FROM = (6, 5)  # sockets report the peer as a pidfd; before, as a pid, which another process may have by now
 GROUP_DEAD_FROM = (6, 16)  # sched_process_exit reports whether the process ends with its thread
 TYPES = "/sys/kernel/btf/vmlinux"
 BTF_STRUCT = 4  # BTF_KIND_STRUCT
@@ -148,4 +148,4 @@ if __name__ == "__main__":
     CODE = main()
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(CODE)  # bcc's atexit handler would detach links that are not its own
+    os._exit(CODE)  # skips bcc's atexit handler: nothing is attached, and the kernel frees the maps

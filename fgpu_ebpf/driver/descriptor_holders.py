@@ -18,7 +18,7 @@ from fgpu_ebpf.linux import procfs
 
 PERIOD_SECONDS = 5.0
 AGE_NS = 1_000_000_000  # the driver may still be releasing younger orphans
-MOST_PROCESSES, MOST_DESCRIPTORS = 4096, 65536  # read in one search
+MOST_PROCESSES, MOST_DESCRIPTORS = 4096, 65536  # read for one cgroup in one search
 MOST_KEEPERS = 8
 PREFIX = "nvidia"  # /dev/nvidiactl, /dev/nvidia0, /dev/nvidia-uvm, in any folder
 
@@ -71,9 +71,10 @@ class Keepers:
 
 
 def find(held: Held) -> tuple[int, ...]:
-    """Return processes with descriptors of the driver, from the innermost cgroup of an exited process that has any.
+    """Return processes with descriptors of the driver, from the innermost of the cgroups that has such a process.
 
-    Relatives (is_relative()) of the exited process are preferred to all others. At most MOST_KEEPERS are returned.
+    If some of them are relatives (is_relative()) of the exited process, only these are returned. The result has at most
+    MOST_KEEPERS processes.
     """
     found: list[int] = []
     for path in held.paths:

@@ -60,7 +60,7 @@ class Discovery:
         self._searched: dict[int, float] = {}  # by process: time of the last search by contents
         self._roots = Roots()
         self._root = procfs.cgroup2_root() or Path("/")
-        self._standalone: set[int] = set()  # processes under an image's own limit, without an agent
+        self._standalone: set[int] = set()  # processes as in standalone()
         self._hidden: set[int] = set()  # processes as in hidden()
         self._attach_error = ""
         self._scan = HostScan(self._libraries.work, self._cgroup, self._search.by_name, self._see)
@@ -106,7 +106,7 @@ class Discovery:
         return scanned[0].used
 
     def unenforced(self) -> str:
-        """Return why nothing is enforced: probes of the host's own files are gone. Empty: all of them exist."""
+        """Return why limits do not hold: links of probes or of process events were removed; empty: none is missing."""
         if not self._probes.lost() and self._libraries.own_files <= self._probes.known:
             return ""
         return f"probes are missing: another process has removed their links{self._attach_error}"
@@ -150,11 +150,14 @@ class Discovery:
         return found is not None and found.role is Role.SHIM
 
     def hidden(self) -> frozenset[int]:
-        """Return the processes that hold memory that no probe has recorded, and that execute memory without a file."""
+        """Return the processes that execute memory without a file.
+
+        Only processes that hold more memory than the probes have recorded are examined.
+        """
         return frozenset(self._hidden)
 
     def libraries(self, tenant_of: Callable[[str], str]) -> tuple[LibraryView, ...]:
-        """Return the drivers that processes map, except the host's. `tenant_of` returns a cgroup's tenant by name."""
+        """Return the drivers that processes map, except the host's. `tenant_of` returns the tenant of a cgroup path."""
         return self._libraries.views(tenant_of)
 
     def standalone(self) -> frozenset[int]:
@@ -181,7 +184,7 @@ class Discovery:
         self.look_at_new(pids, {pid for (pid, _), bytes_ in drift.items() if bytes_ < 0} | uncalled)
 
     def look_at_new(self, pids: Iterable[int], again: Set[int] = frozenset()) -> None:
-        """Probe the files that these processes map, unless that was done before: NVML shows that they use a device.
+        """Probe the files that processes in NVML's lists map, unless that was done before.
 
         Args:
             pids: the processes.

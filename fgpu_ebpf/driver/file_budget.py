@@ -1,7 +1,7 @@
-"""Budgets of each cgroup: how many of its libcuda files are probed, and how much processor time the work for it takes.
+"""Budgets of each cgroup: how many of its libcuda files may be probed, and how much processor time this work may take.
 
 A workload has one budget, with all cgroups inside it (`workloads.bound_owner`). Files beyond the budget are refused, so
-their processes get no memory. The host's own files count for no cgroup. Runs in the agent's main thread.
+processes that map them get no memory. The host's own files count for no cgroup. Runs in the agent's main thread.
 """
 
 from __future__ import annotations

@@ -35,7 +35,8 @@ ERRORS = (DriverError, ProbeError, ProgramError)
 class HostDriver:
     """The driver with its probes.
 
-    `contexts`: bytes of one context by ledger index. `shim`: the published file. `failed_checks`: by name.
+    `contexts`: bytes of one context by ledger index. `shim`: the published file. `failed_checks`: the failed checks of
+    the shim's store, by name. `layout_changed`: limits of another layout were taken over.
     """
 
     nvml: Nvml

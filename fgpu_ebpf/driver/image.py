@@ -1,7 +1,7 @@
 """Loading of the BPF programs: the compiler's output (an image) is parsed, loaded into the kernel and pinned.
 
 A pinned map that already has the form in the image is used with its contents. Runs in the agent's main thread at its
-start; the kernel verifies the programs in several threads.
+start, and in `fgpu load`. The kernel verifies the programs in several threads.
 """
 
 from __future__ import annotations
@@ -71,7 +71,10 @@ def load(image: Image, pins: Path) -> None:
 
 
 def _maps(image: Image, folder: Path, opened: contextlib.ExitStack) -> list[int]:
-    """Open the pinned maps, create and pin all others, and return the descriptors in the order of the image."""
+    """Open the pinned maps, create all others, and return the descriptors in the order of the image.
+
+    New maps are pinned, except those in UNPINNED.
+    """
     found: dict[str, int] = {}
     for name in sorted(image.maps, key=lambda name: name != INNER):
         form, path = image.maps[name], folder / name

@@ -2,7 +2,7 @@
 
 Runs in the agent's main thread. Worker threads do the work that can block on a tenant's process or file, and the main
 thread applies the results. A file that cannot be probed is logged once, and is not tried again before the next scan.
-Its processes get no memory. Files of one cgroup must not delay the probing of other cgroups' files.
+Processes that map it get no memory. Files of one cgroup must not delay the probing of other cgroups' files.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ Job = Callable[[], Taken]
 
 
 def trusted(shim: Path, store: Path | None, listed: Iterable[str]) -> Trust:
-    """Return the files that this host trusts: this shim, all shims ever in the store, and drivers in agent.yaml."""
+    """Return the files that this host trusts: this shim, shims that are or were in the store, drivers in agent.yaml."""
     versions = shim_store.files(store) if store else []
     files = {mapped_files.as_mapped(str(path)): Role.SHIM for path in versions}
     return Trust(files, shim_store.genuine(shim, store), listed)
@@ -165,7 +165,7 @@ class Libraries:
         return now.stamp is not None and file in self._budget
 
     def want(self, pid: int, cgroup: str, one: MappedFile) -> None:
-        """Let a worker probe a file that a process of this cgroup maps, and check the breakpoint in its memory."""
+        """Let a worker probe a file that a process of this cgroup maps, and check the breakpoint in its mapping."""
         file = one.dev, one.ino
         if self._probes.of(file) or file in self.own_files:
             if file not in self.own_files:
@@ -284,7 +284,7 @@ class Libraries:
             self._examine(mapped[0], self._budget.cgroup_of(file), mapped[1])
 
     def views(self, tenant_of: Callable[[str], str]) -> tuple[LibraryView, ...]:
-        """Return the drivers that processes map, except the host's. `tenant_of` returns a cgroup's tenant by name."""
+        """Return the drivers that processes map, except the host's. `tenant_of` returns the tenant of a cgroup path."""
         return tuple(self._views(tenant_of))
 
     def _views(self, tenant_of: Callable[[str], str]) -> Iterator[LibraryView]:
@@ -296,7 +296,7 @@ class Libraries:
                 tenant = tenant_of(procfs.cgroup_path(mapped[0]) or "/")
                 yield LibraryView(mapped[1].path, digest, now.role.name.lower(), tenant, pids)
 
-    # -- files that go, and refusals
+    # -- removal of files, and refusals
 
     def look_around(self) -> None:
         """Discard refusals, so that these files are tried again, and let workers check all tenants' files."""
@@ -326,7 +326,7 @@ class Libraries:
         self._mappers.pop(file, None)
 
     def unprobed(self) -> Mapping[int, str]:
-        """Return the processes with a file whose probes miss their calls, each with the reason."""
+        """Return, by process, the reasons why probes miss calls of the process."""
         return {pid: "; ".join(why.values()) for pid, why in self._unprobed.items() if why}
 
     def room(self, cgroup: str) -> int:

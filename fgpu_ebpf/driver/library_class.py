@@ -127,7 +127,7 @@ class Trust:
         self._known.pop(file, None)
 
     def digest(self, file: File, stamp: Stamp | None) -> str | None:
-        """Return the stored digest of a file with this stamp; None: it was not read; empty: it cannot be read."""
+        """Return the stored digest of a file with this stamp; None: not read yet; empty: too large, or changed."""
         found = self._known.get(file)
         return found[1] if found and found[0] == stamp else None
 

@@ -1,8 +1,8 @@
 """Files of libcuda and the shim: where they are on a host, and how to open a file that a process maps.
 
-A file is compared with the mapping after it is opened, because another file may have replaced it. A path that a
-container has chosen is never followed to a file of the host. Runs in the agent's main thread and worker threads. Errors
-are OSError.
+An opened file is compared with the mapping, because another file may have replaced it, and because a path that a
+container has chosen may lead to another file of the host. Such a path is resolved inside one root folder, without
+links. Runs in the agent's main thread and worker threads, and in `fgpu doctor`. Errors are OSError.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ LIBRARY_FOLDERS = (
 class Target:
     """A file to probe.
 
-    `way`: the path by which the agent opens it. (`dev`, `ino`): its name in /proc/PID/maps. `path`: its name for
-    people. `pinned`: whether its links outlive the agent; for a file in a container's layer they do not, because they
+    `way`: the path by which the agent opens it. (`dev`, `ino`): its name in /proc/PID/maps. `path`: its name in
+    messages. `pinned`: whether its links outlive the agent; for a file in a container's layer they do not, because they
     would keep the mount busy.
     """
 

@@ -19,7 +19,7 @@ from fgpu_ebpf.linux.procmaps import File, Mapped
 
 MOST_REMEMBERED = 1 << 14
 _NAMES = ("libcuda.so.1", "libcuda.so")
-_NO_COPY = (b"[vdso]", b"[vsyscall]", b"[uprobes]", b"[vectors]", b"[sigpage]")  # mappings of the kernel's own
+_NO_COPY = (b"[vdso]", b"[vsyscall]", b"[uprobes]", b"[vectors]", b"[sigpage]")  # the kernel's own mappings
 
 
 @dataclass(frozen=True, slots=True)

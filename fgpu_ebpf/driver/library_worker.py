@@ -57,7 +57,7 @@ class Examiner:
         self._failed: dict[File, tuple[Stamp, str]] = {}
 
     def mapped(self, pid: int, one: MappedFile) -> Examined:
-        """Examine a file that a process maps. Without an error in the result, its memory has the breakpoints."""
+        """Examine a file that a process maps. If the result has no error, the process's memory has the breakpoints."""
         try:
             return self._examine(target_of(pid, one), pid)
         except Exception as error:  # of any kind, because a tenant's file may contain anything

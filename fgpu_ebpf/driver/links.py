@@ -1,7 +1,7 @@
 """The links of one BPF program to one file: one link for all offsets, or before Linux 6.6 one for each offset.
 
-Runs in the agent's main thread and worker threads. A thread of this module closes links. After an OSError, links that
-were not pinned yet are closed.
+Runs in the agent's main thread and worker threads. If many links are to be closed, a thread of this module closes them.
+After an OSError, links that were not pinned yet are closed.
 """
 
 from __future__ import annotations

@@ -44,7 +44,7 @@ class ProcessRows:
 
 
 class _List:
-    """One of NVML's two lists. It takes one call of the driver; pynvml makes two, the first for the number of rows."""
+    """One of NVML's two lists. ask() usually makes one call; pynvml makes two, the first for the number of rows."""
 
     def __init__(self, library: ctypes.CDLL, question: str) -> None:
         self._ask: Any = getattr(library, question, None)

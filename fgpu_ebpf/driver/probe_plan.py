@@ -126,7 +126,7 @@ def plan(fd: int, path: str, role: Role, offsets: Mapping[str, int] | None = Non
         offsets: the file offsets of its functions, if they are known.
 
     Raises:
-        ProbeError: the file lacks a required function.
+        ProbeError: the file lacks a required function, or none of its functions has a probe that can be checked.
         ElfError: the file is not a library.
         OSError: the file cannot be read.
     """

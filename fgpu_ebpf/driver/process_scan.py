@@ -1,4 +1,4 @@
-"""A scan of all processes of the host for files of libcuda, in the threads of the library workers.
+"""A scan of all processes of the host for files of libcuda and the shim, in the threads of the library workers.
 
 A process can have any number of mappings, and a user any number of processes. Therefore each cgroup has its own jobs. A
 job ends after SLICE_SECONDS and is charged to the cgroup's budget of processor time (`file_budget`). Processes that are
@@ -119,7 +119,7 @@ class HostScan:
         groups: dict[str, list[int]] = defaultdict(list)
         for pid in procfs.pids():
             cgroup = self._cgroup_of(pid)
-            if not procfs.is_outside(cgroup):  # no limit can be set for it here, but an agent outside can set one
+            if not procfs.is_outside(cgroup):  # only an agent outside this cgroup namespace can limit other cgroups
                 groups[cgroup].append(pid)
         return partial(self._take_groups, look, groups)
 

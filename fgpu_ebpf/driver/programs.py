@@ -1,8 +1,8 @@
 """The BPF programs in the kernel: compiling, loading and pinning them, unless exactly these programs are pinned.
 
 Compiling needs BCC and takes seconds. The output is kept in CACHE for the next start on this kernel, for example after
-a boot. Runs in the agent's main thread at its start, and in `fgpu doctor`. The text of a ProgramError names the fix.
-After an error, the programs that were pinned before stay in force.
+a boot. Runs in the agent's main thread at its start, in `fgpu load` and in `fgpu doctor`. The text of a ProgramError
+names the fix. After an error, the programs that were pinned before stay in force.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class Loading:
         self._child: subprocess.Popen[str] | None = None
         self._image: image.Image | None = None
         self.begun = not self._stamp.is_dir()
-        """True if the programs were not pinned, so that they are loaded for the first time since the host's boot."""
+        """True if exactly these programs were not pinned, for example at the first start since the host's boot."""
         if self.begun:
             mount_bpffs(pins)
             kernel = os.uname()

@@ -3,7 +3,7 @@
     STORE/<digest>/libfgpu.so    a version; never changed
     STORE/current -> <digest>    the version for programs that start; containers mount STORE/current/libfgpu.so
     STORE/previous -> <digest>   the version that was published before
-    STORE/versions               SHA-256 and size of every version that was ever staged: images may contain any of them
+    STORE/versions               SHA-256 and size of the last MOST_VERSIONS staged ones: images may contain any of them
 
 A reader of `current` always gets the old version or the new one. publish() must be called only after the file that
 stage() has returned is probed. Runs in the agent's main thread and in `fgpu detach`. After an OSError the published
@@ -59,7 +59,7 @@ def stage(shim: Path, store: Path = STORE) -> Path:
 
 
 def genuine(shim: Path, store: Path | None = None) -> dict[str, int]:
-    """Return the sizes by SHA-256 of the shims of this host: `shim`, and all versions that are or were in the store."""
+    """Return the sizes by SHA-256 of the shims of this host: `shim`, and versions that are or were in the store."""
     folders = _versions(store) if store else []
     contents = [path.read_bytes() for path in (shim, *(folder / FILE for folder in folders)) if path.is_file()]
     return _recorded(store) | {hashlib.sha256(content).hexdigest(): len(content) for content in contents}
@@ -102,8 +102,8 @@ def publish(staged: Path) -> Path:
 class Release:
     """The version that one start of the agent puts in force.
 
-    This is the agent's own version. If the store cannot be written, it is the published version, or without one the
-    package's own file. `error`: why it is not the agent's own version, or not in the store.
+    This is the agent's own version. If the store cannot be written, it is the published version, or if there is none,
+    the package's own file. `error`: why the version is not the agent's own, or not in the store.
     """
 
     def __init__(self, shim: Path, store: Path | None) -> None:

@@ -1,7 +1,7 @@
 """Checks of the package and the kernel before anything is enforced.
 
-Runs in the agent's main thread at its start, and in `fgpu doctor`. The text of an AgentError has the reason and the
-fix.
+Runs in the agent's main thread at its start, in `fgpu load` and in `fgpu setup`. The text of an AgentError has the
+reason and the fix.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """A check whether processes survive return probes on this kernel.
 
-Runs in the agent's main thread, before the first use of its programs, and in `fgpu doctor`. A child process is probed
-before any other process. The probe is removed afterwards. OSError: no file can be probed at all.
+Runs in the main thread of the agent and of `fgpu load`, before the first use of the BPF programs. A child process is
+probed before any other process. The probe is removed afterwards. OSError: no file can be probed at all.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ CAPABLE = "run fgpu outside a container, or give the container CAP_SYS_ADMIN, CA
 def return_probes_survive_seccomp(shim: str, denied: int = _URETPROBE_CALL) -> bool:
     """Return whether a process under Docker's seccomp profile survives a return probe. Raises OSError.
 
-    From Linux 6.11 to early 6.13, the trampoline of return probes is a system call. The profile refuses this call, and
-    the kernel kills the process.
+    From Linux 6.11 to early 6.13, the trampoline of return probes is a system call. The profile refuses this call
+    (number `denied`), and the kernel kills the process.
     """
     command = [sys.executable, "-I", "-c", _CHILD, shim, str(denied)]
     event = bpf.open_uprobe(shim, symbol_offsets(shim, ["fgpu_release"])["fgpu_release"], True)

@@ -21,7 +21,7 @@ _FIX = "see dmesg | grep -i xid, and docs.nvidia.com/deploy/xid-errors; reset th
 class Reported:
     """The XIDs of one device since it was first watched: `counts` by XID, and the number of `ignored` ones.
 
-    `fatal`: the first XID that was not ignored since the device was last found; None: there was none.
+    `fatal`: the first XID that was not ignored since the device was last found again or cleared; None: there was none.
     """
 
     counts: Mapping[int, int]
@@ -42,11 +42,12 @@ class Tally:
         self._reported = {device: Reported({}, fatal=xid) for device, xid in before if xid not in self._ignored}
 
     def take(self, watched: Iterable[int], came: Iterable[tuple[int, int | None]]) -> Mapping[int, Reported]:
-        """Add XIDs, and return the totals by device. Devices that were never watched are left out.
+        """Add XIDs, and return the totals by device. Devices without an XID that were never watched are left out.
 
         Args:
             watched: the devices that NVML watches now.
-            came: pairs of device and XID in order; XID None: the device was lost or reset, and has been found again.
+            came: pairs of device and XID in order; XID None: the device has been found again after a
+                loss or a reset, or `fgpu device clear` has cleared it.
         """
         for device in watched:
             self._reported.setdefault(device, Reported({}))

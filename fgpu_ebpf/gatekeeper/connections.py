@@ -1,7 +1,7 @@
 """Connections of shims until their hello is answered: the identity of each peer process, and the order of service.
 
 Runs in the gatekeeper's main thread. The kernel identifies the peer by a pidfd. The data that the peer sends is not
-used for that.
+used to identify the peer.
 
 Limits: a workload (the owner of its processes' bounds) may have MOST_PER_TENANT connections, and MOST_SILENT that have
 not sent a hello. Workloads are served in turn, one hello each. A workload may use WAIT_NS of the gatekeeper's processor
@@ -34,7 +34,7 @@ from fgpu_ebpf.linux.procmaps import File
 MOST_CONNECTIONS, MOST_PER_TENANT, MOST_SILENT, MOST_HINTS, AT_ONCE = 1024, 512, 16, 4096, 64
 PATIENCE_NS, SILENCE_NS, TURN_NS = 1_000_000_000, 200_000_000, 4_000_000
 WAIT_NS, REFUSE_NS, FORGIVE_NS = 40_000_000, 50_000_000, 40_000_000  # processor time; FORGIVE_NS: each heartbeat
-STORM_NS = 1_000_000_000  # WAIT_NS of a new process: its start costs its tenant as much time as the gatekeeper
+STORM_NS = 1_000_000_000  # of a new process: its start costs its tenant as much processor time as the gatekeeper
 HELLO_BYTES = ctypes.sizeof(Hello)
 
 
@@ -45,7 +45,7 @@ class Connection:
     sock: socket.socket
     pidfd: int
     pid: int
-    tenant: int
+    tenant: int  # the bound owner of the process, or the process's tenant if the owner is unknown
     managed_state: ManagedState
     epoch: int
     since_ns: int
@@ -85,7 +85,7 @@ class Connections:
         self._load: Counter[int] = Counter()  # by tenant: number of connections
         self._ready: dict[int, dict[Connection, None]] = {}  # by tenant, in the order of their turns
         self._spent_ns: Counter[int] = Counter()  # by tenant: processor time used and not yet forgiven
-        self._hints: dict[int, int] = {}  # pid -> tenant: used only to refuse many connections cheaply
+        self._hints: dict[int, int] = {}  # pid -> tenant: to refuse many connections cheaply, and detect new processes
 
     def __len__(self) -> int:
         return len(self._connections)
@@ -130,8 +130,8 @@ class Connections:
     def _make_room(self, connection: Connection) -> None:
         """Drop a connection if there are too many.
 
-        If this connection's tenant has too many, this one is dropped. Otherwise it is the oldest one without a hello,
-        or else the latest one of the tenant with the most connections.
+        If this connection's tenant has too many, this connection is dropped. Otherwise the oldest connection without a
+        hello is dropped, or if there is none, the latest connection of the tenant with the most connections.
         """
         if self._load[connection.tenant] > MOST_PER_TENANT:
             self.drop(connection, "dropped_tenant")

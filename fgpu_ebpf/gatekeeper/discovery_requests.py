@@ -1,8 +1,9 @@
-"""Requests to the agent to examine processes whose cgroups are undecided.
+"""Requests to the agent to examine processes whose cgroup is undecided, or that map a file without probes.
 
 Runs in the gatekeeper's main thread. A request names one process of each tenant. Between two heartbeats, requests are
 sent for at most MOST_TENANTS tenants of a workload. The gatekeeper does not wait for an answer: the agent writes its
-decisions to the kernel's maps. If the agent does not receive a request, the request is sent again later.
+decisions and the probed files to the kernel's maps. If the agent does not receive a request, the request is sent again
+later.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ class DiscoveryRequests:
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
         self._new: dict[int, Connection] = {}  # by tenant: to be sent at the end of this iteration
         self._told: dict[int, int] = {}  # by tenant: no request about it is sent before this time
-        self._tenants: Counter[int] = Counter()  # by owner: number of tenants requested since the last heartbeat
+        self._tenants: Counter[int] = Counter()  # by owner: number of tenants with a request since the last heartbeat
         self._deaf_ns = 0
 
     def __bool__(self) -> bool:
@@ -36,7 +37,7 @@ class DiscoveryRequests:
         return bool(self._told)
 
     def add(self, connection: Connection) -> None:
-        """Queue a request about this process, unless the agent is busy with its tenant or its workload."""
+        """Queue a request about this process, unless its tenant had one lately or its workload has had too many."""
         tenant, owner = connection.managed_state.tenant, connection.tenant
         if connection.told or tenant in self._new or max(self._deaf_ns, self._told.get(tenant, 0)) > monotonic_ns():
             return

@@ -60,9 +60,10 @@ class Decisions(Protocol):
 def managed_state(ledger: Decisions | None, ids: Sequence[int]) -> ManagedState:
     """Combine the decisions about a cgroup and those around it.
 
-    The result is refused if any of the cgroups is refused. It is managed if any of them is managed, with all managed
-    ones as levels. It is unmanaged if the cgroup itself is known to be unmanaged and none of them has a page. Otherwise
-    it is undecided: a new cgroup inside an unmanaged one may belong to a tenant, and the agent has not examined it yet.
+    The result is refused if any of the cgroups is refused. It is undecided if one of them has a page and is not known
+    to be managed. It is managed if any of them is managed, with all managed ones as levels. It is unmanaged if the
+    cgroup itself is known to be unmanaged. Otherwise it is undecided: a new cgroup inside an unmanaged one may belong
+    to a tenant, and the agent has not examined the new one yet.
 
     Args:
         ledger: the decisions; None: the ledger is not open yet.
@@ -75,9 +76,9 @@ def managed_state(ledger: Decisions | None, ids: Sequence[int]) -> ManagedState:
     if Resolution.REFUSED in said.values():
         return ManagedState(False, ids[0], refused=True)
     in_force = (c for c in said if said[c] or (ledger and not ledger.page_missing(c)))
-    levels = tuple(in_force)[-abi.LEVELS :]  # like the kernel: if there are too many, the outermost
+    levels = tuple(in_force)[-abi.LEVELS :]  # if there are too many, the outermost, as in the kernel
     if not all(said[cgroup] for cgroup in levels):
-        return ManagedState(None, ids[0])  # in force, but not used by a process yet: the agent must be informed first
+        return ManagedState(None, ids[0])  # in force, but no process has used it yet: the agent has to decide first
     if levels:
         return ManagedState(True, levels[0], levels)
     leaf = ids[0] if ids else 0
@@ -115,7 +116,7 @@ class Lineages:
 
 
 class LedgerCache:
-    """Lookups in the ledger, cached for one iteration. Every method may raise OSError."""
+    """Lookups in the ledger, cached for one iteration. Every lookup may raise OSError."""
 
     def __init__(self, ledger: Ledger, epoch: int, devices: Sequence[tuple[int, bytes]], lineages: Lineages) -> None:
         self._ledger, self.epoch, self._devices, self._lineages = ledger, epoch, devices, lineages

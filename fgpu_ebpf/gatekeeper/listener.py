@@ -17,7 +17,7 @@ BACKLOG = 512  # enough for many simultaneous starts; to accept or refuse one ta
 
 
 class Listener:
-    """The listening socket. It is bound under another name and then renamed, so its path always has a listener."""
+    """The listening socket. It is bound under another name and renamed when it listens: its path is never missing."""
 
     def __init__(self, run: Path) -> None:
         self._shim = run / "shim"

@@ -2,8 +2,8 @@
 
 Run as `python -m fgpu_ebpf.gatekeeper`. A file lock allows one per host. The loop runs in the process's main thread.
 
-The kernel identifies a tenant's process by the pidfd of its connection. The data that the process sends is not used for
-that. The loop never waits for a tenant. Only the agent writes limits.
+The kernel identifies a tenant's process by the pidfd of its connection. The data that the process sends is not used to
+identify the process. The loop never waits for a tenant. Only the agent writes limits.
 
 When the gatekeeper exits, the heartbeats on pages stop, and shims open their gates after the lease. Limits stay in
 force in the kernel. The gatekeeper exits if the path of its lock no longer leads to the file that it has locked,
@@ -126,7 +126,7 @@ class Gatekeeper:
         return max(0, min(wakes_ns if reading_ns is None else [*wakes_ns, reading_ns]) - monotonic_ns())
 
     def _forgotten(self) -> bool:
-        """Return True if no heartbeat is needed: no process has a page, and no record is left that it would expire."""
+        """Return True if no heartbeat is needed: no process has a page, and no record is left to expire."""
         return not self._sessions.is_owed_beats() and not self._connections.owing() and not self._requests
 
     def end(self, *_: object) -> None:
@@ -211,7 +211,7 @@ class Gatekeeper:
             self._answer_managed(connection, grant)
 
     def _tell(self, connection: Connection) -> None:
-        """Request the agent's decision about the process of a connection. The connection waits for it."""
+        """Request the agent's examination of the process of a connection. The connection waits for the result."""
         self._counts["hello_held"] += not connection.held
         connection.held = True
         self._requests.add(connection)
@@ -354,7 +354,7 @@ class Gatekeeper:
             return
         if not self._listener.intact():
             self._open_listener()
-        self._accept()  # if no connection waits, the peer identifier records it
+        self._accept()  # if no connection waits, the peer identifier records the time
         self._slicer.shares_changed()  # in case the event of a change was lost
         self._counts["processes"] = len(self._sessions)
         said = {**self._counts, **self._facts, "slices": self._slicer.counts()}

@@ -62,7 +62,7 @@ class ControlMemory:
         self.page = ControlPage.from_buffer(self._map)
 
     def show(self, rows: bytes) -> None:
-        """Replace the table of processes by `rows` from row_bytes(). The sequence word is odd while it changes."""
+        """Replace the table of processes by `rows` from row_bytes(). The sequence word is odd meanwhile."""
         page = self.page
         page.sequence += 1
         _fence()

@@ -62,7 +62,7 @@ class ProcessGates:
         return True
 
     def set_shared(self, devices: Iterable[int]) -> None:
-        """Set the devices of whose time the process has a share."""
+        """Set the devices on which the process has a share of time."""
         self._shared = frozenset(devices)
         self.use(())
 
@@ -80,7 +80,7 @@ class ProcessGates:
         return bool(found)
 
     def claims_work(self, now_ns: int) -> bool:
-        """Return True if the process claims to have work in flight that is not due to have ended by `now_ns`."""
+        """Return True if the process claims to have work in flight that ends after `now_ns`."""
         claims = [process_claims.read(self.words, row, self.session.ahead_ns, now_ns) for row in self.rows]
         return any(claim.in_flight and claim.busy_until_ns > now_ns for claim in claims)
 
@@ -163,9 +163,9 @@ def let_gang_through(all_gates: Iterable[ProcessGates], now_ns: int) -> None:
     """Let late kernels through closed gates if kernels of the same gang spin on other devices and wait for them.
 
     A gang is a set of kernels, one on each device, that wait for each other. This function is called when the work in
-    flight is long overdue. At each closed gate it admits as many launches as are in flight on the busiest device. A
-    program that launches the same kernels on all its devices is in step again after one round. All other programs are
-    stopped by the deadline.
+    flight is long overdue. At each gate with waiting threads and nothing in flight, it admits as many launches as are
+    in flight on the busiest device, and at most MOST_PASSES. A program that launches the same kernels on all its
+    devices is in step again after one round. All other programs are stopped by the deadline.
     """
     claims = [
         (gates, row[0], process_claims.read(gates.words, row, 0, now_ns)) for gates in all_gates for row in gates.rows

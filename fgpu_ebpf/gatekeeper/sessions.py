@@ -1,9 +1,9 @@
 """Sessions of managed processes: their control and status pages, with rows and heartbeats on the control pages.
 
-Runs in the gatekeeper's main thread. A session lasts from a process's first registration until its pidfd reports its
-exit. Unmanaged processes share a few control pages and have no session, so they take no places from tenants. The module
-`main` decides which pages a process gets, and `time_slicer` reads the status pages. If heartbeats stop, shims open
-their gates. Errors are OSError.
+Runs in the gatekeeper's main thread. A session lasts from a process's first registration until the process's pidfd
+reports its exit, the process executes another program, or the process is no longer managed. Unmanaged processes share a
+few control pages and have no session, so they take no places from tenants. The module `main` decides which pages a
+process gets, and `time_slicer` reads the status pages. If heartbeats stop, shims open their gates. Errors are OSError.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class PageHeader:
 
 @dataclass(slots=True, eq=False)
 class Session:
-    """A process that has pages, until its pidfd reports its exit. `since_ns`: when the session began."""
+    """A managed process and its pages. `since_ns`: when the session began."""
 
     pid: int
     pidfd: int
@@ -79,7 +79,7 @@ class Sessions:
     def __init__(self, selector: selectors.BaseSelector, boot: bytes) -> None:
         self._selector, self._boot = selector, boot
         self._most = min(MOST_PROCESSES, max(16, (resource.getrlimit(resource.RLIMIT_NOFILE)[0] - 3072) // 5))
-        self._sessions: dict[int, Session] = {}  # by pid; removed when the pidfd reports the exit
+        self._sessions: dict[int, Session] = {}  # by pid
         self._members: Counter[int] = Counter()  # by owner: number of sessions
         self._held: dict[int, list[Held]] = {}
         self._names: dict[tuple[int, int], dict[int, int]] = {}
@@ -262,7 +262,7 @@ def take_one(count: Counter[int], key: int) -> None:
 
 
 def by_tenant(processes: Mapping[int, Process]) -> dict[int, list[Held]]:
-    """Return the rows of each tenant, which is a process's innermost level; at most abi.ROWS, those with most bytes."""
+    """Return the abi.ROWS rows with the most bytes of each tenant. A process's tenant is its innermost level."""
     held: dict[int, list[Held]] = {}
     for tgid, process in sorted(processes.items()):
         rows = [(tgid, process.generation, device, bytes_) for device, bytes_ in enumerate(process.bytes) if bytes_]

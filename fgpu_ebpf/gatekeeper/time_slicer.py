@@ -53,7 +53,7 @@ class TimeSlicer:
         self._shares: dict[int, dict[int, Share]] = {}  # by level and device
         self._gated: dict[int, frozenset[int]] = {}  # by tenant: devices of its own shares and of those around it
         self._used: dict[int, frozenset[int]] = {}  # by tenant: devices that its processes use
-        self._epoch, self._read_ns, self._is_read_owed = -1, 0, False  # of shares: epoch, last reading, is one due?
+        self._epoch, self._read_ns, self._is_read_owed = -1, 0, False  # of shares: epoch, last reading, if one is due
         self._shares_ns = self._publish_ns = NEVER_NS
         self._measured: tuple[int, dict[int, int]] = (0, {})
         self._shown: dict[int, frozenset[int]] = {}  # by tenant: devices of the last published rows
@@ -111,7 +111,7 @@ class TimeSlicer:
                 if gates.claims_work(now_ns):
                     self._turns.lose(tenant, now_ns)
                 self._gates[tenant].remove(gates)
-                self._used.pop(tenant, None)  # perhaps no other process of the tenant uses its devices
+                self._used.pop(tenant, None)  # perhaps no other process of the tenant uses these devices
                 self._to_look_at.add(tenant)
                 self._is_watching = False
                 self._words.wake()
@@ -238,7 +238,7 @@ class TimeSlicer:
             is_other |= bool(changed) or len(observations) > 1  # perhaps other tenants wait now
             is_new = self._turns.look_again()
             if is_new:
-                futex.fence()  # a process that reports work in flight later has read that its gate is closed
+                futex.fence()  # a process that reports work in flight after this has read that its gate is closed
         for tenant in self._turns.to_meet(monotonic_ns()):
             let_gang_through(self._gates.get(tenant, ()), monotonic_ns())
         if not self._is_watching:

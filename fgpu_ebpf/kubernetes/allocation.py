@@ -106,7 +106,7 @@ def _annotation(slots: Iterable[Slot]) -> str:
 
 def _devices(folders: Iterable[Path], kind: str) -> set[str]:
     """Return the names of all devices of a kind that engines find in these folders. Other files are ignored."""
-    import yaml  # here: specifications are only read when a container starts; JSON is YAML
+    import yaml  # here, because specifications are read only when a container starts; JSON is YAML too
 
     found: set[str] = set()
     for path in (path for folder in folders for path in sorted(folder.glob("*.[jy]*"))):

@@ -1,9 +1,9 @@
 """The device plugin: reports this host's slots to kubelet, and answers kubelet's requests to allocate them.
 
 The plugin runs in a process of its own (`fgpu device-plugin`), in one asyncio loop. It has a socket for each profile in
-kubelet's folder, and registers the profile with kubelet. The agent reports the slots to the plugin, and limits the
-container when it starts. Without an agent every slot is unhealthy. Without kubelet the plugin waits for kubelet. At
-SIGTERM the plugin removes its sockets.
+kubelet's folder, and registers the profile with kubelet. The agent reports the slots to the plugin, and limits a
+container when the container starts. Without an agent every slot is unhealthy. Without kubelet the plugin waits for
+kubelet. At SIGTERM the plugin removes its sockets.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ FOLDER = Path("/var/lib/kubelet/device-plugins")
 KUBELET = "kubelet.sock"
 LOOK_SECONDS = 2.0
 AGENT_SECONDS = 2.0  # timeout of a request to the agent
-SILENT_SECONDS = 5.0  # slots become unhealthy if the agent does not answer for this time: an upgrade takes as long
+SILENT_SECONDS = 5.0  # slots become unhealthy after this time without an answer of the agent: enough for its upgrade
 PATIENCE_SECONDS = 2.0  # how long to wait for room: the agent detects the end of a container a little after kubelet
 REGISTER_SECONDS = 5.0
 FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 0.2, 5.0  # after a registration that failed
@@ -45,7 +45,7 @@ _CHANNEL_OPTIONS = (
 
 
 class PluginError(Exception):
-    """There is nothing to serve. The text has the reason and the fix."""
+    """The plugin cannot serve. The text has the reason and the fix."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +58,7 @@ class Options:
 
 
 def serve(options: Options) -> None:
-    """Serve until SIGTERM or SIGINT. Raises PluginError if there is nothing to serve."""
+    """Serve until SIGTERM or SIGINT. Raises PluginError if a package is missing, or for too many slots."""
     try:
         import grpc.aio  # noqa: F401
 

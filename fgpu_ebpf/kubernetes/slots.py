@@ -14,7 +14,7 @@ from typing import Any
 
 from fgpu_ebpf.policy.units import memory_text, shown
 
-MOST_SLOTS = 1000  # of a host, all profiles together: kubelet reads them in one message of at most 4 MiB
+MOST_SLOTS = 1000  # a host must have fewer, of all profiles together: kubelet reads messages of at most 4 MiB
 PROMISE_SECONDS = 300.0  # from kubelet's request to the container's start: its image may have to be fetched
 _BETWEEN = "::"
 
@@ -151,7 +151,7 @@ class Book:
         return max(0, device.free_bytes - held) // profile.bytes
 
     def healthy(self, share: str) -> set[Slot]:
-        """Return the slots that kubelet may count on: taken slots, promised slots, and free slots that fit.
+        """Return the slots to report as healthy: taken slots, promised slots, and free slots that fit.
 
         kubelet does not report which slots are taken. The slots that it allocated last count first, then those with the
         lowest numbers.
@@ -171,7 +171,7 @@ class Book:
         return found
 
     def read(self, share: str, ids: Sequence[str]) -> list[Slot]:
-        """Return the slots of these ids, all of which one container requests. Raises SlotError."""
+        """Return the slots of the ids that one container requests. Raises SlotError."""
         slots = [self._slot(share, id_) for id_ in ids]
         twice = [uuid for uuid, count in Counter(slot.uuid for slot in slots).items() if count > 1]
         if twice:
