@@ -152,8 +152,8 @@ def _cut(text: bytes) -> bytes:
 class Handler(logging.Handler):
     """Writes a line at once or drops it.
 
-    `dropped`: number of lines that could not be written. `left_out`: number of lines of too many statements. Both only
-    grow.
+    `dropped`: number of lines that could not be written. `left_out`: number of lines beyond the maximum of lines or of
+    statements in ten seconds. Both only grow.
     """
 
     def __init__(self, sink: Sink, form: Text, now: Callable[[], float] = time.monotonic) -> None:
