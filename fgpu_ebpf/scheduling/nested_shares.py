@@ -74,7 +74,7 @@ class Unit:
             self._owned_ns[device] = self.owned_ns(device) + ns
 
     def owned_ns(self, device: int) -> int:
-        """Return the device time that tenants inside have used, and the level's own programs before it was a unit."""
+        """Return the device time of the tenants inside, and of the level's own programs before it became a unit."""
         return self._owned_ns.get(device, self._first_owned_ns)
 
     def lifted(self, devices: Iterable[int], until_ns: int) -> None:

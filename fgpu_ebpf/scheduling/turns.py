@@ -91,7 +91,7 @@ class Turns:
         self._users_changed = True
 
     def lose(self, tenant: int, now_ns: int) -> None:
-        """Record that a process has exited that had work in flight by its own report."""
+        """Record that a process that reported work in flight has exited."""
         place = self._here.get(tenant)
         if place and place.turn and place.turn.closing_ns:
             place.trust.lost_process(now_ns)
