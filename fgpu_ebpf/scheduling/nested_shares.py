@@ -5,7 +5,7 @@ tenants by their virtual times. It divides the time of a unit among the tenants 
 ceilings of all enclosing units apply. The time that a unit has used stays charged to it, even if cgroups inside it are
 created and removed.
 
-The module runs in the gatekeeper's time slicer thread. Times are in nanoseconds.
+The module runs in threads of the gatekeeper that hold the time slicer's lock. Times are in nanoseconds.
 """
 
 from __future__ import annotations

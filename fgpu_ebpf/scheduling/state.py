@@ -1,7 +1,7 @@
 """The state of tenants that share devices' time, and of their turns.
 
-The module runs in the gatekeeper's time slicer thread. It computes when something is due, and `turns` makes the
-decisions. Times are CLOCK_MONOTONIC nanoseconds.
+The module runs in threads of the gatekeeper that hold the time slicer's lock. It computes when something is due, and
+`turns` makes the decisions. Times are CLOCK_MONOTONIC nanoseconds.
 """
 
 from __future__ import annotations

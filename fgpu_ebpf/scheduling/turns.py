@@ -1,10 +1,10 @@
 """Turns on the devices, from the opening of a gate to the end of its drain: which tenants run, wait and stop.
 
 The next gate opens LEAD_NS before a drain should end, so that the device is not idle until a thread has woken up and
-launched work. The next turn is charged from the expected end of the drain. The module runs in the gatekeeper's time
-slicer thread, does no I/O and reads no clock. `fair_queue` determines the order of turns. A tenant that shares no
-device with another tenant and has no ceiling is *free*: it has no turns, and its gates stay open. Wrong reports of a
-tenant cost at most its own turn.
+launched work. The next turn is charged from the expected end of the drain. The module runs in threads of the gatekeeper
+that hold the time slicer's lock, does no I/O and reads no clock. `fair_queue` determines the order of turns. A tenant
+that shares no device with another tenant and has no ceiling is *free*: it has no turns, and its gates stay open. Wrong
+reports of a tenant cost at most its own turn.
 """
 
 from __future__ import annotations
