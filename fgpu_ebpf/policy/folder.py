@@ -1,6 +1,6 @@
 """The folder of policy files, read as a whole.
 
-The module runs in the policy thread and the main thread of the agent, and in `fgpu policy`. The result is always one
+The module runs in the policy thread and the main thread of the agent, and in commands. The result is always one
 complete state of the folder, never a mixture of two. If a file has an error, the result has no policies, and the caller
 keeps those of the previous reading.
 """
