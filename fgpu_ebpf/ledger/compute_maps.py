@@ -1,7 +1,8 @@
 """The BPF maps of compute time: `shares`, `turns`, and `ran` (the time that each level has run, as measured by NVML).
 
-The agent writes `shares` and `ran`, and the gatekeeper writes `turns`. Both read all of them. Runs in the agent's main
-thread and reconcile thread, and in the gatekeeper's main thread and time slicer's. Errors are OSError of bpf(2).
+The agent writes `shares` and `ran`. The gatekeeper writes `turns`, and the agent deletes the entries of removed shares.
+Both read all maps. Runs in the agent's main thread and reconcile thread, and in the gatekeeper's main thread and time
+slicer's. Errors are OSError of bpf(2).
 """
 
 from __future__ import annotations
@@ -66,7 +67,8 @@ class ComputeMaps:
     def bell(self) -> Events | None:
         """Return a reader of the ring buffer `bell`, or None if the pinned maps are of a version without this map.
 
-        The reader is readable after shares have changed or a process has exited. It yields an exit as News.ENDED.
+        The reader is readable after shares have changed or a process that had a context has exited. It yields an exit
+        as News.ENDED.
         """
         fd = self._maps.get("bell")
         return None if fd is None else Events(os.dup(fd))
@@ -160,13 +162,13 @@ class ComputeMaps:
         bpf.update(self._maps["turns"], _KEY.pack(level, device), _TURN.pack(*words))
 
     def ran_ns(self, level: int, device: int) -> int | None:
-        """Return how long a level has run on a device by NVML, in ns; None: it has no share, or there is no map."""
+        """Return how many ns a level has run on a device by NVML; None: the level has no share, or there is no map."""
         ran = self._ran()
         raw = None if ran is None else bpf.lookup(ran, _KEY.pack(level, device), _U64.size)
         return None if raw is None else int(_U64.unpack(raw)[0])
 
     def add_ran(self, level: int, device: int, ns: int) -> None:
-        """Add time for which a level has run by NVML. Does nothing if the level no longer has a share."""
+        """Add time that a level has run according to NVML. Does nothing if the level no longer has a share."""
         ran, before_ns = self._ran(), self.ran_ns(level, device)
         if ran is not None and before_ns is not None:
             bpf.replace(ran, _KEY.pack(level, device), _U64.pack((before_ns + ns) & _MOST_WORD))

@@ -69,7 +69,11 @@ class Count:
 
 
 class Ledger:
-    """The pinned maps of one layout. For one thread, except processes(), overhead(), move() and `orphans`."""
+    """The pinned maps of one layout.
+
+    Threads other than the one that opens the ledger may call only file_check(), tenants(), context_bytes(), the methods
+    for processes and allocations, those of `orphans`, and those of `times` that do not set shares.
+    """
 
     def __init__(self, pins: Path = PINS) -> None:
         self._adjust = -1
@@ -153,8 +157,8 @@ class Ledger:
         """Put limits in force, and create the pages of levels that have none. All pages stay, and so all charges.
 
         Args:
-            over: called in another thread, once for each batch of at most PAGES_AT_ONCE new levels, with their
-                cgroups, when every BPF program that found no page for them has ended.
+            over: called, usually in another thread, once for each batch of at most PAGES_AT_ONCE new levels, with
+                their cgroups, when every BPF program that found no page for them has ended.
 
         Raises:
             OSError: E2BIG: there are too few pages for so many levels. No level is changed then.
@@ -261,7 +265,7 @@ class Ledger:
     # -- processes
 
     def processes(self) -> dict[int, Process]:
-        """Return all entries that are ready, by tgid."""
+        """Return the entries of all processes, by tgid, except entries that a BPF program is still creating."""
         so_far, (as_of, known) = self._number("host", HOST_PROCESSES), self._members
         entries: Iterable[tuple[int, Process | None]]
         if so_far == as_of and len(known) <= FEW:  # no entry was added since that reading
@@ -315,7 +319,7 @@ class Ledger:
         return done == 0
 
     def reap(self, tgid: int, generation: int) -> bool:
-        """End the entry of a process that has exited although no event has reported it. Returns whether it existed."""
+        """End the entry of a process that has exited without an event. Returns whether the entry existed."""
         return self._run(abi.Adjust.REAP, tgid, generation) == 0
 
     def mark(self, tgid: int, generation: int, device: int) -> bool:
@@ -325,8 +329,8 @@ class Ledger:
     def tag(self, tgid: int, levels: tuple[int, ...]) -> int:
         """Return the tag in the verdicts for a process, and create the process's entry if it has none.
 
-        The result 0 means that its requests have no tag: its level has too many entries, or this process runs in a pid
-        namespace whose pids are not the kernel's.
+        The result 0 means that the requests of the process have no tag: its level or bound owner has too many entries,
+        or the calling process runs in a pid namespace whose pids are not the kernel's.
         """
         if not has_host_pids():
             return 0

@@ -51,7 +51,8 @@ class _Change:
 class MapInMapUpdates:
     """Updates of maps of maps, which are passed as descriptors.
 
-    The methods call `over` in another thread once no BPF program uses the old entries, but not after a failed update.
+    `over` is called once no BPF program uses the old entries: usually in another thread, and in the caller's thread if
+    there is nothing to delete or no thread can be started. It is not called after a failed update.
     """
 
     def __init__(self) -> None:

@@ -86,7 +86,7 @@ class OrphanMap:
                 self.let_go(orphan, 0)
 
     def let_go(self, orphan: Orphan, bytes_: int) -> bool:
-        """Release bytes of an orphan at its levels; 0 bytes: delete its entry.
+        """Release bytes of an orphan at its levels; 0 bytes: delete its entry if it has no bytes.
 
         Returns False if the entry has changed or no longer exists. The caller must read it again.
         """

@@ -1,7 +1,7 @@
 """The map `resolved`: the agent's decisions about cgroups, which the gatekeeper reads.
 
 The agent's main thread writes the map. If the map is full, decisions about cgroups that are not managed are removed to
-make room, and the programs of these cgroups register again. Errors are OSError of bpf(2).
+make room. The agent decides again when a program of such a cgroup registers. Errors are OSError of bpf(2).
 """
 
 from __future__ import annotations
@@ -74,7 +74,10 @@ class Resolutions:
         return bool(found)
 
     def forget(self, cgroup: int) -> None:
-        """Delete the decision about a cgroup that is not managed. The agent decides again at its next program."""
+        """Delete the decision about a cgroup that is not managed.
+
+        The agent decides again when the next program of the cgroup registers.
+        """
         bpf.delete(self._maps["resolved"], _U64.pack(cgroup))
 
     def unresolve(self, cgroups: Iterable[int]) -> None:

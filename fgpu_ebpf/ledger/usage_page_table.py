@@ -43,8 +43,8 @@ class UsagePageTable:
 
         Args:
             new: the contents of the pages. Their `place` is set.
-            over: called in another thread with their cgroups, after the last BPF program has ended that found no page
-                for them.
+            over: called with their cgroups, usually in another thread, when every BPF program that found no page for
+                them has ended.
         """
         made: dict[int, int] = {}
         cgroups = [page.cgroup for page in new]
@@ -65,7 +65,7 @@ class UsagePageTable:
     def take_away(self, cgroups: Collection[int], over: Callable[[set[int]], object]) -> None:
         """Remove the pages of these cgroups, if they have any.
 
-        `over` is called in another thread with the cgroups, when no BPF program uses their pages any more.
+        `over` is called with the cgroups, usually in another thread, when no BPF program uses their pages any more.
         """
         gone = set(cgroups)
         self._updates.delete(self._maps["pages"], [*map(_U64.pack, gone)], lambda: over(gone))

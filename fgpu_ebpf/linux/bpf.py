@@ -193,7 +193,7 @@ def inner_id(fd: int, key: bytes) -> int | None:
 
 
 def items(fd: int, key_bytes: int, value_bytes: int, chunk: int = 256) -> Iterator[tuple[bytes, bytes]]:
-    """Yield all entries of a hash map, read in batches of whole buckets.
+    """Yield all entries of a hash map or array, read in batches. A batch of a hash map consists of whole buckets.
 
     An entry that changes during the call is yielded at most once. The caller may delete entries that were yielded.
 
@@ -235,7 +235,7 @@ def possible_processors() -> int:
 def update_all(fd: int, entries: Mapping[bytes, bytes]) -> None:
     """Insert or replace many entries at once. Raises OSError.
 
-    For a map of maps, the kernel then waits for one grace period instead of one for each entry (Linux 6.8).
+    From Linux 6.8 on, the kernel waits for a single grace period if the map is a map of maps, not for one per entry.
     """
     if entries:
         k, v = _buffer(b"".join(entries)), _buffer(b"".join(entries.values()))

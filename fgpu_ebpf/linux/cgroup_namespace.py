@@ -22,8 +22,8 @@ HOST_NAMESPACE = 0xEFFFFFFB  # PROC_CGROUP_INIT_INO: the inode of the first cgro
 def root_path() -> str:
     """Return the path of this namespace's root in the hierarchy; empty: it is the host's namespace, or unknown.
 
-    The path is read in the namespace of process 2, a kernel thread in the host's namespaces. From inside a pid
-    namespace this process is not visible, so the path is unknown.
+    The path is read in the namespace of process 2, a kernel thread in the host's namespaces. Inside a pid namespace
+    this kernel thread is not visible, so the path is unknown.
     """
     if os.stat("/proc/self/ns/cgroup").st_ino == HOST_NAMESPACE:
         return ""

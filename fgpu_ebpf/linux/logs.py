@@ -1,9 +1,10 @@
 """Log lines as text for a person, as JSON for a collector, or as fields for systemd's journal.
 
-Runs in any thread of the agent, the gatekeeper and the commands. Logging never blocks: a line that cannot be written at
-once is dropped, and the next line that can be written is preceded by the number of dropped lines. The amount is
-bounded: in ten seconds, each statement (for each tenant, if it names one) writes at most ten lines, and at most 256
-statements write. Further lines are only counted. If writing fails, `dropped` grows, and the service continues.
+Runs in any thread of the agent and of the device plugin. The gatekeeper has its own log (`rate_limited_log`). Logging
+never blocks: a line that cannot be written at once is dropped, and the next line that can be written is preceded by the
+number of dropped lines. The amount is bounded: in ten seconds, each statement (for each tenant, if it names one) writes
+at most ten lines, and at most 256 statements write. Further lines are only counted. If writing fails, `dropped` grows,
+and the service continues.
 
 A statement adds fields by `extra`: log.info("limit of %s on %s", size, path, extra={"tenant": name}).
 """
@@ -152,8 +153,8 @@ def _cut(text: bytes) -> bytes:
 class Handler(logging.Handler):
     """Writes a line at once or drops it.
 
-    `dropped`: number of lines that could not be written. `left_out`: number of lines of too many statements. Both only
-    grow.
+    `dropped`: number of lines that could not be written. `left_out`: number of lines beyond the maximum of lines or of
+    statements in ten seconds. Both only grow.
     """
 
     def __init__(self, sink: Sink, form: Text, now: Callable[[], float] = time.monotonic) -> None:

@@ -42,8 +42,8 @@ def settle(ahead_bytes: int) -> None:
 
     The cyclic garbage collector does not visit frozen objects, so it has little to visit and runs soon. Otherwise it
     waits until there are a quarter as many new objects as existing ones. Python returns memory of small objects in
-    whole mebibytes. In time each mebibyte contains a long-lived object, so a process would grow at each new peak. To
-    allocate `ahead_bytes` at once avoids this growth.
+    whole mebibytes. In time each mebibyte contains a long-lived object, so a process would grow at each new peak. The
+    allocation of `ahead_bytes` at once avoids this growth.
     """
     gc.collect()
     gc.freeze()

@@ -1,9 +1,10 @@
 """The mappings of a process.
 
 The functions query one mapping at a time (PROCMAP_QUERY, Linux 6.11). On older kernels they parse /proc/PID/maps. Both
-ways have a maximum, because a process can have any number of mappings. The agent and the gatekeeper call the functions
-in worker threads, because a read can block on the process. The functions raise OSError with ENOENT if there is no such
-mapping, and with E2BIG if there are too many.
+ways have a maximum, because a process can have any number of mappings. A read can block on the process. Therefore the
+agent and the gatekeeper read in worker threads, except for the reason of a bypass (`driver.bypass_reason`) and for
+preexisting processes at the agent's start. The functions raise OSError with ENOENT if there is no such mapping, and
+with E2BIG if there are too many.
 """
 
 from __future__ import annotations
@@ -35,8 +36,8 @@ _Path = ctypes.c_char * _LONGEST_PATH
 class Mapped:
     """A mapping as the kernel reports it.
 
-    `path` may end in ` (deleted)`. It is empty if the caller did not request it. `offset` is the offset in the file at
-    which the mapping begins. `ino` is 0 if the mapping has no file.
+    `path` may end in ` (deleted)`, and may be empty if the caller did not request it. `offset` is the offset in the
+    file at which the mapping begins. `ino` is 0 if the mapping has no file.
     """
 
     start: int

@@ -65,7 +65,7 @@ class Workers(Generic[Owner, Job, Result]):
         self._finished: deque[Owner] = deque()
         self._ended: deque[None] = deque()  # one entry for each thread that has ended
         self._active = 0
-        self._moved_ns = 0  # when a job was last started or finished
+        self._moved_ns = 0  # when a thread was last started, or take() last returned a job
 
     # -- in the loop
 

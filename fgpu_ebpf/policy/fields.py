@@ -62,7 +62,7 @@ class _OrOne:
 def absent(description: str, *examples: Any) -> Any:
     """Return the field of an optional key. A file must not write the key with an empty value.
 
-    For that, the JSON Schema of the field has no null and no default.
+    Therefore the JSON Schema of the field has no null and no default.
     """
     shown = list(examples) or None
     return Field(default=None, description=description, examples=shown, json_schema_extra=_without_default)
@@ -152,7 +152,7 @@ def _metric_label(value: str) -> str:
         better = re.sub(r"\W", "_", value[:63], flags=re.A)
         raise ValueError(f"{shown(value)} is not a name of a Prometheus label: did you mean {better!r}?")
     if value.startswith("__") or value in RESERVED_LABELS:
-        raise ValueError(f"{shown(value)} is a label of the metrics already: choose another name")
+        raise ValueError(f"{shown(value)} is a reserved label of metrics: choose another name")
     return value
 
 

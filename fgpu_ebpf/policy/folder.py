@@ -1,6 +1,6 @@
 """The folder of policy files, read as a whole.
 
-The module runs in the policy thread and the main thread of the agent, and in `fgpu policy`. The result is always one
+The module runs in the policy thread and the main thread of the agent, and in commands. The result is always one
 complete state of the folder, never a mixture of two. If a file has an error, the result has no policies, and the caller
 keeps those of the previous reading.
 """
@@ -32,7 +32,7 @@ _GONE = "does not exist: the last policies stay in force; create the folder agai
 
 @dataclass(frozen=True, slots=True)
 class State:
-    """A state of the folder: the permissions of it and of the folders around it, and the stamps of its files."""
+    """A state of the folder: inode, mode and owner of it and of each folder around it, and the stamps of its files."""
 
     path_stats: tuple[tuple[int, int, int], ...]
     files: tuple[tuple[str, Stamp | None], ...]
@@ -145,7 +145,7 @@ class PolicyFolder:
             if len(errors) >= MOST_ERRORS or len(policies) > MOST_POLICIES:
                 break
         errors += whole(policies)
-        re.purge()  # the cache of this module still has hundreds of patterns of earlier policies
+        re.purge()  # the cache of `re` still has hundreds of patterns of earlier policies
         read = State(state.path_stats, tuple(stamps.items()))
         return Reading(None if errors else PolicySet(tuple(policies), tuple(files)), tuple(errors[:MOST_ERRORS]), read)
 
@@ -178,7 +178,7 @@ def parse(name: str, data: bytes) -> tuple[list[Policy], list[ConfigError]]:
 
 
 def whole(policies: list[Policy]) -> list[ConfigError]:
-    """Return the errors that no single file shows: names that two policies have, and too many policies."""
+    """Return the errors of the set as a whole: names that two policies have, and too many policies."""
     first: dict[str, Policy] = {}
     wrong = []
     for policy in policies:

@@ -41,7 +41,7 @@ class Metadata(Model):
 
 
 class MatchExpression(Model):
-    """A test of one label; a label that is not there is NotIn everything."""
+    """A test of one label. A missing label passes every `NotIn` test."""
 
     key: LabelKey = Field(description="The label's name.", examples=["tier"])
     operator: Literal["In", "NotIn", "Exists", "DoesNotExist"] = Field(
@@ -60,7 +60,7 @@ class MatchExpression(Model):
 
 
 class Selector(Model):
-    """The workloads that the policy is for: every key that is written must match, by one item of its list."""
+    """The workloads that the policy selects. All keys must match. A list of patterns matches if one item does."""
 
     model_config = ConfigDict(json_schema_extra={"minProperties": 1})
 
@@ -86,7 +86,7 @@ class Memory(Model):
     """The limit on each device, and how far the workload's own label fgpu.dev/memory may go."""
 
     limit: Bytes = Field(
-        description="The most on each device. A percentage is of what tenants can get there, rounded down to 2 MiB.",
+        description="The most on each device. A percentage is a part of the memory for tenants, rounded down to 2 MiB.",
         examples=["8GiB", "50%"],
     )
     max: Bytes = absent("The most that the workload's own label may request; the default is `limit`.", "16GiB")

@@ -38,7 +38,7 @@ def load(path: str, name: str, root_only: bool, most_bytes: int = MOST_BYTES) ->
         path: the path of the file.
         name: the name of the file in errors.
         root_only: refuse a file that users other than root can write.
-        most_bytes: the maximum size. Of a larger file, one byte more than that is returned.
+        most_bytes: the maximum size. A larger file is cut after one byte more, so that the caller can detect it.
 
     Raises:
         InvalidFileError: the file is not a regular file, or users other than root can write it.

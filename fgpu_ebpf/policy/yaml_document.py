@@ -1,7 +1,7 @@
 """Reading of YAML files: each value with its line, and without the features of YAML that often cause errors.
 
 Aliases, tags and merges are refused, and `no` is a text instead of false. The module runs in the thread that reads the
-file. Size, depth and number of values are bounded, so that any file is read in a few milliseconds.
+file. Size, depth and number of values are bounded, so that no file takes long to read.
 """
 
 from __future__ import annotations

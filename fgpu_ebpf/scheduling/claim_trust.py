@@ -3,12 +3,12 @@
 A *claim* is the time that a tenant's work in flight will take, by the tenant's own report. The *bound* is the longest
 time for which other tenants wait for this work. At first, it is UNPROVEN_NS. It rises to MOST_FLIGHT_NS once work with
 a longer claim has ended as claimed. If other tenants waited and the work did not end as claimed, the bound falls to
-BUDGET_NS, which is the wait for a tenant without a claim. From there the bound doubles in regular intervals, which
+BUDGET_NS, which is the wait for a tenant without a claim. From there the bound doubles at regular intervals, which
 become longer with each further wait in vain. All tenants inside one unit (`nested_shares`) have the same `Standing`, so
 that a new cgroup gets no more trust than the previous one.
 
-The module runs in the gatekeeper's time slicer thread. It does not charge tenants. Times are CLOCK_MONOTONIC
-nanoseconds.
+The module runs in threads of the gatekeeper that hold the time slicer's lock. It does not charge tenants. Times are
+CLOCK_MONOTONIC nanoseconds.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class Standing:
         return min(most_ns, BUDGET_NS << doublings)
 
     def lower(self, now_ns: int, is_much: bool) -> None:
-        """Lower the bound to BUDGET_NS after a wait in vain. `is_much`: it also doubles more slowly from now on."""
+        """Lower the bound to BUDGET_NS after a wait in vain. `is_much`: the bound also doubles more slowly then."""
         if is_much:
             is_new = not self.pace_ns or now_ns - self.lowered_ns > FORGET_NS
             self.pace_ns = PACE_NS if is_new else min(MOST_PACE_NS, 2 * self.pace_ns)

@@ -1,6 +1,7 @@
 """Counters of turns, by tenant and by device.
 
-The module runs in the gatekeeper's time slicer thread, which publishes the counters. Times are in nanoseconds.
+The module runs in threads of the gatekeeper that hold the time slicer's lock. The time slicer publishes the counters.
+Times are in nanoseconds.
 """
 
 from __future__ import annotations

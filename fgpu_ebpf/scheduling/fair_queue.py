@@ -5,8 +5,8 @@ tenant's weight, to the tenant's virtual time. The tenant with the lowest virtua
 starts at the device's clock, the virtual time of the last turn: it gets no credit for idle time, and keeps its debts.
 If a tenant was behind the clock when its last turn ended, it may start as far behind for some quanta (`Leave`).
 
-The functions have no state, do no I/O and read no clock. They run in the gatekeeper's time slicer thread, and in the
-agent, which computes entitlements. Times are CLOCK_MONOTONIC nanoseconds. Limits are millionths of a device's time.
+The functions have no state, do no I/O and read no clock. They run in the gatekeeper. The agent uses only the class
+Share. Times are CLOCK_MONOTONIC nanoseconds. Limits are millionths of a device's time.
 """
 
 from __future__ import annotations

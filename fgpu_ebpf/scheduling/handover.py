@@ -11,7 +11,7 @@ from fgpu_ebpf.scheduling.state import Place, Turn
 
 
 def next_begins_ns(running: Iterable[Place], devices: Collection[int], now_ns: int) -> int:
-    """Return when the ending turns on these devices should have drained. Until then, these turns pay for the devices.
+    """Return when the ending turns on these devices should have drained. They are charged for the devices until then.
 
     Also marks these turns as handed over.
     """

@@ -5,7 +5,7 @@ tenants by their virtual times. It divides the time of a unit among the tenants 
 ceilings of all enclosing units apply. The time that a unit has used stays charged to it, even if cgroups inside it are
 created and removed.
 
-The module runs in the gatekeeper's time slicer thread. Times are in nanoseconds.
+The module runs in threads of the gatekeeper that hold the time slicer's lock. Times are in nanoseconds.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ class Unit:
             self._owned_ns[device] = self.owned_ns(device) + ns
 
     def owned_ns(self, device: int) -> int:
-        """Return the device time that tenants inside have used, and the level's own programs before it was a unit."""
+        """Return the device time of the tenants inside, and of the level's own programs before it became a unit."""
         return self._owned_ns.get(device, self._first_owned_ns)
 
     def lifted(self, devices: Iterable[int], until_ns: int) -> None:

@@ -1,7 +1,7 @@
 """All units of a host: levels with a share that have levels with shares inside (`nested_shares`).
 
 A unit exists as long as its level has a share, so its used time is kept after the cgroups inside are removed. The
-module runs in the gatekeeper's time slicer thread.
+module runs in threads of the gatekeeper that hold the time slicer's lock.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The state of tenants that share devices' time, and of their turns.
 
-The module runs in the gatekeeper's time slicer thread. It computes when something is due, and `turns` makes the
-decisions. Times are CLOCK_MONOTONIC nanoseconds.
+The module runs in threads of the gatekeeper that hold the time slicer's lock. It computes when something is due, and
+`turns` makes the decisions. Times are CLOCK_MONOTONIC nanoseconds.
 """
 
 from __future__ import annotations
@@ -23,23 +23,23 @@ LOOK_NS, MOST_LOOK_NS = 1_750_000, 10_000_000  # the bounds of the time between 
 BUSY_PARTS = 16  # this time is 1/16 of the time for which the owner was busy without a pause
 GUESS_PARTS = 4  # the estimate of work in flight may be too low by 1/4
 FLOOR_TURN_NS = 4_000_000  # the length of a turn by the floor, before a higher priority may end it
-FLOOR_PARTS = fair_queue.FLOOR_NS // FLOOR_TURN_NS  # a turn by the floor delays the next by this factor of its excess
+FLOOR_PARTS = fair_queue.FLOOR_NS // FLOOR_TURN_NS  # the floor's next turn waits this many times the last one's excess
 START_NS = 3_000_000  # the time that a thread at the gate has to launch after the gate has opened
 LATE_NS = 200_000  # work that should have ended this long ago may be waiting for other work
 LEAD_NS = 1_000_000  # the next turn may begin this long before the end of a drain
-MORE_NS = 250_000  # and this much earlier, for launches while the gate was closing: another check would cost more
+MORE_NS = 250_000  # or this much earlier still, since launches may have moved that end, and another check costs more
 SOON_NS = 1_000_000  # if something else is due within this time, no extra check is made
 OVERTAKEN_PARTS = 4  # a turn lasts 1/4 quantum if a tenant that would have been first was idle at its beginning
 LASTING_NS = 1_000_000_000  # turns may be longer among tenants that were busy for this long without a pause
-# The reported beginning and end of a turn shorten its charge by at most this time each, or by 1/40 of the quantum.
+# The reported beginning and end of a turn shorten its charge by at most this time each, and at most 1/40 of a quantum.
 SPAN_NS, SPAN_PARTS = 500_000, 40
 NEVER_NS = 2**63
 _OPEN, _GATED = int(abi.Gate.OPEN), int(abi.Gate.GATED)
 
 
 class Seen(NamedTuple):
-    """The combined reports of a tenant's processes. `devices`: on which it has contexts. `drained`: nothing has been in
-    flight since the gates were last closed.
+    """The combined reports of a tenant's processes. `devices`: the devices on which the tenant has contexts. `drained`:
+    each process has nothing in flight, or had nothing in flight at some time after the gates of the turn had closed.
     """
 
     devices: frozenset[int]
@@ -61,7 +61,7 @@ NOTHING = Seen(frozenset())
 class Turn:
     """A turn of one tenant on its devices. `closing_ns` 0: its gates are open.
 
-    The tenant is charged from `begins_ns` on. This is later than `opened_ns` if the previous turn should drain later.
+    The tenant is charged from `begins_ns` on. This is later than `opened_ns` if the previous turn has not drained yet.
     The current quantum began at `since_ns`, when the tenant was selected by its virtual time `virtual_ns`.
     """
 
@@ -271,7 +271,7 @@ class Place:
         return seen.busy_until_ns + LATE_NS if may else 0
 
     def drain_due_ns(self, turn: Turn, is_wanted: bool, now_ns: int) -> int:
-        """Return when to check a closing turn: the next turn may begin, kernels may have to meet, or it is over."""
+        """Return when to check a closing turn: the next turn may begin, kernels may have to meet, or the turn ends."""
         passes_ns = self.seen.busy_until_ns - LEAD_NS if is_wanted and not turn.handed_ns else 0
         return min([turn.deadline_ns, *(at for at in (self.meets_ns(turn), passes_ns) if at > now_ns)])
 

@@ -1,10 +1,10 @@
 """Turns on the devices, from the opening of a gate to the end of its drain: which tenants run, wait and stop.
 
 The next gate opens LEAD_NS before a drain should end, so that the device is not idle until a thread has woken up and
-launched work. The next turn is charged from the expected end of the drain. The module runs in the gatekeeper's time
-slicer thread, does no I/O and reads no clock. `fair_queue` determines the order of turns. A tenant that shares no
-device with another tenant and has no ceiling is *free*: it has no turns, and its gates stay open. Wrong reports of a
-tenant cost at most its own turn.
+launched work. The next turn is charged from the expected end of the drain. The module runs in threads of the gatekeeper
+that hold the time slicer's lock, does no I/O and reads no clock. `fair_queue` determines the order of turns. A tenant
+that shares no device with another tenant and has no ceiling is *free*: it has no turns, and its gates stay open. Wrong
+reports of a tenant cost at most its own turn.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ class Turns:
         self._users_changed = True
 
     def lose(self, tenant: int, now_ns: int) -> None:
-        """Record that a process has exited that had work in flight by its own report."""
+        """Record that a process that reported work in flight has exited."""
         place = self._here.get(tenant)
         if place and place.turn and place.turn.closing_ns:
             place.trust.lost_process(now_ns)

@@ -188,8 +188,8 @@ class Commitments:
     def shortage(self, tenant: Tenant) -> str:
         """Return why a limit that is set by hand does not fit; an empty text if it fits.
 
-        The limit must fit on every device where it already counts or will count from the first process on. If there is
-        no such device, it must fit on at least one device.
+        The limit must fit on every device where it was granted or denied, or counts from the first process on. If there
+        is no such device, it must fit on at least one device.
         """
         if not counts_by_device(tenant):
             return next(filter(None, (self._shortage_on(tenant, index) for index in tenant.limits)), "")

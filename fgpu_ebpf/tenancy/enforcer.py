@@ -350,7 +350,7 @@ class Enforcer:
         return shortage
 
     def answer(self, path: str, lacking: Mapping[str, int] = MappingProxyType({})) -> None:
-        """Write the decision about a cgroup in which a program waits for it: the limit, or that it is unmanaged.
+        """Write the decision that a program in a cgroup waits for: the limit, or that the cgroup is unmanaged.
 
         Args:
             path: the cgroup.

@@ -1,4 +1,4 @@
-"""The event log of `fgpu events`: refusals, bypasses, adoptions, kills, overruns, XIDs, reloads, limits set by hand.
+"""The event log of `fgpu events`: refusals, bypasses, kills, overruns, XIDs, reloads, limits set by hand and others.
 
 The log is written and read in the agent's main loop, and keeps the last MOST events. Events of the same kind are logged
 at most once a second, except for `set` and `unset`. The next event of the kind has the number of omitted events.
@@ -27,7 +27,7 @@ BY_HAND = {"set", "unset"}
 class Event:
     """One event. Fields that do not apply are empty or 0.
 
-    `number` starts at 1 and has no gaps. `time_seconds` counts from the epoch. `more` is the number of events of the
+    `number` starts at 1 and has no gaps. `time_seconds` is a Unix time. `more` is the number of events of the
     same kind and tenant that were omitted before this event, within REMEMBERED_SECONDS.
     """
 

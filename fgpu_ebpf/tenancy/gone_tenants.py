@@ -1,7 +1,7 @@
-"""Tenants whose cgroup is gone while a device still holds their memory, because other processes have its descriptors.
+"""Tenants whose cgroup is gone while a device may still hold their memory.
 
-The usage pages of these tenants stay in the kernel until the last orphan is released, so that the bytes remain charged.
-The module runs in the agent's main loop.
+For example, another process may have a descriptor of the memory. The usage pages of these tenants stay in the kernel
+until the last orphan is released, so that the bytes remain charged. The module runs in the agent's main loop.
 """
 
 from __future__ import annotations

@@ -152,7 +152,8 @@ class Manager:
 
         The order matters, because only the group's limit counts inside a group.
         """
-        tenants = self.enforcer.names.named(tenants)  # here, because put() gets a part, and names depend on all tenants
+        # The tenants are named here, because a name depends on all of them, and put() gets only a part of them.
+        tenants = self.enforcer.names.named(tenants)
         for tenant in tenants:
             if tenant.source is Source.KEPT:
                 self.enforcer.keep(tenant)
@@ -165,7 +166,7 @@ class Manager:
             self._put([tenant for tenant in level if not tenant.by_hand])
 
     def _put(self, tenants: Sequence[Tenant]) -> None:
-        """Put limits in force. If one does not fit, the tenants are halved until the limits of all others apply."""
+        """Put limits in force. If one does not fit, the list is halved until the limits of all other tenants apply."""
         fit, shortages = self.enforcer.places.divide(tenants)
         self.refusals.report({t.path: shortages[t.cgroup] for t in tenants if t.cgroup in shortages})
         try:
@@ -361,7 +362,7 @@ class Manager:
         self.remove_empty(late)
 
     def remove_all_empty(self) -> None:
-        """Remove every empty cgroup of `fgpu run`. The event of its end may be lost, or be older than the agent."""
+        """Remove every empty cgroup of `fgpu run`. The event that it is empty may be lost or older than the agent."""
         self.remove_empty(self.workloads.own())
 
 

@@ -1,4 +1,4 @@
-"""Overrides: limits set by `fgpu set`, `fgpu run` and shares. They survive a restart of the agent, and not a reboot.
+"""Overrides: limits set by `fgpu set`, `fgpu run` and shares. They survive a restart of the agent, but not a reboot.
 
 The module runs in the agent's main loop. Overrides are stored in one file under /run. An invalid part of the file does
 not mean that nothing was set: `unknown` returns the error, for one cgroup or for all.
@@ -109,7 +109,7 @@ class Overrides:
         except OSError as error:
             if not self._has_failed:
                 log.warning(
-                    "%s cannot be written and still has removed cgroups; the agent retries: %s", self._file, error
+                    "%s cannot be written and still has removed overrides; the agent retries: %s", self._file, error
                 )
             self._has_failed = True
         else:

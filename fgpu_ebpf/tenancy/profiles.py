@@ -48,9 +48,9 @@ def size_bytes(share: str, device: Device) -> int:
 def counts(profiles: Sequence[Profile], device: Device, overcommit: bool) -> dict[str, int]:
     """Return how many of each share a device offers, by name. Shares that do not fit even once are left out.
 
-    Profiles with a count are first, and must fit together unless `overcommit` is true. A profile without a count gets
-    as many shares as fit in the remaining memory and in the device's time. Several profiles without a count overlap:
-    each has the count that it would have alone.
+    Profiles with a count have precedence, and must fit together unless `overcommit` is true. A profile without a count
+    gets as many shares as fit in the remaining memory and in the device's time. Several profiles without a count
+    overlap: each has the count that it would have alone.
 
     Raises:
         ProfileError: the profiles with a count do not fit together.

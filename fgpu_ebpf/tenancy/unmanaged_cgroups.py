@@ -1,6 +1,6 @@
 """Unmanaged and refused cgroups in the kernel's map `resolved`: decisions about cgroups whose programs have registered.
 
-Each bound owner has a number of entries. If programs of one owner register from more cgroups, the oldest entry of the
+Each bound owner has a maximum of entries. If programs of one owner register from more cgroups, the oldest entry of the
 owner is removed, and the agent decides again when the next program of that cgroup registers. So programs of unmanaged
 cgroups cannot use up the entries for managed cgroups. The module runs in the agent's main loop. Writes to the kernel's
 map raise OSError.
@@ -22,7 +22,10 @@ class UnmanagedCgroups:
         self._refused: dict[str, int] = {}  # cgroup by path
 
     def forget_earlier(self) -> None:
-        """Remove decisions of an earlier agent, which have no owner. Programs there make this agent decide again."""
+        """Remove decisions of an earlier agent, which have no owner.
+
+        This agent decides again when the next program of such a cgroup registers.
+        """
         for cgroup in list(self._ledger.not_managed()):
             self._ledger.forget(cgroup)
 

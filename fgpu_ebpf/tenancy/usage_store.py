@@ -69,7 +69,7 @@ class StoreError(Exception):
 class Owner:
     """A tenant and the names that its use can be grouped by.
 
-    `labels`: those that the policy exports. `user`: the uid of a slice, or empty. `around`: the tenants around it,
+    `labels`: the labels that the policy exports. `user`: the uid of a slice, or empty. `around`: the tenants around it,
     whose amounts include this tenant's.
     """
 

@@ -4,6 +4,7 @@ If bounds applied to each cgroup, a workload could multiply them by cgroups insi
 outermost cgroup that is one workload. This is a container or pod (by its name), a systemd unit, a cgroup of `fgpu run`,
 a cgroup of a user other than root, or a cgroup with a limit that is not a folder for several workloads. The first of
 these on the path from the root is the owner. Names further inside do not count, because the workload may choose them.
+If the path has no such cgroup, the owner is the outermost folder with a limit, or else the cgroup itself.
 
 The functions have no state and run in any thread of the agent and the gatekeeper. If a cgroup is gone, only its name is
 used.

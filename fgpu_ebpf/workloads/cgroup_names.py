@@ -35,7 +35,7 @@ class CgroupName:
         pod_uid: kubelet's uid of the innermost pod.
         unit: the innermost service or scope of systemd.
         inside: whether the cgroup is below the container's own folder, or below the unit's if there is no container.
-        nested: whether the container is inside another container or, unlike usual, around its pod.
+        nested: whether the container is inside another container, or is around its pod instead of inside it.
         depth: the number of folders from the root to the container's own folder.
         pod_depth: the same for the pod's folder; 0 if there is no pod or if the container is inside the pod.
     """

@@ -1,7 +1,7 @@
 """The cgroups of this host: their paths, ids and processes, and the cgroups of `fgpu run`.
 
 The module runs in the agent's main thread and in commands. It never waits for an engine. If a cgroup is removed while
-it is read, that is not an error. A name or path of the user that does not exist raises TargetError.
+it is read, that is not an error. A name or path in a user's command that does not exist raises TargetError.
 """
 
 from __future__ import annotations

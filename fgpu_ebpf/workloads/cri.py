@@ -75,7 +75,7 @@ class CriApi:
         return Names() if found and found.items else None
 
     def _pod(self, uid: str) -> Any:
-        """Return the pod's sandbox, or None if there is none yet. Of several, return the ready one, or the latest."""
+        """Return the pod's sandbox: a ready one if there is one, else the latest; None: there is none yet."""
         messages = self._known_messages()
         wanted = messages["PodSandboxFilter"](label_selector={POD_UID: uid})
         answer = self._call("ListPodSandbox", "Runtime", filter=wanted)

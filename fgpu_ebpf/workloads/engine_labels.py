@@ -175,5 +175,5 @@ class Engines:
         pod = Subject(names.labels.get(POD_UID, ""), Engine.CRI, is_pod=True)
         for thread in self._threads:
             thread.forget(subject)
-            thread.ask_now(pod)  # the pod has a container, so that the engine has its sandbox now
+            thread.ask_now(pod)  # the pod has a container, so the engine has its sandbox now
         self._wakeup.wake()

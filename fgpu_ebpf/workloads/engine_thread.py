@@ -68,7 +68,7 @@ class EngineThread:
         with self._changed:
             self._wants.setdefault(subject, _Want(time.monotonic()))
             if not self.is_there and not self.error:
-                self._resume_at = 0.0  # there is a container, so that its engine should have a socket now
+                self._resume_at = 0.0  # there is a container, so its engine should have a socket now
             if self._thread is None and not self._ended:
                 self._thread = threading.Thread(target=self._run, name=f"engine {self.api.name}", daemon=True)
                 self._thread.start()

@@ -1,7 +1,7 @@
 """The workload of a cgroup: its unit, container and pod, and the labels in the attributes of its folder.
 
-The module runs in the agent's main thread and in commands. It asks no engine; `engine_labels` does. Of the attributes
-that a user other than root can write, only requests for limits are used.
+The module runs in the agent's main thread and in commands. It asks no engine; `engine_labels` does. If a user other
+than root can write the attributes, only requests for limits are used.
 """
 
 from __future__ import annotations
@@ -67,10 +67,11 @@ class Workload:
         container: the engine's id of the container around the cgroup.
         pod_uid: kubelet's uid of the pod.
         pod, namespace, image: set by named(), because only an engine can report them.
-        labels: labels from the folder's attributes; named() adds those that an engine reports.
-        inside: whether the cgroup is below the container's own folder, so that the workload has made it.
+        labels: labels from the folder's attributes; named() adds the labels that an engine reports.
+        inside: whether the cgroup is below the container's or unit's own folder, where the workload can make cgroups.
         image_asks: see Names.
-        subject: the container or pod to ask an engine about, or None if root has not made the folder.
+        subject: the container or pod to ask an engine about; None: the cgroup is neither, or a user other than root
+            owns the folder around it.
     """
 
     cgroup: int
@@ -149,7 +150,10 @@ def safe_name(text: str) -> str:
 
 
 def _name(parts: list[str]) -> str:
-    """Return the name of the folder with systemd's escapes decoded. For crun's payload, it is the folder around."""
+    """Return the name of the folder, with systemd's escapes decoded.
+
+    For the payload folder of crun, return the name of the folder around it.
+    """
     if len(parts) > 1 and parts[-1] in _PAYLOADS and cgroup_names.is_container(parts[-2], "".join(parts[-3:-2])):
         parts = parts[:-1]
     name = _ESCAPED.sub(lambda m: chr(int(m[1], 16)), parts[-1] if parts else "root")

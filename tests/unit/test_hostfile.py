@@ -113,7 +113,7 @@ def test_valid_listen_addresses_are_accepted(settings, address):
         ("engines: ['cri:crio.sock']", ":1: engines[0]: 'crio.sock' is not an absolute path: begin it with /"),
         ("driverroot: /", ":1: unknown key 'driverroot': did you mean driverRoot?"),
         ("driverRoot: run", ":1: driverRoot: 'run' is not an absolute path: begin it with /"),
-        ("metricLabels: [gpu]", ":1: metricLabels[0]: 'gpu' is a label of the metrics already: choose another name"),
+        ("metricLabels: [gpu]", ":1: metricLabels[0]: 'gpu' is a reserved label of metrics: choose another name"),
         (
             "listenNames: ['gpu1:80']",
             ":1: listenNames[0]: 'gpu1:80' is not a host name: write it as gpu1.example, without a port",
