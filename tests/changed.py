@@ -1,7 +1,7 @@
 """Find what a change since main can break: `python -m tests.changed` prints files and suites for `./dev test changed`.
 
-Python modules are followed by their imports, also into the tests. The suites that test whole processes import nothing
-of the product: OF_PART names them by the part of the tree.
+A changed Python module selects the tests that import it, directly or by way of others. The suites that test whole
+processes import nothing of the product: OF_PART names them by the part of the tree.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import grimp
 ROOT = Path(__file__).resolve().parents[1]
 ALWAYS = ("tests/unit/test_language.py", "tests/unit/test_mutants.py", "tests/unit/test_static.py")
 EVERYTHING = ("dev", "pyproject.toml", "tests/conftest.py", "tests/world.py")
-OF_PART = {  # the first that a path begins with
+OF_PART = {  # suites by the beginning of a path; the first match counts
     "bpf/": ("bpf", "e2e", "gatekeeper", "shim"),
     "bench/": ("soak",),
     "dashboards/": ("dashboards", "docs"),

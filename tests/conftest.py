@@ -1,4 +1,7 @@
-"""The amount of work of the tests: FGPU_TEST_SCALE is quick, ci (the default) or full."""
+"""Settings of every run of the tests: their amount of work, their time limits, trials, and the worlds of the workers.
+
+FGPU_TEST_SCALE is the amount of work: quick, ci (the default) or full.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +31,7 @@ TRIALS = pytest.StashKey[Trials]()
 TIMER = pytest.StashKey[pytest_timeout.Settings]()
 MOST_SECONDS = 240  # time limit of a test, except in a full run; alone on a machine no test takes half of it
 AUTOGROUP = Path("/proc/self/autogroup")
-TIMED_NICE = -15  # thirty times the processor time of a session of other workers, if that has enough to do
+TIMED_NICE = -15  # a worker with this nice level gets thirty times the processor time of another busy worker
 WORLDS = "FGPU_TEST_WORLDS"  # in the environment: each process that runs tests enters its own world
 
 
@@ -37,17 +40,17 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
     `--again` finds state that a failed trial leaves, which never shows on a machine where all trials pass.
     """
-    parser.addoption("--again", action="store_true", help="a test that may be tried again fails once, at its end")
+    parser.addoption("--again", action="store_true", help="let each test that may be repeated fail once, at its end")
     parser.addoption("--renew-durations", action="store_true", help="write the seconds of each file that is run")
     parser.addoption("--rows", metavar="LETTER", help="only tests that docs/security.md names in rows of that letter")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Register the marks, and refuse an unknown scale."""
+    """Register marks and plugins, refuse an unknown scale, and enter a world if this process runs tests in one."""
     config.addinivalue_line("markers", "slow: left out of `./dev test quick`")
     config.addinivalue_line("markers", "timed: measures time")
-    config.addinivalue_line("markers", "places(*names): where an end-to-end test runs; everywhere without")
-    config.addinivalue_line("markers", "every_place: there in the quick run too, which takes the last place else")
+    config.addinivalue_line("markers", "places(*names): the places where an end-to-end test runs; without it: all")
+    config.addinivalue_line("markers", "every_place: a quick run uses all places of the test, not only the last one")
     which = os.environ.get("FGPU_TEST_SCALE", "ci")
     if which not in SCALES:
         raise pytest.UsageError(f"FGPU_TEST_SCALE is none of {', '.join(SCALES)}")
@@ -100,7 +103,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_timeout_set_timer(item: pytest.Item, settings: pytest_timeout.Settings) -> None:
-    """Keep the timer. pytest-timeout starts only one for a test, and that one would end with the first failed trial."""
+    """Keep the settings of the timer, which each trial starts anew.
+
+    pytest-timeout starts one timer for a test, and this timer would end with the first failed trial.
+    """
     item.stash[TIMER] = settings
 
 
@@ -130,7 +136,7 @@ def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object
 
 
 def _set_nice(nice: int) -> None:
-    """Set the nice level of this session, which each worker has of its own. Some kernels have none for a session."""
+    """Set the nice level of this worker's session. Some kernels have no nice levels of sessions."""
     with contextlib.suppress(OSError):
         AUTOGROUP.write_text(f"{nice}")
 
@@ -188,9 +194,9 @@ def scale() -> Callable[[int, int, int], int]:
 
 @pytest.fixture(scope="session", autouse=True)
 def _folders_open_to_all_users(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Open the folders above the tests' folders for all users. A test's own folder stays root's unless it opens it."""
+    """Let all users enter the folders above the tests' folders. A test opens its own folder itself if it has to."""
     base, end = tmp_path_factory.getbasetemp(), Path(tempfile.gettempdir())
     for folder in (base, *base.parents):
-        if end not in folder.parents:  # otherwise it is elsewhere, because of --basetemp
+        if end not in folder.parents:  # the temporary folder itself, or a folder elsewhere because of --basetemp
             break
         folder.chmod(0o755)

@@ -3,8 +3,8 @@
 Files of the suite that a worker runs come first, so that the suite's agent stays. Otherwise the worker takes the suite
 with the most work for each worker that is in it. Within a suite the longest file comes first. Some files that measure
 time run at the beginning, in the first worker, while nothing else runs: early enough for another trial if processors
-are taken from the machine (`trials`). For the others it suffices that their worker gets the processors first
-(`conftest`).
+are taken from the machine (`trials`). For the other files that measure time it suffices that their worker gets the
+processors first (`conftest`).
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ from tests.support.wait import waited_seconds
 
 STOLEN_SHARE = 0.05  # part of the time of all processors, from the start of a trial; a quiet machine loses a hundredth
 MOST_STOLEN = 2  # trials of one test that may be repeated for this reason
-CROWDED_SHARE = 0.5  # of the time of a trial in which a program waited for a processor
+CROWDED_SHARE = 0.5  # part of a trial's time in which a program waited for a processor
 MOST_CROWDED = 1
 WAIT_SECONDS = 10
 LAST_SECONDS = 25 * 60.0  # time of a run after which failures are final
@@ -29,7 +29,7 @@ LAST_SECONDS = 25 * 60.0  # time of a run after which failures are final
 class Again(Exception):
     """The end of a trial that passed, if `--again` requests another.
 
-    The other trial finds the state that it has left.
+    The next trial finds the state that this trial has left behind.
     """
 
 
@@ -37,7 +37,11 @@ class Again(Exception):
 class Clock:
     """Seconds since the machine was started.
 
-    They are: elapsed, of all processors, stolen from them, and with a waiting program.
+    Attributes:
+        passed: elapsed seconds.
+        stolen: processor seconds that the hypervisor gave to other machines, of all processors together.
+        crowded: seconds in which a program waited for a processor.
+        processors: their number.
     """
 
     passed: float
@@ -63,7 +67,7 @@ class Trials:
 
     Args:
         until: when the last trial may begin, in seconds of the monotonic clock.
-        clock: returns what the processors had to give until now.
+        clock: returns the present Clock.
     """
 
     def __init__(self, until: float, clock: Callable[[], Clock] = Clock.now) -> None:

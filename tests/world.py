@@ -5,11 +5,12 @@ what `fgpu run` has mounted over it, in all mount namespaces), /var/lib/fgpu and
 simulated driver and the shim (uprobes belong to a file, and the probes of two agents must not meet in one), and a
 cgroup namespace with its own root cgroup. Agents in two worlds do not affect each other.
 
-`python -m tests.world COMMAND...` runs a command in a new world, and removes the world when the command has exited. A
-world that is made so inside another one is beside it: the other one's agent would probe the files of programs in its
-own cgroups.
+`python -m tests.world COMMAND...` runs a command in a new world, and removes the world when the command has exited. If
+the command runs in a world, the new world's cgroups are beside those of the first world and not inside them. Otherwise
+the first world's agent would probe the files of programs in the new world.
 `python -m tests.world --clear COMMAND...` runs a command on the host itself, such as pytest, whose workers make worlds.
-Before and after it removes what worlds have left: their processes and cgroups. Everything else is gone with these.
+Before and after the command it removes processes and cgroups that worlds have left. Everything else of a world ends
+with its processes.
 """
 
 from __future__ import annotations

@@ -46,7 +46,7 @@ class Host(World):
         return {name: one for name, one in self.columns.items() if not isinstance(one, special)}
 
     def check_programs(self) -> None:
-        """Check the columns of held() without the ledger, which only a working agent can show."""
+        """Check the columns of held(), except their ledger, because only a working agent can show the ledger."""
         for one in self.held().values():
             for device, bytes_ in one.bytes.items():
                 one._check(device, bytes_)
@@ -82,8 +82,8 @@ class Host(World):
             self.columns[feature].client.close()
             if feature == "orphaned memory":
                 continue  # only the first program of the tenant: memory of a second program is not allocated again
-            eventually(lambda tenant=tenant: not tenant.driver(), 10, "its end")
-            eventually(lambda feature=feature: not self.columns[feature].ledger(), 10, f"{feature}: its release")
+            eventually(lambda tenant=tenant: not tenant.driver(), 10, f"{feature}: the driver's free of the memory")
+            eventually(lambda feature=feature: not self.columns[feature].ledger(), 10, f"{feature}: an empty ledger")
         for feature in features:
             tenant = self.columns[feature].tenant
             if feature == "orphaned memory":
@@ -122,7 +122,7 @@ def assert_unlimited_by_hand(tenant: Tenant) -> None:
     assert not is_tenant(tenant)
     client.kill()
     client.close()
-    eventually(lambda: not tenant.driver(), 10, "its end")
+    eventually(lambda: not tenant.driver(), 10, "the driver's free of the program's memory")
 
 
 def newer_build(work: Path) -> Version:

@@ -76,7 +76,7 @@ class Denied(Held):
                 "do not fit on device 0|did not fit when the previous agent", self.tenant.view()["denied"]
             ),
             5,
-            "why",
+            "the reason of the denial",
         )
 
 
@@ -98,7 +98,7 @@ class Orphaned(Held):
     def check(self, lost: int = -1) -> None:
         """Check that the memory is charged to the tenant of that process, as orphaned."""
         memory = self.tenant.memory
-        eventually(lambda: memory()["used_bytes"] == memory()["orphaned_bytes"] == LIMIT, 10, "its memory")
+        eventually(lambda: memory()["used_bytes"] == memory()["orphaned_bytes"] == LIMIT, 10, "orphaned memory")
         assert self.client.do("context") == REFUSED
 
 

@@ -23,7 +23,9 @@ def with_other_names(library: bytes, names: Mapping[str, str]) -> bytes:
     for name, other in names.items():
         at = text.index(b"\0" + name.encode() + b"\0", strings) + 1
         assert len(other) <= len(name)
-        assert not any(at - strings < place <= at - strings + len(name) for place in places), "others end on this name"
+        assert not any(at - strings < place <= at - strings + len(name) for place in places), (
+            "another name ends on this one"
+        )
         text[at : at + len(name)] = other.encode().ljust(len(name), b"\0")
     _hash_anew(text, table, first, words, [_name(text, strings + place) for place in places[first:]])
     return bytes(text)

@@ -26,10 +26,10 @@ def load(one: Tenant) -> tuple[list[Client], Callable[[], None]]:
         for client in (fits, hopeless):
             client.send("context")
         got, refused, other = fits.numbers(fits.receive(), "fits")
-        assert (refused, other) == (0, 0), "the one that fits noticed"
+        assert (refused, other) == (0, 0), "a request that fits was not admitted"
         assert got > 0
         got, refused, other = hopeless.numbers(hopeless.receive(), "hopeless")
-        assert (got, other) == (0, 0), "the hopeless one got memory"
+        assert (got, other) == (0, 0), "a request that does not fit was admitted"
         assert refused > 0
         assert fits.receive() == hopeless.receive() == "ok"
 

@@ -106,7 +106,7 @@ class MemoryGroup:
             (self.path / "memory.oom_control").write_text("0")
 
     def close(self) -> None:
-        """Remove the cgroup, which has no processes left."""
+        """Move remaining processes out of the cgroup, and remove it."""
         self.release()
         for pid in self.pids():
             self.leave(pid)

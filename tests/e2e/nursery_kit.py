@@ -71,7 +71,7 @@ class Child:
 
     def wait(self, seconds: float) -> int:
         """Wait for the process, and return its exit status."""
-        eventually(lambda: self.poll() is not None, seconds, f"the end of {self.pid}")
+        eventually(lambda: self.poll() is not None, seconds, f"the exit of process {self.pid}")
         assert self._ended is not None
         return self._ended
 
@@ -108,7 +108,7 @@ class Children:
         eventually(lambda: child.poll() is not None or is_up(), 30, f"the {program}")
         last = self._service.log.read_text()[-500:]
         ended = child.poll()
-        assert ended is None, f"the {program} ({point}) ended with {ended} before it was asked anything: {last}"
+        assert ended is None, f"the {program} ({point}) exited with {ended} during its start: {last}"
         self._seconds[program] = time.monotonic() - begun
         if program == "agent":
             self._agent = child

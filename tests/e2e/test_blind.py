@@ -34,13 +34,15 @@ def test_charges_stay_and_the_limit_holds_while_nvml_fails(
         assert one.memory()["used_bytes"] == CONTEXT + 150 * MIB
         assert client.do(f"alloc {51 * MIB}") == REFUSED
         time.sleep(0.1)
-    assert one.memory()["drift_bytes"] is None or "stall" in kind, "nothing was compared"
+    assert one.memory()["drift_bytes"] is None or "stall" in kind, "the drift is shown although NVML does not answer"
     client.ok(f"alloc {40 * MIB}")
     assert client.do(f"alloc {20 * MIB}") == REFUSED
     client.ok(f"free {kept}")
-    eventually(lambda: one.memory()["used_bytes"] == CONTEXT + 40 * MIB == one.driver(), 2, "what was freed")
+    eventually(
+        lambda: one.memory()["used_bytes"] == CONTEXT + 40 * MIB == one.driver(), 2, "the release of freed bytes"
+    )
     late = one.client()  # only the probes report this process
-    assert late.do("context") == REFUSED, "a context beyond the limit"
+    assert late.do("context") == REFUSED, "a context was admitted beyond the limit"
     service.check()
     fault("reset")
     assert one.assert_exact(10) == CONTEXT + 40 * MIB
@@ -52,16 +54,16 @@ def test_metrics_show_the_age_of_nvml_s_last_answer_and_no_drift_while_nvml_stal
 ) -> None:
     one = tenant(LIMIT)
     one.client().ok("context")
-    eventually(lambda: one.memory()["drift_bytes"] == 0, 3, "a comparison")
+    eventually(lambda: one.memory()["drift_bytes"] == 0, 3, "a comparison with NVML")
     key = "fgpu_reconcile_age_seconds", frozenset({("gpu", "0")})
-    eventually(lambda: metrics(metrics_page())[key] < 3, 3, "the age of a page of this second")
+    eventually(lambda: metrics(metrics_page())[key] < 3, 3, "an answer of NVML that is less than 3 s old")
     assert "ok    reconcile" in fgpu("doctor", "--driver-root", SIM, check=False).stdout
     fault("nvml-stall:9s")
     drift = "fgpu_memory_drift_bytes", frozenset({("tenant", one.name), ("gpu", "0")})
-    eventually(lambda: metrics(metrics_page())[key] > 5.2, 8, "its age")
+    eventually(lambda: metrics(metrics_page())[key] > 5.2, 8, "the age of NVML's last answer")
     eventually(lambda: drift not in metrics(metrics_page()), 2, "no drift without a measurement")
     said = metrics(metrics_page())
     assert said["fgpu_memory_used_bytes", drift[1]] == CONTEXT
     fault("reset")
-    eventually(lambda: metrics(metrics_page())[key] < 3, 10, "an answer")
-    eventually(lambda: metrics(metrics_page()).get(drift) == 0, 5, "a comparison")
+    eventually(lambda: metrics(metrics_page())[key] < 3, 10, "an answer of NVML")
+    eventually(lambda: metrics(metrics_page()).get(drift) == 0, 5, "a comparison with NVML")

@@ -19,7 +19,7 @@ from tests.support.wait import eventually
 
 GROUP = "fgpu-bounds"
 LEVELS = 512  # of one workload, by default
-IS_SPARSE = tuple(map(int, os.uname().release.split(".")[:2])) >= (6, 1)  # or the map takes all its memory at once
+IS_SPARSE = tuple(map(int, os.uname().release.split(".")[:2])) >= (6, 1)  # otherwise the map of allocations is smaller
 ALLOCATIONS, SMALL = (262_144, 70_000) if IS_SPARSE else (65_536, 60_000)
 NAMES = f'{{cgroup: ["{GROUP}/greedy/**", "{GROUP}/greedy", "{GROUP}/modest"]}}'
 
@@ -57,9 +57,9 @@ def test_many_cgroups_of_a_workload_leave_the_neighbour_its_limit(
 ) -> None:
     """Cgroups of one workload beyond its bound get no memory, and other workloads keep their limits."""
     write("memory: {limit: 1GiB}", selector=NAMES)
-    eventually(lambda: table("levels") == 0, 10, "none of another test")
+    eventually(lambda: table("levels") == 0, 10, "no level of an earlier test")
     folder.make(4200)
-    eventually(lambda: table("levels") >= LEVELS, 30, "the levels that it may have")
+    eventually(lambda: table("levels") >= LEVELS, 30, "the largest number of levels of a workload")
     time.sleep(1)
     assert table("levels") == LEVELS
     modest = folder.start("modest").client()
@@ -80,14 +80,14 @@ def test_a_refused_cgroup_gets_its_limit_after_other_cgroups_of_its_workload_are
 ) -> None:
     write("memory: {limit: 1GiB}", selector=NAMES)
     folder.make(LEVELS + 10)
-    eventually(lambda: len(levels_of_greedy()) == LEVELS, 30, "the levels that it may have")
+    eventually(lambda: len(levels_of_greedy()) == LEVELS, 30, "the largest number of levels of a workload")
     served = levels_of_greedy() - {""}  # not always the oldest: if events are lost, the agent scans in its own order
     refused = next(name for n in range(LEVELS + 10) if (name := str(n)) not in served)
     client = folder.start(f"greedy/{refused}").client()
     assert client.do(f"alloc {MIB}") == REFUSED
     for name in sorted(served)[:20]:
         (folder.root / "greedy" / name).rmdir()
-    eventually(lambda: client.do(f"alloc {MIB}").startswith("ok"), 20, "its limit")
+    eventually(lambda: client.do(f"alloc {MIB}").startswith("ok"), 20, "the limit of the refused cgroup")
     assert client.ok("info")[1] == GIB
 
 
@@ -120,7 +120,7 @@ def test_at_least_60000_small_allocations_within_the_limit_succeed(write: Write,
 def test_explain_and_the_program_report_a_refusal_for_too_many_allocations(write: Write, folder: Folder) -> None:
     write("memory: {limit: 2GiB}", selector=NAMES)
     greedy = folder.start("greedy").client()
-    assert ALLOCATIONS - 8 <= greedy.ok("fill 4096 0", 120)[0] < ALLOCATIONS, "a context has an entry too"
+    assert ALLOCATIONS - 8 <= greedy.ok("fill 4096 0", 120)[0] < ALLOCATIONS, "the bound less a context's entry"
     assert greedy.do(f"alloc {MIB}") == REFUSED
     assert greedy.complaints() == "fgpu: device memory is refused: too many allocations, threads or processes\n"
     said = fgpu("explain", f"/{GROUP}/greedy").stdout
@@ -149,7 +149,7 @@ def crowd() -> Iterator[Callable[[Path, int], int]]:
         (cgroup / "cgroup.kill").write_text("1")
         process.wait(30)
     for _, cgroup in made:
-        eventually(lambda cgroup=cgroup: not (cgroup / "cgroup.procs").read_text(), 30, "its end")  # type: ignore[misc]
+        eventually(lambda cgroup=cgroup: not (cgroup / "cgroup.procs").read_text(), 30, "the exit of the crowd")  # type: ignore[misc]
 
 
 # -- a workload without a limit
@@ -171,7 +171,7 @@ for n in range(number):
         codes.append(struct.unpack_from("<IHHI", sock.recv(4096))[3])
 print(*sorted(set(codes)), flush=True)
 """
-UNMANAGED = 1024  # cgroups of one workload without a limit that the kernel remembers, by default
+UNMANAGED = 1024  # cgroups without a limit, of one workload, that the map `resolved` keeps by default
 
 
 @pytest.mark.timeout(180)

@@ -1,4 +1,4 @@
-"""Programs bypass the shim in various ways. Their limit holds, or they are charged and named within a second."""
+"""Programs bypass the shim in various ways. Their limit holds, or they are charged and named."""
 
 from __future__ import annotations
 
@@ -73,14 +73,14 @@ def is_named(tenant: Tenant) -> bool:
 
 def assert_named(tenant: Tenant, client: Client) -> None:
     """Check that metrics and events name the process, all memory is charged, and the tenant gets no more."""
-    eventually(lambda: is_named(tenant), 3, "its name")
+    eventually(lambda: is_named(tenant), 3, "the process in fgpu_bypassing_processes")
 
     def told() -> bool:
         found = [event for what in TOLD for event in events(what)]
         return any((e["tenant"], e.get("pid")) == (tenant.name, client.pid) for e in found)
 
-    eventually(told, 5, "the event")
-    eventually(lambda: str(client.pid) in fgpu("ps").stdout, 3, "its line")
+    eventually(told, 5, "the event of the process")
+    eventually(lambda: str(client.pid) in fgpu("ps").stdout, 3, "the process in `fgpu ps`")
     assert tenant.assert_exact(5) >= 700 * MIB
     assert tenant.client().do("context").startswith("CUDA_ERROR_OUT_OF_MEMORY")
 
@@ -101,7 +101,7 @@ def test_a_program_that_bypasses_the_shim_is_limited_or_named(
         assert one.memory()["refused"] == 1
         assert not is_named(one)
     else:
-        assert second.startswith("ok"), "it is no way around the shim"
+        assert second.startswith("ok"), "the shim's limit holds: this is no way around the shim"
         assert_named(one, client)
 
 
@@ -118,7 +118,7 @@ def test_an_admission_that_is_never_settled_hides_no_memory(service: Service, te
     assert client.do(f"admit {2 * MIB}") == "ok"
     assert one.memory()["admitted_bytes"] == 2 * MIB
     assert client.do(f"alloc {9 * GIB}") == "ok"
-    eventually(lambda: one.memory()["used_bytes"] >= one.driver() > 9 * GIB and is_named(one), 1, "charge and name")
+    eventually(lambda: one.memory()["used_bytes"] >= one.driver() > 9 * GIB and is_named(one), 1, "charge and report")
     assert one.client().do("context") == REFUSED
     assert one.memory()["used_bytes"] >= one.driver()
 

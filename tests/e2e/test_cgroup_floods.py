@@ -21,7 +21,7 @@ from tests.support.wait import eventually
 
 GROUP = "fgpu-floods"
 PROCESSES, MAPPINGS = 150, 30_000
-AT_ONCE, PAUSE_US = 40, 5000  # more than 8,000 events a second: the host's programs send 4,000
+AT_ONCE, PAUSE_US = 40, 5000  # more than 8,000 events a second; the kernel reports at most 4,000 of the host
 NEIGHBOURS = 8
 LIMIT, ROOM = GIB, 40 * MIB
 PING_SECONDS, MANAGED_SECONDS = 0.1, 2.0
@@ -110,13 +110,13 @@ def test_a_flood_of_cgroups_beside_many_mappings_delays_no_other_workload(
     live.assert_enforced()
     before = lost()
     with ready(BUILD / "e2e/flood", folder.delegated("flood"), AT_ONCE, PAUSE_US) as flood:
-        eventually(lambda: lost() - before > 4000, 20, "a flood")
+        eventually(lambda: lost() - before > 4000, 20, "lost events of the flood")
         with Pings() as pings:
             managed = [serve(folder, f"neighbour-{n}") for n in range(NEIGHBOURS)]
             time.sleep(scale(1, 3, 20))
-        assert flood.poll() is None, "it went on to the end"
-    print(f"managed after {max(managed):.2f} s at most; {pings}; {lost() - before:.0f} events were not told")
+        assert flood.poll() is None, "the flood ended during the measurement"
+    print(f"managed after {max(managed):.2f} s at most; {pings}; {lost() - before:.0f} events were not reported")
     assert max(managed) < MANAGED_SECONDS
     assert pings.p99() <= PING_SECONDS
     (folder.root / "neighbour-late").mkdir()
-    eventually(lambda: is_managed(f"/{GROUP}/neighbour-late"), 3, "one that comes after the flood")
+    eventually(lambda: is_managed(f"/{GROUP}/neighbour-late"), 3, "a container that starts after the flood is managed")

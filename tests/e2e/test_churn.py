@@ -84,7 +84,7 @@ def removed(cgroup: Path) -> bool:
 
 
 def churn(parent: Path, numbers: range) -> None:
-    """Make these tenants, LIVE at a time. One in ten registers, and one in a hundred has a program that is refused."""
+    """Make these tenants, LIVE at a time. Every tenth registers, and every hundredth has a program that is refused."""
     live = collections.deque[Path]()
     for number in numbers:
         cgroup = parent / f"{number}-{ODD[number % len(ODD)]}"
@@ -98,7 +98,7 @@ def churn(parent: Path, numbers: range) -> None:
             oldest = live.popleft()
             eventually(lambda gone=oldest: removed(gone), 5, "an empty cgroup")
     shown = {dict(labels)["tenant"] for name, labels in metrics(metrics_page()) if name == "fgpu_tenant_info"}
-    assert len(shown) <= 2 * LIVE + 10, "tenants that are gone are shown"
+    assert len(shown) <= 2 * LIVE + 10, "removed tenants are shown"
     for cgroup in live:
         eventually(lambda gone=cgroup: removed(gone), 5, "an empty cgroup")
 
@@ -149,17 +149,17 @@ def test_many_short_lived_tenants_leave_no_entries_and_at_most_5_mib_of_memory(
     print(f"{SOME} tenants between two of:", *({n: x for n, x in look.items() if x} for look in looks), sep="\n")
     for what, before in looks[0].items():
         if what.startswith("KiB"):
-            assert looks[-1][what] - before <= GROWTH_KIB, f"{what}: grown"
+            assert looks[-1][what] - before <= GROWTH_KIB, f"{what}: grown by more than {GROWTH_KIB} KiB"
         else:
             assert_never_more([look[what] for look in looks], what)
-    assert entries("counters") <= counters + 5, "what was counted of tenants that are gone"
+    assert entries("counters") <= counters + 5, "counters of removed tenants are left"
     assert ask(verb="snapshot")["failures"] == 0
 
 
 def test_a_new_tenant_in_an_unmanaged_cgroup_has_its_limit_from_the_start(parent: Path) -> None:
     """The first program of a new tenant in an unmanaged cgroup has its limit, however early it starts."""
     say_hello(parent)
-    eventually(lambda: entries("resolved") > 0, 5, "that the cgroup around them is unmanaged")
+    eventually(lambda: entries("resolved") > 0, 5, "the kernel's record that the parent cgroup is unmanaged")
     refused = "fgpu_memory_refused_total"
     for number in range(20):
         cgroup = parent / f"new-{number}"

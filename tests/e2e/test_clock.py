@@ -100,10 +100,10 @@ def test_jumps_of_the_wall_clock_do_not_affect_agent_or_programs(
             fgpu("set", one.path, "--memory", f"{limit}B")
             assert client.ok("info")[1] == limit
             shown = ask(verb="snapshot")["time_seconds"]
-            assert abs(shown - time.time() - clock.ahead) < 10, "they do not see it jump: nothing was tried"
-            eventually(lambda: 0 <= age() < 3, 5, "what NVML says")
+            assert abs(shown - time.time() - clock.ahead) < 10, "the agent reads an unchanged clock"
+            eventually(lambda: 0 <= age() < 3, 5, "an answer of NVML")
     clock.set(-YEAR)
-    eventually(lambda: 0 <= age() < 3, 5, "what NVML says")
+    eventually(lambda: 0 <= age() < 3, 5, "an answer of NVML")
     service.kill_gatekeeper()
     eventually(service.gatekeepers, 5, "another gatekeeper")
     late = one.client(before=before)
@@ -112,7 +112,7 @@ def test_jumps_of_the_wall_clock_do_not_affect_agent_or_programs(
     got, refused, other = busy.numbers(busy.receive())
     assert busy.receive() == "ok"
     assert got
-    assert (refused, other) == (0, 0), "the one that fits noticed"
+    assert (refused, other) == (0, 0), "a request that fits was not admitted"
     late.kill()
-    eventually(lambda: late.pid not in one.pids(), 5, "its end")
+    eventually(lambda: late.pid not in one.pids(), 5, "the exit of the program")
     assert one.assert_exact() == 2 * CONTEXT

@@ -103,7 +103,7 @@ def gpu_lost(world: World) -> None:
     world.lost = 1
     world.restart()
     world.check()
-    eventually(lambda: not two.ledger(lost=1), 10, "what the program had on the other device")
+    eventually(lambda: not two.ledger(lost=1), 10, "the release of the program's memory on the other device")
     two.client.kill()
     world.columns["two GPUs"] = filled(two.tenant)
     world.check()

@@ -38,7 +38,7 @@ LEVELS, PROCESSES = 512, 4096  # of one workload, by default
 
 
 def frozen(host: Host) -> None:
-    """Stop the agent with SIGSTOP. systemd then kills it (WatchdogSec= and WatchdogSignal=SIGKILL)."""
+    """Stop the agent with SIGSTOP, and then kill it, as systemd does (WatchdogSec= and WatchdogSignal=SIGKILL)."""
     assert host.service.agent
     host.service.agent.send_signal(signal.SIGSTOP)
     until = time.monotonic() + host.scale(10, 10, 35)
@@ -80,7 +80,7 @@ def full_tables(host: Host) -> None:
     late.end()
     host.group.tenants.remove(late)
     for folder in [*root.glob("*/"), root]:
-        eventually(lambda folder=folder: "populated 0" in (folder / "cgroup.events").read_text(), 30, "its end")
+        eventually(lambda folder=folder: "populated 0" in (folder / "cgroup.events").read_text(), 30, "no processes")
         folder.rmdir()
     file.unlink()
     eventually(lambda: not fgpu("reload", check=False).returncode, 5, "good policies")
@@ -162,7 +162,7 @@ def detached(host: Host) -> None:
     fgpu("set", by_hand.path, "--memory", f"{LIMIT}B", "--device", "0")
     for name, one in host.held().items():
         assert_counted(name, one, extra[name])
-    eventually(lambda: orphaned.memory()["limit_bytes"] == LIMIT, 10, "its limit")
+    eventually(lambda: orphaned.memory()["limit_bytes"] == LIMIT, 10, "the limit of the tenant with orphaned memory")
     assert orphaned.memory()["used_bytes"] == 0
     for pid in orphaned.pids():
         if pid not in (orphaned.hub.pid, host.columns["orphaned memory"].client.pid):
@@ -187,14 +187,14 @@ def assert_counted(name: str, one: Held, extra: dict[int, int]) -> None:
     A program that starts afterwards gets nothing beyond the limit.
     """
     beyond = {device: bytes_ + STEP for device, bytes_ in one.bytes.items()}
-    eventually(lambda: one.ledger() == beyond, 10, f"{name}: what it holds is charged")
+    eventually(lambda: one.ledger() == beyond, 10, f"{name}: the charge of the held memory")
     for device in one.bytes:
         one.client.ok(f"device {device}")
         (at,) = one.client.ok(f"alloc {STEP}")
         eventually(lambda device=device: one.ledger()[device] == beyond[device] + STEP, 5, f"{name}: more is charged")
         for address in (at, extra[device]):
             one.client.ok(f"free {address}")
-    eventually(lambda: one.ledger() == one.bytes == one.tenant.driver_by_device(), 5, f"{name}: what it gave back")
+    eventually(lambda: one.ledger() == one.bytes == one.tenant.driver_by_device(), 5, f"{name}: released")
     eventually(lambda: one.tenant.view()["enforcement"] == "counted", 5, f"{name} is counted")
     assert one.tenant.view()["bypassing"] == {"no_admission": 1}
     new = one.tenant.client()

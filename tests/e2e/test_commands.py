@@ -112,7 +112,7 @@ def test_ps_lists_unmanaged_processes_only_with_an_option(place: Place, tenant) 
     client, stranger = managed.client(), free.client()
     with managed.growing():
         client.ok("context")
-    assert client.do(f"alloc {GIB}") == REFUSED, "the limit is enforced"
+    assert client.do(f"alloc {GIB}") == REFUSED, "the limit is not enforced"
     stranger.ok(f"alloc {GIB}")
 
     def rows(*words: str) -> dict[int, dict[str, Any]]:
@@ -133,7 +133,7 @@ def test_set_unset_and_reload_print_their_effect(tenant) -> None:
     client = one.client()
     with one.growing():
         client.ok(f"alloc {40 * MIB}")
-    assert client.do(f"alloc {2 * MIB}") == REFUSED, "the limit is enforced"
+    assert client.do(f"alloc {2 * MIB}") == REFUSED, "the limit is not enforced"
     limit = CONTEXT + 20 * MIB
     said = fgpu("set", one.name, "--memory", f"{limit}B").stdout.splitlines()
     assert said[0] == f"{one.name}: {limit}B"
@@ -207,7 +207,7 @@ def test_commands_return_the_documented_exit_codes(service: Service, words: list
     assert done.returncode == code, done
     assert "Traceback" not in done.stderr
     if code not in (0, 1):
-        assert done.stderr.strip(), "a failure says why"
+        assert done.stderr.strip(), "the command failed without a message"
     if code in (4, 126, 127) or (code == 125 and "Usage" not in done.stderr):
         assert len(done.stderr.strip().splitlines()) == 1, done.stderr
 
@@ -258,7 +258,7 @@ def test_commands_tell_a_user_without_permission_that_the_agent_runs(
     assert "the agent runs, but this user has no access to it" in done.stderr
     assert "use sudo" in done.stderr
     assert "start it" not in done.stderr
-    assert fgpu("status").returncode == 0, "it still runs"
+    assert fgpu("status").returncode == 0, "the agent has stopped"
 
 
 def test_doctor_tells_a_user_without_permission_that_the_agent_runs(service: Service) -> None:
@@ -321,7 +321,7 @@ def test_a_slow_client_delays_no_other_client(service: Service) -> None:
             assert time.monotonic() - began < 1
             time.sleep(0.1)
         slow.settimeout(10)
-        assert slow.recv(1) == b"", "hung up on"
+        assert slow.recv(1) == b"", "the agent has not closed the slow connection"
 
 
 def test_set_suggests_8gib_for_8gb(service: Service) -> None:

@@ -76,7 +76,7 @@ def test_a_tenant_that_runs_outside_its_turns_is_named(start, programs: None) ->
             honest.begin(60)
             eventually(lambda: honest.compute().get("waits") is not None, 5, "a share")
             metric = ("fgpu_bypassing_processes", frozenset({("tenant", "liar"), ("how", "outside_turns")}))
-            eventually(lambda: metrics().get(metric) == 1, 40, "the liar by name")
+            eventually(lambda: metrics().get(metric) == 1, 40, "the program outside its turns in the metrics")
             (view,) = [t for t in ask(verb="snapshot")["tenants"] if t["tenant"] == "liar"]
             assert view["devices"][0]["compute"]["beyond_ratio"] > 0.1
             assert "liar" in fgpu("doctor", check=False).stdout
@@ -98,12 +98,13 @@ def restless(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 def test_a_ceiling_holds_for_a_program_that_always_reports_a_rest(start, restless: list[str]) -> None:
     """The ceiling holds within a tenth of a device, the error that NVML's figures may have.
 
-    Time that it uses before NVML has reported this time is charged afterwards, so the test measures over many reports.
+    Time that the program uses before NVML's report of this time is charged afterwards. Therefore the test measures over
+    many reports.
     """
     liar, seconds = start("restless", before=restless), 16
     (free,) = together(liar)
     fgpu("set", "restless", "--compute", "25%")
-    liar.begin(4)  # run until NVML has been queried
+    liar.begin(4)  # run until the agent has read NVML's figures
     liar.said()
     liar.begin(seconds)
     assert liar.kernels() / seconds / (free / SECONDS) <= 0.25 + 0.1 + 0.06
@@ -127,11 +128,11 @@ def keep_waiting(owner: Spin, other: Spin) -> None:
         other.said()
         time.sleep(0.2)
     else:
-        pytest.fail("it had nothing to wait for")
+        pytest.fail("the owner never delayed the other tenant")
 
 
 def test_a_killed_owner_delays_no_other_tenant(start) -> None:
-    """The other program would wait for minutes. On a quiet machine it continues within 5 ms."""
+    """The weights would let the other program wait for minutes. On a quiet machine it continues within 5 ms."""
     owner, other = start("owner", "--weight", "10000", kernel_us=50_000), start("other", "--weight", "1")
     keep_waiting(owner, other)
     owner.process.kill()
@@ -155,7 +156,7 @@ def test_the_turn_of_a_killed_process_ends_before_the_driver_has_cleaned_up(star
         other.said()
         eventually(lambda: other.compute()["free"], 5, "the device to itself")
         assert owner.compute()["overruns"] == before
-        assert not select.select([pidfd], [], [], 0)[0], "it was to be in its last close"
+        assert not select.select([pidfd], [], [], 0)[0], "the killed process is not in its last close"
         os.close(pidfd)
 
 
@@ -190,7 +191,7 @@ def frozen(owner: Spin) -> Iterator[None]:
 
 
 def test_a_stopped_owner_delays_the_other_tenant_by_one_deadline_once(start, scale) -> None:
-    """The owner is stopped by a signal, a debugger and a freezer in turn: each delays the other by one deadline."""
+    """A signal, a debugger and a freezer stop the owner in turn. Each stop delays the other tenant by one deadline."""
     owner, other = start("owner", "--weight", "100"), start("other", "--weight", "100")
     other.begin(1)
     alone, times = other.kernels(), scale(3, 10, 200)
@@ -204,7 +205,7 @@ def test_a_stopped_owner_delays_the_other_tenant_by_one_deadline_once(start, sca
         before = owner.compute()["overruns"]
         with way(owner):
             other.begin(0.2)
-            assert select.select([other.process.stdout], [], [], 10)[0], "it waits for the stopped one"
+            assert select.select([other.process.stdout], [], [], 10)[0], "the other tenant waits for the stopped owner"
             beside += other.kernels()
             assert owner.compute()["overruns"] - before <= 2
     assert beside > 0.4 * alone * 0.2 * times  # it would be 0.15 with a delay in each turn
@@ -291,7 +292,9 @@ def test_silent_connections_are_closed_and_do_not_halve_the_number_of_turns(star
     alone, before = in_a_second(), ask(verb="snapshot")["gatekeeper"]
     with silent_clients(scale(200, 1000, 5000)):
         beside = in_a_second()
-        eventually(lambda: ask(verb="snapshot")["gatekeeper"]["silent"] > before["silent"], 5, "their count")
+        eventually(
+            lambda: ask(verb="snapshot")["gatekeeper"]["silent"] > before["silent"], 5, "closed connections counted"
+        )
     assert beside > 0.5 * alone
 
 
@@ -303,7 +306,7 @@ def test_an_overrun_is_reported_with_its_tenant(start) -> None:
     before = owner.compute()["overruns"]
 
     def overran() -> bool:
-        """Return whether the owner had an overrun, for example because it was stopped with work in flight."""
+        """Stop the owner for 0.1 s, perhaps with work in flight. Return whether it has had an overrun."""
         owner.process.send_signal(signal.SIGSTOP)
         time.sleep(0.1)
         owner.process.send_signal(signal.SIGCONT)
@@ -314,7 +317,7 @@ def test_an_overrun_is_reported_with_its_tenant(start) -> None:
     def told() -> list[dict[str, object]]:
         return [event for event in events("overrun") if event["tenant"] == "stopped"]
 
-    event = eventually(told, 15, "the event")[0]
+    event = eventually(told, 15, "the event of the overrun")[0]
     assert event["gpu"] == 0
     assert "ended with work in flight" in str(event["text"])
 

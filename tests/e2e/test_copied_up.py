@@ -45,7 +45,7 @@ def layers(place: Place, tmp_path: Path) -> Iterator[Path]:
 
 
 def before(place: Place, layers: Path) -> str:
-    """Return the start of a program's command line."""
+    """Return the start of a command line whose program uses the overlay's libcuda."""
     return f"env LD_LIBRARY_PATH={COMPAT if isinstance(place, Container) else layers}:{SIM}/lib"
 
 
@@ -84,10 +84,10 @@ def test_a_program_started_after_the_copy_up_has_its_limit_from_the_first_byte(
         assert second.ok(f"fill {2 * MIB} 0") == [(ROOM - 10 * MIB) // (2 * MIB)]
     for piece in pieces:  # the probes of the first inode are still attached
         first.ok(f"free {piece}")
-    eventually(lambda: one.assert_exact() == 2 * CONTEXT + ROOM - 10 * MIB, 3, "what NVML shows of them")
+    eventually(lambda: one.assert_exact() == 2 * CONTEXT + ROOM - 10 * MIB, 3, "the release once NVML shows the frees")
     assert second.ok(f"fill {2 * MIB} 0") == [5]
     second.ok("drop 7")
-    eventually(lambda: one.assert_exact() == 2 * CONTEXT + ROOM - 14 * MIB, 3, "what NVML shows of them")
+    eventually(lambda: one.assert_exact() == 2 * CONTEXT + ROOM - 14 * MIB, 3, "the release once NVML shows the frees")
     assert one.memory()["peak_bytes"] == 2 * CONTEXT + ROOM
     assert not bypasses(one)
 

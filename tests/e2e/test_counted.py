@@ -49,10 +49,10 @@ def test_no_output_shows_kernel_for_a_tenant_above_its_limit(service: Service, t
     one.assert_enforced()
     assert_said(one, "kernel")
     client = Bypass(one, "counted", WITHOUT)
-    assert client.do(f"alloc {700 * MIB}").startswith("ok"), "onBypass: report refuses nothing"
+    assert client.do(f"alloc {700 * MIB}").startswith("ok"), "an allocation was refused under `onBypass: report`"
     assert_said(one, "counted")
     assert one.memory()["used_bytes"] > LIMIT
-    assert str(client.pid) in fgpu("status").stdout, "the process is named below the table"
+    assert str(client.pid) in fgpu("status").stdout, "`fgpu status` does not name the process"
     assert "only counted" in fgpu("explain", one.path).stdout
     with urllib.request.urlopen(f"http://{LISTEN}/", timeout=5) as answer:
         page = answer.read().decode()

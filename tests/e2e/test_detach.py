@@ -24,7 +24,7 @@ FOLDERS = ("/etc", "/run/fgpu", "/usr/lib/fgpu", STATE, "/sys/fs/bpf")
 
 
 def files(*folders: str | Path) -> dict[str, tuple[int, int, int, int]]:
-    """Return every file in the folders by path, with mode, owners and size, and the change time if it is no folder."""
+    """Return every file in the folders by path: mode and owner, and of a file also size and modification time."""
     found = {}
     for folder in folders:
         for around, inside, names in os.walk(folder):
@@ -48,7 +48,7 @@ def mounts() -> list[str]:
 
 @contextlib.contextmanager
 def own(folder: Path) -> Iterator[None]:
-    """Replace a folder of the host, so that no other process writes to it during the test."""
+    """Mount an empty file system over a folder of the host, so that no other process writes there during the test."""
     made = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
     subprocess.run(["mount", "-t", "tmpfs", "own", folder], check=True)
@@ -99,7 +99,7 @@ def test_detach_restores_the_host_to_its_state_before_fgpu(bare: Service, tmp_pa
     assert mounts() == mounted
     own = cgroup_root() / "fgpu"
     assert not own.exists() or any(path.is_dir() for path in own.iterdir()), "an empty cgroup is left"
-    eventually(lambda: not ours & in_the_kernel(), 10, "nothing of it in the kernel")
+    eventually(lambda: not ours & in_the_kernel(), 10, "no BPF object of fgpu in the kernel")
 
 
 def test_detach_keeps_a_shim_that_a_program_uses(bare: Service, tmp_path: Path) -> None:
@@ -119,7 +119,7 @@ def test_detach_keeps_a_shim_that_a_program_uses(bare: Service, tmp_path: Path) 
     assert (STATE / "shim/current/libfgpu.so").exists()
     eventually(lambda: client.do(f"alloc {100 * MIB}").startswith("ok"), 3, "memory without fgpu")
     assert "cannot be preloaded" not in one.run("sh -c 'true 2>&1; ls / 2>&1'")
-    assert one.run(f"cat {preload}").endswith("/libfgpu.so\n"), "its programs have the shim when an agent runs again"
+    assert one.run(f"cat {preload}").endswith("/libfgpu.so\n"), "the program's preload list has lost the shim"
     place.close()
     fgpu("detach")
     assert preload.exists() == was_there

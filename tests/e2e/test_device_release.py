@@ -87,7 +87,7 @@ def test_a_release_ends_after_its_time_without_a_command(service: Service, tenan
     one = tenant(LIMIT)
     one.assert_enforced()
     fgpu("device", "release", "--for", "0.2s")
-    eventually(lambda: open_devices(service), 5, "the device")
+    eventually(lambda: open_devices(service), 5, "the device is open again")
     assert "released devices" not in findings()
     one.assert_holds(40 * MIB)
     wrong = fgpu("device", "release", "--for", "soon", check=False)
@@ -105,9 +105,9 @@ def test_the_agent_uses_a_device_again_that_was_reset_during_its_release(
     request.getfixturevalue("released")
     fault("device-reset")
     client.kill()
-    assert one.memory()["used_bytes"] == CONTEXT + 20 * MIB, "nothing shows yet that it is gone"
+    assert one.memory()["used_bytes"] == CONTEXT + 20 * MIB, "memory was released before NVML answered again"
     fgpu("device", "take")
-    eventually(lambda: one.memory()["used_bytes"] == 0, 5, "a ledger that has forgotten it")
+    eventually(lambda: one.memory()["used_bytes"] == 0, 5, "the release of the lost memory")
     one.assert_holds(40 * MIB)
 
 
@@ -128,7 +128,7 @@ def test_doctor_names_a_replaced_driver_and_the_agent_exits_for_a_restart_after_
 ) -> None:
     one = tenant(LIMIT)
     one.assert_enforced()
-    eventually(lambda: str(replaced) in findings().get("driver files", {}).get("found", ""), 3, "its name")
+    eventually(lambda: str(replaced) in findings().get("driver files", {}).get("found", ""), 3, "the replaced file")
     assert "driver replaced" in fgpu("events").stdout
     fgpu("device", "release")
     fgpu("device", "take")

@@ -56,7 +56,7 @@ def log_of(service: Service, since: int = 0) -> str:
     return service.log.read_bytes()[since:].decode()
 
 
-# -- S8: a library with the names of both
+# -- T26: a library with the function names of driver and shim
 
 
 @pytest.mark.places("host")
@@ -92,12 +92,12 @@ def test_a_copy_of_a_published_shim_is_a_shim_until_its_contents_change(service:
     assert f"probed '{copy}' as SHIM" in log_of(service)
     with copy.open("ab") as file:
         file.write(b"\0")
-    shortly(lambda: f"probed '{copy}' as UNKNOWN" in log_of(service), "its end as a shim")
+    shortly(lambda: f"probed '{copy}' as UNKNOWN" in log_of(service), "the new class of the changed shim")
 
 
 @pytest.mark.places("cgroups")
 def test_a_process_with_a_shim_that_this_host_has_not_published_is_reported_as_foreign(tenant, folder: Path) -> None:
-    """Its admissions do not count. Its process counts as shimless, and the reason is shown."""
+    """Admissions by such a shim do not count. The process counts as shimless, and the reason is shown."""
     source = folder / "foreign.c"
     source.write_text("void fgpu_admit(void) {}\nvoid fgpu_release(void) {}\n")
     foreign = folder / "libfgpu.so"
@@ -106,13 +106,13 @@ def test_a_process_with_a_shim_that_this_host_has_not_published_is_reported_as_f
     client = Calls(one, "foreign", f"env LD_PRELOAD={foreign} {BYPASS} lies")
     assert client.do(f"alloc {10 * MIB}") == "ok"
     key = "fgpu_shimless_processes", frozenset({("tenant", one.name), ("reason", "foreign")})
-    shortly(lambda: metrics().get(key) == 1, "the reason")
+    shortly(lambda: metrics().get(key) == 1, "the reason `foreign` in the metrics")
     assert one.view()["bypassing"] == {"no_admission": 1}
     assert one.assert_exact() == CONTEXT + 10 * MIB
     assert "foreign: this host has not published the loaded libfgpu.so" in fgpu("explain", one.path).stdout
 
 
-# -- S1: a copy under another name
+# -- T25: a copy under another name
 
 
 def renamed(folder: Path) -> str:
@@ -151,11 +151,11 @@ def test_a_copy_under_another_name_is_witnessed_once_nvml_shows_its_memory(
     said = service.log.stat().st_size
     client = Calls(one, "copy", how(folder))
     assert client.do(f"alloc {10 * MIB}") == "ok"
-    shortly(lambda: re.search(r"probed '(\S+/x\.so|/memfd:x)' as", log_of(service, said)), "its probes")
+    shortly(lambda: re.search(r"probed '(\S+/x\.so|/memfd:x)' as", log_of(service, said)), "the probes of the copy")
     before = one.memory()["witnessed_bytes"]
     assert client.do(f"alloc {50 * MIB}") == "ok"
     assert one.memory()["witnessed_bytes"] == before + 50 * MIB
-    shortly(lambda: one.view()["bypassing"] == {"no_admission": 1}, "its name")
+    shortly(lambda: one.view()["bypassing"] == {"no_admission": 1}, "the process as bypassing")
     assert one.assert_exact() == CONTEXT + 60 * MIB
 
 
@@ -166,7 +166,7 @@ def test_a_deleted_copy_of_the_driver_is_probed_like_any_other_copy(service: Ser
     client = Calls(one, "deleted", renamed(folder))
     (folder / "x.so").unlink()
     assert client.do(f"alloc {10 * MIB}") == "ok"
-    shortly(lambda: f"probed '{folder}/x.so' as" in log_of(service, said), "its probes")
+    shortly(lambda: f"probed '{folder}/x.so' as" in log_of(service, said), "the probes of the copy")
     assert client.do(f"alloc {10 * MIB}") == "ok"
     assert one.assert_exact() == CONTEXT + 20 * MIB
 
@@ -182,7 +182,7 @@ def doctor() -> dict[str, object]:
 
 @pytest.fixture
 def settings(service: Service):  # type: ignore[no-untyped-def]
-    """Change the host's settings, and restore them after the test."""
+    """Return the path of the host's settings, which are restored after the test."""
     before = service.config.read_text()
     yield service.config
     service.config.write_text(before)
@@ -201,25 +201,25 @@ def test_an_unknown_library_is_named_and_trusted_once_it_is_listed(
     client.ok("context")
     digest = subprocess.run(["sha256sum", library], capture_output=True, text=True, check=True).stdout.split()[0]
     line = f'drivers: {{trusted: ["sha256:{digest}"]}}'
-    shortly(lambda: line in str(doctor()["fix"]), "the line to paste")
+    shortly(lambda: line in str(doctor()["fix"]), "the line for agent.yaml")
     assert doctor()["found"] == f"'{library}' of process {client.pid} in {one.name}"
     assert f"probed '{library}' as UNKNOWN" in log_of(service)
     settings.write_text(f"{settings.read_text()}{line}\n")
     service.kill_agent()
     said = service.log.stat().st_size
     service.start_agent()
-    shortly(lambda: f"probed '{library}' as LISTED" in log_of(service, said), "its probes as another")
+    shortly(lambda: f"probed '{library}' as LISTED" in log_of(service, said), "the new class of the library")
     assert doctor()["ok"]
     with one.growing(ROOM):
         assert client.ok(f"fill {2 * MIB} 0") == [ROOM // (2 * MIB)]
     service.kill_agent()
     said = service.log.stat().st_size
     service.start_agent()
-    shortly(lambda: "1 trusted" in str(doctor()["found"]), "what an agent finds that starts later")
-    assert "as LISTED" not in log_of(service, said), "its links are pinned, and their names say what they are"
+    shortly(lambda: "1 trusted" in str(doctor()["found"]), "the trusted library in doctor's report after another start")
+    assert "as LISTED" not in log_of(service, said), "the library was probed again although its links are pinned"
     with library.open("ab") as file:
         file.write(b"\0")
-    shortly(lambda: f"probed '{library}' as UNKNOWN" in log_of(service, said), "the end of its trust")
+    shortly(lambda: f"probed '{library}' as UNKNOWN" in log_of(service, said), "the new class of the changed library")
     client.ok("drop 5")
     assert is_probed(library)
 
@@ -229,5 +229,5 @@ def test_a_copy_of_the_host_s_driver_is_trusted(service: Service, tenant, folder
     library = Path(shutil.copy(DRIVER, folder / "libcuda.so.1"))
     one = tenant(CONTEXT + ROOM)
     one.client(before=f"env LD_LIBRARY_PATH={folder}").ok("context")
-    shortly(lambda: f"probed '{library}' as LISTED" in log_of(service), "its class")
+    shortly(lambda: f"probed '{library}' as LISTED" in log_of(service), "the class of the copy")
     assert doctor()["ok"]

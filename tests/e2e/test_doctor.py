@@ -274,7 +274,7 @@ def test_doctor_names_a_gatekeeper_that_hangs(service: Service) -> None:
         assert f"kill -9 {pid}" in found["fix"]
     finally:
         os.kill(pid, signal.SIGCONT)
-    eventually(lambda: "gatekeeper" not in failures(), 10, "a gatekeeper that answers")
+    eventually(lambda: "gatekeeper" not in failures(), 10, "an answer of the gatekeeper")
 
 
 def test_doctor_names_a_shim_that_some_users_cannot_read(service: Service) -> None:
@@ -339,7 +339,7 @@ def test_limits_are_enforced_if_the_metrics_address_is_in_use(service: Service, 
         assert "agent.yaml" in found["fix"]
         done = fgpu("run", "--memory", "1GiB", "--", "nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader")
         assert done.stdout == "1024 MiB\n"
-    eventually(lambda: "metrics" not in failures(), 5, "the address, once it is free")
+    eventually(lambda: "metrics" not in failures(), 5, "the metrics at the freed address")
     assert "fgpu_build_info" in metrics_page()
 
 
@@ -358,7 +358,7 @@ def test_the_agent_moves_or_removes_folders_at_the_paths_of_its_sockets(service:
     done = fgpu("run", "--memory", "1GiB", "--", "nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader")
     assert done.stdout == "1024 MiB\n"
     (moved,) = RUN_DIR.glob("control.sock.moved-*")
-    assert (moved / "something").exists(), "what is in one is kept"
+    assert (moved / "something").exists(), "the contents of the moved folder are lost"
     shutil.rmtree(moved)
 
 
@@ -437,12 +437,12 @@ def test_limits_are_enforced_if_the_shim_store_cannot_be_written(service: Servic
     try:
         subprocess.run(mount, check=True)
         subprocess.run(["mount", "-o", "remount,bind,ro", store], check=True)
-        assert "Read-only" in start(), "a first start"
+        assert "Read-only" in start(), "a first start did not report the read-only store"
         subprocess.run(["mount", "-o", "remount,bind,rw", store], check=True)
         assert start() == ""
         before = os.readlink(store / "current")
         subprocess.run(["mount", "-o", "remount,bind,ro", store], check=True)
-        assert "Read-only" in start("--shim", str(newer)), "an upgrade"
+        assert "Read-only" in start("--shim", str(newer)), "an upgrade did not report the read-only store"
         assert os.readlink(store / "current") == before
         subprocess.run(["mount", "-o", "remount,bind,rw", store], check=True)
         (store / "current").unlink()

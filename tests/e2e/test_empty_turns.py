@@ -44,8 +44,8 @@ def test_a_tenant_with_false_reports_delays_its_neighbour_little_and_is_named(te
     assert float(spin.receive(30).split()[0]) > 0
     after = liar.memory()["compute"]
     owned, turns = (after[key] - before[key] for key in ("owned_seconds", "waits"))
-    assert owned > 0.2 * SECONDS, "it has turns"
-    assert after["overruns"] > before["overruns"], "others have waited for it in vain"
+    assert owned > 0.2 * SECONDS, "the tenant with false reports had too few turns"
+    assert after["overruns"] > before["overruns"], "no turn of the tenant with false reports was an overrun"
     assert owned / turns < TURN_SECONDS + MORE_SECONDS
     key = "fgpu_bypassing_processes", frozenset({("tenant", liar.name), ("how", "empty_turns")})
-    eventually(lambda: metrics().get(key) == 1, 5, "its name")
+    eventually(lambda: metrics().get(key) == 1, 5, "the process in fgpu_bypassing_processes")

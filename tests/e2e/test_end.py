@@ -101,12 +101,12 @@ def test_a_process_killed_in_a_call_or_an_admission_leaves_no_memory_charged(ten
         pids = [pid for pid in one.pids() if pid not in others]
         assert len(pids) == 8
         seen = one.memory()["witnessed_bytes"]
-        eventually(lambda seen=seen: one.memory()["witnessed_bytes"] > seen + 800 * MIB, 10, "work")  # type: ignore[misc]
+        eventually(lambda seen=seen: one.memory()["witnessed_bytes"] > seen + 800 * MIB, 10, "allocations")  # type: ignore[misc]
         kill_all(pids)
         assert released_in(watcher, free) < 1
         assert parent.ok("reap") == [8]
         parent.close()
-        eventually(lambda parent=parent: parent.pid not in one.pids(), 5, "its end")  # type: ignore[misc]
+        eventually(lambda parent=parent: parent.pid not in one.pids(), 5, "the exit of the parent")  # type: ignore[misc]
     assert one.assert_exact() == CONTEXT
     assert anomalies() == before
 
@@ -139,19 +139,19 @@ def held_up(pid: int) -> Iterator[None]:
     os.kill(pid, signal.SIGKILL)
     stats = [Path(f"/proc/{pid}/task/{thread}/stat") for thread in threads]
     try:
-        eventually(lambda: all(") Z " in stat.read_text() for stat in stats), 5, "the end of its threads")
-        assert not select.select([pidfd], [], [], 0)[0], "nothing holds its end up"
+        eventually(lambda: all(") Z " in stat.read_text() for stat in stats), 5, "the exit of the threads")
+        assert not select.select([pidfd], [], [], 0)[0], "the exit is complete: nothing delays it"
         yield
     finally:
         for thread in traced:
             os.waitpid(thread, every_thread)
-        eventually(lambda: select.select([pidfd], [], [], 0)[0], 5, "its end")
+        eventually(lambda: select.select([pidfd], [], [], 0)[0], 5, "the exit of the process")
         os.close(pidfd)
 
 
 @pytest.mark.places("host", "runc")
 def test_a_process_that_takes_long_to_end_is_not_adopted(tenant, fault) -> None:
-    """Its memory stays charged as orphaned until the driver has freed it. The process is in no list."""
+    """Memory of the process stays charged as orphaned until the driver has freed it. The process is in no list."""
     one = tenant(4 * GIB)
     one.assert_enforced()
     client = one.client()
@@ -160,12 +160,12 @@ def test_a_process_that_takes_long_to_end_is_not_adopted(tenant, fault) -> None:
     assert one.assert_exact() == CONTEXT
     fault("slow-end:3s")
     with held_up(client.pid):
-        eventually(lambda: one.memory()["orphaned_bytes"] == CONTEXT, 1, "orphaned")
-        steadily(lambda: one.memory()["used_bytes"] == CONTEXT, 1.6, 1.7, "three looks of NVML")
+        eventually(lambda: one.memory()["orphaned_bytes"] == CONTEXT, 1, "orphaned memory")
+        steadily(lambda: one.memory()["used_bytes"] == CONTEXT, 1.6, 1.7, "the charge over three readings of NVML")
         assert client.pid in {entry["pid"] for entry in driver_books()}
         assert one.view()["processes"] == []
-    eventually(lambda: client.pid not in {entry["pid"] for entry in driver_books()}, 5, "the driver's end of it")
-    eventually(lambda: one.memory()["used_bytes"] == 0, 1, "released")
+    eventually(lambda: client.pid not in {entry["pid"] for entry in driver_books()}, 5, "memory freed by the driver")
+    eventually(lambda: one.memory()["used_bytes"] == 0, 1, "the release of the memory")
     assert [event for event in events("adopted") if event["pid"] == client.pid] == []
 
 
@@ -178,10 +178,10 @@ def test_a_request_waits_while_the_end_of_a_process_is_under_way(tenant, fault) 
     assert one.assert_exact() == 2 * CONTEXT
     fault("slow-end:2s")
     with held_up(client.pid):
-        eventually(lambda: one.memory()["orphaned_bytes"] == CONTEXT, 1, "orphaned")
+        eventually(lambda: one.memory()["orphaned_bytes"] == CONTEXT, 1, "orphaned memory")
         begun = time.monotonic()
         other.ok(f"alloc {CONTEXT}")
-        assert time.monotonic() - begun > 1, "the driver has freed nothing yet"
+        assert time.monotonic() - begun > 1, "the request was admitted before the driver had freed the memory"
 
 
 @pytest.mark.timed
@@ -212,15 +212,15 @@ def test_exec_releases_the_memory_of_the_previous_program(tenant) -> None:
         eventually(lambda: client.do("context") == "ok", 1, "a context")
         # The driver takes a moment to free the memory of the previous process. NVML's earlier figures are used until
         # the next query of NVML, at most 500 ms later.
-        steadily(lambda: one.memory()["used_bytes"] == one.driver() == CONTEXT, 0.6, what="the books of one life")
+        steadily(lambda: one.memory()["used_bytes"] == one.driver() == CONTEXT, 0.6, what="one context")
         with one.growing(80 * MIB):
             client.ok(f"fill {2 * MIB} 0")
         pid = client.pid
         client.execute_again()
         memory = one.memory()
-        assert memory["used_bytes"] == memory["orphaned_bytes"], "a process that has just begun is charged"
+        assert memory["used_bytes"] == memory["orphaned_bytes"], "the new program is charged"
         assert client.pid == pid
-        eventually(lambda: one.memory()["used_bytes"] == 0, 1, "nothing held after exec")
+        eventually(lambda: one.memory()["used_bytes"] == 0, 1, "the release of the previous program's memory")
 
 
 @pytest.mark.places("host", "runc")
@@ -248,11 +248,11 @@ def test_each_process_of_a_tree_is_charged_for_its_own_memory(tenant, scale) -> 
     one = tenant(2 * CONTEXT + 3 * HELD)
     program = Program(one, "trees", f"{BUILD}/e2e/trees {count} {HELD}")
     good, before, after = Client.numbers(program.receive(count))
-    assert good == count, "refused, or not themselves"
-    assert before == after == CONTEXT + 2 * HELD, "the parent's books"
+    assert good == count, "a process was refused, or was charged for another's memory"
+    assert before == after == CONTEXT + 2 * HELD, "the charge of the parent has changed"
     assert one.assert_exact() == CONTEXT + HELD
-    taken = count - count // 2 - len(range(3, count - count // 2, 4))  # without those that only forked
-    taken += count // 2 + len(range(3, count // 2, 6)) + 1  # some are counted twice: before an exec and after it
+    taken = count - count // 2 - len(range(3, count - count // 2, 4))  # without processes that only forked
+    taken += count // 2 + len(range(3, count // 2, 6)) + 1  # some processes count twice: before an exec and after it
     assert one.memory()["witnessed_bytes"] == taken * HELD
     assert len(one.view()["processes"]) == 1
     program.close()
@@ -270,7 +270,7 @@ def test_a_process_stays_charged_after_its_first_thread_has_exited(tenant) -> No
     with one.growing(60 * MIB):
         client.ok(f"fill {2 * MIB} 0")
     client.kill()
-    eventually(lambda: one.memory()["used_bytes"] == 0, 1, "released")
+    eventually(lambda: one.memory()["used_bytes"] == 0, 1, "the release of the memory")
 
 
 def test_fgpu_run_returns_the_exit_code_of_its_program(unharmed) -> None:
@@ -339,7 +339,7 @@ def test_explain_names_the_process_that_keeps_orphaned_memory_and_its_parent(ten
     (row,) = [row for row in output("ps") if row["how"] == "orphaned"]
     assert (row["pid"], row["name"], row["why"]) == (client.pid, "(ended)", f"kept by pid {child}")
     os.kill(child, signal.SIGKILL)
-    eventually(lambda: not one.view()["orphans"], 5, "the end of the orphan")
+    eventually(lambda: not one.view()["orphans"], 5, "the release of the orphaned memory")
 
 
 KEPT = 64 * MIB
@@ -377,16 +377,16 @@ def test_no_request_waits_for_memory_that_a_living_process_keeps(tenant, keep: C
         stack.callback(keep(client))
         assert one.assert_exact() == 2 * CONTEXT + KEPT
         client.kill()
-        eventually(lambda: one.memory()["orphaned_bytes"], 5, "orphaned")
+        eventually(lambda: one.memory()["orphaned_bytes"], 5, "orphaned memory")
         for _ in range(6):
             begun = time.monotonic()
             assert other.do(request) == REFUSED
             took.append(time.monotonic() - begun)
         print(f"refused after {', '.join(f'{seconds:.3f}' for seconds in took)} s")
-        assert took[0] < 1.5, "while the end is under way, and 0.5 s more"
-        assert max(took[1:]) < 0.3, "no end is under way"
-        assert one.memory()["orphaned_bytes"] > KEPT // 2, "all but what a driver may take besides"
-    eventually(lambda: not unnamed_bytes(), 5, "the driver's end of it")
+        assert took[0] < 1.5, "a refusal during the exit took longer than the exit and 0.5 s"
+        assert max(took[1:]) < 0.3, "a refusal after the exit was delayed"
+        assert one.memory()["orphaned_bytes"] > KEPT // 2, "memory of a living process was released"
+    eventually(lambda: not unnamed_bytes(), 5, "memory freed by the driver")
     begun = time.monotonic()
     other.ok(request)
     assert time.monotonic() - begun < 1

@@ -33,7 +33,7 @@ def failed(service: Service, fault: Callable[[str], None]) -> Iterator[Callable[
         eventually(is_healthy, 5, "a fit device")
         fault("xid=79")
         eventually(lambda: not is_healthy(), 5, "an unfit device")
-        eventually(lambda: 79 in recorded(), 5, "a record of it")
+        eventually(lambda: 79 in recorded(), 5, "a record of the XID")
 
     yield report
     fgpu("device", "clear", "0")
@@ -43,7 +43,7 @@ def failed(service: Service, fault: Callable[[str], None]) -> Iterator[Callable[
 def restart(service: Service) -> None:
     service.kill_agent()
     service.start_agent()
-    eventually(lambda: ask(verb="snapshot")["devices"][0]["xids"] is not None, 5, "a look at it")
+    eventually(lambda: ask(verb="snapshot")["devices"][0]["xids"] is not None, 5, "the agent's list of XIDs")
 
 
 def test_a_failed_device_stays_failed_over_a_restart_until_a_command_clears_it(
@@ -56,8 +56,8 @@ def test_a_failed_device_stays_failed_over_a_restart_until_a_command_clears_it(
         doctor = fgpu("doctor", check=False)
         assert "FAIL  xids: device 0 has reported XID 79" in doctor.stdout
     fgpu("device", "clear", "0")
-    eventually(is_healthy, 5, "the device that was cleared")
-    eventually(lambda: 79 not in recorded(), 5, "a record without it")
+    eventually(is_healthy, 5, "a fit device after the command")
+    eventually(lambda: 79 not in recorded(), 5, "a record without the XID")
     restart(service)
     assert is_healthy()
     unknown = fgpu("device", "clear", "7", check=False)
@@ -72,8 +72,8 @@ def test_a_reset_that_nvml_reports_clears_the_failure_for_later_agents_too(
     restart(service)
     assert not is_healthy()
     fault("device-reset")
-    eventually(is_healthy, 10, "the device that was reset")
-    eventually(lambda: 79 not in recorded(), 5, "a record without it")
+    eventually(is_healthy, 10, "a fit device after the reset")
+    eventually(lambda: 79 not in recorded(), 5, "a record without the XID")
     restart(service)
     assert is_healthy()
 

@@ -22,7 +22,7 @@ from tests.support.service import Service
 from tests.support.tenant import Client, Tenant
 from tests.support.wait import eventually
 
-BUSY = 3  # clients of a tenant whose requests always fit; the requests of one further client never do
+BUSY = 3  # clients of a tenant whose requests always fit; the requests of a fourth client never fit
 LIMIT = (BUSY + 2) * CONTEXT + 64 * MIB  # a client that starts later is the fifth
 STEP = 2 * MIB
 GATEKEEPERS, AGENTS = 5, 3  # how many are killed during their start, one after another
@@ -106,7 +106,7 @@ def host(service: Service, unharmed: None) -> Iterator[Host]:
 
 def assert_killed(program: Child) -> None:
     """Check that the program reached its point."""
-    assert program.wait(30) == -signal.SIGKILL, "it ended, but not at its point"
+    assert program.wait(30) == -signal.SIGKILL, "the program exited, but not at its point"
 
 
 def at_start(host: Host, tenant: Tenant, point: str) -> None:
@@ -145,9 +145,9 @@ def at_a_hello(host: Host, tenant: Tenant, point: str) -> None:
     host.children.start()
     assert_killed(gatekeeper)  # the busy clients, which register again, bring it to its point
     newcomer = tenant.client()
-    eventually(lambda: newcomer.do("context") == "ok", 5, "a context once there is a gatekeeper")
+    eventually(lambda: newcomer.do("context") == "ok", 5, "a context from the next gatekeeper")
     newcomer.kill()
-    eventually(lambda: newcomer.pid not in tenant.pids(), 5, "its end")
+    eventually(lambda: newcomer.pid not in tenant.pids(), 5, "the exit of the newcomer")
     host.children.kill_agent()
 
 
@@ -176,7 +176,7 @@ POINTS: dict[str, Callable[[Host, Tenant, str], None]] = {
 
 
 class Load:
-    """Four busy clients of a tenant. The requests of two fit, those of one fit with a pool, those of one never fit."""
+    """Four busy clients of a tenant: requests of three fit (of one from a pool), requests of the fourth never fit."""
 
     def __init__(self, tenant: Tenant) -> None:
         self.tenant, self._before = tenant, tenant.memory()["witnessed_bytes"]
@@ -196,22 +196,22 @@ class Load:
         taken = []
         for client in self._fitting:
             got, refused, other = client.numbers(client.receive(), "fits")
-            assert (refused, other) == (0, 0), "one that fits noticed"
+            assert (refused, other) == (0, 0), "a request that fits was not admitted"
             taken.append(got)
         assert all(taken)
         got, refused, other = self._hopeless.numbers(self._hopeless.receive(), "hopeless")
-        assert (got, other) == (0, 0), "the hopeless one got memory"
+        assert (got, other) == (0, 0), "a request that does not fit was admitted"
         assert refused > 0
         for client in (*self._fitting, self._hopeless):
             assert client.receive() == "ok"
         witnessed = self.tenant.memory()["witnessed_bytes"] - self._before
-        assert witnessed == sum(taken[:2]) * STEP, "passed unseen, or seen twice: pools are not witnessed"
+        assert witnessed == sum(taken[:2]) * STEP, "witnessed never, or more than once: pools are not witnessed"
 
 
 @pytest.mark.timeout(7200)
 @pytest.mark.places("host")
 def test_a_kill_at_any_point_of_agent_or_gatekeeper_affects_no_tenant(host: Host, tenant, scale) -> None:
-    """Eighteen kills at all points, nine of them at a random moment: a hundred in all, or a thousand."""
+    """A quick run has 18 kills, nine of them at a random moment. The usual run has 63, and a full run 1,017."""
     host.children.start()
     tenants = [tenant(LIMIT) for _ in range(2)]
     for one in tenants:
@@ -221,7 +221,7 @@ def test_a_kill_at_any_point_of_agent_or_gatekeeper_affects_no_tenant(host: Host
         host.children.kill_agent()
         POINTS[point](host, tenants[0], point)
         for one in tenants:
-            assert one.driver() <= LIMIT, f"beyond the limit after {point}"
+            assert one.driver() <= LIMIT, f"memory beyond the limit after {point}"
         host.children.start()
         for one in tenants:
             one.assert_enforced()
@@ -265,7 +265,7 @@ def test_fgpu_detach_completes_the_detach_of_a_killed_agent(host: Host, held: tu
     assert not (RUN_DIR / "overrides.json").exists()
     host.service.start_agent()
     fgpu("set", one.path, "--memory", f"{CONTEXT + 64 * MIB}B")
-    eventually(lambda: one.memory()["used_bytes"] == CONTEXT + 20 * MIB, 5, "what it held")
+    eventually(lambda: one.memory()["used_bytes"] == CONTEXT + 20 * MIB, 5, "the charge of the held memory")
     client.ok(f"fill {STEP} 0")
     one.assert_enforced()  # not earlier: a process that has made no request yet is unknown
     assert one.assert_exact() == CONTEXT + 64 * MIB == one.memory()["limit_bytes"]

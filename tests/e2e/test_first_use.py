@@ -66,7 +66,7 @@ def use(place: Cgroups, device: int) -> Client:
 def test_each_device_takes_as_many_tenants_as_fit_on_it(strict: Service, group: Cgroups) -> None:
     clients = [group.tenant(None).client() for _ in range(DEVICES * FIT)]
     assert clients[0].ok("info 0")[1] == LIMIT
-    assert sum(committed()) == LIMIT, "one has used a device"
+    assert sum(committed()) == LIMIT, "only one tenant has used a device"
     for number, client in enumerate(clients):
         client.ok(f"device {number % DEVICES}")
         client.ok(f"alloc {10 * MIB}")
@@ -86,7 +86,7 @@ def test_each_device_takes_as_many_tenants_as_fit_on_it(strict: Service, group: 
     assert committed() == [FIT * LIMIT] * DEVICES
     assert beyond.do("device 3") == REFUSED
     leave(group, group.tenants[3])
-    eventually(lambda: beyond.do("device 3").startswith("ok"), 20, "the room that one left")
+    eventually(lambda: beyond.do("device 3").startswith("ok"), 20, "the room of the removed tenant")
     beyond.ok(f"alloc {10 * MIB}")
     assert committed() == [FIT * LIMIT] * DEVICES
 
@@ -181,7 +181,7 @@ def test_a_use_without_a_request_is_committed_once_the_agent_observes_it(strict:
     client = Client(one, "outside", before="env LD_PRELOAD=")
     client.ok("device 5")
     client.ok(f"alloc {MIB}")
-    eventually(lambda: committed()[5] == LIMIT, 5, "its commitment")
+    eventually(lambda: committed()[5] == LIMIT, 5, "the commitment of the limit")
     assert sum(committed()) == LIMIT
 
 
@@ -203,7 +203,7 @@ def test_a_limit_that_names_devices_is_committed_at_once(strict: Service, named:
     assert lacking.returncode == 125
     assert "do not fit on device 4: 60GiB of 74.7GiB" in lacking.stderr
     assert fgpu("run", "--memory", "20GiB", "--device", "5", "--", "true", check=False).returncode == 0
-    assert fgpu("run", "--memory", "20GiB", "--", "true", check=False).returncode == 0, "it may use another"
+    assert fgpu("run", "--memory", "20GiB", "--", "true", check=False).returncode == 0, "refused without a named device"
     unknown = fgpu("run", "--memory", "20GiB", "--device", "8", "--", "true", check=False)
     assert unknown.returncode == 125
     assert "no device 8" in unknown.stderr

@@ -87,7 +87,7 @@ def live_for(seconds: float, tenants: list[Tenant]) -> dict[str, float]:
         client.ok(f"alloc {STEP}")
         longest["start"] = timed("a program's start", longest["start"], begun)
         client.close()
-        eventually(lambda gone=client: gone.pid not in tenants[0].pids(), 5, "its end")  # type: ignore[misc]
+        eventually(lambda gone=client: gone.pid not in tenants[0].pids(), 5, "the exit of the program")  # type: ignore[misc]
         begun = time.monotonic()
         assert "fgpu_memory_used_bytes" in metrics_page()
         longest["scrape"] = timed("a scrape", longest["scrape"], begun)
@@ -107,21 +107,21 @@ def test_no_request_waits_for_a_log_without_a_reader(dead: Service, tenant, scal
         print(live_for(scale(2, 20, 60), tenants))
         got, *others = answered(fits)
         assert got
-        assert others == [0, 0], "the one that fits noticed"
+        assert others == [0, 0], "a request that fits was not admitted"
         none, refused, other = answered(hopeless)
         assert (none, other) == (0, 0)
         assert refused
         assert [one.assert_exact() for one in tenants] == [CONTEXT, CONTEXT]
-        assert set(os.read(reader, 4096)) == set(b"."), "what was in the pipe from the beginning, and nothing else"
+        assert set(os.read(reader, 4096)) == set(b"."), "the agent has written into the full pipe"
         os.set_blocking(reader, False)
-        fgpu("set", tenants[1].path, "--memory", f"{LIMIT + 7 * STEP}B")  # the other one has printed its lines by now
+        fgpu("set", tenants[1].path, "--memory", f"{LIMIT + 7 * STEP}B")  # the first tenant's lines are dropped by now
 
         def told() -> bytes:
             with contextlib.suppress(BlockingIOError):
                 return os.read(reader, 4096)
             return b""
 
-        eventually(lambda: b"lines were dropped: the reader of this log was too slow" in told(), 5, "how much was lost")
+        eventually(lambda: b"lines were dropped: the reader of this log was too slow" in told(), 5, "the report")
     finally:
         os.close(reader)
         os.close(writer)
@@ -157,7 +157,7 @@ def test_a_full_disk_stops_no_tenant_and_a_change_that_cannot_be_saved_is_refuse
     fill(full)
     done = fgpu("set", one.path, "--memory", f"{2 * LIMIT}B", check=False)
     assert (done.returncode, "No space left" in done.stderr) == (1, True), done
-    assert one.memory()["limit_bytes"] == LIMIT, "what is not kept is not in force"
+    assert one.memory()["limit_bytes"] == LIMIT, "a limit that was not saved is in force"
     done = fgpu("run", "--name", f"e2e-full-{os.getpid()}", "--memory", "1GiB", "--", "true", check=False)
     assert (done.returncode, "No space left" in done.stderr) == (125, True), done
     assert not (one.cgroup.parent / f"e2e-full-{os.getpid()}").exists()

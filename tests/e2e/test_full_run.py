@@ -33,9 +33,7 @@ spec:
 @contextlib.contextmanager
 def full() -> Iterator[None]:
     """Let no byte be written to fgpu's folder under /run."""
-    assert os.stat(RUN_DIR).st_dev != os.stat("/run").st_dev, (
-        "a file system of this world, which other programs do not use"
-    )
+    assert os.stat(RUN_DIR).st_dev != os.stat("/run").st_dev, f"{RUN_DIR} is no file system of this world's own"
     filler = RUN_DIR / "filler"
     try:
         with open(filler, "wb", buffering=0) as file, pytest.raises(OSError, match="No space left"):
@@ -106,7 +104,7 @@ def test_a_container_that_starts_while_another_exits_has_its_limit_if_run_fgpu_i
             (group / "begun").mkdir()
         finally:
             os.kill(service.agent.pid, signal.SIGCONT)
-        eventually(lambda: limit_of(begun) == 2 * GIB, 5, "the limit of the one that has begun")
-        eventually(lambda: limit_of(ended) is None, 5, "the end of the other one")
-        assert ended in set_by_hand(), "the file was to be unwritable"
-    eventually(lambda: ended not in set_by_hand(), 5, "a file without the one that ended")
+        eventually(lambda: limit_of(begun) == 2 * GIB, 5, "the limit of the container that has begun")
+        eventually(lambda: limit_of(ended) is None, 5, "the removal of the container that has ended")
+        assert ended in set_by_hand(), "overrides.json was written although its file system is unwritable"
+    eventually(lambda: ended not in set_by_hand(), 5, "overrides.json without the container that has ended")

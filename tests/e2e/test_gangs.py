@@ -100,7 +100,7 @@ def test_gangs_take_turns_on_all_their_devices(start: Callable[..., Pairs]) -> N
     assert alone > 0.5 * SECONDS * 1e6 / KERNEL_US
     done = together(first, second)
     for gang in (first, second):
-        eventually(lambda: gang.turns()[0] == gang.turns()[1] > 10, 3, "turns on both at once")  # noqa: B023
+        eventually(lambda: gang.turns()[0] == gang.turns()[1] > 10, 3, "the same number of turns on both devices")  # noqa: B023
     assert min(done) > 0.4 * sum(done)
     assert sum(done) > 0.6 * alone  # a turn may end between two matching launches; the missing ones may still proceed
 

@@ -128,17 +128,17 @@ def test_removed_containers_leave_no_trace(service: Service, layered: Layered, s
     made = Made()
     for with_own in (False, True):  # first run: creates everything that is created only once
         removed(layered, started(layered, made, with_own))
-    eventually(lambda: not made.left(layered), 10, "nothing left of the first")
+    eventually(lambda: not made.left(layered), 10, "no trace of the first containers")
     before, files = descriptors(service), written(service).keys()
     count, live, took = scale(4, 50, 500), collections.deque[Tenant](), []
     for number in range(count):
         live.append(started(layered, made, number % 10 > 0))
         if len(live) > LIVE:
             took.append(removed(layered, live.popleft()))
-    assert set(OF_CGROUPS[:3]) < set(made.left(layered)), "what is looked for is found"
+    assert set(OF_CGROUPS[:3]) < set(made.left(layered)), "left() does not find the traces of running containers"
     took += [removed(layered, tenant) for tenant in live]
     print(f"{count} containers: umount after {sorted(took)[count // 2]:.2f} s, at most {max(took):.2f} s")
-    eventually(lambda: not made.left(layered), 10, "nothing left of any")
+    eventually(lambda: not made.left(layered), 10, "no trace of any container")
     assert written(service).keys() == files
     assert not [path for path, text in written(service).items() if f"{layered.group}/e2e-{os.getpid()}-" in text]
     after = descriptors(service)

@@ -35,7 +35,7 @@ def assert_charged(client: Bypass, bytes_: int) -> None:
     assert one.driver(("managed",)) == bytes_ > 0
     enough = lambda: one.memory()["used_bytes"] >= one.driver() == bytes_ + CONTEXT  # noqa: E731
     eventually(enough, SECONDS, f"{one.memory()}, the driver {one.driver()}")
-    steadily(enough, SECONDS, SECONDS + 0.5, "what the driver gave")
+    steadily(enough, SECONDS, SECONDS + 0.5, "the charge of the driver's bytes")
 
 
 @pytest.mark.timed
@@ -69,6 +69,6 @@ def test_managed_memory_stays_charged_after_a_fake_free_of_the_tenant_s_library(
     library.write_bytes(with_other_names(DRIVER.read_bytes(), names))
     (bytes_,) = hiding.ok("vfork 60")
     hiding.ok(f"load {library}")
-    eventually(lambda: f"probed '{library}' as UNKNOWN" in service.log.read_text(), 35, "its probes")
+    eventually(lambda: f"probed '{library}' as UNKNOWN" in service.log.read_text(), 35, "the probes of the library")
     assert hiding.ok("stranger") == [bytes_]
     assert_charged(hiding, bytes_)

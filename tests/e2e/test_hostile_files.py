@@ -107,12 +107,12 @@ def test_an_agent_starts_and_continues_beside_a_hostile_library(
     begun = time.monotonic()
     assert ask(verb="ping")["pid"]
     assert time.monotonic() - begun < 2
-    assert ("not probed" in log) == (kind != "fifo"), "of a fifo the file that was mapped is still there"
+    assert ("not probed" in log) == (kind != "fifo"), "only the library behind the fifo can be probed"
     service.check()
 
 
 def links() -> list[Path]:
-    """Return one link of each probe."""
+    """Return the pinned links of all probes."""
     return list(next(Path("/sys/fs/bpf/fgpu").glob("v*/links")).iterdir())
 
 
@@ -121,7 +121,7 @@ def test_many_libraries_of_one_cgroup_get_a_bounded_number_of_probes_and_descrip
     service: Service, mapper: Mapper, folder: Path, tenant
 ) -> None:
     assert service.agent
-    eventually(lambda: len(links()) < 30, 20, "an agent that has let go of what a trial before had mapped")
+    eventually(lambda: len(links()) < 30, 20, "the removal of probes that an earlier trial has left")
     before = len(os.listdir(f"/proc/{service.agent.pid}/fd"))
     service.kill_agent()
     greedy = mapper("file", *(library(folder / f"libcuda.so.{n}") for n in range(311)))
@@ -138,4 +138,4 @@ def test_many_libraries_of_one_cgroup_get_a_bounded_number_of_probes_and_descrip
     with one.growing(40 * MIB):
         one.client().ok(f"fill {2 * MIB} 0")
     greedy.communicate()
-    eventually(lambda: len(links()) < 30, 20, "the end of their probes")
+    eventually(lambda: len(links()) < 30, 20, "the removal of the probes")

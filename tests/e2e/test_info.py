@@ -34,14 +34,14 @@ def test_fgpu_info_prints_the_limit_and_the_use_of_its_cgroup(place: Place, tena
     client = one.client()
     with one.growing():
         client.ok(f"alloc {20 * MIB}")
-    assert client.do(f"alloc {40 * MIB}") == REFUSED, "the limit is enforced"
+    assert client.do(f"alloc {40 * MIB}") == REFUSED, "the limit is not enforced"
     limit, used = (CONTEXT >> 20) + 40, (CONTEXT >> 20) + 20
     eventually(lambda: sessions() == 1, 3, "the client's session")
     said = info(one).splitlines()
     assert re.fullmatch(rf"gpu 0 GPU-[0-9a-f-]{{36}}: limit {limit} MiB, used {used} MiB, free 20 MiB", said[0]), said
     assert said[1:] == ["  refused so far: 1"]
     (shown,) = [found for found in ask(verb="snapshot")["tenants"] if found["tenant"] == one.name]
-    assert [process["pid"] for process in shown["processes"]] == [client.pid], "it is no process of the tenant"
+    assert [process["pid"] for process in shown["processes"]] == [client.pid], "fgpu-info counts as a process"
     fgpu("set", one.name, "--compute", "50%", "--weight", "200")
     assert "  time: up to 50%, weight 200, normal priority" in info(one).splitlines()
 
@@ -61,5 +61,5 @@ def test_a_request_of_fgpu_info_is_no_first_use(strict: Service, place: Place, w
     assert "  not used so far: " in said
     assert counts in fgpu("explain", one.path).stdout
     client = one.client()
-    assert client.do(f"alloc {GIB}") == REFUSED, "the limit is enforced"
+    assert client.do(f"alloc {GIB}") == REFUSED, "the limit is not enforced"
     assert "not used so far" not in info(one)

@@ -55,7 +55,7 @@ class Before:
     def end(self) -> None:
         for pid in (self.cgroup / "cgroup.procs").read_text().split():
             os.kill(int(pid), signal.SIGKILL)
-        eventually(lambda: not (self.cgroup / "cgroup.procs").read_text(), 5, "the end of all")
+        eventually(lambda: not (self.cgroup / "cgroup.procs").read_text(), 5, "the exit of all processes")
         self.cgroup.rmdir()
 
 
@@ -72,7 +72,7 @@ def before(service: Service, unharmed: None, tmp_path: Path) -> Iterator[Before]
 
 
 def install(service: Service) -> None:
-    """Start an agent, with a policy for all processes."""
+    """Start an agent, with a policy for the cgroup of these tests."""
     (service.policies / "install.yaml").write_text(POLICY)
     service.start_agent()
     key = "fgpu_tenant_enforcement", frozenset({("tenant", NAME), ("mode", "kernel")})
@@ -100,7 +100,7 @@ def test_a_running_process_is_adopted_and_reported_and_further_memory_is_refused
     assert memory()["limit_bytes"] == GIB
     older_one = "fgpu_bypassing_processes", frozenset({("tenant", NAME), ("how", "older")})
     assert metrics()[older_one] == 1
-    (told,) = eventually(lambda: events("adopted"), 3, "the event")
+    (told,) = eventually(lambda: events("adopted"), 3, "the event of the adoption")
     assert (told["tenant"], told["pid"], told["gpu"], told["bytes"]) == (NAME, older.pid, 0, CONTEXT + HELD)
     assert told["reason"] == "older than fgpu"
     assert "of 1GiB: nothing more is admitted" in told["text"]
@@ -110,10 +110,10 @@ def test_a_running_process_is_adopted_and_reported_and_further_memory_is_refused
     younger = before.program("shim-younger")
     assert younger.do("context") == REFUSED
     older.ok(f"free {pointer}")
-    eventually(lambda: uses(CONTEXT), 3, "what was given back")
+    eventually(lambda: uses(CONTEXT), 3, "the release of the freed memory")
     assert younger.do("context") == REFUSED  # two contexts do not fit
     older.close()
-    eventually(lambda: uses(0), 3, "the end of the older one")
+    eventually(lambda: uses(0), 3, "the release of the older process's memory")
     eventually(lambda: younger.do("context") == "ok", 3, "room")
     assert uses(CONTEXT)
     younger.close()
@@ -135,14 +135,14 @@ def test_memory_of_twenty_processes_older_than_fgpu_is_charged_to_the_byte(
         for program in older[::2]:
             program.ok(f"alloc {10 * MIB}")
         held += 10 * 10 * MIB
-        eventually(lambda: uses(20 * CONTEXT + held), 10, "all of it")  # noqa: B023
+        eventually(lambda: uses(20 * CONTEXT + held), 10, "the charge of all memory")  # noqa: B023
         assert memory()["drift_bytes"] == 0
         assert metrics()["fgpu_bypassing_processes", frozenset({("tenant", NAME), ("how", "older")})] == 20
         assert len(re.findall(rf"^{NAME} .* older$", fgpu("ps").stdout, re.MULTILINE)) == 20
-        assert eventually(lambda: events("adopted"), 3, "an event; what is alike is told once a second")
+        assert eventually(lambda: events("adopted"), 3, "an event (equal events are reported once a second)")
         for program in older:
             program.close()
-        eventually(lambda: uses(0), 10, "the end of all")
+        eventually(lambda: uses(0), 10, "the release of all memory")
         (service.policies / "install.yaml").unlink()
         service.detach()
 
@@ -156,13 +156,15 @@ def test_on_bypass_kill_spares_preexisting_processes_and_kills_later_ones(servic
     service.kill_agent()
     service.start_agent()  # the next agent reads which processes are preexisting
     older.ok(f"alloc {100 * MIB}")
-    eventually(lambda: uses(CONTEXT + HELD + 100 * MIB), 3, "all of it charged")
+    eventually(lambda: uses(CONTEXT + HELD + 100 * MIB), 3, "the charge of all memory")
     assert events("killed") == []
     older.close()
-    eventually(lambda: "kill is not applied" not in fgpu("explain", f"/{NAME}").stdout, 3, "the end of the older one")
-    eventually(lambda: uses(0), 3, "the release of what it held")
+    eventually(
+        lambda: "kill is not applied" not in fgpu("explain", f"/{NAME}").stdout, 3, "the exit of the older process"
+    )
+    eventually(lambda: uses(0), 3, "the release of the older process's memory")
     younger = before.program("younger")
     younger.ok("context")
     younger.send(f"alloc {HELD}")
-    eventually(lambda: events("killed"), 5, "its end")
+    eventually(lambda: events("killed"), 5, "the event of the kill")
     younger.close()

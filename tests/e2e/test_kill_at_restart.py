@@ -61,6 +61,6 @@ def test_a_restart_kills_no_program_within_its_limit(service: Service, tenant_of
         assert one.assert_exact(5) == 2 * GIB
         asks.ok("drop 1")
         asks.ok(f"alloc {2 * MIB}")
-    eventually(lambda: one.memory()["used_bytes"] == 2 * GIB, 5, "all of it")
+    eventually(lambda: one.memory()["used_bytes"] == 2 * GIB, 5, "the charge of the whole limit")
     assert {asks.pid, outside.pid, unseen.pid} <= set(one.pids())
     assert not [e for e in events("killed") if e["tenant"] == one.name]

@@ -105,7 +105,7 @@ def test_requests_of_containers_and_images_are_bounded_by_the_policy(docker: Doc
         if limit:
             becomes(one, "notebooks", limit)
         else:
-            eventually(partial(is_an_eighth, one, usable), 5, "an eighth")
+            eventually(partial(is_an_eighth, one, usable), 5, "a limit of an eighth of the device")
         docker.end(one)
 
 
@@ -117,8 +117,8 @@ def test_labels_from_a_stalled_engine_change_the_limit_of_a_running_program_late
     assert client.ok("info")[1] == GIB
     client.ok(f"fill {2 * MIB} 0")
     assert client.do(f"alloc {2 * MIB}") == REFUSED
-    eventually(lambda: docker.socket.asked, 5, "a question")
-    said = eventually(lambda: explained(one, "no answer within"), 10, "why it has no labels")
+    eventually(lambda: docker.socket.asked, 5, "a request to the engine")
+    said = eventually(lambda: explained(one, "no answer within"), 10, "the reason of the missing labels in explain")
     assert "docker fails" in said
     eventually(lambda: "no answer within" in fgpu("doctor", check=False).stdout, 5, "doctor's finding")
     before = ages()
@@ -148,8 +148,8 @@ def test_without_a_policy_by_cgroup_a_container_is_a_tenant_once_the_engine_answ
     docker.socket.go_on()
     eventually(lambda: any(t["path"] == one.path for t in ask(verb="snapshot")["tenants"]), 10, "a tenant")
     becomes(one, "notebooks", 3 * GIB)
-    eventually(lambda: client.ok("info")[1] == 3 * GIB, 3, "its share")
-    eventually(lambda: one.memory()["used_bytes"] >= GIB, 3, "what it had before, by NVML")
+    eventually(lambda: client.ok("info")[1] == 3 * GIB, 3, "the limit as the device's memory")
+    eventually(lambda: one.memory()["used_bytes"] >= GIB, 3, "the charge of earlier memory by NVML's figures")
     client.ok(f"fill {2 * MIB} 0")
     assert client.do(f"alloc {2 * MIB}") == REFUSED
     assert one.assert_exact() == 3 * GIB
@@ -230,7 +230,7 @@ def test_a_limit_by_label_survives_a_changed_missing_or_damaged_label_cache(
     one, client = full_by_label(docker, service)
     damage(RUN_DIR / "engines.json")
     service.start_agent()
-    assert one.memory()["limit_bytes"] == 3 * GIB, "neither more nor what a container without labels gets"
+    assert one.memory()["limit_bytes"] == 3 * GIB, "the limit has changed"
     assert client.ok("info")[1] == 3 * GIB
     assert client.do(f"alloc {2 * MIB}") == REFUSED
     docker.socket.go_on()
@@ -244,7 +244,7 @@ def test_five_containers_get_their_limits_and_leave_no_tenant_or_cgroup(
         begun = time.monotonic()
         one = docker.container({"tier": "notebook"})
         becomes(one, "notebooks", 3 * GIB)
-        record(f"start to refined {time.monotonic() - begun:.3f} s")
+        record(f"limit by label in force {time.monotonic() - begun:.3f} s after the start")
         docker.end(one)
     eventually(lambda: not [t for t in ask(verb="snapshot")["tenants"] if t["path"].startswith("/docker/")], 5, "end")
     done = subprocess.run(["sh", "-c", "ls -d /sys/fs/cgroup/*/docker/*/"], capture_output=True, text=True, check=False)

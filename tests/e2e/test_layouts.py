@@ -83,7 +83,7 @@ class Full:
         for client in self.programs:
             client.kill()
             client.close()
-        eventually(lambda: not self.tenant.driver() and not self.tenant.memory()["used_bytes"], 10, "their end")
+        eventually(lambda: not self.tenant.driver() and not self.tenant.memory()["used_bytes"], 10, "no memory")
 
 
 class Watch:
@@ -113,7 +113,7 @@ class Watch:
             self.started[one.tenant.name] += 1
             if said.startswith("ok"):
                 self.got.append(one.tenant.name)
-            eventually(lambda pid=client.pid: pid not in one.tenant.pids(), 10, "its end")
+            eventually(lambda pid=client.pid: pid not in one.tenant.pids(), 10, "the exit of the program")
 
     def end(self) -> None:
         """Start no more programs."""
@@ -128,7 +128,7 @@ def left_behind(one: Full) -> None:
     one.fill()
     one.programs[0].ok("linger")
     one.programs.pop().kill()
-    eventually(lambda: one.tenant.memory()["orphaned_bytes"] == one.limit, 10, "its memory as orphaned")
+    eventually(lambda: one.tenant.memory()["orphaned_bytes"] == one.limit, 10, "the orphaned memory")
 
 
 @dataclass

@@ -96,7 +96,7 @@ class Life(Program):
     def kill(self) -> None:
         """Kill the process with SIGKILL, at work or not."""
         os.kill(self.pid, 9)
-        eventually(lambda: self.pid not in self.tenant.pids(), 5, "its death")
+        eventually(lambda: self.pid not in self.tenant.pids(), 5, "the exit of the life")
         self.close()
 
 
@@ -130,8 +130,8 @@ class World:
         self._assert_alive(self.lives[-1])
 
     def _assert_alive(self, life: Life) -> None:
-        """Check that the life has room for a context."""
-        assert self.crowded or life.contexts, f"no life in {life.tenant.name}: {self._books()}"
+        """Check that the life has a context."""
+        assert self.crowded or life.contexts, f"no context of the life in {life.tenant.name}: {self._books()}"
 
     def _books(self) -> list[Any]:
         """Return the bytes that ledger and driver hold of each tenant.
@@ -156,7 +156,7 @@ class World:
         self._bear(victim.tenant, victim.ways)
 
     def _stretch(self) -> None:
-        """Raise the limit if a new life has no room for a context."""
+        """Raise all limits, so that a new life has room for a context."""
         if self.grouped:
             fgpu("set", self.place.group, "--memory", "16GiB")
         for one in self.tenants:
@@ -219,7 +219,7 @@ class World:
             victim = self._kill_one()
         finally:
             agent.send_signal(signal.SIGCONT)
-        assert _lost() > before, "nothing was lost"
+        assert _lost() > before, "no event was lost"
         self.floods += 1
         self._stretch()
         self._bear(victim.tenant, victim.ways)
@@ -252,7 +252,7 @@ class World:
         for life in self.lives:
             if life.ways == "shared":
                 life.close_shared()
-        eventually(_nothing_outlives, 15, "what ended processes held is gone")
+        eventually(_nothing_outlives, 15, "the release of exited processes' memory")
         for one in self.tenants:
             pools = any(life.ways in ("pools", "shared") for life in self.lives if life.tenant is one)
             agree = one.assert_never_below if self.crowded else one.assert_covered if pools else one.assert_exact
@@ -260,7 +260,7 @@ class World:
             assert not one.view()["bypassing"]
             self.drift = max(self.drift, *(seen["drift_bytes"] or 0 for seen in one.view()["devices"]))
         assert held >= sum(life.contexts for life in self.lives) * CONTEXT
-        eventually(self._whole_is_its_parts, 5, f"the group's books: {self._whole()}")
+        eventually(self._whole_is_its_parts, 5, f"the group's bytes equal the sum of its members': {self._whole()}")
 
     def _whole(self) -> dict[str, Any]:
         return next((t for t in ask(verb="snapshot")["tenants"] if t["path"] == self.place.group), {})
@@ -278,7 +278,7 @@ class World:
         for life in self.lives:
             life.close()
         for one in self.tenants:
-            assert one.assert_exact() == 0, "charged without a process"
+            assert one.assert_exact() == 0, "bytes are charged without a process"
 
 
 def _nothing_outlives() -> bool:
@@ -290,7 +290,7 @@ def _lost() -> float:
 
 
 def _flood(place: Place) -> None:
-    """Move a process from one of two cgroups to the other and back.
+    """Move a process from one of two cgroups to the other and back, many times.
 
     The cgroups belong to no workload: the kernel sends only few events of a workload with many events, so such a
     workload never fills the ring.

@@ -216,7 +216,7 @@ def test_a_limit_without_a_unit_is_refused_and_a_percentage_is_of_the_device(ten
     usable = next(device for device in ask(verb="snapshot")["devices"])["capacity_bytes"]
     assert usable // 2 - 64 * MIB <= one.memory()["limit_bytes"] <= usable // 2, asked
     fgpu("set", one.path, "--memory", "2GiB")
-    assert one.memory()["limit_bytes"] == 2 * GIB, "of the two the last one holds"
+    assert one.memory()["limit_bytes"] == 2 * GIB, "the limit of the last command is not in force"
     done = fgpu("run", "--memory", "12.5%", "--", "nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader")
     assert 1900 <= int(done.stdout.split()[0]) <= 2048, done
 

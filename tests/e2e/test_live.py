@@ -1,7 +1,7 @@
 """Limits change under a running program, which then reads and gets the new total. Nothing is restarted.
 
-`./dev bench live` measures the delay. The bound here is twenty times as long, because the test machine has two busy
-processors.
+`./dev bench live` measures the delay. The bound here is twenty times that command's bar of 100 ms, because the test
+machine has two busy processors.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def policy(service: Service, unharmed: None) -> Iterator[Callable[[int], None]]:
 
 
 def watcher(one) -> Client:
-    """Start a program that has allocated LOW minus the 16 MiB that it will request later."""
+    """Start a program that leaves 8 MiB of LOW free, so that 16 MiB do not fit in LOW and fit in HIGH."""
     one.assert_enforced()
     client = one.client()
     client.ok("context")

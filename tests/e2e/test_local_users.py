@@ -59,6 +59,6 @@ def test_processes_with_many_mappings_delay_no_tenant(agent: Service, tenant, cr
             ask(verb="ping")
             worst = max(worst, time.monotonic() - begun)
             time.sleep(0.05)
-    print(f"start {seconds:.1f} s, worst answer {worst:.3f} s")
+    print(f"start {seconds:.1f} s, slowest reply {worst:.3f} s")
     assert worst < PING_SECONDS
     assert seconds < START_SECONDS

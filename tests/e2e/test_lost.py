@@ -39,7 +39,7 @@ def begin(one: Tenant) -> Client:
 def assert_gone(one: Tenant, client: Client) -> None:
     """Check that a program has exited, or is about to."""
     client.close()
-    eventually(lambda: client.pid not in one.pids(), 5, "its end")
+    eventually(lambda: client.pid not in one.pids(), 5, "the exit of the program")
 
 
 def lives_as_ever(one: Tenant) -> None:
@@ -49,7 +49,7 @@ def lives_as_ever(one: Tenant) -> None:
     assert client.do(f"alloc {2 * MIB}") == REFUSED
     assert one.assert_exact(10) == LIMIT
     os.kill(client.pid, 9)
-    eventually(lambda: one.memory()["used_bytes"] == 0, 1, "released")
+    eventually(lambda: one.memory()["used_bytes"] == 0, 1, "the release of the memory")
     client.close()
 
 
@@ -64,11 +64,11 @@ def test_the_agent_uses_a_reset_device_again(
     for how, goes_on in itertools.islice(itertools.cycle(itertools.product(RESETS, (True, False))), scale(2, 10, 50)):
         client = begin(one)
         fault(how)
-        assert not client.do(f"alloc {2 * MIB}").startswith("ok"), "its device is gone"
+        assert not client.do(f"alloc {2 * MIB}").startswith("ok"), "an allocation on the lost device was admitted"
         if not goes_on:
             client.kill()
-        eventually(lambda: one.memory()["used_bytes"] == 0 == one.driver(), 10, "a ledger that has forgotten it")
-        eventually(is_seen, 5, "what NVML says")
+        eventually(lambda: one.memory()["used_bytes"] == 0 == one.driver(), 10, "the release of the lost memory")
+        eventually(is_seen, 5, "an answer of NVML")
         assert not one.view()["bypassing"]
         assert_gone(one, client)
         lives_as_ever(one)
@@ -86,13 +86,13 @@ def test_a_lost_device_s_charges_stay_until_nvml_answers_and_metrics_show_the_an
         client = begin(one)
         fault("device-lost")
         assert not client.do(f"alloc {2 * MIB}").startswith("ok")
-        eventually(lambda: metrics()[AGE] > 2, 10, "its age")
+        eventually(lambda: metrics()[AGE] > 2, 10, "the age of NVML's last answer")
         assert one.memory()["limit_bytes"] == LIMIT
-        assert one.memory()["used_bytes"] == CONTEXT + 20 * MIB, "there is no sign that it is gone"
+        assert one.memory()["used_bytes"] == CONTEXT + 20 * MIB, "memory was released before NVML answered again"
         service.check()
         fault("reset")
-        eventually(is_seen, 5, "what NVML says")
-        eventually(lambda: one.memory()["used_bytes"] == 0, 10, "a ledger that has forgotten it")
+        eventually(is_seen, 5, "an answer of NVML")
+        eventually(lambda: one.memory()["used_bytes"] == 0, 10, "the release of the lost memory")
         assert_gone(one, client)
         lives_as_ever(one)
 
@@ -118,8 +118,8 @@ def test_a_process_with_an_ecc_error_is_charged_until_it_ends(
         later = begin(one)
         assert one.assert_exact(5) == 2 * (CONTEXT + 20 * MIB)
         client.kill()
-        eventually(lambda: one.memory()["used_bytes"] == CONTEXT + 20 * MIB, 1, "what it held")
+        eventually(lambda: one.memory()["used_bytes"] == CONTEXT + 20 * MIB, 1, "the charge of one program")
         assert one.assert_exact(5) == CONTEXT + 20 * MIB
         assert_gone(one, client)
         assert_gone(one, later)
-        eventually(lambda: one.memory()["used_bytes"] == 0, 1, "released")
+        eventually(lambda: one.memory()["used_bytes"] == 0, 1, "the release of all memory")

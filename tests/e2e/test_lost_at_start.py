@@ -65,8 +65,8 @@ def assert_held(one: Tenant, device: int) -> None:
     assert held[device] == LIMIT == one.driver_by_device()[device]
     client.kill()
     client.close()
-    eventually(lambda: one.driver() == 0, 10, "its end")
-    eventually(lambda: not any(seen["used_bytes"] for seen in one.view()["devices"]), 10, "released")
+    eventually(lambda: one.driver() == 0, 10, "the driver's free of the program's memory")
+    eventually(lambda: not any(seen["used_bytes"] for seen in one.view()["devices"]), 10, "the release of the memory")
 
 
 @inside
@@ -82,13 +82,13 @@ def test_limits_hold_on_the_working_device_if_the_other_is_lost_at_the_agent_s_s
     client.ok(f"alloc {20 * MIB}")
     assert missing() is None
     restart(lost)
-    assert indexes() == [well], "each keeps its index"
+    assert indexes() == [well], "the working device has another index"
     assert client.do(f"alloc {22 * MIB}") == REFUSED
     client.ok(f"alloc {20 * MIB}")
     assert one.assert_exact(5) == LIMIT
     client.kill()
     client.close()
-    eventually(lambda: one.memory()["used_bytes"] == 0, 10, "released")
+    eventually(lambda: one.memory()["used_bytes"] == 0, 10, "the release of the memory")
     assert_held(one, well)
     found = missing()
     assert found
@@ -108,8 +108,8 @@ def test_the_agent_uses_a_device_that_has_returned(
     one.assert_enforced()
     assert_held(one, 1)
     fault("reset")
-    eventually(lambda: indexes() == [0, 1], 15, "the device that was lost")
-    eventually(lambda: missing() is None, 5, "nothing to say of it")
+    eventually(lambda: indexes() == [0, 1], 15, "the returned device")
+    eventually(lambda: missing() is None, 5, "no report about devices by doctor")
     for device in (0, 1):
         assert_held(one, device)
     assert "device found" in fgpu("events").stdout

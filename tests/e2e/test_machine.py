@@ -130,7 +130,7 @@ class Machine(RuleBasedStateMachine):
         life.client.kill()
         life.lose_all()
         self.all.remove(life)
-        eventually(lambda: life.client.pid not in self.tenant.pids(), 5, "its end")
+        eventually(lambda: life.client.pid not in self.tenant.pids(), 5, "the exit of the process")
         self.tenant.assert_exact()
         life.client.close()
 
@@ -139,7 +139,7 @@ class Machine(RuleBasedStateMachine):
         """Execute another program. Its memory is freed, but the driver still shows this memory for a moment."""
         life.client.execute_again()
         life.lose_all()
-        eventually(lambda: self.tenant.driver() == self.used, 5, "the driver's books after exec")
+        eventually(lambda: self.tenant.driver() == self.used, 5, "the driver's free of the previous program's memory")
         self.tenant.assert_exact()
 
     @rule(life=lives)
@@ -216,7 +216,7 @@ class Machine(RuleBasedStateMachine):
         """End all processes."""
         for life in self.all:
             life.client.kill()
-        eventually(lambda: self.tenant.memory()["used_bytes"] == 0, 2, "no bytes without a process")
+        eventually(lambda: self.tenant.memory()["used_bytes"] == 0, 2, "the release of all memory")
         for life in self.all:
             life.client.close()
 
@@ -240,4 +240,4 @@ def test_the_ledger_equals_the_model_after_every_step(
     )
     run_state_machine_as_test(seed(number)(Machine), settings=chosen)
     print(dict(Machine.steps))
-    assert Machine.steps["all"] > scale(40, 200, 10_000), "nothing was tried"
+    assert Machine.steps["all"] > scale(40, 200, 10_000), "too few steps: nothing was tested"

@@ -60,7 +60,7 @@ def test_a_malformed_message_disconnects_only_its_sender(service: Service, tenan
     for message in messages:
         if message[:8] != GOOD[:8] or len(message) != SIZE:
             assert speak(message) == b"", message
-    eventually(lambda: counted("malformed") - before >= len(BAD) - 1, 3, "malformed messages counted")
+    eventually(lambda: counted("malformed") - before >= len(BAD) - 1, 3, "the count of malformed messages")
     client.send("context")
     got, refused, other = client.numbers(client.receive())
     assert got > 0
@@ -79,7 +79,7 @@ def test_the_gatekeeper_closes_descriptors_that_a_client_sends(service: Service,
         with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as sock:
             sock.connect(SOCKET)
             socket.send_fds(sock, [bytes(SIZE)], [0, 1, 2])
-    eventually(lambda: len(os.listdir(f"/proc/{keeper}/fd")) <= before, 5, "descriptors given up")
+    eventually(lambda: len(os.listdir(f"/proc/{keeper}/fd")) <= before, 5, "the close of the received descriptors")
     with tenant(CONTEXT + 40 * MIB).growing():
         pass
 

@@ -31,6 +31,6 @@ def test_twenty_tenants_with_equal_shares_get_equal_parts_of_the_time(twenty: li
     for program in twenty:
         program.begin(SECONDS)
     done = [program.kernels() for program in twenty]
-    assert all(program.compute()["waits"] > 3 for program in twenty), "enforced"
+    assert all(program.compute()["waits"] > 3 for program in twenty), "a program did not wait for turns"
     for kernels in done:
         assert kernels / sum(done) == pytest.approx(1 / TENANTS, rel=0.3)

@@ -71,10 +71,10 @@ def test_limits_hold_and_programs_continue_while_agent_and_gatekeeper_have_no_me
     memory.throttle()
     with questions():
         time.sleep(SECONDS)
-    assert memory.waits() > before, "there was memory"
+    assert memory.waits() > before, "agent and gatekeeper had enough memory: nothing was tested"
     memory.release()
     stop()
-    eventually(partial(answers, service), 10, "an answer")
+    eventually(partial(answers, service), 10, "an answer of the agent")
     assert_full(one, limit)
 
 

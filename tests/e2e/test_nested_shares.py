@@ -44,7 +44,7 @@ class Inside(Spin):
 
     def close(self) -> None:
         super().close()
-        eventually(lambda: not (self._cgroup / "cgroup.procs").read_text(), 5, "its end")
+        eventually(lambda: not (self._cgroup / "cgroup.procs").read_text(), 5, "the exit of the program")
 
 
 @pytest.fixture
@@ -70,7 +70,7 @@ def nested(service: Service, unharmed: None, group: Cgroups, spin: Path) -> Iter
             eventually(lambda: metrics()["fgpu_policies", frozenset()] == 1, 5, "the policy")
         new = [Inside(spin, root / f"own/{len(made) + one}") for one in range(number)]
         made.extend(new)
-        assert all(one.compute() for one in new), "each has a share of its own"
+        assert all(one.compute() for one in new), "a cgroup has no share"
         return new
 
     yield make

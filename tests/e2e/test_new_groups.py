@@ -62,7 +62,7 @@ def start(cgroup: Path) -> subprocess.Popen[str]:
 
 
 def answers(programs: list[subprocess.Popen[str]]) -> list[list[str]]:
-    """Return the first word of each line that each program prints, and its complaints."""
+    """Return the first word of each line that each program prints, and the lines of its stderr."""
     said = [program.communicate(timeout=60) for program in programs]
     return [[*(line.split()[0] for line in out.splitlines()), *err.splitlines()] for out, err in said]
 

@@ -41,7 +41,7 @@ def test_the_ledger_stays_exact_while_threads_get_pointers_that_other_threads_ju
     before = {kind: anomalies(kind) for kind in ("stale", "release")}
     times = scale(1_000, 12_000, 50_000)  # of each thread, on the host and in a container
     again, failures = client.ok(f"reuse {256 << 10} {times}", 120)
-    assert again > times / 100, "hardly any pointer was given again: nothing was tried"
+    assert again > times / 100, "hardly any pointer was reused: nothing was tested"
     assert failures == 0
     assert one.assert_exact() == CONTEXT
     assert {kind: anomalies(kind) for kind in before} == before
@@ -74,11 +74,11 @@ def test_zombies_hold_no_memory(tenant) -> None:
     before = set(one.pids())
     assert parent.ok(f"brood 6 {4 * MIB}") == [6]
     children = set(one.pids()) - before
-    assert one.memory()["used_bytes"] == 6 * (CONTEXT + 4 * MIB), "at once, not when the agent has looked"
+    assert one.memory()["used_bytes"] == 6 * (CONTEXT + 4 * MIB), "the memory was not charged at once"
     stays_exact(one, 6 * (CONTEXT + 4 * MIB))
     for pid in children:
         os.kill(pid, 9)
-    eventually(lambda: one.memory()["used_bytes"] == 0, 1, "released")
+    eventually(lambda: one.memory()["used_bytes"] == 0, 1, "the release of the memory")
     eventually(lambda: not driver_books(), 1, "an empty driver")
     begun = time.monotonic()
     while time.monotonic() - begun < LEDGER_SECONDS:
@@ -117,7 +117,7 @@ def test_creating_and_destroying_a_second_context_keeps_the_ledger_exact(tenant)
         made = client.ok("newcontext")[0]
         assert one.assert_exact() == 2 * CONTEXT + 60 * MIB
         client.ok(f"endcontext {made}")
-        assert one.memory()["used_bytes"] == CONTEXT + 60 * MIB, "at once, not when the agent has looked"
+        assert one.memory()["used_bytes"] == CONTEXT + 60 * MIB, "the context was not released at once"
         assert one.assert_exact() == CONTEXT + 60 * MIB
     stays_exact(one, CONTEXT + 60 * MIB)
     client.ok(f"free {pointer}")
@@ -136,7 +136,7 @@ def test_managed_memory_is_released_with_its_context_while_another_context_exist
         (kept,), (made,) = client.ok(f"newmanaged {MIB} 7"), client.ok(f"newmanaged {2 * MIB} {times}")
         assert one.assert_exact() == 3 * CONTEXT + (47 + 2 * times) * MIB
         client.ok(f"endcontext {made}")
-        assert one.memory()["used_bytes"] == 2 * CONTEXT + 47 * MIB, "at once"
+        assert one.memory()["used_bytes"] == 2 * CONTEXT + 47 * MIB, "the memory was not released at once"
         assert one.assert_exact() == 2 * CONTEXT + 47 * MIB
         assert client.do(f"endcontext {made}") != "ok"
         client.ok(f"endcontext {kept}")
@@ -249,7 +249,7 @@ def test_a_level_set_over_working_programs_holds_the_sum_of_their_bytes(place: P
             assert (refused, other, client.receive()) == (0, 0, "ok")
             assert got > 0
         whole, parts = balance(place.group)
-        assert whole == parts, f"{whole - parts} bytes without a process"
+        assert whole == parts, f"{whole - parts} bytes are charged without a process"
     finally:
         fgpu("unset", place.group)
     for one in tenants:

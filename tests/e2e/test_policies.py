@@ -62,7 +62,7 @@ def test_an_invalid_policy_file_changes_no_limit_and_is_reported(service: Servic
     one = container()
     client = one.client()
     (service.policies / "60.yaml").write_text("spec: {memory: {limit: 8GB}}")
-    eventually(lambda: not is_good(), 5, "the fault")
+    eventually(lambda: not is_good(), 5, "a failed reload in the metrics")
     assert client.ok("info")[1] == 2 * GIB
     told = fgpu("events").stdout
     assert "60.yaml" in told
@@ -155,7 +155,7 @@ def test_on_bypass_kill_ends_a_process_before_the_driver_is_called(write: Write,
     behaved.ok("context")
     client = bypassing_client(one.folder, one.cgroup, "outside")
     client.send(f"alloc {2 * GIB}")
-    eventually(lambda: not os.path.exists(f"/proc/{client.pid}") or _is_zombie(client.pid), 5, "its end")
+    eventually(lambda: not os.path.exists(f"/proc/{client.pid}") or _is_zombie(client.pid), 5, "the kill")
     assert any((e["pid"], e["tenant"]) == (client.pid, one.name) for e in events("killed"))
     assert one.memory()["peak_bytes"] <= 1 * GIB
     assert behaved.do(f"alloc {2 * GIB}") == REFUSED  # a program that requests admission is refused, not killed
@@ -171,12 +171,12 @@ def test_on_bypass_kill_ends_a_process_that_no_probe_reports(write: Write, conta
     unseen = Bypass(one, "raw", RAW)
     unseen.ok(f"alloc {100 * MIB}")
     assert one.assert_exact(5) >= 100 * MIB
-    assert not _is_zombie(unseen.pid), "it is within the limit"
+    assert not _is_zombie(unseen.pid), "a process was killed although the tenant is within its limit"
     unseen.send(f"alloc {2 * GIB}")
-    eventually(lambda: _is_zombie(unseen.pid), 5, "its end")
+    eventually(lambda: _is_zombie(unseen.pid), 5, "the kill")
     assert any((e["pid"], e["reason"]) == (unseen.pid, "onBypass") for e in events("killed"))
     unseen.close()
-    eventually(lambda: one.client().do("context").startswith("ok"), 5, "room for another")
+    eventually(lambda: one.client().do("context").startswith("ok"), 5, "room for another program")
 
 
 def _is_zombie(pid: int) -> bool:
@@ -231,7 +231,7 @@ def test_a_workload_s_request_applies_up_to_the_policy_s_maximum(write: Write, c
     assert client.ok("info")[1] == GIB
     os.setxattr(one.cgroup, "user.fgpu.memory", b"3GiB")
     ask(verb="reload")
-    eventually(lambda: client.ok("info")[1] == 3 * GIB, 3, "the wish")
+    eventually(lambda: client.ok("info")[1] == 3 * GIB, 3, "the requested limit")
     os.setxattr(one.cgroup, "user.fgpu.memory", b"9GiB")
     ask(verb="reload")
     eventually(lambda: client.ok("info")[1] == 4 * GIB, 3, "the maximum")
@@ -249,13 +249,15 @@ def test_charges_follow_a_process_that_is_moved_to_another_cgroup(write: Write, 
     client.ok(f"alloc {200 * MIB}")
     assert one.assert_exact() == CONTEXT + 200 * MIB
     (two.cgroup / "cgroup.procs").write_text(str(client.pid))
-    eventually(lambda: (one.memory()["used_bytes"], two.memory()["used_bytes"]) == (0, CONTEXT + 200 * MIB), 2, "it")
+    eventually(
+        lambda: (one.memory()["used_bytes"], two.memory()["used_bytes"]) == (0, CONTEXT + 200 * MIB), 2, "the move"
+    )
     (pointer,) = client.ok(f"alloc {100 * MIB}")
     assert two.assert_exact() == CONTEXT + 300 * MIB
     client.ok(f"free {pointer}")
     assert two.assert_exact() == CONTEXT + 200 * MIB
     (cgroup_root() / "cgroup.procs").write_text(str(client.pid))
-    eventually(lambda: two.memory()["used_bytes"] == 0, 2, "its leaving")
+    eventually(lambda: two.memory()["used_bytes"] == 0, 2, "the move to the root")
     client.kill()
 
 

@@ -1,4 +1,4 @@
-"""Copies of libcuda that the host does not know: the agent finds, names, witnesses and drops them."""
+"""Private copies of libcuda: the agent finds and probes each copy, names its processes, and releases it."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_a_copy_in_a_container_is_witnessed_from_the_first_call(tenant, image: s
     one.assert_enforced()
     client = one.client(before=image)
     own = place.work / f"{one.name}.bundle/rootfs/libcuda.so.1"
-    eventually(lambda: is_probed(own), 10, "its probes")
+    eventually(lambda: is_probed(own), 10, "the probes of the copy")
     assert " /libcuda.so.1\n" in Path(f"/proc/{client.pid}/maps").read_text()
     client.ok(f"alloc {100 * MIB}")
     assert one.memory()["witnessed_bytes"] == 100 * MIB
@@ -57,13 +57,13 @@ def test_a_copy_in_a_container_is_witnessed_from_the_first_call(tenant, image: s
     client.kill()
     client.close()
     again = one.client(before=image)
-    assert is_probed(own), "the container still has processes"
+    assert is_probed(own), "the probes were removed although the container has processes"
     again.ok(f"alloc {50 * MIB}")
     assert one.memory()["witnessed_bytes"] == 150 * MIB
     again.kill()
     again.close()
     place.close()
-    eventually(lambda: not is_probed(own), 10, "the end of its probes")
+    eventually(lambda: not is_probed(own), 10, "the removal of the probes")
 
 
 @pytest.mark.timed
@@ -75,7 +75,7 @@ def test_a_private_copy_is_named_within_a_second_and_witnessed_afterwards(tenant
     client.ok(f"alloc {100 * MIB}")
     named = [("fgpu_bypassing_processes", frozenset({("tenant", one.name), ("how", how)})) for how in
              ("unwitnessed", "no_admission", "no_shim")]  # fmt: skip
-    eventually(lambda: any(metrics().get(key) for key in named), 1, "its name")
+    eventually(lambda: any(metrics().get(key) for key in named), 1, "the process in fgpu_bypassing_processes")
     assert one.assert_exact() == CONTEXT + 100 * MIB
     time.sleep(1)  # its libcuda is probed by now
     client.ok(f"alloc {50 * MIB}")
@@ -83,7 +83,7 @@ def test_a_private_copy_is_named_within_a_second_and_witnessed_afterwards(tenant
     assert one.assert_exact() == CONTEXT + 150 * MIB
     client.kill()
     client.close()
-    eventually(lambda: one.memory()["used_bytes"] == 0, 2, "its end")
+    eventually(lambda: one.memory()["used_bytes"] == 0, 2, "the release of the memory")
 
 
 @pytest.mark.places("host")
@@ -93,7 +93,7 @@ def test_the_agent_releases_a_layer_after_its_last_process_exits(service: Servic
     clients = [outside(one, f"private{n}", copy) for n in range(2)]
     for client in clients:
         client.ok(f"alloc {10 * MIB}")
-    eventually(lambda: "layer/libcuda" in service.log.read_text(), 3, "its probes")
+    eventually(lambda: "layer/libcuda" in service.log.read_text(), 3, "the probes of the copy")
     assert subprocess.run(["umount", copy], capture_output=True, check=False).returncode
     clients[0].kill()
     time.sleep(1.5)

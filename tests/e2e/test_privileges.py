@@ -116,7 +116,7 @@ def gatekeeper_comes_again(service: Service, one: Tenant) -> None:
 def comes_first(service: Service) -> None:
     assert service.agent
     pids = [service.agent.pid, *service.gatekeepers()]
-    assert all(os.getpriority(os.PRIO_PROCESS, pid) == -10 for pid in pids), "they have no priority"
+    assert all(os.getpriority(os.PRIO_PROCESS, pid) == -10 for pid in pids), "a nice level is not -10"
 
 
 def first_failure(service: Service, place: Nobodys) -> str:
@@ -258,11 +258,11 @@ def test_the_agent_needs_kill_for_a_process_that_no_probe_reports(
             unseen = Bypass(one, "raw", RAW)
             unseen.send(f"alloc {2 << 30}")
             try:
-                eventually(lambda: is_killed(unseen.pid), 5, "its end")
+                eventually(lambda: is_killed(unseen.pid), 5, "the kill")
             except Timeout:
                 assert not has
             else:
-                assert has, "it was killed without the right to"
+                assert has, "the agent killed a process without CAP_KILL"
             unseen.kill()
             unseen.close()
         finally:
@@ -326,7 +326,7 @@ def test_no_program_except_a_gatekeeper_is_executed_after_the_start(
     service: Service, watch: Watch, nobodys: Nobodys
 ) -> None:
     """The run includes tenants, limits, probes, policies, every request, and a dead gatekeeper."""
-    assert len(watch.began()) > 2, "the loader and the gatekeeper are seen"
+    assert len(watch.began()) > 2, "the watch does not report the loader and the gatekeeper"
     start = len(watch.began())
     one = nobodys.tenant(CONTEXT + FITS)
     limit_holds(one)

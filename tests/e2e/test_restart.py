@@ -34,7 +34,7 @@ ROOM = 40 * MIB
 
 @pytest.fixture
 def agent(service: Service, unharmed: None) -> Iterator[Service]:
-    """Return the service, and repair it if a test has ended a part of it."""
+    """Return the service, and start its agent again if a test has ended the agent."""
     yield service
     if service.agent is None or service.agent.poll() is not None:
         service.start_agent()
@@ -119,11 +119,11 @@ def test_the_next_start_releases_memory_of_processes_killed_with_agent_and_gatek
         for pid in (agent.agent.pid, *agent.gatekeepers(), *(client.pid for client in goes)):
             os.kill(pid, signal.SIGKILL)
         agent.agent.wait(10)
-        eventually(lambda: not {client.pid for client in goes} & set(one.pids()), 5, "their end")  # noqa: B023
-        assert stays.ok("info")[0] <= 2 * CONTEXT, "it was released while no agent could ask the driver"
+        eventually(lambda: not {client.pid for client in goes} & set(one.pids()), 5, "no programs")  # noqa: B023
+        assert stays.ok("info")[0] <= 2 * CONTEXT, "memory was released while no agent ran"
         eventually(lambda: not agent.gatekeepers(), 5, "the gatekeeper's end")
         agent.start_agent()
-        eventually(lambda: one.memory()["used_bytes"] == CONTEXT + ROOM, 1, "released")
+        eventually(lambda: one.memory()["used_bytes"] == CONTEXT + ROOM, 1, "the release of the memory")
         for client in goes:
             client.close()
     assert one.assert_exact() == CONTEXT + ROOM
@@ -141,7 +141,7 @@ def test_a_process_started_without_a_gatekeeper_gets_no_memory(agent: Service, t
     assert client.do(f"alloc {MIB}") == REFUSED
     assert one.driver() == 0
     agent.start_agent()
-    eventually(lambda: client.do("context") == "ok", 3, "memory once there is a gatekeeper")
+    eventually(lambda: client.do("context") == "ok", 3, "a context from the next gatekeeper")
     with one.growing(ROOM):
         client.ok(f"fill {2 * MIB} 0")
     assert one.assert_exact() == CONTEXT + ROOM
@@ -176,7 +176,7 @@ def test_the_cgroup_of_a_program_that_runs_across_a_detach_is_removed_later(agen
         run.kill()
         run.wait(10)
     agent.stand()
-    eventually(lambda: not cgroup.exists(), 5, "the end of its cgroup")
+    eventually(lambda: not cgroup.exists(), 5, "the removal of the program's cgroup")
 
 
 @pytest.mark.places("host")
@@ -220,12 +220,12 @@ def test_the_agent_s_gatekeeper_exits_when_a_service_starts_a_gatekeeper(agent: 
     held.ok(f"alloc {ROOM // 2}")
     with service_gatekeeper() as other:
         assert other.pid != own
-        eventually(lambda: agent.gatekeepers() == {other.pid}, 5, "the service's gatekeeper alone")
+        eventually(lambda: agent.gatekeepers() == {other.pid}, 5, "the service's gatekeeper as the only one")
         with one.growing(ROOM // 2):
             one.client().ok(f"alloc {ROOM // 2}")
         time.sleep(2)  # the agent starts a gatekeeper if none has run for a second
         assert agent.gatekeepers() == {other.pid}
-    eventually(lambda: agent.gatekeepers() - {other.pid}, 5, "the agent's gatekeeper in its place")
+    eventually(lambda: agent.gatekeepers() - {other.pid}, 5, "another gatekeeper of the agent")
     assert one.client().do(f"alloc {2 * MIB}") == REFUSED  # the kernel still has the limit
     assert one.assert_exact() == 2 * CONTEXT + ROOM
 

@@ -87,6 +87,6 @@ def test_programs_in_many_roots_delay_no_other_tenant(
             assert client.do(f"alloc {MIB}") == REFUSED
         time.sleep(scale(2, 4, 20))
     print(pings)
-    assert program.rest() == "", "it went on to the end"
+    assert program.rest() == "", "the program did not run to its end"
     program.close()
     assert pings.p99() <= PING_SECONDS

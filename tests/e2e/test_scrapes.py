@@ -56,13 +56,13 @@ def test_many_scrapes_at_once_are_complete_or_disconnected(service: Service, sca
     assert lasting(service) <= before
     for sock in socks:
         sock.close()
-    eventually(lambda: threads(service) <= before, 15, "their end")
+    eventually(lambda: threads(service) <= before, 15, "the exit of the threads")
     with concurrent.futures.ThreadPoolExecutor(32) as pool:
         said = [answer for answer in pool.map(scrape, range(number)) if answer]
     assert len(said) >= MOST
     assert all(answer.startswith(b"HTTP/1.0 200 ") and answer.endswith(b"\n") for answer in said)
     assert all(b"fgpu_build_info" in answer for answer in said)
-    eventually(lambda: threads(service) <= before, 5, "the end of all")
+    eventually(lambda: threads(service) <= before, 5, "the exit of the threads")
 
 
 def test_slow_connections_prevent_no_scrape(service: Service) -> None:
@@ -88,7 +88,7 @@ def test_slow_connections_prevent_no_scrape(service: Service) -> None:
 
 @pytest.mark.places("host")
 def test_no_client_receives_command_lines_or_environments(service: Service, tenant, tmp_path: Path) -> None:
-    assert HOST == "127.0.0.1", "for this machine alone, unless told otherwise"
+    assert HOST == "127.0.0.1", "the default address is not the loopback address"
     one = tenant(600 * MIB)
     client = one.client(before=f"env SECRET={SECRET}", via=SECRET)
     client.ok("context")
@@ -101,5 +101,5 @@ def test_no_client_receives_command_lines_or_environments(service: Service, tena
             page = b"".join(iter(lambda: sock.recv(1 << 16), b"")).decode()
         return [metrics_page(), str(ask(verb="metrics")), page]
 
-    eventually(lambda: all(one.name in shown for shown in pages()), 10, "it is on every page")
+    eventually(lambda: all(one.name in shown for shown in pages()), 10, "the tenant on every page")
     assert not [shown for shown in pages() if SECRET in shown]

@@ -1,4 +1,4 @@
-"""A driver that the host does not know, in a container's folder, and several drivers in one process."""
+"""A container's own driver library in place of the host's, and several driver libraries in one process."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_the_limit_is_exact_with_forward_compatibility_libraries(compat: Path, t
     assert one.assert_exact() == CONTEXT + ROOM - 10 * MIB
     assert not bypasses(one)
     client.kill()
-    eventually(lambda: one.memory()["used_bytes"] == 0, 2, "its end")
+    eventually(lambda: one.memory()["used_bytes"] == 0, 2, "the release of the memory")
 
 
 def bypasses(one: Tenant) -> dict[str, float]:
@@ -68,9 +68,9 @@ def bypasses(one: Tenant) -> dict[str, float]:
 def test_a_program_that_fits_is_never_refused_with_a_listed_or_an_unknown_libcuda(
     service: Service, compat: Path, tenant, contents: bytes, scale
 ) -> None:
-    """It allocates 80 % of its limit and frees it, again and again.
+    """The program allocates 80 % of its limit and frees the memory, again and again.
 
-    Memory that it frees with an unknown library counts as freed once NVML shows it, so the next allocation waits.
+    Memory freed by an unknown library counts as freed once NVML shows the free, so the next allocation waits.
     """
     with compat.open("ab") as file:
         file.write(contents)
@@ -78,13 +78,15 @@ def test_a_program_that_fits_is_never_refused_with_a_listed_or_an_unknown_libcud
     client = one.client(before=f"env LD_LIBRARY_PATH={COMPAT}:{SIM}/lib")
     client.ok("context")
     role = "UNKNOWN" if contents else "LISTED"
-    eventually(lambda: f"probed '{COMPAT}/libcuda.so.1' as {role}" in service.log.read_text(), 5, "its class")
+    eventually(
+        lambda: f"probed '{COMPAT}/libcuda.so.1' as {role}" in service.log.read_text(), 5, "the class of the library"
+    )
     for _ in range(scale(20, 100, 1000) if contents else 1000):
         (pointer,) = client.ok(f"alloc {ROOM // 5 * 4}")
         client.ok(f"free {pointer}")
     assert one.memory()["refused"] == 0
     assert not bypasses(one)
-    eventually(lambda: one.assert_exact() == CONTEXT, 5, "what it has given back")
+    eventually(lambda: one.assert_exact() == CONTEXT, 5, "the release of the freed memory")
 
 
 class Several(Client):
@@ -115,7 +117,7 @@ def several(service: Service, tenant, libraries: list[Path]) -> Callable[..., tu
         for which in range(n):
             client.ok(f"context {which} 0")
         for copy in libraries[1:n]:
-            eventually(lambda copy=copy: f"probed '{copy}' as LISTED" in service.log.read_text(), 5, "its class")  # type: ignore[misc]
+            eventually(lambda copy=copy: f"probed '{copy}' as LISTED" in service.log.read_text(), 5, "the class")  # type: ignore[misc]
         assert one.assert_exact() == n * CONTEXT
         return one, client
 
@@ -125,7 +127,7 @@ def several(service: Service, tenant, libraries: list[Path]) -> Callable[..., tu
 def ends(one: Tenant, client: Several) -> None:
     client.kill()
     client.close()
-    eventually(lambda: one.memory()["used_bytes"] == 0, 2, "its end")
+    eventually(lambda: one.memory()["used_bytes"] == 0, 2, "the release of the memory")
 
 
 @pytest.mark.places("host")
@@ -158,7 +160,7 @@ def test_each_driver_shows_and_releases_its_own_memory(several) -> None:
     for which in (0, 1):
         assert client.ok(f"info {which} 0") == [10 * MIB, 2 * CONTEXT + ROOM]
     client.ok("leave 1 0")
-    eventually(lambda: one.memory()["used_bytes"] == CONTEXT, 3, "what NVML tells of its context's end")
+    eventually(lambda: one.memory()["used_bytes"] == CONTEXT, 3, "the release of the destroyed context")
     assert client.ok(f"fill.plain 0 {2 * MIB}") == [(CONTEXT + ROOM) // (2 * MIB), OUT_OF_MEMORY]
     assert one.assert_exact() <= 2 * CONTEXT + ROOM
     ends(one, client)
@@ -185,7 +187,7 @@ def test_memory_of_a_third_driver_is_charged_and_its_process_is_named(several) -
     assert one.memory()["witnessed_bytes"] == before + ROOM
     (taken, _) = client.ok(f"fill.plain 2 {40 * ROOM}")
     assert taken
-    eventually(lambda: bypasses(one).get("no_admission") == 1, 3, "its name")
+    eventually(lambda: bypasses(one).get("no_admission") == 1, 3, "the process in fgpu_bypassing_processes")
     assert one.assert_exact() > 3 * CONTEXT + ROOM
     ends(one, client)
 
@@ -215,10 +217,10 @@ def test_memory_of_a_driver_in_another_namespace_is_charged_and_its_process_is_n
     program = Program(one, "elsewhere", command)
     assert program.receive() == "0 0"
     assert program.receive() == "0"
-    eventually(lambda: bypasses(one).get("no_admission") == 1, 3, "its name")
+    eventually(lambda: bypasses(one).get("no_admission") == 1, 3, "the process in fgpu_bypassing_processes")
     assert one.assert_exact() == CONTEXT + 2 * ROOM
     program.close()
-    eventually(lambda: one.memory()["used_bytes"] == 0, 2, "its end")
+    eventually(lambda: one.memory()["used_bytes"] == 0, 2, "the release of the memory")
 
 
 LATE = """
@@ -238,9 +240,9 @@ for path in sys.argv[2:]:
 
 @pytest.mark.places("host")
 def test_a_late_driver_without_probes_is_limited_by_the_shim_alone_and_reported(tenant, tmp_path: Path) -> None:
-    """The process has registered before.
+    """The process registers before it loads the driver. No function of this driver has a probe.
 
-    The shim requests admission for each allocation of this driver, of which the kernel has no probe.
+    The shim requests admission for each allocation of this driver.
     """
     odd = library(tmp_path / "odd")
     odd.write_bytes(odd.read_bytes().replace(b"\0cuMemRelease\0", b"\0cuMemReleasX\0"))
@@ -253,7 +255,7 @@ def test_a_late_driver_without_probes_is_limited_by_the_shim_alone_and_reported(
     assert one.view()["enforcement"] == "kernel"
     program.send("")
     assert program.receive() == "0"
-    eventually(lambda: one.view()["enforcement"] == "cooperative", 3, "what NVML tells of it")
+    eventually(lambda: one.view()["enforcement"] == "cooperative", 3, "enforcement: cooperative")
     key = "fgpu_tenant_enforcement", frozenset({("tenant", one.name), ("mode", "cooperative")})
     assert metrics()[key] == 1
     assert bypasses(one) == {"unprobed": 1}
@@ -263,7 +265,7 @@ def test_a_late_driver_without_probes_is_limited_by_the_shim_alone_and_reported(
     assert f"stronger: a libcuda of pid {pid} cannot be probed" in said
     assert "cooperative" in fgpu("status").stdout
     program.close()
-    eventually(lambda: one.view()["enforcement"] == "kernel", 3, "the kernel's own")
+    eventually(lambda: one.view()["enforcement"] == "kernel", 3, "enforcement: kernel")
 
 
 def test_a_second_driver_works_fully_without_a_limit(service: Service, libraries: list[Path]) -> None:

@@ -21,7 +21,7 @@ def assert_named(tenant: Tenant, clients: list[Client], reason: str) -> None:
     first = min(clients, key=lambda client: client.pid)
     first.ok(f"alloc {100 * MIB}")
     key = "fgpu_shimless_processes", frozenset({("tenant", tenant.name), ("reason", reason)})
-    eventually(lambda: metrics().get(key) == len(clients), 3, "the reason of each")
+    eventually(lambda: metrics().get(key) == len(clients), 3, "the reason of each process")
     checks = {check["name"]: check for check in json.loads(fgpu("doctor", "--json", check=False).stdout)}
     assert not checks["shim"]["ok"]
     assert checks["shim"]["found"] == f"{tenant.name} ({reason})"
@@ -32,7 +32,7 @@ def assert_named(tenant: Tenant, clients: list[Client], reason: str) -> None:
     for client in clients:
         client.kill()
         client.close()
-    eventually(lambda: key not in metrics(), 3, "their end")
+    eventually(lambda: key not in metrics(), 3, "no shimless process in the metrics")
 
 
 @pytest.mark.places("runc")

@@ -54,7 +54,7 @@ def test_programs_of_a_container_that_ran_across_a_detach_are_limited_by_the_nex
     one.assert_enforced()
     before = SHIM_FOLDER.stat().st_ino
     again.detach()
-    assert sorted(path.name for path in RUN_DIR.iterdir()) == ["shim"], "the folder that a container shows stays"
+    assert sorted(path.name for path in RUN_DIR.iterdir()) == ["shim"], "a mounted folder was removed"
     assert not list(SHIM_FOLDER.iterdir())
     client = one.client()
     client.ok(f"alloc {100 * MIB}")  # nothing is enforced, and the request waits for nothing

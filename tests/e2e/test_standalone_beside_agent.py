@@ -29,9 +29,9 @@ def test_the_image_s_limit_applies_and_the_agent_reports_cooperative_mode(images
     client = kit.assert_live(tenant)
     client.ok(f"alloc {256 * MIB}")
     key = "fgpu_tenant_enforcement", frozenset({("tenant", tenant.name), ("mode", "cooperative")})
-    eventually(lambda: metrics().get(key) == 1, 10, "the mode")
+    eventually(lambda: metrics().get(key) == 1, 10, "the mode `cooperative`")
     assert tenant.view()["bypassing"] == {"standalone": 1}
-    eventually(lambda: tenant.memory()["used_bytes"] == tenant.driver(), 5, "it is charged all the same")
+    eventually(lambda: tenant.memory()["used_bytes"] == tenant.driver(), 5, "the charge of the program's memory")
     said = json.loads(fgpu("explain", tenant.path, "--json").stdout)
     assert said["enforcement"] == "cooperative"
     assert any(f"pid {client.pid} found no agent" in line for line in said["stronger"])

@@ -39,7 +39,7 @@ def loaded_seconds() -> float:
 
 
 def readiness() -> tuple[int, str]:
-    """Return the response of /readyz to Kubernetes."""
+    """Return status and text of the response to /readyz."""
     try:
         with urllib.request.urlopen(f"http://{LISTEN}/readyz", timeout=5) as page:
             return page.status, page.read().decode()
@@ -48,7 +48,7 @@ def readiness() -> tuple[int, str]:
 
 
 def doctor_says(name: str) -> str:
-    """Return the line of `fgpu doctor` about this check, without the text before it."""
+    """Return the line of `fgpu doctor` about this check."""
     lines = fgpu("doctor", check=False).stdout.splitlines()
     return next(line for line in lines if f" {name}" in line[:20])
 
@@ -68,7 +68,7 @@ class Host:
         eventually(lambda: loaded_seconds() > before, 5, "the policy in force")
 
     def stop(self) -> None:
-        """End the agent and its gatekeeper, as systemd does."""
+        """Kill the agent and its gatekeeper with SIGKILL."""
         self.service.kill_agent()
         self.service.kill_gatekeeper()
 

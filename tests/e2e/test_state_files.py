@@ -208,7 +208,7 @@ def tenants(places: tuple[Cgroups, Place, Docker]) -> dict[str, Held]:
 
 def with_a_share(tenant: Tenant) -> Tenant:
     """Make the tenant request its limit by a share's name, with the hook that engines call at a container's start."""
-    pid = eventually(tenant.pids, 5, "its first process")[0]
+    pid = eventually(tenant.pids, 5, "the tenant's first process")[0]
     hook = [BUILD / "oci/fgpu-oci", "share", f"{LIMIT // MIB}mib"]
     subprocess.run(hook, input=json.dumps({"pid": pid}), text=True, check=True, timeout=10)
     return tenant

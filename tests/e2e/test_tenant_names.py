@@ -77,7 +77,7 @@ def test_tenants_with_equal_cgroup_names_keep_unique_names_after_restarts(servic
         assert_each_has_its_own(jobs, in_order)
     (cgroup_root() / jobs.pop(0).lstrip("/")).rmdir()
     left = {path: name for path, name in in_order.items() if path in jobs}
-    eventually(lambda: names() == left, 5, "the end of one")
+    eventually(lambda: names() == left, 5, "the removal of the oldest tenant")
     service.kill_agent()
     service.start_agent()
     assert_each_has_its_own(jobs, left)

@@ -78,7 +78,7 @@ class Terminal:
 
     def end(self) -> int:
         """End the program and return its exit code. Its earlier output can still be read."""
-        code: int = eventually(lambda: (self.lines(), self.program.poll())[1] is not None, PATIENCE_SECONDS, "its end")
+        code: int = eventually(lambda: (self.lines(), self.program.poll())[1] is not None, PATIENCE_SECONDS, "its exit")
         self.lines()
         return code and self.program.returncode
 
@@ -164,9 +164,9 @@ def test_keys_sort_and_filter_the_table_and_quit(
     there.press("l")
     there.wait(lambda lines: order(lines, *pair) == [first.name, second.name], "the lower limit first")
     there.press(f"/{second.name}\r")
-    there.wait(lambda lines: order(lines, *pair) == [second.name], "one of them")
+    there.wait(lambda lines: order(lines, *pair) == [second.name], "the second tenant alone")
     there.press("\x1b")
-    there.wait(lambda lines: len(order(lines, *pair)) == 2, "both")
+    there.wait(lambda lines: len(order(lines, *pair)) == 2, "both tenants")
     there.press("q")
     assert there.end() == 0
     there.assert_as_before()
@@ -199,7 +199,7 @@ def test_top_adapts_its_table_to_the_terminal_size(
     assert len(order(lines, *pair)) == 2
     assert lines[-1].startswith("q quit")
     there.resize(12, 3)
-    there.wait(lambda lines: not any("LIMIT" in line for line in lines), "next to nothing")
+    there.wait(lambda lines: not any("LIMIT" in line for line in lines), "a screen without a table")
     there.press("q")
     assert there.end() == 0
 
@@ -235,7 +235,7 @@ def test_top_restores_the_terminal_when_stopped_and_redraws_when_continued(termi
         there.lines()
         return os.waitid(os.P_PID, there.program.pid, os.WSTOPPED | os.WNOHANG | os.WNOWAIT) is not None
 
-    eventually(is_stopped, PATIENCE_SECONDS, "that it is stopped")
+    eventually(is_stopped, PATIENCE_SECONDS, "the stop of the program")
     there.assert_as_before()
     there.screen.reset()
     there.program.send_signal(signal.SIGCONT)
@@ -256,7 +256,7 @@ def test_top_continues_when_a_killed_agent_has_been_restarted(
         assert any("TENANT" in line for line in lines)
     finally:
         service.start_agent()
-    there.wait(lambda lines: not any("as of" in line for line in lines), "news")
+    there.wait(lambda lines: not any("as of" in line for line in lines), "a screen of the new agent")
     there.press("q")
     assert there.end() == 0
 
@@ -328,6 +328,6 @@ def test_completion_waits_at_most_20_seconds_for_a_hung_agent(service: Service) 
     try:
         begun = time.monotonic()
         assert completed("set") == []
-        assert time.monotonic() - begun < 20, "not as long as a command would wait"
+        assert time.monotonic() - begun < 20, "completion waited as long as a command"
     finally:
         service.agent.send_signal(signal.SIGCONT)

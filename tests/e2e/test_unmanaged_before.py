@@ -46,11 +46,11 @@ def known(unharmed: None) -> Iterator[Path]:
     """Return a cgroup without processes, two levels below the root. The kernel has recorded that it has no limit."""
     outer = cgroup_root() / f"fgpu-e2e-{os.getpid()}-before"
     inner = outer / "inner"
-    eventually(lambda: not driver_books(), 20, "the release of what an earlier test has left")
+    eventually(lambda: not driver_books(), 20, "no memory of an earlier test")
     inner.mkdir(parents=True)
     try:
         (said,) = run(inner, f"alloc {8 * GIB}")
-        assert said.startswith("ok "), f"it has a limit: {said}"
+        assert said.startswith("ok "), f"the cgroup has a limit: {said}"
         eventually(lambda: not driver_books(), 20, "an empty driver")
         assert not (inner / "cgroup.procs").read_text()
         yield inner

@@ -86,7 +86,7 @@ def test_every_output_shows_missing_enforcement(whole: Service, place) -> None:
     unpin(pins() / "links")
     mode = "fgpu_tenant_enforcement", frozenset({("tenant", one.name), ("mode", "none")})
     eventually(lambda: metrics().get(mode) == 1, 3, "enforcement: none")
-    eventually(lambda: "cannot be attached" in ask(verb="snapshot")["unenforced"], 5, "why")
+    eventually(lambda: "cannot be attached" in ask(verb="snapshot")["unenforced"], 5, "the reason")
     assert one.view()["enforcement"] == "none"
     assert "No limit is enforced: probes are missing" in fgpu("status").stdout
     said = fgpu("explain", one.path).stdout

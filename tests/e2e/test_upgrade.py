@@ -143,7 +143,7 @@ class Starts(threading.Thread):
             self.count += 1
         finally:
             client.close()
-            eventually(lambda: client.pid not in self._tenant.pids(), 5, "its end")
+            eventually(lambda: client.pid not in self._tenant.pids(), 5, "the exit of the program")
 
     def end(self) -> None:
         """Wait for the last program."""
@@ -194,17 +194,17 @@ def test_upgrades_under_load_refuse_no_request_that_fits_and_charge_every_alloca
     assert not starts.wrong, starts.wrong
     got, refused, other = answered(plain)
     assert got
-    assert (refused, other) == (0, 0), "the one that fits noticed"
+    assert (refused, other) == (0, 0), "a request that fits was not admitted"
     from_pools, refused, other = answered(pools)
     assert from_pools
-    assert (refused, other) == (0, 0), "the one that fits noticed in its pool"
+    assert (refused, other) == (0, 0), "a request to a pool that fits was not admitted"
     none, refused, other = answered(hopeless)
-    assert (none, other) == (0, 0), "the hopeless one got memory"
+    assert (none, other) == (0, 0), "a request that does not fit was admitted"
     assert refused
     assert anomalies() == strange
     for one, bytes_ in ((busy, got * STEP), (full, 0), (starting, starts.count * STEP)):
         after = one.memory()
-        assert after["witnessed_bytes"] - before[one]["witnessed_bytes"] == bytes_, "passed unseen, or seen twice"
+        assert after["witnessed_bytes"] - before[one]["witnessed_bytes"] == bytes_, "witnessed never, or more than once"
         assert not one.view()["bypassing"]
     assert [one.assert_exact() for one in (busy, full, starting)] == [2 * CONTEXT, CONTEXT, 0]
     assert versions.published().read_bytes().endswith(b"version %d" % versions.number)
@@ -239,14 +239,14 @@ def test_a_shim_version_is_kept_while_a_process_uses_it(versions: Versions, tena
     assert last == str(versions.published()) != first
     with one.growing():
         old.ok(f"alloc {STEP}")
-    assert shims_of(old) == {first}, "the one that it began with"
+    assert shims_of(old) == {first}, "the running program has another shim than at its start"
     old.close()
-    eventually(lambda: old.pid not in one.pids(), 5, "its end")
+    eventually(lambda: old.pid not in one.pids(), 5, "the exit of the program")
     versions.install()
     if versions.all_are_readable():  # otherwise fgpu cannot establish which processes map a version
         its_shell = {Path(path) for pid in one.pids() for path in shims_mapped_by(pid)}
         kept = {Path(last), versions.published()} | its_shell
-        assert len(kept) < 5, "five were published"
+        assert len(kept) < 5, "the store keeps all five published shims"
         assert {path / "libfgpu.so" for path in versions.stored()} == kept
     with one.growing():
         new.ok(f"alloc {STEP}")

@@ -174,11 +174,11 @@ class Tenants:
         time.sleep(1)  # the agent has entered NVML's figures
         got, refused, other = answered(self.full.client)
         assert refused
-        assert (got, other) == (0, 0), "beyond the limit"
+        assert (got, other) == (0, 0), "a request that does not fit was admitted"
         for client in self._fitting:
             got, refused, other = answered(client)
             assert got
-            assert (refused, other) == (0, 0), "one that fits noticed"
+            assert (refused, other) == (0, 0), "a request that fits was not admitted"
 
     def check(self) -> None:
         """Check that ledger and driver are equal, and that the limits hold."""
@@ -206,7 +206,7 @@ class Tenants:
         for client in (self.full.client, self.kept.client, self.importer, *self._fitting):
             client.kill()
         for tenant in (self.full.tenant, self.kept.tenant, self.sharing, self.orphaned):
-            eventually(lambda tenant=tenant: not tenant.memory()["used_bytes"], 10, f"{tenant.name}: nothing")
+            eventually(lambda tenant=tenant: not tenant.memory()["used_bytes"], 10, f"{tenant.name}: no charge")
 
 
 @pytest.mark.slow
@@ -218,7 +218,7 @@ def test_limits_and_charges_stay_over_an_upgrade_and_back(older: Older, cgroups:
     tenants.check_orphan()
     assert tenants.kept.tenant.view()["source"] == "kept"
     tenants.ending.client.kill()
-    eventually(lambda: not tenants.ending.ledger(), 10, "what a process held that ended after the upgrade")
+    eventually(lambda: not tenants.ending.ledger(), 10, "the release of memory of an exited process")
     if not older.knows_kept:
         fgpu("set", tenants.kept.tenant.path, "--memory", f"{LIMIT}B")
     tenants.change(older.version)
@@ -253,4 +253,4 @@ def test_limits_and_charges_stay_over_a_downgrade_and_back(older: Older, cgroups
         assert_stays(orphaned)
         os.kill(child, signal.SIGKILL)
     for tenant in (full, orphaned):
-        eventually(lambda tenant=tenant: not tenant.memory()["used_bytes"], 10, f"{tenant.name}: nothing")
+        eventually(lambda tenant=tenant: not tenant.memory()["used_bytes"], 10, f"{tenant.name}: no charge")

@@ -21,7 +21,7 @@ SECONDS = 8  # NVML's figures are samples of about a second
 
 @pytest.fixture
 def agent(service: Service, unharmed: None) -> Iterator[Service]:
-    """Return the service, and repair it if a test has ended the agent."""
+    """Return the service, and start its agent again if a test has ended the agent."""
     yield service
     if service.agent is None or service.agent.poll() is not None:
         service.start_agent()

@@ -128,7 +128,7 @@ def scene(tenant: Callable[[int], Tenant]) -> Iterator[Scene]:
     assert one.assert_exact() == HELD
     with stranger("context") as pid:
         seen = on_the_host("nvidia-smi", "--query-compute-apps=pid", "--format=csv,noheader").stdout.split()
-        assert {int(p) for p in seen} == {client.pid, neighbour.pid, pid}, "the driver itself shows all three"
+        assert {int(p) for p in seen} == {client.pid, neighbour.pid, pid}, "the driver lists all three processes"
         rows = [[client.inner_pid, HELD]]
         eventually(lambda: nvml(one)["Compute"][-1] == rows, 3, "the tenant's own list")
         yield Scene(one, client, rows)
@@ -224,9 +224,9 @@ def test_nvml_returns_the_utilization_of_own_processes_only(tenant: Callable[[in
         programs.append(Program(where, name, "python busy.py"))
         assert programs[-1].receive() == "busy"
     for where in (one, other):
-        eventually(lambda: nvml(where)["Compute"][-1], 3, "its own process in its list")  # noqa: B023
+        eventually(lambda: nvml(where)["Compute"][-1], 3, "the tenant's process in the list")  # noqa: B023
         (row,) = nvml(where)["Compute"][-1]
-        eventually(lambda: nvml(where)["busy"] == [[row[0]], [row[0]]], 5, "that it is busy")  # noqa: B023
+        eventually(lambda: nvml(where)["busy"] == [[row[0]], [row[0]]], 5, "the process is busy")  # noqa: B023
         pids.append(where.host_pid(row[0]))
         monitor = where.run("nvidia-smi pmon -c 1").splitlines()[2:]
         assert [line.split()[:3] for line in monitor] == [["0", str(row[0]), "C"]]
@@ -342,7 +342,7 @@ PROGRAMS = [
 
 def alone(*words: str, **environment: str) -> subprocess.CompletedProcess[bytes]:
     """Run a program on the host once the driver holds only the memory of the program outside every tenant."""
-    eventually(lambda: len(driver_books()) == 1, 5, "only the stranger's memory")
+    eventually(lambda: len(driver_books()) == 1, 5, "no memory except that of the program outside every tenant")
     return on_the_host(*words, **environment)
 
 
@@ -357,4 +357,4 @@ def test_the_shim_changes_no_output_without_a_limit(unharmed: None) -> None:
             assert (bare.returncode, bare.stderr) == (with_shim.returncode, with_shim.stderr), words
             assert bare.stdout or words == ["false"], words
     maps = on_the_host("sh", "-c", "cat /proc/self/maps", LD_PRELOAD=str(SHIM)).stdout
-    assert str(SHIM).encode() in maps, "the shim was there"
+    assert str(SHIM).encode() in maps, "the shim was not loaded: nothing was tested"

@@ -22,7 +22,7 @@ from tests.support import packages as kit
 ROOTS = kit.BUILD / "roots"
 MIRRORS = {"debian": "http://deb.debian.org/debian", "ubuntu": "http://archive.ubuntu.com/ubuntu"}
 OTHERS = {"trixie": MIRRORS["debian"]}
-BASE = "systemd,systemd-sysv"  # hosts have them
+BASE = "systemd,systemd-sysv"  # packages that every host has
 RESOLVER = "/etc/resolv.conf"
 MOUNTS = ("dev", "opt/build", "proc", "run", "sys", "tmp")
 # Files of apt, dpkg, systemd and the distribution's own packages about earlier packages.
@@ -123,7 +123,10 @@ class Host(kit.Installed):
         self._mounted: list[Path] = []
 
     def mount(self) -> None:
-        """Mount a copy of the root, and its mounts: on an overlay, mappings have another device number than files."""
+        """Copy the root and mount a host's file systems in the copy.
+
+        The root is no overlay, because on an overlay mappings have another device number than files.
+        """
         kit.run("cp", "--archive", "--reflink=auto", fresh_root(self._other), self.root)
         self._mount(str(self.root), self.root, "--bind")
         self._mount("tmpfs", self.root / "run", "-t", "tmpfs")
@@ -169,7 +172,7 @@ class Host(kit.Installed):
         return sorted(name for name in changed - owned if not NOISE.match(name))
 
     def accounts(self) -> dict[str, str]:
-        """Return users, groups and preloaded libraries, word by word."""
+        """Return the texts of the files of users, groups and preloaded libraries, by their names in /etc."""
         names = ("passwd", "group", "shadow", "gshadow", "ld.so.preload")
         found = {name: self.root / "etc" / name for name in names}
         return {name: path.read_text() for name, path in found.items() if path.exists()}
@@ -282,7 +285,7 @@ def newer(deb: Path, folder: Path, work: Path) -> str:
 
 @contextlib.contextmanager
 def load(host: Host) -> Iterator[list[str]]:
-    """Run a tenant that starts programs in sequence, each of which allocates all it can. Yield their output."""
+    """Run a tenant that starts one program after another. Each allocates all that it can. Yield their output."""
     script = f"while [ ! -e /tmp/enough ]; do {host.build}/examples/fill --step 2MiB; done"
     command = host.command("/usr/bin/fgpu", "run", "--name", "load", "--memory", "1GiB", "--", "sh", "-c", script)
     said: list[str] = []

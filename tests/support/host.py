@@ -32,7 +32,7 @@ ENVIRONMENT = {
     "LD_LIBRARY_PATH": str(SIM / "lib"),
     "HOME": "/root",
 }
-# Capabilities that the units and the chart give to agent and gatekeeper.
+# Variables that the units and the chart set for agent and gatekeeper.
 SERVICE_ENVIRONMENT = {"GLIBC_TUNABLES": "glibc.malloc.tcache_count=0:glibc.pthread.stack_cache_size=0"}
 
 

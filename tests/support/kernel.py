@@ -28,7 +28,7 @@ def opened(path: Path) -> int:
 
 
 def objects_of(fdinfo: str) -> set[Object]:
-    """Return the BPF objects that descriptors belong to."""
+    """Return the BPF objects that a text from /proc/PID/fdinfo names."""
     return {(kind, int(number)) for kind, number in re.findall(r"^((?:prog|map|link)_id):\s*(\d+)$", fdinfo, re.M)}
 
 

@@ -19,8 +19,9 @@ _SEGMENT, _LOADED = struct.Struct("<IIQQQQQQ"), 1
 def of_nix(target: Path) -> Path:
     """Write a copy of the host's loader that reads /etc/ld-nix.so.preload, and return its path.
 
-    nixpkgs' patch of glibc (dont-use-system-ld-so-preload.patch) changes that one string. It is longer than glibc's, so
-    the copy has it in place of a text that is not printed, and the addresses in the code lead there.
+    nixpkgs' patch of glibc (dont-use-system-ld-so-preload.patch) changes that one string. The new string is longer than
+    glibc's. Therefore the copy has the new string in place of a text that is not printed, and every address of the old
+    string in the code is replaced by that of the new string.
     """
     image = bytearray(USUAL.read_bytes())
     old, new = image.index(LIST), image.index(UNUSED)

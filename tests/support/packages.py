@@ -126,10 +126,10 @@ class Installed:
             with contextlib.suppress(AssertionError, subprocess.TimeoutExpired):
                 self.call("detach", timeout=15)
             self.agent.kill()
-            self.agent.wait(60)  # the agent removes probes of other processes one by one
+            self.agent.wait(60)  # during its exit the kernel removes the probes from other processes one by one
 
     def fill(self, *words: str | Path, held_seconds: int = 0) -> subprocess.Popen[str]:
-        """Run examples/fill there, after these words. Its stdout has the output of all of them."""
+        """Start a command there: `words`, then the words of examples/fill. Its stdout also has its stderr."""
         fill = [self.build / "examples/fill", "--step", "2MiB", "--hold", str(held_seconds)]
         both = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
         return subprocess.Popen(self.command(*words, *fill), text=True, env=self.environment, **both)
@@ -177,5 +177,5 @@ def assert_enforced(place: Installed, name: str) -> None:
         finally:
             tenant.kill()
     got, why = place.filled()
-    assert got > 4 * limit, "without fgpu it was refused too"
+    assert got > 4 * limit, "the program was limited without fgpu too"
     assert why == "CUDA_ERROR_OUT_OF_MEMORY"

@@ -69,7 +69,7 @@ class Place:
         self.tenants.clear()
 
     def left(self) -> list[Path]:
-        """Return the existing cgroups of tenants made here, and cgroups inside them."""
+        """Return the existing cgroups of tenants made here."""
         return [*(cgroup_root() / self.group.lstrip("/")).glob(f"e2e-{os.getpid()}-*")]
 
 

@@ -65,7 +65,7 @@ IN_A_WORLD = (sys.executable, "-m", "tests.world")
 def run_on_devices(file: str, number: int = 2, memory: str = "16GiB", seconds: float = 170) -> None:
     """Run the tests of a file in their own world, with a driver of this many devices of that size and an agent.
 
-    They end within `seconds`.
+    Fail if a test fails, or if the tests take longer than `seconds`.
     """
     command = [*IN_A_WORLD, sys.executable, "-m", "pytest", "-q", file]
     environment = {**os.environ, "FGPU_TEST_GPUS": str(number), "FGPU_TEST_MEMORY": memory, "FGPU_TEST_WORLDS": ""}
@@ -173,9 +173,9 @@ class Service:
             service.stop()
 
     def check(self) -> None:
-        """Check that no process has exited and no error was logged."""
+        """Check that the agent runs, and that its log has no traceback since the last check."""
         assert self.agent is not None
-        assert self.agent.poll() is None, "the agent ended"
+        assert self.agent.poll() is None, "the agent has exited"
         log = self.log.read_text()[self._checked :]
         self._checked += len(log)  # a traceback is the failure of one test, not of all later tests
         assert "Traceback" not in log, log

@@ -22,11 +22,11 @@ BY_ITSELF = "fgpu: no agent, no shared file in /run/fgpu: each process has the i
 
 
 class Images(Container):
-    """Containers of runc or crun. Attributes that are set here apply to the next one."""
+    """Containers of runc or crun. Attributes that are set here apply to the next container."""
 
     def __init__(self, work: Path, runtime: str) -> None:
         super().__init__(work, runtime)
-        self.shared: set[str] = set()  # namespaces that it shares with the host
+        self.shared: set[str] = set()  # namespaces that the container shares with the host
         self.read_only = False
         self.run_is_tmpfs = False
         self.root: Path | None = None  # of another container, which was started earlier
@@ -88,8 +88,8 @@ def held(tenant: Tenant) -> int:
 
 def buried(client: Client) -> None:
     """Wait until the driver has freed the memory of a killed program, and this memory is shown as free."""
-    eventually(lambda: client.pid not in client.tenant.pids(), 10, "its death")
-    eventually(lambda: all(entry["pid"] != client.pid for entry in driver_books()), 10, "its memory")
+    eventually(lambda: client.pid not in client.tenant.pids(), 10, "the exit of the program")
+    eventually(lambda: all(entry["pid"] != client.pid for entry in driver_books()), 10, "memory freed by the driver")
     client.close()
 
 

@@ -46,14 +46,15 @@ class Program:
         try:
             os.write(self._in, line.encode() + b"\n")
         except BrokenPipeError as error:
-            raise AssertionError(f"it has exited and does not read {line!r}: {self.complaints()}") from error
+            raise AssertionError(f"the program has exited before {line!r}: {self.complaints()}") from error
 
     def receive(self, seconds: float = 20) -> str:
         """Return one line of its stdout."""
         deadline = time.monotonic() + seconds
         while b"\n" not in self._left:
             if not self._more(deadline - time.monotonic()):
-                raise AssertionError(f"it ended, or said nothing within {seconds} s: {self._left!r}{self.complaints()}")
+                text = f"the program has exited, or printed no line within {seconds} s"
+                raise AssertionError(f"{text}: {self._left!r}{self.complaints()}")
         line, self._left = self._left.split(b"\n", 1)
         return line.decode()
 
@@ -76,7 +77,7 @@ class Program:
         deadline = time.monotonic() + seconds
         while self._more(deadline - time.monotonic()):
             pass
-        assert time.monotonic() < deadline, f"it did not end within {seconds} s: {self._left!r}"
+        assert time.monotonic() < deadline, f"the program did not exit within {seconds} s: {self._left!r}"
         return self._left.decode()
 
     def complaints(self) -> str:
@@ -224,8 +225,8 @@ class Tenant:
     def growing(self, bytes_: int | None = None, shared: int = 0) -> Iterator[None]:
         """Check that admitted, witnessed and driver's bytes grow by the same figure.
 
-        `shared`: bytes that the driver may hold beyond that, for the blocks that small pieces share: a reconcile in the
-        middle charges what is not used yet of the current block, and the last pieces find the limit reached.
+        `shared`: bytes by which the driver's figure may grow more, if small pieces share a block. A reconcile in the
+        middle charges the unused part of the current block, and then the last pieces do not fit in the limit.
         """
         self.assert_enforced()
         before, held = self.memory(), self.driver(("block", "vmm", "managed"))
@@ -246,7 +247,7 @@ class Tenant:
         return self._agree(seconds, lambda seen, held: seen["used_bytes"] == held and not seen["drift_bytes"])
 
     def assert_holds(self, bytes_: int, program: Path = PROGRAM, before: str = "") -> None:
-        """Start a program that can allocate these bytes besides its context, and no more."""
+        """Check that a new program can allocate these bytes besides its context, and no more. Kill the program."""
         client = self.client(program=program, before=before)
         client.ok(f"alloc {bytes_}")
         assert client.do(f"alloc {2 * MIB}") == REFUSED
@@ -260,7 +261,10 @@ class Tenant:
         return self._agree(seconds, lambda seen, held: 0 <= seen["used_bytes"] - held == (seen["drift_bytes"] or 0))
 
     def assert_never_below(self, seconds: float = 3) -> int:
-        """Wait until the ledger holds no less than the driver, or exactly its drift more. Return the ledger's bytes."""
+        """Wait until the ledger holds no less than the driver. Return the ledger's bytes.
+
+        If the drift of a device is known, it must be 0, and ledger and driver must be equal there.
+        """
 
         def agree(seen: dict[str, Any], held: int) -> bool:
             more = seen["used_bytes"] - held

@@ -60,7 +60,12 @@ def eventually(look: Callable[[], T], seconds: float = 10.0, what: str = "", pau
     """Call a function until it returns a true value, and return that.
 
     Args:
+        seconds: the longest wait, as for Deadline.
+        what: the expected event or state, for the text of the error.
         pause: seconds after the first call. Later pauses are longer, since most calls make the agent work too.
+
+    Raises:
+        Timeout: the function has returned no true value in that time.
     """
     deadline = Deadline(seconds)
     while True:

@@ -22,7 +22,8 @@ from tests.support.tenant import Tenant
 from tests.support.wait import eventually
 
 IMAGE = "docker.io/library/fgpu-e2e:1"
-# No resources: on a hybrid host the controllers are not in the second version's hierarchy.
+# This runtime removes `resources` from the configuration: on a host with both versions of cgroups the controllers are
+# not in the hierarchy of version 2.
 RUNTIME = """#!/usr/bin/python3 -I
 import json, os, sys
 words = sys.argv[1:]
@@ -244,7 +245,7 @@ class Containerd(Place):
         return Tenant(self, f"dev/{self.pod.name}/{self.pod._container}", f"{self.pod.path}/{id_}", folder, hub)  # type: ignore[arg-type]
 
     def end(self, tenant: Tenant) -> None:
-        """End the tenant's pod."""
+        """Do nothing: close() ends the tenant with its pod."""
 
     def close(self) -> None:
         """End every pod, remove its folder, and stop the engine."""

@@ -32,7 +32,7 @@ class Docker(Place):
     group = "/docker"
 
     def __init__(self, work: Path, where: Path, *more: str) -> None:
-        """`more`: options of dockerd."""
+        """Start dockerd, with `more` as additional options."""
         super().__init__(work)
         assert DOCKERD, "no dockerd: ./dev test unpacks it"
         self._own, self._where = work / "d.sock", where
@@ -109,7 +109,7 @@ class Docker(Place):
         return self.tenant(None)
 
     def named(self, name: str) -> Tenant:
-        """Start a container with that name, with the labels and the image of the last one, which loses the name."""
+        """Start a container with that name, with the labels and the image of the last container."""
         folder = self.work / name
         folder.mkdir()
         self.tenants.append(self._make(name, folder, None))
@@ -139,7 +139,7 @@ class Docker(Place):
         eventually(lambda: not tenant.pids(), 5, f"the end of {tenant.name}")
 
     def end_all(self) -> None:
-        """Remove every container. Requests about them are answered."""
+        """Remove every container. A stalled socket answers requests again."""
         self.socket.go_on()
         super().close()
 

@@ -32,7 +32,7 @@ FIRST_WITH_CDI = 25  # of Docker; Debian 12 has 20.10
 NEWER = "deb [signed-by=/usr/share/keyrings/debian-archive-keyring.gpg] http://deb.debian.org/debian trixie main\n"
 HOLD = "/opt/build/examples/fill --step 2MiB --hold"  # for this many seconds
 FILL = f"{HOLD} 60"
-# Capabilities of an engine that lacks privileges over the whole host.
+# Options for containers of an engine that lacks privileges over the whole host.
 ALLOWED = ("--network", "none", "--pids-limit", "-1", "--ulimit", "nproc=100:100", "--ulimit", "nofile=1024:1024")
 ANSWER = re.compile(r"admitted (\d+) bytes, then CUDA_ERROR_OUT_OF_MEMORY")
 
@@ -442,7 +442,7 @@ ALL = {"podman": Podman, "docker": Docker, "newer-docker": NewerDocker}
 
 
 class Bundles(Container):
-    """Containers of runc or crun without fgpu's mounts. Tests edit these into the configuration."""
+    """Containers of runc or crun without fgpu's mounts. Tests add the mounts to the configuration."""
 
     def __init__(self, work: Path, runtime: str, run_dir: Path = RUN_DIR) -> None:
         super().__init__(work, runtime)
