@@ -1,6 +1,6 @@
 """Two charges with one name (pointer or handle), after an unrecorded free or a pointer that a tenant overwrote.
 
-Whatever the tenant does, no free by that name releases more than the driver library frees.
+No free by that name releases more than the driver library frees, for any calls of the tenant.
 """
 
 from __future__ import annotations
@@ -180,5 +180,5 @@ def test_no_forged_name_reduces_the_charge_below_the_driver_s_bytes(kernel, make
         child.kill()
     assert level.orphaned >= given
     after = anomalies(kernel)
-    assert after["STALE"] - before["STALE"] > scale(10, 100, 1000), "lies that the kernel believed"
+    assert after["STALE"] - before["STALE"] > scale(10, 100, 1000), "too few forged names were recorded"
     assert after["RELEASE"] == before["RELEASE"]

@@ -51,7 +51,7 @@ def test_preexisting_processes_are_found_once(tmp_path: Path, monkeypatch: pytes
 def test_a_list_that_could_not_be_written_is_written_later(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, other, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Otherwise the next agent would count a process that has started in the meantime."""
+    """Otherwise the next agent would count a process as preexisting that has started in the meantime."""
     run_dir = tmp_path / "run"
     maps(monkeypatch, {ME: ["/usr/lib/libcuda.so.1"]})
     known = PreexistingProcesses.found(run_dir)

@@ -70,7 +70,7 @@ def test_a_tenant_without_room_gets_nothing_until_there_is_room(place, books):
 def test_a_process_whose_entry_is_created_while_a_level_appears_is_moved_into_that_level(place, books, monkeypatch):
     pod, leaf = place.make("/pod", 8), place.make("/pod/c", 6)
     place.enforcer.put([pod])
-    place.enforcer.put([leaf])  # a moment before, a program found no limit
+    place.enforcer.put([leaf])  # just before this, a program in the leaf found no limit of the leaf
     books.known, books.so_far = {23: SimpleNamespace(generation=7, levels=())}, 1
     monkeypatch.setattr("fgpu_ebpf.tenancy.enforcer.procfs.cgroup_path", {23: "/pod/c"}.get)
     for tell in books.over:
@@ -258,7 +258,7 @@ def test_the_innermost_of_too_many_levels_are_left_out_and_reported(place, books
     decided = SimpleNamespace(resolved=lambda cgroup: cgroup in ids or None, page_missing=lambda _: False)
     kept = ManagedState(True, ids[3], tuple(reversed(ids[:4])))
     assert managed_state(decided, ids[::-1]) == kept
-    decided.resolved = lambda cgroup: cgroup in ids[:4] or None  # the kernel is asked about no process that is left out
+    decided.resolved = lambda cgroup: cgroup in ids[:4] or None  # the kernel has no decision on the level left out
     assert managed_state(decided, ids[::-1]) == kept
 
 

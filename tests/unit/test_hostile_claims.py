@@ -71,7 +71,10 @@ class Arbitrary(Hog):
 
 
 def least_share(it: World, honest: list[Tenant], seconds: float) -> float:
-    """Return by how many points a tenant was above its part by weight in its worst window of 2 s."""
+    """Return the smallest difference between a tenant's share in a window of 2 s and its part by weight, in points.
+
+    It is below 0 if a tenant got less than its part.
+    """
     done = [[tenant.done_ns for tenant in honest]]
     for _ in range(round(seconds / STEP_SECONDS)):
         it.run(STEP_SECONDS)

@@ -251,7 +251,7 @@ def test_devices_are_not_reserved_for_a_gang_that_cannot_run_soon():
 
 @pytest.mark.parametrize("ms", [20, 100, 1000])
 def test_the_floor_holds_for_long_kernels(ms):
-    """A kernel cannot be interrupted. A tenant with long kernels gets its floor less often, but its equals do not."""
+    """A kernel cannot be interrupted. Only the tenant with long kernels gets its floor less often for that reason."""
     high, long, short = Tenant(1, Share(rank=0)), Tenant(2, Share(rank=2), ms * MS), Tenant(3, Share(rank=2))
     shares = World(high, long, short).run(30).shares()
     assert 0.01 < shares[2] < 0.07

@@ -449,7 +449,7 @@ def test_an_ignored_word_wakes_no_thread():
 def test_a_tenant_that_waits_for_an_owner_does_not_wake_the_slicer(world):
     """Only the owner is checked, at most once in 1.75 ms.
 
-    An owner without a processor seems idle, and the other tenant gets the device: such rounds do not count.
+    An owner without a processor seems idle, and the other tenant gets the device. The test discards such rounds.
     """
     long = Share(quantum_ns=1_000_000_000)
     it = world(t7=long, t8=long)

@@ -90,14 +90,14 @@ def test_programs_that_synchronise_each_step_get_their_shares(
 
 @pytest.mark.parametrize("think", [short, longer])
 def test_a_program_that_synchronises_gets_its_share_beside_one_that_does_not(think: Think) -> None:
-    """It gets its part of the work that it does alone, because its think time during its turn counts as its own."""
+    """The program gets its part of the work that it does alone, because its turn includes its think time."""
     alone = World(program(1, 3, think)).run(4.0).tenants[1].done_ns / (4.0 * S)
     assert_by_weight(World(program(1, 3, think, wrong), Tenant(2)), {1: alone})
 
 
 @pytest.mark.parametrize("think", [short, longer])
 def test_short_think_times_cost_at_most_3_percent_of_the_work_of_a_lone_program(think: Think) -> None:
-    """Each tenant has the device for as long as alone, except for its own think times and the changes of turns."""
+    """An owner keeps its turn during such a think time, so two programs lose only the time of the changes of turns."""
     alone = World(program(1, 1, think)).run(4.0).tenants[1].done_ns
     pair = World(program(1, 3, think, wrong), program(2, 1, think, wrong)).run(4.0)
     assert sum(tenant.done_ns for tenant in pair.tenants.values()) >= 0.97 * alone
@@ -124,7 +124,7 @@ def test_time_is_divided_by_weight_with_any_think_times(
 def test_a_tenant_that_leaves_with_each_step_gains_nothing_over_its_share() -> None:
     """The tenant thinks for longer than any owner keeps its turn.
 
-    It therefore leaves behind the virtual clock and returns.
+    Each of its turns therefore ends while it is behind the virtual clock, and it returns with that credit.
     """
     leaver, busy = program(1, 1, lambda _: 4 * MS, step_ns=10 * MS), Tenant(2)
     it = World(leaver, busy).run(10.0)

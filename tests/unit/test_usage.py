@@ -162,7 +162,7 @@ def test_amounts_of_one_tenant_and_device_are_added_and_grouped(tmp_path):
     ],
 )
 def test_a_tenant_inside_another_one_of_the_same_group_counts_once(tmp_path, by, expected):
-    """The time that the inner tenant has waited is not among the amounts of the outer one."""
+    """The outer tenant's running time includes the inner tenant's. Waiting times are separate, so both are added."""
     file = tmp_path / "usage.db"
     for owner, seconds in ((ALICE, 1.0), (UNIT, 3.0)):
         usage_store.add(file, {Place(10, owner, "GPU-a", "turns"): Used(run=seconds, waited=seconds)})
