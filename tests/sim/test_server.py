@@ -199,7 +199,7 @@ def share(sock: socket.socket, size: int, context: int = 1) -> tuple[int, tuple[
 
 
 def test_shared_memory_cannot_be_freed_as_private_memory(server: Server) -> None:
-    """The same bytes cannot be shared twice, and shared bytes cannot be freed as private ones."""
+    """No byte can be shared twice, and a shared byte cannot be freed as a private one."""
     with server.connect() as sock:
         assert ask(sock, request(TAKE, kind=CONTEXT, context=1)) == (0, 0)
         assert ask(sock, request(TAKE, kind=BLOCK, context=1, size=1009)) == (0, 0)
