@@ -189,7 +189,7 @@ def test_the_helper_opens_only_regular_files(run_dir: Path, tmp_path: Path) -> N
 
 
 def test_at_most_256_preload_lists_of_images_are_kept(run_dir: Path, tmp_path: Path) -> None:
-    """Podman's hook does not know the bundle. At most 256 lists are kept for it, and the oldest is removed."""
+    """Podman's hook does not get the bundle's path. At most 256 lists are kept for it, and the oldest is removed."""
     (tmp_path / "root/etc").mkdir(parents=True)
 
     def code(number: int) -> int:

@@ -54,7 +54,8 @@ def assert_held(engine: kit.Rootless, *options: str) -> None:
     before = counted("admitted"), counted("witnessed")
     with engine.filled("held", *options) as admitted:
         assert admitted == GIB - CONTEXT
-        assert (counted("admitted") - before[0], counted("witnessed") - before[1]) == (admitted, admitted)  # it is live
+        # The shim is in use: it has requested all witnessed bytes.
+        assert (counted("admitted") - before[0], counted("witnessed") - before[1]) == (admitted, admitted)
         assert (counted("limit"), counted("used")) == (GIB, GIB)
         held = [sum(process[f"{kind}_bytes"] for kind in KINDS) for process in driver_books()]
         assert held == [GIB]

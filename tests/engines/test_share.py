@@ -107,7 +107,7 @@ def test_a_share_survives_an_agent_restart(bundles: kit.Bundles, service: Servic
 
 
 def assert_still(tenant: Tenant, client: Client, limit: int) -> None:
-    """Check that a program at its limit gets no byte more, and that memory that it frees can be allocated again."""
+    """Check that a program at its limit gets no further byte, and can allocate memory again that it frees."""
     assert client.do(f"alloc {2 * MIB}") == REFUSED
     assert client.ok("info")[1] == limit
     assert tenant.memory()["limit_bytes"] == limit

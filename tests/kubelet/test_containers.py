@@ -205,7 +205,7 @@ def test_a_container_gets_mounts_and_variables_without_cdi(
     assert mounts == {mount["containerPath"]: (mount["hostPath"], True) for mount in edits}
 
 
-def test_a_device_unknown_to_cdi_is_refused_where_cdi_is_required(
+def test_a_device_unknown_to_cdi_is_refused_if_cdi_is_required(
     kubelet: kit.Kubelet, start: Callable[..., kit.Plugin]
 ) -> None:
     start("--gpu-strategy", "cdi")
