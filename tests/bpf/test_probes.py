@@ -74,7 +74,7 @@ def test_a_file_whose_class_has_changed_is_probed_again(kernel: Kernel, library:
     before = pinned(kernel, library)
     agent = later(kernel)
     agent.attach(library, Role.LISTED)
-    assert pinned(kernel, library) == before, "it has them already"
+    assert pinned(kernel, library) == before, "the file's probes were attached again"
     agent.attach(library, Role.UNKNOWN)
     now = pinned(kernel, library)
     assert not now & before

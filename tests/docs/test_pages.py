@@ -152,7 +152,7 @@ def test_every_check_of_doctor_is_explained() -> None:
     found = list(failures())
     assert len({name for name, _ in found}) > 20
     for name, fix in found:
-        assert name in rows, f"doctor has a line {name!r}"
+        assert name in rows, f"no row explains doctor's line {name!r}"
         for words in re.split(r"[\0;]", fix):
             told = [part for part in re.split(r"'.*?'|[:(,]", plain(words).strip(" :;,()")) if len(part.strip()) > 8]
             for part in told:

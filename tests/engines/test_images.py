@@ -149,7 +149,7 @@ def test_programs_of_an_image_share_the_image_s_limit_without_an_agent(built: ki
         assert fill.stdout.readline() == FILLED.replace(str(LIMIT - CONTEXT), str(LIMIT - COUNTED))
         assert one.says("test -d /run/fgpu/shim || echo none; /opt/build/examples/fill --step 2MiB")[0] == "none"
         driver = [sum(process[f"{kind}_bytes"] for kind in KINDS) for process in driver_books()]
-        assert driver == [LIMIT + CONTEXT - COUNTED], "the second got nothing"
+        assert driver == [LIMIT + CONTEXT - COUNTED], "only the first program's memory is allocated"
         assert any(f"{LIMIT // MIB}MiB /" in line for line in one.says("/opt/build/sim/nvidia-smi"))
 
 

@@ -70,8 +70,8 @@ def test_containers_have_the_shim_without_a_flag_until_undo(ready: kit.Rootless)
     assert_held(ready)
     ready.setup("--undo")
     with ready.filled("free") as admitted:
-        assert admitted > GIB - CONTEXT, "without the shim it is not refused: what was seen above was ours"
-        eventually(lambda: seen()["used_bytes"] > GIB, 5, "what it took is charged to her")
+        assert admitted > GIB - CONTEXT, "a container without the shim is refused too"
+        eventually(lambda: seen()["used_bytes"] > GIB, 5, "a charge to the user's slice")
         (named,) = [value for (name, _), value in metrics().items() if name == "fgpu_bypassing_processes"]
         assert named == 1
 

@@ -152,7 +152,7 @@ def test_nothing_in_the_container_can_change_its_share(bundles: kit.Bundles) -> 
     script.write_text("".join(f"(echo x >{path}) 2>&1\n" for path in paths) + "ls /run/fgpu\n")
     said = tenant.run(f"sh {script}").splitlines()
     assert [line.rsplit(": ", 1)[-1] for line in said[:4]] == ["Read-only file system"] * 4, said
-    assert said[4:] == ["shim"], "not the control socket"
+    assert said[4:] == ["shim"], "the container has more than the folder of the shim's socket"
     client = tenant.client("env -i LD_LIBRARY_PATH=" + host.ENVIRONMENT["LD_LIBRARY_PATH"] + " FGPU_SHARE=12gib")
     assert client.ok("info") == [2 * GIB - CONTEXT, 2 * GIB]
 

@@ -268,7 +268,7 @@ def test_after_an_agent_died_new_programs_get_no_memory_and_running_ones_keep_th
     assert held.stdout.readline() == "[0]\n"
     image.do("die")
     assert image.python("out(alloc(512), info()[1])") == [[OOM, 0]]
-    assert held.communicate("\n", timeout=10)[0] == f"[0, {GIB}]\n", "the kernel's word, as before"
+    assert held.communicate("\n", timeout=10)[0] == f"[0, {GIB}]\n", "the kernel's limit stays in force"
 
 
 def test_the_image_s_limit_applies_if_no_agent_ever_answered_in_the_folder(image: Agent) -> None:

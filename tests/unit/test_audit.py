@@ -54,7 +54,7 @@ def test_a_process_with_a_context_is_reported_if_its_tenant_owns_much_time_and_r
     assert host.looks(10).empty == set()
     assert host.looks(1).empty == {81}
     host.percent = {71: 48, 81: 3}
-    assert host.looks(10).empty == set(), "little is not nothing"
+    assert host.looks(10).empty == set(), "a tenant that runs little is not idle"
 
 
 def test_a_tenant_that_owns_little_time_and_runs_nothing_is_not_reported():

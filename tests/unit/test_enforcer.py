@@ -215,7 +215,7 @@ def test_decisions_from_before_a_cgroup_was_a_tenant_are_dropped(place, books):
     books.decided[one.cgroup] = False  # a program registered there while no policy matched
     place.enforcer.put([one])
     assert one.cgroup not in books.decided
-    assert not books.epoch, "nothing is in it that could ask again"
+    assert not books.epoch, "no process in the cgroup could send another hello"
     (place.root / "one" / "cgroup.events").write_text("populated 1\n")
     place.enforcer.release([one.cgroup])
     place.enforcer.put([one])
@@ -432,7 +432,7 @@ def test_only_first_uses_that_fit_get_memory(two, books, scale, seed):
             assert two.committed(device) == summed(two.enforcer, device) <= 10 * GIB
             units = [t for t in two.enforcer if not two.enforcer.around(t)]
             usable = [t for t in units if device not in uncommitted(books, t)]
-            assert sum(books.limits[t.cgroup][0][device] for t in usable) <= 10 * GIB, "what can be had at all"
+            assert sum(books.limits[t.cgroup][0][device] for t in usable) <= 10 * GIB, "limits exceed the device"
 
 
 def test_a_start_restores_the_devices_on_which_a_limit_counted(two, books):

@@ -52,7 +52,7 @@ def test_a_gatekeeper_that_exits_during_the_agent_s_start_is_replaced(world, mon
     assert world.started == 1
     assert world.now == pytest.approx(100.0 + gatekeeper_process.OTHERS_SECONDS, abs=0.02)
     monkeypatch.setattr(world.keeper, "answers", lambda: False)
-    assert not world.keeper.wait(), "it does not wait for ever"
+    assert not world.keeper.wait(), "wait() succeeded without a gatekeeper"
 
 
 def test_a_gatekeeper_is_up_if_its_lock_is_held_and_its_socket_exists(tmp_path):

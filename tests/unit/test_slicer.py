@@ -382,7 +382,7 @@ def test_an_internal_error_for_one_tenant_does_not_stop_the_others(world, monkey
 
     def look(place, *more):
         if getattr(place, "tenant", place) == 7:
-            raise OverflowError("a number that nothing was made for")
+            raise OverflowError("a number that is out of range")
         return real(place, *more)
 
     monkeypatch.setattr(owner, name, look)
@@ -391,7 +391,7 @@ def test_an_internal_error_for_one_tenant_does_not_stop_the_others(world, monkey
     for program in programs[1:]:
         number = program.word() >> 2
         it.until(lambda program=program, number=number: program.word() >> 2 > number + 2)
-    assert not programs[0].is_open(), "its gate is closed: of what it says nothing is relied on"
+    assert not programs[0].is_open(), "the gate of the tenant with the error is open"
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")

@@ -167,17 +167,17 @@ def test_the_wait_for_a_thinking_owner_adapts_and_is_bounded() -> None:
     assert thinks.patience_ns(20 * MS) == IDLE_NS
     for ns in [100 * US] * 15 + [60 * S]:
         thinks.add(ns)
-    assert thinks.patience_ns(20 * MS) == IDLE_NS, "never less"
+    assert thinks.patience_ns(20 * MS) == IDLE_NS, "the patience is below its minimum"
     for _ in range(16):
         thinks.add(700 * US)
     assert thinks.patience_ns(20 * MS) == 1_400 * US
-    assert thinks.patience_ns(10 * MS) == 1_000 * US, "a tenth of the quantum"
+    assert thinks.patience_ns(10 * MS) == 1_000 * US, "the patience exceeds a tenth of the quantum"
     for _ in range(8):
         thinks.add(5 * MS)
-    assert thinks.patience_ns(20 * MS) == 1_400 * US, "too long for any patience, now and then"
+    assert thinks.patience_ns(20 * MS) == 1_400 * US, "rare long pauses change the patience"
     for _ in range(5):
         thinks.add(5 * MS)
-    assert thinks.patience_ns(20 * MS) == IDLE_NS, "it would be in vain"
+    assert thinks.patience_ns(20 * MS) == IDLE_NS, "the owner waits in vain for long pauses"
 
 
 def test_the_credit_of_a_tenant_that_left_expires_after_some_quanta() -> None:
