@@ -97,7 +97,7 @@ static struct answer answer_share(struct client *client, const struct sim_reques
         break;
     default:
         a.size = 0;
-        a.wrong = share_drop(client, key) ? NULL : "drops what it does not share";
+        a.wrong = share_drop(client, key) ? NULL : "drops memory that it does not share";
     }
     if (a.status) a = (struct answer){.status = a.status};
     return a;
@@ -170,7 +170,7 @@ static struct answer answer(struct client *client, const struct sim_request *req
     case SIM_RESIDENT:
         return (struct answer){.status = managed_set(client, request->device, request->bytes)};
     case SIM_GIVE:
-        return (struct answer){.wrong = ledger_give(client, request) ? NULL : "gives back what it does not hold"};
+        return (struct answer){.wrong = ledger_give(client, request) ? NULL : "releases more than it holds"};
     case SIM_CLOSE:
         return (struct answer){.wrong =
                                    teardown_context(client, request) ? NULL : "closes a context that is not its own"};
