@@ -17,7 +17,7 @@ OUTSIDE = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.m
 PAGES = [*OUTSIDE, *sorted(DOCS.rglob("*.md"))]
 TEST = re.compile(r"^def (test_\w+)", re.MULTILINE)
 SELECTS = re.compile(r'\./dev test (\w+)(?: -s)? -k ("[^"]+"|\w+)')
-# A selection on its own line, indented or after a prompt, or in a text.
+# A command on its own line, indented or after a prompt, or in a text.
 TYPED = re.compile(r"(?:`|^ {4}(?:\$ )?|^\$ )(?:sudo )?fgpu ([a-z][^`|#&\n]*)", re.MULTILINE)
 OPTIONS = {words: {name for p in command.params for name in p.opts} for words, command in references.commands()}
 
