@@ -1,4 +1,4 @@
-"""Any image reads the device's share and its limit, with seven C libraries and three engines."""
+"""Any image reads its share and its limit: three engines, and in a full run seven C libraries, otherwise the oldest."""
 
 from __future__ import annotations
 
