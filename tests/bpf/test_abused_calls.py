@@ -15,7 +15,7 @@ HELD = 64 * MIB  # bytes that each attacker has
 
 
 def test_a_flood_of_one_level_loses_no_event_of_its_neighbour(kernel, events, make_level, make_client, attack, scale):
-    """Every request of one level is refused and counted, and so is each event that is not sent.
+    """Every request of one level is refused and counted. Each event that is not sent is counted too.
 
     The other level is refused less often than a level may report in a second. None of its events is lost.
     """

@@ -88,7 +88,7 @@ def test_a_storm_of_300_hellos_of_one_tenant_is_answered_at_the_first_attempt(
 
 
 def test_a_storm_of_one_tenant_does_not_delay_another_tenant(start: Callable[..., Keeper], tenant: Make) -> None:
-    """A hello is delayed so much that the storm lasts for a second."""
+    """Each hello is delayed, so that the storm lasts for more than a second."""
     keeper = start(code=SLOW)
 
     crowd = Storm(keeper.run, tenant(), niceness=5)  # the test measures the queue, not the lack of processors

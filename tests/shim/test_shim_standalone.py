@@ -228,7 +228,7 @@ if pid: os.waitpid(pid, 0); os._exit(0)
 
 @pytest.fixture
 def image(agent: Agent) -> Iterator[Agent]:
-    """Return the fake agent's root with an image whose limit is 700 MiB. No gatekeeper listens."""
+    """Return the fake agent, in a root with an image whose limit is 700 MiB. No gatekeeper listens."""
     script = "mkdir -p /run/etc/fgpu && cp /etc/ld.so.cache /run/etc && mount --bind /run/etc /etc && " + limit(
         "700MiB"
     )

@@ -357,7 +357,7 @@ def test_the_server_leaks_nothing(tools: Path, tmp_path: Path) -> None:
 
 
 def test_false_reports_of_managed_memory_are_refused(server: Server) -> None:
-    """The client is refused more than the device has, even if sums overflow, and leaves nothing behind."""
+    """The server refuses more than the device has, even if sums overflow. The client leaves nothing behind."""
     mib, chunk = 1 << 20, 128 << 20
     with server.connect() as sock:
         assert ask(sock, request(RESIDENT, size=5 * mib)) == (0, 0)
