@@ -1,5 +1,5 @@
-/* Events for which a program waits. A board supports all events that the library knows, but only XIDs occur, when
- * they are ordered (server/faults.c). Registrations for the other events are accepted, as by the real library. */
+/* Events for which a program waits. A board supports all events of the library, but only XIDs occur, when a test sets
+ * the fault (server/faults.c). Registrations for the other events are accepted, as by the real library. */
 #include "nvml/state.h"
 
 #include <stdlib.h>
@@ -10,7 +10,7 @@
  * between. */
 #define LOOK_MS 10
 
-/* For each device: the registered events, and how many of its XIDs are known or are older than the registration. */
+/* For each device: the registered events, and how many of its XIDs were returned or are older than the registration. */
 struct nvmlEventSet_st {
     uint64_t types[SIM_MAX_DEVICES];
     uint64_t known[SIM_MAX_DEVICES];
@@ -62,7 +62,7 @@ NVML_API nvmlDeviceRegisterEvents(nvmlDevice_t device, unsigned long long eventT
     return NVML_SUCCESS;
 }
 
-/* Returns NVML_ERROR_TIMEOUT where there is no event now. */
+/* Returns NVML_ERROR_TIMEOUT if there is no event now. */
 static nvmlReturn_t next_event(nvmlEventSet_t set, nvmlEventData_t *data)
 {
     for (uint32_t i = 0; i < nvml_count(); i++) {

@@ -32,8 +32,8 @@ static nvmlReturn_t ask(struct sim_request request, struct sim_reply *reply, voi
         pthread_mutex_init(&connection.lock, NULL); /* another thread of the parent may have held it during the fork */
         if (link_open(&connection, FGPU_SIM_DIR, &n)) return NVML_ERROR_UNKNOWN;
     }
-    /* Where /proc belongs to another pid namespace, the pids in a list would name other processes. The driver then
-     * lists none. */
+    /* If /proc belongs to another pid namespace, the pids in a list would name other processes. The driver then lists
+     * none. */
     ssize_t length = request.op == SIM_PROCESSES ? readlink("/proc/self", self, sizeof self - 1) : 0;
     char mine[16];
     snprintf(mine, sizeof mine, "%d", (int)getpid());

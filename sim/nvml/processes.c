@@ -10,7 +10,7 @@ struct list {
     unsigned n;
 };
 
-/* Where there is too little room, returns the necessary number and the error for that, as the real library. */
+/* If there is too little room, returns the necessary number and the error for that, as the real library does. */
 static nvmlReturn_t ask_processes(nvmlDevice_t handle, unsigned *count, const void *infos, struct list *list)
 {
     const struct sim_device *device;
@@ -54,7 +54,7 @@ NVML_API nvmlDeviceGetComputeRunningProcesses_v3(nvmlDevice_t device, unsigned *
     return compute_processes(device, count, infos);
 }
 
-/* There is no graphics and no MPS here, so that these lists are empty. */
+/* There is no graphics and no MPS here, so these lists are empty. */
 static nvmlReturn_t no_processes(nvmlDevice_t handle, unsigned *count)
 {
     const struct sim_device *device;
@@ -96,7 +96,7 @@ NVML_API nvmlDeviceGetRunningProcessDetailList(nvmlDevice_t handle, nvmlProcessD
     return result;
 }
 
-#define SAMPLES 100 /* how many the driver keeps, and therefore asks room for */
+#define SAMPLES 100 /* how many the driver keeps, and for how many it requires room */
 
 static unsigned long long now_us(void)
 {
@@ -151,8 +151,8 @@ NVML_API nvmlDeviceGetProcessesUtilizationInfo(nvmlDevice_t device, nvmlProcesse
     return list.n ? NVML_SUCCESS : NVML_ERROR_NOT_FOUND;
 }
 
-/* No process here encodes or captures frames. Accounting is on, as on the host from which the answers come, but has
- * no process. */
+/* No process here encodes or captures frames. Accounting is on, as on the host whose results are recorded, but has no
+ * process. */
 NVML_API nvmlDeviceGetEncoderSessions(nvmlDevice_t device, unsigned int *count, nvmlEncoderSessionInfo_t *infos)
 {
     (void)infos;

@@ -21,7 +21,7 @@ bool nvml_is_ready(void);
 /* Sends one request about a device. A forked process gets a new connection, because the server identifies processes
  * by their connections. */
 nvmlReturn_t nvml_ask(uint32_t op, uint32_t device, struct sim_reply *reply, void *payload, size_t room);
-/* Does the same for what comes after `known`. */
+/* Does the same for the first event after number `known`. */
 nvmlReturn_t nvml_ask_after(uint32_t op, uint32_t device, uint64_t known, void *payload, size_t room);
 nvmlReturn_t nvml_text(char *out, unsigned int length, const char *text);
 uint32_t nvml_count(void);

@@ -21,7 +21,7 @@
 #define SO_PEERPIDFD 77
 #endif
 
-/* The real driver frees memory 82 to 97 ms after a kill, and that of many processes one after the other. */
+/* The real driver frees memory 82 to 97 ms after a kill, and the memory of several processes one after another. */
 #define CLEANUP_MIN_NS 80000000u
 #define CLEANUP_SPREAD_NS 17000000u
 
@@ -81,13 +81,13 @@ static bool identify(int pidfd, struct identity *process)
         close(ns);
         ns = parent;
     }
-    /* Checks that it is still the same process. Otherwise its pid may have named another one meanwhile. */
+    /* Checks that the process still exists. Otherwise its pid may have named another process meanwhile. */
     pid_t again[MAX_DEPTH];
     return read_pids(pidfd, again) == process->depth;
 }
 
-/* The dump shows the host pid of every process, which a container must not know. No user in a container may break
- * the driver, whichever uid it has there. */
+/* The dump shows the host pid of every process, which a container must not read. No user in a container may set faults,
+ * with any uid there. */
 static bool is_here_as(int sock, const struct identity *process, uid_t uid)
 {
     struct ucred cred;
@@ -163,7 +163,7 @@ void client_process_ends(struct client *client)
 
 /* Closes the connection at once; the memory is counted until later, and the slot stays in use, as on a real device.
  * The pidfd stays open until then. It keeps the pid namespaces of the process in the kernel, so that no new
- * namespace gets the inode of one of them and sees the process as its own. */
+ * namespace gets the inode of one of them and lists the process as its own. */
 void client_close(struct client *client)
 {
     if (client->state != CLIENT_OPEN) return;
@@ -206,7 +206,7 @@ void clients_lose_nvml(void)
         if (client->state == CLIENT_OPEN) client->is_stale = true;
 }
 
-/* Does the same; every CUDA program also loses its memory, and gets an error from every later call. */
+/* Does the same. Each CUDA program also loses its memory, and gets an error from every later call. */
 void clients_lose_devices(void)
 {
     clients_lose_nvml();

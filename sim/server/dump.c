@@ -20,7 +20,7 @@ static void print_device(const struct sim_record *r, const struct sim_device *de
            r->resident, r->managed, r->total - r->reserved - r->used, device->context_bytes);
 }
 
-/* Lists what NVML shows of the process. The other kinds are in the device's driver_bytes. */
+/* Prints the memory that NVML shows for the process. The other kinds are in the device's driver_bytes. */
 static void print_process(const struct sim_record *r, const char *before)
 {
     uint64_t bytes = 0, requested = 0;
@@ -32,7 +32,7 @@ static void print_process(const struct sim_record *r, const char *before)
            ", \"requested_bytes\": %" PRIu64,
            before, r->pid, r->device, r->has_ended ? "true" : "false", r->contexts, bytes, requested);
     for (int kind = 0; kind < SIM_KINDS; kind++) {
-        /* For managed memory, this is what the program asked for. What is on the device follows. */
+        /* For managed memory, prints the requested bytes. The bytes on the device follow below. */
         printf(", \"%s_bytes\": %" PRIu64, kinds[kind], kind == SIM_MANAGED ? r->requested[kind] : r->bytes[kind]);
         if (kind != SIM_CONTEXT && kind != SIM_MANAGED && kind < SIM_ASKED)
             printf(", \"%s_requested_bytes\": %" PRIu64, kinds[kind], r->requested[kind]);

@@ -1,4 +1,4 @@
-/* Faults on demand, so that tests can see how programs react to a failing driver. The server's environment sets them
+/* Faults on request, so that tests can check how programs react to a failing driver. The server's environment sets them
  * at its start, or root sets them on a running server. */
 #include "server/state.h"
 
@@ -77,7 +77,7 @@ bool fault_devices_are_lost(void) { return devices_are_lost; }
 
 bool fault_is_lost(uint32_t device) { return devices_are_lost || lost_devices >> device & 1; }
 
-/* Counts only what a program asks for: a test that lets the third allocation fail means the program's own
+/* Counts only requests of the program, because a test in which the third allocation fails means the program's own
  * allocations. */
 bool fault_fails(uint32_t kind)
 {

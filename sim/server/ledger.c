@@ -5,7 +5,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-/* The client chooses the ids; they mean nothing to other clients. */
+/* The client chooses the ids, which are valid for this client alone. */
 static struct context *find_context(struct client *client, uint64_t id)
 {
     for (uint32_t i = 0; i < client->n_contexts; i++)
@@ -36,7 +36,7 @@ bool ledger_fits(uint32_t device, uint64_t bytes) { return fits(&server.gpus[dev
 
 bool ledger_is_listed(uint32_t kind) { return kind != SIM_PAGES; }
 
-/* Counts memory of the driver itself: the device loses it, but no process list shows it. */
+/* Counts memory of the driver itself, which is taken from the device and is in no process's row. */
 static void keep(struct gpu *gpu, uint64_t bytes)
 {
     gpu->used += bytes;
@@ -108,8 +108,8 @@ static enum sim_status open_context(struct client *client, const struct sim_requ
     return SIM_OK;
 }
 
-/* The first process that initialises wakes the driver, and the last that ends lets it sleep. The driver's memory for
- * that belongs to no process, and is counted once. */
+/* The driver takes memory for itself while any process is initialised. That memory belongs to no process, and is
+ * counted once. */
 enum sim_status ledger_attach(struct client *client)
 {
     if (client->attached) return SIM_OK;
@@ -133,8 +133,8 @@ enum sim_status ledger_take(struct client *client, const struct sim_request *req
 {
     if (request->kind == SIM_CONTEXT) return open_context(client, request);
     struct holding *holding = find_holding(client, request);
-    /* Requested sizes are not bounded by the device (managed memory is not), so that their sum must be kept from
-     * wrapping. */
+    /* Requested sizes may exceed the device, because managed memory may. This bound prevents an overflow of their sum.
+     */
     if (!holding || request->requested > (1ull << 62) || holding->requested[request->kind] > (1ull << 62))
         return SIM_NOT_ALLOWED;
     struct gpu *gpu = &server.gpus[request->device];
@@ -145,7 +145,7 @@ enum sim_status ledger_take(struct client *client, const struct sim_request *req
     return SIM_OK;
 }
 
-/* Only a broken or lying client gives back more than it holds. It loses its connection, and with it all memory. */
+/* A client that releases more than it holds is defective or hostile. It loses its connection, and so all its memory. */
 bool ledger_give(struct client *client, const struct sim_request *request)
 {
     struct holding *holding = request->kind == SIM_CONTEXT ? NULL : find_holding(client, request);

@@ -1,5 +1,5 @@
-/* Local memory: one area for each context, with room for so many bytes of every thread that the device can have
- * resident at a time. What a context has at its beginning is part of the context's own size. */
+/* Local memory: one area for each context, with room for the same number of bytes of every thread that the device can
+ * run at a time. The area of a new context is part of the context's own size. */
 #include "server/state.h"
 
 #include <cuda.h>

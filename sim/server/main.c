@@ -1,6 +1,5 @@
-/* fgpu-simd: the only process that knows what a simulated GPU holds. It owns the devices, the socket and the lock
- * file, and does not trust its clients. When it ends, every simulated device is gone, as if the driver had been
- * unloaded. */
+/* fgpu-simd: the process with the state of the simulated GPUs. It owns the devices, the socket and the lock file, and
+ * does not trust its clients. When it exits, no simulated device exists any more, as after the driver was unloaded. */
 #include "server/data/models.h"
 #include "server/state.h"
 
@@ -31,8 +30,8 @@ static int fail(const char *what, const char *about)
     return 1;
 }
 
-/* Parses 16GiB or 16384MiB; no other unit is accepted, so that 1000 and 1024 cannot be confused. Returns 0 where it
- * is not a size. */
+/* Parses 16GiB or 16384MiB; no other unit is accepted, so that 1000 and 1024 cannot be confused. Returns 0 if the
+ * text is not a size. */
 static uint64_t parse_size(const char *text)
 {
     char *unit;
@@ -78,8 +77,8 @@ static int listen_at(const char *socket_path)
     return sock;
 }
 
-/* Returns -2 where another server has the lock. The lock says whether a server runs, not the socket: a socket file
- * outlives its server. */
+/* Returns -2 if another server has the lock. The lock shows whether a server runs. The socket does not, because a
+ * socket file outlives its server. */
 static int lock_directory(const char *dir)
 {
     char path[256];
@@ -145,7 +144,7 @@ static void loop(int listener)
                 request_serve(client, events[i].events & (EPOLLHUP | EPOLLERR));
         }
         requests_held_serve();
-        /* Slots are used again only here, where the batch has no event of their last client any more. */
+        /* Slots are reused only here, because the batch has no event of their last client any more. */
         client_sweep();
         if (arrivals) client_accept(listener);
     }
@@ -158,7 +157,7 @@ static int serve(const char *dir)
         return fail("path too long", dir);
     if (make_devices()) return 1;
     setpriority(PRIO_PROCESS, 0, NICE); /* fails without the privilege */
-    /* 0 stands for "no descriptor" in an answer, so that no descriptor of the server may have that number. */
+    /* 0 stands for "no descriptor" in a struct answer, so no descriptor of the server may have that number. */
     if (fcntl(0, F_GETFD) < 0) open("/dev/null", O_RDONLY);
     int lock = lock_directory(dir);
     if (lock < 0) return fail(dir, lock == -2 ? "another server is running here" : strerror(errno));

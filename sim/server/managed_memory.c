@@ -1,5 +1,5 @@
-/* Managed memory that is on a device. The device gives it out in chunks that all processes share, and no process's
- * row shows it. */
+/* Managed memory that is on a device. The device allocates it in chunks that all processes share, and no process's row
+ * shows it. */
 #include "server/state.h"
 
 #define CHUNK (128ull << 20)

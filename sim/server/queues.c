@@ -1,7 +1,7 @@
 /* Streams with kernels that run only together with others, as those of a collective. Each kernel spins on its device
- * until all kernels with its key have come to theirs. When that will be cannot be known in advance, so that the
- * server does the work of such a stream itself, in order. Kernels with one key meet round by round. As with a real
- * kernel, a party that has gone is waited for without end. */
+ * until all kernels with its key have started on their devices. That time cannot be computed in advance, so the server
+ * does the work of such a stream itself, in order. Kernels with one key meet round by round. As with real kernels, the
+ * wait for an exited party never ends. */
 #include "server/state.h"
 
 #define MOST_QUEUES 128
@@ -10,7 +10,7 @@
 #define MOST_PARTIES SIM_MAX_DEVICES
 
 struct member {
-    const struct client *client; /* NULL: the client has gone */
+    const struct client *client; /* NULL: the client has exited */
     uint64_t context;
     uint64_t queued, arrived; /* rounds */
 };
@@ -22,7 +22,7 @@ struct group {
 };
 
 struct item {
-    uint64_t from_ns; /* not before, by the context's clock */
+    uint64_t from_ns; /* the earliest start, by the context's clock */
     uint64_t left_ns;
     struct group *group; /* NULL: the kernel runs alone */
     struct member *member;

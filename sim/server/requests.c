@@ -25,9 +25,9 @@ struct answer {
     enum sim_status status;
     uint32_t count;
     size_t size;       /* of the payload */
-    int file;          /* 0: no descriptor goes with the answer */
+    int file;          /* 0: no descriptor is sent with the answer */
     bool is_ours;      /* the server closes the descriptor when it is sent */
-    const char *wrong; /* not NULL: how the client breaks the protocol */
+    const char *wrong; /* not NULL: how the client violates the protocol */
 };
 
 static struct answer answer_memory(uint32_t device)
@@ -97,7 +97,7 @@ static struct answer answer_share(struct client *client, const struct sim_reques
         break;
     default:
         a.size = 0;
-        a.wrong = share_drop(client, key) ? NULL : "drops what it does not share";
+        a.wrong = share_drop(client, key) ? NULL : "drops memory that it does not share";
     }
     if (a.status) a = (struct answer){.status = a.status};
     return a;
@@ -125,7 +125,7 @@ static struct answer answer_look(const struct client *client, const struct sim_r
     return (struct answer){.size = sizeof payload.time};
 }
 
-/* Returns whether the request asks for memory. */
+/* Returns whether the message requests memory. */
 static bool is_taking(const struct client *client, const struct sim_request *request)
 {
     if (request->op == SIM_RESIDENT) return request->bytes > client->resident[request->device];
@@ -170,7 +170,7 @@ static struct answer answer(struct client *client, const struct sim_request *req
     case SIM_RESIDENT:
         return (struct answer){.status = managed_set(client, request->device, request->bytes)};
     case SIM_GIVE:
-        return (struct answer){.wrong = ledger_give(client, request) ? NULL : "gives back what it does not hold"};
+        return (struct answer){.wrong = ledger_give(client, request) ? NULL : "releases more than it holds"};
     case SIM_CLOSE:
         return (struct answer){.wrong =
                                    teardown_context(client, request) ? NULL : "closes a context that is not its own"};
@@ -245,7 +245,7 @@ void requests_held_serve(void)
     }
 }
 
-/* Returns what recv would, and a descriptor that came with the message, or -1. */
+/* Returns the result of a recv(), and a descriptor that came with the message, or -1. */
 static ssize_t receive(int sock, struct sim_request *request, int *sent)
 {
     union control control = {0};

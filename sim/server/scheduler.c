@@ -1,19 +1,18 @@
 /* Which context runs on a device. As in the real driver, contexts with work alternate, and each change costs time.
  *
- * A context has a clock of its own, which stands still while the context has work and another one runs. A client
- * needs to know only how much time its context has lost so far. Work that begins later, as after a copy, does not
- * count as work before that. Nothing happens by itself: each request brings its device up to now, and all devices
- * where kernels may wait for kernels of another device. Work done, time lost and changes add up to the time that has
- * passed. */
+ * A context has its own clock, which stops while the context has work and another context runs. A client needs only the
+ * amount of time that its context has lost so far. Work that begins later, as after a copy, does not count as work
+ * before that. Nothing happens by itself: each request advances its device to the present, and all devices if kernels
+ * may wait for kernels of another device. Work done, time lost and changes add up to the time that has passed. */
 #include "server/state.h"
 
 #include <string.h>
 
 #define SLICE_NS 2000000u
 #define CHANGE_NS 180000u /* with this, two trainings together reach 91.6 % of one alone on an H200 */
-#define MOST_RUNNERS 256  /* contexts of a device that may have work; any more run as if each were alone */
-#define MOST_STEPS 20000  /* of a look ahead */
-#define MOST_SPANS 8      /* of work that begins later; more are merged */
+#define MOST_RUNNERS 256  /* contexts of a device that may have work; each further context runs as if it were alone */
+#define MOST_STEPS 20000  /* in look_ahead() */
+#define MOST_SPANS 8      /* spans of work that begins later; more are merged */
 #define TICK_NS 50000u    /* how far devices that wait for each other may be apart */
 #define FURTHEST_NS (24ull * 3600 * 1000000000)
 
@@ -24,14 +23,14 @@ struct span {
 struct runner {
     const struct client *client; /* NULL: free */
     uint64_t context;
-    uint64_t lost_ns;              /* real time minus its own */
+    uint64_t lost_ns;              /* real time minus the runner's own time */
     struct span spans[MOST_SPANS]; /* of work, in order and without overlap */
     uint32_t n, queues;            /* the number of spans; of queues that are not empty */
 };
 
 struct timeline {
     uint32_t device;
-    bool is_guess; /* a copy for a look ahead, in which the progress of queues is unknown */
+    bool is_guess; /* a copy for look_ahead(), in which the progress of queues is unknown */
     uint64_t at_ns;
     uint64_t change_until_ns; /* no context runs before this time */
     uint64_t slice_until_ns;
@@ -66,7 +65,7 @@ static uint64_t next_start(const struct timeline *t)
     return next;
 }
 
-/* Returns for how long the context certainly has work, or goes on as it does now. */
+/* Returns for how long the context certainly has work, or stays in its present state. */
 static uint64_t steady_ns(const struct timeline *t, const struct runner *r)
 {
     uint64_t ns = UINT64_MAX / 4;
@@ -86,7 +85,7 @@ static uint32_t next_busy(const struct timeline *t, uint32_t after)
     return t->n;
 }
 
-/* Lets time pass, which all contexts that want the device lose except `runs`. */
+/* Advances the time. All contexts with work except `runs` lose this time. */
 static void pass(struct timeline *t, uint64_t until_ns, uint32_t runs)
 {
     uint64_t passed = until_ns - t->at_ns;
@@ -108,7 +107,8 @@ static void change(struct timeline *t, uint32_t to, bool costs)
     t->slice_until_ns = t->at_ns + (costs ? CHANGE_NS : 0) + SLICE_NS;
 }
 
-/* Runs one context, or a change, until something changes. Taking over from a context without work costs nothing. */
+/* Runs one context, or a change of contexts, until something changes. The change from a context without work takes no
+ * time. */
 static void step(struct timeline *t, uint64_t now)
 {
     uint64_t until = sooner(now, next_start(t));
@@ -129,7 +129,7 @@ static void step(struct timeline *t, uint64_t now)
     uint64_t end = sooner(until, t->at_ns + steady_ns(t, &t->runners[t->owner]));
     if (!alone) end = sooner(end, t->slice_until_ns);
     pass(t, end, t->owner);
-    if (alone) t->slice_until_ns = t->at_ns + SLICE_NS; /* the next context that comes waits for so long */
+    if (alone) t->slice_until_ns = t->at_ns + SLICE_NS; /* the next context with work waits until then */
     if (!alone && t->at_ns == t->slice_until_ns) change(t, next_busy(t, t->owner), true);
 }
 
@@ -140,7 +140,7 @@ static bool has_work(const struct timeline *t)
     return false;
 }
 
-/* Where kernels wait for kernels of another device, all devices proceed together in small steps. */
+/* If kernels wait for kernels of another device, all devices proceed together in small steps. */
 static void all_up_to(uint64_t now)
 {
     uint64_t at = now;
@@ -175,7 +175,7 @@ static struct runner *runner_of(struct timeline *t, const struct client *client,
     return free;
 }
 
-/* Returns the real time at which the clock will show `until`, if no context comes and none goes. */
+/* Returns the real time at which the clock will show `until`, if no context gets or loses work. */
 static uint64_t look_ahead(const struct timeline *now, uint32_t runner, uint64_t until)
 {
     static struct timeline t; /* static: the server answers one request at a time */
@@ -186,7 +186,7 @@ static uint64_t look_ahead(const struct timeline *now, uint32_t runner, uint64_t
         uint64_t before = t.at_ns, clock = clock_of(&t, r);
         if (clock >= until || !(r->n || r->queues)) break;
         step(&t, UINT64_MAX / 2);
-        if (clock_of(&t, r) >= until) return before + (until - clock); /* it ran to there, or had the device alone */
+        if (clock_of(&t, r) >= until) return before + (until - clock); /* it ran until there, or had the device alone */
     }
     return t.at_ns + (until > clock_of(&t, r) ? until - clock_of(&t, r) : 0);
 }

@@ -15,7 +15,7 @@
 
 struct holder {
     struct client *client;
-    uint64_t context; /* to which the memory belongs; 0: to the process */
+    uint64_t context; /* the context to which the memory belongs; 0: it belongs to the process */
     uint32_t refs;
 };
 
@@ -171,7 +171,7 @@ enum sim_status share_open(struct client *client, const uint64_t *key, struct si
     return hand_out(find(key), client, out, file);
 }
 
-/* The inode of a socket is unique while it is open, and it is: the client has just sent it. */
+/* The inode of a socket is unique while the socket is open. It is open, because the client has just sent it. */
 enum sim_status share_import(struct client *client, uint32_t kind, int descriptor, struct sim_share *out, int *file)
 {
     struct stat st;
@@ -226,8 +226,8 @@ bool share_drop(struct client *client, const uint64_t *key)
     return true;
 }
 
-/* Takes more than there is from the device. Bytes that are not reserved any more stay as long as other processes
- * have the pool. */
+/* Takes additional bytes from the device. Bytes that are no longer reserved stay as long as other processes have the
+ * pool. */
 enum sim_status share_resize(struct client *client, const uint64_t *key, uint64_t bytes)
 {
     struct share *share = find(key);
@@ -243,7 +243,7 @@ enum sim_status share_resize(struct client *client, const uint64_t *key, uint64_
     return SIM_OK;
 }
 
-/* The context's memory goes as a whole, whatever else its process has opened. */
+/* Drops the context's shares, and keeps other memory that its process has opened. */
 void shares_leave_context(struct client *client, uint64_t context)
 {
     for (struct share *s = shares; s < shares + SIM_MAX_SHARES; s++) {

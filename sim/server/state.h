@@ -21,7 +21,7 @@ struct identity {
 
 struct holding {
     uint64_t bytes[SIM_KINDS];
-    uint64_t shared[SIM_KINDS]; /* the part of bytes that dropping the share gives back */
+    uint64_t shared[SIM_KINDS]; /* the part of bytes that is released when the share is dropped */
     uint64_t requested[SIM_KINDS];
 };
 
@@ -48,13 +48,13 @@ struct client {
     bool has_ended; /* the process has ended; no request is served any more */
     bool attached;
     bool own_user;          /* the client may ask for the dump */
-    bool is_root;           /* the client may order faults */
-    bool is_stale;          /* the client knows the devices as they were before they were lost */
+    bool is_root;           /* the client may set faults */
+    bool is_stale;          /* the client's descriptions of the devices are older than the loss of the devices */
     uint32_t stale_devices; /* the same for single devices, one bit each */
-    bool met_ecc;           /* an uncorrectable memory error has ended whatever the client computes */
+    bool met_ecc;           /* an uncorrectable memory error has ended the client's work */
     bool is_held;           /* a request of NVML waits for the end of a stall */
     struct sim_request held;
-    struct holding own[SIM_MAX_DEVICES]; /* what belongs to no context */
+    struct holding own[SIM_MAX_DEVICES]; /* memory that belongs to no context */
     uint64_t resident[SIM_MAX_DEVICES];  /* managed memory that is on the device */
     struct context *contexts;
     uint32_t n_contexts, room;
@@ -65,7 +65,7 @@ struct gpu {
     uint64_t used;
     uint64_t driver;   /* the part of used that is in no process's row */
     uint64_t exported; /* the part of driver that several processes may hold */
-    uint64_t resident; /* managed memory of all clients; the device gives it out in whole chunks */
+    uint64_t resident; /* managed memory of all clients; the device allocates it in whole chunks */
     uint64_t n_xids;
     uint32_t xids[SIM_KEPT_XIDS]; /* the last XIDs; number n is at index n modulo SIM_KEPT_XIDS */
 };
@@ -97,7 +97,7 @@ struct fault_order {
     uint32_t device;
 };
 
-/* Sets a fault. fault_set does the same, and does to clients what the fault means for them. */
+/* Sets a fault. fault_set does the same, and applies the fault to clients. */
 void fault_record(uint32_t fault, uint32_t device, uint64_t number);
 /* Returns the first XID of the device after the first `known` of them. */
 struct sim_xid fault_xid(uint32_t device, uint64_t known);
@@ -105,7 +105,7 @@ struct sim_xid fault_xid(uint32_t device, uint64_t known);
 uint64_t fault_nvml_until_ns(void);
 /* Returns how much longer than usual the memory of a process outlives it. */
 uint64_t fault_end_takes_ns(void);
-/* Returns whether NVML does not know how much memory a process uses. */
+/* Returns whether NVML has no value for the memory of a process. */
 bool fault_nvml_is_blind(void);
 bool fault_nvml_is_gone(void);
 bool fault_devices_are_lost(void);
@@ -123,14 +123,14 @@ int fault_send(const char *dir, const char *spec);
 /* ledger.c: the bytes that each client holds on each device */
 
 enum sim_status ledger_attach(struct client *client);
-/* Takes memory, or opens a context. Changes nothing where it fails. */
+/* Takes memory, or opens a context. Changes nothing if it fails. */
 enum sim_status ledger_take(struct client *client, const struct sim_request *request);
-/* Gives memory back. Returns false where the client holds less. */
+/* Releases memory. Returns false if the client holds less. */
 bool ledger_give(struct client *client, const struct sim_request *request);
 /* Returns whether the request names a context of the client on the request's device. */
 bool ledger_has_context(struct client *client, const struct sim_request *request);
 void ledger_close(struct client *client, uint64_t context);
-/* Gives back everything that a client holds except managed memory. */
+/* Releases everything that a client holds except managed memory. */
 void ledger_forget(struct client *client);
 /* Returns whether the device has room for so many bytes more. */
 bool ledger_fits(uint32_t device, uint64_t bytes);
@@ -141,7 +141,7 @@ struct holding *ledger_holding(struct client *client, uint32_t device, uint32_t 
 /* Counts bytes that several processes may hold as memory of no process; ledger_name does the reverse. */
 void ledger_unname(uint32_t device, uint64_t bytes);
 void ledger_name(uint32_t device, uint64_t bytes);
-/* Takes such bytes from the device. Returns false where it has no room. */
+/* Takes such bytes from the device. Returns false if the device has no room. */
 bool ledger_take_unnamed(uint32_t device, uint64_t bytes);
 void ledger_free_unnamed(uint32_t device, uint64_t bytes);
 
@@ -169,7 +169,7 @@ enum sim_status share_import(struct client *client, uint32_t kind, int descripto
 enum sim_status share_export(const struct client *client, const uint64_t *key, bool is_range, int *descriptor);
 /* Sets how many bytes of a pool its maker has reserved. */
 enum sim_status share_resize(struct client *client, const uint64_t *key, uint64_t bytes);
-/* Returns false where the client does not hold the memory. */
+/* Returns false if the client does not hold the memory. */
 bool share_drop(struct client *client, const uint64_t *key);
 void share_export_ends(uint32_t index);
 void shares_leave_context(struct client *client, uint64_t context);
@@ -185,7 +185,7 @@ void meter_leave(const struct client *client);
 /* queues.c: streams with kernels that run only together with others */
 
 bool queues_any(void);
-/* Adds work, and returns its index. Returns 0 where the queue is full, UINT64_MAX where the work is impossible. */
+/* Adds work, and returns its index. Returns 0 if the queue is full, UINT64_MAX if the work is impossible. */
 uint64_t queue_add(const struct client *client, const struct sim_request *request);
 /* Returns the index of the last work that is done; UINT64_MAX: there is no such queue. */
 uint64_t queue_done(const struct client *client, const struct sim_request *request);
@@ -193,12 +193,12 @@ uint64_t queue_done(const struct client *client, const struct sim_request *reque
 uint64_t queues_steady_ns(uint32_t device, const struct client *client, uint64_t context, uint64_t clock_ns);
 /* Runs the queues of a context for `ns`, until clock_ns. Returns how many have work left. */
 uint32_t queues_run(uint32_t device, const struct client *client, uint64_t context, uint64_t clock_ns, uint64_t ns);
-/* Forgets the queues of a context; 0: of all contexts of the client. */
+/* Removes the queues of a context; 0: of all contexts of the client. */
 void queues_leave(const struct client *client, uint64_t context);
 
 /* scheduler.c: which context runs on a device */
 
-/* Brings the device's timeline up to now. */
+/* Advances the device's timeline to the present. */
 void turns_catch_up(uint32_t device);
 struct sim_time turns_work(struct client *client, const struct sim_request *request);
 struct sim_time turns_look(const struct client *client, const struct sim_request *request);
@@ -207,7 +207,7 @@ struct sim_queue turns_look_queue(const struct client *client, const struct sim_
 /* Kills the work of a context; 0: of all contexts of the client. */
 void turns_leave(const struct client *client, uint64_t context);
 
-/* views.c: what a process may know of the others */
+/* views.c: the information about other processes that a process may read */
 
 /* Returns the pid of a client in the pid namespace of another client; 0: it is not visible there. */
 pid_t view_pid(const struct client *of, const struct client *asker);
@@ -219,7 +219,7 @@ uint64_t view_busy_us(uint32_t device);
 
 /* teardown.c */
 
-/* Ends a context. Returns false where it is not the client's. */
+/* Ends a context. Returns false if it is not the client's. */
 bool teardown_context(struct client *client, const struct sim_request *request);
 /* Frees everything that a client holds. */
 void teardown_client(struct client *client);
@@ -233,13 +233,13 @@ void client_process_ends(struct client *client);
 void client_close(struct client *client);
 /* Frees the client and its memory at once. */
 void client_free(struct client *client);
-/* Sets whether the server hears requests. It always hears the end of the connection. */
+/* Sets whether the server reads requests of the client. It always detects the end of the connection. */
 void client_listen(const struct client *client, bool listens);
 /* Frees the closed clients whose free_at_ns has passed. */
 void client_sweep(void);
-/* Returns the milliseconds until the server has to act without an event; -1: it has not to. */
+/* Returns the milliseconds until the server has to act without an event; -1: it need not. */
 int client_timeout_ms(void);
-/* Closes the connection of a client that broke the protocol. */
+/* Closes the connection of a client that violated the protocol. */
 void client_drop(struct client *client, const char *why);
 void clients_lose_devices(void);
 void clients_lose_device(uint32_t device);

@@ -1,4 +1,4 @@
-/* The end of a context and of a client: every part of the server forgets it. */
+/* The end of a context and of a client: every part of the server removes its state. */
 #include "server/state.h"
 
 bool teardown_context(struct client *client, const struct sim_request *request)
@@ -10,7 +10,7 @@ bool teardown_context(struct client *client, const struct sim_request *request)
     return true;
 }
 
-/* Only this gives back the memory of a process that has ended. */
+/* Only this function releases the memory of an exited process. */
 void teardown_client(struct client *client)
 {
     shares_leave(client);

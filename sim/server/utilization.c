@@ -4,7 +4,7 @@
 #include <string.h>
 
 #define SLOT_NS 100000000u
-#define SLOTS 10 /* complete ones, which are shown; one more is being filled */
+#define SLOTS 10 /* complete slots, which are shown; one more is being filled */
 
 struct meter {
     uint64_t slot[SLOTS + 1]; /* the number of the slot, counted since the host's boot */

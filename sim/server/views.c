@@ -1,8 +1,8 @@
-/* What a process may know of the others: NVML's process lists, and the dump for tests. */
+/* The information about other processes that a process may read: NVML's process lists, and the dump for tests. */
 #include "server/state.h"
 
-/* A pid namespace sees its own processes and those of the namespaces below it. Both identities list the namespaces
- * from the server's own downwards. The asker's namespace, where it is an ancestor of the other's, is therefore at
+/* In a pid namespace, its own processes and those of inner namespaces are visible. Both identities list the namespaces
+ * from the server's own downwards. The asker's namespace, if it is an ancestor of the other's, is therefore at
  * the asker's depth. */
 pid_t view_pid(const struct client *of, const struct client *asker)
 {
@@ -80,7 +80,7 @@ static bool is_empty(const struct sim_record *record)
     return !record->contexts && !record->resident;
 }
 
-/* Devices come first, so that they are listed even where there is no room for all processes. */
+/* Devices come first, so that they are listed even if there is no room for all processes. */
 uint32_t view_dump(struct sim_record *out, uint32_t room)
 {
     uint32_t n = 0;

@@ -150,7 +150,7 @@ static void put_process_memory(const struct row *row, char *out, size_t room)
         snprintf(out, room, "%u", smi_mib(row->process->usedGpuMemory));
 }
 
-/* A heading is given only where it differs from the name. */
+/* A heading is given only if it differs from the name. */
 const struct field smi_gpu_fields[] = {
     {"timestamp", NULL, NULL, NULL, put_timestamp},
     {"driver_version", NULL, NULL, NULL, put_driver},

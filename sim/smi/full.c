@@ -1,5 +1,5 @@
-/* `nvidia-smi -q`, as text and as XML: one walk over the facts, two ways to write them. The sections about memory
- * and processes are complete. Of the others there is what people read most, in its place. */
+/* `nvidia-smi -q`, as text and as XML, with the same values in both. The sections about memory and processes are
+ * complete. The other sections have the most used values, at their places. */
 #include "smi/smi.h"
 
 #include <stdarg.h>
@@ -70,7 +70,7 @@ __attribute__((format(printf, 4, 5))) static void line(struct log *log, const ch
     }
 }
 
-/* Prints a number with its unit, or N/A where the board has none. */
+/* Prints a number with its unit, or N/A if the board has none. */
 static void number(struct log *log, const char *label, const char *name, nvmlReturn_t result, double value,
                    const char *unit, int digits)
 {

@@ -112,7 +112,7 @@ int main(int argc, char **argv)
 {
     struct options options = {0};
     if (!parse(argc, argv, &options)) return 255;
-    /* To pmon, -d means seconds; it still shows the processes once. */
+    /* For pmon, -d is a number of seconds. The processes are shown once nevertheless. */
     unsigned parts = options.parts && !options.monitor ? smi_parts(options.parts) : PART_ALL;
     if (!parts) {
         printf("ERROR: Unknown argument to -d: %s\n", options.parts);

@@ -1,4 +1,4 @@
-/* `nvidia-smi pmon -c 1`: processes, how busy they keep the device (-s u) and what they hold of it (-s m). */
+/* `nvidia-smi pmon -c 1`: processes, their utilization of the device (-s u) and their memory (-s m). */
 #include "smi/smi.h"
 
 struct cells {

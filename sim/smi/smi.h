@@ -11,7 +11,7 @@
 #define MAX_GPUS 64
 #define MAX_PROCESSES 1024
 
-/* Every function is looked up by dlsym, as in the real tool: a preloaded library that replaces dlsym must have its
+/* Every function is looked up by dlsym, as in the real tool, so that a preloaded library that replaces dlsym has its
  * effect here too. */
 #define NVML_FUNCTIONS(X)                                                                                              \
     X(nvmlInitWithFlags)                                                                                               \
@@ -103,7 +103,7 @@ enum {
     PART_PIDS = 128,
     PART_ALL = 256, /* those, and the sections that belong to none of them */
 };
-unsigned smi_parts(const char *names); /* returns 0 where a name is unknown */
+unsigned smi_parts(const char *names); /* returns 0 if a name is unknown */
 int smi_full(bool xml, unsigned parts);
 
 /* monitor.c */

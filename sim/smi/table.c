@@ -81,7 +81,7 @@ static void print_process(unsigned index, const nvmlProcessInfo_t *process)
     size_t length = strlen(name);
     if (process->usedGpuMemory != (unsigned long long)NVML_VALUE_NOT_AVAILABLE)
         snprintf(memory, sizeof memory, "%uMiB", smi_mib(process->usedGpuMemory));
-    /* The end of a long path says more than its beginning. */
+    /* The end of a long path is more useful than its beginning. */
     printf("|%5u   N/A  N/A%16u      C   %s%-*.*s%10s |\n", index, process->pid, length > 36 ? "..." : "",
            length > 36 ? 33 : 36, length > 36 ? 33 : 36, length > 36 ? name + length - 33 : name, memory);
 }

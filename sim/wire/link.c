@@ -8,8 +8,8 @@
 #include <sys/un.h>
 #include <unistd.h>
 
-/* Called with the lock. A server that is gone stays gone for this process: its memory is gone too, as after the
- * driver was unloaded. */
+/* Called with the lock. After the server has exited, this process never connects again, because its memory does not
+ * exist any more, as after the driver was unloaded. */
 static void drop(struct link *link)
 {
     if (link->sock >= 0) close(link->sock);

@@ -19,12 +19,12 @@ struct link {
         PTHREAD_MUTEX_INITIALIZER, -1, 0                                                                               \
     }
 
-/* Returns 0 and the number of devices, or -1 where there is no server. */
+/* Returns 0 and the number of devices, or -1 without a server. */
 int link_open(struct link *link, const char *dir, uint32_t *n_devices);
 void link_close(struct link *link);
 
-/* Sends a request and waits for the reply. Returns the server's status, or -1 where the server is gone. `reply` may
- * be NULL. What exceeds `room` bytes of the payload is lost. */
+/* Sends a request and waits for the reply. Returns the server's status, or -1 without a server. `reply` may be NULL.
+ * The payload is cut to `room` bytes. */
 int link_call(struct link *link, struct sim_request request, struct sim_reply *reply, void *payload, size_t room);
 
 /* Does the same with a descriptor. `*file` is sent (-1: none), and the caller keeps it. The descriptor that comes

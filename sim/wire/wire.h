@@ -11,8 +11,8 @@
 #define FGPU_SIM_DIR "/run/fgpu-sim"
 #endif
 #define SIM_SOCKET_NAME "driver"
-/* Every CUDA program has this file open besides, as it has the real driver's device nodes. Tools on the host
- * recognise by the name that a process has descriptors of the driver. */
+/* Every CUDA program also has this file open, as it has the real driver's device nodes. Tools on the host recognise by
+ * the name that a process has descriptors of the driver. */
 #define SIM_NODE_NAME "nvidiactl"
 
 #define SIM_MAGIC 0x66677332u /* "fgs2": the digit is the version */
@@ -35,8 +35,8 @@ enum sim_op {
     SIM_HELLO,      /* reply.count = devices */
     SIM_DEVICE,     /* struct sim_device */
     SIM_ATTACH,     /* cuInit */
-    SIM_TAKE,       /* takes bytes of a kind; kind context: the server knows how many */
-    SIM_GIVE,       /* gives bytes of a kind back */
+    SIM_TAKE,       /* takes bytes of a kind; kind context: the server has the number of bytes */
+    SIM_GIVE,       /* releases bytes of a kind */
     SIM_CLOSE,      /* ends a context with everything in it */
     SIM_MEMORY,     /* struct sim_memory */
     SIM_PROCESSES,  /* reply.count x struct sim_process, those that the client may see */
@@ -47,11 +47,11 @@ enum sim_op {
     SIM_EXPORT,     /* context, requested = a key; returns a descriptor that stands for the memory */
     SIM_IMPORT,     /* sends such a descriptor, of memory of the kind; struct sim_share, and the file */
     SIM_DROP,       /* context, requested = a key; drops one reference of the client */
-    SIM_FAULT,      /* kind = enum sim_fault, bytes = its number, device where it has one; only root may */
+    SIM_FAULT,      /* kind = enum sim_fault, bytes = its number, device if it has one; only for root */
     SIM_LOOK,       /* requested = a time of the context's clock; struct sim_time */
     SIM_QUEUE,      /* work as in SIM_WORK, in a queue, after what is there; struct sim_queue */
     SIM_LOOK_QUEUE, /* struct sim_queue */
-    SIM_XID,        /* requested = how many XIDs of the device the client knows; struct sim_xid */
+    SIM_XID,        /* requested = how many XIDs of the device the client has read; struct sim_xid */
     SIM_RESIZE,     /* context, requested = the key of a pool of the client; bytes = what the pool has reserved now */
     SIM_SET_LOCAL,  /* bytes = local memory of each thread that the context has room for from now on */
     SIM_RESIDENT,   /* bytes = managed memory of the process that is on the device from now on */
@@ -73,7 +73,7 @@ enum sim_kind {
     SIM_KINDS,
 };
 
-/* Programs ask for the kinds before this one by a size. The driver takes the others by itself. */
+/* Programs request memory of the kinds before this one by a size. The driver takes the others by itself. */
 #define SIM_ASKED SIM_LOCAL
 
 enum sim_status { SIM_OK, SIM_NO_MEMORY, SIM_NO_DEVICE, SIM_NOT_ALLOWED, SIM_LOST, SIM_ECC };
@@ -88,16 +88,16 @@ enum sim_status { SIM_OK, SIM_NO_MEMORY, SIM_NO_DEVICE, SIM_NOT_ALLOWED, SIM_LOS
 enum sim_fault {
     SIM_FAULT_RESET,        /* ends all faults */
     SIM_FAULT_NVML_STALL,   /* NVML gets no answer for this many milliseconds from now */
-    SIM_FAULT_NVML_NA,      /* NVML does not know what a process uses */
+    SIM_FAULT_NVML_NA,      /* NVML has no value for a process's memory */
     SIM_FAULT_ALLOC_FAIL,   /* every n-th allocation fails */
-    SIM_FAULT_MIG,          /* devices that can are in MIG mode, for NVML of processes that start from now on */
-    SIM_FAULT_SLOW_END,     /* memory outlives its process by this many milliseconds, as where many processes end */
+    SIM_FAULT_MIG,          /* devices that support it are in MIG mode, for NVML of processes that start from now on */
+    SIM_FAULT_SLOW_END,     /* memory outlives its process by this many milliseconds, as if many processes ended */
     SIM_FAULT_DEVICE_RESET, /* processes lose the devices that they use; NVML finds them when initialised again */
     SIM_FAULT_DEVICE_LOST,  /* the same, and NVML finds no device until all faults end */
-    SIM_FAULT_XID,          /* one device reports this XID and goes on; the end of all faults does not take it back */
-    SIM_FAULT_ECC,          /* processes that use the devices get no more memory, and keep what they have */
-    SIM_FAULT_NVML_GONE,    /* NVML finds no device until all faults end, and is then initialised again; CUDA goes on */
-    SIM_FAULT_ONE_LOST,     /* one device is lost until all faults end; the others go on */
+    SIM_FAULT_XID, /* one device reports this XID and continues to work; the end of all faults does not revoke it */
+    SIM_FAULT_ECC, /* processes that use the devices get no more memory, and keep what they have */
+    SIM_FAULT_NVML_GONE, /* NVML finds no device until all faults end, and is then initialised again; CUDA works */
+    SIM_FAULT_ONE_LOST,  /* one device is lost until all faults end; the others work */
     SIM_FAULTS,
 };
 
@@ -107,8 +107,8 @@ struct sim_request {
     uint32_t device;
     uint32_t kind;
     uint64_t context;   /* the client's choice; 0 = the memory belongs to the process, not to a context */
-    uint64_t bytes;     /* what the device loses */
-    uint64_t requested; /* what the program asked for, in bytes */
+    uint64_t bytes;     /* bytes that are taken from the device */
+    uint64_t requested; /* bytes that the program requested */
     uint32_t flags;
     uint32_t parties; /* SIM_QUEUE: how many kernels, each on its own device, run only together; 0: it runs alone */
     uint64_t key;     /* which kernels these are */
@@ -130,13 +130,13 @@ struct sim_memory {
     uint64_t busy_us;  /* the time that kernels ran in the last second, at most 1,000,000 */
 };
 
-/* A context's clock stands still while the context has work and another context has the device. */
+/* A context's clock stops while the context has work and another context has the device. */
 struct sim_time {
     uint64_t at_ns;       /* now; all real times are those of CLOCK_MONOTONIC */
     uint64_t lost_ns;     /* how far the context's clock is behind */
     uint64_t done_ns;     /* by that clock: when the work will be done, or the time in the request */
     uint64_t expected_ns; /* the real time at which that is expected */
-    uint32_t is_shared;   /* other contexts have work too, so that it may be sooner or later */
+    uint32_t is_shared;   /* other contexts have work too, so the real time may differ */
     uint32_t spare;
 };
 
@@ -147,14 +147,14 @@ struct sim_queue {
     uint64_t done;           /* the index of the last work that is done */
 };
 
-/* A process that knows the key may open the memory. The key is too long to be guessed. */
+/* A process that has the key may open the memory. The key is too long to be guessed. */
 struct sim_share {
     uint64_t key[2];
     uint64_t bytes;
     uint32_t device, kind;
 };
 
-/* The first XID of a device that the client does not know and the server still has. */
+/* The first XID of a device that the client has not read and the server still has. */
 struct sim_xid {
     uint64_t count;  /* how many there were in all */
     uint64_t number; /* its own number, from 1 on */
@@ -208,7 +208,7 @@ struct sim_device {
     uint64_t memory_total;
     uint64_t memory_reserved;
     uint64_t context_bytes;
-    uint64_t context_overhead; /* what a context takes besides, in no process's row */
+    uint64_t context_overhead; /* what a context takes in addition, in no process's row */
     uint64_t overhead;         /* the same, while any process is initialised */
     uint64_t bar1_bytes;
     int32_t attributes[SIM_ATTRIBUTES]; /* by CUdevice_attribute */

@@ -1,11 +1,13 @@
 /*
- * attacker DRIVER SHIM PAGE WAY TIMES SEED: calls the probe symbols as no shim would, from inside a level. PAGE is a
- * descriptor of the level's usage page; `ready` is said when its own memory is taken, then a line of what came of it.
+ * attacker DRIVER SHIM PAGE WAY TIMES SEED: a process in a level that calls the probe symbols with arguments that no
+ * shim uses. PAGE is a descriptor of the level's usage page. The process first allocates HELD bytes. After TIMES calls
+ * it prints a number, which depends on WAY:
  *
- * flood   asks for more than the limit                      -> refused
- * sizes   asks for absurd sizes, in every kind              -> admitted
- * noise   calls every probe symbol with any arguments,      -> calls, and looks at which `used` was less than it holds
- *         and frees what it has not, or the driver refuses
+ * flood   requests more than the limit                        -> how many requests were refused
+ * sizes   requests impossible sizes of every kind of memory   -> how many requests were not refused
+ * noise   calls probe symbols with any arguments, frees       -> after how many calls `used` was less than HELD
+ *         memory that it does not have, and makes frees
+ *         that the driver refuses
  */
 #include <dlfcn.h>
 #include <stdio.h>
@@ -77,7 +79,7 @@ static void call_any(void)
         give_back(0, any_size(), FGPU_POOL, any());
         break;
     case 3:
-        set(1, 0, 0); /* the driver refuses: a double free, another process's memory */
+        set(1, 0, 0); /* the driver refuses the free: as a double free, or of another process's memory */
         free_it(any() % 2 ? POINTER : any());
         break;
     default:
@@ -121,6 +123,6 @@ int main(int argc, char **argv)
     long found = *argv[4] == 'f' ? flood(times) : *argv[4] == 's' ? sizes(times) : noise(times);
     printf("%ld\n", found);
     fflush(stdout);
-    getchar(); /* looked at, until then */
+    getchar(); /* wait, so that the test can read the ledger */
     return 0;
 }

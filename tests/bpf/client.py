@@ -193,7 +193,7 @@ def array_destroy(handle, code=0):
 
 
 def fork():
-    """Fork a child that answers instead of this process until it exits."""
+    """Fork a child that runs the lines in place of this process until the child exits."""
     pid = os.fork()
     if pid:
         os.waitpid(pid, 0)

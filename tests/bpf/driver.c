@@ -1,6 +1,6 @@
 /*
- * A libcuda that does as it is told: what each call answers lies in exported variables, and `inside` is called in the
- * middle of it. For tests of the kernel side alone, which need failures, reused pointers and calls that never return.
+ * A libcuda whose results the test sets: each call returns the values of exported variables, and calls `inside` before
+ * it returns. For tests of the kernel's side alone, which need failures, reused pointers and calls that never return.
  */
 #define _GNU_SOURCE
 #include <fcntl.h>
@@ -98,7 +98,7 @@ static void *allocate_managed_and_end(void *bytes)
     cuMemAllocManaged(&p, (uint64_t)bytes, 1);
     return 0;
 }
-/* A thread ends while the driver is at its call. */
+/* Ends a thread during its call of the driver. */
 void thread_ends_inside(uint64_t n, int managed)
 {
     pthread_t thread;
@@ -106,8 +106,8 @@ void thread_ends_inside(uint64_t n, int managed)
     pthread_join(thread, 0);
 }
 
-/* A child that has this address space, or a copy of it. Orders come by the FIFO `orders`: a: it takes child_bytes; e:
- * it executes another program; x: it ends. */
+/* Runs a child that has this address space, or a copy of it. It reads orders from the FIFO `orders`: a: allocate
+ * child_bytes; e: execute another program; x: exit. */
 static uint64_t child_bytes, child_pointer;
 static int obey(void *orders)
 {
@@ -143,7 +143,7 @@ static void other_thread_allocates(void)
     pthread_create(&thread, 0, allocate_reused, (void *)other_bytes);
     pthread_join(thread, 0);
 }
-/* Frees p; while the driver is at it, another thread is given the same pointer for `bytes`. */
+/* Frees p. During this call of the driver, another thread allocates `bytes` and gets the same pointer. */
 void free_while_reused(uint64_t p, uint64_t bytes)
 {
     reused = p, other_bytes = bytes;
@@ -156,7 +156,7 @@ static void *sleep_long(void *unused)
 {
     for (;;) pause();
 }
-/* The leader goes; another thread stays and keeps the process alive. */
+/* Ends the first thread of the process. Another thread keeps the process alive. */
 void leave_leader(void)
 {
     pthread_t thread;
@@ -164,7 +164,7 @@ void leave_leader(void)
     syscall(SYS_exit, 0);
 }
 
-/* Allocations from `first` on, a byte each; answers how many. */
+/* Allocates one byte at each of n pointers from `first` on. Returns n. */
 uint64_t allocate_many(uint64_t first, uint64_t n)
 {
     uint64_t p;
@@ -180,12 +180,13 @@ void free_many(uint64_t first, uint64_t n)
     for (uint64_t i = 0; i < n; i++) cuMemFree_v2(first + i);
 }
 
-/* Threads, or processes, each of which is seen once by a probe and then waits; answers when all are there. */
+/* Threads or processes that make one request, so that each gets an entry, and then wait. gather() returns when all have
+ * made their request. */
 struct gathering {
     _Atomic uint64_t there;
     _Atomic int dispersed;
 };
-static struct gathering *here; /* of parent and children */
+static struct gathering *here; /* shared by the parent and its children */
 static void be_seen(void)
 {
     admit(0, 0, 3, 77);
@@ -194,7 +195,7 @@ static void be_seen(void)
 }
 static void *be_seen_as_a_thread(void *unused) { return be_seen(), unused; }
 
-/* The pids of the crowd before, as long as they are not reaped, are too many for another. */
+/* Repeats a fork that fails: until the previous crowd's processes are reaped, there are too few pids for this one. */
 static void fork_to_be_seen(void)
 {
     int waits = 0, pid;
@@ -237,7 +238,7 @@ void disperse(void)
     for (uint64_t i = 0; i < crowd_size; i++) pthread_join(crowd[i], 0);
 }
 
-/* Retains and releases the primary context in several threads at once. */
+/* One of several threads that retain and release the primary context at the same time. */
 static void *retain_and_release(void *times)
 {
     uint64_t c;
@@ -267,7 +268,7 @@ static void other_thread_releases(void)
     pthread_create(&thread, 0, release_primary, 0);
     pthread_join(thread, 0);
 }
-/* While the driver is at it, another thread gives back the reference that there was. */
+/* Retains the primary context. During this call of the driver, another thread releases the only earlier reference. */
 int retain_while_released(int code)
 {
     uint64_t c;

@@ -2,7 +2,8 @@
  * liar DRIVER PAGE TIMES SEED: a tenant whose second thread overwrites the pointer or handle that a call of the
  * driver returned, before the return probe reads it. PAGE is a descriptor of the level's usage page.
  *
- * Prints after how many calls less was charged than the driver library had given, and how much that is in the end.
+ * Prints after how many calls fewer bytes were charged than the driver library had allocated and not freed, and this
+ * number of bytes after the last call.
  */
 #include <dlfcn.h>
 #include <pthread.h>
@@ -21,9 +22,9 @@ static struct {
     enum kind kind;
     __u64 name, bytes;
     int handles, mapped, exported;
-} live[MOST]; /* what the driver library has given */
+} live[MOST]; /* allocations of the driver library */
 static int count;
-static __u64 state, names = NAMES, lost; /* lost: exported, and given back by this process */
+static __u64 state, names = NAMES, lost; /* lost: bytes that were exported and that this process has freed */
 
 static int (*allocate)(__u64 *, __u64), (*allocate_managed)(__u64 *, __u64, unsigned), (*free_pointer)(__u64);
 static int (*create)(__u64 *, __u64, const void *, __u64), (*release)(__u64);
@@ -33,7 +34,7 @@ static int (*make_array)(__u64 *, const void *), (*destroy_array)(__u64);
 static void (*set)(int, __u64, __u64);
 static const volatile struct fgpu_usage_page *page;
 
-static volatile __u64 given, lie, told; /* 0: no lie is told */
+static volatile __u64 given, lie, told; /* lie: the value that replaces the returned one; 0: none */
 static void *overwrite(void *unused)
 {
     for (;;) {
@@ -78,7 +79,7 @@ static void take(void)
     count++;
 }
 
-/* The driver library frees what nothing refers to any more; what is exported stays on the device. */
+/* Removes an allocation without references, which the driver library has freed. Exported memory stays on the device. */
 static void drop(int at)
 {
     if (live[at].handles || live[at].mapped) return;
@@ -179,6 +180,6 @@ int main(int argc, char **argv)
     }
     printf("%ld %lld\n", below, held());
     fflush(stdout);
-    getchar(); /* looked at, until then */
+    getchar(); /* wait, so that the test can read the ledger */
     return 0;
 }

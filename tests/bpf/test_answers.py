@@ -160,7 +160,7 @@ def test_orphans_of_a_neighbour_in_the_group_leave_a_patient_refusal_uncounted(k
     assert ask(kernel, one, 79 * MIB, patient=True) == REFUSED
     assert (leaf.usage().refused, group.usage().refused) == (0, 0)
     assert ask(kernel, one, 80 * MIB, patient=True) == REFUSED
-    assert (leaf.usage().refused, group.usage().refused) == (1, 0), "its own level has no orphans"
+    assert (leaf.usage().refused, group.usage().refused) == (1, 0), "only the group has orphans"
 
 
 # -- the peak of a process

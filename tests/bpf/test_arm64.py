@@ -26,7 +26,7 @@ LOAD_8, LOAD_POINTER = 0x79, 0x18
 REGISTERS = {112: 0, 104: 8, 96: 16, 88: 24, 72: 32}
 
 pytestmark = pytest.mark.skipif(
-    platform.machine() != "x86_64", reason="all other tests here are of this machine's kind"
+    platform.machine() != "x86_64", reason="on arm64, all other tests here run these programs"
 )
 
 

@@ -33,7 +33,7 @@ def test_memory_allocated_by_an_unknown_library_is_charged(kernel, level, other)
     other(f"create(7, {6 * MIB})")
     other(f"admit({8 * MIB})")
     other(f"alloc(0x2000, {8 * MIB}, code=2)")
-    assert level.used == 10 * MIB, "a call that failed took nothing"
+    assert level.used == 10 * MIB, "a failed call is charged nothing"
 
 
 @pytest.mark.parametrize(
@@ -120,7 +120,7 @@ def test_an_unknown_library_ends_no_context(kernel, level, other, held, end):
     assert (entry.contexts[0], entry.managed[0], entry.overhead[0]) == (1, 3 * MIB, CONTEXT)
     other("host()")
     other("primary_release()")
-    assert (level.used, level.orphaned) == (4 * MIB, 0), "it was the last one all along"
+    assert (level.used, level.orphaned) == (4 * MIB, 0), "the context was still the last one"
 
 
 def test_a_context_ended_by_an_unknown_library_still_counts(kernel, level, other, held):

@@ -147,7 +147,7 @@ def test_a_sweep_holds_only_a_part_of_all_entries_in_memory(kernel, level, clien
     finally:
         tracemalloc.stop()
     assert entries(kernel, level) == 20000
-    assert most <= MIB, "some 200 bytes of each"
+    assert most <= MIB, "about 200 bytes for each entry"
 
 
 def test_reads_of_the_ledger_leave_no_cyclic_garbage(kernel, level, client):
@@ -188,11 +188,11 @@ def gathered(level: Level, client: Client, shared: abi.Shared) -> Client:
 def test_a_process_beyond_the_bound_is_refused_and_counted_by_reason(kernel, gathered, level, shared):
     assert entries(kernel, level, shared) == PARTS[shared]
     assert gathered(f"admit({MIB})") == REFUSED
-    assert gathered(f"admit({MIB}, kind=1)") == REFUSED, "nor pool bytes: there is no process to charge"
+    assert gathered(f"admit({MIB}, kind=1)") == REFUSED, "pool bytes are refused too: the process has no entry"
     assert reasons(kernel, level) == {(kind, abi.Reason.ENTRIES): 1 for kind in (0, 1)}
     assert (level.used, level.usage().refused) == (0, 2)
     assert gathered(f"admit({MIB}, device=17)") == REFUSED
-    assert len(reasons(kernel, level)) == 2, "no device of that number"
+    assert len(reasons(kernel, level)) == 2, "a refusal on an unknown device is not counted"
 
 
 def test_a_crowd_does_not_affect_its_neighbour(kernel, gathered, make_level, make_client, shared):
@@ -226,7 +226,7 @@ def test_memory_of_a_surplus_process_is_charged_when_nvml_reports_it(kernel, gat
     gathered(f"alloc(0x1000, {4 * MIB})")
     assert (level.used, anomalies(kernel)["FULL"]) == (0, before + 1)
     if gathered.entry(kernel) is None:
-        assert kernel.ledger.move(gathered.pid, 0, (level.cgroup,)), "the agent's word counts beyond the part"
+        assert kernel.ledger.move(gathered.pid, 0, (level.cgroup,)), "the agent may add entries beyond the level's part"
         assert entries(kernel, level, shared) == PARTS[shared] + 1
     process = gathered.entry(kernel)
     assert kernel.ledger.overhead(gathered.pid, process.generation, 0, 4 * MIB, process.changes)
@@ -287,7 +287,7 @@ def test_the_end_of_a_call_counts_for_the_process_that_began_it(kernel, level, c
     assert kernel.ledger.move(client.pid, client.entry(kernel).generation, ())
     assert kernel.ledger.move(client.pid, 0, (level.cgroup,))
     assert client.process.stdout.readline() == "0\n"
-    assert level.used == 0, "NVML tells of it"
+    assert level.used == 0, "the agent charges this memory when NVML shows it"
     client("free(0x1000)")
     assert (level.used, client.entry(kernel).late, anomalies(kernel)["RELEASE"]) == (0, False, before)
     client(f"alloc(0x1000, {6 * MIB})")
@@ -331,7 +331,7 @@ def test_levels_of_one_owner_share_one_part(kernel, make_level, make_client, own
     assert sum(found) == share_of(kernel, owner, shared) == 3 * each
     assert clients[3](f"admit({MIB})") == REFUSED
     assert reasons(kernel, levels[3]) == {(0, abi.Reason.ENTRIES): 1}
-    assert make_client(make_level(1024 * MIB))(f"admit({MIB})") == ADMITTED, "of another owner"
+    assert make_client(make_level(1024 * MIB))(f"admit({MIB})") == ADMITTED, "another owner has room"
     for client in clients:
         client.kill()
     wait_until(lambda: share_of(kernel, owner, shared) == 0)

@@ -118,7 +118,7 @@ def test_a_page_counts_requests_that_met_an_uncommitted_group(level, make_level,
     assert [undecided(kernel, leaf, device) for device in (0, 1)] == [2, 0]
     level.limit(8 * MIB)
     assert inside(f"admit({5 * MIB})") == abi.Verdict.REFUSED
-    assert undecided(kernel, leaf, 0) == 2, "that was the limit"
+    assert undecided(kernel, leaf, 0) == 2, "this refusal is by the committed limit"
 
 
 def test_a_would_be_refusal_of_observe_is_reported(events, level, client):
@@ -257,7 +257,7 @@ def test_a_full_ring_counts_the_lost_events(kernel, events, make_level, client):
         assert moves < 100_000
     told = [e for e in events.read() if e.path]
     sent, rate, full = (now - was for now, was in zip(fates(kernel), before, strict=True))
-    assert len(told) <= sent, "others of this host may have been sent events too"
+    assert len(told) <= sent, "the count includes events of other workloads"
     assert len(told) + rate + full >= moves
     (one.path / "cgroup.procs").write_text(str(client.pid))
     assert one.path.name in [os.path.basename(e.path) for e in events.read()]
@@ -393,7 +393,7 @@ def test_the_end_of_a_process_with_a_context_is_reported_at_once(bell, level, cl
         os.kill(client.pid, signal.SIGKILL)
     else:
         client.send("cuda.leave_leader()")
-        assert not is_rung(bell, 0.2), "its other threads live"
+        assert not is_rung(bell, 0.2), "another thread of the process is alive"
         os.kill(client.pid, signal.SIGKILL)
     assert is_rung(bell, 5.0)
     (event,) = bell.read()

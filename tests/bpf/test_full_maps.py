@@ -107,7 +107,7 @@ def counted(kernel) -> Iterator[None]:
 @pytest.mark.parametrize("name", ["threads", "processes"])
 def test_a_process_without_room_for_its_entry_is_not_admitted(kernel, counted, level, client, name):
     with full(kernel, name):
-        assert client(f"admit({4 * MIB})") is None, "no answer: the shim refuses"
+        assert client(f"admit({4 * MIB})") is None, "the kernel gives no verdict"
         client(f"alloc(0x1000, {4 * MIB})")  # a bypass, which NVML shows
         assert level.used == 0
     assert client(f"admit({4 * MIB})") == ADMITTED

@@ -63,7 +63,7 @@ def test_a_limit_is_in_force_while_the_kernel_waits_for_programs(kernel, ledger,
     one(f"alloc(0x1000, {6 * MIB})")
     assert (level.used, level.usage().limit) == (6 * MIB, 8 * MIB)
     assert one(f"admit({4 * MIB})") == abi.Verdict.REFUSED
-    assert (seen, len(held_threads())) == ([], 2), "the place, and the cgroup"
+    assert (seen, len(held_threads())) == ([], 2), "one thread for the slot and one for the cgroup"
     grace.set()
     ledger.close()
     assert (seen, held_threads()) == ([{level.cgroup}], [])
@@ -153,7 +153,7 @@ def held_lookers(monkeypatch):
 
     def refusing(call, *kinds):
         def look(fd, *rest):
-            assert bpf.form(fd).map_type not in kinds, "held at each look"
+            assert bpf.form(fd).map_type not in kinds, "a lookup in a map of maps"
             return call(fd, *rest)
 
         return look

@@ -275,7 +275,7 @@ def test_a_call_that_allocates_nothing_settles_no_admission(kernel, level, clien
     client(f"admit({4 * MIB})")
     client(f"map_(0x100000, {2 * MIB}, 7)")
     client(f"admit({6 * MIB})")
-    assert (level.used, client.entry(kernel).overhead[0]) == (12 * MIB, 4 * MIB), "nothing has settled the one before"
+    assert (level.used, client.entry(kernel).overhead[0]) == (12 * MIB, 4 * MIB), "the earlier admission is unsettled"
     client(f"alloc(0x1000, {6 * MIB})")
     client("free(0x1000)")
     client(f"unmap(0x100000, {2 * MIB})")
@@ -678,7 +678,7 @@ def test_a_process_is_not_quiet_from_an_admission_to_the_end_of_its_call(kernel,
     client(f"alloc(0x1000, {4 * MIB})")
     assert quiet(kernel, client)
     client(f"admit({2048 * MIB})")
-    assert quiet(kernel, client), "refused: there is nothing to wait for"
+    assert quiet(kernel, client), "a refused request has no call to wait for"
     client(f"admit({4 * MIB})")
     client(f"admit({2048 * MIB})")  # this admission replaces the previous one
     assert quiet(kernel, client)
@@ -719,7 +719,7 @@ def test_a_removed_page_charges_no_process(kernel, make_level, make_client):
     one = make_client(first)
     one(f"alloc(0x1000, {4 * MIB})")
     kernel.ledger.remove([first.cgroup])  # its process was not moved
-    assert one(f"admit({MIB})") is None, "there is no answer"
+    assert one(f"admit({MIB})") is None, "a process without a page gets no verdict"
     second = make_level(1024 * MIB)  # it gets the freed slot
     one(f"alloc(0x2000, {6 * MIB})")
     one("free(0x1000)")

@@ -55,7 +55,7 @@ def test_a_release_that_was_late_for_a_move_is_corrected(kernel, two, make_clien
 
     change(kernel, one, release_late)
     assert one.entry(kernel).late
-    assert (first.used, second.used) == (0, 10 * MIB), "held until the agent looks"
+    assert (first.used, second.used) == (0, 10 * MIB), "the late charge stays until the agent's correction"
     move(kernel, one, second)
     assert (first.used, second.used) == (0, 6 * MIB)
     assert not one.entry(kernel).late

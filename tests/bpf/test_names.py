@@ -1,6 +1,6 @@
 """Two charges with one name (pointer or handle), after an unrecorded free or a pointer that a tenant overwrote.
 
-Whatever the tenant does, no free by that name releases more than the driver library frees.
+No free by that name releases more than the driver library frees, for any calls of the tenant.
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ def test_exported_memory_whose_name_is_reused_is_orphaned_once(level, client):
     client(f"alloc(0x1000, {6 * MIB})")
     assert level.orphaned == 4 * MIB
     client("primary_release()")
-    assert (level.used, level.orphaned) == (4 * MIB, 4 * MIB), "the rest went with the context"
+    assert (level.used, level.orphaned) == (4 * MIB, 4 * MIB), "all other memory was freed with the context"
 
 
 def test_a_handle_without_an_entry_survives_the_context(kernel, level, client):
@@ -180,5 +180,5 @@ def test_no_forged_name_reduces_the_charge_below_the_driver_s_bytes(kernel, make
         child.kill()
     assert level.orphaned >= given
     after = anomalies(kernel)
-    assert after["STALE"] - before["STALE"] > scale(10, 100, 1000), "lies that the kernel believed"
+    assert after["STALE"] - before["STALE"] > scale(10, 100, 1000), "too few forged names were recorded"
     assert after["RELEASE"] == before["RELEASE"]

@@ -65,7 +65,7 @@ def test_only_the_first_of_several_orphans_is_reported(events, level, client, ma
     for each in (client, other):
         each.kill()
     told = of(events, level, News.ORPHANED)
-    assert 1 <= len(told) <= 2, "the second, where it ends more than 2 ms later"
+    assert 1 <= len(told) <= 2, "a second report is possible if the second process exits more than 2 ms later"
     assert (told[0].bytes, told[0].device) == (8 * MIB, 0)
 
 
@@ -90,7 +90,7 @@ def test_a_process_that_executes_another_program_leaves_an_orphan_and_starts_aga
     client(f"alloc(0x2000, {2 * MIB})")
     second = client.entry(kernel).generation
     client("free(0x1000)")
-    assert (level.used, level.orphaned) == (10 * MIB, 8 * MIB), "the pointer was another program's"
+    assert (level.used, level.orphaned) == (10 * MIB, 8 * MIB), "the pointer belonged to the previous program"
     client.kill()
     found = [(orphan.tgid, orphan.generation, orphan.bytes) for orphan in level.orphans()]
     assert found == [(client.pid, first, 8 * MIB), (client.pid, second, 2 * MIB)]
@@ -110,10 +110,10 @@ def test_an_orphan_is_released_in_parts_and_never_beyond_its_size(kernel, level,
     assert page_of(kernel, level).orphans == 1
     assert kernel.ledger.orphans.let_go(orphan, 99 * MIB)
     assert (level.used, level.orphaned, level.orphans()) == (0, 0, [])
-    assert page_of(kernel, level).orphans == 1, "it stays while its process may add to it"
+    assert page_of(kernel, level).orphans == 1, "the entry stays while its process may add to it"
     forget_empty(kernel)
     assert page_of(kernel, level).orphans == 0
-    assert not kernel.ledger.orphans.let_go(orphan, 1), "it is gone"
+    assert not kernel.ledger.orphans.let_go(orphan, 1), "the entry was removed"
 
 
 def test_released_memory_can_be_allocated_by_other_processes(kernel, make_level, make_client):
@@ -150,7 +150,7 @@ def test_bytes_without_an_entry_are_released_and_never_more_than_charged(kernel,
     assert (level.used, level.orphaned) == (5 * MIB, 5 * MIB)
     assert kernel.ledger.orphans.of_level(level.cgroup)[0] == 5 * MIB
     level.let_go()
-    assert (level.used, level.orphaned) == (0, 0), "the entry has more than the level by now"
+    assert (level.used, level.orphaned) == (0, 0), "the entry has more bytes than the level"
 
 
 def test_the_time_of_a_comparison_is_written_to_the_page(kernel, level):
@@ -200,7 +200,7 @@ def test_the_age_of_an_orphan_starts_again_after_all_its_bytes_were_released(ker
         (orphan,) = level.orphans()
         assert (orphan.bytes, orphan.since_ns > before) == (8 * MIB, True)
         level.let_go()
-    assert page_of(kernel, level).orphans == 1, "the entry of a process that lives"
+    assert page_of(kernel, level).orphans == 1, "the entry of a live process stays"
 
 
 def test_an_exported_handle_is_orphaned_with_its_last_mapping(level, client):
@@ -282,11 +282,11 @@ def test_the_last_context_releases_plain_and_managed_memory_and_keeps_handles_an
     client("primary_release()")
     entry = client.entry(kernel)
     assert (entry.bytes[0], entry.pool[0], entry.managed[0], entry.overhead[0]) == (18 * MIB, 7 * MIB, 0, 0)
-    assert (level.used, level.orphaned) == (21 * MIB, 3 * MIB), "of what it freed, what others may have open"
+    assert (level.used, level.orphaned) == (21 * MIB, 3 * MIB), "exported memory stays charged"
     assert kernel.ledger.orphans.managed_freed(0) == freed + 4 * MIB
     client("free(0x1000)")
     client("free(0x3000)")
-    assert level.used == 21 * MIB, "they went with the context"
+    assert level.used == 21 * MIB, "these allocations were freed with the context"
     client("release(7)")
     client("release(8)")
     client(f"give_back({7 * MIB})")

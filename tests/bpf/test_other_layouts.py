@@ -56,7 +56,7 @@ def test_charges_of_another_layout_are_entered_and_its_ledger_admits_no_more(
         assert (usage.limit, usage.used, usage.orphaned) == (100 * MIB, 60 * MIB, 60 * MIB)
     assert held.client("admit(1)") is None
     held.client("free(0x1000)")
-    assert held.level.used == 60 * MIB, "what is read while it changes is wrong"
+    assert held.level.used == 60 * MIB, "the other ledger's programs still record calls"
     assert kernel.ledger.orphans.disown(held.level.cgroup, 0, 60 * MIB)
 
 

@@ -74,7 +74,7 @@ def test_a_file_whose_class_has_changed_is_probed_again(kernel: Kernel, library:
     before = pinned(kernel, library)
     agent = later(kernel)
     agent.attach(library, Role.LISTED)
-    assert pinned(kernel, library) == before, "it has them already"
+    assert pinned(kernel, library) == before, "the file's probes were attached again"
     agent.attach(library, Role.UNKNOWN)
     now = pinned(kernel, library)
     assert not now & before
@@ -93,7 +93,7 @@ def test_incomplete_links_of_a_file_are_removed(kernel: Kernel, library: Target)
 
 
 def test_links_with_invalid_names_are_removed(kernel: Kernel, library: Target) -> None:
-    stranger = kernel.pins / "links" / f"{kernel.probes._digest}-a-b-all3"  # of an agent before classes
+    stranger = kernel.pins / "links" / f"{kernel.probes._digest}-a-b-all3"  # a name of an agent without classes
     stranger.mkdir()
     later(kernel)
     assert not stranger.exists()

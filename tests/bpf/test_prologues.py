@@ -1,6 +1,6 @@
 """Probes of a driver whose functions begin with a comparison, like those of most real drivers; return probes.
 
-The probes are attached behind the comparison, and record calls as on any other driver. The self-test of return probes
+The probes are attached after the comparison, and record calls as on any other driver. The self-test of return probes
 detects a kernel on which a return probe kills the process.
 """
 
@@ -58,7 +58,7 @@ def other(kernel: Kernel, library: Path) -> Iterator[Kernel]:
     kernel.probes.let_go((target.dev, target.ino))
 
 
-def test_probes_are_attached_behind_the_comparison(library: Path) -> None:
+def test_probes_are_attached_after_the_comparison(library: Path) -> None:
     symbols = {
         line.split()[2]: int(line.split()[0], 16) for line in run("nm", "-D", library).splitlines() if " T " in line
     }

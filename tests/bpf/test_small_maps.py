@@ -91,7 +91,7 @@ def test_reported_and_lost_events_of_a_flood_add_up(kernel, events, level, attac
     assert listener.told == sent
     assert (sent > 3 * PAGE_EVENTS) == is_read
     assert full > 0
-    assert ROUNDS * each <= sent + full < ROUNDS * (each + 100), "and that they began"
+    assert ROUNDS * each <= sent + full < ROUNDS * (each + 100), "too many events"
     assert level.usage().refused == ROUNDS * each
 
 

@@ -83,7 +83,7 @@ def test_memory_of_a_vforked_child_is_charged_to_its_parent(kernel, level, known
     wait_until(lambda: level.used == 5 * MIB)
     assert len(kernel.ledger.processes().keys() & set(cgroup_pids(level))) == 1
     child.order("x")
-    assert known.process.stdout.readline(), "the child's pid: its parent goes on"
+    assert known.process.stdout.readline(), "the parent did not continue after the child's exit"
     assert (level.used, level.orphaned, known.entry(kernel).bytes[0]) == (5 * MIB, 0, 5 * MIB)
     known("free(0x70000)")
     assert level.used == MIB
@@ -167,7 +167,7 @@ def test_the_first_process_that_calls_is_charged_for_its_whole_address_space(ker
     assert kernel.ledger.process(child.pid).bytes[0] == 5 * MIB
     child.order("x")
     reap(client, child)
-    assert (level.used, level.orphaned) == (5 * MIB, 5 * MIB), "which the device still holds"
+    assert (level.used, level.orphaned) == (5 * MIB, 5 * MIB), "the device still holds this memory"
     client(f"alloc(0x2000, {2 * MIB})")
     assert (level.used, client.entry(kernel).bytes[0]) == (7 * MIB, 2 * MIB)
 
@@ -183,6 +183,6 @@ def test_a_reused_address_space_belongs_to_another_process(kernel, level, make_c
         assert one.entry(kernel).bytes[0] == MIB
         assert has_space(kernel, one)
         one.kill()
-        assert not has_space(kernel, one), "or the map would fill up"
+        assert not has_space(kernel, one), "the entry stays, and would fill the map"
     assert_left(level, 20 * MIB)
     assert borrowers(kernel) == {}

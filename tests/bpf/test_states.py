@@ -103,7 +103,7 @@ class States(RuleBasedStateMachine):
         return [program for program in self.programs if program.life.home >= 0]
 
     def seen(self, which: int) -> Program:
-        """Return a program, of which the kernel has an entry after this."""
+        """Return a program that makes a call next. The kernel has an entry for it from then on."""
         program = self.some(which)
         if program.life.home < 0:
             program.life = Life(number=next(self.lives), home=program.tenant)
@@ -170,7 +170,7 @@ class States(RuleBasedStateMachine):
     @precondition(lambda self: self.programs)
     @rule(which=programs)
     def move(self, which: int) -> None:
-        """Move a program to the other tenant, followed by the agent."""
+        """Move a program to the other tenant, and its charges as the agent moves them."""
         program = self.some(which)
         program.tenant = 1 - program.tenant
         level = self.levels[program.tenant]
@@ -277,7 +277,7 @@ class States(RuleBasedStateMachine):
     @precondition(lambda self: self.programs)
     @rule(which=programs, size=sizes, managed=st.booleans())
     def leave(self, which: int, size: int, managed: bool) -> None:
-        """Leave a call. Bytes that were not admitted are charged if they fitted when the call began."""
+        """Leave a call by longjmp. Bytes that were not admitted are charged if they fitted when the call began."""
         call = self.some(which).life.call
         size += bool(call and call.asked == size)  # for the ledger, a repeated call is the same call
         program = self.calls(which)

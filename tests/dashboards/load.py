@@ -27,8 +27,8 @@ STRANGER = CONTEXT + 128 * MIB
 REFUSALS = 5  # few: the tolerance for Prometheus' extrapolation depends on this number
 FATAL_XIDS, XIDS = 1, 3
 WEIGHTS = {"heavy": 300, "light": 100}
-CEILINGS = {"heavy": 0.8, "light": 0.1}  # less than the whole together: each tenant is limited by its own ceiling
-DUE = CEILINGS  # time that the ceiling of one tenant leaves is due to the other
+CEILINGS = {"heavy": 0.8, "light": 0.1}  # less than 1 in sum, so that each tenant is limited by its own ceiling
+DUE = CEILINGS  # entitlements: the other tenant is due the time above a tenant's ceiling, up to its own ceiling
 
 
 @dataclass

@@ -64,5 +64,5 @@ def test_grafana_finds_every_dashboard_and_prometheus(services: dict[str, dict[s
     address = source["url"].removeprefix("http://")
     assert source["type"] == "prometheus"
     assert f"--web.listen-address={address}" in services["prometheus"]["command"]
-    assert source["jsonData"]["httpMethod"] == "POST", "a query names every chosen tenant"
+    assert source["jsonData"]["httpMethod"] == "POST", "queries with many tenants are too long for GET"
     assert source["jsonData"]["timeInterval"] == read("prometheus.yaml")["global"]["scrape_interval"]

@@ -209,7 +209,7 @@ def test_amounts_of_the_usage_dashboard_agree_with_the_load(
         assert names[part] not in used["GPU hours (turns)"].keys() | used["Waited hours"].keys()
     for part, ceiling in known.CEILINGS.items():
         assert used["GPU hours (turns)"][names[part]] == pytest.approx(ceiling * held[part], abs=0.08 * held[part])
-        # Waiting counts from the first row of the gatekeeper, memory from the agent's next look, up to a second later.
+        # Waiting counts from the gatekeeper's first row, memory from the agent's next sample, up to a second later.
         assert 0 < used["Waited hours"][names[part]] < held[part] + 1 / 3600
     for column, amounts in used.items():
         total = pytest.approx(sum(amounts.values()))

@@ -97,7 +97,7 @@ def test_manual_pages_are_shown_without_a_warning(share: Path) -> None:
     done = subprocess.run(command, input=text, capture_output=True, text=True, check=True, timeout=30)
     assert done.stderr == ""
     shown = re.sub(r"\x1b\[\d+m|.\x08", "", done.stdout)
-    assert "t g l u p s e w r b     sort by the column" in shown, "columns of the help of top"
+    assert "t g l u p s e w r b     sort by the column" in shown, "the table of keys in the help of top"
     assert "--priority [high|normal|low]" in shown
 
 

@@ -17,7 +17,7 @@ OUTSIDE = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.m
 PAGES = [*OUTSIDE, *sorted(DOCS.rglob("*.md"))]
 TEST = re.compile(r"^def (test_\w+)", re.MULTILINE)
 SELECTS = re.compile(r'\./dev test (\w+)(?: -s)? -k ("[^"]+"|\w+)')
-# A selection on its own line, indented or after a prompt, or in a text.
+# A command on its own line, indented or after a prompt, or in a text.
 TYPED = re.compile(r"(?:`|^ {4}(?:\$ )?|^\$ )(?:sudo )?fgpu ([a-z][^`|#&\n]*)", re.MULTILINE)
 OPTIONS = {words: {name for p in command.params for name in p.opts} for words, command in references.commands()}
 
@@ -152,7 +152,7 @@ def test_every_check_of_doctor_is_explained() -> None:
     found = list(failures())
     assert len({name for name, _ in found}) > 20
     for name, fix in found:
-        assert name in rows, f"doctor has a line {name!r}"
+        assert name in rows, f"no row explains doctor's line {name!r}"
         for words in re.split(r"[\0;]", fix):
             told = [part for part in re.split(r"'.*?'|[:(,]", plain(words).strip(" :;,()")) if len(part.strip()) > 8]
             for part in told:

@@ -107,5 +107,5 @@ def test_every_command_prints_what_the_page_shows(words: list[str], service: Ser
         said = typed(words, command)
         assert doctest.OutputChecker().check_output(shown, said, ALIKE), f"$ {command}\n{said}\nThe page has:\n{shown}"
         done += 1
-    assert done >= 11, "the page has lost its commands"
+    assert done >= 11, "the page has too few commands"
     service.check()

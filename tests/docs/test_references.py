@@ -78,7 +78,7 @@ def test_each_key_of_the_policy_schema_has_a_description() -> None:
 def test_every_command_and_option_has_a_description_and_is_shown(shown: dict[str, str]) -> None:
     found = dict(references.commands())
     assert len(found) > 20
-    assert "\b" not in shown["cli"], "click's mark of a paragraph that is not wrapped"
+    assert "\b" not in shown["cli"], "the page has click's mark for an unwrapped paragraph"
     for words, command in found.items():
         assert command.help, words
         assert f'id="{words.replace(" ", "-")}"' in shown["cli"], words

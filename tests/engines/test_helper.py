@@ -91,11 +91,11 @@ def test_the_rest_of_a_configuration_stays_byte_for_byte(tmp_path_factory, more,
     done = precreate(run_dir, text)
     assert done.returncode == 0, done.stderr
     after = json.loads(done.stdout)
-    assert destinations(after) == ["/proc", *OURS[:-1]], "an agent of an older version names no fgpu-info"
+    assert destinations(after) == ["/proc", *OURS[:-1]], "the file of an older agent has no fgpu-info"
     assert {**after, "mounts": config["mounts"]} == config
     same = next(at for at, (a, b) in enumerate(zip(text, done.stdout, strict=False)) if a != b)
-    assert done.stdout.endswith(text[same:]), "one piece is put in, the rest is as it was"
-    assert precreate(run_dir, done.stdout).stdout == done.stdout, "twice is once"
+    assert done.stdout.endswith(text[same:]), "more than one insertion"
+    assert precreate(run_dir, done.stdout).stdout == done.stdout, "a second edit changed the configuration"
 
 
 @pytest.mark.parametrize(
@@ -189,7 +189,7 @@ def test_the_helper_opens_only_regular_files(run_dir: Path, tmp_path: Path) -> N
 
 
 def test_at_most_256_preload_lists_of_images_are_kept(run_dir: Path, tmp_path: Path) -> None:
-    """Podman's hook does not know the bundle. At most 256 lists are kept for it, and the oldest is removed."""
+    """Podman's hook does not get the bundle's path. At most 256 lists are kept for it, and the oldest is removed."""
     (tmp_path / "root/etc").mkdir(parents=True)
 
     def code(number: int) -> int:
@@ -287,7 +287,7 @@ def test_the_helper_runs_under_the_name_of_a_runtime(tmp_path: Path) -> None:
     assert done.stdout == "state x\n"
     (tmp_path / "fgpu-runtime-fgpu-oci").symlink_to(kit.HELPER)
     done = subprocess.run([tmp_path / "fgpu-runtime-fgpu-oci"], capture_output=True, text=True, check=False)
-    assert done.returncode == 1, "it would call itself for ever"
+    assert done.returncode == 1, "the helper would call itself for ever"
 
 
 def test_the_helper_finds_a_runtime_by_a_link_beside_itself(tmp_path: Path) -> None:
@@ -302,5 +302,5 @@ def test_the_helper_finds_a_runtime_by_a_link_beside_itself(tmp_path: Path) -> N
     (tmp_path / "runtimes/crio-said").symlink_to(tmp_path / "fgpu-oci")
     done = subprocess.run([tmp_path / "fgpu-runtime-crio-said"], capture_output=True, text=True, check=False)
     assert (done.returncode, "the command names no OCI runtime" in done.stderr) == (1, True), (
-        "it would call itself for ever"
+        "the helper would call itself for ever"
     )

@@ -52,7 +52,7 @@ def bundles(request: pytest.FixtureRequest, service: Service, unharmed: None, tm
     place.close()
 
 
-def test_a_share_is_in_force_where_run_is_hidden(bundles: Hiding) -> None:
+def test_a_share_is_in_force_if_run_is_hidden(bundles: Hiding) -> None:
     bundles.device = "2gib"
     tenant = bundles.tenant(None)
     client = tenant.client()

@@ -137,8 +137,7 @@ def test_an_invalid_size_fails_the_build(built: kit.Engine, context: Path, gb: s
     assert f"GB={gb}: whole GiB, such as 8\n" in done.stdout + done.stderr
 
 
-# -- without an agent, or with an agent that does not know the container
-# ------------------------------------------------
+# -- without an agent ------------------------------------------------------------------------------------------------
 
 
 def test_programs_of_an_image_share_the_image_s_limit_without_an_agent(built: kit.Engine) -> None:
@@ -150,7 +149,7 @@ def test_programs_of_an_image_share_the_image_s_limit_without_an_agent(built: ki
         assert fill.stdout.readline() == FILLED.replace(str(LIMIT - CONTEXT), str(LIMIT - COUNTED))
         assert one.says("test -d /run/fgpu/shim || echo none; /opt/build/examples/fill --step 2MiB")[0] == "none"
         driver = [sum(process[f"{kind}_bytes"] for kind in KINDS) for process in driver_books()]
-        assert driver == [LIMIT + CONTEXT - COUNTED], "the second got nothing"
+        assert driver == [LIMIT + CONTEXT - COUNTED], "only the first program's memory is allocated"
         assert any(f"{LIMIT // MIB}MiB /" in line for line in one.says("/opt/build/sim/nvidia-smi"))
 
 
@@ -217,7 +216,7 @@ def test_a_container_gets_its_images_limit(ready: kit.Engine, name: str, options
         assert fill.stdout.readline() == FILLED
         (tenant,) = [t for t in ask(verb="snapshot")["tenants"] if t["tenant"] == one.name]
         (device,) = tenant["devices"]
-        assert device["admitted_bytes"] == device["witnessed_bytes"] == LIMIT - CONTEXT, device  # it is live
+        assert device["admitted_bytes"] == device["witnessed_bytes"] == LIMIT - CONTEXT, device  # the shim is in use
         assert (device["limit_bytes"], device["used_bytes"]) == (LIMIT, LIMIT)
         driver = [sum(process[f"{kind}_bytes"] for kind in KINDS) for process in driver_books()]
         assert driver == [LIMIT]

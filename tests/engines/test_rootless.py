@@ -54,7 +54,8 @@ def assert_held(engine: kit.Rootless, *options: str) -> None:
     before = counted("admitted"), counted("witnessed")
     with engine.filled("held", *options) as admitted:
         assert admitted == GIB - CONTEXT
-        assert (counted("admitted") - before[0], counted("witnessed") - before[1]) == (admitted, admitted)  # it is live
+        # The shim is in use: it has requested all witnessed bytes.
+        assert (counted("admitted") - before[0], counted("witnessed") - before[1]) == (admitted, admitted)
         assert (counted("limit"), counted("used")) == (GIB, GIB)
         held = [sum(process[f"{kind}_bytes"] for kind in KINDS) for process in driver_books()]
         assert held == [GIB]
@@ -69,8 +70,8 @@ def test_containers_have_the_shim_without_a_flag_until_undo(ready: kit.Rootless)
     assert_held(ready)
     ready.setup("--undo")
     with ready.filled("free") as admitted:
-        assert admitted > GIB - CONTEXT, "without the shim it is not refused: what was seen above was ours"
-        eventually(lambda: seen()["used_bytes"] > GIB, 5, "what it took is charged to her")
+        assert admitted > GIB - CONTEXT, "a container without the shim is refused too"
+        eventually(lambda: seen()["used_bytes"] > GIB, 5, "a charge to the user's slice")
         (named,) = [value for (name, _), value in metrics().items() if name == "fgpu_bypassing_processes"]
         assert named == 1
 

@@ -1,4 +1,4 @@
-"""Any image reads the device's share and its limit, with seven C libraries and three engines."""
+"""Any image reads its share and its limit: three engines, and in a full run seven C libraries, otherwise the oldest."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.support.tenant import Tenant
 SHARES = {"1.5gib": 1536 * MIB, "2gib": 2 * GIB, "4gib": 4 * GIB, "8gib": 8 * GIB, "12gib": 12 * GIB}
 ALL = os.environ.get("FGPU_TEST_SCALE") == "full"
 RELEASES = roots_kit.RELEASES if ALL else (roots_kit.OLDEST,)
-# the shares that are tried, if not all of them
+# The shares that each engine tries, except in runs that try all of them.
 ENGINES = {"runc": ("1.5gib",), "crun": ("4gib",), "podman": ("12gib",)}
 OUT_OF_MEMORY = 2
 

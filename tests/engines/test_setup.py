@@ -51,7 +51,8 @@ def ready(set_up: kit.Engine, unharmed: None) -> kit.Engine:
 def assert_held(engine: kit.Engine, *options: str, image: str = "plain") -> None:
     with engine.filled("held", *options, image=image) as admitted:
         found = seen()
-        assert found["admitted_bytes"] == found["witnessed_bytes"] == admitted == GIB - CONTEXT, found  # it is live
+        # The shim is in use: it has requested all witnessed bytes.
+        assert found["admitted_bytes"] == found["witnessed_bytes"] == admitted == GIB - CONTEXT, found
         assert (found["limit_bytes"], found["used_bytes"]) == (GIB, GIB)
         held = [sum(process[f"{kind}_bytes"] for kind in KINDS) for process in driver_books()]
         assert held == [GIB]
@@ -63,7 +64,7 @@ def test_containers_have_the_shim_without_a_flag_until_undo(ready: kit.Engine) -
     assert (ready.settings.read_text() if ready.settings.exists() else None) == ready.before
     ready.apply()
     with ready.filled("free") as admitted:
-        assert admitted > GIB, "without the shim it is not refused: what was seen above was ours"
+        assert admitted > GIB, "a container without the shim is refused too"
     if ready.cdi:
         assert_share(ready, "2gib", 2 * GIB)
     ready.setup()
@@ -167,9 +168,9 @@ def test_an_image_with_its_own_preload_list_has_the_shim(ready: kit.Engine, imag
     ready.load(root, "preloads")
     done = ready.run("lists", image="preloads", command="cat /etc/ld.so.preload")
     assert done.returncode == 0, done.stderr
-    lines = eventually(lambda: ready.call("logs", "lists").stdout, 10, "what it preloads").splitlines()
+    lines = eventually(lambda: ready.call("logs", "lists").stdout, 10, "the list of preloaded libraries").splitlines()
     ready.remove("lists")
-    assert lines == ["/opt/build/sim/lib/libcuda.so.1", str(SHIM)], "its own, not its shim, then the host's"
+    assert lines == ["/opt/build/sim/lib/libcuda.so.1", str(SHIM)], "the image's library, then the host's shim"
     assert_held(ready, image="preloads")
 
 

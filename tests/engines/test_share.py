@@ -107,7 +107,7 @@ def test_a_share_survives_an_agent_restart(bundles: kit.Bundles, service: Servic
 
 
 def assert_still(tenant: Tenant, client: Client, limit: int) -> None:
-    """Check that a program at its limit gets no byte more, and that memory that it frees can be allocated again."""
+    """Check that a program at its limit gets no further byte, and can allocate memory again that it frees."""
     assert client.do(f"alloc {2 * MIB}") == REFUSED
     assert client.ok("info")[1] == limit
     assert tenant.memory()["limit_bytes"] == limit
@@ -152,7 +152,7 @@ def test_nothing_in_the_container_can_change_its_share(bundles: kit.Bundles) -> 
     script.write_text("".join(f"(echo x >{path}) 2>&1\n" for path in paths) + "ls /run/fgpu\n")
     said = tenant.run(f"sh {script}").splitlines()
     assert [line.rsplit(": ", 1)[-1] for line in said[:4]] == ["Read-only file system"] * 4, said
-    assert said[4:] == ["shim"], "not the control socket"
+    assert said[4:] == ["shim"], "the container has more than the folder of the shim's socket"
     client = tenant.client("env -i LD_LIBRARY_PATH=" + host.ENVIRONMENT["LD_LIBRARY_PATH"] + " FGPU_SHARE=12gib")
     assert client.ok("info") == [2 * GIB - CONTEXT, 2 * GIB]
 

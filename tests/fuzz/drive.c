@@ -1,7 +1,8 @@
 /*
- * drive.c FOLDER RUNS [SEED]: what libFuzzer does, without clang and without looking: the inputs in a folder as they
- * are, then so many that are random or made of those. Linked to a harness instead of libFuzzer, and built with gcc's
- * sanitizers. 1 where more than 1 MiB of the heap has been added since a fifth of the runs, or a file is left open.
+ * drive.c FOLDER RUNS [SEED]: replaces libFuzzer without clang and without measuring coverage. Runs the inputs of a
+ * folder unchanged, then RUNS inputs that are random or changed from these. Linked to a harness instead of libFuzzer,
+ * and built with gcc's sanitizers. Exit status 1 if the heap has grown by more than 1 MiB since a fifth of the runs, or
+ * if a file is left open.
  */
 #include <dirent.h>
 #include <stdint.h>
@@ -49,7 +50,7 @@ static void read_inputs(const char *folder)
     if (n >= 0) free(names);
 }
 
-/* One change of a copy: a bit, a byte, a number, some bytes away, twice, or another input's. */
+/* Changes a copy once: a bit, a byte, bytes of 0 or 0xff, bytes removed or repeated, or bytes of another input. */
 static size_t change(uint8_t *data, size_t size)
 {
     size_t at = dice(size + 1), length = 1 + dice(16);
@@ -81,7 +82,7 @@ static size_t change(uint8_t *data, size_t size)
     }
 }
 
-/* A buffer of its very size, so that a byte beyond it is found. */
+/* Runs one input in a buffer of exactly its size, so that a sanitizer finds an access beyond the input. */
 static void run_one(const uint8_t *data, size_t size)
 {
     uint8_t *copy = malloc(size ? size : 1);

@@ -1,9 +1,10 @@
 /*
- * fuzz_answer.c: whatever answers the shim's hello, and whatever stands in the pages that come with it: pages that can
- * be read, or none. The shim's own hello, views and lists of processes; the driver below says what a healthy one would.
+ * fuzz_answer.c: any answer to the shim's hello, with any contents of its pages. The shim gets pages that it can read,
+ * or none. The fuzzer runs the shim's own hello, views and lists of processes. The functions of the driver below return
+ * what a driver without errors returns.
  *
- * An input: how many descriptors come (1 byte), what each is (1 byte each, below), then changes to an answer and pages
- * that are right: place (2 bytes, of all of them one after the other) and value (8 bytes).
+ * An input: the number of descriptors (1 byte), the kind of each (1 byte each, enum file), then changes to a valid
+ * answer and valid pages: offset in all of them together (2 bytes) and value (8 bytes).
  */
 #include "../../shim/link/hello.c"
 
@@ -30,12 +31,12 @@ static char *contents[FILES];
 static struct fgpu_view view;
 static const uint8_t uuid[16] = {1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16};
 
-/* -- in place of the rest of the shim, and of the driver */
+/* -- stand-ins for the rest of the shim, and for the driver */
 
 uint64_t fgpu_now(void)
 {
     static uint64_t now;
-    return now += 1000; /* no test of time */
+    return now += 1000; /* the fuzzer does not test times */
 }
 struct fgpu_view fgpu_look(void) { return view; }
 unsigned fgpu_standalone_rows(int index, struct fgpu_row *rows, unsigned most)
@@ -45,7 +46,7 @@ unsigned fgpu_standalone_rows(int index, struct fgpu_row *rows, unsigned most)
 void fgpu_standalone_refresh(void) {}
 int fgpu_standalone_device(const uint8_t wanted[16]) { return (void)wanted, -1; }
 
-/* What asks the kernel is not called here. */
+/* Functions that send requests to the kernel must not be called here. */
 #define NEVER(type, name, ...)                                                                                         \
     type name(__VA_ARGS__) { __builtin_trap(); }
 __thread bool fgpu_calls_second;

@@ -1,8 +1,10 @@
 /*
- * fuzz_server.c: whatever programs ask of the simulated driver: an answer, or the end of that program; a device never
- * holds more than it has, and nothing when they have all gone. The server's own parts, at a real socket.
+ * fuzz_server.c: requests of programs to the simulated driver. Each request gets a reply, or its program is
+ * disconnected. A device never has more memory in use than it has, and none after all programs have exited. The fuzzer
+ * runs the server's own parts, at a real socket.
  *
- * An input: requests of 12 bytes, each by one of three programs. Numbers are taken from a table, so that they meet.
+ * An input: requests of 12 bytes, each by one of three programs. Numbers are taken from a table, so that programs use
+ * the same contexts, keys and queues.
  */
 #define main simd_main
 #include "../../sim/server/main.c"
@@ -21,7 +23,7 @@ static const uint64_t numbers[] = {
 static struct sockaddr_un address = {.sun_family = AF_UNIX};
 static int listener, contents, programs[PROGRAMS];
 static const struct itimerval patience = {.it_value = {.tv_sec = 60}};
-static uint64_t keys[2]; /* of what was shared last */
+static uint64_t keys[2]; /* the key of the memory that was shared last */
 
 static uint64_t number(uint8_t byte) { return numbers[byte % (sizeof numbers / sizeof *numbers)]; }
 
@@ -69,7 +71,7 @@ static void send_one(int to, const struct sim_request *request, size_t size, boo
     sendmsg(to, &message, MSG_NOSIGNAL | MSG_DONTWAIT);
 }
 
-/* What it is told; a key is kept, a descriptor is not. */
+/* Reads a reply. Keeps its key, and closes its descriptor. */
 static void take_reply(int from)
 {
     static char buffer[1 << 18];
@@ -122,7 +124,8 @@ static void check_devices(void)
               server.gpus[i].exported + managed_bytes(i) <= server.gpus[i].driver);
 }
 
-/* What hangs up is heard, as in the server's own loop; what they held comes back at once. */
+/* Ends all programs. The server handles closed descriptors as in its own loop. Memory is freed without the usual delay.
+ */
 static void end_all(void)
 {
     struct epoll_event events[64];
@@ -144,13 +147,14 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
     static bool begun;
     if (!begun) begin();
     begun = true;
-    setitimer(ITIMER_VIRTUAL, &patience, NULL); /* of the processor's time: a request without end ends the program */
+    setitimer(ITIMER_VIRTUAL, &patience,
+              NULL); /* of processor time: SIGVTALRM kills the fuzzer at an endless request */
     connect_all();
     for (size_t at = 0; at + REQUEST <= size; at += REQUEST) {
         ask(data + at);
         check_devices();
     }
-    if (size % REQUEST == 1) fault_start("slow-end:3s,reset"); /* what the environment says, as far as it is known */
+    if (size % REQUEST == 1) fault_start("slow-end:3s,reset"); /* faults, as the environment may set them */
     end_all();
     return 0;
 }

@@ -1,4 +1,4 @@
-/* crowd SOCKET HELLO COUNT: so many processes of this cgroup say hello (in hexadecimal) and then live until standard
+/* crowd SOCKET HELLO COUNT: COUNT processes of this cgroup send HELLO (in hexadecimal) and then live until standard
  * input ends. Prints how many were answered. */
 #include <poll.h>
 #include <signal.h>

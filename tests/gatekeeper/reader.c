@@ -1,8 +1,8 @@
 /*
- * reader PAGE READS STATES: reads the rows of a control page as a shim does, while another process writes them, at
- * least this often and until it has seen this many states. All rows of one state hold the same number of bytes, which
- * only grows. Prints how many reads were torn, how many were of nothing, how many states were seen, and how many reads
- * were begun again.
+ * reader PAGE READS STATES: reads the rows of a control page as a shim does, while another process writes them. It
+ * makes at least READS reads, and stops when it has read STATES different states. All rows of one state have the same
+ * number of bytes, which only grows. Prints the number of torn reads, of reads without rows, of states, and of reads
+ * that were begun again.
  */
 #include <stdio.h>
 #include <stdlib.h>

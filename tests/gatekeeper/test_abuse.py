@@ -348,7 +348,7 @@ def test_a_tenant_has_at_most_sixteen_connections(keeper: Keeper, tenant: Make, 
     def still_open(number: int) -> int:
         os.close(start[1])
         os.write(ready[1], b".")
-        # all at once: otherwise the first would be closed and their slots free when the last connect
+        # All connect at once. Otherwise the first connections would be closed, with free slots, when the last connect.
         os.read(start[0], 1)
         socks = [connect(keeper.run) for _ in range(number)]
         time.sleep(0.4)

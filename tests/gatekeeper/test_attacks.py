@@ -23,7 +23,7 @@ NOBODY = 65534
 LIBC = ctypes.CDLL(None)
 AT_FDCWD, RENAME_EXCHANGE = -100, 2
 MANY = 10_000  # updates between two checks whether the readers have exited
-# number of states that a reader must read. If a reader and the writer alternate on a processor, the number of reads
+# The number of states that a reader must read. If a reader and the writer alternate on a processor, the number of reads
 # proves nothing.
 STATES = 1000
 

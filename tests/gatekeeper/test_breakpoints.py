@@ -195,7 +195,8 @@ def test_a_breakpoint_in_a_file_s_contents_proves_no_probe(library: Path) -> Non
 def test_only_suitable_offsets_are_chosen_as_the_checked_breakpoint(library: Path) -> None:
     """A breakpoint proves nothing at a five-byte no-operation, which the kernel may replace by a call.
 
-    It also proves nothing at an offset that the map cannot hold, or that has another meaning there.
+    It also proves nothing at an offset where the file itself has a breakpoint instruction, that the map cannot hold, or
+    that has another meaning in the map.
     """
     text = bytearray(PUSH * (3 * PAGE))
     text[100:105] = b"\x0f\x1f\x44\x00\x00"

@@ -106,7 +106,7 @@ def test_a_second_hello_gets_the_same_pages(keeper: Keeper, tenant: Make) -> Non
 
     first, second, forked = in_cgroup(tenant(), twice)
     assert first == second
-    assert forked == 0, "a forked child is a process of its own"
+    assert forked == 0, "a forked child got its parent's pages"
 
 
 def test_an_unmanaged_process_gets_a_control_page_and_reads_epoch_changes(

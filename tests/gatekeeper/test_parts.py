@@ -115,7 +115,7 @@ def test_times_on_a_page_use_the_clock_of_its_process() -> None:
     ctypes.memset(ctypes.addressof(flight), 0, ctypes.sizeof(flight))
     ctypes.memset(ctypes.addressof(span), 0, ctypes.sizeof(span))
     assert observe_processes([desk], frozenset({0}), 1, 2_000_000, 2_000_009)[-4:] == (0, 0, 0, 0), (
-        "what never was is no time"
+        "a span of zeros is no time"
     )
     assert (seen[0].busy_until_ns, seen[0].wanted_ns) == (2_000_005, 2_000_003)
 

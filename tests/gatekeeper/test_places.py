@@ -75,7 +75,7 @@ def test_many_unmanaged_processes_use_no_slot_of_a_tenant(
         reply = in_cgroup(tenant(), lambda: (found := hello(keeper.run)) and found.answer.code)
         assert reply == abi.Code.MANAGED
     assert [keeper.count(name) for name in ("dropped_process", "dropped_total")] == [0, 0]
-    assert keeper.descriptors() - before < 100, "no page and no pidfd of any of them is kept"
+    assert keeper.descriptors() - before < 100, "pages or pidfds of these processes are kept"
 
 
 def test_half_of_the_slots_are_reserved_for_tenants_with_few_processes(monkeypatch: pytest.MonkeyPatch) -> None:

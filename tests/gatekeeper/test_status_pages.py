@@ -101,7 +101,7 @@ def sharing(ledger: Ledger, tenant: Make) -> Iterator[Callable[..., Path]]:
 
 
 def followed(keeper: Keeper, ledger: Ledger, *children: Child) -> list[int]:
-    """Yield a function that returns the children's results. Check all counts while they run: a count may only grow."""
+    """Return the children's results. Check all counts while the children run: a count may only grow."""
     pid, before = keeper.process.pid, dict[tuple[int, int], TurnCounts]()
     end = time.monotonic() + SECONDS
     while time.monotonic() < end:

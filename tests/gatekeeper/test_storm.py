@@ -88,7 +88,7 @@ def test_a_storm_of_300_hellos_of_one_tenant_is_answered_at_the_first_attempt(
 
 
 def test_a_storm_of_one_tenant_does_not_delay_another_tenant(start: Callable[..., Keeper], tenant: Make) -> None:
-    """A hello is delayed so much that the storm lasts for a second."""
+    """Each hello is delayed, so that the storm lasts for more than a second."""
     keeper = start(code=SLOW)
 
     crowd = Storm(keeper.run, tenant(), niceness=5)  # the test measures the queue, not the lack of processors
@@ -303,7 +303,7 @@ def test_the_queue_of_a_tenant_whose_reads_block_is_bounded(monkeypatch: pytest.
     staying = wanting(8, 2 * MOST_WANTED)
     for caller in staying:
         readers.want(caller)
-    assert not staying[-1].reading, "it is asked for again at its next turn"
+    assert not staying[-1].reading, "the connection is queued again only at its next turn"
     assert max(map(len, readers._workers._wanted.values())) <= MOST_WANTED
 
 
@@ -317,7 +317,7 @@ def test_the_outer_cgroups_of_a_cgroup_are_read_once(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(procfs, "cgroups", cgroups)
     lineages = Lineages(tmp_path)
     assert [lineages.of(pid, 7) for pid in (71, 72)] == [(7, 1)] * 2
-    assert [lineages.of(pid, 8) for pid in (91, 92)] == [(9, 1)] * 2, "it has just moved: nothing is kept"
+    assert [lineages.of(pid, 8) for pid in (91, 92)] == [(9, 1)] * 2, "the lineage of a moved process was kept"
     assert asked == [71, 91, 92]
     lineages.forget()
     assert lineages.of(73, 7) == (7, 1)

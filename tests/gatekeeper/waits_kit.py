@@ -24,7 +24,7 @@ def waits(run: Path, number: int) -> tuple[list[float], float]:
 def prompt(measured: tuple[list[float], float]) -> bool:
     """Check that all hellos but one take at most 50 ms.
 
-    A hello needs a processor four times, each as late as a sleep may be.
+    A hello needs a processor four times, and waits for it as long as the end of a sleep may be late.
     """
     took, noise = measured
     return sorted(took)[-2] < 0.05 + 4 * noise and max(took) < 0.5 + 4 * noise

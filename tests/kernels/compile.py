@@ -1,7 +1,8 @@
 """Compile the kernel's programs on this machine for another kernel, for verify_programs.py.
 
-A compilation takes an emulated machine minutes, a verification a moment. usage: /usr/bin/python3 compile.py MAJOR.MINOR
-OUT
+In an emulated machine, a compilation takes minutes, and a verification a moment.
+
+usage: /usr/bin/python3 compile.py MAJOR.MINOR OUT
 """
 
 from __future__ import annotations

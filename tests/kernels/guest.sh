@@ -1,5 +1,5 @@
 #!/bin/bash
-# What the guest does: its file systems, one suite after the other, and the end.
+# The guest's work: it mounts file systems, runs one suite after another, and powers off.
 export PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin HOME=/root
 export PYTHONDONTWRITEBYTECODE=1 FGPU_TEST_PROGRAMS=/run/out/programs FGPU_TEST_SCALE=quick
 { read -r checkout && read -r parts; } </run/out/what
@@ -9,11 +9,11 @@ mount -t tracefs tracefs /sys/kernel/tracing
 mkdir -p /dev/pts /dev/shm "$checkout"
 mount -t devpts devpts /dev/pts
 mount -t tmpfs tmpfs /dev/shm
-mount -o bind "/run/host$checkout" "$checkout" # hidden where it lies below /tmp
+mount -o bind "/run/host$checkout" "$checkout" # the tmpfs at /tmp hides a checkout below it
 ln -s /proc/self/fd /dev/fd
 ip link set lo up
 ulimit -n 65536
-# What is probed lies in memory: programs and libraries that were built are few.
+# Probed files are in memory. The built programs and libraries are few.
 mount -t tmpfs tmpfs "$checkout/build"
 for part in $parts; do cp -a "/run/host$checkout/build/$part" "$checkout/build/"; done
 cd "$checkout" || exit

@@ -1,6 +1,6 @@
 """The agent does not start on a kernel where the product cannot work, and reports the reason.
 
-The kernels are chosen for that.
+tests/kernels/__main__.py selects these kernels (UNFIT).
 """
 
 from __future__ import annotations

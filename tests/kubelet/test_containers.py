@@ -106,7 +106,7 @@ def test_used_slots_are_counted_as_taken_until_their_pods_end(
     tenants = [pods.pod(two.allocate(id_)) for id_ in ids]
     assert [entry["taken"] for entry in ask(verb="offers")["devices"][0]["profiles"]] == [2, 0]
     free = ask(verb="offers")["devices"][0]["free_bytes"]
-    assert free == ask(verb="offers")["devices"][1]["free_bytes"] - 4 * GIB, "the other device is whole"
+    assert free == ask(verb="offers")["devices"][1]["free_bytes"] - 4 * GIB, "memory of the other device is not counted"
     assert (two.healthy, one.healthy) == (two.ids, one.ids)
     for tenant in tenants:
         tenant.end()
@@ -171,7 +171,7 @@ def test_a_device_known_to_cdi_is_given_by_cdi(
     tenant = pods.pod(answer)
     assert tenant.run("printenv GPU DRIVER FGPU_SHARE").split() == ["1", "yes", "1gib"]
     assert_only(tenant, {1: GIB})
-    assert one.allocate(one.ids[0]).envs["NVIDIA_VISIBLE_DEVICES"] != "void", "device 0 is not in it"
+    assert one.allocate(one.ids[0]).envs["NVIDIA_VISIBLE_DEVICES"] != "void", "device 0 is not visible"
 
 
 def test_devices_are_passed_by_annotation_without_cdi_in_kubelet(
@@ -184,7 +184,7 @@ def test_devices_are_passed_by_annotation_without_cdi_in_kubelet(
     assert not answers[0].cdi_devices
     (key, value), (other, _) = [next(iter(answer.annotations.items())) for answer in answers]
     assert re.fullmatch(r"cdi\.k8s\.io/[A-Za-z0-9][A-Za-z0-9_.-]{0,61}[A-Za-z0-9]", key)
-    assert other != key, "two resources of a container are both heard"
+    assert other != key, "two resources of one container have the same annotation"
     assert value == f"fgpu.dev/share=1gib:{uuids[0]}"
     assert_only(pods.pod(answers[0], value.split(",")), {0: GIB})
 
@@ -205,7 +205,7 @@ def test_a_container_gets_mounts_and_variables_without_cdi(
     assert mounts == {mount["containerPath"]: (mount["hostPath"], True) for mount in edits}
 
 
-def test_a_device_unknown_to_cdi_is_refused_where_cdi_is_required(
+def test_a_device_unknown_to_cdi_is_refused_if_cdi_is_required(
     kubelet: kit.Kubelet, start: Callable[..., kit.Plugin]
 ) -> None:
     start("--gpu-strategy", "cdi")

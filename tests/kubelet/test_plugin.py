@@ -67,14 +67,14 @@ def test_the_plugin_registers_again_after_a_closed_connection(kubelet: kit.Kubel
         kubelet.resource(name)
     kubelet.resources.pop("fgpu.dev/1gib").close()
     assert kubelet.resource("1gib", 60).healthy
-    assert [r.resource_name for r in kubelet.registrations[3:]] == ["fgpu.dev/1gib"], "the others listen"
+    assert [r.resource_name for r in kubelet.registrations[3:]] == ["fgpu.dev/1gib"], "others registered again too"
 
 
 def test_a_plugin_that_started_before_kubelet_registers_when_kubelet_starts(kubelet: kit.Kubelet, start: Start) -> None:
     kubelet.stop()
     (kubelet.folder / "kubelet.sock").unlink(missing_ok=True)
     plugin = start()
-    eventually(lambda: "the agent offers" in plugin.said(), 30, "its first look")
+    eventually(lambda: "the agent offers" in plugin.said(), 30, "the agent's offer in the plugin's log")
     kubelet.start()
     assert kubelet.resource("1gib").healthy
 
@@ -107,9 +107,9 @@ def test_a_killed_plugin_registers_again_when_restarted(kubelet: kit.Kubelet, st
     before = kubelet.resource("2gib-25pct")
     first.kill()
     eventually(lambda: before.ended, 20, "the end of the stream")
-    assert (kubelet.folder / "fgpu.dev-1gib.sock").exists(), "it had no time to take it away"
+    assert (kubelet.folder / "fgpu.dev-1gib.sock").exists(), "a killed plugin cannot remove its socket"
     start()
-    after = eventually(lambda: (r := kubelet.resource("2gib-25pct")) is not before and r, 30, "another one")
+    after = eventually(lambda: (r := kubelet.resource("2gib-25pct")) is not before and r, 30, "another registration")
     assert after.ids == before.ids
 
 
@@ -179,12 +179,12 @@ def test_the_plugin_prefers_slots_of_the_fuller_device(
     """Several ids of one request are on different devices."""
     one = kubelet.resource("1gib")
     first, second = [id_ for id_ in one.ids if id_.startswith(uuids[0])], [i for i in one.ids if i.startswith(uuids[1])]
-    assert one.preferred(1, one.ids) == first[:1], "both are empty"
+    assert one.preferred(1, one.ids) == first[:1], "both devices are empty"
     assert one.preferred(2, one.ids) == [first[0], second[0]]
     assert one.preferred(2, one.ids, must=(second[2],)) == [second[2], first[0]]
     assert one.preferred(1, second) == second[:1]
     one.allocate(second[0])
-    assert one.preferred(1, [*first, *second[1:]]) == second[1:2], "promised room counts"
+    assert one.preferred(1, [*first, *second[1:]]) == second[1:2], "allocated room does not count as used"
 
 
 # -- health --------------------------------------------------------------------------------------------------------
@@ -194,7 +194,7 @@ def test_no_id_is_healthy_without_an_agent(kubelet: kit.Kubelet, plugin: kit.Plu
     one = kubelet.resource("1gib")
     service.kill_agent()
     eventually(lambda: not one.healthy, 30, "unhealthy")
-    assert one.ids, "they are still told"
+    assert one.ids, "kubelet gets no list of the unhealthy ids"
     with pytest.raises(grpc.RpcError) as caught:
         one.allocate(one.ids[0])
     assert caught.value.code() is grpc.StatusCode.FAILED_PRECONDITION
@@ -240,14 +240,14 @@ def test_a_device_with_an_xid_is_unhealthy_until_its_reset(
 
     before = {cause: counted(cause) for cause in ("program", "device")}
     order("xid=31:1,xid=13:1")
-    eventually(lambda: counted("program") == before["program"] + 2, 20, "two that programs cause")
+    eventually(lambda: counted("program") == before["program"] + 2, 20, "the two XIDs that programs cause")
     assert healthy() == [1, 1]
     assert (one.healthy, two.healthy) == (one.ids, two.ids)
     assert said("xids").startswith("ok ")
     order("xid=79:1")
     try:
         eventually(lambda: {id_[:40] for id_ in (*one.healthy, *two.healthy)} == {uuids[0]}, 20, "unhealthy")
-        assert len(one.healthy) == 3, "the other device is offered as before"
+        assert len(one.healthy) == 3, "the other device's ids changed"
         with pytest.raises(grpc.RpcError) as caught:
             one.allocate(one.ids[5])
         assert caught.value.code() is grpc.StatusCode.FAILED_PRECONDITION

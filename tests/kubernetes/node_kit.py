@@ -353,7 +353,7 @@ class Node(Containerd):
         return message((1, mount["mountPath"]), (2, str(pod.volumes[mount["name"]])), (3, read_only), (5, propagation))
 
     def end_tenants(self) -> None:
-        """End every other pod."""
+        """End every pod that belongs to no manifest."""
         for pod in self._running:
             self.end_pod(pod.sandbox, pod.path, 20)
         self._running.clear()

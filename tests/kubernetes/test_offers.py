@@ -67,7 +67,7 @@ def test_the_plugin_has_no_rights_but_those_listed(plugin: node_kit.Pod) -> None
     assert "add" not in one.spec["securityContext"]["capabilities"]
     assert {value for name, value in facts.items() if name.startswith("Cap")} == {"0" * 16}
     assert (facts["NoNewPrivs"], facts["Seccomp"], facts["Uid"].split()[0]) == ("1", "2", "0")
-    assert facts["NSpid"].split()[1:] == ["1"], "the node's processes are not its own to see"
+    assert facts["NSpid"].split()[1:] == ["1"], "the plugin's pid namespace is the node's"
     assert not plugin.spec.get("hostPID")
     assert mounts == {str(KUBELET), "/run/fgpu", str(CDI), str(ETC_CDI)}
     for folder in ("/usr", "/", "/run/fgpu", CDI, ETC_CDI):

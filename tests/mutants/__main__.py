@@ -26,7 +26,7 @@ def chosen(names: list[str]) -> list[Mutant]:
     every: list[Mutant] = [*patches(), *map(Rule, RULES)]
     for name in names:
         if not any(name in (mutant.name, mutant.row) for mutant in every):
-            raise SystemExit(f"no mutant is called {name}, nor of such a row")
+            raise SystemExit(f"no mutant has the name or the row {name}")
     return [mutant for mutant in every if not names or {mutant.name, mutant.row} & set(names)]
 
 

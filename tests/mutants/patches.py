@@ -4,7 +4,7 @@ A patch begins with its header, lines `Key: value`, and continues with the outpu
 
     Row: T7
     Test: tests/gatekeeper/test_abuse.py::test_a_malformed_message_closes_the_connection_of_its_sender
-    Removes: one sentence that says what is taken away
+    Removes: one sentence that names the removed code
 
 The test's assertion must fail with the patch. If the test can only hang, the header has `Hangs:` with the reason.
 """

@@ -296,7 +296,7 @@ class Rule:
         texts = {path: path.read_text(encoding="utf-8") for path in (root / "bpf").glob("*.bpf.[ch]")}
         found = [path for path, text in texts.items() for _ in range(text.count(RULES[self.name][0]))]
         if len(found) != 1:
-            raise SystemExit(f"{self.name}: its text stands {len(found)} times in bpf/")
+            raise SystemExit(f"{self.name}: its text occurs {len(found)} times in bpf/")
         return found[0]
 
     def apply(self, root: Path) -> None:

@@ -56,9 +56,9 @@ def test_install_enforce_purge_takes_two_commands_and_leaves_nothing(
     assert installed + started <= 60
     kit.assert_enforced(host, "deb")
     assert host.run("dpkg", "--verify", "fgpu").stdout == ""
-    assert host.left(before), "the package brings nothing?"
+    assert host.left(before), "the package installed no files"
     for_tests = host.run("grep", "-rli", "failpoint", "/usr/lib/fgpu/site/fgpu_ebpf", "/usr/bin/fgpu", check=False)
-    assert (for_tests.returncode, for_tests.stdout) == (1, ""), "what tests alone have"
+    assert (for_tests.returncode, for_tests.stdout) == (1, ""), "installed files have failpoints"
     assert host.pins()
     assert host.run("bash", "-c", COMPLETION).stdout == "status\n"
     for shell, file in (("zsh", "zsh/vendor-completions/_fgpu"), ("fish", "fish/vendor_completions.d/fgpu.fish")):
@@ -72,9 +72,9 @@ def test_install_enforce_purge_takes_two_commands_and_leaves_nothing(
     done = host.run("fgpu", "setup", "docker", "--memory", "8GiB", "--file", "/etc/docker/daemon.json", check=False)
     assert '"default-runtime": "fgpu"' in settings.read_text()
     assert "/etc/fgpu/policy.d/zz-docker.yaml: written" in done.stdout
-    assert host.run("fgpu", "policy", "list").stdout.count("matches 0 tenants now") == 1, "it is in force"
+    assert host.run("fgpu", "policy", "list").stdout.count("matches 0 tenants now") == 1, "the policy is not in force"
     said = host.apt("purge", "fgpu").stdout
-    assert "systemctl restart docker" in said, "a daemon that runs names a runtime that is gone"
+    assert "systemctl restart docker" in said, "the purge must name the restart of Docker"
     assert settings.read_text() == '{"debug": true}'
     assert host.agent is not None
     assert host.agent.wait(60) == 0  # it removes probes of other processes on this machine one by one
@@ -119,4 +119,4 @@ def test_an_upgrade_under_load_affects_no_tenant(host: fresh_host.Host, deb: Pat
             assert holder.poll() is None
             kit.eventually(lambda: kit.GIB in kit.driver_bytes(), 3, "the holder's memory")
     assert len(said) > 10
-    assert set(said) == {fits}, "a gap, or a refusal too many"
+    assert set(said) == {fits}, "a program got another amount of memory"

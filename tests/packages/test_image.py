@@ -78,7 +78,7 @@ def test_the_documented_command_enforces_the_share_of_a_container(docker: engine
             assert kit.driver_bytes() == [kit.GIB]
             assert "1GiB" in docker.call("exec", "fgpu", "fgpu", "status").stdout
         with docker.filled("other") as got:
-            assert got > 4 * kit.GIB, "without a share it was refused too"
+            assert got > 4 * kit.GIB, "a container without a share is refused too"
         docker.call("exec", "fgpu", "fgpu", "detach", "--yes")
     finally:
         docker.remove("fgpu")

@@ -25,7 +25,7 @@ GPUS = [
     *("--env", "LD_LIBRARY_PATH=/opt/build/sim/lib", "--volume", "/opt/build/sim/nvidia-smi:/usr/bin/nvidia-smi:ro"),
 ]
 UNIT = "fgpu-agent"
-# A login has a cgroup of the host in which it is.
+# A login shell is in a cgroup of the host that it logs in to.
 LOGIN = (
     "sh",
     "-c",

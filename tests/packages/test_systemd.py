@@ -73,8 +73,8 @@ _numbers = itertools.count()
 def fills(host: fresh_host.Host) -> None:
     """Check that a tenant gets exactly its limit.
 
-    The kernel's pids are not those of this host's pid namespace, so that the agent takes a program that lives through a
-    reconcile, twice a second, for a dead one: it is tried again. test_deb.py is exact, with the kernel's own pids.
+    The check is repeated. The kernel's pids are not those of this host's pid namespace, so the agent treats a program
+    that runs during a reconciliation, twice a second, as exited. test_deb.py is exact, with the kernel's own pids.
     """
 
     def exact() -> bool:

@@ -73,7 +73,7 @@ def test_the_wheel_has_no_failpoints(wheel: Path) -> None:
 
 def test_the_wheel_enforces_limits_without_the_system_s_packages(place: kit.Installed, tmp_path: Path) -> None:
     python = str(Path(place.fgpu).with_name("python"))
-    assert kit.run(python, "-c", "import bcc", check=False).returncode, "the environment sees the system's packages"
+    assert kit.run(python, "-c", "import bcc", check=False).returncode, "the environment has the system's packages"
     seconds = place.start_agent(tmp_path / "log")
     kit.assert_enforced(place, "wheel")
     shims = [line for line in Path("/run/fgpu/ld.so.preload").read_text().split() if line.endswith("libfgpu.so")]

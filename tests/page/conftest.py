@@ -81,4 +81,4 @@ def place(service: Service, tmp_path: Path) -> Iterator[Place]:
     yield place
     place.close()
     # Tenants whose cgroup was removed are shown as long as the driver holds their memory.
-    eventually(lambda: not orphans(), 10, "the release of what they held")
+    eventually(lambda: not orphans(), 10, "the release of the tenants' memory")

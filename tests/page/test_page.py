@@ -138,7 +138,7 @@ def test_names_of_tenants_are_shown_as_plain_text(look: Look, odd: Path) -> None
     about = there.page.locator("tbody small").first
     expect(about).to_have_text(f"policy odd /fgpu-page/{MARKUP} team={SCRIPT}")
     asked = len(there.requests)
-    eventually(lambda: (there.page.wait_for_timeout(50), len(there.requests) > asked)[1], 30, "another look")
+    eventually(lambda: (there.page.wait_for_timeout(50), len(there.requests) > asked)[1], 30, "another request")
     assert there.evaluate("[typeof hit, document.images.length, document.scripts.length]") == ["undefined", 0, 1]
     there = look(f"?filter={SCRIPT}%22%3E{MARKUP}")
     expect(there.page.locator(".count")).to_contain_text(f'0 with {SCRIPT}">{MARKUP}')
@@ -221,7 +221,7 @@ def answer(method: str, path: str, host: str = LISTEN) -> tuple[int, dict[str, s
 def test_a_request_with_an_unlisted_host_name_is_refused(service: Service, path: str) -> None:
     status, _, body = answer("GET", path, host="rebound.example")
     assert (status, body.count(b"\n")) == (421, 1)
-    assert answer("GET", path, host="page.example")[0] == 200, "listenNames has it"
+    assert answer("GET", path, host="page.example")[0] == 200, "a name of listenNames was refused"
 
 
 def test_the_server_answers_only_valid_requests(service: Service) -> None:

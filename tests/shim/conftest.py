@@ -39,7 +39,7 @@ def one_agent(build: Build) -> Iterator[Agent]:
     if os.geteuid():
         pytest.skip("probes and mount namespaces need root")
     if subprocess.run([SYSTEM_PYTHON, "-c", "import bcc"], capture_output=True, timeout=DEADLINE).returncode:
-        pytest.skip("no python3-bpfcc: nothing can answer the shim's probes")
+        pytest.skip("no python3-bpfcc: the fake agent cannot answer requests")
     agent = Agent(build)
     yield agent
     agent.process.stdin.close()

@@ -390,7 +390,7 @@ def main():
         request = json.loads(line)
         answer = getattr(agent, request.pop("do"))(request)
         os.write(out, json.dumps(answer or {}).encode() + b"\n")
-    os._exit(0)  # the kernel detaches what this process attached; bcc would want tracefs for it
+    os._exit(0)  # the kernel detaches what this process attached; bcc would need tracefs for that
 
 
 main()

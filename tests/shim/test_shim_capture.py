@@ -119,7 +119,7 @@ def report():
 def pool_of(device):
     h, props = V(), (C.c_int * 22)(1, 0, 1, device); need("cuMemPoolCreate", C.byref(h), props); return h
 def memory():
-    "Of every kind, so much that pools must yield, and not all is to be had."
+    "Allocates memory of every kind. One size is refused, after the shim has trimmed the pools."
     p = C.c_uint64(); need("cuMemAllocFromPoolAsync", C.byref(p), C.c_size_t(MiB), kept, t); ps = [p.value]
     ps += [new(64 * MiB), new(64 * MiB, s1), new(64 * MiB, None, "cuMemAllocAsync_ptsz")]
     need("cuMemAllocFromPoolAsync", C.byref(p), C.c_size_t(MiB), pools[0], t); ps.append(p.value)
@@ -127,14 +127,14 @@ def memory():
     need("cuStreamSynchronize", t); info(); alloc(2 * GiB); alloc(MiB)
     need("cuMemAllocManaged", C.byref(p), C.c_size_t(MiB), 1); need("cuMemPoolDestroy", pools[0])
 def graphs():
-    "One that allocates for itself."
+    "Captures and launches a graph that allocates memory."
     p, e = C.c_uint64(), V()
     need("cuStreamBeginCapture_v2", s, 0); need("cuMemAllocAsync", C.byref(p), C.c_size_t(MiB), s); launch(f, s)
     need("cuMemFreeAsync", p, s); need("cuStreamEndCapture", s, C.byref(g))
     need("cuGraphInstantiateWithFlags", C.byref(e), g, C.c_ulonglong(0)); need("cuGraphLaunch", e, t)
     need("cuStreamSynchronize", t); need("cuGraphExecDestroy", e)
 def firsts():
-    "Functions and kernels that no area has room for yet, and data."
+    "Launches code with more local memory than before, loads variables, and sets the size of the heap."
     need("cuLaunchKernel", of(2048), *[1] * 6, 0, t, None, None)
     need("cuLaunchKernel", entry(library(local(3000))), *[1] * 6, 0, t, None, None); stack(1024)
     k = entry(library(data(4 * MiB)), "glob"); need("cuKernelGetFunction", C.byref(V()), k); launch(k, t)

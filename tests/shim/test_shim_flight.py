@@ -51,7 +51,7 @@ out("given"); line(); need("cuStreamSynchronize", s); out("done"); line()"""
 @pytest.mark.timed
 @pytest.mark.parametrize("streams", [1, 7])
 def test_a_drain_is_short_and_reported(simulator: Simulator, streams: int) -> None:
-    """The gate closes at each turn of a program that launches at full speed. It soon reports a correct drain."""
+    """A program launches at full speed. Each time its gate closes, the program soon reports a correct drain."""
     agent = simulator.agent
     unlock(agent, 1)
     process = simulator.start(
@@ -213,7 +213,7 @@ def go(d, f): enter(d); launch(f, ss[d])
 enter(0); f = kernel(100)
 def both():
     for d in (0, 1): enter(d); need("cuStreamSynchronize", ss[d])
-"""  # a kernel on each of two devices that runs until the other does
+"""  # one kernel on each of two devices, each of which runs until the other kernel runs
 
 
 @pytest.mark.timeout(60)  # a failure would never end

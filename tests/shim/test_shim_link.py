@@ -115,7 +115,7 @@ def test_a_refusal_for_too_many_entries_is_reported_once(agent: Agent) -> None:
     agent.do("start")
     agent.do("limit", limit=100)
     script = PREAMBLE + "C.set_errno(77); out(alloc(1), C.get_errno(), alloc(1))"
-    assert agent.run(SYSTEM_PYTHON, "-c", script) == (f"[{OOM}, 77, {OOM}]\n", ""), "for bytes"
+    assert agent.run(SYSTEM_PYTHON, "-c", script) == (f"[{OOM}, 77, {OOM}]\n", ""), "a refusal for bytes prints a line"
     agent.do("knobs", crowded=1)
     said = "fgpu: device memory is refused: too many allocations, threads or processes\n"
     assert agent.run(SYSTEM_PYTHON, "-c", script) == (f"[{OOM}, 77, {OOM}]\n", said)

@@ -133,7 +133,7 @@ out([S.cuMemAlloc_v2(C.byref(p), C.c_size_t(300 * MiB)) for _ in range(2)], S.st
 
 
 def test_threads_that_look_up_at_the_same_time_find_the_hooks(held: Agent, plugins: dict[str, Path]) -> None:
-    """Some replace the table while others read it. A child that forks at that time has the hooks too."""
+    """Some threads replace the table while others read it. A child that is forked at that time has the hooks too."""
     script = f"""
 dl = C.CDLL(None); dl.dlsym.restype = dl.dlopen.restype = C.c_void_p
 names = [b"cuInit", b"cuMemAlloc_v2", b"cuLaunchKernel", b"cuMemGetInfo_v2"]

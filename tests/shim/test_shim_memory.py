@@ -112,7 +112,7 @@ def test_requests_without_a_limit_are_admitted(held: Agent) -> None:
     ("call", "result"),
     [
         ("alloc(0)", 1),  # the driver's own error
-        ("(L.fake_context(0), alloc(1 << 20))[1]", 0),  # no context: the driver refuses the call
+        ("(L.fake_context(0), alloc(1 << 20))[1]", 0),  # no context: a real driver refuses the call
         ("L.cuCtxCreate_v2(C.byref(C.c_void_p()), 0, 77)", 0),
     ],
 )

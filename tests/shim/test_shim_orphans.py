@@ -57,7 +57,7 @@ HOPELESS = {
     "the device keeps them": {**FULL, "looked_ms": -1000},
     "they are old, and no agent will look": {**FULL, "age_ms": 30_001},
     "nothing is orphaned": {"used": GIB, "age_ms": 0},
-    "they are said to be of no time": {"used": GIB, "orphaned": GIB // 2},
+    "they have no age": {"used": GIB, "orphaned": GIB // 2},
 }
 
 

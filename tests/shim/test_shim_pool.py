@@ -541,7 +541,7 @@ def test_only_the_first_request_after_an_unprobed_free_waits_before_it_is_refuse
 
 
 def test_a_request_waits_for_a_comparison_after_a_later_synchronise(held: Agent) -> None:
-    """The first synchronize may be for another stream."""
+    """The first synchronise may be for another stream."""
     script = POOLS + UNSEEN + "time.sleep(1.1); L.cuStreamSynchronize(None); out(*timed(200 * MiB))"
     _, (result, seconds) = held.python(script)
     assert result == OOM

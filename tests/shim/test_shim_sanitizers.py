@@ -148,7 +148,7 @@ def test_sanitizers_find_no_error_with_a_slow_driver(under: Under, tmp_path: Pat
     assert counts["launches"]
 
 
-# Programs that preload nothing else, which would be loaded before the sanitizer's library.
+# Files whose programs preload no other library. It would be loaded before the sanitizer's library.
 SUITE = ("array", "capture", "flight", "gate", "graph", "memory", "pool", "simulator", "view")
 
 

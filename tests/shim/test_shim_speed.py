@@ -1,7 +1,4 @@
-"""The time that the shim adds to calls which take the driver half a microsecond.
-
-The stand-in's calls take almost none.
-"""
+"""The time that the shim adds to calls that take a real driver half a microsecond, and the stand-in almost no time."""
 
 import subprocess
 

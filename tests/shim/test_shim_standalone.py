@@ -228,7 +228,7 @@ if pid: os.waitpid(pid, 0); os._exit(0)
 
 @pytest.fixture
 def image(agent: Agent) -> Iterator[Agent]:
-    """Return the fake agent's root with an image whose limit is 700 MiB. No gatekeeper listens."""
+    """Return the fake agent, in a root with an image whose limit is 700 MiB. No gatekeeper listens."""
     script = "mkdir -p /run/etc/fgpu && cp /etc/ld.so.cache /run/etc && mount --bind /run/etc /etc && " + limit(
         "700MiB"
     )
@@ -268,7 +268,7 @@ def test_after_an_agent_died_new_programs_get_no_memory_and_running_ones_keep_th
     assert held.stdout.readline() == "[0]\n"
     image.do("die")
     assert image.python("out(alloc(512), info()[1])") == [[OOM, 0]]
-    assert held.communicate("\n", timeout=10)[0] == f"[0, {GIB}]\n", "the kernel's word, as before"
+    assert held.communicate("\n", timeout=10)[0] == f"[0, {GIB}]\n", "the kernel's limit stays in force"
 
 
 def test_the_image_s_limit_applies_if_no_agent_ever_answered_in_the_folder(image: Agent) -> None:

@@ -22,9 +22,9 @@ out(n * %d)"""
 
 
 def take_turns(agent: Agent, first: int, weights: list[int], seconds: float) -> list[float]:
-    """Give 20 ms to the program that has had least, and charge it until it has drained.
+    """Give turns of 20 ms, each to the program that has had the least time for its weight, until `seconds` have passed.
 
-    Repeat. Return the time of each.
+    A turn lasts until its program has drained. Return the time of each program.
     """
     given, turn = [0.0] * len(weights), 1
     end = time.monotonic() + seconds

@@ -1,5 +1,6 @@
-/* Asks a CUDA driver several hundred small questions. It needs a device of its own for the length of a second: what it
- * prints about memory is differences of cuMemGetInfo. Sections are chosen by name on the command line; none = all. */
+/* Makes several hundred small calls to a CUDA driver and prints their results. No other process may use the device for
+ * the second that this takes, because amounts of memory are differences of cuMemGetInfo. Sections are chosen by name on
+ * the command line; without a name, all run. */
 #define _GNU_SOURCE
 #include "conformance.h"
 
@@ -130,7 +131,7 @@ static void check_devices(void)
     TRY("peer.past", cuDeviceCanAccessPeer, &value, 0, 99);
 }
 
-/* A forked child is not the process that said cuInit. */
+/* Calls of a forked child, which is not the process that called cuInit. */
 static void check_fork(void)
 {
     section("fork");

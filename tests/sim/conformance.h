@@ -1,5 +1,5 @@
-/* How the conformance program asks: every function is looked up by name in whatever driver the loader finds, and every
- * answer is one line `name value`, so that two drivers are compared by diff. */
+/* How the conformance program makes calls: each function is looked up by name in the driver that the loader finds, and
+ * each result is one line `name value`, so that two drivers are compared by diff. */
 #ifndef FGPU_CONFORMANCE_H
 #define FGPU_CONFORMANCE_H
 
@@ -11,7 +11,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
-/* The driver exports these, the header has them as macros alone: the same for a thread's own default stream. */
+/* Variants for the per-thread default stream. The driver exports them, and the header has them only as macros. */
 #define PER_THREAD(name) __typeof__(name) name##_ptsz
 PER_THREAD(cuMemAllocAsync);
 PER_THREAD(cuMemAllocFromPoolAsync);
@@ -29,19 +29,19 @@ PER_THREAD(cuLaunchKernel);
 PER_THREAD(cuLaunchKernelEx);
 PER_THREAD(cuLaunchCooperativeKernel);
 
-void *need(const char *name); /* never NULL: what is missing answers 999 */
+void *need(const char *name); /* never NULL: a missing function returns 999 */
 void say(const char *name, long long value);
 void section(const char *name); /* prefix of the lines that follow */
 
 #define CALL(function, ...) ((__typeof__(&function))need(#function))(__VA_ARGS__)
-/* The result of a call under a name of its own, or under the function's. */
+/* Makes a call, and prints its result under this name. */
 #define TRY(name, function, ...) say(name, (long long)CALL(function, __VA_ARGS__))
 
 #define KIB ((size_t)1 << 10)
 #define MIB ((size_t)1 << 20)
 
 void use_primary(void);    /* makes the first device's primary context current */
-long long taken_mib(void); /* what the device has lost since mark() */
+long long taken_mib(void); /* the memory of the device that was taken since mark() */
 void mark(void);
 
 void check_contexts(void);
@@ -56,7 +56,7 @@ void check_arrays(void);
 void check_managed(void);
 void check_old(void);
 void check_sharing(void);
-int sharing_child(int sock); /* what the other process of it does */
+int sharing_child(int sock); /* main function of the other process of check_sharing() */
 void check_lookup(void);
 void check_nvml(void);
 void check_events(void);
@@ -80,7 +80,7 @@ void check_asides(void);
 void check_apart(void);
 void check_destroyed_pools(void);
 void check_outlives(void);
-int actor_begins(int sock); /* what each process of it does */
+int actor_begins(int sock); /* main function of the other processes of check_outlives() and check_endings() */
 void check_endings(void);
 void check_grows(void);
 void check_queues(void);

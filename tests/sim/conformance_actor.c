@@ -1,4 +1,4 @@
-/* One of the processes that the director tells what to do. */
+/* An actor: a process that executes the director's orders. */
 #define _GNU_SOURCE
 #include "conformance_actors.h"
 
@@ -23,14 +23,14 @@ static struct {
     int kept, unread[2];
 } actor = {.kept = -1, .unread = {-1, -1}};
 
-/* The nodes of the driver; the simulated one has a socket besides. */
+/* Returns whether a descriptor is of a device node. The simulated driver also has a socket. */
 static int is_of_driver(const char *target)
 {
     const char *name = strrchr(target, '/');
     return !strncmp(name ? name + 1 : target, "nvidia", 6) || !strncmp(target, "socket:", 7);
 }
 
-/* This process's descriptors of the driver, and how many there are. */
+/* Finds this process's descriptors of the driver, and returns their number. */
 static unsigned driver_files(int *files)
 {
     DIR *list = opendir("/proc/self/fd");
@@ -105,7 +105,7 @@ static void close_kept(void)
     actor.kept = -1;
 }
 
-/* The child returns, and is the actor from now on. */
+/* Forks. Only the child returns, and is the actor from now on. */
 static long long become_a_child(void)
 {
     pid_t child = fork();
@@ -270,7 +270,7 @@ static long long act_on_contexts(enum act act)
     }
 }
 
-/* The kinds of orders stand one after the other in enum act. */
+/* Executes an order. In enum act, the orders of one kind follow each other. */
 static long long obey(struct order *order, int came, int *goes)
 {
     if (order->act <= ACT_RELEASE) return act_on_memory(order->act);
@@ -280,7 +280,7 @@ static long long obey(struct order *order, int came, int *goes)
     return act_on_contexts(order->act);
 }
 
-/* Begins with an order of its own, in which its pid says that it is there. */
+/* Sends its pid when it has started, and then executes orders until ACT_END. */
 int actor_begins(int sock)
 {
     struct order order = {.act = ACT_BEGIN, .number = getpid()};

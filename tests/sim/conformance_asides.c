@@ -1,5 +1,5 @@
-/* What a library beside the program asks while the program's thread captures, in the mode that forbids most: which of
- * it would harm the capture? */
+/* Calls that a library may make while the program's thread captures in the strictest mode: which of them would break
+ * the capture? */
 #include "conformance.h"
 
 #include <stdio.h>
@@ -45,7 +45,7 @@ static const struct aside asides[] = {{"device.other", ask_other},   {"device.ca
                                       {"primary", ask_primary},      {"pool", ask_pool},
                                       {"graphs", ask_graphs},        {"push", push}};
 
-/* One with a capture of its own: its result, and how the capture ends. */
+/* Makes a call during a new capture. Prints its result, and how the capture ends. */
 static void ask(const char *how, const struct aside *aside, unsigned flags, CUstreamCaptureMode thread)
 {
     CUgraph captured = NULL;
@@ -79,7 +79,7 @@ void check_asides(void)
     CALL(cuStreamDestroy_v2, other);
 }
 
-/* -- each call by itself, also by a thread that answers for what it does */
+/* -- each call by itself, also by a thread in relaxed mode */
 
 static CUmemoryPool pool;
 static CUevent event;

@@ -1,4 +1,4 @@
-/* Stream capture: what may be done while a stream captures, in each mode, and what the capture comes to. */
+/* Stream capture: which calls are allowed while a stream captures, in each mode, and how the capture ends. */
 #include "conformance.h"
 
 #include <stdio.h>
@@ -189,7 +189,8 @@ static const struct {
             {"upload", do_upload},
             {"capturing.legacy", do_capturing_legacy}};
 
-/* One capture for each act: its result, what the stream says then, how the capture ends, and with how many nodes. */
+/* Captures once for each act. Prints the act's result, the stream's status then, the result of the capture's end, and
+ * the number of its nodes. */
 static void each_act(const char *how, CUstreamCaptureMode mode, CUstreamCaptureMode thread, unsigned flags)
 {
     for (size_t i = 0; i < sizeof acts / sizeof *acts; i++) {

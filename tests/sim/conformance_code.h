@@ -1,4 +1,4 @@
-/* Code for the device, in its assembly, and a context of one's own to run it in. */
+/* Code for the device, in assembly, and a new context in which it runs. */
 #ifndef FGPU_CONFORMANCE_CODE_H
 #define FGPU_CONFORMANCE_CODE_H
 
@@ -6,9 +6,9 @@
 
 #define CODE_HEAD ".version 7.0\n.target sm_70\n.address_size 64\n"
 
-extern CUfunction noop_kernel; /* of the last such context */
+extern CUfunction noop_kernel; /* of the last context of own_context() */
 
-CUcontext own_context(void); /* which a kernel has run in; mark() has been called */
+CUcontext own_context(void); /* creates a context and makes it current, runs a kernel in it, and calls mark() */
 CUfunction load_code(const char *code, const char *name, CUmodule *module);
 CUfunction load_sized_code(const char *format, unsigned bytes, const char *name, CUmodule *module);
 CUresult launch_once(CUfunction function, void **arguments);

@@ -1,9 +1,9 @@
-/* What of a process's memory goes with a context and what stays. */
+/* Which memory of a process is freed with a context, and which stays. */
 #include "conformance_actors.h"
 
 #include <stdio.h>
 
-/* The primary context ends, and begins anew. */
+/* Ends the primary context, and retains it again. */
 static void check_last(const char *what, enum act act)
 {
     char name[64];

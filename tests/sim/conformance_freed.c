@@ -1,4 +1,4 @@
-/* Memory that is freed by the call of another kind of allocation, or with its context, and when it is there again. */
+/* Memory that is freed by a call for another kind of memory, or with its context, and when it is available again. */
 #include "conformance.h"
 
 static CUmemoryPool pool;
@@ -133,8 +133,8 @@ void check_freed(void)
 
 /* -- a free while another context of the same device is current */
 
-/* Frees what the primary context has, with the other one current, in the order of a stream that waits for it at once.
- * What is refused is freed at the end, so that the next question begins with nothing. */
+/* Frees memory of the primary context in the order of a stream, while the context `made` is current, and waits for the
+ * stream. At the end, frees the memory if that was refused, so that the next case begins without memory. */
 static void free_afar(const char *names[3], CUcontext made, CUdeviceptr at, CUstream stream)
 {
     CALL(cuCtxSetCurrent, made);

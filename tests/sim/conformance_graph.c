@@ -1,4 +1,4 @@
-/* Graphs: nodes, instantiation, launches, and above all the memory that they take. */
+/* Graphs: nodes, instantiation, launches, and above all their memory. */
 #include "conformance.h"
 
 #include <stdio.h>
@@ -149,7 +149,7 @@ static void check_copies(void)
     CALL(cuMemFree_v2, memory);
 }
 
-/* A graph that allocates and, unless told otherwise, frees. */
+/* Returns a graph that allocates memory and, with `frees`, frees it. */
 static CUgraph allocating(size_t size, int frees, CUdeviceptr *at)
 {
     CUgraph graph = NULL;

@@ -1,11 +1,11 @@
-/* Device memory that comes by itself, without a call that asks for it: for stacks and local memory, the device's heap,
- * printf and data of modules. All sizes are what the device has lost since the section, or the context, began. */
+/* Device memory that the driver takes without a call that requests it: for stacks and local memory, the device's heap,
+ * printf and data of modules. Each size is the memory taken since the beginning of the section or the context. */
 #define _GNU_SOURCE
 #include "conformance_code.h"
 
 #include <stdio.h>
 
-/* With so many bytes of local memory, none of which a compiler can do without. */
+/* Code with this many bytes of local memory, which a compiler cannot remove. */
 static const char local_code[] = CODE_HEAD
     ".visible .entry lmem(.param .u64 p, .param .u32 n)\n{\n .local .align 16 .b8 buf[%u];\n .reg .b64 %%rd<8>;\n"
     " .reg .b32 %%r<4>;\n ld.param.u32 %%r1, [n];\n mov.u64 %%rd1, buf;\n cvt.u64.u32 %%rd2, %%r1;\n"
@@ -87,7 +87,7 @@ static void check_local(void)
     CALL(cuCtxSetLimit, CU_LIMIT_STACK_SIZE, 10240);
     say("local.set.10240.mib", taken_mib());
     CALL(cuCtxDestroy_v2, context);
-    context = own_context(); /* a limit first, then kernels on both sides of it */
+    context = own_context(); /* first a limit, then kernels below and above it */
     CALL(cuCtxSetLimit, CU_LIMIT_STACK_SIZE, 4096);
     say("stack.4096.mib", taken_mib());
     run_local("stack.local", 2048);

@@ -1,5 +1,5 @@
-/* What the shim stands before since it asks for memory of launches: limits of a context, code that is unloaded, kernels
- * that become nodes. Each as it is meant, and as little of it as can be said. */
+/* Functions that the shim hooks because it requests memory of launches: limits of a context, unloads of code, kernels
+ * that become nodes. Each is called with valid, unknown and missing arguments. */
 #include "conformance.h"
 
 #include <string.h>
@@ -93,7 +93,7 @@ void check_hooks(void)
     TRY("library.unload.null", cuLibraryUnload, NULL);
 }
 
-/* Loads in every way, and what makes a context take a library's data. */
+/* Loads code in every way, and makes the calls that load a library's data into a context. */
 void check_code(void)
 {
     CUlibrary library;

@@ -1,4 +1,4 @@
-/* Launches of every kind, and launches captured. */
+/* Launches of every kind, also during a capture. */
 #include "conformance.h"
 
 #include <stdio.h>
@@ -10,7 +10,7 @@ static CUmodule module;
 static CUfunction kernel;
 static CUstream stream;
 
-/* Shapes that every launch is asked for, with the answer to each. */
+/* The shapes with which each kind of launch is called. */
 static const struct shape {
     const char *name;
     unsigned grid[3], block[3], shared;
@@ -105,7 +105,7 @@ static void check_cooperation(void)
     TRY("devices.wait", cuCtxSynchronize);
 }
 
-/* From before CUDA 4.0: a function is told its shape first. */
+/* Launches from before CUDA 4.0, which set the shape of a function first. */
 static void check_old_launches(void)
 {
     CUfunction fresh = NULL;
@@ -190,8 +190,8 @@ void check_launches(void)
     CALL(cuModuleUnload, module);
 }
 
-/* Captured as a program does that answers for what its own threads launch meanwhile; and more shared memory than a
- * function may have of itself. */
+/* Launches during a capture in relaxed mode, and launches with more shared memory than a function may have by default.
+ */
 void check_relaxed(void)
 {
     section("relaxed");

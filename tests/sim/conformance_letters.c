@@ -1,4 +1,4 @@
-/* What actors and the director send each other, with descriptors. */
+/* Messages between the actors and the director, with descriptors. */
 #define _GNU_SOURCE
 #include "conformance_actors.h"
 

@@ -1,9 +1,9 @@
-/* Memory that outlives its process, or what it was made by. */
+/* Memory that outlives its process, or the handle or pool from which it came. */
 #include "conformance_actors.h"
 
 #include <stdio.h>
 
-/* A descriptor is all that is left of memory. */
+/* Only a descriptor still refers to memory. */
 static void check_export(void)
 {
     roles_begin();
@@ -27,7 +27,7 @@ static void check_export(void)
     roles_end("export");
 }
 
-/* Memory that was never made for descriptors has one all the same. */
+/* Memory that was not created for descriptors has one nevertheless. */
 static void check_dmabuf(void)
 {
     roles_begin();
@@ -58,7 +58,7 @@ static void check_import(void)
     tell(a, ACT_CREATE, SIZE);
     tell(a, ACT_MAP, 0);
     tell(a, ACT_EXPORT, 0);
-    tell(b, ACT_CREATE, SIZE); /* the size of what is imported */
+    tell(b, ACT_CREATE, SIZE); /* sets the size for the import */
     tell(b, ACT_RELEASE, 0);
     tell(c, ACT_CREATE, SIZE);
     tell(c, ACT_RELEASE, 0);
@@ -73,7 +73,7 @@ static void check_import(void)
     tell(b, ACT_CLOSE, 0);
     tell(c, ACT_CLOSE, 0);
     role_end(a);
-    show("import.killed"); /* this process has the exporter's descriptor still */
+    show("import.killed"); /* this process still has the exporter's descriptor */
     drop_file(a);
     show("import.closed");
     ask("import.b.unmap", b, ACT_UNMAP, 0);
@@ -86,7 +86,7 @@ static void check_import(void)
     roles_end("import");
 }
 
-/* An importer keeps the descriptor, and is the last that does. */
+/* An importer keeps the last descriptor. */
 static void check_import_keeps(void)
 {
     roles_begin();
@@ -156,7 +156,7 @@ static void check_pool_export(void)
     roles_end("pool");
 }
 
-/* The exporter destroys its pool while another has it. */
+/* The exporter destroys its pool while another process has it. */
 static void check_pool_destroyed(void)
 {
     roles_begin();
@@ -180,7 +180,7 @@ static void check_pool_destroyed(void)
     roles_end("pool.unkept");
 }
 
-/* A forked child has the driver's descriptors, and then has them no more. */
+/* A forked child outlives its parent with the driver's descriptors, and then closes them. */
 static void check_forks(const char *what, enum act act)
 {
     char name[64];
@@ -200,7 +200,7 @@ static void check_forks(const char *what, enum act act)
     roles_end(what);
 }
 
-/* Descriptors that lie in a socket are in no process. */
+/* Only the queue of a socket has the driver's descriptors. */
 static void check_unread(void)
 {
     roles_begin();

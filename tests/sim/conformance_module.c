@@ -1,4 +1,4 @@
-/* Code: what loading it takes and when; libraries and the linker. Arrays, managed memory and the oldest forms besides.
+/* Code: how much memory it takes, and when; libraries and the linker. Also arrays, managed memory and the oldest calls.
  */
 #include "conformance.h"
 

@@ -1,4 +1,4 @@
-/* Forms that newer ones replaced, contexts made in every way, green contexts, and the lists of NVML. */
+/* Functions that newer ones have replaced, every way to create a context, green contexts, and the lists of NVML. */
 #include "conformance.h"
 
 #include <stdio.h>
@@ -75,7 +75,7 @@ void check_older(void)
     check_primary();
 }
 
-/* No section asks for a description without parts: the real driver reads the first part anyway, and crashes. */
+/* No section requests a description without parts: the real driver reads the first part nevertheless, and crashes. */
 void check_green(void)
 {
     section("green");
@@ -127,8 +127,8 @@ void check_green_contexts(void)
     use_primary();
 }
 
-/* The same three questions to each list: how long it is, with no room, and with plenty. None is asked of no device: the
- * real library looks into a handle that is NULL once it is ready, and crashes. */
+/* Makes the same three calls for each list: without a place for the length, for the length alone, and with enough room.
+ * No call has a handle of NULL, because the real library dereferences it once it is initialized, and crashes. */
 #define LIST(name, function, type)                                                                                     \
     do {                                                                                                               \
         type lines[64];                                                                                                \
@@ -199,7 +199,7 @@ void check_lists(void)
     TRY("init.flags", nvmlInitWithFlags, NVML_INIT_FLAG_NO_GPUS);
     TRY("init.flags.unknown", nvmlInitWithFlags, 0x1000);
     TRY("index", nvmlDeviceGetHandleByIndex_v2, 0, &device);
-    use_primary(); /* so that there is a process to list */
+    use_primary(); /* so that the list has a process */
     LIST("compute.v1", nvmlDeviceGetComputeRunningProcesses, nvmlProcessInfo_v1_t);
 }
 

@@ -1,4 +1,4 @@
-/* Names by which a pool goes to another process, and mistakes with them. */
+/* Handles by which another process opens a pool, with errors in each argument. */
 #define _GNU_SOURCE
 #include "conformance.h"
 

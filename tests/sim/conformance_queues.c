@@ -1,4 +1,4 @@
-/* Device memory that streams, events, graphs and registered host memory take by themselves. */
+/* Device memory that the driver takes for streams, events, graphs and registered host memory. */
 #define _GNU_SOURCE
 #include "conformance_code.h"
 

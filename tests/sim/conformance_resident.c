@@ -1,4 +1,4 @@
-/* Managed memory is on the device from when it is touched there. */
+/* Managed memory is on the device from its first use there. */
 #define _GNU_SOURCE
 #include "conformance_code.h"
 

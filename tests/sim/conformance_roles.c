@@ -1,4 +1,4 @@
-/* The director of the actors: tells them what to do, and prints what NVML shows of them after each step. */
+/* The director: sends orders to the actors, and prints their memory in NVML after each step. */
 #define _GNU_SOURCE
 #include "conformance_actors.h"
 
@@ -15,7 +15,7 @@
 #define ACTORS 4
 #define ROWS 64
 #ifndef SETTLED_MS
-#define SETTLED_MS 400 /* the driver takes up to 100 ms to free what a process leaves behind */
+#define SETTLED_MS 400 /* the driver takes up to 100 ms to free the memory of an exited process */
 #endif
 
 static struct role roles[ACTORS];
@@ -133,7 +133,7 @@ void roles_end(const char *what)
     for (unsigned i = 0; i < n_roles; i++) {
         drop_file(&roles[i]);
         role_end(&roles[i]);
-        close(roles[i].sock); /* a child that took over reads its end there */
+        close(roles[i].sock); /* an actor that is a forked child reads end of file, and exits */
     }
     n_roles = 0;
     rest(SETTLED_MS);

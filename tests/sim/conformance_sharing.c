@@ -1,4 +1,4 @@
-/* Memory of two processes: this one, and a child that is this program again. */
+/* Memory of two processes: this process, and a child that runs this program again. */
 #define _GNU_SOURCE
 #include "conformance.h"
 
@@ -85,7 +85,7 @@ static void child_opens(const struct message *message)
     TRY("close.third", cuIpcCloseMemHandle, at);
 }
 
-/* Opens again and keeps it, until told to say what is there. */
+/* Opens the memory again and keeps it open, so that a later order can print its contents. */
 static CUdeviceptr child_holds(const struct message *message)
 {
     CUdeviceptr at = 0;
@@ -186,7 +186,7 @@ static void check_handles(int sock)
     CALL(cuMemFree_v2, small);
 }
 
-/* What a real driver does when memory is freed that another process has open, it does not promise: so this comes last.
+/* Frees memory that another process has open. The driver's documentation does not define the effect, so this runs last.
  */
 static void check_free(int sock)
 {
@@ -243,7 +243,7 @@ void check_sharing(void)
     section("sharing");
     int sock = start_child(&child), status = 0;
     struct message message;
-    receive_message(sock, &message); /* it is ready, and has said so */
+    receive_message(sock, &message); /* the child is ready */
     use_primary();
     check_handles(sock);
     check_descriptors(sock);

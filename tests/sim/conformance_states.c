@@ -1,5 +1,5 @@
-/* Every hooked function of the driver in states in which it can do nothing: before cuInit, in a forked child, without a
- * context, and in one that was destroyed. What each is given would do elsewhere. */
+/* Calls every hooked function of the driver in states in which it must fail: before cuInit, in a forked child, without
+ * a context, and in a destroyed context. In other states the arguments would be valid. */
 #include "conformance.h"
 
 #include <stdio.h>
@@ -83,7 +83,7 @@ static void ask_launches(void)
     TRY("cuGraphLaunch_ptsz", cuGraphLaunch_ptsz, NULL, NULL);
 }
 
-/* Those that need no context: asked only where the driver itself is not ready. */
+/* Calls the functions that need no context. They run only if the driver itself is not ready. */
 static void ask_without_context(void)
 {
     CUmemAllocationProp prop;

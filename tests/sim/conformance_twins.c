@@ -1,5 +1,5 @@
-/* The forms of stream-ordered calls for programs with a default stream per thread; graphs instantiated in every way,
- * and captured into one that is there; the pool that a device allocates from. */
+/* Variants of stream-ordered calls for the per-thread default stream; every way to instantiate a graph; captures into
+ * an existing graph; the pool from which a device allocates. */
 #include "conformance.h"
 
 #include <stdio.h>
@@ -43,7 +43,8 @@ static void check_allocations(void)
     TRY("destroy", cuMemPoolDestroy, pool);
 }
 
-/* The thread's own stream may be captured, unlike the legacy one; what it is asked for meanwhile. */
+/* Captures in the per-thread default stream, which is allowed, unlike in the legacy stream, and calls during a capture.
+ */
 static void check_capture_of_own(void)
 {
     CUgraph graph = NULL;
@@ -138,7 +139,9 @@ static void check_parameters(CUgraph graph)
     CALL(cuGraphExecDestroy, exec);
 }
 
-/* A graph in a circle, and one that allocates and is there already: each way to instantiate says so in its own way. */
+/* Instantiates in every way a graph with a cycle, and a second time a graph with memory. Each way returns its own
+ * error.
+ */
 static void check_refusals(void)
 {
     CUgraph circle = NULL, memory = NULL;
@@ -193,7 +196,7 @@ void check_instantiation(void)
     CALL(cuGraphDestroy, graph);
 }
 
-/* What the end says, whether it gives that graph, and how many nodes that has. */
+/* Ends a capture. Prints the result, whether the graph is the expected one, and the number of that graph's nodes. */
 static void end_and_count(const char *name, CUstream stream, CUgraph expected)
 {
     CUgraph graph = NULL;
@@ -245,7 +248,7 @@ void check_to_graph(void)
     CALL(cuStreamDestroy_v2, stream);
 }
 
-/* A graph that a capture goes into, when that ends with work that has not come back, or with its stream. */
+/* A graph into which a stream captures, after the capture ends with unjoined work or with its stream. */
 void check_lost_graphs(void)
 {
     section("lost");

@@ -171,7 +171,7 @@ void check_pools(void)
     TRY("destroy", cuMemPoolDestroy, other);
 }
 
-/* A pool that ends before what it gave: the memory goes when that is freed, whatever the pool was told to keep. */
+/* A pool is destroyed before its allocation: its memory is freed with the allocation, in spite of the threshold. */
 void check_destroyed_pools(void)
 {
     section("destroyed");

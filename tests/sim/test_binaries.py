@@ -96,13 +96,11 @@ def test_the_lookup_table_has_the_newest_version_of_each_function_and_no_unknown
     for name, version in pairs:
         versions.setdefault(name, set()).add(version)
     newest = {name: max(v for n, v, _ in rows if n == name) for name in ours}
-    # A later entry in the header is the same export in its per-thread form (7000), or an export that is not
-    # implemented.
+    # A later version in the header may only be 7000, the per-thread form of the same export.
     assert {n: max(versions[n]) for n in ours if max(versions[n]) > newest[n] and max(versions[n]) != 7000} == {}
 
 
 def test_every_exported_cuda_function_can_be_looked_up(tools: Path) -> None:
     text = (ROOT / "sim" / "cuda" / "data" / "symbols.h").read_text()
     symbols = set(re.findall(r"\b(cu\w+)\b", text))
-    # Superseded at the version in which their successors appeared. The header has no function for them.
     assert set(exports(tools / "lib" / "libcuda.so.1")) - symbols == set()

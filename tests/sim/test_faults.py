@@ -167,7 +167,7 @@ say(look(1)); anew()
         order(machine, "reset")
         say(client)
         told = [client.stdout.readline() for _ in range(2)]
-        assert told == ["NVMLError_GpuIsLost\n", "2 True True\n"], "NVML must begin anew to find it"
+        assert told == ["NVMLError_GpuIsLost\n", "2 True True\n"], "NVML must be initialized again to find the device"
     assert order(machine, "device-lost:2", check=False).returncode == 1, "there is no such device"
 
 

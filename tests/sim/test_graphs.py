@@ -127,7 +127,7 @@ say(*said, L.cuStreamEndCapture(s, C.byref(graph)), bool(graph))
 
 
 def test_a_capture_ends_when_its_first_stream_is_destroyed_and_breaks_with_another(machine: Machine) -> None:
-    """The loss of the stream in which it began ends it. The loss of another stream breaks it."""
+    """The loss of the capture's first stream ends the capture. The loss of another stream breaks it."""
     script = """
 start(); s, t, u = stream(), stream(), stream(); fork, graph = C.c_void_p(), C.c_void_p(1)
 need("cuEventCreate", C.byref(fork), 2); _, nothing = kernel("spin_0us")
@@ -283,7 +283,7 @@ say(quick, L.cuStreamQuery(s)); need("cuStreamSynchronize", s); say(round(time.m
 
 
 def test_a_graph_launch_in_a_parallel_stream_allocates_its_own_memory(machine: Machine) -> None:
-    """It allocates more while the first launch runs. A launch in the same stream does not."""
+    """The first launch still runs. A launch in the same stream would not allocate more memory."""
     script = """
 start(); _, spin = kernel("spin_200000us"); base = [0]
 def make(s, size=64):

@@ -144,7 +144,7 @@ need("cuModuleUnload", one); need("cuModuleUnload", two); say(taken()); wait()
 
 
 def test_data_of_modules_exists_from_the_load(machine: Machine) -> None:
-    """It has its contents then, in granules of the module. It is no allocation that can be freed."""
+    """The data has its contents from the load on, in granules of the module. It cannot be freed as an allocation."""
     script = """
 _, module, f = load(data(5 << 20), "glob"); _, other, g = load(data(1), "glob"); say(taken()); wait()
 result, at, size = variable(module, "big"); say(result, size, variable(module, "bi")[0], variable(other, "big")[2])
@@ -172,7 +172,7 @@ context = another(); load(data(9 << 20), "glob"); need("cuCtxDestroy_v2", contex
     ],
 )
 def test_data_of_libraries_exists_from_the_first_use_in_each_context(machine: Machine, use: str) -> None:
-    """It exists until the unload. Calls that need no context do not load it."""
+    """The data exists until the library is unloaded. Calls that need no context do not load it."""
     script = f"""
 library, kernel, value = C.c_void_p(), C.c_void_p(), C.c_int()
 need("cuLibraryLoadData", C.byref(library), data(64 << 20).encode(), None, None, 0, None, None, 0)
@@ -186,7 +186,7 @@ need("cuCtxDestroy_v2", context); say(taken()); need("cuLibraryUnload", library)
 
 
 def test_memory_of_streams_and_graph_nodes_is_kept_until_the_context_ends(machine: Machine) -> None:
-    """The row has as many as ever existed at the same time. They are freed with the context."""
+    """The row includes as many streams and nodes as ever existed at the same time, until the context ends."""
     script = """
 context = another(); here = taken()
 held = [stream() for _ in range(64)]; say(taken() - here); [need("cuStreamDestroy_v2", s) for s in held]

@@ -102,7 +102,7 @@ def test_an_executed_program_keeps_the_memory_of_inherited_descriptors(machine: 
 
 
 def test_one_row_shows_the_memory_of_both_connections_of_a_process(machine: Machine) -> None:
-    """The executed program has a connection of its own."""
+    """One connection is inherited, and the executed program opens the other."""
     executed = executing("start(); alloc(20 << 20); say('again'); wait()")
     with machine.spawn(f"{FILES}\nstart(); alloc(100 << 20); {executed}") as client:
         assert hear(client) == "again"

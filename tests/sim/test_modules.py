@@ -102,7 +102,7 @@ need("cuCtxDestroy_v2", context); say(held()); kernel("g", b"fgpu-module 2MiB");
 
 
 def test_a_library_is_loaded_in_each_context_that_uses_its_kernels(machine: Machine) -> None:
-    """It is in no other context."""
+    """A context that uses none of its kernels does not load it."""
     script = """
 start(); before = info()[0]; library, k, f, g, m = (C.c_void_p() for _ in range(5)); name = C.c_char_p()
 need("cuLibraryLoadData", C.byref(library), b"fgpu-module 10MiB", None, None, 0, None, None, 0)

@@ -199,7 +199,7 @@ def share(sock: socket.socket, size: int, context: int = 1) -> tuple[int, tuple[
 
 
 def test_shared_memory_cannot_be_freed_as_private_memory(server: Server) -> None:
-    """It can neither be freed twice into a share, nor as if it were not shared."""
+    """No byte can be shared twice, and a shared byte cannot be freed as a private one."""
     with server.connect() as sock:
         assert ask(sock, request(TAKE, kind=CONTEXT, context=1)) == (0, 0)
         assert ask(sock, request(TAKE, kind=BLOCK, context=1, size=1009)) == (0, 0)
@@ -357,7 +357,7 @@ def test_the_server_leaks_nothing(tools: Path, tmp_path: Path) -> None:
 
 
 def test_false_reports_of_managed_memory_are_refused(server: Server) -> None:
-    """The client is refused more than the device has, even if sums overflow, and leaves nothing behind."""
+    """The server refuses more than the device has, even if sums overflow. The client leaves nothing behind."""
     mib, chunk = 1 << 20, 128 << 20
     with server.connect() as sock:
         assert ask(sock, request(RESIDENT, size=5 * mib)) == (0, 0)

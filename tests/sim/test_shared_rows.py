@@ -190,7 +190,7 @@ def vmm_and_block(machine: Machine, client: Popen[str]) -> tuple[int, int, int]:
 def test_a_descriptor_of_a_range_keeps_its_memory(
     machine: Machine, clients: list[Popen[str]], make: str, free: str, rows: tuple[tuple[int, int, int], ...]
 ) -> None:
-    """No process imports it, but its memory survives the free and the end of its process."""
+    """The driver does not import it, but its memory survives the free and the end of its process."""
     client, other = clients[:2]
     ask(client, make)
     result, fd = map(int, ask(client, "range_descriptor(held['p'], 4096)").strip("()").split(", "))

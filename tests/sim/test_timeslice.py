@@ -52,7 +52,7 @@ def test_two_contexts_share_the_device_and_lose_time_at_each_change(
     last = us * deep / 1000
     assert 0.8 * took <= a + b <= took * 2 / 2.18 + last
     assert abs(a - b) <= 0.1 * (a + b) + last
-    assert took * 2 / 2.18 + last < took  # otherwise this would also hold for a device that changes without need
+    assert took * 2 / 2.18 + last < took  # otherwise the sum would also hold for a device that loses no time
 
 
 def test_three_contexts_share_the_device(make_machine: Callable[..., Machine]) -> None:

@@ -62,7 +62,7 @@ def test_two_containers_of_an_image_have_separate_limits(images: kit.Images, sha
     first, second = fill(one), fill(two)
     first.kill()
     kit.buried(first)
-    assert kit.used(second) == LIMIT, "what the other's dead held is none of its business"
+    assert kit.used(second) == LIMIT, "memory of the other container's exited processes is counted here"
     fill(one)
 
 
@@ -268,7 +268,7 @@ def test_the_ledger_equals_the_driver_s_bytes_after_random_operations_and_kills(
         if not chance.randrange(5):
             victim = lives.pop(chance.randrange(3))
             os.kill(eventually(lambda: tenant.host_pid(int(victim.inner)), 5), 9)  # noqa: B023
-            eventually(lambda: not tenant.host_pid(int(victim.inner)), 5, "its death")  # noqa: B023
+            eventually(lambda: not tenant.host_pid(int(victim.inner)), 5, "the end of the killed process")  # noqa: B023
             victim.close()
             lives.append(Life(tenant, next(numbers), chance.randrange(1 << 30)))
     print(f"{operations} operations, {refused} refused by one, {checks} checks")

@@ -55,7 +55,7 @@ class Client:
     plain: list[int] = field(default_factory=list)
     managed: list[Managed] = field(default_factory=list)
     pool: int = 0
-    grown: int = 0  # stacks and modules: bytes that only the driver knows
+    grown: int = 0  # bytes of stacks and modules, of which only the driver has a count
     never_seen: int = 0  # of an exited process: bytes that were never charged, because NVML was not read in time
 
     def own_bytes(self) -> int:

@@ -38,7 +38,7 @@ class Stage:
 
     def make(self, fd: int, plan: Plan) -> MadeLinks:
         if self._bad and self._bad in os.readlink(f"/proc/self/fd/{fd}"):
-            raise ZeroDivisionError("whatever a file makes of us")
+            raise ZeroDivisionError("an unexpected error of a file")
         return []
 
     def enter(self, target: Target, plan: Plan, links: MadeLinks, stamp: Stamp | None, beside: bool = False) -> None:

@@ -150,4 +150,4 @@ class Ledger:
         return 0
 
     def reap(self, pid: int, generation: int) -> None:
-        raise AssertionError("every end was told")
+        raise AssertionError("the kernel has recorded every exit")

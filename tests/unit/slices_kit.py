@@ -173,7 +173,7 @@ class World:
             if due <= self.now or (self.bell is not None and self.bell <= self.now):
                 self.bell = None
                 due = self.step()
-            asked = [self._ask(t) for t in self.tenants.values() if not t.dead]  # this may ring
+            asked = [self._ask(t) for t in self.tenants.values() if not t.dead]  # this may send a wake-up
             self.now = max(self.now + 1, min(due, self.bell or NEVER_NS, end, *asked))
             for tenant in self.tenants.values():
                 if tenant.flights and tenant.flights[0] <= self.now:

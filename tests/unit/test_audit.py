@@ -54,7 +54,7 @@ def test_a_process_with_a_context_is_reported_if_its_tenant_owns_much_time_and_r
     assert host.looks(10).empty == set()
     assert host.looks(1).empty == {81}
     host.percent = {71: 48, 81: 3}
-    assert host.looks(10).empty == set(), "little is not nothing"
+    assert host.looks(10).empty == set(), "a tenant that runs little is not idle"
 
 
 def test_a_tenant_that_owns_little_time_and_runs_nothing_is_not_reported():
@@ -63,7 +63,7 @@ def test_a_tenant_that_owns_little_time_and_runs_nothing_is_not_reported():
     assert host.looks(11).empty == set()
 
 
-def test_each_look_from_the_second_on_reports_at_most_2_s_of_running_time_to_the_gatekeeper():
+def test_each_run_of_the_audit_after_the_first_reports_at_most_2_s_of_running_time_to_the_gatekeeper():
     host = Host({71: 48, 81: 60, 82: 35, 99: 100})
     host.looks(1)
     assert host.ran == {HONEST: 0, LIAR: 0}
@@ -71,7 +71,7 @@ def test_each_look_from_the_second_on_reports_at_most_2_s_of_running_time_to_the
     assert host.ran == pytest.approx({HONEST: 4.8e9, LIAR: 9.5e9})
     host.now += 60
     host.looks(1)
-    assert host.ran[HONEST] == pytest.approx(4.8e9 + 2 * 0.48e9), "a look that is late speaks for two seconds"
+    assert host.ran[HONEST] == pytest.approx(4.8e9 + 2 * 0.48e9), "a late run of the audit covers two seconds"
 
 
 def test_the_time_of_two_processes_does_not_exceed_the_whole_time():

@@ -1,4 +1,4 @@
-"""Tests of the owner of a bound: its cgroup, in trees as engines, systemd and users create them."""
+"""Tests of the bound owner of a cgroup, in trees as engines, systemd and users create them."""
 
 from __future__ import annotations
 

@@ -149,7 +149,7 @@ def test_mounts_have_the_expected_paths_and_are_read_only(parts):
     ]  # fmt: skip
     assert all({"bind", "ro", "nosuid", "nodev"} <= set(m["options"]) for m in found)
     assert "noexec" not in found[0]["options"], "the shim is mapped executable"
-    assert found[5]["hostPath"] == str(parts.helper), "which prints what it can see, under that name"
+    assert found[5]["hostPath"] == str(parts.helper), "fgpu-info is the helper under another name"
     assert "noexec" not in found[5]["options"]
 
 
@@ -235,7 +235,7 @@ def test_the_helper_replaces_a_folder_at_its_path(tmp_path, monkeypatch):
     built.write_text("helper")
     (tmp_path / "bin/fgpu-oci").mkdir(parents=True)
     assert injection.publish_helper(built).read_text() == "helper"
-    assert (tmp_path / "bin/fgpu-info").read_text() == "helper", "its other name"
+    assert (tmp_path / "bin/fgpu-info").read_text() == "helper", "fgpu-info was not replaced"
 
 
 def test_the_earlier_helper_stays_if_no_other_can_be_published(tmp_path, monkeypatch):

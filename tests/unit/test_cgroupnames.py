@@ -13,7 +13,7 @@ ID = "4f1d" * 16
 INNER = "beef" * 16
 UID = "0f8a2c1e-1111-2222-3333-444455556666"
 UID_ = UID.replace("-", "_")
-HASH = UID.replace("-", "")  # of a static pod: kubelet derives its uid from its file, without dashes
+HASH = UID.replace("-", "")  # uid of a static pod, which has no dashes: kubelet computes it from the pod's file
 PODS = {
     "burstable": f"/kubepods.slice/kubepods-burstable.slice/kubepods-burstable-pod{UID_}.slice",
     "besteffort": f"/kubepods.slice/kubepods-besteffort.slice/kubepods-besteffort-pod{UID_}.slice",
@@ -33,7 +33,8 @@ NODE = f"/system.slice/docker-{ID}.scope"
 
 # path -> engine, container, pod uid, unit, inside
 CASES = {
-    # Docker: systemd's driver, plain names, --cgroup-parent, rootless, an old kubelet's, systemd's name on plain ones
+    # Docker: names of systemd's cgroup driver, --cgroup-parent, plain names, rootless, under an old kubelet, names for
+    # systemd's driver that the plain driver got, cgroups inside a container
     f"/system.slice/docker-{ID}.scope": ("docker", ID, None, f"docker-{ID}.scope", False),
     f"/batch.slice/docker-{ID}.scope": ("docker", ID, None, f"docker-{ID}.scope", False),
     f"/docker/{ID}": ("docker", ID, None, None, False),
@@ -43,7 +44,7 @@ CASES = {
     f"/system.slice:docker:{ID}": ("docker", ID, None, None, False),
     f"/system.slice/docker-{ID}.scope/init.scope": ("docker", ID, None, "init.scope", True),
     f"/docker/{ID}/a/b": ("docker", ID, None, None, True),
-    # Podman: the same, its own pods, in a service (split), crun's folder inside
+    # Podman: the same, with its own pods, in a service (--cgroups=split), and with crun's cgroup `container` inside
     f"/machine.slice/libpod-{ID}.scope": ("podman", ID, None, f"libpod-{ID}.scope", False),
     f"/machine.slice/libpod-{ID}.scope/container": ("podman", ID, None, f"libpod-{ID}.scope", True),
     f"/machine.slice/machine-libpod_pod_{INNER}.slice/libpod-{ID}.scope/container": (

@@ -70,7 +70,7 @@ def test_detach_prints_how_many_tenants_have_lost_their_limits(tmp_path: Path, m
     for count, said in ((2, "2 tenants have lost their limits"), (1, "1 tenant has lost its limit")):
         with agent(tmp_path, detach={"tenants": count}) as asked:
             assert fgpu(tmp_path, "detach").stdout == f"detached: {said}\n"
-        assert [request["verb"] for request in asked] == ["detach"], "only a terminal is asked"
+        assert [request["verb"] for request in asked] == ["detach"], "a pipe is asked for confirmation"
 
 
 @pytest.mark.parametrize(
@@ -195,7 +195,7 @@ def test_events_follow_continues_with_the_next_agent(tmp_path: Path) -> None:
     with agent(tmp_path, events=log((1, 25, "old"), (2, 10, "c"), (3, 5, "d"))):
         assert [event["tenant"] for event in feed.more(said.append)] == ["c", "d"]
     with agent(tmp_path, events=log((1, 1, "e"))):
-        assert [event["tenant"] for event in feed.more(said.append)] == ["e"], "without a gap between them"
+        assert [event["tenant"] for event in feed.more(said.append)] == ["e"], "events were lost between the two agents"
 
 
 # -- status

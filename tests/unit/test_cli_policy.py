@@ -138,7 +138,7 @@ def test_list_shows_the_number_of_tenants_of_each_policy(tmp_path, monkeypatch):
 
     with cli_kit.agent(tmp_path, snapshot=snapshot):
         assert counts("--json") == [2, 0]
-        assert counts("--json", str(tmp_path / "policy.d")) == ["-", "-"], "these may not be in force"
+        assert counts("--json", str(tmp_path / "policy.d")) == ["-", "-"], "another folder may not be in force"
         said = cli_kit.fgpu(tmp_path, "policy", "list").stdout
         assert [line for line in said.splitlines() if "now" in line] == [
             "   matches 2 tenants now",

@@ -41,9 +41,10 @@ def world_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
 class Machine(RuleBasedStateMachine):
     """Processes of tenants on one device, and the reconcile thread.
 
-    `running`: operations that have begun, each with the managed memory that it allocates. `steps`: which of them
-    continue between two questions of a reconciliation. `disturbed`: hidden memory changed while orphans may have
-    explained it. `is_hidden_newer`: it has changed since the last calm look.
+    `running`: operations that have begun, each with the managed memory that it allocates. `steps`: for each read of a
+    reconciliation, which of these operations continues before it (0: none). `disturbed`: hidden memory changed while
+    orphans may have explained it. `is_hidden_newer`: hidden memory has changed since the last reconciliation during
+    which no operation ran.
     """
 
     def __init__(self) -> None:
@@ -231,7 +232,7 @@ class Machine(RuleBasedStateMachine):
 
     @rule(n=a_client, bytes_=st.integers(0, 4).map(lambda n: n * SIZE))
     def grow(self, n: int, bytes_: int) -> None:
-        """Change the memory that only the driver knows. One reconciliation may not detect it."""
+        """Change the memory of which only the driver has a count. One reconciliation may not detect the change."""
         client = self.some(n)
         if client and client.contexts and not self.busy(client):
             client.grown = bytes_

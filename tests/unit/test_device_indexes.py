@@ -14,7 +14,7 @@ UUIDS = st.lists(st.binary(min_size=16, max_size=16), unique=True, max_size=2 * 
 def test_a_known_device_keeps_its_index_and_no_other_device_gets_it() -> None:
     first, second, other = (bytes([n]) * 16 for n in (1, 2, 3))
     known = {first: 0, second: 1}
-    assert index_of(second, 0, known, ()) == 1, "NVML lists it as the first one, while the other is lost"
+    assert index_of(second, 0, known, ()) == 1, "the device's index has changed after the other device was lost"
     assert index_of(other, 0, known, ()) == 2
     assert index_of(other, 5, known, ()) == 5
     assert index_of(other, 0, {}, ()) == 0

@@ -52,7 +52,7 @@ def test_probes_that_cannot_be_attached_again_are_logged_once_for_each_reason(
     stage.lost = lambda: missing  # type: ignore[attr-defined]
     stage.attach_again = attach_again  # type: ignore[attr-defined]
     monkeypatch.setattr(found, "look_around", lambda: None)
-    # Before the last failure, another process attaches them.
+    # Before the last failure, no probe is missing for a moment.
     for missing in [*[frozenset({None})] * 5, frozenset(), frozenset({None})]:  # noqa: B007
         found.reattach()
     again = "probes are missing: the agent attaches them again"

@@ -45,13 +45,13 @@ def test_preexisting_processes_are_found_once(tmp_path: Path, monkeypatch: pytes
     maps(monkeypatch, {ME: ["/usr/lib/libcuda.so.1"], other.pid: []})
     assert list(PreexistingProcesses.found(tmp_path)) == [ME]
     maps(monkeypatch, {ME: ["/usr/lib/libcuda.so.1"], other.pid: ["/usr/lib/libcuda.so.1"]})
-    assert list(PreexistingProcesses.found(tmp_path)) == [ME], "a later one has become older"
+    assert list(PreexistingProcesses.found(tmp_path)) == [ME], "a later process counts as preexisting"
 
 
 def test_a_list_that_could_not_be_written_is_written_later(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, other, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Otherwise the next agent would count a process that has started in the meantime."""
+    """Otherwise the next agent would count a process as preexisting that has started in the meantime."""
     run_dir = tmp_path / "run"
     maps(monkeypatch, {ME: ["/usr/lib/libcuda.so.1"]})
     known = PreexistingProcesses.found(run_dir)
@@ -160,13 +160,13 @@ def test_memory_that_is_not_held_in_two_successive_looks_is_not_reported() -> No
     assert host.told() == []
     host.truth = Truth(held={0: {ME: 5 * MIB}})
     host.process = replace(host.process, bytes=(5 * MIB, *[0] * 15))
-    assert host.told() == [], "two looks, but not one after the other"
+    assert host.told() == [], "the two comparisons are not successive"
 
 
 def test_memory_within_the_limit_is_reported_without_an_excess() -> None:
     host = Host()
     host.usage = SimpleNamespace(limit=5 * MIB, used=5 * MIB)
-    assert host.told() == [], "the first look"
+    assert host.told() == [], "one comparison is not enough"
     host.truth = Truth(held={0: {ME: 5 * MIB}})
     assert host.told() == [("adopted", "unwitnessed", 5 * MIB, "")]
 

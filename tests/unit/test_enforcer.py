@@ -70,7 +70,7 @@ def test_a_tenant_without_room_gets_nothing_until_there_is_room(place, books):
 def test_a_process_whose_entry_is_created_while_a_level_appears_is_moved_into_that_level(place, books, monkeypatch):
     pod, leaf = place.make("/pod", 8), place.make("/pod/c", 6)
     place.enforcer.put([pod])
-    place.enforcer.put([leaf])  # a moment before, a program found no limit
+    place.enforcer.put([leaf])  # just before this, a program in the leaf found no limit of the leaf
     books.known, books.so_far = {23: SimpleNamespace(generation=7, levels=())}, 1
     monkeypatch.setattr("fgpu_ebpf.tenancy.enforcer.procfs.cgroup_path", {23: "/pod/c"}.get)
     for tell in books.over:
@@ -215,7 +215,7 @@ def test_decisions_from_before_a_cgroup_was_a_tenant_are_dropped(place, books):
     books.decided[one.cgroup] = False  # a program registered there while no policy matched
     place.enforcer.put([one])
     assert one.cgroup not in books.decided
-    assert not books.epoch, "nothing is in it that could ask again"
+    assert not books.epoch, "no process in the cgroup could send another hello"
     (place.root / "one" / "cgroup.events").write_text("populated 1\n")
     place.enforcer.release([one.cgroup])
     place.enforcer.put([one])
@@ -258,7 +258,7 @@ def test_the_innermost_of_too_many_levels_are_left_out_and_reported(place, books
     decided = SimpleNamespace(resolved=lambda cgroup: cgroup in ids or None, page_missing=lambda _: False)
     kept = ManagedState(True, ids[3], tuple(reversed(ids[:4])))
     assert managed_state(decided, ids[::-1]) == kept
-    decided.resolved = lambda cgroup: cgroup in ids[:4] or None  # the kernel is asked about no process that is left out
+    decided.resolved = lambda cgroup: cgroup in ids[:4] or None  # the kernel has no decision on the level left out
     assert managed_state(decided, ids[::-1]) == kept
 
 
@@ -432,7 +432,7 @@ def test_only_first_uses_that_fit_get_memory(two, books, scale, seed):
             assert two.committed(device) == summed(two.enforcer, device) <= 10 * GIB
             units = [t for t in two.enforcer if not two.enforcer.around(t)]
             usable = [t for t in units if device not in uncommitted(books, t)]
-            assert sum(books.limits[t.cgroup][0][device] for t in usable) <= 10 * GIB, "what can be had at all"
+            assert sum(books.limits[t.cgroup][0][device] for t in usable) <= 10 * GIB, "limits exceed the device"
 
 
 def test_a_start_restores_the_devices_on_which_a_limit_counted(two, books):

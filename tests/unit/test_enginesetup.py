@@ -132,7 +132,7 @@ def test_undo_removes_exactly_the_empty_folders_that_setup_created(tmp_path, hel
     found.file.parent.mkdir()
     assert set_up(found, helper, state)
     assert undo(found, state)
-    assert found.file.parent.exists(), "it was there before"
+    assert found.file.parent.exists(), "setup did not create this folder"
 
 
 @pytest.mark.parametrize(("name", "text"), [(n, t) for n, t in CASES if t])
@@ -160,7 +160,7 @@ def test_undo_works_without_the_state_file(name, tmp_path, helper):
     found, state = engine(name, tmp_path, text), tmp_path / "x.json"
     set_up(found, helper, state)
     state.unlink()
-    assert not set_up(found, helper, state), "it is set up"
+    assert not set_up(found, helper, state), "the engine is already set up"
     assert undo(found, state)
     parse = json.loads if name == "docker" else tomllib.loads
     assert parse(read(found) or "") == parse(text)
@@ -281,7 +281,7 @@ def test_docker_runs_fgpu_before_the_default_runtime(tmp_path, helper):
     real = str(tmp_path / "path/nvidia-container-runtime")
     ours = {"path": str(helper), "runtimeArgs": ["runtime", real, "--x"]}
     assert settings == {"a": 1, "runtimes": {"nvidia": nvidia, "fgpu": ours}, "default-runtime": "fgpu", "z": [2**60]}
-    assert next(iter(settings)) == "a", "in the order in which it was written"
+    assert next(iter(settings)) == "a", "the order of keys has changed"
 
 
 @pytest.mark.parametrize(
@@ -441,7 +441,7 @@ def test_later_crio_settings_take_precedence(tmp_path, helper):
     set_up(found, helper, tmp_path / "x.json")
     assert crio_table(found) == ("runc", {"runtime_path": str(helper.with_name("fgpu-runtime-runc"))})
     found.file.with_name("99-nvidia.conf").write_text(nvidia)
-    assert set_up(found, helper, tmp_path / "x.json"), "as it is now"
+    assert set_up(found, helper, tmp_path / "x.json"), "setup did not adapt to the new settings"
     assert crio_table(found)[0] == "nvidia"
 
 
@@ -538,12 +538,12 @@ def test_k3s_gets_a_runtime_in_front_of_nvidia_s_or_runc(version, nvidia, templa
     link = helper.with_name(f"fgpu-runtime-{real}")
     assert runtimes["fgpu"]["options"] == {"BinaryName": str(link), "SystemdCgroup": True}
     assert os.readlink(link) == "fgpu-oci"
-    assert "BinaryName" not in runtimes["runc"]["options"], "the base is as it was"
+    assert "BinaryName" not in runtimes["runc"]["options"], "the base runtime was changed"
     assert undo(found, state)
     assert read(found) == template
     assert set_up(found, helper, state)
     state.unlink()
-    assert undo(found, state), "without the notes too"
+    assert undo(found, state), "undo failed without the state file"
     assert (read(found) or "").strip() == (template or "")
 
 

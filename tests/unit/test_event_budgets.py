@@ -49,7 +49,7 @@ def kernel(monkeypatch):
 
 
 def test_only_a_busy_workload_has_a_budget(kernel):
-    assert set(kernel.map) == {bytes(8)}, "those of an agent before are gone"
+    assert set(kernel.map) == {bytes(8)}, "budgets of an earlier agent were kept"
     kernel.budgets.note(f"/user/{n}" for n in range(BUSY - 1))
     kernel.now += 1
     kernel.budgets.note(f"/user/{n}" for n in range(BUSY - 1))

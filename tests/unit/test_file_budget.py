@@ -39,4 +39,4 @@ def test_used_time_is_reduced_step_by_step() -> None:
     assert budget.has_time("/a")
     for _ in range(BURST_NS // REFILL_NS):
         budget.refill()
-    assert not budget._spent_ns, "nothing is kept of a cgroup that takes nothing"
+    assert not budget._spent_ns, "an entry of an idle cgroup was kept"

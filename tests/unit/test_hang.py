@@ -79,5 +79,5 @@ def test_a_run_with_renew_durations_writes_only_the_durations_of_its_tests(tmp_p
     done = asked_of_copy(tmp_path, PASSES, "", "--numprocesses=1", "--renew-durations")
     assert done.returncode == 0, done.stdout
     durations = json.loads((tmp_path / "tests" / schedule.DURATIONS.name).read_text())
-    assert list(durations) == ["tests/sim/test_some.py"], "what is no longer there is left out"
+    assert list(durations) == ["tests/sim/test_some.py"], "durations of removed files were kept"
     assert durations["tests/sim/test_some.py"] >= 1.1

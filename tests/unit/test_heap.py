@@ -225,7 +225,7 @@ def test_names_of_short_lived_files_are_not_interned(tmp_path: Path, monkeypatch
     intern = sys.intern
     monkeypatch.setattr(sys, "intern", lambda text: (interned.append(text), intern(text))[1])
     _ = tmp_path / "seen"
-    assert interned.pop() == "seen", "this test sees none"
+    assert interned.pop() == "seen", "the test does not detect an interned name"
     interned.clear()
 
     tenant = cgroups.make("tenant")

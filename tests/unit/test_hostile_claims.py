@@ -71,7 +71,10 @@ class Arbitrary(Hog):
 
 
 def least_share(it: World, honest: list[Tenant], seconds: float) -> float:
-    """Return by how many points a tenant was above its part by weight in its worst window of 2 s."""
+    """Return the smallest difference between a tenant's share in a window of 2 s and its part by weight, in points.
+
+    It is below 0 if a tenant got less than its part.
+    """
     done = [[tenant.done_ns for tenant in honest]]
     for _ in range(round(seconds / STEP_SECONDS)):
         it.run(STEP_SECONDS)
@@ -95,7 +98,7 @@ def test_a_program_that_exits_with_work_in_flight_proves_no_claim_and_costs_at_m
     it = World(*honest, hostile)
     hostile.chance, hostile.world = random.Random(seed), it
     assert least_share(it.run(1.0), honest, 30.0) >= -3
-    assert it.turns.places[HOSTILE].counts.overruns >= 3, "it is waited for in vain"
+    assert it.turns.places[HOSTILE].counts.overruns >= 3, "the scheduler never waited in vain for the hostile tenant"
     assert not it.turns.places[HOSTILE].trust.standing.proven
 
 
@@ -105,7 +108,7 @@ def test_arbitrary_words_on_a_page_cost_honest_tenants_at_most_3_points_of_share
     it = World(*honest, hostile)
     hostile.chance, hostile.world, hostile.pause_ms = random.Random(pause_ms), it, pause_ms
     assert least_share(it.run(1.0), honest, 15.0) >= -3
-    assert it.turns.places[HOSTILE].counts.overruns >= 3, "it is waited for in vain"
+    assert it.turns.places[HOSTILE].counts.overruns >= 3, "the scheduler never waited in vain for the hostile tenant"
 
 
 def test_a_claim_of_an_exited_program_is_not_proven_by_the_next_program() -> None:

@@ -12,7 +12,7 @@ import hcl2
 ROOT = Path(__file__).parents[2]
 IMAGES = ROOT / "deploy/images"
 UBUNTU, CUDA = ("20", "22", "24"), ("11.1", "11.7", "12.3", "13.0")
-NEVER = {"u20-cu13.0", "u22-cu11.1", "u24-cu11.1", "u24-cu11.7", "u24-cu12.3"}  # these had no base image
+NEVER = {"u20-cu13.0", "u22-cu11.1", "u24-cu11.1", "u24-cu11.7", "u24-cu12.3"}  # NVIDIA publishes no base image
 TAG = re.compile(r"(?<!\w)u\d+-cu[\d.]+(?=-\d+gb)")
 
 

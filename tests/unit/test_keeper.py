@@ -34,7 +34,7 @@ def world(monkeypatch, tmp_path):
 
 
 def test_a_service_s_time_limit_begins_when_its_gatekeeper_is_first_missed(world):
-    """The time does not begin at the last check, a round earlier: two gatekeepers would start at once."""
+    """A limit from the previous check on, a round earlier, would let agent and service start gatekeepers together."""
     assert [world.after(1.0) for _ in range(3)] == [0, 0, 0]
     world.is_locked = False
     assert [world.after(1.0), world.after(0.1), world.after(0.5)] == [0, 0, 0]
@@ -52,7 +52,7 @@ def test_a_gatekeeper_that_exits_during_the_agent_s_start_is_replaced(world, mon
     assert world.started == 1
     assert world.now == pytest.approx(100.0 + gatekeeper_process.OTHERS_SECONDS, abs=0.02)
     monkeypatch.setattr(world.keeper, "answers", lambda: False)
-    assert not world.keeper.wait(), "it does not wait for ever"
+    assert not world.keeper.wait(), "wait() succeeded without a gatekeeper"
 
 
 def test_a_gatekeeper_is_up_if_its_lock_is_held_and_its_socket_exists(tmp_path):

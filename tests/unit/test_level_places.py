@@ -109,7 +109,7 @@ def test_workloads_with_few_levels_find_a_slot_beside_workloads_with_many(host):
 
 
 def test_counted_levels_of_each_owner_equal_its_existing_levels_after_any_history(host, scale):
-    """Levels appear and disappear inside and around one another. Each owner has as many as `owner` returns now."""
+    """Levels appear and disappear inside and around one another. An owner's count is that of levels it owns now."""
     whole, chance = host(bounds=Bounds(levels=7)), random.Random(1009)
     paths = [f"/{a}{b}{c}" for a in ("x.slice", "y") for b in ("", "/m", "/n.scope") for c in ("", "/u", "/v")]
     for _ in range(scale(101, 1009, 10007)):

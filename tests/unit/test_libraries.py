@@ -104,7 +104,7 @@ def test_a_file_is_unknown_until_its_digest_is_found_in_the_list(
     cgroups[pid] = "/a"
     looks.look_at(pid)
     settled(looks, lambda: len(stage.known) == 2)
-    assert [role(stage, path) for path in files.values()] == [Role.UNKNOWN] * 2, "that takes longer than to probe it"
+    assert [role(stage, path) for path in files.values()] == [Role.UNKNOWN] * 2, "the probes wait for the digest"
     settled(looks, lambda: role(stage, files["listed"]) is Role.LISTED)
     quiet(looks)
     assert role(stage, files["other"]) is Role.UNKNOWN
@@ -203,7 +203,7 @@ def test_only_a_process_without_breakpoints_counts_as_unprobed(
     seen[bad] = False
     looks.look_at(bad)
     settled(looks, lambda: looks.unprobed() == {bad})
-    assert not stage.attached, "the probes that do not see it are not kept"
+    assert not stage.attached, "probes without effect in the process were kept"
     looks.look_at(good)
     settled(looks, lambda: stage.attached)
     looks.look_at(bad)

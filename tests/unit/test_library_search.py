@@ -98,7 +98,7 @@ def test_a_probed_file_is_not_opened(tmp_path: Path, holder: Holder, monkeypatch
     library = tmp_path / "x.so"
     library.write_bytes(bytes(4096))
     pid, file = holder(library), mapped_files.as_mapped(str(library))
-    monkeypatch.setattr(mapped_files, "open_regular", lambda *_, **__: pytest.fail("it is opened"))
+    monkeypatch.setattr(mapped_files, "open_regular", lambda *_, **__: pytest.fail("a probed file was opened"))
     monkeypatch.setattr(library_search.procmaps, "each", of_one(library_search.procmaps.each, file))
     assert found(Search(lambda other: other == file), pid) == {"x.so"}
 
@@ -138,7 +138,7 @@ def test_code_without_a_file_is_reported(holder: Holder) -> None:
     with subprocess.Popen(["sleep", "100"]) as plain:  # Python itself may have one, because of libffi
         while Path(f"/proc/{plain.pid}/comm").read_text() != "sleep\n":
             time.sleep(0.01)
-        assert not search.by_contents(plain.pid).code, "the kernel's own pages are none"
+        assert not search.by_contents(plain.pid).code, "the kernel's own pages were taken for code"
         plain.kill()
 
 

@@ -25,7 +25,7 @@ def test_a_short_shared_lock_of_a_check_does_not_prevent_the_lock_from_being_tak
     with open(path, "rb") as looking:
         fcntl.flock(looking, fcntl.LOCK_SH)
         threading.Timer(0.03, lambda: fcntl.flock(looking, fcntl.LOCK_UN)).start()
-        assert FileLock(path).take(), "a look was taken for a holder"
+        assert FileLock(path).take(), "a short check was taken for a holder"
 
 
 def test_a_second_lock_on_the_same_file_is_refused_within_2_s(path: Path) -> None:

@@ -121,7 +121,7 @@ def test_a_tenant_on_a_device_has_at_most_sixteen_lasting_series_and_twenty_in_a
     passing = {"fgpu_compute_shortfall_ratio", "fgpu_compute_waiting_seconds", "fgpu_memory_orphaned_bytes"}
     assert {s.name for s in samples} >= passing
     steady = [s for s in samples if s.name not in passing and s.labels.get("source") != "nvml"]
-    assert len(steady) <= 16, "a tenant has one source, and a second one after it was alone on the device"
+    assert len(steady) <= 16, "more series, although the second source of usage is left out"
     assert len(samples) <= 20
 
 

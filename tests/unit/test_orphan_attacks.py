@@ -131,7 +131,10 @@ def test_freed_handles_that_a_library_reports_again_release_no_orphan(attack: At
 
 
 def test_a_handle_released_by_an_undercharged_process_releases_no_orphan(attack: Attack) -> None:
-    """The memory stays in the call. Its charge there and the memory that only the driver knows are different memory."""
+    """The call has not returned, so the handle is still charged.
+
+    This charge must not be taken for the uncharged memory of stacks and modules, which has the same size.
+    """
     other = attack.tenant()
     list(attack.world.take_managed(other, HELD))
     handle = attack.export_memory()

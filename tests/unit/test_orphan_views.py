@@ -155,7 +155,7 @@ def test_an_orphan_is_reported_once_when_it_is_old_enough() -> None:
     reports = Reports()
     reports.truth = Truth(orphans=(orphan(since_ns=aged(TOLD_AGE_NS // 2)),))
     assert reports.told() == []
-    assert reports.asked == [[Held(11, ("/a", "/"))]], "keepers are searched before anything is told"
+    assert reports.asked == [[Held(11, ("/a", "/"))]], "keepers are searched before the report"
     reports.truth = Truth(orphans=(orphan(since_ns=aged(2 * TOLD_AGE_NS)),))
     for _ in range(2):
         (event,) = reports.told()
@@ -260,7 +260,7 @@ def test_memory_held_for_long_counts_against_the_device(monkeypatch: pytest.Monk
     books.orphaned = {7: MIB}
     gone = GoneTenants(books)  # type: ignore[arg-type]
     gone.keep([tenant()])
-    assert gone.held_bytes(0) == 0, "a process that has just ended makes no room scarce"
+    assert gone.held_bytes(0) == 0, "memory of a process that has just exited counts against the device"
     later = time.monotonic() + FRESH_SECONDS + 1
     monkeypatch.setattr(time, "monotonic", lambda: later)
     assert (gone.held_bytes(0), gone.held_bytes(1)) == (MIB, 0)

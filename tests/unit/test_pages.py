@@ -176,7 +176,7 @@ def test_the_word_of_a_page_is_never_torn() -> None:
             page.heartbeat_ns = 0xEEEEEEEEEEEEEEEE
             page.heartbeat_ns = 0x1111111111111111
     memory.close()
-    assert os.waitstatus_to_exitcode(ended[1]) == 0, "values that were never written"
+    assert os.waitstatus_to_exitcode(ended[1]) == 0, "the reader read a value that was never written"
 
 
 def test_uuids_are_converted_to_bytes_and_text_and_invalid_uuids_are_refused() -> None:

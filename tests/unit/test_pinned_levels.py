@@ -185,7 +185,7 @@ def test_tenants_in_use_keep_their_commitments_at_a_start_and_a_denied_tenant_st
     assert host.books.limits[idle[0]][0] == {0: 0}
     written = _written(host, lambda: host.start(SIX))
     assert host.books.limits[idle[0]][0] == {0: 0}
-    assert [by for cgroup, by in written if cgroup == idle[0]] == [{0: 0}], "it is not open for a moment"
+    assert [by for cgroup, by in written if cgroup == idle[0]] == [{0: 0}], "the level was open for a moment"
 
 
 def _written(host, act):

@@ -68,7 +68,7 @@ def test_each_list_is_requested_once_per_reading_and_again_only_if_the_buffer_wa
     nvml = nvml_of(**{COMPUTE: many, GRAPHICS: few})
     for _ in range(3):
         assert nvml.process_bytes(0) == {pid: pid for pid in range(300)} | {7: 7}
-    assert (many.calls, few.calls) == (2 + 1 + 1, 3), "once more, to have room"
+    assert (many.calls, few.calls) == (2 + 1 + 1, 3), "another call for a larger buffer"
 
 
 @pytest.mark.parametrize("code", [pynvml.NVML_ERROR_NOT_SUPPORTED, pynvml.NVML_ERROR_FUNCTION_NOT_FOUND])

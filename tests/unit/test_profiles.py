@@ -42,7 +42,7 @@ def test_agent_yaml_lists_the_profiles(tmp_path):
     assert not errors
     first, second = host.profiles
     assert (first, second.share, second.count) == (Profile("8gib-50pct", 2), "4gib", None)
-    assert [second.is_of(Device(index)) for index in (0, 1)] == [True, True], "the first by its UUID"
+    assert [second.is_of(Device(index)) for index in (0, 1)] == [True, True], "the device is identified by its UUID"
     assert [second.is_of(Device(index, TWO.replace("0000", "1111", 1))) for index in (0, 1)] == [False, True]
     assert host_config.HostSettings().profiles == ()
 
@@ -152,12 +152,12 @@ def test_a_promise_holds_until_its_use_or_its_expiry():
     book.promise([slot], now=0)
     assert numbers(book.healthy("8gib")) == [0, 1]
     assert numbers(book.healthy("4gib")) == [0, 1]
-    assert not book.shortage([slot]), "its own promise is nothing against it"
+    assert not book.shortage([slot]), "a slot's own promise counts against the slot"
     book.promise([Slot(ONE, "8gib", 0)], now=1)
     assert "4GiB do not fit on" in book.shortage([Slot(ONE, "4gib", 0)])
     book.look(told(free=8, taken=1), now=2)
     assert len(book.healthy("8gib")) == 2
-    assert not book.healthy("4gib"), "one is taken, the other promised"
+    assert not book.healthy("4gib"), "one slot is taken, and the other is promised"
     book.look(told(free=8, taken=1), now=2 + slots.PROMISE_SECONDS)
     assert numbers(book.healthy("4gib")) == [0, 1]
 

@@ -1,4 +1,4 @@
-"""First instructions of real drivers' functions: the probe is behind a known comparison, and otherwise at the start."""
+"""First instructions of drivers' functions: a probe is placed after a known comparison, otherwise at the first byte."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ def test_functions_of_real_drivers_are_probed_at_the_right_offset(driver):
 @pytest.mark.parametrize(
     ("code", "shift"),
     [
-        ("833d0102030405 5548", 7),  # a byte to compare with, and a push
+        ("833d0102030405 5548", 7),  # a comparison with a byte, then a push
         ("833d0102030405 4155", 0),  # the next instruction is not known to be emulated
         ("813d010203040506 0708", 0),  # the library ends here
         ("823d0102030405 74", 0),
         ("", 0),
     ],
 )
-def test_a_probe_is_behind_a_known_comparison_and_otherwise_at_the_first_byte(code, shift):
+def test_a_probe_follows_a_known_comparison_and_is_otherwise_at_the_first_byte(code, shift):
     assert prologue.shift(bytes.fromhex(code)) == shift

@@ -246,7 +246,7 @@ def test_an_unexplained_row_of_a_busy_process_is_charged():
     books.churn = 50 * MIB
     one = reconciler(books, {ME: 1000 * MIB})
     one.look()
-    assert (books.entry.bytes[0], books.entry.overhead[0]) == (950 * MIB, 150 * MIB), "to the byte beyond its peak"
+    assert (books.entry.bytes[0], books.entry.overhead[0]) == (950 * MIB, 150 * MIB), "50 MiB exceed the peak"
     assert set(books.marked) == {(ME, 0)}
     one.look()
     assert books.entry.bytes[0] == 950 * MIB
@@ -424,7 +424,7 @@ def test_orphans_are_released_when_the_device_does_not_hold_them():
     for _ in range(CALM_LOOKS):
         one.look()
     assert books.orphans.bytes == 24 * MIB
-    assert one.truth.orphans == [held], "as they were before the look"
+    assert one.truth.orphans == [held], "the published orphans are not those before the comparison"
     assert one.truth.unexplained == {0: 0}
 
 
@@ -598,7 +598,7 @@ def test_the_age_of_a_device_is_that_of_its_own_last_answer():
 
 def test_a_failed_comparison_reports_its_reason_and_refreshes_nothing():
     def fails():
-        raise RuntimeError("the books are wet")
+        raise RuntimeError("the ledger cannot be read")
 
     one = reconciler(Books(process(0)), fails)
     one.start()
@@ -606,11 +606,11 @@ def test_a_failed_comparison_reports_its_reason_and_refreshes_nothing():
     while not one.truth.failure and time.monotonic() < deadline:
         time.sleep(0.01)
     one.stop()
-    assert one.truth.failure == "RuntimeError: the books are wet"
+    assert one.truth.failure == "RuntimeError: the ledger cannot be read"
     assert not one.truth.answered
     found = check({0: 0.1}, one.truth.failure)
     assert not found.ok
-    assert "the books are wet" in found.found
+    assert "the ledger cannot be read" in found.found
 
 
 @pytest.mark.parametrize(
@@ -660,7 +660,7 @@ def test_each_end_of_a_context_lowers_the_charge_to_nvml_s_value_exactly_once():
     for shown in (700, 600):
         rows[ME] = shown * MIB
         reconciler_.look()
-        assert books.entry.bytes[0] == 700 * MIB, "what went with the context is charged again, or the pool's is not"
+        assert books.entry.bytes[0] == 700 * MIB, "the context's memory counts, or the pool's does not"
     books.entry = replace(books.entry, ended=one(2))
     reconciler_.look()
     assert books.entry.bytes[0] == 600 * MIB

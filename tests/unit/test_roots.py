@@ -89,12 +89,12 @@ def test_every_root_is_searched_once_and_the_host_s_never(tmp_path: Path, dwelle
     seen, first = Roots(), root_scan.root_of(dweller(tmp_path))
     here = root_scan.root_of(os.getpid())
     assert here in seen
-    assert root_scan.root_of(1 << 22) is None, "there is no such process"
+    assert root_scan.root_of(1 << 22) is None, "no process has this pid"
     assert first not in seen
     seen.enter(first)
     assert first in seen
     other = root_scan.root_of(dweller(tmp_path))
-    assert other not in seen, "a container of the same image"
+    assert other not in seen, "another container's root counts as searched"
     assert other != first
 
 
@@ -110,7 +110,7 @@ def test_a_process_in_the_root_of_a_found_file_is_returned_until_the_file_is_for
     assert seen.processes_inside({(1, 23)}, [os.getpid()]) == {}
     seen.forget((1, 23))
     assert seen.processes_inside({(1, 23)}, [pid]) == {}
-    assert root not in seen, "what is probed no more may have to be again"
+    assert root not in seen, "the root of a forgotten file was kept"
 
 
 def test_the_root_that_was_entered_longest_ago_is_forgotten_beyond_the_maximum(
@@ -123,11 +123,11 @@ def test_the_root_that_was_entered_longest_ago_is_forgotten_beyond_the_maximum(
         assert root
         seen.enter(root)
         seen.found((1, n), root)
-    assert [root in seen for root in places] == [False, True, True], "the oldest is forgotten"
+    assert [root in seen for root in places] == [False, True, True], "the oldest root was kept"
     assert seen.processes_inside({(1, n) for n in range(3)}, pids) == {(1, 1): pids[1], (1, 2): pids[2]}
     seen.enter(places[1])  # type: ignore[arg-type]
     seen.enter(places[0])  # type: ignore[arg-type]
-    assert [root in seen for root in places] == [True, True, False], "a program has begun in the other since"
+    assert [root in seen for root in places] == [True, True, False], "a root that was entered again was forgotten"
 
 
 @pytest.mark.parametrize("link", ["/etc", "../" * 20 + "etc"])
@@ -137,7 +137,7 @@ def test_a_path_in_a_root_never_leads_to_a_file_of_the_host(tmp_path: Path, dwel
     (tmp_path / "own/passwd").write_text("its own")
     (tmp_path / "way").symlink_to(link)
     root = f"/proc/{dweller(tmp_path)}/root"
-    assert os.stat(f"{root}/way/passwd").st_ino == os.stat("/etc/passwd").st_ino, "so it would be by the path alone"
+    assert os.stat(f"{root}/way/passwd").st_ino == os.stat("/etc/passwd").st_ino, "the link leads elsewhere"
     for inside in ("/way/passwd", "way/passwd"):
         with pytest.raises(OSError, match="symbolic links"):
             openat2.find_mapped(root, inside)

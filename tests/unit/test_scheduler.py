@@ -251,7 +251,7 @@ def test_devices_are_not_reserved_for_a_gang_that_cannot_run_soon():
 
 @pytest.mark.parametrize("ms", [20, 100, 1000])
 def test_the_floor_holds_for_long_kernels(ms):
-    """A kernel cannot be interrupted. A tenant with long kernels gets its floor less often, but its equals do not."""
+    """A kernel cannot be interrupted. Only the tenant with long kernels gets its floor less often for that reason."""
     high, long, short = Tenant(1, Share(rank=0)), Tenant(2, Share(rank=2), ms * MS), Tenant(3, Share(rank=2))
     shares = World(high, long, short).run(30).shares()
     assert 0.01 < shares[2] < 0.07
@@ -342,8 +342,8 @@ def test_falsely_claimed_work_costs_other_tenants_little(cunning, claim_ms):
     honest.waits_ns.clear()
     before, overruns = honest.done_ns, it.turns.places[2].counts.overruns
     it.run(60.0)
-    assert it.turns.places[2].counts.overruns > overruns or claim_ms > 250, "it lies"
-    assert p99(honest.waits_ns) <= (2 * 20 + 5 + 3) * MS, "two quanta, the shortest deadline, two bells"
+    assert it.turns.places[2].counts.overruns > overruns or claim_ms > 250, "the false claim caused no overrun"
+    assert p99(honest.waits_ns) <= (2 * 20 + 5 + 3) * MS, "more than two quanta, the shortest deadline and two wake-ups"
     assert honest.done_ns - before >= 0.4 * 60 * S
 
 

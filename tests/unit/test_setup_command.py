@@ -102,8 +102,8 @@ def test_a_missing_engine_is_an_error_without_option_file_or_undo(host):
     assert (done.exit_code, "docker is not installed here" in done.stderr) == (1, True)
     assert "; nothing was changed" in done.stderr
     assert (everything(host), asked(host)) == (before, [])
-    assert setup(host, "--file", str(host.daemon)).exit_code == 0, "its settings are named"
-    assert setup(host, "--undo").exit_code == 0, "also after it was removed"
+    assert setup(host, "--file", str(host.daemon)).exit_code == 0, "setup failed with a named settings file"
+    assert setup(host, "--undo").exit_code == 0, "undo failed after the engine was removed"
     assert not host.daemon.exists()
 
 

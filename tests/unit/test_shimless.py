@@ -66,7 +66,7 @@ def test_a_program_with_musl_has_the_reason_musl(program: Any, reason_of: Any) -
 def test_a_program_without_the_mount_has_the_reason_not_mounted(program: Any, reason_of: Any) -> None:
     assert reason_of(program("gcc")) is Reason.NOT_MOUNTED
     loader = subprocess.run(["readelf", "-p", ".interp", program("gcc")], capture_output=True, text=True, check=True)
-    assert reason_of(loader.stdout.split()[-1], program("gcc")) is Reason.NOT_MOUNTED, "its loader was called"
+    assert reason_of(loader.stdout.split()[-1], program("gcc")) is Reason.NOT_MOUNTED, "its loader was started"
 
 
 def test_a_preload_list_without_the_shim_gives_the_reason_not_loaded(
@@ -157,7 +157,7 @@ def test_an_unknown_shim_has_the_reason_foreign_and_a_hidden_process_the_reason_
         reasons = Reasons(hidden=lambda: hidden)
         assert reasons.of(process.pid, 1) is Reason.UNUSED
         hidden.add(process.pid)
-        assert reasons.of(process.pid, 1) is Reason.HIDDEN, "that was found since"
+        assert reasons.of(process.pid, 1) is Reason.HIDDEN, "the hidden state was not detected"
         process.communicate(b"\n", timeout=5)
 
 
@@ -180,9 +180,9 @@ def test_a_reason_is_looked_up_once_for_each_process(program: Any) -> None:
         assert process.stdout.readline() == b"up\n"
         reasons.forget_ended({process.pid: SimpleNamespace(generation=1)})  # type: ignore[dict-item]
         assert reasons.of(process.pid, 1) is Reason.NOT_MOUNTED
-        assert reasons.of(process.pid, 2) is Reason.STATIC, "another life of that number"
+        assert reasons.of(process.pid, 2) is Reason.STATIC, "the reason of an earlier process of this pid was used"
         reasons.forget_ended({process.pid: SimpleNamespace(generation=2)})  # type: ignore[dict-item]
-        assert reasons.of(process.pid, 1) is Reason.STATIC, "it was forgotten"
+        assert reasons.of(process.pid, 1) is Reason.STATIC, "the reason of an ended process was kept"
         reasons.forget_ended({})
         assert not reasons._found
         process.communicate(b"\n", timeout=5)
@@ -215,7 +215,7 @@ def test_doctor_names_unknown_libraries_of_tenants_and_the_line_that_trusts_them
 
     assert health._libraries([], []).ok
     known = health._libraries([library("listed", "a", "a"), library("unknown", "", "b")], [])
-    assert (known.ok, known.found) == (True, "the host's driver, and 1 trusted files"), "the other is no tenant's"
+    assert (known.ok, known.found) == (True, "the host's driver, and 1 trusted files"), "a library without a tenant"
     found = health._libraries(
         [library("unknown", "a", "c"), library("unknown", "b"), library("listed", "a", "a")], ["sha256:x"]
     )

@@ -54,4 +54,4 @@ def test_a_signal_calls_its_handler_once_and_wakes_the_loop(agent, number: int, 
     later.join()
     assert agent.asked == {"end": 0, "reload_soon": 0, "round_soon": 0} | {asks: 1}
     heard[0].data()
-    assert agent.selector.select(0) == [], "it would never sleep again"
+    assert agent.selector.select(0) == [], "the loop would never sleep again"

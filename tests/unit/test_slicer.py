@@ -382,7 +382,7 @@ def test_an_internal_error_for_one_tenant_does_not_stop_the_others(world, monkey
 
     def look(place, *more):
         if getattr(place, "tenant", place) == 7:
-            raise OverflowError("a number that nothing was made for")
+            raise OverflowError("a number that is out of range")
         return real(place, *more)
 
     monkeypatch.setattr(owner, name, look)
@@ -391,7 +391,7 @@ def test_an_internal_error_for_one_tenant_does_not_stop_the_others(world, monkey
     for program in programs[1:]:
         number = program.word() >> 2
         it.until(lambda program=program, number=number: program.word() >> 2 > number + 2)
-    assert not programs[0].is_open(), "its gate is closed: of what it says nothing is relied on"
+    assert not programs[0].is_open(), "the gate of the tenant with the error is open"
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
@@ -449,7 +449,7 @@ def test_an_ignored_word_wakes_no_thread():
 def test_a_tenant_that_waits_for_an_owner_does_not_wake_the_slicer(world):
     """Only the owner is checked, at most once in 1.75 ms.
 
-    An owner without a processor seems idle, and the other tenant gets the device: such rounds do not count.
+    An owner without a processor seems idle, and the other tenant gets the device. The test discards such rounds.
     """
     long = Share(quantum_ns=1_000_000_000)
     it = world(t7=long, t8=long)

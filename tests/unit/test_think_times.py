@@ -90,14 +90,14 @@ def test_programs_that_synchronise_each_step_get_their_shares(
 
 @pytest.mark.parametrize("think", [short, longer])
 def test_a_program_that_synchronises_gets_its_share_beside_one_that_does_not(think: Think) -> None:
-    """It gets its part of the work that it does alone, because its think time during its turn counts as its own."""
+    """The program gets its part of the work that it does alone, because its turn includes its think time."""
     alone = World(program(1, 3, think)).run(4.0).tenants[1].done_ns / (4.0 * S)
     assert_by_weight(World(program(1, 3, think, wrong), Tenant(2)), {1: alone})
 
 
 @pytest.mark.parametrize("think", [short, longer])
 def test_short_think_times_cost_at_most_3_percent_of_the_work_of_a_lone_program(think: Think) -> None:
-    """Each tenant has the device for as long as alone, except for its own think times and the changes of turns."""
+    """An owner keeps its turn during such a think time, so two programs lose only the time of the changes of turns."""
     alone = World(program(1, 1, think)).run(4.0).tenants[1].done_ns
     pair = World(program(1, 3, think, wrong), program(2, 1, think, wrong)).run(4.0)
     assert sum(tenant.done_ns for tenant in pair.tenants.values()) >= 0.97 * alone
@@ -124,7 +124,7 @@ def test_time_is_divided_by_weight_with_any_think_times(
 def test_a_tenant_that_leaves_with_each_step_gains_nothing_over_its_share() -> None:
     """The tenant thinks for longer than any owner keeps its turn.
 
-    It therefore leaves behind the virtual clock and returns.
+    Each of its turns therefore ends while it is behind the virtual clock, and it returns with that credit.
     """
     leaver, busy = program(1, 1, lambda _: 4 * MS, step_ns=10 * MS), Tenant(2)
     it = World(leaver, busy).run(10.0)
@@ -167,17 +167,17 @@ def test_the_wait_for_a_thinking_owner_adapts_and_is_bounded() -> None:
     assert thinks.patience_ns(20 * MS) == IDLE_NS
     for ns in [100 * US] * 15 + [60 * S]:
         thinks.add(ns)
-    assert thinks.patience_ns(20 * MS) == IDLE_NS, "never less"
+    assert thinks.patience_ns(20 * MS) == IDLE_NS, "the patience is below its minimum"
     for _ in range(16):
         thinks.add(700 * US)
     assert thinks.patience_ns(20 * MS) == 1_400 * US
-    assert thinks.patience_ns(10 * MS) == 1_000 * US, "a tenth of the quantum"
+    assert thinks.patience_ns(10 * MS) == 1_000 * US, "the patience exceeds a tenth of the quantum"
     for _ in range(8):
         thinks.add(5 * MS)
-    assert thinks.patience_ns(20 * MS) == 1_400 * US, "too long for any patience, now and then"
+    assert thinks.patience_ns(20 * MS) == 1_400 * US, "rare long pauses change the patience"
     for _ in range(5):
         thinks.add(5 * MS)
-    assert thinks.patience_ns(20 * MS) == IDLE_NS, "it would be in vain"
+    assert thinks.patience_ns(20 * MS) == IDLE_NS, "the owner waits in vain for long pauses"
 
 
 def test_the_credit_of_a_tenant_that_left_expires_after_some_quanta() -> None:

@@ -129,7 +129,7 @@ def test_exports_of_successive_producers_are_added() -> None:
         assert one.find({100: importer(number * MIB)}, ()) == {}
 
 
-def test_imports_before_the_agents_start_are_explained() -> None:
+def test_imports_before_the_agent_s_start_are_explained() -> None:
     one = Unwitnessed({0: CONTEXT}, MODULES)
     assert one.find({2: importer(4 * MIB)}, ()) == {}
     assert one.find({2: importer(5 * MIB)}, ()) == {(2, 0): MIB}

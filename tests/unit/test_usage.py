@@ -66,7 +66,7 @@ def test_a_tenant_without_turns_is_measured_by_nvml(monkeypatch):
     host = Host(monkeypatch, {71: 25, 99: 70})
     assert host.looks(4) == {"nvml": pytest.approx(Used(1.0, 12 * GIB, 4.0, 0.0, 0.0))}
     host.percent = {99: 70}
-    assert host.looks(2)["nvml"].idle == pytest.approx(2.0), "it holds memory and runs nothing"
+    assert host.looks(2)["nvml"].idle == pytest.approx(2.0), "a tenant with memory and no work is not idle"
 
 
 def test_each_sample_of_nvml_counts_once(monkeypatch):
@@ -75,7 +75,7 @@ def test_each_sample_of_nvml_counts_once(monkeypatch):
     host.is_stale = True
     assert host.looks(3)["nvml"].run == pytest.approx(0.5)
     host.is_stale = False
-    assert host.looks(1)["nvml"].run == pytest.approx(0.5 + 0.5 * 4), "a later sample stands for the time since"
+    assert host.looks(1)["nvml"].run == pytest.approx(0.5 + 0.5 * 4), "a later sample covers the time since then"
 
 
 def test_a_tenant_with_turns_is_measured_by_its_turns(monkeypatch):
@@ -84,12 +84,12 @@ def test_a_tenant_with_turns_is_measured_by_its_turns(monkeypatch):
     host.counts = TurnCounts(owned_ns=5_500_000_000, wait_ns=1_250_000_000)
     assert host.looks(1)["turns"] == pytest.approx(Used(0.5, 6 * GIB, 2.0, 1.0, 0.25))
     host.counts = TurnCounts(owned_ns=5_500_000_000, wait_ns=1_250_000_000, free=1)
-    assert host.looks(1)["nvml"].run == pytest.approx(1.0), "alone on the device, it takes no turns"
+    assert host.looks(1)["nvml"].run == pytest.approx(1.0), "a lone tenant is measured by NVML"
     host.counts = TurnCounts()  # the counters were reset
     assert host.looks(1)["turns"].run == pytest.approx(0.5)
     new = Host(monkeypatch, {71: 100})
     new.counts = TurnCounts(owned_ns=300_000_000)
-    assert new.looks(1)["turns"].run == pytest.approx(0.3), "the first look of a new tenant"
+    assert new.looks(1)["turns"].run == pytest.approx(0.3), "the first sample of a new tenant"
 
 
 @pytest.mark.parametrize("removed", [False, True])
@@ -162,7 +162,7 @@ def test_amounts_of_one_tenant_and_device_are_added_and_grouped(tmp_path):
     ],
 )
 def test_a_tenant_inside_another_one_of_the_same_group_counts_once(tmp_path, by, expected):
-    """The time that the inner tenant has waited is not among the amounts of the outer one."""
+    """The outer tenant's running time includes the inner tenant's. Waiting times are separate, so both are added."""
     file = tmp_path / "usage.db"
     for owner, seconds in ((ALICE, 1.0), (UNIT, 3.0)):
         usage_store.add(file, {Place(10, owner, "GPU-a", "turns"): Used(run=seconds, waited=seconds)})

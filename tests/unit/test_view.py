@@ -72,4 +72,4 @@ def test_each_living_process_has_its_kind_of_bypass_and_an_ended_process_has_non
 def test_the_reason_is_shown_for_processes_without_a_shim(how: str, flags: int, told: bool) -> None:
     process, known = SimpleNamespace(flags=flags, generation=1), Bypasses((), (), (), (), Verdict(), Reasons())
     assert bool(known.why(os.getpid(), process, how)) == told  # type: ignore[arg-type]
-    assert known.why(1 << 22, process, how) == "", "it is gone"  # type: ignore[arg-type]
+    assert known.why(1 << 22, process, how) == "", "an exited process has a reason"  # type: ignore[arg-type]

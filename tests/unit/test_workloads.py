@@ -26,7 +26,7 @@ def workloads(root):
     return Workloads(root)
 
 
-def test_walk_finds_every_cgroup_but_the_root_outer_ones_first(workloads, root):
+def test_walk_finds_every_cgroup_except_the_root_and_outer_cgroups_first(workloads, root):
     found = list(workloads.walk())
     assert sorted(found) == sorted("/" + str(p.relative_to(root)) for p in root.rglob("*"))
     assert all(found.index(path.rpartition("/")[0]) < found.index(path) for path in found if path.count("/") > 1)

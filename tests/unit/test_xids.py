@@ -48,7 +48,7 @@ class Library:
         return self.made
 
     def EventSetFree(self, one: int) -> None:
-        assert one == self.made, "the last"
+        assert one == self.made, "another event set was freed"
         self.freed += 1
 
     def DeviceRegisterEvents(self, handle: object, types: int, one: int) -> None:
@@ -121,7 +121,7 @@ def test_devices_found_again_are_reported_once(library: Library, monkeypatch: py
     error = pynvml.NVMLError(pynvml.NVML_ERROR_GPU_IS_LOST)
     library.nvml._find_again(error)
     assert library.nvml.xids() == [(1, None)]
-    assert library.freed == library.made - 1, "the one in use"
+    assert library.freed == library.made - 1, "the event set in use was freed"
 
 
 def test_no_device_is_watched_without_an_event_set(library: Library, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -146,7 +146,7 @@ def test_the_first_device_error_stays_until_the_device_is_found_again() -> None:
     tally = Tally()
     assert tally.take([0, 1], []) == {0: Reported({}), 1: Reported({})}
     assert tally.take([0, 1], [(1, 31), (1, 48), (1, 79)])[1] == Reported({31: 1, 48: 1, 79: 1}, 1, 48)
-    assert tally.take([], [])[1].fatal == 48, "not watched for a moment"
+    assert tally.take([], [])[1].fatal == 48, "an error was forgotten while the device was not watched"
     assert tally.take([0, 1], [(1, None)])[1] == Reported({31: 1, 48: 1, 79: 1}, 1)
     assert tally.take([0, 1], [(1, 79)])[1] == Reported({31: 1, 48: 1, 79: 2}, 1, 79)
 
@@ -161,11 +161,11 @@ def test_a_record_holds_over_restarts_and_ends_with_the_lifetime_of_the_driver(t
     file = tmp_path / "xids.json"
     record = XidRecord(file, "a")
     record.keep({}, devices)
-    assert not file.exists(), "there is nothing to be kept"
+    assert not file.exists(), "a record without an XID was kept"
     record.keep({0: Reported({79: 1}, 0, 79), 1: Reported({31: 1}, 1)}, devices)
     XidRecord(file, "a").keep({}, devices)
     assert XidRecord(file, "a").tally((), devices).take([], []) == {0: Reported({}, 0, 79)}
-    assert XidRecord(file, "a").tally((79,), devices).take([], []) == {}, "it is ignored now"
+    assert XidRecord(file, "a").tally((79,), devices).take([], []) == {}, "an ignored XID was kept"
     assert XidRecord(file, "b").tally((), devices).take([], []) == {}
     XidRecord(file, "a").keep({0: Reported({}), 1: Reported({})}, devices)
     assert XidRecord(file, "a").tally((), devices).take([], []) == {}

@@ -3,7 +3,7 @@
 #include "cuda/async/async.h"
 #include "cuda/graph/graph.h"
 
-/* Enters a call that waits for its own work. Such a call uses the default stream. A capture forbids it only where
+/* Enters a call that waits for its own work. Such a call uses the default stream. A capture forbids it only if
  * the default stream cannot be used. */
 static CUresult enter_waiting(bool per_thread, struct context **context, struct stream **stream)
 {

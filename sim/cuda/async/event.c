@@ -159,8 +159,7 @@ API cuEventSynchronize(CUevent hEvent)
     return sim_leave(CUDA_SUCCESS);
 }
 
-/* Returns the same error where an event is not recorded, not timed or unknown, and where there is no place for the
- * result. */
+/* Returns the same error if an event is not recorded, not timed or unknown, and if there is no place for the result. */
 static CUresult elapsed(float *ms, CUevent hStart, CUevent hEnd)
 {
     struct event *end;

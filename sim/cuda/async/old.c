@@ -80,8 +80,8 @@ API cuFuncSetSharedSize(CUfunction hfunc, unsigned int bytes)
     return sim_leave(CUDA_SUCCESS);
 }
 
-/* While something captures, these launches are as unsafe as calls that allocate, in any stream. Where they are
- * permitted they ignore captures: the kernel runs at once and becomes no node. */
+/* While any stream captures, these launches are as unsafe as calls that allocate, in each stream. If they are
+ * permitted, they ignore captures: the kernel runs at once and becomes no node. */
 static CUresult launch_grid(CUfunction handle, int width, int height, CUstream stream_handle)
 {
     struct context *context;

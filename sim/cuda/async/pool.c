@@ -1,6 +1,6 @@
-/* Stream-ordered allocation. A pool takes memory from the device in steps of 32 MiB. At a synchronisation it gives
- * it back, down to its release threshold. In between, the server does not see allocations and frees. Pools and their
- * allocations outlive contexts, the last context included. */
+/* Stream-ordered allocation. A pool takes memory from the device in steps of 32 MiB. At a synchronisation it
+ * releases unused memory, down to its release threshold. In between, the server gets no request about allocations and
+ * frees. Pools and their allocations outlive contexts, the last context included. */
 #include "cuda/async/pool.h"
 #include "cuda/graph/graph.h"
 #include "cuda/stream/stream.h"
@@ -39,7 +39,7 @@ bool pool_is_known(const struct pool *pool)
 
 static uint64_t steps(uint64_t bytes) { return (bytes + POOL_STEP - 1) / POOL_STEP * POOL_STEP; }
 
-/* Memory that other processes may have opened is not given back. The server is told how much of it this process
+/* Memory that other processes may have opened is not released. The server gets the number of bytes that this process
  * still has. */
 static CUresult set_reserved(struct pool *pool, uint64_t bytes)
 {
@@ -54,7 +54,7 @@ static CUresult set_reserved(struct pool *pool, uint64_t bytes)
     return result;
 }
 
-/* Gives back whole steps, and never what is in use. Fragmentation within a pool is not modelled. */
+/* Releases whole steps of unused memory. Fragmentation within a pool is not modelled. */
 static void trim(struct pool *pool, uint64_t keep)
 {
     uint64_t floor = keep < pool->reserved ? steps(pool->used > keep ? pool->used : keep) : pool->reserved;
@@ -75,8 +75,8 @@ static void drop_the_empty(void)
     }
 }
 
-/* The real driver gives freed memory back when a program waits for the device, not at the free (measured). The
- * threshold of a destroyed pool has no effect. */
+/* The real driver releases freed memory when a program waits for the device, not at the free (measured). The threshold
+ * of a destroyed pool has no effect. */
 void pools_settle(struct context *context, const struct stream *stream)
 {
     memory_settle(context, stream);
@@ -108,8 +108,8 @@ CUresult pool_free(struct range *range)
     return CUDA_SUCCESS;
 }
 
-/* Asks the server only when the pool must grow. Otherwise the call takes half a microsecond on a real machine, and
- * no probe sits on it. */
+/* Sends a request to the server only when the pool must grow. Otherwise the call takes half a microsecond on a real
+ * machine, and has no probe. */
 static CUresult allocate(struct context *context, struct pool *pool, size_t size, CUdeviceptr *out)
 {
     if (size > 1ull << 46) return CUDA_ERROR_OUT_OF_MEMORY;
@@ -135,7 +135,7 @@ static CUresult allocate(struct context *context, struct pool *pool, size_t size
     return CUDA_SUCCESS;
 }
 
-/* In a capture the address exists at once, and the memory with the launch. It does not come from the pool. */
+/* In a capture the address exists at once. The memory exists from the launch on, and does not come from the pool. */
 static CUresult capture_alloc(struct stream *stream, int device, size_t size, CUdeviceptr *out)
 {
     struct graph_memory *memory;
@@ -144,7 +144,7 @@ static CUresult capture_alloc(struct stream *stream, int device, size_t size, CU
     if (result) return result;
     result = graph_memory_new(node->graph, device, size, &memory);
     if (result) {
-        capture_break(stream->capture); /* it has a node that allocates nothing */
+        capture_break(stream->capture); /* the capture has a node that allocates nothing */
         return result;
     }
     node->memory = memory;
@@ -181,7 +181,7 @@ static CUresult alloc_async(CUdeviceptr *dptr, size_t size, struct pool *pool, C
     if (!pool) pool = current_pool[context->device] ? current_pool[context->device] : default_pool(context->device);
     if (!pool || !pool_is_known(pool) || pool->is_imported) return sim_leave(CUDA_ERROR_INVALID_VALUE);
     if (stream->capture) return sim_leave(capture_alloc(stream, pool->device, size, dptr));
-    result = capture_permits(); /* of other streams */
+    result = capture_permits(); /* captures of other streams */
     return sim_leave(result ? result : allocate(context, pool, size, dptr));
 }
 

@@ -25,8 +25,8 @@ bool pool_is_known(const struct pool *pool);
 CUresult pool_enter(CUmemoryPool handle, struct pool **pool);
 /* Frees an allocation of a pool at once, as cuMemFree does: for struct range's `free`. */
 CUresult pool_free(struct range *range);
-/* Frees what a synchronisation with a stream, or with the context (NULL), frees: what pools have reserved above their
- * thresholds, and other memory that cuMemFreeAsync has named. */
+/* Frees the memory that a synchronisation with a stream, or with the context (NULL), frees: reserves of pools above
+ * their thresholds, and other memory after its cuMemFreeAsync. */
 void pools_settle(struct context *context, const struct stream *stream);
 
 #endif

@@ -18,7 +18,7 @@ _Static_assert(sizeof(struct pointer_data) == sizeof(CUmemPoolPtrExportData), "w
 
 static bool is_same(const uint64_t *a, const uint64_t *b) { return a[0] == b[0] && a[1] == b[1]; }
 
-/* Shares what the pool has reserved under a key. The contents of its allocations are shared one by one. */
+/* Shares the pool's reserve under a key. The contents of its allocations are shared one by one. */
 static CUresult share_pool(struct pool *pool)
 {
     if (has_key(pool->key)) return CUDA_SUCCESS;
@@ -74,7 +74,7 @@ API cuMemPoolImportFromShareableHandle(CUmemoryPool *pool_out, void *handle, CUm
     return sim_leave(result);
 }
 
-/* The memory is counted for the pool, so an allocation counts for nothing. */
+/* The pool's reserve includes the memory of its allocations, so an allocation is shared with 0 bytes. */
 static CUresult share_contents(struct range *range)
 {
     if (has_key(range->key)) return CUDA_SUCCESS;

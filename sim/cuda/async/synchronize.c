@@ -1,4 +1,4 @@
-/* Waiting for a stream, and asking whether its work is done. */
+/* Waiting for a stream, and queries whether its work is done. */
 #include "cuda/async/pool.h"
 #include "cuda/stream/stream.h"
 

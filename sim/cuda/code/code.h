@@ -2,7 +2,7 @@
  *
  * A module is code in a context. Its data is on the device from loading on. Its code is there from the first request
  * for a function on. A library's data and code are there from the first use of one of its kernels in a context on.
- * Where loading is eager, code comes with the data. */
+ * With eager loading, code is loaded with the data. */
 #ifndef FGPU_SIM_CUDA_CODE_CODE_H
 #define FGPU_SIM_CUDA_CODE_CODE_H
 
@@ -19,7 +19,7 @@ struct image {
     unsigned users;
     bool is_assembly;            /* the image has no kernels but its entries */
     bool has_malloc, has_printf; /* the image calls these functions of the device */
-    uint64_t bytes;              /* of code; 0: the code is small, and fits where the context's own code is */
+    uint64_t bytes;              /* of code; 0: the code is small, and fits beside the context's own code */
     uint64_t data;               /* bytes of all globals */
     struct symbol *entries, *globals;
 };
@@ -34,7 +34,7 @@ struct function {
     struct party party;
     struct needs needs;
     struct shape shape;   /* for cuLaunch and its relatives, which have no arguments for it */
-    unsigned shared_most; /* the most bytes of shared memory that a launch may ask for */
+    unsigned shared_most; /* the most bytes of shared memory that a launch may request */
     struct module *module;
     struct function *next;
 };
@@ -99,7 +99,7 @@ CUresult image_from_file(const char *path, char **out);
 
 /* module_table.c: the modules of contexts, and the functions in them */
 
-/* Returns whether CUDA_MODULE_LOADING asks for code to be loaded with its module. */
+/* Returns whether CUDA_MODULE_LOADING requests that code is loaded with its module. */
 bool module_is_eager(void);
 CUresult module_new(struct context *context, struct image *image, struct module **out);
 void module_drop(struct module *module);
@@ -121,7 +121,7 @@ struct kernel_entry *library_kernel(CUkernel handle);
 /* Returns the library's module in a context, which it makes on the first request. */
 CUresult library_place(struct library *library, struct context *context, struct module **out);
 CUresult library_function(struct context *context, CUkernel handle, struct function **out);
-/* Forgets the modules of a context that modules_end is about to free. */
+/* Removes the modules of a context from all libraries, before modules_end frees them. */
 void libraries_end(const struct context *context);
 
 /* kernel.c: what a device can launch */
@@ -132,7 +132,7 @@ CUresult function_get(struct context *context, CUfunction handle, struct functio
 bool block_is_possible(int device, const unsigned *block);
 /* Returns how many blocks of this shape one multiprocessor runs at a time. */
 int kernel_blocks_at_once(const int32_t *limits, const struct shape *shape);
-/* Checks a launch and says how it runs. Loads the kernel's module. */
+/* Checks a launch and returns how it runs. Loads the kernel's module. */
 CUresult kernel_check(struct context *context, CUfunction handle, const struct shape *shape, bool cooperates,
                       struct kernel_run *run);
 int kernel_attribute(int device, CUfunction_attribute attribute, int shared, uint64_t local);

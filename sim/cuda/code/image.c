@@ -1,6 +1,6 @@
-/* Images: what is known of code before it is loaded. An image that begins with `fgpu-module <N>MiB` takes N MiB of
- * the device at its first use. Assembly has the kernels and the data that it declares. Any other image has every
- * kernel that a program asks for, and takes nothing visible: a context has room for small code. */
+/* Images: code before it is loaded. An image that begins with `fgpu-module <N>MiB` takes N MiB of the device at its
+ * first use. Assembly has the kernels and the data that it declares. Any other image has every kernel that a program
+ * requests, and takes no visible memory, because a context has room for small code. */
 #include "cuda/code/code.h"
 
 #include <ctype.h>

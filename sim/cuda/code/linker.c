@@ -59,7 +59,7 @@ static CUresult add(CUlinkState handle, CUjitInputType type, const void *data, s
         linker->length = size < HEAD - 1 ? size : HEAD - 1;
         memcpy(linker->image, data, linker->length);
         linker->image[linker->length] = 0;
-        /* Linked code is no assembly any more, and its contents are not known. */
+        /* Linked code is no assembly any more, and its contents cannot be read. */
         if (strncmp(linker->image, "fgpu-", 5)) linker->length = (size_t)sprintf(linker->image, "linked");
     }
     return sim_leave(CUDA_SUCCESS);

@@ -5,7 +5,7 @@
 
 #include <stdlib.h>
 
-/* The rest of the image is not read: programs bring the code with which they were built, and it cannot run here. */
+/* The rest of the image is not read, because real device code cannot run here. */
 static CUresult load(CUmodule *out, const void *data)
 {
     struct context *context;
@@ -42,7 +42,7 @@ API cuModuleLoad(CUmodule *module, const char *fname)
     return result;
 }
 
-/* Unlike loading, this is unsafe while something captures. */
+/* Unlike loading, this is unsafe while any stream captures. */
 API cuModuleUnload(CUmodule hmod)
 {
     struct context *context;

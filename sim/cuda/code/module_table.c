@@ -43,7 +43,7 @@ static void module_free(struct module *module)
     free(module);
 }
 
-/* Takes granules for the data that nothing else shares. */
+/* Takes granules for the data, which it shares with nothing else. */
 static CUresult place_data(struct module *module)
 {
     struct context *context = module->context;
@@ -108,7 +108,7 @@ void module_drop(struct module *module)
     module_free(module);
 }
 
-/* The server forgets what a context holds as a whole, and data goes with the context's other ranges. */
+/* The server removes all memory of a context at once, and data is freed with the context's other ranges. */
 void modules_end(struct context *context)
 {
     while (context->modules) {
@@ -133,9 +133,9 @@ struct function *function_find(const struct context *context, CUfunction handle)
     return NULL;
 }
 
-/* A kernel spin_<N>us runs for N microseconds. A kernel meet_<KEY>_<PARTIES>_<N>us spins until PARTIES of them with
- * this key, in any processes, have come to a device each, and then runs for N microseconds. Any other kernel takes
- * no time, and neither does one of more than an hour. */
+/* A kernel spin_<N>us runs for N microseconds. A kernel meet_<KEY>_<PARTIES>_<N>us spins until PARTIES kernels with
+ * this key, in any processes, have started, each on its own device, and then runs for N microseconds. Any other kernel
+ * takes no time, and neither does one of more than an hour. */
 static void parse_name(struct function *function)
 {
     const char *name = function->name;

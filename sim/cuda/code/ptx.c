@@ -1,5 +1,5 @@
-/* Assembly (PTX). It is read for what the code takes of a device: its kernels with their local memory, its data, and
- * whether it calls malloc or printf. Everything else is skipped, and so is text that is not understood. */
+/* Assembly (PTX). It is read for the memory that the code takes of a device: its kernels with their local memory, its
+ * data, and calls of malloc or printf. Everything else is skipped, and so is invalid text. */
 #include "cuda/code/code.h"
 
 #include <ctype.h>
@@ -76,7 +76,7 @@ static void skip_parameters(struct reader *r)
     next(r);
 }
 
-/* Skips to the brace that begins a body, or to the semicolon where there is no body. */
+/* Skips to the brace that begins a body, or to the semicolon if there is no body. */
 static void skip_to_body(struct reader *r)
 {
     skip_parameters(r);
@@ -212,7 +212,7 @@ static CUresult read_entry(struct reader *r, struct image *image)
     return result;
 }
 
-/* `.func (.param .b64 r) malloc (.param .b64 s);` stands for the device's own function where it is declared .extern. */
+/* `.func (.param .b64 r) malloc (.param .b64 s);` stands for the device's own function if it is declared .extern. */
 static void read_function(struct reader *r, bool is_extern, struct image *image)
 {
     next(r);

@@ -14,8 +14,8 @@ static const size_t default_limits[N_LIMITS] = {
     [CU_LIMIT_SHMEM_SIZE] = 232448,
 };
 
-/* A primary context begins again after each reset. It then gets a new id, so that the server does not take it for
- * the old one. */
+/* A primary context begins again after each reset. It then gets a new id, so that the server distinguishes it from the
+ * old one. */
 CUresult context_begin(struct context *context, int device, unsigned flags)
 {
     context->id = ++driver.next_id;

@@ -1,5 +1,5 @@
-/* Green contexts: parts of a device's multiprocessors, inside its primary context. They take no memory, and get no
- * work here. */
+/* Green contexts: parts of a device's multiprocessors, inside its primary context. They take no memory, and run no work
+ * here. */
 #include "cuda/context/context.h"
 
 #include <stdlib.h>

@@ -41,7 +41,7 @@ static CUresult primary_release(CUdevice dev, bool all)
 
 API cuDevicePrimaryCtxRelease_v2(CUdevice dev) { return primary_release(dev, false); }
 
-/* Unlike its successor, succeeds where the context has no reference. */
+/* Unlike its successor, succeeds if the context has no reference. */
 API cuDevicePrimaryCtxRelease(CUdevice dev)
 {
     CUresult result = primary_release(dev, false);

@@ -3,8 +3,8 @@
 #include "cuda/context/context.h"
 #include "cuda/graph/graph.h"
 
-/* The order matters. The contents of the context go first, while the server still knows it, and then the context
- * with whatever is left. Pools and their allocations belong to the process. */
+/* The order matters. The contents of the context are freed first, while the server still has the context, and then the
+ * context with all that is left in it. Pools and their allocations belong to the process. */
 void context_stop(struct context *context)
 {
     peers_end(context);

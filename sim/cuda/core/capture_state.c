@@ -7,7 +7,7 @@ static struct capture *captures;
 static __thread CUstreamCaptureMode thread_mode = CU_STREAM_CAPTURE_MODE_GLOBAL;
 static __thread uint64_t thread_id;
 
-/* The kernel's thread ids are no use: they are given to later threads again. */
+/* The kernel's thread ids cannot be used, because later threads get the same ids. */
 uint64_t capture_thread(void)
 {
     if (!thread_id) thread_id = ++driver.next_id;

@@ -1,5 +1,5 @@
-/* The captures of the process, and what they forbid. graph/capture.c records nodes; everything that only has to know
- * whether a stream captures, or has to break a capture, uses this. */
+/* The captures of the process, and what they forbid. graph/capture.c records nodes. Files that only check
+ * whether a stream captures, or break a capture, use this header. */
 #ifndef FGPU_SIM_CUDA_CORE_CAPTURE_STATE_H
 #define FGPU_SIM_CUDA_CORE_CAPTURE_STATE_H
 
@@ -17,7 +17,7 @@ struct capture {
 
 /* Returns a number of the calling thread that no other thread gets. */
 uint64_t capture_thread(void);
-/* Adds a capture to the list; origin's stream becomes a capturing one. */
+/* Adds a capture to the list. Its stream `origin` becomes a capturing stream. */
 void capture_begin(struct capture *capture);
 /* Takes all streams out of the capture and frees it. Its graph remains. */
 void capture_stop(struct capture *capture);
@@ -35,7 +35,7 @@ uint64_t capture_id(const struct capture *capture);
 /* Returns a capture in a stream for which the context's legacy stream waits, or NULL. */
 struct capture *capture_of_blocking(const struct context *context);
 
-/* Checks a potentially unsafe call. Where captures forbid it, breaks them and returns
+/* Checks a potentially unsafe call. If captures forbid it, breaks them and returns
  * CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED. */
 CUresult capture_permits(void);
 /* Checks the use of a stream for work, or for a query of its work. */

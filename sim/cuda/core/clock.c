@@ -1,12 +1,12 @@
-/* The clock of a context. It stands still while the context has work and another context has the device. The process
- * therefore knows only the latest time that it can show; the server knows how much time was lost since. Functions
- * that need to be sure ask the server, and only where the answer can be yes. */
+/* The clock of a context. It stops while the context has work and another context has the device. The process therefore
+ * has only an upper bound of the clock's time, and the server has the time that was lost since. Functions that need the
+ * exact time send a request to the server, and only if work can be done by the upper bound. */
 #include "cuda/core/driver.h"
 
 #include <time.h>
 
-#define SHARED_NS 5000000u  /* the longest sleep where other contexts may leave the device */
-#define PATIENCE_NS 200000u /* how long an expected time may be used without asking again */
+#define SHARED_NS 5000000u  /* the longest sleep while other contexts have work, which may end early */
+#define PATIENCE_NS 200000u /* how long an expected time may be used without another request */
 
 static uint64_t later(uint64_t a, uint64_t b) { return a > b ? a : b; }
 
@@ -44,7 +44,7 @@ uint64_t context_start(const struct context *context, uint64_t from)
     return later(from, context->work_ns > context->reached_ns ? context->reached_ns : context_now(context));
 }
 
-/* The server is told only of work that takes time. */
+/* Sends only work that takes time to the server. */
 uint64_t context_work(struct context *context, uint64_t ns, uint64_t from)
 {
     struct sim_time answer;
@@ -66,7 +66,7 @@ bool context_reached(struct context *context, uint64_t until)
     return !ask(context, SIM_LOOK, 0, until, &answer) || until <= context->reached_ns;
 }
 
-/* Returns the real time at which the clock should show `until`, or at which the caller should ask again. */
+/* Returns the real time at which the clock should show `until`, or at which the caller should send another request. */
 static uint64_t wake_at(const struct context *context, uint64_t until)
 {
     uint64_t at = until + context->lost_ns, now = real_now();

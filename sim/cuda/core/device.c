@@ -1,4 +1,4 @@
-/* Queries of devices. All are answered from what the server said at cuInit. */
+/* Queries of devices. All results come from the server's description at cuInit. */
 #include "cuda/core/driver.h"
 
 #include <stdio.h>

@@ -64,7 +64,7 @@ struct party {
     uint32_t of;
 };
 
-/* What a launch of a kernel takes of its context. */
+/* The memory that a launch of a kernel needs in its context. */
 struct needs {
     uint64_t local;     /* bytes of local memory per thread */
     bool heap, printer; /* the kernel calls the device's malloc, or printf */
@@ -75,7 +75,7 @@ struct loss {
     uint64_t at_ns, lost_ns;
 };
 
-/* Memory that a context takes without a request. Only the page tables of registered memory are given back before the
+/* Memory that a context takes without a request. Only the page tables of registered memory are released before the
  * context ends. */
 struct growth {
     uint64_t local;            /* bytes of local memory per thread that the context has room for */
@@ -125,21 +125,22 @@ extern struct driver driver;
 
 /* init.c: the lock, the connection, and the checks with which every exported function begins */
 
-/* Takes the lock. Fails without it where the process has not called cuInit, or is a fork of the process that did. */
+/* Takes the lock. Fails without the lock if the process has not called cuInit, or is a fork of the process that has. */
 CUresult sim_enter_init(void);
-/* Does the same, and fails where the thread has no current context or the context is destroyed. */
+/* Does the same, and fails if the thread has no current context or the context is destroyed. */
 CUresult sim_enter(struct context **current);
 /* Releases the lock and returns `result`. */
 CUresult sim_leave(CUresult result);
 void sim_unlock(void);
 void sim_lock(void);
-/* Sends a request to the server and returns its status, or -1 where the server is gone. */
+/* Sends a request to the server and returns its status, or -1 without a server. */
 int sim_ask(uint32_t op, struct sim_request request, void *payload, size_t room);
 /* Does the same with a descriptor, as link_call_file. */
 int sim_ask_file(uint32_t op, struct sim_request request, void *payload, size_t room, int *file);
 /* Converts the server's status for a request of memory. */
 CUresult sim_result(int status);
-/* Takes `bytes` of the device. `requested` is what the program asked for; `context` NULL: the process holds the memory.
+/* Takes `bytes` of the device. `requested`: the bytes in the program's request; `context` NULL: the process holds the
+ * memory.
  */
 CUresult sim_take(struct context *context, int device, enum sim_kind kind, uint64_t bytes, uint64_t requested);
 void sim_give(struct context *context, int device, enum sim_kind kind, uint64_t bytes, uint64_t requested);
@@ -156,13 +157,13 @@ void thread_push(struct context *context);
 /* Removes and returns the current context; NULL: the stack is empty. */
 struct context *thread_pop(void);
 
-/* clock.c: the clock of a context. It stands still while the context has work and another context has the device. */
+/* clock.c: the clock of a context. It stops while the context has work and another context has the device. */
 
 /* Returns the latest time that the clock can show now. */
 uint64_t context_now(const struct context *context);
 /* Adds work of `ns` that begins at `from` or later. Returns when it will be done, by the context's clock. */
 uint64_t context_work(struct context *context, uint64_t ns, uint64_t from);
-/* Returns when work that is given now begins, which is `from` or later. */
+/* Returns when work that is added now begins, which is `from` or later. */
 uint64_t context_start(const struct context *context, uint64_t from);
 /* Records that the context had lost `lost` nanoseconds at the real time `at`. */
 void context_lost(struct context *context, uint64_t at, uint64_t lost);

@@ -1,6 +1,6 @@
 /* Memory that a context takes without a request: for local memory of threads, for functions that device code calls,
  * for streams and graphs, and for the page tables of registered host memory. The numbers are those of an H200 under
- * driver 580.159.04. The server knows what local memory takes. */
+ * driver 580.159.04. The server computes the size of local memory. */
 #include "cuda/core/driver.h"
 
 #define LOCAL_UNIT 16u /* bytes per thread */
@@ -22,7 +22,7 @@ static uint64_t round_up(uint64_t bytes, uint64_t unit) { return (bytes + unit -
 /* The measured amounts are up to half a granule more or less than the exact need. Full granules are within that. */
 static uint64_t full_granules(uint64_t bytes) { return bytes / GRANULE * GRANULE; }
 
-/* Changes what a context has of a kind, which is in `*has`, to `bytes`. */
+/* Changes a context's memory of a kind from `*has` bytes to `bytes`. */
 static CUresult resize(struct context *context, enum sim_kind kind, uint64_t *has, uint64_t bytes)
 {
     CUresult result = CUDA_SUCCESS;

@@ -80,8 +80,8 @@ CUresult sim_take(struct context *context, int device, enum sim_kind kind, uint6
     return sim_result(sim_ask(SIM_TAKE, request, NULL, 0));
 }
 
-/* Returns nothing: the server drops a client that gives back what it does not hold, so that a failure here is a
- * defect of this library. */
+/* Returns nothing: the server drops a client that releases more than it holds, so that a failure here is a defect of
+ * this library. */
 void sim_give(struct context *context, int device, enum sim_kind kind, uint64_t bytes, uint64_t requested)
 {
     struct sim_request request = {.device = (uint32_t)device,

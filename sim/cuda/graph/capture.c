@@ -19,7 +19,7 @@ CUresult capture_node(struct stream *stream, CUgraphNodeType type, struct node *
     return CUDA_SUCCESS;
 }
 
-/* Where captured nodes go: after these nodes of an existing graph. NULL stands for a new graph. */
+/* The place of captured nodes: after these nodes of an existing graph. NULL stands for a new graph. */
 struct place {
     CUgraph graph;
     const CUgraphNode *needs;
@@ -43,7 +43,7 @@ static CUresult settle(const struct place *place, struct stream *stream, struct 
     return tail_copy(&stream->tail, &(struct tail){(struct node **)place->needs, place->n});
 }
 
-/* Also frees a graph that the program made itself and captured into. The program's handle is invalid afterwards. */
+/* Also frees a graph that the program created and then captured into. The program's handle is invalid afterwards. */
 static void discard(struct graph *graph)
 {
     graph->capturing = false;
@@ -183,7 +183,7 @@ static CUresult is_capturing(CUstream handle, CUstreamCaptureStatus *status, boo
 TWICE(_ptsz, cuStreamIsCapturing, (CUstream hStream, CUstreamCaptureStatus *captureStatus),
       is_capturing(hStream, captureStatus, per_thread))
 
-/* Where the results besides the status go. NULL: the program does not ask for it. */
+/* Pointers to the results besides the status. NULL: the program does not request that result. */
 struct info {
     cuuint64_t *id;
     CUgraph *graph;

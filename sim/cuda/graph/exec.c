@@ -1,6 +1,6 @@
-/* Executable graphs. Instantiation copies the nodes in an order that satisfies every edge. A launch does all that
- * the nodes do at once, as far as a program can observe, and keeps its stream busy for as long as the longest chain
- * of kernels takes. */
+/* Executable graphs. Instantiation copies the nodes in an order that satisfies every edge. A launch has all
+ * observable effects of its nodes at once, and keeps its stream busy for as long as the longest chain of kernels takes.
+ */
 #include "cuda/graph/graph.h"
 #include "cuda/stream/stream.h"
 
@@ -19,7 +19,7 @@ struct exec {
     uint64_t left[SIM_MAX_DEVICES];   /* the bytes that a launch leaves behind */
     struct context *home;             /* the context in which it was made, if that still has this id */
     uint64_t home_id;
-    uint64_t stream;  /* of the last launch; 0: there was none */
+    uint64_t stream;  /* the stream of the last launch; 0: there was none */
     uint64_t done_ns; /* when the last launch is done, by the clock of its context */
     struct context *context;
     struct exec *next;
@@ -51,7 +51,7 @@ static uint64_t execs_need(int device)
             first = first->next;
             if (!first) break;
         }
-        if (first != e) continue; /* holds nothing, or an earlier one of its stream was counted for it */
+        if (first != e) continue; /* holds nothing, or an earlier graph of its stream was counted for it */
         for (const struct exec *other = e; other; other = other->next)
             if (holds(other) && other->stream == e->stream && other->shared[device] > most)
                 most = other->shared[device];
@@ -60,8 +60,8 @@ static uint64_t execs_need(int device)
     return sum;
 }
 
-/* Adds the node after all nodes that it needs. Returns false where there is a cycle. `mark` marks visited nodes;
- * `until` is known of nodes that are added. */
+/* Adds the node after all nodes that it needs. Returns false if there is a cycle. `mark` marks visited nodes;
+ * nodes that are added have a valid `until`. */
 static bool visit(struct node *node, uint64_t mark, struct exec *exec)
 {
     if (node->mark == mark) return node->until != UINT64_MAX;
@@ -280,7 +280,7 @@ static CUresult reserve_for(struct exec *exec, const struct stream *stream)
     return result;
 }
 
-/* What a launch will leave behind is not live yet, but needs room too. */
+/* The memory that a launch will leave is not live yet, but needs room too. */
 static CUresult upload_to(struct exec *exec, const struct stream *stream)
 {
     for (int d = 0; d < SIM_MAX_DEVICES; d++) exec->shared[d] += exec->left[d];

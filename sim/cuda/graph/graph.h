@@ -82,11 +82,11 @@ CUresult graph_memory_new(struct graph *owner, int device, size_t size, struct g
 CUresult graph_memory_node_free(struct graph *graph, uintptr_t at, struct graph_memory **out);
 /* Removes a reference. */
 void graph_memory_drop(struct graph_memory *memory);
-/* Takes from the device what is missing for the memory that is live or in use. */
+/* Takes from the device the missing part of the memory that is live or in use. */
 CUresult graph_memory_reserve(int device, uint64_t running);
-/* Gives back what is not live and not in use. */
+/* Releases memory that is not live and not in use. */
 void graph_memory_trim(int device, uint64_t running);
-/* Gives back everything after the end of the device's last context. */
+/* Releases everything after the end of the device's last context. */
 void graph_memory_end(int device);
 
 /* exec.c */

@@ -1,6 +1,6 @@
 /* Memory of graphs. All allocation nodes of a device use one reserve. It grows when a launch needs more, and does
- * not shrink by itself. Work that cannot run at the same time shares it; memory that was not freed keeps its part.
- * Only a trim, or the end of the last context, gives it back. */
+ * not shrink by itself. Work that cannot run at the same time shares it. Memory that was not freed keeps its part.
+ * Only a trim, or the end of the last context, releases the reserve. */
 #include "cuda/graph/graph.h"
 
 #include <stdlib.h>
@@ -94,7 +94,7 @@ static uint64_t live_bytes(int device)
 
 static uint64_t needed(int device, uint64_t running) { return round_up(live_bytes(device) + running, POOL_STEP); }
 
-/* Called after something was marked as running or live. Takes all that is missing, or nothing. */
+/* Called after memory was marked as running or live. Takes all missing bytes, or none. */
 CUresult graph_memory_reserve(int device, uint64_t running)
 {
     struct reserve *reserve = &reserves[device];
@@ -120,7 +120,7 @@ static void shrink(int device, uint64_t to)
 
 void graph_memory_trim(int device, uint64_t running) { shrink(device, needed(device, running)); }
 
-/* Nothing runs any more, and the program can no longer free memory by its address. */
+/* No graph runs any more, and the program can no longer free memory by its address. */
 void graph_memory_end(int device)
 {
     for (struct graph_memory *next, *m = memories; m; m = next) {

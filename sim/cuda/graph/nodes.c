@@ -3,7 +3,7 @@
 
 #define MAX_SIZE (1ull << 46)
 
-/* Where a node goes: the arguments that all these calls share. */
+/* The place of a node: the arguments that all these calls share. */
 struct place {
     CUgraphNode *out;
     CUgraph graph;
@@ -125,7 +125,7 @@ static CUresult add_memcpy(struct place place, const CUDA_MEMCPY3D *params)
     return sim_leave(node ? CUDA_SUCCESS : CUDA_ERROR_OUT_OF_MEMORY);
 }
 
-/* The address exists at once. The memory is there when the graph is launched. */
+/* The address exists at once. The memory exists from the graph's launch on. */
 static CUresult add_alloc(struct place place, CUDA_MEM_ALLOC_NODE_PARAMS *params)
 {
     struct context *context;

@@ -1,5 +1,5 @@
 /* Arrays: memory with a shape. They take extent x format bytes of the device, as any allocation, and have no address
- * that a program sees. */
+ * for the program. */
 #include "cuda/core/capture_state.h"
 #include "cuda/memory/memory.h"
 
@@ -39,7 +39,7 @@ static size_t format_bytes(CUarray_format format)
 
 static size_t at_least_one(size_t n) { return n ? n : 1; }
 
-/* Returns false where the product does not fit or the shape is invalid. */
+/* Returns false if the product does not fit or the shape is invalid. */
 static bool size_of(const CUDA_ARRAY3D_DESCRIPTOR *d, unsigned level, size_t *size)
 {
     size_t element = format_bytes(d->Format) * d->NumChannels;
@@ -114,7 +114,7 @@ static CUresult destroy(const void *handle, bool is_mipmapped)
     return sim_leave(result);
 }
 
-/* The context's memory goes as a whole. This only forgets the handles. */
+/* The server frees the context's memory as a whole. This only removes the handles. */
 void arrays_end(const struct context *context)
 {
     for (struct array **at = &arrays; *at;) {

@@ -3,7 +3,7 @@
 
 #include <stdlib.h>
 
-/* The server forgets a context's memory as a whole. This clears only the state of the process. */
+/* The server frees a context's memory as a whole. This only clears the state of the process. */
 void ranges_end(struct context *context)
 {
     struct range *next;

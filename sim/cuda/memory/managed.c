@@ -1,5 +1,5 @@
-/* Managed memory: where a program wants it, and where it is. A granule that was used or prefetched on a device stays
- * there until the memory is freed, even if it moves back to the host. */
+/* Managed memory: its preferred place, and its place. A granule that was used or prefetched on a device stays there
+ * until the memory is freed, even if it moves back to the host. */
 #include "cuda/memory/memory.h"
 #include "cuda/stream/stream.h"
 
@@ -9,7 +9,7 @@ _Static_assert(SIM_MAX_DEVICES <= 16, "a bit for each in struct range's places")
 
 static uint64_t resident[SIM_MAX_DEVICES];
 
-/* Returns false where the device has no room. The memory then stays on the host, where devices can use it too. */
+/* Returns false if the device has no room. The memory then stays on the host, where devices can use it too. */
 static bool set_resident(int device, uint64_t bytes)
 {
     struct sim_request request = {.device = (uint32_t)device, .bytes = bytes};
@@ -92,7 +92,7 @@ static CUresult prefetch(CUdeviceptr at, size_t count, CUmemLocation location, u
         capture_break(stream->capture);
         return sim_leave(CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED);
     }
-    /* A prefetch to the host does nothing: a device keeps what it was given. */
+    /* A prefetch to the host does nothing, because a granule stays on its device. */
     if (location.type == CU_MEM_LOCATION_TYPE_DEVICE) move_to(range_find(at), at, count, location.id);
     return sim_leave(CUDA_SUCCESS);
 }

@@ -9,8 +9,8 @@
 #define PITCH 512u
 #define MAX_ALLOCATION (1ull << 46) /* more than any address space; the sums below cannot wrap */
 
-/* Asks the server first, with the bytes of a new granule if the allocation needs one. A refusal therefore changes
- * nothing here. */
+/* Sends the request to the server first, with the bytes of a new granule if the allocation needs one. A refusal
+ * therefore changes nothing here. */
 static CUresult allocate_small(struct context *context, size_t size, struct range **out)
 {
     struct block *block;
@@ -53,11 +53,11 @@ static CUresult free_device(struct range *range)
     size_t physical = range->physical, size = range->size;
     const uint64_t *of = range->block ? range->block->key : range->key;
     const uint64_t key[2] = {of[0], of[1]};
-    /* Only this function knows which free empties a shared granule. The server gets the granule's bytes with that
-     * free. */
+    /* Only this function detects which free empties a shared granule. That free returns the granule's bytes to the
+     * server. */
     if (range->block && block_return(context, range->block, range->start, size)) physical = GRANULE;
     range_drop(range);
-    /* Memory that other processes may have opened is left to them. */
+    /* Memory that other processes may have opened is not freed here. */
     bool left = physical && (key[0] || key[1]);
     sim_give(context, context->device, SIM_BLOCK, left ? 0 : physical, size);
     if (left) share_drop(key);
@@ -101,7 +101,7 @@ void memory_settle(const struct context *context, const struct stream *stream)
         }
 }
 
-/* Enters with a current context, where no capture forbids the call. */
+/* Enters with a current context, if no capture forbids the call. */
 static CUresult enter_unsafe(struct context **context)
 {
     CUresult result = sim_enter(context);
@@ -110,8 +110,8 @@ static CUresult enter_unsafe(struct context **context)
     return result ? sim_leave(result) : CUDA_SUCCESS;
 }
 
-/* Where the result cannot be written, the program gets its signal here, before anything is taken or locked. It may
- * leave the call by siglongjmp and go on. */
+/* If the result cannot be written, the program gets its signal here, before anything is taken or locked. The program
+ * may leave the call by siglongjmp and continue. */
 static void touch(volatile CUdeviceptr *out)
 {
     if (out) *out = *out;
@@ -150,7 +150,7 @@ API cuMemAllocManaged(CUdeviceptr *dptr, size_t bytesize, unsigned int flags)
     if (result) return result;
     if (!dptr || !bytesize || (flags != CU_MEM_ATTACH_GLOBAL && flags != CU_MEM_ATTACH_HOST))
         return sim_leave(CUDA_ERROR_INVALID_VALUE);
-    /* The device loses nothing yet: pages move to it when they are used, and NVML never shows them. */
+    /* The device needs no room yet: pages move to it when they are used, and no process's row shows them. */
     result = bytesize > MAX_ALLOCATION ? CUDA_ERROR_OUT_OF_MEMORY
                                        : sim_take(context, context->device, SIM_MANAGED, 0, bytesize);
     if (result) return sim_leave(result);
@@ -182,7 +182,7 @@ API cuMemFree_v2(CUdeviceptr dptr)
     return sim_leave(memory_free(dptr));
 }
 
-/* Returns the size that the program asked for, not that of the granules. Memory of a graph is found between a launch
+/* Returns the size that the program requested, not that of the granules. Memory of a graph is found between a launch
  * and a free. */
 API cuMemGetAddressRange_v2(CUdeviceptr *pbase, size_t *psize, CUdeviceptr dptr)
 {
@@ -197,7 +197,7 @@ API cuMemGetAddressRange_v2(CUdeviceptr *pbase, size_t *psize, CUdeviceptr dptr)
     return sim_leave(CUDA_SUCCESS);
 }
 
-/* Pinned host memory. No device is asked, but the pointers must be known to later calls. */
+/* Pinned host memory. It takes no device memory, but later calls must find its pointers. */
 
 /* Unlike device memory, zero bytes are granted, as NULL. */
 static CUresult host_alloc(void **pp, size_t size, unsigned flags)

@@ -44,7 +44,7 @@ struct range {
     bool is_foreign; /* RANGE_POOL: of an imported pool */
     bool is_live;    /* RANGE_GRAPH: there is memory, between a launch and a free */
     struct context *context;
-    const struct stream *going; /* RANGE_DEVICE: cuMemFreeAsync named it there; it goes when the program waits for it */
+    const struct stream *going; /* RANGE_DEVICE: the stream of its cuMemFreeAsync; a wait for that stream frees it */
     const struct context *going_in; /* the context of that stream, which may be on another device */
     struct block *block;
     struct vmm_handle *handle;
@@ -55,7 +55,7 @@ struct range {
     struct range *prev, *next;             /* in its context */
 };
 
-enum side { HOST, DEVICE, EITHER }; /* where an end of a copy is */
+enum side { HOST, DEVICE, EITHER }; /* the side of a copy's source or destination */
 
 /* A copy of up to three dimensions. A height or depth of 0 counts as 1. */
 struct transfer {
@@ -75,17 +75,17 @@ struct fill {
 /* space.c: address space, the ranges in it, and the granules of small allocations */
 
 static inline size_t granules(size_t size) { return (size + GRANULE - 1) / GRANULE * GRANULE; }
-/* Reserves address space. `usable`: the host may read and write it. Returns 0 where there is none. */
+/* Reserves address space. `usable`: the host may read and write it. Returns 0 if there is none. */
 uintptr_t space_reserve(size_t size, size_t alignment, bool usable);
 void space_return(uintptr_t start, size_t size);
 /* Returns the range that contains the address, or NULL. */
 struct range *range_find(uintptr_t at);
-/* Adds a range to a context. Returns NULL where it overlaps another range or there is no memory. */
+/* Adds a range to a context. Returns NULL if it overlaps another range or there is no memory. */
 struct range *range_new(struct context *context, uintptr_t start, size_t size);
 void range_drop(struct range *range);
-/* Creates the contents of `length` bytes at `at` in the range. Returns NULL where contents are not kept. */
+/* Creates the contents of `length` bytes at `at` in the range. Returns NULL if contents are not kept. */
 uint8_t *range_touch(struct range *range, uintptr_t at, size_t length);
-/* Takes room for a small allocation out of a granule of the context. Returns 0 where there is no memory. */
+/* Takes room for a small allocation out of a granule of the context. Returns 0 if there is no memory. */
 uintptr_t block_carve(struct context *context, size_t size, struct block **block);
 bool block_has_room(struct context *context, size_t size);
 /* Returns whether the allocation was the last of its granule, which is then gone. */
@@ -95,8 +95,8 @@ bool block_return(struct context *context, struct block *block, uintptr_t start,
 CUresult memory_allocate(struct context *context, size_t size, CUdeviceptr *out);
 /* Frees the allocation that begins at this address, whatever its kind. */
 CUresult memory_free(uintptr_t at);
-/* Frees the memory of whichever context that no pool gave and that cuMemFreeAsync has named in the order of this
- * stream, or of any stream of the context (NULL). A synchronisation does that. */
+/* Frees memory of any context that is not of a pool, and whose cuMemFreeAsync was in the order of this stream, or of
+ * any stream of the context (NULL). A synchronisation does that. */
 void memory_settle(const struct context *context, const struct stream *stream);
 
 /* share.c: memory that other processes may open. A key names it. */
@@ -111,10 +111,10 @@ CUresult share_export(const uint64_t *key, uint32_t flags, int *descriptor);
 /* Opens the memory of this kind for which a descriptor stands. */
 CUresult share_import(int descriptor, enum sim_kind kind, struct sim_share *share, int *file);
 CUresult share_open(const uint64_t *key, struct sim_share *share, int *file);
-/* Tells the server how many bytes a shared pool has reserved now. */
+/* Sends the server the number of bytes that a shared pool has reserved now. */
 CUresult share_resize(const uint64_t *key, uint64_t bytes);
 void share_drop(const uint64_t *key);
-/* Maps a file of contents at new addresses. Returns NULL where that fails. */
+/* Maps a file of contents at new addresses. Returns NULL if that fails. */
 void *share_map(int file, size_t size);
 
 /* vmm.c */
@@ -124,7 +124,7 @@ CUresult vmm_key(const struct range *range, uint64_t *key);
 
 /* ipc.c */
 
-/* Closes the memory of another process that the range shows. The range itself remains. */
+/* Closes the memory of another process at this range. The range itself remains. */
 void ipc_forget(struct range *range);
 
 /* managed.c: which devices have managed memory */
@@ -143,7 +143,7 @@ uint64_t transfer_ns(const struct transfer *transfer);
 CUresult fill_run(const struct fill *fill);
 uint64_t fill_ns(const struct fill *fill);
 
-/* The end of a context. end.c drops its ranges and granules, array.c forgets its arrays. */
+/* The end of a context. end.c drops its ranges and granules, array.c removes its arrays. */
 void ranges_end(struct context *context);
 void arrays_end(const struct context *context);
 

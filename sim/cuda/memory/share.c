@@ -60,8 +60,8 @@ CUresult share_memory(struct sim_request request, void *start, size_t size, size
     bool shared = !sim_ask_file(SIM_SHARE, request, &share, sizeof share, &sent);
     if (sent >= 0) close(sent);
     if (shared && size && map_over(start, size, filled, file)) {
-        share_drop(
-            share.key); /* the memory counts no more although it still exists, because the host has no memory left */
+        /* The host has no memory left. The memory is no longer counted, although it still exists. */
+        share_drop(share.key);
         shared = false;
     }
     close(file);

@@ -1,4 +1,4 @@
-/* Address space: where device pointers point, which range has an address, and how small allocations share granules.
+/* Address space: the addresses of device memory, the range at an address, and granules that small allocations share.
  * Device memory is reserved without access, so that a program that reads it on the host is killed as on a real
  * machine. Contents exist from the first copy or memset on. */
 #include "cuda/memory/memory.h"
@@ -109,7 +109,7 @@ uint8_t *range_touch(struct range *range, uintptr_t at, size_t length)
 static unsigned units_of(size_t size) { return (unsigned)((size + UNIT - 1) / UNIT); }
 
 /* Searches the first fit, as the real driver's small allocations show: neighbours at 512 bytes, and a new granule
- * only where none has room. */
+ * only if none has room. */
 static unsigned find_run(const struct block *block, unsigned units)
 {
     unsigned run = 0;

@@ -50,7 +50,7 @@ static void settle(struct vmm_handle *handle)
     free(handle);
 }
 
-/* Real drivers also have memory on the host and fabric memory. Nothing here could stand for them. */
+/* Real drivers also have memory on the host and fabric memory. Neither is simulated. */
 static CUresult check_prop(const CUmemAllocationProp *prop)
 {
     if (!prop || prop->type != CU_MEM_ALLOCATION_TYPE_PINNED) return CUDA_ERROR_INVALID_VALUE;
@@ -148,7 +148,7 @@ API cuMemAddressReserve(CUdeviceptr *ptr, size_t size, size_t alignment, CUdevic
 {
     CUresult result = sim_enter_init();
     if (result) return result;
-    (void)addr; /* a wish, which the real driver grants where it can */
+    (void)addr; /* a preferred address, which the real driver uses if it can */
     if (!ptr || !size || size % GRANULE || flags || alignment & (alignment - 1))
         return sim_leave(CUDA_ERROR_INVALID_VALUE);
     struct reservation *reservation = calloc(1, sizeof *reservation);

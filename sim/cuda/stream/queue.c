@@ -1,6 +1,7 @@
-/* Streams with kernels that run only together with kernels on other devices. When their work will be done cannot be
- * known in advance. The server therefore does it, and a waiting thread asks the server again and again. A stream
- * becomes a queue with its first such kernel, and an ordinary stream again when all of its work is done. */
+/* Streams with kernels that run only together with kernels on other devices. The end of their work cannot be
+ * computed in advance. The server therefore does the work, and a waiting thread sends requests to the server
+ * repeatedly. A stream becomes a queue with its first such kernel, and an ordinary stream again when all of its work is
+ * done. */
 #include "cuda/stream/stream.h"
 
 #include <time.h>
@@ -16,14 +17,14 @@ static bool ask(struct context *context, uint32_t op, struct sim_request request
     return true;
 }
 
-/* Also returns true where the server does not know the queue any more. */
+/* Also returns true if the server has no such queue any more. */
 bool queue_reached(struct context *context, uint64_t queue, uint64_t index)
 {
     struct sim_queue answer;
     return !ask(context, SIM_LOOK_QUEUE, (struct sim_request){.queue = queue}, &answer) || answer.done >= index;
 }
 
-/* Releases the lock for a moment. Returns false where the context has ended meanwhile. */
+/* Releases the lock for a moment. Returns false if the context has ended meanwhile. */
 static bool rest(const struct context *context, uint64_t id)
 {
     const struct timespec moment = {.tv_nsec = ASK_NS};
@@ -60,7 +61,7 @@ bool queue_is_used(struct context *context, struct stream *stream)
     return false;
 }
 
-/* Waits where the queue is full, as the real driver does. */
+/* Waits while the queue is full, as the real driver does. */
 CUresult queue_add(struct context *context, struct stream *stream, uint64_t ns, const struct party *party)
 {
     uint64_t id = context->id;

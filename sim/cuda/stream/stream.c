@@ -47,7 +47,7 @@ CUresult stream_work(struct context *context, struct stream *stream, uint64_t ns
     return CUDA_SUCCESS;
 }
 
-/* A copy takes none of the device's time. Copies wait for each other where one engine does them. */
+/* A copy takes none of the device's time. Copies wait for each other if one engine does them. */
 CUresult stream_copy(struct context *context, struct stream *stream, uint64_t ns, enum engine engine)
 {
     if (queue_is_used(context, stream)) return queue_add(context, stream, ns, NULL);
@@ -87,7 +87,7 @@ CUresult stream_enter(CUstream handle, bool per_thread, struct context **context
     return *stream ? CUDA_SUCCESS : sim_leave(CUDA_ERROR_INVALID_HANDLE);
 }
 
-/* The driver knows a stream by its handle in whichever context it was made; a default stream is the current one's. */
+/* Finds a stream by its handle in any context. A default stream is that of the current context. */
 CUresult stream_enter_any(CUstream handle, bool per_thread, struct context **context, struct stream **stream)
 {
     CUresult result = sim_enter(context);

@@ -20,10 +20,10 @@ void stream_wait(struct context *context, struct stream *stream);
 uint64_t stream_ready(const struct context *context, const struct stream *stream);
 /* Takes the lock, and finds a stream of the current context. */
 CUresult stream_enter(CUstream handle, bool per_thread, struct context **context, struct stream **stream);
-/* Does the same, and fails where captures forbid the use of the stream. */
+/* Does the same, and fails if captures forbid the use of the stream. */
 CUresult stream_enter_work(CUstream handle, bool per_thread, struct context **context, struct stream **stream);
-/* The same for the calls that take a stream of whichever context, and then name its context: those that allocate and
- * free in its order, wait for it, and ask about it. */
+/* Does the same for calls that accept a stream of any context, and returns that context: calls that allocate and free
+ * in the stream's order, wait for it, or query it. */
 CUresult stream_enter_any(CUstream handle, bool per_thread, struct context **context, struct stream **stream);
 CUresult stream_enter_any_work(CUstream handle, bool per_thread, struct context **context, struct stream **stream);
 /* Frees the streams of a context. */
@@ -33,13 +33,13 @@ void streams_end(struct context *context);
 
 /* Returns whether the work with this index is done. */
 bool queue_reached(struct context *context, uint64_t queue, uint64_t index);
-/* Waits for that. Releases the lock while it sleeps, and so does queues_wait. */
+/* Waits until the work with this index is done. Releases the lock while it sleeps, and so does queues_wait. */
 void queue_wait(struct context *context, uint64_t queue, uint64_t index);
 /* Waits until no stream of the context is a queue with work. */
 void queues_wait(struct context *context);
 /* Returns whether the stream is a queue with work. */
 bool queue_is_used(struct context *context, struct stream *stream);
-/* Gives work to the server, which does it after all that the stream has. */
+/* Sends work to the server, which does it after all earlier work of the stream. */
 CUresult queue_add(struct context *context, struct stream *stream, uint64_t ns, const struct party *party);
 
 #endif

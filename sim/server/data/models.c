@@ -8,8 +8,8 @@
 #define MIB (1ull << 20)
 #define MAX_CHANGES 24
 
-/* Every attribute of a real H200 under driver 580.159.04, by number. The models below say how the other boards
- * differ. */
+/* Every attribute of a real H200 under driver 580.159.04, by number. The models below have the differences of the other
+ * boards. */
 static const int32_t h200_attributes[SIM_ATTRIBUTES] = {
     0,        1024,      1024,     1024,  64,    2147483647, 65535, 65535,     49152,     65536,     32,     2147483647,
     65536,    1980000,   512,      1,     132,   0,          0,     1,         0,         131072,    131072, 65536,

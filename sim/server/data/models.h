@@ -5,7 +5,7 @@
 #include "wire/wire.h"
 
 /* Fills in device number `index` of the model with this name ("h200", "a100", "t4"), with `memory` bytes (0: the
- * model's own). Returns 0, or -1 where there is no such model. */
+ * model's own). Returns 0, or -1 if there is no such model. */
 int model_device(const char *model, uint32_t index, uint64_t memory, struct sim_device *device);
 
 #endif

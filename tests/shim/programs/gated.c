@@ -1,5 +1,5 @@
-/* What a launch and a wait cost at a gate that is open: nanoseconds, the best of many rounds; readings of the clock,
- * and changes of the capture mode.
+/* Prints the cost of launches and waits at an open gate: nanoseconds of a launch and of a wait (the best of many
+ * rounds), readings of the clock for each launch and for a wait, and changes of the capture mode.
  */
 #define _GNU_SOURCE
 #define __CUDA_API_VERSION_INTERNAL
@@ -14,7 +14,7 @@
 
 static unsigned long clocks;
 
-/* The shim's too: a program's own names come first. */
+/* Counts readings of the clock. The shim's are included, because a program's own symbols take precedence. */
 int clock_gettime(clockid_t id, struct timespec *t)
 {
     static int (*next)(clockid_t, struct timespec *);
@@ -39,7 +39,8 @@ static int launch(int n)
 
 unsigned long fake_exchanges(void);
 
-/* A step waits for its launches, so that nothing piles up: nanoseconds of one half of it. */
+/* Returns the nanoseconds of a step's wait or of its launches. A step waits for its launches, so no work accumulates.
+ */
 static double best_of(int waits)
 {
     double best = 1e9;

@@ -1,5 +1,6 @@
-/* Stands before the simulated driver, found as libcudX.so.1 (see the test), which gives no work to green contexts. Here
- * one is a context that cannot be made current once it has ended, while its work and its events stay, as on an H200. */
+/* A libcuda that is linked with the simulated driver, libcudX.so.1 (see driver_behind()), and adds green contexts with
+ * work. A green context is a context that cannot be made current after its end, while its work and its events stay, as
+ * on an H200. */
 #define _GNU_SOURCE
 #define __CUDA_API_VERSION_INTERNAL /* each version by its own name */
 #include <cuda.h>
@@ -7,7 +8,7 @@
 
 #define BEHIND(name) ((__typeof__(&name))dlsym(RTLD_NEXT, #name))
 
-int misused; /* so often was it made current all the same */
+int misused; /* how often a call tried to make the ended context current */
 static CUcontext green;
 static int ended;
 

@@ -1,5 +1,5 @@
-/* image SEED ROUNDS FILE...: what is read of files of code, as they are and with bytes changed or cut off, each in
- * memory that ends where it does. For sanitizers; says what was read of the files as they are. */
+/* image SEED ROUNDS FILE...: reads the sizes in files of code, unchanged and with changed or missing bytes, each in
+ * memory whose end is the end of the image. For sanitizers. Prints the result of each unchanged file. */
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>

@@ -1,10 +1,10 @@
 /*
- * ledger: the standalone ledger by itself, in memory that forked processes share. `ledger races N`,
- * `ledger churn OPERATIONS`, `ledger fits N`, `ledger kills N`, `ledger left N`: prints what it counted; exit status 0
- * only if the ledger was right at every look.
+ * ledger: tests the standalone ledger by itself, in memory that forked processes share. `ledger races N`,
+ * `ledger churn OPERATIONS`, `ledger fits N`, `ledger kills N`, `ledger left N`. Each prints its counts. The exit
+ * status is 0 only if the ledger was right at every check.
  *
- * `real` is what was charged for certain: raised after a charge, lowered before its release, so it may never pass the
- * limit, however many processes are at it and wherever one of them was stopped or killed.
+ * `real` has the bytes that are certainly charged: it is raised after a charge and lowered before the release. It must
+ * never exceed the limit, for any number of processes, and wherever one of them is stopped or killed.
  */
 #define _GNU_SOURCE
 #include "../../../shim/standalone/ledger.c"
@@ -31,7 +31,7 @@ struct shared {
     };
     _Atomic uint64_t real, beyond, winners, refused, operations;
     _Atomic uint32_t round, arrived;
-    _Atomic uint64_t held[WORKERS]; /* by workers that say so when they rest */
+    _Atomic uint64_t held[WORKERS]; /* churn: each worker's bytes after its last operation; fits: [0] has the tokens */
 };
 static struct shared *all;
 static uint64_t seed;
@@ -68,7 +68,7 @@ static void release(int seat, uint64_t bytes)
 
 static uint64_t used(void) { return fgpu_ledger_used(&all->ledger, 0); }
 
-/* -- all for the last piece, again and again */
+/* -- races: in each round, all workers request the same last piece */
 
 static void racer(unsigned number, uint32_t rounds)
 {
@@ -104,7 +104,7 @@ static int races(uint32_t rounds)
     return wrong || used() || all->beyond;
 }
 
-/* -- random operations, and a look whenever all rest */
+/* -- churn: random operations, and a check whenever all workers have stopped */
 
 #define PIECES 32
 
@@ -159,7 +159,7 @@ static int churn(uint64_t operations)
     return wrong || all->beyond || !all->refused;
 }
 
-/* -- what fits is never refused: as many pieces as there is room for go from hand to hand */
+/* -- fits: a request that fits is never refused; a worker makes one while it has one of TOKENS tokens */
 
 #define TOKENS 4
 
@@ -192,14 +192,14 @@ static int fits(unsigned turns)
     return all->refused || used();
 }
 
-/* -- what is left in the middle: by a process that died between its charge and its entry, and for a late sweeper */
+/* -- left: a process that died between its charge and its entry, and a sweeper that is late for a reused seat */
 
 static int left(unsigned rounds)
 {
     uint64_t wrong = 0, nobody = 1ULL << 63 | 0x7ffffffeULL << 32;
     int mine = sit(0);
     for (unsigned i = 0; i < rounds; i++) {
-        int seat = fgpu_ledger_seat(&all->ledger, nobody); /* of one that is dead already */
+        int seat = fgpu_ledger_seat(&all->ledger, nobody); /* the seat of an exited process */
         charge(mine, MIB);
         uint32_t number = held_number(all->ledger.held[0][seat]);
         all->ledger.turns[0].last = charge_of((unsigned)seat, after(number), units_of(3 * MIB));
@@ -219,7 +219,7 @@ static int left(unsigned rounds)
     return wrong != 0;
 }
 
-/* -- killed and stopped anywhere, while the others go on */
+/* -- kills: workers are killed and stopped at any instruction, while the others continue */
 
 static void restless(unsigned number)
 {
@@ -230,7 +230,7 @@ static void restless(unsigned number)
         if (!fgpu_ledger_charge(&all->ledger, 0, (unsigned)seat, bytes, LIMIT)) {
             if (fgpu_ledger_used(&all->ledger, 0) > LIMIT) all->beyond++;
             fgpu_ledger_sweep(&all->ledger);
-            if (!draw(4)) fgpu_ledger_release(&all->ledger, 0, (unsigned)seat, LIMIT); /* whatever it has */
+            if (!draw(4)) fgpu_ledger_release(&all->ledger, 0, (unsigned)seat, LIMIT); /* all that it has */
         }
     }
 }

@@ -1,4 +1,4 @@
-/* A stand-in for the driver: enough of it to be called, counting its calls. With -DOLD it lacks what came later. */
+/* A stand-in for the driver, with the functions that tests call. Counts calls. With -DOLD it lacks later functions. */
 #define __CUDA_API_VERSION_INTERNAL
 #include <cuda.h>
 #include <errno.h>
@@ -34,7 +34,7 @@ CUresult cuInit(unsigned flags)
 }
 CUresult cuCtxGetDevice(CUdevice *device)
 {
-    errno = 33; /* what the shim asks for itself must not show */
+    errno = 33; /* must not reach the program, because the shim makes this call for itself */
     if (context <= 0) return CUDA_ERROR_INVALID_CONTEXT;
     *device = context - 1;
     return CUDA_SUCCESS;
@@ -169,7 +169,7 @@ CUresult cuGetProcAddress_v2(const char *name, void **fn, int version, cuuint64_
     else if (!strcmp(name, "cuMemCreate"))
         *fn = (void *)cuMemCreate;
     else if (!strcmp(name, "cuMem"))
-        *fn = (void *)cuMemCreate; /* no such name: ours must not be taken for it */
+        *fn = (void *)cuMemCreate; /* a name of no function: the shim must not return its hook of cuMemCreate */
     else if (!strcmp(name, "cuCtxCreate"))
         *fn = version < 11040 ? (void *)cuCtxCreate_v2 : (void *)cuCtxCreate_v3;
     else if (!strcmp(name, "cuGetProcAddress"))

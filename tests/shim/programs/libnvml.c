@@ -1,4 +1,4 @@
-/* A stand-in for NVML: two devices, neighbours' processes in every list. */
+/* A stand-in for NVML, with two devices. Each list has processes of neighbours. */
 #define NVML_NO_UNVERSIONED_FUNC_DEFS
 #include <errno.h>
 #include <nvml.h>
@@ -132,7 +132,7 @@ nvmlReturn_t nvmlDeviceGetAccountingStats(nvmlDevice_t d, unsigned pid, nvmlAcco
     *s = (nvmlAccountingStats_t){.maxMemoryUsage = pid};
     return NVML_SUCCESS;
 }
-nvmlReturn_t nvmlDeviceGetAccountingStats_v2(nvmlDevice_t d, unsigned long long *s) /* of a later header: pid first */
+nvmlReturn_t nvmlDeviceGetAccountingStats_v2(nvmlDevice_t d, unsigned long long *s) /* later header; s[0]: pid */
 {
     CHECK(d);
     if ((unsigned)s[0] != 666 && (unsigned)s[0] != 43) return NVML_ERROR_NOT_FOUND;

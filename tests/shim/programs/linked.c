@@ -1,4 +1,4 @@
-/* Linked against the driver, as small programs are: reaches the shim through its exported names. */
+/* A program that is linked with the driver, as small programs are. It reaches the shim by the shim's exported names. */
 #define __CUDA_API_VERSION_INTERNAL
 #include <cuda.h>
 #include <stdio.h>

@@ -1,13 +1,13 @@
-/* Stands before the simulated driver, found as libcudX.so.1 (see driver_behind): notes which of the calls that the shim
- * makes for itself are made at all, and which of them in a thread whose capture mode is not the relaxed one. All of
- * them take numbers and pointers, six at most. */
+/* A libcuda in front of the simulated driver, libcudX.so.1 (see driver_behind()). It records which of the calls that
+ * the shim makes for itself are made, and which are made in a thread whose capture mode is not relaxed. Each of these
+ * functions has at most six arguments, which are numbers and pointers. */
 #define _GNU_SOURCE
 #include "core/hook_table.h"
 
 #include <dlfcn.h>
 
 #define LEAVE(name)
-/* Those that programs make too, beside those that the shim alone needs. */
+/* The functions that only the shim calls, and three that programs call too. */
 #define EACH(ASIDE)                                                                                                    \
     FGPU_DRIVER_TABLE(LEAVE, ASIDE)                                                                                    \
     ASIDE(cuEventQuery)                                                                                                \
@@ -39,7 +39,7 @@ static long pass(int at, long a, long b, long c, long d, long e, long f)
     made[at] += noting;
     unrelaxed[at] += noting && !exchanges && mode != CU_STREAM_CAPTURE_MODE_RELAXED;
     CUstreamCaptureMode next = exchanges && a ? *(CUstreamCaptureMode *)a : mode;
-    long result = driver ? driver(a, b, c, d, e, f) : CUDA_ERROR_NOT_SUPPORTED; /* the simulated one lacks some */
+    long result = driver ? driver(a, b, c, d, e, f) : CUDA_ERROR_NOT_SUPPORTED; /* the simulated driver lacks some */
     if (!(CUresult)result) mode = next;
     return result;
 }

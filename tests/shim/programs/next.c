@@ -1,4 +1,4 @@
-/* Another preload, of the kind that breaks when dlsym hides its caller: every call goes on by RTLD_NEXT. */
+/* Another preloaded library, which passes each call on by RTLD_NEXT. It breaks if a dlsym() hides its caller. */
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <stddef.h>
@@ -11,7 +11,7 @@ int puts(const char *s)
     strings++;
     return next == puts ? -1 : next(s);
 }
-/* It wraps a hooked name as well: the shim must be what follows it. */
+/* Wraps a hooked function too. The next definition must be the shim's. */
 int cuMemAlloc_v2(unsigned long long *pointer, size_t size)
 {
     int (*next)(unsigned long long *, size_t) = dlsym(RTLD_NEXT, "cuMemAlloc_v2");

@@ -1,7 +1,7 @@
 /*
- * orphans ROUNDS: requests that are refused, while the pages claim anything and the kernel answers anything, by a clock
- * of this program's own. Exit status 0 if every request ended within its time, waited only where the rules allow it,
- * and had its last refusal counted once.
+ * orphans ROUNDS: makes requests that are refused, while the pages have any contents and the kernel returns any
+ * verdict. Time is simulated. Exit status 0 if every request ended within its time, waited only if the rules allow
+ * that, and had its last refusal counted once.
  */
 #define _GNU_SOURCE
 #include <stdarg.h>
@@ -17,13 +17,13 @@ static long virtual_syscall(long number, ...);
 
 #define MS 1000000ULL
 #define LEVELS 3
-#define SLOWEST_MS 40 /* an answer of the kernel */
+#define SLOWEST_MS 40 /* the longest time until the kernel answers */
 
 static struct fgpu_control_page control;
 static struct fgpu_usage_page usage[LEVELS];
 static uint64_t now, seed = 0x9e3779b97f4a7c15ULL;
 static unsigned asked, impatient, naps, naps_cooperative;
-static enum { LIES, TEMPTS, KEEPS, LEAVES } kernel; /* what pages and kernel do */
+static enum { LIES, TEMPTS, KEEPS, LEAVES } kernel; /* the behaviour of pages and kernel */
 static uint64_t leaves_ns, looks_ns;
 static struct fgpu_view view;
 __thread bool fgpu_calls_second;
@@ -48,7 +48,7 @@ static void claim_anything(void)
     }
 }
 
-/* -- what the two files call */
+/* -- functions that the two included files call */
 
 uint64_t fgpu_now(void) { return now; }
 
@@ -74,7 +74,7 @@ static long virtual_syscall(long number, ...)
     return -1;
 }
 
-/* For ever just about to have room. */
+/* Writes pages on which all memory has just been orphaned, so that room seems about to appear at every look. */
 static void tempt(void)
 {
     memset(usage, 0, sizeof usage);
@@ -128,7 +128,7 @@ void fgpu_ask_once(struct admission *admission, struct fgpu_view *seen, CUdevice
     impatient += !orphaned;
     admission->refusal = granted ? CUDA_SUCCESS : CUDA_ERROR_OUT_OF_MEMORY;
     admission->patient =
-        orphaned && !granted && (kernel != LIES || draw(40)); /* now and then it does not answer at all */
+        orphaned && !granted && (kernel != LIES || draw(40)); /* sometimes the kernel does not answer */
     if (!granted && orphaned && !admission->patient) impatient++;
 }
 
@@ -146,7 +146,7 @@ static int check(uint64_t began, bool refused, uint64_t questions)
     uint64_t ms = (now - began) / MS, most_ms = kernel == TEMPTS ? 4000 : 30000;
     if (ms > most_ms + 10 + 4 * questions * SLOWEST_MS) return wrong("too long", ms);
     if (asked > ms / 50 + 5 * questions) return wrong("too often", ms);
-    if (refused && !impatient) return wrong("its refusal is counted nowhere", ms);
+    if (refused && !impatient) return wrong("the refusal is not counted", ms);
     if (naps_cooperative) return wrong("waits in a cooperative container", ms);
     if (errno != 77) return wrong("errno", ms);
     return 0;
@@ -160,7 +160,7 @@ static void begin(void)
     errno = 77;
 }
 
-/* Several questions of one call, with or without patience. */
+/* Makes several requests of one call, with or without patience, to a kernel that LIES or TEMPTS. */
 static int ask_a_liar(void)
 {
     struct patience patience = {0};
@@ -179,7 +179,7 @@ static int ask_a_liar(void)
     return check(began, refused, questions);
 }
 
-/* One level enforces, another only observes and is too full for good. */
+/* Makes a request below a level that enforces and a level that only observes and is always too full. */
 static int ask_the_honest(void)
 {
     begin();
@@ -187,7 +187,7 @@ static int ask_the_honest(void)
     memset(usage, 0, sizeof usage);
     uint64_t limit = 1 + draw(1 << 20), used = draw(2 << 20), orphaned = draw(used + 1), others = used - orphaned;
     uint64_t bytes = draw(2) && limit > others ? limit - others : 1 + draw(2 << 20), began = now;
-    bool is_away = !draw(4); /* the agent */
+    bool is_away = !draw(4); /* whether no agent runs */
     uint64_t age_ms = draw(2) ? draw(4000) : draw(45000), left_ms = age_ms < 30000 ? 30000 - age_ms : 0;
     uint64_t looks_ms = draw(4000), most_ms = is_away || left_ms < looks_ms ? left_ms : looks_ms;
     usage[0].devices[0] = (struct fgpu_usage){.limit = limit, .used = used};
@@ -205,10 +205,11 @@ static int ask_the_honest(void)
     uint64_t ms = (now - began) / MS, leaves_ms = (leaves_ns - began) / MS;
     bool leaves = kernel == LEAVES && may_wait && leaves_ms + 4 * SLOWEST_MS + 10 < most_ms;
     if (naps && !may_wait) return wrong("waits in vain", ms);
-    if (leaves && (refused || ms > leaves_ms + 10 + 4 * SLOWEST_MS)) return wrong("not when there was room", ms);
+    if (leaves && (refused || ms > leaves_ms + 10 + 4 * SLOWEST_MS))
+        return wrong("not admitted when there was room", ms);
     if (kernel == KEEPS && refused == fits_now) return wrong("the wrong answer", ms);
     if (kernel == KEEPS && !naps && may_wait && left_ms > 2 * SLOWEST_MS) return wrong("does not wait", ms);
-    if (refused && naps && ms > most_ms + 10 + 4 * SLOWEST_MS) return wrong("beyond their time", ms);
+    if (refused && naps && ms > most_ms + 10 + 4 * SLOWEST_MS) return wrong("waits beyond the time limit", ms);
     return check(began, refused, 1);
 }
 

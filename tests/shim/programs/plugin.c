@@ -40,7 +40,7 @@ size_t plugin_total(void)
 }
 #endif
 
-/* What the call leaves behind for a program that looks. */
+/* errno and "dlerror() has an error" after plugin_open_deep()'s call of dlopen(). */
 int plugin_opened_errno, plugin_opened_dlerror;
 void *plugin_open_deep(const char *path)
 {

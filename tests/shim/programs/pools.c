@@ -1,5 +1,6 @@
-/* The stand-in's memory pools and graphs. A pool grows by 32 MiB; what a stream freed serves that stream alone until
- * fake_sync(); unused blocks go back then, or at a trim. A graph is what was captured; its memory is mapped at launch.
+/* The stand-in's memory pools and graphs. A pool grows by 32 MiB. Memory that a stream has freed serves only that
+ * stream until fake_sync(), which also releases unused blocks, as a trim does. A graph contains the captured calls. Its
+ * memory is mapped at its first launch.
  */
 #define __CUDA_API_VERSION_INTERNAL
 #include <cuda.h>
@@ -13,7 +14,7 @@ struct pool {
     uint64_t used, reserved, held[16];
 };
 static struct pool pools[64];
-static int made = 3; /* 0, 1, 2: the devices' defaults */
+static int made = 3; /* pools 0, 1 and 2 are the defaults of the three devices */
 static int current[3] = {0, 1, 2};
 static CUresult next_result;
 static int queries, unsafe, asked_capturing, trims, broken;
@@ -32,7 +33,7 @@ static struct graph graphs[128];
 static int graphs_made;
 static struct graph *capturing[16];
 static uint64_t graph_reserved[3], graph_kept;
-static int sharing; /* graphs that leave nothing to the program use each other's memory */
+static int sharing; /* whether graphs use each other's memory, except for memory that they leave to the program */
 void fake_sharing(int on) { sharing = on; }
 extern int fake_device(void);
 
@@ -72,7 +73,7 @@ static struct pool *pool_of(CUmemoryPool h)
 }
 static CUmemoryPool handle_of(int n) { return (CUmemoryPool)(uintptr_t)(0x1000 + n); }
 
-/* By the number in the pointer. */
+/* Allocations, by the number in the pointer. */
 static struct {
     uint64_t bytes;
     int pool;
@@ -99,8 +100,8 @@ static CUresult give(CUdeviceptr pointer, CUstream stream)
 {
     uint64_t at = (pointer - 0x700000000000ull) / 4096;
     if (next_result) return next_result;
-    if (pointer == 0xd00000) return CUDA_SUCCESS;             /* of cuMemAlloc */
-    if (pointer == 0xe00000) return CUDA_ERROR_NOT_SUPPORTED; /* managed */
+    if (pointer == 0xd00000) return CUDA_SUCCESS;             /* memory of cuMemAlloc */
+    if (pointer == 0xe00000) return CUDA_ERROR_NOT_SUPPORTED; /* managed memory */
     if (at > 65535 || !given[at].bytes) return CUDA_ERROR_INVALID_VALUE;
     struct pool *p = &pools[given[at].pool];
     p->used -= given[at].bytes;
@@ -166,7 +167,7 @@ CUresult cuMemPoolDestroy(CUmemoryPool h)
 }
 CUresult cuMemPoolTrimTo(CUmemoryPool h, size_t keep) { return (void)keep, trims++, trim(pool_of(h)), CUDA_SUCCESS; }
 int fake_mode(void) { return mode; }
-void fake_held(uint64_t n) /* by a stream that the shim has not seen */
+void fake_held(uint64_t n) /* freed memory of a stream that the shim has not recorded */
 {
     pools[0].held[15] += n;
     pools[0].reserved = blocks(pools[0].used + all_held(&pools[0]));
@@ -191,7 +192,7 @@ CUresult cuThreadExchangeStreamCaptureMode(CUstreamCaptureMode *m)
 }
 CUresult cuStreamGetDevice(CUstream s, CUdevice *d)
 {
-    /* streams 0x10.. live on device 1 */
+    /* streams from 0x10 on are on device 1 */
     return *d = (uintptr_t)s >= 0x10 ? 1 : fake_device(), errno = 44, CUDA_SUCCESS;
 }
 CUresult cuStreamIsCapturing(CUstream s, CUstreamCaptureStatus *status)
@@ -301,7 +302,7 @@ CUresult cuDeviceGetGraphMemAttribute(CUdevice d, CUgraphMem_attribute a, void *
     unsafe += mode != CU_STREAM_CAPTURE_MODE_RELAXED;
     return (void)a, *(cuuint64_t *)v = graph_reserved[d], CUDA_SUCCESS;
 }
-static int busy; /* graphs are running: nothing of theirs can go */
+static int busy; /* graphs are running, so their memory cannot be released */
 void fake_busy(int on) { busy = on; }
 CUresult cuDeviceGraphMemTrim(CUdevice d)
 {
@@ -312,7 +313,7 @@ CUresult cuDeviceGraphMemTrim(CUdevice d)
         if (peak_of(&graphs[i], &left) && !left) graphs[i].launched = 0;
     return graph_reserved[d] = d ? 0 : graph_kept, CUDA_SUCCESS;
 }
-/* A context ends: its streams hold nothing any more, and pools stay. */
+/* Ends a context: its streams hold no freed memory any more, and pools stay. */
 static void end_context(int with_graphs)
 {
     for (int i = 0; i < made; i++) {

@@ -1,10 +1,10 @@
-/* Stands before the simulated driver, found as libcudX.so.1 (see the test): now and then a query takes long. */
+/* A libcuda in front of the simulated driver, libcudX.so.1 (see driver_behind()): every 40th query takes 1.1 s. */
 #include <cuda.h>
 #include <dlfcn.h>
 #include <unistd.h>
 
 #define EVERY 40
-#define LONG_US 1100000 /* longer than a turn in flight.c lasts */
+#define LONG_US 1100000 /* longer than a thread may hold its turn in the shim's flight.c */
 
 CUresult cuEventQuery(CUevent event)
 {

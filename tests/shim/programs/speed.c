@@ -1,5 +1,5 @@
-/* Nanoseconds of one allocation and its free in a stream, of one launch of a graph, and of one wait: the best of many
- * rounds. */
+/* Prints the nanoseconds of one allocation with its free in a stream, of one launch of a graph, and of one wait: the
+ * best of many rounds. */
 #define __CUDA_API_VERSION_INTERNAL
 #include <cuda.h>
 #include <stdio.h>
@@ -34,7 +34,7 @@ int main(int argc, char **argv)
     if (argc > 3 && (cuStreamBeginCapture_v2(0, 0) || cuStreamEndCapture(0, &g))) return 1;
     if (argc > 3 && cuGraphInstantiateWithFlags(&e, g, 0)) return 1;
     if (argc > 3) BEST(launch, if (cuGraphLaunch(e, 0)) return 2);
-    if (argc > 2) { /* a process of its own for pools: this one has captured */
+    if (argc > 2) { /* without this argument, pools are measured in a process that has neither captured nor waited */
         BEST(wait, if (cuCtxSynchronize()) return 3);
     }
     BEST(pair, if (cuMemAllocAsync(&p, size, 0) || cuMemFreeAsync(p, 0)) return 4);

@@ -1,10 +1,10 @@
 /*
- * storm MILLISECONDS THREADS [SHIM HELLO_MILLISECONDS]: a program that does everything at once, for sanitizers: threads
- * that allocate in every way, free what others allocated, launch, capture, wait, look, make contexts and pools, and
- * fork. SHIM, the file that was preloaded: within it there is a gatekeeper too, who changes limits, gates and lists all
- * the while and wants a new hello every so often; without, whatever is around it decides.
- *
- * It cares for no result. Says what happened, as JSON; 0 where every child ended well.
+ * storm MILLISECONDS THREADS [SHIM HELLO_MILLISECONDS]: a program that uses all functions at once, for sanitizers. Its
+ * threads allocate in every way, free memory that other threads allocated, launch, capture, wait, query, make contexts
+ * and pools, and fork. SHIM is the preloaded file. With SHIM, the program contains a gatekeeper, which changes limits,
+ * gates and lists all the time and requests a new hello every HELLO_MILLISECONDS. Without SHIM, an agent outside of it
+ * or an image's limit applies. Prints counts as JSON. Exit status 0 if each child and each lookup had its expected
+ * result. Results of other calls are ignored.
  */
 #define _GNU_SOURCE
 #include <dlfcn.h>
@@ -18,7 +18,7 @@
 #include "storm.h"
 
 #define MOST_THREADS 16
-#define MOST_PARTS 10 /* a slow machine gets that many times as long */
+#define MOST_PARTS 10 /* on a slow machine, the run lasts up to this many times MILLISECONDS */
 #define SLOTS 24
 #define MIB (1ULL << 20)
 #define ONE 1, 1, 1, 1, 1, 1
@@ -47,7 +47,7 @@ static struct {
     DRIVER(SLOT) MANAGEMENT(SLOT)
 } cu;
 
-struct life { /* a thread's own */
+struct life { /* the state of one thread */
     uint64_t random;
     int device;
     CUcontext primary;
@@ -61,7 +61,7 @@ struct life { /* a thread's own */
 
 _Atomic bool storm_over;
 static void *driver;
-static _Atomic CUdeviceptr taken[SLOTS], streamed[SLOTS]; /* by any thread; any thread may free it */
+static _Atomic CUdeviceptr taken[SLOTS], streamed[SLOTS]; /* allocated by any thread; any thread may free it */
 static _Atomic unsigned long calls, forks, captures, launches;
 static _Atomic bool failed;
 
@@ -135,7 +135,7 @@ static void own_pool(struct life *life)
         cu.cuDeviceSetMemPool(life->device, its);
         cu.cuMemPoolTrimTo(its, 0);
     }
-    for (int i = 0; i < SLOTS; i++) /* what is left of a pool goes with its memory */
+    for (int i = 0; i < SLOTS; i++) /* a destroyed pool exists until its memory is freed */
         if (life->streamed[i]) cu.cuMemFreeAsync(life->streamed[i], life->stream), life->streamed[i] = 0;
     cu.cuMemPoolDestroy(life->pool);
     life->pool = NULL;
@@ -209,7 +209,7 @@ static void capture(struct life *life)
     if (!draw(life, 4)) cu.cuDeviceGraphMemTrim(life->device);
 }
 
-/* Kernels with local memory and data of their own, each of them new. */
+/* Loads new code, whose kernel has local memory and data of any size, and launches the kernel. */
 static void use_code(struct life *life)
 {
     static const char format[] = ".version 7.0\n.target sm_70\n.address_size 64\n.global .b8 big[%u];\n"
@@ -254,12 +254,12 @@ static void other_context(struct life *life)
     cu.cuMemAllocManaged(&at, MIB, CU_MEM_ATTACH_GLOBAL);
     cu.cuMemAlloc_v2(&at, MIB);
     if (!cu.cuStreamCreate(&stream, CU_STREAM_NON_BLOCKING)) cu.cuMemAllocAsync(&at, MIB, stream);
-    cu.cuCtxDestroy_v2(context); /* with all that is in it */
+    cu.cuCtxDestroy_v2(context); /* with all of its memory */
     cu.cuCtxSetCurrent(life->primary);
     if (!cu.cuDevicePrimaryCtxRetain(&context, life->device)) cu.cuDevicePrimaryCtxRelease_v2(life->device);
 }
 
-/* -- questions, and children */
+/* -- queries, and children */
 
 static void look(struct life *life)
 {
@@ -279,7 +279,7 @@ static void look(struct life *life)
     if (!dlsym(driver, "cuMemAlloc_v2") || dlsym(driver, "cuNothing")) failed = true;
 }
 
-/* The gatekeeper sees a child as another process, and the child's driver refuses all calls. */
+/* Forks a child. It is another process for the gatekeeper, and its driver refuses all calls. */
 static void have_a_child(struct life *life)
 {
     CUmemAllocationProp prop = {.type = CU_MEM_ALLOCATION_TYPE_PINNED,
@@ -322,7 +322,7 @@ static void *live(void *argument)
         else
             ways[draw(life, sizeof ways / sizeof *ways)](life);
         calls++;
-        if (!draw(life, 100)) storm_nap((long)draw(life, 20000)); /* away from the driver's lock */
+        if (!draw(life, 100)) storm_nap((long)draw(life, 20000)); /* without the driver's lock */
     }
     cu.cuStreamSynchronize(life->stream);
     if (life->pool) own_pool(life);
@@ -331,8 +331,8 @@ static void *live(void *argument)
     return NULL;
 }
 
-/* The driver has one lock, which orders nearly all that threads do. A thread that looks and then sleeps during two
- * hellos is ordered with no other thread. */
+/* The driver has one lock, which orders nearly all operations of threads. A thread that makes a query and then sleeps
+ * for longer than two hellos is not ordered with any other thread, so ThreadSanitizer can find its races. */
 static bool is_over(void) { return atomic_load_explicit(&storm_over, memory_order_relaxed); }
 
 static void *doze(void *unused)

@@ -19,15 +19,15 @@
 
 extern _Atomic bool storm_over;
 
-struct storm_counts { /* that something happened at all */
+struct storm_counts { /* above 0: it has happened */
     _Atomic unsigned long hellos, asked, refused, changes, tagged, patient;
 };
 extern struct storm_counts storm_counts;
 
 void storm_nap(long us);
-void storm_world_begin(void *shim);                     /* before the shim is first called: whose probes are ours */
-void storm_world_knows(int device, const CUuuid *uuid); /* the ledger's index of it is device + 3 */
-void storm_world_turns(long again_us);                  /* begins to change the pages, in a thread of its own */
+void storm_world_begin(void *shim);                     /* diverts the probe symbols of the shim before its first use */
+void storm_world_knows(int device, const CUuuid *uuid); /* the device's index in the ledger is device + 3 */
+void storm_world_turns(long again_us);                  /* begins to change the pages, in its own thread */
 void storm_world_end(void);
 
 #endif

@@ -1,8 +1,9 @@
-/* storm_world.c: what surrounds a program that has the shim, within it. Owns the pages.
+/* storm_world.c: gatekeeper, kernel and operator of a program with the shim, inside that program. Owns the pages.
  *
- * The gatekeeper answers hellos with pages as the real one does; the kernel is what the shim's probe symbols jump to,
- * for uprobes show a sanitizer nothing. Pages are changed where the shim has them mapped: at another address of the
- * same page a sanitizer would see another thing. Whole words are written, as kernel and gatekeeper write them.
+ * The gatekeeper answers hellos with pages as the real one does. The shim's probe symbols jump to functions of this
+ * file, because a sanitizer cannot check the accesses of a uprobe's program. Pages are changed in the shim's mapping,
+ * because a sanitizer treats another mapping of the same page as different memory. Whole words are written, as kernel
+ * and gatekeeper write them.
  */
 #define _GNU_SOURCE
 #include <dlfcn.h>
@@ -28,15 +29,15 @@
 
 struct storm_counts storm_counts;
 
-static struct fgpu_usage_page *usage[LEVELS]; /* ours of them */
+static struct fgpu_usage_page *usage[LEVELS]; /* mappings of this file */
 static int usage_files[LEVELS], listener;
-static struct fgpu_control_page *_Atomic controls[MOST_PAGES]; /* ours of the last ones that were given */
+static struct fgpu_control_page *_Atomic controls[MOST_PAGES]; /* mappings of this file, of the newest pages */
 static _Atomic unsigned given;
 static struct fgpu_device devices[DEVICES];
 static _Atomic unsigned known;
 static _Atomic uint64_t epoch = 1;
 static _Atomic uint32_t gate = 1 << FGPU_GATE_SHIFT | FGPU_GATED | FGPU_GATE_OPEN;
-static _Atomic unsigned mapped; /* hellos whose pages the shim has */
+static _Atomic unsigned mapped; /* number of hellos whose pages the shim has mapped */
 static pthread_t turning;
 static pid_t self;
 static long again_us; /* between two hellos */
@@ -97,7 +98,7 @@ static void admit(unsigned device, uint64_t bytes, unsigned kind, uint64_t ticke
     answer(kind, ticket, granted ? FGPU_ADMITTED : FGPU_REFUSED);
 }
 
-/* No process frees by these books: released bytes are those that were granted for pools. */
+/* Releases bytes of pools. Frees of other memory are not recorded here. */
 static void release(unsigned device, uint64_t bytes, unsigned kind, uint64_t ticket)
 {
     (void)kind, (void)ticket;
@@ -108,8 +109,9 @@ static void release(unsigned device, uint64_t bytes, unsigned kind, uint64_t tic
     }
 }
 
-/* A symbol has sixteen bytes to itself: mov $to, %rax; jmp *%rax. Its first byte stays the nop that it is: an agent on
- * this host may have found the file in use, and its probe goes on behind that. */
+/* Makes a symbol jump to a function: mov $to, %rax; jmp *%rax. A symbol has sixteen bytes. Its first byte stays a nop,
+ * because an agent of this host may have attached a probe there, after which the program continues at the second byte.
+ */
 static void divert(void *symbol, void *to)
 {
     unsigned char code[12] = {0x48, 0xb8, 0, 0, 0, 0, 0, 0, 0, 0, 0xff, 0xe0};
@@ -131,7 +133,7 @@ static void *new_page(const char *name, int *file)
     return page;
 }
 
-/* Every other page is of a gatekeeper that gives no tags. */
+/* Returns the tag for a peer, and 0 for every second page, as from a gatekeeper that gives no tags. */
 static uint32_t tag_of(int peer)
 {
     struct ucred of;
@@ -203,7 +205,7 @@ void storm_world_knows(int device, const CUuuid *uuid)
     known = (unsigned)device + 1;
 }
 
-/* -- the operator: all that changes in pages while programs read them */
+/* -- the operator: changes of pages while programs read them */
 
 struct places {
     struct fgpu_control_page *control;
@@ -233,7 +235,7 @@ static struct places find(void)
 static void beat(struct fgpu_control_page *here)
 {
     PUT(here->heartbeat_ns, now_ns());
-    for (int i = 0; i < MOST_PAGES; i++) { /* those of children too */
+    for (int i = 0; i < MOST_PAGES; i++) { /* pages of children too */
         struct fgpu_control_page *page = controls[i];
         if (page) PUT(page->heartbeat_ns, now_ns());
     }
@@ -242,7 +244,7 @@ static void beat(struct fgpu_control_page *here)
 static void turn(struct places here, unsigned round)
 {
     uint32_t word = round / 2 + 2, bits = round % 2 ? FGPU_GATED : FGPU_GATED | FGPU_GATE_OPEN;
-    if (round % 16 == 15) bits = 0; /* not scheduled for a while */
+    if (round % 16 == 15) bits = 0; /* not gated for a while */
     atomic_store(&gate, word << FGPU_GATE_SHIFT | bits);
     for (int i = FIRST_INDEX; i < FIRST_INDEX + DEVICES; i++) {
         PUT(here.control->budget_ns[i], round % 3 ? 400000u * (round % 7) : 0);
@@ -270,9 +272,9 @@ static void limit(struct fgpu_usage_page *pages, unsigned round)
     for (int i = FIRST_INDEX; i < FIRST_INDEX + DEVICES; i++) {
         PUT(pages[0].devices[i].limit, round % 4 ? LIMIT : round % 8 ? ALMOST_NONE : FGPU_NO_LIMIT);
         PUT(pages[1].devices[i].limit, 2 * LIMIT);
-        if (!(round % 9)) PUT(pages[0].devices[i].used, 0); /* most of what was granted is free again by now */
+        if (!(round % 9)) PUT(pages[0].devices[i].used, 0); /* most of the admitted memory has been freed by now */
     }
-    for (int i = FIRST_INDEX; i < FIRST_INDEX + DEVICES; i++) /* what is waited for, a moment each time */
+    for (int i = FIRST_INDEX; i < FIRST_INDEX + DEVICES; i++) /* orphaned memory, for which a request waits a moment */
         for (int level = 0; level < LEVELS; level++) {
             PUT(pages[level].orphaned[i], round % 3 ? LIMIT / (round % 5 + 1) : 0);
             PUT(pages[level].orphaned_ns[i], now_ns() - 3950000000u);
@@ -312,11 +314,11 @@ void storm_world_turns(long us)
     must(!pthread_create(&turning, NULL, take_turns, NULL), "thread");
 }
 
-/* End all waits at gates. */
+/* Ends all waits at gates. */
 void storm_world_end(void)
 {
     pthread_join(turning, NULL);
-    atomic_store(&gate, 0); /* who says hello yet once more finds it open too */
+    atomic_store(&gate, 0); /* the gates are open for a later hello too */
     for (int i = 0; i < MOST_PAGES; i++)
         for (int d = 0; controls[i] && d < FGPU_DEVICES; d++) {
             PUT(controls[i]->gates[d], 0);

@@ -1,5 +1,5 @@
-/* threads COUNT KERNEL: so many threads launch as fast as they can, each on a stream of its own, until a line comes;
- * then each waits for its stream. Says "ready", and how many it has launched. */
+/* threads COUNT KERNEL: COUNT threads launch KERNEL as fast as they can, each on its own stream, until a line comes on
+ * standard input. Then each thread waits for its stream. Prints "ready", and finally the number of launches. */
 #include <cuda.h>
 #include <dlfcn.h>
 #include <pthread.h>

@@ -1,6 +1,6 @@
 /*
- * verdict ROUNDS: questions to a kernel that answers with one bit turned, in the right place or in the other one.
- * Accepted is the word that names tag and ticket to the bit, and no other. Exit status 0 if that was so every time.
+ * verdict ROUNDS: makes requests to a kernel that answers with one changed bit, or with none. The shim must accept a
+ * word only if all bits of its tag and ticket are right. Exit status 0 if it always did.
  */
 #define _GNU_SOURCE
 #include "../../../shim/link/verdict.c"
@@ -19,7 +19,7 @@ static uint64_t draw(uint64_t below)
     return (seed >> 2) % below;
 }
 
-/* The other array holds what would be accepted there. */
+/* Writes `word` where the request expects its answer, and in the other array a word that would be accepted there. */
 void fgpu_admit_here(unsigned device, uint64_t bytes, unsigned kind, uint64_t ticket)
 {
     uint64_t slot = ticket & (FGPU_VERDICTS - 1), tag = kind & FGPU_TAGGED ? 0 : 77;
