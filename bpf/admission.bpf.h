@@ -125,7 +125,7 @@ static void device_full(struct fgpu_process *p, u32 device, u32 kind, u64 bytes)
     tell(page_of(p->levels[0]), FGPU_NEWS_REFUSED, device, bytes, kind, FGPU_REASON_DEVICE_FULL);
 }
 
-/* Return whether these bytes were released already. During an upgrade, the programs of two versions see one call. Each
+/* Return whether these bytes were released already. During an upgrade, programs of two versions run at each call. Each
  * release has a ticket of its own. While a thread is in no driver call, the field for the call's first argument can
  * hold that ticket. */
 static int given_back(struct fgpu_process *p, u64 id, u64 ticket)

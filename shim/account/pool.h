@@ -7,7 +7,7 @@
 #define FGPU_BLOCK (32ULL << 20) /* the step in which a pool takes memory from its device (measured) */
 #define FGPU_CREDITS 8
 
-struct credit { /* freed by one stream: a pool may give it to the same stream again at once, and to no other */
+struct credit { /* bytes freed by one stream: a pool may give them to the same stream again at once, and to no other */
     _Atomic uint64_t stream, bytes;
 };
 

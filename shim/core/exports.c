@@ -6,9 +6,9 @@
  * the C library's own dlsym, and RTLD_NEXT in a wrapper that was opened later. They end at the driver's table, so the
  * hooks must be there.
  *
- * The changed pages are prepared elsewhere and then moved into place in one step. No lock is held with which a thread
- * could die, and no page is writable while another thread looks up a name in it. Two threads that do this at the same
- * time write the same contents.
+ * The changed pages are prepared elsewhere and then moved into place in one step. There is no lock that a thread could
+ * hold when it exits, and no page is writable while another thread looks up a name in it. Two threads that do this at
+ * the same time write the same contents.
  */
 #define _GNU_SOURCE
 #include <dlfcn.h>

@@ -8,8 +8,8 @@
  * program that waits for them itself needs none. The caller of each function here has the device's turn and, except for
  * fgpu_lane_of, relaxed capture mode; nothing is recorded on a stream that captures.
  *
- * A turn expires while its holder is in a slow driver call, or stopped: then two threads are in here. Estimates may
- * become wrong by that. Launches and events are taken by exchange, so each is counted or destroyed exactly once.
+ * A turn expires while its holder is in a slow driver call, or stopped: then two threads run these functions, and
+ * estimates may become wrong. Launches and events are taken by exchange, so each is counted or destroyed exactly once.
  */
 #include "gate/flight.h"
 

@@ -165,8 +165,8 @@ void *fgpu_lookup(void *handle, const char *name)
         found = hook;
     } else if (found && (second = hook_of_second(at, found))) {
         found = hook = second;
-    } /* else the function of another preload, or one that goes to the second driver: leave it unchanged; the kernel
-         sees its calls */
+    } /* else the function of another preload, or one that goes to the second driver: leave it unchanged; probes
+         report its calls */
     errno = saved;
     return found;
 }

@@ -1,4 +1,4 @@
-/* standalone.h: an image's own limit if no agent decides. admit.c and link.c use it. standalone.c has the file,
+/* standalone.h: an image's own limit if no agent decides, for link.c, account/ and hooks/. standalone.c has the file,
  * ledger.c its content, allocations.c the allocations of this process, limit.c the limit. */
 #ifndef FGPU_STANDALONE_H
 #define FGPU_STANDALONE_H
@@ -50,8 +50,8 @@ HIDDEN uint64_t fgpu_liveness_begin(void); /* 0: this kernel has no System V sha
 HIDDEN bool fgpu_liveness_lasts(uint64_t life, uint32_t *pid);
 
 /* -- standalone.c */
-HIDDEN enum fgpu_standalone fgpu_standalone_join(void); /* join the ledger, or check that the joined ledger still
-                                                           exists */
+HIDDEN enum fgpu_standalone fgpu_standalone_join(void); /* join the ledger; once joined, release the memory of exited
+                                                           processes */
 HIDDEN struct fgpu_view fgpu_standalone_view(void);
 HIDDEN void fgpu_standalone_refresh(void); /* update the usage page with the memory that living processes hold */
 HIDDEN bool fgpu_standalone_charge(unsigned index, uint64_t bytes);
