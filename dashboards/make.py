@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Writes the dashboards beside this file: `python3 dashboards/make.py`. A test compares the JSON with its output.
+"""Write the dashboards next to this file: `python3 dashboards/make.py`. A test compares the JSON with its output.
 
 `--runbooks URL` also writes that address of the page of runbooks into rules.yaml.
 
@@ -36,7 +36,7 @@ DEVICE = f'{NODE}, gpu=~"$gpu"'
 TENANT = f'{NODE}, tenant=~"$tenant"'
 BOTH = f'{DEVICE}, tenant=~"$tenant"'
 PLACE = "cluster, job, instance"
-# Groups hold what their tenants hold: a sum over both counts it twice.
+# The figures of a group include those of its tenants, so a sum over both would count them twice.
 _NAMED = f'max by ({PLACE}, tenant) (fgpu_tenant_info{{{TENANT}, kind="tenant"}})'
 INNERMOST = f"* on ({PLACE}, tenant) group_left () {_NAMED}"
 RATE, RANGE = "$__rate_interval", "$__range"
