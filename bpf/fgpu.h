@@ -433,8 +433,8 @@ enum fgpu_adjust {
 
 /* -- events: a ring buffer for rare events; those that do not fit are counted -------------------------------------- */
 enum fgpu_news {
-    FGPU_NEWS_PROCESS,  /* the first call of a process of a managed cgroup; of many processes in a second, one is
-                           reported */
+    FGPU_NEWS_PROCESS,  /* the first call of a process of a managed cgroup; only one process of a level is reported in
+                           a second */
     FGPU_NEWS_REFUSED,  /* by the level `cgroup`; reason as in the counters */
     FGPU_NEWS_BYPASS,   /* its first call without an admission */
     FGPU_NEWS_KILLED,   /* a call without an admission that would exceed the limit, under onBypass: kill */

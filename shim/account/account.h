@@ -52,7 +52,7 @@ HIDDEN void fgpu_settled_standalone(const struct admission *admission, CUresult 
 HIDDEN void fgpu_failed(int index, uint64_t bytes, CUresult result);
 HIDDEN void fgpu_give_back(int index, uint64_t bytes); /* bytes of pools */
 HIDDEN bool fgpu_is_limited(struct fgpu_view view);    /* a limit may be in force: request admission */
-HIDDEN bool fgpu_is_held(void);                        /* to a limit, by a responding agent or by the image */
+HIDDEN bool fgpu_is_held(void);                        /* a limit is in force, of an agent or of the image */
 struct fgpu_room {
     uint64_t left, limit; /* bytes; FGPU_MOST_BYTES if no limit is in force */
 };

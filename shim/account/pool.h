@@ -17,7 +17,7 @@ struct pool {
     _Atomic uint64_t handle;     /* 0: no pool; an overflow entry always has 0 */
     _Atomic int ordinal;         /* the driver's device, FGPU_HOST_POOL or FGPU_NO_TABLE */
     _Atomic int index;           /* the ledger's index, once something was admitted */
-    _Atomic uint32_t generation; /* incremented whenever the entry is used for another pool */
+    _Atomic uint32_t generation; /* a new number whenever the entry is used for another pool; 0: it has none */
     _Atomic uint64_t admitted;
     _Atomic uint64_t spent;   /* upper bound of the bytes in use: as measured last, and all given out since */
     _Atomic uint64_t pending; /* admitted for calls that have not returned yet */

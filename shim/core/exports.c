@@ -71,8 +71,8 @@ static bool is_without_code(const struct table *table, const char *begin, size_t
 }
 
 /*
- * Store the addresses of all names of the library, then write the hooks into its table. Return whether they are there.
- * The addresses are stored first, so that a hook that is found in the table has a function to call.
+ * Store the addresses of all names of the library, then write the hooks into its table. Return whether they were
+ * written. The addresses are stored first, so that a hook that is found in the table has a function to call.
  */
 static bool replace_exports(void *library, enum fgpu_name of, const int32_t hooks[])
 {

@@ -32,7 +32,7 @@ struct guess *fgpu_guess_of(struct device *device, uint64_t key)
 _Static_assert(GUESSES == 64, "six bits");
 
 /* Update the estimate from a measurement. A measurement may be too long by as much as the previous one is too short, so
- * both count equally. A bound is never too short. */
+ * longer and shorter measurements count alike. A bound is never too short, so it only lowers the estimate. */
 static void learn(struct guess *guess, uint64_t ns) { guess->ns = (guess->ns * 3 + ns) / 4 + 1; }
 
 static void learn_bound(struct guess *guess, uint64_t ns)
