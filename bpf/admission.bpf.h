@@ -59,9 +59,9 @@ static u64 answer(struct fgpu_process *p, struct held *h, struct fgpu_thread *t,
     return verdict;
 }
 
-/* Decide for a process without an entry, which cannot be charged. The request is refused. The refusal is reported if
- * the process's own level has too many entries. If all levels only observe, the request is admitted: NVML shows the
- * memory. FGPU_AGAIN: no verdict. */
+/* Decide for a process without an entry, which cannot be charged. If all levels only observe, the request is admitted:
+ * NVML shows the memory. If the process's own level has too many entries, the request is refused, and the refusal is
+ * reported. FGPU_AGAIN: there is no verdict. */
 static u64 without_entry(struct held *h, u32 device, u64 bytes, u32 kind)
 {
     struct fgpu_usage_page *leaf = h->page[0];

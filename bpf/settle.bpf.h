@@ -1,6 +1,6 @@
 /* settle.bpf.h: the result of a driver call: what the call allocated is recorded, and what it freed is released. */
 
-/* What a successful call has done: bytes freed on its device, bytes that it released and that the device may still
+/* The effects of a successful call: bytes freed on its device, bytes that it released and that the device may still
  * hold, and whether there is a new handle. */
 struct outcome {
     u64 freed, orphaned;
