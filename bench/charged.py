@@ -161,7 +161,7 @@ class Scenario:
             t["devices"][0]["used_bytes"] for t in ask(verb="snapshot")["tenants"] if t["tenant"] == self._victim
         )
         harm = [f"another tenant is charged {charged // MIB}"] if charged else []
-        return [*harm, "another tenant is named"] if bypasses(self._victim) else harm
+        return [*harm, "another tenant is reported as bypassing"] if bypasses(self._victim) else harm
 
     def _reuse(self, pid: int) -> Program:
         """Start a process of another tenant with the pid of an exited process. Raises BenchError if it is not free."""
@@ -176,7 +176,7 @@ class Scenario:
                 victim.end()
                 raise BenchError(f"process {pid} of another tenant did not start")
             return victim
-        raise BenchError(f"pid {pid} is another's")
+        raise BenchError(f"another process has pid {pid}")
 
 
 def measure(names: list[str], seconds: float) -> dict[str, list[Row] | str]:

@@ -73,7 +73,7 @@ def in_force_ms(parent: Path, count: int) -> float:
     took = (time.perf_counter() - begun) * 1e3
     for cgroup in made:
         cgroup.rmdir()
-    until(lambda: all(limit_in_force(number) is None for number in numbers), "nothing left of them")
+    until(lambda: all(limit_in_force(number) is None for number in numbers), "the limits are removed")
     return took
 
 
@@ -103,7 +103,7 @@ def measure(parent: Path, rounds: int, driver_root: str) -> dict[str, tuple[floa
     """Measure everything, while LIVE other tenants exist."""
     for number in range(LIVE):
         (parent / f"old-{number}").mkdir()
-    until(lambda: len(ask(verb="snapshot")["tenants"]) >= LIVE, "the tenants beside them")
+    until(lambda: len(ask(verb="snapshot")["tenants"]) >= LIVE, "the other tenants exist")
     lines = lines_of("alone", [in_force_ms(parent, 1) for _ in range(rounds)])
     lines |= lines_of("burst", [in_force_ms(parent, BURST) for _ in range(BURSTS)])
     environment = {**os.environ, "LD_PRELOAD": str(SHIM)}

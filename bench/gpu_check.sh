@@ -1,14 +1,15 @@
 #!/bin/bash
-# Everything that is claimed for a real GPU, on one machine that has it: builds, runs each claim with a time limit, goes
-# on after failures, prints every number. As root, with a C compiler and no package registry.
+# Checks all claims about a real GPU on one machine with a GPU. Builds the programs, runs each claim with a time limit,
+# continues after failures, and prints every figure. Needs root and a C compiler, and no package registry. Variables,
+# with their defaults:
 #
-#   FGPU          the command (fgpu), for example "/tmp/python -m fgpu_ebpf.cli"
-#   PYTHON        an interpreter that has pynvml (python3)
-#   TORCH_PYTHON  an interpreter that has torch and jax (python3)
-#   CUDARTS       folders, with colons between, where more versions of libcudart lie (none)
+#   FGPU          the command `fgpu`, for example "/tmp/python -m fgpu_ebpf.cli" (fgpu)
+#   PYTHON        an interpreter with pynvml (python3)
+#   TORCH_PYTHON  an interpreter with torch and jax (python3)
+#   CUDARTS       folders with more versions of libcudart, separated by colons (none)
 #   HEADERS       a folder with cuda.h, cudaTypedefs.h and nvml.h (build/headers, else the CUDA toolkit's)
-#   DRIVER_ROOT   where the driver's libraries lie (/)
-#   CLAIMS        which of them, by name: those of bench/gpu/check.py, and benchmarks (all)
+#   DRIVER_ROOT   the folder below which the driver's libraries are (/)
+#   CLAIMS        the names of claims of bench/gpu/check.py and of benchmarks (all)
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 2
 
@@ -20,7 +21,7 @@ for folder in "$PWD/build/headers" /usr/local/cuda/include /usr/local/cuda/targe
 done
 failed=()
 
-step() { # step NAME SECONDS COMMAND...: bounded, reported, never the end of the rest
+step() { # step NAME SECONDS COMMAND...: runs a command with a time limit, and records a failure
     local name=$1 seconds=$2 begun=$SECONDS
     shift 2
     printf '\n== %s\n' "$name"
@@ -32,7 +33,7 @@ step() { # step NAME SECONDS COMMAND...: bounded, reported, never the end of the
     fi
 }
 
-compile() { # compile SOURCE PROGRAM, unless bench/kit.sh has
+compile() { # compile SOURCE PROGRAM: unless PROGRAM is newer, as bench/kit.sh leaves it
     [ ! "$2" -nt "$1" ] || return 0
     mkdir -p "${2%/*}"
     gcc -std=gnu11 -O2 -g -I"$headers" -o "$2" "$1" -ldl -pthread

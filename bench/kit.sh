@@ -1,18 +1,19 @@
 #!/bin/sh
-# What the benchmarks and bench/gpu_check.sh need on a GPU host that reaches no package registry.
+# Brings to a GPU host without a package registry all that the benchmarks and bench/gpu_check.sh need.
 #
-#   bench/kit.sh pack FOLDER      on Debian 12, where registries are reached: fills FOLDER (55 MB)
-#   bench/kit.sh unpack FOLDER    there, as root, in this tree, with gcc and a Python of $PYTHON_VERSION (3.12): builds a
-#                                 copy of the tree in /tmp/fgpu and writes /tmp/fgpu/env, to be sourced before a benchmark
+#   bench/kit.sh pack FOLDER      on Debian 12, with access to registries: fills FOLDER (55 MB)
+#   bench/kit.sh unpack FOLDER    on the GPU host, as root, in this tree, with gcc and Python $PYTHON_VERSION (3.12):
+#                                 builds a copy of the tree in /tmp/fgpu, and writes /tmp/fgpu/env, which a shell
+#                                 sources before it runs a benchmark
 #
-# Nothing of the host is replaced: packages are unpacked below /tmp. Its interpreter and its linker learn of them there:
-# the agent's loader and its gatekeeper look into no environment.
+# No file of the host is replaced: packages are unpacked below /tmp. A file fgpu.pth and a file in /etc/ld.so.conf.d
+# name them to the host's Python and linker, because the agent's loader and gatekeeper ignore environment variables.
 set -eu
 
 root=$(cd "$(dirname "$0")/.." && pwd)
 version=${PYTHON_VERSION:-3.12}
 
-wheels() { # wheels FOLDER PACKAGE...: for the host's Python, with what they need
+wheels() { # wheels FOLDER PACKAGE...: downloads packages for the GPU host's Python, with their dependencies
     folder=$1
     shift
     "$root/.venv/bin/python" -m pip download --quiet --disable-pip-version-check --dest "$folder" --only-binary=:all: \
@@ -39,7 +40,7 @@ print("\n".join(tomllib.load(open(sys.argv[1], "rb"))["project"]["dependencies"]
     for runtime in nvidia-cuda-runtime-cu11==11.8.89 nvidia-cuda-runtime-cu12==12.9.79 nvidia-cuda-runtime==13.0.96; do
         wheels "$1/unpacked" --no-deps "$runtime"
         mkdir -p "$1/runtimes/$runtime"
-        unzip -qjo "$1/unpacked/"*.whl '*/libcudart.so*' -d "$1/runtimes/$runtime" # and not what programs are built with
+        unzip -qjo "$1/unpacked/"*.whl '*/libcudart.so*' -d "$1/runtimes/$runtime" # without the files for building programs
         rm -r "$1/unpacked"
     done
     tar -C "$root/build" -czf "$1/headers.tar.gz" headers
@@ -47,7 +48,7 @@ print("\n".join(tomllib.load(open(sys.argv[1], "rb"))["project"]["dependencies"]
     du -sh "$1"
 }
 
-bcc() { # bcc ARCHIVE: the shared objects that BCC needs, none of libc's
+bcc() { # bcc ARCHIVE: unpacks BCC with the shared objects that it needs, except those of libc
     mkdir -p /tmp/fgpu/bcc /tmp/fgpu/lib
     tar -C /tmp/fgpu/bcc -xf "$1"
     for name in bcc LLVM clang-cpp bpf edit z3 tinfo bsd md xml2 icuuc icudata elf ffi debuginfod; do
@@ -60,7 +61,7 @@ bcc() { # bcc ARCHIVE: the shared objects that BCC needs, none of libc's
     /usr/bin/python3 -I -W ignore -c 'import bcc; bcc.BPF' || { echo "kit.sh: /usr/bin/python3 cannot import BCC" >&2 && exit 1; }
 }
 
-command_of() { # command_of NAME ENVIRONMENT... -- PROGRAM...: a command that sees this environment
+command_of() { # command_of NAME ENVIRONMENT... PROGRAM...: writes a command that runs a program with this environment
     name=/tmp/fgpu/bin/$1
     shift
     printf '#!/bin/sh\nexec env %s "$@"\n' "$*" >"$name"
@@ -77,7 +78,7 @@ unpack() {
     tar -C "$root" --exclude=./.git --exclude=./.venv --exclude=./build -cf - . | tar -C /tmp/fgpu/tree --no-same-owner -xf -
     packages=/tmp/fgpu/bcc/usr/lib/python3/dist-packages
     command_of python LD_LIBRARY_PATH=/tmp/fgpu/lib "PYTHONPATH=/tmp/fgpu/tree:/tmp/fgpu/site:$packages" /usr/bin/python3
-    # Users' programs, which know nothing of BCC's libraries.
+    # Programs of users, which run without BCC's libraries.
     command_of nvitop -u LD_LIBRARY_PATH PYTHONPATH=/tmp/fgpu/site /usr/bin/python3 -m nvitop
     command_of gpustat -u LD_LIBRARY_PATH PYTHONPATH=/tmp/fgpu/site /usr/bin/python3 -m gpustat
     # As the packages do at their installation. The host's environment may keep Python from writing bytecode.
@@ -96,7 +97,7 @@ END
     done
 }
 
-build() { # the shim, the OCI helper and the benchmarks' programs, as ./dev build has them
+build() { # builds the shim, the OCI helper and the benchmarks' programs, as ./dev build does
     cd /tmp/fgpu/tree
     make -s -C shim OUT=/tmp/fgpu/tree/build/shim HEADERS=/tmp/fgpu/headers
     make -s -C oci OUT=/tmp/fgpu/tree/build/oci

@@ -57,7 +57,7 @@ def start(options: list[str]) -> tuple[subprocess.Popen[bytes], Parts]:
                 raise BenchError(f"the agent did not start: {text.strip()}")
             time.sleep(0.005)
         agent.kill()
-        raise BenchError("the agent does not come up")
+        raise BenchError(f"the agent does not enforce limits within {READY_SECONDS} s")
 
 
 def both(options: list[str], tenants: int) -> dict[str, Parts]:

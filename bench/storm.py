@@ -215,7 +215,7 @@ def main() -> int:
     parser.add_argument("--driver-root", default="/")
     parser.add_argument("--shim", type=Path, default=ROOT / "build/shim/libfgpu.so")
     parser.add_argument("--program", type=Path, default=ROOT / "build/bench/storm")
-    parser.add_argument("--python", default="/usr/bin/python3", help="an interpreter that sees BCC")
+    parser.add_argument("--python", default="/usr/bin/python3", help="an interpreter that can import BCC")
     given = parser.parse_args()
     options = ["--driver-root", given.driver_root, "--shim", str(given.shim)]
     try:

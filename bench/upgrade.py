@@ -62,7 +62,7 @@ class Services:
         self._running = [self._start("gatekeeper", "--run-dir", str(RUN)), self._start("cli", "agent", *self._options)]
         while b"ready after" not in self._log.read_bytes()[said:]:
             if time.monotonic() > begun + READY_SECONDS or self._running[1].poll() is not None:
-                raise BenchError(f"version {self.number} does not come up: {self._log.read_text()[-500:]}")
+                raise BenchError(f"version {self.number} does not enforce limits: {self._log.read_text()[-500:]}")
             time.sleep(0.005)
         return time.monotonic() - begun
 

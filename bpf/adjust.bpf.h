@@ -147,8 +147,8 @@ static int move(struct fgpu_process *p, struct bpf_raw_tracepoint_args *ctx)
     return 0;
 }
 
-/* Create an entry for a process that no probe has seen. A process that holds memory, according to NVML, gets its entry
- * even if its level has reached its bound. */
+/* Create an entry for a process in which no probe has run yet. With `force`, for a process that holds memory according
+ * to NVML, the entry is created even if its level has reached its bound. */
 static int adopt(u32 tgid, struct bpf_raw_tracepoint_args *ctx, int force)
 {
     u64 levels[FGPU_LEVELS] = {ctx->args[4], ctx->args[5], ctx->args[6], ctx->args[7]};
@@ -220,7 +220,7 @@ static int swept(u64 cgroup, u64 n, u64 place)
     return 0;
 }
 
-/* Return claims of an owner that exceed its entries, except one claim. */
+/* Release the claims of an owner that exceed its entries, except one claim; of an owner without entries, all claims. */
 static void trim(struct fgpu_owner *owner, u32 shared)
 {
     u64 most = most_of(shared), few = FEW(most);

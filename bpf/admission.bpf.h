@@ -59,9 +59,9 @@ static u64 answer(struct fgpu_process *p, struct held *h, struct fgpu_thread *t,
     return verdict;
 }
 
-/* Decide for a process without an entry, which cannot be charged. The request is refused. The refusal is reported if
- * the process's own level has too many entries. If all levels only observe, the request is admitted: NVML shows the
- * memory. FGPU_AGAIN: no verdict. */
+/* Decide for a process without an entry, which cannot be charged. If all levels only observe, the request is admitted:
+ * NVML shows the memory. If the process's own level has too many entries, the request is refused, and the refusal is
+ * reported. FGPU_AGAIN: there is no verdict. */
 static u64 without_entry(struct held *h, u32 device, u64 bytes, u32 kind)
 {
     struct fgpu_usage_page *leaf = h->page[0];
@@ -125,7 +125,7 @@ static void device_full(struct fgpu_process *p, u32 device, u32 kind, u64 bytes)
     tell(page_of(p->levels[0]), FGPU_NEWS_REFUSED, device, bytes, kind, FGPU_REASON_DEVICE_FULL);
 }
 
-/* Return whether these bytes were released already. During an upgrade, the programs of two versions see one call. Each
+/* Return whether these bytes were released already. During an upgrade, programs of two versions run at each call. Each
  * release has a ticket of its own. While a thread is in no driver call, the field for the call's first argument can
  * hold that ticket. */
 static int given_back(struct fgpu_process *p, u64 id, u64 ticket)

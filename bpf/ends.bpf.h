@@ -41,7 +41,8 @@ static int end_process(u32 tgid)
 static int is_last(struct bpf_raw_tracepoint_args *ctx)
 {
 #ifdef SIGNAL_AT
-    /* Before Linux 6.16: how many threads have not come this far yet. Two threads may both read 0. */
+    /* Before Linux 6.16: `live` is the number of threads that have not come this far in their exit. Two threads may
+     * both read 0. */
     void *signal = 0;
     s32 live = 1;
     bpf_probe_read_kernel(&signal, sizeof(signal), (void *)ctx->args[0] + SIGNAL_AT);

@@ -26,8 +26,9 @@ static int is_scarce(u64 claimed_by_all, u32 shared)
     return claimed_by_all + FEW(most) > most - RESERVE(most);
 }
 
-/* Claim some more entries for an owner, within the map's reserve. Several threads may claim at the same time. The agent
- * takes back claims that are not needed any more (`trim`); in each program that frees, that would cost too much. */
+/* Claim some more entries for an owner. If only the map's reserve is left, an owner that has claims already gets none,
+ * unless `force` is set. Several threads may claim at the same time. The agent releases claims that are not needed any
+ * more (`trim`): to do that in each program that frees would cost too much. */
 static int claim(struct fgpu_owner *owner, u32 shared, int force)
 {
     u64 most = most_of(shared), few = FEW(most), *all = claims_on(shared);

@@ -64,8 +64,8 @@ static int tell_urgently(struct fgpu_usage_page *page, u32 kind, u32 device, u64
     return 1;
 }
 
-/* Send an event of orphaned bytes. The agent asks NVML repeatedly while orphans are new, so only the first ones need an
- * event. */
+/* Send an event of orphaned bytes, at most one in 2 ms on the whole host. The agent asks NVML repeatedly while orphans
+ * are new, so not each of them needs an event. */
 static void tell_of_orphans(struct fgpu_usage_page *page, u32 device, u64 bytes)
 {
     u32 at = HOST_ORPHANED;
@@ -93,8 +93,8 @@ static void tell_of_program(struct fgpu_usage_page *page)
         send(page, FGPU_NEWS_EXECUTED, 0, 0, 0, 0);
 }
 
-/* Count an entry after it was created. A reader that reads this number first, and the map second, knows when to read
- * the map again. */
+/* Count an entry after it was created. A reader reads this number first and the map second. If the number has changed
+ * since, the reader reads the map again. */
 static void count_entry(u32 at)
 {
     u64 *n = host.lookup(&at);

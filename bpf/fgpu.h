@@ -2,13 +2,13 @@
  * fgpu.h: every struct that two sides share. BPF programs, the shim and fgpu_ebpf/abi.py read this one file;
  * tests/unit/test_layout.py compares the Python layouts with it, offset by offset.
  *
- * Layouts grow at the end only; spare room is zero. FGPU_LAYOUT changes when that promise cannot be kept. It names the
- * folder of the pinned maps, so that two layouts never meet. An agent reads some of another layout (other_layouts.py),
- * so every layout has: the folder vLAYOUT/maps with `pages` (cgroup -> usage page), `shelf` (place -> the same),
- * `limits` and `devices`; of the usage page `version`, `cgroup`, `place` and the first FGPU_DEVICES `devices`, at their
- * offsets; of FGPU_DEVICES and limit flags the values; of `struct fgpu_limit` and `struct fgpu_device` the beginning,
- * with their keys. Sizes are bytes, times are CLOCK_MONOTONIC ns; on the pages of a process, as that process reads the
- * clock.
+ * Layouts grow at the end only; spare fields are zero. FGPU_LAYOUT changes if a layout must change in another way. It
+ * names the folder of the pinned maps, so that two layouts never share a map. An agent also reads some maps of another
+ * layout (other_layouts.py), so every layout has: the folder vLAYOUT/maps with `pages` (cgroup -> usage page), `shelf`
+ * (place -> usage page), `limits` and `devices`; `version`, `cgroup`, `place` and the first FGPU_DEVICES `devices` of
+ * the usage page, at the same offsets; the same values of FGPU_DEVICES and of the limit flags; the same beginning and
+ * the same keys of `struct fgpu_limit` and `struct fgpu_device`. Sizes are bytes. Times are CLOCK_MONOTONIC ns; on the
+ * pages of a process, as that process reads the clock.
  */
 #ifndef FGPU_H
 #define FGPU_H
@@ -19,7 +19,7 @@
 #define FGPU_PAGE_BYTES 4096
 #define FGPU_DEVICES 16
 #define FGPU_LEVELS 4
-#define FGPU_BOTH_LEVELS 8 /* of both sides of a process */
+#define FGPU_BOTH_LEVELS 8 /* levels of both sides of a process */
 #define FGPU_VERDICTS 128  /* a power of two: the verifier takes a mask, not a remainder */
 #define FGPU_ROWS 128
 #define FGPU_SHARED 3
@@ -70,7 +70,7 @@ struct fgpu_usage {
     __u64 peak;
     __u64 refused;
 };
-struct fgpu_tally { /* bytes; both only grow: admitted to requests; allocated by driver calls that a probe saw */
+struct fgpu_tally { /* bytes, which only grow: admitted to requests; allocated by driver calls that have a probe */
     __u64 admitted;
     __u64 witnessed;
 };
@@ -108,10 +108,10 @@ struct fgpu_usage_page {
 };
 #define FGPU_OBSERVE 1
 #define FGPU_KILL 2
-/* Uncommitted: the limit on a device does not count against the device yet. A request for its memory is refused,
- * uncounted, and the event FGPU_NEWS_FIRST_USE tells the agent, which grants the limit or sets it to 0; then the
- * request is made again. `undecided` of the program's own level counts such requests: the uncommitted level may be a
- * group whose page the program does not have yet. */
+/* Uncommitted: the limit on a device does not count against the device yet. A request for memory of that device is
+ * refused, but not counted as a refusal. After the event FGPU_NEWS_FIRST_USE the agent grants the limit or sets it to
+ * 0, and the shim repeats the request. `undecided` of the program's own level counts such requests: the uncommitted
+ * level may be a group whose page the program does not have yet. */
 #define FGPU_UNCOMMITTED_SHIFT 16 /* the first device's bit */
 
 /* -- control page: one per process, a sealed memfd, written by the gatekeeper alone ------------------------------ */
@@ -162,8 +162,8 @@ struct fgpu_status {
 struct fgpu_flight {     /* work launched on a gated device */
     __u64 in_flight;     /* launches that may be unfinished; counted before the gate is read, so 0 after the gate has
                             closed means: drained */
-    __u64 busy_until_ns; /* when they should be done, by earlier measurements; if that has passed and the bell was
-                            not rung, no thread has looked */
+    __u64 busy_until_ns; /* when they should be done, by earlier measurements; if that time has passed and the bell
+                            was not rung, no thread has checked */
     __u64 wanted_ns;     /* when a thread last tried to launch */
     __u64 idle_ns;       /* sum of the times between an observed end (of a span) and the next launch; only grows */
 };
@@ -223,13 +223,13 @@ struct fgpu_share { /* shares: {level, device} -> the level's part of the device
     __u64 rank; /* 0 comes first */
     __u64 quantum_ns;
 };
-struct fgpu_turn { /* turns: {level, device} -> results; numbers only grow, except those that say otherwise */
+struct fgpu_turn { /* turns: {level, device} -> results; numbers only grow, except where noted */
     __u64 owned_ns;
     __u64 waits;
     __u64 wait_ns;
     __u64 overruns;            /* turns that passed to the next tenant with work in flight */
     __u64 switches;            /* turns that began */
-    __u64 throttled;           /* how often its limit delayed it */
+    __u64 throttled;           /* how often its ceiling delayed its turn */
     __u64 owner;               /* 1: it has the turn on the device now */
     __u64 had_millionths;      /* its part of the time since these numbers were last written */
     __u64 entitled_millionths; /* the part of that time that was due to it, by weights and limits of the tenants that
@@ -294,14 +294,14 @@ struct fgpu_process {
     struct fgpu_level sides[FGPU_BOTH_LEVELS]; /* `levels` of this move and of the previous one */
     __u64 levels[FGPU_LEVELS];                 /* cgroup ids, innermost first */
     struct fgpu_level counted; /* the level that counts this entry, and those of its threads, in its part of the map */
-    __s64 threads;             /* number of counted threads; below 0: it counts no more */
+    __s64 threads;             /* number of counted threads; below 0: the entry is deleted and counts no more threads */
     __u64 space;               /* its address space, as its address in the kernel; 0: not known */
     struct fgpu_holding devices[FGPU_DEVICES];
 };
 #define FGPU_SEEN_SHIM 1
 #define FGPU_SEEN_BYPASS 2
 #define FGPU_SEEN_EXPORT 4       /* it exported memory that has no entry: memory that it frees may be open elsewhere */
-#define FGPU_SEEN_CALL 8         /* a probe has seen it, not only NVML */
+#define FGPU_SEEN_CALL 8         /* it has called a driver function that has a probe */
 #define FGPU_SEEN_POOL_EXPORT 16 /* pool bytes that it releases may be open elsewhere */
 #define FGPU_SEEN_IMPORT 32      /* it has opened memory of other processes */
 #define FGPU_TOLD_BYPASS 64      /* the event of its first call without an admission has been sent */
@@ -433,8 +433,8 @@ enum fgpu_adjust {
 
 /* -- events: a ring buffer for rare events; those that do not fit are counted -------------------------------------- */
 enum fgpu_news {
-    FGPU_NEWS_PROCESS,  /* the first call of a process of a managed cgroup; of many processes in a second, one is
-                           reported */
+    FGPU_NEWS_PROCESS,  /* the first call of a process of a managed cgroup; only one process of a level is reported in
+                           a second */
     FGPU_NEWS_REFUSED,  /* by the level `cgroup`; reason as in the counters */
     FGPU_NEWS_BYPASS,   /* its first call without an admission */
     FGPU_NEWS_KILLED,   /* a call without an admission that would exceed the limit, under onBypass: kill */

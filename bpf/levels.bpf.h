@@ -15,8 +15,9 @@ static void raise_peak(u64 *peak, u64 now)
     if (UNLIKELY(now > was)) __sync_val_compare_and_swap(peak, was, now);
 }
 
-/* Charge one level, only if the bytes fit. To add them first and subtract them later would refuse requests of
- * neighbours that fit. */
+/* Charge one level, if the bytes fit, if the level only observes, or if `force` is set. The bytes are compared with the
+ * limit before they are added: to add them first and subtract them later would refuse requests of neighbours that
+ * fit. */
 static int take(struct fgpu_usage_page *page, u32 device, u64 bytes, int force)
 {
     struct fgpu_usage *usage = &page->devices[slot(device)];

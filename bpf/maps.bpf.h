@@ -3,7 +3,7 @@
 #define VERDICT_MASK (FGPU_VERDICTS - 1)
 #define DEVICE_MASK (FGPU_DEVICES - 1)
 #define TICKET_MASK ((1ULL << 62) - 1)
-#define DEPTH 16 /* cgroups below the root that are searched */
+#define DEPTH 16 /* cgroups that are searched for levels: the root, and 15 below it on the path of the task */
 #define TRIES 8
 #define MOST_ALLOCATIONS (SPARSE ? 1048576 : 262144) /* without SPARSE, all entries are allocated at once */
 #define MOST_THREADS 65536
@@ -30,7 +30,7 @@ BPF_F_TABLE("hash", u64, u32, resolved, 16384, SPARSE);
 BPF_F_TABLE("hash", struct fgpu_level_device, struct fgpu_limit, limits, 65536, SPARSE);
 BPF_F_TABLE("hash", struct fgpu_level_device, struct fgpu_share, shares, 65536, SPARSE);
 BPF_F_TABLE("hash", struct fgpu_level_device, struct fgpu_turn, turns, 65536, SPARSE);
-/* Nanoseconds for which NVML has seen processes of a level run on a device. The number only grows. */
+/* Nanoseconds for which processes of a level ran on a device, according to NVML. The number only grows. */
 BPF_F_TABLE("hash", struct fgpu_level_device, u64, ran, 65536, SPARSE);
 BPF_F_TABLE("hash", u32, struct fgpu_process, processes, MOST_PROCESSES, SPARSE);
 BPF_F_TABLE("hash", struct fgpu_allocation_key, struct fgpu_allocation, allocations, MOST_ALLOCATIONS, SPARSE);

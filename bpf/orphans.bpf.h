@@ -48,8 +48,8 @@ static struct fgpu_orphan *make_orphan(struct fgpu_process *p, struct fgpu_orpha
 }
 
 /* Orphan bytes: write the entry first and the pages second. The agent reads in the opposite order, so it never counts
- * an entry's bytes as bytes without an entry. If there is no room for an entry, the bytes are orphaned too, and the
- * agent knows only the level's sum. */
+ * an entry's bytes as bytes without an entry. If there is no room for an entry, the bytes are orphaned too, and only
+ * the level's sum contains them. */
 static void orphan(struct fgpu_process *p, u32 tgid, u64 turn, u32 device, u64 bytes, int ended)
 {
     struct fgpu_orphan_key key = {.tgid = tgid, .device = device, .generation = p->generation, .turn = turn};

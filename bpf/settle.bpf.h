@@ -1,6 +1,6 @@
 /* settle.bpf.h: the result of a driver call: what the call allocated is recorded, and what it freed is released. */
 
-/* What a successful call has done: bytes freed on its device, bytes that it released and that the device may still
+/* The effects of a successful call: bytes freed on its device, bytes that it released and that the device may still
  * hold, and whether there is a new handle. */
 struct outcome {
     u64 freed, orphaned;
@@ -18,8 +18,8 @@ static void lower_parts(struct fgpu_process *p, u32 device, u64 bytes, int handl
     if (exported) subtract(handle ? &has->exported_vmm : &has->exported, bytes);
 }
 
-/* Add a charge to the overhead, which NVML corrects, because its end was not seen; except the bytes that its entry
- * keeps. Orphan it if other processes may have it open. */
+/* Add a charge to the overhead, which NVML corrects: no probe has reported the end of the memory. `kept` bytes are left
+ * out, because the entry keeps them. If other processes may have the memory open, orphan all bytes instead. */
 static void leave_stale(struct fgpu_process *p, u32 tgid, struct fgpu_allocation *old, u64 kept)
 {
     lower_parts(p, old->device, old->exported ? old->bytes : 0, 0, 0, old->exported);

@@ -1,6 +1,6 @@
-"""Panels, and how Grafana reads them. `make.py` has the queries.
+"""Panels, and their JSON for Grafana. `make.py` has the queries.
 
-A panel's queries name Grafana's variables; the dashboards `tenant` and `node` are where values link to.
+The queries of a panel contain Grafana's variables. Values link to the dashboards `tenant` and `node`.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from typing import Any
 WIDTH = 24  # of Grafana's grid
 SOURCE = {"type": "prometheus", "uid": "${datasource}"}
 
-# Colours by value, each from a value on. Grafana's own default is green below 80 and red from there, for any number.
-# Half an event is one: `increase` extrapolates.
+# Colours by value: each colour applies from its value on. Grafana's own default is green below 80 and red from 80 on,
+# for any number. 0.5 is the threshold for one event, because `increase` extrapolates.
 Steps = tuple[tuple[str, float | None], ...]
 PLAIN: Steps = (("text", None),)
 NONE_IS_GOOD: Steps = (("green", None), ("red", 0.5))
@@ -100,8 +100,8 @@ def variables(node: str) -> Iterator[dict[str, Any]]:
         "pod": f'fgpu_tenant_info{{{node}, namespace=~"$namespace"}}',
         "tenant": f'fgpu_tenant_info{{{node}, namespace=~"$namespace", pod=~"$pod"}}',
     }
-    # "All" of cluster, namespace and pod is also what has none. "All" of tenant has no pattern: Grafana then writes the
-    # names that it found, which are those of the chosen namespaces and pods.
+    # "All" of cluster, namespace and pod also matches series without that label. "All" of tenant has no pattern: then
+    # Grafana inserts the names that it has found, which are those of the chosen namespaces and pods.
     every = {"cluster": ".*", "job": ".+", "instance": ".+", "gpu": ".+", "namespace": ".*", "pod": ".*"}
     for name, query in queries.items():
         yield {
@@ -113,7 +113,7 @@ def variables(node: str) -> Iterator[dict[str, Any]]:
 
 
 def link(title: str, board: str, **variables: str) -> dict[str, Any]:
-    """Return a link from a value to a dashboard, with the same choice but for these variables."""
+    """Return a link from a value to a dashboard, which keeps the chosen values of all variables except these."""
     chosen = "".join(f"&var-{name}={value}" for name, value in variables.items())
     return {"title": title, "url": f"/d/fgpu-{board}?{KEPT}{chosen}"}
 

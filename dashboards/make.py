@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Writes the dashboards beside this file: `python3 dashboards/make.py`. A test compares the JSON with its output.
+"""Write the dashboards next to this file: `python3 dashboards/make.py`. A test compares the JSON with its output.
 
 `--runbooks URL` also writes that address of the page of runbooks into rules.yaml.
 
@@ -36,7 +36,7 @@ DEVICE = f'{NODE}, gpu=~"$gpu"'
 TENANT = f'{NODE}, tenant=~"$tenant"'
 BOTH = f'{DEVICE}, tenant=~"$tenant"'
 PLACE = "cluster, job, instance"
-# Groups hold what their tenants hold: a sum over both counts it twice.
+# The figures of a group include those of its tenants, so a sum over both would count them twice.
 _NAMED = f'max by ({PLACE}, tenant) (fgpu_tenant_info{{{TENANT}, kind="tenant"}})'
 INNERMOST = f"* on ({PLACE}, tenant) group_left () {_NAMED}"
 RATE, RANGE = "$__rate_interval", "$__range"
@@ -133,7 +133,7 @@ CLUSTER = [
     stat("Nodes down", "Nodes with an agent that does not answer. Limits still hold there.", "none",
          f"count(up{{{NODE}}}) - sum(up{{{NODE}}})", NONE_IS_GOOD),
     stat("Devices", "GPUs that agents have found.", "none", f"count({CAPACITY}{{{DEVICE}}})"),
-    stat("Tenants", "Cgroups that a policy manages, without groups.", "none",
+    stat("Tenants", "Cgroups with a limit or a share of time, without groups.", "none",
          f'count(fgpu_tenant_info{{{TENANT}, kind="tenant"}})'),
     gauge("Memory used", "Used part of all memory, by NVML.", ratio("fgpu_device_memory_used_bytes", CAPACITY, DEVICE)),
     gauge("Memory committed", "Sum of the tenants' limits, as a part of all memory. Beyond 100 %, not all limits "
@@ -190,7 +190,7 @@ NODES = [
          (("green", None), ("orange", 5), ("red", 30)), decimals=1, noValue="?"),
     stat("Unmanaged processes", "Processes outside any tenant that hold memory.", "none",
          f"sum(fgpu_device_unmanaged_processes{{{DEVICE}}})"),
-    stat("Tenants", "Cgroups that a policy manages, without groups.", "none",
+    stat("Tenants", "Cgroups with a limit or a share of time, without groups.", "none",
          f'count(fgpu_tenant_info{{{TENANT}, kind="tenant"}})'),
     gauge("Memory used", "Used part of all memory, by NVML.", ratio("fgpu_device_memory_used_bytes", CAPACITY, DEVICE)),
     gauge("Memory committed", "Sum of the tenants' limits, as a part of the devices' memory.",

@@ -1,7 +1,7 @@
 """Run two tenants side by side on one GPU; each takes memory until it is refused.
 
 It uses the tools of a user: the `fgpu` command, nvidia-smi and the metrics page. The service must run (`./dev demo`
-starts it). The exit status is 0 only if every limit held to the byte; a claim that is not true is named.
+starts it). The exit status is 0 only if every limit held to the byte. The output marks each claim that is not true.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class Share:
         self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
     def note(self, seen: dict[str, float]) -> None:
-        """Enter one sample of the metrics."""
+        """Record one sample of the metrics."""
         if not seen:
             return
         self.seen = seen
@@ -90,7 +90,10 @@ def scrape(url: str) -> dict[str, dict[str, float]]:
 
 
 def ask_driver(shares: list[Share]) -> None:
-    """Return the memory of each tenant as the driver shows it: nvidia-smi outside of any tenant, by host pid."""
+    """Store the memory of each tenant as the driver shows it, by nvidia-smi outside of any tenant and host pids.
+
+    A share whose tenant has no process with memory stays unchanged.
+    """
     status = json.loads(subprocess.check_output(["fgpu", "status", "--json"], text=True))
     query = ["nvidia-smi", "--query-compute-apps=pid,used_memory", "--format=csv,noheader,nounits"]
     rows = [line.split(",") for line in subprocess.check_output(query, text=True).splitlines() if line.strip()]
@@ -208,7 +211,7 @@ def run(shares: list[Share], fill: Path, url: str, console: Console) -> int:
 def main() -> int:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--fill", type=Path, default=ROOT / "build/examples/fill")
+    parser.add_argument("--fill", type=Path, default=ROOT / "build/examples/fill", help="the program examples/fill.c")
     parser.add_argument("--metrics", default="http://127.0.0.1:9423/metrics")
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--sim", action="store_true", help="the simulated driver (the caller has set it up)")

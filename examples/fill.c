@@ -1,9 +1,9 @@
-/* fill: takes GPU memory step by step until the driver refuses, prints how much it got, and holds it for a while.
+/* fill: allocates GPU memory step by step until the driver refuses, prints the number of bytes, and holds the memory.
  *
  *     fill [--step 4MiB] [--chunks N] [--hold SECONDS] [--pause MS] [--vmm]
  *
  * It contains nothing of fgpu: it finds the driver as frameworks do, by dlopen, dlsym and cuGetProcAddress. Exit
- * status: 0 refused with out-of-memory or all N chunks taken, 1 any other error, 2 usage. */
+ * status: 0 refused with out-of-memory or all N chunks allocated, 1 any other error, 2 usage. */
 #define _GNU_SOURCE
 #define __CUDA_API_VERSION_INTERNAL
 #include <cuda.h>
@@ -84,7 +84,7 @@ static void load(void)
         must(get(table[i].name, table[i].slot, 12000, CU_GET_PROC_ADDRESS_DEFAULT, NULL), table[i].name);
 }
 
-/* -- the two ways to take memory */
+/* -- the two ways to allocate memory */
 
 static CUresult take_plain(size_t bytes)
 {
@@ -92,7 +92,7 @@ static CUresult take_plain(size_t bytes)
     return cu.alloc(&at, bytes);
 }
 
-/* As PyTorch's expandable segments and JAX do: release the handle; the mapping keeps the memory. */
+/* Allocate as PyTorch's expandable segments and JAX do: release the handle, so that the mapping keeps the memory. */
 static CUresult take_mapped(size_t bytes)
 {
     CUmemAllocationProp prop = {.type = CU_MEM_ALLOCATION_TYPE_PINNED,

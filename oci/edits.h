@@ -1,4 +1,4 @@
-/* edits.h: the five read-only mounts that give a container of an engine the shim. */
+/* edits.h: the read-only mounts by which a container gets the shim: five, and one of fgpu-info if it is installed. */
 #pragma once
 
 #include <stddef.h>

@@ -7,10 +7,12 @@
  *   fgpu-runtime-NAME ARGS…           a link to it: as `fgpu-oci runtime NAME ARGS…`; if the link runtimes/NAME exists
  *                                     in the program's folder, its target is the runtime
  *   fgpu-oci knock                    Kubernetes' probe: exits with 0 if a gatekeeper accepts connections and reads
- * them fgpu-oci info, fgpu-info          in a container: prints the limits and the use of its cgroup, without CUDA
+ *                                     them
+ *   fgpu-oci info, fgpu-info          in a container: prints the limits and the use of its cgroup, without CUDA
  *
- * It never decides what a container gets (the agent does). If it lets a container start in another way than requested,
- * it reports the reason on stderr, in the runtime's own log and in the system's. If no agent has written a setup, it
+ * It never decides what a container gets (the agent does). If it does not let a container start, it reports the reason
+ * on stderr, in the runtime's own log and in the system's. If a container starts in another way than requested, the
+ * reason is in the system's log alone: a runtime's stderr is the container's own. If no agent has written a setup, it
  * edits nothing.
  */
 #define _GNU_SOURCE

@@ -1,7 +1,7 @@
 /* reasons.h: reports why a container did not start, or started in another way than requested. */
 #pragma once
 
-extern const char *reasons_log; /* the runtime's own log, where the engine looks for it; NULL: none */
+extern const char *reasons_log; /* the runtime's own log, which the engine reads; NULL: none */
 
 void say(const char *format, ...) __attribute__((format(printf, 1, 2))); /* writes to the system's log; the last
                                                                             report is kept */

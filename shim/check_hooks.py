@@ -1,15 +1,16 @@
 #!/usr/bin/env python3
-"""Finds functions without a decision: those of a driver that allocate, launch, make a context or show memory.
+"""Find driver functions without a decision: functions that allocate, launch, create a context or show memory.
 
-Every such name must stand in core/hook_table.h or, with a reason, in symbols/decided.txt. Patterns find these names,
-and rather too many than too few. In NVML's header, functions also count that write a struct which names a process or
-an amount of memory. Lists have the names of headers (for which programs can be written), of libraries (their exports)
-and of cuGetProcAddress. Reads files, except with --lookup; prints each missing name, and then fails.
+Every such name must be in core/hook_table.h or, with a reason, in symbols/decided.txt. The names are found by patterns,
+which match too many names rather than too few. In NVML's header, a function also counts if it writes a struct that
+names a process or an amount of memory. The lists contain names from headers (which programs are written with), from
+libraries (their exports) and from cuGetProcAddress. The program only reads files, except with --lookup. It prints each
+name without a decision, and then exits with 1.
 
 usage: check_hooks.py [FILE…]         libraries, nvml.h or lists of names; without any, all lists in symbols/
-       check_hooks.py --names FILE…   prints the names that cuda.h, cudaGL.h, nvml.h… know or libraries export
+       check_hooks.py --names FILE…   prints the names that cuda.h, cudaGL.h, nvml.h… declare or libraries export
        check_hooks.py --lookup FILE   loads a libcuda (it needs no GPU) and prints each name that its cuGetProcAddress
-                                      knows, then the exports that it answers with over all versions and streams
+                                      accepts, then the exports that it returns for all versions and kinds of stream
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ def decided(text: str) -> tuple[set[str], list[str]]:
         before, colon, reason = line.partition(":")
         if not colon or len(reason.split()) < 2:
             wrong.append(f"decided.txt:{number}: no reason")
-        wrong += [f"decided.txt:{number}: {n} stands twice" for n in before.split() if n in names]
+        wrong += [f"decided.txt:{number}: {n} is listed twice" for n in before.split() if n in names]
         names.update(before.split())
     return names, wrong
 
@@ -110,9 +111,10 @@ def listed(text: str) -> list[list[str]]:
 
 
 def unlike(text: str, hooked: set[str]) -> list[str]:
-    """Return a line for each hook that cuGetProcAddress returns for a name from which lookup.c would not find it."""
+    """Return a line for each hook that cuGetProcAddress returns for a name by which lookup.c does not find the hook."""
     pairs = [(words[0], given) for words in listed(text) for given in words[1:]]
-    return [f"{given} is what {asked} finds" for asked, given in pairs if given in hooked and not is_form(asked, given)]
+    returned = [(asked, given) for asked, given in pairs if given in hooked and not is_form(asked, given)]
+    return [f"cuGetProcAddress returns {given} for {asked}" for asked, given in returned]
 
 
 def is_form(asked: str, given: str) -> bool:
@@ -121,7 +123,7 @@ def is_form(asked: str, given: str) -> bool:
 
 
 def answers(library: Path) -> dict[str, set[str]]:
-    """Return the names that a libcuda's cuGetProcAddress knows, and the exports that it returns for all versions and
+    """Return the names that a libcuda's cuGetProcAddress accepts, and the exports that it returns for all versions and
     for both kinds of default stream."""
     data = library.read_bytes()
     cuda = ctypes.CDLL(str(library.resolve()))
@@ -146,7 +148,7 @@ def of_interest(path: Path, names: set[str]) -> set[str]:
 
 
 def header_names(text: str) -> set[str]:
-    """Return each exported name that a header of the driver declares, or makes of another name by a macro."""
+    """Return each exported name that a header of the driver declares, or derives from another name by a macro."""
     names = set(re.findall(r"(?:CUresult|nvmlReturn_t)\s+(?:CUDAAPI\s+|DECLDIR\s+)?((?:cu|nvml)[A-Z]\w+)\s*\(", text))
     names |= set(re.findall(r"#\s*define\s+(?:cu|nvml)[A-Z]\w+\s+((?:cu|nvml)[A-Z]\w+)\s*$", text, re.M))
     for kind, name in re.findall(r"#\s*define\s+cu\w+\s+__CUDA_API_(PTDS|PTSZ)\((cu\w+)\)", text):
@@ -182,8 +184,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("files", nargs="*", type=Path, metavar="FILE")
     parser.add_argument("--names", action="store_true", help="print the names in headers and libraries")
-    parser.add_argument("--lookup", action="store_true", help="print what a libcuda's cuGetProcAddress knows")
-    parser.add_argument("--shim", type=Path, default=HERE, help="where core/hook_table.h and symbols/ are")
+    parser.add_argument("--lookup", action="store_true", help="print the names that cuGetProcAddress accepts")
+    parser.add_argument("--shim", type=Path, default=HERE, help="the folder of core/hook_table.h and symbols/")
     arguments = parser.parse_args()
     if arguments.names:
         print("\n".join(sorted(set().union(*map(names_of, arguments.files)))))

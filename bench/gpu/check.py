@@ -39,7 +39,7 @@ def start(service: Service, place: Place) -> None:
     assert service.agent
     said = fgpu("doctor", "--driver-root", DRIVER_ROOT, check=False)
     print(said.stdout)
-    need(said.returncode == 0, "doctor finds nothing wrong")
+    need(said.returncode == 0, "fgpu doctor finds no error")
     pids = {"agent": service.agent.pid, "gatekeeper": min(service.gatekeepers())}
     time.sleep(3)  # until the resident memory is stable
     total = 0
@@ -140,7 +140,7 @@ def framework(place: Place, name: str, program: str) -> str:
     memory = one.memory()
     print({k: memory[k] for k in ("limit_bytes", "used_bytes", "peak_bytes", "refused")})
     need("oom after" in said, f"{name} reports its own out-of-memory")
-    need("then True" in said, f"{name} goes on after it")
+    need("then True" in said, f"{name} continues after it")
     need(memory["refused"] >= 1, "refused by the ledger")
     return said
 
@@ -148,7 +148,7 @@ def framework(place: Place, name: str, program: str) -> str:
 def torch(service: Service, place: Place) -> None:
     """Check that torch raises its own OutOfMemoryError, and that a smaller allocation works afterwards."""
     said = framework(place, "torch", TORCH)
-    need(f"total {8 * GIB}" in said, "torch sees the limit")
+    need(f"total {8 * GIB}" in said, "torch shows the limit")
 
 
 def jax(service: Service, place: Place) -> None:
@@ -192,7 +192,7 @@ def race(service: Service, place: Place) -> None:
         racer.send(f"race {GRANULE} 2 1000")
     results = [racer.numbers(racer.receive(120), "race") for racer in racers]
     print(results)
-    need(sum(wins for wins, _ in results) == 1000 and not any(bad for _, bad in results), "one winner each time")
+    need(sum(wins for wins, _ in results) == 1000 and not any(bad for _, bad in results), "one winner in each round")
     other_tenant = place.tenant(8 * GIB)
     times = 100_000
     fitting, *askers = [other_tenant.client() for _ in range(4)]
@@ -201,11 +201,11 @@ def race(service: Service, place: Place) -> None:
         asker.ok("context")
         asker.send(f"ask {64 * GIB} 0")
     got, refused, other = fitting.ok(f"ask {MIB} {times}", 300)
-    need((got, refused, other) == (times, 0, 0), f"{times} requests that fit beside hopeless askers: {refused} refused")
+    need((got, refused, other) == (times, 0, 0), f"{refused} of {times} requests that fit refused, beside others")
 
 
 def kills(service: Service, place: Place) -> None:
-    """Kill 200 processes that hold memory. The first thread of half of them has ended before."""
+    """Kill 200 processes that hold memory. In half of them the first thread has exited before."""
     one = place.tenant(64 * GIB)
     watcher = one.client()
     watcher.ok("context")
@@ -219,7 +219,7 @@ def kills(service: Service, place: Place) -> None:
         for pid in set(one.pids()) - before:
             os.kill(pid, 9)
         begun = time.monotonic()
-        eventually(lambda most=in_use + GRANULE: nvml.bytes_in_use() <= most, 20, "the driver's end of them")
+        eventually(lambda most=in_use + GRANULE: nvml.bytes_in_use() <= most, 20, "freed by the driver")
         freed = time.monotonic()
         eventually(lambda: watcher.ok("info")[0] >= free - GRANULE, 20, "released")
         worst, longest = max(worst, time.monotonic() - freed), max(longest, freed - begun)
@@ -258,8 +258,8 @@ def restarts(service: Service, place: Place) -> None:
         results.append(client.numbers(client.receive(), "ask"))
         client.receive()
     print(results)
-    need(results[0][0] > 0 and results[0][1:] == [0, 0], "the one that fits noticed nothing")
-    need(results[1][0] == 0 and results[1][2] == 0, "the hopeless one got nothing")
+    need(results[0][0] > 0 and results[0][1:] == [0, 0], "no request that fits was refused")
+    need(results[1][0] == 0 and results[1][2] == 0, "no request beyond the limit was admitted")
     eventually(lambda: not one.memory()["drift_bytes"], 5, "no drift")
     drift = one.memory()["used_bytes"] - nvml.bytes_of({fits.pid, hopeless.pid})
     say("ledger_minus_nvml", drift, "bytes")
@@ -276,7 +276,7 @@ def orphan(service: Service, place: Place) -> None:
     said = client.do("context")
     print(said)
     need(said == REFUSED, "out-of-memory, never memory")
-    need(nvml.bytes_of({client.pid}) == 0, "nothing held")
+    need(nvml.bytes_of({client.pid}) == 0, "the process holds no memory")
     service.start_agent()
     eventually(lambda: client.do("context") == "ok", 5, "memory once there is a gatekeeper")
     need(True, "memory once there is a gatekeeper")

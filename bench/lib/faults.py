@@ -115,7 +115,7 @@ def hits(bench: Bench, sign: signal.Signals) -> list[Hit]:
         bench.share(victim, weight=900)
         one = hit(bench, sign, neighbour, victim, f"victim-{number}")
         if not one.gaps():
-            raise BenchError(f"after {sign.name} the neighbour did nothing more")
+            raise BenchError(f"after {sign.name} the neighbour completed no step")
         found += [one] if one.waited() else []
     if not found:
         raise BenchError("the neighbour never waited")
@@ -196,7 +196,7 @@ def _crowd(bench: Bench) -> Iterator[None]:
         deadline = time.monotonic() + 20
         while sum(t["path"].startswith("/fgpu-bench/") for t in ask(verb="snapshot")["tenants"]) < TENANTS:
             if time.monotonic() > deadline:
-                raise BenchError("the tenants are not there")
+                raise BenchError(f"{TENANTS} tenants are not in force within 20 s")
             time.sleep(0.2)
         yield
     finally:

@@ -62,7 +62,7 @@ def _await_enforcing(process: subprocess.Popen[bytes], log: IO[str], begun: floa
         if process.poll() is not None:
             raise BenchError(f"the agent did not start: {text.strip()}")
         time.sleep(0.01)
-    raise BenchError("the agent does not come up")
+    raise BenchError(f"the agent does not enforce limits within {READY_SECONDS} s")
 
 
 def on_one_processor(command: Sequence[str]) -> list[str]:

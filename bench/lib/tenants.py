@@ -97,10 +97,10 @@ class Program:
         deadline = time.monotonic() + seconds
         while b"\n" not in self._left:
             if not select.select([self.process.stdout], [], [], max(0.0, deadline - time.monotonic()))[0]:
-                raise BenchError(f"{self.name} says nothing within {seconds:.0f} s")
+                raise BenchError(f"{self.name} writes no line within {seconds:.0f} s")
             data = os.read(self.process.stdout.fileno(), 1 << 16)
             if not data:
-                raise BenchError(f"{self.name} ended: {self._left.decode(errors='replace')}")
+                raise BenchError(f"{self.name} has exited: {self._left.decode(errors='replace')}")
             self._left += data
         line, self._left = self._left.split(b"\n", 1)
         return line.decode()

@@ -1,8 +1,8 @@
-/* capture: records graphs in the default (global) capture mode and launches each once, while another thread of it
- * launches kernels all the time. Says "ready", then for every line `COUNT SECONDS` of stdin makes so many, for so long
- * at most, and answers with how many were made, how many failed, and the first error's number. In that mode a call from
- * any thread that waits for the device or asks it breaks a capture: the program makes none meanwhile. It knows nothing
- * of fgpu. */
+/* capture: captures graphs in the default (global) capture mode and launches each once, while another thread launches
+ * kernels all the time. The program prints "ready". For each line `COUNT SECONDS` of stdin, it makes COUNT captures in
+ * at most SECONDS, and answers with the number of captures, the number of failures, and the number of the first error.
+ * In this mode, a call of any thread that waits for the device or queries it breaks a capture, so the program makes no
+ * such call meanwhile. It does not use fgpu. */
 #define _GNU_SOURCE
 #include <cuda.h>
 #include <dlfcn.h>
@@ -16,7 +16,7 @@
 
 #define NODES 5
 #define WAIT_EVERY 8
-#define BETWEEN_NS 200000 /* as long as a framework takes to come to its next kernel, or longer */
+#define BETWEEN_NS 200000 /* at least as long as the pause of a framework between two kernels */
 
 static const char ptx[] = ".version 7.0\n.target sm_70\n.address_size 64\n"
                           ".visible .entry spin_20us()\n{\n.reg .u64 %a, %b, %c;\n.reg .pred %p;\n"
@@ -73,7 +73,7 @@ static void *launch_beside(void *unused)
     return unused;
 }
 
-/* A capture that fails is ended all the same, or the stream would be of no use any more. */
+/* Make one capture. It is ended even if it has failed: otherwise the stream could not be used any more. */
 static CUresult one(bool waits)
 {
     const struct timespec between = {.tv_nsec = BETWEEN_NS};

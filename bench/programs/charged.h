@@ -1,9 +1,9 @@
-/* What bench/programs/charged_*.c share: marks, two processes that pass descriptors, the driver's functions by name.
+/* charged.h: the common parts of bench/programs/charged_*.c: marks, roles, the driver's functions by name.
  *
- * A program is started as `PROGRAM SCENARIO`. At each moment at which memory has just been taken or let go it writes
- * `mark|TEXT|A=PID B=PID|BYTES` to its standard output and waits for a line on its standard input; BYTES are charged
- * and need not be on the device. `note|TEXT||0` needs no reply; a line of kind `end` is the last one. All processes of
- * a scenario share both streams, and one at a time uses them. */
+ * A program is started as `PROGRAM SCENARIO`. Each time after memory was allocated or freed, it writes
+ * `mark|TEXT|A=PID B=PID|BYTES` to stdout and waits for a line on stdin. BYTES are charged and need not be on the
+ * device. Lines of the kinds `note`, `reuse` and `end` have the same form and need no reply; `end` is the last line.
+ * All processes of a scenario share both streams, and only one process at a time uses them. */
 #ifndef FGPU_BENCH_CHARGED_H
 #define FGPU_BENCH_CHARGED_H
 
@@ -24,10 +24,10 @@
 #define MIB (1ull << 20)
 #define GIB (1ull << 30)
 #define SIZE (2 * GIB)
-#define SECONDS 60 /* after which a process of a scenario ends, whatever has become of the others */
+#define SECONDS 60 /* each process of a scenario is killed after this time, whether or not others still run */
 
 static char roles[64];
-static unsigned long long host_bytes; /* managed: charged whether they are on the device or on the host */
+static unsigned long long host_bytes; /* managed memory: charged whether it is on the device or on the host */
 
 static inline void say(const char *kind, const char *text)
 {
@@ -67,7 +67,7 @@ static inline void finish(void)
     _exit(0);
 }
 
-/* -- the driver: by dlsym, so that the program builds where there is none */
+/* -- the driver: found by dlsym, so that the program can be built on a machine without a driver */
 
 static inline void *driver_symbol(const char *name)
 {
@@ -132,7 +132,7 @@ static inline int export_fd(CUmemGenericAllocationHandle handle)
     return fd;
 }
 
-/* Runs the scenario that the command line names, one of a table that ends with an empty row. */
+/* Run the scenario that the command line names. The table ends with an empty row. */
 struct scenario {
     const char *name;
     void (*run)(void);
@@ -141,7 +141,7 @@ struct scenario {
 static inline int run_one(const struct scenario *table, int argc, char **argv)
 {
     signal(SIGPIPE, SIG_IGN);
-    signal(SIGCHLD, SIG_IGN); /* children are reaped by themselves */
+    signal(SIGCHLD, SIG_IGN); /* the kernel reaps children */
     alarm(SECONDS);
     for (; argc > 1 && table->name; table++) {
         if (strcmp(table->name, argv[1])) continue;

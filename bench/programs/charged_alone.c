@@ -1,5 +1,5 @@
-/* charged_alone: memory that the driver takes without a call that allocates any, and ends of contexts. See charged.h.
- */
+/* charged_alone: memory that the driver allocates in calls that are not allocations, and destroyed contexts. See
+ * charged.h. */
 #include "charged.h"
 
 #include <sys/mman.h>
@@ -145,7 +145,7 @@ static void managed(void)
     finish();
 }
 
-/* 8 GiB of addresses, of 64 MiB of host memory: what page tables take. */
+/* Register 8 GiB of addresses, which map the same 64 MiB of host memory: the device needs memory for page tables. */
 static void registered(void)
 {
     role('A', getpid());

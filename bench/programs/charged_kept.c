@@ -1,10 +1,10 @@
-/* charged_kept: memory of a process that has ended, in descriptors that another one has. See charged.h. */
+/* charged_kept: memory of an exited process or thread, kept by descriptors or by another thread. See charged.h. */
 #include "charged_pairs.h"
 
 #include <pthread.h>
 #include <sys/syscall.h>
 
-/* B is forked of A while that has memory: with all its descriptors. */
+/* Fork B from A while A has memory. B inherits all descriptors. */
 static void forked(int is_managed)
 {
     pid_t first = getpid();
@@ -21,7 +21,7 @@ static void forked(int is_managed)
     if (fork()) wait_for_ever();
     alarm(SECONDS);
     role('B', getpid());
-    mark("A has 2 GiB, B was forked of it");
+    mark("A has 2 GiB, B was forked from A");
     kill_and_wait(first);
     mark("A killed");
     close_driver_files(-1);
@@ -32,7 +32,7 @@ static void forked(int is_managed)
 static void fork_plain(void) { forked(0); }
 static void fork_managed(void) { forked(1); }
 
-/* Descriptors of the driver lie unread in a socket: no process has them. */
+/* Descriptors of the driver are unread in a socket: no process has them open. */
 static void in_a_queue(void)
 {
     int sock, files[MOST_FILES];
@@ -57,7 +57,7 @@ static void in_a_queue(void)
     finish();
 }
 
-/* The pid goes on as another program, which has the descriptors. */
+/* The process executes another program, which inherits the descriptors. */
 static void executed(void)
 {
     int files[MOST_FILES];
@@ -81,7 +81,7 @@ static void after_exec(void)
     finish();
 }
 
-/* A's pid is taken again, by a process of another tenant: the reader of `reuse` starts that one. */
+/* A process of another tenant gets A's pid. The reader of the line `reuse` starts that process. */
 static void reused(void)
 {
     pid_t first = getpid();
@@ -93,7 +93,7 @@ static void reused(void)
     role('B', getpid());
     setsid(); /* a pid is in use as long as it names a session */
     kill_and_wait(first);
-    mark("A killed, B was forked of it");
+    mark("A killed, B was forked from A");
     say("reuse", "");
     mark("A's pid is a process of another tenant");
     close_driver_files(-1);
@@ -101,7 +101,7 @@ static void reused(void)
     finish();
 }
 
-/* The first thread ends; another one goes on. */
+/* The first thread exits, and another thread continues. */
 static void *second_thread(void *context)
 {
     usleep(100000);

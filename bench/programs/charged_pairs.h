@@ -18,7 +18,7 @@ union control {
     struct cmsghdr align;
 };
 
-/* B is forked before A has called the driver. Returns B's pid in A, 0 in B; `sock` leads to the other one. */
+/* Fork B before A has called the driver. Returns B's pid in A, and 0 in B. `sock` is connected to the other process. */
 static inline pid_t pair(int *sock)
 {
     int ends[2];
@@ -51,7 +51,7 @@ static inline void post(int sock, struct letter *letter, const int *files, unsig
     if (sendmsg(sock, &header, MSG_NOSIGNAL) < 0) note("sendmsg of %u descriptors: %s", count, strerror(errno));
 }
 
-/* Returns the descriptor that came with the letter, or -1. */
+/* Receive a letter. Returns the descriptor that came with the letter, or -1. */
 static inline int collect(int sock, struct letter *letter)
 {
     union {
@@ -73,14 +73,14 @@ static inline void wait_for_ever(void)
     for (;;) pause();
 }
 
-/* Kills A, whose parent reaps it, and waits until it is gone. */
+/* Kill A, and wait until its parent has reaped it. */
 static inline void kill_and_wait(pid_t pid)
 {
     kill(pid, SIGKILL);
     while (!kill(pid, 0)) usleep(1000);
 }
 
-/* Descriptors of the driver's: device nodes, or the simulated driver's sockets and its file in /run. */
+/* Find the descriptors of the driver: device nodes, or the simulated driver's sockets and its file in /run. */
 static inline unsigned driver_files(int *files, unsigned room, int except)
 {
     DIR *list = opendir("/proc/self/fd");

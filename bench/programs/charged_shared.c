@@ -1,7 +1,8 @@
-/* charged_shared: memory that processes share, and that outlives the one that made it. See charged.h. */
+/* charged_shared: memory that processes share, and that may exist longer than the process that allocated it. See
+ * charged.h. */
 #include "charged_pairs.h"
 
-/* A descriptor stands for memory, and no handle: again and again, beyond the limit. */
+/* Export memory and release its handle, so that only a descriptor keeps the memory. Repeat this beyond the limit. */
 static void exported_and_released(void)
 {
     int files[5];
@@ -19,7 +20,7 @@ static void exported_and_released(void)
     finish();
 }
 
-/* The same, the exporter killed; B has never called the driver. */
+/* Kill the exporter A. B has the descriptor, and has never called the driver. */
 static void exporter_killed(void)
 {
     int sock;
@@ -111,7 +112,7 @@ static void opened_by_handle(int is_freed)
 static void ipc_freed(void) { opened_by_handle(1); }
 static void ipc_killed(void) { opened_by_handle(0); }
 
-/* A descriptor of plain memory. */
+/* Export plain memory as a DMA-BUF descriptor. */
 static void dma_buf(void)
 {
     int fd = -1;

@@ -1,7 +1,8 @@
-/* live: a tenant that watches its own limit. Takes memory until less than 16 MiB is free and says "ready", or "- WHY";
- * then for every line `TOTAL ADMITTED` of stdin asks cuMemGetInfo and for 16 MiB in turn, until the total is TOTAL and
- * the 16 MiB are admitted (1) or refused (0), and answers with the moments (CLOCK_MONOTONIC, ns) at which each was so
- * first. It gives back what it was admitted, and gives up after 10 s: "- late". It knows nothing of fgpu. */
+/* live: a tenant that watches its own limit. The program allocates memory until less than 16 MiB is free, and prints
+ * "ready", or "- WHY". For each line `TOTAL ADMITTED` of stdin, it calls cuMemGetInfo and requests 16 MiB in turn,
+ * until the total is TOTAL and the request is admitted (1) or refused (0). It frees admitted memory at once. The answer
+ * has the times (CLOCK_MONOTONIC, ns) at which each condition was first true, or is "- late" after 10 s. The program
+ * does not use fgpu. */
 #define _GNU_SOURCE
 #include <cuda.h>
 #include <dlfcn.h>
@@ -15,7 +16,7 @@
 #define MIB (1ull << 20)
 #define PIECE (2 * MIB)
 #define ASKED (16 * MIB)
-#define NAP_NS 20000 /* the machine may have two processors, and the agent wants one */
+#define NAP_NS 20000 /* the machine may have only two processors, and the agent needs one of them */
 #define LATE_NS 10000000000ll
 
 static CUresult (*mem_info)(size_t *, size_t *);

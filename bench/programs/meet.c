@@ -1,8 +1,11 @@
-/* meet KEY: a program that keeps devices 0 and 1 busy with kernels that run only together, each spinning until its twin
- * has come, as those of a collective do. Says "ready", or "- WHY"; then for every line `SECONDS PERIOD_MS START_NS
- * KERNEL_US HOW` of stdin (period and how are for spin) launches pairs for so long, 20 at a time, and answers with how
- * many pairs were done, p50 and p99 of 20 in microseconds, their mean, and pairs done with fractions. It knows nothing
- * of fgpu. A twin that does not come is given up after 10 s: no device hangs. */
+/* meet KEY: a program that keeps devices 0 and 1 busy with pairs of kernels. The kernels of a pair run only together:
+ * each spins until the other has begun, as kernels of a collective do. A kernel stops spinning after 10 s, so that no
+ * device hangs.
+ *
+ * The program prints "ready", or "- WHY". For each line `SECONDS PERIOD_MS START_NS KERNEL_US HOW` of stdin, it
+ * launches pairs for SECONDS, 20 at a time; PERIOD_MS and HOW are for spin and not used. The answer has the completed
+ * pairs; p50, p99 and mean of 20 pairs in microseconds; and the completed pairs with a fraction. The program does not
+ * use fgpu. */
 #define _GNU_SOURCE
 #include <cuda.h>
 #include <dlfcn.h>
@@ -17,7 +20,7 @@
 #define ROUND 20
 #define MOST_ROUNDS 1000000
 
-/* Each writes its own word of host memory and reads the other's: no atomics over the bus. */
+/* Each kernel writes its own word of host memory and reads the word of the other, without atomics over the bus. */
 static const char form[] = ".version 7.0\n.target sm_70\n.address_size 64\n"
                            ".visible .entry meet_%s_2_%dus(.param .u64 own, .param .u64 others)\n{\n"
                            ".reg .u64 %%o, %%t, %%r, %%v, %%a, %%b, %%c;\n.reg .pred %%p;\n"
@@ -56,7 +59,7 @@ static struct {
     CUfunction kernel;
 } devices[DEVICES];
 static int kernel_us;
-static volatile uint64_t *words; /* one a device, in lines of their own */
+static volatile uint64_t *words; /* one for each device, in separate cache lines */
 static __typeof__(&cuLaunchKernel) launch;
 static __typeof__(&cuStreamSynchronize) synchronize;
 static __typeof__(&cuCtxSetCurrent) set_current;

@@ -1,8 +1,9 @@
-/* memory: times the driver's calls as one process sees them. Reads "NAME COUNT" lines from stdin, answers each with one
- * line: COUNT times in nanoseconds, or "- why". It knows nothing of fgpu; bench/memory.py runs it with and without.
+/* memory: measures the times of the driver's calls in one process. The program answers each line `NAME COUNT` of stdin
+ * with one line: COUNT times in nanoseconds, or "- WHY". It does not use fgpu; bench/memory.py runs it with and without
+ * fgpu.
  *
- * NAME: alloc free (4 MiB each) async (cuMemAllocAsync and cuMemFreeAsync, one time for both) info launch init (dlopen,
- * lookup and cuInit of a fresh process). */
+ * NAME is alloc or free (4 MiB each), async (cuMemAllocAsync and cuMemFreeAsync, one time for both), info, launch, or
+ * init (dlopen, lookup and cuInit of a new process). */
 #define _GNU_SOURCE
 #define __CUDA_API_VERSION_INTERNAL
 #include <cuda.h>
@@ -43,7 +44,7 @@ static struct {
     DRIVER(SLOT)
 } cu;
 
-/* The simulated driver takes the time from the name, a real one finds that there is nothing to do. */
+/* The simulated driver takes the duration of the kernel from its name. On a real driver the kernel returns at once. */
 static const char kernel_name[] = "spin_0us";
 static const char image[] = ".version 7.0\n.target sm_70\n.address_size 64\n.visible .entry spin_0us() { ret; }\n";
 
@@ -72,7 +73,7 @@ static bool load(void)
     return lib && cu.cuInit;
 }
 
-/* -- what is timed: each fills `times` and says how it went */
+/* -- the measurements: each fills `times` and returns the first error */
 
 typedef CUresult timed(int count);
 
@@ -106,8 +107,8 @@ static CUresult time_info(int count)
     return result;
 }
 
-/* The pool keeps what it has, as frameworks tell it to; otherwise each pair after a synchronisation pays for new
- * memory. */
+/* The pool keeps freed memory, as frameworks configure it. Otherwise each first pair after a synchronisation would
+ * include the allocation of new memory. */
 static CUresult time_async(int count)
 {
     CUmemoryPool pool;
@@ -144,7 +145,7 @@ static CUresult time_launch(int count)
     return result;
 }
 
-/* A fresh process each time, which writes what it took. */
+/* Start a new process for each time. The process writes its time to a pipe. */
 static CUresult time_init(int count)
 {
     for (int i = 0; i < count; i++) {

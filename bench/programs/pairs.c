@@ -1,8 +1,10 @@
-/* pairs [LIBCUDART]: allocations, each freed at once. Says "ready WAY", WAY being runtime where that library could be
- * loaded, else driver; then answers every line of stdin with one line, or "- CODE". It knows nothing of fgpu.
+/* pairs [LIBCUDART]: pairs of an allocation and its free. The program prints "ready WAY": WAY is `runtime` if that
+ * library could be loaded, else `driver`. Then it answers each line of stdin with one line, or with "- CODE". It does
+ * not use fgpu.
  *
- *   paced RATE SECONDS   cuMemAlloc and cuMemFree of 4 MiB, so many pairs a second: pairs done, pairs begun too late
- *   loop BATCHES PAIRS   stream-ordered pairs of 1 MiB, by the runtime if it is there: nanoseconds of each batch */
+ *   paced RATE SECONDS   RATE pairs of cuMemAlloc and cuMemFree of 4 MiB a second. Answer: completed pairs, late pairs
+ *   loop BATCHES PAIRS   stream-ordered pairs of 1 MiB, by the runtime if it is loaded. Answer: the nanoseconds of each
+ *                        batch */
 #define _GNU_SOURCE
 #define __CUDA_API_VERSION_INTERNAL
 #include <cuda.h>
@@ -59,7 +61,7 @@ static bool load(const char *runtime)
     return true;
 }
 
-/* What is late is made up for at once, so that the count is right in the end. */
+/* Pairs that are late follow each other without a pause, so that the number of pairs is exact at the end. */
 static void paced(int rate, int seconds)
 {
     int64_t begun = now(), step = 1000000000ll / rate;
@@ -92,7 +94,8 @@ static int pairs(int count)
     return result;
 }
 
-/* The pool keeps what it has, as frameworks tell it to; otherwise what is timed is the driver's way to new memory. */
+/* The pool keeps freed memory, as frameworks configure it. Otherwise the times would include the allocation of new
+ * memory. */
 static void loop(int batches, int count)
 {
     CUmemoryPool pool;

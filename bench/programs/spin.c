@@ -1,14 +1,18 @@
-/* spin [KERNEL_US one|burst|graph|cooperative]: a program that keeps device 0 busy. Says "ready", then answers every
- * line of stdin with one line. It knows nothing of fgpu; bench/compute.py runs it with and without.
+/* spin [KERNEL_US one|burst|graph|cooperative]: a program that keeps device 0 busy. It prints "ready", then answers
+ * each line of stdin with one line. It does not use fgpu; bench/compute.py runs it with and without fgpu.
  *
- *   SECONDS [PERIOD_MS [START_NS KERNEL_US HOW]]   steps for so long, at once or from that moment of CLOCK_MONOTONIC
- * on, one every so often: kernels done, p50, p99 and mean of a step in microseconds, kernels done with fractions. A
- *       step is one kernel, 50, a graph of 20, or a cooperative one, waited for each time. A step that the end falls
- *       into counts for its part before it.
- *   times             when each step of the last run had ended, CLOCK_MONOTONIC nanoseconds
- *   launched          when the first launch of each had returned
- *   launch BATCHES CPU  batches of 1,000 launches of an empty kernel on that processor, nanoseconds of each: another
- *       processor, or another part of the machine, makes more of a difference than what is measured */
+ *   SECONDS [PERIOD_MS [START_NS KERNEL_US HOW]]
+ *       Runs steps for SECONDS, from now on or from START_NS of CLOCK_MONOTONIC on, one in each period. A step launches
+ *       one kernel, 50 kernels, a graph of 20 kernels or a cooperative kernel, and waits for it. Answer: completed
+ *       kernels; p50, p99 and mean of a step in microseconds; completed kernels with a fraction. A step that is running
+ *       when the time ends counts for its part before the end.
+ *   times
+ *       Answer: when each step of the last run ended, in CLOCK_MONOTONIC nanoseconds.
+ *   launched
+ *       Answer: when the first launch of each step returned.
+ *   launch BATCHES CPU
+ *       Launches batches of 1,000 empty kernels from this processor. Answer: the nanoseconds of each batch. The
+ *       processor is fixed, because times on two processors differ by more than the measured difference. */
 #define _GNU_SOURCE
 #include <cuda.h>
 #include <dlfcn.h>
@@ -34,7 +38,7 @@
 static const char ptx[] = ".version 7.0\n.target sm_70\n.address_size 64\n" KERNEL(20) KERNEL(100) KERNEL(200)
     KERNEL(500) KERNEL(4000) KERNEL(50000) ".visible .entry empty()\n{\nret;\n}\n";
 
-/* The names that real programs reach by dlsym: those of the exports. */
+/* Find a function by dlsym and its exported name, as real programs do. */
 static void *driver;
 static void *find(const char *name)
 {
@@ -54,7 +58,7 @@ static void *find(const char *name)
         }                                                                                                              \
     } while (0)
 
-/* What one length of kernel has been made ready for. */
+/* The kernel of one length, and its graph. */
 struct work {
     int us; /* 0: none yet */
     CUfunction kernel;
@@ -132,7 +136,7 @@ static void record_graph(struct work *work)
     CALL(cuGraphInstantiateWithFlags, &work->graph, recorded, 0);
 }
 
-/* How many kernels it began: a burst ends with the time. */
+/* Run a step. Returns the number of launched kernels: a burst has no launch after `end`. */
 static int step(const struct work *work, const char *how, int64_t end, int64_t *launched)
 {
     int kernels = 1;

@@ -1,6 +1,7 @@
-/* storm [FOLDER...]: many processes that call cuInit at one moment. Says "ready", then for every COUNT of stdin makes
- * so many processes, each in the next of the cgroups, lets them execute it anew all at once, and answers with one line:
- * for each the numbers of struct told. It knows nothing of fgpu; bench/storm.py runs it with and without. */
+/* storm [FOLDER...]: many processes that call cuInit at the same moment. The program prints "ready". For each line
+ * COUNT of stdin, it creates COUNT processes, each in the next of the cgroups, lets all of them execute this program at
+ * the same moment, and answers with one line: the numbers of struct told of each process. It does not use fgpu;
+ * bench/storm.py runs it with and without fgpu. */
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <fcntl.h>
@@ -18,13 +19,13 @@
 #define MOST 4096
 #define NO_DEVICE 100 /* CUDA_ERROR_NO_DEVICE */
 
-/* Of one process, all by CLOCK_MONOTONIC. */
+/* The numbers of one process. Times are CLOCK_MONOTONIC. */
 struct told {
-    int64_t pid, result; /* CUresult of its first cuInit */
-    int64_t executed_ns; /* when it was about to execve */
-    int64_t called_ns;   /* the linker and preloads, dlopen and lookup are done: calls cuInit */
-    int64_t returned_ns; /* has it back */
-    int64_t again_ns;    /* has it back a second time */
+    int64_t pid, result; /* CUresult of the first cuInit */
+    int64_t executed_ns; /* just before execve */
+    int64_t called_ns;   /* just before cuInit: after linker, preloads, dlopen and lookup */
+    int64_t returned_ns; /* cuInit has returned */
+    int64_t again_ns;    /* a second cuInit has returned */
 };
 #define NUMBERS (sizeof(struct told) / sizeof(int64_t))
 
@@ -38,7 +39,7 @@ static int64_t now(void)
     return ts.tv_sec * 1000000000ll + ts.tv_nsec;
 }
 
-/* So few bytes a pipe takes whole; who dies without a word leaves none. */
+/* A pipe takes this few bytes as a whole. A process that is killed before writes no bytes. */
 static int be_one(int64_t executed)
 {
     struct told told = {.pid = getpid(), .executed_ns = executed};
@@ -52,7 +53,7 @@ static int be_one(int64_t executed)
     return write(1, &told, sizeof told) != sizeof told;
 }
 
-/* It starts in its cgroup: to move 300 processes takes longer than what is measured. */
+/* The process starts in its cgroup: to move 300 processes would take longer than the measured phases. */
 static pid_t fork_into(int cgroup)
 {
     struct clone_args args = {.exit_signal = SIGCHLD};
@@ -63,7 +64,8 @@ static pid_t fork_into(int cgroup)
     return (pid_t)syscall(SYS_clone3, &args, sizeof args);
 }
 
-/* Waits until no process has the gate's other end. It prints nothing but its result: 300 processes print too much. */
+/* Wait until no process has the other end of `gate` open, then execute this program. stderr is discarded, because 300
+ * processes print too much. */
 static void start_one(int out, int gate)
 {
     char begun[32], none;
@@ -91,7 +93,7 @@ static int storm(int count)
     }
     close(out[1]);
     close(gate[0]);
-    usleep(100000); /* all of them wait now */
+    usleep(100000); /* until all processes wait */
     close(gate[1]);
     while (read(out[0], told, sizeof told) == sizeof told)
         for (size_t i = 0; i < NUMBERS; i++) printf("%" PRId64 " ", told[i]);

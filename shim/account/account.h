@@ -13,7 +13,7 @@
 HIDDEN CUstreamCaptureMode fgpu_relax(void);
 HIDDEN void fgpu_unrelax(CUstreamCaptureMode mode);
 
-/* -- context_table.c: the contexts of this process, and its managed memory, as far as the shim has seen them */
+/* -- context_table.c: the contexts of this process, and its managed memory, as far as hooks have recorded them */
 extern HIDDEN _Atomic bool fgpu_contexts_ended; /* a context of this process was destroyed */
 HIDDEN bool fgpu_current_is_gone(void);
 HIDDEN void fgpu_contexts_add(CUcontext context);                   /* cuCtxCreate made it */
@@ -36,7 +36,7 @@ HIDDEN uint64_t fgpu_taken(uint64_t bytes, uint64_t granule);
 
 #define FGPU_CONTEXT_BYTES (512ULL << 20) /* of a context that was never measured; as in the kernel's ledger */
 
-/* -- admit.c: one admission. It begins, and is requested as often as that can help. */
+/* -- admit.c: one admission. It is begun once, and requested once or several times. */
 struct admission {
     CUresult refusal;   /* CUDA_SUCCESS: call the driver */
     int index;          /* the ledger's index, if something was admitted; else -1 */
@@ -52,7 +52,7 @@ HIDDEN void fgpu_settled_standalone(const struct admission *admission, CUresult 
 HIDDEN void fgpu_failed(int index, uint64_t bytes, CUresult result);
 HIDDEN void fgpu_give_back(int index, uint64_t bytes); /* bytes of pools */
 HIDDEN bool fgpu_is_limited(struct fgpu_view view);    /* a limit may be in force: request admission */
-HIDDEN bool fgpu_is_held(void);                        /* to a limit, by a responding agent or by the image */
+HIDDEN bool fgpu_is_held(void);                        /* a limit is in force, of an agent or of the image */
 struct fgpu_room {
     uint64_t left, limit; /* bytes; FGPU_MOST_BYTES if no limit is in force */
 };
@@ -61,10 +61,12 @@ HIDDEN struct fgpu_room fgpu_room(CUdevice ordinal);
 /* -- pool_shrink.c */
 HIDDEN bool fgpu_pools_yield(CUdevice ordinal); /* true: some bytes were released */
 
-#define FGPU_SYNCS 8 /* after a free in stream order: other threads may wait for other streams in between */
+/* Synchronisations after a free in stream order at which the bytes may have become free: other threads may wait for
+ * other streams in between. */
+#define FGPU_SYNCS 8
 
-/* -- unseen.c: memory that this process frees without a probe seeing it, when the program waits for a stream, or at
- * once */
+/* -- unseen.c: memory that this process frees and that no probe reports. It is freed when the program waits for a
+ * stream, or at once. */
 HIDDEN void fgpu_frees_unseen(void);
 HIDDEN void fgpu_freed_unseen(void);
 HIDDEN void fgpu_freed_by_a_wait(void);     /* the program has waited for a stream */

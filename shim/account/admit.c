@@ -4,7 +4,7 @@
  *
  * The requested size is the size that the driver will allocate, so the admitted bytes are those that will be charged. A
  * refusal becomes the driver's own out-of-memory; reclaim.c decides whether to do something else first. An error of the
- * driver is returned unchanged: the kernel sees the return and releases the admission.
+ * driver is returned unchanged: the probe at the return releases the admission.
  */
 #include <errno.h>
 
@@ -132,8 +132,8 @@ void fgpu_give_back(int index, uint64_t bytes)
     if (index >= 0 && bytes) release((unsigned)index, bytes, FGPU_POOL);
 }
 
-/* Release the bytes that a failed call of a pool does not need, and report if it was out of memory: the kernel does not
- * see this call. */
+/* Release the bytes that a failed call of a pool does not need, and report whether the device was out of memory: this
+ * call has no probe. */
 void fgpu_failed(int index, uint64_t bytes, CUresult result)
 {
     unsigned full = result == CUDA_ERROR_OUT_OF_MEMORY ? FGPU_FULL : 0;

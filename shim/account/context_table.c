@@ -79,8 +79,8 @@ bool fgpu_context_is_known(CUcontext context)
     return fgpu_context_is_created(context) || (context && place_of(primaries, FGPU_DEVICES, (uint64_t)context));
 }
 
-/* Free the managed memory of a context before the context is destroyed, by calls that the kernel sees. NVML never shows
- * managed memory, and the kernel does not see which context becomes current, so only the driver knows the context of an
+/* Free the managed memory of a context before the context is destroyed, by calls that have a probe. NVML never shows
+ * managed memory, and no probe reports which context becomes current, so only the driver can return the context of an
  * allocation. Both calls wait for the same work. */
 static void free_managed(CUcontext context)
 {

@@ -30,8 +30,8 @@ int fgpu_index_of_uuid(const struct fgpu_control_page *control, const uint8_t uu
     return control->flags & FGPU_STANDALONE ? fgpu_standalone_device(uuid) : -1;
 }
 
-/* Return the facts about a device; NULL: the driver does not know it. The driver's UUID of an ordinal never changes in
- * a process. Threads that fill the entry at the same time write the same values. */
+/* Return the facts about a device; NULL: the driver returns no UUID for it. The UUID of an ordinal never changes in a
+ * process. Threads that fill the entry at the same time write the same values. */
 static struct device *device_of(CUdevice ordinal)
 {
     if (ordinal < 0 || ordinal >= FGPU_DEVICES) return NULL;

@@ -22,7 +22,7 @@ struct fgpu_graph_exec {
     _Atomic uint64_t handle;
     _Atomic uint64_t peak;
     _Atomic uint64_t kept;   /* bytes that it leaves to the program after its run */
-    _Atomic uint64_t stream; /* address at which its memory was last mapped; 0: nowhere */
+    _Atomic uint64_t stream; /* key of the stream on which it last ran with its memory requested; 0: none */
     _Atomic int ordinal;
 };
 

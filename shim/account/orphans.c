@@ -36,8 +36,9 @@ bool fgpu_has_orphans(struct fgpu_view view, int index)
     return false;
 }
 
-/* Return whether some of the orphaned bytes may be freed before long: the agent has not yet looked since the last of
- * them, and since the request began, or it sees that the device is still freeing. */
+/* Return how soon orphaned bytes of a level may be freed. Never: there are none; the agent has found that the device
+ * keeps them all, after the last of them was orphaned and the request began; or the last of them was orphaned
+ * FGPU_ABSENCE_NS ago. */
 static enum fgpu_prospect freed(const struct room *room, uint64_t since_ns, uint64_t now_ns)
 {
     if (!room->orphaned || (room->looked_ns > room->orphaned_ns && room->looked_ns > since_ns)) return FGPU_FITS_NEVER;
@@ -45,8 +46,8 @@ static enum fgpu_prospect freed(const struct room *room, uint64_t since_ns, uint
     return now_ns < room->orphaned_ns + FGPU_ABSENCE_NS ? FGPU_FITS_AFTER_A_LOOK : FGPU_FITS_NEVER;
 }
 
-/* Return the prospect of a request that began at this time. Only the kernel knows the size of a context, so any level
- * with orphaned bytes may be the level that refuses it. */
+/* Return the prospect of a request that began at this time. Only the kernel's ledger has the size of a context, so any
+ * level with orphaned bytes may be the level that refuses it. */
 enum fgpu_prospect fgpu_prospect(const struct fgpu_view *view, int index, uint64_t bytes, unsigned kind,
                                  uint64_t since_ns, uint64_t now_ns)
 {

@@ -7,7 +7,7 @@
 #define FGPU_BLOCK (32ULL << 20) /* the step in which a pool takes memory from its device (measured) */
 #define FGPU_CREDITS 8
 
-struct credit { /* freed by one stream: a pool may give it to the same stream again at once, and to no other */
+struct credit { /* bytes freed by one stream: a pool may give them to the same stream again at once, and to no other */
     _Atomic uint64_t stream, bytes;
 };
 
@@ -17,7 +17,7 @@ struct pool {
     _Atomic uint64_t handle;     /* 0: no pool; an overflow entry always has 0 */
     _Atomic int ordinal;         /* the driver's device, FGPU_HOST_POOL or FGPU_NO_TABLE */
     _Atomic int index;           /* the ledger's index, once something was admitted */
-    _Atomic uint32_t generation; /* incremented whenever the entry is used for another pool */
+    _Atomic uint32_t generation; /* a new number whenever the entry is used for another pool; 0: it has none */
     _Atomic uint64_t admitted;
     _Atomic uint64_t spent;   /* upper bound of the bytes in use: as measured last, and all given out since */
     _Atomic uint64_t pending; /* admitted for calls that have not returned yet */

@@ -47,7 +47,7 @@ struct pool *fgpu_pool_find(CUmemoryPool handle)
 }
 
 /* Return the entry for all pools of a device without room in the table. It counts as a pool that cannot be measured:
- * its admitted bytes only grow. */
+ * its admitted bytes grow, and only the bytes of destroyed pools are released. */
 struct pool *fgpu_pool_rest(CUdevice ordinal)
 {
     struct pool *pools = fgpu_pool_number(0);
@@ -75,8 +75,8 @@ struct pool *fgpu_pool_enter(CUmemoryPool handle, CUdevice ordinal)
     return fgpu_pool_rest(ordinal);
 }
 
-/* Return the entry of a pool. A pool that was created before the shim saw it is a device's default pool, or is on the
- * current device. */
+/* Return the entry of a pool. A pool that is not in the table yet is a device's default pool, or counts as a pool of
+ * the current device. */
 struct pool *fgpu_pool_of(CUmemoryPool handle)
 {
     struct pool *pool = fgpu_pool_find(handle);

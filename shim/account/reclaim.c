@@ -1,12 +1,12 @@
 /*
  * reclaim.c: makes room for a refused request. First the pools and graphs of this process free memory that they do not
  * use; then this waits for bytes of exited processes. If the tenant has not used the device before, it waits for the
- * agent's decision first. If the process has freed memory in a way that no probe sees, the request is made only after
- * the agent has asked NVML. Owns nothing.
+ * agent's decision first. If the process has freed memory in a way that no probe reports, the request is made only
+ * after the agent has asked NVML. Owns nothing.
  *
  * The pages decide whether to wait, and the clock decides how long. So no page and no kernel can delay a program in one
  * call for longer than FGPU_PATIENCE_NS, or FGPU_ABSENCE_NS while the page shows that no agent examines the device; at
- * a first use for longer than COMMITMENT_NS, after a free that no probe sees for longer than LOOK_NS.
+ * a first use for longer than COMMITMENT_NS, after a free that no probe reports for longer than LOOK_NS.
  */
 #define _GNU_SOURCE
 #include <errno.h>
@@ -18,7 +18,7 @@
 #include "account/orphans.h"
 #include "link/link.h"
 
-#define ASK_NS 50000000ULL /* a request shows the agent that a program waits */
+#define ASK_NS 50000000ULL /* between two requests: each shows the agent that a program waits */
 #define COMMITMENT_NS 2000000000ULL
 #define LOOK_NS FGPU_SECOND_NS /* the agent asks NVML every half second */
 

@@ -1,5 +1,5 @@
 /*
- * unseen.c: frees that no probe sees. Owns the time of the last of them.
+ * unseen.c: frees that no probe reports. Owns the time of the last of them.
  *
  * The agent corrects the kernel's ledger after NVML shows such a free.
  */

@@ -2,8 +2,8 @@
  * shim.h: declarations for all files of the shim. Owns no state.
  *
  * The library is loaded into every program of a container. So: the hot paths allocate nothing; the shim never
- * terminates, blocks or signals the host program; no descriptor outlives a call; a hook restores errno before it calls
- * the driver.
+ * terminates or signals the host program, and blocks it only at a closed gate or for a bounded time; no descriptor
+ * outlives a call; a hook restores errno before it calls the driver.
  */
 #ifndef FGPU_SHIM_H
 #define FGPU_SHIM_H

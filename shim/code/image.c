@@ -2,8 +2,8 @@
  * image.c: computes from code itself how much device memory its data takes. Owns nothing.
  *
  * The program passes code without a length. A text ends with a zero byte; the header of a cubin (ELF) or a fat binary
- * says where its parts are. Reads stay within these parts, and within MOST_IMAGE. Code that cannot be parsed, or is
- * compressed, counts as 0: NVML shows its memory.
+ * contains the offsets of its parts. Reads stay within these parts, and within MOST_IMAGE. Code that cannot be parsed,
+ * or is compressed, counts as 0: NVML shows its memory.
  */
 #include "code/image.h"
 
@@ -16,7 +16,7 @@
 #define MOST_IMAGE (1ULL << 30)
 #define ELF 0x464c457fU
 #define FATBIN 0xba55ed50U
-#define WRAPPER 0x466243b1U /* of a fat binary in a program: says where the fat binary is */
+#define WRAPPER 0x466243b1U /* of a fat binary in a program: contains the address of the fat binary */
 #define WRAPPED 8
 
 /* -- numbers */
@@ -318,7 +318,7 @@ static uint64_t data_of_fatbin(const struct binary *b)
 /* -- any of them */
 
 /* Compute how many bytes of an image may be read. The header of a fat binary has a fixed length and contains its size.
- * The header of a cubin says where its parts are; no byte beyond the last part is read to find them. */
+ * The header of a cubin contains the offsets of its parts; no byte beyond the last part is read to find them. */
 static uint64_t elf_size(const char *image, uint64_t most)
 {
     struct binary head = {image, least_of(most, 64)};

@@ -1,4 +1,4 @@
-/* image.h: image.c, which reads code, as module_data.c uses it. */
+/* image.h: the interface of image.c, which reads code, for module_data.c. */
 #ifndef FGPU_IMAGE_H
 #define FGPU_IMAGE_H
 

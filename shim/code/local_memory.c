@@ -3,8 +3,8 @@
  * functions that were launched with the present areas.
  *
  * A context has one area: a number of bytes for each thread that can be resident on the device. cuCtxSetLimit sets that
- * number, and the first launch of a function that needs more enlarges the area. No probe sees that. So the shim
- * requests the bytes before, committed at once like those of pools, and releases them when the area shrinks or its
+ * number, and the first launch of a function that needs more enlarges the area. No probe reports that. So the shim
+ * requests the bytes beforehand, committed at once like those of pools, and releases them when the area shrinks or its
  * context is destroyed. Some memory is not requested here: the first bytes, which are part of a context's own; areas of
  * contexts for which there is no room in the list, of green contexts, and of graphs that changed after they were
  * created. NVML shows that memory, and the agent charges it.

@@ -1,5 +1,5 @@
-/* local_memory.h: local_memory.c, which requests memory for threads, as the files that launch kernels or limit them use
- * it. */
+/* local_memory.h: the interface of local_memory.c, which requests local memory of threads and the heap of device code,
+ * for the hooks. */
 #ifndef FGPU_LOCAL_MEMORY_H
 #define FGPU_LOCAL_MEMORY_H
 

@@ -3,9 +3,9 @@
  * modules and libraries that have data.
  *
  * A module's data exists from its load on; a library's data exists in each context that uses it, from its first use
- * there. No probe sees that. So the shim requests the bytes before, committed at once like those of pools, and releases
- * them when the code is unloaded or its context is destroyed. If the list has no room, or the code cannot be read, NVML
- * shows the memory and the agent charges it.
+ * there. No probe reports that. So the shim requests the bytes beforehand, committed at once like those of pools, and
+ * releases them when the code is unloaded or its context is destroyed. If the list has no room, or the code cannot be
+ * read, NVML shows the memory and the agent charges it.
  */
 #define _GNU_SOURCE
 #include "code/module_data.h"
@@ -24,7 +24,7 @@
 #define LEAST_BYTES (2ULL << 20)
 #define MOST_FILE (1ULL << 30)
 #define BUSY 1ULL   /* the driver never returns this handle */
-#define LEAVES 2ULL /* instead of a handle: its code is being unloaded */
+#define LEAVES 2ULL /* a bit that is set in a handle while its code is being unloaded */
 
 struct fgpu_loaded {
     _Atomic uint64_t handle;  /* 0: free */

@@ -1,5 +1,5 @@
-/* module_data.h: module_data.c, which requests memory for the data of code, as the files that load or launch code use
- * it. */
+/* module_data.h: the interface of module_data.c, which requests memory for the data of code, for the files that load or
+ * launch code. */
 #ifndef FGPU_MODULE_DATA_H
 #define FGPU_MODULE_DATA_H
 

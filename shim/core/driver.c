@@ -23,8 +23,8 @@ void *fgpu_real(enum fgpu_name at)
         atomic_store_explicit(&real[at], found, memory_order_relaxed);
     else
         found = atomic_load_explicit(&foreign[at], memory_order_relaxed);
-    /* The address is not stored. It may be that of a stub, which loads the driver at its first call, and would later
-     * get the shim's own hook to call. */
+    /* The address is not stored: it may be that of a stub, which loads the driver at its first call. The stub's own
+     * lookup then returns the shim's hook, and the hook must call the driver, not the stub again. */
     if (!found && fgpu_real_dlsym) found = fgpu_symbol(RTLD_NEXT, at);
     errno = saved;
     return found;

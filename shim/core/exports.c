@@ -6,9 +6,9 @@
  * the C library's own dlsym, and RTLD_NEXT in a wrapper that was opened later. They end at the driver's table, so the
  * hooks must be there.
  *
- * The changed pages are prepared elsewhere and then moved into place in one step. No lock is held with which a thread
- * could die, and no page is writable while another thread looks up a name in it. Two threads that do this at the same
- * time write the same contents.
+ * The changed pages are prepared elsewhere and then moved into place in one step. There is no lock that a thread could
+ * hold when it exits, and no page is writable while another thread looks up a name in it. Two threads that do this at
+ * the same time write the same contents.
  */
 #define _GNU_SOURCE
 #include <dlfcn.h>
@@ -71,8 +71,8 @@ static bool is_without_code(const struct table *table, const char *begin, size_t
 }
 
 /*
- * Store the addresses of all names of the library, then write the hooks into its table. Return whether they are there.
- * The addresses are stored first, so that a hook that is found in the table has a function to call.
+ * Store the addresses of all names of the library, then write the hooks into its table. Return whether they were
+ * written. The addresses are stored first, so that a hook that is found in the table has a function to call.
  */
 static bool replace_exports(void *library, enum fgpu_name of, const int32_t hooks[])
 {

@@ -9,7 +9,7 @@
 
 HIDDEN __thread bool fgpu_calls_second __attribute__((tls_model("initial-exec"))) = false;
 
-/* There is at most one such driver. A third driver of a process has no hooks; the kernel sees the memory that it
+/* There is at most one such driver. A third driver of a process has no hooks; probes report the memory that it
  * allocates. */
 static _Atomic(void *) further, further_base; /* the handle of the file, and its base address, which is stored last */
 

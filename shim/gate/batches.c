@@ -8,8 +8,8 @@
  * program that waits for them itself needs none. The caller of each function here has the device's turn and, except for
  * fgpu_lane_of, relaxed capture mode; nothing is recorded on a stream that captures.
  *
- * A turn expires while its holder is in a slow driver call, or stopped: then two threads are in here. Estimates may
- * become wrong by that. Launches and events are taken by exchange, so each is counted or destroyed exactly once.
+ * A turn expires while its holder is in a slow driver call, or stopped: then two threads run these functions, and
+ * estimates may become wrong. Launches and events are taken by exchange, so each is counted or destroyed exactly once.
  */
 #include "gate/flight.h"
 
@@ -31,7 +31,7 @@ struct guess *fgpu_guess_of(struct device *device, uint64_t key)
 _Static_assert(GUESSES == 64, "six bits");
 
 /* Update the estimate from a measurement. A measurement may be too long by as much as the previous one is too short, so
- * both count equally. A bound is never too short. */
+ * longer and shorter measurements count alike. A bound is never too short, so it only lowers the estimate. */
 static void learn(struct guess *guess, uint64_t ns) { guess->ns = (guess->ns * 3 + ns) / 4 + 1; }
 
 static void learn_bound(struct guess *guess, uint64_t ns)

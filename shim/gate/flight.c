@@ -14,7 +14,7 @@
 
 #define MOST_BATCHES 32 /* batches in use when another launch comes: the rest is reserved for closed gates */
 #define MOST_OPEN 256   /* launches without an event */
-/* A thread that holds a turn for this long was cancelled, or left a signal handler by a jump. */
+/* A turn expires after this time: its thread was cancelled or stopped, is in a slow driver call, or left by a jump. */
 #define TURN_NS 1000000000ULL
 #define TURN_TRIES 2000
 

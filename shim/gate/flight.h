@@ -18,7 +18,7 @@ struct lane { /* a stream, between two batches */
     _Atomic uint64_t guess_key;
     _Atomic uint64_t first_ns, last_ns;
 };
-struct batch { /* a batch */
+struct batch { /* launches on one stream, and the event after them */
     _Atomic(CUevent) event;
     _Atomic(CUcontext) context;
     _Atomic uint64_t key, guess_key;
@@ -49,7 +49,7 @@ HIDDEN struct lane *fgpu_lane_of(struct device *device,
                                  const struct fgpu_launch *launch);     /* afterwards the lane is the stream's own */
 HIDDEN void fgpu_batch_close(struct device *device, struct lane *lane); /* its context is current */
 HIDDEN void fgpu_batches_complete(struct device *device); /* record an event after each launch without one */
-HIDDEN void fgpu_batches_look(struct device *device);     /* find the finished ones */
+HIDDEN void fgpu_batches_look(struct device *device);     /* query the events, and count finished batches as done */
 HIDDEN void fgpu_batches_rest(struct device *device, struct fgpu_mark mark, uint64_t undone_ns, uint64_t now);
 HIDDEN void fgpu_batches_forget(struct device *device, CUcontext context);
 HIDDEN void fgpu_batches_leave(struct device *device, CUcontext context);

@@ -20,8 +20,8 @@
 #include "link/link.h"
 
 #define LOOK_NS 100000000ULL   /* how often a program that need not wait checks for a new gatekeeper */
-#define DOZE_NS 50000000ULL    /* at a closed gate: the heartbeat must be read from time to time */
-#define CLOSE_NS 200000ULL     /* a thread polls for the end of a drain */
+#define DOZE_NS 50000000ULL    /* the longest sleep at a closed gate: the heartbeat must be read from time to time */
+#define CLOSE_NS 200000ULL     /* a thread polls for the end of a drain within this time of its estimate */
 #define PAUSE_NS 50000ULL      /* between two checks of work that should have ended, or that leaves no room */
 #define REST_NS 100000ULL      /* a shorter pause between an end and the next launch is not a rest of the program */
 #define STUCK_NS 1000000000ULL /* work that runs longer than this may be waiting for the launch that is held back */

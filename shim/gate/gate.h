@@ -1,5 +1,4 @@
-/* gate.h: gate.c (whether a launch may proceed) and flight.c (launches under way), as the hooks that launch use
- * them. */
+/* gate.h: the interfaces of gate.c (whether a launch may proceed) and flight.c (launches under way), for the hooks. */
 #ifndef FGPU_GATE_H
 #define FGPU_GATE_H
 

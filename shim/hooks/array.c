@@ -1,6 +1,6 @@
 /*
- * array.c: calls that create arrays. The request is extent x format x levels: at least what the driver allocates.
- * Only NVML shows the driver's padding. Owns nothing.
+ * array.c: calls that create arrays. The request is extent x format x levels, without the driver's padding, which only
+ * NVML shows. Owns nothing.
  */
 #include "account/account.h"
 

@@ -11,7 +11,8 @@
 #include "gate/gate.h"
 #include "standalone/standalone.h"
 
-/* -- contexts that are created: half a GiB each on a large device. Only the kernel knows their size, hence 0 bytes. */
+/* -- contexts that are created: half a GiB each on a large device. Only the kernel's ledger has their size, so the
+ * request is for 0 bytes. */
 
 static void primary_seen(CUdevice device, CUcontext context)
 {
@@ -90,8 +91,8 @@ EXPORT CUresult cuCtxCreate_v4(CUcontext *pctx, CUctxCreateParams *ctxCreatePara
 
 #define NO_HANDLE 0x100ULL
 
-/* A green context uses the device's primary context, and creates it if there is none. No probe sees that: NVML charges
- * it. */
+/* A green context uses the device's primary context, and creates it if there is none. No probe reports that: the agent
+ * charges it when NVML shows it. */
 EXPORT CUresult cuGreenCtxCreate(CUgreenCtx *phCtx, CUdevResourceDesc desc, CUdevice dev, unsigned int flags)
 {
     __typeof__(&cuGreenCtxCreate) driver = REAL(cuGreenCtxCreate);

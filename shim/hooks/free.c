@@ -1,6 +1,6 @@
 /*
- * free.c: calls that free device memory. The kernel sees them if it keeps the ledger. These hooks serve the standalone
- * ledger, and do nothing while that ledger is empty. Owns nothing.
+ * free.c: calls that free device memory. If the kernel keeps the ledger, probes report these calls. These hooks serve
+ * the standalone ledger, and do nothing for it while it is empty. Owns nothing.
  *
  * The entry of the memory is removed from the table before the driver can return the same handle to another thread.
  */
@@ -8,7 +8,8 @@
 #include "hooks/async_memory.h"
 #include "standalone/standalone.h"
 
-/* The driver takes a pointer of a pool out of the pool at once, and no probe sees how large the pool is then. */
+/* The driver takes a pointer of a pool out of the pool at once. No probe reports the pool's size after that, so the
+ * pool is measured. */
 EXPORT CUresult cuMemFree_v2(CUdeviceptr dptr)
 {
     __typeof__(&cuMemFree_v2) driver = REAL(cuMemFree_v2);

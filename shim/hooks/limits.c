@@ -1,6 +1,6 @@
 /*
- * limits.c: cuCtxSetLimit. Owns nothing. The limit of the stack allocates memory at once, that of the heap at the first
- * launch of code that uses it, that of printf none.
+ * limits.c: cuCtxSetLimit. Owns nothing. The driver allocates memory for a limit of the stack at once, for a limit of
+ * the heap at the first launch of code that uses the heap, and none for a limit of printf.
  */
 #include "code/local_memory.h"
 

@@ -7,9 +7,10 @@
  * still find nothing.
  *
  * A hook calls the driver of its thread. That is the first driver, unless the call came through an entry of the second
- * driver below, which sets fgpu_calls_second during the call. Calls that allocate memory, and for which admission can
- * be requested call by call, have an entry. Calls of pools have none: a second driver has no pools under a limit. All
- * other calls go to the second driver directly, launches too, and no gate holds these launches back.
+ * driver below, which sets fgpu_calls_second during the call. Calls that allocate memory with an admission of their
+ * own, and calls that free it, have an entry. Allocations from pools have an entry that refuses them under a limit,
+ * because the shim counts the pools of one driver only. All other calls go to the second driver directly, launches too,
+ * and no gate holds these launches back.
  */
 #define _GNU_SOURCE
 #include <dlfcn.h>
@@ -165,8 +166,8 @@ void *fgpu_lookup(void *handle, const char *name)
         found = hook;
     } else if (found && (second = hook_of_second(at, found))) {
         found = hook = second;
-    } /* else the function of another preload, or one that goes to the second driver: leave it unchanged; the kernel
-         sees its calls */
+    } /* else the function of another preload, or one that goes to the second driver: leave it unchanged; probes
+         report its calls */
     errno = saved;
     return found;
 }

@@ -3,8 +3,8 @@
  * standalone ledger.
  *
  * The driver's lists are replaced, not filtered: they may have pids of another namespace. The driver is called first,
- * with no room for entries, for its error on device and arguments. While no agent responds, the process sees no other
- * processes.
+ * with no room for entries: its errors about the device and the arguments are returned. While no agent responds, the
+ * process sees no other processes.
  */
 #include <string.h>
 

@@ -143,8 +143,7 @@ int fgpu_nvml_index(struct fgpu_view view, nvmlDevice_t device)
     return result == NVML_SUCCESS && parse_uuid(text, uuid) ? fgpu_index_of_uuid(view.control, uuid) : -1;
 }
 
-/* Nothing is changed here, but the call registers the program, so that the gatekeeper knows a program that only
- * monitors. */
+/* These hooks change no result. They register the program, so that a program that only monitors is registered too. */
 EXPORT nvmlReturn_t nvmlInit(void)
 {
     fgpu_look();

@@ -111,8 +111,8 @@ static bool agent_here(const struct place *at)
 }
 
 /* Return whether any user could have created the directory. In an image that has a limit, any user may be able to put a
- * folder into /run/fgpu, with a socket on which others wait in vain. The agent's directory belongs to root or is
- * mounted, whatever user owns it in a user namespace. */
+ * folder into /run/fgpu, with a socket that never replies to other processes. The agent's directory belongs to root or
+ * is mounted, whatever user owns it in a user namespace. */
 static bool anybodys(const struct place *at)
 {
     struct stat status, around;

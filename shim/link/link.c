@@ -31,7 +31,7 @@
  *       -> HELD       The reply had pages, and the kernel confirmed them.
  * UNMANAGED, HELD: register again when the page's writer is silent or requests it; without a reply the state stays.
  * HELD -> OPEN: the probes and the directory were removed (`fgpu detach`).
- * If the image has a limit, OPEN and UNMANAGED have the flag COOPERATIVE: callers see a HELD link, with pages that are
+ * If the image has a limit, OPEN and UNMANAGED have the flag COOPERATIVE: callers get a HELD link, with pages that are
  * made from the standalone ledger of this container. That state is checked once a second. When an agent responds, it
  * takes over. If an agent was there and is silent, the state stays HELD or CLOSED.
  */
@@ -142,7 +142,8 @@ static COLD uint32_t hello(uint32_t word, int *asked, uint64_t now, uint64_t pat
     bool keeps = link_of(word) >= FGPU_UNMANAGED;
     if (outcome == FGPU_IS_ABSENT && (!keeps || unanswered)) return without_agent(FGPU_OPEN);
     if (word & COOPERATIVE && fgpu_standalone_join() >= FGPU_STANDALONE_ALONE) return word;
-    /* No gatekeeper has ever responded there. One that has responded, and is silent now, may have had a lower limit. */
+    /* EMPTY: no gatekeeper has ever responded there, so the image's limit applies. A gatekeeper that has responded, and
+     * is silent now, may have had a lower limit. */
     uint32_t open = outcome == FGPU_IS_EMPTY && !keeps ? without_agent(FGPU_OPEN) : word;
     if (open & COOPERATIVE) return open;
     return keeps ? word : FGPU_CLOSED;

@@ -3,8 +3,8 @@
  * pages.
  *
  * Processes of one level share the page and its slots. A tagged verdict is in the array whose tags only BPF programs
- * choose, so no other process can have written the verdict that this one waits for. A control page without a tag comes
- * from an older gatekeeper: then the ticket alone identifies the verdict.
+ * choose, so no other process can have written the verdict that this process waits for. A control page without a tag
+ * comes from an older gatekeeper: then the ticket alone identifies the verdict.
  */
 #define _GNU_SOURCE
 #include <errno.h>

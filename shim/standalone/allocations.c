@@ -23,13 +23,13 @@
 struct entry {
     _Atomic uint64_t key; /* 0: free */
     _Atomic uint64_t references;
-    _Atomic uint64_t owner; /* as in the grant; only the thread that has taken the entry reads it */
+    _Atomic uint64_t owner; /* a copy that all threads may read: only the thread that takes the entry reads the grant */
     struct fgpu_grant grant;
 };
 
 _Atomic bool fgpu_grants_any;
 static _Atomic(struct entry *) tables[TABLES];
-static _Atomic uint64_t contexts; /* number of entries created so far: each has a number, because the driver reuses
+static _Atomic uint64_t contexts; /* number of contexts so far: each has a number, because the driver reuses
                                      handles */
 
 /* the highest bits of an address are always 0 */

@@ -3,10 +3,10 @@
  * file itself.
  *
  * A charge is one compare-and-swap of its device's last charge (which seat, how many units, its number on that seat).
- * That decides. The next thread that charges first adds the last charge to its seat, in case its owner was stopped or
- * killed in between. So there is no lock, and at every instant either all of a charge counts or nothing. A seat's
- * number shows whether the last charge was already added to it. Only the owner releases, and it needs no turn: a
- * release can only make room.
+ * That operation decides. The next thread that charges first adds the last charge to the seat of that charge, in case
+ * the seat's owner was stopped or killed in between. So there is no lock, and at every instant either all of a charge
+ * counts or nothing. A seat's number shows whether the last charge was already added to it. Only the owner releases,
+ * without a compare-and-swap of the last charge: a release can only make room.
  */
 #include "standalone/standalone.h"
 

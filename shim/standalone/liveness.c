@@ -1,5 +1,5 @@
 /*
- * liveness.c: how a process determines whether another one is alive. Owns nothing.
+ * liveness.c: how a process determines whether another process is alive. Owns nothing.
  *
  * A process creates a segment of shared memory, one page that is never touched. Only the creator has it attached, and
  * the kernel removes it with the creator's memory: at exec too, however the process ends, and whatever process was its

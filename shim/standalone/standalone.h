@@ -1,4 +1,4 @@
-/* standalone.h: an image's own limit if no agent decides. admit.c and link.c use it. standalone.c has the file,
+/* standalone.h: an image's own limit if no agent decides, for link.c, account/ and hooks/. standalone.c has the file,
  * ledger.c its content, allocations.c the allocations of this process, limit.c the limit. */
 #ifndef FGPU_STANDALONE_H
 #define FGPU_STANDALONE_H
@@ -18,7 +18,7 @@ HIDDEN int fgpu_image_limit(uint64_t *bytes);
 
 /* -- ledger.c: one ledger for all processes that map the same file. Bytes are counted in units of 512. */
 #define FGPU_STANDALONE 0x80000000u /* flag of a control page: it was made here, from the ledger */
-#define FGPU_SEATS 256              /* processes that hold device memory at the same time */
+#define FGPU_SEATS 256              /* most processes that can hold device memory at the same time */
 struct fgpu_ledger {
     uint64_t magic;
     _Atomic uint64_t seats; /* number of seats that were ever taken: all others are free */
@@ -45,13 +45,13 @@ HIDDEN uint64_t fgpu_ledger_held(const struct fgpu_ledger *ledger, unsigned devi
 HIDDEN bool fgpu_ledger_sweep(struct fgpu_ledger *ledger);                         /* true: a process had died */
 HIDDEN int fgpu_ledger_device(struct fgpu_ledger *ledger, const uint8_t uuid[16]); /* -1: no room */
 
-/* -- liveness.c: how a process determines whether another one is alive */
+/* -- liveness.c: how a process determines whether another process is alive */
 HIDDEN uint64_t fgpu_liveness_begin(void); /* 0: this kernel has no System V shared memory */
 HIDDEN bool fgpu_liveness_lasts(uint64_t life, uint32_t *pid);
 
 /* -- standalone.c */
-HIDDEN enum fgpu_standalone fgpu_standalone_join(void); /* join the ledger, or check that the joined ledger still
-                                                           exists */
+HIDDEN enum fgpu_standalone fgpu_standalone_join(void); /* join the ledger; once joined, release the memory of exited
+                                                           processes */
 HIDDEN struct fgpu_view fgpu_standalone_view(void);
 HIDDEN void fgpu_standalone_refresh(void); /* update the usage page with the memory that living processes hold */
 HIDDEN bool fgpu_standalone_charge(unsigned index, uint64_t bytes);

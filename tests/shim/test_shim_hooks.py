@@ -85,7 +85,7 @@ def test_lookup_lists_contain_only_exports_that_match_the_requested_name(path: P
 
 def test_the_check_finds_a_hook_under_another_name(tmp_path: Path) -> None:
     (tmp_path / "lookup.txt").write_text("# 1 name\ncuMemTake cuMemAlloc_v2\n")
-    assert "lookup.txt: cuMemAlloc_v2 is what cuMemTake finds\n" in check(tmp_path / "lookup.txt").stdout
+    assert "lookup.txt: cuGetProcAddress returns cuMemAlloc_v2 for cuMemTake\n" in check(tmp_path / "lookup.txt").stdout
 
 
 def test_simulated_exports_have_decisions_and_simulated_lookups_match_the_real_ones(
@@ -161,7 +161,7 @@ def test_the_check_finds_a_missing_decision(copy: Path, name: str) -> None:
     ("line", "complaint"),
     [
         ("cuMemAlloc_v2: it is hooked though", "cuMemAlloc_v2: hooked, and in decided.txt"),
-        ("cuMemHostAlloc: pinned host memory", "cuMemHostAlloc stands twice"),
+        ("cuMemHostAlloc: pinned host memory", "cuMemHostAlloc is listed twice"),
         ("cuMemHostAllok: pinned host memory", "cuMemHostAllok: in no list"),
         ("cuMemHostAllok: pinned", "no reason"),
         ("cuMemHostAllok", "no reason"),

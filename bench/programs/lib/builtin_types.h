@@ -1,2 +1,2 @@
-/* builtin_types.h: CUPTI's headers include this header of the CUDA runtime, and need none of its types. The runtime's
- * own needs headers of the CUDA compiler (crt/), which torch does not install. */
+/* builtin_types.h: replaces the header of this name of the CUDA runtime, which CUPTI's headers include without a need
+ * for its types. The original needs headers of the CUDA compiler (crt/), which torch does not install. */

@@ -92,7 +92,7 @@ static int by_begin(const void *a, const void *b)
     return (one->begin > other->begin) - (one->begin < other->begin);
 }
 
-/* Sorts the intervals from `first` on, and unites them with each other and with those before them. */
+/* Sort the intervals from `first` on, and unite them with each other and with earlier intervals. */
 static void unite(size_t first)
 {
     if (first == count) return;
@@ -166,7 +166,7 @@ static bool start(void)
     return result == CUPTI_SUCCESS;
 }
 
-/* Returns 1 also after a failure: the program runs without records, and its file does not say that it has ended. */
+/* Return 1 also after a failure: the program then runs without records, and `has_ended` stays 0 in its file. */
 int InitializeInjection(void)
 {
     char path[4096];

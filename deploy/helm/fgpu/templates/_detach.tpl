@@ -1,4 +1,4 @@
-{{/* Runs instead of agent and gatekeeper: removes what they leave on a node, and again if one of them still ran. */}}
+{{/* Runs instead of agent and gatekeeper: removes what they leave on a node, repeatedly, since one may still run. */}}
 {{- define "fgpu.detach" -}}
 containers:
   - name: detach
@@ -22,7 +22,7 @@ containers:
       {{- include "fgpu.unconfined" . | nindent 6 }}
       capabilities:
         drop: [ALL]
-        # The same as the agent's. The gatekeeper also runs as root, which needs no capability.
+        # Those of the agent without KILL and SYS_NICE. No capability is needed to stop the gatekeeper, which runs as root.
         add: [DAC_READ_SEARCH, SYS_ADMIN, SYS_PTRACE]
     resources: {{- toYaml .Values.agent.resources | nindent 6 }}
     readinessProbe:

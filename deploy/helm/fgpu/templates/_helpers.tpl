@@ -14,7 +14,7 @@ app.kubernetes.io/managed-by: {{ .Release.Service }}
 helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version }}
 {{- end }}
 
-{{/* The rights of all containers: root, because root owns the pins and the processes; only the named capabilities. */}}
+{{/* The rights of all containers: root, because root owns pins and processes, with only the named capabilities. */}}
 {{- define "fgpu.security" -}}
 runAsUser: 0
 runAsGroup: 0
