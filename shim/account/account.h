@@ -28,6 +28,7 @@ HIDDEN bool fgpu_context_is_known(CUcontext context);   /* the same, or a primar
 
 /* -- device.c */
 HIDDEN bool fgpu_current(CUdevice *device);                                      /* the device of the current context */
+HIDDEN CUcontext fgpu_current_context(void);                                     /* NULL: there is none */
 HIDDEN int fgpu_index(const struct fgpu_control_page *control, CUdevice device); /* the ledger's index, or -1 */
 HIDDEN int fgpu_index_of_uuid(const struct fgpu_control_page *control, const uint8_t uuid[16]);
 HIDDEN bool fgpu_is_device(CUdevice ordinal);

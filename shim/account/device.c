@@ -116,3 +116,13 @@ bool fgpu_current(CUdevice *device)
     errno = saved;
     return known;
 }
+
+CUcontext fgpu_current_context(void)
+{
+    __typeof__(&cuCtxGetCurrent) get = REAL(cuCtxGetCurrent);
+    CUcontext context = NULL;
+    int saved = errno;
+    bool known = get && get(&context) == CUDA_SUCCESS;
+    errno = saved;
+    return known ? context : NULL;
+}

@@ -27,7 +27,6 @@ HIDDEN void fgpu_rest_context(struct fgpu_rest rest, CUresult result, CUcontext 
 HIDDEN void fgpu_rest_event(struct fgpu_rest rest, CUresult result, CUevent event);
 HIDDEN void fgpu_event_recorded(struct fgpu_rest rest, CUresult result, CUevent event, CUstream stream,
                                 bool per_thread);
-HIDDEN CUcontext fgpu_current_context(void);
 
 /* -- gate.c */
 HIDDEN bool fgpu_is_gated(void); /* on any device; takes a few nanoseconds, and makes no driver call */

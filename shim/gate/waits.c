@@ -2,24 +2,12 @@
  * waits.c: calls by which a program waits for work or queries it, and the events that it records for that. An event
  * that was recorded while no device was gated, or whose entry was overwritten, proves nothing.
  */
-#include <errno.h>
-
 #include "base/own.h"
 #include "gate/gate.h"
 
 #define WAITED_NS 10000ULL /* a call that really waited takes at least this long */
 
 static struct fgpu_own *const own = &fgpu_own_page.own;
-
-CUcontext fgpu_current_context(void)
-{
-    __typeof__(&cuCtxGetCurrent) get = REAL(cuCtxGetCurrent);
-    CUcontext context = NULL;
-    int saved = errno;
-    bool known = get && get(&context) == CUDA_SUCCESS;
-    errno = saved;
-    return known ? context : NULL;
-}
 
 /* -- events of the program */
 
