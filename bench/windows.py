@@ -129,6 +129,11 @@ def alone(program: Program, what: str) -> float:
     return sum(counts([program], what, 2 * WINDOW_SECONDS)[0].steps)
 
 
+def most_of(what: str, cases: list[str]) -> int:
+    """Return the largest number of programs in a case of this kind."""
+    return max(case.count(":") + 1 for case in cases if case.split()[0] == what)
+
+
 def work_of(done: list[Done], by_itself: list[float]) -> float:
     """Return the sum of the work of programs that ran at the same time. `by_itself`: the steps of each alone."""
     return sum(sum(one.steps) / rate / len(one.steps) for one, rate in zip(done, by_itself, strict=True))
@@ -201,9 +206,10 @@ def measure(cases: list[str], seconds: int, starts: int) -> tuple[Lines, dict[st
     results: dict[str, list[Result]] = {case: [] for case in cases}
     for number in range(starts):
         with ending() as programs:
-            names = [f"w-{n}" for n in range(max(case.count(":") for case in cases) + 1)]
+            names = [f"w-{n}" for n in range(max(most_of(what, cases) for what in kinds))]
             programs += started(names, LIMIT, kinds)
-            by_itself = {what: [alone(program, what) for program in programs] for what in kinds}
+            by_itself = {what: [alone(program, what) for program in programs[: most_of(what, cases)]] for what in kinds}
+            print(f"# alone in a tenant: {by_itself}", flush=True)
             if number == 0:
                 for what in kinds:
                     found[f"windows_{what}_alone"] = (by_itself[what][0] / unmanaged[what], "of no tenant")
