@@ -255,10 +255,10 @@ def test_a_file_that_cannot_be_probed_does_not_prevent_other_probes_and_is_repor
         settled(looks, lambda n=n: looks.refusals == n + 1 and stage.attached)
     assert stage.attached == [str(good)]
     assert looks.unprobed() == {pids[0]}
-    assert looks.reasons() == {pids[0]: "whatever a file makes of us"}
+    assert looks.reasons() == {pids[0]: "an unexpected error of a file"}
     assert looks.refusals == 3
     (said,) = [record.getMessage() for record in caplog.records if "not probed" in record.getMessage()]
-    assert "whatever a file makes of us" in said
+    assert "an unexpected error of a file" in said
     assert "\n" not in said
 
 
