@@ -23,6 +23,7 @@ import pynvml
 from bench.gpu.claims import GRANULE, PYTHON, Sampler, Skip, need, say
 from bench.gpu.runtimes import runtimes
 from bench.gpu.views import views
+from bench.gpu.ways import entries, hidden, lookups
 from bench.lib import nvml
 from tests.support.commands import fgpu
 from tests.support.host import BUILD, DRIVER_ROOT, FGPU, GIB, MIB, REFUSED
@@ -299,7 +300,23 @@ def freed(service: Service, place: Place) -> None:
 
 CLAIMS: dict[str, Callable[[Service, Place], None]] = {
     claim.__name__: claim
-    for claim in (start, views, runtimes, fill, torch, jax, pair, race, kills, restarts, orphan, freed)
+    for claim in (
+        start,
+        views,
+        runtimes,
+        fill,
+        torch,
+        jax,
+        pair,
+        race,
+        kills,
+        restarts,
+        orphan,
+        freed,
+        lookups,
+        hidden,
+        entries,
+    )
 }
 
 

@@ -21,7 +21,7 @@ from tests.support.tenant import Tenant
 SIZES = (2 * GIB, 4 * GIB, 8 * GIB, 12 * GIB, 3 * GIB // 2)
 OUT_OF_MEMORY = 2  # cudaErrorMemoryAllocation
 RUNTIME = """
-import ctypes, sys
+import ctypes, os, sys
 runtime = ctypes.CDLL(sys.argv[1])
 version, free, total, at = ctypes.c_int(), ctypes.c_size_t(), ctypes.c_size_t(), ctypes.c_void_p()
 assert not runtime.cudaRuntimeGetVersion(ctypes.byref(version))
@@ -33,7 +33,7 @@ TORCH = "import torch; print(torch.cuda.mem_get_info()[1])"
 NUMBA = "from numba import cuda; print(cuda.current_context().get_memory_info()[1])"
 
 
-def _runtimes() -> list[str]:
+def installed() -> list[str]:
     """Return the paths of all installed files of libcudart, without duplicates."""
     said = subprocess.run(
         [PYTHON, str(Path(__file__).parents[1] / "lib/cudart.py")], capture_output=True, text=True, check=True
@@ -66,7 +66,7 @@ def _checks(one: Tenant, limit: int, runtimes: list[str]) -> None:
 
 def runtimes(service: Service, place: Place) -> None:
     """Check a limit of every size with nvidia-smi, each runtime, torch and numba, in a tenant with a pid namespace."""
-    found = _runtimes()
+    found = installed()
     if not found:
         raise Skip("no libcudart here")
     for limit in SIZES:

@@ -1,0 +1,108 @@
+"""The claims `lookups`, `hidden` and `entries`: limits hold for unusual programs and containers.
+
+The programs are those of the end-to-end tests; here they use the real driver.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import time
+from pathlib import Path
+
+from bench.gpu.claims import GRANULE, need, say
+from bench.gpu.runtimes import OUT_OF_MEMORY, RUNTIME, installed
+from bench.lib import nvml
+from tests.support.commands import fgpu
+from tests.support.host import BUILD, DRIVER_ROOT, GIB, KIB, MIB, REFUSED, ROOT
+from tests.support.place import Place
+from tests.support.service import Service
+from tests.support.tenant import Client, Program, Tenant
+
+LIMIT = 2 * GIB
+ALLOCATIONS = 262_144  # the most that one workload can have, by default
+PLUGINS = {  # how the plugin is opened; the flags that it is compiled with
+    "plain": ("plain", []),
+    "deep-bound": ("deep", []),
+    "deep-bound, opens the driver": ("deep", ["-DOPENS"]),
+    "deep-bound, next definition": ("deep", ["-DNEXT"]),
+    "next definition": ("plain", ["-DNEXT"]),
+}
+DEEP = RUNTIME.replace("ctypes.CDLL(sys.argv[1])", "ctypes.CDLL(sys.argv[1], os.RTLD_NOW | os.RTLD_DEEPBIND)")
+
+
+class _Opener(Client):
+    """The program tests/programs/opener.c with one plugin."""
+
+    def __init__(self, tenant: Tenant, command: str) -> None:
+        Program.__init__(self, tenant, "opener", command)
+        tenant._programs.append(self)
+        self._hello()
+
+
+def _compiled(out: Path, flags: list[str]) -> Path:
+    source, headers = ROOT / "tests/programs/opener.c", BUILD / "headers"
+    subprocess.run(["gcc", "-std=gnu11", "-w", f"-I{headers}", "-o", out, source, *flags], check=True, timeout=60)
+    return out
+
+
+def _driver() -> str:
+    """Return the path of libcuda that the dynamic loader finds."""
+    said = subprocess.run(["ldconfig", "-p"], capture_output=True, text=True, check=True).stdout
+    return next(line.split()[-1] for line in said.splitlines() if line.split()[:1] == ["libcuda.so.1"])
+
+
+def lookups(service: Service, place: Place) -> None:
+    """Check the limit of programs that look up the driver in ways that pass over the shim's exports."""
+    for name, (mode, flags) in PLUGINS.items():
+        one = place.tenant(LIMIT)
+        opener = _compiled(one.folder / "opener", ["-ldl"])
+        plugin = _compiled(
+            one.folder / "plugin.so", ["-shared", "-fPIC", "-DPLUGIN", *flags, "-Wl,--no-as-needed", _driver()]
+        )
+        client = _Opener(one, f"{opener} {mode} {plugin}")
+        need(client.do(f"alloc {100 * MIB}").startswith("ok"), f"{name}: memory within the limit")
+        free, total = client.ok("info")
+        need(total == LIMIT, f"{name}: shows {LIMIT} bytes")
+        need(client.do(f"alloc {free + GRANULE}") == f"CUDA_ERROR_{OUT_OF_MEMORY}", f"{name}: no memory beyond it")
+        need(client.do(f"alloc {free}").startswith("ok"), f"{name}: all of the rest")
+        need(one.memory()["peak_bytes"] <= LIMIT, f"{name}: peak within the limit")
+        place.end(one)
+    one = place.tenant(LIMIT)
+    (one.folder / "deep.py").write_text(DEEP)
+    for path in installed():
+        said = [int(word) for word in one.run(f"{shutil.which('python3')} deep.py {path}", 60).split()]
+        need(said[1:] == [LIMIT, 0, OUT_OF_MEMORY], f"{Path(path).name}, deep-bound: {said}")
+
+
+def hidden(service: Service, place: Place) -> None:
+    """Check that a program whose /run is hidden gets no memory, and that `fgpu doctor` names the mount."""
+    one = place.tenant(LIMIT)
+    (one.folder / "sandbox").write_text('mount -t tmpfs none /run\nexec "$@"\n')
+    client = one.client(before=f"unshare -m sh -e {one.folder}/sandbox")
+    need(client.do("context") == REFUSED, "no memory where /run is hidden")
+    need(client.do(f"alloc {GRANULE}") == REFUSED, "still none at the second request")
+    need(nvml.bytes_of({client.pid}) == 0, "the process holds no memory")
+    need("is hidden from this program" in client.complaints(), "the program's stderr has the reason")
+    service.kill_agent()
+    service.start_agent()
+    checks = json.loads(fgpu("doctor", "--json", "--driver-root", DRIVER_ROOT, check=False).stdout)
+    found = next(check["found"] for check in checks if check["name"] == "mounts")
+    need("a mount hides /run/fgpu/shim" in found, f"fgpu doctor: {found}")
+
+
+def entries(service: Service, place: Place) -> None:
+    """Fill a tenant with as many small allocations as one workload can have, and free them."""
+    one = place.tenant(60 * GIB)
+    client = one.client()
+    client.ok("context")
+    begun = time.monotonic()
+    made = client.ok(f"fill {64 * KIB} 0", 300)[0]
+    say("small_allocations", made)
+    say("each", f"{(time.monotonic() - begun) / made * 1e6:.2f}", "us")
+    need(ALLOCATIONS - 1024 < made <= ALLOCATIONS, f"{made} of {ALLOCATIONS} allocations are granted")
+    need(one.memory()["used_bytes"] < 60 * GIB, "the limit has room left")
+    need("too many allocations" in client.complaints(), "the program's stderr has the reason")
+    need(client.do(f"drop {made}", 300).startswith("ok"), "all are freed")
+    need(client.do(f"alloc {GRANULE}").startswith("ok"), "one more is granted after that")
