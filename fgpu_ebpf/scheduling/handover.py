@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable
 
+from fgpu_ebpf import abi
 from fgpu_ebpf.scheduling.state import Place, Turn
 
 
@@ -18,8 +19,11 @@ def next_begins_ns(running: Iterable[Place], devices: Collection[int], now_ns: i
     begins_ns = now_ns
     for place in running:
         if place.turn and not place.turn.handed_ns and not place.turn.devices.isdisjoint(devices):
-            place.turn.handed_ns = now_ns + place.flight_ns(now_ns)
-            begins_ns = max(begins_ns, place.turn.handed_ns)
+            handed_ns = now_ns + place.flight_ns(now_ns)
+            place.turn.handed_ns, begins_ns = handed_ns, max(begins_ns, handed_ns)
+            # The device divides its time between the last work of this turn and the first work of the next turn, so
+            # the drain may take longer. No other tenant waits for its end any more.
+            place.turn.deadline_ns = max(place.turn.deadline_ns, handed_ns + abi.BUDGET_NS)
     return begins_ns
 
 

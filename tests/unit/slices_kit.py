@@ -144,11 +144,13 @@ class World:
     """Devices that run the kernels of all tenants one after another."""
 
     def __init__(
-        self, *tenants: Tenant, outer: dict[int, Share] | None = None, inside: dict[int, list[int]] | None = None
-    ) -> None:
+        self, *tenants: Tenant, outer: dict[int, Share] | None = None, inside: dict[int, list[int]] | None = None,
+        slice_ns: int = 0,
+    ) -> None:  # fmt: skip
         """Initialize the devices.
 
         `outer` are levels without programs of their own. `inside` has the levels around a tenant, innermost first.
+        `slice_ns`: how long a launch delays the kernels that other tenants have in flight on the same device.
         """
         self.tenants = {tenant.key: tenant for tenant in tenants}
         self.turns = Turns()
@@ -157,6 +159,7 @@ class World:
         for key, levels in (inside or {}).items():
             self.turns.nest(key, levels, self.now)
         self.free_at: dict[int, int] = {}
+        self.slice_ns = slice_ns
         self.bell: int | None = self.now
         self.rung = set(self.tenants)
         self.nvml = dict.fromkeys(self.tenants, 0)
@@ -258,6 +261,7 @@ class World:
                     break
                 tenant.steps.owed -= 1
             start = max([self.now, *(self.free_at.get(device, 0) for device in tenant.devices)])
+            self._delay_others(tenant)
             for device in tenant.devices:
                 self.free_at[device] = start + tenant.kernel_ns
             tenant.flights.append(start + tenant.kernel_ns)
@@ -266,6 +270,11 @@ class World:
             tenant.rested_ns += rest_ns if rest_ns >= REST_NS else 0
             tenant.wanted_ns = self.now
         return min(tenant.flights, default=self.now + 1)
+
+    def _delay_others(self, tenant: Tenant) -> None:
+        for other in self.tenants.values() if self.slice_ns else ():
+            if other is not tenant and not other.devices.isdisjoint(tenant.devices):
+                other.flights = [end + self.slice_ns for end in other.flights]
 
     def _begin_to_wait(self, tenant: Tenant) -> None:
         tenant.waiting, tenant.waited_from, tenant.wanted_ns = True, self.now, self.now

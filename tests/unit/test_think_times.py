@@ -108,6 +108,15 @@ def test_no_turn_passes_with_work_in_flight() -> None:
     assert [place.counts.overruns for place in it.turns.places.values()] == [0, 0]
 
 
+def test_no_turn_overruns_because_the_next_turn_delays_its_last_kernel() -> None:
+    """The first launch of the next turn takes 2 ms of the device from the last kernel of a turn."""
+    it = World(Tenant(1, kernel_ns=13 * MS), Tenant(2, kernel_ns=13 * MS), slice_ns=2 * MS)
+    for _ in range(8000):
+        it.run(0.0005)  # begins with a step, so no deadline passes unnoticed
+    assert it.counted() > 100
+    assert [place.counts.overruns for place in it.turns.places.values()] == [0, 0]
+
+
 @settings(max_examples=12, deadline=None, derandomize=True, phases=(Phase.explicit, Phase.generate))
 @given(
     st.lists(st.integers(1, 8), min_size=1, max_size=8),
