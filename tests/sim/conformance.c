@@ -188,6 +188,7 @@ int main(int argc, char **argv)
                     {"green", check_green},
                     {"lists", check_lists},
                     {"forked", check_forked},
+                    {"records", check_records},
                     {"relaxed", check_relaxed},
                     {"lost", check_lost_graphs},
                     {"asides", check_asides},

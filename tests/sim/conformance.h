@@ -21,6 +21,8 @@ PER_THREAD(cuStreamBeginCaptureToGraph);
 PER_THREAD(cuStreamEndCapture);
 PER_THREAD(cuStreamSynchronize);
 PER_THREAD(cuStreamQuery);
+PER_THREAD(cuEventRecord);
+PER_THREAD(cuEventRecordWithFlags);
 PER_THREAD(cuStreamGetDevice);
 PER_THREAD(cuGraphInstantiateWithParams);
 PER_THREAD(cuGraphUpload);
@@ -62,6 +64,7 @@ void check_nvml(void);
 void check_events(void);
 void check_unready(void); /* before cuInit in any thread */
 void check_forked(void);
+void check_records(void);
 void check_contextless(void);
 void check_gone(void);
 void check_launches(void);

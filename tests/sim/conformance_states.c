@@ -188,12 +188,43 @@ static void ask_growth(void)
     TRY("cuGraphAddNode_v2", cuGraphAddNode_v2, &node, graph, NULL, NULL, 0, &any);
 }
 
+static void ask_records(CUevent event)
+{
+    TRY("cuEventRecord", cuEventRecord, event, NULL);
+    TRY("cuEventRecord_ptsz", cuEventRecord_ptsz, event, NULL);
+    TRY("cuEventRecordWithFlags", cuEventRecordWithFlags, event, NULL, CU_EVENT_RECORD_DEFAULT);
+    TRY("cuEventRecordWithFlags_ptsz", cuEventRecordWithFlags_ptsz, event, NULL, CU_EVENT_RECORD_DEFAULT);
+}
+
 void check_unready(void)
 {
     section("unready");
     ask_all();
+    ask_records(NULL);
     ask_frees();
     ask_growth();
+}
+
+/* The four ways to record an event: without a context, and without an event. */
+void check_records(void)
+{
+    section("records.none");
+    CUcontext context = NULL;
+    CUevent event = NULL;
+    CALL(cuInit, 0);
+    ask_records(NULL);
+    CALL(cuDevicePrimaryCtxRetain, &context, 0);
+    CALL(cuCtxSetCurrent, context);
+    section("records.null");
+    ask_records(NULL);
+    CALL(cuEventCreate, &event, CU_EVENT_DISABLE_TIMING);
+    section("records.event");
+    ask_records(event);
+    TRY("unknown_flags", cuEventRecordWithFlags, event, NULL, 1u << 31);
+    TRY("wait", cuEventSynchronize, event);
+    TRY("query", cuEventQuery, event);
+    CALL(cuEventDestroy_v2, event);
+    CALL(cuDevicePrimaryCtxRelease_v2, 0);
 }
 
 void check_forked(void)
