@@ -338,8 +338,8 @@ class Fields(Mapping[str, Any]):
 
 
 _VIEWS = frozenset({
-    Refusal, ComputeView, TenantDevice, ProcessView, OrphanView, TenantView, DeviceView, SlicesView, PoliciesView,
-    EngineView, LibraryView, MapView, UnmanagedView, UsageView,
+    Refusal, Shortfall, ComputeView, TenantDevice, ProcessView, OrphanView, TenantView, DeviceView, SlicesView,
+    PoliciesView, EngineView, LibraryView, MapView, UnmanagedView, UsageView,
 })  # fmt: skip
 
 

@@ -38,7 +38,6 @@ OF_PART = {  # suites by the beginning of a path; the first match counts
     "shim/": ("e2e", "gatekeeper", "shim", "standalone"),
     "sim/": ("bpf", "e2e", "shim", "sim"),
     "tests/programs/": ("e2e", "shim"),
-    "tests/support/": (),  # by imports
     "": ("docs",),
 }
 
@@ -65,7 +64,7 @@ def broken_by(paths: list[str]) -> list[str]:
         if module in graph.modules:
             for user in (module, *graph.find_downstream_modules(module)):
                 found |= _tests_of(user)
-        if parts[0] != "tests":
+        if parts[0] != "tests" or path.startswith("tests/programs/"):
             suites = next(suites for part, suites in OF_PART.items() if path.startswith(part))
             found |= {f"tests/{suite}" for suite in suites}
         elif (len(parts) > 2 and module not in graph.modules) or path.endswith(("conftest.py", "_kit.py")):

@@ -176,6 +176,7 @@ def add(file: Path, amounts: Amounts) -> None:
         columns = {name for _, name, *_ in store.execute("PRAGMA table_info(owners)")}
         store.executescript(_UPGRADE if columns and "around" not in columns else _TABLES)
         store.execute(f"PRAGMA user_version = {VERSION}")
+        file.chmod(0o600)
         store.executemany(
             _ADD, ((p.period, _id(store, p.owner), p.gpu, p.source, *used) for p, used in amounts.items())
         )
@@ -183,7 +184,6 @@ def add(file: Path, amounts: Amounts) -> None:
         if rows > MOST_ROWS:
             store.execute(_TRIM, (rows - MOST_ROWS * 9 // 10,))
             store.execute(_FORGET)
-    file.chmod(0o600)
 
 
 def _id(store: sqlite3.Connection, owner: Owner) -> int:

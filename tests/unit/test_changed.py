@@ -16,6 +16,7 @@ from tests.changed import ALWAYS, broken_by
         ("tests/support/wait.py", {"tests/e2e/test_limit.py", "tests/gatekeeper/test_hello.py"}, {"tests/unit"}),
         ("tests/e2e/conftest.py", {"tests/e2e"}, {"tests/bpf"}),
         ("shim/core/driver.c", {"tests/shim", "tests/e2e"}, {"tests/page"}),
+        ("tests/programs/client.c", {"tests/e2e", "tests/shim"}, {"tests/page"}),
         ("docs/policy.md", {"tests/docs"}, {"tests/e2e"}),
         ("README.md", {"tests/docs"}, {"tests/e2e"}),
         ("dev", {"tests"}, set()),

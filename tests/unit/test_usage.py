@@ -222,6 +222,18 @@ def test_amounts_that_cannot_be_written_are_written_later(tmp_path, caplog):
     assert caplog.text.count("cannot be written") == 1
 
 
+def test_a_file_whose_mode_cannot_be_set_gets_no_amounts(tmp_path, monkeypatch):
+    """The amounts will be added again, so they must not have been added."""
+    file = tmp_path / "usage.db"
+    with monkeypatch.context() as patched:
+        patched.setattr(type(file), "chmod", lambda *_: (_ for _ in ()).throw(PermissionError("not permitted")))
+        with pytest.raises(PermissionError):
+            usage_store.add(file, used())
+    assert not list(usage_store.read(0, file))
+    usage_store.add(file, used())
+    assert usage_store.grouped(usage_store.read(0, file), "tenant")["alice"]["turns"].run == 1.0
+
+
 def test_a_missing_or_invalid_store_is_reported(tmp_path):
     file = tmp_path / "usage.db"
     file.write_bytes(b"no database at all, but longer than a header of one would be" * 20)
