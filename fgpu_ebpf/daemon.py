@@ -102,7 +102,7 @@ def serve(options: Options) -> None:
             sd_notify.ready(f"{devices} devices")
             service.run()
     except PermissionError as error:
-        raise AgentError(f"{error}: give the agent all capabilities that docs/security.md lists") from error
+        raise AgentError(f"{error}: give the agent all capabilities that docs/rights.md lists") from error
     finally:
         sd_notify.stopping()
         service.stop()
