@@ -77,7 +77,7 @@ class Agent:
         self._lock_file = startup.take_lock(settings.run_dir)
         raise_descriptor_limit()
         files = driver_files(settings.driver_root)
-        attached = startup.attach(settings, self.mark)
+        attached = startup.attach(settings, self.mark, self.gatekeeper.start)
         driver = attached.driver
         self.failed_checks |= driver.failed_checks
         self.gatekeeper.start(driver.layout_changed)

@@ -52,13 +52,15 @@ class GatekeeperProcess:
         self.is_missed = False  # no gatekeeper runs; set by keep()
 
     def start(self, layout_changed: bool = False) -> None:
-        """Start a gatekeeper, unless one runs that a service or an earlier agent has started.
+        """Start a gatekeeper, unless this agent, a service or an earlier agent has started one that runs.
 
         Args:
             layout_changed: a running gatekeeper may be of a version that understands no hello of this version's shims.
                 Such a gatekeeper is stopped, and its service starts another.
         """
         self._seen = time.monotonic()
+        if self._child and self._child.poll() is None:
+            return
         if layout_changed and file_locks.is_locked(self._lock) and _hangs_up(self._run_dir / "shim/shim.sock"):
             log.warning("the running gatekeeper has another layout of shared pages than this agent: the agent stops it")
             end_any(self._run_dir)

@@ -47,11 +47,13 @@ def take_lock(run_dir: Path) -> file_locks.FileLock:
     return lock
 
 
-def attach(settings: Settings, mark: Callable[[str], None]) -> Attached:
+def attach(settings: Settings, mark: Callable[[str], None], start_gatekeeper: Callable[[], None]) -> Attached:
     """Load the BPF programs and attach all probes. The steps that need no program run while programs are compiled.
 
     Args:
         mark: called with the name of each part of the start that is done.
+        start_gatekeeper: called early if the programs and maps of this version are pinned already. Then the gatekeeper
+            starts at the same time as the agent. Otherwise it could open maps that this agent replaces.
 
     Raises:
         AgentError: the text names the missing requirement, and its fix.
@@ -59,6 +61,8 @@ def attach(settings: Settings, mark: Callable[[str], None]) -> Attached:
     try:
         libraries = host_driver.libcuda(settings.driver_root)
         loading = programs.Loading(settings.sources, settings.pins, settings.loader)
+        if not loading.begun:
+            start_gatekeeper()
         try:
             prepared = host_driver.prepare(
                 settings.driver_root, libraries, settings.shim, settings.store, settings.pins, loading, mark

@@ -55,6 +55,14 @@ def test_a_gatekeeper_that_exits_during_the_agent_s_start_is_replaced(world, mon
     assert not world.keeper.wait(), "wait() succeeded without a gatekeeper"
 
 
+def test_an_own_gatekeeper_that_has_no_lock_yet_is_not_started_again(world, monkeypatch):
+    world.is_locked, runs = False, SimpleNamespace(poll=lambda: None)
+    monkeypatch.setattr(gatekeeper_process.subprocess, "Popen", lambda *_, **__: runs)
+    world.keeper.start()
+    monkeypatch.setattr(gatekeeper_process.subprocess, "Popen", lambda *_, **__: pytest.fail("a second gatekeeper"))
+    world.keeper.start()
+
+
 def test_a_gatekeeper_is_up_if_its_lock_is_held_and_its_socket_exists(tmp_path):
     socket = tmp_path / "shim/shim.sock"
     socket.parent.mkdir()
