@@ -49,7 +49,7 @@ def _by(_: click.Context, __: click.Parameter, text: str) -> str:
 
 @examples("fgpu usage --since 30d", "fgpu usage --by label:team --csv")
 @click.command()
-@click.option("--since", default="7d", show_default=True, callback=_span, help="Period up to now: 90m, 12h or 7d.")
+@click.option("--since", default="7d", show_default=True, callback=_span, help="Period up to now, e.g. 90m, 12h or 7d.")
 @click.option(
     "--by", default="tenant", show_default=True, callback=_by, help="Group by tenant, namespace, user or label:NAME."
 )

@@ -84,7 +84,7 @@ def check(run_dir: Path, folder: Path = FOLDER) -> Check | None:
         return Check("device plugin", False, host.fault, "edit profiles: in agent.yaml, then restart the agent")
     silent = [share for share in host.shares if not _accepts(place(folder, share))]
     if silent:
-        fix = "start fgpu device-plugin next to every kubelet; its log has the reason if it does not start"
+        fix = "start fgpu device-plugin next to every kubelet; if it does not start, the plugin's log has the reason"
         return Check("device plugin", False, f"no device plugin offers {', '.join(silent)}", fix)
     return Check(
         "device plugin", True, ", ".join(f"{PREFIX}/{share}: {len(host.slots(share))}" for share in host.shares)
@@ -153,7 +153,7 @@ class _Plugin:
             return
         if host.count() >= MOST_SLOTS:
             text = f"{host.count()} slots are too many for kubelet (fewer than {MOST_SLOTS} are allowed)"
-            raise PluginError(f"{text}: lower counts of profiles in agent.yaml")
+            raise PluginError(f"{text}: reduce the counts of profiles in agent.yaml")
         self._take(host)
 
     def _without_agent(self, text: str, now: float) -> None:

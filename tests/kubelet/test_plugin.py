@@ -316,7 +316,7 @@ def sizes(count: int) -> str:
         (
             sizes(125),
             "fgpu: 1000 slots are too many for kubelet (fewer than 1000 are allowed): "
-            "lower counts of profiles in agent.yaml",
+            "reduce the counts of profiles in agent.yaml",
         ),
         ("[{share: 10gib, count: 2}]", "fgpu.kubelet: profiles: 2 of 10gib would take 20GiB of "),
         ("[]", "fgpu.kubelet: the agent offers nothing: list profiles in agent.yaml, and restart the agent"),
