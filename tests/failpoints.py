@@ -46,7 +46,7 @@ def before(holder: Any, name: str, wanted: Judge = lambda *_, **__: True) -> Non
 
 
 def after(holder: Any, name: str) -> None:
-    """Kill the process after the first call. Raise AttributeError if there is no such function."""
+    """Kill the process when the function has returned for the first time. Raises AttributeError if there is none."""
     function = getattr(holder, name)
 
     @functools.wraps(function)

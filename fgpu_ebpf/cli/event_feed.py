@@ -1,7 +1,8 @@
 """The events of `fgpu events`, across restarts of the agent.
 
 This module runs in the process of the command. Each agent numbers its events from 1. After a failed request, another
-agent may answer the next request. All events of its log that are later than the last known event are then new.
+agent may answer the next request. Then all events in that agent's log that are later than the last known event are
+new.
 """
 
 from __future__ import annotations

@@ -107,7 +107,7 @@ class Nvml:
         return sorted(found, key=lambda device: device.index), missing
 
     def _device(self, number: int) -> Device | None:
-        """Return a new device; None: it already has a handle, or no ledger index is free. Raises NVMLError."""
+        """Return a new device, or None if the device has a handle or no ledger index is free. Raises NVMLError."""
         handle = pynvml.nvmlDeviceGetHandleByIndex(number)
         uuid = uuid_bytes(str(pynvml.nvmlDeviceGetUUID(handle)))
         index = device_indexes.index_of(uuid, number, self._known, self._handles)

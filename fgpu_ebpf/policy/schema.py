@@ -83,7 +83,7 @@ class Selector(Model):
 
 
 class Memory(Model):
-    """The limit on each device, and how far the workload's own label fgpu.dev/memory may go."""
+    """The limit on each device, and the most that the workload's own label fgpu.dev/memory may request."""
 
     limit: Bytes = Field(
         description="The most on each device. A percentage is a part of the memory for tenants, rounded down to 2 MiB.",

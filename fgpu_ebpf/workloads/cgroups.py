@@ -153,7 +153,7 @@ class Workloads:
 
 
 def is_of_run(path: str) -> bool:
-    """Return whether a cgroup was made for `fgpu run`, by its path."""
+    """Return whether this is the path of a cgroup that was made for `fgpu run`."""
     return os.path.dirname(path) == f"/{RUN_FOLDER}"
 
 

@@ -38,7 +38,7 @@ def test_a_flood_of_one_level_loses_no_event_of_its_neighbour(kernel, events, ma
 
 @pytest.mark.parametrize(("code", "holds"), [(201, 0), (0, 4096 * MIB)])
 def test_an_unadmitted_call_that_does_not_fit_refuses_no_other_request(kernel, make_level, make_client, code, holds):
-    """A tenant may repeat a failing call without a request for ever. Only memory that the driver returns is charged."""
+    """A tenant may make any number of failing calls unadmitted. Only memory that the driver returns is charged."""
     group = make_level(1024 * MIB)
     one, other = make_client(make_level(512 * MIB, parent=group)), make_client(make_level(512 * MIB, parent=group))
     one("linger(1)")

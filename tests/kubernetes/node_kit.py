@@ -102,7 +102,7 @@ class Container:
 
     @property
     def pid(self) -> int:
-        """Return the pid of its first process."""
+        """Return the pid of the container's first process."""
         answer = self.node.ask("ContainerStatus", message((1, self.id), (2, 1)))
         for number, value in fields(answer):
             if number == 2 and dict(fields(value)).get(1) == b"info":

@@ -142,7 +142,7 @@ def test_managed_memory_stays_until_the_last_close(machine: Machine, way: str) -
 
 
 def test_managed_memory_without_room_stays_on_the_host(make_machine: Callable[..., Machine]) -> None:
-    """Its use is no error. The memory moves to the device once there is room."""
+    """Using this memory is no error. The memory moves to the device once there is room."""
     machine = make_machine(FGPU_SIM_MEMORY="4GiB")
     script = """
 ballast = alloc((info()[0] - (64 << 20)) >> 21 << 21); at = managed(100); before = taken()

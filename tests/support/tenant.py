@@ -42,14 +42,14 @@ class Program:
         self._in = eventually(lambda: _open_writer(ends[0]), 30, f"{command} in {tenant.name}")
 
     def send(self, line: str) -> None:
-        """Write one line to its stdin."""
+        """Write one line to the program's stdin."""
         try:
             os.write(self._in, line.encode() + b"\n")
         except BrokenPipeError as error:
             raise AssertionError(f"the program has exited before {line!r}: {self.complaints()}") from error
 
     def receive(self, seconds: float = 20) -> str:
-        """Return one line of its stdout."""
+        """Return one line of the program's stdout."""
         deadline = time.monotonic() + seconds
         while b"\n" not in self._left:
             if not self._more(deadline - time.monotonic()):

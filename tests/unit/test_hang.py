@@ -61,7 +61,7 @@ def test_the_kernel_stack_of_a_program_without_python_is_printed() -> None:
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root: it reads the stacks of other processes")
 def test_the_stack_of_a_process_that_blocks_in_the_kernel_is_printed() -> None:
-    """A parent of vfork() waits in uninterruptible sleep until its child has ended. Its name is not in UTF-8."""
+    """A parent of vfork() sleeps uninterruptibly until its child has ended. The parent's name is not in UTF-8."""
     with subprocess.Popen([sys.executable, "-c", VFORKS], start_new_session=True) as program:
         try:
             eventually(lambda: any(f"/proc/{program.pid}/" in text for text in hang.uninterruptible()), 10, "a stack")

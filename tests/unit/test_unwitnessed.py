@@ -35,7 +35,7 @@ def child() -> Iterator[subprocess.Popen[bytes]]:
 
 
 def unwitnessed() -> Unwitnessed:
-    """Return an instance that ran once before any process existed."""
+    """Return an Unwitnessed whose `find` has run once, without processes."""
     made = Unwitnessed({0: CONTEXT}, MODULES)
     assert made.find({}, ()) == {}
     return made
