@@ -55,7 +55,8 @@ class Reason(StrEnum):
     OTHER_LOADER = (
         "other_loader",
         f"the list that is mounted at {LIST} did not load the shim, and the program's loader is not a distribution's: "
-        f"Nix's loader reads {NIX_LIST} (create the container again), and other loaders may need LD_PRELOAD with the shim's path",
+        f"Nix's loader reads {NIX_LIST} (create the container again), and other loaders may need LD_PRELOAD with the "
+        "shim's path",
     )
     FOREIGN = (
         "foreign",
