@@ -34,7 +34,7 @@ from pathlib import Path
 from bench.lib import kernel_times
 from bench.lib.service import FGPU, ROOT, BenchError, agent, end_in_order
 from bench.lib.tenants import Program, ending, record
-from bench.windows import HEAD_START_NS, LIMIT, SLACK_SECONDS, started
+from bench.windows import HEAD_START_NS, LIMIT, SLACK_SECONDS, start
 
 LISTEN = "127.0.0.1:19427"
 STORE = Path("/var/lib/fgpu")
@@ -98,7 +98,7 @@ def measured(case: str, seconds: int, options: list[str], environment: list[str]
             with ending() as programs:
                 for name, load in zip(names, loads, strict=True):
                     recorded = [*environment, f"KERNELS_OUT={out}/{name}"]
-                    programs += started([name], LIMIT, [LOADS[load]], shares, recorded)
+                    start(programs, [name], LIMIT, [LOADS[load]], shares, recorded)
                 run(programs, loads, seconds)
             time.sleep(LAST_SECONDS)
         for number, name in enumerate(names, 1):

@@ -59,7 +59,7 @@ CASES = (
     "k20x4 3:1",
 )
 BY_TIME = "small"  # the kind of program with shares of time instead of steps
-PAUSED = ("small", "llm")  # the kinds whose speed with sleeps in between is measured
+PAUSED = ("small", "llm")  # the speed of these kinds with sleeps in between is measured
 Lines = dict[str, tuple[float, str]]
 
 
@@ -87,13 +87,14 @@ class Result:
     gatekeeper: float
 
 
-def started(
-    names: Sequence[str], limit: int | None, kinds: Sequence[str], options: Sequence[str] = (),
-    environment: Sequence[str] = (),
-) -> list[Program]:  # fmt: skip
+def start(
+    programs: list[Program], names: Sequence[str], limit: int | None, kinds: Sequence[str],
+    options: Sequence[str] = (), environment: Sequence[str] = (),
+) -> None:  # fmt: skip
     """Start programs, and wait until all of them are ready. Raises BenchError if there is no torch or no device.
 
     Args:
+        programs: the list that gets them, at once, so that its owner ends them whatever happens.
         names: the name of each program, and of its tenant.
         limit: the memory limit of each tenant in bytes. None: the programs are in no tenant.
         kinds: the kinds of steps that the programs are to make.
@@ -102,17 +103,11 @@ def started(
     """
     python, work = os.environ.get("TORCH_PYTHON", "python3"), ROOT / "bench/lib/windows_work.py"
     prefix = ["env", *environment] if environment else []
-    programs = [Program([*prefix, python, str(work), *kinds], limit, name, options) for name in names]
-    try:
-        for program in programs:
-            answer = program.hear(SLACK_SECONDS)
-            if answer != "ready":
-                raise BenchError(answer)
-    except BaseException:
-        for program in programs:
-            program.end()
-        raise
-    return programs
+    new = [Program([*prefix, python, str(work), *kinds], limit, name, options) for name in names]
+    programs += new
+    for program in new:
+        if (answer := program.hear(SLACK_SECONDS)) != "ready":
+            raise BenchError(answer)
 
 
 def counts(programs: list[Program], what: str, seconds: int) -> list[Done]:
@@ -187,7 +182,7 @@ def without_tenants(kinds: list[str]) -> tuple[Lines, dict[str, float]]:
     found: Lines = {}
     paused = [what for what in PAUSED if what in kinds]
     with ending() as programs:
-        programs += started(("w-alone", "w-beside"), None, [*kinds, *(f"{what}-paused" for what in paused)])
+        start(programs, ("w-alone", "w-beside"), None, [*kinds, *(f"{what}-paused" for what in paused)])
         rates = {what: [alone(program, what) for program in programs] for what in kinds}
         for what in kinds:
             both = counts(programs, what, 3 * WINDOW_SECONDS)
@@ -207,7 +202,7 @@ def measure(cases: list[str], seconds: int, starts: int) -> tuple[Lines, dict[st
     for number in range(starts):
         with ending() as programs:
             names = [f"w-{n}" for n in range(max(most_of(what, cases) for what in kinds))]
-            programs += started(names, LIMIT, kinds)
+            start(programs, names, LIMIT, kinds)
             by_itself = {what: [alone(program, what) for program in programs[: most_of(what, cases)]] for what in kinds}
             print(f"# alone in a tenant: {by_itself}", flush=True)
             if number == 0:

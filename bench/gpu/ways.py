@@ -18,7 +18,6 @@ from tests.support.commands import fgpu
 from tests.support.host import BUILD, DRIVER_ROOT, GIB, KIB, MIB, REFUSED, ROOT
 from tests.support.place import Place
 from tests.support.service import Service
-from tests.support.tenant import Client, Program, Tenant
 
 LIMIT = 2 * GIB
 ALLOCATIONS = 262_144  # the most that one workload can have, by default
@@ -30,15 +29,6 @@ PLUGINS = {  # how the plugin is opened; the flags that it is compiled with
     "next definition": ("plain", ["-DNEXT"]),
 }
 DEEP = RUNTIME.replace("ctypes.CDLL(sys.argv[1])", "ctypes.CDLL(sys.argv[1], os.RTLD_NOW | os.RTLD_DEEPBIND)")
-
-
-class _Opener(Client):
-    """The program tests/programs/opener.c with one plugin."""
-
-    def __init__(self, tenant: Tenant, command: str) -> None:
-        Program.__init__(self, tenant, "opener", command)
-        tenant._programs.append(self)
-        self._hello()
 
 
 def _compiled(out: Path, flags: list[str]) -> Path:
@@ -61,7 +51,7 @@ def lookups(service: Service, place: Place) -> None:
         plugin = _compiled(
             one.folder / "plugin.so", ["-shared", "-fPIC", "-DPLUGIN", *flags, "-Wl,--no-as-needed", _driver()]
         )
-        client = _Opener(one, f"{opener} {mode} {plugin}")
+        client = one.client(f"{mode} {plugin}", program=opener)
         need(client.do(f"alloc {100 * MIB}").startswith("ok"), f"{name}: memory within the limit")
         free, total = client.ok("info")
         need(total == LIMIT, f"{name}: shows {LIMIT} bytes")
@@ -77,7 +67,7 @@ def lookups(service: Service, place: Place) -> None:
 
 
 def hidden(service: Service, place: Place) -> None:
-    """Check that a program whose /run is hidden gets no memory, and that `fgpu doctor` names the mount."""
+    """Check that a program gets no memory if its /run is hidden, and that `fgpu doctor` names the mount."""
     one = place.tenant(LIMIT)
     (one.folder / "sandbox").write_text('mount -t tmpfs none /run\nexec "$@"\n')
     client = one.client(before=f"unshare -m sh -e {one.folder}/sandbox")

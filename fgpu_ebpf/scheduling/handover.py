@@ -18,12 +18,13 @@ def next_begins_ns(running: Iterable[Place], devices: Collection[int], now_ns: i
     """
     begins_ns = now_ns
     for place in running:
-        if place.turn and not place.turn.handed_ns and not place.turn.devices.isdisjoint(devices):
-            handed_ns = now_ns + place.flight_ns(now_ns)
-            place.turn.handed_ns, begins_ns = handed_ns, max(begins_ns, handed_ns)
+        turn = place.turn
+        if turn and not turn.handed_ns and not turn.devices.isdisjoint(devices):
+            turn.handed_ns = now_ns + place.flight_ns(now_ns)
+            begins_ns = max(begins_ns, turn.handed_ns)
             # The device divides its time between the last work of this turn and the first work of the next turn, so
             # the drain may take longer. No other tenant waits for its end any more.
-            place.turn.deadline_ns = max(place.turn.deadline_ns, handed_ns + abi.BUDGET_NS)
+            turn.deadline_ns = max(turn.deadline_ns, turn.handed_ns + abi.BUDGET_NS)
     return begins_ns
 
 

@@ -23,7 +23,7 @@ from fgpu_ebpf.scheduling.virtual_clock import Clocks
 MS = 1_000_000
 LEAST_NS = 100_000  # the least time between two steps without a wake-up by a tenant
 REST_NS = 100 * MS  # while no tenant waits, a turn without work for this time is closed and not checked any more
-SILENCE_NS = 1 * MS  # a closing turn lasts at most this much longer than its work in flight
+SILENCE_NS = 1 * MS  # a closing turn lasts at most this much longer than its work in flight, until it is handed over
 MOST_LATE_NS = 100 * MS  # the maximum charged for work that continued after the end of its turn
 PAUSE_NS, MOST_PAUSE_NS = 1 * MS, 500 * MS  # bounds of the pause after a turn without a launch
 STOPPED_NS = 10_000 * MS  # this pause if work remains in flight; it ends earlier once that work has drained

@@ -34,7 +34,7 @@ _Static_assert(GUESSES == 64, "six bits");
  * longer and shorter measurements count alike. A bound is never too short, so it only lowers the estimate. */
 static void learn(struct guess *guess, uint64_t ns)
 {
-    guess->ns = guess->ns == FIRST_NS ? ns : (guess->ns * 3 + ns) / 4 + 1; /* the first estimate is no measurement */
+    guess->ns = (guess->ns == FIRST_NS ? ns : (guess->ns * 3 + ns) / 4) + 1; /* the first estimate is no measurement */
 }
 
 static void learn_bound(struct guess *guess, uint64_t ns)

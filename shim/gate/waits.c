@@ -1,6 +1,6 @@
 /*
  * waits.c: calls by which a program waits for work or queries it, and the events that it records for that. An event
- * that was recorded while no device was gated, or whose entry was overwritten, proves nothing.
+ * has no entry if it was recorded while no device was gated, or if the entry was overwritten. Then it proves nothing.
  */
 #include "base/own.h"
 #include "gate/gate.h"

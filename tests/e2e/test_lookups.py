@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 
 from tests.support.host import BUILD, CONTEXT, MIB, SHIM, SIM
-from tests.support.tenant import Client, Program, Tenant
 
 LIMIT = CONTEXT + 400 * MIB
 OUT_OF_MEMORY = "CUDA_ERROR_2"
@@ -22,15 +21,6 @@ WAYS = {  # how the plugin is opened, the plugin, the preloaded wrapper
     "what follows": ("plain", ("-DPLUGIN", "-DNEXT", *LINKED), ()),
     "preloaded wrapper": ("plain", ("-DPLUGIN", *LINKED), ("-DWRAPPER",)),
 }
-
-
-class Opener(Client):
-    """The program tests/programs/opener.c with one plugin."""
-
-    def __init__(self, tenant: Tenant, mode: str, plugin: Path, before: str) -> None:
-        Program.__init__(self, tenant, "opener", f"{before} {BUILD}/e2e/opener {mode} {plugin}".strip())
-        tenant._programs.append(self)
-        self._hello()
 
 
 def library(out: Path, flags: tuple[str, ...]) -> Path:
@@ -47,7 +37,8 @@ def test_the_limit_is_exact_for_every_way_to_look_up_the_driver(tenant, way: str
     one = tenant(LIMIT)
     one.assert_enforced()
     before = f"env LD_PRELOAD={library(one.folder / 'wrapper.so', wrapper)}:{SHIM}" if wrapper else ""
-    client = Opener(one, mode, library(one.folder / "plugin.so", flags), before)
+    plugin = library(one.folder / "plugin.so", flags)
+    client = one.client(f"{mode} {plugin}", before, BUILD / "e2e/opener")
     assert client.do(f"alloc {100 * MIB}").startswith("ok")
     assert client.do(f"alloc {301 * MIB}") == OUT_OF_MEMORY
     assert one.memory()["refused"] == 1
