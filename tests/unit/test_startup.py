@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from fgpu_ebpf.agent import startup
+from fgpu_ebpf.driver import host_driver, programs
 from fgpu_ebpf.driver.start_checks import AgentError
 
 
@@ -22,9 +23,9 @@ def test_a_gatekeeper_starts_early_only_if_the_maps_of_this_version_are_pinned(
         raise AgentError("no device")
 
     loading = SimpleNamespace(begun=begun, end=lambda: None)
-    monkeypatch.setattr(startup.programs, "Loading", lambda *_: loading)
-    monkeypatch.setattr(startup.host_driver, "libcuda", lambda _: [Path("libcuda.so.1")])
-    monkeypatch.setattr(startup.host_driver, "prepare", fail)
+    monkeypatch.setattr(programs, "Loading", lambda *_: loading)
+    monkeypatch.setattr(host_driver, "libcuda", lambda _: [Path("libcuda.so.1")])
+    monkeypatch.setattr(host_driver, "prepare", fail)
     names = ("driver_root", "sources", "pins", "loader", "shim", "store")
     settings: Any = SimpleNamespace(**dict.fromkeys(names))
     calls: list[str] = []
