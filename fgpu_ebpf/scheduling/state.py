@@ -256,7 +256,7 @@ class Place:
             return True
         if not turn.closing_ns or len(turn.devices) > 1:  # CUDA kernels of a gang may be waiting for each other
             return False
-        return self.flight_ns(now_ns) <= LEAD_NS + MORE_NS
+        return 0 < self.flight_ns(now_ns) <= LEAD_NS + MORE_NS  # 0: the estimate was too short, the end is not known
 
     def is_preempted(self) -> bool:
         """Return whether the tenant's turn was preempted and the next tenant's turn has been granted. The turn drains

@@ -103,6 +103,25 @@ def test_short_think_times_cost_at_most_3_percent_of_the_work_of_a_lone_program(
     assert sum(tenant.done_ns for tenant in pair.tenants.values()) >= 0.97 * alone
 
 
+@pytest.mark.parametrize("late_part", [0.1, 0.5])
+@pytest.mark.parametrize("kernel_ms", [4, 8])
+def test_kernels_that_outlast_their_estimates_do_not_change_the_division_of_time(
+    kernel_ms: int, late_part: float
+) -> None:
+    """Some kernels take five times as long as estimated, so their owner seems to be idle, and its gates are closed.
+
+    At the end of the kernel, the owner requests its next turn before the scheduler has noticed that end.
+    """
+
+    def guess(chance: random.Random) -> float:
+        return 0.2 if chance.random() < late_part else 1.0
+
+    tenants = [program(key, weight, lambda _: 50 * US, guess, step_ns=200 * US) for key, weight in ((1, 3), (2, 1))]
+    for tenant in tenants:
+        tenant.kernel_ns = kernel_ms * MS  # a step is one kernel
+    assert_by_weight(World(*tenants))
+
+
 def test_no_turn_passes_with_work_in_flight() -> None:
     it = World(program(1, 3, with_pauses, wrong), program(2, 1, with_pauses, wrong)).run(10.0)
     assert [place.counts.overruns for place in it.turns.places.values()] == [0, 0]
