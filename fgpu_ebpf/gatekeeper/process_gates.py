@@ -15,7 +15,7 @@ from fgpu_ebpf.abi import ControlPage, StatusPage
 from fgpu_ebpf.gatekeeper import process_claims
 from fgpu_ebpf.gatekeeper.sessions import Session
 from fgpu_ebpf.linux import futex
-from fgpu_ebpf.scheduling.state import Seen
+from fgpu_ebpf.scheduling.reports import Seen
 
 _Gates = ctypes.c_uint32 * abi.DEVICES
 _Passes = ctypes.c_uint64 * abi.DEVICES

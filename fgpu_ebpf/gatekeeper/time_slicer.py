@@ -30,7 +30,8 @@ from fgpu_ebpf.linux import futex
 from fgpu_ebpf.scheduling import fair_queue, nested_shares
 from fgpu_ebpf.scheduling.counters import BUCKETS_NS
 from fgpu_ebpf.scheduling.fair_queue import Share
-from fgpu_ebpf.scheduling.state import NEVER_NS, Place, Seen
+from fgpu_ebpf.scheduling.reports import Seen
+from fgpu_ebpf.scheduling.state import NEVER_NS, Place
 from fgpu_ebpf.scheduling.turns import MS, Turns
 
 SHARES_NS, PUBLISH_NS, AGAIN_NS = 100 * MS, 500 * MS, 10 * MS

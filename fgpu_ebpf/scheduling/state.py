@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
 from fgpu_ebpf import abi
 from fgpu_ebpf.scheduling import fair_queue
@@ -17,6 +16,7 @@ from fgpu_ebpf.scheduling.counters import Counts
 from fgpu_ebpf.scheduling.fair_queue import Account, Leave, Share, Waiter
 from fgpu_ebpf.scheduling.nested_shares import Unit, effective
 from fgpu_ebpf.scheduling.observed_usage import Observed
+from fgpu_ebpf.scheduling.reports import NOTHING, Seen
 from fgpu_ebpf.scheduling.think_times import IDLE_NS, ThinkTimes, most_patience_ns
 
 LOOK_NS, MOST_LOOK_NS = 1_750_000, 10_000_000  # the bounds of the time between checks of an owner with rivals
@@ -35,26 +35,6 @@ LASTING_NS = 1_000_000_000  # turns may be longer among tenants that were busy f
 SPAN_NS, SPAN_PARTS = 500_000, 40
 NEVER_NS = 2**63
 _OPEN, _GATED = int(abi.Gate.OPEN), int(abi.Gate.GATED)
-
-
-class Seen(NamedTuple):
-    """The combined reports of a tenant's processes. `devices`: the devices on which the tenant has contexts. `drained`:
-    each process has nothing in flight, or had nothing in flight at some time after the gates of the turn had closed.
-    """
-
-    devices: frozenset[int]
-    waiting: bool = False
-    launches: int = 0
-    in_flight: int = 0
-    busy_until_ns: int = 0
-    drained: bool = True
-    wanted_ns: int = 0  # when a thread last requested a launch; 0: not reported
-    begun_ns: int = 0  # when a thread last passed a gate that had been closed
-    ended_ns: int = 0  # when the last work in flight was observed to end
-    idle_ns: int = 0  # the time with nothing in flight, by the ends and launches reported since the last check
-
-
-NOTHING = Seen(frozenset())
 
 
 @dataclass(slots=True)
@@ -103,6 +83,7 @@ class Place:
     pause_ns: int = 0
     pause_until_ns: int = 0
     cut: bool = False  # its last turn was cut, and the tenant was not checked after that
+    reports_ends: bool = True  # as its last turn seemed idle, it reported the end of its work, before another launch
     busy_ns: int = 0  # the time of its turns since it was last idle
     held_back: bool = False  # its limit delays it, and this was counted
     counts: Counts = field(default_factory=Counts)
@@ -256,13 +237,24 @@ class Place:
             return True
         if not turn.closing_ns or len(turn.devices) > 1:  # CUDA kernels of a gang may be waiting for each other
             return False
-        return 0 < self.flight_ns(now_ns) <= LEAD_NS + MORE_NS  # 0: the estimate was too short, the end is not known
+        left_ns = self.flight_ns(now_ns)
+        if not left_ns and self.reports_ends:  # the estimate was too short, and the tenant will report the end
+            return False
+        return left_ns <= LEAD_NS + MORE_NS
 
     def is_preempted(self) -> bool:
         """Return whether the tenant's turn was preempted and the next tenant's turn has been granted. The turn drains
         by the next pass of the scheduler, and the tenant then queues again.
         """
         return self.turn is not None and self.turn.handed_ns > 0 and self.turn.cut
+
+    def judge(self, turn: Turn, overrun: bool, now_ns: int) -> None:
+        """Record whether a turn that has ended left work in flight, and what its end shows about the reports."""
+        self.counts.overruns += overrun
+        self.late_ns = now_ns if overrun else 0
+        self.trust.judge(overrun, self.seen.drained, bool(self.seen.devices), now_ns)
+        if overrun or not turn.cut:
+            self.reports_ends = not overrun and not self.seen.waited_before_end()
 
     def meets_ns(self, turn: Turn) -> int:
         """Return when to check if CUDA kernels of a gang wait for kernels behind closed gates; 0: never."""

@@ -16,8 +16,9 @@ from fgpu_ebpf import abi
 from fgpu_ebpf.scheduling import fair_queue, handover, rivals, state
 from fgpu_ebpf.scheduling.fair_queue import Grant, Share
 from fgpu_ebpf.scheduling.nested_shares import Unit
+from fgpu_ebpf.scheduling.reports import NOTHING, Seen
 from fgpu_ebpf.scheduling.share_groups import Units, first_inside, leave, waiters_of
-from fgpu_ebpf.scheduling.state import NEVER_NS, NOTHING, Place, Seen, Turn
+from fgpu_ebpf.scheduling.state import NEVER_NS, Place, Turn
 from fgpu_ebpf.scheduling.virtual_clock import Clocks
 
 MS = 1_000_000
@@ -382,9 +383,7 @@ class Turns:
             overrun = not place.seen.drained and not turn.rested  # a rested tenant has no work
             for device in turn.devices:
                 self._clocks.count(device).add(passed_ns - turn.closing_ns, overrun)
-            place.counts.overruns += overrun
-            place.late_ns = now_ns if overrun else 0
-            place.trust.judge(overrun, place.seen.drained, bool(place.seen.devices), now_ns)
+            place.judge(turn, overrun, now_ns)
         if turn.floor:
             place.lifted(turn, passed_ns)
         if place.seen.launches == turn.launches and turn.active_ns == turn.opened_ns:

@@ -8,7 +8,8 @@ from typing import Any
 
 from fgpu_ebpf import abi
 from fgpu_ebpf.scheduling.fair_queue import Share
-from fgpu_ebpf.scheduling.state import NEVER_NS, Seen
+from fgpu_ebpf.scheduling.reports import Seen
+from fgpu_ebpf.scheduling.state import NEVER_NS
 from fgpu_ebpf.scheduling.turns import Turns
 
 US, MS, S = 1_000, 1_000_000, 1_000_000_000
@@ -77,6 +78,7 @@ class Tenant:
     steps: Steps | Loop | None = None  # None: it always has work
     doubt_ns: int = 0  # by how much the estimate of the work in flight is too long
     silent: bool = False  # whether it never reports that it has drained
+    unaware: bool = False  # whether it observes the end of its work only at its next launch, as without a synchronise
     lies: bool = False  # whether it reports that its turns begin late and end at once
     restless: bool = False  # whether it reports that it has rested all the time
     stopped: bool = False
@@ -106,9 +108,12 @@ class Tenant:
         if not self.stopped:  # otherwise its page does not change
             span = (2**62, self.closed_ns) if self.lies else (self.begun_ns, self.ended_ns)
             doubt_ns = self.steps.doubt_ns if isinstance(self.steps, Loop) else self.doubt_ns
-            until_ns = max(self.flights, default=0) + doubt_ns
-            self.said = (self.waiting, self.launches, len(self.flights), until_ns)
-            self.said += (not self.flights, self.wanted_ns, *span)
+            flights = self.flights
+            if self.unaware and not self.waiting:
+                flights = flights or [self.ended_ns]
+            until_ns = max(flights, default=0) + doubt_ns
+            self.said = (self.waiting, self.launches, len(flights), until_ns)
+            self.said += (not flights, self.wanted_ns, *span)
 
     def seen(self) -> Seen:
         self.tell()
@@ -278,6 +283,8 @@ class World:
 
     def _begin_to_wait(self, tenant: Tenant) -> None:
         tenant.waiting, tenant.waited_from, tenant.wanted_ns = True, self.now, self.now
+        if tenant.unaware and not tenant.flights:
+            tenant.ended_ns = self.now  # the thread at the gate observes the end
         if not tenant.flights:  # otherwise it wakes the gatekeeper once it has drained, for both reasons
             self._ring(tenant)
 
@@ -291,7 +298,7 @@ class World:
         if isinstance(tenant.steps, Loop):
             tenant.steps.ended(self.now)
         tenant.ended_ns = self.now
-        if place and (place.late_ns or (place.turn and place.turn.closing_ns)):
+        if place and not tenant.unaware and (place.late_ns or (place.turn and place.turn.closing_ns)):
             self._ring(tenant)
 
     def _ring(self, tenant: Tenant | None = None) -> None:

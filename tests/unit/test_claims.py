@@ -18,7 +18,7 @@ from fgpu_ebpf.gatekeeper.turn_rows import counts_of
 from fgpu_ebpf.ledger import compute_maps
 from fgpu_ebpf.scheduling.claim_trust import MOST_FLIGHT_NS
 from fgpu_ebpf.scheduling.fair_queue import Share
-from fgpu_ebpf.scheduling.state import Seen
+from fgpu_ebpf.scheduling.reports import Seen
 from fgpu_ebpf.scheduling.turns import Turns
 
 US, MS, S = 1_000, 1_000_000, 1_000_000_000

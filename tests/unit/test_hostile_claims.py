@@ -8,7 +8,7 @@ import pytest
 
 from fgpu_ebpf.scheduling.claim_trust import BUDGET_NS, UNPROVEN_NS, Trust
 from fgpu_ebpf.scheduling.fair_queue import Share
-from fgpu_ebpf.scheduling.state import Seen
+from fgpu_ebpf.scheduling.reports import Seen
 from tests.unit.slices_kit import MS, Hog, S, Tenant, World
 
 WEIGHTS = (300, 200, 100)

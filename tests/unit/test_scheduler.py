@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from fgpu_ebpf import abi
 from fgpu_ebpf.scheduling import fair_queue
 from fgpu_ebpf.scheduling.fair_queue import MILLION, Account, Share
-from fgpu_ebpf.scheduling.state import NOTHING, Seen
+from fgpu_ebpf.scheduling.reports import NOTHING, Seen
 from fgpu_ebpf.scheduling.turns import Turns
 from tests.unit.slices_kit import MS, US, Hog, S, Steps, Tenant, World
 

@@ -122,6 +122,14 @@ def test_kernels_that_outlast_their_estimates_do_not_change_the_division_of_time
     assert_by_weight(World(*tenants))
 
 
+def test_the_device_does_not_wait_for_a_tenant_that_does_not_report_the_end_of_its_work() -> None:
+    """The tenant launches without a synchronise, and computes on the host for longer than an owner keeps its turn."""
+    unaware, busy = program(1, 1, lambda _: 10 * MS), Tenant(2)
+    unaware.unaware = True
+    World(unaware, busy).run(8.0)
+    assert (unaware.done_ns + busy.done_ns) / (8.0 * S) > 0.8
+
+
 def test_no_turn_passes_with_work_in_flight() -> None:
     it = World(program(1, 3, with_pauses, wrong), program(2, 1, with_pauses, wrong)).run(10.0)
     assert [place.counts.overruns for place in it.turns.places.values()] == [0, 0]

@@ -1,0 +1,32 @@
+"""The reports of a tenant's processes about their work, for all processes together.
+
+The module runs in threads of the gatekeeper that hold the time slicer's lock. Times are CLOCK_MONOTONIC nanoseconds.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Seen(NamedTuple):
+    """The combined reports of a tenant's processes. `devices`: the devices on which the tenant has contexts. `drained`:
+    each process has nothing in flight, or had nothing in flight at some time after the gates of the turn had closed.
+    """
+
+    devices: frozenset[int]
+    waiting: bool = False
+    launches: int = 0
+    in_flight: int = 0
+    busy_until_ns: int = 0
+    drained: bool = True
+    wanted_ns: int = 0  # when a thread last requested a launch; 0: not reported
+    begun_ns: int = 0  # when a thread last passed a gate that had been closed
+    ended_ns: int = 0  # when the last work in flight was observed to end
+    idle_ns: int = 0  # the time with nothing in flight, by the ends and launches reported since the last check
+
+    def waited_before_end(self) -> bool:
+        """Return whether a thread waits at a gate that requested its launch before the end of the work was observed."""
+        return self.waiting and self.wanted_ns <= self.ended_ns
+
+
+NOTHING = Seen(frozenset())
