@@ -253,8 +253,10 @@ class Place:
         self.counts.overruns += overrun
         self.late_ns = now_ns if overrun else 0
         self.trust.judge(overrun, self.seen.drained, bool(self.seen.devices), now_ns)
-        if overrun or not turn.cut:
-            self.reports_ends = not overrun and not self.seen.waited_before_end()
+        if turn.cut and self.seen.drained:  # the thread at the gate reports the end
+            return
+        self.reports_ends = self.seen.drained and not self.seen.waited_before_end()
+        turn.cut = self.reports_ends and self.seen.ended_ns > turn.closing_ns  # the tenant only seemed to be idle
 
     def meets_ns(self, turn: Turn) -> int:
         """Return when to check if CUDA kernels of a gang wait for kernels behind closed gates; 0: never."""
