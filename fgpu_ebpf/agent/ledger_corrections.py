@@ -32,7 +32,7 @@ class Corrections:
         self._nvml = nvml
         self._ledger = ledger
         self._levels = levels
-        self._gone: dict[_Life, int] = {}  # the number of passes that GONE limits
+        self._gone: dict[_Life, int] = {}  # number of passes in a row, see GONE
         # At the last exact setting: the number of ended contexts, and the part of the overhead below 0. See _correct.
         self._exact: dict[_Life, tuple[int, int]] = {}
 
@@ -70,7 +70,7 @@ class Corrections:
         return is_unquiet
 
     def _held(self, tgid: int, process: Process, device: int, sample: Sample) -> int | None:
-        """Return the bytes that a process holds by NVML, or None if its charge must stay as it is.
+        """Return the bytes that a process holds according to NVML, or None if its charge must stay as it is.
 
         NVML lists only processes with a context. A process that has a context and is not listed keeps its charge until
         its memory counts as gone, as after the loss or a reset of the device. A process without a context keeps its

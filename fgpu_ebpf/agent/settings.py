@@ -1,4 +1,4 @@
-"""The options of the command line, and the settings that the agent makes of them and of agent.yaml.
+"""The options of the command line, and the settings of an agent, which combine the options with agent.yaml.
 
 This module contains data only. It runs in the main thread of the agent and of commands.
 """
@@ -50,7 +50,10 @@ class Settings:
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """The options of `fgpu agent`, `load` and `doctor`. For None the value of /etc/fgpu/agent.yaml is used."""
+    """The options of `fgpu agent`, `load` and `doctor`.
+
+    For None the value in the file `config` is used, or a fixed default for `shim`, `pins` and `store`.
+    """
 
     run_dir: Path = Path("/run/fgpu")
     driver_root: Path | None = None

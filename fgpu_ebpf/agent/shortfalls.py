@@ -42,7 +42,7 @@ class Shortfalls:
     Args:
         turns: returns the gatekeeper's counts by level and device.
         name_of: returns the tenant of a level.
-        history: gets an event for each tenant that begins to get too little.
+        history: gets an event when a shortfall begins.
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class Shortfalls:
         self.found: Mapping[Key, Shortfall] = MappingProxyType({})
 
     def look(self) -> None:
-        """Find the shortfalls by the present counts, at most once a second."""
+        """Compute the shortfalls from the present counts, at most once a second, and report new ones."""
         now = time.monotonic()
         if now - self._looked_at < LOOK_SECONDS:
             return
