@@ -32,7 +32,7 @@ class Held:
 
 
 class Keepers:
-    """The search. look() sets the orphans to search for. of() returns the processes that were found."""
+    """Searches in a thread. look() sets the orphans to search for. of() returns the processes that were found."""
 
     def __init__(self) -> None:
         self._held: Sequence[Held] = ()
