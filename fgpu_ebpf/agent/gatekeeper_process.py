@@ -180,7 +180,7 @@ def counts(run_dir: Path) -> dict[str, Any]:
 
 
 def slices(counted: Mapping[str, Any], device: int) -> SlicesView | None:
-    """Return the turns on a device from the result of counts(), or None if it has none for that device."""
+    """Return the turns on a device from the result of counts(), or None if the result has none for the device."""
     try:
         slices = counted["slices"]
         of_device = slices["devices"][str(device)]

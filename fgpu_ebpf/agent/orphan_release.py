@@ -99,7 +99,7 @@ class EndedRows:
             self._last[orphan.tgid] = row._replace(orphaned=row.orphaned - bytes_)
 
     def spare(self, orphans: Iterable[Orphan]) -> list[Spare]:
-        """Return how many bytes of each orphan the device may have freed: all that no row proves to be held.
+        """Return how many bytes of each orphan the device may have freed: all bytes that no row proves to be held.
 
         The orphan that was most likely freed comes first: an orphan of a process whose row fell a moment ago, else the
         youngest. The driver frees most memory at once, so old orphans are probably held by another process. Orphans

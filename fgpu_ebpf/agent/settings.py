@@ -52,7 +52,7 @@ class Settings:
 class Options:
     """The options of `fgpu agent`, `load` and `doctor`.
 
-    For None the value in the file `config` is used, or a fixed default for `shim`, `pins` and `store`.
+    An option that is None has the value of the file `config`. `shim`, `pins` and `store` then have fixed defaults.
     """
 
     run_dir: Path = Path("/run/fgpu")

@@ -98,7 +98,7 @@ class Audit:
     def _tell(self, place: Key, times: ComputeMaps) -> None:
         """Report to the gatekeeper how long a tenant ran, according to NVML.
 
-        A tenant with a ceiling is charged for at least this time.
+        A tenant with a ceiling is charged for at least this time, less a tolerance (`scheduling.observed_usage`).
         """
         looks = self._looks.get(place)
         if looks and len(looks) > 1:

@@ -248,7 +248,7 @@ class Libraries:
         return next(((pid, one) for pid, one in self._mappers.get(file, {}).items() if one), None)
 
     def _read(self, file: File) -> None:
-        """Let a worker read a tenant's driver once: its digest may make it trusted, and `fgpu doctor` shows it."""
+        """Let a worker read a tenant's driver once. The digest may make the file trusted. `fgpu doctor` shows it."""
         now, mapped = self._probes.of(file), self._mapped(file)
         if not now or not mapped or not now.role.is_driver or file in self._reading:
             return
@@ -340,7 +340,7 @@ class Libraries:
         self._refuse(
             cgroup,
             cgroup,
-            f"other files that processes of {cgroup!a} map, such as process {pid}: {self._bound_text(cgroup)}",
+            f"other files that processes of {cgroup!a} map, for example process {pid}: {self._bound_text(cgroup)}",
         )
         return False
 

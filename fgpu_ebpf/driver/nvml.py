@@ -91,7 +91,7 @@ class Nvml:
             raise OSError(f"no {_NVML} under {root}")
 
     def _find(self) -> tuple[list[Device], dict[str, str]]:
-        """Return the devices that this call has given a handle, and why others have none. Raises NVMLError."""
+        """Get handles of more devices. Returns these devices, and why others have no handle. Raises NVMLError."""
         found, missing = [], {}
         for number in range(pynvml.nvmlDeviceGetCount()):
             try:
