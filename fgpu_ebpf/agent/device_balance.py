@@ -85,7 +85,7 @@ class Hidden:
     def _lost(self, charges: Charges) -> int:
         """Return the bytes that may have been freed since the last reading.
 
-        These are the freed managed bytes, and all handles of each process that changed any.
+        These are the freed managed bytes, and all handles of each process that has changed its handles.
         """
         before = charges.managed_freed if self._freed is None else self._freed
         handles = sum(bytes_ for life, bytes_ in self._handles.items() if charges.handles.get(life) != bytes_)

@@ -43,7 +43,7 @@ class Corrections:
                 self._ledger.mark(tgid, process.generation, device)
 
     def look(self, device: int, sample: Sample, ended: Mapping[int, int], drift: Drift) -> bool:
-        """Correct all processes of a device once. Returns True if some were not idle: another pass may be exact.
+        """Correct all processes of a device once. Returns True if some processes were not idle: a retry may be exact.
 
         The kernel refuses the correction of a process if a charge, a release, an admission or a call of the process has
         begun since the process was read.

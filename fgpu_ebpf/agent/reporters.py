@@ -1,6 +1,7 @@
 """Reporters: each adds events of one kind to the event log, and keeps a record so that it reports nothing twice.
 
-All run in the agent's main loop: StaleMountReports in every scan of all cgroups, the other reporters once a round.
+All run in the agent's main loop: StaleMountReports in every scan of all cgroups, the other reporters once a round, and
+AdoptionReports also after a reconcile pass that wakes the loop.
 """
 
 from __future__ import annotations

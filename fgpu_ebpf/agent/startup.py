@@ -77,7 +77,7 @@ def attach(settings: Settings, mark: Callable[[str], None], start_gatekeeper: Ca
         finally:
             loading.end()
         mark("loaded")
-        capabilities.keep_only(capabilities.AGENT)  # before a second thread starts: each thread has its own set
+        capabilities.keep_only(capabilities.AGENT)  # before a second thread starts, which would keep all capabilities
         ledger = Ledger(settings.pins)
         driver = prepared.attach(digest, ledger, settings.run_dir, settings.trusted_drivers, settings.bounds.files)
         mark("attached")
