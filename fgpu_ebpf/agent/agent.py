@@ -49,7 +49,8 @@ class Agent:
         self.snapshot = Snapshot(time.time())
         self._taken, self._next_round = -SNAPSHOT_SECONDS, 0.0
         self.selector = selectors.DefaultSelector()
-        self.history, self.failed_checks = EventLog(), dict[str, Check]()  # by name, without checks of enforcement
+        # `failed_checks`: by name, without missing probes, which Snapshot.unenforced reports.
+        self.history, self.failed_checks = EventLog(), dict[str, Check]()
         self.gatekeeper = GatekeeperProcess(settings.run_dir, settings.pins)
         self.engines = Engines(map(api_of, settings.engines), settings.run_dir / NAMES)
         self._parts: Parts | None = None
@@ -110,7 +111,7 @@ class Agent:
         parts.reconciler.start(ROUND_SECONDS)
 
     def wait_for_gatekeeper(self) -> None:
-        """Wait until the gatekeeper answers. Raises AgentError: it did not start."""
+        """Wait until the gatekeeper accepts connections. Raises AgentError: it does not within UP_SECONDS."""
         if not self.gatekeeper.wait():
             raise AgentError("the gatekeeper did not start: see its log above")
 
@@ -137,7 +138,11 @@ class Agent:
         self._next_round = 0.0
 
     def run(self) -> None:
-        """Run the main loop until end() is called: handle events, and do a round every ROUND_SECONDS."""
+        """Run the main loop until end() is called: handle events, and do a round every ROUND_SECONDS.
+
+        Raises:
+            AgentError: the driver was replaced during a release of the devices, so the agent must restart.
+        """
         raise_priority()
         malloc.settle(AHEAD_BYTES)
         watchdog, looks = sd_notify.Watchdog(), self.parts.looks
@@ -188,13 +193,16 @@ class Agent:
             )
 
     def _ask_for_looks(self) -> None:
-        """Request scans of cgroups whose events were lost, and keep the periodic scans going."""
+        """Request scans of the workloads whose cgroup events were lost, and begin the scans that are due."""
         for path in self.parts.events.lost():
             self.parts.looks.ask(path)
         self.parts.looks.keep()
 
     def _look_at_holders(self) -> None:
-        """Probe the libraries of the processes that NVML lists, because they may have mapped a copy of libcuda."""
+        """Probe the libraries of the processes that NVML lists, and report adopted processes.
+
+        A listed process may have mapped a copy of libcuda that has no probes yet.
+        """
         parts = self.parts
         parts.reconciler.clear()
         truth = parts.reconciler.truth

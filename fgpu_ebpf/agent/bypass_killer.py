@@ -39,7 +39,7 @@ class BypassKiller:
         self._last: Truth | None = None
 
     def look(self) -> None:
-        """Kill processes once for each new result of NVML, by which the ledger has already been corrected."""
+        """Kill processes, once for each new result of NVML. The ledger has already been corrected by this result."""
         truth, kills = self._truth(), [tenant for tenant in self._enforcer if self._kills(tenant)]
         if truth is self._last or not kills:
             return

@@ -34,11 +34,11 @@ class Bypasses:
     def how(self, tgid: int, process: Process) -> str:
         """Return the way in which a process bypasses the shim, or an empty text if it does not.
 
-        The result is the first of these that applies:
+        The result is the first of these that applies. The first three apply only to processes that have memory:
 
         * `older`: the process started before fgpu.
         * `unprobed`: it has mapped a library that could not be probed, so its calls are unknown.
-        * `standalone`: it found no agent, and keeps its image's own limit.
+        * `standalone`: its shim found no agent, and enforces the image's own limit.
         * `no_admission`: probes have recorded calls for which it requested no admission.
         * `no_shim`: it has memory and no shim. Probes record its calls.
         * `unwitnessed`: it has memory that no recorded call explains.

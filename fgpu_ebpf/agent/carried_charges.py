@@ -33,7 +33,7 @@ class Carried:
         self._before: dict[_Where, int] = self._orphaned() if self._pids else {}
 
     def look(self) -> None:
-        """Release as many orphaned bytes as these programs are charged with by now."""
+        """Release as many orphaned bytes as the programs of `pids` are charged with by now."""
         if not self._before:
             return
         charged: Counter[_Where] = Counter()

@@ -1,7 +1,7 @@
 """Scans of cgroups in short steps. They find changes that no kernel event has reported.
 
-A scan runs in the agent's main loop, in slices (`sliced_looks`). The duration of a step does not depend on the number
-of cgroups that a workload has made. A step raises the errors of the parts that it calls.
+A scan runs in the agent's main loop, in slices (`sliced_looks`). A step handles a bounded number of cgroups,
+however many a workload has made. It raises the errors of the parts that it calls.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class HostLook:
         self._stale_mounts, self._lists = stale_mounts, lists
 
     def steps(self, path: str) -> Iterator[None]:
-        """Return the steps of a scan of all cgroups if `path` is ALL, else of the cgroup at `path` and those inside."""
+        """Return the steps of a scan of all cgroups if `path` is ALL, else of the cgroup at `path` and all in it."""
         return self._everything() if path == ALL else self._inside(path)
 
     def _everything(self) -> Iterator[None]:
@@ -68,7 +68,7 @@ class HostLook:
         yield from self._follow(path)
 
     def _cgroups(self, top: str) -> Iterator[list[tuple[int, str]]]:
-        """Yield id and path of every cgroup below `top` in chunks, sorted by depth, within a depth the oldest first.
+        """Yield id and path of every cgroup below `top` in chunks, sorted by depth, then by age, the oldest first.
 
         A chunk is empty if its step has only read a part of a folder.
         """
@@ -83,7 +83,7 @@ class HostLook:
             yield from chunks(layer, CHUNK)
 
     def _gone(self, top: str) -> Iterator[None]:
-        """Decide again about tenants whose cgroup no longer exists."""
+        """Decide again about the tenants in `top` whose cgroup no longer exists."""
         for tenants in chunks(list(self._enforcer), CHUNK):
             paths = [t.path for t in tenants if is_inside(t.path, top) and self._workloads.cgroup(t.path) != t.cgroup]
             self._manager.consider(paths)

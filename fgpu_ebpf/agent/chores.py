@@ -26,7 +26,7 @@ from fgpu_ebpf.tenancy.usage_store import Writer
 
 @dataclass(frozen=True, slots=True)
 class Chores:
-    """The steps of a round, in their order, and the objects behind them that other modules use too."""
+    """The steps of a round, in their order, and the objects of these steps that other modules use too."""
 
     steps: tuple[Callable[[], object], ...]
     adoption: AdoptionReports

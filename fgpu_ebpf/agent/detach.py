@@ -1,9 +1,10 @@
-"""`fgpu detach`: removes everything that fgpu has left on the host, with six exceptions.
+"""`fgpu detach`: removes everything that fgpu has left on the host, with seven exceptions.
 
 The exceptions are the files that an engine's settings name (run `fgpu setup --undo` first), versions of the shim that
-processes have mapped, the folder of the gatekeeper's socket while a container has it mounted, the cache of compiled BPF
-programs, the measured sizes of contexts, and the store of `fgpu usage`. This module runs in the agent's main thread, or
-in the command if no agent runs. After an OSError a part is left, which the next call removes.
+processes have mapped, the folder of the gatekeeper's socket while a container has it mounted, cgroups in which programs
+of `fgpu run` still run, the cache of compiled BPF programs, the measured sizes of contexts, and the store of
+`fgpu usage`. This module runs in the agent's main thread, or in the command if no agent runs. After an OSError a part
+is left, which the next call removes.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ _FILES = (
 
 
 def take_away(run_dir: Path, pins: Path, is_locked: bool = True) -> None:
-    """Remove pins, probes and set-up files, and end the gatekeeper. `is_locked`: the caller holds the agent's lock."""
+    """Stop the gatekeeper, and remove pins, probes and files. `is_locked`: the caller holds the agent's lock."""
     gatekeeper_process.end_any(run_dir)
     _cgroups()
     for folder in (pins, *other_layouts.folders(pins)):
@@ -73,7 +74,7 @@ def take_away(run_dir: Path, pins: Path, is_locked: bool = True) -> None:
 
 
 def _cgroups() -> None:
-    """Remove the empty cgroups of `fgpu run`. A later agent removes the rest when their programs have ended."""
+    """Remove the empty cgroups of `fgpu run`. A later agent removes the others when their programs have ended."""
     root = procfs.cgroup2_root()
     if root is None:
         return
@@ -90,7 +91,7 @@ def _published(shim: Path) -> None:
     mapped = {(m.dev, m.ino) for pid in procfs.pids() for m in cuda_mappings.fgpu_mappings(pid) or ()}
     if shim_store.remove(store, mapped):
         shutil.rmtree(injection.BIN, ignore_errors=True)
-    # A container may have this folder of the host. Then the container runtime has created the shim's mount point in it.
+    # BESIDE exists on the host if a container has mounted a folder above it: its runtime creates the mount point there.
     for folder in (store, engine_setup.STATE, Path(shim_mounts.BESIDE), store.parent):
         _remove_empty(folder)
 

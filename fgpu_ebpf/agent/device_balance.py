@@ -2,13 +2,14 @@
 
     in use = rows of live processes + known rest + hidden memory + orphans that are held + unexplained
 
-NVML reports the memory in use and a row for each process. Hidden memory is memory of live processes in no row: managed
-memory, of which an unknown part is on the device, and handles of processes without a context. The ledger may have too
-many handles, because a tenant's own library can claim to have created some. Hidden memory is therefore estimated from
-below: the estimate rises when more memory is in use than orphans can explain, and falls by all hidden memory that is
-freed. The memory in use minus rows, known rest and hidden memory is the upper bound of the orphans. If the estimate is
-too low, orphans are kept longer than necessary, but no orphan that the device holds is released. Managed memory of a
-process without an entry in the ledger explains nothing, because no probe records when that process frees it.
+NVML reports the memory in use and a row for each process. The known rest is what the driver uses for itself
+(`orphan_release` has the sizes). Hidden memory is memory of live processes in no row: managed memory, of which an
+unknown part is on the device, and handles of processes without a context. The ledger may have too many handles, because
+a tenant's own library can claim to have created some. Hidden memory is therefore estimated from below: the estimate
+rises when more memory is in use than orphans can explain, and falls by all hidden memory that is freed. The memory in
+use minus rows, known rest and hidden memory is the upper bound of the orphans. If the estimate is too low, orphans are
+kept longer than necessary, but no orphan that the device holds is released. Managed memory of a process without an
+entry in the ledger explains nothing, because no probe records when that process frees it.
 
 The reconcile thread has one Balance for each device. This module does no I/O.
 """
@@ -84,7 +85,7 @@ class Hidden:
     def _lost(self, charges: Charges) -> int:
         """Return the bytes that may have been freed since the last reading.
 
-        These are the freed managed bytes, and all handles of each process that changed any.
+        These are the freed managed bytes, and all handles of each process that has changed its handles.
         """
         before = charges.managed_freed if self._freed is None else self._freed
         handles = sum(bytes_ for life, bytes_ in self._handles.items() if charges.handles.get(life) != bytes_)

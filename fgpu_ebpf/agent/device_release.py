@@ -47,7 +47,7 @@ class DeviceRelease:
         return self._until is not None
 
     def release(self, seconds: float) -> dict[str, Any]:
-        """Release the devices for at most `seconds` from now on. The caller repeats this call until it is done.
+        """Release the devices for at most `seconds` from now on. The caller repeats this call until `done` is True.
 
         Returns:
             `done`: whether the devices are released. `open`: the files of devices that this process still has open.

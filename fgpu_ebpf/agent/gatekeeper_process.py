@@ -1,8 +1,8 @@
 """The supervisor of the gatekeeper process: starts a gatekeeper if there is none, and stops it with the agent.
 
-The supervisor runs in the agent's main loop; `check` runs in `fgpu doctor`. A gatekeeper that a systemd service runs is
-stopped only by `fgpu detach` or a change of the layout. If the agent's own gatekeeper dies, the agent starts another
-within a second.
+The supervisor runs in the agent's main loop, `check` in `fgpu doctor`, and `end_any` also in `fgpu detach` without an
+agent. A gatekeeper that a systemd service runs is stopped only by `fgpu detach` or a change of the layout. If the
+agent's own gatekeeper dies, the agent starts another within a second.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ ABSENT = Check(
     "wait for the agent to start another (1 s), or run: systemctl restart fgpu-gatekeeper",
 )  # fmt: skip
 NS = 1e9
-# How long the agent waits before it starts a gatekeeper: after its own has exited, and after a service's has exited.
+# How long the agent waits before it starts a gatekeeper: after the exit of its own, and of a service's gatekeeper.
 OWN_SECONDS, OTHERS_SECONDS = 0.5, 1.0
 
 
@@ -44,7 +44,7 @@ class GatekeeperProcess:
 
     def __init__(self, run_dir: Path, pins: Path) -> None:
         self._run_dir, self._lock = run_dir, run_dir / file_locks.GATEKEEPER
-        # -P: else Python would search modules first in the folder in which the agent was started, of any owner.
+        # Without -P, Python would first search modules in the current folder, which may belong to any user.
         module = [sys.executable, "-P", "-m", "fgpu_ebpf.gatekeeper"]
         self._command = [*module, "--stand-in", "--run-dir", str(run_dir), "--pins", str(pins)]
         self._child: subprocess.Popen[bytes] | None = None
@@ -52,11 +52,11 @@ class GatekeeperProcess:
         self.is_missed = False  # no gatekeeper runs; set by keep()
 
     def start(self, layout_changed: bool = False) -> None:
-        """Start a gatekeeper, unless this agent, a service or an earlier agent has started one that runs.
+        """Start a gatekeeper, unless one runs that this agent, a service or an earlier agent has started.
 
         Args:
-            layout_changed: a running gatekeeper may be of a version that understands no hello of this version's shims.
-                Such a gatekeeper is stopped, and its service starts another.
+            layout_changed: a running gatekeeper may be of a version that rejects the hellos of this version's shims.
+                Such a gatekeeper is stopped and replaced, by its service or by this agent.
         """
         self._seen = time.monotonic()
         if self._child and self._child.poll() is None:
@@ -180,7 +180,7 @@ def counts(run_dir: Path) -> dict[str, Any]:
 
 
 def slices(counted: Mapping[str, Any], device: int) -> SlicesView | None:
-    """Return the turns on a device from the result of counts(), or None if it has none for that device."""
+    """Return the turns on a device from the result of counts(), or None if the result has none for the device."""
     try:
         slices = counted["slices"]
         of_device = slices["devices"][str(device)]

@@ -31,7 +31,7 @@ class KernelEvents:
 
     Args:
         orphaned: called with the cgroup id of a level that has orphaned bytes.
-        held: returns the memory of processes by NVML: device -> pid -> bytes or None.
+        held: returns the memory of processes according to NVML: device -> pid -> bytes or None.
         began: called with the pid of a process that has executed a program.
     """
 

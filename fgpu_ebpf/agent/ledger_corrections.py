@@ -1,8 +1,8 @@
 """Corrects overheads in the ledger: the memory that NVML shows for a process beyond its witnessed bytes.
 
 This module runs in the reconcile thread. The charge of an idle process is set to exactly what NVML shows. While a
-process is not idle (one of its threads is between an admission and its call), only bytes that are certainly missing are
-added.
+process is not idle (one of its threads is between an admission and its settlement, or in a witnessed call), only bytes
+that are certainly missing are added.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Corrections:
         self._nvml = nvml
         self._ledger = ledger
         self._levels = levels
-        self._gone: dict[_Life, int] = {}  # the number of passes that GONE limits
+        self._gone: dict[_Life, int] = {}  # number of passes in a row, see GONE
         # At the last exact setting: the number of ended contexts, and the part of the overhead below 0. See _correct.
         self._exact: dict[_Life, tuple[int, int]] = {}
 
@@ -43,7 +43,7 @@ class Corrections:
                 self._ledger.mark(tgid, process.generation, device)
 
     def look(self, device: int, sample: Sample, ended: Mapping[int, int], drift: Drift) -> bool:
-        """Correct all processes of a device once. Returns True if some were not idle: another pass may be exact.
+        """Correct all processes of a device once. Returns True if some processes were not idle: a retry may be exact.
 
         The kernel refuses the correction of a process if a charge, a release, an admission or a call of the process has
         begun since the process was read.
@@ -70,7 +70,7 @@ class Corrections:
         return is_unquiet
 
     def _held(self, tgid: int, process: Process, device: int, sample: Sample) -> int | None:
-        """Return the bytes that a process holds by NVML, or None if its charge must stay as it is.
+        """Return the bytes that a process holds according to NVML, or None if its charge must stay as it is.
 
         NVML lists only processes with a context. A process that has a context and is not listed keeps its charge until
         its memory counts as gone, as after the loss or a reset of the device. A process without a context keeps its

@@ -37,8 +37,8 @@ STALE_SECONDS = 5.0  # ten full passes
 # The periods of passes while a device may hold orphaned bytes, each with the age of the youngest orphan up to which the
 # period applies: (age, period) in seconds.
 ORPHAN_PERIODS = ((5.0, 0.02), (60.0, 0.1), (float("inf"), 0.25))
-# For this time the first of these periods applies, whatever the age. It begins at the start, because bytes of a ledger
-# of another layout are orphans without an entry, and at each event of orphaned bytes, because an old entry may grow.
+# The first of these periods applies, whatever the age, for this long after the start (bytes of a ledger of another
+# layout are orphans without an entry) and after each event of orphaned bytes (an old entry may grow).
 HURRY_SECONDS = 5.0
 NS = 1_000_000_000
 
@@ -108,7 +108,7 @@ class Reconciler:
         tally: xids.Tally | None = None,
         ran: Iterable[int] = (),
     ) -> None:
-        """Make the thread. `ran`: pids of programs that ran before this start, if it has changed the layout."""
+        """Make the thread. `ran`: pids of programs that ran before this start, if this start has changed the layout."""
         self._nvml = nvml
         self._ledger = ledger
         self._wake = threading.Event()
@@ -152,11 +152,11 @@ class Reconciler:
         return self._wakeup.fileno()
 
     def clear(self) -> None:
-        """Make the descriptor unreadable until the next such pass."""
+        """Make the descriptor unreadable until one of the two cases of fileno() occurs again."""
         self._wakeup.clear()
 
     def add_device(self, index: int) -> None:
-        """Include a device from now on."""
+        """Include a device in all later passes. `index`: its index in the ledger."""
         self._releases = {**self._releases, index: OrphanRelease(self._ledger, index)}
 
     def let_go(self, devices: bool) -> None:
@@ -265,7 +265,10 @@ class Reconciler:
         return sample.rows
 
     def _sample(self, device: int, samples: int) -> Sample | None:
-        """Reset the peaks of processes and take a sample. The peak of a process since then explains its row."""
+        """Reset the peaks of processes, and take a sample.
+
+        Bytes of a row are charged already up to the peak of the process since this reset.
+        """
         processes = self._ledger.processes()
         self._corrections.mark(device, processes)
         return device_sample.take(self._nvml, self._ledger, device, processes, samples)
@@ -290,7 +293,8 @@ class Reconciler:
     def _choose_levels(self) -> None:
         """Choose the levels that the next passes check for orphaned bytes without an entry.
 
-        All levels are chosen one after the other, because an event of orphaned bytes may have been lost.
+        Each call adds the next LEVELS_AT_A_TIME levels, because an event of orphaned bytes may have been lost. It drops
+        the levels that have no orphaned bytes.
         """
         cgroups = self._ledger.tenants()
         self._levels.update(cgroups[self._level : self._level + LEVELS_AT_A_TIME])
@@ -313,10 +317,12 @@ class Reconciler:
         return replace(now, percent=percent, sampled=at, turns=turns)
 
     def _sweep(self, so_far: int) -> None:
-        """Reap processes whose exit was not reported, and delete the allocations of exited ones.
+        """Reap processes whose exit was not reported, and delete the allocations of exited processes.
+
+        It also moves late charges (`Process.late`) to the levels to which their process was moved.
 
         Args:
-            so_far: how many entries the ledger had ever had, before its processes were read. This number shows whether
+            so_far: how many entries of processes were ever created, read before the processes. The number shows whether
                 processes have started and exited between two passes. A later pass finds an exit that this one misses.
         """
         now = {(tgid, p.generation) for tgid, p in self._known.items()}

@@ -39,7 +39,8 @@ class Offers:
         """Return the offers as JSON values.
 
         Each profile of a device has `bytes` (of one share), `count` (how many are offered), `taken` (how many
-        containers have) and `fits` (how many more fit into the memory that is not committed; with overcommit, `count`).
+        shares containers have now) and `fits` (how many more fit into the memory that is not committed; with
+        overcommit, `count`).
         """
         taken = Counter((uuid, override.share) for override in overrides for uuid in override.devices)
         fault, found = self.unenforced, []
@@ -71,7 +72,7 @@ class Offers:
         return {"share": name, "bytes": size, "count": count, "taken": taken, "fits": fits, **says}
 
     def _failure(self, index: int) -> str:
-        """Return why nothing of a device may be given; empty: NVML answers for it and it has no fatal XID."""
+        """Return why no share of a device may be offered; empty: NVML answers, and the device has no fatal XID."""
         reported = self.truth.xids.get(index)
         if reported and reported.fatal is not None:
             return xids.failure(reported.fatal)

@@ -27,7 +27,7 @@ DEVICE_REST_BYTES = 4 << 20
 # SLACK_AFTER_NS, which is longer than the driver needs after a process exit.
 SLACK_BYTES = 32 << 20
 SLACK_AFTER_NS = 5_000_000_000
-FALL_COUNTS_NS = 2_000_000_000  # longer than the time of the passes that a release needs
+FALL_COUNTS_NS = 2_000_000_000  # how long the fall of a row counts as recent: longer than the passes of a release take
 # The driver frees the memory of a process while the process exits, and the last of it up to SETTLED_NS later. VAIN_NS
 # is FGPU_PATIENCE_NS, after which an exit counts as complete in any case.
 SETTLED_NS = 500_000_000
@@ -99,15 +99,15 @@ class EndedRows:
             self._last[orphan.tgid] = row._replace(orphaned=row.orphaned - bytes_)
 
     def spare(self, orphans: Iterable[Orphan]) -> list[Spare]:
-        """Return how many bytes of each orphan the device may have freed: all that no row proves to be held.
+        """Return how many bytes of each orphan the device may have freed: all bytes that no row proves to be held.
 
         The orphan that was most likely freed comes first: an orphan of a process whose row fell a moment ago, else the
         youngest. The driver frees most memory at once, so old orphans are probably held by another process. Orphans
         of processes that NVML lists come last.
 
-        A row of a pid that a live process has again proves less, because the driver rounds up the memory of the live
-        process. Slack that is released there is charged to the live process, like all bytes in its row beyond the
-        orphans.
+        If a live process has the pid again, the row proves less, because the driver rounds up the memory of the live
+        process. If slack of such an orphan is released, it is charged to the live process, like all bytes in the row
+        beyond the orphans.
         """
         proven, found = {pid: row.ended for pid, row in self._last.items()}, []
         for orphan in sorted(orphans, key=self._key):
@@ -126,7 +126,7 @@ class EndedRows:
     def _ended(self, pid: int, row: int, orphaned: int, process: Process | None, is_busy: bool) -> int:
         """Return the part of a row that belongs to ended processes.
 
-        This part only grows by bytes that were orphaned since the last pass and were in the row before. Other growth
+        This part grows only by bytes that were orphaned since the last pass and were in the row before. Other growth
         belongs to a live process. Memory of a process that ended without a context was in no row. If a live
         process is in a call, none of its bytes is certain to be in the row, because the call may have freed it already.
         """
@@ -156,7 +156,7 @@ class EndedRows:
 def excess(spare: Sequence[Spare], room: int) -> list[tuple[Orphan, int]]:
     """Return which orphans to release, and how many bytes of each.
 
-    The released bytes are those beyond `room`. If there are none, slack of old orphans is released.
+    Orphaned bytes beyond `room` are released. If there are none, slack of old orphans is released.
 
     Args:
         spare: the orphans, in the order in which they are released.
@@ -291,7 +291,8 @@ class OrphanRelease:
     def _charges(self, sample: Sample, orphans: Sequence[Orphan], ended: Mapping[int, int]) -> Charges:
         """Return the charges of the ledger.
 
-        Orphans are read again, so that a process that has exited since the sample is in one of the two lists.
+        Orphans are read again, because a process that exits between the first reading of `orphans` and the reading of
+        the sample's processes is in neither of them.
         """
         device, live = self._device, sample.processes
         now = [orphan for orphan in self._ledger.orphans.entries() if orphan.device == device]

@@ -65,7 +65,9 @@ def wire(
     history: EventLog,
     failed_checks: MutableMapping[str, Check],
 ) -> Parts:
-    """Make the parts, and pass to each the parts that it calls. This starts nothing.
+    """Make the parts, and pass to each part the other parts that it calls.
+
+    Only one part starts a thread here: the thread that writes the store of `fgpu usage`.
 
     Args:
         failed_checks: the agent's failed checks, which some parts change.

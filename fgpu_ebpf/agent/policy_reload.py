@@ -38,7 +38,7 @@ class Start:
 
 
 def at_start(folder: Path, file: Path = last_good.FILE) -> Start:
-    """Read the folder. A missing folder is an error if a set of it is stored on disk, else it counts as empty."""
+    """Read the folder. A missing folder is an error if a set from it is stored on disk, else it counts as empty."""
     policies = PolicyFolder(folder)
     reading = policies.read()
     if reading.policies is not None and reading.state is not None:
@@ -48,9 +48,10 @@ def at_start(folder: Path, file: Path = last_good.FILE) -> Start:
 
 
 class Policies:
-    """The folder's policies. `good`: the last reading had no error. `loaded_seconds`: the time of the last good one.
+    """The folder's policies.
 
-    `unsaved`: the reason why the set in force is not stored on disk, else empty. `file`: the file that stores it.
+    `good`: the last reading had no error. `loaded_seconds`: the time of the last reading without an error, since the
+    epoch. `file`: the file that stores the set in force. `unsaved`: the reason why the set is not stored, else empty.
     """
 
     def __init__(self, folder: Path, manager: Manager, history: EventLog, file: Path = last_good.FILE) -> None:
@@ -94,7 +95,7 @@ class Policies:
             self._manager.policies = policies
         if reading.policies is None:
             self._manager.policies_unknown = "" if start.kept else f"the policies are not known: {reading.errors[0]}"
-        elif reading.state is None:  # perhaps it never existed; then the origin of pinned limits is unknown
+        elif reading.state is None:  # the folder may never have existed: then the origin of pinned limits is unknown
             self._manager.policies_unknown = f"there is no folder {self._folder.path}"
         else:
             self._save(reading.policies)
@@ -112,7 +113,11 @@ class Policies:
             self._watch = None
 
     def ask(self) -> tuple[ConfigError, ...]:
-        """Read the folder again, changed or not, and put it in force. Returns the errors that forbid that."""
+        """Read the folder even if it has not changed, and put its policies in force, unless there are errors.
+
+        Returns:
+            The errors. If there are any, the last good set stays in force.
+        """
         reading = self._folder.read(may_be_missing=not (self._watch and self._watch.had))
         self._changed(reading)
         self.take()
@@ -127,7 +132,7 @@ class Policies:
         self._wakeup.clear()
         while self._changes:
             reading = self._changes.popleft()
-            if reading.at_ns < self._latest_ns:  # a reading that was made later, in the other thread, came first
+            if reading.at_ns < self._latest_ns:  # the other thread made a later reading, which was applied first
                 continue
             self._latest_ns = reading.at_ns
             self._note(reading.policies, reading.errors)

@@ -1,7 +1,7 @@
-"""Reporters: each adds events of one kind to the event log, every event once.
+"""Reporters: each adds events of one kind to the event log, and keeps a record so that it reports nothing twice.
 
-Reporters run in the agent's main loop, once a round. StaleMountReports runs at every scan of all cgroups. Each reporter
-keeps a record of what it has reported.
+All run in the agent's main loop: StaleMountReports in every scan of all cgroups, the other reporters once a round, and
+AdoptionReports also after a reconcile pass that wakes the loop.
 """
 
 from __future__ import annotations
@@ -67,8 +67,9 @@ class AdoptionReports:
         self._held: set[_Process] = set()  # at the last check
 
     def look(self) -> None:
-        """Report adopted processes, if there is a new result of NVML.
+        """Report adopted processes, once for each new result of NVML.
 
+        The method first updates the cgroups that `onBypass: kill` spares, and commits the limits of charged levels.
         Preexisting processes are reported at once. Other processes are reported when a second result contains them,
         because after an exec the driver takes a moment to free the memory of the earlier program.
         """
@@ -122,7 +123,7 @@ class OrphanReports:
         self._reported: set[_Life] = set()
 
     def look(self) -> None:
-        """Search for the processes that keep orphans, and report each orphan once."""
+        """Search for the processes that keep the memory of orphans, and report each orphan once, after TOLD_AGE_NS."""
         now = time.monotonic_ns()
         orphans = self._truth().orphans
         old = [orphan for orphan in orphans if now - orphan.since_ns > AGE_NS]
@@ -165,7 +166,7 @@ class OverrunReports:
         self._looked_at = -LOOK_SECONDS
 
     def look(self) -> None:
-        """Report new overruns, at most once a second."""
+        """Report new overruns: check once a second, and report a tenant on a device at most every AGAIN_SECONDS."""
         now = time.monotonic()
         if now - self._looked_at < LOOK_SECONDS:
             return
@@ -201,7 +202,10 @@ class StaleMountReports:
         self._reported: set[tuple[str, str]] = set()
 
     def look(self, tenants: Iterable[Tenant]) -> Iterator[None]:
-        """Check one process of each mount namespace of a tenant, and report the tenant. Yields after each."""
+        """Check one process of each mount namespace of each tenant, and report tenants with a stale mount.
+
+        At most _MOST_LOOKED_AT processes of a tenant are considered. Yields after each tenant.
+        """
         found = set[tuple[str, str]]()
         for tenant in tenants:
             for pid in one_of_each_namespace(self._pids(tenant.path)[:_MOST_LOOKED_AT]):

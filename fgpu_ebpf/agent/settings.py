@@ -1,4 +1,4 @@
-"""The options of the command line, and the settings that the agent makes of them and of agent.yaml.
+"""The options of the command line, and the settings of an agent, which combine the options with agent.yaml.
 
 This module contains data only. It runs in the main thread of the agent and of commands.
 """
@@ -50,7 +50,10 @@ class Settings:
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """The options of `fgpu agent`, `load` and `doctor`. For None the value of /etc/fgpu/agent.yaml is used."""
+    """The options of `fgpu agent`, `load` and `doctor`.
+
+    An option that is None has the value of the file `config`. `shim`, `pins` and `store` then have fixed defaults.
+    """
 
     run_dir: Path = Path("/run/fgpu")
     driver_root: Path | None = None

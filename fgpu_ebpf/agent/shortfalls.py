@@ -42,7 +42,7 @@ class Shortfalls:
     Args:
         turns: returns the gatekeeper's counts by level and device.
         name_of: returns the tenant of a level.
-        history: gets an event for each tenant that begins to get too little.
+        history: gets an event when a shortfall begins.
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class Shortfalls:
         self.found: Mapping[Key, Shortfall] = MappingProxyType({})
 
     def look(self) -> None:
-        """Find the shortfalls by the present counts, at most once a second."""
+        """Compute the shortfalls from the present counts, at most once a second, and report new ones."""
         now = time.monotonic()
         if now - self._looked_at < LOOK_SECONDS:
             return
@@ -83,7 +83,10 @@ class Shortfalls:
         others = {other: its for other, its in known.items() if other[1] == key[1] and other != key}
         most = max(others, key=lambda other: _had(others[other]) - _entitled(others[other]), default=None)
         if most is None or _had(others[most]) - _entitled(others[most]) < ratio / 2:
-            why = "no other tenant exceeded its entitlement as much: time is lost between turns, or not used in turns"
+            why = (
+                "no other tenant exceeded its entitlement by half as much: "
+                "time is lost between turns, or not used in turns"
+            )
         else:
             its = others[most]
             why = f"{self._name_of(most[0])} had {_had(its):.1%}, entitled to {_entitled(its):.1%}"

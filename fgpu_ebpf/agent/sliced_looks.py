@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from time import monotonic
 
 ALL = ""  # all cgroups of the host
-RESCAN_SECONDS = 30.0  # between scans of ALL: they find changes without an event, such as of a cgroup's attributes
+RESCAN_SECONDS = 30.0  # between scans of ALL, which find changes without an event, such as new attributes of a cgroup
 SLICE_SECONDS = 0.01
 PAUSE_SECONDS = 1.0  # the least time between two scans of the same cgroups
 PAUSE = 9  # the pause after a scan, as a multiple of the time that the scan took
@@ -41,9 +41,10 @@ class Looks:
         self._next_scan = monotonic() + RESCAN_SECONDS
 
     def ask(self, path: str) -> None:
-        """Request a scan of the cgroups at `path`, also during such a scan.
+        """Request a scan of the cgroups at `path`.
 
-        The running scan may have passed a cgroup before the cgroup changed.
+        A request during such a scan leads to another scan, because a cgroup may have changed after the running scan has
+        passed it.
         """
         self._wanted.setdefault(path)
 
@@ -86,5 +87,5 @@ class Looks:
 
     @staticmethod
     def _run(look: _Look, until: float) -> bool:
-        """Run steps until that time. Returns True if the scan is over."""
+        """Run steps until this time of the monotonic clock. Returns True if the scan is over."""
         return all(monotonic() < until for _ in look.steps)

@@ -220,7 +220,7 @@ def _device(
         UnmanagedView(pid, bytes_ if bytes_ is None else bytes_ - ended.get(pid, 0))
         for pid, bytes_ in (held or {}).items()
         if pid not in processes and (bytes_ is None or bytes_ > ended.get(pid, 0))
-        and not procfs.ended(pid)  # it may have ended since NVML was asked
+        and not procfs.ended(pid)  # the process may have ended since NVML was asked
     ]  # fmt: skip
     reported = truth.xids.get(device.index)
     xids: tuple[Mapping[int, int] | None, int, int | None] = (

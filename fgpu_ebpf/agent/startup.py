@@ -36,7 +36,9 @@ class Attached:
 
 
 def take_lock(run_dir: Path) -> file_locks.FileLock:
-    """Return the lock that keeps a second agent from starting, for as long as the lock is referenced.
+    """Take the lock that keeps a second agent from starting, and return it.
+
+    The lock is held until release() or the end of this process.
 
     Raises:
         AgentError: another agent has the lock.
@@ -53,7 +55,8 @@ def attach(settings: Settings, mark: Callable[[str], None], start_gatekeeper: Ca
     Args:
         mark: called with the name of each part of the start that is done.
         start_gatekeeper: called early if the programs and maps of this version are pinned already. Then the gatekeeper
-            starts at the same time as the agent. Otherwise it could open maps that this agent replaces.
+            starts at the same time as the agent. If they are not pinned, an early gatekeeper could open maps that this
+            agent replaces.
 
     Raises:
         AgentError: the text names the missing requirement, and its fix.
@@ -74,7 +77,7 @@ def attach(settings: Settings, mark: Callable[[str], None], start_gatekeeper: Ca
         finally:
             loading.end()
         mark("loaded")
-        capabilities.keep_only(capabilities.AGENT)  # before there is a second thread
+        capabilities.keep_only(capabilities.AGENT)  # before a second thread starts, which would keep all capabilities
         ledger = Ledger(settings.pins)
         driver = prepared.attach(digest, ledger, settings.run_dir, settings.trusted_drivers, settings.bounds.files)
         mark("attached")

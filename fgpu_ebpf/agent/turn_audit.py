@@ -1,8 +1,8 @@
-"""Audit of turns: compares how long a tenant ran on a device, by NVML, with how long the tenant owned the device.
+"""Audit of turns: compares how long a tenant ran on a device, according to NVML, with how long it owned the device.
 
 The audit runs in the reconcile thread. It keeps the last ten seconds of gated tenants, and has no result for a tenant
-that has been gated for less. Every second it also reports NVML's running times to the gatekeeper. If NVML does not
-report the running times of processes on a device, there is no result for the tenants on that device.
+that has been gated for a shorter time. Every second it also reports NVML's running times to the gatekeeper. If NVML
+does not report the running times of processes on a device, there is no result for the tenants on that device.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ class Verdict(NamedTuple):
 
     `beyond`: the ratio of a device's time that a tenant ran minus the ratio that it owned. The value is usually below
     0, because kernels do not fill a whole turn. `outside`: host pids that run on a device on which the `beyond` of
-    their tenant is above MUCH. `empty`: host pids with contexts on a device of which their tenant owned more than MUCH
-    and on which it ran nothing.
+    their tenant is above MUCH. `empty`: host pids with contexts on a device, if their tenant owned more than MUCH of
+    the device's time and ran almost nothing (NOTHING_PARTS).
     """
 
     beyond: Mapping[Key, float] = {}
@@ -68,7 +68,8 @@ class Audit:
         """
         self._at = now
         turns = times.turns()
-        counts = {place: turns.get(place, TurnCounts()) for place in times.shared()}  # no counts: it owned nothing
+        # A tenant without counts has owned nothing.
+        counts = {place: turns.get(place, TurnCounts()) for place in times.shared()}
         gated = {place: found for place, found in counts.items() if not found.free}
         self._looks = {place: looks for place, looks in self._looks.items() if place in gated}
         for device in {device for _, device in gated}:
@@ -95,7 +96,10 @@ class Audit:
         looks.append(_Look(now, owned_ns, min(1.0, sum(own.values()) / 100), frozenset(own)))
 
     def _tell(self, place: Key, times: ComputeMaps) -> None:
-        """Report the running times by NVML to the gatekeeper: a tenant with a ceiling is charged at least that time."""
+        """Report to the gatekeeper how long a tenant ran, according to NVML.
+
+        A tenant with a ceiling is charged for at least this time, less a tolerance (`scheduling.observed_usage`).
+        """
         looks = self._looks.get(place)
         if looks and len(looks) > 1:
             seconds = min(MOST_SECONDS, looks[-1].at - looks[-2].at)

@@ -7,7 +7,7 @@ half minute the amounts are written to the store on disk.
 
 The last turns of a tenant are added by the first measurement after the exit of its last process. The gatekeeper
 publishes turns every half second. If the tenant's cgroup is removed before its last turns are published, up to half a
-second of turns is lost. The last second of memory is lost too.
+second of turns is lost. The use of memory since the last measurement, at most a second, is always lost.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Attaching of the pinned BPF programs to files of libcuda and the shim, and to tracepoints.
 
-Runs in the agent's main thread, except Probes.make(), which also runs in worker threads. The links are pinned under
+Runs in the agent's main thread, and Probes.make() and Probes.of() also in worker threads. The links are pinned under
 PINS/links, and the probed files are entered in the map `files`. A file that cannot be probed is not entered, so
 processes that map it get no answer to their hello and no memory. The text of a ProbeError names the fix.
 """
@@ -50,8 +50,9 @@ MadeLinks = list[tuple[str, list[int]]]  # the links of each program
 class Attachment:
     """The probes of one inode of a file.
 
-    `pinned`: names of the pinned links. `held`: descriptors of all other links. `plan` and `stamp`: those of the file
-    when it was probed; None: an earlier agent probed it.
+    `number`: distinguishes the links of inodes with the same (dev, ino). `check`: the offset at which a breakpoint
+    proves that a mapping is probed. `pinned`: names of the pinned links. `held`: descriptors of all other links. `plan`
+    and `stamp`: those of the file when it was probed; None: an earlier agent probed it.
     """
 
     role: Role
@@ -64,7 +65,7 @@ class Attachment:
 
 
 class Probes:
-    """All links of one set of programs. For one thread, except make()."""
+    """All links of one set of programs. For one thread, except make() and of()."""
 
     def __init__(self, pins: Path, digest: str, ledger: Ledger) -> None:
         self._programs = pins / "programs"
@@ -125,14 +126,14 @@ class Probes:
         return frozenset(self._files)
 
     def of(self, file: File) -> Attachment | None:
-        """Return the latest probes of a file; None: it has none."""
+        """Return the latest probes of a file; None: it has none. Safe in any thread."""
         found = self._files.get(file)
         return found[-1] if found else None
 
     def attach_process_ends(self) -> None:
-        """Attach the process events.
+        """Attach the programs to the process events and, if possible, to the cgroup events.
 
-        Raises ProbeError: the kernel does not report process exits, or a program is no longer pinned.
+        Raises ProbeError: the kernel does not report a process event, or a program is no longer pinned.
         """
         for program, event in TRACEPOINTS.items():
             try:
@@ -141,10 +142,10 @@ class Probes:
                 raise ProbeError(f"{self._programs / program} is no longer pinned: restart the agent") from error
             except OSError as error:
                 raise ProbeError(
-                    f"cannot attach to {event}, with which the kernel reports process exits: {error}"
+                    f"cannot attach to {event}, with which the kernel reports exits or execs of processes: {error}"
                 ) from error
         for program, event in OPTIONAL_TRACEPOINTS.items():
-            with contextlib.suppress(OSError):  # the periodic scan of all cgroups replaces it
+            with contextlib.suppress(OSError):  # the periodic scan of all cgroups replaces these events
                 self._attach_tracepoint(program, event)
 
     def _attach_tracepoint(self, program: str, event: str) -> None:
@@ -291,11 +292,11 @@ def detach(pins: Path) -> None:
 def wait_until_detached(shim: Path, until: float) -> bool:
     """Wait until new mappings of the shim have no probe, or until this time of the monotonic clock.
 
-    The kernel detaches a link some time after it was unpinned. The shim of a program that starts before that finds its
-    probe but no folder of an agent, and would treat the folder as hidden by a mount.
+    The kernel detaches a link some time after it was unpinned. If a program starts before that, its shim finds the
+    probe but no folder of an agent, and treats the folder as hidden by a mount.
 
     Returns:
-        False if a probe is left at that time, for example one of another agent.
+        False if a probe is left at that time, for example a probe of another agent.
     """
     with contextlib.suppress(OSError, ValueError, elf.ElfError, ProbeError), open(shim, "rb") as file:
         made = probe_plan.plan(file.fileno(), str(shim), Role.SHIM)

@@ -25,7 +25,8 @@ BTF_STRUCT = 4  # BTF_KIND_STRUCT
 LOAD_MAP = 0x1018  # the first two bytes of an instruction that loads a map by its descriptor
 FORM = ("map_type", "key_size", "value_size", "max_entries", "map_flags")  # of a map; names as in /proc/PID/fdinfo
 # These flags halve the work. They leave out debugging information, which is never read; a second optimiser (BCC runs
-# LLVM's own over clang's result); and the reading of all kernel symbols for each program that names this helper.
+# LLVM's own over clang's result); and the reading of all kernel symbols for each program that names the helper
+# bpf_probe_read_user.
 LEAN = ("-g0", "-Xclang", "-disable-llvm-passes", "-Dbpf_probe_read_user=read_user")
 _PART = re.compile(r'^#include "(\w+\.bpf\.h)"$', re.MULTILINE)
 

@@ -15,8 +15,9 @@ BOOKS = b"/run/fgpu/books"  # the shim's own ledger for an image with its own li
 def fgpu_mappings(pid: int) -> list[MappedFile] | None:
     """Return the libcuda and shim files that a process has mapped executable, each once.
 
-    The result is None if the process has exited, has no memory of its own or has too many mappings. The function
-    queries one executable mapping after the other, because the text of all mappings takes five times as long.
+    The result is None if the process has exited, has no memory of its own or has too many mappings. From Linux
+    6.11 on, the function queries one executable mapping after the other, because the text of all mappings takes five
+    times as long.
     """
     try:
         with procmaps.opened(pid) as maps:

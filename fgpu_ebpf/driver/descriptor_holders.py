@@ -1,7 +1,8 @@
 """Search for processes that keep an exited process's memory on a device, by their open descriptors of the driver.
 
 A thread of the agent lists /proc/PID/fd, because a host may have many processes and the main thread must not wait.
-Descriptors that are unread in the queue of a socket are not listed in /proc, so the result may be empty.
+Descriptors that are unread in the queue of a socket are not listed in /proc, so the result may be empty. The main loop
+calls device_files() for the agent itself.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ class Held:
 
 
 class Keepers:
-    """The search. look() sets the orphans to search for. of() returns the processes that were found."""
+    """Searches in a thread. look() sets the orphans to search for. of() returns the processes that were found."""
 
     def __init__(self) -> None:
         self._held: Sequence[Held] = ()

@@ -58,8 +58,8 @@ def take(
         ledger: the ledger.
         device: the ledger index.
         before: the ledger's processes.
-        samples: the number of samples. `taken` of the result has as many entries, or none if NVML does not report the
-            bytes in use or the row of a process.
+        samples: the number of samples. `taken` of the result has one entry for each, or none if NVML does not report
+            the bytes in use or the row of a process.
     """
     begun_ns, rows = time.monotonic_ns(), nvml.process_bytes(device)
     if rows is None:

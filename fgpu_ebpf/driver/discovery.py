@@ -106,7 +106,7 @@ class Discovery:
         return scanned[0].used
 
     def unenforced(self) -> str:
-        """Return why limits do not hold: links of probes or of process events were removed; empty: none is missing."""
+        """Return why limits do not hold: links of probes or process events were removed. Empty: no link is missing."""
         if not self._probes.lost() and self._libraries.own_files <= self._probes.known:
             return ""
         return f"probes are missing: another process has removed their links{self._attach_error}"
@@ -152,7 +152,7 @@ class Discovery:
     def hidden(self) -> frozenset[int]:
         """Return the processes that execute memory without a file.
 
-        Only processes that hold more memory than the probes have recorded are examined.
+        Only the processes that look_at_new() searches for libcuda are examined.
         """
         return frozenset(self._hidden)
 
@@ -173,7 +173,7 @@ class Discovery:
     def look_at_holders(
         self, pids: Iterable[int], drift: Mapping[tuple[int, int], int], processes: Mapping[int, Process]
     ) -> None:
-        """Call look_at_new() for processes that NVML lists.
+        """Call look_at_new() for processes that NVML lists, with the argument `again`.
 
         Args:
             pids: the processes.
@@ -188,8 +188,8 @@ class Discovery:
 
         Args:
             pids: the processes.
-            again: processes with more memory than the probes have recorded. All files that they execute are searched
-                for libcuda.
+            again: processes that hold more memory than probes have recorded, or none of whose calls has been recorded.
+                All files that they execute are searched for libcuda, at most every SEARCH_SECONDS.
         """
         pids, now = set(pids), monotonic()
         self._looked_at &= pids

@@ -12,11 +12,12 @@ from fgpu_ebpf.linux.procmaps import File
 
 MOST_FILES = 128  # of one workload (Bounds.files); each file takes two descriptors, and time to detach
 MOST_FILES_ALL = 2048
-BURST_NS, REFILL_NS = 3_000_000_000, 50_000_000  # of a cgroup: at once, and then in each round
+# The processor time that a cgroup can use at once, and the time that is added in each round.
+BURST_NS, REFILL_NS = 3_000_000_000, 50_000_000
 
 
 class FileBudget:
-    """The files and the processor time of each cgroup. `most`: the maximum of files of one cgroup."""
+    """The files and the processor time of each cgroup. `most`: the maximum number of files of one cgroup."""
 
     def __init__(self, most: int = MOST_FILES) -> None:
         self.most = most

@@ -1,4 +1,4 @@
-"""The driver of this host, with probes attached to every file of it that is in use.
+"""The driver of this host, with probes on each of its files that is in use.
 
 Runs in the agent's main thread, at its start. The start has two steps: prepare() needs no BPF programs, so it runs
 while they are compiled. Prepared.attach() needs the programs. Errors are AgentError and ERRORS, whose text has the
@@ -61,7 +61,9 @@ class Prepared:
     release: shim_store.Release
 
     def attach(self, digest: str, ledger: Ledger, run_dir: Path, trusted: Iterable[str], most_files: int) -> HostDriver:
-        """Enter the devices in the ledger, and attach probes to every file in use. Raises ERRORS and OSError.
+        """Enter the devices in the ledger, probe every file in use, publish the shim, and take over other layouts.
+
+        Raises ERRORS and OSError.
 
         Args:
             digest: the digest of the loaded BPF programs.
@@ -84,7 +86,7 @@ class Prepared:
         )  # fmt: skip
 
     def _publish(self, discovery: Discovery) -> Path:
-        """Probe the shim, and then publish it. Programs that start before that get the previous version."""
+        """Probe the shim, and then publish it. Programs that start before the publication get the previous version."""
         used = discovery.start()
         shim = self.release.publish()
         if self.store and used is not None:

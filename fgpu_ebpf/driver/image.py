@@ -1,6 +1,6 @@
 """Loading of the BPF programs: the compiler's output (an image) is parsed, loaded into the kernel and pinned.
 
-A pinned map that already has the form in the image is used with its contents. Runs in the agent's main thread at its
+A pinned map that already has the form in the image is kept with its contents. Runs in the agent's main thread at its
 start, and in `fgpu load`. The kernel verifies the programs in several threads.
 """
 
@@ -24,7 +24,7 @@ RAW_TRACEPOINTS = frozenset({"process_exit", "process_exec", "program_began", "a
 INNER = "page_template"  # has the form of the inner maps of all maps of maps
 UNPINNED = frozenset({INNER, "blanks"})  # maps without contents to keep
 RUN_AGAIN = ("again", "call_return")  # an array of programs, and its only entry
-SHORTER = {"host": 8, "allocations": 262_144}  # sufficient sizes of pinned maps: those of an older version
+SHORTER = {"host": 8, "allocations": 262_144}  # sizes of an older version's maps that may stay pinned
 _LOAD_MAP = 0x1018  # the first two bytes of an instruction that loads a map
 _INSTRUCTION, _NUMBER = struct.Struct("<HhI"), struct.Struct("<I")
 

@@ -30,7 +30,7 @@ from fgpu_ebpf.snapshot import LibraryView
 log = logging.getLogger("fgpu.agent")
 MOST_NAMED = 1024  # files and cgroups for which a refusal has been logged
 MOST_JOBS = 256  # queued jobs of one cgroup: more than the number of files that may be probed for it
-THREADS = 4  # at a time, unless one hangs; to read a file takes tenths of a second
+THREADS = 4  # started at once, more only if none finishes a job; reading a file takes tenths of a second
 NICE = 10  # nice level of the workers, because they work for processes that are not trusted
 SETTLE_SECONDS = 5.0
 
@@ -69,7 +69,7 @@ class Libraries:
         self._examining: dict[tuple[File, str], dict[int, MappedFile]] = {}  # with processes that wait for the result
         self._coming = Counter[str]()  # by cgroup: number of its files that are being examined
         self._reading: set[File] = set()  # files whose contents are being read
-        # By tenant's file: the processes that map it, with the mapping; None: a process that may map it later.
+        # By file of a tenant: the processes that map the file, with the mapping; None: the process may map it later.
         self._mappers: dict[File, dict[int, MappedFile | None]] = {}
         self._refused: dict[File, str] = {}  # files that cannot be probed, and why; until the next look_around()
         self._unprobed: dict[int, dict[File, str]] = {}  # by process: files whose probes miss its calls, and why
@@ -150,12 +150,12 @@ class Libraries:
     def tenant_files(self) -> frozenset[File]:
         """Return all probed files except the host's own.
 
-        Many of these files lie in layers of containers. Their probes keep the mounts busy.
+        Many of these files lie in layers of containers, whose mounts stay busy while the files have probes.
         """
         return self._probes.known - self.own_files
 
     def knows(self, pid: int, one: MappedFile) -> bool:
-        """Return whether a file that a process maps is already probed and needs no further work."""
+        """Record that a process maps a file. Returns whether the file is already probed and needs no further work."""
         file = one.dev, one.ino
         now = self._probes.of(file)
         if not now or file in self.own_files:
@@ -248,7 +248,7 @@ class Libraries:
         return next(((pid, one) for pid, one in self._mappers.get(file, {}).items() if one), None)
 
     def _read(self, file: File) -> None:
-        """Let a worker read a tenant's driver once: its digest may make it trusted, and `fgpu doctor` shows it."""
+        """Let a worker read a tenant's driver once. The digest may make the file trusted. `fgpu doctor` shows it."""
         now, mapped = self._probes.of(file), self._mapped(file)
         if not now or not mapped or not now.role.is_driver or file in self._reading:
             return
@@ -340,7 +340,7 @@ class Libraries:
         self._refuse(
             cgroup,
             cgroup,
-            f"other files that processes of {cgroup!a} map, such as process {pid}: {self._bound_text(cgroup)}",
+            f"other files that processes of {cgroup!a} map, for example process {pid}: {self._bound_text(cgroup)}",
         )
         return False
 

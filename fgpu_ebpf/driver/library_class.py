@@ -54,7 +54,7 @@ _CLASSES = {Role.HOST: Class.HOST, Role.LISTED: Class.LISTED, Role.UNKNOWN: Clas
 
 @dataclass(frozen=True, slots=True)
 class Stamp:
-    """A file's size and times. While they do not change, its contents do not change."""
+    """A file's size and times. While they do not change, its contents count as unchanged."""
 
     size: int
     mtime_ns: int

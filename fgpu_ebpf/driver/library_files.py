@@ -73,7 +73,7 @@ class Target:
 def driver_libraries(root: Path, name: str) -> list[Path]:
     """Return all files of this name in the library folders of a driver root, each once.
 
-    If the root is /, those in the loader's cache come first.
+    If the root is /, the files in the loader's cache come first.
     """
     found: dict[Path, None] = {}
     for path in _candidates(root, name):

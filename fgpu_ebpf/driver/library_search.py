@@ -27,7 +27,7 @@ class Found:
     """The files of one process.
 
     `files`: None if the mappings cannot be read, although the process may still live. `code`: the process executes
-    memory that no file backs, in which a copy of libcuda could not be probed; only a search by contents sets this.
+    memory that no file backs, so a copy of libcuda in this memory has no probes; only a search by contents sets this.
     `books`: the process is under an image's own limit.
     """
 
@@ -37,7 +37,7 @@ class Found:
 
 
 class Search:
-    """The search. `known` returns whether a file is already probed."""
+    """Finds the files of libcuda and the shim. `known` returns whether a file is already probed."""
 
     def __init__(self, known: Callable[[File], bool]) -> None:
         self._known = known

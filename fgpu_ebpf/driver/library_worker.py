@@ -22,7 +22,7 @@ MOST_FAILED = 4096  # remembered failures
 
 
 class Unreachable(Exception):
-    """A process maps another file than the one that can be opened by the same path, dev and ino."""
+    """The file that a process maps cannot be opened: another file has the same path, dev and ino."""
 
     def __str__(self) -> str:
         return "the mapped file cannot be opened: its layer was changed after the mapping, or the mapping is shared"
@@ -50,7 +50,7 @@ class Examined:
 
 
 class Examiner:
-    """Examines files, attaches missing probes, and returns them in an Examined."""
+    """Examines files and attaches missing probes. The result for each file is an Examined."""
 
     def __init__(self, probes: Probes, trust: Trust) -> None:
         self._probes, self._trust = probes, trust

@@ -53,8 +53,8 @@ class Device:
 class Nvml:
     """One initialised NVML, of one driver root. `known`: ledger indexes by UUID, from earlier agents.
 
-    All other devices can be used if a device has no handle, for example because it is lost. `missing` has the reason by
-    the name of the device, and look_for_missing() tries again.
+    If a device has no handle, for example because it is lost, all other devices can still be used. `missing` has the
+    reason by the name of the device, and look_for_missing() tries again.
     """
 
     released = False  # set by release()
@@ -91,7 +91,7 @@ class Nvml:
             raise OSError(f"no {_NVML} under {root}")
 
     def _find(self) -> tuple[list[Device], dict[str, str]]:
-        """Return the devices that this call has given a handle, and why others have none. Raises NVMLError."""
+        """Get handles of more devices. Returns these devices, and why others have no handle. Raises NVMLError."""
         found, missing = [], {}
         for number in range(pynvml.nvmlDeviceGetCount()):
             try:

@@ -54,7 +54,7 @@ class HostScan:
     """Scans of the host, at most one at a time.
 
     Args:
-        work: queues a job for a cgroup; returns False if the cgroup's budget is used up.
+        work: queues a job for a cgroup; returns False if the cgroup's budget is used up or its queue is full.
         cgroup_of: returns the cgroup to which work for a process is charged; called in a worker thread.
         read: reads the mappings of a process; called in a worker thread.
         see: called in the main thread with a process, its cgroup and the files that it maps.
@@ -119,7 +119,7 @@ class HostScan:
         groups: dict[str, list[int]] = defaultdict(list)
         for pid in procfs.pids():
             cgroup = self._cgroup_of(pid)
-            if not procfs.is_outside(cgroup):  # only an agent outside this cgroup namespace can limit other cgroups
+            if not procfs.is_outside(cgroup):  # the agent cannot limit cgroups outside its own cgroup namespace
                 groups[cgroup].append(pid)
         return partial(self._take_groups, look, groups)
 

@@ -169,7 +169,8 @@ def unmount_made() -> None:
     if not (root / MADE).is_dir():
         return
     (root / MADE).rmdir()
-    if not any(not entry.name.endswith("debug") for entry in root.iterdir()):  # the kernel's: progs.debug, maps.debug
+    # The kernel itself has put progs.debug and maps.debug into the bpffs.
+    if not any(not entry.name.endswith("debug") for entry in root.iterdir()):
         subprocess.run(["umount", str(root)], capture_output=True, check=False)
 
 

@@ -3,7 +3,7 @@
     STORE/<digest>/libfgpu.so    a version; never changed
     STORE/current -> <digest>    the version for programs that start; containers mount STORE/current/libfgpu.so
     STORE/previous -> <digest>   the version that was published before
-    STORE/versions               SHA-256 and size of the last MOST_VERSIONS staged ones: images may contain any of them
+    STORE/versions               SHA-256 and size of the last MOST_VERSIONS staged versions, which images may contain
 
 A reader of `current` always gets the old version or the new one. publish() must be called only after the file that
 stage() has returned is probed. Runs in the agent's main thread and in `fgpu detach`. After an OSError the published

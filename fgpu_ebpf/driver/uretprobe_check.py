@@ -1,7 +1,8 @@
 """A check whether processes survive return probes on this kernel.
 
 Runs in the main thread of the agent and of `fgpu load`, before the first use of the BPF programs. A child process is
-probed before any other process. The probe is removed afterwards. OSError: no file can be probed at all.
+probed before any other process, and the probe is removed afterwards. OSError: no file can be probed, or the child
+failed before it reached the probe.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from fgpu_ebpf.linux import bpf
 _PR_SET_NO_NEW_PRIVS, _PR_SET_SECCOMP, _SECCOMP_MODE_FILTER = 38, 22, 2
 _URETPROBE_CALL, _ALLOW, _ERRNO_EPERM = 335, 0x7FFF0000, 0x00050001
 
-# This program denies itself one system call, as Docker's profile does with unknown ones, and calls a probed function.
+# This program forbids itself one system call, as Docker's profile forbids unknown calls, and calls a probed function.
 _CHILD = f"""
 import ctypes, struct, sys
 libc = ctypes.CDLL(None)

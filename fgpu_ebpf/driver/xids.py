@@ -1,7 +1,7 @@
 """XIDs: errors that devices report. After a fatal XID, a device must not be assigned to programs.
 
-Runs in the agent's reconcile thread. Programs that already have a share of such a device continue, as far as the driver
-allows.
+Tally runs in the agent's reconcile thread, and check() in `fgpu doctor`. Programs that already have a share of such a
+device continue, as far as the driver allows.
 """
 
 from __future__ import annotations
