@@ -1,4 +1,4 @@
-"""The state of the host at one moment, as frozen data classes: everything that status, metrics and pages show.
+"""The state of the host at one moment, as frozen data classes: all that commands, metrics and the web page show.
 
 The agent's main thread makes a Snapshot; any thread may read it, and commands read it as JSON. Names contain the unit.
 None stands for a number that was not measured.
@@ -24,7 +24,7 @@ class Refusal:
 
 @dataclass(frozen=True, slots=True)
 class Shortfall:
-    """The part of a device's time that was due to a busy tenant in ten seconds and that it did not get.
+    """The part of a device's time that was due to a busy tenant in the last ten seconds and that it did not get.
 
     `ratio`: the part of the device's time. `why`: the reason, as text.
     """
@@ -39,9 +39,9 @@ class ComputeView:
 
     `had_ratio` and `entitled_ratio` cover the last half second. `free`: the tenant shares the device with no other
     tenant and has no ceiling, so its time is not measured. `waiting_seconds`: how long it has waited for its next turn;
-    None: it is not waiting. `beyond_ratio`: the part of the device's time that the tenant ran by NVML, minus the part
-    that it owned, in the last ten seconds; usually below 0, because kernels do not fill a whole turn. `shortfall` None:
-    the tenant got the time that is due to it, or was not busy.
+    None: it is not waiting. `beyond_ratio`: the part of the device's time in which the tenant's kernels ran, as NVML
+    samples it, minus the part that the tenant owned, in the last ten seconds; usually below 0, because kernels do not
+    fill a whole turn. `shortfall` None: the tenant got the time that is due to it, or was not busy.
     """
 
     limit_ratio: float
@@ -147,7 +147,7 @@ class OrphanView:
 class TenantView:
     """A managed cgroup. `kind`: `tenant`, `group`, or `gone` if the cgroup was removed and its memory is still held.
 
-    `denied`: the reason why the tenant gets nothing although a policy gives it a limit; empty if it gets its limit.
+    `denied`: the reason why the tenant's limit is not in force on some device; empty if it is in force on all.
     `bypassing`: the number of processes for each way to bypass the shim. `shimless`: the number of processes without
     the shim for each reason. `labels`: the labels that the policy lists in `metricLabels`.
     """
@@ -311,7 +311,7 @@ class Snapshot:
 
 
 def plain(view: Any) -> dict[str, Any]:
-    """Return a view's fields by name, for json.dumps(…, default=plain). It copies nothing, as asdict() would."""
+    """Return a view's fields by name, for json.dumps(…, default=plain). Unlike asdict(), this copies no value."""
     return {name: getattr(view, name) for name in view.__slots__}
 
 

@@ -240,7 +240,7 @@ def _devices(snapshot: Snapshot, since_seconds: float) -> Iterator[Metric]:
 
 
 def _xids(devices: Iterable[DeviceView]) -> Metric:
-    """Return the counter of XIDs, by cause instead of by XID, so that both causes are exported from 0 on."""
+    """Return the counter of XIDs, by cause instead of by XID, so that it is exported as 0 before the first XID."""
     xids = CounterMetricFamily("fgpu_device_xids", "XIDs that the device has reported", labels=["gpu", "cause"])
     for device in devices:
         if device.xids is not None:
