@@ -94,7 +94,7 @@ def _setup(of: Parts) -> str:
 
 
 class Lists:
-    """Preload lists of images. `fgpu-oci precreate` stores them in the run folder, because Podman passes it no bundle.
+    """Preload lists of images. `fgpu-oci precreate` stores them in the run folder, because Podman passes no bundle.
 
     A list that no container starts with is removed after UNUSED_SECONDS of the monotonic clock.
     """
