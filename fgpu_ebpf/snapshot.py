@@ -66,7 +66,8 @@ class UsageView:
     """The use of one device by a tenant since the agent's start, as far as one source has measured it.
 
     `source`: `turns`, `nvml` (a sample), or `none` if the device's time is unknown. `held_seconds`: the time for which
-    the tenant had memory on the device. `idle_seconds`: the part of that time in which it ran nothing there.
+    the tenant had memory on the device. `idle_seconds`: the sum of the measured intervals in that time in which the
+    tenant ran for less than 1 % of the interval.
     """
 
     source: str
@@ -283,7 +284,7 @@ class Snapshot:
     `unenforced`: the reason why no limit is in force; empty if limits are in force. `incomplete`: the reason why it is
     unknown whether all requested limits are in force; empty if they are. `lacks`: the failed checks that do not concern
     enforcement, by name, each with its finding and fix. `trusted`: the digests that agent.yaml lists. `events`: the
-    number of kernel events that were sent, and of those that were lost, by reason. `writes_refused`: the number of
+    number of kernel events that were sent, and of events that were lost, by reason. `writes_refused`: the number of
     requests on the control socket that lacked the permission to write. `failures`: the number of internal errors after
     which the agent continued. `gatekeeper`: the gatekeeper's own counters, for reports; their names may change.
     """
