@@ -240,7 +240,7 @@ def template_after(of: Settings) -> Wanted:
     A template cannot change tables of its base template. Therefore the runtime has a table of its own.
     """
     if of.version < OLDEST:
-        raise SetupError("this version of k3s or RKE2 has no setting default-runtime: 1.29 or later is needed")
+        raise SetupError("k3s or RKE2 1.29 or later is needed, for default-runtime: the version is older or unknown")
     made = of.file.with_name("config.toml")
     if not made.is_file():
         raise SetupError(f"{made} does not exist: start the service once, which writes this file")
