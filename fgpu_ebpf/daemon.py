@@ -188,7 +188,7 @@ def take_away(run_dir: Path, hung: bool) -> bool:
     """Remove everything of fgpu from this host while no agent runs, and keep agents from starting meanwhile.
 
     Args:
-        hung: an agent that holds its lock is hung. Remove everything although the lock is held.
+        hung: remove everything even if an agent holds its lock. The caller found that this agent does not answer.
 
     Returns:
         True if everything was removed; False if an agent is starting or exiting.

@@ -28,7 +28,7 @@ MOST_HEAD_BYTES = 16 << 10
 HEAD_SECONDS = 1.0  # for the whole head of a request
 SLOW_SECONDS = 1.0  # after this time, the connection of a slow reader is closed if another request waits for a thread
 CLIENT_SECONDS = 10.0  # the longest wait of a complete request for a thread, and the longest time for its response
-AT_ONCE = 16
+AT_ONCE = 16  # connections to accept before the main loop continues
 
 
 def by_path(apps: Mapping[str, WSGIApplication]) -> WSGIApplication:
@@ -45,7 +45,7 @@ def by_path(apps: Mapping[str, WSGIApplication]) -> WSGIApplication:
 
 
 def only_by_name(names: Collection[str], app: WSGIApplication) -> WSGIApplication:
-    """Return `app`, with 421 for requests whose Host is not one of `names`, localhost or an address.
+    """Return an application that calls `app`, or replies 421 if Host is not in `names`, localhost or an IP address.
 
     This prevents DNS rebinding: a web page in a browser on this host can let its own host name resolve to 127.0.0.1,
     and could otherwise read the metrics.

@@ -18,7 +18,7 @@ from functools import partial
 MOST_PEERS = 64
 MOST_LINE_BYTES = 1 << 16
 LINE_SECONDS, ANSWER_SECONDS = 2.0, 10.0
-AT_ONCE = 16
+AT_ONCE = 16  # connections to accept before the main loop continues
 
 
 @dataclass(eq=False, slots=True)
