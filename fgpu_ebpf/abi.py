@@ -22,7 +22,7 @@ LAYOUT = 3
 PAGE_BYTES = 4096
 DEVICES = 16
 LEVELS, SHARED = 4, 3
-DEPTH = 16  # the BPF programs search this many cgroups of a path for levels, from the root of the hierarchy on
+DEPTH = 16  # the BPF programs search this many cgroups of a path for levels: the root of the hierarchy and 15 below it
 OWNERS, OWNED, OWNED_ORPHANS = 4096, 4, 3
 BOTH_LEVELS = 2 * LEVELS
 VERDICTS = 128
@@ -230,7 +230,7 @@ class Limit(Structure):
 
 
 class Owner(Structure):
-    """A value of the map `owners`, by slot: how many entries a bound owner has in each shared map, and may have."""
+    """A value of the map `owners`, by slot: the entries of a bound owner in each shared map, and their maximum."""
 
     _fields_ = (
         ("cgroup", u64), ("entries", u64 * OWNED), ("claimed", u64 * OWNED), ("most", u64 * OWNED), ("spare", u64 * 3),

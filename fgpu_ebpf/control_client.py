@@ -109,7 +109,7 @@ def _no_answer(run_dir: Path, error: OSError) -> NoAnswerError:
 
 
 def _is_running(run_dir: Path) -> bool:
-    """Return whether a process holds the agent's lock. /proc/locks shows every user the inodes of locks."""
+    """Return whether a process holds the agent's lock. Every user can read the inodes of locks in /proc/locks."""
     try:
         inode = os.stat(run_dir / file_locks.AGENT).st_ino
         locked = {line.split()[-3].rpartition(":")[2] for line in _LOCKS.read_text(encoding="ascii").splitlines()}

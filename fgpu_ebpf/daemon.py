@@ -160,9 +160,9 @@ def _reachable(service: Agent) -> Iterator[None]:
 
 
 def load(options: Options) -> str:
-    """Compile and pin the BPF programs, as the start of an agent does if they are not pinned.
+    """Compile and pin the BPF programs. An agent does this at its start if the programs are not pinned.
 
-    A process of its own for this step keeps the agent's memory small.
+    If `fgpu load` has run before, the agent's process needs less memory.
 
     Returns:
         The digest of the programs.
@@ -188,13 +188,13 @@ def take_away(run_dir: Path, hung: bool) -> bool:
     """Remove everything of fgpu from this host while no agent runs, and keep agents from starting meanwhile.
 
     Args:
-        hung: remove it also if an agent holds its lock, because that agent does not answer.
+        hung: remove everything even if an agent holds its lock. The caller found that this agent does not answer.
 
     Returns:
-        Whether it was removed. Otherwise an agent is starting or exiting.
+        True if everything was removed; False if an agent is starting or exiting.
 
     Raises:
-        OSError: a part of it is left.
+        OSError: a part could not be removed.
     """
     lock = file_locks.FileLock(run_dir / file_locks.AGENT)
     is_held = lock.take()

@@ -109,7 +109,7 @@ def _uprobes() -> Check:
 
 
 def _ptrace() -> Check:
-    """Check that the memory of other processes can be read: the agent checks the probes' breakpoints there."""
+    """Check that the agent may read the memory of other processes, where it checks the breakpoints of the probes."""
     try:
         scope = int(PTRACE_SCOPE.read_text(encoding="ascii"))
     except OSError:  # this kernel has no such setting

@@ -1,8 +1,8 @@
 """Creates the classes of protobuf messages from tables of their fields.
 
 This module runs in the agent (messages of the CRI) and in the device plugin. Only classes() imports protobuf, because
-most hosts do not need it. fgpu contains no code made by protoc, because such code loads with some versions of protobuf
-only, and fgpu supports all versions from 3.21 (Debian 12) on.
+most hosts do not need it. fgpu contains no code made by protoc. Such code works only with some versions of protobuf,
+and fgpu supports all versions since 3.21 (Debian 12).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The state of the host at one moment, as frozen data classes: everything that status, metrics and pages show.
+"""The state of the host at one moment, as frozen data classes: all that commands, metrics and the web page show.
 
 The agent's main thread makes a Snapshot; any thread may read it, and commands read it as JSON. Names contain the unit.
 None stands for a number that was not measured.
@@ -24,7 +24,7 @@ class Refusal:
 
 @dataclass(frozen=True, slots=True)
 class Shortfall:
-    """The part of a device's time that was due to a busy tenant in ten seconds and that it did not get.
+    """The part of a device's time that was due to a busy tenant in the last ten seconds and that it did not get.
 
     `ratio`: the part of the device's time. `why`: the reason, as text.
     """
@@ -39,9 +39,9 @@ class ComputeView:
 
     `had_ratio` and `entitled_ratio` cover the last half second. `free`: the tenant shares the device with no other
     tenant and has no ceiling, so its time is not measured. `waiting_seconds`: how long it has waited for its next turn;
-    None: it is not waiting. `beyond_ratio`: the part of the device's time that the tenant ran by NVML, minus the part
-    that it owned, in the last ten seconds; usually below 0, because kernels do not fill a whole turn. `shortfall` None:
-    the tenant got the time that is due to it, or was not busy.
+    None: it is not waiting. `beyond_ratio`: the part of the device's time in which the tenant's kernels ran, as NVML
+    samples it, minus the part that the tenant owned, in the last ten seconds; usually below 0, because kernels do not
+    fill a whole turn. `shortfall` None: the tenant got the time that is due to it, or was not busy.
     """
 
     limit_ratio: float
@@ -66,7 +66,8 @@ class UsageView:
     """The use of one device by a tenant since the agent's start, as far as one source has measured it.
 
     `source`: `turns`, `nvml` (a sample), or `none` if the device's time is unknown. `held_seconds`: the time for which
-    the tenant had memory on the device. `idle_seconds`: the part of that time in which it ran nothing there.
+    the tenant had memory on the device. `idle_seconds`: the sum of the measured intervals in that time in which the
+    tenant ran for less than 1 % of the interval.
     """
 
     source: str
@@ -147,7 +148,7 @@ class OrphanView:
 class TenantView:
     """A managed cgroup. `kind`: `tenant`, `group`, or `gone` if the cgroup was removed and its memory is still held.
 
-    `denied`: the reason why the tenant gets nothing although a policy gives it a limit; empty if it gets its limit.
+    `denied`: the reason why the tenant's limit is not in force on some device; empty if it is in force on all.
     `bypassing`: the number of processes for each way to bypass the shim. `shimless`: the number of processes without
     the shim for each reason. `labels`: the labels that the policy lists in `metricLabels`.
     """
@@ -283,7 +284,7 @@ class Snapshot:
     `unenforced`: the reason why no limit is in force; empty if limits are in force. `incomplete`: the reason why it is
     unknown whether all requested limits are in force; empty if they are. `lacks`: the failed checks that do not concern
     enforcement, by name, each with its finding and fix. `trusted`: the digests that agent.yaml lists. `events`: the
-    number of kernel events that were sent, and of those that were lost, by reason. `writes_refused`: the number of
+    number of kernel events that were sent, and of events that were lost, by reason. `writes_refused`: the number of
     requests on the control socket that lacked the permission to write. `failures`: the number of internal errors after
     which the agent continued. `gatekeeper`: the gatekeeper's own counters, for reports; their names may change.
     """
@@ -311,7 +312,7 @@ class Snapshot:
 
 
 def plain(view: Any) -> dict[str, Any]:
-    """Return a view's fields by name, for json.dumps(…, default=plain). It copies nothing, as asdict() would."""
+    """Return a view's fields by name, for json.dumps(…, default=plain). Unlike asdict(), this copies no value."""
     return {name: getattr(view, name) for name in view.__slots__}
 
 

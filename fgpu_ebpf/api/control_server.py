@@ -188,7 +188,7 @@ class ControlServer:
         return {"tenant": name, "path": path, "level": self._level(path)}
 
     def _clear(self, request: dict[str, Any]) -> dict[str, Any]:
-        """Offer a device again after its repair, whatever XID it reported before."""
+        """Offer shares of a device again after its repair: XIDs that it reported before no longer count."""
         agent, device = self._agent, self._device(_text(request, "device"))
         agent.parts.reconciler.repaired(device.index)
         agent.history.add("device cleared", gpu=device.index, text=device.uuid_text)
@@ -201,7 +201,7 @@ class ControlServer:
         return device
 
     def _devices(self, request: dict[str, Any]) -> dict[str, Any]:
-        """Return the only devices that a tenant may use, by UUID, as a field of an Override."""
+        """Return the UUIDs of the only devices that a tenant may use, as a field of an Override; empty: all devices."""
         named = request.get("devices") or []
         if not isinstance(named, list) or not all(isinstance(name, str) for name in named):
             raise RequestError("devices is not a list of indexes or UUIDs", 2)

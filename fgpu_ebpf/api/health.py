@@ -24,7 +24,7 @@ FULL = (
 
 
 def checks(snapshot: Mapping[str, Any]) -> Iterator[Check]:
-    """Yield every check that a Snapshot's JSON can answer."""
+    """Yield every check whose result can be computed from a Snapshot's JSON."""
     tenants, policies = snapshot["tenants"], snapshot["policies"]
     if policies and not policies["good"]:
         yield Check("policies", False, "; ".join(policies["faults"][:3]), "fgpu policy check")
@@ -49,8 +49,8 @@ def checks(snapshot: Mapping[str, Any]) -> Iterator[Check]:
     yield _shims(tenants)
     yield _libraries(snapshot["libraries"], snapshot["trusted"])
     denied = sorted(t["tenant"] for t in tenants if t["denied"])
-    found = f"no room for {', '.join(denied[:5])}" if denied else "enough for the limit of every tenant"
-    yield Check("room", not denied, found, "`fgpu explain TARGET` shows the numbers")
+    found = f"limits not in force: {', '.join(denied[:5])}" if denied else "enough for the limit of every tenant"
+    yield Check("room", not denied, found, "`fgpu explain TARGET` shows the reason")
     full = [f"{m['name']}: {m['entries']} of {m['most']}" for m in snapshot.get("maps", ()) if _is_filling(m)]
     yield Check("tables", not full, ", ".join(full) or "every table has room", FULL)
     for name, (found, how_to_fix) in snapshot.get("lacks", {}).items():

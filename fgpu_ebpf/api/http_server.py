@@ -27,8 +27,8 @@ MOST_WAITING = 64  # further connections, with or without a complete request
 MOST_HEAD_BYTES = 16 << 10
 HEAD_SECONDS = 1.0  # for the whole head of a request
 SLOW_SECONDS = 1.0  # after this time, the connection of a slow reader is closed if another request waits for a thread
-CLIENT_SECONDS = 10.0  # for the wait of a complete request for a thread, and again for its response
-AT_ONCE = 16
+CLIENT_SECONDS = 10.0  # the longest wait of a complete request for a thread, and the longest time for its response
+AT_ONCE = 16  # connections to accept before the main loop continues
 
 
 def by_path(apps: Mapping[str, WSGIApplication]) -> WSGIApplication:
@@ -45,9 +45,10 @@ def by_path(apps: Mapping[str, WSGIApplication]) -> WSGIApplication:
 
 
 def only_by_name(names: Collection[str], app: WSGIApplication) -> WSGIApplication:
-    """Return `app`, with 421 for requests whose Host is not one of `names`, localhost or an address.
+    """Return an application that calls `app`, or replies 421 if Host is not in `names`, localhost or an IP address.
 
-    A web page in a browser of this host can let its own name resolve to 127.0.0.1, and could then read the metrics.
+    This prevents DNS rebinding: a web page in a browser on this host can let its own host name resolve to 127.0.0.1,
+    and could otherwise read the metrics.
     """
     known = {"localhost", *(name.lower().rstrip(".") for name in names)}
     text = "host name not accepted: use an address, localhost, or a name in listenNames of agent.yaml"
@@ -134,7 +135,7 @@ class HttpServer(ThreadingMixIn, WSGIServer):
 
     daemon_threads = True
     block_on_close = False
-    request_queue_size = 128  # if the queue is full, the kernel lets a client try again after a second
+    request_queue_size = 128  # if the queue is full, the client's kernel tries to connect again after a second
 
     def __init__(self, host: str, port: int, app: WSGIApplication, names: Collection[str] = ()) -> None:
         family, _, _, _, address = socket.getaddrinfo(
@@ -142,7 +143,7 @@ class HttpServer(ThreadingMixIn, WSGIServer):
         )[0]
         self.address_family = family
         self._waiting: dict[_Waiting, None] = {}  # oldest first
-        self._in_threads: dict[Any, float] = {}  # requests that a thread answers, and since when; oldest first
+        self._in_threads: dict[Any, float] = {}  # when a thread began to answer each request; oldest first
         self.heads: dict[Any, bytes] = {}
         self._ended = Wakeup()  # woken when a thread has ended, so that another request gets a thread
         super().__init__(address[:2], _Handler)  # type: ignore[arg-type]
@@ -154,7 +155,7 @@ class HttpServer(ThreadingMixIn, WSGIServer):
         self._selector.register(self._ended, selectors.EVENT_READ, self._ended.clear)
 
     def server_bind(self) -> None:
-        """Bind without the reverse lookup of the name that the base class makes, which can block."""
+        """Bind like the base class, but without its reverse lookup of the host name, which can block."""
         TCPServer.server_bind(self)
         self.server_name, self.server_port = str(self.server_address[0]), int(self.server_address[1])
         self.setup_environ()
@@ -232,7 +233,7 @@ class HttpServer(ThreadingMixIn, WSGIServer):
             self.process_request(waiting.sock, waiting.address)
 
     def _end_slow(self) -> None:
-        """Close the oldest connection that reads its response slowly, because another request waits for a thread."""
+        """Close the oldest connection with a response that takes over SLOW_SECONDS: another request needs a thread."""
         since = time.monotonic() - SLOW_SECONDS
         slow = next((request for request, begun in list(self._in_threads.items()) if begun < since), None)
         if slow is not None:

@@ -18,7 +18,7 @@ from functools import partial
 MOST_PEERS = 64
 MOST_LINE_BYTES = 1 << 16
 LINE_SECONDS, ANSWER_SECONDS = 2.0, 10.0
-AT_ONCE = 16
+AT_ONCE = 16  # connections to accept before the main loop continues
 
 
 @dataclass(eq=False, slots=True)
@@ -30,7 +30,7 @@ class _Peer:
 
 
 class LineServer:
-    """The open connections. `answer` returns the answer to a socket's line, which may be incomplete."""
+    """Answers one line of each connection. `answer` gets the socket and its line, which may be incomplete."""
 
     def __init__(self, selector: selectors.BaseSelector, answer: Callable[[socket.socket, bytes], bytes]) -> None:
         self._selector, self._answer = selector, answer
@@ -94,6 +94,6 @@ class LineServer:
     def _drop(self, peer: _Peer) -> None:
         if peer in self._peers:
             del self._peers[peer]
-            with contextlib.suppress(KeyError):  # if memory was short, the selector may have lost the socket
+            with contextlib.suppress(KeyError):  # modify() removes the socket if it fails, for example without memory
                 self._selector.unregister(peer.sock)
             peer.sock.close()

@@ -110,7 +110,7 @@ _USAGE_COUNTERS: tuple[tuple[str, str, Callable[[UsageView], float]], ...] = (
     ),
     (
         "fgpu_tenant_idle_seconds",
-        "Time for which the tenant had memory on the device and ran nothing there",
+        "Time for which the tenant had memory on the device and ran there for less than 1 % of the time",
         lambda u: u.idle_seconds,
     ),
 )
@@ -119,7 +119,7 @@ _SLICE_COUNTERS: tuple[tuple[str, str, Callable[[SlicesView], int]], ...] = (
     ("fgpu_slice_overruns", "Turns that passed to the next tenant with work in flight", lambda s: s.overruns),
 )
 _INFO_LABELS = ("tenant", "kind", "policy", "namespace", "pod", "container", "cgroup_path")
-_FIRST_REFUSAL = ("memory", "limit")  # exported as 0 before the first refusal, so that the first is an increase
+_FIRST_REFUSAL = ("memory", "limit")  # exported as 0 before the first refusal, which is then an increase
 _HOW = ("no_admission", "no_shim", "unwitnessed", "unprobed", "standalone", "older", "outside_turns", "empty_turns")
 
 
@@ -240,7 +240,7 @@ def _devices(snapshot: Snapshot, since_seconds: float) -> Iterator[Metric]:
 
 
 def _xids(devices: Iterable[DeviceView]) -> Metric:
-    """Return the counter of XIDs, by cause instead of by XID, so that both causes are exported from 0 on."""
+    """Return the counter of XIDs, by cause instead of by XID, so that it is exported as 0 before the first XID."""
     xids = CounterMetricFamily("fgpu_device_xids", "XIDs that the device has reported", labels=["gpu", "cause"])
     for device in devices:
         if device.xids is not None:

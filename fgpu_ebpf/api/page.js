@@ -1,12 +1,13 @@
-// Loads this page again while it is visible, and shows when the agent does not answer: old figures must not look like
-// current ones. Only the server turns text into elements, because the server escapes the text.
+// Loads this page again while it is visible. If the agent does not answer, a line above the figures reports this, and
+// the figures turn grey, because old figures must not look like current ones. The script builds no HTML from text:
+// the server alone does, and escapes the text.
 "use strict";
 
 const PERIOD_MS = 2000, PATIENCE_MS = 4000, SILENCE_MS = 5000;
 const title = document.title, silence = document.getElementById("silence");
 let received = Date.now(), asking = false;
 
-// Replaces only the nodes that differ, so that a selection stays.
+// Replaces only the nodes that differ, so that the user's selection of text is kept.
 function update(old, fresh) {
   if (old.isEqualNode(fresh)) return;
   const alike = old.cloneNode().isEqualNode(fresh.cloneNode()) && old.childNodes.length === fresh.childNodes.length;

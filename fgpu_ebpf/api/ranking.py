@@ -1,4 +1,4 @@
-"""The table of tenants: rows of a tenant on a device, columns, filter and order.
+"""The table of tenants, with a row for each tenant and device: columns, filter and order.
 
 This module runs in `fgpu top`, and in the agent's threads for the web page. It takes a Snapshot's JSON, and does no
 I/O. A Column defines a value, its text and its order. A number that was not measured is shown as `-`, and comes last in
@@ -76,7 +76,7 @@ def _part(field: str) -> Callable[[Row], float | None]:
 
 
 def _entitled(row: Row) -> float | None:
-    """Return the part that is due to the tenant. It is None also if no program of the tenant uses the device."""
+    """Return the part of the device's time due to the tenant; None also if no program of the tenant uses the device."""
     return _part("entitled_ratio")(row) or None
 
 
@@ -158,7 +158,7 @@ class Mark(Enum):
 
 
 def mark(row: Row) -> Mark:
-    """Return the state of a row: the limit does not hold, is exceeded or nearly reached, or nothing is used."""
+    """Return the state of a row: limit not held, exceeded or nearly reached; nothing used; or none of these."""
     used = row.device["used_bytes"]
     if row.tenant["enforcement"] in UNHELD:
         return Mark.UNHELD

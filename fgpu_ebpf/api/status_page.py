@@ -125,7 +125,7 @@ def _full(row: Row) -> float | None:
 
 
 def _notes(tenant: Mapping[str, Any]) -> Iterator[str]:
-    """Yield the texts about a tenant's state beside its numbers, in the words of `fgpu explain`."""
+    """Yield the texts that describe a tenant's state in addition to its numbers, in the words of `fgpu explain`."""
     if text := denial(tenant):
         yield text
     bypassing, reasons = (

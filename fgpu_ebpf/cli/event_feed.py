@@ -17,7 +17,7 @@ Event = dict[str, Any]
 
 
 class EventFeed:
-    """Events later than `after_seconds` since the epoch, each once."""
+    """Returns each event later than `after_seconds` (since the epoch) once."""
 
     def __init__(self, run_dir: Path, after_seconds: float = 0.0) -> None:
         self._run_dir = run_dir
@@ -28,7 +28,7 @@ class EventFeed:
     def begin(self) -> list[Event]:
         """Return the new events; at first, all later than `after_seconds`. Raises ConnectionError, RequestError."""
         answer = control_client.call(self._run_dir, {"verb": "events", "since": self._number})
-        if answer["last"] < self._number:  # another agent has answered, and no request failed in between
+        if answer["last"] < self._number:  # a new agent has answered, and no request failed while none ran
             self._number = 0
             return self.begin()
         found: list[Event] = answer["events"]
@@ -40,7 +40,10 @@ class EventFeed:
         return found
 
     def more(self, report: Callable[[str], object]) -> list[Event]:
-        """Return the events since the last call. If no agent answers, return none, and call `report` once."""
+        """Return the events since the last call, or an empty list if no agent answers.
+
+        The first failed call in a row passes the reason to `report`.
+        """
         try:
             found = self.begin()
         except (ConnectionError, control_client.RequestError) as error:

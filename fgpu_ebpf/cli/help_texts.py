@@ -38,7 +38,7 @@ TOP_KEYS = (
     "h ?                     show these keys",
     "q Ctrl-C                quit",
 )
-_WIDEST_TEXT = 1000  # characters: no summary of a command is cut
+_WIDEST_TEXT = 1000  # characters; so long that no summary of a command is cut
 Decorated = TypeVar("Decorated", bound=Callable[..., Any])
 AnyCommand = TypeVar("AnyCommand", bound=click.Command)
 
@@ -85,7 +85,7 @@ def examples(*typed: str) -> Callable[[AnyCommand], AnyCommand]:
 
 
 class Sections(click.Group):
-    """A group that lists its commands under headings, each with its whole first sentence."""
+    """A group that lists its commands under headings. A command is listed with its whole first sentence."""
 
     sections: ClassVar[Mapping[str, Sequence[str]]] = {}  # empty: all commands under one heading
 

@@ -74,7 +74,7 @@ def stop(run_dir: Path, states: Path) -> None:
 
 
 def _used(run_dir: Path) -> str:
-    """Return the reason why the agent is still needed, or an empty text if it is not."""
+    """Reload the policies, and return the reason why the agent is still needed, or an empty text if it is not."""
     try:
         policies = control_client.call(run_dir, {"verb": "reload"})["policies"]
         tenants = control_client.call(run_dir, {"verb": "snapshot"})["tenants"]

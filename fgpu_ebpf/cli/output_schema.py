@@ -40,7 +40,7 @@ def _schema(hint: Any, definitions: dict[str, Any]) -> dict[str, Any]:
     if is_dataclass(hint):
         name = getattr(hint, "__name__", "")
         if name not in definitions:
-            definitions[name] = {}  # it may contain itself
+            definitions[name] = {}  # ends the recursion if a class contains itself
             definitions[name] = _object(hint, definitions)
         return {"$ref": f"#/$defs/{name}"}
     parts = [_schema(part, definitions) for part in get_args(hint) if part is not ...]
@@ -60,7 +60,7 @@ def _schema(hint: Any, definitions: dict[str, Any]) -> dict[str, Any]:
 
 
 def _object(view: Any, definitions: dict[str, Any]) -> dict[str, Any]:
-    """Return the schema of a class: every field is printed, and later versions of fgpu may print more."""
+    """Return the schema of a class. All its fields are required; others are allowed, for later versions of fgpu."""
     hints = get_type_hints(view)
     properties = {field.name: _schema(hints[field.name], definitions) for field in fields(view)}
     said = re.sub(r"\bNone\b", "null", " ".join((getdoc(view) or "").split()))

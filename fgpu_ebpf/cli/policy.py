@@ -19,7 +19,7 @@ import click
 from fgpu_ebpf.cli.help_texts import Sections, examples
 from fgpu_ebpf.cli.request import HINT_SECONDS, run_dir
 
-if TYPE_CHECKING:  # importing these reads pydantic and YAML, which other commands must not wait for
+if TYPE_CHECKING:  # `yaml_document` imports PyYAML, and other commands must not wait for that
     from fgpu_ebpf.policy.rules import Policy, PolicySet, Selector
     from fgpu_ebpf.policy.units import Amount
     from fgpu_ebpf.policy.yaml_document import ConfigError
@@ -110,7 +110,7 @@ def _must_read(paths: Paths) -> list[Policy]:
 
 
 def _read(paths: Paths) -> tuple[list[Policy], list[ConfigError]]:
-    """Read the given files, whatever their owner. Without paths, read the host's folder by the rules of the agent.
+    """Read the given files, regardless of their owner. Without paths, read the host's folder by the agent's rules.
 
     Returns the policies, and the errors found in the files.
     """
@@ -198,7 +198,7 @@ def _amount(amount: Amount) -> dict[str, float]:
 def _text(position: int, found: Policy) -> str:
     """Return a policy as lines: its heading, each part of its selector, and its limits.
 
-    A heading is such as `1. notebooks (10-team.yaml:3): enforce`.
+    Example of a heading: `1. notebooks (10-team.yaml:3): enforce`.
     """
     lines = [f"{position}. {found.name} ({found.source}): {'observe' if found.observe else 'enforce'}"]
     lines += [f"   {key}: {', '.join(values)}" for key, values in _selector(found.selector).items()]

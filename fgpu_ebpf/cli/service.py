@@ -18,7 +18,7 @@ from fgpu_ebpf.check import Check
 from fgpu_ebpf.cli.help_texts import examples
 from fgpu_ebpf.cli.request import call, fail, no_answer, run_dir
 
-STARTING_SECONDS = 30.0  # the longest time in which an agent that holds its lock has no socket
+STARTING_SECONDS = 30.0  # an agent that starts or exits holds its lock without a socket for less than this time
 
 
 @examples("fgpu agent", "fgpu agent --listen 127.0.0.1:9400 --log-format json")

@@ -1,7 +1,7 @@
 """`fgpu setup`: gives every container of an engine the shim and, with --memory, a first limit.
 
-This module runs in the process of the command. It restarts no engine. Exit codes: 0 done, 1 an error, or `fgpu doctor`
-finds something, 2 wrong usage.
+This module runs in the process of the command. It restarts no engine. Exit codes: 0 done, 1 an error or a failed check
+of the host, 2 wrong usage.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ NAMES = ("docker", "podman", "containerd", "crio", "k3s", "rke2")
 
 
 def _size(_: click.Context, __: click.Parameter, value: str | None) -> str:
-    """Return a memory limit as policies write it. Raises BadParameter if the text is not a memory limit."""
+    """Return a memory limit as text for a policy; empty without the option. Raises BadParameter if it is invalid."""
     from fgpu_ebpf.policy import units
 
     try:

@@ -1,6 +1,7 @@
-"""Text tables of `fgpu status`, `fgpu ps` and `fgpu events`, from a Snapshot's JSON.
+"""Text output of `fgpu status`, `fgpu ps`, `fgpu usage` and `fgpu events`.
 
-This module runs in the process of the command. The names and users of processes come from psutil.
+This module runs in the process of the command. `status` and `ps` show a Snapshot, which is given as JSON; psutil
+reports the names and users of processes.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ def usage(by: str, rows: Sequence[Sequence[str]]) -> str:
 
 
 def status(snapshot: Mapping[str, Any]) -> str:
-    """Return the table of tenants by device, followed by lines about states that need attention."""
+    """Return the tables of tenants by device and of compute time, and lines about states that need attention."""
     table = _table("TENANT", "KIND", "GPU", "LIMIT", "USED", "PEAK", "REFUSED", "PROCESSES", "HELD BY")
     for tenant in snapshot["tenants"]:
         count = str(len({p["pid"] for p in tenant["processes"]}))
@@ -94,7 +95,7 @@ def _counted(snapshot: Mapping[str, Any]) -> str:
 
 
 def _orphans(snapshot: Mapping[str, Any]) -> str:
-    """Return a line for each lasting orphan, or an empty text if there is none. A group's tenants list its orphans."""
+    """Return a line for each lasting orphan, or an empty text. A group's orphans are listed under its tenants alone."""
     lines = [
         f"{tenant['tenant']}: {orphan_text.sentence(orphan)}"
         for tenant in snapshot["tenants"]
@@ -160,7 +161,7 @@ class ProcessRow:
 
 
 def process_rows(snapshot: Mapping[str, Any]) -> list[ProcessRow]:
-    """Return one row for each process of a tenant, with name and user by its pid, and one for each lasting orphan."""
+    """Return one row for each process of a tenant on each device, and one row for each lasting orphan."""
     rows = []
     for tenant in snapshot["tenants"]:
         for process in tenant["processes"]:
@@ -174,7 +175,7 @@ def process_rows(snapshot: Mapping[str, Any]) -> list[ProcessRow]:
 
 
 def unmanaged_rows(snapshot: Mapping[str, Any]) -> list[ProcessRow]:
-    """Return one row for each process outside tenants that holds memory, with its cgroup as the reason."""
+    """Return one row for each process outside tenants that holds memory. `why` of the row is its cgroup's path."""
     rows = []
     for device in snapshot["devices"]:
         for process in device.get("unmanaged_by", ()):  # an agent of an older version does not list these processes

@@ -23,7 +23,7 @@ _RELEASE_SECONDS = 10.0  # longer than a pass of the agent's reconcile thread, u
 
 
 def _limits(command: Callable[..., None]) -> Callable[..., None]:
-    """Add the options that set limits to a command. The agent requires at least one of them."""
+    """Add to a command the options that set limits. The agent requires at least one of them, beside --device."""
     for option in (
         click.option(
             "--priority", type=click.Choice(["high", "normal", "low"]), help="Tenants with a higher priority run first."

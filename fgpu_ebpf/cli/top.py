@@ -30,12 +30,12 @@ _SIGNALS = (*_ENDINGS, signal.SIGINT, signal.SIGTSTP, signal.SIGWINCH)
 
 
 def is_watched() -> bool:
-    """Return True if input and output are terminals, and the output can be drawn on."""
+    """Return True if input and output are terminals, and the output is not a dumb terminal (TERM)."""
     return sys.stdin.isatty() and sys.stdout.isatty() and not Console().is_dumb_terminal
 
 
 def print_once(ask: Ask, choice: ViewChoice) -> None:
-    """Print the whole table once, unlimited in width if the output is no terminal.
+    """Print the whole table once. If the output is not a terminal, no row is cut.
 
     Raises:
         ConnectionError: no agent replies.
@@ -71,7 +71,7 @@ def _marks(console: Console) -> top_frame.Marks:
 
 
 class _Screen:
-    """The terminal while it shows the latest Snapshot. Signals and new Snapshots wake the event loop."""
+    """Shows the latest Snapshot on the terminal. Keys, signals and new Snapshots wake the event loop."""
 
     def __init__(self, ask: Ask, choice: ViewChoice) -> None:
         self._wakeup, self._choice, self._console = Wakeup(), choice, _console()

@@ -74,7 +74,7 @@ def live(latest: LatestSnapshot, choice: ViewChoice, window: Window) -> tuple[Te
 
 
 def once(latest: LatestSnapshot, choice: ViewChoice, width: int | None, marks: Marks) -> Text:
-    """Return the whole table. If `width` is None, the table is as wide as its contents."""
+    """Return warnings, devices and the whole table. If `width` is None, the table is as wide as its contents."""
     found = ranking.ranked(ranking.rows(latest.snapshot, choice.filter), choice.order)
     devices = _devices(latest.snapshot, width or 120, marks, len(latest.snapshot["devices"]))
     return _joined([*_notices(latest), *devices, *_table(found, latest.snapshot, choice, width)], width)
@@ -132,7 +132,7 @@ def _devices(snapshot: Mapping[str, Any], width: int, marks: Marks, most: int) -
 def _bars(devices: Sequence[Mapping[str, Any]], width: int, marks: Marks) -> Iterator[Text]:
     """Yield a line for each device.
 
-    Such a line is `0 NVIDIA H200 ▕██▒░░    ▏ 40GiB/140GiB ░committed 100GiB ▒unmanaged 1GiB turn: alice`.
+    Example: `0 NVIDIA H200 ▕██▒░░    ▏ 40GiB/140GiB ░committed 100GiB ▒unmanaged 1GiB turn: alice`.
     """
     gap = _gap(width)
     texts = [bars.figures(d) for d in devices]

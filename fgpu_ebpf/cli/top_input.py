@@ -62,7 +62,7 @@ class LatestSnapshot:
 
 
 class SnapshotPoller:
-    """Asks the agent until the process ends, and wakes the screen after each reply."""
+    """Asks the agent once a second until the process ends, and wakes the screen after each reply or failure."""
 
     def __init__(self, ask: Callable[[], Mapping[str, Any]], wakeup: Wakeup) -> None:
         self._ask, self._wakeup = ask, wakeup

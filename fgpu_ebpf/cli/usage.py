@@ -64,7 +64,8 @@ def usage(since: int, by: str, as_csv: bool, as_json: bool) -> None:
       turns   measured by the gatekeeper
       nvml    sampled by NVML, for tenants that do not take turns
       none    unknown: NVML does not report it
-    HELD is the time with memory on a device. IDLE is the part of HELD in which the tenant ran less than 1 %.
+    HELD is the time with memory on a device. IDLE is the part of HELD in
+    which the tenant used less than 1 % of the device's time.
     """
     if os.geteuid():
         fail("`fgpu usage` needs root on the host: use sudo", 1)

@@ -1,6 +1,6 @@
 """Computes the settings with which an engine gives every container the shim, and the same settings without fgpu.
 
-This module runs in `fgpu setup` and `fgpu doctor`. It writes nothing, and reads only settings beside the edited file.
+This module runs in `fgpu setup` and `fgpu doctor`. It writes nothing. It reads only other settings of the engine.
 It supports the settings of Docker, Podman, containerd, CRI-O, k3s and RKE2 that name `fgpu-oci`. Settings that are not
 fgpu's are kept. SetupError is raised if settings cannot be read or have an unknown form.
 """
@@ -83,7 +83,7 @@ class Engine:
 
 # -- Docker --------------------------------------------------------------------------------------------------------
 
-CDI_ASKS = ((25, 0), (28, 2))  # Docker from the first version to before the second needs a setting that enables CDI
+CDI_ASKS = ((25, 0), (28, 2))  # Docker versions from the first on, below the second, need a setting to enable CDI
 _CDI_NOTE = "to use --device fgpu.dev/share=..., run once: systemctl restart docker"
 
 
@@ -240,7 +240,7 @@ def template_after(of: Settings) -> Wanted:
     A template cannot change tables of its base template. Therefore the runtime has a table of its own.
     """
     if of.version < OLDEST:
-        raise SetupError("this version of k3s or RKE2 has no setting default-runtime: 1.29 or later is needed")
+        raise SetupError("k3s or RKE2 1.29 or later is needed, for default-runtime: the version is older or unknown")
     made = of.file.with_name("config.toml")
     if not made.is_file():
         raise SetupError(f"{made} does not exist: start the service once, which writes this file")
@@ -296,7 +296,7 @@ def podman_after(of: Settings) -> Wanted:
 
 
 def crio_after(of: Settings) -> Wanted:
-    """Return a copy of the default runtime's table with another path, so that the name in pods stays valid."""
+    """Return a copy of the default runtime's table with another path. The name stays, because pods may request it."""
     name = ""
     tables: dict[str, Any] = {}
     for settings in _others(of, "crio.conf", "*"):
@@ -331,9 +331,9 @@ def _in_front_of(real: str, engine: str, helper: Path) -> tuple[Path, dict[str, 
 
 
 def _others(of: Settings, *places: Path | str) -> Iterator[dict[str, Any]]:
-    """Yield the engine's other settings in order.
+    """Yield the engine's other settings, in the order in which the engine reads them.
 
-    `places`: paths beside the folder of fgpu's file, then a pattern of files in that folder.
+    `places`: absolute paths or names of files beside the folder of fgpu's file, then a pattern of files in that folder.
     """
     if of.text:
         raise SetupError(f"{of.file} has settings that are not fgpu's: name another file with --file")

@@ -26,7 +26,7 @@ from fgpu_ebpf.containers.engines import ENGINES
 from fgpu_ebpf.linux import atomic_file
 
 STATE = injection.BIN.parent / "setup"
-_FOLDERS = ("/usr/local/bin", "/usr/sbin", "/usr/bin", "/opt/rke2/bin")  # besides PATH, which may be a service's
+_FOLDERS = ("/usr/local/bin", "/usr/sbin", "/usr/bin", "/opt/rke2/bin")  # after PATH, which may lack these folders
 _VERSION = re.compile(r"version v?(\d+)\.(\d+)")
 
 

@@ -42,7 +42,7 @@ ENGINES = {
         Path("/etc/docker/daemon.json"),
         config.docker_after,
         config.docker_without,
-        # With a reload Docker uses another default runtime. To remove that runtime, Docker needs a restart.
+        # After a reload, Docker uses a new default runtime. Docker drops a removed runtime only at a restart.
         "systemctl reload docker",
         "systemctl restart docker",
         programs=("dockerd",),

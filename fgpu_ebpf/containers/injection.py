@@ -94,7 +94,7 @@ def _setup(of: Parts) -> str:
 
 
 class Lists:
-    """Preload lists of images. `fgpu-oci precreate` stores them in the run folder, because Podman passes it no bundle.
+    """Preload lists of images. `fgpu-oci precreate` stores them in the run folder, because Podman passes no bundle.
 
     A list that no container starts with is removed after UNUSED_SECONDS of the monotonic clock.
     """
@@ -176,7 +176,7 @@ def _forget(run_dir: Path, keep: Sequence[Path]) -> None:
 
 
 def _listed(run_dir: Path) -> list[Path]:
-    """Return the paths in the list of specifications. An unreadable list has none: the next start writes it anew."""
+    """Return the paths in the list of specifications; none if it is unreadable: the next start writes a new list."""
     try:
         lines = (run_dir / _WRITTEN).read_text(encoding="utf-8").splitlines()
     except (OSError, ValueError):

@@ -1,8 +1,8 @@
 """`fgpu run`: enters a tenant's cgroup and execs a program.
 
-This module runs in the command; `write_preloads` and `check` also run in the agent and in `fgpu doctor`. It sets up the
-cgroup, the namespaces, the preload files and the user of the program. If the set-up fails (LaunchError), the program
-has not run an instruction.
+This module runs in the command. The agent also uses it to write the preload files, `fgpu doctor` to check them, and
+`fgpu detach` to remove the files that fgpu has created on the host. run() sets up the cgroup, the namespaces, the
+preload files and the user of the program. If that fails (LaunchError), the program has not run an instruction.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def _mark(run_dir: Path, host: Path) -> Path:
 
 
 def _create_preload_file(run_dir: Path, host: Path) -> None:
-    """Create an empty file if there is none, and a mark, so that `fgpu detach` removes the file."""
+    """Create an empty file of the host if there is none, and mark it, so that `fgpu detach` removes the file."""
     try:
         os.close(os.open(host, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o644))
     except FileExistsError:
@@ -124,7 +124,7 @@ def check(run_dir: Path) -> Check:
 
 
 def _closed_to_others(file: Path, right: int) -> Path | None:
-    """Return the first path component that denies `right` to users other than root and its group, or None.
+    """Return the first component of the path that denies `right` to other users (mode bits `o`), or None.
 
     The path is checked as given, and again with its symbolic links resolved.
     """

@@ -1,7 +1,7 @@
 """Computes the settings that a container gets for its slots: the share, with or without CDI, and the device itself.
 
-This module runs in the asyncio loop of the device plugin. The agent decides whether there is capacity, when the
-container starts.
+This module runs in the asyncio loop of the device plugin. It does not check capacity: the agent does when the container
+starts.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Strategy(StrEnum):
 
     CDI_CRI = "cdi-cri"  # kubelet 1.29 or later passes the names of devices to the runtime
     CDI_ANNOTATIONS = "cdi-annotations"  # any kubelet, and a runtime that reads the names from annotations
-    MOUNTS = "mounts"  # a runtime without CDI: the shim alone, and annotations that a policy uses
+    MOUNTS = "mounts"  # a runtime without CDI: mounts of the shim, and annotations that request limits from a policy
 
 
 class Gpus(StrEnum):
@@ -45,7 +45,7 @@ class Gpus(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Given:
-    """Settings that kubelet passes on: names of CDI devices, environment, annotations, read-only mounts (from, to)."""
+    """Settings that kubelet passes to the runtime. `mounts`: read-only mounts as (path on host, path in container)."""
 
     cdi: tuple[str, ...] = ()
     envs: dict[str, str] = field(default_factory=dict)

@@ -33,7 +33,7 @@ FOLDER = Path("/var/lib/kubelet/device-plugins")
 KUBELET = "kubelet.sock"
 LOOK_SECONDS = 2.0
 AGENT_SECONDS = 2.0  # timeout of a request to the agent
-SILENT_SECONDS = 5.0  # slots become unhealthy after this time without an answer of the agent: enough for its upgrade
+SILENT_SECONDS = 5.0  # after this time without an answer of the agent, slots are unhealthy. Upgrades take less time.
 PATIENCE_SECONDS = 2.0  # how long to wait for room: the agent detects the end of a container a little after kubelet
 REGISTER_SECONDS = 5.0
 FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 0.2, 5.0  # after a registration that failed
@@ -65,7 +65,7 @@ def serve(options: Options) -> None:
         messages = kubelet_messages.classes()
     except ImportError as error:
         raise PluginError(f"{error.name} is not installed: install python3-grpcio and python3-protobuf") from error
-    os.umask(0o077)  # kubelet is root
+    os.umask(0o077)  # only kubelet connects to the sockets, and it runs as root
     asyncio.run(_Plugin(options, messages).run())
 
 
@@ -182,12 +182,12 @@ class _Plugin:
             endpoint.notify()
 
     def promise(self, slots: Iterable[Slot]) -> None:
-        """Record that containers are about to start in these slots, and notify kubelet: other profiles may fit less."""
+        """Record that containers are about to start in these slots, and notify kubelet that fewer slots may be free."""
         self.book.promise(slots)
         self.notify()
 
     async def wait_for_room(self, slots: list[Slot]) -> str:
-        """Wait for room for these slots, up to PATIENCE_SECONDS. Returns the reason why there is none, else empty."""
+        """Wait for room for these slots, up to PATIENCE_SECONDS. Returns why there is none, or an empty text."""
         loop = asyncio.get_running_loop()
         until = loop.time() + PATIENCE_SECONDS
         while (shortage := self.book.shortage(slots)) and loop.time() < until:

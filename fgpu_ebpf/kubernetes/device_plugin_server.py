@@ -135,7 +135,7 @@ class Endpoint:
         return self._plugin.message("PreStartContainerResponse")
 
     async def _list_and_watch(self, _: bytes, context: Any) -> AsyncIterator[bytes]:
-        """Yield the list of slots, and again after each change. A slow reader gets only the latest list."""
+        """Yield the list of slots at once and after each change. A slow reader gets only the latest list."""
         self._streams += 1
         try:
             while True:

@@ -1,8 +1,8 @@
 """The messages between kubelet and a device plugin: names, field numbers and types.
 
 The source is pkg/apis/deviceplugin/v1beta1/api.proto of https://github.com/kubernetes/kubelet (Apache License 2.0, the
-Kubernetes Authors). The tables contain only the fields that are used; protobuf skips all other fields. The module
-`protobuf` creates the classes. This module runs in the asyncio loop of the device plugin.
+Kubernetes Authors). The tables lack fields that fgpu does not use; protobuf skips these fields. The module `protobuf`
+creates the classes. This module runs in the asyncio loop of the device plugin.
 """
 
 from __future__ import annotations

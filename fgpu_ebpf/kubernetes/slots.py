@@ -14,7 +14,7 @@ from typing import Any
 
 from fgpu_ebpf.policy.units import memory_text, shown
 
-MOST_SLOTS = 1000  # a host must have fewer, of all profiles together: kubelet reads messages of at most 4 MiB
+MOST_SLOTS = 1000  # a host must have fewer in all profiles, so that lists stay far below kubelet's maximum of 4 MiB
 PROMISE_SECONDS = 300.0  # from kubelet's request to the container's start: its image may have to be fetched
 _BETWEEN = "::"
 
@@ -63,7 +63,7 @@ class Slot:
 
     @property
     def id(self) -> str:
-        """The id, such as `GPU-…::8gib-50pct::3`. It is the same after every start."""
+        """The id, such as `GPU-…::8gib-50pct::3`. A restart of the plugin does not change it."""
         return _BETWEEN.join((self.uuid, self.share, str(self.number)))
 
 
@@ -103,7 +103,7 @@ def host_of(answer: Mapping[str, Any]) -> Host:
 
 
 class Book:
-    """The slots that kubelet has allocated, and those of them that are promised but not taken yet.
+    """The slots that kubelet has allocated, and which of these are promised but not taken yet.
 
     kubelet does not report to a device plugin that a container has exited, so the agent's numbers decide. A slot is
     promised from its allocation until the agent counts the container, for PROMISE_SECONDS at most.
@@ -141,7 +141,7 @@ class Book:
             self._given[slot] = None
 
     def room(self, device: Device, share: str, but: Iterable[Slot] = ()) -> int:
-        """Return how many more shares of a profile fit on a device, beside the promised slots that are not in `but`."""
+        """Return how many more shares of a profile fit on a device, in addition to promised slots not in `but`."""
         mine = set(but)
         promised = [slot for slot in self._promised if slot.uuid == device.uuid and slot not in mine]
         profile = device.profiles[share]
@@ -153,8 +153,8 @@ class Book:
     def healthy(self, share: str) -> set[Slot]:
         """Return the slots to report as healthy: taken slots, promised slots, and free slots that fit.
 
-        kubelet does not report which slots are taken. The slots that it allocated last count first, then those with the
-        lowest numbers.
+        kubelet does not report which slots are taken, so the result has the right number of slots: first those that
+        kubelet allocated most recently, then slots with the lowest numbers.
         """
         found: set[Slot] = set()
         if self.host.fault:

@@ -46,7 +46,7 @@ _DURATION = r"^\s*[0-9]+(\.[0-9]+)?\s*(us|ms|s)\s*$"
 
 
 class Model(BaseModel):
-    """Base of all mappings in configuration files. Its keys are fixed, and are `camelCase` in files."""
+    """Base of all mappings in configuration files. Unknown keys are errors. Files have the field names in camelCase."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, alias_generator=to_camel)
 
@@ -60,7 +60,7 @@ class _OrOne:
 
 
 def absent(description: str, *examples: Any) -> Any:
-    """Return the field of an optional key. A file must not write the key with an empty value.
+    """Return the field of an optional key. A key with an empty value is an error.
 
     Therefore the JSON Schema of the field has no null and no default.
     """

@@ -32,7 +32,7 @@ _GONE = "does not exist: the last policies stay in force; create the folder agai
 
 @dataclass(frozen=True, slots=True)
 class State:
-    """A state of the folder: inode, mode and owner of it and of each folder around it, and the stamps of its files."""
+    """A state of the folder: the stamps of its files, and inode, mode and owner of the folder and its parents."""
 
     path_stats: tuple[tuple[int, int, int], ...]
     files: tuple[tuple[str, Stamp | None], ...]
@@ -78,7 +78,7 @@ class PolicyFolder:
     def read(self, may_be_missing: bool = True) -> Reading:
         """Return all policies, or the errors. Waits until no file has a recent change, and tries up to TRIES times.
 
-        A missing folder means no policies if it `may_be_missing`, and is an error otherwise.
+        If the folder is missing, there are no policies; without `may_be_missing`, this is an error.
         """
         for _ in range(TRIES):
             at_ns, before = time.monotonic_ns(), self.state()
@@ -178,7 +178,7 @@ def parse(name: str, data: bytes) -> tuple[list[Policy], list[ConfigError]]:
 
 
 def whole(policies: list[Policy]) -> list[ConfigError]:
-    """Return the errors of the set as a whole: names that two policies have, and too many policies."""
+    """Return the errors of the set as a whole: a name that two policies have, or too many policies."""
     first: dict[str, Policy] = {}
     wrong = []
     for policy in policies:

@@ -20,7 +20,7 @@ from fgpu_ebpf.policy.yaml_document import ConfigError, InvalidFileError
 log = logging.getLogger("fgpu.policy")
 FILE = Path("/var/lib/fgpu/policies.json")
 VERSION = 1
-MOST_BYTES = 300 << 20  # the maximum number of policy files, each of the maximum size
+MOST_BYTES = 300 << 20  # more than the maximum number of policy files, each of the maximum size
 
 
 def write(file: Path, folder: Path, policies: PolicySet) -> None:

@@ -15,7 +15,7 @@ from fgpu_ebpf.policy.yaml_document import MOST_ERRORS, ConfigError, Document, I
 
 
 def read(file: str, data: bytes) -> tuple[list[Policy], list[ConfigError]]:
-    """Return the policies of a file in the order of its documents, and its errors. If there are errors, no policies."""
+    """Return the policies of a file in the order of its documents, and its errors. At least one list is empty."""
     policies: list[Policy] = []
     wrong: list[ConfigError] = []
     try:

@@ -105,8 +105,12 @@ class Compute(Model):
     """The share of a device's time; without it the workload is not gated."""
 
     limit: Ceiling = absent("The most of a device's time, even of an idle one; without it there is no ceiling.", "50%")
-    weight: Annotated[int, Field(ge=1, le=10_000)] = Field(100, description="The part of contended time.")
-    priority: Literal["high", "normal", "low"] = Field("normal", description="`high` gets its turn first.")
+    weight: Annotated[int, Field(ge=1, le=10_000)] = Field(
+        100, description="A tenant's part of contended time, relative to the weights of its neighbours."
+    )
+    priority: Literal["high", "normal", "low"] = Field(
+        "normal", description="A higher priority gets its turn first, and ends the turn of a lower one."
+    )
     quantum: Quantum = absent(
         "The length of a turn, from 1ms to 1s. Turns among tenants that never pause are up to twice as long. Default:"
         f" {_USUAL.quantum_ns // 1_000_000}ms.",
@@ -117,7 +121,10 @@ class Compute(Model):
 class Views(Model):
     """The views of a device that the workload gets."""
 
-    utilization: Literal["device", "own"] = Field("device", description="The use of the whole GPU, or of the workload.")
+    utilization: Literal["device", "own"] = Field(
+        "device",
+        description="The utilization that programs read: of the whole GPU (`device`) or of the workload alone (`own`).",
+    )
 
 
 class Spec(Model):
@@ -140,7 +147,7 @@ class Spec(Model):
         " applied while a process that is older than fgpu is in the tenant.",
     )
     views: Views = absent("The figures that the workload sees.")
-    metric_labels: MetricLabels = absent("Labels of the workload that its metrics carry.", ["team"])
+    metric_labels: MetricLabels = absent("Labels of the workload to add to the metric `fgpu_tenant_info`.", ["team"])
 
 
 class GpuPolicy(Model):

@@ -24,7 +24,7 @@ USUAL = ("2gib", "4gib", "8gib", "12gib", "25pct-25pct", "50pct-50pct")
 
 @dataclass(frozen=True, slots=True)
 class Share:
-    """A limit of memory and a ceiling of compute time, as texts. An empty text means that the share does not set it.
+    """A limit of memory and a ceiling of compute time, as texts. An empty text: the share does not set this limit.
 
     `device`: the UUID of the only device that the share applies to, or an empty text for all devices.
     """
@@ -36,7 +36,7 @@ class Share:
 
     @property
     def text(self) -> str:
-        """The name as a container requests it: followed by the UUID of the device if the share is for one device."""
+        """The name that a container requests. It ends with the UUID of the device if the share is for one device."""
         return bound(self.name, self.device) if self.device else self.name
 
     @property

@@ -60,7 +60,7 @@ def load(path: str, name: str, root_only: bool, most_bytes: int = MOST_BYTES) ->
 def path_stats(path: str) -> tuple[tuple[int, int, int], ...]:
     """Return (inode, mode, owner) of a folder and of each folder around it. Raises OSError.
 
-    The result of check_folder() depends on these, except for the read-only flag of a mount.
+    The result of check_folder() depends only on these values, and on whether the folder's mount is read-only.
     """
     real = os.path.realpath(path)
     stats = [os.stat(real[:end]) for end in (*(i for i, c in enumerate(real) if c == "/" and i), len(real))]

@@ -74,7 +74,7 @@ def _text(detail: ErrorDetails) -> str:
 
 
 def _plain(value: Any) -> str:
-    """Return a value in the form that it has in a YAML file; of a list or mapping, only the name of its type."""
+    """Return a value in the form that it has in a YAML file; for a list or mapping, only the name of its type."""
     return str(value).lower() if isinstance(value, (bool, int, float)) else type(value).__name__
 
 
