@@ -126,7 +126,7 @@ documents = st.builds(
 
 
 def as_yaml(*found: Any) -> bytes:
-    """Return a strategy of documents as YAML text (JSON is YAML)."""
+    """Return the documents as YAML text (JSON is YAML)."""
     return "".join(f"--- {json.dumps(document, ensure_ascii=False)}\n" for document in found).encode()
 
 

@@ -1,4 +1,4 @@
-"""The arguments of bpf(2) and perf_event_open(2) equal the kernel's headers, as the C compiler reads them."""
+"""The Python layouts of the arguments of bpf(2) and perf_event_open(2) equal those of the kernel's headers."""
 
 from __future__ import annotations
 

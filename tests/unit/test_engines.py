@@ -186,7 +186,7 @@ def test_known_labels_survive_an_agent_restart_and_are_forgotten_after_many_resc
         rescan(found, engine_labels.FORGOTTEN_RESCANS + 1)
         found.keep()
     with running(api, file=file) as found:
-        assert found.named(workload()).labels == {}  # the container was not rescanned for long
+        assert found.named(workload()).labels == {}  # the container was in none of many rescans
 
 
 @pytest.mark.parametrize(

@@ -335,7 +335,7 @@ def test_setup_of_containerd_changes_only_the_binary_name_of_runc(text, tmp_path
     assert runtime["runtime_type"] == "io.containerd.runc.v2"
     link = Path(runtime["options"].pop("BinaryName"))
     was = before.get("plugins", {}).get(plugin, {}).get("containerd", {}).get("runtimes", {}).get("runc", {})
-    if was.get("options", {}).get("BinaryName"):  # given by a path, because it need not be in any PATH
+    if was.get("options", {}).get("BinaryName"):  # named by its path: the program may be in no folder of PATH
         assert link == helper.with_name("fgpu-runtime-containerd-runc")
         assert os.readlink(helper.parent / "runtimes/containerd-runc") == "/usr/sbin/runc"
     else:
@@ -346,7 +346,10 @@ def test_setup_of_containerd_changes_only_the_binary_name_of_runc(text, tmp_path
 
 
 def drop_in(name: str, tmp_path: Path, **others: str) -> Engine:
-    """Return an engine with settings in a folder of drop-in files, and the files of other programs in it."""
+    """Return an engine whose settings from fgpu are a drop-in file.
+
+    `others` has the texts of other files by name: `main` is the engine's main file, the rest are drop-in files.
+    """
     found = replace(ENGINES[name], file=tmp_path / "etc" / f"{name}.conf.d" / "zz-fgpu.conf")
     found.file.parent.mkdir(parents=True)
     for place, text in others.items():

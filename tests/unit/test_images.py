@@ -1,4 +1,4 @@
-"""Tests of deploy/images: bake builds the images that have a base of NVIDIA and that the documentation names."""
+"""Tests of deploy/images: bake builds each image for which NVIDIA has a base, and the documentation names no other."""
 
 from __future__ import annotations
 

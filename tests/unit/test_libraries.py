@@ -62,7 +62,7 @@ def holder() -> Iterator[Holder]:
 
 @pytest.fixture
 def seen(monkeypatch: pytest.MonkeyPatch) -> dict[int, bool]:
-    """Return a dictionary of pid to "has breakpoints". Processes that are not in it have them."""
+    """Return a dictionary from pid to whether the process has breakpoints. Other processes have breakpoints."""
     found: dict[int, bool] = {}
     monkeypatch.setattr(breakpoints, "is_set", lambda pid, *_: found.get(pid, True))
     return found
@@ -70,7 +70,7 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> dict[int, bool]:
 
 @pytest.fixture
 def cgroups(monkeypatch: pytest.MonkeyPatch) -> dict[int, str]:
-    """Return a dictionary of pid to cgroup. No other processes exist."""
+    """Return a dictionary from pid to cgroup. No other processes exist."""
     found: dict[int, str] = {}
     monkeypatch.setattr(procfs, "cgroup_path", found.get)
     monkeypatch.setattr(procfs, "pids", lambda: list(found))

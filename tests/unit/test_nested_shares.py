@@ -192,9 +192,9 @@ COVERS: dict[str, tuple[list[Tenant], list[Tenant]]] = {
 
 @pytest.mark.parametrize("cover", COVERS)
 def test_waiting_time_inside_is_no_credit_for_a_new_tenant(cover: str) -> None:
-    """Tenants inside request turns for 20 s and get almost none.
+    """Tenants inside the unit request turns for 20 s and use almost no time.
 
-    Then a busy tenant appears, which gets no credit for that.
+    Then a busy tenant appears inside the unit. It gets no credit for the waiting time of the others.
     """
     inner, others = deepcopy(COVERS[cover])
     late, honest = Tenant(2, stopped=True), [Tenant(50), Tenant(51)]

@@ -49,7 +49,11 @@ class Ledger:
 
 @pytest.fixture
 def host(tmp_path):
-    """Return start(policies, …). It returns the manager of an agent that has just started after another agent."""
+    """Return a host with its ledger and files.
+
+    `start(policies, …)` returns the manager of an agent that has just started after another agent. `cgroup(name)` makes
+    a cgroup and returns its id.
+    """
     root, books, file = tmp_path / "cgroups", Books(), tmp_path / "overrides.json"
     root.mkdir()
     books.orphans = SimpleNamespace(of_level=lambda _: [])

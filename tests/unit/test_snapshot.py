@@ -11,7 +11,7 @@ from fgpu_ebpf.snapshot import Snapshot
 
 
 def parts_of(kind: Any) -> set[type]:
-    """Return all dataclasses in the fields of this one, and in theirs."""
+    """Return all dataclasses in the fields of `kind`, in the fields of these dataclasses, and so on."""
     found: set[type] = set()
     hints = [*typing.get_type_hints(kind).values()]
     while hints:

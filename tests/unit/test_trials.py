@@ -60,7 +60,10 @@ trials.Trials.begin = lambda self: print("begun") or begin(self)
 
 
 class Taken:
-    """A clock of a machine whose hypervisor takes this much of each second of two processors."""
+    """A clock of a machine with two processors, of whose time the hypervisor takes `share`.
+
+    In the part `crowded` of the time, a program waits for a processor.
+    """
 
     def __init__(self, share: float, crowded: float = 0.0) -> None:
         self.share, self.crowded, self.seconds = share, crowded, 0
@@ -84,7 +87,7 @@ def tries(trials: Trials) -> int:
         if not trials.is_another_due(AssertionError()):
             return count
         trials.begin()
-    raise AssertionError("for ever")
+    raise AssertionError("the test is repeated without end")
 
 
 def later() -> float:

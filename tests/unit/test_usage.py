@@ -223,7 +223,7 @@ def test_amounts_that_cannot_be_written_are_written_later(tmp_path, caplog):
 
 
 def test_a_file_whose_mode_cannot_be_set_gets_no_amounts(tmp_path, monkeypatch):
-    """The amounts will be added again, so they must not have been added."""
+    """The writer adds the same amounts again later, so a call that fails must not have added them."""
     file = tmp_path / "usage.db"
     with monkeypatch.context() as patched:
         patched.setattr(type(file), "chmod", lambda *_: (_ for _ in ()).throw(PermissionError("not permitted")))
