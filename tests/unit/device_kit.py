@@ -100,7 +100,7 @@ class Device:
         return client.is_alive * (client.resident() + (0 if client.contexts else self.in_row(client)))
 
     def pools_in_no_row(self) -> int:
-        """Return the pool bytes that are in no row and that nothing estimates."""
+        """Return the pool bytes that are in no row and that the reconciler cannot estimate."""
         return sum(client.pool for client in self.clients if client.is_alive and not client.contexts)
 
     def of_tenants(self) -> int:
@@ -200,7 +200,7 @@ class World:
         entry.changes += 1
 
     def admit(self, client: Client, bytes_: int) -> Operation:
-        """Admit bytes without a call of the driver. They finally become overhead."""
+        """Admit bytes without a call of the driver. In the end they count as overhead."""
         entry = self._entry(client)
         entry.begun += 1
         entry.charge(bytes_)

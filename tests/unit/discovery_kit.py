@@ -56,7 +56,7 @@ class Stage:
 
 
 def settled(looks: Discovery, true: Callable[[], object], seconds: float = 10.0) -> None:
-    """Apply the workers' results until `true` returns a true value."""
+    """Apply the workers' results until `true` returns a true value, within `seconds`."""
     end = time.monotonic() + seconds
     while not true():
         assert time.monotonic() < end, f"not within {seconds} s"

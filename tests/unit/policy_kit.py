@@ -1,4 +1,4 @@
-"""Invented policies and workloads for the tests."""
+"""Policies and workloads for the tests: from given texts, and random ones from hypothesis."""
 
 from __future__ import annotations
 

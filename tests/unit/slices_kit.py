@@ -142,7 +142,7 @@ class Hog(Tenant):
         self.said = (self.waiting, self.launches, int(self.lies), until_ns, not self.lies, now_ns, 0, 0)
 
     def tell(self) -> None:
-        """Record that the program has reported."""
+        """Do nothing: `act` has recorded what the program reports."""
 
 
 class World:

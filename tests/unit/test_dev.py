@@ -1,4 +1,4 @@
-"""Tests of `./dev`: a wrong word is refused before any work, and a shell in the simulator prints its commands."""
+"""Tests of `./dev`: a wrong word is refused before any work, and a shell of `./dev sim` prints the commands to try."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Random operations on a device, with reads of NVML at any time: released bytes equal freed ones, within 32 MiB."""
+"""Random operations on a device, with reads of NVML at any time. Released bytes equal the freed bytes within 32 MiB."""
 
 from __future__ import annotations
 

@@ -56,7 +56,7 @@ def test_a_list_that_could_not_be_written_is_written_later(
     maps(monkeypatch, {ME: ["/usr/lib/libcuda.so.1"]})
     known = PreexistingProcesses.found(run_dir)
     known.look()
-    assert len(caplog.messages) == 1, "one warning, not one for each attempt"
+    assert len(caplog.messages) == 1, "not exactly one warning for several attempts"
     maps(monkeypatch, {ME: ["/usr/lib/libcuda.so.1"], other.pid: ["/usr/lib/libcuda.so.1"]})
     run_dir.mkdir()
     known.look()

@@ -113,7 +113,7 @@ def test_two_set_ups_and_one_undo_leave_the_file_as_before(name, text, tmp_path,
     assert not undo(found, state)
     assert read(found) == text
     assert [p.name for p in found.file.parent.iterdir()] == ([] if text is None else ["settings"])
-    assert not [p.name for p in helper.parent.rglob(".*")], "nothing half-written beside the helper"
+    assert not [p.name for p in helper.parent.rglob(".*")], "a half-written file beside the helper was kept"
 
 
 def test_undo_removes_exactly_the_empty_folders_that_setup_created(tmp_path, helper):

@@ -1,4 +1,4 @@
-"""Tests of the settings of malloc: freed memory is returned to the system."""
+"""Tests of the size of the agent's memory: malloc's settings, the cycle collector, and interned names."""
 
 from __future__ import annotations
 

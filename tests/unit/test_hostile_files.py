@@ -75,7 +75,7 @@ def within(seconds: float, what: Callable[[], object]) -> None:
     thread = threading.Thread(target=what, daemon=True)
     thread.start()
     thread.join(seconds)
-    assert not thread.is_alive(), "hangs"
+    assert not thread.is_alive(), f"the call has not returned within {seconds} s"
 
 
 def put_fifo(place: Path, _: Path) -> None:

@@ -1,4 +1,4 @@
-"""Tests of the start of a missing gatekeeper: the service's own gatekeeper gets time to return first."""
+"""Tests of the start of a missing gatekeeper: a service first gets time to restart its own gatekeeper."""
 
 import fcntl
 import socket

@@ -1,4 +1,4 @@
-"""Tests of files of libcuda in the agent's loop: the workers' jobs, and the use of their results."""
+"""Tests of how files of libcuda are examined: workers run the jobs, and the agent's loop applies their results."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ def test_a_file_is_unknown_until_its_digest_is_found_in_the_list(
     cgroups[pid] = "/a"
     looks.look_at(pid)
     settled(looks, lambda: len(stage.known) == 2)
-    assert [role(stage, path) for path in files.values()] == [Role.UNKNOWN] * 2, "the probes wait for the digest"
+    assert [role(stage, path) for path in files.values()] == [Role.UNKNOWN] * 2, "classified without a digest"
     settled(looks, lambda: role(stage, files["listed"]) is Role.LISTED)
     quiet(looks)
     assert role(stage, files["other"]) is Role.UNKNOWN

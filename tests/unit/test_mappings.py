@@ -34,7 +34,7 @@ def maps(tmp_path: Path):
 
 @pytest.fixture
 def unasked(monkeypatch: pytest.MonkeyPatch):
-    """Simulate a kernel without the query."""
+    """Return a function that simulates a kernel without the query from then on."""
     return lambda: monkeypatch.setattr(procmaps, "_PROCMAP_QUERY", 0xC0686699)
 
 

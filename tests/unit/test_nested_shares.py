@@ -152,7 +152,7 @@ def test_levels_inside_a_removed_share_keep_their_own_shares() -> None:
 
 
 def parts(it: World, seconds: float) -> dict[int, float]:
-    """Return each tenant's part of the device's time from this moment."""
+    """Run for `seconds`. Return each tenant's part of the device's time in this period."""
     before = {key: tenant.done_ns for key, tenant in it.tenants.items()}
     it._ring()  # the next step checks every tenant
     it.run(seconds)

@@ -21,7 +21,7 @@ from tests.unit.policy_kit import GIB, Gpu, policies
 
 
 class Ledger:
-    """The calls of the ledger by take_up, in addition to those of an enforcer."""
+    """A ledger with the calls that take_up() makes, in addition to those of an enforcer."""
 
     def __init__(self, books):
         self.books = books

@@ -91,7 +91,7 @@ def test_a_full_disk_changes_no_version(tmp_path, store, monkeypatch) -> None:
         version(tmp_path, store, b"two")
     monkeypatch.undo()
     assert stable_path(store).read_bytes() == b"one"
-    assert not list(store.rglob(".*")), "nothing half written stays"
+    assert not list(store.rglob(".*")), "a half-written file was kept"
 
 
 def test_only_unused_versions_are_retired(tmp_path, store) -> None:

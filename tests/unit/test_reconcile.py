@@ -534,7 +534,7 @@ def test_an_ended_process_is_not_adopted_while_the_driver_holds_its_memory():
 
 
 def test_a_process_adopted_while_it_exits_is_reaped_without_its_parent():
-    """It is removed from the ledger, because no event reports its end."""
+    """The process is removed from the ledger, because no event reports its end."""
     with subprocess.Popen(["true"]) as dead:
         os.waitid(os.P_PID, dead.pid, os.WEXITED | os.WNOWAIT)
         for flags, reaped in ((0, [dead.pid]), (Seen.CALL, [])):
@@ -663,7 +663,7 @@ def test_each_end_of_a_context_lowers_the_charge_to_nvml_s_value_exactly_once():
     for shown in (700, 600):
         rows[ME] = shown * MIB
         reconciler_.look()
-        assert books.entry.bytes[0] == 700 * MIB, "the context's memory counts, or the pool's does not"
+        assert books.entry.bytes[0] == 700 * MIB, "the charge has changed, although no further context has ended"
     books.entry = replace(books.entry, ended=one(2))
     reconciler_.look()
     assert books.entry.bytes[0] == 600 * MIB

@@ -1,4 +1,4 @@
-"""Tests of Fields, by which the page reads a Snapshot like its JSON form."""
+"""Tests of Fields: the web page reads a Snapshot with it, as if the Snapshot were its JSON form."""
 
 from __future__ import annotations
 

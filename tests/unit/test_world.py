@@ -1,4 +1,4 @@
-"""Tests of tests/world.py: the resources that a command has for itself, and that nothing remains of it."""
+"""Tests of tests/world.py: a command has its own folders and cgroups, and nothing of it remains."""
 
 from __future__ import annotations
 
