@@ -150,7 +150,7 @@ def test_names_are_found_with_an_engine_that_starts_later_or_restarts(tmp_path, 
 
 
 def rescan(found: engine_labels.Engines, times: int) -> None:
-    """Rescan several times, with no new container."""
+    """Count several rescans of the cgroups, in which no container is requested."""
     for _ in range(times):
         found.rescanned()
 

@@ -1,4 +1,4 @@
-"""The mapped files of a process: the results of the kernel's query, and the same from the text of /proc/PID/maps."""
+"""Tests of the mapped files of a process: the text of /proc/PID/maps gives the same results as the kernel's query."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tests of tests/schedule.py: each test runs once, and a test that measures time runs alone and first."""
+"""Tests of tests/schedule.py: each test runs once, and files that measure shares of a device run alone and first."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tests of tests/trials.py: only a test that failed while processors were taken away is repeated."""
+"""Tests of tests/trials.py: only a failed test that lost processor time is repeated."""
 
 from __future__ import annotations
 
@@ -135,7 +135,7 @@ def test_the_clock_reads_the_kernel_s_figures() -> None:
 
 
 def asked(work: Path, tests: str, share: float, *options: str, crowded: float = 0.0) -> str:
-    """Return pytest's output for these tests with the suites' own conftest.py."""
+    """Return pytest's output for these tests with the conftest.py that all suites share."""
     taken = TAKEN.format(share=share, crowded=crowded)
     return asked_of_copy(work, tests, taken, "-s", "--rerun-show-tracebacks", *options).stdout
 

@@ -1,4 +1,4 @@
-"""Tests of the metrics address: eight requests at a time, and incomplete requests do not exclude other requests."""
+"""Tests of the HTTP server: it serves eight requests at a time, and incomplete requests do not exclude others."""
 
 from __future__ import annotations
 

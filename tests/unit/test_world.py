@@ -1,4 +1,4 @@
-"""Tests of tests/world.py: a command has its own folders and cgroups, and nothing of it remains."""
+"""Tests of tests/world.py: a command has its own folders, cgroups and libraries, and nothing of it remains."""
 
 from __future__ import annotations
 
