@@ -22,7 +22,7 @@ OPEN = int(abi.Gate.OPEN)  # an operator of an enumeration takes longer than the
 
 @dataclass(eq=False)
 class Steps:
-    """A fixed amount of work at regular intervals. A step that is late delays the next step."""
+    """A fixed amount of work at regular intervals. Missed steps are skipped, not caught up."""
 
     work_ns: int
     period_ns: int
@@ -226,7 +226,7 @@ class World:
         return self
 
     def check(self) -> None:
-        """Check that a device has at most one owner that is not draining, and a gang all of its devices or none."""
+        """Check that a device has at most one owner, except tenants that still drain, and a gang all of its devices or none."""
         turns = [place.turn for place in self.turns.places.values() if place.turn]
         owned = [device for turn in turns if not turn.handed_ns for device in turn.devices]
         assert len(owned) == len(set(owned))

@@ -37,7 +37,7 @@ REMOVED = "rmdir /mnt/agent/shim\n"
 
 @pytest.fixture
 def host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Return the folder that holds the agent's folder and its preload list."""
+    """Return the agent's folder, with the gatekeeper's folder `shim` and a preload list in it."""
     (tmp_path / "shim").mkdir()
     (tmp_path / "list").touch()
     own = shim_mounts._device_of

@@ -23,7 +23,7 @@ ALICE = Owner("alice", "research", "1000", (("team", "vision"),), (UNIT,))
 
 
 class Host:
-    """A tenant, level 7 inside level 1, with a process 71 that holds 2 GiB. NVML reports `percent`."""
+    """A tenant, level 7 inside level 1, that is charged 3 GiB, 2 of them for process 71. NVML reports `percent`."""
 
     def __init__(self, monkeypatch, percent, counts=None):
         self.now, self.given, self.percent, self.counts = 1000.0, [], percent, counts
