@@ -226,7 +226,7 @@ class World:
         return self
 
     def check(self) -> None:
-        """Check that a device has at most one owner, except tenants that still drain, and a gang all of its devices or none."""
+        """Check that a device has at most one owner, except draining tenants, and a gang all of its devices or none."""
         turns = [place.turn for place in self.turns.places.values() if place.turn]
         owned = [device for turn in turns if not turn.handed_ns for device in turn.devices]
         assert len(owned) == len(set(owned))

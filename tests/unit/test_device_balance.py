@@ -384,7 +384,7 @@ def test_a_context_that_a_call_has_freed_is_not_taken_from_the_orphans_of_its_pi
 
 @pytest.mark.parametrize("in_use", [None, 5 * MIB], ids=["bytes in use unknown", "row unknown"])
 def test_without_a_sample_any_process_may_be_in_a_call(in_use: int | None) -> None:
-    """Then no byte of a row is proved to belong to a live process."""
+    """No byte of a row is proved to belong to a live process if the rows or the bytes in use are unknown."""
     rows = {7: 5 * MIB if in_use is None else None, 8: MIB}
     nvml = SimpleNamespace(process_bytes=lambda _: rows, taken_bytes=lambda _: in_use)
     sample = device_sample.take(nvml, SimpleNamespace(), 0, dict.fromkeys((7, 8)))  # type: ignore[arg-type]

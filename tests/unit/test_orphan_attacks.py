@@ -151,7 +151,7 @@ def test_a_handle_released_by_an_undercharged_process_releases_no_orphan(attack:
 
 
 def test_a_stopped_release_releases_no_orphan(attack: Attack) -> None:
-    """Its thread is stopped after the driver has freed the memory, before the call returns."""
+    """The thread is stopped in the call, after the driver has freed the memory."""
     attack.keep_memory()
     other = attack.tenant(has_context=False)
     list(attack.world.create(other, HELD))

@@ -94,7 +94,7 @@ def test_a_tenant_with_turns_is_measured_by_its_turns(monkeypatch):
 
 @pytest.mark.parametrize("removed", [False, True])
 def test_the_last_turns_of_a_tenant_count(monkeypatch, removed):
-    """Its last process ends between two samples. Its cgroup stays, or is removed with its counters."""
+    """The tenant's last process ends between two samples. The cgroup stays, or is removed with its counters."""
     host = Host(monkeypatch, {71: 100}, TurnCounts(owned_ns=5_000_000_000))
     host.looks(1)
     host.processes, last = {}, TurnCounts(owned_ns=5_400_000_000, wait_ns=300_000_000)
