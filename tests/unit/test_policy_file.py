@@ -108,7 +108,7 @@ def test_policies_keep_their_order_and_their_lines():
 def test_each_harmful_file_is_refused_within_a_second(name):
     begun = time.perf_counter()
     assert first_error(BOMBS[name][:MIB])
-    assert time.perf_counter() - begun < 1.0  # `./dev bench policy` has the figures; the bar there is 0.1 s
+    assert time.perf_counter() - begun < 1.0  # `./dev bench policy` has the figures; the limit there is 0.1 s
 
 
 @st.composite
