@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 
 class Books:
-    """The calls of the ledger that an enforcer makes."""
+    """A ledger with the calls that an enforcer makes. It records what it is given."""
 
     def __init__(self):
         self.limits, self.shares, self.decided, self.calls = {}, {}, {}, 0

@@ -9,7 +9,7 @@ from tests.unit import policy_kit as kit
 
 
 class ConfigMap:
-    """A folder as kubelet keeps it: files that are links through `..data`, which one rename replaces."""
+    """A folder as kubelet updates it: each file is a link through `..data`, itself a link that one rename replaces."""
 
     def __init__(self, path: Path, files: int) -> None:
         self.path, self._names, self._count = path, [f"{n}.yaml" for n in range(files)], 0

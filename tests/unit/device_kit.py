@@ -44,7 +44,10 @@ class Handle:
 
 @dataclass(eq=False)
 class Client:
-    """A process that uses the driver, or its remains. `keepers` are processes that have its descriptors open."""
+    """A process that uses the driver, or an exited process whose memory the driver still holds.
+
+    `keepers` is the number of other processes that have its descriptors of the driver open.
+    """
 
     pid: int
     is_stranger: bool = False
@@ -55,7 +58,7 @@ class Client:
     plain: list[int] = field(default_factory=list)
     managed: list[Managed] = field(default_factory=list)
     pool: int = 0
-    grown: int = 0  # bytes of stacks and modules, of which only the driver has a count
+    grown: int = 0  # bytes of stacks and modules, which only the driver counts
     never_seen: int = 0  # of an exited process: bytes that were never charged, because NVML was not read in time
 
     def own_bytes(self) -> int:
@@ -97,7 +100,7 @@ class Device:
         return client.is_alive * (client.resident() + (0 if client.contexts else self.in_row(client)))
 
     def pools_in_no_row(self) -> int:
-        """Return the pool bytes that are in no row and that nothing estimates."""
+        """Return the pool bytes that are in no row and that the reconciler cannot estimate."""
         return sum(client.pool for client in self.clients if client.is_alive and not client.contexts)
 
     def of_tenants(self) -> int:
@@ -106,7 +109,7 @@ class Device:
         return clients + sum(handle.bytes for handle in self.handles)
 
     def kept(self) -> int:
-        """Return the bytes that outlive their processes, or that were exported, freed, and are open elsewhere."""
+        """Return the bytes of exited tenants' processes, and of freed exported handles that have an open descriptor."""
         handles = sum(handle.bytes for handle in self.handles if self._outlives(handle))
         return handles + sum(self._bytes(c) for c in self.clients if not c.is_alive and not c.is_stranger)
 
@@ -129,7 +132,7 @@ class Device:
 
 
 class World:
-    """A device and a ledger. `between` is called before each read of NVML, and before processes are read."""
+    """A device and a ledger. `between` is called before each read of NVML's rows, of bytes in use and of processes."""
 
     def __init__(self, between: Callable[[], None]) -> None:
         self.device, self.ledger = Device(), Ledger(between)
@@ -197,7 +200,7 @@ class World:
         entry.changes += 1
 
     def admit(self, client: Client, bytes_: int) -> Operation:
-        """Admit bytes without a call of the driver. They finally become overhead."""
+        """Admit bytes without a call of the driver. In the end they count as overhead."""
         entry = self._entry(client)
         entry.begun += 1
         entry.charge(bytes_)

@@ -56,7 +56,7 @@ class Stage:
 
 
 def settled(looks: Discovery, true: Callable[[], object], seconds: float = 10.0) -> None:
-    """Apply the workers' results until `true` returns a true value."""
+    """Apply the workers' results until `true` returns a true value, within `seconds`."""
     end = time.monotonic() + seconds
     while not true():
         assert time.monotonic() < end, f"not within {seconds} s"
@@ -65,7 +65,7 @@ def settled(looks: Discovery, true: Callable[[], object], seconds: float = 10.0)
 
 
 def quiet(looks: Discovery, seconds: float = 0.3) -> None:
-    """Apply the workers' results for a while that is long enough for them to finish their current jobs."""
+    """Apply the workers' results for `seconds`, so that the workers can finish their current jobs."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         time.sleep(0.005)

@@ -43,10 +43,10 @@ def workload(about: Subject | None = None, path: str = PATH, **more: Any) -> Wor
 
 
 def eventually(what: Callable[[], Any], seconds: float = 5.0) -> Any:
-    """Return the first true value that `what` returns."""
+    """Return the first true value that `what` returns within `seconds`."""
     until = time.monotonic() + seconds
     while not (found := what()):
-        assert time.monotonic() < until, "too late"
+        assert time.monotonic() < until, f"not within {seconds} s"
         time.sleep(0.005)
     return found
 

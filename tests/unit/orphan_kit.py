@@ -1,4 +1,4 @@
-"""Orphans, tenants and a ledger that has only usage, for tests of the code that uses them."""
+"""Orphans, processes, tenants and a test double of the ledger, for tests of orphans."""
 
 from __future__ import annotations
 

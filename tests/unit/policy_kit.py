@@ -1,4 +1,4 @@
-"""Invented policies and workloads for the tests."""
+"""Policies and workloads for the tests: from given texts, and random ones from hypothesis."""
 
 from __future__ import annotations
 
@@ -126,7 +126,7 @@ documents = st.builds(
 
 
 def as_yaml(*found: Any) -> bytes:
-    """Return a strategy of documents as YAML text (JSON is YAML)."""
+    """Return the documents as YAML text (JSON is YAML)."""
     return "".join(f"--- {json.dumps(document, ensure_ascii=False)}\n" for document in found).encode()
 
 

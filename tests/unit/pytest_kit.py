@@ -16,7 +16,7 @@ FILES = (
 
 
 def asked_of_copy(work: Path, tests: str, conftest: str, *options: str) -> subprocess.CompletedProcess[str]:
-    """Return the output of pytest for `tests`, the text of a file in the suite `sim`, which has that conftest.py."""
+    """Run pytest in `work`, on a suite of one file with the text `tests`. `conftest` is the suite's conftest.py."""
     folder = work / "tests/sim"
     folder.mkdir(parents=True)
     (work / "tests/support").mkdir()

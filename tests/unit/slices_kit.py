@@ -22,7 +22,7 @@ OPEN = int(abi.Gate.OPEN)  # an operator of an enumeration takes longer than the
 
 @dataclass(eq=False)
 class Steps:
-    """A fixed amount of work at regular intervals. A step that is late delays the next step."""
+    """A fixed amount of work at regular intervals. Missed steps are skipped, not caught up."""
 
     work_ns: int
     period_ns: int
@@ -41,7 +41,7 @@ class Loop:
     """A program that launches `kernels`, waits until they are done, computes on the host, and repeats.
 
     `thinks`: returns the nanoseconds from the end of the work to the next launch, with the wake-up of the thread.
-    `guesses`: returns the part of the work's length that the shim reports as its length.
+    `guesses`: returns the length of the work that the shim reports, as a multiple of its true length.
     """
 
     kernels: int
@@ -52,7 +52,7 @@ class Loop:
     doubt_ns: int = 0  # error of the estimate of the work in flight; below 0: too short
 
     def wants_ns(self, now_ns: int, kernel_ns: int) -> int:
-        """Return the time of the next launch; 0 is now, and NEVER_NS is when its work is done."""
+        """Return the time of the next launch: 0 means now, NEVER_NS means not before the work in flight is done."""
         if not self.owed and now_ns >= self.next_ns:
             self.owed, self.next_ns = self.kernels, NEVER_NS
             self.doubt_ns = round((self.guesses() - 1.0) * self.kernels * kernel_ns)
@@ -78,7 +78,7 @@ class Tenant:
     steps: Steps | Loop | None = None  # None: it always has work
     doubt_ns: int = 0  # by how much the estimate of the work in flight is too long
     silent: bool = False  # whether it never reports that it has drained
-    unaware: bool = False  # whether it observes the end of its work only at its next launch, as without a synchronise
+    unaware: bool = False  # whether it never synchronises, so that it observes the end of its work at its next launch
     lies: bool = False  # whether it reports that its turns begin late and end at once
     restless: bool = False  # whether it reports that it has rested all the time
     stopped: bool = False
@@ -142,7 +142,7 @@ class Hog(Tenant):
         self.said = (self.waiting, self.launches, int(self.lies), until_ns, not self.lies, now_ns, 0, 0)
 
     def tell(self) -> None:
-        """Record that the program has reported."""
+        """Do nothing: `act` has recorded what the program reports."""
 
 
 class World:
@@ -191,7 +191,10 @@ class World:
         return self
 
     def step(self) -> int:
-        """Step the scheduler until nothing changes, because it checks a closed gate again at once."""
+        """Step the scheduler until it requests no further step at once. Return the time of the next step.
+
+        The scheduler requests a step at once after it has closed a gate with nothing in flight.
+        """
         is_new = True
         while is_new:
             self.steps += 1
@@ -223,7 +226,7 @@ class World:
         return self
 
     def check(self) -> None:
-        """Check that a device has one owner, except for draining tenants, and a gang has all of its devices or none."""
+        """Check that a device has at most one owner, except draining tenants, and a gang all of its devices or none."""
         turns = [place.turn for place in self.turns.places.values() if place.turn]
         owned = [device for turn in turns if not turn.handed_ns for device in turn.devices]
         assert len(owned) == len(set(owned))
@@ -247,7 +250,7 @@ class World:
         return self.now + MS // 2
 
     def _act(self, tenant: Tenant) -> int:
-        """Launch what the tenant may launch. Return when to call this again."""
+        """Launch as much work as the tenant may launch. Return the time of the next call."""
         if (later := tenant.rests_ns(self.now)) > self.now:
             return min([later, *tenant.flights])
         if not self.is_open(tenant):
@@ -285,7 +288,7 @@ class World:
         tenant.waiting, tenant.waited_from, tenant.wanted_ns = True, self.now, self.now
         if tenant.unaware and not tenant.flights:
             tenant.ended_ns = self.now  # the thread at the gate observes the end
-        if not tenant.flights:  # otherwise it wakes the gatekeeper once it has drained, for both reasons
+        if not tenant.flights:  # with work in flight, it sends a single wake-up later, when it has drained
             self._ring(tenant)
 
     def _complete(self, tenant: Tenant) -> None:

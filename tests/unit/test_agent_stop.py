@@ -19,7 +19,7 @@ class Part:
         self.name, self.stopped, self.fails = name, stopped, fails
 
     def stop(self) -> None:
-        """Stop a part of an agent."""
+        """Record the stop. Raises OSError if the part `fails`."""
         self.stopped.append(self.name)
         if self.fails:
             raise OSError(5, f"{self.name} cannot be stopped")

@@ -20,7 +20,7 @@ KIND = f"/system.slice/docker-{ID}.scope"
 
 @pytest.fixture
 def host(tmp_path: Path) -> Callable[..., Owner]:
-    """Return host(path, users, levels): the owner of that cgroup, where these cgroups have other users or limits."""
+    """Return host(path, users, levels): the owner of a cgroup. `users`: uids by cgroup. `levels`: limited cgroups."""
 
     def find(path: str, users: dict[str, int] | None = None, levels: tuple[str, ...] = ()) -> Owner:
         (tmp_path / path.lstrip("/")).mkdir(parents=True, exist_ok=True)
@@ -85,7 +85,7 @@ NAMES = st.sampled_from(
     levels=st.integers(0, 2**7 - 1),
 )
 def test_names_of_cgroups_inside_a_workload_give_it_no_second_owner(tmp_path_factory, outside, inside, other, levels):
-    """A cgroup inside a workload has the workload's owner, with any name that the workload chooses."""
+    """A cgroup inside a workload has the same owner as the workload, whatever name the workload chooses for it."""
     root = tmp_path_factory.mktemp("host")
     own = "/" + "/".join([*outside, f"cri-containerd-{ID}.scope"])
     paths = ["/".join([own, *names]) for names in (inside, other)]

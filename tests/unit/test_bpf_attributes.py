@@ -1,4 +1,4 @@
-"""The arguments of bpf(2) and perf_event_open(2) equal the kernel's headers, as the C compiler reads them."""
+"""The Python layouts of the arguments of bpf(2) and perf_event_open(2) equal those of the kernel's headers."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def test_offsets_and_sizes_of_arguments_equal_those_of_the_kernel_headers(tmp_pa
         facts = {text: fact for text, fact in facts.items() if "uprobe_multi" not in text}
     assert len(facts) > 50
     assert facts == c_facts(list(facts), tmp_path)
-    assert ctypes.sizeof(attributes.PerfEventAttr) == 128, "PERF_ATTR_SIZE_VER7"
+    assert ctypes.sizeof(attributes.PerfEventAttr) == 128, "the size is not PERF_ATTR_SIZE_VER7"
 
 
 def test_fields_of_uprobe_multi_have_the_offsets_of_linux_6_6() -> None:

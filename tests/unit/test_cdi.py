@@ -193,7 +193,7 @@ def test_unused_preload_lists_are_removed(parts, monkeypatch):
     swept.sweep()
     now += injection.UNUSED_SECONDS - 1
     swept.sweep()
-    os.utime(lists / "used", (0, 0))  # each use updates the time stamp, which does not depend on the wall clock
+    os.utime(lists / "used", (0, 0))  # each use changes the time stamp, whose value is irrelevant
     swept.sweep()
     assert sorted(os.listdir(lists)) == ["unused", "used"]
     now += 2
@@ -250,7 +250,7 @@ def test_the_earlier_helper_stays_if_no_other_can_be_published(tmp_path, monkeyp
 
     monkeypatch.setattr(injection.shutil, "copyfile", full)
     assert injection.publish_helper(built) == place
-    assert sorted(os.listdir(tmp_path / "bin")) == ["fgpu-info", "fgpu-oci"], "nothing half written stays"
+    assert sorted(os.listdir(tmp_path / "bin")) == ["fgpu-info", "fgpu-oci"], "a half-written file was kept"
     place.unlink()
     with pytest.raises(OSError, match="no space"):
         injection.publish_helper(built)

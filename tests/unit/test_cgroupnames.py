@@ -33,8 +33,8 @@ NODE = f"/system.slice/docker-{ID}.scope"
 
 # path -> engine, container, pod uid, unit, inside
 CASES = {
-    # Docker: names of systemd's cgroup driver, --cgroup-parent, plain names, rootless, under an old kubelet, names for
-    # systemd's driver that the plain driver got, cgroups inside a container
+    # Docker: names of systemd's cgroup driver, --cgroup-parent, plain names, rootless, under an old kubelet, names in
+    # the form of systemd's driver under the other driver, cgroups inside a container
     f"/system.slice/docker-{ID}.scope": ("docker", ID, None, f"docker-{ID}.scope", False),
     f"/batch.slice/docker-{ID}.scope": ("docker", ID, None, f"docker-{ID}.scope", False),
     f"/docker/{ID}": ("docker", ID, None, None, False),

@@ -83,7 +83,7 @@ class Program:
 
 
 class Host:
-    """Turns over programs, in the order of the slicer.
+    """Turns of simulated programs. A step makes the calls of the time slicer, in the same order.
 
     After each step all counts are compared with the previous ones.
     """
@@ -168,7 +168,7 @@ def test_no_sequence_of_pages_makes_a_count_negative_or_smaller(made):
 @example(1_200, 500)
 @given(st.integers(0, 3_000), st.integers(0, 3_000))
 def test_a_drain_before_the_reported_end_of_work_makes_no_count_negative_or_smaller(ahead_us, rings_us):
-    """A reports at the end of its turn that it is busy for a little longer, and drains at once. B has no work."""
+    """One tenant reports at the end of its turn that it is busy longer, and drains at once. The other has no work."""
     host = Host([Share(), Share()])
     for tenant in (0, 1):
         host.programs[tenant].write(page_of(waiting=1))

@@ -70,7 +70,7 @@ def test_detach_prints_how_many_tenants_have_lost_their_limits(tmp_path: Path, m
     for count, said in ((2, "2 tenants have lost their limits"), (1, "1 tenant has lost its limit")):
         with agent(tmp_path, detach={"tenants": count}) as asked:
             assert fgpu(tmp_path, "detach").stdout == f"detached: {said}\n"
-        assert [request["verb"] for request in asked] == ["detach"], "a pipe is asked for confirmation"
+        assert [request["verb"] for request in asked] == ["detach"], "confirmation was requested without a terminal"
 
 
 @pytest.mark.parametrize(
@@ -156,7 +156,7 @@ def test_help_lists_every_command_in_one_section_and_cuts_no_line(tmp_path: Path
 
 
 def log(*events: tuple[int, float, str]) -> Callable[[dict[str, Any]], dict[str, Any]]:
-    """Answer like an agent with these events, each given by number, seconds before now, and tenant."""
+    """Return a function that answers as an agent with these events: (number, seconds before now, tenant)."""
     fields = {"pid": 0, "gpu": None, "operation": "", "reason": "", "bytes": 0, "text": "", "more": 0}
     rows = [
         {"number": number, "time_seconds": time.time() - ago, "what": "refused", "tenant": tenant, **fields}
@@ -191,7 +191,7 @@ def test_events_follow_continues_with_the_next_agent(tmp_path: Path) -> None:
         assert [event["tenant"] for event in feed.begin()] == ["a", "b"]
         assert feed.more(said.append) == []
     assert feed.more(said.append) == feed.more(said.append) == []
-    assert len(said) == 1, "once"
+    assert len(said) == 1, "the missing agent was not reported exactly once"
     with agent(tmp_path, events=log((1, 25, "old"), (2, 10, "c"), (3, 5, "d"))):
         assert [event["tenant"] for event in feed.more(said.append)] == ["c", "d"]
     with agent(tmp_path, events=log((1, 1, "e"))):

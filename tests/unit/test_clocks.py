@@ -1,4 +1,4 @@
-"""F8: code that decides by time uses the monotonic clock. The wall clock serves only output and other programs."""
+"""F8: decisions by time use the monotonic clock. The wall clock serves only output and comparisons with time stamps."""
 
 from __future__ import annotations
 

@@ -44,7 +44,7 @@ def test_a_detach_does_not_wait_for_a_missing_or_invalid_shim(tmp_path: Path) ->
 
 @pytest.fixture
 def waited(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
-    """Let a detach work on tmp_path alone. Return the shims for which it waits; the first one keeps its probes."""
+    """Restrict a detach to tmp_path. Return the list of shims for which it waits; the first one keeps its probes."""
     nothing = ((gatekeeper_process, "end_any"), (detach, "_cgroups"), (programs, "unmount_made"))
     for module, name in (*nothing, (run, "remove_created_preloads")):
         monkeypatch.setattr(module, name, lambda *_: None)
@@ -64,7 +64,7 @@ def waited(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
 def test_a_detach_waits_for_the_mounted_shim_and_removes_only_a_published_store(
     tmp_path: Path, waited: list[Path], caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The last agent had a shim of the administrator's (`fgpu agent --shim`), which is in a folder with other files."""
+    """The last agent used an administrator's shim (`fgpu agent --shim`), which is in a folder with other files."""
     run_dir, own, store = tmp_path / "run", tmp_path / "opt/lib/libfgpu.so", tmp_path / "store/shim"
     own.parent.mkdir(parents=True)
     own.touch()
@@ -107,7 +107,7 @@ def test_a_detach_that_failed_is_finished_by_the_next_one(
 def test_a_damaged_list_of_files_does_not_stop_a_detach(
     tmp_path: Path, waited: list[Path], text: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(attach, "wait_until_detached", lambda *_: True)  # the reporter cannot print such a path
+    monkeypatch.setattr(attach, "wait_until_detached", lambda *_: True)  # pytest cannot print such a path
     run_dir = tmp_path / "run"
     for name in ("containers", "published"):
         (run_dir / name).write_bytes(text)

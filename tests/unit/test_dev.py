@@ -1,4 +1,4 @@
-"""Tests of `./dev`: a wrong word is refused before any work, and a shell in the simulator prints its commands."""
+"""Tests of `./dev`: a wrong word is refused before any work, and a shell of `./dev sim` prints the commands to try."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_dev_refuses_a_wrong_word_before_it_builds(words: str, tmp_path: Path) -
 
 
 def greeting(*command: str, agent: str = "") -> str:
-    """Return the output of `./dev sim` before the command runs in a terminal."""
+    """Return the text that `./dev sim COMMAND` prints before it runs the command."""
     found = re.search(r"^greet\(\) \{.*?^\}$", (ROOT / "dev").read_text(), re.M | re.S)
     assert found
     script = f"set -eu; build=/b logs=/logs agent='{agent}'\n{found[0]}\ngreet {' '.join(command)}"

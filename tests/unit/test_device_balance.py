@@ -1,4 +1,4 @@
-"""Random operations on a device, with reads of NVML at any time: released bytes equal freed ones, within 32 MiB."""
+"""Random operations on a device, with reads of NVML at any time. Released bytes equal the freed bytes within 32 MiB."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.unit.device_kit import Client, Handle, Managed, Operation, World
 from tests.unit.orphan_kit import MIB
 
 SIZE = 256 * MIB
-REST = 32 * MIB  # the device's other bytes; this much may be released too early
+REST = 32 * MIB  # bytes in use that are in no process's row; as many orphaned bytes may be released too early
 MOST_CLIENTS = 3
 sizes = st.integers(1, 4).map(lambda n: n * SIZE)
 a_client = st.integers(0, MOST_CLIENTS - 1)
@@ -34,17 +34,18 @@ def world_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(procfs, "ended", lambda _: False)
     monkeypatch.setattr(
         ledger_corrections, "_is_alive", ledger_corrections._is_alive
-    )  # each machine has its own NVML, which is restored afterwards
+    )  # each Machine replaces this function, and monkeypatch restores it
     monkeypatch.setattr(nvml_reconcile, "_alive", nvml_reconcile._alive)
 
 
 class Machine(RuleBasedStateMachine):
     """Processes of tenants on one device, and the reconcile thread.
 
-    `running`: operations that have begun, each with the managed memory that it allocates. `steps`: for each read of a
-    reconciliation, which of these operations continues before it (0: none). `disturbed`: hidden memory changed while
-    orphans may have explained it. `is_hidden_newer`: hidden memory has changed since the last reconciliation during
-    which no operation ran.
+    `running`: operations that have begun, each with its client and the managed memory that it allocates. `steps`: for
+    each read of a reconciliation, the last read first, the number of the operation that continues before the read (0:
+    none). Hidden memory is memory in no row of NVML. `disturbed`: hidden memory changed while there were orphans, so
+    that the reconcile thread cannot distinguish the two. `is_hidden_newer`: hidden memory has changed since the last
+    reconciliation during which no operation ran.
     """
 
     def __init__(self) -> None:
@@ -59,7 +60,7 @@ class Machine(RuleBasedStateMachine):
         ledger_corrections._is_alive = nvml_reconcile._alive = self.world.is_alive
 
     def between(self) -> None:
-        """Continue operations while NVML is asked."""
+        """Continue the operation that `steps` names for this read."""
         if self.steps and self.running:
             step = self.steps.pop()
             if step:
@@ -232,7 +233,7 @@ class Machine(RuleBasedStateMachine):
 
     @rule(n=a_client, bytes_=st.integers(0, 4).map(lambda n: n * SIZE))
     def grow(self, n: int, bytes_: int) -> None:
-        """Change the memory of which only the driver has a count. One reconciliation may not detect the change."""
+        """Change the memory that only the driver counts. A single reconciliation may fail to detect the change."""
         client = self.some(n)
         if client and client.contexts and not self.busy(client):
             client.grown = bytes_
@@ -334,9 +335,9 @@ class Machine(RuleBasedStateMachine):
         self.all_is_released()
 
     def all_is_released(self) -> None:
-        """Check that everything is released.
+        """Check that orphans have no more bytes than outlive their processes.
 
-        Exceptions are bytes that hidden memory or a later process of that pid may explain.
+        Exceptions are REST, and bytes that hidden memory or a later process with the same pid may explain.
         """
         device, orphaned = self.world.device, self.world.ledger.orphaned()
         unknown = sum(map(device.in_no_row, device.clients)) if self.is_hidden_unknown() else device.pools_in_no_row()
@@ -369,7 +370,7 @@ def test_released_bytes_equal_the_bytes_that_the_device_freed_within_32_mib(
 
 
 def test_a_context_that_a_call_has_freed_is_not_taken_from_the_orphans_of_its_pid() -> None:
-    """NVML shows two contexts of one pid: of the programs before two execs. A third one is being destroyed."""
+    """The device holds the contexts of two programs that exec() replaced. The third program destroys its context."""
     machine = Machine()
     machine.populate(has_managed=False, has_orphan=True)
     machine.pace(is_slow=True)
@@ -383,7 +384,7 @@ def test_a_context_that_a_call_has_freed_is_not_taken_from_the_orphans_of_its_pi
 
 @pytest.mark.parametrize("in_use", [None, 5 * MIB], ids=["bytes in use unknown", "row unknown"])
 def test_without_a_sample_any_process_may_be_in_a_call(in_use: int | None) -> None:
-    """Then no byte of a row is proved to belong to a live process."""
+    """No byte of a row is proved to belong to a live process if the rows or the bytes in use are unknown."""
     rows = {7: 5 * MIB if in_use is None else None, 8: MIB}
     nvml = SimpleNamespace(process_bytes=lambda _: rows, taken_bytes=lambda _: in_use)
     sample = device_sample.take(nvml, SimpleNamespace(), 0, dict.fromkeys((7, 8)))  # type: ignore[arg-type]

@@ -24,7 +24,7 @@ MAPPED = {7: [MappedFile("/nowhere/libcuda.so.1", 1, 23)], 8: [], 9: None}
 @pytest.mark.parametrize(
     ("with_memory", "dropped"),
     [({7, 8}, [{(1, 23)}]), ({7, 8, 9}, [])],
-    ids=["what has no memory maps nothing", "what cannot be read may map anything"],
+    ids=["a process without memory maps no file", "an unreadable process may map any file"],
 )
 def test_unused_probes_are_removed_only_if_the_mappings_of_all_processes_are_known(
     monkeypatch: pytest.MonkeyPatch, with_memory: set[int], dropped: list[set[tuple[int, int]]]
@@ -41,7 +41,7 @@ def test_unused_probes_are_removed_only_if_the_mappings_of_all_processes_are_kno
 def test_probes_that_cannot_be_attached_again_are_logged_once_for_each_reason(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The agent tries once a second."""
+    """The agent tries once a second to attach them."""
     stage, reasons = Stage(), iter(["no program", "no program", "no memory", "", "no program", "no program"])
     found = Discovery(stage, {})  # type: ignore[arg-type]
 
@@ -52,7 +52,7 @@ def test_probes_that_cannot_be_attached_again_are_logged_once_for_each_reason(
     stage.lost = lambda: missing  # type: ignore[attr-defined]
     stage.attach_again = attach_again  # type: ignore[attr-defined]
     monkeypatch.setattr(found, "look_around", lambda: None)
-    # Before the last failure, no probe is missing for a moment.
+    # At the sixth of seven calls, no probe is missing.
     for missing in [*[frozenset({None})] * 5, frozenset(), frozenset({None})]:  # noqa: B007
         found.reattach()
     again = "probes are missing: the agent attaches them again"
@@ -64,7 +64,7 @@ def test_probes_that_cannot_be_attached_again_are_logged_once_for_each_reason(
 def test_a_holder_is_searched_by_name_and_with_unwitnessed_memory_once_by_contents(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The process may have loaded another library."""
+    """Unwitnessed memory may come from a driver library with another file name."""
     looks: list[tuple[int, str]] = []
     monkeypatch.setattr(Search, "by_name", lambda _, pid: looks.append((pid, "name")) or Found([]))
     monkeypatch.setattr(Search, "by_contents", lambda _, pid: looks.append((pid, "contents")) or Found([]))

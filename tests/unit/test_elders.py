@@ -51,12 +51,12 @@ def test_preexisting_processes_are_found_once(tmp_path: Path, monkeypatch: pytes
 def test_a_list_that_could_not_be_written_is_written_later(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, other, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Otherwise the next agent would count a process as preexisting that has started in the meantime."""
+    """Otherwise the next agent would count a process that has started in the meantime as preexisting."""
     run_dir = tmp_path / "run"
     maps(monkeypatch, {ME: ["/usr/lib/libcuda.so.1"]})
     known = PreexistingProcesses.found(run_dir)
     known.look()
-    assert len(caplog.messages) == 1, "one warning, not one for each attempt"
+    assert len(caplog.messages) == 1, "not exactly one warning for several attempts"
     maps(monkeypatch, {ME: ["/usr/lib/libcuda.so.1"], other.pid: ["/usr/lib/libcuda.so.1"]})
     run_dir.mkdir()
     known.look()
@@ -180,7 +180,7 @@ def test_a_process_with_the_shim_or_a_witnessed_call_is_not_reported_as_adopted(
 
 
 def test_a_process_with_the_shim_is_reported_if_its_overhead_exceeds_context_and_modules() -> None:
-    """A process with the shim has memory of a second library, whose name is not libcuda's."""
+    """The excess is memory of a second driver library in the process, under a name other than libcuda's."""
     host = Host(abi.Seen.SHIM | abi.Seen.CALL)
     for overhead, told in (
         (CONTEXT + MODULES, []),

@@ -57,7 +57,7 @@ def test_every_exported_kind_of_bypass_has_the_expected_enforcement() -> None:
 
 
 def seen(one: TenantView) -> dict[str, Any]:
-    """Return the tenant as a snapshot of the agent contains it."""
+    """Return a snapshot of the agent with this tenant, in its JSON form."""
     return dict(kit.latest(one).snapshot)
 
 

@@ -30,7 +30,7 @@ def books():
 
 @pytest.fixture
 def place(tmp_path, books):
-    """Return make(path, GiB, …) -> Tenant, and an enforcer for a device of 10 GiB."""
+    """Return make(path, GiB, …), which returns a tenant, and an enforcer for a device of 10 GiB."""
     devices = [SimpleNamespace(index=0, usable_bytes=10 * GIB)]
     enforcer = Enforcer(books, Workloads(tmp_path), devices, overcommit=False)
 
@@ -263,7 +263,7 @@ def test_the_innermost_of_too_many_levels_are_left_out_and_reported(place, books
 
 
 def summed(enforcer, index, but=None):
-    """Return the sum of the commitments, computed without the enforcer's shortcuts."""
+    """Return the sum of the commitments without the enforcer's shortcuts, and without those of `but` and inside it."""
     total = 0
     for tenant in enforcer:
         granted = enforcer.commitments._granted
@@ -290,7 +290,7 @@ def test_the_committed_sum_equals_the_sum_of_all_commitments_after_any_history(p
         assert place.enforcer.commitments.committed(0, tenant) == summed(place.enforcer, 0, tenant)
         assert place.enforcer.commitments.committed(0) <= 10 * GIB
     place.enforcer.release([tenant.cgroup for tenant in place.enforcer])
-    assert not place.enforcer._tree._inside, "nothing is remembered of removed tenants"
+    assert not place.enforcer._tree._inside, "an entry of a removed tenant was kept"
 
 
 def test_a_thousand_tenants_at_once_need_at_most_three_examinations_each(place, monkeypatch):
@@ -337,7 +337,7 @@ def test_kill_is_not_in_force_for_a_tenant_with_preexisting_processes(place, boo
 
 @pytest.fixture
 def two(tmp_path, books):
-    """Return make(path, GiB, …) -> Tenant with that limit on both devices, of 10 GiB each."""
+    """Return an enforcer for two devices of 10 GiB, and make(path, GiB, …): a tenant with that limit on both."""
     devices = [SimpleNamespace(index=index, usable_bytes=10 * GIB) for index in range(2)]
     enforcer = Enforcer(books, Workloads(tmp_path), devices, overcommit=False)
 

@@ -150,7 +150,7 @@ def test_names_are_found_with_an_engine_that_starts_later_or_restarts(tmp_path, 
 
 
 def rescan(found: engine_labels.Engines, times: int) -> None:
-    """Rescan several times, with no new container."""
+    """Count several rescans of the cgroups, in which no container is requested."""
     for _ in range(times):
         found.rescanned()
 
@@ -186,7 +186,7 @@ def test_known_labels_survive_an_agent_restart_and_are_forgotten_after_many_resc
         rescan(found, engine_labels.FORGOTTEN_RESCANS + 1)
         found.keep()
     with running(api, file=file) as found:
-        assert found.named(workload()).labels == {}  # the container was not rescanned for long
+        assert found.named(workload()).labels == {}  # the container was in none of many rescans
 
 
 @pytest.mark.parametrize(

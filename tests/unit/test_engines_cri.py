@@ -1,4 +1,4 @@
-"""Pods' labels, annotations and names by the container runtime interface, from an engine with real gRPC."""
+"""Tests of pods' names, labels and annotations from an engine with the container runtime interface over real gRPC."""
 
 from __future__ import annotations
 

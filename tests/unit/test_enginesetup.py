@@ -113,7 +113,7 @@ def test_two_set_ups_and_one_undo_leave_the_file_as_before(name, text, tmp_path,
     assert not undo(found, state)
     assert read(found) == text
     assert [p.name for p in found.file.parent.iterdir()] == ([] if text is None else ["settings"])
-    assert not [p.name for p in helper.parent.rglob(".*")], "nothing half-written beside the helper"
+    assert not [p.name for p in helper.parent.rglob(".*")], "a half-written file beside the helper was kept"
 
 
 def test_undo_removes_exactly_the_empty_folders_that_setup_created(tmp_path, helper):
@@ -335,7 +335,7 @@ def test_setup_of_containerd_changes_only_the_binary_name_of_runc(text, tmp_path
     assert runtime["runtime_type"] == "io.containerd.runc.v2"
     link = Path(runtime["options"].pop("BinaryName"))
     was = before.get("plugins", {}).get(plugin, {}).get("containerd", {}).get("runtimes", {}).get("runc", {})
-    if was.get("options", {}).get("BinaryName"):  # given by a path, because it need not be in any PATH
+    if was.get("options", {}).get("BinaryName"):  # named by its path: the program may be in no folder of PATH
         assert link == helper.with_name("fgpu-runtime-containerd-runc")
         assert os.readlink(helper.parent / "runtimes/containerd-runc") == "/usr/sbin/runc"
     else:
@@ -346,7 +346,10 @@ def test_setup_of_containerd_changes_only_the_binary_name_of_runc(text, tmp_path
 
 
 def drop_in(name: str, tmp_path: Path, **others: str) -> Engine:
-    """Return an engine with settings in a folder of drop-in files, and the files of other programs in it."""
+    """Return an engine whose settings from fgpu are a drop-in file.
+
+    `others` has the texts of other files by name: `main` is the engine's main file, the rest are drop-in files.
+    """
     found = replace(ENGINES[name], file=tmp_path / "etc" / f"{name}.conf.d" / "zz-fgpu.conf")
     found.file.parent.mkdir(parents=True)
     for place, text in others.items():

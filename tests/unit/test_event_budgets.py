@@ -13,7 +13,7 @@ FD = 7
 
 
 class Kernel:
-    """The kernel's map, and a clock. Cgroups below /root belong to root, others to the user of their first part."""
+    """The kernel's map, and a clock. A cgroup below /root owns itself; the owner of /a/b is /a, a user's cgroup."""
 
     def __init__(self, monkeypatch):
         self.now, self.map = 1000.5, {b"12345678": bytes(24)}

@@ -1,4 +1,4 @@
-"""Tests of the feed of `fgpu top`: complete answers of the agent, half an answer, none, and complete ones again."""
+"""Tests of the Snapshots that `fgpu top` requests: the agent's answers are complete, incomplete or missing."""
 
 from __future__ import annotations
 

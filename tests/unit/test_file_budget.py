@@ -1,4 +1,4 @@
-"""Tests of the file budget: how many probes, and how much of the agent's time, one cgroup may use."""
+"""Tests of the file budget: how many probed files, and how much of the agent's time, one cgroup may use."""
 
 from __future__ import annotations
 

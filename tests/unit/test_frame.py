@@ -37,7 +37,7 @@ def test_the_frame_of_a_usual_window_has_all_columns() -> None:
 
 def test_the_list_of_keys_replaces_the_table() -> None:
     shown = lines(kit.latest(*kit.ALL), 80, 16, choice=ViewChoice(helping=True))
-    assert shown[1].startswith("0 NVIDIA H200"), "devices stay"
+    assert shown[1].startswith("0 NVIDIA H200"), "the devices are not shown"
     assert any(line.startswith("h ?  ") for line in shown)
     assert not any("alice" in line for line in shown)
     assert shown[-1] == "any key: back"

@@ -1,4 +1,4 @@
-"""Tests of tests/hang.py: a run that does not end is killed, and the state of its processes is printed."""
+"""Tests of tests/hang.py: a run that does not end exits with 1 and prints the stacks of its processes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tests of the settings of malloc: freed memory is returned to the system."""
+"""Tests of the size of the agent's memory: malloc's settings, the cycle collector, and interned names."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ libc = ctypes.CDLL(None)
 libc.malloc.restype, libc.mallinfo2.restype = ctypes.c_void_p, Mallinfo
 """
 RESIDENT = """
-def resident():  # statm's may be some pages for each processor behind
+def resident():  # the value in statm may be too old by some pages for each processor
     with open("/proc/self/smaps_rollup") as file:
         return next(int(line.split()[1]) << 10 for line in file if line.startswith("Rss:"))
 """
@@ -75,7 +75,7 @@ STACKS = """
 import threading
 from fgpu_ebpf.linux import malloc as heap
 heap.keep_small()
-threading.stack_size(1 << 18)  # 40 MiB of them are kept
+threading.stack_size(1 << 18)  # by default, glibc keeps up to 40 MiB of stacks for later threads
 def mappings():
     with open("/proc/self/maps") as file:
         return len(file.readlines())
@@ -87,7 +87,7 @@ def together(count):
 together(1)
 before = mappings()
 together(32)
-for _ in range(3): together(1)  # an exiting thread frees what earlier threads left, never its own
+for _ in range(3): together(1)  # an exiting thread frees the stacks of earlier threads, never its own
 print(mappings() - before)
 """
 CROWD = """
@@ -137,7 +137,7 @@ def test_free_memory_below_used_memory_is_returned_too() -> None:
 
 
 def given_up_bytes(environment: dict[str, str]) -> int:
-    """Return how many of the 210 KB that a thread freed, in pieces of all sizes, are not kept for that thread."""
+    """Return how many of the 207 KB that a thread freed, in blocks of 200 to 984 bytes, are not kept for it."""
     return printed(MALLINFO + KEPT, environment)
 
 
@@ -147,7 +147,7 @@ def test_the_allocator_s_environment_leaves_a_thread_little_of_the_memory_that_i
 
 
 def stacks_left(environment: dict[str, str]) -> int:
-    """Return the number of mappings of stacks after 32 threads at one time: two for each stack."""
+    """Return how many mappings of stacks remain after 32 threads existed at one time: two for each stack."""
     return printed(STACKS, environment)
 
 
@@ -205,7 +205,7 @@ def test_the_cycle_collector_does_not_examine_objects_from_before_settle() -> No
 
 
 def grown_bytes(before: str) -> int:
-    """Return the growth of the process after 900 KB of small objects existed for a moment."""
+    """Return the growth of the process in bytes while 900 KB of small objects exist."""
     return printed(RESIDENT + CROWD.format(before=before))
 
 

@@ -48,7 +48,7 @@ class World:
         self.scan.begin(self.ended.append)
 
     def until(self, true: Callable[[], object], seconds: float = 5) -> None:
-        """Apply the threads' results until `true` returns a true value."""
+        """Apply the threads' results until `true` returns a true value, within `seconds`."""
         end = time.monotonic() + seconds
         while not true():
             assert time.monotonic() < end, f"not within {seconds} s"

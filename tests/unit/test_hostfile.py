@@ -13,7 +13,7 @@ from fgpu_ebpf.agent.host_config import HostSettings
 
 @pytest.fixture
 def settings(tmp_path):
-    """Return settings(text): the settings of a file with this text."""
+    """Return settings(text): the settings of a file with this text, and its errors without the path."""
 
     def read(text):
         path = tmp_path / "agent.yaml"
@@ -128,7 +128,7 @@ def test_an_error_in_the_settings_is_reported_with_its_line(settings, text, erro
     assert settings(text) == (None, [error])
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="it is about root")
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs a file that belongs to root")
 def test_a_file_that_others_may_write_is_refused(tmp_path):
     path = tmp_path / "agent.yaml"
     path.write_text("")

@@ -19,8 +19,8 @@ WINDOW, STEP_SECONDS = 20, 0.1
 class Garbage(Hog):
     """A tenant with an idle program and a program that leaves arbitrary bytes on its page.
 
-    The latter exits now and then, after up to 0.3 s. The scheduler always reads such a page as work that stays in
-    flight for another second.
+    The latter runs for up to 0.3 s, and starts again up to 1.5 s later. The scheduler always reads its page as work
+    that stays in flight for another second.
     """
 
     chance: random.Random
@@ -44,7 +44,7 @@ class Garbage(Hog):
 
 
 class Arbitrary(Hog):
-    """A program whose page has arbitrary contents, which change every few milliseconds."""
+    """A program whose page has arbitrary contents, which change after at most twice `pause_ms`."""
 
     chance: random.Random
     world: World
@@ -93,7 +93,7 @@ def neighbours() -> list[Tenant]:
 
 @pytest.mark.parametrize("seed", [0, 3])
 def test_a_program_that_exits_with_work_in_flight_proves_no_claim_and_costs_at_most_3_points(seed: int) -> None:
-    """A program that exits before its claimed end leaves nothing in flight, so its claim is not proven."""
+    """A program that exits before the claimed end of its work leaves nothing in flight, so its claim is not proven."""
     honest, hostile = neighbours(), Garbage(HOSTILE)
     it = World(*honest, hostile)
     hostile.chance, hostile.world = random.Random(seed), it
@@ -154,7 +154,7 @@ def test_an_unproven_claim_is_never_trusted_for_longer_than_at_first() -> None:
 
 
 def test_a_true_claim_of_12_ms_does_not_prove_claims_and_a_true_claim_of_400_ms_does() -> None:
-    """A tenant with a false claim delays others for 4 ms. Work of 12 ms that ends as claimed proves no longer claim."""
+    """The first claim is false, so the bound falls to BUDGET_NS. Work of 12 ms that ends as claimed proves no claim."""
     trust = Trust()
     trust.claims(S, S)
     trust.overran(S + UNPROVEN_NS)

@@ -75,7 +75,7 @@ def within(seconds: float, what: Callable[[], object]) -> None:
     thread = threading.Thread(target=what, daemon=True)
     thread.start()
     thread.join(seconds)
-    assert not thread.is_alive(), "hangs"
+    assert not thread.is_alive(), f"the call has not returned within {seconds} s"
 
 
 def put_fifo(place: Path, _: Path) -> None:
@@ -195,7 +195,7 @@ def test_an_oversized_table_is_not_read(tmp_path: Path, library: Path, what: str
 
 
 def test_an_endless_chain_of_symbols_is_abandoned(tmp_path: Path, library: Path) -> None:
-    """A hash table has one chain without an end, and names whose hashes all equal the wanted one."""
+    """The hash table has one endless chain, in which each hash equals the hash of the wanted name."""
     text = bytearray(library.read_bytes())
     (row,) = [row for row, kind in segments_of(text) if kind == 2]
     offset, _, _, size = struct.unpack_from("<4Q", text, row + 8)
@@ -237,7 +237,7 @@ def test_a_library_is_read_as_its_loader_does(tmp_path: Path, library: Path) -> 
 
 @pytest.fixture
 def seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Make every process appear to have the probes, which attach to nothing."""
+    """Make every process appear to have its breakpoints, because the test double attaches no probes."""
     monkeypatch.setattr(breakpoints, "is_set", lambda *_: True)
 
 

@@ -118,7 +118,7 @@ def test_the_name_of_a_workload_has_only_safe_characters_and_at_most_128(parts):
 
 @pytest.fixture
 def labelled(tmp_path):
-    """Return labelled(path, name=value, …), which makes a folder with attributes."""
+    """Return labelled(path, attributes), which makes a folder with these extended attributes and returns it."""
 
     def make(path, attributes):
         folder = tmp_path / path.lstrip("/")

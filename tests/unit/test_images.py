@@ -1,4 +1,4 @@
-"""Tests of deploy/images: bake builds the images that have a base of NVIDIA and that the documentation names."""
+"""Tests of deploy/images: bake builds each image for which NVIDIA has a base, and the documentation names no other."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_examples_and_documentation_name_only_images_that_are_built():
 
 
 def test_the_clearml_page_names_an_equivalent_and_its_base_for_four_images():
-    """These are the images in ClearML's README."""
+    """ClearML's README names these four images."""
     text = (ROOT / "docs/clearml.md").read_text()
     for name in ("u22-cu12.3", "u20-cu12.3", "u22-cu11.7", "u20-cu11.1"):
         assert f"`{name}-12gb`, `-8gb`, `-4gb`, `-2gb`" in text

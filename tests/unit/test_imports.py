@@ -99,7 +99,7 @@ def test_every_folder_with_modules_is_a_package() -> None:
 
 @pytest.mark.parametrize("path", sorted(PACKAGE.glob("*/__init__.py")), ids=lambda path: path.parent.name)
 def test_the_import_of_a_package_imports_no_module(path: Path) -> None:
-    """A process pays only for the modules that it imports, not for others of the same package."""
+    """Otherwise a process that needs one module of a package would import others of the package too."""
     (docstring,) = ast.parse(path.read_text()).body
     assert isinstance(docstring, ast.Expr)
 

@@ -44,7 +44,7 @@ def pipe(tmp_path: Path) -> tuple[int, int]:
 
 
 def untimed(text: str) -> str:
-    """Return lines of Format.TEXT without their times; each must have one."""
+    """Return lines of Format.TEXT without their times. Each line must begin with a time."""
     lines = text.splitlines()
     assert all(re.match(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d ", line) for line in lines), lines
     return "".join(f"{line[20:]}\n" for line in lines)

@@ -1,4 +1,4 @@
-"""Tests of the start of a missing gatekeeper: the service's own gatekeeper gets time to return first."""
+"""Tests of the start of a missing gatekeeper: a service first gets time to restart its own gatekeeper."""
 
 import fcntl
 import socket
@@ -34,7 +34,7 @@ def world(monkeypatch, tmp_path):
 
 
 def test_a_service_s_time_limit_begins_when_its_gatekeeper_is_first_missed(world):
-    """A limit from the previous check on, a round earlier, would let agent and service start gatekeepers together."""
+    """A limit that begins at the previous check would let agent and service start gatekeepers at the same time."""
     assert [world.after(1.0) for _ in range(3)] == [0, 0, 0]
     world.is_locked = False
     assert [world.after(1.0), world.after(0.1), world.after(0.5)] == [0, 0, 0]

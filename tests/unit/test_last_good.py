@@ -17,7 +17,7 @@ from tests.unit.policy_kit import text
 
 @pytest.fixture
 def place(tmp_path):
-    """A folder with one policy, and the file in which this policy was stored."""
+    """Return a folder with one policy, and the file in which this policy is stored."""
     folder, file = tmp_path / "policy.d", tmp_path / "state" / "policies.json"
     folder.mkdir()
     (folder / "50.yaml").write_text(text("mine", "{selector: {cgroup: a}, devices: [1], memory: {limit: 1GiB}}"))
@@ -102,7 +102,7 @@ def test_a_full_disk_keeps_the_earlier_set(place, monkeypatch):
 
 
 def test_a_late_reading_does_not_replace_a_newer_one(place):
-    """The thread that watches the folder read it before a reload did, and reports it only now."""
+    """The thread that watches the folder reads it before a reload, and reports this reading after the reload."""
     folder, file = place
     reloads = []
     manager = SimpleNamespace(reload=reloads.append, policies=None, policies_unknown="")

@@ -136,7 +136,7 @@ def test_fields_that_agents_of_other_layouts_read_keep_their_offsets() -> None:
 
 
 def test_the_comparison_finds_a_wrong_layout(tmp_path: Path) -> None:
-    """One offset that is wrong by four must fail."""
+    """A single offset that is wrong by 4 bytes is found."""
     facts = python_facts()
     facts["offsetof(struct fgpu_control_page, epoch)"] += 4
     assert facts != c_facts(list(facts), tmp_path)

@@ -40,7 +40,7 @@ class Host:
         return SimpleNamespace(cgroup=folder.stat().st_ino, path=path)
 
     def take(self, *paths: str) -> dict[str, str]:
-        """Return why these paths found no slot, by path."""
+        """Give these paths slots. Return the reason for each path that found none."""
         tenants = [self.tenant(path) for path in paths]
         fit, shortages = self.places.divide(tenants)  # type: ignore[arg-type]
         for tenant in fit:
@@ -109,7 +109,7 @@ def test_workloads_with_few_levels_find_a_slot_beside_workloads_with_many(host):
 
 
 def test_counted_levels_of_each_owner_equal_its_existing_levels_after_any_history(host, scale):
-    """Levels appear and disappear inside and around one another. An owner's count is that of levels it owns now."""
+    """Levels appear and disappear inside and around one another. An owner's count is the number of its levels."""
     whole, chance = host(bounds=Bounds(levels=7)), random.Random(1009)
     paths = [f"/{a}{b}{c}" for a in ("x.slice", "y") for b in ("", "/m", "/n.scope") for c in ("", "/u", "/v")]
     for _ in range(scale(101, 1009, 10007)):

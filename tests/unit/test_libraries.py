@@ -1,4 +1,4 @@
-"""Tests of files of libcuda in the agent's loop: the workers' jobs, and the use of their results."""
+"""Tests of how files of libcuda are examined: workers run the jobs, and the agent's loop applies their results."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def holder() -> Iterator[Holder]:
 
 @pytest.fixture
 def seen(monkeypatch: pytest.MonkeyPatch) -> dict[int, bool]:
-    """Return a dictionary of pid to "has breakpoints". Processes that are not in it have them."""
+    """Return a dictionary from pid to whether the process has breakpoints. Other processes have breakpoints."""
     found: dict[int, bool] = {}
     monkeypatch.setattr(breakpoints, "is_set", lambda pid, *_: found.get(pid, True))
     return found
@@ -70,7 +70,7 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> dict[int, bool]:
 
 @pytest.fixture
 def cgroups(monkeypatch: pytest.MonkeyPatch) -> dict[int, str]:
-    """Return a dictionary of pid to cgroup. No other processes exist."""
+    """Return a dictionary from pid to cgroup. No other processes exist."""
     found: dict[int, str] = {}
     monkeypatch.setattr(procfs, "cgroup_path", found.get)
     monkeypatch.setattr(procfs, "pids", lambda: list(found))
@@ -104,7 +104,7 @@ def test_a_file_is_unknown_until_its_digest_is_found_in_the_list(
     cgroups[pid] = "/a"
     looks.look_at(pid)
     settled(looks, lambda: len(stage.known) == 2)
-    assert [role(stage, path) for path in files.values()] == [Role.UNKNOWN] * 2, "the probes wait for the digest"
+    assert [role(stage, path) for path in files.values()] == [Role.UNKNOWN] * 2, "classified without a digest"
     settled(looks, lambda: role(stage, files["listed"]) is Role.LISTED)
     quiet(looks)
     assert role(stage, files["other"]) is Role.UNKNOWN

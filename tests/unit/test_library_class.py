@@ -85,10 +85,7 @@ def test_a_file_that_changes_while_it_is_read_has_no_digest(opened: int, monkeyp
 
 @pytest.fixture
 def coarse(tmp_path: Path) -> Iterator[int]:
-    """Return the tick in ns of a file system with coarse time stamps.
-
-    Writes within one tick have the same time.
-    """
+    """Return the descriptor of a file with coarse time stamps: writes within one tick have the same time."""
     subprocess.run(["mount", "-t", "ramfs", "coarse", tmp_path], check=True)
     fd = os.open(tmp_path / "libcuda.so.1", os.O_RDWR | os.O_CREAT)
     yield fd

@@ -104,7 +104,7 @@ def test_a_probed_file_is_not_opened(tmp_path: Path, holder: Holder, monkeypatch
 
 
 def of_one(real, file):  # type: ignore[no-untyped-def]
-    """Return a function like mappings.each that yields only this file."""
+    """Return a function like procmaps.each that yields only this file."""
     return lambda maps, which: (one for one in real(maps, which) if (one.dev, one.ino) == file)
 
 
@@ -113,7 +113,7 @@ def test_a_file_is_searched_once_while_it_is_unchanged(
 ) -> None:
     library, looks = built(tmp_path / "x.so", ["x"]), list[int]()
     search, pid = Search(lambda _: False), holder(library)
-    search.by_contents(pid)  # all files that Python maps
+    search.by_contents(pid)  # examines all files that Python maps
     real = library_search.is_libcuda
     monkeypatch.setattr(library_search, "is_libcuda", lambda fd: looks.append(fd) or real(fd))
     for _ in range(3):
@@ -135,7 +135,7 @@ def test_the_number_of_other_recorded_files_is_bounded(holder: Holder, monkeypat
 def test_code_without_a_file_is_reported(holder: Holder) -> None:
     search = Search(lambda _: False)
     assert search.by_contents(holder("anonymous")).code
-    with subprocess.Popen(["sleep", "100"]) as plain:  # Python itself may have one, because of libffi
+    with subprocess.Popen(["sleep", "100"]) as plain:  # Python itself may have such code, because of libffi
         while Path(f"/proc/{plain.pid}/comm").read_text() != "sleep\n":
             time.sleep(0.01)
         assert not search.by_contents(plain.pid).code, "the kernel's own pages were taken for code"

@@ -1,4 +1,4 @@
-"""Scans of cgroups take turns, in slices of the loop's time, and pause as long as they have worked."""
+"""Scans of cgroups alternate in slices of the loop's time. Each slice is followed by a pause of the same length."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Loop:
             yield
 
     def slice(self) -> float:
-        """Sleep as long as the loop may, and continue. Return the seconds that the scan took of the loop."""
+        """Sleep until the loop may continue the scans, and run one slice. Return the seconds that the slice took."""
         self.now += self.looks.wait(1.0)
         began = self.now
         self.looks.go_on()

@@ -1,4 +1,7 @@
-"""Tests of requests for which the kernel or the disk has no room: nothing changes, and the request can be repeated."""
+"""Tests of requests for which the kernel or the disk has no room: nothing changes, and the request can be repeated.
+
+Tests of `fgpu set`: settings that a call omits stay unchanged.
+"""
 
 from __future__ import annotations
 

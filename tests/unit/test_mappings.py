@@ -1,4 +1,4 @@
-"""The mapped files of a process: the results of the kernel's query, and the same from the text of /proc/PID/maps."""
+"""Tests of the mapped files of a process: the text of /proc/PID/maps gives the same results as the kernel's query."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ NAMES = ("plain", "with a space", "with\nnewlines\n", "with\rreturns", "back\\sl
 
 @pytest.fixture
 def maps(tmp_path: Path):
-    """Return this process's mappings. They include files with unusual names, one of which is deleted."""
+    """Return a descriptor of /proc/self/maps. This process maps files with unusual names and one deleted file."""
     held = []
     for name in NAMES:
         path = tmp_path / name
@@ -34,7 +34,7 @@ def maps(tmp_path: Path):
 
 @pytest.fixture
 def unasked(monkeypatch: pytest.MonkeyPatch):
-    """Simulate a kernel without the query."""
+    """Return a function that simulates a kernel without the query from then on."""
     return lambda: monkeypatch.setattr(procmaps, "_PROCMAP_QUERY", 0xC0686699)
 
 
@@ -49,7 +49,7 @@ def test_the_text_has_the_same_mappings_as_the_kernel_s_query(maps, unasked, whi
 def test_unusual_file_names_are_read_from_the_text(maps, unasked, tmp_path):
     unasked()
     found = [os.fsdecode(mapped.path) for mapped in procmaps.each(maps, procmaps.NEXT_SHARED)]
-    # The kernel escapes a newline and nothing else, so a name that contains the escape's text is read as a newline.
+    # The kernel escapes only newlines, and not the backslash: in a name, the text of that escape is read as a newline.
     assert {path.removeprefix(f"{tmp_path}/") for path in found} >= {"plain (deleted)", *NAMES[1:]}
 
 

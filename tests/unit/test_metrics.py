@@ -110,7 +110,7 @@ def test_refusal_counters_begin_at_zero():
 
 
 def test_the_reconcile_age_is_computed_at_the_scrape():
-    """This holds even if no Snapshot was taken for long."""
+    """The age is correct even if no Snapshot was taken for a long time."""
     found = replace(snapshot(), taken_seconds=101.0)
     family = next(f for f in metrics.registry(lambda: found, lambda: 108.5).collect() if "reconcile_age" in f.name)
     assert [(sample.labels, sample.value) for sample in family.samples] == [({"gpu": "0"}, 7.75)]

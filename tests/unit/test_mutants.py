@@ -1,4 +1,4 @@
-"""Tests of mutants: each applies, and every row of docs/security.md has a test that fails without its defence."""
+"""Tests of mutants: each applies, and every row of docs/security.md has tests and a patch that names one of them."""
 
 from __future__ import annotations
 

@@ -152,7 +152,7 @@ def test_levels_inside_a_removed_share_keep_their_own_shares() -> None:
 
 
 def parts(it: World, seconds: float) -> dict[int, float]:
-    """Return each tenant's part of the device's time from this moment."""
+    """Run for `seconds`. Return each tenant's part of the device's time in this period."""
     before = {key: tenant.done_ns for key, tenant in it.tenants.items()}
     it._ring()  # the next step checks every tenant
     it.run(seconds)
@@ -192,9 +192,9 @@ COVERS: dict[str, tuple[list[Tenant], list[Tenant]]] = {
 
 @pytest.mark.parametrize("cover", COVERS)
 def test_waiting_time_inside_is_no_credit_for_a_new_tenant(cover: str) -> None:
-    """Tenants inside request turns for 20 s and get almost none.
+    """Tenants inside the unit request turns for 20 s and use almost no time.
 
-    Then a busy tenant appears, which gets no credit for that.
+    Then a busy tenant appears inside the unit. It gets no credit for the waiting time of the others.
     """
     inner, others = deepcopy(COVERS[cover])
     late, honest = Tenant(2, stopped=True), [Tenant(50), Tenant(51)]

@@ -17,7 +17,7 @@ from tests.unit.orphan_kit import MIB
 
 GIB = 1024 * MIB
 HELD = 8 * GIB
-REST = 32 * MIB  # the device's other bytes
+REST = 32 * MIB  # bytes in use that are in no process's row
 
 
 class Attack:
@@ -113,7 +113,7 @@ def test_handles_that_a_library_falsely_reports_release_no_orphan(attack: Attack
 
 
 def test_freed_handles_that_a_library_reports_again_release_no_orphan(attack: Attack) -> None:
-    """Both happen between two reconciliations, so the charge does not change."""
+    """The free and the report happen between two reconciliations, so the charge does not change."""
     other = attack.tenant(has_context=False)
     list(attack.world.create(other, HELD))
     attack.look()
@@ -151,7 +151,7 @@ def test_a_handle_released_by_an_undercharged_process_releases_no_orphan(attack:
 
 
 def test_a_stopped_release_releases_no_orphan(attack: Attack) -> None:
-    """Its thread is stopped after the driver has freed the memory, before the call returns."""
+    """The thread is stopped in the call, after the driver has freed the memory."""
     attack.keep_memory()
     other = attack.tenant(has_context=False)
     list(attack.world.create(other, HELD))
@@ -176,7 +176,7 @@ def test_a_stopped_create_that_fails_releases_no_orphan(attack: Attack) -> None:
 
 
 def test_contexts_that_a_library_falsely_reports_release_no_orphan(attack: Attack) -> None:
-    """Each context would explain the bytes that a driver needs for a context."""
+    """Each reported context would explain CONTEXT_REST_BYTES of the bytes in use."""
     attack.keep_memory()
     attack.world.ledger.entries[attack.exporter.pid].contexts += 2000
     attack.look()

@@ -134,7 +134,7 @@ def test_a_thread_finds_keepers_and_later_drops_them(keeper: Start) -> None:
 
 
 class Reports:
-    """OrphanReports of one tenant, with a list of the searches."""
+    """OrphanReports of one tenant. `asked` is the list of the searches for keepers."""
 
     def __init__(self, *gone: Any) -> None:
         self.truth, self.history, self.asked = Truth(), EventLog(), list[list[Held]]()

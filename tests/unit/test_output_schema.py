@@ -30,7 +30,7 @@ def printed(command: str) -> Schema:
 
 
 def kinds(schema: Schema) -> set[str]:
-    """Return the possible types of a property, for an object or a list with its type of elements."""
+    """Return the possible types of a property. The type of an object or a list includes the types of its elements."""
     if "anyOf" in schema:
         return {kind for one in schema["anyOf"] for kind in kinds(one)}
     if "$ref" in schema:

@@ -172,7 +172,7 @@ def test_the_page_without_rows_of_tenants_shows_the_state_of_enforcement(none: S
 
 
 def host_of(text: str) -> Snapshot:
-    """Return a host on which every free name is this text."""
+    """Return a host on which every name that a user can choose, and every message, is this text."""
     one = replace(
         kit.ALICE, tenant=text, path=text, policy=text, denied=text, notes=(text,), labels={"team": text, text: "x"}
     )

@@ -119,7 +119,7 @@ def test_rows_are_published_under_the_sequence_word_and_bounded_in_number() -> N
 
 
 def read_for(fd: int, seconds: float) -> tuple[int, int]:
-    """Return how often a reader in another process read a table, and how often a torn one, by the sequence word."""
+    """Read tables for this time. Return how many the sequence word confirmed, and how many of these were torn."""
     memory = mmap.mmap(fd, abi.PAGE_BYTES, prot=mmap.PROT_READ)
     good = torn = 0
     end = time.monotonic() + seconds

@@ -79,7 +79,7 @@ def test_a_line_is_answered_as_soon_as_it_is_complete(host: Host) -> None:
 def test_a_connection_without_kernel_memory_for_its_entry_is_closed(
     host: Host, monkeypatch: pytest.MonkeyPatch, call: str, line: bytes
 ) -> None:
-    """The kernel refuses memory in epoll_ctl(2). The connection is closed at its time, and others are served."""
+    """The kernel refuses memory in epoll_ctl(2). The connection is closed at its deadline, and others are served."""
     kernel = host.selector._selector  # type: ignore[attr-defined]
     refuse = Mock(side_effect=OSError(errno.ENOMEM, "epoll_ctl"))
     with monkeypatch.context() as short:

@@ -21,7 +21,7 @@ from tests.unit.policy_kit import GIB, Gpu, policies
 
 
 class Ledger:
-    """The calls of the ledger by take_up, in addition to those of an enforcer."""
+    """A ledger with the calls that take_up() makes, in addition to those of an enforcer."""
 
     def __init__(self, books):
         self.books = books
@@ -49,7 +49,11 @@ class Ledger:
 
 @pytest.fixture
 def host(tmp_path):
-    """Return start(policies, …). It returns the manager of an agent that has just started after another agent."""
+    """Return a host with its ledger and files.
+
+    `start(policies, …)` returns the manager of an agent that has just started after another agent. `cgroup(name)` makes
+    a cgroup and returns its id.
+    """
     root, books, file = tmp_path / "cgroups", Books(), tmp_path / "overrides.json"
     root.mkdir()
     books.orphans = SimpleNamespace(of_level=lambda _: [])

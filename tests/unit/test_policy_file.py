@@ -1,4 +1,4 @@
-"""Policy files: what is refused, with which message, and that no contents of a file take long."""
+"""Tests of policy files: which are refused, with which message, and that any contents are parsed within a second."""
 
 from __future__ import annotations
 
@@ -108,12 +108,12 @@ def test_policies_keep_their_order_and_their_lines():
 def test_each_harmful_file_is_refused_within_a_second(name):
     begun = time.perf_counter()
     assert first_error(BOMBS[name][:MIB])
-    assert time.perf_counter() - begun < 1.0  # `./dev bench policy` has the figures; the bar there is 0.1 s
+    assert time.perf_counter() - begun < 1.0  # `./dev bench policy` has the figures; the limit there is 0.1 s
 
 
 @st.composite
 def spoilt(draw):
-    """Return a valid document with an arbitrary value in one of its places."""
+    """Return a valid document in which one value is replaced by another, or one key is renamed."""
     document = draw(kit.documents)
     places = list(_places(document))
     way = draw(st.sampled_from(places))
@@ -150,7 +150,7 @@ def test_a_damaged_document_is_a_policy_or_errors_with_lines(document):
 def test_arbitrary_bytes_give_no_policy_and_errors_name_lines_of_the_file(data):
     policies, errors = parse.read("p.yaml", data)
     assert policies == []
-    breaks = len(re.findall("[\r\n\x85\u2028\u2029]", data.decode(errors="replace")))  # as YAML has them
+    breaks = len(re.findall("[\r\n\x85\u2028\u2029]", data.decode(errors="replace")))  # the line breaks of YAML
     assert all(0 <= error.line <= breaks + 1 for error in errors)
 
 

@@ -17,7 +17,7 @@ from fgpu_ebpf.policy.folder import PolicyFolder
 from tests.unit import policy_kit as kit
 from tests.unit.configmap_kit import ConfigMap
 
-needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="root_only is about root")
+needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="needs files that belong to root")
 
 
 def folder(path: Path, **settings) -> PolicyFolder:

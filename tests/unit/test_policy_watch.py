@@ -1,4 +1,7 @@
-"""Tests of the thread that detects changes of the policies' folder. Without an event it scans only once a minute."""
+"""Tests of the thread that detects changes of the policies' folder.
+
+The thread scans the folder once a minute in these tests, so that only an event can cause a report in time.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tests of the check of the host that reports a kernel on which no process may read another's memory."""
+"""Tests of the check of `fgpu doctor` for a kernel on which no process may read another's memory."""
 
 from __future__ import annotations
 

@@ -91,7 +91,7 @@ def test_a_full_disk_changes_no_version(tmp_path, store, monkeypatch) -> None:
         version(tmp_path, store, b"two")
     monkeypatch.undo()
     assert stable_path(store).read_bytes() == b"one"
-    assert not list(store.rglob(".*")), "nothing half written stays"
+    assert not list(store.rglob(".*")), "a half-written file was kept"
 
 
 def test_only_unused_versions_are_retired(tmp_path, store) -> None:
@@ -140,7 +140,7 @@ def test_readers_get_the_old_or_the_new_version(tmp_path, store, scale) -> None:
         for number in range(scale(101, 1009, 10007)):
             publish(versions[number % 2])
         assert reader.poll() is None, "a reader found no shim, or half of one"
-        assert reader.stdout.readline(), "it read"
+        assert reader.stdout.readline(), "the reader has read nothing"
         reader.kill()
 
 
@@ -148,7 +148,7 @@ def test_every_recorded_version_counts_as_genuine_and_the_record_is_bounded(tmp_
     """Images have copies of versions, and containers keep removed versions mapped."""
     for content in (b"one", b"two", b"three", b"two"):
         publish(version(tmp_path, store, content))
-    assert retire(store, set()), "one is removed"
+    assert retire(store, set()), "no version was removed"
     assert len(shim_store.files(store)) == 2
     mine = shim(tmp_path, b"mine")
     known = shim_store.genuine(mine, store)

@@ -7,7 +7,7 @@ import json
 from tests import quick
 from tests.schedule import DURATIONS, TESTS
 
-MOST_IN_ALL = 180  # seconds of the chosen files in a whole run; three workers need a third of it
+MOST_IN_ALL = 180  # seconds of the chosen files in a whole run; with three workers, they take a third of this
 
 
 def test_quick_chooses_files_of_less_than_180_seconds_and_lists_every_other_suite() -> None:

@@ -1,4 +1,4 @@
-"""Tests of the reconciliation with stand-ins for NVML and the ledger. This NVML may answer as no driver does."""
+"""Tests of the reconciliation with test doubles of the ledger and of NVML, which may answer as no driver does."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def orphan(bytes_: int, tgid: int = 9, since_ns: int = 1, ended_ns: int = 1) -> 
 
 
 class Orphans:
-    """The map `orphans`, of a level that has `without` more orphaned bytes without an entry."""
+    """The map `orphans` with the entries `all` of one level. Another `without` bytes of the level have no entry."""
 
     def __init__(self) -> None:
         self.all: list[Orphan] = []
@@ -104,7 +104,7 @@ class Books:
         self.so_far, self.swept = 1, 0
         self.orphans = Orphans()
         self.marked: list[tuple[int, int]] = []
-        self.churn = 0  # bytes that the process allocates and frees between two reads of it
+        self.churn = 0  # bytes that the process allocates and frees between two reads of its entry
 
     def processes(self):
         return {ME: self.entry}
@@ -218,7 +218,7 @@ def test_a_missing_charge_is_entered_though_each_correction_is_refused():
 @pytest.mark.parametrize("says", [None, {ME: None}, {}], ids=["no list", "N/A", "has a context and is not named"])
 @pytest.mark.parametrize("quiet", [True, False])
 def test_nothing_is_corrected_without_a_value_of_nvml(says, quiet):
-    """Above all, a tenant without a value is not treated as one that holds nothing."""
+    """Above all, a process without a value is not treated as a process that holds nothing."""
     books = Books(process(900 * MIB, 512 * MIB, quiet=quiet))
     one = reconciler(books, says)
     for _ in range(3):
@@ -230,7 +230,7 @@ def test_nothing_is_corrected_without_a_value_of_nvml(says, quiet):
 
 
 def test_a_process_without_a_context_and_row_holds_its_witnessed_bytes():
-    """It has handles and pools on the device, in no row. Its modules were freed."""
+    """The process has handles and pools on the device, which are in no row. Its modules were freed."""
     books = Books(replace(process(900 * MIB, 512 * MIB, managed=100 * MIB), contexts=(0,) * 16))
     one = reconciler(books, {})
     one.look()
@@ -299,7 +299,7 @@ def test_no_slack_is_subtracted_from_a_young_orphan(named):
 
 
 def test_rows_of_ended_processes_are_no_slack():
-    """Bytes that NVML shows for exited processes are no slack: each one could leave that much uncharged."""
+    """Bytes that NVML shows for exited processes are no slack: each process could leave as many bytes uncharged."""
     books, held = Books(process(900 * MIB)), [0]
     rows = {ME: 900 * MIB}
     one = reconciler(books, rows, lambda: held_beside_the_rest(held[0]) + (len(rows) - 1) * CONTEXT_REST_BYTES)
@@ -325,9 +325,9 @@ def test_bytes_of_a_previous_program_are_an_orphan_while_young_and_later_of_the_
 
 
 def kept_ns(books, looks=CALM_LOOKS, orphaned=()):
-    """Return the time of the comparison that recorded that the device keeps all bytes, or None.
+    """Return when a comparison recorded that the device keeps all bytes, or None if none did.
 
-    It is in ns after the beginning of the first comparison.
+    The time is in ns after the beginning of the first comparison.
     """
     one, begun_ns = reconciler(books, {ME: 900 * MIB}, lambda: held_beside_the_rest(64 * MIB)), time.monotonic_ns()
     for level in orphaned:
@@ -349,7 +349,10 @@ def test_bytes_that_the_device_keeps_are_recorded(ended_ago_ns):
 
 
 def test_an_orphan_with_a_row_is_kept_even_if_the_bytes_in_use_are_too_few():
-    """The rest that is subtracted from the bytes in use is too large, so that no orphan is released too late."""
+    """The reconciler subtracts CONTEXT_REST_BYTES, which is rounded up so that no orphan is released too late.
+
+    Therefore the remaining bytes may be fewer than the orphan's.
+    """
     books = Books(process(900 * MIB))
     books.orphans.all = [orphan(64 * MIB, since_ns=time.monotonic_ns())]
     in_use = held_beside_the_rest(64 * MIB) + CONTEXT_REST_BYTES - MIB
@@ -531,7 +534,7 @@ def test_an_ended_process_is_not_adopted_while_the_driver_holds_its_memory():
 
 
 def test_a_process_adopted_while_it_exits_is_reaped_without_its_parent():
-    """It is removed from the ledger, because no event reports its end."""
+    """The process is removed from the ledger, because no event reports its end."""
     with subprocess.Popen(["true"]) as dead:
         os.waitid(os.P_PID, dead.pid, os.WEXITED | os.WNOWAIT)
         for flags, reaped in ((0, [dead.pid]), (Seen.CALL, [])):
@@ -573,7 +576,7 @@ def test_pool_bytes_are_never_reduced_by_figures_of_nvml(exact, pool, gone):
 
 
 def test_the_age_of_a_device_is_that_of_its_own_last_answer():
-    """Answers of other devices do not make it fresh."""
+    """Answers of other devices do not lower the age."""
     answers = {0: {}, 1: {}, 2: None, 3: {}}
     used = {0: 1, 1: 1, 2: 1, 3: None}
     nvml = SimpleNamespace(
@@ -660,7 +663,7 @@ def test_each_end_of_a_context_lowers_the_charge_to_nvml_s_value_exactly_once():
     for shown in (700, 600):
         rows[ME] = shown * MIB
         reconciler_.look()
-        assert books.entry.bytes[0] == 700 * MIB, "the context's memory counts, or the pool's does not"
+        assert books.entry.bytes[0] == 700 * MIB, "the charge has changed, although no further context has ended"
     books.entry = replace(books.entry, ended=one(2))
     reconciler_.look()
     assert books.entry.bytes[0] == 600 * MIB

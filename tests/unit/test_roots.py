@@ -132,7 +132,7 @@ def test_the_root_that_was_entered_longest_ago_is_forgotten_beyond_the_maximum(
 
 @pytest.mark.parametrize("link", ["/etc", "../" * 20 + "etc"])
 def test_a_path_in_a_root_never_leads_to_a_file_of_the_host(tmp_path: Path, dweller: Dweller, link: str) -> None:
-    """The path that the kernel showed is a link now. No file is opened, least of all a file of the host."""
+    """The path that the kernel showed is a link now. No file behind it is opened, in particular none of the host."""
     (tmp_path / "own").mkdir()
     (tmp_path / "own/passwd").write_text("its own")
     (tmp_path / "way").symlink_to(link)
@@ -147,9 +147,9 @@ def test_a_path_in_a_root_never_leads_to_a_file_of_the_host(tmp_path: Path, dwel
 
 
 def test_a_mapped_file_is_not_searched_behind_a_link(tmp_path: Path, dweller: Dweller) -> None:
-    """The only path to the file, without map_files, leads through the process's root.
+    """The file has no entry in map_files, so the only path to it leads through the root of the process.
 
-    That root shows no file of the host.
+    A link in that root is not followed to a file of the host.
     """
     (tmp_path / "way").symlink_to("/etc")
     pid, here = dweller(tmp_path), mapped_files.as_mapped("/etc/passwd")

@@ -1,4 +1,4 @@
-"""Tests of tests/schedule.py: each test runs once, and a test that measures time runs alone and first."""
+"""Tests of tests/schedule.py: each test runs once, and files that measure shares of a device run alone and first."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Worker:
 
 
 def run(tests: list[str], workers: int) -> list[tuple[str, str, int]]:
-    """Run tests by turns. Return a list of (test, worker, number of workers with a test to run)."""
+    """Run a test of each worker in turn. Return a list of (test, worker, number of workers with a test to run)."""
     config = SimpleNamespace(
         option=SimpleNamespace(loadscopereorder=False, tx=[f"{workers}*popen"]),
         getvalue=lambda name: [f"{workers}*popen"],

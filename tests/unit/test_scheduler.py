@@ -55,7 +55,7 @@ def test_a_limit_holds_on_an_idle_device(percent, kernel_us):
 
 @pytest.mark.parametrize("percent", [25, 50, 75, 90])
 def test_a_limit_is_a_part_of_the_time_that_a_tenant_can_use(percent):
-    """The time until a thread has passed its gate, and until its end is recorded, is not charged to the tenant."""
+    """The time until a thread has passed its gate, and until the end of its work is recorded, is not charged."""
     tenant = Tenant(1, Share(limit_millionths=percent * 10_000))
     World(tenant).run(SECONDS)
     assert tenant.done_ns / (SECONDS * S) == pytest.approx(percent / 100, abs=0.003)
@@ -158,7 +158,7 @@ def test_turns_stay_short_beside_a_small_share():
     it = World(Tenant(1, Share(weight=900)), Tenant(2)).run(2.0)
     before = it.counted()
     it.run(2.0)
-    assert it.counted() - before == pytest.approx(20, abs=3)  # 20 ms of 200
+    assert it.counted() - before == pytest.approx(20, abs=3)  # turns of 20 ms and 180 ms alternate
 
 
 def test_an_idle_owner_loses_its_turn_within_two_milliseconds():
@@ -237,7 +237,7 @@ def test_a_gang_among_single_tenants_gets_its_part_and_no_tenant_starves():
 
 
 def test_devices_are_not_reserved_for_a_gang_that_cannot_run_soon():
-    """A higher priority holds one of its devices. The other device is used in that time."""
+    """A tenant of a higher priority has one of the gang's devices. A third tenant uses the other device meanwhile."""
     gang = Tenant(1, Share(weight=800, rank=2), devices=frozenset({0, 1}))
     single = Tenant(3, Share(rank=2), devices=frozenset({1}))
     World(gang, Tenant(2, Share(rank=1)), single).run(SECONDS)
@@ -383,7 +383,7 @@ def test_long_kernels_are_accepted_from_the_second_one_on(kernel_ms, other_ms):
 
 @pytest.mark.parametrize("kernel_ms", [50, 400])
 def test_long_kernels_are_accepted_again_after_a_stop(kernel_ms):
-    """Its work in flight ended while it was stopped. Afterwards each of its drains ends as reported."""
+    """The tenant's work in flight ended while the tenant was stopped. Afterwards each drain ends as reported."""
     long, other = Tenant(1, kernel_ns=kernel_ms * MS), Tenant(2)
     it = World(long, other).run(2.0)
     while not (it.turns.places[1].turn and long.flights):
@@ -452,7 +452,7 @@ tenants = st.lists(
 )
 
 
-@example(  # two tenants that each wait for a device of their own; a gang of both gets one of them by its floor
+@example(  # four gangs, and two tenants of low priority that need the same device and depend on the floor
     [
         (2, MILLION, 1, frozenset({0, 1}), 200 * US, 60, 38),
         (1, MILLION, 0, frozenset({0, 1}), 200 * US, 44, 50),

@@ -20,7 +20,7 @@ CLASSES = {
 
 @pytest.fixture
 def run_dir(tmp_path, monkeypatch) -> Path:
-    """Return a folder with a set-up. The label of a file is its name, and the gatekeeper is this process."""
+    """Return the agent's folder after a setup. The label of a file is its name; the gatekeeper's label is `domain`."""
     folder = tmp_path / "run"
     (folder / "shim").mkdir(parents=True)
     (folder / "shim/shim.sock").touch()
@@ -32,7 +32,7 @@ def run_dir(tmp_path, monkeypatch) -> Path:
 
 @pytest.fixture
 def root(tmp_path, monkeypatch) -> Path:
-    """Return a selinuxfs without its answers."""
+    """Return a selinuxfs that answers no queries: see `policy`."""
     found = tmp_path / "selinux"
     for index, (kind, rights) in enumerate(CLASSES.items(), 1):
         (found / "class" / kind / "perms").mkdir(parents=True)

@@ -37,7 +37,7 @@ REMOVED = "rmdir /mnt/agent/shim\n"
 
 @pytest.fixture
 def host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Return the folder that holds the agent's folder and its preload list."""
+    """Return the agent's folder, with the gatekeeper's folder `shim` and a preload list in it."""
     (tmp_path / "shim").mkdir()
     (tmp_path / "list").touch()
     own = shim_mounts._device_of
@@ -47,7 +47,7 @@ def host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def program(host: Path) -> Iterator[Callable[[str], int]]:
-    """Return a function that starts a program in a container after these lines, and returns its pid."""
+    """Return a function that starts a program in a container, after further shell commands, and returns its pid."""
     started: list[subprocess.Popen[bytes]] = []
 
     def start(more: str) -> int:
@@ -94,7 +94,7 @@ def test_a_program_that_uses_the_host_s_folder_itself_has_no_mount(program: Call
 
 
 def test_a_hidden_folder_counts_as_mounted(program: Callable[[str], int], host: Path) -> None:
-    """A detach must not remove it: programs of the container would find a removed folder beside the shim."""
+    """A detach must not remove such a folder: programs of the container would find a removed folder beside the shim."""
     assert not is_mounted(host / "shim")
     program(ALSO_BESIDE + OVER_RUN)
     assert is_mounted(host / "shim")

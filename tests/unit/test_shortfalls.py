@@ -17,7 +17,7 @@ NS = 1_000_000_000
 
 @dataclass
 class Host:
-    """A clock, and counts of tenants that a test advances. The fields of a second are: owned, waited, entitled."""
+    """A clock, and counts of tenants. A test advances both."""
 
     now: float = 100.0
     counts: dict[Key, TurnCounts] = field(default_factory=dict)
@@ -27,7 +27,11 @@ class Host:
         self.shortfalls = Shortfalls(lambda: self.counts, lambda level: f"tenant-{level}", self.history)
 
     def run(self, seconds: int, overruns: int = 0, **tenants: tuple[float, float, float]) -> None:
-        """Let time pass. `overruns` is the number for each tenant in each second."""
+        """Advance the clock, one second at a time.
+
+        `tenants` has the seconds that a tenant owned and waited in each second, and its entitlement as a ratio.
+        `overruns` is the number for each tenant in each second.
+        """
         for _ in range(seconds):
             self.now += 1
             for name, (owned, waited, entitled) in tenants.items():

@@ -150,7 +150,7 @@ def test_a_slicer_that_is_notified_of_shares_does_not_poll(world):
     it.run(1.0)
     assert it.turns - turns <= 3 + 2  # for the publication of counts
     it.slicer.ledger.given, it.slicer.ledger.version = {}, 3
-    late = it.greet(3, 8, start=False)  # the slicer has no entry of it yet
+    late = it.greet(3, 8, start=False)  # the slicer has no entry of this program yet
     it.until(lambda: all(p.word() == Gate.OPEN for p in (*programs, late)))
 
 
@@ -275,7 +275,7 @@ def test_an_exit_with_work_in_flight_is_reported_to_the_turns(world):
 
 
 def test_a_device_that_only_an_ended_process_used_is_free_for_the_remaining_tenant(world):
-    """A tenant takes no turns on a device that only an exited process used. Others keep their turns there."""
+    """An exited process no longer counts as a user of a device. So each tenant is alone on a device, without turns."""
     it = world(t7=Share(), t8=Share())
     ledger = it.slicer.ledger
     ledger.given = {(level, device): Share() for level, _ in ledger.given for device in (0, 1)}
@@ -403,7 +403,7 @@ def test_an_internal_error_of_the_slicer_ends_the_process(world, monkeypatch):
     it.slicer.ledger.version = "no number"
     it.slicer.ledger.given = None
     it.until(lambda: ended)
-    time.sleep(0.1)  # its last report
+    time.sleep(0.1)  # until the slicer has written its last report
     assert ended == [os.EX_SOFTWARE]
 
 

@@ -1,4 +1,4 @@
-"""Tests of Fields, by which the page reads a Snapshot like its JSON form."""
+"""Tests of Fields: the web page reads a Snapshot with it, as if the Snapshot were its JSON form."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from fgpu_ebpf.snapshot import Snapshot
 
 
 def parts_of(kind: Any) -> set[type]:
-    """Return all dataclasses in the fields of this one, and in theirs."""
+    """Return all dataclasses in the fields of `kind`, in the fields of these dataclasses, and so on."""
     found: set[type] = set()
     hints = [*typing.get_type_hints(kind).values()]
     while hints:

@@ -24,7 +24,7 @@ def put(names: TenantNames, *tenants: Tenant) -> dict[int, str]:
 
 
 def anywhere(path: str) -> int:
-    """Return an id, as if every cgroup of tenant() existed."""
+    """Return the id of the cgroup at a path, as if the cgroups of all tenants existed."""
     return int(path[1:])
 
 

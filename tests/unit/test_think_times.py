@@ -22,7 +22,7 @@ Think = Callable[[random.Random], float]
 
 
 def short(chance: random.Random) -> float:
-    """Return the time of a synchronise, and of the host's part of the next step."""
+    """Return the time of a call that synchronises, and of the host's part of the next step."""
     return chance.uniform(10 * US, 300 * US)
 
 
@@ -90,7 +90,7 @@ def test_programs_that_synchronise_each_step_get_their_shares(
 
 @pytest.mark.parametrize("think", [short, longer])
 def test_a_program_that_synchronises_gets_its_share_beside_one_that_does_not(think: Think) -> None:
-    """The program gets its part of the work that it does alone, because its turn includes its think time."""
+    """A part is relative to the work that the program does alone, because its turns include its think times."""
     alone = World(program(1, 3, think)).run(4.0).tenants[1].done_ns / (4.0 * S)
     assert_by_weight(World(program(1, 3, think, wrong), Tenant(2)), {1: alone})
 
@@ -127,7 +127,7 @@ def test_kernels_that_outlast_their_estimates_do_not_change_the_division_of_time
 
 
 def test_the_device_does_not_wait_for_a_tenant_that_does_not_report_the_end_of_its_work() -> None:
-    """The tenant launches without a synchronise, and computes on the host for longer than an owner keeps its turn."""
+    """The tenant launches without synchronising, and computes on the host for longer than an owner keeps its turn."""
     unaware, busy = program(1, 1, lambda _: 10 * MS), Tenant(2)
     unaware.unaware = True
     World(unaware, busy).run(8.0)

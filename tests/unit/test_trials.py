@@ -1,4 +1,4 @@
-"""Tests of tests/trials.py: only a test that failed while processors were taken away is repeated."""
+"""Tests of tests/trials.py: only a failed test that lost processor time is repeated."""
 
 from __future__ import annotations
 
@@ -60,7 +60,10 @@ trials.Trials.begin = lambda self: print("begun") or begin(self)
 
 
 class Taken:
-    """A clock of a machine whose hypervisor takes this much of each second of two processors."""
+    """A clock of a machine with two processors, of whose time the hypervisor takes `share`.
+
+    In the part `crowded` of the time, a program waits for a processor.
+    """
 
     def __init__(self, share: float, crowded: float = 0.0) -> None:
         self.share, self.crowded, self.seconds = share, crowded, 0
@@ -84,7 +87,7 @@ def tries(trials: Trials) -> int:
         if not trials.is_another_due(AssertionError()):
             return count
         trials.begin()
-    raise AssertionError("for ever")
+    raise AssertionError("the test is repeated without end")
 
 
 def later() -> float:
@@ -132,7 +135,7 @@ def test_the_clock_reads_the_kernel_s_figures() -> None:
 
 
 def asked(work: Path, tests: str, share: float, *options: str, crowded: float = 0.0) -> str:
-    """Return pytest's output for these tests with the suites' own conftest.py."""
+    """Return pytest's output for these tests with the conftest.py that all suites share."""
     taken = TAKEN.format(share=share, crowded=crowded)
     return asked_of_copy(work, tests, taken, "-s", "--rerun-show-tracebacks", *options).stdout
 

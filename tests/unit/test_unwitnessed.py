@@ -173,7 +173,7 @@ def is_killed(child: subprocess.Popen[bytes]) -> bool:
     [
         ({"bytes_": 5 * MIB, "overhead": 5 * MIB}, True),  # no call of the process was witnessed
         ({"flags": Seen.CALL, "bytes_": 6 * MIB, "overhead": MODULES + 1}, True),
-        ({"flags": Seen.CALL, "bytes_": 6 * MIB, "overhead": MODULES}, False),  # the kernel's programs handle this case
+        ({"flags": Seen.CALL, "bytes_": 6 * MIB, "overhead": MODULES}, False),  # the BPF programs handle this case
         ({"flags": Seen.SHIM, "bytes_": 6 * MIB, "overhead": MODULES + 1}, True),
         ({"bytes_": 0}, False),
     ],

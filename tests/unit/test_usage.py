@@ -23,7 +23,7 @@ ALICE = Owner("alice", "research", "1000", (("team", "vision"),), (UNIT,))
 
 
 class Host:
-    """A tenant, level 7 inside level 1, with a process 71 that holds 2 GiB. NVML reports `percent`."""
+    """A tenant, level 7 inside level 1, that is charged 3 GiB, 2 of them for process 71. NVML reports `percent`."""
 
     def __init__(self, monkeypatch, percent, counts=None):
         self.now, self.given, self.percent, self.counts = 1000.0, [], percent, counts
@@ -94,7 +94,7 @@ def test_a_tenant_with_turns_is_measured_by_its_turns(monkeypatch):
 
 @pytest.mark.parametrize("removed", [False, True])
 def test_the_last_turns_of_a_tenant_count(monkeypatch, removed):
-    """Its last process ends between two samples. Its cgroup stays, or is removed with its counters."""
+    """The tenant's last process ends between two samples. The cgroup stays, or is removed with its counters."""
     host = Host(monkeypatch, {71: 100}, TurnCounts(owned_ns=5_000_000_000))
     host.looks(1)
     host.processes, last = {}, TurnCounts(owned_ns=5_400_000_000, wait_ns=300_000_000)
@@ -223,7 +223,7 @@ def test_amounts_that_cannot_be_written_are_written_later(tmp_path, caplog):
 
 
 def test_a_file_whose_mode_cannot_be_set_gets_no_amounts(tmp_path, monkeypatch):
-    """The amounts will be added again, so they must not have been added."""
+    """The writer adds the same amounts again later, so a call that fails must not have added them."""
     file = tmp_path / "usage.db"
     with monkeypatch.context() as patched:
         patched.setattr(type(file), "chmod", lambda *_: (_ for _ in ()).throw(PermissionError("not permitted")))

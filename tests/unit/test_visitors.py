@@ -1,4 +1,4 @@
-"""Tests of a peer's identity on kernels whose sockets have only its pid, and of the /proc entry of a pidfd there."""
+"""Tests of a peer's identity on older kernels: a socket gives only a pid, and a pidfd only its entry in /proc."""
 
 from __future__ import annotations
 

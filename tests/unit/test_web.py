@@ -1,4 +1,4 @@
-"""Tests of the metrics address: eight requests at a time, and incomplete requests do not exclude other requests."""
+"""Tests of the HTTP server: it serves eight requests at a time, and incomplete requests do not exclude others."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def test_silent_connections_have_no_thread_and_are_closed(server: HttpServer) ->
 
 
 def test_slow_connections_prevent_no_request(server: HttpServer) -> None:
-    """The connections, as many as may wait, send single bytes and reconnect as soon as the server closes them."""
+    """More connections than may wait send single bytes, and are replaced as soon as the server closes them."""
     ended = threading.Event()
 
     def drip() -> None:

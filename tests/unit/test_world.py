@@ -1,4 +1,4 @@
-"""Tests of tests/world.py: the resources that a command has for itself, and that nothing remains of it."""
+"""Tests of tests/world.py: a command has its own folders, cgroups and libraries, and nothing of it remains."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def test_nothing_remains_of_a_command(tmp_path: Path) -> None:
 
 
 def test_a_world_that_is_made_in_another_world_is_beside_it() -> None:
-    """An agent in the outer world would probe the files of programs in the inner world."""
+    """Otherwise an agent in the outer world would probe the files of programs in the inner world."""
     outer = [] if world.HOST in os.environ else RUN
     command = [*outer, "sh", "-c", f"{' '.join(RUN)} cat /proc/$$/cgroup; exit"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=ROOT, check=False)
