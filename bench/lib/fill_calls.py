@@ -111,7 +111,7 @@ def take(call: Calls, name: str, *arguments: object) -> Take:
 
 
 def of_driver(call: Calls) -> dict[str, Take]:
-    """Return a function for every kind of allocation, by the driver's names."""
+    """Return, for each kind of allocation, a function that makes the driver's call."""
     rows = ctypes.byref(u64()), u64(4096), u64(STEP // 4096), 4
     handle = (u32 * 8)(PINNED, 0, DEVICE, 0)
     return {
@@ -129,7 +129,7 @@ def of_driver(call: Calls) -> dict[str, Take]:
 
 
 def of_runtime(call: Calls) -> dict[str, Take]:
-    """Return a function for every kind of allocation of the runtime. The runtime has no equivalent of cuMemCreate."""
+    """Return, for each kind of allocation, a function that makes the runtime's call. None is like cuMemCreate."""
     flat, cube = Extent(512, 1024, 0), Extent(128, 64, 64)
     rows = ctypes.byref(u64()), size_t(4096), size_t(STEP // 4096)
     return {

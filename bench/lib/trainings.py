@@ -206,7 +206,7 @@ def torch_capture(bench: Bench) -> None:
     bench.line("torch_captures_failed", said["failed"], "", most=0)
     if said["failed"]:
         (native,) = _run(seconds, (programs["n0"], "capture"))
-        print(f"# the first: {said['why']}; at no gate {native['failed']} of {native['captures']} fail")
+        print(f"# the first: {said['why']}; without a gate {native['failed']} of {native['captures']} fail")
 
 
 def nccl(bench: Bench) -> None:
