@@ -1,7 +1,7 @@
 """Measure how much memory each kind of allocation call gets under a limit, in steps of 2 MiB.
 
-For each kind of call, one program requests three times its limit. The calls are those of the driver and of the CUDA
-runtime, and both in the variant of programs that are built with a per-thread default stream (`thread`).
+For each kind of call, one program requests up to three times its limit. The calls are those of the driver and of the
+CUDA runtime, and both in the variant of programs that are built with a per-thread default stream (`thread`).
 bench/lib/fill_calls.py has the list. Up to --at-once programs run at a time, each in a tenant.
 
 Prints `API_KIND_usable PERCENT %`, the memory that the program got, as a part of its limit minus its context. For

@@ -1,7 +1,9 @@
-"""Allocate all memory of device 0 by one kind of call, in steps of 2 MiB, and print how much, and the driver's error.
+"""Allocate memory of device 0 by one kind of call, in steps of 2 MiB, until a call fails.
 
-The program is called as `fill_calls.py API KIND LIMIT_BYTES [LIBCUDART]`, in a tenant. It requests three times the
-limit. It imports the standard library only. API selects how the program finds the call:
+Prints how much was allocated, and the driver's error.
+
+The program is called as `fill_calls.py API KIND LIMIT_BYTES [LIBCUDART]`, in a tenant. It requests at most three
+times the limit. It imports the standard library only. API selects how the program finds the call:
 
     driver           the driver's exports, by dlsym
     thread           the driver's functions for a per-thread default stream, by cuGetProcAddress with that flag

@@ -114,7 +114,7 @@ def _together(programs: dict[str, Program], seconds: float, **what: str) -> dict
 
 
 def _pairs(bench: Bench, what: str, name: str, bar: float | None, rounds: int) -> None:
-    """Run programs alone, two with gates, and two without, `rounds` times.
+    """Run, `rounds` times, each program alone, then two with gates, then two without.
 
     Prints the sum of two, each in percent of itself alone. `bar`: the least sum with gates; the sum without gates is a
     second bar then.
