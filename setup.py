@@ -1,7 +1,7 @@
-"""What pyproject.toml cannot say: the wheel carries the programs of bpf/ and what `./dev build` made: the shim, and
-`fgpu-oci` for container engines.
+"""Build the wheel with the files that pyproject.toml cannot name: bpf/, the shim, and `fgpu-oci` for container engines.
 
-Its tag says what the shim needs, glibc 2.17 on this processor; Python it does not care about: no module is compiled.
+The wheel's tag names the requirements of the shim: glibc 2.17 (manylinux2014) and this processor. It names any Python
+3, because the wheel has no compiled Python module.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ HELPER = ROOT / "build/oci/fgpu-oci"
 
 
 def make_parts() -> None:
-    """Compile the C parts, unless `./dev build` has done so. That needs make, a C compiler and NVIDIA's headers."""
+    """Compile the C parts, unless `./dev build` has done so. Needs make and a C compiler; fetches NVIDIA's headers."""
     headers = ROOT / "build/headers"
     if not SHIM.exists():
         environment = {**os.environ, "PYTHON": sys.executable}
@@ -34,7 +34,7 @@ def make_parts() -> None:
 
 
 class BuildWithParts(build_py):
-    """Puts bpf/ and the shim into the package's folder; a checkout that is installed editable has them beside it."""
+    """Copies bpf/, the shim and fgpu-oci into the package. An editable installation uses those of the checkout."""
 
     def run(self) -> None:
         """Called by setuptools."""
@@ -51,7 +51,7 @@ class BuildWithParts(build_py):
 
 
 class Binary(Distribution):
-    """Goes where libraries of this processor go."""
+    """A distribution for this processor: it is installed in the folder for compiled packages."""
 
     def has_ext_modules(self) -> bool:
         """Called by setuptools."""
@@ -59,7 +59,7 @@ class Binary(Distribution):
 
 
 class PlatformWheel(bdist_wheel):
-    """For any Python 3, for this processor."""
+    """A wheel for any Python 3, on this processor."""
 
     def get_tag(self) -> tuple[str, str, str]:
         """Called by setuptools."""

@@ -52,7 +52,7 @@ CASES: dict[str, Case] = {
 
 
 def one(bench: Bench, name: str) -> bool:
-    """Run a case. Return False if it failed; then all its programs were ended."""
+    """Run a case. Return False if it failed. All programs are then ended."""
     begun = time.monotonic()
     try:
         CASES[name](bench)

@@ -33,7 +33,7 @@ step() { # step NAME SECONDS COMMAND...: runs a command with a time limit, and r
     fi
 }
 
-compile() { # compile SOURCE PROGRAM: unless PROGRAM is newer, as bench/kit.sh leaves it
+compile() { # compile SOURCE PROGRAM: compiles SOURCE, unless PROGRAM is newer because bench/kit.sh has built it
     [ ! "$2" -nt "$1" ] || return 0
     mkdir -p "${2%/*}"
     gcc -std=gnu11 -O2 -g -I"$headers" -o "$2" "$1" -ldl -pthread

@@ -247,8 +247,8 @@ def report(run: Run, honest: list[list[int]], found: dict[str, tuple[float, str]
 def _not_done(operations: collections.Counter[str]) -> list[str]:
     """Return the missed bars of the attacks.
 
-    These are kinds of acts that never succeeded, so that the run proves nothing about them, and requests that must be
-    refused and were granted.
+    A kind of act that never succeeded is a missed bar, because the run proves nothing about it. A granted request that
+    must be refused is one too.
     """
     wanted = [name for name in operations if name.endswith(("_tried", "_done")) and name not in NEVER_DONE]
     wanted = [*(name for name in wanted if "accepted" not in name), "control_refused", "killed_under_kill"]

@@ -6,8 +6,9 @@
 #                                 builds a copy of the tree in /tmp/fgpu, and writes /tmp/fgpu/env, which a shell
 #                                 sources before it runs a benchmark
 #
-# No file of the host is replaced: packages are unpacked below /tmp. A file fgpu.pth and a file in /etc/ld.so.conf.d
-# name them to the host's Python and linker, because the agent's loader and gatekeeper ignore environment variables.
+# No file of the host is replaced: packages are unpacked below /tmp. A file fgpu.pth and a file in /etc/ld.so.conf.d add
+# their folders to the search paths of the host's Python and linker, because the agent's loader and the gatekeeper ignore
+# environment variables.
 set -eu
 
 root=$(cd "$(dirname "$0")/.." && pwd)
@@ -78,10 +79,10 @@ unpack() {
     tar -C "$root" --exclude=./.git --exclude=./.venv --exclude=./build -cf - . | tar -C /tmp/fgpu/tree --no-same-owner -xf -
     packages=/tmp/fgpu/bcc/usr/lib/python3/dist-packages
     command_of python LD_LIBRARY_PATH=/tmp/fgpu/lib "PYTHONPATH=/tmp/fgpu/tree:/tmp/fgpu/site:$packages" /usr/bin/python3
-    # Programs of users, which run without BCC's libraries.
+    # These are programs of users. They run without BCC's libraries.
     command_of nvitop -u LD_LIBRARY_PATH PYTHONPATH=/tmp/fgpu/site /usr/bin/python3 -m nvitop
     command_of gpustat -u LD_LIBRARY_PATH PYTHONPATH=/tmp/fgpu/site /usr/bin/python3 -m gpustat
-    # As the packages do at their installation. The host's environment may keep Python from writing bytecode.
+    # The packages of fgpu compile bytecode at their installation too. The host's environment may keep Python from writing it.
     /usr/bin/python3 -m compileall -q /tmp/fgpu/site /tmp/fgpu/tree/fgpu_ebpf
     build
     cat >/tmp/fgpu/env <<END
@@ -91,7 +92,7 @@ export HEADERS=/tmp/fgpu/headers DRIVER_ROOT=/
 export CUDARTS=$(find /tmp/fgpu/runtimes -mindepth 1 -type d | paste -sd:)
 END
     for tracing in "tracefs /sys/kernel/tracing" "bpf /sys/fs/bpf"; do
-        # shellcheck disable=SC2086 # a type and a place
+        # shellcheck disable=SC2086 # two words: a file system type and a mount point
         set -- $tracing
         mountpoint -q "$2" || mount -t "$1" "$1" "$2"
     done

@@ -11,7 +11,7 @@ is missed. Starts and stops the agent. HOW is the way of the change:
     hangup    a new policy file, and at once SIGHUP to the agent
 
 WHAT is `visible`, when cuMemGetInfo shows the new total, or `held`, when the first allocation of 16 MiB is refused or
-admitted again. The program checks both every 20 us.
+admitted again. The program checks both in turn, with a pause of 20 us.
 """
 
 from __future__ import annotations

@@ -113,7 +113,7 @@ def report(idle: dict[str, float], loaded: dict[str, float], seconds: float, don
         lines[f"load_{name}"] = (loaded[name], "%")
     lines["load_programs_per_pair"] = (loaded["runs"] / done, "")
     if lines["load_programs_per_pair"][0] > RUNS_A_PAIR:
-        print("# load: other programs use the driver too, and the kernel's part is theirs as well", file=sys.stderr)
+        print("# load: other programs use the driver too, and the kernel's part includes theirs", file=sys.stderr)
     lines["load_kernel_per_pair"] = (loaded["kernel"] / 100 * seconds * 1e6 / done, "us")
     for which, found in (("idle", idle), ("together", loaded)):
         lines[f"load_{which}"] = (found["agent"] + found["gatekeeper"] + found["kernel"], "%")

@@ -3,7 +3,7 @@
 Prints `NAME_pNN_WHICH VALUE us`. WHICH is native (no agent, no probe, no shim), managed (a tenant of `fgpu run`) or
 added (the difference). Each value is that of the fastest of several processes on one processor, because on shared
 machines all calls of one process may take 50 % longer than all calls of the next process. Writes the same values to
-build/bench/memory.json. Starts and stops the agent, so no agent may be running. $FGPU may contain the command `fgpu`.
+build/bench/memory.json. Starts and stops the agent, so no agent may be running. $FGPU is the command `fgpu`, if set.
 """
 
 from __future__ import annotations

@@ -84,7 +84,7 @@ def asked(path: str) -> tuple[float, int]:
 
 
 def page(seconds: float) -> dict[str, float]:
-    """Measure the web page: its first load, later loads, and the agent's processor time while a browser shows it."""
+    """Measure the web page: first and later loads, and the agent's processor time at one load every PAGE_SECONDS."""
     first, size = asked("/")
     found = {"page_cold_ms": first, "page_kb": size / 1e3}
     found["page_ms"] = percentile([asked("/")[0] for _ in range(7)], 50)

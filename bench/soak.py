@@ -66,7 +66,7 @@ class Job(Client):
         self._hello()
 
     def go_on(self) -> list[int]:
-        """Return the counts since the last call: steps done, steps without memory, steps with another error."""
+        """Return the counts since the last call: completed rounds, rounds without memory, rounds with another error."""
         now = self.ok("how")
         since = [n - before for n, before in zip(now, self._before, strict=True)]
         self._before = now
@@ -396,7 +396,7 @@ def _is_there(runtime: str) -> bool:
 
 
 def run(soak: Soak, seconds: float, every: float) -> None:
-    """Run the acts. fgpu is restarted every `every` seconds, and the engine more often.
+    """Run the acts. fgpu is restarted every `every` seconds, and the engine every 45 s, or three times in a short run.
 
     The first acts are all crowd(), so that tables of tenants and events are full before sizes are first measured.
     Otherwise these tables would seem to grow until they are full. Then each act runs once, so that a short soak has all

@@ -82,7 +82,7 @@ def both(options: list[str], tenants: int) -> dict[str, Parts]:
 
 
 def in_force(tenants: int) -> None:
-    """Check the number of tenants. Raises BenchError if it is another."""
+    """Check the number of tenants. Raises BenchError if there are more or fewer."""
     there = len(ask(verb="snapshot")["tenants"])
     if there != tenants:
         raise BenchError(f"{there} tenants of {tenants} are in force")

@@ -1,10 +1,10 @@
 """Measure the time that a share by CDI (mounts and a hook), and fgpu's container runtime, add to a container's start.
 
 Each time is that of `runc run` of a bundle whose program exits at once: plain, with a share, and with fgpu's runtime,
-which calls runc. The three run in turn, so that other load on the host affects all of them. Prints `start_plain`,
-`start_share_added` and `start_runtime_added`. The last two are medians of the differences within a round. They include
-the loading of the shim into the program. Writes build/bench/start_container.json. Exits with 1 if the bar is missed.
-Starts and stops the agent.
+which calls runc. Each round has the three in a random order, so that other load on the host affects all of them.
+Prints `start_plain`, `start_share_added` and `start_runtime_added`. The last two are medians of the differences within
+a round. They include the loading of the shim into the program. Writes build/bench/start_container.json. Exits with 1
+if the bar is missed. Starts and stops the agent.
 """
 
 from __future__ import annotations

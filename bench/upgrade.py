@@ -1,4 +1,4 @@
-"""Measure the effect of --upgrades of fgpu on running tenants. Each has a new shim, every fifth also new BPF programs.
+"""Measure the effect of upgrades (--upgrades) on tenants. Each has a new shim, every fifth also new BPF programs.
 
 While two tenants allocate and free without pause, and programs of another tenant start in turn, gatekeeper and agent
 are replaced as a package does: they get SIGTERM, and then the next version is started. Prints `upgrade_NAME VALUE

@@ -13,8 +13,8 @@ loads, LOAD+LOAD, runs them at once in tenants of equal weight, and prints `usag
 GPU TIME is the sum over both sources; a comment has each source. Recording makes a launch slower, which affects both
 sides of the comparison, except for the pauses between kernels: GPU TIME includes pauses below 0.1 ms, and the comment
 has their sum. Writes build/bench/usage.json. Exits with 1 if an error of the source `turns` is above 2 %.
-Starts an agent for each case. The agent's store is a file system of this process, so that the use is not added to that
-of this host. Needs a real GPU and CUPTI. TORCH_PYTHON is a Python interpreter with torch.
+Starts an agent for each case. The agent's store is a separate file system of this process, so that this use is not
+added to the host's. Needs a real GPU and CUPTI. TORCH_PYTHON is a Python interpreter with torch.
 """
 
 from __future__ import annotations

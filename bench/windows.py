@@ -94,7 +94,7 @@ def start(
     """Start programs, and wait until all of them are ready. Raises BenchError if there is no torch or no device.
 
     Args:
-        programs: the list that gets them, at once, so that its owner ends them whatever happens.
+        programs: the list to which they are added before any wait, so that the caller ends them also after an error.
         names: the name of each program, and of its tenant.
         limit: the memory limit of each tenant in bytes. None: the programs are in no tenant.
         kinds: the kinds of steps that the programs are to make.

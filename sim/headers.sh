@@ -1,6 +1,6 @@
 #!/bin/sh
-# Fetches NVIDIA's public headers into the folder DEST: cuda.h, cudaTypedefs.h, nvml.h. They serve for building, and are never
-# committed.
+# Fetches NVIDIA's public headers into the folder DEST: cuda.h, cudaTypedefs.h, cudaEGLTypedefs.h and nvml.h. Builds need them. They
+# are never committed.
 set -eu
 
 dest=${1:?usage: headers.sh DEST}

@@ -107,7 +107,7 @@ print("then", bool(torch.isfinite(weights.grad).all()), torch.ones(1 << 28, devi
 JAX = """
 import os
 os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
-os.environ["XLA_PYTHON_CLIENT_MEM_FRACTION"] = "0.99"  # its own limit then lies beyond what the ledger leaves
+os.environ["XLA_PYTHON_CLIENT_MEM_FRACTION"] = "0.99"  # so that the limit of the ledger is reached before that of JAX
 import jax, jax.numpy as jnp
 kept = []
 try:
@@ -268,7 +268,7 @@ def restarts(service: Service, place: Place) -> None:
 
 
 def orphan(service: Service, place: Place) -> None:
-    """Start a process in a tenant without agent and gatekeeper. It must get out-of-memory, and memory once they run."""
+    """Start a process while neither agent nor gatekeeper runs. Its requests must be refused until both run again."""
     one = place.tenant(4 * GIB)
     one.assert_enforced()
     service.kill_agent()

@@ -63,4 +63,4 @@ class Sampler(threading.Thread):
         for name, most in self.most.items():
             say(f"{name}_nvml_most", most, "bytes")
             say(f"{name}_nvml_excess", max(0, most - limits[name]), "bytes")
-            need(most <= limits[name] + MODULE, f"{name}: NVML never above the limit and a module load")
+            need(most <= limits[name] + MODULE, f"{name}: NVML never above the limit plus a module load")

@@ -59,7 +59,7 @@ def _checks(one: Tenant, limit: int, runtimes: list[str]) -> None:
     (one.folder / "runtime.py").write_text(RUNTIME)
     for path in runtimes:
         said = [int(word) for word in one.run(f"{shutil.which('python3')} runtime.py {path}", 60).split()]
-        need(said[1:] == [limit, 0, OUT_OF_MEMORY], f"{Path(path).name}: version, total, an answer, another: {said}")
+        need(said[1:] == [limit, 0, OUT_OF_MEMORY], f"{Path(path).name}: version, total, two results: {said}")
     _shows(one, limit, "torch", "torch", TORCH)
     _shows(one, limit, "numba", "numba.cuda", NUMBA)
 

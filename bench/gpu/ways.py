@@ -21,7 +21,7 @@ from tests.support.service import Service
 
 LIMIT = 2 * GIB
 ALLOCATIONS = 262_144  # the most that one workload can have, by default
-PLUGINS = {  # how the plugin is opened; the flags that it is compiled with
+PLUGINS = {  # name: (how the plugin is opened, the flags with which it is compiled)
     "plain": ("plain", []),
     "deep-bound": ("deep", []),
     "deep-bound, opens the driver": ("deep", ["-DOPENS"]),
@@ -44,7 +44,7 @@ def _driver() -> str:
 
 
 def lookups(service: Service, place: Place) -> None:
-    """Check the limit of programs that look up the driver in ways that pass over the shim's exports."""
+    """Check the limit of programs that look up the driver in ways that do not use the shim's exports."""
     for name, (mode, flags) in PLUGINS.items():
         one = place.tenant(LIMIT)
         opener = _compiled(one.folder / "opener", ["-ldl"])

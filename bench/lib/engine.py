@@ -20,7 +20,7 @@ SHARE_BYTES, SHARE = 2 * GIB, "fgpu.dev/share=2gib"
 
 
 class Engine:
-    """Docker with CDI, at the socket that the agent asks."""
+    """A Docker daemon with CDI. Its socket is at the path that the agent uses."""
 
     def __init__(self, service: Service, work: Path) -> None:
         """Start the daemon. `work`: the folder of the service, for Docker's socket."""

@@ -123,7 +123,10 @@ def hits(bench: Bench, sign: signal.Signals) -> list[Hit]:
 
 
 def killed(bench: Bench) -> None:
-    """Kill an owner. Measure how long its neighbour waits at the gate and for its next kernel, and without fgpu too."""
+    """Kill an owner. Measure how long its neighbour waits at the gate and for its next kernel.
+
+    The longest gaps of a neighbour are also measured for two programs in no tenant.
+    """
     found = hits(bench, signal.SIGKILL)
     bench.line("owner_killed_gate_opens", max(one.opens_ms() for one in found), "ms")
     bench.line("owner_killed_next_runs", max(one.gaps()[0] for one in found), "ms", most=5)

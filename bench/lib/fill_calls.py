@@ -1,7 +1,9 @@
-"""Allocate all memory of device 0 by one kind of call, in steps of 2 MiB, and print how much, and the driver's error.
+"""Allocate memory of device 0 by one kind of call, in steps of 2 MiB, until a call fails.
 
-The program is called as `fill_calls.py API KIND LIMIT_BYTES [LIBCUDART]`, in a tenant. It requests three times the
-limit. It imports the standard library only. API selects how the program finds the call:
+Prints how much was allocated, and the driver's error.
+
+The program is called as `fill_calls.py API KIND LIMIT_BYTES [LIBCUDART]`, in a tenant. It requests at most three
+times the limit. It imports the standard library only. API selects how the program finds the call:
 
     driver           the driver's exports, by dlsym
     thread           the driver's functions for a per-thread default stream, by cuGetProcAddress with that flag
@@ -111,7 +113,7 @@ def take(call: Calls, name: str, *arguments: object) -> Take:
 
 
 def of_driver(call: Calls) -> dict[str, Take]:
-    """Return a function for every kind of allocation, by the driver's names."""
+    """Return, for each kind of allocation, a function that makes the driver's call."""
     rows = ctypes.byref(u64()), u64(4096), u64(STEP // 4096), 4
     handle = (u32 * 8)(PINNED, 0, DEVICE, 0)
     return {
@@ -129,7 +131,7 @@ def of_driver(call: Calls) -> dict[str, Take]:
 
 
 def of_runtime(call: Calls) -> dict[str, Take]:
-    """Return a function for every kind of allocation of the runtime. The runtime has no equivalent of cuMemCreate."""
+    """Return, for each kind of allocation, a function that makes the runtime's call. None is like cuMemCreate."""
     flat, cube = Extent(512, 1024, 0), Extent(128, 64, 64)
     rows = ctypes.byref(u64()), size_t(4096), size_t(STEP // 4096)
     return {

@@ -21,7 +21,7 @@ import scipy.stats
 from tests.support import kernel
 
 EVERY_SECONDS = 2.0
-SETTLING_SECONDS = 60.0  # the begin of a life that is left out, until all caches are full
+SETTLING_SECONDS = 60.0  # the first part of each life, which is left out because caches still fill
 MINUTE = 60.0
 MOST_POINTS = 300  # the maximum points of a line in the picture, which is part of a page
 MAPS = ("pages", "resolved", "limits", "shares", "turns", "processes", "threads", "allocations", "counters", "files")

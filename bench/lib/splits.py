@@ -81,7 +81,7 @@ def limit(bench: Bench) -> None:
 
 
 def idle(bench: Bench) -> None:
-    """Measure the share of a tenant whose neighbour was busy before and is idle."""
+    """Measure the share of a tenant whose neighbour was busy before and is idle now."""
     alone = bench.rate(200, "burst")
     busy, rests = bench.tenants(1, 1)
     bench.run(Work(rests, 200), seconds=0.1)
@@ -142,7 +142,7 @@ def launch(bench: Bench) -> None:
 
 
 def under_limit(bench: Bench) -> None:
-    """Measure by how many percent a limit of 75 % lengthens steps of 5 ms every 10 ms, which stay below it."""
+    """Measure by how many percent a limit of 75 % lengthens steps of 5 ms every 10 ms, which need 50 %."""
     found = []
     for number in range(2 if bench.quick else 5):
         (program,) = bench.tenants(1)

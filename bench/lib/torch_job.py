@@ -1,8 +1,9 @@
-"""Train and allocate at random until killed, as an example of a torch program.
+"""Train and allocate at random until stdin ends, as an example of a torch program.
 
-The program prints "ready PID", then answers every line of stdin with "ok STEPS REFUSED FAILED": the number of steps, of
-steps without memory (an error of torch, the driver or cuBLAS), and of steps with any other error. Tracebacks of other
-errors are on stderr. The program continues after an error. It does not use fgpu.
+The program prints "ready PID", then answers every line of stdin with "ok STEPS REFUSED FAILED". These are numbers of
+rounds of 20 training steps: the rounds that completed, those that got no memory (an error of torch, the driver or
+cuBLAS), and those that ended with any other error. Tracebacks of other errors are on stderr. The program continues
+after an error. It does not use fgpu.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ NO_MEMORY = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUBLAS_STATUS_NOT_I
 
 
 def train(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Run twenty steps. Sometimes also allocate up to 3 GiB for a short time, or release torch's cached memory."""
+    """Run a round of 20 steps. Sometimes also allocate up to 3 GiB for a short time, or free torch's cached memory."""
     for _ in range(20):
         optimizer.zero_grad()
         model(torch.randn(random.choice(BATCHES), 1024, device="cuda")).square().mean().backward()

@@ -114,7 +114,7 @@ def _together(programs: dict[str, Program], seconds: float, **what: str) -> dict
 
 
 def _pairs(bench: Bench, what: str, name: str, bar: float | None, rounds: int) -> None:
-    """Run programs alone, two with gates, and two without, `rounds` times.
+    """Run, `rounds` times, each program alone, then two with gates, then two without.
 
     Prints the sum of two, each in percent of itself alone. `bar`: the least sum with gates; the sum without gates is a
     second bar then.
@@ -206,7 +206,7 @@ def torch_capture(bench: Bench) -> None:
     bench.line("torch_captures_failed", said["failed"], "", most=0)
     if said["failed"]:
         (native,) = _run(seconds, (programs["n0"], "capture"))
-        print(f"# the first: {said['why']}; at no gate {native['failed']} of {native['captures']} fail")
+        print(f"# the first: {said['why']}; without a gate {native['failed']} of {native['captures']} fail")
 
 
 def nccl(bench: Bench) -> None:

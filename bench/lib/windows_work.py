@@ -94,7 +94,7 @@ def kernels(torch: Any, cycles: int, in_flight: int) -> Step:
 
 
 def cycles_in_ms(torch: Any) -> int:
-    """Return how many cycles a kernel takes in a millisecond."""
+    """Return the number of cycles of a kernel that lasts one millisecond."""
     cycles, best = 10_000_000, 0.0
     for _ in range(5):
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -143,7 +143,7 @@ def paused(work: Step) -> Step:
 
 
 def kinds(torch: Any) -> dict[str, Callable[[], Step]]:
-    """Return a function for each kind of step that makes it."""
+    """Return, for each kind of step, a function that makes a step of this kind."""
     ms = cycles_in_ms(torch)
     small, llm = functools.cache(lambda: inference(torch)), functools.cache(lambda: decoding(torch))
     return {

@@ -3,7 +3,7 @@
  * device hangs.
  *
  * The program prints "ready", or "- WHY". For each line `SECONDS PERIOD_MS START_NS KERNEL_US HOW` of stdin, it
- * launches pairs for SECONDS, 20 at a time; PERIOD_MS and HOW are for spin and not used. The answer has the completed
+ * launches pairs for SECONDS, 20 at a time. Only spin.c uses PERIOD_MS and HOW. The answer has the completed
  * pairs; p50, p99 and mean of 20 pairs in microseconds; and the completed pairs with a fraction. The program does not
  * use fgpu. */
 #define _GNU_SOURCE

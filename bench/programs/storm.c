@@ -39,7 +39,7 @@ static int64_t now(void)
     return ts.tv_sec * 1000000000ll + ts.tv_nsec;
 }
 
-/* A pipe takes this few bytes as a whole. A process that is killed before writes no bytes. */
+/* A write of so few bytes to a pipe is atomic: a process that is killed has written all of its numbers or none. */
 static int be_one(int64_t executed)
 {
     struct told told = {.pid = getpid(), .executed_ns = executed};

@@ -165,7 +165,7 @@ NVML_API nvmlDeviceGetFBCSessions(nvmlDevice_t device, unsigned int *count, nvml
     return no_processes(device, count);
 }
 
-/* Even then, no room at all is too little. */
+/* Returns an error if the program gives no room, although there is no process to list. */
 NVML_API nvmlDeviceGetAccountingPids(nvmlDevice_t device, unsigned int *count, unsigned int *pids)
 {
     bool has_room = count && *count;

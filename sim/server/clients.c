@@ -59,7 +59,7 @@ static int read_pids(int pidfd, pid_t *pids)
         pids[n++] = (pid_t)pid;
         at = end;
     }
-    return n > 0 && pids[0] > 0 ? n : 0; /* 0: the process is outside our namespace; -1: it has ended */
+    return n > 0 && pids[0] > 0 ? n : 0; /* 0: outside the server's namespace; -1: the process has ended */
 }
 
 /* Returns false for a process that has ended, or that is in a pid namespace outside the server's. */
@@ -214,7 +214,7 @@ void clients_lose_devices(void)
         if (client->state == CLIENT_OPEN && client->attached) client_drop(client, "its device is lost");
 }
 
-/* Other clients are not affected. */
+/* Returns whether the client has a context on the device. The loss of a device drops only such clients. */
 static bool has_context_on(const struct client *client, uint32_t device)
 {
     for (uint32_t i = 0; i < client->n_contexts; i++)
@@ -246,7 +246,7 @@ void client_sweep(void)
     }
 }
 
-/* Rounds up: an epoll_wait that returns a little too early would spin until the time comes. */
+/* Rounds up: if epoll_wait returned a little too early, the loop would spin until the time has come. */
 int client_timeout_ms(void)
 {
     if (!server.n_closed && !server.n_held) return -1;

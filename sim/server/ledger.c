@@ -1,5 +1,5 @@
-/* How much each client holds of each device. Every byte is counted for one context or one process. A device's total
- * is the sum. */
+/* The bytes that each client holds on each device. Every byte is counted for one context or one process. A device's
+ * total is the sum. */
 #include "server/state.h"
 
 #include <stdlib.h>

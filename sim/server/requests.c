@@ -132,7 +132,7 @@ static bool is_taking(const struct client *client, const struct sim_request *req
     return request->op == SIM_TAKE || request->op == SIM_SET_LOCAL;
 }
 
-/* The dump describes the simulator itself, which loses nothing. */
+/* Returns whether the request fails because a device is lost. Called for requests to the driver, not for the dump. */
 static bool is_lost_on(const struct client *client, const struct sim_request *request)
 {
     bool is_stale = client->is_stale || client->stale_devices >> request->device & 1;

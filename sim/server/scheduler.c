@@ -1,4 +1,5 @@
-/* Which context runs on a device. As in the real driver, contexts with work alternate, and each change costs time.
+/* The order in which contexts run on a device. As in the real driver, contexts with work alternate, and each change
+ * costs time.
  *
  * A context has its own clock, which stops while the context has work and another context runs. A client needs only the
  * amount of time that its context has lost so far. Work that begins later, as after a copy, does not count as work

@@ -1,7 +1,8 @@
-/* Memory that several processes hold, and descriptors that stand for it. While its maker holds it, it is in the
- * maker's row. After that it is in no row as long as a descriptor is open anywhere, and then in the row of the
- * newest holder. Memory of pools is in no row but its maker's. Without a holder and a descriptor it is freed.
- * Contents are a file that the processes map; the server never reads it. */
+/* Memory that several processes hold, and the descriptors that refer to it. While the process that made the memory
+ * holds it, the memory is in the row of that process. After that, the memory is in no row as long as a descriptor is
+ * open anywhere, and then in the row of the newest holder. Memory of a pool is in no row except that of its maker.
+ * Memory without a holder and without an open descriptor is freed. Contents are a file that the processes map; the
+ * server never reads the file. */
 #include "server/state.h"
 
 #include <fcntl.h>

@@ -154,7 +154,7 @@ enum sim_status local_set(struct client *client, const struct sim_request *reque
 
 /* Sets how many bytes of the client's managed memory are on the device. */
 enum sim_status managed_set(struct client *client, uint32_t device, uint64_t bytes);
-/* Returns how many bytes the device has given out for managed memory. */
+/* Returns how many bytes the device has allocated for managed memory. */
 uint64_t managed_bytes(uint32_t device);
 void managed_leave(struct client *client);
 

@@ -1,4 +1,4 @@
-/* How long the kernels of each process ran on a device in the last second. NVML calls that utilisation. */
+/* The time for which the kernels of each process ran on a device in the last second: NVML's utilization. */
 #include "server/state.h"
 
 #include <string.h>

@@ -2,8 +2,8 @@
 #include "server/state.h"
 
 /* In a pid namespace, its own processes and those of inner namespaces are visible. Both identities list the namespaces
- * from the server's own downwards. The asker's namespace, if it is an ancestor of the other's, is therefore at
- * the asker's depth. */
+ * from the server's own downwards. If the asker's namespace contains the other process, both lists therefore have this
+ * namespace at the last level of the asker's list. */
 pid_t view_pid(const struct client *of, const struct client *asker)
 {
     int level = asker->process.depth - 1;

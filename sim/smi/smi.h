@@ -83,7 +83,7 @@ bool smi_memory(nvmlDevice_t device, nvmlMemory_v2_t *memory);
 void smi_processes(nvmlDevice_t device, struct processes *processes);
 void smi_process_name(unsigned pid, char *name, unsigned room);
 void smi_select(const char *ids);            /* indices, UUIDs or bus ids, separated by commas; NULL: every device */
-unsigned smi_devices(nvmlDevice_t *devices); /* those that -i selects */
+unsigned smi_devices(nvmlDevice_t *devices); /* the devices that -i selects */
 unsigned smi_index(nvmlDevice_t device);
 void smi_now(char *text, unsigned room, const char *format);
 const char *smi_base_name(const char *path);
@@ -101,7 +101,7 @@ enum {
     PART_CLOCK = 32,
     PART_COMPUTE = 64,
     PART_PIDS = 128,
-    PART_ALL = 256, /* those, and the sections that belong to none of them */
+    PART_ALL = 256, /* the parts above, and the sections that belong to none of them */
 };
 unsigned smi_parts(const char *names); /* returns 0 if a name is unknown */
 int smi_full(bool xml, unsigned parts);

@@ -8,8 +8,8 @@
 #include <sys/un.h>
 #include <unistd.h>
 
-/* Called with the lock. After the server has exited, this process never connects again, because its memory does not
- * exist any more, as after the driver was unloaded. */
+/* Called with the lock. After the server has exited, no later call connects again, because the memory of this process
+ * does not exist any more, as after the driver was unloaded. Only link_open connects. */
 static void drop(struct link *link)
 {
     if (link->sock >= 0) close(link->sock);

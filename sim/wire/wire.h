@@ -1,7 +1,7 @@
 /* The protocol between the simulator's libcuda.so.1 and libnvidia-ml.so.1 and fgpu-simd. One request has one reply,
  * and each is one SOCK_SEQPACKET message. A request of another size or with another magic ends the sender's
- * connection. Server and libraries are built and installed together: the version serves to refuse a mixture, and
- * there is no compatibility. */
+ * connection. Server and libraries are built and installed together. No version is compatible with another: the version
+ * in the magic number only serves to refuse a mixture. */
 #ifndef FGPU_SIM_WIRE_H
 #define FGPU_SIM_WIRE_H
 
@@ -11,8 +11,8 @@
 #define FGPU_SIM_DIR "/run/fgpu-sim"
 #endif
 #define SIM_SOCKET_NAME "driver"
-/* Every CUDA program also has this file open, as it has the real driver's device nodes. Tools on the host recognise by
- * the name that a process has descriptors of the driver. */
+/* Every CUDA program also has this file open, as it has the real driver's device nodes. By this name, tools on the host
+ * detect that a process has descriptors of the driver. */
 #define SIM_NODE_NAME "nvidiactl"
 
 #define SIM_MAGIC 0x66677332u /* "fgs2": the digit is the version */
@@ -44,7 +44,7 @@ enum sim_op {
     SIM_WORK,       /* bytes = microseconds that a kernel will run, requested = its earliest start; struct sim_time */
     SIM_SHARE,      /* gives a key to memory of the client; sends the file with its contents; struct sim_share */
     SIM_OPEN,       /* context, requested = a key; struct sim_share, and the file */
-    SIM_EXPORT,     /* context, requested = a key; returns a descriptor that stands for the memory */
+    SIM_EXPORT,     /* context, requested = a key; returns a descriptor of the memory */
     SIM_IMPORT,     /* sends such a descriptor, of memory of the kind; struct sim_share, and the file */
     SIM_DROP,       /* context, requested = a key; drops one reference of the client */
     SIM_FAULT,      /* kind = enum sim_fault, bytes = its number, device if it has one; only for root */
@@ -91,7 +91,7 @@ enum sim_fault {
     SIM_FAULT_NVML_NA,      /* NVML has no value for a process's memory */
     SIM_FAULT_ALLOC_FAIL,   /* every n-th allocation fails */
     SIM_FAULT_MIG,          /* devices that support it are in MIG mode, for NVML of processes that start from now on */
-    SIM_FAULT_SLOW_END,     /* memory outlives its process by this many milliseconds, as if many processes ended */
+    SIM_FAULT_SLOW_END,     /* memory outlives its process by this many more milliseconds, as if many ended at once */
     SIM_FAULT_DEVICE_RESET, /* processes lose the devices that they use; NVML finds them when initialised again */
     SIM_FAULT_DEVICE_LOST,  /* the same, and NVML finds no device until all faults end */
     SIM_FAULT_XID, /* one device reports this XID and continues to work; the end of all faults does not revoke it */

@@ -1,5 +1,5 @@
-/* Makes several hundred small calls to a CUDA driver and prints their results. No other process may use the device for
- * the second that this takes, because amounts of memory are differences of cuMemGetInfo. Sections are chosen by name on
+/* Makes thousands of small calls to a CUDA driver and prints their results. No other process may use the device in the
+ * meantime, because amounts of memory are differences of cuMemGetInfo. Sections are chosen by name on
  * the command line; without a name, all run. */
 #define _GNU_SOURCE
 #include "conformance.h"

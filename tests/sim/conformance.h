@@ -1,4 +1,4 @@
-/* How the conformance program makes calls: each function is looked up by name in the driver that the loader finds, and
+/* The calls of the conformance program: each function is looked up by name in the driver that the loader finds, and
  * each result is one line `name value`, so that two drivers are compared by diff. */
 #ifndef FGPU_CONFORMANCE_H
 #define FGPU_CONFORMANCE_H

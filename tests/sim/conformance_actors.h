@@ -1,5 +1,5 @@
 /* Actors: processes that hold memory of the device and execute orders. Each runs this program again and gets its orders
- * by a socket. A fork alone would not do, because this process has called the driver, and its forks cannot call it. */
+ * by a socket. A fork alone would not suffice: this process has called the driver, so its forks cannot call it. */
 #ifndef FGPU_CONFORMANCE_ACTORS_H
 #define FGPU_CONFORMANCE_ACTORS_H
 

@@ -1,4 +1,4 @@
-/* NVML's events: what can be asked of a device that has none. */
+/* NVML's events: all calls, for a device on which no event occurs. */
 #define _GNU_SOURCE
 #include "conformance.h"
 

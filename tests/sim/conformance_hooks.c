@@ -1,4 +1,4 @@
-/* Functions that the shim hooks because it requests memory of launches: limits of a context, unloads of code, kernels
+/* Functions that the shim hooks to request the memory that launches need: limits of a context, unloads of code, kernels
  * that become nodes. Each is called with valid, unknown and missing arguments. */
 #include "conformance.h"
 

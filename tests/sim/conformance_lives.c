@@ -27,7 +27,7 @@ static void check_export(void)
     roles_end("export");
 }
 
-/* Memory that was not created for descriptors has one nevertheless. */
+/* A descriptor of memory that was not created for descriptors. */
 static void check_dmabuf(void)
 {
     roles_begin();

@@ -75,7 +75,7 @@ void check_older(void)
     check_primary();
 }
 
-/* No section requests a description without parts: the real driver reads the first part nevertheless, and crashes. */
+/* No section requests a description of 0 parts: the real driver reads the first part nevertheless, and crashes. */
 void check_green(void)
 {
     section("green");

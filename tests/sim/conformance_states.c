@@ -1,5 +1,5 @@
-/* Calls every hooked function of the driver in states in which it must fail: before cuInit, in a forked child, without
- * a context, and in a destroyed context. In other states the arguments would be valid. */
+/* Calls the hooked functions of the driver in states in which most of them fail: before cuInit, in a forked child,
+ * without a context, and in a destroyed context. Except for handles, the arguments would be valid in other states. */
 #include "conformance.h"
 
 #include <stdio.h>
@@ -83,7 +83,7 @@ static void ask_launches(void)
     TRY("cuGraphLaunch_ptsz", cuGraphLaunch_ptsz, NULL, NULL);
 }
 
-/* Calls the functions that need no context. They run only if the driver itself is not ready. */
+/* Calls the functions that need no context. This is done only before cuInit and in a forked child. */
 static void ask_without_context(void)
 {
     CUmemAllocationProp prop;
@@ -205,7 +205,7 @@ void check_unready(void)
     ask_growth();
 }
 
-/* The four ways to record an event: without a context, and without an event. */
+/* The four ways to record an event: without a context, without an event, and with an event. */
 void check_records(void)
 {
     section("records.none");

@@ -139,9 +139,8 @@ static void check_parameters(CUgraph graph)
     CALL(cuGraphExecDestroy, exec);
 }
 
-/* Instantiates in every way a graph with a cycle, and a second time a graph with memory. Each way returns its own
- * error.
- */
+/* Instantiates a graph with a cycle, and a graph with memory a second time, by calls other than
+ * cuGraphInstantiateWithFlags. conformance_graph.c does the same by that call. */
 static void check_refusals(void)
 {
     CUgraph circle = NULL, memory = NULL;

@@ -118,7 +118,7 @@ class Machine:
     def together(self, *scripts: str, apart: float = 0.0) -> list[subprocess.Popen[str]]:
         """Start programs that print "ready" and wait, then let all begin.
 
-        `apart` is the seconds between two of them.
+        `apart` is the time between the starts of two programs, in seconds.
         """
         running = [self.spawn(script) for script in scripts]
         for one in running:
@@ -149,7 +149,7 @@ class Machine:
         return time.monotonic() - start
 
     def has_descriptors(self, n: int, within: float = 1.0) -> None:
-        """Wait until the server has n descriptors. The end of the last client may still be on its way to the server."""
+        """Wait until the server has n descriptors. It may not have processed the end of the last client yet."""
         start = time.monotonic()
         while self.descriptors() != n:
             assert time.monotonic() - start < within, self.descriptors()

@@ -107,7 +107,7 @@ for _ in range(2):
 
 
 def test_two_programs_without_gates_complete(pair: Machine) -> None:
-    """The devices switch between them, and a kernel that has started once counts as started: slow, but not for ever."""
+    """The devices alternate between the programs. Both complete: a kernel that started once counts as started."""
     script = """
 say("ready"); wait(); began = time.monotonic()
 for _ in range(50): meet(0); meet(1)

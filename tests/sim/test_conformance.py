@@ -1,4 +1,4 @@
-"""The simulated driver gives the answers that a real H200 (driver 580.159.04) gave earlier to the same calls.
+"""The simulated driver returns the results that a real H200 (driver 580.159.04) returned earlier to the same calls.
 
 Calls that have not been made on a card yet are in conformance_unrecorded.txt. Calls that need no card are in
 conformance_no_device.txt.
@@ -21,7 +21,7 @@ SOURCES = "".join(path.read_text() for path in sorted(HERE.glob("conformance*.c"
 
 
 def explained() -> dict[str, str]:
-    """Return the lines that may differ, by name, as the simulated driver gives them. The file has the reasons."""
+    """Return the lines that may differ, by name, as the simulated driver prints them. The file has the reasons."""
     lines = (HERE / "conformance_differences.txt").read_text().splitlines()
     return dict(line.split(" ", 1) for line in lines if line and not line.startswith("#"))
 

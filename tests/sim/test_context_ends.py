@@ -59,7 +59,7 @@ need("cuMemRelease", h); say("released"); ask()
 
 
 def test_pools_survive_the_context_that_used_them(machine: Machine) -> None:
-    """Their pointers can be freed by address in any other context."""
+    """Allocations from these pools can be freed by address in any other context."""
     script = """
 contexts = [C.c_void_p() for _ in range(2)]
 held = []

@@ -10,8 +10,8 @@ from .conftest import Machine
 
 pytestmark = pytest.mark.timed
 
-# 50 bytes a nanosecond between host and device: 500 MB take 10 ms. On the device 2000: 20 GB take as long. The
-# simulator stores no contents of that size, so no data is really moved.
+# A copy between host and device moves 50 bytes in a nanosecond: 500 MB take 10 ms. A copy on the device moves 2000
+# bytes: 20 GB take 10 ms. The simulator stores no contents of that size, so no data is really moved.
 COPY = """
 start(); s = stream(); n, much = 500_000_000, 20_000_000_000; host = C.create_string_buffer(8); at = alloc(much)
 def copies(count, to=s):
@@ -21,7 +21,7 @@ def zeroes(to=s):
     need("cuMemsetD8Async", at, 0, C.c_size_t(much), to)
 def recorded(to=s):
     event = C.c_void_p(); need("cuEventCreate", C.byref(event), 0); need("cuEventRecord", event, to); return event
-def led(to=s):  # what follows is queued in time: work starts when this kernel ends, and not when the program runs
+def led(to=s):  # work that is queued after this kernel starts when the kernel ends, not at the program's call
     launch(kernel("spin_100000us")[1], to); return recorded(to)
 def ms(first, last):
     need("cuEventSynchronize", last); found = C.c_float()
@@ -60,7 +60,7 @@ for other in (copies, lambda _, to: zeroes(to)):
 
 
 def test_copies_do_not_slow_kernels_of_other_contexts(make_machine: Callable[..., Machine]) -> None:
-    """Another context's kernels run at full speed during a copy of 0.3 s, although kernels wait for the copies."""
+    """Another context's kernels run at full speed during copies of 0.3 s, although kernels wait for the copies."""
     machine = make_machine()
     copier = """
 f = kernel("spin_1000us")[1]; say("ready"); wait(); began = time.monotonic()

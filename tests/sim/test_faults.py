@@ -71,7 +71,7 @@ def test_mig_mode_exists_only_on_boards_with_it(
 
 
 def test_the_end_of_a_process_can_be_delayed(machine: Machine) -> None:
-    """NVML shows the process until the driver has freed everything."""
+    """The memory stays in use 1 s longer than usual, even if the fault ends meanwhile."""
     order(machine, "slow-end:1s")
     with machine.spawn("start(); say('up'); wait()") as client:
         assert client.stdout is not None
@@ -87,7 +87,7 @@ def test_the_end_of_a_process_can_be_delayed(machine: Machine) -> None:
 
 @pytest.mark.timed
 def test_a_stalled_nvml_blocks_no_call_of_cuda(machine: Machine) -> None:
-    """A process that stops waiting for NVML leaves nothing behind."""
+    """A process that is killed while it waits for NVML leaves nothing in the server."""
     pytest.importorskip("pynvml")
     before = machine.descriptors()
     order(machine, "nvml-stall:500ms")
@@ -267,7 +267,7 @@ def test_an_xid_of_an_absent_device_is_refused(machine: Machine) -> None:
 
 
 def test_a_client_with_an_ecc_error_keeps_its_memory_and_gets_no_more(machine: Machine) -> None:
-    """Its next call returns CUDA_ERROR_ECC_UNCORRECTABLE (214). A later client gets memory."""
+    """Its next allocation returns CUDA_ERROR_ECC_UNCORRECTABLE (214). A later client gets memory."""
     ask = "L.cuMemAlloc_v2(C.byref(C.c_uint64()), C.c_size_t(5 << 20))"
     script = f"import sys; start(); alloc(5 << 20); say(); sys.stdin.readline(); say({ask}); wait()"
     with machine.spawn(script) as client:
@@ -284,7 +284,7 @@ def test_a_client_with_an_ecc_error_keeps_its_memory_and_gets_no_more(machine: M
 
 
 def test_a_missing_nvml_does_not_affect_cuda(machine: Machine) -> None:
-    """A client of NVML must initialize it again when it is back."""
+    """A client of NVML must initialize NVML again after the end of the fault."""
     pytest.importorskip("pynvml")
     script = (
         NVML

@@ -118,9 +118,9 @@ need("cuMemFree_v2", ballast); say(run(kernel), run(m), limit(STACK, 2048), load
 
 
 def test_a_context_allocates_heap_and_output_of_device_code_once(machine: Machine) -> None:
-    """The output is allocated at the first load.
+    """Code that calls malloc or printf takes memory at its first load.
 
-    The heap is allocated at the first launch, until which its limit can change.
+    The heap is allocated at the first launch. Its limit can change until then.
     """
     script = """
 say(limit(HEAP, 20 << 20), limit(FIFO, 1 << 30), taken()); wait()
@@ -144,7 +144,7 @@ need("cuModuleUnload", one); need("cuModuleUnload", two); say(taken()); wait()
 
 
 def test_data_of_modules_exists_from_the_load(machine: Machine) -> None:
-    """The data has its contents from the load on, in granules of the module. It cannot be freed as an allocation."""
+    """The data can be written and read from the load on, in separate granules. It cannot be freed as an allocation."""
     script = """
 _, module, f = load(data(5 << 20), "glob"); _, other, g = load(data(1), "glob"); say(taken()); wait()
 result, at, size = variable(module, "big"); say(result, size, variable(module, "bi")[0], variable(other, "big")[2])

@@ -1,4 +1,4 @@
-"""Memory lives as long as any process or socket queue has a descriptor of its client's connection."""
+"""Memory exists as long as any process or socket queue has a descriptor of its client's connection."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def kill(pid: int) -> None:
 
 @pytest.mark.parametrize("seed", range(12))
 def test_memory_stays_until_the_last_close(machine: Machine, seed: int) -> None:
-    """Up to four holders of the connection end, one of them by a kill, in each order."""
+    """The client is killed, and up to four other holders of its connection end, in a random order."""
     chance = random.Random(seed)
     with machine.spawn(HOLD) as client:
         assert hear(client) == "holding"

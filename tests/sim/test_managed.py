@@ -1,4 +1,4 @@
-"""Managed memory on a device exists from its first use there.
+"""Managed memory is on a device from its first use there.
 
 It is allocated in chunks for all processes, and is in no process's row.
 """
@@ -23,7 +23,7 @@ CONTEXT = 518
 CHUNK = 128
 OVERHEAD = 5832704  # bytes of a context, in no process's row
 
-# Runs lines that it reads, with sizes in MiB, and prints the value of each expression.
+# Functions for client scripts, with sizes in MiB. OBEY also evaluates each line of stdin, and prints the value.
 MANAGED = f"""
 {FILES}
 start(); first = info()[0]
@@ -44,7 +44,7 @@ def obey(client: Popen[str], line: str) -> str:
 
 
 def books(machine: Machine, device: int = 0) -> dict[str, Any]:
-    """Return a device's line, after checking its sums."""
+    """Return the dump's entry of a device. Fail if its sums are wrong."""
     dump = machine.dump()
     found, rows = dump["devices"][device], [row for row in dump["processes"] if row["device"] == device]
     assert found["managed_resident_bytes"] == sum(row["managed_resident_bytes"] for row in rows)
@@ -54,7 +54,7 @@ def books(machine: Machine, device: int = 0) -> dict[str, Any]:
 
 
 def test_managed_memory_is_on_a_device_from_its_first_use_there(machine: Machine) -> None:
-    """Granules are on the device once each. Granules that moved to the host stay, and only freed granules disappear."""
+    """Each granule counts once. A prefetch to the host leaves granules on the device, and only a free removes them."""
     script = """
 at = managed(300); say(taken()); wait()
 say(touch(at, 0, 2), touch(at, 1, 2), taken()); wait()
@@ -142,7 +142,7 @@ def test_managed_memory_stays_until_the_last_close(machine: Machine, way: str) -
 
 
 def test_managed_memory_without_room_stays_on_the_host(make_machine: Callable[..., Machine]) -> None:
-    """Using this memory is no error. The memory moves to the device once there is room."""
+    """The use of this memory is no error. Granules that are used once there is room move to the device."""
     machine = make_machine(FGPU_SIM_MEMORY="4GiB")
     script = """
 ballast = alloc((info()[0] - (64 << 20)) >> 21 << 21); at = managed(100); before = taken()

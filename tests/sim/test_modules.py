@@ -27,7 +27,7 @@ others = [kernel("two") for _ in range(40)]; say({launch(f) for _, f in others},
 
 
 def test_a_large_module_uses_memory_from_the_first_request_of_a_function(machine: Machine) -> None:
-    """NVML shows this memory, and no allocation has requested it."""
+    """The memory counts as memory of modules, not of allocations."""
     script = """
 start(); before = info()[0]; module, function = C.c_void_p(), C.c_void_p()
 need("cuModuleLoadData", C.byref(module), b"fgpu-module 301MiB\\nmore"); say(held())

@@ -218,7 +218,7 @@ def test_nvidia_smi_supports_further_query_fields(machine: Machine) -> None:
 
 
 def test_nvidia_smi_resolves_nvml_functions_by_dlsym(machine: Machine) -> None:
-    """A preloaded library that answers dlsym can therefore change every number that nvidia-smi prints."""
+    """A preloaded library that replaces dlsym can therefore change every number that nvidia-smi prints."""
     needed = subprocess.run(["readelf", "-d", machine.tools / "nvidia-smi"], check=True, capture_output=True, text=True)
     symbols = subprocess.run(["nm", "-D", machine.tools / "nvidia-smi"], check=True, capture_output=True, text=True)
     assert "nvidia-ml" not in needed.stdout

@@ -55,7 +55,7 @@ def server(tools: Path, tmp_path: Path) -> Iterator[Server]:
 
 
 def ask(sock: socket.socket, message: bytes) -> tuple[int, int]:
-    """Return status and count. An empty answer means that the server closed the connection."""
+    """Return status and count of the reply; (-1, 0): the server closed the connection."""
     sock.send(message)
     answer = sock.recv(1 << 18)
     if not answer:
@@ -189,7 +189,7 @@ SHARE_REPLY = struct.Struct("<QQQII")
 
 
 def share(sock: socket.socket, size: int, context: int = 1) -> tuple[int, tuple[int, ...]]:
-    """Return status and key."""
+    """Share memory of a context. Return the status, and the key or an empty tuple."""
     file = os.memfd_create("contents")
     socket.send_fds(sock, [request(SHARE, kind=BLOCK, context=context, size=size)], [file])
     os.close(file)

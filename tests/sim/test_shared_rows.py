@@ -177,7 +177,7 @@ def vmm_and_block(machine: Machine, client: Popen[str]) -> tuple[int, int, int]:
     ("make", "free", "rows"),
     [
         ("held.update(p=alloc(6 << 20))", "need('cuMemFree_v2', held['p'])", ((6, 0, 0), (0, 0, 6))),
-        # A small memory shares two MiB with others, which stay until all are freed.
+        # A small allocation shares a granule of 2 MiB, which stays until all allocations in it are freed.
         ("held.update(q=alloc(4096), p=alloc(8192))", "need('cuMemFree_v2', held['p'])", ((2, 0, 0), (2, 0, 0))),
         (
             "held.update(h=create(6 << 20, 0)), held.update(p=mapped(held['h'], 6 << 20))",
@@ -190,7 +190,7 @@ def vmm_and_block(machine: Machine, client: Popen[str]) -> tuple[int, int, int]:
 def test_a_descriptor_of_a_range_keeps_its_memory(
     machine: Machine, clients: list[Popen[str]], make: str, free: str, rows: tuple[tuple[int, int, int], ...]
 ) -> None:
-    """The driver does not import it, but its memory survives the free and the end of its process."""
+    """CUDA does not import the descriptor, but its memory survives the free and the end of its process."""
     client, other = clients[:2]
     ask(client, make)
     result, fd = map(int, ask(client, "range_descriptor(held['p'], 4096)").strip("()").split(", "))
@@ -228,7 +228,7 @@ say(ask(None, p, C.c_size_t(4096), 1, C.c_uint64(0)), ask(C.byref(fd), p, C.c_si
 def test_two_processes_share_the_memory_of_a_pool(machine: Machine, clients: list[Popen[str]]) -> None:
     """Both read the same contents.
 
-    Freed memory stays while the other process has the pool, in no row, and is reused.
+    While the other process has the pool, freed memory stays allocated, in no row, and is reused.
     """
     one, two = clients[:2]
     ask(one, "held.update(pool=pool()), held.update(p=pooled(held['pool'], 40 << 20)), put(held['p'], b'first')")

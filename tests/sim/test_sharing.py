@@ -1,4 +1,4 @@
-"""Memory in several processes: which row shows it, how long it lives, and that its contents are the same."""
+"""Memory in several processes: which row shows it, how long it exists, and that its contents are the same."""
 
 from __future__ import annotations
 

@@ -44,7 +44,7 @@ def greeting(*command: str, agent: str = "") -> str:
 def test_only_an_interactive_shell_in_the_simulator_prints_a_greeting() -> None:
     said = greeting("/usr/bin/bash")
     assert "simulated GPU" in said
-    assert "An agent that ran before answers" in said
+    assert "an agent that ran before" in said
     assert "its log is /logs/fgpu-agent" in greeting("bash", agent="4711")
     assert "fgpu run --memory 2GiB --name alice -- nvidia-smi" in said
     assert "/b/examples/fill --hold 60" in said

@@ -1,2 +1,2 @@
-/* builtin_types.h: replaces the header of this name of the CUDA runtime, which CUPTI's headers include without a need
- * for its types. The original needs headers of the CUDA compiler (crt/), which torch does not install. */
+/* builtin_types.h: replaces the CUDA runtime's header of the same name. CUPTI's headers include that header and use
+ * none of its types. The original needs headers of the CUDA compiler (crt/), which torch does not install. */

@@ -6,9 +6,9 @@
  *
  * The file has 64-bit numbers: the kernels that were recorded, the kernels that are missing, 1 if the process has ended
  * by exit() or by a return from main(), and 0; then the union of the intervals in which kernels ran, as pairs of begin
- * and end in nanoseconds of CUPTI's clock, in order. It is written when the process ends, because CUPTI may deliver
- * records long after later ones. KERNEL is the newest structure of a kernel's record in the header; the compiler's
- * command line defines it. */
+ * and end in nanoseconds of CUPTI's clock, in order. The file is written when the process ends, because CUPTI may
+ * deliver records long after later ones. KERNEL is the newest structure of a kernel's record in the header; the
+ * compiler's command line defines it. */
 #define _GNU_SOURCE
 #include <cupti_activity.h>
 #include <dlfcn.h>
@@ -46,7 +46,7 @@ struct interval {
 static struct {
     uint64_t kernels, missing, has_ended, unused;
 } header;
-static struct interval *pending; /* those of earlier buffers are disjoint and in order */
+static struct interval *pending; /* the intervals of earlier buffers are disjoint and in order */
 static size_t count, room;
 static int out = -1;
 static pid_t owner; /* a forked child has a copy of this library's state, and must not write */
@@ -143,7 +143,7 @@ static void finish(void)
     pthread_mutex_unlock(&lock);
 }
 
-/* A process must have one CUPTI only: the one that it has loaded, such as that of torch, comes first. */
+/* A process must load only one CUPTI. A copy that is loaded already, for example by torch, is used first. */
 static bool load(void)
 {
     const char *names[] = {"libcupti.so.13", "libcupti.so.12", getenv("CUPTI"), "libcupti.so.13", "libcupti.so.12"};

@@ -9,7 +9,7 @@ static struct stream *find_anywhere(CUstream handle)
     return NULL;
 }
 
-/* Each kernel has a device and a stream of its own, and all have one shape. */
+/* Checks that each kernel can be launched, on its own device. CUDA also requires equal shapes, which is not checked. */
 static CUresult check(const CUDA_LAUNCH_PARAMS *list, unsigned n, struct stream **streams, struct kernel_run *runs)
 {
     for (unsigned i = 0; i < n; i++) {

@@ -1,4 +1,4 @@
-/* Calls that the real library still exports. Those from before CUDA 3.2 have device pointers of 32 bits, and need a
+/* Old calls that the real library still exports. Calls from before CUDA 3.2 have device pointers of 32 bits, and need a
  * context of a kind that cannot be created any more. Launches from before CUDA 4.0 still work. */
 #include "cuda/async/async.h"
 

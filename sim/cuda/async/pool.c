@@ -108,8 +108,8 @@ CUresult pool_free(struct range *range)
     return CUDA_SUCCESS;
 }
 
-/* Sends a request to the server only when the pool must grow. Otherwise the call takes half a microsecond on a real
- * machine, and has no probe. */
+/* Sends a request to the server only when the pool must grow. Otherwise the real driver's call takes half a
+ * microsecond, and fgpu has no probe on it. */
 static CUresult allocate(struct context *context, struct pool *pool, size_t size, CUdeviceptr *out)
 {
     if (size > 1ull << 46) return CUDA_ERROR_OUT_OF_MEMORY;

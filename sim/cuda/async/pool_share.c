@@ -1,4 +1,4 @@
-/* Pools in several processes. A descriptor stands for a pool, a handle of 64 bytes for an allocation in it. */
+/* Pools in several processes. A descriptor refers to a pool, and a handle of 64 bytes to an allocation in the pool. */
 #include "cuda/async/pool.h"
 
 #include <string.h>

@@ -1,8 +1,9 @@
 /* Code: images, modules, libraries, and the kernels in them.
  *
- * A module is code in a context. Its data is on the device from loading on. Its code is there from the first request
- * for a function on. A library's data and code are there from the first use of one of its kernels in a context on.
- * With eager loading, code is loaded with the data. */
+ * A module is code in a context. Its load puts its data on the device, and the first request for a function puts its
+ * code there. For a library, the first request in a context for its module, a global or a kernel's function puts the
+ * data there, and the code follows when a kernel is loaded or launched. With eager loading, the code is loaded with the
+ * data. */
 #ifndef FGPU_SIM_CUDA_CODE_CODE_H
 #define FGPU_SIM_CUDA_CODE_CODE_H
 
@@ -89,7 +90,7 @@ CUresult ptx_read(const char *text, struct image *image);
 /* Creates an image with one user. */
 CUresult image_new(const void *data, struct image **out);
 struct image *image_use(struct image *image);
-/* Removes a user. Frees the image with the last of them. */
+/* Removes a user. Frees the image if it was the last user. */
 void image_drop(struct image *image);
 bool image_has(const struct image *image, const char *name);
 /* Returns the bytes of local memory per thread of a kernel. */
@@ -107,7 +108,7 @@ void module_drop(struct module *module);
 CUresult module_load(struct module *module);
 struct module *module_find(const struct context *context, CUmodule handle);
 CUresult module_global(const struct module *module, const char *name, CUdeviceptr *at, size_t *bytes);
-/* Returns the function of this name, which it makes on the first request; NULL: there is no memory. */
+/* Returns the function of this name, and makes it at the first request; NULL: no memory, or the name is too long. */
 struct function *module_function(struct module *module, const char *name);
 struct function *function_find(const struct context *context, CUfunction handle);
 void modules_end(struct context *context);
@@ -118,7 +119,7 @@ struct library *library_new(struct image *image);
 void library_free(struct library *library);
 struct library *library_find(CUlibrary handle);
 struct kernel_entry *library_kernel(CUkernel handle);
-/* Returns the library's module in a context, which it makes on the first request. */
+/* Returns the library's module in a context, and makes it at the first request. */
 CUresult library_place(struct library *library, struct context *context, struct module **out);
 CUresult library_function(struct context *context, CUkernel handle, struct function **out);
 /* Removes the modules of a context from all libraries, before modules_end frees them. */

@@ -10,7 +10,7 @@ static CUresult enter_function(CUfunction handle, struct function **function)
     return result ? sim_leave(result) : CUDA_SUCCESS;
 }
 
-/* The kernel of a library is no function here: cuKernelGetAttribute is for it. */
+/* Accepts no kernel of a library, unlike other calls for functions: cuKernelGetAttribute is for such kernels. */
 API cuFuncGetAttribute(int *pi, CUfunction_attribute attrib, CUfunction hfunc)
 {
     struct context *context;

@@ -40,7 +40,7 @@ bool block_is_possible(int device, const unsigned *block)
            (uint64_t)block[0] * block[1] * block[2] <= (unsigned)limits[CU_DEVICE_ATTRIBUTE_MAX_THREADS_PER_BLOCK];
 }
 
-/* All blocks of a cooperative kernel are on the device at once. With too much shared memory no block can be. */
+/* All blocks of a cooperative kernel are on the device at once. A block with too much shared memory never fits. */
 CUresult kernel_check(struct context *context, CUfunction handle, const struct shape *shape, bool cooperates,
                       struct kernel_run *run)
 {

@@ -1,4 +1,4 @@
-/* Libraries: code and data that belong to no context until one of the library's kernels is used there. */
+/* Libraries: code and data that are in no context until a program uses the library in the context. */
 #include "cuda/code/code.h"
 
 #include <stdlib.h>

@@ -1,5 +1,6 @@
-/* The linker: takes images and returns an image, for programs that link before they load. The result is the first
- * image that was added, so that its size is kept. */
+/* The linker: takes images and returns an image, for programs that link before they load. If the first image that was
+ * added is an `fgpu-module`, the result is that image, so that its size is kept. Else the result has unknown contents.
+ */
 #include "cuda/core/driver.h"
 
 #include <stdio.h>
@@ -59,7 +60,7 @@ static CUresult add(CUlinkState handle, CUjitInputType type, const void *data, s
         linker->length = size < HEAD - 1 ? size : HEAD - 1;
         memcpy(linker->image, data, linker->length);
         linker->image[linker->length] = 0;
-        /* Linked code is no assembly any more, and its contents cannot be read. */
+        /* Linked code is not assembly, so its contents cannot be read. */
         if (strncmp(linker->image, "fgpu-", 5)) linker->length = (size_t)sprintf(linker->image, "linked");
     }
     return sim_leave(CUDA_SUCCESS);
@@ -103,7 +104,7 @@ API cuLinkAddFile_v2(CUlinkState state, CUjitInputType type, const char *path, u
     return add_file(state, type, path);
 }
 
-/* The linker keeps the image, and frees it when it is destroyed. */
+/* The linker owns the image. cuLinkDestroy frees both. */
 API cuLinkComplete(CUlinkState state, void **cubinOut, size_t *sizeOut)
 {
     struct context *context;

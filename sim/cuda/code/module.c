@@ -1,11 +1,11 @@
-/* Modules, as programs load them. `spin_<N>us` keeps its stream busy for N microseconds. All other kernels are done
- * at once. */
+/* Modules, as programs load them. Kernels whose names begin with `spin_` or `meet_` keep their streams busy
+ * (module_table.c). All other kernels are done at once. */
 #include "cuda/code/code.h"
 #include "cuda/core/capture_state.h"
 
 #include <stdlib.h>
 
-/* The rest of the image is not read, because real device code cannot run here. */
+/* The image is read only for its kernels and its memory (image.c), because real device code cannot run here. */
 static CUresult load(CUmodule *out, const void *data)
 {
     struct context *context;

@@ -43,7 +43,7 @@ static void module_free(struct module *module)
     free(module);
 }
 
-/* Takes granules for the data, which it shares with nothing else. */
+/* Takes whole granules for the data. Nothing else shares them. */
 static CUresult place_data(struct module *module)
 {
     struct context *context = module->context;
@@ -135,7 +135,7 @@ struct function *function_find(const struct context *context, CUfunction handle)
 
 /* A kernel spin_<N>us runs for N microseconds. A kernel meet_<KEY>_<PARTIES>_<N>us spins until PARTIES kernels with
  * this key, in any processes, have started, each on its own device, and then runs for N microseconds. Any other kernel
- * takes no time, and neither does one of more than an hour. */
+ * takes no time, nor does a kernel of more than an hour. */
 static void parse_name(struct function *function)
 {
     const char *name = function->name;

@@ -133,7 +133,8 @@ static struct element read_element(struct reader *r)
     return element;
 }
 
-/* Reads `[4][8]`. Nothing counts as 1. A dimension without a number counts as 0: the variable is defined elsewhere. */
+/* Reads dimensions such as `[4][8]`. No dimension counts as 1, and a dimension without a number as 0: the variable is
+ * defined elsewhere. */
 static uint64_t read_count(struct reader *r)
 {
     uint64_t count = 1;
@@ -183,7 +184,7 @@ static CUresult read_variables(struct reader *r, uint64_t *bytes, uint64_t *alig
     return CUDA_SUCCESS;
 }
 
-/* Local memory comes in steps of its largest alignment. */
+/* The size of local memory is rounded up to its largest alignment. */
 static CUresult read_body(struct reader *r, uint64_t *local)
 {
     uint64_t alignment = 1;
@@ -212,7 +213,7 @@ static CUresult read_entry(struct reader *r, struct image *image)
     return result;
 }
 
-/* `.func (.param .b64 r) malloc (.param .b64 s);` stands for the device's own function if it is declared .extern. */
+/* After .extern, `.func (.param .b64 r) malloc (.param .b64 s);` declares the device's own function. */
 static void read_function(struct reader *r, bool is_extern, struct image *image)
 {
     next(r);

@@ -41,7 +41,7 @@ static CUresult enter_create(const CUcontext *pctx, unsigned flags, CUdevice dev
     return sim_is_device(dev) ? CUDA_SUCCESS : sim_leave(CUDA_ERROR_INVALID_DEVICE);
 }
 
-/* Makes the new context current, as cuCtxCreate always has. */
+/* Makes the new context current, as cuCtxCreate always does. */
 static CUresult create(CUcontext *pctx, unsigned flags, CUdevice dev)
 {
     CUresult result = enter_create(pctx, flags, dev);
@@ -61,7 +61,7 @@ static CUresult create(CUcontext *pctx, unsigned flags, CUdevice dev)
     return sim_leave(CUDA_SUCCESS);
 }
 
-/* The first version creates a context for device pointers of 32 bits. All addresses are longer, so that it finds no
+/* The first version creates a context for device pointers of 32 bits. All addresses are longer, so the call finds no
  * room. */
 API cuCtxCreate(CUcontext *pctx, unsigned int flags, CUdevice dev)
 {

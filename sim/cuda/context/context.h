@@ -11,7 +11,7 @@ CUresult context_begin(struct context *context, int device, unsigned flags);
 
 /* primary.c. The caller has the lock. */
 
-/* Adds a reference to the primary context, which begins with the first. A green context has one too. */
+/* Adds a reference to the primary context. The first reference begins the context. A green context has a reference. */
 CUresult primary_retain(int device);
 /* Removes a reference. The primary context ends with the last. */
 void primary_leave(int device);

@@ -1,5 +1,5 @@
-/* Several devices: which of them can access each other's memory, and which contexts have enabled it. All boards of a
- * simulated machine can. */
+/* Access between devices: which devices can access each other's memory, and which contexts have enabled this access.
+ * All boards of a simulated machine can access each other's memory. */
 #include "cuda/context/context.h"
 
 #include <stdlib.h>

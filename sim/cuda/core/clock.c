@@ -5,7 +5,7 @@
 
 #include <time.h>
 
-#define SHARED_NS 5000000u  /* the longest sleep while other contexts have work, which may end early */
+#define SHARED_NS 5000000u  /* the longest sleep while other contexts have work: the work may be killed */
 #define PATIENCE_NS 200000u /* how long an expected time may be used without another request */
 
 static uint64_t later(uint64_t a, uint64_t b) { return a > b ? a : b; }
@@ -44,7 +44,7 @@ uint64_t context_start(const struct context *context, uint64_t from)
     return later(from, context->work_ns > context->reached_ns ? context->reached_ns : context_now(context));
 }
 
-/* Sends only work that takes time to the server. */
+/* Sends only work of a microsecond or more to the server. */
 uint64_t context_work(struct context *context, uint64_t ns, uint64_t from)
 {
     struct sim_time answer;

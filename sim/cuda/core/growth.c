@@ -13,7 +13,7 @@
 #define STREAM_BYTES 573440u
 #define NODE_BYTES 2396u
 #define FREE_NODES 175u  /* there is room for this many without another granule */
-#define PAGED_BYTES 512u /* of host memory need one byte of page tables */
+#define PAGED_BYTES 512u /* so many bytes of host memory need one byte of page tables */
 
 void growth_begins(struct context *context) { context->growth = (struct growth){.local = LOCAL_FIRST}; }
 

@@ -1,7 +1,7 @@
 /* cuInit, the connection, and the checks with which every other function begins. One lock guards all state of the
- * process: on a real machine a call takes tens of microseconds too, and most of that is the round trip. Without a
- * server, calls that need it return CUDA_ERROR_UNKNOWN or CUDA_ERROR_OUT_OF_MEMORY. They never wait for a new
- * server. */
+ * process. It costs little: a call takes tens of microseconds, as a call of the real driver does, and most of this time
+ * is the round trip to the server. Without a server, calls that need it return CUDA_ERROR_UNKNOWN or
+ * CUDA_ERROR_OUT_OF_MEMORY. They never wait for a new server. */
 #include "cuda/core/driver.h"
 #include "wire/link.h"
 
@@ -33,7 +33,7 @@ CUresult sim_enter_init(void)
     return CUDA_SUCCESS;
 }
 
-/* A destroyed context can still be current in a thread. It is refused with another error than a missing context. */
+/* A destroyed context can still be current in a thread. The error then differs from that of a thread without one. */
 CUresult sim_enter(struct context **current)
 {
     CUresult result = sim_enter_init();

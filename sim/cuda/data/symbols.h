@@ -1,7 +1,8 @@
-/* Which export a function name means, from which CUDA version on. BOTH: for either kind of default stream. EACH: an
+/* The export that a function name means from a CUDA version on. BOTH: for either kind of default stream. EACH: an
  * export for the legacy default stream and another for the per-thread default stream. LEGACY: an export for the
- * legacy default stream, at a version without per-thread default streams. Sorted by name, then by version. These are
- * the answers of a real driver (580.159.04) for what is exported here. A test compares them with cudaTypedefs.h. */
+ * legacy default stream, at a version without per-thread default streams. Sorted by name, then by version. The rows are
+ * the results of a real driver (580.159.04), for the functions that the simulated driver exports. A test compares them
+ * with cudaTypedefs.h. */
 BOTH(cuArray3DCreate, 2000, cuArray3DCreate)
 BOTH(cuArray3DCreate, 3020, cuArray3DCreate_v2)
 BOTH(cuArray3DGetDescriptor, 3020, cuArray3DGetDescriptor_v2)

@@ -242,8 +242,8 @@ API cuGraphDestroy(CUgraph hGraph)
     return sim_leave(CUDA_SUCCESS);
 }
 
-/* A running graph keeps the memory with which it was launched. If it is destroyed while it runs, its end frees that
- * memory. */
+/* With the real driver, a graph that runs keeps its memory until it ends, even if it is destroyed before. Here the
+ * memory does not count as in use any more after the call. */
 API cuGraphExecDestroy(CUgraphExec hGraphExec)
 {
     CUresult result = sim_enter_init();

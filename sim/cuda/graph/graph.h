@@ -15,8 +15,8 @@ struct kernel {
     struct kernel_run run;
 };
 
-/* Memory of an allocation node. Its address is fixed when the node is made. range->is_live says whether there is memory
- * behind it. It exists while a graph, an executable graph or the program holds it. */
+/* Memory of an allocation node. Its address is fixed when the node is made. range->is_live: there is memory at the
+ * address. The structure exists while a graph, an executable graph or the program holds it. */
 struct graph_memory {
     struct range *range;
     size_t size; /* physical */
@@ -44,7 +44,7 @@ struct node {
     struct node *next;                /* the node made before this one */
 };
 
-/* When kernels run, counted from the launch. Between them, during copies, other contexts have the device. */
+/* The times of kernels, counted from the launch. Between them, during copies, other contexts have the device. */
 struct plan {
     uint64_t ns; /* from the start of the first node to the end of the last */
     struct span {

@@ -1,4 +1,4 @@
-/* How long the nodes of an executable graph take, and when its kernels have the device during a launch. */
+/* The duration of a graph's nodes, and the times in which its kernels have the device during a launch. */
 #include "cuda/graph/graph.h"
 #include "cuda/stream/stream.h"
 

@@ -16,7 +16,7 @@ static CUresult key_of(struct range *range, uint64_t *key)
                                          : CUDA_ERROR_INVALID_VALUE;
 }
 
-/* Several mappings in a row would have to be one buffer. Here each has its own. */
+/* Refuses a range of several mappings: it would have to be one buffer, and here each mapping has its own. */
 API cuMemGetHandleForAddressRange(void *handle, CUdeviceptr dptr, size_t size, CUmemRangeHandleType handleType,
                                   unsigned long long flags)
 {

@@ -1,5 +1,5 @@
-/* Memory of one process in another, by a handle of 64 bytes. It belongs to the exporting process for as long as this
- * process has it. */
+/* Opening memory of another process by a handle of 64 bytes. The memory is counted for the exporting process until that
+ * process frees it or ends. */
 #include "cuda/core/capture_state.h"
 #include "cuda/memory/memory.h"
 

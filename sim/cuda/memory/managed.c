@@ -1,5 +1,5 @@
-/* Managed memory: its preferred place, and its place. A granule that was used or prefetched on a device stays there
- * until the memory is freed, even if it moves back to the host. */
+/* Managed memory: prefetches, advice (which has no effect), and the devices that have its granules. A granule that was
+ * used on a device, or prefetched to it, takes memory there until it is freed, also after a prefetch to the host. */
 #include "cuda/memory/memory.h"
 #include "cuda/stream/stream.h"
 

@@ -1,4 +1,4 @@
-/* cuMemAlloc and its relatives. Each makes one round trip to the server, as on a real machine each makes one call
+/* cuMemAlloc and its relatives. Each makes one round trip to the server, as each call of the real driver makes one call
  * into the kernel. */
 #include "cuda/memory/memory.h"
 #include "cuda/core/capture_state.h"
@@ -83,8 +83,8 @@ static CUresult free_managed(struct range *range)
     return CUDA_SUCCESS;
 }
 
-/* To the real driver, pointers inside an allocation, freed pointers and other kinds of memory are all the same
- * error. */
+/* The real driver returns the same error for a pointer inside an allocation, a freed pointer and other kinds of
+ * memory. */
 CUresult memory_free(uintptr_t at)
 {
     struct range *range = range_find(at);
@@ -199,7 +199,7 @@ API cuMemGetAddressRange_v2(CUdeviceptr *pbase, size_t *psize, CUdeviceptr dptr)
 
 /* Pinned host memory. It takes no device memory, but later calls must find its pointers. */
 
-/* Unlike device memory, zero bytes are granted, as NULL. */
+/* Unlike a request for device memory, a request for zero bytes succeeds. It returns NULL. */
 static CUresult host_alloc(void **pp, size_t size, unsigned flags)
 {
     struct context *context;

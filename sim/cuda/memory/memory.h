@@ -88,7 +88,7 @@ uint8_t *range_touch(struct range *range, uintptr_t at, size_t length);
 /* Takes room for a small allocation out of a granule of the context. Returns 0 if there is no memory. */
 uintptr_t block_carve(struct context *context, size_t size, struct block **block);
 bool block_has_room(struct context *context, size_t size);
-/* Returns whether the allocation was the last of its granule, which is then gone. */
+/* Frees an allocation in a granule. Returns whether it was the last one there; the granule is then freed too. */
 bool block_return(struct context *context, struct block *block, uintptr_t start, size_t size);
 
 /* memory.c */
@@ -106,9 +106,9 @@ static inline bool has_key(const uint64_t *key) { return key[0] || key[1]; }
 CUresult share_memory(struct sim_request request, void *start, size_t size, size_t filled, uint64_t *key);
 /* Shares the granules of an allocation of cuMemAlloc, unless they are shared already. */
 CUresult share_range(struct range *range, uint64_t *key);
-/* Creates a descriptor that stands for the shared memory. */
+/* Creates a descriptor of the shared memory. */
 CUresult share_export(const uint64_t *key, uint32_t flags, int *descriptor);
-/* Opens the memory of this kind for which a descriptor stands. */
+/* Opens the memory of this kind to which a descriptor refers. */
 CUresult share_import(int descriptor, enum sim_kind kind, struct sim_share *share, int *file);
 CUresult share_open(const uint64_t *key, struct sim_share *share, int *file);
 /* Sends the server the number of bytes that a shared pool has reserved now. */

@@ -120,7 +120,7 @@ API cuMemRelease(CUmemGenericAllocationHandle id)
     return sim_leave(CUDA_SUCCESS);
 }
 
-/* As the real driver, returns the same handle, not a new one, and makes it valid again if it was released. */
+/* Like the real driver, returns the same handle, not a new one, and makes it valid again if it was released. */
 API cuMemRetainAllocationHandle(CUmemGenericAllocationHandle *out, void *addr)
 {
     CUresult result = sim_enter_init();

@@ -1,5 +1,5 @@
-/* Streams. Work is a time of the context's clock at which it will be done. Nothing runs, but waiting takes as long
- * as it should. */
+/* Streams. For each work, a stream has only the time of the context's clock at which the work will be done. Nothing
+ * runs, but waiting takes as long as it should. */
 #include "cuda/stream/stream.h"
 
 #include <stdlib.h>
