@@ -1,7 +1,7 @@
 """Find what a change since main can break: `python -m tests.changed` prints files and suites for `./dev test changed`.
 
-A changed Python module selects the tests that import it, directly or by way of others. The suites that test whole
-processes import nothing of the product: OF_PART names them by the part of the tree.
+A changed Python module selects the tests that import it, directly or through other modules. The suites that test whole
+processes import nothing of the product. Therefore OF_PART names the suites for each part of the tree.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ OF_PART = {  # suites by the beginning of a path; the first match counts
 
 
 def changed() -> list[str]:
-    """Return the paths of all new files, and of those that differ from the commit at which this branch left main."""
+    """Return the paths of new files, and of files that differ from the commit at which this branch left main."""
     base = _git("merge-base", "HEAD", "main")[0]
     return sorted({*_git("diff", "--name-only", base), *_git("ls-files", "--others", "--exclude-standard")})
 
@@ -68,7 +68,7 @@ def broken_by(paths: list[str]) -> list[str]:
             suites = next(suites for part, suites in OF_PART.items() if path.startswith(part))
             found |= {f"tests/{suite}" for suite in suites}
         elif (len(parts) > 2 and module not in graph.modules) or path.endswith(("conftest.py", "_kit.py")):
-            found.add("/".join(parts[:2]))  # the suite: a file that its tests read
+            found.add("/".join(parts[:2]))  # the suite's tests read or import this file
     return sorted(name for name in found if _is_there(name) and not _is_inside(name, found))
 
 

@@ -38,7 +38,8 @@ WORLDS = "FGPU_TEST_WORLDS"  # in the environment: each process that runs tests 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Add options.
 
-    `--again` finds state that a failed trial leaves, which never shows on a machine where all trials pass.
+    `--again` finds tests that fail in the state that their first trial has left. A run in which all trials pass does
+    not find them.
     """
     parser.addoption("--again", action="store_true", help="let each test that may be repeated fail once, at its end")
     parser.addoption("--renew-durations", action="store_true", help="write the seconds of each file that is run")
@@ -154,7 +155,7 @@ def pytest_runtest_call(item: pytest.Item) -> Generator[None]:
 def pytest_runtest_makereport(
     item: pytest.Item, call: pytest.CallInfo[None]
 ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
-    """Add to a failed trial how much processor time it lost, and what its processes do if one has not ended in time."""
+    """Add the lost processor time to the report of a failed trial. After a timeout, add the stacks of processes."""
     report = yield
     trials = item.stash.get(TRIALS, None)
     if report.failed and trials and hasattr(report.longrepr, "addsection"):
@@ -177,7 +178,7 @@ class AtOnce:
             return
         last = [line for line in report.longreprtext.splitlines() if line.startswith("E ")][:6]
         head = f"{time.strftime('%H:%M:%S')} {report.outcome.upper()} {report.when} {report.nodeid}"
-        terminal = self._plugins.getplugin("terminalreporter")  # this plugin was created after this one
+        terminal = self._plugins.getplugin("terminalreporter")  # created after AtOnce
         terminal.write_line("\n".join(["", head, *(line[:200] for line in last)]))
 
 

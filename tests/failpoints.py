@@ -8,8 +8,8 @@ usage: python tests/failpoints.py
 
 This process is a nursery: it has imported the code of agent and gatekeeper, and forks them, which saves each start most
 of its time. It reads and answers one line of JSON at a time. ["POINT", "agent"|"gatekeeper", ARGUMENT…], with "" for no
-point, is answered by the pid. A pid is answered by null, or by the exit status. When the nursery exits, its children
-are killed.
+point, is answered by the pid. A pid is answered by null while the process runs, or by the exit status. When the nursery
+exits, its children are killed.
 """
 
 from __future__ import annotations

@@ -39,7 +39,7 @@ def _end() -> None:
 
 
 def pids() -> Iterator[int]:
-    """Yield this process, and those of all worlds."""
+    """Yield the pid of this process, and the pids of all processes in worlds."""
     yield os.getpid()
     for folder, _, _ in os.walk(world.cgroup2() / world.FOLDER):
         yield from map(int, Path(folder, "cgroup.procs").read_text().split())

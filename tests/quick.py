@@ -1,6 +1,7 @@
-"""The files of `./dev test quick`: `python -m tests.quick` prints them, and on stderr those that it leaves out.
+"""The files of `./dev test quick`: `python -m tests.quick` prints them, and on stderr a text about the other tests.
 
-They are the unit tests except the slow ones, and one file for each step from a policy to the kernel.
+They are the files of unit tests that take less than MOST_SECONDS, and one file for each step from a policy to the
+kernel.
 """
 
 from __future__ import annotations

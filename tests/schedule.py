@@ -1,10 +1,10 @@
-"""The distribution of test files to the workers of pytest-xdist, each of which has its own world.
+"""Distribute test files to the workers of pytest-xdist. Each worker has its own world.
 
-Files of the suite that a worker runs come first, so that the suite's agent stays. Otherwise the worker takes the suite
-with the most work for each worker that is in it. Within a suite the longest file comes first. Some files that measure
-time run at the beginning, in the first worker, while nothing else runs: early enough for another trial if processors
-are taken from the machine (`trials`). For the other files that measure time it suffices that their worker gets the
-processors first (`conftest`).
+A worker first takes the remaining files of its current suite, so that the suite's agent keeps running. Then it takes
+the suite with the most remaining seconds per worker. Within a suite the longest file comes first. Some files that
+measure time run at the beginning, in the first worker, while nothing else runs: early enough for another trial if
+processors are taken from the machine (`trials`). For the other files that measure time it suffices that their worker
+gets the processors first (`conftest`).
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ class Schedule(LoadScopeScheduling):
         return max((scope for scope in self.workqueue if suite_of(scope) == suite), key=self._seconds)
 
     def _waits(self, node: WorkerController) -> bool:
-        """Return whether a worker gets no work yet, because files of QUIET run in the first one."""
+        """Return whether a worker gets no work yet, because files of QUIET run in the first worker."""
         if self._is_quiet:
             left = [
                 scope

@@ -2,8 +2,8 @@
 
 A world has its own /run (with an empty /run/fgpu), /etc (if a preload list is removed there, the kernel also unmounts
 what `fgpu run` has mounted over it, in all mount namespaces), /var/lib/fgpu and /sys/fs/bpf, its own copies of the
-simulated driver and the shim (uprobes belong to a file, and the probes of two agents must not meet in one), and a
-cgroup namespace with its own root cgroup. Agents in two worlds do not affect each other.
+simulated driver and the shim (uprobes belong to a file, and two agents must not probe the same file), and a cgroup
+namespace with its own root cgroup. Agents in two worlds do not affect each other.
 
 `python -m tests.world COMMAND...` runs a command in a new world, and removes the world when the command has exited. If
 the command runs in a world, the new world's cgroups are beside those of the first world and not inside them. Otherwise
@@ -62,7 +62,7 @@ def enter(name: str) -> None:
 
 
 def _leave() -> None:
-    """Give the calling process the cgroups of the host. It stays in its own cgroup."""
+    """Move the calling process to the cgroup namespace of the host. It stays in its own cgroup."""
     if HOST in os.environ:
         with open(os.environ[HOST], "rb") as host:
             _call("setns", host.fileno(), CLONE_NEWCGROUP)
@@ -146,7 +146,10 @@ def _own_copy(folder: Path) -> None:
 
 
 def clear(name: str = "") -> None:
-    """Kill all processes of a world, and remove its cgroups. Without a name, do this for all worlds."""
+    """Kill all processes of a world, and remove its cgroups.
+
+    Without a name, do this for all worlds, and remove an empty /var/lib/fgpu from the host.
+    """
     top = cgroup2() / FOLDER / name
     deadline = time.monotonic() + GONE_SECONDS
     while top.exists():

@@ -262,7 +262,7 @@ def assert_left(level: Level, bytes_: int) -> None:
 
 
 def assert_corrected(kernel: Kernel, client: Client, overhead: int) -> None:
-    """Let NVML show these bytes of a quiet process beyond the witnessed ones. Check that the ledger has them."""
+    """Set the overhead of a quiet process to these bytes, as after a reading of NVML. The kernel must accept it."""
     process = client.entry(kernel)
     assert kernel.ledger.overhead(client.pid, process.generation, 0, overhead, process.changes)
 
@@ -299,7 +299,10 @@ def attacker(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def attack(kernel: Kernel, attacker: Path) -> Iterator[Callable[..., int]]:
-    """Yield a function that runs an attacker in a level until the test ends, and returns its findings."""
+    """Yield a function that starts an attacker in a level, and returns the number that the attacker prints.
+
+    The attacker exits at the end of the test.
+    """
     started = []
 
     def run(level: Level, way: str, times: int, seed: int = 1) -> int:

@@ -2,8 +2,8 @@
  * liar DRIVER PAGE TIMES SEED: a tenant whose second thread overwrites the pointer or handle that a call of the
  * driver returned, before the return probe reads it. PAGE is a descriptor of the level's usage page.
  *
- * Prints after how many calls fewer bytes were charged than the driver library had allocated and not freed, and this
- * number of bytes after the last call.
+ * Prints after how many calls fewer bytes were charged than the driver library had allocated and not freed. Then prints
+ * how many bytes the library has allocated and not freed after the last call.
  */
 #include <dlfcn.h>
 #include <pthread.h>

@@ -33,7 +33,7 @@ REFUSED, ADMITTED = 0, 1
 OLDER = 262144
 PART = (1048576 if bpf.kernel_release() >= (6, 1) else OLDER) // 4
 PARTS = {Shared.THREADS: 65536 // 4, Shared.PROCESSES: 16384 // 4}
-MORE = 101  # more than a level's part
+MORE = 101  # threads or processes beyond a level's part
 
 
 @pytest.fixture(autouse=True)
@@ -147,7 +147,7 @@ def test_a_sweep_holds_only_a_part_of_all_entries_in_memory(kernel, level, clien
     finally:
         tracemalloc.stop()
     assert entries(kernel, level) == 20000
-    assert most <= MIB, "about 200 bytes for each entry"
+    assert most <= MIB, "all entries at once need about 200 bytes each"
 
 
 def test_reads_of_the_ledger_leave_no_cyclic_garbage(kernel, level, client):
@@ -180,7 +180,10 @@ def reasons(kernel: Kernel, level: Level) -> dict[tuple[int, int], int]:
 
 @pytest.fixture
 def gathered(level: Level, client: Client, shared: abi.Shared) -> Client:
-    """Return a client with more entries than its level may have, and no entry for itself."""
+    """Return a client that has started more threads or processes than its level may have entries.
+
+    The client's first thread, or its process, has no entry.
+    """
     client(f"cuda.gather(u64({PARTS[shared] + MORE}), {int(shared == Shared.PROCESSES)})")
     return client
 

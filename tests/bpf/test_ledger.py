@@ -786,7 +786,7 @@ def test_sweep_deletes_the_entries_of_an_exited_process(kernel, client):
 
 
 def own_descriptor(kernel, cgroup):
-    """Return a descriptor through which the creator of the page can write to it."""
+    """Return a descriptor of a level's page. Only the page's freeze prevents writes through it."""
     raw = bpf.lookup(bpf.pinned(kernel.pins / "maps/pages"), cgroup.to_bytes(8, "little"), 4)
     return bpf.map_by_id(int.from_bytes(raw, "little"))
 

@@ -21,7 +21,7 @@ def two(make_level: Callable[..., Level]) -> tuple[Level, Level]:
 
 
 def change(kernel: Kernel, client: Client, alter: Callable[[abi.Process], None]) -> None:
-    """Write the process's entry as a late program would have left it."""
+    """Change the process's entry as a BPF program does that still runs during a move."""
     fd, key = bpf.pinned(kernel.pins / "maps/processes"), client.pid.to_bytes(4, "little")
     try:
         process = abi.Process.from_buffer_copy(bpf.lookup(fd, key, bytes_of_process()) or b"")

@@ -93,7 +93,7 @@ def test_incomplete_links_of_a_file_are_removed(kernel: Kernel, library: Target)
 
 
 def test_links_with_invalid_names_are_removed(kernel: Kernel, library: Target) -> None:
-    stranger = kernel.pins / "links" / f"{kernel.probes._digest}-a-b-all3"  # a name of an agent without classes
+    stranger = kernel.pins / "links" / f"{kernel.probes._digest}-a-b-all3"  # a name from a version without classes
     stranger.mkdir()
     later(kernel)
     assert not stranger.exists()
@@ -138,9 +138,9 @@ def test_the_error_names_a_uprobe_of_another_program_with_a_reference_counter(ke
 
 @pytest.mark.parametrize("role", [Role.SHIM, Role.UNKNOWN])
 def test_the_checked_breakpoint_comes_last(kernel: Kernel, library: Target, role: Role, tmp_path: Path) -> None:
-    """A process whose memory has this breakpoint has all others too.
+    """A process whose memory has this breakpoint has all others too, so the gatekeeper admits the process.
 
-    The gatekeeper admits a process that has it. Another inode may have had the same number and the same offset.
+    An earlier inode with the same number may have had a breakpoint at the same offset.
     """
     path = library.path if role is Role.UNKNOWN else shutil.copy(ROOT / "build/shim/libfgpu.so", tmp_path)
     with open(path, "rb") as file:

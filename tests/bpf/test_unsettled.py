@@ -62,11 +62,11 @@ def test_a_call_left_by_longjmp_stays_charged_with_its_whole_admission(kernel, l
     assert (level.used, entry.managed[0]) == (14 * MIB, 14 * MIB)
 
 
-# -- a call of another library during a call: the result of the first call is not recorded
+# -- a call during another call of the same thread: the result of the outer call is not recorded
 
 
 def left(client, call: str) -> None:
-    """Call the driver in a signal handler during that call, which succeeds."""
+    """Make this call, which succeeds. Make another call during it, as a signal handler does."""
     client(f"meanwhile(lambda: free(0x9999, code=1)) or {call}")
 
 

@@ -68,7 +68,7 @@ def device_used() -> int:
 
 
 def compiled_spin(work: Path) -> Path:
-    """The benchmark's program: it keeps the device busy."""
+    """Compile the benchmark's program that keeps the device busy, and return its path."""
     flags = ["-std=gnu11", "-O2", f"-I{BUILD}/headers"]
     subprocess.run(["gcc", *flags, "-o", work / "spin", ROOT / "bench/programs/spin.c", "-ldl"], check=True, timeout=60)
     return work / "spin"

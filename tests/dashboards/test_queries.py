@@ -170,7 +170,7 @@ def by(found: dict[Labels, float], label: str) -> dict[str, float]:
 
 
 def test_tables_and_shares_have_the_right_tenants(prometheus: Prometheus, load: known.Load, dashboards) -> None:
-    """The series have the right tenants."""
+    """The series of memory, refusals, used parts of limits and shares of time have the tenants of the load."""
     panels = [panel for panel in dashboards["cluster"]["panels"] if panel["type"] != "row"]
     queries = {panel["title"]: chosen(panel["targets"][0]["expr"]) for panel in panels}
     names = {part: tenant.name for part, tenant in load.tenants.items()}

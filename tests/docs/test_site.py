@@ -97,7 +97,7 @@ def test_pictures_are_small_and_have_text_elements_a_title_and_a_dark_form(site:
 
 
 def test_the_search_index_contains_words_of_pages_and_of_generated_parts(site: Path) -> None:
-    """This includes generated parts."""
+    """The words are a metric, a policy key, an option and a command."""
     index = (site / "search/search_index.json").read_text()
     for word in ("fgpu_memory_refused_total", "matchExpressions", "--pidns", "fgpu doctor"):
         assert word in index, word

@@ -1,4 +1,4 @@
-"""Programs of a tenant that go around the shim."""
+"""Programs of a tenant that bypass the shim."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ RAW = f"{BUILD}/e2e/raw"  # needs no library of the driver
 
 
 class Bypass(Client):
-    """A program that understands `alloc`, started by any command."""
+    """A program that executes the command `alloc`. Any command line may start it."""
 
     def __init__(self, tenant: Tenant, name: str, command: str) -> None:
         Program.__init__(self, tenant, name, command)

@@ -1,5 +1,5 @@
 """The host of tests/e2e/test_combinations_anew.py: tenants with all features at once, which can be stopped and started
-again, and builds of fgpu to change to.
+again, and a build of a later version of fgpu.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ class Host(World):
             self.columns[feature].client.kill()
             self.columns[feature].client.close()
             if feature == "orphaned memory":
-                continue  # only the first program of the tenant: memory of a second program is not allocated again
+                continue  # the memory of its exited program stays charged
             eventually(lambda tenant=tenant: not tenant.driver(), 10, f"{feature}: the driver's free of the memory")
             eventually(lambda feature=feature: not self.columns[feature].ledger(), 10, f"{feature}: an empty ledger")
         for feature in features:

@@ -143,7 +143,7 @@ FAULTS = {
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(GPUS != "1", reason="this is it")
+@pytest.mark.skipif(GPUS != "1", reason="this run has these devices already")
 @pytest.mark.timeout(600)
 def test_the_file_s_tests_pass_on_two_devices() -> None:
     run_on_devices(__file__, seconds=580)

@@ -1,4 +1,4 @@
-"""Released devices: no process of fgpu has one open, limits hold, and the agent opens the devices again afterwards."""
+"""Released devices: no process of fgpu has them open, limits hold, and the agent opens the devices again afterwards."""
 
 from __future__ import annotations
 

@@ -31,7 +31,7 @@ os.execv(sys.argv[2], [*sys.argv[2:], f"/proc/self/fd/{fd}"])
 
 
 class Calls(Client):
-    """A program that understands `alloc`, started by any command."""
+    """A program that executes the command `alloc`. Any command line may start it."""
 
     def __init__(self, tenant: Tenant, name: str, command: str) -> None:
         Program.__init__(self, tenant, name, command)

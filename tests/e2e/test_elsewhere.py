@@ -20,7 +20,7 @@ WAYS = (
 )  # fmt: skip
 
 
-@pytest.mark.skipif(GPUS != "1", reason="this is it")
+@pytest.mark.skipif(GPUS != "1", reason="this run has these devices already")
 def test_the_file_s_tests_pass_on_two_devices() -> None:
     run_on_devices(__file__)
 

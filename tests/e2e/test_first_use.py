@@ -31,7 +31,7 @@ spec:
 """
 
 
-@pytest.mark.skipif(GPUS != "1", reason="this is it")
+@pytest.mark.skipif(GPUS != "1", reason="this run has these devices already")
 @pytest.mark.timeout(300)
 def test_the_file_s_tests_pass_on_eight_devices() -> None:
     run_on_devices(__file__, DEVICES, "75GiB")

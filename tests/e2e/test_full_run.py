@@ -32,7 +32,7 @@ spec:
 
 @contextlib.contextmanager
 def full() -> Iterator[None]:
-    """Let no byte be written to fgpu's folder under /run."""
+    """Fill the file system of fgpu's folder under /run to the last byte."""
     assert os.stat(RUN_DIR).st_dev != os.stat("/run").st_dev, f"{RUN_DIR} is no file system of this world's own"
     filler = RUN_DIR / "filler"
     try:

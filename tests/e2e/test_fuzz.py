@@ -44,7 +44,7 @@ def say(data: bytes) -> None:
 
 
 def request(data: bytes) -> None:
-    """Send one line to the agent, as root. The answer must be JSON, unless the message was no complete line."""
+    """Send one message to the agent, as root. The answer must be JSON with `ok` or an error that is not internal."""
     if any(word in data for word in ENDS_IT):
         return
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:

@@ -23,7 +23,7 @@ inside = pytest.mark.skipif(GPUS == "1", reason="is run by test_the_file_s_tests
 SECONDS, KERNEL_US, HEAD_START_NS = 3, 1000, 100_000_000
 
 
-@pytest.mark.skipif(GPUS != "1", reason="this is it")
+@pytest.mark.skipif(GPUS != "1", reason="this run has these devices already")
 def test_the_file_s_tests_pass_on_two_devices() -> None:
     run_on_devices(__file__)
 

@@ -39,7 +39,7 @@ def tenant_of_policy(service: Service, place: Place) -> Iterator[Callable[[], Te
 
 @pytest.mark.places("cgroups")
 def test_a_restart_kills_no_program_within_its_limit(service: Service, tenant_of_policy: Callable[[], Tenant]) -> None:
-    """The programs are several that request admission, one that bypasses the shim, and one that no probe reports.
+    """One program requests admission, one bypasses the shim, and the calls of one are reported by no probe.
 
     Together they hold the whole limit.
     """

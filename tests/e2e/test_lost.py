@@ -37,7 +37,7 @@ def begin(one: Tenant) -> Client:
 
 
 def assert_gone(one: Tenant, client: Client) -> None:
-    """Check that a program has exited, or is about to."""
+    """Close the pipes of a program, and wait for its exit."""
     client.close()
     eventually(lambda: client.pid not in one.pids(), 5, "the exit of the program")
 

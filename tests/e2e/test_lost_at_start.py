@@ -23,7 +23,7 @@ inside = pytest.mark.skipif(GPUS == "1", reason="is run by test_the_file_s_tests
 LIMIT = CONTEXT + 40 * MIB
 
 
-@pytest.mark.skipif(GPUS != "1", reason="this is it")
+@pytest.mark.skipif(GPUS != "1", reason="this run has these devices already")
 def test_the_file_s_tests_pass_on_two_devices() -> None:
     run_on_devices(__file__)
 

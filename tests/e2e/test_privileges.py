@@ -32,7 +32,7 @@ GATEKEEPER = {"dac_read_search": 2, "sys_ptrace": 19, "sys_admin": 21}
 AGENT = GATEKEEPER | {"chown": 0, "kill": 5, "sys_nice": 23}
 NOBODY = 65534
 FITS = 40 * MIB
-full = pytest.mark.skipif(os.environ.get("FGPU_TEST_SCALE") != "full", reason="in the full run: an agent for each")
+full = pytest.mark.skipif(os.environ.get("FGPU_TEST_SCALE") != "full", reason="only in a full run: starts agents")
 
 
 def mask(capabilities: dict[str, int]) -> int:
@@ -40,7 +40,7 @@ def mask(capabilities: dict[str, int]) -> int:
 
 
 def rights(pid: int) -> list[dict[str, str]]:
-    """Return the status of each thread in /proc."""
+    """Return the fields of /proc/PID/task/TID/status, for each thread of the process."""
     found = []
     for thread in Path(f"/proc/{pid}/task").iterdir():
         with contextlib.suppress(FileNotFoundError, ProcessLookupError):

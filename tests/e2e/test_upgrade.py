@@ -1,4 +1,4 @@
-"""Upgrades under load to a version with another shim, and sometimes other programs: nothing is refused or missed.
+"""Upgrades under load to a version with another shim, and sometimes other programs: no request that fits is refused.
 
 An upgrade works as a package's does: gatekeeper and agent of the old version get SIGTERM, and those of the new version
 start. Every version is a copy of the package with its own shim. Its BPF programs are compiled again if they differ.
@@ -217,7 +217,7 @@ def shims_mapped_by(pid: int) -> set[str]:
 
 
 def shims_of(client: Client) -> set[str]:
-    """Return the path of the shim that a program has mapped."""
+    """Return the paths of the shims that a program maps."""
     return shims_mapped_by(client.pid)
 
 

@@ -318,7 +318,7 @@ def test_the_views_show_the_narrowest_level(place: Any, tenant: Callable[[int], 
             eventually(lambda: look()["used_bytes"] == HELD + theirs, 3, "the group's use")
             total = min(LIMIT, max(limit, HELD + theirs))
             free = max(0, min(LIMIT - HELD, limit - HELD - theirs))
-            # A running program learns a new level from its next hello. It sends at most one hello a second.
+            # A running program gets the page of a new level with its next hello. It sends at most one hello a second.
             shown = share(total, free, HELD)
             eventually(lambda: numbers(one, client) == shown, 10, f"{shown}")  # noqa: B023
 

@@ -40,7 +40,7 @@ ENVIRONMENT = {"PATH": f"{DRIVER}:/usr/bin:/bin", "LD_LIBRARY_PATH": f"{DRIVER}/
 class Release:
     """A release of a distribution.
 
-    `digest` is the SHA-256 of its final list of packages' lists. Without a digest, the list is signed.
+    `digest` is the SHA-256 of its Release file, which no longer changes. Without a digest, the signature is checked.
     """
 
     glibc: str

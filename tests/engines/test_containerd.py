@@ -32,7 +32,7 @@ class SetUp(Containerd):
         super().__init__(work, service.containerd, {}, cave.prefix)
 
     def fgpu(self, *words: str | Path) -> None:
-        """Run `fgpu …` where the engine is."""
+        """Run `fgpu …` in the engine's mount namespace."""
         command = [*self.cave.prefix, *FGPU, *map(str, words)]
         path = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin"}
         subprocess.run(command, capture_output=True, timeout=30, check=True, env=path)

@@ -224,7 +224,7 @@ def test_a_container_gets_its_images_limit(ready: kit.Engine, name: str, options
 
 
 def test_nothing_in_the_container_changes_its_limit(ready: kit.Engine) -> None:
-    """Neither variables that the engine or a program sets and removes change it, nor root with the image's file."""
+    """Variables that the engine or a program sets or removes do not change it, nor does root's change of the file."""
     mine = ("GPU_MEM_LIMIT_GB=12", "LD_PRELOAD=/lib/none.so", "FGPU_SHARE=12gib", "NVIDIA_VISIBLE_DEVICES=void")
     ways = ("", f"env {' '.join(mine)}", "env -u GPU_MEM_LIMIT_GB", "env -i LD_LIBRARY_PATH=$LD_LIBRARY_PATH")
     with held(ready, "fgpu", *(word for variable in mine for word in ("--env", variable))) as one:

@@ -23,7 +23,7 @@ _SERVER = tuple(str(path.relative_to(ROOT)) for path in _SERVER_SOURCES)
 class Harness:
     """One fuzzer.
 
-    Its own source is `fuzz_NAME.c`. It compiles these sources of the project and those that it includes.
+    Its own source is `fuzz_NAME.c`. `sources` are compiled with it, besides the sources that it includes.
     """
 
     name: str

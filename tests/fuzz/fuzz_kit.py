@@ -1,4 +1,4 @@
-"""Inputs for a fuzzer: those of its corpus, then random ones, and random changes of the corpus.
+"""Inputs for a fuzzer: the inputs of its corpus, then random inputs and random changes of the corpus.
 
 A fuzzer is a callable that gets bytes and raises an exception for an error. `run` is the same for all fuzzers: the
 inputs of a seed never change, so that an error can be reproduced.

@@ -109,7 +109,7 @@ def listening(keeper: Keeper, agent: socket.socket) -> Iterator[socket.socket]:
 
 
 def test_the_agent_receives_one_process_of_an_undecided_storm_at_a_time(keeper: Keeper, cgroup: Make) -> None:
-    """A message about a tenant is sent 50 ms after the previous one, or after a heartbeat: one each 250 ms."""
+    """A message about a tenant is sent 50 ms after the previous one, or at a heartbeat, which is every 250 ms."""
 
     def crowd() -> int:
         for _ in range(CROWD):

@@ -49,7 +49,8 @@ SUITES = {
     "product": _only(_PRODUCT, *(f"tests/e2e/test_{name}.py" for name in ("limit", "end", "restart"))),
     "links": _only(_LINKS, "tests/e2e/test_private_copies.py", "tests/e2e/test_unpinned.py"),
 }
-UNFIT = {"5.15": "old", "6.11.0-17": "return_probes"}  # the agent does not start there: why, by its name in refused.py
+# Kernel on which the agent does not start -> its reason in refused.py
+UNFIT = {"5.15": "old", "6.11.0-17": "return_probes"}
 
 
 def main() -> int:

@@ -49,7 +49,7 @@ def run(image: Image, suites: Mapping[str, Sequence[str]], seconds: int) -> dict
         subprocess.run(["/usr/bin/python3", HERE / "compile.py", version, out / "programs"], check=True, timeout=300)
     (out / "what").write_text(f"{CHECKOUT}\n{parts}\n")
     (out / "suites").write_text("".join("\t".join([name, *words]) + "\n" for name, words in suites.items()))
-    print(f"{image.release}: {', '.join(suites)}; what it says is in {out}", flush=True)
+    print(f"{image.release}: {', '.join(suites)}; its output is in {out}", flush=True)
     late = ""
     with (out / "console").open("wb") as console:
         try:

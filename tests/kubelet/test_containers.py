@@ -48,7 +48,7 @@ def pods(request: pytest.FixtureRequest, service: Service, tmp_path: Path) -> It
 
 
 def assert_only(tenant: Tenant, limits: dict[int, int]) -> None:
-    """Check that the share holds to the byte on these devices, and that other devices give nothing."""
+    """Check that the share holds to the byte on these devices, and that other devices refuse all memory."""
     for device in (0, 1):
         client = tenant.client()
         if device not in limits:
@@ -64,7 +64,7 @@ def assert_only(tenant: Tenant, limits: dict[int, int]) -> None:
 
 
 def shown(tenant: Tenant) -> dict[int, int]:
-    """Return the tenant's limits by device, without devices that give nothing."""
+    """Return the tenant's limits by device, without devices whose limit is 0."""
     return {seen["gpu"]: seen["limit_bytes"] for seen in tenant.view()["devices"] if seen["limit_bytes"]}
 
 

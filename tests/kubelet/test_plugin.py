@@ -62,7 +62,7 @@ def test_the_plugin_registers_again_after_a_restart_of_kubelet(kubelet: kit.Kube
 
 
 def test_the_plugin_registers_again_after_a_closed_connection(kubelet: kit.Kubelet, plugin: kit.Plugin) -> None:
-    """Kubelet is the same process, and has stopped listening."""
+    """Kubelet does not restart. It closes its connection to the plugin's socket of one resource."""
     for name in ("1gib", "2gib-25pct", "4gib"):
         kubelet.resource(name)
     kubelet.resources.pop("fgpu.dev/1gib").close()

@@ -32,7 +32,10 @@ def manifest() -> Path:
 
 @pytest.fixture(scope="module")
 def image(manifest: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Build deploy/images/agent from this tree's package; short of a full run, an image with the checkout's files."""
+    """Return the image of deploy/images/agent with this tree's package.
+
+    Outside a full run, return an image with links to this checkout's files.
+    """
     work = tmp_path_factory.mktemp("image")
     (name,) = {
         container["image"]

@@ -30,7 +30,7 @@ VERSIONS = {path.stem: ("1.28.0",) if path.stem == "older" else ("1.30.0", "1.34
 AGAIN = "run deploy/kubernetes/render, and commit what it makes"
 OPERATOR = {"PodMonitor", "PrometheusRule"}  # of the Prometheus operator, without a schema of Kubernetes
 HELM = shutil.which("helm")
-needs_helm = pytest.mark.skipif(not HELM, reason="no helm here: the rendered files are held as they are")
+needs_helm = pytest.mark.skipif(not HELM, reason="no helm here: the chart's digest guards the rendered files")
 
 
 def objects(path: Path) -> list[dict[str, Any]]:

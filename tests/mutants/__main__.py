@@ -39,9 +39,9 @@ class Trial:
         self.passed: dict[tuple[str, ...], bool] = {}  # tests -> they pass without a mutant
 
     def killed(self, mutant: Mutant) -> bool:
-        """Return whether its tests fail with the mutant. Print this, with their output if they pass."""
+        """Return whether the mutant's tests fail with it. Print the result, with their output if it is not "killed"."""
         log = self.folder / f"{mutant.name}.log"
-        log.touch()  # no test runs for a mutant whose tests failed without an earlier mutant
+        log.touch()  # if the same tests failed before without a mutant, they do not run again and write no log
         said = self._try(mutant, log)
         print(f"{mutant.row or 'rule'} {mutant.name}: {said}", flush=True)
         if said != "killed":
@@ -62,7 +62,7 @@ class Trial:
             shutil.rmtree(copy, ignore_errors=True)
         if outcome in mutant.kills:
             return "killed"
-        return "SURVIVED" if outcome is Outcome.PASSED else f"the tests {outcome.name.lower()}, which says nothing"
+        return "SURVIVED" if outcome is Outcome.PASSED else f"the tests {outcome.name.lower()}, which proves nothing"
 
     def _passes(self, tests: tuple[str, ...], log: Path) -> bool:
         if tests not in self.passed:
@@ -71,14 +71,14 @@ class Trial:
 
 
 def main() -> int:
-    """Return 0 if every mutant was found."""
+    """Return 0 if every mutant was killed, else 1."""
     mutants = chosen(sys.argv[1:])
     with tempfile.TemporaryDirectory(prefix="fgpu-mutants-") as folder:
         trial = Trial(Path(folder))
         alive = [mutant for mutant in mutants if not trial.killed(mutant)]
     print(f"{len(mutants) - len(alive)} killed, {len(alive)} not: {' '.join(mutant.name for mutant in alive)}")
     held = {mutant.row for mutant in mutants if mutant.row} - {mutant.row for mutant in alive}
-    print(f"rows with a passing test whose mutant fails: {len(held)} of {len(named_of_rows())}")
+    print(f"rows whose mutants were all killed: {len(held)} of {len(named_of_rows())}")
     return 1 if alive else 0
 
 

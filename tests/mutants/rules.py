@@ -10,7 +10,7 @@ from pathlib import Path
 
 from tests.mutants.judge import Outcome
 
-TESTS = ("tests/bpf", "--ignore=tests/bpf/test_arm64.py")  # that file compares compilers, and takes half of the time
+TESTS = ("tests/bpf", "--ignore=tests/bpf/test_arm64.py")  # it compares compiled code, and takes half of the time
 RELEASES_ALL = """\
     u32 tgid = id >> 32;
     struct fgpu_process *p = processes.lookup(&tgid);
@@ -281,7 +281,7 @@ RULES = {
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """One entry of the table."""
+    """One entry of RULES."""
 
     name: str
 

@@ -1,13 +1,16 @@
 /*
- * bypass WAY [DRIVER]: a CUDA program that goes around the shim. Says `ready PID`; then, for each line `alloc BYTES`,
- * ok or the driver's number of what was wrong. Made static it is one that a preload never sees.
+ * bypass WAY [DRIVER]: a CUDA program that calls the driver without the shim. Prints `ready PID`, and for each line
+ * `alloc BYTES` either `ok` or `CUDA_ERROR_` with the number of the driver's error. No library can be preloaded into
+ * the program if it is linked statically.
  *
- * plain      dlopen and dlsym, as most programs do
- * deepbind   the same, with RTLD_DEEPBIND
- * dlvsym     the C library's own dlsym, by its version
- * symbols    the driver's own table of symbols
- * lies       by dlvsym too, after it has asked for a byte
- * handles    as plain, memory without a context: a static program's libraries have no memory of their threads' own
+ * WAY is how the program finds the driver's functions, and what it allocates:
+ *
+ * plain      dlopen and dlsym, as in most programs
+ * deepbind   as plain, with RTLD_DEEPBIND
+ * dlvsym     the C library's own dlsym, which dlvsym finds by its version
+ * symbols    the symbol table of the driver's library
+ * lies       as dlvsym, after a request for the admission of one byte
+ * handles    as plain, and a handle, which needs no context: libraries in a static program have no thread-local storage
  */
 #define _GNU_SOURCE
 #include <cuda.h>

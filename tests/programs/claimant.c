@@ -1,5 +1,5 @@
-/* claimant: has a context and launches nothing; says on its status page, all the time, that it wants to launch and that
- * work of 0.99 s is in flight. Says "ready" when it begins, and ends with its stdin. */
+/* claimant: a program that has a context and launches nothing. Every millisecond it writes to its status page that a
+ * launch waits and that work of 0.99 s is in flight. It prints "ready" first, and exits when its stdin ends. */
 #define _GNU_SOURCE
 #include "../../bpf/fgpu.h"
 

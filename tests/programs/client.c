@@ -1,6 +1,6 @@
-/* client: a CUDA program that does what it is told. It reads commands from stdin, one a line, and answers each with one
- * line: "ok ..." or the name of the driver's error. It knows nothing of fgpu. `client proc` takes the driver's
- * functions from cuGetProcAddress_v2, `client` from dlsym. */
+/* client: a CUDA program that executes commands. It reads them from stdin, one a line, and prints one line for each:
+ * "ok ..." or the name of the driver's error. It uses nothing of fgpu. `client proc` gets the driver's functions from
+ * cuGetProcAddress_v2, `client` from dlsym. */
 #define _GNU_SOURCE
 #define __CUDA_API_VERSION_INTERNAL
 #include <cuda.h>
@@ -26,7 +26,7 @@
 #define MOST_POINTERS (1 << 19)
 #define MOST_NUMBERS 8
 
-/* The name as exported, the name as cuGetProcAddress wants it. */
+/* The exported name, and the name that cuGetProcAddress takes. */
 #define DRIVER(X)                                                                                                      \
     X(cuInit, "cuInit")                                                                                                \
     X(cuDeviceGet, "cuDeviceGet")                                                                                      \
@@ -68,7 +68,7 @@ static struct {
 static char *self;
 static const char *via;
 static CUcontext context;
-static int ordinal; /* of the device that it uses */
+static int ordinal; /* of the device in use */
 static CUdeviceptr pointers[MOST_POINTERS];
 static unsigned count;
 
@@ -250,7 +250,8 @@ static void do_total(const uint64_t *n)
         answer("ok %zu", total);
 }
 
-/* fill STEP HOW MOST: takes memory until refused, or MOST times (0: without end), and keeps it. */
+/* fill STEP HOW MOST: allocates STEP bytes at a time until it is refused, or MOST times (0: no maximum). Keeps the
+ * memory. Prints the number of allocations. */
 static void do_fill(const uint64_t *n)
 {
     CUresult result = CUDA_SUCCESS;
@@ -263,7 +264,7 @@ static void do_fill(const uint64_t *n)
         answer("%s", result ? name_of(result) : "too many");
 }
 
-/* drop N: frees the N taken last. */
+/* drop N: frees the last N allocations of `fill`. */
 static void do_drop(const uint64_t *n)
 {
     CUresult result = CUDA_SUCCESS;
@@ -284,11 +285,11 @@ static CUresult take_and_free(uint64_t bytes, CUmemoryPool pool)
     if (result) return result;
     if (!pool) return cu.cuMemFree_v2(at) ? CUDA_ERROR_UNKNOWN : CUDA_SUCCESS;
     if (cu.cuMemFreeAsync(at, NULL) || cu.cuStreamSynchronize(NULL)) return CUDA_ERROR_UNKNOWN;
-    return cu.cuMemPoolTrimTo(pool, 0) ? CUDA_ERROR_UNKNOWN : CUDA_SUCCESS; /* so that the next must ask again */
+    return cu.cuMemPoolTrimTo(pool, 0) ? CUDA_ERROR_UNKNOWN : CUDA_SUCCESS; /* so that the next requests admission */
 }
 
-/* ask BYTES N POOL: takes and frees N times (0: until the next command), 1: in a pool; says how often it got it, was
- * refused, or else. */
+/* ask BYTES N POOL: allocates BYTES and frees them, N times (0: until the next command), from the default pool if POOL
+ * is 1. Prints how many allocations succeeded, were refused, and failed for another reason. */
 static void do_ask(const uint64_t *n)
 {
     uint64_t got = 0, refused = 0, other = 0;
@@ -306,7 +307,7 @@ static void do_ask(const uint64_t *n)
     answer("ok %" PRIu64 " %" PRIu64 " %" PRIu64, got, refused, other);
 }
 
-/* -- races: a page that all racers map; they meet before and after each try */
+/* -- races: all racers map one page, and wait for each other before and after each allocation */
 
 struct track {
     _Atomic uint64_t arrived, round_wins;
@@ -343,7 +344,8 @@ static bool race_round(struct track *track, const uint64_t *n, uint64_t *met, ui
     return true;
 }
 
-/* race BYTES RACERS ROUNDS: needs a file called track in the folder of stdin's pipe, which is the working folder. */
+/* race BYTES RACERS ROUNDS: needs a file `track` in the working folder. Prints how many rounds this racer won, and the
+ * number of errors: rounds without exactly one winner, and calls that failed for another reason. */
 static void do_race(const uint64_t *n)
 {
     uint64_t met = 0, wins = 0, bad = 0;
@@ -375,7 +377,7 @@ static void *serve_on(void *unused)
     exit(0);
 }
 
-/* thread: another thread goes on with what this one holds, and the process's first thread ends. */
+/* thread: starts a thread that executes the next commands with the same context, and ends the calling thread. */
 static void do_thread(const uint64_t *n)
 {
     pthread_t thread;
@@ -393,7 +395,7 @@ static void do_exec(const uint64_t *n)
     answer("no exec");
 }
 
-/* fork: a child that touches nothing and ends. */
+/* fork: starts a child that makes no call of the driver and exits, and waits for it. */
 static void do_fork(const uint64_t *n)
 {
     int status;
@@ -406,7 +408,8 @@ static void do_fork(const uint64_t *n)
         answer("ok");
 }
 
-/* linger: a child that touches nothing, and has the driver's descriptors until it is killed. */
+/* linger: starts a child that makes no call of the driver, and keeps the driver's descriptors open until it is killed.
+ */
 static void do_linger(const uint64_t *n)
 {
     pid_t child = fork();
@@ -446,7 +449,7 @@ static _Noreturn void be_busy(uint64_t bytes, bool odd, int report)
         if (!cu.cuMemAlloc_v2(&at, bytes)) cu.cuMemFree_v2(at);
 }
 
-/* N children, which are what `be` makes of them, with how many took what they wanted. */
+/* Starts N children that run `be`. Prints how many of them report success. */
 static void bear(const uint64_t *n, void (*be)(uint64_t bytes, bool odd, int report))
 {
     int ends[2];
@@ -464,13 +467,13 @@ static void bear(const uint64_t *n, void (*be)(uint64_t bytes, bool odd, int rep
     answer("ok %" PRIu64, good);
 }
 
-/* brood N BYTES: N children hold BYTES each until they are killed; in every other one the first thread is gone. */
+/* brood N BYTES: N children hold BYTES each until they are killed. In every second child the first thread exits. */
 static void do_brood(const uint64_t *n) { bear(n, be_child); }
 
-/* bustle N BYTES: N children take and free BYTES without a pause until they are killed. */
+/* bustle N BYTES: N children allocate and free BYTES without a pause until they are killed. */
 static void do_bustle(const uint64_t *n) { bear(n, be_busy); }
 
-/* reap: buries every child that has ended. */
+/* reap: waits for the exit of all children, and prints their number. */
 static void do_reap(const uint64_t *n)
 {
     unsigned buried = 0;

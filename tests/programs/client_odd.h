@@ -1,9 +1,9 @@
-/* client_odd.h: what programs rarely do, for test_odd.py; included by client.c alone. */
+/* Commands that do what programs rarely do, for test_odd.py. Only client.c includes this file. */
 
 #define NOWHERE 8 /* an address that nothing is ever mapped at */
 
-/* -- reuse BYTES N: two threads take and free without pause, N times each; says how often one was given the very
- * pointer that the other had freed last, or was about to. */
+/* -- reuse BYTES N: two threads allocate and free BYTES without a pause, N times each. Prints how often a thread got
+ * the pointer that the other thread had freed last or was about to free, and the number of failed calls. */
 
 struct reuser {
     pthread_t thread;
@@ -41,7 +41,8 @@ static void do_reuse(const uint64_t *n)
     answer("ok %" PRIu64 " %" PRIu64, both[0].again + both[1].again, both[0].failures + both[1].failures);
 }
 
-/* -- leap BYTES: a call that dies in the driver on an address of ours, and that is left by siglongjmp */
+/* -- leap BYTES: in a call, the driver writes to an invalid address from the program. The handler of SIGSEGV leaves the
+ * call by siglongjmp. */
 
 static sigjmp_buf out;
 
@@ -78,7 +79,7 @@ static void *leap_and_end(void *bytes)
     return cu.cuCtxSetCurrent(context) || !left(*(const uint64_t *)bytes) ? bytes : NULL;
 }
 
-/* brieflyleap BYTES: the same in a thread that ends with it. */
+/* brieflyleap BYTES: the same in a thread that exits after it. */
 static void do_brief_leap(const uint64_t *n)
 {
     pthread_t thread;
@@ -105,7 +106,7 @@ static void do_new_context(const uint64_t *n)
         answer("ok %" PRIu64, (uint64_t)made);
 }
 
-/* newmanaged BYTES TIMES: a context that has managed memory. */
+/* newmanaged BYTES TIMES: creates a context with TIMES allocations of BYTES of managed memory. */
 static void do_new_managed(const uint64_t *n)
 {
     CUcontext made = NULL;
@@ -152,7 +153,7 @@ static void do_open(const uint64_t *n)
 
 static void do_close(const uint64_t *n) { plain_answer(cu.cuIpcCloseMemHandle(n[0])); }
 
-/* export BYTES: memory with a descriptor that others may import; says its handle and the descriptor. */
+/* export BYTES: allocates memory and exports it as a descriptor. Prints the handle and the descriptor. */
 static void do_export(const uint64_t *n)
 {
     CUmemAllocationProp prop = {.type = CU_MEM_ALLOCATION_TYPE_PINNED,
@@ -169,7 +170,7 @@ static void do_export(const uint64_t *n)
         answer("ok %llu %d", handle, file);
 }
 
-/* import PID DESCRIPTOR: from another process of the same pid namespace. */
+/* import PID DESCRIPTOR: imports exported memory from another process of the same pid namespace. */
 static void do_import(const uint64_t *n)
 {
     CUmemGenericAllocationHandle handle = 0;

@@ -1,13 +1,13 @@
 /*
- * elsewhere: takes memory on one of two devices and gives it back while a context of the other one is current, in each
- * way that the driver knows. For each way and device, prints one line
+ * elsewhere ROUNDS MIB [NAME...]: allocates memory on one of two devices, and frees it while a context of the other
+ * device is current, in each way that the driver has. For each way and device, prints one line
  *
  *   NAME DEVICE PASSED ROUNDS TOOK_HERE TOOK_THERE LEFT_HERE LEFT_THERE
  *
- * PASSED of the ROUNDS had their memory and gave it back. MiB of what the driver says is free: TOOK is what a round
- * takes of the device and of the other one; LEFT is what is still missing on each at most two seconds after the last
- * round. `elsewhere ROUNDS MIB [NAME...]`: a round takes MIB. A round that fails says on stderr which call returned
- * what.
+ * In PASSED of the ROUNDS no call failed. The last four numbers are in MiB, from the driver's figures of free memory:
+ * TOOK is the memory that a round uses on the device and on the other device. LEFT is the memory that is still missing
+ * on each at most two seconds after the last round. A round allocates MIB. For a round that fails, the name of the
+ * failed call and its result are printed on stderr.
  */
 #define _GNU_SOURCE
 #define __CUDA_API_VERSION_INTERNAL
@@ -60,7 +60,7 @@ static const char *failed; /* the call that failed last, and its result */
 static CUresult result;
 static CUcontext contexts[2];
 static CUstream streams[2];
-static int here, there; /* the device of the memory, and the one that is current when it is freed */
+static int here, there; /* the device of the memory, and the device that is current when the memory is freed */
 static long long level[2], took[2];
 static bool watched;
 
@@ -76,7 +76,7 @@ static void current(int device)
     if (cu.cuCtxSetCurrent(contexts[device])) exit(3);
 }
 
-/* Returns what is free on a device, after all of its work. */
+/* Returns the free bytes of a device, after the end of its work. */
 static long long free_bytes(int device)
 {
     size_t left, total;
@@ -85,7 +85,7 @@ static long long free_bytes(int device)
     return (long long)left;
 }
 
-/* Measures what the memory takes, and makes the other device current, which frees it. */
+/* Measures how much memory is in use, and makes the other device current before the memory is freed. */
 static void leave(void)
 {
     for (int i = 0; i < 2 && watched; i++) took[i] = level[i] - free_bytes(i);
@@ -95,7 +95,7 @@ static void leave(void)
 
 static CUmemLocation place(void) { return (CUmemLocation){.type = CU_MEM_LOCATION_TYPE_DEVICE, .id = here}; }
 
-/* -- one round each: takes `bytes` on `here` and frees them while `there` is current */
+/* -- one round each: allocates `bytes` on `here` and frees them while `there` is current */
 
 static void free_async(CUdeviceptr at, int stream)
 {

@@ -1,6 +1,6 @@
-/* flood CGROUP AT_ONCE PAUSE_US: makes AT_ONCE cgroups inside CGROUP, enters another and removes them, again and again,
- * with a pause after each round, as user 65534, to whom CGROUP belongs. Enters CGROUP first, leaves 12,000 cgroups
- * there, and says "ready" then. */
+/* flood CGROUP AT_ONCE PAUSE_US: enters CGROUP, becomes its owner, user 65534, creates 12,000 cgroups that stay, and
+ * prints "ready". Then it repeats rounds: it creates AT_ONCE cgroups inside CGROUP, enters one of those that stay,
+ * removes the AT_ONCE cgroups and pauses. */
 #define _GNU_SOURCE
 #include <fcntl.h>
 #include <stdio.h>

@@ -1,12 +1,13 @@
 /*
- * freed: takes memory and gives it back, in each way that the driver knows. For each way, prints one line
+ * freed SHARE [NAME...]: allocates memory and frees it, in each way that the driver has. For each way, prints one line
  *
  *   NAME PASSED ROUNDS TOTAL BEFORE AFTER
  *
- * PASSED of the ROUNDS had their memory; TOTAL, BEFORE and AFTER are MiB that the driver says it has, and those that
- * are free before the first round and at most two seconds after the last. `freed SHARE [NAME...]`: a round takes SHARE
- * percent of what is free at first, so that two rounds together do not fit. A round that fails says why on stderr.
- * `freed ways` prints the names.
+ * In PASSED of the ROUNDS no call failed. TOTAL, BEFORE and AFTER are the driver's figures in MiB: the memory of the
+ * device, and the free memory before the first round and at most two seconds after the last round. A round allocates
+ * SHARE percent of the memory that is free before the first round. With more than 50, the memory of two rounds does not
+ * fit. For a round that fails, the name of the failed call and its result are printed on stderr. `freed ways` prints
+ * the names.
  */
 #define _GNU_SOURCE
 #define __CUDA_API_VERSION_INTERNAL
@@ -82,7 +83,7 @@ static CUresult result;
 static const CUmemLocation here = {.type = CU_MEM_LOCATION_TYPE_DEVICE, .id = 0};
 static const CUmemAllocationProp pinned = {.type = CU_MEM_ALLOCATION_TYPE_PINNED, .location = here};
 
-/* -- one round each: takes `bytes` and gives them back; returns at the first call that fails */
+/* -- one round each: allocates `bytes` and frees them; returns at the first call that fails */
 
 static void plain(size_t bytes)
 {
@@ -114,7 +115,7 @@ static void async(size_t bytes)
     TRY(cuStreamSynchronize, NULL);
 }
 
-/* The program does not wait: the driver gives the pool's memory back when it next has to. */
+/* The program does not wait for the free: the driver releases the pool's memory at a later call that needs memory. */
 static void unwaited(size_t bytes)
 {
     CUdeviceptr at;
@@ -137,7 +138,7 @@ static void async_plain(size_t bytes)
     TRY(cuMemFree_v2, at);
 }
 
-/* What a pool gave is freed at once and taken again as plain memory. */
+/* Memory of a pool is freed at once, and as many bytes are then allocated as plain memory. */
 static void async_and_plain(size_t bytes)
 {
     CUdeviceptr at;
@@ -178,7 +179,7 @@ static size_t map_pieces(CUdeviceptr at, size_t bytes)
     return had;
 }
 
-/* `ranges` calls unmap all that was mapped, piece by piece if 0. */
+/* `ranges` calls unmap all pieces. 0: one call for each piece. */
 static void mapped(size_t bytes, unsigned ranges)
 {
     CUdeviceptr at;
@@ -205,7 +206,7 @@ static void created(size_t bytes) /* never mapped */
     TRY(cuMemRelease, handle);
 }
 
-static void context(size_t bytes) /* destroyed with its memory, beside another one */
+static void context(size_t bytes) /* a second context, which is destroyed with its memory */
 {
     CUcontext made;
     CUdeviceptr at;
@@ -315,7 +316,7 @@ static void run(const struct way *way, unsigned share)
     for (unsigned i = 0; i < 100 && free_bytes(&total) != before; i++) usleep(20000);
     printf("%s %u %u %llu %llu %llu\n", way->name, passed, ROUNDS, total / MIB, before / MIB, free_bytes(&total) / MIB);
     fflush(stdout);
-    /* A pool keeps what was freed by a call that did not wait. */
+    /* A pool keeps memory that was freed by a call that did not wait. */
     if (!cu.cuDeviceGetDefaultMemPool(&usual, 0)) cu.cuMemPoolTrimTo(usual, 0);
 }
 

@@ -1,6 +1,7 @@
-/* honest FILE MOST_MIB SEED: an ordinary CUDA program. One thread launches kernels in steps and waits for each; another
- * one allocates up to MOST_MIB at a time, writes, reads back, compares and frees. Says "ready PID" when it has a
- * context and "ok STEPS TRIES REFUSED WRONG" when its stdin has ended. FILE gets a record for each step. */
+/* honest FILE MOST_MIB SEED: an ordinary CUDA program. One thread launches kernels in steps and waits for each step.
+ * Another thread allocates up to MOST_MIB at a time, writes, reads back, compares and frees. The program prints
+ * "ready PID" when it has a context, and "ok STEPS TRIES REFUSED WRONG" when its stdin has ended. It writes a record of
+ * each step to FILE. */
 #define _GNU_SOURCE
 #include <cuda.h>
 #include <dlfcn.h>

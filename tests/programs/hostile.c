@@ -1,9 +1,11 @@
 /*
- * hostile SEED SECONDS FOLDER CGROUP LIBCUDA MOST_MIB [KIND...]: one tenant that does what it should not, for so long.
- * It works as user 65534 where it is started as root; CGROUP is its own, which that user may divide. A bypass takes up
- * to MOST_MIB, and adds its pid to FOLDER/bypasses. KINDs are left out. Prints a line `KIND TRIED DONE KILLED REFUSED`
- * for each kind of act: how often it was begun, came about, had its process killed by another one, was refused.
- * `accepted N` are requests of the control socket that were granted. Every choice follows from SEED.
+ * hostile SEED SECONDS FOLDER CGROUP LIBCUDA MOST_MIB [KIND...]: a tenant that attacks fgpu and its neighbours for
+ * SECONDS. All its choices follow from SEED. If it is started as root, it becomes user 65534 and makes this user the
+ * owner of CGROUP. LIBCUDA is a copy of the driver's library. A bypass allocates up to MOST_MIB, and adds its pid to
+ * FOLDER/bypasses. The named KINDs of act are left out.
+ *
+ * Prints a line `KIND TRIED DONE KILLED REFUSED` for each kind of act: how many acts were begun, succeeded, were ended
+ * by SIGKILL, and were refused. Then prints `accepted N`, the number of requests that the control socket has granted.
  */
 #define _GNU_SOURCE
 #include <cuda.h>
@@ -31,7 +33,7 @@
 
 #define TENANT 65534
 #define MOST_CHILDREN 10
-#define MOST_BYPASSES 2 /* so that the device has room for the neighbours, whatever these take */
+#define MOST_BYPASSES 2 /* so that the device has room for the neighbours, however much bypasses allocate */
 #define MOST_KEPT 8
 #define MIB (1ull << 20)
 
@@ -61,7 +63,7 @@ static void pause_ms(uint64_t ms) { usleep((useconds_t)ms * 1000); }
 
 #include "hostile_acts.h"
 
-/* -- what there is to do, and how it went */
+/* -- the kinds of act, and their results */
 
 static struct kind {
     const char *name;
@@ -106,7 +108,8 @@ static void note(const struct child *child, int status)
     accepted += WEXITSTATUS(status) == ACCEPTED;
 }
 
-/* Descriptors of exported memory outlive the processes that made it, for so long. */
+/* Keeps descriptors of exported memory open for 0.3 to 2.5 s, also after the exit of the exporting process. `all_go`:
+ * closes all of them. */
 static void keep_exports(bool all_go)
 {
     int64_t now = now_ms();

@@ -1,4 +1,4 @@
-/* The acts of hostile.c: each runs in a process of its own, and says how it went. */
+/* The acts of hostile.c. Each act runs in a separate process, and returns its outcome. */
 #define CALL(name, ...) (((__typeof__(&name))dlsym(driver, #name))(__VA_ARGS__))
 #define SHIM_SOCKET "/run/fgpu/shim/shim.sock"
 #define CONTROL_SOCKET "/run/fgpu/control.sock"
@@ -73,7 +73,8 @@ static enum outcome say_garbage(void) { return say(1, 512, false); }
 static enum outcome say_part(void) { return say(1, 63, true); }
 static enum outcome say_nothing(void) { return say(0, 0, true); }
 
-/* Of up to HEADS * (1 + BRANCHES) cgroups inside its own, one of the outer ones. */
+/* The tenant has up to HEADS cgroups inside its own, and up to BRANCHES inside each of them. inside() writes the path
+ * of `file` in a random one of the HEADS. */
 #define HEADS 12
 #define BRANCHES 24
 
@@ -134,7 +135,7 @@ static enum outcome fork_often(void)
     return good ? GOOD : BAD;
 }
 
-/* Some hundred processes at a time, some of which use the device. */
+/* Starts 100 to 300 processes at the same time. Every 16th uses the device. */
 static enum outcome make_crowd(void)
 {
     unsigned number = (unsigned)between(100, 300), made = 0;
@@ -174,7 +175,7 @@ static enum outcome use_threads(void)
     return number ? GOOD : BAD;
 }
 
-/* Goes on without the shim, in the host's driver or in a copy of the tenant's own. */
+/* Executes itself without the shim, to use the host's driver or the tenant's copy of it. */
 static enum outcome bypass(void)
 {
     char most[24], seed[24], file[12];
@@ -186,8 +187,8 @@ static enum outcome bypass(void)
     return BAD;
 }
 
-/* First a little, for which NVML shows the process, so that its copy of the driver is probed; then as much as may be.
- */
+/* Allocates a little first, so that NVML shows the process and its copy of the driver is probed. Then allocates up to
+ * MOST_MIB. */
 static enum outcome take_without_asking(const char *library)
 {
     CUdeviceptr at;
@@ -213,7 +214,7 @@ static void send_descriptor(int sock, int fd)
     (void)!sendmsg(sock, &message, MSG_DONTWAIT | MSG_NOSIGNAL);
 }
 
-/* -1: there is none. */
+/* Returns -1 if there is no descriptor to receive. */
 static int receive_descriptor(int sock)
 {
     char byte, room[CMSG_SPACE(sizeof(int))];

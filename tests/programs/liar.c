@@ -1,5 +1,5 @@
-/* liar OFFSET: keeps device 0 busy by the driver's own launch, which lies OFFSET bytes into its library: what the shim
- * has in its place is never called. All else is as in any program. */
+/* liar OFFSET: keeps device 0 busy by direct calls of the driver's launch function, which is OFFSET (hexadecimal) bytes
+ * from the start of its library. The shim's launch function is never called. All other calls pass the shim. */
 #define _GNU_SOURCE
 #include <cuda.h>
 #include <link.h>

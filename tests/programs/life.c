@@ -1,14 +1,19 @@
-/* life: a CUDA program that lives at random. `life SEED THREADS WAYS` says "ready RESULT PID" and then answers, one
- * line each: "N" after N operations of each thread with "ok OPERATIONS REFUSED CONTEXTS", "exec SEED" with another
- * "ready", "leave" when its first thread has ended, "close" when no descriptor shares memory of its any more. It takes
- * and gives back memory in every way there is, shares it with other lives, asks for nonsense, leaps out of calls,
- * forks, ends its contexts and lets threads race for others, and never cares which call failed: whether the books are
- * right is asked elsewhere.
+/* life: a CUDA program that makes random calls. `life SEED THREADS WAYS` prints "ready RESULT PID". Then it reads
+ * commands, one a line, and prints one line for each:
  *
- * WAYS: `plain`; `pools` for memory in streams and graphs too; `shared` for all of that, and sharing, modules and
- * stacks; `real` for that without what crashes a real driver; `anew` for `real` with ends of primary contexts; `shown`
- * for none that NVML does not show; `whole` for whole granules alone, without leaps and races; `once` for a few
- * operations and an end with all it has.
+ * N           each thread does N operations: "ok OPERATIONS REFUSED CONTEXTS"
+ * exec SEED   the program executes itself: "ready RESULT PID"
+ * leave       the first thread exits, and another thread continues: "ok 0 0 0"
+ * close       descriptors and imported pools of other processes are closed: "ok 0 0 0"
+ *
+ * The program allocates and frees memory in every way, shares it with other lives, passes invalid arguments, leaves
+ * calls by siglongjmp, forks, ends its contexts, and lets threads race for contexts. It does not check which calls
+ * fail: the tests compare the ledger with the driver.
+ *
+ * WAYS: `plain` and `shown`: without managed memory. `pools`: also memory in streams and graphs. `shared`: as `pools`,
+ * also shared memory, modules and stacks. `real`: as `shared`, without the calls that crash a real driver. `anew`: as
+ * `real`, also ends of primary contexts. `whole`: only whole granules, without left calls and races. `once`: a few
+ * operations, and then an exit without frees.
  */
 #define _GNU_SOURCE
 #define __CUDA_API_VERSION_INTERNAL
@@ -63,7 +68,7 @@ struct slot {
     CUarray array;
     CUmipmappedArray mipmapped;
     CUmemGenericAllocationHandle handle;
-    int references; /* of the handle, held by us */
+    int references; /* to the handle, of this program */
     CUcontext context;
     CUmemoryPool pool;
     CUmodule module;
@@ -84,8 +89,8 @@ static CUcontext primary[MOST_THREADS];
 static struct life lives[MOST_THREADS];
 static uint64_t goal;
 static _Atomic uint64_t refused;
-static _Atomic bool orphaned;                    /* a child did not end as it should */
-static _Atomic CUdeviceptr handed[MOST_THREADS]; /* pointers on their way from thread to thread */
+static _Atomic bool orphaned;                    /* a child has exited with an unexpected status */
+static _Atomic CUdeviceptr handed[MOST_THREADS]; /* pointers that a thread passes to another thread */
 
 static uint64_t draw(struct life *life, uint64_t below)
 {
@@ -104,11 +109,11 @@ static bool is_real(void) { return !strcmp(ways, "real") || !strcmp(ways, "anew"
 static bool is_shared(void) { return is_real() || !strcmp(ways, "shared"); }
 static bool has_pools(void) { return is_shared() || !strcmp(ways, "pools"); }
 
-/* It makes and ends contexts in ways that no probe sees whole. Then managed memory, which NVML does not show either,
- * would stay charged until the process ends, so such a life has none. */
+/* Returns whether the program creates and ends contexts in ways that probes cannot record completely. Then managed
+ * memory, which NVML does not show either, would stay charged until the process exits. So such a program has none. */
 static bool leaves_unseen(void) { return !strcmp(ways, "plain") || !strcmp(ways, "shown"); }
 
-/* From a few bytes to sixteen megabytes, small ones more often. */
+/* Returns a size of up to 16 MiB. Small sizes are more frequent. */
 static size_t size(struct life *life)
 {
     return is_whole() ? (1 + draw(life, 8)) * GRANULE : 1 + draw(life, 1ULL << (4 + draw(life, 21)));
@@ -140,7 +145,7 @@ static void map(struct life *life, struct slot *slot)
         slot->references++;
 }
 
-/* In either order: the memory goes with whichever is the last. */
+/* Unmaps and releases in either order: the last of these calls frees the memory. */
 static void unmap(struct life *life, struct slot *slot)
 {
     bool first = draw(life, 2);
@@ -174,7 +179,7 @@ static void take_array(struct life *life, struct slot *slot)
     }
 }
 
-/* -- what goes wrong */
+/* -- calls that fail or do not return */
 
 static __thread sigjmp_buf out;
 static __thread volatile sig_atomic_t leaping;
@@ -185,7 +190,7 @@ static void leap(int signal_number)
     signal(signal_number, SIG_DFL);
 }
 
-/* A call that dies in the driver, on an address of ours, and that the program survives. */
+/* Passes an invalid address to the driver, which gets SIGSEGV when it writes there. The handler leaves the call. */
 static void leave_a_call(struct life *life)
 {
     CUcontext context;
@@ -207,14 +212,15 @@ static void *live_briefly(void *argument)
     return NULL;
 }
 
-/* A thread that ends with a call that it never came back from. */
+/* Runs a thread that leaves a call and then exits. */
 static void start_a_thread(struct life *life)
 {
     pthread_t thread;
     if (!pthread_create(&thread, NULL, live_briefly, life)) pthread_join(thread, NULL);
 }
 
-/* The driver refuses what a forked child asks; only a program that it starts can have memory. Either ends as it is. */
+/* The driver refuses the calls of a forked child. Only a program that the child executes can allocate memory. Both exit
+ * without a free of their memory. */
 static _Noreturn void be_a_child(const char *seed, unsigned what, CUdeviceptr pointer)
 {
     alarm(CHILD_SECONDS);
@@ -296,7 +302,7 @@ static void take(struct life *life, struct slot *slot)
         return;
     case 1:
         if (leaves_unseen()) return;
-        /* Whole granules: no driver tells what it rounds managed memory to. */
+        /* Whole granules, because no driver returns the size to which it rounds managed memory. */
         if (took(cu.cuMemAllocManaged(&slot->pointer, (1 + draw(life, 4)) * GRANULE, CU_MEM_ATTACH_GLOBAL)))
             slot->kind = MANAGED;
         return;
@@ -323,9 +329,9 @@ static void give(struct life *life, struct slot *slot)
     CUipcMemHandle open;
     switch (slot->kind) {
     case MANAGED:
-    case POINTER: /* some may be open elsewhere at their end */
+    case POINTER: /* some have been exported before their free */
         if (!draw(life, 8)) cu.cuIpcGetMemHandle(&open, slot->pointer);
-        /* some take the way through another thread, which frees them instead */
+        /* some are passed to another thread, which frees them */
         if (!draw(life, 3)) slot->pointer = atomic_exchange(&handed[draw(life, MOST_THREADS)], slot->pointer);
         if (slot->pointer) cu.cuMemFree_v2(slot->pointer);
         break;
@@ -361,7 +367,8 @@ static void give(struct life *life, struct slot *slot)
     *slot = (struct slot){0};
 }
 
-/* In the end everything that was freed in streams is back, and a call that was left is settled with the thread. */
+/* At the end, the driver has released all memory that was freed in streams, and a call that the thread has left is
+ * settled by its exit. */
 static void *live(void *argument)
 {
     struct life *life = argument;
@@ -377,7 +384,7 @@ static void *live(void *argument)
     return NULL;
 }
 
-/* Where primary contexts end, a real driver (580.159, without agent and shim too) corrupts the heap: six crashes in
+/* If primary contexts end, a real driver (580.159, without agent and shim too) corrupts the heap: six crashes in
  * 325,000 operations, and none in 120,000 without such ends. */
 static bool begins_anew(void) { return strcmp(ways, "once") && strcmp(ways, "real"); }
 
@@ -407,7 +414,7 @@ static void *serve(void *unused)
     pthread_t thread;
     while (fgets(line, sizeof line, stdin)) {
         line[strcspn(line, "\n")] = 0;
-        if (!strncmp(line, "exec ", 5)) { /* of any thread: all others end, and this one becomes the first */
+        if (!strncmp(line, "exec ", 5)) { /* by any thread: it becomes the first thread, and all others end */
             if (atoi(line + 5) % 2) execute_again(line + 5);
             pthread_create(&thread, NULL, execute_again, line + 5);
             for (;;) pause();

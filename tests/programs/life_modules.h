@@ -1,5 +1,5 @@
-/* life_modules.h: the part of a random life in which the driver takes memory by itself: for data of modules, for local
- * memory of kernels, for stacks; included by life.c alone. */
+/* life_modules.h: the part of life.c in which the driver allocates memory by itself: for data of modules, local memory
+ * of kernels, and stacks. Only life.c includes this file. */
 
 #define STACK_STEP 512
 
@@ -12,7 +12,8 @@ static const char image[] = ".version 7.0\n.target sm_70\n.address_size 64\n"
                             " st.local.u32 [%%rd1], %%r1;\n ld.local.u32 %%r2, [%%rd1];\n mov.u64 %%rd3, data;\n"
                             " st.global.u32 [%%rd3], %%r2;\n ret;\n}\n";
 
-/* A module with up to 16 MiB of data, whose kernel has up to 3 KiB of local memory a thread; perhaps it is launched. */
+/* Loads a module with up to 16 MiB of data. Its kernel has up to 3 KiB of local memory a thread, and is launched in
+ * half of the calls. */
 static void load(struct life *life, struct slot *slot)
 {
     char text[sizeof image + 64];
@@ -27,7 +28,7 @@ static void load(struct life *life, struct slot *slot)
     took(cu.cuLaunchKernel(kernel, 1, 1, 1, 32, 1, 1, 0, NULL, arguments, NULL));
 }
 
-/* Of the whole context: what its local memory takes grows, or shrinks. */
+/* Sets the stack size of the whole context, so that its local memory grows or shrinks. */
 static void set_stack(struct life *life)
 {
     took(cu.cuCtxSetLimit(CU_LIMIT_STACK_SIZE, (1 + draw(life, 6)) * STACK_STEP));

@@ -1,13 +1,13 @@
-/* life_pools.h: the part of a random life that takes memory in streams and in graphs; included by life.c alone. */
+/* life_pools.h: the part of life.c that allocates memory in streams and in graphs. Only life.c includes this file. */
 
-static __thread CUstream stream; /* each thread's own, for what cannot be captured in the default one */
+static __thread CUstream stream; /* one for each thread, because the default stream cannot be captured */
 
 static size_t pooled_size(struct life *life) { return 1 + draw(life, 1ULL << (10 + draw(life, 16))); }
 
 static CUstream some_stream(struct life *life) { return draw(life, 2) ? stream : NULL; }
 
-/* For all that the calling thread has in streams. A real driver (580.159, without agent and shim too) crashes in
- * cuCtxSynchronize where another thread captures a graph meanwhile. */
+/* Waits for all work that the calling thread has in streams. A real driver (580.159, without agent and shim too)
+ * crashes in cuCtxSynchronize if another thread captures a graph during the call. */
 static void synchronize(void)
 {
     if (!is_real()) {
@@ -19,7 +19,7 @@ static void synchronize(void)
 }
 
 /* A real driver (580.159, without agent and shim too) crashes, or never returns from a synchronisation, after a pool
- * was destroyed that memory in use was of. */
+ * with memory in use was destroyed. */
 static bool can_be_destroyed(CUmemoryPool pool)
 {
     cuuint64_t used = 0;
@@ -34,7 +34,7 @@ static void own_pool(struct life *life)
                             .location = {.type = CU_MEM_LOCATION_TYPE_DEVICE, .id = life->device}};
     if (life->pool && draw(life, 2)) {
         if (!can_be_destroyed(life->pool)) return;
-        cu.cuMemPoolDestroy(life->pool); /* what is still in use of it goes at its free */
+        cu.cuMemPoolDestroy(life->pool); /* its memory in use is released at the free */
         life->pool = NULL;
     } else if (!life->pool && took(cu.cuMemPoolCreate(&life->pool, &props))) {
         cuuint64_t keep = draw(life, 3) * 64 << 20;
@@ -60,7 +60,7 @@ static void give_pooled(struct life *life, struct slot *slot)
         cu.cuMemFree_v2(slot->pointer);
 }
 
-/* A graph that takes memory when it runs, and gives it back at its end, or leaves that to the program. */
+/* Runs a graph that allocates memory. Either the graph frees the memory at its end, or the program does later. */
 static void run_graph(struct life *life, struct slot *slot)
 {
     CUgraph graph = NULL;

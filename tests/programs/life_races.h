@@ -1,10 +1,10 @@
-/* life_races.h: the part of a random life in which threads make, end and hand over contexts at once; included by life.c
- * alone. */
+/* life_races.h: the part of life.c in which threads create, destroy and pass on contexts at the same time. Only life.c
+ * includes this file. */
 
 #define RACERS 2
 #define LAPS 3
 
-static _Atomic(CUcontext) passed; /* on its way from the thread that made it to the one that ends it */
+static _Atomic(CUcontext) passed; /* from the thread that created it to the thread that destroys it */
 
 static void *race(void *argument)
 {
@@ -14,7 +14,7 @@ static void *race(void *argument)
     for (int i = 0; i < LAPS; i++) {
         if (!cu.cuDevicePrimaryCtxRetain(&context, life->device)) cu.cuDevicePrimaryCtxRelease_v2(life->device);
         if (!took(cu.cuCtxCreate_v2(&context, 0, life->device))) continue;
-        if (leaves_unseen()) cu.cuMemAlloc_v2(&left, GRANULE); /* goes with its context */
+        if (leaves_unseen()) cu.cuMemAlloc_v2(&left, GRANULE); /* freed with its context */
         cu.cuCtxPopCurrent_v2(&context);
         context = atomic_exchange(&passed, context);
         if (context) cu.cuCtxDestroy_v2(context);
@@ -31,9 +31,10 @@ static void race_contexts(struct life *life)
     if (context) cu.cuCtxDestroy_v2(context);
 }
 
-/* In a life that has managed memory, pointers go before their context does. Where another context stays, no call and no
- * look at the driver tells of their end: managed memory is charged until there is no context, and so is managed memory
- * that the driver gives the address of such a pointer. */
+/* Frees pointers before their context ends, if the program has managed memory. If another context remains, neither a
+ * call nor a comparison with the driver shows the end of pointers that ended with their context. Then managed memory
+ * stays charged until the process has no context, and so does managed memory that gets the address of such a pointer.
+ */
 static void free_pointers(void)
 {
     for (unsigned t = 0; t < threads; t++) {
@@ -47,7 +48,7 @@ static void free_pointers(void)
         if (handed[t]) cu.cuMemFree_v2(handed[t]);
 }
 
-/* What went with the primary contexts. */
+/* Returns whether this kind of memory is freed with the primary context. */
 static bool is_gone(enum kind kind)
 {
     return kind == POINTER || kind == MANAGED || kind == ARRAY || kind == MIPMAPPED || kind == MODULE;
@@ -68,7 +69,7 @@ static void *retain(void *device)
     return context;
 }
 
-/* Several threads at once ask for the primary context, which is not there; one reference is enough. */
+/* Several threads retain the primary context at the same time. It does not exist before. One reference is kept. */
 static void retain_together(int device)
 {
     pthread_t racers[RACERS];
@@ -81,14 +82,14 @@ static void retain_together(int device)
     }
 }
 
-/* Between two rounds: the primary contexts end, with all that is in them, and others begin, if there is room. */
+/* Ends the primary contexts with all of their memory, between two rounds. live_all() retains others, if they fit. */
 static void begin_anew(struct life *life)
 {
     free_pointers();
     for (unsigned t = 0; t < threads; t++) {
         int device = lives[t].device;
         if (!primary[device]) continue;
-        if (draw(life, 2)) cu.cuDevicePrimaryCtxReset_v2(device); /* and leaves the reference */
+        if (draw(life, 2)) cu.cuDevicePrimaryCtxReset_v2(device); /* a reset keeps the reference */
         cu.cuDevicePrimaryCtxRelease_v2(device);
         primary[device] = NULL;
     }

@@ -1,9 +1,9 @@
-/* life_shares.h: the part of a random life that shares memory with other lives, and that leaves some behind; included
- * by life.c alone.
+/* life_shares.h: the part of life.c that shares memory with other lives, and that leaves memory in use after an exit or
+ * an exec. Only life.c includes this file.
  *
- * Lives send each other descriptors of memory and of pools, by sockets of the abstract namespace. What was sent may be
- * imported, kept, closed, or lie unread until the receiver ends. A forked child keeps the driver's descriptors for a
- * while after its parent is killed, and so does a program that another one has executed. */
+ * Lives send each other descriptors of memory and of pools, by sockets of the abstract namespace. The receiver imports,
+ * keeps or closes a descriptor, or exits before it has read it. A forked child keeps the driver's descriptors open for
+ * a while, also after its parent is killed. A program that a life executes inherits them. */
 
 #include <dirent.h>
 #include <errno.h>
@@ -24,7 +24,7 @@ struct letter {
 };
 
 static int mailbox = -1;
-static int inherited[MOST_INHERITED]; /* the driver's descriptors of the program before this one */
+static int inherited[MOST_INHERITED]; /* the driver's descriptors from the program that executed this one */
 static unsigned inheriteds;
 
 static struct sockaddr_un name_of(unsigned number, socklen_t *length)
@@ -50,7 +50,7 @@ union control {
     struct cmsghdr align;
 };
 
-/* To some life, or to none: a socket that does not exist, or whose queue is full, takes nothing. */
+/* Sends a descriptor to a random life. It is lost if the socket does not exist or its queue is full. */
 static void send_to_one(struct life *life, struct letter *letter, int file)
 {
     socklen_t length;
@@ -71,7 +71,7 @@ static void send_to_one(struct life *life, struct letter *letter, int file)
     sendmsg(mailbox, &header, MSG_NOSIGNAL);
 }
 
-/* The descriptor, or -1. */
+/* Returns the descriptor, or -1. */
 static int receive(struct letter *letter)
 {
     union control control;
@@ -85,7 +85,7 @@ static int receive(struct letter *letter)
     return file;
 }
 
-/* Sent, kept for a while in an empty slot, or closed. */
+/* Sends a descriptor or not. Then keeps it in an empty slot, or closes it. */
 static void dispose(struct life *life, struct letter *letter, int file)
 {
     if (file < 0) return;
@@ -119,7 +119,7 @@ static void export_pool(struct life *life, struct slot *slot)
     struct letter letter = {.sort = POOL};
     int file = -1;
     if (!life->pool || slot->kind != POOLED) return;
-    if (cu.cuMemPoolExportPointer(&letter.pointer, slot->pointer)) return; /* it is of another pool */
+    if (cu.cuMemPoolExportPointer(&letter.pointer, slot->pointer)) return; /* the pointer is of another pool */
     if (!cu.cuMemPoolExportToShareableHandle(&file, life->pool, CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR, 0))
         dispose(life, &letter, file);
 }
@@ -164,7 +164,7 @@ static void import_one(struct life *life, struct slot *slot)
     if (file < 0) return;
     if (letter.sort == MEMORY) import_memory(life, slot, &letter, file);
     if (letter.sort == POOL) import_pool(slot, &letter, file);
-    if (slot->kind == NOTHING && draw(life, 2)) /* it was no use, and is kept all the same */
+    if (slot->kind == NOTHING && draw(life, 2)) /* not imported, and nevertheless kept */
         *slot = (struct slot){.kind = DESCRIPTOR, .file = file};
     else
         close(file);
@@ -193,7 +193,7 @@ static unsigned driver_files(int *files, unsigned room)
     return found;
 }
 
-/* Before exec: the next program has them too. */
+/* Lets the program of the following exec inherit the driver's descriptors. */
 static void keep_driver_files(void)
 {
     int files[MOST_INHERITED];
@@ -206,7 +206,7 @@ static void close_inherited(void)
     while (inheriteds) close(inherited[--inheriteds]);
 }
 
-/* It has all that the driver has of its parent, for a while; the parent does not wait for it. */
+/* Forks a child that keeps the driver's descriptors of its parent open for up to 0.3 s. The parent does not wait. */
 static void leave_a_keeper(struct life *life)
 {
     useconds_t time = (useconds_t)draw(life, KEEPER_US);
@@ -218,8 +218,8 @@ static void leave_a_keeper(struct life *life)
     _exit(0);
 }
 
-/* This process keeps nothing of others by a descriptor any more, nor their pools: an importer's part of those is in no
- * row of NVML. */
+/* Closes all descriptors and imported pools of other processes, and waits for all children. NVML shows no row for the
+ * memory of an imported pool in the importing process. */
 static void close_all_shared(void)
 {
     struct letter letter;

@@ -1,11 +1,12 @@
 /*
- * managed: a CUDA program that goes around the shim, takes managed memory and hides that. Says `ready PID`; then, for
- * each line, `ok BYTES`, the bytes that it has, or the driver's number of what was wrong.
+ * managed: a CUDA program that bypasses the shim, allocates managed memory and tries to hide it. Prints `ready PID`,
+ * and then for each line either `ok BYTES`, the bytes that it holds, or `CUDA_ERROR_` with the number of the driver's
+ * error.
  *
- * overwrite TIMES   takes a small and a large piece and frees the small one, while a second thread writes the pointer
- *                   of the small one over that of the large one when the call returns
- * vfork TIMES       children that work in this process's memory take it
- * load PATH         loads another library of the driver's name
+ * overwrite TIMES   allocates a small and a large piece and frees the small one. When the call for the large piece
+ *                   returns, a second thread replaces the returned pointer by that of the small piece.
+ * vfork TIMES       allocates in children that share this process's address space
+ * load PATH         loads another library with the driver's name
  * stranger          frees everything by that library, which frees nothing
  * free              frees everything
  */
@@ -36,7 +37,7 @@ static struct {
 static unsigned count;
 static pid_t parent; /* 0: none */
 
-/* Of a child in this process's memory the driver must believe that it is this process. */
+/* Returns the parent's pid in a child that shares its address space, so that the driver treats both as one process. */
 pid_t getpid(void) { return parent ? parent : (pid_t)syscall(SYS_getpid); }
 
 static CUresult enter(CUdeviceptr at, uint64_t bytes, CUresult result)
@@ -45,10 +46,10 @@ static CUresult enter(CUdeviceptr at, uint64_t bytes, CUresult result)
     return result;
 }
 
-/* -- another thread writes over what calls return */
+/* -- another thread overwrites the results of calls */
 
 static uint64_t given;
-static volatile uint64_t lie, told, returned; /* lie 0: none is told */
+static volatile uint64_t lie, told, returned; /* lie: the value that replaces a result; 0: none */
 
 static void *overwrite(void *unused)
 {
@@ -127,7 +128,7 @@ static CUresult free_by_stranger(void)
     return result;
 }
 
-/* -- the whole */
+/* -- commands */
 
 static CUresult obey(const char *what, const char *which)
 {

@@ -1,14 +1,15 @@
 /*
- * opener plain|deep FILE...: a CUDA program that opens each FILE, by dlopen, deep-bound or not, and has the last of
- * them serve. FILE is this source again, made shared:
+ * opener plain|deep FILE...: a CUDA program that opens each FILE by dlopen, for `deep` with RTLD_DEEPBIND. The last
+ * FILE executes the commands. Each FILE is a shared library that is compiled from this source with
  *
- * -DPLUGIN            the part that calls the driver, which it is linked with
- * -DPLUGIN -DOPENS    the same; it opens the driver by itself, as a static CUDA runtime does
- * -DPLUGIN -DNEXT     the same; it asks for what follows it, as a wrapper does
- * -DWRAPPER           a wrapper of one function
+ * -DPLUGIN            to call the driver, with which it is linked
+ * -DPLUGIN -DOPENS    to call the driver, which it opens by itself, as a static CUDA runtime does
+ * -DPLUGIN -DNEXT     to call the next functions in the order of the search, as a wrapper does
+ * -DWRAPPER           to wrap one function
  *
- * Says `ready PID`. Answers `alloc BYTES` by ok or the driver's number of what was wrong, `info` by ok and the free and
- * the total bytes, `calls` by ok and the calls that the wrapper has seen.
+ * Prints `ready PID`. Then prints ok for `alloc BYTES`, ok with the free and the total bytes for `info`, and ok with
+ * the number of calls of the wrapper for `calls`. If a call fails, it prints `CUDA_ERROR_` with the number of the
+ * error.
  */
 #define _GNU_SOURCE
 #include <cuda.h>

@@ -1,5 +1,6 @@
-/* pair LIBRARY...: a CUDA program with several drivers in it, each loaded for itself alone. Commands from stdin, one a
- * line, "WHAT DRIVER NUMBER"; answered by "ok ..." or the number of the driver's error. It knows nothing of fgpu. */
+/* pair [proc] LIBRARY...: a CUDA program that loads several drivers, each with RTLD_LOCAL. It reads commands from
+ * stdin, one a line: "WHAT DRIVER NUMBER". For each it prints "ok ..." or the number of the driver's error. With `proc`
+ * it gets functions from cuGetProcAddress_v2. It uses nothing of fgpu. */
 #define _GNU_SOURCE
 #define __CUDA_API_VERSION_INTERNAL
 #include <cuda.h>
@@ -21,7 +22,7 @@ static struct driver {
 
 static int by_lookup; /* functions come from cuGetProcAddress_v2 */
 
-/* As exported; as cuGetProcAddress wants it, which has no version in it. */
+/* Finds a function by its exported name. The name for cuGetProcAddress has no version. */
 static void *find(struct driver *d, const char *name)
 {
     CUresult (*get)(const char *, void **, int, cuuint64_t, CUdriverProcAddressQueryResult *);
@@ -58,7 +59,7 @@ static CUresult take(struct driver *d, const char *how, size_t bytes, CUdevicept
     return CALL(d, cuMemAlloc_v2, at, bytes);
 }
 
-/* Takes pieces until it is refused; says how many, and why it ended. */
+/* Allocates pieces until a call fails. Prints their number and the result of that call. */
 static void fill(struct driver *d, const char *how, size_t bytes)
 {
     unsigned before = d->count;

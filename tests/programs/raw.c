@@ -1,6 +1,6 @@
-/* raw: takes memory of the simulated driver without any library of it, by what these send to it, as a program may that
- * speaks to a device file by itself. The same lines as bypass; `admit BYTES` asks the shim, if it has that, and takes
- * nothing. */
+/* raw: allocates memory of the simulated driver without its libraries. It sends the requests that they send, as a
+ * program may that uses a device file by itself. It reads and prints the same lines as bypass.c. `admit BYTES` requests
+ * admission through the shim, if the process has the shim, and allocates nothing. */
 #define _GNU_SOURCE
 #include "../../sim/wire/link.c"
 

@@ -1,6 +1,6 @@
-/* roots FOLDER: a process for each folder inside FOLDER makes that folder its root and executes /program there, which
- * must need no library. When all have ended the same is done again, and each folder is another one by then, with the
- * same files in it. Says "ready" after the first time, and ends with its stdin. */
+/* roots FOLDER: for each folder inside FOLDER, a process makes that folder its root and executes /program there, which
+ * must need no library. When all processes have exited, each folder is replaced by a new folder with the same files,
+ * and the processes are started again. Prints "ready" after the first round, and exits when its stdin ends. */
 #define _GNU_SOURCE
 #include <dirent.h>
 #include <poll.h>

@@ -1,5 +1,5 @@
-/* throng SHIM CGROUP N: N processes in CGROUP, each of which only asks the shim's question of a hello. Says "ready"
- * when all have asked; they live until they are killed. */
+/* throng SHIM CGROUP N: N processes in CGROUP. Each process calls the shim's fgpu_admit once, with the kind of a hello,
+ * and makes no other call. Prints "ready" when all processes have done this. They run until they are killed. */
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <fcntl.h>

@@ -1,7 +1,8 @@
-/* trees N BYTES: N processes come to be in every way in which a process can, one after the other, and each takes BYTES
- * of device memory of its own and ends. Half of them descend from a process that has never called the driver; then it
- * does, and holds BYTES itself while the others come and go. Says "ok GOOD FREE-BEFORE FREE-AFTER" when all are gone,
- * with what it is shown, and ends with its stdin. */
+/* trees N BYTES: starts N processes, one after the other, in every way in which a process can start. Each allocates
+ * BYTES of device memory and exits, except forked children that make no call of the driver. The first half starts
+ * before this program calls the driver. Then the program allocates BYTES itself, and keeps them while the second half
+ * runs. It prints "ok GOOD FREE-BEFORE FREE-AFTER" when all have exited: how many succeeded, and the free bytes that
+ * the program is shown before and after the second half. It exits when its stdin ends. */
 #define _GNU_SOURCE
 #include <cuda.h>
 #include <dlfcn.h>
@@ -36,7 +37,7 @@ static uint64_t left(void)
     return info && !info(&free_bytes, &total) ? free_bytes : 0;
 }
 
-/* The same, once the driver has freed what ended processes held. */
+/* Returns the same figure after the driver has freed the memory of exited processes: unchanged for 0.5 s. */
 static uint64_t left_at_rest(void)
 {
     uint64_t bytes = left();
@@ -63,7 +64,7 @@ static void become_a_leaf(void)
     _exit(2);
 }
 
-/* -- ways that are open to everybody */
+/* -- ways for every process */
 
 static bool by_exec(void)
 {
@@ -86,7 +87,7 @@ static bool by_spawn(void)
     return !posix_spawn(&child, self, NULL, NULL, words, environ) && well(child);
 }
 
-/* A child that touches nothing. */
+/* Starts a child that makes no call of the driver. */
 static bool by_fork_alone(void)
 {
     pid_t child = fork();
@@ -94,7 +95,7 @@ static bool by_fork_alone(void)
     return well(child);
 }
 
-/* -- ways of who has never called the driver */
+/* -- ways for a process that has never called the driver */
 
 static bool by_fork(void)
 {
@@ -103,7 +104,7 @@ static bool by_fork(void)
     return well(child);
 }
 
-/* Its parent is gone; it is ours all the same, as init's would be. */
+/* Starts a process whose parent exits. This process becomes its parent, instead of init. */
 static bool by_double_fork(void)
 {
     int status = -1;
@@ -127,7 +128,7 @@ static bool as_a_daemon(void)
     return well(child);
 }
 
-/* One that holds memory becomes another program. */
+/* Starts a process that executes another program while it holds memory. */
 static bool by_exec_in_the_middle(void)
 {
     pid_t child = fork();
@@ -146,7 +147,7 @@ static unsigned grow(bool (*const ways[])(void), unsigned n_ways, unsigned n)
     unsigned good = 0;
     for (unsigned i = 0; i < n; i++) {
         good += ways[i % n_ways]();
-        usleep(5000); /* the driver takes a tenth of a second for what is left of each: who comes faster fills it */
+        usleep(5000); /* the driver needs 0.1 s to free each one's memory: faster starts would fill the device */
     }
     return good;
 }

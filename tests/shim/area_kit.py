@@ -1,4 +1,4 @@
-"""Programs whose kernels use their own memory on the simulated driver, and the requests of the shim for it."""
+"""Programs whose kernels use local memory on the simulated driver, and the requests of the shim for this memory."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ CODE = KIT + FUNCTIONS
 
 
 def area(bytes_per_thread: int) -> int:
-    """Return the bytes of an area beyond that of a new context."""
+    """Return by how many bytes the area of local memory exceeds the area of a new context."""
 
     def whole(size: int) -> int:
         return round(size * THREADS / (2 * MIB)) * 2 * MIB

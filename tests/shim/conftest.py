@@ -1,4 +1,4 @@
-"""Fixtures of the shim's tests: the library, the fake agent, a host without one."""
+"""Fixtures of the shim's tests: the library, the fake agent, and a host without an agent."""
 
 import os
 import re

@@ -61,7 +61,7 @@ static int uncommitted(struct fgpu_usage_page *p, u32 device) {
 static int room(struct fgpu_usage_page *p, u32 device, u64 bytes) {
     return !uncommitted(p, device) && p->devices[device].used + bytes <= p->devices[device].limit;
 }
-/* Threads ask at the same time: the check and the charge are one step. */
+/* The check and the charge are one step, because threads make requests at the same time. */
 static int charge(struct fgpu_usage_page *p, u32 device, u64 bytes) {
     u64 *used = &p->devices[device].used;
     #pragma unroll
@@ -145,7 +145,7 @@ class Agent:
         self.answer, self.flags, self.levels, self.epoch = "managed", 0, 1, 7
         self.boot, self.beats, self.delay, self.rows = b"B" * 16, True, 0, []
         self.uuids, self.versions, self.tagged = list(UUIDS), {}, False
-        self.heard_from = 0  # number of the first hello from which on the kernel answers on that hello's pages
+        self.heard_from = 0  # number of the hello before which the kernel answers no request; 0: it answers all
         self.bpf["tags"].clear()
         self.hellos.clear()
         self.gates, self.budgets = {}, {}
@@ -168,7 +168,7 @@ class Agent:
         threading.Thread(target=self.serve, args=(self.listener,), daemon=True).start()
 
     def die(self, _):
-        """Exit as if killed: the socket stays."""
+        """Stop listening as a killed gatekeeper does: the socket's file stays."""
         if self.listener:
             self.listener.shutdown(socket.SHUT_RDWR)
             self.listener.close()
@@ -184,14 +184,14 @@ class Agent:
         os.rmdir("/run/fgpu/shim")
 
     def orphan(self, _):
-        """Act as a container's mount of a folder that the host has removed since."""
+        """Mount a removed folder over the shim's folder, as in a container whose host has removed that folder."""
         self.stop({})
         os.mkdir("/run/host")
         subprocess.check_call(["mount", "--bind", "/run/host", "/run/fgpu/shim"])
         os.rmdir("/run/host")
 
     def detach(self, _):
-        """Leave a folder that a container has mounted as `fgpu detach` leaves it."""
+        """Stop, and leave the shim's folder as `fgpu detach` leaves a folder that a container has mounted."""
         self.stop({})
         os.chmod("/run/fgpu/shim", 0o1755)
 

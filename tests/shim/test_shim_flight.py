@@ -160,7 +160,7 @@ out(rests, sum(between[1:])); line()"""
 
 
 def test_the_shim_reports_almost_no_rest_of_a_program_that_waits_for_each_step(simulator: Simulator) -> None:
-    """The time from an end that the program waited for to its next launch is the program's, unless it is long."""
+    """The time from the end of a wait to the next launch is no rest but the program's own time, unless it is long."""
     agent = simulator.agent
     unlock(agent, 1)
     process = simulator.start(

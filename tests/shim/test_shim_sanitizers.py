@@ -141,7 +141,7 @@ def test_sanitizers_find_no_error_with_an_image_s_limit(under: Under, tmp_path: 
     assert all(counts[what] for what in ("calls", "forks", "launches", "graphs"))
 
 
-@pytest.mark.skipif(not IS_FULL, reason="a driver that takes its time: ./dev test full")
+@pytest.mark.skipif(not IS_FULL, reason="takes a minute: ./dev test full")
 def test_sanitizers_find_no_error_with_a_slow_driver(under: Under, tmp_path: Path) -> None:
     """A thread's turn ends while it is in the driver. Then two threads handle the work in flight."""
     counts = under.run(under.by.folder / "shim" / "libfgpu.so", tmp_path, 60_000, late=True)

@@ -1,4 +1,4 @@
-"""The shim with the simulated driver: the driver's whole life, from the view of a program and of nvidia-smi."""
+"""The shim with the simulated driver: shares in nvidia-smi and in programs, process lists, arrays and pools."""
 
 import re
 

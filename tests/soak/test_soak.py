@@ -1,4 +1,4 @@
-"""All kinds of load at once: for a moment here, for ten minutes in the full run."""
+"""All kinds of load at once: for 40 s in the usual run, for ten minutes in a full run."""
 
 from __future__ import annotations
 

@@ -25,13 +25,13 @@ OTHERS = {"trixie": MIRRORS["debian"]}
 BASE = "systemd,systemd-sysv"  # packages that every host has
 RESOLVER = "/etc/resolv.conf"
 MOUNTS = ("dev", "opt/build", "proc", "run", "sys", "tmp")
-# Files of apt, dpkg, systemd and the distribution's own packages about earlier packages.
+# Files that apt, dpkg, systemd and the distribution's own packages write.
 NOISE = re.compile(
     r"var/(lib/dpkg|lib/apt|lib/python|lib/systemd|cache|log)(/|$)|etc/ld\.so\.cache$|etc/(alternatives|python3[.\d]*)(/|$)"
     r"|(etc|var)/\.updated$|etc/(group-|gshadow-|inputrc)$|usr/local/lib/python3[.\d]*(/|$)|usr/(lib|share)/python3[/.\d].*__pycache__(/|$)"
 )
 DEBOOTSTRAP_SECONDS = 280
-BUILD = Path("/opt/build")  # the checkout's build/, as seen from inside
+BUILD = Path("/opt/build")  # the path of the checkout's build/ inside a host
 
 # Enters a cgroup, to make it the root of a cgroup namespace.
 ENTER = 'echo $$ >"$1/cgroup.procs" && shift && exec "$@"'

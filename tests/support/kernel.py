@@ -11,7 +11,7 @@ from pathlib import Path
 
 BPFFS = Path("/sys/fs/bpf")
 _SYS_BPF, _LOOKUP, _GET_NEXT_KEY, _OBJ_GET, _MAP_BY_ID = 321, 1, 4, 7, 14
-_PAGE_BYTES, _FIRST_DEVICE = 4096, 64  # of a usage page: where the first device's limit is
+_PAGE_BYTES, _FIRST_DEVICE = 4096, 64  # of a usage page: its size, and the offset of the first device's limit
 NEXT_ID = {"prog_id": 11, "map_id": 12, "link_id": 31}
 _libc = ctypes.CDLL(None, use_errno=True)
 Object = tuple[str, int]

@@ -1,4 +1,4 @@
-"""Programs that another loader than the distribution's starts: copies of the host's loader with the usual changes."""
+"""Programs with another dynamic loader than the host's: a copy of the host's, which may be changed as in nixpkgs."""
 
 from __future__ import annotations
 

@@ -19,7 +19,8 @@ from tests.support.host import BUILD, FGPU, ROOT, SHIM, cgroup_root
 from tests.support.tenant import Tenant
 from tests.support.wait import eventually
 
-# Starts a program for every line "NAME COMMAND", its stdin and stdout being the pipes NAME.in and NAME.out.
+# Starts a program for every line "NAME COMMAND", with stdin from the pipe NAME.in, stdout to the pipe NAME.out and
+# stderr to the file NAME.err.
 HUB = 'while read -r name command; do (exec $command <"$name.in" >"$name.out" 2>"$name.err") & done; wait'
 
 

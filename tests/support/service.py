@@ -58,7 +58,7 @@ def _reads(link: str) -> str:
     return ""
 
 
-# Runs a command with a separate driver and agent.
+# Runs a command in a new world, in which it can start a separate driver and agent.
 IN_A_WORLD = (sys.executable, "-m", "tests.world")
 
 
@@ -128,7 +128,7 @@ class Service:
             assert self.agent is not None
             assert self.agent.poll() is None, f"the agent ended: {text.decode()}"
             if stderr is None:
-                return b"enforcing" in text or b"policies are not enforced" in text  # the first: of all versions
+                return b"enforcing" in text or b"policies are not enforced" in text  # older versions have the first
             return not fgpu("status", check=False).returncode
 
         eventually(enforcing, 60, "the agent")

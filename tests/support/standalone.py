@@ -87,7 +87,7 @@ def held(tenant: Tenant) -> int:
 
 
 def buried(client: Client) -> None:
-    """Wait until the driver has freed the memory of a killed program, and this memory is shown as free."""
+    """Wait until a killed program has exited and the driver has freed its memory. Close the program's pipes."""
     eventually(lambda: client.pid not in client.tenant.pids(), 10, "the exit of the program")
     eventually(lambda: all(entry["pid"] != client.pid for entry in driver_books()), 10, "memory freed by the driver")
     client.close()

@@ -79,7 +79,11 @@ def eventually(look: Callable[[], T], seconds: float = 10.0, what: str = "", pau
 
 
 def steadily(look: Callable[[], object], for_seconds: float, within: float = 10.0, what: str = "") -> None:
-    """Check that a function returns a true value at every call for `for_seconds`."""
+    """Wait until a function has returned a true value at every call for `for_seconds`.
+
+    Raises:
+        Timeout: there was no such period within `within` seconds, which count as for Deadline.
+    """
     deadline = Deadline(within)
     since = time.monotonic()
     while time.monotonic() - since < for_seconds:

@@ -1,5 +1,5 @@
-/* evil: a library that leaves a mark beside itself wherever it is loaded, but in the agent: who starts a program with
- * LD_PRELOAD has that in it. */
+/* evil: a library that creates the file LIBRARY.mark.PID in each process that loads it, except in the agent and `env`,
+ * because the test itself starts the agent with LD_PRELOAD. */
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <fcntl.h>

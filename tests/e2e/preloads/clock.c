@@ -1,5 +1,5 @@
-/* clock: preloaded into a program, it moves that program's wall clock, and no other: by as many seconds as the eight
- * bytes of the file say that FGPU_TEST_CLOCK names. The monotonic clocks go on as they do. */
+/* clock: a preloaded library that changes the wall clock of its program only. FGPU_TEST_CLOCK is the path of a file of
+ * eight bytes: the number of seconds that are added. The monotonic clocks do not change. */
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <fcntl.h>

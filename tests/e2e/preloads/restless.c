@@ -1,5 +1,5 @@
-/* A library of a program that has the shim: a thread writes on every status page that the program has rested all the
- * time, whatever the shim writes there. */
+/* restless: a library for a program with the shim. A thread writes to each status page every 0.2 ms that the program
+ * has been idle all the time, over the value of the shim. */
 #include <stdint.h>
 #include <stdio.h>
 #include <string.h>

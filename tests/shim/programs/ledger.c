@@ -159,7 +159,7 @@ static int churn(uint64_t operations)
     return wrong || all->beyond || !all->refused;
 }
 
-/* -- fits: a request that fits is never refused; a worker makes one while it has one of TOKENS tokens */
+/* -- fits: a request that fits is never refused. A worker makes a request only while it holds one of TOKENS tokens. */
 
 #define TOKENS 4
 

@@ -1,6 +1,6 @@
-/* A libcuda in front of the simulated driver, libcudX.so.1 (see driver_behind()). It records which of the calls that
- * the shim makes for itself are made, and which are made in a thread whose capture mode is not relaxed. Each of these
- * functions has at most six arguments, which are numbers and pointers. */
+/* A libcuda in front of the simulated driver, libcudX.so.1 (see driver_behind()). It records which of the shim's own
+ * calls are made, and which of them are made in a thread whose capture mode is not relaxed. Each of these functions has
+ * at most six arguments, which are numbers and pointers. */
 #define _GNU_SOURCE
 #include "core/hook_table.h"
 

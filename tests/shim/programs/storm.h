@@ -1,5 +1,5 @@
-/* storm.h: between storm.c (a program that does everything at once) and storm_world.c (the gatekeeper, the kernel and
- * the operator around it, all in the same process, so that a sanitizer sees both sides of every page). */
+/* storm.h: the interface between storm.c, a program that uses all functions at once, and storm_world.c, its gatekeeper,
+ * kernel and operator. Both files are in one process, so that a sanitizer checks both sides of every page. */
 #ifndef STORM_H
 #define STORM_H
 
@@ -19,7 +19,7 @@
 
 extern _Atomic bool storm_over;
 
-struct storm_counts { /* above 0: it has happened */
+struct storm_counts { /* above 0: the event has happened */
     _Atomic unsigned long hellos, asked, refused, changes, tagged, patient;
 };
 extern struct storm_counts storm_counts;

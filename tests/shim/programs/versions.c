@@ -1,4 +1,4 @@
-/* Both names under which glibc's dlsym is bound: programs built before 2.34, and since. */
+/* Makes lookups with both versions of glibc's dlsym: that of programs built before glibc 2.34, and the later one. */
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <stdio.h>

@@ -1,4 +1,4 @@
-"""containerd as kubelet uses it, separate for one test: pods and containers by the container runtime interface."""
+"""A containerd that one test starts, with pods and containers by the container runtime interface, as from kubelet."""
 
 from __future__ import annotations
 
@@ -57,7 +57,10 @@ HOST_NETWORK = 2  # NamespaceMode.NODE
 
 
 def message(*fields: tuple[int, Any]) -> bytes:
-    """Encode a protobuf message: {number: text, number, bytes of a message, or a mapping of texts}."""
+    """Encode a protobuf message from pairs of a field's number and its value.
+
+    A value is a text, an integer, the bytes of a message, or a mapping of texts.
+    """
     return b"".join(_field(number, value) for number, value in fields)
 
 
@@ -76,7 +79,7 @@ def _varint(value: int) -> bytes:
 
 
 class Pod:
-    """A sandbox in a pod's folder. The folder is made first, as kubelet does."""
+    """A pod: its sandbox, in the pod's cgroup. The cgroup is created first, as by kubelet."""
 
     def __init__(self, place: Containerd, name: str, labels: Mapping[str, str], notes: Mapping[str, str]) -> None:
         number = next(place.pods)

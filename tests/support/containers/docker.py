@@ -1,4 +1,4 @@
-"""Docker itself, separate for one test: containers with labels, and a socket that a test can stall."""
+"""A real Docker that one test starts: containers with labels, and a socket that the test can stall."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Docker(Place):
         (work / "ld.so.preload").write_text(f"{SHIM}\n")
         self._numbers_of_ids = itertools.count(1)
         self._log = work / "dockerd.log"
-        self._state = Path(tempfile.mkdtemp(prefix="dockerd-"))  # a socket's path in it has at most 107 bytes
+        self._state = Path(tempfile.mkdtemp(prefix="dockerd-"))  # short: a socket's path has at most 107 bytes
         options = ["--data-root", work / "data", "--exec-root", self._state, "--pidfile", work / "pid"]
         options += ["--host", f"unix://{self._own}", "--storage-driver=vfs", "--iptables=false", "--bridge=none"]
         options += ["--exec-opt", "native.cgroupdriver=cgroupfs", *more]

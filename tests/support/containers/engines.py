@@ -1,7 +1,8 @@
 """Container engines for tests: Docker and Podman, unpacked and never installed, a newer Docker, and bare bundles.
 
 The module creates build/engines/{root,newer} once, a mount namespace in which engines have a separate /run, and
-containers. A failed download fails the tests with its name, and never skips a test. The module imports nothing of fgpu.
+containers. A failed download fails the tests with apt's output, and never skips a test. The module imports nothing of
+fgpu.
 """
 
 from __future__ import annotations
@@ -203,7 +204,7 @@ class Engine:
     group = ""
     cdi = True  # whether it reads CDI specifications
     settings: Path
-    named = True  # whether --file names it: it is not at the engine's usual path
+    named = True  # whether `fgpu setup` gets --file: `settings` is not the engine's usual path
     before: str | None = None
 
     def __init__(self, cave: Cave, work: Path) -> None:
@@ -235,12 +236,12 @@ class Engine:
         return done
 
     def start(self, *words: str | Path) -> subprocess.Popen[bytes]:
-        """Start one command that continues, at the other end of a pipe."""
+        """Start one command in the background. Its stdin is a pipe."""
         command = [str(word) for word in (*self.cave.prefix, *self.words(), *words)]
         return subprocess.Popen(command, stdin=subprocess.PIPE, env=self.environment)
 
     def fgpu(self, *words: str | Path) -> str:
-        """Run `fgpu …` where the engine is."""
+        """Run `fgpu …` in the engine's mount namespace, and return its output."""
         command = [*self.cave.prefix, *FGPU, *map(str, words)]
         path = {"PATH": self.environment["PATH"]}  # where the command finds the engine
         done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False, env=path)
@@ -260,7 +261,7 @@ class Engine:
             self.call("import", *changes, "-", f"{name}:1", stdin=given)
 
     def run(self, name: str, *options: str, image: str = "plain", command: str = FILL) -> Any:
-        """Run `ENGINE run` in the background. Return its output if it did not start."""
+        """Run `ENGINE run --detach`. Return the finished process, even if the container did not start."""
         words = ["run", "--detach", "--name", name, *ALLOWED, "--volume", f"{BUILD}:/opt/build:ro"]
         words += ["--volume", "/run/fgpu-sim:/run/fgpu-sim", "--env", "LD_LIBRARY_PATH=/opt/build/sim/lib"]
         return self.call(*words, *options, f"{image}:1", "sh", "-c", command, check=False)
@@ -304,7 +305,7 @@ class Podman(Engine):
         self.settings = cave.etc / "containers/containers.conf.d/zz-fgpu.conf"
         (work / ".config/containers").mkdir(parents=True)
         (work / ".config/containers/policy.json").write_text('{"default": [{"type": "insecureAcceptAnything"}]}')
-        self._state = Path(tempfile.mkdtemp(prefix="fgpu-"))  # its path has at most 50 characters
+        self._state = Path(tempfile.mkdtemp(prefix="fgpu-"))  # short: Podman accepts at most 50 characters
 
     def words(self) -> list[str | Path]:
         """See Engine."""
@@ -321,7 +322,7 @@ class Podman(Engine):
 
     @contextlib.contextmanager
     def serving(self, place: Path) -> Iterator[None]:
-        """Serve its interface on a socket, as podman.socket does."""
+        """Serve Podman's API on a socket, as podman.socket does."""
         service = self.start("system", "service", "--time", "0", f"unix://{place}")
         try:
             yield

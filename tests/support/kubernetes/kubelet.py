@@ -102,7 +102,7 @@ class Resource:
         return answer
 
     def preferred(self, size: int, available: list[str], must: tuple[str, ...] = ()) -> list[str]:
-        """Return the ids that kubelet should prefer."""
+        """Return the ids that the plugin prefers among the available ones."""
         one = self._api.ContainerPreferredAllocationRequest(
             available_deviceIDs=available, must_include_deviceIDs=must, allocation_size=size
         )
@@ -199,7 +199,7 @@ class Plugin:
 
 
 def doctor(folder: Path) -> str:
-    """Return the check of `fgpu doctor` for the plugin of a kubelet that has its folder at the usual path."""
+    """Return the line of `fgpu doctor` about the device plugin. `folder` is mounted at kubelet's usual path."""
     script = f"""
 mount -t tmpfs tmpfs /var/lib && mkdir -p /var/lib/kubelet/device-plugins &&
 mount --bind {folder} /var/lib/kubelet/device-plugins && exec "$@"

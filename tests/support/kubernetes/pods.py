@@ -31,7 +31,7 @@ class Pods(engines.Bundles):
         if self.answer is not None:
             config["process"]["env"] += [f"{key}={value}" for key, value in self.answer.envs.items()]
         whole: list[dict[str, Any]] = []
-        for qualified in self.names:  # like the interface's library: a specification's own edits are applied once
+        for qualified in self.names:  # as in CDI's library: a specification's own edits are applied once
             kind, _, device = qualified.partition("=")
             (spec,) = [spec for spec in self.specs() if spec["kind"] == kind and device in named(spec)]
             common = {} if spec in whole else spec["containerEdits"]
