@@ -56,12 +56,13 @@ BPF_F_TABLE("hash", u64, struct fgpu_event_budget, event_budgets, FGPU_EVENT_BUD
 BPF_F_TABLE("hash", struct fgpu_counter_key, u64, counters, 65536, SPARSE);
 BPF_TABLE("array", u32, u64, incidents, 2 * FGPU_REASONS);
 BPF_TABLE("percpu_array", u32, u64, hits, FGPU_HITS);
-#if ENDS /* when a process with this pid, or with another pid that has the same index, has exited last */
+#if ENDS /* when a process with this pid, or with another pid that has the same index, last exited */
 BPF_TABLE("array", u32, u64, ends, FGPU_ENDS);
 #endif
 BPF_RINGBUF_OUTPUT(events, EVENT_BYTES / PAGE_SIZE);
 BPF_RINGBUF_OUTPUT(bell, BELL_BYTES / PAGE_SIZE); /* the kernel wakes the gatekeeper through this ring */
-BPF_ARRAY(blanks, struct fgpu_process, 1);        /* never written: a process is too large for the stack */
+/* A blank entry, which is never written: struct fgpu_process is too large for the stack. */
+BPF_ARRAY(blanks, struct fgpu_process, 1);
 
 /* Return a device as an index that the verifier accepts. It is masked at each use, because the compiler may keep the
  * unmasked number. */
