@@ -13,8 +13,8 @@
 #include "link/link.h"
 #include "standalone/standalone.h"
 
-/* Return whether a limit may be in force. While the agent does not respond, no memory can be had: that counts as a
- * limit too. */
+/* Return whether a limit may be in force. While the link is closed, no memory is admitted: that counts as a limit
+ * too. */
 bool fgpu_is_limited(struct fgpu_view view)
 {
     if (view.link != FGPU_HELD) return view.link == FGPU_CLOSED;
@@ -158,9 +158,8 @@ void fgpu_settled_standalone(const struct admission *admission, CUresult result,
     errno = saved;
 }
 
-/* Report the result of the driver's call, and return it. Return probes report it to the kernel, except for the driver's
- * part of a pool or of the 32-bit calls: their bytes were committed at once, and are released here if the call failed.
- */
+/* Report the result of the driver's call, and return it. Return probes report it to the kernel. The 32-bit calls have
+ * no probe: their bytes were committed at once, and are released here if the call failed. */
 CUresult fgpu_settled(const struct admission *admission, CUresult result, uint64_t handle)
 {
     if (admission->kind == FGPU_POOL && result) fgpu_failed(admission->index, admission->bytes, result);

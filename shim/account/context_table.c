@@ -91,7 +91,7 @@ static void free_managed(CUcontext context)
     for (_Atomic uint64_t *place = managed; place < managed + MANAGED; place++) {
         CUcontext its = NULL;
         uint64_t at = atomic_load(place);
-        bool is_known = at && ask(&its, CU_POINTER_ATTRIBUTE_CONTEXT, at) == CUDA_SUCCESS; /* not freed long since */
+        bool is_known = at && ask(&its, CU_POINTER_ATTRIBUTE_CONTEXT, at) == CUDA_SUCCESS; /* not freed meanwhile */
         if (!at || (is_known && its != context)) continue;
         if (atomic_compare_exchange_strong(place, &at, 0) && is_known) driver(at);
     }

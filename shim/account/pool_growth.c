@@ -2,8 +2,8 @@
  * pool_growth.c: admissions for memory pools. Owns nothing; the kernel owns the sum.
  *
  * A pool allocates memory in blocks and keeps it. So it is admitted in blocks, committed at once: a call of half a
- * microsecond has no probe. Memory that cannot be measured counts as held, and NVML corrects it. The growth of a pool
- * may wait as long as any request (reclaim.c).
+ * microsecond has no probe. A pool that cannot be measured keeps what was admitted for it, and the agent charges what
+ * NVML shows beyond that. The growth of a pool may wait as long as any request (reclaim.c).
  */
 #include <errno.h>
 

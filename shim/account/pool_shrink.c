@@ -2,7 +2,8 @@
  * pool_shrink.c: measures what memory pools hold, and releases the rest in the kernel's ledger. Owns nothing; the
  * kernel owns the sum.
  *
- * Memory that cannot be measured counts as held, and NVML corrects it; no function here waits long.
+ * A pool that cannot be measured keeps what was admitted for it, and the agent charges what NVML shows beyond that. No
+ * function here waits long.
  */
 #include <errno.h>
 

@@ -1,10 +1,10 @@
 /*
- * processes.c: lists of processes: a tenant sees only its own. Owns nothing; reads the rows of the control page, or the
- * standalone ledger.
+ * processes.c: lists of processes, which show a tenant its own processes alone. Owns nothing; reads the rows of the
+ * control page, or the standalone ledger.
  *
  * The driver's lists are replaced, not filtered: they may have pids of another namespace. The driver is called first,
- * with no room for entries: its errors about the device and the arguments are returned. While no agent responds, the
- * process sees no other processes.
+ * with no room for entries: its errors about the device and the arguments are returned. While the link is closed, the
+ * lists are empty.
  */
 #include <string.h>
 
@@ -55,7 +55,7 @@ static void read_rows(struct fgpu_view view, int index, struct rows *rows)
     }
 }
 
-/* Return whether this process sees a limited view: false if every level only observes. */
+/* Return whether this process is shown its tenant's processes alone: false if every level only observes. */
 static bool is_tenant(struct fgpu_view view)
 {
     for (unsigned level = 0; view.link == FGPU_HELD && level < view.levels; level++)
