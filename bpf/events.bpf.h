@@ -5,8 +5,8 @@
 #define EVENTS_A_SECOND 20
 #define PROGRAMS_A_SECOND 4
 #define CGROUPS_A_SECOND 4000
-#define BUDGETED_A_SECOND 3000 /* of these: for all workloads with a budget together */
-#define WORKLOAD_A_SECOND 250  /* of these: for one workload with a budget */
+#define BUDGETED_A_SECOND 3000 /* after this many events of a second, workloads with a budget send none */
+#define WORKLOAD_A_SECOND 250  /* the most of one workload with a budget */
 #define HOST_SECOND 2
 #define HOST_COUNT 3
 #define HOST_PROCESSES 5

@@ -52,7 +52,7 @@ enum fgpu_reason {
     FGPU_REASON_LIMIT,
     FGPU_REASON_DEVICE_FULL,
     FGPU_REASON_OBSERVED,
-    FGPU_REASON_ENTRIES /* too many allocations, threads or processes, of whatever size */
+    FGPU_REASON_ENTRIES /* too many allocations, threads or processes, whatever the requested size */
 };
 enum fgpu_anomaly {
     FGPU_ANOMALY_RELEASE, /* more bytes were released than were charged */

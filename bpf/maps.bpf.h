@@ -44,7 +44,7 @@ BPF_TABLE("array", u32, struct fgpu_owner, owners, FGPU_OWNERS);
 /* How many entries each map of enum fgpu_shared can have. The loader writes these numbers: a pinned map may have been
  * created by an older version, with fewer entries. */
 BPF_TABLE("array", u32, u64, sizes, FGPU_SHARED);
-BPF_TABLE("array", u32, u64, managed_freed, FGPU_DEVICES); /* bytes, ever growing */
+BPF_TABLE("array", u32, u64, managed_freed, FGPU_DEVICES); /* bytes of managed memory that were freed so far */
 BPF_TABLE("array", u32, u64, contexts, FGPU_DEVICES);
 BPF_TABLE("array", u32, struct fgpu_device, devices, FGPU_DEVICES);
 BPF_F_TABLE("hash", struct fgpu_file, u32, files, 4096, SPARSE);
@@ -82,10 +82,10 @@ static u64 forget(u64 value, u64 any)
     return value ^ any;
 }
 
-/* Make the kernel give each run of the program a stack of its own. Linux 6.13 gives a large program one stack for each
- * processor, unless the program contains a tail call. A program at a uprobe can be preempted, and the next program on
- * that processor would overwrite its pointers. The kernel looks for this call when it loads the program. The call is
- * never executed. */
+/* Make the kernel give each run of the program a stack of its own. From version 6.13 on, Linux gives a large program
+ * one stack for each processor, unless the program contains a tail call. A program at a uprobe can be preempted, and
+ * the next program on that processor would overwrite its pointers. The kernel looks for this call when it loads the
+ * program. The call is never executed. */
 static void own_stack(struct pt_regs *ctx)
 {
     u64 ever = 0;

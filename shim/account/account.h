@@ -66,8 +66,8 @@ HIDDEN bool fgpu_pools_yield(CUdevice ordinal); /* true: some bytes were release
  * free. One is not enough, because other threads may wait for other streams in between. */
 #define FGPU_SYNCS 8
 
-/* -- unseen.c: memory that this process frees and that no probe reports. It is freed when the program waits for a
- * stream, or at once. */
+/* -- unseen.c: frees of this process that no probe reports. The memory becomes free at once, or when the program waits
+ * for a stream. */
 HIDDEN void fgpu_frees_unseen(void);
 HIDDEN void fgpu_freed_unseen(void);
 HIDDEN void fgpu_freed_by_a_wait(void);     /* the program has waited for a stream */

@@ -81,7 +81,7 @@ bool fgpu_context_is_known(CUcontext context)
 
 /* Free the managed memory of a context before the context is destroyed, by calls that have a probe. NVML never shows
  * managed memory, and no probe reports which context becomes current, so only the driver can return the context of an
- * allocation. Both calls wait for the same work. */
+ * allocation. The frees wait for the same work as the destruction of the context. */
 static void free_managed(CUcontext context)
 {
     __typeof__(&cuPointerGetAttribute) ask = REAL(cuPointerGetAttribute);

@@ -159,7 +159,7 @@ uint64_t fgpu_pool_in_use(const struct pool *pool)
 }
 
 /* A pool was destroyed. Bytes that are still in use stay charged, and no call will show when they are freed. So they
- * are released before a request is refused because of them, and NVML charges those that still exist. */
+ * are released before a request is refused because of them, and the agent charges those that NVML still shows. */
 void fgpu_pool_destroyed(struct pool *pool, struct pool *rest, uint64_t used)
 {
     fgpu_pool_give_back_above(pool, fgpu_blocks(used));

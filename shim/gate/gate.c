@@ -163,7 +163,8 @@ static void sleep_at(struct fgpu_view view, int index, uint32_t gate, uint64_t n
     errno = saved;
 }
 
-/* Report if nothing is in flight any more and the gate has closed meanwhile. */
+/* Publish the state of a device, and report a drain if nothing is in flight any more and the gate has closed
+ * meanwhile. */
 static void tell(struct fgpu_view view, int index)
 {
     uint32_t gate = gate_of(view, index);

@@ -1,7 +1,7 @@
 /*
- * dlsym and dlopen. Each calls a function of lookup.c. If that function returns FGPU_PASS, it jumps to the real
- * function of libc, which derives the caller's namespace and RUNPATH, and the meaning of RTLD_NEXT, from its return
- * address. If the real function were called from here, it would resolve RTLD_NEXT of another preload from this file,
+ * dlsym and dlopen. Each calls a function of lookup.c, and jumps to the real function of libc if that function returns
+ * FGPU_PASS. The real function derives the caller's namespace and RUNPATH, and the meaning of RTLD_NEXT, from its
+ * return address. If the real function were called instead, it would resolve RTLD_NEXT of another preload from here,
  * and find that preload again, in an endless loop.
  */
 #if !defined(__x86_64__) && !defined(__aarch64__)

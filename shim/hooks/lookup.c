@@ -166,8 +166,8 @@ void *fgpu_lookup(void *handle, const char *name)
         found = hook;
     } else if (found && (second = hook_of_second(at, found))) {
         found = hook = second;
-    } /* else the function of another preload, or one that goes to the second driver: leave it unchanged; probes
-         report its calls */
+    } /* else a function of another preload, or of the second driver without an entry: leave it unchanged; probes report
+         its calls */
     errno = saved;
     return found;
 }

@@ -29,8 +29,8 @@ static struct fgpu_row read_row(const struct fgpu_row *row)
                              .bytes = __atomic_load_n(&row->bytes, __ATOMIC_RELAXED)};
 }
 
-/* Copy the rows at a moment when no writer was changing them. If the writer has died, many attempts fail, and the list
- * is empty. */
+/* Copy the rows at a moment when no writer was changing them. If the writer has died during a change, all attempts
+ * fail, and the list is empty. */
 static void read_rows(struct fgpu_view view, int index, struct rows *rows)
 {
     rows->count = 0;
@@ -131,7 +131,7 @@ PROCESS_LIST(nvmlDeviceGetMPSComputeRunningProcesses, nvmlProcessInfo_v1_t, list
 PROCESS_LIST(nvmlDeviceGetMPSComputeRunningProcesses_v2, nvmlProcessInfo_v2_t, list_v2, 0)
 PROCESS_LIST(nvmlDeviceGetMPSComputeRunningProcesses_v3, nvmlProcessInfo_t, list_v2, 0)
 
-/* This call lists any of the three kinds, by an argument. */
+/* An argument selects which of the three kinds of processes this call lists. */
 EXPORT nvmlReturn_t nvmlDeviceGetRunningProcessDetailList(nvmlDevice_t device, nvmlProcessDetailList_t *plist)
 {
     __typeof__(&nvmlDeviceGetRunningProcessDetailList) driver = REAL(nvmlDeviceGetRunningProcessDetailList);
