@@ -85,7 +85,7 @@ static uint64_t more_of(uint64_t bytes)
 
 /* -- areas */
 
-/* Return the area of a context. NULL: there is no room for it, or the context is a green one, which may use another
+/* Return the area of a context. NULL: there is no room for it, or the context is a green context, which may use another
  * context's area. */
 static struct fgpu_area *area_of(CUcontext context)
 {

@@ -260,8 +260,8 @@ void fgpu_batches_forget(struct device *device, CUcontext context)
 
 #define ENDED ((CUcontext)1) /* used for a destroyed context: the next context may have the same handle */
 
-/* A green context is destroyed. Its events remain, and show when its work is done; but it can no longer be made
- * current. */
+/* A green context is destroyed. Its events remain, and show when its work is done, but the context can no longer be
+ * made current. */
 void fgpu_batches_leave(struct device *device, CUcontext context)
 {
     for (struct lane *lane = device->lanes; context && lane < device->lanes + LANES; lane++) {

@@ -1,6 +1,7 @@
 /*
- * waits.c: calls by which a program waits for work or queries it, and the events that it records for that. An event
- * has no entry if it was recorded while no device was gated, or if the entry was overwritten. Then it proves nothing.
+ * waits.c: calls by which a program waits for work or queries it, and the events that the program records for these
+ * calls. An event has no entry if it was recorded while no device was gated, or if the entry was overwritten. Then a
+ * wait for the event proves nothing.
  */
 #include "base/own.h"
 #include "gate/gate.h"

@@ -4,7 +4,8 @@
 #include "code/local_memory.h"
 #include "gate/gate.h"
 
-/* Request the memory that a first launch takes before the gate: a launch that waits for memory must not hold a turn. */
+/* Request the memory of a first launch before the launch reaches the gate: a launch that waits for memory must not hold
+ * a turn. */
 #define PASS(name, function, enter, ...)                                                                               \
     do {                                                                                                               \
         __typeof__(&name) driver = REAL(name);                                                                         \

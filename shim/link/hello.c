@@ -122,8 +122,8 @@ static bool anybodys(const struct place *at)
     return around.st_mode & (S_IWGRP | S_IWOTH) && status.st_dev == around.st_dev;
 }
 
-/* Return whether the socket exists. A gatekeeper that exits leaves its socket, and the next one renames its own over
- * it. A folder that was removed counts as a folder with a socket. */
+/* Return whether the socket exists. A gatekeeper that exits leaves its socket, and the next gatekeeper renames its own
+ * socket over it. A folder that was removed counts as a folder with a socket. */
 static bool socket_here(const struct place *at)
 {
     struct stat status;

@@ -169,8 +169,8 @@ static COLD uint32_t say_hello(uint32_t word, int *asked, uint64_t now, uint64_t
     return latest;
 }
 
-/* Register for the first time. One thread does it; the others wait as long as it may take, and then treat it as
- * failed. */
+/* Register for the first time. One thread registers. The others wait for at most FIRST_NS, and then treat the
+ * registration as failed. */
 static COLD uint32_t first(int *asked)
 {
     if (madvise(&fgpu_own_page, sizeof fgpu_own_page, MADV_WIPEONFORK) && !atomic_exchange(&unwiped, true)) load();
@@ -221,8 +221,8 @@ static uint32_t current(void)
 
 /*
  * Send a hello and do not wait. The driver takes milliseconds to initialise, or seconds if many processes start at the
- * same time, and the gatekeeper can reply meanwhile. The only state of this is a descriptor, which is not shared: any
- * other thread registers by itself.
+ * same time, and the gatekeeper can reply meanwhile. The only state until fgpu_arrive() is a descriptor, which is not
+ * shared: any other thread registers by itself.
  */
 COLD int fgpu_announce(void)
 {

@@ -5,8 +5,9 @@
  * A charge is one compare-and-swap of its device's last charge (which seat, how many units, its number on that seat).
  * That operation decides. Before the next thread charges, it adds the last charge to the seat that made it, in case the
  * seat's owner was stopped or killed in between. So there is no lock, and at every instant either all of a charge
- * counts or nothing. A seat's number shows whether the last charge was already added to it. Only the owner releases,
- * without a compare-and-swap of the last charge: a release can only make room.
+ * counts or nothing. A seat's number shows whether the last charge was already added to it. Only the owner of a seat
+ * releases (any process, if the owner is dead), without a compare-and-swap of the last charge: a release can only make
+ * room.
  */
 #include "standalone/standalone.h"
 
