@@ -102,7 +102,7 @@ static void turn_over(struct fgpu_process *p, struct bpf_raw_tracepoint_args *ct
 {
     u64 turn = p->turn;
     struct {
-        s64 bytes[FGPU_DEVICES]; /* a bare array has another layout on every architecture */
+        s64 bytes[FGPU_DEVICES]; /* in a struct, because an array alone has another layout on every architecture */
     } before;
     struct fgpu_level *next = levels_of(p, turn + 1);
     EACH_LEVEL

@@ -1,7 +1,7 @@
 /* events.bpf.h: events that are rare enough to be sent to the agent at once. Each event is counted by its fate: sent,
  * or lost by reason. */
 
-#define SECOND_SHIFT 30 /* nanoseconds >> 30: almost a second */
+#define SECOND_SHIFT 30 /* nanoseconds >> 30: units of 1.07 s, called seconds here */
 #define EVENTS_A_SECOND 20
 #define PROGRAMS_A_SECOND 4
 #define CGROUPS_A_SECOND 4000

@@ -224,7 +224,7 @@ struct fgpu_share { /* shares: {level, device} -> the level's part of the device
     __u64 rank; /* 0 comes first */
     __u64 quantum_ns;
 };
-struct fgpu_turn { /* turns: {level, device} -> results; numbers only grow, except where noted */
+struct fgpu_turn { /* turns: {level, device} -> results; the numbers up to `throttled` only grow */
     __u64 owned_ns;
     __u64 waits;
     __u64 wait_ns;

@@ -20,7 +20,7 @@
 #define BELL_BYTES (1 << 16)                         /* one page of memory, on every architecture */
 #define UNLIKELY(what) __builtin_expect(!!(what), 0) /* the compiler moves this branch out of the way */
 #define IDLE (1ULL << 63)                            /* in the same word as the generation that a thread belongs to */
-#define OBSERVED 4                                   /* an additional verdict: admitted because no level enforces */
+#define OBSERVED 4 /* an additional verdict: charged beyond a limit that is only observed, or by force */
 
 BPF_PROG_ARRAY(again, 1); /* the program call_return, which calls itself again during a long unmap */
 BPF_F_TABLE("array", u32, struct fgpu_usage_page, page_template, 1, 1U << 10 /* BPF_F_MMAPABLE */);
