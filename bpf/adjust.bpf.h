@@ -39,8 +39,8 @@ static void enter_overhead(struct fgpu_process *p, u32 device, s64 more)
     end(p);
 }
 
-/* Compute the change of the overhead: to this number of bytes, unless anything else has changed meanwhile, or by this
- * number in any case. */
+/* Compute by how many bytes the overhead changes. FGPU_RAISE: by the given number, in any case. FGPU_OVERHEAD: to the
+ * given number; -EAGAIN if another change has begun since the agent read the process. */
 static int overhead_changes(struct fgpu_process *p, struct bpf_raw_tracepoint_args *ctx, s64 *more)
 {
     *more = ctx->args[4];
@@ -49,7 +49,7 @@ static int overhead_changes(struct fgpu_process *p, struct bpf_raw_tracepoint_ar
     return p->begun != ctx->args[5] || p->changes != ctx->args[5] ? -11 : 0;
 }
 
-#define STRAGGLER_NS 50000000 /* no program runs longer: one that read a side before a move has finished by then */
+#define STRAGGLER_NS 50000000 /* no program runs longer: a program that read a side before a move has ended by then */
 
 /* Return 1 or 0. The compiler cannot turn the result into a branch. */
 static u64 differs(u64 a, u64 b)
@@ -102,7 +102,7 @@ static void turn_over(struct fgpu_process *p, struct bpf_raw_tracepoint_args *ct
 {
     u64 turn = p->turn;
     struct {
-        s64 bytes[FGPU_DEVICES]; /* a bare array has another layout on every architecture */
+        s64 bytes[FGPU_DEVICES]; /* in a struct, because an array alone has another layout on every architecture */
     } before;
     struct fgpu_level *next = levels_of(p, turn + 1);
     EACH_LEVEL

@@ -37,13 +37,13 @@ static u64 ask(struct fgpu_process *p, struct held *h, struct fgpu_thread *t, u3
         u64 *known = contexts.lookup(&device);
         bytes = known ? *known : 0;
     }
-    kind = forget(kind, p->generation);                   /* a context is charged as all else from here on */
+    kind = forget(kind, p->generation);                   /* from here on, a context is charged like every other kind */
     if (bytes > FGPU_MOST_BYTES) bytes = FGPU_MOST_BYTES; /* fits nowhere, and a sum with it does not overflow */
     if (crowded(h->page[0], device, bytes, kind)) return FGPU_REFUSED;
     if (is_uncommitted(h, device, bytes, kind)) return FGPU_REFUSED;
     if (refused_by_a_level(h, device, bytes, kind, patient)) return FGPU_REFUSED;
-    busy(p, t); /* only here: a thread that repeats a refused request would otherwise never leave the agent an idle
-                   moment */
+    busy(p, t); /* only here: otherwise a thread that repeats a refused request would always be in a change, and the
+                   agent could never correct its process */
     a->verdict = charge(p, h, device, bytes, 0);
     if (granted(a->verdict)) grant(p, h, a, device, bytes);
     return a->verdict;
@@ -75,7 +75,8 @@ static u64 without_entry(struct held *h, u32 device, u64 bytes, u32 kind)
 }
 
 /* Publish a verdict by one store of an aligned word. Because of the tag, no process can write the verdict that another
- * process waits for. A process without an entry has no tag: it does not find its verdict, and registers again. */
+ * process waits for. A process without an entry has no tag: its tagged request gets no verdict, and the shim registers
+ * again. */
 static void publish_answer(struct fgpu_usage_page *page, struct fgpu_process *p, u32 flags, u64 ticket, u64 verdict)
 {
     u64 slot_of_ticket = ticket & VERDICT_MASK;

@@ -79,7 +79,7 @@ static void name_bypass(struct fgpu_process *p, struct fgpu_call *f)
 }
 
 /* Run call_return again, for the rest of a range with more mappings than one run releases. The kernel permits a chain
- * of 34 programs. The remaining bytes stay charged until NVML shows that the device does not hold them. */
+ * of 34 programs. Further bytes of a longer range stay charged until NVML shows that the device does not hold them. */
 static void go_on(struct pt_regs *ctx, struct fgpu_thread *t, struct fgpu_call *rest)
 {
     t->call = *rest;
@@ -105,7 +105,7 @@ int call_return(struct pt_regs *ctx)
         cover(p, &f, late_bytes(p, &f), 1);
         if (!is_trusted(cookie)) distrust(p, f.function);
         out.freed = settle(p, &f, &key, &out, is_trusted(cookie));
-        f.function = forget(f.function, p->generation); /* each has settled in its own way */
+        f.function = forget(f.function, p->generation); /* each function leaves other values here too */
         out.freed = forget(out.freed, p->generation);
         if (out.new) keep(p, &key, out.bytes, f.device, out.owner);
         release(p, f.device, out.freed);

@@ -1,6 +1,6 @@
-/* entries.bpf.h: how many entries of the shared maps levels have, and the owners of their bounds. */
+/* entries.bpf.h: the number of entries that each level, and each owner of a bound, has in the shared maps. */
 
-/* Return how many entries a shared map can have. If it is not known, it is 0, and new entries are refused. */
+/* Return how many entries a shared map can have. 0: the number is not known, and new entries are refused. */
 static u64 most_of(u32 shared)
 {
     u64 *most = sizes.lookup(&shared);
@@ -11,7 +11,7 @@ static u64 most_of(u32 shared)
  * would add a branch at every use, and the verifier follows each branch both ways. */
 static struct fgpu_owner *owner_in(u32 slot_of_owner) { return owners.lookup(&slot_of_owner); }
 
-/* Return the number of entries of a map that all owners together have claimed. */
+/* Return a pointer to the number of entries of a map that all owners together have claimed. */
 static u64 *claims_on(u32 shared)
 {
     u32 last = FGPU_OWNERS - 1;

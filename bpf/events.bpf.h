@@ -1,11 +1,12 @@
-/* events.bpf.h: events that are rare enough to be sent to the agent at once. In the counters, seen = sent + lost. */
+/* events.bpf.h: events that are rare enough to be sent to the agent at once. Each event is counted by its fate: sent,
+ * or lost by reason. */
 
-#define SECOND_SHIFT 30 /* nanoseconds >> 30: almost a second */
+#define SECOND_SHIFT 30 /* nanoseconds >> 30: units of 1.07 s, called seconds here */
 #define EVENTS_A_SECOND 20
 #define PROGRAMS_A_SECOND 4
 #define CGROUPS_A_SECOND 4000
-#define BUDGETED_A_SECOND 3000 /* of these: for all workloads with a budget together */
-#define WORKLOAD_A_SECOND 250  /* of these: for one workload with a budget */
+#define BUDGETED_A_SECOND 3000 /* after this many events of a second, workloads with a budget send none */
+#define WORKLOAD_A_SECOND 250  /* the most of one workload with a budget */
 #define HOST_SECOND 2
 #define HOST_COUNT 3
 #define HOST_PROCESSES 5
@@ -55,8 +56,8 @@ static void tell(struct fgpu_usage_page *page, u32 kind, u32 device, u64 bytes, 
         send(page, kind, device, bytes, operation, reason);
 }
 
-/* Send an event of a bypass or of a killed process. It has a budget of its own, so that refusals cannot use it up.
- * Returns 1 if it was sent. */
+/* Send an event of a bypass, of a killed process or of a first use. These events have a budget of their own, so that
+ * refusals cannot use it up. Returns 1 if the event was sent. */
 static int tell_urgently(struct fgpu_usage_page *page, u32 kind, u32 device, u64 bytes, u16 operation, u16 reason)
 {
     if (!page || !spend(&page->urgent_second, &page->urgent_count, EVENTS_A_SECOND)) return 0;
@@ -126,12 +127,12 @@ static void tell_of_end(u32 tgid)
     bell.ringbuf_output(&event, sizeof(event), WAKE_UP);
 }
 
-/* -- cgroups: raw tracepoints with (cgroup, path, …). They read no struct of the kernel; the agent finds the
+/* -- cgroups: raw tracepoints with (cgroup, path, …). The programs read no struct of the kernel; the agent finds the
  * processes */
 
-/* Return the budget of the workload that contains a cgroup: that of the outermost part of its path that has a budget.
- * Parts are compared by their FNV-1a hash. 0: there is none. is_outside: the cgroup is not in the agent's cgroup
- * namespace, so it does not concern the agent. */
+/* Return the budget of the workload that contains a cgroup. The workload is the shortest beginning of the cgroup's path
+ * that has a budget; beginnings are compared by their FNV-1a hash. 0: there is none. is_outside: the cgroup is not in
+ * the agent's cgroup namespace, so it does not concern the agent. */
 static struct fgpu_event_budget *budget_of(const char *path, u64 *is_outside)
 {
     u64 name = FGPU_FNV_BASIS, root_at = FGPU_BUDGET_ROOT, any = bpf_ktime_get_ns();

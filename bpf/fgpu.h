@@ -20,7 +20,7 @@
 #define FGPU_DEVICES 16
 #define FGPU_LEVELS 4
 #define FGPU_BOTH_LEVELS 8 /* levels of both sides of a process */
-#define FGPU_VERDICTS 128  /* a power of two: the verifier takes a mask, not a remainder */
+#define FGPU_VERDICTS 128  /* a power of two: the verifier accepts an index with a mask, not with a remainder */
 #define FGPU_ROWS 128
 #define FGPU_SHARED 3
 #define FGPU_PATH 192
@@ -52,12 +52,13 @@ enum fgpu_reason {
     FGPU_REASON_LIMIT,
     FGPU_REASON_DEVICE_FULL,
     FGPU_REASON_OBSERVED,
-    FGPU_REASON_ENTRIES /* too many allocations, threads or processes, of whatever size */
+    FGPU_REASON_ENTRIES /* too many allocations, threads or processes, whatever the requested size */
 };
 enum fgpu_anomaly {
     FGPU_ANOMALY_RELEASE, /* more bytes were released than were charged */
-    FGPU_ANOMALY_FULL,    /* a map was full: the bytes stay charged until the process exits */
-    FGPU_ANOMALY_DEVICE,  /* a device index that is not one of the tenant's */
+    FGPU_ANOMALY_FULL,    /* a map, or a level's part of it, was full: bytes without an entry stay charged until the
+                             process exits */
+    FGPU_ANOMALY_DEVICE,  /* a request with a device index of FGPU_DEVICES or more */
     FGPU_ANOMALY_LOST,    /* a driver call found the entry of its process half created */
     FGPU_ANOMALY_BYPASS,  /* an allocation without an admission, or with a smaller one */
     FGPU_ANOMALY_STALE,   /* a new handle whose key still has an older charge */
@@ -165,16 +166,16 @@ struct fgpu_flight {     /* work launched on a gated device */
     __u64 busy_until_ns; /* when they should be done, by earlier measurements; if that time has passed and the bell
                             was not rung, no thread has checked */
     __u64 wanted_ns;     /* when a thread last tried to launch */
-    __u64 idle_ns;       /* sum of the times between an observed end (of a span) and the next launch; only grows */
+    __u64 idle_ns;       /* sum of the times >= 0.1 ms from an observed end (of a span) to a launch; only grows */
 };
 struct fgpu_span {  /* of the last turn */
     __u64 begun_ns; /* when a thread last passed a gate that had been closed */
-    __u64 ended_ns; /* when a thread that waited for the work in flight found the last of it done */
+    __u64 ended_ns; /* when a thread that waited for the work in flight, or queried it, found the last of it done */
 };
 struct fgpu_status_page {
     __u32 version;
-    __u32 bell; /* a futex. Its value changes, and it is woken, when a thread begins to wait and when a turn has
-                   drained */
+    __u32 bell; /* a futex. Its value changes, and it is woken, when the first thread begins to wait, when a turn has
+                   drained, and when work in flight outlasts its estimate while a thread waits */
     __u32 spare[14];
     struct fgpu_status devices[FGPU_DEVICES];
     struct fgpu_flight flights[FGPU_DEVICES];
@@ -216,14 +217,14 @@ struct fgpu_limit {
     __u64 bytes;
     __u64 flags; /* as on the usage page; of the uncommitted bits only this device's */
 };
-struct fgpu_share { /* shares: {level, device} -> the level's part of the device's time; without an entry it is not
+struct fgpu_share { /* shares: {level, device} -> the level's part of the device's time; a level without an entry is not
                        gated */
     __u64 limit_millionths;
     __u64 weight;
     __u64 rank; /* 0 comes first */
     __u64 quantum_ns;
 };
-struct fgpu_turn { /* turns: {level, device} -> results; numbers only grow, except where noted */
+struct fgpu_turn { /* turns: {level, device} -> results; the numbers up to `throttled` only grow */
     __u64 owned_ns;
     __u64 waits;
     __u64 wait_ns;
@@ -269,10 +270,10 @@ struct fgpu_holding { /* of a process on one device; the fields that every alloc
     __u64 managed; /* NVML never shows these bytes */
     __u64 pool;
     __s64 overhead; /* contexts, modules, rounding: bytes known only from NVML; may be negative */
-    __u64 contexts; /* 64 bits, like every number that several threads change and decide by */
+    __u64 contexts; /* 64 bits, like every number that several threads change and base decisions on */
     __u64 retained; /* references to the primary context; the driver counts them later */
     __u64 primary;  /* 1: the primary context exists; a reset destroys it and leaves its references */
-    __u64 exported; /* pointers that another process may have open */
+    __u64 exported; /* bytes of memory behind pointers that another process may have open */
     __u64 exported_vmm;
     __u64 owed;  /* released bytes that `charged` did not have during a move */
     __u64 ended; /* contexts that were destroyed while others remained: only NVML shows how much memory was in them */
@@ -300,7 +301,9 @@ struct fgpu_process {
 };
 #define FGPU_SEEN_SHIM 1
 #define FGPU_SEEN_BYPASS 2
-#define FGPU_SEEN_EXPORT 4       /* it exported memory that has no entry: memory that it frees may be open elsewhere */
+/* Memory that the process frees may still be in use: the process may have exported memory that has no entry, or it may
+ * have a reference that an untrusted library reported as dropped. */
+#define FGPU_SEEN_EXPORT 4
 #define FGPU_SEEN_CALL 8         /* it has called a driver function that has a probe */
 #define FGPU_SEEN_POOL_EXPORT 16 /* pool bytes that it releases may be open elsewhere */
 #define FGPU_SEEN_IMPORT 32      /* it has opened memory of other processes */
@@ -378,9 +381,10 @@ enum fgpu_function {
     FGPU_FUNCTION_DESTROY,
     FGPU_FUNCTION_EXPORT_RANGE, /* cuMemGetHandleForAddressRange */
     FGPU_FUNCTION_EXPORT_POOL,
-    FGPU_FUNCTION_IMPORT, /* of memory, a pool or an allocation in one */
+    FGPU_FUNCTION_IMPORT, /* of memory, of a pool, or of an allocation in a pool */
 };
-/* hits: how often each probe ran, by function at its entry; the shim's own two are the last. */
+/* hits: how often the probe at the entry of each driver function ran, by enum fgpu_function; the last two numbers are
+ * those of the shim's own probes. */
 #define FGPU_HITS 32
 #define FGPU_HIT_ADMIT 30
 #define FGPU_HIT_GIVE_BACK 31
@@ -399,7 +403,7 @@ struct fgpu_thread { /* threads: pid_tgid -> its entry; created once, deleted wh
     struct fgpu_call call;
     __u64 open; /* the generation of the process that counts it; the top bit is set while the thread changes nothing */
 };
-#define FGPU_REASONS 8 /* for each of the two groups of counters of the host: anomalies, and events by their fate */
+#define FGPU_REASONS 8 /* most counters in each of the host's two groups: anomalies, and events by their fate */
 /* Counters of a level. */
 struct fgpu_counter_key {
     __u64 cgroup;
@@ -417,13 +421,13 @@ enum fgpu_adjust {
     FGPU_REAP,     /* tgid, generation: the process has exited, and no event has reported it */
     FGPU_DISOWN,   /* cgroup, device, bytes: the device does not hold these orphaned bytes any more; they have no entry
                       in `orphans` */
-    FGPU_RAISE,    /* tgid, generation, device, bytes: adds to the overhead, in any case */
+    FGPU_RAISE,    /* tgid, generation, device, bytes: adds to the overhead, even if a change has begun meanwhile */
     FGPU_WITHDRAW, /* cgroup: its page is about to be removed */
-    FGPU_SWEPT,    /* cgroup, n, place: n allocations of the level were deleted that no free will delete */
+    FGPU_SWEPT,    /* cgroup, n, place: the agent deleted n allocations of the level that no free will delete */
     FGPU_RING,     /* wakes the reader of the ring `bell`: shares have changed */
     FGPU_LET_GO,   /* tgid, device, generation, turn, bytes: the device does not hold these orphaned bytes any more; 0:
                       delete the entry */
-    FGPU_MARK,     /* tgid, generation, device: its `peak` starts anew */
+    FGPU_MARK,     /* tgid, generation, device: sets the `peak` of the process to its present `bytes` */
     FGPU_ENTER,    /* tgid, 0, count, levels innermost first: creates the entry of a process that has none yet */
     FGPU_LOOKED,   /* cgroup, device, time: sets `looked_ns` */
     FGPU_OWN,      /* cgroup, slot, owner, most[FGPU_OWNED]: the level's bound owner; cgroup 0: only the slot is
@@ -431,17 +435,16 @@ enum fgpu_adjust {
     FGPU_TRIM,     /* slot: releases the claims that its owner does not need */
 };
 
-/* -- events: a ring buffer for rare events; those that do not fit are counted -------------------------------------- */
+/* -- events: a ring buffer for rare events; events that do not fit are counted ------------------------------------- */
 enum fgpu_news {
-    FGPU_NEWS_PROCESS,  /* the first call of a process of a managed cgroup; only one process of a level is reported in
-                           a second */
+    FGPU_NEWS_PROCESS,  /* a probe created the entry of a process of `cgroup`; at most one of a level in a second */
     FGPU_NEWS_REFUSED,  /* by the level `cgroup`; reason as in the counters */
-    FGPU_NEWS_BYPASS,   /* its first call without an admission */
+    FGPU_NEWS_BYPASS,   /* the first call of a process without an admission */
     FGPU_NEWS_KILLED,   /* a call without an admission that would exceed the limit, under onBypass: kill */
     FGPU_NEWS_ORPHANED, /* the level `cgroup` has orphaned bytes now */
     FGPU_NEWS_MOVED,    /* a process was moved to the cgroup at `path` */
     FGPU_NEWS_MADE,     /* the cgroup at `path` was created */
-    FGPU_NEWS_EMPTIED,  /* no process is left in the cgroup and those below it */
+    FGPU_NEWS_EMPTIED,  /* no process is left in the cgroup or in a cgroup below it */
     FGPU_NEWS_REMOVED,
     FGPU_NEWS_ENDED,     /* in the ring `bell`: a process that had a context has exited; the driver may still be working
                             on its exit */
@@ -473,7 +476,7 @@ struct fgpu_cgroup_event {
 #define FGPU_FNV_BASIS 0xcbf29ce484222325ULL
 #define FGPU_FNV_PRIME 0x100000001b3ULL
 struct fgpu_event_budget {
-    __u64 second; /* the second whose events `count` has */
+    __u64 second; /* the second in which the events of `count` occurred */
     __u64 count;  /* events of that second */
     __u64 lost;   /* events that were not sent to the agent; only grows */
 };

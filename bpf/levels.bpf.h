@@ -36,8 +36,8 @@ static int take(struct fgpu_usage_page *page, u32 device, u64 bytes, int force)
 
 /* Return the side for a number of moves. A move cannot stop threads that are charging at the same time. So a process
  * has two sides, each with its levels and the bytes charged to them. A move fills the other side and then makes it
- * current. A thread that was too late for that charges the old side. When the agent next examines the process, it moves
- * that remainder. */
+ * current. A thread that determined the side before the move charges the old side. When the agent next examines the
+ * process, it moves that remainder. */
 static u64 side_of(u64 turn)
 {
     __asm__ volatile("" : "+r"(turn));
@@ -178,9 +178,9 @@ static int take_levels(struct held *h, u32 device, u64 bytes, int force)
 static void begin(struct fgpu_process *p) { __sync_fetch_and_add(&p->begun, 1); }
 static void end(struct fgpu_process *p) { __sync_fetch_and_add(&p->changes, 1); }
 
-/* A thread is in a change from its admission to the end of the driver call that settles it: meanwhile only the driver
- * knows how much is allocated. The generation is compared, because a process that has left its cgroups and returns has
- * a new one. */
+/* A thread is in a change from its admission to the end of the driver call that settles it: meanwhile the driver may or
+ * may not have allocated the bytes. The generation is compared, because a process that has left its cgroups and returns
+ * has a new generation. */
 static void busy(struct fgpu_process *p, struct fgpu_thread *t)
 {
     if (t->open == p->generation) return;

@@ -20,7 +20,7 @@
 #define BELL_BYTES (1 << 16)                         /* one page of memory, on every architecture */
 #define UNLIKELY(what) __builtin_expect(!!(what), 0) /* the compiler moves this branch out of the way */
 #define IDLE (1ULL << 63)                            /* in the same word as the generation that a thread belongs to */
-#define OBSERVED 4                                   /* an additional verdict: admitted because no level enforces */
+#define OBSERVED 4 /* an additional verdict: charged beyond a limit that is only observed, or by force */
 
 BPF_PROG_ARRAY(again, 1); /* the program call_return, which calls itself again during a long unmap */
 BPF_F_TABLE("array", u32, struct fgpu_usage_page, page_template, 1, 1U << 10 /* BPF_F_MMAPABLE */);
@@ -44,7 +44,7 @@ BPF_TABLE("array", u32, struct fgpu_owner, owners, FGPU_OWNERS);
 /* How many entries each map of enum fgpu_shared can have. The loader writes these numbers: a pinned map may have been
  * created by an older version, with fewer entries. */
 BPF_TABLE("array", u32, u64, sizes, FGPU_SHARED);
-BPF_TABLE("array", u32, u64, managed_freed, FGPU_DEVICES); /* bytes, ever growing */
+BPF_TABLE("array", u32, u64, managed_freed, FGPU_DEVICES); /* bytes of managed memory that were freed so far */
 BPF_TABLE("array", u32, u64, contexts, FGPU_DEVICES);
 BPF_TABLE("array", u32, struct fgpu_device, devices, FGPU_DEVICES);
 BPF_F_TABLE("hash", struct fgpu_file, u32, files, 4096, SPARSE);
@@ -56,12 +56,13 @@ BPF_F_TABLE("hash", u64, struct fgpu_event_budget, event_budgets, FGPU_EVENT_BUD
 BPF_F_TABLE("hash", struct fgpu_counter_key, u64, counters, 65536, SPARSE);
 BPF_TABLE("array", u32, u64, incidents, 2 * FGPU_REASONS);
 BPF_TABLE("percpu_array", u32, u64, hits, FGPU_HITS);
-#if ENDS /* when a process with this pid, or with another pid that has the same index, has exited last */
+#if ENDS /* when a process with this pid, or with another pid that has the same index, last exited */
 BPF_TABLE("array", u32, u64, ends, FGPU_ENDS);
 #endif
 BPF_RINGBUF_OUTPUT(events, EVENT_BYTES / PAGE_SIZE);
 BPF_RINGBUF_OUTPUT(bell, BELL_BYTES / PAGE_SIZE); /* the kernel wakes the gatekeeper through this ring */
-BPF_ARRAY(blanks, struct fgpu_process, 1);        /* never written: a process is too large for the stack */
+/* A blank entry, which is never written: struct fgpu_process is too large for the stack. */
+BPF_ARRAY(blanks, struct fgpu_process, 1);
 
 /* Return a device as an index that the verifier accepts. It is masked at each use, because the compiler may keep the
  * unmasked number. */
@@ -81,10 +82,10 @@ static u64 forget(u64 value, u64 any)
     return value ^ any;
 }
 
-/* Make the kernel give each run of the program a stack of its own. Linux 6.13 gives a large program one stack for each
- * processor, unless the program contains a tail call. A program at a uprobe can be preempted, and the next program on
- * that processor would overwrite its pointers. The kernel looks for this call when it loads the program. The call is
- * never executed. */
+/* Make the kernel give each run of the program a stack of its own. From version 6.13 on, Linux gives a large program
+ * one stack for each processor, unless the program contains a tail call. A program at a uprobe can be preempted, and
+ * the next program on that processor would overwrite its pointers. The kernel looks for this call when it loads the
+ * program. The call is never executed. */
 static void own_stack(struct pt_regs *ctx)
 {
     u64 ever = 0;

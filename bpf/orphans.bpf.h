@@ -83,8 +83,8 @@ static void orphan_part(struct fgpu_process *p, u32 tgid, u32 device, u64 bytes)
     if (some) orphan(p, tgid, turn, device, some, 0);
 }
 
-/* Count managed memory that is freed. It may have been on the device, and NVML reports no process for it. From this
- * count the agent computes how much of the device's memory managed memory can still account for. */
+/* Count managed memory that is freed. It may have been on the device, and NVML reports no process for it. The agent
+ * subtracts this count from its estimate of the memory that live processes have and NVML does not show. */
 static void free_managed(struct fgpu_process *p, u32 device, u64 bytes)
 {
     u32 at = device & DEVICE_MASK;

@@ -39,7 +39,7 @@ static void name_process(struct fgpu_process *p, u64 *levels, u32 n)
 {
     EACH_LEVEL
     {
-        p->levels[i] = levels[i]; /* none is 0 */
+        p->levels[i] = levels[i]; /* 0: no level */
         enter_level(&p->sides[i], levels[i]);
     }
     p->level_count = n;

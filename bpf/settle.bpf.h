@@ -245,8 +245,9 @@ static void context_made(struct fgpu_process *p, struct fgpu_call *f, struct fgp
     out->new = 1;
 }
 
-/* Return bytes that are known only after the call: of a pitched allocation, or of a context without an admission.
- * Otherwise return the bytes that did not fit when the call began, if there are any. */
+/* Return bytes that are known only after the call: of a pitched allocation, or of a context without an admission. For
+ * other calls return the size that no admission covered (0: all was covered): bytes that did not fit when the call
+ * began are charged now. */
 static u64 late_bytes(struct fgpu_process *p, struct fgpu_call *f)
 {
     u64 pitch = 0, *known;
@@ -344,7 +345,7 @@ static u64 settle(struct fgpu_process *p, struct fgpu_call *f, struct fgpu_alloc
         key->handle = (u32)f->arguments[1]; /* CUDA's ordinal -> the ledger's index */
         out->new = 1;
         return bytes;
-    case FGPU_FUNCTION_PRIMARY_RESET: /* its references stay */
+    case FGPU_FUNCTION_PRIMARY_RESET: /* references to the primary context stay */
         if (!trusted) return 0;
         f->device = device_of_ordinal(p, key, f->arguments[0]);
         return end_primary(p, f->device, out);

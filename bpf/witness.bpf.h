@@ -39,7 +39,7 @@ static void enter_again(struct fgpu_process *p, u32 tgid, struct fgpu_call *f)
         enter_allocation(&key, &value, levels_of(p, p->turn));
 }
 
-/* A call failed: release the bytes that it was charged, or restore the entry that it removed. */
+/* A call failed: release the bytes that were charged for the call, or restore the entry that was removed. */
 static void put_back(struct fgpu_process *p, u32 tgid, struct fgpu_call *f)
 {
     if (frees(f->function)) {
@@ -173,8 +173,8 @@ static struct fgpu_usage_page *exceeded(struct held *h, u32 device, u64 bytes)
     return full;
 }
 
-/* Under onBypass: kill, a call without an admission that would exceed the limit: kill its process before the driver
- * runs. */
+/* Kill the process of a call without an admission that exceeds the limit, under `onBypass: kill`. If the size is known
+ * at the entry of the call, the process is killed before the driver runs. */
 static void kill_caller(struct fgpu_usage_page *full, struct fgpu_call *f, u64 bytes)
 {
     __sync_fetch_and_add(&full->devices[slot(f->device)].refused, 1);

@@ -1,8 +1,8 @@
 /*
  * edits.c: adds the mounts that a container needs to an OCI configuration. Owns lists that join an image's own preloads
- * with the host's: in the container's bundle, or in RUN/preload.d if the caller knows no bundle. Never changes another
- * byte of the configuration, and never removes a mount that it did not add. After a failure it has reported the reason,
- * and returns no configuration.
+ * with the host's: in the container's bundle, or in RUN/preload.d if no bundle is known. Never changes another byte of
+ * the configuration, and never removes a mount that it did not add. After a failure, edits_apply() has reported the
+ * reason and returns NULL.
  */
 #define _GNU_SOURCE
 #include <dirent.h>
@@ -171,7 +171,7 @@ static int is_plain(const char *path)
     return 1;
 }
 
-/* A bundle belongs to one container, and is removed with it. */
+/* Write the list into the bundle, which belongs to one container and is removed with it. */
 static int keep_in_bundle(const struct setup *setup, const char *bundle, const char *place, const char *text,
                           char *path, size_t size)
 {
@@ -180,7 +180,7 @@ static int keep_in_bundle(const struct setup *setup, const char *bundle, const c
     free(folder);
     if (length < 0) return -1;
     if ((size_t)length >= size || !is_plain(path)) {
-        errno = ENAMETOOLONG; /* or it has characters that would need escapes in the configuration */
+        errno = ENAMETOOLONG; /* or the path has characters that would need escapes in the configuration */
         return -1;
     }
     if (file_write(path, text)) return -1;
@@ -214,8 +214,8 @@ static int make_place(const char *folder)
     return failed;
 }
 
-/* For callers without a bundle. The file is named by a hash of its contents: one file for all containers with the same
- * list. */
+/* Write the list into RUN/preload.d, for callers without a bundle. The file is named by a hash of its contents, so all
+ * containers with the same list use one file. */
 static int keep_shared(const struct setup *setup, const char *text, char *path, size_t size)
 {
     uint64_t hash = 0xcbf29ce484222325ULL;
@@ -251,7 +251,8 @@ static int list_for(const struct setup *setup, const char *bundle, const char *r
 
 /* -- the configuration */
 
-/* Return 1 if the configuration has a mount there already. A second mount over it would hide the user's own mount. */
+/* Return 1 if the configuration has a mount at the destination already. A second mount over it would hide the user's
+ * own mount. */
 static int is_mounted(const char *mounts, const char *destination)
 {
     for (const char *item = mounts ? json_next(mounts, NULL) : NULL; item; item = json_next(mounts, item)) {
@@ -286,7 +287,7 @@ static char *spliced(const char *config, const char *at, const char *before, con
 /* Append to the mounts: a mount of the engine over /run or /etc is applied before these. */
 static char *with_mounts(const char *config, const char *mounts, const char *entries)
 {
-    const char *comma = entries + 1; /* each begins with one */
+    const char *comma = entries + 1; /* each entry begins with a comma */
     if (!*entries) return strdup(config);
     if (!mounts) {
         const char *first = json_skip(config) + 1;

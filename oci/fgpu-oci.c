@@ -12,8 +12,8 @@
  *
  * It never decides what a container gets (the agent does). If it does not let a container start, it reports the reason
  * on stderr, in the runtime's own log and in the system's. If a container starts in another way than requested, the
- * reason is in the system's log alone: a runtime's stderr is the container's own. If no agent has written a setup, it
- * edits nothing.
+ * reason is in the system's log alone: a runtime's stderr is the container's own. If no agent has written a setup,
+ * fgpu-oci edits nothing.
  */
 #define _GNU_SOURCE
 #include <errno.h>

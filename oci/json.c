@@ -1,4 +1,5 @@
-/* json.c: see json.h. Of two members of one name the last counts, as in the parsers that read these files. */
+/* json.c: see json.h. If two members have the same name, the last one counts, as in the parsers that read these
+ * files. */
 #define _GNU_SOURCE
 #include <stdio.h>
 #include <stdlib.h>
@@ -22,7 +23,7 @@ static const char *string_end(const char *at)
     return at + 1;
 }
 
-/* Read on after "[" or "{": to the end of the items, or of `members`, each of which has a name. */
+/* Return the end of an array, or of an object if `members` is set: then each item has a name. */
 static const char *list_end(const char *at, char close, int members, int depth)
 {
     at = json_skip(at + 1);

@@ -10,7 +10,7 @@
 const char *reasons_log;
 static char said[1024]; /* the last report */
 
-/* Not on stderr: a runtime's stderr is the container's own. */
+/* Write to the system's log alone: the stderr of a runtime is the container's own. */
 void say(const char *format, ...)
 {
     va_list arguments;

@@ -111,7 +111,10 @@ def listed(text: str) -> list[list[str]]:
 
 
 def unlike(text: str, hooked: set[str]) -> list[str]:
-    """Return a line for each hook that cuGetProcAddress returns for a name by which lookup.c does not find the hook."""
+    """Return a line for each hooked function that cuGetProcAddress returns for a name of another form.
+
+    lookup.c replaces a function by its hook only if the name of the function is the requested name or a version of it.
+    """
     pairs = [(words[0], given) for words in listed(text) for given in words[1:]]
     returned = [(asked, given) for asked, given in pairs if given in hooked and not is_form(asked, given)]
     return [f"cuGetProcAddress returns {given} for {asked}" for asked, given in returned]
@@ -123,8 +126,11 @@ def is_form(asked: str, given: str) -> bool:
 
 
 def answers(library: Path) -> dict[str, set[str]]:
-    """Return the names that a libcuda's cuGetProcAddress accepts, and the exports that it returns for all versions and
-    for both kinds of default stream."""
+    """Return each name that the cuGetProcAddress of a libcuda accepts, with the exports that it returns.
+
+    Every version and both kinds of default stream are requested. An address that is not an export has the name
+    "nowhere". Raises OSError if the library cannot be loaded.
+    """
     data = library.read_bytes()
     cuda = ctypes.CDLL(str(library.resolve()))
     newest, found = ctypes.c_int(), ctypes.c_void_p()
@@ -142,7 +148,7 @@ def answers(library: Path) -> dict[str, set[str]]:
 
 
 def of_interest(path: Path, names: set[str]) -> set[str]:
-    """Return those of `names` that need a decision."""
+    """Return the names that need a decision; of a header, also its functions that show processes or memory."""
     told = revealing(path.read_text(errors="replace")) if path.suffix == ".h" else set()
     return {name for name in names if is_of_interest(name)} | told
 

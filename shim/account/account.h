@@ -62,12 +62,12 @@ HIDDEN struct fgpu_room fgpu_room(CUdevice ordinal);
 /* -- pool_shrink.c */
 HIDDEN bool fgpu_pools_yield(CUdevice ordinal); /* true: some bytes were released */
 
-/* Synchronisations after a free in stream order at which the bytes may have become free: other threads may wait for
- * other streams in between. */
+/* The number of synchronisations after a free in stream order at which the shim checks whether the bytes have become
+ * free. One is not enough, because other threads may wait for other streams in between. */
 #define FGPU_SYNCS 8
 
-/* -- unseen.c: memory that this process frees and that no probe reports. It is freed when the program waits for a
- * stream, or at once. */
+/* -- unseen.c: frees of this process that no probe reports. The memory becomes free at once, or when the program waits
+ * for a stream. */
 HIDDEN void fgpu_frees_unseen(void);
 HIDDEN void fgpu_freed_unseen(void);
 HIDDEN void fgpu_freed_by_a_wait(void);     /* the program has waited for a stream */

@@ -3,8 +3,8 @@
  * that the container's processes share. Owns only a thread's last standalone grant.
  *
  * The requested size is the size that the driver will allocate, so the admitted bytes are those that will be charged. A
- * refusal becomes the driver's own out-of-memory; reclaim.c decides whether to do something else first. An error of the
- * driver is returned unchanged: the probe at the return releases the admission.
+ * refusal is returned as the driver's own out-of-memory error; reclaim.c decides whether to do something else first. An
+ * error of the driver is returned unchanged: the probe at the return releases the admission.
  */
 #include <errno.h>
 
@@ -13,8 +13,8 @@
 #include "link/link.h"
 #include "standalone/standalone.h"
 
-/* Return whether a limit may be in force. While the agent does not respond, no memory can be had: that counts as a
- * limit too. */
+/* Return whether a limit may be in force. While the link is closed, no memory is admitted: that counts as a limit
+ * too. */
 bool fgpu_is_limited(struct fgpu_view view)
 {
     if (view.link != FGPU_HELD) return view.link == FGPU_CLOSED;
@@ -50,8 +50,8 @@ static uint64_t crowded_so_far(struct fgpu_view view)
     return __atomic_load_n(&view.usage->crowded, __ATOMIC_RELAXED);
 }
 
-/* Request admission from the kernel. A patient request is one for which bytes of exited processes may make room: its
- * refusal is not final. */
+/* Request admission from the kernel. The request is patient if the release of bytes of exited processes may make room:
+ * then a refusal is not final. */
 static int ask_probe(struct fgpu_view view, int index, struct admission *admission, bool patient)
 {
     patient = patient && fgpu_has_orphans(view, index);
@@ -69,8 +69,7 @@ static CUresult ask_kernel(struct fgpu_view *view, CUdevice ordinal, struct admi
     for (int round = 0; round < 2; round++) {
         if (view->link == FGPU_OPEN || view->link == FGPU_UNMANAGED) return CUDA_SUCCESS;
         if (view->link != FGPU_HELD) return CUDA_ERROR_OUT_OF_MEMORY;
-        int index = fgpu_index(view->control, ordinal); /* < 0: the device is not one of the tenant's, so it gets no
-                                                           memory there */
+        int index = fgpu_index(view->control, ordinal); /* < 0: the tenant does not have this device */
         if (index < 0) return CUDA_ERROR_OUT_OF_MEMORY;
         int verdict =
             view->cooperative ? ask_standalone(index, admission) : ask_probe(*view, index, admission, patient);
@@ -158,9 +157,8 @@ void fgpu_settled_standalone(const struct admission *admission, CUresult result,
     errno = saved;
 }
 
-/* Report the result of the driver's call, and return it. Return probes report it to the kernel, except for the driver's
- * part of a pool or of the 32-bit calls: their bytes were committed at once, and are released here if the call failed.
- */
+/* Report the result of the driver's call, and return it. Return probes report it to the kernel. The 32-bit calls have
+ * no probe: their bytes were committed at once, and are released here if the call failed. */
 CUresult fgpu_settled(const struct admission *admission, CUresult result, uint64_t handle)
 {
     if (admission->kind == FGPU_POOL && result) fgpu_failed(admission->index, admission->bytes, result);

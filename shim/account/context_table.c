@@ -81,7 +81,7 @@ bool fgpu_context_is_known(CUcontext context)
 
 /* Free the managed memory of a context before the context is destroyed, by calls that have a probe. NVML never shows
  * managed memory, and no probe reports which context becomes current, so only the driver can return the context of an
- * allocation. Both calls wait for the same work. */
+ * allocation. The frees wait for the same work as the destruction of the context. */
 static void free_managed(CUcontext context)
 {
     __typeof__(&cuPointerGetAttribute) ask = REAL(cuPointerGetAttribute);
@@ -91,7 +91,7 @@ static void free_managed(CUcontext context)
     for (_Atomic uint64_t *place = managed; place < managed + MANAGED; place++) {
         CUcontext its = NULL;
         uint64_t at = atomic_load(place);
-        bool is_known = at && ask(&its, CU_POINTER_ATTRIBUTE_CONTEXT, at) == CUDA_SUCCESS; /* not freed long since */
+        bool is_known = at && ask(&its, CU_POINTER_ATTRIBUTE_CONTEXT, at) == CUDA_SUCCESS; /* not freed meanwhile */
         if (!at || (is_known && its != context)) continue;
         if (atomic_compare_exchange_strong(place, &at, 0) && is_known) driver(at);
     }

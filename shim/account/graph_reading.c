@@ -19,7 +19,7 @@ static void read_alloc(struct fgpu_graph_reading *r, CUgraphNode node)
     r->ordinal = params.poolProps.location.id;
     r->live = r->live + bytes > FGPU_MOST_BYTES ? TOO_MUCH : r->live + bytes;
     if (r->live > r->peak) r->peak = r->live;
-    if (r->known == FGPU_GRAPH_LIVE) return; /* its free node will not be recognised: it counts as held until the end */
+    if (r->known == FGPU_GRAPH_LIVE) return; /* its free node is ignored: the memory counts as held until the end */
     r->nodes[r->known].pointer = params.dptr;
     r->nodes[r->known++].bytes = bytes;
 }

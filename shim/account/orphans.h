@@ -4,7 +4,8 @@
 
 #include "base/view.h"
 
-/* Within this time the device frees the memory of an exited process; otherwise it does not free it by itself. */
+/* The device frees the memory of an exited process within this time. Memory that the device still holds after this time
+ * does not become free by itself. */
 #define FGPU_PATIENCE_NS 4000000000ULL
 #define FGPU_ABSENCE_NS 30000000000ULL /* a replaced agent examines the device again within this time */
 

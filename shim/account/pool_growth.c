@@ -2,8 +2,8 @@
  * pool_growth.c: admissions for memory pools. Owns nothing; the kernel owns the sum.
  *
  * A pool allocates memory in blocks and keeps it. So it is admitted in blocks, committed at once: a call of half a
- * microsecond has no probe. Memory that cannot be measured counts as held, and NVML corrects it. The growth of a pool
- * may wait as long as any request (reclaim.c).
+ * microsecond has no probe. A pool that cannot be measured keeps what was admitted for it, and the agent charges what
+ * NVML shows beyond that. The growth of a pool may wait as long as any request (reclaim.c).
  */
 #include <errno.h>
 
@@ -66,7 +66,7 @@ static CUresult grow(struct pool *pool)
     if (!forecast(pool, &exact, &need)) return CUDA_ERROR_OUT_OF_MEMORY;
     if (fits(pool, need)) return ask_up_to(pool, need, &patience);
     /* Too near the limit for a whole block, but the bytes in use may still fit. Request all that is left, since the
-     * pool allocates a block in any case. If the pool has more than a block beyond the admitted bytes, it got that in
+     * pool allocates a block in any case. If the pool has a block or more beyond the admitted bytes, it got that in
      * another way, and nothing more is admitted here. */
     CUresult refusal = ask_up_to(pool, fgpu_larger(exact, atomic_load(&pool->admitted) + room_left(pool)), &patience);
     if (refusal) refusal = ask_up_to(pool, exact, &patience);

@@ -2,7 +2,8 @@
  * pool_shrink.c: measures what memory pools hold, and releases the rest in the kernel's ledger. Owns nothing; the
  * kernel owns the sum.
  *
- * Memory that cannot be measured counts as held, and NVML corrects it; no function here waits long.
+ * A pool that cannot be measured keeps what was admitted for it, and the agent charges what NVML shows beyond that. No
+ * function here waits long.
  */
 #include <errno.h>
 
@@ -158,7 +159,7 @@ uint64_t fgpu_pool_in_use(const struct pool *pool)
 }
 
 /* A pool was destroyed. Bytes that are still in use stay charged, and no call will show when they are freed. So they
- * are released before a request is refused because of them, and NVML charges those that still exist. */
+ * are released before a request is refused because of them, and the agent charges those that NVML still shows. */
 void fgpu_pool_destroyed(struct pool *pool, struct pool *rest, uint64_t used)
 {
     fgpu_pool_give_back_above(pool, fgpu_blocks(used));

@@ -96,7 +96,8 @@ struct pool *fgpu_pool_of(CUmemoryPool handle)
     return fgpu_pool_enter(handle, ordinal);
 }
 
-/* Return the pool that serves a device's plain calls; NULL: the driver does not report it, and will refuse the call. */
+/* Return the pool from which a device's calls allocate that name no pool; NULL: the driver does not report it, and will
+ * refuse the call. */
 struct pool *fgpu_current_pool(CUdevice ordinal)
 {
     if (ordinal < 0 || ordinal >= FGPU_DEVICES) return NULL;

@@ -1,12 +1,13 @@
 /*
  * reclaim.c: makes room for a refused request. First the pools and graphs of this process free memory that they do not
- * use; then this waits for bytes of exited processes. If the tenant has not used the device before, it waits for the
- * agent's decision first. If the process has freed memory in a way that no probe reports, the request is made only
- * after the agent has asked NVML. Owns nothing.
+ * use. Then the thread waits until bytes of exited processes are released. If the tenant has not used the device
+ * before, the thread waits for the agent's decision first. If the process has freed memory in a way that no probe
+ * reports, the request is made only after the agent has asked NVML. Owns nothing.
  *
- * The pages decide whether to wait, and the clock decides how long. So no page and no kernel can delay a program in one
- * call for longer than FGPU_PATIENCE_NS, or FGPU_ABSENCE_NS while the page shows that no agent examines the device; at
- * a first use for longer than COMMITMENT_NS, after a free that no probe reports for longer than LOOK_NS.
+ * The pages decide whether to wait, and the clock decides how long. So no page and no kernel can delay a program for
+ * longer than these times in one call: FGPU_PATIENCE_NS for bytes of exited processes, or FGPU_ABSENCE_NS while the
+ * page shows that no agent examines the device; COMMITMENT_NS at a first use; LOOK_NS after a free that no probe
+ * reports.
  */
 #define _GNU_SOURCE
 #include <errno.h>

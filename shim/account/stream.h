@@ -5,13 +5,13 @@
 #include "account/account.h"
 
 /* -- stream.c */
-extern HIDDEN _Atomic int fgpu_sole_device; /* 0: no context seen yet; n + 1: on device n alone; -1: on several
-                                               devices */
+extern HIDDEN _Atomic int
+    fgpu_sole_device; /* 0: no context known yet; n + 1: on device n alone; -1: on several devices */
 extern HIDDEN _Atomic bool
     fgpu_streams_captured; /* this program captures streams: captured work allocates no pool memory */
 HIDDEN bool fgpu_ask_capturing(CUstream stream, bool per_thread);
 HIDDEN bool fgpu_ask_device_of(CUstream stream, bool per_thread, CUdevice *ordinal);
-HIDDEN void fgpu_device_seen(CUdevice ordinal); /* a context exists */
+HIDDEN void fgpu_device_seen(CUdevice ordinal); /* a context exists there */
 
 static inline uint64_t fgpu_this_thread(void) { return (uint64_t)__builtin_thread_pointer(); }
 

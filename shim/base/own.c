@@ -1,5 +1,6 @@
 /*
- * own.c: the state of this process that a forked child must not inherit. Owns the page; link.c has it wiped at a fork.
+ * own.c: the state of this process that a forked child must not inherit. Owns the page; at the request of link.c, the
+ * kernel wipes the page at a fork.
  */
 #include "base/own.h"
 

@@ -11,8 +11,8 @@ struct fgpu_note {
     _Atomic uint64_t epoch;
 };
 
-/* An event that the program recorded while a device was gated. It is done when all work of this stream (and context) is
- * done that was launched until then. */
+/* An event that the program recorded while a device was gated. The event is done when all work that was launched before
+ * it on this stream (and context) is done. */
 struct fgpu_recorded {
     _Atomic uint64_t event, key, until_ns;
     _Atomic(void *) context;

@@ -11,7 +11,8 @@
 
 static struct fgpu_own *const own = &fgpu_own_page.own;
 
-/* Return a fresh ticket: 40 random bits and a counter. Threads and processes that share a page never share a ticket. */
+/* Return a fresh ticket: 40 random bits of this process, and a counter of 22 bits. So threads of a process get
+ * different tickets, and processes that share a page get the same ticket only if their random bits are the same. */
 uint64_t fgpu_ticket(void)
 {
     uint64_t base = atomic_load_explicit(&own->ticket_base, memory_order_relaxed);

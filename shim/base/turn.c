@@ -7,7 +7,7 @@
 
 #include "base/shim.h"
 
-#define TURN_NS 10000000ULL /* the longest turn of a thread that exited in it or left it by a jump */
+#define TURN_NS 10000000ULL /* a turn expires after this time: its thread may have exited or left it by a jump */
 #define TURN_TRIES 200
 
 uint64_t fgpu_take_turn(_Atomic uint64_t *busy_until_ns)

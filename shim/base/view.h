@@ -21,7 +21,7 @@ static inline bool fgpu_observes(const struct fgpu_usage_page *page)
 }
 
 /* Return one bit for each of the ledger's devices. It is set if the limit of a level does not count against the device
- * yet, so that no memory of the device can be had. */
+ * yet: then every request for memory of the device is refused. */
 static inline uint64_t fgpu_uncommitted(struct fgpu_view view)
 {
     uint64_t flags = 0;

@@ -5,9 +5,9 @@
  * A context has one area: a number of bytes for each thread that can be resident on the device. cuCtxSetLimit sets that
  * number, and the first launch of a function that needs more enlarges the area. No probe reports that. So the shim
  * requests the bytes beforehand, committed at once like those of pools, and releases them when the area shrinks or its
- * context is destroyed. Some memory is not requested here: the first bytes, which are part of a context's own; areas of
- * contexts for which there is no room in the list, of green contexts, and of graphs that changed after they were
- * created. NVML shows that memory, and the agent charges it.
+ * context is destroyed. Some memory is not requested here: the first bytes of each thread, which are part of the
+ * context's own memory; the areas of green contexts, and of contexts for which the list has no room; the growth for
+ * graphs that changed after they were created. NVML shows that memory, and the agent charges it.
  */
 #define _GNU_SOURCE
 #include "code/local_memory.h"
@@ -85,7 +85,7 @@ static uint64_t more_of(uint64_t bytes)
 
 /* -- areas */
 
-/* Return the area of a context. NULL: there is no room for it, or the context is a green one, which may use another
+/* Return the area of a context. NULL: there is no room for it, or the context is a green context, which may use another
  * context's area. */
 static struct fgpu_area *area_of(CUcontext context)
 {
@@ -321,7 +321,7 @@ static CUresult begin(struct fgpu_first *first, CUfunction function)
     if (area) refusal = grow(&first->growth, area, ordinal, more_of(bytes));
     if (area && !refusal && has_heaps && uses_heap(function, handle == KERNEL, context))
         refusal = take_heap(&first->heap, area, ordinal);
-    if (refusal) fgpu_first_ends(first, CUDA_ERROR_NOT_PERMITTED); /* not an out-of-memory error of the driver */
+    if (refusal) fgpu_first_ends(first, CUDA_ERROR_NOT_PERMITTED); /* so that no full device is reported */
     return refusal;
 }
 

@@ -76,7 +76,7 @@ static bool is_without_code(const struct table *table, const char *begin, size_t
  */
 static bool replace_exports(void *library, enum fgpu_name of, const int32_t hooks[])
 {
-    const struct link_map *map = library; /* with glibc, a handle is one */
+    const struct link_map *map = library; /* with glibc, a handle is a struct link_map */
     struct table table = table_of(map);
     bool seen[FGPU_NAMES] = {false};
     char *begin = (char *)((uintptr_t)table.symbols & -(uintptr_t)FGPU_PAGE_BYTES);
@@ -96,7 +96,7 @@ static bool replace_exports(void *library, enum fgpu_name of, const int32_t hook
         if (offset != hook) fgpu_keep(at, (void *)(map->l_addr + offset)); /* else another thread has stored it */
         if (hooks[at] && changed) changed[i].st_value = hook;
     }
-    /* Facts about an unloaded library are deleted. */
+    /* Delete the addresses of functions that this library lacks: they are those of an unloaded library. */
     for (enum fgpu_name at = 0; at < FGPU_NAMES; at++)
         if (!seen[at] && fgpu_symbols[at].library == fgpu_symbols[of].library) fgpu_keep(at, NULL);
     if (!changed) return false;

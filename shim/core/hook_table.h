@@ -13,8 +13,8 @@ CUresult cuStreamBeginRecaptureToGraph(CUstream hStream, CUstreamCaptureMode mod
                                        CUgraphRecaptureCallback callbackFunc, void *userData);
 #endif
 
-/* The driver exports these functions; the header declares them only by macros. They do the same on the default stream
- * of a thread. */
+/* The driver exports these variants, for which NULL means the default stream of the thread. The header declares them
+ * only by macros. */
 #define FGPU_PER_THREAD(name) __typeof__(name) name##_ptsz
 FGPU_PER_THREAD(cuMemAllocAsync);
 FGPU_PER_THREAD(cuMemAllocFromPoolAsync);

@@ -26,8 +26,8 @@ void *fgpu_base_of(const void *address, const char **path)
     return info.dli_fbase;
 }
 
-/* Open the driver that has `base`. All of a driver is in one file, so a preload that replaces one function of it is not
- * a driver. */
+/* Open the file of a driver that is mapped at `base`. NULL: the file is not a driver, but for example a preload that
+ * replaces one function of the driver. All functions of a driver are in one file. */
 static void *open_driver(const char *path, const void *base)
 {
     const char *other;

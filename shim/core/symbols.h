@@ -52,7 +52,8 @@ HIDDEN void fgpu_load_for_good(enum fgpu_name at, const char *opened, const int3
 /* -- second_driver.c: a further driver in the same process */
 HIDDEN void *fgpu_real_of_second(enum fgpu_name at);
 HIDDEN void *fgpu_base_of(const void *address, const char **path); /* base address of the file that contains it */
-HIDDEN bool fgpu_is_of_second(void *address); /* is in the second driver; the first such call decides which file that
-                                                 is */
+
+/* Return whether an address is in the second driver. The first call decides which file the second driver is. */
+HIDDEN bool fgpu_is_of_second(void *address);
 
 #endif

@@ -5,8 +5,9 @@
  * Launches on one stream are counted together until their estimated duration is a quarter of the budget. Then an event
  * is recorded after them, which closes the batch. The estimates come from the batches themselves, for each stream and
  * each graph. A stream's last few launches have no event: a thread that reaches a closed gate records one, and a
- * program that waits for them itself needs none. The caller of each function here has the device's turn and, except for
- * fgpu_lane_of, relaxed capture mode; nothing is recorded on a stream that captures.
+ * program that waits for them itself needs none. The caller of each function here has the device's turn. Except for
+ * fgpu_lane_of, functions that call the driver are called in relaxed capture mode. Nothing is recorded on a stream that
+ * captures.
  *
  * A turn expires while its holder is in a slow driver call, or stopped: then two threads run these functions, and
  * estimates may become wrong. Launches and events are taken by exchange, so each is counted or destroyed exactly once.
@@ -195,14 +196,16 @@ void fgpu_batches_complete(struct device *device)
         if (lane->open) record_anywhere(device, lane);
 }
 
-/* Return whether a lane or batch is of the mark's stream, or, if it has none, of its context. */
+/* Return whether a lane or batch belongs to the stream and the context of the mark. A mark may have only one of the
+ * two, or none: then nothing belongs to it. */
 static bool is_of(uint64_t its_key, CUcontext its, struct fgpu_mark mark)
 {
     return (mark.key || mark.context) && (!mark.key || its_key == mark.key) && (!mark.context || its == mark.context);
 }
 
 /* The work of a mark is done. All its batches are found done at the same time, so none is measured alone: the time is
- * divided in proportion to their estimates. It is a measurement if the program observed the end at about this time. */
+ * divided in proportion to their estimates. The time is a measurement only if the program observed the end at about
+ * this time. */
 void fgpu_batches_rest(struct device *device, struct fgpu_mark mark, uint64_t undone_ns, uint64_t now)
 {
     struct batch ended[LANES], *done[LANES + BATCHES];
@@ -233,8 +236,8 @@ void fgpu_batches_rest(struct device *device, struct fgpu_mark mark, uint64_t un
         retire(device, done[i], now, waited ? (uint64_t)(share * (double)done[i]->cost_ns) + 1 : 0);
 }
 
-/* Return whether a context is to be forgotten. If none is given, the primary context is, with the green contexts in
- * it. */
+/* Return whether the context `its` is to be forgotten. If `context` is NULL, these are the primary context and the
+ * green contexts in it: all contexts that cuCtxCreate did not create. */
 static bool goes(CUcontext its, CUcontext context) { return context ? its == context : !fgpu_context_is_created(its); }
 
 /* A context is destroyed: forget its lanes and batches. The driver destroys the context's events with it. */
@@ -257,8 +260,8 @@ void fgpu_batches_forget(struct device *device, CUcontext context)
 
 #define ENDED ((CUcontext)1) /* used for a destroyed context: the next context may have the same handle */
 
-/* A green context is destroyed. Its events remain, and show when its work is done; but it can no longer be made
- * current. */
+/* A green context is destroyed. Its events remain, and show when its work is done, but the context can no longer be
+ * made current. */
 void fgpu_batches_leave(struct device *device, CUcontext context)
 {
     for (struct lane *lane = device->lanes; context && lane < device->lanes + LANES; lane++) {

@@ -1,7 +1,7 @@
 /*
  * flight.c: launches on a gated device that may be unfinished. Owns the turns of threads that update them; batches.c
- * has the batches. Never waits for work, which may wait for this thread. After a failure, launches are no longer
- * counted, but none is lost.
+ * has the batches. Never waits for work, which may wait for this thread. After a failure (no turn or no event),
+ * launches are made all the same, and are no longer counted.
  */
 #define _GNU_SOURCE
 #include <errno.h>
@@ -12,7 +12,7 @@
 
 #include "gate/flight.h"
 
-#define MOST_BATCHES 32 /* batches in use when another launch comes: the rest is reserved for closed gates */
+#define MOST_BATCHES 32 /* with this many batches in use, a launch waits: the rest is reserved for closed gates */
 #define MOST_OPEN 256   /* launches without an event */
 /* A turn expires after this time: its thread was cancelled or stopped, is in a slow driver call, or left by a jump. */
 #define TURN_NS 1000000000ULL

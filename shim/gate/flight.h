@@ -36,7 +36,7 @@ struct device {
     _Atomic uint64_t done_at_ns;
     _Atomic uint64_t cost_ns; /* estimated, of all work in flight */
     _Atomic uint32_t batches_taken;
-    _Atomic uint64_t base_ns; /* since then the work in flight has run */
+    _Atomic uint64_t base_ns; /* when the work in flight began to run */
     /* When the last batch was done, if that is known with little error, and when it was last found not done. */
     _Atomic uint64_t last_done_ns, last_unready_ns;
     struct lane lanes[LANES];
@@ -47,7 +47,7 @@ struct device {
 HIDDEN struct guess *fgpu_guess_of(struct device *device, uint64_t key);
 HIDDEN struct lane *fgpu_lane_of(struct device *device,
                                  const struct fgpu_launch *launch);     /* afterwards the lane is the stream's own */
-HIDDEN void fgpu_batch_close(struct device *device, struct lane *lane); /* its context is current */
+HIDDEN void fgpu_batch_close(struct device *device, struct lane *lane); /* the lane's context must be current */
 HIDDEN void fgpu_batches_complete(struct device *device); /* record an event after each launch without one */
 HIDDEN void fgpu_batches_look(struct device *device);     /* query the events, and count finished batches as done */
 HIDDEN void fgpu_batches_rest(struct device *device, struct fgpu_mark mark, uint64_t undone_ns, uint64_t now);

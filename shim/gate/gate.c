@@ -24,7 +24,7 @@
 #define CLOSE_NS 200000ULL     /* a thread polls for the end of a drain within this time of its estimate */
 #define PAUSE_NS 50000ULL      /* between two checks of work that should have ended, or that leaves no room */
 #define REST_NS 100000ULL      /* a shorter pause between an end and the next launch is not a rest of the program */
-#define STUCK_NS 1000000000ULL /* work that runs longer than this may be waiting for the launch that is held back */
+#define STUCK_NS 1000000000ULL /* work this much over its estimate may be waiting for the launch that is held back */
 
 static union { /* zero after a fork */
     struct {
@@ -163,7 +163,8 @@ static void sleep_at(struct fgpu_view view, int index, uint32_t gate, uint64_t n
     errno = saved;
 }
 
-/* Report if nothing is in flight any more and the gate has closed meanwhile. */
+/* Publish the state of a device, and report a drain if nothing is in flight any more and the gate has closed
+ * meanwhile. */
 static void tell(struct fgpu_view view, int index)
 {
     uint32_t gate = gate_of(view, index);

@@ -15,7 +15,7 @@ struct fgpu_launch { /* one call that launches work on a device */
 struct fgpu_mark {     /* work that is done at the same time */
     uint64_t key;      /* of its stream; 0: the work of a context, or, without a context, no known work */
     CUcontext context; /* NULL: the key is enough */
-    uint64_t until_ns; /* the work was launched before */
+    uint64_t until_ns; /* the work was launched before this time */
 };
 /* For use before and after a driver call that waits for work, queries whether it is done, or records an event. */
 struct fgpu_rest {
@@ -30,15 +30,18 @@ HIDDEN void fgpu_event_recorded(struct fgpu_rest rest, CUresult result, CUevent 
 
 /* -- gate.c */
 HIDDEN bool fgpu_is_gated(void); /* on any device; takes a few nanoseconds, and makes no driver call */
-HIDDEN void fgpu_gate_enter(struct fgpu_launch *launch, /* index -1 */
-                            CUstream stream, bool per_thread, CUgraphExec graph);
+
+/* Wait until the launch may proceed, and fill `launch`. Its index is -1 if the launch is not counted. */
+HIDDEN void fgpu_gate_enter(struct fgpu_launch *launch, CUstream stream, bool per_thread, CUgraphExec graph);
 HIDDEN CUresult fgpu_gate_leave(const struct fgpu_launch *launch, CUresult result);
 
-/* The work of `mark` is done, as a call showed that began at `began_ns`. It was last not done at `undone_ns`. */
+/* Record that the work of `mark` is done. The call that showed this began at `began_ns`; at `undone_ns` the work was
+ * last found not done. */
 HIDDEN void fgpu_gate_rested(struct fgpu_mark mark, uint64_t began_ns, uint64_t undone_ns);
 HIDDEN void fgpu_stream_ends(CUstream stream);
-HIDDEN void fgpu_stream_captures(CUstream stream,
-                                 bool per_thread); /* soon: first record the event after its launches */
+
+/* Record the event after the stream's launches: the stream is about to capture. */
+HIDDEN void fgpu_stream_captures(CUstream stream, bool per_thread);
 HIDDEN void fgpu_context_ends(CUcontext context);
 HIDDEN void fgpu_primary_ends(CUdevice ordinal);
 

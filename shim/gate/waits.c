@@ -1,6 +1,7 @@
 /*
- * waits.c: calls by which a program waits for work or queries it, and the events that it records for that. An event
- * has no entry if it was recorded while no device was gated, or if the entry was overwritten. Then it proves nothing.
+ * waits.c: calls by which a program waits for work or queries it, and the events that the program records for these
+ * calls. An event has no entry if it was recorded while no device was gated, or if the entry was overwritten. Then a
+ * wait for the event proves nothing.
  */
 #include "base/own.h"
 #include "gate/gate.h"
@@ -60,8 +61,8 @@ static bool is_done(struct fgpu_rest rest, CUresult result, uint64_t its)
     return rest.began_ns && result == CUDA_SUCCESS;
 }
 
-/* The work of the mark is done. If the call waited, it has just ended; otherwise it ended after the program's last
- * query that found it not done. */
+/* The work of the mark is done. If the call waited, the work has just ended. Otherwise the work ended after the
+ * program's last query that found it not done. */
 static void rested(struct fgpu_mark mark, uint64_t its, uint64_t began_ns)
 {
     uint64_t now = fgpu_now(), undone_ns = atomic_load(&own->polled) == its ? atomic_load(&own->polled_ns) : 0;

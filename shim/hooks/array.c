@@ -60,8 +60,7 @@ static uint64_t bytes_of(struct shape s, unsigned levels)
     return total;
 }
 
-/* The 32-bit calls have no probe: their bytes are committed at once, and stay charged until the device's last context
- * is destroyed. */
+/* The 32-bit calls have no probe: their bytes are committed at once, and stay charged until the process exits. */
 #define WITNESSED FGPU_MEMORY
 #define UNWITNESSED FGPU_POOL
 

@@ -113,8 +113,8 @@ struct pool *fgpu_take_pool_of(CUdeviceptr pointer)
 
 /* -- before and after the driver's calls */
 
-/* Return whether the stream is a default stream without a context. A default stream is the current context's. Without a
- * context the driver refuses the call, so no admission is requested. */
+/* Return whether the stream is a default stream without a context. A default stream belongs to the current context.
+ * Without a context the driver refuses the call, so no admission is requested. */
 static bool has_no_context(uint64_t stream)
 {
     CUdevice device;
@@ -191,10 +191,11 @@ EXPORT CUresult cuMemAllocFromPoolAsync_ptsz(CUdeviceptr *dptr, size_t bytesize,
     ALLOCATE(cuMemAllocFromPoolAsync_ptsz, true, pool ? fgpu_pool_of(pool) : NULL, dptr, bytesize, pool, hStream);
 }
 
-/* Free a pointer that no pool gave, or that has no note any more. Most of these come from cuMemAlloc. They are freed in
- * stream order; cuMemFree would wait for all work that uses the memory, so it cannot replace this call. The kernel has
- * no probe here. Such a pointer stays charged until NVML shows that the process holds less; the next request that needs
- * the room waits for that. The standalone ledger is updated here, because nothing else corrects it. */
+/* Free a pointer that no pool returned, or whose note was lost. Most such pointers come from cuMemAlloc. The driver
+ * frees them in stream order; cuMemFree would wait for all work that uses the memory, so it cannot replace this call.
+ * The kernel has no probe here. Such a pointer stays charged until NVML shows that the process holds less; the next
+ * request that needs the room waits for that. The standalone ledger is updated here, because nothing else corrects
+ * it. */
 static CUresult free_unknown(__typeof__(&cuMemFreeAsync) driver, CUdeviceptr pointer, CUstream stream)
 {
     struct fgpu_grant grant;

@@ -4,7 +4,8 @@
 
 #include "account/pool.h"
 
-/* Return the pool that gave a pointer, and forget the pointer. NULL: no pool did, or its note was lost. */
+/* Return the pool that returned a pointer, and delete the pointer's note. NULL: no pool returned the pointer, or the
+ * note was lost. */
 HIDDEN struct pool *fgpu_take_pool_of(CUdeviceptr pointer);
 
 #endif

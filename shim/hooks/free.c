@@ -8,7 +8,7 @@
 #include "hooks/async_memory.h"
 #include "standalone/standalone.h"
 
-/* The driver takes a pointer of a pool out of the pool at once. No probe reports the pool's size after that, so the
+/* Memory of a pool that this call frees leaves the pool at once. No probe reports the pool's size after that, so the
  * pool is measured. */
 EXPORT CUresult cuMemFree_v2(CUdeviceptr dptr)
 {

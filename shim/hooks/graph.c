@@ -128,7 +128,7 @@ EXPORT CUresult cuGraphExecDestroy(CUgraphExec hGraphExec)
     return driver(hGraphExec);
 }
 
-/* Run a graph. Launched into a capture it becomes a node of another graph, and allocates nothing. */
+/* Run a graph. A graph that is launched into a capture becomes a node of another graph, and allocates nothing. */
 static CUresult run_it(run *driver, CUgraphExec handle, CUstream stream, bool per_thread)
 {
     if (LIKELY(!atomic_load_explicit(&fgpu_graphs_allocate, memory_order_relaxed)) ||

@@ -1,8 +1,8 @@
 /*
- * dlsym and dlopen. Each calls a function of lookup.c, and jumps to the real function unless that one returns a result.
- * The real function derives the caller's namespace and RUNPATH, and the meaning of RTLD_NEXT, from its return address.
- * After a call instead of a jump, it would resolve RTLD_NEXT of another preload from here, and find that preload again,
- * in an endless loop.
+ * dlsym and dlopen. Each calls a function of lookup.c, and jumps to the real function of libc if that function returns
+ * FGPU_PASS. The real function derives the caller's namespace and RUNPATH, and the meaning of RTLD_NEXT, from its
+ * return address. If the real function were called instead, it would resolve RTLD_NEXT of another preload from here,
+ * and find that preload again, in an endless loop.
  */
 #if !defined(__x86_64__) && !defined(__aarch64__)
 #error "x86-64 and arm64 only"

@@ -4,7 +4,8 @@
 #include "code/local_memory.h"
 #include "gate/gate.h"
 
-/* Request the memory that a first launch takes before the gate: a launch that waits for memory must not hold a turn. */
+/* Request the memory of a first launch before the launch reaches the gate: a launch that waits for memory must not hold
+ * a turn. */
 #define PASS(name, function, enter, ...)                                                                               \
     do {                                                                                                               \
         __typeof__(&name) driver = REAL(name);                                                                         \
@@ -54,8 +55,8 @@ COOPERATIVE(cuLaunchCooperativeKernel, false)
 COOPERATIVE(cuLaunchCooperativeKernel_ptsz, true)
 
 /* Launch one kernel on several devices: wait at the gate of each in turn, and count the launch there. The tenant has
- * the turn on all of them at the same time, or on none. Local memory in contexts that are not current is not requested:
- * NVML charges it. */
+ * the turn on all of them at the same time, or on none. Local memory is not requested for this call, because only one
+ * of its contexts can be current: the agent charges that memory when NVML shows it. */
 EXPORT CUresult cuLaunchCooperativeKernelMultiDevice(CUDA_LAUNCH_PARAMS *launchParamsList, unsigned int numDevices,
                                                      unsigned int flags)
 {

@@ -3,7 +3,7 @@
  *
  * A program reaches a hook in four ways: by the exported names (programs linked to the driver), by dlsym, by
  * cuGetProcAddress, which returns pointers without a symbol lookup, and by the driver's own symbol table
- * (core/exports.c), where lookups end that do not find the exported names. For a name that this driver lacks, lookups
+ * (core/exports.c): lookups that do not find the exported names end there. For a name that this driver lacks, lookups
  * still find nothing.
  *
  * A hook calls the driver of its thread. That is the first driver, unless the call came through an entry of the second
@@ -166,8 +166,8 @@ void *fgpu_lookup(void *handle, const char *name)
         found = hook;
     } else if (found && (second = hook_of_second(at, found))) {
         found = hook = second;
-    } /* else the function of another preload, or one that goes to the second driver: leave it unchanged; probes
-         report its calls */
+    } /* else a function of another preload, or of the second driver without an entry: leave it unchanged; probes report
+         its calls */
     errno = saved;
     return found;
 }

@@ -52,8 +52,7 @@ EXPORT CUresult cuMemAllocPitch_v2(CUdeviceptr *dptr, size_t *pPitch, size_t Wid
     return fgpu_settled(&admission, result, result ? 0 : *dptr);
 }
 
-/* The 32-bit calls have no probe: their bytes are committed at once, and stay charged until the device's last context
- * is destroyed. */
+/* The 32-bit calls have no probe: their bytes are committed at once, and stay charged until the process exits. */
 EXPORT CUresult cuMemAlloc(CUdeviceptr_v1 *dptr, unsigned int bytesize)
 {
     __typeof__(&cuMemAlloc) driver = REAL(cuMemAlloc);

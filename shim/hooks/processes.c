@@ -1,10 +1,10 @@
 /*
- * processes.c: lists of processes: a tenant sees only its own. Owns nothing; reads the rows of the control page, or the
- * standalone ledger.
+ * processes.c: lists of processes, which show a tenant its own processes alone. Owns nothing; reads the rows of the
+ * control page, or the standalone ledger.
  *
  * The driver's lists are replaced, not filtered: they may have pids of another namespace. The driver is called first,
- * with no room for entries: its errors about the device and the arguments are returned. While no agent responds, the
- * process sees no other processes.
+ * with no room for entries: its errors about the device and the arguments are returned. While the link is closed, the
+ * lists are empty.
  */
 #include <string.h>
 
@@ -29,8 +29,8 @@ static struct fgpu_row read_row(const struct fgpu_row *row)
                              .bytes = __atomic_load_n(&row->bytes, __ATOMIC_RELAXED)};
 }
 
-/* Copy the rows at a moment when no writer was changing them. If the writer has died, many attempts fail, and the list
- * is empty. */
+/* Copy the rows at a moment when no writer was changing them. If the writer has died during a change, all attempts
+ * fail, and the list is empty. */
 static void read_rows(struct fgpu_view view, int index, struct rows *rows)
 {
     rows->count = 0;
@@ -55,7 +55,7 @@ static void read_rows(struct fgpu_view view, int index, struct rows *rows)
     }
 }
 
-/* Return whether this process sees a limited view: false if every level only observes. */
+/* Return whether this process is shown its tenant's processes alone: false if every level only observes. */
 static bool is_tenant(struct fgpu_view view)
 {
     for (unsigned level = 0; view.link == FGPU_HELD && level < view.levels; level++)
@@ -131,7 +131,7 @@ PROCESS_LIST(nvmlDeviceGetMPSComputeRunningProcesses, nvmlProcessInfo_v1_t, list
 PROCESS_LIST(nvmlDeviceGetMPSComputeRunningProcesses_v2, nvmlProcessInfo_v2_t, list_v2, 0)
 PROCESS_LIST(nvmlDeviceGetMPSComputeRunningProcesses_v3, nvmlProcessInfo_t, list_v2, 0)
 
-/* This call lists any of the three kinds, by an argument. */
+/* An argument selects which of the three kinds of processes this call lists. */
 EXPORT nvmlReturn_t nvmlDeviceGetRunningProcessDetailList(nvmlDevice_t device, nvmlProcessDetailList_t *plist)
 {
     __typeof__(&nvmlDeviceGetRunningProcessDetailList) driver = REAL(nvmlDeviceGetRunningProcessDetailList);

@@ -78,7 +78,7 @@ BOTH(QUERY_STREAM, cuStreamQuery, (CUstream hStream), hStream)
 
 EXPORT CUresult cuEventQuery(CUevent hEvent) { OBSERVE(cuEventQuery, fgpu_rest_event(rest, result, hEvent), hEvent); }
 
-/* -- recorded events: which work is done when an event is */
+/* -- recorded events, for the work that is done when the event is done */
 
 #define RECORD(name, per_thread, ...)                                                                                  \
     OBSERVE(name, fgpu_event_recorded(rest, result, hEvent, hStream, per_thread), __VA_ARGS__)

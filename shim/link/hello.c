@@ -122,8 +122,8 @@ static bool anybodys(const struct place *at)
     return around.st_mode & (S_IWGRP | S_IWOTH) && status.st_dev == around.st_dev;
 }
 
-/* Return whether the socket exists. A gatekeeper that exits leaves its socket, and the next one renames its own over
- * it. A folder that was removed counts as one with a socket. */
+/* Return whether the socket exists. A gatekeeper that exits leaves its socket, and the next gatekeeper renames its own
+ * socket over it. A folder that was removed counts as a folder with a socket. */
 static bool socket_here(const struct place *at)
 {
     struct stat status;
@@ -251,7 +251,7 @@ static enum fgpu_outcome map_set(const struct answer *answer, unsigned set, enum
     return managed == (outcome == FGPU_IS_HELD) ? outcome : FGPU_IS_SILENT;
 }
 
-/* Return the message for an error of the socket; NULL: it is not one with which sandboxes refuse system calls. */
+/* Return the message for an error of the socket; NULL: sandboxes do not refuse system calls with this error. */
 static const char *refusal(int error)
 {
     switch (error) {
@@ -290,7 +290,7 @@ static enum fgpu_outcome once(int socket, uint64_t deadline, unsigned set, struc
     }
     if (outcome == FGPU_IS_FREE || outcome == FGPU_IS_HELD) {
         fgpu_read_note((const void *)fgpu_set(set), note);
-        note->epoch = answer.head.epoch; /* the epoch in the reply; the page may already have a later one */
+        note->epoch = answer.head.epoch; /* the epoch in the reply; the page may already have a later epoch */
     }
 out:
     for (unsigned i = 0; i < answer.count; i++) syscall(SYS_close, answer.descriptors[i]);

@@ -40,10 +40,10 @@
 #define SECOND FGPU_SECOND_NS
 #define COLD __attribute__((cold)) /* small, not fast: runs at most once a second */
 #define FIRST_NS (2 * SECOND)      /* long enough for an upgrade of the gatekeeper */
-#define ANSWERED_NS (SECOND / 4)   /* the heartbeat's period: the epoch is no newer than this */
-#define CLOSED_NS (SECOND / 10)    /* this thread's allocation waits for the reply */
-#define AGAIN_NS (SECOND / 50)     /* the pages in use are still valid, so the program must not be delayed */
-#define PAUSE_NS 4000000           /* the pauses after this are four times as long as the previous one */
+#define ANSWERED_NS (SECOND / 4)   /* the heartbeat's period: the epoch on a page may be this old */
+#define CLOSED_NS (SECOND / 10)    /* the wait for a reply: the allocation of this thread is delayed by it */
+#define AGAIN_NS (SECOND / 50)     /* the wait for a reply: short, because the pages in use are still valid */
+#define PAUSE_NS 4000000           /* the first pause; each further pause is four times as long as the one before */
 #define ABANDONED_NS (5 * SECOND)  /* a signal handler may have left a registration by a jump */
 
 static struct fgpu_own *const own = &fgpu_own_page.own;
@@ -169,8 +169,8 @@ static COLD uint32_t say_hello(uint32_t word, int *asked, uint64_t now, uint64_t
     return latest;
 }
 
-/* Register for the first time. One thread does it; the others wait as long as it may take, and then treat it as
- * failed. */
+/* Register for the first time. One thread registers. The others wait for at most FIRST_NS, and then treat the
+ * registration as failed. */
 static COLD uint32_t first(int *asked)
 {
     if (madvise(&fgpu_own_page, sizeof fgpu_own_page, MADV_WIPEONFORK) && !atomic_exchange(&unwiped, true)) load();
@@ -221,8 +221,8 @@ static uint32_t current(void)
 
 /*
  * Send a hello and do not wait. The driver takes milliseconds to initialise, or seconds if many processes start at the
- * same time, and the gatekeeper can reply meanwhile. The only state of this is a descriptor, which is not shared: any
- * other thread registers by itself.
+ * same time, and the gatekeeper can reply meanwhile. The only state until fgpu_arrive() is a descriptor, which is not
+ * shared: any other thread registers by itself.
  */
 COLD int fgpu_announce(void)
 {

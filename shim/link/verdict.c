@@ -2,9 +2,9 @@
  * verdict.c: one admission request to the kernel's probe, and its verdict on the usage page. Owns nothing; reads the
  * pages.
  *
- * Processes of one level share the page and its slots. A tagged verdict is in the array whose tags only BPF programs
- * choose, so no other process can have written the verdict that this process waits for. A control page without a tag
- * comes from an older gatekeeper: then the ticket alone identifies the verdict.
+ * Processes of one level share the page and its slots. A tagged verdict is in the array `answers`. BPF programs alone
+ * choose the tags in it, so no other process can have written the verdict that this process waits for. A control page
+ * without a tag comes from an older gatekeeper: then the ticket alone identifies the verdict.
  */
 #define _GNU_SOURCE
 #include <errno.h>
@@ -49,7 +49,7 @@ static int answer(const struct fgpu_usage_page *page, uint64_t ticket, uint64_t 
 
 /* Request admission, from attempt `from` to attempt `to`. The probe runs inside fgpu_admit_here. If another thread or
  * process has overwritten the slot since, repeat the request with the same ticket: the kernel returns the same verdict.
- * The tag is read each time, because the page may have a new one. */
+ * The tag is read each time, because the page may have a new tag. */
 static int ask(struct fgpu_view view, unsigned device, uint64_t bytes, unsigned kind, uint64_t ticket, int from, int to)
 {
     for (int i = from; i < to; i++) {

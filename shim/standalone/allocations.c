@@ -2,9 +2,9 @@
  * allocations.c: the allocations that the standalone ledger has admitted for this process, by the driver's handles.
  * Owns a table that is empty while the kernel keeps the ledger, and in every forked child. Decides nothing.
  *
- * An entry is taken and freed by compare-and-swap of its key, which is BUSY in between. Entries are in buckets, which
- * are searched as a whole, in tables that are each twice as large as the previous one. If the kernel refuses memory for
- * a table, the admitted bytes stay charged until the process exits.
+ * An entry is taken and freed by compare-and-swap of its key, which is BUSY in between. Entries are in buckets, and a
+ * bucket is searched as a whole. Buckets are in tables, each twice as large as the table before. If the kernel refuses
+ * memory for a table, the admitted bytes stay charged until the process exits.
  */
 #define _GNU_SOURCE
 #include <errno.h>
@@ -131,8 +131,8 @@ bool fgpu_grant_refer(uint64_t handle)
     return entry != NULL;
 }
 
-/* Drop a reference. Returns true if there was an entry; `grant` is the memory that is freed with it: 0 bytes unless it
- * was the last reference. */
+/* Drop a reference. Returns true if there was an entry; `grant` is the memory that the driver frees with this
+ * reference: 0 bytes unless the reference is the last. */
 bool fgpu_grant_drop(uint64_t handle, struct fgpu_grant *grant)
 {
     uint64_t key = key_of(FGPU_SPACE_HANDLE, handle);
@@ -153,7 +153,8 @@ void fgpu_grant_dropped(const struct fgpu_grant *grant, CUresult result)
 
 /* -- contexts, and the memory allocated in them */
 
-#define PRIMARY (FGPU_SPACE_ARRAY + 1) /* of a device: the key of its context */
+/* The space of entries by ordinal + 1. Their `owner` is the handle of the device's primary context. */
+#define PRIMARY (FGPU_SPACE_ARRAY + 1)
 
 static uint64_t number_of(uint64_t context)
 {
@@ -166,7 +167,8 @@ static uint64_t number_of(uint64_t context)
     return 0;
 }
 
-/* If two threads create the primary context at the same time, both had an admission, and one of them created it. */
+/* Record an admitted allocation. If two threads create the primary context at the same time, both have an admission for
+ * one context: the second admission is released. */
 void fgpu_grant_made(unsigned index, uint64_t bytes, unsigned kind, uint64_t handle, uint64_t context)
 {
     struct fgpu_grant grant = {.handle = handle, .bytes = bytes, .index = index};
@@ -224,7 +226,7 @@ static void release_all_of(uint64_t context)
             if (is_of(grant.space, grant.owner, context))
                 fgpu_standalone_release(grant.index, grant.bytes);
             else
-                fgpu_grant_keep(grant); /* the handle of another context by now */
+                fgpu_grant_keep(grant); /* by now the handle is that of another allocation */
         }
     }
 }

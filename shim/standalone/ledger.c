@@ -3,10 +3,11 @@
  * file itself.
  *
  * A charge is one compare-and-swap of its device's last charge (which seat, how many units, its number on that seat).
- * That operation decides. The next thread that charges first adds the last charge to the seat of that charge, in case
- * the seat's owner was stopped or killed in between. So there is no lock, and at every instant either all of a charge
- * counts or nothing. A seat's number shows whether the last charge was already added to it. Only the owner releases,
- * without a compare-and-swap of the last charge: a release can only make room.
+ * That operation decides. Before the next thread charges, it adds the last charge to the seat that made it, in case the
+ * seat's owner was stopped or killed in between. So there is no lock, and at every instant either all of a charge
+ * counts or nothing. A seat's number shows whether the last charge was already added to it. Only the owner of a seat
+ * releases (any process, if the owner is dead), without a compare-and-swap of the last charge: a release can only make
+ * room.
  */
 #include "standalone/standalone.h"
 
@@ -109,9 +110,9 @@ uint64_t fgpu_ledger_held(const struct fgpu_ledger *ledger, unsigned device, uns
 
 /*
  * Empty the seat of a dead process. Dead processes do not charge, so once the last charge is added, the seat does not
- * grow. Subtract exactly the units that were read before the seat was found to be still theirs: then a thread that was
- * stopped in between cannot empty the seat of the next owner, whose first charge has another number. Free the seat when
- * all devices are empty.
+ * grow. Subtract exactly the units that were read before the seat was found to be still that of the dead process: then
+ * a thread that was stopped in between cannot empty the seat of the next owner, whose first charge has another number.
+ * Free the seat when all devices are empty.
  */
 static void vacate(struct fgpu_ledger *ledger, unsigned seat, uint64_t life)
 {

@@ -174,8 +174,8 @@ RULES = {
     "unknown-library-s-free-believed": ("if (trusted && !f->exported", "if (!f->exported"),
     "unknown-library-frees-managed-memory": ("return trusted || (function", "return 1 || (function"),
     "unknown-library-resets-the-context": (
-        "/* its references stay */\n        if (!trusted) return 0;\n",
-        "/* its references stay */\n",
+        "/* references to the primary context stay */\n        if (!trusted) return 0;\n",
+        "/* references to the primary context stay */\n",
     ),
     "unknown-library-drops-references": ("    if (!is_trusted(cookie)) distrust(p, f.function);\n", ""),
     "bypass-told-from-the-budget-of-refusals": (
