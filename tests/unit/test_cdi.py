@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import threading
+import time
 from pathlib import Path
 
 import jsonschema
@@ -274,6 +275,8 @@ def test_a_reader_gets_the_old_or_the_new_specification(parts, tmp_path):
 
     reader = threading.Thread(target=read)
     reader.start()
+    while not seen:  # the reader runs
+        time.sleep(0.001)
     for number in range(1009):
         cdi.write(path, both[number % 2])
     ended.set()

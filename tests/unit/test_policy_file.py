@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import time
@@ -192,4 +191,4 @@ def test_every_policy_in_the_documentation_is_valid():
     blocks = re.findall(r"^```yaml\n(.*?)^```", text, re.M | re.S)
     policies = [policy for block in blocks if "kind: GpuPolicy" in block for policy in kit.read(block)]
     assert len(policies) >= 6
-    assert json.dumps([policy.name for policy in policies])
+    assert all(policy.name for policy in policies)

@@ -266,8 +266,11 @@ def test_table_csv_and_json_contain_the_source(stored):
     assert [(r["tenant"], r["source"]) for r in records] == [("alice", "turns"), ("bob", "none")]
 
 
-@pytest.mark.parametrize("words", [["--since", "1y"], ["--since", ""], ["--by", "color"]])
-def test_invalid_arguments_are_refused_with_the_valid_ones(words):
+@pytest.mark.parametrize(
+    ("words", "valid"),
+    [(["--since", "1y"], "7d"), (["--since", ""], "7d"), (["--by", "color"], "label:NAME")],
+)
+def test_invalid_arguments_are_refused_with_the_valid_ones(words, valid):
     done = CliRunner().invoke(command.usage, words)
     assert done.exit_code == 2
-    assert "7d" in done.output or "label:NAME" in done.output
+    assert valid in done.output
