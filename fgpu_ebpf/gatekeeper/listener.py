@@ -17,7 +17,11 @@ BACKLOG = 512  # enough for many simultaneous starts; to accept or refuse one ta
 
 
 class Listener:
-    """The listening socket. It is bound under another name and renamed when it listens: its path is never missing."""
+    """The listening socket.
+
+    open() binds the socket under another name and renames it when it listens. So the path is never missing while an
+    earlier socket is replaced.
+    """
 
     def __init__(self, run: Path) -> None:
         self._shim = run / "shim"

@@ -31,7 +31,7 @@ def counts_of(place: Place, device: int, part: int, entitled: int) -> TurnCounts
 
 
 class UnitRows:
-    """Rows of units. Time and part are sums over all tenants inside; waits and turns are those of the unit's cgroup."""
+    """Rows of units: time and parts of all tenants inside, and waits and turns of the unit's own programs."""
 
     def __init__(self) -> None:
         self._told: dict[Key, tuple[Unit, int]] = {}  # with the unit's total owned time
