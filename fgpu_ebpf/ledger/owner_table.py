@@ -69,7 +69,10 @@ class OwnerTable:
         return self._share(abi.OWNERS - 1).entries
 
     def trim(self) -> None:
-        """Release unneeded claims of owners if half of a map is claimed. To be called regularly. Raises OSError."""
+        """Release unneeded claims of owners if more than half of a map is claimed. To be called regularly.
+
+        Raises OSError.
+        """
         claimed = self.claimed()
         if any(2 * n > most for n, most in zip(claimed, self.sizes.values(), strict=False)):
             self._trim(self._look().values())

@@ -66,7 +66,7 @@ class Trust:
         return self.standing.believed_ns(now_ns)
 
     def claims(self, now_ns: int, ns: int) -> None:
-        """Record that the tenant's turn closes and that it claims `ns` of work in flight."""
+        """Record that the gates of the tenant's turn close, and that the tenant claims `ns` of work in flight."""
         self._closed_ns, self._claim_ns, self._before = now_ns, ns, None
 
     def judge(self, overrun: bool, drained: bool, lives: bool, now_ns: int) -> None:
@@ -94,10 +94,10 @@ class Trust:
         standing.lower(now_ns, is_much)
 
     def lost_process(self, now_ns: int) -> None:
-        """Record that a process with a claim has exited while other tenants wait. The claim cannot prove true now."""
+        """Record that a process with a claim has exited while other tenants wait. So the claim can never prove true."""
         self.overran(now_ns)
         self.forget_overrun()
-        self._closed_ns, self._claim_ns = now_ns, 0  # a later overrun is of other work: the wait for it begins now
+        self._closed_ns, self._claim_ns = now_ns, 0  # a later overrun is due to other work: the wait for it begins now
 
     def forget_overrun(self) -> None:
         """Discard an overrun whose claim may still prove true, because a process with this claim has exited."""
