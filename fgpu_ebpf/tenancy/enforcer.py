@@ -34,7 +34,7 @@ from fgpu_ebpf.workloads.cgroups import Workloads
 
 
 class RoomError(Exception):
-    """A limit does not fit on a device together with the limits of other tenants. The text has the numbers."""
+    """A limit does not fit on a device beside the other tenants' limits, or no level is free. The text has numbers."""
 
 
 class Enforcer:
@@ -60,7 +60,7 @@ class Enforcer:
         self.get, self.at, self.around = self._tree.get, self._tree.at, self._tree.around
         self.names = TenantNames()
         self._wakeup = Wakeup()
-        self._published: deque[tuple[set[int], int]] = deque()  # new levels, and the processes counted before them
+        self._published: deque[tuple[set[int], int]] = deque()  # new levels, and processes_so_far() before these
 
     # -- the managed cgroups
 
@@ -85,7 +85,7 @@ class Enforcer:
         return self.get(self.names.owner(name) or -1)
 
     def levels(self, path: str) -> tuple[int, ...]:
-        """Return the managed cgroups on a path, innermost first: the outermost LEVELS only, like the BPF programs."""
+        """Return the managed cgroups on a path, innermost first: the outermost LEVELS of them, as in the kernel."""
         return tuple(c for c in procfs.cgroup_ids(self._workloads.root, path) if c in self._tree)[-abi.LEVELS :]
 
     def groups(self) -> set[int]:

@@ -165,7 +165,7 @@ def requests(share: Share, policy: Policy) -> dict[str, str]:
 
 
 def _by_share(tenant: Tenant, share: Share, of: Sequence[str], devices: Iterable[Device]) -> Tenant:
-    """Apply the limits of a share that the policy does not set. Limits that both set are in `tenant` already.
+    """Apply the limits of a share that the policy does not set. `tenant` already has limits that both set.
 
     Args:
         tenant: the tenant by its policy, which was resolved with the labels of requests().
