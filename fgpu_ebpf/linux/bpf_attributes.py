@@ -1,7 +1,7 @@
 """The arguments of bpf(2) and perf_event_open(2) as ctypes, with the kernel's names of fields.
 
-Each class is one member of `union bpf_attr` (bpf/include/uapi/linux/bpf.h) up to the last field that fgpu uses. The
-kernel treats fields that are not passed as zeros.
+The classes are members of `union bpf_attr` (bpf/include/uapi/linux/bpf.h) and struct perf_event_attr, up to the last
+field that fgpu uses. The kernel treats fields that are not passed as zeros.
 """
 
 from __future__ import annotations

@@ -180,7 +180,7 @@ class Handler(logging.Handler):
             if more:
                 self._sink.write(self._form.encode(_line("%d more lines like the next one were left out", more)))
             self._sink.write(self._form.encode(record))
-        except Exception:  # of any kind: a log line must never stop the service
+        except Exception:  # any exception, because a log line must never stop the service
             self.dropped += 1
 
     def _too_many(self, record: logging.LogRecord) -> int | None:

@@ -58,7 +58,10 @@ def open_regular(path: str, follow: bool = False) -> int:
 
 
 def as_mapped(path: str) -> tuple[int, int]:
-    """Return (dev, ino) of a file as in /proc/PID/maps. On some overlays, stat() returns others. Raises OSError."""
+    """Return (dev, ino) of a file as in /proc/PID/maps. Raises OSError.
+
+    On some overlays, stat() returns other numbers.
+    """
     fd = open_regular(path, follow=True)
     try:
         return mapped_as(fd)

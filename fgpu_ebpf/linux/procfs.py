@@ -181,7 +181,7 @@ def pid_space(pidfd: int) -> int:
 
 
 def pid_names(tgid: int) -> dict[int, int]:
-    """Return a process's pid by the inode of each of its pid namespaces, its own first; empty: it has exited."""
+    """Return the pids of a process by the inodes of its pid namespaces, innermost first; empty: it has exited."""
     names: dict[int, int] = {}
     try:
         pids = _field(read(f"/proc/{tgid}/status"), b"NSpid:").split()
