@@ -34,7 +34,8 @@ from fgpu_ebpf.linux.procmaps import File
 
 MOST_CONNECTIONS, MOST_PER_TENANT, MOST_SILENT, MOST_HINTS, AT_ONCE = 1024, 512, 16, 4096, 64
 PATIENCE_NS, SILENCE_NS, TURN_NS = 1_000_000_000, 200_000_000, 4_000_000
-WAIT_NS, REFUSE_NS, FORGIVE_NS = 40_000_000, 50_000_000, 40_000_000  # processor time; FORGIVE_NS: each heartbeat
+# Processor time of the gatekeeper. FORGIVE_NS is subtracted at each heartbeat.
+WAIT_NS, REFUSE_NS, FORGIVE_NS = 40_000_000, 50_000_000, 40_000_000
 STORM_NS = 1_000_000_000  # for new processes: to start one costs the tenant as much processor time as the gatekeeper
 HELLO_BYTES = ctypes.sizeof(Hello)
 
@@ -51,7 +52,7 @@ class Connection:
     epoch: int
     since_ns: int
     new: bool  # the process has not connected lately
-    here: bool = True  # it was not dropped yet
+    here: bool = True  # drop() was not called yet
     has_hello: bool = False
     is_info: bool = False  # the peer is fgpu-info, which gets a text instead of pages
     held: bool = False  # the answer waits for the agent, and this was counted

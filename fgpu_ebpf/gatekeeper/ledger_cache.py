@@ -183,7 +183,7 @@ class LedgerCache:
         return self._files[file]
 
     def grant(self, levels: tuple[int, ...]) -> Grant | None:
-        """Return the grant for processes of these levels; None: decided, but not in force yet."""
+        """Return the grant for processes of these levels; None: a limit was decided, but is not in force yet."""
         if levels not in self._grants:
             self._grants[levels] = self._make_grant(levels)
         return self._grants[levels]

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from fgpu_ebpf.linux.clear_path import make_way
 
-BACKLOG = 512  # enough for many simultaneous starts; to accept or refuse one takes about 20 us, all of them 10 ms
+BACKLOG = 512  # enough for many simultaneous starts; to accept or refuse 512 connections takes about 10 ms
 
 
 class Listener:

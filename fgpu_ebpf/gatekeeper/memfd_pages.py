@@ -118,7 +118,7 @@ class StatusMemory:
 
 
 def _unmap(memory: mmap.mmap) -> None:
-    with contextlib.suppress(BufferError):  # another view still exists; the last one to be deleted unmaps
+    with contextlib.suppress(BufferError):  # another view still exists; the deletion of the last view unmaps the page
         memory.close()
 
 

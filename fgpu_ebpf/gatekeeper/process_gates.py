@@ -128,7 +128,7 @@ def observe_processes(
 
     Args:
         all_gates: the processes.
-        devices: the devices that they use.
+        devices: the devices that these processes use.
         number: the number of the tenant's turn.
         since_ns: when this turn began.
         now_ns: the current time of CLOCK_MONOTONIC.

@@ -194,7 +194,7 @@ class TimeSlicer:
             return monotonic_ns() + AGAIN_NS
 
     def _turn(self) -> int:
-        """Do the steps that are due. Returns when the next one is due, in nanoseconds of CLOCK_MONOTONIC."""
+        """Do the steps that are due. Returns when the next step is due, in nanoseconds of CLOCK_MONOTONIC."""
         now_ns = monotonic_ns()
         if self.ledger and now_ns >= self._shares_ns:
             self._shares_ns = now_ns + SHARES_NS
@@ -326,9 +326,9 @@ class TimeSlicer:
     # -- publishing
 
     def _publish(self, ledger: Ledger, now_ns: int) -> None:
-        """Write the `turns` map: counters, and the parts of time that tenants had and were entitled to.
+        """Write the `turns` map: counters, and the parts of the time since the last call that tenants had.
 
-        The parts are those of the time since the last call.
+        A row also has the part to which the tenant was entitled.
         """
         since_ns, owned = self._measured
         places = {tenant: self._turns.places[tenant] for tenant in {*self._gates, *owned} & set(self._turns.places)}

@@ -345,7 +345,7 @@ class Ledger:
         return self._maps["event_budgets"]
 
     def events(self) -> Events:
-        """Return a reader of the kernel's rare events. Only one may exist, because each event is read once."""
+        """Return a reader of the kernel's rare events. Only one reader may exist, because each event is read once."""
         return Events(os.dup(self._maps["events"]))
 
     def sweep(self) -> int:

@@ -65,7 +65,7 @@ class OwnerTable:
         return {(name := shared.name.lower()): bpf.form(self._maps[name]).max_entries for shared in abi.Shared}
 
     def claimed(self) -> tuple[int, ...]:
-        """Return the entries of each map that all owners together have claimed."""
+        """Return how many entries of each map all owners together have claimed."""
         return self._share(abi.OWNERS - 1).entries
 
     def trim(self) -> None:

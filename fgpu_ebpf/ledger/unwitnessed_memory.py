@@ -80,7 +80,7 @@ class Unwitnessed:
                     key = pid, process.generation, device
                     beyond = max(0, self._beyond(pid, process, device))
                     kept = min(before.get(key, 0), beyond)
-                    # At the first pass, all memory of an importer counts as kept: an earlier agent has judged it.
+                    # At the first pass, all memory of an importer counts as kept: an earlier agent has examined it.
                     more = beyond if is_first else self._take(device, beyond - kept)
                     self._kept[key] = kept + more
 

@@ -73,7 +73,7 @@ def _output_buffer(bytes_: int) -> ctypes.Array[ctypes.c_char]:
 
 
 def _buffer(data: bytes) -> ctypes.Array[ctypes.c_char]:
-    """Return a buffer that the kernel reads: the data, padded with zeros to a power of two, so there are few types."""
+    """Return a buffer that the kernel reads: the data, padded with zeros to a power of two, so that few types exist."""
     buffer = _bytes(max(8, 1 << (len(data) - 1).bit_length()))()
     buffer.value = data
     return buffer

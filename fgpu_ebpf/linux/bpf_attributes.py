@@ -124,7 +124,7 @@ class UprobeMultiLink(Structure):
 
 
 class LinkCreateAttr(Structure):
-    """BPF_LINK_CREATE: the fields of all kinds of links, which PerfEventLink or UprobeMultiLink follows."""
+    """BPF_LINK_CREATE: the fields of all kinds of links. PerfEventLink or UprobeMultiLink follows these fields."""
 
     _fields_ = (("prog_fd", u32), ("target_fd", u32), ("attach_type", u32), ("flags", u32))
 

@@ -43,7 +43,7 @@ def keep_only(kept: Set[Capability]) -> None:
     for number in range(64):
         if LIBC.prctl(_CAPBSET_READ, number, 0, 0, 0) != 1 or number in kept:
             continue
-        with contextlib.suppress(PermissionError):  # no SETPCAP: an executed program gets at most the thread's own
+        with contextlib.suppress(PermissionError):  # no SETPCAP; a program still gets no more than this thread has
             check("prctl(CAPBSET_DROP)", LIBC.prctl(_CAPBSET_DROP, number, 0, 0, 0))
     check("prctl(CAP_AMBIENT)", LIBC.prctl(_CAP_AMBIENT, _AMBIENT_CLEAR_ALL, 0, 0, 0))
     permitted = _permitted() & sum(1 << capability for capability in kept)

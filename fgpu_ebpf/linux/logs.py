@@ -161,7 +161,7 @@ class Handler(logging.Handler):
         super().__init__()
         self._sink, self._form, self._now = sink, form, now
         self._windows: dict[tuple[object, ...], tuple[float, int]] = {}  # statement -> begin of its window, its lines
-        self._room = FEW_STATEMENTS  # old entries of _windows are removed when it has this many
+        self._room = FEW_STATEMENTS  # when _windows has this many entries, old entries are removed
         self._reported = 0  # dropped lines that a later line has reported
         self.dropped = self.left_out = 0
 

@@ -39,7 +39,7 @@ class MappedFile:
 
 
 def open_regular(path: str, follow: bool = False) -> int:
-    """Open a file for reading that a tenant may have created. Raises OSError if it is not a regular file.
+    """Open for reading a file that a tenant may have created. Raises OSError if it is not a regular file.
 
     The type is checked before the file is opened for reading, because open() of a fifo would block, and open() of a
     device can have side effects. With O_NONBLOCK, a lease on the file does not block either.

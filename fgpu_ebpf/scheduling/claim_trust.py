@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from fgpu_ebpf.abi import BUDGET_NS
 
 MOST_FLIGHT_NS = 1_000_000_000  # the most that a tenant can claim to have in flight
-UNPROVEN_NS = 250_000_000  # a little more than a tenth of a device's time in two seconds
+UNPROVEN_NS = 250_000_000  # the cost of a first false claim: an eighth of a device's time in two seconds
 MUCH_NS = 2 * BUDGET_NS  # a shorter wait in vain costs other tenants no more than a tenant that claims nothing
 PACE_NS, MOST_PACE_NS = 1_000_000_000, 64_000_000_000  # the first and the longest time in which the bound doubles
 FORGET_NS = 3600 * 1_000_000_000  # after this time without a wait in vain, the bound doubles in PACE_NS again

@@ -34,7 +34,10 @@ from fgpu_ebpf.workloads.cgroups import Workloads
 
 
 class RoomError(Exception):
-    """A limit does not fit on a device beside the other tenants' limits, or no level is free. The text has numbers."""
+    """A limit does not fit on a device beside the limits of other tenants, or there is no free level for the limit.
+
+    The text has the numbers.
+    """
 
 
 class Enforcer:
@@ -81,7 +84,7 @@ class Enforcer:
         return self.name_of(levels[0]) if levels else ""
 
     def named(self, name: str) -> Tenant | None:
-        """Return the tenant with this name."""
+        """Return the tenant with this name, or None."""
         return self.get(self.names.owner(name) or -1)
 
     def levels(self, path: str) -> tuple[int, ...]:

@@ -58,6 +58,6 @@ class GoneTenants:
 
 
 def left_behind(cgroup: int) -> Tenant:
-    """Return a tenant for a pinned page whose cgroup no longer exists, and of which this agent has no other record."""
+    """Return a tenant for a pinned page whose cgroup no longer exists. This agent has no other record of the tenant."""
     workload = Workload(path="", cgroup=cgroup, name="gone")
     return Tenant(workload, workload.name, Source.POLICY, "", {})

@@ -32,7 +32,7 @@ class Override:
         path: its path from the hierarchy's root.
         name: the tenant's name, if it was set.
         own: whether the agent made the cgroup for `fgpu run`.
-        share: the share that the container requested at its start. Policies bound it.
+        share: the share that the container requested at its start. The limits of policies apply to the share too.
         devices: the UUIDs of the only devices that the container may use; empty: any device.
         kept: why the cgroup keeps the limits that the kernel has pinned, until other limits are set.
     """

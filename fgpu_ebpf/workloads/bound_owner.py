@@ -71,7 +71,7 @@ def owner_of(root: Path, path: str, is_level: Callable[[int], bool] = lambda _: 
 
 
 def _stat(folder: str) -> tuple[int, int]:
-    """Return the id of a cgroup, and the uid of the user that owns it; (0, 0), as if root owned it: it is gone."""
+    """Return the id of a cgroup, and the uid of its owner. If it is gone, return (0, 0), as if root owned it."""
     try:
         found = os.stat(folder)
     except OSError:

@@ -20,7 +20,7 @@ from fgpu_ebpf.workloads.workload import Names, Subject
 
 log = logging.getLogger("fgpu.engines")
 FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 0.1, 5.0  # how long a failed engine gets no request
-FIRST_AGAIN_SECONDS, LONGEST_AGAIN_SECONDS = 0.05, 30.0  # until the next request for a container that is not known yet
+FIRST_AGAIN_SECONDS, LONGEST_AGAIN_SECONDS = 0.05, 30.0  # time between requests for a container that is not known yet
 
 
 class Api(Protocol):

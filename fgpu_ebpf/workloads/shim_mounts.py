@@ -62,7 +62,7 @@ def is_mounted(folder: Path) -> bool:
 
 
 def mounted_lists(run_dir: Path) -> set[str]:
-    """Return the paths in LISTS that `fgpu run` has mounted a file over, in a namespace of any running process."""
+    """Return the paths in LISTS over which fgpu has mounted a list, in the mount namespace of any running process."""
     own = _device_of(run_dir)
     return {
         path
