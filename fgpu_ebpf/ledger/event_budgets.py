@@ -1,7 +1,7 @@
 """The map `event_budgets`: how many cgroup events the kernel reports for one workload.
 
-A workload can create, enter and remove any number of cgroups inside its own. If it causes many events, it gets a budget
-of its own in the BPF programs, so that the kernel still reports the events of all other workloads.
+A workload can create, enter and remove any number of cgroups inside its own cgroup. If it causes many events, it gets a
+budget of its own in the BPF programs, so that the kernel still reports the events of all other workloads.
 
 Runs in the agent's main thread. Errors are OSError of bpf(2).
 """

@@ -1,8 +1,8 @@
 """Facts about a process from /proc and the cgroup file system: its state, namespaces, mappings and cgroups.
 
-Runs in all threads of the agent, the gatekeeper and the commands. All reads have a maximum, because a process
-determines how much there is to read. Facts come from the kernel, never from the process itself. If the process has
-exited, the result is None or empty, or the function raises OSError if its docstring says so.
+Runs in all threads of the agent, the gatekeeper and the commands. Reads of files that a process can make long have a
+maximum. Facts come from the kernel, never from the process itself. If the process has exited, the result is None or
+empty, or the function raises OSError if its docstring says so.
 """
 
 from __future__ import annotations
