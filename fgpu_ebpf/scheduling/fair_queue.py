@@ -17,7 +17,9 @@ from typing import NamedTuple
 
 MILLION = 1_000_000
 PERIOD_NS = 40_000_000  # the period of a limit: a tenant cannot save up the unused time of a longer period
-FLOOR_NS = 100_000_000  # a waiting tenant of a lower priority gets a turn at least this often
+# A tenant that higher priorities have kept waiting for this time gets a turn by the floor. On each device, the floor
+# gives at most one turn in this time.
+FLOOR_NS = 100_000_000
 PLAIN_WEIGHT = 100
 CREDIT_QUANTA = 10  # after this many quanta without a turn, a tenant starts at the clock; also the maximum of its lag
 ROUND_QUANTA = 4  # the longest round of turns, in quanta, among tenants that are never idle

@@ -3,9 +3,9 @@
 The module runs in the agent's main loop. `tenant` determines the limits of a tenant, and `device_commitments` the
 devices on which they count. This module writes limits only; bytes in use are changed by the kernel alone.
 
-Until the first process of a tenant registers or is charged, the kernel's map `resolved` has no entry for the tenant's
-cgroup, and the gatekeeper asks the agent about that process. `onBypass: kill` is not applied in a tenant that contains
-a preexisting process, because a preexisting process cannot have the shim.
+A tenant gets its entry in the kernel's map `resolved` when its first process registers or is charged, or when a limit
+is set by hand. Without an entry, the gatekeeper asks the agent about a process that registers. `onBypass: kill` is not
+applied in a tenant that contains a preexisting process, because a preexisting process cannot have the shim.
 """
 
 from __future__ import annotations
