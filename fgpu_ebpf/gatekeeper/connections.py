@@ -3,11 +3,12 @@
 Runs in the gatekeeper's main thread. The kernel identifies the peer by a pidfd. The data that the peer sends is not
 used to identify the peer.
 
-Limits: a workload (the owner of its processes' bounds) may have MOST_PER_TENANT connections, and MOST_SILENT that have
-not sent a hello. Workloads are served in turn, one hello each. A workload may use WAIT_NS of the gatekeeper's processor
-time, and STORM_NS for new processes; each heartbeat forgives FORGIVE_NS. So many simultaneous starts are answered at
-once, while an endless series of connections first waits and then is dropped. No peer can cause an OSError. A connection
-that the peer closes is counted.
+A workload (a bound owner with all cgroups inside it) may have MOST_PER_TENANT connections. At most MOST_SILENT of them
+may be without a hello for longer than SILENCE_NS. Workloads are served in turn, one hello each. Processor time that the
+gatekeeper uses for a workload is added up, and each heartbeat subtracts FORGIVE_NS. If the sum exceeds WAIT_NS, hellos
+of the workload wait, but hellos of new processes wait only above STORM_NS. Above REFUSE_NS, further connections of
+known processes are closed at once. As a result, many processes that start at the same time are answered at once, and an
+endless series of connections is refused. No peer can cause an OSError. A connection that the peer closes is counted.
 """
 
 from __future__ import annotations
@@ -33,8 +34,9 @@ from fgpu_ebpf.linux.procmaps import File
 
 MOST_CONNECTIONS, MOST_PER_TENANT, MOST_SILENT, MOST_HINTS, AT_ONCE = 1024, 512, 16, 4096, 64
 PATIENCE_NS, SILENCE_NS, TURN_NS = 1_000_000_000, 200_000_000, 4_000_000
-WAIT_NS, REFUSE_NS, FORGIVE_NS = 40_000_000, 50_000_000, 40_000_000  # processor time; FORGIVE_NS: each heartbeat
-STORM_NS = 1_000_000_000  # of a new process: its start costs its tenant as much processor time as the gatekeeper
+# Processor time of the gatekeeper. FORGIVE_NS is subtracted at each heartbeat.
+WAIT_NS, REFUSE_NS, FORGIVE_NS = 40_000_000, 50_000_000, 40_000_000
+STORM_NS = 1_000_000_000  # for new processes: to start one costs the tenant as much processor time as the gatekeeper
 HELLO_BYTES = ctypes.sizeof(Hello)
 
 
@@ -50,13 +52,13 @@ class Connection:
     epoch: int
     since_ns: int
     new: bool  # the process has not connected lately
-    here: bool = True
+    here: bool = True  # drop() was not called yet
     has_hello: bool = False
     is_info: bool = False  # the peer is fgpu-info, which gets a text instead of pages
-    held: bool = False
+    held: bool = False  # the answer waits for the agent, and this was counted
     told: bool = False  # a request about the process was sent to the agent
     watched: bool = False  # registered with the selector, for a hello or the end of the connection
-    reading: bool = False
+    reading: bool = False  # the MappingScanner has queued the process
     # The libcuda and shim files that the process maps, each with the offset where its breakpoint was found, or 0.
     files: Mapping[File, int] | None = None
 
@@ -67,7 +69,8 @@ class Connections:
     Args:
         counts: counters of `gatekeeper.json`, which are incremented here.
         managed_state_of: returns the epoch and the ledger's state of a process, given its pid and cgroup.
-        look: called in turn for each connection that has sent its hello, and again until it drops the connection.
+        look: called in turn for each connection that has sent its hello, and again later if the connection was not
+            dropped.
         ended_ns: see PeerIdentifier.
     """
 
@@ -180,7 +183,7 @@ class Connections:
     # -- turns of workloads
 
     def ready(self, connection: Connection) -> None:
-        """Queue a connection that has sent its hello for its tenant's turn."""
+        """Queue a connection until its tenant's turn. The connection has sent its hello."""
         self._ready.setdefault(connection.tenant, {})[connection] = None
 
     def pending(self) -> bool:
@@ -216,18 +219,22 @@ class Connections:
         return now_ns
 
     def owing(self) -> bool:
-        """Return True if processor time is still charged to a tenant; forgive() reduces it at each heartbeat."""
+        """Return True if forgive() would reduce the processor time charged to a tenant, or remove a known pid."""
         return bool(self._spent_ns or self._hints)
 
     def forgive(self) -> None:
-        """Subtract FORGIVE_NS from the processor time charged to each tenant. To be called once a heartbeat."""
+        """Subtract FORGIVE_NS from the processor time charged to each tenant. To be called at every heartbeat."""
         self._spent_ns = Counter({t: ns - FORGIVE_NS for t, ns in self._spent_ns.items() if ns > FORGIVE_NS})
         self._hints = {pid: tenant for pid, tenant in self._hints.items() if tenant in self._spent_ns}
         if len(self._hints) > MOST_HINTS:
             self._hints.clear()
 
     def turn(self) -> None:
-        """Queue all connections with a hello again. Drop those that are too old, and excess ones without a hello."""
+        """Queue all connections with a hello again, and drop connections that are too old or too many.
+
+        A connection is dropped after PATIENCE_NS. Without a hello it is dropped after SILENCE_NS, if its tenant has
+        MOST_SILENT older connections without a hello.
+        """
         now_ns = monotonic_ns()
         silent: Counter[int] = Counter()
         for connection in list(self._connections):
@@ -261,7 +268,7 @@ class Connections:
 
 
 def well_formed(data: bytes) -> bool:
-    """Return True if `data` is a hello of this layout, whose other fields are ignored, or a request of fgpu-info."""
+    """Return True if `data` is a request of fgpu-info, or has the size and the first three fields of a hello."""
     if len(data) != HELLO_BYTES:
         return data == info_text.QUESTION
     hello = Hello.from_buffer_copy(data)

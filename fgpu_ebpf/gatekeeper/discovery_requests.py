@@ -37,7 +37,11 @@ class DiscoveryRequests:
         return bool(self._told)
 
     def add(self, connection: Connection) -> None:
-        """Queue a request about this process, unless its tenant had one lately or its workload has had too many."""
+        """Queue a request about this process.
+
+        Does nothing if the connection or its tenant had a request lately, if requests about MOST_TENANTS tenants of the
+        workload were made since the last heartbeat, or if the agent did not receive a message within DEAF_NS.
+        """
         tenant, owner = connection.managed_state.tenant, connection.tenant
         if connection.told or tenant in self._new or max(self._deaf_ns, self._told.get(tenant, 0)) > monotonic_ns():
             return
@@ -48,7 +52,8 @@ class DiscoveryRequests:
     def send(self) -> bool:
         """Send all queued requests in one message, and return False if the agent did not receive it.
 
-        There is one message, because the socket holds ten, and hundreds of tenants may start at the same time.
+        There is one message, because the agent's socket queues only ten, and hundreds of tenants may start at the same
+        time.
         """
         new, self._new = self._new, {}
         if not new:
@@ -57,7 +62,7 @@ class DiscoveryRequests:
         first, *others = (connection.pid for connection in new.values())
         try:
             self._socket.sendto(json.dumps({"tgid": first, "others": others}).encode(), self._path)
-        except OSError:  # the agent has not read the earlier messages yet
+        except OSError:  # the agent does not run, or has not read the earlier messages yet
             self._deaf_ns = now_ns + DEAF_NS
             return False
         for connection in new.values():

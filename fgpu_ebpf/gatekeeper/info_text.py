@@ -26,7 +26,7 @@ def text(ledger: Ledger, cgroups: Iterable[int], devices: Iterable[tuple[int, by
 
     Args:
         ledger: the ledger.
-        cgroups: the process's cgroup and those around it, innermost first.
+        cgroups: the ids of the process's cgroup and of the cgroups around it, innermost first.
         devices: ledger index and UUID of the host's devices.
         now_ns: the current time of CLOCK_MONOTONIC.
     """
@@ -40,7 +40,7 @@ def text(ledger: Ledger, cgroups: Iterable[int], devices: Iterable[tuple[int, by
 
 
 def _page(ledger: Ledger, cgroup: int) -> abi.UsagePage | None:
-    """Return a copy of the level's usage page; None: it has none."""
+    """Return a copy of the level's usage page; None: the level has no page."""
     fd = ledger.page_fd(cgroup)
     if fd is None:
         return None

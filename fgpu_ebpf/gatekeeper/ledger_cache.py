@@ -58,16 +58,20 @@ class Decisions(Protocol):
 
 
 def managed_state(ledger: Decisions | None, ids: Sequence[int]) -> ManagedState:
-    """Combine the decisions about a cgroup and those around it.
+    """Combine the decisions about a cgroup and about the cgroups around it.
 
-    The result is refused if any of the cgroups is refused. It is undecided if one of them has a page and is not known
-    to be managed. It is managed if any of them is managed, with all managed ones as levels. It is unmanaged if the
-    cgroup itself is known to be unmanaged. Otherwise it is undecided: a new cgroup inside an unmanaged one may belong
-    to a tenant, and the agent has not examined the new one yet.
+    The first rule that applies determines the result:
+
+        any of the cgroups is refused                             refused
+        a cgroup has a page, but no decision that it is managed   undecided
+        any of the cgroups is managed                             managed, with all managed cgroups as levels
+        the cgroup itself is unmanaged, by decision               unmanaged
+        otherwise                                                 undecided, even inside an unmanaged cgroup: a new
+                                                                  cgroup may belong to a tenant
 
     Args:
         ledger: the decisions; None: the ledger is not open yet.
-        ids: the ids of the cgroup and of those around it, innermost first.
+        ids: the ids of the cgroup and of the cgroups around it, innermost first.
 
     Raises:
         OSError: the kernel's maps cannot be read.
@@ -78,7 +82,7 @@ def managed_state(ledger: Decisions | None, ids: Sequence[int]) -> ManagedState:
     in_force = (c for c in said if said[c] or (ledger and not ledger.page_missing(c)))
     levels = tuple(in_force)[-abi.LEVELS :]  # if there are too many, the outermost, as in the kernel
     if not all(said[cgroup] for cgroup in levels):
-        return ManagedState(None, ids[0])  # in force, but no process has used it yet: the agent has to decide first
+        return ManagedState(None, ids[0])  # no process has used this level yet: the agent has to decide about it first
     if levels:
         return ManagedState(True, levels[0], levels)
     leaf = ids[0] if ids else 0
@@ -86,7 +90,10 @@ def managed_state(ledger: Decisions | None, ids: Sequence[int]) -> ManagedState:
 
 
 class Lineages:
-    """A cache of the cgroups around each cgroup, valid forever: neither a cgroup's parent nor its id ever changes."""
+    """A cache of the ancestors and the bound owner of each cgroup, until forget().
+
+    The ancestors of a cgroup and their ids never change. The owner may change when a cgroup around it gets a limit.
+    """
 
     def __init__(self, root: Path) -> None:
         self._root = root
@@ -94,7 +101,10 @@ class Lineages:
         self._owners: dict[int, int] = {}
 
     def of(self, pid: int, cgroup: int) -> tuple[int, ...]:
-        """Return the ids of a process's cgroup and its ancestors, innermost first. Raises OSError: it has exited."""
+        """Return the ids of a process's cgroup and its ancestors, innermost first.
+
+        Raises OSError: the process has exited, or its cgroup was removed.
+        """
         known = self._known.get(cgroup)
         if known is None:
             known = tuple(procfs.cgroups(pid, self._root))
@@ -103,14 +113,14 @@ class Lineages:
         return known
 
     def owner(self, pid: int, cgroup: int, levels: Collection[int]) -> int:
-        """Return the id of the cgroup whose bounds apply to this process. `levels`: its levels. Raises OSError."""
+        """Return the id of the process's bound owner. `levels`: the process's levels. Raises OSError."""
         if cgroup not in self._owners:
             path = procfs.cgroup_path(pid)
             self._owners[cgroup] = owner_of(self._root, path, levels.__contains__).cgroup if path else cgroup
         return self._owners[cgroup]
 
     def forget(self) -> None:
-        """Clear the cache. To be called regularly, since most cgroups are never looked up again."""
+        """Clear the cache. To be called regularly: owners may change, and most cgroups are never looked up again."""
         self._known.clear()
         self._owners.clear()
 
@@ -173,7 +183,7 @@ class LedgerCache:
         return self._files[file]
 
     def grant(self, levels: tuple[int, ...]) -> Grant | None:
-        """Return the grant for processes of these levels; None: decided, but not in force yet."""
+        """Return the grant for processes of these levels; None: a limit was decided, but is not in force yet."""
         if levels not in self._grants:
             self._grants[levels] = self._make_grant(levels)
         return self._grants[levels]

@@ -13,11 +13,15 @@ from pathlib import Path
 
 from fgpu_ebpf.linux.clear_path import make_way
 
-BACKLOG = 512  # enough for many simultaneous starts; to accept or refuse one takes about 20 us, all of them 10 ms
+BACKLOG = 512  # enough for many simultaneous starts; to accept or refuse 512 connections takes about 10 ms
 
 
 class Listener:
-    """The listening socket. It is bound under another name and renamed when it listens: its path is never missing."""
+    """The listening socket.
+
+    open() binds the socket under another name and renames it when it listens. So the path is never missing while an
+    earlier socket is replaced.
+    """
 
     def __init__(self, run: Path) -> None:
         self._shim = run / "shim"

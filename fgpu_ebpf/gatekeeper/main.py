@@ -1,6 +1,6 @@
 """The gatekeeper's main loop: it answers the hello of each shim, and updates the pages of registered processes.
 
-Run as `python -m fgpu_ebpf.gatekeeper`. A file lock allows one per host. The loop runs in the process's main thread.
+Run as `python -m fgpu_ebpf.gatekeeper`. The loop runs in the main thread. A file lock prevents a second gatekeeper.
 
 The kernel identifies a tenant's process by the pidfd of its connection. The data that the process sends is not used to
 identify the process. The loop never waits for a tenant. Only the agent writes limits.
@@ -90,7 +90,7 @@ class Gatekeeper:
         self._open_listener()
 
     def run(self) -> bool:
-        """Serve until end() is called, the lock is lost, or a stand-in is to be replaced by another gatekeeper.
+        """Serve until end() is called, the lock is lost, or another gatekeeper waits for the lock of this stand-in.
 
         The run folder and the socket file stay. Returns False if the lock was lost.
         """
@@ -211,7 +211,7 @@ class Gatekeeper:
             self._answer_managed(connection, grant)
 
     def _tell(self, connection: Connection) -> None:
-        """Request the agent's examination of the process of a connection. The connection waits for the result."""
+        """Queue a request to the agent to examine the process of a connection. The connection waits for the result."""
         self._counts["hello_held"] += not connection.held
         connection.held = True
         self._requests.add(connection)

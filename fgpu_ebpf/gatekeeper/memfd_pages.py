@@ -1,6 +1,6 @@
 """The two pages that the gatekeeper makes for a process, each a sealed memfd: the control page and the status page.
 
-Runs in the gatekeeper's main thread and in its time slicer's. The content of a status page is not trusted. If the
+Runs in the gatekeeper's main thread and in its time slicer thread. The content of a status page is not trusted. If the
 kernel refuses a memfd or a seal, the constructor raises OSError and leaves no descriptor open. Access to a page never
 causes SIGBUS, because the page is sealed against resizing.
 """
@@ -62,7 +62,10 @@ class ControlMemory:
         self.page = ControlPage.from_buffer(self._map)
 
     def show(self, rows: bytes) -> None:
-        """Replace the table of processes by `rows` from row_bytes(). The sequence word is odd meanwhile."""
+        """Replace the table of processes by `rows` from row_bytes().
+
+        The sequence word is odd during the change. A reader that finds it odd or changed reads the table again.
+        """
         page = self.page
         page.sequence += 1
         _fence()
@@ -115,7 +118,7 @@ class StatusMemory:
 
 
 def _unmap(memory: mmap.mmap) -> None:
-    with contextlib.suppress(BufferError):  # another view still exists; the last one to be deleted unmaps
+    with contextlib.suppress(BufferError):  # another view still exists; the deletion of the last view unmaps the page
         memory.close()
 
 

@@ -23,7 +23,7 @@ def pid_of(sock: socket.socket) -> int:
 
 
 class PeerIdentifier:
-    """Identifies peers.
+    """Identifies the processes at the other ends of the gatekeeper's connections.
 
     Args:
         ended_ns: returns a time after which no process with a given pid has exited; None: unknown.

@@ -1,8 +1,8 @@
-"""Access of the time slicer to the pages of processes: it writes gates and budgets, and reads claims.
+"""The pages of processes with a share: the time slicer writes gates and budgets, and reads claims.
 
-Runs in the gatekeeper, in any thread that holds the time slicer's lock. The module writes the gate words of control
-pages, and sums the claims of a tenant's processes. `scheduling.turns` decides which gates are open. The functions
-cannot fail, because pages are sealed against resizing.
+Runs in the gatekeeper, in any thread that holds the time slicer's lock. The module also combines the claims of a
+tenant's processes. `scheduling.turns` decides which gates are open. The functions cannot fail, because pages are sealed
+against resizing.
 """
 
 from __future__ import annotations
@@ -27,8 +27,9 @@ class ProcessGates:
     """The pages of a process with a share.
 
     `address`: the address of the word that the process changes to wake the time slicer. `last_value`: the value of the
-    word when it was last read. `wakeups`: how often it has changed lately. `place`: the slot of the word among the
-    watched ones; -1: it is not watched. `used`: the devices that the process uses.
+    word when it was last read. `wakeups`: how often the word has changed since the time slicer last reset this count.
+    `place`: the slot of the word among the watched words; -1: the word is not watched. `used`: the devices that the
+    process uses.
     """
 
     __slots__ = (
@@ -85,13 +86,19 @@ class ProcessGates:
         return any(claim.in_flight and claim.busy_until_ns > now_ns for claim in claims)
 
     def rested_ns(self, launches: int, in_flight: int, idle_ns: int) -> int | None:
-        """Return the idle nanoseconds since the last call, on all devices; None if the process was idle throughout."""
+        """Return how many nanoseconds the process was idle since the last call; None: it was idle throughout.
+
+        Args:
+            launches: the total number of launches on all devices.
+            in_flight: the number of launches in flight on all devices.
+            idle_ns: the total idle time on the device that was idle for the shortest time.
+        """
         is_idle = launches == self._launches and not in_flight
         rested, self._launches, self._idle = max(0, idle_ns - self._idle), launches, idle_ns
         return None if is_idle else rested
 
     def put(self, device: int, word: int) -> None:
-        """Set a gate. If it opens, clear an unused allowance of let_pass(), and wake the threads that wait."""
+        """Set a gate. If the gate opens, clear an unused allowance of let_pass(), and wake the threads that wait."""
         if self._gates[device] != word:
             if word & _OPEN and self._passes[device]:
                 self._passes[device] = 0
@@ -100,7 +107,7 @@ class ProcessGates:
                 futex.wake(ctypes.addressof(self._gates) + 4 * device)
 
     def open_all(self, but: Iterable[int] = ()) -> None:
-        """Open the gates of all devices except `but`, the scheduled ones."""
+        """Open the gates of all devices except `but`, the devices on which the process has a share of time."""
         for device in set(range(abi.DEVICES)).difference(but):
             self.put(device, _OPEN)
 
@@ -117,11 +124,11 @@ class ProcessGates:
 def observe_processes(
     all_gates: Iterable[ProcessGates], devices: frozenset[int], number: int, since_ns: int, now_ns: int
 ) -> Seen:
-    """Return the claims of a tenant's processes about all devices together.
+    """Combine the claims of a tenant's processes about all devices.
 
     Args:
         all_gates: the processes.
-        devices: the devices that they use.
+        devices: the devices that these processes use.
         number: the number of the tenant's turn.
         since_ns: when this turn began.
         now_ns: the current time of CLOCK_MONOTONIC.
@@ -155,7 +162,7 @@ def observe_processes(
         rest = gates.rested_ns(launched, aloft, max(0, idle_ns))
         if rest is not None:
             rests.append(rest)
-    rested = rests[0] if len(rests) == 1 else 0  # of several processes, the common idle time is unknown
+    rested = rests[0] if len(rests) == 1 else 0  # the common idle time of several processes is unknown
     return Seen(devices, waiting, launches, flying, until, drained, wanted, begun, ended, rested)
 
 
@@ -163,9 +170,9 @@ def let_gang_through(all_gates: Iterable[ProcessGates], now_ns: int) -> None:
     """Let late kernels through closed gates if kernels of the same gang spin on other devices and wait for them.
 
     A gang is a set of kernels, one on each device, that wait for each other. This function is called when the work in
-    flight is long overdue. At each gate with waiting threads and nothing in flight, it admits as many launches as are
-    in flight on the busiest device, and at most MOST_PASSES. A program that launches the same kernels on all its
-    devices is in step again after one round. All other programs are stopped by the deadline.
+    flight is overdue (`scheduling.state.LATE_NS`). At each gate with waiting threads and nothing in flight, it admits
+    as many launches as are in flight on the busiest device, and at most MOST_PASSES. These suffice for a program that
+    launches the same kernels on all its devices. The turn of any other program ends at the deadline of its drain.
     """
     claims = [
         (gates, row[0], process_claims.read(gates.words, row, 0, now_ns)) for gates in all_gates for row in gates.rows

@@ -262,7 +262,10 @@ def take_one(count: Counter[int], key: int) -> None:
 
 
 def by_tenant(processes: Mapping[int, Process]) -> dict[int, list[Held]]:
-    """Return the abi.ROWS rows with the most bytes of each tenant. A process's tenant is its innermost level."""
+    """Return the rows of each tenant, sorted; if there are more than abi.ROWS, the rows with the most bytes.
+
+    A process's tenant is its innermost level.
+    """
     held: dict[int, list[Held]] = {}
     for tgid, process in sorted(processes.items()):
         rows = [(tgid, process.generation, device, bytes_) for device, bytes_ in enumerate(process.bytes) if bytes_]

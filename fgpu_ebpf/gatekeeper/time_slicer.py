@@ -1,9 +1,9 @@
 """The time slicer: a thread of the gatekeeper that reads the claims of processes, and opens and closes their gates.
 
-`scheduling.turns` makes the decisions. The thread sleeps on the futexes of status pages until a turn is due. It reads
-the shares and writes the `turns` map. It never waits for a tenant, and it costs nothing if no tenant has a share of
-compute time. After an OSError, which is counted, the step is repeated. Any other exception ends the process: heartbeats
-on pages stop, and shims open their gates.
+`scheduling.turns` makes the decisions. The thread sleeps until the next decision is due or a process wakes it by the
+futex in its status page. The thread reads the shares and writes the `turns` map. It never waits for a tenant. If no
+tenant has a share of compute time, it does not run. After an OSError, which is counted, the step is repeated. Any other
+exception ends the process: heartbeats on pages stop, and shims open their gates.
 
 A wake-up costs more than the work done in it, so the thread wakes rarely: at the end of a turn, when the work of the
 turn has drained, when a process registers, when shares change, and at intervals to examine the owner of a device while
@@ -54,7 +54,7 @@ class TimeSlicer:
         self._shares: dict[int, dict[int, Share]] = {}  # by level and device
         self._gated: dict[int, frozenset[int]] = {}  # by tenant: devices of its own shares and of those around it
         self._used: dict[int, frozenset[int]] = {}  # by tenant: devices that its processes use
-        self._epoch, self._read_ns, self._is_read_owed = -1, 0, False  # of shares: epoch, last reading, if one is due
+        self._epoch, self._read_ns, self._is_read_owed = -1, 0, False  # shares: epoch, last reading, whether one is due
         self._shares_ns = self._publish_ns = NEVER_NS
         self._measured: tuple[int, dict[int, int]] = (0, {})
         self._shown: dict[int, frozenset[int]] = {}  # by tenant: devices of the last published rows
@@ -92,8 +92,8 @@ class TimeSlicer:
     def shares_changed(self) -> None:
         """Schedule a reading of the shares if they have changed, SHARES_NS after the last reading at the earliest.
 
-        To read all shares takes milliseconds if a tenant has hundreds of cgroups, and a tenant can change them at any
-        rate.
+        The minimum is needed because a tenant can change its cgroups at any rate, and to read all shares takes
+        milliseconds if a tenant has hundreds of cgroups.
         """
         with self._lock:
             has_sessions = self._by_session or self._without
@@ -194,7 +194,7 @@ class TimeSlicer:
             return monotonic_ns() + AGAIN_NS
 
     def _turn(self) -> int:
-        """Do the steps that are due. Returns when the next one is due, in nanoseconds of CLOCK_MONOTONIC."""
+        """Do the steps that are due. Returns when the next step is due, in nanoseconds of CLOCK_MONOTONIC."""
         now_ns = monotonic_ns()
         if self.ledger and now_ns >= self._shares_ns:
             self._shares_ns = now_ns + SHARES_NS
@@ -239,7 +239,7 @@ class TimeSlicer:
             is_other |= bool(changed) or len(observations) > 1  # perhaps other tenants wait now
             is_new = self._turns.look_again()
             if is_new:
-                futex.fence()  # a process that reports work in flight after this has read that its gate is closed
+                futex.fence()  # if a process still reports nothing in flight, its next launch reads the closed gate
         for tenant in self._turns.to_meet(monotonic_ns()):
             let_gang_through(self._gates.get(tenant, ()), monotonic_ns())
         if not self._is_watching:
@@ -326,7 +326,10 @@ class TimeSlicer:
     # -- publishing
 
     def _publish(self, ledger: Ledger, now_ns: int) -> None:
-        """Write the `turns` map: counters, and the parts that tenants had and were entitled to since the last call."""
+        """Write the `turns` map: counters, and the parts of the time since the last call that tenants had.
+
+        A row also has the part to which the tenant was entitled.
+        """
         since_ns, owned = self._measured
         places = {tenant: self._turns.places[tenant] for tenant in {*self._gates, *owned} & set(self._turns.places)}
         self._publish_ns = now_ns + PUBLISH_NS if self._gates else NEVER_NS
@@ -352,7 +355,7 @@ class TimeSlicer:
         self._shown = {tenant: self._own_devices(places[tenant]) for tenant in self._gates}
 
     def _own_devices(self, place: Place) -> frozenset[int]:
-        """Return the devices that the tenant uses and of which it has its own share, not only that of a group."""
+        """Return the devices that the tenant uses and on which it has a share of its own, not only a group's share."""
         return place.seen.devices.intersection(self._shares.get(place.tenant, ()))
 
     def _observe(self, tenant: int, place: Place, ledger: Ledger, now_ns: int) -> None:

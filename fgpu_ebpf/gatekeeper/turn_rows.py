@@ -22,7 +22,7 @@ def counts_of(place: Place, device: int, part: int, entitled: int) -> TurnCounts
         place: the tenant's state.
         device: the ledger index.
         part: millionths of the device's time that the tenant had since the last row.
-        entitled: millionths to which it was entitled.
+        entitled: millionths of the device's time to which the tenant was entitled.
     """
     counts, turn = place.counts, place.turn
     owner = int(device in place.free_on or (turn is not None and device in turn.devices and not turn.handed_ns))
@@ -31,7 +31,7 @@ def counts_of(place: Place, device: int, part: int, entitled: int) -> TurnCounts
 
 
 class UnitRows:
-    """Rows of units. Time and part are sums over all tenants inside; waits and turns are those of the unit's cgroup."""
+    """Rows of units: time and parts of all tenants inside, and waits and turns of the unit's own programs."""
 
     def __init__(self) -> None:
         self._told: dict[Key, tuple[Unit, int]] = {}  # with the unit's total owned time

@@ -89,12 +89,12 @@ class ComputeMaps:
         return {_KEY.unpack(key): Share(*_SHARE.unpack(value)) for key, value in found}
 
     def share(self, level: int, device: int) -> Share | None:
-        """Return a level's share of a device; None: it has none."""
+        """Return a level's share of a device; None: the level has no share of it."""
         raw = bpf.lookup(self._maps["shares"], _KEY.pack(level, device), _SHARE.size)
         return None if raw is None else Share(*_SHARE.unpack(raw))
 
     def turn(self, level: int, device: int) -> TurnCounts | None:
-        """Return the counters of a level's share of a device; None: it has none."""
+        """Return the counters of a level's share of a device; None: the map has no counters of this share."""
         raw = bpf.lookup(self._maps["turns"], _KEY.pack(level, device), _TURN.size)
         return None if raw is None else _counts(raw)
 
@@ -109,7 +109,10 @@ class ComputeMaps:
         return self._shared[1]
 
     def set_shares(self, wanted: Mapping[int, Mapping[int, Share]]) -> None:
-        """Set the shares of these levels, by device, and notify the gatekeeper. A device left out is not gated."""
+        """Set the shares of these levels, by device, and notify the gatekeeper of a change.
+
+        A level is not gated on a device that is left out.
+        """
         known = {key: share for key, share in self.shares().items() if key[0] in wanted}
         asked = {(level, device): share for level, by in wanted.items() for device, share in by.items()}
         for key in asked:
@@ -162,7 +165,10 @@ class ComputeMaps:
         bpf.update(self._maps["turns"], _KEY.pack(level, device), _TURN.pack(*words))
 
     def ran_ns(self, level: int, device: int) -> int | None:
-        """Return how many ns a level has run on a device by NVML; None: the level has no share, or there is no map."""
+        """Return how long a level has run on a device according to NVML, in nanoseconds.
+
+        Returns None if the level has no share of the device, or the map `ran` is not pinned.
+        """
         ran = self._ran()
         raw = None if ran is None else bpf.lookup(ran, _KEY.pack(level, device), _U64.size)
         return None if raw is None else int(_U64.unpack(raw)[0])
@@ -186,7 +192,7 @@ class ComputeMaps:
     def _ran(self) -> int | None:
         """Return the map `ran`; None: it is not pinned.
 
-        It may be pinned later than the other maps, if these are of a version without it.
+        If a version without this map has pinned the other maps, the map `ran` is pinned later than these.
         """
         if "ran" not in self._maps:
             with contextlib.suppress(OSError):

@@ -1,7 +1,7 @@
 """The map `event_budgets`: how many cgroup events the kernel reports for one workload.
 
-A workload can create, enter and remove any number of cgroups inside its own. If it causes many events, it gets a budget
-of its own in the BPF programs, so that the kernel still reports the events of all other workloads.
+A workload can create, enter and remove any number of cgroups inside its own cgroup. If it causes many events, it gets a
+budget of its own in the BPF programs, so that the kernel still reports the events of all other workloads.
 
 Runs in the agent's main thread. Errors are OSError of bpf(2).
 """
@@ -58,7 +58,7 @@ class EventBudgets:
         self._others_lost = 0
 
     def note(self, paths: Iterable[str]) -> None:
-        """Count an event for each of these cgroups, and set a budget for a workload with many. Raises OSError."""
+        """Count an event for each of these cgroups, and set a budget for workloads with BUSY events. Raises OSError."""
         now = monotonic()
         if int(now) != self._second:
             self._second, self._events = int(now), Counter()
@@ -87,9 +87,10 @@ class EventBudgets:
         bpf.delete(self._fd, self._budgets.pop(path).key)
 
     def lost(self) -> list[str]:
-        """Return the paths of workloads with events lost since the last call; "" stands for all without a budget.
+        """Return the paths of workloads whose events were lost since the last call. Raises OSError.
 
-        Removes the budgets of workloads that had no events for IDLE_SECONDS. Raises OSError.
+        The path "" stands for all workloads without a budget. Also removes the budgets of workloads that had no events
+        for IDLE_SECONDS.
         """
         now, found = monotonic(), list[str]()
         read = {key: abi.EventBudget.from_buffer_copy(raw).lost for key, raw in self._read()}

@@ -1,7 +1,8 @@
 """The ledger's pinned BPF maps: limits, usage pages, processes, allocations and counters.
 
-The agent writes the maps. The gatekeeper and the commands read them. Only BPF programs change `used`; the agent runs
-the BPF program `adjust` for such changes. Errors are LedgerMissing, and OSError of bpf(2).
+The agent writes the maps, except `turns`, which the gatekeeper writes. All read them. Only BPF programs change the
+charges and the entries of processes: for such changes, agent and gatekeeper run the BPF program `adjust`. Errors are
+LedgerMissing, and OSError of bpf(2).
 """
 
 from __future__ import annotations
@@ -154,7 +155,7 @@ class Ledger:
         yield from ((*_LIMIT_KEY.unpack(key), *_LIMIT.unpack(value)) for key, value in found)
 
     def set_limits(self, levels: Iterable[LevelLimits], over: Callable[[set[int]], object] | None = None) -> None:
-        """Put limits in force, and create the pages of levels that have none. All pages stay, and so all charges.
+        """Put limits in force, and create the pages of levels without a page. Existing pages keep their charges.
 
         Args:
             over: called, usually in another thread, once for each batch of at most PAGES_AT_ONCE new levels, with
@@ -344,7 +345,7 @@ class Ledger:
         return self._maps["event_budgets"]
 
     def events(self) -> Events:
-        """Return a reader of the kernel's rare events. Only one may exist, because each event is read once."""
+        """Return a reader of the kernel's rare events. Only one reader may exist, because each event is read once."""
         return Events(os.dup(self._maps["events"]))
 
     def sweep(self) -> int:
@@ -388,7 +389,7 @@ class Ledger:
         return {count: n for count, n in (counted | host).items() if n}
 
     def hits(self) -> list[int]:
-        """Return how often each probe ran, on all processors: by abi.Function, then the shim's (abi.HIT_ADMIT on)."""
+        """Return how often each probe ran on all processors: by abi.Function, and from abi.HIT_ADMIT on the shim's."""
         size = 8 * bpf.possible_processors()
         found = {_U32.unpack(key)[0]: value for key, value in bpf.items(self._maps["hits"], 4, size)}
         return [sum(struct.unpack(f"{len(found[n]) // 8}Q", found[n])) for n in range(abi.HITS)]

@@ -38,7 +38,7 @@ class _Change:
         self._left, self._lock = parts, threading.Lock()
 
     def end_part(self, error: Exception | None) -> bool:
-        """Record the end of a part. Returns whether it was the last one and all parts were successful."""
+        """Record the end of a part. Returns whether this was the last part and all parts were successful."""
         with self._lock:
             self._left -= 1
             self.error = self.error or error
@@ -63,7 +63,7 @@ class MapInMapUpdates:
         """Insert or replace inner maps, which are passed as descriptors. All are visible on return. Raises OSError."""
         if not entries:
             return
-        *_, last = entries  # the kernel updates them in this order
+        *_, last = entries  # the kernel updates the entries in this order
         before = None if bpf.HOLDS_LOOKERS else bpf.lookup(fd, last, _ID_BYTES)
         is_there = lambda: bpf.lookup(fd, last, _ID_BYTES) not in (None, before)  # noqa: E731
         parts = [{key: entries[key] for key in part} for part in _parts([*entries])]

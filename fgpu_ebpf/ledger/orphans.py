@@ -94,7 +94,7 @@ class OrphanMap:
         return self._run(abi.Adjust.LET_GO, *key, bytes_) == 0
 
     def of_level(self, cgroup: int) -> list[int]:
-        """Return the orphaned bytes of a level by device, including bytes without an entry; empty: it has no page."""
+        """Return the orphaned bytes of a level by device, including bytes without an entry; empty if it has no page."""
         fd = self._open_page(cgroup)
         if fd is None:
             return []

@@ -65,11 +65,14 @@ class OwnerTable:
         return {(name := shared.name.lower()): bpf.form(self._maps[name]).max_entries for shared in abi.Shared}
 
     def claimed(self) -> tuple[int, ...]:
-        """Return the entries of each map that all owners together have claimed."""
+        """Return how many entries of each map all owners together have claimed."""
         return self._share(abi.OWNERS - 1).entries
 
     def trim(self) -> None:
-        """Release unneeded claims of owners if half of a map is claimed. To be called regularly. Raises OSError."""
+        """Release unneeded claims of owners if more than half of a map is claimed. To be called regularly.
+
+        Raises OSError.
+        """
         claimed = self.claimed()
         if any(2 * n > most for n, most in zip(claimed, self.sizes.values(), strict=False)):
             self._trim(self._look().values())

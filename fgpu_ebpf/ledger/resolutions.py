@@ -28,7 +28,7 @@ class Resolution(IntEnum):
 
 
 class Resolutions:
-    """The map. `maps`: the ledger's open maps by name; `new_epoch`: makes every shim register again."""
+    """The map `resolved`. `maps`: the ledger's open maps by name; `new_epoch`: makes every shim register again."""
 
     def __init__(self, maps: Mapping[str, int], new_epoch: Callable[[], None]) -> None:
         self._maps, self._new_epoch = maps, new_epoch

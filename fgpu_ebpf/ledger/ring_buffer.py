@@ -1,7 +1,7 @@
-"""A reader of the BPF ring buffer with the kernel's rare events.
+"""A reader of BPF ring buffers with the kernel's rare events.
 
-Runs in the agent's main thread and in the gatekeeper's. Reading never waits. The kernel counts the events that did not
-fit into the buffer. A record of another layout is skipped.
+The agent's main thread reads the ring buffer `events`, and the gatekeeper's main thread reads `bell`. Reading never
+waits. The kernel counts the events that did not fit into `events`. A record of another layout is skipped.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Event:
 
 
 class Events:
-    """A reader of the ring buffer. Its descriptor is readable when there is an event."""
+    """A reader of one ring buffer. Its descriptor is readable when there is an event."""
 
     def __init__(self, fd: int) -> None:
         """Take ownership of `fd`, the descriptor of a ring buffer map. Raises OSError: it is not such a map."""
@@ -65,7 +65,7 @@ class Events:
         while self._at.value < _WORD.unpack_from(self._ring, 0)[0]:
             at = _PAGE + (self._at.value & self._mask)
             (length,) = _LENGTH.unpack_from(self._ring, at)
-            if length & _BUSY:  # the kernel is writing it
+            if length & _BUSY:  # the kernel still writes this record
                 return
             size = length & ~_DISCARDED
             raw = self._ring[at + _HEADER : at + _HEADER + size]

@@ -1,9 +1,9 @@
 """Search for memory that NVML shows for a process although no probe has recorded its allocation.
 
-Contexts, modules and imports are explained. The driver allocates contexts and modules by itself. Imports are memory of
-other processes: NVML shows exported memory in the row of its exporter and, after the exporter has freed it or exited,
-in the row of an importer. If a tenant's process has more memory than that, it uses a driver library that is not probed,
-with or without the shim.
+Contexts, modules and imports explain a part of such memory. The driver allocates contexts and modules by itself.
+Imports are memory of other processes: NVML shows exported memory in the row of the exporter and, after the exporter has
+freed it or exited, in the row of an importer. If a tenant's process has more memory than that, the process uses a
+driver library that is not probed, with or without the shim.
 
 Runs in the agent's main thread.
 """
@@ -34,7 +34,7 @@ class Unwitnessed:
         self._last: Mapping[int, Process] | None = None
         self._exported: Counter[tuple[int, int, int]] = Counter()  # by (pid, generation, device)
         self._freed: deque[Counter[int]] = deque(maxlen=LOOKS)  # exported bytes that exporters have freed, by device
-        self._kept: dict[tuple[int, int, int], int] = {}  # by (pid, generation, device): imported bytes it keeps
+        self._kept: dict[tuple[int, int, int], int] = {}  # by (pid, generation, device): bytes that an importer keeps
 
     def find(self, processes: Mapping[int, Process], orphans: Iterable[Orphan]) -> dict[tuple[int, int], int]:
         """Return the unexplained bytes by (pid, device) of all processes that have any.
@@ -80,12 +80,15 @@ class Unwitnessed:
                     key = pid, process.generation, device
                     beyond = max(0, self._beyond(pid, process, device))
                     kept = min(before.get(key, 0), beyond)
-                    # At the first pass, all memory of an importer counts as kept: an earlier agent has judged it.
+                    # At the first pass, all memory of an importer counts as kept: an earlier agent has examined it.
                     more = beyond if is_first else self._take(device, beyond - kept)
                     self._kept[key] = kept + more
 
     def _take(self, device: int, bytes_: int) -> int:
-        """Return how many of these bytes exporters have freed, and subtract them for all other importers."""
+        """Return how many of these bytes exporters have freed, and subtract them from the freed bytes.
+
+        So the bytes are assigned to one importer only.
+        """
         taken = 0
         for freed in self._freed:
             part = min(bytes_ - taken, freed[device])

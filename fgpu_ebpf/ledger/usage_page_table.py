@@ -36,7 +36,7 @@ class UsagePageTable:
         self._updates.close()
 
     def make(self, new: Sequence[abi.UsagePage], over: Callable[[set[int]], object] | None = None) -> None:
-        """Create pages and enter them in both maps. Raises OSError.
+        """Create pages and enter them in the maps `shelf` and `pages`. Raises OSError.
 
         A page is frozen before it is visible. So a process that gets its descriptor can never write it, even if the
         agent is killed during this call.

@@ -40,7 +40,7 @@ class UsagePages:
         self._mapped: dict[int, mmap.mmap] = {}
 
     def read(self, cgroup: int, devices: Iterable[int]) -> list[Usage] | None:
-        """Return the level's usage of these devices, or None if it has no page.
+        """Return the level's usage of these devices, or None if the level has no page.
 
         Each number is exact, but different numbers may have been read at different moments.
         """

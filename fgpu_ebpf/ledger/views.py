@@ -53,8 +53,8 @@ def _of_host(counters: Mapping[Count, int], kind: int, reasons: Iterable[IntEnum
 def tables(ledger: Ledger) -> tuple[MapView, ...]:
     """Return the number of entries and the size of each table that all tenants share.
 
-    The entries of large maps are not counted one by one. For tables of which bound owners claim parts, the result has
-    the number of claimed entries.
+    The entries of large maps are not counted one by one. If bound owners claim parts of a table, the claimed entries
+    are returned.
     """
     claimed = zip(ledger.owners.sizes.items(), ledger.owners.claimed(), strict=False)
     return (

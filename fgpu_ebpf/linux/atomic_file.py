@@ -1,7 +1,7 @@
 """Replace a file as a whole: a reader gets all of the old text or all of the new, even if the writer is killed.
 
-Runs in any thread of the agent, the gatekeeper, the commands and the device plugin. Each file has one writer at a time.
-After an error the old file still exists, and the temporary file beside it is removed.
+Runs in any thread of the agent, the gatekeeper and the commands. Each file has one writer at a time. After an error the
+old file still exists, and the temporary file beside it is removed.
 """
 
 from __future__ import annotations

@@ -73,7 +73,7 @@ def _output_buffer(bytes_: int) -> ctypes.Array[ctypes.c_char]:
 
 
 def _buffer(data: bytes) -> ctypes.Array[ctypes.c_char]:
-    """Return a buffer that the kernel reads: the data, padded with zeros to a power of two, so there are few types."""
+    """Return a buffer that the kernel reads: the data, padded with zeros to a power of two, so that few types exist."""
     buffer = _bytes(max(8, 1 << (len(data) - 1).bit_length()))()
     buffer.value = data
     return buffer
@@ -235,7 +235,7 @@ def possible_processors() -> int:
 def update_all(fd: int, entries: Mapping[bytes, bytes]) -> None:
     """Insert or replace many entries at once. Raises OSError.
 
-    From Linux 6.8 on, the kernel waits for a single grace period if the map is a map of maps, not for one per entry.
+    If the map is a map of maps, the kernel waits for one RCU grace period; before Linux 6.8, for one for each entry.
     """
     if entries:
         k, v = _buffer(b"".join(entries)), _buffer(b"".join(entries.values()))
@@ -330,7 +330,7 @@ def open_uprobe(path: str, offset: int, at_return: bool) -> int:
     """Open a uprobe perf event at a file offset, for all processes, and return its descriptor.
 
     Args:
-        offset: of the instruction in the file.
+        offset: the offset of the instruction in the file.
         at_return: the event occurs at the function's return instead of its entry.
 
     Raises:

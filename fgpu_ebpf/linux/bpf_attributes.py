@@ -1,7 +1,7 @@
 """The arguments of bpf(2) and perf_event_open(2) as ctypes, with the kernel's names of fields.
 
-Each class is one member of `union bpf_attr` (bpf/include/uapi/linux/bpf.h) up to the last field that fgpu uses. The
-kernel treats fields that are not passed as zeros.
+The classes are members of `union bpf_attr` (bpf/include/uapi/linux/bpf.h) and struct perf_event_attr, up to the last
+field that fgpu uses. The kernel treats fields that are not passed as zeros.
 """
 
 from __future__ import annotations
@@ -124,7 +124,7 @@ class UprobeMultiLink(Structure):
 
 
 class LinkCreateAttr(Structure):
-    """BPF_LINK_CREATE: the fields of all kinds of links, which PerfEventLink or UprobeMultiLink follows."""
+    """BPF_LINK_CREATE: the fields of all kinds of links. PerfEventLink or UprobeMultiLink follows these fields."""
 
     _fields_ = (("prog_fd", u32), ("target_fd", u32), ("attach_type", u32), ("flags", u32))
 

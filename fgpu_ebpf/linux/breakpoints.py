@@ -4,9 +4,9 @@ A probe is attached to an inode. Another inode can have the same (dev, ino) in /
 copied a file up, new processes map the copy, which has no probe. A shared or a writable mapping has no breakpoints
 either. So a file counts as probed for a process only if the process's own memory holds the breakpoint.
 
-Runs in worker threads of the gatekeeper and the agent, because reading the memory of a process can block on that
-process. Mapped pages of foreign files are read through /proc/self/mem and never accessed directly, because a file may
-have been truncated.
+of_process() and is_set() run in worker threads of the gatekeeper and the agent, because reading the memory of another
+process can block on that process. The other functions also run in the agent's main thread. Mapped pages of foreign
+files are read through /proc/self/mem and never accessed directly, because a file may have been truncated.
 """
 
 from __future__ import annotations

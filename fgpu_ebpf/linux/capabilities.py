@@ -33,7 +33,9 @@ AGENT = GATEKEEPER | {Capability.CHOWN, Capability.KILL, Capability.SYS_NICE}
 
 
 def keep_only(kept: Set[Capability]) -> None:
-    """Drop all capabilities except `kept` for good: in this thread, threads that it starts and programs they execute.
+    """Drop all capabilities except `kept`, in this thread, in threads that it starts and in programs that they execute.
+
+    None of these can get a dropped capability again.
 
     A capability in `kept` that the thread does not have is not added. Raises OSError.
     """
@@ -41,7 +43,7 @@ def keep_only(kept: Set[Capability]) -> None:
     for number in range(64):
         if LIBC.prctl(_CAPBSET_READ, number, 0, 0, 0) != 1 or number in kept:
             continue
-        with contextlib.suppress(PermissionError):  # no SETPCAP: an executed program gets at most this thread's
+        with contextlib.suppress(PermissionError):  # no SETPCAP; a program still gets no more than this thread has
             check("prctl(CAPBSET_DROP)", LIBC.prctl(_CAPBSET_DROP, number, 0, 0, 0))
     check("prctl(CAP_AMBIENT)", LIBC.prctl(_CAP_AMBIENT, _AMBIENT_CLEAR_ALL, 0, 0, 0))
     permitted = _permitted() & sum(1 << capability for capability in kept)

@@ -48,7 +48,7 @@ def _paths_from_host() -> list[str]:
 
 
 def inside(path: str) -> str | None:
-    """Convert a path from the root of the hierarchy to one in this namespace; None: it lies outside."""
+    """Convert a path from the root of the hierarchy to a path in this namespace; None: the cgroup lies outside."""
     root = root_path()
     if not path.startswith(root) or path[len(root) :][:1] not in ("", "/"):
         return None

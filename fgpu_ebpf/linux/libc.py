@@ -1,6 +1,7 @@
 """The C library of this process, for functions that Python's os module lacks.
 
-It serves for prctl, mmap, inotify, futex, and system calls by number. Safe in any thread: errno is per thread.
+fgpu calls its functions for capabilities, namespaces, mmap, inotify and malloc, and its syscall() for bpf,
+perf_event_open, futex and openat2. Safe in any thread, because each thread has its own errno.
 """
 
 from __future__ import annotations

@@ -161,7 +161,7 @@ class Handler(logging.Handler):
         super().__init__()
         self._sink, self._form, self._now = sink, form, now
         self._windows: dict[tuple[object, ...], tuple[float, int]] = {}  # statement -> begin of its window, its lines
-        self._room = FEW_STATEMENTS  # old entries of _windows are removed when it has this many
+        self._room = FEW_STATEMENTS  # when _windows has this many entries, old entries are removed
         self._reported = 0  # dropped lines that a later line has reported
         self.dropped = self.left_out = 0
 
@@ -180,7 +180,7 @@ class Handler(logging.Handler):
             if more:
                 self._sink.write(self._form.encode(_line("%d more lines like the next one were left out", more)))
             self._sink.write(self._form.encode(record))
-        except Exception:  # of any kind: a log line must never stop the service
+        except Exception:  # any exception, because a log line must never stop the service
             self.dropped += 1
 
     def _too_many(self, record: logging.LogRecord) -> int | None:

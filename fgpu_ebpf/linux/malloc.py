@@ -16,9 +16,9 @@ _M_MMAP_THRESHOLD, _M_ARENA_MAX = -3, -8  # of <malloc.h>
 _LARGE_BYTES = 128 << 10  # the C library's initial threshold
 _SMALL_BYTES, _STAYS_EVERY_BYTES = 400, 256 << 10  # sizes of the objects that settle() allocates and of their gaps
 # The process that starts the agent or the gatekeeper must set this: the C library reads it only at process start.
-# tcache_count=0: no thread keeps freed blocks. Otherwise a thread keeps up to seven blocks of each of 64 sizes, which
-# it reaches within some days: a quarter of a megabyte, and the pages that contain the blocks. stack_cache_size=0: the
-# stacks of ended threads are unmapped. Otherwise as many stacks stay as threads ever lived at one time. The systemd
+# tcache_count=0: no thread keeps freed blocks. Otherwise a thread keeps up to seven freed blocks of each of 64 sizes,
+# within some days a quarter of a megabyte, and the pages that contain the blocks. stack_cache_size=0: the stack of an
+# ended thread is unmapped. Otherwise the process keeps as many stacks as it ever had threads at one time. The systemd
 # units and the Helm chart set the same value.
 ENVIRONMENT = {"GLIBC_TUNABLES": "glibc.malloc.tcache_count=0:glibc.pthread.stack_cache_size=0"}
 _stays: list[bytes] = []
@@ -27,9 +27,10 @@ _stays: list[bytes] = []
 def keep_small() -> None:
     """Set one arena and a fixed mmap threshold. To be called before other threads start.
 
-    With one arena per thread, as many arenas stay as threads ever allocate at one time (scrapes, requests): half a
-    megabyte each, up to eight for each processor. With a fixed threshold, each large block is a mapping of its own.
-    Otherwise the first large block that is freed raises the threshold, and later blocks leave holes in the heap.
+    Without the first setting, the C library keeps an arena of half a megabyte for each thread that ever allocated
+    memory at the same time as others (scrapes, requests), up to eight for each processor. With a fixed threshold, each
+    large block is a mapping of its own. Otherwise the first large block that is freed raises the threshold, and later
+    blocks leave holes in the heap.
     """
     with contextlib.suppress(AttributeError):
         mallopt = LIBC.mallopt
@@ -40,10 +41,10 @@ def keep_small() -> None:
 def settle(ahead_bytes: int) -> None:
     """Freeze the existing objects, and allocate memory for small objects. To be called at the end of the start.
 
-    The cyclic garbage collector does not visit frozen objects, so it has little to visit and runs soon. Otherwise it
-    waits until there are a quarter as many new objects as existing ones. Python returns memory of small objects in
-    whole mebibytes. In time each mebibyte contains a long-lived object, so a process would grow at each new peak. The
-    allocation of `ahead_bytes` at once avoids this growth.
+    The cyclic garbage collector does not visit frozen objects. So a full collection is short, and is not delayed until
+    the new objects are a quarter of the existing objects. Python returns memory of small objects in whole mebibytes. In
+    time each mebibyte contains a long-lived object, so a process would grow at each new peak. The allocation of
+    `ahead_bytes` at once avoids this growth.
     """
     gc.collect()
     gc.freeze()
@@ -55,7 +56,7 @@ def give_back() -> None:
     """Free cycles, compiled patterns and all unused whole pages of the heap. To be called regularly.
 
     `re` keeps the last 512 patterns that it compiled, including those of removed policies. Without malloc_trim() the C
-    library returns only the end of the heap, and one small block there keeps everything before it.
+    library returns only the end of the heap, and one small block at the end keeps all memory before it.
     """
     re.purge()
     gc.collect()

@@ -39,7 +39,7 @@ class MappedFile:
 
 
 def open_regular(path: str, follow: bool = False) -> int:
-    """Open a file for reading that a tenant may have created. Raises OSError if it is not a regular file.
+    """Open for reading a file that a tenant may have created. Raises OSError if it is not a regular file.
 
     The type is checked before the file is opened for reading, because open() of a fifo would block, and open() of a
     device can have side effects. With O_NONBLOCK, a lease on the file does not block either.
@@ -58,7 +58,10 @@ def open_regular(path: str, follow: bool = False) -> int:
 
 
 def as_mapped(path: str) -> tuple[int, int]:
-    """Return (dev, ino) of a file as in /proc/PID/maps. On some overlays, stat() returns others. Raises OSError."""
+    """Return (dev, ino) of a file as in /proc/PID/maps. Raises OSError.
+
+    On some overlays, stat() returns other numbers.
+    """
     fd = open_regular(path, follow=True)
     try:
         return mapped_as(fd)

@@ -1,8 +1,8 @@
 """Facts about a process from /proc and the cgroup file system: its state, namespaces, mappings and cgroups.
 
-Runs in all threads of the agent, the gatekeeper and the commands. All reads have a maximum, because a process
-determines how much there is to read. Facts come from the kernel, never from the process itself. If the process has
-exited, the result is None or empty, or the function raises OSError if its docstring says so.
+Runs in all threads of the agent, the gatekeeper and the commands. Reads of files that a process can make long have a
+maximum. Facts come from the kernel, never from the process itself. If the process has exited, the result is None or
+empty, or the function raises OSError if its docstring says so.
 """
 
 from __future__ import annotations
@@ -181,7 +181,7 @@ def pid_space(pidfd: int) -> int:
 
 
 def pid_names(tgid: int) -> dict[int, int]:
-    """Return a process's pid by the inode of each of its pid namespaces, its own first; empty: it has exited."""
+    """Return the pids of a process by the inodes of its pid namespaces, innermost first; empty: it has exited."""
     names: dict[int, int] = {}
     try:
         pids = _field(read(f"/proc/{tgid}/status"), b"NSpid:").split()

@@ -21,9 +21,9 @@ from dataclasses import dataclass
 MOST = 1 << 15
 MOST_BYTES = 1 << 24  # of /proc/PID/maps: about 100,000 lines
 File = tuple[int, int]  # (dev, ino) as in /proc/PID/maps
-# The mapping to find. AT: the one that contains the address. NEXT_EXECUTABLE and NEXT_SHARED: the first one at or after
-# the address that is executable, or shared and writable. These three find mappings of files only. NEXT_CODE: the first
-# executable one, with or without a file.
+# The mapping to find. AT: the mapping that contains the address. NEXT_EXECUTABLE and NEXT_SHARED: the first mapping at
+# or after the address that is executable, or shared and writable. These three find mappings of files only. NEXT_CODE:
+# the first executable mapping at or after the address, with or without a file.
 AT, NEXT_EXECUTABLE, NEXT_SHARED, NEXT_CODE = 0x20, 0x34, 0x3A, 0x14
 _OR_NEXT, _OF_FILES = 0x10, 0x20
 _MODES = {0x02: b"w", 0x04: b"x", 0x08: b"s"}

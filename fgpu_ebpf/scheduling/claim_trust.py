@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from fgpu_ebpf.abi import BUDGET_NS
 
 MOST_FLIGHT_NS = 1_000_000_000  # the most that a tenant can claim to have in flight
-UNPROVEN_NS = 250_000_000  # a little more than a tenth of a device's time in two seconds
+UNPROVEN_NS = 250_000_000  # the cost of a first false claim: an eighth of a device's time in two seconds
 MUCH_NS = 2 * BUDGET_NS  # a shorter wait in vain costs other tenants no more than a tenant that claims nothing
 PACE_NS, MOST_PACE_NS = 1_000_000_000, 64_000_000_000  # the first and the longest time in which the bound doubles
 FORGET_NS = 3600 * 1_000_000_000  # after this time without a wait in vain, the bound doubles in PACE_NS again
@@ -66,7 +66,7 @@ class Trust:
         return self.standing.believed_ns(now_ns)
 
     def claims(self, now_ns: int, ns: int) -> None:
-        """Record that the tenant's turn closes and that it claims `ns` of work in flight."""
+        """Record that the gates of the tenant's turn close, and that the tenant claims `ns` of work in flight."""
         self._closed_ns, self._claim_ns, self._before = now_ns, ns, None
 
     def judge(self, overrun: bool, drained: bool, lives: bool, now_ns: int) -> None:
@@ -94,10 +94,10 @@ class Trust:
         standing.lower(now_ns, is_much)
 
     def lost_process(self, now_ns: int) -> None:
-        """Record that a process with a claim has exited while other tenants wait. The claim cannot prove true now."""
+        """Record that a process with a claim has exited while other tenants wait. So the claim can never prove true."""
         self.overran(now_ns)
         self.forget_overrun()
-        self._closed_ns, self._claim_ns = now_ns, 0  # a later overrun is of other work: the wait for it begins now
+        self._closed_ns, self._claim_ns = now_ns, 0  # a later overrun is due to other work: the wait for it begins now
 
     def forget_overrun(self) -> None:
         """Discard an overrun whose claim may still prove true, because a process with this claim has exited."""

@@ -27,7 +27,8 @@ class Counts:
 class DeviceCounts:
     """Counters of one device. They never decrease.
 
-    `drains`: the number of drains in each bucket of BUCKETS_NS, whose values are upper bounds, and of longer drains.
+    `drains`: the number of drains in each bucket, then the number of longer drains. BUCKETS_NS has the buckets' upper
+    bounds.
     """
 
     switches: int = 0

@@ -16,10 +16,12 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 MILLION = 1_000_000
-PERIOD_NS = 40_000_000  # the period of a limit: a tenant cannot save up the unused time of a longer one
-FLOOR_NS = 100_000_000  # a waiting tenant of a lower priority gets a turn at least this often
+PERIOD_NS = 40_000_000  # the period of a limit: a tenant cannot save up the unused time of a longer period
+# A tenant that higher priorities have kept waiting for this time gets a turn by the floor. On each device, the floor
+# gives at most one turn in this time.
+FLOOR_NS = 100_000_000
 PLAIN_WEIGHT = 100
-CREDIT_QUANTA = 10  # how long a tenant without turns may still start behind the clock; also the maximum of that lag
+CREDIT_QUANTA = 10  # after this many quanta without a turn, a tenant starts at the clock; also the maximum of its lag
 ROUND_QUANTA = 4  # the longest round of turns, in quanta, among tenants that are never idle
 
 
@@ -96,9 +98,9 @@ class Account(NamedTuple):
 
 
 class Leave(NamedTuple):
-    """The end of the last turn of a tenant, or of a unit: its time, and how far behind the clock the tenant was then.
+    """The end of the last turn of a tenant or unit: when it was, and how far behind the clock the tenant was then.
 
-    A tenant that waits for a turn instead stays as far behind, so a tenant gains nothing by an idle gap.
+    A tenant that waits for its next turn without an idle gap also stays this far behind, so a gap is no advantage.
     """
 
     at_ns: int = 0
@@ -172,8 +174,8 @@ def in_order(waiters: Iterable[Waiter], floors: Mapping[int, Floor], now_ns: int
 
     On each device, the floor lifts the tenant that has waited longest, if two conditions hold: tenants of a higher
     priority have kept it waiting for FLOOR_NS, and the floor has lifted no tenant there for as long. Several lifted
-    tenants (one for each device) are in the order of their waiting times. For the floor, all tenants inside a unit
-    count as one.
+    tenants (one for each device) are in the order of their waiting times. The floor counts all tenants inside a unit as
+    one tenant.
     """
     by_turn = sorted(waiters, key=lambda w: (w.share.rank, w.virtual_ns, w.inner_ns, w.since_ns, w.tenant))
     lifted: set[int] = set()
@@ -216,10 +218,10 @@ def next_turns(
 def longer_ns(share: Share, rivals: Collection[Share]) -> int:
     """Return how much longer than its quantum a turn may last, in nanoseconds.
 
-    The caller applies this only if all rivals have been busy for long without a pause. Fewer and longer turns cost less
-    time. A round, in which the tenant with the lowest weight has one turn, then takes ROUND_QUANTA quanta. The result
-    is 0 if a rival has another priority, or if any tenant has a ceiling: a tenant with a ceiling that waits for longer
-    than PERIOD_NS would lose the time that the ceiling adds.
+    The caller applies this only if all rivals have been busy for long without a pause. Longer turns are fewer, so less
+    time is lost between turns. A round, in which the tenant with the lowest weight has one turn, then takes
+    ROUND_QUANTA quanta. The result is 0 if a rival has another priority, or if any tenant has a ceiling: a tenant with
+    a ceiling that waits for longer than PERIOD_NS would lose the time that the ceiling adds.
     """
     if not rivals or share.limited:
         return 0

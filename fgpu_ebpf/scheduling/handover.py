@@ -12,9 +12,9 @@ from fgpu_ebpf.scheduling.state import Place, Turn
 
 
 def next_begins_ns(running: Iterable[Place], devices: Collection[int], now_ns: int) -> int:
-    """Return when the ending turns on these devices should have drained. They are charged for the devices until then.
+    """Return when the ending turns on these devices should have drained, and mark these turns as handed over.
 
-    Also marks these turns as handed over.
+    The tenants of these turns are charged for the devices until that time.
     """
     begins_ns = now_ns
     for place in running:
@@ -23,7 +23,7 @@ def next_begins_ns(running: Iterable[Place], devices: Collection[int], now_ns: i
             turn.handed_ns = now_ns + place.flight_ns(now_ns)
             begins_ns = max(begins_ns, turn.handed_ns)
             # The device divides its time between the last work of this turn and the first work of the next turn, so
-            # the drain may take longer. No other tenant waits for its end any more.
+            # the drain may take longer. No other tenant waits for the end of the drain any more.
             turn.deadline_ns = max(turn.deadline_ns, turn.handed_ns + abi.BUDGET_NS)
     return begins_ns
 

@@ -33,7 +33,7 @@ class Unit:
         self._first, self._first_owned_ns = account, owned_ns
         self._accounts: dict[int, Account] = {}  # by device, because tenants inside may use several at a time
         self._owned_ns: dict[int, int] = {}  # by device; never decreases
-        self._unlifted_ns: dict[int, int] = {}  # by device: waiting for the floor counts from then on
+        self._unlifted_ns: dict[int, int] = {}  # by device: the time from which on waiting for the floor counts
 
     def _of(self, device: int) -> Account:
         return self._accounts.get(device, self._first)
@@ -57,9 +57,9 @@ class Unit:
         """Record that a tenant inside requests a turn. The unit gets no credit for idle time.
 
         If no other tenant inside has or requests a turn (`is_first`), the unit starts at the device's clock, less the
-        credit of its last turn. Otherwise the unit may be behind the clock by at most one round of turns, which may not
-        be charged yet. It gets no more, because the other tenants inside may wait for another device, or be idle in
-        their turns.
+        credit of its last turn. Otherwise the unit may be behind the clock by at most one round of turns, because these
+        turns may not be charged yet. A larger lag is not allowed: the other tenants inside may wait for another device,
+        or be idle in their turns.
         """
         round_ns = ROUND_QUANTA * self.share.quantum_ns * PLAIN_WEIGHT // self.share.weight
         for device in devices:
@@ -78,7 +78,10 @@ class Unit:
         return self._owned_ns.get(device, self._first_owned_ns)
 
     def lifted(self, devices: Iterable[int], until_ns: int) -> None:
-        """Record that the floor has lifted a tenant inside. All tenants inside wait for it again from `until_ns` on."""
+        """Record that the floor has lifted a tenant inside.
+
+        If a tenant inside waits for the floor, its waiting counts from `until_ns` on.
+        """
         for device in devices:
             self._unlifted_ns[device] = max(until_ns, self._unlifted_ns.get(device, 0))
 

@@ -17,7 +17,7 @@ class Seen(NamedTuple):
     waiting: bool = False
     launches: int = 0
     in_flight: int = 0
-    busy_until_ns: int = 0
+    busy_until_ns: int = 0  # when the work in flight should end
     drained: bool = True
     wanted_ns: int = 0  # when a thread last requested a launch; 0: not reported
     begun_ns: int = 0  # when a thread last passed a gate that had been closed
@@ -25,7 +25,7 @@ class Seen(NamedTuple):
     idle_ns: int = 0  # the time with nothing in flight, by the ends and launches reported since the last check
 
     def waited_before_end(self) -> bool:
-        """Return whether a thread waits at a gate that requested its launch before the end of the work was observed."""
+        """Return whether a thread waits, and no launch was requested after the end of the work was observed."""
         return self.waiting and self.wanted_ns <= self.ended_ns
 
 

@@ -29,7 +29,7 @@ def comes_first_again(
     now_ns: int,
 ) -> bool:
     """Return whether the owner would also get the next turn."""
-    ahead_ns = place.flight_ns(now_ns)  # charged in advance, since work in flight is charged in any case
+    ahead_ns = place.flight_ns(now_ns)  # charged in advance, because work in flight is charged in any case
     waiters = [*waiters_of(ready, running, now_ns), place.waiter(now_ns, ahead_ns, ahead_ns)]
     free = fair_queue.wanted(waiters) - state.taken(running, now_ns) | turn.devices
     found = fair_queue.next_turns(waiters, free, floors, now_ns)

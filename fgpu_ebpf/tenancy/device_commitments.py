@@ -1,4 +1,4 @@
-"""Limits that count against each device, so that the limits in use of all tenants fit on each device.
+"""Limits that count against each device, so that their sum does not exceed the device's memory.
 
 A limit counts on a device from the tenant's first use of that device on, because most tenants of a host with several
 devices use a single device. If the tenant has one device, or its devices were named when it was started, the limit
@@ -116,10 +116,10 @@ class Commitments:
     # -- decisions
 
     def commit(self, tenant: Tenant, devices: Iterable[int]) -> str:
-        """Grant or deny the limit on those of these devices where it is undecided.
+        """Grant or deny the limit on each of these devices where the limit was neither granted nor denied yet.
 
         Returns:
-            Why the limit does not fit on one of them, or an empty text.
+            Why the limit does not fit on one of the devices; an empty text if it fits on all.
         """
         new = sorted(self.undecided(tenant).intersection(devices))
         for index in new:
@@ -211,7 +211,7 @@ class Commitments:
         )
 
     def committed(self, index: int, but: Tenant | None = None) -> int:
-        """Return the committed bytes of a device, without those of `but` and of tenants inside it.
+        """Return the committed bytes of a device, without the bytes of `but` and of tenants inside `but`.
 
         Inside a group with a limit, only the group's limit is added.
         """
@@ -242,7 +242,7 @@ class Commitments:
 
 
 def counts(tenant: Tenant) -> bool:
-    """Return True if the tenant has a limit that counts against devices: it has one, and its mode is not `observe`."""
+    """Return True if the tenant has a limit and its mode is not `observe`, so that the limit counts against devices."""
     return not tenant.observe and any(map(_is_limit, tenant.limits.values()))
 
 

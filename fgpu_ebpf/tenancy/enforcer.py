@@ -3,9 +3,9 @@
 The module runs in the agent's main loop. `tenant` determines the limits of a tenant, and `device_commitments` the
 devices on which they count. This module writes limits only; bytes in use are changed by the kernel alone.
 
-Until the first process of a tenant registers or is charged, the kernel's map `resolved` has no entry for the tenant's
-cgroup, and the gatekeeper asks the agent about that process. `onBypass: kill` is not applied in a tenant that contains
-a preexisting process, because a preexisting process cannot have the shim.
+A tenant gets its entry in the kernel's map `resolved` when its first process registers or is charged, or when a limit
+is set by hand. Without an entry, the gatekeeper asks the agent about a process that registers. `onBypass: kill` is not
+applied in a tenant that contains a preexisting process, because a preexisting process cannot have the shim.
 """
 
 from __future__ import annotations
@@ -34,7 +34,10 @@ from fgpu_ebpf.workloads.cgroups import Workloads
 
 
 class RoomError(Exception):
-    """A limit does not fit on a device together with the limits of other tenants. The text has the numbers."""
+    """A limit does not fit on a device beside the limits of other tenants, or there is no free level for the limit.
+
+    The text has the numbers.
+    """
 
 
 class Enforcer:
@@ -60,7 +63,7 @@ class Enforcer:
         self.get, self.at, self.around = self._tree.get, self._tree.at, self._tree.around
         self.names = TenantNames()
         self._wakeup = Wakeup()
-        self._published: deque[tuple[set[int], int]] = deque()  # new levels, and the processes counted before them
+        self._published: deque[tuple[set[int], int]] = deque()  # new levels, and processes_so_far() before these
 
     # -- the managed cgroups
 
@@ -81,11 +84,11 @@ class Enforcer:
         return self.name_of(levels[0]) if levels else ""
 
     def named(self, name: str) -> Tenant | None:
-        """Return the tenant with this name."""
+        """Return the tenant with this name, or None."""
         return self.get(self.names.owner(name) or -1)
 
     def levels(self, path: str) -> tuple[int, ...]:
-        """Return the managed cgroups on a path, innermost first: the outermost LEVELS only, like the BPF programs."""
+        """Return the managed cgroups on a path, innermost first: the outermost LEVELS of them, as in the kernel."""
         return tuple(c for c in procfs.cgroup_ids(self._workloads.root, path) if c in self._tree)[-abi.LEVELS :]
 
     def groups(self) -> set[int]:

@@ -51,10 +51,12 @@ class EventLog:
         self._last: deque[bytes] = deque(maxlen=MOST)  # as JSON: one object per event in Python's heap, not ten
         self._number = 0
         self._told: dict[tuple[str, str, str, str], tuple[float, int]] = {}  # by kind: last time, and omitted after it
-        self._room = FEW_KINDS  # entries of _told at which old ones are removed
+        self._room = FEW_KINDS  # when _told has this many entries, old entries are removed
 
     def add(self, what: str, **more: Any) -> None:
-        """Add an event and log it, unless an equal event was added less than AGAIN_SECONDS ago.
+        """Add an event and log it, unless an event of the same kind was added less than AGAIN_SECONDS ago.
+
+        Events are of the same kind if `what`, tenant, reason, operation and text are equal.
 
         Args:
             what: the kind of event.
@@ -85,7 +87,7 @@ class EventLog:
         self._room = min(MOST_KINDS, max(FEW_KINDS, 2 * len(self._told)))
 
     def since(self, number: int) -> dict[str, Any]:
-        """Return the events after `number`, the last number, and how many events after `number` are no longer kept."""
+        """Return the events after `number`, how many of these are no longer kept, and the number of the last event."""
         first = self._number + 1 - len(self._last)
         found = [json.loads(kept) for kept in islice(self._last, max(0, number + 1 - first), None)]
         return {"events": found, "last": self._number, "forgotten": max(0, first - number - 1)}

@@ -170,7 +170,7 @@ def _time(tenant: Tenant, device: int, turn: TurnCounts | None, shortfall: Short
 
 
 def _those(levels: list[Tenant], known: Mapping[int, Process], pids: Set[int]) -> list[int]:
-    """Return the processes of `pids` that hold memory and belong to the innermost level."""
+    """Return the processes in `pids` that are charged for memory and belong to the innermost level."""
     return sorted(pid for pid in pids & known.keys() if levels[0].cgroup in known[pid].levels and any(known[pid].bytes))
 
 

@@ -20,7 +20,7 @@ FRESH_SECONDS = 5.0  # the driver frees the memory of an exited process within t
 class GoneTenants:
     """Gone tenants by cgroup id. Each gets a name with its cgroup id, because a new tenant may have its old name.
 
-    Tenants without memory are not returned by iteration, and release_freed() removes them.
+    Iteration leaves out tenants without orphans. release_freed() removes these tenants.
     """
 
     def __init__(self, ledger: Ledger, names: TenantNames | None = None) -> None:
@@ -58,6 +58,6 @@ class GoneTenants:
 
 
 def left_behind(cgroup: int) -> Tenant:
-    """Return a tenant for a pinned page whose cgroup no longer exists, and of which this agent has no other record."""
+    """Return a tenant for a pinned page whose cgroup no longer exists. This agent has no other record of the tenant."""
     workload = Workload(path="", cgroup=cgroup, name="gone")
     return Tenant(workload, workload.name, Source.POLICY, "", {})

@@ -61,7 +61,7 @@ class LevelCapacity:
         return fit, shortages
 
     def _shortage(self, tenant: Tenant, new: Counter[int]) -> str:
-        """Return why no level can be added for a tenant. An empty text: it can be added, and is counted in `new`.
+        """Return why no level can be added for a tenant. An empty text: a level can be added, and is counted in `new`.
 
         Args:
             tenant: the tenant.
@@ -76,7 +76,7 @@ class LevelCapacity:
         if taken >= PLACES // 2 and has >= FEW:
             return (
                 f"no room for its limit: {taken} of the host's {PLACES} levels are taken, and the others are "
-                f"reserved for workloads with at most {FEW} levels; {owner} has {has}"
+                f"reserved for workloads with fewer than {FEW} levels; {owner} has {has}"
             )
         new[owner.cgroup] += 1
         return ""

@@ -91,7 +91,10 @@ class Manager:
         return self.policies.resolve(replace(workload, labels={**workload.labels, **asked}), self._devices)
 
     def _tenant(self, path: str) -> Tenant | None:
-        """Return the tenant that a cgroup should be. A tenant of source KEPT keeps its pinned limits while in doubt."""
+        """Return the tenant that a cgroup should be; None: the cgroup is gone, or should not be managed.
+
+        A tenant of source KEPT keeps its pinned limits as long as _doubt() returns a reason.
+        """
         workload = self.workloads.identify(path)
         if workload is None:
             return None
@@ -111,7 +114,7 @@ class Manager:
     def _doubt(self, workload: Workload) -> str:
         """Return why the agent cannot establish whether the limits pinned for a cgroup are still wanted.
 
-        An empty text means that it can.
+        An empty text means that the agent can establish this.
         """
         override = self.overrides.get(workload.cgroup)
         said = override.kept if override else ""
@@ -148,9 +151,9 @@ class Manager:
         self.consider_all()
 
     def _enforce(self, tenants: Sequence[Tenant]) -> None:
-        """Put limits in force: those of groups before those of tenants inside, and at each depth the oldest first.
+        """Put limits in force: outer cgroups first; at each depth limits set by hand first, then older cgroups first.
 
-        The order matters, because only the group's limit counts inside a group.
+        Groups are first, because only the group's limit counts inside a group.
         """
         # The tenants are named here, because a name depends on all of them, and put() gets only a part of them.
         tenants = self.enforcer.names.named(tenants)
@@ -166,7 +169,7 @@ class Manager:
             self._put([tenant for tenant in level if not tenant.by_hand])
 
     def _put(self, tenants: Sequence[Tenant]) -> None:
-        """Put limits in force. If one does not fit, the list is halved until the limits of all other tenants apply."""
+        """Put limits in force. A list with a limit that does not fit is halved, until all other limits are in force."""
         fit, shortages = self.enforcer.places.divide(tenants)
         self.refusals.report({t.path: shortages[t.cgroup] for t in tenants if t.cgroup in shortages})
         try:
@@ -199,7 +202,7 @@ class Manager:
     def retry_refused(self) -> None:
         """Retry the limits of refused cgroups, in batches, after levels were released.
 
-        A full scan of the host retries all of them.
+        A full scan of the host retries all refused cgroups.
         """
         if self._has_freed_places:
             self._has_freed_places = False
@@ -362,7 +365,7 @@ class Manager:
         self.remove_empty(late)
 
     def remove_all_empty(self) -> None:
-        """Remove every empty cgroup of `fgpu run`. The event that it is empty may be lost or older than the agent."""
+        """Remove every empty cgroup of `fgpu run`. The event of an empty cgroup may be lost or older than the agent."""
         self.remove_empty(self.workloads.own())
 
 

@@ -32,7 +32,7 @@ class Override:
         path: its path from the hierarchy's root.
         name: the tenant's name, if it was set.
         own: whether the agent made the cgroup for `fgpu run`.
-        share: the share that the container requested at its start. Policies bound it.
+        share: the share that the container requested at its start. The limits of policies apply to the share too.
         devices: the UUIDs of the only devices that the container may use; empty: any device.
         kept: why the cgroup keeps the limits that the kernel has pinned, until other limits are set.
     """
@@ -76,7 +76,7 @@ class Overrides:
         self._all: dict[int, Override] = {}
         self._error = ""  # why the whole file could not be read
         self._errors: dict[int, str] = {}  # why the entry of a cgroup could not be read
-        self._has_dropped = self._has_failed = False  # whether overrides were removed, or a write failed, since a write
+        self._has_dropped = self._has_failed = False  # since the last write: overrides were removed; a retry has failed
         self._read()
 
     def __iter__(self) -> Iterator[Override]:
@@ -87,13 +87,13 @@ class Overrides:
         return self._all.get(cgroup)
 
     def put(self, override: Override) -> None:
-        """Enter or replace an override. Raises OSError if it cannot be written, and then it is not entered."""
+        """Enter or replace an override. Raises OSError: the file cannot be written, and the override is not entered."""
         after = self._all | {override.cgroup: override}
         self._write(after.values())
         self._all = after
 
     def drop(self, cgroups: Iterable[int]) -> None:
-        """Remove overrides. If the file cannot be written, write_again() does it later."""
+        """Remove overrides. If the file cannot be written, a later write_again() writes it."""
         gone = set(cgroups) & set(self._all)
         if gone:
             self._all = {cgroup: override for cgroup, override in self._all.items() if cgroup not in gone}

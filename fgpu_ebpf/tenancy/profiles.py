@@ -80,5 +80,5 @@ def _fitting(name: str, free_bytes: int, device: Device) -> int:
 
 
 def names(profiles: Iterable[Profile], devices: Sequence[Device]) -> list[str]:
-    """Return the names of all shares of single devices that containers can request by these profiles."""
+    """Return the name of each share of one device that containers can request by these profiles."""
     return [share_name.bound(p.share, device.uuid_text) for p in profiles for device in devices if p.is_of(device)]

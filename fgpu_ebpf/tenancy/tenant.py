@@ -153,7 +153,7 @@ def _memory_by_hand(limits: Mapping[int, int], memory: Amount | None, devices: I
 
 
 def _is_chosen(tenant: Tenant) -> bool:
-    """Return True if a policy or a share determines the tenant's devices. These may be none of this host's devices."""
+    """Return True if a policy or a share determines the tenant's devices. It may determine that there are none."""
     return bool(tenant.policy) or tenant.source is Source.SHARE
 
 
@@ -165,7 +165,7 @@ def requests(share: Share, policy: Policy) -> dict[str, str]:
 
 
 def _by_share(tenant: Tenant, share: Share, of: Sequence[str], devices: Iterable[Device]) -> Tenant:
-    """Apply the limits of a share that the policy does not set. Limits that both set are in `tenant` already.
+    """Apply the limits of a share that the policy does not set. `tenant` already has the limits that both set.
 
     Args:
         tenant: the tenant by its policy, which was resolved with the labels of requests().

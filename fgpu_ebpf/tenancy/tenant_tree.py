@@ -84,7 +84,7 @@ class TenantTree:
 
 
 def below(path: str) -> str:
-    """Return the prefix of the paths of all cgroups inside this one."""
+    """Return the prefix of the paths of all cgroups inside the cgroup at this path."""
     return f"{path.rstrip('/')}/"
 
 

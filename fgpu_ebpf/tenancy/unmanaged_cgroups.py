@@ -14,7 +14,7 @@ from fgpu_ebpf.ledger.ledger import Ledger
 
 
 class UnmanagedCgroups:
-    """The cgroups with a decision, and the refused cgroups among them. `most`: the maximum number of one owner."""
+    """The cgroups with a decision, and the refused cgroups among them. `most`: the maximum number for each owner."""
 
     def __init__(self, ledger: Ledger, most: int) -> None:
         self._ledger, self._most = ledger, most

@@ -95,7 +95,7 @@ class Owner:
 
     @classmethod
     def of(cls, tenant: str, namespace: str, user: str, labels: str, around: tuple[Owner, ...] = ()) -> Owner:
-        """Return the owner of words()."""
+        """Return the owner whose words() are given. `around`: the tenants around it."""
         return cls(tenant, namespace, user, tuple((name, value) for name, value in json.loads(labels)), around)
 
 
@@ -224,8 +224,8 @@ def period(seconds: float) -> int:
 def grouped(rows: Iterator[tuple[Owner, str, str, Used]], by: str) -> dict[str, dict[str, Used]]:
     """Return the amounts by group and by source, summed over all devices.
 
-    The amounts of a tenant include those of the tenants inside it, which therefore count once. Only the time that a
-    tenant has waited is of its own programs alone.
+    The amounts of a tenant include the amounts of the tenants inside it, so these are not added again if both tenants
+    are in one group. The waiting time is an exception: it covers only the tenant's own programs, and is always added.
     """
     found: defaultdict[str, dict[str, Used]] = defaultdict(dict)
     for owner, _, source, used in rows:

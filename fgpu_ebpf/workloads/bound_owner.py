@@ -2,7 +2,7 @@
 
 If bounds applied to each cgroup, a workload could multiply them by cgroups inside its own. So a bound applies to the
 outermost cgroup that is one workload. This is a container or pod (by its name), a systemd unit, a cgroup of `fgpu run`,
-a cgroup of a user other than root, or a cgroup with a limit that is not a folder for several workloads. The first of
+a cgroup of a user other than root, or a cgroup that has a limit and is not a folder for several workloads. The first of
 these on the path from the root is the owner. Names further inside do not count, because the workload may choose them.
 If the path has no such cgroup, the owner is the outermost folder with a limit, or else the cgroup itself.
 
@@ -71,7 +71,7 @@ def owner_of(root: Path, path: str, is_level: Callable[[int], bool] = lambda _: 
 
 
 def _stat(folder: str) -> tuple[int, int]:
-    """Return the cgroup's id and the uid of its owner. If it is gone, return (0, 0), so that it counts as root's."""
+    """Return the id of a cgroup, and the uid of its owner. If it is gone, return (0, 0), as if root owned it."""
     try:
         found = os.stat(folder)
     except OSError:

@@ -91,7 +91,7 @@ _Found = tuple[Engine | None, str]
 
 
 def split(path: str) -> list[str]:
-    """Return the names of the folders in a path, without empty ones."""
+    """Return the names of the folders in a path, without empty names."""
     return [part for part in path.split("/") if part]
 
 

@@ -63,11 +63,11 @@ class Workloads:
         return self._namer.named(workload) if workload and self._namer else workload
 
     def missing(self, workload: Workload) -> str:
-        """Return why no engine has reported a workload's labels yet; empty if one has, or if no engine can."""
+        """Return why no engine has reported a workload's labels yet; empty if an engine has, or if no engine can."""
         return self._namer.missing(workload) if self._namer else ""
 
     def folder(self, path: str) -> str:
-        """Return the folder of the cgroup with this path, for example `/a/b`. Raises TargetError if there is none."""
+        """Return the folder of the cgroup at a path such as `/a/b`. Raises TargetError if the cgroup does not exist."""
         parts = [part for part in path.split("/") if part]
         if ".." in parts or not os.path.isdir(folder := os.path.join(self.root, *parts)):
             raise TargetError(f"no cgroup {path} under {self.root}")

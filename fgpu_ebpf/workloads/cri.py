@@ -46,11 +46,13 @@ class CriApi:
         return subject.is_pod or subject.engine in _SERVED
 
     def ask(self, subject: Subject) -> Names | None:
-        """Return the names of a container or pod, or None if the engine does not have it. Takes seconds at most.
+        """Return the names of a container or pod, or None if the engine does not have it.
+
+        Makes at most three calls, which each take DEADLINE_SECONDS at most.
 
         Raises:
             EngineError: the engine cannot be asked.
-            AnswerError: its answer is not of the expected form.
+            AnswerError: an answer is not of the expected form.
         """
         if subject.is_pod:
             pod = self._pod(subject.id)
@@ -69,7 +71,7 @@ class CriApi:
     def _of_sandbox(self, id_: str) -> Names | None:
         """Return empty names if the id is that of a pod's sandbox, else None.
 
-        A sandbox has the namespaces of the pod and no program of the user, so that policies need not match it by label.
+        A sandbox has the namespaces of the pod and no program of the user, so policies need not match it by label.
         """
         found = self._call("ListPodSandbox", "Runtime", filter=self._known_messages()["PodSandboxFilter"](id=id_))
         return Names() if found and found.items else None
@@ -162,7 +164,7 @@ def _reason(method: str, error: Any, grpc: Any) -> str:
 
 
 def _image_labels(info: str) -> Mapping[str, str] | None:
-    """Return the labels in an image's configuration, or None if it cannot be read.
+    """Return the labels in an image's configuration, or None if the configuration cannot be read.
 
     `info`: JSON that containerd and CRI-O return in addition to the interface's fields.
     """

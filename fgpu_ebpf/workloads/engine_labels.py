@@ -25,7 +25,7 @@ from fgpu_ebpf.workloads.workload import Names, Subject, Workload, named
 
 log = logging.getLogger("fgpu.engines")
 MOST_KNOWN = 4096
-MOST_PATHS = 64  # cgroups of one container that are decided again at once; the remaining ones follow at the next rescan
+MOST_PATHS = 64  # cgroups of a container that are decided again at once; the other cgroups follow at the next rescan
 FORGOTTEN_RESCANS = 4  # a container that this many rescans have not requested is gone
 
 
@@ -43,7 +43,7 @@ def api_of(text: str) -> Api:
 
 
 class Engines:
-    """The names from all engines of the host. `fileno` is readable when `take` has something to return.
+    """The names from all engines of the host.
 
     `file` stores the names for restarts of the agent; None: they are not stored.
     """
@@ -63,7 +63,7 @@ class Engines:
         self.left_out = 0  # containers that no engine was asked about, because there are too many
 
     def fileno(self) -> int:
-        """Return a descriptor that is readable when engines have reported names of cgroups."""
+        """Return a descriptor that is readable when take() has something to return."""
         return self._wakeup.fileno()
 
     def stop(self) -> None:
@@ -74,7 +74,7 @@ class Engines:
     def named(self, workload: Workload) -> Workload:
         """Return the workload with the names and labels that are known now.
 
-        If there are none, an engine thread asks for them, and `take` returns the workload's path after the answer.
+        If there are none, an engine thread asks for them, and take() returns the workload's path after the answer.
         """
         subject = workload.subject
         if subject is None:
@@ -129,7 +129,7 @@ class Engines:
         )
 
     def missing(self, workload: Workload) -> str:
-        """Return why no engine has reported a workload yet; empty if one has, or if no engine can."""
+        """Return why no engine has reported a workload yet; empty if an engine has, or if no engine can."""
         subject = workload.subject
         threads = [thread for thread in self._threads if subject and thread.api.serves(subject)]
         with self._lock:

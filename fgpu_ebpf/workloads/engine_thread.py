@@ -19,8 +19,8 @@ from fgpu_ebpf.workloads.engine_answers import AnswerError, EngineError
 from fgpu_ebpf.workloads.workload import Names, Subject
 
 log = logging.getLogger("fgpu.engines")
-FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 0.1, 5.0  # without any request, after a failure of the engine
-FIRST_AGAIN_SECONDS, LONGEST_AGAIN_SECONDS = 0.05, 30.0  # until the next request for a container that is not known yet
+FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 0.1, 5.0  # how long a failed engine gets no request
+FIRST_AGAIN_SECONDS, LONGEST_AGAIN_SECONDS = 0.05, 30.0  # time between requests for a container that is not known yet
 
 
 class Api(Protocol):
@@ -33,9 +33,9 @@ class Api(Protocol):
         """Return whether the engine can have this container or pod."""
 
     def ask(self, subject: Subject) -> Names | None:
-        """Return the names of a container or pod, or None if the engine does not have it. Takes seconds at most.
+        """Return the names of a container or pod, or None if the engine does not have it.
 
-        Raises EngineError, AnswerError.
+        Blocks for a few seconds at most. Raises EngineError, AnswerError.
         """
 
 
@@ -124,8 +124,8 @@ class EngineThread:
     def _next(self) -> Subject | None:
         """Wait until a subject is due, and return it; None: the thread must end.
 
-        The newest subject without a request is first. Otherwise it would wait for requests about containers that have
-        ended while the engine did not run.
+        The newest subject without a request is first. Otherwise a new container would wait for requests about
+        containers that have ended while the engine did not run.
         """
         with self._changed:
             while not self._ended:

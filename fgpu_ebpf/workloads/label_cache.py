@@ -34,7 +34,7 @@ def read(file: Path) -> dict[Subject, Names]:
 
 
 def write(file: Path, known: Mapping[Subject, Names]) -> None:
-    """Replace the file by one that only root can read. Raises OSError."""
+    """Replace the file. Only root can read the new file. Raises OSError."""
     entries = [{"of": [s.engine, s.id, s.is_pod], **asdict(names)} for s, names in known.items()]
     atomic_file.write(file, json.dumps(entries), 0o600)
 

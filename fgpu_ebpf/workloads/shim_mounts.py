@@ -62,7 +62,7 @@ def is_mounted(folder: Path) -> bool:
 
 
 def mounted_lists(run_dir: Path) -> set[str]:
-    """Return the paths in LISTS that `fgpu run` has mounted a file over, in a namespace of any running process."""
+    """Return the paths in LISTS over which fgpu has mounted a list, in the mount namespace of any running process."""
     own = _device_of(run_dir)
     return {
         path
@@ -72,7 +72,10 @@ def mounted_lists(run_dir: Path) -> set[str]:
 
 
 def one_of_each_namespace(pids: Iterable[int]) -> Iterator[int]:
-    """Yield a process of each mount namespace. If one exits before the caller asks for the next, another follows."""
+    """Yield a process of each mount namespace.
+
+    If this process exits before the caller requests the next one, another process of the namespace is yielded.
+    """
     seen = set[str]()
     for pid in pids:
         namespace = _namespace_of(pid)
@@ -97,7 +100,10 @@ def _mounts_everywhere() -> Iterator[tuple[str, str, str]]:
 
 
 def _mounts(pid: int) -> Iterator[tuple[str, str, str]]:
-    """Yield MAJOR:MINOR, source and path of each mount in a process's namespace. `source`: in its file system."""
+    """Yield MAJOR:MINOR, source and path of each mount in a process's namespace.
+
+    MAJOR:MINOR identifies the mounted file system. The source is the path of the mounted folder or file in it.
+    """
     try:
         with open(f"/proc/{pid}/mountinfo", encoding="utf-8", errors="surrogateescape") as file:
             for line in islice(file, procfs.MOST_MOUNTS):

@@ -116,9 +116,9 @@ def identify(root: Path, path: str) -> Workload | None:
 
 
 def _subject(root: Path, parts: list[str], parsed: CgroupName) -> Subject | None:
-    """Return the subject of a cgroup, or None unless root owns the folder around it. Raises OSError.
+    """Return the subject of a cgroup; None: there is none, or root does not own the folder around it. Raises OSError.
 
-    A user that owns the folder around could give the cgroup the name of another user's container.
+    A user that owns the folder around the cgroup could give the cgroup the name of another user's container.
     """
     subject, depth = None, parsed.depth
     if parsed.container and parsed.engine and not parsed.nested:
@@ -145,7 +145,7 @@ def named(workload: Workload, names: Names) -> Workload:
 
 
 def safe_name(text: str) -> str:
-    """Return a text as a name: all characters except letters, digits and `._@:+=-` replaced, cut to NAME_CHARACTERS."""
+    """Replace each character except letters, digits and `._@:+=-` by `_`, and cut the text to NAME_CHARACTERS."""
     return _UNSAFE.sub("_", text)[:NAME_CHARACTERS]
 
 
@@ -164,7 +164,7 @@ def _name(parts: list[str]) -> str:
 
 
 def _labels(folder: str, trusted: bool) -> dict[str, str]:
-    """Return the attributes `user.fgpu.*` as labels. If not `trusted`, only the attributes in REQUESTS."""
+    """Return the attributes `user.fgpu.*` as labels; if not `trusted`, only the requests in REQUESTS."""
     try:
         names = [name for name in os.listxattr(folder) if name.startswith(_XATTR)]
     except OSError:

@@ -101,7 +101,7 @@ def test_workloads_with_few_levels_find_a_slot_beside_workloads_with_many(host):
     greedy = [f"{NODE}/docker/{container(n)}" for n in range(FEW + 5)]
     said = whole.take(*greedy)
     assert list(said) == greedy[FEW:]
-    assert all(f"at most {FEW} levels; {NODE} (container) has {FEW}" in text for text in said.values())
+    assert all(f"fewer than {FEW} levels; {NODE} (container) has {FEW}" in text for text in said.values())
     modest = f"/system.slice/docker-{container(2)}.scope"
     assert whole.take(modest) == {}
     whole.others = PLACES
