@@ -155,10 +155,12 @@ CLUSTER = [
            Query(f"sum by (instance) (fgpu_device_memory_used_bytes{{{DEVICE}}}) / "
                  f"sum by (instance) ({CAPACITY}{{{DEVICE}}})", "{{instance}}"), max=1),
     series("Refusals, by reason", "Allocations refused per second. `limit`: of the tenant or its group; `device_full`; "
-           "`entries`: too many allocations; `observed`: admitted beyond the limit.", "ops", refused(BOTH, "reason")),
+           "`entries`: too many allocations, threads or processes; `observed`: admitted beyond the limit.", "ops",
+           refused(BOTH, "reason")),
     series("Bypassing processes, by how", AROUND, "none", bypassing(TENANT, "how", "{{how}}")),
     series("Share of time", "Part of each device's time: the ten tenants that owned most. A tenant that is alone "
-           "on a device is not measured.", "percentunit", Query(f"topk(10, {had(BOTH)})", LEGEND), max=1),
+           "on its devices and has no ceiling is not measured.", "percentunit",
+           Query(f"topk(10, {had(BOTH)})", LEGEND), max=1),
     series("Share of time against entitlement", "Owned time divided by the entitlement: the ten tenants that got "
            "least. Below 100 %, the tenant was idle or starved.", "percentunit",
            Query(f"bottomk(10, {had(BOTH)} / {due(BOTH)})", LEGEND)),
@@ -207,7 +209,8 @@ NODES = [
            "bytes", *device_memory(" by (instance, gpu)", "{{instance}} {{gpu}} ")),
     MEMORY_BY_TENANT,
     series("Share of time, by tenant", "Part of each device's time, of the twenty tenants that had most. A tenant "
-           "alone on a device is not measured.", "percentunit", Query(most(had(BOTH)), LEGEND), max=1),
+           "that is alone on its devices and has no ceiling is not measured.", "percentunit",
+           Query(most(had(BOTH)), LEGEND), max=1),
     series("Turns", "Turns that began on each device, per second.", "ops",
            Query(f"sum by (instance, gpu) (rate(fgpu_slice_switches_total{{{DEVICE}}}[{RATE}]))",
                  "{{instance}} {{gpu}}")),

@@ -90,9 +90,10 @@ def scrape(url: str) -> dict[str, dict[str, float]]:
 
 
 def ask_driver(shares: list[Share]) -> None:
-    """Store the memory of each tenant as the driver shows it, by nvidia-smi outside of any tenant and host pids.
+    """Store the memory of each tenant as the driver shows it.
 
-    A share whose tenant has no process with memory stays unchanged.
+    nvidia-smi runs outside of any tenant, so it shows host pids, by which its rows are assigned to tenants. A share
+    whose tenant has no process with memory stays unchanged.
     """
     status = json.loads(subprocess.check_output(["fgpu", "status", "--json"], text=True))
     query = ["nvidia-smi", "--query-compute-apps=pid,used_memory", "--format=csv,noheader,nounits"]
@@ -169,7 +170,7 @@ def verdicts(share: Share) -> list[tuple[bool, str]]:
         (refused >= 1, f"refused {refused:.0f} time(s)"),
         (0 <= left < share.step, f"{left:,.0f} bytes left, less than the {share.step:,} asked for"),
         (driver is not None and driver <= share.limit, f"the driver itself counts {size(driver)}"),
-        (share.process is not None and share.process.returncode == 0, "its program got out-of-memory and went on"),
+        (share.process is not None and share.process.returncode == 0, "its program got out-of-memory and continued"),
     ]
 
 

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-OLDEST_ZIP = 315532800  # the begin of 1980, the earliest time that a zip file can contain
+OLDEST_ZIP = 315532800  # the beginning of 1980, the earliest time that a zip file can contain
 INDEX = "application/vnd.oci.image.index.v1+json"
 MANIFEST = "application/vnd.oci.image.manifest.v1+json"
 
@@ -31,7 +31,7 @@ def epoch() -> int:
 
 
 def moment() -> str:
-    """Return the same time as text, in the format of OCI's JSON."""
+    """Return the time of epoch() as text, in the format of OCI's JSON."""
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(epoch()))
 
 

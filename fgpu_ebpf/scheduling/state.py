@@ -83,7 +83,7 @@ class Place:
     pause_ns: int = 0
     pause_until_ns: int = 0
     cut: bool = False  # its last turn was cut, and the tenant was not checked after that
-    reports_ends: bool = True  # as its last turn seemed idle, it reported the end of its work, before another launch
+    reports_ends: bool = True  # it reported the end of its work when gates were last closed because it seemed idle
     busy_ns: int = 0  # the time of its turns since it was last idle
     held_back: bool = False  # its limit delays it, and this was counted
     counts: Counts = field(default_factory=Counts)

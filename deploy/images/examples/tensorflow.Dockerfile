@@ -7,7 +7,7 @@ RUN apt-get update && apt-get install -y --no-install-recommends python3-venv &&
 RUN python3 -m venv /opt/venv && /opt/venv/bin/pip install --no-cache-dir 'tensorflow[and-cuda]'
 ENV PATH=/opt/venv/bin:$PATH
 
-# TensorFlow takes the whole share at its start, unless it is configured to grow.
+# TensorFlow takes nearly all of the limit at its first operation, unless this variable is set.
 ENV TF_FORCE_GPU_ALLOW_GROWTH=true
 
 CMD ["python3", "-c", "import tensorflow; print(tensorflow.config.list_logical_devices('GPU'))"]

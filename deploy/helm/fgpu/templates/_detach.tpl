@@ -1,4 +1,5 @@
-{{/* Runs instead of agent and gatekeeper: removes what they leave on a node, repeatedly, since one may still run. */}}
+{{/* This container runs instead of agent and gatekeeper. It removes their files and pins from the node, repeatedly,
+     because one of the two may still run. The store of `fgpu usage` stays. */}}
 {{- define "fgpu.detach" -}}
 containers:
   - name: detach
