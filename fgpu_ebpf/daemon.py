@@ -25,7 +25,7 @@ from fgpu_ebpf.containers import injection
 from fgpu_ebpf.driver import programs, shim_store, start_checks
 from fgpu_ebpf.driver.start_checks import AgentError
 from fgpu_ebpf.ledger import ledger
-from fgpu_ebpf.linux import file_locks, malloc, sd_notify
+from fgpu_ebpf.linux import file_locks, logs, malloc, sd_notify
 from fgpu_ebpf.linux.wakeup import Wakeup
 from fgpu_ebpf.workloads import cgroups
 
@@ -63,6 +63,7 @@ def settings(options: Options) -> Settings:
         trusted_drivers=host.trusted_drivers,
         module_bytes=host.module_bytes,
         bounds=host.bounds,
+        log_format=options.log_format or host.log_format,
     )
 
 
@@ -84,7 +85,9 @@ def serve(options: Options) -> None:
             raise AgentError(f"{check.found}: {check.fix}")
     cgroups.make_run_folder()  # here, because the agent later drops the capability that this needs
     malloc.keep_small()
-    service = Agent(settings(options))
+    chosen = settings(options)
+    logs.configure(logs.Format(chosen.log_format) if chosen.log_format else None)
+    service = Agent(chosen)
     service.mark("imported")
     _handle_signals(service)
     try:

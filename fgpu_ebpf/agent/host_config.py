@@ -50,7 +50,7 @@ class HostSettings:
     policy_folder: Path = FOLDER
     metric_labels: tuple[str, ...] = ()
     engines: tuple[str, ...] = ENGINES
-    log_format: Literal["text", "json", "journal"] = "text"
+    log_format: Literal["text", "json", "journal"] | None = None
     cdi_folder: Path = CDI_FOLDER
     shares: tuple[str, ...] = USUAL
     profiles: tuple[Profile, ...] = ()

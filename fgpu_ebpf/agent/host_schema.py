@@ -167,7 +167,9 @@ class HostDocument(Model):
     engines: Annotated[list[Annotated[str, AfterValidator(_engine)]], Field(max_length=16)] = absent(
         "Engines to ask for labels, as `docker:`, `podman:` or `cri:` and a socket; `[]`: none."
     )
-    log_format: Literal["text", "json", "journal"] = Field("text", description="Format of the agent's log.")
+    log_format: Literal["text", "json", "journal"] = absent(
+        "Format of the agent's log. Default: journal under systemd, else text."
+    )
     cdi_folder: _Path = absent("The folder in which container engines search for devices.")
     shares: Annotated[list[Annotated[str, AfterValidator(_share)]], Field(max_length=256)] = absent(
         "Shares that containers may ask for by name."

@@ -46,6 +46,7 @@ class Settings:
     trusted_drivers: tuple[str, ...] = ()  # digests, as sha256:…
     module_bytes: int = host_config.MODULES_BYTES
     bounds: Bounds = field(default_factory=Bounds)
+    log_format: str | None = None  # as in Options
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,4 +65,5 @@ class Options:
     store: Path | None = None
     config: Path = host_config.FILE
     policies: Path | None = None
+    log_format: str | None = None  # a value of linux.logs.Format; None also in the file: logs.usual_format()
     skipped: tuple[str, ...] = ()  # names of checks that the tests of packages cannot pass

@@ -39,7 +39,7 @@ STARTING_SECONDS = 30.0  # an agent that starts or exits holds its lock without 
 @click.option(
     "--log-format", type=click.Choice(["text", "json", "journal"]), help="Default: journal under systemd, else text."
 )
-def agent(log_format: str | None, **options: Any) -> None:
+def agent(**options: Any) -> None:
     """Run the agent: enforce limits on this host.
 
     The agent starts the gatekeeper and, if the BPF programs are not pinned, the loader, which compiles them.
@@ -48,9 +48,7 @@ def agent(log_format: str | None, **options: Any) -> None:
     from fgpu_ebpf import daemon
     from fgpu_ebpf.agent.settings import Options
     from fgpu_ebpf.driver.start_checks import AgentError
-    from fgpu_ebpf.linux import logs
 
-    logs.configure(logs.Format(log_format) if log_format else None)
     try:
         daemon.serve(Options(run_dir(), **{name: value for name, value in options.items() if value}))
     except AgentError as error:

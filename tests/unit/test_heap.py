@@ -72,7 +72,7 @@ for block in blocks: libc.free(block)
 print(before - libc.mallinfo2().used)
 """
 STACKS = """
-import threading
+import os, threading, time
 from fgpu_ebpf.linux import malloc as heap
 heap.keep_small()
 threading.stack_size(1 << 18)  # by default, glibc keeps up to 40 MiB of stacks for later threads
@@ -84,6 +84,7 @@ def together(count):
     threads = [threading.Thread(target=all_there.wait) for _ in range(count)]
     for thread in threads: thread.start()
     for thread in threads: thread.join()
+    while len(os.listdir("/proc/self/task")) > 1: time.sleep(0.001)  # join() returns before the thread has exited
 together(1)
 before = mappings()
 together(32)

@@ -7,8 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from fgpu_ebpf import daemon
 from fgpu_ebpf.agent import host_config
 from fgpu_ebpf.agent.host_config import HostSettings
+from fgpu_ebpf.agent.settings import Options
+from fgpu_ebpf.policy import trusted_file
 
 
 @pytest.fixture
@@ -148,3 +151,10 @@ def test_the_guide_lists_the_default_settings(settings):
     guide = (Path(__file__).parent.parent.parent / "docs/policy.md").read_text()
     block = guide.rpartition("```yaml\n")[2].partition("```")[0]
     assert settings(block) == (HostSettings(), [])
+
+
+@pytest.mark.parametrize(("option", "chosen"), [(None, "json"), ("text", "text")])
+def test_an_option_of_the_agent_has_precedence_over_the_file(tmp_path, monkeypatch, option, chosen):
+    monkeypatch.setattr(daemon, "_built_file", lambda *_: tmp_path)
+    monkeypatch.setattr(trusted_file, "load", lambda *_: (b"logFormat: json", None))
+    assert daemon.settings(Options(config=tmp_path / "agent.yaml", log_format=option)).log_format == chosen
