@@ -184,10 +184,8 @@ def _seen(unseen: Mapping[int, str]) -> list[str]:
 
 
 def _joined(alone: Sequence[int]) -> list[str]:
-    if not alone:
-        return []
-    pids = ", ".join(map(str, alone[:5]))
-    return [f"pid {pids} found no agent and enforces its image's limit: mount /run/fgpu/shim into its container"]
+    text = "found no agent and enforces its image's limit: mount /run/fgpu/shim into its container"
+    return [f"pid {pid} {text}" for pid in alone[:5]]
 
 
 def _stronger(levels: list[Tenant], manager: Manager, ledger: Ledger, is_shim: bypass_reason.IsShim) -> list[str]:

@@ -111,6 +111,13 @@ def test_a_shim_without_an_answer_reports_that_once(agent: Agent) -> None:
     assert err == "fgpu: the agent does not answer: device memory is refused\n"
 
 
+def test_a_refusal_by_the_gatekeeper_is_reported_once(agent: Agent) -> None:
+    agent.do("set", answer="refused")
+    agent.do("start")
+    _, err = agent.run(SYSTEM_PYTHON, "-c", PREAMBLE + "alloc(1); alloc(1); info()")
+    assert err == "fgpu: a limit of this program is not in force: device memory is refused\n"
+
+
 def test_a_refusal_for_too_many_entries_is_reported_once(agent: Agent) -> None:
     agent.do("start")
     agent.do("limit", limit=100)
