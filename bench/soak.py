@@ -168,7 +168,10 @@ class Soak:
                 client.send(f"ask {GRANULE} 0")
 
     def calm(self) -> None:
-        """Stop a program that busy() has started."""
+        """End the loop of a random program that busy() has started, if there is one.
+
+        Allocations that failed with another error than out-of-memory are added to `wrong`.
+        """
         if not self._busy:
             return
         client = self._busy.pop(self.random.randrange(len(self._busy)))

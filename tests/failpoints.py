@@ -6,10 +6,13 @@ at once and prints what is missing. A program that is started in any other way h
 
 usage: python tests/failpoints.py
 
-This process is a nursery: it has imported the code of agent and gatekeeper, and forks them, which saves each start most
-of its time. It reads and answers one line of JSON at a time. ["POINT", "agent"|"gatekeeper", ARGUMENT…], with "" for no
-point, is answered by the pid. A pid is answered by null while the process runs, or by the exit status. When the nursery
-exits, its children are killed.
+This process imports the code of agent and gatekeeper once, and then forks them. This saves each start most of its
+time. The process reads one line of JSON at a time, and answers it with one line:
+
+    ["POINT", "agent"|"gatekeeper", ARGUMENT…]   start the program with this point ("": none); the answer is its pid
+    PID                                          the answer is the exit status of the program, or null while it runs
+
+When stdin ends, the process kills the programs that still run, and exits.
 """
 
 from __future__ import annotations
@@ -176,7 +179,7 @@ def become(point: str, program: str, words: list[str]) -> int:
 
 
 def bear() -> int:
-    """Fork a child that keeps only imports and the log of the nursery. Return its pid, or 0 in the child."""
+    """Fork a child that keeps only the imports and the log of this process. Return its pid, or 0 in the child."""
     if pid := os.fork():
         return pid
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)

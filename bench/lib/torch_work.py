@@ -1,9 +1,10 @@
 """A program with torch that runs commands. It prints "ready" or "- WHY", then answers each line of stdin with JSON.
 
-A line is `WHAT SECONDS START_NS`: the work begins at START_NS of CLOCK_MONOTONIC and lasts SECONDS. `train` and
-`unfilled` are trainings, and `small` is inference of a model that takes 0.1 ms. Their answers are {"steps", "p50_us"}.
-`capture` captures 1,000 CUDA graphs in the default mode while another thread launches, and its answer is {"captures",
-"failed", "why"}. A line during a training stops the training. The program does not use fgpu.
+A line is `WHAT SECONDS START_NS`: the work begins at START_NS of CLOCK_MONOTONIC and lasts SECONDS. `train` is a
+training, `unfilled` is a smaller training that does not fill the device, and `small` is inference of a model that takes
+0.1 ms. Their answers are {"steps", "p50_us"}. `capture` captures 1,000 CUDA graphs in the default mode while another
+thread launches. Its answer is {"captures", "failed", "why"}, or {"error"} if the graphs computed a wrong sum. A line
+during a training stops the training; the line `stop` has no other effect. The program does not use fgpu.
 """
 
 from __future__ import annotations

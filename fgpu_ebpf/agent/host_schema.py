@@ -79,7 +79,8 @@ def _profile_share(value: str) -> str:
         raise ValueError(f"{shown(value)} is not a profile: write memory and no device, as 8gib or 8gib-50pct")
     if len(value) > MOST_NAME_CHARACTERS:
         raise ValueError(
-            f"{shown(value)} is longer than {MOST_NAME_CHARACTERS} characters: shorten it for kubelet's ids"
+            f"{shown(value)} is longer than {MOST_NAME_CHARACTERS} characters: "
+            "shorten it, because the length of kubelet's device ids is limited"
         )
     return value
 

@@ -1,8 +1,8 @@
 """Corrects overheads in the ledger: the memory that NVML shows for a process beyond its witnessed bytes.
 
-This module runs in the reconcile thread. The charge of an idle process is set to exactly what NVML shows. While a
-process is not idle (one of its threads is between an admission and its settlement, or in a witnessed call), only bytes
-that are certainly missing are added.
+This module runs in the reconcile thread. The charge of an idle process is set to what NVML shows, plus pool bytes that
+the driver has freed (see overhead_for()). While a process is not idle (one of its threads is between an admission and
+its settlement, or in a witnessed call), only bytes that are certainly missing are added.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Computes the settings with which an engine gives every container the shim, and the same settings without fgpu.
 
-This module runs in `fgpu setup` and `fgpu doctor`. It writes nothing. It reads only other settings of the engine.
-It supports the settings of Docker, Podman, containerd, CRI-O, k3s and RKE2 that name `fgpu-oci`. Settings that are not
-fgpu's are kept. SetupError is raised if settings cannot be read or have an unknown form.
+This module runs in `fgpu setup` and `fgpu doctor`. It writes nothing. It reads only other settings of the engine. The
+engines are Docker, Podman, containerd, CRI-O, k3s and RKE2. With the computed settings they run `fgpu-oci`. Settings
+that are not fgpu's are kept. SetupError is raised if settings cannot be read or have an unknown form.
 """
 
 from __future__ import annotations
@@ -306,7 +306,8 @@ def crio_after(of: Settings) -> Wanted:
     table = tables.get(name)
     if table is None:
         what = f"no [crio.runtime.runtimes.{name}]" if name else "no default_runtime"
-        raise SetupError(f"CRI-O's settings beside {of.file} have {what}: add it, because fgpu runs that runtime")
+        fix = "add it, because fgpu-oci runs the default runtime"
+        raise SetupError(f"CRI-O's settings beside {of.file} have {what}: {fix}")
     if table.get("runtime_type", "") not in ("", "oci", "pod"):
         raise SetupError(f"CRI-O's default runtime {name} is not an OCI runtime: only OCI runtimes are supported")
     link, links = _in_front_of(table.get("runtime_path") or name, "crio", of.helper)

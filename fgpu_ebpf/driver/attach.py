@@ -272,7 +272,10 @@ def drop(found: MadeLinks) -> None:
 
 
 def _check_of(there: Set[str]) -> int | None:
-    """Return the offset in the mark among these names of links; None: there is no mark, or links are missing."""
+    """Return the offset of the breakpoint to check, or None if the links are incomplete.
+
+    `there`: the names of the links, and the name of their mark. The mark has the number of the links and the offset.
+    """
     marks = [mark for name in there if (mark := _MARK.fullmatch(name.rpartition("-")[2]))]
     return next((int(mark[2], 16) for mark in marks if int(mark[1]) == len(there) - 1), None)
 

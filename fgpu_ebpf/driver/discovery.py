@@ -173,11 +173,14 @@ class Discovery:
     def look_at_holders(
         self, pids: Iterable[int], drift: Mapping[tuple[int, int], int], processes: Mapping[int, Process]
     ) -> None:
-        """Call look_at_new() for processes that NVML lists, with the argument `again`.
+        """Probe the files that processes in NVML's lists map, as look_at_new() does.
+
+        The files of a process are searched for libcuda again if it holds more memory than it is charged for, or if no
+        probe has recorded a call of the process.
 
         Args:
             pids: the processes.
-            drift: bytes by (pid, device) of the last reconciliation.
+            drift: ledger minus NVML in bytes by (pid, device), at the last reconciliation.
             processes: the ledger's processes at that time.
         """
         uncalled = {pid for pid, process in processes.items() if not process.flags & Seen.CALL}

@@ -371,7 +371,7 @@ def _options(argv: Sequence[str] | None) -> argparse.Namespace:
         prog="fgpu-gatekeeper", description="Registers GPU programs of tenants and schedules their turns."
     )
     parser.add_argument("--pins", type=Path, default=PINS, help="the folder in which the agent pins its BPF maps")
-    parser.add_argument("--run-dir", type=Path, default=Path("/run/fgpu"), help="the parent of the socket's folder")
+    parser.add_argument("--run-dir", type=Path, default=Path("/run/fgpu"), help="the folder of shim/shim.sock")
     parser.add_argument("--wait", action="store_true", help="wait while another gatekeeper holds the lock")
     parser.add_argument("--stand-in", action="store_true", help="exit as soon as another gatekeeper waits for the lock")
     parser.add_argument("--ready-fd", type=int, help="write 1 to this descriptor as soon as the socket listens")

@@ -34,12 +34,12 @@ def refusals(counters: Mapping[Count, int]) -> Mapping[tuple[int, int], Sequence
 
 
 def anomalies(counters: Mapping[Count, int]) -> dict[str, int]:
-    """Return the host's anomalies by name."""
+    """Return the number of occurrences on the host by the anomaly's name."""
     return _of_host(counters, abi.Kind.KINDS, abi.Anomaly)
 
 
 def events(counters: Mapping[Count, int]) -> dict[str, int]:
-    """Return the host's events by their fate: sent, or lost by reason."""
+    """Return the number of events on the host by their fate: sent, or the reason for which they were lost."""
     return _of_host(counters, abi.Kind.EVENTS, abi.Fate)
 
 

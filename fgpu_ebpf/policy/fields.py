@@ -169,7 +169,7 @@ def _device(value: Any) -> DeviceChoice:
         raise ValueError("is not a device: write an index, a UUID or a model, as in [0, GPU-1f3a, '*H200*']")
     if re.fullmatch("-?[0-9]+", text):
         if len(text) > 2 or not 0 <= int(text) < abi.DEVICES:
-            raise ValueError(f"{shown(text)} is not an index of a device: 0 to {abi.DEVICES - 1}")
+            raise ValueError(f"{shown(text)} is not an index of a device: write 0 to {abi.DEVICES - 1}")
         return DeviceChoice(text, index=int(text))
     if text.upper().startswith(("GPU-", "MIG-")):
         if not _UUID.fullmatch(text.lower()):

@@ -77,8 +77,11 @@ def _bytes(text: str, number: str, unit: str) -> int:
     if unit not in _UNITS:
         raise QuantityError(_decimal_hint(text, number, unit))
     value = float(number) * _UNITS[unit] if "." in number else int(number) * _UNITS[unit]
-    if not 1 <= value <= MOST_BYTES or value != int(value):
+    if not 1 <= value <= MOST_BYTES:
         raise QuantityError(f"{shown(text)} is not between 1 byte and 128 TiB")
+    if value != int(value):
+        near = max(int(value), GRANULE) >> 20
+        raise QuantityError(f"{shown(text)} is not a whole number of bytes: did you mean {near}MiB?")
     return int(value)
 
 

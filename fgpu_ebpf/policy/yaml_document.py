@@ -185,7 +185,8 @@ class _Reader:
             return _WORDS[text]
         if _INTEGER.fullmatch(text):
             if len(text) > 20 or abs(int(text)) > MOST_INTEGER:
-                raise self._fail(event, place, "a number beyond 2^63: write it smaller, or in quotes if it is text")
+                fix = "write a smaller one, or use quotes if it is text"
+                raise self._fail(event, place, f"the number is beyond 2^63: {fix}")
             return int(text)
         number = float(text) if _FLOAT.fullmatch(text) else None
         if number in (math.inf, -math.inf) or _NO_NUMBER.fullmatch(text):

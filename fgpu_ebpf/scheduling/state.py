@@ -116,7 +116,7 @@ class Place:
         )  # fmt: skip
 
     def virtual_ns(self) -> int:
-        """Return the virtual time that orders the tenant's turns: that of its unit, if it is inside one."""
+        """Return the virtual time that orders the tenant's turns: its outermost unit's, or its own outside of units."""
         return self.above[-1].virtual_ns(self.seen.devices) if self.above else self.account.virtual_ns
 
     def begins(self) -> int:
@@ -126,7 +126,7 @@ class Place:
         return self.virtual_ns()
 
     def change(self, above: tuple[Unit, ...], now_ns: int) -> bool:
-        """Set the units around the tenant, and return whether the innermost unit has changed.
+        """Set the units around the tenant, and return whether the outermost unit has changed.
 
         The virtual time then restarts, because the virtual times of two units cannot be compared.
         """

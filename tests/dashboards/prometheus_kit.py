@@ -78,7 +78,7 @@ def exporting(text: str) -> Iterator[str]:
 
 @contextlib.contextmanager
 def scraping(address: str, work: Path, other: str) -> Iterator[Prometheus]:
-    """Run Prometheus after it has scraped the agent's address once. `other` is an address of another job."""
+    """Run Prometheus, and yield it after it has scraped `address`. `other`: the address of a second job."""
     target = {"targets": [address], "labels": {"cluster": CLUSTER}}
     config = {
         "global": {"scrape_interval": "1s", "evaluation_interval": "1s"},

@@ -74,7 +74,7 @@ def no_bcc(work: Path) -> Host:
 
 
 def wrong_bcc(work: Path) -> Host:
-    """Install the PyPI project of the same name, which is about lattices in crystallography."""
+    """Make an environment with another package named bcc, like the PyPI project bcc, which is not about BPF."""
     python = empty_environment(work)
     package = next((work / "venv/lib").glob("python3*")) / "site-packages/bcc"
     package.mkdir()

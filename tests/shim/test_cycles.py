@@ -1,4 +1,4 @@
-"""The shim's files use no symbols of each other in a cycle, and follow the order of folders in the Makefile."""
+"""The shim's files do not depend on each other in a cycle, and use no folders further right in LAYERS."""
 
 from __future__ import annotations
 

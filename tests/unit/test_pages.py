@@ -1,4 +1,4 @@
-"""Tests of control and status pages: which processes can write them, what a reader gets, and that nothing is left."""
+"""Tests of control and status pages: which processes can write them, what a reader gets, and what close() leaves."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ def answer(_: socket.socket, line: bytes) -> bytes:
 
 
 class Host:
-    """A loop with peers at a socket."""
+    """An event loop with a LineServer at a socket. call() connects a peer, and turn() runs the loop."""
 
     def __init__(self, folder: Path) -> None:
         self.path = str(folder / "sock")

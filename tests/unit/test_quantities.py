@@ -45,6 +45,7 @@ def test_valid_quantities_are_parsed(text, bytes_):
         ("1e9", "not a memory size"),
         ("0", "between 1 byte and 128 TiB"),
         ("0.3B", "between 1 byte and 128 TiB"),
+        ("1.7GiB", "'1.7GiB' is not a whole number of bytes: did you mean 1740MiB?"),
         ("9999999TiB", "between 1 byte and 128 TiB"),
     ],
 )

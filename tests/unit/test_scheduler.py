@@ -383,7 +383,10 @@ def test_long_kernels_are_accepted_from_the_second_one_on(kernel_ms, other_ms):
 
 @pytest.mark.parametrize("kernel_ms", [50, 400])
 def test_long_kernels_are_accepted_again_after_a_stop(kernel_ms):
-    """The tenant's work in flight ended while the tenant was stopped. Afterwards each drain ends as reported."""
+    """A stopped tenant cannot report the end of its work, so its reports are then trusted for a shorter time.
+
+    Afterwards each drain ends as the tenant has reported, and its long kernels are accepted again.
+    """
     long, other = Tenant(1, kernel_ns=kernel_ms * MS), Tenant(2)
     it = World(long, other).run(2.0)
     while not (it.turns.places[1].turn and long.flights):
