@@ -78,7 +78,7 @@ def in_force_ms(parent: Path, count: int) -> float:
 
 
 def lines_of(name: str, took: list[float]) -> dict[str, tuple[float, str]]:
-    """Return the figures of these times: median, 99th percentile and maximum."""
+    """Return median, 99th percentile and maximum of `took` (milliseconds), by figure's name, each with its unit."""
     p99 = statistics.quantiles(took, n=100, method="inclusive")[98]
     found = {"p50": statistics.median(took), "p99": p99, "max": max(took)}
     return {f"{name}_in_force_{which}": (ms, "ms") for which, ms in found.items()}

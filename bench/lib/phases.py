@@ -158,7 +158,7 @@ FRAMEWORKS: dict[str, Callable[[], Phases]] = {f.__name__: f for f in (torch, cu
 
 
 def main() -> int:
-    """Run one phase for each line of stdin."""
+    """Run one phase for each line of stdin, and print its line of JSON. Return the exit code, always 0."""
     try:
         for _, (name, least) in zip(sys.stdin, FRAMEWORKS[sys.argv[1]](), strict=False):
             print(json.dumps({"phase": name, "least": least}), flush=True)

@@ -30,9 +30,9 @@ _HOST = re.compile(r"[A-Za-z0-9]([A-Za-z0-9.-]{0,251}[A-Za-z0-9])?")
 def _address(value: str) -> str:
     host, _, port = value.rpartition(":")
     if not re.fullmatch("[0-9]{1,5}", port) or not 0 < int(port) < 65536:
-        raise ValueError(f"{shown(value)} has no port: write it as 127.0.0.1:9423")
+        raise ValueError(f"{shown(value)} has no valid port: write it as 127.0.0.1:9423")
     if not _HOST.fullmatch(host) and not _is_ipv6(host):
-        raise ValueError(f"{shown(value)} has no address: write it as 127.0.0.1:9423 or [::1]:9423")
+        raise ValueError(f"{shown(value)} has no valid address: write it as 127.0.0.1:9423 or [::1]:9423")
     return value
 
 
@@ -104,7 +104,9 @@ _Path = Annotated[str, AfterValidator(_absolute), Field(max_length=4096)]
 class ProfileDocument(Model):
     """A profile of `profiles:`."""
 
-    share: Annotated[str, AfterValidator(_profile_share)] = Field(description="Memory, then a ceiling of compute time.")
+    share: Annotated[str, AfterValidator(_profile_share)] = Field(
+        description="The share: memory, then a ceiling of compute time."
+    )
     count: Annotated[int, Field(ge=1, le=MOST_COUNT)] = absent("The number on each device; absent: as many as fit.")
     devices: Devices = absent("The devices: index, UUID or its beginning, or model; absent: every device.")
 

@@ -293,9 +293,10 @@ class Discovery:
         self._hidden = {pid for pid in self._hidden if procfs.has_memory(pid)}
 
     def _let_go(self, left: set[File], scanned: Scanned) -> None:
-        """Remove probes after a scan.
+        """Remove the probes of the files in `left` that the scan found in no process and in no process's root.
 
-        No file is kept for a process that the scan has left out, because such a process gets no answer to its hello.
+        The files that a process in `scanned.left_out` maps are not known, and lose their probes if no other process has
+        them. Such a process gets no answer to its hello.
         """
         left = (left & self._libraries.unmapped()) - scanned.used if scanned.is_whole else set()
         kept = self._roots.processes_inside(left, scanned.pids)

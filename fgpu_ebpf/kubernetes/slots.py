@@ -175,7 +175,7 @@ class Book:
         slots = [self._slot(share, id_) for id_ in ids]
         twice = [uuid for uuid, count in Counter(slot.uuid for slot in slots).items() if count > 1]
         if twice:
-            raise SlotError(f"one container cannot have two shares of one device ({twice[0]}): request a larger one")
+            raise SlotError(f"one container cannot have two shares of one device ({twice[0]}): request a larger share")
         return slots
 
     def _slot(self, share: str, id_: str) -> Slot:

@@ -2,9 +2,11 @@
 
 Runs in any thread of the agent and of the device plugin. The gatekeeper has its own log (`rate_limited_log`). Logging
 never blocks: a line that cannot be written at once is dropped, and the next line that can be written is preceded by the
-number of dropped lines. The amount is bounded: in ten seconds, each statement (for each tenant, if it names one) writes
-at most ten lines, and at most 256 statements write. Further lines are only counted. If writing fails, `dropped` grows,
-and the service continues.
+number of dropped lines. If writing fails, `dropped` grows, and the service continues.
+
+The number of lines is bounded. In ten seconds, each statement writes at most ten lines, and at most 256 statements
+write. A statement with the field `tenant` or `what` counts once for each value of the field. Further lines are only
+counted.
 
 A statement adds fields by `extra`: log.info("limit of %s on %s", size, path, extra={"tenant": name}).
 """

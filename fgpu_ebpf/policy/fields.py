@@ -174,7 +174,7 @@ def _device(value: Any) -> DeviceChoice:
     if text.upper().startswith(("GPU-", "MIG-")):
         if not _UUID.fullmatch(text.lower()):
             raise ValueError(
-                f"{shown(text)} is not the UUID of a whole device: write it as GPU-1f3a…, or its beginning"
+                f"{shown(text)} is not the UUID of a whole device: write a UUID (GPU-1f3a…) or its beginning"
             )
         return DeviceChoice(text, uuid=text.lower())
     return DeviceChoice(text, model=name_globs([text]))

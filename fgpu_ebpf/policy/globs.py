@@ -53,7 +53,7 @@ def _checked(text: str, forbidden: str) -> str:
         raise GlobError(f"a pattern has at most {MOST_CHARACTERS} characters")
     found = next((c for c in forbidden if c in text), None)
     if found:
-        raise GlobError(f"{found!r} is not supported in a pattern: use *, ** and ?, or several patterns")
+        raise GlobError(f"{found!r} is not supported in a pattern: use several patterns, with *, ** and ? only")
     return text
 
 

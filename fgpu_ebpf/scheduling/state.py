@@ -243,8 +243,9 @@ class Place:
         return left_ns <= LEAD_NS + MORE_NS
 
     def is_preempted(self) -> bool:
-        """Return whether the tenant's turn was preempted and the next tenant's turn has been granted. The turn drains
-        by the next pass of the scheduler, and the tenant then queues again.
+        """Return whether the tenant's turn was preempted and the next tenant's turn has been granted.
+
+        The tenant queues again at the next step of the time slicer. Its turn should have drained by then.
         """
         return self.turn is not None and self.turn.handed_ns > 0 and self.turn.cut
 

@@ -264,7 +264,7 @@ class Manager:
         tenant = self.set(path, {"share": share.name, "devices": devices})
         if devices and len(tenant.limits) < len(devices):
             self._forget(path, tenant.cgroup)
-            raise TargetError(f"policy {tenant.policy} does not give the container device {share.device}")
+            raise TargetError(f"policy {tenant.policy} does not permit device {share.device} for this container")
         return tenant
 
     def unset(self, path: str) -> bool:

@@ -34,7 +34,10 @@ class Call:
 
 @dataclass
 class Life:
-    """A process from its first call to its exit, or until it is in no managed cgroup."""
+    """The expected entry of a process in the ledger.
+
+    The entry exists from the process's first call until the process exits, or until it is in no managed cgroup.
+    """
 
     number: int = 0
     turn: int = 0

@@ -1,7 +1,8 @@
 """BPF programs and shim for arm64, which are compiled here and never run.
 
-They equal those for x86-64, except for the places of a function's arguments. This machine's kernel verifies the
-programs: the verifier is the same code on both, except for its description of the registers.
+The BPF programs equal those for x86-64, except for the places from which they read a function's arguments. This
+machine's kernel verifies them: the verifier of an arm64 kernel is the same code, except for its description of the
+registers.
 """
 
 from __future__ import annotations

@@ -75,7 +75,7 @@ def test_a_pinned_map_of_another_form_is_refused_and_kept(pins: Path, form: bpf.
 
 @pytest.mark.parametrize("entries", [1_048_576, 262_144])
 def test_programs_get_the_size_of_the_pinned_maps(pins: Path, entries: int) -> None:
-    """A map of an older version is shorter. It stays, because it contains the charges."""
+    """A map that an older version pinned may have fewer entries. It stays pinned, because it contains the charges."""
     forms = {
         "allocations": bpf.Form(1, 24, 56, entries, 1),
         "threads": bpf.Form(1, 8, 8, 23, 1),

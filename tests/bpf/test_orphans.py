@@ -128,7 +128,7 @@ def test_released_memory_can_be_allocated_by_other_processes(kernel, make_level,
 
 
 def test_no_orphan_is_released_from_a_recreated_level(kernel, make_level, make_client):
-    """Its cgroup is the same. The charges of the former page ended with that page."""
+    """The new level has the cgroup of the removed level. The charges of the former page ended with that page."""
     level, newcomer = make_level(1024 * MIB), make_level(1024 * MIB)
     one = make_client(level)
     one(f"alloc(0x1000, {8 * MIB})")

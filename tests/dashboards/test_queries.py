@@ -224,7 +224,7 @@ def test_amounts_of_the_usage_dashboard_agree_with_the_load(
 
 @pytest.mark.parametrize("name", ["cluster", "node"])
 def test_use_of_devices_equals_that_of_dcgm(prometheus: Prometheus, dashboards, name: str) -> None:
-    """Both identify a device by its UUID. Their other labels differ."""
+    """fgpu and DCGM both label a device with its UUID. Their other labels differ."""
     panels = {panel["title"]: panel for panel in dashboards[name]["panels"]}
     expected = {"GPU utilisation": 0.37, "Memory bandwidth utilisation": 0.11, "Power": 350.5, "Temperature": 61}
     for title, value in expected.items():

@@ -56,7 +56,7 @@ PATHS = {
 
 
 class Timed(Held):
-    """A tenant with a share of the device's time as well."""
+    """A tenant with a memory limit and a share of the device's time."""
 
     def check(self, lost: int = -1) -> None:
         """Check that the tenant keeps its share."""

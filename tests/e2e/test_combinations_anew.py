@@ -133,7 +133,7 @@ def assert_older(name: str, one: Held) -> None:
 
 
 def other_layout(host: Host) -> None:
-    """Change to the next layout after SIGTERM, and back to this one, which is then the older one, after SIGKILL."""
+    """Upgrade to the next layout after SIGTERM of the agent. Downgrade to this layout after SIGKILL."""
     this, newer = host.versions
     change(host.service, this, host.store, signal.SIGTERM)
     with host.preloading(host.store / "current/libfgpu.so"):

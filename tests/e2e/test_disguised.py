@@ -120,7 +120,7 @@ def renamed(folder: Path) -> str:
 
 
 def renamed_within(folder: Path) -> str:
-    """Rename the library, and its soname (not libcuda) as well."""
+    """Rename the library's file, and change its soname from libcuda.so.1 to another name."""
     other = DRIVER.read_bytes().replace(b"\0libcuda.so.1\0", b"\0libother.so1\0")
     assert other != DRIVER.read_bytes()
     (folder / "x.so").write_bytes(other)

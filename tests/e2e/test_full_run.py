@@ -79,7 +79,7 @@ def group(service: Service, unharmed: None) -> Iterator[Path]:
 
 
 def limit_of(path: str) -> int | None:
-    """Return the limit in bytes on the first device, or None if the cgroup is no tenant."""
+    """Return the limit in bytes on the first device, or None if the cgroup is not a tenant."""
     found = [tenant for tenant in ask(verb="snapshot")["tenants"] if tenant["path"] == path]
     return int(found[0]["devices"][0]["limit_bytes"]) if found else None
 

@@ -102,7 +102,7 @@ def started(place: Layered, made: Made, with_own: bool) -> Tenant:
 
 
 def removed(place: Layered, tenant: Tenant) -> float:
-    """Delete a container. Return the seconds until its root could be unmounted, as an engine does."""
+    """Delete a container and unmount its root, as an engine does. Return the seconds until the unmount succeeded."""
     tenant.end()
     place.tenants.remove(tenant)
     root, begun = place.root(tenant), time.monotonic()

@@ -68,7 +68,7 @@ def test_a_call_that_is_left_by_longjmp_stays_charged_until_nvml_shows_nothing(t
 
 @pytest.mark.places("host", "runc")
 def test_zombies_hold_no_memory(tenant) -> None:
-    """This includes zombies whose first threads exited long before."""
+    """The first thread of every second zombie exited long before the other threads."""
     one = tenant(8 * GIB)
     parent = one.client()
     before = set(one.pids())
@@ -185,7 +185,7 @@ def test_memory_of_an_exited_exporter_is_charged_to_the_importer(tenant, export,
 @pytest.mark.places("host")
 @pytest.mark.parametrize("export", [export_pointer, export_handle])
 def test_an_importer_is_not_reported_as_a_bypass(tenant, export) -> None:
-    """Its row in NVML may exceed a program's code and data, because it includes memory of exited exporters."""
+    """The importer's row in NVML includes memory of exited exporters, so it may exceed a program's code and data."""
     one = tenant(6 * GIB)
     importer = one.client()
     importer.ok("context")

@@ -87,7 +87,7 @@ def test_a_policy_bounds_the_request_of_a_share(bundles: kit.Bundles, policy: No
 
 @pytest.mark.parametrize("wrapped", [False, True], ids=["CDI", "fgpu-oci"])
 def test_a_program_of_nix_is_limited_by_a_share(bundles: kit.Bundles, tmp_path: Path, wrapped: bool) -> None:
-    """Its loader reads /etc/ld-nix.so.preload. The loader is the host's, changed as nixpkgs' patch changes glibc."""
+    """The program's loader is a copy of the host's that reads /etc/ld-nix.so.preload, like a loader that Nix built."""
     loader, client = Path("/", loaders.NIX_GLIBC), Path("/nix/store/client")
     loaders.client_of(loaders.of_nix(tmp_path / loaders.NIX_GLIBC), tmp_path / "nix/store/client", loaded_as=loader)
     bundles.mounts = [{"destination": "/nix", "type": "bind", "source": f"{tmp_path}/nix", "options": ["rbind", "ro"]}]

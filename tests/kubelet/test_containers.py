@@ -148,7 +148,7 @@ def test_only_equal_shares_of_different_devices_that_a_policy_gives_can_be_combi
     with engines.policy(service, "pods.yaml", POLICY) if by_policy else contextlib.nullcontext():
         if by_policy:
             assert_only(pods.pod(names=[f"fgpu.dev/share={name}"]), {0: GIB})
-            said = f"policy first does not give the container device {device}"
+            said = f"policy first does not permit device {device} for this container"
         with pytest.raises(AssertionError) as caught:
             pods.pod(names=[f"fgpu.dev/share={share}:{device}", f"fgpu.dev/share={name}"])
         assert said in str(caught.value) or pods._runtime == "crun", caught.value

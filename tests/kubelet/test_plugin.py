@@ -160,7 +160,7 @@ def test_invalid_requests_are_refused(kubelet: kit.Kubelet, plugin: kit.Plugin, 
     code, text = refusal(lambda: one.allocate(*one.ids[:2]))
     assert (code, text) == (
         wrong,
-        f"one container cannot have two shares of one device ({uuids[0]}): request a larger one",
+        f"one container cannot have two shares of one device ({uuids[0]}): request a larger share",
     )
     raw = one.channel.unary_unary("/v1beta1.DevicePlugin/Allocate")
     assert refusal(lambda: raw(b"\xff" * 9, timeout=10)) == (wrong, "not a valid AllocateRequest")

@@ -425,7 +425,7 @@ need("cuCtxDestroy_v2", d); out("ended"); line()"""
 def test_work_of_a_destroyed_green_context_drains_without_calls_in_that_context(
     simulator: Simulator, budget: int
 ) -> None:
-    """Its work drains like all other work, and the shim makes no call in a context that has ended."""
+    """The context's work drains like all other work, and the shim makes no call in a context that has ended."""
     agent = simulator.agent
     unlock(agent, 1, budget=budget)
     script = """

@@ -15,7 +15,7 @@ f = function(load(MALLOC), "mal")
 
 
 def test_the_heap_is_requested_at_the_first_launch(simulator: Simulator) -> None:
-    """It is requested once, with the limit at that moment, and not for code without malloc."""
+    """The heap is requested once, with the limit at that moment, and only for code with malloc."""
     script = """
 out(heap(100 * MiB), heap(32 * MiB + 1), launch(of(100)), launch(f), launch(f), heap(64 * MiB))
 need("cuDevicePrimaryCtxReset_v2", 0); out(1)

@@ -28,7 +28,10 @@ start()
 
 @pytest.mark.parametrize("end", LAST_ENDS)
 def test_pools_and_mapped_memory_survive_the_last_context(machine: Machine, end: str) -> None:
-    """They stay on the device, in no row until there is a context again. Plain and managed memory is freed."""
+    """Pools and mapped memory stay on the device, in no row until there is a context again.
+
+    Plain and managed memory is freed.
+    """
     script = f"""
 p = alloc(10 << 20); managed = C.c_uint64(); need("cuMemAllocManaged", C.byref(managed), C.c_size_t(1 << 20), 1)
 h = create(6 << 20, 0); mapped(h, 6 << 20); pooled = streamed(40 << 20); say('holding'); ask()

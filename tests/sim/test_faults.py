@@ -267,7 +267,7 @@ def test_an_xid_of_an_absent_device_is_refused(machine: Machine) -> None:
 
 
 def test_a_client_with_an_ecc_error_keeps_its_memory_and_gets_no_more(machine: Machine) -> None:
-    """Its next allocation returns CUDA_ERROR_ECC_UNCORRECTABLE (214). A later client gets memory."""
+    """The client's next allocation returns CUDA_ERROR_ECC_UNCORRECTABLE (214). A later client gets memory."""
     ask = "L.cuMemAlloc_v2(C.byref(C.c_uint64()), C.c_size_t(5 << 20))"
     script = f"import sys; start(); alloc(5 << 20); say(); sys.stdin.readline(); say({ask}); wait()"
     with machine.spawn(script) as client:

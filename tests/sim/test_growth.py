@@ -211,7 +211,7 @@ three = graph(1000); say(taken())
 
 
 def test_page_tables_of_registered_host_memory_are_in_no_process_s_row_of_nvml(machine: Machine) -> None:
-    """They occupy 2 MiB of the device for each GiB, until the memory is unregistered or the context ends."""
+    """The page tables occupy 2 MiB of the device for each GiB, until the memory is unregistered or the context ends."""
     script = """
 import mmap
 maps = [mmap.mmap(-1, 1 << 30) for _ in range(3)]

@@ -113,7 +113,7 @@ def test_one_row_shows_the_memory_of_both_connections_of_a_process(machine: Mach
 
 
 def test_requests_on_the_connection_of_an_ended_process_are_not_read(machine: Machine) -> None:
-    """Another process sends these requests."""
+    """The requests come from a child that has inherited the connection."""
     message = request(TAKE, kind=BLOCK, context=1, size=50 * MIB).hex()
     child = f"""
 import select

@@ -114,7 +114,7 @@ def test_processes_share_chunks(machine: Machine) -> None:
 
 @pytest.mark.parametrize("end", ['need("cuDevicePrimaryCtxReset_v2", 0)', 'need("cuDevicePrimaryCtxRelease_v2", 0)'])
 def test_the_end_of_the_context_frees_managed_memory(make_machine: Callable[..., Machine], end: str) -> None:
-    """It is freed on each device that has a part of it."""
+    """The memory is freed on each device that has a part of it."""
     machine = make_machine(FGPU_SIM_GPUS="2")
     script = f"at = managed(200); say(touch(at, 0, 10), bring(at, 200, 1)); wait(); {end}; say('ended'); wait()"
     with machine.spawn(MANAGED + script) as client:

@@ -317,7 +317,7 @@ def keep_dead(server: Server) -> socket.socket:
 
 
 def test_the_number_of_connections_of_ended_processes_is_bounded(server: Server) -> None:
-    """Their slots are used for as long as the connections are kept, and not longer."""
+    """A connection uses a slot of the server until it is closed."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, 4096), hard))
     kept = [keep_dead(server) for _ in range(1024)]

@@ -226,7 +226,7 @@ say(ask(None, p, C.c_size_t(4096), 1, C.c_uint64(0)), ask(C.byref(fd), p, C.c_si
 
 
 def test_two_processes_share_the_memory_of_a_pool(machine: Machine, clients: list[Popen[str]]) -> None:
-    """Both read the same contents.
+    """Both processes read the same contents.
 
     While the other process has the pool, freed memory stays allocated, in no row, and is reused.
     """

@@ -40,7 +40,7 @@ need("cuIpcCloseMemHandle", p); say(get(p, 6)); need("cuIpcCloseMemHandle", p); 
     "end", ["need('cuMemFree_v2', p)", "os._exit(0)", "need('cuDevicePrimaryCtxReset_v2', 0)", "os.closerange(3, 999)"]
 )
 def test_shared_memory_stays_for_the_importer_when_its_creator_frees_it_or_ends(machine: Machine, end: str) -> None:
-    """It is in the creator's row while the creator has it, then in the other's. It is freed when neither has it."""
+    """The memory is in the row of its creator, then of its importer. It is freed when neither has it any longer."""
     owner = f"start(); p = alloc(100 << 20); put(p, b'kept'); say(export(p)); ask(); {end}; say('done'); ask()"
     guest = (
         "start(); result, p = opened(ask()); say(result); ask(); say(get(p, 4)); need('cuIpcCloseMemHandle', p)\nask()"
@@ -141,7 +141,7 @@ p = mapped(h, 6 << 20); say(one, two, h.value != i.value, get(p, 6)); put(p, b"a
 
 
 def test_an_open_descriptor_keeps_released_memory_allocated(machine: Machine) -> None:
-    """It is in no process's row until all descriptors are closed. Then it is free, or in the row of its importer."""
+    """The memory is in no row until all descriptors are closed. Then it is free, or in its importer's row."""
     script = """
 start(); h = create(6 << 20); fd = descriptor(h); other = os.dup(fd); need("cuMemRelease", h); say("held"); ask()
 os.close(fd); result, h = imported(other); os.close(other); say(result); ask()

@@ -63,7 +63,7 @@ IN_A_WORLD = (sys.executable, "-m", "tests.world")
 
 
 def run_on_devices(file: str, number: int = 2, memory: str = "16GiB", seconds: float = 170) -> None:
-    """Run the tests of a file in their own world, with a driver of this many devices of that size and an agent.
+    """Run the tests of a file in a separate world with an agent and `number` simulated devices of `memory` each.
 
     Fail if a test fails, or if the tests take longer than `seconds`.
     """

@@ -21,7 +21,7 @@ from tests.unit.policy_kit import GIB, Gpu, policies
 
 
 class Ledger:
-    """A ledger with the calls that take_up() makes, in addition to those of an enforcer."""
+    """A ledger with the methods that take_up() calls. `books` has the methods that an enforcer calls."""
 
     def __init__(self, books):
         self.books = books
