@@ -24,7 +24,7 @@ _CRI = {1: "cri", 2: "io.containerd.grpc.v1.cri", 3: "io.containerd.cri.v1.runti
 
 
 class SetupError(Exception):
-    """Nothing was changed. The text has the reason and the fix."""
+    """Nothing was changed. The text has the reason and, if there is one, the fix."""
 
 
 @dataclass(frozen=True, slots=True)
