@@ -2,8 +2,8 @@
 
 No engine, hook or command announces the cgroup to the agent. A policy selects it by its path, and the agent discovers
 it. Each time is measured from mkdir(2) to the limit on the usage page, on a host with 200 other tenants: for a single
-cgroup (`alone`, --rounds times), and for the last of 50 cgroups that are made at once (`burst`). Prints `in_force`:
-median, 99th percentile and maximum.
+cgroup (`alone`, --rounds times), and for the last of 50 cgroups that are made in immediate succession (`burst`).
+Prints `in_force`: median, 99th percentile and maximum.
 
 Then 20 programs each start immediately in a new cgroup, and allocate until they are refused. Prints
 `first_program_beyond`, the bytes beyond the limit, and `first_program_unwitnessed`. Writes build/bench/discovery.json.
@@ -100,7 +100,7 @@ def first_program(parent: Path, number: int, environment: dict[str, str]) -> tup
 
 
 def measure(parent: Path, rounds: int, driver_root: str) -> dict[str, tuple[float, str]]:
-    """Measure everything, while LIVE other tenants exist."""
+    """Return all figures by name, each with its unit, measured while LIVE other tenants exist."""
     for number in range(LIVE):
         (parent / f"old-{number}").mkdir()
     until(lambda: len(ask(verb="snapshot")["tenants"]) >= LIVE, "the other tenants exist")

@@ -1,7 +1,7 @@
 """Measure how long a change of a limit takes until a running program has it.
 
 Prints `live_HOW_WHAT_pNN VALUE ms` for --changes of each kind, and writes build/bench/live.json. Exits with 1 if a bar
-is missed. Starts and stops the agent. HOW is the way of the change:
+is missed. Starts and stops the agent. HOW is the method of the change:
 
     typed     `fgpu set`, measured from before the start of its process
     request   the request of `fgpu set` on the control socket
@@ -103,13 +103,16 @@ def watched(program: Program, change: Change, mib: int) -> tuple[float, float]:
 
 
 def measure(program: Program, change: Change, changes: int, only: int = 0) -> dict[str, float]:
-    """Make changes to HIGH and LOW in turn, and return the percentiles of their times.
+    """Make changes to HIGH and LOW in turn, and return the median and the 99th percentile of their times.
 
     Args:
         program: the running program.
-        change: the way of the change.
-        changes: the least number of measured changes.
+        change: the method of Host that makes the change.
+        changes: the minimum number of measured changes.
         only: measure only changes to this limit, in MiB; 0: all.
+
+    Returns:
+        Milliseconds, by `live_HOW_WHAT_pNN`.
     """
     times: list[tuple[float, float]] = []
     while len(times) < changes:
@@ -124,7 +127,7 @@ def measure(program: Program, change: Change, changes: int, only: int = 0) -> di
 
 
 def run(policies: Path, changes: int) -> dict[str, float]:
-    """Measure all ways. Limits set by hand are measured first, because they have precedence over the policy."""
+    """Measure all methods of Host. Limits set by hand are measured first: they have precedence over the policy."""
     host = Host(policies)
     with ending() as programs:
         programs.append(Program([str(ROOT / "build/bench/live")], LOW * MIB, NAME))

@@ -109,7 +109,7 @@ class Run:
         return ""
 
     def check(self, contexts: int) -> None:
-        """Check everything. Raises BenchError if there is still an error after SETTLED_SECONDS."""
+        """Call wrong() until there is no error. Raises BenchError: there is still one after SETTLED_SECONDS."""
         self.checks += 1
         self.settled = max(self.settled, _until_right(lambda: self.wrong(contexts)))
 

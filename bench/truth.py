@@ -75,7 +75,7 @@ def _phases(program: Program) -> list[Phase] | str:
 
 
 def measure(names: list[str], given: argparse.Namespace) -> dict[str, list[Phase] | str]:
-    """Run all programs at once. Return the phases or the error of each."""
+    """Run all programs at the same time. Return the phases or the error of each, by its name."""
     script = str(ROOT / "bench/lib/phases.py")
     options = ["--driver-root", given.driver_root, "--shim", str(given.shim)]
     with agent(options), ending() as programs, ThreadPoolExecutor(len(names)) as threads:

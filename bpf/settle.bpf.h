@@ -18,8 +18,8 @@ static void lower_parts(struct fgpu_process *p, u32 device, u64 bytes, int handl
     if (exported) subtract(handle ? &has->exported_vmm : &has->exported, bytes);
 }
 
-/* Add a charge to the overhead, which NVML corrects: no probe has reported the end of the memory. `kept` bytes are left
- * out, because the entry keeps them. If other processes may have the memory open, orphan all bytes instead. */
+/* Add a charge to the overhead, which reconcile corrects: no probe has reported the end of the memory. `kept` bytes are
+ * left out, because the entry keeps them. If other processes may have the memory open, orphan all bytes instead. */
 static void leave_stale(struct fgpu_process *p, u32 tgid, struct fgpu_allocation *old, u64 kept)
 {
     lower_parts(p, old->device, old->exported ? old->bytes : 0, 0, 0, old->exported);
@@ -39,7 +39,7 @@ static u64 least_of(struct fgpu_allocation *old, struct fgpu_allocation *new)
 
 /* Keep one of two charges under one key. Either a free was not seen, or the key that a call returned is forged. A
  * tenant gains nothing by forging it: nothing is released here, and no free of this key releases more than the driver
- * frees. The rest has no entry: managed memory and handles stay charged until the process exits; NVML corrects all
+ * frees. The rest has no entry: managed memory and handles stay charged until the process exits; reconcile corrects all
  * other memory. */
 static void keep_one(struct fgpu_process *p, struct fgpu_allocation_key *key, struct fgpu_allocation *old,
                      struct fgpu_allocation *new)
@@ -123,7 +123,7 @@ static u64 end_primary(struct fgpu_process *p, u32 device, struct outcome *out)
     return end_context(p, device, out);
 }
 
-/* A context was created. Its bytes are overhead: NVML corrects them. */
+/* A context was created. Its bytes are overhead: reconcile corrects them. */
 static void begin_context(struct fgpu_process *p, struct fgpu_call *f)
 {
     u32 device = f->device & DEVICE_MASK;

@@ -65,9 +65,9 @@ static void hold_handle(struct fgpu_process *p, u32 tgid, u64 handle)
 
 /* The return of a call was not seen: its thread has exited, or has left the call by longjmp or for another call. The
  * driver may have completed it. So its bytes stay charged. Managed memory and handles, which NVML may not show, stay
- * charged until the process exits; other memory becomes overhead, which NVML corrects. If the call may have created a
- * context, another context does not count as the last. A mapping keeps its handle. After an export, memory that is
- * freed later counts as possibly open elsewhere. */
+ * charged until the process exits; other memory becomes overhead, which reconcile corrects. If the call may have
+ * created a context, another context does not count as the last. A mapping keeps its handle. After an export, memory
+ * that is freed later counts as possibly open elsewhere. */
 static void give_up(struct fgpu_process *p, u32 tgid, struct fgpu_call *f)
 {
     switch (f->function) {

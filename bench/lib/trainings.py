@@ -108,7 +108,7 @@ def _parts(alone: dict[str, dict[str, float]], together: dict[str, dict[str, flo
 
 
 def _together(programs: dict[str, Program], seconds: float, **what: str) -> dict[str, dict[str, float]]:
-    """Run programs at once, and return their answers by name. `what`: the work of each program, by its name."""
+    """Run programs together, and return their answers by name. `what`: the work of each program, by its name."""
     said = _run(seconds, *((programs[name], work) for name, work in what.items()))
     return dict(zip(what, said, strict=True))
 
@@ -152,7 +152,7 @@ def unfilled(bench: Bench) -> None:
 
 
 def _beside(programs: dict[str, Program], seconds: float, rounds: int, **what: str) -> dict[str, list[float]]:
-    """Run programs at once and each alone, in turn, because speeds alone vary with time.
+    """Run programs together and each alone, in turn, because the speed of a program that runs alone varies with time.
 
     Returns:
         For each name in `what` the medians of two figures: its steps in percent of those alone, and the percentage by

@@ -19,7 +19,7 @@ NONE = ": only `fgpu run`, `fgpu set` and shares limit anything"
 FULL_PARTS = 0.75  # the threshold of the alert FgpuTableFilling
 FULL = (
     "a full table refuses new programs: find the workload in `fgpu events` or `fgpu explain TARGET`, "
-    "and lower its bound under bounds: in agent.yaml"
+    "and lower its bound under `bounds:` in agent.yaml"
 )
 
 
@@ -73,7 +73,7 @@ def _shims(tenants: Sequence[Mapping[str, Any]]) -> Check:
     named += [f"loader {loader}" for loader in filter(None, loaders)][:5]
     reasons = [why for why in bypass_reason.Reason if any(why in t["shimless"] for t in tenants_without)]
     words = [f"{why}: {why.words}" for why in reasons]
-    fix = "; ".join([*words, "run `fgpu explain TARGET`, or set onBypass: kill in the policy"])
+    fix = "; ".join([*words, "run `fgpu explain TARGET`, or set `onBypass: kill` in the policy"])
     return Check("shim", False, ", ".join(named), fix)
 
 

@@ -24,7 +24,7 @@ _CRI = {1: "cri", 2: "io.containerd.grpc.v1.cri", 3: "io.containerd.cri.v1.runti
 
 
 class SetupError(Exception):
-    """Nothing was changed. The text has the reason and the fix."""
+    """Nothing was changed. The text has the reason and, if there is one, the fix."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,7 +170,8 @@ def containerd_after(of: Settings) -> Wanted:
     wanted = {**runtime.get("options", {}), "BinaryName": str(link)}
     found = _toml(after, of.file).get("plugins", {}).get(plugin, {})["containerd"]["runtimes"][name]["options"]
     if found != wanted or _toml(containerd_without(after), of.file) != _toml(text, of.file):
-        raise SetupError(f"config.toml has an unsupported form: set {_name(table)}.options by hand")
+        where = f"[{_name(table)}.options]"
+        raise SetupError(f"config.toml has an unsupported form: write BinaryName on a line of its own below {where}")
     return Wanted(after, links)
 
 

@@ -32,7 +32,7 @@ _PART = re.compile(r'^#include "(\w+\.bpf\.h)"$', re.MULTILINE)
 
 
 class CompileError(Exception):
-    """The programs cannot be compiled. The text names the fix."""
+    """The programs cannot be compiled. The text has the reason and, if there is one, the fix."""
 
 
 def import_bcc() -> ModuleType:

@@ -30,7 +30,7 @@ _INSTRUCTION, _NUMBER = struct.Struct("<HhI"), struct.Struct("<I")
 
 
 class ProgramError(Exception):
-    """The BPF programs cannot be loaded. The text names the fix."""
+    """The BPF programs cannot be loaded. The text has the reason and, if there is one, the fix."""
 
 
 @dataclass(frozen=True)
@@ -99,8 +99,8 @@ def _check(path: Path, found: bpf.Form, wanted: bpf.Form) -> None:
     known = wanted._replace(max_entries=SHORTER.get(path.name, wanted.max_entries))
     if found not in (wanted, known):
         raise ProgramError(
-            f"{path} is of another version of fgpu ({tuple(found)}, not {tuple(wanted)}): its limits stay in force; "
-            "start that version again, or remove them with `fgpu detach`"
+            f"{path} is of another version of fgpu (type, sizes and flags {tuple(found)}, not {tuple(wanted)}): its "
+            "limits stay in force; start that version again, or remove them with `fgpu detach`"
         )
 
 

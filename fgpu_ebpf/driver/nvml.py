@@ -1,8 +1,8 @@
 """NVIDIA's management library: the devices, and the memory of each process on them.
 
 Runs in the agent's reconcile thread, in its main thread at its start and for arrived(), and in `fgpu doctor`. Only this
-module and `nvml_process_rows` use pynvml. A number that NVML does not report is None. DriverError: there is no driver;
-the text names the fix.
+module and `nvml_process_rows` use pynvml. A number that NVML does not report is None. DriverError: no driver responds,
+or the driver lists no device.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ log = logging.getLogger("fgpu.agent")
 
 
 class DriverError(Exception):
-    """There is no NVIDIA driver, or it does not respond. The text names the fix."""
+    """No NVIDIA driver responds, or it lists no device. The text has the reason and, if there is one, the fix."""
 
 
 @dataclass(frozen=True, slots=True)

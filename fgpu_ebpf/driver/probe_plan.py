@@ -59,7 +59,7 @@ _ALL = (*SHIM, *REQUIRED, *OPTIONAL, MARK)
 
 
 class ProbeError(Exception):
-    """A file cannot be probed. The text names the fix."""
+    """A file cannot be probed. The text has the reason and, if there is one, the fix."""
 
 
 def symbol_offsets(path: str, names: Iterable[str]) -> dict[str, int]:

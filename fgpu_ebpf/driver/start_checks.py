@@ -12,7 +12,7 @@ from fgpu_ebpf.driver import programs, uretprobe_check
 
 
 class AgentError(Exception):
-    """Enforcement is not possible. The text has the reason and the fix."""
+    """Enforcement is not possible. The text has the reason and, if there is one, the fix."""
 
 
 def package_file(*names: str) -> Path:

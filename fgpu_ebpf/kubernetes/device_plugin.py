@@ -81,7 +81,7 @@ def check(run_dir: Path, folder: Path = FOLDER) -> Check | None:
     if not (folder / KUBELET).exists() or not (host.shares or host.fault):
         return None
     if host.fault:
-        return Check("device plugin", False, host.fault, "edit profiles: in agent.yaml, then restart the agent")
+        return Check("device plugin", False, host.fault, "edit `profiles:` in agent.yaml, then restart the agent")
     silent = [share for share in host.shares if not _accepts(place(folder, share))]
     if silent:
         fix = "start fgpu device-plugin next to every kubelet; if it does not start, the plugin's log has the reason"

@@ -41,7 +41,10 @@ def warnings(policy: Policy) -> Iterator[str]:
 
 
 def _may_be_unit(text: str) -> bool:
-    """Return whether a pattern can match the name of a service or scope, by its text after the last wildcard."""
+    """Return whether a pattern can match the name of a service or scope.
+
+    The pattern must have no slash, and the pattern's end after the last wildcard must fit a suffix of such names.
+    """
     end = re.split(r"[*?]", text)[-1]
     return "/" not in text and any(end.endswith(suffix) or suffix.endswith(end) for suffix in UNIT_SUFFIXES)
 

@@ -139,7 +139,9 @@ class Spec(Model):
     devices: Devices = absent(
         "Indices, UUIDs or their beginnings, models; without it every device.", [0], "GPU-1f3a", "*H200*"
     )
-    memory: Memory = absent("The limit of memory; without it there is none, and the workload is only counted.")
+    memory: Memory = absent(
+        "The limit of memory; without this field, the workload has no limit and its memory is only counted."
+    )
     compute: Compute = absent("The share of time; without it the workload takes no turns.")
     on_bypass: Literal["report", "kill"] = Field(
         "report",

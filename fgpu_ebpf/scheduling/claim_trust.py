@@ -43,7 +43,12 @@ class Standing:
         return min(most_ns, BUDGET_NS << doublings)
 
     def lower(self, now_ns: int, is_much: bool) -> None:
-        """Lower the bound to BUDGET_NS after a wait in vain. `is_much`: the bound also doubles more slowly then."""
+        """Lower the bound to BUDGET_NS after a wait in vain.
+
+        If the wait was longer than MUCH_NS (`is_much`), each doubling of the bound from now on takes twice as long as
+        before, at most MOST_PACE_NS. A doubling takes PACE_NS after the first such wait, and after FORGET_NS without a
+        wait in vain.
+        """
         if is_much:
             is_new = not self.pace_ns or now_ns - self.lowered_ns > FORGET_NS
             self.pace_ns = PACE_NS if is_new else min(MOST_PACE_NS, 2 * self.pace_ns)

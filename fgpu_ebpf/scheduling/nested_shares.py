@@ -78,9 +78,9 @@ class Unit:
         return self._owned_ns.get(device, self._first_owned_ns)
 
     def lifted(self, devices: Iterable[int], until_ns: int) -> None:
-        """Record that the floor has lifted a tenant inside.
+        """Record the end of a turn that the floor (`fair_queue.Floor`) gave to a tenant inside.
 
-        If a tenant inside waits for the floor, its waiting counts from `until_ns` on.
+        Time for which any tenant inside waits for the floor counts only from `until_ns` on.
         """
         for device in devices:
             self._unlifted_ns[device] = max(until_ns, self._unlifted_ns.get(device, 0))

@@ -116,11 +116,11 @@ class Enforcer:
         self._tree.replace(replace(before, workload=tenant.workload, notes=tenant.notes))
 
     def put(self, tenants: Iterable[Tenant]) -> None:
-        """Put limits in force, also for processes that already run. If an error is raised, nothing has changed.
+        """Put limits in force, also for processes that already run.
 
         Raises:
-            RoomError: a limit set by hand does not fit, or the kernel has no free slot for a level.
-            OSError: the kernel's maps are full.
+            RoomError: a limit set by hand does not fit, or no level can be added. Nothing has changed.
+            OSError: a map of the kernel is full. Some of the limits may be in force.
         """
         changed = [t for t in self.names.named(tenants) if self.get(t.cgroup) != t]
         for tenant in changed:

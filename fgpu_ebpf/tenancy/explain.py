@@ -193,7 +193,9 @@ def _stronger(levels: list[Tenant], manager: Manager, ledger: Ledger, is_shim: b
     if not levels:
         return ["no policy matches: write one, or use `fgpu set`"]
     found = [
-        f"{level.name} has mode: observe, which refuses nothing: set mode: enforce" for level in levels if level.observe
+        f"{level.name} has `mode: observe`, which refuses nothing: set `mode: enforce`"
+        for level in levels
+        if level.observe
     ]
     has_levels = {level.cgroup for level in levels}
     bypassing = [
@@ -211,7 +213,7 @@ def _stronger(levels: list[Tenant], manager: Manager, ledger: Ledger, is_shim: b
     if bypassing and has_levels:
         reasons = {pid: bypass_reason.reason(pid, is_shim) for pid in sorted(bypassing)[:5]}
         pids = ", ".join(f"{pid} ({_named(pid, reason)})" if reason else str(pid) for pid, reason in reasons.items())
-        kill = "" if any(level.kill for level in levels) else "; onBypass: kill would kill processes like these"
+        kill = "" if any(level.kill for level in levels) else "; `onBypass: kill` would kill processes like these"
         found.append(f"without the shim: pid {pids}: these processes are charged, not refused{kill}")
         found += [f"{reason}: {reason.words}" for reason in dict.fromkeys(filter(None, reasons.values()))]
     return found

@@ -211,7 +211,7 @@ class Manager:
     # -- by hand
 
     def set(self, path: str, asked: Mapping[str, Any], name: str = "", own: bool = False) -> Tenant:
-        """Set limits of a cgroup by hand. If an error is raised, nothing has changed.
+        """Set limits of a cgroup by hand. If TargetError or RoomError is raised, nothing has changed.
 
         Args:
             path: the cgroup.
@@ -222,7 +222,8 @@ class Manager:
         Raises:
             TargetError: the cgroup does not exist, or part of its kept limits would be lost.
             RoomError: the limit does not fit.
-            OSError: the override cannot be written to its file, or the kernel's maps are full.
+            OSError: the override cannot be written to its file, or a map of the kernel is full. In the second case, the
+                limit may be in force.
         """
         workload = self.workloads.identify(path)
         if workload is None:

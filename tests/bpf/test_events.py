@@ -145,7 +145,7 @@ def test_refusals_do_not_use_the_budget_of_bypasses(events, level, client):
 
 
 def test_an_unreported_bypass_is_reported_at_a_later_call(events, level, client):
-    """More processes call at once than a level may report in a second."""
+    """More processes call at the same time than a level may report in a second."""
     twice = "(alloc(0x1000, 4096), time.sleep(2.2), alloc(0x2000, 4096), os._exit(0))"
     wait_until(lambda: time.monotonic_ns() % (1 << 30) < 1 << 28)  # the kernel's second has just begun
     children = client(f"[os.fork() or {twice} for _ in range(25)]")

@@ -118,7 +118,7 @@ class Container:
         return {name: value.strip() for name, _, value in (line.partition(":") for line in lines)}
 
     def memory_peak_bytes(self) -> int:
-        """Return the peak of everything that has been in it, including the kernel's memory."""
+        """Return the peak memory of the container's cgroup, including the kernel's memory."""
         return int((self.node.memory / self.id / "memory.max_usage_in_bytes").read_text())
 
     def ended(self) -> int:

@@ -60,7 +60,7 @@ def release(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture
 def newcomer(driver: None, image: Path, release: str, tmp_path: Path) -> Iterator[fresh_host.Host]:
-    """Return a booted host with Docker, which has an image and no other task."""
+    """Return a booted host without fgpu. It runs Docker, which has one image and no container."""
     host = fresh_host.Host(tmp_path, release)
     try:
         host.mount()

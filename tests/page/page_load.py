@@ -98,7 +98,7 @@ def end(tenant: Tenant) -> None:
 
 @contextlib.contextmanager
 def applied(work: Path) -> Iterator[None]:
-    """Start everything, and return when the Snapshot shows it."""
+    """Start the tenants and programs of the load, and continue when the Snapshot shows them. They end afterwards."""
     with ExitStack() as closing:
         host = Host(work, closing)
         training = host.tenant("training", 48 * GIB, "--weight", "300")

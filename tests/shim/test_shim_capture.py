@@ -1,8 +1,8 @@
 """The shim's own driver calls break no capture, even in the strictest capture mode.
 
-Recorded results of a real driver show which calls are harmless there (tests/sim/conformance_h200.txt, section
-`asides`), and the simulated driver returns the same results. All other calls are made in relaxed mode, and none
-concerns a stream that captures.
+Recorded results of a real driver show which calls are harmless during a capture (tests/sim/conformance_h200.txt,
+sections `capture` and `asides`). The simulated driver returns the same results. All other calls are made in relaxed
+mode, and none of them concerns a stream that captures.
 """
 
 import re

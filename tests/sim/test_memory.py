@@ -200,7 +200,7 @@ say(wrong, base == info()[0])
 
 
 def test_many_clients_leave_no_leak(machine: Machine) -> None:
-    """The test runs 200 clients at once, then 500 short ones. Memory is freed, and the server does not grow."""
+    """200 clients run at the same time, then 500 short ones. Memory is freed, and the server does not grow."""
     forking = """
 children = []
 for _ in range(200):

@@ -1,7 +1,7 @@
 """The simulated driver under sanitizers: server, both libraries and nvidia-smi, with every conformance call.
 
-shim/test_shim_sanitizers.py runs threads that use all of it at once, and fuzz/test_fuzz.py sends arbitrary bytes to the
-server.
+shim/test_shim_sanitizers.py runs threads that use all of the driver at the same time, and fuzz/test_fuzz.py sends
+arbitrary bytes to the server.
 """
 
 from __future__ import annotations

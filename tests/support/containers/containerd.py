@@ -182,7 +182,7 @@ class Containerd(Place):
         """Prepare the engine before it reads its settings, `config.toml`."""
 
     def call(self, method: str, request: bytes) -> str:
-        """Call a function of RuntimeService. Return the id of the answer, if any."""
+        """Call a function of RuntimeService. Return the id of the new pod or container, or an empty text."""
         answer = self._channel.unary_unary(f"/runtime.v1.RuntimeService/{method}")(request, timeout=60)
         return answer[2 : 2 + answer[1]].decode() if answer else ""
 
