@@ -168,8 +168,12 @@ def containerd_after(of: Settings) -> Wanted:
     table = ("plugins", plugin, "containerd", "runtimes", name)
     after = _with_binary(text, table, runtime, f'BinaryName = "{link}"')
     wanted = {**runtime.get("options", {}), "BinaryName": str(link)}
-    found = _toml(after, of.file).get("plugins", {}).get(plugin, {})["containerd"]["runtimes"][name]["options"]
-    if found != wanted or _toml(containerd_without(after), of.file) != _toml(text, of.file):
+    try:
+        found = tomllib.loads(after)["plugins"][plugin]["containerd"]["runtimes"][name]["options"]
+        is_right = found == wanted and tomllib.loads(containerd_without(after)) == tomllib.loads(text)
+    except (tomllib.TOMLDecodeError, KeyError):  # the options are written in another form, for example in one line
+        is_right = False
+    if not is_right:
         where = f"[{_name(table)}.options]"
         raise SetupError(f"config.toml has an unsupported form: write BinaryName on a line of its own below {where}")
     return Wanted(after, links)

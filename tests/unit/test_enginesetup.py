@@ -345,6 +345,24 @@ def test_setup_of_containerd_changes_only_the_binary_name_of_runc(text, tmp_path
     assert {k: v for k, v in after.items() if k != "plugins"} == {k: v for k, v in before.items() if k != "plugins"}
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        "[{runc}]\noptions = {{ SystemdCgroup = true }}",
+        '[{runc}]\noptions.BinaryName = "/usr/bin/runc"',
+        '[{runc}.options]\n"BinaryName" = "/usr/bin/runc"',
+    ],
+)
+def test_options_of_containerd_in_an_unsupported_form_are_named_and_stay_unchanged(options, tmp_path, helper):
+    runc = "plugins.'io.containerd.cri.v1.runtime'.containerd.runtimes.runc"
+    text = f"version = 3\n{options.format(runc=runc)}\n"
+    tomllib.loads(text)
+    found = engine("containerd", tmp_path, text)
+    with pytest.raises(SetupError, match="unsupported form"):
+        set_up(found, helper, tmp_path / "x.json")
+    assert read(found) == text
+
+
 def drop_in(name: str, tmp_path: Path, **others: str) -> Engine:
     """Return an engine whose settings from fgpu are a drop-in file.
 
