@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+ARRIVAL_NS = 200_000  # within this time, an arriving thread has observed that nothing is in flight any more
+
 
 class Seen(NamedTuple):
     """The combined reports of a tenant's processes. `devices`: the devices on which the tenant has contexts. `drained`:
@@ -24,9 +26,12 @@ class Seen(NamedTuple):
     ended_ns: int = 0  # when the last work in flight was observed to end
     idle_ns: int = 0  # the time with nothing in flight, by the ends and launches reported since the last check
 
-    def waited_before_end(self) -> bool:
-        """Return whether a thread waits, and no launch was requested after the end of the work was observed."""
-        return self.waiting and self.wanted_ns <= self.ended_ns
+    def was_found_on_arrival(self, closing_ns: int) -> bool:
+        """Return whether the end of the work was observed by a thread that arrived at the closed gate after that end.
+
+        A thread that waits for its work reports the end, before it requests another launch.
+        """
+        return self.waiting and self.wanted_ns > closing_ns and 0 <= self.ended_ns - self.wanted_ns <= ARRIVAL_NS
 
 
 NOTHING = Seen(frozenset())

@@ -61,7 +61,7 @@ class Turn:
     handed_ns: int = 0  # the `begins_ns` of the next turn on some of these devices; 0: not handed over yet
     rested: bool = False  # the gates were closed because there was no work, while no tenant waited
     rest_ns: int = 0  # how long the tenant had been without work at the last check; 0: it had work
-    cut: bool = False  # the gates were closed although there was more work
+    cut: bool = False  # the gates were closed although the tenant has more work, or probably has
 
 
 @dataclass(slots=True)
@@ -83,7 +83,7 @@ class Place:
     pause_ns: int = 0
     pause_until_ns: int = 0
     cut: bool = False  # its last turn was cut, and the tenant was not checked after that
-    reports_ends: bool = True  # it reported the end of its work when gates were last closed because it seemed idle
+    reports_ends: bool = True  # it reported the last end of work that outlasted its estimate in a closing turn
     busy_ns: int = 0  # the time of its turns since it was last idle
     held_back: bool = False  # its limit delays it, and this was counted
     counts: Counts = field(default_factory=Counts)
@@ -254,10 +254,10 @@ class Place:
         self.counts.overruns += overrun
         self.late_ns = now_ns if overrun else 0
         self.trust.judge(overrun, self.seen.drained, bool(self.seen.devices), now_ns)
-        if turn.cut and self.seen.drained:  # the thread at the gate reports the end
-            return
-        self.reports_ends = self.seen.drained and not self.seen.waited_before_end()
-        turn.cut = self.reports_ends and self.seen.ended_ns > turn.closing_ns  # the tenant only seemed to be idle
+        if overrun or self.seen.was_found_on_arrival(turn.closing_ns):
+            self.reports_ends = False
+        elif not turn.cut and self.seen.ended_ns > turn.closing_ns:  # the tenant only seemed to be idle
+            self.reports_ends, turn.cut = True, self.thinks.are_short(self.share.quantum_ns)
 
     def meets_ns(self, turn: Turn) -> int:
         """Return when to check if CUDA kernels of a gang wait for kernels behind closed gates; 0: never."""

@@ -35,14 +35,22 @@ class ThinkTimes:
     def patience_ns(self, quantum_ns: int) -> int:
         """Return how long the owner keeps its turn without work."""
         if self._known[0] != quantum_ns:
-            self._known = quantum_ns, self._learned_ns(most_patience_ns(quantum_ns))
+            self._known = quantum_ns, self._learned_ns(quantum_ns)
         return self._known[1]
 
-    def _learned_ns(self, most_ns: int) -> int:
-        short = sorted(ns for ns in self._recent if ns <= most_ns)
-        if not short or len(short) * _HOPE_PARTS < len(self._recent):
+    def are_short(self, quantum_ns: int) -> bool:
+        """Return whether the owner probably returns within the maximum of the patience. True without measurements."""
+        return len(self._short(quantum_ns)) * _HOPE_PARTS >= len(self._recent)
+
+    def _short(self, quantum_ns: int) -> list[int]:
+        most_ns = most_patience_ns(quantum_ns)
+        return sorted(ns for ns in self._recent if ns <= most_ns)
+
+    def _learned_ns(self, quantum_ns: int) -> int:
+        short = self._short(quantum_ns)
+        if not short or not self.are_short(quantum_ns):
             return IDLE_NS
-        return min(most_ns, max(IDLE_NS, 2 * short[len(short) * 9 // 10]))
+        return min(most_patience_ns(quantum_ns), max(IDLE_NS, 2 * short[len(short) * 9 // 10]))
 
 
 def most_patience_ns(quantum_ns: int) -> int:

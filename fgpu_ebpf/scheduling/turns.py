@@ -392,7 +392,6 @@ class Turns:
         place.turn = None
         self._running.pop(place.tenant, None)
         self._changed.add(place.tenant)
-        leave(place, self._clocks.now(place.seen.devices, place.share.rank), now_ns)
         self._left.append(place)
         if turn.cut and place.seen.drained and place.seen.devices:  # it queues again without a wake-up by a thread
             place.cut = True
