@@ -43,7 +43,7 @@ class Turns:
         self._here: dict[int, Place] = {}  # tenants with processes
         self._running: dict[int, Place] = {}  # tenants with a turn
         self._queue: dict[int, Place] = {}  # tenants that wait for a turn
-        self._left: list[Place] = []  # tenants whose turn has ended in this step
+        self._left: list[Place] = []  # tenants whose turn has ended in this step, and had work
         self._users_changed, self._is_drained, self._stepped_ns = False, False, 0
 
     # -- interface for the time slicer
@@ -357,8 +357,7 @@ class Turns:
             place.counts.waits += 1
             place.counts.wait_ns += max(0, now_ns - place.since_ns)
             self._leave_queue(place)
-        lifted_ns = now_ns if grant.floor else 0
-        self._clocks.turn_begins(grant.devices, place.share.rank, place.turn.virtual_ns, lifted_ns)
+        self._clocks.turn_begins(grant.devices, place.share.rank, place.turn.virtual_ns, now_ns if grant.floor else 0)
         self._running[place.tenant] = place
         self._changed.add(place.tenant)
 
@@ -389,10 +388,12 @@ class Turns:
         if place.seen.launches == turn.launches and turn.active_ns == turn.opened_ns:
             place.pause_ns = STOPPED_NS if place.late_ns else min(max(PAUSE_NS, 4 * place.pause_ns), MOST_PAUSE_NS)
             place.pause_until_ns = now_ns + place.pause_ns
+        else:
+            leave(place, self._clocks.now(place.seen.devices, place.share.rank), now_ns)
+            self._left.append(place)
         place.turn = None
         self._running.pop(place.tenant, None)
         self._changed.add(place.tenant)
-        self._left.append(place)
         if turn.cut and place.seen.drained and place.seen.devices:  # it queues again without a wake-up by a thread
             place.cut = True
             self._join(place, now_ns)
