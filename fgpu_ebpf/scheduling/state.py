@@ -126,9 +126,9 @@ class Place:
         return self.virtual_ns()
 
     def change(self, above: tuple[Unit, ...], now_ns: int) -> bool:
-        """Set the units around the tenant, and return whether the outermost unit has changed.
+        """Set the units around the tenant, and return whether the outermost unit or the limit has changed.
 
-        The virtual time then restarts, because the virtual times of two units cannot be compared.
+        With another unit, the virtual time restarts, because the virtual times of two units cannot be compared.
         """
         is_elsewhere = above[-1:] != self.above[-1:]
         account, was = self.account.at(now_ns, self.share)._replace(at_ns=now_ns), self.share
@@ -138,7 +138,7 @@ class Place:
         self.account = account._replace(virtual_ns=0) if is_elsewhere else account
         self.trust.standing = above[-1].standing if above else self.trust.standing
         self.pause_until_ns = 0
-        return is_elsewhere
+        return is_elsewhere or self.share.limit_millionths != was.limit_millionths
 
     def count_up(self, now_ns: int) -> None:
         """Add the time that limits have allowed since the last call."""

@@ -73,7 +73,7 @@ class Turns:
         """Set the units around a tenant whose share or units have changed. The tenant leaves the queue, and joins it
         again when it is next observed to wait.
         """
-        if place.change(above, now_ns):
+        if place.change(above, now_ns):  # then it gets no credit for the time that the old limit has withheld
             place.left = fair_queue.STAYED
             self._join(place, now_ns, is_waiting=False)
         self._users_changed = True

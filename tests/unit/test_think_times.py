@@ -235,3 +235,14 @@ def test_the_credit_of_a_tenant_that_left_expires_after_some_quanta() -> None:
     assert left.credit_ns(60 * S, share) == 0
     assert Leave().credit_ns(1 * S, share) == 0
     assert Account(3 * MS).joining(9 * MS - 7 * MS).virtual_ns == 3 * MS
+
+
+def test_a_limit_that_is_lifted_leaves_no_credit() -> None:
+    limited, busy = Tenant(1, Share(limit_millionths=100_000)), Tenant(2)
+    it = World(limited, busy).run(5.0)
+    it.turns.share_out({1: Share(), 2: Share()}, it.now)
+    it._ring()
+    before, busy.longest_wait_ns = busy.done_ns, 0
+    it.run(1.0)
+    assert busy.longest_wait_ns <= (2 * 20 + 4) * MS
+    assert busy.done_ns - before > 0.48 * S
