@@ -26,12 +26,12 @@ class Seen(NamedTuple):
     ended_ns: int = 0  # when the last work in flight was observed to end
     idle_ns: int = 0  # the time with nothing in flight, by the ends and launches reported since the last check
 
-    def was_found_on_arrival(self, closing_ns: int) -> bool:
+    def was_found_on_arrival(self) -> bool:
         """Return whether the end of the work was observed by a thread that arrived at the closed gate after that end.
 
         A thread that waits for its work reports the end, before it requests another launch.
         """
-        return self.waiting and self.wanted_ns > closing_ns and 0 <= self.ended_ns - self.wanted_ns <= ARRIVAL_NS
+        return self.waiting and 0 <= self.ended_ns - self.wanted_ns <= ARRIVAL_NS
 
 
 NOTHING = Seen(frozenset())

@@ -254,7 +254,7 @@ class Place:
         self.counts.overruns += overrun
         self.late_ns = now_ns if overrun else 0
         self.trust.judge(overrun, self.seen.drained, bool(self.seen.devices), now_ns)
-        if overrun or self.seen.was_found_on_arrival(turn.closing_ns):
+        if overrun or self.seen.was_found_on_arrival():
             self.reports_ends = False
         elif not turn.cut and self.seen.ended_ns > turn.closing_ns:  # the tenant only seemed to be idle
             self.reports_ends, turn.cut = True, self.thinks.are_short(self.share.quantum_ns)

@@ -275,12 +275,13 @@ def test_a_reader_gets_the_old_or_the_new_specification(parts, tmp_path):
 
     reader = threading.Thread(target=read)
     reader.start()
-    while not seen:  # the reader runs
+    while not seen and reader.is_alive():
         time.sleep(0.001)
     for number in range(1009):
         cdi.write(path, both[number % 2])
     ended.set()
     reader.join()
+    assert seen
     assert seen <= {cdi.text(spec) for spec in both}
     assert sorted(os.listdir(tmp_path)) == ["run", "x.json"]
 

@@ -141,6 +141,56 @@ def test_the_device_does_not_wait_for_a_tenant_that_does_not_report_the_end_of_i
     assert busy.done_ns > 0.68 * 8.0 * S  # without this, 0.55
 
 
+def one_kernel(think_ns: int, late_part: float, kind: type[Tenant] = Tenant) -> Tenant:
+    """Return a program with steps of one kernel of 8 ms. A part of the kernels is estimated as five times as short."""
+    chance = random.Random(1)
+    loop = Loop(1, lambda: think_ns, lambda: 0.2 if chance.random() < late_part else 1.0)
+    return kind(1, steps=loop, kernel_ns=8 * MS)
+
+
+def test_a_tenant_that_requests_its_next_turn_as_its_turn_ends_keeps_its_lag() -> None:
+    """The tenant does not synchronise, so each of its turns ends when a thread arrives at the closed gate."""
+    unaware, busy = program(1, 1, lambda _: 3 * MS), Tenant(2)
+    unaware.unaware = True
+    World(unaware, busy).run(8.0)
+    assert unaware.done_ns > 0.2 * 8.0 * S  # without the lag, 0.10
+    assert busy.done_ns > 0.52 * 8.0 * S  # if the device waited for reported ends, 0.485
+
+
+class TwoThreads(Tenant):
+    """A program with a second thread, which waits at the gate whenever it is closed."""
+
+    def tell(self) -> None:
+        super().tell()
+        if self.closed_ns > self.begun_ns:
+            wanted_ns = self.wanted_ns if self.waiting else self.closed_ns
+            self.said = (True, *self.said[1:5], wanted_ns, *self.said[6:])
+
+
+def test_a_second_thread_at_the_gate_gains_nothing() -> None:
+    tenant, busy = one_kernel(250 * US, 0.5, TwoThreads), Tenant(2)
+    assert World(tenant, busy).run(8.0).shares()[1] <= 0.5 + 0.01
+
+
+def test_a_tenant_with_long_think_times_gets_no_turn_in_advance() -> None:
+    """The turn would be over before the tenant launches."""
+    tenant, busy = one_kernel(10 * MS, 1.0), Tenant(2)
+    World(tenant, busy).run(8.0)
+    assert tenant.done_ns > 0.38 * 8.0 * S  # with such turns, 0.25
+    assert busy.done_ns > 0.57 * 8.0 * S
+
+
+def test_a_stopped_tenant_gains_no_credit_by_turns_without_work() -> None:
+    stopped, busy = Tenant(1), Tenant(2)
+    it = World(stopped, busy).run(2.0)
+    stopped.stopped = True
+    it.run(1.0)
+    before, stopped.stopped = it.tenants[1].done_ns, False
+    it._ring(stopped)
+    it.run(1.0)
+    assert stopped.done_ns - before <= 0.53 * S
+
+
 def test_no_turn_passes_with_work_in_flight() -> None:
     it = World(program(1, 3, with_pauses, wrong), program(2, 1, with_pauses, wrong)).run(10.0)
     assert [place.counts.overruns for place in it.turns.places.values()] == [0, 0]
