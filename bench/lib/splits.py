@@ -81,7 +81,7 @@ def limit(bench: Bench) -> None:
 
 
 def idle(bench: Bench) -> None:
-    """Measure the share of a tenant whose neighbour was busy before and is idle now."""
+    """Measure the share of a tenant after its neighbour was busy and has become idle."""
     alone = bench.rate(200, "burst")
     busy, rests = bench.tenants(1, 1)
     bench.run(Work(rests, 200), seconds=0.1)

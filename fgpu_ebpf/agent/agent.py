@@ -193,7 +193,7 @@ class Agent:
             )
 
     def _ask_for_looks(self) -> None:
-        """Request scans of the workloads whose cgroup events were lost, and begin the scans that are due."""
+        """Request scans of the workloads with lost cgroup events, and begin the scans that are due."""
         for path in self.parts.events.lost():
             self.parts.looks.ask(path)
         self.parts.looks.keep()

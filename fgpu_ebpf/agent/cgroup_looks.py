@@ -83,7 +83,7 @@ class HostLook:
             yield from chunks(layer, CHUNK)
 
     def _gone(self, top: str) -> Iterator[None]:
-        """Decide again about the tenants in `top` whose cgroup no longer exists."""
+        """Decide again about the tenants in `top` without a cgroup: it no longer exists."""
         for tenants in chunks(list(self._enforcer), CHUNK):
             paths = [t.path for t in tenants if is_inside(t.path, top) and self._workloads.cgroup(t.path) != t.cgroup]
             self._manager.consider(paths)

@@ -317,7 +317,7 @@ class Reconciler:
         return replace(now, percent=percent, sampled=at, turns=turns)
 
     def _sweep(self, so_far: int) -> None:
-        """Reap processes whose exit was not reported, and delete the allocations of exited processes.
+        """Reap exited processes without a reported exit, and delete the allocations of exited processes.
 
         It also moves late charges (`Process.late`) to the levels to which their process was moved.
 

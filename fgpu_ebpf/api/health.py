@@ -24,7 +24,7 @@ FULL = (
 
 
 def checks(snapshot: Mapping[str, Any]) -> Iterator[Check]:
-    """Yield every check whose result can be computed from a Snapshot's JSON."""
+    """Yield every check with a result that can be computed from a Snapshot's JSON."""
     tenants, policies = snapshot["tenants"], snapshot["policies"]
     if policies and not policies["good"]:
         yield Check("policies", False, "; ".join(policies["faults"][:3]), "fgpu policy check")

@@ -191,7 +191,7 @@ class Discovery:
 
         Args:
             pids: the processes.
-            again: processes that hold more memory than probes have recorded, or none of whose calls has been recorded.
+            again: processes that hold more memory than probes have recorded, or without a recorded call.
                 All files that they execute are searched for libcuda, at most every SEARCH_SECONDS.
         """
         pids, now = set(pids), monotonic()

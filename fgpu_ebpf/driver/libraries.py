@@ -150,7 +150,7 @@ class Libraries:
     def tenant_files(self) -> frozenset[File]:
         """Return all probed files except the host's own.
 
-        Many of these files lie in layers of containers, whose mounts stay busy while the files have probes.
+        Many of these files lie in layers of containers. The mounts of a layer stay busy while its files have probes.
         """
         return self._probes.known - self.own_files
 

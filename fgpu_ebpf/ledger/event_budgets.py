@@ -87,7 +87,7 @@ class EventBudgets:
         bpf.delete(self._fd, self._budgets.pop(path).key)
 
     def lost(self) -> list[str]:
-        """Return the paths of workloads whose events were lost since the last call. Raises OSError.
+        """Return the paths of workloads with events lost since the last call. Raises OSError.
 
         The path "" stands for all workloads without a budget. Also removes the budgets of workloads that had no events
         for IDLE_SECONDS.

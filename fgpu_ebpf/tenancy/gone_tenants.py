@@ -58,6 +58,6 @@ class GoneTenants:
 
 
 def left_behind(cgroup: int) -> Tenant:
-    """Return a tenant for a pinned page whose cgroup no longer exists. This agent has no other record of the tenant."""
+    """Return a tenant for a pinned page of a cgroup that no longer exists. The agent has no other record of it."""
     workload = Workload(path="", cgroup=cgroup, name="gone")
     return Tenant(workload, workload.name, Source.POLICY, "", {})

@@ -95,7 +95,7 @@ class Owner:
 
     @classmethod
     def of(cls, tenant: str, namespace: str, user: str, labels: str, around: tuple[Owner, ...] = ()) -> Owner:
-        """Return the owner whose words() are given. `around`: the tenants around it."""
+        """Return the owner with these words(). `around`: the tenants around it."""
         return cls(tenant, namespace, user, tuple((name, value) for name, value in json.loads(labels)), around)
 
 

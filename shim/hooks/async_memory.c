@@ -191,7 +191,7 @@ EXPORT CUresult cuMemAllocFromPoolAsync_ptsz(CUdeviceptr *dptr, size_t bytesize,
     ALLOCATE(cuMemAllocFromPoolAsync_ptsz, true, pool ? fgpu_pool_of(pool) : NULL, dptr, bytesize, pool, hStream);
 }
 
-/* Free a pointer that no pool returned, or whose note was lost. Most such pointers come from cuMemAlloc. The driver
+/* Free a pointer that no pool returned, or that has lost its note. Most such pointers come from cuMemAlloc. The driver
  * frees them in stream order; cuMemFree would wait for all work that uses the memory, so it cannot replace this call.
  * The kernel has no probe here. Such a pointer stays charged until NVML shows that the process holds less; the next
  * request that needs the room waits for that. The standalone ledger is updated here, because nothing else corrects

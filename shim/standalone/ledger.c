@@ -110,9 +110,9 @@ uint64_t fgpu_ledger_held(const struct fgpu_ledger *ledger, unsigned device, uns
 
 /*
  * Empty the seat of a dead process. Dead processes do not charge, so once the last charge is added, the seat does not
- * grow. Subtract exactly the units that were read before the seat was found to be still that of the dead process: then
- * a thread that was stopped in between cannot empty the seat of the next owner, whose first charge has another number.
- * Free the seat when all devices are empty.
+ * grow. Subtract exactly the units that were read before the seat was found to be still that of the dead process. So a
+ * thread that was stopped in between cannot empty the seat of the next owner: the first charge of that owner has
+ * another number. Free the seat when all devices are empty.
  */
 static void vacate(struct fgpu_ledger *ledger, unsigned seat, uint64_t life)
 {

@@ -138,7 +138,7 @@ def test_the_error_names_a_uprobe_of_another_program_with_a_reference_counter(ke
 
 @pytest.mark.parametrize("role", [Role.SHIM, Role.UNKNOWN])
 def test_the_checked_breakpoint_comes_last(kernel: Kernel, library: Target, role: Role, tmp_path: Path) -> None:
-    """A process whose memory has this breakpoint has all others too, so the gatekeeper admits the process.
+    """A process with this breakpoint in its memory has all others too, so the gatekeeper admits the process.
 
     An earlier inode with the same number may have had a breakpoint at the same offset.
     """

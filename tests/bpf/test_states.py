@@ -99,7 +99,7 @@ class States(RuleBasedStateMachine):
         return self.programs[which % len(self.programs)]
 
     def known(self) -> list[Program]:
-        """Return the programs whose first thread has made a call."""
+        """Return the programs with a call by their first thread."""
         return [program for program in self.programs if program.life.home >= 0]
 
     def seen(self, which: int) -> Program:

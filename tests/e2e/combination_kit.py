@@ -93,7 +93,7 @@ class Observed(Held):
 
 
 class Orphaned(Held):
-    """A tenant whose exited process left a child with its descriptors. The memory stays allocated and charged."""
+    """A tenant with a child that has the descriptors of its exited parent. The memory stays allocated and charged."""
 
     def check(self, lost: int = -1) -> None:
         """Check that the memory is charged to the tenant of that process, as orphaned."""

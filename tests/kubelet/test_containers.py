@@ -64,7 +64,7 @@ def assert_only(tenant: Tenant, limits: dict[int, int]) -> None:
 
 
 def shown(tenant: Tenant) -> dict[int, int]:
-    """Return the tenant's limits by device, without devices whose limit is 0."""
+    """Return the tenant's limits by device, without limits of 0."""
     return {seen["gpu"]: seen["limit_bytes"] for seen in tenant.view()["devices"] if seen["limit_bytes"]}
 
 

@@ -78,7 +78,7 @@ def main() -> int:
         alive = [mutant for mutant in mutants if not trial.killed(mutant)]
     print(f"{len(mutants) - len(alive)} killed, {len(alive)} not: {' '.join(mutant.name for mutant in alive)}")
     held = {mutant.row for mutant in mutants if mutant.row} - {mutant.row for mutant in alive}
-    print(f"rows whose mutants were all killed: {len(held)} of {len(named_of_rows())}")
+    print(f"rows with all mutants killed: {len(held)} of {len(named_of_rows())}")
     return 1 if alive else 0
 
 

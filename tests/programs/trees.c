@@ -104,7 +104,7 @@ static bool by_fork(void)
     return well(child);
 }
 
-/* Starts a process whose parent exits. This process becomes its parent, instead of init. */
+/* Starts a process, and its parent exits. This program becomes its parent, instead of init. */
 static bool by_double_fork(void)
 {
     int status = -1;

@@ -1,4 +1,4 @@
-"""Programs whose kernels use local memory on the simulated driver, and the requests of the shim for this memory."""
+"""Programs with kernels that use local memory on the simulated driver, and the requests of the shim for this memory."""
 
 from __future__ import annotations
 

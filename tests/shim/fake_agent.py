@@ -184,7 +184,7 @@ class Agent:
         os.rmdir("/run/fgpu/shim")
 
     def orphan(self, _):
-        """Mount a removed folder over the shim's folder, as in a container whose host has removed that folder."""
+        """Mount a removed folder over the shim's folder, as in a container after the host has removed that folder."""
         self.stop({})
         os.mkdir("/run/host")
         subprocess.check_call(["mount", "--bind", "/run/host", "/run/fgpu/shim"])

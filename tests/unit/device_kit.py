@@ -44,7 +44,7 @@ class Handle:
 
 @dataclass(eq=False)
 class Client:
-    """A process that uses the driver, or an exited process whose memory the driver still holds.
+    """A process that uses the driver, or an exited process with memory that the driver still holds.
 
     `keepers` is the number of other processes that have its descriptors of the driver open.
     """

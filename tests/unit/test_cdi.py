@@ -194,7 +194,7 @@ def test_unused_preload_lists_are_removed(parts, monkeypatch):
     swept.sweep()
     now += injection.UNUSED_SECONDS - 1
     swept.sweep()
-    os.utime(lists / "used", (0, 0))  # each use changes the time stamp, whose value is irrelevant
+    os.utime(lists / "used", (0, 0))  # each use changes the time stamp; its value is irrelevant
     swept.sweep()
     assert sorted(os.listdir(lists)) == ["unused", "used"]
     now += 2

@@ -364,7 +364,7 @@ def test_options_of_containerd_in_an_unsupported_form_are_named_and_stay_unchang
 
 
 def drop_in(name: str, tmp_path: Path, **others: str) -> Engine:
-    """Return an engine whose settings from fgpu are a drop-in file.
+    """Return an engine with a drop-in file for the settings from fgpu.
 
     `others` has the texts of other files by name: `main` is the engine's main file, the rest are drop-in files.
     """

@@ -44,7 +44,7 @@ class Garbage(Hog):
 
 
 class Arbitrary(Hog):
-    """A program whose page has arbitrary contents, which change after at most twice `pause_ms`."""
+    """A program with arbitrary contents of its page, which change after at most twice `pause_ms`."""
 
     chance: random.Random
     world: World

@@ -60,7 +60,7 @@ trials.Trials.begin = lambda self: print("begun") or begin(self)
 
 
 class Taken:
-    """A clock of a machine with two processors, of whose time the hypervisor takes `share`.
+    """A clock of a machine with two processors. The hypervisor takes `share` of their time.
 
     In the part `crowded` of the time, a program waits for a processor.
     """

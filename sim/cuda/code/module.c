@@ -1,4 +1,4 @@
-/* Modules, as programs load them. Kernels whose names begin with `spin_` or `meet_` keep their streams busy
+/* Modules, as programs load them. Kernels with names that begin with `spin_` or `meet_` keep their streams busy
  * (module_table.c). All other kernels are done at once. */
 #include "cuda/code/code.h"
 #include "cuda/core/capture_state.h"
