@@ -4,7 +4,8 @@ It makes the steps of these kinds, prints "ready" or "- WHY", and then answers s
 
 A line `WHAT SECONDS START_NS` starts steps of that kind at START_NS of CLOCK_MONOTONIC. The answer has two lists: the
 number of steps that ended in each window of WINDOW_SECONDS, and the milliseconds that these steps took without waiting.
-A step of five medians or more has waited, and counts as one median. The program does not use fgpu.
+A step of five medians or more has waited, and counts as one median. With a fourth word, `ends`, the answer is a list of
+the times at which the steps ended (CLOCK_MONOTONIC, nanoseconds). The program does not use fgpu.
 """
 
 from __future__ import annotations
@@ -163,18 +164,24 @@ def kinds(torch: Any) -> dict[str, Callable[[], Step]]:
     }
 
 
-def counted(step: Step, seconds: float, start_ns: int) -> tuple[list[int], list[int]]:
-    """Return the number of steps in each window, and the milliseconds that they took without waiting."""
-    windows: list[list[int]] = [[] for _ in range(int(seconds / WINDOW_SECONDS))]
+def ends_of(step: Step, seconds: float, start_ns: int) -> tuple[int, list[int]]:
+    """Make steps from `start_ns` on. Return when the first one began, and when each one ended."""
     time.sleep(max(0.0, (start_ns - time.monotonic_ns()) / 1e9))
-    begun = time.monotonic_ns()
+    begun, until_ns, ends = time.monotonic_ns(), start_ns + round(seconds * 1e9), list[int]()
     while True:
         step()
         ended = time.monotonic_ns()
-        window = int((ended - start_ns) / 1e9 / WINDOW_SECONDS)
-        if window >= len(windows):
-            break
-        windows[window].append(ended - begun)
+        if ended >= until_ns:
+            return begun, ends
+        ends.append(ended)
+
+
+def counted(step: Step, seconds: float, start_ns: int) -> tuple[list[int], list[int]]:
+    """Return the number of steps in each window, and the milliseconds that they took without waiting."""
+    windows: list[list[int]] = [[] for _ in range(int(seconds / WINDOW_SECONDS))]
+    begun, ends = ends_of(step, len(windows) * WINDOW_SECONDS, start_ns)
+    for ended in ends:
+        windows[int((ended - start_ns) / 1e9 / WINDOW_SECONDS)].append(ended - begun)
         begun = ended
     median = statistics.median([took for window in windows for took in window] or [0])
     working = [sum(took if took < WAITED * median else median for took in window) for window in windows]
@@ -199,8 +206,11 @@ def main() -> int:
     torch.cuda.synchronize()
     print("ready", flush=True)
     for line in sys.stdin:
-        what, seconds, start_ns = line.split()
-        found = counted(steps[what], float(seconds), int(start_ns))
+        what, seconds, start_ns, *ends = line.split()
+        if ends:
+            found: Any = ends_of(steps[what], float(seconds), int(start_ns))[1]
+        else:
+            found = counted(steps[what], float(seconds), int(start_ns))
         torch.cuda.synchronize()
         print(json.dumps(found), flush=True)
     return 0
