@@ -4,6 +4,7 @@
 #define SECOND_SHIFT 30 /* nanoseconds >> 30: units of 1.07 s, called seconds here */
 #define EVENTS_A_SECOND 20
 #define PROGRAMS_A_SECOND 4
+#define KNOCKS_A_SECOND 20
 #define CGROUPS_A_SECOND 4000
 #define BUDGETED_A_SECOND 3000 /* after this many events of a second, workloads with a budget send none */
 #define WORKLOAD_A_SECOND 250  /* the most of one workload with a budget */
@@ -124,6 +125,22 @@ static void note_end(u32 tgid)
 static void tell_of_end(u32 tgid)
 {
     struct fgpu_event event = {.at_ns = bpf_ktime_get_ns(), .kind = FGPU_NEWS_ENDED, .tgid = tgid};
+    bell.ringbuf_output(&event, sizeof(event), WAKE_UP);
+}
+
+/* Report to the gatekeeper that a process may not connect to its socket. Only the first few of a level in a second are
+ * sent, and of all processes without a level. The shim of a process that was not reported knocks again. */
+static void tell_of_knock(struct fgpu_usage_page *page, u32 tgid, u32 descriptor)
+{
+    u32 second_at = 0, count_at = 1;
+    u64 *second = knocks.lookup(&second_at), *n = knocks.lookup(&count_at);
+    if (page) {
+        if (!first_ones(&page->knock_second, &page->knock_count, KNOCKS_A_SECOND)) return;
+    } else if (!second || !n || !first_ones(second, n, KNOCKS_A_SECOND)) {
+        return;
+    }
+    struct fgpu_event event = {
+        .at_ns = bpf_ktime_get_ns(), .kind = FGPU_NEWS_KNOCK, .tgid = tgid, .device = descriptor};
     bell.ringbuf_output(&event, sizeof(event), WAKE_UP);
 }
 

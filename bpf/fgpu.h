@@ -38,11 +38,13 @@ enum fgpu_verdict { FGPU_REFUSED, FGPU_ADMITTED, FGPU_AGAIN, FGPU_UNLIMITED };
 enum fgpu_kind { FGPU_MEMORY, FGPU_POOL, FGPU_CONTEXT, FGPU_HELLO, FGPU_VMM, FGPU_KINDS, FGPU_EVENTS };
 /* Flags in the same word as a kind. FULL, when bytes are released: the driver was out of memory. TAGGED, in a request:
  * the verdict is stored in `answers`, with the tag of the requesting process. PATIENT, in a request: a refusal that is
- * due to orphaned bytes alone is not counted. */
+ * due to orphaned bytes alone is not counted. KNOCK, in a request of the kind HELLO: it gets no verdict; the device is
+ * the number of a descriptor, see FGPU_NEWS_KNOCK. */
 #define FGPU_KIND_MASK 0xff
 #define FGPU_FULL 0x100
 #define FGPU_TAGGED 0x200
 #define FGPU_PATIENT 0x400
+#define FGPU_KNOCK 0x800
 /* A tagged verdict word is `tag << 34 | (ticket & FGPU_TICKET_BITS) << 2 | verdict`, in slot `ticket & (FGPU_VERDICTS -
  * 1)`. A BPF program chooses the tag, so no process can write the verdict that another process waits for. */
 #define FGPU_TICKET_BITS 0xffffffffULL
@@ -104,8 +106,10 @@ struct fgpu_usage_page {
     __u64 looked_ns[FGPU_DEVICES]; /* when the agent last found that the device keeps all of `orphaned`; 0: never */
     __u64 owner;                   /* slot in `owners` of this level's bound owner; 0: it has none */
     __u64 undecided[FGPU_DEVICES]; /* requests of this level's programs that found an uncommitted level; only grows */
-    __u64 crowded; /* requests of this level's programs that were refused for too many entries; only grows */
-    __u64 tail[75];
+    __u64 crowded;      /* requests of this level's programs that were refused for too many entries; only grows */
+    __u64 knock_second; /* the second in which knocks of this level were last counted */
+    __u64 knock_count;
+    __u64 tail[73];
 };
 #define FGPU_OBSERVE 1
 #define FGPU_KILL 2
@@ -450,6 +454,9 @@ enum fgpu_news {
                             on its exit */
     FGPU_NEWS_EXECUTED,  /* a program starts in the level `cgroup`; only the first few of a second */
     FGPU_NEWS_FIRST_USE, /* of the device, by a process of the level `cgroup`, which is uncommitted there */
+    FGPU_NEWS_KNOCK,     /* in the ring `bell`: a process may not connect to the gatekeeper's socket. `device` is the
+                            number of its descriptor of one end of a socket pair, from which the gatekeeper reads its
+                            hello */
 };
 enum fgpu_fate { FGPU_FATE_SENT, FGPU_FATE_RATE, FGPU_FATE_FULL };
 struct fgpu_event {

@@ -19,6 +19,7 @@ import selectors
 import socket
 from collections import Counter
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from time import monotonic_ns, thread_time_ns
@@ -30,6 +31,7 @@ from fgpu_ebpf.gatekeeper.ledger_cache import ManagedState
 from fgpu_ebpf.gatekeeper.peer_pidfd import PeerIdentifier, pid_of
 from fgpu_ebpf.gatekeeper.sessions import take_one
 from fgpu_ebpf.linux import procfs
+from fgpu_ebpf.linux.pidfd import copy_descriptor
 from fgpu_ebpf.linux.procmaps import File
 
 MOST_CONNECTIONS, MOST_PER_TENANT, MOST_SILENT, MOST_HINTS, AT_ONCE = 1024, 512, 16, 4096, 64
@@ -55,6 +57,7 @@ class Connection:
     here: bool = True  # drop() was not called yet
     has_hello: bool = False
     is_info: bool = False  # the peer is fgpu-info, which gets a text instead of pages
+    is_taken: bool = False  # the peer has both ends of the connection: take() has copied one of them
     held: bool = False  # the answer waits for the agent, and this was counted
     told: bool = False  # a request about the process was sent to the agent
     watched: bool = False  # registered with the selector, for a hello or the end of the connection
@@ -107,7 +110,31 @@ class Connections:
                 return
             began_ns = self._admit(sock, began_ns)
 
-    def _admit(self, sock: socket.socket, began_ns: int) -> int:
+    def take(self, pid: int, descriptor: int) -> None:
+        """Take a connection from a process that may not connect: it has both ends, and `descriptor` is one of them.
+
+        The process may have closed the descriptor, and have another file there. Therefore nothing is read unless the
+        kernel has recorded this process as the peer, and the first message is a hello.
+        """
+        began_ns = thread_time_ns()
+        try:
+            copy = copy_descriptor(pid, descriptor)
+        except OSError:  # the process has exited, or has closed the descriptor
+            self._counts["gone"] += 1
+            return
+        try:
+            sock = socket.socket(fileno=copy)
+        except OSError:  # not a socket
+            os.close(copy)
+            self._counts["malformed"] += 1
+            return
+        with suppress(OSError):
+            if has_hello(sock) and pid_of(sock) == pid:
+                self._admit(sock, began_ns, is_taken=True)
+                return
+        self._refuse(sock, "malformed")
+
+    def _admit(self, sock: socket.socket, began_ns: int, is_taken: bool = False) -> int:
         """Admit or refuse a connection. Returns the thread's processor time afterwards, in nanoseconds."""
         hint = pid_of(sock)
         known = self._hints.get(hint, -1)
@@ -116,6 +143,7 @@ class Connections:
         connection = self._identify(sock, hint not in self._hints)
         if connection is None:
             return self._refuse(sock, "gone")
+        connection.is_taken = is_taken
         self._connections[connection] = None
         self._load[connection.tenant] += 1
         self._hints[hint] = connection.tenant
@@ -260,11 +288,21 @@ class Connections:
         del self._connections[connection]
         if connection.watched:
             self._selector.unregister(connection.sock)
+        if connection.is_taken:  # otherwise the peer would not notice the end, because it has this end too
+            with suppress(OSError):
+                connection.sock.shutdown(socket.SHUT_RDWR)
         connection.sock.close()
         if connection.pidfd >= 0:
             os.close(connection.pidfd)
         take_one(self._load, connection.tenant)
         self._counts[count] += 1
+
+
+def has_hello(sock: socket.socket) -> bool:
+    """Return True if this is a socket as shims use, and a hello is the next message on it. Raises OSError."""
+    if (sock.family, sock.type) != (socket.AF_UNIX, socket.SOCK_SEQPACKET):
+        return False
+    return well_formed(sock.recv(HELLO_BYTES + 1, socket.MSG_DONTWAIT | socket.MSG_PEEK))
 
 
 def well_formed(data: bytes) -> bool:

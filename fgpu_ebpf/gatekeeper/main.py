@@ -259,17 +259,8 @@ class Gatekeeper:
 
     def _answer(self, connection: Connection, code: Code, grant: Grant, fds: Sequence[int]) -> None:
         header, usage = grant.header, grant.usage
-        form = (
-            abi.MAGIC,
-            abi.LAYOUT,
-            ANSWER_BYTES,
-            code,
-            len(usage),
-            len(header.devices),
-            header.flags,
-            connection.epoch,
-        )
-        self._send(connection, bytes(Answer(*form)), fds, f"hello_{code.name.lower()}")
+        form = (abi.MAGIC, abi.LAYOUT, ANSWER_BYTES, code, len(usage), len(header.devices), header.flags)
+        self._send(connection, bytes(Answer(*form, connection.epoch)), fds, f"hello_{code.name.lower()}")
 
     def _send(self, connection: Connection, answer: bytes, fds: Sequence[int], count: str) -> None:
         """Send an answer, close the connection, and increment the counter named `count`."""
@@ -327,6 +318,8 @@ class Gatekeeper:
         for event in bell.read():
             if event.kind == News.ENDED:
                 self._sessions.end(event.tgid, event.at_ns)
+            elif event.kind == News.KNOCK:
+                self._connections.take(event.tgid, event.device)
         self._slicer.shares_changed()
 
     def _show(self) -> None:

@@ -67,8 +67,8 @@ class ComputeMaps:
     def bell(self) -> Events | None:
         """Return a reader of the ring buffer `bell`, or None if the pinned maps are of a version without this map.
 
-        The reader is readable after shares have changed or a process that had a context has exited. It yields an exit
-        as News.ENDED.
+        The reader is readable after shares have changed, a process that had a context has exited, or a process knocks
+        because it may not connect to the gatekeeper. It yields exits as News.ENDED and knocks as News.KNOCK.
         """
         fd = self._maps.get("bell")
         return None if fd is None else Events(os.dup(fd))

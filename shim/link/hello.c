@@ -168,6 +168,14 @@ static bool wait_for(int socket, uint64_t deadline)
     return false;
 }
 
+static struct fgpu_hello hello_of(const struct fgpu_note *before)
+{
+    struct fgpu_hello hello = {.magic = FGPU_MAGIC, .version = FGPU_LAYOUT, .size = sizeof hello};
+    const uint64_t boot[2] = {before->boot[0], before->boot[1]};
+    memcpy(hello.boot, boot, sizeof hello.boot);
+    return hello;
+}
+
 /*
  * Send a hello. It does not identify the sender: the gatekeeper asks the kernel for the peer's identity. The socket
  * does not block: the queue of a gatekeeper that hangs is full, and the program must not hang too.
@@ -175,12 +183,22 @@ static bool wait_for(int socket, uint64_t deadline)
 static bool ask(int socket, const struct fgpu_note *before)
 {
     struct sockaddr_un address = {.sun_family = AF_UNIX};
-    struct fgpu_hello hello = {.magic = FGPU_MAGIC, .version = FGPU_LAYOUT, .size = sizeof hello};
-    const uint64_t boot[2] = {before->boot[0], before->boot[1]};
-    memcpy(hello.boot, boot, sizeof hello.boot);
+    struct fgpu_hello hello = hello_of(before);
     memcpy(address.sun_path, place()->socket, sizeof place()->socket);
     if (syscall(SYS_connect, socket, &address, sizeof address)) return false;
     return syscall(SYS_sendto, socket, &hello, sizeof hello, MSG_NOSIGNAL, NULL, 0) == sizeof hello;
+}
+
+/* Send a hello if a sandbox refuses the socket. The probe reports one end of a socket pair to the gatekeeper, which
+ * takes that end from this process. The kernel has recorded this process as the peer of both ends. */
+static void ask_by_probe(struct fgpu_asked *asked, const struct fgpu_note *before)
+{
+    struct fgpu_hello hello = hello_of(before);
+    int ends[2];
+    if (syscall(SYS_socketpair, AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC | SOCK_NONBLOCK, 0, ends)) return;
+    *asked = (struct fgpu_asked){ends[0], ends[1]};
+    if (syscall(SYS_write, asked->socket, &hello, sizeof hello) == sizeof hello)
+        fgpu_admit_here((unsigned)asked->far, 0, FGPU_HELLO | FGPU_KNOCK, fgpu_ticket());
 }
 
 /* Receive a reply. RETRY: the connection ended without a reply. SILENT: a reply that is not valid. */
@@ -270,13 +288,22 @@ static const char *refusal(int error)
     }
 }
 
-int fgpu_knock(const struct fgpu_note *before)
+void fgpu_forget(struct fgpu_asked *asked)
 {
-    int socket = (int)syscall(SYS_socket, AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
-    if (socket >= 0 && ask(socket, before)) return socket;
+    if (asked->socket >= 0) syscall(SYS_close, asked->socket);
+    if (asked->far >= 0) syscall(SYS_close, asked->far);
+    *asked = FGPU_NOT_ASKED;
+}
+
+struct fgpu_asked fgpu_knock(const struct fgpu_note *before)
+{
+    struct fgpu_asked asked = FGPU_NOT_ASKED;
+    asked.socket = (int)syscall(SYS_socket, AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
+    if (asked.socket >= 0 && ask(asked.socket, before)) return asked;
     fgpu_silence = refusal(errno);
-    if (socket >= 0) syscall(SYS_close, socket);
-    return -1;
+    fgpu_forget(&asked);
+    if (fgpu_silence) ask_by_probe(&asked, before);
+    return asked;
 }
 
 static enum fgpu_outcome once(int socket, uint64_t deadline, unsigned set, struct fgpu_note *note, unsigned *levels)
@@ -296,11 +323,10 @@ static enum fgpu_outcome once(int socket, uint64_t deadline, unsigned set, struc
     }
 out:
     for (unsigned i = 0; i < answer.count; i++) syscall(SYS_close, answer.descriptors[i]);
-    syscall(SYS_close, socket);
     return outcome;
 }
 
-enum fgpu_outcome fgpu_hello(int *asked, uint64_t deadline, const struct fgpu_note *before, unsigned set,
+enum fgpu_outcome fgpu_hello(struct fgpu_asked *asked, uint64_t deadline, const struct fgpu_note *before, unsigned set,
                              struct fgpu_note *note, unsigned *levels)
 {
     /* Look up the directory each time: it may be removed during the wait. */
@@ -308,9 +334,9 @@ enum fgpu_outcome fgpu_hello(int *asked, uint64_t deadline, const struct fgpu_no
         const struct place *at = place();
         if (!agent_here(at)) return FGPU_IS_ABSENT;
         if (anybodys(at)) return FGPU_IS_EMPTY;
-        int socket = *asked < 0 ? fgpu_knock(before) : *asked;
-        *asked = -1;
-        enum fgpu_outcome outcome = once(socket, deadline, set, note, levels);
+        if (asked->socket < 0) *asked = fgpu_knock(before);
+        enum fgpu_outcome outcome = once(asked->socket, deadline, set, note, levels);
+        fgpu_forget(asked);
         if (outcome != FGPU_IS_RETRY) return outcome;
         bool empty = !socket_here(at); /* an agent that starts creates the folder first */
         uint64_t now = fgpu_now();

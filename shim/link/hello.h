@@ -3,6 +3,7 @@
 #define FGPU_HELLO_H
 
 #include "base/own.h"
+#include "link/link.h"
 
 enum fgpu_outcome { FGPU_IS_SILENT, FGPU_IS_ABSENT, FGPU_IS_EMPTY, FGPU_IS_FREE, FGPU_IS_HELD, FGPU_IS_RETRY };
 
@@ -14,12 +15,13 @@ HIDDEN char *fgpu_set(unsigned set);            /* control, status, usage pages 
                                                    registration */
 HIDDEN void fgpu_read_note(const struct fgpu_control_page *control, struct fgpu_note *note);
 
-/* Send a hello to the gatekeeper. Returns the socket on which it was sent, or -1: it could not be sent. */
-HIDDEN int fgpu_knock(const struct fgpu_note *before);
+/* Send a hello to the gatekeeper. */
+HIDDEN struct fgpu_asked fgpu_knock(const struct fgpu_note *before);
+HIDDEN void fgpu_forget(struct fgpu_asked *asked); /* close the descriptors */
 
 /* Register with the gatekeeper before the deadline; fill the pages of `set`, its note and levels if FREE or HELD. The
- * first reply is read from the socket `asked`, if it is not -1; afterwards that socket is closed and `asked` is -1. */
-HIDDEN enum fgpu_outcome fgpu_hello(int *asked, uint64_t deadline, const struct fgpu_note *before, unsigned set,
-                                    struct fgpu_note *note, unsigned *levels);
+ * first reply is read from `asked`, if a hello was sent; afterwards that is FGPU_NOT_ASKED. */
+HIDDEN enum fgpu_outcome fgpu_hello(struct fgpu_asked *asked, uint64_t deadline, const struct fgpu_note *before,
+                                    unsigned set, struct fgpu_note *note, unsigned *levels);
 
 #endif

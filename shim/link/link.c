@@ -118,7 +118,7 @@ static COLD bool pause_before(unsigned round, uint64_t deadline)
 
 /* Register before the deadline, and again if the kernel does not confirm the pages. Returns the word of the following
  * state. The caller holds the turn. */
-static COLD uint32_t hello(uint32_t word, int *asked, uint64_t now, uint64_t patience, bool unanswered)
+static COLD uint32_t hello(uint32_t word, struct fgpu_asked *asked, uint64_t now, uint64_t patience, bool unanswered)
 {
     unsigned set = set_of(word) ^ 1;
     struct fgpu_note *note = &own->notes[set];
@@ -151,7 +151,8 @@ static COLD uint32_t hello(uint32_t word, int *asked, uint64_t now, uint64_t pat
 
 /* Register if the turn is free. A thread that does not get the turn continues with the current state: threads wait only
  * for the first registration. */
-static COLD uint32_t say_hello(uint32_t word, int *asked, uint64_t now, uint64_t patience, bool unanswered)
+static COLD uint32_t say_hello(uint32_t word, struct fgpu_asked *asked, uint64_t now, uint64_t patience,
+                               bool unanswered)
 {
     uint64_t mark = now + patience + ABANDONED_NS;
     if (!take(now, mark)) return word;
@@ -171,7 +172,7 @@ static COLD uint32_t say_hello(uint32_t word, int *asked, uint64_t now, uint64_t
 
 /* Register for the first time. One thread registers. The others wait for at most FIRST_NS, and then treat the
  * registration as failed. */
-static COLD uint32_t first(int *asked)
+static COLD uint32_t first(struct fgpu_asked *asked)
 {
     if (madvise(&fgpu_own_page, sizeof fgpu_own_page, MADV_WIPEONFORK) && !atomic_exchange(&unwiped, true)) load();
     uint64_t now = fgpu_now(), deadline = now + FIRST_NS;
@@ -191,7 +192,7 @@ static COLD uint32_t first(int *asked)
  * responds slowly. */
 static COLD uint32_t again(uint32_t word, uint64_t now, uint64_t patience, bool unanswered)
 {
-    int nowhere = -1;
+    struct fgpu_asked nowhere = FGPU_NOT_ASKED;
     if (now < atomic_load_explicit(&own->next_ns, memory_order_relaxed)) return word;
     return say_hello(word, &nowhere, now, patience, unanswered);
 }
@@ -209,7 +210,7 @@ static bool stale(uint32_t word, uint64_t now)
 
 static uint32_t current(void)
 {
-    int nowhere = -1;
+    struct fgpu_asked nowhere = FGPU_NOT_ASKED;
     uint32_t word = load();
     if (link_of(word) == FGPU_FRESH) return first(&nowhere);
     if (word == FGPU_OPEN) return word;
@@ -221,22 +222,23 @@ static uint32_t current(void)
 
 /*
  * Send a hello and do not wait. The driver takes milliseconds to initialise, or seconds if many processes start at the
- * same time, and the gatekeeper can reply meanwhile. The only state until fgpu_arrive() is a descriptor, which is not
+ * same time, and the gatekeeper can reply meanwhile. The only state until fgpu_arrive() are descriptors, which are not
  * shared: any other thread registers by itself.
  */
-COLD int fgpu_announce(void)
+COLD struct fgpu_asked fgpu_announce(void)
 {
-    int saved = errno, asked = -1;
+    struct fgpu_asked asked = FGPU_NOT_ASKED;
+    int saved = errno;
     if (link_of(load()) == FGPU_FRESH) asked = fgpu_knock(&own->notes[0]);
     errno = saved;
     return asked;
 }
 
-COLD void fgpu_arrive(int asked)
+COLD void fgpu_arrive(struct fgpu_asked asked)
 {
     int saved = errno;
     if (link_of(load()) == FGPU_FRESH) first(&asked);
-    if (asked >= 0) syscall(SYS_close, asked);
+    fgpu_forget(&asked);
     fgpu_look();
     errno = saved;
 }

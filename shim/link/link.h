@@ -6,12 +6,17 @@
 #include "base/view.h"
 
 /* -- link.c: registration, pages, state */
-HIDDEN int fgpu_announce(void);            /* send a hello and do not wait; returns the argument for fgpu_arrive */
-HIDDEN void fgpu_arrive(int announced);    /* wait for the reply */
-HIDDEN struct fgpu_view fgpu_look(void);   /* register if it is due; report once that nothing is enforced */
-HIDDEN struct fgpu_view fgpu_glance(void); /* the present state: no registration, no report, no clock */
-HIDDEN struct fgpu_view fgpu_insist(void); /* register again: the probes did not respond */
-HIDDEN void fgpu_report_crowd(void);       /* report once that memory of any size is refused */
+struct fgpu_asked { /* a hello that was sent */
+    int socket;     /* the reply comes here; -1: no hello was sent */
+    int far;        /* the other end, if the gatekeeper takes it from this process; else -1 */
+};
+#define FGPU_NOT_ASKED ((struct fgpu_asked){-1, -1})
+HIDDEN struct fgpu_asked fgpu_announce(void); /* send a hello and do not wait; returns the argument for fgpu_arrive */
+HIDDEN void fgpu_arrive(struct fgpu_asked);   /* wait for the reply */
+HIDDEN struct fgpu_view fgpu_look(void);      /* register if it is due; report once that nothing is enforced */
+HIDDEN struct fgpu_view fgpu_glance(void);    /* the present state: no registration, no report, no clock */
+HIDDEN struct fgpu_view fgpu_insist(void);    /* register again: the probes did not respond */
+HIDDEN void fgpu_report_crowd(void);          /* report once that memory of any size is refused */
 
 /* -- verdict.c. Returns a verdict, or -1: there is none. */
 HIDDEN int fgpu_ask(struct fgpu_view view, unsigned device, uint64_t bytes, unsigned kind, uint64_t ticket);

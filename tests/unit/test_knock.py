@@ -1,0 +1,140 @@
+"""Connections that the gatekeeper takes from processes that may not connect: what is read, and what is left alone."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import selectors
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import pytest
+
+from fgpu_ebpf import abi
+from fgpu_ebpf.abi import Hello
+from fgpu_ebpf.gatekeeper.connections import HELLO_BYTES, Connection, Connections
+from fgpu_ebpf.gatekeeper.ledger_cache import ManagedState
+
+HELLO = bytes(Hello(abi.MAGIC, abi.LAYOUT, HELLO_BYTES))
+OTHER = """
+import socket, sys
+ours = socket.socket(fileno=int(sys.argv[1]))
+near, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+near.send(bytes.fromhex(sys.argv[2]))
+socket.send_fds(ours, [b"."], [far.fileno(), near.fileno()])
+sys.stdin.read()
+"""
+
+
+class Fixture:
+    """Connections without a listener. `seen`: the pids of the peers that have sent a hello."""
+
+    def __init__(self) -> None:
+        self.counts = dict.fromkeys(
+            ("malformed", "gone", "silent", "hello_unanswered", "dropped_tenant", "answered"), 0
+        )
+        self.seen: list[int] = []
+        state = ManagedState(False, 7)
+        selector = selectors.DefaultSelector()
+        self.connections = Connections(selector, self.counts, lambda *_: (1, state), self._look, lambda pid: None)
+
+    def _look(self, connection: Connection) -> None:
+        self.seen.append(connection.pid)
+        connection.sock.send(b"answer")
+        self.connections.drop(connection, "answered")
+
+    def take(self, descriptor: int) -> None:
+        """Take a descriptor of this process, and serve it. No descriptor may be left open."""
+        before = set(os.listdir("/proc/self/fd"))
+        self.connections.take(os.getpid(), descriptor)
+        while self.connections.pending():
+            self.connections.serve()
+        assert set(os.listdir("/proc/self/fd")) == before
+        assert len(self.connections) == 0
+
+
+@pytest.fixture
+def fixture() -> Fixture:
+    return Fixture()
+
+
+@pytest.fixture
+def pair() -> Iterator[tuple[socket.socket, socket.socket]]:
+    with contextlib.ExitStack() as stack:
+        ends = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        for end in ends:
+            stack.enter_context(end)
+            end.setblocking(False)
+        yield ends
+
+
+def test_a_hello_on_a_taken_socket_is_answered_and_the_peer_notices_the_end(
+    fixture: Fixture, pair: tuple[socket.socket, socket.socket]
+) -> None:
+    near, far = pair
+    near.send(HELLO)
+    fixture.take(far.fileno())
+    assert (fixture.seen, fixture.counts["answered"]) == ([os.getpid()], 1)
+    assert near.recv(64) == b"answer"
+    assert near.recv(64) == b""  # although this process still has the other end
+
+
+@pytest.mark.parametrize("message", [b"a message of the program", HELLO + b"and more", HELLO[:-1]])
+def test_a_message_of_the_program_stays_on_its_socket(
+    fixture: Fixture, pair: tuple[socket.socket, socket.socket], message: bytes
+) -> None:
+    near, far = pair
+    near.send(message)
+    fixture.take(far.fileno())
+    assert (fixture.seen, fixture.counts["malformed"]) == ([], 1)
+    assert far.recv(256) == message
+    near.send(b"still open")
+    assert far.recv(256) == b"still open"
+
+
+def test_a_socket_without_a_message_is_left_alone(fixture: Fixture, pair: tuple[socket.socket, socket.socket]) -> None:
+    fixture.take(pair[1].fileno())
+    assert (fixture.seen, fixture.counts["malformed"]) == ([], 1)
+
+
+def test_a_socket_of_another_kind_is_left_alone(fixture: Fixture) -> None:
+    near, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+    with near, far:
+        near.send(HELLO)
+        fixture.take(far.fileno())
+        assert (fixture.seen, far.recv(256)) == ([], HELLO)
+
+
+def test_other_files_and_closed_descriptors_are_left_alone(fixture: Fixture) -> None:
+    read, write = os.pipe()
+    os.write(write, HELLO)
+    fixture.take(read)
+    assert (fixture.seen, fixture.counts["malformed"], os.read(read, 256)) == ([], 1, HELLO)
+    os.close(read)
+    os.close(write)
+    fixture.take(5000)  # no low number: the gatekeeper's own pidfd may have it, and this process is its own peer here
+    fixture.take(0xFFFFFFFF)
+    assert (fixture.seen, fixture.counts["gone"]) == ([], 2)
+
+
+def test_a_socket_of_another_process_does_not_speak_for_it(fixture: Fixture) -> None:
+    """A process may have been given a socket of a process of another tenant."""
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        command = [sys.executable, "-c", OTHER, str(theirs.fileno()), HELLO.hex()]
+        with subprocess.Popen(command, stdin=subprocess.PIPE, pass_fds=[theirs.fileno()]) as other:
+            descriptors = socket.recv_fds(ours, 1, 2)[1]
+            fixture.take(descriptors[0])
+            assert (fixture.seen, fixture.counts["malformed"]) == ([], 1)
+            for descriptor in descriptors:
+                os.close(descriptor)
+            other.communicate()
+
+
+def test_a_process_that_has_exited_is_gone(fixture: Fixture) -> None:
+    with subprocess.Popen(["true"]) as process:
+        process.wait()
+    fixture.connections.take(process.pid, 3)
+    assert fixture.counts["gone"] == 1
