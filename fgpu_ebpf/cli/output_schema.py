@@ -1,4 +1,4 @@
-"""JSON Schemas of the --json output of `fgpu status`, `ps`, `usage` and `events`, made from the classes that are printed.
+"""JSON Schemas of the --json output of `fgpu status`, `ps`, `usage` and `events`, made from the printed classes.
 
 This module runs in the process of `fgpu schema`. Within a VERSION, properties are only added: tests compare the schemas
 with those of the version's first release. A type for which this module has no schema raises KeyError.
