@@ -181,7 +181,8 @@ class DeviceView:
     `xids`: the count of each XID since the agent's start; None: NVML does not report XIDs. `ignored_xids`: how many of
     these XIDs agent.yaml ignores, by default those that programs cause. `fatal_xid`: the XID because of which no share
     of the device is offered; None: there is none. `unexplained_bytes`: bytes in use that belong to no process, orphan
-    or known reserve; None: unknown.
+    or known reserve; None: unknown. `usable_bytes`: the capacity without the driver's reserve, against which
+    `committed_bytes` counts.
     """
 
     index: int
@@ -202,6 +203,7 @@ class DeviceView:
     orphaned_bytes: int = 0
     unexplained_bytes: int | None = None
     unmanaged_by: tuple[UnmanagedView, ...] = ()
+    usable_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -233,5 +233,5 @@ def _device(
         truth.used.get(device.index), look.parts.enforcer.commitments.committed(device.index), unmanaged,
         gatekeeper_process.slices(gatekeeper, device.index), _owner(look, device.index), _age(look, device.index),
         None if held is None else len(outside), *xids, orphaned, truth.unexplained.get(device.index),
-        tuple(outside),
+        tuple(outside), device.usable_bytes,
     )  # fmt: skip

@@ -13,9 +13,10 @@ from typing import Any
 from fgpu_ebpf.agent import nvml_reconcile
 from fgpu_ebpf.check import Check
 from fgpu_ebpf.driver import bypass_reason, xids
+from fgpu_ebpf.policy import folder
 from fgpu_ebpf.snapshot import RELEASED
 
-NONE = ": only `fgpu run`, `fgpu set` and shares limit anything"
+NONE = f": only `fgpu run`, `fgpu set` and shares limit anything. {folder.NEXT_STEP}"
 FULL_PARTS = 0.75  # the threshold of the alert FgpuTableFilling
 FULL = (
     "a full table refuses new programs: find the workload in `fgpu events` or `fgpu explain TARGET`, "

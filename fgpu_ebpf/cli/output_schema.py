@@ -1,4 +1,4 @@
-"""JSON Schemas of the --json output of `fgpu status`, `ps` and `events`, made from the classes that are printed.
+"""JSON Schemas of the --json output of `fgpu status`, `ps`, `usage` and `events`, made from the printed classes.
 
 This module runs in the process of `fgpu schema`. Within a VERSION, properties are only added: tests compare the schemas
 with those of the version's first release. A type for which this module has no schema raises KeyError.
@@ -14,12 +14,15 @@ from types import UnionType
 from typing import Any, get_args, get_origin, get_type_hints
 
 from fgpu_ebpf.cli.tables import ProcessRow
+from fgpu_ebpf.cli.usage import UsageRow
 from fgpu_ebpf.snapshot import Snapshot
 from fgpu_ebpf.tenancy.event_log import Event
 
 VERSION = 1
 TYPES = {str: "string", int: "integer", float: "number", bool: "boolean", type(None): "null"}
-PRINTED: Mapping[str, Any] = {"status": Snapshot, "ps": list[ProcessRow], "events": Event}
+PRINTED: Mapping[str, Any] = {
+    "status": Snapshot, "ps": list[ProcessRow], "usage": list[UsageRow], "events": Event,
+}  # fmt: skip
 
 
 def of(command: str) -> dict[str, Any]:

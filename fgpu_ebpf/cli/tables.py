@@ -54,7 +54,7 @@ def usage(by: str, rows: Sequence[Sequence[str]]) -> str:
 
 
 def status(snapshot: Mapping[str, Any]) -> str:
-    """Return the tables of tenants by device and of compute time, and lines about states that need attention."""
+    """Return the tables of tenants by device and of compute time, and lines about devices and states to attend to."""
     table = _table("TENANT", "KIND", "GPU", "LIMIT", "USED", "PEAK", "REFUSED", "PROCESSES", "HELD BY")
     for tenant in snapshot["tenants"]:
         count = str(len({p["pid"] for p in tenant["processes"]}))
@@ -68,7 +68,20 @@ def status(snapshot: Mapping[str, Any]) -> str:
             )
             table.add_row(tenant["tenant"], tenant["kind"], str(d["gpu"]), *sizes, count, tenant["enforcement"])
     why = no_limit(snapshot) or _nothing_managed(snapshot)
-    return _text(table) + _shares(snapshot) + _counted(snapshot) + _orphans(snapshot) + (f"\n{why}\n" if why else "")
+    parts = (_devices(snapshot), _shares(snapshot), _counted(snapshot), _orphans(snapshot))
+    return "".join([_text(table), *parts]) + (f"\n{why}\n" if why else "")
+
+
+def _devices(snapshot: Mapping[str, Any]) -> str:
+    """Return a line for each device: how much of its memory limits have committed, and how much is left for others."""
+    lines = []
+    for device in snapshot["devices"]:
+        usable = device.get("usable_bytes") or device["capacity_bytes"]  # an agent of an older version reports none
+        committed, unmanaged = device["committed_bytes"], device["unmanaged_bytes"]
+        left = memory_text(max(0, usable - committed))
+        line = f"gpu {device['index']}: {memory_text(committed)} of {memory_text(usable)} committed, {left} left"
+        lines.append(line + (f"; {memory_text(unmanaged)} held by processes outside tenants" if unmanaged else ""))
+    return "".join(f"\n{line}" for line in lines) + ("\n" if lines else "")
 
 
 def _nothing_managed(snapshot: Mapping[str, Any]) -> str:

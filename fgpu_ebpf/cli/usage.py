@@ -11,7 +11,8 @@ import json
 import os
 import re
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
 
 import click
 
@@ -23,13 +24,34 @@ from fgpu_ebpf.tenancy.usage_store import LABEL, Used
 HOUR = 3600
 _SPAN = re.compile(r"([0-9]{1,6})([mhd])")
 _UNITS = {"m": 60, "h": HOUR, "d": 24 * HOUR}
-_COLUMNS: tuple[tuple[str, Callable[[Used], float]], ...] = (
-    ("run_seconds", lambda used: used.run),
-    ("memory_byte_seconds", lambda used: used.byte_seconds),
-    ("held_seconds", lambda used: used.held),
-    ("idle_seconds", lambda used: used.idle),
-    ("waited_seconds", lambda used: used.waited),
-)
+
+
+@dataclass(frozen=True, slots=True)
+class UsageRow:
+    """The use of devices by one group, as far as one source has measured it, summed over all devices.
+
+    The row also contains the name of the group, a string. Its key is the value of `--by`: `tenant` by default, or
+    `namespace`, `user` or `label:NAME`. The name is empty for tenants without the namespace, user or label. `source`:
+    the source of `run_seconds`: `turns`, `nvml` or `none`. `run_seconds`: the time that devices worked for the group.
+    `memory_byte_seconds`: bytes on devices times seconds. `held_seconds`: the time with memory on a device.
+    `idle_seconds`: the part of `held_seconds` in which the tenant used less than 1 % of the device's time.
+    `waited_seconds`: the time in which the group waited for turns. `run_seconds` and `idle_seconds` are None if
+    `source` is `none`.
+    """
+
+    source: str
+    run_seconds: float | None
+    memory_byte_seconds: float
+    held_seconds: float
+    idle_seconds: float | None
+    waited_seconds: float
+
+    @classmethod
+    def of(cls, source: str, used: Used) -> UsageRow:
+        """Return the row of an amount that the store has for this source."""
+        known = source != "none"
+        run, idle = (used.run, used.idle) if known else (None, None)
+        return cls(source, run, used.byte_seconds, used.held, idle, used.waited)
 
 
 def _span(_: click.Context, __: click.Parameter, text: str) -> int:
@@ -77,27 +99,30 @@ def usage(since: int, by: str, as_csv: bool, as_json: bool) -> None:
         ((who, source, used) for who, of in found.items() for source, used in of.items()),
         key=lambda row: (-row[2].run, -row[2].byte_seconds, row[0]),
     )
-    if as_json or as_csv:
-        records = [
-            {by: who, "source": source} | {name: value(used) for name, value in _COLUMNS} for who, source, used in rows
-        ]
-        click.echo(json.dumps(records) if as_json else _csv(by, records), nl=as_json)
-        return
-    from fgpu_ebpf.cli import tables
+    records = [(who, UsageRow.of(source, used)) for who, source, used in rows]
+    if as_json:
+        click.echo(json.dumps([{by: who} | asdict(row) for who, row in records]))
+    elif as_csv:
+        click.echo(_csv(by, records), nl=False)
+    else:
+        from fgpu_ebpf.cli import tables
 
-    click.echo(tables.usage(by, [(who or "-", source, *_hours(source, used)) for who, source, used in rows]), nl=False)
-
-
-def _hours(source: str, used: Used) -> tuple[str, ...]:
-    known = source != "none"
-    gib = used.byte_seconds / HOUR / 2**30
-    run, idle = (f"{used.run / HOUR:.2f}", f"{used.idle / HOUR:.2f}") if known else ("-", "-")
-    return run, f"{gib:.2f}", f"{used.held / HOUR:.2f}", idle, f"{used.waited / HOUR:.2f}"
+        click.echo(tables.usage(by, [(who or "-", row.source, *_hours(row)) for who, row in records]), nl=False)
 
 
-def _csv(by: str, records: Sequence[Mapping[str, object]]) -> str:
+def _hours(row: UsageRow) -> tuple[str, ...]:
+    gib = row.memory_byte_seconds / HOUR / 2**30
+    run, held, idle, waited = (
+        "-" if seconds is None else f"{seconds / HOUR:.2f}"
+        for seconds in (row.run_seconds, row.held_seconds, row.idle_seconds, row.waited_seconds)
+    )
+    return run, f"{gib:.2f}", held, idle, waited
+
+
+def _csv(by: str, records: Sequence[tuple[str, UsageRow]]) -> str:
+    """Return the rows as CSV. A value that was not measured is empty."""
     out = io.StringIO()
-    writer = csv.DictWriter(out, [by, "source", *(name for name, _ in _COLUMNS)])
+    writer = csv.DictWriter(out, [by, *(field.name for field in fields(UsageRow))])
     writer.writeheader()
-    writer.writerows(records)
+    writer.writerows({by: who} | asdict(row) for who, row in records)
     return out.getvalue()

@@ -150,7 +150,7 @@ def metrics() -> None:
 
 @examples("fgpu schema status", "fgpu schema ps >ps.json")
 @click.command()
-@click.argument("command", type=click.Choice(("status", "ps", "events")))
+@click.argument("command", type=click.Choice(("status", "ps", "usage", "events")))
 def schema(command: str) -> None:
     """Print the JSON Schema of what COMMAND prints with --json. For `events`, it describes one line."""
     from fgpu_ebpf.cli import output_schema

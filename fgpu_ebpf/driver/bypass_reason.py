@@ -45,7 +45,8 @@ class Reason(StrEnum):
     NOT_MOUNTED = (
         "not_mounted",
         f"nothing is mounted at {LIST} (programs that Nix built: {NIX_LIST}): "
-        "run fgpu setup, or start the container with --device fgpu.dev/shim=all",
+        "run fgpu setup, or start the container with --device fgpu.dev/shim=all, or, if the program is in no "
+        "container, start it by fgpu run",
     )
     NOT_LOADED = (
         "not_loaded",

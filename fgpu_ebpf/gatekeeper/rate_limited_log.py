@@ -1,7 +1,8 @@
 """The gatekeeper's log: at most MOST_LINES a second, without blocking.
 
 Runs in the gatekeeper's main thread. The maximum keeps tenants from filling the log. A line that cannot be written at
-once is lost.
+once is lost. A line begins with the local time, as the agent's lines do, except in systemd's journal, which has the
+time of each entry.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 import select
+import time
 
 MOST_LINES = 10
 
@@ -18,6 +20,7 @@ class LogLines:
 
     def __init__(self, name: str) -> None:
         self._name = name
+        self._is_journal = _is_journal()
         self._lines = 0
 
     def say(self, line: str) -> None:
@@ -25,7 +28,8 @@ class LogLines:
         self._lines += 1
         with contextlib.suppress(OSError, ValueError):  # logging must not wait for the reader of a pipe
             if self._lines <= MOST_LINES and select.select([], [2], [], 0)[1]:
-                os.write(2, f"{self._name}: {line}\n".encode())
+                when = "" if self._is_journal else time.strftime("%F %T ")
+                os.write(2, f"{when}{self._name}: {line}\n".encode())
 
     def renew(self) -> None:
         """Report how many lines were omitted, and allow MOST_LINES again. To be called once a second."""
@@ -33,3 +37,11 @@ class LogLines:
         if more > 0:
             self.say(f"{more} more lines omitted")
         self._lines = 0
+
+
+def _is_journal() -> bool:
+    """Return whether a service manager has connected standard error to the journal."""
+    with contextlib.suppress(OSError):
+        there = os.fstat(2)
+        return os.environ.get("JOURNAL_STREAM", "") == f"{there.st_dev}:{there.st_ino}"
+    return False

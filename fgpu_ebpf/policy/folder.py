@@ -27,6 +27,7 @@ EMPTY_TIMES = 10  # wait this many times longer for an empty file: most programs
 TRIES = 20
 SUFFIXES = (".yaml", ".yml")
 CHANGING = "changes all the time: wait until its files are written"
+NEXT_STEP = "`fgpu setup docker --memory 8GiB` writes a policy; `fgpu run` and `fgpu set` need none"
 _GONE = "does not exist: the last policies stay in force; create the folder again (empty: no policies)"
 
 
@@ -60,7 +61,8 @@ def check(folder: Path) -> Check:
     reading = PolicyFolder(folder).read()
     if reading.policies is None:
         return Check("policies", False, "; ".join(map(str, reading.errors[:3])), f"fgpu policy check {folder}")
-    return Check("policies", True, f"{len(reading.policies.policies)} in {folder}")
+    more = "" if reading.policies.policies else f": {NEXT_STEP}"
+    return Check("policies", True, f"{len(reading.policies.policies)} in {folder}{more}")
 
 
 class PolicyFolder:

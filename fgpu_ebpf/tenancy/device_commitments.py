@@ -205,9 +205,10 @@ class Commitments:
         limit, capacity = tenant.limits[index], self._capacity.get(index, 0)
         if not _is_limit(limit) or others + min(limit, capacity) <= capacity:
             return ""
+        other = "name another device (`--device`, `devices:` in a policy), " if len(self._capacity) > 1 else ""
         return (
             f"{memory_text(limit)} for {tenant.name} do not fit on device {index}: {memory_text(others)} of "
-            f"{memory_text(capacity)} are committed to others; lower a limit, or allow overcommit"
+            f"{memory_text(capacity)} are committed to others; lower a limit, {other}or allow overcommit"
         )
 
     def committed(self, index: int, but: Tenant | None = None) -> int:

@@ -106,8 +106,9 @@ def test_every_field_of_json_output_is_shown(shown: dict[str, str]) -> None:
 
 
 def test_examples_of_json_output_follow_the_schema() -> None:
-    row, event = (json.loads(text) for text in re.findall(r"^```json\n(.*?)^```", JSON_PAGE, re.M | re.S))
+    row, use, event = (json.loads(text) for text in re.findall(r"^```json\n(.*?)^```", JSON_PAGE, re.M | re.S))
     jsonschema.validate([row], output_schema.of("ps"))
+    jsonschema.validate([use], output_schema.of("usage"))
     jsonschema.validate(event, output_schema.of("events"))
 
 

@@ -63,6 +63,7 @@ def test_a_tenant_without_room_gets_nothing_until_there_is_room(place, books):
         place.enforcer.use(tenant.cgroup)
     assert in_force(books, two) == 0
     assert "4GiB for two do not fit on device 0: 8GiB of 10GiB" in place.enforcer.denied(two.cgroup)
+    assert "others; lower a limit, or allow overcommit" in place.enforcer.denied(two.cgroup), "there is one device"
     place.enforcer.release([one.cgroup])
     assert (in_force(books, two), place.enforcer.denied(two.cgroup)) == (4 * GIB, "")
 
@@ -365,6 +366,7 @@ def test_a_limit_counts_on_a_device_from_its_first_use_there(two, books):
     assert (books.limits[other.cgroup][0], uncommitted(books, other)) == ({0: 8 * GIB, 1: 0}, {0})
     assert two.enforcer.use_device(other.cgroup, 0) == ""
     assert "device 1" in two.enforcer.denied(other.cgroup)
+    assert "name another device (`--device`, `devices:` in a policy)" in two.enforcer.denied(other.cgroup)
     two.enforcer.release([one.cgroup])
     assert (books.limits[other.cgroup][0], two.enforcer.denied(other.cgroup)) == ({0: 8 * GIB, 1: 8 * GIB}, "")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +13,20 @@ import pytest
 from click.testing import CliRunner
 
 from fgpu_ebpf.cli import output_schema, tables
+from fgpu_ebpf.cli import usage as usage_command
 from fgpu_ebpf.cli.main import main
 from fgpu_ebpf.snapshot import plain
+from fgpu_ebpf.tenancy import usage_store
 from fgpu_ebpf.tenancy.event_log import EventLog
+from fgpu_ebpf.tenancy.usage_store import Owner, Place, Used
 
 from .test_metrics import snapshot
 
 VERSION = 1
 PROMISED: dict[str, Any] = json.loads(Path(__file__).with_name(f"output_v{VERSION}.json").read_text())
 Schema = dict[str, Any]
+AMOUNTS = ("run_seconds", "memory_byte_seconds", "held_seconds", "idle_seconds", "waited_seconds")
+A_FIELD = {"status": "devices", "ps": "pid", "usage": "held_seconds", "events": "what"}
 
 
 def printed(command: str) -> Schema:
@@ -97,13 +103,33 @@ def documents() -> list[tuple[str, Any]]:
     log.add("refused", tenant="a", pid=7, gpu=0, operation="memory", reason="limit", bytes=1009)
     status = json.loads(json.dumps(snapshot(), default=plain))
     rows = json.loads(json.dumps(tables.process_rows(status), default=plain))
-    return [("status", status), ("ps", rows), ("events", log.since(0)["events"][0])]
+    usage = [{"tenant": "a", "source": "turns"} | dict.fromkeys(AMOUNTS, 1.5)]
+    return [("status", status), ("ps", rows), ("usage", usage), ("events", log.since(0)["events"][0])]
 
 
 @pytest.mark.parametrize(("command", "document"), documents(), ids=output_schema.PRINTED)
 def test_outputs_follow_their_schema_which_refuses_a_missing_property(command: str, document: Any) -> None:
     schema = printed(command)
     jsonschema.validate(document, schema)
-    (document[0] if command == "ps" else document).pop({"status": "devices", "ps": "pid", "events": "what"}[command])
+    (document[0] if isinstance(document, list) else document).pop(A_FIELD[command])
     with pytest.raises(jsonschema.ValidationError, match="is a required property"):
         jsonschema.validate(document, schema)
+
+
+@pytest.mark.parametrize("by", ["tenant", "namespace", "user", "label:team"])
+def test_usage_prints_its_schema_the_name_of_the_group_and_null_for_what_was_not_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, by: str
+) -> None:
+    owner, now = Owner("a", "research", "1000", (("team", "vision"),)), usage_store.period(time.time())
+    amounts = {Place(now, owner, "GPU-a", source): Used(2.0, 3.0, 4.0, 1.0, 0.5) for source in ("turns", "none")}
+    usage_store.add(tmp_path / "usage.db", amounts)
+    monkeypatch.setattr(usage_store.read, "__defaults__", (tmp_path / "usage.db",))
+    monkeypatch.setattr(usage_command.os, "geteuid", lambda: 0)
+    rows = json.loads(CliRunner().invoke(main, ["usage", "--json", "--by", by]).output)
+    jsonschema.validate(rows, printed("usage"))
+    group = {"tenant": "a", "namespace": "research", "user": "1000", "label:team": "vision"}[by]
+    assert sorted((row[by], row["source"], row["run_seconds"], row["idle_seconds"]) for row in rows) == [
+        (group, "none", None, None), (group, "turns", 2.0, 1.0),
+    ]  # fmt: skip
+    lines = CliRunner().invoke(main, ["usage", "--csv", "--by", by]).output.splitlines()
+    assert {f"{group},turns,2.0,3.0,4.0,1.0,0.5", f"{group},none,,3.0,4.0,,0.5"} == {*lines[1:]}

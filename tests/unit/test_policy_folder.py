@@ -11,9 +11,11 @@ from pathlib import Path
 
 import pytest
 
+from fgpu_ebpf.api import health
 from fgpu_ebpf.policy import folder as policy_folder
 from fgpu_ebpf.policy import trusted_file
 from fgpu_ebpf.policy.folder import PolicyFolder
+from fgpu_ebpf.snapshot import Fields, PoliciesView, Snapshot
 from tests.unit import policy_kit as kit
 from tests.unit.configmap_kit import ConfigMap
 
@@ -31,6 +33,16 @@ def names(reading):
 def errors(reading):
     assert reading.policies is None
     return [str(error) for error in reading.errors]
+
+
+def test_doctor_names_the_next_step_if_there_is_no_policy(tmp_path):
+    found = policy_folder.check(tmp_path / "none")
+    assert (found.ok, found.found) == (True, f"0 in {tmp_path}/none: {policy_folder.NEXT_STEP}")
+    for count in (0, 1):
+        shown = Snapshot(1.0, policies=PoliciesView(True, 1.0, count, ()))
+        (found,) = [one for one in health.checks(Fields(shown)) if one.name == "policies"]
+        assert found.ok
+        assert ("fgpu setup docker --memory 8GiB" in found.found) == (not count)
 
 
 def test_files_are_read_in_lexical_order_and_documents_in_their_own(tmp_path):

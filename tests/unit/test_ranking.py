@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from fgpu_ebpf.api import ranking
@@ -53,6 +55,22 @@ def test_a_tenant_has_no_entitlement_on_a_device_that_it_does_not_use() -> None:
     entitled = {row.tenant["tenant"]: BY_WORD["entitled"].text(row) for row in ranking.rows(snapshot)}
     assert entitled == {"alice": "-", "bob": "75.0%"}
     assert [line.split()[3] for line in tables.status(snapshot).splitlines()[-2:]] == ["-", "75.0%"]
+
+
+def test_status_has_a_line_for_each_device_with_the_committed_memory_and_the_rest() -> None:
+    devices = (
+        replace(kit.device(0), usable_bytes=159 * kit.GIB),
+        kit.device(1, unmanaged=3 * kit.GIB),
+        replace(kit.device(2, unmanaged=None), committed_bytes=200 * kit.GIB),
+    )
+    lines = tables.status(kit.latest(kit.BOB, devices=devices).snapshot).splitlines()
+    assert lines[1].split()[0] == "bob"
+    assert lines[2:6] == [
+        "",
+        "gpu 0: 100GiB of 159GiB committed, 59GiB left",
+        "gpu 1: 100GiB of 160GiB committed, 60GiB left; 3GiB held by processes outside tenants",
+        "gpu 2: 200GiB of 160GiB committed, 0B left",
+    ]
 
 
 def test_a_tenant_has_a_row_for_each_of_its_devices() -> None:

@@ -65,6 +65,7 @@ def test_a_program_with_musl_has_the_reason_musl(program: Any, reason_of: Any) -
 
 def test_a_program_without_the_mount_has_the_reason_not_mounted(program: Any, reason_of: Any) -> None:
     assert reason_of(program("gcc")) is Reason.NOT_MOUNTED
+    assert "in no container, start it by fgpu run" in Reason.NOT_MOUNTED.words, "this program is in no container"
     loader = subprocess.run(["readelf", "-p", ".interp", program("gcc")], capture_output=True, text=True, check=True)
     assert reason_of(loader.stdout.split()[-1], program("gcc")) is Reason.NOT_MOUNTED, "its loader was started"
 
