@@ -8,7 +8,6 @@ from collections.abc import Callable
 import pytest
 
 from tests.support.host import BUILD, CONTEXT, MIB, REFUSED
-from tests.support.place import Place
 from tests.support.service import Service
 from tests.support.tenant import Tenant
 from tests.support.wait import eventually
