@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import socket
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from functools import partial
 from pathlib import Path
@@ -58,6 +59,7 @@ class Discovery:
         self._search = Search(lambda file: attached.of(file) is not None)
         self._looked_at: set[int] = set()
         self._searched: dict[int, float] = {}  # by process: time of the last search by contents
+        self._unrecorded: dict[int, int] = {}  # by process: the bytes without a recorded allocation at that time
         self._roots = Roots()
         self._root = procfs.cgroup2_root() or Path("/")
         self._standalone: set[int] = set()  # processes as in standalone()
@@ -175,26 +177,36 @@ class Discovery:
     ) -> None:
         """Probe the files that processes in NVML's lists map, as look_at_new() does.
 
-        The files of a process are searched for libcuda again if it holds more memory than it is charged for, or if no
-        probe has recorded a call of the process.
+        The files of a process are searched for libcuda again if NVML shows more memory without a recorded allocation
+        for it than at the last search, or if no probe has recorded a call of the process.
 
         Args:
             pids: the processes.
             drift: ledger minus NVML in bytes by (pid, device), at the last reconciliation.
             processes: the ledger's processes at that time.
         """
-        uncalled = {pid for pid, process in processes.items() if not process.flags & Seen.CALL}
-        self.look_at_new(pids, {pid for (pid, _), bytes_ in drift.items() if bytes_ < 0} | uncalled)
+        unrecorded = Counter({pid: sum(process.overhead) for pid, process in processes.items()})
+        for (pid, _), bytes_ in drift.items():
+            unrecorded[pid] -= min(0, bytes_)
+        again = {pid for pid, bytes_ in unrecorded.items() if bytes_ > self._unrecorded.get(pid, 0)}
+        again |= {pid for pid, process in processes.items() if not process.flags & Seen.CALL}
+        pids = set(pids)
+        searched = self.look_at_new(pids, again)
+        self._unrecorded |= {pid: unrecorded[pid] for pid in searched}
+        self._unrecorded = {pid: bytes_ for pid, bytes_ in self._unrecorded.items() if pid in pids}
 
-    def look_at_new(self, pids: Iterable[int], again: Set[int] = frozenset()) -> None:
+    def look_at_new(self, pids: Iterable[int], again: Set[int] = frozenset()) -> set[int]:
         """Probe the files that processes in NVML's lists map, unless that was done before.
 
         Args:
             pids: the processes.
-            again: processes that hold more memory than probes have recorded, or without a recorded call.
-                All files that they execute are searched for libcuda, at most every SEARCH_SECONDS.
+            again: processes with more memory than probes have recorded, or without a recorded call. All files that they
+                execute are searched for libcuda, at most every SEARCH_SECONDS.
+
+        Returns:
+            The processes whose files are searched now.
         """
-        pids, now = set(pids), monotonic()
+        pids, now, searched = set(pids), monotonic(), set[int]()
         self._looked_at &= pids
         self._searched = {pid: at for pid, at in self._searched.items() if pid in pids}
         for pid in sorted(pids):
@@ -202,8 +214,10 @@ class Discovery:
             if pid in again and is_due and self._ask(pid, search=True):
                 self._searched[pid] = now
                 self._looked_at.add(pid)
+                searched.add(pid)
             elif pid not in self._looked_at and self._ask(pid):
                 self._looked_at.add(pid)
+        return searched
 
     def _ask(self, pid: int, search: bool = False) -> bool:
         """Let a worker read the mappings of a process. Returns False if the job was not queued."""

@@ -160,6 +160,25 @@ def test_a_copy_under_another_name_is_witnessed_once_nvml_shows_its_memory(
 
 
 @pytest.mark.places("host")
+def test_a_copy_is_witnessed_although_its_process_has_called_the_genuine_library_before(
+    service: Service, tenant, folder: Path
+) -> None:
+    """The process has the shim, and its first allocation was admitted."""
+    one = tenant(3 * CONTEXT + 4 * ROOM)
+    one.assert_enforced()
+    said = service.log.stat().st_size
+    client = Calls(one, "copy", f"{BYPASS} after {shutil.copy(DRIVER, folder / 'x.so')}")
+    shortly(lambda: one.assert_exact() == CONTEXT + 2 * MIB, "the first allocation")
+    assert not one.view()["bypassing"]
+    assert client.do(f"alloc {10 * MIB}") == "ok"
+    eventually(lambda: f"probed '{folder}/x.so' as" in log_of(service, said), 15, "the probes of the copy")
+    before = one.memory()["witnessed_bytes"]
+    assert client.do(f"alloc {50 * MIB}") == "ok"
+    assert one.memory()["witnessed_bytes"] == before + 50 * MIB
+    shortly(lambda: one.view()["bypassing"] == {"no_admission": 1}, "the process as bypassing")
+
+
+@pytest.mark.places("host")
 def test_a_deleted_copy_of_the_driver_is_probed_like_any_other_copy(service: Service, tenant, folder: Path) -> None:
     one = tenant(2 * CONTEXT + ROOM)
     said = service.log.stat().st_size

@@ -9,6 +9,7 @@
  * deepbind   as plain, with RTLD_DEEPBIND
  * dlvsym     the C library's own dlsym, which dlvsym finds by its version
  * symbols    the symbol table of the driver's library
+ * after      as symbols, in the library DRIVER, after an allocation of 2 MiB by the genuine library
  * lies       as dlvsym, after a request for the admission of one byte
  * handles    as plain, and a handle, which needs no context: libraries in a static program have no thread-local storage
  */
@@ -71,9 +72,10 @@ static int take_handle(uint64_t bytes)
     return result ? (int)result : (int)CALL(cuMemCreate, &handle, bytes, &prop, 0);
 }
 
+static CUcontext context;
+
 static int take(uint64_t bytes)
 {
-    static CUcontext context;
     static uint64_t ticket = 1 << 20;
     CUdeviceptr pointer;
     CUresult result = context ? CUDA_SUCCESS : CALL(cuInit, 0);
@@ -83,11 +85,22 @@ static int take(uint64_t bytes)
     return result ? (int)result : (int)CALL(cuMemAlloc_v2, &pointer, bytes);
 }
 
+static int take_from_the_genuine_library(void)
+{
+    way = "plain";
+    driver = dlopen("libcuda.so.1", RTLD_NOW);
+    int result = driver ? take(2 << 20) : 1;
+    context = NULL;
+    way = "symbols";
+    return result;
+}
+
 int main(int argc, char **argv)
 {
     unsigned long long bytes;
     if (argc != 2 && argc != 3) return 2;
     way = argv[1];
+    if (!strcmp(way, "after") && take_from_the_genuine_library()) return 5;
     driver = dlopen(argc == 3 ? argv[2] : "libcuda.so.1", RTLD_NOW | (!strcmp(way, "deepbind") ? RTLD_DEEPBIND : 0));
     if (!driver) {
         fprintf(stderr, "%s\n", dlerror());

@@ -628,17 +628,22 @@ def test_doctor_shows_the_oldest_age(ages, ok, says):
     assert ok or found.fix
 
 
-def test_the_reconciler_wakes_for_new_processes_and_for_shimless_ones():
-    books = Books(replace(process(512 * MIB), flags=abi.Seen.SHIM))
-    one = reconciler(books, {ME: 512 * MIB})
+def test_the_reconciler_wakes_for_new_processes_at_once_and_for_others_after_each_full_pass():
+    """A process that already has a shim may call another library at any time."""
+    one = reconciler(Books(replace(process(512 * MIB), flags=abi.Seen.SHIM)), {ME: 512 * MIB})
     woken = []
-    for flags in (abi.Seen.SHIM, abi.Seen.SHIM, 0, 0, abi.Seen.SHIM):
-        books.entry = replace(books.entry, flags=flags)
-        one.look()
+    for is_full in (False, False, True, True):
+        one.look(is_full)
         woken.append(bool(select.select([one], [], [], 0)[0]))
         one.clear()
-    assert woken == [True, False, True, True, False]
+    assert woken == [True, False, True, True]
     assert one.truth.strangers() == set()
+
+
+def test_the_reconciler_does_not_wake_without_processes():
+    one = reconciler(Books(process(0)), {})
+    one.look()
+    assert not select.select([one], [], [], 0)[0]
 
 
 @pytest.mark.parametrize(("in_use", "kept"), [(899 * MIB, 0), (900 * MIB, 900 * MIB), (None, 900 * MIB)])
