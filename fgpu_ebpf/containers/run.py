@@ -21,6 +21,7 @@ from typing import NoReturn
 
 from fgpu_ebpf.check import Check
 from fgpu_ebpf.linux import atomic_file
+from fgpu_ebpf.linux.libc import LIBC
 from fgpu_ebpf.workloads import shim_mounts
 
 PRELOADS = tuple(map(Path, shim_mounts.LISTS))
@@ -28,7 +29,6 @@ _NEWNS, _NEWPID = 0x00020000, 0x20000000
 _MS_BIND, _MS_REC, _MS_PRIVATE = 4096, 16384, 1 << 18
 _PR_SET_PDEATHSIG = 1
 _AGAIN = "restart the agent: it installs the shim again"
-_libc = ctypes.CDLL(None, use_errno=True)
 
 
 class LaunchError(Exception):
@@ -54,7 +54,7 @@ def _check(result: int, what: str) -> None:
 
 
 def _mount(source: str, target: str, kind: str, flags: int) -> None:
-    _check(_libc.mount(source.encode(), target.encode(), kind.encode(), ctypes.c_ulong(flags), None), f"mount {target}")
+    _check(LIBC.mount(source.encode(), target.encode(), kind.encode(), ctypes.c_ulong(flags), None), f"mount {target}")
 
 
 def _mark(run_dir: Path, host: Path) -> Path:
@@ -141,7 +141,7 @@ def _closed_to_others(file: Path, right: int) -> Path | None:
 
 def _preload_the_shim(run_dir: Path) -> None:
     """Mount the agent's files over PRELOADS, in a new mount namespace. Programs that use musl never read them."""
-    _check(_libc.unshare(_NEWNS), "unshare")
+    _check(LIBC.unshare(_NEWNS), "unshare")
     _mount("none", "/", "", _MS_REC | _MS_PRIVATE)
     for host in PRELOADS:
         try:
@@ -201,7 +201,7 @@ def run(target: LaunchTarget, command: Sequence[str]) -> int:
     if not target.pid_namespace:
         _drop_to_caller()
         _exec(command)
-    _check(_libc.unshare(_NEWPID), "unshare")
+    _check(LIBC.unshare(_NEWPID), "unshare")
     waiting = os.pidfd_open(os.getpid())
     child = os.fork()
     if child == 0:
@@ -219,7 +219,7 @@ def _end_with(parent: int) -> None:
 
     A change of the uid resets this setting, so the call has to follow the change.
     """
-    _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if select.select([parent], [], [], 0)[0]:
         os._exit(125)  # the parent exited before the setting was made
 

@@ -17,16 +17,16 @@ from collections.abc import Iterable
 from itertools import islice
 
 from fgpu_ebpf.abi import LAYOUT, PAGE_BYTES, ROWS, ControlPage, Row, StatusPage
+from fgpu_ebpf.linux.libc import LIBC
 
 _SEAL, _SHRINK, _GROW, _FUTURE_WRITE = fcntl.F_SEAL_SEAL, fcntl.F_SEAL_SHRINK, fcntl.F_SEAL_GROW, 0x10
 _NOEXEC_SEAL = 0x8  # Linux 6.3; sysctl vm.memfd_noexec=2 refuses a memfd without it
-_LIBC = ctypes.CDLL(None)
 _STATUS_HEAD = bytes(StatusPage(version=LAYOUT))[:8]
 
 
 def _fence() -> None:
     """Order all earlier stores before all later ones: a ctypes call releases and takes the interpreter's lock."""
-    _LIBC.getppid()
+    LIBC.getppid()
 
 
 def _sealable(name: str) -> int:

@@ -17,8 +17,8 @@ struct share {
 };
 
 /* Find the smallest limit and the least room of the levels that enforce a limit here. Returns false if there is none:
- * then the driver's numbers are shown. If the limit is below the used bytes, the used bytes are shown as the limit:
- * programs subtract the two numbers. `used` is the tenant's. */
+ * then the driver's numbers are shown. `used` is the tenant's, but no more than the limit: programs subtract the two
+ * numbers. */
 static bool share_of(struct fgpu_view view, int index, struct share *share)
 {
     bool limited = false;
@@ -28,8 +28,8 @@ static bool share_of(struct fgpu_view view, int index, struct share *share)
         uint64_t used = __atomic_load_n(&usage->used, __ATOMIC_RELAXED);
         if (!level) share->used = used;
         if (limit == FGPU_NO_LIMIT || fgpu_observes(&view.usage[level])) continue;
-        uint64_t shown = limit > used ? limit : used, left = limit > used ? limit - used : 0;
-        if (shown < share->total) share->total = shown;
+        uint64_t left = limit > used ? limit - used : 0;
+        if (limit < share->total) share->total = limit;
         if (left < share->free) share->free = left;
         limited = true;
     }

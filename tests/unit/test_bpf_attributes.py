@@ -10,6 +10,7 @@ from fgpu_ebpf.linux import bpf_attributes as attributes
 
 MEMBERS = {  # class -> where its fields are in union bpf_attr
     attributes.MapCreateAttr: "",
+    attributes.ProgLoadAttr: "",
     attributes.MapElemAttr: "",
     attributes.BatchAttr: "batch.",
     attributes.IdAttr: "",

@@ -44,6 +44,7 @@ def test_the_import_contracts_of_pyproject_are_kept() -> None:
         ("new_module.py", "", "Packages import in one direction"),
         ("policy/units.py", "from fgpu_ebpf.policy import rules", "The modules of a package have no import cycle"),
         ("gatekeeper/listener.py", "from fgpu_ebpf.policy import rules", "The gatekeeper knows nothing of policies"),
+        ("scheduling/rivals.py", "from fgpu_ebpf.linux import procfs", "The scheduler needs nothing but the layouts"),
     ],
 )
 def test_the_linter_reports_a_module_that_breaks_an_import_contract(

@@ -23,7 +23,7 @@ def mounts(monkeypatch):
         done.append(target)
 
     monkeypatch.setattr(run, "_mount", mount)
-    monkeypatch.setattr(run, "_libc", type("Libc", (), {"unshare": staticmethod(lambda _: 0)}))
+    monkeypatch.setattr(run, "LIBC", type("Libc", (), {"unshare": staticmethod(lambda _: 0)}))
     monkeypatch.setattr(run, "_create_preload_file", lambda *_: None)
     return done, errors
 
