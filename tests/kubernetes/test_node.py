@@ -5,6 +5,7 @@ The tests follow one another on one node, from the first pod to the node's state
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import signal
@@ -14,7 +15,7 @@ import pytest
 
 from tests.kubernetes import node_kit
 from tests.support.commands import ask
-from tests.support.host import CONTEXT, GIB, MIB, REFUSED, ROOT
+from tests.support.host import BUILD, CONTEXT, GIB, MIB, REFUSED, ROOT
 from tests.support.tenant import Tenant
 from tests.support.wait import eventually
 
@@ -97,6 +98,14 @@ def test_a_tenant_is_found_by_its_process(pods: dict[str, node_kit.Pod], tenant:
     client = tenant.client()
     code, said = pods["agent"].containers["agent"].run("fgpu", "explain", f"pid/{client.pid}")
     assert (code, tenant.path in said) == (0, True), said
+    client.close()
+
+
+def test_a_program_in_a_sandbox_without_sockets_has_the_limit(tenant: Tenant) -> None:
+    """The gatekeeper copies a descriptor of the program, with the runtime's seccomp profile."""
+    client = tenant.client(before=f"{BUILD}/e2e/sandboxed {errno.EPERM}")
+    assert client.ok("info")[1] == 3 * GIB
+    assert client.complaints() == ""
     client.close()
 
 
