@@ -15,7 +15,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 
-MODULES = ("fgpu_ebpf.policy.rules", "fgpu_ebpf.policy.watch", "fgpu_ebpf.policy.parse")
+MODULES = ("fgpu_ebpf.policy.rules", "fgpu_ebpf.policy.watch", "fgpu_ebpf.policy.schema")
 _RESIDENT = """
 import sys, importlib
 def mib():
@@ -44,13 +44,13 @@ def resident() -> dict[str, tuple[float, str]]:
 
 def bad_files() -> dict[str, tuple[float, str]]:
     """Measure the files that are constructed to be slow, and every invalid file of the corpus."""
-    from fgpu_ebpf.policy import parse
+    from fgpu_ebpf.policy import schema
     from tests.unit.bad_policies_kit import BAD, BOMBS, MIB
 
     seconds = {}
     for name, data in {**BOMBS, **{path.stem: path.read_bytes() for path in BAD}}.items():
         begun = time.perf_counter()
-        parse.read("bad.yaml", data[:MIB])
+        schema.read("bad.yaml", data[:MIB])
         seconds[name] = time.perf_counter() - begun
     slowest = max(seconds, key=seconds.__getitem__)
     return {
@@ -61,13 +61,13 @@ def bad_files() -> dict[str, tuple[float, str]]:
 
 def resolving() -> dict[str, tuple[float, str]]:
     """Measure the reading of 100 policies, and the decisions about 1,000 workloads that none of them matches."""
-    from fgpu_ebpf.policy import parse
+    from fgpu_ebpf.policy import schema
     from tests.unit import policy_kit as kit
 
     specs = [f"{{selector: {{cgroup: ['a/**/b{n}', 'c/*{n}*/d'], image: 'x*y*z{n}'}}}}" for n in range(100)]
     text = "".join(kit.text(f"p{n}", spec) for n, spec in enumerate(specs)).encode()
     begun = time.perf_counter()
-    parse.read("p.yaml", text)
+    schema.read("p.yaml", text)
     read = time.perf_counter() - begun
     policies = kit.policies(*specs)
     workloads = [kit.workload(f"/c/x{n % 100}x/d", image="xyzabc") for n in range(1000)]

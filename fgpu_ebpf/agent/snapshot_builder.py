@@ -22,6 +22,8 @@ from fgpu_ebpf.ledger.compute_maps import TurnCounts
 from fgpu_ebpf.ledger.orphans import Orphan
 from fgpu_ebpf.ledger.process_entry import Process
 from fgpu_ebpf.linux import procfs
+from fgpu_ebpf.policy.rules import Priority
+from fgpu_ebpf.scheduling.fair_queue import MILLION
 from fgpu_ebpf.snapshot import (
     ComputeView,
     DeviceView,
@@ -34,7 +36,6 @@ from fgpu_ebpf.snapshot import (
     UnmanagedView,
     UsageView,
 )
-from fgpu_ebpf.tenancy.compute_view import compute_view
 from fgpu_ebpf.tenancy.enforcement import enforcement
 from fgpu_ebpf.tenancy.pinned_levels import doubts
 from fgpu_ebpf.tenancy.tenant import Tenant
@@ -197,13 +198,19 @@ def _age(look: _Look, device: int) -> float | None:
 
 
 def _compute(look: _Look, tenant: Tenant, device: int) -> ComputeView | None:
+    """Return the tenant's share of a device's time, and what it has had of it; None: the tenant has no share there."""
     share = tenant.shares.get(device)
     if share is None:
         return None
     place = tenant.cgroup, device
     shortfall = look.parts.chores.shortfalls.found.get(place)
-    counts = look.turns.get(place) or TurnCounts()
-    return compute_view(share, counts, look.now_ns, look.truth.turns.beyond.get(place), shortfall)
+    t = look.turns.get(place) or TurnCounts()
+    return ComputeView(
+        share.limit_millionths / MILLION, share.weight, list(Priority)[share.rank].value, t.owned_ns / NS, t.waits,
+        t.wait_ns / NS, t.throttled, t.overruns, bool(t.owner), t.had_millionths / MILLION,
+        t.entitled_millionths / MILLION, bool(t.free), (look.now_ns - t.since_ns) / NS if t.since_ns else None,
+        look.truth.turns.beyond.get(place), shortfall,
+    )  # fmt: skip
 
 
 def _owner(look: _Look, device: int) -> str | None:

@@ -174,9 +174,9 @@ class PolicyFolder:
 def parse(name: str, data: bytes) -> tuple[list[Policy], list[ConfigError]]:
     """Return the policies or the errors of one file."""
     # Imported here, because it imports pydantic: 11 MiB of memory that a host without policy files does not need.
-    from fgpu_ebpf.policy import parse
+    from fgpu_ebpf.policy import schema
 
-    return parse.read(name, data)
+    return schema.read(name, data)
 
 
 def whole(policies: list[Policy]) -> list[ConfigError]:

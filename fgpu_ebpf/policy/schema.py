@@ -1,14 +1,15 @@
-"""The document `kind: GpuPolicy`: its keys, the permitted values of each key, and its JSON Schema.
+"""The document `kind: GpuPolicy`: its keys, the permitted values of each key, its JSON Schema, and how a file is read.
 
-The module runs in the thread that reads policy files, and in `fgpu policy schema`. A key without a value is an error
-and does not mean the default, because the author may have forgotten the value. Errors are pydantic's ValidationError.
+The module runs in the thread that reads policy files, and in `fgpu policy schema`. It imports pydantic, so it is
+imported only when there is a file to read. A key without a value is an error and does not mean the default, because the
+author may have forgotten the value. A file with an error gives no policy at all.
 """
 
 from __future__ import annotations
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import ConfigDict, Field, model_validator
+from pydantic import ConfigDict, Field, ValidationError, model_validator
 
 from fgpu_ebpf.policy import rules
 from fgpu_ebpf.policy.fields import (
@@ -28,6 +29,8 @@ from fgpu_ebpf.policy.fields import (
 )
 from fgpu_ebpf.policy.globs import name_globs, path_globs
 from fgpu_ebpf.policy.units import amount_text
+from fgpu_ebpf.policy.validation import config_errors
+from fgpu_ebpf.policy.yaml_document import MOST_ERRORS, ConfigError, Document, InvalidFileError, documents
 
 _EXAMPLE = {"cgroup": ["system.slice/docker-*.scope"]}
 _USUAL = rules.Compute()
@@ -209,3 +212,31 @@ def _compute(model: Compute) -> rules.Compute:
         priority=rules.Priority(model.priority),
         quantum_ns=model.quantum or _USUAL.quantum_ns,
     )
+
+
+# -- file -> policies ----------------------------------------------------------------------------------------------
+
+
+def read(file: str, data: bytes) -> tuple[list[rules.Policy], list[ConfigError]]:
+    """Return the policies of a file in the order of its documents, and its errors. At least one list is empty."""
+    policies: list[rules.Policy] = []
+    wrong: list[ConfigError] = []
+    try:
+        for document in documents(file, data):
+            _read_document(file, document, policies, wrong)
+            if len(wrong) >= MOST_ERRORS:
+                break
+    except InvalidFileError as invalid:
+        wrong.append(invalid.error)
+    return ([] if wrong else policies), wrong[:MOST_ERRORS]
+
+
+def _read_document(file: str, document: Document, policies: list[rules.Policy], wrong: list[ConfigError]) -> None:
+    line = document.line(())
+    if not isinstance(document.value, dict):
+        wrong.append(ConfigError(file, line, "", "is not a policy: write apiVersion, kind, metadata and spec"))
+        return
+    try:
+        policies.append(compiled(GpuPolicy.model_validate(document.value), f"{file}:{line}"))
+    except ValidationError as error:
+        wrong += config_errors(file, document, GpuPolicy, error)

@@ -1,4 +1,4 @@
-"""Capacity for levels: how many levels each bound owner has, and whether another level can be added.
+"""Capacity for levels: how many each bound owner has, whether another can be added, and events for refused levels.
 
 The kernel has a page for each level, and a fixed number of pages (PLACES). If there is no page for a level, its
 programs get no memory (`Enforcer.answer`). Half of all pages are reserved for owners with few levels. The module runs
@@ -7,18 +7,22 @@ in the agent's main loop. Writes to the kernel's table of owners raise OSError.
 
 from __future__ import annotations
 
+import time
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from fgpu_ebpf.ledger.owner_bounds import Bounds, refusal
 from fgpu_ebpf.ledger.owner_table import OwnerTable
 from fgpu_ebpf.linux import bpf
+from fgpu_ebpf.tenancy.event_log import EventLog
 from fgpu_ebpf.tenancy.tenant import Tenant
 from fgpu_ebpf.workloads.bound_owner import Owner, owner_of
 
 PLACES = bpf.MOST_INNER
 FEW = 16  # owners with fewer levels than this may use the second half of all pages
+PAUSE_SECONDS = 30.0  # at most one event in this time for each owner with refused levels
+MOST_REPORTED = 256  # owners that have an event in this time
 
 
 class LevelCapacity:
@@ -137,3 +141,28 @@ class LevelCapacity:
             return []
         found = zip((*self._table.sizes, "orphans"), share.entries, share.most, strict=True)
         return [refusal(str(owner), key, n, most) for key, n, most in found if n >= most]
+
+
+class LevelRefusals:
+    """Counter and reporter of levels that were refused because there was no room.
+
+    There is at most one event for each bound owner in PAUSE_SECONDS, for any number of refused levels. `count`: the
+    number of refusals since the agent's start.
+    """
+
+    def __init__(self, history: EventLog, places: LevelCapacity) -> None:
+        self._history, self._places = history, places
+        self._reported: dict[str, float] = {}
+        self.count = 0
+
+    def report(self, refused: Mapping[str, str]) -> None:
+        """Count and report refused levels. `refused`: the reasons, by path."""
+        self.count += len(refused)
+        owners = {path: self._places.owner(path).path for path in refused}
+        more, now = Counter(owners.values()), time.monotonic()
+        self._reported = {owner: at for owner, at in self._reported.items() if now - at < PAUSE_SECONDS}
+        for path, owner in owners.items():
+            if owner not in self._reported and len(self._reported) < MOST_REPORTED:
+                self._reported[owner] = now
+                others = f", and {more[owner] - 1} more cgroups of this workload" if more[owner] > 1 else ""
+                self._history.add("no room", tenant=path, text=f"{refused[path]}{others}")

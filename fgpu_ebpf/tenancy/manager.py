@@ -24,10 +24,9 @@ from fgpu_ebpf.policy.share_name import Share, parse
 from fgpu_ebpf.tenancy.enforcer import Enforcer, RoomError
 from fgpu_ebpf.tenancy.event_log import EventLog
 from fgpu_ebpf.tenancy.gone_tenants import GoneTenants
-from fgpu_ebpf.tenancy.level_capacity import LevelCapacity
+from fgpu_ebpf.tenancy.level_capacity import LevelCapacity, LevelRefusals
 from fgpu_ebpf.tenancy.overrides import Override, Overrides
 from fgpu_ebpf.tenancy.preexisting import PreexistingProcesses
-from fgpu_ebpf.tenancy.report_refused_levels import LevelRefusals
 from fgpu_ebpf.tenancy.tenant import Source, Tenant, requests, tenant_of
 from fgpu_ebpf.tenancy.tenant_names import FILE as NAMES
 from fgpu_ebpf.workloads.cgroups import Namer, TargetError, Workloads, is_of_run

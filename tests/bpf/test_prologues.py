@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from fgpu_ebpf.driver import probe_plan, uretprobe_check
+from fgpu_ebpf.driver import probe_plan, start_checks
 from fgpu_ebpf.driver.library_class import Role
 from fgpu_ebpf.driver.library_files import Target
 from tests.bpf.conftest import HERE, MIB, Client, Kernel, Level
@@ -87,16 +87,16 @@ def test_probes_record_the_arguments_and_results_of_calls(other: Kernel, level: 
 
 def test_the_selftest_of_return_probes_passes(kernel: Kernel) -> None:
     """A selftest that failed early would accept every kernel."""
-    assert uretprobe_check.return_probes_survive_seccomp(str(kernel.shim))
+    assert start_checks.return_probes_survive_seccomp(str(kernel.shim))
     with pytest.raises(OSError, match="the check failed"):
-        uretprobe_check.return_probes_survive_seccomp(str(kernel.shim), -1)
+        start_checks.return_probes_survive_seccomp(str(kernel.shim), -1)
 
 
 def test_a_process_that_dies_at_a_return_probe_makes_the_kernel_unfit(
     kernel: Kernel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Every process under such a seccomp profile gets SIGILL at the probe's return, from Linux 6.11 to early 6.13."""
-    monkeypatch.setattr(uretprobe_check, "_CHILD", "import os, signal; os.kill(os.getpid(), signal.SIGILL)")
-    assert uretprobe_check.unfit(str(kernel.shim)) == uretprobe_check.KILLS
+    monkeypatch.setattr(start_checks, "_CHILD", "import os, signal; os.kill(os.getpid(), signal.SIGILL)")
+    assert start_checks.unfit(str(kernel.shim)) == start_checks.KILLS
     monkeypatch.undo()
-    assert uretprobe_check.unfit(str(kernel.shim)) == ""
+    assert start_checks.unfit(str(kernel.shim)) == ""

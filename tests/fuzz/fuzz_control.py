@@ -18,8 +18,8 @@ from types import SimpleNamespace
 from typing import Any
 
 from fgpu_ebpf.api.control_server import ControlServer
-from fgpu_ebpf.policy.parse import read
 from fgpu_ebpf.policy.rules import PolicySet
+from fgpu_ebpf.policy.schema import read
 from fgpu_ebpf.snapshot import Snapshot
 from fgpu_ebpf.tenancy.enforcer import Enforcer
 from fgpu_ebpf.tenancy.event_log import EventLog

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fgpu_ebpf.policy import parse
+from fgpu_ebpf.policy import schema
 from fgpu_ebpf.policy.rules import PolicySet
 from fgpu_ebpf.workloads.workload import Workload
 
@@ -36,7 +36,7 @@ class Fuzzer:
     """A fuzzer of one file."""
 
     def __call__(self, data: bytes) -> None:
-        policies, errors = parse.read("p.yaml", data)
+        policies, errors = schema.read("p.yaml", data)
         assert not (policies and errors)
         lines = len(data.decode(errors="replace").splitlines()) + data.count(b"\r") + 2
         for error in errors:

@@ -8,7 +8,7 @@ from typing import Any
 
 from hypothesis import strategies as st
 
-from fgpu_ebpf.policy import parse
+from fgpu_ebpf.policy import schema
 from fgpu_ebpf.policy.rules import Policy, PolicySet
 from fgpu_ebpf.workloads.workload import Workload
 
@@ -31,7 +31,7 @@ def text(name: str = "p", spec: str = "{selector: {cgroup: a}}") -> str:
 
 def read(yaml: str) -> list[Policy]:
     """Return the policies of a valid text."""
-    policies, errors = parse.read("p.yaml", yaml.encode())
+    policies, errors = schema.read("p.yaml", yaml.encode())
     assert [str(error) for error in errors] == []
     return policies
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fgpu_ebpf.policy import parse
+from fgpu_ebpf.policy import schema
 from fgpu_ebpf.policy.rules import Compute, PolicySet, Priority
 from tests.unit import policy_kit as kit
 from tests.unit.policy_kit import GIB, Gpu, policies, workload
@@ -255,7 +255,7 @@ def made(documents):
     """Return a set of these documents with different names."""
     for number, document in enumerate(documents):
         document["metadata"]["name"] = f"p{number}"
-    found, errors = parse.read("p.yaml", kit.as_yaml(*documents))
+    found, errors = schema.read("p.yaml", kit.as_yaml(*documents))
     assert [str(error) for error in errors] == []
     return PolicySet(tuple(found))
 

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fgpu_ebpf.policy import parse, schema, yaml_document
+from fgpu_ebpf.policy import schema, yaml_document
 from tests.unit import policy_kit as kit
 from tests.unit.bad_policies_kit import BAD, BOMBS, MIB
 
@@ -22,7 +22,7 @@ EXAMPLES = 2000 if os.environ.get("FGPU_TEST_SCALE") == "full" else 500
 
 
 def first_error(data: bytes) -> str:
-    policies, errors = parse.read("bad.yaml", data)
+    policies, errors = schema.read("bad.yaml", data)
     assert policies == []
     return str(errors[0])
 
@@ -43,7 +43,7 @@ def test_the_set_of_invalid_files_has_more_than_90_files():
 
 def test_errors_of_a_document_are_in_the_order_of_lines():
     spec = "\n  selector: {}\n  memory: {limit: 1GB}\n  x: 1\n  mode: x"
-    _, errors = parse.read("p.yaml", kit.text("A", spec).encode())
+    _, errors = schema.read("p.yaml", kit.text("A", spec).encode())
     assert [error.field for error in errors] == [
         "metadata.name",
         "spec.selector",
@@ -55,13 +55,13 @@ def test_errors_of_a_document_are_in_the_order_of_lines():
 
 def test_one_invalid_document_refuses_the_file_and_each_one_is_reported():
     data = kit.text("a") + kit.text("b", "{}") + kit.text("c") + kit.text("d", "5")
-    policies, errors = parse.read("p.yaml", data.encode())
+    policies, errors = schema.read("p.yaml", data.encode())
     assert policies == []
     assert [(error.line, error.field) for error in errors] == [(10, "spec.selector"), (20, "spec")]
 
 
 def test_errors_are_bounded():
-    _, errors = parse.read("p.yaml", "".join(kit.text(f"a{n}", "{}") for n in range(500)).encode())
+    _, errors = schema.read("p.yaml", "".join(kit.text(f"a{n}", "{}") for n in range(500)).encode())
     assert len(errors) == yaml_document.MOST_ERRORS
 
 
@@ -83,7 +83,7 @@ def test_a_file_that_is_too_large_or_no_yaml_text_of_policies_is_refused(data, e
     "data", [b"", b"# nothing yet\n", b"---\n---\n", b"null\n", b"\xef\xbb\xbf# mark\n", b"\n" * 1000]
 )
 def test_an_empty_file_has_no_policies(data):
-    assert parse.read("p.yaml", data) == ([], [])
+    assert schema.read("p.yaml", data) == ([], [])
 
 
 # -- words that YAML would convert to another type -------------------------------------------------------------------
@@ -138,7 +138,7 @@ def _places(value, way=()):
 @given(spoilt())
 def test_a_damaged_document_is_a_policy_or_errors_with_lines(document):
     data = kit.as_yaml(document)
-    policies, errors = parse.read("p.yaml", data)
+    policies, errors = schema.read("p.yaml", data)
     assert bool(policies) is not bool(errors)
     for error in errors:
         assert re.fullmatch(r"p\.yaml:1: ([^\n:]+: )?[^\n]{4,400}", str(error))
@@ -147,7 +147,7 @@ def test_a_damaged_document_is_a_policy_or_errors_with_lines(document):
 @settings(max_examples=EXAMPLES)
 @given(st.one_of(st.binary(max_size=200), st.text("[]{}:,-?&*!|>'\"%@` \nab1~<", max_size=60).map(str.encode)))
 def test_arbitrary_bytes_give_no_policy_and_errors_name_lines_of_the_file(data):
-    policies, errors = parse.read("p.yaml", data)
+    policies, errors = schema.read("p.yaml", data)
     assert policies == []
     breaks = len(re.findall("[\r\n\x85\u2028\u2029]", data.decode(errors="replace")))  # the line breaks of YAML
     assert all(0 <= error.line <= breaks + 1 for error in errors)
@@ -158,14 +158,14 @@ def test_arbitrary_bytes_give_no_policy_and_errors_name_lines_of_the_file(data):
 
 @given(kit.documents)
 def test_the_schema_accepts_documents_that_the_parser_accepts(document):
-    assert parse.read("p.yaml", kit.as_yaml(document))[1] == []
+    assert schema.read("p.yaml", kit.as_yaml(document))[1] == []
     SCHEMA.validate(document)
 
 
 @settings(max_examples=300)
 @given(spoilt())
 def test_the_schema_rejects_no_document_that_the_parser_accepts(document):
-    if parse.read("p.yaml", kit.as_yaml(document))[0]:
+    if schema.read("p.yaml", kit.as_yaml(document))[0]:
         SCHEMA.validate(document)
 
 

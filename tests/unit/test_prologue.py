@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from fgpu_ebpf.driver import prologue
+from fgpu_ebpf.driver import probe_plan
 
 REAL = {
     "470.256.02": ("813d7e93510100ba1c327414ff25e659", 10),
@@ -18,7 +18,7 @@ REAL = {
 @pytest.mark.parametrize("driver", REAL)
 def test_functions_of_real_drivers_are_probed_at_the_right_offset(driver):
     code, shift = REAL[driver]
-    assert prologue.shift(bytes.fromhex(code)) == shift
+    assert probe_plan.shift(bytes.fromhex(code)) == shift
 
 
 @pytest.mark.parametrize(
@@ -32,4 +32,4 @@ def test_functions_of_real_drivers_are_probed_at_the_right_offset(driver):
     ],
 )
 def test_a_probe_follows_a_known_comparison_and_is_otherwise_at_the_first_byte(code, shift):
-    assert prologue.shift(bytes.fromhex(code)) == shift
+    assert probe_plan.shift(bytes.fromhex(code)) == shift
