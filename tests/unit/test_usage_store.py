@@ -95,6 +95,7 @@ def test_rows_that_have_to_be_removed_are_the_oldest_and_the_store_has_their_end
     assert set(seconds(file)) == {f"t{day}" for day in days if day * PERIOD_SECONDS >= begin}
     with sqlite3.connect(file) as store:
         assert store.execute("SELECT count(*) FROM owners").fetchone()[0] <= 100
+        assert store.execute("SELECT count(*) FROM removed").fetchone() == (1,)
     store.close()
 
 
