@@ -67,7 +67,8 @@ def checks(options: Options) -> list[Check]:
 
     plugin = device_plugin.check(options.run_dir)
     agents += [plugin] if plugin else []
-    return [*found, *agents, *engine_setup.checks(), *selinux.checks(options.run_dir)]
+    cdi = engine_setup.check_cdi(options.run_dir)
+    return [*found, *agents, *engine_setup.checks(), *([cdi] if cdi else []), *selinux.checks(options.run_dir)]
 
 
 def _settings(path: Path, errors: Sequence[ConfigError]) -> Check:

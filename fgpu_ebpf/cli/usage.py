@@ -82,7 +82,8 @@ def usage(since: int, by: str, as_csv: bool, as_json: bool) -> None:
 
     \b
     Hours are summed over all devices. The period begins at a multiple of ten
-    minutes, and the last half minute may be missing. SOURCE of GPU TIME:
+    minutes (of an hour or a day where old use is merged), and the last half
+    minute may be missing. SOURCE of GPU TIME:
       turns   measured by the gatekeeper
       nvml    sampled by NVML, for tenants that do not take turns
       none    unknown: NVML does not report it
@@ -91,10 +92,13 @@ def usage(since: int, by: str, as_csv: bool, as_json: bool) -> None:
     """
     if os.geteuid():
         fail("`fgpu usage` needs root on the host: use sudo", 1)
+    start = time.time() - since
     try:
-        found = usage_store.grouped(usage_store.read(time.time() - since), by)
+        found, begin = usage_store.grouped(usage_store.read(start), by), usage_store.begin()
     except usage_store.StoreError as error:
         fail(str(error), 1)
+    if begin is not None and begin > start:
+        click.echo(f"the store begins at {time.strftime('%F %R', time.localtime(begin))}", err=True)
     rows = sorted(
         ((who, source, used) for who, of in found.items() for source, used in of.items()),
         key=lambda row: (-row[2].run, -row[2].byte_seconds, row[0]),

@@ -100,9 +100,20 @@ def docker_after(of: Settings) -> Wanted:
     words = ["runtime", shutil.which(real["path"]) or real["path"], *real.get("runtimeArgs", [])]
     ours = {NAME: {"path": str(of.helper), "runtimeArgs": words}}
     settings |= {"default-runtime": NAME, "runtimes": {**runtimes, **ours}}
-    if not CDI_ASKS[0] <= of.version < CDI_ASKS[1] or "cdi" in _features(settings):
+    if not docker_lacks_cdi(of):
         return Wanted(_json_text(settings))
     return Wanted(_json_text(settings | {"features": {**_features(settings), "cdi": True}}), note=_CDI_NOTE)
+
+
+def docker_lacks_cdi(of: Settings) -> bool:
+    """Return whether Docker ignores CDI specifications because daemon.json has no setting for them.
+
+    Returns False if the setting has the value false, which is an administrator's decision.
+
+    Raises:
+        SetupError: daemon.json is damaged.
+    """
+    return CDI_ASKS[0] <= of.version < CDI_ASKS[1] and "cdi" not in _features(_json(of.text))
 
 
 def docker_without(text: str, before: str | None = None) -> str:

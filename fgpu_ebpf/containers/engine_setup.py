@@ -1,8 +1,8 @@
 """`fgpu setup ENGINE`: gives every container of an engine the shim.
 
-This module runs in the command; `checks` runs in `fgpu doctor`. It writes the engine's settings, and the links and
-files beside `fgpu-oci` that the settings name. It stores the previous text for --undo. `engine_config` computes the
-settings. No engine is restarted. After SetupError or OSError the settings are unchanged.
+This module runs in the command; `checks` and `check_cdi` run in `fgpu doctor`. It writes the engine's settings, and the
+links and files beside `fgpu-oci` that the settings name. It stores the previous text for --undo. `engine_config`
+computes the settings. No engine is restarted. After SetupError or OSError the settings are unchanged.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import Any
 
 from fgpu_ebpf.check import Check
 from fgpu_ebpf.containers import injection
-from fgpu_ebpf.containers.engine_config import Engine, Settings, SetupError, Wanted
+from fgpu_ebpf.containers.engine_config import Engine, Settings, SetupError, Wanted, docker_lacks_cdi
 from fgpu_ebpf.containers.engines import ENGINES
 from fgpu_ebpf.linux import atomic_file
 
@@ -194,6 +194,28 @@ def checks(state: Path = STATE, helper: Path = injection.BIN / injection.HELPER)
             check = Check(name, False, str(error), f"then run fgpu setup {name}, or with --undo")
         if check:
             yield check
+
+
+def check_cdi(run_dir: Path, state: Path = STATE) -> Check | None:
+    """Check that Docker does not ignore fgpu's CDI specifications. Returns None if Docker or they are missing.
+
+    Args:
+        run_dir: the run folder of the agent, which has the list of the specifications.
+        state: the folder with the states of set_up().
+    """
+    try:
+        docker = as_installed(where_it_is(ENGINES["docker"], state / "docker.json"))
+        if not program(docker) or not injection.written(run_dir):
+            return None
+        lacks = docker_lacks_cdi(Settings(docker.file, _text(docker.file) or "", Path(), docker.version))
+    except PermissionError as error:
+        return Check("docker cdi", False, f"{error.filename} cannot be read by this user", "sudo fgpu doctor")
+    except (SetupError, OSError) as error:
+        return Check("docker cdi", False, str(error), "then run fgpu setup docker")
+    if lacks:
+        found = f"Docker {'.'.join(map(str, docker.version))} ignores CDI: features.cdi is not set in {docker.file}"
+        return Check("docker cdi", False, found, "sudo fgpu setup docker, then systemctl restart docker")
+    return Check("docker cdi", True, "features.cdi is set, or this version of Docker does not need it")
 
 
 def _check(name: str, usual: Engine, state: Path, helper: Path) -> Check | None:

@@ -1,8 +1,10 @@
 """The use of devices, stored on disk: device-seconds, byte-seconds, idle and waiting time, by tenant and ten minutes.
 
 The agent writes in its thread `usage`, so that a slow disk delays no other work. The command `fgpu usage` reads. The
-file is an SQLite database with at most MOST_ROWS rows of use; the oldest are removed first. If the agent is killed,
-amounts that are not written yet are lost, and the file stays valid.
+file is an SQLite database with at most MOST_ROWS rows of use. A row covers ten minutes. If the file is full, the oldest
+rows are merged to rows of an hour and then of a day (UTC), which changes no total. If that is not enough, the oldest
+rows are removed, and the file records up to which time. If the agent is killed, amounts that are not written yet are
+lost, and the file stays valid.
 """
 
 from __future__ import annotations
@@ -24,7 +26,10 @@ FILE = Path("/var/lib/fgpu/usage.db")
 PERIOD_SECONDS = 600  # the time that a row covers
 MOST_ROWS = 500_000
 CACHE_KIB = 256  # SQLite's cache in the writing thread; small, because the agent's memory is bounded
-VERSION = 2
+HOUR, DAY = 6, 144  # periods that a merged row covers
+VERSION = 3
+CHUNK = 10_000  # rows that one statement merges or removes, so that it needs little memory
+WAIT_SECONDS = 30.0  # for the other process that has locked the file
 END_SECONDS = 2.0
 LABEL = "label:"
 _TABLES = """
@@ -36,6 +41,11 @@ CREATE TABLE IF NOT EXISTS used (
     period INTEGER, owner INTEGER, gpu TEXT, source TEXT,
     run REAL, byte_seconds REAL, held REAL, idle REAL, waited REAL,
     UNIQUE (period, owner, gpu, source));
+CREATE TABLE IF NOT EXISTS merged (
+    length INTEGER, period INTEGER, owner INTEGER, gpu TEXT, source TEXT,
+    run REAL, byte_seconds REAL, held REAL, idle REAL, waited REAL,
+    PRIMARY KEY (length, period, owner, gpu, source)) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS removed (until INTEGER PRIMARY KEY);
 """
 # A file of version 1 has owners without `around`.
 _UPGRADE = f"""
@@ -46,19 +56,42 @@ INSERT INTO owners (id, tenant, namespace, user, labels) SELECT id, tenant, name
 DROP TABLE earlier;
 COMMIT;
 """
-_ADD = """
-INSERT INTO used VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT DO UPDATE SET run = run + excluded.run,
-    byte_seconds = byte_seconds + excluded.byte_seconds, held = held + excluded.held, idle = idle + excluded.idle,
-    waited = waited + excluded.waited
+_NO_FILES = "PRAGMA temp_store = MEMORY"  # the agent may have no folder for temporary files
+_SUM = """
+ON CONFLICT DO UPDATE SET run = run + excluded.run, byte_seconds = byte_seconds + excluded.byte_seconds,
+    held = held + excluded.held, idle = idle + excluded.idle, waited = waited + excluded.waited
 """
-_READ = """
-SELECT owners.tenant, owners.namespace, owners.user, owners.labels, owners.around, used.gpu, used.source,
+_ADD = f"INSERT INTO used VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?) {_SUM}"
+_AMOUNTS = "owner, gpu, source, run, byte_seconds, held, idle, waited"
+_ALL = f"""
+(SELECT 1 AS length, period, {_AMOUNTS} FROM used UNION ALL SELECT length, period, {_AMOUNTS} FROM merged)
+"""
+_READ = f"""
+SELECT owners.tenant, owners.namespace, owners.user, owners.labels, owners.around, part.gpu, part.source,
     sum(run), sum(byte_seconds), sum(held), sum(idle), sum(waited)
-FROM used JOIN owners ON owners.id = used.owner WHERE period >= ? GROUP BY owners.id, used.gpu, used.source
+FROM {_ALL} AS part JOIN owners ON owners.id = part.owner WHERE part.period + part.length > ?
+GROUP BY owners.id, part.gpu, part.source
 """
-_READ_FIRST = _READ.replace("owners.around", "'[]'")  # add() has not upgraded the file yet
-_TRIM = "DELETE FROM used WHERE rowid IN (SELECT rowid FROM used ORDER BY rowid LIMIT ?)"
-_FORGET = "DELETE FROM owners WHERE id NOT IN (SELECT owner FROM used)"
+_READ_SECOND = _READ.replace(_ALL, f"(SELECT 1 AS length, period, {_AMOUNTS} FROM used)")  # add() has not upgraded yet
+_READ_FIRST = _READ_SECOND.replace("owners.around", "'[]'")
+_READS = {1: _READ_FIRST, 2: _READ_SECOND, VERSION: _READ}
+_COUNT = "SELECT (SELECT count(*) FROM used), (SELECT count(*) FROM merged WHERE length = ?), count(*) FROM merged"
+# By length of the merged rows: the rows to merge, and the same rows as a condition of SELECT and DELETE.
+_PARTS = {HOUR: ("used", "true"), DAY: ("merged", f"length = {HOUR}")}
+# Removed first are rows of a later time than the present one, because the clock was wrong, then the oldest rows.
+_OLDEST = f"""
+CREATE TEMP TABLE oldest AS SELECT length, period, owner, gpu, source FROM {_ALL} ORDER BY period <= :now, period
+LIMIT :rows
+"""
+_REMOVE = (
+    _OLDEST,
+    "INSERT OR IGNORE INTO removed SELECT period + length FROM oldest WHERE period <= :now",
+    "DELETE FROM removed WHERE until < (SELECT max(until) FROM removed)",
+    "DELETE FROM used WHERE (1, period, owner, gpu, source) IN oldest",
+    "DELETE FROM merged WHERE (length, period, owner, gpu, source) IN oldest",
+    "DROP TABLE oldest",
+)
+_FORGET = "DELETE FROM owners WHERE id NOT IN (SELECT owner FROM used UNION ALL SELECT owner FROM merged)"
 
 
 class StoreError(Exception):
@@ -171,8 +204,9 @@ class Writer:
 def add(file: Path, amounts: Amounts) -> None:
     """Add amounts to the file, in one transaction. If it raises sqlite3.Error or OSError, nothing was added."""
     file.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
-    with contextlib.closing(sqlite3.connect(file)) as store, store:
+    with contextlib.closing(sqlite3.connect(file, timeout=WAIT_SECONDS)) as store, store:
         store.execute(f"PRAGMA cache_size = -{CACHE_KIB}")
+        store.execute(_NO_FILES)
         columns = {name for _, name, *_ in store.execute("PRAGMA table_info(owners)")}
         store.executescript(_UPGRADE if columns and "around" not in columns else _TABLES)
         store.execute(f"PRAGMA user_version = {VERSION}")
@@ -180,10 +214,62 @@ def add(file: Path, amounts: Amounts) -> None:
         store.executemany(
             _ADD, ((p.period, _id(store, p.owner), p.gpu, p.source, *used) for p, used in amounts.items())
         )
-        (rows,) = store.execute("SELECT count(*) FROM used").fetchone()
-        if rows > MOST_ROWS:
-            store.execute(_TRIM, (rows - MOST_ROWS * 9 // 10,))
-            store.execute(_FORGET)
+        if sum(_rows(store)) > MOST_ROWS:
+            _shrink(store, now=max(place.period for place in amounts))
+
+
+def _rows(store: sqlite3.Connection) -> tuple[int, int, int]:
+    """Return the number of rows of a period, of an hour and of a day."""
+    periods, hours, merged = store.execute(_COUNT, (HOUR,)).fetchone()
+    return periods, hours, merged - hours
+
+
+def _shrink(store: sqlite3.Connection, now: int) -> None:
+    """Merge the oldest rows, or remove them if that is not enough, until the store has room for a tenth of its rows.
+
+    Merged first is the older half of the rows of a period or of the rows of an hour, whichever are more, then the other
+    half of these rows, then all of both.
+
+    Args:
+        store: the database, in a transaction.
+        now: the present period.
+    """
+    most = MOST_ROWS * 9 // 10
+    for part in (2, 1):
+        periods, hours, _ = _rows(store)
+        for length in (HOUR, DAY) if periods >= hours else (DAY, HOUR):
+            if sum(_rows(store)) > most:
+                _merge(store, length, part)
+    while (rows := sum(_rows(store))) > most:
+        for command in _REMOVE:
+            store.execute(command, {"now": now, "rows": min(CHUNK, rows - most)})
+    store.execute(_FORGET)
+
+
+def _merge(store: sqlite3.Connection, length: int, part: int) -> None:
+    """Merge the oldest rows of the next smaller length to rows of `length`. The last hour or day stays as it is.
+
+    Args:
+        store: the database, in a transaction.
+        length: the length of the merged rows in periods, HOUR or DAY.
+        part: 2 for the older half of the rows, 1 for all.
+    """
+    table, which = _PARTS[length]
+    (rows,) = store.execute(f"SELECT count(*) FROM {table} WHERE {which}").fetchone()
+    if not rows:
+        return
+    place = f"SELECT period FROM {table} WHERE {which} ORDER BY period LIMIT 1 OFFSET ?"
+    end = store.execute(place, ((rows - 1) // part,)).fetchone()[0] // length * length
+    stop = None
+    while stop != end:
+        found = store.execute(place, (CHUNK,)).fetchone()
+        stop = min(found[0] + 1, end) if found else end
+        store.execute(
+            f"INSERT INTO merged SELECT {length}, period / {length} * {length}, {_AMOUNTS} FROM {table} "
+            f"WHERE {which} AND period < ? {_SUM}",
+            (stop,),
+        )
+        store.execute(f"DELETE FROM {table} WHERE {which} AND period < ?", (stop,))
 
 
 def _id(store: sqlite3.Connection, owner: Owner) -> int:
@@ -198,20 +284,44 @@ def read(since_seconds: float, file: Path = FILE) -> Iterator[tuple[Owner, str, 
     """Yield owner, UUID of the device, source and amount of use since a time. Raises StoreError.
 
     Args:
-        since_seconds: the time, in seconds since the epoch. The whole period that contains it is included.
+        since_seconds: the time, in seconds since the epoch. The whole row that contains it is included: ten minutes,
+            or an hour or a day if old rows were merged.
         file: the database.
+    """
+    with _opened(file) as (store, version):
+        for row in store.execute(_READS[version], (period(since_seconds),)):
+            tenant, namespace, user, labels, around, gpu, source, *used = row
+            others = tuple(Owner.of(*words) for words in json.loads(around))
+            yield Owner.of(tenant, namespace, user, labels, others), gpu, source, Used(*used)
+
+
+def begin(file: Path = FILE) -> float | None:
+    """Return the time before which rows were removed, or None if none were. Raises StoreError.
+
+    Returns:
+        The time in seconds since the epoch.
+    """
+    with _opened(file) as (store, version):
+        (until,) = store.execute("SELECT max(until) FROM removed").fetchone() if version == VERSION else (None,)
+        return None if until is None else float(until * PERIOD_SECONDS)
+
+
+@contextlib.contextmanager
+def _opened(file: Path) -> Iterator[tuple[sqlite3.Connection, int]]:
+    """Open the file for reading, and yield it with its version. Raises StoreError.
+
+    SQLite must be able to write: it restores the file if the agent was killed in a transaction.
     """
     if not file.exists():
         raise StoreError(f"there is no {file}: no agent has run on this host for half a minute yet")
     try:
-        with contextlib.closing(sqlite3.connect(f"file:{file}?mode=ro", uri=True)) as store:
+        uri = f"file:{file}?mode=rw"
+        with contextlib.closing(sqlite3.connect(uri, uri=True, timeout=WAIT_SECONDS)) as store:
             (version,) = store.execute("PRAGMA user_version").fetchone()
-            if version not in (1, VERSION):
+            if version not in _READS:
                 raise StoreError(f"{file} has version {version}, and this command reads version {VERSION}")
-            for row in store.execute(_READ if version == VERSION else _READ_FIRST, (period(since_seconds),)):
-                tenant, namespace, user, labels, around, gpu, source, *used = row
-                others = tuple(Owner.of(*words) for words in json.loads(around))
-                yield Owner.of(tenant, namespace, user, labels, others), gpu, source, Used(*used)
+            store.execute(_NO_FILES)
+            yield store, version
     except sqlite3.Error as error:
         raise StoreError(f"{file} cannot be read: {error}") from error
 

@@ -11,7 +11,16 @@ from pathlib import Path
 import pytest
 
 from fgpu_ebpf.containers.engine_config import Engine, SetupError
-from fgpu_ebpf.containers.engine_setup import as_installed, checks, program, set_up, unchanged, undo, where_it_is
+from fgpu_ebpf.containers.engine_setup import (
+    as_installed,
+    check_cdi,
+    checks,
+    program,
+    set_up,
+    unchanged,
+    undo,
+    where_it_is,
+)
 from fgpu_ebpf.containers.engines import ENGINES
 
 HELPER = "bin/fgpu-oci"
@@ -606,3 +615,49 @@ def test_versions_of_engines_are_parsed(name, said, version, tmp_path, monkeypat
     place.write_text(f"#!/bin/sh\necho '{said}'\n")
     place.chmod(0o755)
     assert (program(found), as_installed(found).version) == (str(place), version)
+
+
+@pytest.mark.parametrize(
+    ("version", "settings", "ok", "says"),
+    [
+        ("25.0.0", None, False, "Docker 25.0 ignores CDI: features.cdi is not set in "),
+        ("28.1.1", '{"features": {"buildkit": true}}', False, "Docker 28.1 ignores CDI"),
+        ("26.1.5", '{"features": {"cdi": true}}', True, ""),
+        ("26.1.5", '{"features": {"cdi": false}}', True, ""),  # set by an administrator
+        ("24.0.9", "{}", True, ""),
+        ("28.2.0", "{}", True, ""),
+        ("26.1.5", "{", False, "fix the file first"),
+    ],
+)
+def test_doctor_names_a_docker_that_ignores_the_cdi_specifications(version, settings, ok, says, tmp_path, monkeypatch):
+    monkeypatch.setattr("fgpu_ebpf.containers.engine_setup._FOLDERS", ())
+    found, state = engine("docker", tmp_path, settings), tmp_path / "states"
+    monkeypatch.setitem(ENGINES, "docker", found)
+    spec = tmp_path / "fgpu.json"
+    spec.write_text("{}")
+    assert check_cdi(tmp_path, state) is None, "Docker is not installed"
+    place = tmp_path / "path/dockerd"
+    place.write_text(f"#!/bin/sh\necho 'Docker version {version}, build a'\n")
+    place.chmod(0o755)
+    assert check_cdi(tmp_path, state) is None, "there are no specifications"
+    (tmp_path / "cdi.files").write_text(f"{spec}\n")
+    check = check_cdi(tmp_path, state)
+    assert check
+    assert (check.name, check.ok, says in check.found) == ("docker cdi", ok, True)
+    assert ok or "fgpu setup docker" in check.fix
+
+
+def test_doctor_reports_no_missing_cdi_after_docker_was_set_up(tmp_path, helper, monkeypatch):
+    found, state = replace(engine("docker", tmp_path, "{}"), version=(26, 1)), tmp_path / "states"
+    monkeypatch.setitem(ENGINES, "docker", found)
+    place, spec = tmp_path / "path/dockerd", tmp_path / "fgpu.json"
+    place.write_text("#!/bin/sh\necho Docker version 26.1.5\n")
+    place.chmod(0o755)
+    spec.write_text("{}")
+    (tmp_path / "cdi.files").write_text(f"{spec}\n")
+    before = check_cdi(tmp_path, state)
+    set_up(found, helper, state / "docker.json")
+    after = check_cdi(tmp_path, state)
+    assert before
+    assert after
+    assert (before.ok, after.ok) == (False, True)

@@ -124,6 +124,7 @@ def test_usage_prints_its_schema_the_name_of_the_group_and_null_for_what_was_not
     amounts = {Place(now, owner, "GPU-a", source): Used(2.0, 3.0, 4.0, 1.0, 0.5) for source in ("turns", "none")}
     usage_store.add(tmp_path / "usage.db", amounts)
     monkeypatch.setattr(usage_store.read, "__defaults__", (tmp_path / "usage.db",))
+    monkeypatch.setattr(usage_store.begin, "__defaults__", (tmp_path / "usage.db",))
     monkeypatch.setattr(usage_command.os, "geteuid", lambda: 0)
     rows = json.loads(CliRunner().invoke(main, ["usage", "--json", "--by", by]).output)
     jsonschema.validate(rows, printed("usage"))

@@ -249,6 +249,7 @@ def stored(tmp_path, monkeypatch):
     now = usage_store.period(time.time())
     usage_store.add(file, used(period=now, seconds=7200.0) | used("bob", period=now, source="none", seconds=3600.0))
     monkeypatch.setattr(usage_store.read, "__defaults__", (file,))
+    monkeypatch.setattr(usage_store.begin, "__defaults__", (file,))
     monkeypatch.setattr(command.os, "geteuid", lambda: 0)
 
 
