@@ -128,17 +128,14 @@ static void tell_of_end(u32 tgid)
     bell.ringbuf_output(&event, sizeof(event), WAKE_UP);
 }
 
-/* Report to the gatekeeper that a process may not connect to its socket. Only the first few of a level in a second are
- * sent, and of all processes without a level. The shim of a process that was not reported knocks again. */
+/* Report to the gatekeeper that a process may not connect to its socket. Only the first few of a bound owner in a
+ * second are sent, and of all processes and levels without an owner together (slot 0). The shim of a process that was
+ * not reported knocks again. */
 static void tell_of_knock(struct fgpu_usage_page *page, u32 tgid, u32 descriptor)
 {
-    u32 second_at = 0, count_at = 1;
-    u64 *second = knocks.lookup(&second_at), *n = knocks.lookup(&count_at);
-    if (page) {
-        if (!first_ones(&page->knock_second, &page->knock_count, KNOCKS_A_SECOND)) return;
-    } else if (!second || !n || !first_ones(second, n, KNOCKS_A_SECOND)) {
-        return;
-    }
+    u32 at = page ? page->owner : 0;
+    struct fgpu_owner *owner = owners.lookup(&at);
+    if (!owner || !first_ones(&owner->knock_second, &owner->knock_count, KNOCKS_A_SECOND)) return;
     struct fgpu_event event = {
         .at_ns = bpf_ktime_get_ns(), .kind = FGPU_NEWS_KNOCK, .tgid = tgid, .device = descriptor};
     bell.ringbuf_output(&event, sizeof(event), WAKE_UP);

@@ -106,10 +106,8 @@ struct fgpu_usage_page {
     __u64 looked_ns[FGPU_DEVICES]; /* when the agent last found that the device keeps all of `orphaned`; 0: never */
     __u64 owner;                   /* slot in `owners` of this level's bound owner; 0: it has none */
     __u64 undecided[FGPU_DEVICES]; /* requests of this level's programs that found an uncommitted level; only grows */
-    __u64 crowded;      /* requests of this level's programs that were refused for too many entries; only grows */
-    __u64 knock_second; /* the second in which knocks of this level were last counted */
-    __u64 knock_count;
-    __u64 tail[73];
+    __u64 crowded; /* requests of this level's programs that were refused for too many entries; only grows */
+    __u64 tail[75];
 };
 #define FGPU_OBSERVE 1
 #define FGPU_KILL 2
@@ -254,7 +252,9 @@ struct fgpu_owner {
     __u64 entries[FGPU_OWNED];
     __u64 claimed[FGPU_OWNED];
     __u64 most[FGPU_OWNED];
-    __u64 spare[3];
+    __u64 knock_second; /* the second in which its knocks were last counted */
+    __u64 knock_count;
+    __u64 spare;
 };
 struct fgpu_file { /* key of files: a file as /proc/PID/maps identifies it */
     __u64 dev;

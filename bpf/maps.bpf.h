@@ -52,8 +52,6 @@ BPF_F_TABLE("hash", struct fgpu_file, u32, files, 4096, SPARSE);
  * last event of orphans was sent to the agent, 7: tags so far. The last slot is not used: the form of a pinned map must
  * not change, so a new value gets a map of its own. */
 BPF_TABLE("array", u32, u64, host, 9);
-/* The second in which knocks of processes without a level were last counted, and their number. */
-BPF_TABLE("array", u32, u64, knocks, 2);
 BPF_F_TABLE("hash", u64, struct fgpu_event_budget, event_budgets, FGPU_EVENT_BUDGETS, SPARSE);
 BPF_F_TABLE("hash", struct fgpu_counter_key, u64, counters, 65536, SPARSE);
 BPF_TABLE("array", u32, u64, incidents, 2 * FGPU_REASONS);

@@ -123,9 +123,7 @@ class UsagePage(Structure):
         ("owner", u64),
         ("undecided", u64 * DEVICES),
         ("crowded", u64),
-        ("knock_second", u64),
-        ("knock_count", u64),
-        ("tail", u64 * 73),
+        ("tail", u64 * 75),
     )
 
 
@@ -233,7 +231,8 @@ class Owner(Structure):
     """A value of the map `owners`, by slot: the entries of a bound owner in each shared map, and their maximum."""
 
     _fields_ = (
-        ("cgroup", u64), ("entries", u64 * OWNED), ("claimed", u64 * OWNED), ("most", u64 * OWNED), ("spare", u64 * 3),
+        ("cgroup", u64), ("entries", u64 * OWNED), ("claimed", u64 * OWNED), ("most", u64 * OWNED),
+        ("knock_second", u64), ("knock_count", u64), ("spare", u64),
     )  # fmt: skip
 
 

@@ -219,7 +219,8 @@ class Reconciler:
         before = self.truth
         now = replace(before, held=held, drift=drift, orphans=orphans, ended=ended, unexplained=unexplained)
         self.truth = self._full(now, so_far, is_due) if is_full else replace(now, processes=self._known, failure="")
-        if self.truth.pids() != before.pids() or (is_full and self.truth.pids()):
+        pids = self.truth.pids()
+        if pids != before.pids() or (is_full and pids):
             self._wakeup.wake()
 
     def _look_at(

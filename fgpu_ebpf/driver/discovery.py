@@ -204,7 +204,7 @@ class Discovery:
                 execute are searched for libcuda, at most every SEARCH_SECONDS.
 
         Returns:
-            The processes whose files are searched now.
+            The processes that are searched now.
         """
         pids, now, searched = set(pids), monotonic(), set[int]()
         self._looked_at &= pids

@@ -7,9 +7,11 @@ import os
 import random
 import socket
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from fgpu_ebpf.abi import Seen
 from fgpu_ebpf.driver import cuda_mappings, probe_plan
 from fgpu_ebpf.driver.discovery import Discovery
 from fgpu_ebpf.driver.library_search import Found, Search
@@ -80,6 +82,23 @@ def test_a_holder_is_searched_by_name_and_with_unwitnessed_memory_once_by_conten
         found.look_at_new(holders, unseen)
         quiet(found, 0.05)
     assert looks == [(7, "name"), (8, "name"), (8, "contents"), (7, "name")]
+
+
+def test_a_holder_is_searched_by_contents_whenever_its_unrecorded_memory_grows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may call another driver after it has called the genuine one."""
+    looks: list[str] = []
+    monkeypatch.setattr(Search, "by_name", lambda *_: looks.append("name") or Found([]))
+    monkeypatch.setattr(Search, "by_contents", lambda *_: looks.append("contents") or Found([]))
+    monkeypatch.setattr("fgpu_ebpf.driver.discovery.SEARCH_SECONDS", 0.0)
+    found = Discovery(Stage(), {})  # type: ignore[arg-type]
+    called = []
+    for overhead, drift in ((0, 0), (500, 0), (500, 0), (500, -10), (510, 0), (400, 0), (520, 0)):
+        process = SimpleNamespace(overhead=(overhead, 0), flags=Seen.SHIM | Seen.CALL)
+        found.look_at_holders([7], {(7, 0): drift}, {7: process})  # type: ignore[dict-item]
+        quiet(found, 0.05)
+        called.append(len(looks))
+    assert looks == ["name", "contents", "contents", "contents"]
+    assert called == [1, 2, 2, 3, 3, 3, 4]
 
 
 def test_valid_messages_of_the_gatekeeper_are_read_in_order_and_invalid_messages_ignored(tmp_path: Path) -> None:
