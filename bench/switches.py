@@ -16,32 +16,26 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import statistics
 import sys
-import tempfile
-import time
 
-from bench.lib.service import ROOT, BenchError, agent, end_in_order
+from bench.lib.service import BenchError, end_in_order
 from bench.lib.tenants import Program, ask, ending, record
-from bench.windows import HEAD_START_NS, LIMIT, LISTEN, SLACK_SECONDS, start
+from bench.windows import LIMIT, answers, enforcing, start
 
 ALONE_SECONDS = 3
 LEAST_STEPS = 8  # shorter turns, which a step longer than a quarter of a quantum makes, are left out
 Lines = dict[str, tuple[float, str]]
 
 
-def ends(programs: list[Program], what: str, seconds: int) -> list[list[int]]:
-    """Let all programs make steps at the same time. Return when each step of each program ended (CLOCK_MONOTONIC)."""
-    at = time.monotonic_ns() + HEAD_START_NS
-    for program in programs:
-        program.say(f"{what} {seconds} {at} ends")
-    return [json.loads(program.hear(seconds + SLACK_SECONDS)) for program in programs]
-
-
 def mean_step(ended: list[int]) -> float:
     """Return the mean nanoseconds of a step."""
     return (ended[-1] - ended[0]) / (len(ended) - 1)
+
+
+def mean_step_alone(program: Program, what: str) -> float:
+    """Return the mean nanoseconds of a step of one program while no other program has work."""
+    return mean_step(*answers([program], what, ALONE_SECONDS, "ends"))
 
 
 def turns(both: list[list[int]]) -> list[tuple[int, list[int]]]:
@@ -84,17 +78,16 @@ def main() -> int:
     parser.add_argument("--seconds", type=int, default=8, help="that the programs run together (8)")
     given = parser.parse_args()
     end_in_order()
-    options = ["--driver-root", given.driver_root, "--shim", str(ROOT / "build/shim/libfgpu.so"), "--listen", LISTEN]
     kinds = given.only.split(",")
-    with tempfile.TemporaryDirectory() as policies, agent([*options, "--policies", policies]), ending() as programs:
+    with enforcing(given.driver_root), ending() as programs:
         start(programs, ("s-0", "s-1"), LIMIT, kinds)
         for program in programs:
             ask(verb="put", target=program.name, compute="100%", weight=100, priority="normal")
         found: Lines = {}
         for what in kinds:
-            before = [mean_step(ends([program], what, ALONE_SECONDS)[0]) for program in programs]
-            both = ends(programs, what, given.seconds)
-            after = [mean_step(ends([program], what, ALONE_SECONDS)[0]) for program in programs]
+            before = [mean_step_alone(program, what) for program in programs]
+            both = answers(programs, what, given.seconds, "ends")
+            after = [mean_step_alone(program, what) for program in programs]
             found |= figures(what, before, both, after)
     record("switches", found)
     return 0

@@ -29,9 +29,11 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from bench.lib.service import ROOT, BenchError, agent, end_in_order
 from bench.lib.tenants import Program, ask, cpu_ms, ending, record, service_pids
@@ -110,13 +112,25 @@ def start(
             raise BenchError(answer)
 
 
-def counts(programs: list[Program], what: str, seconds: int) -> list[Done]:
-    """Let all programs begin at the same moment. Return the steps of each in each window after the first."""
+def answers(programs: list[Program], what: str, seconds: int, *more: str) -> list[Any]:
+    """Let all programs begin at the same moment. Return the answer of each. `more`: see bench/lib/windows_work.py."""
     at = time.monotonic_ns() + HEAD_START_NS
     for program in programs:
-        program.say(f"{what} {seconds} {at}")
-    answers = [json.loads(program.hear(seconds + SLACK_SECONDS)) for program in programs]
-    return [Done(steps[1:], working[1:]) for steps, working in answers]
+        program.say(" ".join([what, str(seconds), str(at), *more]))
+    return [json.loads(program.hear(seconds + SLACK_SECONDS)) for program in programs]
+
+
+def counts(programs: list[Program], what: str, seconds: int) -> list[Done]:
+    """Let all programs begin at the same moment. Return the steps of each in each window after the first."""
+    return [Done(steps[1:], working[1:]) for steps, working in answers(programs, what, seconds)]
+
+
+@contextmanager
+def enforcing(driver_root: str) -> Iterator[None]:
+    """Run an agent without policies for the block."""
+    options = ["--driver-root", driver_root, "--shim", str(ROOT / "build/shim/libfgpu.so"), "--listen", LISTEN]
+    with tempfile.TemporaryDirectory() as policies, agent([*options, "--policies", policies]):
+        yield
 
 
 def alone(program: Program, what: str) -> float:
@@ -245,8 +259,7 @@ def main() -> int:
     parser.add_argument("--starts", type=int, default=1, help="of the programs (1)")
     given = parser.parse_args()
     end_in_order()
-    options = ["--driver-root", given.driver_root, "--shim", str(ROOT / "build/shim/libfgpu.so"), "--listen", LISTEN]
-    with tempfile.TemporaryDirectory() as policies, agent([*options, "--policies", policies]):
+    with enforcing(given.driver_root):
         found, results = measure(given.only.split(","), given.seconds, given.starts)
     record("windows", found)
     plot(results, ROOT / "build/bench/windows.png")

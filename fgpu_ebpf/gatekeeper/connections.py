@@ -128,11 +128,10 @@ class Connections:
             os.close(copy)
             self._counts["malformed"] += 1
             return
-        with suppress(OSError):
-            if has_hello(sock) and pid_of(sock) == pid:
-                self._admit(sock, began_ns, is_taken=True)
-                return
-        self._refuse(sock, "malformed")
+        if has_hello(sock, pid):
+            self._admit(sock, began_ns, is_taken=True)
+        else:
+            self._refuse(sock, "malformed")
 
     def _admit(self, sock: socket.socket, began_ns: int, is_taken: bool = False) -> int:
         """Admit or refuse a connection. Returns the thread's processor time afterwards, in nanoseconds."""
@@ -298,11 +297,13 @@ class Connections:
         self._counts[count] += 1
 
 
-def has_hello(sock: socket.socket) -> bool:
-    """Return True if this is a socket as shims use, and a hello is the next message on it. Raises OSError."""
-    if (sock.family, sock.type) != (socket.AF_UNIX, socket.SOCK_SEQPACKET):
+def has_hello(sock: socket.socket, pid: int) -> bool:
+    """Return True if this is a socket as shims use, its peer is this process, and the next message is a hello."""
+    if (sock.family, sock.type) != (socket.AF_UNIX, socket.SOCK_SEQPACKET) or pid_of(sock) != pid:
         return False
-    return well_formed(sock.recv(HELLO_BYTES + 1, socket.MSG_DONTWAIT | socket.MSG_PEEK))
+    with suppress(OSError):  # there is no message
+        return well_formed(sock.recv(HELLO_BYTES + 1, socket.MSG_DONTWAIT | socket.MSG_PEEK))
+    return False
 
 
 def well_formed(data: bytes) -> bool:
