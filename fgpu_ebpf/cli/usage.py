@@ -100,18 +100,18 @@ def usage(since: int, by: str, as_csv: bool, as_json: bool) -> None:
     if begin is not None and begin > start:
         click.echo(f"the store begins at {time.strftime('%F %R', time.localtime(begin))}", err=True)
     rows = sorted(
-        ((who, source, used) for who, of in found.items() for source, used in of.items()),
+        ((group, source, used) for group, of in found.items() for source, used in of.items()),
         key=lambda row: (-row[2].run, -row[2].byte_seconds, row[0]),
     )
-    records = [(who, UsageRow.of(source, used)) for who, source, used in rows]
+    records = [(group, UsageRow.of(source, used)) for group, source, used in rows]
     if as_json:
-        click.echo(json.dumps([{by: who} | asdict(row) for who, row in records]))
+        click.echo(json.dumps([{by: group} | asdict(row) for group, row in records]))
     elif as_csv:
         click.echo(_csv(by, records), nl=False)
     else:
         from fgpu_ebpf.cli import tables
 
-        click.echo(tables.usage(by, [(who or "-", row.source, *_hours(row)) for who, row in records]), nl=False)
+        click.echo(tables.usage(by, [(group or "-", row.source, *_hours(row)) for group, row in records]), nl=False)
 
 
 def _hours(row: UsageRow) -> tuple[str, ...]:
@@ -128,5 +128,5 @@ def _csv(by: str, records: Sequence[tuple[str, UsageRow]]) -> str:
     out = io.StringIO()
     writer = csv.DictWriter(out, [by, *(field.name for field in fields(UsageRow))])
     writer.writeheader()
-    writer.writerows({by: who} | asdict(row) for who, row in records)
+    writer.writerows({by: group} | asdict(row) for group, row in records)
     return out.getvalue()
