@@ -238,6 +238,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
     struct fgpu_note note;
     unsigned levels = 0;
     enum fgpu_outcome outcome = once(ends[0], UINT64_MAX, 0, &note, &levels);
+    close(ends[0]);
     view = (struct fgpu_view){.link = FGPU_UNMANAGED, .control = (const void *)fgpu_set(0)};
     if (outcome == FGPU_IS_HELD) {
         CHECK(levels && levels <= FGPU_LEVELS);
