@@ -35,8 +35,8 @@ OF_PART = {  # suites by the beginning of a path; the first match counts
     "fgpu_ebpf/workloads/": ("e2e", "engines", "kubelet"),
     "fgpu_ebpf/": ("docs", "e2e"),
     "oci/": ("engines", "standalone"),
-    "shim/": ("e2e", "gatekeeper", "shim", "standalone"),
-    "sim/": ("bpf", "e2e", "shim", "sim"),
+    "shim/": ("e2e", "fuzz", "gatekeeper", "shim", "standalone"),
+    "sim/": ("bpf", "e2e", "fuzz", "shim", "sim"),
     "tests/programs/": ("e2e", "shim"),
     "": ("docs",),
 }
