@@ -24,7 +24,10 @@ from fgpu_ebpf.driver.nvml_process_rows import ProcessRows
 
 _NVML = "libnvidia-ml.so.1"
 _LOST = (pynvml.NVML_ERROR_GPU_IS_LOST, pynvml.NVML_ERROR_UNINITIALIZED, pynvml.NVML_ERROR_DRIVER_NOT_LOADED)
-AGAIN_SECONDS = 5.0  # between two restarts of NVML, as long as some devices respond
+# Errors after which NVML is restarted. "Unknown Error" may be permanent, for example if NVML lost its connection to the
+# driver while this process had no memory. The device itself is not lost then.
+_RESTART = (*_LOST, pynvml.NVML_ERROR_UNKNOWN)
+AGAIN_SECONDS = 5.0  # between two restarts of NVML, unless all devices are lost
 _MOST_EVENTS = 64  # of one call; later events stay for the next call
 log = logging.getLogger("fgpu.agent")
 
@@ -187,8 +190,8 @@ class Nvml:
             return None
 
     def _find_again(self, error: pynvml.NVMLError) -> None:
-        """Restart NVML after an error of a lost device: a device that was lost or reset needs a new handle."""
-        if self.released or error.value not in _LOST:
+        """Restart NVML after an error that a new handle may end, as for a device that was lost or reset."""
+        if self.released or error.value not in _RESTART:
             return
         lost = {index for index, handle in self._handles.items() if _is_lost(handle)}
         has_changed = lost != self._lost

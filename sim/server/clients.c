@@ -206,7 +206,13 @@ void clients_lose_nvml(void)
         if (client->state == CLIENT_OPEN) client->is_stale = true;
 }
 
-/* Does the same. Each CUDA program also loses its memory, and gets an error from every later call. */
+void clients_cut_nvml(void)
+{
+    for (struct client *client = server.clients; client < server.clients + SIM_MAX_CLIENTS; client++)
+        if (client->state == CLIENT_OPEN && client->uses_nvml) client_drop(client, "NVML is cut off");
+}
+
+/* Like clients_lose_nvml. Each CUDA program also loses its memory, and gets an error from every later call. */
 void clients_lose_devices(void)
 {
     clients_lose_nvml();

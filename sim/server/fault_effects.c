@@ -18,6 +18,9 @@ void fault_set(uint32_t fault, uint32_t device, uint64_t number)
     case SIM_FAULT_NVML_GONE:
         clients_lose_nvml();
         break;
+    case SIM_FAULT_NVML_CUT:
+        clients_cut_nvml();
+        break;
     }
 }
 

@@ -66,6 +66,8 @@ static bool parse_one(const char *word, struct fault_order *order)
         order->fault = SIM_FAULT_ECC;
     } else if (!strcmp(word, "nvml-gone")) {
         order->fault = SIM_FAULT_NVML_GONE;
+    } else if (!strcmp(word, "nvml-cut")) {
+        order->fault = SIM_FAULT_NVML_CUT;
     } else if (!strncmp(word, "nvml-stall:", 11)) {
         *order = (struct fault_order){.fault = SIM_FAULT_NVML_STALL, .number = parse_time(word + 11)};
     } else if (!strncmp(word, "slow-end:", 9)) {
@@ -93,8 +95,8 @@ unsigned fault_parse(const char *spec, struct fault_order *orders)
         }
     if (!n)
         fprintf(stderr,
-                "fgpu-simd: fault is none of nvml-stall:60s, nvml-na, nvml-gone, mig, alloc-fail:N, slow-end:3s, "
-                "device-reset, device-lost[:DEVICE], ecc, xid=79[:DEVICE], reset: %s\n",
+                "fgpu-simd: fault is none of nvml-stall:60s, nvml-na, nvml-gone, nvml-cut, mig, alloc-fail:N, "
+                "slow-end:3s, device-reset, device-lost[:DEVICE], ecc, xid=79[:DEVICE], reset: %s\n",
                 spec);
     return n;
 }

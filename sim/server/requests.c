@@ -285,5 +285,6 @@ void request_serve(struct client *client, bool is_hung_up)
         client_close(client);
     else
         serve(client, &request, got, sent);
+    if (got == sizeof request && request.flags & SIM_FLAG_NVML) client->uses_nvml = true;
     if (sent >= 0) close(sent);
 }

@@ -47,6 +47,7 @@ struct client {
     struct identity process;
     bool has_ended; /* the process has ended; no request is served any more */
     bool attached;
+    bool uses_nvml;
     bool own_user;          /* the client may ask for the dump */
     bool is_root;           /* the client may set faults */
     bool is_stale;          /* the client's descriptions of the devices are older than the loss of the devices */
@@ -244,6 +245,7 @@ void client_drop(struct client *client, const char *why);
 void clients_lose_devices(void);
 void clients_lose_device(uint32_t device);
 void clients_lose_nvml(void);
+void clients_cut_nvml(void);
 void clients_meet_ecc(void);
 
 /* fault_effects.c */

@@ -98,6 +98,7 @@ enum sim_fault {
     SIM_FAULT_ECC, /* processes that use the devices get no more memory, and keep what they have */
     SIM_FAULT_NVML_GONE, /* NVML finds no device until all faults end, and is then initialised again; CUDA works */
     SIM_FAULT_ONE_LOST,  /* one device is lost until all faults end; the others work */
+    SIM_FAULT_NVML_CUT,  /* NVML says "Unknown Error" in each process until it is initialised again there */
     SIM_FAULTS,
 };
 

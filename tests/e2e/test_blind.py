@@ -49,6 +49,19 @@ def test_charges_stay_and_the_limit_holds_while_nvml_fails(
 
 
 @pytest.mark.places("host")
+def test_nvml_is_restarted_if_it_has_lost_its_connection_to_the_driver(fault: Callable[[str], None], tenant) -> None:
+    """Each call of NVML in the agent returns "Unknown Error" until NVML is initialised again."""
+    one = tenant(LIMIT)
+    one.assert_enforced()
+    one.client().ok("context")
+    eventually(lambda: one.memory()["drift_bytes"] == 0, 3, "a comparison with NVML")
+    fault("nvml-cut")
+    eventually(lambda: one.memory()["drift_bytes"] is None, 5, "no drift without an answer of NVML")
+    eventually(lambda: one.memory()["drift_bytes"] == 0, 10, "a comparison with NVML")
+    assert one.assert_exact() == CONTEXT
+
+
+@pytest.mark.places("host")
 def test_metrics_show_the_age_of_nvml_s_last_answer_and_no_drift_while_nvml_stalls(
     service: Service, fault: Callable[[str], None], tenant
 ) -> None:

@@ -373,14 +373,19 @@ def test_silent_connections_of_many_cgroups_are_closed_if_all_slots_are_used(
     """Seventy undecided cgroups hold 16 silent connections each. The number of open descriptors stays bounded."""
     keeper = start()
     place = cgroup()
+    ready, begin = os.pipe(), os.pipe()
 
     def fill() -> None:
         os.setpgid(0, 0)
+        os.close(begin[1])
         for _ in range(70):
             if os.fork() == 0:
                 inner = place / str(os.getpid())
                 inner.mkdir()
                 (inner / "cgroup.procs").write_text("0")
+                os.write(ready[1], b".")
+                # All connect at once. Otherwise the first connections would be closed for their silence.
+                os.read(begin[0], 1)
                 kept = [connect(keeper.run) for _ in range(16)]
                 signal.pause()
                 del kept
@@ -388,11 +393,16 @@ def test_silent_connections_of_many_cgroups_are_closed_if_all_slots_are_used(
 
     filler = Child(place, fill)
     try:
+        for _ in range(70):
+            os.read(ready[0], 1)
+        os.close(begin[1])
         until(lambda: keeper.count("dropped_total") > 50, 4)
         assert keeper.descriptors() < 2 * 1024 + 50
     finally:
         os.killpg(filler.pid, signal.SIGKILL)
         os.waitpid(filler.pid, 0)
+        for end in (*ready, begin[0]):
+            os.close(end)
 
 
 def flood_silently(run: Path, number: int) -> None:

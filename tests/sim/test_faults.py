@@ -311,6 +311,28 @@ N.nvmlShutdown(); N.nvmlInit(); device = N.nvmlDeviceGetHandleByIndex(0); look()
         assert [client.stdout.readline() for _ in range(2)] == ["NVMLError_GpuIsLost\n", "c_nvmlMemory_t\n"]
 
 
+def test_nvml_that_is_cut_off_says_unknown_error_until_it_is_initialised_again(machine: Machine) -> None:
+    pytest.importorskip("pynvml")
+    script = (
+        NVML
+        + """
+import sys
+say('ready'); sys.stdin.readline()
+for _ in range(3):
+    try: N.nvmlDeviceGetMemoryInfo(device)
+    except N.NVMLError as error: say(type(error).__name__)
+N.nvmlShutdown(); N.nvmlInit(); device = N.nvmlDeviceGetHandleByIndex(0)
+say(type(N.nvmlDeviceGetMemoryInfo(device)).__name__)
+"""
+    )
+    with machine.spawn(script) as client:
+        assert client.stdout
+        assert client.stdout.readline() == "ready\n"
+        order(machine, "nvml-cut")
+        say(client)
+        assert [client.stdout.readline() for _ in range(4)] == ["NVMLError_Unknown\n"] * 3 + ["c_nvmlMemory_t\n"]
+
+
 def test_a_reset_ends_a_stall(machine: Machine) -> None:
     pytest.importorskip("pynvml")
     order(machine, "nvml-stall:60s")
@@ -350,8 +372,8 @@ def test_a_reset_ends_a_stall(machine: Machine) -> None:
     ],
 )
 def test_invalid_faults_are_refused(tools: Path, tmp_path: Path, machine: Machine, spec: str) -> None:
-    known = "nvml-stall:60s, nvml-na, nvml-gone, mig, alloc-fail:N, slow-end:3s, "
-    known += "device-reset, device-lost[:DEVICE], ecc, xid=79[:DEVICE], reset"
+    known = "nvml-stall:60s, nvml-na, nvml-gone, nvml-cut, mig, alloc-fail:N, "
+    known += "slow-end:3s, device-reset, device-lost[:DEVICE], ecc, xid=79[:DEVICE], reset"
     line = f"fgpu-simd: fault is none of {known}: {spec}\n"
     asked = order(machine, spec, check=False)
     assert (asked.returncode, asked.stdout, asked.stderr) == (2, "", line)

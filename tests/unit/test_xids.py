@@ -124,6 +124,17 @@ def test_devices_found_again_are_reported_once(library: Library, monkeypatch: py
     assert library.freed == library.made - 1, "the event set in use was freed"
 
 
+def test_an_unknown_error_restarts_nvml_at_times_and_is_no_loss_of_a_device(
+    library: Library, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    starts: list[None] = []
+    monkeypatch.setattr(pynvml, "nvmlInit", lambda: starts.append(None))
+    for _ in range(10):
+        library.nvml._find_again(pynvml.NVMLError(pynvml.NVML_ERROR_UNKNOWN))
+    assert len(starts) == 1
+    assert library.nvml.xids() == []
+
+
 def test_no_device_is_watched_without_an_event_set(library: Library, monkeypatch: pytest.MonkeyPatch) -> None:
     """The library is too old, or the driver is missing."""
 
