@@ -119,8 +119,8 @@ class Policies:
             The errors. If there are any, the last good set stays in force.
         """
         reading = self._folder.read(may_be_missing=not (self._watch and self._watch.had))
-        self._changed(reading)
         self.take()
+        self._apply(reading)
         return self.errors
 
     def _changed(self, reading: Reading) -> None:
@@ -128,18 +128,23 @@ class Policies:
         self._wakeup.wake()
 
     def take(self) -> None:
-        """Apply the policies that were read since the last call."""
+        """Apply the policies that the thread has read since the last call, unless ask() has read the same files."""
         self._wakeup.clear()
         while self._changes:
             reading = self._changes.popleft()
-            if reading.at_ns < self._latest_ns:  # the other thread made a later reading, which was applied first
-                continue
-            self._latest_ns = reading.at_ns
-            self._note(reading.policies, reading.errors)
-            if reading.policies is not None:
-                self._save(reading.policies)
-                self._manager.policies_unknown = ""
-                self._manager.reload(reading.policies)
+            if reading != self._last:
+                self._apply(reading)
+
+    def _apply(self, reading: Reading) -> None:
+        """Put the policies of a reading in force, unless a later reading was applied first."""
+        if reading.at_ns < self._latest_ns:
+            return
+        self._latest_ns, self._last = reading.at_ns, reading
+        self._note(reading.policies, reading.errors)
+        if reading.policies is not None:
+            self._save(reading.policies)
+            self._manager.policies_unknown = ""
+            self._manager.reload(reading.policies)
 
     def _save(self, policies: PolicySet) -> None:
         try:

@@ -114,3 +114,18 @@ def test_a_late_reading_does_not_replace_a_newer_one(place):
     policies._changed(late)
     policies.take()
     assert [[policy.name for policy in one.policies] for one in reloads] == [["mine"]]
+
+
+def test_the_reading_of_a_reload_is_not_applied_again_when_the_thread_reports_it(place):
+    folder, file = place
+    reloads, events = [], []
+    manager = SimpleNamespace(reload=reloads.append, policies=None, policies_unknown="")
+    history = SimpleNamespace(add=lambda kind, **_: events.append(kind))
+    policies = Policies(folder, manager, history, file)
+    (folder / "60.yaml").write_text(text("other"))
+    policies.ask()
+    policies._changed(PolicyFolder(folder).read())
+    policies.take()
+    assert (len(reloads), events) == (1, ["policies"])
+    policies.ask()
+    assert len(reloads) == 2, "a reload applies the files in any case"
