@@ -11,7 +11,8 @@ static int publish(u64 cgroup)
         struct fgpu_level_device key = {.cgroup = cgroup, .device = d};
         struct fgpu_limit *limit = limits.lookup(&key);
         *(volatile u64 *)&page->devices[d].limit = limit ? limit->bytes : 0;
-        if (limit) flags |= limit->flags;
+        page->outside[d] = limit ? (limit->flags >> FGPU_OUTSIDE_SHIFT) << 20 : 0;
+        if (limit) flags |= (u32)limit->flags;
     }
     page->flags = flags;
     return 0;

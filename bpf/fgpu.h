@@ -107,7 +107,8 @@ struct fgpu_usage_page {
     __u64 owner;                   /* slot in `owners` of this level's bound owner; 0: it has none */
     __u64 undecided[FGPU_DEVICES]; /* requests of this level's programs that found an uncommitted level; only grows */
     __u64 crowded; /* requests of this level's programs that were refused for too many entries; only grows */
-    __u64 tail[75];
+    __u64 outside[FGPU_DEVICES]; /* part of the limit that views leave out, for contexts: see FGPU_OUTSIDE_SHIFT */
+    __u64 tail[59];
 };
 #define FGPU_OBSERVE 1
 #define FGPU_KILL 2
@@ -116,6 +117,9 @@ struct fgpu_usage_page {
  * 0, and the shim repeats the request. `undecided` of the program's own level counts such requests: the uncommitted
  * level may be a group whose page the program does not have yet. */
 #define FGPU_UNCOMMITTED_SHIFT 16 /* the first device's bit */
+/* `memory.contexts` of a policy: the limit includes the size of that many contexts, and the tenant's views do not show
+ * this part. It is in MiB, and only in the flags of a limit. On the usage page it is `outside`. */
+#define FGPU_OUTSIDE_SHIFT 32
 
 /* -- control page: one per process, a sealed memfd, written by the gatekeeper alone ------------------------------ */
 struct fgpu_device {

@@ -37,7 +37,7 @@ HITS, HIT_ADMIT, HIT_GIVE_BACK = 32, 30, 31
 NO_LIMIT = 2**64 - 1
 MOST_BYTES = 1 << 48
 LEASE_NS, BUDGET_NS = 2_000_000_000, 4_000_000
-GATE_SHIFT, UNCOMMITTED_SHIFT = 2, 16
+GATE_SHIFT, UNCOMMITTED_SHIFT, OUTSIDE_SHIFT = 2, 16, 32
 MAGIC = 0x75706766
 SOCKET_DIR = "/run/fgpu/shim"
 SOCKET = SOCKET_DIR + "/shim.sock"
@@ -123,7 +123,8 @@ class UsagePage(Structure):
         ("owner", u64),
         ("undecided", u64 * DEVICES),
         ("crowded", u64),
-        ("tail", u64 * 75),
+        ("outside", u64 * DEVICES),
+        ("tail", u64 * 59),
     )
 
 

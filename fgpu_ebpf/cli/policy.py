@@ -176,7 +176,9 @@ def _json(found: Policy) -> dict[str, Any]:
         "mode": "observe" if found.observe else "enforce",
         "selector": _selector(found.selector),
         "devices": [choice.text for choice in found.devices],
-        "memory": {"limit": _amount(memory.limit), "max": _amount(memory.most)} if memory else None,
+        "memory": {"limit": _amount(memory.limit), "max": _amount(memory.most), "contexts": memory.contexts}
+        if memory
+        else None,
         "compute": {
             "limit_ratio": compute.limit_ratio,
             "weight": compute.weight,
@@ -212,7 +214,8 @@ def _gives(found: Policy) -> Iterable[str]:
 
     if found.memory:
         most = f" (up to {amount_text(found.memory.most)} by label)" if found.memory.most != found.memory.limit else ""
-        yield f"memory {amount_text(found.memory.limit)}{most}"
+        n = found.memory.contexts
+        yield f"memory {amount_text(found.memory.limit)}{most}{f' and {n} contexts' if n else ''}"
     if found.compute:
         ceiling = millionths_text(round(found.compute.limit_ratio * MILLION))
         yield f"compute up to {ceiling}, weight {found.compute.weight}, {found.compute.priority} priority"

@@ -26,7 +26,7 @@ from fgpu_ebpf import abi
 from fgpu_ebpf.driver import attach
 from fgpu_ebpf.driver.image import ProgramError
 from fgpu_ebpf.ledger.ledger import Ledger
-from fgpu_ebpf.ledger.level_limits import LevelLimits
+from fgpu_ebpf.ledger.level_limits import LevelLimits, outside_of
 from fgpu_ebpf.linux import bpf, procfs
 
 _U32, _U64, _LIMIT_KEY, _LIMIT = struct.Struct("I"), struct.Struct("Q"), struct.Struct("QQ"), struct.Struct("QQ")
@@ -190,4 +190,5 @@ def _carried(cgroup: int, level: _Level) -> LevelLimits:
         cgroup, {device: bytes_ for device, (bytes_, _) in level.limits.items()}, flags,
         uncommitted={device for device, (_, its) in level.limits.items() if its & abi.uncommitted(device)},
         orphaned={device: bytes_ for device, bytes_ in enumerate(used) if bytes_},
+        outside={device: outside_of(its) for device, (_, its) in level.limits.items()},
     )  # fmt: skip

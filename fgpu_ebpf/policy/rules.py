@@ -19,12 +19,21 @@ from fgpu_ebpf.policy.units import (
     QuantityError,
     amount,
     fraction,
+    mebibytes,
     memory_text,
     millionths,
     millionths_text,
     shown,
 )
-from fgpu_ebpf.workloads.workload import COMPUTE_LABEL, FRACTION_LABEL, MEMORY_LABEL, Workload
+from fgpu_ebpf.workloads.workload import (
+    COMPUTE_LABEL,
+    FRACTION_LABEL,
+    KAI_FRACTION,
+    KAI_MEMORY,
+    KAI_QUEUE,
+    MEMORY_LABEL,
+    Workload,
+)
 
 
 class Device(Protocol):
@@ -155,10 +164,14 @@ class Compute:
 
 @dataclass(frozen=True, slots=True)
 class Memory:
-    """A limit, and the highest limit that the workload's own label can request (`most`)."""
+    """A limit, and the highest limit that the workload's own label can request (`most`).
+
+    `contexts`: how many contexts the workload may have besides the limit.
+    """
 
     limit: Amount
     most: Amount
+    contexts: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,7 +198,8 @@ class Limits:
     """The limits of a workload.
 
     `devices` has the ledger indices of the devices that the workload may use. `memory` has the limit in bytes by ledger
-    index, and is empty if the policy sets no limit. `compute` is None if the workload is not gated.
+    index, and is empty if the policy sets no limit. `contexts`: how many contexts are not part of the limit. `compute`
+    is None if the workload is not gated.
     """
 
     policy: str
@@ -196,6 +210,7 @@ class Limits:
     compute: Compute | None
     own_utilization: bool
     metric_labels: tuple[str, ...]
+    contexts: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -246,6 +261,7 @@ def _limits(policy: Policy, workload: Workload, devices: Iterable[Device], notes
         compute=_compute(policy.compute, workload, notes),
         own_utilization=policy.own_utilization,
         metric_labels=policy.metric_labels,
+        contexts=policy.memory.contexts if policy.memory else 0,
     )
 
 
@@ -256,15 +272,22 @@ def _memory(memory: Memory | None, workload: Workload, devices: Iterable[Device]
 
 
 _Asked = tuple[str, Amount]  # a label, and the amount that this label requests
+# Labels that request memory, in the order of precedence, how each is read, and the label without which it is ignored.
+_MEMORY_REQUESTS = (
+    (MEMORY_LABEL, amount, None),
+    (KAI_MEMORY, mebibytes, KAI_QUEUE),
+    (KAI_FRACTION, fraction, KAI_QUEUE),
+    (FRACTION_LABEL, fraction, None),
+)
 
 
 def _asked_memory(
     memory: Memory | None, labels: Mapping[str, str], prefix: str, notes: list[str]
 ) -> _Asked | None:  # fmt: skip
-    """Return the amount that a label requests: fgpu's own label or, if that is missing or invalid, ClearML's."""
-    for label, read in ((MEMORY_LABEL, amount), (FRACTION_LABEL, fraction)):
+    """Return the amount that a label requests: the first in _MEMORY_REQUESTS that is there and valid."""
+    for label, read, needed in _MEMORY_REQUESTS:
         text = labels.get(label)
-        if text is None:
+        if text is None or (needed and needed not in labels):
             continue
         if memory is None:
             notes.append(f"{prefix}{label} is ignored: the policy sets no memory limit")

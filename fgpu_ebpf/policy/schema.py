@@ -93,6 +93,11 @@ class Memory(Model):
         examples=["8GiB", "50%"],
     )
     max: Bytes = absent("The most that the workload's own label may request; the default is `limit`.", "16GiB")
+    contexts: Annotated[int, Field(ge=0, le=64)] = Field(
+        0,
+        description="How many CUDA contexts (one for each process) the workload may have on each device besides the"
+        " limit. Programs see the limit without them. They count against the device.",
+    )
 
     @model_validator(mode="after")
     def _max_is_not_less(self) -> Self:
@@ -183,13 +188,17 @@ def compiled(document: GpuPolicy, source: str) -> rules.Policy:
         source=source,
         selector=_selector(spec.selector),
         devices=tuple(spec.devices or [_EVERY_DEVICE]),
-        memory=rules.Memory(spec.memory.limit, spec.memory.max or spec.memory.limit) if spec.memory else None,
+        memory=_memory(spec.memory) if spec.memory else None,
         compute=_compute(spec.compute) if spec.compute else None,
         observe=spec.mode == "observe",
         kill=spec.on_bypass == "kill",
         own_utilization=spec.views is not None and spec.views.utilization == "own",
         metric_labels=tuple(spec.metric_labels or ()),
     )
+
+
+def _memory(model: Memory) -> rules.Memory:
+    return rules.Memory(model.limit, model.max or model.limit, model.contexts)
 
 
 def _selector(model: Selector) -> rules.Selector:

@@ -142,6 +142,13 @@ def fraction(text: str) -> Amount:
     return Amount(millionths=min(value, MILLION))
 
 
+def mebibytes(text: str) -> Amount:
+    """Parse `2000`, the format of KAI's annotation `gpu-memory`. Raises QuantityError."""
+    if not (text.isascii() and text.isdigit()):
+        raise QuantityError(f"{shown(text)} is not a number of MiB: write it as 2000")
+    return amount(f"{text}MiB")
+
+
 def millionths_text(millionths: int) -> str:
     """Return millionths as text: `50%`, `12.5%`."""
     return f"{millionths / 10_000:.4f}".rstrip("0").rstrip(".") + "%"

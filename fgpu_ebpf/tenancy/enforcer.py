@@ -59,6 +59,7 @@ class Enforcer:
         self.places = places or LevelCapacity(workloads.root)
         self.answered = UnmanagedCgroups(ledger, self.places.bounds.unmanaged)
         self._tree = TenantTree()
+        self.context_bytes = ledger.context_bytes
         self.commitments = Commitments(self._tree, devices, overcommit)
         self.get, self.at, self.around = self._tree.get, self._tree.at, self._tree.around
         self.names = TenantNames()
@@ -217,7 +218,7 @@ class Enforcer:
         spared = abi.LimitFlag.KILL if tenant.path in self._spared else 0
         return LevelLimits(
             tenant.cgroup, self.commitments.in_force(tenant), tenant.flags & ~spared, self.places.slot(tenant.cgroup),
-            frozenset(self.commitments.uncommitted(tenant)),
+            frozenset(self.commitments.uncommitted(tenant)), outside=tenant.outside,
         )  # fmt: skip
 
     def spares(self, tenant: Tenant) -> bool:

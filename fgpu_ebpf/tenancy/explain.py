@@ -137,6 +137,7 @@ def _level(
             {
                 "gpu": device,
                 "limit_bytes": u.limit,
+                "outside_bytes": tenant.outside.get(device, 0),
                 "used_bytes": u.used,
                 "refused": u.refused,
                 "refused_entries": crowded.get((tenant.cgroup, device), 0),
@@ -254,6 +255,8 @@ def _device_line(device: dict[str, Any]) -> str:
     left = max(0, limit - used)
     text = f"gpu {device['gpu']}: {memory_text(used)} of {memory_text(limit)} used, {memory_text(left)} left"
     text += "" if device["counts"] else ", the limit counts on the device from the tenant's first use"
+    outside = device["outside_bytes"]
+    text += f", {memory_text(outside)} of it for contexts, besides the limit that programs see" if outside else ""
     times = "once" if device["refused"] == 1 else f"{device['refused']} times"
     text += f", refused {times}" if device["refused"] else ""
     crowded = device["refused_entries"]

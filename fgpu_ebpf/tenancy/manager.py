@@ -97,7 +97,7 @@ class Manager:
         workload = self.workloads.identify(path)
         if workload is None:
             return None
-        tenant = tenant_of(self.decide(workload), self._override(workload.cgroup), self._devices)
+        tenant = self._tenant_of(workload, self._override(workload.cgroup))
         before = self.enforcer.get(workload.cgroup)
         if before is None or before.source is not Source.KEPT:
             return tenant
@@ -105,6 +105,10 @@ class Manager:
         if not doubt or (tenant and tenant.is_in_force_as(before)):
             return tenant
         return replace(before, workload=workload, notes=(doubt,))
+
+    def _tenant_of(self, workload: Workload, override: Override | None) -> Tenant | None:
+        """Return the tenant by policies and an override; None: the workload is not managed."""
+        return tenant_of(self.decide(workload, override), override, self._devices, self.enforcer.context_bytes)
 
     def _override(self, cgroup: int) -> Override | None:
         override = self.overrides.get(cgroup)
@@ -234,7 +238,7 @@ class Manager:
             raise TargetError(f"{before.name} {text}")
         override = self._override(workload.cgroup) or Override(workload.cgroup, workload.path, None, name, own)
         override = replace(override, path=workload.path, **asked)
-        tenant = tenant_of(self.decide(workload, override), override, self._devices)
+        tenant = self._tenant_of(workload, override)
         assert tenant
         self.enforcer.put([tenant])
         try:

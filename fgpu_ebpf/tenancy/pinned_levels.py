@@ -46,9 +46,9 @@ def _pinned(ledger: Ledger, manager: Manager, alive: dict[int, str]) -> Iterator
     """Yield each pinned level of an existing cgroup and the devices where its limit does not count, oldest first."""
     limits: dict[int, dict[int, int]] = defaultdict(dict)
     uncommitted: dict[int, set[int]] = defaultdict(set)
-    flags: dict[int, int] = {}
+    flags: dict[int, dict[int, int]] = defaultdict(dict)
     for cgroup, device, bytes_, said in ledger.limits():
-        limits[cgroup][device], flags[cgroup] = bytes_, said
+        limits[cgroup][device], flags[cgroup][device] = bytes_, said
         if said & abi.uncommitted(device):
             uncommitted[cgroup].add(device)
     shares: dict[int, Share] = {cgroup: share for (cgroup, _), share in ledger.times.shares().items()}
@@ -56,7 +56,7 @@ def _pinned(ledger: Ledger, manager: Manager, alive: dict[int, str]) -> Iterator
         path = alive.get(cgroup)
         workload = manager.workloads.identify(path) if path is not None else None
         if workload and workload.cgroup == cgroup:
-            tenant = kept_tenant(workload, limits.get(cgroup, {}), flags.get(cgroup, 0), shares.get(cgroup))
+            tenant = kept_tenant(workload, limits.get(cgroup, {}), flags.get(cgroup, {}), shares.get(cgroup))
             yield tenant, uncommitted.get(cgroup, set())
 
 

@@ -5,11 +5,14 @@ The module does no I/O and runs in the agent's main loop. `enforcer` decides whe
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import functools
+import operator
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
 from fgpu_ebpf import abi
+from fgpu_ebpf.ledger.level_limits import outside_of, whole_mib
 from fgpu_ebpf.policy.rules import Compute, Decision, Device, Policy, Priority
 from fgpu_ebpf.policy.share_name import Share, parse
 from fgpu_ebpf.policy.units import Amount
@@ -34,8 +37,9 @@ class Tenant:
     """A managed cgroup.
 
     `limits` has bytes by ledger index, or NO_LIMIT if use is only counted. The tenant may not use a device that is left
-    out. `policy` is empty if no policy matches. `named_devices` is true if the tenant's devices were named for it
-    alone. Then its limit counts on all of them from its first process on.
+    out. `outside` has the part of these limits that is for contexts and that views do not show. `policy` is empty if no
+    policy matches. `named_devices` is true if the tenant's devices were named for it alone. Then its limit counts on all
+    of them from its first process on.
     """
 
     workload: Workload
@@ -50,6 +54,7 @@ class Tenant:
     metric_labels: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     named_devices: bool = False
+    outside: Mapping[int, int] = field(default_factory=dict)
 
     @property
     def cgroup(self) -> int:
@@ -83,14 +88,17 @@ class Tenant:
 
     def is_in_force_as(self, other: Tenant) -> bool:
         """Return True if both tenants result in the same entries in the kernel's maps."""
-        mine, its = (self.limits, self.observe, self.kill), (other.limits, other.observe, other.kill)
-        return mine == its and self.shares == other.shares
+        mine = self.limits, self.outside, self.observe, self.kill
+        return mine == (other.limits, other.outside, other.observe, other.kill) and self.shares == other.shares
 
 
-def tenant_of(decision: Decision, override: Override | None, devices: Sequence[Device]) -> Tenant | None:
+def tenant_of(
+    decision: Decision, override: Override | None, devices: Sequence[Device], context_bytes: Callable[[int], int]
+) -> Tenant | None:
     """Return the tenant of a workload; None: the workload is not managed.
 
-    An override has precedence over the policy. The policy's mode stays.
+    An override has precedence over the policy. The policy's mode, and the number of contexts besides the limit, stay.
+    `context_bytes`: the size of a context by ledger index.
     """
     limits = decision.limits
     if limits is None and override is None:
@@ -109,18 +117,39 @@ def tenant_of(decision: Decision, override: Override | None, devices: Sequence[D
             metric_labels={label: workload.labels.get(label, "") for label in limits.metric_labels},
             notes=decision.notes,
         )
-    return tenant if override is None else _by_hand(tenant, override, devices)
+    if override is not None:
+        tenant = _by_hand(tenant, override, devices)
+    return _with_contexts(tenant, limits.contexts, context_bytes) if limits and limits.contexts else tenant
 
 
-def kept_tenant(workload: Workload, limits: Mapping[int, int], flags: int, share: TimeShare | None) -> Tenant:
-    """Return a tenant with the limits, flags and share that the kernel has pinned for a cgroup."""
+def _with_contexts(tenant: Tenant, contexts: int, context_bytes: Callable[[int], int]) -> Tenant:
+    """Raise each limit by the size of these contexts. A limit of 0 denies the device and stays."""
+    limited = [index for index, limit in tenant.limits.items() if limit not in (0, abi.NO_LIMIT)]
+    outside = {index: whole_mib(contexts * context_bytes(index)) for index in limited}
+    limits = {index: limit + outside.get(index, 0) for index, limit in tenant.limits.items()}
+    return replace(tenant, limits=limits, outside=outside)
+
+
+def kept_tenant(
+    workload: Workload, limits: Mapping[int, int], flags: Mapping[int, int], share: TimeShare | None
+) -> Tenant:
+    """Return a tenant with the limits, flags and share that the kernel has pinned for a cgroup.
+
+    Args:
+        workload: the cgroup.
+        limits: bytes by ledger index.
+        flags: the flags of the limits by ledger index.
+        share: the share of time; None: the tenant is not gated.
+    """
+    said = functools.reduce(operator.or_, flags.values(), 0)
     compute = None
     if share:
         priority = list(Priority)[min(share.rank, len(Priority) - 1)]
         compute = Compute(share.limit_millionths / MILLION, share.weight, priority, share.quantum_ns)
     return Tenant(
         workload, _name(workload), Source.KEPT, "", limits, compute=compute,
-        observe=bool(flags & abi.LimitFlag.OBSERVE), kill=bool(flags & abi.LimitFlag.KILL),
+        observe=bool(said & abi.LimitFlag.OBSERVE), kill=bool(said & abi.LimitFlag.KILL),
+        outside={index: bytes_ for index, its in flags.items() if (bytes_ := outside_of(its))},
     )  # fmt: skip
 
 

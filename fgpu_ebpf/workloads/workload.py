@@ -22,7 +22,10 @@ MOST_LABEL_CHARACTERS = 256
 MEMORY_LABEL = "fgpu.dev/memory"
 COMPUTE_LABEL = "fgpu.dev/compute"
 FRACTION_LABEL = "clearml-injector/fraction"
-ASKING = (MEMORY_LABEL, COMPUTE_LABEL, FRACTION_LABEL)  # requests that a workload may make for itself
+# Annotations of pods that the KAI scheduler places, and the label that such a pod always has.
+KAI_MEMORY, KAI_FRACTION, KAI_QUEUE = "gpu-memory", "gpu-fraction", "kai.scheduler/queue"
+# Requests that a workload may make for itself.
+ASKING = (MEMORY_LABEL, COMPUTE_LABEL, FRACTION_LABEL, KAI_MEMORY, KAI_FRACTION)
 REQUESTS = {"memory": MEMORY_LABEL, "compute": COMPUTE_LABEL}
 
 _XATTR = "user.fgpu."

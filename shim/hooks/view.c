@@ -18,7 +18,7 @@ struct share {
 
 /* Find the smallest limit and the least room of the levels that enforce a limit here. Returns false if there is none:
  * then the driver's numbers are shown. `used` is the tenant's, but no more than the limit: programs subtract the two
- * numbers. */
+ * numbers. The part of a limit for contexts is neither in the total nor in `used`. */
 static bool share_of(struct fgpu_view view, int index, struct share *share)
 {
     bool limited = false;
@@ -26,10 +26,11 @@ static bool share_of(struct fgpu_view view, int index, struct share *share)
         const struct fgpu_usage *usage = &view.usage[level].devices[index];
         uint64_t limit = __atomic_load_n(&usage->limit, __ATOMIC_RELAXED);
         uint64_t used = __atomic_load_n(&usage->used, __ATOMIC_RELAXED);
-        if (!level) share->used = used;
+        uint64_t outside = __atomic_load_n(&view.usage[level].outside[index], __ATOMIC_RELAXED);
+        if (!level) share->used = used > outside ? used - outside : 0;
         if (limit == FGPU_NO_LIMIT || fgpu_observes(&view.usage[level])) continue;
-        uint64_t left = limit > used ? limit - used : 0;
-        if (limit < share->total) share->total = limit;
+        uint64_t left = limit > used ? limit - used : 0, shown = limit > outside ? limit - outside : 0;
+        if (shown < share->total) share->total = shown;
         if (left < share->free) share->free = left;
         limited = true;
     }

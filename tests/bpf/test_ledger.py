@@ -14,7 +14,7 @@ from fgpu_ebpf.driver import probe_plan, programs
 from fgpu_ebpf.ledger.ledger import Ledger
 from fgpu_ebpf.ledger.level_limits import LevelLimits
 from fgpu_ebpf.linux import bpf, mapped_files
-from tests.bpf.conftest import CONTEXT, MIB, anomalies, assert_corrected, assert_left, wait_until
+from tests.bpf.conftest import CONTEXT, MIB, anomalies, assert_corrected, assert_left, page_of, wait_until
 
 REFUSED, ADMITTED, AGAIN, UNLIMITED = range(4)
 VMM, CONTEXT_KIND, HELLO, POOL = abi.Kind.VMM, abi.Kind.CONTEXT, abi.Kind.HELLO, abi.Kind.POOL
@@ -41,6 +41,15 @@ def test_the_limit_is_exact_to_the_byte(level, client):
     client(f"alloc(0x1000, {1024 * MIB})")
     assert client("admit(1)") == REFUSED
     assert level.used == 1024 * MIB
+
+
+def test_the_part_of_a_limit_that_views_do_not_show_is_on_the_page_and_not_in_its_flags(kernel, level):
+    for outside in ({0: 518 * MIB, 1: 65 * 1024 * MIB}, {}):
+        flags = int(abi.LimitFlag.KILL)
+        kernel.ledger.set_limits([LevelLimits(level.cgroup, {0: 1024 * MIB, 1: MIB}, flags, outside=outside)])
+        page = page_of(kernel, level)
+        assert list(page.outside) == [outside.get(device, 0) for device in range(abi.DEVICES)]
+        assert page.flags == flags
 
 
 def test_a_ticket_is_charged_once_for_any_number_of_requests(level, client):

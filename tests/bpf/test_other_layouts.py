@@ -73,6 +73,12 @@ def test_an_uncommitted_limit_of_another_layout_stays_uncommitted_without_the_ki
     assert found == {0: (MIB, abi.LimitFlag.OBSERVE), 1: (MIB, abi.LimitFlag.OBSERVE | abi.uncommitted(1))}
 
 
+def test_the_part_of_a_limit_that_views_do_not_show_is_carried_over(kernel: Kernel, other: Kernel, held: Held) -> None:
+    other.ledger.set_limits([LevelLimits(held.level.cgroup, {0: 9 * MIB, 1: MIB}, outside={0: 8 * MIB})])
+    carry_over(other.pins, abi.LAYOUT, kernel.ledger)
+    assert list(page_of(kernel, held.level).outside[:2]) == [8 * MIB, 0]
+
+
 def test_a_level_that_is_being_removed_is_left_out(kernel: Kernel, other: Kernel, held: Held) -> None:
     assert other.ledger._run(abi.Adjust.WITHDRAW, held.level.cgroup) == 0
     carry_over(other.pins, abi.LAYOUT, kernel.ledger)

@@ -71,6 +71,15 @@ def test_a_pod_s_labels_apply_to_the_pod_before_its_first_container_and_to_each_
     assert sandbox[1] == "pods"  # the sandbox container, which only keeps the namespaces, has no label
 
 
+def test_a_pod_of_the_kai_scheduler_gets_the_memory_that_its_annotation_requests(containerd: Containerd) -> None:
+    pod = containerd.run("train-0", {"tier": "notebook", "kai.scheduler/queue": "team"}, {"gpu-memory": "4096"})
+    eventually(lambda: at(pod.path) == ("dev/train-0", "notebooks", 4 * GIB), 5, f"the pod: {at(pod.path)}")
+    one = pod.container("main")
+    eventually(lambda: limit_of(one) == ("notebooks", 4 * GIB), 5, f"the pod's: {limit_of(one)}")
+    one.assert_enforced()
+    assert one.client().ok("info")[1] == 4 * GIB
+
+
 def test_a_request_of_an_image_lowers_the_limit_of_its_container_but_not_of_the_pod(containerd: Containerd) -> None:
     pod = containerd.run("jupyter-1", {"tier": "notebook"}, {})
     one = pod.container("main")

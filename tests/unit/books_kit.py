@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 
+CONTEXT_BYTES = 500 << 20
+
 
 class Books:
     """A ledger with the calls that an enforcer makes. It records what it is given."""
@@ -12,6 +14,9 @@ class Books:
         self.limits, self.shares, self.decided, self.calls = {}, {}, {}, 0
         self.epoch, self.uncommitted, self.used = 0, {}, {}
         self.known, self.so_far, self.moved, self.over = {}, 0, [], []
+
+    def context_bytes(self, _):
+        return CONTEXT_BYTES
 
     def page_missing(self, cgroup):
         return cgroup not in self.limits

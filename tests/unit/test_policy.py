@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fgpu_ebpf.ledger.level_limits import LevelLimits
 from fgpu_ebpf.policy import schema
 from fgpu_ebpf.policy.rules import Compute, PolicySet, Priority
+from fgpu_ebpf.tenancy.overrides import Override
+from fgpu_ebpf.tenancy.tenant import kept_tenant, tenant_of
 from tests.unit import policy_kit as kit
 from tests.unit.policy_kit import GIB, Gpu, policies, workload
 
@@ -22,6 +26,22 @@ def memory_of(spec, gpus=(H200,), **names):
     """Return the bytes by device, and the notes."""
     decision = policies(spec).resolve(workload(**names), gpus)
     return decision.limits.memory, decision.notes
+
+
+def test_contexts_besides_the_limit_raise_the_limit_that_is_enforced():
+    """A device that is denied or has no limit stays as it is, and the part beyond the limit is in whole MiB."""
+    decision = policies("{selector: {cgroup: a}, memory: {limit: 50%, contexts: 3}}").resolve(workload(), (H200, T4))
+    half = decision.limits.memory
+    tenant = tenant_of(decision, None, (H200, T4), lambda index: (500 << 20) + index)
+    assert tenant.outside == {0: 1500 << 20, 1: 1501 << 20}
+    assert tenant.limits == {0: half[0] + (1500 << 20), 1: half[1] + (1501 << 20)}
+    flags = LevelLimits(1, tenant.limits, outside=tenant.outside).flags_of(1)
+    assert kept_tenant(tenant.workload, tenant.limits, {1: flags}, None).outside == {1: 1501 << 20}
+    assert not tenant.is_in_force_as(replace(tenant, outside={}))
+    denied = Override(1, "/a", None, devices=(T4.uuid_text,))
+    assert set(tenant_of(decision, denied, (H200, T4), lambda _: 500 << 20).outside) == {1}
+    counted = policies("{selector: {cgroup: a}}").resolve(workload(), (H200,))
+    assert tenant_of(counted, None, (H200,), lambda _: 500 << 20).outside == {}
 
 
 # -- selectors ----------------------------------------------------------------------------------------------------
@@ -211,6 +231,27 @@ def test_clearml_s_fraction_requests_memory(rule, label, gib, note):
     spec = f"{{selector: {{cgroup: a}}, memory: {rule}}}"
     memory, notes = memory_of(spec, labels={"clearml-injector/fraction": label})
     assert (memory, notes) == ({0: gib * GIB}, (f"clearml-injector/fraction {note}",) if note else ())
+
+
+@pytest.mark.parametrize(
+    ("labels", "gib", "notes"),
+    [
+        ({"gpu-memory": "2048"}, 2, ()),
+        ({"gpu-fraction": "0.25"}, 35, ()),
+        ({"gpu-fraction": "0.5"}, 50, ("gpu-fraction asks for 70GiB of device 0, the policy allows 50GiB",)),
+        ({"gpu-memory": "2GiB"}, 8, ("gpu-memory is ignored: '2GiB' is not a number of MiB: write it as 2000",)),
+        ({"gpu-memory": "1"}, 8, ("gpu-memory is ignored: '1MiB' is less than the driver's unit of allocation: write at"
+                                  " least 2MiB",)),
+        ({"gpu-memory": "2048", "fgpu.dev/memory": "3GiB"}, 3, ()),
+    ],
+)  # fmt: skip
+def test_pods_of_the_kai_scheduler_request_memory_by_its_annotations(labels, gib, notes):
+    spec = "{selector: {cgroup: a}, memory: {limit: 8GiB, max: 50GiB}}"
+    assert memory_of(spec, labels={"kai.scheduler/queue": "team", **labels}) == ({0: gib * GIB}, notes)
+    if "fgpu.dev/memory" not in labels:
+        assert memory_of(spec, labels=labels) == ({0: 8 * GIB}, ()), "without the queue's label it may mean anything"
+
+
 
 
 def test_fgpu_s_label_precedes_clearml_s_unless_it_is_invalid():
