@@ -216,9 +216,11 @@ class Enforcer:
 
     def _in_force(self, tenant: Tenant) -> LevelLimits:
         spared = abi.LimitFlag.KILL if tenant.path in self._spared else 0
+        limits = self.commitments.in_force(tenant)  # lower than the tenant's where an increase did not fit
+        outside = {i: max(0, bytes_ - max(0, tenant.limits[i] - limits[i])) for i, bytes_ in tenant.outside.items()}
         return LevelLimits(
-            tenant.cgroup, self.commitments.in_force(tenant), tenant.flags & ~spared, self.places.slot(tenant.cgroup),
-            frozenset(self.commitments.uncommitted(tenant)), outside=tenant.outside,
+            tenant.cgroup, limits, tenant.flags & ~spared, self.places.slot(tenant.cgroup),
+            frozenset(self.commitments.uncommitted(tenant)), outside=outside,
         )  # fmt: skip
 
     def spares(self, tenant: Tenant) -> bool:
