@@ -12,7 +12,7 @@ class Books:
 
     def __init__(self):
         self.limits, self.shares, self.decided, self.calls = {}, {}, {}, 0
-        self.epoch, self.uncommitted, self.used = 0, {}, {}
+        self.epoch, self.uncommitted, self.used, self.outside = 0, {}, {}, {}
         self.known, self.so_far, self.moved, self.over = {}, 0, [], []
 
     def context_bytes(self, _):
@@ -28,6 +28,7 @@ class Books:
         self.over += [lambda: over(new)] if new and over else []
         self.limits |= {level.cgroup: (dict(level.bytes), level.flags) for level in levels}
         self.uncommitted |= {level.cgroup: set(level.uncommitted) for level in levels}
+        self.outside |= {level.cgroup: dict(level.outside) for level in levels}
 
     def usage(self, cgroup, devices):
         return [SimpleNamespace(used=self.used.get((cgroup, device), 0)) for device in devices]

@@ -128,6 +128,18 @@ def test_a_denied_tenant_gets_its_limit_when_another_limit_is_lowered_far_enough
     assert (in_force(books, two), place.enforcer.denied(two.cgroup)) == (4 * GIB, "")
 
 
+def test_contexts_besides_a_limit_that_do_not_fit_are_not_subtracted_from_the_limit_in_force(place, books):
+    one, two = place.make("/one", 4), place.make("/two", 4)
+    place.enforcer.put([one, two])
+    for tenant in (one, two):
+        place.enforcer.use(tenant.cgroup)
+    more = dataclasses.replace(two, limits={0: 7 * GIB}, outside={0: 3 * GIB})
+    place.enforcer.put([more])
+    assert (in_force(books, two), books.outside[two.cgroup]) == (4 * GIB, {0: 0})
+    place.enforcer.put([dataclasses.replace(one, limits={0: 1 * GIB})])
+    assert (in_force(books, two), books.outside[two.cgroup]) == (7 * GIB, {0: 3 * GIB})
+
+
 def test_a_raised_limit_without_room_is_put_in_force_when_there_is_room(place, books):
     one, two = place.make("/one", 4), place.make("/two", 4)
     place.enforcer.put([one, two])
