@@ -21,6 +21,7 @@ from fgpu_ebpf import abi
 from fgpu_ebpf.agent import host_config, host_schema
 from fgpu_ebpf.api import metrics
 from fgpu_ebpf.cli import output_schema
+from fgpu_ebpf.cli.help_texts import Sections
 from fgpu_ebpf.cli.main import main
 from fgpu_ebpf.driver import bypass_reason
 from fgpu_ebpf.policy import fields as policy_fields
@@ -186,8 +187,8 @@ def commands() -> Iterator[tuple[str, click.Command]]:
 
 def _commands(words: str, command: click.Command) -> Iterator[tuple[str, click.Command]]:
     yield words, command
-    if isinstance(command, click.Group):
-        for name, inner in sorted(command.commands.items()):
+    if isinstance(command, Sections):
+        for name, inner in sorted(command.all_commands().items()):
             if not inner.hidden:
                 yield from _commands(f"{words} {name}", inner)
 

@@ -78,6 +78,3 @@ def generate(names: tuple[str, ...], output: Path | None) -> None:
         fail(str(error), 2)
     except OSError as error:
         fail(f"cannot write {output or 'to standard output'}: {error.strerror}", 1)
-
-
-COMMANDS = (cdi_group,)

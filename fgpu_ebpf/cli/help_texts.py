@@ -91,6 +91,13 @@ class Sections(click.Group):
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write the sections. Raises KeyError if a section names a command that does not exist."""
-        for heading, names in (self.sections or {"Commands": sorted(self.commands)}).items():
+        known = self.all_commands()
+        for heading, names in (self.sections or {"Commands": sorted(known)}).items():
             with formatter.section(heading):
-                formatter.write_dl([(name, self.commands[name].get_short_help_str(_WIDEST_TEXT)) for name in names])
+                formatter.write_dl([(name, known[name].get_short_help_str(_WIDEST_TEXT)) for name in names])
+
+    def all_commands(self) -> dict[str, click.Command]:
+        """Return the commands by name."""
+        context = click.Context(self)
+        found = {name: self.get_command(context, name) for name in self.list_commands(context)}
+        return {name: command for name, command in found.items() if command}

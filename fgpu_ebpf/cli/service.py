@@ -174,6 +174,3 @@ def reload() -> None:
     """Read the policy files again. The agent reads them automatically when they change."""
     done = call({"verb": "reload"})
     click.echo(f"reloaded: {done['policies']} {'policy' if done['policies'] == 1 else 'policies'} in force")
-
-
-COMMANDS = (agent, load, doctor, detach, reload)

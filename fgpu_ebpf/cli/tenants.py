@@ -14,7 +14,7 @@ from typing import Any
 
 import click
 
-from fgpu_ebpf import abi, control_client
+from fgpu_ebpf import control_client
 from fgpu_ebpf.cli.help_texts import Sections, examples, target
 from fgpu_ebpf.cli.request import call, fail, no_answer, run_dir
 from fgpu_ebpf.policy.units import memory_text
@@ -105,6 +105,8 @@ def unset(target: str) -> None:
 
 def _now(level: Mapping[str, Any] | None) -> str:
     """Return a text about the limits of a cgroup after `unset`. `level`: its innermost level, as in `fgpu explain`."""
+    from fgpu_ebpf import abi
+
     if level is None:
         return "no limit is in force"
     limits = {limit for device in level["devices"] if (limit := abi.limit(device["limit_bytes"])) is not None}
@@ -148,6 +150,3 @@ def release(duration: str) -> None:
 def take() -> None:
     """Open the devices again after `release`. If the driver was replaced, the agent exits and is restarted."""
     call({"verb": "take"})
-
-
-COMMANDS = (run, set_limits, unset, device)

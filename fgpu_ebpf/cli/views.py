@@ -17,7 +17,6 @@ import click
 from fgpu_ebpf import control_client
 from fgpu_ebpf.cli.help_texts import TOP_KEYS, TOP_WORDS, also, examples, lines, target
 from fgpu_ebpf.cli.request import NO_TARGET, call, did_you_mean, fail, no_answer, run_dir
-from fgpu_ebpf.snapshot import plain
 
 FOLLOW_SECONDS = 0.3
 _UNIT_SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
@@ -42,6 +41,7 @@ def status(as_json: bool) -> None:
 def ps(is_all: bool, as_json: bool) -> None:
     """Show the processes of tenants and the bytes charged to each."""
     from fgpu_ebpf.cli import tables
+    from fgpu_ebpf.snapshot import plain
 
     snapshot = call({"verb": "snapshot"})
     rows = tables.process_rows(snapshot) + (tables.unmanaged_rows(snapshot) if is_all else [])
@@ -156,6 +156,3 @@ def schema(command: str) -> None:
     from fgpu_ebpf.cli import output_schema
 
     click.echo(json.dumps(output_schema.of(command), indent=2))
-
-
-COMMANDS = (status, ps, top, explain_target, events, metrics, schema)

@@ -194,13 +194,13 @@ left = [descriptor(create(2 << 20)) for _ in range(20)]
 def test_numba_shares_an_array(machine: Machine) -> None:
     pytest.importorskip("numba_cuda")
     owner = """
-import pickle, numpy
+import pickle, numpy, _numba_cuda_redirector
 from numba import cuda
 array = cuda.to_device(numpy.arange(1 << 18, dtype=numpy.float64))
 say(pickle.dumps(array.get_ipc_handle()).hex()); sys.stdin.readline(); say(array.copy_to_host()[7])
 """
     guest = """
-import pickle, numpy
+import pickle, numpy, _numba_cuda_redirector
 from numba import cuda
 handle = pickle.loads(bytes.fromhex(sys.stdin.readline()))
 with handle as array:

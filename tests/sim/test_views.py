@@ -236,7 +236,7 @@ say(free - ok(D.cuMemGetInfo())[0], ok(D.cuGetErrorString(D.CUresult(2))))
 def test_numba_runs_on_the_simulated_driver(machine: Machine) -> None:
     pytest.importorskip("numba_cuda")
     script = """
-import numpy
+import numpy, _numba_cuda_redirector
 from numba import cuda
 before = cuda.current_context().get_memory_info()
 array = cuda.to_device(numpy.arange(1 << 20, dtype=numpy.float64))

@@ -15,6 +15,7 @@ import pytest
 
 from fgpu_ebpf import abi
 from fgpu_ebpf.cli.event_feed import EventFeed
+from fgpu_ebpf.cli.help_texts import Sections
 from fgpu_ebpf.cli.main import Main, main
 from fgpu_ebpf.snapshot import PoliciesView, Snapshot, plain
 from tests.unit.cli_kit import agent, fgpu
@@ -116,9 +117,9 @@ def test_the_help_of_a_command_with_a_target_lists_the_forms_of_a_target(command
 # -- help
 
 
-def leaves(group: click.Group, words: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], click.Command]]:
-    for name, command in group.commands.items():
-        if isinstance(command, click.Group):
+def leaves(group: Sections, words: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], click.Command]]:
+    for name, command in group.all_commands().items():
+        if isinstance(command, Sections):
             yield from leaves(command, (*words, name))
         else:
             yield (*words, name), command
@@ -144,7 +145,7 @@ def test_every_command_has_two_valid_examples(words: tuple[str, ...], tmp_path: 
 
 def test_help_lists_every_command_in_one_section_and_cuts_no_line(tmp_path: Path) -> None:
     listed = [name for names in Main.sections.values() for name in names]
-    assert sorted(listed) == sorted(main.commands)
+    assert sorted(listed) == sorted(main.all_commands())
     for words in ((), ("policy",), ("cdi",), ("device",)):
         said = fgpu(tmp_path, *words, "--help").stdout
         assert "..." not in said.split("Options:")[1]
