@@ -38,8 +38,8 @@ class Tenant:
 
     `limits` has bytes by ledger index, or NO_LIMIT if use is only counted. The tenant may not use a device that is left
     out. `outside` has the part of these limits that is for contexts and that views do not show. `policy` is empty if no
-    policy matches. `named_devices` is true if the tenant's devices were named for it alone. Then its limit counts on all
-    of them from its first process on.
+    policy matches. `named_devices` is true if the tenant's devices were named for it alone. Then its limit counts on
+    all of them from its first process on.
     """
 
     workload: Workload

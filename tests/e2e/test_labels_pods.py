@@ -72,12 +72,13 @@ def test_a_pod_s_labels_apply_to_the_pod_before_its_first_container_and_to_each_
 
 
 def test_a_pod_of_the_kai_scheduler_gets_the_memory_that_its_annotation_requests(containerd: Containerd) -> None:
+    """The image of its container requests 2 GiB for itself."""
     pod = containerd.run("train-0", {"tier": "notebook", "kai.scheduler/queue": "team"}, {"gpu-memory": "4096"})
     eventually(lambda: at(pod.path) == ("dev/train-0", "notebooks", 4 * GIB), 5, f"the pod: {at(pod.path)}")
     one = pod.container("main")
-    eventually(lambda: limit_of(one) == ("notebooks", 4 * GIB), 5, f"the pod's: {limit_of(one)}")
+    eventually(lambda: limit_of(one) == ("notebooks", 2 * GIB), 5, f"the image's: {limit_of(one)}")
     one.assert_enforced()
-    assert one.client().ok("info")[1] == 4 * GIB
+    assert one.client().ok("info")[1] == 2 * GIB
 
 
 def test_a_request_of_an_image_lowers_the_limit_of_its_container_but_not_of_the_pod(containerd: Containerd) -> None:

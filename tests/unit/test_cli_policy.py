@@ -175,7 +175,7 @@ def test_list_prints_policies_as_json(two):
         "mode": "observe",
         "selector": {"cgroup": ["system.slice/docker-*.scope", "x"], "labels": ["tier In (notebook)"]},
         "devices": ["*"],
-        "memory": {"limit": {"bytes": 8 << 30}, "max": {"ratio": 0.5}},
+        "memory": {"limit": {"bytes": 8 << 30}, "max": {"ratio": 0.5}, "contexts": 0},
         "compute": {"limit_ratio": 0.25, "weight": 100, "priority": "low", "quantum_ns": 20_000_000},
         "on_bypass": "report",
         "utilization": "device",
