@@ -252,8 +252,6 @@ def test_pods_of_the_kai_scheduler_request_memory_by_its_annotations(labels, gib
         assert memory_of(spec, labels=labels) == ({0: 8 * GIB}, ()), "without the queue's label it may mean anything"
 
 
-
-
 def test_fgpu_s_label_precedes_clearml_s_unless_it_is_invalid():
     spec = "{selector: {cgroup: a}, memory: {limit: 8GiB}}"
     both = {"fgpu.dev/memory": "1GiB", "clearml-injector/fraction": "0.03125"}
