@@ -6,6 +6,7 @@ errno and the name of the call. For a missing map entry the result is None.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import functools
@@ -24,16 +25,12 @@ from fgpu_ebpf.linux.libc import LIBC, check
 _BPF, _PERF_EVENT_OPEN = {"x86_64": (321, 298), "aarch64": (280, 241)}.get(platform.machine(), (321, 298))
 _MAP_CREATE, _LOOKUP, _UPDATE, _DELETE, _PROG_LOAD, _OBJ_PIN, _OBJ_GET, _TEST_RUN = 0, 1, 2, 3, 5, 6, 7, 10
 _MAP_GET_FD_BY_ID, _RAW_TRACEPOINT_OPEN, _FREEZE, _LOOKUP_BATCH, _LINK_CREATE = 14, 17, 22, 24, 28
-_UPDATE_BATCH, _DELETE_BATCH = 26, 27
-_ANY, _NOEXIST, _EXIST = 0, 1, 2
-_PERF_EVENT, _TRACE_UPROBE_MULTI = 41, 48
-_KPROBE, _RAW_TRACEPOINT = 2, 17
+_UPDATE_BATCH, _DELETE_BATCH, _ANY, _NOEXIST, _EXIST = 26, 27, 0, 1, 2
+_PERF_EVENT, _TRACE_UPROBE_MULTI, _KPROBE, _RAW_TRACEPOINT = 41, 48, 2, 17
 _MULTI_FROM = (6, 6)  # since this version, one link attaches a program to all offsets of a file
-_ID_BYTES = 4
-_PERF_FLAG_FD_CLOEXEC = 8
+_ID_BYTES, _PERF_FLAG_FD_CLOEXEC, _MOST_LOADS = 4, 8, 5
 ARRAY, ARRAY_OF_MAPS, HASH_OF_MAPS = 2, 12, 13
-MMAPABLE = 1 << 10
-MOST_INNER = 4096  # maximum of inner maps in a map of maps
+MMAPABLE, MOST_INNER = 1 << 10, 4096  # MOST_INNER: maximum of inner maps in a map of maps
 UPROBE_TYPE = Path("/sys/bus/event_source/devices/uprobe/type")
 UPROBE_RETURN_BIT = Path("/sys/bus/event_source/devices/uprobe/format/retprobe")
 
@@ -306,7 +303,10 @@ def load_program(name: str, code: bytes, is_raw_tracepoint: bool) -> int:
     attr.prog_type, attr.prog_name = _RAW_TRACEPOINT if is_raw_tracepoint else _KPROBE, name.encode()[:15]
     if not is_raw_tracepoint and kernel_release() >= _MULTI_FROM:
         attr.expected_attach_type = _TRACE_UPROBE_MULTI
-    return _bpf("PROG_LOAD", _PROG_LOAD, attr)
+    for _ in range(_MOST_LOADS):
+        with contextlib.suppress(BlockingIOError):  # EAGAIN: a signal has ended the verification
+            return _bpf("PROG_LOAD", _PROG_LOAD, attr)
+    raise BlockingIOError(errno.EAGAIN, "bpf(PROG_LOAD): interrupted by signals")
 
 
 def run_raw_tracepoint(program: int, *arguments: int) -> int:

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import subprocess
 from pathlib import Path
 
+import pytest
+
+from fgpu_ebpf.linux import bpf
 from fgpu_ebpf.linux import bpf_attributes as attributes
 
 MEMBERS = {  # class -> where its fields are in union bpf_attr
@@ -76,3 +80,36 @@ def test_fields_of_uprobe_multi_have_the_offsets_of_linux_6_6() -> None:
     member, kind = attributes.UprobeMultiLinkAttr.uprobe_multi, attributes.UprobeMultiLink
     offsets = [member.offset + getattr(kind, name).offset for name, *_ in kind._fields_]
     assert offsets == [16, 24, 32, 40, 48, 52, 56]
+
+
+@pytest.mark.parametrize("interrupted", [0, 1, 4, 5])
+def test_a_load_that_signals_interrupt_is_repeated_at_most_four_times(
+    monkeypatch: pytest.MonkeyPatch, interrupted: int
+) -> None:
+    left = [errno.EAGAIN] * interrupted
+
+    def load(*_: object) -> int:
+        if left:
+            raise OSError(left.pop(), "interrupted")
+        return 7
+
+    monkeypatch.setattr(bpf, "_bpf", load)
+    if interrupted < 5:
+        assert bpf.load_program("some", b"", True) == 7
+    else:
+        with pytest.raises(BlockingIOError):
+            bpf.load_program("some", b"", True)
+    assert not left
+
+
+def test_a_program_that_the_verifier_refuses_is_loaded_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+
+    def load(*words: object) -> int:
+        calls.append(words)
+        raise OSError(errno.EACCES, "refused")
+
+    monkeypatch.setattr(bpf, "_bpf", load)
+    with pytest.raises(PermissionError):
+        bpf.load_program("some", b"", True)
+    assert len(calls) == 1
