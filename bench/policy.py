@@ -45,7 +45,7 @@ def resident() -> dict[str, tuple[float, str]]:
 def bad_files() -> dict[str, tuple[float, str]]:
     """Measure the files that are constructed to be slow, and every invalid file of the corpus."""
     from fgpu_ebpf.policy import schema
-    from tests.unit.bad_policies_kit import BAD, BOMBS, MIB
+    from tests.unit.policy.bad_policies_kit import BAD, BOMBS, MIB
 
     seconds = {}
     for name, data in {**BOMBS, **{path.stem: path.read_bytes() for path in BAD}}.items():

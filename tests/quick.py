@@ -19,13 +19,13 @@ STEPS = ("bpf/test_ledger.py", "gatekeeper/test_hello.py", "e2e/test_limit.py", 
 def chosen() -> list[str]:
     """Return the files, by their paths in the repository."""
     seconds: dict[str, float] = json.loads(DURATIONS.read_text())
-    units = [_name(path) for path in sorted((TESTS / "unit").glob("test_*.py"))]
+    units = [_name(path) for path in sorted((TESTS / "unit").rglob("test_*.py"))]
     return [name for name in units if seconds.get(name, 0) < MOST_SECONDS] + [f"tests/{step}" for step in STEPS]
 
 
 def left_out(files: list[str]) -> str:
     """Return a text about the tests that are not among these files."""
-    every = [_name(path) for path in TESTS.glob("*/test_*.py")]
+    every = [_name(path) for path in TESTS.rglob("test_*.py")]
     suites = sorted({Path(name).parts[1] for name in every} - {Path(name).parts[1] for name in files})
     return (
         f"{len(files)} of {len(every)} files, with the smallest counts. Left out: all of {', '.join(suites)}; "

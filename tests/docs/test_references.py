@@ -25,7 +25,7 @@ def shown(site: Path) -> dict[str, str]:
 
 
 def test_every_metric_is_shown(shown: dict[str, str]) -> None:
-    golden = (ROOT / "tests/unit/metrics.txt").read_text()
+    golden = (ROOT / "tests/unit/api/metrics.txt").read_text()
     for name in re.findall(r"^# TYPE (\w+) ", golden, re.MULTILINE):
         assert f"<code>{name}</code>" in shown["metrics"], name
 

@@ -10,9 +10,13 @@ from tests.changed import ALWAYS, broken_by
 @pytest.mark.parametrize(
     ("path", "broken", "spared"),
     [
-        ("fgpu_ebpf/ledger/orphans.py", {"tests/bpf", "tests/e2e", "tests/unit/test_reconcile.py"}, {"tests/page"}),
-        ("tests/unit/test_globs.py", {"tests/unit/test_globs.py"}, {"tests/unit/test_xids.py"}),
-        ("tests/unit/ledger_kit.py", {"tests/unit"}, {"tests/e2e"}),
+        (
+            "fgpu_ebpf/ledger/orphans.py",
+            {"tests/bpf", "tests/e2e", "tests/unit/agent/test_nvml_reconcile.py"},
+            {"tests/page"},
+        ),
+        ("tests/unit/policy/test_globs.py", {"tests/unit/policy/test_globs.py"}, {"tests/unit/test_xids.py"}),
+        ("tests/unit/agent/ledger_kit.py", {"tests/unit"}, {"tests/e2e"}),
         ("tests/support/wait.py", {"tests/e2e/test_limit.py", "tests/gatekeeper/test_hello.py"}, {"tests/unit"}),
         ("tests/e2e/conftest.py", {"tests/e2e"}, {"tests/bpf"}),
         ("shim/core/driver.c", {"tests/shim", "tests/e2e"}, {"tests/page"}),

@@ -9,11 +9,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 from tests import hang, schedule
 from tests.support.wait import eventually
 from tests.unit.pytest_kit import asked_of_copy
+from tests.unit.root_kit import needs_root
 
 # pytest-timeout does not end code that runs outside a test.
 HANGS = """
@@ -42,7 +41,7 @@ def test_passes():
 """
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="needs root: it reads the stack of another process")
+@needs_root("it reads the stack of another process")
 def test_a_test_run_that_hangs_is_ended_and_its_stack_is_printed(tmp_path: Path) -> None:
     suite = SOON + HANGS
     done = asked_of_copy(tmp_path, PASSES, suite, "--numprocesses=1", "-p", "tests.sim.conftest")
@@ -51,6 +50,7 @@ def test_a_test_run_that_hangs_is_ended_and_its_stack_is_printed(tmp_path: Path)
     assert "so_it_hangs (" in done.stderr
 
 
+@needs_root("it reads the stack of another process")
 def test_the_kernel_stack_of_a_program_without_python_is_printed() -> None:
     with subprocess.Popen(["sleep", "1000"]) as program:
         try:
@@ -59,7 +59,7 @@ def test_the_kernel_stack_of_a_program_without_python_is_printed() -> None:
             program.kill()
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="needs root: it reads the stacks of other processes")
+@needs_root("it reads the stacks of other processes")
 def test_the_stack_of_a_process_that_blocks_in_the_kernel_is_printed() -> None:
     """A parent of vfork() sleeps uninterruptibly until its child has ended. The parent's name is not in UTF-8."""
     with subprocess.Popen([sys.executable, "-c", VFORKS], start_new_session=True) as program:

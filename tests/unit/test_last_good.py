@@ -13,6 +13,9 @@ from fgpu_ebpf.agent.policy_reload import Policies, at_start
 from fgpu_ebpf.policy import last_good
 from fgpu_ebpf.policy.folder import PolicyFolder
 from tests.unit.policy_kit import text
+from tests.unit.root_kit import needs_root
+
+pytestmark = needs_root("only files that belong to root are accepted")
 
 
 @pytest.fixture

@@ -18,6 +18,7 @@ import pytest
 from fgpu_ebpf.linux import procfs
 from tests import world
 from tests.support.wait import eventually
+from tests.unit.root_kit import needs_root
 
 ROOT = Path(__file__).parents[2]
 RUN = [sys.executable, "-m", "tests.world"]
@@ -27,7 +28,7 @@ root = cgroup_namespace.root_path()
 print(root, cgroup_namespace.inside(root), cgroup_namespace.inside(f"{root}/a"), cgroup_namespace.inside(f"{root}x"))
 """
 
-pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs root: mounts and cgroups")
+pytestmark = needs_root("it mounts, and creates cgroups")
 
 
 def in_world(*command: str | Path) -> subprocess.CompletedProcess[str]:

@@ -1,0 +1,265 @@
+"""Tests of the command `fgpu setup`: the steps to a first limit, each decision, and undo."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+
+from fgpu_ebpf import control_client, doctor
+from fgpu_ebpf.agent import host_config
+from fgpu_ebpf.check import Check
+from fgpu_ebpf.cli.setup import NAMES
+from fgpu_ebpf.containers import engine_setup, engines, injection
+from fgpu_ebpf.policy import folder
+from fgpu_ebpf.policy.globs import path_globs
+from tests.unit.cli.cli_kit import agent, fgpu
+
+ID = "0123456789abcdef" * 4
+
+
+@pytest.fixture
+def host(tmp_path, monkeypatch):
+    """Return a host with Docker 26 and an empty folder of policies, where systemd runs.
+
+    `systemctl` records its arguments.
+    """
+    for name in ("bin", "policy.d"):
+        (tmp_path / name).mkdir()
+    docker, systemctl = tmp_path / "bin/dockerd", tmp_path / "bin/systemctl"
+    docker.write_text("#!/bin/sh\necho Docker version 26.1.5\n")
+    systemctl.write_text(f"""#!/bin/sh
+case "$*" in *is-enabled*) [ -e {tmp_path}/enabled ] ;; *is-active*) [ -e {tmp_path}/active ] ;;
+*) echo "$*" >>{tmp_path}/asked; exit $(cat {tmp_path}/fails 2>/dev/null || echo 0) ;; esac
+""")
+    docker.chmod(0o755)
+    systemctl.chmod(0o755)
+    (tmp_path / "bin/runc").touch(mode=0o755)
+    settings = replace(engines.ENGINES["docker"], file=tmp_path / "daemon.json")
+    monkeypatch.setenv("PATH", f"{tmp_path}/bin:/usr/bin:/bin")
+    monkeypatch.setattr(engine_setup, "_FOLDERS", ())
+    monkeypatch.setattr(engine_setup, "STATE", tmp_path / "state")
+    monkeypatch.setattr(injection, "BIN", tmp_path / "published")
+    monkeypatch.setitem(engines.ENGINES, "docker", settings)
+    monkeypatch.setattr(host_config, "read", lambda: (SimpleNamespace(policy_folder=tmp_path / "policy.d"), ()))
+    monkeypatch.setattr(folder, "FOLDER", tmp_path / "policy.d")
+    monkeypatch.setattr(control_client, "has_unit", lambda: True)
+    monkeypatch.setattr("fgpu_ebpf.driver.start_checks.package_file", lambda *_: tmp_path / "bin/runc")  # any file
+    found = SimpleNamespace(path=tmp_path, daemon=settings.file, policy=tmp_path / "policy.d/zz-docker.yaml", checks=[])
+    monkeypatch.setattr(doctor, "checks", lambda _: found.checks)
+    return found
+
+
+def asked(host) -> list[str]:
+    place = host.path / "asked"
+    return place.read_text().splitlines() if place.exists() else []
+
+
+def setup(host, *words: str):
+    return fgpu(host.path, "setup", "docker", *words)
+
+
+def everything(host) -> dict[str, str]:
+    return {str(p): p.read_text() for p in host.path.rglob("*") if p.is_file() and p.name != "asked"}
+
+
+def test_one_command_writes_all_files_and_prints_the_next_command(host):
+    host.checks = [Check("kernel", True, "6.1")]
+    done = setup(host, "--memory", "8GiB")
+    assert done.exit_code == 0, done.output
+    settings = json.loads(host.daemon.read_text())
+    assert (settings["default-runtime"], settings["features"]) == ("fgpu", {"cdi": True})
+    ((policy,), errors) = folder.parse(str(host.policy), host.policy.read_bytes())
+    assert errors == []
+    assert policy.memory.limit.bytes == 8 << 30
+    assert asked(host) == ["enable --now fgpu-agent"]
+    for line in (
+        "takes effect after: systemctl reload docker",
+        "then try: docker run --rm --gpus all ",
+        "all 1 checks",
+    ):
+        assert line in done.output
+
+
+def test_a_second_run_changes_nothing_and_reports_that(host):
+    setup(host, "--memory", "8GiB")
+    before = everything(host)
+    for name in ("enabled", "active"):
+        (host.path / name).touch()
+    done = setup(host, "--memory", "8GiB")
+    assert done.output.count("nothing to do") == 3
+    assert "takes effect" not in done.output
+    assert {k: v for k, v in everything(host).items() if not k.endswith(("enabled", "active"))} == before
+    assert asked(host) == ["enable --now fgpu-agent"]
+
+
+def test_a_missing_engine_is_an_error_without_option_file_or_undo(host):
+    (host.path / "bin/dockerd").unlink()
+    before = everything(host)
+    done = setup(host, "--memory", "8GiB")
+    assert (done.exit_code, "docker is not installed here" in done.stderr) == (1, True)
+    assert "; nothing was changed" in done.stderr
+    assert (everything(host), asked(host)) == (before, [])
+    assert setup(host, "--file", str(host.daemon)).exit_code == 0, "setup failed with a named settings file"
+    assert setup(host, "--undo").exit_code == 0, "undo failed after the engine was removed"
+    assert not host.daemon.exists()
+
+
+def test_a_dry_run_writes_nothing(host):
+    before = everything(host)
+    done = setup(host, "--memory", "8GiB", "--dry-run")
+    assert done.output.count("would be written") == 2
+    assert (done.exit_code, everything(host), asked(host)) == (0, before, [])
+
+
+def test_invalid_settings_of_the_engine_are_an_error_and_nothing_is_changed(host):
+    host.daemon.write_text("{")
+    before = everything(host)
+    assert setup(host, "--memory", "8GiB").exit_code == 1
+    assert (everything(host), asked(host)) == (before, [])
+
+
+@pytest.mark.parametrize("size", ["8", "8GB", "8GiB}", ""])
+def test_invalid_sizes_are_refused(size, host):
+    done = setup(host, "--memory", size)
+    assert (done.exit_code, host.policy.exists()) == (2, False)
+
+
+def test_only_the_engine_is_set_up_without_a_memory_size(host):
+    done = setup(host)
+    assert (done.exit_code, host.policy.exists(), asked(host)) == (0, False, [])
+    assert json.loads(host.daemon.read_text())["default-runtime"] == "fgpu"
+
+
+# -- policies ------------------------------------------------------------------------------------------------------
+
+
+def test_an_administrator_s_policies_are_kept(host):
+    theirs = host.path / "policy.d/10-mine.yaml"
+    theirs.write_text("# none yet\n")
+    done = setup(host, "--memory", "8GiB")
+    assert "10-mine.yaml" in done.output
+    assert "kept" in done.output
+    assert not host.policy.exists()
+    setup(host, "--undo")
+    assert theirs.read_text() == "# none yet\n"
+
+
+def test_another_size_replaces_only_the_policy_of_a_setup(host):
+    setup(host, "--memory", "8GiB")
+    setup(host, "--memory", "50%")
+    assert "{limit: 50%}" in host.policy.read_text()
+    host.policy.write_text(host.policy.read_text().replace("50%", "60%"))
+    assert "zz-docker.yaml" in setup(host, "--memory", "8GiB").output
+    assert "{limit: 60%}" in host.policy.read_text()
+    done = setup(host, "--undo")
+    assert f"{host.policy}: kept" in done.output
+    assert "{limit: 60%}" in host.policy.read_text()
+
+
+def test_each_of_two_engines_has_its_own_policy(host, monkeypatch):
+    podman = replace(engines.ENGINES["podman"], file=host.path / "etc/podman.conf", programs=("dockerd",))
+    monkeypatch.setitem(engines.ENGINES, "podman", podman)
+    setup(host, "--memory", "8GiB")
+    assert fgpu(host.path, "setup", "podman", "--memory", "4GiB").exit_code == 0
+    assert {p.name for p in host.policy.parent.iterdir()} == {"zz-docker.yaml", "zz-podman.yaml"}
+
+
+@pytest.mark.parametrize(
+    ("name", "path"),
+    [
+        ("docker", f"system.slice/docker-{ID}.scope"),
+        ("docker", f"docker/{ID}"),
+        ("podman", f"machine.slice/libpod-{ID}.scope"),
+        ("podman", f"machine.slice/machine-libpod_pod_{ID}.slice/libpod-{ID}.scope"),
+        ("podman", f"libpod_parent/libpod-{ID}"),
+        ("k3s", f"kubepods.slice/kubepods-burstable.slice/kubepods-burstable-pod1.slice/cri-containerd-{ID}.scope"),
+        ("containerd", f"kubepods/burstable/pod1/{ID}"),
+        ("rke2", f"kubepods/pod1/{ID}"),
+        ("crio", f"kubepods.slice/kubepods-pod1.slice/crio-{ID}.scope"),
+    ],
+)
+def test_the_policy_matches_containers_of_the_engine(name, path):
+    globs = path_globs(engines.ENGINES[name].cgroups)
+    assert globs.matches(path)
+    assert not globs.matches(path.rpartition("/")[0])
+    assert not globs.matches("system.slice/ssh.service")
+
+
+def test_every_engine_can_be_named():
+    assert set(NAMES) == set(engines.ENGINES)
+
+
+# -- undo ----------------------------------------------------------------------------------------------------------
+
+
+def test_undo_reverts_everything(host):
+    before = everything(host)
+    setup(host, "--memory", "8GiB")
+    done = setup(host, "--undo")
+    assert (done.exit_code, done.output.count(": removed\n")) == (0, 2)
+    assert host.policy.parent.is_dir(), "without the folder, an agent keeps the last policies"
+    assert {k: v for k, v in everything(host).items() if "/published/" not in k} == before
+    assert asked(host)[1:] == ["disable --now fgpu-agent fgpu-gatekeeper"]
+    assert setup(host, "--undo").output == f"{host.daemon}: nothing to do\n"
+
+
+def test_undo_reports_what_it_keeps(host):
+    setup(host, "--memory", "8GiB")
+    host.daemon.write_text(json.dumps({**json.loads(host.daemon.read_text()), "debug": True}))
+    done = setup(host, "--undo")
+    assert f"{host.daemon}: restored; changes since the setup are kept" in done.output
+    assert json.loads(host.daemon.read_text()) == {"debug": True}
+
+
+@pytest.mark.parametrize(
+    ("policies", "tenants", "why"), [(1, [], "1 policy in force"), (0, [{"tenant": "alice"}], "alice"), (0, [], "")]
+)
+def test_undo_keeps_a_service_that_is_still_needed(policies, tenants, why, host):
+    setup(host, "--memory", "8GiB")
+    with agent(host.path, reload={"policies": policies}, snapshot={"tenants": tenants}):
+        done = setup(host, "--undo")
+    assert ("kept running" in done.output, len(asked(host))) == ((True, 1) if why else (False, 2))
+    assert why in done.output
+
+
+@pytest.mark.parametrize(
+    ("was", "words"),
+    [
+        ((), ["enable --now fgpu-agent", "disable --now fgpu-agent fgpu-gatekeeper"]),
+        (("active",), ["enable --now fgpu-agent", "disable fgpu-agent fgpu-gatekeeper"]),
+        (("enabled",), ["enable --now fgpu-agent"]),
+        (("enabled", "active"), []),
+    ],
+)
+def test_undo_restores_the_state_of_the_service(was, words, host):
+    for name in was:
+        (host.path / name).touch()
+    setup(host, "--memory", "8GiB")
+    setup(host, "--undo")
+    assert asked(host) == words
+
+
+# -- failures ------------------------------------------------------------------------------------------------------
+
+
+def test_a_service_that_does_not_start_is_an_error(host):
+    (host.path / "fails").write_text("1")
+    done = setup(host, "--memory", "8GiB")
+    assert (done.exit_code, "does not start" in done.output) == (1, True)
+
+
+def test_setup_prints_only_failed_checks_of_doctor_and_fails(host):
+    host.checks = [Check("kernel", True, "6.1"), Check("driver", False, "no driver", "install it")]
+    done = setup(host, "--memory", "8GiB")
+    assert done.exit_code == 1
+    assert "FAIL  driver: no driver\n      fix: install it" in done.output
+    assert "kernel" not in done.output
+
+
+def test_an_agent_of_another_installation_is_not_changed(host):
+    with agent(host.path, ping={}):
+        done = setup(host, "--memory", "8GiB")
+    assert (done.exit_code, asked(host)) == (0, [])

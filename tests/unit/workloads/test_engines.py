@@ -1,0 +1,408 @@
+"""Tests of engines: their labels reach workloads, and a slow, silent or malicious engine delays nothing else."""
+
+from __future__ import annotations
+
+import os
+import socket
+import threading
+import time
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fgpu_ebpf.workloads import docker as docker_engine
+from fgpu_ebpf.workloads import engine_answers, engine_labels, engine_thread, label_cache
+from fgpu_ebpf.workloads.cgroup_names import Engine
+from fgpu_ebpf.workloads.docker import DockerApi
+from fgpu_ebpf.workloads.engine_answers import AnswerError
+from fgpu_ebpf.workloads.workload import Names, Workload, named
+from tests.unit.root_kit import needs_root
+from tests.unit.workloads.labels_kit import (
+    ID,
+    IMAGE,
+    OTHER,
+    PATH,
+    Docker,
+    asked,
+    container,
+    eventually,
+    running,
+    subject,
+    workload,
+)
+
+MIB = 1 << 20
+
+
+@pytest.fixture
+def docker(tmp_path):
+    engine = Docker(tmp_path / "docker.sock")
+    yield engine
+    engine.stop()
+
+
+@pytest.fixture
+def api(docker):
+    return DockerApi(Engine.DOCKER, str(docker.path))
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """Shorten deadlines and pauses, so that tests take little time."""
+    monkeypatch.setattr(docker_engine, "DEADLINE_SECONDS", 0.2)
+    monkeypatch.setattr(engine_thread, "LONGEST_PAUSE_SECONDS", 0.1)
+
+
+# -- labels and names
+
+
+def test_labels_image_and_name_of_a_container_arrive_later_by_one_request(docker, api):
+    docker.containers = [container(), container(OTHER, Names=["/db"])]
+    with running(api) as found:
+        first = found.named(workload())
+        assert (first.name, first.labels, first.image) == ("w", {}, None)  # the call returns at once, with no names yet
+        known = asked(found, workload())
+        assert (known.name, known.labels, known.image) == ("web", {"tier": "notebook"}, "registry.example/app:1")
+        assert len(docker.targets) == 1
+        assert (found.views()[0].found, found.views()[0].failed) == (1, 0)
+
+
+def test_a_container_is_requested_once_for_all_its_cgroups(docker, api):
+    docker.containers = [container()]
+    with running(api) as found:
+        found.named(workload(path=PATH + "/inner", inside=True))
+        asked(found, workload())
+        inner = found.named(workload(path=PATH + "/inner", inside=True))
+        assert (inner.name, inner.labels) == ("w", {"tier": "notebook"})
+        for _ in range(100):
+            found.named(workload())
+        assert len(docker.targets) == 1
+
+
+def test_annotations_of_podman_are_read_and_docker_containers_get_no_labels_from_podman(tmp_path):
+    podman = Docker(tmp_path / "podman.sock")
+    podman.containers = [container(Annotations={"fgpu.dev/memory": "8GiB"})]
+    with running(DockerApi(Engine.PODMAN, str(podman.path))) as found:
+        known = asked(found, workload(subject(engine=Engine.PODMAN)))
+        assert known.image_asks == {"fgpu.dev/memory": "8GiB"}  # the image is not known: the request may be the image's
+        assert found.named(workload(subject(OTHER))).labels == {}  # Docker's labels belong to no workload here
+    podman.stop()
+
+
+def test_a_docker_container_has_the_pod_name_and_namespace_of_its_labels(docker, api):
+    docker.containers = [container(Labels={engine_answers.POD_NAME: "jupyter-0", engine_answers.POD_NAMESPACE: "dev"})]
+    with running(api) as found:
+        known = asked(found, workload())
+        assert (known.pod, known.namespace) == ("jupyter-0", "dev")
+
+
+@pytest.mark.parametrize(
+    ("own", "image", "asks", "labels"),
+    [
+        ({"fgpu.dev/memory": "8GiB"}, {}, {}, {"fgpu.dev/memory": "8GiB"}),
+        ({"fgpu.dev/memory": "8GiB"}, {"fgpu.dev/memory": "8GiB"}, {"fgpu.dev/memory": "8GiB"}, {}),
+        ({"fgpu.dev/memory": "9GiB"}, {"fgpu.dev/memory": "8GiB"}, {}, {"fgpu.dev/memory": "9GiB"}),
+        ({"fgpu.dev/compute": "50%", "a": "b"}, {"a": "c"}, {}, {"fgpu.dev/compute": "50%", "a": "b"}),
+    ],
+)
+def test_requests_of_the_image_and_of_the_workload_are_kept_apart(docker, api, own, image, asks, labels):
+    docker.containers, docker.images = [container(Labels=own)], {IMAGE: image}
+    with running(api) as found:
+        known = asked(found, workload())
+        assert (known.image_asks, known.labels) == (asks, labels)
+
+
+def test_labels_of_a_cgroup_s_attributes_take_precedence_over_labels_of_the_engine():
+    one = named(workload(labels={"tier": "batch"}), Names("web", labels={"tier": "notebook", "team": "ml"}))
+    assert one.labels == {"tier": "batch", "team": "ml"}
+
+
+# -- later changes
+
+
+def test_a_container_that_the_engine_reports_late_is_requested_again(docker, api):
+    with running(api) as found:
+        found.named(workload())
+        eventually(lambda: len(docker.targets) > 2)
+        assert "has no such container" in found.missing(workload())
+        docker.containers = [container()]
+        assert asked(found, workload()).labels == {"tier": "notebook"}
+        assert found.missing(workload()) == ""
+
+
+def test_names_are_found_with_an_engine_that_starts_later_or_restarts(tmp_path, quick):
+    path = tmp_path / "docker.sock"
+    with running(DockerApi(Engine.DOCKER, str(path))) as found:
+        found.named(workload())
+        assert eventually(found.views)[0].waiting == 1
+        assert "does not exist" in found.missing(workload())
+        docker = Docker(path)
+        docker.containers = [container()]
+        assert asked(found, workload()).labels
+        docker.stop()
+        found.named(workload(subject(OTHER), path="/other"))
+        eventually(lambda: not found.views()[0].is_there)
+        docker = Docker(path)
+        docker.containers = [container(OTHER)]
+        assert asked(found, workload(subject(OTHER), path="/other")).labels
+        assert found.views()[0].fault == ""
+        docker.stop()
+
+
+def rescan(found: engine_labels.Engines, times: int) -> None:
+    """Count several rescans of the cgroups, in which no container is requested."""
+    for _ in range(times):
+        found.rescanned()
+
+
+def test_known_labels_are_kept_while_the_agent_is_frozen_and_the_engine_is_stopped(docker, api, tmp_path, monkeypatch):
+    """Time without a rescan is no proof that a container has been removed: an agent that was frozen forgets nothing."""
+    docker.containers, docker.images = [container(Labels={"fgpu.dev/memory": "8GiB"})], {IMAGE: {}}
+    with running(api, file=tmp_path / "engines.json") as found:
+        known = asked(found, workload())
+        docker.stop()
+        later = time.monotonic() + 1000
+        monkeypatch.setattr(time, "monotonic", lambda: later)
+        found.keep()
+        assert found.named(workload()) == known
+
+
+def test_known_labels_survive_an_agent_restart_and_are_forgotten_after_many_rescans(docker, api, tmp_path):
+    docker.containers, docker.images = [container(Labels={"fgpu.dev/memory": "8GiB"})], {IMAGE: {}}
+    file = tmp_path / "engines.json"
+    with running(api, file=file) as found:
+        known = asked(found, workload())
+        found.keep()
+        assert file.stat().st_mode & 0o777 == 0o600
+        before = file.stat().st_ino
+        found.keep()
+        assert file.stat().st_ino == before  # nothing has changed
+    docker.stop()
+    with running(api, file=file) as found:
+        assert found.named(workload()) == known  # immediately
+        rescan(found, engine_labels.FORGOTTEN_RESCANS)
+        found.keep()
+        assert found.named(workload()) == known
+        rescan(found, engine_labels.FORGOTTEN_RESCANS + 1)
+        found.keep()
+    with running(api, file=file) as found:
+        assert found.named(workload()).labels == {}  # the container was in none of many rescans
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{", "[1]", '[{"of": ["docker"]}]', '[{"of": ["x", "y", 0]}]', "{}", "null", "[" * 10**5]
+)
+def test_an_invalid_label_cache_has_no_labels(tmp_path, text):
+    file = tmp_path / "engines.json"
+    file.write_text(text)
+    assert label_cache.read(file) == {}
+
+
+# -- engines that hang or return false answers
+
+
+def drip(wfile):
+    wfile.write(b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\n")
+    for _ in range(1000):
+        wfile.write(b" ")
+        wfile.flush()
+        time.sleep(0.05)
+
+
+def headers(wfile):
+    wfile.write(b"HTTP/1.1 200 OK\r\n" + b"".join(b"X-%d: y\r\n" % n for n in range(10**5)))
+
+
+def raw(body, head=b"HTTP/1.1 200 OK\r\nConnection: close\r\n\r\n"):
+    return lambda wfile: wfile.write(head + body)
+
+
+def silent(_):
+    time.sleep(30)
+
+
+LIES = {
+    "hangs": silent,
+    "drips": drip,
+    "endless headers": headers,
+    "empty": raw(b"", b""),
+    "no http": raw(b"", b"SSH-2.0-OpenSSH\r\n"),
+    "no json": raw(b"<html>"),
+    "half": raw(b'[{"Id": "', b"HTTP/1.1 200 OK\r\nContent-Length: 999\r\n\r\n"),
+    "bad length": raw(b"[", b"HTTP/1.1 200 OK\r\nContent-Length: -1\r\n\r\n"),
+    "bad chunks": raw(b"zz\r\n", b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"),
+    "10 MiB": raw(b'["' + b"x" * (10 * MIB) + b'"]'),
+    "deep": raw(b"[" * 10**6),
+    "a long number": raw(b"9" * 10**6),
+    "not utf-8": raw(b'["\xff\xfe"]'),
+    "no list": raw(b'{"Id": 1}'),
+    "list of lists": raw(b"[[]]"),
+    "500": raw(b"{}", b"HTTP/1.1 500 Internal Server Error\r\nConnection: close\r\n\r\n"),
+}
+
+
+@pytest.mark.timed
+@pytest.mark.parametrize("lie", LIES)
+def test_an_engine_with_false_or_no_answers_delays_nothing_and_is_reported(docker, api, quick, lie):
+    docker.raw = LIES[lie]
+    other = DockerApi(Engine.PODMAN, str(docker.path) + ".other")
+    podman = Docker(docker.path.with_name("docker.sock.other"))
+    podman.containers = [container(OTHER)]
+    with running(api, other) as found:
+        begun = time.monotonic()
+        assert found.named(workload()).labels == {}
+        assert time.monotonic() - begun < 0.2  # shorter than a single deadline
+        one = workload(subject(OTHER, Engine.PODMAN), path="/libpod")
+        assert asked(found, one).labels == {"tier": "notebook"}  # while the other engine hangs
+        view = eventually(lambda: next((v for v in found.views() if v.failed), None))
+        assert view.fault
+        assert "docker fails: " in found.missing(workload())
+        docker.raw, docker.containers = None, [container()]
+        assert asked(found, workload()).labels == {"tier": "notebook"}  # once the engine works again
+        assert [v.fault for v in found.views()] == ["", ""]
+    podman.stop()
+
+
+@pytest.mark.timed
+def test_an_oversized_answer_does_not_delay_the_answer_about_another_container(docker, api):
+    docker.containers = [container(Labels={"x": "y" * 5 * MIB}), container(OTHER)]
+    with running(api) as found:
+        found.named(workload())
+        begun = time.monotonic()
+        assert asked(found, workload(subject(OTHER), path="/other")).labels == {"tier": "notebook"}
+        assert time.monotonic() - begun < 1
+        assert found.named(workload()).labels == {}
+        eventually(lambda: "longer than 4 MiB" in found.missing(workload()))
+
+
+def test_an_engine_with_a_full_backlog_is_reported_after_a_deadline(tmp_path, quick):
+    path = tmp_path / "docker.sock"
+    with socket.socket(socket.AF_UNIX) as full, running(DockerApi(Engine.DOCKER, str(path))) as found:
+        full.bind(str(path))
+        full.listen(0)
+        waiting = [socket.socket(socket.AF_UNIX) for _ in range(3)]
+        for sock in waiting:
+            sock.setblocking(False)
+            sock.connect_ex(str(path))
+        found.named(workload())
+        assert eventually(lambda: found.views() and found.views()[0].fault)
+        for sock in waiting:
+            sock.close()
+
+
+def test_a_new_container_waits_for_no_request_about_ended_containers(tmp_path):
+    """The engine starts after hundreds of containers have ended, and creates one. That container is requested first."""
+    with running(DockerApi(Engine.DOCKER, str(tmp_path / "docker.sock"))) as found:
+        for number in range(300):
+            found.named(workload(subject(f"{number:064x}"), f"/docker/{number:064x}"))
+        time.sleep(1)  # by now the engine's absence has been recorded
+        engine = Docker(tmp_path / "docker.sock")
+        engine.containers = [container()]
+        asked(found, workload())
+        assert any(ID in target for target in engine.targets[:2])  # another request may have been in progress
+        engine.stop()
+
+
+@needs_root("it gives a socket to another user")
+def test_a_socket_that_root_does_not_own_gets_no_request(docker, api, quick):
+    docker.containers = [container()]
+    os.chown(docker.path, 1000, 1000)
+    with running(api) as found:
+        found.named(workload())
+        assert "belongs to uid 1000" in eventually(lambda: found.views() and found.views()[0].fault)
+        assert docker.targets == []
+
+
+# -- bounds
+
+
+def test_labels_are_bounded_in_length_and_number_and_requests_are_kept():
+    many = {f"k{n:05}": "v" * 10 for n in range(5000)}
+    labels = engine_answers.labels_of({**many, "long": "x" * MIB, "x" * 400: "", "fgpu.dev/memory": "8GiB"})
+    assert labels["fgpu.dev/memory"] == "8GiB"
+    assert "long" not in labels
+    assert len(labels) == engine_answers.MOST_LABELS
+    wide = engine_answers.labels_of({f"{n}": "v" * 256 for n in range(1000)})
+    assert sum(len(k) + len(v) for k, v in wide.items()) <= engine_answers.MOST_CHARACTERS
+
+
+def test_known_labels_are_bounded_and_forgotten(docker, api, monkeypatch):
+    monkeypatch.setattr(engine_labels, "MOST_KNOWN", 8)
+    docker.containers = [container(f"{n:064x}") for n in range(100)]
+    with running(api) as found:
+        for n in range(100):
+            found.named(workload(subject(f"{n:064x}"), path=f"/{n}"))
+        assert (len(found._entries), found.left_out) == (8, 92)
+        eventually(lambda: len(docker.targets) == 8)
+        rescan(found, engine_labels.FORGOTTEN_RESCANS + 1)
+        assert asked(found, workload(subject(f"{99:064x}"), path="/99")).labels
+        assert len(found._entries) == 1
+
+
+def test_a_removed_container_is_not_requested_any_more(docker, api, monkeypatch):
+    monkeypatch.setattr(engine_labels, "MOST_KNOWN", 1)
+    docker.containers = [container(OTHER)]
+    with running(api) as found:
+        found.named(workload())
+        eventually(lambda: docker.targets)
+        rescan(found, engine_labels.FORGOTTEN_RESCANS + 1)
+        asked(found, workload(subject(OTHER), path="/other"))
+        assert found._threads[0]._wants == {}
+
+
+def test_a_cgroup_without_an_engine_causes_no_request(docker, api):
+    with running(api) as found:
+        before = threading.active_count()
+        found.named(Workload(1, "/batch", "batch"))
+        found.named(workload(subject(engine=Engine.RUNC)))
+        assert threading.active_count() == before
+        assert found._entries == {}
+        assert found.views() == ()
+
+
+# -- arbitrary answers
+
+junk = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4),
+    max_leaves=12,
+)
+labels = st.dictionaries(st.text(max_size=8) | st.sampled_from(engine_answers.ASKING), junk, max_size=5)
+items = st.fixed_dictionaries(
+    {"Id": st.just(ID) | junk},
+    optional={
+        "Names": st.lists(st.sampled_from(["/a", "/a/b", "", "x"]) | junk, max_size=3) | junk,
+        "Labels": labels | junk,
+        "Image": junk,
+        "ImageID": junk,
+        "HostConfig": st.fixed_dictionaries({}, optional={"Annotations": labels | junk}) | junk,
+    },
+)
+
+
+def is_sound(names):
+    texts = [names.pod, names.namespace, names.image, *names.labels, *names.labels.values(), *names.image_asks.values()]
+    return all(text is None or (isinstance(text, str) and text.isprintable() and len(text) <= 512) for text in texts)
+
+
+@given(st.lists(items, max_size=3) | junk, junk, labels | junk)
+def test_any_answer_of_docker_gives_valid_names_none_or_an_error(found, image, image_labels):
+    try:
+        said = engine_answers.of_docker(found, ID)
+    except AnswerError:
+        return
+    if said is None:
+        return
+    names, _ = said
+    assert is_sound(names)
+    assert is_sound(named(workload(), names))
+    for answer in (image, {"Config": image}, {"Config": {"Labels": image_labels}}):
+        try:
+            known = engine_answers.docker_image_labels(answer)
+        except AnswerError:
+            continue
+        both = engine_answers.with_image(names, known)
+        assert is_sound(both)
+        assert not set(both.image_asks) & set(both.labels)
+        assert {**both.image_asks, **both.labels}.items() >= names.labels.items()
