@@ -26,6 +26,7 @@ OF_PART = {  # suites by the beginning of a path; the first match counts
     "docs/": ("docs",),
     "examples/": ("docs", "e2e"),
     "fgpu_ebpf/api/": ("dashboards", "docs", "e2e", "page"),
+    "fgpu_ebpf/cli/": ("docs", "e2e", "unit/cli"),  # the command imports their modules by name
     "fgpu_ebpf/containers/": ("docs", "e2e", "engines", "standalone"),
     "fgpu_ebpf/gatekeeper/": ("e2e", "gatekeeper", "shim"),
     "fgpu_ebpf/kubernetes/": ("e2e", "kubelet", "kubernetes"),
