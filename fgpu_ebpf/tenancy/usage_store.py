@@ -1,7 +1,7 @@
 """The use of devices, stored on disk: device-seconds, byte-seconds, idle and waiting time, by tenant and ten minutes.
 
 The agent writes in its thread `usage`, so that a slow disk delays no other work. The command `fgpu usage` reads. The
-file is an SQLite database with at most MOST_ROWS rows of use. A row covers ten minutes. If the file is full, the oldest
+file is an SQLite database with at most MOST_ROWS rows of use. A row covers ten minutes. If the file is full, earlier
 rows are merged to rows of an hour and then of a day (UTC), which changes no total. If that is not enough, the oldest
 rows are removed, and the file records up to which time. If the agent is killed, amounts that are not written yet are
 lost, and the file stays valid.
@@ -75,7 +75,7 @@ GROUP BY owners.id, part.gpu, part.source
 _READ_SECOND = _READ.replace(_ALL, f"(SELECT 1 AS length, period, {_AMOUNTS} FROM used)")  # add() has not upgraded yet
 _READ_FIRST = _READ_SECOND.replace("owners.around", "'[]'")
 _READS = {1: _READ_FIRST, 2: _READ_SECOND, VERSION: _READ}
-_COUNT = "SELECT (SELECT count(*) FROM used), (SELECT count(*) FROM merged WHERE length = ?), count(*) FROM merged"
+_COUNT = "SELECT (SELECT count(*) FROM used) + (SELECT count(*) FROM merged)"
 # By length of the merged rows: the rows to merge, and the same rows as a condition of SELECT and DELETE.
 _PARTS = {HOUR: ("used", "true"), DAY: ("merged", f"length = {HOUR}")}
 # Removed first are rows of a later time than the present one, because the clock was wrong, then the oldest rows.
@@ -214,55 +214,47 @@ def add(file: Path, amounts: Amounts) -> None:
         store.executemany(
             _ADD, ((p.period, _id(store, p.owner), p.gpu, p.source, *used) for p, used in amounts.items())
         )
-        if sum(_rows(store)) > MOST_ROWS:
+        if _rows(store) > MOST_ROWS:
             _shrink(store, now=max(place.period for place in amounts))
 
 
-def _rows(store: sqlite3.Connection) -> tuple[int, int, int]:
-    """Return the number of rows of a period, of an hour and of a day."""
-    periods, hours, merged = store.execute(_COUNT, (HOUR,)).fetchone()
-    return periods, hours, merged - hours
+def _rows(store: sqlite3.Connection) -> int:
+    return int(store.execute(_COUNT).fetchone()[0])
 
 
 def _shrink(store: sqlite3.Connection, now: int) -> None:
-    """Merge the oldest rows, or remove them if that is not enough, until the store has room for a tenth of its rows.
+    """Merge the rows, or remove the oldest if that is not enough, until the store has room for a tenth of its rows.
 
-    Merged first is the older half of the rows of a period or of the rows of an hour, whichever are more, then the other
-    half of these rows, then all of both.
+    All rows of a period except those of the last hour are merged to rows of an hour. If these are still too many, all
+    rows of an hour except those of the last day are merged to rows of a day.
 
     Args:
         store: the database, in a transaction.
         now: the present period.
     """
     most = MOST_ROWS * 9 // 10
-    for part in (2, 1):
-        periods, hours, _ = _rows(store)
-        for length in (HOUR, DAY) if periods >= hours else (DAY, HOUR):
-            if sum(_rows(store)) > most:
-                _merge(store, length, part)
-    while (rows := sum(_rows(store))) > most:
+    for length in _PARTS:
+        if _rows(store) > most:
+            _merge(store, length)
+    while (rows := _rows(store)) > most:
         for command in _REMOVE:
             store.execute(command, {"now": now, "rows": min(CHUNK, rows - most)})
     store.execute(_FORGET)
 
 
-def _merge(store: sqlite3.Connection, length: int, part: int) -> None:
-    """Merge the oldest rows of the next smaller length to rows of `length`. The last hour or day stays as it is.
+def _merge(store: sqlite3.Connection, length: int) -> None:
+    """Merge the rows of the next smaller length to rows of `length` periods, HOUR or DAY, except the last hour or day.
 
     Args:
         store: the database, in a transaction.
-        length: the length of the merged rows in periods, HOUR or DAY.
-        part: 2 for the older half of the rows, 1 for all.
+        length: the length of the merged rows.
     """
     table, which = _PARTS[length]
-    (rows,) = store.execute(f"SELECT count(*) FROM {table} WHERE {which}").fetchone()
-    if not rows:
-        return
-    place = f"SELECT period FROM {table} WHERE {which} ORDER BY period LIMIT 1 OFFSET ?"
-    end = store.execute(place, ((rows - 1) // part,)).fetchone()[0] // length * length
-    stop = None
+    (last,) = store.execute(f"SELECT max(period) FROM {table} WHERE {which}").fetchone()
+    end, stop = (last or 0) // length * length, None
     while stop != end:
-        found = store.execute(place, (CHUNK,)).fetchone()
+        place = f"SELECT period FROM {table} WHERE {which} ORDER BY period LIMIT 1 OFFSET {CHUNK}"
+        found = store.execute(place).fetchone()
         stop = min(found[0] + 1, end) if found else end
         store.execute(
             f"INSERT INTO merged SELECT {length}, period / {length} * {length}, {_AMOUNTS} FROM {table} "

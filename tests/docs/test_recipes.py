@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-import http.client
 import json
 import os
 import re
+import secrets
 import shutil
-import socket
 import subprocess
+import sys
+import urllib.error
+import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,7 +21,7 @@ import yaml
 
 from tests.support.commands import output
 from tests.support.containers import engines
-from tests.support.host import BUILD, CONTEXT, ENVIRONMENT, GIB, REFUSED, ROOT, SHIM
+from tests.support.host import BUILD, CONTEXT, ENVIRONMENT, GIB, REFUSED, ROOT, SHIM, free_port
 from tests.support.place import Cgroups
 from tests.support.service import Service, compile_programs
 from tests.support.tenant import Tenant
@@ -28,7 +29,6 @@ from tests.support.wait import eventually
 
 PAGE = (ROOT / "docs/recipes.md").read_text()
 FILES = dict(re.findall(r'^```\w+ title="(.+?)"\n(.*?)^```', PAGE, re.MULTILINE | re.DOTALL))
-COMPOSE = os.environ.get("FGPU_COMPOSE", "")
 LIMITS = {"nproc": 100, "nofile": 1024}
 
 
@@ -169,23 +169,11 @@ def compose() -> dict[str, Any]:
     return dict(yaml.safe_load(FILES["compose.yaml"])["services"])
 
 
-def test_a_recipe_of_compose_gives_each_service_its_limit(docker: engines.Engine, compose: dict[str, Any]) -> None:
-    """Engines get the names of `devices` as Compose passes them on."""
-    limits = {"train": 8 * GIB, "notebook": 2 * GIB}
-    assert compose.keys() == limits.keys()
-    for name, one in compose.items():
-        devices = [word for device in one["devices"] if device != "nvidia.com/gpu=all" for word in ("--device", device)]
-        assert len(devices) == 2
-        with docker.filled(name, *devices) as held:
-            assert held + CONTEXT == limits[name]
-
-
 def filled_by(logs: str) -> dict[str, int]:
     """Return the bytes that the program of each service got, with its context, from the logs of Compose."""
     return {name: int(got) + CONTEXT for name, got in re.findall(r"^(\w+)-1 .*admitted (\d+) bytes", logs, re.M)}
 
 
-@pytest.mark.skipif(not COMPOSE, reason="FGPU_COMPOSE names no docker-compose")
 def test_a_recipe_runs_with_compose(docker: engines.Engine, compose: dict[str, Any], tmp_path: Path) -> None:
     """The file is the page's, except for the image, the program and NVIDIA's devices, which do not exist here."""
     for one in compose.values():
@@ -195,7 +183,7 @@ def test_a_recipe_runs_with_compose(docker: engines.Engine, compose: dict[str, A
         one["environment"] = {"LD_LIBRARY_PATH": "/opt/build/sim/lib"}
     file = tmp_path / "compose.yaml"
     file.write_text(yaml.safe_dump({"services": compose}))
-    command = [*docker.cave.prefix, COMPOSE, "--project-name", "recipe", "--file", file]
+    command = [*docker.cave.prefix, engines.compose(), "--project-name", "recipe", "--file", file]
     environment = {**docker.environment, "DOCKER_HOST": f"unix://{docker.work}/docker.sock"}
 
     def called(*words: str) -> str:
@@ -215,52 +203,103 @@ def test_a_recipe_runs_with_compose(docker: engines.Engine, compose: dict[str, A
         called("down", "--timeout", "1")
 
 
-class Local(http.client.HTTPConnection):
-    """HTTP on a Unix socket."""
+# What JupyterHub reads after the page's file. Here are no proxy, no network and no NVIDIA: the hub itself answers as
+# the server of each user, and the user's container runs the program that fills its limit.
+HUB = """
+import dockerspawner, jupyterhub.proxy
 
-    def __init__(self, path: Path) -> None:
-        super().__init__("localhost", timeout=20)
-        self._path = str(path)
+class Routes(jupyterhub.proxy.Proxy):
+    should_start, known = False, {}
 
-    def connect(self) -> None:
-        """See HTTPConnection."""
-        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        self.sock.connect(self._path)
+    async def add_route(self, routespec, target, data):
+        self.known[routespec] = {"routespec": routespec, "target": target, "data": data}
+
+    async def delete_route(self, routespec):
+        self.known.pop(routespec, None)
+
+    async def get_all_routes(self):
+        return self.known
+
+class Spawner(dockerspawner.DockerSpawner):
+    async def get_ip_and_port(self):
+        return "127.0.0.1", HERE["port"]
+
+def here(spawner):
+    ours, nvidias = limits(spawner)["device_requests"]
+    assert nvidias["Capabilities"] == [["gpu"]]
+    return {"device_requests": [ours], "pids_limit": -1, "ulimits": HERE["ulimits"]}
+
+c.JupyterHub.update(spawner_class=Spawner, proxy_class=Routes, authenticator_class="dummy", db_url="sqlite://")
+c.JupyterHub.hub_bind_url = f"http://127.0.0.1:{HERE['port']}"
+c.JupyterHub.services = [{"name": "test", "api_token": HERE["token"]}]
+c.JupyterHub.load_roles = [{"name": "test", "scopes": ["admin:users", "admin:servers", "groups"], "services": ["test"]}]
+c.JupyterHub.load_groups = {"staff": {"users": ["ada"]}, "students": {"users": ["bob"]}}
+c.Authenticator.allowed_users = {"ada", "bob", "eve"}
+c.DockerSpawner.update(image="plain:1", network_name="none", cmd=HERE["cmd"], extra_host_config=here)
+c.DockerSpawner.update(volumes=HERE["volumes"], environment={"LD_LIBRARY_PATH": "/opt/build/sim/lib"})
+"""
 
 
-def created(docker: engines.Engine, requests: list[dict[str, Any]]) -> str:
-    """Create a container by the Engine API, as docker-py does, and return its id."""
-    ulimits = [{"Name": name, "Soft": value, "Hard": value} for name, value in LIMITS.items()]
-    binds = [f"{BUILD}:/opt/build:ro", "/run/fgpu-sim:/run/fgpu-sim"]
-    host = {"DeviceRequests": requests, "Binds": binds, "NetworkMode": "none", "PidsLimit": -1, "Ulimits": ulimits}
-    body = {"Image": "plain:1", "Cmd": ["sh", "-c", engines.FILL], "Env": ["LD_LIBRARY_PATH=/opt/build/sim/lib"]}
-    connection = Local(docker.work / "docker.sock")
-    sent = {"Content-Type": "application/json"}
-    connection.request("POST", "/v1.44/containers/create", json.dumps(body | {"HostConfig": host}), sent)
-    answer = json.load(connection.getresponse())
-    assert "Id" in answer, answer
-    return str(answer["Id"])
+class Hub:
+    """A JupyterHub with the page's settings. `ada` is in the group `staff`, `bob` in `students`, `eve` in none."""
+
+    def __init__(self, docker: engines.Engine, work: Path) -> None:
+        here = {
+            "port": free_port(), "token": secrets.token_hex(16),
+            "cmd": ["sh", "-c", f"trap exit TERM; {engines.HOLD} 600 & wait"],
+            "volumes": {str(BUILD): {"bind": "/opt/build", "mode": "ro"}, "/run/fgpu-sim": "/run/fgpu-sim"},
+            "ulimits": [{"Name": name, "Soft": value, "Hard": value} for name, value in LIMITS.items()],
+        }  # fmt: skip
+        self._docker, self._log = docker, work / "hub.log"
+        self._api, self._token = f"http://127.0.0.1:{here['port']}/hub/api", here["token"]
+        (work / "jupyterhub_config.py").write_text(f"HERE = {here!r}\n{FILES['jupyterhub_config.py']}{HUB}")
+        environment = {**os.environ, "DOCKER_HOST": f"unix://{docker.work}/docker.sock"}
+        with open(self._log, "wb") as log:
+            command = [sys.executable, "-m", "jupyterhub"]
+            self._process = subprocess.Popen(command, cwd=work, env=environment, stdout=log, stderr=log)
+        eventually(self._answers, 20, "JupyterHub")
+
+    def _answers(self) -> bool:
+        assert self._process.poll() is None, self._log.read_text()
+        with contextlib.suppress(urllib.error.URLError):
+            return bool(self.ask("GET", ""))
+        return False
+
+    def ask(self, method: str, path: str, given: object = None) -> str:
+        """Send a request to the API, and return the answer."""
+        request = urllib.request.Request(f"{self._api}/{path}", method=method)
+        request.add_header("Authorization", f"token {self._token}")
+        data = json.dumps(given).encode() if given else None
+        with urllib.request.urlopen(request, data, timeout=20) as answer:
+            return str(answer.read().decode())
+
+    def filled(self, user: str) -> int:
+        """Start a user's server. Return the bytes that it got, with its context."""
+        self.ask("POST", f"users/{user}/server")
+        said = self.ask("GET", f"users/{user}/server/progress")
+        assert '"ready": true' in said, said
+        name = f"jupyter-{user}"
+        found = eventually(lambda: engines.ANSWER.search(self._docker.call("logs", name).stdout), 20, name)
+        return int(found[1]) + CONTEXT
+
+    def close(self) -> None:
+        """End the hub, which removes the containers."""
+        self._process.terminate()
+        self._process.wait(20)
 
 
-def filled(docker: engines.Engine, name: str) -> int:
-    """Start a container, and return the bytes that its program got. The container is removed."""
+def test_a_recipe_of_jupyterhub_gives_groups_their_shares(docker: engines.Engine, tmp_path: Path) -> None:
+    hub = Hub(docker, tmp_path)
     try:
-        docker.call("start", name)
-        found = eventually(lambda: engines.ANSWER.search(docker.call("logs", name).stdout), 20, name)
-        return int(found[1])
+        assert hub.filled("ada") == 12 * GIB
+        assert hub.filled("bob") == 2 * GIB
+        hub.ask("DELETE", "users/ada/server")
+        hub.ask("POST", "groups/students/users", {"users": ["ada"]})
+        hub.ask("DELETE", "groups/staff/users", {"users": ["ada"]})
+        assert hub.filled("ada") == 2 * GIB, "a new container has the share of the new group"
+        assert hub.filled("eve") == 4 * GIB
     finally:
-        docker.remove(name)
-
-
-def test_a_recipe_of_jupyterhub_gives_groups_their_shares(docker: engines.Engine) -> None:
-    """Docker's API gets the function's result. NVIDIA's request cannot be served here."""
-    spawner = SimpleNamespace(extra_host_config=None)
-    exec(FILES["jupyterhub_config.py"], {"c": SimpleNamespace(DockerSpawner=spawner)})
-    for group, limit in (("staff", 12 * GIB), ("students", 2 * GIB), ("others", 4 * GIB)):
-        user = SimpleNamespace(groups=[SimpleNamespace(name=group)])
-        ours, nvidias = spawner.extra_host_config(SimpleNamespace(user=user))["device_requests"]
-        assert nvidias["Capabilities"] == [["gpu"]]
-        assert filled(docker, created(docker, [ours])) + CONTEXT == limit
+        hub.close()
 
 
 def test_the_recipe_of_a_workstation_is_an_example_of_the_package() -> None:
