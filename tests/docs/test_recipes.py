@@ -169,11 +169,23 @@ def compose() -> dict[str, Any]:
     return dict(yaml.safe_load(FILES["compose.yaml"])["services"])
 
 
+def test_a_recipe_of_compose_gives_each_service_its_limit(docker: engines.Engine, compose: dict[str, Any]) -> None:
+    """Engines get the names of `devices` as Compose passes them on."""
+    limits = {"train": 8 * GIB, "notebook": 2 * GIB}
+    assert compose.keys() == limits.keys()
+    for name, one in compose.items():
+        devices = [word for device in one["devices"] if device != "nvidia.com/gpu=all" for word in ("--device", device)]
+        assert len(devices) == 2
+        with docker.filled(name, *devices) as held:
+            assert held + CONTEXT == limits[name]
+
+
 def filled_by(logs: str) -> dict[str, int]:
     """Return the bytes that the program of each service got, with its context, from the logs of Compose."""
     return {name: int(got) + CONTEXT for name, got in re.findall(r"^(\w+)-1 .*admitted (\d+) bytes", logs, re.M)}
 
 
+@pytest.mark.skipif(os.environ.get("FGPU_TEST_SCALE") != "full", reason="downloads a package of Debian's sid")
 def test_a_recipe_runs_with_compose(docker: engines.Engine, compose: dict[str, Any], tmp_path: Path) -> None:
     """The file is the page's, except for the image, the program and NVIDIA's devices, which do not exist here."""
     for one in compose.values():
