@@ -1,11 +1,14 @@
 """Run a hostile tenant and three honest tenants for MINUTES, the second half with `onBypass: kill`.
 
 Prints `hostile_NAME VALUE UNIT`: the attacks of each kind (tried, done, killed, refused), the refusals of honest
-tenants, the lowest share of an honest tenant in a window of 2 s minus its part by weight, the times of pings of agent
-and gatekeeper, and for how long memory of the hostile tenant was uncharged or above its limit, or one of its processes
-was not reported. Writes build/bench/hostile.json. Exits with 1 if a bar is missed. The hostile tenant has the processor
-weight of a pod without requests (`cpu.shares` 2, `cpu.weight` 1) and nice 19, because the host divides processor time,
-and fgpu does not.
+tenants, the lowest share of an honest tenant in a window of 2 s minus its part by weight, the times of pings and the
+processor time of agent and gatekeeper, and for how long memory of the hostile tenant was uncharged or above its limit,
+or one of its processes was not reported. Also counts what the tenants leave in agent, gatekeeper and kernel, and what
+is left on the host after `fgpu detach`. Then prints each bar, `hostile_bar_NAME VALUE, at most VALUE UNIT`. Writes
+build/bench/hostile.json. Exits with 1 if a bar is missed.
+
+The hostile tenant has the processor weight of a pod without requests (`cpu.shares` 2, `cpu.weight` 1) and nice 19,
+because the host divides processor time, and fgpu does not.
 """
 
 from __future__ import annotations
@@ -26,9 +29,11 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from bench.lib.hostile_books import compare
+from bench.lib.hostile_bars import Bar, ProcessorUse, highest_of_99_percent
+from bench.lib.hostile_books import Excess, compare
+from bench.lib.hostile_remains import Host, Kept
 from bench.lib.hostile_shares import Processors, Waits, Window, slicer_of, windows
-from bench.lib.tenants import record
+from bench.lib.tenants import record, service_pids
 from tests.support.commands import ask
 from tests.support.host import BUILD, ENVIRONMENT, FGPU, GIB, SHIM, SIM, cgroup_root
 from tests.support.service import Service, compile_programs
@@ -40,7 +45,24 @@ HOSTILE_WEIGHT = 100
 LIMIT = 2 * GIB
 MOST_MIB = 1024  # the maximum that an honest tenant allocates at a time; its context uses 518 MiB of its 2 GiB
 MOST_BYPASS_MIB = {"report": 700, "kill": 3072}  # with `report`, only the size of the device limits a bypass
-POINTS, PING_SECONDS, LATE_SECONDS = 3.0, 0.1, 1.0
+PING_SECONDS, COMPARE_SECONDS = 0.05, 0.4
+LATE_SECONDS, POINTS = 1.0, 3.0
+# The bars: the highest permitted figures, by name. In addition, no window of an honest tenant is more than POINTS below
+# its share, and acts that prove something must have happened (_not_done).
+MOST = {
+    "honest_refused": 0,
+    "honest_wrong": 0,
+    "ping_agent_p99": 100,
+    "ping_gatekeeper_p99": 100,
+    "processor_agent": 25,
+    "processor_gatekeeper": 25,
+    "uncharged_longest": LATE_SECONDS,
+    "unnamed_longest": LATE_SECONDS,
+    "above_longest": LATE_SECONDS,
+    "restarts": 0,
+    "left_of_tenants": 0,
+    "left_on_host": 0,
+}
 COLUMNS = ("tried", "done", "killed", "refused")
 NEVER_DONE = {"control_done"}  # acts that must always be refused
 GROUP = "fgpu-hostile"
@@ -105,6 +127,8 @@ class Run:
         self.bypass_log = open(work / "bypasses", "a+", encoding="ascii")  # noqa: SIM115
         self.bypasses: set[int] = set()  # processes that bypass and hold driver memory
         self.left_out: list[str] = []  # kinds of acts that the hostile tenant leaves out
+        self.excess = Excess()
+        self._compared = 0.0  # when driver and agent were last compared, by the monotonic clock
 
     def start_honest(self) -> None:
         """Start three honest tenants, each with its limit and weight."""
@@ -168,19 +192,24 @@ class Run:
         return found[0] if found else None
 
     def _look(self, is_kill: bool) -> None:
-        time.sleep(0.05)
-        self._ping()
+        """Ping, and compare if the last comparison was COMPARE_SECONDS ago: it costs the agent a Snapshot."""
+        time.sleep(PING_SECONDS)
+        self.ping()
+        if time.monotonic() < self._compared + COMPARE_SECONDS:
+            return
+        self._compared = time.monotonic()
         self.bypasses |= {int(line) for line in self.bypass_log.readlines()}
         books = driver_dump()
         tenants = ask(verb="snapshot")["tenants"]
-        now = compare(books, tenants, f"/{GROUP}/tenant", self.honest_pids)
+        now = compare(books, tenants, f"/{GROUP}/tenant", self.honest_pids, self.excess.look(books))
         self.bypasses &= now.holding
         unnamed, is_above = now.unnamed(self.bypasses), is_kill and now.used_bytes > LIMIT
         self.late["uncharged"].look(now.uncharged, f"uncharged {set(now.uncharged)}: {now.text}")
         self.late["unnamed"].look(unnamed, f"unnamed {unnamed} of which bypass {self.bypasses}: {now.text}")
         self.late["above"].look({"bytes"} if is_above else (), f"above its limit: {now.text}")
 
-    def _ping(self) -> None:
+    def ping(self) -> None:
+        """Measure the time until agent and gatekeeper answer."""
         begun = time.monotonic()
         ask(verb="ping")
         self.pings["agent"].append(time.monotonic() - begun)
@@ -223,23 +252,20 @@ def shares(found: list[Window], before: Processors) -> dict[str, tuple[float, st
 
 
 def report(run: Run, honest: list[list[int]], found: dict[str, tuple[float, str]]) -> int:
-    """Print all figures. Return 1 if a bar is missed."""
+    """Print all figures and all bars. Return 1 if a bar is missed."""
     lines: dict[str, tuple[float, str]] = {f"hostile_{name}": (n, "") for name, n in run.operations.items()}
     for n, name in enumerate(("steps", "tries", "refused", "wrong")):
         lines[f"hostile_honest_{name}"] = (sum(one[n] for one in honest), "")
-    missed = [name for name in ("refused", "wrong") if lines[f"hostile_honest_{name}"][0]]
     lines |= found
-    missed += ["share"] if found["hostile_least_share"][0] < -POINTS else []
     for name, pings in run.pings.items():
-        p99 = sorted(pings)[len(pings) * 99 // 100]
-        lines[f"hostile_ping_{name}_p99"] = (1000 * p99, "ms")
+        lines[f"hostile_ping_{name}_p99"] = (1000 * highest_of_99_percent(pings), "ms")
         lines[f"hostile_ping_{name}_worst"] = (1000 * max(pings), "ms")
-        missed += [f"ping_{name}"] if p99 > PING_SECONDS else []
-    for name, late in run.late.items():
-        lines[f"hostile_{name}_longest"] = (late.longest, "s")
-        missed += [name] if late.longest > LATE_SECONDS else []
-    missed += _not_done(run.operations) if not run.left_out else []
-    record("hostile", lines)
+    lines |= {f"hostile_{name}_longest": (late.longest, "s") for name, late in run.late.items()}
+    bars = [Bar(name, *lines[f"hostile_{name}"], most) for name, most in MOST.items()]
+    bars.append(Bar("share_lost", -found["hostile_least_share"][0], "points", POINTS))
+    missed = [bar.name for bar in bars if not bar.is_met] + (_not_done(run.operations) if not run.left_out else [])
+    record("hostile", lines | {"hostile_missed": (len(missed), "")})
+    print(*(bar.line() for bar in bars), sep="\n")
     print(f"hostile_missed {' '.join(missed) or 'nothing'}")
     return 1 if missed else 0
 
@@ -271,13 +297,14 @@ def leave_nothing(run: Run) -> None:
 def main() -> int:
     """Read the command line, run both phases and print."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("minutes", type=float, nargs="?", default=0.5)
+    parser.add_argument("minutes", type=float, nargs="?", default=10)
     parser.add_argument("--seed", type=int, default=time.time_ns() % 1_000_000)
     parser.add_argument("--alone", action="store_true", help="no hostile tenant: prints only the shares")
     parser.add_argument("--without", metavar="KIND", action="append", default=[], help="leave out this kind of acts")
     given = parser.parse_args()
     print(f"hostile_seed {given.seed}", flush=True)
     compile_programs()
+    host = Host.now()
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
         work.chmod(0o755)
@@ -287,20 +314,31 @@ def main() -> int:
         try:
             service.start_driver("40GiB")  # room for all tenants, with their contexts and the bypasses under `report`
             service.start_agent()
+            run.ping()  # after this the gatekeeper has an answer for the cgroup of this process
+            kept = Kept.now(pids := service_pids())
             run.start_honest()
-            before, begun = Processors.now(), time.monotonic_ns()
+            before, begun, use = Processors.now(), time.monotonic_ns(), ProcessorUse(pids)
             for on_bypass in ("report", "kill"):
                 time.sleep(given.minutes * 30) if given.alone else run.attack(given.minutes * 30, on_bypass)
-            ended = time.monotonic_ns()
+            ended, used = time.monotonic_ns(), use.percent()
             honest = run.end_honest()
             found = shares(run.windows(begun, ended), before)
             service.check()
+            restarts = sum(pids[name] != pid for name, pid in service_pids().items())
+            leave_nothing(run)
+            tenants_left = kept.left()
         finally:
             leave_nothing(run)
             service.stop()
     if given.alone:
         record("hostile_alone", {name.replace("hostile", "hostile_alone"): line for name, line in found.items()})
         return 0
+    host_left = host.left()
+    for one in (*tenants_left, *host_left):
+        print(f"# left: {one}")
+    found |= {f"hostile_processor_{name}": (percent, "% of a core") for name, percent in used.items()}
+    found["hostile_restarts"] = (restarts, "")
+    found |= {"hostile_left_of_tenants": (len(tenants_left), ""), "hostile_left_on_host": (len(host_left), "")}
     return report(run, honest, found)
 
 
