@@ -68,6 +68,9 @@ class Ledger:
         self.orphans = SimpleNamespace(of_level=lambda _: [])
         self.times = SimpleNamespace(set_shares=lambda _: None, turns=dict, tell=lambda: None)
 
+    def context_bytes(self, device: int) -> int:
+        return 500 << 20
+
     def page_missing(self, cgroup: int) -> bool:
         return cgroup not in self._limits
 

@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 LIBRARY = "tests/support"
-SUITES = ("dashboards", "e2e", "engines", "kubelet", "kubernetes", "packages", "page", "standalone")
+SUITES = ("dashboards", "e2e", "engines", "kubelet", "kubernetes", "packages", "page", "slurm", "standalone")
 PRODUCT = "fgpu_ebpf"
 
 

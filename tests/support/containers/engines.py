@@ -1,14 +1,12 @@
 """Container engines for tests: Docker and Podman, unpacked and never installed, a newer Docker, and bare bundles.
 
-The module creates build/engines/{root,newer,compose} once, a mount namespace in which engines have a separate /run, and
-containers. A failed download fails the tests with apt's output, and never skips a test. The module imports nothing of
-fgpu.
+The module creates build/engines/{root,newer,compose} once (`debian.py`), a mount namespace in which engines have a
+separate /run, and containers. It imports nothing of fgpu.
 """
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 import re
@@ -20,6 +18,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from tests.support import debian
 from tests.support.commands import ask
 from tests.support.host import BUILD, FGPU, ROOT, RUN_DIR, SHIM, cgroup_root
 from tests.support.place import LISTS, Container
@@ -95,8 +94,7 @@ def policy(service: Service, file: str, text: str) -> Iterator[None]:
 
 def unpacked() -> Path:
     """Return a root with the engines' packages, and the packages that they need and that this machine lacks."""
-    words = ["install", "-y", "--download-only", "--no-install-recommends", "--reinstall", *PACKAGES]
-    return _unpacked("root", words, [])
+    return debian.unpacked(ENGINES / "root", PACKAGES)
 
 
 def newer_docker() -> Path:
@@ -105,12 +103,12 @@ def newer_docker() -> Path:
     said = subprocess.run([root / "usr/sbin/dockerd", "--version"], capture_output=True, text=True, check=True).stdout
     if int(re.findall(r"version (\d+)", said)[0]) >= FIRST_WITH_CDI:
         return root
-    return _unpacked("newer", ["download", "docker.io", "docker-cli"], _apart("newer", "trixie"))
+    return debian.fetched(ENGINES / "newer", ["download", "docker.io", "docker-cli"], _apart("newer", "trixie"))
 
 
 def compose() -> Path:
     """Return Docker Compose of Debian's sid. Before 2.30, Compose does not know CDI; Debian 13 has 2.26."""
-    root = _unpacked("compose", ["download", "docker-compose"], _apart("compose", "sid"))
+    root = debian.fetched(ENGINES / "compose", ["download", "docker-compose"], _apart("compose", "sid"))
     return root / "usr/libexec/docker/cli-plugins/docker-compose"
 
 
@@ -125,44 +123,6 @@ def _apart(name: str, suite: str) -> list[str]:
         "Acquire::Languages": "none", "Acquire::IndexTargets::deb::DEP-11::DefaultEnabled": "false",
     }  # fmt: skip
     return [f"{key}={to}" for key, to in apart.items()]
-
-
-def _unpacked(name: str, words: list[str], options: list[str]) -> Path:
-    """Return the unpacked result of `apt-get WORDS` with these options.
-
-    One process creates it, and others wait for it.
-    """
-    root = ENGINES / name
-    ENGINES.mkdir(parents=True, exist_ok=True)
-    with open(ENGINES / f"{name}.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        return root if root.exists() else _unpack(root, words, options)
-
-
-def _unpack(root: Path, words: list[str], options: list[str]) -> Path:
-    """Run `apt-get WORDS` with these options. If that fails, fetch the lists of packages again and repeat."""
-    name = root.name
-    aside, archives = ENGINES / f".{name}", ENGINES / f"archives-{name}"
-    for folder in (aside, archives):
-        shutil.rmtree(folder, ignore_errors=True)
-    aside.mkdir(parents=True)
-    (archives / "partial").mkdir(parents=True)
-    options = [*options, f"Dir::Cache::archives={archives}", "APT::Sandbox::User=root"]
-    done = _apt(words, options, archives)
-    if done.returncode:  # the lists may be old
-        _apt(["update"], options, archives)
-        done = _apt(words, options, archives)
-    assert done.returncode == 0, f"no engines from Debian: {done.stdout[-500:]}{done.stderr[-500:]}"
-    for archive in archives.glob("*.deb"):
-        subprocess.run(["dpkg-deb", "-x", archive, aside], check=True, timeout=60)
-    shutil.rmtree(archives)
-    aside.rename(root)
-    return root
-
-
-def _apt(words: list[str], options: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
-    command = ["apt-get", "-q", *(word for option in options for word in ("-o", option)), *words]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, cwd=folder)
 
 
 def libraries(*programs: str | Path) -> set[str]:

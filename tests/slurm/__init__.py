@@ -1,0 +1,1 @@
+"""Debian's Slurm, with jobs that share a simulated GPU."""

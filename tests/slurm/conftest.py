@@ -1,0 +1,30 @@
+"""The simulated driver with two devices of 16 GiB, and the agent. Each test file starts its own cluster."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from tests.support import host
+from tests.support.service import Service, compile_programs
+
+
+class Stored(Service):
+    """A service with the shim at the path that an installed fgpu has."""
+
+    def start_agent(self, stderr: int | None = None, *options: str) -> float:
+        """See Service."""
+        return super().start_agent(stderr, "--store", "/var/lib/fgpu/shim", *options)
+
+
+@pytest.fixture(scope="package")
+def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    """The simulated driver, and the agent, which asks an engine that does not exist."""
+    compile_programs()
+    gpus, host.GPUS = host.GPUS, "2"
+    try:
+        with Stored.running(tmp_path_factory.mktemp("service"), "cri") as service:
+            yield service
+    finally:
+        host.GPUS = gpus

@@ -1,0 +1,164 @@
+"""The scripts of deploy/slurm in a real cluster: each job gets the part of a GPU's memory that its shards are."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import signal
+import textwrap
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.slurm import slurm_kit as kit
+from tests.support.containers import engines
+from tests.support.host import CONTEXT, GIB, MIB, REFUSED, ROOT
+from tests.support.service import Service
+from tests.support.tenant import PROGRAM
+from tests.support.wait import eventually
+
+PAGE = (ROOT / "docs/slurm.md").read_text()
+BLOCK = re.compile(r'^ *```\w+ title="(.+?)"\n(.*?)^ *```', re.MULTILINE | re.DOTALL)
+FILES = {name: textwrap.dedent(text) for name, text in BLOCK.findall(PAGE)}
+SCRIPTS = Path("/etc/slurm/fgpu")  # in this world's /etc
+NOTHING = f"cuDevicePrimaryCtxRetain: {REFUSED}\n"
+# Variables by which a job could claim to be another job, or to have more shards.
+CLAIMS = {
+    "SLURM_JOB_ID": "1", "SLURM_JOBID": "1", "SLURM_SHARDS_ON_NODE": "4", "SLURM_GPUS_ON_NODE": "2",
+    "SLURM_JOB_GPUS": "0,1", "SLURM_STEP_GPUS": "0,1", "SLURM_TRES_PER_TASK": "gres:shard:4",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def slurm(service: Service, tmp_path_factory: pytest.TempPathFactory) -> Iterator[kit.Slurm]:
+    """A cluster with the page's policy, settings and scripts."""
+    shutil.copytree(ROOT / "deploy/slurm", SCRIPTS)
+    name = "/etc/fgpu/policy.d/30-slurm.yaml"
+    cluster = kit.Slurm(tmp_path_factory.mktemp("slurm"), FILES["/etc/slurm/slurm.conf"])
+    try:
+        with engines.policy(service, Path(name).name, FILES[name]):
+            cluster.start()
+            yield cluster
+    finally:
+        cluster.stop()
+        shutil.rmtree(SCRIPTS.parent)
+
+
+@pytest.fixture(autouse=True)
+def _nothing_is_left(slurm: kit.Slurm) -> Iterator[None]:
+    """Check after each test that its jobs have left neither a cgroup nor a tenant nor memory."""
+    yield
+    slurm.assert_nothing_is_left()
+
+
+def is_part(got: int, shards: int) -> bool:
+    """Return whether a program got the memory of that number of shards, besides its context."""
+    return shards * 4 * GIB - 600 * MIB * shards // 4 < got + CONTEXT <= shards * 4 * GIB
+
+
+def test_jobs_side_by_side_get_the_memory_of_their_shards(slurm: kit.Slurm) -> None:
+    with slurm.holding(*kit.srun(3), *kit.fill(hold=600)) as held:
+        assert is_part(held, 3)
+        got, why = slurm.filled(*kit.srun(1), *kit.fill())
+        assert is_part(got, 1)
+        assert why == REFUSED
+
+
+def test_a_job_on_the_second_gpu_gets_its_memory_there_and_nothing_on_the_first(slurm: kit.Slurm) -> None:
+    """The simulated driver ignores CUDA_VISIBLE_DEVICES, so that the program names the device itself."""
+    commands = f"device 0\\ndevice 1\\nfill {2 * MIB}\\n"
+    two = [*kit.srun(2), "sh", "-c", f"printf '{commands}' | {PROGRAM}"]
+    with slurm.holding(*kit.srun(3), *kit.fill(hold=600)), slurm.job(*two) as job:
+        said = job.communicate(timeout=60)[0].splitlines()
+    assert said[1:3] == [REFUSED, "ok"], said
+    assert is_part(int(said[3].split()[1]) * 2 * MIB, 2)
+
+
+def test_a_job_with_a_whole_gpu_gets_its_memory(slurm: kit.Slurm) -> None:
+    got, why = slurm.filled(*kit.srun(0, "--gpus=1"), *kit.fill("64MiB"))
+    assert is_part(got, 4)
+    assert why == REFUSED
+
+
+def test_a_job_without_a_gpu_gets_no_memory(slurm: kit.Slurm) -> None:
+    with slurm.job(*kit.srun(0), *kit.fill()) as job:
+        assert NOTHING in job.communicate(timeout=60)[0]
+
+
+def test_variables_of_a_job_get_it_nothing_more(slurm: kit.Slurm) -> None:
+    claims = [f"{name}={value}" for name, value in CLAIMS.items()]
+    got, why = slurm.filled(*kit.srun(1, "--comment=fgpu:memory=100%"), "env", *claims, *kit.fill())
+    assert is_part(got, 1)
+    assert why == REFUSED
+    asked = {name: value for name, value in CLAIMS.items() if name not in ("SLURM_JOB_ID", "SLURM_JOBID")}
+    got, _ = slurm.filled(*kit.srun(1), *kit.fill(), **asked)
+    assert is_part(got, 1)
+
+
+def test_the_steps_of_a_job_share_its_limit(slurm: kit.Slurm) -> None:
+    """The second step starts when the first has ended, so that no step keeps the job's cgroup between them."""
+    alone, _ = slurm.filled(*kit.srun(1), *kit.fill())
+    step = "srun --quiet --overlap"
+    first, second = (" ".join((step, *words)) for words in (kit.fill("1GiB", 1, 600), kit.fill()))
+    script = f"{step} true; {first} & sleep 3; {second}; kill $!; wait"
+    with slurm.job("salloc", "--quiet", "--gres=shard:1", "sh", "-c", script) as job:
+        said = job.communicate(timeout=60)[0]
+    assert kit.FILLED.findall(said) == [(str(GIB), ""), (str(alone - GIB - CONTEXT), REFUSED)]
+
+
+def test_a_limit_survives_a_restart_of_slurmd(slurm: kit.Slurm) -> None:
+    alone, _ = slurm.filled(*kit.srun(1), *kit.fill())
+    with slurm.holding(*kit.srun(1), *kit.fill("1GiB", 1, 600)) as held:
+        assert held == GIB
+        slurm.restart_node()
+        job = slurm.call("squeue", "-ho", "%i").stdout.strip()
+        got, why = slurm.filled("srun", "--quiet", "--overlap", f"--jobid={job}", *kit.fill())
+        assert (got, why) == (alone - GIB - CONTEXT, REFUSED)
+
+
+def submitted(slurm: kit.Slurm, folder: Path) -> tuple[str, Path]:
+    """Submit a job that fills its share and holds it. Return its number, and the file with its output."""
+    folder.chmod(0o777)
+    out = folder / "out"
+    options = ["--parsable", "--requeue", "--gres=shard:2", f"--output={out}"]
+    with slurm.job("sbatch", *options, f"--wrap={' '.join(kit.fill(hold=600))}") as job:
+        return job.communicate(timeout=60)[0].strip(), out
+
+
+def test_a_cancelled_job_leaves_nothing(slurm: kit.Slurm, tmp_path: Path) -> None:
+    number, out = submitted(slurm, tmp_path)
+    eventually(lambda: out.exists() and kit.FILLED.search(out.read_text()), 30, "the job")
+    assert is_part(kit.parsed(out.read_text())[0], 2)
+    slurm.call("scancel", number)
+    slurm.assert_nothing_is_left()
+
+
+def test_a_requeued_job_leaves_nothing_and_gets_its_share_again(slurm: kit.Slurm, tmp_path: Path) -> None:
+    number, out = submitted(slurm, tmp_path)
+    eventually(lambda: out.exists() and kit.FILLED.search(out.read_text()), 30, "the job")
+    slurm.call("scontrol", "requeuehold", number)
+    eventually(lambda: slurm.call("squeue", "-ho", "%T").stdout == "PENDING\n", 20, "the job's end")
+    slurm.assert_nothing_is_left()
+    out.unlink()
+    slurm.call("scontrol", "release", number)
+    eventually(lambda: out.exists() and kit.FILLED.search(out.read_text()), 30, "the job")
+    assert is_part(kit.parsed(out.read_text())[0], 2)
+    slurm.call("scancel", number)
+
+
+def test_a_job_is_refused_while_the_agent_does_not_run(slurm: kit.Slurm, service: Service, tmp_path: Path) -> None:
+    service.kill_agent(signal.SIGKILL)
+    number, out = submitted(slurm, tmp_path)
+    try:
+        said = eventually(lambda: slurm.call("sinfo", "-hRo", "%E").stdout, 30, "the node's reason")
+        assert said.startswith("fgpu: no agent"), said
+        assert "drain" in slurm.call("sinfo", "-ho", "%T").stdout
+        assert not out.exists()
+        assert not slurm.cgroups()
+    finally:
+        service.start_agent()
+    slurm.call("scontrol", "update", f"nodename={kit.NODE}", "state=resume")
+    slurm.call("scontrol", "release", number)
+    eventually(lambda: out.exists() and kit.FILLED.search(out.read_text()), 30, "the job")
+    slurm.call("scancel", number)
