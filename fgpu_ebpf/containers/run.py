@@ -28,6 +28,7 @@ PRELOADS = tuple(map(Path, shim_mounts.LISTS))
 _NEWNS, _NEWPID = 0x00020000, 0x20000000
 _MS_BIND, _MS_REC, _MS_PRIVATE = 4096, 16384, 1 << 18
 _PR_SET_PDEATHSIG = 1
+_FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _AGAIN = "restart the agent: it installs the shim again"
 
 
@@ -203,12 +204,15 @@ def run(target: LaunchTarget, command: Sequence[str]) -> int:
         _exec(command)
     _check(LIBC.unshare(_NEWPID), "unshare")
     waiting = os.pidfd_open(os.getpid())
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _FORWARDED)  # until they can be forwarded
     child = os.fork()
     if child == 0:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
         _become_init(command, waiting)
     os.close(waiting)
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    for number in _FORWARDED:
         signal.signal(number, lambda n, _: os.kill(child, n))
+    signal.pthread_sigmask(signal.SIG_SETMASK, before)
     _, status = os.waitpid(child, 0)
     code = os.waitstatus_to_exitcode(status)
     return code if code >= 0 else 128 - code
