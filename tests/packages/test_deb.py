@@ -12,8 +12,6 @@ import pytest
 from tests.support import fresh_host
 from tests.support import packages as kit
 
-pytestmark = pytest.mark.timeout(600)  # the first test also waits for the package and for the host's root
-
 
 @pytest.fixture(autouse=True)
 def purged(host: fresh_host.Host) -> Iterator[None]:
