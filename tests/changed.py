@@ -35,6 +35,7 @@ OF_PART = {  # suites by the beginning of a path; the first match counts
     "fgpu_ebpf/kubernetes/": ("e2e", "kubelet", "kubernetes"),
     "fgpu_ebpf/ledger/": ("bpf", "e2e", "gatekeeper"),
     "fgpu_ebpf/linux/": ("bpf", "e2e", "engines", "gatekeeper"),
+    "fgpu_ebpf/policy/": ("docs", "e2e", "kubernetes"),
     "fgpu_ebpf/scheduling/": ("e2e", "gatekeeper", "shim"),
     "fgpu_ebpf/workloads/": ("e2e", "engines", "kubelet"),
     "fgpu_ebpf/": ("docs", "e2e"),
