@@ -63,7 +63,6 @@ class Policies:
         self._watch: PolicyWatch | None = None
         self._last: Reading | None = None
         self._changes: deque[Reading] = deque()
-        self._latest_ns = 0
         self._wakeup = Wakeup()
         self.good = True
         self.loaded_seconds = 0.0
@@ -137,9 +136,9 @@ class Policies:
 
     def _apply(self, reading: Reading) -> None:
         """Put the policies of a reading in force, unless a later reading was applied first."""
-        if reading.at_ns < self._latest_ns:
+        if self._last and reading.at_ns < self._last.at_ns:
             return
-        self._latest_ns, self._last = reading.at_ns, reading
+        self._last = reading
         self._note(reading.policies, reading.errors)
         if reading.policies is not None:
             self._save(reading.policies)

@@ -7,7 +7,7 @@ nothing: it asks the agent each time, and waits for HINT_SECONDS at most. Withou
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
@@ -87,7 +87,7 @@ def examples(*typed: str) -> Callable[[AnyCommand], AnyCommand]:
 class Sections(click.Group):
     """A group that lists its commands under headings. A command is listed with its whole first sentence."""
 
-    sections: ClassVar[Mapping[str, Sequence[str]]] = {}  # empty: all commands under one heading
+    sections: ClassVar[Mapping[str, Iterable[str]]] = {}  # empty: all commands under one heading
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write the sections. Raises KeyError if a section names a command that does not exist."""

@@ -9,7 +9,8 @@ every failure of its own. Most commands send a request to the agent over the con
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping, Sequence
+from collections import ChainMap
+from collections.abc import Mapping
 from pathlib import Path
 from typing import ClassVar
 
@@ -19,51 +20,53 @@ import fgpu_ebpf
 from fgpu_ebpf.cli.help_texts import Sections, examples
 from fgpu_ebpf.cli.request import RUN_DIR
 
-_FUNCTIONS = {  # of each command, with its module in this package
-    "agent": ("service", "agent"),
-    "cdi": ("containers", "cdi_group"),
-    "completion": ("completion", "completion"),
-    "detach": ("service", "detach"),
-    "device": ("tenants", "device"),
-    "device-plugin": ("kubernetes", "device_plugin"),
-    "doctor": ("service", "doctor"),
-    "events": ("views", "events"),
-    "explain": ("views", "explain_target"),
-    "load": ("service", "load"),
-    "metrics": ("views", "metrics"),
-    "policy": ("policy", "policy"),
-    "ps": ("views", "ps"),
-    "reload": ("service", "reload"),
-    "run": ("tenants", "run"),
-    "schema": ("views", "schema"),
-    "set": ("tenants", "set_limits"),
-    "setup": ("setup", "setup"),
-    "status": ("views", "status"),
-    "top": ("views", "top"),
-    "unset": ("tenants", "unset"),
-    "usage": ("usage", "usage"),
-}
-
 
 class Main(Sections):
-    """`fgpu`, with its commands by subject."""
+    """`fgpu`, with its commands by subject. Each command has the module of this package, and its function there."""
 
-    sections: ClassVar[Mapping[str, Sequence[str]]] = {
-        "Watch": ("status", "top", "ps", "usage", "explain", "events", "metrics"),
-        "Limit": ("run", "set", "unset", "policy"),
-        "Containers": ("setup", "cdi", "device-plugin"),
-        "Operate": ("doctor", "reload", "detach", "device", "agent", "load", "schema", "completion"),
+    sections: ClassVar[Mapping[str, Mapping[str, str]]] = {
+        "Watch": {
+            "status": "views:status",
+            "top": "views:top",
+            "ps": "views:ps",
+            "usage": "usage:usage",
+            "explain": "views:explain_target",
+            "events": "views:events",
+            "metrics": "views:metrics",
+        },
+        "Limit": {
+            "run": "tenants:run",
+            "set": "tenants:set_limits",
+            "unset": "tenants:unset",
+            "policy": "policy:policy",
+        },
+        "Containers": {
+            "setup": "setup:setup",
+            "cdi": "containers:cdi_group",
+            "device-plugin": "kubernetes:device_plugin",
+        },
+        "Operate": {
+            "doctor": "service:doctor",
+            "reload": "service:reload",
+            "detach": "service:detach",
+            "device": "tenants:device",
+            "agent": "service:agent",
+            "load": "service:load",
+            "schema": "views:schema",
+            "completion": "completion:completion",
+        },
     }
+    _places: ClassVar[Mapping[str, str]] = ChainMap(*map(dict, sections.values()))
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         """Return the names of all commands."""
-        return list(_FUNCTIONS)
+        return list(self._places)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         """Import a command. Returns None if there is no command of that name."""
-        if cmd_name not in _FUNCTIONS:
+        module, _, function = self._places.get(cmd_name, "").partition(":")
+        if not module:
             return None
-        module, function = _FUNCTIONS[cmd_name]
         found = getattr(importlib.import_module(f"fgpu_ebpf.cli.{module}"), function)
         assert isinstance(found, click.Command)
         return found

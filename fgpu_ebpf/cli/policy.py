@@ -215,7 +215,8 @@ def _gives(found: Policy) -> Iterable[str]:
     if found.memory:
         most = f" (up to {amount_text(found.memory.most)} by label)" if found.memory.most != found.memory.limit else ""
         n = found.memory.contexts
-        yield f"memory {amount_text(found.memory.limit)}{most}{f' and {n} contexts' if n else ''}"
+        besides = f" and {n} context{'s' if n > 1 else ''}" if n else ""
+        yield f"memory {amount_text(found.memory.limit)}{most}{besides}"
     if found.compute:
         ceiling = millionths_text(round(found.compute.limit_ratio * MILLION))
         yield f"compute up to {ceiling}, weight {found.compute.weight}, {found.compute.priority} priority"

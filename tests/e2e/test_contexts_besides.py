@@ -9,6 +9,7 @@ import pytest
 
 from tests.support.commands import ask, fgpu, metrics
 from tests.support.host import CONTEXT, GIB, MIB, REFUSED
+from tests.support.place import Place
 from tests.support.service import Service
 from tests.support.tenant import Tenant
 from tests.support.wait import eventually
@@ -105,3 +106,30 @@ def test_a_limit_that_is_set_by_hand_has_the_contexts_of_the_policy(policy: Call
     assert level(one)["limit_bytes"] == 600 * MIB + CONTEXT
     policy(0)
     eventually(lambda: level(one)["limit_bytes"] == 600 * MIB, 2, "the limit without a context")
+
+
+def test_a_broken_policy_file_and_a_restart_leave_the_contexts_in_force(service: Service, one: Tenant) -> None:
+    client = one.client()
+    client.ok("context")
+    file = service.policies / "besides.yaml"
+    said = file.read_text()
+    file.write_text("no policy")
+    service.kill_agent()
+    service.start_agent()
+    assert client.ok("info") == [GIB, GIB]
+    assert (level(one)["limit_bytes"], level(one)["outside_bytes"]) == (GIB + CONTEXT, CONTEXT)
+    file.write_text(said)
+
+
+def test_a_group_without_contexts_of_its_own_counts_those_of_its_tenants(place: Place, one: Tenant) -> None:
+    fgpu("set", place.group, "--memory", "900MiB")
+    try:
+        client = one.client()
+        client.ok("context")
+        assert client.ok("info") == [900 * MIB - CONTEXT, 900 * MIB]
+        client.ok(f"alloc {900 * MIB - CONTEXT}")
+        assert client.do(f"alloc {2 * MIB}") == REFUSED
+        assert client.ok("info") == [0, 900 * MIB]
+        client.kill()
+    finally:
+        fgpu("unset", place.group)

@@ -28,7 +28,7 @@ NODE = socket.gethostname().partition(".")[0]
 SLICE = cgroup_root() / "system.slice"
 SERVICE = SLICE / "slurmd.service"  # systemd would start the daemon in this cgroup
 FILL = BUILD / "examples/fill"
-# A mount namespace whose /usr has the packages, until its stdin is closed.
+# A mount namespace with the packages in /usr, until stdin is closed.
 CAVE = 'mount -t overlay -o "lowerdir=$1:$2:/usr" overlay /usr && echo ready && exec cat'
 CONF = f"""
 ClusterName=tests

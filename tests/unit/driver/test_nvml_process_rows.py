@@ -86,7 +86,7 @@ def test_the_compute_list_is_used_with_a_driver_without_the_graphics_list() -> N
 def test_bytes_of_processes_are_unknown_if_one_of_nvml_s_lists_fails(failing: str) -> None:
     """A list that fails may have contained any process, so nothing is known about any of them."""
     questions = {COMPUTE: Question([(7, 5)]), GRAPHICS: Question([(8, 9)])}
-    questions[failing] = Question([], pynvml.NVML_ERROR_TIMEOUT)
+    questions[failing] = Question([], pynvml.NVML_ERROR_UNKNOWN)
     assert nvml_of(**questions).process_bytes(0) is None
 
 
