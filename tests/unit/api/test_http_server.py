@@ -14,6 +14,7 @@ import pytest
 
 from fgpu_ebpf.api import http_server
 from fgpu_ebpf.api.http_server import HEAD_SECONDS, MOST_CLIENTS, MOST_WAITING, HttpServer, by_path, health
+from tests.support.wait import eventually
 
 
 def app(_: dict[str, Any], start: Any) -> Iterable[bytes]:
@@ -109,13 +110,16 @@ def test_slow_connections_prevent_no_request(server: HttpServer) -> None:
 
 
 def test_requests_beyond_eight_wait_for_a_thread() -> None:
-    go, most = threading.Event(), 0
-    before = threading.active_count()
+    go, running, most, lock = threading.Event(), 0, 0, threading.Lock()
 
     def slow(_: dict[str, Any], start: Any) -> Iterable[bytes]:
-        nonlocal most
-        most = max(most, threading.active_count() - before - 1)  # without the loop's own thread
-        go.wait(0.5)
+        nonlocal running, most
+        with lock:
+            running += 1
+            most = max(most, running)
+        go.wait(20)
+        with lock:
+            running -= 1
         start("200 OK", [("Content-Type", "text/plain")])
         return [b"fine"]
 
@@ -123,8 +127,7 @@ def test_requests_beyond_eight_wait_for_a_thread() -> None:
         socks = [silent(server) for _ in range(3 * MOST_CLIENTS)]
         for sock in socks:
             sock.sendall(b"GET / HTTP/1.0\r\n\r\n")
-        time.sleep(0.2)
-        assert len(server._in_threads) == MOST_CLIENTS
+        eventually(lambda: len(server._in_threads) + len(server._waiting) == len(socks) and running >= MOST_CLIENTS)
         go.set()
         assert all(sock.makefile("rb").read().endswith(b"fine") for sock in socks)
         for sock in socks:
