@@ -34,7 +34,7 @@ def make_parts() -> None:
 
 
 class BuildWithParts(build_py):
-    """Copies bpf/, the shim and fgpu-oci into the package. An editable installation uses those of the checkout."""
+    """Copies bpf/, the shim, fgpu-oci and the scripts for Slurm into the package. An editable installation uses those of the checkout."""
 
     def run(self) -> None:
         """Called by setuptools."""
@@ -48,6 +48,7 @@ class BuildWithParts(build_py):
         shutil.copy2(SHIM, package / "shim")
         (package / "oci").mkdir(exist_ok=True)
         shutil.copy2(HELPER, package / "oci")
+        shutil.copytree(ROOT / "deploy/slurm", package / "deploy/slurm", dirs_exist_ok=True)
 
 
 class Binary(Distribution):

@@ -16,9 +16,14 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 NODE, JOB = os.environ["SLURMD_NODENAME"], os.environ["SLURM_JOB_ID"]  # slurmd sets them
-ENVIRONMENT = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "SLURM_CONF": os.environ["SLURM_CONF"]}
+PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+ENVIRONMENT = {"PATH": PATH, "SLURM_CONF": os.environ["SLURM_CONF"]}
 # A build for several nodes on one host, such as Debian's, has the name of the node in the name of its scope.
 SCOPES = (f"system.slice/{NODE}_slurmstepd.scope", "system.slice/slurmstepd.scope")
+# From 26.05 the cgroup has the name in SLURM_JOB_SLUID, or the other one if cgroup.conf asks for it.
+CGROUPS = [f"job_{JOB}", *filter(None, [os.environ.get("SLURM_JOB_SLUID")])]
+
+Parts = dict[int, float]  # for each GPU by its index: the part of its memory, in percent
 
 
 def refuse(why: str) -> NoReturn:
@@ -40,25 +45,56 @@ def said(*command: str) -> str:
     return done.stdout
 
 
-def counted(gres: str, name: str) -> dict[str, int]:
-    """Return the count of gpu or shard for each index in `shard:2(IDX:0)` or `gpu:model:2(IDX:0-1)`."""
-    found = re.search(rf"(?:^|,){name}:(?:[^,:(]+:)?(\d+)\(IDX:([\d,-]*)\)", gres)
-    return dict.fromkeys(indexes(found[2]), int(found[1])) if found else {}
+def has(text: str, number: int) -> bool:
+    """Return whether the ranges `0-1,3` have the number."""
+    ranges = re.findall(r"(?:^|,)(\d{1,9})(?:-(\d{1,9}))?(?=,|$)", text)
+    return any(int(first) <= number <= int(last or first) for first, last in ranges)
 
 
-def indexes(text: str) -> list[str]:
-    """Return the numbers of `0-1,3`."""
-    ranges = [part.partition("-") for part in text.split(",") if part]
-    return [str(index) for first, _, last in ranges for index in range(int(first), int(last or first) + 1)]
+def is_this_node(nodes: str) -> bool:
+    """Return whether a list in Slurm's form, such as `gpu[1-3,07],big1`, has the name of this node."""
+    for name in re.findall(r"(?:[^,\[\]]|\[[^\[\]]*\])+", nodes):
+        fixed, ranges = re.split(r"\[[^\[\]]*\]", name), re.findall(r"\[([^\[\]]*)\]", name)
+        found = re.fullmatch(r"(\d+)".join(map(re.escape, fixed)), NODE)
+        if found and all(has(text, int(number)) for text, number in zip(ranges, found.groups(), strict=True)):
+            return True
+    return False
 
 
-def granted() -> str:
-    """Return what the job was granted on this node, in the form `shard:2(IDX:0)`."""
-    job = said("scontrol", "--oneliner", "--details", "show", "job", JOB)
-    for nodes, gres in re.findall(r" Nodes=(\S+) CPU_IDs=\S+ Mem=\S+ GRES=(\S*)", job):
-        if NODE in said("scontrol", "show", "hostnames", nodes).split():
-            return str(gres)
-    refuse(f"slurmctld names nothing that the job has on {NODE}")
+def parts(gres: str, shards: int) -> Parts:
+    """Return what a description such as `gpu:a100:1(IDX:0)`, `shard:2(IDX:1)` or `shard:2(0/4,2/4)` grants.
+
+    Args:
+        gres: the description of what a job has on this node.
+        shards: the number of shards of each GPU. The third form, since Slurm 24.05, has these numbers itself.
+    """
+    found: Parts = {}
+    for name, count, what in re.findall(r"\b(gpu|shard):(?:[^,:()]+:)?(\d{1,9})\(([^()]*)\)", gres):
+        if what.startswith("IDX:"):
+            part = 100.0 if name == "gpu" else 100 * min(int(count) / max(shards, 1), 1)
+            more = {index: part for index in range(64) if has(what.removeprefix("IDX:"), index)}
+        else:
+            pairs = enumerate(re.findall(r"(\d{1,9})/(\d{1,9})", what))
+            more = {index: min(100 * int(mine) / max(int(total), 1), 100) for index, (mine, total) in pairs}
+        found |= {index: part for index, part in more.items() if part and (name == "shard" or index not in found)}
+    return found
+
+
+def granted(job: str, shards: int) -> Parts:
+    """Return what the job has on this node.
+
+    Args:
+        job: the job as slurmctld describes it. This text also has the job's name and comment, in which a user can
+            imitate the line of the node. If several lines describe this node, the smallest part is what they agree on.
+        shards: see parts().
+    """
+    found: list[Parts] = []
+    for nodes, gres in re.findall(r"\bNodes=(\S+) CPU_IDs=\S+ Mem=\S+ GRES=(\S*)", job):
+        if is_this_node(nodes):
+            found.append(parts(gres, shards))
+    if not found:
+        refuse(f"slurmctld names nothing that the job has on {NODE}")
+    return {index: min(one[index] for one in found) for index in found[0] if all(index in one for one in found)}
 
 
 def shards_of_a_gpu() -> int:
@@ -66,22 +102,16 @@ def shards_of_a_gpu() -> int:
     node = said("scontrol", "--oneliner", "show", "node", NODE)
     gres = (re.search(r" Gres=(\S+)", node) or [""])[1]
     count = {name: sum(map(int, re.findall(rf"\b{name}:(?:[^,:(]+:)?(\d+)", gres))) for name in ("gpu", "shard")}
-    if not count["gpu"] or count["shard"] % count["gpu"]:
+    if count["shard"] and (not count["gpu"] or count["shard"] % count["gpu"]):
         refuse(f"{gres} has not the same number of shards for each GPU")
-    return count["shard"] // count["gpu"]
+    return count["shard"] // count["gpu"] if count["gpu"] else 0
 
 
-def share() -> list[str]:
-    """Return the options of `fgpu set` for this job, or nothing if it has no GPU."""
-    gres = granted()
-    shards, gpus = counted(gres, "shard"), counted(gres, "gpu")
-    if len(shards) > 1:
-        refuse(f"shards on several GPUs ({gres}) are not supported")
-    part = 100.0
-    for count in shards.values():
-        part = 100 * count / shards_of_a_gpu()
-    devices = [word for index in shards or gpus for word in ("--device", index)]
-    return [f"--memory={int(part * 10000) / 10000:.4f}%", *devices] if devices else []
+def limits(of: Parts) -> list[str]:
+    """Return the options of `fgpu set`. `fgpu set` has one limit for all GPUs: the smallest part is valid for each."""
+    part = min(of.values())
+    devices = [f"--device={index}" for index in sorted(of)]
+    return [f"--memory={int(part * 10000) / 10000:.4f}%", f"--weight={max(round(part), 1)}", *devices]
 
 
 def cgroup() -> Path:
@@ -93,8 +123,9 @@ def cgroup() -> Path:
 
 
 def main() -> None:
-    limits = share()
-    if not limits:
+    """Limit the cgroup of the job, if the job has a GPU. Without a limit, the policy gives the job nothing."""
+    job = said("scontrol", "--oneliner", "--details", "show", "job", JOB)
+    if not (of := granted(job, shards_of_a_gpu())):
         return
     status: dict[str, Any] = json.loads(said("fgpu", "status", "--json"))
     if status["unenforced"]:
@@ -102,8 +133,10 @@ def main() -> None:
     scope = next((scope for scope in SCOPES if (cgroup() / scope).is_dir()), None)
     if scope is None:
         refuse(f"neither {' nor '.join(SCOPES)} is a cgroup")
-    (cgroup() / scope / f"job_{JOB}").mkdir(exist_ok=True)
-    said("fgpu", "set", f"/{scope}/job_{JOB}", *limits)
+    for name in CGROUPS:
+        (cgroup() / scope / name).mkdir(exist_ok=True)
+        said("fgpu", "set", f"/{scope}/{name}", *limits(of))
 
 
-main()
+if __name__ == "__main__":
+    main()

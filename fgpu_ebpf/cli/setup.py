@@ -21,7 +21,7 @@ if TYPE_CHECKING:  # other commands must not wait for these imports
 
     Parts = list[tuple[Engine, Path]]
 
-NAMES = ("docker", "podman", "containerd", "crio", "k3s", "rke2")
+NAMES = ("docker", "podman", "containerd", "crio", "k3s", "rke2", "slurm")
 
 
 def _size(_: click.Context, __: click.Parameter, value: str | None) -> str:
@@ -56,6 +56,8 @@ def setup(engine: str, memory: str, is_undo: bool, is_dry: bool, file: Path | No
 
     if is_undo and (memory or is_dry):
         raise click.UsageError("--undo cannot be combined with --memory or --dry-run")
+    if engine == "slurm" and memory:
+        raise click.UsageError("--memory is not for slurm: the shards of a job are its limit")
     found = replace(ENGINES[engine], file=file) if file else ENGINES[engine]
     to_do = []
     try:
@@ -82,6 +84,8 @@ def _parts(name: str, engine: Engine, memory: str, is_named: bool) -> Parts:
         program = engine.programs[0]
         raise SetupError(f"{name} is not installed here ({program} was not found): name its settings with --file")
     found = engine_setup.as_installed(engine)
+    if name == "slurm" and not is_named:
+        found = replace(found, file=_policy_folder() / found.file.name)
     return [*_settings(name, found), *(_policy(name, found, memory) if memory else ())]
 
 
@@ -93,18 +97,25 @@ def _settings(name: str, engine: Engine) -> Parts:
 
 def _policy(name: str, engine: Engine, memory: str) -> Parts:
     """Return the first policy of this host, or an empty list if there are policies that no setup has written."""
-    from fgpu_ebpf.agent import host_config
     from fgpu_ebpf.containers import first_policy
     from fgpu_ebpf.containers.engine_setup import STATE
+
+    folder = _policy_folder()
+    if others := first_policy.others(folder, STATE):
+        names = ", ".join(path.name for path in others[:3]) + (", ..." if len(others) > 3 else "")
+        click.echo(f"{folder}: kept, it has policies ({names}): add a policy for {memory} by hand")
+        return []
+    return [(first_policy.settings(name, engine.cgroups, memory, folder), STATE / f"{name}-policy.json")]
+
+
+def _policy_folder() -> Path:
+    """Return the folder of policies that agent.yaml names. Exits with 1 if agent.yaml has an error."""
+    from fgpu_ebpf.agent import host_config
 
     host, errors = host_config.read()
     if host is None:
         fail("\n".join(map(str, errors)), 1)
-    if others := first_policy.others(host.policy_folder, STATE):
-        names = ", ".join(path.name for path in others[:3]) + (", ..." if len(others) > 3 else "")
-        click.echo(f"{host.policy_folder}: kept, it has policies ({names}): add a policy for {memory} by hand")
-        return []
-    return [(first_policy.settings(name, engine.cgroups, memory, host.policy_folder), STATE / f"{name}-policy.json")]
+    return host.policy_folder
 
 
 def _set_up(parts: Parts, is_dry: bool) -> list[str]:

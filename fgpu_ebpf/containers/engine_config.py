@@ -281,18 +281,18 @@ def default_after(of: Settings) -> Wanted:
     """Return a file of k3s or RKE2 that names the default runtime."""
     if of.text:
         raise SetupError(f"{of.file} has settings that are not fgpu's: remove the file")
-    return Wanted(f"{_HEAD}default-runtime: {NAME}\n")
+    return Wanted(f"{HEAD}default-runtime: {NAME}\n")
 
 
 # -- drop-in files of fgpu alone: Podman and CRI-O ------------------------------------------------------------------
 
-_HEAD = "# Written by `fgpu setup`; --undo takes it away.\n"
+HEAD = "# Written by `fgpu setup`; --undo takes it away.\n"
 _HOOK_FOLDER = "/usr/share/containers/oci/hooks.d"  # Podman's default
 
 
 def drop_in_without(text: str, _: str | None = None) -> str:
     """Return an empty text if the file is fgpu's, else its text."""
-    return "" if text.startswith(_HEAD) else text
+    return "" if text.startswith(HEAD) else text
 
 
 def podman_after(of: Settings) -> Wanted:
@@ -363,7 +363,7 @@ def _others(of: Settings, *places: Path | str) -> Iterator[dict[str, Any]]:
 
 
 def _drop_in(table: str, values: Mapping[str, Any]) -> str:
-    text = _HEAD + f"[{table}]\n" + "".join(f"{key} = {_toml_value(value)}\n" for key, value in values.items())
+    text = HEAD + f"[{table}]\n" + "".join(f"{key} = {_toml_value(value)}\n" for key, value in values.items())
     if list(tomllib.loads(text)) != [table.split(".")[0]]:
         raise SetupError(f"the table [{table}] cannot be written as TOML: write it by hand")
     return text

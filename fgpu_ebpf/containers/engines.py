@@ -1,6 +1,6 @@
 """The engines that `fgpu setup` supports: settings files, the commands to reload them, and cgroups of containers.
 
-This module runs in the commands. It does no I/O.
+This module runs in the commands. It does no I/O. Slurm is like an engine here: its cgroups get limits from a policy.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import json
 from pathlib import Path
 
 from fgpu_ebpf.containers import engine_config as config
+from fgpu_ebpf.containers import slurm
 from fgpu_ebpf.containers.engine_config import NAME, Engine
 
 _LAST = f"zz-{NAME}.conf"
@@ -79,4 +80,12 @@ ENGINES = {
     ),
     "k3s": _distribution("k3s", "systemctl restart k3s (on an agent node: k3s-agent)"),
     "rke2": _distribution("rke2", "systemctl restart rke2-server (on an agent node: rke2-agent)"),
+    "slurm": Engine(
+        slurm.POLICY,
+        slurm.after,
+        slurm.without,
+        reload_undone=slurm.UNDONE,
+        programs=("slurmd",),
+        keeps_folder=True,
+    ),
 }

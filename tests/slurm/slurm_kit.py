@@ -50,14 +50,14 @@ FILLED = re.compile(r"admitted (\d+) bytes(?:, then (\w+))?\n")
 
 
 class Slurm:
-    """A cluster. `settings`: further lines of slurm.conf."""
+    """A cluster."""
 
-    def __init__(self, work: Path, settings: str) -> None:
+    def __init__(self, work: Path) -> None:
         work.chmod(0o755)
         self.work = work
         self._daemons: list[subprocess.Popen[bytes]] = []
         self._ports = {"SlurmctldPort": free_port(), "SlurmdPort": free_port()}
-        self._write(settings)
+        self._write()
         more = self._more()
         packages = debian.unpacked(BUILD / "slurm", PACKAGES)
         command = ["unshare", "--mount", "sh", "-c", CAVE, "sh", str(more), str(packages / "usr")]
@@ -65,7 +65,7 @@ class Slurm:
         assert self._holder.stdout
         assert self._holder.stdout.readline() == b"ready\n", "no mount namespace"
 
-    def _write(self, settings: str) -> None:
+    def _write(self) -> None:
         """Write the files of a cluster's administrator."""
         places = {"StateSaveLocation": "state", "SlurmdSpoolDir": "spool"}
         places |= {f"{name}PidFile": f"{name}.pid" for name in ("Slurmctld", "Slurmd")}
@@ -73,8 +73,8 @@ class Slurm:
         lines = [f"{key}={self.work / name}" for key, name in places.items()]
         lines += [f"{key}={port}" for key, port in self._ports.items()]
         # A requeued job waits until credentials have expired, by default for two minutes.
-        lines += [f"AuthInfo=socket={self.work}/munge.sock,cred_expire=6", settings]
-        (self.work / "slurm.conf").write_text(CONF + "\n".join(lines))
+        lines += [f"AuthInfo=socket={self.work}/munge.sock,cred_expire=6"]
+        (self.work / "slurm.conf").write_text(CONF + "\n".join(lines) + "\n")
         (self.work / "gres.conf").write_text(GRES)
         hierarchy = f"CgroupPlugin=cgroup/v2\nCgroupMountpoint={cgroup_root()}\nIgnoreSystemd=yes\n"
         (self.work / "cgroup.conf").write_text(hierarchy)
@@ -92,8 +92,10 @@ class Slurm:
         (more / "bin/fgpu").chmod(0o755)
         return more
 
-    def start(self) -> None:
-        """Start the daemons. Returns when the node accepts jobs."""
+    def start(self, settings: str) -> None:
+        """Start the daemons. Returns when the node accepts jobs. `settings`: further lines of slurm.conf."""
+        with open(self.work / "slurm.conf", "a") as conf:
+            conf.write(settings)
         files = {f"--{option}-file": self.work / f"munged.{option}" for option in ("pid", "log", "seed")}
         options = [f"{option}={file}" for option, file in files.items()]
         options += [f"--socket={self.work}/munge.sock", f"--key-file={self.work}/key"]

@@ -27,10 +27,10 @@ def slurm(service: Service, tmp_path_factory: pytest.TempPathFactory) -> Iterato
     TASK.write_text(FILES[str(TASK)])
     TASK.chmod(0o755)
     (line,) = re.findall(r"`(TaskProlog=.*?)`", PAGE)
-    cluster = kit.Slurm(tmp_path_factory.mktemp("slurm"), line)
+    cluster = kit.Slurm(tmp_path_factory.mktemp("slurm"))
     try:
         with engines.policy(service, "30-slurm.yaml", FILES["/etc/fgpu/policy.d/30-slurm.yaml"]):
-            cluster.start()
+            cluster.start(line)
             yield cluster
     finally:
         cluster.stop()

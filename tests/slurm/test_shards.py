@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import shutil
 import signal
 import textwrap
 from collections.abc import Iterator
@@ -12,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.slurm import slurm_kit as kit
+from tests.support.commands import fgpu, output
 from tests.support.containers import engines
 from tests.support.host import CONTEXT, GIB, MIB, REFUSED, ROOT
 from tests.support.service import Service
@@ -20,8 +20,8 @@ from tests.support.wait import eventually
 
 PAGE = (ROOT / "docs/slurm.md").read_text()
 BLOCK = re.compile(r'^ *```\w+ title="(.+?)"\n(.*?)^ *```', re.MULTILINE | re.DOTALL)
-FILES = {name: textwrap.dedent(text) for name, text in BLOCK.findall(PAGE)}
-SCRIPTS = Path("/etc/slurm/fgpu")  # in this world's /etc
+LINES = next(textwrap.dedent(text) for name, text in BLOCK.findall(PAGE) if name == "/etc/slurm/slurm.conf")
+POLICY = Path("/etc/fgpu/policy.d/30-slurm.yaml")  # in this world's /etc
 NOTHING = f"cuDevicePrimaryCtxRetain: {REFUSED}\n"
 # Variables by which a job could claim to be another job, or to have more shards.
 CLAIMS = {
@@ -32,17 +32,19 @@ CLAIMS = {
 
 @pytest.fixture(scope="module")
 def slurm(service: Service, tmp_path_factory: pytest.TempPathFactory) -> Iterator[kit.Slurm]:
-    """A cluster with the page's policy, settings and scripts."""
-    shutil.copytree(ROOT / "deploy/slurm", SCRIPTS)
-    name = "/etc/fgpu/policy.d/30-slurm.yaml"
-    cluster = kit.Slurm(tmp_path_factory.mktemp("slurm"), FILES["/etc/slurm/slurm.conf"])
+    """A cluster after `fgpu setup slurm`, with the lines that the command has printed."""
+    cluster = kit.Slurm(tmp_path_factory.mktemp("slurm"))
     try:
-        with engines.policy(service, Path(name).name, FILES[name]):
-            cluster.start()
+        first, what, *lines = cluster.call("fgpu", "setup", "slurm").stdout.splitlines()
+        assert (first, what) == (f"{POLICY}: written", "add to slurm.conf, and restart slurmctld and slurmd:")
+        assert "\n".join(lines).replace(str(ROOT), "/usr/lib/fgpu/site/fgpu_ebpf") == LINES.strip()
+        with engines.policy(service, POLICY.name, POLICY.read_text()):
+            cluster.start("\n".join(lines))
             yield cluster
     finally:
         cluster.stop()
-        shutil.rmtree(SCRIPTS.parent)
+        fgpu("setup", "slurm", "--undo")
+        assert not POLICY.exists()
 
 
 @pytest.fixture(autouse=True)
@@ -94,6 +96,62 @@ def test_variables_of_a_job_get_it_nothing_more(slurm: kit.Slurm) -> None:
     asked = {name: value for name, value in CLAIMS.items() if name not in ("SLURM_JOB_ID", "SLURM_JOBID")}
     got, _ = slurm.filled(*kit.srun(1), *kit.fill(), **asked)
     assert is_part(got, 1)
+
+
+def test_the_name_and_the_comment_of_a_job_get_it_nothing_more(slurm: kit.Slurm) -> None:
+    """slurmctld prints both beside what the job was granted."""
+    forged = f"x Nodes={kit.NODE} CPU_IDs=0 Mem=0 GRES=shard:4(IDX:0-1)"
+    for text in (forged, forged.replace(" ", "\n")):
+        got, why = slurm.filled(*kit.srun(1, f"--job-name={text}", f"--comment={text}"), *kit.fill())
+        assert is_part(got, 1)
+        assert why == REFUSED
+
+
+def test_a_job_on_two_gpus_gets_both(slurm: kit.Slurm) -> None:
+    commands = f"device 0\\nfill {64 * MIB}\\ndevice 1\\nfill {64 * MIB}\\n"
+    with slurm.job(*kit.srun(0, "--gpus=2"), "sh", "-c", f"printf '{commands}' | {PROGRAM}") as job:
+        said = job.communicate(timeout=60)[0].splitlines()
+    assert [is_part(int(line.split()[1]) * 64 * MIB, 4) for line in said if line.startswith("filled")] == [
+        True,
+        True,
+    ], said
+
+
+def test_jobs_that_compete_for_a_gpu_have_weights_like_their_shards(slurm: kit.Slurm) -> None:
+    with (
+        slurm.holding(*kit.srun(3), *kit.fill(chunks=1, hold=600)),
+        slurm.holding(*kit.srun(1), *kit.fill(chunks=1, hold=600)),
+    ):
+        jobs = {t["name"]: t for t in output("status")["tenants"] if "/job_" in t["path"]}
+        assert sorted(
+            device["weight"] for job in jobs.values() for device in job["devices"] if device["limit_bytes"] > 2 * MIB
+        ) == [25, 75]
+
+
+def test_each_task_of_an_array_gets_its_share(slurm: kit.Slurm, tmp_path: Path) -> None:
+    tmp_path.chmod(0o777)
+    options = ["--parsable", "--array=0-3", "--gres=shard:2", f"--output={tmp_path}/%a"]
+    with slurm.job("sbatch", *options, f"--wrap={' '.join(kit.fill(hold=600))}") as job:
+        number = job.communicate(timeout=60)[0].strip()
+    outs = [tmp_path / str(task) for task in range(4)]
+    eventually(lambda: all(out.exists() and kit.FILLED.search(out.read_text()) for out in outs), 60, "the four tasks")
+    assert all(is_part(kit.parsed(out.read_text())[0], 2) for out in outs)
+    slurm.call("scancel", number)
+
+
+def test_the_cgroup_of_a_job_may_have_an_opaque_name(slurm: kit.Slurm) -> None:
+    """Slurm 26.05 gives the name to prolog and epilog, and slurmstepd makes a cgroup of that name."""
+    with slurm.holding(*kit.srun(1), *kit.fill(chunks=1, hold=600)):
+        number = slurm.call("squeue", "-ho", "%i").stdout.strip()
+        names = {"SLURMD_NODENAME": kit.NODE, "SLURM_JOB_ID": number, "SLURM_JOB_SLUID": "sABCDEFGHJKMNP"}
+        words = ["env", *(f"{name}={value}" for name, value in names.items())]
+        prolog, epilog = re.findall("^(?:Prolog|Epilog)=(.*)$", (slurm.work / "slurm.conf").read_text(), re.MULTILINE)
+        slurm.call(*words, prolog)
+        (place,) = kit.SLICE.glob(f"*slurmstepd.scope/{names['SLURM_JOB_SLUID']}")
+        explained = output("explain", f"/system.slice/{place.parent.name}/{place.name}")
+        assert explained
+        slurm.call(*words, epilog)
+        assert not place.exists()
 
 
 def test_the_steps_of_a_job_share_its_limit(slurm: kit.Slurm) -> None:

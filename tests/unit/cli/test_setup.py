@@ -192,6 +192,54 @@ def test_every_engine_can_be_named():
     assert set(NAMES) == set(engines.ENGINES)
 
 
+# -- Slurm ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def slurm(host, monkeypatch):
+    """Return a host with slurmd and with a slurm.conf that has two settings in other forms."""
+    monkeypatch.setitem(engines.ENGINES, "slurm", replace(engines.ENGINES["slurm"], programs=("dockerd",)))
+    monkeypatch.setenv("SLURM_CONF", str(host.path / "slurm.conf"))
+    host.conf = host.path / "slurm.conf"
+    host.conf.write_text(f"ClusterName=c\nprologflags = Alloc,contain # of the site\nEpilog={host.path}/bin/runc\n")
+    host.policy = host.path / "policy.d/30-slurm.yaml"
+    return host
+
+
+def test_slurm_gets_a_policy_and_the_missing_lines_of_slurm_conf(slurm):
+    before, conf = everything(slurm), slurm.conf.read_text()
+    done = fgpu(slurm.path, "setup", "slurm")
+    assert done.exit_code == 0
+    lines = [f"Prolog={slurm.path}/bin/runc", f"TaskProlog={slurm.path}/bin/runc"]
+    assert done.output.splitlines() == [
+        f"{slurm.policy}: written", "add to slurm.conf, and restart slurmctld and slurmd:", *lines
+    ]  # fmt: skip
+    ((policy,), errors) = folder.parse(str(slurm.policy), slurm.policy.read_bytes())
+    assert (policy.name, errors) == ("jobs", [])
+    assert slurm.conf.read_text() == conf
+    assert fgpu(slurm.path, "setup", "slurm").output == f"{slurm.policy}: nothing to do\n"
+    undone = fgpu(slurm.path, "setup", "slurm", "--undo")
+    assert undone.output.splitlines()[0] == f"{slurm.policy}: removed"
+    assert "slurm.conf" in undone.output
+    assert {name: text for name, text in everything(slurm).items() if "/published/" not in name} == before
+
+
+def test_a_changed_policy_for_slurm_is_kept(slurm):
+    fgpu(slurm.path, "setup", "slurm")
+    mine = slurm.policy.read_text().replace("2MiB", "1GiB")
+    slurm.policy.write_text(mine)
+    assert [(check.name, check.ok) for check in engine_setup.checks(engine_setup.STATE)] == [("slurm", True)]
+    again = fgpu(slurm.path, "setup", "slurm")
+    assert (again.exit_code, "edit it by hand" in again.output) == (1, True)
+    assert "kept" in fgpu(slurm.path, "setup", "slurm", "--undo").output
+    assert slurm.policy.read_text() == mine
+
+
+def test_slurm_has_no_memory_size(slurm):
+    done = fgpu(slurm.path, "setup", "slurm", "--memory", "8GiB")
+    assert (done.exit_code, "shards" in done.output, slurm.policy.exists()) == (2, True, False)
+
+
 # -- undo ----------------------------------------------------------------------------------------------------------
 
 

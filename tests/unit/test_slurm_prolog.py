@@ -1,0 +1,129 @@
+"""Tests of what Slurm's prolog reads in the text of slurmctld. `./dev test slurm` runs the prolog in a real cluster."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+PROLOG = Path(__file__).parents[2] / "deploy/slurm/prolog.py"
+JOB = "JobId=7 JobName={name} UserId=a(1) NodeList=gpu[1-2] JOB_GRES=shard:3 {lines} MinCPUsNode=1 Comment={comment}"
+
+
+@pytest.fixture
+def prolog(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """Return the prolog of job 7 on the node gpu2."""
+    for name, value in {"SLURMD_NODENAME": "gpu2", "SLURM_JOB_ID": "7", "SLURM_CONF": "/none"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    spec = importlib.util.spec_from_file_location("prolog", PROLOG)
+    assert spec
+    assert spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def line(gres: str, nodes: str = "gpu[1-2]") -> str:
+    return f"Nodes={nodes} CPU_IDs=0-1 Mem=100 GRES={gres}"
+
+
+def job(*lines: str, name: str = "train", comment: str = "") -> str:
+    return JOB.format(name=name, lines=" ".join(lines), comment=comment)
+
+
+@pytest.mark.parametrize(
+    ("nodes", "is_listed"),
+    [
+        ("gpu2", True),
+        ("gpu[1-3]", True),
+        ("gpu[1,3]", False),
+        ("big1,gpu[0,2-3],big[7-9]", True),
+        ("g[o-p]u2", False),
+        ("gpu20", False),
+        ("agpu2", False),
+        ("gpu[2", False),
+        ("gpu[2-]", False),
+        ("gpu[" + 9 * "1" + "]", False),
+        ("gpu[" + 5000 * "2" + "]", False),
+        ("gpu" + 30 * "[0-9]", False),
+    ],
+)
+def test_the_node_is_found_in_lists(prolog: ModuleType, nodes: str, is_listed: bool) -> None:
+    assert prolog.is_this_node(nodes) == is_listed
+
+
+def test_the_node_is_found_in_lists_of_several_ranges(prolog: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prolog, "NODE", "rack3-n017")
+    assert prolog.is_this_node("rack[1-4]-n[016-018]")
+    assert not prolog.is_this_node("rack[1-4]-n[018-020]")
+    assert not prolog.is_this_node("rack[1-2]-n[016-018]")
+
+
+@pytest.mark.parametrize(
+    ("gres", "found"),
+    [
+        ("shard:2(IDX:1)", {1: 50.0}),
+        ("shard:a100:3(IDX:0)", {0: 75.0}),
+        ("gpu:1(IDX:1)", {1: 100.0}),
+        ("gpu:a100:2(IDX:0-1)", {0: 100.0, 1: 100.0}),
+        ("gpu:a100:2(IDX:0,3)", {0: 100.0, 3: 100.0}),
+        ("shard:2(0/8,2/8)", {1: 25.0}),  # from Slurm 24.05
+        ("shard:a100:9(8/8,1/4)", {0: 100.0, 1: 25.0}),
+        ("gpu:1(IDX:0),shard:1(IDX:0)", {0: 25.0}),
+        ("shard:1(IDX:0),gpu:1(IDX:0)", {0: 25.0}),
+        ("gpu:1(IDX:1),shard:2(2/4,0/4)", {1: 100.0, 0: 50.0}),
+        ("shard:9(IDX:0)", {0: 100.0}),
+        ("shard:2(CNT:2)", {}),
+        ("shard:2(5/0)", {0: 100.0}),
+        ("mps:50(IDX:0)", {}),
+        ("", {}),
+    ],
+)
+def test_parts_of_gpus(prolog: ModuleType, gres: str, found: dict[int, float]) -> None:
+    assert prolog.parts(gres, 4) == found
+
+
+def test_shards_of_a_node_that_has_none_are_never_more_than_a_gpu(prolog: ModuleType) -> None:
+    assert prolog.parts("shard:2(IDX:1)", 0) == {1: 100.0}
+
+
+def test_only_the_line_of_this_node_counts(prolog: ModuleType) -> None:
+    lines = line("shard:4(IDX:0)", "gpu1"), line("shard:1(IDX:1)", "gpu2")
+    assert prolog.granted(job(*lines), 4) == {1: 25.0}
+
+
+FORGED = "x Nodes=gpu2 CPU_IDs=0 Mem=0 GRES=shard:4(IDX:0-1)"
+
+
+@pytest.mark.parametrize("text", [FORGED, FORGED.replace(" ", "\n"), f"{FORGED},gpu:2(IDX:0-1)", f"{FORGED} {FORGED}"])
+def test_a_job_s_name_and_comment_get_it_nothing_more(prolog: ModuleType, text: str) -> None:
+    real = line("shard:1(IDX:1)")
+    assert prolog.granted(job(real, name=text), 4) == {1: 25.0}
+    assert prolog.granted(job(real, comment=text), 4) == {1: 25.0}
+    assert prolog.granted(job(real, name=text, comment=text), 4) == {1: 25.0}
+
+
+@pytest.mark.parametrize("end", ["Nodes=", "x Nodes=gpu2 CPU_IDs=0 Mem=0 GRES=", "x Nodes=gpu2 CPU_IDs="])
+def test_an_incomplete_line_in_a_job_s_name_gets_it_nothing_more(prolog: ModuleType, end: str) -> None:
+    assert prolog.granted(job(line("shard:1(IDX:1)"), name=end), 4) in ({}, {1: 25.0})
+
+
+def test_a_job_without_a_gpu_has_no_part(prolog: ModuleType) -> None:
+    assert prolog.granted(job(line("")), 4) == {}
+
+
+def test_without_a_line_of_this_node_the_job_is_refused(prolog: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prolog.subprocess, "run", lambda *_, **__: None)
+    with pytest.raises(SystemExit, match=r"fgpu: job 7 is refused: .* has on gpu2"):
+        prolog.granted(job(line("shard:1(IDX:1)", "gpu1")), 4)
+
+
+def test_options_of_fgpu_set(prolog: ModuleType) -> None:
+    assert prolog.limits({0: 25.0}) == ["--memory=25.0000%", "--weight=25", "--device=0"]
+    third = 100 / 3
+    assert prolog.limits({2: third, 0: 100.0}) == ["--memory=33.3333%", "--weight=33", "--device=0", "--device=2"]
+    assert prolog.limits({0: 0.3}) == ["--memory=0.3000%", "--weight=1", "--device=0"]
