@@ -1,7 +1,8 @@
 """Debian's Slurm with munge: one node with two GPUs of four shards each, in a mount namespace of its own.
 
-The packages are unpacked below /usr of that namespace and never installed. The daemons run as root. Jobs belong to a
-user without rights.
+The packages are of this release of Debian or of another. They are unpacked below /usr of that namespace and never
+installed. Those of another release bring all libraries that they need, and the jobs' programs use these too. The
+daemons run as root. Jobs belong to a user without rights.
 """
 
 from __future__ import annotations
@@ -50,16 +51,16 @@ FILLED = re.compile(r"admitted (\d+) bytes(?:, then (\w+))?\n")
 
 
 class Slurm:
-    """A cluster."""
+    """A cluster. `suite`: the release of Debian that has the packages; empty: this one."""
 
-    def __init__(self, work: Path) -> None:
+    def __init__(self, work: Path, suite: str = "") -> None:
         work.chmod(0o755)
         self.work = work
         self._daemons: list[subprocess.Popen[bytes]] = []
         self._ports = {"SlurmctldPort": free_port(), "SlurmdPort": free_port()}
         self._write()
         more = self._more()
-        packages = debian.unpacked(BUILD / "slurm", PACKAGES)
+        packages = unpacked(suite)
         command = ["unshare", "--mount", "sh", "-c", CAVE, "sh", str(more), str(packages / "usr")]
         self._holder = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
         assert self._holder.stdout
@@ -205,6 +206,18 @@ class Slurm:
         for place in (*SLICE.glob("*slurmstepd.scope"), SERVICE):
             for folder, _, _ in os.walk(place, topdown=False):
                 os.rmdir(folder)
+
+
+def unpacked(suite: str) -> Path:
+    """Return a root with the packages of a release of Debian."""
+    if not suite:
+        return debian.unpacked(BUILD / "slurm", PACKAGES)
+    folder = BUILD / "slurms"
+    folder.mkdir(exist_ok=True)
+    (folder / f"{suite}.status").touch()  # no package is installed
+    words = ["install", "-y", "--download-only", "--no-install-recommends", *PACKAGES]
+    options = [*debian.suite(folder, suite, suite), f"Dir::State::status={folder / suite}.status"]
+    return debian.fetched(folder / suite, words, options)
 
 
 def parsed(said: str) -> tuple[int, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import signal
 import textwrap
@@ -22,6 +23,7 @@ PAGE = (ROOT / "docs/slurm.md").read_text()
 BLOCK = re.compile(r'^ *```\w+ title="(.+?)"\n(.*?)^ *```', re.MULTILINE | re.DOTALL)
 LINES = next(textwrap.dedent(text) for name, text in BLOCK.findall(PAGE) if name == "/etc/slurm/slurm.conf")
 POLICY = Path("/etc/fgpu/policy.d/30-slurm.yaml")  # in this world's /etc
+in_full = pytest.mark.skipif(os.environ.get("FGPU_TEST_SCALE") != "full", reason="downloads packages of Debian's sid")
 NOTHING = f"cuDevicePrimaryCtxRetain: {REFUSED}\n"
 # Variables by which a job could claim to be another job, or to have more shards.
 CLAIMS = {
@@ -30,10 +32,14 @@ CLAIMS = {
 }  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def slurm(service: Service, tmp_path_factory: pytest.TempPathFactory) -> Iterator[kit.Slurm]:
+@pytest.fixture(
+    scope="module", params=["", "trixie", pytest.param("sid", marks=in_full)], ids=["22.05", "24.11", "sid"]
+)
+def slurm(
+    request: pytest.FixtureRequest, service: Service, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[kit.Slurm]:
     """A cluster after `fgpu setup slurm`, with the lines that the command has printed."""
-    cluster = kit.Slurm(tmp_path_factory.mktemp("slurm"))
+    cluster = kit.Slurm(tmp_path_factory.mktemp("slurm"), request.param)
     try:
         first, what, *lines = cluster.call("fgpu", "setup", "slurm").stdout.splitlines()
         assert (first, what) == (f"{POLICY}: written", "add to slurm.conf, and restart slurmctld and slurmd:")

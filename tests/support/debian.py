@@ -11,11 +11,26 @@ import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 
+SOURCE = "deb [signed-by=/usr/share/keyrings/debian-archive-keyring.gpg] http://deb.debian.org/debian {} main\n"
+
 
 def unpacked(root: Path, packages: Sequence[str]) -> Path:
     """Return a root with these packages, and the packages that they need and that this machine lacks."""
     words = ["install", "-y", "--download-only", "--no-install-recommends", "--reinstall", *packages]
     return fetched(root, words, [])
+
+
+def suite(folder: Path, name: str, of: str) -> list[str]:
+    """Return options with which apt uses the packages of another Debian suite. Its lists are files of this name."""
+    lists = folder / f"lists-{name}"
+    (lists / "partial").mkdir(parents=True, exist_ok=True)
+    (folder / f"{name}.list").write_text(SOURCE.format(of))
+    apart = {
+        "Dir::Etc::sourcelist": folder / f"{name}.list", "Dir::Etc::sourceparts": "/dev/null",
+        "Dir::State::lists": lists, "Dir::Cache::pkgcache": "", "Dir::Cache::srcpkgcache": "",
+        "Acquire::Languages": "none", "Acquire::IndexTargets::deb::DEP-11::DefaultEnabled": "false",
+    }  # fmt: skip
+    return [f"{key}={to}" for key, to in apart.items()]
 
 
 def fetched(root: Path, words: list[str], options: list[str]) -> Path:

@@ -29,7 +29,6 @@ ENGINES = BUILD / "engines"
 HELPER = BUILD / "oci/fgpu-oci"
 PACKAGES = ("podman", "docker.io")
 FIRST_WITH_CDI = 25  # of Docker; Debian 12 has 20.10
-SOURCE = "deb [signed-by=/usr/share/keyrings/debian-archive-keyring.gpg] http://deb.debian.org/debian {} main\n"
 HOLD = "/opt/build/examples/fill --step 2MiB --hold"  # for this many seconds
 FILL = f"{HOLD} 60"
 # Options for containers of an engine that lacks privileges over the whole host.
@@ -103,26 +102,15 @@ def newer_docker() -> Path:
     said = subprocess.run([root / "usr/sbin/dockerd", "--version"], capture_output=True, text=True, check=True).stdout
     if int(re.findall(r"version (\d+)", said)[0]) >= FIRST_WITH_CDI:
         return root
-    return debian.fetched(ENGINES / "newer", ["download", "docker.io", "docker-cli"], _apart("newer", "trixie"))
+    return debian.fetched(
+        ENGINES / "newer", ["download", "docker.io", "docker-cli"], debian.suite(ENGINES, "newer", "trixie")
+    )
 
 
 def compose() -> Path:
     """Return Docker Compose of Debian's sid. Before 2.30, Compose does not know CDI; Debian 13 has 2.26."""
-    root = debian.fetched(ENGINES / "compose", ["download", "docker-compose"], _apart("compose", "sid"))
+    root = debian.fetched(ENGINES / "compose", ["download", "docker-compose"], debian.suite(ENGINES, "compose", "sid"))
     return root / "usr/libexec/docker/cli-plugins/docker-compose"
-
-
-def _apart(name: str, suite: str) -> list[str]:
-    """Return options with which apt uses another Debian's packages, and lists of its own."""
-    lists = ENGINES / f"lists-{name}"
-    (lists / "partial").mkdir(parents=True, exist_ok=True)
-    (ENGINES / f"{name}.list").write_text(SOURCE.format(suite))
-    apart = {
-        "Dir::Etc::sourcelist": ENGINES / f"{name}.list", "Dir::Etc::sourceparts": "/dev/null",
-        "Dir::State::lists": lists, "Dir::Cache::pkgcache": "", "Dir::Cache::srcpkgcache": "",
-        "Acquire::Languages": "none", "Acquire::IndexTargets::deb::DEP-11::DefaultEnabled": "false",
-    }  # fmt: skip
-    return [f"{key}={to}" for key, to in apart.items()]
 
 
 def libraries(*programs: str | Path) -> set[str]:
