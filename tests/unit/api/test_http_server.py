@@ -100,7 +100,8 @@ def test_slow_connections_prevent_no_request(server: HttpServer) -> None:
         return b""
 
     def drip() -> None:
-        socks = [silent(server) for _ in range(MOST_WAITING // 4)]
+        with replaced:
+            socks = [silent(server) for _ in range(MOST_WAITING // 4)]
         while not ended.wait(0.01):
             for number, sock in enumerate(socks):
                 try:
