@@ -37,14 +37,18 @@ def test_a_flood_of_one_level_loses_no_event_of_its_neighbour(kernel, events, ma
 
 
 @pytest.mark.parametrize(("code", "holds"), [(201, 0), (0, 4096 * MIB)])
-def test_an_unadmitted_call_that_does_not_fit_refuses_no_other_request(kernel, make_level, make_client, code, holds):
+def test_an_unadmitted_call_that_does_not_fit_refuses_no_other_request(
+    kernel, make_level, make_client, tmp_path, code, holds
+):
     """A tenant may make any number of failing calls unadmitted. Only memory that the driver returns is charged."""
     group = make_level(1024 * MIB)
     one, other = make_client(make_level(512 * MIB, parent=group)), make_client(make_level(512 * MIB, parent=group))
-    one("linger(1)")
+    begun, over = tmp_path / "begun", tmp_path / "over"
+    one(f"linger({str(begun)!r}, {str(over)!r})")
     one.send(f"alloc(0x1000, {4096 * MIB}, code={code})")
-    wait_until(lambda: (process := one.entry(kernel)) and process.flags & abi.Seen.CALL)
+    wait_until(lambda: begun.exists() and (process := one.entry(kernel)) and process.flags & abi.Seen.CALL)
     assert other(f"admit({4 * MIB})") == abi.Verdict.ADMITTED
+    over.touch()
     assert one.process.stdout.readline() == f"{code}\n"
     assert group.used == holds + 4 * MIB
     assert group.usage().peak == group.used

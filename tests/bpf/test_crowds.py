@@ -282,13 +282,15 @@ def test_a_process_that_leaves_its_cgroups_is_counted_again_when_it_returns(kern
     wait_until(lambda: [entries(kernel, level, shared) for shared in Shared] == [1, 0, 0])  # until the agent sweeps
 
 
-def test_the_end_of_a_call_counts_for_the_process_that_began_it(kernel, level, client):
+def test_the_end_of_a_call_counts_for_the_process_that_began_it(kernel, level, client, tmp_path):
     before = anomalies(kernel)["RELEASE"]
-    client("linger(0.5)")
+    begun, over = tmp_path / "begun", tmp_path / "over"
+    client(f"linger({str(begun)!r}, {str(over)!r})")
     client.send(f"alloc(0x1000, {4 * MIB})")
     wait_until(lambda: level.used == 4 * MIB)
     assert kernel.ledger.move(client.pid, client.entry(kernel).generation, ())
     assert kernel.ledger.move(client.pid, 0, (level.cgroup,))
+    over.touch()
     assert client.process.stdout.readline() == "0\n"
     assert level.used == 0, "the agent charges this memory when NVML shows it"
     client("free(0x1000)")

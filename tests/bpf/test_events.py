@@ -37,9 +37,11 @@ def test_only_one_of_many_simultaneous_new_processes_is_reported(kernel, events,
     before = fates(kernel)[abi.Fate.RATE]
     clients = [make_client(level) for _ in range(3)]
     wait_until(lambda: time.monotonic_ns() % (1 << 30) < 1 << 28)  # the kernel's second has just begun
+    begun = time.monotonic_ns() >> 30
     for client in clients:
         client(f"admit({MIB})")
-    assert len(of(events, level, News.PROCESS)) == 1
+    seconds = (time.monotonic_ns() >> 30) - begun + 1  # 1, if all processes have a processor
+    assert 1 <= len(of(events, level, News.PROCESS)) <= seconds
     assert fates(kernel)[abi.Fate.RATE] == before, "nor is anything lost"
 
 
@@ -196,7 +198,7 @@ def test_on_bypass_kill_ends_an_exceeding_process_before_the_driver_is_called(ke
     client(f"alloc(0x1000, {60 * MIB})")  # it fits: charged and named, nothing else
     assert level.used == 60 * MIB
     client.send(f"alloc(0x2000, {60 * MIB})")
-    client.process.wait(5)
+    client.process.wait(30)
     assert client.process.returncode == -signal.SIGKILL
     assert [e.kind for e in of(events, level)] == [News.BYPASS, News.KILLED, News.ORPHANED]
     assert (level.orphaned, level.usage().refused, level.usage().peak) == (60 * MIB, 1, 60 * MIB)
@@ -233,12 +235,13 @@ def test_the_creation_and_the_end_of_a_cgroup_are_reported(kernel, events, make_
 
 
 def test_a_level_sends_twenty_events_a_second_and_the_rest_is_counted(kernel, events, level, client):
-    before = fates(kernel)
+    before, begun = fates(kernel), time.monotonic_ns() >> 30
     for _ in range(101):
         client(f"admit({2048 * MIB})")
+    seconds = (time.monotonic_ns() >> 30) - begun + 1
     told = of(events, level, News.REFUSED)
     sent, rate, full = (now - was for now, was in zip(fates(kernel), before, strict=True))
-    assert 19 <= len(told) <= 80
+    assert 19 <= len(told) <= 20 * max(4, seconds)
     assert full == 0
     assert sent >= len(told)
     assert rate + len(told) >= 101
@@ -295,11 +298,12 @@ def test_a_workload_sends_its_budget_of_events_and_leaves_the_rest_to_others(ker
     while time.monotonic() - begun < 1.5:  # a second of the kernel's programs may begin at any time
         flood(greedy, 100)
         told += events.read()
+    seconds = int(time.monotonic() - begun) + 2
     flood(modest, 20)
     told += events.read()
     of_greedy = [e for e in told if e.path.startswith(path_of(kernel, greedy) + "/")]
     of_modest = [e for e in told if e.path.startswith(path_of(kernel, modest) + "/")]
-    assert 250 <= len(of_greedy) <= 3 * 250
+    assert 250 <= len(of_greedy) <= seconds * 250
     assert len(of_modest) == 40
     assert budgets.lost() == [path_of(kernel, greedy)]
     assert budgets.lost() == []
@@ -310,20 +314,28 @@ def test_workloads_with_budgets_do_not_use_the_host_s_events(kernel, events, bud
     """3,000 events a second are sent for all workloads with budgets together, and 1,000 more for the rest."""
     greedy, modest = make_level(None), make_level(None)
     budgets.note([path_of(kernel, greedy)] * BUSY)
-    wait_until(lambda: time.monotonic_ns() % (1 << 30) < 1 << 28)
-    list(events.read())
-    kernel.ledger._set_host(HOST_SECOND, time.monotonic_ns() >> 30)
-    kernel.ledger._set_host(HOST_COUNT, 2990)
-    flood(greedy, 100)
-    flood(modest, 20)
-    told = list(events.read())
+
+    def told_after(count, *floods):
+        """Return the events and the losses of floods after `count` events, all in one second of the kernel."""
+        while True:
+            wait_until(lambda: time.monotonic_ns() % (1 << 30) < 1 << 28)
+            list(events.read())
+            budgets.lost()
+            second = time.monotonic_ns() >> 30
+            kernel.ledger._set_host(HOST_SECOND, second)
+            kernel.ledger._set_host(HOST_COUNT, count)
+            for level, times in floods:
+                flood(level, times)
+            if time.monotonic_ns() >> 30 == second:
+                return list(events.read()), budgets.lost()
+
+    told, lost = told_after(2990, (greedy, 100), (modest, 20))
     assert len([e for e in told if e.path.startswith(path_of(kernel, greedy) + "/")]) <= 10
     assert len([e for e in told if e.path.startswith(path_of(kernel, modest) + "/")]) == 40
-    assert budgets.lost() == [path_of(kernel, greedy)]
-    kernel.ledger._set_host(HOST_COUNT, 3990)
-    flood(modest, 20)
-    assert len([e for e in events.read() if e.path.startswith(path_of(kernel, modest) + "/")]) <= 10
-    assert budgets.lost() == [""]
+    assert lost == [path_of(kernel, greedy)]
+    told, lost = told_after(3990, (modest, 20))
+    assert len([e for e in told if e.path.startswith(path_of(kernel, modest) + "/")]) <= 10
+    assert lost == [""]
 
 
 def test_cgroups_outside_the_agents_namespace_are_not_reported(kernel, events, budgets, make_level):
@@ -363,8 +375,10 @@ def is_rung(bell, seconds=0.0):
 
 def test_a_reader_of_the_ring_buffer_is_woken_when_shares_change(kernel, bell, level):
     share = {level.cgroup: {0: Share()}}
-    threading.Timer(0.1, kernel.ledger.times.set_shares, [share]).start()
-    assert is_rung(bell, 5.0)
+    later = threading.Timer(0.1, kernel.ledger.times.set_shares, [share])
+    later.start()
+    assert is_rung(bell, 30.0)
+    later.join()
     assert list(bell.read()) == []
     assert not is_rung(bell)
     kernel.ledger.times.set_shares(share)
@@ -395,7 +409,7 @@ def test_the_end_of_a_process_with_a_context_is_reported_at_once(bell, level, cl
         client.send("cuda.leave_leader()")
         assert not is_rung(bell, 0.2), "another thread of the process is alive"
         os.kill(client.pid, signal.SIGKILL)
-    assert is_rung(bell, 5.0)
+    assert is_rung(bell, 30.0)
     (event,) = bell.read()
     assert (event.kind, event.tgid) == (News.ENDED, client.pid)
     assert before < event.at_ns < time.monotonic_ns()

@@ -10,7 +10,6 @@ import ctypes
 import errno
 import os
 import struct
-import time
 from collections.abc import Iterator
 
 import pytest
@@ -18,7 +17,7 @@ import pytest
 from fgpu_ebpf import abi
 from fgpu_ebpf.ledger import resolutions
 from fgpu_ebpf.linux import bpf
-from tests.bpf.conftest import CONTEXT, MIB, Kernel, anomalies, assert_corrected, assert_left
+from tests.bpf.conftest import CONTEXT, MIB, Kernel, anomalies, assert_corrected, assert_left, wait_until
 
 ADMITTED = 1
 AT_ONCE = 4096  # number of entries that are filled at once
@@ -209,13 +208,17 @@ def test_memory_with_an_entry_is_released(kernel, allocations, level, client):
     assert anomalies(kernel)["FULL"] == before
 
 
-def test_memory_stays_charged_after_a_failed_free_without_room_for_its_entry(allocations, counted, level, client):
+def test_memory_stays_charged_after_a_failed_free_without_room_for_its_entry(
+    allocations, counted, level, client, tmp_path
+):
     allocations.make(1)
     client(f"alloc(0x1000, {4 * MIB})")
-    client("linger(0.5)")
+    begun, over = tmp_path / "begun", tmp_path / "over"
+    client(f"linger({str(begun)!r}, {str(over)!r})")
     client.send("free(0x1000, code=1)")
-    time.sleep(0.2)
+    wait_until(begun.exists)
     allocations.fill()
+    over.touch()
     client("0")  # the reply to the free
     client("0")
     assert level.used == 4 * MIB

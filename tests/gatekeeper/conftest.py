@@ -71,7 +71,7 @@ class Keeper:
 
     def stop(self) -> int:
         self.process.terminate()
-        code = self.process.wait(5)
+        code = self.process.wait(30)
         shutil.rmtree(self.run, ignore_errors=True)
         return code
 

@@ -543,7 +543,7 @@ def test_a_folder_that_is_a_link_is_refused(start: Callable[..., Keeper], tmp_pa
     elsewhere.mkdir()
     (run / "shim").symlink_to(elsewhere)
     keeper = start(run=run)
-    assert (keeper.ready, keeper.process.wait(5)) == (False, 1)
+    assert (keeper.ready, keeper.process.wait(30)) == (False, 1)
     assert list(elsewhere.iterdir()) == []
     assert len(keeper.log.read_text().splitlines()) == 1
 
@@ -552,7 +552,7 @@ def test_a_folder_of_another_user_is_refused(start: Callable[..., Keeper], tmp_p
     (tmp_path / "shim").mkdir()
     os.chown(tmp_path / "shim", NOBODY, NOBODY)
     keeper = start(run=tmp_path)
-    assert (keeper.ready, keeper.process.wait(5)) == (False, 1)
+    assert (keeper.ready, keeper.process.wait(30)) == (False, 1)
     assert "another user" in keeper.log.read_text()
 
 
@@ -573,7 +573,7 @@ def test_a_successor_leaves_no_moment_without_a_listener(start: Callable[..., Ke
     watcher.start()
     for _ in range(3):
         first.process.terminate()
-        first.process.wait(5)
+        first.process.wait(30)
         first = start(run=first.run)
         assert first.ready
         assert in_cgroup(unmanaged, lambda run: bool(hello(run)), first.run)
@@ -590,7 +590,7 @@ def test_a_second_gatekeeper_prints_an_error_and_exits(
 ) -> None:
     command = [sys.executable, "-m", "fgpu_ebpf.gatekeeper", "--pins", pins, "--run-dir", keeper.run]
     root = Path(__file__).parents[2]
-    second = subprocess.run(command, capture_output=True, text=True, cwd=root, check=False, timeout=5)
+    second = subprocess.run(command, capture_output=True, text=True, cwd=root, check=False, timeout=60)
     assert (second.returncode, second.stdout) == (1, "")
     assert second.stderr.splitlines() == [
         f"fgpu gatekeeper: another gatekeeper runs and holds the lock {keeper.run}/gatekeeper.lock"
@@ -616,7 +616,7 @@ def test_a_gatekeeper_without_its_lock_file_prints_an_error_and_exits(
         successor = start(run=run)
         assert successor.ready
         socket_of_the_successor = (run / "shim" / "shim.sock").stat().st_ino
-        assert keeper.process.wait(3) == 1
+        assert keeper.process.wait(30) == 1
     said = [
         line for line in log.read_text().splitlines() if "listening" not in line and "opened the ledger" not in line
     ]
@@ -639,7 +639,7 @@ def test_the_gatekeeper_leaks_no_descriptor_while_the_ledger_is_partly_pinned(
         time.sleep(0.1)
         before = keeper.descriptors()
         time.sleep(0.3)
-        assert keeper.descriptors() == before
+        until(lambda: keeper.descriptors() <= before)  # it may have a file open for a moment
     finally:
         os.close(fd)
         shutil.rmtree(part)
@@ -669,7 +669,7 @@ def test_sigterm_ends_the_heartbeat_and_keeps_a_socket_that_refuses_connections(
         return [] if state == "Z" else [keeper.process.pid]
 
     assert in_cgroup(tenant(), outlive) == (True, True, True)
-    assert keeper.process.wait(5) == 0
+    assert keeper.process.wait(30) == 0
 
 
 @pytest.mark.timed

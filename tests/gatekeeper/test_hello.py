@@ -175,7 +175,7 @@ def test_undecided_processes_are_held_and_the_agent_is_notified(keeper: Keeper, 
     place = cgroup()
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as agent:
         agent.bind(str(keeper.run / "discover.sock"))
-        agent.settimeout(2)
+        agent.settimeout(20)
         child = Child(place, timed_hello, keeper.run)
         assert json.loads(agent.recv(100)) == {"tgid": child.pid, "others": []}
         time.sleep(0.2)

@@ -264,7 +264,7 @@ def test_a_reported_exit_before_the_hello_belongs_to_an_earlier_process() -> Non
         assert client.has_ended
         assert clients.get(process.pid) is client  # it keeps its pages until its pidfd reports the exit
         process.kill()
-        selector.select(5)[0][0].data()
+        selector.select(30)[0][0].data()
         assert parted == [client] * 3
         assert not len(clients)
 

@@ -120,7 +120,7 @@ def test_the_agent_receives_one_process_of_an_undecided_storm_at_a_time(keeper: 
 
     held, told = keeper.grows("hello_held", CROWD), []
     with listening(keeper, socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)) as agent:
-        agent.settimeout(1)
+        agent.settimeout(20)
         begun = time.monotonic()
         child = Child(cgroup(), crowd)
         told += [told_of(agent) for _ in range(4)]

@@ -17,6 +17,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.wait import Deadline
+
 ROOT = Path(__file__).resolve().parents[2]
 HERE = ROOT / "tests" / "sim"
 BUILD = Path(os.environ.get("FGPU_SIM_BUILD", ROOT / "build" / "sim"))
@@ -142,17 +144,17 @@ class Machine:
 
     def settles_at(self, used: int, within: float = 1.0) -> float:
         """Return the seconds until the device has `used` bytes in use. Fail after `within`."""
-        start = time.monotonic()
+        start, deadline = time.monotonic(), Deadline(within)
         while self.used() != used:
-            assert time.monotonic() - start < within, self.dump()
+            assert not deadline.is_over(), self.dump()
             time.sleep(0.005)
         return time.monotonic() - start
 
     def has_descriptors(self, n: int, within: float = 1.0) -> None:
         """Wait until the server has n descriptors. It may not have processed the end of the last client yet."""
-        start = time.monotonic()
+        deadline = Deadline(within)
         while self.descriptors() != n:
-            assert time.monotonic() - start < within, self.descriptors()
+            assert not deadline.is_over(), self.descriptors()
             time.sleep(0.005)
 
     def descriptors(self) -> int:
@@ -170,7 +172,7 @@ class Machine:
     def stop(self) -> int:
         if self.server.poll() is None:
             self.server.send_signal(signal.SIGTERM)
-        self.server.communicate(timeout=10)
+        self.server.communicate(timeout=30)
         return self.server.returncode
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
+from tests.support.wait import eventually
 
 from .conftest import MIB, Machine, say
 
@@ -231,10 +232,7 @@ need("cuGraphLaunch", exec_, s); say("up"); wait(); {end}
         client.stdout.readline()
         assert machine.process(client.pid)["graph_bytes"] == 128 * MIB
         say(client)
-        start = time.monotonic()
-        while any(p["bytes"] for p in machine.dump()["processes"]):
-            assert time.monotonic() - start < 1
-            time.sleep(0.005)
+        eventually(lambda: not any(p["bytes"] for p in machine.dump()["processes"]), 1)
         client.kill()
 
 

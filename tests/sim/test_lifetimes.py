@@ -192,7 +192,7 @@ def test_a_new_namespace_lists_no_process_of_a_removed_one(machine: Machine) -> 
     """The kernel reuses inodes of pid namespaces, except those of processes that the driver still lists."""
     pytest.importorskip("pynvml")
     prefix = ["unshare", "--pid", "--fork", "--kill-child", "--mount-proc"]
-    machine.run(machine.tools / "fgpu-simd", "--fault", "slow-end:3s")
+    machine.run(machine.tools / "fgpu-simd", "--fault", "slow-end:9s")
     with machine.spawn("start(); say('holding'); wait()", prefix=prefix) as client:
         assert hear(client) == "holding"
         (pid,) = compute_rows(machine)
@@ -202,4 +202,4 @@ def test_a_new_namespace_lists_no_process_of_a_removed_one(machine: Machine) -> 
         words = [*prefix, sys.executable, "-c", CLIENT + NAMESPACE + "say(rows())"]
         assert machine.run(*words).stdout == "[]\n"
     assert compute_rows(machine) == {pid: CONTEXT}
-    machine.settles_at(0, 4)
+    machine.settles_at(0, 10)

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from tests.sim.server_kit import ATTACH, BLOCK, CLOSE, CONTEXT, DEVICE, GIVE, HELLO, MEMORY, REQUEST, TAKE, request
+from tests.support.wait import eventually
 
 SHARE, OPEN, EXPORT, IMPORT, DROP, FAULT = range(10, 16)
 RESIDENT = 22
@@ -39,6 +40,9 @@ class Server:
         sock.connect(str(self.directory / "driver"))
         sock.settimeout(5)
         return sock
+
+    def descriptors(self) -> int:
+        return len(os.listdir(f"/proc/{self.process.pid}/fd"))
 
     def stop(self, how: signal.Signals = signal.SIGTERM) -> tuple[int, str]:
         self.process.send_signal(how)
@@ -155,8 +159,7 @@ def test_a_client_that_frees_more_than_it_holds_is_disconnected(server: Server, 
         assert ask(sock, request(TAKE, kind=CONTEXT, context=1)) == (0, 0)
         assert ask(sock, request(TAKE, kind=BLOCK, context=1, size=1009, asked=1009)) == (0, 0)
         assert ask(sock, request(GIVE, kind=BLOCK, context=1, size=1009 + excess[0], asked=1009 + excess[1])) == (-1, 0)
-    time.sleep(0.15)
-    assert used(server) == 0
+    eventually(lambda: used(server) == 0)
 
 
 LIES = {
@@ -208,8 +211,7 @@ def test_shared_memory_cannot_be_freed_as_private_memory(server: Server) -> None
         assert share(sock, 10)[0] == 3
         assert ask(sock, request(GIVE, kind=BLOCK, context=1, size=9)) == (0, 0)
         assert ask(sock, request(GIVE, kind=BLOCK, context=1, size=1)) == (-1, 0)
-    time.sleep(0.15)
-    assert used(server) == 0
+    eventually(lambda: used(server) == 0)
 
 
 def test_only_its_holders_can_drop_a_share(server: Server) -> None:
@@ -222,11 +224,9 @@ def test_only_its_holders_can_drop_a_share(server: Server) -> None:
         assert ask(other, request(OPEN, context=low, asked=high))[0] == 0
         assert ask(sock, request(DROP, context=low, asked=high)) == (0, 0)
         assert ask(sock, request(DROP, context=low, asked=high)) == (-1, 0)
-        time.sleep(0.15)
-        assert used(server) < before
+        eventually(lambda: used(server) < before)
         assert used(server) >= 1009
-    time.sleep(0.15)
-    assert used(server) == 0
+    eventually(lambda: used(server) == 0)
 
 
 def test_the_number_of_shares_is_bounded(server: Server) -> None:
@@ -234,9 +234,8 @@ def test_the_number_of_shares_is_bounded(server: Server) -> None:
         assert ask(sock, request(TAKE, kind=CONTEXT, context=1)) == (0, 0)
         assert ask(sock, request(TAKE, kind=BLOCK, context=1, size=4096)) == (0, 0)
         assert [share(sock, 1)[0] for _ in range(1030)] == [0] * 1024 + [1] * 6
-    time.sleep(0.15)
-    assert used(server) == 0
-    assert len(os.listdir(f"/proc/{server.process.pid}/fd")) < 12
+    eventually(lambda: used(server) == 0)
+    eventually(lambda: server.descriptors() < 12)
 
 
 @pytest.mark.timed
@@ -295,7 +294,7 @@ def test_the_number_of_connections_is_bounded(server: Server) -> None:
         for sock in socks:
             sock.close()
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-    time.sleep(0.05)
+    eventually(lambda: server.descriptors() < 12)
     with server.connect() as sock:
         assert ask(sock, request(HELLO)) == (0, 1)
 
@@ -329,8 +328,8 @@ def test_the_number_of_connections_of_ended_processes_is_bounded(server: Server)
         for sock in kept:
             sock.close()
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-    time.sleep(0.2)
-    assert used(server) == 0
+    eventually(lambda: server.descriptors() < 12)
+    eventually(lambda: used(server) == 0)
     with server.connect() as sock:
         assert ask(sock, request(HELLO)) == (0, 1)
 
@@ -348,8 +347,7 @@ def test_the_server_leaks_nothing(tools: Path, tmp_path: Path) -> None:
             assert ask(sock, request(CLOSE, context=5)) == (0, 0)
             if turn % 2:
                 ask(sock, b"rubbish")
-    time.sleep(0.3)
-    assert used(server) == 0
+    eventually(lambda: used(server) == 0)
     with server.connect() as sock:
         assert ask(sock, request(TAKE, kind=CONTEXT, context=1)) == (0, 0)
         code, errors = server.stop()
@@ -369,7 +367,4 @@ def test_false_reports_of_managed_memory_are_refused(server: Server) -> None:
         assert ask(sock, request(RESIDENT, size=200 * mib)) == (0, 0)
         assert ask(sock, request(RESIDENT, device=99, size=mib)) == (2, 0)
         assert used(server) == 2 * chunk
-    deadline = time.monotonic() + 1
-    while used(server):
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
+    eventually(lambda: used(server) == 0)

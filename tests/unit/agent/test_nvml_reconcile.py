@@ -24,6 +24,7 @@ from fgpu_ebpf.agent.orphan_release import CONTEXT_REST_BYTES, DEVICE_REST_BYTES
 from fgpu_ebpf.driver import device_sample
 from fgpu_ebpf.ledger.orphans import Orphan
 from fgpu_ebpf.ledger.process_entry import Process
+from tests.support.wait import eventually
 
 MIB = 1 << 20
 LEADERLESS = """
@@ -605,9 +606,7 @@ def test_a_failed_comparison_reports_its_reason_and_refreshes_nothing():
 
     one = reconciler(Books(process(0)), fails)
     one.start()
-    deadline = time.monotonic() + 5
-    while not one.truth.failure and time.monotonic() < deadline:
-        time.sleep(0.01)
+    eventually(lambda: one.truth.failure)
     one.stop()
     assert one.truth.failure == "RuntimeError: the ledger cannot be read"
     assert not one.truth.answered

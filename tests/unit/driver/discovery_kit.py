@@ -13,6 +13,7 @@ from fgpu_ebpf.driver.library_class import Role, Stamp
 from fgpu_ebpf.driver.library_files import Target
 from fgpu_ebpf.driver.probe_plan import Plan
 from fgpu_ebpf.linux.procmaps import File
+from tests.support.wait import Deadline
 
 
 class Stage:
@@ -57,9 +58,9 @@ class Stage:
 
 def settled(looks: Discovery, true: Callable[[], object], seconds: float = 10.0) -> None:
     """Apply the workers' results until `true` returns a true value, within `seconds`."""
-    end = time.monotonic() + seconds
+    deadline = Deadline(seconds)
     while not true():
-        assert time.monotonic() < end, f"not within {seconds} s"
+        assert not deadline.is_over(), f"not within {seconds} s"
         time.sleep(0.005)
         looks.take()
 

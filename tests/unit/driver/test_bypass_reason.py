@@ -50,7 +50,7 @@ def reason_of() -> Iterator[Any]:
 
     yield start
     for process in started:
-        process.communicate(b"\n", timeout=5)
+        process.communicate(b"\n", timeout=30)
 
 
 @pytest.mark.parametrize("flags", [["-static"], ["-static-pie"]])
@@ -117,7 +117,7 @@ def test_another_loader_is_named_and_cannot_forge_a_line(program: Any, tmp_path:
         assert reasons.of(process.pid, 1) is Reason.OTHER_LOADER
         assert reasons.loader(process.pid, 1) == loader_of(process.pid) == ascii(f"{str(loader)[:160]}...")
         assert "\n" not in loader_of(process.pid)
-        process.communicate(b"\n", timeout=5)
+        process.communicate(b"\n", timeout=30)
 
 
 EXIT_32_BIT = """
@@ -159,7 +159,7 @@ def test_an_unknown_shim_has_the_reason_foreign_and_a_hidden_process_the_reason_
         assert reasons.of(process.pid, 1) is Reason.UNUSED
         hidden.add(process.pid)
         assert reasons.of(process.pid, 1) is Reason.HIDDEN, "the hidden state was not detected"
-        process.communicate(b"\n", timeout=5)
+        process.communicate(b"\n", timeout=30)
 
 
 def test_an_ended_process_has_no_reason() -> None:
@@ -186,7 +186,7 @@ def test_a_reason_is_looked_up_once_for_each_process(program: Any) -> None:
         assert reasons.of(process.pid, 1) is Reason.STATIC, "the reason of an ended process was kept"
         reasons.forget_ended({})
         assert not reasons._found
-        process.communicate(b"\n", timeout=5)
+        process.communicate(b"\n", timeout=30)
     ended.wait()
     assert reasons.of(ended.pid, 1) is None
     assert not reasons._found, "an unknown reason was kept"

@@ -283,7 +283,7 @@ def test_long_jobs_in_all_threads_but_one_do_not_delay_the_next_job() -> None:
     for n in range(libraries.THREADS - 1):
         looks._libraries.work(f"/{n}", long)
     looks._libraries.work("/other", short)
-    assert done.wait(2)
+    assert done.wait(10)
     let_go.set()
 
 
@@ -297,6 +297,7 @@ def test_a_cgroup_that_has_used_its_time_waits_until_the_used_time_is_reduced(
     looks._libraries._budget.charge("/greedy", file_budget.BURST_NS + file_budget.REFILL_NS // 2)
     for pid in pids:
         looks.look_at(pid)
+    settled(looks, lambda: stage.attached)
     quiet(looks)
     assert stage.attached == [str(tmp_path / "libcuda.so.1")]
     looks.keep()
@@ -315,7 +316,7 @@ def test_the_queue_of_a_cgroup_has_a_bound(cgroups: dict[int, str]) -> None:
         return lambda: None
 
     looks._libraries.work("/a", hang)
-    assert began.wait(5)
+    assert began.wait(10)
     queued = sum(looks._ask(pid) for pid in cgroups)
     assert 0 < queued <= libraries.MOST_JOBS
     assert looks._ask(next(iter(cgroups))) is False

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import errno
 import os
-import time
 from pathlib import Path
 
 import pytest
 
 from fgpu_ebpf.driver import links
 from fgpu_ebpf.linux import bpf
+from tests.support.wait import eventually
 
 
 @pytest.fixture
@@ -64,7 +64,4 @@ def test_the_removal_of_a_missing_link_is_no_error(tmp_path: Path) -> None:
 def test_a_released_link_is_closed(count: int) -> None:
     made = opened(count)
     links.close(made)
-    deadline = time.monotonic() + 5
-    while any(map(is_open, made)):
-        assert time.monotonic() < deadline
-        time.sleep(0.001)
+    eventually(lambda: not any(map(is_open, made)))

@@ -17,6 +17,7 @@ from fgpu_ebpf.driver.process_scan import HostScan, Scanned
 from fgpu_ebpf.linux import procfs
 from fgpu_ebpf.linux.mapped_files import MappedFile
 from fgpu_ebpf.linux.worker_threads import Workers
+from tests.support.wait import Deadline
 
 HOSTILE, HONEST = "/user/hostile", "/honest"
 ONE = MappedFile("/lib/libcuda.so.1", 1, 2)
@@ -47,11 +48,11 @@ class World:
     def begin(self) -> None:
         self.scan.begin(self.ended.append)
 
-    def until(self, true: Callable[[], object], seconds: float = 5) -> None:
+    def until(self, true: Callable[[], object], seconds: float = 10) -> None:
         """Apply the threads' results until `true` returns a true value, within `seconds`."""
-        end = time.monotonic() + seconds
+        deadline = Deadline(seconds)
         while not true():
-            assert time.monotonic() < end, f"not within {seconds} s"
+            assert not deadline.is_over(), f"not within {seconds} s"
             time.sleep(0.002)
             self.workers.go()
             for done in self.workers.take():

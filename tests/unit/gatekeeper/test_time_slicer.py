@@ -130,11 +130,12 @@ def world():
 
 
 def test_a_gate_without_a_share_is_open_and_the_slicer_only_polls_shares(world):
-    it = world(t7=Share())
+    it, begun = world(t7=Share()), time.monotonic()
     program = it.greet(1, 8, start=False)
     assert program.word() == Gate.OPEN
     it.run(1.0)
-    assert it.turns <= 11 + 1  # for the poll of shares
+    turns = it.turns
+    assert turns <= 10 * (time.monotonic() - begun) + 2  # for the poll of shares
 
 
 def test_a_slicer_that_is_notified_of_shares_does_not_poll(world):
@@ -146,9 +147,10 @@ def test_a_slicer_that_is_notified_of_shares_does_not_poll(world):
     it.slicer.ledger.given, it.slicer.ledger.version = {(8, 0): Share(limit_millionths=500_000)}, 2
     it.slicer.shares_changed()
     it.until(lambda: all(p.word() & Gate.GATED for p in programs))
-    turns = it.turns
+    before, begun = it.turns, time.monotonic()
     it.run(1.0)
-    assert it.turns - turns <= 3 + 2  # for the publication of counts
+    turns = it.turns - before
+    assert turns <= 2 * (time.monotonic() - begun) + 3  # for the publication of counts
     it.slicer.ledger.given, it.slicer.ledger.version = {}, 3
     late = it.greet(3, 8, start=False)  # the slicer has no entry of this program yet
     it.until(lambda: all(p.word() == Gate.OPEN for p in (*programs, late)))
@@ -165,13 +167,11 @@ def test_continuously_changing_shares_are_read_at_intervals(world):
         ledger.given, ledger.version = {**ledger.given, (100 + number, 0): Share()}, ledger.version + 1
         it.slicer.shares_changed()
         time.sleep(0.002)
-    most = 2 + (time.monotonic() - begun) / 0.1
     ledger.given, ledger.version = {}, ledger.version + 1
     it.slicer.shares_changed()
-    begun = time.monotonic()
-    it.until(lambda: len(it.slicer._shares) == 0)
-    assert time.monotonic() - begun < 0.2
-    assert 1 < len(reads) <= most + 1
+    it.until(lambda: len(it.slicer._shares) == 0, 0.2)
+    number = len(reads)
+    assert 1 < number <= 3 + (time.monotonic() - begun) / 0.1
     assert program.word() == Gate.OPEN
 
 
@@ -219,7 +219,8 @@ def test_nvml_s_figures_are_the_least_charge_of_a_tenant_with_a_ceiling(world):
     told, ran = it.slicer.ledger.told, it.slicer.ledger.ran
     it.until(lambda: (7, 0) in told)
     ran[7, 0] = 0
-    it.run(0.6)  # until the next publication
+    read, it.slicer.ledger.ran_ns = [], lambda *of: read.append(of) or ran.get(of)
+    it.until(lambda: len(read) > 1)  # a publication with the first figure has ended
     before, ran[7, 0] = told[7, 0].owned_ns, 60 * 10**9
     it.until(lambda: told[7, 0].owned_ns - before > 50 * 10**9)
 
@@ -231,14 +232,16 @@ def test_tenants_own_the_device_one_at_a_time(world):
     both, turns = [], set()
 
     def look():
-        both.append(all(p.is_open() for p in programs))
-        turns.update(p.word() >> 2 for p in programs)
+        words = [p.word() for p in programs]
+        if words == [p.word() for p in programs]:  # no turn has ended meanwhile
+            both.append(all(word & Gate.OPEN for word in words))
+            turns.update(word >> 2 for word in words)
 
     it.run(1.0, look)
+    it.until(lambda: look() or len(turns) > 10)
     assert not any(both)
-    assert len(turns) > 10
     counts = it.slicer.ledger.told
-    assert {key: count.waits > 3 for key, count in counts.items()} == {(7, 0): True, (8, 0): True}
+    it.until(lambda: {key: count.waits > 3 for key, count in list(counts.items())} == {(7, 0): True, (8, 0): True})
     assert counts[7, 0].entitled_millionths == pytest.approx(500_000, abs=1)
 
 
@@ -250,9 +253,7 @@ def test_another_tenant_continues_when_an_owner_ends(world):
     owner.ended.set()
     owner.thread.join()
     it.slicer.remove(owner.client)
-    began = time.monotonic()
-    it.until(other.is_open)
-    assert time.monotonic() - began < 0.1
+    it.until(other.is_open, 0.3)  # far less than a quantum
 
 
 def test_an_exit_with_work_in_flight_is_reported_to_the_turns(world):
@@ -348,9 +349,7 @@ def test_removing_a_share_opens_the_gates_of_running_programs(world):
     program = it.greet(1, 7)
     it.until(lambda: program.word() & Gate.GATED)
     it.slicer.ledger.given, it.slicer.ledger.version = {}, 2
-    began = time.monotonic()
-    it.until(lambda: program.word() == Gate.OPEN)
-    assert time.monotonic() - began < 0.2
+    it.until(lambda: program.word() == Gate.OPEN, 0.2)
 
 
 def test_the_end_of_the_slicer_opens_every_gate(world):
@@ -365,8 +364,7 @@ def test_a_ledger_that_cannot_be_read_is_read_again(world):
     programs = [it.greet(1, 7), it.greet(2, 8)]
     it.until(lambda: all(p.word() & Gate.GATED for p in programs))
     epoch, it.slicer.ledger.epoch = it.slicer.ledger.epoch, lambda: os.stat("/nowhere")
-    it.run(0.3)
-    assert it.slicer.counts()["errors"] > 0
+    it.until(lambda: it.slicer.counts()["errors"] > 0)
     it.slicer.ledger.epoch = epoch
     word = programs[0].word()
     it.until(lambda: programs[0].word() >> 2 > (word >> 2) + 2)
@@ -429,8 +427,8 @@ def test_an_ignored_word_wakes_no_thread():
     def wakes(place):
         waiter = threading.Thread(target=futexes.wait, args=(time.monotonic_ns() + 10 * 10**9,), daemon=True)
         waiter.start()
-        end = time.monotonic() + 0.3
-        while waiter.is_alive() and time.monotonic() < end:
+        deadline = Deadline(0.3)
+        while waiter.is_alive() and not deadline.is_over():
             futex.wake(addresses[place])
             time.sleep(0.001)
         woken = not waiter.is_alive()

@@ -5,13 +5,13 @@ from __future__ import annotations
 import fcntl
 import os
 import subprocess
-import threading
-import time
 from pathlib import Path
 
 import pytest
 
+from fgpu_ebpf.linux import file_locks
 from fgpu_ebpf.linux.file_locks import FileLock, holder, is_locked
+from tests.support.wait import Deadline
 from tests.unit.root_kit import needs_root
 
 
@@ -20,20 +20,23 @@ def path(tmp_path: Path) -> Path:
     return tmp_path / "run/fgpu.lock"
 
 
-def test_a_short_shared_lock_of_a_check_does_not_prevent_the_lock_from_being_taken(path: Path) -> None:
+def test_a_short_shared_lock_of_a_check_does_not_prevent_the_lock_from_being_taken(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path.parent.mkdir()
     path.touch()
     with open(path, "rb") as looking:
         fcntl.flock(looking, fcntl.LOCK_SH)
-        threading.Timer(0.03, lambda: fcntl.flock(looking, fcntl.LOCK_UN)).start()
+        waits = iter([lambda: None, lambda: fcntl.flock(looking, fcntl.LOCK_UN)])  # the check ends in the second wait
+        monkeypatch.setattr(file_locks.time, "sleep", lambda _: next(waits)())
         assert FileLock(path).take(), "a short check was taken for a holder"
 
 
 def test_a_second_lock_on_the_same_file_is_refused_within_2_s(path: Path) -> None:
-    first, begun = FileLock(path), time.monotonic()
+    first, deadline = FileLock(path), Deadline(2)
     assert first.take()
     assert not FileLock(path).take()
-    assert time.monotonic() - begun < 2
+    assert not deadline.is_over()
     assert (is_locked(path), holder(path)) == (True, os.getpid())
 
 

@@ -105,9 +105,9 @@ def test_policies_keep_their_order_and_their_lines():
 
 @pytest.mark.parametrize("name", BOMBS)
 def test_each_harmful_file_is_refused_within_a_second(name):
-    begun = time.perf_counter()
+    begun = time.process_time()
     assert first_error(BOMBS[name][:MIB])
-    assert time.perf_counter() - begun < 1.0  # `./dev bench policy` has the figures; the limit there is 0.1 s
+    assert time.process_time() - begun < 1.0  # `./dev bench policy` has the figures; the limit there is 0.1 s
 
 
 @st.composite

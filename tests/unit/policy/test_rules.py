@@ -341,6 +341,6 @@ def test_no_label_of_any_value_exceeds_the_policy_s_maximum(document, found, gpu
 def test_a_thousand_workloads_are_compared_with_a_hundred_policies_in_five_seconds():
     whole = policies(*[f"{{selector: {{cgroup: ['a/**/b{n}', 'c/*{n}*/d'], image: 'x*y*z{n}'}}}}" for n in range(100)])
     found = [workload(f"/c/x{n % 100}x/d", image="xyzabc") for n in range(1000)]
-    begun = time.perf_counter()
+    begun = time.process_time()
     assert all(len(whole.resolve(one, [H200]).tried) == 100 for one in found)
-    assert time.perf_counter() - begun < 5.0  # it takes 0.2 s; the bound detects an algorithm of a higher order
+    assert time.process_time() - begun < 5.0  # it takes 0.2 s; the bound detects an algorithm of a higher order

@@ -7,7 +7,6 @@ import json
 import os
 import socketserver
 import threading
-import time
 from collections.abc import Callable, Iterator
 from concurrent import futures
 from http.server import BaseHTTPRequestHandler
@@ -19,6 +18,7 @@ from fgpu_ebpf.workloads import cri_messages
 from fgpu_ebpf.workloads.cgroup_names import Engine
 from fgpu_ebpf.workloads.engine_labels import Engines
 from fgpu_ebpf.workloads.workload import Subject, Workload
+from tests.support.wait import eventually
 
 ID = "4f1d" * 16
 OTHER = "beef" * 16
@@ -40,15 +40,6 @@ def subject(id_: str = ID, engine: Engine = Engine.DOCKER, is_pod: bool = False)
 def workload(about: Subject | None = None, path: str = PATH, **more: Any) -> Workload:
     about = about or subject()
     return Workload(7, path, "w", container=None if about.is_pod else about.id, subject=about, **more)
-
-
-def eventually(what: Callable[[], Any], seconds: float = 5.0) -> Any:
-    """Return the first true value that `what` returns within `seconds`."""
-    until = time.monotonic() + seconds
-    while not (found := what()):
-        assert time.monotonic() < until, f"not within {seconds} s"
-        time.sleep(0.005)
-    return found
 
 
 def asked(engines: Engines, about: Workload, seconds: float = 5.0) -> Workload:
@@ -219,6 +210,6 @@ def running(*apis: Any, file: Path | None = None) -> Iterator[Engines]:
         engines.stop()
         for thread in set(threading.enumerate()) - before:
             if thread.name.startswith("engine "):
-                thread.join(5)
+                thread.join(30)
                 assert not thread.is_alive()
         os.close(engines.fileno())

@@ -19,7 +19,8 @@ from fgpu_ebpf.workloads.cgroup_names import Engine
 from fgpu_ebpf.workloads.cri import CriApi
 from fgpu_ebpf.workloads.engine_answers import AnswerError
 from fgpu_ebpf.workloads.workload import Names
-from tests.unit.workloads.labels_kit import ID, IMAGE, OTHER, UID, Cri, asked, eventually, running, subject, workload
+from tests.support.wait import eventually
+from tests.unit.workloads.labels_kit import ID, IMAGE, OTHER, UID, Cri, asked, running, subject, workload
 
 CONTAINERD = subject(engine=Engine.CONTAINERD)
 POD = subject(UID, Engine.CRI, is_pod=True)

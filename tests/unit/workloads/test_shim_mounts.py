@@ -63,7 +63,7 @@ def program(host: Path) -> Iterator[Callable[[str], int]]:
 
     yield start
     for process in started:
-        process.communicate(timeout=5)
+        process.communicate(timeout=30)
 
 
 @pytest.mark.parametrize(
@@ -109,7 +109,7 @@ def test_one_process_of_each_namespace_is_examined(program: Callable[[str], int]
     with subprocess.Popen(["nsenter", f"--target={one}", "--user", "--mount", "cat"], stdin=-1) as beside:
         eventually(lambda: Path(f"/proc/{beside.pid}/comm").read_text() == "cat\n", 5, "another program there")
         assert list(one_of_each_namespace([one, beside.pid, other, one])) == [one, other]
-        beside.communicate(timeout=5)
+        beside.communicate(timeout=30)
 
 
 @as_root
@@ -119,7 +119,7 @@ def test_another_process_of_a_namespace_follows_one_that_has_exited(program: Cal
         eventually(lambda: Path(f"/proc/{beside.pid}/comm").read_text() == "cat\n", 5, "another program there")
         found = one_of_each_namespace([beside.pid, one])
         assert next(found) == beside.pid
-        beside.communicate(timeout=5)
+        beside.communicate(timeout=30)
         assert list(found) == [one]
 
 
