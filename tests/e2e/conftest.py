@@ -101,7 +101,7 @@ def columns(feature_places: tuple[Cgroups, Docker]) -> dict[str, Held]:
 
 def order(fault: str) -> None:
     """Set the faults of the simulated driver, which apply immediately."""
-    subprocess.run([SIM / "fgpu-simd", "--fault", fault], check=True, timeout=10)
+    subprocess.run([SIM / "fgpu-simd", "--fault", fault], check=True, timeout=30)
 
 
 @pytest.fixture

@@ -34,7 +34,8 @@ def test_charges_stay_and_the_limit_holds_while_nvml_fails(
         assert one.memory()["used_bytes"] == CONTEXT + 150 * MIB
         assert client.do(f"alloc {51 * MIB}") == REFUSED
         time.sleep(0.1)
-    assert one.memory()["drift_bytes"] is None or "stall" in kind, "the drift is shown although NVML does not answer"
+    unknown = "the drift is not shown while NVML does not answer"
+    eventually(lambda: one.memory()["drift_bytes"] is None or "stall" in kind, 2, unknown)
     client.ok(f"alloc {40 * MIB}")
     assert client.do(f"alloc {20 * MIB}") == REFUSED
     client.ok(f"free {kept}")
@@ -71,7 +72,7 @@ def test_metrics_show_the_age_of_nvml_s_last_answer_and_no_drift_while_nvml_stal
     key = "fgpu_reconcile_age_seconds", frozenset({("gpu", "0")})
     eventually(lambda: metrics(metrics_page())[key] < 3, 3, "an answer of NVML that is less than 3 s old")
     assert "ok    reconcile" in fgpu("doctor", "--driver-root", SIM, check=False).stdout
-    fault("nvml-stall:9s")
+    fault("nvml-stall:60s")
     drift = "fgpu_memory_drift_bytes", frozenset({("tenant", one.name), ("gpu", "0")})
     eventually(lambda: metrics(metrics_page())[key] > 5.2, 8, "the age of NVML's last answer")
     eventually(lambda: drift not in metrics(metrics_page()), 2, "no drift without a measurement")

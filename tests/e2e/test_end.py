@@ -36,11 +36,9 @@ def bystander(one: Tenant) -> Client:
     return client
 
 
-def released_in(bystander: Client, free: int) -> float:
-    """Return the seconds until this many bytes are free again."""
-    begun = time.monotonic()
-    eventually(lambda: bystander.ok("info")[0] == free, 5, f"{free} bytes free")
-    return time.monotonic() - begun
+def assert_released(bystander: Client, free: int) -> None:
+    """Check that this many bytes are free again within a second."""
+    eventually(lambda: bystander.ok("info")[0] == free, 1, f"{free} bytes free")
 
 
 def breed(one: Tenant, count: int) -> tuple[Client, list[int]]:
@@ -78,7 +76,8 @@ def test_memory_of_killed_processes_is_free_within_a_second(tenant, scale) -> No
         for one in tenants:
             assert one.assert_exact() == CONTEXT + each * (CONTEXT + HELD)
         kill_all(pids)
-        assert max(released_in(watcher, free) for watcher in watchers) < 1
+        for watcher in watchers:
+            assert_released(watcher, free)
         for parent, _ in broods:
             assert parent.ok("reap") == [each]
         killed |= set(pids)
@@ -103,7 +102,7 @@ def test_a_process_killed_in_a_call_or_an_admission_leaves_no_memory_charged(ten
         seen = one.memory()["witnessed_bytes"]
         eventually(lambda seen=seen: one.memory()["witnessed_bytes"] > seen + 800 * MIB, 10, "allocations")  # type: ignore[misc]
         kill_all(pids)
-        assert released_in(watcher, free) < 1
+        assert_released(watcher, free)
         assert parent.ok("reap") == [8]
         parent.close()
         eventually(lambda parent=parent: parent.pid not in one.pids(), 5, "the exit of the parent")  # type: ignore[misc]
@@ -119,7 +118,7 @@ def test_zombies_hold_no_memory(tenant) -> None:
     free = watcher.ok("info")[0]
     parent, pids = breed(one, 8)
     kill_all(pids)
-    assert released_in(watcher, free) < 1  # their parent has not reaped them yet
+    assert_released(watcher, free)  # their parent has not reaped them yet
     assert not set(pids) & ledger_pids()
     assert parent.ok("reap") == [8]
     assert one.assert_exact() == CONTEXT
@@ -158,13 +157,13 @@ def test_a_process_that_takes_long_to_end_is_not_adopted(tenant, fault) -> None:
     client.ok("context")
     client.ok("thread")  # another thread continues without the first one
     assert one.assert_exact() == CONTEXT
-    fault("slow-end:3s")
+    fault("slow-end:4s")
     with held_up(client.pid):
         eventually(lambda: one.memory()["orphaned_bytes"] == CONTEXT, 1, "orphaned memory")
         steadily(lambda: one.memory()["used_bytes"] == CONTEXT, 1.6, 1.7, "the charge over three readings of NVML")
         assert client.pid in {entry["pid"] for entry in driver_books()}
         assert one.view()["processes"] == []
-    eventually(lambda: client.pid not in {entry["pid"] for entry in driver_books()}, 5, "memory freed by the driver")
+    eventually(lambda: client.pid not in {entry["pid"] for entry in driver_books()}, 10, "memory freed by the driver")
     eventually(lambda: one.memory()["used_bytes"] == 0, 1, "the release of the memory")
     assert [event for event in events("adopted") if event["pid"] == client.pid] == []
 
@@ -179,9 +178,9 @@ def test_a_request_waits_while_the_end_of_a_process_is_under_way(tenant, fault) 
     fault("slow-end:2s")
     with held_up(client.pid):
         eventually(lambda: one.memory()["orphaned_bytes"] == CONTEXT, 1, "orphaned memory")
-        begun = time.monotonic()
         other.ok(f"alloc {CONTEXT}")
-        assert time.monotonic() - begun > 1, "the request was admitted before the driver had freed the memory"
+        holders = {entry["pid"] for entry in driver_books()}
+        assert client.pid not in holders, "the request was admitted before the driver had freed the memory"
 
 
 @pytest.mark.timed
@@ -196,10 +195,11 @@ def test_memory_of_a_killed_container_is_released_within_a_second(tenant) -> Non
     everything = one.pids()
     init = min(everything)
     os.kill(init, signal.SIGKILL)
-    begun = time.monotonic()
-    eventually(lambda: not set(everything) & {p["pid"] for p in driver_books()}, 1, "an empty driver")
-    eventually(lambda: one.memory()["used_bytes"] == 0, 1, "an empty ledger")
-    assert time.monotonic() - begun < 1
+
+    def is_empty() -> bool:
+        return not set(everything) & {p["pid"] for p in driver_books()} and one.memory()["used_bytes"] == 0
+
+    eventually(is_empty, 1, "an empty driver and an empty ledger")
     assert not set(everything) & ledger_pids()
     watcher.ok(f"alloc {100 * MIB}")
 
@@ -289,7 +289,7 @@ def test_fgpu_run_forwards_sigterm_and_returns_the_program_s_exit_code(unharmed,
         stack.callback(run.kill)
         eventually(lambda: told.exists() and "up" in told.read_text(), 10, "the program")
         run.terminate()
-        assert run.wait(5) == 3
+        assert run.wait(30) == 3
     assert told.read_text() == "term\n"
 
 

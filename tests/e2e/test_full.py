@@ -21,7 +21,7 @@ from tests.support.wait import eventually
 
 LIMIT = 3 * CONTEXT + 40 * MIB
 STEP = 2 * MIB
-QUICK_SECONDS = 5.0  # for actions that take a twentieth of that; a program that waits for a reader waits for ever
+QUICK_SECONDS = 20.0  # for actions that take a hundredth of that; a program that waits for a reader waits for ever
 
 
 def brimful() -> tuple[int, int]:

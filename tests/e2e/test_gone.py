@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import os
 import struct
 import subprocess
@@ -117,10 +118,19 @@ def descriptors(service: Service) -> dict[str, int]:
     return {name: len(list(Path(f"/proc/{pid}/fd").iterdir())) for name, pid in pids.items()}
 
 
+def is_kept(path: Path) -> bool:
+    """Return whether this is a file that no other file is about to be replaced by."""
+    return path.is_file() and not (path.name.startswith(".") and path.name.endswith(".new"))
+
+
 def written(service: Service) -> dict[Path, str]:
     """Return the files that the agent keeps about containers, and those that engines read."""
-    paths = [path for folder in (RUN_DIR, service.cdi) for path in folder.rglob("*") if path.is_file()]
-    return {path: path.read_text(errors="replace") for path in paths}
+    paths = [path for folder in (RUN_DIR, service.cdi) for path in folder.rglob("*") if is_kept(path)]
+    found = {}
+    for path in paths:
+        with contextlib.suppress(FileNotFoundError):  # renamed since, to the name of the file that it replaces
+            found[path] = path.read_text(errors="replace")
+    return found
 
 
 @pytest.mark.timeout(3600)

@@ -59,6 +59,12 @@ def becomes(one: Tenant, policy: str, limit: int, seconds: float = 5) -> None:
     one.assert_enforced()
 
 
+def saved() -> str:
+    """Return the agent's file of known labels."""
+    file = RUN_DIR / "engines.json"
+    return file.read_text() if file.exists() else ""
+
+
 def full_by_label(docker: Docker, service: Service) -> tuple[Tenant, Client]:
     """Return a container at the limit of its label. Its engine has been stalled and the agent has been killed."""
     one = docker.container({"tier": "notebook"})
@@ -66,7 +72,7 @@ def full_by_label(docker: Docker, service: Service) -> tuple[Tenant, Client]:
     becomes(one, "notebooks", 3 * GIB)
     client = one.client()
     client.ok(f"fill {2 * MIB} 0")
-    time.sleep(1.5)  # the agent saves known labels once a second
+    eventually(lambda: os.path.basename(one.path) in saved(), 10, "its labels in the agent's file")
     docker.socket.stall()
     service.kill_agent()
     return one, client

@@ -119,7 +119,7 @@ class Watch:
         """Start no more programs."""
         self._ended.set()
         for thread in self._threads:
-            thread.join(30)
+            thread.join(120)
             assert not thread.is_alive()
 
 

@@ -72,7 +72,7 @@ class Life(Program):
 
     def end(self) -> int:
         """Return the number of operations since begin()."""
-        word, done, refused, contexts = self.receive(60).split()
+        word, done, refused, contexts = self.receive(150).split()
         assert word == "ok"
         self.busy = False
         self.refused, self.contexts = int(refused), int(contexts)

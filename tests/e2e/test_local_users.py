@@ -42,6 +42,7 @@ def crowd(tmp_path: Path) -> Iterator[None]:
             process.kill()
 
 
+@pytest.mark.timed
 @pytest.mark.places("host")
 def test_processes_with_many_mappings_delay_no_tenant(agent: Service, tenant, crowd: None, scale) -> None:
     """T46: the agent examines all processes of the host at its start and every half minute."""

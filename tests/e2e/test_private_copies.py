@@ -77,9 +77,9 @@ def test_a_private_copy_is_named_within_a_second_and_witnessed_afterwards(tenant
              ("unwitnessed", "no_admission", "no_shim")]  # fmt: skip
     eventually(lambda: any(metrics().get(key) for key in named), 1, "the process in fgpu_bypassing_processes")
     assert one.assert_exact() == CONTEXT + 100 * MIB
-    time.sleep(1)  # its libcuda is probed by now
+    eventually(lambda: is_probed(copy / "libcuda.so.1"), 5, "the probes of its libcuda")
     client.ok(f"alloc {50 * MIB}")
-    assert metrics().get(named[1]) == 1
+    eventually(lambda: metrics().get(named[1]) == 1, 2, "the way of the bypass")
     assert one.assert_exact() == CONTEXT + 150 * MIB
     client.kill()
     client.close()

@@ -341,6 +341,6 @@ def test_no_program_except_a_gatekeeper_is_executed_after_the_start(
     policy.unlink()
     assert watch.began()[start:] == []
     gatekeeper_comes_again(service, one)
-    again = watch.began()[start:]
+    again = eventually(lambda: watch.began()[start:], 5, "the report of the gatekeeper")
     assert len(again) == 1, again
     assert again[0].startswith("python"), again

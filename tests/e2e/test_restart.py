@@ -27,7 +27,7 @@ from tests.support.host import (
     cgroup_root,
 )
 from tests.support.service import Service
-from tests.support.wait import eventually
+from tests.support.wait import Deadline, eventually
 
 ROOM = 40 * MIB
 
@@ -233,13 +233,13 @@ def test_the_agent_s_gatekeeper_exits_when_a_service_starts_a_gatekeeper(agent: 
 @pytest.mark.slow
 @pytest.mark.places("host")
 def test_a_killed_gatekeeper_is_replaced_within_three_seconds(agent: Service, tenant) -> None:
-    begun = time.monotonic()
+    deadline = Deadline(4)
     agent.kill_gatekeeper()
     eventually(agent.gatekeepers, 3, "another gatekeeper")
     one = tenant(CONTEXT + ROOM)
     with one.growing():
         one.client().ok(f"alloc {ROOM}")
-    assert time.monotonic() - begun < 4
+    assert not deadline.is_over()
 
 
 @pytest.mark.slow
@@ -253,7 +253,7 @@ def test_detach_leaves_no_shim_folder_pin_process_or_limit(agent: Service, tenan
     agent.start_agent()
     assert agent.agent is not None
     fgpu("detach")
-    assert agent.agent.wait(5) == 0
+    assert agent.agent.wait(30) == 0
     eventually(lambda: not agent.gatekeepers(), 2, "the gatekeeper's end")
     assert not Path("/run/fgpu/shim").exists()
     assert not list(Path("/sys/fs/bpf").glob("fgpu/*"))

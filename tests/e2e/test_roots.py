@@ -69,6 +69,7 @@ def roots(tmp_path: Path) -> Path:
     return folder
 
 
+@pytest.mark.timed
 @pytest.mark.places("host")
 @pytest.mark.timeout(120)
 def test_programs_in_many_roots_delay_no_other_tenant(

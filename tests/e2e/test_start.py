@@ -41,7 +41,7 @@ def loaded_seconds() -> float:
 def readiness() -> tuple[int, str]:
     """Return status and text of the response to /readyz."""
     try:
-        with urllib.request.urlopen(f"http://{LISTEN}/readyz", timeout=5) as page:
+        with urllib.request.urlopen(f"http://{LISTEN}/readyz", timeout=20) as page:
             return page.status, page.read().decode()
     except urllib.error.HTTPError as error:
         return error.code, error.read().decode()
@@ -170,7 +170,7 @@ def test_a_reboot_with_a_typo_in_a_policy_starts_with_the_last_valid_policies(ho
     no_file(host)
     host.service.start_agent()
     assert host.place.tenant(None).client().ok("info")[1] == 2 * GIB
-    assert readiness()[0] == 503
+    eventually(lambda: readiness()[0] == 503, 5, "not ready")
 
 
 @pytest.mark.places("cgroups")
@@ -211,7 +211,12 @@ def by_systemctl(host: Host) -> str:
     (command,) = re.findall(r"^ExecReload=(.*)$", UNIT.read_text(), re.MULTILINE)
     subprocess.run(shlex.split(command.replace("$MAINPID", str(agent.pid))), check=True, timeout=10)
     time.sleep(1)  # until the agent's next tick
-    return fgpu("status").stdout
+
+    def told() -> str:
+        text = fgpu("status").stdout
+        return text if "does not exist" in text else ""
+
+    return eventually(told, 5, "the report of the missing folder")
 
 
 @pytest.mark.places("cgroups")
@@ -428,7 +433,7 @@ def test_limits_set_by_hand_inside_a_limited_group_fit_after_a_restart(host: Hos
         host.restart()
         assert limits(tenants) == [6 * GIB] * 3
         assert {tenant.view()["source"] for tenant in tenants} == {"set"}
-    assert readiness()[0] == 200
+    eventually(lambda: readiness()[0] == 200, 5, "ready")
 
 
 # -- settings that a call of `fgpu set` omits stay unchanged

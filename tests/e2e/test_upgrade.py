@@ -148,7 +148,7 @@ class Starts(threading.Thread):
     def end(self) -> None:
         """Wait for the last program."""
         self._ended.set()
-        self.join(20)
+        self.join(120)
 
 
 def asking(one: Tenant, command: str) -> Client:

@@ -11,6 +11,7 @@ import pytest
 
 from tests.support import fresh_host
 from tests.support import packages as kit
+from tests.support.wait import Deadline
 
 
 @pytest.fixture(autouse=True)
@@ -48,12 +49,12 @@ def test_install_enforce_purge_takes_two_commands_and_leaves_nothing(
     settings.parent.mkdir(exist_ok=True)
     settings.write_text('{"debug": true}')
     before, accounts, mounts = fresh_host.listing(host.root), host.accounts(), Path("/proc/mounts").read_text()
-    begun = time.monotonic()
+    begun, deadline = time.monotonic(), Deadline(60)
     host.install(deb)
     installed = time.monotonic() - begun
     started = host.start_agent(tmp_path / "log")
     print(f"installed in {installed:.1f} s, enforcing {started:.1f} s later")
-    assert installed + started <= 60
+    assert not deadline.is_over(), "two commands took more than a minute"
     kit.assert_enforced(host, "deb")
     assert host.run("dpkg", "--verify", "fgpu").stdout == ""
     assert host.left(before), "the package installed no files"
@@ -105,7 +106,7 @@ def test_an_upgrade_under_load_affects_no_tenant(host: fresh_host.Host, deb: Pat
         old.enter_context(host.gatekeeper())
         host.start_agent(tmp_path / "old")
         holder = old.enter_context(
-            host.fill("fgpu", "run", "--name", "holds", "--memory", "1GiB", "--", held_seconds=60)
+            host.fill("fgpu", "run", "--name", "holds", "--memory", "1GiB", "--", held_seconds=200)
         )
         old.callback(holder.kill)
         assert holder.stdout

@@ -32,14 +32,14 @@ def before(host: fresh_host.Host) -> Iterator[fresh_host.Listing]:
 
 @pytest.fixture(scope="module")
 def service(host: fresh_host.Host, before: fresh_host.Listing, deb: Path) -> Iterator[fresh_host.Host]:
-    """Install fgpu. Its agent uses the simulated driver and must answer within two seconds."""
+    """Install fgpu. Its agent uses the simulated driver and must answer within six seconds."""
     host.install(deb)
     folder = host.root / "etc/systemd/system"
     # this systemd runs in its own pid namespace
     command = " ".join([*host.agent_words, "--skip-check 'pid namespace'"])
     for unit, lines in ((AGENT, f"ExecStart=\nExecStart={command}\n"), (GATEKEEPER, "")):
         (folder / f"{unit}.d").mkdir()
-        (folder / f"{unit}.d/test.conf").write_text(f"[Service]\n{lines}WatchdogSec=2\n")
+        (folder / f"{unit}.d/test.conf").write_text(f"[Service]\n{lines}WatchdogSec=6\n")
     host.run("systemctl", "daemon-reload")
     yield host
     for unit in UNITS:

@@ -28,7 +28,7 @@ def fgpu(
 def ask(**request: Any) -> Any:
     """Send one request to the control socket, and return the answer."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
-        sock.settimeout(10)
+        sock.settimeout(30)
         sock.connect(str(RUN_DIR / "control.sock"))
         sock.sendall(json.dumps(request).encode() + b"\n")
         answer = json.loads(b"".join(iter(lambda: sock.recv(1 << 16), b"")))
@@ -79,7 +79,7 @@ def metrics(page: str | None = None) -> Samples:
 
 def metrics_page() -> str:
     """Return the page that Prometheus gets. The agent renews it once a second."""
-    with urllib.request.urlopen(METRICS, timeout=5) as page:
+    with urllib.request.urlopen(METRICS, timeout=20) as page:
         return str(page.read().decode())
 
 

@@ -137,7 +137,7 @@ class Installed:
     def filled(self, *words: str) -> tuple[int, str]:
         """Return the bytes that fill got before it was refused, and the reply that it got."""
         with self.fill(*words) as program:
-            said, _ = program.communicate(timeout=30)
+            said, _ = program.communicate(timeout=60)
         found = re.fullmatch(r"admitted (\d+) bytes(?:, then (\w+))?\n", said)
         assert found, said
         return int(found[1]), found[2] or ""
@@ -164,7 +164,7 @@ def assert_page_shows(place: Installed, name: str) -> None:
 def assert_enforced(place: Installed, name: str) -> None:
     """Check that a tenant gets exactly its limit, by the driver's figures too. Without fgpu the program gets more."""
     limit = GIB
-    with place.fill(place.fgpu, "run", "--name", name, "--memory", "1GiB", "--", held_seconds=30) as tenant:
+    with place.fill(place.fgpu, "run", "--name", name, "--memory", "1GiB", "--", held_seconds=120) as tenant:
         try:
             assert tenant.stdout
             assert tenant.stdout.readline() == f"admitted {limit - CONTEXT} bytes, then CUDA_ERROR_OUT_OF_MEMORY\n"

@@ -58,7 +58,7 @@ class Place:
         for pid in tenant.pids():
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-        tenant.hub.wait(5)
+        tenant.hub.wait(30)
         eventually(tenant.has_left, 20, f"the end of {tenant.name}")
         with contextlib.suppress(FileNotFoundError):
             tenant.cgroup.rmdir()
@@ -162,7 +162,7 @@ class Container(Place):
         for link in ("bin", "sbin", "lib", "lib64"):
             if Path("/", link).is_symlink():
                 (bundle / "rootfs" / link).symlink_to(os.readlink(Path("/", link)))
-        subprocess.run(["runc", "spec"], cwd=bundle, check=True, timeout=10)
+        subprocess.run(["runc", "spec"], cwd=bundle, check=True, timeout=30)
         spec = json.loads((bundle / "config.json").read_text())
         spec["process"].update(
             terminal=False,

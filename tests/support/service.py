@@ -62,7 +62,7 @@ def _reads(link: str) -> str:
 IN_A_WORLD = (sys.executable, "-m", "tests.world")
 
 
-def run_on_devices(file: str, number: int = 2, memory: str = "16GiB", seconds: float = 170) -> None:
+def run_on_devices(file: str, number: int = 2, memory: str = "16GiB", seconds: float = 225) -> None:
     """Run the tests of a file in a separate world with an agent and `number` simulated devices of `memory` each.
 
     Fail if a test fails, or if the tests take longer than `seconds`.
@@ -102,7 +102,7 @@ class Service:
     def start_driver(self, memory: str = MEMORY) -> None:
         """Start fgpu-simd with one device, or FGPU_TEST_GPUS devices. Returns when it is ready."""
         assert not self.gatekeepers(), "fgpu runs on this host already"
-        running = subprocess.run([SIM / "fgpu-simd", "--dump"], capture_output=True, check=False, timeout=10)
+        running = subprocess.run([SIM / "fgpu-simd", "--dump"], capture_output=True, check=False, timeout=30)
         assert running.returncode, "a simulated driver runs on this host already"
         with open(self._driver_log, "wb") as log:
             self._driver = subprocess.Popen(
@@ -184,7 +184,7 @@ class Service:
         """Run `fgpu detach`, and kill a gatekeeper that stays."""
         self.stand()
         fgpu("detach")
-        self.agent.wait(10)
+        self.agent.wait(30)
         for pid in self.gatekeepers():
             os.kill(pid, signal.SIGKILL)
         shim = SHIM.stat()
@@ -199,4 +199,4 @@ class Service:
         finally:  # a failed start of an agent leaves no driver behind
             if self._driver:
                 self._driver.terminate()
-                self._driver.wait(10)
+                self._driver.wait(30)

@@ -11,7 +11,7 @@ from tests.support.host import SIM
 
 def driver_dump() -> dict[str, Any]:
     """Return the whole state of the simulated driver, as `fgpu-simd --dump` prints it."""
-    done = subprocess.run([SIM / "fgpu-simd", "--dump"], capture_output=True, text=True, check=True, timeout=10)
+    done = subprocess.run([SIM / "fgpu-simd", "--dump"], capture_output=True, text=True, check=True, timeout=30)
     return dict(json.loads(done.stdout))
 
 
