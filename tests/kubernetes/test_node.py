@@ -118,6 +118,7 @@ def test_metrics_name_the_tenant(node: node_kit.Node, tenant: Tenant) -> None:
 def test_the_gatekeeper_answers_and_limits_hold_without_an_agent(pods: dict[str, node_kit.Pod], tenant: Tenant) -> None:
     gatekeeper = pods["gatekeeper"].containers["gatekeeper"]
     before = gatekeeper.pid
+    eventually(lambda: tenant.memory()["used_bytes"] == 0, 10, "the release of earlier programs' memory by the agent")
     pods["agent"].containers["agent"].kill()
     pods["agent"].containers["agent"].ended()
     assert gatekeeper.probe("livenessProbe")

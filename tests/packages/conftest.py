@@ -10,6 +10,16 @@ import pytest
 from tests.support import fresh_host
 from tests.support import packages as kit
 
+HERE = Path(__file__).parent
+TEST_SECONDS = 240
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Count the time of a test without its fixtures, which build packages and roots for all tests of a file."""
+    for item in items:
+        if item.path.is_relative_to(HERE) and not item.get_closest_marker("timeout"):
+            item.add_marker(pytest.mark.timeout(TEST_SECONDS, func_only=True))
+
 
 @pytest.fixture(scope="module")  # not of the session: other suites start their own driver
 def driver(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
@@ -31,7 +41,7 @@ def host(driver: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[fre
 
 
 def _packaged(kind: str) -> None:
-    kit.run(kit.ROOT / "dev", "package", kind, timeout=170)
+    kit.run(kit.ROOT / "dev", "package", kind, timeout=600)
 
 
 @pytest.fixture(scope="session")
