@@ -1,5 +1,5 @@
 /* unified: preloaded into Slurm's node daemon on a host that mounts cgroup v1 beside v2. Slurm refuses such a host when
- * it reads /proc/self/cgroup. With this library it reads only the line of v2 there. Jobs do not inherit the library. */
+ * it reads /proc/PID/cgroup. With this library it reads only the line of v2 there. Jobs do not inherit the library. */
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <fcntl.h>
@@ -27,6 +27,13 @@ static int of_version_2(int file)
     return only;
 }
 
+/* Returns whether a path is /proc/PID/cgroup. PID is also "self". */
+static int is_cgroup(const char *path)
+{
+    const char *end = strrchr(path, '/');
+    return !strncmp(path, "/proc/", 6) && !strcmp(end, "/cgroup") && strchr(path + 6, '/') == end;
+}
+
 int open(const char *path, int flags, ...)
 {
     int (*real)(const char *, int, ...) = (__typeof__(real))dlsym(RTLD_NEXT, "open");
@@ -35,5 +42,5 @@ int open(const char *path, int flags, ...)
     va_start(more, flags);
     file = real(path, flags, va_arg(more, mode_t));
     va_end(more);
-    return file >= 0 && !strcmp(path, "/proc/self/cgroup") ? of_version_2(file) : file;
+    return file >= 0 && is_cgroup(path) ? of_version_2(file) : file;
 }
