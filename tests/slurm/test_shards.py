@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -141,6 +142,12 @@ def test_each_task_of_an_array_gets_its_share(slurm: kit.Slurm, tmp_path: Path) 
         slurm.call("scancel", number)
 
 
+def limits(path: str) -> list[int]:
+    """Return the limits in force for a cgroup, on each device."""
+    levels = json.loads(fgpu("explain", "--json", path).stdout)["levels"]
+    return [device["limit_bytes"] for level in levels for device in level["devices"]]
+
+
 def test_the_cgroup_of_a_job_may_have_an_opaque_name(slurm: kit.Slurm) -> None:
     """Slurm 26.05 gives the name to prolog and epilog, and slurmstepd makes a cgroup of that name."""
     with slurm.holding(*kit.srun(1), *kit.fill(chunks=1, hold=600)):
@@ -150,8 +157,9 @@ def test_the_cgroup_of_a_job_may_have_an_opaque_name(slurm: kit.Slurm) -> None:
         prolog, epilog = re.findall("^(?:Prolog|Epilog)=(.*)$", (slurm.work / "slurm.conf").read_text(), re.MULTILINE)
         slurm.call(*words, prolog)
         (place,) = kit.SLICE.glob(f"*slurmstepd.scope/{names['SLURM_JOB_SLUID']}")
-        explained = output("explain", f"/system.slice/{place.parent.name}/{place.name}")
-        assert explained
+        job, opaque = (f"/system.slice/{place.parent.name}/{name}" for name in (f"job_{number}", place.name))
+        assert limits(opaque) == limits(job)
+        assert any(0 < limit < 5 * GIB for limit in limits(job))
         slurm.call(*words, epilog)
         assert not place.exists()
 
