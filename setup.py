@@ -34,7 +34,10 @@ def make_parts() -> None:
 
 
 class BuildWithParts(build_py):
-    """Copies bpf/, the shim, fgpu-oci and the scripts for Slurm into the package. An editable installation uses those of the checkout."""
+    """Copies bpf/, the shim, fgpu-oci and the scripts for Slurm into the package.
+
+    An editable installation uses those of the checkout.
+    """
 
     def run(self) -> None:
         """Called by setuptools."""
