@@ -94,8 +94,9 @@ print(mappings() - before)
 CROWD = """
 from fgpu_ebpf.linux import malloc as heap
 {before}
+crowd = [None] * 4000  # not a small object
 before = resident()
-crowd = [[str(number), [number]] for number in range(4000)]
+for number in range(4000): crowd[number] = [str(number), [number]]
 print(resident() - before)
 """
 
