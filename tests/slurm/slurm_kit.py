@@ -184,12 +184,12 @@ class Slurm:
 
     def cgroups(self) -> list[str]:
         """Return the names of the jobs' cgroups."""
-        return sorted(path.name for path in SLICE.glob("*slurmstepd.scope/job_*"))
+        return sorted(path.name for path in SLICE.glob("*slurmstepd.scope/*/") if is_job(str(path)))
 
     def assert_nothing_is_left(self) -> None:
         """Check that ended jobs have left neither a cgroup nor a tenant nor memory."""
         eventually(lambda: not self.cgroups(), 20, "the end of the jobs' cgroups")
-        eventually(lambda: not [t for t in output("status")["tenants"] if "/job_" in t["path"]], 10, "no tenants")
+        eventually(lambda: not [t for t in output("status")["tenants"] if is_job(t["path"])], 10, "no tenants")
         eventually(lambda: not driver_books(), 10, "an empty driver")
 
     def stop(self) -> None:
@@ -218,6 +218,11 @@ def unpacked(suite: str) -> Path:
     words = ["install", "-y", "--download-only", "--no-install-recommends", *PACKAGES]
     options = [*debian.suite(folder, suite, suite), f"Dir::State::status={folder / suite}.status"]
     return debian.fetched(folder / suite, words, options)
+
+
+def is_job(path: str) -> bool:
+    """Return whether this cgroup is a job's. Up to 25.11 its name is job_JOBID; later it is any."""
+    return bool(re.search(r"slurmstepd\.scope/(?!system$)[^/]+$", path))
 
 
 def parsed(said: str) -> tuple[int, str]:

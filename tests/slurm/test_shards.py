@@ -125,7 +125,7 @@ def test_a_job_on_two_gpus_gets_both(slurm: kit.Slurm) -> None:
 def test_jobs_that_compete_for_a_gpu_have_weights_like_their_shards(slurm: kit.Slurm) -> None:
     words = kit.fill(chunks=1, hold=600)
     with slurm.holding(*kit.srun(3), *words), slurm.holding(*kit.srun(1), *words):
-        jobs = [tenant for tenant in output("status")["tenants"] if "/job_" in tenant["path"]]
+        jobs = [tenant for tenant in output("status")["tenants"] if kit.is_job(tenant["path"])]
         found = [device["compute"]["weight"] for job in jobs for device in job["devices"] if device["used_bytes"]]
         assert sorted(found) == [25, 75]
 
