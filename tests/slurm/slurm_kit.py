@@ -221,8 +221,8 @@ def unpacked(suite: str) -> Path:
 
 
 def is_job(path: str) -> bool:
-    """Return whether this cgroup is a job's. Up to 25.11 its name is job_JOBID; later it is any."""
-    return bool(re.search(r"slurmstepd\.scope/(?!system$)[^/]+$", path))
+    """Return whether this cgroup is a job's. Up to 25.11 its name is job_JOBID; later it is any name."""
+    return bool(re.search(r"slurmstepd\.scope/(?!(?:system|slurmd)$)[^/]+$", path))
 
 
 def parsed(said: str) -> tuple[int, str]:
