@@ -104,7 +104,7 @@ def made(key: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[
         shutil.rmtree(folder)
 
 
-@pytest.mark.timeout(4800 if IS_FULL else 240)
+@pytest.mark.timeout(4800 if IS_FULL else 240, func_only=True)
 def test_two_builds_in_two_folders_have_the_same_bytes(made: tuple[Path, Path]) -> None:
     found = [{path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.iterdir()} for folder in made]
     kinds = (*CHEAP, *IMAGES, *LAST) if IS_FULL else (*CHEAP, *LAST)
