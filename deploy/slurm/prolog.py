@@ -71,13 +71,20 @@ def parts(gres: str, shards: int) -> Parts:
     found: Parts = {}
     for name, count, what in re.findall(r"\b(gpu|shard):(?:[^,:()]+:)?(\d{1,9})\(([^()]*)\)", gres):
         if what.startswith("IDX:"):
-            part = 100.0 if name == "gpu" else 100 * min(int(count) / max(shards, 1), 1)
-            more = {index: part for index in range(64) if has(what.removeprefix("IDX:"), index)}
+            gpus = [index for index in range(64) if has(what.removeprefix("IDX:"), index)]
+            # Of shards on several GPUs, each has at least one, and at least what does not fit on the others.
+            least = percent(max(int(count) - (len(gpus) - 1) * shards, 1), shards)
+            more = dict.fromkeys(gpus, 100.0 if name == "gpu" else least)
         else:
-            pairs = enumerate(re.findall(r"(\d{1,9})/(\d{1,9})", what))
-            more = {index: min(100 * int(mine) / max(int(total), 1), 100) for index, (mine, total) in pairs}
+            pairs = re.findall(r"(\d{1,9})/(\d{1,9})", what)
+            more = {index: percent(int(mine), int(total)) for index, (mine, total) in enumerate(pairs)}
         found |= {index: part for index, part in more.items() if part and (name == "shard" or index not in found)}
     return found
+
+
+def percent(mine: int, total: int) -> float:
+    """Return the part of a GPU, or 0 if the GPU has no shards."""
+    return min(100 * mine / total, 100.0) if total else 0.0
 
 
 def granted(job: str, shards: int) -> Parts:

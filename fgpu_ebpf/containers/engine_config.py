@@ -290,6 +290,12 @@ HEAD = "# Written by `fgpu setup`; --undo takes it away.\n"
 _HOOK_FOLDER = "/usr/share/containers/oci/hooks.d"  # Podman's default
 
 
+def check_is_ours(of: Settings) -> None:
+    """Raise SetupError if a file that has only fgpu's text has another text."""
+    if of.text:
+        raise SetupError(f"{of.file} was not written by `fgpu setup`, or has changed since: edit it by hand")
+
+
 def drop_in_without(text: str, _: str | None = None) -> str:
     """Return an empty text if the file is fgpu's, else its text."""
     return "" if text.startswith(HEAD) else text

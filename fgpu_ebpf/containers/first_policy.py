@@ -10,7 +10,7 @@ import json
 from pathlib import Path
 
 from fgpu_ebpf.containers import engine_setup
-from fgpu_ebpf.containers.engine_config import Engine, Settings, SetupError, Wanted
+from fgpu_ebpf.containers.engine_config import Engine, Settings, Wanted, check_is_ours
 from fgpu_ebpf.policy.folder import PolicyFolder
 
 
@@ -28,8 +28,7 @@ def settings(name: str, cgroups: tuple[str, ...], memory: str, folder: Path) -> 
     )
 
     def after(of: Settings) -> Wanted:
-        if of.text:
-            raise SetupError(f"{of.file} was not written by `fgpu setup`, or has changed since: edit it by hand")
+        check_is_ours(of)
         return Wanted(text)
 
     # keeps_folder, because an agent without the folder would keep the last policies in force.

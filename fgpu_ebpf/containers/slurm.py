@@ -11,7 +11,7 @@ import os
 import re
 from pathlib import Path
 
-from fgpu_ebpf.containers.engine_config import HEAD, Settings, SetupError, Wanted, drop_in_without
+from fgpu_ebpf.containers.engine_config import HEAD, Settings, SetupError, Wanted, check_is_ours, drop_in_without
 
 POLICY = Path("/etc/fgpu/policy.d/30-slurm.yaml")  # the setup uses the folder that agent.yaml names
 _TEXT = f"""{HEAD}# Cgroups of Slurm that its prolog has not limited, such as those of jobs without a GPU, get nothing.
@@ -31,9 +31,9 @@ _SCRIPTS = {"Prolog": "prolog.py", "Epilog": "epilog.sh", "TaskProlog": "task.sh
 
 def after(of: Settings) -> Wanted:
     """Return the policy, with a note that has the lines. Raises SetupError: the file is an administrator's."""
-    if of.text:
-        raise SetupError(f"{of.file} was not written by `fgpu setup`, or has changed since: edit it by hand")
-    missing = [line for line in lines() if not _has(_conf(), line)]
+    check_is_ours(of)
+    conf = _conf()
+    missing = [line for line in lines() if not _has(conf, line)]
     return Wanted(_TEXT, note="\n".join([_TO_DO, *missing]) if missing else "")
 
 

@@ -176,8 +176,8 @@ def test_on_bypass_kill_ends_a_process_that_no_probe_reports(write: Write, conta
     assert not _is_zombie(unseen.pid), "a process was killed although the tenant is within its limit"
     unseen.send(f"alloc {2 * GIB}")
     eventually(lambda: _is_zombie(unseen.pid), 5, "the kill")
-    pairs = lambda: [(event["pid"], event["reason"]) for event in events("killed")]  # noqa: E731
-    eventually(lambda: (unseen.pid, "onBypass") in pairs(), 5, "the event of the kill")
+    expected = unseen.pid, "onBypass"
+    eventually(lambda: expected in {(e["pid"], e["reason"]) for e in events("killed")}, 5, "the event of the kill")
     unseen.close()
     eventually(lambda: one.client().do("context").startswith("ok"), 5, "room for another program")
 

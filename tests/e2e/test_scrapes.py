@@ -25,7 +25,7 @@ SECRET = "a-secret-of-its-own"
 def scrape(_: int) -> bytes:
     """Return the whole response, or nothing if the server closed the connection.
 
-    The server may close a connection whose request comes late. Such a connection of this process does not count.
+    The server may close a connection if the request comes late. If this process was late, it connects again.
     """
     while True:
         begun = time.monotonic()

@@ -11,14 +11,13 @@ from tests.support import fresh_host
 from tests.support import packages as kit
 
 HERE = Path(__file__).parent
-TEST_SECONDS = 240
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Count the time of a test without its fixtures, which build packages and roots for all tests of a file."""
     for item in items:
         if item.path.is_relative_to(HERE) and not item.get_closest_marker("timeout"):
-            item.add_marker(pytest.mark.timeout(TEST_SECONDS, func_only=True))
+            item.add_marker(pytest.mark.timeout(float(item.config.getini("timeout")), func_only=True))
 
 
 @pytest.fixture(scope="module")  # not of the session: other suites start their own driver

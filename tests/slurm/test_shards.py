@@ -176,11 +176,13 @@ def test_the_steps_of_a_job_share_its_limit(slurm: kit.Slurm) -> None:
     assert kit.FILLED.findall(said) == [(str(GIB), ""), (str(alone - GIB - CONTEXT), REFUSED)]
 
 
-def test_a_limit_survives_a_restart_of_slurmd(slurm: kit.Slurm) -> None:
+def test_a_limit_survives_restarts_of_slurmd_and_of_the_agent(slurm: kit.Slurm, service: Service) -> None:
     alone, _ = slurm.filled(*kit.srun(1), *kit.fill())
     with slurm.holding(*kit.srun(1), *kit.fill("1GiB", 1, 600)) as held:
         assert held == GIB
         slurm.restart_node()
+        service.kill_agent(signal.SIGKILL)
+        service.start_agent()
         job = slurm.call("squeue", "-ho", "%i").stdout.strip()
         got, why = slurm.filled("srun", "--quiet", "--overlap", f"--jobid={job}", *kit.fill())
         assert (got, why) == (alone - GIB - CONTEXT, REFUSED)

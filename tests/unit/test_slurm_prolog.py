@@ -78,7 +78,9 @@ def test_the_node_is_found_in_lists_of_several_ranges(prolog: ModuleType, monkey
         ("gpu:1(IDX:1),shard:2(2/4,0/4)", {1: 100.0, 0: 50.0}),
         ("shard:9(IDX:0)", {0: 100.0}),
         ("shard:2(CNT:2)", {}),
-        ("shard:2(5/0)", {0: 100.0}),
+        ("shard:6(IDX:0-1)", {0: 50.0, 1: 50.0}),  # 4 and 2, or 2 and 4, or 3 and 3
+        ("shard:3(IDX:0-1)", {0: 25.0, 1: 25.0}),
+        ("shard:2(5/0)", {}),
         ("mps:50(IDX:0)", {}),
         ("", {}),
     ],
@@ -87,8 +89,8 @@ def test_parts_of_gpus(prolog: ModuleType, gres: str, found: dict[int, float]) -
     assert prolog.parts(gres, 4) == found
 
 
-def test_shards_of_a_node_that_has_none_are_never_more_than_a_gpu(prolog: ModuleType) -> None:
-    assert prolog.parts("shard:2(IDX:1)", 0) == {1: 100.0}
+def test_shards_of_a_node_that_has_none_are_nothing(prolog: ModuleType) -> None:
+    assert prolog.parts("shard:2(IDX:1)", 0) == {}
 
 
 def test_only_the_line_of_this_node_counts(prolog: ModuleType) -> None:
