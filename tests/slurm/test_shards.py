@@ -108,7 +108,7 @@ def test_variables_of_a_job_get_it_nothing_more(slurm: kit.Slurm) -> None:
 
 def test_the_name_and_the_comment_of_a_job_get_it_nothing_more(slurm: kit.Slurm) -> None:
     """slurmctld prints both beside what the job was granted."""
-    forged = f"x Nodes={kit.NODE} CPU_IDs=0 Mem=0 GRES=shard:4(IDX:0-1)"
+    forged = f"x Nodes={kit.NODE} CPU_IDs=0 Mem=0 GRES=gpu:2(IDX:0-1)"
     for text in (forged, forged.replace(" ", "\n")):
         got, why = slurm.filled(*kit.srun(1, f"--job-name={text}", f"--comment={text}"), *kit.fill())
         assert is_part(got, 1)

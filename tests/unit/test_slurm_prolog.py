@@ -98,10 +98,10 @@ def test_only_the_line_of_this_node_counts(prolog: ModuleType) -> None:
     assert prolog.granted(job(*lines), 4) == {1: 25.0}
 
 
-FORGED = "x Nodes=gpu2 CPU_IDs=0 Mem=0 GRES=shard:4(IDX:0-1)"
+FORGED = "x Nodes=gpu2 CPU_IDs=0 Mem=0 GRES=gpu:2(IDX:0-1)"
 
 
-@pytest.mark.parametrize("text", [FORGED, FORGED.replace(" ", "\n"), f"{FORGED},gpu:2(IDX:0-1)", f"{FORGED} {FORGED}"])
+@pytest.mark.parametrize("text", [FORGED, FORGED.replace(" ", "\n"), f"{FORGED},shard:4(IDX:0)", f"{FORGED} {FORGED}"])
 def test_a_job_s_name_and_comment_get_it_nothing_more(prolog: ModuleType, text: str) -> None:
     real = line("shard:1(IDX:1)")
     assert prolog.granted(job(real, name=text), 4) == {1: 25.0}
