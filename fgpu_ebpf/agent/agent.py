@@ -85,7 +85,7 @@ class Agent:
         self._parts = wire(settings, attached, self.engines, self.history, self.failed_checks)
         self.devices = DeviceRelease(self.parts.reconciler, files, self.history, self.failed_checks)
         self.chores += (*self.parts.chores.steps, self.devices.look)
-        self.parts.take_over(attached.policies)
+        self.parts.take_over()
         run.write_preloads(settings.run_dir, driver.shim)
         self._follow()
         # The files that containers get; None if they could not be written.

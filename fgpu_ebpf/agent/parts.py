@@ -12,7 +12,7 @@ from fgpu_ebpf.agent.cgroup_looks import HostLook
 from fgpu_ebpf.agent.chores import Chores, make_chores
 from fgpu_ebpf.agent.kernel_events import KernelEvents
 from fgpu_ebpf.agent.nvml_reconcile import Reconciler
-from fgpu_ebpf.agent.policy_reload import Policies, Start
+from fgpu_ebpf.agent.policy_reload import Policies
 from fgpu_ebpf.agent.reporters import StaleMountReports
 from fgpu_ebpf.agent.settings import Settings
 from fgpu_ebpf.agent.sliced_looks import Looks
@@ -47,9 +47,8 @@ class Parts:
         """The tenants, and what is in force for them."""
         return self.manager.enforcer
 
-    def take_over(self, policies: Start) -> None:
+    def take_over(self) -> None:
         """Match the pinned levels with policies and overrides, put the result in force, and scan each tenant once."""
-        self.policies.begin(policies)
         take_up(self.ledger, self.manager, self.manager.gone)
         self.ledger.times.tell()
         for tenant in self.enforcer:
@@ -85,7 +84,7 @@ def wire(
     stale_mounts = StaleMountReports(manager.workloads.pids, history, failed_checks)
     look = HostLook(manager, events, engines, discovery, stale_mounts, Lists(settings.run_dir))
     return Parts(
-        driver, ledger, manager, Policies(settings.policy_folder, manager, history), reconciler, events, look,
-        Looks(look.steps),
+        driver, ledger, manager, Policies(settings.policy_folder, attached.policies, manager, history),
+        reconciler, events, look, Looks(look.steps),
         make_chores(driver, ledger, manager, reconciler, history, failed_checks, settings.module_bytes),
     )  # fmt: skip

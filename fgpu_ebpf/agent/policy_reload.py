@@ -50,28 +50,30 @@ def at_start(folder: Path, file: Path = last_good.FILE) -> Start:
 class Policies:
     """The folder's policies.
 
-    `good`: the last reading had no error. `loaded_seconds`: the time of the last reading without an error, since the
+    `errors`: the errors of the last reading. `loaded_seconds`: the time of the last reading without an error, since the
     epoch. `file`: the file that stores the set in force. `unsaved`: the reason why the set is not stored, else empty.
     """
 
-    def __init__(self, folder: Path, manager: Manager, history: EventLog, file: Path = last_good.FILE) -> None:
-        self._folder = PolicyFolder(folder)
+    def __init__(
+        self, folder: Path, start: Start, manager: Manager, history: EventLog, file: Path = last_good.FILE
+    ) -> None:
+        """Pass the set of the first reading, or the stored one, to the manager, which applies it later."""
+        self._folder = folder
         self._file = file
         self.unsaved = ""
         self._manager = manager
         self._history = history
-        self._watch: PolicyWatch | None = None
-        self._last: Reading | None = None
         self._changes: deque[Reading] = deque()
         self._wakeup = Wakeup()
-        self.good = True
+        self._watch = PolicyWatch(PolicyFolder(folder), start.reading, self._changed)
+        self.start, self.stop = self._watch.start, self._watch.stop
         self.loaded_seconds = 0.0
-        self.errors: tuple[ConfigError, ...] = ()
+        self._begin(start)
 
     def view(self) -> PoliciesView:
         """Return the last reading, as in a Snapshot, with the number of policies in force."""
         errors, count = tuple(str(error) for error in self.errors), len(self._manager.policies.policies)
-        return PoliciesView(self.good, self.loaded_seconds, count, errors, self.unsaved)
+        return PoliciesView(not errors, self.loaded_seconds, count, errors, self.unsaved)
 
     def fileno(self) -> int:
         """Return a descriptor that is readable after the folder was read again."""
@@ -80,36 +82,23 @@ class Policies:
     @property
     def trouble(self) -> str:
         """The reason why the policies in force are not those of the files, or an empty text if they are."""
-        if self.good:
+        if not self.errors:
             return ""
         in_force = "the limits in force stay" if self._manager.policies_unknown else "the last good set stays in force"
         return f"the policy files have an error, so {in_force}: {self.errors[0]}"
 
-    def begin(self, start: Start) -> None:
-        """Record the first reading, and pass its set or the stored one to the manager, which applies it later."""
-        self._last = reading = start.reading
-        self._note(reading.policies, reading.errors)
+    def _begin(self, start: Start) -> None:
+        reading = start.reading
+        self._note(reading)
         policies = reading.policies if start.kept is None else start.kept
         if policies is not None:
             self._manager.policies = policies
         if reading.policies is None:
             self._manager.policies_unknown = "" if start.kept else f"the policies are not known: {reading.errors[0]}"
         elif reading.state is None:  # the folder may never have existed: then the origin of pinned limits is unknown
-            self._manager.policies_unknown = f"there is no folder {self._folder.path}"
+            self._manager.policies_unknown = f"there is no folder {self._folder}"
         else:
             self._save(reading.policies)
-
-    def start(self) -> None:
-        """Start watching the policy folder."""
-        assert self._last
-        self._watch = PolicyWatch(self._folder, self._last, self._changed)
-        self._watch.start()
-
-    def stop(self) -> None:
-        """Stop watching."""
-        if self._watch:
-            self._watch.stop()
-            self._watch = None
 
     def ask(self) -> tuple[ConfigError, ...]:
         """Read the folder even if it has not changed, and put its policies in force, unless there are errors.
@@ -117,9 +106,8 @@ class Policies:
         Returns:
             The errors. If there are any, the last good set stays in force.
         """
-        reading = self._folder.read(may_be_missing=not (self._watch and self._watch.had))
+        self._watch.look(always=True)
         self.take()
-        self._apply(reading)
         return self.errors
 
     def _changed(self, reading: Reading) -> None:
@@ -127,37 +115,28 @@ class Policies:
         self._wakeup.wake()
 
     def take(self) -> None:
-        """Apply the policies that the thread has read since the last call, unless ask() has read the same files."""
+        """Apply the readings since the last call."""
         self._wakeup.clear()
         while self._changes:
             reading = self._changes.popleft()
-            if reading != self._last:
-                self._apply(reading)
-
-    def _apply(self, reading: Reading) -> None:
-        """Put the policies of a reading in force, unless a later reading was applied first."""
-        if self._last and reading.at_ns < self._last.at_ns:
-            return
-        self._last = reading
-        self._note(reading.policies, reading.errors)
-        if reading.policies is not None:
-            self._save(reading.policies)
-            self._manager.policies_unknown = ""
-            self._manager.reload(reading.policies)
+            self._note(reading)
+            if reading.policies is not None:
+                self._save(reading.policies)
+                self._manager.policies_unknown = ""
+                self._manager.reload(reading.policies)
 
     def _save(self, policies: PolicySet) -> None:
         try:
-            last_good.write(self._file, self._folder.path, policies)
+            last_good.write(self._file, self._folder, policies)
             self.unsaved = ""
         except OSError as error:
             self.unsaved = f"the policies in force are not stored for the next start: {self._file}: {error.strerror}"
             log.error("%s", self.unsaved)
 
-    def _note(self, policies: PolicySet | None, errors: tuple[ConfigError, ...]) -> None:
-        self.errors, self.good = errors, policies is not None
-        if policies is not None:
+    def _note(self, reading: Reading) -> None:
+        self.errors = reading.errors
+        if reading.policies is not None:
             self.loaded_seconds = time.time()
-            self._history.add("policies", text=f"{len(policies.policies)} in force")
-            return
-        for error in errors[:5]:
+            self._history.add("policies", text=f"{len(reading.policies.policies)} in force")
+        for error in reading.errors[:5]:
             self._history.add("policies refused", text=str(error))

@@ -15,7 +15,6 @@ import os
 import selectors
 import shlex
 import socket
-import struct
 from collections.abc import Callable
 from typing import Any
 from wsgiref.types import WSGIApplication
@@ -33,6 +32,7 @@ from fgpu_ebpf.containers import cdi
 from fgpu_ebpf.control_client import RequestError
 from fgpu_ebpf.driver.start_checks import AgentError
 from fgpu_ebpf.linux.clear_path import make_way
+from fgpu_ebpf.linux.peer_credentials import pid_and_uid, pid_of
 from fgpu_ebpf.policy import share_name, units
 from fgpu_ebpf.policy.rules import Device, Priority
 from fgpu_ebpf.policy.units import QuantityError
@@ -126,7 +126,7 @@ class ControlServer:
                 "write refused", text=f"{verb} on the control socket: the sender is not root on the host"
             )
             raise RequestError("this change needs root on the host: use sudo")
-        return self._verbs[verb](request | {"peer": _pid(peer)})
+        return self._verbs[verb](request | {"peer": pid_of(peer)})
 
     def _ping(self, _: dict[str, Any]) -> dict[str, Any]:
         settings, released = self._agent.settings, self._agent.devices.is_released
@@ -143,7 +143,7 @@ class ControlServer:
         return offers.view(parts.manager.overrides, cdi.mounts(agent.given) if agent.given else ())
 
     def _may_write(self, peer: socket.socket) -> bool:
-        pid, uid = _pid(peer), struct.unpack("3i", peer.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))[1]
+        pid, uid = pid_and_uid(peer)
         with contextlib.suppress(OSError):
             return uid == 0 and os.stat(f"/proc/{pid}/ns/user").st_ino == self._own_namespace
         return False
@@ -226,10 +226,6 @@ class ControlServer:
             "preload": str(self._agent.settings.run_dir / "ld.so.preload"),
             "shim": str(self._agent.parts.driver.shim),
         }
-
-
-def _pid(peer: socket.socket) -> int:
-    return int(struct.unpack("3i", peer.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))[0])
 
 
 def _limits(request: dict[str, Any]) -> dict[str, Any]:

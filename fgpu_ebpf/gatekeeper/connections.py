@@ -28,9 +28,10 @@ from fgpu_ebpf import abi
 from fgpu_ebpf.abi import Hello
 from fgpu_ebpf.gatekeeper import info_text
 from fgpu_ebpf.gatekeeper.ledger_cache import ManagedState
-from fgpu_ebpf.gatekeeper.peer_pidfd import PeerIdentifier, pid_of
+from fgpu_ebpf.gatekeeper.peer_pidfd import PeerIdentifier
 from fgpu_ebpf.gatekeeper.sessions import take_one
 from fgpu_ebpf.linux import procfs
+from fgpu_ebpf.linux.peer_credentials import pid_of
 from fgpu_ebpf.linux.pidfd import copy_descriptor
 from fgpu_ebpf.linux.procmaps import File
 

@@ -9,17 +9,12 @@ from __future__ import annotations
 import errno
 import os
 import socket
-import struct
 from collections.abc import Callable
 from time import monotonic_ns
 
-_PEERCRED = struct.Struct("3i")
+from fgpu_ebpf.linux.peer_credentials import pid_of
+
 SO_PEERPIDFD = 77  # since Linux 6.5
-
-
-def pid_of(sock: socket.socket) -> int:
-    """Return the pid that the connecting process had when it connected. Raises OSError."""
-    return int(_PEERCRED.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEERCRED.size))[0])
 
 
 class PeerIdentifier:

@@ -19,6 +19,7 @@ from typing import TypeAlias
 from fgpu_ebpf import abi
 from fgpu_ebpf.ledger.ring_buffer import Events
 from fgpu_ebpf.linux import bpf
+from fgpu_ebpf.scheduling.counters import Counts
 from fgpu_ebpf.scheduling.fair_queue import Share
 
 Key: TypeAlias = tuple[int, int]  # level (cgroup id) and device (ledger index)
@@ -32,16 +33,10 @@ FEW = 24  # for up to this many shares, single lookups are faster than reading t
 assert (_SHARE.size, _TURN.size) == (ctypes.sizeof(abi.Share), ctypes.sizeof(abi.Turn))
 
 
-@dataclass(frozen=True, slots=True)
-class TurnCounts:
+@dataclass(slots=True)
+class TurnCounts(Counts):
     """The counters of a level's share of a device; fields as in abi.Turn."""
 
-    owned_ns: int = 0
-    waits: int = 0
-    wait_ns: int = 0
-    overruns: int = 0
-    switches: int = 0
-    throttled: int = 0
     owner: int = 0
     had_millionths: int = 0
     entitled_millionths: int = 0

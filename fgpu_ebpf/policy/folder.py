@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import re
 import time
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from fgpu_ebpf.check import Check
@@ -47,13 +47,11 @@ class Reading:
         policies: the set, or None if there are errors.
         errors: the errors, at most MOST_ERRORS.
         state: the state of the folder when it was read, or None if there was no folder.
-        at_ns: a time of CLOCK_MONOTONIC at which the folder was in this state.
     """
 
     policies: PolicySet | None
     errors: tuple[ConfigError, ...]
     state: State | None
-    at_ns: int = field(default=0, compare=False)
 
 
 def check(folder: Path) -> Check:
@@ -83,16 +81,16 @@ class PolicyFolder:
         If the folder is missing, there are no policies; without `may_be_missing`, this is an error.
         """
         for _ in range(TRIES):
-            at_ns, before = time.monotonic_ns(), self.state()
+            before = self.state()
             if before is None:
-                return replace(Reading(PolicySet(), (), None) if may_be_missing else self.gone(), at_ns=at_ns)
+                return Reading(PolicySet(), (), None) if may_be_missing else self.gone()
             if unsettled := self._unsettled_seconds(before):
                 time.sleep(min(unsettled, self._settle_seconds))
                 continue
             reading = self._read(before)
             if reading.state == self.state():
-                return replace(reading, at_ns=at_ns)
-        return replace(self._failed(CHANGING), at_ns=at_ns)
+                return reading
+        return self._failed(CHANGING)
 
     def state(self) -> State | None:
         """Return the state of the folder now, or None if it does not exist."""

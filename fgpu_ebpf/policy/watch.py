@@ -28,16 +28,17 @@ Callback = Callable[[Reading], None]
 class PolicyWatch:
     """Watch of the folder: a thread that reads the folder again whenever it has changed.
 
-    The thread calls `changed` with each new reading. A reading has either a set to put in force, or errors, and then
-    the last set stays in force. A folder that existed before and is gone counts as an error.
+    `changed` is called with each new reading, in the order of the readings. A reading has either a set to put in force,
+    or errors, and then the last set stays in force. A folder that existed before and is gone counts as an error.
     """
 
     def __init__(self, folder: PolicyFolder, last: Reading, changed: Callback) -> None:
         """Prepare the watch. `last`: a reading that is already in force. Only changes after it are reported."""
         self._folder = folder
         self._last = last
-        self.had = last.state is not None or last.policies is None  # the folder exists, or did so before
+        self._had = last.state is not None or last.policies is None  # the folder exists, or did so before
         self._changed = changed
+        self._lock = threading.Lock()  # held from the start of a reading until `changed` has returned
         self._end = threading.Event()
         self._end_wakeup = Wakeup()
         self._thread = threading.Thread(target=self._run, name="policy", daemon=True)
@@ -47,15 +48,16 @@ class PolicyWatch:
         self._thread.start()
 
     def stop(self) -> None:
-        """Stop the thread and wait for its end. `changed` is not called after that."""
+        """Stop the thread, if it was started, and wait for its end. The thread calls `changed` no more after that."""
         self._end.set()
         self._end_wakeup.wake()
-        self._thread.join()
+        if self._thread.is_alive():
+            self._thread.join()
 
     def _run(self) -> None:
         while not self._end.is_set():
             try:
-                self._look()
+                self.look()
                 self._await_change()
             except FileNotFoundError:
                 continue  # a folder was removed after watched() had listed it
@@ -74,7 +76,7 @@ class PolicyWatch:
             woken.register(notifications, select.POLLIN)
             woken.register(self._end_wakeup, select.POLLIN)
             while watched(self._folder.path) == folders:
-                self._look()  # finds changes that happened before the notifications began
+                self.look()  # finds changes that happened before the notifications began
                 if woken.poll(LOOK_SECONDS * 1000):
                     self._await_quiet(notifications, woken)
                     return
@@ -87,15 +89,19 @@ class PolicyWatch:
             if not woken.poll(QUIET_SECONDS * 1000):
                 return
 
-    def _look(self) -> None:
-        """Read the folder if its state has changed, and call `changed` unless the errors are the same as before."""
-        if self._folder.state() == self._last.state:
-            return
-        reading = self._folder.read(may_be_missing=not self.had)
-        before, self._last = self._last, reading
-        self.had |= reading.state is not None
-        if reading.policies is not None or reading.errors != before.errors:
-            self._changed(reading)
+    def look(self, always: bool = False) -> None:
+        """Read the folder if its state has changed, and call `changed` unless the errors are the same as before.
+
+        Any thread may call this method. With `always`, the folder is read and `changed` is called in any case.
+        """
+        with self._lock:
+            if not always and self._folder.state() == self._last.state:
+                return
+            reading = self._folder.read(may_be_missing=not self._had)
+            before, self._last = self._last, reading
+            self._had |= reading.state is not None
+            if always or reading.policies is not None or reading.errors != before.errors:
+                self._changed(reading)
 
 
 def watched(folder: Path) -> list[Path]:

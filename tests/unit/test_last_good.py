@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import threading
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -104,31 +106,54 @@ def test_a_full_disk_keeps_the_earlier_set(place, monkeypatch):
     assert json.loads(before)["version"] == last_good.VERSION
 
 
+class Reloads:
+    """Policies of a folder, with the names in each set that the manager was given after the start, and all events."""
+
+    def __init__(self, folder, file):
+        self.names, self.events = [], []
+        manager = SimpleNamespace(reload=self._reload, policies=None, policies_unknown="")
+        history = SimpleNamespace(add=lambda kind, **_: self.events.append(kind))
+        self.policies = Policies(folder, at_start(folder, file), manager, history, file)
+        self.events.clear()
+
+    def _reload(self, policies):
+        self.names.append([policy.name for policy in policies.policies])
+
+
 def test_a_late_reading_does_not_replace_a_newer_one(place):
-    """The thread that watches the folder reads it before a reload, and reports this reading after the reload."""
+    """The thread that watches the folder has read it before a reload, and is slow to report this reading."""
     folder, file = place
-    reloads = []
-    manager = SimpleNamespace(reload=reloads.append, policies=None, policies_unknown="")
-    policies = Policies(folder, manager, SimpleNamespace(add=lambda *_, **__: None), file)
+    reloads, is_read = Reloads(folder, file), threading.Event()
+    watch, changed = reloads.policies._watch, reloads.policies._changed
+
+    def late(reading):
+        if threading.current_thread() is thread:
+            is_read.set()
+            time.sleep(0.5)
+        changed(reading)
+
+    watch._changed, thread = late, threading.Thread(target=watch.look)
     (folder / "50.yaml").rename(folder / "aside")
-    late = PolicyFolder(folder).read()
+    thread.start()
+    assert is_read.wait(30)
     (folder / "aside").rename(folder / "50.yaml")
-    policies.ask()
-    policies._changed(late)
-    policies.take()
-    assert [[policy.name for policy in one.policies] for one in reloads] == [["mine"]]
+    reloads.policies.ask()
+    thread.join()
+    reloads.policies.take()
+    assert reloads.names == [[], ["mine"]]
 
 
-def test_the_reading_of_a_reload_is_not_applied_again_when_the_thread_reports_it(place):
+def test_the_reading_of_a_reload_is_not_applied_again_by_the_thread(place):
     folder, file = place
-    reloads, events = [], []
-    manager = SimpleNamespace(reload=reloads.append, policies=None, policies_unknown="")
-    history = SimpleNamespace(add=lambda kind, **_: events.append(kind))
-    policies = Policies(folder, manager, history, file)
+    reloads = Reloads(folder, file)
     (folder / "60.yaml").write_text(text("other"))
-    policies.ask()
-    policies._changed(PolicyFolder(folder).read())
-    policies.take()
-    assert (len(reloads), events) == (1, ["policies"])
-    policies.ask()
-    assert len(reloads) == 2, "a reload applies the files in any case"
+    reloads.policies.ask()
+    reloads.policies._watch.look()
+    reloads.policies.take()
+    assert (len(reloads.names), reloads.events) == (1, ["policies"])
+    reloads.policies.ask()
+    assert len(reloads.names) == 2, "a reload applies the files in any case"
+
+
+def test_policies_that_were_not_watched_yet_can_be_stopped(place):
+    Reloads(*place).policies.stop()
