@@ -55,6 +55,34 @@ static struct table table_of(const struct link_map *map)
     return table;
 }
 
+/* The shim's names by a part of each. A library has hundreds of symbols, so each is compared with few names. */
+struct index {
+    uint8_t first[256], next[FGPU_NAMES]; /* 1 + a name; 0: none */
+};
+_Static_assert(FGPU_NAMES < UINT8_MAX, "a name fits into a byte");
+
+static uint8_t *first_of(struct index *index, const char *name, size_t length)
+{
+    return &index->first[(8 * length + (unsigned char)name[length / 2]) % 256];
+}
+
+static void make(struct index *index)
+{
+    memset(index, 0, sizeof *index);
+    for (enum fgpu_name at = 0; at < FGPU_NAMES; at++) {
+        uint8_t *first = first_of(index, fgpu_name_of(at), fgpu_symbols[at].length);
+        index->next[at] = *first;
+        *first = (uint8_t)(at + 1);
+    }
+}
+
+static enum fgpu_name find(struct index *index, const char *name)
+{
+    unsigned next = *first_of(index, name, strlen(name));
+    while (next && strcmp(fgpu_name_of((enum fgpu_name)(next - 1)), name)) next = index->next[next - 1];
+    return next ? (enum fgpu_name)(next - 1) : FGPU_NAMES;
+}
+
 /* Return whether these pages contain no code, which could not be executed afterwards. They are in a segment without
  * code, or end within the names, which linkers put between the symbols and the code. */
 static bool is_without_code(const struct table *table, const char *begin, size_t bytes)
@@ -78,6 +106,7 @@ static bool replace_exports(void *library, enum fgpu_name of, const int32_t hook
 {
     const struct link_map *map = library; /* with glibc, a handle is a struct link_map */
     struct table table = table_of(map);
+    struct index index;
     bool seen[FGPU_NAMES] = {false};
     char *begin = (char *)((uintptr_t)table.symbols & -(uintptr_t)FGPU_PAGE_BYTES);
     size_t bytes =
@@ -87,9 +116,10 @@ static bool replace_exports(void *library, enum fgpu_name of, const int32_t hook
     if (is_without_code(&table, begin, bytes))
         copy = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     if (copy != MAP_FAILED) changed = memcpy(copy, begin, bytes) + ((char *)table.symbols - begin);
+    make(&index);
     for (size_t i = 1; i < table.count; i++) {
         ElfW(Addr) offset = table.symbols[i].st_value;
-        enum fgpu_name at = fgpu_name_at(table.names + table.symbols[i].st_name);
+        enum fgpu_name at = find(&index, table.names + table.symbols[i].st_name);
         if (!offset || at == FGPU_NAMES) continue;
         ElfW(Addr) hook = (ElfW(Addr))fgpu_hook(hooks, at) - map->l_addr;
         seen[at] = true;
