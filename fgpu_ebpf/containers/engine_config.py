@@ -14,7 +14,7 @@ import tomllib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 NAME = "fgpu"
 RUNTIMES = "runtimes"  # folder beside the helper with links to the real runtimes, if the settings give their paths
@@ -27,8 +27,7 @@ class SetupError(Exception):
     """Nothing was changed. The text has the reason and, if there is one, the fix."""
 
 
-@dataclass(frozen=True, slots=True)
-class Settings:
+class Settings(NamedTuple):
     """The present settings. `text`: the file without fgpu's lines, empty if there is no file.
 
     `helper`: the path of `fgpu-oci`. `version`: the first two numbers of the engine's version; empty if unknown.
