@@ -6,14 +6,13 @@ This module runs in the agent and in the commands, in any thread.
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
 from functools import cache
+from typing import NamedTuple
 
 FIRST_PID_NAMESPACE = 0xEFFFFFFC  # PROC_PID_INIT_INO: the inode number that every kernel gives that namespace
 
 
-@dataclass(frozen=True, slots=True)
-class Check:
+class Check(NamedTuple):
     """The result of one check. `found`: the present state, as text. `fix`: what to do if `ok` is False."""
 
     name: str

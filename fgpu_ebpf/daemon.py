@@ -112,12 +112,14 @@ def serve(options: Options) -> None:
 
 
 def _clean_environment() -> None:
-    """Remove the environment variables that make the dynamic loader or Python load code.
+    """Remove the environment variables that make the dynamic loader or Python load code, and forbid pydantic's plugins.
 
-    Otherwise the programs that the agent starts would inherit them.
+    Otherwise the programs that the agent starts would inherit the variables. To find plugins, pydantic would read the
+    metadata of all installed packages.
     """
     for name in [name for name in os.environ if name.startswith(("LD_", "PYTHON"))]:
         del os.environ[name]
+    os.environ["PYDANTIC_DISABLE_PLUGINS"] = "__all__"
 
 
 def _process_start() -> float:

@@ -11,7 +11,6 @@ import os
 import shlex
 import subprocess
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 from fgpu_ebpf import control_client
@@ -48,8 +47,7 @@ def checks(options: Options) -> list[Check]:
     is_released = False
     with contextlib.suppress(ConnectionError, control_client.RequestError):
         reply = control_client.call(options.run_dir, {"verb": "ping"})
-        options = replace(
-            options,
+        options = options._replace(
             driver_root=options.driver_root or Path(reply["driver_root"]),
             loader=options.loader or reply["loader"],
         )

@@ -44,8 +44,9 @@ class GatekeeperProcess:
 
     def __init__(self, run_dir: Path, pins: Path) -> None:
         self._run_dir, self._lock = run_dir, run_dir / file_locks.GATEKEEPER
-        # Without -P, Python would first search modules in the current folder, which may belong to any user.
-        module = [sys.executable, "-P", "-m", "fgpu_ebpf.gatekeeper"]
+        # Without -P, Python would first search modules in the current folder, which may belong to any user. -S: the
+        # gatekeeper needs no other packages, and code in .pth files does not delay its start.
+        module = [sys.executable, "-P", "-S", "-m", "fgpu_ebpf.gatekeeper"]
         self._command = [*module, "--stand-in", "--run-dir", str(run_dir), "--pins", str(pins)]
         self._child: subprocess.Popen[bytes] | None = None
         self._seen = 0.0  # the monotonic time at which a gatekeeper last ran

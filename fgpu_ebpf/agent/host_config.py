@@ -6,9 +6,8 @@ refused, because the settings name the program that loads the BPF programs.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from fgpu_ebpf.containers.cdi import FOLDER as CDI_FOLDER
 from fgpu_ebpf.driver.xids import OF_PROGRAMS
@@ -31,8 +30,7 @@ ENGINES = (
 MODULES_BYTES = 1 << 30  # the reason for this size: docs/operations.md, "Memory without a recorded allocation"
 
 
-@dataclass(frozen=True, slots=True)
-class HostSettings:
+class HostSettings(NamedTuple):
     """The settings of a host.
 
     `overcommit`: the sum of limits may exceed a device's memory. `loader`: the interpreter that can import BCC, and its
@@ -57,7 +55,7 @@ class HostSettings:
     ignored_xids: tuple[int, ...] = OF_PROGRAMS
     trusted_drivers: tuple[str, ...] = ()
     module_bytes: int = MODULES_BYTES
-    bounds: Bounds = field(default_factory=Bounds)
+    bounds: Bounds = Bounds()
 
 
 def read(path: Path = FILE, root_only: bool = True) -> tuple[HostSettings | None, tuple[ConfigError, ...]]:

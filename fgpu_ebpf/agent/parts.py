@@ -6,7 +6,7 @@ This module runs once, at the agent's start, in the main thread. The main loop t
 from __future__ import annotations
 
 from collections.abc import MutableMapping
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from fgpu_ebpf.agent.cgroup_looks import HostLook
 from fgpu_ebpf.agent.chores import Chores, make_chores
@@ -28,8 +28,7 @@ from fgpu_ebpf.tenancy.pinned_levels import take_up
 from fgpu_ebpf.workloads.engine_labels import Engines
 
 
-@dataclass(frozen=True, slots=True)
-class Parts:
+class Parts(NamedTuple):
     """The parts of the agent process. `look` scans cgroups in steps; `looks` has the requested and running scans."""
 
     driver: HostDriver

@@ -10,8 +10,8 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from fgpu_ebpf.linux.wakeup import Wakeup
 from fgpu_ebpf.policy import last_good
@@ -26,8 +26,7 @@ from fgpu_ebpf.tenancy.manager import Manager
 log = logging.getLogger("fgpu.policy")
 
 
-@dataclass(frozen=True, slots=True)
-class Start:
+class Start(NamedTuple):
     """The first reading of the folder.
 
     `kept`: the stored set, if the folder has no valid set; None: the folder has a valid set, or none is stored.

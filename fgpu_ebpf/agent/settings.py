@@ -6,8 +6,8 @@ This module contains data only. It runs in the main thread of the agent and of c
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 from fgpu_ebpf.agent import host_config
 from fgpu_ebpf.containers import cdi
@@ -18,8 +18,7 @@ from fgpu_ebpf.policy import share_name
 from fgpu_ebpf.tenancy import profiles
 
 
-@dataclass(frozen=True, slots=True)
-class Settings:
+class Settings(NamedTuple):
     """The settings of an agent.
 
     `loader`: the interpreter that can import BCC, and its arguments. `store`: the folder for copies of the shim that
@@ -45,12 +44,11 @@ class Settings:
     ignored_xids: Collection[int] = xids.OF_PROGRAMS
     trusted_drivers: tuple[str, ...] = ()  # digests, as sha256:…
     module_bytes: int = host_config.MODULES_BYTES
-    bounds: Bounds = field(default_factory=Bounds)
+    bounds: Bounds = Bounds()
     log_format: str | None = None  # as in Options
 
 
-@dataclass(frozen=True, slots=True)
-class Options:
+class Options(NamedTuple):
     """The options of `fgpu agent`, `load` and `doctor`.
 
     An option that is None has the value of the file `config`. `shim`, `pins` and `store` then have fixed defaults.

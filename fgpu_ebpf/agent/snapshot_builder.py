@@ -8,9 +8,8 @@ from __future__ import annotations
 import time
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from fgpu_ebpf.agent import gatekeeper_process
 from fgpu_ebpf.agent.bypasses import Bypasses
@@ -43,8 +42,7 @@ from fgpu_ebpf.tenancy.tenant import Tenant
 NS = 1e9
 
 
-@dataclass(frozen=True, slots=True)
-class _Look:
+class _Look(NamedTuple):
     """The readings for one Snapshot.
 
     `processes`: by level, then by tgid. `refusals` and `turns`: by level and device. `unwitnessed`: by tgid and device.

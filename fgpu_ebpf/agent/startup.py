@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from fgpu_ebpf.agent.policy_reload import Start, at_start
 from fgpu_ebpf.agent.settings import Settings
@@ -25,8 +25,7 @@ from fgpu_ebpf.tenancy.preexisting import PreexistingProcesses
 log = logging.getLogger("fgpu.agent")
 
 
-@dataclass(frozen=True, slots=True)
-class Attached:
+class Attached(NamedTuple):
     """The objects that a start has made when all probes are attached."""
 
     driver: HostDriver

@@ -27,8 +27,7 @@ class Row(NamedTuple):
     device: Mapping[str, Any]
 
 
-@dataclass(frozen=True, slots=True)
-class Column:
+class Column(NamedTuple):
     """A column. `name`: the heading. `cells`: the least width in characters. `falls`: the largest value comes first."""
 
     name: str

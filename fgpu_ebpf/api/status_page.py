@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import parse_qs, urlencode
 from wsgiref.types import StartResponse, WSGIEnvironment
 
@@ -61,8 +61,7 @@ class Asked:
         return "?" + urlencode({name: word for name, word in words.items() if word and (name, word) != ("sort", usual)})
 
 
-@dataclass(frozen=True, slots=True)
-class Line:
+class Line(NamedTuple):
     """A tenant on a device. `cells`: the text of each column. `mark`: the state of the row.
 
     `full`: the ratio of the limit that is used; None: no limit. `about`: policy, path and labels. `notes`: texts that
@@ -142,8 +141,7 @@ def _notes(tenant: Mapping[str, Any]) -> Iterator[str]:
 # -- the answer ------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
-class _Files:
+class _Files(NamedTuple):
     """The template with its style and script, and the content security policy under which a browser runs them."""
 
     template: Template

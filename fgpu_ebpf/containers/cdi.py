@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from fgpu_ebpf.linux import atomic_file
 from fgpu_ebpf.policy import share_name
@@ -24,8 +23,7 @@ HOOK_SECONDS = 10
 _READ_ONLY = ["bind", "ro", "nosuid", "nodev"]
 
 
-@dataclass(frozen=True, slots=True)
-class Parts:
+class Parts(NamedTuple):
     """Files of the host: the shim, the folder of its socket, the list that preloads it, and the helper `fgpu-oci`.
 
     In a container the helper has the name `fgpu-info`, and prints the container's limits.

@@ -10,11 +10,10 @@ from __future__ import annotations
 import json
 import re
 import shutil
-import tomllib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 NAME = "fgpu"
 RUNTIMES = "runtimes"  # folder beside the helper with links to the real runtimes, if the settings give their paths
@@ -27,8 +26,7 @@ class SetupError(Exception):
     """Nothing was changed. The text has the reason and, if there is one, the fix."""
 
 
-@dataclass(frozen=True, slots=True)
-class Settings:
+class Settings(NamedTuple):
     """The present settings. `text`: the file without fgpu's lines, empty if there is no file.
 
     `helper`: the path of `fgpu-oci`. `version`: the first two numbers of the engine's version; empty if unknown.
@@ -180,9 +178,9 @@ def containerd_after(of: Settings) -> Wanted:
     after = _with_binary(text, table, runtime, f'BinaryName = "{link}"')
     wanted = {**runtime.get("options", {}), "BinaryName": str(link)}
     try:
-        found = tomllib.loads(after)["plugins"][plugin]["containerd"]["runtimes"][name]["options"]
-        is_right = found == wanted and tomllib.loads(containerd_without(after)) == tomllib.loads(text)
-    except (tomllib.TOMLDecodeError, KeyError):  # the options are written in another form, for example in one line
+        found = _loads(after)["plugins"][plugin]["containerd"]["runtimes"][name]["options"]
+        is_right = found == wanted and _loads(containerd_without(after)) == _loads(text)
+    except (ValueError, KeyError):  # the options are written in another form, for example in one line
         is_right = False
     if not is_right:
         where = f"[{_name(table)}.options]"
@@ -215,8 +213,8 @@ def _header(text: str, table: tuple[str, ...]) -> re.Match[str] | None:
 
 def _keys(header: str) -> tuple[str, ...]:
     try:
-        inner = tomllib.loads(header)
-    except tomllib.TOMLDecodeError:
+        inner = _loads(header)
+    except ValueError:
         return ()
     keys = []
     while inner:
@@ -370,7 +368,7 @@ def _others(of: Settings, *places: Path | str) -> Iterator[dict[str, Any]]:
 
 def _drop_in(table: str, values: Mapping[str, Any]) -> str:
     text = HEAD + f"[{table}]\n" + "".join(f"{key} = {_toml_value(value)}\n" for key, value in values.items())
-    if list(tomllib.loads(text)) != [table.split(".")[0]]:
+    if list(_loads(text)) != [table.split(".")[0]]:
         raise SetupError(f"the table [{table}] cannot be written as TOML: write it by hand")
     return text
 
@@ -383,8 +381,15 @@ def _toml_value(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False)  # strings, numbers and booleans have the same form in JSON and TOML
 
 
+def _loads(text: str) -> dict[str, Any]:
+    """Return the contents of a TOML document. Raises ValueError."""
+    import tomllib  # here, because most processes that import this module read no TOML
+
+    return tomllib.loads(text)
+
+
 def _toml(text: str, file: Path) -> dict[str, Any]:
     try:
-        return tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+        return _loads(text)
+    except ValueError as error:
         raise SetupError(f"{file} is not TOML ({error}): fix the file first") from error

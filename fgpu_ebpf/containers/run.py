@@ -15,9 +15,8 @@ import select
 import signal
 import stat
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
+from typing import NamedTuple, NoReturn
 
 from fgpu_ebpf.check import Check
 from fgpu_ebpf.linux import atomic_file
@@ -36,8 +35,7 @@ class LaunchError(Exception):
     """The program was not started. The text has the reason."""
 
 
-@dataclass(frozen=True, slots=True)
-class LaunchTarget:
+class LaunchTarget(NamedTuple):
     """The cgroup and the preload files for a program.
 
     `folder`: the folder of a cgroup whose limit is in force. `run_dir`: the folder of the preload files.

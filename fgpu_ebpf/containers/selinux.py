@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from fgpu_ebpf.check import Check
 from fgpu_ebpf.containers import injection
@@ -23,8 +23,7 @@ FIX = (
 )
 
 
-@dataclass(frozen=True, slots=True)
-class Need:
+class Need(NamedTuple):
     """An access of a container to an object of fgpu, in the words of the policy."""
 
     name: str

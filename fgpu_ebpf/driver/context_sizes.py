@@ -43,7 +43,7 @@ def measure_contexts(nvml: Nvml, libcuda: Path) -> dict[int, int]:
     A child creates the contexts, and NVML reports their size. A child that hangs in the driver cannot be killed, so it
     is left running.
     """
-    command = [sys.executable, "-I", "-c", _HOLD_CONTEXTS, str(libcuda)]
+    command = [sys.executable, "-I", "-S", "-c", _HOLD_CONTEXTS, str(libcuda)]
     environment = {"PATH": "/usr/bin:/bin", "CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
     pipe = subprocess.PIPE
     child = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, env=environment)

@@ -12,8 +12,8 @@ import os
 import threading
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from itertools import islice
+from typing import NamedTuple
 
 from fgpu_ebpf.linux import procfs
 
@@ -24,8 +24,7 @@ MOST_KEEPERS = 8
 PREFIX = "nvidia"  # /dev/nvidiactl, /dev/nvidia0, /dev/nvidia-uvm, in any folder
 
 
-@dataclass(frozen=True, slots=True)
-class Held:
+class Held(NamedTuple):
     """Orphaned memory of the exited process `pid`. `paths`: the cgroups to search, innermost first."""
 
     pid: int

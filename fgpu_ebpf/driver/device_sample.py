@@ -10,7 +10,6 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from fgpu_ebpf.driver.nvml import Nvml
@@ -31,8 +30,7 @@ class Taken(NamedTuple):
     greatest: Mapping[int, int]
 
 
-@dataclass(frozen=True, slots=True)
-class Sample:
+class Sample(NamedTuple):
     """Several samples.
 
     `rows`: the last rows. `calm`: no process allocated or freed memory during the samples. `processes`: the ledger's
@@ -77,7 +75,7 @@ def take(
         taken = None if in_use is None else _taken(in_use, rows, then)
         rows = then
         if taken is None:
-            return replace(unsampled, rows=rows)
+            return unsampled._replace(rows=rows)
         found.append(taken)
     after = ledger.processes()
     changed = {pid for pid in before.keys() | after.keys() if _state(before.get(pid)) != _state(after.get(pid))}

@@ -11,6 +11,7 @@ import contextlib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from fgpu_ebpf.check import Check
 from fgpu_ebpf.driver import other_layouts, shim_store, xid_record
@@ -49,8 +50,7 @@ class HostDriver:
     layout_changed: bool
 
 
-@dataclass(frozen=True, slots=True)
-class Prepared:
+class Prepared(NamedTuple):
     """The driver before its probes are attached."""
 
     pins: Path

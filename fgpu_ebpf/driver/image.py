@@ -12,8 +12,8 @@ import os
 import struct
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from fgpu_ebpf import abi
 from fgpu_ebpf.linux import bpf
@@ -33,8 +33,7 @@ class ProgramError(Exception):
     """The BPF programs cannot be loaded. The text has the reason and, if there is one, the fix."""
 
 
-@dataclass(frozen=True)
-class Image:
+class Image(NamedTuple):
     """Maps and programs by name. An instruction that loads a map contains the map's position in `maps`."""
 
     maps: Mapping[str, bpf.Form]

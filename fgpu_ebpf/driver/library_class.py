@@ -17,8 +17,8 @@ import os
 import re
 import time
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from enum import Enum
+from typing import NamedTuple
 
 from fgpu_ebpf.abi import CLASS_SHIFT, Class, Function
 from fgpu_ebpf.linux.procmaps import File
@@ -52,8 +52,7 @@ class Role(Enum):
 _CLASSES = {Role.HOST: Class.HOST, Role.LISTED: Class.LISTED, Role.UNKNOWN: Class.UNKNOWN}
 
 
-@dataclass(frozen=True, slots=True)
-class Stamp:
+class Stamp(NamedTuple):
     """A file's size and times. While they do not change, its contents count as unchanged."""
 
     size: int

@@ -12,8 +12,8 @@ import errno
 import functools
 import os
 import subprocess
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from fgpu_ebpf.linux import mapped_files, openat2
 
@@ -23,8 +23,7 @@ LIBRARY_FOLDERS = (
 )  # fmt: skip
 
 
-@dataclass(frozen=True, slots=True)
-class Target:
+class Target(NamedTuple):
     """A file to probe.
 
     `way`: the path by which the agent opens it. (`dev`, `ino`): its name in /proc/PID/maps. `path`: its name in

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from fgpu_ebpf.driver import cuda_mappings
 from fgpu_ebpf.driver.library_class import Stamp
@@ -22,8 +22,7 @@ _NAMES = ("libcuda.so.1", "libcuda.so")
 _NO_COPY = (b"[vdso]", b"[vsyscall]", b"[uprobes]", b"[vectors]", b"[sigpage]")  # the kernel's own mappings
 
 
-@dataclass(frozen=True, slots=True)
-class Found:
+class Found(NamedTuple):
     """The files of one process.
 
     `files`: None if the mappings cannot be read, although the process may still live. `code`: the process executes

@@ -63,7 +63,7 @@ def return_probes_survive_seccomp(shim: str, denied: int = _URETPROBE_CALL) -> b
     From Linux 6.11 to early 6.13, the trampoline of return probes is a system call. The profile refuses this call
     (number `denied`), and the kernel kills the process.
     """
-    command = [sys.executable, "-I", "-c", _CHILD, shim, str(denied)]
+    command = [sys.executable, "-I", "-S", "-c", _CHILD, shim, str(denied)]
     event = bpf.open_uprobe(shim, symbol_offsets(shim, ["fgpu_release"])["fgpu_release"], True)
     try:
         done = subprocess.run(command, capture_output=True, timeout=30, check=False)

@@ -7,8 +7,7 @@ device continue, as far as the driver allows.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from fgpu_ebpf.check import Check
 
@@ -17,8 +16,7 @@ OF_PROGRAMS = (13, 31, 43, 45, 68, 109)
 _FIX = "see dmesg | grep -i xid, and docs.nvidia.com/deploy/xid-errors; reset the device, or run fgpu device clear GPU"
 
 
-@dataclass(frozen=True, slots=True)
-class Reported:
+class Reported(NamedTuple):
     """The XIDs of one device since it was first watched: `counts` by XID, and the number of `ignored` ones.
 
     `fatal`: the first XID that was not ignored since the device was last found again or cleared; None: there was none.
@@ -53,14 +51,14 @@ class Tally:
             self._reported.setdefault(device, Reported({}))
         for device, xid in came:
             before = self._reported.get(device, Reported({}))
-            self._reported[device] = replace(before, fatal=None) if xid is None else self._after(before, xid)
+            self._reported[device] = before._replace(fatal=None) if xid is None else self._after(before, xid)
         return dict(self._reported)
 
     def _after(self, before: Reported, xid: int) -> Reported:
         counts = {**before.counts, xid: before.counts.get(xid, 0) + 1}
         if xid in self._ignored:
-            return replace(before, counts=counts, ignored=before.ignored + 1)
-        return replace(before, counts=counts, fatal=xid if before.fatal is None else before.fatal)
+            return before._replace(counts=counts, ignored=before.ignored + 1)
+        return before._replace(counts=counts, fatal=xid if before.fatal is None else before.fatal)
 
 
 def failure(xid: int) -> str:

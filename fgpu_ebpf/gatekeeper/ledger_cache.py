@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from fgpu_ebpf import abi
 from fgpu_ebpf.abi import ControlFlag
@@ -25,8 +24,7 @@ from fgpu_ebpf.workloads.bound_owner import owner_of
 MOST_PAGES = 256
 
 
-@dataclass(frozen=True, slots=True)
-class ManagedState:
+class ManagedState(NamedTuple):
     """State of a process's cgroups in the ledger. `managed`: None while the agent has not decided.
 
     `refused`: a limit could not be put in force. `owner`: the cgroup whose bounds apply to the process; 0: unknown.
@@ -39,8 +37,7 @@ class ManagedState:
     owner: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class Grant:
+class Grant(NamedTuple):
     """The grant of a managed process: the header of its control page; descriptors of usage pages, innermost first."""
 
     header: PageHeader
@@ -152,7 +149,7 @@ class LedgerCache:
         if known is None:
             ids = self._lineages.of(pid, cgroup)
             known = managed_state(self, ids)
-            known = replace(known, owner=self._lineages.owner(pid, cgroup, known.levels))
+            known = known._replace(owner=self._lineages.owner(pid, cgroup, known.levels))
             if ids[:1] == (cgroup,):
                 self._states[cgroup] = known
         return known

@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from time import monotonic_ns
+from typing import NamedTuple
 
 from fgpu_ebpf import abi
 from fgpu_ebpf.gatekeeper.memfd_pages import ControlMemory, StatusMemory, row_bytes
@@ -28,8 +29,7 @@ FEW_PROCESSES = 64  # half of all places are reserved for owners with fewer proc
 Held = tuple[int, int, int, int]  # tgid, generation, device, bytes
 
 
-@dataclass(frozen=True, slots=True)
-class PageHeader:
+class PageHeader(NamedTuple):
     """The part of a control page that never changes: a process with a new header gets a new page."""
 
     flags: int = 0

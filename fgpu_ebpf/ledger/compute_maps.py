@@ -122,7 +122,7 @@ class ComputeMaps:
                 bpf.delete(self._maps["shares"], _KEY.pack(*key))
                 bpf.delete(self._maps["turns"], _KEY.pack(*key))
             for key, share in asked.items():
-                bpf.update(self._maps["shares"], _KEY.pack(*key), _SHARE.pack(*astuple(share)))
+                bpf.update(self._maps["shares"], _KEY.pack(*key), _SHARE.pack(*share))
         finally:
             self.tell()
 

@@ -16,9 +16,9 @@ import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator
-from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from typing import NamedTuple
 
 from fgpu_ebpf import abi
 from fgpu_ebpf.check import has_host_pids
@@ -56,8 +56,7 @@ class LedgerMissing(Exception):
     """The maps are not pinned: the loader has not run."""
 
 
-@dataclass(frozen=True, slots=True)
-class Count:
+class Count(NamedTuple):
     """The key of a counter of a level.
 
     Cgroup 0 is the host: its reasons are abi.Anomaly if the kind is KINDS, and abi.Fate if the kind is EVENTS.

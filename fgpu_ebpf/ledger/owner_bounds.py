@@ -6,14 +6,13 @@ Runs in the agent. The BPF programs and `tenancy.level_capacity` count the entri
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from typing import NamedTuple
 
 PARTS = 4  # one owner gets at most 1/4 of the map `allocations`, as one level does by maps.bpf.h
 KEYS = ("levels", "allocations", "threads", "processes", "orphans", "files", "unmanaged")
 
 
-@dataclass(frozen=True, slots=True)
-class Bounds:
+class Bounds(NamedTuple):
     """The bounds of one owner: a workload with all cgroups inside it.
 
     `levels`: cgroups with a limit of their own. `allocations`, `threads`, `processes`, `orphans`: entries in the

@@ -13,7 +13,7 @@ import heapq
 import os
 import struct
 from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from fgpu_ebpf import abi
 from fgpu_ebpf.linux import bpf
@@ -22,8 +22,7 @@ _U32 = struct.Struct("I")
 _BYTES = ctypes.sizeof(abi.Owner)
 
 
-@dataclass(frozen=True, slots=True)
-class Share:
+class Share(NamedTuple):
     """The entries of one owner in each map, and their maximum, in the order of abi.Shared."""
 
     cgroup: int

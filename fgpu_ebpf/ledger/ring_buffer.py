@@ -11,7 +11,7 @@ import mmap
 import os
 import struct
 from collections.abc import Iterator
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from fgpu_ebpf import abi
 from fgpu_ebpf.linux import bpf, cgroup_namespace
@@ -22,8 +22,7 @@ _LENGTH = struct.Struct("I")
 _BUSY, _DISCARDED, _HEADER = 1 << 31, 1 << 30, 8
 
 
-@dataclass(frozen=True, slots=True)
-class Event:
+class Event(NamedTuple):
     """An event. `at_ns` is CLOCK_MONOTONIC. `path` is the path of a cgroup in this cgroup namespace, or empty."""
 
     at_ns: int

@@ -10,7 +10,7 @@ import mmap
 import os
 import struct
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from fgpu_ebpf import abi
 
@@ -19,8 +19,7 @@ _TALLY = struct.Struct("2Q")
 _ORPHANED = struct.Struct("Q")
 
 
-@dataclass(frozen=True, slots=True)
-class Usage:
+class Usage(NamedTuple):
     """The numbers of one level on one device, in bytes; `refused` is a count."""
 
     limit: int

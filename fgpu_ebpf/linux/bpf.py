@@ -12,7 +12,6 @@ import errno
 import functools
 import mmap
 import os
-import platform
 import struct
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,7 +21,7 @@ from typing import NamedTuple
 from fgpu_ebpf.linux import bpf_attributes as attributes
 from fgpu_ebpf.linux.libc import LIBC, check
 
-_BPF, _PERF_EVENT_OPEN = {"x86_64": (321, 298), "aarch64": (280, 241)}.get(platform.machine(), (321, 298))
+_BPF, _PERF_EVENT_OPEN = {"x86_64": (321, 298), "aarch64": (280, 241)}.get(os.uname().machine, (321, 298))
 _MAP_CREATE, _LOOKUP, _UPDATE, _DELETE, _PROG_LOAD, _OBJ_PIN, _OBJ_GET, _TEST_RUN = 0, 1, 2, 3, 5, 6, 7, 10
 _MAP_GET_FD_BY_ID, _RAW_TRACEPOINT_OPEN, _FREEZE, _LOOKUP_BATCH, _LINK_CREATE = 14, 17, 22, 24, 28
 _UPDATE_BATCH, _DELETE_BATCH, _ANY, _NOEXIST, _EXIST = 26, 27, 0, 1, 2

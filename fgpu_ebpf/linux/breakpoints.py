@@ -14,13 +14,12 @@ from __future__ import annotations
 import contextlib
 import mmap
 import os
-import platform
 from collections.abc import Callable, Iterable, Mapping
 
 from fgpu_ebpf.linux import mapped_files, procmaps
 from fgpu_ebpf.linux.procmaps import File, Mapped
 
-CODE = {"aarch64": bytes.fromhex("a00020d4")}.get(platform.machine(), b"\xcc")
+CODE = {"aarch64": bytes.fromhex("a00020d4")}.get(os.uname().machine, b"\xcc")
 UNCHECKED = 1  # instead of an offset: the file has no probes, or an agent without such checks has probed it
 CUDA_NAMES = (b"libcuda.so", b"libfgpu.so")
 MOST_MAPPINGS = 64  # of files with names of libcuda or the shim, in one process

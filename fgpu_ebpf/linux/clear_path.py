@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shutil
 import time
 from pathlib import Path
 
@@ -29,6 +28,8 @@ def remove_moved(path: Path) -> None:
     """Remove the folders that make_way() has renamed at a path, except those with a mount inside."""
     for folder in path.parent.glob(f"{path.name}.moved-*"):
         if not _has_mounts(folder):
+            import shutil  # here, because there is rarely such a folder, and shutil imports libraries for compression
+
             shutil.rmtree(folder, ignore_errors=True)
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import struct
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass
+from typing import NamedTuple
 
 MOST_SEGMENTS, MOST_ENTRIES, MOST_SYMBOLS, MOST_NAME_BYTES = 64, 1024, 1024, 256
 _HEADER = struct.Struct("<16sHHIQQQIHHHHHH")
@@ -30,8 +30,7 @@ class ElfError(Exception):
     """The file is not a library in which functions can be found. The text has the reason."""
 
 
-@dataclass(frozen=True, slots=True)
-class Segment:
+class Segment(NamedTuple):
     """A part of the file that a loader maps, in bytes: its offset in the file, its address, and its length."""
 
     offset: int

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import ctypes
 import errno
-import platform
+import os
 from collections.abc import Sequence
 
 from fgpu_ebpf.linux.libc import LIBC, failure
 
 MOST_WORDS = 126  # futex_waitv accepts 128 words
-_FUTEX = {"x86_64": 202, "aarch64": 98}.get(platform.machine(), 202)
+_FUTEX = {"x86_64": 202, "aarch64": 98}.get(os.uname().machine, 202)
 _FUTEX_WAITV, _FUTEX_WAKE, _SIZE_U32, _PRIVATE, _MONOTONIC = 449, 1, 2, 128, 1
 _EXPECTED = (errno.EAGAIN, errno.ETIMEDOUT, errno.EINTR)
 _ALL_WAITERS = 2**31 - 1

@@ -16,7 +16,7 @@ import fcntl
 import os
 import struct
 from collections.abc import Iterator
-from dataclasses import dataclass
+from typing import NamedTuple
 
 MOST = 1 << 15
 MOST_BYTES = 1 << 24  # of /proc/PID/maps: about 100,000 lines
@@ -32,8 +32,7 @@ _LONGEST_PATH, _CHUNK = 4096, 1 << 16
 _Path = ctypes.c_char * _LONGEST_PATH
 
 
-@dataclass(frozen=True, slots=True)
-class Mapped:
+class Mapped(NamedTuple):
     """A mapping as the kernel reports it.
 
     `path` may end in ` (deleted)`, and may be empty if the caller did not request it. `offset` is the offset in the

@@ -12,6 +12,7 @@ import re
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from fgpu_ebpf.check import Check
 from fgpu_ebpf.policy import trusted_file
@@ -31,8 +32,7 @@ NEXT_STEP = "`fgpu setup docker --memory 8GiB` writes a policy; `fgpu run` and `
 _GONE = "does not exist: the last policies stay in force; create the folder again (empty: no policies)"
 
 
-@dataclass(frozen=True, slots=True)
-class State:
+class State(NamedTuple):
     """A state of the folder: the stamps of its files, and inode, mode and owner of the folder and its parents."""
 
     path_stats: tuple[tuple[int, int, int], ...]

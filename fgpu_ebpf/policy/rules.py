@@ -8,9 +8,9 @@ in the agent and in `fgpu policy`.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from fgpu_ebpf.policy.globs import Globs
 from fgpu_ebpf.policy.units import (
@@ -76,8 +76,7 @@ class Priority(StrEnum):
 # -- the content of a policy -----------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
-class LabelTest:
+class LabelTest(NamedTuple):
     """A test of one label. As in Kubernetes, a missing label passes every NotIn test."""
 
     key: str
@@ -101,8 +100,7 @@ class LabelTest:
         return f"{self.key} {self.operator}{values}"
 
 
-@dataclass(frozen=True, slots=True)
-class Selector:
+class Selector(NamedTuple):
     """The workloads that a policy selects. A workload must match all fields that are set."""
 
     cgroup: Globs | None = None
@@ -152,8 +150,7 @@ class DeviceChoice:
         return self.model.matches(device.name) or self.model.matches(device.name.removeprefix("NVIDIA "))
 
 
-@dataclass(frozen=True, slots=True)
-class Compute:
+class Compute(NamedTuple):
     """A share of a device's time. `limit_ratio` 1.0: there is no ceiling."""
 
     limit_ratio: float = 1.0
@@ -162,8 +159,7 @@ class Compute:
     quantum_ns: int = 20_000_000
 
 
-@dataclass(frozen=True, slots=True)
-class Memory:
+class Memory(NamedTuple):
     """A limit, and the highest limit that the workload's own label can request (`most`).
 
     `contexts`: how many contexts the workload may have besides the limit.
@@ -174,8 +170,7 @@ class Memory:
     contexts: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class Policy:
+class Policy(NamedTuple):
     """One policy. `source`: the file and line that it was read from, such as `10-team.yaml:3`."""
 
     name: str
@@ -193,8 +188,7 @@ class Policy:
 # -- the outcome for a workload --------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
-class Limits:
+class Limits(NamedTuple):
     """The limits of a workload.
 
     `devices` has the ledger indices of the devices that the workload may use. `memory` has the limit in bytes by ledger
@@ -213,8 +207,7 @@ class Limits:
     contexts: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class Decision:
+class Decision(NamedTuple):
     """The decision about a workload: its policy and limits, or None if no policy matches.
 
     `tried` has the names of the policies that were tried before, each with the reason why it does not match. `notes`
@@ -336,4 +329,4 @@ def _asked_compute(
     if asked > compute.limit_ratio and not prefix:
         most = millionths_text(round(compute.limit_ratio * MILLION))
         notes.append(f"{label} asks for {shown(text)}, the policy allows {most}")
-    return replace(compute, limit_ratio=min(asked, compute.limit_ratio))
+    return compute._replace(limit_ratio=min(asked, compute.limit_ratio))

@@ -8,7 +8,7 @@ agent, the device plugin and the commands.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from fgpu_ebpf.policy import units
 from fgpu_ebpf.policy.units import Amount, QuantityError, shown
@@ -22,8 +22,7 @@ _UNITS = {"mib": "MiB", "gib": "GiB", "pct": "%"}
 USUAL = ("2gib", "4gib", "8gib", "12gib", "25pct-25pct", "50pct-50pct")
 
 
-@dataclass(frozen=True, slots=True)
-class Share:
+class Share(NamedTuple):
     """A limit of memory and a ceiling of compute time, as texts. An empty text: the share does not set this limit.
 
     `device`: the UUID of the only device that the share applies to, or an empty text for all devices.

@@ -8,15 +8,14 @@ from __future__ import annotations
 
 import os
 import stat
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from fgpu_ebpf.policy.yaml_document import MOST_BYTES, ConfigError, InvalidFileError
 
 _OTHERS = stat.S_IWGRP | stat.S_IWOTH
 
 
-@dataclass(frozen=True, slots=True)
-class Stamp:
+class Stamp(NamedTuple):
     """The identity of a file's content, by its stat result. The content has changed only if the stamp has changed."""
 
     dev: int

@@ -7,7 +7,7 @@ so that a long text costs no time.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from typing import NamedTuple
 
 _UNITS = {"B": 1, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40}
 _SHIFTS = (("GiB", 30), ("MiB", 20), ("B", 0))
@@ -25,8 +25,7 @@ class QuantityError(ValueError):
     """The text is not a valid quantity. The message contains the correct form."""
 
 
-@dataclass(frozen=True, slots=True)
-class Amount:
+class Amount(NamedTuple):
     """An amount of memory: a number of bytes, or millionths of the usable memory of a device. The other field is 0."""
 
     bytes: int = 0

@@ -9,8 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 
@@ -32,8 +31,7 @@ _WORDS: dict[str, bool | None] = {
 Place = tuple[str | int, ...]  # the path to a value: keys and positions
 
 
-@dataclass(frozen=True, slots=True)
-class ConfigError:
+class ConfigError(NamedTuple):
     """An error in a file. `text` contains the correction. `line` 0: the error concerns the file as a whole."""
 
     file: str
@@ -54,8 +52,7 @@ class InvalidFileError(Exception):
         self.error = error
 
 
-@dataclass(frozen=True, slots=True)
-class Document:
+class Document(NamedTuple):
     """One YAML document, and the line of each of its values. The line of a value in a mapping is that of its key."""
 
     value: Any

@@ -12,7 +12,6 @@ Share. Times are CLOCK_MONOTONIC nanoseconds. Limits are millionths of a device'
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass
 from typing import NamedTuple
 
 MILLION = 1_000_000
@@ -25,8 +24,7 @@ CREDIT_QUANTA = 10  # after this many quanta without a turn, a tenant starts at 
 ROUND_QUANTA = 4  # the longest round of turns, in quanta, among tenants that are never idle
 
 
-@dataclass(frozen=True, slots=True)
-class Share:
+class Share(NamedTuple):
     """A tenant's ceiling, weight, priority (`rank`) and length of turns. The lowest rank has the highest priority."""
 
     limit_millionths: int = MILLION
@@ -144,8 +142,7 @@ class Waiter(NamedTuple):
         return max(self.since_ns, self.unlifted_ns)
 
 
-@dataclass(frozen=True, slots=True)
-class Floor:
+class Floor(NamedTuple):
     """The floor of one device: the rule that gives turns to tenants that wait long because of higher priorities.
 
     `lifted_ns` is the time of the last such turn, and `rank` the rank of the last other turn.
@@ -155,8 +152,7 @@ class Floor:
     rank: int = 2
 
 
-@dataclass(frozen=True, slots=True)
-class Grant:
+class Grant(NamedTuple):
     """A turn that begins now. `floor`: the turn prevents starvation, so a higher priority does not end it early."""
 
     tenant: int

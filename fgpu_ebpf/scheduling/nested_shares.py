@@ -11,7 +11,6 @@ The module runs in threads of the gatekeeper that hold the time slicer's lock. T
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
 
 from fgpu_ebpf.scheduling.claim_trust import Standing
 from fgpu_ebpf.scheduling.fair_queue import PLAIN_WEIGHT, ROUND_QUANTA, STAYED, Account, Share, entitlements
@@ -109,7 +108,7 @@ class Unit:
 def effective(share: Share, above: Sequence[Unit]) -> Share:
     """Return the share of a tenant inside units, with the lowest ceiling and priority of the tenant and the units."""
     limits, ranks = [unit.share.limit_millionths for unit in above], [unit.share.rank for unit in above]
-    return replace(share, limit_millionths=min([share.limit_millionths, *limits]), rank=max([share.rank, *ranks]))
+    return share._replace(limit_millionths=min([share.limit_millionths, *limits]), rank=max([share.rank, *ranks]))
 
 
 def entitled(shares: Mapping[int, Share], tops: Mapping[int, Unit]) -> dict[int, int]:

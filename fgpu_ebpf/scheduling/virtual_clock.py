@@ -7,7 +7,6 @@ uses them in its decisions. Times are CLOCK_MONOTONIC nanoseconds.
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import replace
 
 from fgpu_ebpf.scheduling.counters import DeviceCounts
 from fgpu_ebpf.scheduling.fair_queue import Floor
@@ -32,7 +31,7 @@ class Clocks:
         """
         for device in devices:
             floor = self.floors.get(device, Floor())
-            self.floors[device] = replace(floor, lifted_ns=lifted_ns) if lifted_ns else replace(floor, rank=rank)
+            self.floors[device] = floor._replace(lifted_ns=lifted_ns) if lifted_ns else floor._replace(rank=rank)
             key = (device, rank)
             self._clocks[key] = max(self._clocks.get(key, 0), virtual_ns)
 

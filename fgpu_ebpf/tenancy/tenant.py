@@ -219,10 +219,10 @@ def _compute_by_hand(compute: Compute | None, override: Override) -> Compute | N
         return compute
     compute = compute or Compute()
     if override.limit_millionths is not None:
-        compute = replace(compute, limit_ratio=override.limit_millionths / MILLION)
+        compute = compute._replace(limit_ratio=override.limit_millionths / MILLION)
     if override.weight is not None:
-        compute = replace(compute, weight=override.weight)
-    return replace(compute, priority=Priority(override.priority)) if override.priority else compute
+        compute = compute._replace(weight=override.weight)
+    return compute._replace(priority=Priority(override.priority)) if override.priority else compute
 
 
 def _name(workload: Workload) -> str:

@@ -17,7 +17,6 @@ import sqlite3
 import threading
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -98,8 +97,7 @@ class StoreError(Exception):
     """The file cannot be read. The text has the reason."""
 
 
-@dataclass(frozen=True, slots=True)
-class Owner:
+class Owner(NamedTuple):
     """A tenant and the names that its use can be grouped by.
 
     `labels`: the labels that the policy exports. `user`: the uid of a slice, or empty. `around`: the tenants around it,

@@ -14,9 +14,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
+from typing import NamedTuple
 
 from fgpu_ebpf.linux.procfs import DEEPEST
 from fgpu_ebpf.workloads import cgroup_names
@@ -34,8 +34,7 @@ class Why(StrEnum):
     ITSELF = "cgroup"
 
 
-@dataclass(frozen=True, slots=True)
-class Owner:
+class Owner(NamedTuple):
     """A bound owner: the id of its cgroup (0 if it is gone), and its path below the hierarchy's root."""
 
     cgroup: int

@@ -8,8 +8,8 @@ gatekeeper and the commands.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
 from enum import StrEnum
+from typing import NamedTuple
 
 
 class Engine(StrEnum):
@@ -25,8 +25,7 @@ class Engine(StrEnum):
     LXC = "lxc"
 
 
-@dataclass(frozen=True, slots=True)
-class CgroupName:
+class CgroupName(NamedTuple):
     """The names in the path of a cgroup.
 
     Attributes:

@@ -12,6 +12,7 @@ import stat
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import NamedTuple
 
 from fgpu_ebpf.workloads import cgroup_names
 from fgpu_ebpf.workloads.cgroup_names import CgroupName, Engine
@@ -34,8 +35,7 @@ _ESCAPED = re.compile(r"\\x([0-9a-f]{2})")
 _PAYLOADS = ("container", "payload")  # folders that crun makes inside a container's own folder, for the processes
 
 
-@dataclass(frozen=True, slots=True)
-class Subject:
+class Subject(NamedTuple):
     """A container or pod that an engine can be asked about. `id`: the engine's id, or kubelet's uid of the pod."""
 
     id: str
