@@ -116,8 +116,21 @@ class Program:
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait(10)
         if self._cgroup:
-            with contextlib.suppress(OSError):  # the agent may have removed it already
-                self._cgroup.rmdir()
+            _remove(self._cgroup)
+
+
+def _remove(cgroup: Path) -> None:
+    """Remove a cgroup as soon as its last process has exited. Raises OSError if a process is in it for 10 s."""
+    deadline = time.monotonic() + 10
+    while True:
+        try:
+            return cgroup.rmdir()
+        except FileNotFoundError:  # the agent has removed it
+            return
+        except OSError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.01)
 
 
 @contextlib.contextmanager

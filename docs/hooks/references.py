@@ -10,7 +10,6 @@ import inspect
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +66,7 @@ def policy() -> str:
 def host() -> str:
     """Every key of agent.yaml; the defaults are those that hold without a file."""
     usual = host_config.HostSettings()
-    defaults = {field.name: _plain(field.name, getattr(usual, field.name)) for field in fields(usual)}
+    defaults = {name: _plain(name, value) for name, value in usual._asdict().items()}
     keys = _keys(host_schema.HostDocument, defaults)
     parts = (
         (host_schema.ProfileDocument, "profiles[]"),
