@@ -126,7 +126,7 @@ def _remove(cgroup: Path) -> None:
         try:
             return cgroup.rmdir()
         except FileNotFoundError:  # the agent has removed it
-            return
+            return None
         except OSError:
             if time.monotonic() > deadline:
                 raise
