@@ -108,7 +108,7 @@ build() { # builds the shim, the OCI helper and the benchmarks' programs, as ./d
         program=build/${source%%/*}/$(basename "$source" .c)
         gcc -std=gnu11 -O2 -g -I/tmp/fgpu/headers -o "$program" "$source" -ldl -pthread
     done
-    for program in client freed life; do
+    for program in client freed life sandboxed; do
         gcc -std=gnu11 -O2 -g -I/tmp/fgpu/headers -o build/e2e/$program tests/programs/$program.c -ldl -pthread
     done
 }

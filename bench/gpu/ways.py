@@ -1,10 +1,11 @@
-"""The claims `lookups`, `hidden` and `entries`: limits hold for unusual programs and containers.
+"""The claims `lookups`, `hidden`, `sandbox`, `contexts` and `entries`: limits of unusual programs and containers.
 
 The programs are those of the end-to-end tests; here they use the real driver.
 """
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 import subprocess
@@ -28,6 +29,12 @@ PLUGINS = {  # name: (how the plugin is opened, the flags with which it is compi
     "deep-bound, next definition": ("deep", ["-DNEXT"]),
     "next definition": ("plain", ["-DNEXT"]),
 }
+CONTEXTS = """
+apiVersion: fgpu.dev/v1alpha1
+kind: GpuPolicy
+metadata: {{name: contexts}}
+spec: {{selector: {{cgroup: ["{path}"]}}, memory: {{limit: {limit}B, contexts: 1}}}}
+"""
 DEEP = RUNTIME.replace("ctypes.CDLL(sys.argv[1])", "ctypes.CDLL(sys.argv[1], os.RTLD_NOW | os.RTLD_DEEPBIND)")
 
 
@@ -80,6 +87,35 @@ def hidden(service: Service, place: Place) -> None:
     checks = json.loads(fgpu("doctor", "--json", "--driver-root", DRIVER_ROOT, check=False).stdout)
     found = next(check["found"] for check in checks if check["name"] == "mounts")
     need("a mount hides /run/fgpu/shim" in found, f"fgpu doctor: {found}")
+
+
+def sandbox(service: Service, place: Place) -> None:
+    """Fill the limit of a program whose sandbox refuses sockets, so that it registers by a probe."""
+    one = place.tenant(LIMIT)
+    client = one.client(before=f"{BUILD}/e2e/sandboxed {errno.EAFNOSUPPORT}")
+    client.ok("context")
+    free, total = client.ok("info")
+    need(total == LIMIT, f"shows {LIMIT} bytes")
+    need(client.do(f"alloc {free}").startswith("ok"), "all of the rest")
+    need(client.do(f"alloc {GRANULE}") == REFUSED, "no memory beyond it")
+    need(one.memory()["used_bytes"] == LIMIT, "the ledger has the whole limit")
+    need(client.complaints() == "", "nothing on the program's stderr")
+
+
+def contexts(service: Service, place: Place) -> None:
+    """Fill the limit of a tenant with `memory.contexts: 1`, which sees all of it as free memory."""
+    one = place.tenant(LIMIT)
+    fgpu("unset", one.path)
+    (service.policies / "contexts.yaml").write_text(CONTEXTS.format(path=one.path, limit=LIMIT))
+    fgpu("reload")
+    one.assert_enforced()
+    client = one.client()
+    client.ok("context")
+    free, total = client.ok("info")
+    need(free == total == LIMIT, f"shows {LIMIT} bytes, all free: {free}, {total}")
+    need(client.do(f"alloc {LIMIT}").startswith("ok"), "gets all of them")
+    need(nvml.bytes_of({client.pid}) > LIMIT, "the context is in addition")
+    say("beyond", one.memory()["limit_bytes"] - one.memory()["used_bytes"], "bytes left")
 
 
 def entries(service: Service, place: Place) -> None:
