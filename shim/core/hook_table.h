@@ -63,6 +63,8 @@ nvmlReturn_t nvmlDeviceGetAccountingStats_v2(nvmlDevice_t device, nvmlAccounting
     HOOK(cuMemMap)                                                                                                     \
     HOOK(cuMemUnmap)                                                                                                   \
     HOOK(cuMemRetainAllocationHandle)                                                                                  \
+    HOOK(cuMemImportFromShareableHandle)                                                                               \
+    HOOK(cuIpcCloseMemHandle)                                                                                          \
     HOOK(cuArrayDestroy)                                                                                               \
     HOOK(cuMipmappedArrayDestroy)                                                                                      \
     HOOK(cuMemAlloc)                                                                                                   \

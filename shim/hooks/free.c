@@ -1,6 +1,7 @@
 /*
- * free.c: calls that free device memory. If the kernel keeps the ledger, probes report these calls. These hooks serve
- * the standalone ledger, and do nothing for it while it is empty. Owns nothing.
+ * free.c: calls that free device memory. If the kernel keeps the ledger, probes report the frees of memory that this
+ * process allocated. For these, the hooks serve the standalone ledger, and do nothing for it while it is empty. Owns
+ * whether this process has imported handles.
  *
  * The entry of the memory is removed from the table before the driver can return the same handle to another thread.
  */
@@ -37,6 +38,36 @@ EXPORT CUresult cuMemFree_v2(CUdeviceptr dptr)
 FREES(cuArrayDestroy, CUarray)
 FREES(cuMipmappedArrayDestroy, CUmipmappedArray)
 
+/* -- memory that other processes have allocated. When they have freed it, NVML shows it for the process that has opened
+ * it, and the agent charges it there. No probe reports when that process frees it. */
+
+static _Atomic bool imports;
+
+EXPORT CUresult cuMemImportFromShareableHandle(CUmemGenericAllocationHandle *handle, void *osHandle,
+                                               CUmemAllocationHandleType shHandleType)
+{
+    __typeof__(&cuMemImportFromShareableHandle) driver = REAL(cuMemImportFromShareableHandle);
+    if (!driver) return CUDA_ERROR_NOT_SUPPORTED;
+    CUresult result = driver(handle, osHandle, shHandleType);
+    if (result == CUDA_SUCCESS) atomic_store_explicit(&imports, true, memory_order_relaxed);
+    return result;
+}
+
+static CUresult may_end_import(CUresult result)
+{
+    if (result == CUDA_SUCCESS && atomic_load_explicit(&imports, memory_order_relaxed)) fgpu_freed_unseen();
+    return result;
+}
+
+EXPORT CUresult cuIpcCloseMemHandle(CUdeviceptr dptr)
+{
+    __typeof__(&cuIpcCloseMemHandle) driver = REAL(cuIpcCloseMemHandle);
+    if (!driver) return CUDA_ERROR_NOT_SUPPORTED;
+    CUresult result = driver(dptr);
+    if (result == CUDA_SUCCESS) fgpu_freed_unseen();
+    return result;
+}
+
 /* -- mapped memory: after (create; map; release) it exists until the unmap */
 
 EXPORT CUresult cuMemRelease(CUmemGenericAllocationHandle handle)
@@ -47,7 +78,7 @@ EXPORT CUresult cuMemRelease(CUmemGenericAllocationHandle handle)
     bool held = fgpu_has_grants() && fgpu_grant_drop(handle, &memory);
     CUresult result = driver(handle);
     if (held) fgpu_grant_dropped(&memory, result);
-    return result;
+    return may_end_import(result);
 }
 
 EXPORT CUresult cuMemRetainAllocationHandle(CUmemGenericAllocationHandle *handle, void *addr)
@@ -82,7 +113,7 @@ EXPORT CUresult cuMemUnmap(CUdeviceptr ptr, size_t size)
     CUresult result = driver(ptr, size);
     if (refers) fgpu_grant_dropped(&memory, result);
     if (held && result) fgpu_grant_keep(mapping);
-    if (!held || result) return result;
+    if (!held || result) return may_end_import(result);
     for (CUdeviceptr at = ptr + mapping.bytes; at - ptr < size; at += mapping.bytes) {
         if (!fgpu_grant_take(FGPU_SPACE_MAPPING, at, &mapping)) break;
         if (fgpu_grant_drop(mapping.owner, &memory)) fgpu_grant_dropped(&memory, CUDA_SUCCESS);

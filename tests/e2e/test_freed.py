@@ -8,12 +8,13 @@ import pytest
 
 from tests.support.host import BUILD, GIB, MIB
 
-LIMIT = 2 * GIB
+LIMIT = 4 * GIB
 SHARE = 60  # percent of the free memory, in each round: two rounds together exceed the limit
 WAYS = (
     "plain", "pitched", "managed", "async", "unwaited", "plain_async", "async_plain", "async_and_plain",
     "pool", "pool_first", "mapped_one", "mapped_four", "mapped_each", "created", "context", "array",
-    "mipmapped", "graph_frees", "graph_freed", "module",
+    "mipmapped", "graph_frees", "graph_freed", "module", "library", "reset", "released", "exported", "ipc",
+    "imported", "pool_imported",
 )  # fmt: skip
 
 

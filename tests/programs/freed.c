@@ -13,6 +13,7 @@
 #define __CUDA_API_VERSION_INTERNAL
 #include <cuda.h>
 #include <dlfcn.h>
+#include <fcntl.h>
 #include <stdbool.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -26,6 +27,8 @@
 #define DRIVER(X)                                                                                                      \
     X(cuInit)                                                                                                          \
     X(cuDevicePrimaryCtxRetain)                                                                                        \
+    X(cuDevicePrimaryCtxRelease_v2)                                                                                    \
+    X(cuDevicePrimaryCtxReset_v2)                                                                                      \
     X(cuCtxSetCurrent)                                                                                                 \
     X(cuCtxSynchronize)                                                                                                \
     X(cuCtxCreate_v2)                                                                                                  \
@@ -63,7 +66,19 @@
     X(cuGraphDestroy)                                                                                                  \
     X(cuDeviceGraphMemTrim)                                                                                            \
     X(cuModuleLoadData)                                                                                                \
-    X(cuModuleUnload)
+    X(cuModuleUnload)                                                                                                  \
+    X(cuLibraryLoadData)                                                                                               \
+    X(cuLibraryGetGlobal)                                                                                              \
+    X(cuLibraryUnload)                                                                                                 \
+    X(cuIpcGetMemHandle)                                                                                               \
+    X(cuIpcOpenMemHandle_v2)                                                                                           \
+    X(cuIpcCloseMemHandle)                                                                                             \
+    X(cuMemExportToShareableHandle)                                                                                    \
+    X(cuMemImportFromShareableHandle)                                                                                  \
+    X(cuMemPoolExportToShareableHandle)                                                                                \
+    X(cuMemPoolImportFromShareableHandle)                                                                              \
+    X(cuMemPoolExportPointer)                                                                                          \
+    X(cuMemPoolImportPointer)
 
 static struct {
 #define SLOT(name) __typeof__(&name) name;
@@ -72,6 +87,7 @@ static struct {
 
 static const char *failed; /* the call that failed last, and its result */
 static CUresult result;
+static CUcontext primary;
 
 #define TRY(name, ...)                                                                                                 \
     do {                                                                                                               \
@@ -206,17 +222,6 @@ static void created(size_t bytes) /* never mapped */
     TRY(cuMemRelease, handle);
 }
 
-static void context(size_t bytes) /* a second context, which is destroyed with its memory */
-{
-    CUcontext made;
-    CUdeviceptr at;
-    TRY(cuCtxCreate_v2, &made, 0, 0);
-    CUresult had = cu.cuMemAlloc_v2(&at, bytes / 2);
-    TRY(cuCtxDestroy_v2, made);
-    failed = "cuMemAlloc in a context";
-    result = had;
-}
-
 static void array(size_t bytes)
 {
     CUDA_ARRAY_DESCRIPTOR what = {
@@ -257,18 +262,35 @@ static void graph_of(size_t bytes, bool frees)
 static void graph_frees(size_t bytes) { graph_of(bytes, true); }
 static void graph_freed(size_t bytes) { graph_of(bytes, false); }
 
-static void module(size_t bytes)
+static const char *code_with(size_t bytes)
 {
-    char text[512];
-    CUmodule made;
+    static char text[512];
     snprintf(text, sizeof text,
              ".version 7.0\n.target sm_70\n.address_size 64\n.visible .global .align 16 .b8 data[%zu];\n"
              ".visible .entry kernel()\n{\n .reg .b64 %%rd<2>;\n .reg .b32 %%r<2>;\n mov.u64 %%rd1, data;\n"
              " mov.u32 %%r1, 1;\n st.global.u32 [%%rd1], %%r1;\n ret;\n}\n",
              bytes);
-    TRY(cuModuleLoadData, &made, text);
+    return text;
+}
+
+static void module(size_t bytes)
+{
+    CUmodule made;
+    TRY(cuModuleLoadData, &made, code_with(bytes));
     TRY(cuModuleUnload, made);
 }
+
+static void library(size_t bytes)
+{
+    CUlibrary made;
+    CUdeviceptr at;
+    TRY(cuLibraryLoadData, &made, code_with(bytes), NULL, NULL, 0, NULL, NULL, 0);
+    TRY(cuLibraryGetGlobal, &at, NULL, made, "data");
+    TRY(cuLibraryUnload, made);
+}
+
+#include "freed_contexts.h"
+#include "freed_shares.h"
 
 static const struct way {
     const char *name;
@@ -294,6 +316,13 @@ static const struct way {
     {"graph_frees", graph_frees},
     {"graph_freed", graph_freed},
     {"module", module},
+    {"library", library},
+    {"reset", reset},
+    {"released", released},
+    {"exported", exported},
+    {"ipc", ipc},
+    {"imported", imported},
+    {"pool_imported", pool_imported},
 };
 
 static size_t free_bytes(size_t *total)
@@ -323,7 +352,6 @@ static void run(const struct way *way, unsigned share)
 int main(int argc, char **argv)
 {
     void *lib = dlopen("libcuda.so.1", RTLD_NOW);
-    CUcontext made;
     const struct way *end = ways + sizeof ways / sizeof *ways;
     if (argc == 2 && !strcmp(argv[1], "ways")) {
         for (const struct way *way = ways; way < end; way++) puts(way->name);
@@ -331,8 +359,10 @@ int main(int argc, char **argv)
     }
 #define FIND(name) cu.name = lib ? (__typeof__(&name))dlsym(lib, #name) : NULL;
     DRIVER(FIND)
-    if (argc < 2 || !cu.cuInit || cu.cuInit(0) || cu.cuDevicePrimaryCtxRetain(&made, 0) || cu.cuCtxSetCurrent(made))
+    if (argc < 2 || !cu.cuInit || cu.cuInit(0) || cu.cuDevicePrimaryCtxRetain(&primary, 0) ||
+        cu.cuCtxSetCurrent(primary))
         return 2;
+    if (!strcmp(argv[1], "export")) return export(argv[2][0], strtoull(argv[3], NULL, 10));
     for (const struct way *way = ways; way < end; way++) {
         bool named = argc == 2;
         for (int i = 2; i < argc; i++) named |= !strcmp(argv[i], way->name);

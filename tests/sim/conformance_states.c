@@ -154,6 +154,8 @@ static void ask_frees(void)
     TRY("cuMemMap", cuMemMap, 0, 2 * MIB, 0, 0, 0);
     TRY("cuMemUnmap", cuMemUnmap, 0, 2 * MIB);
     TRY("cuMemRetainAllocationHandle", cuMemRetainAllocationHandle, &handle, NULL);
+    TRY("cuMemImportFromShareableHandle", cuMemImportFromShareableHandle, &handle, NULL, CU_MEM_HANDLE_TYPE_NONE);
+    TRY("cuIpcCloseMemHandle", cuIpcCloseMemHandle, 0);
     TRY("cuArrayDestroy", cuArrayDestroy, NULL);
     TRY("cuMipmappedArrayDestroy", cuMipmappedArrayDestroy, NULL);
 }
