@@ -117,6 +117,7 @@ class Program:
         self.process.wait(10)
         if self._cgroup:
             _remove(self._cgroup)
+            self._cgroup = None  # a later program may have a cgroup of this name
 
 
 def _remove(cgroup: Path) -> None:
