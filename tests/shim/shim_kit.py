@@ -64,10 +64,14 @@ class Build:
         return self.compile(source, target, "-shared", "-fPIC", *flags)
 
     def libraries(self) -> None:
-        """Compile the stand-in for the driver, of two versions, and other libraries that programs load."""
+        """Compile the stand-in for the driver, of two versions, and other libraries that programs load.
+
+        The stand-in needs libdl, as NVIDIA's driver does.
+        """
         pools = str(HERE / "programs" / "pools.c")
-        self.library("libcuda.c", "driver/libcuda.so.1", pools, "-Wl,-Bsymbolic,-soname,libcuda.so.1")
-        self.library("libcuda.c", "old/libcuda.so.1", "-DOLD", "-Wl,-Bsymbolic,-soname,libcuda.so.1")
+        flags = ("-Wl,--no-as-needed", "-ldl", "-Wl,-Bsymbolic,-soname,libcuda.so.1")
+        self.library("libcuda.c", "driver/libcuda.so.1", pools, *flags)
+        self.library("libcuda.c", "old/libcuda.so.1", "-DOLD", *flags)
         self.library("libnvml.c", "driver/libnvidia-ml.so.1", "-Wl,-Bsymbolic,-soname,libnvidia-ml.so.1")
         self.library("fault.c", "fault.so")
         self.library("next.c", "next.so")

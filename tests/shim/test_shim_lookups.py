@@ -51,7 +51,7 @@ def share(held: Agent, libc: Libc) -> Share:
 @pytest.fixture(scope="module")
 def plugins(libc: Libc) -> dict[str, Path]:
     build = libc.build
-    linked = ("-Wl,--no-as-needed", f"-L{build.folder / 'driver'}", "-l:libcuda.so.1")
+    linked = ("-Wl,--no-as-needed", f"-L{build.folder / 'driver'}", "-l:libcuda.so.1", "-ldl")
     return {
         "linked": build.library("plugin.c", "plugins/linked.so", *linked),
         "opens": build.library("plugin.c", "plugins/opens.so", "-DOPENS"),
@@ -124,6 +124,23 @@ W, p = C.CDLL("{plugins["wrapper"]}"), C.c_uint64()
 out([W.cuMemAlloc_v2(C.byref(p), C.c_size_t(600 * MiB)) for _ in range(2)], W.next_calls(), driver().fake_calls())
 """
     assert share.script(script) == [[[0, OOM], 200, 1]]
+    assert [c["bytes"] for c in share.agent.calls(MEMORY)] == [600 * MIB] * 2
+
+
+def test_a_program_that_is_linked_with_the_driver_has_the_limit(share: Share) -> None:
+    build = share.libc.build
+    program = build.compile("linked.c", "linked", f"-L{build.folder / 'driver'}", "-l:libcuda.so.1")
+    said, _ = share.agent.run(*share.libc.command(program), driver=build.folder / "driver")
+    assert said == f"0 2 1 {(1 << 30) - 4 * MIB} {1 << 30}\n"
+
+
+def test_a_program_that_has_no_libdl_at_first_has_the_limit(share: Share, plugins: dict[str, Path]) -> None:
+    """A module that libc loads for itself may load libdl and the driver. Since glibc 2.34, libdl is a part of libc."""
+    build = share.libc.build
+    program = build.compile("modules.c", "modules")
+    for words, expected in (((), "nothing loaded\n"), ((plugins["linked"],), f"0 {OOM} loaded\n")):
+        command = [*share.libc.command(program), *words]
+        assert share.agent.run(*command, driver=build.folder / "driver")[0] == expected
     assert [c["bytes"] for c in share.agent.calls(MEMORY)] == [600 * MIB] * 2
 
 
