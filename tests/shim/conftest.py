@@ -1,6 +1,8 @@
 """Fixtures of the shim's tests: the library, the fake agent, and a host without an agent."""
 
+import dataclasses
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -10,8 +12,11 @@ from typing import Any
 
 import pytest
 
-from tests.shim.shim_kit import DEADLINE, HERE, ROOT, SYSTEM_PYTHON, Agent, Build, Simulator
+from tests.shim.shim_kit import DEADLINE, ROOT, SYSTEM_PYTHON, Agent, Build, Libc, Simulator
+from tests.support import roots
 from tests.support.sanitizers import SANITIZERS
+
+LIBCS = (None, *(roots.OLD if platform.machine() == "x86_64" else ()))
 
 
 @pytest.fixture(scope="session")
@@ -25,13 +30,27 @@ def build(tmp_path_factory: pytest.TempPathFactory) -> Build:
     first = (SANITIZERS[under].runtime, SANITIZERS[under].folder / "early.so") if under else ()
     made = Build(folder, folder / "libfgpu.so", headers, first)
     shutil.copy(SANITIZERS[under].make("shim") / "libfgpu.so" if under else made.make(folder / "out"), made.shim)
-    pools = str(HERE / "programs" / "pools.c")
-    made.library("libcuda.c", "driver/libcuda.so.1", pools, "-Wl,-Bsymbolic,-soname,libcuda.so.1")
-    made.library("libcuda.c", "old/libcuda.so.1", "-DOLD", "-Wl,-Bsymbolic,-soname,libcuda.so.1")
-    made.library("libnvml.c", "driver/libnvidia-ml.so.1", "-Wl,-Bsymbolic,-soname,libnvidia-ml.so.1")
-    made.library("fault.c", "fault.so")
-    made.library("next.c", "next.so")
+    made.libraries()
     return made
+
+
+@pytest.fixture(scope="session", params=LIBCS, ids=lambda release: f"glibc-{release.glibc}" if release else "host")
+def libc(request: pytest.FixtureRequest, build: Build) -> Libc:
+    """Return the C library of this host, and older ones with a Python of their time."""
+    release = request.param
+    if not release:
+        return Libc(build)
+    if build.first:
+        pytest.skip("the sanitizer's library needs this host's C library")
+    try:
+        root, compiler = roots.root_of(release), roots.compiler()
+    except roots.NoDownload as error:
+        pytest.skip(f"no glibc {release.glibc}: {error}")
+    folder = build.folder / root.name
+    folder.mkdir()
+    made = dataclasses.replace(build, folder=folder, compiler=compiler)
+    made.libraries()
+    return Libc(made, root)
 
 
 @pytest.fixture(scope="session")

@@ -47,18 +47,34 @@ class Build:
     shim: Path
     headers: Path
     first: tuple[Path, ...] = ()  # libraries that are preloaded before all others
+    compiler: tuple[str, ...] = ("cc",)
 
     def compile(self, source: str | Path, target: str, *flags: str) -> Path:
         path = self.folder / target
         where = HERE / "programs" / source if isinstance(source, str) else source
         subprocess.run(
-            ["cc", "-O1", "-w", "-isystem", self.headers, "-o", path, where, *flags], check=True, timeout=DEADLINE
+            [*self.compiler, "-O1", "-w", "-isystem", self.headers, "-o", path, where, *flags],
+            check=True,
+            timeout=DEADLINE,
         )
         return path
 
     def library(self, source: str | Path, target: str, *flags: str) -> Path:
         (self.folder / target).parent.mkdir(exist_ok=True)
         return self.compile(source, target, "-shared", "-fPIC", *flags)
+
+    def libraries(self) -> None:
+        """Compile the stand-in for the driver, of two versions, and other libraries that programs load.
+
+        The stand-in needs libdl, as NVIDIA's driver does.
+        """
+        pools = str(HERE / "programs" / "pools.c")
+        flags = ("-Wl,--no-as-needed", "-ldl", "-Wl,-Bsymbolic,-soname,libcuda.so.1")
+        self.library("libcuda.c", "driver/libcuda.so.1", pools, *flags)
+        self.library("libcuda.c", "old/libcuda.so.1", "-DOLD", *flags)
+        self.library("libnvml.c", "driver/libnvidia-ml.so.1", "-Wl,-Bsymbolic,-soname,libnvidia-ml.so.1")
+        self.library("fault.c", "fault.so")
+        self.library("next.c", "next.so")
 
     def make(self, out: Path, *variables: str) -> Path:
         subprocess.run(
@@ -67,6 +83,34 @@ class Build:
             timeout=60,
         )
         return out / "libfgpu.so"
+
+
+@dataclass(frozen=True, slots=True)
+class Libc:
+    """A C library: that of this host, or that of another root file system, with libraries that are built for it."""
+
+    build: Build
+    root: Path | None = None
+
+    @property
+    def dlsym_version(self) -> str:
+        """The symbol version of its newest dlsym."""
+        return "GLIBC_2.2.5" if self.root else "GLIBC_2.34"
+
+    def command(self, program: Path, driver: str = "driver") -> list[object]:
+        """Return a command that runs a program with this library. `driver` is a folder of the build; empty: none."""
+        if not self.root:
+            return [program]
+        here = [f"{self.root}{folder}/x86_64-linux-gnu" for folder in ("/lib", "/usr/lib")]
+        where = [*([str(self.build.folder / driver)] if driver else ()), *here]
+        return [self.root / "lib64/ld-linux-x86-64.so.2", "--library-path", ":".join(where), program]
+
+    def python(self, script: str, driver: str = "driver") -> list[object]:
+        """Return a command that runs a script."""
+        if not self.root:
+            return [SYSTEM_PYTHON, "-c", script]
+        environment = [f"PYTHONHOME={self.root}/usr", "LC_ALL=C"]  # an older library cannot read this host's locales
+        return ["env", *environment, *self.command(self.root / "usr/bin/python3", driver), "-c", script]
 
 
 class Program(subprocess.Popen[str]):

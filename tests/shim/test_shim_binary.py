@@ -48,6 +48,28 @@ def test_the_shim_requires_only_libc_and_symbols_that_every_glibc_has(build: Bui
     assert libraries == ["libc.so.6"]
 
 
+# What the dynamic loader of glibc 2.17 understands, of that which linkers write. For example, RELR needs 2.36.
+TAGS = {
+    "FLAGS", "FLAGS_1", "GNU_HASH", "HASH", "INIT_ARRAY", "INIT_ARRAYSZ", "JMPREL", "NEEDED", "NULL", "PLTGOT",
+    "PLTREL", "PLTRELSZ", "RELA", "RELACOUNT", "RELAENT", "RELASZ", "SONAME", "STRSZ", "STRTAB", "SYMBOLIC", "SYMENT",
+    "SYMTAB", "VERNEED", "VERNEEDNUM", "VERSYM",
+}  # fmt: skip
+RELOCATIONS = {
+    "x86_64": {"R_X86_64_64", "R_X86_64_GLOB_DAT", "R_X86_64_JUMP_SLOT", "R_X86_64_RELATIVE", "R_X86_64_TPOFF64"},
+    "aarch64": {f"R_AARCH64_{name}" for name in ("ABS64", "GLOB_DAT", "JUMP_SLOT", "RELATIVE", "TLS_TPREL", "TLSDESC")},
+}
+
+
+def test_the_loader_of_glibc_2_17_understands_the_shim(build: Build) -> None:
+    tags = set(re.findall(r"^ 0x[0-9a-f]+ \((\w+)\)", output("readelf", "-d", build.shim), re.M))
+    assert {"GNU_HASH", "VERNEED"} <= tags <= TAGS
+    relocations = set(re.findall(r"\b(R_[A-Z0-9]+_\w+)", output("readelf", "-rW", build.shim)))
+    assert relocations
+    assert relocations <= RELOCATIONS[platform.machine()]
+    assert re.search(r"OS/ABI: +UNIX - System V$", output("readelf", "-h", build.shim), re.M)
+    assert "IFUNC" not in output("readelf", "--dyn-syms", "-W", build.shim)
+
+
 def test_the_shim_imports_the_same_symbols_with_a_hardening_compiler(build: Build, tmp_path: Path) -> None:
     hardened = build.make(tmp_path, "CFLAGS=-O2 -fstack-protector-strong -D_FORTIFY_SOURCE=3", "-j2")
     assert needed(hardened) == needed(build.shim)
