@@ -1,6 +1,6 @@
 """Any image reads its share and its limit: three engines, and in a full run nine C libraries.
 
-Other runs take the oldest C library, and the oldest for which there is numba.
+Other runs take the oldest release that a mirror has whole, and the oldest for which there is numba.
 """
 
 from __future__ import annotations

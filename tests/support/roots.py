@@ -75,7 +75,7 @@ RELEASES = (
 )  # fmt: skip
 OLD = RELEASES[:2]
 BASE = OLD[1]  # programs and the simulated driver are built against its C library
-FEW = OLD[0], next(release for release in RELEASES if release.wheels)
+FEW = BASE, next(release for release in RELEASES if release.wheels)
 
 
 def run(*command: str | Path, **more: Any) -> None:
