@@ -15,7 +15,7 @@ a line of results while the node is refused, and one of the same process after t
 opens. A case `none` refuses nothing.
 
 Writes build/bench/opens.json with all opens of all programs, or build/bench/opens-refused.json. Exits with 1 if the
-kernel lost an open. Needs root, cgroup v2, Linux 6.6 and x86-64. TORCH_PYTHON is a Python interpreter with torch.
+kernel lost an open (without `--refuse`). Needs root, cgroup v2, Linux 6.6 and x86-64. TORCH_PYTHON is a Python interpreter with torch.
 """
 
 from __future__ import annotations
