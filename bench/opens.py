@@ -14,8 +14,9 @@ With `--refuse` prints instead what cuInit and nvmlInit return if the open of on
 a line of results while the node is refused, and one of the same process after the refusal has ended, each with the
 opens. A case `none` refuses nothing.
 
-Writes build/bench/opens.json with all opens of all programs, or build/bench/opens-refused.json. Exits with 1 if the
-kernel lost an open. Needs root, cgroup v2, Linux 6.6 and x86-64. TORCH_PYTHON is a Python interpreter with torch.
+Writes build/bench/opens.json with all opens of all programs, or build/bench/opens-refused.json. Without `--refuse`,
+exits with 1 if the kernel lost an open. Needs root, cgroup v2, Linux 6.6 and x86-64. TORCH_PYTHON is a Python
+interpreter with torch.
 """
 
 from __future__ import annotations

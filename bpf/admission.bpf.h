@@ -97,7 +97,7 @@ static u32 known_kind(u64 said)
 int admit(struct pt_regs *ctx)
 {
     u64 id = bpf_get_current_pid_tgid(), ticket = PT_REGS_PARM4(ctx) & TICKET_MASK, verdict = FGPU_ADMITTED;
-    u32 kind = known_kind(PT_REGS_PARM3(ctx)), flags = PT_REGS_PARM3(ctx) & (FGPU_TAGGED | FGPU_PATIENT | FGPU_KNOCK);
+    u32 kind = known_kind(PT_REGS_PARM3(ctx)), flags = PT_REGS_PARM3(ctx) & ~FGPU_KIND_MASK;
     u32 tgid = id >> 32;
     struct held h = {};
     struct fgpu_process *p = own_process(&tgid, &h);
@@ -110,6 +110,10 @@ int admit(struct pt_regs *ctx)
         return 0;
     }
     if (!h.page[0]) return 0;
+    if (UNLIKELY(flags & FGPU_FREED)) {
+        h.page[0]->freed_ns = bpf_ktime_get_ns();
+        return 0;
+    }
     if (kind == FGPU_HELLO) {
         if (!p) return 0;
         note(p, FGPU_SEEN_SHIM);

@@ -39,12 +39,14 @@ enum fgpu_kind { FGPU_MEMORY, FGPU_POOL, FGPU_CONTEXT, FGPU_HELLO, FGPU_VMM, FGP
 /* Flags in the same word as a kind. FULL, when bytes are released: the driver was out of memory. TAGGED, in a request:
  * the verdict is stored in `answers`, with the tag of the requesting process. PATIENT, in a request: a refusal that is
  * due to orphaned bytes alone is not counted. KNOCK, in a request of the kind HELLO: it gets no verdict; the device is
- * the number of a descriptor, see FGPU_NEWS_KNOCK. */
+ * the number of a descriptor, see FGPU_NEWS_KNOCK. FREED: no request, and no verdict; the program has freed memory in a
+ * way that no probe reports, see `freed_ns`. */
 #define FGPU_KIND_MASK 0xff
 #define FGPU_FULL 0x100
 #define FGPU_TAGGED 0x200
 #define FGPU_PATIENT 0x400
 #define FGPU_KNOCK 0x800
+#define FGPU_FREED 0x1000
 /* A tagged verdict word is `tag << 34 | (ticket & FGPU_TICKET_BITS) << 2 | verdict`, in slot `ticket & (FGPU_VERDICTS -
  * 1)`. A BPF program chooses the tag, so no process can write the verdict that another process waits for. */
 #define FGPU_TICKET_BITS 0xffffffffULL
@@ -108,7 +110,8 @@ struct fgpu_usage_page {
     __u64 undecided[FGPU_DEVICES]; /* requests of this level's programs that found an uncommitted level; only grows */
     __u64 crowded; /* requests of this level's programs that were refused for too many entries; only grows */
     __u64 outside[FGPU_DEVICES]; /* part of the limit that views leave out, for contexts: see FGPU_OUTSIDE_SHIFT */
-    __u64 tail[59];
+    __u64 freed_ns; /* when a program of this level last freed memory in a way that no probe reports; 0: never */
+    __u64 tail[58];
 };
 #define FGPU_OBSERVE 1
 #define FGPU_KILL 2

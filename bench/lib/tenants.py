@@ -121,7 +121,9 @@ class Program:
 
 
 def _remove(cgroup: Path) -> None:
-    """Remove a cgroup as soon as its last process has exited. Raises OSError if a process is in it for 10 s."""
+    """Kill what is left in a cgroup, and remove it. Raises OSError if a process is in it for another 10 s."""
+    with contextlib.suppress(OSError):
+        (cgroup / "cgroup.kill").write_text("1")
     deadline = time.monotonic() + 10
     while True:
         try:
@@ -141,8 +143,9 @@ def ending() -> Iterator[list[Program]]:
     try:
         yield programs
     finally:
-        for program in programs:
-            program.end()
+        with contextlib.ExitStack() as ends:  # an exception of one end does not leave the others running
+            for program in reversed(programs):
+                ends.callback(program.end)
 
 
 def record(name: str, lines: Mapping[str, tuple[float, str]]) -> None:

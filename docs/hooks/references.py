@@ -23,6 +23,7 @@ from fgpu_ebpf.cli import output_schema
 from fgpu_ebpf.cli.help_texts import Sections
 from fgpu_ebpf.cli.main import main
 from fgpu_ebpf.driver import bypass_reason
+from fgpu_ebpf.ledger.owner_bounds import Bounds
 from fgpu_ebpf.policy import fields as policy_fields
 from fgpu_ebpf.policy import schema
 from fgpu_ebpf.policy.validation import _model_in
@@ -79,6 +80,8 @@ def host() -> str:
 def _plain(name: str, value: Any) -> Any:
     if name == "overcommit":
         return "allow" if value else "forbid"
+    if isinstance(value, Bounds):
+        return value._asdict()
     return list(value) if isinstance(value, tuple) else str(value)
 
 

@@ -116,13 +116,17 @@ class Policies:
     def take(self) -> None:
         """Apply the readings since the last call."""
         self._wakeup.clear()
-        while self._changes:
-            reading = self._changes.popleft()
-            self._note(reading)
-            if reading.policies is not None:
-                self._save(reading.policies)
-                self._manager.policies_unknown = ""
-                self._manager.reload(reading.policies)
+        try:
+            while self._changes:
+                reading = self._changes.popleft()
+                self._note(reading)
+                if reading.policies is not None:
+                    self._save(reading.policies)
+                    self._manager.policies_unknown = ""
+                    self._manager.reload(reading.policies)
+        finally:
+            if self._changes:  # an exception does not delay the later readings until the next change
+                self._wakeup.wake()
 
     def _save(self, policies: PolicySet) -> None:
         try:

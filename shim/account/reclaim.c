@@ -1,8 +1,8 @@
 /*
  * reclaim.c: makes room for a refused request. First the pools and graphs of this process free memory that they do not
  * use. Then the thread waits until bytes of exited processes are released. If the tenant has not used the device
- * before, the thread waits for the agent's decision first. If the process has freed memory in a way that no probe
- * reports, the request is made only after the agent has asked NVML. Owns nothing.
+ * before, the thread waits for the agent's decision first. If a program of this level has freed memory in a way that no
+ * probe reports, the request is made only after the agent has asked NVML. Owns nothing.
  *
  * The pages decide whether to wait, and the clock decides how long. So no page and no kernel can delay a program for
  * longer than these times in one call: FGPU_PATIENCE_NS for bytes of exited processes, or FGPU_ABSENCE_NS while the
@@ -118,12 +118,12 @@ static void wait_for_commitment(struct admission *admission, struct fgpu_view *v
     }
 }
 
-/* Wait until the pages show room for a request, if this process has freed memory since the agent last asked NVML. A
- * request before that would be refused, and counted. */
-static void wait_for_a_look(CUdevice ordinal, uint64_t bytes)
+/* Wait until the pages show room for a request, if a program of this level has freed memory since the agent last asked
+ * NVML. A request before that would be refused, and counted. */
+static void wait_for_a_look(struct fgpu_view view, CUdevice ordinal, uint64_t bytes)
 {
     struct fgpu_room room;
-    uint64_t freed_ns = fgpu_freed_unseen_ns();
+    uint64_t freed_ns = __atomic_load_n(&view.usage->freed_ns, __ATOMIC_RELAXED);
     for (unsigned round = 0; freed_ns && fgpu_now() < freed_ns + LOOK_NS; round++) {
         room = fgpu_room(ordinal);
         if (bytes <= room.left || bytes > room.limit) return;
@@ -144,7 +144,7 @@ struct admission fgpu_admission_with(struct patience *patience, CUdevice ordinal
     struct admission admission = fgpu_admission_begin(view, ordinal, bytes, kind);
     if (admission.refusal || view.link != FGPU_HELD) return admission;
     if (patience && !view.cooperative)
-        wait_for_a_look(ordinal, kind == FGPU_CONTEXT ? FGPU_CONTEXT_BYTES : admission.bytes);
+        wait_for_a_look(view, ordinal, kind == FGPU_CONTEXT ? FGPU_CONTEXT_BYTES : admission.bytes);
     if (awaits_decision(&admission, &view, ordinal, patience))
         wait_for_commitment(&admission, &view, ordinal, patience);
     if (admission.refusal && view.link == FGPU_HELD && yields(ordinal))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import time
 
 import pytest
 
@@ -45,6 +46,25 @@ def test_an_untagged_request_gets_no_tagged_answer(kernel, level, known):
     before = list(page_of(kernel, level).answers)
     assert known(f"admit({10 * MIB})") == ADMITTED
     assert list(page_of(kernel, level).answers) == before
+
+
+def test_a_report_of_freed_memory_writes_its_time_to_the_own_level_and_changes_nothing_else(
+    kernel, make_level, make_client
+):
+    group = make_level(1024 * MIB)
+    level = make_level(1024 * MIB, group)
+    client = make_client(level)
+    client(f"admit({10 * MIB})")
+    client(f"alloc(0x1000, {10 * MIB})")
+    before = page_of(kernel, level)
+    assert before.freed_ns == 0
+    begun = time.monotonic_ns()
+    assert client(f"admit({5 * MIB}, {abi.FREED})") is None
+    after = page_of(kernel, level)
+    assert begun < after.freed_ns < time.monotonic_ns()
+    before.freed_ns = after.freed_ns
+    assert bytes(after) == bytes(before)
+    assert page_of(kernel, group).freed_ns == 0
 
 
 def test_each_process_gets_a_new_tag_at_its_start_and_at_an_exec(kernel, level, make_client):

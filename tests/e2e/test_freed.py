@@ -6,7 +6,7 @@ import subprocess
 
 import pytest
 
-from tests.support.host import BUILD, GIB, MIB
+from tests.support.host import BUILD, CONTEXT, GIB, MIB
 
 LIMIT = 4 * GIB
 SHARE = 60  # percent of the free memory, in each round: two rounds together exceed the limit
@@ -33,3 +33,21 @@ def test_every_way_to_free_memory_makes_room_at_once(tenant, way: str) -> None:
     assert passed == rounds
     if way != "pool_first":  # the driver returns memory that a destroyed pool had in use when a request needs it
         assert after == before
+
+
+@pytest.mark.places("host", "runc")
+def test_memory_that_one_process_closes_is_free_for_another_process_at_once(tenant) -> None:
+    """No probe reports that memory of another process is closed. Its owner has freed it before."""
+    one = tenant(2 * CONTEXT + 100 * MIB)
+    exporter, importer = one.client(), one.client()
+    for client in (exporter, importer):
+        client.ok("context")
+    for _ in range(6):
+        (pointer,) = exporter.ok(f"alloc {60 * MIB}")
+        (opened,) = importer.ok(f"open {' '.join(map(str, exporter.ok(f'share {pointer}')))}")
+        exporter.ok(f"free {pointer}")
+        assert one.assert_exact() == 2 * CONTEXT + 60 * MIB, "it is charged to the process that has opened it"
+        importer.ok(f"close {opened}")
+        (pointer,) = exporter.ok(f"alloc {60 * MIB}")
+        exporter.ok(f"free {pointer}")
+    assert one.memory()["refused"] == 0

@@ -47,7 +47,7 @@ def libc(request: pytest.FixtureRequest, build: Build) -> Libc:
     except roots.NoDownload as error:
         pytest.skip(f"no glibc {release.glibc}: {error}")
     folder = build.folder / root.name
-    folder.mkdir()
+    folder.mkdir(exist_ok=True)
     made = dataclasses.replace(build, folder=folder, compiler=compiler)
     made.libraries()
     return Libc(made, root)

@@ -25,7 +25,7 @@ from bcc import BPF  # noqa: E402
 
 LEVEL_SIZE, NO_LIMIT, MAGIC = 4096, 2**64 - 1, 0x75706766
 # Offsets in a usage page. TAIL is behind all fields that the shim reads.
-ORPHANED, ORPHANED_NS, LOOKED_NS, TAIL = 1856, 2048, 3224, 3624
+ORPHANED, ORPHANED_NS, LOOKED_NS, TAIL = 1856, 2048, 3224, 3632
 TAG = 44  # offset in a control page
 MANAGED, SETTLE = 1, 2
 GATES, BUDGETS, FUTEX = 64 + 16 * 32, 0x290 + 16 * 128, 202 if os.uname().machine == "x86_64" else 98
@@ -86,6 +86,7 @@ int admit(struct pt_regs *ctx) {
     struct fgpu_usage_page *p = leaf.lookup(&zero), *outer = group.lookup(&zero);
     struct knobs *k = knob.lookup(&zero);
     if (!p || !outer || !k) return 0;
+    if (kind & FGPU_FREED) { p->freed_ns = bpf_ktime_get_ns(); return 0; }
     log_call(kind, PT_REGS_PARM1(ctx), bytes, ticket, 0);
     if (k->old) kind = kind < FGPU_KINDS ? kind : FGPU_MEMORY;
     if (uncommitted(p, device) || (k->outer && uncommitted(outer, device))) p->undecided[device]++;

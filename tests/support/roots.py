@@ -128,6 +128,8 @@ def _packages(release: Release, work: Path) -> list[Path]:
     options += ["-oDir::Etc::sourceparts=/dev/null", "-oDir::State::status=/dev/null"]
     options += ["-oAPT::Sandbox::User=root", "-oAcquire::Languages=none"]
     _apt("apt-get", *options, "update")
+    if not list((work / "lists").glob("*Release")):  # apt-get reports this as a warning alone
+        raise NoDownload(f"{release.mirror} does not answer")
     if release.digest:
         (listing,) = (work / "lists").glob("*Release")
         found = hashlib.sha256(listing.read_bytes()).hexdigest()
@@ -143,9 +145,12 @@ def _packages(release: Release, work: Path) -> list[Path]:
 
 
 def _apt(*command: str | Path) -> None:
+    """Run a command of apt. Raises NoDownload if it fails, except for files that differ from the expected ones."""
     try:
         run(*command)
-    except AssertionError as error:
+    except (AssertionError, OSError, subprocess.TimeoutExpired) as error:
+        if any(words in str(error) for words in ("Hash Sum mismatch", "Unable to locate package")):
+            raise
         raise NoDownload(str(error)) from error
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import select
 import shutil
 import threading
 import time
@@ -153,6 +154,26 @@ def test_the_reading_of_a_reload_is_not_applied_again_by_the_thread(place):
     assert (len(reloads.names), reloads.events) == (1, ["policies"])
     reloads.policies.ask()
     assert len(reloads.names) == 2, "a reload applies the files in any case"
+
+
+def test_a_reading_is_applied_although_the_one_before_it_raised_an_exception(place, monkeypatch):
+    folder, file = place
+    reloads = Reloads(folder, file)
+    (folder / "60.yaml").write_text(text("other"))
+    for _ in range(2):
+        reloads.policies._watch.look(always=True)
+
+    def fails(_):
+        raise OSError("a map of the kernel is full")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(reloads.policies._manager, "reload", fails)
+        with pytest.raises(OSError, match="full"):
+            reloads.policies.take()
+    assert select.select([reloads.policies], [], [], 0)[0], "the agent's loop calls take() again"
+    reloads.policies.take()
+    assert reloads.names == [["mine", "other"]]
+    assert not select.select([reloads.policies], [], [], 0)[0]
 
 
 def test_policies_that_were_not_watched_yet_can_be_stopped(place):
