@@ -23,6 +23,8 @@ ROOT = Path(__file__).parents[2]
         "check sim",
         "setup now",
         "nonsense",
+        "test tests",
+        "test tests/unit/nope.py",
     ],
 )
 def test_dev_refuses_a_wrong_word_before_it_builds(words: str, tmp_path: Path) -> None:
