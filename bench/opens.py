@@ -40,7 +40,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.lib.service import ROOT, BenchError, end_in_order
-from bench.lib.tenants import Program, cgroup_root, ending
+from bench.lib.tenants import Program, cgroup_root, ending, remove_cgroup
 
 PREFIXES = "/dev/nvidia,/dev/dri,/dev/char"
 LIBRARIES = "libcuda.so.1,libnvidia-ml.so.1"
@@ -129,16 +129,12 @@ class Recorder:
 
 @contextlib.contextmanager
 def cgroup(path: Path) -> Iterator[Path]:
-    """Make a cgroup, and at the end kill all processes in it and remove it."""
+    """Make a cgroup, and remove it at the end with all processes in it."""
     path.mkdir()
     try:
         yield path
     finally:
-        deadline = time.monotonic() + 20
-        while (path / "cgroup.procs").read_text() and time.monotonic() < deadline:
-            (path / "cgroup.kill").write_text("1")
-            time.sleep(0.1)
-        path.rmdir()
+        remove_cgroup(path)
 
 
 def entered(folder: Path, command: list[str]) -> list[str]:

@@ -90,7 +90,7 @@ def hidden(service: Service, place: Place) -> None:
 
 
 def sandbox(service: Service, place: Place) -> None:
-    """Fill the limit of a program whose sandbox refuses sockets, so that it registers by a probe."""
+    """Fill the limit of a program in a sandbox that refuses sockets: the program registers by a probe."""
     one = place.tenant(LIMIT)
     client = one.client(before=f"{BUILD}/e2e/sandboxed {errno.EAFNOSUPPORT}")
     client.ok("context")

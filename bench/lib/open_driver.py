@@ -46,7 +46,7 @@ class Access(ctypes.Structure):
 
 
 class Library:
-    """A library whose calls print their status."""
+    """A library. Each call prints the function and its status."""
 
     def __init__(self, name: str) -> None:
         self._library = ctypes.CDLL(name)

@@ -116,11 +116,11 @@ class Program:
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait(10)
         if self._cgroup:
-            _remove(self._cgroup)
+            remove_cgroup(self._cgroup)
             self._cgroup = None  # a later program may have a cgroup of this name
 
 
-def _remove(cgroup: Path) -> None:
+def remove_cgroup(cgroup: Path) -> None:
     """Kill what is left in a cgroup, and remove it. Raises OSError if a process is in it for another 10 s."""
     with contextlib.suppress(OSError):
         (cgroup / "cgroup.kill").write_text("1")

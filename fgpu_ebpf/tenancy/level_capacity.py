@@ -17,7 +17,7 @@ from fgpu_ebpf.ledger.owner_table import OwnerTable
 from fgpu_ebpf.linux import bpf
 from fgpu_ebpf.tenancy.event_log import EventLog
 from fgpu_ebpf.tenancy.tenant import Tenant
-from fgpu_ebpf.tenancy.tenant_tree import above, below
+from fgpu_ebpf.tenancy.tenant_tree import below, count_inside
 from fgpu_ebpf.workloads.bound_owner import Owner, owner_of
 
 PLACES = bpf.MOST_INNER
@@ -47,7 +47,7 @@ class LevelCapacity:
         self._root, self._table, self._taken = root, table, taken
         self._owners: dict[int, Owner] = {}  # by level
         self._paths: dict[int, str] = {}
-        self._inside = Counter[str]()  # the number of levels inside each path
+        self._inside: dict[str, int] = {}  # the number of levels inside each path
         self._slots: dict[int, int] = {}
         self._levels = Counter[int]()  # the number of levels of each owner, by the owner's cgroup
 
@@ -98,14 +98,14 @@ class LevelCapacity:
             most = self.bounds.entries(self._table.sizes)
             self._slots[cgroup] = self._table.attach(cgroup, owner.cgroup, most, in_use)
         self._owners[cgroup], self._paths[cgroup] = owner, path
-        self._inside.update(above(path))
+        count_inside(self._inside, path, 1)
         self._levels[owner.cgroup] += 1
         if owner.cgroup == cgroup:
             self._renew_inside(path)
 
     def _renew_inside(self, path: str) -> None:
         """Enter the levels inside a path again, because their owner may have changed."""
-        if not self._inside[path]:  # else the entry of many levels would take quadratic time
+        if path not in self._inside:  # else the entry of many levels would take quadratic time
             return
         for cgroup, inside in list(self._paths.items()):
             if inside.startswith(below(path)):
@@ -121,10 +121,7 @@ class LevelCapacity:
     def _leave(self, cgroup: int) -> None:
         owner = self._owners.pop(cgroup, None)
         self._slots.pop(cgroup, None)
-        for around in above(self._paths.pop(cgroup, "/")):
-            self._inside[around] -= 1
-            if not self._inside[around]:
-                del self._inside[around]
+        count_inside(self._inside, self._paths.pop(cgroup, "/"), -1)
         if owner:
             self._levels[owner.cgroup] -= 1
             if not self._levels[owner.cgroup]:

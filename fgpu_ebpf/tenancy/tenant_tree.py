@@ -54,8 +54,8 @@ class TenantTree:
         """Enter a tenant. Returns the earlier tenant of the same cgroup, or None."""
         before = self._tenants.get(tenant.cgroup)
         if before:
-            self._count_inside(before.path, -1)
-        self._count_inside(tenant.path, 1)
+            count_inside(self._inside, before.path, -1)
+        count_inside(self._inside, tenant.path, 1)
         self._tenants[tenant.cgroup] = tenant
         self._paths[tenant.path] = tenant.cgroup
         return before
@@ -64,15 +64,9 @@ class TenantTree:
         """Remove a cgroup that is no longer a tenant."""
         tenant = self._tenants.pop(cgroup, None)
         if tenant:
-            self._count_inside(tenant.path, -1)
+            count_inside(self._inside, tenant.path, -1)
             if self._paths.get(tenant.path) == cgroup:
                 del self._paths[tenant.path]
-
-    def _count_inside(self, path: str, more: int) -> None:
-        for around in above(path):
-            self._inside[around] = self._inside.get(around, 0) + more
-            if not self._inside[around]:
-                del self._inside[around]
 
     def save(self) -> Saved:
         """Return the whole state, for restore()."""
@@ -81,6 +75,14 @@ class TenantTree:
     def restore(self, saved: Saved) -> None:
         """Set the state back to what save() returned."""
         self._tenants, self._paths, self._inside = saved
+
+
+def count_inside(inside: dict[str, int], path: str, more: int) -> None:
+    """Add `more` to the number of cgroups inside each cgroup around this path. A number that becomes 0 is removed."""
+    for around in above(path):
+        inside[around] = inside.get(around, 0) + more
+        if not inside[around]:
+            del inside[around]
 
 
 def below(path: str) -> str:

@@ -70,7 +70,8 @@ HIDDEN bool fgpu_pools_yield(CUdevice ordinal); /* true: some bytes were release
  * for a stream. */
 HIDDEN void fgpu_frees_unseen(void);
 HIDDEN void fgpu_freed_unseen(void);
-HIDDEN void fgpu_freed_by_a_wait(void); /* the program has waited for a stream */
+HIDDEN void fgpu_freed_by_a_wait(void);                      /* the program has waited for a stream */
+HIDDEN uint64_t fgpu_freed_unseen_ns(struct fgpu_view view); /* the last, by any program of the level; 0: none */
 
 /* -- reclaim.c: requests admission; after a refusal, makes room if it can, and requests again. It may wait for memory
  * of exited processes; `patience` has the start of the wait, for all requests of one call. NULL: do not wait. */

@@ -123,7 +123,7 @@ static void wait_for_commitment(struct admission *admission, struct fgpu_view *v
 static void wait_for_a_look(struct fgpu_view view, CUdevice ordinal, uint64_t bytes)
 {
     struct fgpu_room room;
-    uint64_t freed_ns = __atomic_load_n(&view.usage->freed_ns, __ATOMIC_RELAXED);
+    uint64_t freed_ns = fgpu_freed_unseen_ns(view);
     for (unsigned round = 0; freed_ns && fgpu_now() < freed_ns + LOOK_NS; round++) {
         room = fgpu_room(ordinal);
         if (bytes <= room.left || bytes > room.limit) return;

@@ -1,4 +1,4 @@
-"""Containers of three engines whose root file system is another release's (see tests/support/roots.py)."""
+"""Containers of three engines with the root file system of another release (see tests/support/roots.py)."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ from bcc import BPF  # noqa: E402
 
 LEVEL_SIZE, NO_LIMIT, MAGIC = 4096, 2**64 - 1, 0x75706766
 # Offsets in a usage page. TAIL is behind all fields that the shim reads.
-ORPHANED, ORPHANED_NS, LOOKED_NS, TAIL = 1856, 2048, 3224, 3632
+ORPHANED, ORPHANED_NS, LOOKED_NS, FREED_NS, TAIL = 1856, 2048, 3224, 3624, 3632
 TAG = 44  # offset in a control page
 MANAGED, SETTLE = 1, 2
 GATES, BUDGETS, FUTEX = 64 + 16 * 32, 0x290 + 16 * 128, 202 if os.uname().machine == "x86_64" else 98
@@ -205,7 +205,7 @@ class Agent:
         """Set the fields of a usage page.
 
         The fields are {limit, used, level, device, flags, orphaned, age_ms: of orphaned bytes, looked_ms: of the last
-        comparison}.
+        comparison, freed_ms: of the last free that no probe reported}.
         """
         device = what.get("device", 3)
         m, at = self.maps[what.get("level", 0)], 64 + 32 * device
@@ -216,6 +216,8 @@ class Agent:
         struct.pack_into("<Q", m, ORPHANED_NS + 8 * device, orphaned_ns)
         looked_ns = time.monotonic_ns() - 1_000_000 * what["looked_ms"] if "looked_ms" in what else orphaned_ns
         struct.pack_into("<Q", m, LOOKED_NS + 8 * device, looked_ns)
+        freed_ns = time.monotonic_ns() - 1_000_000 * what["freed_ms"] if "freed_ms" in what else 0
+        struct.pack_into("<Q", m, FREED_NS, freed_ns)
 
     def grow(self, _):
         """Add fields to pages behind all fields that the shim reads."""

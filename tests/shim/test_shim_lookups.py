@@ -31,7 +31,7 @@ def mapped(name): return sorted({l.split()[5] for l in open("/proc/self/maps") i
 
 @dataclass(frozen=True, slots=True)
 class Share:
-    """A tenant with 1 GiB, whose programs use one of the C libraries."""
+    """A tenant with 1 GiB. Its programs use one of the C libraries."""
 
     agent: Agent
     libc: Libc

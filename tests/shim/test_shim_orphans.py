@@ -125,6 +125,24 @@ def test_a_request_waits_without_comparisons_until_the_orphaned_memory_is_30_s_o
     assert own_ms < 1500
 
 
+def test_a_request_waits_for_a_second_after_any_program_of_the_level_has_freed_memory_unseen(held: Agent) -> None:
+    set_at = time.monotonic()
+    held.do("limit", limit=GIB, used=GIB, freed_ms=0)
+    result, _, own_ms = call_while(held, "alloc(256 * MiB)")
+    assert time.monotonic() - set_at >= 1
+    assert result == OOM
+    assert own_ms < 1500
+
+
+@pytest.mark.parametrize("ahead_ms", [2000, 100_000])
+def test_a_request_does_not_wait_for_a_free_in_the_future(held: Agent, ahead_ms: int) -> None:
+    """The page has the time by another clock if the process is in a time namespace."""
+    held.do("limit", limit=GIB, used=GIB, freed_ms=-ahead_ms)
+    result, _, own_ms = call_while(held, "alloc(256 * MiB)")
+    assert result == OOM
+    assert own_ms < 300
+
+
 def test_a_pool_with_two_requests_waits_once(held: Agent) -> None:
     """The pool requests less if a whole block is refused. Both requests together wait as long as one."""
     held.do("limit", **{**FULL, "age_ms": -100_000})

@@ -39,7 +39,8 @@ class Release:
     """A release of a distribution.
 
     `digest` is the SHA-256 of its Release file, which no longer changes. Without a digest, the signature is checked.
-    `libc` is a package of an older release, whose C library the root has instead: its path on the mirror and SHA-256.
+    `libc` is a package with the C library of an older release, which the root has instead: its path on the mirror and
+    its SHA-256.
     """
 
     glibc: str
@@ -128,11 +129,11 @@ def _packages(release: Release, work: Path) -> list[Path]:
     options += ["-oDir::Etc::sourceparts=/dev/null", "-oDir::State::status=/dev/null"]
     options += ["-oAPT::Sandbox::User=root", "-oAcquire::Languages=none"]
     _apt("apt-get", *options, "update")
-    if not list((work / "lists").glob("*Release")):  # apt-get reports this as a warning alone
+    listings = list((work / "lists").glob("*Release"))
+    if not listings:  # apt-get reports this as a warning alone
         raise NoDownload(f"{release.mirror} does not answer")
     if release.digest:
-        (listing,) = (work / "lists").glob("*Release")
-        found = hashlib.sha256(listing.read_bytes()).hexdigest()
+        found = hashlib.sha256(listings[0].read_bytes()).hexdigest()
         assert found == release.digest, f"{release.mirror} has another {release.suite}: {found}"
     wanted = [*PACKAGES, *(TO_BUILD if release is BASE else ())]
     _apt("apt-get", *options, "install", "-y", "--download-only", "--no-install-recommends", *wanted)
