@@ -217,9 +217,9 @@ def test_amounts_of_the_usage_dashboard_agree_with_the_load(
         assert prometheus.ask(chosen(panels[column]["targets"][0]["expr"]), time=now) == {frozenset(): total}, column
     (idle,) = (chosen(target["expr"]) for target in panels["Memory of idle tenants"]["targets"])
     expected = {names[part]: pytest.approx(load.used[names[part]], rel=0.1) for part in ("full", "around")}
-    found = by(prometheus.ask(idle), "tenant")
-    assert {name: found[name] for name in expected} == expected
-    assert all(found[names[part]] < 0.2 * load.used[names[part]] for part in known.CEILINGS)
+    expected |= {names[part]: pytest.approx(0, abs=0.2 * load.used[names[part]]) for part in known.CEILINGS}
+    # A rate over 10 s is a fifth too low where the agent's last sample is two seconds late.
+    eventually(lambda: by(prometheus.ask(idle), "tenant") == expected, PATIENCE_SECONDS, "the memory of idle tenants")
 
 
 @pytest.mark.parametrize("name", ["cluster", "node"])
