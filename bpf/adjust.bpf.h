@@ -180,6 +180,7 @@ static int adjust_process(struct bpf_raw_tracepoint_args *ctx, u32 tgid)
         if (!done) enter_overhead(p, ctx->args[3], more);
     }
     if (ctx->args[0] == FGPU_MOVE) done = move(p, ctx);
+    if (ctx->args[0] == FGPU_EXEMPT) note(p, FGPU_SEEN_DEVICE);
     if (ctx->args[0] == FGPU_MARK) on(p, ctx->args[3])->peak = *(volatile u64 *)&on(p, ctx->args[3])->bytes;
     int ended = *(volatile u64 *)&p->state != READY, managed = p->level_count;
     if (ended) orphan_all(p, tgid);
@@ -288,6 +289,7 @@ int adjust(struct bpf_raw_tracepoint_args *ctx)
     case FGPU_REAP:
     case FGPU_RAISE:
     case FGPU_MARK:
+    case FGPU_EXEMPT:
         return adjust_process(ctx, ctx->args[1]);
     default:
         return -22;

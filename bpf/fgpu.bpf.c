@@ -22,5 +22,6 @@
 #include "settle.bpf.h"
 #include "calls.bpf.h"
 #include "ends.bpf.h"
+#include "opens.bpf.h"
 #include "adjust.bpf.h"
 // clang-format on

@@ -23,6 +23,7 @@
 #define FGPU_VERDICTS 128  /* a power of two: the verifier accepts an index with a mask, not with a remainder */
 #define FGPU_ROWS 128
 #define FGPU_SHARED 3
+#define FGPU_OPENS 2
 #define FGPU_PATH 192
 #define FGPU_ENDS 65536       /* a power of two */
 #define FGPU_NO_LIMIT (~0ULL) /* 0, the value in a new page, means that nothing is admitted */
@@ -85,7 +86,7 @@ enum fgpu_shared { FGPU_ALLOCATIONS, FGPU_THREADS, FGPU_PROCESSES };
 struct fgpu_usage_page {
     __u64 version;
     __u64 cgroup;
-    __u64 flags; /* FGPU_OBSERVE, FGPU_KILL, 1 << FGPU_UNCOMMITTED_SHIFT << device: uncommitted there */
+    __u64 flags; /* FGPU_OBSERVE, FGPU_KILL, FGPU_DENY, 1 << FGPU_UNCOMMITTED_SHIFT << device: uncommitted there */
     __u64 place; /* in `shelf` */
     __u64 spare[4];
     struct fgpu_usage devices[FGPU_DEVICES];
@@ -111,10 +112,12 @@ struct fgpu_usage_page {
     __u64 crowded; /* requests of this level's programs that were refused for too many entries; only grows */
     __u64 outside[FGPU_DEVICES]; /* part of the limit that views leave out, for contexts: see FGPU_OUTSIDE_SHIFT */
     __u64 freed_ns; /* when a program of this level last freed memory in a way that no probe reports; 0: never */
-    __u64 tail[58];
+    __u64 opens[FGPU_OPENS]; /* opens of device nodes by processes of this level without the shim: refused; allowed */
+    __u64 tail[56];
 };
 #define FGPU_OBSERVE 1
 #define FGPU_KILL 2
+#define FGPU_DENY 4 /* a process without the shim may not open a device node, see device_open() */
 /* Uncommitted: the limit on a device does not count against the device yet. A request for memory of that device is
  * refused, but not counted as a refusal. After the event FGPU_NEWS_FIRST_USE the agent grants the limit or sets it to
  * 0, and the shim repeats the request. `undecided` of the program's own level counts such requests: the uncommitted
@@ -319,6 +322,7 @@ struct fgpu_process {
 #define FGPU_SEEN_POOL_EXPORT 16 /* pool bytes that it releases may be open elsewhere */
 #define FGPU_SEEN_IMPORT 32      /* it has opened memory of other processes */
 #define FGPU_TOLD_BYPASS 64      /* the event of its first call without an admission has been sent */
+#define FGPU_SEEN_DEVICE 128     /* NVML has shown memory of the process: it has opened device nodes */
 enum fgpu_space { FGPU_SPACE_POINTER, FGPU_SPACE_HANDLE, FGPU_SPACE_MAPPING, FGPU_SPACE_CONTEXT, FGPU_SPACE_ARRAY };
 struct fgpu_allocation_key {
     __u32 tgid;
@@ -444,6 +448,7 @@ enum fgpu_adjust {
     FGPU_OWN,      /* cgroup, slot, owner, most[FGPU_OWNED]: the level's bound owner; cgroup 0: only the slot is
                       written */
     FGPU_TRIM,     /* slot: releases the claims that its owner does not need */
+    FGPU_EXEMPT,   /* tgid, generation: sets FGPU_SEEN_DEVICE */
 };
 
 /* -- events: a ring buffer for rare events; events that do not fit are counted ------------------------------------- */
@@ -464,6 +469,8 @@ enum fgpu_news {
     FGPU_NEWS_KNOCK,     /* in the ring `bell`: a process may not connect to the gatekeeper's socket. `device` is the
                             number of its descriptor of one end of a socket pair, from which the gatekeeper reads its
                             hello */
+    FGPU_NEWS_OPEN,      /* a process without the shim may not open a device node; `bytes` is its number: major << 32 |
+                            minor */
 };
 enum fgpu_fate { FGPU_FATE_SENT, FGPU_FATE_RATE, FGPU_FATE_FULL };
 struct fgpu_event {

@@ -21,12 +21,12 @@ from enum import IntEnum, IntFlag
 LAYOUT = 3
 PAGE_BYTES = 4096
 DEVICES = 16
-LEVELS, SHARED = 4, 3
+LEVELS, SHARED, OPENS = 4, 3, 2
 DEPTH = 16  # the BPF programs search this many cgroups of a path for levels: the root of the hierarchy and 15 below it
 OWNERS, OWNED, OWNED_ORPHANS = 4096, 4, 3
 BOTH_LEVELS = 2 * LEVELS
 VERDICTS, ROWS, PATH = 128, 128, 192
-ENDS, TOLD_BYPASS = 65536, 64
+ENDS, TOLD_BYPASS, SEEN_DEVICE = 65536, 64, 128
 EVENT_BUDGETS, BUDGET_OTHERS, BUDGET_ROOT = 1024, 0, 1
 FNV_BASIS, FNV_PRIME = 0xCBF29CE484222325, 0x100000001B3
 KIND_MASK, FULL, TAGGED, PATIENT, KNOCK, FREED = 0xFF, 0x100, 0x200, 0x400, 0x800, 0x1000
@@ -58,15 +58,19 @@ Function = IntEnum(
 )
 Class = IntEnum("Class", "HOST LISTED UNKNOWN", start=0)
 Adjust = IntEnum(
-    "Adjust", "PUBLISH OVERHEAD MOVE REAP DISOWN RAISE WITHDRAW SWEPT RING LET_GO MARK ENTER LOOKED OWN TRIM", start=0
+    "Adjust",
+    "PUBLISH OVERHEAD MOVE REAP DISOWN RAISE WITHDRAW SWEPT RING LET_GO MARK ENTER LOOKED OWN TRIM EXEMPT",
+    start=0,
 )
 News = IntEnum(
-    "News", "PROCESS REFUSED BYPASS KILLED ORPHANED MOVED MADE EMPTIED REMOVED ENDED EXECUTED FIRST_USE KNOCK", start=0
+    "News",
+    "PROCESS REFUSED BYPASS KILLED ORPHANED MOVED MADE EMPTIED REMOVED ENDED EXECUTED FIRST_USE KNOCK OPEN",
+    start=0,
 )
 Fate = IntEnum("Fate", "SENT RATE FULL", start=0)
 
 # Flags. LimitFlag: in limits and usage pages. ControlFlag: in control pages and answers. Seen: in processes.
-LimitFlag = IntFlag("LimitFlag", "OBSERVE KILL")
+LimitFlag = IntFlag("LimitFlag", "OBSERVE KILL DENY")
 ControlFlag = IntFlag("ControlFlag", "MANAGED")
 Gate = IntFlag("Gate", "OPEN GATED")  # the bits below GATE_SHIFT; the bits above are the number of the turn
 Seen = IntFlag("Seen", "SHIM BYPASS EXPORT CALL POOL_EXPORT IMPORT")
@@ -124,7 +128,8 @@ class UsagePage(Structure):
         ("crowded", u64),
         ("outside", u64 * DEVICES),
         ("freed_ns", u64),
-        ("tail", u64 * 58),
+        ("opens", u64 * OPENS),
+        ("tail", u64 * 56),
     )
 
 
@@ -377,15 +382,9 @@ class Event(Structure):
     """A rare event that the kernel reports to the agent at once."""
 
     _fields_ = (
-        ("at_ns", u64),
-        ("kind", u32),
-        ("tgid", u32),
-        ("cgroup", u64),
-        ("bytes", u64),
-        ("device", u32),
-        ("operation", u16),
-        ("reason", u16),
-    )
+        ("at_ns", u64), ("kind", u32), ("tgid", u32), ("cgroup", u64), ("bytes", u64),
+        ("device", u32), ("operation", u16), ("reason", u16),
+    )  # fmt: skip
 
 
 class CgroupEvent(Structure):

@@ -150,7 +150,9 @@ class TenantView:
 
     `denied`: the reason why the tenant's limit is not in force on some device; empty if it is in force on all.
     `bypassing`: the number of processes for each way to bypass the shim. `shimless`: the number of processes without
-    the shim for each reason. `labels`: the labels that the policy lists in `metricLabels`.
+    the shim for each reason. `labels`: the labels that the policy lists in `metricLabels`. `opens_denied`: opens of the
+    driver's device nodes by processes without the shim that were refused. `opens_would_deny`: such opens that
+    `onBypass: deny` would have refused.
     """
 
     tenant: str
@@ -171,6 +173,8 @@ class TenantView:
     processes: tuple[ProcessView, ...]
     shimless: Mapping[str, int] = field(default_factory=dict)
     orphans: tuple[OrphanView, ...] = ()
+    opens_denied: int = 0
+    opens_would_deny: int = 0
 
 
 @dataclass(frozen=True, slots=True)

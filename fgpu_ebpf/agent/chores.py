@@ -9,6 +9,7 @@ from collections.abc import Callable, MutableMapping
 from dataclasses import dataclass
 
 from fgpu_ebpf.agent.bypass_killer import BypassKiller
+from fgpu_ebpf.agent.denied_opens import DeniedOpens
 from fgpu_ebpf.agent.late_devices import LateDevices
 from fgpu_ebpf.agent.nvml_reconcile import Reconciler, Truth
 from fgpu_ebpf.agent.reporters import AdoptionReports, OrphanReports, OverrunReports, XidReports
@@ -38,7 +39,7 @@ class Chores:
 
 def make_chores(
     driver: HostDriver, ledger: Ledger, manager: Manager, reconciler: Reconciler, history: EventLog,
-    failed_checks: MutableMapping[str, Check], module_bytes: int,
+    failed_checks: MutableMapping[str, Check], module_bytes: int, opens: DeniedOpens,
 ) -> Chores:  # fmt: skip
     """Make the steps.
 
@@ -68,6 +69,7 @@ def make_chores(
         OrphanReports(truth, manager, keepers, history).look,
         BypassKiller(truth, ledger, enforcer, unwitnessed, history).look,
         late.look,
+        opens.look,
         usage.look,
         lambda: driver.xids.keep(truth().xids, driver.nvml.devices),
     )

@@ -13,6 +13,7 @@ from itertools import islice
 
 from fgpu_ebpf import abi
 from fgpu_ebpf.abi import Fate, News
+from fgpu_ebpf.driver import bypass_reason, device_nodes
 from fgpu_ebpf.ledger.event_budgets import EventBudgets
 from fgpu_ebpf.ledger.ledger import Ledger
 from fgpu_ebpf.ledger.ring_buffer import Event, Events
@@ -33,6 +34,7 @@ class KernelEvents:
         orphaned: called with the cgroup id of a level that has orphaned bytes.
         held: returns the memory of processes according to NVML: device -> pid -> bytes or None.
         began: called with the pid of a process that has executed a program.
+        is_shim: returns whether the file with a (dev, ino) is a published shim.
     """
 
     def __init__(
@@ -43,6 +45,7 @@ class KernelEvents:
         orphaned: Callable[[int], None],
         held: Callable[[], Mapping[int, Mapping[int, int | None]]],
         began: Callable[[int], None],
+        is_shim: bypass_reason.IsShim,
     ) -> None:
         self._events: Events = ledger.events()
         self._budgets = EventBudgets(ledger.event_budgets, manager.enforcer.places.owner)
@@ -52,7 +55,7 @@ class KernelEvents:
         self._history = history
         self._orphaned = orphaned
         self._held = held
-        self._began = began
+        self._began, self._is_shim = began, is_shim
         self._full = ledger.incidents(abi.Kind.EVENTS, Fate.FULL)
 
     def fileno(self) -> int:
@@ -98,6 +101,8 @@ class KernelEvents:
                 self._note("bypass", event, "no admission")
             case News.KILLED:
                 self._note("killed", event, "onBypass")
+            case News.OPEN:
+                self._note_open(event)
 
     def _use_device(self, event: Event) -> None:
         try:
@@ -108,6 +113,15 @@ class KernelEvents:
             return
         if shortage:
             self._note("no room", event, "", shortage)
+
+    def _note_open(self, event: Event) -> None:
+        """Report a refused open of a device node, with the reason why the process has no shim."""
+        node = device_nodes.name(event.bytes >> 32, event.bytes & 0xFFFFFFFF)
+        why = bypass_reason.reason(event.tgid, self._is_shim)
+        self._history.add(
+            "denied", tenant=self._enforcer.name_of(event.cgroup), pid=event.tgid, reason=why or "onBypass",
+            text=f"a process without the shim may not open {node}{f': {why.words}' if why else ''}",
+        )  # fmt: skip
 
     def _bounds_met(self, event: Event) -> str:
         """Return the bounds because of which the event's level was refused entries; empty for other refusals."""

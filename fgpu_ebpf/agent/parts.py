@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from fgpu_ebpf.agent.cgroup_looks import HostLook
 from fgpu_ebpf.agent.chores import Chores, make_chores
+from fgpu_ebpf.agent.denied_opens import DeniedOpens
 from fgpu_ebpf.agent.kernel_events import KernelEvents
 from fgpu_ebpf.agent.nvml_reconcile import Reconciler
 from fgpu_ebpf.agent.policy_reload import Policies
@@ -78,12 +79,23 @@ def wire(
     tally = driver.xids.tally(settings.ignored_xids, devices)
     reconciler = Reconciler(driver.nvml, ledger, manager.enforcer.levels, tally, older if driver.layout_changed else ())
     events = KernelEvents(
-        ledger, manager, history, reconciler.orphaned, lambda: reconciler.truth.held, discovery.look_into
+        ledger,
+        manager,
+        history,
+        reconciler.orphaned,
+        lambda: reconciler.truth.held,
+        discovery.look_into,
+        discovery.is_shim,
     )
+    opens = DeniedOpens(
+        settings.run_dir, ledger, lambda: reconciler.truth, manager.enforcer, lambda: discovery.opens_fault,
+        failed_checks,
+    )  # fmt: skip
     stale_mounts = StaleMountReports(manager.workloads.pids, history, failed_checks)
     look = HostLook(manager, events, engines, discovery, stale_mounts, Lists(settings.run_dir))
     return Parts(
-        driver, ledger, manager, Policies(settings.policy_folder, attached.policies, manager, history),
+        driver, ledger, manager,
+        Policies(settings.policy_folder, attached.policies, manager, history, prepare=opens.prepare),
         reconciler, events, look, Looks(look.steps),
-        make_chores(driver, ledger, manager, reconciler, history, failed_checks, settings.module_bytes),
+        make_chores(driver, ledger, manager, reconciler, history, failed_checks, settings.module_bytes, opens),
     )  # fmt: skip

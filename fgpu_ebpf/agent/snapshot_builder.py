@@ -116,7 +116,7 @@ def _tenant(look: _Look, tenant: Tenant) -> TenantView:
         if p.bytes[d.index]
     )
     bypassing = Counter(filter(None, how.values()))
-    workload = tenant.workload
+    workload, (denied, would_deny) = tenant.workload, look.parts.ledger.opens.of(tenant.cgroup)
     return TenantView(
         tenant=tenant.name,
         kind=_kind(look, tenant),
@@ -136,6 +136,8 @@ def _tenant(look: _Look, tenant: Tenant) -> TenantView:
         processes=shown,
         shimless=dict(Counter(filter(None, why.values()))),
         orphans=tuple(_orphan(look, orphan) for orphan in look.truth.orphans if tenant.cgroup in orphan.levels),
+        opens_denied=denied,
+        opens_would_deny=would_deny,
     )
 
 

@@ -148,7 +148,14 @@ def _tenants(snapshot: Snapshot) -> Iterator[Metric]:
         "1: mode in force: kernel, cooperative (requested allocations only), counted (no requests), observe, none",
         labels=["tenant", "mode"],
     )
+    opens = CounterMetricFamily(
+        "fgpu_device_opens_without_shim",
+        "Opens of the driver's device nodes by processes without the shim: refused (denied), or not (would_deny)",
+        labels=["tenant", "decision"],
+    )
     for tenant in snapshot.tenants:
+        opens.add_metric([tenant.tenant, "denied"], tenant.opens_denied)
+        opens.add_metric([tenant.tenant, "would_deny"], tenant.opens_would_deny)
         names = [tenant.tenant, tenant.kind, tenant.policy, tenant.namespace, tenant.pod, tenant.container, tenant.path]
         info.add_metric([*names, *(tenant.labels.get(label, "") for label in own)], 1)
         processes.add_metric([tenant.tenant], len({p.pid for p in tenant.processes}))
@@ -158,7 +165,7 @@ def _tenants(snapshot: Snapshot) -> Iterator[Metric]:
         for reason, count in tenant.shimless.items():
             shimless.add_metric([tenant.tenant, reason], count)
         mode.add_metric([tenant.tenant, tenant.enforcement], 1)
-    yield from (info, processes, bypassing, shimless, mode)
+    yield from (info, processes, bypassing, shimless, mode, opens)
 
 
 def _tenant_devices(snapshot: Snapshot) -> Iterator[Metric]:

@@ -187,7 +187,7 @@ def _json(found: Policy) -> dict[str, Any]:
         }
         if compute
         else None,
-        "on_bypass": "kill" if found.kill else "report",
+        "on_bypass": "kill" if found.kill else "deny" if found.deny else "report",
         "utilization": "own" if found.own_utilization else "device",
         "metric_labels": list(found.metric_labels),
     }

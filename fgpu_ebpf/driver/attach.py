@@ -16,12 +16,13 @@ from collections.abc import Sequence, Set
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from fgpu_ebpf.driver import links, probe_plan
+from fgpu_ebpf.driver import device_nodes, links, probe_plan
+from fgpu_ebpf.driver.image import OF_OPENS
 from fgpu_ebpf.driver.library_class import Role, Stamp
 from fgpu_ebpf.driver.library_files import Target
 from fgpu_ebpf.driver.probe_plan import Plan, ProbeError
 from fgpu_ebpf.ledger.ledger import Ledger
-from fgpu_ebpf.linux import bpf, breakpoints, elf
+from fgpu_ebpf.linux import bpf, breakpoints, elf, procfs
 from fgpu_ebpf.linux.procmaps import File
 
 TRACEPOINTS = {
@@ -74,6 +75,8 @@ class Probes:
         self._ledger = ledger
         self._files: dict[File, list[Attachment]] = {}  # the last entry is for the inode that new processes map
         self._events: set[str] = set()  # names of the pinned links to tracepoints of processes
+        self.opens_fault = "it was not attached yet"
+        """The reason why no program decides about opens of device nodes; empty: a program does."""
         self._links.mkdir(mode=0o700, exist_ok=True)
         self._take_up_pinned()
 
@@ -147,6 +150,25 @@ class Probes:
         for program, event in OPTIONAL_TRACEPOINTS.items():
             with contextlib.suppress(OSError):  # the periodic scan of all cgroups replaces these events
                 self._attach_tracepoint(program, event)
+
+        self._attach_to_opens()
+
+    def _attach_to_opens(self) -> None:
+        """Let a program decide about each open of a device node of the driver, on the whole host."""
+        self._ledger.opens.set_majors(device_nodes.majors())
+        path, root = self._links / f"{self._digest}-{OF_OPENS}", procfs.cgroup2_root()
+        try:
+            if not path.exists():
+                with contextlib.ExitStack() as opened:
+                    found = [bpf.pinned(self._programs / OF_OPENS), os.open(root or "", os.O_RDONLY | os.O_DIRECTORY)]
+                    found.append(bpf.attach_to_cgroup(*found))
+                    for fd in found:
+                        opened.callback(os.close, fd)
+                    bpf.pin(found[-1], path)
+            self._events.add(path.name)
+            self.opens_fault = ""
+        except OSError as error:
+            self.opens_fault = f"Linux {os.uname().release} does not let fgpu decide about opens ({error.strerror})"
 
     def _attach_tracepoint(self, program: str, event: str) -> None:
         path = self._links / f"{self._digest}-{program}"

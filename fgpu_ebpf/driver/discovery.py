@@ -134,6 +134,11 @@ class Discovery:
         self.look_around()
 
     @property
+    def opens_fault(self) -> str:
+        """The reason why no program decides about opens of device nodes; an empty text if a program does."""
+        return self._probes.opens_fault
+
+    @property
     def refusals(self) -> int:
         """The number of times that a file could not be probed, since the agent's start."""
         return self._libraries.refusals

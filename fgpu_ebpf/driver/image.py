@@ -19,8 +19,10 @@ from fgpu_ebpf import abi
 from fgpu_ebpf.linux import bpf
 
 # These programs read the names of cgroups in the kernel's memory, which lockdown=confidentiality forbids.
-OPTIONAL = frozenset({"cgroup_attach", "cgroup_made", "cgroup_populated", "cgroup_removed"})
-RAW_TRACEPOINTS = frozenset({"process_exit", "process_exec", "program_began", "adjust"}) | OPTIONAL
+OF_CGROUPS = frozenset({"cgroup_attach", "cgroup_made", "cgroup_populated", "cgroup_removed"})
+OF_OPENS = "device_open"  # needs a helper that programs of its type do not have before Linux 6.10
+OPTIONAL = OF_CGROUPS | {OF_OPENS}
+RAW_TRACEPOINTS = frozenset({"process_exit", "process_exec", "program_began", "adjust"}) | OF_CGROUPS
 INNER = "page_template"  # has the form of the inner maps of all maps of maps
 UNPINNED = frozenset({INNER, "blanks"})  # maps without contents to keep
 RUN_AGAIN = ("again", "call_return")  # an array of programs, and its only entry
@@ -117,8 +119,9 @@ def _program(name: str, code: bytes, maps: list[int]) -> int | None:
         operation, _, number = _INSTRUCTION.unpack_from(code, at)
         if operation & 0xF0FF == _LOAD_MAP:
             _NUMBER.pack_into(whole, at + 4, maps[number])
+    of_processes = bpf.RAW_TRACEPOINT if name in RAW_TRACEPOINTS else bpf.KPROBE
     try:
-        return bpf.load_program(name, bytes(whole), name in RAW_TRACEPOINTS)
+        return bpf.load_program(name, bytes(whole), bpf.CGROUP_DEVICE if name == OF_OPENS else of_processes)
     except OSError as error:
         if name in OPTIONAL:
             return None

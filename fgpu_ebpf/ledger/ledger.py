@@ -24,6 +24,7 @@ from fgpu_ebpf import abi
 from fgpu_ebpf.check import has_host_pids
 from fgpu_ebpf.ledger.compute_maps import ComputeMaps
 from fgpu_ebpf.ledger.level_limits import LevelLimits, new_page
+from fgpu_ebpf.ledger.node_opens import NodeOpens
 from fgpu_ebpf.ledger.orphans import OrphanMap
 from fgpu_ebpf.ledger.owner_table import OwnerTable
 from fgpu_ebpf.ledger.process_entry import Process, process_of
@@ -31,7 +32,7 @@ from fgpu_ebpf.ledger.resolutions import Resolutions
 from fgpu_ebpf.ledger.ring_buffer import Events
 from fgpu_ebpf.ledger.usage_page_table import UsagePageTable
 from fgpu_ebpf.ledger.usage_pages import Usage, UsagePages
-from fgpu_ebpf.linux import bpf
+from fgpu_ebpf.linux import bpf, procfs
 
 PINS = Path(f"/sys/fs/bpf/fgpu/v{abi.LAYOUT}")
 _U64 = struct.Struct("Q")
@@ -85,6 +86,7 @@ class Ledger:
         self.times = ComputeMaps(self._maps, lambda: self._run(abi.Adjust.RING), pins / "maps")
         self.orphans = OrphanMap(self._maps, self._run, self.page_fd)
         self.owners, self.levels_taken = OwnerTable(self._maps, self._run), self._page_table.taken
+        self.opens = NodeOpens(self._maps, self._run, self._usage)
         resolutions = self.resolutions = Resolutions(self._maps, self.new_epoch)
         self.resolution, self.resolved, self.resolve = (
             resolutions.resolution, resolutions.resolved, resolutions.resolve
@@ -368,12 +370,8 @@ class Ledger:
 
     def entries(self, name: str) -> int:
         """Return how many entries a map has, for checks and tests."""
-        sizes = {
-            "allocations": (_ALLOCATION_KEY.size, _ALLOCATION),
-            "processes": (4, _PROCESS),
-            "threads": (8, _THREAD),
-        }
-        return sum(1 for _ in bpf.items(self._maps[name], *sizes[name], 1024))
+        of = {"allocations": (_ALLOCATION_KEY.size, _ALLOCATION), "processes": (4, _PROCESS), "threads": (8, _THREAD)}
+        return sum(1 for _ in bpf.items(self._maps[name], *of[name], 1024))
 
     def incidents(self, kind: abi.Kind, reason: int) -> int:
         """Return how often an anomaly (kind KINDS) or a fate of an event (kind EVENTS) has occurred on the host."""
@@ -389,7 +387,7 @@ class Ledger:
 
     def hits(self) -> list[int]:
         """Return how often each probe ran on all processors: by abi.Function, and from abi.HIT_ADMIT on the shim's."""
-        size = 8 * bpf.possible_processors()
+        size = 8 * procfs.possible_processors()
         found = {_U32.unpack(key)[0]: value for key, value in bpf.items(self._maps["hits"], 4, size)}
         return [sum(struct.unpack(f"{len(found[n]) // 8}Q", found[n])) for n in range(abi.HITS)]
 

@@ -16,7 +16,7 @@ from fgpu_ebpf import abi
 
 _NUMBERS = struct.Struct("4Q")
 _TALLY = struct.Struct("2Q")
-_ORPHANED = struct.Struct("Q")
+_ORPHANED, _OPENS = struct.Struct("Q"), struct.Struct(f"{abi.OPENS}Q")
 
 
 class Usage(NamedTuple):
@@ -45,6 +45,11 @@ class UsagePages:
         """
         page = self._page(cgroup)
         return None if page is None else [_usage(page, device) for device in devices]
+
+    def opens(self, cgroup: int) -> tuple[int, int]:
+        """Return how many opens of device nodes by processes without the shim were refused in a level, and allowed."""
+        page = self._page(cgroup)
+        return (0, 0) if page is None else _OPENS.unpack_from(page, abi.UsagePage.opens.offset)
 
     def _page(self, cgroup: int) -> mmap.mmap | None:
         if cgroup not in self._mapped:

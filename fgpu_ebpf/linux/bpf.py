@@ -25,7 +25,8 @@ _BPF, _PERF_EVENT_OPEN = {"x86_64": (321, 298), "aarch64": (280, 241)}.get(os.un
 _MAP_CREATE, _LOOKUP, _UPDATE, _DELETE, _PROG_LOAD, _OBJ_PIN, _OBJ_GET, _TEST_RUN = 0, 1, 2, 3, 5, 6, 7, 10
 _MAP_GET_FD_BY_ID, _RAW_TRACEPOINT_OPEN, _FREEZE, _LOOKUP_BATCH, _LINK_CREATE = 14, 17, 22, 24, 28
 _UPDATE_BATCH, _DELETE_BATCH, _ANY, _NOEXIST, _EXIST = 26, 27, 0, 1, 2
-_PERF_EVENT, _TRACE_UPROBE_MULTI, _KPROBE, _RAW_TRACEPOINT = 41, 48, 2, 17
+_OF_CGROUP_DEVICE, _PERF_EVENT, _TRACE_UPROBE_MULTI = 6, 41, 48
+KPROBE, CGROUP_DEVICE, RAW_TRACEPOINT = 2, 15, 17  # types of programs
 _MULTI_FROM = (6, 6)  # since this version, one link attaches a program to all offsets of a file
 _ID_BYTES, _PERF_FLAG_FD_CLOEXEC, _MOST_LOADS = 4, 8, 5
 ARRAY, ARRAY_OF_MAPS, HASH_OF_MAPS = 2, 12, 13
@@ -221,13 +222,6 @@ def items(fd: int, key_bytes: int, value_bytes: int, chunk: int = 256) -> Iterat
             yield k[i * key_bytes : (i + 1) * key_bytes], v[i * value_bytes : (i + 1) * value_bytes]
 
 
-@functools.cache
-def possible_processors() -> int:
-    """Return the number of possible processors: a per-processor map has this many values for each entry."""
-    spans = [span.split("-") for span in Path("/sys/devices/system/cpu/possible").read_text().strip().split(",")]
-    return 1 + max(int(span[-1]) for span in spans)
-
-
 def update_all(fd: int, entries: Mapping[bytes, bytes]) -> None:
     """Insert or replace many entries at once. Raises OSError.
 
@@ -286,21 +280,18 @@ def pin(fd: int, path: Path) -> None:
     _bpf("OBJ_PIN", _OBJ_PIN, attributes.ObjAttr(_address(name), fd))
 
 
-def load_program(name: str, code: bytes, is_raw_tracepoint: bool) -> int:
-    """Load a BPF program under the GPL, and return its descriptor.
+def load_program(name: str, code: bytes, type_: int) -> int:
+    """Load a BPF program under the GPL, and return its descriptor. Raises OSError: the kernel refuses the program.
 
     Args:
         name: the name that tools show; the first 15 characters are used.
         code: the instructions, which contain descriptors of maps.
-        is_raw_tracepoint: whether the program is for raw tracepoints; otherwise it is for uprobes.
-
-    Raises:
-        OSError: EACCES or EINVAL: the verifier refuses the program.
+        type_: KPROBE (for uprobes), CGROUP_DEVICE or RAW_TRACEPOINT.
     """
     instructions, licence = _buffer(code), _buffer(b"GPL\0")
     attr = attributes.ProgLoadAttr(insn_cnt=len(code) // 8, insns=_address(instructions), license=_address(licence))
-    attr.prog_type, attr.prog_name = _RAW_TRACEPOINT if is_raw_tracepoint else _KPROBE, name.encode()[:15]
-    if not is_raw_tracepoint and kernel_release() >= _MULTI_FROM:
+    attr.prog_type, attr.prog_name = type_, name.encode()[:15]
+    if type_ == KPROBE and kernel_release() >= _MULTI_FROM:
         attr.expected_attach_type = _TRACE_UPROBE_MULTI
     for _ in range(_MOST_LOADS):
         with contextlib.suppress(BlockingIOError):  # EAGAIN: a signal has ended the verification
@@ -323,6 +314,14 @@ def attach_raw_tracepoint(program: int, name: str) -> int:
     """
     event = _buffer(name.encode() + b"\0")
     return _bpf("RAW_TRACEPOINT_OPEN", _RAW_TRACEPOINT_OPEN, attributes.RawTracepointAttr(_address(event), program))
+
+
+def attach_to_cgroup(program: int, folder: int) -> int:
+    """Attach a program of the type CGROUP_DEVICE to an open cgroup folder, and return the link. Raises OSError.
+
+    The program decides about processes in this cgroup and below it, besides all other programs there.
+    """
+    return _bpf("LINK_CREATE", _LINK_CREATE, attributes.LinkCreateAttr(program, folder, _OF_CGROUP_DEVICE))
 
 
 def open_uprobe(path: str, offset: int, at_return: bool) -> int:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import functools
 import os
 import select
 import struct
@@ -306,3 +307,10 @@ def _cgroup(pid: int) -> str:
 
 def _folders(root: Path, inside: list[str]) -> list[str]:
     return list(accumulate(filter(None, inside), "{}/{}".format, initial=str(root)))[::-1]
+
+
+@functools.cache
+def possible_processors() -> int:
+    """Return the number of possible processors: a per-processor map has this many values for each entry."""
+    spans = [span.split("-") for span in Path("/sys/devices/system/cpu/possible").read_text().strip().split(",")]
+    return 1 + max(int(span[-1]) for span in spans)

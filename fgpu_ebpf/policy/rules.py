@@ -183,6 +183,7 @@ class Policy(NamedTuple):
     kill: bool = False
     own_utilization: bool = False
     metric_labels: tuple[str, ...] = ()
+    deny: bool = False
 
 
 # -- the outcome for a workload --------------------------------------------------------------------------------------
@@ -205,6 +206,7 @@ class Limits(NamedTuple):
     own_utilization: bool
     metric_labels: tuple[str, ...]
     contexts: int = 0
+    deny: bool = False
 
 
 class Decision(NamedTuple):
@@ -249,6 +251,7 @@ def _limits(policy: Policy, workload: Workload, devices: Iterable[Device], notes
         policy=policy.name,
         observe=policy.observe,
         kill=policy.kill,
+        deny=policy.deny,
         devices=tuple(device.index for device in chosen),
         memory=_memory(policy.memory, workload, chosen, notes),
         compute=_compute(policy.compute, workload, notes),

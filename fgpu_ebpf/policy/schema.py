@@ -151,10 +151,11 @@ class Spec(Model):
         "The limit of memory; without this field, the workload has no limit and its memory is only counted."
     )
     compute: Compute = absent("The share of time; without it the workload takes no turns.")
-    on_bypass: Literal["report", "kill"] = Field(
+    on_bypass: Literal["report", "kill", "deny"] = Field(
         "report",
-        description="The action for a process that bypasses the shim and would exceed the limit; `kill` is not"
-        " applied while a process that is older than fgpu is in the tenant.",
+        description="The action for a process that bypasses the shim: `kill` kills it if it would exceed the limit, and"
+        " is not applied while a process that is older than fgpu is in the tenant; `deny` refuses the driver's device"
+        " nodes to a process without the shim.",
     )
     views: Views = absent("The figures that the workload sees.")
     metric_labels: MetricLabels = absent("Labels of the workload to add to the metric `fgpu_tenant_info`.", ["team"])
@@ -192,6 +193,7 @@ def compiled(document: GpuPolicy, source: str) -> rules.Policy:
         compute=_compute(spec.compute) if spec.compute else None,
         observe=spec.mode == "observe",
         kill=spec.on_bypass == "kill",
+        deny=spec.on_bypass == "deny",
         own_utilization=spec.views is not None and spec.views.utilization == "own",
         metric_labels=tuple(spec.metric_labels or ()),
     )

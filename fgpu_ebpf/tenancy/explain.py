@@ -133,6 +133,7 @@ def _level(
         "path": tenant.path,
         "by": tenant.policy if tenant.source is Source.POLICY else tenant.source,
         "denied": manager.enforcer.denied(tenant.cgroup),
+        "opens_denied": ledger.opens.of(tenant.cgroup).denied,
         "devices": [
             {
                 "gpu": device,
@@ -215,6 +216,7 @@ def _stronger(levels: list[Tenant], manager: Manager, ledger: Ledger, is_shim: b
         reasons = {pid: bypass_reason.reason(pid, is_shim) for pid in sorted(bypassing)[:5]}
         pids = ", ".join(f"{pid} ({_named(pid, reason)})" if reason else str(pid) for pid, reason in reasons.items())
         kill = "" if any(level.kill for level in levels) else "; `onBypass: kill` would kill processes like these"
+        kill += "" if any(level.deny for level in levels) else "; `onBypass: deny` would refuse the device to new ones"
         found.append(f"without the shim: pid {pids}: these processes are charged, not refused{kill}")
         found += [f"{reason}: {reason.words}" for reason in dict.fromkeys(filter(None, reasons.values()))]
     return found
@@ -241,6 +243,8 @@ def _lines(answer: dict[str, Any], tenant: Tenant | None) -> list[str]:
         lines += [f"    {_time_line(time)}" for time in level["compute"]]
         if said := denial(level):
             lines.append(f"    {said}")
+        if n := level["opens_denied"]:
+            lines.append(f"    {n} opens of device nodes were refused to processes without the shim: see fgpu events")
     why = answer["unenforced"] or Enforcement(answer["enforcement"]).words
     lines.append(f"  enforcement: {answer['enforcement']}{f': {why}' if why else ''}")
     lines += [f"  orphaned: {orphan_text.sentence(orphan)}" for orphan in orphan_text.lasting(answer["orphans"])]

@@ -55,6 +55,7 @@ class Tenant:
     notes: tuple[str, ...] = ()
     named_devices: bool = False
     outside: Mapping[int, int] = field(default_factory=dict)
+    deny: bool = False
 
     @property
     def cgroup(self) -> int:
@@ -70,7 +71,8 @@ class Tenant:
     def flags(self) -> int:
         """The flags for the kernel's map of limits."""
         observe = abi.LimitFlag.OBSERVE if self.observe else 0
-        return observe | (abi.LimitFlag.KILL if self.kill else 0)
+        kill = abi.LimitFlag.KILL if self.kill else 0
+        return observe | kill | (abi.LimitFlag.DENY if self.deny and not self.observe else 0)
 
     @property
     def shares(self) -> Mapping[int, TimeShare]:
@@ -88,8 +90,8 @@ class Tenant:
 
     def is_in_force_as(self, other: Tenant) -> bool:
         """Return True if both tenants result in the same entries in the kernel's maps."""
-        mine = self.limits, self.outside, self.observe, self.kill
-        return mine == (other.limits, other.outside, other.observe, other.kill) and self.shares == other.shares
+        mine = self.limits, self.outside, self.flags
+        return mine == (other.limits, other.outside, other.flags) and self.shares == other.shares
 
 
 def tenant_of(
@@ -112,6 +114,7 @@ def tenant_of(
             limits={index: limits.memory.get(index, abi.NO_LIMIT) for index in limits.devices},
             observe=limits.observe,
             kill=limits.kill,
+            deny=limits.deny,
             compute=limits.compute,
             own_utilization=limits.own_utilization,
             metric_labels={label: workload.labels.get(label, "") for label in limits.metric_labels},
@@ -150,6 +153,7 @@ def kept_tenant(
         workload, _name(workload), Source.KEPT, "", limits, compute=compute,
         observe=bool(said & abi.LimitFlag.OBSERVE), kill=bool(said & abi.LimitFlag.KILL),
         outside={index: bytes_ for index, its in flags.items() if (bytes_ := outside_of(its))},
+        deny=bool(said & abi.LimitFlag.DENY),
     )  # fmt: skip
 
 

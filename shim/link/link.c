@@ -223,13 +223,16 @@ static uint32_t current(void)
 /*
  * Send a hello and do not wait. The driver takes milliseconds to initialise, or seconds if many processes start at the
  * same time, and the gatekeeper can reply meanwhile. The only state until fgpu_arrive() are descriptors, which are not
- * shared: any other thread registers by itself.
+ * shared: any other thread registers by itself. If the driver needs the registration, it comes first.
  */
 COLD struct fgpu_asked fgpu_announce(void)
 {
     struct fgpu_asked asked = FGPU_NOT_ASKED;
     int saved = errno;
-    if (link_of(load()) == FGPU_FRESH) asked = fgpu_knock(&own->notes[0]);
+    if (fgpu_must_register())
+        fgpu_look();
+    else if (link_of(load()) == FGPU_FRESH)
+        asked = fgpu_knock(&own->notes[0]);
     errno = saved;
     return asked;
 }

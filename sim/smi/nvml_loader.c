@@ -25,7 +25,9 @@ int nvml_load(void)
     NVML_FUNCTIONS(CHECK)
 #undef CHECK
     nvmlReturn_t result = nvml.nvmlInitWithFlags(0);
-    if (result)
+    if (result == NVML_ERROR_UNKNOWN)
+        puts("Failed to initialize NVML: Unknown Error");
+    else if (result)
         puts("NVIDIA-SMI has failed because it couldn't communicate with the NVIDIA driver. Make sure that the latest "
              "NVIDIA driver is installed and running.\n");
     return (int)result;

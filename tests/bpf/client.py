@@ -75,6 +75,22 @@ def give_back(bytes_):
     shim.fgpu_release(0, u64(bytes_), 1, u64(ticket))
 
 
+def error_of_open(path):
+    """Return the errno of an open of a device node."""
+    try:
+        os.close(os.open(path, os.O_RDWR))
+    except OSError as error:
+        return error.errno
+
+
+def error_of_open_in_child(path):
+    """Return the errno of an open in a forked child."""
+    child = os.fork()
+    if not child:
+        os._exit(error_of_open(path) or 0)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
 def alloc(pointer, bytes_, code=0):
     cuda.set(code, pointer, 0)
     return cuda.cuMemAlloc_v2(ctypes.byref(u64()), u64(bytes_))

@@ -55,6 +55,7 @@ WAYS: dict[str, Callable[[Path], str]] = {
     "copy": private_copy,
     "setuid": setuid,
     "lies": lambda _: f"{BYPASS} lies",
+    "registers": lambda _: f"{BYPASS} registers",
     "raw": lambda _: RAW,
 }
 HELD = ("deepbind", "procaddress")

@@ -11,18 +11,24 @@
  * symbols    the symbol table of the driver's library
  * after      as symbols, in the library DRIVER, after an allocation of 2 MiB by the genuine library
  * lies       as dlvsym, after a request for the admission of one byte
+ * registers  as dlvsym, after the request by which the shim registers; the shim itself is not used
  * handles    as plain, and a handle, which needs no context: libraries in a static program have no thread-local storage
  */
 #define _GNU_SOURCE
 #include <cuda.h>
 #include <dlfcn.h>
 #include <elf.h>
+#include <errno.h>
+#include <fcntl.h>
 #include <link.h>
+#include <stdbool.h>
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <unistd.h>
+
+#define HELLO 3 /* FGPU_HELLO in bpf/fgpu.h */
 
 static void *driver;
 static const char *way;
@@ -51,11 +57,13 @@ static void *by_version(const char *name)
     return look ? look(driver, name) : NULL;
 }
 
+static bool admits(void) { return !strcmp(way, "lies") || !strcmp(way, "registers"); }
+
 static void *find(const char *name)
 {
-    void *found = !strcmp(way, "symbols")                          ? by_symbols(name)
-                  : !strcmp(way, "dlvsym") || !strcmp(way, "lies") ? by_version(name)
-                                                                   : dlsym(driver, name);
+    void *found = !strcmp(way, "symbols")              ? by_symbols(name)
+                  : !strcmp(way, "dlvsym") || admits() ? by_version(name)
+                                                       : dlsym(driver, name);
     if (found) return found;
     fprintf(stderr, "no %s\n", name);
     exit(3);
@@ -81,7 +89,7 @@ static int take(uint64_t bytes)
     CUresult result = context ? CUDA_SUCCESS : CALL(cuInit, 0);
     if (!result && !context) result = CALL(cuDevicePrimaryCtxRetain, &context, 0);
     if (!result) result = CALL(cuCtxSetCurrent, context);
-    if (admit) admit(0, 1, 0, ++ticket);
+    if (admit && !strcmp(way, "lies")) admit(0, 1, 0, ++ticket);
     return result ? (int)result : (int)CALL(cuMemAlloc_v2, &pointer, bytes);
 }
 
@@ -98,6 +106,7 @@ static int take_from_the_genuine_library(void)
 int main(int argc, char **argv)
 {
     unsigned long long bytes;
+    char word[16], argument[200];
     if (argc != 2 && argc != 3) return 2;
     way = argv[1];
     if (!strcmp(way, "after") && take_from_the_genuine_library()) return 5;
@@ -106,9 +115,15 @@ int main(int argc, char **argv)
         fprintf(stderr, "%s\n", dlerror());
         return 3;
     }
-    if (!strcmp(way, "lies") && !(admit = dlsym(RTLD_DEFAULT, "fgpu_admit"))) return 4;
+    if (admits() && !(admit = dlsym(RTLD_DEFAULT, "fgpu_admit"))) return 4;
+    if (!strcmp(way, "registers")) admit(0, 0, HELLO, 1);
     printf("ready %d\n", getpid());
-    for (fflush(stdout); scanf(" alloc %llu", &bytes) == 1; fflush(stdout)) {
+    for (fflush(stdout); scanf(" %15s %199s", word, argument) == 2; fflush(stdout)) {
+        if (!strcmp(word, "open")) {
+            printf("%d\n", open(argument, O_RDONLY) < 0 ? errno : 0);
+            continue;
+        }
+        bytes = strtoull(argument, NULL, 10);
         int result = strcmp(way, "handles") ? take(bytes) : take_handle(bytes);
         printf(result ? "CUDA_ERROR_%d\n" : "ok\n", result);
     }

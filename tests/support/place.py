@@ -127,6 +127,7 @@ class Container(Place):
         self._state = work / "state"
         self.mounts: list[dict[str, Any]] = []  # in addition to those of every container
         self.image: dict[str, Path] = {}  # files in its root: path -> the copied file
+        self.devices: list[dict[str, Any]] = []  # rules for device nodes, in addition to the usual ones
         (work / "ld.so.preload").write_text(f"{SHIM}\n")
 
     def _command(self, *words: str | Path) -> list[str | Path]:
@@ -171,6 +172,7 @@ class Container(Place):
             env=[f"{k}={v}" for k, v in host.ENVIRONMENT.items()],
         )
         spec["linux"]["cgroupsPath"] = f"{self.group}/{name}"
+        spec["linux"]["resources"]["devices"] += self.devices
         if self._runtime == "crun":  # its device rules need CAP_SYS_RESOURCE, which a test machine may lack
             del spec["linux"]["resources"]
         spaces = spec["linux"]["namespaces"]

@@ -5,6 +5,7 @@
 #include "cuda/core/driver.h"
 #include "wire/link.h"
 
+#include <errno.h>
 #include <fcntl.h>
 #include <unistd.h>
 
@@ -107,7 +108,7 @@ static CUresult initialise(void)
     uint32_t n;
     if (link_open(&connection, FGPU_SIM_DIR, &n) || !n) return CUDA_ERROR_NO_DEVICE;
     if (node < 0) node = open(FGPU_SIM_DIR "/" SIM_NODE_NAME, O_RDONLY | O_CLOEXEC);
-    if (node < 0) return CUDA_ERROR_NO_DEVICE;
+    if (node < 0 && errno != ENXIO) return CUDA_ERROR_NO_DEVICE; /* ENXIO: a device node, and no driver behind it */
     for (uint32_t i = 0; i < n; i++)
         if (sim_ask(SIM_DEVICE, (struct sim_request){.device = i}, &driver.devices[i], sizeof driver.devices[i]))
             return CUDA_ERROR_NO_DEVICE;

@@ -1,0 +1,39 @@
+/* opens.bpf.h: opens of device nodes. A program of the cgroup hierarchy's root decides about each. */
+
+/* struct bpf_cgroup_dev_ctx of linux/bpf.h */
+struct device_context {
+    u32 access_type; /* access << 16 | type */
+    u32 major;
+    u32 minor;
+};
+#define CHARACTER_DEVICE 2 /* BPF_DEVCG_DEV_CHAR */
+#define MAKE_NODE 1        /* BPF_DEVCG_ACC_MKNOD; a container's runtime creates nodes before its program runs */
+
+/* Return whether a process may open nodes in any case: it has registered by the code of the published shim, or it opened
+ * devices before. */
+static int may_open(u32 tgid)
+{
+    struct fgpu_process *p = processes.lookup(&tgid);
+    return p && p->flags & (FGPU_SEEN_SHIM | FGPU_SEEN_DEVICE);
+}
+
+/* Return 1 if the current process may open a node, otherwise 0. Only nodes of the driver and processes of levels are
+ * concerned. A level with FGPU_DENY refuses nodes to a process without the shim; others count its opens. */
+int device_open(struct device_context *ctx)
+{
+    u32 major = ctx->major, access = ctx->access_type >> 16, tgid = bpf_get_current_pid_tgid() >> 32;
+    u64 levels[FGPU_LEVELS] = {}, denies = 0;
+    if (!node_majors.lookup(&major) || (ctx->access_type & 0xffff) != CHARACTER_DEVICE || access == MAKE_NODE) return 1;
+    if (!find_levels(levels) || may_open(tgid)) return 1;
+    EACH_LEVEL
+    {
+        struct fgpu_usage_page *page = levels[i] ? page_of(levels[i]) : 0;
+        if (page) denies |= page->flags & FGPU_DENY;
+    }
+    struct fgpu_usage_page *leaf = page_of(levels[0]);
+    if (!leaf) return !denies;
+    __sync_fetch_and_add(&leaf->opens[!denies], 1);
+    if (!denies) return 1;
+    tell(leaf, FGPU_NEWS_OPEN, 0, (u64)ctx->major << 32 | ctx->minor, 0, 0);
+    return 0;
+}

@@ -1,0 +1,42 @@
+"""Opens of the driver's device nodes by processes without the shim, which bpf/opens.bpf.h refuses or counts.
+
+Runs in the agent's main thread. Errors are OSError of bpf(2).
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable, Iterable, Mapping
+from typing import NamedTuple
+
+from fgpu_ebpf import abi
+from fgpu_ebpf.ledger.usage_pages import UsagePages
+from fgpu_ebpf.linux import bpf
+
+_U32 = struct.Struct("I")
+
+
+class Opens(NamedTuple):
+    """Number of opens by processes of a level: `denied` were refused, `would_deny` were not, for lack of a policy."""
+
+    denied: int
+    would_deny: int
+
+
+class NodeOpens:
+    """The part of the ledger that concerns opens. `run` runs the BPF program `adjust`."""
+
+    def __init__(self, maps: Mapping[str, int], run: Callable[..., int], pages: UsagePages) -> None:
+        self._maps, self._run, self._pages = maps, run, pages
+
+    def set_majors(self, majors: Iterable[int]) -> None:
+        """Add major numbers of nodes about which the BPF program decides."""
+        bpf.update_all(self._maps["node_majors"], {_U32.pack(major): _U32.pack(0) for major in majors})
+
+    def exempt(self, tgid: int, generation: int) -> None:
+        """Let a process open nodes, because it has memory: it opened the devices before."""
+        self._run(abi.Adjust.EXEMPT, tgid, generation)
+
+    def of(self, cgroup: int) -> Opens:
+        """Return the numbers of a level since its page was created. They are 0 if it has no page."""
+        return Opens(*self._pages.opens(cgroup))

@@ -1,0 +1,111 @@
+"""Opens of device nodes: which processes may open a node of the driver.
+
+The nodes have the driver's major number, and this machine has no driver: an open that is not refused fails with ENXIO.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from fgpu_ebpf import abi
+from fgpu_ebpf.abi import LimitFlag, News
+from tests.bpf.conftest import MIB, Client, Kernel, Level
+
+DRIVER, OTHER = 195, 240  # major numbers: of the driver, and one for local use
+DENIED, NOT_DECIDED = errno.EPERM, errno.ENXIO
+
+
+@pytest.fixture
+def nodes(tmp_path: Path) -> Path:
+    """Return a folder with device nodes, which are named after their type and major number."""
+    tmp_path.chmod(0o755)
+    for kind, letter in ((stat.S_IFCHR, "c"), (stat.S_IFBLK, "b")):
+        for major in (DRIVER, OTHER):
+            os.mknod(tmp_path / f"{letter}{major}", kind | 0o666, os.makedev(major, 7))
+    return tmp_path
+
+
+def opens(kernel: Kernel, level: Level) -> tuple[int, int]:
+    return kernel.ledger.opens.of(level.cgroup)
+
+
+def error_of_open(client: Client, node: Path) -> int | None:
+    """Return the errno of an open of the node by the client."""
+    found: int | None = client(f"error_of_open({str(node)!r})")
+    return found
+
+
+def test_a_process_without_the_shim_may_not_open_a_node_if_its_level_denies(
+    kernel: Kernel, level: Level, client: Client, nodes: Path, events
+) -> None:
+    level.limit(100 * MIB, LimitFlag.DENY)
+    assert error_of_open(client, nodes / "c195") == DENIED
+    assert opens(kernel, level) == (1, 0)
+    (event,) = [event for event in events.read() if event.kind == News.OPEN]
+    assert (event.tgid, event.cgroup, event.bytes) == (client.pid, level.cgroup, DRIVER << 32 | 7)
+    for other in ("b195", "c240"):
+        assert error_of_open(client, nodes / other) == NOT_DECIDED
+    assert opens(kernel, level) == (1, 0)
+
+
+def test_a_process_with_the_shim_may_open_nodes_until_it_executes_another_program(
+    kernel: Kernel, level: Level, client: Client, nodes: Path
+) -> None:
+    level.limit(100 * MIB, LimitFlag.DENY)
+    client(f"admit(0, {int(abi.Kind.HELLO)})")
+    assert error_of_open(client, nodes / "c195") == NOT_DECIDED
+    assert client(f"error_of_open_in_child({str(nodes / 'c195')!r})") == DENIED
+    client.send("os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])")
+    client.begin(level.cgroup)
+    assert error_of_open(client, nodes / "c195") == DENIED
+    assert opens(kernel, level) == (2, 0)
+
+
+def test_a_request_for_memory_is_no_registration(level: Level, client: Client, nodes: Path) -> None:
+    level.limit(100 * MIB, LimitFlag.DENY)
+    assert client("admit(1)") == abi.Verdict.ADMITTED
+    assert error_of_open(client, nodes / "c195") == DENIED
+
+
+def test_only_the_agent_can_exempt_a_process(kernel: Kernel, level: Level, client: Client, nodes: Path) -> None:
+    """Memory that a library reports proves nothing: a tenant can have its own library."""
+    level.limit(100 * MIB, LimitFlag.DENY)
+    assert client(f"alloc(1, {MIB})") == 0
+    assert client("context(0xC0DE)") == 0
+    assert error_of_open(client, nodes / "c195") == DENIED
+    kernel.ledger.opens.exempt(client.pid, client.entry(kernel).generation + 1)  # of another process with this pid
+    assert error_of_open(client, nodes / "c195") == DENIED
+    kernel.ledger.opens.exempt(client.pid, client.entry(kernel).generation)
+    assert error_of_open(client, nodes / "c195") == NOT_DECIDED
+
+
+def test_a_level_without_the_flag_counts_opens(kernel: Kernel, level: Level, client: Client, nodes: Path) -> None:
+    assert error_of_open(client, nodes / "c195") == NOT_DECIDED
+    assert opens(kernel, level) == (0, 1)
+
+
+def test_the_flag_of_a_group_holds_in_all_levels_inside(
+    kernel: Kernel, make_level: Callable[..., Level], make_client: Callable[..., Client], nodes: Path
+) -> None:
+    group = make_level(100 * MIB)
+    inside = make_level(50 * MIB, group)
+    group.limit(100 * MIB, LimitFlag.DENY)
+    assert error_of_open(make_client(inside), nodes / "c195") == DENIED
+    assert (opens(kernel, inside), opens(kernel, group)) == ((1, 0), (0, 0))
+
+
+def test_processes_without_a_level_are_not_concerned(kernel: Kernel, nodes: Path) -> None:
+    with pytest.raises(OSError, match="No such device or address"):
+        os.open(nodes / "c195", os.O_RDWR)
+
+
+def test_a_managed_process_may_create_nodes(level: Level, client: Client, nodes: Path) -> None:
+    """The runtime of a container creates its nodes inside the container's cgroup."""
+    level.limit(100 * MIB, LimitFlag.DENY)
+    assert client(f"os.mknod({str(nodes / 'new')!r}, 0o20666, os.makedev({DRIVER}, 0))") is None

@@ -1,0 +1,174 @@
+"""`onBypass: deny`: a program without the shim gets no device, whatever way around the shim it takes.
+
+The simulated driver opens a device node at its initialisation, as the real one does. No driver is behind the node here.
+So an open that is allowed fails with ENXIO, and the simulated driver then goes on.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.e2e.bypass_kit import BYPASS, Bypass
+from tests.e2e.policies_kit import Write
+from tests.e2e.test_bypasses import HELD, WAYS
+from tests.support.commands import events, fgpu, metrics
+from tests.support.host import CONTEXT, ENVIRONMENT, MIB, RUN_DIR, SIM
+from tests.support.place import Container, Place
+from tests.support.service import Service
+from tests.support.tenant import Tenant
+from tests.support.wait import eventually
+
+LIMIT = CONTEXT + 400 * MIB
+NO_DEVICE = "CUDA_ERROR_100"  # what the real cuInit returns if it may not open a node
+DENY = f"memory: {{limit: {LIMIT >> 20}MiB}}\n  onBypass: deny"
+NODE = Path("/run/fgpu-sim/nvidiactl")
+# "raw" speaks to the simulated driver itself, and opens no node. "registers" gets a device, and is named.
+OTHERS = {"raw", "registers"}
+
+Make = Callable[[int | None], Tenant]
+
+
+@pytest.fixture(autouse=True)
+def node(service: Service) -> Iterator[None]:
+    """Replace the simulated driver's file by a device node with the number of nvidiactl."""
+    aside = NODE.with_name("file")
+    NODE.rename(aside)
+    os.mknod(NODE, stat.S_IFCHR | 0o666, os.makedev(195, 255))
+    NODE.chmod(0o666)
+    yield
+    aside.rename(NODE)
+
+
+def opens(tenant: Tenant, decision: str) -> float:
+    labels = frozenset({("tenant", tenant.name), ("decision", decision)})
+    return metrics().get(("fgpu_device_opens_without_shim_total", labels), 0)
+
+
+@pytest.fixture
+def deny(write: Write, place: Place) -> Callable[[str], None]:
+    """Return a function that puts a policy for all tenants of the place in force."""
+    return lambda rest: write(rest, selector=f'{{cgroup: ["{place.group.lstrip("/")}/*"]}}')
+
+
+@pytest.mark.places("cgroups")
+@pytest.mark.parametrize("way", sorted(WAYS.keys() - OTHERS))
+def test_a_program_around_the_shim_gets_no_device(deny, tenant: Make, tmp_path: Path, way: str) -> None:
+    deny(DENY)
+    one = tenant(None)
+    one.assert_enforced()
+    tmp_path.chmod(0o755)
+    client = Bypass(one, "bypass", WAYS[way](tmp_path))
+    if way in HELD:
+        assert client.do(f"alloc {100 * MIB}").startswith("ok")
+        assert opens(one, "denied") == 0
+        return
+    for _ in range(2):
+        assert client.do(f"alloc {100 * MIB}") == NO_DEVICE
+    assert (one.driver(), one.memory()["used_bytes"]) == (0, 2 if way == "lies" else 0)  # it asks for a byte each time
+    assert opens(one, "denied") > 0
+    (told,) = [event for event in events("denied") if event["pid"] == client.pid]
+    assert (told["tenant"], "may not open nvidiactl" in told["text"]) == (one.name, True)
+    assert "opens of device nodes were refused" in fgpu("explain", one.path).stdout
+    assert one.view()["enforcement"] == ("counted" if way == "lies" else "kernel")
+
+
+@pytest.mark.places("cgroups")
+def test_a_program_that_opens_a_node_itself_is_refused(deny, tenant: Make) -> None:
+    deny(DENY)
+    one = tenant(None)
+    one.assert_enforced()
+    assert Bypass(one, "bypass", WAYS["unset"](Path())).do(f"open {NODE}") == str(errno.EPERM)
+    assert opens(one, "denied") == 1
+
+
+@pytest.mark.places("cgroups")
+def test_a_program_that_registers_by_the_shim_s_code_and_does_not_use_the_shim_is_named(deny, tenant: Make) -> None:
+    deny(DENY)
+    one = tenant(None)
+    one.assert_enforced()
+    assert Bypass(one, "bypass", WAYS["registers"](Path())).do(f"alloc {100 * MIB}") == "ok"
+    eventually(lambda: one.view()["bypassing"], 5, "the process in the snapshot")
+
+
+@pytest.mark.places("host", "cgroups", "runc")
+def test_programs_with_the_shim_have_their_limit(deny, tenant: Make, place: Place) -> None:
+    deny(DENY)
+    _allow_nodes(place)
+    one = tenant(LIMIT)
+    one.assert_enforced()
+    client = one.client()
+    with one.growing():
+        client.ok(f"alloc {300 * MIB}")
+    assert client.do(f"alloc {200 * MIB}") == "CUDA_ERROR_OUT_OF_MEMORY"
+    assert one.assert_exact() == CONTEXT + 300 * MIB
+    assert f"{LIMIT >> 20}MiB" in one.run("nvidia-smi")
+    assert opens(one, "denied") == 0
+
+
+def _allow_nodes(place: Place) -> None:
+    if isinstance(place, Container):
+        place.devices.append({"allow": True, "type": "c", "major": 195, "access": "rw"})
+
+
+@pytest.mark.places("cgroups")
+def test_nvml_without_the_shim_is_refused(deny, tenant: Make) -> None:
+    deny(DENY)
+    one = tenant(None)
+    one.assert_enforced()
+    assert "Unknown Error" in one.run("env -u LD_PRELOAD nvidia-smi")
+    assert opens(one, "denied") > 0
+
+
+@pytest.mark.places("cgroups")
+def test_without_the_policy_opens_are_only_counted(deny, tenant: Make) -> None:
+    deny(DENY.replace("deny", "report"))
+    one = tenant(None)
+    one.assert_enforced()
+    client = Bypass(one, "bypass", WAYS["unset"](Path()))
+    assert client.do(f"alloc {100 * MIB}") == "ok"
+    assert (opens(one, "denied"), opens(one, "would_deny")) == (0, 1)
+    eventually(lambda: not (RUN_DIR / "shim/deny").exists(), 5, "no delay of programs")
+    deny(f"{DENY}\n  mode: observe")
+    other = tenant(None)
+    assert Bypass(other, "bypass", WAYS["unset"](Path())).do(f"alloc {100 * MIB}") == "ok"
+    assert (opens(other, "denied"), opens(other, "would_deny")) == (0, 1)
+
+
+@pytest.mark.places("cgroups")
+def test_a_program_that_holds_a_device_already_keeps_it(deny, tenant: Make) -> None:
+    deny(DENY.replace("deny", "report"))
+    one = tenant(None)
+    one.assert_enforced()
+    client = Bypass(one, "bypass", WAYS["unset"](Path()))
+    assert client.do(f"alloc {100 * MIB}") == "ok"
+    one.assert_exact(5)
+    deny(DENY)
+    assert Bypass(one, "later", WAYS["unset"](Path())).do(f"alloc {100 * MIB}") == NO_DEVICE
+    eventually(lambda: client.do(f"open {NODE}") == str(errno.ENXIO), 5, "an exemption, which NVML causes")
+
+
+@pytest.mark.places("cgroups")
+def test_opens_stay_refused_without_an_agent_until_fgpu_is_detached(service: Service, deny, tenant: Make) -> None:
+    deny(DENY)
+    one = tenant(None)
+    one.assert_enforced()
+    service.kill_agent()
+    client = Bypass(one, "bypass", WAYS["unset"](Path()))
+    assert client.do(f"alloc {100 * MIB}") == NO_DEVICE
+    service.detach()
+    assert client.do(f"alloc {100 * MIB}") == "ok"
+    assert not (RUN_DIR / "shim/deny").exists()
+    service.start_agent()
+
+
+def test_processes_outside_tenants_may_open_nodes(service: Service) -> None:
+    assert f"{SIM}" in ENVIRONMENT["PATH"]
+    done = subprocess.run(["nvidia-smi", "-L"], env=ENVIRONMENT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
