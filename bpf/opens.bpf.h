@@ -9,7 +9,7 @@ struct device_context {
 #define CHARACTER_DEVICE 2 /* BPF_DEVCG_DEV_CHAR */
 #define MAKE_NODE 1        /* BPF_DEVCG_ACC_MKNOD; a container's runtime creates nodes before its program runs */
 
-/* Return whether a process may open nodes in any case: it has registered by the code of the published shim, or it opened
+/* Return whether a process may open nodes in any case: it has registered by the published shim's code, or it opened
  * devices before. */
 static int may_open(u32 tgid)
 {

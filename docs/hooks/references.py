@@ -43,6 +43,7 @@ PATTERNS = {
 VALUES: Mapping[tuple[str, str], Iterable[str]] = {
     ("fgpu_bypassing_processes", "how"): metrics._HOW,
     ("fgpu_shimless_processes", "reason"): bypass_reason.Reason,
+    ("fgpu_device_opens_without_shim", "decision"): ("denied", "would_deny"),
     ("fgpu_memory_refused", "reason"): [reason.name.lower() for reason in abi.Reason],
     ("fgpu_anomalies", "kind"): [*(kind.name.lower() for kind in abi.Anomaly), "unprobed"],
 }

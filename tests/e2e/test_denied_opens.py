@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.bypass_kit import BYPASS, Bypass
+from tests.e2e.bypass_kit import Bypass
 from tests.e2e.policies_kit import Write
 from tests.e2e.test_bypasses import HELD, WAYS
 from tests.support.commands import events, fgpu, metrics

@@ -17,7 +17,7 @@ import pytest
 
 _MAP_CREATE, _PROG_LOAD, _BPF = 0, 5, 321
 _ARRAY, _OF_MAPS, _MMAPABLE = 2, (12, 13), 1 << 10
-_KPROBE, _RAW_TRACEPOINT, _STATISTICS = 2, 17, 4
+_KPROBE, _CGROUP_DEVICE, _RAW_TRACEPOINT, _STATISTICS = 2, 15, 17, 4
 _LOAD_MAP = 0x1018
 # As in fgpu_ebpf/driver/image.py, which the guest does not have.
 RAW_TRACEPOINTS = {"process_exit", "process_exec", "program_began", "adjust"} | {
@@ -55,7 +55,7 @@ def test_the_verifier_accepts_each_program(name, maps):
     said = ctypes.create_string_buffer(1 << 16)
     instructions = (ctypes.c_char * len(code)).from_buffer(code)
     licence = ctypes.create_string_buffer(b"GPL")
-    kind = _RAW_TRACEPOINT if name in RAW_TRACEPOINTS else _KPROBE
+    kind = _RAW_TRACEPOINT if name in RAW_TRACEPOINTS else _CGROUP_DEVICE if name == "device_open" else _KPROBE
     where = ctypes.addressof(instructions), ctypes.addressof(licence)
     log = _STATISTICS, len(said), ctypes.addressof(said)
     try:

@@ -1,0 +1,98 @@
+"""`onBypass: deny`: the file that makes shims register first, exempted processes, and the check of `fgpu doctor`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from fgpu_ebpf import abi
+from fgpu_ebpf.agent.denied_opens import MARK, NAME, DeniedOpens
+from fgpu_ebpf.agent.nvml_reconcile import Truth
+from fgpu_ebpf.check import Check
+from fgpu_ebpf.policy.rules import PolicySet
+
+
+@dataclass
+class Host:
+    """Stands in for a host with tenants, a ledger and a result of NVML."""
+
+    run: Path
+    fault: str = ""
+    tenants: list[Any] = field(default_factory=list)
+    truth: Truth = field(default_factory=Truth)
+    checks: dict[str, Check] = field(default_factory=dict)
+    majors: list[int] = field(default_factory=list)
+    exempted: list[tuple[int, int]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        opens = SimpleNamespace(
+            set_majors=lambda found: self.majors.extend(found), exempt=lambda *which: self.exempted.append(which)
+        )
+        ledger: Any = SimpleNamespace(opens=opens)
+        self.opens = DeniedOpens(self.run, ledger, lambda: self.truth, self.tenants, lambda: self.fault, self.checks)
+
+    @property
+    def is_marked(self) -> bool:
+        return (self.run / MARK).exists()
+
+
+@pytest.fixture
+def host(tmp_path: Path) -> Host:
+    return Host(tmp_path)
+
+
+def policies(*deny: bool) -> PolicySet:
+    return PolicySet(tuple(SimpleNamespace(deny=one) for one in deny))  # type: ignore[arg-type]
+
+
+def test_the_file_exists_before_a_policy_that_denies_is_in_force(host: Host) -> None:
+    host.opens.prepare(policies(False))
+    assert not host.is_marked
+    host.opens.prepare(policies(False, True))
+    assert host.is_marked
+    host.opens.look()
+    assert host.is_marked
+
+
+def test_the_file_stays_until_no_tenant_denies(host: Host) -> None:
+    host.opens.prepare(policies(True))
+    host.tenants.append(SimpleNamespace(name="alice", deny=True))
+    host.opens.prepare(policies())
+    host.opens.look()
+    assert host.is_marked
+    host.tenants.clear()
+    host.opens.look()
+    assert not host.is_marked
+    host.opens.look()
+
+
+def test_a_kernel_without_the_program_is_a_failed_check_of_hosts_that_deny(host: Host) -> None:
+    host.fault = "Linux 6.1 refuses it"
+    host.tenants.append(SimpleNamespace(name="alice", deny=False))
+    host.opens.look()
+    assert (host.checks, host.majors) == ({}, [])
+    host.tenants.append(SimpleNamespace(name="bob", deny=True))
+    host.opens.look()
+    check = host.checks[NAME]
+    assert (check.ok, check.found) == (False, "onBypass: deny is not in force for bob: Linux 6.1 refuses it")
+    assert 195 in host.majors
+    host.fault = ""
+    host.opens.look()
+    assert host.checks == {}
+
+
+def process(flags: int) -> Any:
+    return SimpleNamespace(flags=flags, generation=7)
+
+
+def test_each_process_without_the_shim_that_nvml_shows_is_exempted_once(host: Host) -> None:
+    flags = {1: 0, 2: abi.Seen.SHIM, 3: abi.SEEN_DEVICE, 4: abi.Seen.CALL}
+    host.truth = Truth(
+        held={0: {1: 2**20, 2: 2**20, 3: 2**20, 9: 2**20}}, processes={pid: process(its) for pid, its in flags.items()}
+    )
+    host.opens.look()
+    assert host.exempted == [(1, 7)]
