@@ -64,7 +64,7 @@ class DeniedOpens:
             self._ledger.opens.set_majors(device_nodes.majors())
             if fault := self._fault():
                 found = f"onBypass: deny is not in force for {', '.join(denied[:5])}: {fault}"
-                self._failed_checks[NAME] = Check(NAME, False, found, _FIX)
+                self._failed_checks[NAME] = Check("device nodes", False, found, _FIX)
         elif not self._is_in_policies:
             with contextlib.suppress(FileNotFoundError):
                 self._mark.unlink()
