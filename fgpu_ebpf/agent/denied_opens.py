@@ -21,7 +21,7 @@ from fgpu_ebpf.tenancy.tenant import Tenant
 
 MARK = "shim/deny"  # in the run folder; containers have the folder mounted
 NAME = "device nodes"
-_FIX = "use a newer kernel (Linux 6.10 or later), or set `onBypass: kill` in the policy"
+_FIX = "use a kernel with CONFIG_CGROUP_BPF=y, or set `onBypass: kill` in the policy"
 
 
 class DeniedOpens:

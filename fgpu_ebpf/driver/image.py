@@ -20,7 +20,7 @@ from fgpu_ebpf.linux import bpf
 
 # These programs read the names of cgroups in the kernel's memory, which lockdown=confidentiality forbids.
 OF_CGROUPS = frozenset({"cgroup_attach", "cgroup_made", "cgroup_populated", "cgroup_removed"})
-OF_OPENS = "device_open"  # needs a helper that programs of its type do not have before Linux 6.10
+OF_OPENS = "device_open"  # only `onBypass: deny` needs it, and a kernel may lack programs of its type
 OPTIONAL = OF_CGROUPS | {OF_OPENS}
 RAW_TRACEPOINTS = frozenset({"process_exit", "process_exec", "program_began", "adjust"}) | OF_CGROUPS
 INNER = "page_template"  # has the form of the inner maps of all maps of maps
