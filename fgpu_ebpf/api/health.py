@@ -48,6 +48,7 @@ def checks(snapshot: Mapping[str, Any]) -> Iterator[Check]:
         yield nvml_reconcile.check(ages, snapshot["reconcile_failure"])
     yield xids.check(snapshot["devices"])
     yield _shims(tenants)
+    yield _opens(tenants)
     yield _libraries(snapshot["libraries"], snapshot["trusted"])
     denied = sorted(t["tenant"] for t in tenants if t["denied"])
     found = f"limits not in force: {', '.join(denied[:5])}" if denied else "enough for the limit of every tenant"
@@ -76,6 +77,14 @@ def _shims(tenants: Sequence[Mapping[str, Any]]) -> Check:
     words = [f"{why}: {why.words}" for why in reasons]
     fix = "; ".join([*words, "run `fgpu explain TARGET`, or set `onBypass: kill` in the policy"])
     return Check("shim", False, ", ".join(named), fix)
+
+
+def _opens(tenants: Sequence[Mapping[str, Any]]) -> Check:
+    """Name the tenants in which `onBypass: deny` would have refused opens. This is no failure."""
+    found = sorted(str(t["tenant"]) for t in tenants if t.get("opens_would_deny"))
+    if not found:
+        return Check("opens", True, "no device node was opened by a process without the shim")
+    return Check("opens", True, f"`onBypass: deny` would refuse the device to programs of {', '.join(found[:5])}")
 
 
 def _libraries(found: Sequence[Mapping[str, Any]], trusted: Sequence[str]) -> Check:

@@ -7,6 +7,7 @@ So an open that is allowed fails with ENXIO, and the simulated driver then goes 
 from __future__ import annotations
 
 import errno
+import json
 import os
 import stat
 import subprocess
@@ -134,6 +135,8 @@ def test_without_the_policy_opens_are_only_counted(deny, tenant: Make) -> None:
     client = Bypass(one, "bypass", WAYS["unset"](Path()))
     assert client.do(f"alloc {100 * MIB}") == "ok"
     assert (opens(one, "denied"), opens(one, "would_deny")) == (0, 1)
+    checks = {check["name"]: check for check in json.loads(fgpu("doctor", "--json", check=False).stdout)}
+    assert f"would refuse the device to programs of {one.name}" in checks["opens"]["found"]
     eventually(lambda: not (RUN_DIR / "shim/deny").exists(), 5, "no delay of programs")
     deny(f"{DENY}\n  mode: observe")
     other = tenant(None)
