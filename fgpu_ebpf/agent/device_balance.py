@@ -25,8 +25,14 @@ from fgpu_ebpf.ledger.orphans import Orphan
 
 # The driver allocates device memory for managed pages in chunks that all processes share (seen on an H200).
 CHUNK_BYTES = 128 << 20
+# Rows and bytes in use come from different calls of NVML. If memory is freed and allocated again between these calls, a
+# reading shows too few bytes. Only one reading without this error is needed, because the greatest one counts. Probes
+# record most changes, but not the memory that the driver allocates by itself or that unmanaged processes have.
 CALM_LOOKS = 3  # readings that a release needs, if no process changed its memory while NVML was asked
-LOOKS = 25  # readings that a release needs otherwise
+# Readings that a release needs otherwise. If a program allocates and frees in a loop that takes as long as two calls of
+# NVML, up to half of the readings may be wrong. Three wrong readings in a row are frequent then, 25 are not. If only
+# calm readings counted, such a program would keep the orphans of all tenants charged.
+LOOKS = 25
 
 Life = tuple[int, int, int]  # pid, generation and changes of a process
 
@@ -62,6 +68,11 @@ class Charges(NamedTuple):
     handles: Mapping[Life, int] = MappingProxyType({})
     has_strangers: bool = False
 
+    @property
+    def handle_bytes(self) -> int:
+        """The sum of `handles`."""
+        return sum(self.handles.values())
+
 
 class Hidden:
     """A lower bound of the memory on a device that live processes have and NVML shows in no row."""
@@ -77,9 +88,10 @@ class Hidden:
         Memory that was freed since the last reading may still have been in use in the samples of this reading, so it is
         subtracted from this reading's value too.
         """
-        if reading.calm and not charges.has_strangers:
-            self._least = max(self._least, beyond_orphans(reading, charges))
-        self._least = max(0, min(self._least - self._lost(charges), _most_hidden(charges)))
+        most = (charges.managed + CHUNK_BYTES if charges.managed else 0) + charges.handle_bytes
+        if reading.calm and not charges.has_strangers:  # even if the device holds all orphans, the rest is hidden
+            self._least = max(self._least, min(most, reading.least + charges.handle_bytes - charges.kept))
+        self._least = max(0, min(self._least - self._lost(charges), most))
         return max(0, self._least - charges.managed_busy)
 
     def _lost(self, charges: Charges) -> int:
@@ -113,26 +125,11 @@ class Balance:
         """
         self._readings.append(reading)
         hidden = self._hidden.look(reading, charges)
-        self.unexplained = max(0, reading.least - charges.kept - max(0, hidden - sum(charges.handles.values())))
+        self.unexplained = max(0, reading.least - charges.kept - max(0, hidden - charges.handle_bytes))
         self.latest = max(0, reading.most - hidden)
-        most = self._most()
-        return None if most is None else max(0, most - hidden)
-
-    def _most(self) -> int | None:
-        """Return the greatest upper bound in the readings that a release needs, or None if there are too few."""
-        recent = list(self._readings)[-CALM_LOOKS:]
-        if not all(reading.calm for reading in recent):
-            recent = list(self._readings) if len(self._readings) == LOOKS else []
-        return max(reading.most for reading in recent) if len(recent) >= CALM_LOOKS else None
-
-
-def beyond_orphans(reading: Reading, charges: Charges) -> int:
-    """Return the bytes in use that only hidden memory can explain, even if the device holds all orphans."""
-    return min(_most_hidden(charges), reading.least + sum(charges.handles.values()) - charges.kept)
-
-
-def _most_hidden(charges: Charges) -> int:
-    return (charges.managed + CHUNK_BYTES if charges.managed else 0) + sum(charges.handles.values())
+        readings = list(self._readings)
+        needed = CALM_LOOKS if all(reading.calm for reading in readings[-CALM_LOOKS:]) else LOOKS
+        return None if len(readings) < needed else max(0, max(r.most for r in readings[-needed:]) - hidden)
 
 
 def surplus(spare: Sequence[tuple[Orphan, int]], excess: int) -> list[tuple[Orphan, int]]:

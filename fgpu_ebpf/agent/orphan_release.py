@@ -1,5 +1,11 @@
 """Releases orphaned bytes once a device no longer holds them.
 
+Invariant: the bytes that stay charged are those that the device holds and that no live process explains, but at most
+those that were orphaned. `device_balance` computes these bytes for the whole device, EndedRows for the pid of each row.
+Both estimates are upper bounds, so an error keeps orphans longer than necessary. The invariant determines how many
+bytes are released. It does not determine from which orphans, because NVML names no owner of memory in no row: see
+EndedRows._key().
+
 This module runs in the reconcile thread, after the overheads of a pass are corrected. Memory in the row of an importing
 process is therefore charged to that process before the orphan of the exporting process is released.
 """
@@ -9,7 +15,6 @@ from __future__ import annotations
 import time
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence, Set
-from typing import NamedTuple
 
 from fgpu_ebpf.agent.device_balance import Balance, Charges, Life, Reading, surplus
 from fgpu_ebpf.driver.device_sample import Rows, Sample
@@ -27,30 +32,14 @@ DEVICE_REST_BYTES = 4 << 20
 # SLACK_AFTER_NS, which is longer than the driver needs after a process exit.
 SLACK_BYTES = 32 << 20
 SLACK_AFTER_NS = 5_000_000_000
-FALL_COUNTS_NS = 2_000_000_000  # how long the fall of a row counts as recent: longer than the passes of a release take
+# How long the fall of a row counts as recent: longer than the passes of a release take. The driver needs up to 3.5 s to
+# free the memory of processes that exit together. An orphan that another tenant adds meanwhile is younger, and would
+# otherwise be released in place of the freed memory.
+FALL_COUNTS_NS = 2_000_000_000
 # The driver frees the memory of a process while the process exits, and the last of it up to SETTLED_NS later. VAIN_NS
 # is FGPU_PATIENCE_NS, after which an exit counts as complete in any case.
 SETTLED_NS = 500_000_000
 VAIN_NS = 4_000_000_000
-
-
-class _Row(NamedTuple):
-    """The bytes in NVML's row of a pid, the part of them that ended processes hold, and the pid's orphaned bytes."""
-
-    bytes: int
-    ended: int
-    orphaned: int
-
-
-class Spare(NamedTuple):
-    """Bytes of an orphan that the device may have freed, according to NVML.
-
-    `slack`: how many bytes of an old orphan may be released without further evidence.
-    """
-
-    orphan: Orphan
-    freed: int
-    slack: int
 
 
 class EndedRows:
@@ -62,85 +51,81 @@ class EndedRows:
     def __init__(self, ledger: Ledger, device: int) -> None:
         self._ledger = ledger
         self._device = device
-        self._last: dict[int, _Row] = {}
         self._rows: Rows | None = None  # all rows of the last pass
-        self._living: frozenset[int] = frozenset()  # pids of ended processes that live processes have again
+        self._ended: dict[int, int] = {}  # by pid with orphans: the part of its row in the last pass
+        self._orphaned: dict[int, int] = {}  # by pid: the orphaned bytes of its ended processes in the last pass
+        self._living: Set[int] = frozenset()  # pids of ended processes that live processes have again
         self._fell: dict[int, int] = {}  # by pid: when the ended part of its row last fell
 
-    def look(
-        self, rows: Rows, live: Mapping[int, Process], orphans: Iterable[Orphan], busy: Set[int] = frozenset()
-    ) -> dict[int, int]:
-        """Record a sample. Returns the bytes of ended processes by pid, for pids that NVML still lists.
-
-        Args:
-            busy: live processes that are in a call or changed their memory during the pass.
-        """
+    def look(self, sample: Sample, orphans: Iterable[Orphan]) -> dict[int, int]:
+        """Record a sample. Returns the bytes of ended processes by pid, for pids that NVML still lists."""
         orphaned: dict[int, int] = defaultdict(int)
         for orphan in orphans:
             orphaned[orphan.tgid] += orphan.bytes if orphan.ended_ns else 0
-        last = {
-            pid: _Row(row := rows.get(pid) or 0, self._ended(pid, row, bytes_, live.get(pid), pid in busy), bytes_)
-            for pid, bytes_ in orphaned.items()
+        ended, now_ns = {pid: self._part(pid, bytes_, sample) for pid, bytes_ in orphaned.items()}, time.monotonic_ns()
+        self._fell = {  # a process that has ended since the last pass had the whole row in that pass
+            pid: now_ns if part < self._ended.get(pid, self._row_then(pid)) else self._fell.get(pid, 0)
+            for pid, part in ended.items()
         }
-        now = time.monotonic_ns()
-        fell = {pid: now if row.ended < self._before(pid) else self._fell.get(pid, 0) for pid, row in last.items()}
-        self._last, self._rows, self._fell = last, rows, fell
-        self._living = frozenset(live.keys() & last.keys())
-        return {pid: row.ended for pid, row in last.items() if row.ended}
-
-    def _before(self, pid: int) -> int:
-        """Return the bytes that the last pass showed for a process that has ended. It may have been alive then."""
-        return self._last[pid].ended if pid in self._last else (self._rows or {}).get(pid) or 0
+        self._rows, self._ended, self._orphaned = sample.rows, ended, orphaned
+        self._living = sample.processes.keys() & ended.keys()
+        return {pid: part for pid, part in ended.items() if part}
 
     def released(self, orphan: Orphan, bytes_: int) -> None:
         """Subtract released bytes from the record, so that the next pass counts only bytes that are orphaned later."""
-        row = self._last.get(orphan.tgid)
-        if row and orphan.ended_ns:
-            self._last[orphan.tgid] = row._replace(orphaned=row.orphaned - bytes_)
+        if orphan.ended_ns:
+            self._orphaned[orphan.tgid] -= bytes_
 
-    def spare(self, orphans: Iterable[Orphan]) -> list[Spare]:
-        """Return how many bytes of each orphan the device may have freed: all bytes that no row proves to be held.
+    def excess(self, orphans: Sequence[Orphan], room: int) -> list[tuple[Orphan, int]]:
+        """Return which orphans to release, and how many bytes of each.
 
-        The orphan that was most likely freed comes first: an orphan of a process whose row fell a moment ago, else the
-        youngest. The driver frees most memory at once, so old orphans are probably held by another process. Orphans
-        of processes that NVML lists come last.
+        Orphaned bytes beyond `room`, the most orphaned bytes that the device may hold, are released, except bytes that
+        a row proves to be held. If there are none, slack of old orphans is released.
 
         If a live process has the pid again, the row proves less, because the driver rounds up the memory of the live
         process. If slack of such an orphan is released, it is charged to the live process, like all bytes in the row
         beyond the orphans.
         """
-        proven, found = {pid: row.ended for pid, row in self._last.items()}, []
+        kept, until_ns = sum(orphan.bytes for orphan in orphans), time.monotonic_ns() - SLACK_AFTER_NS
+        proven, spare, slack = dict(self._ended), [], []
         for orphan in sorted(orphans, key=self._key):
             held = min(orphan.bytes, proven.get(orphan.tgid, 0)) if orphan.ended_ns else 0
             proven[orphan.tgid] = proven.get(orphan.tgid, 0) - held
-            slack = orphan.bytes if orphan.tgid in self._living else orphan.bytes - held
-            found.append(Spare(orphan, orphan.bytes - held, slack))
-        return found
+            spare.append((orphan, orphan.bytes - held))
+            if orphan.since_ns < until_ns:
+                slack.append((orphan, orphan.bytes if orphan.tgid in self._living else orphan.bytes - held))
+        return surplus(spare, kept - room) or surplus(slack, min(SLACK_BYTES, kept - max(0, room - SLACK_BYTES)))
 
     def _key(self, orphan: Orphan) -> tuple[bool, bool, int]:
-        row, fell = self._last.get(orphan.tgid), self._fell.get(orphan.tgid, 0) if orphan.ended_ns else 0
-        is_named = bool(orphan.ended_ns and row and row.ended)
+        """Return the place of an orphan in the order of releases: the orphan that was most likely freed comes first.
+
+        It is an orphan of a process whose row fell a moment ago, else the youngest. The driver frees most memory at
+        once, so old orphans are probably held by another process. Orphans of processes that NVML lists come last.
+        """
+        fell = self._fell.get(orphan.tgid, 0) if orphan.ended_ns else 0
+        is_named = bool(orphan.ended_ns and self._ended.get(orphan.tgid))
         is_old = fell < time.monotonic_ns() - FALL_COUNTS_NS
         return is_named, is_old, -max(fell, orphan.ended_ns or orphan.since_ns)
 
-    def _ended(self, pid: int, row: int, orphaned: int, process: Process | None, is_busy: bool) -> int:
+    def _row_then(self, pid: int) -> int:
+        return (self._rows or {}).get(pid) or 0
+
+    def _part(self, pid: int, orphaned: int, sample: Sample) -> int:
         """Return the part of a row that belongs to ended processes.
 
         This part grows only by bytes that were orphaned since the last pass and were in the row before. Other growth
-        belongs to a live process. Memory of a process that ended without a context was in no row. If a live
-        process is in a call, none of its bytes is certain to be in the row, because the call may have freed it already.
+        belongs to a live process, which the ledger may not have yet. Memory of a process that ended without a context
+        was in no row. If a live process is in a call, none of its bytes is certain to be in the row, because the call
+        may have freed it already.
         """
-        then = self._last.get(pid)
-        if then is None and process is None:
-            return row
-        bytes_then, ended_then, orphaned_then = then or _Row(row, 0, 0)
-        more = max(0, orphaned - orphaned_then)
-        if process and self._rows is not None:
-            more = min(more, max(0, (self._rows.get(pid) or 0) - ended_then))
-        most = min(ended_then + more, orphaned) if process else ended_then + more
-        own = self._own(process) if process and not is_busy else 0
-        fallen = 0 if process else max(0, bytes_then - row)
-        return max(0, min(most - fallen, row - own))
+        row, row_then, process = sample.rows.get(pid) or 0, self._row_then(pid), sample.processes.get(pid)
+        part, more = self._ended.get(pid), max(0, orphaned - self._orphaned.get(pid, 0))
+        if process is None:
+            return row if part is None else max(0, min(part + more - max(0, row_then - row), row))
+        if self._rows is not None:
+            more = min(more, max(0, row_then - (part or 0)))
+        own = 0 if pid in sample.busy else self._own(process)
+        return max(0, min((part or 0) + more, orphaned, row - own))
 
     def _own(self, process: Process) -> int:
         """Return the part of a row that belongs to a live process.
@@ -153,24 +138,6 @@ class EndedRows:
         return process.witnessed(device) - process.handles_in_no_row(device) + min(process.overhead[device], size)
 
 
-def excess(spare: Sequence[Spare], room: int) -> list[tuple[Orphan, int]]:
-    """Return which orphans to release, and how many bytes of each.
-
-    Orphaned bytes beyond `room` are released. If there are none, slack of old orphans is released.
-
-    Args:
-        spare: the orphans, in the order in which they are released.
-        room: how many orphaned bytes the device may hold.
-    """
-    kept = sum(entry.orphan.bytes for entry in spare)
-    found = surplus([(entry.orphan, entry.freed) for entry in spare], kept - room)
-    if found:
-        return found
-    until_ns = time.monotonic_ns() - SLACK_AFTER_NS
-    old = [(entry.orphan, entry.slack) for entry in spare if entry.orphan.since_ns < until_ns]
-    return surplus(old, min(SLACK_BYTES, kept - max(0, room - SLACK_BYTES)))
-
-
 class OrphanRelease:
     """Releases the orphans of one device."""
 
@@ -181,7 +148,7 @@ class OrphanRelease:
         self._proven = 0  # bytes of ended processes without an entry, by NVML's rows of the last pass
         self._without: dict[int, int] = {}  # by level: orphaned bytes without an entry, in the last pass
         self._grew_ns: dict[int, int] = {}  # by level: when these bytes last grew
-        self._ends: dict[Orphan, int] = {}  # see _end_ns()
+        self._exiting_ns: dict[int, int] = {}  # by pid: when the process was last found to be exiting
         self.balance = Balance()
 
     def ended_rows(self, sample: Sample, orphans: Sequence[Orphan]) -> dict[int, int]:
@@ -190,7 +157,7 @@ class OrphanRelease:
         Orphaned bytes without an entry may belong to any ended process, also to one that was never in the ledger. If
         there are such bytes, the rows of all ended processes count.
         """
-        found = self._rows.look(sample.rows, sample.processes, orphans, sample.busy)
+        found = self._rows.look(sample, orphans)
         unknown = sample.rows.keys() - sample.processes.keys() - found.keys() if self._without else ()
         rows = {pid: row for pid in unknown if (row := sample.rows[pid]) and procfs.ended(pid)}
         self._proven = sum(rows.values())
@@ -204,13 +171,13 @@ class OrphanRelease:
         if not sample.taken:
             self.balance.forget()
             return None
-        room = self.balance.room(self._reading(sample, ended), self._charges(sample, orphans, ended))
+        room = self.balance.room(self._reading(sample, ended), self._charges(sample, ended))
         if len(sample.taken) == 1:  # enough for the unexplained bytes, but no evidence for a release
             self.balance.forget()
             return None
         if room is None:
             return None
-        for orphan, bytes_ in excess(self._rows.spare(orphans), max(0, room - self._proven)):
+        for orphan, bytes_ in self._rows.excess(orphans, max(0, room - self._proven)):
             if self._ledger.orphans.let_go(orphan, bytes_):
                 self._rows.released(orphan, bytes_)
         return max(self._proven, room - sum(orphan.bytes for orphan in orphans))
@@ -218,14 +185,16 @@ class OrphanRelease:
     def look_without_entries(self, levels: Iterable[int], room: int) -> None:
         """Release orphaned bytes that have no entry in the map and that a level has had for two passes.
 
+        Bytes that were orphaned after the sample of this pass are not in `room`: a live process had them in the sample.
+
         Args:
             levels: cgroup ids of the levels to check.
             room: how many such bytes the device may hold.
         """
         entered: dict[int, int] = defaultdict(int)
         pages = {level: self._ledger.orphans.of_level(level) for level in levels}  # before entries: see orphans.bpf.h
-        for orphan in self._ledger.orphans.entries():
-            for level in orphan.levels if orphan.device == self._device else ():
+        for orphan in self._entries():
+            for level in orphan.levels:
                 entered[level] += orphan.bytes
         now = {level: found[self._device] - entered[level] for level, found in pages.items() if found}
         for level, bytes_ in now.items():
@@ -248,23 +217,22 @@ class OrphanRelease:
             sample: the sample of this pass.
             levels: levels that may have orphaned bytes without an entry, perhaps of a process that exits.
         """
-        orphans = [orphan for orphan in self._ledger.orphans.entries() if orphan.device == self._device]
-        self._ends = {orphan: self._end_ns(orphan) for orphan in orphans if orphan.ended_ns}
-        if excess(self._rows.spare(orphans), max(0, self.balance.latest - self._proven)):
+        orphans, now_ns = self._entries(), time.monotonic_ns()
+        recent = {orphan.tgid for orphan in orphans if now_ns < orphan.ended_ns + VAIN_NS}
+        self._exiting_ns = {pid: now_ns if procfs.exiting(pid) else self._exiting_ns.get(pid, 0) for pid in recent}
+        if self._rows.excess(orphans, max(0, self.balance.latest - self._proven)):
             return
         until_ns = {level: self._grew_ns.get(level, -VAIN_NS) + VAIN_NS for level in levels}
         for orphan in orphans:
-            end_ns = min(self._ends.get(orphan, 0) + SETTLED_NS, orphan.ended_ns + VAIN_NS) if orphan.ended_ns else 0
+            exit_ns = max(orphan.ended_ns, self._exiting_ns.get(orphan.tgid, 0))
+            end_ns = min(exit_ns + SETTLED_NS, orphan.ended_ns + VAIN_NS) if orphan.ended_ns else 0
             until_ns |= {level: max(until_ns.get(level, 0), end_ns) for level in orphan.levels}
         for level, end_ns in until_ns.items():
             if end_ns < sample.begun_ns:
                 self._ledger.orphans.looked(level, self._device, sample.begun_ns)
 
-    def _end_ns(self, orphan: Orphan) -> int:
-        """Return the last time at which the process of an orphan was found to be exiting, else the time of its end."""
-        now_ns = time.monotonic_ns()
-        is_under_way = now_ns < orphan.ended_ns + VAIN_NS and procfs.exiting(orphan.tgid)
-        return now_ns if is_under_way else self._ends.get(orphan, orphan.ended_ns)
+    def _entries(self) -> list[Orphan]:
+        return [orphan for orphan in self._ledger.orphans.entries() if orphan.device == self._device]
 
     def _reading(self, sample: Sample, ended: Mapping[int, int]) -> Reading:
         rest = self._contexts(sample) * CONTEXT_REST_BYTES + DEVICE_REST_BYTES
@@ -288,33 +256,32 @@ class OrphanRelease:
         pairs = ((pid, shown.get(pid, 0), charged.get(pid, 0)) for pid in shown.keys() | charged.keys())
         return sum(row + max(0, own) if pid in sample.busy else max(row, own) for pid, row, own in pairs)
 
-    def _charges(self, sample: Sample, orphans: Sequence[Orphan], ended: Mapping[int, int]) -> Charges:
+    def _charges(self, sample: Sample, ended: Mapping[int, int]) -> Charges:
         """Return the charges of the ledger.
 
-        Orphans are read again, because a process that exits between the first reading of `orphans` and the reading of
-        the sample's processes is in neither of them.
+        Orphans are read again, after the sample's processes: a process that exits in between is in both. Only this
+        thread releases orphans, so none is missing.
         """
-        device, live = self._device, sample.processes
-        now = [orphan for orphan in self._ledger.orphans.entries() if orphan.device == device]
-        known = live.keys() | {orphan.tgid for orphan in (*orphans, *now)}
+        device, live, orphans = self._device, sample.processes, self._entries()
+        known = live.keys() | {orphan.tgid for orphan in orphans}
         return Charges(
-            kept=max(sum(orphan.bytes for orphan in found) for found in (orphans, now)),
+            kept=sum(orphan.bytes for orphan in orphans),
             managed=sum(p.managed[device] for p in live.values()),
             managed_busy=sum(p.managed[device] for pid, p in live.items() if pid in sample.busy),
             managed_freed=self._ledger.orphans.managed_freed(device),
             handles=self._hidden_handles(sample, ended),
-            has_strangers=any(pid not in known for pid in sample.rows),
+            has_strangers=bool(sample.rows.keys() - known),
         )
 
     def _hidden_handles(self, sample: Sample, ended: Mapping[int, int]) -> dict[Life, int]:
         """Return the bytes of handles of processes without a context, which have no row."""
-        device, found = self._device, {}
-        for pid, process in sample.processes.items():
-            has_row = (sample.rows.get(pid) or 0) > ended.get(pid, 0)
-            handles = process.handles_in_no_row(device)
-            if handles and not has_row and pid not in sample.busy:
-                found[pid, process.generation, process.changes] = handles
-        return found
+        return {
+            (pid, process.generation, process.changes): handles
+            for pid, process in sample.processes.items()
+            if (handles := process.handles_in_no_row(self._device))
+            and pid not in sample.busy
+            and (sample.rows.get(pid) or 0) <= ended.get(pid, 0)
+        }
 
 
 def _shown(rows: Mapping[int, int], ended: Mapping[int, int]) -> dict[int, int]:

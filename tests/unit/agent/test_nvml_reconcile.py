@@ -387,6 +387,22 @@ def test_an_orphan_of_an_exiting_process_is_recorded_as_kept_only_after_the_long
     assert bool(books.orphans.kept) == is_noted, "the driver may need a moment after the exit"
 
 
+def test_a_release_in_part_does_not_end_the_wait_after_an_exit(monkeypatch):
+    exiting = {9}
+    monkeypatch.setattr("fgpu_ebpf.linux.procfs.exiting", lambda pid: pid in exiting)
+    books, held = Books(process(900 * MIB)), [64 * MIB]
+    now_ns = time.monotonic_ns()
+    books.orphans.all = [orphan(64 * MIB, since_ns=now_ns, ended_ns=now_ns - 2 * SETTLED_NS)]
+    one = reconciler(books, {ME: 900 * MIB}, lambda: held_beside_the_rest(held[0]))
+    one.look()
+    held[0] = 24 * MIB
+    for _ in range(CALM_LOOKS - 1):
+        one.look()
+    exiting.clear()
+    one.look()
+    assert (books.orphans.bytes, books.orphans.kept) == (24 * MIB, {})
+
+
 def test_an_orphan_is_not_released_or_recorded_anew_before_enough_samples_show_its_release():
     books, held = Books(process(900 * MIB)), [64 * MIB]
     books.orphans.all = [orphan(64 * MIB, since_ns=time.monotonic_ns())]
@@ -481,6 +497,20 @@ def test_orphaned_bytes_without_an_entry_are_released_only_at_reported_levels():
     one.orphaned(5)
     for _ in range(CALM_LOOKS + 1):  # comparisons before the report are no evidence
         one.look()
+    assert books.orphans.without == 0
+
+
+def test_orphaned_bytes_without_an_entry_are_not_released_by_an_older_sample():
+    """The bytes belonged to a live process in that sample, so the device seemed to hold no orphaned bytes."""
+    books = Books(process(900 * MIB))
+    one = reconciler(books, {ME: 900 * MIB}, lambda: held_beside_the_rest(0))
+    one.orphaned(5)
+    for _ in range(CALM_LOOKS):
+        one.look(False)
+    books.orphans.without = 64 * MIB
+    one.look(False)
+    assert books.orphans.without == 64 * MIB
+    one.look(False)
     assert books.orphans.without == 0
 
 
