@@ -60,7 +60,8 @@ def test_the_hello_is_sent_before_the_driver_initialises_and_its_answer_read_aft
 
 
 def test_a_program_registers_before_the_driver_initialises_if_the_agent_says_so(held: Agent) -> None:
-    with held.start_python("open('/run/fgpu/shim/deny', 'w').close()" + INSIDE % "pass") as program:
+    mark = "'/run/fgpu/shim/deny'"
+    with held.start_python(f"open({mark}, 'w').close()" + INSIDE % "pass" + f"os.unlink({mark})") as program:
         assert program.stdout.readline() == '["asked", 0]\n'
         look = held.do("look")
         assert (look["hellos"], [c["kind"] for c in look["calls"]]) == (1, [HELLO])
