@@ -1,10 +1,9 @@
 /* adjust.bpf.h: changes that the agent makes, by BPF_PROG_TEST_RUN. */
 
-static int publish(u64 cgroup)
+static int publish(u64 cgroup, u64 flags)
 {
     struct fgpu_usage_page *page = page_of(cgroup);
     if (!page) return -2;
-    u64 flags = 0;
     page->version = FGPU_LAYOUT;
     page->cgroup = cgroup;
     for (u32 d = 0; d < FGPU_DEVICES; d++) {
@@ -265,7 +264,7 @@ int adjust(struct bpf_raw_tracepoint_args *ctx)
 {
     switch (ctx->args[0]) {
     case FGPU_PUBLISH:
-        return publish(ctx->args[1]);
+        return publish(ctx->args[1], ctx->args[2]);
     case FGPU_WITHDRAW:
         return withdraw(ctx->args[1]);
     case FGPU_DISOWN:

@@ -117,6 +117,7 @@ int admit(struct pt_regs *ctx)
     if (kind == FGPU_HELLO) {
         if (!p) return 0;
         note(p, FGPU_SEEN_SHIM);
+        if (flags & FGPU_ANNOUNCE) return 0;
     } else if (UNLIKELY(!t)) {
         verdict = without_entry(&h, PT_REGS_PARM1(ctx), PT_REGS_PARM2(ctx), kind);
         if (verdict == FGPU_AGAIN) return 0; /* the shim registers again */

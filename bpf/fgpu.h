@@ -41,13 +41,14 @@ enum fgpu_kind { FGPU_MEMORY, FGPU_POOL, FGPU_CONTEXT, FGPU_HELLO, FGPU_VMM, FGP
  * the verdict is stored in `answers`, with the tag of the requesting process. PATIENT, in a request: a refusal that is
  * due to orphaned bytes alone is not counted. KNOCK, in a request of the kind HELLO: it gets no verdict; the device is
  * the number of a descriptor, see FGPU_NEWS_KNOCK. FREED: no request, and no verdict; the program has freed memory in a
- * way that no probe reports, see `freed_ns`. */
+ * way that no probe reports, see `freed_ns`. ANNOUNCE, in a request of the kind HELLO: no verdict is needed. */
 #define FGPU_KIND_MASK 0xff
 #define FGPU_FULL 0x100
 #define FGPU_TAGGED 0x200
 #define FGPU_PATIENT 0x400
 #define FGPU_KNOCK 0x800
 #define FGPU_FREED 0x1000
+#define FGPU_ANNOUNCE 0x2000
 /* A tagged verdict word is `tag << 34 | (ticket & FGPU_TICKET_BITS) << 2 | verdict`, in slot `ticket & (FGPU_VERDICTS -
  * 1)`. A BPF program chooses the tag, so no process can write the verdict that another process waits for. */
 #define FGPU_TICKET_BITS 0xffffffffULL
@@ -429,7 +430,7 @@ struct fgpu_counter_key {
 
 /* adjust(): arguments of the raw tracepoint program that the agent runs by BPF_PROG_TEST_RUN. Returns 0 or -errno. */
 enum fgpu_adjust {
-    FGPU_PUBLISH,  /* cgroup: limits -> its page */
+    FGPU_PUBLISH,  /* cgroup, flags: limits -> its page; with these flags, also if it has no limits */
     FGPU_OVERHEAD, /* tgid, generation, device, bytes, changes: sets the overhead; -EAGAIN if a change began
                       meanwhile */
     FGPU_MOVE,     /* tgid, generation (0: create the entry), count, levels innermost first: moves the charges there */

@@ -16,7 +16,7 @@ import shutil
 import time
 from pathlib import Path
 
-from fgpu_ebpf.agent import denied_opens, gatekeeper_process
+from fgpu_ebpf.agent import gatekeeper_process
 from fgpu_ebpf.containers import engine_setup, injection, run
 from fgpu_ebpf.driver import attach, cuda_mappings, other_layouts, programs, shim_store
 from fgpu_ebpf.linux import clear_path, file_locks, procfs
@@ -30,7 +30,7 @@ log = logging.getLogger("fgpu.agent")
 DETACHED_SECONDS = 10.0  # the longest wait for the kernel, which detaches the shim's probes after they were unpinned
 NAMES, TENANT_NAMES = "engines.json", tenant_names.FILE
 _FILES = (
-    *(denied_opens.MARK, "shim/shim.sock", "control.sock", "discover.sock", "overrides.json", "overrides.json.bad"),
+    *("shim/shim.sock", "control.sock", "discover.sock", "overrides.json", "overrides.json.bad"),
     *(
         *(host.name for host in run.PRELOADS),
         NAMES,

@@ -88,14 +88,14 @@ def wire(
         discovery.is_shim,
     )
     opens = DeniedOpens(
-        settings.run_dir, ledger, lambda: reconciler.truth, manager.enforcer, lambda: discovery.opens_fault,
+        ledger, lambda: reconciler.truth, manager.enforcer, lambda: discovery.opens_fault,
         failed_checks,
     )  # fmt: skip
     stale_mounts = StaleMountReports(manager.workloads.pids, history, failed_checks)
     look = HostLook(manager, events, engines, discovery, stale_mounts, Lists(settings.run_dir))
     return Parts(
         driver, ledger, manager,
-        Policies(settings.policy_folder, attached.policies, manager, history, prepare=opens.prepare),
+        Policies(settings.policy_folder, attached.policies, manager, history),
         reconciler, events, look, Looks(look.steps),
         make_chores(driver, ledger, manager, reconciler, history, failed_checks, settings.module_bytes, opens),
     )  # fmt: skip

@@ -10,7 +10,6 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -55,17 +54,13 @@ class Policies:
     """
 
     def __init__(
-        self, folder: Path, start: Start, manager: Manager, history: EventLog, file: Path = last_good.FILE,
-        prepare: Callable[[PolicySet], None] = lambda _: None,
-    ) -> None:  # fmt: skip
-        """Pass the set of the first reading, or the stored one, to the manager, which applies it later.
-
-        `prepare` is called with each set before the manager gets the set.
-        """
+        self, folder: Path, start: Start, manager: Manager, history: EventLog, file: Path = last_good.FILE
+    ) -> None:
+        """Pass the set of the first reading, or the stored one, to the manager, which applies it later."""
         self._folder = folder
         self._file = file
         self.unsaved = ""
-        self._manager, self._prepare = manager, prepare
+        self._manager = manager
         self._history = history
         self._changes: deque[Reading] = deque()
         self._wakeup = Wakeup()
@@ -96,7 +91,6 @@ class Policies:
         self._note(reading)
         policies = reading.policies if start.kept is None else start.kept
         if policies is not None:
-            self._prepare(policies)
             self._manager.policies = policies
         if reading.policies is None:
             self._manager.policies_unknown = "" if start.kept else f"the policies are not known: {reading.errors[0]}"
@@ -129,7 +123,6 @@ class Policies:
                 if reading.policies is not None:
                     self._save(reading.policies)
                     self._manager.policies_unknown = ""
-                    self._prepare(reading.policies)
                     self._manager.reload(reading.policies)
         finally:
             if self._changes:  # an exception does not delay the later readings until the next change

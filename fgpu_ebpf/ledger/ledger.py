@@ -177,7 +177,7 @@ class Ledger:
         for level in levels:
             self._write_limits(level, level.cgroup in is_new)
         for level in levels:
-            code = self._run(abi.Adjust.PUBLISH, level.cgroup)
+            code = self._run(abi.Adjust.PUBLISH, level.cgroup, level.flags)
             if code < 0:
                 raise OSError(-code, f"cannot put a limit in force (BPF program adjust): {os.strerror(-code)}")
 

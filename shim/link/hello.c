@@ -37,11 +37,11 @@
 #endif
 
 struct place {
-    char folder[20], parent[24], socket[32], deny[24];
+    char folder[20], parent[24], socket[32];
 };
 #define PLACE(folder)                                                                                                  \
     {                                                                                                                  \
-        folder, folder "/..", folder "/shim.sock", folder "/deny"                                                      \
+        folder, folder "/..", folder "/shim.sock"                                                                      \
     }
 
 struct answer {
@@ -130,10 +130,6 @@ static bool socket_here(const struct place *at)
     if (!syscall(SYS_newfstatat, AT_FDCWD, at->socket, &status, 0) || errno != ENOENT) return true;
     return !syscall(SYS_newfstatat, AT_FDCWD, at->folder, &status, AT_SYMLINK_NOFOLLOW) && !status.st_nlink;
 }
-
-/* Return whether the kernel may refuse the device nodes to this process until it has registered: the agent has created
- * this file. */
-bool fgpu_must_register(void) { return !syscall(SYS_faccessat, AT_FDCWD, place()->deny, F_OK); }
 
 /* Return whether an agent has put the shim into this process: the file or the list that preloads it is a mount, and its
  * code has probes. Then a folder that is not the agent's does not mean a host without an agent: either a mount hides

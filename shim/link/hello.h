@@ -11,7 +11,6 @@ HIDDEN void fgpu_say(const char *text);
 extern HIDDEN const char *_Atomic fgpu_silence; /* why no agent could be reached, as a message; NULL: the reason is
                                                    not known */
 HIDDEN bool fgpu_is_hidden(void);               /* no agent was found, but this host has one; sets the message */
-HIDDEN bool fgpu_must_register(void);           /* before the driver opens a device node */
 HIDDEN char *fgpu_set(unsigned set);            /* control, status, usage pages innermost first; NULL before the first
                                                    registration */
 HIDDEN void fgpu_read_note(const struct fgpu_control_page *control, struct fgpu_note *note);

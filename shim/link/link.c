@@ -170,12 +170,17 @@ static COLD uint32_t say_hello(uint32_t word, struct fgpu_asked *asked, uint64_t
     return latest;
 }
 
+/* Record in the kernel that this process has the shim, so that the driver may open device nodes. Nothing else is needed
+ * for that: no reply, and no gatekeeper. */
+static COLD void announce(void) { fgpu_admit_here(0, 0, FGPU_HELLO | FGPU_ANNOUNCE, 0); }
+
 /* Register for the first time. One thread registers. The others wait for at most FIRST_NS, and then treat the
  * registration as failed. */
 static COLD uint32_t first(struct fgpu_asked *asked)
 {
     if (madvise(&fgpu_own_page, sizeof fgpu_own_page, MADV_WIPEONFORK) && !atomic_exchange(&unwiped, true)) load();
     uint64_t now = fgpu_now(), deadline = now + FIRST_NS;
+    announce();
     for (;;) {
         uint32_t word = load();
         if (link_of(word) == FGPU_FRESH) word = say_hello(word, asked, now, FIRST_NS, false);
@@ -223,16 +228,16 @@ static uint32_t current(void)
 /*
  * Send a hello and do not wait. The driver takes milliseconds to initialise, or seconds if many processes start at the
  * same time, and the gatekeeper can reply meanwhile. The only state until fgpu_arrive() are descriptors, which are not
- * shared: any other thread registers by itself. If the driver needs the registration, it comes first.
+ * shared: any other thread registers by itself.
  */
 COLD struct fgpu_asked fgpu_announce(void)
 {
     struct fgpu_asked asked = FGPU_NOT_ASKED;
     int saved = errno;
-    if (fgpu_must_register())
-        fgpu_look();
-    else if (link_of(load()) == FGPU_FRESH)
+    if (link_of(load()) == FGPU_FRESH) {
+        announce();
         asked = fgpu_knock(&own->notes[0]);
+    }
     errno = saved;
     return asked;
 }

@@ -15,6 +15,7 @@ import pytest
 
 from fgpu_ebpf import abi
 from fgpu_ebpf.abi import LimitFlag, News
+from fgpu_ebpf.ledger.level_limits import LevelLimits
 from tests.bpf.conftest import MIB, Client, Kernel, Level
 
 DRIVER, OTHER = 195, 240  # major numbers: of the driver, and one for local use
@@ -98,6 +99,17 @@ def test_the_flag_of_a_group_holds_in_all_levels_inside(
     group.limit(100 * MIB, LimitFlag.DENY)
     assert error_of_open(make_client(inside), nodes / "c195") == DENIED
     assert (opens(kernel, inside), opens(kernel, group)) == ((1, 0), (0, 0))
+
+
+def test_a_level_that_may_use_no_device_can_deny(
+    kernel: Kernel, make_level: Callable[..., Level], make_client: Callable[..., Client], nodes: Path
+) -> None:
+    one = make_level(None)
+    kernel.ledger.set_limits([LevelLimits(one.cgroup, {}, LimitFlag.DENY)])
+    client = make_client(one)
+    assert error_of_open(client, nodes / "c195") == DENIED
+    kernel.ledger.set_limits([LevelLimits(one.cgroup, {})])
+    assert error_of_open(client, nodes / "c195") == NOT_DECIDED
 
 
 def test_processes_without_a_level_are_not_concerned(kernel: Kernel, nodes: Path) -> None:

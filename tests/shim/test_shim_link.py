@@ -59,15 +59,6 @@ def test_the_hello_is_sent_before_the_driver_initialises_and_its_answer_read_aft
     assert (look["hellos"], [c["kind"] for c in look["calls"]]) == (1, [HELLO, MEMORY])
 
 
-def test_a_program_registers_before_the_driver_initialises_if_the_agent_says_so(held: Agent) -> None:
-    mark = "'/run/fgpu/shim/deny'"
-    with held.start_python(f"open({mark}, 'w').close()" + INSIDE % "pass" + f"os.unlink({mark})") as program:
-        assert program.stdout.readline() == '["asked", 0]\n'
-        look = held.do("look")
-        assert (look["hellos"], [c["kind"] for c in look["calls"]]) == (1, [HELLO])
-        assert program.communicate("\n", DEADLINE)[0] == "[0, 0, [], true]\n"
-
-
 def test_no_thread_waits_for_a_driver_initialisation_in_another_thread(held: Agent) -> None:
     script = INSIDE % "t = threading.Thread(target=lambda: done.append(alloc(1))); t.start(); t.join()"
     with held.start_python(script) as program:

@@ -1,26 +1,23 @@
-"""`onBypass: deny`: the file that makes shims register first, exempted processes, and the check of `fgpu doctor`."""
+"""`onBypass: deny`: exempted processes, and the check of `fgpu doctor`."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from fgpu_ebpf import abi
-from fgpu_ebpf.agent.denied_opens import MARK, NAME, DeniedOpens
+from fgpu_ebpf.agent.denied_opens import NAME, DeniedOpens
 from fgpu_ebpf.agent.nvml_reconcile import Truth
 from fgpu_ebpf.check import Check
-from fgpu_ebpf.policy.rules import PolicySet
 
 
 @dataclass
 class Host:
     """Stands in for a host with tenants, a ledger and a result of NVML."""
 
-    run: Path
     fault: str = ""
     tenants: list[Any] = field(default_factory=list)
     truth: Truth = field(default_factory=Truth)
@@ -33,41 +30,12 @@ class Host:
             set_majors=lambda found: self.majors.extend(found), exempt=lambda *which: self.exempted.append(which)
         )
         ledger: Any = SimpleNamespace(opens=opens)
-        self.opens = DeniedOpens(self.run, ledger, lambda: self.truth, self.tenants, lambda: self.fault, self.checks)
-
-    @property
-    def is_marked(self) -> bool:
-        return (self.run / MARK).exists()
+        self.opens = DeniedOpens(ledger, lambda: self.truth, self.tenants, lambda: self.fault, self.checks)
 
 
 @pytest.fixture
-def host(tmp_path: Path) -> Host:
-    return Host(tmp_path)
-
-
-def policies(*deny: bool) -> PolicySet:
-    return PolicySet(tuple(SimpleNamespace(deny=one) for one in deny))  # type: ignore[arg-type]
-
-
-def test_the_file_exists_before_a_policy_that_denies_is_in_force(host: Host) -> None:
-    host.opens.prepare(policies(False))
-    assert not host.is_marked
-    host.opens.prepare(policies(False, True))
-    assert host.is_marked
-    host.opens.look()
-    assert host.is_marked
-
-
-def test_the_file_stays_until_no_tenant_denies(host: Host) -> None:
-    host.opens.prepare(policies(True))
-    host.tenants.append(SimpleNamespace(name="alice", deny=True))
-    host.opens.prepare(policies())
-    host.opens.look()
-    assert host.is_marked
-    host.tenants.clear()
-    host.opens.look()
-    assert not host.is_marked
-    host.opens.look()
+def host() -> Host:
+    return Host()
 
 
 def test_a_kernel_without_the_program_is_a_failed_check_of_hosts_that_deny(host: Host) -> None:
