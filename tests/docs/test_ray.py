@@ -20,7 +20,8 @@ from typing import Any
 import pytest
 
 from tests.support.commands import output
-from tests.support.host import BUILD, CONTEXT, FGPU, MIB, ROOT, SIM
+from tests.support.containers import engines
+from tests.support.host import BUILD, CONTEXT, FGPU, GIB, MIB, ROOT, SIM
 from tests.support.service import Service
 from tests.support.wait import eventually
 
@@ -71,6 +72,12 @@ def cgroup():
 
 print(json.dumps(ray.get(whole.remote())), flush=True)
 print(json.dumps([ray.get(cgroup.remote()), open("/proc/self/cgroup").read()]), flush=True)
+"""
+# What runs in a container: a node with one GPU by Ray's count, as in the page's command, and a task with this GPU.
+NODE = """
+import json, ray, worker
+ray.init(address="auto", log_to_driver=False)
+print("filled", json.dumps(ray.get(ray.remote(num_gpus=1)(worker.Worker).remote().fill.remote())), flush=True)
 """
 
 
@@ -150,3 +157,41 @@ def test_a_recipe_of_ray_gives_each_worker_its_fraction(
             os.killpg(cluster.pid, signal.SIGKILL)  # Ray's daemons too
         cluster.wait(10)
     eventually(lambda: not limits(), 20, "the end of the workers' tenants")
+
+
+@pytest.mark.parametrize(("share", "part"), [("8gib", 8 * GIB), ("50pct-50pct", 0)])
+def test_a_recipe_of_ray_limits_a_node_in_a_container(
+    docker: engines.Engine, python: Path, tmp_path: Path, share: str, part: int
+) -> None:
+    """The image has the host's programs, and Ray. The options of the page that need a network are left out."""
+    (line,) = re.findall(rf"^ +docker run (.*? --device fgpu.dev/share={share}) \S+ray\S+ (ray start .*)$", PAGE, re.M)
+    devices, start = line
+    options = devices.replace("--device nvidia.com/gpu=all", "").split()
+    start = start.replace("--address=HEAD:6379", "--head").replace(" --block", "")
+    assert "--head" in start
+    assert options[0] == "--device"
+    (tmp_path / "worker.py").write_text(WORKER)
+    (tmp_path / "node.py").write_text(NODE)
+    host = [f"--volume={place}:{place}:ro" for place in ("/usr", "/lib", "/lib64", "/bin", "/sbin", str(BUILD))]
+    more = [f"--env=PYTHONPATH={tmp_path}", "--env=RAY_USAGE_STATS_ENABLED=0", f"--volume={tmp_path}:{tmp_path}:ro"]
+    sizes = f"--object-store-memory={80 << 20} --num-cpus=2 --include-dashboard=false"
+    gpus = "" if "--num-gpus" in start else " --num-gpus=1"  # without NVIDIA's devices Ray counts none
+    command = f"{python.parent}/{start}{gpus} {sizes} && {python} {tmp_path}/node.py; echo worker ended; sleep 600"
+    try:
+        done = docker.run("ray", *options, *host, *more, command=command)
+        assert done.returncode == 0, done.stderr
+
+        limit = part or usable() // (4 * MIB) * 2 * MIB  # half, in the driver's blocks of 2 MiB
+        eventually(lambda: limits() == [limit], 10, f"the limit of the container, not {limits()}")
+
+        def said() -> str:
+            logs = docker.call("logs", "ray")
+            return logs.stdout + logs.stderr
+
+        eventually(lambda: "worker ended" in said(), 90, "the program of the container")
+        text = said()
+        assert "filled {" in text, text[-5000:]
+        found = json.loads(text.split("filled ")[1].splitlines()[0])
+        assert is_part(found, limit / usable()), found
+    finally:
+        docker.remove("ray")
