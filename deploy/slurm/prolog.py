@@ -4,6 +4,9 @@
 Slurm has not made the job's cgroup yet. The prolog makes the cgroup, and `fgpu set` limits it. slurmstepd then uses the
 same cgroup, and removes it after the job. The prolog asks slurmctld what the job was granted, because a job chooses
 its environment itself. If a step fails, the prolog exits with 1: Slurm does not start the job, and drains the node.
+
+A job may ask for less by its comment, `fgpu:memory=6GiB`. A mistake there must not drain a node: the prolog ignores the
+word, and leaves a note, which task.sh prints in the job's output.
 """
 
 import contextlib
@@ -12,8 +15,9 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 NODE, JOB = os.environ["SLURMD_NODENAME"], os.environ["SLURM_JOB_ID"]  # slurmd sets them
 PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
@@ -23,7 +27,22 @@ SCOPES = (f"system.slice/{NODE}_slurmstepd.scope", "system.slice/slurmstepd.scop
 # From 26.05 the cgroup has the name in SLURM_JOB_SLUID, or the other one if cgroup.conf asks for it.
 CGROUPS = [f"job_{JOB}", *filter(None, [os.environ.get("SLURM_JOB_SLUID")])]
 
+NOTE = Path("/run/fgpu-slurm", JOB)  # task.sh prints the file, and epilog.sh removes it
+UNITS = {"": 1, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40}
+LEAST, MOST = 2 << 20, 2**47  # of a limit, in bytes. The agent rounds percentages down to multiples of LEAST.
+PERCENT = re.compile(r"(\d{1,3}(?:\.\d{1,4})?)%", re.ASCII)
+BYTES = re.compile(r"(\d{1,15}(?:\.\d{1,9})?)(?:([KMGT]i)B?|B)", re.ASCII)
+
 Parts = dict[int, float]  # for each GPU by its index: the part of its memory, in percent
+
+
+class Request(NamedTuple):
+    """The most that a job asks for of each GPU: of its memory, in percent and in bytes, and of its time, in percent."""
+
+    part: float = 100.0
+    memory: float = MOST
+    compute: float = 100.0
+    unknown: tuple[str, ...] = ()  # words that the prolog does not understand
 
 
 def refuse(why: str) -> NoReturn:
@@ -35,9 +54,10 @@ def refuse(why: str) -> NoReturn:
 
 
 def said(*command: str) -> str:
-    """Run a command, and return its output."""
+    """Run a command, and return its output. A job's name and comment can have bytes that are not UTF-8."""
+    more: dict[str, Any] = {"encoding": "utf-8", "errors": "replace", "timeout": 30}
     try:
-        done = subprocess.run(command, env=ENVIRONMENT, check=False, capture_output=True, text=True, timeout=30)
+        done = subprocess.run(command, env=ENVIRONMENT, check=False, capture_output=True, **more)
     except (OSError, subprocess.TimeoutExpired) as error:
         refuse(f"{command[0]}: {error}")
     if done.returncode:
@@ -96,8 +116,10 @@ def granted(job: str, shards: int) -> Parts:
         shards: see parts().
     """
     found: list[Parts] = []
-    for nodes, gres in re.findall(r"\bNodes=(\S+) CPU_IDs=\S+ Mem=\S+ GRES=(\S*)", job):
-        if is_this_node(nodes):
+    words = job.split()  # a search with an expression would take the square of the length of a long comment
+    for line in zip(words, words[1:], words[2:], words[3:], strict=False):
+        nodes, _, _, gres = (word.partition("=")[2] for word in line)
+        if all(map(str.startswith, line, ("Nodes=", "CPU_IDs=", "Mem=", "GRES="))) and is_this_node(nodes):
             found.append(parts(gres, shards))
     if not found:
         refuse(f"slurmctld names nothing that the job has on {NODE}")
@@ -114,11 +136,64 @@ def shards_of_a_gpu() -> int:
     return count["shard"] // count["gpu"] if count["gpu"] else 0
 
 
-def limits(of: Parts) -> list[str]:
-    """Return the options of `fgpu set`. `fgpu set` has one limit for all GPUs: the smallest part is valid for each."""
-    part = min(of.values())
+def own_name() -> str:
+    """Return the name by which slurmctld describes only this job: `7`, `7_2`, `7+0`.
+
+    The number of an array is also that of its last task, and the number of a heterogeneous job that of its first part.
+    With this number, slurmctld would describe all of them. The output has no text of a user.
+    """
+    rows = said("squeue", "--noheader", "--states=all", f"--jobs={JOB}", "--format=%A %i").splitlines()
+    return next((row.split()[1] for row in rows if row.split()[0] == JOB), JOB)
+
+
+def asked(comment: str) -> Request:
+    """Return what a comment asks for. A request can only lower a limit, so that no text gets a job more than its share.
+
+    A word that is nearly a request is in `unknown`, such as `fgpu:memory=6GB`.
+    """
+    part, memory, compute, unknown = 100.0, float(MOST), 100.0, []
+    for word in re.findall(r"fgpu:\S*", comment):
+        name, _, value = word.removeprefix("fgpu:").partition("=")
+        percents, size = PERCENT.fullmatch(value), BYTES.fullmatch(value)
+        share = float(percents[1]) if percents else 0.0
+        count = float(size[1]) * UNITS[size[2] or ""] if size else 0.0
+        if name == "memory" and 0 < share <= 100:
+            part = min(part, share)
+        elif name == "memory" and LEAST <= count <= MOST:
+            memory = min(memory, count)
+        elif name == "compute" and 0 < share <= 100:
+            compute = min(compute, share)
+        else:
+            unknown.append(word)
+    return Request(part, memory, compute, tuple(unknown))
+
+
+def note(unknown: Sequence[str]) -> None:
+    """Leave a note for the job about words that the prolog does not understand, or remove an earlier one."""
+    NOTE.unlink(missing_ok=True)
+    if unknown:
+        words = ", ".join(ascii(word[:40]) for word in unknown[:5])
+        form = "write fgpu:memory=6GiB, fgpu:memory=10% or fgpu:compute=25%"
+        NOTE.parent.mkdir(mode=0o755, exist_ok=True)
+        NOTE.write_text(f"fgpu: ignored in the job's comment: {words}: {form}\n", encoding="ascii")
+
+
+def limits(of: Parts, request: Request, usable: dict[int, int]) -> list[str]:
+    """Return the options of `fgpu set`. `fgpu set` has one limit for all GPUs: the smallest part is valid for each.
+
+    Args:
+        of: what the job was granted.
+        request: what the job asks for.
+        usable: the memory of each GPU that tenants can get, in bytes.
+    """
+    part = min(*of.values(), request.part)
+    sizes = [int(usable[index] * part / 100) // LEAST * LEAST for index in of]
+    memory = f"{int(part * 10000) / 10000:.4f}%"
+    if request.memory < max(sizes):
+        memory = f"{max(int(min(request.memory, *sizes)), LEAST)}B"
+    compute = [f"--compute={request.compute:.4f}%"] if request.compute < 100 else []
     devices = [f"--device={index}" for index in sorted(of)]
-    return [f"--memory={int(part * 10000) / 10000:.4f}%", f"--weight={max(round(part), 1)}", *devices]
+    return [f"--memory={memory}", f"--weight={max(round(min(of.values())), 1)}", *compute, *devices]
 
 
 def cgroup() -> Path:
@@ -131,7 +206,8 @@ def cgroup() -> Path:
 
 def main() -> None:
     """Limit the cgroup of the job, if the job has a GPU. Without a limit, the policy gives the job nothing."""
-    job = said("scontrol", "--oneliner", "--details", "show", "job", JOB)
+    name = own_name()
+    job = said("scontrol", "--oneliner", "--details", "show", "job", name)
     if not (of := granted(job, shards_of_a_gpu())):
         return
     status: dict[str, Any] = json.loads(said("fgpu", "status", "--json"))
@@ -140,9 +216,12 @@ def main() -> None:
     scope = next((scope for scope in SCOPES if (cgroup() / scope).is_dir()), None)
     if scope is None:
         refuse(f"neither {' nor '.join(SCOPES)} is a cgroup")
-    for name in CGROUPS:
-        (cgroup() / scope / name).mkdir(exist_ok=True)
-        said("fgpu", "set", f"/{scope}/{name}", *limits(of))
+    request = asked(said("squeue", "--noheader", "--states=all", f"--jobs={name}", "--format=%k"))
+    note(request.unknown)
+    options = limits(of, request, {device["index"]: device["usable_bytes"] for device in status["devices"]})
+    for folder in CGROUPS:
+        (cgroup() / scope / folder).mkdir(exist_ok=True)
+        said("fgpu", "set", f"/{scope}/{folder}", *options)
 
 
 if __name__ == "__main__":

@@ -41,6 +41,7 @@ KillWait=2
 ProctrackType=proctrack/cgroup
 SelectType=select/cons_tres
 SelectTypeParameters=CR_Core
+SchedulerParameters=sched_interval=2
 GresTypes=gpu,shard
 NodeName={NODE} NodeAddr=127.0.0.1 CPUs=16 Gres=gpu:2,shard:{2 * SHARDS}
 PartitionName=all Nodes=ALL Default=YES

@@ -115,6 +115,39 @@ def test_the_name_and_the_comment_of_a_job_get_it_nothing_more(slurm: kit.Slurm)
         assert why == REFUSED
 
 
+@pytest.mark.parametrize(
+    ("comment", "part"),
+    [
+        ("fgpu:memory=1GiB", 0.25),
+        ("project 7: fgpu:memory=12.5% fgpu:memory=3GiB", 0.5),
+        ("fgpu:memory=4TiB", 1),
+        ("fgpu:memory=100%\nfgpu:compute=100%", 1),
+    ],
+)
+def test_a_job_gets_less_if_its_comment_asks_for_less(slurm: kit.Slurm, comment: str, part: float) -> None:
+    got, why = slurm.filled(*kit.srun(1, f"--comment={comment}"), *kit.fill())
+    assert (is_part(got, 1) and part == 1) or 4 * GIB * part - 100 * MIB < got + CONTEXT <= 4 * GIB * part
+    assert why == REFUSED
+
+
+def test_a_job_with_a_mistake_in_its_comment_gets_its_share_and_its_output_names_it_once(
+    slurm: kit.Slurm, tmp_path: Path
+) -> None:
+    """A comment also may have bytes that are not UTF-8."""
+    words = kit.srun(1, "--comment=\udcff fgpu:memory=1GB\tfgpu:x`id`\x1b[2J fgpu:compute=50%")
+    with slurm.job(*words, *kit.fill()) as job:
+        said = job.communicate(timeout=60)[0]
+    note = "fgpu: ignored in the job's comment: 'fgpu:memory=1GB', 'fgpu:x`id`\\x1b[2J': write fgpu:memory=6GiB, "
+    assert said.startswith(note), said
+    assert is_part(kit.parsed(said)[0], 1)
+    script = f"srun true; srun {' '.join(kit.fill())}; echo end"
+    _, out = submitted(slurm, tmp_path, "--comment=fgpu:weight=9", script=script)
+    eventually(lambda: out.exists() and "end" in out.read_text(), 60, "the job")
+    assert re.findall("fgpu: ignored.*?: (.*?):", out.read_text()) == ["'fgpu"], out.read_text()
+    assert is_part(kit.parsed(out.read_text())[0], 2)
+    assert "drain" not in slurm.call("sinfo", "-ho", "%T").stdout
+
+
 def test_a_job_on_two_gpus_gets_both(slurm: kit.Slurm) -> None:
     commands = f"device 0\\nfill {64 * MIB}\\ndevice 1\\nfill {64 * MIB}\\n"
     with slurm.job(*kit.srun(0, "--gpus=2"), "sh", "-c", f"printf '{commands}' | {PROGRAM}") as job:
@@ -147,6 +180,23 @@ def limits(path: str) -> list[int]:
     """Return the limits in force for a cgroup, on each device."""
     levels = json.loads(fgpu("explain", "--json", path).stdout)["levels"]
     return [device["limit_bytes"] for level in levels for device in level["devices"]]
+
+
+def on_gpus() -> list[list[int]]:
+    """Return for each job the GPUs of which it can get more than half of the memory."""
+    jobs = [tenant for tenant in output("status")["tenants"] if kit.is_job(tenant["path"])]
+    return sorted([one["gpu"] for one in job["devices"] if 8 * GIB < one["limit_bytes"] < 16 * GIB] for job in jobs)
+
+
+def test_each_task_of_an_array_gets_its_share_on_its_gpu(slurm: kit.Slurm) -> None:
+    """The last task of an array has the number of the whole array, with which slurmctld describes all of its tasks."""
+    options = ["--parsable", "--array=0-1", "--gres=shard:3", "--output=/dev/null"]
+    with slurm.job("sbatch", *options, "--wrap=sleep 600") as job:
+        number = job.communicate(timeout=60)[0].strip()
+    try:
+        eventually(lambda: on_gpus() == [[0], [1]], 60, f"a limit on each GPU, not {on_gpus()}")
+    finally:
+        slurm.call("scancel", number)
 
 
 def test_the_cgroup_of_a_job_may_have_an_opaque_name(slurm: kit.Slurm) -> None:
@@ -188,12 +238,12 @@ def test_a_limit_survives_restarts_of_slurmd_and_of_the_agent(slurm: kit.Slurm, 
         assert (got, why) == (alone - GIB - CONTEXT, REFUSED)
 
 
-def submitted(slurm: kit.Slurm, folder: Path) -> tuple[str, Path]:
+def submitted(slurm: kit.Slurm, folder: Path, *options: str, script: str = "") -> tuple[str, Path]:
     """Submit a job that fills its share and holds it. Return its number, and the file with its output."""
     folder.chmod(0o777)
     out = folder / "out"
-    options = ["--parsable", "--requeue", "--gres=shard:2", f"--output={out}"]
-    with slurm.job("sbatch", *options, f"--wrap={' '.join(kit.fill(hold=600))}") as job:
+    words = ["--parsable", "--requeue", "--gres=shard:2", f"--output={out}", *options]
+    with slurm.job("sbatch", *words, f"--wrap={script or ' '.join(kit.fill(hold=600))}") as job:
         return job.communicate(timeout=60)[0].strip(), out
 
 
@@ -201,6 +251,16 @@ def test_a_cancelled_job_leaves_nothing(slurm: kit.Slurm, tmp_path: Path) -> Non
     number, out = submitted(slurm, tmp_path)
     eventually(lambda: out.exists() and kit.FILLED.search(out.read_text()), 30, "the job")
     assert is_part(kit.parsed(out.read_text())[0], 2)
+    slurm.call("scancel", number)
+    slurm.assert_nothing_is_left()
+
+
+def test_the_epilog_removes_a_cgroup_that_slurm_does_not_remove(slurm: kit.Slurm, tmp_path: Path) -> None:
+    """Slurm 24.11 sometimes leaves a step's cgroup: slurmstepd gets an error when it moves itself to another cgroup."""
+    number, out = submitted(slurm, tmp_path)
+    eventually(lambda: out.exists() and kit.FILLED.search(out.read_text()), 30, "the job")
+    (scope,) = kit.SLICE.glob("*slurmstepd.scope")
+    (scope / slurm.cgroups()[0] / "step_left/user").mkdir(parents=True)
     slurm.call("scancel", number)
     slurm.assert_nothing_is_left()
 

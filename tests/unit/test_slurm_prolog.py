@@ -9,6 +9,7 @@ from types import ModuleType
 
 import pytest
 
+GIB = 1 << 30
 PROLOG = Path(__file__).parents[2] / "deploy/slurm/prolog.py"
 JOB = "JobId=7 JobName={name} UserId=a(1) NodeList=gpu[1-2] JOB_GRES=shard:3 {lines} MinCPUsNode=1 Comment={comment}"
 
@@ -109,7 +110,10 @@ def test_a_job_s_name_and_comment_get_it_nothing_more(prolog: ModuleType, text: 
     assert prolog.granted(job(real, name=text, comment=text), 4) == {1: 25.0}
 
 
-@pytest.mark.parametrize("end", ["Nodes=", "x Nodes=gpu2 CPU_IDs=0 Mem=0 GRES=", "x Nodes=gpu2 CPU_IDs="])
+ENDS = "Nodes=", "x Nodes=gpu2 CPU_IDs=0 Mem=0 GRES=", "x Nodes=gpu2 CPU_IDs="
+
+
+@pytest.mark.parametrize("end", [*ENDS, 9999 * "Nodes="])
 def test_an_incomplete_line_in_a_job_s_name_gets_it_nothing_more(prolog: ModuleType, end: str) -> None:
     assert prolog.granted(job(line("shard:1(IDX:1)"), name=end), 4) in ({}, {1: 25.0})
 
@@ -124,8 +128,94 @@ def test_without_a_line_of_this_node_the_job_is_refused(prolog: ModuleType, monk
         prolog.granted(job(line("shard:1(IDX:1)", "gpu1")), 4)
 
 
+MORE = ["fgpu:memory=9GiB", "fgpu:memory=100%", f"x\n{line('gpu:2(IDX:0-1)', 'gpu2')} fgpu:memory=99%"]
+
+
+@pytest.mark.parametrize("comment", MORE)
+def test_a_job_s_comment_that_asks_for_more_gets_it_nothing_more(prolog: ModuleType, comment: str) -> None:
+    found = prolog.limits({0: 25.0}, prolog.asked(comment), {0: 16 * GIB, 1: 16 * GIB})
+    assert found == ["--memory=25.0000%", "--weight=25", "--device=0"]
+
+
+@pytest.mark.parametrize(
+    ("comment", "found"),
+    [
+        ("", (100, 2**47, 100, ())),
+        ("(null)", (100, 2**47, 100, ())),
+        ("see fgpu.dev and the fgpu page", (100, 2**47, 100, ())),
+        ("fgpu:memory=6GiB", (100, 6 * GIB, 100, ())),
+        ("run 7, fgpu:memory=1.5Gi\nfgpu:compute=12.5%", (100, 1.5 * GIB, 12.5, ())),
+        ("fgpu:memory=4194304B fgpu:memory=1TiB", (100, 4 << 20, 100, ())),
+        ("fgpu:memory=10%\tfgpu:memory=20%", (10, 2**47, 100, ())),
+        ("fgpu:memory=6GB", (100, 2**47, 100, ("fgpu:memory=6GB",))),
+        ("fgpu:memory=6 GiB", (100, 2**47, 100, ("fgpu:memory=6",))),
+        ("'fgpu:memory=6GiB'", (100, 2**47, 100, ("fgpu:memory=6GiB'",))),
+        ("fgpu:memory=6GiB,fgpu:compute=9%", (100, 2**47, 100, ("fgpu:memory=6GiB,fgpu:compute=9%",))),
+        ("fgpu:memory=1MiB fgpu:compute=5%", (100, 2**47, 5, ("fgpu:memory=1MiB",))),
+        ("fgpu:memory=0% fgpu:memory=101%", (100, 2**47, 100, ("fgpu:memory=0%", "fgpu:memory=101%"))),
+        ("fgpu:memory=-1GiB", (100, 2**47, 100, ("fgpu:memory=-1GiB",))),
+        ("fgpu:memory=\u0667GiB", (100, 2**47, 100, ("fgpu:memory=\u0667GiB",))),
+        ("fgpu:memory=99999TiB", (100, 2**47, 100, ("fgpu:memory=99999TiB",))),
+        ("fgpu:compute=6GiB fgpu:weight=9 fgpu:", (100, 2**47, 100, ("fgpu:compute=6GiB", "fgpu:weight=9", "fgpu:"))),
+    ],
+)
+def test_requests_in_a_comment(prolog: ModuleType, comment: str, found: tuple[object, ...]) -> None:
+    assert prolog.asked(comment) == found
+
+
+@pytest.mark.parametrize(
+    ("comment", "options"),
+    [
+        ("fgpu:memory=3GiB", ["--memory=3221225472B", "--weight=50"]),
+        ("fgpu:memory=10%", ["--memory=10.0000%", "--weight=50"]),
+        ("fgpu:memory=10% fgpu:memory=1GiB", ["--memory=1073741824B", "--weight=50"]),
+        ("fgpu:memory=10% fgpu:memory=3GiB", ["--memory=1717567488B", "--weight=50"]),  # 10% of 16 GiB, whole 2 MiB
+        ("fgpu:memory=14GiB", ["--memory=8589934592B", "--weight=50"]),  # the least of 8 and 16 GiB, and of 14 GiB
+        ("fgpu:memory=16GiB", ["--memory=50.0000%", "--weight=50"]),
+        ("fgpu:compute=12.5%", ["--memory=50.0000%", "--weight=50", "--compute=12.5000%"]),
+    ],
+)
+def test_a_job_gets_the_least_of_its_share_and_its_requests(
+    prolog: ModuleType, comment: str, options: list[str]
+) -> None:
+    found = prolog.limits({0: 50.0, 1: 75.0}, prolog.asked(comment), {0: 16 * GIB, 1: 32 * GIB})
+    assert found == [*options, "--device=0", "--device=1"]
+
+
+def test_bytes_that_are_no_text_in_a_job_s_comment_are_read(prolog: ModuleType) -> None:
+    text = prolog.said("printf", r"fgpu:\377 fgpu:memory=10%%")
+    assert prolog.asked(text) == (10, 2**47, 100, ("fgpu:\ufffd",))
+
+
+def test_a_note_has_the_words_in_ascii_and_is_removed_by_the_next_prolog(
+    prolog: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(prolog, "NOTE", tmp_path / "notes/7")
+    prolog.note(("fgpu:\x1b[2J\u202e", "fgpu:" + 99 * "x", *9 * ["fgpu:"]))
+    text = (tmp_path / "notes/7").read_text(encoding="ascii")
+    assert text.startswith(r"fgpu: ignored in the job's comment: 'fgpu:\x1b[2J\u202e', 'fgpu:xxx")
+    assert text.count("\n") == 1
+    assert len(text) < 300
+    prolog.note(())
+    assert not (tmp_path / "notes/7").exists()
+
+
+@pytest.mark.parametrize(
+    ("rows", "name"),
+    [("7 7\n", "7"), ("7 5_3\n", "5_3"), ("8 7_0\n9 7_1\n7 7_2\n", "7_2"), ("7 7+0\n8 7+1\n", "7+0"), ("", "7")],
+)
+def test_the_prolog_asks_only_for_its_own_part_of_a_job(
+    prolog: ModuleType, monkeypatch: pytest.MonkeyPatch, rows: str, name: str
+) -> None:
+    monkeypatch.setattr(prolog, "said", lambda *_: rows)
+    assert prolog.own_name() == name
+
+
 def test_options_of_fgpu_set(prolog: ModuleType) -> None:
-    assert prolog.limits({0: 25.0}) == ["--memory=25.0000%", "--weight=25", "--device=0"]
+    def limits(of: dict[int, float]) -> object:
+        return prolog.limits(of, prolog.asked(""), dict.fromkeys(of, 16 * GIB))
+
+    assert limits({0: 25.0}) == ["--memory=25.0000%", "--weight=25", "--device=0"]
     third = 100 / 3
-    assert prolog.limits({2: third, 0: 100.0}) == ["--memory=33.3333%", "--weight=33", "--device=0", "--device=2"]
-    assert prolog.limits({0: 0.3}) == ["--memory=0.3000%", "--weight=1", "--device=0"]
+    assert limits({2: third, 0: 100.0}) == ["--memory=33.3333%", "--weight=33", "--device=0", "--device=2"]
+    assert limits({0: 0.3}) == ["--memory=0.3000%", "--weight=1", "--device=0"]
