@@ -100,7 +100,8 @@ int admit(struct pt_regs *ctx)
     u32 kind = known_kind(PT_REGS_PARM3(ctx)), flags = PT_REGS_PARM3(ctx) & ~FGPU_KIND_MASK;
     u32 tgid = id >> 32;
     struct held h = {};
-    struct fgpu_process *p = own_process(&tgid, &h);
+    /* After an announcement the process registers, and then the agent learns of it. */
+    struct fgpu_process *p = own_process(&tgid, &h, !(flags & FGPU_ANNOUNCE));
     struct fgpu_thread *t = p ? own_thread(p, id) : 0;
     own_stack(ctx);
     hit(FGPU_HIT_ADMIT);

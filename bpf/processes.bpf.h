@@ -108,8 +108,8 @@ static struct fgpu_process *owner_of(u32 *tgid)
 /* Return the entry that the current process is charged to. Create it if the process is managed and has none. Returns 0
  * if the process is unmanaged, or if there is no room for the entry in the map or in its level's part; in the second
  * case `h` has its pages. If several threads do this at the same time, one of them creates the entry and counts it.
- * `*tgid` becomes the pid of that entry. */
-static struct fgpu_process *own_process(u32 *tgid, struct held *h)
+ * `*tgid` becomes the pid of that entry. `tells`: send an event if the entry is new. */
+static struct fgpu_process *own_process(u32 *tgid, struct held *h, int tells)
 {
     struct fgpu_process *p = processes.lookup(tgid);
     u64 levels[FGPU_LEVELS] = {}, space;
@@ -132,7 +132,7 @@ static struct fgpu_process *own_process(u32 *tgid, struct held *h)
     }
     if (!p) return 0;
     claim_space(p, *tgid, space);
-    tell_of_process(page_of(levels[0]));
+    if (tells) tell_of_process(page_of(levels[0]));
     return p;
 }
 

@@ -68,6 +68,16 @@ def test_a_process_with_the_shim_may_open_nodes_until_it_executes_another_progra
     assert opens(kernel, level) == (2, 0)
 
 
+def test_an_announcement_is_enough_and_sends_no_event(
+    kernel: Kernel, level: Level, client: Client, nodes: Path, events
+) -> None:
+    """The agent would take the level as used before it has decided about the process's own cgroup."""
+    level.limit(100 * MIB, LimitFlag.DENY)
+    assert client(f"admit(0, {abi.Kind.HELLO | abi.ANNOUNCE})") is None
+    assert error_of_open(client, nodes / "c195") == NOT_DECIDED
+    assert list(events.read()) == []
+
+
 def test_a_request_for_memory_is_no_registration(level: Level, client: Client, nodes: Path) -> None:
     level.limit(100 * MIB, LimitFlag.DENY)
     assert client("admit(1)") == abi.Verdict.ADMITTED
