@@ -26,6 +26,7 @@ OF_PART = {  # suites by the beginning of a path; the first match counts
     "deploy/": ("docs", "kubernetes", "packages"),
     "docs/recipes.md": ("docs", "slurm"),
     "docs/slurm.md": ("docs", "slurm"),
+    "docs/system-containers.md": ("docs", "engines"),
     "docs/": ("docs",),
     "examples/": ("docs", "e2e"),
     "fgpu_ebpf/api/": ("dashboards", "docs", "e2e", "page"),

@@ -14,7 +14,7 @@ from fgpu_ebpf.driver.bypass_reason import Reasons
 from fgpu_ebpf.ledger.process_entry import Process
 from fgpu_ebpf.linux import procfs
 
-_WITHOUT = ("no_admission", "no_shim", "unwitnessed")
+_WITHOUT = ("no_admission", "no_shim", "unwitnessed", "unprobed")
 
 
 @dataclass(frozen=True, slots=True)

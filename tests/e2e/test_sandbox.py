@@ -9,11 +9,13 @@ import pytest
 
 from tests.support.host import BUILD, CONTEXT, MIB, REFUSED
 from tests.support.service import Service
-from tests.support.tenant import Tenant
+from tests.support.tenant import PROGRAM, Tenant
 from tests.support.wait import eventually
 
 ROOM = 40 * MIB
 SANDBOXED = f"{BUILD}/e2e/sandboxed {errno.EAFNOSUPPORT}"
+KILLING = f"{BUILD}/e2e/sandboxed kill"
+SIGSYS = 128 + 31  # as a shell's exit status
 
 
 def test_a_program_in_a_sandbox_without_sockets_has_its_limit(tenant: Callable[[int], Tenant]) -> None:
@@ -50,3 +52,32 @@ def test_a_sandboxed_program_registers_with_the_next_gatekeeper(
     assert one.assert_exact(10) == CONTEXT + ROOM
     client.kill()
     client.close()
+
+
+@pytest.mark.places("cgroups")
+def test_a_sandbox_that_kills_at_a_socket_kills_a_program_with_the_shim_when_it_registers(
+    service: Service, tenant: Callable[[int], Tenant]
+) -> None:
+    """The shim cannot ask the kernel what a filter does, and has no way to register without a new socket."""
+    one = tenant(CONTEXT + ROOM)
+    one.assert_holds(ROOM)
+    (one.folder / "status").write_text('echo context | "$@"; echo status $?\n')
+    assert one.run(f"sh status {KILLING} {PROGRAM}").endswith(f"status {SIGSYS}\n")
+    assert one.run(f"sh status env -u LD_PRELOAD {KILLING} {PROGRAM}").endswith("status 0\n")
+    client = one.client()
+    client.ok("context")
+    client.ok("forbid")
+    client.ok(f"alloc {ROOM}")  # it is registered, and needs no socket
+    assert client.do(f"alloc {2 * MIB}") == REFUSED
+    service.kill_gatekeeper()
+
+    def killed() -> bool:
+        try:
+            client.do(f"alloc {2 * MIB}")
+        except AssertionError:
+            return True
+        return False
+
+    eventually(killed, 20, "another registration")
+    client.close()
+    one.assert_holds(ROOM)

@@ -522,7 +522,8 @@ static const struct command {
                 {"open", do_open},
                 {"close", do_close},
                 {"export", do_export},
-                {"import", do_import}};
+                {"import", do_import},
+                {"forbid", do_forbid}};
 
 /* -- the loop: reads by byte, so that an exec loses no line */
 

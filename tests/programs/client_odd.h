@@ -1,5 +1,7 @@
 /* Commands that do what programs rarely do, for test_odd.py. Only client.c includes this file. */
 
+#include "sandbox.h"
+
 #define NOWHERE 8 /* an address that nothing is ever mapped at */
 
 /* -- reuse BYTES N: two threads allocate and free BYTES without a pause, N times each. Prints how often a thread got
@@ -186,4 +188,12 @@ static void do_import(const uint64_t *n)
         answer("%s", name_of(result));
     else
         answer("ok %llu", handle);
+}
+
+/* -- forbid: from now on the kernel kills this program if the shim opens a socket. */
+
+static void do_forbid(const uint64_t *n)
+{
+    (void)n;
+    answer(forbid_sockets(SECCOMP_RET_KILL_PROCESS) ? "no filter" : "ok");
 }

@@ -1,4 +1,4 @@
-"""A fresh host for the package tests, of this distribution or of another Debian: a root made by debootstrap.
+"""A fresh host for tests, of this distribution or of another Debian: a root made by debootstrap.
 
 systemd may be its first process. The module creates build/roots/NAME once, and a copy of it for every host, in which
 every changed file is visible. A failed download fails the tests with the name of the mirror, and never skips a test.
@@ -7,6 +7,7 @@ every changed file is visible. A failed download fails the tests with the name o
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import itertools
 import os
 import re
@@ -68,22 +69,29 @@ def distribution() -> tuple[str, str]:
 def fresh_root(other: str = "") -> Path:
     """Return the root that hosts are made of: the distribution's base, its lists of packages, and nothing else.
 
-    `other` is the code name of another distribution, one of OTHERS.
+    `other` is the code name of another distribution, one of OTHERS. One process creates the root, and others wait for
+    it.
     """
     name, mirror = (other, OTHERS[other]) if other else distribution()
     root = ROOTS / name
-    if not root.exists():
-        aside = ROOTS / f".{name}"
-        # An interrupted run may have left this mounted, and nothing below it may be removed.
-        subprocess.run(["umount", "--quiet", aside / "proc"], check=False, timeout=10)
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir(parents=True)
-        command = ["debootstrap", "--variant=minbase", f"--include={BASE}", name, str(aside), mirror]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=DEBOOTSTRAP_SECONDS, check=False)
-        assert done.returncode == 0, f"no {name} from {mirror}: {done.stdout[-500:]}{done.stderr[-500:]}"
-        (aside / "opt/build").mkdir()
-        (aside / "etc/machine-id").write_text(f"{os.urandom(16).hex()}\n")
-        aside.rename(root)
+    ROOTS.mkdir(parents=True, exist_ok=True)
+    with open(ROOTS / f"{name}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        return root if root.exists() else _bootstrapped(root, name, mirror)
+
+
+def _bootstrapped(root: Path, name: str, mirror: str) -> Path:
+    aside = ROOTS / f".{name}"
+    # An interrupted run may have left this mounted, and nothing below it may be removed.
+    subprocess.run(["umount", "--quiet", aside / "proc"], check=False, timeout=10)
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    command = ["debootstrap", "--variant=minbase", f"--include={BASE}", name, str(aside), mirror]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=DEBOOTSTRAP_SECONDS, check=False)
+    assert done.returncode == 0, f"no {name} from {mirror}: {done.stdout[-500:]}{done.stderr[-500:]}"
+    (aside / "opt/build").mkdir()
+    (aside / "etc/machine-id").write_text(f"{os.urandom(16).hex()}\n")
+    aside.rename(root)
     return root
 
 
