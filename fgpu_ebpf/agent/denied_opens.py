@@ -1,7 +1,8 @@
 """Keeps `onBypass: deny` in force: programs without the shim may not open the driver's device nodes.
 
-A BPF program decides about each open (bpf/opens.bpf.h), by the flag of a limit. This module adds the major numbers of
-modules that were loaded later, and exempts processes that had a device before. Runs in the agent's main loop.
+A BPF program decides about each open (bpf/opens.bpf.h), by the flag of a limit. This module renews the major numbers,
+which change when modules of the driver are loaded, and exempts processes that had a device before. Runs in the agent's
+main loop.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ class DeniedOpens:
         self._fault, self._failed_checks = fault, failed_checks
 
     def look(self) -> None:
-        """Exempt processes that NVML shows, add major numbers, and report whether the policy is in force."""
+        """Exempt processes that NVML shows, renew the major numbers, and report whether the policy is in force."""
         truth = self._truth()
         for pid in truth.strangers() & truth.processes.keys():
             process = truth.processes[pid]

@@ -30,8 +30,12 @@ class NodeOpens:
         self._maps, self._run, self._pages = maps, run, pages
 
     def set_majors(self, majors: Iterable[int]) -> None:
-        """Add major numbers of nodes about which the BPF program decides."""
-        bpf.update_all(self._maps["node_majors"], {_U32.pack(major): _U32.pack(0) for major in majors})
+        """Set the major numbers of the nodes about which the BPF program decides."""
+        fd, wanted = self._maps["node_majors"], {_U32.pack(major): _U32.pack(0) for major in majors}
+        bpf.update_all(fd, wanted)
+        for major, _ in bpf.items(fd, _U32.size, _U32.size):
+            if major not in wanted:  # a module of the driver was unloaded: another driver may get the number
+                bpf.delete(fd, major)
 
     def exempt(self, tgid: int, generation: int) -> None:
         """Let a process open nodes, because it has memory: it opened the devices before."""

@@ -32,7 +32,7 @@ class CgroupName(NamedTuple):
         engine: the engine that made the container.
         container: the id of the innermost container around the cgroup.
         pod_uid: kubelet's uid of the innermost pod.
-        unit: the innermost service or scope of systemd.
+        unit: the innermost service or scope of the host's systemd, not of one in a container of systemd-nspawn.
         inside: whether the cgroup is below the container's own folder, or below the unit's if there is no container.
         nested: whether the container is inside another container, or is around its pod instead of inside it.
         depth: the number of folders from the root to the container's own folder.
@@ -86,6 +86,9 @@ _ENGINE_UNITS = re.compile(
     r"(?:docker|containerd|crio|cri-docker|podman|buildkit|nerdctl|k3s|k3s-agent|rke2-server|rke2-agent|k0s.*)\.service"
 )
 
+# Units of systemd-nspawn and of systemd-machined. The init of such a container makes the units inside them.
+_MACHINE = re.compile(r"systemd-nspawn@.*\.service|machine-.*\.scope")
+
 _Found = tuple[Engine | None, str]
 
 
@@ -106,7 +109,8 @@ def is_monitor(parts: list[str]) -> bool:
 def parse(parts: list[str]) -> CgroupName:
     """Return the names in a path. `parts`: its folders, from the hierarchy's root inwards."""
     containers = [(depth, *found) for depth, found in enumerate(_containers(parts), 1) if found]
-    units = [(depth, part) for depth, part in enumerate(parts, 1) if part.endswith(UNIT_SUFFIXES)]
+    machine = next((depth for depth, part in enumerate(parts, 1) if _MACHINE.fullmatch(part)), len(parts))
+    units = [(depth, part) for depth, part in enumerate(parts[:machine], 1) if part.endswith(UNIT_SUFFIXES)]
     pods = [(depth, uid) for depth, part in enumerate(parts, 1) if (uid := _pod_uid(part))]
     unit_depth, unit = units[-1] if units else (0, None)
     pod_depth, pod_uid = pods[-1] if pods else (0, None)

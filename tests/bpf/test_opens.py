@@ -122,6 +122,17 @@ def test_a_level_that_may_use_no_device_can_deny(
     assert error_of_open(client, nodes / "c195") == NOT_DECIDED
 
 
+def test_a_number_that_the_driver_no_longer_has_is_not_decided(
+    kernel: Kernel, level: Level, client: Client, nodes: Path
+) -> None:
+    level.limit(100 * MIB, LimitFlag.DENY)
+    kernel.ledger.opens.set_majors([DRIVER, OTHER])
+    assert error_of_open(client, nodes / "c240") == DENIED
+    kernel.ledger.opens.set_majors([DRIVER])
+    assert error_of_open(client, nodes / "c240") == NOT_DECIDED
+    assert error_of_open(client, nodes / "c195") == DENIED
+
+
 def test_processes_without_a_level_are_not_concerned(kernel: Kernel, nodes: Path) -> None:
     with pytest.raises(OSError, match="No such device or address"):
         os.open(nodes / "c195", os.O_RDWR)

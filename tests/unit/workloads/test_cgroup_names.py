@@ -81,7 +81,12 @@ CASES = {
     f"/system.slice/runc-{ID}.scope": ("runc", ID, None, f"runc-{ID}.scope", False),
     "/lxc.payload.web-1": ("lxc", "web-1", None, None, False),
     "/lxc.payload.web-1/init.scope": ("lxc", "web-1", None, "init.scope", True),
+    "/machine.slice/systemd-nspawn@web.service": (None, None, None, "systemd-nspawn@web.service", False),
     "/machine.slice/systemd-nspawn@web.service/payload": (None, None, None, "systemd-nspawn@web.service", True),
+    "/machine.slice/systemd-nspawn@web.service/payload/system.slice/ssh.service": (
+        None, None, None, "systemd-nspawn@web.service", True,
+    ),
+    "/machine.slice/machine-web.scope/payload/init.scope": (None, None, None, "machine-web.scope", True),
     "/system.slice/jupyter-anna.service": (None, None, None, "jupyter-anna.service", False),
     "/system.slice/docker.service": (None, None, None, "docker.service", False),
     "/system.slice/docker.socket": (None, None, None, None, False),
