@@ -100,8 +100,11 @@ int admit(struct pt_regs *ctx)
     u32 kind = known_kind(PT_REGS_PARM3(ctx)), flags = PT_REGS_PARM3(ctx) & ~FGPU_KIND_MASK;
     u32 tgid = id >> 32;
     struct held h = {};
-    /* After an announcement the process registers, and then the agent learns of it. */
-    struct fgpu_process *p = own_process(&tgid, &h, !(flags & FGPU_ANNOUNCE));
+    if (UNLIKELY(flags & FGPU_ANNOUNCE)) {
+        announce(tgid);
+        return 0;
+    }
+    struct fgpu_process *p = own_process(&tgid, &h);
     struct fgpu_thread *t = p ? own_thread(p, id) : 0;
     own_stack(ctx);
     hit(FGPU_HIT_ADMIT);
@@ -118,7 +121,6 @@ int admit(struct pt_regs *ctx)
     if (kind == FGPU_HELLO) {
         if (!p) return 0;
         note(p, FGPU_SEEN_SHIM);
-        if (flags & FGPU_ANNOUNCE) return 0;
     } else if (UNLIKELY(!t)) {
         verdict = without_entry(&h, PT_REGS_PARM1(ctx), PT_REGS_PARM2(ctx), kind);
         if (verdict == FGPU_AGAIN) return 0; /* the shim registers again */

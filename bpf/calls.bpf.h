@@ -53,7 +53,7 @@ int call_enter(struct pt_regs *ctx)
     u32 tgid = id >> 32;
     struct held unused;
     if (!(bpf_get_attach_cookie(ctx) & FGPU_FUNCTION_MASK)) return 0; /* MARK of driver/probe_plan.py */
-    struct fgpu_process *p = own_process(&tgid, &unused, 1);
+    struct fgpu_process *p = own_process(&tgid, &unused);
     struct fgpu_thread *t = p ? own_thread(p, id) : 0;
     own_stack(ctx);
     hit(bpf_get_attach_cookie(ctx) & FGPU_FUNCTION_MASK);

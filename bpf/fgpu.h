@@ -41,7 +41,8 @@ enum fgpu_kind { FGPU_MEMORY, FGPU_POOL, FGPU_CONTEXT, FGPU_HELLO, FGPU_VMM, FGP
  * the verdict is stored in `answers`, with the tag of the requesting process. PATIENT, in a request: a refusal that is
  * due to orphaned bytes alone is not counted. KNOCK, in a request of the kind HELLO: it gets no verdict; the device is
  * the number of a descriptor, see FGPU_NEWS_KNOCK. FREED: no request, and no verdict; the program has freed memory in a
- * way that no probe reports, see `freed_ns`. ANNOUNCE, in a request of the kind HELLO: no verdict is needed. */
+ * way that no probe reports, see `freed_ns`. ANNOUNCE, in a request of the kind HELLO: it gets no verdict; the program
+ * will let the driver open device nodes. */
 #define FGPU_KIND_MASK 0xff
 #define FGPU_FULL 0x100
 #define FGPU_TAGGED 0x200
@@ -114,7 +115,9 @@ struct fgpu_usage_page {
     __u64 outside[FGPU_DEVICES]; /* part of the limit that views leave out, for contexts: see FGPU_OUTSIDE_SHIFT */
     __u64 freed_ns; /* when a program of this level last freed memory in a way that no probe reports; 0: never */
     __u64 opens[FGPU_OPENS]; /* opens of device nodes by processes of this level without the shim: refused; allowed */
-    __u64 tail[56];
+    __u64 open_second;       /* the second in which events of refused opens were last counted */
+    __u64 open_count;
+    __u64 tail[54];
 };
 #define FGPU_OBSERVE 1
 #define FGPU_KILL 2

@@ -7,14 +7,15 @@ struct device_context {
     u32 minor;
 };
 #define CHARACTER_DEVICE 2 /* BPF_DEVCG_DEV_CHAR */
-#define MAKE_NODE 1        /* BPF_DEVCG_ACC_MKNOD; a container's runtime creates nodes before its program runs */
+#define READ_OR_WRITE 6    /* BPF_DEVCG_ACC_READ, BPF_DEVCG_ACC_WRITE; not MKNOD, which a container's runtime does */
+#define OPENS_A_SECOND 4
 
-/* Return whether a process may open nodes in any case: it has registered by the published shim's code, or it opened
- * devices before. */
+/* Return whether a process may open nodes in any case: it has called the published shim's code, or it opened devices
+ * before. */
 static int may_open(u32 tgid)
 {
     struct fgpu_process *p = processes.lookup(&tgid);
-    return p && p->flags & (FGPU_SEEN_SHIM | FGPU_SEEN_DEVICE);
+    return has_announced(tgid) || (p && p->flags & (FGPU_SEEN_SHIM | FGPU_SEEN_DEVICE));
 }
 
 /* Return 1 if the current process may open a node, otherwise 0. Only nodes of the driver and processes of levels are
@@ -23,7 +24,8 @@ int device_open(struct device_context *ctx)
 {
     u32 major = ctx->major, access = ctx->access_type >> 16, tgid = bpf_get_current_pid_tgid() >> 32;
     u64 levels[FGPU_LEVELS] = {}, denies = 0;
-    if (!node_majors.lookup(&major) || (ctx->access_type & 0xffff) != CHARACTER_DEVICE || access == MAKE_NODE) return 1;
+    if (!node_majors.lookup(&major) || (ctx->access_type & 0xffff) != CHARACTER_DEVICE) return 1;
+    if (!(access & READ_OR_WRITE)) return 1;
     if (!find_levels(levels) || may_open(tgid)) return 1;
     EACH_LEVEL
     {
@@ -34,6 +36,7 @@ int device_open(struct device_context *ctx)
     if (!leaf) return !denies;
     __sync_fetch_and_add(&leaf->opens[!denies], 1);
     if (!denies) return 1;
-    tell(leaf, FGPU_NEWS_OPEN, 0, (u64)ctx->major << 32 | ctx->minor, 0, 0);
+    if (spend(&leaf->open_second, &leaf->open_count, OPENS_A_SECOND))
+        send(leaf, FGPU_NEWS_OPEN, 0, (u64)ctx->major << 32 | ctx->minor, 0, 0);
     return 0;
 }

@@ -26,6 +26,20 @@ static u64 current_space(void)
     return space;
 }
 
+/* Record that this process executes the published shim, whether or not it has levels: it may get levels later. Another
+ * program, and a later process with this pid, have another address space. */
+static void announce(u32 tgid)
+{
+    u64 space = current_space();
+    announced.update(&tgid, &space);
+}
+
+static int has_announced(u32 tgid)
+{
+    u64 *space = announced.lookup(&tgid);
+    return space && *space == current_space();
+}
+
 /* Return a number that no other living process has: a counter that starts again after 2^30 processes. */
 static u32 next_tag(void)
 {
@@ -108,8 +122,8 @@ static struct fgpu_process *owner_of(u32 *tgid)
 /* Return the entry that the current process is charged to. Create it if the process is managed and has none. Returns 0
  * if the process is unmanaged, or if there is no room for the entry in the map or in its level's part; in the second
  * case `h` has its pages. If several threads do this at the same time, one of them creates the entry and counts it.
- * `*tgid` becomes the pid of that entry. `tells`: send an event if the entry is new. */
-static struct fgpu_process *own_process(u32 *tgid, struct held *h, int tells)
+ * `*tgid` becomes the pid of that entry. */
+static struct fgpu_process *own_process(u32 *tgid, struct held *h)
 {
     struct fgpu_process *p = processes.lookup(tgid);
     u64 levels[FGPU_LEVELS] = {}, space;
@@ -132,7 +146,7 @@ static struct fgpu_process *own_process(u32 *tgid, struct held *h, int tells)
     }
     if (!p) return 0;
     claim_space(p, *tgid, space);
-    if (tells) tell_of_process(page_of(levels[0]));
+    tell_of_process(page_of(levels[0]));
     return p;
 }
 

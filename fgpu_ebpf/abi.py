@@ -129,7 +129,9 @@ class UsagePage(Structure):
         ("outside", u64 * DEVICES),
         ("freed_ns", u64),
         ("opens", u64 * OPENS),
-        ("tail", u64 * 56),
+        ("open_second", u64),
+        ("open_count", u64),
+        ("tail", u64 * 54),
     )
 
 

@@ -45,7 +45,7 @@ class DeniedOpens:
             process = truth.processes[pid]
             if not process.flags & abi.SEEN_DEVICE:
                 self._ledger.opens.exempt(pid, process.generation)
-        denied = [tenant.name for tenant in self._tenants if tenant.deny]
+        denied = [tenant.name for tenant in self._tenants if tenant.deny and not tenant.observe]
         self._failed_checks.pop(NAME, None)
         if denied:
             self._ledger.opens.set_majors(device_nodes.majors())

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from itertools import islice
 
 from fgpu_ebpf import abi
 from fgpu_ebpf.abi import Fate, News
-from fgpu_ebpf.driver import bypass_reason, device_nodes
+from fgpu_ebpf.driver import device_nodes
+from fgpu_ebpf.driver.bypass_reason import Reason
 from fgpu_ebpf.ledger.event_budgets import EventBudgets
 from fgpu_ebpf.ledger.ledger import Ledger
 from fgpu_ebpf.ledger.ring_buffer import Event, Events
@@ -34,7 +36,8 @@ class KernelEvents:
         orphaned: called with the cgroup id of a level that has orphaned bytes.
         held: returns the memory of processes according to NVML: device -> pid -> bytes or None.
         began: called with the pid of a process that has executed a program.
-        is_shim: returns whether the file with a (dev, ino) is a published shim.
+        explain: lets a worker find the reason why a process has no shim, and calls a function with it; False: no worker
+            has time.
     """
 
     def __init__(
@@ -45,7 +48,7 @@ class KernelEvents:
         orphaned: Callable[[int], None],
         held: Callable[[], Mapping[int, Mapping[int, int | None]]],
         began: Callable[[int], None],
-        is_shim: bypass_reason.IsShim,
+        explain: Callable[[int, Callable[[Reason | None], None]], bool],
     ) -> None:
         self._events: Events = ledger.events()
         self._budgets = EventBudgets(ledger.event_budgets, manager.enforcer.places.owner)
@@ -55,7 +58,7 @@ class KernelEvents:
         self._history = history
         self._orphaned = orphaned
         self._held = held
-        self._began, self._is_shim = began, is_shim
+        self._began, self._explain = began, explain
         self._full = ledger.incidents(abi.Kind.EVENTS, Fate.FULL)
 
     def fileno(self) -> int:
@@ -115,12 +118,17 @@ class KernelEvents:
             self._note("no room", event, "", shortage)
 
     def _note_open(self, event: Event) -> None:
-        """Report a refused open of a device node, with the reason why the process has no shim."""
+        """Report a refused open of a device node. A worker thread finds the reason, because it reads the process."""
+        add = partial(self._add_open, event)
+        if not self._explain(event.tgid, add):
+            add(None)
+
+    def _add_open(self, event: Event, why: Reason | None) -> None:
         node = device_nodes.name(event.bytes >> 32, event.bytes & 0xFFFFFFFF)
-        why = bypass_reason.reason(event.tgid, self._is_shim)
+        words = why.words if why else "the process has exited, so that the reason is unknown"
         self._history.add(
-            "denied", tenant=self._enforcer.name_of(event.cgroup), pid=event.tgid, reason=why or "onBypass",
-            text=f"a process without the shim may not open {node}{f': {why.words}' if why else ''}",
+            "denied", tenant=self._enforcer.name_of(event.cgroup), pid=event.tgid, reason=why or "",
+            text=f"a process that does not use the shim may not open {node}: {words}",
         )  # fmt: skip
 
     def _bounds_met(self, event: Event) -> str:

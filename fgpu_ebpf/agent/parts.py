@@ -85,7 +85,7 @@ def wire(
         reconciler.orphaned,
         lambda: reconciler.truth.held,
         discovery.look_into,
-        discovery.is_shim,
+        discovery.explain,
     )
     opens = DeniedOpens(
         ledger, lambda: reconciler.truth, manager.enforcer, lambda: discovery.opens_fault,

@@ -83,8 +83,8 @@ def _opens(tenants: Sequence[Mapping[str, Any]]) -> Check:
     """Name the tenants in which `onBypass: deny` would have refused opens. This is no failure."""
     found = sorted(str(t["tenant"]) for t in tenants if t.get("opens_would_deny"))
     if not found:
-        return Check("opens", True, "no device node was opened by a process without the shim")
-    return Check("opens", True, f"`onBypass: deny` would refuse the device to programs of {', '.join(found[:5])}")
+        return Check("opens", True, "no process without the shim has opened a device node")
+    return Check("opens", True, f"`onBypass: deny` would have refused the device to programs of {', '.join(found[:5])}")
 
 
 def _libraries(found: Sequence[Mapping[str, Any]], trusted: Sequence[str]) -> Check:

@@ -160,14 +160,17 @@ class Probes:
         try:
             if not path.exists():
                 with contextlib.ExitStack() as opened:
-                    found = [bpf.pinned(self._programs / OF_OPENS), os.open(root or "", os.O_RDONLY | os.O_DIRECTORY)]
-                    found.append(bpf.attach_to_cgroup(*found))
-                    for fd in found:
-                        opened.callback(os.close, fd)
-                    bpf.pin(found[-1], path)
+                    program = bpf.pinned(self._programs / OF_OPENS)
+                    opened.callback(os.close, program)
+                    folder = os.open(root or "", os.O_RDONLY | os.O_DIRECTORY)
+                    opened.callback(os.close, folder)
+                    link = bpf.attach_to_cgroup(program, folder)
+                    opened.callback(os.close, link)
+                    bpf.pin(link, path)
             self._events.add(path.name)
             self.opens_fault = ""
         except OSError as error:
+            self._events.discard(path.name)
             self.opens_fault = f"Linux {os.uname().release} does not let fgpu decide about opens ({error.strerror})"
 
     def _attach_tracepoint(self, program: str, event: str) -> None:

@@ -69,6 +69,8 @@ def load(image: Image, pins: Path) -> None:
         _run_again(image, maps, found)
         for name, fd in found.items():
             _pin(fd, pins / "programs" / name)
+        for name in image.programs.keys() - found.keys():  # an older version's program must not be attached
+            (pins / "programs" / name).unlink(missing_ok=True)
 
 
 def _maps(image: Image, folder: Path, opened: contextlib.ExitStack) -> list[int]:

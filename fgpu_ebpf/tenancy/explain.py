@@ -244,7 +244,7 @@ def _lines(answer: dict[str, Any], tenant: Tenant | None) -> list[str]:
         if said := denial(level):
             lines.append(f"    {said}")
         if n := level["opens_denied"]:
-            lines.append(f"    {n} opens of device nodes were refused to processes without the shim: see fgpu events")
+            lines.append(f"    opens of device nodes refused to processes without the shim: {n}; see fgpu events")
     why = answer["unenforced"] or Enforcement(answer["enforcement"]).words
     lines.append(f"  enforcement: {answer['enforcement']}{f': {why}' if why else ''}")
     lines += [f"  orphaned: {orphan_text.sentence(orphan)}" for orphan in orphan_text.lasting(answer["orphans"])]

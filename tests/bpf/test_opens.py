@@ -68,14 +68,51 @@ def test_a_process_with_the_shim_may_open_nodes_until_it_executes_another_progra
     assert opens(kernel, level) == (2, 0)
 
 
+ANNOUNCE = f"admit(0, {abi.Kind.HELLO | abi.ANNOUNCE})"
+
+
 def test_an_announcement_is_enough_and_sends_no_event(
     kernel: Kernel, level: Level, client: Client, nodes: Path, events
 ) -> None:
     """The agent would take the level as used before it has decided about the process's own cgroup."""
     level.limit(100 * MIB, LimitFlag.DENY)
-    assert client(f"admit(0, {abi.Kind.HELLO | abi.ANNOUNCE})") is None
+    assert client(ANNOUNCE) is None
     assert error_of_open(client, nodes / "c195") == NOT_DECIDED
-    assert list(events.read()) == []
+    assert (list(events.read()), client.entry(kernel)) == ([], None)
+
+
+def test_an_announcement_counts_before_the_process_has_a_level(
+    kernel: Kernel, make_level: Callable[..., Level], make_client: Callable[..., Client], nodes: Path
+) -> None:
+    one = make_level(None)
+    client = make_client(one)
+    assert client(ANNOUNCE) is None
+    one.limit(100 * MIB, LimitFlag.DENY)
+    assert error_of_open(client, nodes / "c195") == NOT_DECIDED
+    assert client(f"error_of_open_in_child({str(nodes / 'c195')!r})") == DENIED
+    client.send("os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])")
+    client.begin(one.cgroup)
+    assert error_of_open(client, nodes / "c195") == DENIED
+    assert opens(kernel, one) == (2, 0)
+
+
+def test_only_opens_for_reading_or_writing_are_decided(level: Level, client: Client, nodes: Path, kernel) -> None:
+    level.limit(100 * MIB, LimitFlag.DENY)
+    assert client(f"os.access({str(nodes / 'c195')!r}, os.F_OK)") is True
+    assert opens(kernel, level) == (0, 0)
+    assert client(f"os.access({str(nodes / 'c195')!r}, os.R_OK)") is False
+    assert opens(kernel, level) == (1, 0)
+
+
+def test_events_of_opens_are_few_and_leave_room_for_others(
+    kernel: Kernel, level: Level, client: Client, nodes: Path, events
+) -> None:
+    level.limit(MIB, LimitFlag.DENY)
+    assert client(f"[error_of_open({str(nodes / 'c195')!r}) for _ in range(100)]") == [DENIED] * 100
+    assert client(f"admit({2 * MIB})") == abi.Verdict.REFUSED
+    kinds = [event.kind for event in events.read()]
+    assert 1 <= kinds.count(News.OPEN) <= 8  # 4 in a second
+    assert kinds.count(News.REFUSED) == 1
 
 
 def test_a_request_for_memory_is_no_registration(level: Level, client: Client, nodes: Path) -> None:

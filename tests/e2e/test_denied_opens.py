@@ -23,7 +23,7 @@ from tests.support.commands import events, fgpu, metrics
 from tests.support.host import CONTEXT, ENVIRONMENT, MIB, SIM
 from tests.support.place import Container, Place
 from tests.support.service import Service
-from tests.support.tenant import Tenant
+from tests.support.tenant import Program, Tenant
 from tests.support.wait import eventually
 
 LIMIT = CONTEXT + 400 * MIB
@@ -76,7 +76,7 @@ def test_a_program_around_the_shim_gets_no_device(deny, tenant: Make, tmp_path: 
     assert opens(one, "denied") > 0
     (told,) = [event for event in events("denied") if event["pid"] == client.pid]
     assert (told["tenant"], "may not open nvidiactl" in told["text"]) == (one.name, True)
-    assert "opens of device nodes were refused" in fgpu("explain", one.path).stdout
+    assert "opens of device nodes refused" in fgpu("explain", one.path).stdout
     assert one.view()["enforcement"] == ("counted" if way == "lies" else "kernel")
 
 
@@ -119,6 +119,40 @@ def _allow_nodes(place: Place) -> None:
 
 
 @pytest.mark.places("cgroups")
+def test_programs_of_cgroups_that_the_agent_has_not_decided_about_get_their_device(deny, tenant: Make) -> None:
+    """A policy for the cgroup may come into force while the driver opens its nodes."""
+    deny(DENY)
+    for _ in range(8):
+        client = tenant(None).client()
+        client.ok(f"alloc {100 * MIB}")
+        client.kill()
+
+
+LATE = """
+import ctypes, sys
+nvml, cuda = ctypes.CDLL("libnvidia-ml.so.1"), ctypes.CDLL("libcuda.so.1")
+for line in sys.stdin:
+    print(nvml.nvmlInit_v2() if line == "nvml\\n" else cuda.cuInit(0), flush=True)
+"""
+
+
+@pytest.mark.places("cgroups")
+def test_a_program_that_used_nvml_before_it_was_a_tenant_gets_its_device(deny, tenant: Make, tmp_path: Path) -> None:
+    (tmp_path / "late.py").write_text(LATE)
+    tmp_path.chmod(0o755)
+    one = tenant(None)
+    program = Program(one, "late", f"/usr/bin/python3 {tmp_path}/late.py")
+    program.send("nvml")
+    assert program.receive() == "0"
+    deny(DENY)
+    one.assert_enforced()
+    program.send("cuda")
+    assert program.receive() == "0"
+    assert opens(one, "denied") == 0
+    assert program.rest() == ""
+
+
+@pytest.mark.places("cgroups")
 def test_nvml_without_the_shim_is_refused(deny, tenant: Make) -> None:
     deny(DENY)
     one = tenant(None)
@@ -136,7 +170,7 @@ def test_without_the_policy_opens_are_only_counted(deny, tenant: Make) -> None:
     assert client.do(f"alloc {100 * MIB}") == "ok"
     assert (opens(one, "denied"), opens(one, "would_deny")) == (0, 1)
     checks = {check["name"]: check for check in json.loads(fgpu("doctor", "--json", check=False).stdout)}
-    assert f"would refuse the device to programs of {one.name}" in checks["opens"]["found"]
+    assert f"would have refused the device to programs of {one.name}" in checks["opens"]["found"]
     deny(f"{DENY}\n  mode: observe")
     other = tenant(None)
     assert Bypass(other, "bypass", WAYS["unset"](Path())).do(f"alloc {100 * MIB}") == "ok"

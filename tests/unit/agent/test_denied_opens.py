@@ -43,7 +43,7 @@ def test_a_kernel_without_the_program_is_a_failed_check_of_hosts_that_deny(host:
     host.tenants.append(SimpleNamespace(name="alice", deny=False))
     host.opens.look()
     assert (host.checks, host.majors) == ({}, [])
-    host.tenants.append(SimpleNamespace(name="bob", deny=True))
+    host.tenants.append(SimpleNamespace(name="bob", deny=True, observe=False))
     host.opens.look()
     check = host.checks[NAME]
     assert (check.ok, check.found) == (False, "onBypass: deny is not in force for bob: this kernel refuses it")
