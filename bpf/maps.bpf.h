@@ -57,7 +57,7 @@ BPF_F_TABLE("hash", struct fgpu_counter_key, u64, counters, 65536, SPARSE);
 BPF_TABLE("array", u32, u64, incidents, 2 * FGPU_REASONS);
 BPF_TABLE("percpu_array", u32, u64, hits, FGPU_HITS);
 BPF_TABLE("lru_hash", u32, u64, announced, MOST_PROCESSES); /* process -> its address space, see FGPU_ANNOUNCE */
-BPF_F_TABLE("hash", u32, u32, node_majors, 64, SPARSE); /* of the device nodes of the driver */
+BPF_F_TABLE("hash", u32, u32, node_majors, 64, SPARSE);     /* of the device nodes of the driver */
 #if ENDS /* when a process with this pid, or with another pid that has the same index, last exited */
 BPF_TABLE("array", u32, u64, ends, FGPU_ENDS);
 #endif

@@ -68,7 +68,7 @@ def test_a_process_with_the_shim_may_open_nodes_until_it_executes_another_progra
     assert opens(kernel, level) == (2, 0)
 
 
-ANNOUNCE = f"admit(0, {abi.Kind.HELLO | abi.ANNOUNCE})"
+ANNOUNCE = f"[shim.fgpu_admit(0, u64(0), {abi.Kind.HELLO | abi.ANNOUNCE}, u64(0))] and None"
 
 
 def test_an_announcement_is_enough_and_sends_no_event(

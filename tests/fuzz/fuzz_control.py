@@ -66,6 +66,7 @@ class Ledger:
     def __init__(self) -> None:
         self._limits: set[int] = set()
         self.orphans = SimpleNamespace(of_level=lambda _: [])
+        self.opens = SimpleNamespace(of=lambda _: SimpleNamespace(denied=1, would_deny=1))
         self.times = SimpleNamespace(set_shares=lambda _: None, turns=dict, tell=lambda: None)
 
     def context_bytes(self, device: int) -> int:
