@@ -325,14 +325,9 @@ class Allocation(Structure):
     """A value of the map `allocations`."""
 
     _fields_ = (
-        ("bytes", u64),
-        ("device", u32),
-        ("era", u32),
-        ("references", u64),
-        ("owner", u64),
-        ("exported", u64),
+        ("bytes", u64), ("device", u32), ("era", u32), ("references", u64), ("owner", u64), ("exported", u64),
         ("level", Level),
-    )
+    )  # fmt: skip
 
 
 class OrphanKey(Structure):

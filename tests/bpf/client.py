@@ -87,7 +87,10 @@ def error_of_open_in_child(path):
     """Return the errno of an open in a forked child."""
     child = os.fork()
     if not child:
-        os._exit(error_of_open(path) or 0)
+        try:
+            os._exit(error_of_open(path) or 0)
+        finally:
+            os._exit(255)
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 

@@ -196,6 +196,7 @@ def test_opens_stay_refused_without_an_agent_until_fgpu_is_detached(service: Ser
     one = tenant(None)
     one.assert_enforced()
     service.kill_agent()
+    service.kill_gatekeeper()
     client = Bypass(one, "bypass", WAYS["unset"](Path()))
     assert client.do(f"alloc {100 * MIB}") == NO_DEVICE
     service.detach()
@@ -203,7 +204,10 @@ def test_opens_stay_refused_without_an_agent_until_fgpu_is_detached(service: Ser
     service.start_agent()
 
 
-def test_processes_outside_tenants_may_open_nodes(service: Service) -> None:
+@pytest.mark.places("cgroups")
+def test_processes_outside_tenants_may_open_nodes(deny, tenant: Make) -> None:
+    deny(DENY)
+    tenant(None).assert_enforced()
     assert f"{SIM}" in ENVIRONMENT["PATH"]
     done = subprocess.run(["nvidia-smi", "-L"], env=ENVIRONMENT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
