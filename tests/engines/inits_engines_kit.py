@@ -55,6 +55,15 @@ exec "$@"
 LIKE_SYSTEMD = 'cgroup=$1; shift; (echo 0 >"$cgroup/cgroup.procs" && exec "$@"); exit'
 
 
+def own_cgroup() -> str:
+    """Return the path of this process's cgroup, in which LXC makes its own; empty: the root.
+
+    A test with dockerd may have moved the process: dockerd empties the root of its cgroup namespace.
+    """
+    lines = Path("/proc/self/cgroup").read_text().splitlines()
+    return next(line for line in lines if line.startswith("0::")).removeprefix("0::").rstrip("/")
+
+
 class OfBundles(Inits):
     """Containers of runc or crun with a share."""
 
@@ -116,7 +125,7 @@ class OfLxc(Inits):
 
     def path(self, name: str) -> str:
         """See Inits."""
-        return f"/lxc.payload.{name}"
+        return f"{own_cgroup()}/lxc.payload.{name}"
 
     def _begin(self, name: str, folder: Path, root: Path) -> None:
         (self.work / "mount").mkdir(exist_ok=True)

@@ -55,6 +55,7 @@ def place(
     with contextlib.ExitStack() as stack:
         if file := POLICIES.get(request.param):
             text = inits_kit.block(f"/etc/fgpu/policy.d/{file}")
+            text = text.replace('"lxc.payload', f'"{inits_engines_kit.own_cgroup()}/lxc.payload'.replace('"/', '"'))
             stack.enter_context(kit.policy(sharing, file, text))
         stack.callback(place.close)
         yield place
