@@ -11,7 +11,7 @@ struct device_context {
 #define OPENS_A_SECOND 4
 
 /* Return whether a process may open nodes in any case: it has called the published shim's code, or it opened devices
- * before. */
+ * before. The map of announcements forgets the oldest; a process that has registered has the flag too. */
 static int may_open(u32 tgid)
 {
     struct fgpu_process *p = processes.lookup(&tgid);
@@ -26,7 +26,7 @@ int device_open(struct device_context *ctx)
     u64 levels[FGPU_LEVELS] = {}, denies = 0;
     if (!node_majors.lookup(&major) || (ctx->access_type & 0xffff) != CHARACTER_DEVICE) return 1;
     if (!(access & READ_OR_WRITE)) return 1;
-    if (!find_levels(levels) || may_open(tgid)) return 1;
+    if (may_open(tgid) || !find_levels(levels)) return 1;
     EACH_LEVEL
     {
         struct fgpu_usage_page *page = levels[i] ? page_of(levels[i]) : 0;

@@ -99,8 +99,9 @@ class EndedRows:
     def _key(self, orphan: Orphan) -> tuple[bool, bool, int]:
         """Return the place of an orphan in the order of releases: the orphan that was most likely freed comes first.
 
-        It is an orphan of a process whose row fell a moment ago, else the youngest. The driver frees most memory at
-        once, so old orphans are probably held by another process. Orphans of processes that NVML lists come last.
+        If the row of a process fell a moment ago, it is an orphan of that process, else the youngest. The driver frees
+        most memory at once, so old orphans are probably held by another process. Orphans of processes that NVML lists
+        come last.
         """
         fell = self._fell.get(orphan.tgid, 0) if orphan.ended_ns else 0
         is_named = bool(orphan.ended_ns and self._ended.get(orphan.tgid))

@@ -48,7 +48,6 @@ def checks(snapshot: Mapping[str, Any]) -> Iterator[Check]:
         yield nvml_reconcile.check(ages, snapshot["reconcile_failure"])
     yield xids.check(snapshot["devices"])
     yield _shims(tenants)
-    yield _opens(tenants)
     yield _libraries(snapshot["libraries"], snapshot["trusted"])
     denied = sorted(t["tenant"] for t in tenants if t["denied"])
     found = f"limits not in force: {', '.join(denied[:5])}" if denied else "enough for the limit of every tenant"
@@ -68,23 +67,17 @@ def _is_filling(table: Mapping[str, Any]) -> bool:
 def _shims(tenants: Sequence[Mapping[str, Any]]) -> Check:
     """Check that every process that uses a device requests admission. The fix names the reasons why others do not."""
     tenants_without = sorted((t for t in tenants if t["bypassing"]), key=lambda t: str(t["tenant"]))
+    denied = sorted(str(t["tenant"]) for t in tenants if t.get("opens_would_deny"))
+    more = f"; `onBypass: deny` would have refused the device in {', '.join(denied[:5])}" if denied else ""
     if not tenants_without:
-        return Check("shim", True, "in every process that uses a device")
+        return Check("shim", True, f"in every process that uses a device{more}")
     named = [f"{t['tenant']} ({', '.join(t['shimless']) or ', '.join(t['bypassing'])})" for t in tenants_without[:5]]
     loaders = {p.get("loader", ""): None for t in tenants_without[:5] for p in t["processes"]}
     named += [f"loader {loader}" for loader in filter(None, loaders)][:5]
     reasons = [why for why in bypass_reason.Reason if any(why in t["shimless"] for t in tenants_without)]
     words = [f"{why}: {why.words}" for why in reasons]
     fix = "; ".join([*words, "run `fgpu explain TARGET`, or set `onBypass: kill` in the policy"])
-    return Check("shim", False, ", ".join(named), fix)
-
-
-def _opens(tenants: Sequence[Mapping[str, Any]]) -> Check:
-    """Name the tenants in which `onBypass: deny` would have refused opens. This is no failure."""
-    found = sorted(str(t["tenant"]) for t in tenants if t.get("opens_would_deny"))
-    if not found:
-        return Check("opens", True, "no process without the shim has opened a device node")
-    return Check("opens", True, f"`onBypass: deny` would have refused the device to programs of {', '.join(found[:5])}")
+    return Check("shim", False, f"{', '.join(named)}{more}", fix)
 
 
 def _libraries(found: Sequence[Mapping[str, Any]], trusted: Sequence[str]) -> Check:

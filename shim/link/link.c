@@ -170,17 +170,12 @@ static COLD uint32_t say_hello(uint32_t word, struct fgpu_asked *asked, uint64_t
     return latest;
 }
 
-/* Record in the kernel that this process has the shim, so that the driver may open device nodes. Nothing else is needed
- * for that: no reply, and no gatekeeper. */
-static COLD void announce(void) { fgpu_admit_here(0, 0, FGPU_HELLO | FGPU_ANNOUNCE, 0); }
-
 /* Register for the first time. One thread registers. The others wait for at most FIRST_NS, and then treat the
  * registration as failed. */
 static COLD uint32_t first(struct fgpu_asked *asked)
 {
     if (madvise(&fgpu_own_page, sizeof fgpu_own_page, MADV_WIPEONFORK) && !atomic_exchange(&unwiped, true)) load();
     uint64_t now = fgpu_now(), deadline = now + FIRST_NS;
-    announce();
     for (;;) {
         uint32_t word = load();
         if (link_of(word) == FGPU_FRESH) word = say_hello(word, asked, now, FIRST_NS, false);
@@ -234,10 +229,7 @@ COLD struct fgpu_asked fgpu_announce(void)
 {
     struct fgpu_asked asked = FGPU_NOT_ASKED;
     int saved = errno;
-    if (link_of(load()) == FGPU_FRESH) {
-        announce();
-        asked = fgpu_knock(&own->notes[0]);
-    }
+    if (link_of(load()) == FGPU_FRESH) asked = fgpu_knock(&own->notes[0]);
     errno = saved;
     return asked;
 }

@@ -42,6 +42,15 @@ def error_of_open(client: Client, node: Path) -> int | None:
     return found
 
 
+def assert_ends_with_the_program(kernel: Kernel, level: Level, client: Client, node: Path) -> None:
+    """Check that neither a child of the client nor its next program may open the node."""
+    assert client(f"error_of_open_in_child({str(node)!r})") == DENIED
+    client.send("os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])")
+    client.begin(level.cgroup)
+    assert error_of_open(client, node) == DENIED
+    assert opens(kernel, level) == (2, 0)
+
+
 def test_a_process_without_the_shim_may_not_open_a_node_if_its_level_denies(
     kernel: Kernel, level: Level, client: Client, nodes: Path, events
 ) -> None:
@@ -61,11 +70,7 @@ def test_a_process_with_the_shim_may_open_nodes_until_it_executes_another_progra
     level.limit(100 * MIB, LimitFlag.DENY)
     client(f"admit(0, {int(abi.Kind.HELLO)})")
     assert error_of_open(client, nodes / "c195") == NOT_DECIDED
-    assert client(f"error_of_open_in_child({str(nodes / 'c195')!r})") == DENIED
-    client.send("os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])")
-    client.begin(level.cgroup)
-    assert error_of_open(client, nodes / "c195") == DENIED
-    assert opens(kernel, level) == (2, 0)
+    assert_ends_with_the_program(kernel, level, client, nodes / "c195")
 
 
 ANNOUNCE = f"[shim.fgpu_admit(0, u64(0), {abi.Kind.HELLO | abi.ANNOUNCE}, u64(0))] and None"
@@ -89,11 +94,7 @@ def test_an_announcement_counts_before_the_process_has_a_level(
     assert client(ANNOUNCE) is None
     one.limit(100 * MIB, LimitFlag.DENY)
     assert error_of_open(client, nodes / "c195") == NOT_DECIDED
-    assert client(f"error_of_open_in_child({str(nodes / 'c195')!r})") == DENIED
-    client.send("os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])")
-    client.begin(one.cgroup)
-    assert error_of_open(client, nodes / "c195") == DENIED
-    assert opens(kernel, one) == (2, 0)
+    assert_ends_with_the_program(kernel, one, client, nodes / "c195")
 
 
 def test_only_opens_for_reading_or_writing_are_decided(level: Level, client: Client, nodes: Path, kernel) -> None:

@@ -1,4 +1,4 @@
-"""Containers whose process 1 is systemd: under runc, crun, LXC and systemd-nspawn."""
+"""Containers with systemd as process 1: under runc, crun, LXC and systemd-nspawn."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Containers whose process 1 is systemd, with a root of this distribution: what all engines have in common.
+"""Containers with systemd as process 1, and with a root of this distribution: what all engines have in common.
 
 The module reads the lines of docs/system-containers.md, for which the page names a file. LXC and systemd-nspawn are
 unpacked into build/engines/inits once and never installed.

@@ -17,7 +17,7 @@ LIBRARIES = OUT / "sim/lib"
 
 
 def _compiler() -> list[str]:
-    """Return a compiler whose programs name the loader and the C library of the unpacked packages."""
+    """Return a compiler that makes programs name the loader and the C library of the unpacked packages."""
     root = debian.fetched(OUT / "root", ["download", *PACKAGES], [])
     places = [root / "usr/lib32", root / "usr/lib/gcc/x86_64-linux-gnu/12/32"]
     headers = [root / "usr/include/x86_64-linux-gnu", "/usr/include/x86_64-linux-gnu"]
