@@ -45,7 +45,8 @@ def test_a_kernel_without_the_program_is_a_failed_check_of_hosts_that_deny(host:
     assert (host.checks, host.majors) == ({}, [])
     host.tenants.append(SimpleNamespace(name="bob", deny=True, observe=False))
     host.opens.look()
-    check = host.checks[NAME]
+    check = host.checks.get(NAME)
+    assert check is not None
     assert (check.ok, check.found) == (False, "onBypass: deny is not in force for bob: this kernel refuses it")
     assert 195 in host.majors
     host.fault = ""
