@@ -90,10 +90,12 @@ static void shift(struct fgpu_process *p, u64 from, u32 device, s64 before)
 /* Move bytes that were charged or released on the old side after the last move. */
 static void shift_stragglers(struct fgpu_process *p)
 {
-    u64 turn = p->turn;
+    u64 turn = p->turn, keeps = p->flags & FGPU_PARKED ? ~0ULL : 0;
     for (u32 d = 0; d < FGPU_DEVICES; d++) {
         shift(p, turn + 1, d, 0);
-        alter_levels(p, turn, d, -draw(p, turn, d, __sync_lock_test_and_set(&on(p, d)->owed, 0)), 1);
+        u64 owed = __sync_lock_test_and_set(&on(p, d)->owed, 0), some = draw(p, turn, d, owed);
+        alter_levels(p, turn, d, -some, 1);
+        __sync_fetch_and_add(&on(p, d)->owed, (owed - some) & keeps); /* `charged` lacks the parked bytes */
     }
 }
 
@@ -178,11 +180,18 @@ static int adjust_process(struct bpf_raw_tracepoint_args *ctx, u32 tgid)
         done = overhead_changes(p, ctx, &more);
         if (!done) enter_overhead(p, ctx->args[3], more);
     }
-    if (ctx->args[0] == FGPU_MOVE) done = move(p, ctx);
+    if (ctx->args[0] == FGPU_MOVE) {
+        done = move(p, ctx);
+        if (UNLIKELY(p->flags & FGPU_PARKED)) move_parked(p, tgid);
+    }
+    if (ctx->args[0] == FGPU_BEGIN_PARK) done = begin_park(p, tgid);
+    if (ctx->args[0] == FGPU_PARK) done = park(p, tgid, ctx->args[3]);
+    if (ctx->args[0] == FGPU_WAKE) done = wake(p, tgid, ctx->args[3], ctx->args[4]);
     if (ctx->args[0] == FGPU_EXEMPT) note(p, FGPU_SEEN_DEVICE);
     if (ctx->args[0] == FGPU_MARK) on(p, ctx->args[3])->peak = *(volatile u64 *)&on(p, ctx->args[3])->bytes;
     int ended = *(volatile u64 *)&p->state != READY, managed = p->level_count;
     if (ended) orphan_all(p, tgid);
+    if (UNLIKELY(ended && p->flags & FGPU_PARKED)) drop_parked(p, tgid);
     if (ctx->args[0] == FGPU_REAP || !managed) delete_process(tgid, p);
     return done;
 }
@@ -283,12 +292,17 @@ int adjust(struct bpf_raw_tracepoint_args *ctx)
         return trim_owner(ctx->args[1]);
     case FGPU_RING:
         return ring();
+    case FGPU_END_PARK:
+        return end_park(ctx->args[1], ctx->args[2]);
     case FGPU_OVERHEAD:
     case FGPU_MOVE:
     case FGPU_REAP:
     case FGPU_RAISE:
     case FGPU_MARK:
     case FGPU_EXEMPT:
+    case FGPU_BEGIN_PARK:
+    case FGPU_PARK:
+    case FGPU_WAKE:
         return adjust_process(ctx, ctx->args[1]);
     default:
         return -22;

@@ -33,6 +33,7 @@ static int end_process(u32 tgid)
     int had_context = has_context(p);
     __sync_fetch_and_add(&p->state, 1); /* first, so that the entry is not ready while its bytes are read */
     orphan_all(p, tgid);
+    if (UNLIKELY(p->flags & FGPU_PARKED)) drop_parked(p, tgid);
     delete_process(tgid, p);
     return had_context;
 }

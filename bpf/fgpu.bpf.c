@@ -17,6 +17,7 @@
 #include "levels.bpf.h"
 #include "orphans.bpf.h"
 #include "processes.bpf.h"
+#include "parking.bpf.h"
 #include "admission.bpf.h"
 #include "witness.bpf.h"
 #include "settle.bpf.h"

@@ -117,7 +117,9 @@ struct fgpu_usage_page {
     __u64 opens[FGPU_OPENS]; /* opens of device nodes by processes of this level without the shim: refused; allowed */
     __u64 open_second;       /* the second in which events of refused opens were last counted */
     __u64 open_count;
-    __u64 tail[54];
+    __u64 parked[FGPU_DEVICES]; /* part of `used`: bytes of this level's own processes that are in host memory. The
+                                   levels around it are not charged for them */
+    __u64 tail[38];
 };
 #define FGPU_OBSERVE 1
 #define FGPU_KILL 2
@@ -327,6 +329,7 @@ struct fgpu_process {
 #define FGPU_SEEN_IMPORT 32      /* it has opened memory of other processes */
 #define FGPU_TOLD_BYPASS 64      /* the event of its first call without an admission has been sent */
 #define FGPU_SEEN_DEVICE 128     /* NVML has shown memory of the process: it has opened device nodes */
+#define FGPU_PARKED 256          /* it has an entry in `parked` */
 enum fgpu_space { FGPU_SPACE_POINTER, FGPU_SPACE_HANDLE, FGPU_SPACE_MAPPING, FGPU_SPACE_CONTEXT, FGPU_SPACE_ARRAY };
 struct fgpu_allocation_key {
     __u32 tgid;
@@ -357,6 +360,19 @@ struct fgpu_orphan {
     __u64 ended_ns; /* when its process exited, or executed another program; 0: it is alive */
     __u64 spare;
     struct fgpu_level levels[FGPU_LEVELS]; /* the charged levels, innermost first */
+};
+/* parked: processes that the agent parks, or has parked: each has to be woken, whatever the driver's state of it is.
+ * The entry exists from before the first call of the driver until the process runs again or has exited. */
+struct fgpu_parked_key {
+    __u32 tgid;
+    __u32 spare;
+    __u64 generation; /* of the process, from its entry */
+};
+struct fgpu_parked {
+    __u64 since_ns;            /* when the entry was created */
+    struct fgpu_level level;   /* the process's own level, which stays charged; 0: it has none any more */
+    __u64 bytes[FGPU_DEVICES]; /* that the device does not hold; not in `charged` of the process */
+    __u64 spare;
 };
 struct fgpu_admission { /* not settled by a driver call yet; ticket 0: none */
     __u64 ticket;
@@ -453,6 +469,11 @@ enum fgpu_adjust {
                       written */
     FGPU_TRIM,     /* slot: releases the claims that its owner does not need */
     FGPU_EXEMPT,   /* tgid, generation: sets FGPU_SEEN_DEVICE */
+    FGPU_BEGIN_PARK, /* tgid, generation: creates the entry of `parked` */
+    FGPU_PARK,       /* tgid, generation, device: the device holds nothing of the process */
+    FGPU_WAKE,     /* tgid, generation, device, force: the device is about to hold its parked bytes again; -ENOSPC: they
+                      do not fit in a level around its own */
+    FGPU_END_PARK, /* tgid, generation: deletes the entry of `parked`; -EBUSY: it has bytes */
 };
 
 /* -- events: a ring buffer for rare events; events that do not fit are counted ------------------------------------- */

@@ -10,6 +10,7 @@
 #define MOST_PROCESSES 16384
 #define MOST_ORPHANS 65536
 #define MOST_BORROWERS 4096
+#define MOST_PARKED 4096
 #define PART(most) ((most) / 4)                       /* of a shared map: the most that one level may have */
 #define RESERVE(most) ((most) / 8)                    /* of a shared map: reserved for owners with few entries */
 #define FEW(most) ((most) < 1024 ? 1 : (most) / 1024) /* of a shared map: what an owner claims at a time */
@@ -58,6 +59,7 @@ BPF_TABLE("array", u32, u64, incidents, 2 * FGPU_REASONS);
 BPF_TABLE("percpu_array", u32, u64, hits, FGPU_HITS);
 BPF_TABLE("lru_hash", u32, u64, announced, MOST_PROCESSES); /* process -> its address space, see FGPU_ANNOUNCE */
 BPF_F_TABLE("hash", u32, u32, node_majors, 64, SPARSE);     /* of the device nodes of the driver */
+BPF_F_TABLE("hash", struct fgpu_parked_key, struct fgpu_parked, parked, MOST_PARKED, SPARSE);
 #if ENDS /* when a process with this pid, or with another pid that has the same index, last exited */
 BPF_TABLE("array", u32, u64, ends, FGPU_ENDS);
 #endif

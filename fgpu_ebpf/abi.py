@@ -26,7 +26,7 @@ DEPTH = 16  # the BPF programs search this many cgroups of a path for levels: th
 OWNERS, OWNED, OWNED_ORPHANS = 4096, 4, 3
 BOTH_LEVELS = 2 * LEVELS
 VERDICTS, ROWS, PATH = 128, 128, 192
-ENDS, TOLD_BYPASS, SEEN_DEVICE = 65536, 64, 128
+ENDS, TOLD_BYPASS, SEEN_DEVICE, PARKED = 65536, 64, 128, 256
 EVENT_BUDGETS, BUDGET_OTHERS, BUDGET_ROOT = 1024, 0, 1
 FNV_BASIS, FNV_PRIME = 0xCBF29CE484222325, 0x100000001B3
 KIND_MASK, FULL, TAGGED, PATIENT, KNOCK, FREED, ANNOUNCE = 0xFF, 0x100, 0x200, 0x400, 0x800, 0x1000, 0x2000
@@ -59,7 +59,8 @@ Function = IntEnum(
 Class = IntEnum("Class", "HOST LISTED UNKNOWN", start=0)
 Adjust = IntEnum(
     "Adjust",
-    "PUBLISH OVERHEAD MOVE REAP DISOWN RAISE WITHDRAW SWEPT RING LET_GO MARK ENTER LOOKED OWN TRIM EXEMPT",
+    "PUBLISH OVERHEAD MOVE REAP DISOWN RAISE WITHDRAW SWEPT RING LET_GO MARK ENTER LOOKED OWN TRIM EXEMPT "
+    "BEGIN_PARK PARK WAKE END_PARK",
     start=0,
 )
 News = IntEnum(
@@ -131,7 +132,8 @@ class UsagePage(Structure):
         ("opens", u64 * OPENS),
         ("open_second", u64),
         ("open_count", u64),
-        ("tail", u64 * 54),
+        ("parked", u64 * DEVICES),
+        ("tail", u64 * 38),
     )
 
 
@@ -211,16 +213,9 @@ class Answer(Structure):
     """The gatekeeper's answer to a hello. The descriptors of the process's pages are sent with it."""
 
     _fields_ = (
-        ("magic", u32),
-        ("version", u16),
-        ("size", u16),
-        ("code", u32),
-        ("levels", u32),
-        ("devices", u32),
-        ("flags", u32),
-        ("epoch", u64),
-        ("spare", u64 * 12),
-    )
+        ("magic", u32), ("version", u16), ("size", u16), ("code", u32), ("levels", u32), ("devices", u32),
+        ("flags", u32), ("epoch", u64), ("spare", u64 * 12),
+    )  # fmt: skip
 
 
 class LevelDevice(Structure):
@@ -342,6 +337,18 @@ class Orphan(Structure):
     _fields_ = (("bytes", u64), ("since_ns", u64), ("ended_ns", u64), ("spare", u64), ("levels", Level * LEVELS))
 
 
+class ParkedKey(Structure):
+    """The key of the map `parked`."""
+
+    _fields_ = (("tgid", u32), ("spare", u32), ("generation", u64))
+
+
+class Parked(Structure):
+    """A value of the map `parked`: bytes of a process that no device holds."""
+
+    _fields_ = (("since_ns", u64), ("level", Level), ("bytes", u64 * DEVICES), ("spare", u64))
+
+
 class Admission(Structure):
     """An admission that no driver call has settled yet. `ticket` 0: there is no such admission."""
 
@@ -352,15 +359,9 @@ class Call(Structure):
     """The driver call that a thread is in. `function` 0: the thread is in no driver call."""
 
     _fields_ = (
-        ("function", u64),
-        ("arguments", u64 * 3),
-        ("bytes", u64),
-        ("device", u32),
-        ("admitted", u32),
-        ("references", u64),
-        ("exported", u64),
-        ("uncovered", u64),
-    )
+        ("function", u64), ("arguments", u64 * 3), ("bytes", u64), ("device", u32), ("admitted", u32),
+        ("references", u64), ("exported", u64), ("uncovered", u64),
+    )  # fmt: skip
 
 
 class Thread(Structure):

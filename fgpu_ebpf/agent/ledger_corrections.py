@@ -55,6 +55,10 @@ class Corrections:
         known, is_unquiet = sample.processes, False
         self._look_for_the_unnamed(device, sample)
         for tgid, process in known.items():
+            if process.is_parked:  # NVML may show all of its memory, or none: the agent itself has the driver move it
+                if tgid not in sample.rows and (process.parked[device] or not process.bytes[device]):
+                    drift[tgid, device] = 0
+                continue
             held = self._held(tgid, process, device, sample)
             if held is None:
                 continue
@@ -89,7 +93,10 @@ class Corrections:
 
         Its memory is not in use if fewer bytes are in use beyond all rows than probes counted for the process.
         """
-        unnamed = {t: p for t, p in sample.processes.items() if p.contexts[device] and t not in sample.rows}
+        unnamed = {
+            tgid: process for tgid, process in sample.processes.items()
+            if process.contexts[device] and tgid not in sample.rows and not process.is_parked
+        }  # fmt: skip
         left = self._left(device, sample) if unnamed else None
         counts = {life: n for life, n in self._gone.items() if life[2] != device}
         for tgid, process in unnamed.items():
@@ -126,7 +133,7 @@ class Corrections:
     def _raise(self, tgid: int, process: Process, device: int, held: int, drift: Drift) -> None:
         """Charge the missing bytes of a process that is not idle: the bytes in its row above its peak since mark()."""
         now = self._ledger.process(tgid)
-        if now is None or now.generation != process.generation:
+        if now is None or now.generation != process.generation or now.is_parked:
             return
         managed = min(process.managed[device], now.managed[device])
         witnessed = max(now.peak[device], now.bytes[device]) - now.overhead[device] - managed

@@ -268,7 +268,8 @@ def by_tenant(processes: Mapping[int, Process]) -> dict[int, list[Held]]:
     """
     held: dict[int, list[Held]] = {}
     for tgid, process in sorted(processes.items()):
-        rows = [(tgid, process.generation, device, bytes_) for device, bytes_ in enumerate(process.bytes) if bytes_]
+        all_ = (on_device + parked for on_device, parked in zip(process.bytes, process.parked, strict=True))
+        rows = [(tgid, process.generation, device, bytes_) for device, bytes_ in enumerate(all_) if bytes_]
         if rows and process.levels:
             held.setdefault(process.levels[0], []).extend(rows)
     return {t: sorted(sorted(rows, key=lambda row: -row[3])[: abi.ROWS]) for t, rows in held.items()}

@@ -27,6 +27,7 @@ from fgpu_ebpf.ledger.level_limits import LevelLimits, new_page
 from fgpu_ebpf.ledger.node_opens import NodeOpens
 from fgpu_ebpf.ledger.orphans import OrphanMap
 from fgpu_ebpf.ledger.owner_table import OwnerTable
+from fgpu_ebpf.ledger.parked import ParkedMap
 from fgpu_ebpf.ledger.process_entry import Process, process_of
 from fgpu_ebpf.ledger.resolutions import Resolutions
 from fgpu_ebpf.ledger.ring_buffer import Events
@@ -86,6 +87,7 @@ class Ledger:
         self.times = ComputeMaps(self._maps, lambda: self._run(abi.Adjust.RING), pins / "maps")
         self.orphans = OrphanMap(self._maps, self._run, self.page_fd)
         self.owners, self.levels_taken = OwnerTable(self._maps, self._run), self._page_table.taken
+        self.parked = ParkedMap(self._maps, self._run, self._moving)
         self.opens = NodeOpens(self._maps, self._run, self._usage)
         resolutions = self.resolutions = Resolutions(self._maps, self.new_epoch)
         self.resolution, self.resolved, self.resolve = (

@@ -26,7 +26,8 @@ class Process:
     `quiet`: none of its threads is between an admission and its settlement, or in a witnessed call. `changes`: number
     of completed changes. `begun`: number of changes that have begun. `exported`: bytes that other processes may have
     open. `ended`: number of contexts that were destroyed while others remained. `peak`: the maximum of `bytes` since
-    the agent last called Ledger.mark(). `handles`: bytes of VMM handles.
+    the agent last called Ledger.mark(). `handles`: bytes of VMM handles. `parked`: bytes of the process that
+    no device holds; they are not in `bytes`, but in its other parts.
     """
 
     generation: int
@@ -46,6 +47,12 @@ class Process:
     ended: tuple[int, ...] = _ZEROES
     peak: tuple[int, ...] = _ZEROES
     handles: tuple[int, ...] = _ZEROES
+    parked: tuple[int, ...] = _ZEROES
+
+    @property
+    def is_parked(self) -> bool:
+        """Return whether the agent parks or has parked the process: NVML may show all of its memory, or none."""
+        return bool(self.flags & abi.PARKED)
 
     def witnessed(self, device: int) -> int:
         """Return the bytes, without overhead, that NVML should show for the process on a device."""
@@ -74,7 +81,11 @@ def process_of(raw: bytes) -> Process:
     bytes_, one, other, handles, managed, pool, overhead, contexts, pointers, shared, owed, ended, peak = rows
     late = any(owed) or any(one if turn & 1 else other)
     exported = tuple(map(sum, zip(pointers, shared, strict=True)))
+    parked = _ZEROES
+    if flags & abi.PARKED:
+        parked = tuple(max(0, all_ + late_ - a - b) for all_, late_, a, b in zip(bytes_, owed, one, other, strict=True))
+        bytes_ = tuple(all_ - part for all_, part in zip(bytes_, parked, strict=True))
     return Process(
         generation, levels, flags, changes, begun == changes, bytes_, overhead, managed, pool, contexts, late,
-        begun, tag, exported, ended, peak, handles,
+        begun, tag, exported, ended, peak, handles, parked,
     )  # fmt: skip

@@ -16,11 +16,15 @@ from fgpu_ebpf import abi
 
 _NUMBERS = struct.Struct("4Q")
 _TALLY = struct.Struct("2Q")
-_ORPHANED, _OPENS = struct.Struct("Q"), struct.Struct(f"{abi.OPENS}Q")
+_U64, _OPENS = struct.Struct("Q"), struct.Struct(f"{abi.OPENS}Q")
 
 
 class Usage(NamedTuple):
-    """The numbers of one level on one device, in bytes; `refused` is a count."""
+    """The numbers of one level on one device, in bytes; `refused` is a count.
+
+    `used`: bytes that count as held by the device. `parked`: bytes of parked processes, which the level's limit has to
+    cover too, and the limits around it have not.
+    """
 
     limit: int
     used: int
@@ -29,6 +33,7 @@ class Usage(NamedTuple):
     admitted: int
     witnessed: int
     orphaned: int
+    parked: int = 0
 
 
 class UsagePages:
@@ -76,6 +81,8 @@ class UsagePages:
 
 def _usage(page: mmap.mmap, device: int) -> Usage:
     at = abi.UsagePage
-    numbers = _NUMBERS.unpack_from(page, at.devices.offset + device * ctypes.sizeof(abi.Usage))
-    tally = _TALLY.unpack_from(page, at.tallies.offset + device * ctypes.sizeof(abi.Tally))
-    return Usage(*numbers, *tally, *_ORPHANED.unpack_from(page, at.orphaned.offset + device * _ORPHANED.size))
+    parked = _U64.unpack_from(page, at.parked.offset + device * _U64.size)[0]
+    limit, used, peak, refused = _NUMBERS.unpack_from(page, at.devices.offset + device * ctypes.sizeof(abi.Usage))
+    admitted, witnessed = _TALLY.unpack_from(page, at.tallies.offset + device * ctypes.sizeof(abi.Tally))
+    orphaned = _U64.unpack_from(page, at.orphaned.offset + device * _U64.size)[0]
+    return Usage(limit, max(0, used - parked), peak, refused, admitted, witnessed, orphaned, parked)

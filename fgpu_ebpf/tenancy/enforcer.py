@@ -335,7 +335,7 @@ class Enforcer:
         if not new or not counts_by_device(unit):
             return new
         usage = self._ledger.usage(unit.cgroup, new) or ()
-        return [index for index, found in zip(new, usage, strict=False) if found.used]
+        return [index for index, found in zip(new, usage, strict=False) if found.used or found.parked]
 
     def use_device(self, cgroup: int, index: int) -> str:
         """Commit the limit of a level on a device, when a process first requests memory there.

@@ -64,7 +64,7 @@ def _used(ledger: Ledger) -> set[int]:
     """Return the levels whose limits count, because a process in them has registered or is charged."""
     used = levels_of(ledger.processes())
     for cgroup in ledger.tenants():
-        if ledger.resolved(cgroup) or any(usage.used for usage in ledger.usage(cgroup) or ()):
+        if ledger.resolved(cgroup) or any(usage.used or usage.parked for usage in ledger.usage(cgroup) or ()):
             used.add(cgroup)
     return used
 

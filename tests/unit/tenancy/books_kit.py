@@ -31,7 +31,7 @@ class Books:
         self.outside |= {level.cgroup: dict(level.outside) for level in levels}
 
     def usage(self, cgroup, devices):
-        return [SimpleNamespace(used=self.used.get((cgroup, device), 0)) for device in devices]
+        return [SimpleNamespace(used=self.used.get((cgroup, device), 0), parked=0) for device in devices]
 
     def remove(self, cgroups):
         for cgroup in cgroups:

@@ -1,0 +1,139 @@
+/*
+ * parking.bpf.h: bytes of parked processes. The driver has copied the memory of such a process to the host, and the
+ * device holds nothing of it.
+ *
+ * The process's own level stays charged: its room is kept, and views from inside do not change. The levels around it
+ * are not charged. So only these have to admit the bytes when the process is woken.
+ */
+
+static struct fgpu_parked *parked_entry(u32 tgid, u64 generation)
+{
+    struct fgpu_parked_key key = {.tgid = tgid, .generation = generation};
+    return parked.lookup(&key);
+}
+
+/* Create the entry of a process that the agent is about to park. From now on no reading of NVML corrects its charge. */
+static int begin_park(struct fgpu_process *p, u32 tgid)
+{
+    struct fgpu_parked_key key = {.tgid = tgid, .generation = p->generation};
+    struct fgpu_parked fresh = {.since_ns = bpf_ktime_get_ns()};
+    if (parked.insert(&key, &fresh)) return parked.lookup(&key) ? 0 : -7;
+    begin(p);
+    note(p, FGPU_PARKED);
+    end(p);
+    return 0;
+}
+
+/* Subtract bytes from the levels around the own level of the process. */
+static void leave_groups(struct fgpu_process *p, u64 side, u32 device, u64 bytes)
+{
+    struct fgpu_level *levels = levels_of(p, side);
+    EACH_LEVEL
+    {
+        struct fgpu_usage_page *page = i && levels[i].cgroup ? page_at(&levels[i]) : 0;
+        if (page) subtract(&page->devices[slot(device)].used, bytes);
+    }
+}
+
+/* The driver has let go of the process's memory on a device. May be called again: bytes that were charged since then
+ * are moved too. */
+static int park(struct fgpu_process *p, u32 tgid, u32 device)
+{
+    struct fgpu_parked *entry = parked_entry(tgid, p->generation);
+    u64 side = *(volatile u64 *)&p->turn;
+    device &= DEVICE_MASK;
+    s64 bytes = *(volatile s64 *)charged(p, side, device);
+    if (!entry) return -2;
+    if (bytes <= 0) return 0;
+    if (__sync_val_compare_and_swap((u64 *)charged(p, side, device), bytes, 0) != bytes) return -11;
+    begin(p);
+    entry->level = *levels_of(p, side);
+    __sync_fetch_and_add(&entry->bytes[slot(device)], bytes);
+    struct fgpu_usage_page *own = page_at(&entry->level);
+    if (own) __sync_fetch_and_add(&own->parked[slot(device)], bytes);
+    leave_groups(p, side, device, bytes);
+    end(p);
+    return 0;
+}
+
+/* Charge the parked bytes on a device again, before the driver restores them. `force`: the driver has restored them. */
+static int wake(struct fgpu_process *p, u32 tgid, u32 device, int force)
+{
+    struct fgpu_parked *entry = parked_entry(tgid, p->generation);
+    struct held h;
+    device &= DEVICE_MASK;
+    if (!entry) return -2;
+    u64 bytes = *(volatile u64 *)&entry->bytes[slot(device)];
+    if (!bytes) return 0;
+    look_up(p, &h);
+    h.page[0] = 0;
+    if (take_levels(&h, device, bytes, force) == FGPU_AGAIN) return -28;
+    if (__sync_val_compare_and_swap(&entry->bytes[slot(device)], bytes, 0) != bytes) {
+        give_back_levels(&h, device, bytes, FGPU_LEVELS);
+        return -11;
+    }
+    begin(p);
+    __sync_fetch_and_add(charged(p, h.side, device), bytes);
+    struct fgpu_usage_page *own = page_at(&entry->level);
+    if (own) subtract(&own->parked[slot(device)], bytes);
+    end(p);
+    return 0;
+}
+
+/* Move the parked bytes of a process to the own level that it has now; 0: it has none any more. */
+static void move_parked(struct fgpu_process *p, u32 tgid)
+{
+    struct fgpu_parked *entry = parked_entry(tgid, p->generation);
+    if (!entry) return;
+    struct fgpu_level from = entry->level, to = *levels_of(p, *(volatile u64 *)&p->turn);
+    entry->level = to;
+    if (from.cgroup == to.cgroup) return;
+    struct fgpu_usage_page *before = from.cgroup ? page_at(&from) : 0, *after = to.cgroup ? page_at(&to) : 0;
+    for (u32 d = 0; d < FGPU_DEVICES; d++) {
+        u64 bytes = *(volatile u64 *)&entry->bytes[d];
+        if (before) {
+            subtract(&before->parked[d], bytes);
+            subtract(&before->devices[d].used, bytes);
+        }
+        if (after) {
+            __sync_fetch_and_add(&after->devices[d].used, bytes);
+            __sync_fetch_and_add(&after->parked[d], bytes);
+        }
+    }
+}
+
+/* A parked process has exited: its bytes are on no device, so they are released at once. */
+static void drop_parked(struct fgpu_process *p, u32 tgid)
+{
+    struct fgpu_parked_key key = {.tgid = tgid, .generation = p->generation};
+    struct fgpu_parked *entry = parked.lookup(&key);
+    if (!entry) return;
+    struct fgpu_usage_page *own = entry->level.cgroup ? page_at(&entry->level) : 0;
+    for (u32 d = 0; d < FGPU_DEVICES; d++) {
+        u64 bytes = __sync_lock_test_and_set(&entry->bytes[d], 0);
+        if (!own) continue;
+        subtract(&own->parked[d], bytes);
+        subtract(&own->devices[d].used, bytes);
+    }
+    parked.delete(&key);
+}
+
+/* The process runs again. It may have no entry in `processes` any more, if it has left its cgroups. */
+static int end_park(u32 tgid, u64 generation)
+{
+    struct fgpu_parked_key key = {.tgid = tgid, .generation = generation};
+    struct fgpu_parked *entry = parked.lookup(&key);
+    struct fgpu_process *p = processes.lookup(&tgid);
+    if (!entry) return -2;
+    u64 left = 0;
+    for (u32 d = 0; d < FGPU_DEVICES; d++) left |= *(volatile u64 *)&entry->bytes[d];
+    int is_charged = entry->level.cgroup != 0;
+    if (left && is_charged) return -16;
+    if (p && p->generation == generation) {
+        begin(p);
+        __sync_fetch_and_and((u64 *)&p->level_count, ~((u64)FGPU_PARKED << 32));
+        end(p);
+    }
+    parked.delete(&key);
+    return 0;
+}
