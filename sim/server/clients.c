@@ -157,6 +157,7 @@ void client_process_ends(struct client *client)
     client->has_ended = true;
     if (client->state != CLIENT_OPEN) return;
     forget_held(client);
+    checkpoint_caller_ends(client);
     client_listen(client, false);
     turns_leave(client, 0);
 }
@@ -168,6 +169,7 @@ void client_close(struct client *client)
 {
     if (client->state != CLIENT_OPEN) return;
     forget_held(client);
+    checkpoint_caller_ends(client);
     close(client->sock);
     client->sock = -1;
     client->state = CLIENT_CLOSED;
@@ -183,6 +185,7 @@ void client_free(struct client *client)
     client_close(client);
     if (client->state != CLIENT_CLOSED) return;
     teardown_client(client);
+    checkpoint_end(client);
     close(client->pidfd);
     client->state = CLIENT_FREE;
     server.n_closed--;
@@ -252,13 +255,17 @@ void client_sweep(void)
     }
 }
 
-/* Rounds up: if epoll_wait returned a little too early, the loop would spin until the time has come. */
+/* Rounds up: if epoll_wait returned a little too early, the loop would spin until the time has come. A call of
+ * cuCheckpointProcess* waits for another process, which the server looks at each millisecond. */
 int client_timeout_ms(void)
 {
-    if (!server.n_closed && !server.n_held) return -1;
-    uint64_t next = server.n_held ? fault_nvml_until_ns() : UINT64_MAX, now = now_ns();
+    if (server.n_busy) return 1;
+    uint64_t next = UINT64_MAX, now = now_ns();
+    if (server.n_held && fault_nvml_until_ns() > now) next = fault_nvml_until_ns();
+    if (!server.n_closed && next == UINT64_MAX) return -1;
     for (uint32_t slot = 0; slot < SIM_MAX_CLIENTS; slot++)
         if (server.clients[slot].state == CLIENT_CLOSED && server.clients[slot].free_at_ns < next)
             next = server.clients[slot].free_at_ns;
+    if (next == UINT64_MAX) return -1;
     return next <= now ? 0 : (int)((next - now) / 1000000 + 1);
 }

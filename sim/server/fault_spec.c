@@ -46,6 +46,19 @@ static bool parse_device(const char *text, struct fault_order *order)
     return is_right && order->device < SIM_MAX_DEVICES;
 }
 
+/* Parses `lock`, or `lock:2` for the second call from now on, after the name of a fault of cuCheckpointProcess*. */
+static bool parse_call(const char *text, enum sim_fault fault, struct fault_order *order)
+{
+    static const char *const names[SIM_CHECKPOINTS] = {"state", "thread", "lock", "checkpoint", "restore", "unlock"};
+    const char *colon = strchrnul(text, ':');
+    *order = (struct fault_order){.fault = fault, .number = *colon ? parse_count(colon + 1) : UINT64_MAX};
+    for (; order->device < SIM_CHECKPOINTS; order->device++) {
+        const char *name = names[order->device];
+        if (strlen(name) == (size_t)(colon - text) && !strncmp(name, text, strlen(name))) return order->number > 0;
+    }
+    return false;
+}
+
 static bool parse_one(const char *word, struct fault_order *order)
 {
     *order = (struct fault_order){.number = 1};
@@ -74,6 +87,12 @@ static bool parse_one(const char *word, struct fault_order *order)
         *order = (struct fault_order){.fault = SIM_FAULT_SLOW_END, .number = parse_time(word + 9)};
     } else if (!strncmp(word, "alloc-fail:", 11)) {
         *order = (struct fault_order){.fault = SIM_FAULT_ALLOC_FAIL, .number = parse_count(word + 11)};
+    } else if (!strncmp(word, "call-fails:", 11)) {
+        return parse_call(word + 11, SIM_FAULT_CALL_FAILS, order);
+    } else if (!strncmp(word, "call-hangs:", 11)) {
+        return parse_call(word + 11, SIM_FAULT_CALL_HANGS, order);
+    } else if (!strncmp(word, "call-loses:", 11)) {
+        return parse_call(word + 11, SIM_FAULT_CALL_LOSES, order);
     } else if (!strncmp(word, "xid=", 4)) {
         *order = parse_xid(word + 4);
     } else {
@@ -96,7 +115,8 @@ unsigned fault_parse(const char *spec, struct fault_order *orders)
     if (!n)
         fprintf(stderr,
                 "fgpu-simd: fault is none of nvml-stall:60s, nvml-na, nvml-gone, nvml-cut, mig, alloc-fail:N, "
-                "slow-end:3s, device-reset, device-lost[:DEVICE], ecc, xid=79[:DEVICE], reset: %s\n",
+                "slow-end:3s, device-reset, device-lost[:DEVICE], ecc, xid=79[:DEVICE], call-fails:lock[:N], "
+                "call-hangs:lock, call-loses:lock (or state, thread, checkpoint, restore, unlock), reset: %s\n",
                 spec);
     return n;
 }

@@ -2,9 +2,13 @@
  * at its start, or root sets them on a running server. */
 #include "server/state.h"
 
+#include <string.h>
+
 static uint64_t nvml_stalls_until_ns, fails_every, n_allocations, end_takes_ns;
 static bool nvml_is_blind, nvml_is_gone, devices_are_lost;
-static uint32_t lost_devices; /* one bit each */
+static uint32_t lost_devices;                                          /* one bit each */
+static uint64_t call_fails[SIM_CHECKPOINTS], n_calls[SIM_CHECKPOINTS]; /* call_fails: 0: never; UINT64_MAX: each time */
+static uint32_t calls_that_hang, calls_that_lose;                      /* one bit each */
 
 static void set_mig(bool is_on)
 {
@@ -31,7 +35,8 @@ void fault_record(uint32_t fault, uint32_t device, uint64_t number)
     case SIM_FAULT_RESET:
         nvml_stalls_until_ns = fails_every = end_takes_ns = 0;
         nvml_is_blind = nvml_is_gone = devices_are_lost = false;
-        lost_devices = 0;
+        lost_devices = calls_that_hang = calls_that_lose = 0;
+        memset(call_fails, 0, sizeof call_fails);
         set_mig(false);
         break;
     case SIM_FAULT_NVML_STALL:
@@ -62,6 +67,16 @@ void fault_record(uint32_t fault, uint32_t device, uint64_t number)
     case SIM_FAULT_NVML_GONE:
         nvml_is_gone = true;
         break;
+    case SIM_FAULT_CALL_FAILS:
+        call_fails[device] = number;
+        n_calls[device] = 0;
+        break;
+    case SIM_FAULT_CALL_HANGS:
+        calls_that_hang |= 1u << device;
+        break;
+    case SIM_FAULT_CALL_LOSES:
+        calls_that_lose |= 1u << device;
+        break;
     }
 }
 
@@ -76,6 +91,12 @@ bool fault_nvml_is_gone(void) { return nvml_is_gone; }
 bool fault_devices_are_lost(void) { return devices_are_lost; }
 
 bool fault_is_lost(uint32_t device) { return devices_are_lost || lost_devices >> device & 1; }
+
+bool fault_call_fails(uint32_t call) { return call_fails[call] == UINT64_MAX || ++n_calls[call] == call_fails[call]; }
+
+bool fault_call_hangs(uint32_t call) { return calls_that_hang >> call & 1; }
+
+bool fault_call_loses(uint32_t call) { return calls_that_lose >> call & 1; }
 
 /* Counts only requests of the program, because a test in which the third allocation fails means the program's own
  * allocations. */

@@ -169,6 +169,69 @@ static void release_context(const struct context *context)
     let_go(&server.gpus[context->device], server.gpus[context->device].info.context_overhead);
 }
 
+static uint64_t bytes_of(const struct holding *holding)
+{
+    uint64_t sum = 0;
+    for (uint32_t kind = 0; kind < SIM_KINDS; kind++) sum += holding->bytes[kind];
+    return sum;
+}
+
+static uint64_t bytes_on(const struct client *client, uint32_t device)
+{
+    uint64_t sum = bytes_of(&client->own[device]);
+    for (uint32_t i = 0; i < client->n_contexts; i++)
+        if (client->contexts[i].device == device)
+            sum += bytes_of(&client->contexts[i].holding) + server.gpus[device].info.context_overhead;
+    return sum;
+}
+
+uint64_t ledger_bytes(const struct client *client)
+{
+    uint64_t sum = 0;
+    for (uint32_t device = 0; device < server.n_gpus; device++) sum += bytes_on(client, device);
+    return sum;
+}
+
+bool ledger_has_managed(const struct client *client)
+{
+    for (uint32_t i = 0; i < client->n_contexts; i++)
+        if (client->contexts[i].holding.requested[SIM_MANAGED]) return true;
+    return false;
+}
+
+static void release_all(struct client *client)
+{
+    for (uint32_t i = 0; i < client->n_contexts; i++) release_context(&client->contexts[i]);
+    for (uint32_t device = 0; device < server.n_gpus; device++) release(device, &client->own[device]);
+    detach(client);
+}
+
+void ledger_park(struct client *client)
+{
+    release_all(client);
+    client->is_parked = true;
+}
+
+bool ledger_unpark(struct client *client)
+{
+    for (uint32_t device = 0; device < server.n_gpus; device++) {
+        uint64_t overhead = server.n_attached ? 0 : server.gpus[device].info.overhead;
+        if (!fits(&server.gpus[device], bytes_on(client, device) + overhead)) return false;
+    }
+    ledger_attach(client);
+    for (uint32_t i = 0; i < client->n_contexts; i++) {
+        const struct context *context = &client->contexts[i];
+        struct gpu *gpu = &server.gpus[context->device];
+        for (uint32_t kind = 0; kind < SIM_KINDS; kind++) take(gpu, kind, context->holding.bytes[kind]);
+        keep(gpu, gpu->info.context_overhead);
+    }
+    for (uint32_t device = 0; device < server.n_gpus; device++)
+        for (uint32_t kind = 0; kind < SIM_KINDS; kind++)
+            take(&server.gpus[device], kind, client->own[device].bytes[kind]);
+    client->is_parked = false;
+    return true;
+}
+
 bool ledger_has_context(struct client *client, const struct sim_request *request)
 {
     const struct context *context = find_context(client, request->context);
@@ -184,9 +247,7 @@ void ledger_close(struct client *client, uint64_t id)
 
 void ledger_forget(struct client *client)
 {
-    for (uint32_t i = 0; i < client->n_contexts; i++) release_context(&client->contexts[i]);
-    for (uint32_t device = 0; device < server.n_gpus; device++) release(device, &client->own[device]);
-    detach(client);
+    if (!client->is_parked) release_all(client);
     free(client->contexts);
     client->contexts = NULL;
     client->n_contexts = client->room = 0;

@@ -144,6 +144,7 @@ static void loop(int listener)
                 request_serve(client, events[i].events & (EPOLLHUP | EPOLLERR));
         }
         requests_held_serve();
+        requests_checkpoints_serve();
         /* Slots are reused only here, because the batch has no event of their last client any more. */
         client_sweep();
         if (arrivals) client_accept(listener);

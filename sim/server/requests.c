@@ -19,6 +19,7 @@ static union {
     struct sim_time time;
     struct sim_queue queue;
     struct sim_xid xid;
+    uint32_t result;
 } payload;
 
 struct answer {
@@ -27,6 +28,7 @@ struct answer {
     size_t size;       /* of the payload */
     int file;          /* 0: no descriptor is sent with the answer */
     bool is_ours;      /* the server closes the descriptor when it is sent */
+    bool is_later;     /* there is no answer yet */
     const char *wrong; /* not NULL: how the client violates the protocol */
 };
 
@@ -125,6 +127,24 @@ static struct answer answer_look(const struct client *client, const struct sim_r
     return (struct answer){.size = sizeof payload.time};
 }
 
+static struct answer answer_attach(struct client *client)
+{
+    struct answer a = {.status = ledger_attach(client)};
+    int file = client->checkpoint.gate ? -1 : checkpoint_gate(client);
+    if (file >= 0) a.file = file;
+    a.is_ours = file >= 0;
+    return a;
+}
+
+static struct answer answer_checkpoint(struct client *client, const struct sim_request *request)
+{
+    struct answer a = {.size = sizeof payload.result};
+    if (request->kind >= SIM_CHECKPOINTS) return (struct answer){.wrong = "unknown call for another process"};
+    payload.result = 0;
+    a.is_later = checkpoint_begin(client, request, &a.status, &payload.result);
+    return a;
+}
+
 /* Returns whether the message requests memory. */
 static bool is_taking(const struct client *client, const struct sim_request *request)
 {
@@ -146,6 +166,8 @@ static struct answer answer(struct client *client, const struct sim_request *req
     if (request->op == SIM_HELLO) return (struct answer){.count = server.n_gpus};
     if (request->op == SIM_DUMP) return answer_dump(client);
     if (request->op == SIM_FAULT) return answer_fault(client, request);
+    if (request->op == SIM_CHECKPOINT) return answer_checkpoint(client, request);
+    if (client->is_parked) return (struct answer){.wrong = "uses devices while it is checkpointed"};
     if (request->device >= server.n_gpus) return (struct answer){.status = SIM_NO_DEVICE};
     if (request->kind >= SIM_KINDS) return (struct answer){.wrong = "unknown kind of memory"};
     if (is_lost_on(client, request)) return (struct answer){.status = SIM_LOST};
@@ -162,7 +184,7 @@ static struct answer answer(struct client *client, const struct sim_request *req
         payload.device = server.gpus[request->device].info;
         return (struct answer){.size = sizeof payload.device};
     case SIM_ATTACH:
-        return (struct answer){.status = ledger_attach(client)};
+        return answer_attach(client);
     case SIM_TAKE:
         return (struct answer){.status = ledger_take(client, request)};
     case SIM_SET_LOCAL:
@@ -208,14 +230,13 @@ static void attach(struct msghdr *message, union control *control, int file)
     memcpy(CMSG_DATA(header), &file, sizeof file);
 }
 
-static void reply_to(struct client *client, const struct sim_request *request, int sent)
+static void send_answer(struct client *client, uint32_t op, struct answer a)
 {
-    struct answer a = answer(client, request, sent);
     if (a.wrong) {
         client_drop(client, a.wrong);
         return;
     }
-    struct sim_reply reply = {.magic = SIM_MAGIC, .op = request->op, .status = a.status, .count = a.count};
+    struct sim_reply reply = {.magic = SIM_MAGIC, .op = op, .status = a.status, .count = a.count};
     struct iovec parts[2] = {{&reply, sizeof reply}, {&payload, a.size}};
     struct msghdr message = {.msg_iov = parts, .msg_iovlen = 2};
     union control control = {0};
@@ -223,6 +244,29 @@ static void reply_to(struct client *client, const struct sim_request *request, i
     if (sendmsg(client->sock, &message, MSG_DONTWAIT | MSG_NOSIGNAL) < 0)
         client_drop(client, "does not read its replies");
     if (a.is_ours) close(a.file);
+}
+
+static void reply_to(struct client *client, const struct sim_request *request, int sent)
+{
+    struct answer a = answer(client, request, sent);
+    if (!a.is_later) send_answer(client, request->op, a);
+}
+
+void requests_checkpoints_serve(void)
+{
+    for (struct client *c = server.clients; c < server.clients + SIM_MAX_CLIENTS && server.n_busy; c++) {
+        struct answer a = {.size = sizeof payload.result};
+        struct client *caller;
+        if (!c->checkpoint.is_busy || !checkpoint_step(c, &caller, &a.status)) continue;
+        payload.result = 0;
+        if (caller) send_answer(caller, SIM_CHECKPOINT, a);
+    }
+}
+
+static bool must_wait(const struct sim_request *request)
+{
+    if (request->op == SIM_CHECKPOINT) return request->kind < SIM_CHECKPOINTS && fault_call_hangs(request->kind);
+    return request->flags & SIM_FLAG_NVML && now_ns() < fault_nvml_until_ns();
 }
 
 static void hold(struct client *client, const struct sim_request *request)
@@ -235,9 +279,8 @@ static void hold(struct client *client, const struct sim_request *request)
 
 void requests_held_serve(void)
 {
-    if (!server.n_held || now_ns() < fault_nvml_until_ns()) return;
     for (struct client *c = server.clients; c < server.clients + SIM_MAX_CLIENTS && server.n_held; c++) {
-        if (c->state != CLIENT_OPEN || !c->is_held) continue;
+        if (c->state != CLIENT_OPEN || !c->is_held || must_wait(&c->held)) continue;
         c->is_held = false;
         server.n_held--;
         client_listen(c, true);
@@ -264,7 +307,7 @@ static void serve(struct client *client, const struct sim_request *request, ssiz
 {
     if (got != sizeof *request || request->magic != SIM_MAGIC)
         client_drop(client, "malformed request");
-    else if (request->flags & SIM_FLAG_NVML && now_ns() < fault_nvml_until_ns())
+    else if (must_wait(request))
         hold(client, request);
     else
         reply_to(client, request, sent);

@@ -269,6 +269,16 @@ struct sim_queue turns_look_queue(const struct client *client, const struct sim_
         .at_ns = t->at_ns, .lost_ns = r ? r->lost_ns : 0, .done = r ? queue_done(client, request) : UINT64_MAX};
 }
 
+bool turns_has_work(const struct client *client)
+{
+    for (uint32_t device = 0; device < server.n_gpus; device++) {
+        const struct timeline *t = up_to_now(device);
+        for (const struct runner *r = t->runners; r < t->runners + t->n; r++)
+            if (r->client == client && (r->n || r->queues)) return true;
+    }
+    return false;
+}
+
 /* A turn of another context is not affected. */
 void turns_leave(const struct client *client, uint64_t context)
 {

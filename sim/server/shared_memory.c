@@ -205,6 +205,13 @@ enum sim_status share_export(const struct client *client, const uint64_t *key, b
     return SIM_OK;
 }
 
+bool share_is_holder(const struct client *client)
+{
+    for (const struct share *s = shares; s < shares + SIM_MAX_SHARES; s++)
+        if (s->exists && find_holder(s, client)) return true;
+    return false;
+}
+
 void share_export_ends(uint32_t index)
 {
     struct export *export = &exports[index];

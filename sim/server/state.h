@@ -39,6 +39,18 @@ enum client_state {
     CLIENT_CLOSED, /* the last descriptor of the other end was closed; the memory is freed at free_at_ns */
 };
 
+enum process_state { IS_RUNNING, IS_LOCKED, IS_CHECKPOINTED, IS_FAILED }; /* the values of CUprocessState */
+
+/* What other processes do with a process by cuCheckpointProcess*. */
+struct checkpoint {
+    struct sim_gate *gate; /* NULL: the process cannot be locked */
+    enum process_state state;
+    bool is_busy; /* a call is in progress */
+    uint32_t call;
+    struct client *caller; /* NULL: the caller has gone; the call goes on */
+    uint64_t until_ns;     /* of a lock; 0: it has no time-out */
+};
+
 struct client {
     enum client_state state;
     int sock;
@@ -53,12 +65,14 @@ struct client {
     bool is_stale;          /* the client's descriptions of the devices are older than the loss of the devices */
     uint32_t stale_devices; /* the same for single devices, one bit each */
     bool met_ecc;           /* an uncorrectable memory error has ended the client's work */
-    bool is_held;           /* a request of NVML waits for the end of a stall */
+    bool is_held;           /* a request waits for the end of a stall */
+    bool is_parked;         /* the process is checkpointed: its memory is not on the devices */
     struct sim_request held;
     struct holding own[SIM_MAX_DEVICES]; /* memory that belongs to no context */
     uint64_t resident[SIM_MAX_DEVICES];  /* managed memory that is on the device */
     struct context *contexts;
     uint32_t n_contexts, room;
+    struct checkpoint checkpoint;
 };
 
 struct gpu {
@@ -78,6 +92,7 @@ struct server {
     uint32_t n_closed;   /* clients in state CLIENT_CLOSED */
     uint32_t n_attached; /* clients that have called cuInit */
     uint32_t n_held;     /* clients that wait for the end of a stall */
+    uint32_t n_busy;     /* clients for which a call of cuCheckpointProcess* is in progress */
     int epoll;
 };
 
@@ -111,6 +126,10 @@ bool fault_nvml_is_blind(void);
 bool fault_nvml_is_gone(void);
 bool fault_devices_are_lost(void);
 bool fault_is_lost(uint32_t device);
+/* Counts a call of the function, and returns whether it fails. */
+bool fault_call_fails(uint32_t call);
+bool fault_call_hangs(uint32_t call);
+bool fault_call_loses(uint32_t call);
 /* Counts an allocation of this kind, and returns whether it fails. */
 bool fault_fails(uint32_t kind);
 
@@ -133,6 +152,14 @@ bool ledger_has_context(struct client *client, const struct sim_request *request
 void ledger_close(struct client *client, uint64_t context);
 /* Releases everything that a client holds except managed memory. */
 void ledger_forget(struct client *client);
+/* Takes everything that a client holds off the devices; the client's figures remain. ledger_unpark does the reverse, or
+ * changes nothing if there is no room. */
+void ledger_park(struct client *client);
+bool ledger_unpark(struct client *client);
+/* Returns how many bytes of all devices a client holds. */
+uint64_t ledger_bytes(const struct client *client);
+/* Returns whether a client has allocated managed memory. */
+bool ledger_has_managed(const struct client *client);
 /* Returns whether the device has room for so many bytes more. */
 bool ledger_fits(uint32_t device, uint64_t bytes);
 /* Returns whether memory of this kind is in the row of the process that has it. */
@@ -172,6 +199,7 @@ enum sim_status share_export(const struct client *client, const uint64_t *key, b
 enum sim_status share_resize(struct client *client, const uint64_t *key, uint64_t bytes);
 /* Returns false if the client does not hold the memory. */
 bool share_drop(struct client *client, const uint64_t *key);
+bool share_is_holder(const struct client *client);
 void share_export_ends(uint32_t index);
 void shares_leave_context(struct client *client, uint64_t context);
 void shares_leave(struct client *client);
@@ -205,6 +233,8 @@ struct sim_time turns_work(struct client *client, const struct sim_request *requ
 struct sim_time turns_look(const struct client *client, const struct sim_request *request);
 struct sim_queue turns_queue(struct client *client, const struct sim_request *request);
 struct sim_queue turns_look_queue(const struct client *client, const struct sim_request *request);
+/* Returns whether the client has work on any device. */
+bool turns_has_work(const struct client *client);
 /* Kills the work of a context; 0: of all contexts of the client. */
 void turns_leave(const struct client *client, uint64_t context);
 
@@ -224,6 +254,19 @@ uint64_t view_busy_us(uint32_t device);
 bool teardown_context(struct client *client, const struct sim_request *request);
 /* Frees everything that a client holds. */
 void teardown_client(struct client *client);
+
+/* checkpoint.c: what one process does with another by cuCheckpointProcess* */
+
+/* Creates the gate of a client. Returns a descriptor of its memory, or -1. */
+int checkpoint_gate(struct client *client);
+/* Begins a call. Returns true if it is in progress; otherwise *status and *result have its result. */
+bool checkpoint_begin(struct client *caller, const struct sim_request *request, enum sim_status *status,
+                      uint32_t *result);
+/* Advances the call for a client. Returns true if it has ended; *caller may be NULL. */
+bool checkpoint_step(struct client *target, struct client **caller, enum sim_status *status);
+/* Forgets a client as a caller. */
+void checkpoint_caller_ends(const struct client *caller);
+void checkpoint_end(struct client *client);
 
 /* clients.c */
 
@@ -260,6 +303,8 @@ int fault_start(const char *spec);
 void request_serve(struct client *client, bool is_hung_up);
 /* Answers the requests whose stall is over. */
 void requests_held_serve(void);
+/* Answers the calls of cuCheckpointProcess* that have ended. */
+void requests_checkpoints_serve(void);
 
 /* dump.c */
 

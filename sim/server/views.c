@@ -49,7 +49,7 @@ uint32_t view_processes(const struct client *asker, uint32_t device, struct sim_
     uint32_t n = 0;
     turns_catch_up(device);
     for (const struct client *c = server.clients; c < server.clients + SIM_MAX_CLIENTS; c++) {
-        pid_t pid = c->state == CLIENT_FREE ? 0 : view_pid(c, asker);
+        pid_t pid = c->state == CLIENT_FREE || c->is_parked ? 0 : view_pid(c, asker);
         uint64_t bytes = pid ? listed_bytes(c, device) : 0;
         if (!bytes) continue;
         /* Two connections of one process (a second copy of the library) are one row. */
@@ -96,7 +96,7 @@ uint32_t view_dump(struct sim_record *out, uint32_t room)
                                        .resident = gpu->resident};
     }
     for (const struct client *c = server.clients; c < server.clients + SIM_MAX_CLIENTS; c++) {
-        for (uint32_t device = 0; c->state != CLIENT_FREE && device < server.n_gpus; device++) {
+        for (uint32_t device = 0; c->state != CLIENT_FREE && !c->is_parked && device < server.n_gpus; device++) {
             if (n == room) return n;
             struct sim_record *record = &out[n];
             *record = (struct sim_record){.pid = (uint32_t)c->process.pid[0],

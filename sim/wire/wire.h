@@ -34,7 +34,7 @@
 enum sim_op {
     SIM_HELLO,      /* reply.count = devices */
     SIM_DEVICE,     /* struct sim_device */
-    SIM_ATTACH,     /* cuInit */
+    SIM_ATTACH,     /* cuInit; returns a file with a struct sim_gate, or none */
     SIM_TAKE,       /* takes bytes of a kind; kind context: the server has the number of bytes */
     SIM_GIVE,       /* releases bytes of a kind */
     SIM_CLOSE,      /* ends a context with everything in it */
@@ -55,6 +55,7 @@ enum sim_op {
     SIM_RESIZE,     /* context, requested = the key of a pool of the client; bytes = what the pool has reserved now */
     SIM_SET_LOCAL,  /* bytes = local memory of each thread that the context has room for from now on */
     SIM_RESIDENT,   /* bytes = managed memory of the process that is on the device from now on */
+    SIM_CHECKPOINT, /* kind = enum sim_checkpoint, requested = a pid, bytes = milliseconds; reply.count = the result */
     SIM_OPS,
 };
 
@@ -76,7 +77,30 @@ enum sim_kind {
 /* Programs request memory of the kinds before this one by a size. The driver takes the others by itself. */
 #define SIM_ASKED SIM_LOCAL
 
-enum sim_status { SIM_OK, SIM_NO_MEMORY, SIM_NO_DEVICE, SIM_NOT_ALLOWED, SIM_LOST, SIM_ECC };
+enum sim_status {
+    SIM_OK,
+    SIM_NO_MEMORY,
+    SIM_NO_DEVICE,
+    SIM_NOT_ALLOWED,
+    SIM_LOST,
+    SIM_ECC,
+    SIM_NO_PROCESS,    /* no process with this pid has called cuInit */
+    SIM_ILLEGAL_STATE, /* the process is in another state */
+    SIM_NOT_READY,     /* the time is over */
+    SIM_NOT_SUPPORTED,
+    SIM_FAILED, /* the target has ended, or a fault is set */
+};
+
+/* The functions that one process calls for another, in the order of the rows of a fault's specification. */
+enum sim_checkpoint {
+    SIM_GET_STATE,
+    SIM_GET_THREAD,
+    SIM_LOCK,
+    SIM_PARK,
+    SIM_RESTORE,
+    SIM_UNLOCK,
+    SIM_CHECKPOINTS,
+};
 
 /* The client's /proc belongs to another pid namespace. The real driver then lists no process. */
 #define SIM_FLAG_FOREIGN_PROC 1u
@@ -96,9 +120,12 @@ enum sim_fault {
     SIM_FAULT_DEVICE_LOST,  /* the same, and NVML finds no device until all faults end */
     SIM_FAULT_XID, /* one device reports this XID and continues to work; the end of all faults does not revoke it */
     SIM_FAULT_ECC, /* processes that use the devices get no more memory, and keep what they have */
-    SIM_FAULT_NVML_GONE, /* NVML finds no device until all faults end, and is then initialised again; CUDA works */
-    SIM_FAULT_ONE_LOST,  /* one device is lost until all faults end; the others work */
-    SIM_FAULT_NVML_CUT,  /* NVML says "Unknown Error" in each process until it is initialised again there */
+    SIM_FAULT_NVML_GONE,  /* NVML finds no device until all faults end, and is then initialised again; CUDA works */
+    SIM_FAULT_ONE_LOST,   /* one device is lost until all faults end; the others work */
+    SIM_FAULT_NVML_CUT,   /* NVML says "Unknown Error" in each process until it is initialised again there */
+    SIM_FAULT_CALL_FAILS, /* the n-th call of the function `device` of enum sim_checkpoint fails and changes nothing */
+    SIM_FAULT_CALL_HANGS, /* calls of this function wait until all faults end */
+    SIM_FAULT_CALL_LOSES, /* calls of this function fail, and leave the target in the state FAILED */
     SIM_FAULTS,
 };
 
@@ -187,6 +214,19 @@ struct sim_record {
             uint64_t managed;  /* the part of driver that was given out for managed memory */
         };
     };
+};
+
+/* Memory that the server shares with a process. The process's calls stop here while another process has locked it. */
+struct sim_gate {
+    uint32_t is_closed; /* a futex: calls wait while it is 1 */
+    uint32_t n_inside;  /* the number of threads that are inside a call */
+    uint32_t thread;    /* the id of the restore thread in its own pid namespace; 0: there is none */
+    uint32_t order;     /* a futex: the number of the last order to the restore thread */
+    uint32_t what;      /* the order, an enum sim_checkpoint */
+    uint32_t done;      /* the number of the last order that the thread has executed */
+    uint32_t has_failed;
+    uint32_t spare;
+    uint64_t bytes; /* how much host memory the process has to take for the copy of its device memory */
 };
 
 struct sim_device {

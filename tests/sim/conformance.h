@@ -93,5 +93,6 @@ void check_hooks(void);
 void check_code(void);
 void check_freed(void);
 void check_afar(void);
+void check_checkpoint(void);
 
 #endif

@@ -368,12 +368,18 @@ def test_a_reset_ends_a_stall(machine: Machine) -> None:
         "device-lost:16",
         "device-lost:-1",
         "device-lost:1x",
+        "call-fails",
+        "call-fails:",
+        "call-fails:park",
+        "call-fails:lock:0",
+        "call-hangs:loc",
         "x" * 300,
     ],
 )
 def test_invalid_faults_are_refused(tools: Path, tmp_path: Path, machine: Machine, spec: str) -> None:
     known = "nvml-stall:60s, nvml-na, nvml-gone, nvml-cut, mig, alloc-fail:N, "
-    known += "slow-end:3s, device-reset, device-lost[:DEVICE], ecc, xid=79[:DEVICE], reset"
+    known += "slow-end:3s, device-reset, device-lost[:DEVICE], ecc, xid=79[:DEVICE], call-fails:lock[:N], "
+    known += "call-hangs:lock, call-loses:lock (or state, thread, checkpoint, restore, unlock), reset"
     line = f"fgpu-simd: fault is none of {known}: {spec}\n"
     asked = order(machine, spec, check=False)
     assert (asked.returncode, asked.stdout, asked.stderr) == (2, "", line)

@@ -6,7 +6,7 @@
 
 API cuDeviceGetCount(int *count)
 {
-    CUresult result = sim_enter_init();
+    CUresult result = sim_enter_query();
     if (result) return result;
     if (!count) return sim_leave(CUDA_ERROR_INVALID_VALUE);
     *count = (int)driver.n_devices;
@@ -15,7 +15,7 @@ API cuDeviceGetCount(int *count)
 
 API cuDeviceGet(CUdevice *device, int ordinal)
 {
-    CUresult result = sim_enter_init();
+    CUresult result = sim_enter_query();
     if (result) return result;
     if (!device) return sim_leave(CUDA_ERROR_INVALID_VALUE);
     if (!sim_is_device(ordinal)) return sim_leave(CUDA_ERROR_INVALID_DEVICE);
@@ -27,7 +27,7 @@ API cuDeviceGet(CUdevice *device, int ordinal)
  * exists. */
 static CUresult enter_device(const void *out, CUdevice device)
 {
-    CUresult result = sim_enter_init();
+    CUresult result = sim_enter_query();
     if (result) return result;
     if (!out) return sim_leave(CUDA_ERROR_INVALID_VALUE);
     return sim_is_device(device) ? CUDA_SUCCESS : sim_leave(CUDA_ERROR_INVALID_DEVICE);
@@ -112,7 +112,7 @@ API cuDeviceGetPCIBusId(char *pciBusId, int len, CUdevice dev)
 
 API cuDeviceGetByPCIBusId(CUdevice *dev, const char *pciBusId)
 {
-    CUresult result = sim_enter_init();
+    CUresult result = sim_enter_query();
     if (result) return result;
     if (!dev || !pciBusId) return sim_leave(CUDA_ERROR_INVALID_VALUE);
     unsigned domain = 0, bus, slot, function = 0;

@@ -127,7 +127,12 @@ extern struct driver driver;
 
 /* Takes the lock. Fails without the lock if the process has not called cuInit, or is a fork of the process that has. */
 CUresult sim_enter_init(void);
-/* Does the same, and fails if the thread has no current context or the context is destroyed. */
+/* Does the same for a query that needs no device, so that it does not wait while another process has locked this one.
+ */
+CUresult sim_enter_query(void);
+/* Returns whether this process has called cuInit. */
+bool sim_is_ready(void);
+/* As sim_enter_init, and fails if the thread has no current context or the context is destroyed. */
 CUresult sim_enter(struct context **current);
 /* Releases the lock and returns `result`. */
 CUresult sim_leave(CUresult result);

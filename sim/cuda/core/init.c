@@ -3,16 +3,14 @@
  * is the round trip to the server. Without a server, calls that need it return CUDA_ERROR_UNKNOWN or
  * CUDA_ERROR_OUT_OF_MEMORY. They never wait for a new server. */
 #include "cuda/core/driver.h"
+#include "cuda/core/gate.h"
 #include "wire/link.h"
 
-#include <errno.h>
-#include <fcntl.h>
 #include <unistd.h>
 
 struct driver driver;
 
 static struct link connection = LINK_INIT;
-static int node = -1; /* open until the process ends, as the real library's descriptors of /dev/nvidiactl are */
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 
 void sim_lock(void) { pthread_mutex_lock(&lock); }
@@ -22,14 +20,25 @@ void sim_unlock(void) { pthread_mutex_unlock(&lock); }
 CUresult sim_leave(CUresult result)
 {
     pthread_mutex_unlock(&lock);
+    gate_leave();
     return result;
 }
 
 /* Compares the pid before it takes the lock: in a forked child another thread of the parent may hold the lock for
  * ever. */
+bool sim_is_ready(void) { return __atomic_load_n(&driver.ready, __ATOMIC_ACQUIRE) && driver.pid == getpid(); }
+
 CUresult sim_enter_init(void)
 {
-    if (!__atomic_load_n(&driver.ready, __ATOMIC_ACQUIRE) || driver.pid != getpid()) return CUDA_ERROR_NOT_INITIALIZED;
+    if (!sim_is_ready()) return CUDA_ERROR_NOT_INITIALIZED;
+    gate_enter();
+    pthread_mutex_lock(&lock);
+    return CUDA_SUCCESS;
+}
+
+CUresult sim_enter_query(void)
+{
+    if (!sim_is_ready()) return CUDA_ERROR_NOT_INITIALIZED;
     pthread_mutex_lock(&lock);
     return CUDA_SUCCESS;
 }
@@ -107,18 +116,18 @@ static CUresult initialise(void)
 {
     uint32_t n;
     if (link_open(&connection, FGPU_SIM_DIR, &n) || !n) return CUDA_ERROR_NO_DEVICE;
-    if (node < 0) node = open(FGPU_SIM_DIR "/" SIM_NODE_NAME, O_RDONLY | O_CLOEXEC);
-    if (node < 0 && errno != ENXIO) return CUDA_ERROR_NO_DEVICE; /* ENXIO: a device node, and no driver behind it */
+    if (!node_open()) return CUDA_ERROR_NO_DEVICE;
     for (uint32_t i = 0; i < n; i++)
         if (sim_ask(SIM_DEVICE, (struct sim_request){.device = i}, &driver.devices[i], sizeof driver.devices[i]))
             return CUDA_ERROR_NO_DEVICE;
-    int status = sim_ask(SIM_ATTACH, (struct sim_request){0}, NULL, 0);
+    int gate = -1, status = sim_ask_file(SIM_ATTACH, (struct sim_request){0}, NULL, 0, &gate);
     if (status) return status == SIM_LOST ? CUDA_ERROR_NO_DEVICE : CUDA_ERROR_OUT_OF_MEMORY;
     /* Done last, when nothing can fail any more: a second attempt must find the list as empty as the first did. */
     for (uint32_t i = 0; i < n; i++) {
         driver.primary[i] = (struct context){.device = (int)i, .primary = true, .next = driver.contexts};
         driver.contexts = &driver.primary[i];
     }
+    gate_begin(gate);
     driver.n_devices = n;
     driver.pid = getpid();
     __atomic_store_n(&driver.ready, true, __ATOMIC_RELEASE);

@@ -1,0 +1,17 @@
+/* The gate at which calls stop while another process has locked this one, and the restore thread. */
+#ifndef FGPU_SIM_CUDA_CORE_GATE_H
+#define FGPU_SIM_CUDA_CORE_GATE_H
+
+#include <stdbool.h>
+
+/* Opens the driver's node. Returns false if it does not exist. */
+bool node_open(void);
+/* Maps the gate that the server has sent, and starts the restore thread. Closes `file`. Without a gate, or without a
+ * thread, other processes cannot lock this one. */
+void gate_begin(int file);
+/* Waits while the gate is closed, and counts the calling thread as inside until it calls gate_leave. */
+void gate_enter(void);
+/* Does nothing in a thread that is not inside. */
+void gate_leave(void);
+
+#endif
