@@ -37,6 +37,8 @@ _FILES = (
         injection.PUBLISHED,  # removed after the store, because it has the path of the store
         PreexistingProcesses.FILE,
         "gatekeeper.json",
+        "parker.sock",
+        "parker.lock",
         file_locks.GATEKEEPER,
         file_locks.NEXT,
         TENANT_NAMES,

@@ -1,0 +1,1 @@
+"""The parker process: checkpoints GPU processes to host memory and restores them."""

@@ -1,0 +1,122 @@
+"""The processes of a job: each is still the one that the request names, and can execute the driver's orders.
+
+A thread of the process itself copies its memory. So a process that is stopped, traced or frozen would make a call of
+the driver hang.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from fgpu_ebpf.linux import procfs
+from fgpu_ebpf.parker.protocol import Named, RequestError
+
+_STOPPED = {"T": "stopped", "t": "stopped by a debugger"}
+
+
+class Process:
+    """A process, held by its pidfd from the start of the job."""
+
+    def __init__(self, named: Named) -> None:
+        """Raises RequestError: the process has ended."""
+        self.pid = named.pid
+        self._started = named.started
+        try:
+            self._pidfd = os.pidfd_open(named.pid)
+        except OSError:
+            self._pidfd = -1
+        if self._pidfd >= 0 and procfs.started(named.pid) != named.started:
+            self.close()
+
+    def close(self) -> None:
+        """Close the pidfd."""
+        if self._pidfd >= 0:
+            os.close(self._pidfd)
+            self._pidfd = -1
+
+    def is_there(self) -> bool:
+        """Return whether the process lives, so that its pid cannot name another process."""
+        return self._pidfd >= 0 and procfs.alive(self._pidfd) and procfs.started(self.pid) == self._started
+
+    def check(self) -> None:
+        """Check that the process lives. Raises RequestError."""
+        if not self.is_there():
+            raise RequestError(f"process {self.pid} has ended")
+
+    def check_runs(self) -> None:
+        """Check that nothing keeps the process from executing. Raises RequestError."""
+        self.check()
+        for thread in self._threads():
+            state, tracer = _state_and_tracer(self.pid, thread)
+            if tracer:
+                raise RequestError(f"process {self.pid} is traced by process {tracer}")
+            if state in _STOPPED:
+                raise RequestError(f"process {self.pid} is {_STOPPED[state]}")
+        for path, folder in cgroups(self.pid, "freezer"):
+            if _is_frozen(folder):
+                raise RequestError(f"process {self.pid} is in the frozen cgroup {path}")
+
+    def _threads(self) -> list[str]:
+        with contextlib.suppress(OSError):
+            return os.listdir(f"/proc/{self.pid}/task")
+        return []
+
+
+def _state_and_tracer(pid: int, thread: str) -> tuple[str, int]:
+    """Return the state of a thread, as in /proc, and the pid of its tracer; 0: it has none, or has ended."""
+    state, tracer = "", 0
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        for line in procfs.read(f"/proc/{pid}/task/{thread}/status").decode(errors="replace").splitlines():
+            if line.startswith("State:"):
+                state = line.split()[1]
+            if line.startswith("TracerPid:"):
+                tracer = int(line.split()[1])
+    return state, tracer
+
+
+def _is_frozen(folder: Path) -> bool:
+    """Return whether a cgroup of version 2 or 1 is frozen, or will be."""
+    for name, frozen in (("cgroup.events", "frozen 1"), ("cgroup.freeze", "1"), ("freezer.state", "FROZEN")):
+        with contextlib.suppress(OSError):
+            if frozen in (folder / name).read_text(encoding="ascii").split("\n"):
+                return True
+    return False
+
+
+def cgroups(pid: int, controller: str) -> Iterator[tuple[str, Path]]:
+    """Yield the path and the folder of a process's cgroup and of all cgroups around it, innermost first.
+
+    Both hierarchies are included: version 2, and the one of version 1 that has the controller, if there is one. Raises
+    RequestError: a cgroup lies outside the cgroup namespace of this process.
+    """
+    roots = _roots(controller)
+    try:
+        lines = procfs.read(f"/proc/{pid}/cgroup").decode(errors="surrogateescape").splitlines()
+    except OSError:
+        raise RequestError(f"process {pid} has ended") from None
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        root = roots.get("" if not controllers else controller if controller in controllers.split(",") else None)
+        if root is None:
+            continue
+        if procfs.is_outside(path):
+            raise RequestError(f"process {pid} is in a cgroup outside the cgroup namespace of the parker: {path}")
+        for above in procfs.and_above(path.removesuffix(" (deleted)")):
+            yield above, root / above.lstrip("/")
+
+
+def _roots(controller: str) -> dict[str | None, Path]:
+    """Return the mount points of the hierarchies: of version 2 by an empty name, of version 1 by its controller."""
+    found: dict[str | None, Path] = {}
+    with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as file:
+        for line in file:
+            left, _, right = line.partition(" - ")
+            kind, _, options = right.rstrip("\n").split(" ", 2)
+            if kind == "cgroup2":
+                found.setdefault("", Path(left.split()[4]))
+            elif kind == "cgroup" and controller in options.split(","):
+                found.setdefault(controller, Path(left.split()[4]))
+    return found

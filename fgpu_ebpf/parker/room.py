@@ -1,0 +1,78 @@
+"""Check that the host and every memory cgroup of the processes have room for the copy of their device memory.
+
+The kernel charges the copy to the memory cgroup of the process, and kills a process there if the cgroup is full. Pages
+of files that were not used lately make room by themselves, so they count as room.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable
+from pathlib import Path
+
+from fgpu_ebpf.linux import procfs
+from fgpu_ebpf.parker.processes import cgroups
+from fgpu_ebpf.parker.protocol import RequestError
+
+MARGIN = 0.12  # measured: 8 GiB on the device took 8.9 GiB of the cgroup
+_UNLIMITED = 1 << 60  # version 1 shows no limit as a number near 2^63
+_GIB = 1 << 30
+
+# The limits, the use, and the statistics of file pages, in both versions.
+_VERSIONS = (
+    (("memory.max", "memory.high"), "memory.current", "inactive_file"),
+    (("memory.limit_in_bytes",), "memory.usage_in_bytes", "total_inactive_file"),
+)
+
+
+def check(pids: Iterable[int], size: int) -> None:
+    """Check that `size` bytes and a margin fit in each memory cgroup and in the host. Raises RequestError."""
+    needed = int(size * (1 + MARGIN))
+    seen = set()
+    for pid in pids:
+        for path, folder in cgroups(pid, "memory"):
+            if folder not in seen:
+                seen.add(folder)
+                _check_cgroup(path, folder, needed)
+    available = _available()
+    if available < needed:
+        raise RequestError(f"the host has {_gib(available)} of memory available, and the copy may need {_gib(needed)}")
+
+
+def _check_cgroup(path: str, folder: Path, needed: int) -> None:
+    for limits, usage, files in _VERSIONS:
+        used = _number(folder / usage)
+        for name in limits:
+            limit = _number(folder / name)
+            if used is None or limit is None or limit >= _UNLIMITED:
+                continue
+            room = max(0, limit - used + _statistic(folder / "memory.stat", files))
+            if room < needed:
+                what = f"the cgroup {path} has room for {_gib(room)} ({name} is {_gib(limit)})"
+                raise RequestError(f"{what}, and the copy may need {_gib(needed)}")
+
+
+def _number(path: Path) -> int | None:
+    """Return the number in a file; None: there is no such file, or it says `max`."""
+    with contextlib.suppress(OSError, ValueError):
+        return int(path.read_text(encoding="ascii"))
+    return None
+
+
+def _statistic(path: Path, name: str) -> int:
+    with contextlib.suppress(OSError, ValueError):
+        for line in path.read_text(encoding="ascii").splitlines():
+            if line.startswith(f"{name} "):
+                return int(line.split()[1])
+    return 0
+
+
+def _available() -> int:
+    for line in procfs.read("/proc/meminfo").decode("ascii").splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) << 10
+    return 0
+
+
+def _gib(size: int) -> str:
+    return f"{size / _GIB:.2f} GiB"

@@ -1,0 +1,101 @@
+"""The process of one job. The parker forks it before it has loaded any library of the driver.
+
+A call of the driver that hangs blocks only this process. It goes on when the parker and the client have ended.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from fgpu_ebpf.parker import room
+from fgpu_ebpf.parker.cuda import Checkpoints, DriverError, Libcuda
+from fgpu_ebpf.parker.job import Job
+from fgpu_ebpf.parker.processes import Process
+from fgpu_ebpf.parker.protocol import UNCHANGED, Outcome, Request, RequestError, line
+
+_LAST_INHERITED = 2
+
+
+class Worker(NamedTuple):
+    """A started process of a job. `output`: the pipe with its replies."""
+
+    pid: int
+    output: int
+
+
+def start(request: Request, claimed: int, why: str, open_driver: Callable[[], Checkpoints]) -> Worker:
+    """Fork the process of a job. Raises OSError.
+
+    Args:
+        request: what to do.
+        claimed: the descriptor with the locks of the processes, or -1.
+        why: not empty: the processes are brought back after another job has ended halfway, for this reason.
+        open_driver: loads the driver.
+    """
+    output, end = os.pipe2(os.O_CLOEXEC)
+    pid = os.fork()
+    if pid == 0:
+        try:
+            _run(request, end, claimed, why, open_driver)
+        finally:
+            os._exit(1)
+    os.close(end)
+    return Worker(pid, output)
+
+
+def _run(request: Request, end: int, claimed: int, why: str, open_driver: Callable[[], Checkpoints]) -> None:
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGCHLD):
+        signal.signal(number, signal.SIG_DFL)
+    _close_all_but(end, claimed)
+
+    def say(reply: Mapping[str, Any]) -> None:
+        with contextlib.suppress(OSError):  # without a parker the job goes on
+            os.write(end, line(reply))
+
+    targets: list[Process] = []
+    try:
+        targets += map(Process, request.processes)
+        check_room = partial(room.check, [target.pid for target in targets], request.size)
+        job = Job(request, open_driver(), targets, check_room, say)
+        if request.op == "state":
+            say({"states": job.states()})
+        elif why:
+            say(job.recover(why).reply())
+        else:
+            say((job.park() if request.op == "park" else job.wake()).reply())
+    except (RequestError, DriverError, OSError) as error:
+        result = "lost" if why else UNCHANGED.get(request.op, "")
+        say(Outcome(result, f"{why}; {error}" if why else str(error)).reply())
+    os._exit(0)
+
+
+def _close_all_but(*kept: int) -> None:
+    """Close the connections of other jobs, which would otherwise stay open as long as this job."""
+    first = _LAST_INHERITED + 1
+    for descriptor in sorted(fd for fd in kept if fd >= first):
+        os.closerange(first, descriptor)
+        first = descriptor + 1
+    os.closerange(first, os.sysconf("SC_OPEN_MAX"))
+
+
+def host_driver(root: Path | None) -> Checkpoints:
+    """Load libcuda of the host, of the driver root that the agent uses too. Raises DriverError."""
+    # Imported here, so that only the processes of jobs need their memory.
+    from fgpu_ebpf.agent import host_config
+    from fgpu_ebpf.driver.library_files import driver_libraries
+
+    if root is None:
+        settings, errors = host_config.read()
+        if settings is None:
+            raise DriverError(f"the settings of this host have an error: {errors[0].text}", 0)
+        root = settings.driver_root
+    libraries = driver_libraries(root, "libcuda.so.1")
+    if not libraries:
+        raise DriverError(f"no libcuda.so.1 under {root}", 0)
+    return Libcuda(libraries[0])
