@@ -54,12 +54,16 @@ class Parker:
     """The state of the parker, and its loop."""
 
     def __init__(
-        self, listener: socket.socket, run_dir: Path, open_driver: Callable[[], Checkpoints], is_lasting: bool = True
-    ) -> None:
-        """`is_lasting`: the parker has made its socket itself, and goes on when it has no job."""
+        self, listener: socket.socket, run_dir: Path, open_driver: Callable[[], Checkpoints], is_lasting: bool,
+        waits_for_jobs: bool,
+    ) -> None:  # fmt: skip
+        """`is_lasting`: the parker has made its socket itself, and goes on when it has no job.
+
+        `waits_for_jobs`: end() waits for the jobs, because their processes would end with this one.
+        """
         self._made = _file_at(run_dir / SOCKET) if is_lasting else None
         self._listener, self._run_dir, self._open_driver = listener, run_dir, open_driver
-        self._is_lasting, self._ended = is_lasting, False
+        self._is_lasting, self._waits_for_jobs, self._ended = is_lasting, waits_for_jobs, False
         self._jobs: dict[Running, None] = {}
         self._selector = selectors.DefaultSelector()
         self._wakeup = Wakeup()
@@ -68,7 +72,7 @@ class Parker:
         self._used = time.monotonic()
 
     def end(self, *_: object) -> None:
-        """Make run() return. Jobs go on. Also the handler of SIGTERM and SIGINT."""
+        """Make run() return, and accept nothing more. Also the handler of SIGTERM and SIGINT."""
         self._ended = True
         self._wakeup.wake()
 
@@ -78,7 +82,7 @@ class Parker:
         That is the case if the file of its socket is gone (`fgpu detach`), or if systemd starts another one at the next
         request and there has been no job for IDLE_SECONDS.
         """
-        while not self._ended:
+        while not self._ended or (self._waits_for_jobs and self._jobs):
             for key, _ in self._selector.select(self._leisure()):
                 key.data()
             now = time.monotonic()
@@ -103,7 +107,7 @@ class Parker:
     def _accept(self) -> None:
         with contextlib.suppress(OSError):
             sock, _ = self._listener.accept()
-            if peer_credentials.pid_and_uid(sock)[1] != 0 or len(self._jobs) >= MOST_JOBS:
+            if self._ended or peer_credentials.pid_and_uid(sock)[1] != 0 or len(self._jobs) >= MOST_JOBS:
                 sock.close()
                 return
             sock.setblocking(False)
@@ -271,6 +275,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--run-dir", type=Path, default=Path("/run/fgpu"), help=f"the folder of {SOCKET}")
     parser.add_argument("--driver-root", type=Path, help="root of the NVIDIA driver's libraries (default: agent.yaml)")
+    parser.add_argument("--wait-for-jobs", action="store_true", help="at SIGTERM, wait until no job runs")
     options = parser.parse_args(argv)
     passed = passed_socket()
     try:
@@ -279,7 +284,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"fgpu parker: {error}", file=sys.stderr)
         return 1
     listener.setblocking(False)
-    parker = Parker(listener, options.run_dir, partial(worker.host_driver, options.driver_root), passed is None)
+    open_driver = partial(worker.host_driver, options.driver_root)
+    parker = Parker(listener, options.run_dir, open_driver, passed is None, options.wait_for_jobs)
     signal.signal(signal.SIGTERM, parker.end)
     signal.signal(signal.SIGINT, parker.end)
     sd_notify.ready()

@@ -137,6 +137,18 @@ def test_agent_and_gatekeeper_have_the_rights_of_their_units() -> None:
         assert set(found[name]["securityContext"]["capabilities"]["add"]) == (named | more) - less[name]
 
 
+def test_the_parker_runs_only_if_it_is_enabled_and_has_the_rights_of_its_unit() -> None:
+    made = {path.stem: {one["metadata"]["name"] for one in sets(path)} for path in FILES}
+    assert [name for name, found in made.items() if "fgpu-parker" in found] == ["everything"]
+    (one,) = [one for one in sets(HERE / "rendered/everything.yaml") if one["metadata"]["name"] == "fgpu-parker"]
+    (parker,) = containers(one)
+    unit = (ROOT / "deploy/systemd/fgpu-parker.service").read_text()
+    (line,) = re.findall("^CapabilityBoundingSet=(.*)$", unit, re.M)
+    named = {word.removeprefix("CAP_") for word in line.split()}
+    assert set(parker["securityContext"]["capabilities"]["add"]) == named
+    assert one["spec"]["template"]["spec"]["hostPID"] is True
+
+
 def test_every_mount_has_its_volume_and_every_volume_its_mount() -> None:
     for path in FILES:
         for one in sets(path):

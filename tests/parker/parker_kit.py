@@ -52,13 +52,13 @@ class Connection:
 class Parker:
     """A parker in the mount namespace of a machine."""
 
-    def __init__(self, machine: Machine, root: Path | None = None) -> None:
-        self._machine, self._root = machine, root or machine.tools
+    def __init__(self, machine: Machine, root: Path | None = None, *options: str) -> None:
+        self._machine, self._root, self._options = machine, root or machine.tools, options
         self.run_dir = Path(f"/proc/{machine.server.pid}/root/run/fgpu")
         self.process = self._start()
 
     def _start(self) -> subprocess.Popen[bytes]:
-        words = [sys.executable, "-m", "fgpu_ebpf.parker", "--driver-root", self._root]
+        words = [sys.executable, "-m", "fgpu_ebpf.parker", "--driver-root", str(self._root), *self._options]
         environment = {**os.environ, "PYTHONPATH": str(ROOT)}
         self.path.unlink(missing_ok=True)
         process = subprocess.Popen(self._machine.command(*words), env=environment, cwd="/")

@@ -288,6 +288,18 @@ def test_a_job_goes_on_without_its_parker(machine: Machine, parker: Parker, targ
     assert is_intact(target)
 
 
+def test_a_parker_that_waits_for_its_jobs_ends_after_them(machine: Machine, target: Popen[str]) -> None:
+    parker = Parker(machine, None, "--wait-for-jobs")
+    connection = begin_hanging(machine, parker, "checkpoint", "park", target)
+    parker.process.send_signal(signal.SIGTERM)
+    with pytest.raises(ConnectionError):  # no new job
+        Connection(parker.path, {"op": "x"}).replies()
+    assert parker.process.poll() is None
+    order(machine, "reset")
+    assert at(connection.replies()) == ["checkpointed", "parked"]
+    assert parker.process.wait(10) == 0
+
+
 def test_a_process_that_ends_while_parked_is_reported(parker: Parker, target: Popen[str], other: Popen[str]) -> None:
     pids = (target.pid, other.pid)
     processes = named(*pids)

@@ -1,0 +1,76 @@
+"""Room for the copy, by the files of both versions of cgroups."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from fgpu_ebpf.parker import room
+from fgpu_ebpf.parker.protocol import RequestError
+
+GIB = 1 << 30
+Make = Callable[..., None]
+
+
+@pytest.fixture
+def make(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Make:
+    """Return a function that makes a cgroup around the process with these files."""
+    groups: list[tuple[str, Path]] = []
+
+    def cgroups(pid: int, controller: str) -> Iterator[tuple[str, Path]]:
+        assert (pid, controller) == (7, "memory")
+        yield from groups
+
+    def make(path: str, **files: object) -> None:
+        folder = tmp_path / path.lstrip("/")
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, text in files.items():
+            (folder / f"memory.{name}").write_text(f"{text}\n")
+        groups.append((path, folder))
+
+    monkeypatch.setattr(room, "cgroups", cgroups)
+    monkeypatch.setattr(room, "_available", lambda: 100 * GIB)
+    return make
+
+
+def refusal(size: int) -> str:
+    with pytest.raises(RequestError) as raised:
+        room.check([7], size)
+    return str(raised.value)
+
+
+def test_each_limit_of_version_2_counts_with_a_margin(make: Make) -> None:
+    make("/a/inner", max="max", high="max", current=GIB)
+    make("/a", max=12 * GIB, high=10 * GIB, current=GIB)
+    room.check([7], 8 * GIB)
+    assert refusal(9 * GIB) == (
+        "the cgroup /a has room for 9.00 GiB (memory.high is 10.00 GiB), and the copy may need 10.08 GiB"
+    )
+    assert "memory.max is 12.00 GiB" in refusal(11 * GIB)
+
+
+def test_file_pages_that_were_not_used_lately_are_room(make: Make) -> None:
+    make("/a", max=4 * GIB, current=4 * GIB, stat=f"anon {GIB}\ninactive_file {3 * GIB}")
+    room.check([7], 2 * GIB)
+    assert "has room for 3.00 GiB" in refusal(3 * GIB)
+
+
+def test_limits_of_version_1_count(make: Make) -> None:
+    make("/", limit_in_bytes=9223372036854771712, usage_in_bytes=50 * GIB)
+    make("/b", limit_in_bytes=4 * GIB, usage_in_bytes=3 * GIB, stat=f"inactive_file 5\ntotal_inactive_file {GIB}")
+    room.check([7], GIB)
+    assert refusal(2 * GIB) == (
+        "the cgroup /b has room for 2.00 GiB (memory.limit_in_bytes is 4.00 GiB), and the copy may need 2.24 GiB"
+    )
+
+
+def test_a_full_cgroup_has_no_room(make: Make) -> None:
+    make("/a", max=GIB, current=2 * GIB)
+    assert "has room for 0.00 GiB" in refusal(1)
+
+
+def test_the_host_s_memory_counts(make: Make) -> None:
+    room.check([7], 80 * GIB)
+    assert refusal(90 * GIB) == "the host has 100.00 GiB of memory available, and the copy may need 100.80 GiB"
