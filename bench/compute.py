@@ -43,6 +43,7 @@ CASES: dict[str, Case] = {
         faults.gang,
         trainings.train,
         trainings.unfilled,
+        trainings.lending,
         trainings.inference,
         trainings.train_step,
         trainings.torch_capture,

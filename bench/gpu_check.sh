@@ -42,14 +42,14 @@ compile() { # compile SOURCE PROGRAM: compiles SOURCE, unless PROGRAM is newer b
 step machine 30 sh -c 'uname -r; nvidia-smi -L; nvidia-smi --query-gpu=driver_version,memory.total --format=csv,noheader; gcc --version | head -n 1'
 step shim 120 make -s -C shim OUT="$PWD/build/shim" HEADERS="$headers"
 step oci 60 make -s -C oci OUT="$PWD/build/oci"
-for name in client freed sandboxed; do
+for name in client freed sandboxed bypass; do
     step $name 60 bash -c "$(declare -f compile); headers=$headers; compile tests/programs/$name.c build/e2e/$name"
 done
 for source in examples/fill.c bench/programs/*.c; do
     program=build/${source%%/*}/$(basename "$source" .c)
     step "${source##*/}" 60 bash -c "$(declare -f compile); headers=$headers; compile $source $program"
 done
-claims='start views runtimes fill torch jax pair race kills restarts orphan freed lookups hidden sandbox contexts entries'
+claims='start views runtimes fill torch jax pair race kills restarts orphan freed lookups hidden sandbox contexts deny entries'
 benchmarks='memory calls storm load steady truth compute'
 for claim in ${CLAIMS:-$claims $benchmarks}; do
     more=()

@@ -223,6 +223,10 @@ NODES = [
            "stopped, hung, or has long kernels.", "ops",
            Query(f"sum by (instance, gpu) (rate(fgpu_slice_overruns_total{{{DEVICE}}}[{RATE}]))",
                  "{{instance}} {{gpu}}")),
+    series("Tenants at the same time", "Part of the time in which all tenants of a device could launch at the same "
+           "time, because each of them gained by it.", "percentunit",
+           Query(f"sum by (instance, gpu) (rate(fgpu_slice_lent_seconds_total{{{DEVICE}}}[{RATE}]))",
+                 "{{instance}} {{gpu}}")),
     series("Probe hits", "Calls of the driver and requests of the shim that reached a probe, per second.", "ops",
            Query(f"sum by (probe) (rate(fgpu_probe_hits_total{{{NODE}}}[{RATE}]))", "{{probe}}")),
     series("Anomalies", "Events that should not occur, per second. `bypass`: an allocation without admission; `full`: "

@@ -214,8 +214,9 @@ class DeviceView:
 class SlicesView:
     """Turns on one device, as the gatekeeper counts them.
 
-    `drain_seconds`: the sum of all drains. `drains`: the number of drains in each interval that ends at one of
-    `bounds_seconds`, and last the number of longer drains.
+    `lent_seconds`: the time for which all tenants of the device could launch at the same time. `drain_seconds`: the sum
+    of all drains. `drains`: the number of drains in each interval that ends at one of `bounds_seconds`, and last the
+    number of longer drains.
     """
 
     switches: int
@@ -223,6 +224,7 @@ class SlicesView:
     drain_seconds: float
     bounds_seconds: tuple[float, ...]
     drains: tuple[int, ...]
+    lent_seconds: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

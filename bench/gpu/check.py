@@ -23,7 +23,7 @@ import pynvml
 from bench.gpu.claims import GRANULE, PYTHON, Sampler, Skip, need, say
 from bench.gpu.runtimes import runtimes
 from bench.gpu.views import views
-from bench.gpu.ways import contexts, entries, hidden, lookups, sandbox
+from bench.gpu.ways import contexts, deny, entries, hidden, lookups, sandbox
 from bench.lib import nvml
 from tests.support.commands import fgpu
 from tests.support.host import BUILD, DRIVER_ROOT, FGPU, GIB, MIB, REFUSED
@@ -317,6 +317,7 @@ CLAIMS: dict[str, Callable[[Service, Place], None]] = {
         hidden,
         sandbox,
         contexts,
+        deny,
         entries,
     )
 }

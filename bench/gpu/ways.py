@@ -12,9 +12,10 @@ import subprocess
 import time
 from pathlib import Path
 
-from bench.gpu.claims import GRANULE, need, say
+from bench.gpu.claims import GRANULE, PYTHON, need, say
 from bench.gpu.runtimes import OUT_OF_MEMORY, RUNTIME, installed
 from bench.lib import nvml
+from tests.e2e.bypass_kit import Bypass
 from tests.support.commands import fgpu
 from tests.support.host import BUILD, DRIVER_ROOT, GIB, KIB, MIB, REFUSED, ROOT
 from tests.support.place import Place
@@ -35,6 +36,19 @@ kind: GpuPolicy
 metadata: {{name: contexts}}
 spec: {{selector: {{cgroup: ["{path}"]}}, memory: {{limit: {limit}B, contexts: 1}}}}
 """
+DENY = """
+apiVersion: fgpu.dev/v1alpha1
+kind: GpuPolicy
+metadata: {{name: deny}}
+spec: {{selector: {{cgroup: ["{path}"]}}, memory: {{limit: {limit}B}}, onBypass: deny}}
+"""
+NO_DEVICE = "CUDA_ERROR_100"
+STOCK = {  # name: (the module, a program that uses the device)
+    "torch": ("torch", "x = torch.rand(512, 512, device='cuda'); (x @ x).sum().item()"),
+    "jax": ("jax", "import jax.numpy; x = jax.numpy.ones((512, 512)); (x @ x).block_until_ready()"),
+    "cupy": ("cupy", "x = cupy.ones((512, 512)); float((x @ x).sum())"),
+    "numba": ("numba.cuda", "numba.cuda.to_device([1.0, 2.0]).copy_to_host()"),
+}
 DEEP = RUNTIME.replace("ctypes.CDLL(sys.argv[1])", "ctypes.CDLL(sys.argv[1], os.RTLD_NOW | os.RTLD_DEEPBIND)")
 
 
@@ -105,6 +119,7 @@ def sandbox(service: Service, place: Place) -> None:
 def contexts(service: Service, place: Place) -> None:
     """Fill the limit of a tenant with `memory.contexts: 1`, which sees all of it as free memory."""
     one = place.tenant(LIMIT)
+    one.assert_enforced()
     fgpu("unset", one.path)
     (service.policies / "contexts.yaml").write_text(CONTEXTS.format(path=one.path, limit=LIMIT))
     fgpu("reload")
@@ -116,6 +131,28 @@ def contexts(service: Service, place: Place) -> None:
     need(client.do(f"alloc {LIMIT}").startswith("ok"), "gets all of them")
     need(nvml.bytes_of({client.pid}) > LIMIT, "the context is in addition")
     say("beyond", one.memory()["limit_bytes"] - one.memory()["used_bytes"], "bytes left")
+
+
+def deny(service: Service, place: Place) -> None:
+    """Run stock programs under `onBypass: deny`. Without the shim, libcuda and NVML get no device."""
+    one = place.tenant(LIMIT)
+    one.assert_enforced()
+    fgpu("unset", one.path)
+    (service.policies / "deny.yaml").write_text(DENY.format(path=one.path, limit=LIMIT))
+    fgpu("reload")
+    one.assert_enforced()
+    table = one.run("nvidia-smi")
+    need(f"/ {LIMIT // MIB:6d}MiB" in table, f"nvidia-smi shows {LIMIT // MIB} MiB")
+    for name, (module, program) in STOCK.items():
+        if subprocess.run([PYTHON, "-c", f"import {module}"], capture_output=True, timeout=120, check=False).returncode:
+            say(name, "absent")
+            continue
+        (one.folder / f"{name}_.py").write_text(f"import {module}\n{program}\nprint('ran')\n")
+        said = one.run(f"env XLA_PYTHON_CLIENT_PREALLOCATE=false {PYTHON} {name}_.py", 120)
+        need(said.split()[-1:] == ["ran"], f"{name} runs: {said[-300:]}")
+    client = Bypass(one, "bypass", f"{BUILD}/e2e/bypass symbols")
+    need(client.do(f"alloc {GRANULE}").startswith(NO_DEVICE), "around the shim, cuInit finds no device")
+    need("denied" in fgpu("events", "--json").stdout, "`fgpu events` has the refused opens")
 
 
 def entries(service: Service, place: Place) -> None:

@@ -151,6 +151,26 @@ def unfilled(bench: Bench) -> None:
     _pairs(bench, "unfilled", "unfilled", None, 2 if bench.quick else 5)
 
 
+def lending(bench: Bench) -> None:
+    """Run pairs that the scheduler lends to each other, and pairs that it does not: each with gates, and without.
+
+    Prints the sum of two, each in percent of itself alone: in the first 4 s, in which the trial is made, in 8 s after
+    that, and without gates.
+    """
+    programs = _torch(bench)
+    for what in ("unfilled", "small", "train"):
+        alone = {name: said["steps"] / 2.5 for name, said in _alone(programs, what, 2.5, *TORCH[:3]).items()}
+        alone["n1"] = alone["n0"]
+        for stage, seconds, names in (
+            ("first", 4, TORCH[:2]),
+            ("then", 8, TORCH[:2]),
+            ("by_the_driver", 4, ("n0", "n1")),
+        ):
+            said = _together(programs, seconds, **dict.fromkeys(names, what))
+            parts = [100 * one["steps"] / seconds / alone[name] for name, one in said.items()]
+            bench.line(f"lending_{what}_{stage}", sum(parts), "% of alone")
+
+
 def _beside(programs: dict[str, Program], seconds: float, rounds: int, **what: str) -> dict[str, list[float]]:
     """Run programs together and each alone, in turn, because the speed of a program that runs alone varies with time.
 

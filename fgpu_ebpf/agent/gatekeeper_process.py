@@ -187,7 +187,10 @@ def slices(counted: Mapping[str, Any], device: int) -> SlicesView | None:
         of_device = slices["devices"][str(device)]
         bounds = tuple(ns / NS for ns in slices["bounds_ns"])
         drains = tuple(of_device["drains"])
-        return SlicesView(of_device["switches"], of_device["overruns"], of_device["drain_ns"] / NS, bounds, drains)
+        lent = of_device.get("lent_ns", 0) / NS  # an older gatekeeper does not count it
+        return SlicesView(
+            of_device["switches"], of_device["overruns"], of_device["drain_ns"] / NS, bounds, drains, lent
+        )
     except (KeyError, TypeError):
         return None
 

@@ -114,9 +114,14 @@ _USAGE_COUNTERS: tuple[tuple[str, str, Callable[[UsageView], float]], ...] = (
         lambda u: u.idle_seconds,
     ),
 )
-_SLICE_COUNTERS: tuple[tuple[str, str, Callable[[SlicesView], int]], ...] = (
+_SLICE_COUNTERS: tuple[tuple[str, str, Callable[[SlicesView], float]], ...] = (
     ("fgpu_slice_switches", "Turns that began on the device", lambda s: s.switches),
     ("fgpu_slice_overruns", "Turns that passed to the next tenant with work in flight", lambda s: s.overruns),
+    (
+        "fgpu_slice_lent_seconds",
+        "Time for which all tenants of the device could launch at the same time, because each of them gained by it",
+        lambda s: s.lent_seconds,
+    ),
 )
 _INFO_LABELS = ("tenant", "kind", "policy", "namespace", "pod", "container", "cgroup_path")
 _FIRST_REFUSAL = ("memory", "limit")  # exported as 0 before the first refusal, which is then an increase

@@ -359,10 +359,9 @@ class TimeSlicer:
         return place.seen.devices.intersection(self._shares.get(place.tenant, ()))
 
     def _observe(self, tenant: int, place: Place, ledger: Ledger, now_ns: int) -> None:
-        if place.share.limited:
-            ran = [ns for device in place.seen.devices if (ns := ledger.times.ran_ns(tenant, device)) is not None]
-            if ran:
-                self._turns.observed(tenant, max(ran), now_ns)
+        ran = [ns for device in place.seen.devices if (ns := ledger.times.ran_ns(tenant, device)) is not None]
+        if ran:
+            self._turns.observed(tenant, max(ran), now_ns)
 
     def counts(self) -> dict[str, Any]:
         """Return the counters of every device, in types that JSON can represent."""

@@ -33,6 +33,7 @@ class DeviceCounts:
 
     switches: int = 0
     overruns: int = 0
+    lent_ns: int = 0  # the time for which all tenants could launch at the same time
     drain_ns: int = 0
     drains: list[int] = field(default_factory=lambda: [0] * (len(BUCKETS_NS) + 1))
 

@@ -35,3 +35,23 @@ def begin_earlier(running: Iterable[Place], before: Turn, ended_ns: int) -> None
         if turn and turn is not before and turn.begins_ns == before.handed_ns and turn.devices & before.devices:
             since_ns = max(ended_ns, place.begun_ns(turn))
             place.charge(turn.begins_ns - since_ns)
+
+
+def late_gangs(running: Iterable[Place], now_ns: int) -> list[int]:
+    """Return the owners with CUDA kernels that wait for kernels behind closed gates, and prolong their turns."""
+    found = []
+    for place in running:
+        turn = place.turn
+        if turn and 0 < place.meets_ns(turn) <= now_ns < turn.closing_ns + place.share.quantum_ns:
+            turn.deadline_ns = max(turn.deadline_ns, now_ns + abi.BUDGET_NS)
+            found.append(place.tenant)
+    return found
+
+
+def taken(running: Iterable[Place], now_ns: int) -> set[int]:
+    """Return the devices with a turn that is not near its end."""
+    found: set[int] = set()
+    for place in running:
+        if place.turn and not place.is_passing(place.turn, now_ns):
+            found |= place.turn.devices
+    return found

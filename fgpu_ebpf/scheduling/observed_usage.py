@@ -1,4 +1,5 @@
-"""The device time of a tenant according to NVML. A tenant with a ceiling is charged at least for this time.
+"""The device time of a tenant according to NVML. A tenant with a ceiling is charged at least for this time, and tenants
+that use little of their turns may run at the same time (`lending`).
 
 NVML takes samples and reports late, so the comparison allows some difference. The module runs in the gatekeeper's time
 slicer thread. Times are in nanoseconds.
@@ -21,6 +22,7 @@ class Observed:
     owned_ns: int = 0
     at_ns: int = 0
     ahead_ns: int = 0
+    use: float | None = None  # the part of the time in which it ran, recently; None: unknown
 
     def short_ns(self, ran_ns: int, owned_ns: int, now_ns: int) -> int:
         """Return the time that the tenant has to be charged in addition.
@@ -37,6 +39,8 @@ class Observed:
         self.ran_ns, self.owned_ns, self.at_ns = ran_ns, owned_ns, now_ns
         if is_first:
             return 0
+        use = ran / max(1, between_ns)
+        self.use = use if self.use is None else (self.use + use) / 2
         short = max(0, ran - owned - self.ahead_ns - between_ns // SLACK_PARTS)
         self.ahead_ns = min(MOST_AHEAD_NS, max(0, self.ahead_ns + owned - ran))
         self.owned_ns += short

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
 
-from fgpu_ebpf.scheduling import fair_queue, state
+from fgpu_ebpf.scheduling import fair_queue, handover
 from fgpu_ebpf.scheduling.fair_queue import Floor
 from fgpu_ebpf.scheduling.share_groups import waiters_of
 from fgpu_ebpf.scheduling.state import FLOOR_TURN_NS, Place, Turn
@@ -31,6 +31,6 @@ def comes_first_again(
     """Return whether the owner would also get the next turn."""
     ahead_ns = place.flight_ns(now_ns)  # charged in advance, because work in flight is charged in any case
     waiters = [*waiters_of(ready, running, now_ns), place.waiter(now_ns, ahead_ns, ahead_ns)]
-    free = fair_queue.wanted(waiters) - state.taken(running, now_ns) | turn.devices
+    free = fair_queue.wanted(waiters) - handover.taken(running, now_ns) | turn.devices
     found = fair_queue.next_turns(waiters, free, floors, now_ns)
     return any(grant.tenant == place.tenant for grant in found)

@@ -75,6 +75,7 @@ class Place:
     account: Account
     seen: Seen = NOTHING
     free_on: frozenset[int] = frozenset()
+    lent: bool = False  # it is free on its device together with the other tenants there
     turn: Turn | None = None
     since_ns: int | None = None  # since when the tenant has requested a turn; None: it requests none
     number: int = 0  # the number of its last turn
@@ -95,7 +96,7 @@ class Place:
     above: tuple[Unit, ...] = ()
 
     def waiter(self, now_ns: int, ahead_ns: int = 0, unit_ahead_ns: int = 0) -> Waiter:
-        """Return the tenant as a waiter. If it requests no turn yet, the waiter requests one from `now_ns` on.
+        """Return the tenant as a waiter, from `now_ns` on if it requests no turn yet.
 
         `ahead_ns` is charged in advance to the tenant, `unit_ahead_ns` to its unit.
         """
@@ -164,6 +165,13 @@ class Place:
         for unit in self.above:
             unit.charge(self._devices(), ns)
 
+    def observe(self, ran_ns: int, now_ns: int) -> None:
+        """Compare the tenant's device time with NVML's."""
+        short_ns = self.observed.short_ns(ran_ns, self.owned_ns(), now_ns)
+        if self.share.limited:
+            self.count_up(now_ns)
+            self.charge(short_ns)
+
     def is_unit(self) -> bool:
         """Return whether other tenants are inside this tenant."""
         return bool(self.above) and self.above[0].level == self.tenant
@@ -207,7 +215,7 @@ class Place:
     def gate(self, device: int) -> int:
         """Return the word that the tenant's control pages have for the gate of a device."""
         if device in self.free_on:
-            return _OPEN
+            return self.number << abi.GATE_SHIFT | _GATED | _OPEN if self.lent else _OPEN  # gated: launches are counted
         is_open = self.turn is not None and device in self.turn.devices and not self.turn.closing_ns
         return self.number << abi.GATE_SHIFT | _GATED | (_OPEN if is_open else 0)
 
@@ -383,13 +391,4 @@ def missing(running: Iterable[Place], but: Place | None = None) -> set[int]:
         turn = place.turn
         if turn and not turn.closing_ns and not turn.devices.issuperset(place.seen.devices) and place is not but:
             found |= place.seen.devices - turn.devices
-    return found
-
-
-def taken(running: Iterable[Place], now_ns: int) -> set[int]:
-    """Return the devices with a turn that is not near its end."""
-    found: set[int] = set()
-    for place in running:
-        if place.turn and not place.is_passing(place.turn, now_ns):
-            found |= place.turn.devices
     return found

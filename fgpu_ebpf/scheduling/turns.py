@@ -9,16 +9,15 @@ reports of a tenant cost at most its own turn.
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from fgpu_ebpf import abi
-from fgpu_ebpf.scheduling import fair_queue, handover, rivals, state
+from fgpu_ebpf.scheduling import fair_queue, handover, lending, rivals, state
 from fgpu_ebpf.scheduling.fair_queue import Grant, Share
 from fgpu_ebpf.scheduling.nested_shares import Unit
 from fgpu_ebpf.scheduling.reports import NOTHING, Seen
 from fgpu_ebpf.scheduling.share_groups import Units, first_inside, leave, waiters_of
-from fgpu_ebpf.scheduling.state import NEVER_NS, Place, Turn
+from fgpu_ebpf.scheduling.state import Place, Turn
 from fgpu_ebpf.scheduling.virtual_clock import Clocks
 
 MS = 1_000_000
@@ -36,10 +35,10 @@ class Turns:
     def __init__(self) -> None:
         self.places: dict[int, Place] = {}
         self._clocks, self._units = Clocks(), Units()
+        self._lending = lending.Lending(self._clocks)
         self.devices = self._clocks.counts
         self.resets = 0  # tenants that were reset by forget()
-        self._number = 0
-        self._changed: set[int] = set()
+        self._number, self._changed = 0, set[int]()
         self._here: dict[int, Place] = {}  # tenants with processes
         self._running: dict[int, Place] = {}  # tenants with a turn
         self._queue: dict[int, Place] = {}  # tenants that wait for a turn
@@ -52,8 +51,7 @@ class Turns:
         """Set the shares of all tenants from now on. The next step() must be given observations of every tenant."""
         for tenant in set(self.places) - set(shares):
             del self.places[tenant]
-            for places in (self._here, self._running, self._queue):
-                places.pop(tenant, None)
+            self._drop(tenant)
         self._changed, self._users_changed = self._changed & set(shares), True
         self._units.share_out(shares, now_ns)
         for tenant, share in shares.items():
@@ -100,15 +98,13 @@ class Turns:
             place.trust.forget_overrun()
 
     def observed(self, tenant: int, ran_ns: int, now_ns: int) -> None:
-        """Charge a tenant with a ceiling at least for `ran_ns`, its total device time according to NVML."""
-        place = self.places[tenant]
-        if place.share.limited:
-            place.count_up(now_ns)
-            place.charge(place.observed.short_ns(ran_ns, place.owned_ns(), now_ns))
+        """Record the total device time of a tenant according to NVML. A tenant with a ceiling is charged for it."""
+        self.places[tenant].observe(ran_ns, now_ns)
 
     def in_question(self) -> list[int]:
         """Return the tenants that have a turn or whose turn was just cut. Every step must get observations of these."""
-        return [*self._running, *(tenant for tenant, place in self._queue.items() if place.cut)]
+        cut = (place.tenant for place in self._queue.values() if place.cut)
+        return [*self._running, *self._lending.tenants(), *cut]
 
     def without_wakeups(self) -> set[int]:
         """Return tenants whose wake-ups can wait for the next step, because they outrank no owner they wait for."""
@@ -128,6 +124,7 @@ class Turns:
                 self._try_to_look(self.places[tenant], seen, wanted, now_ns)
         if self._users_changed:
             self._set_all_free(now_ns)
+        self._lend(*self._lending.look(now_ns), now_ns)
         ready = self._ready(now_ns)
         for place in list(self._running.values()):
             self._let_run_or_close(place, ready, now_ns)
@@ -139,25 +136,17 @@ class Turns:
         return changed
 
     def look_again(self) -> bool:
-        """Return whether to check again at once: gates were closed with nothing in flight. If the next check finds
-        nothing in flight either, these turns have ended.
-        """
+        """Return whether to check again at once, because gates were closed with nothing in flight."""
         is_drained, self._is_drained = self._is_drained, False
         return is_drained
 
     def to_meet(self, now_ns: int) -> list[int]:
         """Return the gangs with CUDA kernels that wait for kernels behind closed gates, and prolong their turns."""
-        found = []
-        for place in self._running.values():
-            turn = place.turn
-            if turn and 0 < place.meets_ns(turn) <= now_ns < turn.closing_ns + place.share.quantum_ns:
-                turn.deadline_ns = max(turn.deadline_ns, now_ns + abi.BUDGET_NS)
-                found.append(place.tenant)
-        return found
+        return handover.late_gangs(self._running.values(), now_ns)
 
     def due_ns(self, now_ns: int) -> int:
         """Return when the next step is due if no tenant wakes the time slicer; NEVER_NS: only after a wake-up."""
-        due = NEVER_NS
+        due = self._lending.due_ns(now_ns)
         waiting = self._preempted()
         for place in self._queue.values():
             at_ns = place.ready_ns()
@@ -181,12 +170,14 @@ class Turns:
 
     def forget(self, tenant: int) -> None:
         """Discard the reports of a tenant, and end its turn. Its account stays, with its debts."""
-        place = self.places[tenant]
-        for places in (self._here, self._running, self._queue):
-            places.pop(tenant, None)
-        self.places[tenant] = place.without_reports()
+        self._drop(tenant)
+        self.places[tenant] = self.places[tenant].without_reports()
         self._changed.add(tenant)
         self._users_changed = True
+
+    def _drop(self, tenant: int) -> None:
+        for places in (self._here, self._running, self._queue):
+            places.pop(tenant, None)
 
     def _look(self, place: Place, seen: Seen, wanted: set[int], now_ns: int) -> None:
         if seen.launches != place.seen.launches:
@@ -249,23 +240,23 @@ class Turns:
 
     def _set_all_free(self, now_ns: int) -> None:
         self._users_changed = False
-        users = Counter(device for place in self._here.values() for device in place.seen.devices)
-        for place in self._here.values():
-            self._set_free(place, users, now_ns)
+        self._lend((), self._lending.restart(self._here.values(), now_ns), now_ns)
+        for place, before in [*lending.set_free(self._here.values())]:
+            self._changed.add(place.tenant)
+            if place.free_on:
+                self._end_turn(place)
+            elif place.seen.devices:  # the tenant is running, so it gets a turn now
+                self._open(place, Grant(place.tenant, before & place.seen.devices), now_ns)
 
-    def _set_free(self, place: Place, users: Counter[int], now_ns: int) -> None:
-        before = place.free_on
-        alone = not place.share.limited and all(users[device] == 1 for device in place.seen.devices)
-        place.free_on = place.seen.devices if alone else frozenset()
-        if place.free_on == before:
-            return
-        self._changed.add(place.tenant)
-        if place.free_on:
-            place.turn = None
-            self._running.pop(place.tenant, None)
-            self._leave_queue(place)
-        elif place.seen.devices:  # the tenant is running, so it gets a turn now
-            self._open(place, Grant(place.tenant, before & place.seen.devices), now_ns)
+    def _lend(self, begin: Iterable[Place], end: Iterable[Place], now_ns: int) -> None:
+        """Open the gates of some tenants, and close those of others, which request turns when they next launch."""
+        for place in begin:
+            self._end_turn(place)
+            lending.lend(place, self._next_number())
+        for place in end:
+            if self.places.get(place.tenant) is place:
+                lending.take_back(place, self._next_number(), now_ns)
+                self._changed.add(place.tenant)
 
     # -- tenants that continue, and tenants that stop
 
@@ -328,7 +319,7 @@ class Turns:
 
     def _grant(self, ready: list[Place], now_ns: int) -> None:
         lacking = state.missing(self._running.values())
-        in_use = state.taken(self._running.values(), now_ns) if ready or lacking else set()
+        in_use = handover.taken(self._running.values(), now_ns) if ready or lacking else set()
         if not lacking and all(not place.seen.devices.isdisjoint(in_use) for place in ready):
             return
         for place in self._running.values():
@@ -342,12 +333,12 @@ class Turns:
             self._open(self.places[grant.tenant], grant, now_ns)
 
     def _open(self, place: Place, grant: Grant, now_ns: int) -> None:
-        self._number = (self._number + 1) & 0x3FFFFFFF
         begins_ns = handover.next_begins_ns(self._running.values(), grant.devices, now_ns)
         times = (now_ns, begins_ns, begins_ns, begins_ns + place.share.quantum_ns, now_ns)
         first = (place.seen.launches, begins_ns, place.begins())
-        place.turn = Turn(set(grant.devices), self._number, grant.floor, *times, *first)
-        place.number, place.late_ns = self._number, 0
+        place.number = self._next_number()
+        place.turn = Turn(set(grant.devices), place.number, grant.floor, *times, *first)
+        place.late_ns = 0
         place.trust.begins_again(place.seen.busy_until_ns, now_ns)
         place.count_up(now_ns)
         place.counts.switches += 1
@@ -359,6 +350,16 @@ class Turns:
             self._leave_queue(place)
         self._clocks.turn_begins(grant.devices, place.share.rank, place.turn.virtual_ns, now_ns if grant.floor else 0)
         self._running[place.tenant] = place
+        self._changed.add(place.tenant)
+
+    def _next_number(self) -> int:
+        self._number = (self._number + 1) & 0x3FFFFFFF
+        return self._number
+
+    def _end_turn(self, place: Place) -> None:
+        place.turn = None
+        self._running.pop(place.tenant, None)
+        self._leave_queue(place)
         self._changed.add(place.tenant)
 
     def _close(self, place: Place, turn: Turn, now_ns: int) -> None:
@@ -391,9 +392,7 @@ class Turns:
         else:
             leave(place, self._clocks.now(place.seen.devices, place.share.rank), now_ns)
             self._left.append(place)
-        place.turn = None
-        self._running.pop(place.tenant, None)
-        self._changed.add(place.tenant)
+        self._end_turn(place)
         if turn.cut and place.seen.drained and place.seen.devices:  # it queues again without a wake-up by a thread
             place.cut = True
             self._join(place, now_ns)

@@ -21,7 +21,7 @@ from fgpu_ebpf.snapshot import (
 
 def snapshot(name: str = "notebook") -> Snapshot:
     device = DeviceView(0, "GPU-1", "NVIDIA H200", "00000000:06:00.0", 150754820096, 644939776, 8 << 30, 23,
-                        SlicesView(907, 2, 1.5, (0.001, 0.004), (811, 89, 5)), name, 0.25, 2,
+                        SlicesView(907, 2, 1.5, (0.001, 0.004), (811, 89, 5), 12.5), name, 0.25, 2,
                         {31: 3, 79: 1}, 3, 79, 13, 17)  # fmt: skip
     compute = ComputeView(
         0.5, 300, "high", 12.5, 71, 3.25, 11, 2, True, 0.45, 0.5, False, 1.5, None, Shortfall(0.21, "why")

@@ -150,12 +150,13 @@ class World:
 
     def __init__(
         self, *tenants: Tenant, outer: dict[int, Share] | None = None, inside: dict[int, list[int]] | None = None,
-        slice_ns: int = 0,
+        slice_ns: int = 0, crowded: float = 1.0,
     ) -> None:  # fmt: skip
         """Initialize the devices.
 
         `outer` are levels without programs of their own. `inside` has the levels around a tenant, innermost first.
         `slice_ns`: how long a launch delays the kernels that other tenants have in flight on the same device.
+        `crowded`: how many times as long kernels take while the gates of several tenants are open.
         """
         self.tenants = {tenant.key: tenant for tenant in tenants}
         self.turns = Turns()
@@ -164,7 +165,7 @@ class World:
         for key, levels in (inside or {}).items():
             self.turns.nest(key, levels, self.now)
         self.free_at: dict[int, int] = {}
-        self.slice_ns = slice_ns
+        self.slice_ns, self.crowded = slice_ns, crowded
         self.bell: int | None = self.now
         self.rung = set(self.tenants)
         self.nvml = dict.fromkeys(self.tenants, 0)
@@ -270,9 +271,12 @@ class World:
                 tenant.steps.owed -= 1
             start = max([self.now, *(self.free_at.get(device, 0) for device in tenant.devices)])
             self._delay_others(tenant)
+            kernel_ns = round(
+                tenant.kernel_ns * (self.crowded if sum(map(self.is_open, self.tenants.values())) > 1 else 1)
+            )
             for device in tenant.devices:
-                self.free_at[device] = start + tenant.kernel_ns
-            tenant.flights.append(start + tenant.kernel_ns)
+                self.free_at[device] = start + kernel_ns
+            tenant.flights.append(start + kernel_ns)
             tenant.launches += 1
             rest_ns = self.now - tenant.ended_ns if tenant.ended_ns > tenant.wanted_ns else 0
             tenant.rested_ns += rest_ns if rest_ns >= REST_NS else 0

@@ -1,0 +1,199 @@
+"""Lending: all tenants of a device may launch at the same time, as long as each of them gains or loses nothing by it.
+
+Turns are exclusive, so they waste a device whose tenants leave it idle in their own turns. The driver can run such
+tenants side by side, but for other pairs of programs its switches between contexts cost more than the idle time. No
+rule predicts which case it is, so it is measured. All gates of the device are opened for a trial, and the launches of
+each tenant in a second are compared with those under turns just before. Lending continues only while no tenant launches
+less than under turns, and all together launch more. There is no trial unless NVML reports that the device is idle for
+half of the time.
+
+A tenant that reports false launches can end the lending, which gives every tenant its turns back. It cannot make a
+neighbour continue that loses by it, because the neighbour's own launches decide that.
+
+A tenant with a ceiling takes turns always, and so do tenants of different priorities, and tenants with contexts on
+several devices. The module runs in threads of the gatekeeper that hold the time slicer's lock, does no I/O and reads no
+clock. Times are CLOCK_MONOTONIC nanoseconds.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator
+from dataclasses import dataclass, field
+
+from fgpu_ebpf.scheduling.state import NEVER_NS, Place
+from fgpu_ebpf.scheduling.virtual_clock import Clocks
+
+MS, SECOND = 1_000_000, 1_000_000_000
+TURNS_NS, MOST_TURNS_NS = 500 * MS, 4 * SECOND  # the time for which launches under turns are counted, and its maximum
+LENT_NS, MOST_LENT_NS = 250 * MS, 2 * SECOND  # the same for launches while the device is lent
+CHECK_NS = 50 * MS  # the period of checks while the device is lent
+ENOUGH, SOME = 32, 16  # launches under turns in that time that make a comparison exact, and those for a rough one
+KEEPS, ROUGHLY = 0.95, 0.75  # a tenant must have this part of its launches under turns
+GAINS = 1.1  # the mean of these parts
+GROWS = 1.5  # a tenant that launches this many times as often as when lending began does other work now
+MOST_USE = 0.5  # if kernels run for a larger part of the time, by NVML's report, too little can be gained
+REFRESH_NS = 20 * SECOND  # after this time the launches under turns are counted again
+FIRST_PAUSE_NS, MOST_PAUSE_NS = SECOND, 64 * SECOND  # bounds of the time between a failed trial and the next
+
+
+@dataclass(slots=True)
+class _Count:
+    """The counters of one tenant at the beginning of a window. `rate`, `first`: launches in a nanosecond under turns,
+    and in the first window in which the device was lent.
+    """
+
+    place: Place
+    launches: int = 0
+    rate: float = 0.0
+    first: float = 0.0
+
+    def begin(self) -> None:
+        """Begin a window."""
+        self.launches = self.place.seen.launches
+
+    def launched(self) -> int:
+        """Return the launches since the window began."""
+        return self.place.seen.launches - self.launches
+
+
+@dataclass(slots=True)
+class _Device:
+    """A device with tenants that may be lent to each other. `lent_ns`: since when it is lent; 0: tenants take turns."""
+
+    counts: list[_Count] = field(default_factory=list)
+    since_ns: int = 0
+    lent_ns: int = 0
+    counted_ns: int = 0  # until when the time is counted for which it was lent
+    pause_ns: int = FIRST_PAUSE_NS
+    paused_ns: int = 0
+
+    def begin(self, now_ns: int) -> None:
+        """Begin a window."""
+        self.since_ns = now_ns
+        for count in self.counts:
+            count.begin()
+
+    def may_be_lent(self, now_ns: int) -> bool:
+        """Look at the launches under turns. Return whether a trial can be made now."""
+        passed_ns = now_ns - self.since_ns
+        if passed_ns < TURNS_NS or now_ns < self.paused_ns:
+            return False
+        active = [count for count in self.counts if count.launched() > 0]
+        if min((count.launched() for count in active), default=0) < ENOUGH and passed_ns < MOST_TURNS_NS:
+            return False
+        uses = [count.place.observed.use for count in active]
+        may = len(active) > 1 and None not in uses and sum(filter(None, uses)) <= MOST_USE
+        may = may and all(count.launched() >= ENOUGH for count in active)
+        for count in self.counts if may else ():
+            count.rate, count.first = count.launched() / passed_ns, 0.0
+        self.begin(now_ns)
+        return may
+
+    def is_worth_it(self, now_ns: int) -> bool:
+        """Look at the launches while the device is lent. Return whether it stays lent.
+
+        If not, `paused_ns` has the time of the next trial.
+        """
+        passed_ns = now_ns - self.since_ns
+        parts = [count.launched() / (count.rate * passed_ns) for count in self.counts if count.rate]
+        least = min((count.rate * passed_ns for count in self.counts if count.rate), default=0)
+        if any(count.launched() for count in self.counts if not count.rate):  # it was idle, so nothing is known of it
+            return False
+        is_early = least < SOME or (min(parts) >= ROUGHLY and (passed_ns < LENT_NS or least < ENOUGH))
+        if is_early and passed_ns < MOST_LENT_NS:
+            return True
+        if min(parts) < KEEPS or sum(parts) < GAINS * len(parts):
+            self.paused_ns = now_ns + self.pause_ns
+            self.pause_ns = min(2 * self.pause_ns, MOST_PAUSE_NS)
+            return False
+        self.pause_ns = FIRST_PAUSE_NS
+        for count in self.counts:
+            count.first = count.first or count.launched() / passed_ns
+        if any(count.launched() > GROWS * count.first * passed_ns for count in self.counts):
+            return False
+        self.begin(now_ns)
+        return now_ns - self.lent_ns < REFRESH_NS
+
+
+class Lending:
+    """The devices that several tenants use."""
+
+    def __init__(self, clocks: Clocks) -> None:
+        self._devices: dict[int, _Device] = {}
+        self._clocks = clocks
+
+    def restart(self, places: Iterable[Place], now_ns: int) -> list[Place]:
+        """Count from now on, for these tenants. Return the tenants to which a device was lent until now."""
+        before = [place for device in self._devices.values() for place in _lent(device)]
+        here: dict[int, list[Place]] = {}
+        for place in places:
+            for number in place.seen.devices:
+                here.setdefault(number, []).append(place)
+        for device in self._devices.values():
+            device.counts, device.lent_ns = [], 0
+        for number, its in here.items():
+            if len(its) > 1 and len({place.share.rank for place in its}) == 1 and all(map(_may, its)):
+                device = self._devices.setdefault(number, _Device())
+                device.counts = [_Count(place) for place in its]
+                device.begin(now_ns)
+        return before
+
+    def look(self, now_ns: int) -> tuple[list[Place], list[Place]]:
+        """Return the tenants to which a device is lent from now on, and those to which it is lent no more."""
+        begin, end = list[Place](), list[Place]()
+        for number, device in self._devices.items():
+            if not device.counts:
+                continue
+            if not device.lent_ns:
+                if device.may_be_lent(now_ns):
+                    device.lent_ns = device.counted_ns = now_ns
+                    begin += _lent(device)
+                continue
+            self._clocks.count(number).lent_ns += now_ns - device.counted_ns
+            device.counted_ns = now_ns
+            if not device.is_worth_it(now_ns):
+                end += _lent(device)
+                device.lent_ns = 0
+                device.begin(now_ns)
+        return begin, end
+
+    def tenants(self) -> list[int]:
+        """Return the tenants that may launch at the same time as others. Checks must have observations of these."""
+        return [place.tenant for device in self._devices.values() for place in _lent(device)]
+
+    def due_ns(self, now_ns: int) -> int:
+        """Return when the next check is due; NEVER_NS: no device is lent, and tenants' turns cause checks."""
+        return now_ns + CHECK_NS if any(device.lent_ns for device in self._devices.values()) else NEVER_NS
+
+
+def lend(place: Place, number: int) -> None:
+    """Open the gates of a tenant. Its launches are counted as in a turn, and its work in flight has the same bound."""
+    place.lent, place.free_on, place.number = True, place.seen.devices, number
+
+
+def take_back(place: Place, number: int, now_ns: int) -> None:
+    """Close the gates of a tenant. Work that it still has in flight is charged until it has drained."""
+    place.lent, place.free_on, place.number = False, frozenset(), number
+    place.late_ns = now_ns if place.seen.in_flight else 0
+
+
+def set_free(places: Collection[Place]) -> Iterator[tuple[Place, frozenset[int]]]:
+    """Make each tenant free that has no ceiling and shares no device, and no other tenant.
+
+    Yields each tenant for which this is a change, with the devices on which it was free before.
+    """
+    users = Counter(device for place in places for device in place.seen.devices)
+    for place in places:
+        before, alone = place.free_on, all(users[device] == 1 for device in place.seen.devices)
+        place.free_on = place.seen.devices if alone and not place.share.limited else frozenset()
+        if place.free_on != before:
+            yield place, before
+
+
+def _may(place: Place) -> bool:
+    return len(place.seen.devices) == 1 and not place.share.limited
+
+
+def _lent(device: _Device) -> list[Place]:
+    return [count.place for count in device.counts] if device.lent_ns else []
