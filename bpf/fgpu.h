@@ -119,7 +119,9 @@ struct fgpu_usage_page {
     __u64 open_count;
     __u64 parked[FGPU_DEVICES]; /* part of `used`: bytes of this level's own processes that are in host memory. The
                                    levels around it are not charged for them */
-    __u64 tail[38];
+    __u64 held; /* entries of this level's processes in the map `parked`: their shims make no call that waits for work
+                   or queries it, because the driver may have unmapped what it would read */
+    __u64 tail[37];
 };
 #define FGPU_OBSERVE 1
 #define FGPU_KILL 2

@@ -12,12 +12,19 @@ static struct fgpu_parked *parked_entry(u32 tgid, u64 generation)
     return parked.lookup(&key);
 }
 
+static void hold(const struct fgpu_level *level, u64 processes)
+{
+    struct fgpu_usage_page *page = level->cgroup ? page_at(level) : 0;
+    if (page) __sync_fetch_and_add(&page->held, processes);
+}
+
 /* Create the entry of a process that the agent is about to park. From now on no reading of NVML corrects its charge. */
 static int begin_park(struct fgpu_process *p, u32 tgid)
 {
     struct fgpu_parked_key key = {.tgid = tgid, .generation = p->generation};
-    struct fgpu_parked fresh = {.since_ns = bpf_ktime_get_ns()};
+    struct fgpu_parked fresh = {.since_ns = bpf_ktime_get_ns(), .level = *levels_of(p, *(volatile u64 *)&p->turn)};
     if (parked.insert(&key, &fresh)) return parked.lookup(&key) ? 0 : -7;
+    hold(&fresh.level, 1);
     begin(p);
     note(p, FGPU_PARKED);
     end(p);
@@ -88,6 +95,8 @@ static void move_parked(struct fgpu_process *p, u32 tgid)
     struct fgpu_level from = entry->level, to = *levels_of(p, *(volatile u64 *)&p->turn);
     entry->level = to;
     if (from.cgroup == to.cgroup) return;
+    hold(&from, -1ull);
+    hold(&to, 1);
     struct fgpu_usage_page *before = from.cgroup ? page_at(&from) : 0, *after = to.cgroup ? page_at(&to) : 0;
     for (u32 d = 0; d < FGPU_DEVICES; d++) {
         u64 bytes = *(volatile u64 *)&entry->bytes[d];
@@ -115,7 +124,8 @@ static void drop_parked(struct fgpu_process *p, u32 tgid)
         subtract(&own->parked[d], bytes);
         subtract(&own->devices[d].used, bytes);
     }
-    parked.delete(&key);
+    struct fgpu_level level = entry->level;
+    if (!parked.delete(&key)) hold(&level, -1ull);
 }
 
 /* The process runs again. It may have no entry in `processes` any more, if it has left its cgroups. */
@@ -134,6 +144,7 @@ static int end_park(u32 tgid, u64 generation)
         __sync_fetch_and_and((u64 *)&p->level_count, ~((u64)FGPU_PARKED << 32));
         end(p);
     }
-    parked.delete(&key);
+    struct fgpu_level level = entry->level;
+    if (!parked.delete(&key)) hold(&level, -1ull);
     return 0;
 }

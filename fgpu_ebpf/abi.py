@@ -133,7 +133,8 @@ class UsagePage(Structure):
         ("open_second", u64),
         ("open_count", u64),
         ("parked", u64 * DEVICES),
-        ("tail", u64 * 38),
+        ("held", u64),
+        ("tail", u64 * 37),
     )
 
 

@@ -10,9 +10,6 @@
  * reports.
  */
 #define _GNU_SOURCE
-#include <errno.h>
-#include <sys/syscall.h>
-#include <time.h>
 #include <unistd.h>
 
 #include "account/account.h"
@@ -33,14 +30,7 @@ static bool yields(CUdevice ordinal)
     return something;
 }
 
-static void nap(unsigned round)
-{
-    static const unsigned char ms[] = {2, 5, 10};
-    struct timespec time = {0, 1000000L * ms[round < 2 ? round : 2]};
-    int saved = errno;
-    syscall(SYS_nanosleep, &time, NULL);
-    errno = saved;
-}
+static void nap(unsigned round) { fgpu_nap(1000000L * (round ? 10 : 2)); }
 
 static bool is_pending(struct fgpu_view view, CUdevice ordinal)
 {

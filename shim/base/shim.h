@@ -28,6 +28,7 @@
 /* -- clock.c */
 HIDDEN uint64_t fgpu_clock(int which); /* a clock of Linux, in ns */
 HIDDEN uint64_t fgpu_now(void);        /* CLOCK_MONOTONIC */
+HIDDEN void fgpu_nap(long ns);         /* sleep, at most until a signal; keeps errno */
 
 /* -- ticket.c */
 HIDDEN uint64_t fgpu_ticket(void);

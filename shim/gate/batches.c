@@ -13,6 +13,7 @@
  * estimates may become wrong. Launches and events are taken by exchange, so each is counted or destroyed exactly once.
  */
 #include "gate/flight.h"
+#include "link/link.h"
 
 #define FIRST_NS 1000000ULL /* the estimate before a first launch was measured */
 
@@ -76,6 +77,7 @@ static void retire(struct device *device, struct batch *batch, uint64_t now, uin
 
 void fgpu_batches_look(struct device *device)
 {
+    fgpu_hold();
     __typeof__(&cuEventQuery) query = REAL(cuEventQuery);
     for (struct batch *batch = device->batches; query && batch < device->batches + BATCHES; batch++) {
         if (!batch->launches) continue;

@@ -6,8 +6,6 @@
 #define _GNU_SOURCE
 #include <errno.h>
 #include <sys/mman.h>
-#include <sys/syscall.h>
-#include <time.h>
 #include <unistd.h>
 
 #include "gate/flight.h"
@@ -48,8 +46,7 @@ static uint64_t take_turn(struct device *device, uint64_t now)
         uint64_t until = now + TURN_NS, was = atomic_load(&device->busy_until_ns);
         if (was <= now && atomic_compare_exchange_strong(&device->busy_until_ns, &was, until)) return until;
         if (i < 100) continue;
-        struct timespec moment = {0, 20000};
-        syscall(SYS_nanosleep, &moment, NULL);
+        fgpu_nap(20000);
     }
     return 0;
 }

@@ -5,6 +5,7 @@
  */
 #include "base/own.h"
 #include "gate/gate.h"
+#include "link/link.h"
 
 #define WAITED_NS 10000ULL /* a call that really waited takes at least this long */
 
@@ -69,7 +70,11 @@ static void rested(struct fgpu_mark mark, uint64_t its, uint64_t began_ns)
     fgpu_gate_rested(mark, began_ns, now - began_ns > WAITED_NS ? now : undone_ns);
 }
 
-struct fgpu_rest fgpu_rest_begin(void) { return (struct fgpu_rest){fgpu_is_gated() ? fgpu_now() : 0}; }
+struct fgpu_rest fgpu_rest_begin(void)
+{
+    fgpu_hold();
+    return (struct fgpu_rest){fgpu_is_gated() ? fgpu_now() : 0};
+}
 
 void fgpu_rest_stream(struct fgpu_rest rest, CUresult result, CUstream stream, bool per_thread)
 {

@@ -57,6 +57,7 @@ EXPORT CUresult cuMemGetInfo_v2(size_t *free, size_t *total)
 {
     __typeof__(&cuMemGetInfo_v2) driver = REAL(cuMemGetInfo_v2);
     if (!driver) return CUDA_ERROR_NOT_SUPPORTED;
+    fgpu_hold(); /* the driver returns CUDA_ERROR_OPERATING_SYSTEM while the process is parked */
     CUresult result = driver(free, total);
     if (result != CUDA_SUCCESS || !(free || total)) return result;
     size_t spare, *left = free ? free : &spare, *all = total ? total : &spare;

@@ -26,7 +26,7 @@
 #define FIRST_RETRY_NS 10000000ULL
 #define LAST_RETRY_NS 100000000ULL
 #define MOST_DESCRIPTORS 8
-#define REFUSED(error) "fgpu: the socket to the agent is refused (" error ", by a sandbox?): device memory is refused\n"
+#define REFUSED(error) "fgpu: the socket to the agent is refused (" error ", a sandbox?): device memory is refused\n"
 
 #ifdef __x86_64__ /* the instruction in probe.S, unless a probe has replaced it by a breakpoint */
 #define NOP 0x90

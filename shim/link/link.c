@@ -111,8 +111,7 @@ static COLD bool pause_before(unsigned round, uint64_t deadline)
 {
     uint64_t pause_ns = (uint64_t)PAUSE_NS << 2 * (round - 1), now = fgpu_now();
     if (now + pause_ns >= deadline) return false;
-    struct timespec time = {0, (long)pause_ns};
-    syscall(SYS_nanosleep, &time, NULL);
+    fgpu_nap((long)pause_ns);
     return true;
 }
 

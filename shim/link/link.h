@@ -18,6 +18,9 @@ HIDDEN struct fgpu_view fgpu_glance(void);    /* the present state: no registrat
 HIDDEN struct fgpu_view fgpu_insist(void);    /* register again: the probes did not respond */
 HIDDEN void fgpu_report_crowd(void);          /* report once that memory of any size is refused */
 
+/* -- hold.c: wait while this process is parked. Before calls of the driver that read whether work is done. */
+HIDDEN void fgpu_hold(void);
+
 /* -- verdict.c. Returns a verdict, or -1: there is none. */
 HIDDEN int fgpu_ask(struct fgpu_view view, unsigned device, uint64_t bytes, unsigned kind, uint64_t ticket);
 #define FGPU_HELLO_ROUNDS 4

@@ -179,6 +179,7 @@ static bool advance(struct client *target, enum sim_status *status)
     if (has_failed == (checkpoint->call == SIM_RESTORE)) ledger_park(target);
     if (has_failed) return true;
     checkpoint->state = checkpoint->call == SIM_PARK ? IS_CHECKPOINTED : IS_LOCKED;
+    write_word(&checkpoint->gate->is_parked, checkpoint->state == IS_CHECKPOINTED);
     *status = SIM_OK;
     return true;
 }

@@ -225,8 +225,8 @@ struct sim_gate {
     uint32_t what;      /* the order, an enum sim_checkpoint */
     uint32_t done;      /* the number of the last order that the thread has executed */
     uint32_t has_failed;
-    uint32_t spare;
-    uint64_t bytes; /* how much host memory the process has to take for the copy of its device memory */
+    uint32_t is_parked; /* the device memory is in the host, and waits and queries have nothing that they could read */
+    uint64_t bytes;     /* how much host memory the process has to take for the copy of its device memory */
 };
 
 struct sim_device {

@@ -101,6 +101,6 @@ def test_the_shim_reports_a_sandbox_that_refuses_its_socket(held: Agent, call: s
     code = FILTER.format(number=NUMBERS[call], error=getattr(errno, error))
     began = time.monotonic()
     said = held.run(SYSTEM_PYTHON, "-c", PREAMBLE + code)
-    text = f"fgpu: the socket to the agent is refused ({error}, by a sandbox?): device memory is refused\n"
+    text = f"fgpu: the socket to the agent is refused ({error}, a sandbox?): device memory is refused\n"
     assert said == (f"[{OOM}, 0]\n", text)
     assert time.monotonic() - began < 10

@@ -90,7 +90,6 @@ def test_a_host_without_other_programs_has_its_whole_device_while_all_are_parked
         "alloc(1 << 20).value > 0",
         "need('cuMemFree_v2', p)",
         "need('cuMemsetD8_v2', p, 1, C.c_size_t(1))",
-        "need('cuCtxSynchronize')",
         "need('cuStreamCreate', C.byref(C.c_void_p()), 0)",
         "need('cuEventCreate', C.byref(C.c_void_p()), 0)",
         "launch(f)",
@@ -104,6 +103,30 @@ def test_calls_wait_while_the_process_is_locked_or_parked(machine: Machine, call
             waits(target, line if before.startswith("lock") or "Free" not in line else "info()")
             assert ask(caller, after.format(target.pid)).strip("(), 0") == ""
             assert hear(target)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "L.cuCtxSynchronize()",
+        "L.cuStreamSynchronize(s)",
+        "L.cuStreamQuery(s)",
+        "L.cuEventSynchronize(e)",
+        "L.cuEventQuery(e)",
+    ],
+)
+def test_a_wait_or_query_of_work_ends_a_parked_process(machine: Machine, caller: Popen[str], line: str) -> None:
+    """These calls read memory that is not mapped while the process is parked, on a real device too."""
+    made = (
+        "; s, e = C.c_void_p(), C.c_void_p()"
+        "; need('cuStreamCreate', C.byref(s), 1); need('cuEventCreate', C.byref(e), 0)"
+    )
+    with serving(machine, HOLDS + made) as target:
+        assert ask(caller, f"park({target.pid}), wake({target.pid})") == "((0, 0), (0, 0))"
+        assert ask(target, line) == "0"
+        assert ask(caller, f"park({target.pid})") == "(0, 0)"
+        say(target, line)
+        assert target.wait(10) == -signal.SIGSEGV
 
 
 def test_queries_of_devices_do_not_wait(caller: Popen[str], target: Popen[str]) -> None:

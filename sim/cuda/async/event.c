@@ -1,5 +1,6 @@
 /* Events. */
 #include "cuda/async/async.h"
+#include "cuda/core/gate.h"
 #include "cuda/graph/graph.h"
 
 #include <stdlib.h>
@@ -115,6 +116,7 @@ TWICE(_ptsz, cuEventRecordWithFlags, (CUevent hEvent, CUstream hStream, unsigned
  * query of any other event is potentially unsafe while something captures. */
 static CUresult enter_done(CUevent handle, struct event **event)
 {
+    gate_read_completion();
     if (!handle) return CUDA_ERROR_INVALID_HANDLE;
     CUresult result = enter_event(handle, event);
     if (result) return result;

@@ -1,10 +1,12 @@
 /* Waiting for a stream, and queries whether its work is done. */
 #include "cuda/async/pool.h"
+#include "cuda/core/gate.h"
 #include "cuda/stream/stream.h"
 
 /* Enters a wait or a query. Both need a stream that does not capture, and are potentially unsafe even then. */
 static CUresult enter_done(CUstream handle, bool per_thread, struct context **context, struct stream **stream)
 {
+    gate_read_completion();
     CUresult result = stream_enter_any_work(handle, per_thread, context, stream);
     if (result) return result;
     if ((*stream)->capture) {

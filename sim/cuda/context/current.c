@@ -1,5 +1,6 @@
 /* Queries of the current context, and waiting for it. */
 #include "cuda/async/pool.h"
+#include "cuda/core/gate.h"
 #include "cuda/stream/stream.h"
 
 API cuCtxGetDevice(CUdevice *device)
@@ -78,6 +79,7 @@ static CUresult synchronize(struct context *context)
 API cuCtxSynchronize(void)
 {
     struct context *context;
+    gate_read_completion();
     CUresult result = sim_enter(&context);
     return result ? result : synchronize(context);
 }
@@ -85,6 +87,7 @@ API cuCtxSynchronize(void)
 API cuCtxSynchronize_v2(CUcontext ctx)
 {
     struct context *context;
+    gate_read_completion();
     CUresult result = enter_named(ctx, &context);
     return result ? result : synchronize(context);
 }

@@ -125,6 +125,11 @@ void gate_enter(void)
     is_inside = true;
 }
 
+void gate_read_completion(void)
+{
+    if (gate && read_word(&gate->is_parked)) raise(SIGSEGV);
+}
+
 void gate_leave(void)
 {
     if (!is_inside) return;

@@ -11,6 +11,9 @@ bool node_open(void);
 void gate_begin(int file);
 /* Waits while the gate is closed, and counts the calling thread as inside until it calls gate_leave. */
 void gate_enter(void);
+/* Ends the process by SIGSEGV while it is checkpointed, as the real driver does in waits and queries: these read a word
+ * that the device writes, which is not mapped then. */
+void gate_read_completion(void);
 /* Does nothing in a thread that is not inside. */
 void gate_leave(void);
 
