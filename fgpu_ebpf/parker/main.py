@@ -116,7 +116,8 @@ class Parker:
             self._selector.register(sock, selectors.EVENT_READ, partial(self._receive, job))
 
     def _receive(self, job: Running) -> None:
-        assert job.sock
+        if not job.sock:  # closed by the end of the job, which the selector has reported together with this event
+            return
         try:
             more = job.sock.recv(MOST_LINE_BYTES)
         except BlockingIOError:
