@@ -105,7 +105,8 @@ static void move_parked(struct fgpu_process *p, u32 tgid)
             subtract(&before->devices[d].used, bytes);
         }
         if (after) {
-            __sync_fetch_and_add(&after->devices[d].used, bytes);
+            u64 now = __sync_fetch_and_add(&after->devices[d].used, bytes) + bytes;
+            raise_peak(&after->devices[d].peak, now);
             __sync_fetch_and_add(&after->parked[d], bytes);
         }
     }

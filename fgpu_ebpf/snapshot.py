@@ -84,7 +84,8 @@ class TenantDevice:
     `compute` None: the tenant is not gated. `limit_bytes` 18446744073709551615 (2^64 - 1): the tenant has no limit on
     the device. `drift_bytes`: bytes in the ledger minus bytes in the driver. `used_bytes` includes `orphaned_bytes` (of
     processes that have ended, or that have exported and freed the memory) and `unwitnessed_bytes` (not allocated by a
-    call that a probe has recorded). `usage`: one entry for each source.
+    call that a probe has recorded). `usage`: one entry for each source. `parked_bytes`: of parked processes, on no
+    device. They are not in `used_bytes`, but the limit has to cover them too.
     """
 
     gpu: int
@@ -100,6 +101,25 @@ class TenantDevice:
     orphaned_bytes: int = 0
     unwitnessed_bytes: int = 0
     usage: tuple[UsageView, ...] = ()
+    parked_bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class ParkingView:
+    """A tenant's parking since the agent's start.
+
+    `state`: running, parking, parked, waiting (for room or for the parker, to be woken), waking or unknown (the driver
+    has to be asked). `seconds`: the time in this state; None if it is running. `why`: why it waits, or why the
+    driver has to be asked. `park_seconds` and `wake_seconds`: the sums of the times of the driver's copies.
+    """
+
+    state: str
+    seconds: float | None
+    why: str
+    parks: int
+    wakes: int
+    park_seconds: float
+    wake_seconds: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +128,7 @@ class ProcessView:
 
     `why`: the reason why it has no shim (`driver.bypass_reason`); empty if it has one or the reason is unknown.
     `loader`: the path of its dynamic loader, in quotes, if that is the reason. The process may have chosen the path.
+    `parked_bytes`: in host memory, and not in `bytes`.
     """
 
     pid: int
@@ -116,6 +137,7 @@ class ProcessView:
     how: str = ""
     why: str = ""
     loader: str = ""
+    parked_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,7 +174,7 @@ class TenantView:
     `bypassing`: the number of processes for each way to bypass the shim. `shimless`: the number of processes without
     the shim for each reason. `labels`: the labels that the policy lists in `metricLabels`. `opens_denied`: opens of the
     driver's device nodes by processes without the shim that were refused. `opens_would_deny`: such opens that
-    `onBypass: deny` would have refused.
+    `onBypass: deny` would have refused. `parking` None: the tenant was not parked since the agent's start.
     """
 
     tenant: str
@@ -175,6 +197,7 @@ class TenantView:
     orphans: tuple[OrphanView, ...] = ()
     opens_denied: int = 0
     opens_would_deny: int = 0
+    parking: ParkingView | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -347,8 +370,8 @@ class Fields(Mapping[str, Any]):
 
 
 _VIEWS = frozenset({
-    Refusal, Shortfall, ComputeView, TenantDevice, ProcessView, OrphanView, TenantView, DeviceView, SlicesView,
-    PoliciesView, EngineView, LibraryView, MapView, UnmanagedView, UsageView,
+    Refusal, Shortfall, ComputeView, ParkingView, TenantDevice, ProcessView, OrphanView, TenantView, DeviceView,
+    SlicesView, PoliciesView, EngineView, LibraryView, MapView, UnmanagedView, UsageView,
 })  # fmt: skip
 
 

@@ -108,6 +108,7 @@ class Agent:
         self.selector.register(parts.policies, selectors.EVENT_READ, parts.policies.take)
         self.selector.register(self.engines, selectors.EVENT_READ, self._look_at_answered)
         parts.policies.start()
+        parts.chores.parking.begin(self.selector)
         parts.reconciler.start(ROUND_SECONDS)
 
     def wait_for_gatekeeper(self) -> None:
@@ -226,8 +227,9 @@ class Agent:
     def stop(self) -> None:
         """Stop all parts that this agent has started, also after an incomplete start. Limits stay in force."""
         made = self._parts
-        policies, reconciler, usage = (made.policies, made.reconciler, made.chores.usage) if made else (None,) * 3
-        for part in (policies, self.engines, reconciler, usage, self.gatekeeper):
+        of_parts = (made.policies, made.reconciler, made.chores.usage, made.chores.parking) if made else (None,) * 4
+        policies, reconciler, usage, parking = of_parts
+        for part in (policies, self.engines, parking, reconciler, usage, self.gatekeeper):
             if part:
                 self._do(part.stop)
 
@@ -252,7 +254,12 @@ class Agent:
 
         Returns:
             `tenants`: the number of tenants that had a limit or a share of time.
+
+        Raises:
+            AgentError: tenants are parked. Nothing would wake them.
         """
+        if names := self.parts.chores.parking.names():
+            raise AgentError(f"parked: {', '.join(names)}: wake each tenant first (`fgpu wake`)")
         found = {"tenants": len(self.parts.enforcer)}
         self.stop()
         try:

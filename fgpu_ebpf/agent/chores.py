@@ -12,7 +12,10 @@ from fgpu_ebpf.agent.bypass_killer import BypassKiller
 from fgpu_ebpf.agent.denied_opens import DeniedOpens
 from fgpu_ebpf.agent.late_devices import LateDevices
 from fgpu_ebpf.agent.nvml_reconcile import Reconciler, Truth
+from fgpu_ebpf.agent.parkable import Parkable
+from fgpu_ebpf.agent.parking import Parking
 from fgpu_ebpf.agent.reporters import AdoptionReports, OrphanReports, OverrunReports, XidReports
+from fgpu_ebpf.agent.settings import Settings
 from fgpu_ebpf.agent.shortfalls import Shortfalls
 from fgpu_ebpf.agent.usage_meter import UsageMeter
 from fgpu_ebpf.check import Check
@@ -35,17 +38,18 @@ class Chores:
     unwitnessed: Unwitnessed
     keepers: Keepers
     usage: UsageMeter
+    parking: Parking
 
 
 def make_chores(
     driver: HostDriver, ledger: Ledger, manager: Manager, reconciler: Reconciler, history: EventLog,
-    failed_checks: MutableMapping[str, Check], module_bytes: int, opens: DeniedOpens,
+    failed_checks: MutableMapping[str, Check], settings: Settings, opens: DeniedOpens,
 ) -> Chores:  # fmt: skip
     """Make the steps.
 
     Args:
         failed_checks: the agent's failed checks by name, which some steps change.
-        module_bytes: the most memory that a process may have without a recorded allocation.
+        settings: the agent's settings.
     """
 
     def truth() -> Truth:
@@ -55,11 +59,16 @@ def make_chores(
         return next((d.uuid_text for d in driver.nvml.devices if d.index == device), str(device))
 
     enforcer, turns = manager.enforcer, ledger.times.turns
-    unwitnessed, keepers = Unwitnessed(driver.contexts, module_bytes), Keepers()
+    unwitnessed, keepers = Unwitnessed(driver.contexts, settings.module_bytes), Keepers()
     adoption = AdoptionReports(truth, ledger, enforcer, history, unwitnessed)
     late = LateDevices(driver.nvml, ledger, manager, reconciler, history, driver.contexts, failed_checks)
     shortfalls = Shortfalls(turns, enforcer.name_of, history)
     usage = UsageMeter(truth, ledger, enforcer, uuid, Writer())
+    parkable = Parkable(
+        settings.parking, manager.workloads.root, ledger, driver.nvml, enforcer,
+        lambda: unwitnessed.find(truth().processes, truth().orphans),
+    )  # fmt: skip
+    parking = Parking(settings.run_dir, parkable, history, failed_checks)
     steps = (
         manager.overrides.write_again,
         adoption.look,
@@ -71,6 +80,7 @@ def make_chores(
         late.look,
         opens.look,
         usage.look,
+        parking.look,
         lambda: driver.xids.keep(truth().xids, driver.nvml.devices),
     )
-    return Chores(steps, adoption, shortfalls, unwitnessed, keepers, usage)
+    return Chores(steps, adoption, shortfalls, unwitnessed, keepers, usage, parking)

@@ -161,6 +161,9 @@ class HostDocument(Model):
     overcommit: Literal["forbid", "allow"] = Field(
         "forbid", description="`allow`: the sum of limits may exceed a device's memory."
     )
+    parking: Literal["off", "on"] = Field(
+        "off", description="`on`: idle tenants can be parked, which copies their device memory to the host."
+    )
     loader: Annotated[list[str], Field(min_length=1, max_length=16), AfterValidator(_program)] = absent(
         "The interpreter that can import BCC, and its arguments."
     )
@@ -229,4 +232,6 @@ def _values(document: HostDocument) -> dict[str, Any]:
         values["bounds"] = Bounds(**values["bounds"].model_dump(exclude_unset=True))
     if "overcommit" in values:
         values["overcommit"] = values["overcommit"] == "allow"
+    if "parking" in values:
+        values["parking"] = values["parking"] == "on"
     return values

@@ -93,9 +93,10 @@ def wire(
     )  # fmt: skip
     stale_mounts = StaleMountReports(manager.workloads.pids, history, failed_checks)
     look = HostLook(manager, events, engines, discovery, stale_mounts, Lists(settings.run_dir))
+    chores = make_chores(driver, ledger, manager, reconciler, history, failed_checks, settings, opens)
     return Parts(
         driver, ledger, manager,
         Policies(settings.policy_folder, attached.policies, manager, history),
         reconciler, events, look, Looks(look.steps),
-        make_chores(driver, ledger, manager, reconciler, history, failed_checks, settings.module_bytes, opens),
+        chores,
     )  # fmt: skip

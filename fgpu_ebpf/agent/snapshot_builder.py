@@ -110,10 +110,12 @@ def _tenant(look: _Look, tenant: Tenant) -> TenantView:
     how = {tgid: look.bypasses.how(tgid, p) for tgid, p in own.items()}
     why = {tgid: look.bypasses.why(tgid, p, how[tgid]) for tgid, p in own.items()}
     shown = tuple(
-        ProcessView(tgid, d.index, p.bytes[d.index], how[tgid], why[tgid], look.bypasses.loader(tgid, p))
+        ProcessView(
+            tgid, d.index, p.bytes[d.index], how[tgid], why[tgid], look.bypasses.loader(tgid, p), p.parked[d.index]
+        )
         for tgid, p in own.items()
         for d in look.devices
-        if p.bytes[d.index]
+        if p.bytes[d.index] or p.parked[d.index]
     )
     bypassing = Counter(filter(None, how.values()))
     workload, (denied, would_deny) = tenant.workload, look.parts.ledger.opens.of(tenant.cgroup)
@@ -138,6 +140,7 @@ def _tenant(look: _Look, tenant: Tenant) -> TenantView:
         orphans=tuple(_orphan(look, orphan) for orphan in look.truth.orphans if tenant.cgroup in orphan.levels),
         opens_denied=denied,
         opens_would_deny=would_deny,
+        parking=look.parts.chores.parking.view(tenant.cgroup),
     )
 
 
@@ -179,7 +182,9 @@ def _tenant_device(look: _Look, tenant: Tenant, own: Iterable[int], device: Devi
         UsageView(source, of.run, of.byte_seconds, of.held, of.idle)
         for source, of in sorted(look.parts.chores.usage.totals.get((tenant.cgroup, device.index), {}).items())
     )
-    return TenantDevice(device.index, *numbers, drift, refusals, compute, orphaned, unwitnessed, usage)
+    return TenantDevice(
+        device.index, *numbers, drift, refusals, compute, orphaned, unwitnessed, usage, u.parked if u else 0
+    )
 
 
 def _drift(look: _Look, own: Iterable[int], device: int) -> int | None:

@@ -43,7 +43,7 @@ from fgpu_ebpf.workloads.cgroups import TargetError
 log = logging.getLogger("fgpu.server")
 MOST_WEIGHT = 10_000
 _COMPUTE_FIELDS = {"compute": "limit_millionths", "weight": "weight", "priority": "priority"}
-READS = {"snapshot", "metrics", "ping", "explain", "events", "offers"}
+READS = {"snapshot", "metrics", "ping", "explain", "events", "offers", "errand"}
 
 
 class ControlServer:
@@ -69,6 +69,9 @@ class ControlServer:
             "clear": self._clear,
             "release": lambda request: agent.devices.release(units.duration_ns(_text(request, "for")) / 1e9),
             "take": lambda _: agent.devices.take(),
+            "park": self._park,
+            "wake": self._wake,
+            "errand": self._errand,
             "detach": lambda _: agent.detach(),
         }
 
@@ -177,7 +180,8 @@ class ControlServer:
         orphans = [snapshot.plain(orphan) for tenant in tenants if tenant.path == path for orphan in tenant.orphans]
         enforced = {tenant.cgroup: tenant.enforcement for tenant in tenants}
         around = found.reasons(), found.standalone(), orphans, found.is_shim, enforced, parts.chores.shortfalls.found
-        return explain.explain(path, parts.manager, parts.ledger, found.unenforced(), *around)
+        parking = next((parts.chores.parking.explain(tenant) for tenant in parts.enforcer if tenant.path == path), "")
+        return explain.explain(path, parts.manager, parts.ledger, found.unenforced(), *around, parking)
 
     def _drop(self, request: dict[str, Any]) -> dict[str, Any]:
         path = self._find(request)
@@ -215,6 +219,21 @@ class ControlServer:
         tenant = self._agent.parts.manager.share(path, share)
         self._agent.history.add("share", tenant=tenant.name, text=share.text)
         return {"tenant": tenant.name, "path": tenant.path}
+
+    def _park(self, request: dict[str, Any]) -> dict[str, Any]:
+        tenant = targets.tenant(self._find(request), self._agent.parts.enforcer)
+        return self._agent.parts.chores.parking.park(tenant).view()
+
+    def _wake(self, request: dict[str, Any]) -> dict[str, Any]:
+        tenant = targets.tenant(self._find(request), self._agent.parts.enforcer)
+        return self._agent.parts.chores.parking.wake(tenant.cgroup, tenant.name).view()
+
+    def _errand(self, request: dict[str, Any]) -> dict[str, Any]:
+        """Return how far a request to park or to wake has come."""
+        errand = self._agent.parts.chores.parking.errands.get(_number(request, "errand"))
+        if errand is None:
+            raise RequestError("the agent does not know the request any more: see `fgpu status`")
+        return errand.view()
 
     def _run(self, request: dict[str, Any]) -> dict[str, Any]:
         tenant = self._agent.parts.manager.run(

@@ -17,7 +17,7 @@ from prometheus_client.registry import Collector
 
 import fgpu_ebpf
 from fgpu_ebpf import abi
-from fgpu_ebpf.snapshot import ComputeView, DeviceView, SlicesView, Snapshot, TenantDevice, UsageView
+from fgpu_ebpf.snapshot import ComputeView, DeviceView, ParkingView, SlicesView, Snapshot, TenantDevice, UsageView
 
 _TENANT_GAUGES: tuple[tuple[str, str, Callable[[TenantDevice], int | None]], ...] = (
     ("fgpu_memory_limit_bytes", "Bytes that the tenant may hold on the device", lambda d: abi.limit(d.limit_bytes)),
@@ -33,6 +33,17 @@ _TENANT_GAUGES: tuple[tuple[str, str, Callable[[TenantDevice], int | None]], ...
         "Bytes still charged for ended processes or for exported memory that was freed; absent if 0",
         lambda d: d.orphaned_bytes or None,
     ),
+    (
+        "fgpu_memory_parked_bytes",
+        "Bytes of parked processes of the tenant, which are in host memory; absent if 0",
+        lambda d: d.parked_bytes or None,
+    ),
+)
+_PARKING_COUNTERS: tuple[tuple[str, str, Callable[[ParkingView], float]], ...] = (
+    ("fgpu_tenant_parks", "Times that the tenant was parked", lambda p: p.parks),
+    ("fgpu_tenant_wakes", "Times that the tenant was woken", lambda p: p.wakes),
+    ("fgpu_tenant_park_seconds", "Time that the driver took to copy the tenant to the host", lambda p: p.park_seconds),
+    ("fgpu_tenant_wake_seconds", "Time that the driver took to copy the tenant back", lambda p: p.wake_seconds),
 )
 _TENANT_COUNTERS: tuple[tuple[str, str, Callable[[TenantDevice], int]], ...] = (
     ("fgpu_memory_admitted_bytes", "Bytes admitted, without contexts", lambda d: d.admitted_bytes),
@@ -171,6 +182,9 @@ def _tenants(snapshot: Snapshot) -> Iterator[Metric]:
             shimless.add_metric([tenant.tenant, reason], count)
         mode.add_metric([tenant.tenant, tenant.enforcement], 1)
     yield from (info, processes, bypassing, shimless, mode, opens)
+    parked = [([tenant.tenant], tenant.parking) for tenant in snapshot.tenants if tenant.parking]
+    for name, text, value in _PARKING_COUNTERS:
+        yield _filled(CounterMetricFamily(name, text, labels=["tenant"]), ((names, value(p)) for names, p in parked))
 
 
 def _tenant_devices(snapshot: Snapshot) -> Iterator[Metric]:

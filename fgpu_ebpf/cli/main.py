@@ -39,6 +39,8 @@ class Main(Sections):
             "set": "tenants:set_limits",
             "unset": "tenants:unset",
             "policy": "policy:policy",
+            "park": "parking:park",
+            "wake": "parking:wake",
         },
         "Containers": {
             "setup": "setup:setup",

@@ -18,7 +18,7 @@ from fgpu_ebpf import abi
 from fgpu_ebpf.linux import procfs
 from fgpu_ebpf.policy.units import memory_text
 from fgpu_ebpf.snapshot import no_limit
-from fgpu_ebpf.tenancy import orphan_text
+from fgpu_ebpf.tenancy import orphan_text, parking_text
 from fgpu_ebpf.tenancy.enforcement import sentence
 from fgpu_ebpf.tenancy.event_log import line_of
 
@@ -68,7 +68,7 @@ def status(snapshot: Mapping[str, Any]) -> str:
             )
             table.add_row(tenant["tenant"], tenant["kind"], str(d["gpu"]), *sizes, count, tenant["enforcement"])
     why = no_limit(snapshot) or _nothing_managed(snapshot)
-    parts = (_devices(snapshot), _shares(snapshot), _counted(snapshot), _orphans(snapshot))
+    parts = (_devices(snapshot), _shares(snapshot), _counted(snapshot), _orphans(snapshot), _parked(snapshot))
     return "".join([_text(table), *parts]) + (f"\n{why}\n" if why else "")
 
 
@@ -114,6 +114,16 @@ def _orphans(snapshot: Mapping[str, Any]) -> str:
         for tenant in snapshot["tenants"]
         for orphan in orphan_text.lasting(tenant["orphans"])
         if tenant["kind"] != "group"
+    ]
+    return "".join(f"\n{line}" for line in lines) + ("\n" if lines else "")
+
+
+def _parked(snapshot: Mapping[str, Any]) -> str:
+    """Return a line for each tenant that does not run, or an empty text."""
+    lines = [
+        f"{tenant['tenant']}: {parking_text.sentence(tenant['parking'], tenant['devices'])}"
+        for tenant in snapshot["tenants"]
+        if parking_text.is_away(tenant.get("parking"))  # an agent of an older version reports none
     ]
     return "".join(f"\n{line}" for line in lines) + ("\n" if lines else "")
 

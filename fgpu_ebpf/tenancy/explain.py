@@ -38,6 +38,7 @@ def explain(
     is_shim: bypass_reason.IsShim = lambda *_: True,
     enforced: Mapping[int, str] = MappingProxyType({}),
     shortfalls: Mapping[tuple[int, int], Shortfall] = MappingProxyType({}),
+    parking: str = "",
 ) -> dict[str, Any]:
     """Return the explanation of a cgroup as values for JSON. `lines` is the text that `fgpu explain` prints.
 
@@ -52,6 +53,7 @@ def explain(
         is_shim: see `bypass_reason`.
         enforced: the Snapshot's word of enforcement for each tenant, by cgroup.
         shortfalls: the tenants that get less time than is due to them, by cgroup and device.
+        parking: whether the tenant is or can be parked, as text; empty: parking is off.
 
     Raises:
         TargetError: the cgroup is gone.
@@ -64,9 +66,7 @@ def explain(
     levels = [t for c in manager.enforcer.levels(path) if (t := manager.enforcer.get(c))]
     known = ledger.processes() if levels and (unprobed or standalone) else {}
     unseen = _those(levels, known, unprobed.keys())
-    crowded = Counter[tuple[int, int]]()
-    for c, n in ledger.counters().items():
-        crowded[c.cgroup, c.device] += n if c.reason == abi.Reason.ENTRIES else 0
+    crowded = _crowded(ledger)
     alone = [pid for pid in _those(levels, known, standalone) if not known[pid].flags & abi.Seen.SHIM]
     answer: dict[str, Any] = {
         "path": path,
@@ -84,8 +84,17 @@ def explain(
             *_joined(alone),
         ],
         "orphans": [dict(orphan) for orphan in orphans],
+        "parking": parking,
     }
     return answer | {"lines": _lines(answer, tenant)}
+
+
+def _crowded(ledger: Ledger) -> Counter[tuple[int, int]]:
+    """Return the refusals for too many entries, by level and device."""
+    crowded = Counter[tuple[int, int]]()
+    for c, n in ledger.counters().items():
+        crowded[c.cgroup, c.device] += n if c.reason == abi.Reason.ENTRIES else 0
+    return crowded
 
 
 def level_at(path: str, manager: Manager, ledger: Ledger) -> dict[str, Any] | None:
@@ -140,10 +149,11 @@ def _level(
                 "limit_bytes": u.limit,
                 "outside_bytes": tenant.outside.get(device, 0),
                 "used_bytes": u.used,
+                "parked_bytes": u.parked,
                 "refused": u.refused,
                 "refused_entries": crowded.get((tenant.cgroup, device), 0),
                 "counts": device not in uncommitted,
-                "excess_bytes": 0 if tenant.observe else max(0, u.used - u.limit),
+                "excess_bytes": 0 if tenant.observe else max(0, u.used + u.parked - u.limit),
             }
             for device, u in zip(devices, usage, strict=False)
         ],
@@ -247,6 +257,7 @@ def _lines(answer: dict[str, Any], tenant: Tenant | None) -> list[str]:
             lines.append(f"    opens of device nodes refused to processes without the shim: {n}; see fgpu events")
     why = answer["unenforced"] or Enforcement(answer["enforcement"]).words
     lines.append(f"  enforcement: {answer['enforcement']}{f': {why}' if why else ''}")
+    lines += [f"  parking: {answer['parking']}"] if answer["parking"] else []
     lines += [f"  orphaned: {orphan_text.sentence(orphan)}" for orphan in orphan_text.lasting(answer["orphans"])]
     lines += [f"  stronger: {text}" for text in answer["stronger"]]
     return lines
@@ -256,8 +267,10 @@ def _device_line(device: dict[str, Any]) -> str:
     limit, used = device["limit_bytes"], device["used_bytes"]
     if limit == abi.NO_LIMIT:
         return f"gpu {device['gpu']}: {memory_text(used)} used, no limit"
-    left = max(0, limit - used)
+    parked = device["parked_bytes"]
+    left = max(0, limit - used - parked)
     text = f"gpu {device['gpu']}: {memory_text(used)} of {memory_text(limit)} used, {memory_text(left)} left"
+    text += f", {memory_text(parked)} parked" if parked else ""
     text += "" if device["counts"] else ", the limit counts on the device from the tenant's first use"
     outside = device["outside_bytes"]
     text += f", {memory_text(outside)} of it for contexts, besides the limit that programs see" if outside else ""

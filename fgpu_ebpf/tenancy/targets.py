@@ -12,6 +12,7 @@ from collections.abc import Callable
 
 from fgpu_ebpf.linux import procfs
 from fgpu_ebpf.tenancy.enforcer import Enforcer
+from fgpu_ebpf.tenancy.tenant import Tenant
 from fgpu_ebpf.workloads.cgroups import TargetError, Workloads
 from fgpu_ebpf.workloads.workload import Workload
 
@@ -40,6 +41,15 @@ def find(target: str, enforcer: Enforcer, workloads: Workloads) -> str:
     if len(found) > 1:
         raise TargetError(f"{target!r} is ambiguous ({', '.join(sorted(found)[:4])}): name one of them")
     return found[0]
+
+
+def tenant(path: str, enforcer: Enforcer) -> Tenant:
+    """Return the innermost tenant that contains a cgroup. Raises TargetError: there is none."""
+    cgroup = next(iter(enforcer.levels(path)), None)
+    found = None if cgroup is None else enforcer.get(cgroup)
+    if found is None:
+        raise TargetError(f"{path} is in no tenant: it has no limit")
+    return found
 
 
 def starting(pid: object, engine: int, workloads: Workloads) -> str:

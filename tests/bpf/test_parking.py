@@ -132,7 +132,7 @@ def test_a_parked_process_moves_with_its_bytes(
     life = park(kernel, client)
     move(kernel, client, other, group)
     assert (charges(one), charges(other), charges(group)) == ((0, 0), (0, 60), (0, 0))
-    assert page_of(kernel, one).devices[0].used == 0
+    assert (page_of(kernel, one).devices[0].used, other.usage().peak) == (0, 60 * MIB)
     assert kernel.ledger.parked.wake(life) == kernel.ledger.parked.end(life) == 0
     assert (charges(other), charges(group)) == ((60, 0), (60, 0))
 

@@ -5,6 +5,7 @@ hypothesis chooses the calls, in programs of two tenants of one group. Every lim
 
 from __future__ import annotations
 
+import errno
 import itertools
 from collections import Counter
 from collections.abc import Callable
@@ -41,6 +42,8 @@ class Program:
     tenant: int
     life: Life = field(default_factory=Life)
     is_host: bool = True  # whether it calls the host's library
+    parked: int = 0
+    parked_life: tuple[int, int] | None = None  # its entry in `parked`
 
 
 @dataclass
@@ -75,8 +78,12 @@ class States(RuleBasedStateMachine):
     # -- the model
 
     def used(self, level: int) -> int:
-        held = sum(p.life.bytes() for p in self.programs if level in (p.tenant, 2))
+        """Return what counts against a level's limit: parked bytes count for their own tenant alone."""
+        held = sum(p.life.bytes() - (p.parked if level == 2 else 0) for p in self.programs if level in (p.tenant, 2))
         return held + self.orphaned[level]
+
+    def parked(self, level: int) -> int:
+        return sum(p.parked for p in self.programs if p.tenant == level)
 
     def fits(self, program: Program, bytes_: int) -> bool:
         return all(self.used(level) + bytes_ <= self.limits[level] for level in (program.tenant, 2))
@@ -96,7 +103,20 @@ class States(RuleBasedStateMachine):
         self.orphans.append(Left(tgid, number, turn if number == program.life.number else 0, bytes_, levels))
 
     def some(self, which: int) -> Program:
+        """Return a program that is not parked: as after a restore, it is woken whatever the limits are."""
+        program = self.any_one(which)
+        if program.parked_life:
+            assert self.kernel.ledger.parked.wake(program.parked_life, force=True) == 0
+            self.end_park(program)
+        return program
+
+    def any_one(self, which: int) -> Program:
         return self.programs[which % len(self.programs)]
+
+    def end_park(self, program: Program) -> None:
+        assert program.parked_life
+        assert self.kernel.ledger.parked.end(program.parked_life) == 0
+        program.parked, program.parked_life = 0, None
 
     def known(self) -> list[Program]:
         """Return the programs with a call by their first thread."""
@@ -122,7 +142,8 @@ class States(RuleBasedStateMachine):
         """End a program, and orphan all memory that it held."""
         life = program.life
         life.enter()
-        self.orphan(program, life.bytes())
+        self.orphan(program, life.bytes() - program.parked)
+        program.parked, program.parked_life = 0, None
         self.managed_freed += life.managed
         self.forget_life(program)
 
@@ -143,7 +164,7 @@ class States(RuleBasedStateMachine):
     @precondition(lambda self: self.programs)
     @rule(which=programs)
     def kill(self, which: int) -> None:
-        program = self.some(which)
+        program = self.any_one(which)
         program.client.kill()
         self.end(program)
         self.programs.remove(program)
@@ -151,7 +172,7 @@ class States(RuleBasedStateMachine):
     @precondition(lambda self: self.programs)
     @rule(which=programs)
     def execute(self, which: int) -> None:
-        program = self.some(which)
+        program = self.any_one(which)
         program.client.send("os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])")
         program.client.begin(self.levels[program.tenant].cgroup)
         program.is_host = True
@@ -171,7 +192,7 @@ class States(RuleBasedStateMachine):
     @rule(which=programs)
     def move(self, which: int) -> None:
         """Move a program to the other tenant, and its charges as the agent moves them."""
-        program = self.some(which)
+        program = self.any_one(which)
         program.tenant = 1 - program.tenant
         level = self.levels[program.tenant]
         (level.path / "cgroup.procs").write_text(str(program.client.pid))
@@ -186,11 +207,51 @@ class States(RuleBasedStateMachine):
     @rule(which=programs)
     def forget(self, which: int) -> None:
         """Move a program out of all managed cgroups until its next call. This removes its charges."""
-        program = self.some(which)
+        program = self.any_one(which)
         process = program.client.entry(self.kernel)
         if process:
             assert self.kernel.ledger.move(program.client.pid, process.generation, ())
+            if program.parked_life:
+                self.end_park(program)
             self.forget_life(program)
+
+    # -- parking
+
+    @precondition(lambda self: self.known())
+    @rule(which=programs)
+    def park(self, which: int) -> None:
+        """Park a program, or again if it has been charged since."""
+        program = self.known()[which % len(self.known())]
+        process = program.client.entry(self.kernel)
+        program.parked_life = program.client.pid, process.generation
+        assert self.kernel.ledger.parked.begin(program.parked_life) == 0
+        assert self.kernel.ledger.parked.park(program.parked_life) == 0
+        program.parked = program.life.bytes()
+
+    @precondition(lambda self: any(program.parked_life for program in self.programs))
+    @rule(which=programs, size=sizes)
+    def admit_while_parked(self, which: int, size: int) -> None:
+        """Request admission for a call that then waits in the driver."""
+        away = [program for program in self.programs if program.parked_life]
+        program = away[which % len(away)]
+        program.life.leave_unsettled()
+        fits = self.fits(program, size)
+        assert program.client(f"admit({size})") == (abi.Verdict.ADMITTED if fits else abi.Verdict.REFUSED)
+        program.life.asked, program.life.granted = True, fits
+        program.life.admitted = size if fits else 0
+
+    @precondition(lambda self: any(program.parked_life for program in self.programs))
+    @rule(which=programs)
+    def wake(self, which: int) -> None:
+        """Wake a program, if its bytes fit in the group."""
+        away = [program for program in self.programs if program.parked_life]
+        program = away[which % len(away)]
+        fits = self.used(2) + program.parked <= self.limits[2]
+        assert self.kernel.ledger.parked.wake(program.parked_life) == (
+            0 if fits or not program.parked else errno.ENOSPC
+        )
+        if fits or not program.parked:
+            self.end_park(program)
 
     # -- requests
 
@@ -476,7 +537,9 @@ class States(RuleBasedStateMachine):
         for level in self.levels:
             usage = level.usage()
             assert usage.peak >= usage.used
-            found.append((usage.used, usage.orphaned, *(entries(self.kernel, level, shared) for shared in Shared)))
+            found.append(
+                (usage.used, usage.parked, usage.orphaned, *(entries(self.kernel, level, shared) for shared in Shared))
+            )
         return found
 
     def modelled_levels(self) -> list[tuple[int, ...]]:
@@ -484,7 +547,8 @@ class States(RuleBasedStateMachine):
         for program in self.programs:
             of.update(entry.home for entry in program.life.entries())
         homes = Counter(program.life.home for program in self.programs)
-        return [(self.used(n), self.orphaned[n], of[n], homes[n], homes[n]) for n in range(3)]
+        held = [self.used(n) - self.parked(n) for n in range(3)]
+        return [(held[n], self.parked(n), self.orphaned[n], of[n], homes[n], homes[n]) for n in range(3)]
 
     @invariant()
     def agree(self) -> None:
@@ -522,7 +586,8 @@ def assert_same(process: Process | None, life: Life) -> None:
     modelled = life.bytes(), life.managed, life.pool, life.overhead, life.contexts, life.ended
     found = (0,) * len(modelled)
     if process:
-        each = process.bytes, process.managed, process.pool, process.overhead, process.contexts, process.ended
+        all_ = (process.bytes[0] + process.parked[0],)
+        each = all_, process.managed, process.pool, process.overhead, process.contexts, process.ended
         found = tuple(numbers[0] for numbers in each)
     assert found == modelled
 

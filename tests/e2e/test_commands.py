@@ -90,7 +90,8 @@ def test_status_and_ps_show_the_same_bytes_and_metrics_have_the_tenant(tenant) -
     assert shown["enforcement"] == "kernel"
     assert shown["path"] == one.path
     assert shown["cgroup"] == one.cgroup.stat().st_ino
-    assert shown["processes"] == [{"pid": client.pid, "gpu": 0, "bytes": used, "how": "", "why": "", "loader": ""}]
+    own = {"pid": client.pid, "gpu": 0, "bytes": used, "how": "", "why": "", "loader": "", "parked_bytes": 0}
+    assert shown["processes"] == [own]
     assert shown["devices"][0]["used_bytes"] == used
     rows = output("ps")
     assert [(r["pid"], r["tenant"], r["bytes"]) for r in rows if r["tenant"] == one.name] == [

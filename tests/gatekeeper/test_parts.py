@@ -82,7 +82,7 @@ def test_a_process_that_executes_another_program_is_another_client() -> None:
     first = clients.add(child.pid, os.pidfd_open(child.pid), 4, 4, PageHeader(1, ((0, bytes(16)),)))
     assert first
     clients.update(first, 4, 4, (), first.header)
-    page, lives = first.control.page, [SimpleNamespace(generation=n, bytes=(5,), levels=(4,)) for n in (23, 101)]
+    page, lives = first.control.page, [process_of(n, 4, 5) for n in (23, 101)]
     page.gates[0], epoch = 6, page.epoch
     clients.show({})
     for _ in range(2):
@@ -231,8 +231,17 @@ def test_a_process_s_own_name_forges_no_line() -> None:
         process.kill()
 
 
+def process_of(generation: int, leaf: int, *held: int) -> Any:
+    return SimpleNamespace(generation=generation, levels=(leaf, 1), bytes=held, parked=(0,) * len(held))
+
+
 def process(leaf: int, *held: int) -> Any:
-    return SimpleNamespace(generation=9, levels=(leaf, 1), bytes=held)
+    return process_of(9, leaf, *held)
+
+
+def test_parked_bytes_are_in_the_row_of_their_process() -> None:
+    away = SimpleNamespace(generation=9, levels=(5, 1), bytes=(2, 0), parked=(21, 0))
+    assert by_tenant({7: away}) == {5: [(7, 9, 0, 23)]}
 
 
 def test_rows_are_grouped_by_tenant() -> None:

@@ -7,6 +7,7 @@ from fgpu_ebpf.snapshot import (
     DeviceView,
     EngineView,
     MapView,
+    ParkingView,
     PoliciesView,
     ProcessView,
     Refusal,
@@ -39,11 +40,13 @@ def snapshot(name: str = "notebook") -> Snapshot:
         compute,
         13,
         usage=(UsageView("turns", 12.5, 3000.0, 40.0, 7.0), UsageView("nvml", 2.0, 500.0, 3.0, 1.0)),
+        parked_bytes=29,
     )
     processes = (ProcessView(11, 0, 90), ProcessView(12, 0, 11))
     tenant = TenantView(
         name, "tenant", "/docker/1f", 481, "policy", "notebooks", "dev", "jupyter", "1f3a", "kernel", "", (),
         {"team": "vision"}, {"no_admission": 1}, (memory,), processes, {"musl": 1},
+        parking=ParkingView("parked", 61.0, "", 5, 4, 9.5, 3.5),
     )  # fmt: skip
     policies = PoliciesView(True, 1700000000.5, 3, ())
     events = {"sent": 9, "rate": 7, "full": 0}

@@ -9,7 +9,7 @@ import pytest
 
 from fgpu_ebpf.agent.agent import Agent
 
-PARTS = ("policies", "engines", "reconciler", "usage", "gatekeeper")
+PARTS = ("policies", "engines", "parking", "reconciler", "usage", "gatekeeper")
 
 
 class Part:
@@ -30,7 +30,7 @@ def agent_of(stopped: list[str], failing: tuple[str, ...], is_wired: bool = True
     agent = Agent.__new__(Agent)
     agent.failures = 0
     part = {name: Part(name, stopped, name in failing) for name in PARTS}
-    chores = SimpleNamespace(usage=part["usage"])
+    chores = SimpleNamespace(usage=part["usage"], parking=part["parking"])
     wired = SimpleNamespace(policies=part["policies"], reconciler=part["reconciler"], chores=chores)
     wired = wired if is_wired else None
     for name, value in (("_parts", wired), ("engines", part["engines"]), ("gatekeeper", part["gatekeeper"])):

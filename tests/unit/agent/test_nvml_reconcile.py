@@ -196,6 +196,25 @@ def test_nothing_is_corrected_during_a_change():
     assert one.truth.drift == {}
 
 
+@pytest.mark.parametrize(("row", "drift"), [({}, {(ME, 0): 0}), ({ME: 300 * MIB}, {})])
+def test_a_process_that_is_parked_or_woken_is_not_corrected(row, drift):
+    """Its row may be that of a copy that is not complete: then there is no drift to report."""
+    entry = replace(process(0, 512 * MIB), flags=abi.PARKED, parked=one(900 * MIB))
+    books = Books(entry)
+    looks = reconciler(books, row, 0)
+    for _ in range(GONE + 1):
+        looks.look()
+        assert (replace(books.entry, peak=entry.peak), looks.truth.drift) == (entry, drift)
+
+
+def test_a_process_that_is_about_to_be_parked_keeps_its_charge():
+    books = Books(replace(process(900 * MIB, 512 * MIB), flags=abi.PARKED))
+    looks = reconciler(books, {}, 0)
+    for _ in range(GONE + 1):
+        looks.look()
+    assert (books.entry.bytes[0], looks.truth.drift) == (900 * MIB, {})
+
+
 def test_a_refused_correction_is_repeated_and_the_rest_is_reported():
     books = Books(process(900 * MIB))
     books.refuses = 1

@@ -1,0 +1,167 @@
+"""Finds calls of parked processes that wait in the driver: the tenant has to be woken.
+
+Each parked tenant has a thread, which looks at the tenant's processes 20 times a second until it finds a call or is
+stopped. Without parked tenants no thread runs. A look reads one file, unless the tenant's processes have used processor
+time since the last look: a thread that has not run has made no call. After a look that took long, the thread pauses for
+long, so that it uses at most a tenth of a processor.
+
+The thread reads memory of the tenant's processes, which may block. It blocks for its own tenant alone.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from fgpu_ebpf.linux import call_stacks, procfs
+from fgpu_ebpf.linux.call_stacks import Sleep, Where
+
+LOOK_SECONDS = 0.05
+FULL_SECONDS = 1.0  # the longest time between two full looks
+PAUSE = 9  # the pause after a look, as a multiple of the time that the look took
+
+Places = Mapping[tuple[int, int], Sleep]  # (pid, thread) -> the place at which the thread slept
+
+
+@dataclass(slots=True)
+class Known:
+    """The findings about one process: the verdict on each place at which a thread was found asleep."""
+
+    code: call_stacks.Code | None = None
+    judged: dict[tuple[int, Sleep], Where] = field(default_factory=dict)
+
+
+def find(pid: int, known: Known) -> Iterable[tuple[int, Sleep, Where]]:
+    """Return the sleeping threads of a process that are, or may be, in a call of the driver.
+
+    Args:
+        pid: the process.
+        known: the verdicts of earlier looks, which this function renews.
+
+    Raises:
+        OSError: the process has ended, or must not be read.
+    """
+    asleep = list(call_stacks.sleepers(pid))
+    judged = {place: where for place in asleep if (where := known.judged.get(place)) is not None}
+    new = [place for place in asleep if place not in judged]
+    if new:
+        known.code = call_stacks.code_of(pid)  # a library may have been loaded
+        stacks = call_stacks.Stacks(pid)
+        try:
+            judged |= {place: where for place in new if (where := _where(stacks, place[1], known.code)) is not None}
+        finally:
+            stacks.close()
+    # A thread that was woken and sleeps at the same place again may be in another call: only quiet places are kept.
+    known.judged = {place: where for place, where in judged.items() if where is Where.ELSEWHERE}
+    return [(*place, where) for place, where in judged.items() if where is not Where.ELSEWHERE]
+
+
+def _is_of_mps(pid: int) -> bool:
+    """Return whether a process has the variable that names an MPS daemon. Raises OSError."""
+    words = procfs.read(f"/proc/{pid}/environ").split(b"\0")
+    return any(word.startswith(b"CUDA_MPS_PIPE_DIRECTORY=") for word in words)
+
+
+def _where(stacks: call_stacks.Stacks, sleep: Sleep, code: call_stacks.Code) -> Where | None:
+    """Return where a thread sleeps; None: it has ended, or its stack cannot be read now."""
+    try:
+        return stacks.where(sleep, code)
+    except (OSError, OverflowError):
+        return None
+
+
+def before_parking(pids: Iterable[int]) -> tuple[str, Places]:
+    """Look at the processes of a tenant before it is parked. May block on them.
+
+    Returns:
+        Why the tenant cannot be parked now, or an empty text; and the places at which threads slept that are not
+        certainly in a call.
+    """
+    perhaps = {}
+    for pid in pids:
+        known = Known()
+        try:
+            found = list(find(pid, known))
+            known.code = known.code or call_stacks.code_of(pid)
+        except OSError as error:
+            return f"the stacks of pid {pid} cannot be read ({error.strerror}), so no call could wake it", {}
+        if _is_of_mps(pid):
+            return f"pid {pid} is a client of MPS", {}
+        if not known.code.has_libcuda:
+            return f"pid {pid} has mapped no libcuda under its usual name, so no call could wake it", {}
+        for thread, sleep, where in found:
+            if where is Where.IN_DRIVER:
+                return f"thread {thread} of pid {pid} is in a call of the driver", {}
+            perhaps[pid, thread] = sleep
+    return "", perhaps
+
+
+class BlockedCalls:
+    """The thread of one parked tenant.
+
+    Args:
+        pids: returns the tenant's processes, also those that are not parked: the shim holds their calls back too. The
+            thread calls it.
+        quiet: places at which threads slept before the tenant was parked; empty: not known.
+        cgroup: the folder of the tenant's cgroup.
+        found: called by the thread, once, with the pid of a process that has a blocked call.
+    """
+
+    def __init__(
+        self, pids: Callable[[], Iterable[int]], quiet: Places, cgroup: Path, found: Callable[[int], None]
+    ) -> None:
+        self._pids, self._known = pids, dict[int, Known]()
+        self._quiet, self._found = quiet, found
+        self._usage_file = str(cgroup / "cpu.stat")
+        self._stopping = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="parked", daemon=True)
+
+    def start(self) -> None:
+        """Start the thread. Raises RuntimeError: the system has no room for a thread."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Make the thread end soon."""
+        self._stopping.set()
+
+    def _run(self) -> None:
+        used, full_at = "", 0.0
+        while not self._stopping.is_set():
+            began = time.monotonic()
+            now = self._usage()
+            if not now or now != used or began >= full_at:
+                used, full_at = now, began + FULL_SECONDS
+                pid = self.look()
+                if pid and not self._stopping.is_set():
+                    self._found(pid)
+                    return
+            self._stopping.wait(max(LOOK_SECONDS, PAUSE * (time.monotonic() - began)))
+
+    def _usage(self) -> str:
+        """Return the processor time of the tenant as text; empty: not known."""
+        try:
+            return procfs.read(self._usage_file).split(b"\n", 1)[0].decode()
+        except OSError:
+            return ""
+
+    def look(self) -> int:
+        """Return the pid of a process with a thread in a call of the driver, or 0."""
+        self._known = {pid: self._known.get(pid) or Known() for pid in self._pids()}
+        for pid, known in self._known.items():
+            try:
+                found = find(pid, known)
+            except (FileNotFoundError, ProcessLookupError):  # it has ended
+                continue
+            except OSError:  # its calls cannot be found any more
+                return pid
+            for thread, sleep, where in found:
+                if where is Where.IN_DRIVER or not _same(self._quiet.get((pid, thread)), sleep):
+                    return pid
+        return 0
+
+
+def _same(one: Sleep | None, other: Sleep) -> bool:
+    return one is not None and (one.sp, one.pc) == (other.sp, other.pc)

@@ -1,0 +1,87 @@
+"""Why a tenant cannot be parked now: what the driver cannot copy, and what fgpu could not restore safely.
+
+The reasons come from the ledger's own kinds of memory. The parker also refuses processes that are stopped, traced or
+frozen, and a copy for which the host has no room. This module runs in the agent's main loop.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from fgpu_ebpf import abi
+from fgpu_ebpf.check import has_host_pids
+from fgpu_ebpf.driver.nvml import Nvml
+from fgpu_ebpf.ledger.ledger import Ledger
+from fgpu_ebpf.ledger.process_entry import Process
+from fgpu_ebpf.tenancy.enforcer import Enforcer
+from fgpu_ebpf.tenancy.tenant import Tenant
+
+LEAST_DRIVER = 570
+_EXPORTS = abi.Seen.EXPORT | abi.Seen.POOL_EXPORT
+
+
+@dataclass(frozen=True, slots=True)
+class Parkable:
+    """The state of the host on which it depends whether a tenant can be parked.
+
+    `is_on`: whether tenants may be parked at all. `root`: the root of the cgroup hierarchy. `unwitnessed`: returns the
+    bytes by (pid, device) that no probe has recorded.
+    """
+
+    is_on: bool
+    root: Path
+    ledger: Ledger
+    nvml: Nvml
+    enforcer: Enforcer
+    unwitnessed: Callable[[], Mapping[tuple[int, int], int]]
+
+    def processes_of(self, tenant: Tenant) -> dict[int, Process]:
+        """Return the processes of a tenant that hold device memory, by pid."""
+        found = self.ledger.processes().items()
+        return {pid: p for pid, p in found if p.levels[:1] == (tenant.cgroup,) and any(p.bytes)}
+
+    def obstacle(self, tenant: Tenant, processes: Mapping[int, Process]) -> str:
+        """Return the first reason why these processes of a tenant cannot be parked; an empty text if there is none."""
+        if not self.is_on:
+            return "parking is off: set `parking: on` in agent.yaml"
+        if not has_host_pids():
+            return "the agent runs in a pid namespace of its own"
+        if tenant.cgroup in self.enforcer.groups():
+            return "it is a group: park the tenants in it"
+        if not processes:
+            return "no process of the tenant holds device memory"
+        version = self.nvml.driver_version.split(".")[0]
+        if version.isdigit() and int(version) < LEAST_DRIVER:
+            return f"driver {self.nvml.driver_version} cannot copy processes to the host: use {LEAST_DRIVER} or later"
+        devices = sorted({device for process in processes.values() for device in devices_of(process)})
+        if split := [device for device in devices if self.nvml.in_mig_mode(device)]:
+            return f"gpu {split[0]} is in MIG mode"
+        unwitnessed = self.unwitnessed()
+        for pid, process in processes.items():
+            for reason in _reasons(process, {device for of, device in unwitnessed if of == pid}):
+                return f"pid {pid} {reason}"
+        return ""
+
+
+def devices_of(process: Process) -> list[int]:
+    """Return the devices on which a process is charged."""
+    return [device for device, bytes_ in enumerate(process.bytes) if bytes_]
+
+
+def _reasons(process: Process, unwitnessed: set[int]) -> Iterator[str]:
+    if process.is_parked:
+        yield "is being parked or woken already"
+    if not process.flags & abi.Seen.SHIM:
+        yield "has not registered through the shim"
+    if process.flags & abi.Seen.BYPASS or unwitnessed:
+        yield "has memory that it did not request through the shim"
+    if any(process.managed):
+        yield "has managed memory"
+    if process.flags & _EXPORTS or any(process.exported):
+        yield "has exported memory, which other processes may have open"
+    if process.flags & abi.Seen.IMPORT:
+        yield "has opened memory of other processes"
+    if len(devices_of(process)) > 1:
+        yield "has memory on several devices, which may be joined (multicast, peer access)"

@@ -1,0 +1,204 @@
+"""A tenant that is parked, or is being parked or woken; and the requests of users that wait for that.
+
+This module contains data only. It runs in the agent's main loop, which has one ParkedTenant for each such tenant.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from enum import StrEnum
+from itertools import islice
+
+from fgpu_ebpf.agent import blocked_calls, parker_client
+from fgpu_ebpf.ledger.ledger import Ledger
+from fgpu_ebpf.ledger.parked import Life
+from fgpu_ebpf.linux import procfs
+from fgpu_ebpf.policy.units import memory_text
+from fgpu_ebpf.snapshot import ParkingView
+from fgpu_ebpf.tenancy.enforcer import Enforcer
+
+MOST_ERRANDS = 128
+
+
+class Phase(StrEnum):
+    """The state of a tenant that does not run."""
+
+    CHECKING = "checking"  # its calls are looked at; it has no entry in the ledger yet
+    PARKING = "parking"
+    PARKED = "parked"
+    WAITING = "waiting"  # parked, and it shall run as soon as it can
+    WAKING = "waking"
+    UNKNOWN = "unknown"  # the driver has to be asked
+
+
+class Goal(StrEnum):
+    """The goal of a request of a user."""
+
+    PARK = "park"
+    WAKE = "wake"
+
+
+@dataclass(slots=True, eq=False)
+class Errand:
+    """A request of a user. `seconds`: of the driver's copy. `waits`: for what it waits; empty: for the driver."""
+
+    number: int
+    goal: Goal
+    tenant: str
+    bytes: int
+    is_done: bool = False
+    seconds: float = 0.0
+    error: str = ""
+    waits: str = ""
+
+    def finish(self, seconds: float, error: str = "") -> None:
+        """Record the result. `error`: empty if the request succeeded."""
+        self.is_done, self.seconds, self.error, self.waits = True, seconds, error, ""
+
+    def view(self) -> dict[str, object]:
+        """Return the state of the request for the command that waits for it."""
+        return {
+            "errand": self.number, "goal": self.goal, "tenant": self.tenant, "bytes": self.bytes,
+            "done": self.is_done, "seconds": self.seconds, "error": self.error, "waits": self.waits,
+        }  # fmt: skip
+
+
+class Errands:
+    """The last MOST_ERRANDS errands, by number."""
+
+    def __init__(self) -> None:
+        self._numbers = itertools.count(1)
+        self._errands: dict[int, Errand] = {}
+
+    def add(self, goal: Goal, tenant: str, bytes_: int) -> Errand:
+        """Add an errand, and forget the oldest if there are too many."""
+        errand = Errand(next(self._numbers), goal, tenant, bytes_)
+        self._errands[errand.number] = errand
+        if len(self._errands) > MOST_ERRANDS:
+            del self._errands[next(iter(self._errands))]
+        return errand
+
+    def get(self, number: int) -> Errand | None:
+        """Return an errand; None: there is none, or it is forgotten."""
+        return self._errands.get(number)
+
+
+@dataclass(slots=True)
+class Totals:
+    """Counts of a tenant since the agent's start: how often it was parked and woken, and the time of the copies."""
+
+    parks: int = 0
+    wakes: int = 0
+    park_seconds: float = 0.0
+    wake_seconds: float = 0.0
+
+    def count(self, goal: Goal, seconds: float) -> None:
+        """Count that the tenant was parked or woken."""
+        if goal is Goal.PARK:
+            self.parks, self.park_seconds = self.parks + 1, self.park_seconds + seconds
+        else:
+            self.wakes, self.wake_seconds = self.wakes + 1, self.wake_seconds + seconds
+
+
+@dataclass(slots=True, eq=False)
+class ParkedTenant:
+    """A tenant that does not run.
+
+    `members`: the start time of each of its processes that are, or will be, parked, in clock ticks since boot.
+    `quiet`: where threads slept before it was parked. `calls`: the search for calls, while it is parked. `why`: why it
+    waits, or why the driver has to be asked. `next_at`: the time of the next attempt, on the monotonic clock. `op`: the
+    last request that changes the driver's state; None: of an earlier agent. `failures`: failed attempts to restore it.
+    `seconds`: of the driver's copy. `shall_wake`: why it shall be woken once it is parked; empty: it shall stay parked.
+    """
+
+    cgroup: int
+    name: str
+    path: str
+    members: dict[Life, int]
+    phase: Phase
+    bytes: int = 0
+    quiet: blocked_calls.Places = field(default_factory=dict)
+    why: str = ""
+    since: float = field(default_factory=time.monotonic)
+    op: Goal | None = None
+    request: parker_client.Request | None = None
+    calls: blocked_calls.BlockedCalls | None = None
+    errands: list[Errand] = field(default_factory=list)
+    next_at: float = 0.0
+    failures: int = 0
+    seconds: float = 0.0
+    shall_wake: str = ""
+
+    def enter(self, phase: Phase, why: str = "") -> None:
+        """Change the phase. Only a parked tenant's calls are searched for."""
+        if phase is not Phase.PARKED and self.calls:
+            self.calls.stop()
+            self.calls = None
+        if phase is not self.phase:
+            self.since = time.monotonic()
+        self.phase, self.why = phase, why
+        for errand in self.errands:
+            errand.waits = why
+
+    def close_request(self) -> None:
+        """Stop to wait for the parker's answer."""
+        if self.request:
+            self.request.close()
+            self.request = None
+
+    def finish(self, goal: Goal, error: str = "") -> None:
+        """Finish all errands with this goal."""
+        for errand in self.errands:
+            if errand.goal is goal:
+                errand.finish(self.seconds, error)
+        self.errands = [errand for errand in self.errands if not errand.is_done]
+
+
+def of_entries(ledger: Ledger, enforcer: Enforcer) -> dict[int, ParkedTenant]:
+    """Return the tenants that an earlier agent was parking, or had parked, by cgroup. The driver has to be asked."""
+    found: dict[int, ParkedTenant] = {}
+    for life, entry in ledger.parked.entries().items():
+        process = ledger.process(life[0])
+        process = process if process and process.generation == life[1] else None
+        cgroup = entry.level or (process.levels[0] if process and process.levels else 0)
+        if cgroup not in found:
+            tenant = enforcer.get(cgroup)
+            path = tenant.path if tenant else procfs.cgroup_path(life[0]) or "/"
+            why = "the agent has started"
+            found[cgroup] = ParkedTenant(cgroup, enforcer.name_of(cgroup), path, {}, Phase.UNKNOWN, why=why)
+        found[cgroup].members[life] = procfs.started(life[0]) or 0
+        found[cgroup].bytes += sum(entry.bytes) + (sum(process.bytes) if process else 0)
+    return found
+
+
+def view_of(parked: ParkedTenant | None, totals: Totals | None) -> ParkingView | None:
+    """Return what a Snapshot shows of a tenant; None: it was never parked since the agent's start."""
+    if parked is None and totals is None:
+        return None
+    t = totals or Totals()
+    state, seconds, why = "running", None, ""
+    if parked:
+        state, seconds, why = parked.phase.value, time.monotonic() - parked.since, parked.why
+    return ParkingView(state, seconds, why, t.parks, t.wakes, t.park_seconds, t.wake_seconds)
+
+
+def stuck(tenants: Iterable[ParkedTenant]) -> str:
+    """Return which tenants may have to wait for long, and why; an empty text if none has to."""
+    slow = (p for p in tenants if p.phase in (Phase.UNKNOWN, Phase.WAITING))
+    return "; ".join(f"{parked.name} is {parked.phase}: {parked.why}" for parked in islice(slow, 5))
+
+
+def full_level(tenant: ParkedTenant, ledger: Ledger, enforcer: Enforcer) -> str:
+    """Return which level around a parked tenant has no room for it, as text."""
+    entries = ledger.parked.entries()
+    for life in tenant.members:
+        process, entry = ledger.process(life[0]), entries.get(life)
+        for level in process.levels[1:] if process and entry else ():
+            for device, u in enumerate(ledger.usage(level) or ()):
+                if entry and entry.bytes[device] and u.used + entry.bytes[device] > u.limit:
+                    used = f"{memory_text(u.used)} of {memory_text(u.limit)} in use on gpu {device}"
+                    return f"group {enforcer.name_of(level)} has {used}"
+    return "a group around the tenant has no room"

@@ -1,0 +1,157 @@
+"""Threads that sleep inside a driver library: which function called the system call in which a thread waits.
+
+A thread's stack pointer and its next instruction are in /proc/PID/task/TID/syscall while it sleeps. Above the stack
+pointer lie the return addresses of all functions that have not returned. A word of the stack is taken for a return
+address if it points into executable memory and follows a call instruction.
+
+A thread that a library of the driver has created has no frame of another library above the driver's frames, so it does
+not count: such threads always sleep there. A word may also be the rest of an earlier call, in a frame that has not
+overwritten it. So a thread certainly is in the driver only if the innermost frame outside libc is the driver's;
+otherwise it *may* be.
+
+Reading a process can block on the process. Errors are OSError: the process has ended, or must not be read.
+"""
+
+from __future__ import annotations
+
+import bisect
+import os
+import platform
+import struct
+from collections.abc import Iterator
+from enum import IntEnum
+from typing import NamedTuple
+
+from fgpu_ebpf.linux import procfs, procmaps
+
+FIRST_BYTES, MOST_BYTES = 1 << 16, 1 << 18  # of a stack: the driver's frames lie in the first part
+_LIBCUDA = b"libcuda.so"
+_DRIVER = (_LIBCUDA, b"libnvidia-", b"libfgpu.so")  # the shim holds calls back that the driver must not get
+_LIBC = (b"libc.so", b"libc-", b"ld-", b"libpthread", b"[vdso]", b"[uprobes]", b"[vsyscall]")
+_LONGEST_CALL = 7  # bytes of a call instruction of x86-64
+_ANY_MAPPING = 0  # of procmaps.find()
+
+
+class Where(IntEnum):
+    """Says whether a thread sleeps in a call of the driver that another library has made."""
+
+    ELSEWHERE = 0
+    PERHAPS_IN_DRIVER = 1
+    IN_DRIVER = 2
+
+
+class Kind(IntEnum):
+    """The kind of a module."""
+
+    OTHER = 0
+    LIBC = 1
+    DRIVER = 2
+
+
+class Sleep(NamedTuple):
+    """The place at which a thread sleeps. `call`: the number and the arguments of its system call, as text."""
+
+    sp: int
+    pc: int
+    call: bytes
+
+
+class Code(NamedTuple):
+    """The executable mappings of a process, by ascending address. `has_libcuda`: libcuda is one, by its name."""
+
+    starts: tuple[int, ...]
+    ends: tuple[int, ...]
+    kinds: tuple[Kind, ...]
+    has_libcuda: bool
+
+    def kind(self, address: int) -> Kind | None:
+        """Return the kind of the module at an address; None: there is no executable mapping."""
+        at = bisect.bisect_right(self.starts, address) - 1
+        return self.kinds[at] if at >= 0 and address < self.ends[at] else None
+
+
+def _kind_of(name: bytes) -> Kind:
+    return Kind.DRIVER if name.startswith(_DRIVER) else Kind.LIBC if name.startswith(_LIBC) else Kind.OTHER
+
+
+def code_of(pid: int) -> Code:
+    """Return the executable mappings of a process. Raises OSError."""
+    with procmaps.opened(pid) as maps:
+        found = [(m.start, m.end, m.path.rpartition(b"/")[2]) for m in procmaps.each(maps, procmaps.NEXT_CODE)]
+    starts, ends, names = zip(*found, strict=True) if found else ((), (), ())
+    return Code(starts, ends, tuple(map(_kind_of, names)), any(name.startswith(_LIBCUDA) for name in names))
+
+
+def sleepers(pid: int) -> Iterator[tuple[int, Sleep]]:
+    """Yield each thread of a process that sleeps, and the place. Raises OSError."""
+    folder = f"/proc/{pid}/task"
+    for name in os.listdir(folder):
+        try:
+            words = procfs.read(f"{folder}/{name}/syscall").split()
+        except (FileNotFoundError, ProcessLookupError):  # the thread has ended
+            continue
+        if len(words) >= 3:  # otherwise it is running
+            yield int(name), Sleep(int(words[-2], 16), int(words[-1], 16), b" ".join(words[:-2]))
+
+
+class Stacks:
+    """The memory of a process, from opening to close(). Raises OSError."""
+
+    def __init__(self, pid: int) -> None:
+        self._maps = os.open(f"/proc/{pid}/maps", os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            self._memory = os.open(f"/proc/{pid}/mem", os.O_RDONLY | os.O_CLOEXEC)
+        except OSError:
+            os.close(self._maps)
+            raise
+
+    def close(self) -> None:
+        """Close the process's files."""
+        os.close(self._maps)
+        os.close(self._memory)
+
+    def where(self, sleep: Sleep, code: Code) -> Where:
+        """Return where a thread sleeps. Raises OSError: its stack cannot be read."""
+        kinds = self._frames(sleep, code)  # each search below goes on where the search before it has stopped
+        innermost = next((kind for kind in kinds if kind is not Kind.LIBC), None)
+        if innermost is Kind.DRIVER:
+            return Where.IN_DRIVER if Kind.OTHER in kinds else Where.ELSEWHERE
+        is_called = any(kind is Kind.DRIVER for kind in kinds) and Kind.OTHER in kinds
+        return Where.PERHAPS_IN_DRIVER if is_called else Where.ELSEWHERE
+
+    def _frames(self, sleep: Sleep, code: Code) -> Iterator[Kind]:
+        """Yield the kinds of the modules of all frames, innermost first."""
+        here = code.kind(sleep.pc)
+        if here is not None:
+            yield here
+        if not code.starts:
+            return
+        low, high = code.starts[0], code.ends[-1]
+        end = min(procmaps.find(self._maps, sleep.sp, _ANY_MAPPING, named=False).end, sleep.sp + MOST_BYTES)
+        is_driver = here is Kind.DRIVER
+        for at, until in ((sleep.sp, min(end, sleep.sp + FIRST_BYTES)), (sleep.sp + FIRST_BYTES, end)):
+            if at >= until or (at != sleep.sp and not is_driver):
+                return
+            raw = os.pread(self._memory, (until - at) // 8 * 8, at)
+            for word in struct.unpack(f"{len(raw) // 8}Q", raw[: len(raw) // 8 * 8]):
+                if low <= word < high and (kind := code.kind(word)) is not None and self._follows_call(word):
+                    is_driver = is_driver or kind is Kind.DRIVER
+                    yield kind
+
+    def _follows_call(self, address: int) -> bool:
+        """Return whether the instruction before an address is a call."""
+        try:
+            before = os.pread(self._memory, _LONGEST_CALL, address - _LONGEST_CALL)
+        except OSError:
+            return False
+        return len(before) == _LONGEST_CALL and is_call(before)
+
+
+def is_call(before: bytes) -> bool:
+    """Return whether these bytes, the last before an address, end in a call instruction of this machine."""
+    if platform.machine() == "aarch64":
+        word = int.from_bytes(before[-4:], "little")
+        return word >> 26 == 0b100101 or word & 0xFFFFFC1F == 0xD63F0000  # bl, blr
+    if before[-5] == 0xE8:  # call with a displacement
+        return True
+    return any(before[-n] == 0xFF and before[1 - n] >> 3 & 7 == 2 for n in range(2, _LONGEST_CALL + 1))

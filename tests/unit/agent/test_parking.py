@@ -1,0 +1,318 @@
+"""Each answer of the parker, and each failure, leads to a ledger that agrees with the driver."""
+
+from __future__ import annotations
+
+import errno
+import json
+import selectors
+import socket
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from fgpu_ebpf import abi
+from fgpu_ebpf.agent import blocked_calls, parker_client, parking
+from fgpu_ebpf.agent.parkable import Parkable
+from fgpu_ebpf.agent.parking import Parking
+from fgpu_ebpf.ledger.parked import Parked
+from fgpu_ebpf.ledger.process_entry import Process
+from fgpu_ebpf.tenancy.event_log import EventLog
+
+HELD, CGROUP, GENERATION = 64 << 20, 7, 1001
+Line = dict[str, Any]
+
+
+class FakeParker:
+    """A parker and a driver. `state` is the driver's state of all processes. `says` replaces the next answers."""
+
+    def __init__(self, folder: Path) -> None:
+        self.state = "running"
+        self.says: list[list[Line]] = []
+        self.asked: list[str] = []
+        self._listener = socket.socket(socket.AF_UNIX)
+        self._listener.bind(str(folder / parker_client.SOCKET))
+        self._listener.listen()
+        threading.Thread(target=self._serve, daemon=True).start()
+
+    def _serve(self) -> None:
+        while True:
+            try:
+                sock, _ = self._listener.accept()
+            except OSError:
+                return
+            with sock, sock.makefile("rw") as file:
+                if not (line := file.readline()):  # there was no room, so no request
+                    continue
+                request = json.loads(line)
+                self.asked.append(request["op"])
+                lines = self.says.pop(0) if self.says and request["op"] != "state" else self._answer(request)
+                file.writelines(json.dumps(line) + "\n" for line in lines)
+
+    def _answer(self, request: Line) -> list[Line]:
+        if request["op"] == "state":
+            return [{"states": {str(process["pid"]): self.state for process in request["processes"]}}]
+        self.state = {"park": "checkpointed", "wake": "running"}[request["op"]]
+        return [{"at": self.state, "seconds": 1.5}, {"result": {"park": "parked", "wake": "running"}[request["op"]]}]
+
+    def close(self) -> None:
+        self._listener.close()
+
+
+class FakeLedger:
+    """One tenant with one process, in a group that may be full."""
+
+    def __init__(self, pid: int) -> None:
+        self.pid, self.has_entry, self.parked_bytes, self.is_full = pid, False, 0, False
+        self.parked = SimpleNamespace(
+            entries=self._entries, begin=self._begin, park=self._park, wake=self._wake, end=self._end
+        )
+
+    def processes(self) -> dict[int, Process]:
+        zero = (0,) * abi.DEVICES
+        bytes_ = (HELD - self.parked_bytes, *zero[1:])
+        flags = abi.Seen.SHIM | (abi.PARKED if self.has_entry else 0)
+        return {self.pid: Process(GENERATION, (CGROUP,), flags, 0, True, bytes_, zero, zero, zero, (1, *zero[1:]))}
+
+    def process(self, pid: int) -> Process | None:
+        return self.processes().get(pid)
+
+    def usage(self, cgroup: int) -> list[Any]:
+        return [SimpleNamespace(used=HELD - self.parked_bytes, parked=self.parked_bytes, limit=1 << 30)]
+
+    def _entries(self) -> dict[tuple[int, int], Parked]:
+        bytes_ = (self.parked_bytes, *(0,) * (abi.DEVICES - 1))
+        return {(self.pid, GENERATION): Parked(0, CGROUP, bytes_)} if self.has_entry else {}
+
+    def _begin(self, _: object) -> int:
+        self.has_entry = True
+        return 0
+
+    def _park(self, _: object) -> int:
+        assert self.has_entry
+        self.parked_bytes = HELD
+        return 0
+
+    def _wake(self, _: object, force: bool = False) -> int:
+        if self.is_full and not force:
+            return errno.ENOSPC
+        self.parked_bytes = 0
+        return 0
+
+    def _end(self, _: object) -> int:
+        assert not self.parked_bytes
+        self.has_entry = False
+        return 0
+
+
+class Quiet:
+    """A search for calls that finds none, unless the test says so."""
+
+    last: Quiet
+
+    def __init__(self, pids: object, quiet: object, cgroup: object, found: Callable[[int], None]) -> None:
+        self.found, self.is_stopped = found, False
+        Quiet.last = self
+
+    def start(self) -> None:
+        pass
+
+    def stop(self) -> None:
+        self.is_stopped = True
+
+
+class Host:
+    """The agent's part, with a parker and a ledger of the test."""
+
+    def __init__(self, folder: Path, pid: int) -> None:
+        self.folder, self.parker, self.ledger, self.history = folder, FakeParker(folder), FakeLedger(pid), EventLog()
+        workload = SimpleNamespace(cgroup=CGROUP, path="/alice")
+        self.tenant: Any = SimpleNamespace(name="alice", cgroup=CGROUP, path="/alice", workload=workload)
+        self.enforcer: Any = SimpleNamespace(
+            groups=set, get=lambda cgroup: self.tenant if cgroup == CGROUP else None, name_of=lambda _: "alice"
+        )
+        self.checks: dict[str, Any] = {}
+        self.start()
+
+    def start(self) -> None:
+        """Start an agent, as after the end of an earlier one."""
+        nvml: Any = SimpleNamespace(driver_version="580.1", in_mig_mode=lambda _: False)
+        ledger: Any = self.ledger
+        parkable = Parkable(True, Path("/sys/fs/cgroup"), ledger, nvml, self.enforcer, dict)
+        self.parking = Parking(self.folder, parkable, self.history, self.checks)
+        self.selector = selectors.DefaultSelector()
+        self.parking.begin(self.selector)
+
+    def until(self, state: str, seconds: float = 10.0) -> None:
+        """Run the main loop until the tenant has this state."""
+        deadline = time.monotonic() + seconds
+        while self.state() != state:
+            assert time.monotonic() < deadline, self.state()
+            for key, _ in self.selector.select(0.01):
+                key.data()
+            self.parking.look()
+
+    def state(self) -> str:
+        view = self.parking.view(CGROUP)
+        return view.state if view else "running"
+
+    def what(self) -> list[str]:
+        return [event["what"] for event in self.history.since(0)["events"]]
+
+    def books(self) -> tuple[bool, int]:
+        return self.ledger.has_entry, self.ledger.parked_bytes
+
+
+@pytest.fixture
+def host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Host]:
+    monkeypatch.setattr(blocked_calls, "before_parking", lambda _: ("", {}))
+    monkeypatch.setattr(blocked_calls, "BlockedCalls", Quiet)
+    monkeypatch.setattr(parking, "AGAIN_SECONDS", 0.01)
+    with subprocess.Popen(["sleep", "1000"]) as process:
+        made = Host(tmp_path, process.pid)
+        yield made
+        process.kill()
+    made.parker.close()
+
+
+def parked(host: Host) -> None:
+    host.parking.park(host.tenant)
+    host.until("parked")
+
+
+def test_a_tenant_is_parked_and_woken(host: Host) -> None:
+    errand = host.parking.park(host.tenant)
+    host.until("parked")
+    assert (errand.is_done, errand.error, errand.seconds) == (True, "", 1.5)
+    assert host.books() == (True, HELD)
+    errand = host.parking.wake(CGROUP, "alice")
+    host.until("running")
+    assert (errand.is_done, errand.error, host.books()) == (True, "", (False, 0))
+    assert host.what() == ["parked", "woken"]
+    view = host.parking.view(CGROUP)
+    assert view
+    assert (view.parks, view.wakes, view.park_seconds, view.wake_seconds) == (1, 1, 1.5, 1.5)
+    assert Quiet.last.is_stopped
+
+
+def test_a_call_wakes_the_tenant(host: Host) -> None:
+    parked(host)
+    Quiet.last.found(host.ledger.pid)
+    host.until("running")
+    assert host.books() == (False, 0)
+
+
+def test_a_park_that_fails_leaves_the_tenant_running(host: Host) -> None:
+    host.parker.says = [[{"result": "running", "error": "process 1 was not idle within 5 s"}]]
+    errand = host.parking.park(host.tenant)
+    host.until("running")
+    assert (errand.is_done, errand.error) == (True, "process 1 was not idle within 5 s")
+    assert (host.books(), host.what()) == ((False, 0), ["park failed"])
+
+
+def test_a_refused_park_is_not_believed_while_another_job_parks_the_process(host: Host) -> None:
+    """The driver has the process checkpointed at the end: it must be known, so that it is woken."""
+    host.parker.says = [[{"result": "running", "error": "process 1 has a job already"}]]
+    host.parker.state = "checkpointed"
+    host.parking.park(host.tenant)
+    host.until("parked")
+    assert host.books() == (True, HELD)
+
+
+def test_a_restore_that_fails_is_repeated_and_the_charge_is_released_meanwhile(host: Host) -> None:
+    parked(host)
+    host.parker.says = [[{"result": "parked", "error": "out of memory"}]]
+    errand = host.parking.wake(CGROUP, "alice")
+    host.until("waiting")
+    assert (errand.waits, host.books()) == ("out of memory", (True, HELD))
+    assert "alice is waiting: out of memory" in host.checks["parking"].found
+    host.until("running")
+    assert (errand.is_done, errand.error) == (True, "")
+    assert "parking" not in host.checks
+
+
+def test_a_wake_up_waits_for_room(host: Host) -> None:
+    parked(host)
+    host.ledger.is_full = True
+    host.parking.wake(CGROUP, "alice")
+    host.until("waiting")
+    assert (host.books(), host.parker.asked) == ((True, HELD), ["park"])
+    host.ledger.is_full = False
+    host.until("running")
+    assert "wake waits" in host.what()
+
+
+@pytest.mark.parametrize(
+    ("state", "wanted"), [("running", "running"), ("checkpointed", "parked"), ("locked", "running")]
+)
+def test_after_a_parker_that_ended_the_driver_is_asked(host: Host, state: str, wanted: str) -> None:
+    host.parker.says, host.parker.state = [[{"at": "locked"}]], state
+    host.parking.park(host.tenant)
+    host.until("unknown")
+    host.until(wanted)
+    assert host.books() == ((True, HELD) if wanted == "parked" else (False, 0))
+
+
+@pytest.mark.parametrize(("state", "wanted"), [("running", "running"), ("checkpointed", "parked"), ("gone", "running")])
+def test_an_agent_that_starts_asks_the_driver(host: Host, state: str, wanted: str) -> None:
+    parked(host)
+    host.parker.state = state
+    host.start()
+    host.until(wanted)
+    assert host.books() == ((True, HELD) if wanted == "parked" else (False, 0))
+
+
+def test_a_state_that_is_unknown_changes_nothing(host: Host) -> None:
+    parked(host)
+    host.parker.state = "unknown"
+    host.start()
+    host.until("unknown")
+    for _ in range(5):
+        host.parking.look()
+        for key, _ in host.selector.select(0.05):
+            key.data()
+    assert (host.state(), host.books()) == ("unknown", (True, HELD))
+
+
+def test_a_lost_tenant_is_charged_again_and_gets_the_errors_of_the_driver(host: Host) -> None:
+    parked(host)
+    host.parker.says, host.parker.state = [[{"result": "lost", "error": "restore failed"}]], "failed"
+    errand = host.parking.wake(CGROUP, "alice")
+    host.until("running")
+    assert "the driver has lost the tenant" in errand.error
+    assert (host.books(), "parking lost" in host.what()) == ((False, 0), True)
+
+
+def test_without_a_parker_nothing_changes(host: Host) -> None:
+    (host.folder / parker_client.SOCKET).unlink()
+    errand = host.parking.park(host.tenant)
+    host.until("running")
+    assert "the parker does not run" in errand.error
+    assert host.books() == (False, 0)
+
+
+def test_a_call_in_the_driver_is_a_reason(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(blocked_calls, "before_parking", lambda _: ("thread 5 of pid 4 is in a call of the driver", {}))
+    errand = host.parking.park(host.tenant)
+    host.until("running")
+    assert errand.error.endswith("thread 5 of pid 4 is in a call of the driver")
+
+
+def test_a_wake_up_during_the_parking_follows_it(host: Host) -> None:
+    park = host.parking.park(host.tenant)
+    host.until("parking")
+    wake = host.parking.wake(CGROUP, "alice")
+    host.until("running")
+    assert (park.error, wake.error, wake.is_done) == ("", "", True)
+
+
+def test_a_tenant_without_a_limit_is_woken(host: Host) -> None:
+    parked(host)
+    host.enforcer.get = lambda _: None
+    host.until("running")
+    assert host.books() == (False, 0)
