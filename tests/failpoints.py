@@ -144,6 +144,42 @@ def detach_half() -> None:
     after(attach, "detach")
 
 
+# -- the agent, while it parks and wakes tenants
+
+
+def asks_for(goal: str) -> Judge:
+    """Match calls of Parking._ask that are about to send this request to the parker."""
+    return lambda _, __, ___, op: op == goal
+
+
+def park_unasked() -> None:
+    """A tenant is recorded as about to be parked, and the parker knows nothing of it."""
+    from fgpu_ebpf.agent.parking import Parking
+
+    before(Parking, "_ask", asks_for("park"))
+
+
+def park_uncharged() -> None:
+    """The device holds nothing of a tenant any more, and all of it is charged."""
+    from fgpu_ebpf.ledger.parked import ParkedMap
+
+    before(ParkedMap, "park")
+
+
+def wake_unasked() -> None:
+    """A parked tenant is charged again, and the parker knows nothing of it."""
+    from fgpu_ebpf.agent.parking import Parking
+
+    before(Parking, "_ask", asks_for("wake"))
+
+
+def wake_unended() -> None:
+    """A tenant runs again, and is still recorded as parked."""
+    from fgpu_ebpf.ledger.parked import ParkedMap
+
+    before(ParkedMap, "end")
+
+
 # -- the gatekeeper
 
 
@@ -163,6 +199,7 @@ def hello_unanswered() -> None:
 
 AGENT = (limit_unpublished, policy_half, page_unannounced, charges_behind, level_half_gone, state_unrenamed)
 AGENT += (programs_half, links_half, detach_half)
+AGENT += (park_unasked, park_uncharged, wake_unasked, wake_unended)
 GATEKEEPER = (socket_unrenamed, hello_unanswered)
 
 
