@@ -28,7 +28,7 @@ from pathlib import Path
 BUILD = Path(__file__).resolve().parents[1] / "build"
 COPIED = ("sim", "shim")  # folders of build/
 FOLDER = "fgpu-worlds"
-CLONE_NEWNS, CLONE_NEWCGROUP = 0x00020000, 0x02000000
+CLONE_NEWNS, CLONE_NEWCGROUP, CLONE_NEWNET = 0x00020000, 0x02000000, 0x40000000
 GONE_SECONDS = 20.0
 SIZE = "size=32m"  # of the file systems that tests fill to the last byte
 HOST = "FGPU_TEST_HOST"  # variable of the processes in a world: the host's cgroup namespace, as a path
@@ -43,13 +43,19 @@ def cgroup2() -> Path:
     raise RuntimeError("cgroup v2 is not mounted")
 
 
+def hierarchies_of_version_1() -> list[Path]:
+    """Return where the hierarchies of cgroup v1 are mounted. A host that has only version 2 has none."""
+    fields = [line.split() for line in Path("/proc/mounts").read_text().splitlines()]
+    return [Path(place) for _, place, kind, *_ in fields if kind == "cgroup"]
+
+
 def enter(name: str) -> None:
     """Give the calling thread, and every process that it starts later, a new world of this name. Needs root."""
     os.environ.setdefault(HOST, f"/proc/{os.getppid()}/ns/cgroup")
     cgroup = cgroup2() / FOLDER / name
     cgroup.mkdir(parents=True)
     (cgroup / "cgroup.procs").write_text("0")
-    _call("unshare", CLONE_NEWNS | CLONE_NEWCGROUP)
+    call("unshare", CLONE_NEWNS | CLONE_NEWCGROUP)
     _mount_hierarchies()
     _own_run_folder()
     _own_etc()
@@ -61,16 +67,16 @@ def enter(name: str) -> None:
             _own_copy(folder)
 
 
-def _leave() -> None:
-    """Move the calling process to the cgroup namespace of the host. It stays in its own cgroup."""
+def as_host() -> None:
+    """Move the calling thread to the cgroup namespace of the host. It stays in its own cgroup."""
     if HOST in os.environ:
         with open(os.environ[HOST], "rb") as host:
-            _call("setns", host.fileno(), CLONE_NEWCGROUP)
-        _call("unshare", CLONE_NEWNS)
+            call("setns", host.fileno(), CLONE_NEWCGROUP)
+        call("unshare", CLONE_NEWNS)
         _mount_hierarchies()
 
 
-def _call(name: str, *arguments: int) -> None:
+def call(name: str, *arguments: int) -> None:
     """Call a function of libc. Raises OSError."""
     if getattr(ctypes.CDLL(None, use_errno=True), name)(*arguments):
         raise OSError(ctypes.get_errno(), name)
@@ -150,18 +156,20 @@ def clear(name: str = "") -> None:
 
     Without a name, do this for all worlds, and remove an empty /var/lib/fgpu from the host.
     """
-    top = cgroup2() / FOLDER / name
     deadline = time.monotonic() + GONE_SECONDS
-    while top.exists():
-        (top / "cgroup.kill").write_text("1")
-        for folder, _, _ in os.walk(top, topdown=False):
-            try:
-                os.rmdir(folder)
-            except OSError:
-                continue
-        if time.monotonic() > deadline:
-            raise RuntimeError(f"{top} still has processes: {(top / 'cgroup.events').read_text()}")
-        time.sleep(0.02)
+    for hierarchy in (cgroup2(), *hierarchies_of_version_1()):  # a cluster's kubelet and runc use those of version 1
+        top = hierarchy / FOLDER / name
+        while top.exists():
+            if hierarchy == cgroup2():
+                (top / "cgroup.kill").write_text("1")
+            for folder, _, _ in os.walk(top, topdown=False):
+                try:
+                    os.rmdir(folder)
+                except OSError:
+                    continue
+            if time.monotonic() > deadline:
+                raise RuntimeError(f"{top} still has processes")
+            time.sleep(0.02)
     state = Path("/var/lib/fgpu")
     if not name and state.exists() and not state.is_mount() and not any(state.iterdir()):
         state.rmdir()
@@ -170,7 +178,7 @@ def clear(name: str = "") -> None:
 def run(command: list[str]) -> int:
     """Run a command in a new world, and return its exit status. The world ends with the command."""
     name = f"run-{os.getpid()}"
-    _leave()
+    as_host()
     pid = os.fork()
     if not pid:
         try:

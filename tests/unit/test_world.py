@@ -70,6 +70,18 @@ def test_nothing_remains_of_a_command(tmp_path: Path) -> None:
     assert not Path(done.stdout.rstrip()).exists()
 
 
+def test_nothing_remains_in_a_hierarchy_of_version_1() -> None:
+    """The memory hierarchy's mount is the world's own."""
+    places = [place for place in world.hierarchies_of_version_1() if place.name in ("pids", "freezer")]
+    if not places:
+        pytest.skip("this host has only version 2 of cgroups")
+    make = 'mkdir -p "$0" && { sleep 1000 & } && echo $! >"$0"/cgroup.procs && ls -d "$0"'
+    script = f"exec >/dev/null; sh -ec '{make}' {places[0]}/{world.FOLDER}/run-$PPID/pod >&2"
+    done = in_world("sh", "-c", script)
+    assert f"{places[0]}/{world.FOLDER}/run-" in done.stderr
+    assert not Path(done.stderr.rstrip()).exists()
+
+
 def test_a_world_that_is_made_in_another_world_is_beside_it() -> None:
     """Otherwise an agent in the outer world would probe the files of programs in the inner world."""
     outer = [] if world.HOST in os.environ else RUN
