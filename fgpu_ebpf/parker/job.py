@@ -14,6 +14,7 @@ from fgpu_ebpf.parker.cuda import ILLEGAL_STATE, NOT_READY, Checkpoints, DriverE
 from fgpu_ebpf.parker.protocol import Outcome, Request, RequestError, Say
 
 RETRY_SECONDS = 0.1
+QUIET_SECONDS = 0.2  # the least time for _wait_for_threads()
 PATIENCE_SECONDS = 10.0  # how long restore_all() waits for a call that an ended job has begun
 
 
@@ -30,6 +31,9 @@ class Target(Protocol):
 
     def check_runs(self) -> None:
         """Check that nothing keeps the process from executing. Raises RequestError."""
+
+    def is_quiet(self, until: float, now: Callable[[], float], sleep: Callable[[float], None]) -> bool:
+        """Wait until no thread is in a call that it began before. Return False if that is not certain by `until`."""
 
 
 class Job:
@@ -84,6 +88,7 @@ class Job:
             return Outcome("running", str(error))
         try:
             self._lock_all()
+            self._wait_for_threads()
             self._say({"at": "locked"})
             self._check_room()
             began = self._now()
@@ -107,6 +112,12 @@ class Job:
                     raise
                 seconds = self._request.lock_ms / 1000
                 raise RequestError(f"process {target.pid} was not idle within {seconds:g} s") from error
+
+    def _wait_for_threads(self) -> None:
+        until = max(self._begun + self._request.lock_ms / 1000, self._now() + QUIET_SECONDS)
+        for target in self._targets:
+            if not target.is_quiet(until, self._now, self._sleep):
+                raise RequestError(f"a thread of process {target.pid} may still be in a call of the driver")
 
     def _checkpoint_all(self) -> None:
         for target in self._targets:

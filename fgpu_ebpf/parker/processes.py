@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from fgpu_ebpf.linux import procfs
+from fgpu_ebpf.parker import threads
 from fgpu_ebpf.parker.protocol import Named, RequestError
 
 _STOPPED = {"T": "stopped", "t": "stopped by a debugger"}
@@ -58,6 +59,10 @@ class Process:
         for path, folder in cgroups(self.pid, "freezer"):
             if _is_frozen(folder):
                 raise RequestError(f"process {self.pid} is in the frozen cgroup {path}")
+
+    def is_quiet(self, until: float, now: Callable[[], float], sleep: Callable[[float], None]) -> bool:
+        """Wait until no thread is in a call that it began before. Return False if that is not certain by `until`."""
+        return threads.are_past(self.pid, until, now, sleep)
 
     def _threads(self) -> list[str]:
         with contextlib.suppress(OSError):

@@ -59,7 +59,7 @@ class Target:
 
     def __init__(self, driver: Driver, pid: int) -> None:
         self._driver, self.pid = driver, pid
-        self.obstacle = ""
+        self.obstacle, self.quiet = "", True
 
     def is_there(self) -> bool:
         return self.pid in self._driver.states
@@ -72,6 +72,9 @@ class Target:
         self.check()
         if self.obstacle:
             raise RequestError(self.obstacle)
+
+    def is_quiet(self, until: float, now: Callable[[], float], sleep: Callable[[float], None]) -> bool:
+        return self.quiet
 
 
 class Bench:

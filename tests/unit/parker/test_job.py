@@ -31,6 +31,13 @@ def test_all_processes_are_restored_before_any_is_unlocked() -> None:
     assert bench.said == [{"at": "restored", "seconds": 0.0}]
 
 
+def test_a_process_with_a_thread_in_a_call_is_not_checkpointed() -> None:
+    bench = Bench()
+    bench.targets[1].quiet = False
+    assert bench.job().park() == Outcome("running", "a thread of process 8 may still be in a call of the driver")
+    assert bench.driver.calls == each("lock") + each("unlock")
+
+
 def fail(bench: Bench, pid: int) -> None:
     raise DriverError(f"failed for {pid}", UNKNOWN_ERROR)
 

@@ -1,0 +1,67 @@
+"""Threads that may execute a call of the driver that they began before the process was locked.
+
+A locked process begins no such call: calls that need the device wait in the driver, and those that read whether work is
+done wait in the shim (`shim/link/hold.c`). But a thread may have passed the shim just before. If it goes on after the
+checkpoint, it reads memory that is not mapped any more, and the process ends. Such a call takes microseconds once no
+work is in flight. So a thread is past it when it has used much more processor time than that, or when it has not run at
+all between two looks, because then it sleeps elsewhere. A thread that is ready to run and gets no processor is neither.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+
+from fgpu_ebpf.linux import procfs
+
+ENOUGH_NS = 1_000_000  # of processor time, for any call that does not wait
+LOOK_SECONDS = 0.02
+_READY = b"R"
+
+Look = dict[str, tuple[bytes, int]]  # the state and the processor time in nanoseconds of each thread
+
+
+def look(pid: int) -> Look:
+    """Return the threads of a process. The result is empty if the process has ended."""
+    found: Look = {}
+    folder = f"/proc/{pid}/task"
+    try:
+        names = os.listdir(folder)
+    except OSError:
+        return found
+    for name in names:
+        try:
+            state = procfs.read(f"{folder}/{name}/stat").rpartition(b")")[2].split()[0]
+            found[name] = state, int(procfs.read(f"{folder}/{name}/schedstat").split()[0])
+        except (OSError, IndexError, ValueError):  # the thread has ended
+            continue
+    return found
+
+
+def are_past(pid: int, until: float, now: Callable[[], float], sleep: Callable[[float], None]) -> bool:
+    """Wait until no thread is in a call that it began before this function was called.
+
+    Args:
+        pid: the process, which is locked.
+        until: when to give up, by `now`.
+        now: returns the time in seconds.
+        sleep: sleeps for seconds.
+
+    Returns:
+        False if this was not certain in time.
+    """
+    first = before = look(pid)
+    left = set(first)
+    while left:
+        if now() >= until:
+            return False
+        sleep(LOOK_SECONDS)
+        after = look(pid)
+        left = {name for name in left & after.keys() if not _is_past(first[name], before.get(name), after[name])}
+        before = after
+    return True
+
+
+def _is_past(first: tuple[bytes, int], before: tuple[bytes, int] | None, after: tuple[bytes, int]) -> bool:
+    has_slept = before == after and after[0] != _READY
+    return has_slept or after[1] - first[1] >= ENOUGH_NS
