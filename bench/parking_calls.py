@@ -225,7 +225,6 @@ def _calls(d: Driver) -> dict[str, Callable[[], int]]:
         "cuCtxGetLimit": lambda: lib.cuCtxGetLimit(byref(size), 0),
         "cuCtxGetApiVersion": lambda: lib.cuCtxGetApiVersion(lib.context, byref(number)),
         "cuCtxGetFlags": lambda: lib.cuCtxGetFlags(byref(number)),
-        "cuDevicePrimaryCtxRelease_v2": lambda: lib.cuDevicePrimaryCtxRelease_v2(0),
         "cuIpcGetMemHandle": lambda: lib.cuIpcGetMemHandle(text, at),
         "cuPointerGetAttributes": lambda: lib.cuPointerGetAttributes(
             1, (c_int * 1)(9), (c_void_p * 1)(ctypes.cast(byref(number), c_void_p)), at

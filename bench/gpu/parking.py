@@ -22,7 +22,7 @@ LIMIT, SIZES = 24 * GIB, (1, 8, 20)
 SCRIPT = """
 import sys, torch
 data = [torch.full((1 << 30,), i % 200, dtype=torch.uint8, device="cuda") for i in range(int(sys.argv[1]))]
-x, done, graph = torch.zeros(1 << 20, device="cuda"), torch.cuda.Event(), torch.cuda.CUDAGraph()
+x, done, graph = torch.zeros(1 << 20, device="cuda"), torch.cuda.Event(enable_timing=True), torch.cuda.CUDAGraph()
 with torch.cuda.stream(torch.cuda.Stream()): x += 1
 torch.cuda.synchronize()
 with torch.cuda.graph(graph): x += 1
@@ -44,9 +44,10 @@ CALLS = {  # what wakes the program: what the call must return
     "silent(done.synchronize())": True,
     "silent(torch.cuda.current_stream().synchronize())": True,
     "torch.cuda.mem_get_info()[1] > 0": True,
-    "silent(torch.empty(1 << 22, device='cuda'))": True,
+    "silent(torch.empty(1 << 29, device='cuda'))": True,
     "float(torch.ones(4).cuda().sum())": 4.0,
     "replay()": True,
+    "done.elapsed_time(done) >= 0": True,
     "silent(torch.cuda.empty_cache())": True,
 }
 

@@ -163,6 +163,9 @@ nvmlReturn_t nvmlDeviceGetAccountingStats_v2(nvmlDevice_t device, nvmlAccounting
     HOOK(cuStreamQuery)                                                                                                \
     HOOK(cuStreamQuery_ptsz)                                                                                           \
     HOOK(cuEventQuery)                                                                                                 \
+    HOOK(cuEventElapsedTime)                                                                                           \
+    HOOK(cuEventElapsedTime_v2)                                                                                        \
+    HOOK(cuDeviceGetName)                                                                                              \
     HOOK(cuEventRecord)                                                                                                \
     HOOK(cuEventRecord_ptsz)                                                                                           \
     HOOK(cuEventRecordWithFlags)                                                                                       \

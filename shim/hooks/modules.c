@@ -2,6 +2,7 @@
  * modules.c: code that is loaded into a context or a process, used there, and unloaded. Owns nothing.
  */
 #include "code/local_memory.h"
+#include "link/link.h"
 
 #define LOAD(name, begins, ...)                                                                                        \
     do {                                                                                                               \
@@ -91,6 +92,7 @@ EXPORT CUresult cuKernelGetFunction(CUfunction *pFunc, CUkernel kernel)
     do {                                                                                                               \
         __typeof__(&name) driver = REAL(name);                                                                         \
         if (!driver) return CUDA_ERROR_NOT_SUPPORTED;                                                                  \
+        fgpu_hold(); /* it ends a parked process */                                                                    \
         fgpu_data_leaves((uint64_t)handle);                                                                            \
         CUresult result = driver(handle);                                                                              \
         fgpu_data_left((uint64_t)handle, result == CUDA_SUCCESS);                                                      \

@@ -4,6 +4,7 @@
  */
 #include "account/pool.h"
 #include "gate/gate.h"
+#include "link/link.h"
 
 /* -- captures: recorded when they begin, so that programs without captures need no query */
 
@@ -77,6 +78,19 @@ EXPORT CUresult cuEventSynchronize(CUevent hEvent)
 BOTH(QUERY_STREAM, cuStreamQuery, (CUstream hStream), hStream)
 
 EXPORT CUresult cuEventQuery(CUevent hEvent) { OBSERVE(cuEventQuery, fgpu_rest_event(rest, result, hEvent), hEvent); }
+
+/* -- other calls that read what a device writes; while the process is parked, these end it, or fail */
+
+#define HOLD(name, params, ...)                                                                                        \
+    EXPORT CUresult name params                                                                                        \
+    {                                                                                                                  \
+        __typeof__(&name) driver = REAL(name);                                                                         \
+        fgpu_hold();                                                                                                   \
+        return driver ? driver(__VA_ARGS__) : CUDA_ERROR_NOT_SUPPORTED;                                                \
+    }
+HOLD(cuEventElapsedTime, (float *pMilliseconds, CUevent hStart, CUevent hEnd), pMilliseconds, hStart, hEnd)
+HOLD(cuEventElapsedTime_v2, (float *pMilliseconds, CUevent hStart, CUevent hEnd), pMilliseconds, hStart, hEnd)
+HOLD(cuDeviceGetName, (char *name, int len, CUdevice dev), name, len, dev)
 
 /* -- recorded events, for the work that is done when the event is done */
 

@@ -93,14 +93,13 @@ def test_a_host_without_other_programs_has_its_whole_device_while_all_are_parked
         "need('cuStreamCreate', C.byref(C.c_void_p()), 0)",
         "need('cuEventCreate', C.byref(C.c_void_p()), 0)",
         "launch(f)",
-        "info()",
     ],
 )
 def test_calls_wait_while_the_process_is_locked_or_parked(machine: Machine, caller: Popen[str], line: str) -> None:
     with serving(machine, HOLDS + "; f = kernel('f')[1]") as target:
         for before, after in (("lock({})", "unlock({})"), ("park({})", "wake({})")):
             assert ask(caller, before.format(target.pid)).strip("(), 0") == ""
-            waits(target, line if before.startswith("lock") or "Free" not in line else "info()")
+            waits(target, line if before.startswith("lock") or "Free" not in line else "alloc(1 << 20)")
             assert ask(caller, after.format(target.pid)).strip("(), 0") == ""
             assert hear(target)
 
@@ -113,13 +112,16 @@ def test_calls_wait_while_the_process_is_locked_or_parked(machine: Machine, call
         "L.cuStreamQuery(s)",
         "L.cuEventSynchronize(e)",
         "L.cuEventQuery(e)",
+        "L.cuEventElapsedTime(C.byref(C.c_float()), e, e)",
+        "L.cuModuleUnload(m)",
     ],
 )
 def test_a_wait_or_query_of_work_ends_a_parked_process(machine: Machine, caller: Popen[str], line: str) -> None:
     """These calls read memory that is not mapped while the process is parked, on a real device too."""
     made = (
         "; s, e = C.c_void_p(), C.c_void_p()"
-        "; need('cuStreamCreate', C.byref(s), 1); need('cuEventCreate', C.byref(e), 0)"
+        "; need('cuStreamCreate', C.byref(s), 1); need('cuEventCreate', C.byref(e), 0); need('cuEventRecord', e, s)"
+        "; m = kernel('f')[0]"
     )
     with serving(machine, HOLDS + made) as target:
         assert ask(caller, f"park({target.pid}), wake({target.pid})") == "((0, 0), (0, 0))"

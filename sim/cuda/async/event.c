@@ -180,11 +180,13 @@ static CUresult elapsed(float *ms, CUevent hStart, CUevent hEnd)
 
 API cuEventElapsedTime(float *pMilliseconds, CUevent hStart, CUevent hEnd)
 {
+    gate_read_completion();
     return elapsed(pMilliseconds, hStart, hEnd);
 }
 
 API cuEventElapsedTime_v2(float *pMilliseconds, CUevent hStart, CUevent hEnd)
 {
+    gate_read_completion();
     return elapsed(pMilliseconds, hStart, hEnd);
 }
 

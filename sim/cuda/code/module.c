@@ -2,6 +2,7 @@
  * (module_table.c). All other kernels are done at once. */
 #include "cuda/code/code.h"
 #include "cuda/core/capture_state.h"
+#include "cuda/core/gate.h"
 
 #include <stdlib.h>
 
@@ -46,6 +47,7 @@ API cuModuleLoad(CUmodule *module, const char *fname)
 API cuModuleUnload(CUmodule hmod)
 {
     struct context *context;
+    gate_read_completion();
     CUresult result = sim_enter(&context);
     if (result) return result;
     result = capture_permits();

@@ -146,6 +146,7 @@ API cuMemGetInfo_v2(size_t *free, size_t *total)
 {
     struct context *context;
     struct sim_memory memory;
+    if (gate_is_parked()) return CUDA_ERROR_OPERATING_SYSTEM;
     CUresult result = sim_enter(&context);
     if (result) return result;
     if (sim_ask(SIM_MEMORY, (struct sim_request){.device = (uint32_t)context->device}, &memory, sizeof memory))

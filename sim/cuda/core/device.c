@@ -1,5 +1,6 @@
 /* Queries of devices. All results come from the server's description at cuInit. */
 #include "cuda/core/driver.h"
+#include "cuda/core/gate.h"
 
 #include <stdio.h>
 #include <string.h>
@@ -35,6 +36,7 @@ static CUresult enter_device(const void *out, CUdevice device)
 
 API cuDeviceGetName(char *name, int len, CUdevice dev)
 {
+    if (gate_is_parked()) return CUDA_ERROR_OPERATING_SYSTEM;
     CUresult result = enter_device(name, dev);
     if (result) return result;
     if (len <= 0) return sim_leave(CUDA_ERROR_INVALID_VALUE);

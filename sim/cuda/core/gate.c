@@ -125,9 +125,11 @@ void gate_enter(void)
     is_inside = true;
 }
 
+bool gate_is_parked(void) { return gate && read_word(&gate->is_parked); }
+
 void gate_read_completion(void)
 {
-    if (gate && read_word(&gate->is_parked)) raise(SIGSEGV);
+    if (gate_is_parked()) raise(SIGSEGV);
 }
 
 void gate_leave(void)

@@ -14,6 +14,8 @@ void gate_enter(void);
 /* Ends the process by SIGSEGV while it is checkpointed, as the real driver does in waits and queries: these read a word
  * that the device writes, which is not mapped then. */
 void gate_read_completion(void);
+/* Returns whether the process is checkpointed. */
+bool gate_is_parked(void);
 /* Does nothing in a thread that is not inside. */
 void gate_leave(void);
 
