@@ -58,7 +58,7 @@ class Torch(Program):
     def __init__(self, tenant: Tenant, gib: int) -> None:
         script = tenant.folder / "torch_.py"
         script.write_text(SCRIPT)
-        super().__init__(tenant, f"torch{gib}", f"{PYTHON} {script} {gib}")
+        super().__init__(tenant, f"torch{len(tenant._programs)}", f"{PYTHON} {script} {gib}")
         tenant._programs.append(self)
         if self.receive(120) != "ready":
             raise Skip("no torch here")

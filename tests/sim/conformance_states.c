@@ -205,6 +205,9 @@ void check_unready(void)
     ask_records(NULL);
     ask_frees();
     ask_growth();
+    TRY("cuEventElapsedTime", cuEventElapsedTime, NULL, NULL, NULL);
+    TRY("cuEventElapsedTime_v2", cuEventElapsedTime_v2, NULL, NULL, NULL);
+    TRY("cuDeviceGetName", cuDeviceGetName, NULL, 0, 0);
 }
 
 /* The four ways to record an event: without a context, without an event, and with an event. */

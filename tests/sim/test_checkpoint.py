@@ -17,8 +17,8 @@ from tests.sim.checkpoint_kit import (
     DATA,
     FAILED,
     ILLEGAL_STATE,
-    INVALID_VALUE,
     LOCKED,
+    NOT_INITIALIZED,
     NOT_READY,
     NOT_SUPPORTED,
     OPERATING_SYSTEM,
@@ -183,7 +183,7 @@ def test_a_stopped_process_cannot_be_locked(caller: Popen[str], target: Popen[st
 
 def test_only_processes_with_the_driver_can_be_locked_and_only_by_root(machine: Machine, target: Popen[str]) -> None:
     with calling(machine) as caller:
-        results = f"({INVALID_VALUE}, {-INVALID_VALUE}, {INVALID_VALUE}, {INVALID_VALUE})"
+        results = f"({NOT_INITIALIZED}, {-NOT_INITIALIZED}, {OPERATING_SYSTEM}, {OPERATING_SYSTEM})"
         assert ask(caller, f"lock({os.getpid()}), state({os.getpid()}), lock(0), lock(-1)") == results
     user = ("setpriv", "--reuid=65534", "--regid=65534", "--clear-groups")
     with serving(machine, CALLER.partition("\nfor line")[0], user) as caller:
@@ -209,7 +209,7 @@ def test_a_process_that_dies_while_parked_leaves_nothing(
     target.kill()
     target.wait()
     deadline = Deadline(10)
-    while ask(caller, f"state({target.pid})") != str(-INVALID_VALUE):
+    while ask(caller, f"state({target.pid})") != str(-OPERATING_SYSTEM):
         assert not deadline.is_over()
     assert machine.used() == used
     assert [p for p in machine.dump()["processes"] if p["pid"] == target.pid] == []

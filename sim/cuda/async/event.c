@@ -165,6 +165,7 @@ API cuEventSynchronize(CUevent hEvent)
 static CUresult elapsed(float *ms, CUevent hStart, CUevent hEnd)
 {
     struct event *end;
+    if (!hEnd) return CUDA_ERROR_INVALID_HANDLE;
     CUresult result = enter_event(hEnd, &end);
     if (result) return result;
     struct event **start = hStart ? find(hStart) : NULL;

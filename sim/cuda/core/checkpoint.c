@@ -2,19 +2,21 @@
  * this process, because a call may last for seconds. */
 #include "cuda/core/driver.h"
 
+#include <errno.h>
+#include <signal.h>
 #include <string.h>
 
 static CUresult ask(enum sim_checkpoint call, int pid, unsigned milliseconds, uint32_t *result)
 {
     if (!sim_is_ready()) return CUDA_ERROR_NOT_INITIALIZED;
-    if (pid <= 0) return CUDA_ERROR_INVALID_VALUE;
+    if (pid <= 0) return CUDA_ERROR_OPERATING_SYSTEM;
     struct sim_request request = {.kind = call, .requested = (uint64_t)pid, .bytes = milliseconds};
     uint32_t unread;
     switch (sim_ask(SIM_CHECKPOINT, request, result ? result : &unread, sizeof unread)) {
     case SIM_OK:
         return CUDA_SUCCESS;
-    case SIM_NO_PROCESS:
-        return CUDA_ERROR_INVALID_VALUE;
+    case SIM_NO_PROCESS: /* a process that has not called cuInit, or none */
+        return !kill(pid, 0) || errno == EPERM ? CUDA_ERROR_NOT_INITIALIZED : CUDA_ERROR_OPERATING_SYSTEM;
     case SIM_NO_MEMORY:
         return CUDA_ERROR_OUT_OF_MEMORY;
     case SIM_ILLEGAL_STATE:
