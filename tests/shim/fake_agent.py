@@ -25,7 +25,7 @@ from bcc import BPF  # noqa: E402
 
 LEVEL_SIZE, NO_LIMIT, MAGIC = 4096, 2**64 - 1, 0x75706766
 # Offsets in a usage page. TAIL is behind all fields that the shim reads.
-ORPHANED, ORPHANED_NS, LOOKED_NS, FREED_NS, TAIL = 1856, 2048, 3224, 3624, 3632
+ORPHANED, ORPHANED_NS, LOOKED_NS, FREED_NS, TAIL = 1856, 2048, 3224, 3624, 3800
 TAG = 44  # offset in a control page
 MANAGED, SETTLE = 1, 2
 GATES, BUDGETS, FUTEX = 64 + 16 * 32, 0x290 + 16 * 128, 202 if os.uname().machine == "x86_64" else 98
