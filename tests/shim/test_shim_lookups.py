@@ -186,8 +186,13 @@ if not pid: os._exit(plugin("{plugins["linked"]}").plugin_alloc(MiB))
 [t.join() for t in threads]
 out(got, len(wrong), os.waitpid(pid, 0)[1])
 """
+    # Old versions of glibc do not lock their list of libraries at a fork. If another thread changes it at that moment,
+    # their loader ends the child with 127 in dlopen, before any function is looked up.
+    ends = {0, 127 << 8} if share.libc.root else {0}
     for _ in range(5):
-        assert share.script(script) == [[[0] * 8, 0, 0]]
+        ((got, wrong, status),) = share.script(script)
+        assert (got, wrong) == ([0] * 8, 0)
+        assert status in ends
 
 
 def test_the_table_is_read_only_and_names_without_a_hook_are_still_found(
