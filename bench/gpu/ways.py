@@ -20,6 +20,7 @@ from tests.support.commands import fgpu
 from tests.support.host import BUILD, DRIVER_ROOT, GIB, KIB, MIB, REFUSED, ROOT
 from tests.support.place import Place
 from tests.support.service import Service
+from tests.support.tenant import Tenant
 
 LIMIT = 2 * GIB
 ALLOCATIONS = 262_144  # the most that one workload can have, by default
@@ -116,14 +117,20 @@ def sandbox(service: Service, place: Place) -> None:
     need(client.complaints() == "", "nothing on the program's stderr")
 
 
-def contexts(service: Service, place: Place) -> None:
-    """Fill the limit of a tenant with `memory.contexts: 1`, which sees all of it as free memory."""
+def _under(service: Service, place: Place, policy: str) -> Tenant:
+    """Return a new tenant under a policy, instead of the limit that it was started with."""
     one = place.tenant(LIMIT)
     one.assert_enforced()
     fgpu("unset", one.path)
-    (service.policies / "contexts.yaml").write_text(CONTEXTS.format(path=one.path, limit=LIMIT))
+    (service.policies / "policy.yaml").write_text(policy.format(path=one.path, limit=LIMIT))
     fgpu("reload")
     one.assert_enforced()
+    return one
+
+
+def contexts(service: Service, place: Place) -> None:
+    """Fill the limit of a tenant with `memory.contexts: 1`, which sees all of it as free memory."""
+    one = _under(service, place, CONTEXTS)
     client = one.client()
     client.ok("context")
     free, total = client.ok("info")
@@ -135,12 +142,7 @@ def contexts(service: Service, place: Place) -> None:
 
 def deny(service: Service, place: Place) -> None:
     """Run stock programs under `onBypass: deny`. Without the shim, libcuda and NVML get no device."""
-    one = place.tenant(LIMIT)
-    one.assert_enforced()
-    fgpu("unset", one.path)
-    (service.policies / "deny.yaml").write_text(DENY.format(path=one.path, limit=LIMIT))
-    fgpu("reload")
-    one.assert_enforced()
+    one = _under(service, place, DENY)
     table = one.run("nvidia-smi")
     need(f"/ {LIMIT // MIB:6d}MiB" in table, f"nvidia-smi shows {LIMIT // MIB} MiB")
     for name, (module, program) in STOCK.items():

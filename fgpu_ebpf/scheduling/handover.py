@@ -1,4 +1,4 @@
-"""Handover of a device from a turn that still drains to the next turn: the time from which the next turn is charged.
+"""Turns that still drain: whether their devices pass to the next turn, and the time from which that is charged.
 
 The module runs in the gatekeeper's time slicer thread. Times are CLOCK_MONOTONIC nanoseconds.
 """

@@ -1,6 +1,6 @@
 """Lending: all tenants of a device may launch at the same time, as long as each of them gains or loses nothing by it.
 
-Turns are exclusive, so they waste a device whose tenants leave it idle in their own turns. The driver can run such
+Turns are exclusive, so they waste a device if its tenants leave it idle in their own turns. The driver can run such
 tenants side by side, but for other pairs of programs its switches between contexts cost more than the idle time. No
 rule predicts which case it is, so it is measured. All gates of the device are opened for a trial, and the launches of
 each tenant in a second are compared with those under turns just before. Lending continues only while no tenant launches
@@ -77,6 +77,8 @@ class _Device:
     def may_be_lent(self, now_ns: int) -> bool:
         """Look at the launches under turns. Return whether a trial can be made now."""
         passed_ns = now_ns - self.since_ns
+        if now_ns < self.paused_ns and passed_ns >= MOST_TURNS_NS:  # launches just before the trial are compared
+            self.begin(now_ns)
         if passed_ns < TURNS_NS or now_ns < self.paused_ns:
             return False
         active = [count for count in self.counts if count.launched() > 0]

@@ -12,6 +12,7 @@ import pytest
 
 from tests.e2e import combination_kit, layout_kit
 from tests.e2e.held_kit import Held
+from tests.e2e.parking_kit import Parker, parking
 from tests.e2e.policies_kit import GROUP, POLICY, Write, is_good, reloads
 from tests.e2e.spin_kit import Spin
 from tests.support.commands import ask
@@ -147,6 +148,12 @@ def spin(tmp_path_factory: pytest.TempPathFactory) -> Path:
     flags = ["-std=gnu11", "-O2", f"-I{BUILD}/headers"]
     subprocess.run(["gcc", *flags, "-o", out, source, "-ldl"], check=True, timeout=60)
     return out
+
+
+@pytest.fixture(scope="module")
+def parker(service: Service, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Parker]:
+    with parking(service, tmp_path_factory.mktemp("parker")) as made:
+        yield made
 
 
 @pytest.fixture

@@ -16,7 +16,6 @@ from tests.e2e.parking_kit import (
     becomes,
     device_bytes,
     parked_bytes,
-    parking,
     refusal,
     state,
 )
@@ -29,12 +28,6 @@ from tests.support.wait import eventually, steadily
 
 LIMIT = 2 * GIB
 BYTES = CONTEXT + HELD
-
-
-@pytest.fixture(scope="module")
-def parker(service: Service, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Parker]:
-    with parking(service, tmp_path_factory.mktemp("parker")) as made:
-        yield made
 
 
 @pytest.fixture

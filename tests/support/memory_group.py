@@ -1,4 +1,4 @@
-"""Memory cgroups with a limit, by the version of cgroups whose memory controller this host uses."""
+"""Memory cgroups with a limit, by the version of cgroups that has the memory controller on this host."""
 
 from __future__ import annotations
 

@@ -141,3 +141,12 @@ def test_false_launches_do_not_take_a_neighbour_s_part():
     liar = Liar(2, Share(), 180 * US, steps=Loop(1, lambda: 820 * US))
     got = run(World(honest, liar, crowded=7.0))
     assert got[1] == pytest.approx(0.5, abs=0.02)
+
+
+def test_launches_just_before_a_trial_are_compared_also_after_a_long_pause():
+    it = World(light(1), light(2), crowded=7.0).run_observed(8)  # trials fail, and pauses become longer
+    device = it.turns._lending._devices[0]
+    assert device.pause_ns > 4 * S
+    for _ in range(40):
+        it.run(0.2)
+        assert it.now - device.since_ns <= 4.1 * S
