@@ -44,6 +44,7 @@ unsigned fgpu_standalone_rows(int index, struct fgpu_row *rows, unsigned most)
     return (void)index, (void)rows, (void)most, 0;
 }
 void fgpu_standalone_refresh(void) {}
+void fgpu_hold(void) {}
 int fgpu_standalone_device(const uint8_t wanted[16]) { return (void)wanted, -1; }
 
 /* Functions that send requests to the kernel must not be called here. */

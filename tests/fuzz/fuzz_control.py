@@ -17,6 +17,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+from fgpu_ebpf.agent.parked_tenant import Errands
 from fgpu_ebpf.api.control_server import ControlServer
 from fgpu_ebpf.policy.rules import PolicySet
 from fgpu_ebpf.policy.schema import read
@@ -43,13 +44,16 @@ VERBS = (
     "detach",
     "release",
     "take",
+    "park",
+    "wake",
+    "errand",
 )
 WORDS = (
     *(f'"{verb}"'.encode() for verb in VERBS),
     *(b'"verb"', b'"target"', b'"memory"', b'"compute"', b'"weight"', b'"priority"', b'"name"', b'"share"', b'"pid"'),
     *(b'"since"', b'"8GiB"', b'"50%"', b'"high"', b'"pid/1"', b'"/a"', b'"/a/../b"', b'"unit/a"', b'"pod/a/b"'),
     *(b'"c1f3a"', b'"8gib-50pct"', b'"\\u0000"', b'"\\ud800"', b'"pid/\xc2\xb2"', b'"pid/' + b"9" * 30 + b'"', b"true"),
-    *(b'"for"', b'"15min"', b'"1us"'),
+    *(b'"for"', b'"15min"', b'"1us"', b'"errand"'),
     *(b"1", b"-1", b"1e400", b"NaN", b"9" * 5000, b"{", b"}", b"[", b"]", b":", b",", b"[" * 3000, b"\n"),
 )  # fmt: skip
 POLICY = b"""apiVersion: fgpu.dev/v1alpha1
@@ -124,9 +128,11 @@ class Fuzzer:
         driver = SimpleNamespace(
             discovery=discovery, shim=Path("/libfgpu.so"), nvml=SimpleNamespace(devices=[]), reasons=None
         )
+        asked = SimpleNamespace(view=dict)
+        parking = SimpleNamespace(explain=str, errands=Errands(), park=lambda _: asked, wake=lambda *_: asked)
         parts = SimpleNamespace(
             driver=driver, ledger=Ledger(), manager=manager, enforcer=enforcer,
-            chores=SimpleNamespace(shortfalls=SimpleNamespace(found={})),
+            chores=SimpleNamespace(shortfalls=SimpleNamespace(found={}), parking=parking),
         )  # fmt: skip
         self._agent: Any = SimpleNamespace(
             settings=SimpleNamespace(run_dir=run, driver_root=Path("/"), loader=("python3",)), chores=[],
