@@ -7,11 +7,13 @@
 
 #include <errno.h>
 #include <fcntl.h>
+#include <link.h>
 #include <linux/futex.h>
 #include <pthread.h>
 #include <signal.h>
 #include <stdint.h>
 #include <string.h>
+#include <sys/auxv.h>
 #include <sys/mman.h>
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -102,12 +104,21 @@ static void start_thread(void)
     pthread_attr_destroy(&attributes);
 }
 
+/* A statically linked program loads a second C library with the driver. pthread_create crashes there. */
+static bool has_loader(void)
+{
+    const ElfW(Phdr) *headers = (const void *)getauxval(AT_PHDR);
+    for (unsigned long i = 0; headers && i < getauxval(AT_PHNUM); i++)
+        if (headers[i].p_type == PT_INTERP) return true;
+    return false;
+}
+
 void gate_begin(int file)
 {
     if (file < 0) return;
     void *at = mmap(NULL, sizeof *gate, PROT_READ | PROT_WRITE, MAP_SHARED, file, 0);
     close(file);
-    if (at == MAP_FAILED) return;
+    if (at == MAP_FAILED || !has_loader()) return;
     gate = at;
     start_thread();
 }
@@ -134,7 +145,7 @@ void gate_read_completion(void)
 
 void gate_leave(void)
 {
-    if (!is_inside) return;
+    if (!gate || !is_inside) return;
     is_inside = false;
     __atomic_fetch_sub(&gate->n_inside, 1, __ATOMIC_SEQ_CST);
 }
