@@ -1,6 +1,7 @@
 """Lookups that bypass the shim's exports end at the driver's own symbol table, which has the hooks."""
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -165,9 +166,17 @@ out([S.cuMemAlloc_v2(C.byref(p), C.c_size_t(300 * MiB)) for _ in range(2)], S.st
     assert share.script(script, libraries=(share.libc.build.shim, plugins["stub"])) == [[[0, 0], 1, 2]]
 
 
-def test_threads_that_look_up_at_the_same_time_find_the_hooks(share: Share, plugins: dict[str, Path]) -> None:
-    """Some threads replace the table while others read it. A child that is forked at that time has the hooks too."""
+def test_threads_that_look_up_at_the_same_time_find_the_hooks(
+    share: Share, plugins: dict[str, Path], tmp_path: Path
+) -> None:
+    """Some threads replace the table while others read it. A child that is forked at that time has the hooks too.
+
+    The child opens no library, because the loaders of old versions of glibc (seen with 2.19 to 2.27, without the shim)
+    end a child that does so after a fork in the middle of a dlopen: `Inconsistency detected by ld.so`.
+    """
+    opened_before = shutil.copy(plugins["linked"], tmp_path)
     script = f"""
+before = plugin("{opened_before}")
 dl = C.CDLL(None); dl.dlsym.restype = dl.dlopen.restype = C.c_void_p
 names = [b"cuInit", b"cuMemAlloc_v2", b"cuLaunchKernel", b"cuMemGetInfo_v2"]
 start, got, wrong = threading.Barrier(12), [], []
@@ -182,17 +191,12 @@ def work(i):
 threads = [threading.Thread(target=work, args=(i,)) for i in range(12)]
 [t.start() for t in threads]
 pid = os.fork()
-if not pid: os._exit(plugin("{plugins["linked"]}").plugin_alloc(MiB))
+if not pid: os._exit(before.plugin_alloc(MiB))
 [t.join() for t in threads]
 out(got, len(wrong), os.waitpid(pid, 0)[1])
 """
-    # Old versions of glibc do not lock their list of libraries at a fork. If another thread changes it at that moment,
-    # their loader ends the child with 127 in dlopen, before any function is looked up.
-    ends = {0, 127 << 8} if share.libc.root else {0}
     for _ in range(5):
-        ((got, wrong, status),) = share.script(script)
-        assert (got, wrong) == ([0] * 8, 0)
-        assert status in ends
+        assert share.script(script) == [[[0] * 8, 0, 0]]
 
 
 def test_the_table_is_read_only_and_names_without_a_hook_are_still_found(
