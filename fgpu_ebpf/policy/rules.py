@@ -12,28 +12,10 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import NamedTuple, Protocol
 
+from fgpu_ebpf.policy import requests
 from fgpu_ebpf.policy.globs import Globs
-from fgpu_ebpf.policy.units import (
-    MILLION,
-    Amount,
-    QuantityError,
-    amount,
-    fraction,
-    mebibytes,
-    memory_text,
-    millionths,
-    millionths_text,
-    shown,
-)
-from fgpu_ebpf.workloads.workload import (
-    COMPUTE_LABEL,
-    FRACTION_LABEL,
-    KAI_FRACTION,
-    KAI_MEMORY,
-    KAI_QUEUE,
-    MEMORY_LABEL,
-    Workload,
-)
+from fgpu_ebpf.policy.units import MILLION, Amount, memory_text, millionths_text
+from fgpu_ebpf.workloads.workload import Workload
 
 
 class Device(Protocol):
@@ -262,40 +244,16 @@ def _limits(policy: Policy, workload: Workload, devices: Iterable[Device], notes
 
 
 def _memory(memory: Memory | None, workload: Workload, devices: Iterable[Device], notes: list[str]) -> dict[int, int]:
-    asked = _asked_memory(memory, workload.labels, "", notes)
-    image = _asked_memory(memory, workload.image_asks, "the image's ", notes)
+    is_pod, obstacle = workload.is_pod, "" if memory else "the policy sets no memory limit"
+    asked = requests.memory(workload.labels, is_pod, obstacle, "", notes)
+    image = requests.memory(workload.image_asks, is_pod, obstacle, "the image's ", notes)
     return {d.index: _bytes(memory, asked, image, d, notes) for d in devices} if memory else {}
 
 
-_Asked = tuple[str, Amount]  # a label, and the amount that this label requests
-# Labels that request memory, in the order of precedence, how each is read, and the label without which it is ignored.
-_MEMORY_REQUESTS = (
-    (MEMORY_LABEL, amount, None),
-    (KAI_MEMORY, mebibytes, KAI_QUEUE),
-    (KAI_FRACTION, fraction, KAI_QUEUE),
-    (FRACTION_LABEL, fraction, None),
-)
+_Asked = tuple[str, Amount] | None  # a label, and the amount that it requests
 
 
-def _asked_memory(
-    memory: Memory | None, labels: Mapping[str, str], prefix: str, notes: list[str]
-) -> _Asked | None:  # fmt: skip
-    """Return the amount that a label requests: the first in _MEMORY_REQUESTS that is there and valid."""
-    for label, read, needed in _MEMORY_REQUESTS:
-        text = labels.get(label)
-        if text is None or (needed and needed not in labels):
-            continue
-        if memory is None:
-            notes.append(f"{prefix}{label} is ignored: the policy sets no memory limit")
-            continue
-        try:
-            return label, read(text)
-        except QuantityError as error:
-            notes.append(f"{prefix}{label} is ignored: {error}")
-    return None
-
-
-def _bytes(memory: Memory, asked: _Asked | None, image: _Asked | None, device: Device, notes: list[str]) -> int:
+def _bytes(memory: Memory, asked: _Asked, image: _Asked, device: Device, notes: list[str]) -> int:
     limit, most = memory.limit.of(device.usable_bytes), memory.most.of(device.usable_bytes)
     if asked is not None:
         label, wanted, most = asked[0], asked[1].of(device.usable_bytes), max(limit, most)
@@ -311,25 +269,19 @@ def _bytes(memory: Memory, asked: _Asked | None, image: _Asked | None, device: D
 
 
 def _compute(compute: Compute | None, workload: Workload, notes: list[str]) -> Compute | None:
-    compute = _asked_compute(compute, workload.labels, "", notes)
-    return _asked_compute(compute, workload.image_asks, "the image's ", notes)
+    compute = _asked_compute(compute, workload.labels, workload.is_pod, "", notes)
+    return _asked_compute(compute, workload.image_asks, workload.is_pod, "the image's ", notes)
 
 
 def _asked_compute(
-    compute: Compute | None, labels: Mapping[str, str], prefix: str, notes: list[str]
+    compute: Compute | None, labels: Mapping[str, str], is_pod: bool, prefix: str, notes: list[str]
 ) -> Compute | None:  # fmt: skip
-    text, label = labels.get(COMPUTE_LABEL), f"{prefix}{COMPUTE_LABEL}"
-    if text is None:
+    obstacle = "" if compute else "the policy gives no compute time"
+    asked = requests.compute(labels, is_pod, obstacle, prefix, notes)
+    if compute is None or asked is None:
         return compute
-    if compute is None:
-        notes.append(f"{label} is ignored: the policy gives no compute time")
-        return None
-    try:
-        asked = millionths(text) / MILLION
-    except QuantityError as error:
-        notes.append(f"{label} is ignored: {error}")
-        return compute
-    if asked > compute.limit_ratio and not prefix:
+    label, ratio = asked[0], asked[1] / MILLION
+    if ratio > compute.limit_ratio and not prefix:
         most = millionths_text(round(compute.limit_ratio * MILLION))
-        notes.append(f"{label} asks for {shown(text)}, the policy allows {most}")
-    return compute._replace(limit_ratio=min(asked, compute.limit_ratio))
+        notes.append(f"{label} asks for {millionths_text(asked[1])}, the policy allows {most}")
+    return compute._replace(limit_ratio=min(ratio, compute.limit_ratio))

@@ -15,6 +15,7 @@ from fgpu_ebpf.workloads.workload import ASKING, Names
 MOST_LABELS = 256
 MOST_KEY_CHARACTERS = 317  # a Kubernetes name with its prefix
 MOST_VALUE_CHARACTERS = 256
+MOST_ASKING_CHARACTERS = 4096  # a scheduler's annotation names every device of every container of a pod
 MOST_CHARACTERS = 16384  # keys and values of all labels of one workload
 MOST_NAME_CHARACTERS = 512
 POD_NAME, POD_NAMESPACE, POD_UID = "io.kubernetes.pod.name", "io.kubernetes.pod.namespace", "io.kubernetes.pod.uid"
@@ -53,9 +54,10 @@ def _in_order(sources: tuple[object, ...]) -> Iterator[tuple[str, str]]:
 
 
 def _is_label(key: object, value: object) -> bool:
+    most = MOST_ASKING_CHARACTERS if key in ASKING else MOST_VALUE_CHARACTERS
     return (
         isinstance(key, str) and 0 < len(key) <= MOST_KEY_CHARACTERS and key.isprintable()
-        and isinstance(value, str) and len(value) <= MOST_VALUE_CHARACTERS and value.isprintable()
+        and isinstance(value, str) and len(value) <= most and value.isprintable()
     )  # fmt: skip
 
 

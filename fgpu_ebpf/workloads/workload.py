@@ -25,8 +25,13 @@ COMPUTE_LABEL = "fgpu.dev/compute"
 FRACTION_LABEL = "clearml-injector/fraction"
 # Annotations of pods that the KAI scheduler places, and the label that such a pod always has.
 KAI_MEMORY, KAI_FRACTION, KAI_QUEUE = "gpu-memory", "gpu-fraction", "kai.scheduler/queue"
+# Annotations in which a scheduler records what it has booked for a pod.
+HAMI, VOLCANO = "hami.io/vgpu-devices-allocated", "volcano.sh/vgpu-ids-new"
+ALIYUN, ALIYUN_DEVICE = "ALIYUN_COM_GPU_MEM_POD", "ALIYUN_COM_GPU_MEM_DEV"
 # Requests that a workload may make for itself.
-ASKING = (MEMORY_LABEL, COMPUTE_LABEL, FRACTION_LABEL, KAI_MEMORY, KAI_FRACTION)
+ASKING = (
+    MEMORY_LABEL, COMPUTE_LABEL, FRACTION_LABEL, KAI_MEMORY, KAI_FRACTION, HAMI, VOLCANO, ALIYUN, ALIYUN_DEVICE,
+)  # fmt: skip
 REQUESTS = {"memory": MEMORY_LABEL, "compute": COMPUTE_LABEL}
 
 _XATTR = "user.fgpu."
@@ -90,6 +95,11 @@ class Workload:
     inside: bool = False
     image_asks: Mapping[str, str] = field(default_factory=dict)
     subject: Subject | None = None
+
+    @property
+    def is_pod(self) -> bool:
+        """Return whether the cgroup is the folder of a whole pod."""
+        return self.subject is not None and self.subject.is_pod
 
 
 def identify(root: Path, path: str) -> Workload | None:

@@ -81,6 +81,25 @@ def test_a_pod_of_the_kai_scheduler_gets_the_memory_that_its_annotation_requests
     assert one.client().ok("info")[1] == 2 * GIB
 
 
+def test_a_pod_that_hami_has_placed_gets_the_memory_that_was_booked(containerd: Containerd) -> None:
+    """Each container may use what the largest needs, and both together the sum."""
+    booked = "GPU-aaa,NVIDIA,1536,30:;;GPU-aaa,NVIDIA,1024,30:;"
+    pod = containerd.run("hami-0", {"tier": "notebook"}, {"hami.io/vgpu-devices-allocated": booked})
+    eventually(lambda: at(pod.path) == ("dev/hami-0", "notebooks", 2560 * MIB), 5, f"the pod: {at(pod.path)}")
+    one, second = pod.container("main"), pod.container("second")
+    for tenant in (one, second):
+        eventually(lambda at=tenant: limit_of(at) == ("notebooks", 1536 * MIB), 5, f"booked: {limit_of(tenant)}")
+        tenant.assert_enforced()
+    client, neighbour = one.client(), second.client()
+    assert client.ok("info")[1] == 1536 * MIB
+    client.ok(f"fill {2 * MIB} 0")
+    assert client.do(f"alloc {2 * MIB}") == REFUSED
+    assert one.assert_exact() == 1536 * MIB
+    neighbour.ok(f"fill {2 * MIB} 0")
+    assert neighbour.do(f"alloc {2 * MIB}") == REFUSED
+    assert second.assert_exact() == 1024 * MIB
+
+
 def test_a_request_of_an_image_lowers_the_limit_of_its_container_but_not_of_the_pod(containerd: Containerd) -> None:
     pod = containerd.run("jupyter-1", {"tier": "notebook"}, {})
     one = pod.container("main")

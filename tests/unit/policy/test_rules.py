@@ -192,7 +192,7 @@ def test_a_workload_s_label_applies_as_far_as_the_policy_allows(rule, label, gib
     ("rule", "label", "ratio", "note"),
     [
         ("{limit: 50%}", "25%", 0.25, None),
-        ("{limit: 50%}", "75%", 0.5, "fgpu.dev/compute asks for '75%', the policy allows 50%"),
+        ("{limit: 50%}", "75%", 0.5, "fgpu.dev/compute asks for 75%, the policy allows 50%"),
         ("{weight: 5}", "75%", 0.75, None),
         ("{limit: 50%}", "half", 0.5, "fgpu.dev/compute is ignored: 'half' is not a share: write it as 50%"),
     ],
