@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import fcntl
+import gc
 import mmap
 import os
 import time
@@ -85,6 +86,7 @@ def test_a_status_page_is_written_through_its_descriptor_and_keeps_its_size() ->
 
 @pytest.mark.parametrize("kind", [ControlMemory, StatusMemory])
 def test_closing_a_page_leaves_no_descriptor_and_no_mapping(kind: type[ControlMemory] | type[StatusMemory]) -> None:
+    gc.collect()  # objects of other tests in cycles may own descriptors
     before, mapped = descriptors(), mappings()
     for _ in range(101):
         memory = kind()
