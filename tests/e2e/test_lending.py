@@ -8,6 +8,7 @@ import pytest
 
 from tests.e2e.spin_kit import Spin
 from tests.support.commands import metrics
+from tests.support.service import Service
 from tests.support.wait import eventually
 
 pytestmark = pytest.mark.timed
@@ -25,11 +26,8 @@ def begin(one: Spin, seconds: float, how: str, period_ms: float) -> None:
     one.process.stdin.write(f"{seconds} {period_ms} {time.monotonic_ns() + 20_000_000} {KERNEL_US} {how}\n")
 
 
-def test_light_tenants_run_at_the_same_time_and_busy_ones_take_turns(start) -> None:
-    first, second = start("first", "--weight", "300"), start("second", "--weight", "100")
-    for one in (first, second):
-        begin(one, LIGHT_SECONDS, "one", PERIOD_MS)
-    eventually(lambda: lent() > 1, LIGHT_SECONDS, "lending")
+def assert_turns(first: Spin, second: Spin) -> None:
+    """Check that two busy tenants with the weights 3:1 take turns."""
     for one in (first, second):
         one.kernels()
         begin(one, BUSY_SECONDS, "burst", 0)
@@ -39,3 +37,21 @@ def test_light_tenants_run_at_the_same_time_and_busy_ones_take_turns(start) -> N
     done = [one.kernels() for one in (first, second)]
     assert done[0] / sum(done) == pytest.approx(0.75, abs=0.06)
     assert lent() - before < BUSY_SECONDS / 8
+
+
+def test_light_tenants_run_at_the_same_time_and_busy_ones_take_turns(start) -> None:
+    first, second = start("first", "--weight", "300"), start("second", "--weight", "100")
+    for one in (first, second):
+        begin(one, LIGHT_SECONDS, "one", PERIOD_MS)
+    eventually(lambda: lent() > 1, LIGHT_SECONDS, "lending")
+    assert_turns(first, second)
+
+
+def test_tenants_take_turns_after_a_gatekeeper_died_while_the_device_was_lent(start, service: Service) -> None:
+    first, second = start("first", "--weight", "300"), start("second", "--weight", "100")
+    for one in (first, second):
+        begin(one, LIGHT_SECONDS, "one", PERIOD_MS)
+    eventually(lambda: lent() > 1, LIGHT_SECONDS, "lending")
+    service.kill_gatekeeper()
+    eventually(service.gatekeepers, 3, "another gatekeeper")
+    assert_turns(first, second)
