@@ -16,6 +16,7 @@ from typing import Any
 from fgpu_ebpf.linux import file_locks
 
 PATIENCE_SECONDS = 30.0
+PARKED = 5  # the code of a refusal because tenants are parked
 GROUP = "fgpu"  # its members may send requests that change nothing
 UNIT = "fgpu-agent"
 _UNIT_FILES = (Path("/etc/systemd/system"), Path("/usr/lib/systemd/system"), Path("/lib/systemd/system"))

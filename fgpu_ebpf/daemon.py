@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from fgpu_ebpf import doctor
-from fgpu_ebpf.agent import detach, host_config
+from fgpu_ebpf.agent import detach, host_config, waking
 from fgpu_ebpf.agent.agent import Agent
 from fgpu_ebpf.agent.settings import Options, Settings
 from fgpu_ebpf.api import control_server
@@ -190,23 +190,53 @@ def load(options: Options) -> str:
         loading.end()
 
 
+class ParkedError(Exception):
+    """Tenants are parked and could not be woken. The text has their names and the reason."""
+
+
 def take_away(run_dir: Path, hung: bool) -> bool:
     """Remove everything of fgpu from this host while no agent runs, and keep agents from starting meanwhile.
 
+    Parked tenants are woken first.
+
     Args:
+        run_dir: the folder of the agent's sockets.
         hung: remove everything even if an agent holds its lock. The caller found that this agent does not answer.
 
     Returns:
         True if everything was removed; False if an agent is starting or exiting.
 
     Raises:
+        ParkedError: a tenant could not be woken. Nothing was removed.
         OSError: a part could not be removed.
     """
-    lock = file_locks.FileLock(run_dir / file_locks.AGENT)
-    is_held = lock.take()
-    try:
+    with _alone(run_dir) as is_held:
         if is_held or hung:
+            _wake_all(run_dir)
             detach.take_away(run_dir, ledger.PINS, is_held)
+    return is_held or hung
+
+
+def wake_all(run_dir: Path) -> bool:
+    """Wake all parked tenants while no agent runs. Returns False if one is starting or exiting. Raises ParkedError."""
+    if not ledger.PINS.exists():  # leave no lock file on a host without limits
+        return True
+    with _alone(run_dir) as is_held:
+        if is_held:
+            _wake_all(run_dir)
+    return is_held
+
+
+@contextlib.contextmanager
+def _alone(run_dir: Path) -> Iterator[bool]:
+    """Hold the agent's lock within the context, if no agent holds it. The value: whether it is held."""
+    lock = file_locks.FileLock(run_dir / file_locks.AGENT)
+    try:
+        yield lock.take()
     finally:
         lock.release()
-    return is_held or hung
+
+
+def _wake_all(run_dir: Path) -> None:
+    if error := waking.wake_all(run_dir, ledger.PINS):
+        raise ParkedError(error)

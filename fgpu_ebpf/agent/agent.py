@@ -255,11 +255,8 @@ class Agent:
         Returns:
             `tenants`: the number of tenants that had a limit or a share of time.
 
-        Raises:
-            AgentError: tenants are parked. Nothing would wake them.
+        No tenant may be parked: nothing would wake it.
         """
-        if names := self.parts.chores.parking.names():
-            raise AgentError(f"parked: {', '.join(names)}: wake each tenant first (`fgpu wake`)")
         found = {"tenants": len(self.parts.enforcer)}
         self.stop()
         try:

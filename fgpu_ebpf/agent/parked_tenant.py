@@ -168,7 +168,8 @@ def of_entries(ledger: Ledger, enforcer: Enforcer) -> dict[int, ParkedTenant]:
             tenant = enforcer.get(cgroup)
             path = tenant.path if tenant else procfs.cgroup_path(life[0]) or "/"
             why = "the agent has started"
-            found[cgroup] = ParkedTenant(cgroup, enforcer.name_of(cgroup), path, {}, Phase.UNKNOWN, why=why)
+            name = enforcer.name_of(cgroup) or path
+            found[cgroup] = ParkedTenant(cgroup, name, path, {}, Phase.UNKNOWN, why=why)
         found[cgroup].members[life] = procfs.started(life[0]) or 0
         found[cgroup].bytes += sum(entry.bytes) + (sum(process.bytes) if process else 0)
     return found

@@ -23,7 +23,7 @@ LOCK_SECONDS = 5.0
 DEADLINE_SECONDS = 30.0
 SECONDS_A_GIB = 1.0  # added to the deadline; the slowest copy that was measured took half a second
 PATIENCE_SECONDS, SLOWEST = 60.0, 128 << 20  # beyond the deadline, and bytes a second: the parker's own are smaller
-FIX = "start it: systemctl start fgpu-parker.socket, or run `fgpu-parker`"
+FIX = "start it: systemctl restart fgpu-parker.socket, or run `fgpu-parker`"
 
 Line = dict[str, Any]
 
@@ -82,6 +82,14 @@ def connected(run_dir: Path) -> socket.socket | None:
         sock.close()
         return None
     return sock
+
+
+def missing(run_dir: Path) -> str:
+    """Return that no parker listens, and how to start it; an empty text if one does."""
+    if sock := connected(run_dir):
+        sock.close()
+        return ""
+    return f"the parker does not run: {FIX}"
 
 
 def ask(

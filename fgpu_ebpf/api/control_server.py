@@ -21,7 +21,7 @@ from wsgiref.types import WSGIApplication
 
 from prometheus_client import make_wsgi_app
 
-from fgpu_ebpf import snapshot
+from fgpu_ebpf import control_client, snapshot
 from fgpu_ebpf.agent.agent import Agent
 from fgpu_ebpf.agent.offers import Offers
 from fgpu_ebpf.api import metrics, status_page
@@ -72,7 +72,7 @@ class ControlServer:
             "park": self._park,
             "wake": self._wake,
             "errand": self._errand,
-            "detach": lambda _: agent.detach(),
+            "detach": self._detach,
         }
 
     def open(self) -> None:
@@ -219,6 +219,12 @@ class ControlServer:
         tenant = self._agent.parts.manager.share(path, share)
         self._agent.history.add("share", tenant=tenant.name, text=share.text)
         return {"tenant": tenant.name, "path": tenant.path}
+
+    def _detach(self, _: dict[str, Any]) -> dict[str, int]:
+        if names := self._agent.parts.chores.parking.names():
+            text = f"parked: {', '.join(names)}: wake them first (`fgpu wake --all`)"
+            raise RequestError(text, control_client.PARKED)
+        return self._agent.detach()
 
     def _park(self, request: dict[str, Any]) -> dict[str, Any]:
         tenant = targets.tenant(self._find(request), self._agent.parts.enforcer)

@@ -63,6 +63,11 @@ def target(function: Decorated) -> Decorated:
     return click.argument("target", shell_complete=_tenants)(also(TARGET)(function))
 
 
+def optional_target(function: Decorated) -> Decorated:
+    """Add the argument TARGET, which may be left out, to a command, and its forms to the help."""
+    return click.argument("target", required=False, shell_complete=_tenants)(also(TARGET)(function))
+
+
 def _tenants(ctx: click.Context, _: click.Parameter, incomplete: str) -> list[CompletionItem]:
     """Return the names of tenants that begin with `incomplete`, each with its cgroup's path as help."""
     run_dir: Path = ctx.find_root().params["run_dir"]

@@ -15,7 +15,7 @@ import click
 from fgpu_ebpf import control_client
 from fgpu_ebpf.control_client import UNIT
 
-UNITS = (UNIT, "fgpu-gatekeeper")
+UNITS = (UNIT, "fgpu-gatekeeper", "fgpu-parker.socket", "fgpu-parker")
 _NOTE = "service"  # holds the arguments of the `systemctl` that undoes the start
 
 
@@ -81,7 +81,10 @@ def _used(run_dir: Path) -> str:
     except control_client.RequestError as error:
         return str(error)
     except ConnectionError:
-        return ""
+        from fgpu_ebpf.cli.parking import still_parked
+
+        parked = still_parked(run_dir)  # only an agent would wake them later
+        return parked and f"there are parked tenants: {parked}"
     if policies:
         return f"there {'is 1 policy' if policies == 1 else f'are {policies} policies'} in force"
     names = ", ".join(tenant["tenant"] for tenant in tenants[:3])

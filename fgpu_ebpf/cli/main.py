@@ -2,8 +2,9 @@
 
 The module of a subcommand is imported only when that subcommand is needed, so that each command starts quickly.
 
-Exit codes: 0 done, 1 a finding or failure, 2 wrong usage, 3 no agent, 4 no such target. `fgpu run` exits with 125 for
-every failure of its own. Most commands send a request to the agent over the control socket, and print the reply.
+Exit codes: 0 done, 1 a finding or failure, 2 wrong usage, 3 no agent, 4 no such target, 5 a tenant is still parked.
+`fgpu run` exits with 125 for every failure of its own. Most commands send a request to the agent over the control
+socket, and print the reply.
 """
 
 from __future__ import annotations

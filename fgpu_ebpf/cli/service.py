@@ -1,6 +1,7 @@
 """`fgpu agent`, `load`, `doctor`, `detach` and `reload`: the service on this host.
 
-This module runs in the process of the command. Exit codes: 0 done, 1 a finding or failure, 2 wrong usage, 3 no agent.
+This module runs in the process of the command. Exit codes: 0 done, 1 a finding or failure, 2 wrong usage, 3 no agent, 5
+a tenant is still parked.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import click
 from fgpu_ebpf import control_client
 from fgpu_ebpf.check import Check
 from fgpu_ebpf.cli.help_texts import examples
+from fgpu_ebpf.cli.parking import wake_all
 from fgpu_ebpf.cli.request import call, fail, no_answer, run_dir
 
 STARTING_SECONDS = 30.0  # an agent that starts or exits holds its lock without a socket for less than this time
@@ -115,7 +117,10 @@ def check_line(check: Check) -> str:
 @click.command()
 @click.option("--yes", is_flag=True, help="Do not ask for confirmation. Without a terminal the command never asks.")
 def detach(yes: bool) -> None:
-    """Open all gates, remove all limits, probes and set-up files, and stop the agent."""
+    """Open all gates, remove all limits, probes and set-up files, and stop the agent.
+
+    Parked tenants are woken first. If that fails, nothing is removed, and the exit code is 5.
+    """
     from fgpu_ebpf.workloads import cgroups
 
     if not yes and _is_terminal():
@@ -141,12 +146,18 @@ def _detached() -> dict[str, Any]:
             if isinstance(error, control_client.NoAnswerError) and error.denied:
                 fail(no_answer(error), 3)
         except control_client.RequestError as error:
-            fail(str(error), error.code)
+            if error.code != control_client.PARKED:
+                fail(str(error), error.code)
+            wake_all()
+            until = time.monotonic() + STARTING_SECONDS
+            continue
         from fgpu_ebpf import daemon
 
         try:
             if daemon.take_away(run_dir(), hung=time.monotonic() > until):
                 return {}
+        except daemon.ParkedError as error:
+            fail(f"nothing was removed, still parked: {error}", control_client.PARKED)
         except OSError as error:
             fail(f"cannot detach: {error}", 1)
         time.sleep(0.1)

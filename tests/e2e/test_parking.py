@@ -216,12 +216,72 @@ def test_refusals_name_their_reason(one: Tenant) -> None:
     assert fgpu("park", "no-such-tenant", check=False).returncode == 4
 
 
-def test_detach_does_not_strand_a_parked_tenant(one: Tenant) -> None:
+def test_all_parked_tenants_are_woken_by_one_command(host: Place, one: Tenant) -> None:
+    other = host.tenant(LIMIT)
+    programs = [holder(one), holder(other)]
+    for tenant in (one, other):
+        fgpu("park", tenant.name)
+        assert_parked(tenant)
+    done = fgpu("wake", "--all")
+    assert done.stdout == "no tenant is parked\n"
+    assert sorted(done.stderr.split("\n")[:2]) == sorted(f"fgpu: waking {tenant.name}" for tenant in (one, other))
+    for tenant in (one, other):
+        assert_running(tenant)
+    assert all(program.is_intact() for program in programs)
+    assert fgpu("wake", "--all").stderr == ""
+
+
+@pytest.mark.parametrize("has_agent", [True, False])
+def test_detach_wakes_parked_tenants(service: Service, parker: Parker, one: Tenant, has_agent: bool) -> None:
     program = holder(one)
     fgpu("park", one.name)
-    assert "wake each tenant first" in refusal("detach")
-    fgpu("wake", one.name)
+    assert_parked(one)
+    if not has_agent:
+        service.kill_agent()
+    try:
+        assert fgpu("detach").stdout.startswith("detached: ")
+        assert one.driver() == BYTES, "nothing would wake the tenant"
+        assert program.is_intact()
+    finally:
+        parker.kill()  # its socket was removed
+        parker.start()
+        service.kill_agent()
+        service.start_agent()
+
+
+def test_without_an_agent_a_command_wakes_a_tenant_and_charges_it(service: Service, one: Tenant) -> None:
+    program = holder(one)
+    fgpu("park", one.name)
+    service.kill_agent()
+    try:
+        assert fgpu("wake", "--all").stdout == "no tenant is parked\n"
+        assert one.driver() == BYTES
+        assert program.is_intact()
+    finally:
+        service.start_agent()
+    assert_running(one)
+
+
+@pytest.mark.parametrize("has_agent", [True, False])
+def test_detach_removes_nothing_while_a_tenant_cannot_be_woken(
+    service: Service, parker: Parker, one: Tenant, has_agent: bool
+) -> None:
+    program = holder(one)
+    fgpu("park", one.name)
+    assert_parked(one)
+    if not has_agent:
+        service.kill_agent()
+    parker.kill()
+    try:
+        for command in (["detach"], ["wake", "--all"]):
+            done = fgpu(*command, check=False)
+            assert (done.returncode, done.stdout) == (5, ""), done
+            assert "the parker does not run" in done.stderr
+    finally:
+        parker.start()
+        service.stand()
     assert program.is_intact()
+    assert_running(one)
 
 
 def test_parking_is_off_unless_it_is_turned_on(service: Service, one: Tenant) -> None:

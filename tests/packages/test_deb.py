@@ -98,6 +98,19 @@ def test_a_purge_removes_the_state_of_a_dead_agent(host: fresh_host.Host, deb: P
     assert_nothing_left(host, before)
 
 
+def test_the_package_stays_while_a_tenant_is_parked(host: fresh_host.Host, deb: Path) -> None:
+    host.install(deb)
+    command = host.root / "usr/bin/fgpu"
+    command.write_text("#!/bin/sh\n[ $1 != wake ] || exit 5\ntouch /asked\n")
+    done = host.apt("remove", "fgpu", check=False)
+    assert done.returncode != 0
+    assert "tenants are parked: type `fgpu wake --all`" in done.stdout + done.stderr
+    assert host.run("dpkg-query", "-W", "-f", "${Status}", "fgpu").stdout == "install ok installed"
+    assert not (host.root / "asked").exists(), "something was removed"
+    command.write_text("#!/bin/sh\n")
+    host.apt("remove", "fgpu")
+
+
 def test_an_upgrade_under_load_affects_no_tenant(host: fresh_host.Host, deb: Path, tmp_path: Path) -> None:
     """One tenant is at its limit all the time, and one starts program after program."""
     host.install(deb)

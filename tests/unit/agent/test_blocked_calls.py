@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -131,3 +132,29 @@ def test_call_instructions_of_arm_are_known(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr("platform.machine", lambda: "aarch64")
     for word, is_call in ((0x94000001, True), (0xD63F0100, True), (0xD61F0100, False), (0x14000001, False)):
         assert call_stacks.is_call(bytes(3) + word.to_bytes(4, "little")) is is_call
+
+
+def test_a_tenant_that_always_runs_costs_a_tenth_of_a_processor_at_most(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its looks take 2 s each, because it has many threads."""
+    clock, pauses = [0.0], list[float]()
+
+    class Stopping:
+        def is_set(self) -> bool:
+            return len(pauses) >= 5
+
+        def wait(self, seconds: float) -> None:
+            pauses.append(seconds)
+
+    def look() -> int:
+        clock[0] += 2.0
+        return 0
+
+    calls = blocked_calls.BlockedCalls(list, {}, tmp_path, lambda _: None)
+    monkeypatch.setattr(blocked_calls, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    monkeypatch.setattr(calls, "_stopping", Stopping())
+    monkeypatch.setattr(calls, "look", look)
+    calls._run()
+    assert clock[0] == 10.0, "it looked five times"
+    assert clock[0] / (clock[0] + sum(pauses)) <= 0.1

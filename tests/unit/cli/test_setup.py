@@ -250,7 +250,7 @@ def test_undo_reverts_everything(host):
     assert (done.exit_code, done.output.count(": removed\n")) == (0, 2)
     assert host.policy.parent.is_dir(), "without the folder, an agent keeps the last policies"
     assert {k: v for k, v in everything(host).items() if "/published/" not in k} == before
-    assert asked(host)[1:] == ["disable --now fgpu-agent fgpu-gatekeeper"]
+    assert asked(host)[1:] == ["disable --now fgpu-agent fgpu-gatekeeper fgpu-parker.socket fgpu-parker"]
     assert setup(host, "--undo").output == f"{host.daemon}: nothing to do\n"
 
 
@@ -273,11 +273,19 @@ def test_undo_keeps_a_service_that_is_still_needed(policies, tenants, why, host)
     assert why in done.output
 
 
+def test_undo_keeps_the_service_that_a_parked_tenant_needs(host, monkeypatch):
+    setup(host, "--memory", "8GiB")
+    monkeypatch.setattr("fgpu_ebpf.cli.parking.still_parked", lambda _: "alice: no room")
+    done = setup(host, "--undo")
+    assert "kept running: there are parked tenants: alice: no room" in done.output
+    assert len(asked(host)) == 1
+
+
 @pytest.mark.parametrize(
     ("was", "words"),
     [
-        ((), ["enable --now fgpu-agent", "disable --now fgpu-agent fgpu-gatekeeper"]),
-        (("active",), ["enable --now fgpu-agent", "disable fgpu-agent fgpu-gatekeeper"]),
+        ((), ["enable --now fgpu-agent", "disable --now fgpu-agent fgpu-gatekeeper fgpu-parker.socket fgpu-parker"]),
+        (("active",), ["enable --now fgpu-agent", "disable fgpu-agent fgpu-gatekeeper fgpu-parker.socket fgpu-parker"]),
         (("enabled",), ["enable --now fgpu-agent"]),
         (("enabled", "active"), []),
     ],

@@ -1,0 +1,67 @@
+"""Wakes all parked tenants while no agent runs, before something is removed that they need to wake up by themselves.
+
+The same steps as in an agent for which parking is off: the driver is asked, room is charged, the parker restores. This
+module runs in the process of a command, which holds the agent's lock. Entries of tenants that are not woken stay in the
+ledger, so that the next agent, or the next call, goes on.
+"""
+
+from __future__ import annotations
+
+import selectors
+import time
+from pathlib import Path
+from typing import cast
+
+from fgpu_ebpf.agent import parker_client
+from fgpu_ebpf.agent.parkable import Parkable
+from fgpu_ebpf.agent.parking import Parking
+from fgpu_ebpf.check import Check
+from fgpu_ebpf.driver.nvml import Nvml
+from fgpu_ebpf.ledger.ledger import Ledger, LedgerMissing
+from fgpu_ebpf.linux import procfs
+from fgpu_ebpf.tenancy.enforcer import Enforcer
+from fgpu_ebpf.tenancy.event_log import EventLog
+from fgpu_ebpf.workloads.cgroups import Workloads
+
+LEAST_SECONDS = 20.0
+ROUND_SECONDS = 0.1
+
+
+def wake_all(run_dir: Path, pins: Path) -> str:
+    """Wake all tenants that the ledger has as parked. Return which were not woken, and why; empty: all run."""
+    root = procfs.cgroup2_root()
+    try:
+        ledger = Ledger(pins)
+    except LedgerMissing:
+        return ""
+    try:
+        if root is None or not ledger.parked.entries():
+            return ""
+        return _wake(run_dir, ledger, root)
+    finally:
+        ledger.close()
+
+
+def limit_seconds(bytes_: int) -> float:
+    """Return how long the wake-up of this many bytes may take."""
+    return LEAST_SECONDS + bytes_ / parker_client.SLOWEST
+
+
+def _wake(run_dir: Path, ledger: Ledger, root: Path) -> str:
+    failed: dict[str, Check] = {}
+    enforcer = Enforcer(ledger, Workloads(root), (), overcommit=False)
+    nvml = cast("Nvml", None)  # it is asked only about tenants that shall be parked
+    parking = Parking(run_dir, Parkable(False, root, ledger, nvml, enforcer, dict), EventLog(), failed)
+    bytes_ = sum(sum(entry.bytes) for entry in ledger.parked.entries().values())
+    until = time.monotonic() + limit_seconds(bytes_)
+    with selectors.DefaultSelector() as selector:
+        parking.begin(selector)
+        while parking.names() and time.monotonic() < until:
+            if why := parker_client.missing(run_dir):
+                return f"{', '.join(parking.names())}: {why}"
+            for key, _ in selector.select(ROUND_SECONDS):
+                key.data()
+            parking.look()
+        names = ", ".join(parking.names())
+        parking.stop()
+    return failed["parking"].found if names and "parking" in failed else names
