@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fgpu_ebpf import control_client
-from fgpu_ebpf.agent import gatekeeper_process, host_config
+from fgpu_ebpf.agent import gatekeeper_process, host_config, parker_check
 from fgpu_ebpf.agent.settings import Options
 from fgpu_ebpf.api import health
 from fgpu_ebpf.check import Check, has_host_pids
@@ -61,6 +61,7 @@ def checks(options: Options) -> list[Check]:
     agents = _agent(options.run_dir)
     if host and not any(check.name == "policies" for check in agents):
         agents.append(folder.check(options.policies or host.policy_folder))
+    agents += [parker_check.check(options.run_dir)] if host and host.parking else []
     from fgpu_ebpf.kubernetes import device_plugin  # here: the agent must not import asyncio
 
     plugin = device_plugin.check(options.run_dir)

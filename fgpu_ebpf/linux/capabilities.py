@@ -1,4 +1,6 @@
-"""The capabilities that the agent and the gatekeeper keep after their start. They drop all others.
+"""The capabilities that the agent and the gatekeeper keep after their start, and those that the parker needs.
+
+Agent and gatekeeper drop all others.
 
 Runs in the main thread of each process, before it starts other threads.
 """
@@ -21,6 +23,7 @@ class Capability(enum.IntEnum):
     """Capabilities with their numbers in linux/capability.h."""
 
     CHOWN = 0  # set the group of the control socket
+    DAC_OVERRIDE = 1  # reach a process of any user through its folder in /proc, as the driver does
     DAC_READ_SEARCH = 2  # read files and folders of tenants that any user may own
     KILL = 5  # kill processes that allocate memory without a probe, under onBypass: kill
     SYS_PTRACE = 19  # read the mappings, the root and the namespaces of a process of any user
@@ -30,6 +33,7 @@ class Capability(enum.IntEnum):
 
 GATEKEEPER = frozenset({Capability.DAC_READ_SEARCH, Capability.SYS_PTRACE, Capability.SYS_ADMIN})
 AGENT = GATEKEEPER | {Capability.CHOWN, Capability.KILL, Capability.SYS_NICE}
+PARKER = GATEKEEPER | {Capability.DAC_OVERRIDE}
 
 
 def keep_only(kept: Set[Capability]) -> None:
@@ -49,6 +53,12 @@ def keep_only(kept: Set[Capability]) -> None:
     permitted = _permitted() & sum(1 << capability for capability in kept)
     words = (part for half in (permitted & 0xFFFFFFFF, permitted >> 32) for part in (half, half, 0))
     check("capset", LIBC.capset(struct.pack("Ii", _VERSION_3, 0), struct.pack("6I", *words)))
+
+
+def lacking(needed: Set[Capability]) -> list[Capability]:
+    """Return which of these capabilities this thread does not have."""
+    permitted = _permitted()
+    return sorted(capability for capability in needed if not permitted >> capability & 1)
 
 
 def _permitted() -> int:

@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from fgpu_ebpf.linux import capabilities
 from fgpu_ebpf.parker import room
 from fgpu_ebpf.parker.cuda import Checkpoints, DriverError, Libcuda
 from fgpu_ebpf.parker.job import Job
@@ -64,7 +65,8 @@ def _run(request: Request, end: int, claimed: int, why: str, open_driver: Callab
         check_room = partial(room.check, [target.pid for target in targets], request.size)
         job = Job(request, open_driver(), targets, check_room, say)
         if request.op == "state":
-            say({"states": job.states()})
+            lacks = [f"CAP_{needed.name}" for needed in capabilities.lacking(capabilities.PARKER)]
+            say({"states": job.states(), **({"lacks": lacks} if lacks else {})})
         elif why:
             say(job.recover(why).reply())
         else:
