@@ -330,6 +330,10 @@ USAGE = [
            "ran nothing: the twenty with most.", "bytes",
            Query(most(f"sum by (instance, gpu, tenant) (fgpu_memory_used_bytes{{{BOTH}}} * on ({PLACE}, gpu, tenant) "
                       f"rate({IDLE}{{{BOTH}}}[{RATE}]) {INNERMOST})"), LEGEND), custom=STACKED),
+    series("Memory of parked tenants", "Bytes that parked tenants have given back, which are in host memory: the "
+           "twenty with most.", "bytes",
+           Query(most(f"sum by (instance, gpu, tenant) (fgpu_memory_parked_bytes{{{BOTH}}} {INNERMOST})"), LEGEND),
+           custom=STACKED),
     series("Waiting, by tenant", "Part of the time for which a tenant waited for its turns: the twenty with most.",
            "percentunit",
            Query(most(f"sum by (instance, gpu, tenant) (rate({WAITED}{{{BOTH}}}[{RATE}]) {INNERMOST})"), LEGEND)),

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 from fgpu_ebpf import abi
 from fgpu_ebpf.policy.units import memory_text
+from fgpu_ebpf.tenancy import parking_text
 from fgpu_ebpf.tenancy.enforcement import UNHELD
 
 Value = float | str | None
@@ -91,6 +92,9 @@ def _waited(row: Row) -> float | None:
 
 def _name(row: Row) -> str:
     name: str = row.tenant["tenant"]
+    parking = row.tenant.get("parking")  # an agent of an older version reports none
+    if parking and parking_text.is_away(parking):
+        return f"{name} ({parking['state']})"
     return f"{name} (group)" if row.tenant["kind"] == "group" else name
 
 

@@ -26,6 +26,7 @@ from fgpu_ebpf.api import bars, health, ranking
 from fgpu_ebpf.api.ranking import BY_WORD, COLUMNS, GPU, TENANT, Order, Row
 from fgpu_ebpf.check import Check
 from fgpu_ebpf.snapshot import Fields, Snapshot, no_limit
+from fgpu_ebpf.tenancy import parking_text
 from fgpu_ebpf.tenancy.enforcement import Enforcement, denial
 
 if TYPE_CHECKING:
@@ -127,6 +128,8 @@ def _notes(tenant: Mapping[str, Any]) -> Iterator[str]:
     """Yield the texts that describe a tenant's state in addition to its numbers, in the words of `fgpu explain`."""
     if text := denial(tenant):
         yield text
+    if parking_text.is_away(tenant["parking"]):
+        yield f"parking: {parking_text.sentence(tenant['parking'], tenant['devices'])}"
     bypassing, reasons = (
         ", ".join(f"{count} {word}" for word, count in sorted(tenant[kind].items()))
         for kind in ("bypassing", "shimless")

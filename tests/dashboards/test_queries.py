@@ -27,7 +27,7 @@ CHOSEN |= {"namespace": ".*", "pod": ".*"}
 PATIENCE_SECONDS = 30
 XIDS = "fgpu_device_xids_total"
 DCGM = {"GPU_UTIL": 37, "MEM_COPY_UTIL": 11, "POWER_USAGE": 350.5, "GPU_TEMP": 61}  # what dcgm-exporter would export
-SILENT = {"Containers that wait for labels"}  # no engine
+SILENT = {"Containers that wait for labels", "Memory of parked tenants"}  # no engine, no parker
 
 
 def chosen(expr: str, tenant: str = ".+") -> str:

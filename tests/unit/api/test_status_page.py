@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from fgpu_ebpf.api import status_page
 from fgpu_ebpf.api.ranking import BY_WORD, Order
 from fgpu_ebpf.api.status_page import Asked
-from fgpu_ebpf.snapshot import Fields, PoliciesView, Snapshot
+from fgpu_ebpf.snapshot import Fields, ParkingView, PoliciesView, Snapshot
 from tests.unit import top_kit as kit
 
 ODD = [
@@ -142,6 +142,16 @@ def test_errors_of_a_tenant_are_shown() -> None:
     assert "kernel bypassing: 3 no_shim (2 musl, 1 static) note: no device B" in words
     assert "kernel no memory is admitted: 8GiB are wanted, 1GiB is left" in words
     assert "shim alice (musl, static) fix: static: static programs have no loader" in words
+
+
+def test_a_parked_tenant_is_shown_with_its_reason() -> None:
+    on = replace(kit.on(0, 0), parked_bytes=64 << 20)
+    waits = replace(kit.tenant("bob", on), parking=ParkingView("waiting", 61.0, "group g is full", 1, 0, 1.5, 0.0))
+    words = shown(snapshot(waits)).words
+    assert "bob (waiting)" in words
+    assert "parking: parked, and waits to be woken, for 61 s, 64MiB in host memory: group g is full" in words
+    runs = replace(waits, parking=ParkingView("running", None, "", 1, 1, 1.5, 1.5))
+    assert "parking:" not in shown(snapshot(runs)).words
 
 
 def test_a_denial_is_shown_once_for_a_tenant_on_two_devices() -> None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from fgpu_ebpf.api.ranking import BY_WORD, Order
 from fgpu_ebpf.cli import top_frame
 from fgpu_ebpf.cli.top_frame import ASCII, UNICODE, Window
 from fgpu_ebpf.cli.top_input import LatestSnapshot, ViewChoice
+from fgpu_ebpf.snapshot import ParkingView
 from tests.unit import top_kit as kit
 
 
@@ -151,3 +154,8 @@ def test_a_single_print_cuts_names_only_if_a_width_is_given() -> None:
     cut = top_frame.once(kit.latest(long), ViewChoice(), 60, UNICODE).plain.split("\n")
     assert max(map(len, cut)) <= 60
     assert "…" in cut[2]
+
+
+def test_a_tenant_that_does_not_run_has_its_state_behind_its_name() -> None:
+    parked = replace(kit.tenant("alice", kit.on(0, 0)), parking=ParkingView("parked", 61.0, "", 1, 0, 1.5, 0.0))
+    assert "alice (parked) " in top_frame.once(kit.latest(parked), ViewChoice(), None, UNICODE).plain
