@@ -129,7 +129,9 @@ class Fuzzer:
             discovery=discovery, shim=Path("/libfgpu.so"), nvml=SimpleNamespace(devices=[]), reasons=None
         )
         asked = SimpleNamespace(view=dict)
-        parking = SimpleNamespace(explain=str, errands=Errands(), park=lambda _: asked, wake=lambda *_: asked)
+        parking = SimpleNamespace(
+            explain=str, errands=Errands(), park=lambda _: asked, wake=lambda *_: asked, names=list
+        )
         parts = SimpleNamespace(
             driver=driver, ledger=Ledger(), manager=manager, enforcer=enforcer,
             chores=SimpleNamespace(shortfalls=SimpleNamespace(found={}), parking=parking),
