@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 
 from tests.e2e.bypass_kit import Bypass
+from tests.e2e.parking_kit import Holder, Parker, becomes
 from tests.e2e.policies_kit import Write
 from tests.e2e.test_bypasses import HELD, WAYS
 from tests.support.commands import events, fgpu, metrics
@@ -214,3 +215,18 @@ def test_processes_outside_tenants_may_open_nodes(enforced) -> None:
     assert f"{SIM}" in ENVIRONMENT["PATH"]
     done = subprocess.run(["nvidia-smi", "-L"], env=ENVIRONMENT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.places("cgroups")
+def test_a_parked_program_may_open_its_device_again(parker: Parker, enforced) -> None:
+    """The driver's restore thread, which opens the node, runs in the program itself, which has the shim."""
+    one = enforced()
+    program = Holder(one, "holder")
+    one._programs.append(program)
+    one.assert_exact()
+    fgpu("park", one.path)
+    becomes(one, "parked")
+    assert program.is_intact()
+    becomes(one, "running")
+    one.assert_exact()
+    assert opens(one, "denied") == 0
