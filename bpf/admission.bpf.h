@@ -105,7 +105,7 @@ int admit(struct pt_regs *ctx)
         return 0;
     }
     struct fgpu_process *p = own_process(&tgid, &h);
-    struct fgpu_thread *t = p ? own_thread(p, id) : 0;
+    struct fgpu_thread *t = p && kind != FGPU_HELLO ? own_thread(p, id) : 0;
     own_stack(ctx);
     hit(FGPU_HIT_ADMIT);
     if (!UNLIKELY(!p)) look_up(p, &h);
@@ -116,6 +116,11 @@ int admit(struct pt_regs *ctx)
     if (!h.page[0]) return 0;
     if (UNLIKELY(flags & FGPU_FREED)) {
         h.page[0]->freed_ns = bpf_ktime_get_ns();
+        return 0;
+    }
+    if (UNLIKELY(flags & FGPU_CALLED)) {
+        h.page[0]->called_ns = bpf_ktime_get_ns();
+        if (p) note(p, FGPU_SEEN_CALLED);
         return 0;
     }
     if (kind == FGPU_HELLO) {

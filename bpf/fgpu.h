@@ -42,7 +42,9 @@ enum fgpu_kind { FGPU_MEMORY, FGPU_POOL, FGPU_CONTEXT, FGPU_HELLO, FGPU_VMM, FGP
  * due to orphaned bytes alone is not counted. KNOCK, in a request of the kind HELLO: it gets no verdict; the device is
  * the number of a descriptor, see FGPU_NEWS_KNOCK. FREED: no request, and no verdict; the program has freed memory in a
  * way that no probe reports, see `freed_ns`. ANNOUNCE, in a request of the kind HELLO: it gets no verdict; the program
- * will let the driver open device nodes. */
+ * will let the driver open device nodes. CALLED, in a request of the kind HELLO: it gets no verdict; the program has
+ * registered, or has called a function that launches work, waits for it or queries it, see `called_ns`; its shim holds
+ * such calls back while it is parked. */
 #define FGPU_KIND_MASK 0xff
 #define FGPU_FULL 0x100
 #define FGPU_TAGGED 0x200
@@ -50,6 +52,7 @@ enum fgpu_kind { FGPU_MEMORY, FGPU_POOL, FGPU_CONTEXT, FGPU_HELLO, FGPU_VMM, FGP
 #define FGPU_KNOCK 0x800
 #define FGPU_FREED 0x1000
 #define FGPU_ANNOUNCE 0x2000
+#define FGPU_CALLED 0x4000
 /* A tagged verdict word is `tag << 34 | (ticket & FGPU_TICKET_BITS) << 2 | verdict`, in slot `ticket & (FGPU_VERDICTS -
  * 1)`. A BPF program chooses the tag, so no process can write the verdict that another process waits for. */
 #define FGPU_TICKET_BITS 0xffffffffULL
@@ -121,7 +124,9 @@ struct fgpu_usage_page {
                                    levels around it are not charged for them */
     __u64 held; /* entries of this level's processes in the map `parked`: their shims make no call that waits for work
                    or queries it, because the driver may have unmapped what it would read */
-    __u64 tail[37];
+    __u64 called_ns; /* when a program of this level last reported a call, see FGPU_CALLED; 0: never. It reports one
+                        call in 0.1 s */
+    __u64 tail[36];
 };
 #define FGPU_OBSERVE 1
 #define FGPU_KILL 2
@@ -332,6 +337,7 @@ struct fgpu_process {
 #define FGPU_TOLD_BYPASS 64      /* the event of its first call without an admission has been sent */
 #define FGPU_SEEN_DEVICE 128     /* NVML has shown memory of the process: it has opened device nodes */
 #define FGPU_PARKED 256          /* it has an entry in `parked` */
+#define FGPU_SEEN_CALLED 512     /* its shim reports calls, and holds them back while the process is parked */
 enum fgpu_space { FGPU_SPACE_POINTER, FGPU_SPACE_HANDLE, FGPU_SPACE_MAPPING, FGPU_SPACE_CONTEXT, FGPU_SPACE_ARRAY };
 struct fgpu_allocation_key {
     __u32 tgid;

@@ -75,6 +75,8 @@ def _reasons(process: Process, unwitnessed: set[int]) -> Iterator[str]:
         yield "is being parked or woken already"
     if not process.flags & abi.Seen.SHIM:
         yield "has not registered through the shim"
+    elif not process.flags & abi.SEEN_CALLED:
+        yield "has the shim of an earlier version, which does not hold its calls back: restart it"
     if process.flags & abi.Seen.BYPASS or unwitnessed:
         yield "has memory that it did not request through the shim"
     if any(process.managed):

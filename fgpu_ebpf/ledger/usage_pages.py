@@ -23,7 +23,8 @@ class Usage(NamedTuple):
     """The numbers of one level on one device, in bytes; `refused` is a count.
 
     `used`: bytes that count as held by the device. `parked`: bytes of parked processes, which the level's limit has to
-    cover too, and the limits around it have not.
+    cover too, and the limits around it have not. `called_ns`: when a program of the level last reported a call of the
+    driver, on whichever device; 0: never.
     """
 
     limit: int
@@ -34,6 +35,7 @@ class Usage(NamedTuple):
     witnessed: int
     orphaned: int
     parked: int = 0
+    called_ns: int = 0
 
 
 class UsagePages:
@@ -85,4 +87,5 @@ def _usage(page: mmap.mmap, device: int) -> Usage:
     limit, used, peak, refused = _NUMBERS.unpack_from(page, at.devices.offset + device * ctypes.sizeof(abi.Usage))
     admitted, witnessed = _TALLY.unpack_from(page, at.tallies.offset + device * ctypes.sizeof(abi.Tally))
     orphaned = _U64.unpack_from(page, at.orphaned.offset + device * _U64.size)[0]
-    return Usage(limit, max(0, used - parked), peak, refused, admitted, witnessed, orphaned, parked)
+    (called_ns,) = _U64.unpack_from(page, at.called_ns.offset)
+    return Usage(limit, max(0, used - parked), peak, refused, admitted, witnessed, orphaned, parked, called_ns)

@@ -19,7 +19,7 @@
 #include "gate/gate.h"
 #include "link/link.h"
 
-#define LOOK_NS 100000000ULL   /* how often a program that need not wait checks for a new gatekeeper */
+#define LOOK_NS 100000000ULL   /* how often a program checks for a new gatekeeper, and reports its calls */
 #define DOZE_NS 50000000ULL    /* the longest sleep at a closed gate: the heartbeat must be read from time to time */
 #define CLOSE_NS 200000ULL     /* a thread polls for the end of a drain within this time of its estimate */
 #define PAUSE_NS 50000ULL      /* between two checks of work that should have ended, or that leaves no room */
@@ -50,11 +50,19 @@ static bool any_gated(const struct fgpu_control_page *control)
     return bits & (FGPU_GATED | (uint64_t)FGPU_GATED << 32);
 }
 
+static __attribute__((noinline, cold)) struct fgpu_view look_now(uint64_t now)
+{
+    atomic_store_explicit(&mine.look_at_ns, now + LOOK_NS, memory_order_relaxed);
+    struct fgpu_view view = fgpu_look();
+    if (view.link == FGPU_HELD) fgpu_tell_called();
+    return view;
+}
+
+/* Every call that launches work, waits for it or queries it comes here, before or after its call of the driver. */
 static struct fgpu_view look_now_and_then(uint64_t now)
 {
     if (LIKELY(now < atomic_load_explicit(&mine.look_at_ns, memory_order_relaxed))) return fgpu_glance();
-    atomic_store_explicit(&mine.look_at_ns, now + LOOK_NS, memory_order_relaxed);
-    return fgpu_look();
+    return look_now(now);
 }
 
 bool fgpu_is_gated(void)

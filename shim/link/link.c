@@ -131,7 +131,10 @@ static COLD uint32_t hello(uint32_t word, struct fgpu_asked *asked, uint64_t now
          * there. A level that gets a limit between the gatekeeper's reply and this request has another page; the next
          * reply has that page. */
         uint32_t next = FGPU_HELD | set << 8 | levels << 16;
-        if (fgpu_is_heard(given(next), fgpu_ticket(), round)) return next;
+        if (fgpu_is_heard(given(next), fgpu_ticket(), round)) {
+            fgpu_tell_called();
+            return next;
+        }
         outcome = FGPU_IS_SILENT;
     }
     if (outcome == FGPU_IS_FREE) return without_agent(FGPU_UNMANAGED | set << 8);

@@ -22,6 +22,7 @@ HIDDEN void fgpu_report_crowd(void);          /* report once that memory of any 
 HIDDEN void fgpu_hold(void);
 
 /* -- verdict.c. Returns a verdict, or -1: there is none. */
+HIDDEN void fgpu_tell_called(void); /* tell the kernel that the program calls the driver, see `called_ns` */
 HIDDEN int fgpu_ask(struct fgpu_view view, unsigned device, uint64_t bytes, unsigned kind, uint64_t ticket);
 #define FGPU_HELLO_ROUNDS 4
 /* Return whether the kernel confirms these pages, by a verdict on a request of the kind FGPU_HELLO. */

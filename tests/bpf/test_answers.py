@@ -67,6 +67,27 @@ def test_a_report_of_freed_memory_writes_its_time_to_the_own_level_and_changes_n
     assert page_of(kernel, group).freed_ns == 0
 
 
+def test_a_report_of_a_call_writes_its_time_to_the_own_level_and_makes_no_entry_of_a_thread(
+    kernel, make_level, make_client
+):
+    group = make_level(1024 * MIB)
+    level = make_level(1024 * MIB, group)
+    client = make_client(level)
+    assert client(f"admit({5 * MIB}, {abi.Kind.HELLO})") == ADMITTED
+    assert not client.entry(kernel).flags & abi.SEEN_CALLED, "a shim of an earlier version"
+    before = page_of(kernel, level)
+    assert before.called_ns == 0
+    begun = time.monotonic_ns()
+    assert client(f"admit({5 * MIB}, {abi.Kind.HELLO | abi.CALLED})") is None
+    after = page_of(kernel, level)
+    assert begun < after.called_ns < time.monotonic_ns()
+    before.called_ns = after.called_ns
+    assert bytes(after) == bytes(before)
+    assert after.entries[abi.Shared.THREADS] == 0
+    assert client.entry(kernel).flags & abi.SEEN_CALLED
+    assert page_of(kernel, group).called_ns == 0
+
+
 def test_each_process_gets_a_new_tag_at_its_start_and_at_an_exec(kernel, level, make_client):
     tags = []
     for _ in range(3):

@@ -87,6 +87,7 @@ int admit(struct pt_regs *ctx) {
     struct knobs *k = knob.lookup(&zero);
     if (!p || !outer || !k) return 0;
     if (kind & FGPU_ANNOUNCE) return 0;
+    if (kind & FGPU_CALLED) { p->called_ns = bpf_ktime_get_ns(); return 0; }
     if (kind & FGPU_FREED) { p->freed_ns = bpf_ktime_get_ns(); return 0; }
     log_call(kind, PT_REGS_PARM1(ctx), bytes, ticket, 0);
     if (k->old) kind = kind < FGPU_KINDS ? kind : FGPU_MEMORY;

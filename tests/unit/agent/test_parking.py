@@ -69,6 +69,7 @@ class FakeLedger:
 
     def __init__(self, pid: int) -> None:
         self.pid, self.has_entry, self.parked_bytes, self.is_full = pid, False, 0, False
+        self.flags = abi.Seen.SHIM | abi.SEEN_CALLED
         self.parked = SimpleNamespace(
             entries=self._entries, begin=self._begin, park=self._park, wake=self._wake, end=self._end
         )
@@ -76,7 +77,7 @@ class FakeLedger:
     def processes(self) -> dict[int, Process]:
         zero = (0,) * abi.DEVICES
         bytes_ = (HELD - self.parked_bytes, *zero[1:])
-        flags = abi.Seen.SHIM | (abi.PARKED if self.has_entry else 0)
+        flags = self.flags | (abi.PARKED if self.has_entry else 0)
         return {self.pid: Process(GENERATION, (CGROUP,), flags, 0, True, bytes_, zero, zero, zero, (1, *zero[1:]))}
 
     def process(self, pid: int) -> Process | None:
@@ -198,6 +199,13 @@ def test_a_tenant_is_parked_and_woken(host: Host) -> None:
     assert view
     assert (view.parks, view.wakes, view.park_seconds, view.wake_seconds) == (1, 1, 1.5, 1.5)
     assert Quiet.last.is_stopped
+
+
+def test_a_program_with_the_shim_of_an_earlier_version_is_not_parked(host: Host) -> None:
+    host.ledger.flags = abi.Seen.SHIM
+    with pytest.raises(parking.ParkingError, match="has the shim of an earlier version"):
+        host.parking.park(host.tenant)
+    assert host.parker.asked == []
 
 
 def test_a_call_wakes_the_tenant(host: Host) -> None:
