@@ -36,6 +36,7 @@ PATTERNS = {
     policy_fields._MEMORY: "bytes: `8GiB`, `8192MiB`",
     policy_fields._PERCENT: "percentage: `50%`",
     policy_fields._DURATION: "duration: `500us`, `20ms`, `1s`",
+    policy_fields._LONG: "duration: `90s`, `10m`, `2h`",
     f"^{policy_fields._NAME}$": "up to 63 lowercase letters, digits, `-` and `.`",
     f"^{policy_fields._METRIC_LABEL}$": "name of a Prometheus label",
 }

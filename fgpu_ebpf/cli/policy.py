@@ -39,13 +39,16 @@ def policy() -> None:
 def check(paths: Paths) -> None:
     """Check PATHS (files or folders), or this host's policies; print every error and exit with 1 if there is one.
 
-    A selector or device that no host can match is a warning, which does not change the exit code.
+    A selector or device that no host can match is a warning, which does not change the exit code. So is memory.park in
+    one of this host's policies while agent.yaml does not turn parking on.
     """
     from fgpu_ebpf.policy import advice
 
     policies = _must_read(paths)
     files = len({p.source.rpartition(":")[0] for p in policies})
     warnings = [f"{p.source}: warning: spec.{text}" for p in policies for text in advice.warnings(p)]
+    if not paths and not _parks():
+        warnings += [f"{p.source}: warning: spec.{advice.UNPARKED}" for p in policies if advice.wants_parking(p)]
     for line in warnings:
         click.echo(line, err=True)
     more = f", {_count(len(warnings), 'warning', 'warnings')}" if warnings else ""
@@ -137,6 +140,14 @@ def _listed(policies: PolicySet | None) -> list[Policy]:
     return list(policies.policies) if policies else []
 
 
+def _parks() -> bool:
+    """Return whether this host's agent.yaml turns parking on. A file with errors turns nothing on."""
+    from fgpu_ebpf.agent import host_config
+
+    settings, _ = host_config.read()
+    return settings is not None and settings.parking
+
+
 def _read_file(path: Path) -> tuple[list[Policy], list[ConfigError]]:
     from fgpu_ebpf.policy import folder, trusted_file
     from fgpu_ebpf.policy.yaml_document import ConfigError, InvalidFileError
@@ -176,7 +187,12 @@ def _json(found: Policy) -> dict[str, Any]:
         "mode": "observe" if found.observe else "enforce",
         "selector": _selector(found.selector),
         "devices": [choice.text for choice in found.devices],
-        "memory": {"limit": _amount(memory.limit), "max": _amount(memory.most), "contexts": memory.contexts}
+        "memory": {
+            "limit": _amount(memory.limit),
+            "max": _amount(memory.most),
+            "contexts": memory.contexts,
+            "park_after_seconds": memory.park_after_ns / 1e9 or None,
+        }
         if memory
         else None,
         "compute": {
@@ -210,13 +226,15 @@ def _text(position: int, found: Policy) -> str:
 
 
 def _gives(found: Policy) -> Iterable[str]:
-    from fgpu_ebpf.policy.units import MILLION, amount_text, millionths_text
+    from fgpu_ebpf.policy.units import MILLION, amount_text, duration_text, millionths_text
 
     if found.memory:
         most = f" (up to {amount_text(found.memory.most)} by label)" if found.memory.most != found.memory.limit else ""
         n = found.memory.contexts
         besides = f" and {n} context{'s' if n > 1 else ''}" if n else ""
-        yield f"memory {amount_text(found.memory.limit)}{most}{besides}"
+        after = found.memory.park_after_ns / 1e9
+        idle = f", parked when idle for {duration_text(after)}" if after else ""
+        yield f"memory {amount_text(found.memory.limit)}{most}{besides}{idle}"
     if found.compute:
         ceiling = millionths_text(round(found.compute.limit_ratio * MILLION))
         yield f"compute up to {ceiling}, weight {found.compute.weight}, {found.compute.priority} priority"

@@ -13,6 +13,7 @@ from fgpu_ebpf.policy.rules import DeviceChoice, Policy
 from fgpu_ebpf.workloads.cgroup_names import UNIT_SUFFIXES
 
 _MOUNT = "sys/fs/cgroup"
+UNPARKED = "memory.park: has no effect while parking is off: set `parking: on` in agent.yaml, and restart the agent"
 _INDEX = re.compile(r"(?:/dev/)?(?:gpu|cuda|nvidia|device)[ :_-]?([0-9]{1,2})", re.IGNORECASE)
 
 
@@ -38,6 +39,11 @@ def warnings(policy: Policy) -> Iterator[str]:
         if text.endswith("/"):
             yield f"selector.image: {text!r} matches nothing: the name of an image does not end with a slash"
     yield from (said for device in policy.devices if (said := _of_device(device)))
+
+
+def wants_parking(policy: Policy) -> bool:
+    """Return whether a policy parks idle workloads, which agent.yaml has to permit."""
+    return bool(policy.memory and policy.memory.park_after_ns)
 
 
 def _may_be_unit(text: str) -> bool:

@@ -29,6 +29,7 @@ from fgpu_ebpf.policy.units import MILLION, Amount, amount, duration_ns, million
 
 MOST_METRIC_LABELS = 8
 MOST_ITEMS = 64
+LEAST_IDLE_NS, MOST_IDLE_NS = 10 * 1_000_000_000, 720 * 3_600_000_000_000  # a shorter time costs more than it frees
 # Labels that fgpu's metrics already have, and labels that Prometheus adds.
 RESERVED_LABELS = frozenset(
     (
@@ -43,6 +44,7 @@ _UUID = re.compile(r"gpu-[0-9a-f-]{1,36}")
 _MEMORY = r"^\s*[0-9]+(\.[0-9]+)?\s*(B|[KMGT]iB?)\s*$"
 _PERCENT = r"^\s*[0-9]{1,3}(\.[0-9]{1,4})?\s*%\s*$"
 _DURATION = r"^\s*[0-9]+(\.[0-9]+)?\s*(us|ms|s)\s*$"
+_LONG = r"^\s*[0-9]+(\.[0-9]+)?\s*(s|m|min|h)\s*$"
 
 
 class Model(BaseModel):
@@ -118,6 +120,14 @@ def _quantum(value: Any) -> int:
     return quantum
 
 
+def _idle_time(value: Any) -> int:
+    text = _written(value, "10m")
+    after = duration_ns(text)
+    if not LEAST_IDLE_NS <= after <= MOST_IDLE_NS:
+        raise ValueError(f"{shown(text)} is not between 10s and 720h")
+    return after
+
+
 def _path_pattern(value: str) -> str:
     path_globs([value])
     return value
@@ -190,6 +200,7 @@ Bytes = Annotated[Amount, PlainValidator(_amount), WithJsonSchema(_QUANTITY)]
 Size = Annotated[int, PlainValidator(_size), WithJsonSchema({**_TEXT, "pattern": _MEMORY})]
 Ceiling = Annotated[float, PlainValidator(_ceiling), WithJsonSchema({"type": "string", "pattern": _PERCENT})]
 Quantum = Annotated[int, PlainValidator(_quantum), WithJsonSchema({"type": "string", "pattern": _DURATION})]
+IdleTime = Annotated[int, PlainValidator(_idle_time), WithJsonSchema({"type": "string", "pattern": _LONG})]
 PolicyName = Annotated[str, AfterValidator(_policy_name), Field(json_schema_extra={"pattern": f"^{_NAME}$"})]
 LabelKey = Annotated[str, AfterValidator(_label_key)]
 MetricLabel = Annotated[str, AfterValidator(_metric_label), Field(json_schema_extra={"pattern": f"^{_METRIC_LABEL}$"})]

@@ -144,12 +144,14 @@ class Compute(NamedTuple):
 class Memory(NamedTuple):
     """A limit, and the highest limit that the workload's own label can request (`most`).
 
-    `contexts`: how many contexts the workload may have besides the limit.
+    `contexts`: how many contexts the workload may have besides the limit. `park_after_ns`: the time for which the
+    workload must be idle before it is parked; 0: it is not parked by itself.
     """
 
     limit: Amount
     most: Amount
     contexts: int = 0
+    park_after_ns: int = 0
 
 
 class Policy(NamedTuple):
@@ -176,7 +178,7 @@ class Limits(NamedTuple):
 
     `devices` has the ledger indices of the devices that the workload may use. `memory` has the limit in bytes by ledger
     index, and is empty if the policy sets no limit. `contexts`: how many contexts are not part of the limit. `compute`
-    is None if the workload is not gated.
+    is None if the workload is not gated. `park_after_ns`: as in Memory. No label can change it.
     """
 
     policy: str
@@ -189,6 +191,7 @@ class Limits(NamedTuple):
     metric_labels: tuple[str, ...]
     contexts: int = 0
     deny: bool = False
+    park_after_ns: int = 0
 
 
 class Decision(NamedTuple):
@@ -240,6 +243,7 @@ def _limits(policy: Policy, workload: Workload, devices: Iterable[Device], notes
         own_utilization=policy.own_utilization,
         metric_labels=policy.metric_labels,
         contexts=policy.memory.contexts if policy.memory else 0,
+        park_after_ns=policy.memory.park_after_ns if policy.memory else 0,
     )
 
 

@@ -16,6 +16,7 @@ from fgpu_ebpf.policy.fields import (
     Bytes,
     Ceiling,
     Devices,
+    IdleTime,
     Images,
     LabelKey,
     MetricLabels,
@@ -85,6 +86,16 @@ class Selector(Model):
         return self
 
 
+class Park(Model):
+    """The time after which the workload is parked by itself. Only with `parking: on` in agent.yaml."""
+
+    after: IdleTime = Field(
+        description="The workload is parked when it has been idle for this time, from 10s to 720h. Its next call of the"
+        " driver wakes it.",
+        examples=["10m"],
+    )
+
+
 class Memory(Model):
     """The limit on each device, and the most that the workload's own label fgpu.dev/memory may request."""
 
@@ -98,6 +109,7 @@ class Memory(Model):
         description="How many CUDA contexts (one for each process) the workload may have on each device besides the"
         " limit. Programs see the limit without them. They count against the device.",
     )
+    park: Park = absent("When an idle workload is parked by itself; without it, only `fgpu park` parks it.")
 
     @model_validator(mode="after")
     def _max_is_not_less(self) -> Self:
@@ -200,7 +212,8 @@ def compiled(document: GpuPolicy, source: str) -> rules.Policy:
 
 
 def _memory(model: Memory) -> rules.Memory:
-    return rules.Memory(model.limit, model.max or model.limit, model.contexts)
+    park_after_ns = model.park.after if model.park else 0
+    return rules.Memory(model.limit, model.max or model.limit, model.contexts, park_after_ns)
 
 
 def _selector(model: Selector) -> rules.Selector:

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 _UNITS = {"B": 1, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40}
 _SHIFTS = (("GiB", 30), ("MiB", 20), ("B", 0))
-_TIMES = {"us": 1_000, "ms": 1_000_000, "s": 1_000_000_000, "min": 60_000_000_000}
+_TIMES = {"us": 1_000, "ms": 1_000_000, "s": 1_000_000_000, "m": 60 * 10**9, "min": 60 * 10**9, "h": 3600 * 10**9}
 _QUANTITY = re.compile(r"(?P<number>[0-9]{1,20}(?:\.[0-9]{1,20})?)\s{0,4}(?P<unit>[A-Za-z]{0,20})")
 _FRACTION = re.compile(r"(?P<whole>[0-9]{1,4})(?:\.(?P<part>[0-9]{1,6}))?")
 _PERCENT = re.compile(r"(?P<whole>[0-9]{1,3})(?:\.(?P<part>[0-9]{1,4}))?\s{0,4}%")
@@ -154,8 +154,13 @@ def millionths_text(millionths: int) -> str:
 
 
 def duration_ns(text: str) -> int:
-    """Parse `20ms`, `500us`, `0.5s` or `15min` and return nanoseconds. Raises QuantityError."""
+    """Parse `20ms`, `500us`, `0.5s`, `15min`, `15m` or `2h` and return nanoseconds. Raises QuantityError."""
     match = _QUANTITY.fullmatch(text.strip())
     if match is None or match["unit"] not in _TIMES:
         raise QuantityError(f"{shown(text)} is not a length of time: write it as 20ms")
     return round(float(match["number"]) * _TIMES[match["unit"]])
+
+
+def duration_text(seconds: float) -> str:
+    """Return a length of time as text for messages, in whole seconds, or in minutes if it is ten or more: `95 s`."""
+    return f"{seconds:.0f} s" if seconds < 600 else f"{seconds / 60:.0f} min"

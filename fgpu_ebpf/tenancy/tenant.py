@@ -39,7 +39,7 @@ class Tenant:
     `limits` has bytes by ledger index, or NO_LIMIT if use is only counted. The tenant may not use a device that is left
     out. `outside` has the part of these limits that is for contexts and that views do not show. `policy` is empty if no
     policy matches. `named_devices` is true if the tenant's devices were named for it alone. Then its limit counts on
-    all of them from its first process on.
+    all of them from its first process on. `park_after_ns`: the idle time after which it is parked by itself; 0: never.
     """
 
     workload: Workload
@@ -56,6 +56,7 @@ class Tenant:
     named_devices: bool = False
     outside: Mapping[int, int] = field(default_factory=dict)
     deny: bool = False
+    park_after_ns: int = 0
 
     @property
     def cgroup(self) -> int:
@@ -119,6 +120,7 @@ def tenant_of(
             own_utilization=limits.own_utilization,
             metric_labels={label: workload.labels.get(label, "") for label in limits.metric_labels},
             notes=decision.notes,
+            park_after_ns=limits.park_after_ns,
         )
     if override is not None:
         tenant = _by_hand(tenant, override, devices)

@@ -85,6 +85,7 @@ sizes = st.one_of(st.integers(2, 64).map("{}GiB".format), st.integers(1, 100).ma
 memories = st.one_of(
     st.fixed_dictionaries({"limit": sizes}),
     st.builds(lambda a, b: {"limit": f"{a}GiB", "max": f"{a + b}GiB"}, st.integers(1, 64), st.integers(0, 64)),
+    st.builds(lambda a: {"limit": "1GiB", "park": {"after": f"{a}m"}}, st.integers(1, 43_200)),
 )
 computes = st.fixed_dictionaries(
     {},

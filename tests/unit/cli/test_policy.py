@@ -12,6 +12,8 @@ from click.testing import CliRunner
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fgpu_ebpf.agent import host_config
+from fgpu_ebpf.agent.host_config import HostSettings
 from fgpu_ebpf.cli.policy import policy
 from fgpu_ebpf.policy import folder
 from fgpu_ebpf.policy.folder import PolicyFolder
@@ -43,6 +45,19 @@ def test_check_prints_the_number_of_valid_policies_and_files(two):
     assert fgpu("check", two) == (0, "ok: 3 policies in 2 files\n")
     assert fgpu("check", two / "b.yaml") == (0, "ok: 1 policy in 1 file\n")
     assert fgpu("check", two / "a.yaml", two / "b.yaml") == (0, "ok: 3 policies in 2 files\n")
+
+
+@needs_root("only files that belong to root are accepted")
+def test_check_warns_of_a_policy_of_this_host_that_parks_while_parking_is_off(two, monkeypatch):
+    (two / "b.yaml").write_text(kit.text("idle", "{selector: {cgroup: a}, memory: {limit: 8GiB, park: {after: 10m}}}"))
+    monkeypatch.setattr(folder, "FOLDER", two)
+    for is_on, warnings in ((False, 1), (True, 0)):
+        found = HostSettings(parking=is_on), ()
+        monkeypatch.setattr(host_config, "read", lambda found=found: found)
+        code, said = fgpu("check")
+        assert (code, said.count("spec.memory.park: has no effect while parking is off")) == (0, warnings), said
+    assert "warning" not in fgpu("check", two)[1], "the files may be for another host"
+    assert "memory 8GiB, parked when idle for 10 min" in fgpu("list", two)[1]
 
 
 def test_check_prints_every_error(two):
@@ -176,7 +191,7 @@ def test_list_prints_policies_as_json(two):
         "mode": "observe",
         "selector": {"cgroup": ["system.slice/docker-*.scope", "x"], "labels": ["tier In (notebook)"]},
         "devices": ["*"],
-        "memory": {"limit": {"bytes": 8 << 30}, "max": {"ratio": 0.5}, "contexts": 0},
+        "memory": {"limit": {"bytes": 8 << 30}, "max": {"ratio": 0.5}, "contexts": 0, "park_after_seconds": None},
         "compute": {"limit_ratio": 0.25, "weight": 100, "priority": "low", "quantum_ns": 20_000_000},
         "on_bypass": "report",
         "utilization": "device",

@@ -102,7 +102,7 @@ def test_fields_of_a_policy_become_the_limits_of_a_workload():
   selector: {cgroup: a}
   mode: observe
   onBypass: kill
-  memory: {limit: 8GiB}
+  memory: {limit: 8GiB, park: {after: 90s}}
   compute: {limit: 12.5%, weight: 7, priority: high, quantum: 5ms}
   views: {utilization: own}
   metricLabels: [team, tier]"""
@@ -111,12 +111,20 @@ def test_fields_of_a_policy_become_the_limits_of_a_workload():
     assert (limits.devices, limits.memory) == ((0, 1), {0: 8 * GIB, 1: 8 * GIB})
     assert limits.compute == Compute(0.125, 7, Priority.HIGH, 5_000_000)
     assert limits.metric_labels == ("team", "tier")
+    assert limits.park_after_ns == 90 * 10**9
 
 
 def test_absent_fields_set_no_limit_and_no_option():
     limits = policies(EVERY).resolve(workload(), [H200]).limits
     assert (limits.memory, limits.compute, limits.devices) == ({}, None, (0,))
     assert (limits.observe, limits.kill, limits.own_utilization, limits.metric_labels) == (False, False, False, ())
+
+
+def test_the_time_after_which_a_workload_is_parked_becomes_the_tenant_s_whatever_its_labels_and_override_say():
+    labelled = workload(labels={"fgpu.dev/memory": "1GiB", "fgpu.dev/park": "off", "park": "1s"})
+    decision = policies("{selector: {cgroup: a}, memory: {limit: 8GiB, park: {after: 2h}}}").resolve(labelled, [H200])
+    for override in (None, Override(1, "/a", GIB)):
+        assert tenant_of(decision, override, [H200], lambda _: 0).park_after_ns == 7200 * 10**9
 
 
 def test_compute_has_its_default_values():
