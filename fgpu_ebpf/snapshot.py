@@ -111,6 +111,8 @@ class ParkingView:
     `state`: running, parking, parked, waiting (for room or for the parker, to be woken), waking or unknown (the driver
     has to be asked). `seconds`: the time in this state; None if it is running. `why`: why it waits, or why the
     driver has to be asked. `park_seconds` and `wake_seconds`: the sums of the times of the driver's copies.
+    `after_seconds`: the idle time after which the policy parks it, or None. `idle_seconds`, `parked_in_seconds`: how
+    long it has been idle, when it will be parked; None while it does not run. `refused`: the last reason against it.
     """
 
     state: str
@@ -120,6 +122,10 @@ class ParkingView:
     wakes: int
     park_seconds: float
     wake_seconds: float
+    after_seconds: float | None = None
+    idle_seconds: float | None = None
+    parked_in_seconds: float | None = None
+    refused: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from fgpu_ebpf.agent.bypass_killer import BypassKiller
 from fgpu_ebpf.agent.denied_opens import DeniedOpens
+from fgpu_ebpf.agent.idle_parking import IdleParking
 from fgpu_ebpf.agent.late_devices import LateDevices
 from fgpu_ebpf.agent.nvml_reconcile import Reconciler, Truth
 from fgpu_ebpf.agent.parkable import Parkable
@@ -39,6 +40,7 @@ class Chores:
     keepers: Keepers
     usage: UsageMeter
     parking: Parking
+    idle_parking: IdleParking
 
 
 def make_chores(
@@ -69,6 +71,7 @@ def make_chores(
         lambda: unwitnessed.find(truth().processes, truth().orphans),
     )  # fmt: skip
     parking = Parking(settings.run_dir, parkable, history, failed_checks)
+    idle_parking = IdleParking(parking, truth, history, failed_checks)
     steps = (
         manager.overrides.write_again,
         adoption.look,
@@ -81,6 +84,7 @@ def make_chores(
         opens.look,
         usage.look,
         parking.look,
+        idle_parking.look,
         lambda: driver.xids.keep(truth().xids, driver.nvml.devices),
     )
-    return Chores(steps, adoption, shortfalls, unwitnessed, keepers, usage, parking)
+    return Chores(steps, adoption, shortfalls, unwitnessed, keepers, usage, parking, idle_parking)

@@ -112,6 +112,7 @@ class ParkedTenant:
     waits, or why the driver has to be asked. `next_at`: the time of the next attempt, on the monotonic clock. `op`: the
     last request that changes the driver's state; None: of an earlier agent. `failures`: failed attempts to restore it.
     `seconds`: of the driver's copy. `shall_wake`: why it shall be woken once it is parked; empty: it shall stay parked.
+    `reason`: why it was parked, if not by hand.
     """
 
     cgroup: int
@@ -131,6 +132,7 @@ class ParkedTenant:
     failures: int = 0
     seconds: float = 0.0
     shall_wake: str = ""
+    reason: str = ""
 
     def enter(self, phase: Phase, why: str = "") -> None:
         """Change the phase. Only a parked tenant's calls are searched for."""

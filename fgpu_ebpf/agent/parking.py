@@ -37,8 +37,7 @@ from fgpu_ebpf.driver.start_checks import AgentError
 from fgpu_ebpf.ledger.parked import Life
 from fgpu_ebpf.linux import procfs
 from fgpu_ebpf.linux.wakeup import Wakeup
-from fgpu_ebpf.snapshot import ParkingView, plain
-from fgpu_ebpf.tenancy import parking_text
+from fgpu_ebpf.snapshot import ParkingView
 from fgpu_ebpf.tenancy.event_log import EventLog
 from fgpu_ebpf.tenancy.tenant import Tenant
 
@@ -65,7 +64,7 @@ class Parking:
     def __init__(
         self, run_dir: Path, parkable: Parkable, history: EventLog, failed_checks: MutableMapping[str, Check]
     ) -> None:
-        self._run_dir, self._parkable, self._history, self._failed_checks = run_dir, parkable, history, failed_checks
+        self._run_dir, self.parkable, self._history, self._failed_checks = run_dir, parkable, history, failed_checks
         self._ledger, self._enforcer = parkable.ledger, parkable.enforcer
         self._tenants: dict[int, ParkedTenant] = {}
         self._selector: selectors.BaseSelector | None = None
@@ -110,7 +109,7 @@ class Parking:
 
     def _outdated(self, parked: ParkedTenant) -> str:
         """Return why a parked tenant must not stay parked; an empty text if it may."""
-        if not self._parkable.is_on:
+        if not self.parkable.is_on:
             return "parking is off"
         return "" if self._enforcer.get(parked.cgroup) else "the tenant has no limit any more"
 
@@ -134,17 +133,17 @@ class Parking:
 
     # -- requests
 
-    def park(self, tenant: Tenant) -> Errand:
-        """Begin to park a tenant. Raises ParkingError: it cannot be parked."""
-        processes, known = self._parkable.processes_of(tenant), self._tenants.get(tenant.cgroup)
-        why = f"it is {known.phase} already" if known else self._parkable.obstacle(tenant, processes)
+    def park(self, tenant: Tenant, reason: str = "") -> Errand:
+        """Begin to park a tenant. `reason`: for the event. Raises ParkingError: it cannot be parked."""
+        processes, known = self.parkable.processes_of(tenant), self._tenants.get(tenant.cgroup)
+        why = f"it is {known.phase} already" if known else self.parkable.obstacle(tenant, processes)
         if not why and len(self._tenants) >= MOST_TENANTS:
             why = f"{MOST_TENANTS} tenants are parked already"
         if why:
             raise ParkingError(f"{tenant.name} cannot be parked: {why}")
         members = {(pid, p.generation): procfs.started(pid) or 0 for pid, p in processes.items()}
         bytes_ = sum(sum(process.bytes) for process in processes.values())
-        parked = ParkedTenant(tenant.cgroup, tenant.name, tenant.path, members, Phase.CHECKING, bytes_)
+        parked = ParkedTenant(tenant.cgroup, tenant.name, tenant.path, members, Phase.CHECKING, bytes_, reason=reason)
         errand = self.errands.add(Goal.PARK, tenant.name, bytes_)
         parked.errands.append(errand)
         self._tenants[tenant.cgroup] = parked
@@ -249,15 +248,16 @@ class Parking:
         """Act on a result. Only a success is believed: after a failure, also of a refused request, the driver knows."""
         if op and not error and (op, result) in ((Goal.PARK, "parked"), (Goal.WAKE, "running")):
             self.totals.setdefault(parked.cgroup, Totals()).count(op, parked.seconds)
-            text = f"in {parked.seconds:.1f} s{parked.shall_wake and f': {parked.shall_wake}'}"
-            what = "parked" if op is Goal.PARK else "woken"
+            what, why = ("parked", parked.reason) if op is Goal.PARK else ("woken", parked.shall_wake)
+            text = f"in {parked.seconds:.1f} s{why and f': {why}'}"
             self._history.add(what, tenant=parked.name, bytes=parked.bytes, text=text)
             (self._settle_parked if op is Goal.PARK else self._settle_running)(parked)
             return
         self._lose_sight(parked, error or f"the parker's result is {result!r}")
         if op:
             parked.failures += 1
-            self._history.add(f"{op} failed", tenant=parked.name, bytes=parked.bytes, text=parked.why)
+            if op is Goal.WAKE or not parked.reason:  # else the error of the errand is reported
+                self._history.add(f"{op} failed", tenant=parked.name, bytes=parked.bytes, text=parked.why)
             self._ask_for_states(parked)
 
     def _settle_parked(self, parked: ParkedTenant) -> None:
@@ -280,7 +280,7 @@ class Parking:
 
     def _search_for_calls(self, parked: ParkedTenant) -> None:
         parked.calls = blocked_calls.BlockedCalls(
-            lambda: self._pids_of(parked), parked.quiet, self._parkable.root / parked.path.strip("/"),
+            lambda: self._pids_of(parked), parked.quiet, self.parkable.root / parked.path.strip("/"),
             lambda pid: self._put(parked, lambda: self._begin_to_wake(parked, f"a call of pid {pid}")),
         )  # fmt: skip
         try:
@@ -385,15 +385,9 @@ class Parking:
         """Return the names of the tenants that do not run."""
         return sorted(parked.name for parked in self._tenants.values())
 
-    def explain(self, tenant: Tenant) -> str:
-        """Return whether a tenant is or can be parked, as text; an empty text if parking is off."""
-        if (view := self.view(tenant.cgroup)) and tenant.cgroup in self._tenants:
-            usage = self._ledger.usage(tenant.cgroup) or []
-            return parking_text.sentence(plain(view), [{"parked_bytes": u.parked} for u in usage])
-        if not self._parkable.is_on:
-            return ""
-        why = self._parkable.obstacle(tenant, self._parkable.processes_of(tenant))
-        return f"cannot be parked now: {why}" if why else "can be parked while it makes no call"
+    def is_away(self, cgroup: int) -> bool:
+        """Return whether a tenant does not run, or is about to be parked."""
+        return cgroup in self._tenants
 
     def view(self, cgroup: int) -> ParkingView | None:
         """Return what is known of a tenant's parking; None: it was never parked since the agent's start."""

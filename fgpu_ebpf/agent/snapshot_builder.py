@@ -140,7 +140,7 @@ def _tenant(look: _Look, tenant: Tenant) -> TenantView:
         orphans=tuple(_orphan(look, orphan) for orphan in look.truth.orphans if tenant.cgroup in orphan.levels),
         opens_denied=denied,
         opens_would_deny=would_deny,
-        parking=look.parts.chores.parking.view(tenant.cgroup),
+        parking=look.parts.chores.idle_parking.view(tenant),
     )
 
 

@@ -180,7 +180,9 @@ class ControlServer:
         orphans = [snapshot.plain(orphan) for tenant in tenants if tenant.path == path for orphan in tenant.orphans]
         enforced = {tenant.cgroup: tenant.enforcement for tenant in tenants}
         around = found.reasons(), found.standalone(), orphans, found.is_shim, enforced, parts.chores.shortfalls.found
-        parking = next((parts.chores.parking.explain(tenant) for tenant in parts.enforcer if tenant.path == path), "")
+        parking = next(
+            (parts.chores.idle_parking.explain(tenant) for tenant in parts.enforcer if tenant.path == path), ""
+        )
         return explain.explain(path, parts.manager, parts.ledger, found.unenforced(), *around, parking)
 
     def _drop(self, request: dict[str, Any]) -> dict[str, Any]:

@@ -119,11 +119,15 @@ def _orphans(snapshot: Mapping[str, Any]) -> str:
 
 
 def _parked(snapshot: Mapping[str, Any]) -> str:
-    """Return a line for each tenant that does not run, or an empty text."""
+    """Return a line for each tenant that does not run or will soon be parked, or an empty text."""
+    shown = [(tenant, tenant.get("parking")) for tenant in snapshot["tenants"]]  # an older agent reports no parking
     lines = [
-        f"{tenant['tenant']}: {parking_text.sentence(tenant['parking'], tenant['devices'])}"
-        for tenant in snapshot["tenants"]
-        if parking_text.is_away(tenant.get("parking"))  # an agent of an older version reports none
+        f"{tenant['tenant']}: {parking_text.sentence(parking, tenant['devices'])}"
+        for tenant, parking in shown
+        if parking_text.is_away(parking)
+    ]
+    lines += [
+        f"{t['tenant']}: {parking_text.plan(parking)}" for t, parking in shown if parking_text.is_planned(parking)
     ]
     return "".join(f"\n{line}" for line in lines) + ("\n" if lines else "")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from fgpu_ebpf.policy.units import memory_text
+from fgpu_ebpf.policy.units import duration_text, memory_text
 
 _WORDS = {
     "checking": "about to be parked",
@@ -20,6 +20,22 @@ _WORDS = {
 def is_away(parking: Mapping[str, Any] | None) -> bool:
     """Return whether a tenant does not run. `parking`: its ParkingView as JSON, or None."""
     return parking is not None and parking["state"] in _WORDS
+
+
+def is_planned(parking: Mapping[str, Any] | None) -> bool:
+    """Return whether a tenant has been idle for half of the time after which it is parked."""
+    if parking is None or parking.get("idle_seconds") is None:  # an agent of an older version reports none
+        return False
+    return bool(parking["idle_seconds"] * 2 >= parking["after_seconds"])
+
+
+def plan(parking: Mapping[str, Any]) -> str:
+    """Return when a tenant will be parked by itself; an empty text if its policy does not park it."""
+    text = ""
+    if parking["idle_seconds"] is not None:
+        idle, left = duration_text(parking["idle_seconds"]), duration_text(parking["parked_in_seconds"])
+        text = f"idle for {idle}, will be parked in {left} if it stays idle"
+    return "; ".join(filter(None, (text, parking["refused"] and f"at the last attempt: {parking['refused']}")))
 
 
 def sentence(parking: Mapping[str, Any], devices: Iterable[Mapping[str, Any]]) -> str:

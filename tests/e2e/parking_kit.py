@@ -26,11 +26,13 @@ L = C.CDLL("libcuda.so.1")
 def need(name, *arguments):
     result = getattr(L, name)(*arguments)
     if result: raise SystemExit(f"{name}: {result}")
+kept = []
 def begin():
     context = C.c_void_p()
     need("cuInit", 0)
     need("cuDevicePrimaryCtxRetain", C.byref(context), 0)
     need("cuCtxSetCurrent", context)
+    kept.append(context)
     return os.getpid()
 def alloc(size):
     pointer = C.c_uint64()
@@ -43,6 +45,18 @@ def intact(pointer, size):
     need("cuMemcpyDtoH_v2", back, C.c_uint64(pointer), C.c_size_t(size))
     return back.raw == pattern(size)
 def synchronise(): return L.cuCtxSynchronize()
+def kernel(us):
+    module, function = C.c_void_p(), C.c_void_p()
+    text = f".version 6.0\\n.target sm_50\\n.address_size 64\\n.visible .entry spin_{us}us() {{ ret; }}\\n"
+    need("cuModuleLoadData", C.byref(module), text.encode())
+    need("cuModuleGetFunction", C.byref(function), module, f"spin_{us}us".encode())
+    return kept.append(function)
+def launch(): return L.cuLaunchKernel(kept[-1], 1, 1, 1, 1, 1, 1, 0, None, None, None)
+def wait():
+    def run():
+        need("cuCtxSetCurrent", kept[0])
+        need("cuCtxSynchronize")
+    threading.Thread(target=run, daemon=True).start()
 def managed(size):
     pointer = C.c_uint64()
     return L.cuMemAllocManaged(C.byref(pointer), C.c_size_t(size), 1)

@@ -129,12 +129,12 @@ class Fuzzer:
             discovery=discovery, shim=Path("/libfgpu.so"), nvml=SimpleNamespace(devices=[]), reasons=None
         )
         asked = SimpleNamespace(view=dict)
-        parking = SimpleNamespace(
-            explain=str, errands=Errands(), park=lambda _: asked, wake=lambda *_: asked, names=list
-        )
+        parking = SimpleNamespace(errands=Errands(), park=lambda _: asked, wake=lambda *_: asked, names=list)
         parts = SimpleNamespace(
             driver=driver, ledger=Ledger(), manager=manager, enforcer=enforcer,
-            chores=SimpleNamespace(shortfalls=SimpleNamespace(found={}), parking=parking),
+            chores=SimpleNamespace(
+                shortfalls=SimpleNamespace(found={}), parking=parking, idle_parking=SimpleNamespace(explain=str)
+            ),
         )  # fmt: skip
         self._agent: Any = SimpleNamespace(
             settings=SimpleNamespace(run_dir=run, driver_root=Path("/"), loader=("python3",)), chores=[],

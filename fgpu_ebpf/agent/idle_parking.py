@@ -1,0 +1,165 @@
+"""Parks tenants by themselves when they have been idle for the time in their policies (`memory.park.after`).
+
+Runs in the agent's main loop, once a second. Without a tenant that has such a policy it does nothing. Signs of work are
+what the kernel's ledger counts (changes of charges, requests, the calls that the shim reports) and what NVML samples.
+`Parking` looks at the stacks of the tenant before it parks it, and refuses a tenant with a thread in the driver.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Callable, Mapping, MutableMapping
+from dataclasses import dataclass, replace
+
+from fgpu_ebpf.agent.idle_tenants import Idleness, Look
+from fgpu_ebpf.agent.nvml_reconcile import STALE_SECONDS, Truth
+from fgpu_ebpf.agent.parkable import devices_of
+from fgpu_ebpf.agent.parked_tenant import Errand
+from fgpu_ebpf.agent.parking import Parking, ParkingError
+from fgpu_ebpf.check import Check
+from fgpu_ebpf.ledger.process_entry import Process
+from fgpu_ebpf.policy.units import duration_text
+from fgpu_ebpf.snapshot import ParkingView, plain
+from fgpu_ebpf.tenancy import parking_text
+from fgpu_ebpf.tenancy.event_log import EventLog
+from fgpu_ebpf.tenancy.tenant import Tenant
+
+LOOK_SECONDS = 1.0
+NAME = "idle tenants"
+_FIX = "set `parking: on` in agent.yaml, and restart the agent"
+_OFF = "memory.park of the policy has no effect: parking is off"
+
+
+@dataclass(frozen=True, slots=True)
+class Attempt:
+    """A tenant that is being parked by itself. `devices`: those that hold its memory."""
+
+    tenant: Tenant
+    devices: frozenset[int]
+    errand: Errand
+
+
+class IdleParking:
+    """The tenants that are parked by themselves.
+
+    Args:
+        parking: parks tenants, and has those that do not run.
+        truth: returns the last result of NVML.
+        history: the event log.
+        failed_checks: the agent's failed checks by name, which this class changes.
+    """
+
+    def __init__(
+        self, parking: Parking, truth: Callable[[], Truth], history: EventLog, failed_checks: MutableMapping[str, Check]
+    ) -> None:
+        self._parking, self._truth, self._history, self._failed_checks = parking, truth, history, failed_checks
+        self._ledger, self._enforcer = parking.parkable.ledger, parking.parkable.enforcer
+        self._idleness, self._attempts, self._refused = Idleness(), dict[int, Attempt](), dict[int, str]()
+        self._looked_at = float("-inf")
+
+    def look(self) -> None:
+        """Look at all tenants with such a policy, at most once a second, and begin to park those that are due."""
+        now = time.monotonic()
+        if now - self._looked_at < LOOK_SECONDS:
+            return
+        self._looked_at = now
+        tenants = {tenant.cgroup: tenant for tenant in self._enforcer if tenant.park_after_ns}
+        self._refused = {cgroup: why for cgroup, why in self._refused.items() if cgroup in tenants}
+        self._report(tenants)
+        self._end_attempts(now)
+        if not tenants or not self._parking.parkable.is_on:
+            return
+        processes: defaultdict[int, dict[int, Process]] = defaultdict(dict)
+        for pid, process in self._ledger.processes().items():
+            if process.levels and process.levels[0] in tenants:
+                processes[process.levels[0]][pid] = process
+        looks = {cgroup: self._look_at(now, tenant, processes[cgroup]) for cgroup, tenant in tenants.items()}
+        for cgroup in self._idleness.look(now, looks):
+            self._begin(now, tenants[cgroup], processes[cgroup])
+
+    def _look_at(self, now: float, tenant: Tenant, own: Mapping[int, Process]) -> Look:
+        signs = (
+            frozenset((pid, p.generation, p.changes, p.begun) for pid, p in own.items()),
+            tuple((u.called_ns, u.used, u.refused, u.admitted) for u in self._ledger.usage(tenant.cgroup) or ()),
+        )
+        return Look(_after(tenant), signs, self._parking.is_away(tenant.cgroup) or self._runs(now, own))
+
+    def _runs(self, now: float, own: Mapping[int, Process]) -> bool:
+        """Return whether processes hold no memory, run kernels, or may run kernels as far as NVML reports."""
+        truth, devices = self._truth(), _devices(own)
+        if not devices or now - truth.sampled > STALE_SECONDS:
+            return True
+        percents = [truth.percent.get(device) for device in devices]
+        return any(percent is None or any(percent.get(pid) for pid in own) for percent in percents)
+
+    def _begin(self, now: float, tenant: Tenant, own: Mapping[int, Process]) -> None:
+        """Begin to park a tenant, unless another one on its devices is being parked: the copies share the bus."""
+        devices = _devices(own)
+        if any(devices & attempt.devices for attempt in self._attempts.values()):
+            return
+        why = f"idle for {duration_text(self._idleness.seconds(now, tenant.cgroup))}"
+        try:
+            self._attempts[tenant.cgroup] = Attempt(tenant, devices, self._parking.park(tenant, why))
+        except ParkingError as error:
+            self._refuse(now, tenant, str(error))
+
+    def _end_attempts(self, now: float) -> None:
+        for cgroup, attempt in list(self._attempts.items()):
+            if attempt.errand.is_done:
+                del self._attempts[cgroup]
+                if attempt.errand.error:
+                    self._refuse(now, attempt.tenant, attempt.errand.error)
+                else:  # it may have been woken since the last look
+                    self._idleness.begin_anew(cgroup)
+                    self._refused.pop(cgroup, None)
+
+    def _refuse(self, now: float, tenant: Tenant, why: str) -> None:
+        """Record why a tenant could not be parked. A reason that is as before makes no further event."""
+        self._idleness.failed(now, tenant.cgroup, _after(tenant))
+        if self._refused.get(tenant.cgroup) != why:
+            self._history.add("not parked", tenant=tenant.name, text=why)
+        self._refused[tenant.cgroup] = why
+
+    def _report(self, tenants: Mapping[int, Tenant]) -> None:
+        """Report policies that have no effect, as a failed check."""
+        policies = sorted({tenant.policy for tenant in tenants.values()})
+        if policies and not self._parking.parkable.is_on:
+            found = f"{_OFF} ({', '.join(policies[:5])})"
+            self._failed_checks[NAME] = Check("idle tenants", False, found, _FIX)
+        else:
+            self._failed_checks.pop(NAME, None)
+
+    # -- what others see
+
+    def view(self, tenant: Tenant) -> ParkingView | None:
+        """Return what is known of a tenant's parking; None: it was never parked, and its policy does not park it."""
+        view, cgroup, now = self._parking.view(tenant.cgroup), tenant.cgroup, time.monotonic()
+        if not tenant.park_after_ns or not self._parking.parkable.is_on:
+            return view
+        view = view or ParkingView("running", None, "", 0, 0, 0.0, 0.0)
+        after, refused = _after(tenant), self._refused.get(cgroup, "")
+        if self._parking.is_away(cgroup) or cgroup in self._attempts:
+            return replace(view, after_seconds=after, refused=refused)
+        idle, left = self._idleness.seconds(now, cgroup), self._idleness.due_in(now, cgroup, after)
+        return replace(view, after_seconds=after, idle_seconds=idle, parked_in_seconds=left, refused=refused)
+
+    def explain(self, tenant: Tenant) -> str:
+        """Return whether a tenant is or can be parked, and when it will be, as text; empty if parking is off."""
+        parkable, view = self._parking.parkable, self.view(tenant)
+        if view and self._parking.is_away(tenant.cgroup):
+            usage = self._ledger.usage(tenant.cgroup) or []
+            return parking_text.sentence(plain(view), [{"parked_bytes": u.parked} for u in usage])
+        if not parkable.is_on:
+            return f"{_OFF}: {_FIX}" if tenant.park_after_ns else ""
+        why = parkable.obstacle(tenant, parkable.processes_of(tenant))
+        now = f"cannot be parked now: {why}" if why else "can be parked while it makes no call"
+        return "; ".join(filter(None, (now, parking_text.plan(plain(view)) if view else "")))
+
+
+def _after(tenant: Tenant) -> float:
+    return tenant.park_after_ns / 1e9
+
+
+def _devices(processes: Mapping[int, Process]) -> frozenset[int]:
+    return frozenset(device for process in processes.values() for device in devices_of(process))
