@@ -1,4 +1,4 @@
-"""The shares that this host offers to a device plugin, and how many of them are taken.
+"""The shares that this host offers to a device plugin, how many of them are taken, and facts for the DRA driver.
 
 This module runs in the agent's main loop. If the `fault` of the host or of a device is not empty, nothing of it is
 offered, and `fault` is the reason.
@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from fgpu_ebpf.agent.nvml_reconcile import STALE_SECONDS, Truth
+from fgpu_ebpf.containers import cdi
 from fgpu_ebpf.driver import xids
 from fgpu_ebpf.driver.nvml import Device
 from fgpu_ebpf.policy import share_name
@@ -49,6 +50,18 @@ class Offers:
         except ProfileError as error:
             fault = str(error)
         return {"fault": fault, "devices": found, "mounts": [(m["hostPath"], m["containerPath"]) for m in mounts]}
+
+    def facts(self, driver_version: str, parts: cdi.Parts | None) -> dict[str, Any]:
+        """Return as JSON values what only the DRA driver needs.
+
+        The result is not part of view()'s devices, because an earlier device plugin refuses a device with other fields.
+        """
+        return {
+            "driver": driver_version,
+            "models": {device.uuid_text: device.name for device in self.devices},
+            "overcommit": self.enforcer.commitments.overcommit,
+            "parts": [str(path) for path in parts] if parts else [],
+        }
 
     def _device(self, device: Device, taken: Mapping[tuple[str, str], int]) -> dict[str, Any]:
         free = max(0, device.usable_bytes - self.enforcer.commitments.committed(device.index))

@@ -137,13 +137,14 @@ class ControlServer:
         return {"pid": os.getpid(), **says}
 
     def _offers(self) -> dict[str, Any]:
-        """Return this host's profiles and devices, for a device plugin."""
+        """Return this host's profiles and devices, for a device plugin or the DRA driver."""
         agent, parts = self._agent, self._agent.parts
         offers = Offers(
             agent.settings.profiles, parts.driver.nvml.devices, parts.enforcer, parts.reconciler.truth,
             parts.driver.discovery.unenforced(),
         )  # fmt: skip
-        return offers.view(parts.manager.overrides, cdi.mounts(agent.given) if agent.given else ())
+        facts = offers.facts(parts.driver.nvml.driver_version, agent.given)
+        return offers.view(parts.manager.overrides, cdi.mounts(agent.given) if agent.given else ()) | {"facts": facts}
 
     def _may_write(self, peer: socket.socket) -> bool:
         pid, uid = pid_and_uid(peer)

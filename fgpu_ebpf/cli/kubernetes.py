@@ -1,8 +1,7 @@
-"""`fgpu device-plugin`: offers this host's shares to Kubernetes as resources.
+"""`fgpu device-plugin` and `fgpu dra-driver`: offer this host's shares to Kubernetes, as resources or as devices.
 
-The device plugin runs in the process of the command. Every option except --log-format can also be given by an
-environment variable. The agent reads the host's settings; the device plugin does not. Exit codes: 0 ended by a signal,
-1 failure, 2 wrong usage.
+Each runs in the process of its command. Every option except --log-format can also be given by an environment variable.
+The agent reads the host's settings; these processes do not. Exit codes: 0 ended by a signal, 1 failure, 2 wrong usage.
 """
 
 from __future__ import annotations
@@ -17,6 +16,8 @@ from fgpu_ebpf.cli.request import fail, run_dir
 FOLDER = Path("/var/lib/kubelet/device-plugins")
 _WAYS = ["cdi-cri", "cdi-annotations", "mounts"]
 _GPUS = ["auto", "cdi", "envvar", "none"]
+KUBELET, CDI = Path("/var/lib/kubelet"), Path("/var/run/cdi")
+ACCOUNT = Path("/var/run/secrets/kubernetes.io/serviceaccount")
 
 
 @examples("fgpu device-plugin", "fgpu device-plugin --device-list-strategy mounts")
@@ -45,4 +46,38 @@ def device_plugin(
     try:
         device_plugin.serve(device_plugin.Options(run_dir(), kubelet_dir, way))
     except device_plugin.PluginError as error:
+        fail(str(error), 1)
+
+
+@examples("fgpu dra-driver --node-name node-1", "fgpu dra-driver --node-name node-1 --gpu-strategy none")
+@click.command("dra-driver")
+@click.option("--node-name", required=True, envvar="NODE_NAME", help="Name of this node in Kubernetes.")
+@click.option("--kubelet-dir", type=click.Path(path_type=Path), default=KUBELET, show_default=True,
+              envvar="KUBELET_DIR", help="Folder of kubelet's data.")  # fmt: skip
+@click.option("--gpu-strategy", type=click.Choice(_GPUS), default="auto", show_default=True, envvar="GPU_STRATEGY",
+                            help="How a container gets the GPU itself.")  # fmt: skip
+@click.option("--cdi-dir", "folders", type=click.Path(path_type=Path), multiple=True, envvar="CDI_DIRS",
+                            help="Folder of NVIDIA's CDI specification (default: /etc/cdi, /var/run/cdi).")  # fmt: skip
+@click.option("--claims-dir", type=click.Path(path_type=Path), default=CDI, show_default=True, envvar="CLAIMS_DIR",
+                            help="Folder for the CDI specifications of claims.")  # fmt: skip
+@click.option("--service-account", type=click.Path(path_type=Path), default=ACCOUNT, show_default=True,
+              envvar="SERVICE_ACCOUNT", help="Folder with token and ca.crt for the API server.")  # fmt: skip
+@click.option(
+    "--log-format", type=click.Choice(["text", "json", "journal"]), help="Default: journal under systemd, else text."
+)
+def dra_driver(
+    node_name: str, kubelet_dir: Path, gpu_strategy: str, folders: tuple[Path, ...], claims_dir: Path,
+    service_account: Path, log_format: str | None,
+) -> None:  # fmt: skip
+    """Serve kubelet as the DRA driver gpu.fgpu.dev: any size of memory and compute, from ResourceClaims."""
+    from fgpu_ebpf.kubernetes import dra_driver
+    from fgpu_ebpf.kubernetes.allocation import CDI_FOLDERS, Gpus, Way
+    from fgpu_ebpf.kubernetes.claim_files import ClaimFiles
+    from fgpu_ebpf.linux import logs
+
+    logs.configure(logs.Format(log_format) if log_format else None)
+    way, files = Way(gpus=Gpus(gpu_strategy), folders=folders or CDI_FOLDERS), ClaimFiles(claims_dir)
+    try:
+        dra_driver.serve(dra_driver.Options(node_name, run_dir(), kubelet_dir, service_account, files, way))
+    except dra_driver.DriverError as error:
         fail(str(error), 1)

@@ -47,6 +47,7 @@ class Main(Sections):
             "setup": "setup:setup",
             "cdi": "containers:cdi_group",
             "device-plugin": "kubernetes:device_plugin",
+            "dra-driver": "kubernetes:dra_driver",
         },
         "Operate": {
             "doctor": "service:doctor",

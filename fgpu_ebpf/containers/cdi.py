@@ -1,8 +1,8 @@
 """Specifications of the Container Device Interface: `fgpu.dev/shim=all` and `fgpu.dev/share=8gib-50pct`.
 
-This module runs in the agent's main thread, and in `fgpu cdi`. A specification lists the edits that an engine makes to
-a container that requests a device. The hook of a share requests the share from the agent. If the agent refuses, the
-container does not start. If a file cannot be written (OSError), the previous file stays whole.
+This module runs in the agent's main thread, in `fgpu cdi`, and in the DRA driver. A specification lists the edits that
+an engine makes to a container that requests a device. The hook of a share requests the share from the agent. If the
+agent refuses, the container does not start. If a file cannot be written (OSError), the previous file stays whole.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from fgpu_ebpf.workloads import shim_mounts
 
 FOLDER = Path("/var/run/cdi")
 VENDOR = "fgpu.dev"
+CLAIM_KIND = f"{VENDOR}/claim"
 INFO = "/var/lib/fgpu/bin/fgpu-info"
 HOOK_SECONDS = 10
 _READ_ONLY = ["bind", "ro", "nosuid", "nodev"]
@@ -78,6 +79,20 @@ def _share(parts: Parts, share: share_name.Share) -> dict[str, Any]:
     }
     # The variable is for people; no part of fgpu reads it.
     return {"name": share.text, "containerEdits": {"env": [f"FGPU_SHARE={share.name}"], "hooks": [hook]}}
+
+
+def claim_spec(parts: Parts, uid: str, shares: Iterable[share_name.Share], env: Iterable[str]) -> dict[str, Any]:
+    """Return a specification of the devices of one ResourceClaim of Kubernetes.
+
+    Args:
+        parts: the files of the host that containers get.
+        uid: the UID of the claim. The devices are named UID-0, UID-1 and so on.
+        shares: the share of each device.
+        env: variables of each container that uses the claim, as NAME=VALUE.
+    """
+    devices = [_share(parts, share) | {"name": f"{uid}-{number}"} for number, share in enumerate(shares)]
+    edits = {"env": list(env), "mounts": mounts(parts)}
+    return {"cdiVersion": "0.5.0", "kind": CLAIM_KIND, "devices": devices, "containerEdits": edits}
 
 
 # -- files ---------------------------------------------------------------------------------------------------------

@@ -63,29 +63,38 @@ class Way:
 
     def give(self, host: Host, slots: Sequence[Slot]) -> Given:
         """Return the settings for one container with these slots. Raises AllocationError."""
-        visible = {} if self.gpus in (Gpus.CDI, Gpus.NONE) else {VISIBLE: ",".join(slot.uuid for slot in slots)}
+        uuids = [slot.uuid for slot in slots]
         if self.strategy is Strategy.MOUNTS:
-            return Given((), visible, _asked(host, slots), tuple(host.mounts))
-        names = [f"{SHARE_KIND}={bound(slot.share, slot.uuid)}" for slot in slots]
-        gpus = self._gpus(host, slots)
-        if gpus:
-            visible = {VISIBLE: "void"}  # else NVIDIA's runtime would add the devices that the image requests
-        names = [*gpus, *names]
+            return Given((), self._visible(uuids), _asked(host, slots), tuple(host.mounts))
+        gpus, visible = self.devices(host, uuids)
+        names = [*gpus, *(f"{SHARE_KIND}={bound(slot.share, slot.uuid)}" for slot in slots)]
         if self.strategy is Strategy.CDI_CRI:
             return Given(tuple(names), visible)
         return Given((), visible, {_annotation(slots): ",".join(names)})
 
-    def _gpus(self, host: Host, slots: Sequence[Slot]) -> list[str]:
+    def devices(self, host: Host, uuids: Sequence[str]) -> tuple[list[str], dict[str, str]]:
+        """Return the CDI names of devices, and the variables that a container with these devices needs.
+
+        There are no names if the devices come into the container by other means. Raises AllocationError.
+        """
+        gpus = self._gpus(host, uuids)
+        # With "void", NVIDIA's runtime does not add the devices that the image requests.
+        return gpus, {VISIBLE: "void"} if gpus else self._visible(uuids)
+
+    def _visible(self, uuids: Sequence[str]) -> dict[str, str]:
+        return {} if self.gpus in (Gpus.CDI, Gpus.NONE) else {VISIBLE: ",".join(uuids)}
+
+    def _gpus(self, host: Host, uuids: Sequence[str]) -> list[str]:
         if self.gpus not in (Gpus.AUTO, Gpus.CDI):
             return []
         known = _devices(self.folders, GPU_KIND)
         found = []
-        for slot in slots:
-            index = str(host.devices[slot.uuid].index)
-            name = next((name for name in (slot.uuid, index) if name in known), None)
+        for uuid in uuids:
+            index = str(host.devices[uuid].index)
+            name = next((name for name in (uuid, index) if name in known), None)
             if name is None and self.gpus is Gpus.CDI:
                 fix = "run nvidia-ctk cdi generate --output /etc/cdi/nvidia.yaml"
-                raise AllocationError(f"no CDI specification has {GPU_KIND}={slot.uuid}: {fix}")
+                raise AllocationError(f"no CDI specification has {GPU_KIND}={uuid}: {fix}")
             if name is None:
                 return []
             found.append(f"{GPU_KIND}={name}")

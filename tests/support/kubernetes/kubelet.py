@@ -30,6 +30,7 @@ from tests.support.wait import eventually
 PROTO = Path(__file__).with_name("api.proto")
 PROFILES = "[{share: 2gib-25pct, count: 2}, {share: 1gib, count: 3}, {share: 4gib, devices: ['1']}]"
 NODES = {0: "0\n", 1: "1\n"}  # memory nodes of the devices, whichever nodes this machine has
+BARE = ("setpriv", "--bounding-set=-all", "--inh-caps=-all", "--no-new-privs")
 OPTIONS = (("grpc.use_local_subchannel_pool", 1),)
 
 
@@ -42,11 +43,11 @@ def compiled(folder: Path) -> tuple[ModuleType, ModuleType]:
         words = ["protoc", f"-I{folder}", f"--python_out={folder}", f"--grpc_python_out={folder}", "api.proto"]
         assert protoc.main(words) == 0
         for name in ("api_pb2", "api_pb2_grpc"):  # the second imports the first
-            _load(name, folder / f"{name}.py")
+            load(name, folder / f"{name}.py")
     return sys.modules["api_pb2"], sys.modules["api_pb2_grpc"]
 
 
-def _load(name: str, file: Path) -> None:
+def load(name: str, file: Path) -> None:
     """Import a file as the module `name`."""
     spec = importlib.util.spec_from_file_location(name, file)
     assert spec
@@ -171,8 +172,7 @@ class Plugin:
     """The process `fgpu device-plugin`, as a DaemonSet's container runs it: root, without any capability."""
 
     def __init__(self, folder: Path, log: Path, *options: str, run_dir: Path = RUN_DIR) -> None:
-        bare = ["setpriv", "--bounding-set=-all", "--inh-caps=-all", "--no-new-privs"]
-        command = [*bare, *FGPU, "--run-dir", run_dir, "device-plugin", "--kubelet-dir", folder, *options]
+        command = [*BARE, *FGPU, "--run-dir", run_dir, "device-plugin", "--kubelet-dir", folder, *options]
         self.log = log
         with open(log, "ab") as said:
             environment = {k: v for k, v in host.ENVIRONMENT.items() if k != "LD_LIBRARY_PATH"}

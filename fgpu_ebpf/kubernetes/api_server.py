@@ -1,0 +1,132 @@
+"""A client of Kubernetes' API server, with the service account of the pod.
+
+This module runs in the asyncio loop of the DRA driver. Each request has its own connection, so there is no state that
+an outage could break. The token is read for each request, because kubelet replaces it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import ssl
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+FOLDER = Path("/var/run/secrets/kubernetes.io/serviceaccount")
+REQUEST_SECONDS = 10.0
+WATCH_SECONDS = 300  # after which the server ends a watch
+MOST_BYTES = 4 << 20  # of an answer
+_MOST_HEADERS = 1 << 16
+
+
+class ApiError(Exception):
+    """A request failed. `status`: the server's code, or 0 if the server did not answer. The text has the reason."""
+
+    def __init__(self, status: int, text: str) -> None:
+        super().__init__(text)
+        self.status = status
+
+
+@dataclass(frozen=True, slots=True)
+class ApiServer:
+    """The address of the server, and the folder with the service account's `token` and `ca.crt`."""
+
+    host: str
+    port: int
+    folder: Path = FOLDER
+
+    @classmethod
+    def of_pod(cls, folder: Path = FOLDER) -> ApiServer:
+        """Return the server of the pod in which this process runs. Raises ApiError outside of a pod."""
+        try:
+            return cls(os.environ["KUBERNETES_SERVICE_HOST"], int(os.environ["KUBERNETES_SERVICE_PORT"]), folder)
+        except (KeyError, ValueError) as error:
+            raise ApiError(0, "KUBERNETES_SERVICE_HOST and _PORT are not set: run this process in a pod") from error
+
+    async def call(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """Send a request and return the object of the answer. Raises ApiError."""
+        try:
+            async with asyncio.timeout(REQUEST_SECONDS), self._answer(method, path, body) as (status, chunks):
+                data = bytearray()
+                async for chunk in chunks:
+                    data += chunk
+                    if len(data) > MOST_BYTES:
+                        raise ApiError(status, f"the answer of the API server has more than {MOST_BYTES} bytes")
+        except TimeoutError as error:
+            raise ApiError(0, f"the API server has not answered for {REQUEST_SECONDS:.0f} s") from error
+        return _read(status, bytes(data))
+
+    async def watch(self, path: str) -> AsyncIterator[None]:
+        """Yield once for each event of a watch, until the server ends it. Raises ApiError."""
+        separator = "&" if "?" in path else "?"
+        watched = f"{path}{separator}watch=1&timeoutSeconds={WATCH_SECONDS}"
+        async with self._answer("GET", watched, None) as (status, chunks):
+            if status != 200:
+                raise ApiError(status, f"the API server refuses a watch with {status}")
+            while True:
+                try:
+                    async with asyncio.timeout(WATCH_SECONDS + REQUEST_SECONDS):
+                        chunk = await anext(chunks, None)
+                except TimeoutError as error:
+                    raise ApiError(0, "the API server does not end a watch") from error
+                if chunk is None:
+                    return
+                yield  # an event may come in several chunks: its reader reads the object anyway
+
+    @asynccontextmanager
+    async def _answer(
+        self, method: str, path: str, body: Mapping[str, Any] | None
+    ) -> AsyncIterator[tuple[int, AsyncIterator[bytes]]]:
+        """Send a request. Yields the status, and the chunks of the answer's body."""
+        writer = None
+        try:
+            token = (self.folder / "token").read_text().strip()
+            trust = ssl.create_default_context(cafile=str(self.folder / "ca.crt"))
+            reader, writer = await asyncio.open_connection(self.host, self.port, ssl=trust, limit=_MOST_HEADERS)
+            data = json.dumps(body).encode() if body is not None else b""
+            authority = f"[{self.host}]" if ":" in self.host else self.host
+            lines = [
+                f"{method} {path} HTTP/1.1", f"Host: {authority}:{self.port}", f"Authorization: Bearer {token}",
+                "Accept: application/json", "Content-Type: application/json", f"Content-Length: {len(data)}",
+                "User-Agent: fgpu", "Connection: close",
+            ]  # fmt: skip
+            writer.write("\r\n".join([*lines, "", ""]).encode() + data)
+            head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1").split("\r\n")
+            headers = {key.strip().lower(): value.strip() for key, _, value in (line.partition(":") for line in head)}
+            yield int(head[0].split()[1]), _chunks(reader, headers)
+        except (OSError, EOFError, ValueError, IndexError, asyncio.LimitOverrunError) as error:
+            if isinstance(error, TimeoutError):
+                raise
+            raise ApiError(0, f"the API server {self.host}:{self.port} does not answer: {error}") from error
+        finally:
+            if writer:
+                writer.transport.abort()  # close() would wait for the peer
+
+
+async def _chunks(reader: asyncio.StreamReader, headers: Mapping[str, str]) -> AsyncIterator[bytes]:
+    """Yield the parts of an answer's body as they come. Raises EOFError or ValueError if it is not whole."""
+    if headers.get("transfer-encoding", "").lower() == "chunked":
+        while size := int((await reader.readline()).split(b";")[0], 16):
+            if size > MOST_BYTES:
+                raise ValueError(f"a part of the answer has {size} bytes")
+            yield (await reader.readexactly(size + 2))[:-2]
+    elif "content-length" in headers:
+        yield await reader.readexactly(min(int(headers["content-length"]), MOST_BYTES + 1))
+    else:
+        while data := await reader.read(1 << 16):
+            yield data
+
+
+def _read(status: int, data: bytes) -> dict[str, Any]:
+    try:
+        found = json.loads(data)
+    except ValueError:
+        found = None
+    if 200 <= status < 300 and isinstance(found, dict):
+        return found
+    said = found.get("message") if isinstance(found, dict) else None
+    raise ApiError(status, f"the API server answers {status}: {str(said or 'no object')[:500]}")

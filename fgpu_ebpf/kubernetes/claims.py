@@ -1,0 +1,123 @@
+"""Reads ResourceClaims: which share of which device the scheduler has allocated to a claim on this node.
+
+The functions have no state and do no I/O. A claim is not trusted: every number is bounded by the device, and text of a
+claim is quoted in messages.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Any
+
+from fgpu_ebpf.kubernetes.slots import Device, Host
+from fgpu_ebpf.policy import share_name
+from fgpu_ebpf.policy.share_name import Share
+from fgpu_ebpf.policy.units import shown
+
+DRIVER = "gpu.fgpu.dev"
+MEMORY, COMPUTE = "memory", "compute"
+MIB = 1 << 20
+LEAST_MIB, MOST_MIB = 2, 999_999  # of a share: the driver's unit of allocation, and the longest number of a name
+_UID = re.compile(r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}")
+_NAME = re.compile(r"[a-z0-9](?:[-.a-z0-9]{0,251}[a-z0-9])?")
+_QUANTITY = re.compile(r"(?P<number>[0-9]{1,20}(?:\.[0-9]{1,9})?)(?P<unit>[KMGTPE]i|[numkMGTPE]|[eE][0-9]{1,2}|)")
+_UNITS = {"": Fraction(1)} | {unit: Fraction(1000) ** power for power, unit in enumerate("num", -3)}
+_UNITS |= {unit: Fraction(1000) ** power for power, unit in enumerate("kMGTPE", 1)}
+_UNITS |= {f"{unit}i": Fraction(1024) ** power for power, unit in enumerate("KMGTPE", 1)}
+
+
+class ClaimError(ValueError):
+    """A claim cannot be used on this node. The text is a sentence for the event of the pod."""
+
+
+@dataclass(frozen=True, slots=True)
+class Grant:
+    """A device that the scheduler has allocated to a request of a claim, and the share of it."""
+
+    request: str
+    pool: str
+    device: str
+    share: Share
+
+
+def device_name(uuid: str) -> str:
+    """Return the name of a device in the ResourceSlice. It is the same after a boot, unlike an index."""
+    return uuid.lower()
+
+
+def path(namespace: str, name: str, uid: str) -> str:
+    """Return the path of a claim at the API server. Raises ClaimError if a part is not valid."""
+    if not (_NAME.fullmatch(namespace) and _NAME.fullmatch(name) and _UID.fullmatch(uid)):
+        raise ClaimError(f"{shown(namespace)}/{shown(name)} with the uid {shown(uid)} is not a ResourceClaim")
+    return f"/apis/resource.k8s.io/v1/namespaces/{namespace}/resourceclaims/{name}"
+
+
+def is_uid(text: str) -> bool:
+    """Return whether a text is the UID of an object."""
+    return _UID.fullmatch(text) is not None
+
+
+def quantity(text: str) -> Fraction:
+    """Parse a quantity of Kubernetes, such as `8Gi`, `1500m` or `2e3`, that is not negative. Raises ClaimError."""
+    match = _QUANTITY.fullmatch(text)
+    if match is None:
+        raise ClaimError(f"{shown(text)} is not a quantity")
+    unit = match["unit"]
+    return Fraction(match["number"]) * (_UNITS[unit] if unit in _UNITS else 10 ** int(unit[1:]))
+
+
+def grants(claim: Mapping[str, Any], uid: str, node: str, host: Host) -> list[Grant]:
+    """Return the devices of this node that a claim has.
+
+    Args:
+        claim: the ResourceClaim, as the API server returns it.
+        uid: the UID that kubelet has for the claim.
+        node: the name of this node, which is the name of its pool.
+        host: the agent's last answer.
+
+    Raises:
+        ClaimError: the claim is another one, is not allocated, or has a device that cannot be given.
+    """
+    try:
+        found = claim["metadata"]["uid"]
+        if found != uid:
+            raise ClaimError(f"the ResourceClaim was replaced by another one with the uid {shown(str(found))}")
+        allocation = (claim.get("status") or {}).get("allocation") or {}
+        results = [one for one in (allocation.get("devices") or {}).get("results") or () if one.get("driver") == DRIVER]
+        if not results:
+            raise ClaimError(f"the ResourceClaim has no allocated device of {DRIVER}")
+        return [_grant(one, node, host) for one in results]
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ClaimError(f"the ResourceClaim has an unknown form: {type(error).__name__} {error}") from error
+
+
+def _grant(result: Mapping[str, Any], node: str, host: Host) -> Grant:
+    request, pool, name = (str(result[key]) for key in ("request", "pool", "device"))
+    if pool != node:
+        raise ClaimError(f"the device {shown(name)} is of the pool {shown(pool)}, which is not this node's")
+    if result.get("adminAccess"):
+        raise ClaimError(f"request {shown(request)} asks for admin access, which {DRIVER} does not give")
+    device = next((each for uuid, each in host.devices.items() if device_name(uuid) == name), None)
+    if device is None:
+        raise ClaimError(f"this node has no device {shown(name)}")
+    if device.fault:
+        raise ClaimError(f"{device.uuid}: {device.fault}")
+    return Grant(request, pool, name, _share(result.get("consumedCapacity"), device))
+
+
+def _share(consumed: Mapping[str, Any] | None, device: Device) -> Share:
+    """Return the share of a device. `consumed`: None if the whole device was allocated, to this claim alone."""
+    whole = min(device.capacity_bytes // MIB, MOST_MIB)
+    if consumed is None:
+        return share_name.parse(share_name.bound(f"{whole}mib", device.uuid))
+    if MEMORY not in consumed:
+        raise ClaimError(f"the ResourceClaim consumes no {MEMORY} of {device.uuid}")
+    size = min(quantity(str(consumed[MEMORY])) // MIB, whole)
+    if size < LEAST_MIB:
+        raise ClaimError(f"the ResourceClaim consumes less than {LEAST_MIB}Mi of {MEMORY} of {device.uuid}")
+    percent = min(int(quantity(str(consumed.get(COMPUTE, "0")))), 100)
+    ceiling = f"-{percent}pct" if percent else ""  # 0: no ceiling
+    return share_name.parse(share_name.bound(f"{size}mib{ceiling}", device.uuid))

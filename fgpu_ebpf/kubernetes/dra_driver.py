@@ -1,0 +1,214 @@
+"""The DRA driver `gpu.fgpu.dev`: publishes this node's devices, and gives the allocated share to each container.
+
+The driver runs in a process of its own (`fgpu dra-driver`), in one asyncio loop. Kubernetes' scheduler divides the
+devices. The driver reads at the API server what a claim has been allocated, and writes a CDI device for it. When a
+container starts, the hook of that device requests the share from the agent, which refuses what does not fit. So this
+process enforces nothing, and limits stay in force without it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+import time
+import weakref
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from fgpu_ebpf import control_client
+from fgpu_ebpf.containers.cdi import Parts
+from fgpu_ebpf.kubernetes import claims, dra_messages, resource_slices
+from fgpu_ebpf.kubernetes.allocation import AllocationError, Way
+from fgpu_ebpf.kubernetes.api_server import ApiError, ApiServer
+from fgpu_ebpf.kubernetes.claim_files import ClaimFiles
+from fgpu_ebpf.kubernetes.claims import DRIVER, ClaimError
+from fgpu_ebpf.kubernetes.dra_server import DraServer
+from fgpu_ebpf.kubernetes.resource_slices import Publisher
+from fgpu_ebpf.kubernetes.slots import Host, host_of
+
+log = logging.getLogger("fgpu.kubelet")
+FOLDER = Path("/var/lib/kubelet")
+LOOK_SECONDS = 2.0
+AGENT_SECONDS = 2.0  # timeout of a request to the agent
+SILENT_SECONDS = 5.0  # after this time without an answer of the agent, no device is published. Upgrades take less time.
+
+
+class DriverError(Exception):
+    """The driver cannot serve. The text has the reason and the fix."""
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """The name of this node, and the places of the agent, kubelet, the API server's token and CDI specifications."""
+
+    node: str
+    run_dir: Path = Path("/run/fgpu")
+    folder: Path = FOLDER
+    account: Path = Path("/var/run/secrets/kubernetes.io/serviceaccount")
+    files: ClaimFiles = field(default_factory=ClaimFiles)
+    way: Way = field(default_factory=Way)
+
+
+def serve(options: Options) -> None:
+    """Serve until SIGTERM or SIGINT. Raises DriverError if a package is missing, or outside of a pod."""
+    try:
+        import grpc.aio  # noqa: F401
+
+        messages = dra_messages.classes()
+        server = ApiServer.of_pod(options.account)
+    except ImportError as error:
+        raise DriverError(f"{error.name} is not installed: install python3-grpcio and python3-protobuf") from error
+    except ApiError as error:
+        raise DriverError(str(error)) from error
+    os.umask(0o077)  # only kubelet connects to the sockets, and it runs as root
+    asyncio.run(_Driver(options, server, messages).run())
+
+
+class _Driver:
+    """The answers to kubelet, and the last answer of the agent."""
+
+    def __init__(self, options: Options, api: ApiServer, messages: dict[str, Any]) -> None:
+        self._options, self._api, self._messages = options, api, messages
+        self._publisher = Publisher(api, options.node)
+        self._server = DraServer(options.folder, messages, self._prepare, self._unprepare)
+        self._server.on_registration = self._publisher.look  # kubelet may have removed the slice
+        self._locks = weakref.WeakValueDictionary[str, asyncio.Lock]()  # by the UID of a claim that is being changed
+        self._parts: Parts | None = None
+        self._answered_at = time.monotonic()  # when the agent last answered
+        self._said = ""
+
+    async def run(self) -> None:
+        """Run until SIGTERM or SIGINT."""
+        loop, end = asyncio.get_running_loop(), asyncio.Event()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, end.set)
+        work = (end.wait(), self._look_often(), self._publisher.run(), self._publisher.watch())
+        tasks = [asyncio.ensure_future(each) for each in work]
+        try:
+            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                task.result()  # raises the error of a failed task
+        finally:
+            for task in tasks:
+                task.cancel()
+            await self._server.close()
+            log.info("the DRA driver has ended")
+
+    # -- the agent
+
+    async def _look_often(self) -> None:
+        """Publish what the agent says, and serve kubelet as soon as the agent has answered or is known to be silent."""
+        while True:
+            try:
+                host, facts, parts = await self._ask()
+                self._publisher.want(resource_slices.devices(host, facts))
+                self._renew(parts)
+                self._say(host.fault or f"{len(host.devices)} devices are offered", bool(host.fault))
+            except ClaimError as error:
+                if time.monotonic() - self._answered_at >= SILENT_SECONDS:
+                    self._publisher.want([])
+                    self._say(str(error), True)
+            await self._serve()
+            await asyncio.sleep(LOOK_SECONDS)
+
+    async def _serve(self) -> None:
+        if self._server.is_open:
+            return
+        try:
+            await self._server.open()
+            log.info("serving kubelet at %s", self._server.path)
+        except (OSError, RuntimeError) as error:
+            self._say(f"cannot serve {self._server.path}: {error}", True)
+
+    def _say(self, text: str, is_bad: bool) -> None:
+        if text != self._said:
+            self._said = text
+            log.log(logging.WARNING if is_bad else logging.INFO, "%s", text)
+
+    def _renew(self, parts: Parts) -> None:
+        if parts != self._parts:
+            self._parts = parts
+            self._options.files.renew(parts)
+
+    async def _ask(self) -> tuple[Host, Mapping[str, Any], Parts]:
+        """Return the agent's devices, facts and files. Raises ClaimError if there is no answer, or not all of it."""
+        try:
+            answer = await control_client.ask(self._options.run_dir, {"verb": "offers"}, AGENT_SECONDS)
+            host, facts = host_of(answer), answer["facts"]
+            paths = [Path(path) for path in facts["parts"]]
+        except (ConnectionError, control_client.RequestError) as error:
+            raise ClaimError(str(error)) from error
+        except (KeyError, TypeError, ValueError) as error:
+            raise ClaimError("this version of the agent has no answer for the DRA driver: upgrade the agent") from error
+        self._answered_at = time.monotonic()
+        if len(paths) != len(Parts._fields):
+            raise ClaimError("the agent cannot write what containers get: set cdiFolder to a writable folder")
+        return host, facts, Parts(*paths)
+
+    async def _agent(self) -> tuple[Host, Parts]:
+        """Return the agent's devices and files, after a restart of the agent too. Raises ClaimError."""
+        until = time.monotonic() + SILENT_SECONDS
+        while True:
+            try:
+                host, _, parts = await self._ask()
+                break
+            except ClaimError:
+                if time.monotonic() >= until:
+                    raise
+            await asyncio.sleep(0.2)
+        if host.fault:
+            raise ClaimError(host.fault)
+        return host, parts
+
+    # -- claims
+
+    def _lock(self, uid: str) -> asyncio.Lock:
+        """Return the lock of a claim: a late preparation must not write what has just been removed."""
+        return self._locks.setdefault(uid, asyncio.Lock())
+
+    async def _prepare(self, claim: Any) -> Any:
+        name = f"{claim.namespace}/{claim.name}"
+        try:
+            path = claims.path(claim.namespace, claim.name, claim.uid)
+            async with self._lock(claim.uid):
+                found = await self._devices(path, claim.uid)
+        except (ClaimError, AllocationError, ApiError, OSError) as error:
+            log.warning("%s: not prepared: %s", name, error, extra={"what": name})
+            return self._messages["NodePrepareResourceResponse"](error=f"{DRIVER}: {error}")
+        log.info("%s: prepared", name, extra={"what": name})
+        return self._messages["NodePrepareResourceResponse"](devices=found)
+
+    async def _devices(self, path: str, uid: str) -> list[dict[str, Any]]:
+        """Write the CDI specification of a claim, and return its devices."""
+        claim = await self._api.call("GET", path)
+        host, parts = await self._agent()
+        granted = claims.grants(claim, uid, self._options.node, host)
+        uuids = list(dict.fromkeys(grant.share.device for grant in granted))
+        gpus, env = self._options.way.devices(host, uuids)
+        of_uuid = dict(zip(uuids, gpus, strict=False))  # empty if the devices come by other means
+        names = self._options.files.prepare(uid, [grant.share for grant in granted], env, parts)
+        return [
+            {
+                "request_names": [grant.request.partition("/")[0]],
+                "pool_name": grant.pool,
+                "device_name": grant.device,
+                "cdi_device_ids": [*([of_uuid[grant.share.device]] if of_uuid else []), name],
+            }
+            for grant, name in zip(granted, names, strict=True)
+        ]
+
+    async def _unprepare(self, claim: Any) -> Any:
+        name, error = f"{claim.namespace}/{claim.name}", ""
+        if claims.is_uid(claim.uid):
+            async with self._lock(claim.uid):
+                try:
+                    self._options.files.unprepare(claim.uid)
+                    log.info("%s: unprepared", name, extra={"what": name})
+                except OSError as failure:
+                    error = f"{DRIVER}: {failure}"
+                    log.error("%s: not unprepared: %s", name, failure, extra={"what": name})
+        return self._messages["NodeUnprepareResourceResponse"](error=error)

@@ -1,0 +1,134 @@
+"""The gRPC server of the DRA driver: registration with kubelet, and kubelet's calls to prepare and unprepare claims.
+
+This module runs in the asyncio loop of the DRA driver. kubelet finds the registration socket in its folder
+`plugins_registry`, again after each of its restarts, asks for the driver's own socket, and calls that. Requests are not
+trusted. The failure of a claim is a sentence in the answer for that claim, which kubelet shows in an event of the pod.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+from fgpu_ebpf.kubernetes.claims import DRIVER
+from fgpu_ebpf.kubernetes.device_plugin_server import stamp
+from fgpu_ebpf.kubernetes.dra_messages import DRA_SERVICE, REGISTRATION_SERVICE, TYPE, VERSION
+
+log = logging.getLogger("fgpu.kubelet")
+_OPTIONS = (("grpc.max_receive_message_length", 1 << 20), ("grpc.so_reuseport", 0))
+_MOST_CLAIMS = 64  # of one request; kubelet asks for the claims of one pod
+
+Answer = Callable[[Any], Awaitable[Any]]  # a claim of a request -> the answer for it
+
+
+class DraServer:
+    """One server at two sockets. It may be closed and opened again."""
+
+    def __init__(self, folder: Path, messages: dict[str, Any], prepare: Answer, unprepare: Answer) -> None:
+        """Set the parts.
+
+        Args:
+            folder: kubelet's folder, with `plugins_registry` and `plugins`.
+            messages: the classes of messages by name.
+            prepare: returns a NodePrepareResourceResponse.
+            unprepare: returns a NodeUnprepareResourceResponse.
+        """
+        self.registration = folder / f"plugins_registry/{DRIVER}-reg.sock"
+        self.path = folder / f"plugins/{DRIVER}/dra.sock"
+        self.on_registration: Callable[[], None] = lambda: None
+        self._messages, self._prepare, self._unprepare = messages, prepare, unprepare
+        self._server: Any = None
+        self._stamps: list[tuple[int, int] | None] = []
+
+    @property
+    def _paths(self) -> list[Path]:
+        return [self.path, self.registration]  # in this order, because kubelet uses both once it has seen the second
+
+    @property
+    def is_open(self) -> bool:
+        """True if both sockets exist and are this server's."""
+        return self._server is not None and [stamp(path) for path in self._paths] == self._stamps
+
+    async def open(self) -> None:
+        """Close the server, and listen at new sockets. Raises OSError or RuntimeError if that is not possible."""
+        import grpc.aio
+
+        await self.close()
+        self._server = grpc.aio.server(options=_OPTIONS)
+        self._server.add_generic_rpc_handlers(self._handlers())
+        for path in self._paths:
+            path.parent.mkdir(mode=0o750, parents=True, exist_ok=True)
+            path.unlink(missing_ok=True)
+            self._server.add_insecure_port(f"unix:{path}")
+        await self._server.start()
+        self._stamps = [stamp(path) for path in self._paths]
+
+    async def close(self) -> None:
+        """End every call, and remove the sockets unless they are another server's."""
+        if self._server is None:
+            return
+        server, self._server = self._server, None
+        ours = [path for path, own in zip(self._paths, self._stamps, strict=True) if stamp(path) == own]
+        for path in reversed(ours):  # first the one by which kubelet notices the end
+            path.unlink(missing_ok=True)
+        await server.stop(0)
+
+    def _handlers(self) -> tuple[Any, ...]:
+        import grpc
+
+        unary = grpc.unary_unary_rpc_method_handler  # bytes in, bytes out, so that invalid messages are answered here
+        services: dict[str, dict[str, Any]] = {
+            REGISTRATION_SERVICE: {"GetInfo": self._info, "NotifyRegistrationStatus": self._registered},
+            DRA_SERVICE: {"NodePrepareResources": self._prepare_all, "NodeUnprepareResources": self._unprepare_all},
+        }
+        return tuple(
+            grpc.method_handlers_generic_handler(service, {name: unary(method) for name, method in methods.items()})
+            for service, methods in services.items()
+        )
+
+    def _message(self, name: str, /, **fields: Any) -> bytes:
+        return bytes(self._messages[name](**fields).SerializeToString())
+
+    # -- calls of kubelet
+
+    async def _info(self, _: bytes, __: Any) -> bytes:
+        about = {"type": TYPE, "name": DRIVER, "endpoint": str(self.path), "supported_versions": [VERSION]}
+        return self._message("PluginInfo", **about)
+
+    async def _registered(self, request: bytes, context: Any) -> bytes:
+        status = await self._read("RegistrationStatus", request, context)
+        if status.plugin_registered:
+            log.info("%s: registered with kubelet", DRIVER)
+            self.on_registration()
+        else:
+            log.warning("%s: registration with kubelet failed: %s", DRIVER, status.error)
+        return self._message("RegistrationStatusResponse")
+
+    async def _prepare_all(self, request: bytes, context: Any) -> bytes:
+        return await self._answer("NodePrepareResources", request, context, self._prepare)
+
+    async def _unprepare_all(self, request: bytes, context: Any) -> bytes:
+        return await self._answer("NodeUnprepareResources", request, context, self._unprepare)
+
+    async def _answer(self, name: str, request: bytes, context: Any, answer: Answer) -> bytes:
+        asked = await self._read(f"{name}Request", request, context)
+        if len(asked.claims) > _MOST_CLAIMS:
+            await self._refuse(context, f"{len(asked.claims)} claims are too many for one request")
+        answers = await asyncio.gather(*(answer(claim) for claim in asked.claims))
+        found = {claim.uid: each for claim, each in zip(asked.claims, answers, strict=True)}
+        return self._message(f"{name}Response", claims=[{"key": uid, "value": each} for uid, each in found.items()])
+
+    async def _read(self, name: str, request: bytes, context: Any) -> Any:
+        try:
+            return self._messages[name].FromString(request)
+        except Exception:  # protobuf's DecodeError is in a different module in every version
+            await self._refuse(context, f"not a valid {name}")
+
+    async def _refuse(self, context: Any, text: str) -> None:
+        import grpc
+
+        log.warning("%s: request of kubelet refused: %s", DRIVER, text)
+        await context.abort(grpc.StatusCode.INVALID_ARGUMENT, text)  # raises

@@ -1,0 +1,182 @@
+"""The ResourceSlice of this node: the devices that Kubernetes' scheduler divides, and its publication.
+
+This module runs in the asyncio loop of the DRA driver. A publication is repeated until the API server has accepted it,
+and whenever something else has changed or removed the slice. kubelet removes slices when it starts, and those of a
+driver that has not been registered for 30 s. So the slice stays when the driver ends, and an upgrade changes nothing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+from fgpu_ebpf.kubernetes.api_server import ApiError, ApiServer
+from fgpu_ebpf.kubernetes.claims import COMPUTE, DRIVER, MEMORY, MIB, MOST_MIB, device_name
+from fgpu_ebpf.kubernetes.slots import Host
+
+log = logging.getLogger("fgpu.kubelet")
+SLICES = "/apis/resource.k8s.io/v1/resourceslices"
+MINIMUM_MIB = 64  # a smaller share has no room for a context
+FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 0.2, 30.0  # after a request that failed
+_MOST_TEXT = 64  # characters of an attribute
+_CONFLICT, _MISSING = 409, 404
+
+
+def devices(host: Host, facts: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return the devices of the slice: those of which shares may be given now.
+
+    Args:
+        host: the agent's answer.
+        facts: its `facts`: the driver's version, the models of devices, and whether overcommit is allowed.
+    """
+    if host.fault:
+        return []
+    return [
+        {
+            "name": device_name(device.uuid),
+            "allowMultipleAllocations": True,
+            "attributes": _texts(
+                uuid=device.uuid,
+                model=str(facts["models"].get(device.uuid, "")),
+                driver=str(facts["driver"]),
+                sharingMode="overcommit" if facts["overcommit"] else "reserved",
+            ),
+            "capacity": _capacity(device.capacity_bytes),
+        }
+        for device in host.devices.values()
+        if not device.fault and device.capacity_bytes >= MINIMUM_MIB * MIB
+    ]
+
+
+def _texts(**attributes: str) -> dict[str, Any]:
+    return {key: {"string": value[:_MOST_TEXT]} for key, value in attributes.items()}
+
+
+def _capacity(usable_bytes: int) -> dict[str, Any]:
+    """Return the capacities. A request without memory gets the whole device, a request without compute no ceiling."""
+    whole = _mebibytes(min(usable_bytes // MIB, MOST_MIB))
+    memory = {"min": _mebibytes(MINIMUM_MIB), "step": "1Mi"}
+    return {
+        MEMORY: {"value": whole, "requestPolicy": {"default": whole, "validRange": memory}},
+        COMPUTE: {"value": "100", "requestPolicy": {"default": "0", "validRange": {"min": "0", "step": "1"}}},
+    }
+
+
+def _mebibytes(size: int) -> str:
+    """Return a quantity in the form that the API server returns."""
+    return f"{size // 1024}Gi" if size % 1024 == 0 else f"{size}Mi"
+
+
+class Publisher:
+    """Keeps this node's slice at the API server equal to the wanted devices. None is wanted: there is no slice."""
+
+    def __init__(self, server: ApiServer, node: str) -> None:
+        self.name = f"{node}-{DRIVER}"
+        self._server, self._node = server, node
+        self._path = f"{SLICES}/{self.name}"
+        self._wanted: list[dict[str, Any]] | None = None
+        self._changed = asyncio.Event()
+        self._accepted: tuple[Any, Any] | None = None  # the devices last sent, and the form in which they were kept
+        self._said = ""
+
+    def want(self, found: list[dict[str, Any]]) -> None:
+        """Set the devices to publish."""
+        if found != self._wanted:
+            self._wanted = found
+            self.look()
+
+    def look(self) -> None:
+        """Compare the slice with the wanted devices soon."""
+        self._changed.set()
+
+    async def run(self) -> None:
+        """Publish until the task is cancelled."""
+        pause = FIRST_PAUSE_SECONDS
+        while True:
+            await self._changed.wait()
+            self._changed.clear()
+            try:
+                await self._publish()
+                pause, self._said = FIRST_PAUSE_SECONDS, ""
+            except ApiError as error:
+                self._say(f"the ResourceSlice cannot be published: {error}")
+                await asyncio.sleep(pause)
+                pause = min(pause * 2, LONGEST_PAUSE_SECONDS)
+                self.look()
+
+    async def watch(self) -> None:
+        """Look at the slice whenever it changes, until the task is cancelled."""
+        pause = FIRST_PAUSE_SECONDS
+        while True:
+            try:
+                async for _ in self._server.watch(f"{SLICES}?fieldSelector=metadata.name%3D{self.name}"):
+                    self.look()
+                    pause = FIRST_PAUSE_SECONDS
+            except ApiError as error:
+                self._say(f"the ResourceSlice cannot be watched: {error}")
+            await asyncio.sleep(pause)
+            pause = min(pause * 2, LONGEST_PAUSE_SECONDS)
+            self.look()  # something may have changed between two watches
+
+    def _say(self, text: str) -> None:
+        if text != self._said:
+            self._said = text
+            log.warning("%s", text)
+
+    async def _publish(self) -> None:
+        wanted = self._wanted
+        if wanted is None:
+            return
+        now = await self._get()
+        if not wanted:
+            if now is not None:
+                await self._unless(_MISSING, "DELETE", self._path)
+                log.info("ResourceSlice %s: removed, no share of a device may be given now", self.name)
+            return
+        kept = now["spec"].get("devices") if now else None
+        if kept == wanted or (kept and self._accepted == (wanted, kept)):
+            return
+        if now is None:
+            answer = await self._unless(_CONFLICT, "POST", SLICES, await self._slice(wanted))
+        else:
+            pool = {**now["spec"]["pool"], "generation": now["spec"]["pool"]["generation"] + 1}
+            spec = {**now["spec"], "devices": wanted, "pool": pool}
+            answer = await self._unless(_CONFLICT, "PUT", self._path, {**now, "spec": spec})
+        if answer is None:  # something else has written it meanwhile
+            self.look()
+            return
+        self._accepted = wanted, answer["spec"].get("devices")
+        log.info("ResourceSlice %s: published %d devices", self.name, len(wanted))
+        if not all(device.get("allowMultipleAllocations") for device in answer["spec"]["devices"]):
+            text = "each device is given to one claim as a whole: enable the feature gate DRAConsumableCapacity"
+            log.warning("this cluster has no consumable capacity, so %s", text)
+
+    async def _get(self) -> dict[str, Any] | None:
+        return await self._unless(_MISSING, "GET", self._path)
+
+    async def _unless(self, status: int, method: str, path: str, body: Any = None) -> dict[str, Any] | None:
+        """Return the answer to a request, or None if the server answers with this status."""
+        try:
+            return await self._server.call(method, path, body)
+        except ApiError as error:
+            if error.status != status:
+                raise
+            return None
+
+    async def _slice(self, wanted: list[dict[str, Any]]) -> dict[str, Any]:
+        """Return a new slice. It is removed with its node."""
+        node = await self._server.call("GET", f"/api/v1/nodes/{self._node}")
+        owner = {"apiVersion": "v1", "kind": "Node", "name": self._node, "uid": node["metadata"]["uid"]}
+        return {
+            "apiVersion": "resource.k8s.io/v1",
+            "kind": "ResourceSlice",
+            "metadata": {"name": self.name, "ownerReferences": [{**owner, "controller": True}]},
+            "spec": {
+                "driver": DRIVER,
+                "nodeName": self._node,
+                "pool": {"name": self._node, "generation": 1, "resourceSliceCount": 1},
+                "devices": wanted,
+            },
+        }
