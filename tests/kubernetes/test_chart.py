@@ -26,8 +26,10 @@ CHART, MADE = ROOT / "deploy/helm/fgpu", ROOT / "deploy/kubernetes"
 HERE = ROOT / "tests/kubernetes"
 FILES = [*sorted(MADE.glob("*.yaml")), *sorted((HERE / "rendered").glob("*.yaml"))]
 # The version of Kubernetes of each file: appArmorProfile is a field from 1.30 on.
-VERSIONS = {path.stem: ("1.28.0",) if path.stem == "older" else ("1.30.0", "1.34.1") for path in FILES}
+VERSIONS = {path.stem: ("1.30.0", "1.34.1") for path in FILES} | {"older": ("1.28.0",), "dra": ("1.34.1",)}
 AGAIN = "run deploy/kubernetes/render, and commit what it makes"
+DRA = {"ClusterRole", "ClusterRoleBinding", "DeviceClass", "ValidatingAdmissionPolicy"}  # without a namespace
+DRA |= {"ValidatingAdmissionPolicyBinding"}
 OPERATOR = {"PodMonitor", "PrometheusRule"}  # of the Prometheus operator, without a schema of Kubernetes
 HELM = shutil.which("helm")
 needs_helm = pytest.mark.skipif(not HELM, reason="no helm here: the chart's digest guards the rendered files")
@@ -60,6 +62,7 @@ WRONG = {
     "devicePlugin: {profiles: [{share: 8GB}]}": "share",
     "devicePlugin: {profiles: [{share: 8gib, count: 0}]}": "count",
     "devicePlugin: {deviceListStrategy: cdi}": "deviceListStrategy",
+    "dra: {gpuStrategy: cdi-cri}": "gpuStrategy",
     "engines: [/run/containerd/containerd.sock]": "engines",
     "settings: {overcomit: allow}": "overcomit",
     "policies: {notebooks: ''}": "notebooks",
@@ -99,7 +102,7 @@ def test_kubernetes_s_schema_accepts_every_field(path: Path) -> None:
     found = objects(path)
     assert len(found) >= 3
     for one in found:
-        assert one["metadata"]["namespace"] == "fgpu-system"
+        assert one["metadata"].get("namespace") == (None if one["kind"] in DRA else "fgpu-system")
         for version in VERSIONS[path.stem] if one["kind"] not in OPERATOR else ():
             kubernetes_validate.validate(one, version, strict=True)
             unknown = json.loads(json.dumps(one))
@@ -109,9 +112,10 @@ def test_kubernetes_s_schema_accepts_every_field(path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
-def test_no_manifest_grants_a_role_and_every_container_is_restricted(path: Path) -> None:
+def test_no_manifest_but_the_dra_driver_s_grants_a_role_and_every_container_is_restricted(path: Path) -> None:
     harmless = {"ConfigMap", "DaemonSet", "NetworkPolicy", "ServiceAccount"}
-    assert {one["kind"] for one in objects(path)} <= {*harmless, *OPERATOR}
+    allowed = {*harmless, *OPERATOR, *(DRA if path.stem == "dra" else ())}
+    assert {one["kind"] for one in objects(path)} <= allowed
     for one in sets(path):
         spec = one["spec"]["template"]["spec"]
         assert spec["automountServiceAccountToken"] is False
@@ -124,6 +128,27 @@ def test_no_manifest_grants_a_role_and_every_container_is_restricted(path: Path)
             assert security["seccompProfile"] == {"type": "RuntimeDefault"}
             assert security["capabilities"]["drop"] == ["ALL"]
             assert "memory" in container["resources"]["limits"]
+
+
+def test_only_the_dra_driver_has_a_token_and_it_writes_only_slices() -> None:
+    for path in FILES:
+        for one in sets(path):
+            spec = one["spec"]["template"]["spec"]
+            has_token = "serviceAccountToken" in json.dumps(spec["volumes"])
+            assert has_token == (one["metadata"]["name"] == "fgpu-dra-driver"), path
+            assert (spec["serviceAccountName"] == "fgpu-dra-driver") == has_token
+    writes = {"create", "update", "patch", "delete"}
+    rules = of_kind("dra", "ClusterRole")["rules"]
+    assert {name for rule in rules if writes & set(rule["verbs"]) for name in rule["resources"]} == {"resourceslices"}
+    (binding,) = of_kind("dra", "ClusterRoleBinding")["subjects"]
+    (account,) = [
+        one["metadata"]
+        for one in objects(HERE / "rendered/dra.yaml")
+        if one["kind"] == "ServiceAccount" and one["metadata"]["name"] == binding["name"]
+    ]
+    name = f"system:serviceaccount:{account['namespace']}:{account['name']}"
+    (condition,) = of_kind("dra", "ValidatingAdmissionPolicy")["spec"]["matchConditions"]
+    assert condition["expression"] == f'request.userInfo.username == "{name}"'
 
 
 def test_agent_and_gatekeeper_have_the_rights_of_their_units() -> None:
@@ -321,6 +346,13 @@ def test_a_device_plugin_without_profiles_is_refused(tmp_path: Path) -> None:
     done = template("devicePlugin: {enabled: true}", tmp_path)
     assert done.returncode
     assert "devicePlugin.enabled needs devicePlugin.profiles" in done.stderr
+
+
+@needs_helm
+def test_a_dra_driver_is_refused_before_kubernetes_1_34(tmp_path: Path) -> None:
+    done = template("dra: {enabled: true}", tmp_path)
+    assert done.returncode
+    assert "dra.enabled needs Kubernetes 1.34 or later" in done.stderr
 
 
 @needs_helm

@@ -14,7 +14,7 @@ containers:
         trap 'exit 0' TERM
         while :; do
             [ ! -e /run/fgpu ] || fgpu detach
-            rm -f /var/lib/fgpu/contexts.json
+            rm -f /var/lib/fgpu/contexts.json /run/cdi/fgpu.dev-claim_*.json
             rmdir /var/lib/fgpu 2>/dev/null
             sleep 2 & wait $!
         done

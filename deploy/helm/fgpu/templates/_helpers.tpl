@@ -47,6 +47,10 @@ container.apparmor.security.beta.kubernetes.io/{{ . }}: unconfined
 
 {{- define "fgpu.pod" -}}
 serviceAccountName: {{ .Values.serviceAccount.name }}
+{{ include "fgpu.pod.fields" . }}
+{{- end }}
+
+{{- define "fgpu.pod.fields" -}}
 automountServiceAccountToken: false
 enableServiceLinks: false
 dnsPolicy: Default
