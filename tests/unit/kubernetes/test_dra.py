@@ -1,0 +1,106 @@
+"""Quantities of claims, the devices of a slice, and the files of prepared claims."""
+
+from __future__ import annotations
+
+import json
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fgpu_ebpf.containers.cdi import Parts
+from fgpu_ebpf.kubernetes import claims, resource_slices
+from fgpu_ebpf.kubernetes.claim_files import ClaimFiles
+from fgpu_ebpf.kubernetes.claims import ClaimError
+from fgpu_ebpf.kubernetes.slots import Device, Host
+from fgpu_ebpf.policy import share_name
+
+UUID = "GPU-4f1d0a52-6c3b-4b0e-9d57-2f0c5a3b7e11"
+UID = "0b8f5b1e-9a64-4b44-8a2b-6c1f0f3d2a10"
+GIB, MIB = 1 << 30, 1 << 20
+FACTS = {"driver": "580.65.06", "models": {UUID: "NVIDIA H200"}, "overcommit": False}
+
+
+def parts(folder: Path, version: str) -> Parts:
+    return Parts(folder / f"shim-{version}", folder / "socket", folder / "preload", folder / "fgpu-oci", folder)
+
+
+def host(capacity_bytes: int, fault: str = "", of_device: str = "") -> Host:
+    return Host(fault, {UUID: Device(UUID, 0, None, of_device, capacity_bytes, capacity_bytes, {})})
+
+
+def shares(capacity_bytes: int, **consumed: Any) -> list[str]:
+    """Return the shares of a claim that consumes this of the device."""
+    result = {"driver": claims.DRIVER, "pool": "n", "device": UUID.lower(), "request": "gpu"}
+    result |= {"consumedCapacity": consumed} if consumed else {}
+    claim = {"metadata": {"uid": UID}, "status": {"allocation": {"devices": {"results": [result]}}}}
+    return [grant.share.name for grant in claims.grants(claim, UID, "n", host(capacity_bytes))]
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("0", 0), ("8Gi", 8 * GIB), ("1.5Ki", 1536), ("100M", 100_000_000), ("2k", 2000), ("1500m", Fraction(3, 2)),
+        ("1E", 10**18), ("1Ei", 1 << 60), ("2e3", 2000), ("1E3", 1000), ("500n", Fraction(1, 2_000_000)),
+    ],
+)  # fmt: skip
+def test_a_quantity_has_kubernetes_s_units(text: str, value: Fraction) -> None:
+    assert claims.quantity(text) == value
+
+
+@pytest.mark.parametrize(
+    "text", ["", "Gi", "-1", "+1", "1 Gi", "1GiB", "1g", "0x10", "1e", "1e100", "inf", "1" * 21, "\uff11"]
+)
+def test_other_texts_are_not_quantities(text: str) -> None:
+    with pytest.raises(ClaimError, match="is not a quantity"):
+        claims.quantity(text)
+
+
+@pytest.mark.parametrize(
+    ("consumed", "share"),
+    [
+        ({"memory": "8Gi", "compute": "30"}, "8192mib-30pct"),
+        ({"memory": "8Gi", "compute": "0"}, "8192mib"),
+        ({"memory": "8Gi"}, "8192mib"),
+        ({"memory": "2Mi", "compute": "1"}, "2mib-1pct"),
+        ({"memory": "3500k", "compute": "1500m"}, "3mib-1pct"),
+        ({"memory": "99Ti", "compute": "1000"}, "16000mib-100pct"),
+        ({}, "16000mib"),
+    ],
+)
+def test_a_claim_becomes_a_share_within_its_device(consumed: dict[str, str], share: str) -> None:
+    assert shares(16000 * MIB + 1, **consumed) == [share]
+
+
+@pytest.mark.parametrize("metadata", [{}, None, {"uid": None}, []])
+def test_a_claim_of_unknown_form_is_refused(metadata: Any) -> None:
+    with pytest.raises(ClaimError):
+        claims.grants({"metadata": metadata}, UID, "n", host(GIB))
+
+
+def test_a_slice_has_only_devices_of_which_shares_may_be_given() -> None:
+    (device,) = resource_slices.devices(host(16 * GIB), FACTS)
+    assert device["name"] == UUID.lower()
+    assert device["capacity"]["memory"]["value"] == "16Gi"
+    assert device["attributes"]["model"] == {"string": "NVIDIA H200"}
+    (odd,) = resource_slices.devices(host(16 * GIB - 1), FACTS)
+    assert odd["capacity"]["memory"]["value"] == "16383Mi"
+    for none in (host(GIB, fault="no limit"), host(GIB, of_device="lost"), host(63 * MIB)):
+        assert resource_slices.devices(none, FACTS) == []
+
+
+def test_another_version_of_the_agent_renews_the_files_of_claims(tmp_path: Path) -> None:
+    """A container of a running pod may start again, and the earlier shim may be gone then."""
+    files, share = ClaimFiles(tmp_path), share_name.parse(f"1gib-25pct:{UUID}")
+    names = files.prepare(UID, [share], {"A": "b"}, parts(tmp_path, "1"))
+    assert names == [f"fgpu.dev/claim={UID}-0"]
+    (tmp_path / f"fgpu.dev-claim_{UID.replace('0', '1')}.json").write_text("{")
+    before = json.loads(files.place(UID).read_text())
+    files.renew(parts(tmp_path, "2"))
+    after = json.loads(files.place(UID).read_text())
+    assert json.loads(json.dumps(before).replace("shim-1", "shim-2")) == after
+    assert before != after
+    files.unprepare(UID)
+    files.unprepare(UID)
+    assert not files.place(UID).exists()
