@@ -88,7 +88,7 @@ static void answer(unsigned kind, uint64_t ticket, uint64_t verdict)
 
 static void admit(unsigned device, uint64_t bytes, unsigned kind, uint64_t ticket)
 {
-    if (kind & (FGPU_FREED | FGPU_ANNOUNCE)) return;
+    if (kind & (FGPU_FREED | FGPU_ANNOUNCE | FGPU_CALLED)) return;
     bool is_hello = (kind & FGPU_KIND_MASK) == FGPU_HELLO;
     bool granted = is_hello || (device < FGPU_DEVICES && fits(&usage[0]->devices[device], bytes));
     storm_counts.asked += !is_hello;
