@@ -105,7 +105,7 @@ int admit(struct pt_regs *ctx)
         return 0;
     }
     struct fgpu_process *p = own_process(&tgid, &h);
-    struct fgpu_thread *t = p && kind != FGPU_HELLO ? own_thread(p, id) : 0;
+    struct fgpu_thread *t = p && !(flags & FGPU_CALLED) ? own_thread(p, id) : 0;
     own_stack(ctx);
     hit(FGPU_HIT_ADMIT);
     if (!UNLIKELY(!p)) look_up(p, &h);
