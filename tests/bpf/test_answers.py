@@ -67,9 +67,7 @@ def test_a_report_of_freed_memory_writes_its_time_to_the_own_level_and_changes_n
     assert page_of(kernel, group).freed_ns == 0
 
 
-def test_a_report_of_a_call_writes_its_time_to_the_own_level_and_changes_nothing_else(
-    kernel, make_level, make_client
-):
+def test_a_report_of_a_call_writes_its_time_to_the_own_level_and_changes_nothing_else(kernel, make_level, make_client):
     group = make_level(1024 * MIB)
     level = make_level(1024 * MIB, group)
     client = make_client(level)
