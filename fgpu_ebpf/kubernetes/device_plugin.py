@@ -12,7 +12,6 @@ import asyncio
 import contextlib
 import logging
 import os
-import signal
 import socket
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -26,6 +25,7 @@ from fgpu_ebpf.kubernetes.allocation import Way
 from fgpu_ebpf.kubernetes.device_plugin_server import PREFIX, Endpoint, place, stamp
 from fgpu_ebpf.kubernetes.kubelet_messages import PACKAGE
 from fgpu_ebpf.kubernetes.slots import MOST_SLOTS, Book, Host, Slot, host_of
+from fgpu_ebpf.kubernetes.until_signal import run_until_signal
 from fgpu_ebpf.linux.inotify import FolderWatch
 
 log = logging.getLogger("fgpu.kubelet")
@@ -117,18 +117,10 @@ class _Plugin:
 
     async def run(self) -> None:
         """Run until SIGTERM or SIGINT."""
-        loop, end = asyncio.get_running_loop(), asyncio.Event()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, end.set)
         log.info("serving kubelet at %s, device list strategy %s", self.folder, self.way.strategy)
-        tasks = [asyncio.ensure_future(each) for each in (end.wait(), self._look_often(), self._stay_registered())]
         try:
-            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-            for task in done:
-                task.result()  # raises the error of a failed task
+            await run_until_signal(self._look_often(), self._stay_registered())
         finally:
-            for task in tasks:
-                task.cancel()
             await asyncio.gather(*(endpoint.close() for endpoint in self._endpoints.values()))
             log.info("the device plugin has ended")
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-import signal
 import time
 import weakref
 from collections.abc import Mapping
@@ -29,6 +28,7 @@ from fgpu_ebpf.kubernetes.claims import DRIVER, ClaimError
 from fgpu_ebpf.kubernetes.dra_server import DraServer
 from fgpu_ebpf.kubernetes.resource_slices import Publisher
 from fgpu_ebpf.kubernetes.slots import Host, host_of
+from fgpu_ebpf.kubernetes.until_signal import run_until_signal
 
 log = logging.getLogger("fgpu.kubelet")
 FOLDER = Path("/var/lib/kubelet")
@@ -83,18 +83,9 @@ class _Driver:
 
     async def run(self) -> None:
         """Run until SIGTERM or SIGINT."""
-        loop, end = asyncio.get_running_loop(), asyncio.Event()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, end.set)
-        work = (end.wait(), self._look_often(), self._publisher.run(), self._publisher.watch())
-        tasks = [asyncio.ensure_future(each) for each in work]
         try:
-            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-            for task in done:
-                task.result()  # raises the error of a failed task
+            await run_until_signal(self._look_often(), self._publisher.run(), self._publisher.watch())
         finally:
-            for task in tasks:
-                task.cancel()
             await self._server.close()
             log.info("the DRA driver has ended")
 

@@ -1,0 +1,23 @@
+"""Runs the tasks of the device plugin or the DRA driver in their asyncio loop, until a signal ends the process."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+from collections.abc import Coroutine
+from typing import Any
+
+
+async def run_until_signal(*work: Coroutine[Any, Any, Any]) -> None:
+    """Run until SIGTERM or SIGINT, or until one of `work` ends. Raises the error of that one."""
+    loop, end = asyncio.get_running_loop(), asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, end.set)
+    tasks = [asyncio.ensure_future(each) for each in (end.wait(), *work)]
+    try:
+        done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        for task in done:
+            task.result()
+    finally:
+        for task in tasks:
+            task.cancel()
