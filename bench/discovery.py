@@ -93,7 +93,7 @@ def first_program(parent: Path, number: int, environment: dict[str, str]) -> tup
     if "OUT_OF_MEMORY" not in done.stdout:
         raise BenchError(f"{cgroup.name}: {done.stdout}{done.stderr}")
     (seen,) = [t["devices"][0] for t in ask(verb="snapshot")["tenants"] if t["path"].endswith(f"/{cgroup.name}")]
-    until(lambda: not (cgroup / "cgroup.procs").read_text(), "an empty cgroup")
+    until(lambda: "populated 0" in (cgroup / "cgroup.events").read_text(), "an empty cgroup")
     cgroup.rmdir()
     given = int(done.stdout.split("admitted ")[1].split()[0])
     return max(0, seen["peak_bytes"] - LIMIT), given - seen["witnessed_bytes"]

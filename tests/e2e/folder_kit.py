@@ -9,6 +9,7 @@ from pathlib import Path
 from tests.support.host import ENVIRONMENT, SHIM, cgroup_root
 from tests.support.place import HUB, Place
 from tests.support.tenant import Tenant
+from tests.support.wait import remove_cgroup
 
 
 class CgroupFolder(Place):
@@ -35,4 +36,4 @@ class CgroupFolder(Place):
         """End every program and remove every cgroup."""
         super().close()
         for folder, _, _ in os.walk(self.root, topdown=False):
-            os.rmdir(folder)
+            remove_cgroup(Path(folder))

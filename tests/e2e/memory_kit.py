@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from tests.support.host import MIB, RUN_DIR, cgroup_root
-from tests.support.wait import eventually
+from tests.support.wait import remove_cgroup
 
 V1 = Path("/sys/fs/cgroup/memory")
 PAGE = 4096
@@ -110,12 +110,7 @@ class MemoryGroup:
         self.release()
         for pid in self.pids():
             self.leave(pid)
-        eventually(self._removed, 10, "an empty cgroup")
-
-    def _removed(self) -> bool:
-        with contextlib.suppress(OSError):
-            self.path.rmdir()
-        return not self.path.exists()
+        remove_cgroup(self.path)
 
 
 @contextlib.contextmanager

@@ -22,7 +22,7 @@ from tests.e2e.spin_kit import SECONDS, Spin, together
 from tests.support.commands import ask, events, fgpu, metrics
 from tests.support.host import BUILD, ENVIRONMENT, FGPU, GIB, ROOT, SIM, cgroup_root
 from tests.support.service import Service
-from tests.support.wait import eventually
+from tests.support.wait import eventually, remove_cgroup
 
 pytestmark = pytest.mark.timed
 
@@ -263,15 +263,9 @@ def silent_clients(number: int) -> Iterator[None]:
             os.waitpid(pid, 0)
         for folder in (*parent.iterdir(), parent):
             if folder.is_dir():
-                eventually(lambda gone=folder: _removed(gone), 5, "an empty cgroup")
+                remove_cgroup(folder)
         for fd in (look, ready, end):
             os.close(fd)
-
-
-def _removed(folder: Path) -> bool:
-    with contextlib.suppress(OSError):
-        folder.rmdir()
-    return not folder.exists()
 
 
 def test_silent_connections_are_closed_and_do_not_halve_the_number_of_turns(start, scale) -> None:

@@ -20,7 +20,7 @@ from tests.support.commands import ask, fgpu, metrics
 from tests.support.host import CONTEXT, ENVIRONMENT, GIB, MIB, RUN_DIR, cgroup_root
 from tests.support.service import Service
 from tests.support.tenant import Client, Tenant
-from tests.support.wait import eventually
+from tests.support.wait import eventually, remove_cgroup
 
 BUSY = 3  # clients of a tenant whose requests always fit; the requests of a fourth client never fit
 LIMIT = (BUSY + 2) * CONTEXT + 64 * MIB  # a client that starts later is the fifth
@@ -67,8 +67,7 @@ class Host:
         person, level = self._people.pop(which), self._levels.pop(which)
         person.kill()
         person.wait(5)
-        eventually(lambda: not (level / "cgroup.procs").read_text(), 5, "an empty cgroup")
-        level.rmdir()
+        remove_cgroup(level)
 
     def assert_in_force(self) -> None:
         """Check that every level has the limit of the policy, and that no earlier limit is left."""

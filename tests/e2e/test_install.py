@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import signal
@@ -16,7 +17,7 @@ from tests.support.host import CONTEXT, ENVIRONMENT, GIB, KINDS, MIB, REFUSED, S
 from tests.support.service import Service
 from tests.support.sim_driver import driver_books
 from tests.support.tenant import Client
-from tests.support.wait import eventually
+from tests.support.wait import eventually, remove_cgroup
 
 NAME = "fgpu-before"
 HELD = 1400 * MIB
@@ -54,9 +55,9 @@ class Before:
 
     def end(self) -> None:
         for pid in (self.cgroup / "cgroup.procs").read_text().split():
-            os.kill(int(pid), signal.SIGKILL)
-        eventually(lambda: not (self.cgroup / "cgroup.procs").read_text(), 5, "the exit of all processes")
-        self.cgroup.rmdir()
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(int(pid), signal.SIGKILL)
+        remove_cgroup(self.cgroup)
 
 
 @pytest.fixture

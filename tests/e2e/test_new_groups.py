@@ -13,7 +13,7 @@ import pytest
 from tests.support.commands import fgpu, metrics
 from tests.support.host import BUILD, ENVIRONMENT, FGPU, MIB, SHIM, cgroup_root
 from tests.support.service import Service
-from tests.support.wait import eventually
+from tests.support.wait import eventually, remove_cgroup
 
 NAME = "fgpu-e2e-new"
 POLICIES = f"""
@@ -69,12 +69,7 @@ def answers(programs: list[subprocess.Popen[str]]) -> list[list[str]]:
 
 def remove(*cgroups: Path) -> None:
     for cgroup in cgroups:
-        eventually(lambda cgroup=cgroup: not list_pids(cgroup), 10, "an empty cgroup")
-        cgroup.rmdir()
-
-
-def list_pids(cgroup: Path) -> list[str]:
-    return (cgroup / "cgroup.procs").read_text().split()
+        remove_cgroup(cgroup)
 
 
 def set_limit(path: str, memory: str) -> subprocess.Popen[bytes]:

@@ -26,7 +26,7 @@ from tests.support.kernel import is_probed
 from tests.support.place import Container
 from tests.support.service import Service
 from tests.support.tenant import Tenant
-from tests.support.wait import Timeout, eventually
+from tests.support.wait import Timeout, eventually, remove_cgroup
 
 GATEKEEPER = {"dac_read_search": 2, "sys_ptrace": 19, "sys_admin": 21}
 AGENT = GATEKEEPER | {"chown": 0, "kill": 5, "sys_nice": 23}
@@ -302,8 +302,7 @@ class Watch:
     def close(self) -> None:
         self._kit.communicate()
         self._said.close()
-        eventually(lambda: not (self.folder / "cgroup.procs").read_text(), 20, "an empty cgroup")
-        self.folder.rmdir()
+        remove_cgroup(self.folder, 20)
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ from tests.support.commands import ask, metrics
 from tests.support.host import BUILD, ENVIRONMENT, GIB, REFUSED, SHIM, cgroup_root
 from tests.support.service import Service
 from tests.support.sim_driver import driver_books
-from tests.support.wait import eventually
+from tests.support.wait import eventually, remove_cgroup
 
 LIMIT = 2 * GIB
 POLICY = """
@@ -55,8 +55,8 @@ def known(unharmed: None) -> Iterator[Path]:
         assert not (inner / "cgroup.procs").read_text()
         yield inner
     finally:
-        inner.rmdir()
-        outer.rmdir()
+        remove_cgroup(inner)
+        remove_cgroup(outer)
 
 
 @contextlib.contextmanager

@@ -22,7 +22,7 @@ from tests.sim.checkpoint_kit import ask, serving
 from tests.sim.conftest import Machine
 from tests.sim.faults_kit import order
 from tests.support.memory_group import memory_group
-from tests.support.wait import Deadline
+from tests.support.wait import Deadline, remove_cgroup
 
 PTRACE_SEIZE, PTRACE_DETACH = 0x4206, 17
 GIB = 1 << 30
@@ -142,12 +142,8 @@ def test_a_process_in_a_frozen_cgroup_is_refused(machine: Machine, parker: Parke
             assert parker.result("park", target.pid) == {"result": "parked"}
     finally:
         (outer / "cgroup.freeze").write_text("0")
-        deadline = Deadline(10)
-        while (inner / "cgroup.procs").read_text():
-            assert not deadline.is_over()
-            time.sleep(0.01)
-        inner.rmdir()
-        outer.rmdir()
+        remove_cgroup(inner)
+        remove_cgroup(outer)
 
 
 def test_another_process_with_the_same_pid_is_not_touched(parker: Parker, target: Popen[str]) -> None:

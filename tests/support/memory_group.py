@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from tests.support.wait import Deadline
+from tests.support.wait import remove_cgroup
 
 CGROUPS = Path("/sys/fs/cgroup")
 
@@ -51,8 +50,4 @@ def memory_group(name: str, limit: int) -> Iterator[MemoryGroup]:
         group.limit(limit)
         yield group
     finally:
-        deadline = Deadline(10)
-        while (group.folder / "cgroup.procs").read_text():
-            assert not deadline.is_over()
-            time.sleep(0.01)
-        group.folder.rmdir()
+        remove_cgroup(group.folder)

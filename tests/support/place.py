@@ -17,7 +17,7 @@ from tests.support import host
 from tests.support.commands import ask, fgpu
 from tests.support.host import BUILD, FGPU, ROOT, SHIM, cgroup_root
 from tests.support.tenant import Tenant
-from tests.support.wait import eventually
+from tests.support.wait import eventually, remove_cgroup
 
 # Starts a program for every line "NAME COMMAND", with stdin from the pipe NAME.in, stdout to the pipe NAME.out and
 # stderr to the file NAME.err.
@@ -105,7 +105,7 @@ class Cgroups(Place):
         """End every tenant, and remove the folder of their cgroups."""
         super().close()
         for folder, _, _ in os.walk(cgroup_root() / self.group.lstrip("/"), topdown=False):
-            os.rmdir(folder)
+            remove_cgroup(Path(folder))
 
 
 LISTS = ("/etc/ld.so.preload", "/etc/ld-nix.so.preload")

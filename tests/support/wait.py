@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import time
@@ -93,3 +94,21 @@ def steadily(look: Callable[[], object], for_seconds: float, within: float = 10.
         if deadline.is_over():
             raise Timeout(f"not for {for_seconds} s within {within} s: {what or look}: {found!r}")
         time.sleep(0.01)
+
+
+def remove_cgroup(folder: Path, seconds: float = 10.0) -> None:
+    """Remove a cgroup as soon as its last thread has left it.
+
+    Its cgroup.procs is empty before that: it does not list a process that has begun to exit in all of its threads, and
+    until the last of them has left the cgroup, the kernel refuses rmdir with EBUSY.
+
+    Raises:
+        Timeout: a thread was left after that time, which counts as for Deadline.
+    """
+
+    def removed() -> bool:
+        with contextlib.suppress(OSError):
+            folder.rmdir()
+        return not folder.exists()
+
+    eventually(removed, seconds, f"an empty {folder}")
