@@ -38,9 +38,9 @@ static u64 least_of(struct fgpu_allocation *old, struct fgpu_allocation *new)
 }
 
 /* Keep one of two charges under one key. Either a free was not seen, or the key that a call returned is forged. A
- * tenant gains nothing by forging it: nothing is released here, and no free of this key releases more than the driver
- * frees. The rest has no entry: managed memory and handles stay charged until the process exits; reconcile corrects all
- * other memory. */
+ * tenant gains nothing by that: nothing is released here, and no free of this key releases more than the driver frees.
+ * (A forged key without a charge is not noticed: docs/security.md, "What is not promised".) The rest has no entry:
+ * managed memory and handles stay charged until the process exits; reconcile corrects all other memory. */
 static void keep_one(struct fgpu_process *p, struct fgpu_allocation_key *key, struct fgpu_allocation *old,
                      struct fgpu_allocation *new)
 {

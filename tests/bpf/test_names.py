@@ -1,6 +1,7 @@
 """Two charges with one name (pointer or handle), after an unrecorded free or a pointer that a tenant overwrote.
 
-No free by that name releases more than the driver library frees, for any calls of the tenant.
+No free by that name releases more than the driver library frees. A name that collides with no other can hide memory:
+docs/security.md says what a tenant gains by that.
 """
 
 from __future__ import annotations
@@ -157,17 +158,29 @@ def test_a_reused_context_name_is_an_additional_context(kernel, level, client):
 # -- a thread that overwrites returned values
 
 
+def test_memory_hidden_behind_the_name_of_a_smaller_allocation_is_uncharged_until_nvml_shows_it(kernel, level, client):
+    """The driver returned 0x5000 and 0x9000. Another thread replaced both before the return probe read them."""
+    client(f"alloc(0x1000, {2 * MIB})")
+    client(f"alloc(0x5000, {8 * MIB})")
+    client("free(0x5000)")  # the driver frees 2 MiB
+    assert level.used == 2 * MIB
+    assert_corrected(kernel, client, 6 * MIB)
+    assert level.used == 8 * MIB
+
+
 @pytest.fixture(scope="session")
 def liar(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("liar") / "liar"
-    flags = ["-std=gnu11", "-O2", "-Wall", "-Wextra", "-Werror", f"-I{REPOSITORY}/bpf", "-pthread"]
+    flags = ["-std=gnu11", "-O2", "-Wall", "-Wextra", "-Werror", f"-I{REPOSITORY}/bpf"]
     subprocess.run(["gcc", *flags, "-o", out, HERE / "liar.c", "-ldl"], check=True)
     return out
 
 
 @pytest.mark.parametrize("library", ["driver", "unknown"])
 @pytest.mark.parametrize("seed", [0xF69, 0xBEEF])
-def test_no_forged_name_reduces_the_charge_below_the_driver_s_bytes(kernel, make_level, liar, scale, library, seed):
+def test_no_call_releases_more_than_the_driver_frees_if_forged_names_collide(
+    kernel, make_level, liar, scale, library, seed
+):
     level = make_level(1 << 40)
     page, before = kernel.ledger.page_fd(level.cgroup), anomalies(kernel)
     command = [liar, getattr(kernel, library), str(page), str(scale(2000, 20_000, 1_000_000)), str(seed)]
@@ -175,10 +188,10 @@ def test_no_forged_name_reduces_the_charge_below_the_driver_s_bytes(kernel, make
     pipe = subprocess.PIPE
     with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, pass_fds=[page], preexec_fn=enter) as child:
         os.close(page)
-        below, given = map(int, child.stdout.readline().split())
-        assert (below, level.used >= given) == (0, True)
+        wrong, given = map(int, child.stdout.readline().split())
+        assert (wrong, level.used >= given) == (0, True)
         child.kill()
     assert level.orphaned >= given
     after = anomalies(kernel)
-    assert after["STALE"] - before["STALE"] > scale(10, 100, 1000), "too few forged names were recorded"
+    assert after["STALE"] - before["STALE"] > scale(100, 1000, 50_000), "too few forged names were recorded"
     assert after["RELEASE"] == before["RELEASE"]
