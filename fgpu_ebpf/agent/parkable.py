@@ -15,6 +15,7 @@ from fgpu_ebpf.check import has_host_pids
 from fgpu_ebpf.driver.nvml import Nvml
 from fgpu_ebpf.ledger.ledger import Ledger
 from fgpu_ebpf.ledger.process_entry import Process
+from fgpu_ebpf.policy.units import memory_text
 from fgpu_ebpf.tenancy.enforcer import Enforcer
 from fgpu_ebpf.tenancy.tenant import Tenant
 
@@ -26,14 +27,14 @@ _EXPORTS = abi.Seen.EXPORT | abi.Seen.POOL_EXPORT
 class Parkable:
     """The state of the host on which it depends whether a tenant can be parked.
 
-    `is_on`: whether tenants may be parked at all. `root`: the root of the cgroup hierarchy. `unwitnessed`: returns the
-    bytes by (pid, device) that no probe has recorded.
+    `is_on`: whether tenants may be parked at all. `root`: the root of the cgroup hierarchy. `nvml`: None: no driver
+    responds, so no tenant can be parked. `unwitnessed`: returns the bytes by (pid, device) that no probe has recorded.
     """
 
     is_on: bool
     root: Path
     ledger: Ledger
-    nvml: Nvml
+    nvml: Nvml | None
     enforcer: Enforcer
     unwitnessed: Callable[[], Mapping[tuple[int, int], int]]
 
@@ -44,7 +45,7 @@ class Parkable:
 
     def obstacle(self, tenant: Tenant, processes: Mapping[int, Process]) -> str:
         """Return the first reason why these processes of a tenant cannot be parked; an empty text if there is none."""
-        if not self.is_on:
+        if not self.is_on or not self.nvml:
             return "parking is off: set `parking: on` in agent.yaml"
         if not has_host_pids():
             return "the agent runs in a pid namespace of its own"
@@ -62,6 +63,18 @@ class Parkable:
         for pid, process in processes.items():
             for reason in _reasons(process, {device for of, device in unwitnessed if of == pid}):
                 return f"pid {pid} {reason}"
+        return ""
+
+    def full_device(self, bytes_: Mapping[int, int]) -> str:
+        """Return the first device that has no room for these bytes, as text; an empty text if all have.
+
+        The limits do not reserve it: their sum may exceed a device, and processes without a limit take memory too.
+        """
+        for device, needed in bytes_.items():
+            free = self.nvml.free_bytes(device) if self.nvml else None
+            if self.nvml and (free is None or needed > free):
+                has = "an unknown number of bytes" if free is None else memory_text(free)
+                return f"gpu {device} has {has} free, and {memory_text(needed)} are needed"
         return ""
 
 

@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from itertools import islice
 
 from fgpu_ebpf.agent import blocked_calls, parker_client
 from fgpu_ebpf.ledger.ledger import Ledger
-from fgpu_ebpf.ledger.parked import Life
+from fgpu_ebpf.ledger.parked import Life, Parked
 from fgpu_ebpf.linux import procfs
 from fgpu_ebpf.policy.units import memory_text
 from fgpu_ebpf.snapshot import ParkingView
@@ -112,7 +113,7 @@ class ParkedTenant:
     waits, or why the driver has to be asked. `next_at`: the time of the next attempt, on the monotonic clock. `op`: the
     last request that changes the driver's state; None: of an earlier agent. `failures`: failed attempts to restore it.
     `seconds`: of the driver's copy. `shall_wake`: why it shall be woken once it is parked; empty: it shall stay parked.
-    `reason`: why it was parked, if not by hand.
+    `reason`: why it was parked, if not by hand. `needs`: the bytes that its wake-up takes, by device.
     """
 
     cgroup: int
@@ -133,6 +134,7 @@ class ParkedTenant:
     seconds: float = 0.0
     shall_wake: str = ""
     reason: str = ""
+    needs: Counter[int] = field(default_factory=Counter)
 
     def enter(self, phase: Phase, why: str = "") -> None:
         """Change the phase. Only a parked tenant's calls are searched for."""
@@ -175,6 +177,12 @@ def of_entries(ledger: Ledger, enforcer: Enforcer) -> dict[int, ParkedTenant]:
         found[cgroup].members[life] = procfs.started(life[0]) or 0
         found[cgroup].bytes += sum(entry.bytes) + (sum(process.bytes) if process else 0)
     return found
+
+
+def needs_of(parked: ParkedTenant, entries: Mapping[Life, Parked]) -> Counter[int]:
+    """Return the parked bytes of a tenant by device. Devices without such bytes are left out."""
+    own = (entries[life].bytes for life in parked.members if life in entries)
+    return Counter({device: bytes_ for device, bytes_ in enumerate(map(sum, zip(*own, strict=True))) if bytes_})
 
 
 def view_of(parked: ParkedTenant | None, totals: Totals | None) -> ParkingView | None:

@@ -14,7 +14,7 @@ import selectors
 import socket
 import threading
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Container, Iterable, Mapping, MutableMapping
 from pathlib import Path
 
@@ -28,6 +28,7 @@ from fgpu_ebpf.agent.parked_tenant import (
     Phase,
     Totals,
     full_level,
+    needs_of,
     of_entries,
     stuck,
     view_of,
@@ -320,6 +321,11 @@ class Parking:
 
     def _wake(self, parked: ParkedTenant) -> None:
         """Charge the tenant, and have it restored; if there is no room, try again later."""
+        parked.needs = needs_of(parked, self._ledger.parked.entries())
+        coming = sum((p.needs for p in self._tenants.values() if p is parked or p.phase is Phase.WAKING), Counter())
+        if why := self.parkable.full_device({device: coming[device] for device in parked.needs}):
+            self._wait(parked, why)
+            return
         sock = parker_client.connected(self._run_dir)
         if sock is None:
             self._wait(parked, f"the parker does not run: {parker_client.FIX}")
@@ -333,7 +339,7 @@ class Parking:
         self._ask(parked, sock, Goal.WAKE)
 
     def _wait(self, parked: ParkedTenant, why: str) -> None:
-        if why != parked.why:
+        if not parked.why:  # later reasons have other numbers
             self._history.add("wake waits", tenant=parked.name, bytes=parked.bytes, text=why)
         parked.enter(Phase.WAITING, why)
         parked.next_at = time.monotonic() + AGAIN_SECONDS

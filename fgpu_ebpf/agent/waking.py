@@ -10,13 +10,13 @@ from __future__ import annotations
 import selectors
 import time
 from pathlib import Path
-from typing import cast
 
-from fgpu_ebpf.agent import parker_client
+from fgpu_ebpf.agent import host_config, parker_client
 from fgpu_ebpf.agent.parkable import Parkable
 from fgpu_ebpf.agent.parking import Parking
 from fgpu_ebpf.check import Check
-from fgpu_ebpf.driver.nvml import Nvml
+from fgpu_ebpf.driver import device_indexes
+from fgpu_ebpf.driver.nvml import DriverError, Nvml
 from fgpu_ebpf.ledger.ledger import Ledger, LedgerMissing
 from fgpu_ebpf.linux import procfs
 from fgpu_ebpf.tenancy.enforcer import Enforcer
@@ -37,7 +37,7 @@ def wake_all(run_dir: Path, pins: Path) -> str:
     try:
         if root is None or not ledger.parked.entries():
             return ""
-        return _wake(run_dir, ledger, root)
+        return _wake(run_dir, pins, ledger, root)
     finally:
         ledger.close()
 
@@ -47,10 +47,14 @@ def limit_seconds(bytes_: int) -> float:
     return LEAST_SECONDS + bytes_ / parker_client.SLOWEST
 
 
-def _wake(run_dir: Path, ledger: Ledger, root: Path) -> str:
+def _wake(run_dir: Path, pins: Path, ledger: Ledger, root: Path) -> str:
     failed: dict[str, Check] = {}
     enforcer = Enforcer(ledger, Workloads(root), (), overcommit=False)
-    nvml = cast("Nvml", None)  # it is asked only about tenants that shall be parked
+    host, _ = host_config.read()
+    try:
+        nvml = Nvml((host.driver_root if host else Path("/")).resolve(), device_indexes.pinned(pins))
+    except DriverError:  # a wrong root is no reason to leave tenants parked
+        nvml = None
     parking = Parking(run_dir, Parkable(False, root, ledger, nvml, enforcer, dict), EventLog(), failed)
     bytes_ = sum(sum(entry.bytes) for entry in ledger.parked.entries().values())
     until = time.monotonic() + limit_seconds(bytes_)

@@ -166,6 +166,16 @@ class Nvml:
             self._find_again(error)
             return None
 
+    def free_bytes(self, index: int) -> int | None:
+        """Return the bytes of a device that no process holds; None: NVML does not report them. Any thread may call it.
+
+        Unlike used_bytes(), it never restarts NVML.
+        """
+        try:
+            return int(pynvml.nvmlDeviceGetMemoryInfo(self._handle(index)).free)
+        except (pynvml.NVMLError, KeyError):
+            return None
+
     def in_mig_mode(self, index: int) -> bool:
         """Return whether the device is divided into MIG instances, which the ledger does not support."""
         try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -147,6 +148,27 @@ def test_a_tenant_waits_for_room_in_its_group(parker: Parker, unharmed: None, tm
         assert program.is_intact()
     finally:
         place.close()
+
+
+def test_a_tenant_waits_for_room_on_the_device_if_the_limits_exceed_it(host: Place, one: Tenant) -> None:
+    """The driver may not be able to restore a process after a restore without room."""
+    program, other = holder(one), host.tenant(64 * GIB)
+    fgpu("park", one.path)
+    assert_parked(one)
+    rival = other.client()
+    rival.ok("context")
+    eventually(lambda: device_bytes() >= CONTEXT, 5, "the context in NVML's figure")
+    rival.ok(f"alloc {16 * GIB - device_bytes() - 32 * MIB}")
+    program.send("synchronise()")
+    becomes(one, "waiting")
+    steadily(lambda: state(one) == "waiting", 1.5, what="no attempt to restore")
+    assert re.search(r"gpu 0 has 3\d(\.\d)?MiB free, and 582MiB are needed", fgpu("explain", one.path).stdout)
+    assert [e["tenant"] for e in events("wake waits")].count(one.name) == 1
+    assert not [e for e in events("wake failed") if e["tenant"] == one.name]
+    rival.kill()
+    assert program.receive(20) == "0"
+    assert_running(one)
+    assert program.is_intact()
 
 
 @pytest.mark.parametrize("how", ["kill", "execute()"])

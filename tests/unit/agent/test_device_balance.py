@@ -382,6 +382,17 @@ def test_a_context_that_a_call_has_freed_is_not_taken_from_the_orphans_of_its_pi
     machine.look([1, 0], False)
 
 
+def test_a_context_that_an_ended_process_had_destroyed_is_not_taken_from_the_orphans_of_its_pid() -> None:
+    """Another process keeps the memory of a program. The next program of that pid destroys its context, and ends."""
+    machine = Machine()
+    machine.populate(has_managed=False, has_orphan=False)
+    machine.execute(keepers=1, n=0)
+    machine.settle()
+    machine.end_context(n=1)
+    machine.kill(keepers=0, n=1)
+    machine.settle()
+
+
 @pytest.mark.parametrize("in_use", [None, 5 * MIB], ids=["bytes in use unknown", "row unknown"])
 def test_without_a_sample_any_process_may_be_in_a_call(in_use: int | None) -> None:
     """No byte of a row is proved to belong to a live process if the rows or the bytes in use are unknown."""

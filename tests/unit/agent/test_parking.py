@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import selectors
 import socket
 import subprocess
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,6 +21,7 @@ import pytest
 from fgpu_ebpf import abi
 from fgpu_ebpf.agent import blocked_calls, parker_client, parking
 from fgpu_ebpf.agent.parkable import Parkable
+from fgpu_ebpf.agent.parked_tenant import ParkedTenant, Phase
 from fgpu_ebpf.agent.parking import Parking
 from fgpu_ebpf.ledger.parked import Parked
 from fgpu_ebpf.ledger.process_entry import Process
@@ -138,11 +141,14 @@ class Host:
             groups=set, get=lambda cgroup: self.tenant if cgroup == CGROUP else None, name_of=lambda _: "alice"
         )
         self.checks: dict[str, Any] = {}
+        self.free_bytes: int | None = HELD
         self.start()
 
     def start(self) -> None:
         """Start an agent, as after the end of an earlier one."""
-        nvml: Any = SimpleNamespace(driver_version="580.1", in_mig_mode=lambda _: False)
+        nvml: Any = SimpleNamespace(
+            driver_version="580.1", in_mig_mode=lambda _: False, free_bytes=lambda _: self.free_bytes
+        )
         ledger: Any = self.ledger
         parkable = Parkable(True, Path("/sys/fs/cgroup"), ledger, nvml, self.enforcer, dict)
         self.parking = Parking(self.folder, parkable, self.history, self.checks)
@@ -253,6 +259,31 @@ def test_a_wake_up_waits_for_room(host: Host) -> None:
     host.ledger.is_full = False
     host.until("running")
     assert "wake waits" in host.what()
+
+
+@pytest.mark.parametrize("free", [HELD - 1, None])
+def test_no_restore_is_tried_without_room_on_the_device(host: Host, free: int | None) -> None:
+    parked(host)
+    host.free_bytes = free
+    errand = host.parking.wake(CGROUP, "alice")
+    host.until("waiting")
+    assert errand.waits.startswith("gpu 0 has ")
+    for host.free_bytes in (free, HELD - 2):
+        host.parking.look()
+    assert (host.books(), host.parker.asked) == ((True, HELD), ["park"])
+    host.free_bytes = HELD
+    host.until("running")
+    assert host.what() == ["parked", "wake waits", "woken"]
+
+
+def test_two_wake_ups_do_not_count_on_the_same_room(host: Host) -> None:
+    parked(host)
+    other = ParkedTenant(CGROUP + 1, "bob", "/bob", {(1, 1): 1}, Phase.WAKING, needs=Counter({0: 1}), next_at=math.inf)
+    host.parking._tenants[other.cgroup] = other
+    host.parking.wake(CGROUP, "alice")
+    assert host.state() == "waiting"
+    host.parking._tenants.pop(other.cgroup)
+    host.until("running")
 
 
 @pytest.mark.parametrize(
