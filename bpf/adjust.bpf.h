@@ -180,10 +180,7 @@ static int adjust_process(struct bpf_raw_tracepoint_args *ctx, u32 tgid)
         done = overhead_changes(p, ctx, &more);
         if (!done) enter_overhead(p, ctx->args[3], more);
     }
-    if (ctx->args[0] == FGPU_MOVE) {
-        done = move(p, ctx);
-        if (UNLIKELY(p->flags & FGPU_PARKED)) move_parked(p, tgid);
-    }
+    if (ctx->args[0] == FGPU_MOVE) done = UNLIKELY(p->flags & FGPU_PARKED) && !stays(p, ctx) ? -16 : move(p, ctx);
     if (ctx->args[0] == FGPU_BEGIN_PARK) done = begin_park(p, tgid);
     if (ctx->args[0] == FGPU_PARK) done = park(p, tgid, ctx->args[3]);
     if (ctx->args[0] == FGPU_WAKE) done = wake(p, tgid, ctx->args[3], ctx->args[4]);

@@ -3,7 +3,8 @@
  * device holds nothing of it.
  *
  * The process's own level stays charged: its room is kept, and views from inside do not change. The levels around it
- * are not charged. So only these have to admit the bytes when the process is woken.
+ * are not charged. So only these have to admit the bytes when the process is woken. The levels of a process with an
+ * entry do not change: its shim finds on the page of its own level that it has to hold calls back.
  */
 
 static struct fgpu_parked *parked_entry(u32 tgid, u64 generation)
@@ -85,31 +86,6 @@ static int wake(struct fgpu_process *p, u32 tgid, u32 device, int force)
     if (own) subtract(&own->parked[slot(device)], bytes);
     end(p);
     return 0;
-}
-
-/* Move the parked bytes of a process to the own level that it has now; 0: it has none any more. */
-static void move_parked(struct fgpu_process *p, u32 tgid)
-{
-    struct fgpu_parked *entry = parked_entry(tgid, p->generation);
-    if (!entry) return;
-    struct fgpu_level from = entry->level, to = *levels_of(p, *(volatile u64 *)&p->turn);
-    entry->level = to;
-    if (from.cgroup == to.cgroup) return;
-    hold(&from, -1ull);
-    hold(&to, 1);
-    struct fgpu_usage_page *before = from.cgroup ? page_at(&from) : 0, *after = to.cgroup ? page_at(&to) : 0;
-    for (u32 d = 0; d < FGPU_DEVICES; d++) {
-        u64 bytes = *(volatile u64 *)&entry->bytes[d];
-        if (before) {
-            subtract(&before->parked[d], bytes);
-            subtract(&before->devices[d].used, bytes);
-        }
-        if (after) {
-            u64 now = __sync_fetch_and_add(&after->devices[d].used, bytes) + bytes;
-            raise_peak(&after->devices[d].peak, now);
-            __sync_fetch_and_add(&after->parked[d], bytes);
-        }
-    }
 }
 
 /* A parked process has exited: its bytes are on no device, so they are released at once. */

@@ -104,9 +104,9 @@ def page_unannounced() -> None:
 
 def charges_behind() -> None:
     """A new level is in force, without the charges of the processes that are already in it."""
-    from fgpu_ebpf.tenancy.enforcer import Enforcer
+    from fgpu_ebpf.tenancy.moves import Moves
 
-    before(Enforcer, "_take_over")
+    before(Moves, "take_over")
 
 
 def level_half_gone() -> None:

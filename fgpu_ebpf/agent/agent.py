@@ -103,7 +103,7 @@ class Agent:
         self.selector.register(fd, selectors.EVENT_READ, self._look_at_named)
         self.selector.register(discovery, selectors.EVENT_READ, discovery.take)
         self.selector.register(parts.events, selectors.EVENT_READ, parts.events.read)
-        self.selector.register(parts.enforcer, selectors.EVENT_READ, parts.enforcer.take_over_late)
+        self.selector.register(parts.enforcer.moves, selectors.EVENT_READ, parts.enforcer.moves.take_over_late)
         self.selector.register(parts.reconciler, selectors.EVENT_READ, self._look_at_holders)
         self.selector.register(parts.policies, selectors.EVENT_READ, parts.policies.take)
         self.selector.register(self.engines, selectors.EVENT_READ, self._look_at_answered)

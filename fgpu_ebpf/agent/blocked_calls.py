@@ -165,3 +165,23 @@ class BlockedCalls:
 
 def _same(one: Sleep | None, other: Sleep) -> bool:
     return one is not None and (one.sp, one.pc) == (other.sp, other.pc)
+
+
+class Checks:
+    """The threads that look at tenants before these are parked. A tenant can make a look block for ever."""
+
+    def __init__(self) -> None:
+        self._threads: dict[int, threading.Thread] = {}
+
+    def begin(self, cgroup: int, run: Callable[[], None]) -> str:
+        """Run a function in a thread of its own. Return why this is not possible; an empty text if it has begun."""
+        self._threads = {key: thread for key, thread in self._threads.items() if thread.is_alive()}
+        if cgroup in self._threads:
+            return "an earlier look at its memory has not ended"
+        thread = threading.Thread(target=run, name="parking", daemon=True)
+        try:
+            thread.start()
+        except RuntimeError as error:
+            return str(error)
+        self._threads[cgroup] = thread
+        return ""

@@ -7,6 +7,7 @@ what the kernel's ledger counts (changes of charges, requests, the calls that th
 
 from __future__ import annotations
 
+import re
 import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping, MutableMapping
@@ -101,6 +102,7 @@ class IdleParking:
         why = f"idle for {duration_text(self._idleness.seconds(now, tenant.cgroup))}"
         try:
             self._attempts[tenant.cgroup] = Attempt(tenant, devices, self._parking.park(tenant, why))
+            self._idleness.tried(tenant.cgroup)
         except ParkingError as error:
             self._refuse(now, tenant, str(error))
 
@@ -115,9 +117,9 @@ class IdleParking:
                     self._refused.pop(cgroup, None)
 
     def _refuse(self, now: float, tenant: Tenant, why: str) -> None:
-        """Record why a tenant could not be parked. A reason that is as before makes no further event."""
+        """Record why a tenant could not be parked. A reason that is as before, but for numbers, makes no event."""
         self._idleness.failed(now, tenant.cgroup, _after(tenant))
-        if self._refused.get(tenant.cgroup) != why:
+        if _words(self._refused.get(tenant.cgroup, "")) != _words(why):
             self._history.add("not parked", tenant=tenant.name, text=why)
         self._refused[tenant.cgroup] = why
 
@@ -155,6 +157,10 @@ class IdleParking:
         why = parkable.obstacle(tenant, parkable.processes_of(tenant))
         now = f"cannot be parked now: {why}" if why else "can be parked while it makes no call"
         return "; ".join(filter(None, (now, parking_text.plan(plain(view)) if view else "")))
+
+
+def _words(text: str) -> str:
+    return re.sub(r"[0-9.]+", "", text)
 
 
 def _after(tenant: Tenant) -> float:

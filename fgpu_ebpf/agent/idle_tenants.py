@@ -29,12 +29,16 @@ class Look:
 
 @dataclass(slots=True)
 class Idle:
-    """The idle time of a tenant. `since`, `again_at`: times; before `again_at` it is not tried again."""
+    """The idle time of a tenant. `since`, `again_at`: times; before `again_at` it is not tried again.
 
-    signs: Hashable
+    `signs`: of the last look; None: the next look has them. `is_tried`: it is being parked.
+    """
+
+    signs: Hashable | None
     since: float
     again_at: float = 0.0
     failures: int = 0
+    is_tried: bool = False
 
 
 class Idleness:
@@ -54,21 +58,34 @@ class Idleness:
         was, self._idle, self._looked_at = self._idle, {}, now
         for cgroup, look in looks.items():
             idle = was.get(cgroup)
+            if idle and idle.signs is None:
+                idle.signs = look.signs
+            if idle and idle.is_tried:  # the attempt itself changes the signs
+                self._idle[cgroup] = idle
+                continue
             if idle is None or is_gap or look.is_busy or idle.signs != look.signs:
                 idle = Idle(look.signs, now)
             self._idle[cgroup] = idle
-        due = [c for c, look in looks.items() if not look.is_busy and not self.due_in(now, c, look.after)]
+        free = [cgroup for cgroup, look in looks.items() if not (look.is_busy or self._idle[cgroup].is_tried)]
+        due = [cgroup for cgroup in free if not self.due_in(now, cgroup, looks[cgroup].after)]
         return sorted(due, key=lambda cgroup: self._idle[cgroup].since)
 
     def begin_anew(self, cgroup: int) -> None:
         """Let the idle time of a tenant begin at the next look."""
         self._idle.pop(cgroup, None)
 
+    def tried(self, cgroup: int) -> None:
+        """Record that an attempt to park a tenant has begun. It ends with failed() or begin_anew()."""
+        if idle := self._idle.get(cgroup):
+            idle.is_tried = True
+
     def failed(self, now: float, cgroup: int, after: float) -> None:
         """Record that a tenant could not be parked: it is tried again after twice the time, and so on up to an hour."""
         if idle := self._idle.get(cgroup):
             idle.failures = min(idle.failures + 1, MOST_DOUBLINGS)
             idle.again_at = now + max(after, min(after * 2**idle.failures, MOST_AGAIN))
+            if idle.is_tried:  # calls during the attempt are not known
+                idle.signs, idle.since, idle.is_tried = None, now, False
 
     def seconds(self, now: float, cgroup: int) -> float:
         """Return for how long a tenant has been idle."""

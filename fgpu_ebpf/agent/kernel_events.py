@@ -167,8 +167,8 @@ class KernelEvents:
             levels = self._enforcer.levels(path)
             for pid in self._manager.workloads.pids(path):
                 if pid in known and known[pid].levels != levels:
-                    self._ledger.move(pid, known[pid].generation, levels)
-                    self._ledger.new_epoch()
+                    if self._ledger.move(pid, known[pid].generation, levels):
+                        self._ledger.new_epoch()
                 elif pid in holders and pid not in known and levels:
                     self._ledger.new_epoch()  # the shim is registered as unmanaged, and has to register again
 

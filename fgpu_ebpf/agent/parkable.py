@@ -20,6 +20,7 @@ from fgpu_ebpf.tenancy.enforcer import Enforcer
 from fgpu_ebpf.tenancy.tenant import Tenant
 
 LEAST_DRIVER = 570
+MOST_PROCESSES = 512  # of one request to the parker
 _EXPORTS = abi.Seen.EXPORT | abi.Seen.POOL_EXPORT
 
 
@@ -53,6 +54,8 @@ class Parkable:
             return "it is a group: park the tenants in it"
         if not processes:
             return "no process of the tenant holds device memory"
+        if len(processes) > MOST_PROCESSES:
+            return f"more than {MOST_PROCESSES} processes of the tenant hold device memory"
         version = self.nvml.driver_version.split(".")[0]
         if version.isdigit() and int(version) < LEAST_DRIVER:
             return f"driver {self.nvml.driver_version} cannot copy processes to the host: use {LEAST_DRIVER} or later"

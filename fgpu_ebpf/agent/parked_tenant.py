@@ -14,6 +14,7 @@ from enum import StrEnum
 from itertools import islice
 
 from fgpu_ebpf.agent import blocked_calls, parker_client
+from fgpu_ebpf.agent.parkable import Parkable
 from fgpu_ebpf.ledger.ledger import Ledger
 from fgpu_ebpf.ledger.parked import Life, Parked
 from fgpu_ebpf.linux import procfs
@@ -200,6 +201,22 @@ def stuck(tenants: Iterable[ParkedTenant]) -> str:
     """Return which tenants may have to wait for long, and why; an empty text if none has to."""
     slow = (p for p in tenants if p.phase in (Phase.UNKNOWN, Phase.WAITING))
     return "; ".join(f"{parked.name} is {parked.phase}: {parked.why}" for parked in islice(slow, 5))
+
+
+def outdated(tenant: ParkedTenant, parkable: Parkable) -> str:
+    """Return why a tenant must not stay parked; an empty text if it may.
+
+    The levels of a parked process do not change, so a tenant wakes up before they do.
+    """
+    ledger, enforcer = parkable.ledger, parkable.enforcer
+    if not parkable.is_on:
+        return "parking is off"
+    if ledger.parked.unmoved.intersection(pid for pid, _ in tenant.members):
+        return "a process has other limits around it now"
+    leaving = enforcer.leaving.keys()
+    processes = [ledger.process(pid) for pid, _ in tenant.members] if leaving else []
+    is_left = any(leaving & process.levels for process in processes if process)
+    return "a limit was removed" if is_left or not enforcer.get(tenant.cgroup) else ""
 
 
 def full_level(tenant: ParkedTenant, ledger: Ledger, enforcer: Enforcer) -> str:

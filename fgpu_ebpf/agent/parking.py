@@ -12,10 +12,9 @@ import logging
 import os
 import selectors
 import socket
-import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Container, Iterable, Mapping, MutableMapping
+from collections.abc import Callable, Collection, Container, Iterable, Mapping, MutableMapping
 from pathlib import Path
 
 from fgpu_ebpf.agent import blocked_calls, parker_client
@@ -30,6 +29,7 @@ from fgpu_ebpf.agent.parked_tenant import (
     full_level,
     needs_of,
     of_entries,
+    outdated,
     stuck,
     view_of,
 )
@@ -71,6 +71,7 @@ class Parking:
         self._selector: selectors.BaseSelector | None = None
         self._inbox: deque[Callable[[], None]] = deque()  # what threads have found, for the main loop
         self._wakeup = Wakeup()
+        self._checks = blocked_calls.Checks()
         self.errands = Errands()
         self.totals: dict[int, Totals] = {}
 
@@ -103,16 +104,10 @@ class Parking:
                 self._ask_for_states(parked)
             elif parked.phase is Phase.WAITING:
                 self._wake(parked)
-            elif parked.phase is Phase.PARKED and (why := self._outdated(parked)):
+            elif parked.phase is Phase.PARKED and (why := outdated(parked, self.parkable)):
                 self._begin_to_wake(parked, why)
         self.totals = {cgroup: t for cgroup, t in self.totals.items() if self._enforcer.get(cgroup)}
         self._report()
-
-    def _outdated(self, parked: ParkedTenant) -> str:
-        """Return why a parked tenant must not stay parked; an empty text if it may."""
-        if not self.parkable.is_on:
-            return "parking is off"
-        return "" if self._enforcer.get(parked.cgroup) else "the tenant has no limit any more"
 
     def _report(self) -> None:
         """Report tenants that may have to wait for long, as a failed check."""
@@ -148,17 +143,12 @@ class Parking:
         errand = self.errands.add(Goal.PARK, tenant.name, bytes_)
         parked.errands.append(errand)
         self._tenants[tenant.cgroup] = parked
-        self._start_thread(parked, lambda: self._check_calls(parked))
+        if error := self._checks.begin(tenant.cgroup, lambda: self._check_calls(parked)):
+            self._give_up(parked, error)
         return errand
 
-    def _start_thread(self, parked: ParkedTenant, run: Callable[[], None]) -> None:
-        try:
-            threading.Thread(target=run, name="parking", daemon=True).start()
-        except RuntimeError as error:
-            self._give_up(parked, str(error))
-
     def _check_calls(self, parked: ParkedTenant) -> None:
-        """Look at the calls of a tenant before it is parked, which may block. Runs in a thread of its own."""
+        """Look at the calls of a tenant before it is parked. Runs in a thread of its own."""
         why, quiet = blocked_calls.before_parking(pid for pid, _ in parked.members)
         self._put(parked, lambda: self._begin_to_park(parked, why, quiet))
 
@@ -303,12 +293,17 @@ class Parking:
         parked.finish(Goal.WAKE)
         self._remove(parked, parked.why or "interrupted")
 
-    def _settle_lost(self, parked: ParkedTenant, error: str) -> None:
-        """The driver cannot restore the tenant, and its calls get the driver's errors. NVML shows what it holds."""
-        self._history.add("parking lost", tenant=parked.name, bytes=parked.bytes, text=error)
+    def _settle_lost(self, parked: ParkedTenant, lives: Collection[Life]) -> None:
+        """The driver cannot restore these processes. Their calls get its errors, and NVML shows what they hold."""
+        pids = ", ".join(str(pid) for pid, _ in lives)
+        self._history.add("parking lost", tenant=parked.name, text=f"the driver reports a failure of pid {pids}")
         for goal in Goal:
-            parked.finish(goal, f"the driver has lost the tenant: {error}")
-        self._settle_running(parked)
+            parked.finish(goal, f"the driver has lost pid {pids}")
+        for life in lives:
+            self._ledger.parked.wake(life, force=True)
+            parked.members.pop(life)
+        self._end_entries(lives)
+        parked.shall_wake = parked.shall_wake or "the driver has lost another process of it"
 
     def _release(self, lives: Iterable[Life]) -> None:
         for life in lives:
@@ -357,13 +352,14 @@ class Parking:
 
     def _settle(self, parked: ParkedTenant, states: Mapping[str, str]) -> None:
         """Make the ledger agree with the driver. Processes in different states, or locked ones, are woken together."""
+        if lost := [life for life in parked.members if states.get(str(life[0])) == "failed"]:
+            self._settle_lost(parked, lost)
         said = {states.get(str(pid), "unknown") for pid, _ in parked.members} - {"gone"}
-        if said <= {"running"}:  # a process that the driver does not know holds nothing that it could copy
+        # All are parked or none. So if one runs, a process that the driver does not know is none that it has parked.
+        if said <= {"running"} or said == {"running", "unknown"}:
             self._settle_running(parked)
         elif said == {"checkpointed"}:
             self._settle_parked(parked)
-        elif "failed" in said:
-            self._settle_lost(parked, "the driver reports a failure")
         elif "unknown" in said:
             self._lose_sight(parked, "the driver does not report the state of all processes")
         else:
@@ -378,6 +374,8 @@ class Parking:
         parked.close_request()
         parked.enter(Phase.UNKNOWN)
         self._tenants.pop(parked.cgroup, None)
+        self._enforcer.moves.catch_up(pid for pid, _ in parked.members)
+        self._enforcer.release_left()
         for goal in Goal:
             parked.finish(goal, error)
 

@@ -138,7 +138,7 @@ def _detached() -> dict[str, Any]:
     An agent that starts or exits holds its lock and has no socket, so both ways are repeated. After STARTING_SECONDS,
     an agent that holds its lock and does not answer counts as hung.
     """
-    until = time.monotonic() + STARTING_SECONDS
+    until, parked_until = time.monotonic() + STARTING_SECONDS, 0.0
     while True:
         try:
             return control_client.call(run_dir(), {"verb": "detach"}) or {}  # an agent of an older version answers null
@@ -146,10 +146,12 @@ def _detached() -> dict[str, Any]:
             if isinstance(error, control_client.NoAnswerError) and error.denied:
                 fail(no_answer(error), 3)
         except control_client.RequestError as error:
-            if error.code != control_client.PARKED:
+            parked_until = parked_until or time.monotonic() + STARTING_SECONDS
+            if error.code != control_client.PARKED or time.monotonic() > parked_until:
                 fail(str(error), error.code)
             wake_all()
             until = time.monotonic() + STARTING_SECONDS
+            time.sleep(0.1)  # a tenant may be parked again, or have no limit any more and wake up by itself
             continue
         from fgpu_ebpf import daemon
 

@@ -144,7 +144,14 @@ class LedgerCache:
         return len(self._fds) >= MOST_PAGES
 
     def managed_state(self, pid: int, cgroup: int) -> ManagedState:
-        """Return whether a process of this cgroup is managed, its levels and its bound owner; cached by cgroup."""
+        """Return whether a process of this cgroup is managed, its levels and its bound owner; cached by cgroup.
+
+        A process that is parked keeps the levels that it had, wherever it is.
+        """
+        process = self._ledger.process(pid)
+        if process and process.is_parked and process.levels:
+            owner = self._lineages.owner(pid, process.levels[0], process.levels)
+            return ManagedState(True, process.levels[0], process.levels, owner=owner)
         known = self._states.get(cgroup)
         if known is None:
             ids = self._lineages.of(pid, cgroup)

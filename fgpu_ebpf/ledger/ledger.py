@@ -309,7 +309,8 @@ class Ledger:
         """Move a process and its charges to other levels, innermost first.
 
         Generation 0 adopts a process that has no entry. A move to the same levels moves charges that were late for the
-        last move. If the process has just been moved, the method tries again, for at most 0.2 s.
+        last move. If the process has just been moved, the method tries again, for at most 0.2 s. A process with an
+        entry in the map `parked` is not moved but entered in `parked.unmoved`: it has to run first.
 
         Returns:
             False if the process was not moved.
@@ -320,6 +321,8 @@ class Ledger:
             if done != -errno.EAGAIN:
                 break
             time.sleep(MOVE_SECONDS)
+        if done == -errno.EBUSY:
+            self.parked.unmoved.add(tgid)
         return done == 0
 
     def reap(self, tgid: int, generation: int) -> bool:

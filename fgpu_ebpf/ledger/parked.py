@@ -48,6 +48,8 @@ class ParkedMap:
         self._maps = maps
         self._adjust = run
         self._moving = moving
+        self.unmoved: set[int] = set()
+        """Processes that are to be moved to other levels when they run again, by pid."""
 
     def entries(self) -> dict[Life, Parked]:
         """Return all entries by process."""

@@ -25,6 +25,7 @@ from fgpu_ebpf.linux.wakeup import Wakeup
 from fgpu_ebpf.parker import claims, worker
 from fgpu_ebpf.parker.cuda import Checkpoints
 from fgpu_ebpf.parker.protocol import MOST_LINE_BYTES, UNCHANGED, Outcome, Request, RequestError, line, parse
+from fgpu_ebpf.parker.room import Copy
 
 SOCKET = "parker.sock"
 MOST_JOBS = 64
@@ -149,7 +150,10 @@ class Parker:
 
     def _start(self, job: Running) -> None:
         assert job.request
-        job.worker = worker.start(job.request, job.claimed, job.why, self._open_driver)
+        running = (other.request for other in self._jobs if other is not job and other.worker)
+        parks = (request for request in running if request and request.op == "park")
+        others = [Copy([process.pid for process in request.processes], request.size) for request in parks]
+        job.worker = worker.start(job.request, job.claimed, job.why, others, self._open_driver)
         copying = job.request.size / SLOWEST
         job.until = time.monotonic() + copying + (RECOVERY_SECONDS if job.why else job.request.deadline_ms / 1000)
         job.is_killed, job.line = False, b""

@@ -7,8 +7,9 @@ of files that were not used lately make room by themselves, so they count as roo
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from fgpu_ebpf.linux import procfs
 from fgpu_ebpf.parker.processes import cgroups
@@ -25,18 +26,34 @@ _VERSIONS = (
 )
 
 
-def check(pids: Iterable[int], size: int) -> None:
-    """Check that `size` bytes and a margin fit in each memory cgroup and in the host. Raises RequestError."""
-    needed = int(size * (1 + MARGIN))
-    seen = set()
-    for pid in pids:
-        for path, folder in cgroups(pid, "memory"):
-            if folder not in seen:
-                seen.add(folder)
-                _check_cgroup(path, folder, needed)
-    available = _available()
+class Copy(NamedTuple):
+    """The copy of a job. `size`: bytes of device memory."""
+
+    pids: Sequence[int]
+    size: int
+
+
+def check(copy: Copy, others: Iterable[Copy] = ()) -> None:
+    """Check that a copy and a margin fit in each memory cgroup and in the host. Raises RequestError.
+
+    `others`: the copies that began before and may not be complete. What they have copied already counts twice.
+    """
+    around = [(other.size, _folders_of_some(other.pids)) for other in others]
+    for path, folder in dict.fromkeys(found for pid in copy.pids for found in cgroups(pid, "memory")):
+        needed = copy.size + sum(size for size, folders in around if folder in folders)
+        _check_cgroup(path, folder, int(needed * (1 + MARGIN)))
+    needed, available = int((copy.size + sum(size for size, _ in around)) * (1 + MARGIN)), _available()
     if available < needed:
         raise RequestError(f"the host has {_gib(available)} of memory available, and the copy may need {_gib(needed)}")
+
+
+def _folders_of_some(pids: Iterable[int]) -> set[Path]:
+    """Return the cgroups of the processes that have not ended."""
+    found: set[Path] = set()
+    for pid in pids:
+        with contextlib.suppress(RequestError):
+            found.update(folder for _, folder in cgroups(pid, "memory"))
+    return found
 
 
 def _check_cgroup(path: str, folder: Path, needed: int) -> None:

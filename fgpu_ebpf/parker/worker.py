@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,6 +19,7 @@ from fgpu_ebpf.parker.cuda import Checkpoints, DriverError, Libcuda
 from fgpu_ebpf.parker.job import Job
 from fgpu_ebpf.parker.processes import Process
 from fgpu_ebpf.parker.protocol import UNCHANGED, Outcome, Request, RequestError, line
+from fgpu_ebpf.parker.room import Copy
 
 _LAST_INHERITED = 2
 
@@ -30,27 +31,32 @@ class Worker(NamedTuple):
     output: int
 
 
-def start(request: Request, claimed: int, why: str, open_driver: Callable[[], Checkpoints]) -> Worker:
+def start(
+    request: Request, claimed: int, why: str, others: Sequence[Copy], open_driver: Callable[[], Checkpoints]
+) -> Worker:
     """Fork the process of a job. Raises OSError.
 
     Args:
         request: what to do.
         claimed: the descriptor with the locks of the processes, or -1.
         why: not empty: the processes are brought back after another job has ended halfway, for this reason.
+        others: the copies of jobs that began before.
         open_driver: loads the driver.
     """
     output, end = os.pipe2(os.O_CLOEXEC)
     pid = os.fork()
     if pid == 0:
         try:
-            _run(request, end, claimed, why, open_driver)
+            _run(request, end, claimed, why, others, open_driver)
         finally:
             os._exit(1)
     os.close(end)
     return Worker(pid, output)
 
 
-def _run(request: Request, end: int, claimed: int, why: str, open_driver: Callable[[], Checkpoints]) -> None:
+def _run(
+    request: Request, end: int, claimed: int, why: str, others: Sequence[Copy], open_driver: Callable[[], Checkpoints]
+) -> None:
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGCHLD):
         signal.signal(number, signal.SIG_DFL)
     _close_all_but(end, claimed)
@@ -62,7 +68,7 @@ def _run(request: Request, end: int, claimed: int, why: str, open_driver: Callab
     targets: list[Process] = []
     try:
         targets += map(Process, request.processes)
-        check_room = partial(room.check, [target.pid for target in targets], request.size)
+        check_room = partial(room.check, Copy([target.pid for target in targets], request.size), others)
         job = Job(request, open_driver(), targets, check_room, say)
         if request.op == "state":
             lacks = [f"CAP_{needed.name}" for needed in capabilities.lacking(capabilities.PARKER)]

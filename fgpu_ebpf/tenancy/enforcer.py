@@ -11,7 +11,6 @@ applied in a tenant that contains a preexisting process, because a preexisting p
 from __future__ import annotations
 
 import contextlib
-from collections import deque
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import replace
 from types import MappingProxyType
@@ -21,10 +20,10 @@ from fgpu_ebpf.ledger.ledger import Ledger
 from fgpu_ebpf.ledger.level_limits import LevelLimits
 from fgpu_ebpf.ledger.process_entry import levels_of
 from fgpu_ebpf.linux import procfs
-from fgpu_ebpf.linux.wakeup import Wakeup
 from fgpu_ebpf.policy.rules import Device
 from fgpu_ebpf.tenancy.device_commitments import Commitments, counts, counts_by_device
 from fgpu_ebpf.tenancy.level_capacity import LevelCapacity
+from fgpu_ebpf.tenancy.moves import Moves
 from fgpu_ebpf.tenancy.preexisting import PreexistingProcesses
 from fgpu_ebpf.tenancy.tenant import Tenant
 from fgpu_ebpf.tenancy.tenant_names import TenantNames
@@ -63,8 +62,9 @@ class Enforcer:
         self.commitments = Commitments(self._tree, devices, overcommit)
         self.get, self.at, self.around = self._tree.get, self._tree.at, self._tree.around
         self.names = TenantNames()
-        self._wakeup = Wakeup()
-        self._published: deque[tuple[set[int], int]] = deque()  # new levels, and processes_so_far() before these
+        self.moves = Moves(ledger, self.levels)
+        self.leaving: dict[int, bool] = {}
+        """Cgroups that are to be released when their parked processes run. The value: whether their pages stay."""
 
     # -- the managed cgroups
 
@@ -137,14 +137,14 @@ class Enforcer:
             with self._unless_refused():
                 inside = self._enter_all(changed)
                 so_far, levels = self._ledger.processes_so_far(), [self._in_force(t) for t in (*changed, *inside)]
-                self._ledger.set_limits(levels, lambda new: self._note_published(new, so_far))
+                self._ledger.set_limits(levels, lambda new: self.moves.published(new, so_far))
                 self._ledger.times.set_shares({t.cgroup: t.shares for t in changed})
         except OSError:
             self._ledger.remove(new)
             raise
         self.names.enter(changed)
         if new:
-            self._take_over(new)
+            self.moves.take_over(new)
             self._ask_again([tenant for tenant in changed if tenant.cgroup in new])
         for cgroup in self._in_use(changed):
             self.use(cgroup)
@@ -210,6 +210,7 @@ class Enforcer:
             raise
 
     def _enter(self, tenant: Tenant) -> None:
+        self.leaving.pop(tenant.cgroup, None)
         self.places.enter(tenant.cgroup, tenant.path)
         self._tree.enter(tenant)
         self.commitments.renew(tenant)
@@ -234,45 +235,18 @@ class Enforcer:
         if changed:
             self._ledger.set_limits([self._in_force(tenant) for tenant in changed])
 
-    def _note_published(self, cgroups: set[int], so_far: int) -> None:
-        """Record that every BPF program uses these levels from now on. Called in any thread."""
-        self._published.append((cgroups, so_far))
-        self._wakeup.wake()
-
-    def fileno(self) -> int:
-        """Return a descriptor that is readable when take_over_late() must be called."""
-        return self._wakeup.fileno()
-
-    def take_over_late(self) -> None:
-        """Assign processes to new levels that their entries lack.
-
-        The kernel may compute the levels of a process before a new level is published, and create the entry of the
-        process after put() has read the entries.
-        """
-        self._wakeup.clear()
-        published = [self._published.popleft() for _ in range(len(self._published))]
-        now = self._ledger.processes_so_far()
-        late = {cgroup for cgroups, so_far in published if so_far != now for cgroup in cgroups}
-        if late:
-            self._take_over(late)
-
-    def _take_over(self, cgroups: set[int]) -> None:
-        """Move the charges of processes into their new levels. Overhead (from NVML) follows at the next reconcile."""
-        known = self._ledger.processes()
-        for pid, process in known.items():
-            path = procfs.cgroup_path(pid)
-            levels = self.levels(path) if path else ()
-            if cgroups & set(levels):
-                self._ledger.move(pid, process.generation, levels)
-
     def release(self, cgroups: Collection[int], kept: Set[int] = frozenset()) -> None:
         """Stop managing cgroups. Their processes stay charged to the remaining levels around them.
+
+        Levels of parked processes stay until these run: see `leaving`.
 
         Args:
             cgroups: the ids of the cgroups.
             kept: cgroups whose pages stay in the kernel, because they are charged for orphans.
         """
-        gone = set(cgroups)
+        held = {cgroup for p in self._ledger.processes().values() if p.is_parked for cgroup in p.levels}
+        gone = set(cgroups) - held
+        self.leaving |= {cgroup: cgroup in kept for cgroup in held.intersection(cgroups)}
         paths = [tenant.path for cgroup in gone if (tenant := self.get(cgroup)) and counts(tenant)]
         for pid, process in self._ledger.processes().items():
             if gone & set(process.levels):
@@ -285,6 +259,12 @@ class Enforcer:
         if inside:
             self._ledger.set_limits([self._in_force(tenant) for tenant in inside])
         self._retry_denied()
+
+    def release_left(self) -> None:
+        """Release the cgroups that could not be released because of parked processes, if these run now."""
+        leaving, self.leaving = self.leaving, {}
+        if leaving:
+            self.release(leaving, {cgroup for cgroup, is_kept in leaving.items() if is_kept})
 
     def _forget(self, cgroup: int) -> None:
         self._tree.forget(cgroup)

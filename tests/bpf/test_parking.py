@@ -123,29 +123,23 @@ def test_an_entry_with_bytes_is_not_deleted(kernel: Kernel, client: Client) -> N
     assert kernel.ledger.parked.entries()[life].bytes[0] == 60 * MIB
 
 
-def test_a_parked_process_moves_with_its_bytes(
-    kernel: Kernel, family: Family, make_level: Callable[..., Level], make_client: Callable[..., Client]
+def test_the_levels_of_a_parked_process_do_not_change(
+    kernel: Kernel, family: Family, make_client: Callable[..., Client]
 ) -> None:
     group, one, other = family
     client = make_client(one)
     client(f"alloc(0x1000, {60 * MIB})")
     life = park(kernel, client)
-    move(kernel, client, other, group)
-    assert (charges(one), charges(other), charges(group)) == ((0, 0), (0, 60), (0, 0))
-    assert (page_of(kernel, one).devices[0].used, other.usage().peak) == (0, 60 * MIB)
+    generation, levels = client.entry(kernel).generation, (other.cgroup, group.cgroup)
+    for to in (levels, (group.cgroup,), ()):
+        assert not kernel.ledger.move(client.pid, generation, to)
+    assert kernel.ledger.parked.unmoved == {client.pid}
+    assert (client.entry(kernel).levels, page_of(kernel, one).held) == ((one.cgroup, group.cgroup), 1)
+    assert (charges(one), charges(other), charges(group)) == ((0, 60), (0, 0), (0, 0))
     assert kernel.ledger.parked.wake(life) == kernel.ledger.parked.end(life) == 0
-    assert (charges(other), charges(group)) == ((60, 0), (60, 0))
-
-
-def test_a_parked_process_that_leaves_its_cgroups_still_has_an_entry(
-    kernel: Kernel, client: Client, level: Level
-) -> None:
-    client(f"alloc(0x1000, {60 * MIB})")
-    life = park(kernel, client)
-    move(kernel, client)
-    assert page_of(kernel, level).devices[0].used == 0
-    assert kernel.ledger.parked.entries()[life].level == 0
-    assert kernel.ledger.parked.end(life) == 0
+    move(kernel, client, other, group)
+    assert (charges(one), charges(other), charges(group)) == ((0, 0), (60, 0), (60, 0))
+    kernel.ledger.parked.unmoved.clear()
 
 
 def test_a_release_of_a_parked_process_is_settled_when_it_runs_again(

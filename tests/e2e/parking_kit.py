@@ -45,6 +45,7 @@ def intact(pointer, size):
     need("cuMemcpyDtoH_v2", back, C.c_uint64(pointer), C.c_size_t(size))
     return back.raw == pattern(size)
 def synchronise(): return L.cuCtxSynchronize()
+def query(): return L.cuStreamQuery(None)
 def kernel(us):
     module, function = C.c_void_p(), C.c_void_p()
     text = f".version 6.0\\n.target sm_50\\n.address_size 64\\n.visible .entry spin_{us}us() {{ ret; }}\\n"

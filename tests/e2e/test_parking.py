@@ -20,7 +20,7 @@ from tests.e2e.parking_kit import (
     refusal,
     state,
 )
-from tests.support.commands import events, fgpu, metrics
+from tests.support.commands import events, fgpu, metrics, output
 from tests.support.host import CONTEXT, GIB, MIB, REFUSED
 from tests.support.place import Cgroups, Place
 from tests.support.service import Service
@@ -209,6 +209,25 @@ def test_an_agent_that_starts_knows_parked_tenants(service: Service, one: Tenant
     assert program.receive(20) == "0"
     assert_running(one)
     assert program.is_intact()
+
+
+def test_a_tenant_that_loses_its_limit_keeps_its_level_until_it_runs(
+    service: Service, parker: Parker, host: Place, one: Tenant
+) -> None:
+    """The shim needs its level to hold back the calls that end a parked process."""
+    program = holder(one)
+    fgpu("park", one.path)
+    assert_parked(one)
+    parker.kill()
+    fgpu("unset", one.path)
+    becomes(one, "waiting")
+    assert parked_bytes(one) == BYTES
+    program.send("query()")
+    steadily(lambda: state(one) == "waiting", 1.2, what="a call that waits")
+    parker.start()
+    assert program.receive(20) == "0"
+    assert program.is_intact()
+    eventually(lambda: one.path not in [t["path"] for t in output("status")["tenants"]], 10, "the end of the limit")
 
 
 def test_a_tenant_waits_for_the_parker(parker: Parker, one: Tenant) -> None:

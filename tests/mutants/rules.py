@@ -280,7 +280,7 @@ RULES = {
     "parked-bytes-outlive-their-process": ("        subtract(&own->devices[d].used, bytes);\n", ""),
     "owed-bytes-of-a-parked-process-are-forgotten": ("keeps = p->flags & FGPU_PARKED ? ~0ULL : 0;", "keeps = 0;"),
     "entry-with-parked-bytes-is-deleted": ("    if (left && is_charged) return -16;\n", ""),
-    "parked-bytes-stay-behind": ("        if (UNLIKELY(p->flags & FGPU_PARKED)) move_parked(p, tgid);\n", ""),
+    "a-parked-process-changes-its-levels": ("UNLIKELY(p->flags & FGPU_PARKED) && !stays(p, ctx) ? -16 : move", "move"),
     "wake-up-is-never-refused": (
         "if (take_levels(&h, device, bytes, force) == FGPU_AGAIN)",
         "if (!take_levels(&h, device, bytes, 1))",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -173,10 +174,27 @@ def test_a_refused_tenant_is_tried_more_rarely_and_reported_once(host: Host) -> 
 def test_an_attempt_that_fails_later_counts_as_a_refusal(host: Host) -> None:
     host.idles()
     host.errands[7].finish(0.0, "thread 5 of pid 4718 is in a call of the driver")
+    host.works("a change")  # the attempt itself changes the ledger's entry
     assert host.idles(AFTER) == []
     assert host.texts() == ["not parked: thread 5 of pid 4718 is in a call of the driver"]
     assert "at the last attempt: thread 5 of pid 4718" in host.idle.explain(host.tenants[7])
     assert host.idles(2 * AFTER)
+
+
+def test_attempts_that_fail_later_become_rarer_and_are_reported_once(host: Host) -> None:
+    attempts = []
+    for second in range(300):
+        if host.idles(1):
+            attempts.append(second)
+            host.works("a change")
+            host.idles(3)  # the attempt takes some time
+            host.away.discard(7)
+            host.works("a change")
+            host.errands[7].finish(0.0, f"thread {second} of pid 4718 is in a call of the driver")
+    pauses = [later - earlier for earlier, later in itertools.pairwise(attempts)]
+    assert pauses == sorted(pauses)
+    assert pauses[1] > 1.5 * pauses[0]
+    assert len(host.texts()) == 1
 
 
 def test_users_see_the_idle_time_and_when_the_tenant_is_parked(host: Host) -> None:

@@ -19,12 +19,14 @@ from typing import Any
 import pytest
 
 from fgpu_ebpf import abi
-from fgpu_ebpf.agent import blocked_calls, parker_client, parking
+from fgpu_ebpf.agent import blocked_calls, parkable, parker_client, parking
 from fgpu_ebpf.agent.parkable import Parkable
 from fgpu_ebpf.agent.parked_tenant import ParkedTenant, Phase
 from fgpu_ebpf.agent.parking import Parking
 from fgpu_ebpf.ledger.parked import Parked
 from fgpu_ebpf.ledger.process_entry import Process
+from fgpu_ebpf.linux import procfs
+from fgpu_ebpf.parker import protocol
 from fgpu_ebpf.tenancy.event_log import EventLog
 
 HELD, CGROUP, GENERATION = 64 << 20, 7, 1001
@@ -74,7 +76,7 @@ class FakeLedger:
         self.pid, self.has_entry, self.parked_bytes, self.is_full = pid, False, 0, False
         self.flags = abi.Seen.SHIM | abi.SEEN_CALLED
         self.parked = SimpleNamespace(
-            entries=self._entries, begin=self._begin, park=self._park, wake=self._wake, end=self._end
+            entries=self._entries, begin=self._begin, park=self._park, wake=self._wake, end=self._end, unmoved=set()
         )
 
     def processes(self) -> dict[int, Process]:
@@ -102,13 +104,17 @@ class FakeLedger:
         self.parked_bytes = HELD
         return 0
 
-    def _wake(self, _: object, force: bool = False) -> int:
+    def _wake(self, life: tuple[int, int], force: bool = False) -> int:
+        if life[0] != self.pid:
+            return errno.ESRCH
         if self.is_full and not force:
             return errno.ENOSPC
         self.parked_bytes = 0
         return 0
 
-    def _end(self, _: object) -> int:
+    def _end(self, life: tuple[int, int]) -> int:
+        if life[0] != self.pid:
+            return errno.ESRCH
         assert not self.parked_bytes
         self.has_entry = False
         return 0
@@ -138,9 +144,15 @@ class Host:
         workload = SimpleNamespace(cgroup=CGROUP, path="/alice")
         self.tenant: Any = SimpleNamespace(name="alice", cgroup=CGROUP, path="/alice", workload=workload)
         self.enforcer: Any = SimpleNamespace(
-            groups=set, get=lambda cgroup: self.tenant if cgroup == CGROUP else None, name_of=lambda _: "alice"
+            groups=set,
+            get=lambda cgroup: self.tenant if cgroup == CGROUP else None,
+            name_of=lambda _: "alice",
+            leaving={},
+            moves=SimpleNamespace(catch_up=lambda pids: self.moved.update(pids)),
+            release_left=self._release_left,
         )
         self.checks: dict[str, Any] = {}
+        self.moved: set[int] = set()
         self.free_bytes: int | None = HELD
         self.start()
 
@@ -154,6 +166,10 @@ class Host:
         self.parking = Parking(self.folder, parkable, self.history, self.checks)
         self.selector = selectors.DefaultSelector()
         self.parking.begin(self.selector)
+
+    def _release_left(self) -> None:
+        assert not self.ledger.has_entry, "levels of parked processes do not change"
+        self.enforcer.leaving.clear()
 
     def until(self, state: str, seconds: float = 10.0) -> None:
         """Run the main loop until the tenant has this state."""
@@ -323,7 +339,7 @@ def test_a_lost_tenant_is_charged_again_and_gets_the_errors_of_the_driver(host: 
     host.parker.says, host.parker.state = [[{"result": "lost", "error": "restore failed"}]], "failed"
     errand = host.parking.wake(CGROUP, "alice")
     host.until("running")
-    assert "the driver has lost the tenant" in errand.error
+    assert f"the driver has lost pid {host.ledger.pid}" in errand.error
     assert (host.books(), "parking lost" in host.what()) == ((False, 0), True)
 
 
@@ -348,6 +364,65 @@ def test_a_wake_up_during_the_parking_follows_it(host: Host) -> None:
     wake = host.parking.wake(CGROUP, "alice")
     host.until("running")
     assert (park.error, wake.error, wake.is_done) == ("", "", True)
+
+
+def test_a_tenant_wakes_up_before_its_levels_change(host: Host) -> None:
+    parked(host)
+    host.enforcer.leaving[CGROUP] = False
+    host.until("running")
+    assert (host.books(), host.enforcer.leaving) == ((False, 0), {})
+    host.moved.clear()
+    parked(host)
+    host.ledger.parked.unmoved.add(host.ledger.pid)
+    host.until("running")
+    assert host.moved == {host.ledger.pid}
+
+
+def test_a_process_that_never_used_the_driver_does_not_keep_the_others_from_corrections(host: Host) -> None:
+    """The parker refuses to park it. The driver knows the state of the other process."""
+    with subprocess.Popen(["sleep", "20"]) as other:
+        host.parker.says = [[{"result": "running", "error": "the driver does not know process 1"}]]
+        host.parking.park(host.tenant)
+        parked = host.parking._tenants[CGROUP]
+        parked.members[other.pid, 1] = procfs.started(other.pid) or 0
+        host.ledger.parked.entries = lambda: {life: Parked(0, CGROUP, (0,)) for life in list(parked.members)}
+        host.parking._settle(parked, {str(host.ledger.pid): "running", str(other.pid): "unknown"})
+        assert host.state() == "running"
+        other.kill()
+
+
+def test_processes_beside_a_lost_one_are_woken(host: Host) -> None:
+    parked(host)
+    tenant = host.parking._tenants[CGROUP]
+    with subprocess.Popen(["sleep", "20"]) as other:
+        tenant.members[other.pid, 1] = procfs.started(other.pid) or 0
+        host.parking._settle(tenant, {str(host.ledger.pid): "checkpointed", str(other.pid): "failed"})
+        assert list(tenant.members) == [(host.ledger.pid, GENERATION)]
+        host.until("running")
+        other.kill()
+    assert host.parker.asked[-1] == "wake"
+    assert (host.books(), host.what()) == ((False, 0), ["parked", "parking lost", "woken"])
+
+
+def test_more_processes_than_a_request_can_name_are_refused(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert parkable.MOST_PROCESSES == protocol.MOST_PROCESSES
+    monkeypatch.setattr(parkable, "MOST_PROCESSES", 0)
+    with pytest.raises(parking.ParkingError, match="more than 0 processes"):
+        host.parking.park(host.tenant)
+    assert not host.ledger.has_entry
+
+
+def test_a_look_that_blocks_leaves_one_thread(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    end = threading.Event()
+    monkeypatch.setattr(blocked_calls, "before_parking", lambda _: (end.wait(30), ("", {}))[1])
+    monkeypatch.setattr(parking, "CHECK_SECONDS", 0.0)
+    before = threading.active_count()
+    for _ in range(5):
+        errand = host.parking.park(host.tenant)
+        host.until("running")
+    assert "an earlier look at its memory has not ended" in errand.error
+    assert threading.active_count() == before + 1
+    end.set()
 
 
 def test_a_tenant_without_a_limit_is_woken(host: Host) -> None:

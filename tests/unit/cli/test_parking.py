@@ -9,6 +9,7 @@ import pytest
 
 from fgpu_ebpf import daemon
 from fgpu_ebpf.agent import parker_client, waking
+from fgpu_ebpf.cli import service
 from fgpu_ebpf.ledger import ledger
 from tests.unit.cli.cli_kit import agent, fgpu
 
@@ -82,6 +83,20 @@ def test_detach_has_the_agent_wake_parked_tenants_first(tmp_path: Path) -> None:
         done = fgpu(tmp_path, "detach", "--yes")
     assert done.stdout == "detached: 1 tenant has lost its limit\n"
     assert asked == ["detach", "snapshot", "wake", "snapshot", "detach"]
+
+
+def test_detach_fails_if_the_agent_parks_what_it_does_not_list(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(service, "STARTING_SECONDS", 0.3)
+    asked: list[str] = []
+
+    def answer(request: dict[str, Any]) -> dict[str, Any]:
+        asked.append(request["verb"])
+        return {"error": "parked: a", "code": 5} if request["verb"] == "detach" else {"tenants": []}
+
+    with agent(tmp_path, detach=answer, snapshot=answer):
+        done = fgpu(tmp_path, "detach", "--yes")
+    assert (done.exit_code, done.stderr) == (5, "fgpu: parked: a\n")
+    assert len(asked) < 20
 
 
 def test_detach_without_an_agent_removes_nothing_while_a_tenant_is_parked(

@@ -9,8 +9,9 @@ import pytest
 
 from fgpu_ebpf.parker import room
 from fgpu_ebpf.parker.protocol import RequestError
+from fgpu_ebpf.parker.room import Copy
 
-GIB = 1 << 30
+GIB, ENDED = 1 << 30, 9
 Make = Callable[..., None]
 
 
@@ -20,8 +21,10 @@ def make(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Make:
     groups: list[tuple[str, Path]] = []
 
     def cgroups(pid: int, controller: str) -> Iterator[tuple[str, Path]]:
-        assert (pid, controller) == (7, "memory")
-        yield from groups
+        assert controller == "memory"
+        if pid == ENDED:
+            raise RequestError(f"process {pid} has ended")
+        yield from groups if pid == 7 else groups[-1:]
 
     def make(path: str, **files: object) -> None:
         folder = tmp_path / path.lstrip("/")
@@ -35,16 +38,16 @@ def make(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Make:
     return make
 
 
-def refusal(size: int) -> str:
+def refusal(size: int, *others: Copy) -> str:
     with pytest.raises(RequestError) as raised:
-        room.check([7], size)
+        room.check(Copy([7], size), others)
     return str(raised.value)
 
 
 def test_each_limit_of_version_2_counts_with_a_margin(make: Make) -> None:
     make("/a/inner", max="max", high="max", current=GIB)
     make("/a", max=12 * GIB, high=10 * GIB, current=GIB)
-    room.check([7], 8 * GIB)
+    room.check(Copy([7], 8 * GIB))
     assert refusal(9 * GIB) == (
         "the cgroup /a has room for 9.00 GiB (memory.high is 10.00 GiB), and the copy may need 10.08 GiB"
     )
@@ -53,14 +56,14 @@ def test_each_limit_of_version_2_counts_with_a_margin(make: Make) -> None:
 
 def test_file_pages_that_were_not_used_lately_are_room(make: Make) -> None:
     make("/a", max=4 * GIB, current=4 * GIB, stat=f"anon {GIB}\ninactive_file {3 * GIB}")
-    room.check([7], 2 * GIB)
+    room.check(Copy([7], 2 * GIB))
     assert "has room for 3.00 GiB" in refusal(3 * GIB)
 
 
 def test_limits_of_version_1_count(make: Make) -> None:
     make("/", limit_in_bytes=9223372036854771712, usage_in_bytes=50 * GIB)
     make("/b", limit_in_bytes=4 * GIB, usage_in_bytes=3 * GIB, stat=f"inactive_file 5\ntotal_inactive_file {GIB}")
-    room.check([7], GIB)
+    room.check(Copy([7], GIB))
     assert refusal(2 * GIB) == (
         "the cgroup /b has room for 2.00 GiB (memory.limit_in_bytes is 4.00 GiB), and the copy may need 2.24 GiB"
     )
@@ -72,5 +75,14 @@ def test_a_full_cgroup_has_no_room(make: Make) -> None:
 
 
 def test_the_host_s_memory_counts(make: Make) -> None:
-    room.check([7], 80 * GIB)
+    room.check(Copy([7], 80 * GIB))
     assert refusal(90 * GIB) == "the host has 100.00 GiB of memory available, and the copy may need 100.80 GiB"
+
+
+def test_copies_of_other_jobs_count_in_the_host_and_in_cgroups_around_both(make: Make) -> None:
+    make("/pod/one", max=9 * GIB, current=0)
+    make("/pod", max=30 * GIB, current=0)
+    room.check(Copy([7], 8 * GIB), [Copy([8], 18 * GIB)])
+    assert "the cgroup /pod has room for 30.00 GiB" in refusal(8 * GIB, Copy([8], 19 * GIB))
+    room.check(Copy([7], 8 * GIB), [Copy([ENDED], 80 * GIB)])
+    assert "the host has 100.00 GiB" in refusal(8 * GIB, Copy([ENDED], 81 * GIB), Copy([ENDED], GIB))

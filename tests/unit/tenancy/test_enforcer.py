@@ -73,23 +73,23 @@ def test_a_process_whose_entry_is_created_while_a_level_appears_is_moved_into_th
     place.enforcer.put([pod])
     place.enforcer.put([leaf])  # just before this, a program in the leaf found no limit of the leaf
     books.known, books.so_far = {23: SimpleNamespace(generation=7, levels=())}, 1
-    monkeypatch.setattr("fgpu_ebpf.tenancy.enforcer.procfs.cgroup_path", {23: "/pod/c"}.get)
+    monkeypatch.setattr("fgpu_ebpf.tenancy.moves.procfs.cgroup_path", {23: "/pod/c"}.get)
     for tell in books.over:
         tell()
-    assert select.select([place.enforcer], [], [], 0)[0]
-    place.enforcer.take_over_late()
+    assert select.select([place.enforcer.moves], [], [], 0)[0]
+    place.enforcer.moves.take_over_late()
     assert books.moved == [(23, 7, (leaf.cgroup, pod.cgroup))]
-    assert not select.select([place.enforcer], [], [], 0)[0]
+    assert not select.select([place.enforcer.moves], [], [], 0)[0]
 
 
 def test_process_entries_are_not_read_again_if_no_entry_was_created_while_a_level_appeared(place, books, monkeypatch):
     books.known, books.so_far = {23: SimpleNamespace(generation=7, levels=())}, 1
-    monkeypatch.setattr("fgpu_ebpf.tenancy.enforcer.procfs.cgroup_path", {}.get)
+    monkeypatch.setattr("fgpu_ebpf.tenancy.moves.procfs.cgroup_path", {}.get)
     place.enforcer.put([place.make("/one", 8)])
     monkeypatch.setattr(books, "processes", None)
     for tell in books.over:
         tell()
-    place.enforcer.take_over_late()
+    place.enforcer.moves.take_over_late()
 
 
 def test_a_limit_by_hand_without_room_is_refused_with_the_figures(place, books):
@@ -464,11 +464,31 @@ def test_a_tenant_counts_for_itself_when_its_group_is_removed(two, books):
         assert two.enforcer.use_device(tenant.cgroup, 0) == ""
     assert (two.committed(0), uncommitted(books, group)) == (10 * GIB, {1})
     books.used[one.cgroup, 0] = books.used[other.cgroup, 0] = GIB
-    books.known = {n: SimpleNamespace(levels=(t.cgroup,), generation=1) for n, t in enumerate((one, other))}
+    books.known = {
+        n: SimpleNamespace(levels=(t.cgroup,), generation=1, is_parked=False) for n, t in enumerate((one, other))
+    }
     two.enforcer.release([group.cgroup])
     assert (two.committed(0), two.committed(1)) == (8 * GIB, 0)
     assert sorted(books.limits[tenant.cgroup][0][0] for tenant in (one, other)) == [0, 8 * GIB]
     assert uncommitted(books, one) == uncommitted(books, other) == {1}
+
+
+def test_the_levels_of_a_parked_process_are_released_when_it_runs(two, books):
+    group, one, other = two.make("/g", 10), two.make("/g/one", 8), two.make("/other", 1)
+    two.enforcer.put([group, one, other])
+    process = SimpleNamespace(levels=(one.cgroup, group.cgroup), generation=1, is_parked=True)
+    books.known = {23: process}
+    two.enforcer.release([group.cgroup, one.cgroup, other.cgroup], {one.cgroup})
+    assert two.enforcer.leaving == {group.cgroup: False, one.cgroup: True}
+    assert (two.enforcer.get(one.cgroup), two.enforcer.get(other.cgroup), books.moved) == (one, None, [])
+    two.enforcer.release_left()
+    assert len(two.enforcer.leaving) == 2, "it is parked"
+    two.enforcer.put([dataclasses.replace(group, limits={0: 9 * GIB})])
+    assert two.enforcer.leaving == {one.cgroup: True}, "it has a limit again"
+    process.is_parked = False
+    two.enforcer.release_left()
+    assert (two.enforcer.leaving, two.enforcer.get(one.cgroup)) == ({}, None)
+    assert books.moved == [(23, 1, (group.cgroup,))]
 
 
 def test_a_limit_of_the_root_cgroup_is_committed_in_place_of_its_tenants(two):

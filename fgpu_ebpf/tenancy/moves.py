@@ -1,0 +1,65 @@
+"""Moves the charges of processes when their levels change: to new levels around them, or to those of another cgroup.
+
+Runs in the agent's main loop, except published(). A process that is parked is not moved before it runs: the shim finds
+on the page of its own level that it has to hold calls back.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Collection, Iterable
+
+from fgpu_ebpf.ledger.ledger import Ledger
+from fgpu_ebpf.linux import procfs
+from fgpu_ebpf.linux.wakeup import Wakeup
+
+
+class Moves:
+    """The moves of all processes. `levels`: returns the managed cgroups on a path, innermost first."""
+
+    def __init__(self, ledger: Ledger, levels: Callable[[str], tuple[int, ...]]) -> None:
+        self._ledger, self._levels = ledger, levels
+        self._wakeup = Wakeup()
+        self._published: deque[tuple[set[int], int]] = deque()  # new levels, and processes_so_far() before these
+
+    def fileno(self) -> int:
+        """Return a descriptor that is readable when take_over_late() must be called."""
+        return self._wakeup.fileno()
+
+    def published(self, cgroups: set[int], so_far: int) -> None:
+        """Record that every BPF program uses these levels from now on. Called in any thread.
+
+        `so_far`: how many entries of processes had been created before the levels were put in force.
+        """
+        self._published.append((cgroups, so_far))
+        self._wakeup.wake()
+
+    def take_over_late(self) -> None:
+        """Assign processes to new levels that their entries lack.
+
+        The kernel may compute the levels of a process before a new level is published, and create the entry of the
+        process after take_over() has read the entries.
+        """
+        self._wakeup.clear()
+        published = [self._published.popleft() for _ in range(len(self._published))]
+        now = self._ledger.processes_so_far()
+        late = {cgroup for cgroups, so_far in published if so_far != now for cgroup in cgroups}
+        if late:
+            self.take_over(late)
+
+    def take_over(self, cgroups: Collection[int]) -> None:
+        """Move the charges of processes into their new levels. Overhead (from NVML) follows at the next reconcile."""
+        known, new = self._ledger.processes(), set(cgroups)
+        for pid, process in known.items():
+            path = procfs.cgroup_path(pid)
+            levels = self._levels(path) if path else ()
+            if new & set(levels):
+                self._ledger.move(pid, process.generation, levels)
+
+    def catch_up(self, pids: Iterable[int]) -> None:
+        """Make the moves that had to wait until these processes run."""
+        for pid in self._ledger.parked.unmoved.intersection(pids):
+            self._ledger.parked.unmoved.discard(pid)
+            process, path = self._ledger.process(pid), procfs.cgroup_path(pid)
+            if process and path and self._ledger.move(pid, process.generation, self._levels(path)):
+                self._ledger.new_epoch()
