@@ -206,6 +206,6 @@ def test_root_can_raise_the_priority_by_a_class_and_an_unknown_class_has_no_effe
         ({"priority_class": ["batch"], "weight": 25}, "priority_class is missing"),
     ],
 )
-def test_a_request_with_a_class_alone_that_is_unknown_is_refused(request_, error):
+def test_a_wrong_request_for_a_class_is_refused(request_, error):
     with pytest.raises(RequestError, match=error):
         asked(**request_)
