@@ -64,6 +64,7 @@ def settings(options: Options) -> Settings:
         trusted_drivers=host.trusted_drivers,
         module_bytes=host.module_bytes,
         bounds=host.bounds,
+        priorities=host.priorities,
         log_format=options.log_format or host.log_format,
     )
 

@@ -7,6 +7,8 @@ its environment itself. If a step fails, the prolog exits with 1: Slurm does not
 
 A job may ask for less by its comment, `fgpu:memory=6GiB`. A mistake there must not drain a node: the prolog ignores the
 word, and leaves a note, which task.sh prints in the job's output.
+
+The agent gives the job the priority that agent.yaml has for the job's quality of service (QOS).
 """
 
 import contextlib
@@ -33,6 +35,7 @@ LEAST, MOST = 2 << 20, 2**47  # of a limit, in bytes. The agent rounds percentag
 PERCENT = re.compile(r"(\d{1,3}(?:\.\d{1,4})?)%", re.ASCII)
 BYTES = re.compile(r"(\d{1,15}(?:\.\d{1,9})?)(?:([KMGT]i)B?|B)", re.ASCII)
 
+NO_QUALITY = ("", "(null)", "N/A")  # what squeue prints for a job without a quality of service
 Parts = dict[int, float]  # for each GPU by its index: the part of its memory, in percent
 
 
@@ -168,6 +171,16 @@ def asked(comment: str) -> Request:
     return Request(part, memory, compute, tuple(unknown))
 
 
+def quality_and_comment(name: str) -> tuple[str, str]:
+    """Return the job's quality of service, empty if it has none, and its comment.
+
+    The administrator has chosen the names of qualities, so that the first `|` ends the name. The comment can have more.
+    """
+    text = said("squeue", "--noheader", "--states=all", f"--jobs={name}", "--format=%q|%k")
+    quality, _, comment = text.partition("|")
+    return "" if quality.strip() in NO_QUALITY else quality.strip(), comment
+
+
 def note(unknown: Sequence[str]) -> None:
     """Leave a note for the job about words that the prolog does not understand, or remove an earlier one."""
     NOTE.unlink(missing_ok=True)
@@ -216,9 +229,11 @@ def main() -> None:
     scope = next((scope for scope in SCOPES if (cgroup() / scope).is_dir()), None)
     if scope is None:
         refuse(f"neither {' nor '.join(SCOPES)} is a cgroup")
-    request = asked(said("squeue", "--noheader", "--states=all", f"--jobs={name}", "--format=%k"))
+    quality, comment = quality_and_comment(name)
+    request = asked(comment)
     note(request.unknown)
     options = limits(of, request, {device["index"]: device["usable_bytes"] for device in status["devices"]})
+    options += [f"--priority-class={quality}"] if quality else []
     for folder in CGROUPS:
         (cgroup() / scope / folder).mkdir(exist_ok=True)
         said("fgpu", "set", f"/{scope}/{folder}", *options)

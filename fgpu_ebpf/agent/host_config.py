@@ -14,6 +14,7 @@ from fgpu_ebpf.driver.xids import OF_PROGRAMS
 from fgpu_ebpf.ledger.owner_bounds import Bounds
 from fgpu_ebpf.policy import trusted_file
 from fgpu_ebpf.policy.folder import FOLDER
+from fgpu_ebpf.policy.rules import NO_CLASSES, Classes
 from fgpu_ebpf.policy.share_name import USUAL
 from fgpu_ebpf.policy.yaml_document import ConfigError, InvalidFileError
 from fgpu_ebpf.tenancy.profiles import Profile
@@ -38,6 +39,7 @@ class HostSettings(NamedTuple):
     KIND:SOCKET. `profiles`: the shares that a device plugin offers. `ignored_xids`: XIDs after which a device is still
     offered. `trusted_drivers`: digests of trusted files of libcuda, as `sha256:…`. `module_bytes`: the most memory that
     a process may have without a recorded allocation. `bounds`: how much of the shared tables one workload may have.
+    `priorities`: the priority of each priority class of Kubernetes or quality of service of Slurm.
     """
 
     listen: str = "127.0.0.1:9423"
@@ -57,6 +59,7 @@ class HostSettings(NamedTuple):
     trusted_drivers: tuple[str, ...] = ()
     module_bytes: int = MODULES_BYTES
     bounds: Bounds = Bounds()
+    priorities: Classes = NO_CLASSES
 
 
 def read(path: Path = FILE, root_only: bool = True) -> tuple[HostSettings | None, tuple[ConfigError, ...]]:

@@ -9,20 +9,22 @@ from __future__ import annotations
 import ipaddress
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, Field, ValidationError
+from pydantic import AfterValidator, Field, ValidationError, model_validator
 
 from fgpu_ebpf.driver.library_class import DIGEST
 from fgpu_ebpf.ledger.owner_bounds import Bounds
 from fgpu_ebpf.policy import share_name
-from fgpu_ebpf.policy.fields import Devices, MetricLabels, Model, Size, absent
+from fgpu_ebpf.policy.fields import Devices, MetricLabels, Model, Several, Size, absent
+from fgpu_ebpf.policy.rules import Classes, Priority
 from fgpu_ebpf.policy.units import shown
 from fgpu_ebpf.policy.validation import config_errors
 from fgpu_ebpf.policy.yaml_document import ConfigError, InvalidFileError, documents
 from fgpu_ebpf.tenancy.profiles import MOST_COUNT, MOST_NAME_CHARACTERS, Profile
 
 MOST_XID = 1023
+_SWITCHES = {"overcommit": "allow", "parking": "on"}  # and the word that means True
 _PATHS = ("driver_root", "policy_folder", "cdi_folder")
 _HOST = re.compile(r"[A-Za-z0-9]([A-Za-z0-9.-]{0,251}[A-Za-z0-9])?")
 
@@ -98,6 +100,7 @@ def _different(value: list[ProfileDocument]) -> list[ProfileDocument]:
     return value
 
 
+_ClassNames = Annotated[list[Annotated[str, Field(min_length=1, max_length=256)]], Several]
 _Path = Annotated[str, AfterValidator(_absolute), Field(max_length=4096)]
 
 
@@ -151,6 +154,26 @@ class BoundsDocument(Model):
     )
 
 
+class PrioritiesDocument(Model):
+    """The mapping under `priorities:`."""
+
+    high: _ClassNames = absent("Names that give high priority.", ["interactive"])
+    normal: _ClassNames = absent("Names that give normal priority.")
+    low: _ClassNames = absent("Names that give low priority.", ["batch"])
+
+    @model_validator(mode="after")
+    def _has_each_name_once(self) -> Self:
+        names = [name for names in self.model_dump(exclude_unset=True).values() for name in names]
+        if twice := next((name for name in names if names.count(name) > 1), None):
+            raise ValueError(f"{shown(twice)} is listed twice: keep one")
+        return self
+
+    def classes(self) -> Classes:
+        """Return the priorities by name."""
+        named = self.model_dump(exclude_unset=True).items()
+        return {name: Priority(priority) for priority, names in named for name in names}
+
+
 class HostDocument(Model):
     """The document `agent.yaml`."""
 
@@ -188,6 +211,9 @@ class HostDocument(Model):
     )
     drivers: DriversDocument = absent("Trusted files of libcuda, and the memory that a driver takes by itself.")
     bounds: BoundsDocument = absent("The most that one workload may use of shared tables, with all cgroups inside it.")
+    priorities: PrioritiesDocument = absent(
+        "Priorities by the name of a PriorityClass of Kubernetes or a quality of service of Slurm."
+    )
 
 
 def read(file: str, data: bytes) -> tuple[dict[str, Any], tuple[ConfigError, ...]]:
@@ -221,6 +247,8 @@ def _values(document: HostDocument) -> dict[str, Any]:
             values[name] = tuple(document.profile() for document in value)
         elif isinstance(value, list):
             values[name] = tuple(value)
+        elif name in _SWITCHES:
+            values[name] = value == _SWITCHES[name]
         elif name in _PATHS:
             values[name] = Path(value)
     if "drivers" in values:
@@ -230,8 +258,6 @@ def _values(document: HostDocument) -> dict[str, Any]:
             values["module_bytes"] = drivers["modules"]
     if "bounds" in values:
         values["bounds"] = Bounds(**values["bounds"].model_dump(exclude_unset=True))
-    if "overcommit" in values:
-        values["overcommit"] = values["overcommit"] == "allow"
-    if "parking" in values:
-        values["parking"] = values["parking"] == "on"
+    if "priorities" in values:
+        values["priorities"] = values["priorities"].classes()
     return values

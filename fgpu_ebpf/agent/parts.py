@@ -76,6 +76,7 @@ def wire(
     manager = Manager.of_host(
         settings.run_dir, ledger, engines, history, devices, older, settings.bounds, settings.overcommit
     )
+    manager.classes = settings.priorities
     tally = driver.xids.tally(settings.ignored_xids, devices)
     reconciler = Reconciler(driver.nvml, ledger, manager.enforcer.levels, tally, older if driver.layout_changed else ())
     events = KernelEvents(

@@ -14,7 +14,7 @@ from fgpu_ebpf.containers import cdi
 from fgpu_ebpf.driver import programs, xids
 from fgpu_ebpf.ledger.ledger import PINS
 from fgpu_ebpf.ledger.owner_bounds import Bounds
-from fgpu_ebpf.policy import share_name
+from fgpu_ebpf.policy import rules, share_name
 from fgpu_ebpf.tenancy import profiles
 
 
@@ -46,6 +46,7 @@ class Settings(NamedTuple):
     trusted_drivers: tuple[str, ...] = ()  # digests, as sha256:…
     module_bytes: int = host_config.MODULES_BYTES
     bounds: Bounds = Bounds()
+    priorities: rules.Classes = rules.NO_CLASSES
     log_format: str | None = None  # as in Options
 
 

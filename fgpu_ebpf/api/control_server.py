@@ -34,7 +34,7 @@ from fgpu_ebpf.driver.start_checks import AgentError
 from fgpu_ebpf.linux.clear_path import make_way
 from fgpu_ebpf.linux.peer_credentials import pid_and_uid, pid_of
 from fgpu_ebpf.policy import share_name, units
-from fgpu_ebpf.policy.rules import Device, Priority
+from fgpu_ebpf.policy.rules import Classes, Device, Priority
 from fgpu_ebpf.policy.units import QuantityError
 from fgpu_ebpf.tenancy import explain, targets
 from fgpu_ebpf.tenancy.enforcer import RoomError
@@ -42,7 +42,9 @@ from fgpu_ebpf.workloads.cgroups import TargetError
 
 log = logging.getLogger("fgpu.server")
 MOST_WEIGHT = 10_000
-_COMPUTE_FIELDS = {"compute": "limit_millionths", "weight": "weight", "priority": "priority"}
+_COMPUTE_FIELDS = {
+    "compute": "limit_millionths", "weight": "weight", "priority": "priority", "priority class": "priority_class"
+}  # fmt: skip
 READS = {"snapshot", "metrics", "ping", "explain", "events", "offers", "errand"}
 
 
@@ -160,10 +162,10 @@ class ControlServer:
 
     def _put(self, request: dict[str, Any]) -> dict[str, Any]:
         path = self._find(request)
-        asked = _limits(request) | self._devices(request)
+        asked = _limits(request, self._agent.parts.manager.classes) | self._devices(request)
         tenant = self._agent.parts.manager.set(path, asked)
         said = [f"memory {request['memory']}"] if asked.get("memory_millionths") else []
-        said += [f"{name} {asked[field]}" for name, field in _COMPUTE_FIELDS.items() if field in asked]
+        said += [f"{name} {asked[field]}" for name, field in _COMPUTE_FIELDS.items() if asked.get(field)]
         bytes_ = asked.get("memory_bytes") or 0
         self._agent.history.add("set", tenant=tenant.name, bytes=bytes_, text=", ".join(said))
         return {"tenant": tenant.name, "path": tenant.path, **asked, "level": self._level(path)}
@@ -246,7 +248,7 @@ class ControlServer:
 
     def _run(self, request: dict[str, Any]) -> dict[str, Any]:
         tenant = self._agent.parts.manager.run(
-            _limits(request) | self._devices(request), str(request.get("name") or "")
+            _limits(request, self._agent.parts.manager.classes) | self._devices(request), str(request.get("name") or "")
         )
         return {
             "tenant": tenant.name,
@@ -256,8 +258,11 @@ class ControlServer:
         }
 
 
-def _limits(request: dict[str, Any]) -> dict[str, Any]:
-    """Return the limits that a request names, as fields of an Override."""
+def _limits(request: dict[str, Any], classes: Classes) -> dict[str, Any]:
+    """Return the limits that a request names, as fields of an Override.
+
+    A priority class that is not in `classes` gives the priority of the policy.
+    """
     asked: dict[str, Any] = {}
     if request.get("memory") is not None:
         memory = units.amount(_text(request, "memory"))
@@ -272,8 +277,13 @@ def _limits(request: dict[str, Any]) -> dict[str, Any]:
     if priority is not None:
         if priority not in list(Priority):
             raise RequestError(f"priority must be one of {', '.join(Priority)}", 2)
-        asked["priority"] = priority
-    if not asked:
+        asked |= {"priority": priority, "priority_class": ""}
+    if request.get("priority_class") is not None:
+        name = _text(request, "priority_class")
+        if priority is not None:
+            raise RequestError("priority and priority class are both given: give one", 2)
+        asked |= {"priority": classes.get(name, ""), "priority_class": name if name in classes else ""}
+    if not any(asked.values()):
         raise RequestError("no limit is given: set memory, compute, weight or priority", 2)
     return asked
 

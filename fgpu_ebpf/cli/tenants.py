@@ -28,6 +28,9 @@ def _limits(command: Callable[..., None]) -> Callable[..., None]:
         click.option(
             "--priority", type=click.Choice(["high", "normal", "low"]), help="Tenants with a higher priority run first."
         ),
+        click.option(
+            "--priority-class", help="Priority by a name in `priorities` of agent.yaml; another name has no effect."
+        ),
         click.option("--weight", type=int, help="Weight when tenants compete for a device; the default is 100."),
         click.option("--compute", help="Ceiling of each device's time, e.g. 50%."),
         click.option("--memory", help="Limit on each device, e.g. 8GiB or 50%."),
@@ -42,7 +45,7 @@ def _limits(command: Callable[..., None]) -> Callable[..., None]:
 def _limit_text(name: str, value: Any) -> str:
     if name == "devices":
         return f"device {', '.join(value)}"
-    return str(value) if name == "memory" else f"{name} {value}"
+    return str(value) if name == "memory" else f"{name.replace('_', ' ')} {value}"
 
 
 class _Run(click.Command):

@@ -7,7 +7,7 @@ functions do no I/O, and run in the agent and in `fgpu policy`.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Generic, NamedTuple, TypeVar
 
@@ -20,8 +20,10 @@ from fgpu_ebpf.workloads.workload import (
     HAMI,
     KAI_FRACTION,
     KAI_MEMORY,
+    KAI_PRIORITY,
     KAI_QUEUE,
     MEMORY_LABEL,
+    PRIORITY_LABEL,
     VOLCANO,
 )
 
@@ -141,6 +143,17 @@ def compute(
 ) -> tuple[str, int] | None:
     """Return the request for a ceiling of device time in millionths. The arguments are those of memory()."""
     return _first(_COMPUTE, labels, is_pod, obstacle, prefix, notes)
+
+
+def priority_classes(labels: Mapping[str, str]) -> Iterator[tuple[str, str]]:
+    """Yield each label that names a priority class, with the name: fgpu's own, and KAI's on a pod that KAI places.
+
+    Source of KAI's label: `calcPodGroupPriorityClass` (default_grouper.go of KAI's pod grouper). KAI prefers the label
+    of the pod's owner, which no engine reports.
+    """
+    for label, needed in ((PRIORITY_LABEL, PRIORITY_LABEL), (KAI_PRIORITY, KAI_QUEUE)):
+        if label in labels and needed in labels:
+            yield label, labels[label]
 
 
 def _first(

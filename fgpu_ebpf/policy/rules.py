@@ -10,12 +10,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
+from types import MappingProxyType
 from typing import NamedTuple, Protocol
 
 from fgpu_ebpf.policy import requests
 from fgpu_ebpf.policy.globs import Globs
-from fgpu_ebpf.policy.units import MILLION, Amount, memory_text, millionths_text
-from fgpu_ebpf.workloads.workload import Workload
+from fgpu_ebpf.policy.units import MILLION, Amount, memory_text, millionths_text, shown
+from fgpu_ebpf.workloads.workload import PRIORITY_LABEL, Workload
 
 
 class Device(Protocol):
@@ -53,6 +54,10 @@ class Priority(StrEnum):
     HIGH = "high"
     NORMAL = "normal"
     LOW = "low"
+
+
+Classes = Mapping[str, Priority]  # the priority of each priority class or quality of service that agent.yaml names
+NO_CLASSES: Classes = MappingProxyType({})
 
 
 # -- the content of a policy -----------------------------------------------------------------------------------------
@@ -133,12 +138,17 @@ class DeviceChoice:
 
 
 class Compute(NamedTuple):
-    """A share of a device's time. `limit_ratio` 1.0: there is no ceiling."""
+    """A share of a device's time.
+
+    `limit_ratio` 1.0: there is no ceiling. `priority_by`: the priority class from which the priority comes, and what
+    names the class; an empty text: the priority is that of the policy or of `fgpu set`.
+    """
 
     limit_ratio: float = 1.0
     weight: int = 100
     priority: Priority = Priority.NORMAL
     quantum_ns: int = 20_000_000
+    priority_by: str = ""
 
 
 class Memory(NamedTuple):
@@ -215,20 +225,22 @@ class PolicySet:
     policies: tuple[Policy, ...] = field(default=())
     files: tuple[tuple[str, bytes], ...] = field(default=(), compare=False, repr=False)
 
-    def resolve(self, workload: Workload, devices: Sequence[Device]) -> Decision:
+    def resolve(self, workload: Workload, devices: Sequence[Device], classes: Classes = NO_CLASSES) -> Decision:
         """Return the decision of the first policy that matches. If none matches, the workload is unmanaged."""
         tried: list[tuple[str, str]] = []
         for policy in self.policies:
             miss = policy.selector.miss(workload)
             if not miss:
                 notes: list[str] = []
-                limits = _limits(policy, workload, devices, notes)
+                limits = _limits(policy, workload, devices, classes, notes)
                 return Decision(workload, policy, tuple(tried), limits, tuple(notes))
             tried.append((policy.name, miss))
         return Decision(workload, None, tuple(tried), None, ())
 
 
-def _limits(policy: Policy, workload: Workload, devices: Iterable[Device], notes: list[str]) -> Limits:
+def _limits(
+    policy: Policy, workload: Workload, devices: Iterable[Device], classes: Classes, notes: list[str]
+) -> Limits:
     chosen = [device for device in devices if any(choice.takes(device) for choice in policy.devices)]
     if not chosen:
         notes.append(f"this host has no device {', '.join(choice.text for choice in policy.devices)}")
@@ -239,7 +251,7 @@ def _limits(policy: Policy, workload: Workload, devices: Iterable[Device], notes
         deny=policy.deny,
         devices=tuple(device.index for device in chosen),
         memory=_memory(policy.memory, workload, chosen, notes),
-        compute=_compute(policy.compute, workload, notes),
+        compute=_compute(policy.compute, workload, classes, notes),
         own_utilization=policy.own_utilization,
         metric_labels=policy.metric_labels,
         contexts=policy.memory.contexts if policy.memory else 0,
@@ -272,9 +284,10 @@ def _bytes(memory: Memory, asked: _Asked, image: _Asked, device: Device, notes: 
     return limit
 
 
-def _compute(compute: Compute | None, workload: Workload, notes: list[str]) -> Compute | None:
-    compute = _asked_compute(compute, workload.labels, workload.is_pod, "", notes)
-    return _asked_compute(compute, workload.image_asks, workload.is_pod, "the image's ", notes)
+def _compute(compute: Compute | None, workload: Workload, classes: Classes, notes: list[str]) -> Compute | None:
+    for prefix, labels in (("", workload.labels), ("the image's ", workload.image_asks)):
+        compute = _asked_compute(compute, labels, workload.is_pod, prefix, notes)
+    return _with_priority(compute, workload, classes, notes)
 
 
 def _asked_compute(
@@ -289,3 +302,32 @@ def _asked_compute(
         most = millionths_text(round(compute.limit_ratio * MILLION))
         notes.append(f"{label} asks for {millionths_text(asked[1])}, the policy allows {most}")
     return compute._replace(limit_ratio=min(ratio, compute.limit_ratio))
+
+
+def _with_priority(
+    compute: Compute | None, workload: Workload, classes: Classes, notes: list[str]
+) -> Compute | None:  # fmt: skip
+    """Return the share with the lowest priority of the policy and of the classes that the workload names.
+
+    A workload can choose its labels, so a class never raises the priority.
+    """
+    most = compute.priority if compute else Priority.HIGH
+    asked = [("", *pair) for pair in requests.priority_classes(workload.labels)]
+    asked += [("the image's ", *pair) for pair in requests.priority_classes(workload.image_asks)]
+    for prefix, label, name in asked:
+        wanted = classes.get(name)
+        if wanted is None:
+            if label == PRIORITY_LABEL:  # KAI's label also has classes that matter to KAI alone
+                notes.append(f"{prefix}{label} is ignored: `priorities` in agent.yaml has no {shown(name)}")
+        elif compute is None:
+            notes.append(f"{prefix}{label} is ignored: the policy gives no compute time")
+        elif _lower(wanted, compute.priority):
+            compute = compute._replace(priority=wanted, priority_by=f"{prefix}{label}: {name}")
+        elif _lower(most, wanted):
+            notes.append(f"{prefix}{label} asks for {wanted} priority by {name}, the policy allows {most}")
+    return compute
+
+
+def _lower(one: Priority, other: Priority) -> bool:
+    ranks = list(Priority)
+    return ranks.index(one) > ranks.index(other)

@@ -19,7 +19,7 @@ from typing import Any
 from fgpu_ebpf.ledger.ledger import Ledger
 from fgpu_ebpf.ledger.owner_bounds import Bounds
 from fgpu_ebpf.linux import procfs
-from fgpu_ebpf.policy.rules import Decision, Device, PolicySet
+from fgpu_ebpf.policy.rules import NO_CLASSES, Decision, Device, PolicySet
 from fgpu_ebpf.policy.share_name import Share, parse
 from fgpu_ebpf.tenancy.enforcer import Enforcer, RoomError
 from fgpu_ebpf.tenancy.event_log import EventLog
@@ -52,6 +52,7 @@ class Manager:
         self.workloads = workloads
         self.enforcer = enforcer
         self.policies = PolicySet(())
+        self.classes = NO_CLASSES  # the priorities of agent.yaml
         self.policies_unknown = ""  # why the policies could not be read; empty: they were read
         self.overrides = overrides
         self._devices = devices
@@ -82,12 +83,13 @@ class Manager:
 
     def decide(self, workload: Workload, override: Override | None = None) -> Decision:
         """Return the decision of the policies about a workload, with the share that its container requests."""
-        decision = self.policies.resolve(workload, self._devices)
+        decision = self.policies.resolve(workload, self._devices, self.classes)
         override = override or self._override(workload.cgroup)
         if override is None or not override.share or decision.policy is None:
             return decision
         asked = requests(parse(override.share), decision.policy)
-        return self.policies.resolve(replace(workload, labels={**workload.labels, **asked}), self._devices)
+        labelled = replace(workload, labels={**workload.labels, **asked})
+        return self.policies.resolve(labelled, self._devices, self.classes)
 
     def _tenant(self, path: str) -> Tenant | None:
         """Return the tenant that a cgroup should be; None: the cgroup is gone, or should not be managed.

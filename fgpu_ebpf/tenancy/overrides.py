@@ -34,6 +34,7 @@ class Override:
         own: whether the agent made the cgroup for `fgpu run`.
         share: the share that the container requested at its start. The limits of policies apply to the share too.
         devices: the UUIDs of the only devices that the container may use; empty: any device.
+        priority_class: the name in `priorities` of agent.yaml from which `priority` comes.
         kept: why the cgroup keeps the limits that the kernel has pinned, until other limits are set.
     """
 
@@ -49,6 +50,7 @@ class Override:
     devices: tuple[str, ...] = ()
     memory_millionths: int | None = None  # of each device's usable memory, in place of memory_bytes
     kept: str = ""
+    priority_class: str = ""
 
     @property
     def memory(self) -> Amount | None:
@@ -173,7 +175,7 @@ class Overrides:
 def _entry(override: Override) -> dict[str, object]:
     """Return the entry for the file. Empty fields that older agents cannot read are left out."""
     entry = asdict(override)
-    for name in ("devices", "kept", "memory_millionths"):
+    for name in ("devices", "kept", "memory_millionths", "priority_class"):
         if not entry[name]:
             del entry[name]
     return entry
@@ -188,7 +190,8 @@ def _override(entry: Any) -> Override:
     known = {field.name for field in fields(Override)}
     said = {name: value for name, value in entry.items() if name in known} if isinstance(entry, Mapping) else {}
     override = Override(**{**said, "devices": tuple(said.get("devices", ()))})
-    for name, kind in (("path", str), ("name", str), ("own", bool), ("priority", str), ("share", str), ("kept", str)):
+    texts = dict.fromkeys(("path", "name", "priority", "share", "kept", "priority_class"), str)
+    for name, kind in (*texts.items(), ("own", bool)):
         if not isinstance(getattr(override, name), kind):
             raise ValueError(f"{name}: {getattr(override, name)!r}")
     _check_number("cgroup", override.cgroup, (1 << 64) - 1)

@@ -228,7 +228,10 @@ def _compute_by_hand(compute: Compute | None, override: Override) -> Compute | N
         compute = compute._replace(limit_ratio=override.limit_millionths / MILLION)
     if override.weight is not None:
         compute = compute._replace(weight=override.weight)
-    return compute._replace(priority=Priority(override.priority)) if override.priority else compute
+    if override.priority:
+        named = f"priority class: {override.priority_class}" if override.priority_class else ""
+        compute = compute._replace(priority=Priority(override.priority), priority_by=named)
+    return compute
 
 
 def _name(workload: Workload) -> str:

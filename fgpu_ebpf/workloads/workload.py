@@ -22,15 +22,18 @@ MOST_LABELS = 64
 MOST_LABEL_CHARACTERS = 256
 MEMORY_LABEL = "fgpu.dev/memory"
 COMPUTE_LABEL = "fgpu.dev/compute"
+PRIORITY_LABEL = "fgpu.dev/priority"
 FRACTION_LABEL = "clearml-injector/fraction"
 # Annotations of pods that the KAI scheduler places, and the label that such a pod always has.
 KAI_MEMORY, KAI_FRACTION, KAI_QUEUE = "gpu-memory", "gpu-fraction", "kai.scheduler/queue"
+KAI_PRIORITY = "priorityClassName"  # the label by which KAI chooses the class, before the field of the same name
 # Annotations in which a scheduler records what it has booked for a pod.
 HAMI, VOLCANO = "hami.io/vgpu-devices-allocated", "volcano.sh/vgpu-ids-new"
 ALIYUN, ALIYUN_DEVICE = "ALIYUN_COM_GPU_MEM_POD", "ALIYUN_COM_GPU_MEM_DEV"
 # Requests that a workload may make for itself.
 ASKING = (
-    MEMORY_LABEL, COMPUTE_LABEL, FRACTION_LABEL, KAI_MEMORY, KAI_FRACTION, HAMI, VOLCANO, ALIYUN, ALIYUN_DEVICE,
+    MEMORY_LABEL, COMPUTE_LABEL, PRIORITY_LABEL, FRACTION_LABEL, KAI_MEMORY, KAI_FRACTION, HAMI, VOLCANO, ALIYUN,
+    ALIYUN_DEVICE,
 )  # fmt: skip
 REQUESTS = {"memory": MEMORY_LABEL, "compute": COMPUTE_LABEL}
 

@@ -187,6 +187,54 @@ def test_bytes_that_are_no_text_in_a_job_s_comment_are_read(prolog: ModuleType) 
     assert prolog.asked(text) == (10, 2**47, 100, ("fgpu:\ufffd",))
 
 
+@pytest.mark.parametrize(
+    ("line", "found"),
+    [
+        ("batch|train\n", ("batch", "train\n")),
+        ("normal|fgpu:compute=5% a|b|c\n", ("normal", "fgpu:compute=5% a|b|c\n")),
+        ("low|x\nhigh|y\n", ("low", "x\nhigh|y\n")),
+        ("(null)|(null)\n", ("", "(null)\n")),
+        ("N/A|\n", ("", "\n")),
+        ("|\n", ("", "\n")),
+        ("", ("", "")),
+    ],
+)
+def test_a_job_s_comment_cannot_change_its_quality_of_service(
+    prolog: ModuleType, monkeypatch: pytest.MonkeyPatch, line: str, found: tuple[str, str]
+) -> None:
+    monkeypatch.setattr(prolog, "said", lambda *_: line)
+    assert prolog.quality_and_comment("7") == found
+
+
+@pytest.mark.parametrize(("quality", "more"), [("batch", ["--priority-class=batch"]), ("(null)", [])])
+def test_the_prolog_gives_the_job_the_class_of_its_quality_of_service(
+    prolog: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, quality: str, more: list[str]
+) -> None:
+    """The name of the job, and its comment, have text of a user that looks like another quality of service."""
+    (tmp_path / prolog.SCOPES[0]).mkdir(parents=True)
+    answers = {
+        "squeue --noheader --states=all --jobs=7 --format=%A": "7 7",
+        "squeue --noheader --states=all --jobs=7 --format=%q|%k": f"{quality}|QOS=interactive fgpu:memory=6GiB",
+        "scontrol --oneliner --details show job": job(line("shard:2(IDX:1)"), name="x QOS=interactive"),
+        "scontrol --oneliner show node": "NodeName=gpu2 Gres=gpu:2,shard:8 State=IDLE",
+        "fgpu status": '{"unenforced": "", "devices": [{"index": 1, "usable_bytes": 17179869184}]}',
+    }
+    commands: list[tuple[str, ...]] = []
+
+    def said(*command: str) -> str:
+        commands.append(command)
+        return next((answer for begin, answer in answers.items() if " ".join(command).startswith(begin)), "")
+
+    monkeypatch.setattr(prolog, "said", said)
+    monkeypatch.setattr(prolog, "cgroup", lambda: tmp_path)
+    monkeypatch.setattr(prolog, "NOTE", tmp_path / "note")
+    prolog.main()
+    place = f"/{prolog.SCOPES[0]}/job_7"
+    limits = ["--memory=6442450944B", "--weight=50", "--device=1"]
+    assert commands[-1] == ("fgpu", "set", place, *limits, *more)
+    assert (tmp_path / place.lstrip("/")).is_dir()
+
+
 def test_a_note_has_the_words_in_ascii_and_is_removed_by_the_next_prolog(
     prolog: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

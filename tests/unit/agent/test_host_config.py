@@ -77,6 +77,12 @@ def test_memory_that_needs_no_recorded_allocation_is_a_size(settings):
     assert settings("drivers: {trusted: []}")[0].module_bytes == 1 << 30
 
 
+def test_priorities_are_read_by_name(settings):
+    found, errors = settings("priorities: {low: [batch, train], high: [interactive]}")
+    assert (found.priorities, errors) == ({"batch": "low", "train": "low", "interactive": "high"}, [])
+    assert settings("priorities: {}") == (HostSettings(), [])
+
+
 def test_one_key_does_not_change_the_other_settings(settings):
     assert settings("logFormat: json") == (HostSettings(log_format="json"), [])
 
@@ -104,6 +110,9 @@ def test_valid_listen_addresses_are_accepted(settings, address):
         ("listen: '::1:9423'", ":1: listen: '::1:9423' has no valid address: write it as 127.0.0.1:9423 or [::1]:9423"),
         ("listen: 'a:65536'", ":1: listen: 'a:65536' has no valid port: write it as 127.0.0.1:9423"),
         ("\nlisten:", ":2: listen: is empty: write a value, or leave the key out"),
+        ("priorities: {low: [a], high: [b, a]}", ":1: priorities: 'a' is listed twice: keep one"),
+        ("priorities: {urgent: [a]}", ":1: priorities: unknown key 'urgent': use one of high, normal, low"),
+        ("priorities: {low: batch}", ":1: priorities.low: must be a list, as in [a, b]"),
         ("overcommit: true", ":1: overcommit: 'true' is none of forbid, allow: write one of them"),
         ("loader: /usr/bin/python3", ":1: loader: must be a list, as in [a, b]"),
         ("loader: [python3]", ":1: loader: 'python3' is not an absolute path: begin it with /"),
@@ -158,3 +167,9 @@ def test_an_option_of_the_agent_has_precedence_over_the_file(tmp_path, monkeypat
     monkeypatch.setattr(daemon, "_built_file", lambda *_: tmp_path)
     monkeypatch.setattr(trusted_file, "load", lambda *_: (b"logFormat: json", None))
     assert daemon.settings(Options(config=tmp_path / "agent.yaml", log_format=option)).log_format == chosen
+
+
+def test_the_agent_has_the_priorities_of_the_file(tmp_path, monkeypatch):
+    monkeypatch.setattr(daemon, "_built_file", lambda *_: tmp_path)
+    monkeypatch.setattr(trusted_file, "load", lambda *_: (b"priorities: {low: [batch]}", None))
+    assert daemon.settings(Options(config=tmp_path / "agent.yaml")).priorities == {"batch": "low"}

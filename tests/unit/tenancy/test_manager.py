@@ -6,11 +6,16 @@ Tests of `fgpu set`: settings that a call omits stay unchanged.
 from __future__ import annotations
 
 import errno
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 
+from fgpu_ebpf.api import control_server
+from fgpu_ebpf.control_client import RequestError
+from fgpu_ebpf.policy.rules import Priority
 from fgpu_ebpf.policy.share_name import parse
+from fgpu_ebpf.tenancy import explain
 from fgpu_ebpf.tenancy.enforcer import Enforcer
 from fgpu_ebpf.tenancy.event_log import EventLog
 from fgpu_ebpf.tenancy.gone_tenants import GoneTenants
@@ -132,3 +137,75 @@ def test_set_and_share_give_no_memory_on_devices_that_the_policy_excludes(host, 
     host.manager.unset(container)
     host.manager.share(container, parse("1gib"))
     assert host.enforcer.at(container).limits == {}
+
+
+# -- priorities by the name of a class
+
+
+CLASSES = {"batch": Priority.LOW, "interactive": Priority.HIGH}
+POLICY = "{selector: {cgroup: ['job']}, memory: {limit: 2GiB}, compute: {weight: 50}}"
+
+
+def asked(**request):
+    return control_server._limits(request, CLASSES)
+
+
+def explained(host, path):
+    """Return the priority, what it comes from, and the line of `fgpu explain` about compute time."""
+    nothing = SimpleNamespace(
+        usage=lambda *_: [], times=SimpleNamespace(turns=dict), counters=dict, processes=dict,
+        opens=SimpleNamespace(of=lambda _: SimpleNamespace(denied=0)),
+    )  # fmt: skip
+    found = explain.explain(path, host.manager, nothing)
+    (time,) = found["levels"][0]["compute"]
+    (line,) = (line for line in found["lines"] if "priority" in line)
+    return time["priority"], time["priority_by"], line.strip().partition(": had")[0]
+
+
+def test_explain_names_the_class_from_which_the_priority_comes(host, container):
+    host.manager.classes = CLASSES
+    host.manager.reload(policies(POLICY))
+    assert explained(host, container) == ("normal", "", "gpu 0: time weight 50, normal priority")
+    host.manager.set(container, asked(memory="1GiB", weight=25, priority_class="batch"))
+    line = "gpu 0: time weight 25, low priority (priority class: batch)"
+    assert explained(host, container) == ("low", "priority class: batch", line)
+    kept = Overrides(host.overrides._file).get(host.enforcer.at(container).cgroup)
+    assert (kept.priority, kept.priority_class) == ("low", "batch")
+    host.manager.set(container, asked(priority="high"))
+    assert explained(host, container) == ("high", "", "gpu 0: time weight 25, high priority")
+
+
+def test_explain_names_the_label_from_which_the_priority_comes(host, container, monkeypatch):
+    labels = {"fgpu.dev/priority": "batch"}
+    monkeypatch.setattr(host.manager.workloads, "identify", lambda path: labelled(Workloads(host.root), path, labels))
+    host.manager.classes = CLASSES
+    host.manager.reload(policies(POLICY))
+    line = "gpu 0: time weight 50, low priority (fgpu.dev/priority: batch)"
+    assert explained(host, container) == ("low", "fgpu.dev/priority: batch", line)
+
+
+def labelled(workloads, path, labels):
+    found = workloads.identify(path)
+    return found and replace(found, labels=labels)
+
+
+def test_root_can_raise_the_priority_by_a_class_and_an_unknown_class_has_no_effect(host, container):
+    host.manager.reload(policies(POLICY))
+    host.manager.set(container, asked(weight=25, priority_class="interactive"))
+    assert host.enforcer.at(container).compute.priority == "high"
+    host.manager.set(container, asked(weight=25, priority_class="other"))
+    assert host.enforcer.at(container).compute.priority == "normal"
+    assert "priority_class" not in host.overrides._file.read_text()  # an older agent can read the file
+
+
+@pytest.mark.parametrize(
+    ("request_", "error"),
+    [
+        ({"priority_class": "other"}, "no limit is given"),
+        ({"priority_class": "batch", "priority": "high"}, "both given"),
+        ({"priority_class": ["batch"], "weight": 25}, "priority_class is missing"),
+    ],
+)
+def test_a_wrong_request_for_a_class_is_refused(request_, error):
+    with pytest.raises(RequestError, match=error):
+        asked(**request_)
