@@ -122,8 +122,8 @@ class EndedRows:
         row, row_then, process = sample.rows.get(pid) or 0, self._row_then(pid), sample.processes.get(pid)
         part, more = self._ended.get(pid), max(0, orphaned - self._orphaned.get(pid, 0))
         if process is None:
-            part = row if part is None else part
-            freed = max(0, row_then - part - more)  # by calls of a process that has ended since then
+            part, has_ended = row if part is None else part, pid in self._living
+            freed = max(0, row_then - part - more) if has_ended else 0  # by calls, since the last pass
             return max(0, min(part + more - max(0, row_then - row - freed), row))
         if self._rows is not None:
             more = min(more, max(0, row_then - (part or 0)))

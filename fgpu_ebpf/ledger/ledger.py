@@ -309,11 +309,8 @@ class Ledger:
         """Move a process and its charges to other levels, innermost first.
 
         Generation 0 adopts a process that has no entry. A move to the same levels moves charges that were late for the
-        last move. If the process has just been moved, the method tries again, for at most 0.2 s. A process with an
-        entry in the map `parked` is not moved but entered in `parked.unmoved`: it has to run first.
-
-        Returns:
-            False if the process was not moved.
+        last move. If the process has just been moved, the method tries again, for at most 0.2 s. Returns False if it
+        was not moved. A parked process is entered in `parked.unmoved` then.
         """
         for _ in range(MOVE_TRIES):
             with self._moving:
