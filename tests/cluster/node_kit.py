@@ -48,7 +48,8 @@ def become_a_node(folder: Path) -> str:
     for name in ("fgpu-sim", "containerd"):
         Path("/run", name).mkdir()
     run("ip", "link", "set", "lo", "up")
-    run("ip", "link", "add", "name", BRIDGE, "type", "bridge")
+    # A bridge without an address of its own takes one of its pods', and packets of other pods are lost when that ends.
+    run("ip", "link", "add", "name", BRIDGE, "address", "0a:58:0a:58:00:01", "type", "bridge")
     run("ip", "address", "add", f"{ADDRESS}/16", "dev", BRIDGE)
     # Pods reach the API server at the address of its service. The server listens there, at the service's port: there is
     # no kube-proxy.
