@@ -15,10 +15,11 @@ from typing import Any
 
 from fgpu_ebpf.kubernetes.claims import DRIVER
 from fgpu_ebpf.kubernetes.device_plugin_server import stamp
-from fgpu_ebpf.kubernetes.dra_messages import DRA_SERVICE, REGISTRATION_SERVICE, TYPE, VERSION
+from fgpu_ebpf.kubernetes.dra_messages import DRA_SERVICE, HEALTH_SERVICE, REGISTRATION_SERVICE, TYPE, VERSION
 
 log = logging.getLogger("fgpu.kubelet")
 _OPTIONS = (("grpc.max_receive_message_length", 1 << 20), ("grpc.so_reuseport", 0))
+_CLOSE_SECONDS = 0.2  # within which watches end; calls that have not ended are cancelled then
 _MOST_CLAIMS = 64  # of one request; kubelet asks for the claims of one pod
 
 Answer = Callable[[Any], Awaitable[Any]]  # a claim of a request -> the answer for it
@@ -41,6 +42,7 @@ class DraServer:
         self.on_registration: Callable[[], None] = lambda: None
         self._messages, self._prepare, self._unprepare = messages, prepare, unprepare
         self._server: Any = None
+        self._closing = asyncio.Event()  # of the present server
         self._stamps: list[tuple[int, int] | None] = []
 
     @property
@@ -57,7 +59,7 @@ class DraServer:
         import grpc.aio
 
         await self.close()
-        self._server = grpc.aio.server(options=_OPTIONS)
+        self._server, self._closing = grpc.aio.server(options=_OPTIONS), asyncio.Event()
         self._server.add_generic_rpc_handlers(self._handlers())
         for path in self._paths:
             path.parent.mkdir(mode=0o750, parents=True, exist_ok=True)
@@ -74,7 +76,8 @@ class DraServer:
         ours = [path for path, own in zip(self._paths, self._stamps, strict=True) if stamp(path) == own]
         for path in reversed(ours):  # first the one by which kubelet notices the end
             path.unlink(missing_ok=True)
-        await server.stop(0)
+        self._closing.set()
+        await server.stop(_CLOSE_SECONDS)
 
     def _handlers(self) -> tuple[Any, ...]:
         import grpc
@@ -84,10 +87,12 @@ class DraServer:
             REGISTRATION_SERVICE: {"GetInfo": self._info, "NotifyRegistrationStatus": self._registered},
             DRA_SERVICE: {"NodePrepareResources": self._prepare_all, "NodeUnprepareResources": self._unprepare_all},
         }
-        return tuple(
+        found = [
             grpc.method_handlers_generic_handler(service, {name: unary(method) for name, method in methods.items()})
             for service, methods in services.items()
-        )
+        ]
+        watch = {"NodeWatchResources": grpc.unary_stream_rpc_method_handler(self._watch)}
+        return *found, grpc.method_handlers_generic_handler(HEALTH_SERVICE, watch)
 
     def _message(self, name: str, /, **fields: Any) -> bytes:
         return bytes(self._messages[name](**fields).SerializeToString())
@@ -112,6 +117,10 @@ class DraServer:
 
     async def _unprepare_all(self, request: bytes, context: Any) -> bytes:
         return await self._answer("NodeUnprepareResources", request, context, self._unprepare)
+
+    async def _watch(self, _: bytes, __: Any) -> None:
+        """Report no health until the server is closed. Without a stream, kubelet 1.36 logs an error every 5 seconds."""
+        await self._closing.wait()
 
     async def _answer(self, name: str, request: bytes, context: Any, answer: Answer) -> bytes:
         asked = await self._read(f"{name}Request", request, context)

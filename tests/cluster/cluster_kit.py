@@ -18,14 +18,23 @@ from typing import Any
 
 import yaml
 
-from tests.cluster.node_kit import ADDRESS, BRIDGE, SUBNET, Memory, mounts_below, run, write_driver_specification
+from tests.cluster.node_kit import (
+    ADDRESS,
+    BRIDGE,
+    SERVICES_SUBNET,
+    SUBNET,
+    Memory,
+    mounts_below,
+    run,
+    write_driver_specification,
+)
 from tests.support.host import BUILD, cgroup_root
 from tests.support.wait import eventually
 
 PROGRAMS = BUILD / "cluster/bin"
 PATH = f"{PROGRAMS}:/usr/sbin:/usr/bin:/sbin:/bin"
 NODE = "node-1"
-API = "https://127.0.0.1:6443"
+API = "https://127.0.0.1"
 SOCKET = Path("/run/containerd/containerd.sock")
 SERVICES = ("kubelet", "containerd")  # of the node
 PAUSE = "docker.io/library/fgpu-pause:1"
@@ -141,9 +150,9 @@ class Cluster:
         self.begin("etcd", *etcd)
         keys = self.work / "sa.key"
         self.begin(
-            "kube-apiserver", "--etcd-servers=http://127.0.0.1:2379", "--bind-address=127.0.0.1",
+            "kube-apiserver", "--etcd-servers=http://127.0.0.1:2379", "--secure-port=443",
             f"--advertise-address={ADDRESS}", f"--cert-dir={self.work}/certs",
-            "--service-cluster-ip-range=10.96.0.0/16",
+            f"--service-cluster-ip-range={SERVICES_SUBNET}",
             "--service-account-issuer=https://kubernetes.default.svc", f"--service-account-key-file={keys}",
             f"--service-account-signing-key-file={keys}", f"--token-auth-file={self.work}/tokens.csv",
             "--authorization-mode=Node,RBAC", "--enable-admission-plugins=NodeRestriction", "--allow-privileged",
@@ -183,6 +192,7 @@ class Cluster:
         self.begin(
             "kubelet", f"--config={self.work}/kubelet.json", f"--kubeconfig={self.work}/kubelet.conf",
             f"--hostname-override={NODE}", f"--node-ip={ADDRESS}", f"--cert-dir={self.work}/kubelet-certs", "--v=2",
+            "--vmodule=dra_plugin=4",  # the calls of a DRA driver, with their times
         )  # fmt: skip
         words = ("get", "node", NODE, "--output", f"jsonpath={READY}")
         self._await("kubelet", lambda: self.kubectl(*words, check=False) == "True")

@@ -46,6 +46,8 @@ def agent(folder: Path) -> image_kit.Agent:
 
 
 @pytest.fixture(scope="session")
-def agent_image(agent: image_kit.Agent) -> Path:
-    """Return the image that the chart names."""
-    return agent.version("docker.io/library/fgpu:0.1.0", "first")
+def namespace(cluster: Cluster, agent: image_kit.Agent) -> None:
+    """Make the namespace of the chart, and load the image that the chart names."""
+    cluster.load(agent.version("docker.io/library/fgpu:0.1.0", "first"))
+    cluster.kubectl("create", "namespace", "fgpu-system")
+    cluster.kubectl("label", "namespace", "fgpu-system", "pod-security.kubernetes.io/enforce=privileged")

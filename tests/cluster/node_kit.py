@@ -15,6 +15,7 @@ from tests import world
 from tests.support.host import SIM, cgroup_root
 
 ADDRESS, SUBNET, BRIDGE = "10.88.0.1", "10.88.0.0/16", "cni0"
+SERVICES_SUBNET, API_ADDRESS = "10.96.0.0/16", "10.96.0.1"  # the API server has the first address of services
 OWN_FOLDERS = ("/var/lib", "/var/log")
 LIBRARIES = "/usr/lib/x86_64-linux-gnu"
 DRIVER = {f"{LIBRARIES}/{name}": SIM / "lib" / name for name in ("libcuda.so.1", "libnvidia-ml.so.1")}
@@ -47,8 +48,12 @@ def become_a_node(folder: Path) -> str:
     for name in ("fgpu-sim", "containerd"):
         Path("/run", name).mkdir()
     run("ip", "link", "set", "lo", "up")
-    run("ip", "link", "add", "name", BRIDGE, "type", "bridge")
+    # A bridge without an address of its own takes one of its pods', and packets of other pods are lost when that ends.
+    run("ip", "link", "add", "name", BRIDGE, "address", "0a:58:0a:58:00:01", "type", "bridge")
     run("ip", "address", "add", f"{ADDRESS}/16", "dev", BRIDGE)
+    # Pods reach the API server at the address of its service. The server listens there, at the service's port: there is
+    # no kube-proxy.
+    run("ip", "address", "add", f"{API_ADDRESS}/32", "dev", BRIDGE)
     run("ip", "link", "set", BRIDGE, "up")
     return path
 

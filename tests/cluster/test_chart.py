@@ -5,7 +5,6 @@ The tests follow one another on one cluster, and each ends without pods of its o
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 from typing import Any
@@ -15,12 +14,11 @@ import yaml
 
 from tests.cluster.cluster_kit import NODE, Cluster
 from tests.cluster.image_kit import Agent
+from tests.cluster.pods_kit import CHART, REFUSED, SYSTEM, filled, pending, ready, seen, status, tenant, with_driver
 from tests.support.host import CONTEXT, GIB, MIB, ROOT, cgroup_root
 from tests.support.sim_driver import driver_books
 from tests.support.wait import eventually
 
-CHART = ROOT / "deploy/helm/fgpu"
-SYSTEM = ("--namespace", "fgpu-system")
 SHARE, SIZE = "fgpu.dev/2gib-25pct", 2 * GIB
 VALUES = """
 devicePlugin:
@@ -39,47 +37,12 @@ policies:
       memory: {limit: 1GiB, max: 3GiB}
 """
 PAGE = ROOT / "docs/kubernetes.md"
-REFUSED = re.compile(r"cuDevicePrimaryCtxRetain: CUDA_ERROR_OUT_OF_MEMORY")
-ANSWER = re.compile(r"admitted (\d+) bytes, then CUDA_ERROR_OUT_OF_MEMORY")
 
 pytestmark = [pytest.mark.flaky(reruns=0), pytest.mark.timeout(600)]  # a repeated test finds another cluster
 
 
-def tenant(name: str, resource: str = "", **more: Any) -> dict[str, Any]:
-    """Return a pod that allocates as much as it can, and holds it."""
-    limits = {"limits": {resource: 1}} if resource else {}
-    command = ["fill", "--step", "2MiB", "--hold", "100000"]
-    main = {"name": "main", "image": "tenant:1", "command": command, "resources": limits}
-    spec = {"terminationGracePeriodSeconds": 1, "containers": [main]}
-    return {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": name, **more}, "spec": spec}
-
-
-def filled(cluster: Cluster, name: str) -> int:
-    """Wait until a pod was refused memory, and return the bytes that it had got before."""
-    shown = eventually(lambda: ANSWER.search(cluster.kubectl("logs", name, check=False)), 60, f"the output of {name}")
-    return int(shown[1])
-
-
-def status(cluster: Cluster) -> dict[str, Any]:
-    """Return what `fgpu status` shows on the node."""
-    return dict(json.loads(cluster.fgpu("status", "--json")))
-
-
-def seen(cluster: Cluster, pod: str) -> dict[str, Any] | None:
-    """Return the tenant that is the pod's container."""
-    return next((one for one in status(cluster)["tenants"] if one["pod"] == pod and one["container"]), None)
-
-
-def ready(cluster: Cluster) -> None:
-    """Wait until every DaemonSet of fgpu is rolled out."""
-    for one in cluster.get("daemonset", *SYSTEM)["items"]:
-        cluster.kubectl("rollout", "status", f"daemonset/{one['metadata']['name']}", *SYSTEM, "--timeout=150s")
-
-
-def test_the_chart_is_installed(cluster: Cluster, agent_image: Path) -> None:
-    cluster.load(agent_image)
-    cluster.kubectl("create", "namespace", "fgpu-system")
-    cluster.kubectl("label", "namespace", "fgpu-system", "pod-security.kubernetes.io/enforce=privileged")
+@pytest.mark.usefixtures("namespace")
+def test_the_chart_is_installed(cluster: Cluster) -> None:
     cluster.helm("install", "fgpu", CHART, *SYSTEM)
     ready(cluster)
     assert status(cluster)["unenforced"] == ""
@@ -125,16 +88,6 @@ def test_a_pod_beyond_the_profile_s_count_waits(cluster: Cluster) -> None:
     eventually(lambda: not driver_books(), 20, "the end of the programs")
 
 
-def pending(cluster: Cluster) -> dict[str, str]:
-    """Return the reason of each pod that the scheduler could not place."""
-    found = {}
-    for one in cluster.get("pod")["items"]:
-        for condition in one["status"].get("conditions", ()):
-            if (condition["type"], condition["status"]) == ("PodScheduled", "False"):
-                found[one["metadata"]["name"]] = condition["message"]
-    return found
-
-
 def mounted(pod: dict[str, Any]) -> dict[str, Any]:
     """Return a pod with the volumes and mounts that docs/kubernetes.md names, and the driver of NVIDIA's runtime."""
     (text,) = re.findall(r"^    volumes:\n(?:    .*\n)+", PAGE.read_text(), re.MULTILINE)
@@ -142,13 +95,6 @@ def mounted(pod: dict[str, Any]) -> dict[str, Any]:
     pod["spec"]["volumes"] = fields["volumes"]
     pod["spec"]["containers"][0]["volumeMounts"] = fields["volumeMounts"]
     return with_driver(pod)
-
-
-def with_driver(pod: dict[str, Any]) -> dict[str, Any]:
-    """Return a pod that gets the driver and all devices from NVIDIA's runtime."""
-    pod["spec"]["containers"][0]["env"] = [{"name": "NVIDIA_VISIBLE_DEVICES", "value": "all"}]
-    pod["spec"]["runtimeClassName"] = "nvidia"
-    return pod
 
 
 def test_labels_select_a_policy_and_annotations_ask_for_more(cluster: Cluster, tmp_path: Path) -> None:
@@ -264,8 +210,5 @@ def test_the_uninstallation_leaves_no_limit_and_no_folder(cluster: Cluster) -> N
     eventually(lambda: cluster.get("node", NODE)["status"]["allocatable"].get(SHARE) in (None, "0"), 60, "no profile")
     cluster.apply(with_driver(tenant("free")))
     assert filled(cluster, "free") > 4 * SIZE, "a pod is limited without fgpu"
-
-
-def test_the_cluster_fits_in_eight_gib(cluster: Cluster) -> None:
-    print(f"peak memory {cluster.memory.peak_bytes / GIB:.1f} GiB")
-    assert 0 < cluster.memory.peak_bytes < 8 * GIB
+    cluster.kubectl("delete", "pod", "free")
+    eventually(lambda: not driver_books(), 20, "the end of the program")

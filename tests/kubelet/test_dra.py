@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import subprocess
+import time
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -135,6 +136,20 @@ def test_invalid_requests_are_refused(node: dra.Kubelet, driver: dra.Driver) -> 
             call(b"\xff" * 9, timeout=10)
     assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
     assert caught.value.details() == "not a valid NodePrepareResourcesRequest"
+
+
+def test_a_watch_of_health_stays_open_until_the_driver_ends(node: dra.Kubelet, driver: dra.Driver) -> None:
+    """Kubelet 1.36 logs an error every five seconds if the driver has no such method."""
+    with grpc.insecure_channel(f"unix:{node.registered().endpoint}") as channel:
+        watch = channel.unary_stream("/v1alpha1.DRAResourceHealth/NodeWatchResources")
+        cancelled, stream = watch(b"", timeout=30), watch(b"", timeout=30)
+        time.sleep(1)
+        assert cancelled.is_active()
+        cancelled.cancel()
+        time.sleep(0.5)
+        assert stream.is_active()
+        assert driver.stop() < 3
+        assert stream.code() is grpc.StatusCode.OK
 
 
 # -- the slice ---------------------------------------------------------------------------------------------------------

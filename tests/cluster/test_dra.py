@@ -1,0 +1,180 @@
+"""ResourceClaims with the real control plane: docs/dra.md. The tests follow one another on one cluster."""
+
+from __future__ import annotations
+
+import re
+from datetime import datetime
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import pytest
+
+from tests.cluster.cluster_kit import NODE, Cluster
+from tests.cluster.pods_kit import CHART, REFUSED, SYSTEM, filled, pending, ready, seen, status, tenant
+from tests.support.host import CONTEXT, MIB
+from tests.support.sim_driver import driver_books
+from tests.support.wait import eventually
+
+DRIVER = "gpu.fgpu.dev"
+STEP = 2 * MIB  # of the program that fills its limit
+UID = r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}"
+CALL = re.compile(rf'^I\d{{4}} (\S+) .*"(Calling|Done calling) NodePrepareResources rpc" .*?({UID})', re.MULTILINE)
+COUNTED = re.compile(
+    r'^dra_grpc_operations_duration_seconds_count\{.*"OK".*/NodePrepareResources".*\} (\d+)$', re.MULTILINE
+)
+CLAIMS_IN_USE = re.compile(r'^dra_resource_claims_in_use\{driver_name="<any>"\} (\d+)$', re.MULTILINE)
+
+pytestmark = [pytest.mark.flaky(reruns=0), pytest.mark.timeout(600)]  # a repeated test finds another cluster
+
+
+def template(name: str, **capacity: str) -> dict[str, Any]:
+    """Return a template of claims for a share of one device."""
+    exactly = {"deviceClassName": DRIVER, "capacity": {"requests": capacity}}
+    spec = {"devices": {"requests": [{"name": "gpu", "exactly": exactly}]}}
+    head = {"apiVersion": "resource.k8s.io/v1", "kind": "ResourceClaimTemplate", "metadata": {"name": name}}
+    return head | {"spec": {"spec": spec}}
+
+
+def claiming(name: str, of: str) -> dict[str, Any]:
+    """Return a pod that fills the share of a claim. `of`: the name of the claim's template."""
+    pod = tenant(name)
+    pod["spec"]["resourceClaims"] = [{"name": "gpu", "resourceClaimTemplateName": of}]
+    pod["spec"]["containers"][0]["resources"] = {"claims": [{"name": "gpu"}]}
+    return pod
+
+
+def results(cluster: Cluster) -> dict[str, dict[str, Any]]:
+    """Return what is allocated to the claim of each pod."""
+    found = {}
+    for claim in cluster.get("resourceclaim")["items"]:
+        if allocation := claim.get("status", {}).get("allocation"):
+            (result,) = allocation["devices"]["results"]
+            found[claim["metadata"]["ownerReferences"][0]["name"]] = result
+    return found
+
+
+def the_slice(cluster: Cluster) -> dict[str, Any] | None:
+    """Return the specification of the node's slice."""
+    found = [one["spec"] for one in cluster.get("resourceslice")["items"] if one["spec"]["driver"] == DRIVER]
+    return found[0] if found else None
+
+
+def claim_files() -> list[str]:
+    """Return the names of the CDI specifications of claims."""
+    return sorted(path.name for path in Path("/run/cdi").glob("fgpu.dev-claim_*"))
+
+
+@pytest.mark.usefixtures("namespace")
+def test_the_driver_publishes_a_device_that_claims_divide(cluster: Cluster) -> None:
+    cluster.helm("install", "fgpu", CHART, *SYSTEM, "--set", "dra.enabled=true")
+    ready(cluster)
+    assert [name for name in cluster.pods_of_fgpu() if name.startswith("fgpu-dra-driver-")]
+    spec = eventually(lambda: the_slice(cluster), 60, "the slice")
+    assert (spec["nodeName"], spec["pool"]["name"]) == (NODE, NODE)
+    (device,) = spec["devices"]
+    assert device["allowMultipleAllocations"] is True
+    memory, compute = device["capacity"]["memory"], device["capacity"]["compute"]
+    assert memory["requestPolicy"] == {"default": memory["value"], "validRange": {"min": "64Mi", "step": "1Mi"}}
+    assert compute == {"value": "100", "requestPolicy": {"default": "0", "validRange": {"min": "0", "step": "1"}}}
+
+
+def test_a_pod_has_what_its_claim_consumes(cluster: Cluster) -> None:
+    """The scheduler rounds the request up to mebibytes. Memory beyond that is refused."""
+    cluster.apply(template("odd", memory="1500000Ki", compute="30"), claiming("one", "odd"))
+    got = filled(cluster, "one")
+    (consumed,) = (result["consumedCapacity"] for result in results(cluster).values())
+    assert consumed == {"memory": "1465Mi", "compute": "30"}
+    limit = 1465 * MIB
+    assert got == (limit - CONTEXT) // STEP * STEP
+    one = seen(cluster, "one")
+    assert one
+    (device,) = one["devices"]
+    assert (device["limit_bytes"], device["used_bytes"]) == (limit, got + CONTEXT)
+    assert "1465MiB" in cluster.kubectl("exec", "one", "--", "nvidia-smi")
+    said = cluster.kubectl("exec", "one", "--", "fill", "--step", "2MiB", check=False)
+    assert REFUSED.search(said), said
+    gone(cluster, "one")
+
+
+def test_the_scheduler_packs_ten_claims_on_a_device_and_the_eleventh_waits(cluster: Cluster) -> None:
+    before, names = the_slice(cluster), {f"share-{number}" for number in range(11)}
+    cluster.apply(template("tenth", memory="1536Mi", compute="10"), *(claiming(name, "tenth") for name in names))
+    eventually(lambda: len(results(cluster)) == 10, 60, "ten allocations")
+    first = results(cluster)
+    assert len({result["device"] for result in first.values()}) == 1
+    assert {filled(cluster, name) for name in first} == {1536 * MIB - CONTEXT}
+    (waiting,) = names - set(first)
+    eventually(lambda: "cannot allocate all claims" in pending(cluster).get(waiting, ""), 30, "the reason")
+    shown = {one["pod"]: one["devices"][0]["limit_bytes"] for one in status(cluster)["tenants"] if one["pod"] in names}
+    assert shown == dict.fromkeys(first, 1536 * MIB)
+    ended = min(first)
+    cluster.kubectl("delete", "pod", ended)
+    assert filled(cluster, waiting) == 1536 * MIB - CONTEXT, "the share of the deleted pod is free again"
+    assert set(results(cluster)) == names - {ended}
+    assert len(claim_files()) == 10
+    assert the_slice(cluster) == before
+    gone(cluster, *(names - {ended}))
+
+
+def gone(cluster: Cluster, *names: str) -> None:
+    """Delete pods, and wait until their claims, files and tenants are gone."""
+    cluster.kubectl("delete", "pod", *names)
+    eventually(lambda: not set(results(cluster)) & set(names), 60, "the end of the claims")
+    eventually(lambda: not {one["pod"] for one in status(cluster)["tenants"]} & set(names), 60, "the end of tenants")
+
+
+def test_claims_that_have_ended_leave_nothing(cluster: Cluster) -> None:
+    assert (cluster.get("resourceclaim")["items"], claim_files(), driver_books()) == ([], [], [])
+    assert CLAIMS_IN_USE.findall(metrics(cluster)) == ["0"]
+    assert "Error receiving from WatchResources stream" not in (cluster.logs / "kubelet").read_text()
+
+
+def test_the_time_of_a_preparation(cluster: Cluster) -> None:
+    """Kubelet measures each call of the driver."""
+    text = (cluster.logs / "kubelet").read_text()
+    begun, took = dict[str, datetime](), list[float]()
+    for at, word, uid in CALL.findall(text):
+        when = datetime.strptime(at, "%H:%M:%S.%f")
+        if word == "Calling":
+            begun[uid] = when
+        else:
+            took.append((when - begun.pop(uid)).total_seconds())
+    counted = COUNTED.search(metrics(cluster))
+    assert counted
+    assert not begun
+    assert len(took) == int(counted[1]) == 12
+    took.sort()
+    print(f"NodePrepareResources, {len(took)} calls: p50 {median(took) * 1e3:.0f} ms, p99 {took[-1] * 1e3:.0f} ms")
+
+
+def metrics(cluster: Cluster) -> str:
+    """Return kubelet's metrics."""
+    return cluster.kubectl("get", "--raw", f"/api/v1/nodes/{NODE}/proxy/metrics")
+
+
+def test_claims_are_prepared_again_after_restarts_and_a_boot(cluster: Cluster) -> None:
+    """Running programs go on while kubelet, containerd and the driver restart. A boot empties the folder of claims."""
+    cluster.apply(claiming("kept", "tenth"))
+    assert filled(cluster, "kept") == 1536 * MIB - CONTEXT
+    before, (process,) = the_slice(cluster), driver_books()
+    assert before
+    cluster.restart_services()
+    cluster.kubectl("delete", "pod", *SYSTEM, "--selector", "app.kubernetes.io/component=dra-driver")
+    ready(cluster)
+    eventually(lambda: (the_slice(cluster) or {}).get("devices") == before["devices"], 60, "the slice")
+    assert driver_books() == [process]
+    cluster.apply(claiming("next", "tenth"))
+    assert filled(cluster, "next") == 1536 * MIB - CONTEXT
+    cluster.boot()
+    ready(cluster)
+    eventually(lambda: [one["bytes"] for one in driver_books()] == [1536 * MIB] * 2, 180, "the programs")
+    gone(cluster, "kept", "next")
+    assert claim_files() == []
+
+
+def test_kubelet_removes_the_slice_after_the_uninstallation(cluster: Cluster) -> None:
+    cluster.helm("upgrade", "fgpu", CHART, *SYSTEM, "--reuse-values", "--set", "detach=true")
+    cluster.kubectl("rollout", "status", "daemonset/fgpu-agent", *SYSTEM, "--timeout=150s")
+    cluster.helm("uninstall", "fgpu", *SYSTEM)
+    eventually(lambda: not cluster.pods_of_fgpu() and not the_slice(cluster), 120, "the end of pods and slice")
