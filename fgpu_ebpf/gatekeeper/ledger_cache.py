@@ -148,10 +148,6 @@ class LedgerCache:
 
         A process that is parked keeps the levels that it had, wherever it is.
         """
-        process = self._ledger.process(pid)
-        if process and process.is_parked and process.levels:
-            owner = self._lineages.owner(pid, process.levels[0], process.levels)
-            return ManagedState(True, process.levels[0], process.levels, owner=owner)
         known = self._states.get(cgroup)
         if known is None:
             ids = self._lineages.of(pid, cgroup)
@@ -159,6 +155,9 @@ class LedgerCache:
             known = known._replace(owner=self._lineages.owner(pid, cgroup, known.levels))
             if ids[:1] == (cgroup,):
                 self._states[cgroup] = known
+        process = self._ledger.process(pid)
+        if process and process.is_parked and process.levels:
+            return known._replace(managed=True, tenant=process.levels[0], levels=process.levels, refused=False)
         return known
 
     def resolved(self, cgroup: int) -> Resolution | None:

@@ -123,7 +123,10 @@ class Enforcer:
             RoomError: a limit set by hand does not fit, or no level can be added. Nothing has changed.
             OSError: a map of the kernel is full. Some of the limits may be in force.
         """
-        changed = [t for t in self.names.named(tenants) if self.get(t.cgroup) != t]
+        tenants = self.names.named(tenants)
+        for tenant in tenants:
+            self.leaving.pop(tenant.cgroup, None)
+        changed = [t for t in tenants if self.get(t.cgroup) != t]
         for tenant in changed:
             if tenant.by_hand and (shortage := self.commitments.shortage(tenant)):
                 raise RoomError(shortage)
@@ -210,7 +213,6 @@ class Enforcer:
             raise
 
     def _enter(self, tenant: Tenant) -> None:
-        self.leaving.pop(tenant.cgroup, None)
         self.places.enter(tenant.cgroup, tenant.path)
         self._tree.enter(tenant)
         self.commitments.renew(tenant)

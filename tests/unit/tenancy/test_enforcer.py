@@ -483,7 +483,7 @@ def test_the_levels_of_a_parked_process_are_released_when_it_runs(two, books):
     assert (two.enforcer.get(one.cgroup), two.enforcer.get(other.cgroup), books.moved) == (one, None, [])
     two.enforcer.release_left()
     assert len(two.enforcer.leaving) == 2, "it is parked"
-    two.enforcer.put([dataclasses.replace(group, limits={0: 9 * GIB})])
+    two.enforcer.put([group])
     assert two.enforcer.leaving == {one.cgroup: True}, "it has a limit again"
     process.is_parked = False
     two.enforcer.release_left()
