@@ -55,9 +55,12 @@ def _texts(**attributes: str) -> dict[str, Any]:
 
 
 def _capacity(usable_bytes: int) -> dict[str, Any]:
-    """Return the capacities. A request without memory gets the whole device, a request without compute no ceiling."""
+    """Return the capacities. A request without memory gets the whole device, a request without compute no ceiling.
+
+    Kubernetes rounds a request up to a step in 64 bits, which overflow for a request such as 8Ei unless the step is 1.
+    """
     whole = _mebibytes(min(usable_bytes // MIB, MOST_MIB))
-    memory = {"min": _mebibytes(MINIMUM_MIB), "step": "1Mi"}
+    memory = {"min": _mebibytes(MINIMUM_MIB), "step": "1"}
     return {
         MEMORY: {"value": whole, "requestPolicy": {"default": whole, "validRange": memory}},
         COMPUTE: {"value": "100", "requestPolicy": {"default": "0", "validRange": {"min": "0", "step": "1"}}},

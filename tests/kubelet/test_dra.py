@@ -159,7 +159,7 @@ def test_the_slice_has_every_device_and_what_can_be_consumed(
         memory, compute = device["capacity"]["memory"], device["capacity"]["compute"]
         whole = offered["capacity_bytes"] // MIB
         assert memory["value"] == (f"{whole // 1024}Gi" if whole % 1024 == 0 else f"{whole}Mi")
-        assert memory["requestPolicy"] == {"default": memory["value"], "validRange": {"min": "64Mi", "step": "1Mi"}}
+        assert memory["requestPolicy"] == {"default": memory["value"], "validRange": {"min": "64Mi", "step": "1"}}
         policy = {"default": "0", "validRange": {"min": "0", "step": "1"}}
         assert compute == {"value": "100", "requestPolicy": policy}
 

@@ -90,6 +90,27 @@ def test_a_slice_has_only_devices_of_which_shares_may_be_given() -> None:
         assert resource_slices.devices(none, FACTS) == []
 
 
+def round_up_range(requested: int, least: int, step: int) -> int:
+    """Return what the scheduler consumes for a request (roundUpRange in consumable_capacity.go of Kubernetes 1.36)."""
+    rounded = least + -(-(requested - least) // step) * step
+    return (rounded + (1 << 63)) % (1 << 64) - (1 << 63)
+
+
+@pytest.mark.parametrize("requested", [(1 << 63) - 1, 1 << 62, 8 * GIB + 1, 64 * MIB])  # 8Ei is read as 2^63 - 1
+def test_no_request_overflows_in_the_scheduler(requested: int) -> None:
+    (device,) = resource_slices.devices(host(16 * GIB), FACTS)
+    for capacity in device["capacity"].values():
+        of = {key: int(claims.quantity(text)) for key, text in capacity["requestPolicy"]["validRange"].items()}
+        assert round_up_range(requested, of["min"], of["step"]) >= requested
+
+
+@pytest.mark.parametrize("quantity", [str(-(1 << 63)), "-1", "1Gi ", "", "8GiB", None, {}, []])
+def test_an_odd_quantity_is_refused_with_a_text(quantity: Any) -> None:
+    for name in ("memory", "compute"):
+        with pytest.raises(ClaimError, match="is not a quantity of 0 or more, such as 8Gi or 30"):
+            shares(GIB, **{"memory": "64Mi", name: quantity})
+
+
 def test_another_version_of_the_agent_renews_the_files_of_claims(tmp_path: Path) -> None:
     """A container of a running pod may start again, and the earlier shim may be gone then."""
     files, share = ClaimFiles(tmp_path), share_name.parse(f"1gib-25pct:{UUID}")
