@@ -164,7 +164,7 @@ class Commitments:
 
     def _grant(self, tenant: Tenant, index: int) -> None:
         had, limit = self._granted.get(tenant.cgroup, {}).get(index), tenant.limits[index]
-        shortage = self._shortage_on(tenant, index)
+        shortage = self.shortage_on(tenant, index)
         if shortage and not had:
             self._deny(tenant.cgroup, index, shortage)
             _remove(self._granted, tenant.cgroup, index)
@@ -192,12 +192,12 @@ class Commitments:
         is no such device, it must fit on at least one device.
         """
         if not counts_by_device(tenant):
-            return next(filter(None, (self._shortage_on(tenant, index) for index in tenant.limits)), "")
+            return next(filter(None, (self.shortage_on(tenant, index) for index in tenant.limits)), "")
         decided = tenant.limits.keys() - self.undecided(tenant)
-        shortages = [self._shortage_on(tenant, index) for index in decided or tenant.limits]
+        shortages = [self.shortage_on(tenant, index) for index in decided or tenant.limits]
         return next(filter(None, shortages), "") if decided or all(shortages) else ""
 
-    def _shortage_on(self, tenant: Tenant, index: int) -> str:
+    def shortage_on(self, tenant: Tenant, index: int) -> str:
         """Return why the tenant's limit does not fit on this device; an empty text if it fits."""
         if self.overcommit or not counts(tenant) or self._is_inside(tenant):
             return ""
@@ -239,7 +239,7 @@ class Commitments:
     def denied(self, tenant: Tenant) -> str:
         """Return why the tenant's limit was denied on devices; an empty text if it was denied on none."""
         found = self._denied.get(tenant.cgroup, {})
-        return "; ".join(self._shortage_on(tenant, index) or reason for index, reason in found.items())
+        return "; ".join(self.shortage_on(tenant, index) or reason for index, reason in found.items())
 
 
 def counts(tenant: Tenant) -> bool:
