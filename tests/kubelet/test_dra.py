@@ -220,6 +220,28 @@ def test_a_device_with_an_xid_is_not_published(driver: dra.Driver, server: ApiSe
     eventually(lambda: len(server.devices()) == 2, 30, "both devices")
 
 
+def test_devices_in_mig_mode_are_not_published(
+    driver: dra.Driver, node: dra.Kubelet, server: ApiServer, uuids: list[str]
+) -> None:
+    """The mode changes with a reset of the devices."""
+    claim = server.claim("late", result(uuids[1], memory="1Gi"))
+    subprocess.run([SIM / "fgpu-simd", "--fault", "mig,device-reset"], check=True, timeout=10)
+    try:
+        eventually(lambda: server.slice() is None, 30, "no slice")
+        text = f"{uuids[1]}: the device is in MIG mode"
+        eventually(lambda: "0 of 2 devices are offered" in driver.said() and text in driver.said(), 10, "the reasons")
+        assert text in node.prepare(claim)[0].error
+    finally:
+        subprocess.run([SIM / "fgpu-simd", "--fault", "reset,device-reset"], check=True, timeout=10)
+    eventually(lambda: len(server.devices()) == 2, 30, "both devices")
+
+
+def test_only_named_devices_are_published(start: Start, server: ApiServer, uuids: list[str]) -> None:
+    driver = start("--device", uuids[1][:12])
+    eventually(lambda: [device["name"] for device in server.devices()] == [uuids[1].lower()], 30, "one device")
+    assert f"1 of 2 devices are offered; {uuids[0]}: not named by --device" in driver.said()
+
+
 def test_there_is_no_slice_and_no_preparation_without_an_agent(
     node: dra.Kubelet, driver: dra.Driver, server: ApiServer, service: Service, uuids: list[str]
 ) -> None:

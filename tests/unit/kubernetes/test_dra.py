@@ -15,6 +15,7 @@ from fgpu_ebpf.kubernetes.claim_files import ClaimFiles
 from fgpu_ebpf.kubernetes.claims import ClaimError
 from fgpu_ebpf.kubernetes.slots import Device, Host
 from fgpu_ebpf.policy import share_name
+from fgpu_ebpf.policy.device_choice import device_choice
 
 UUID = "GPU-4f1d0a52-6c3b-4b0e-9d57-2f0c5a3b7e11"
 UID = "0b8f5b1e-9a64-4b44-8a2b-6c1f0f3d2a10"
@@ -88,6 +89,26 @@ def test_a_slice_has_only_devices_of_which_shares_may_be_given() -> None:
     assert odd["capacity"]["memory"]["value"] == "16383Mi"
     for none in (host(GIB, fault="no limit"), host(GIB, of_device="lost"), host(63 * MIB)):
         assert resource_slices.devices(none, FACTS) == []
+
+
+def test_a_device_that_is_not_named_or_may_not_be_given_is_left_out_with_a_reason() -> None:
+    found, other = host(16 * GIB), UUID.replace("4f1d", "5f1d")
+    found = Host("", {**found.devices, other: Device(other, 1, None, "the device is in MIG mode", GIB, GIB, {})})
+    facts = FACTS | {"models": {UUID: "NVIDIA H200", other: "NVIDIA A30"}}
+    for texts, names in (
+        ((), [UUID]),
+        (("0",), [UUID]),
+        (("gpu-4f1d",), [UUID]),
+        (("H200", "*A30"), [UUID]),
+        (("1",), []),
+        (("L4",), []),
+    ):
+        choices = [device_choice(text) for text in texts]
+        published = [device["name"] for device in resource_slices.devices(found, facts, choices)]
+        assert published == [name.lower() for name in names], texts
+        assert {UUID, other} - set(resource_slices.left_out(found, facts, choices)) == set(names)
+    assert resource_slices.left_out(found, facts) == {other: "the device is in MIG mode"}
+    assert resource_slices.left_out(found, facts, [device_choice(0)]) == {other: "not named by --device"}
 
 
 def round_up_range(requested: int, least: int, step: int) -> int:
