@@ -339,6 +339,17 @@ def test_the_end_of_a_claim_needs_neither_agent_nor_api_server(
     assert answer.error.startswith("gpu.fgpu.dev: the API server 127.0.0.1:")
 
 
+def test_a_pod_may_have_any_number_of_claims(
+    node: dra.Kubelet, driver: dra.Driver, server: ApiServer, uuids: list[str], claims_dir: Path
+) -> None:
+    """kubelet prepares and unprepares all claims of a pod with one call."""
+    claims = [server.claim(f"claim-{number}", result(uuids[0], memory="64Mi")) for number in range(100)]
+    assert all(map(ids, node.prepare(*claims)))
+    assert len(list(claims_dir.iterdir())) == 100
+    assert node.unprepare(*claims) == [""] * 100
+    assert not list(claims_dir.iterdir())
+
+
 def test_a_wrong_claim_is_refused_with_a_sentence_and_others_are_prepared(
     node: dra.Kubelet, driver: dra.Driver, server: ApiServer, uuids: list[str], claims_dir: Path
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from fractions import Fraction
 from pathlib import Path
@@ -10,9 +11,10 @@ from typing import Any
 import pytest
 
 from fgpu_ebpf.containers.cdi import Parts
-from fgpu_ebpf.kubernetes import claims, resource_slices
+from fgpu_ebpf.kubernetes import claims, dra_messages, resource_slices
 from fgpu_ebpf.kubernetes.claim_files import ClaimFiles
 from fgpu_ebpf.kubernetes.claims import ClaimError
+from fgpu_ebpf.kubernetes.dra_server import DraServer
 from fgpu_ebpf.kubernetes.slots import Device, Host
 from fgpu_ebpf.policy import share_name
 from fgpu_ebpf.policy.device_choice import device_choice
@@ -146,3 +148,23 @@ def test_another_version_of_the_agent_renews_the_files_of_claims(tmp_path: Path)
     files.unprepare(UID)
     files.unprepare(UID)
     assert not files.place(UID).exists()
+
+
+def test_a_request_may_have_any_number_of_claims(tmp_path: Path) -> None:
+    """Otherwise a pod with many claims would stay Terminating for ever."""
+    messages = dra_messages.classes()
+    busy = most = 0
+
+    async def answer(_: Any) -> Any:
+        nonlocal busy, most
+        busy, most = busy + 1, max(most, busy + 1)
+        await asyncio.sleep(0)
+        busy -= 1
+        return messages["NodeUnprepareResourceResponse"]()
+
+    claims = [{"namespace": "n", "name": f"c-{number}", "uid": f"u-{number}"} for number in range(1000)]
+    request = messages["NodeUnprepareResourcesRequest"](claims=claims).SerializeToString()
+    server = DraServer(tmp_path, messages, answer, answer)
+    found = messages["NodeUnprepareResourcesResponse"].FromString(asyncio.run(server._unprepare_all(request, None)))
+    assert [one.key for one in found.claims] == [claim["uid"] for claim in claims]
+    assert most <= 16
