@@ -127,3 +127,14 @@ def test_a_share_of_one_device_raises_and_commits_the_pod_s_limit_on_that_device
         host.manager.share("/pods/two/a", parse(f"12gib:{OTHER}"))
     host.manager.share("/pods/two/a", parse(f"12gib:{UUID}"))
     assert [host.enforcer.commitments.committed(index) for index in (0, 1)] == [12 * GIB, 11 * GIB]
+
+
+def test_the_refusal_of_a_share_names_the_memory_that_its_policy_adds_for_contexts(tmp_path):
+    """The scheduler counts the shares alone, so shares that fill the device to the byte leave no room for contexts."""
+    host = host_with(tmp_path, Gpu(0, UUID, usable_bytes=16 * GIB))
+    host.manager.reload(policies("{selector: {cgroup: ['pods/*/*']}, memory: {limit: 8GiB, contexts: 1}}"))
+    host.manager.share("/pods/one/a", parse(f"8gib:{UUID}"))
+    with pytest.raises(
+        RoomError, match=r"8.5GiB \(500MiB of these for contexts besides the limit\) for a.* do not fit"
+    ):
+        host.manager.share("/pods/two/a", parse(f"8gib:{UUID}"))
