@@ -189,7 +189,7 @@ class _Driver:
         host, parts = await self._agent()
         granted = claims.grants(claim, uid, self._options.node, host)
         uuids = list(dict.fromkeys(grant.share.device for grant in granted))
-        gpus, env = self._options.way.devices(host, uuids)
+        gpus, env = self._options.way.devices(uuids)
         of_uuid = dict(zip(uuids, gpus, strict=False))  # empty if the devices come by other means
         names = self._options.files.prepare(uid, [grant.share for grant in granted], env, parts)
         return [
