@@ -83,12 +83,14 @@ class Commitments:
         """Return True if a group around the tenant has a limit that counts."""
         return any(counts(group) for group in self._tree.around(tenant))
 
-    def granted_inside(self, group: Tenant) -> set[int]:
-        """Return the devices on which the limits of tenants inside a group count."""
-        if not self._tree.has_inside(group.path):
-            return set()
+    def granted_inside(self, group: Tenant) -> dict[int, int]:
+        """Return the bytes that tenants inside a group have been granted, by device."""
+        total: dict[int, int] = {}
         inside = below(group.path)
-        return {i for cgroup, found in self._granted.items() if self._path(cgroup).startswith(inside) for i in found}
+        for cgroup, found in self._granted.items() if self._tree.has_inside(group.path) else ():
+            for index, bytes_ in found.items() if self._path(cgroup).startswith(inside) else ():
+                total[index] = total.get(index, 0) + (bytes_ if _is_limit(bytes_) else 0)
+        return total
 
     def is_used(self, cgroup: int) -> bool:
         """Return True if the cgroup's limit was granted or denied on at least one device."""
@@ -165,6 +167,8 @@ class Commitments:
     def _grant(self, tenant: Tenant, index: int) -> None:
         had, limit = self._granted.get(tenant.cgroup, {}).get(index), tenant.limits[index]
         shortage = self.shortage_on(tenant, index)
+        if shortage and not had:  # a group that is known after tenants in it has at least what these were granted
+            had = self.granted_inside(tenant).get(index)
         if shortage and not had:
             self._deny(tenant.cgroup, index, shortage)
             _remove(self._granted, tenant.cgroup, index)

@@ -27,7 +27,11 @@ POLICY = "{selector: {namespace: [dev]}, memory: {limit: 8GiB, max: 16GiB}}"
 class Names:
     """An engine that knows each cgroup below `pods`: `/pods/NAME` is a pod, and cgroups inside it are containers."""
 
+    known = True
+
     def named(self, workload):
+        if not self.known:
+            return workload
         parts = workload.path.split("/")[1:]
         subject = Subject(parts[-1], Engine.CRI, is_pod=len(parts) == 2)
         return replace(workload, namespace="dev", subject=subject) if parts[0] == "pods" and parts[1:] else workload
@@ -127,6 +131,22 @@ def test_a_share_of_one_device_raises_and_commits_the_pod_s_limit_on_that_device
         host.manager.share("/pods/two/a", parse(f"12gib:{OTHER}"))
     host.manager.share("/pods/two/a", parse(f"12gib:{UUID}"))
     assert [host.enforcer.commitments.committed(index) for index in (0, 1)] == [12 * GIB, 11 * GIB]
+
+
+def test_a_pod_that_is_known_late_has_at_least_the_shares_that_were_given_in_it(tmp_path, monkeypatch):
+    """The engine reports the pod's names after its container has started. The limit of the policy does not fit then."""
+    monkeypatch.setattr(Names, "known", False)
+    host = host_with(tmp_path, Gpu(0, UUID, usable_bytes=20 * GIB))
+    for path, size in (("/pods/one/a", 9), ("/pods/one/b", 5), ("/pods/two/a", 6)):
+        host.manager.share(path, parse(f"{size}gib:{UUID}"))
+    monkeypatch.setattr(Names, "known", True)
+    host.manager.consider_all()
+    assert [limit(host, path) for path in ("/pods/one", "/pods/one/a", "/pods/one/b")] == [14, 9, 5]
+    assert [limit(host, path) for path in ("/pods/two", "/pods/two/a")] == [6, 6]
+    assert host.enforcer.commitments.committed(0) == 20 * GIB
+    (host.root / "pods/one/b").rmdir()
+    host.manager.consider(["/pods/one/b"])
+    assert [limit(host, path) for path in ("/pods/one", "/pods/two")] == [9, 8]
 
 
 def test_the_refusal_of_a_share_names_the_memory_that_its_policy_adds_for_contexts(tmp_path):
