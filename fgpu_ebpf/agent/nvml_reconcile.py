@@ -54,7 +54,7 @@ class Truth:
     reports XIDs. `orphans`: the orphans of the ledger. `ended`: bytes by device and pid that NVML shows for ended
     processes. `unexplained`: bytes in use by device that no process, orphan or known rest explains. `percent`: the
     percentage of a device's time in the last second, by device and pid (None: NVML does not report it). `sampled`: the
-    time of these percentages, on the monotonic clock.
+    time of these percentages, on the monotonic clock. `mig`: the devices in MIG mode.
     """
 
     answered: Mapping[int, float] = field(default_factory=dict)
@@ -70,6 +70,7 @@ class Truth:
     unexplained: Mapping[int, int] = field(default_factory=dict)
     percent: Mapping[int, Percent | None] = field(default_factory=dict)
     sampled: float = 0.0
+    mig: frozenset[int] = frozenset()
 
     def pids(self) -> set[int]:
         """Return the processes that NVML lists, except those that have ended."""
@@ -277,18 +278,19 @@ class Reconciler:
     def _full(self, now: Truth, so_far: int, is_due: bool) -> Truth:
         """Do the additional work of a full pass, and return the result with its values."""
         self._sweep(so_far)
-        at, used = time.monotonic(), now.used
+        at, used, mig = time.monotonic(), now.used, now.mig
         if is_due:
             self._choose_levels()
             self._nvml.look_for_missing()
             used = {device.index: self._nvml.used_bytes(device.index) for device in self._nvml.devices}
+            mig = frozenset(device.index for device in self._nvml.devices if self._nvml.in_mig_mode(device.index))
             self._devices_at = at + DEVICE_SECONDS
         answered = dict.fromkeys((device for device in now.held if used.get(device) is not None), at)
         if self._audit.due(at):
             now = self._with_turns(now, at)
         return replace(
             now, answered={**now.answered, **answered}, used=used, processes=self._known, xids=self._reported(),
-            failure="",
+            failure="", mig=mig,
         )  # fmt: skip
 
     def _choose_levels(self) -> None:

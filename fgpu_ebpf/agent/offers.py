@@ -24,6 +24,7 @@ from fgpu_ebpf.tenancy.overrides import Override
 from fgpu_ebpf.tenancy.profiles import Profile, ProfileError
 
 SYSFS = Path("/sys/bus/pci/devices")
+_MIG = "the device is in MIG mode, and limits hold on whole devices only: nvidia-smi -i INDEX -mig 0 ends the mode"
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +70,7 @@ class Offers:
             "uuid": device.uuid_text,
             "index": device.index,
             "numa": numa(device.pci_bus_id),
-            "fault": self._failure(device.index),
+            "fault": self._failure(device.index) or (_MIG if device.index in self.truth.mig else ""),
             "free_bytes": free,
             "capacity_bytes": device.usable_bytes,
             "profiles": [

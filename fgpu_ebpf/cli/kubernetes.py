@@ -56,6 +56,8 @@ def device_plugin(
               envvar="KUBELET_DIR", help="Folder of kubelet's data.")  # fmt: skip
 @click.option("--gpu-strategy", type=click.Choice(_GPUS), default="auto", show_default=True, envvar="GPU_STRATEGY",
                             help="How a container gets the GPU itself.")  # fmt: skip
+@click.option("--device", "devices", multiple=True, envvar="DEVICES",
+              help="Index, UUID or model of a GPU to publish; may be repeated (default: every GPU).")  # fmt: skip
 @click.option("--cdi-dir", "folders", type=click.Path(path_type=Path), multiple=True, envvar="CDI_DIRS",
                             help="Folder of NVIDIA's CDI specification (default: /etc/cdi, /var/run/cdi).")  # fmt: skip
 @click.option("--claims-dir", type=click.Path(path_type=Path), default=CDI, show_default=True, envvar="CLAIMS_DIR",
@@ -66,18 +68,23 @@ def device_plugin(
     "--log-format", type=click.Choice(["text", "json", "journal"]), help="Default: journal under systemd, else text."
 )
 def dra_driver(
-    node_name: str, kubelet_dir: Path, gpu_strategy: str, folders: tuple[Path, ...], claims_dir: Path,
-    service_account: Path, log_format: str | None,
+    node_name: str, kubelet_dir: Path, gpu_strategy: str, devices: tuple[str, ...], folders: tuple[Path, ...],
+    claims_dir: Path, service_account: Path, log_format: str | None,
 ) -> None:  # fmt: skip
     """Serve kubelet as the DRA driver gpu.fgpu.dev: any size of memory and compute, from ResourceClaims."""
     from fgpu_ebpf.kubernetes import dra_driver
     from fgpu_ebpf.kubernetes.allocation import CDI_FOLDERS, Gpus, Way
     from fgpu_ebpf.kubernetes.claim_files import ClaimFiles
     from fgpu_ebpf.linux import logs
+    from fgpu_ebpf.policy.device_choice import device_choice
 
     logs.configure(logs.Format(log_format) if log_format else None)
+    try:
+        choices = tuple(map(device_choice, devices))
+    except ValueError as error:
+        fail(f"--device: {error}", 2)
     way, files = Way(gpus=Gpus(gpu_strategy), folders=folders or CDI_FOLDERS), ClaimFiles(claims_dir)
     try:
-        dra_driver.serve(dra_driver.Options(node_name, run_dir(), kubelet_dir, service_account, files, way))
+        dra_driver.serve(dra_driver.Options(node_name, run_dir(), kubelet_dir, service_account, files, way, choices))
     except dra_driver.DriverError as error:
         fail(str(error), 1)

@@ -66,39 +66,36 @@ class Way:
         uuids = [slot.uuid for slot in slots]
         if self.strategy is Strategy.MOUNTS:
             return Given((), self._visible(uuids), _asked(host, slots), tuple(host.mounts))
-        gpus, visible = self.devices(host, uuids)
+        gpus, visible = self.devices(uuids)
         names = [*gpus, *(f"{SHARE_KIND}={bound(slot.share, slot.uuid)}" for slot in slots)]
         if self.strategy is Strategy.CDI_CRI:
             return Given(tuple(names), visible)
         return Given((), visible, {_annotation(slots): ",".join(names)})
 
-    def devices(self, host: Host, uuids: Sequence[str]) -> tuple[list[str], dict[str, str]]:
+    def devices(self, uuids: Sequence[str]) -> tuple[list[str], dict[str, str]]:
         """Return the CDI names of devices, and the variables that a container with these devices needs.
 
         There are no names if the devices come into the container by other means. Raises AllocationError.
         """
-        gpus = self._gpus(host, uuids)
+        gpus = self._gpus(uuids)
         # With "void", NVIDIA's runtime does not add the devices that the image requests.
         return gpus, {VISIBLE: "void"} if gpus else self._visible(uuids)
 
     def _visible(self, uuids: Sequence[str]) -> dict[str, str]:
         return {} if self.gpus in (Gpus.CDI, Gpus.NONE) else {VISIBLE: ",".join(uuids)}
 
-    def _gpus(self, host: Host, uuids: Sequence[str]) -> list[str]:
+    def _gpus(self, uuids: Sequence[str]) -> list[str]:
+        """Return the CDI names of devices. An index is no name here: NVIDIA's may differ from the ledger's."""
         if self.gpus not in (Gpus.AUTO, Gpus.CDI):
             return []
         known = _devices(self.folders, GPU_KIND)
-        found = []
-        for uuid in uuids:
-            index = str(host.devices[uuid].index)
-            name = next((name for name in (uuid, index) if name in known), None)
-            if name is None and self.gpus is Gpus.CDI:
-                fix = "run nvidia-ctk cdi generate --output /etc/cdi/nvidia.yaml"
-                raise AllocationError(f"no CDI specification has {GPU_KIND}={uuid}: {fix}")
-            if name is None:
-                return []
-            found.append(f"{GPU_KIND}={name}")
-        return found
+        unknown = next((uuid for uuid in uuids if uuid not in known), None)
+        if unknown is None:
+            return [f"{GPU_KIND}={uuid}" for uuid in uuids]
+        if self.gpus is Gpus.CDI:
+            fix = "run nvidia-ctk cdi generate --device-name-strategy uuid --output /etc/cdi/nvidia.yaml"
+            raise AllocationError(f"no CDI specification has {GPU_KIND}={unknown}: {fix}")
+        return []
 
 
 def _asked(host: Host, slots: Sequence[Slot]) -> dict[str, str]:

@@ -86,7 +86,6 @@ class ApiServer:
         try:
             token = (self.folder / "token").read_text().strip()
             trust = ssl.create_default_context(cafile=str(self.folder / "ca.crt"))
-            reader, writer = await asyncio.open_connection(self.host, self.port, ssl=trust, limit=_MOST_HEADERS)
             data = json.dumps(body).encode() if body is not None else b""
             authority = f"[{self.host}]" if ":" in self.host else self.host
             lines = [
@@ -94,14 +93,15 @@ class ApiServer:
                 "Accept: application/json", "Content-Type: application/json", f"Content-Length: {len(data)}",
                 "User-Agent: fgpu", "Connection: close",
             ]  # fmt: skip
-            writer.write("\r\n".join([*lines, "", ""]).encode() + data)
-            head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1").split("\r\n")
+            async with asyncio.timeout(REQUEST_SECONDS):
+                reader, writer = await asyncio.open_connection(self.host, self.port, ssl=trust, limit=_MOST_HEADERS)
+                writer.write("\r\n".join([*lines, "", ""]).encode() + data)
+                head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1").split("\r\n")
             headers = {key.strip().lower(): value.strip() for key, _, value in (line.partition(":") for line in head)}
             yield int(head[0].split()[1]), _chunks(reader, headers)
-        except (OSError, EOFError, ValueError, IndexError, asyncio.LimitOverrunError) as error:
-            if isinstance(error, TimeoutError):
-                raise
-            raise ApiError(0, f"the API server {self.host}:{self.port} does not answer: {error}") from error
+        except (OSError, EOFError, ValueError, IndexError, asyncio.LimitOverrunError) as error:  # OSError: timeouts too
+            reason = str(error) or f"nothing for {REQUEST_SECONDS:.0f} s"
+            raise ApiError(0, f"the API server {self.host}:{self.port} does not answer: {reason}") from error
         finally:
             if writer:
                 writer.transport.abort()  # close() would wait for the peer

@@ -64,7 +64,7 @@ def quantity(text: str) -> Fraction:
     """Parse a quantity of Kubernetes, such as `8Gi`, `1500m` or `2e3`, that is not negative. Raises ClaimError."""
     match = _QUANTITY.fullmatch(text)
     if match is None:
-        raise ClaimError(f"{shown(text)} is not a quantity")
+        raise ClaimError(f"{shown(text)} is not a quantity of 0 or more, such as 8Gi or 30")
     unit = match["unit"]
     return Fraction(match["number"]) * (_UNITS[unit] if unit in _UNITS else 10 ** int(unit[1:]))
 

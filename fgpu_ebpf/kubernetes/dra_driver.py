@@ -29,6 +29,7 @@ from fgpu_ebpf.kubernetes.dra_server import DraServer
 from fgpu_ebpf.kubernetes.resource_slices import Publisher
 from fgpu_ebpf.kubernetes.slots import Host, host_of
 from fgpu_ebpf.kubernetes.until_signal import run_until_signal
+from fgpu_ebpf.policy.rules import DeviceChoice
 
 log = logging.getLogger("fgpu.kubelet")
 FOLDER = Path("/var/lib/kubelet")
@@ -43,7 +44,10 @@ class DriverError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """The name of this node, and the places of the agent, kubelet, the API server's token and CDI specifications."""
+    """The name of this node, and the places of the agent, kubelet, the API server's token and CDI specifications.
+
+    `devices`: the only devices in the slice; empty: all.
+    """
 
     node: str
     run_dir: Path = Path("/run/fgpu")
@@ -51,6 +55,7 @@ class Options:
     account: Path = Path("/var/run/secrets/kubernetes.io/serviceaccount")
     files: ClaimFiles = field(default_factory=ClaimFiles)
     way: Way = field(default_factory=Way)
+    devices: tuple[DeviceChoice, ...] = ()
 
 
 def serve(options: Options) -> None:
@@ -96,9 +101,14 @@ class _Driver:
         while True:
             try:
                 host, facts, parts = await self._ask()
-                self._publisher.want(resource_slices.devices(host, facts))
+                choices = self._options.devices
+                offered = resource_slices.devices(host, facts, choices)
+                self._publisher.want(offered)
                 self._renew(parts)
-                self._say(host.fault or f"{len(host.devices)} devices are offered", bool(host.fault))
+                absent = resource_slices.left_out(host, facts, choices).items()
+                text = f"{len(offered)} of {len(host.devices)} devices are offered"
+                text += "".join(f"; {uuid}: {why}" for uuid, why in absent)
+                self._say(host.fault or text, not offered)
             except ClaimError as error:
                 if time.monotonic() - self._answered_at >= SILENT_SECONDS:
                     self._publisher.want([])
@@ -179,7 +189,7 @@ class _Driver:
         host, parts = await self._agent()
         granted = claims.grants(claim, uid, self._options.node, host)
         uuids = list(dict.fromkeys(grant.share.device for grant in granted))
-        gpus, env = self._options.way.devices(host, uuids)
+        gpus, env = self._options.way.devices(uuids)
         of_uuid = dict(zip(uuids, gpus, strict=False))  # empty if the devices come by other means
         names = self._options.files.prepare(uid, [grant.share for grant in granted], env, parts)
         return [

@@ -20,7 +20,7 @@ from fgpu_ebpf.kubernetes.dra_messages import DRA_SERVICE, HEALTH_SERVICE, REGIS
 log = logging.getLogger("fgpu.kubelet")
 _OPTIONS = (("grpc.max_receive_message_length", 1 << 20), ("grpc.so_reuseport", 0))
 _CLOSE_SECONDS = 0.2  # within which watches end; calls that have not ended are cancelled then
-_MOST_CLAIMS = 64  # of one request; kubelet asks for the claims of one pod
+_AT_ONCE = 16  # claims of one request. kubelet asks for all claims of a pod, as many as fit in the bytes of a message
 
 Answer = Callable[[Any], Awaitable[Any]]  # a claim of a request -> the answer for it
 
@@ -124,9 +124,13 @@ class DraServer:
 
     async def _answer(self, name: str, request: bytes, context: Any, answer: Answer) -> bytes:
         asked = await self._read(f"{name}Request", request, context)
-        if len(asked.claims) > _MOST_CLAIMS:
-            await self._refuse(context, f"{len(asked.claims)} claims are too many for one request")
-        answers = await asyncio.gather(*(answer(claim) for claim in asked.claims))
+        free = asyncio.Semaphore(_AT_ONCE)
+
+        async def one(claim: Any) -> Any:
+            async with free:
+                return await answer(claim)
+
+        answers = await asyncio.gather(*map(one, asked.claims))
         found = {claim.uid: each for claim, each in zip(asked.claims, answers, strict=True)}
         return self._message(f"{name}Response", claims=[{"key": uid, "value": each} for uid, each in found.items()])
 

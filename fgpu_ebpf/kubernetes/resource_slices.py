@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from fgpu_ebpf.kubernetes.api_server import ApiError, ApiServer
 from fgpu_ebpf.kubernetes.claims import COMPUTE, DRIVER, MEMORY, MIB, MOST_MIB, device_name
 from fgpu_ebpf.kubernetes.slots import Host
+from fgpu_ebpf.policy.rules import DeviceChoice
 
 log = logging.getLogger("fgpu.kubelet")
 SLICES = "/apis/resource.k8s.io/v1/resourceslices"
@@ -24,15 +26,41 @@ _MOST_TEXT = 64  # characters of an attribute
 _CONFLICT, _MISSING = 409, 404
 
 
-def devices(host: Host, facts: Mapping[str, Any]) -> list[dict[str, Any]]:
+@dataclass(frozen=True, slots=True)
+class _Named:
+    """The properties of a device by which it can be chosen."""
+
+    index: int
+    uuid_text: str
+    name: str
+    usable_bytes: int
+
+
+def left_out(host: Host, facts: Mapping[str, Any], choices: Sequence[DeviceChoice] = ()) -> dict[str, str]:
+    """Return why devices are not in the slice, by UUID. The arguments are those of devices()."""
+    found = {}
+    for device in host.devices.values():
+        named = _Named(device.index, device.uuid, str(facts["models"].get(device.uuid, "")), device.capacity_bytes)
+        if choices and not any(choice.takes(named) for choice in choices):
+            found[device.uuid] = "not named by --device"
+        elif device.fault:
+            found[device.uuid] = device.fault
+        elif device.capacity_bytes < MINIMUM_MIB * MIB:
+            found[device.uuid] = f"has less than {MINIMUM_MIB} MiB"
+    return found
+
+
+def devices(host: Host, facts: Mapping[str, Any], choices: Sequence[DeviceChoice] = ()) -> list[dict[str, Any]]:
     """Return the devices of the slice: those of which shares may be given now.
 
     Args:
         host: the agent's answer.
         facts: its `facts`: the driver's version, the models of devices, and whether overcommit is allowed.
+        choices: the only devices that may be in the slice; empty: all.
     """
     if host.fault:
         return []
+    absent = left_out(host, facts, choices)
     return [
         {
             "name": device_name(device.uuid),
@@ -46,7 +74,7 @@ def devices(host: Host, facts: Mapping[str, Any]) -> list[dict[str, Any]]:
             "capacity": _capacity(device.capacity_bytes),
         }
         for device in host.devices.values()
-        if not device.fault and device.capacity_bytes >= MINIMUM_MIB * MIB
+        if device.uuid not in absent
     ]
 
 
@@ -55,9 +83,12 @@ def _texts(**attributes: str) -> dict[str, Any]:
 
 
 def _capacity(usable_bytes: int) -> dict[str, Any]:
-    """Return the capacities. A request without memory gets the whole device, a request without compute no ceiling."""
+    """Return the capacities. A request without memory gets the whole device, a request without compute no ceiling.
+
+    Kubernetes rounds a request up to a step in 64 bits, which overflow for a request such as 8Ei unless the step is 1.
+    """
     whole = _mebibytes(min(usable_bytes // MIB, MOST_MIB))
-    memory = {"min": _mebibytes(MINIMUM_MIB), "step": "1Mi"}
+    memory = {"min": _mebibytes(MINIMUM_MIB), "step": "1"}
     return {
         MEMORY: {"value": whole, "requestPolicy": {"default": whole, "validRange": memory}},
         COMPUTE: {"value": "100", "requestPolicy": {"default": "0", "validRange": {"min": "0", "step": "1"}}},

@@ -23,6 +23,7 @@ from pydantic.alias_generators import to_camel
 from pydantic_core import CoreSchema
 
 from fgpu_ebpf import abi
+from fgpu_ebpf.policy.device_choice import device_choice
 from fgpu_ebpf.policy.globs import name_globs, path_globs
 from fgpu_ebpf.policy.rules import DeviceChoice
 from fgpu_ebpf.policy.units import MILLION, Amount, amount, duration_ns, millionths, shown
@@ -40,7 +41,6 @@ RESERVED_LABELS = frozenset(
 
 _NAME = r"[a-z0-9]([a-z0-9.-]{0,61}[a-z0-9])?"
 _METRIC_LABEL = r"[a-zA-Z_][a-zA-Z0-9_]{0,63}"
-_UUID = re.compile(r"gpu-[0-9a-f-]{1,36}")
 _MEMORY = r"^\s*[0-9]+(\.[0-9]+)?\s*(B|[KMGT]iB?)\s*$"
 _PERCENT = r"^\s*[0-9]{1,3}(\.[0-9]{1,4})?\s*%\s*$"
 _DURATION = r"^\s*[0-9]+(\.[0-9]+)?\s*(us|ms|s)\s*$"
@@ -173,23 +173,6 @@ def _unique(values: list[str]) -> list[str]:
     return values
 
 
-def _device(value: Any) -> DeviceChoice:
-    text = str(value)
-    if isinstance(value, bool) or not isinstance(value, (str, int)):
-        raise ValueError("is not a device: write an index, a UUID or a model, as in [0, GPU-1f3a, '*H200*']")
-    if re.fullmatch("-?[0-9]+", text):
-        if len(text) > 2 or not 0 <= int(text) < abi.DEVICES:
-            raise ValueError(f"{shown(text)} is not an index of a device: write 0 to {abi.DEVICES - 1}")
-        return DeviceChoice(text, index=int(text))
-    if text.upper().startswith(("GPU-", "MIG-")):
-        if not _UUID.fullmatch(text.lower()):
-            raise ValueError(
-                f"{shown(text)} is not the UUID of a whole device: write a UUID (GPU-1f3a…) or its beginning"
-            )
-        return DeviceChoice(text, uuid=text.lower())
-    return DeviceChoice(text, model=name_globs([text]))
-
-
 # -- types ---------------------------------------------------------------------------------------------------------
 
 _TEXT, _WHOLE = {"type": "string"}, {"type": "integer"}
@@ -205,7 +188,7 @@ PolicyName = Annotated[str, AfterValidator(_policy_name), Field(json_schema_extr
 LabelKey = Annotated[str, AfterValidator(_label_key)]
 MetricLabel = Annotated[str, AfterValidator(_metric_label), Field(json_schema_extra={"pattern": f"^{_METRIC_LABEL}$"})]
 MetricLabels = Annotated[list[MetricLabel], Field(max_length=MOST_METRIC_LABELS), AfterValidator(_unique)]
-DeviceItem = Annotated[DeviceChoice, PlainValidator(_device), WithJsonSchema(_DEVICE)]
+DeviceItem = Annotated[DeviceChoice, PlainValidator(device_choice), WithJsonSchema(_DEVICE)]
 
 Several = Field(min_length=1, max_length=MOST_ITEMS)
 Paths = Annotated[list[Annotated[str, AfterValidator(_path_pattern)]], Several, BeforeValidator(_listed), _OrOne()]

@@ -83,12 +83,14 @@ class Commitments:
         """Return True if a group around the tenant has a limit that counts."""
         return any(counts(group) for group in self._tree.around(tenant))
 
-    def granted_inside(self, group: Tenant) -> set[int]:
-        """Return the devices on which the limits of tenants inside a group count."""
-        if not self._tree.has_inside(group.path):
-            return set()
+    def granted_inside(self, group: Tenant) -> dict[int, int]:
+        """Return the bytes that tenants inside a group have been granted, by device."""
+        total: dict[int, int] = {}
         inside = below(group.path)
-        return {i for cgroup, found in self._granted.items() if self._path(cgroup).startswith(inside) for i in found}
+        for cgroup, found in self._granted.items() if self._tree.has_inside(group.path) else ():
+            for index, bytes_ in found.items() if self._path(cgroup).startswith(inside) else ():
+                total[index] = total.get(index, 0) + (bytes_ if _is_limit(bytes_) else 0)
+        return total
 
     def is_used(self, cgroup: int) -> bool:
         """Return True if the cgroup's limit was granted or denied on at least one device."""
@@ -164,7 +166,9 @@ class Commitments:
 
     def _grant(self, tenant: Tenant, index: int) -> None:
         had, limit = self._granted.get(tenant.cgroup, {}).get(index), tenant.limits[index]
-        shortage = self._shortage_on(tenant, index)
+        shortage = self.shortage_on(tenant, index)
+        if shortage and not had:  # a group that is known after tenants in it has at least what these were granted
+            had = self.granted_inside(tenant).get(index)
         if shortage and not had:
             self._deny(tenant.cgroup, index, shortage)
             _remove(self._granted, tenant.cgroup, index)
@@ -192,12 +196,12 @@ class Commitments:
         is no such device, it must fit on at least one device.
         """
         if not counts_by_device(tenant):
-            return next(filter(None, (self._shortage_on(tenant, index) for index in tenant.limits)), "")
+            return next(filter(None, (self.shortage_on(tenant, index) for index in tenant.limits)), "")
         decided = tenant.limits.keys() - self.undecided(tenant)
-        shortages = [self._shortage_on(tenant, index) for index in decided or tenant.limits]
+        shortages = [self.shortage_on(tenant, index) for index in decided or tenant.limits]
         return next(filter(None, shortages), "") if decided or all(shortages) else ""
 
-    def _shortage_on(self, tenant: Tenant, index: int) -> str:
+    def shortage_on(self, tenant: Tenant, index: int) -> str:
         """Return why the tenant's limit does not fit on this device; an empty text if it fits."""
         if self.overcommit or not counts(tenant) or self._is_inside(tenant):
             return ""
@@ -206,8 +210,10 @@ class Commitments:
         if not _is_limit(limit) or others + min(limit, capacity) <= capacity:
             return ""
         other = "name another device (`--device`, `devices:` in a policy), " if len(self._capacity) > 1 else ""
+        outside = tenant.outside.get(index)
+        contexts = f" ({memory_text(outside)} of these for contexts besides the limit)" if outside else ""
         return (
-            f"{memory_text(limit)} for {tenant.name} do not fit on device {index}: {memory_text(others)} of "
+            f"{memory_text(limit)}{contexts} for {tenant.name} do not fit on device {index}: {memory_text(others)} of "
             f"{memory_text(capacity)} are committed to others; lower a limit, {other}or allow overcommit"
         )
 
@@ -239,7 +245,7 @@ class Commitments:
     def denied(self, tenant: Tenant) -> str:
         """Return why the tenant's limit was denied on devices; an empty text if it was denied on none."""
         found = self._denied.get(tenant.cgroup, {})
-        return "; ".join(self._shortage_on(tenant, index) or reason for index, reason in found.items())
+        return "; ".join(self.shortage_on(tenant, index) or reason for index, reason in found.items())
 
 
 def counts(tenant: Tenant) -> bool:

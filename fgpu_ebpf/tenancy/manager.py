@@ -21,6 +21,7 @@ from fgpu_ebpf.ledger.owner_bounds import Bounds
 from fgpu_ebpf.linux import procfs
 from fgpu_ebpf.policy.rules import NO_CLASSES, Decision, Device, PolicySet
 from fgpu_ebpf.policy.share_name import Share, parse
+from fgpu_ebpf.tenancy import pod_shares
 from fgpu_ebpf.tenancy.enforcer import Enforcer, RoomError
 from fgpu_ebpf.tenancy.event_log import EventLog
 from fgpu_ebpf.tenancy.gone_tenants import GoneTenants
@@ -29,6 +30,7 @@ from fgpu_ebpf.tenancy.overrides import Override, Overrides
 from fgpu_ebpf.tenancy.preexisting import PreexistingProcesses
 from fgpu_ebpf.tenancy.tenant import Source, Tenant, requests, tenant_of
 from fgpu_ebpf.tenancy.tenant_names import FILE as NAMES
+from fgpu_ebpf.tenancy.tenant_tree import above
 from fgpu_ebpf.workloads.cgroups import Namer, TargetError, Workloads, is_of_run
 from fgpu_ebpf.workloads.workload import Workload
 
@@ -84,6 +86,7 @@ class Manager:
     def decide(self, workload: Workload, override: Override | None = None) -> Decision:
         """Return the decision of the policies about a workload, with the share that its container requests."""
         decision = self.policies.resolve(workload, self._devices, self.classes)
+        decision = pod_shares.with_shares(decision, self.overrides, self.workloads, self._devices)
         override = override or self._override(workload.cgroup)
         if override is None or not override.share or decision.policy is None:
             return decision
@@ -138,6 +141,8 @@ class Manager:
             before = self.enforcer.at(path)
             if before and (tenant is None or tenant.cgroup != before.cgroup):
                 gone.append(before)
+        groups = {group for before in gone for group in self._groups(before.path)}  # have fewer shares inside now
+        wanted |= {path: self._tenant(path) for path in groups - wanted.keys()}
         self._let_go(gone)
         self._enforce([tenant for tenant in wanted.values() if tenant])
         found = {path: tenant.cgroup for path, tenant in wanted.items() if tenant}
@@ -145,6 +150,10 @@ class Manager:
         for path in wanted.keys() & {*self.enforcer.answered.refused} - lacking.keys():
             self.enforcer.answered.admit(path, self.workloads.cgroup(path) is None)
         return lacking
+
+    def _groups(self, path: str) -> list[str]:
+        """Return the paths of the tenants around a cgroup."""
+        return [around for around in above(path) if self.enforcer.at(around)]
 
     def consider_all(self) -> None:
         """Decide about every cgroup of the host and about every tenant again."""
@@ -271,6 +280,10 @@ class Manager:
         if devices and len(tenant.limits) < len(devices):
             self._forget(path, tenant.cgroup)
             raise TargetError(f"policy {tenant.policy} does not permit device {share.device} for this container")
+        self.consider(self._groups(path))
+        if text := pod_shares.shortage(tenant, self.enforcer):
+            self._forget(path, tenant.cgroup)
+            raise RoomError(text)
         return tenant
 
     def unset(self, path: str) -> bool:
@@ -314,7 +327,7 @@ class Manager:
 
     def _follow_what_is_left(self, path: str) -> None:
         """Apply the remaining override or policy of a cgroup, or release the cgroup if there is neither."""
-        self.consider([path])
+        self.consider([path, *self._groups(path)])
         tenant = self.enforcer.at(path)
         if tenant and self._tenant(path) is None:
             self.enforcer.release([tenant.cgroup])

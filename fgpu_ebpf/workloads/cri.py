@@ -14,7 +14,7 @@ from typing import Any
 from fgpu_ebpf.workloads import cri_messages
 from fgpu_ebpf.workloads.cgroup_names import Engine
 from fgpu_ebpf.workloads.engine_answers import POD_UID, AnswerError, EngineError, labels_of, text_of, with_image
-from fgpu_ebpf.workloads.workload import Names, Subject
+from fgpu_ebpf.workloads.workload import ASKING, Names, Subject
 
 DEADLINE_SECONDS = 2.0
 MOST_BYTES = 4 << 20
@@ -145,11 +145,14 @@ class CriApi:
 def _names(pod: Any, status: Any = None) -> Names:
     """Return the names of a pod, or of a container in it if `status` is given.
 
-    If a key occurs several times, labels have precedence over annotations, and the pod over the container.
+    If a key occurs several times, labels have precedence over annotations, and the pod over the container. Requests in
+    annotations of the container have precedence over all others: the pod cannot write these. kubelet passes on what
+    its device plugin has allocated.
     """
     labels, notes = [dict(pod.labels)], [dict(pod.annotations)]
     name = image = None
     if status is not None:
+        labels.insert(0, {key: status.annotations[key] for key in ASKING if key in status.annotations})
         labels, notes = [*labels, dict(status.labels)], [*notes, dict(status.annotations)]
         name = text_of(status.metadata.name)
         image = text_of(status.image.user_specified_image or status.image.image)

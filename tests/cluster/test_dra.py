@@ -75,23 +75,23 @@ def test_the_driver_publishes_a_device_that_claims_divide(cluster: Cluster) -> N
     (device,) = spec["devices"]
     assert device["allowMultipleAllocations"] is True
     memory, compute = device["capacity"]["memory"], device["capacity"]["compute"]
-    assert memory["requestPolicy"] == {"default": memory["value"], "validRange": {"min": "64Mi", "step": "1Mi"}}
+    assert memory["requestPolicy"] == {"default": memory["value"], "validRange": {"min": "64Mi", "step": "1"}}
     assert compute == {"value": "100", "requestPolicy": {"default": "0", "validRange": {"min": "0", "step": "1"}}}
 
 
 def test_a_pod_has_what_its_claim_consumes(cluster: Cluster) -> None:
-    """The scheduler rounds the request up to mebibytes. Memory beyond that is refused."""
+    """The limit is rounded down to mebibytes. Memory beyond it is refused."""
     cluster.apply(template("odd", memory="1500000Ki", compute="30"), claiming("one", "odd"))
     got = filled(cluster, "one")
     (consumed,) = (result["consumedCapacity"] for result in results(cluster).values())
-    assert consumed == {"memory": "1465Mi", "compute": "30"}
-    limit = 1465 * MIB
+    assert consumed == {"memory": "1500000Ki", "compute": "30"}
+    limit = 1464 * MIB
     assert got == (limit - CONTEXT) // STEP * STEP
     one = seen(cluster, "one")
     assert one
     (device,) = one["devices"]
     assert (device["limit_bytes"], device["used_bytes"]) == (limit, got + CONTEXT)
-    assert "1465MiB" in cluster.kubectl("exec", "one", "--", "nvidia-smi")
+    assert "1464MiB" in cluster.kubectl("exec", "one", "--", "nvidia-smi")
     said = cluster.kubectl("exec", "one", "--", "fill", "--step", "2MiB", check=False)
     assert REFUSED.search(said), said
     gone(cluster, "one")

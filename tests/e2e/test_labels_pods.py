@@ -100,6 +100,24 @@ def test_a_pod_that_hami_has_placed_gets_the_memory_that_was_booked(containerd: 
     assert second.assert_exact() == 1024 * MIB
 
 
+def test_a_pod_has_enough_for_the_shares_of_its_containers(containerd: Containerd) -> None:
+    """The limit of the policy is lower than their sum, and its maximum is not."""
+    pod = containerd.run("shares-0", {"tier": "notebook"}, {})
+    eventually(lambda: at(pod.path) == ("dev/shares-0", "notebooks", 3 * GIB), 5, f"the pod: {at(pod.path)}")
+    uuid = ask(verb="snapshot")["devices"][0]["uuid"]
+    one, second = pod.container("main"), pod.container("second")
+    for tenant in (one, second):
+        ask(verb="share", pid=tenant.pids()[0], share=f"2gib:{uuid}")
+        eventually(lambda at=tenant: limit_of(at) == ("notebooks", 2 * GIB), 5, f"the share: {limit_of(tenant)}")
+        tenant.assert_enforced()
+    eventually(lambda: at(pod.path) == ("dev/shares-0", "notebooks", 4 * GIB), 5, f"the pod: {at(pod.path)}")
+    clients = one.client(), second.client()
+    for tenant, client in zip((one, second), clients, strict=True):
+        client.ok(f"fill {2 * MIB} 0")
+        assert client.do(f"alloc {2 * MIB}") == REFUSED
+        assert tenant.assert_exact() == 2 * GIB
+
+
 def test_a_request_of_an_image_lowers_the_limit_of_its_container_but_not_of_the_pod(containerd: Containerd) -> None:
     pod = containerd.run("jupyter-1", {"tier": "notebook"}, {})
     one = pod.container("main")

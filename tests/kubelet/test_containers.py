@@ -24,7 +24,7 @@ from tests.support.wait import eventually
 NVIDIA = {
     "cdiVersion": "0.5.0",
     "kind": "nvidia.com/gpu",
-    "devices": [{"name": "1", "containerEdits": {"env": ["GPU=1"]}}, {"name": "all", "containerEdits": {}}],
+    "devices": [{"name": name, "containerEdits": {"env": [f"GPU={name}"]}} for name in ("0", "1", "all")],
     "containerEdits": {"env": ["DRIVER=yes"]},
 }
 POLICY = """
@@ -161,15 +161,16 @@ def test_a_device_known_to_cdi_is_given_by_cdi(
     kubelet: kit.Kubelet, plugin: kit.Plugin, pods: Pods, uuids: list[str], tmp_path: Path
 ) -> None:
     (tmp_path / "cdi").mkdir()
-    (tmp_path / "cdi/nvidia.json").write_text(json.dumps(NVIDIA))
+    named = {"name": uuids[1], "containerEdits": {"env": ["GPU=by-uuid"]}}
+    (tmp_path / "cdi/nvidia.json").write_text(json.dumps({**NVIDIA, "devices": [*NVIDIA["devices"], named]}))
     (tmp_path / "cdi/broken.yaml").write_text("nvidia.com/gpu: [")
     one = kubelet.resource("1gib")
     answer = one.allocate(next(id_ for id_ in one.ids if id_.startswith(uuids[1])))
     names = [device.name for device in answer.cdi_devices]
-    assert names == ["nvidia.com/gpu=1", f"fgpu.dev/share=1gib:{uuids[1]}"]
+    assert names == [f"nvidia.com/gpu={uuids[1]}", f"fgpu.dev/share=1gib:{uuids[1]}"]
     assert answer.envs == {"NVIDIA_VISIBLE_DEVICES": "void"}
     tenant = pods.pod(answer)
-    assert tenant.run("printenv GPU DRIVER FGPU_SHARE").split() == ["1", "yes", "1gib"]
+    assert tenant.run("printenv GPU DRIVER FGPU_SHARE").split() == ["by-uuid", "yes", "1gib"]
     assert_only(tenant, {1: GIB})
     assert one.allocate(one.ids[0]).envs["NVIDIA_VISIBLE_DEVICES"] != "void", "device 0 is not visible"
 

@@ -174,7 +174,7 @@ def test_the_slice_has_every_device_and_what_can_be_consumed(
         memory, compute = device["capacity"]["memory"], device["capacity"]["compute"]
         whole = offered["capacity_bytes"] // MIB
         assert memory["value"] == (f"{whole // 1024}Gi" if whole % 1024 == 0 else f"{whole}Mi")
-        assert memory["requestPolicy"] == {"default": memory["value"], "validRange": {"min": "64Mi", "step": "1Mi"}}
+        assert memory["requestPolicy"] == {"default": memory["value"], "validRange": {"min": "64Mi", "step": "1"}}
         policy = {"default": "0", "validRange": {"min": "0", "step": "1"}}
         assert compute == {"value": "100", "requestPolicy": policy}
 
@@ -233,6 +233,28 @@ def test_a_device_with_an_xid_is_not_published(driver: dra.Driver, server: ApiSe
     finally:
         subprocess.run([SIM / "fgpu-simd", "--fault", "device-reset"], check=True, timeout=10)
     eventually(lambda: len(server.devices()) == 2, 30, "both devices")
+
+
+def test_devices_in_mig_mode_are_not_published(
+    driver: dra.Driver, node: dra.Kubelet, server: ApiServer, uuids: list[str]
+) -> None:
+    """The mode changes with a reset of the devices."""
+    claim = server.claim("late", result(uuids[1], memory="1Gi"))
+    subprocess.run([SIM / "fgpu-simd", "--fault", "mig,device-reset"], check=True, timeout=10)
+    try:
+        eventually(lambda: server.slice() is None, 30, "no slice")
+        text = f"{uuids[1]}: the device is in MIG mode"
+        eventually(lambda: "0 of 2 devices are offered" in driver.said() and text in driver.said(), 10, "the reasons")
+        assert text in node.prepare(claim)[0].error
+    finally:
+        subprocess.run([SIM / "fgpu-simd", "--fault", "reset,device-reset"], check=True, timeout=10)
+    eventually(lambda: len(server.devices()) == 2, 30, "both devices")
+
+
+def test_only_named_devices_are_published(start: Start, server: ApiServer, uuids: list[str]) -> None:
+    driver = start("--device", uuids[1][:12])
+    eventually(lambda: [device["name"] for device in server.devices()] == [uuids[1].lower()], 30, "one device")
+    assert f"1 of 2 devices are offered; {uuids[0]}: not named by --device" in driver.said()
 
 
 def test_there_is_no_slice_and_no_preparation_without_an_agent(
@@ -330,6 +352,17 @@ def test_the_end_of_a_claim_needs_neither_agent_nor_api_server(
     assert not list(claims_dir.iterdir())
     (answer,) = node.prepare(claims[0])
     assert answer.error.startswith("gpu.fgpu.dev: the API server 127.0.0.1:")
+
+
+def test_a_pod_may_have_any_number_of_claims(
+    node: dra.Kubelet, driver: dra.Driver, server: ApiServer, uuids: list[str], claims_dir: Path
+) -> None:
+    """kubelet prepares and unprepares all claims of a pod with one call."""
+    claims = [server.claim(f"claim-{number}", result(uuids[0], memory="64Mi")) for number in range(100)]
+    assert all(map(ids, node.prepare(*claims)))
+    assert len(list(claims_dir.iterdir())) == 100
+    assert node.unprepare(*claims) == [""] * 100
+    assert not list(claims_dir.iterdir())
 
 
 def test_a_wrong_claim_is_refused_with_a_sentence_and_others_are_prepared(

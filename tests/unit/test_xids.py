@@ -234,6 +234,16 @@ def test_no_share_of_a_failed_device_is_offered() -> None:
     assert [offers._failure(index) for index in (0, 1)] == ["the device has reported XID 79", ""]
 
 
+def test_no_share_of_a_device_in_mig_mode_is_offered() -> None:
+    truth = Truth(answered={0: float("inf"), 1: float("inf")}, mig=frozenset({1}))
+    commitments = SimpleNamespace(committed=lambda _: 0, overcommit=False)
+    devices = [Device(index, bytes([index]) * 16, "H200", "00000000:01:00.0", 1 << 34, 1 << 34) for index in (0, 1)]
+    offers = Offers([], devices, SimpleNamespace(commitments=commitments), truth, "")  # type: ignore[arg-type]
+    faults = [device["fault"] for device in offers.view([], [])["devices"]]
+    assert faults[0] == ""
+    assert faults[1].startswith("the device is in MIG mode")
+
+
 def test_events_lists_each_xid_with_its_number() -> None:
     before, after = Truth(xids={0: Reported({31: 2}, 2)}), Truth(xids={0: Reported({31: 3, 79: 1}, 3, 79)})
     truths, history = iter([before, before, after]), EventLog()

@@ -143,6 +143,7 @@ class World:
             process_bytes=self._rows,
             taken_bytes=self._in_use,
             used_bytes=lambda _: self.device.in_use(),
+            in_mig_mode=lambda _: False,
             process_percent=lambda *_: None,
             xids=list,
             watched=frozenset,

@@ -158,6 +158,7 @@ def reconciler(books: Books, says, in_use=None) -> Reconciler:
     nvml = SimpleNamespace(
         devices=[SimpleNamespace(index=0)],
         used_bytes=lambda _: 1,
+        in_mig_mode=lambda _: False,
         process_bytes=lambda _: says() if callable(says) else says,
         process_percent=lambda *_: None,
         taken_bytes=lambda _: in_use() if callable(in_use) else in_use,
@@ -632,6 +633,7 @@ def test_the_age_of_a_device_is_that_of_its_own_last_answer():
     nvml = SimpleNamespace(
         devices=[SimpleNamespace(index=i) for i in answers],
         used_bytes=used.get,
+        in_mig_mode=lambda index: index == 1,
         process_bytes=answers.get,
         taken_bytes=lambda _: None,
         process_percent=lambda *_: None,
@@ -647,6 +649,7 @@ def test_the_age_of_a_device_is_that_of_its_own_last_answer():
     time.sleep(0.01)
     one.look()
     assert one.truth.answered[1] == first[1] < one.truth.answered[0]
+    assert one.truth.mig == {1}
 
 
 def test_a_failed_comparison_reports_its_reason_and_refreshes_nothing():

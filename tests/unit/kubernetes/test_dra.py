@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from fractions import Fraction
 from pathlib import Path
@@ -10,11 +11,13 @@ from typing import Any
 import pytest
 
 from fgpu_ebpf.containers.cdi import Parts
-from fgpu_ebpf.kubernetes import claims, resource_slices
+from fgpu_ebpf.kubernetes import claims, dra_messages, resource_slices
 from fgpu_ebpf.kubernetes.claim_files import ClaimFiles
 from fgpu_ebpf.kubernetes.claims import ClaimError
+from fgpu_ebpf.kubernetes.dra_server import DraServer
 from fgpu_ebpf.kubernetes.slots import Device, Host
 from fgpu_ebpf.policy import share_name
+from fgpu_ebpf.policy.device_choice import device_choice
 
 UUID = "GPU-4f1d0a52-6c3b-4b0e-9d57-2f0c5a3b7e11"
 UID = "0b8f5b1e-9a64-4b44-8a2b-6c1f0f3d2a10"
@@ -90,6 +93,47 @@ def test_a_slice_has_only_devices_of_which_shares_may_be_given() -> None:
         assert resource_slices.devices(none, FACTS) == []
 
 
+def test_a_device_that_is_not_named_or_may_not_be_given_is_left_out_with_a_reason() -> None:
+    found, other = host(16 * GIB), UUID.replace("4f1d", "5f1d")
+    found = Host("", {**found.devices, other: Device(other, 1, None, "the device is in MIG mode", GIB, GIB, {})})
+    facts = FACTS | {"models": {UUID: "NVIDIA H200", other: "NVIDIA A30"}}
+    for texts, names in (
+        ((), [UUID]),
+        (("0",), [UUID]),
+        (("gpu-4f1d",), [UUID]),
+        (("H200", "*A30"), [UUID]),
+        (("1",), []),
+        (("L4",), []),
+    ):
+        choices = [device_choice(text) for text in texts]
+        published = [device["name"] for device in resource_slices.devices(found, facts, choices)]
+        assert published == [name.lower() for name in names], texts
+        assert {UUID, other} - set(resource_slices.left_out(found, facts, choices)) == set(names)
+    assert resource_slices.left_out(found, facts) == {other: "the device is in MIG mode"}
+    assert resource_slices.left_out(found, facts, [device_choice(0)]) == {other: "not named by --device"}
+
+
+def round_up_range(requested: int, least: int, step: int) -> int:
+    """Return what the scheduler consumes for a request (roundUpRange in consumable_capacity.go of Kubernetes 1.36)."""
+    rounded = least + -(-(requested - least) // step) * step
+    return (rounded + (1 << 63)) % (1 << 64) - (1 << 63)
+
+
+@pytest.mark.parametrize("requested", [(1 << 63) - 1, 1 << 62, 8 * GIB + 1, 64 * MIB])  # 8Ei is read as 2^63 - 1
+def test_no_request_overflows_in_the_scheduler(requested: int) -> None:
+    (device,) = resource_slices.devices(host(16 * GIB), FACTS)
+    for capacity in device["capacity"].values():
+        of = {key: int(claims.quantity(text)) for key, text in capacity["requestPolicy"]["validRange"].items()}
+        assert round_up_range(requested, of["min"], of["step"]) >= requested
+
+
+@pytest.mark.parametrize("quantity", [str(-(1 << 63)), "-1", "1Gi ", "", "8GiB", None, {}, []])
+def test_an_odd_quantity_is_refused_with_a_text(quantity: Any) -> None:
+    for name in ("memory", "compute"):
+        with pytest.raises(ClaimError, match="is not a quantity of 0 or more, such as 8Gi or 30"):
+            shares(GIB, **{"memory": "64Mi", name: quantity})
+
+
 def test_another_version_of_the_agent_renews_the_files_of_claims(tmp_path: Path) -> None:
     """A container of a running pod may start again, and the earlier shim may be gone then."""
     files, share = ClaimFiles(tmp_path), share_name.parse(f"1gib-25pct:{UUID}")
@@ -104,3 +148,23 @@ def test_another_version_of_the_agent_renews_the_files_of_claims(tmp_path: Path)
     files.unprepare(UID)
     files.unprepare(UID)
     assert not files.place(UID).exists()
+
+
+def test_a_request_may_have_any_number_of_claims(tmp_path: Path) -> None:
+    """Otherwise a pod with many claims would stay Terminating for ever."""
+    messages = dra_messages.classes()
+    busy = most = 0
+
+    async def answer(_: Any) -> Any:
+        nonlocal busy, most
+        busy, most = busy + 1, max(most, busy + 1)
+        await asyncio.sleep(0)
+        busy -= 1
+        return messages["NodeUnprepareResourceResponse"]()
+
+    claims = [{"namespace": "n", "name": f"c-{number}", "uid": f"u-{number}"} for number in range(1000)]
+    request = messages["NodeUnprepareResourcesRequest"](claims=claims).SerializeToString()
+    server = DraServer(tmp_path, messages, answer, answer)
+    found = messages["NodeUnprepareResourcesResponse"].FromString(asyncio.run(server._unprepare_all(request, None)))
+    assert [one.key for one in found.claims] == [claim["uid"] for claim in claims]
+    assert most <= 16

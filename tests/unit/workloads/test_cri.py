@@ -59,6 +59,18 @@ def test_a_container_has_its_pod_s_names_labels_and_annotations_and_its_image_s_
         assert _name(known) == "dev/jupyter-0/main"
 
 
+def test_what_a_device_plugin_has_allocated_has_precedence_over_requests_of_the_pod(cri, api):
+    """kubelet passes annotations of the device plugin as annotations of the container."""
+    asks = {"fgpu.dev/memory": "12GiB", "tier": "pod"}
+    cri.add_pod(labels=asks, annotations=asks | {"fgpu.dev/compute": "100%"})
+    cri.add_container(annotations={"fgpu.dev/memory": "2GiB", "tier": "container"})
+    cri.images[IMAGE] = {}
+    with running(api) as found:
+        labels = asked(found, workload(CONTAINERD)).labels
+    wanted = {"fgpu.dev/memory": "2GiB", "fgpu.dev/compute": "100%", "tier": "pod"}
+    assert wanted.items() <= labels.items()
+
+
 def test_an_image_s_labels_are_kept_apart_and_requested_once(cri, api):
     cri.add_pod()
     cri.add_container()

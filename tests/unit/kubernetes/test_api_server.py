@@ -1,0 +1,101 @@
+"""An API server that does not answer: each request ends with an ApiError, and the watch goes on."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import ssl
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fgpu_ebpf.kubernetes import api_server, resource_slices
+from fgpu_ebpf.kubernetes.api_server import ApiError, ApiServer
+from fgpu_ebpf.kubernetes.resource_slices import Publisher
+
+
+@pytest.fixture
+def account(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Return the folder of a service account that trusts no server."""
+    (tmp_path / "token").write_text("a-token")
+    monkeypatch.setattr(ssl, "create_default_context", lambda **_: ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT))
+    return tmp_path
+
+
+async def watch(server: ApiServer) -> None:
+    async for _ in server.watch("/watched"):
+        pass
+
+
+async def call(server: ApiServer) -> None:
+    await server.call("GET", "/asked")
+
+
+@pytest.mark.parametrize("request_of", [watch, call])
+@pytest.mark.parametrize(
+    "failure", [TimeoutError(errno.ETIMEDOUT, "Connection timed out"), OSError(errno.EHOSTUNREACH, "No route to host")]
+)
+def test_each_failure_to_connect_is_an_api_error(
+    account: Path, monkeypatch: pytest.MonkeyPatch, request_of: Any, failure: OSError
+) -> None:
+    """The kernel reports ETIMEDOUT, which is a TimeoutError, if the server's address drops packets."""
+
+    async def fail(*_: Any, **__: Any) -> None:
+        raise failure
+
+    monkeypatch.setattr(asyncio, "open_connection", fail)
+    with pytest.raises(ApiError, match=f"the API server 10.0.0.1:443 does not answer: .*{failure.strerror}"):
+        asyncio.run(request_of(ApiServer("10.0.0.1", 443, account)))
+
+
+@pytest.mark.parametrize("request_of", [watch, call])
+def test_a_server_that_accepts_and_stays_silent_is_left(
+    account: Path, monkeypatch: pytest.MonkeyPatch, request_of: Any
+) -> None:
+    monkeypatch.setattr(api_server, "REQUEST_SECONDS", 0.3)
+
+    async def run() -> None:
+        async with silent() as port, asyncio.timeout(20):
+            await request_of(ApiServer("127.0.0.1", port, account))
+
+    with pytest.raises(ApiError, match="answer"):
+        asyncio.run(run())
+
+
+@contextlib.asynccontextmanager
+async def silent() -> AsyncIterator[int]:
+    """Yield the port of a server that accepts connections and sends nothing."""
+    ended = asyncio.Event()
+
+    async def accept(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await ended.wait()
+        writer.close()
+
+    server = await asyncio.start_server(accept, "127.0.0.1", 0)
+    yield server.sockets[0].getsockname()[1]
+    ended.set()
+    server.close()
+
+
+def test_the_watch_goes_on_after_each_failure(account: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tried = 0
+
+    async def fail(*_: Any, **__: Any) -> None:
+        nonlocal tried
+        tried += 1
+        raise TimeoutError(errno.ETIMEDOUT, "Connection timed out")
+
+    monkeypatch.setattr(asyncio, "open_connection", fail)
+    monkeypatch.setattr(resource_slices, "FIRST_PAUSE_SECONDS", 0.01)
+
+    async def run() -> None:
+        publisher = Publisher(ApiServer("10.0.0.1", 443, account), "node")
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(0.5):
+                await publisher.watch()
+
+    asyncio.run(run())
+    assert tried > 2
