@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from itertools import islice
@@ -16,7 +16,7 @@ from itertools import islice
 from fgpu_ebpf.agent import blocked_calls, parker_client
 from fgpu_ebpf.agent.parkable import Parkable
 from fgpu_ebpf.ledger.ledger import Ledger
-from fgpu_ebpf.ledger.parked import Life, Parked
+from fgpu_ebpf.ledger.parked import Life
 from fgpu_ebpf.linux import procfs
 from fgpu_ebpf.policy.units import memory_text
 from fgpu_ebpf.snapshot import ParkingView
@@ -114,7 +114,7 @@ class ParkedTenant:
     waits, or why the driver has to be asked. `next_at`: the time of the next attempt, on the monotonic clock. `op`: the
     last request that changes the driver's state; None: of an earlier agent. `failures`: failed attempts to restore it.
     `seconds`: of the driver's copy. `shall_wake`: why it shall be woken once it is parked; empty: it shall stay parked.
-    `reason`: why it was parked, if not by hand. `needs`: the bytes that its wake-up takes, by device.
+    `reason`: why it was parked, if not by hand.
     """
 
     cgroup: int
@@ -135,7 +135,6 @@ class ParkedTenant:
     seconds: float = 0.0
     shall_wake: str = ""
     reason: str = ""
-    needs: Counter[int] = field(default_factory=Counter)
 
     def enter(self, phase: Phase, why: str = "") -> None:
         """Change the phase. Only a parked tenant's calls are searched for."""
@@ -180,10 +179,21 @@ def of_entries(ledger: Ledger, enforcer: Enforcer) -> dict[int, ParkedTenant]:
     return found
 
 
-def needs_of(parked: ParkedTenant, entries: Mapping[Life, Parked]) -> Counter[int]:
+def needs_of(parked: ParkedTenant, ledger: Ledger) -> Counter[int]:
     """Return the parked bytes of a tenant by device. Devices without such bytes are left out."""
-    own = (entries[life].bytes for life in parked.members if life in entries)
-    return Counter({device: bytes_ for device, bytes_ in enumerate(map(sum, zip(*own, strict=True))) if bytes_})
+    entries = ledger.parked.entries()
+    return _by_device(entries[life].bytes for life in parked.members if life in entries)
+
+
+def coming_to(tenants: Iterable[ParkedTenant], ledger: Ledger) -> Counter[int]:
+    """Return the bytes by device of tenants that are being restored, or may be: they are charged before that."""
+    away = (parked for parked in tenants if parked.phase in (Phase.WAKING, Phase.UNKNOWN))
+    processes = (ledger.process(pid) for parked in away for pid, _ in parked.members)
+    return _by_device(process.bytes for process in processes if process)
+
+
+def _by_device(rows: Iterable[Sequence[int]]) -> Counter[int]:
+    return Counter({device: bytes_ for device, bytes_ in enumerate(map(sum, zip(*rows, strict=True))) if bytes_})
 
 
 def view_of(parked: ParkedTenant | None, totals: Totals | None) -> ParkingView | None:

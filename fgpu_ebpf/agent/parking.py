@@ -13,7 +13,7 @@ import os
 import selectors
 import socket
 import time
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Collection, Container, Iterable, Mapping, MutableMapping
 from pathlib import Path
 
@@ -26,6 +26,7 @@ from fgpu_ebpf.agent.parked_tenant import (
     ParkedTenant,
     Phase,
     Totals,
+    coming_to,
     full_level,
     needs_of,
     of_entries,
@@ -316,16 +317,16 @@ class Parking:
 
     def _wake(self, parked: ParkedTenant) -> None:
         """Charge the tenant, and have it restored; if there is no room, try again later."""
-        parked.needs = needs_of(parked, self._ledger.parked.entries())
-        coming = sum((p.needs for p in self._tenants.values() if p is parked or p.phase is Phase.WAKING), Counter())
-        if why := self.parkable.full_device({device: coming[device] for device in parked.needs}):
+        needs, coming = needs_of(parked, self._ledger), coming_to(self._tenants.values(), self._ledger)
+        if why := self.parkable.full_device({device: bytes_ + coming[device] for device, bytes_ in needs.items()}):
             self._wait(parked, why)
             return
         sock = parker_client.connected(self._run_dir)
         if sock is None:
             self._wait(parked, f"the parker does not run: {parker_client.FIX}")
             return
-        if any(self._ledger.parked.wake(life) == errno.ENOSPC for life in parked.members):
+        force = bool(outdated(parked, self.parkable))  # a level that it is about to leave does not keep it
+        if any(self._ledger.parked.wake(life, force) == errno.ENOSPC for life in parked.members):
             sock.close()
             self._release(parked.members)
             self._wait(parked, full_level(parked, self._ledger, self._enforcer))

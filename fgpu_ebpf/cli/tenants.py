@@ -29,7 +29,7 @@ def _limits(command: Callable[..., None]) -> Callable[..., None]:
             "--priority", type=click.Choice(["high", "normal", "low"]), help="Tenants with a higher priority run first."
         ),
         click.option(
-            "--priority-class", help="Priority by a name in `priorities` of agent.yaml; another name has no effect."
+            "--priority-class", help="Priority by a name in `priorities` of agent.yaml; another name: the policy's."
         ),
         click.option("--weight", type=int, help="Weight when tenants compete for a device; the default is 100."),
         click.option("--compute", help="Ceiling of each device's time, e.g. 50%."),

@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import re
 import time
 import weakref
 from collections.abc import Mapping
@@ -126,8 +127,9 @@ class _Driver:
             self._say(f"cannot serve {self._server.path}: {error}", True)
 
     def _say(self, text: str, is_bad: bool) -> None:
-        if text != self._said:
-            self._said = text
+        words = re.sub(r"[0-9.]+ s\b", "", text)  # the age of NVML's last answer
+        if words != self._said:
+            self._said = words
             log.log(logging.WARNING if is_bad else logging.INFO, "%s", text)
 
     def _renew(self, parts: Parts) -> None:

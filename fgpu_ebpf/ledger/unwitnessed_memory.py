@@ -30,7 +30,7 @@ class Unwitnessed:
 
     def __init__(self, contexts: Mapping[int, int], modules: int) -> None:
         self._contexts = contexts
-        self._modules = modules
+        self.modules = modules
         self._last: Mapping[int, Process] | None = None
         self._exported: Counter[tuple[int, int, int]] = Counter()  # by (pid, generation, device)
         self._freed: deque[Counter[int]] = deque(maxlen=LOOKS)  # exported bytes that exporters have freed, by device
@@ -106,7 +106,7 @@ class Unwitnessed:
         return others + self._kept.get((pid, process.generation, device), 0)
 
     def _beyond(self, pid: int, process: Process, device: int) -> int:
-        return process.overhead[device] - process.contexts[device] * self._contexts[device] - self._modules
+        return process.overhead[device] - process.contexts[device] * self._contexts[device] - self.modules
 
 
 def _exported(process: Process, device: int) -> int:

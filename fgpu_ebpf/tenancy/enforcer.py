@@ -11,6 +11,7 @@ applied in a tenant that contains a preexisting process, because a preexisting p
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import replace
 from types import MappingProxyType
@@ -63,6 +64,8 @@ class Enforcer:
         self.get, self.at, self.around = self._tree.get, self._tree.at, self._tree.around
         self.names = TenantNames()
         self.moves = Moves(ledger, self.levels)
+        self.since: dict[int, float] = {}
+        """When a cgroup got its first limit, in seconds since boot, if that was after the agent's start."""
         self.leaving: dict[int, bool] = {}
         """Cgroups that are to be released when their parked processes run. The value: whether their pages stay."""
 
@@ -114,6 +117,7 @@ class Enforcer:
         """Keep the pinned limits of an adopted level, and replace its workload and notes by those of `tenant`."""
         before = self.get(tenant.cgroup)
         assert before
+        self.leaving.pop(tenant.cgroup, None)
         self._tree.replace(replace(before, workload=tenant.workload, notes=tenant.notes))
 
     def put(self, tenants: Iterable[Tenant]) -> None:
@@ -124,12 +128,12 @@ class Enforcer:
             OSError: a map of the kernel is full. Some of the limits may be in force.
         """
         tenants = self.names.named(tenants)
-        for tenant in tenants:
-            self.leaving.pop(tenant.cgroup, None)
         changed = [t for t in tenants if self.get(t.cgroup) != t]
         for tenant in changed:
             if tenant.by_hand and (shortage := self.commitments.shortage(tenant)):
                 raise RoomError(shortage)
+        for tenant in tenants:
+            self.leaving.pop(tenant.cgroup, None)
         if not changed:
             return
         _, shortages = self.places.divide(changed)
@@ -146,6 +150,7 @@ class Enforcer:
             self._ledger.remove(new)
             raise
         self.names.enter(changed)
+        self.since |= dict.fromkeys(new, time.clock_gettime(time.CLOCK_BOOTTIME))
         if new:
             self.moves.take_over(new)
             self._ask_again([tenant for tenant in changed if tenant.cgroup in new])
@@ -270,6 +275,7 @@ class Enforcer:
 
     def _forget(self, cgroup: int) -> None:
         self._tree.forget(cgroup)
+        self.since.pop(cgroup, None)
         self.places.leave(cgroup)
         self.commitments.forget(cgroup)
 

@@ -97,6 +97,20 @@ def test_an_announcement_counts_before_the_process_has_a_level(
     assert_ends_with_the_program(kernel, one, client, nodes / "c195")
 
 
+def test_an_announcement_ends_with_its_program_also_if_a_later_one_has_the_same_address_space(
+    kernel: Kernel, level: Level, client: Client, nodes: Path
+) -> None:
+    """The kernel gives the structure of an address space to the second program after it in most cases."""
+    level.limit(100 * MIB, LimitFlag.DENY)
+    for _ in range(10):
+        assert client(ANNOUNCE) is None
+        assert error_of_open(client, nodes / "c195") == NOT_DECIDED
+        for _ in range(2):
+            client.send("os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])")
+            client.begin(level.cgroup)
+        assert error_of_open(client, nodes / "c195") == DENIED
+
+
 def test_only_opens_for_reading_or_writing_are_decided(level: Level, client: Client, nodes: Path, kernel) -> None:
     level.limit(100 * MIB, LimitFlag.DENY)
     assert client(f"os.access({str(nodes / 'c195')!r}, os.F_OK)") is True

@@ -5,6 +5,7 @@ The module unpacks Debian's packages into build/bits32 once and never installs t
 
 from __future__ import annotations
 
+import os
 import subprocess
 from pathlib import Path
 
@@ -19,6 +20,11 @@ LIBRARIES = OUT / "sim/lib"
 def _compiler() -> list[str]:
     """Return a compiler that makes programs name the loader and the C library of the unpacked packages."""
     root = debian.fetched(OUT / "root", ["download", *PACKAGES], [])
+    loader = root / "lib/ld-linux.so.2"
+    if os.path.isabs(os.readlink(loader)):  # the linker does not follow it inside the root
+        beside = loader.with_name(f".{os.getpid()}")
+        beside.symlink_to("../lib32/ld-linux.so.2")
+        beside.replace(loader)
     places = [root / "usr/lib32", root / "usr/lib/gcc/x86_64-linux-gnu/12/32"]
     headers = [root / "usr/include/x86_64-linux-gnu", "/usr/include/x86_64-linux-gnu"]
     return [

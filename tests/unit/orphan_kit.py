@@ -57,6 +57,8 @@ class Books:
         self.orphaned: dict[int, int] = {}
         self.processes: dict[int, Process] = {}
         self.used = self.limit = 0
+        self.entries: dict[tuple[int, int], Any] = {}  # of parked processes
+        self.parked = SimpleNamespace(entries=lambda: self.entries)
         self.removed: list[int] = []
         self.orphans = SimpleNamespace(
             of_level=lambda level: first(self.orphaned.get(level, 0)), looked=lambda *_: None

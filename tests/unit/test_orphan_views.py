@@ -250,7 +250,10 @@ def test_a_tenant_is_kept_while_the_device_holds_its_memory() -> None:
     assert [(t.cgroup, t.name) for t in gone] == [(7, "a-7")]
     gone.release_freed()
     assert [t.cgroup for t in gone] == [7]
-    books.orphaned = {}
+    books.orphaned, books.entries = {}, {(23, 1): SimpleNamespace(level=7)}
+    gone.release_freed()
+    assert books.removed == [], "a parked process of another cgroup reads this page"
+    books.entries = {}
     gone.release_freed()
     assert (list(gone), books.removed) == ([], [7])
 

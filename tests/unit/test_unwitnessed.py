@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import subprocess
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -144,6 +145,7 @@ class Host:
 
     def __init__(self, pid: int, **facts: Any) -> None:
         self.books, self.history, self.is_spared = Books(), EventLog(), False
+        self.since, self.held = dict[int, float](), 0
         self.books.used, self.books.limit = 5 * MIB, 4 * MIB
         self.pid, self.process = pid, process(**facts)
         self.books.processes = {pid: self.process}
@@ -153,8 +155,9 @@ class Host:
 
         class Enforcer(list):  # type: ignore[type-arg]
             spares = staticmethod(lambda _: self.is_spared)
+            since = self.since
 
-        truth = Truth(processes={self.pid: self.process})
+        truth = Truth(processes={self.pid: self.process}, held={0: {self.pid: self.held}})
         BypassKiller(lambda: truth, self.books, Enforcer([one]), unwitnessed(), self.history).look()  # type: ignore[arg-type]
 
     def killed(self) -> list[int]:
@@ -198,6 +201,26 @@ def test_a_process_outside_the_scope_of_kill_is_not_killed_for_unwitnessed_memor
     host.look(kill=why != "report", observe=why == "observe")
     assert not is_killed(child)
     assert host.killed() == []
+
+
+@pytest.mark.parametrize(
+    ("limit_is_younger", "bytes_", "dies"),
+    [(True, 5 * MIB + MODULES, False), (True, 5 * MIB + MODULES + 1, True), (False, 5 * MIB, True)],
+)
+def test_no_process_is_killed_for_what_it_had_before_its_limit(
+    child: subprocess.Popen[bytes], limit_is_younger: bool, bytes_: int, dies: bool
+) -> None:
+    host = Host(child.pid, bytes_=bytes_, overhead=bytes_)
+    host.held, host.since = 5 * MIB, {7: time.clock_gettime(time.CLOCK_BOOTTIME) if limit_is_younger else 0.001}
+    host.look()
+    assert is_killed(child) == dies
+
+
+def test_a_limit_that_does_not_fit_its_device_kills_no_process_below_it(child: subprocess.Popen[bytes]) -> None:
+    host = Host(child.pid, bytes_=4 * MIB, overhead=4 * MIB)
+    host.books.used, host.books.limit = 4 * MIB, 0
+    host.look()
+    assert not is_killed(child)
 
 
 def test_an_exited_process_is_no_error() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import json
 import math
@@ -10,7 +11,6 @@ import socket
 import subprocess
 import threading
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -266,6 +266,14 @@ def test_a_restore_that_fails_is_repeated_and_the_charge_is_released_meanwhile(h
     assert "parking" not in host.checks
 
 
+def test_a_full_group_that_a_tenant_leaves_does_not_keep_it_from_waking_up(host: Host) -> None:
+    parked(host)
+    host.ledger.is_full = True
+    host.enforcer.leaving[CGROUP] = False
+    host.until("running")
+    assert host.books() == (False, 0)
+
+
 def test_a_wake_up_waits_for_room(host: Host) -> None:
     parked(host)
     host.ledger.is_full = True
@@ -292,10 +300,13 @@ def test_no_restore_is_tried_without_room_on_the_device(host: Host, free: int | 
     assert host.what() == ["parked", "wake waits", "woken"]
 
 
-def test_two_wake_ups_do_not_count_on_the_same_room(host: Host) -> None:
+@pytest.mark.parametrize("phase", [Phase.WAKING, Phase.UNKNOWN])
+def test_two_wake_ups_do_not_count_on_the_same_room(host: Host, phase: Phase, monkeypatch: pytest.MonkeyPatch) -> None:
     parked(host)
-    other = ParkedTenant(CGROUP + 1, "bob", "/bob", {(1, 1): 1}, Phase.WAKING, needs=Counter({0: 1}), next_at=math.inf)
+    other = ParkedTenant(CGROUP + 1, "bob", "/bob", {(1, 1): 1}, phase, next_at=math.inf)
     host.parking._tenants[other.cgroup] = other
+    of_bob = dataclasses.replace(host.ledger.processes()[host.ledger.pid], bytes=(1, *(0,) * (abi.DEVICES - 1)))
+    monkeypatch.setattr(host.ledger, "process", lambda pid: of_bob if pid == 1 else host.ledger.processes().get(pid))
     host.parking.wake(CGROUP, "alice")
     assert host.state() == "waiting"
     host.parking._tenants.pop(other.cgroup)
