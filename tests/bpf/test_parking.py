@@ -133,13 +133,13 @@ def test_the_levels_of_a_parked_process_do_not_change(
     generation, levels = client.entry(kernel).generation, (other.cgroup, group.cgroup)
     for to in (levels, (group.cgroup,), ()):
         assert not kernel.ledger.move(client.pid, generation, to)
-    assert kernel.ledger.parked.unmoved == {client.pid}
+    assert client.pid in kernel.ledger.parked.unmoved
     assert (client.entry(kernel).levels, page_of(kernel, one).held) == ((one.cgroup, group.cgroup), 1)
     assert (charges(one), charges(other), charges(group)) == ((0, 60), (0, 0), (0, 0))
     assert kernel.ledger.parked.wake(life) == kernel.ledger.parked.end(life) == 0
     move(kernel, client, other, group)
     assert (charges(one), charges(other), charges(group)) == ((0, 0), (60, 0), (60, 0))
-    kernel.ledger.parked.unmoved.clear()
+    kernel.ledger.parked.unmoved.discard(client.pid)
 
 
 def test_a_release_of_a_parked_process_is_settled_when_it_runs_again(

@@ -191,8 +191,12 @@ class States(RuleBasedStateMachine):
     @precondition(lambda self: self.programs)
     @rule(which=programs)
     def move(self, which: int) -> None:
-        """Move a program to the other tenant, and its charges as the agent moves them."""
+        """Move a program to the other tenant, and its charges as the agent moves them. A parked one cannot be moved."""
         program = self.any_one(which)
+        if program.parked_life:
+            to = self.levels[1 - program.tenant].cgroup, self.levels[2].cgroup
+            assert not self.kernel.ledger.move(*program.parked_life, to)
+            return
         program.tenant = 1 - program.tenant
         level = self.levels[program.tenant]
         (level.path / "cgroup.procs").write_text(str(program.client.pid))
@@ -210,10 +214,9 @@ class States(RuleBasedStateMachine):
         program = self.any_one(which)
         process = program.client.entry(self.kernel)
         if process:
-            assert self.kernel.ledger.move(program.client.pid, process.generation, ())
-            if program.parked_life:
-                self.end_park(program)
-            self.forget_life(program)
+            assert self.kernel.ledger.move(program.client.pid, process.generation, ()) == (not program.parked_life)
+            if not program.parked_life:
+                self.forget_life(program)
 
     # -- parking
 
