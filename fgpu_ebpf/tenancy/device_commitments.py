@@ -236,9 +236,11 @@ class Commitments:
         return tenant.path if tenant else ""
 
     def _promise(self, cgroup: int, index: int) -> int:
-        """Return the bytes of a grant that count on a device: 0 inside a group whose own limit counts."""
+        """Return the bytes of a grant that count on a device: 0 inside a group whose own limit was granted there."""
         limit, tenant = self._granted[cgroup].get(index, 0), self._tree.get(cgroup)
-        if tenant is None or not _is_limit(limit) or self._is_inside(tenant):
+        if tenant is None or not _is_limit(limit):
+            return 0
+        if any(counts(group) and index in self._granted.get(group.cgroup, ()) for group in self._tree.around(tenant)):
             return 0
         return min(limit, self._capacity.get(index, 0))
 

@@ -24,7 +24,7 @@ from fgpu_ebpf.linux import procfs
 from fgpu_ebpf.policy.rules import Device
 from fgpu_ebpf.tenancy.device_commitments import Commitments, counts, counts_by_device
 from fgpu_ebpf.tenancy.level_capacity import LevelCapacity
-from fgpu_ebpf.tenancy.moves import Moves
+from fgpu_ebpf.tenancy.moves import Moves, levels_at
 from fgpu_ebpf.tenancy.preexisting import PreexistingProcesses
 from fgpu_ebpf.tenancy.tenant import Tenant
 from fgpu_ebpf.tenancy.tenant_names import TenantNames
@@ -63,7 +63,7 @@ class Enforcer:
         self.commitments = Commitments(self._tree, devices, overcommit)
         self.get, self.at, self.around = self._tree.get, self._tree.at, self._tree.around
         self.names = TenantNames()
-        self.moves = Moves(ledger, self.levels)
+        self.moves = Moves(ledger, workloads.root, self._tree)
         self.since: dict[int, float] = {}
         """When a cgroup got its first limit, in seconds since boot, if that was after the agent's start."""
         self.leaving: dict[int, bool] = {}
@@ -93,7 +93,7 @@ class Enforcer:
 
     def levels(self, path: str) -> tuple[int, ...]:
         """Return the managed cgroups on a path, innermost first: the outermost LEVELS of them, as in the kernel."""
-        return tuple(c for c in procfs.cgroup_ids(self._workloads.root, path) if c in self._tree)[-abi.LEVELS :]
+        return levels_at(self._workloads.root, self._tree, path)
 
     def groups(self) -> set[int]:
         """Return the cgroups of tenants that have tenants inside."""

@@ -7,18 +7,26 @@ on the page of its own level that it has to hold calls back.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Collection, Iterable
+from pathlib import Path
 
+from fgpu_ebpf import abi
 from fgpu_ebpf.ledger.ledger import Ledger
 from fgpu_ebpf.linux import procfs
 from fgpu_ebpf.linux.wakeup import Wakeup
+from fgpu_ebpf.tenancy.tenant_tree import TenantTree
+
+
+def levels_at(root: Path, managed: TenantTree, path: str) -> tuple[int, ...]:
+    """Return the managed cgroups on a path, innermost first: the outermost LEVELS of them, as in the kernel."""
+    return tuple(cgroup for cgroup in procfs.cgroup_ids(root, path) if cgroup in managed)[-abi.LEVELS :]
 
 
 class Moves:
-    """The moves of all processes. `levels`: returns the managed cgroups on a path, innermost first."""
+    """The moves of all processes. `managed`: the managed cgroups below `root`."""
 
-    def __init__(self, ledger: Ledger, levels: Callable[[str], tuple[int, ...]]) -> None:
-        self._ledger, self._levels = ledger, levels
+    def __init__(self, ledger: Ledger, root: Path, managed: TenantTree) -> None:
+        self._ledger, self._root, self._managed = ledger, root, managed
         self._wakeup = Wakeup()
         self._published: deque[tuple[set[int], int]] = deque()  # new levels, and processes_so_far() before these
 
@@ -52,7 +60,7 @@ class Moves:
         known, new = self._ledger.processes(), set(cgroups)
         for pid, process in known.items():
             path = procfs.cgroup_path(pid)
-            levels = self._levels(path) if path else ()
+            levels = levels_at(self._root, self._managed, path) if path else ()
             if new & set(levels):
                 self._ledger.move(pid, process.generation, levels)
 
@@ -61,5 +69,6 @@ class Moves:
         for pid in self._ledger.parked.unmoved.intersection(pids):
             self._ledger.parked.unmoved.discard(pid)
             process, path = self._ledger.process(pid), procfs.cgroup_path(pid)
-            if process and path and self._ledger.move(pid, process.generation, self._levels(path)):
+            levels = levels_at(self._root, self._managed, path) if path else ()
+            if process and path and self._ledger.move(pid, process.generation, levels):
                 self._ledger.new_epoch()

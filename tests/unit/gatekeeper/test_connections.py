@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import selectors
 import socket
@@ -47,6 +48,7 @@ class Fixture:
 
     def take(self, descriptor: int) -> None:
         """Take a descriptor of this process, and serve it. No descriptor may be left open."""
+        gc.collect()  # objects of earlier tests close their descriptors
         before = set(os.listdir("/proc/self/fd"))
         self.connections.take(os.getpid(), descriptor)
         while self.connections.pending():

@@ -133,6 +133,18 @@ def test_a_share_of_one_device_raises_and_commits_the_pod_s_limit_on_that_device
     assert [host.enforcer.commitments.committed(index) for index in (0, 1)] == [12 * GIB, 11 * GIB]
 
 
+@pytest.mark.parametrize("sizes", [(3, 3, 14), (9, 5, 6)])  # the pods are decided in the order of their inodes
+def test_pods_that_are_known_late_have_together_what_the_device_has(tmp_path, monkeypatch, sizes):
+    monkeypatch.setattr(Names, "known", False)
+    host = host_with(tmp_path, Gpu(0, UUID, usable_bytes=20 * GIB))
+    for path, size in zip(("/pods/one/a", "/pods/one/b", "/pods/two/a"), sizes, strict=True):
+        host.manager.share(path, parse(f"{size}gib:{UUID}"))
+    monkeypatch.setattr(Names, "known", True)
+    host.manager.consider_all()
+    assert [limit(host, path) for path in ("/pods/one", "/pods/two")] == [sizes[0] + sizes[1], sizes[2]]
+    assert host.enforcer.commitments.committed(0) == 20 * GIB
+
+
 def test_a_pod_that_is_known_late_has_at_least_the_shares_that_were_given_in_it(tmp_path, monkeypatch):
     """The engine reports the pod's names after its container has started. The limit of the policy does not fit then."""
     monkeypatch.setattr(Names, "known", False)
