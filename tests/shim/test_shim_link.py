@@ -240,10 +240,10 @@ def test_a_stopped_heartbeat_causes_one_hello_and_no_wait_of_a_second(held: Agen
     script = """
 out(alloc(1)); time.sleep(2.1)
 t = time.monotonic(); n = 0; slow = 0
-while time.monotonic() - t < 1.5:
+while time.monotonic() - t < 1:
     s = time.monotonic(); assert alloc(512) == 0; n += 1; slow = max(slow, time.monotonic() - s)
 out(n > 100, slow < 1)
-"""
+"""  # the lease of the second page ends after 2 s: a program that waits for a processor needs the rest
     assert held.python(script) == [[0], [True, True]]
     assert held.do("look")["hellos"] == 2  # the page of the second answer is fresh
 
