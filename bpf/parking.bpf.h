@@ -105,7 +105,7 @@ static void drop_parked(struct fgpu_process *p, u32 tgid)
     if (!parked.delete(&key)) hold(&level, -1ull);
 }
 
-/* The process runs again. It may have no entry in `processes` any more, if it has left its cgroups. */
+/* The process runs again. */
 static int end_park(u32 tgid, u64 generation)
 {
     struct fgpu_parked_key key = {.tgid = tgid, .generation = generation};
@@ -114,8 +114,7 @@ static int end_park(u32 tgid, u64 generation)
     if (!entry) return -2;
     u64 left = 0;
     for (u32 d = 0; d < FGPU_DEVICES; d++) left |= *(volatile u64 *)&entry->bytes[d];
-    int is_charged = entry->level.cgroup != 0;
-    if (left && is_charged) return -16;
+    if (left) return -16;
     if (p && p->generation == generation) {
         begin(p);
         __sync_fetch_and_and((u64 *)&p->level_count, ~((u64)FGPU_PARKED << 32));

@@ -120,10 +120,7 @@ class Parking:
     def _forget_ended(self, parked: ParkedTenant, entries: Container[Life]) -> None:
         """Forget the processes that have ended or have executed another program: they have no entry any more."""
         for life, started in list(parked.members.items()):
-            is_alive = procfs.started(life[0]) == started
-            if not is_alive:
-                self._ledger.parked.end(life)  # it may have left its cgroups before: then the entry is still there
-            if not is_alive or life not in entries:
+            if life not in entries or procfs.started(life[0]) != started:
                 del parked.members[life]
         if not parked.members:
             self._remove(parked, "all of its processes have ended")

@@ -236,7 +236,7 @@ class Commitments:
         return tenant.path if tenant else ""
 
     def _promise(self, cgroup: int, index: int) -> int:
-        """Return the bytes of a grant that count on a device: 0 inside a group whose own limit was granted there."""
+        """Return the bytes of a grant that count on a device: 0 if the limit of a group around it was granted there."""
         limit, tenant = self._granted[cgroup].get(index, 0), self._tree.get(cgroup)
         if tenant is None or not _is_limit(limit):
             return 0

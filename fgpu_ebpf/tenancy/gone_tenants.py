@@ -39,7 +39,7 @@ class GoneTenants:
         return {tenant.cgroup for tenant in held}
 
     def release_freed(self) -> None:
-        """Remove the tenants whose memory was released on every device. Levels of parked processes stay until later."""
+        """Remove the tenants without memory on any device. Levels of parked processes stay until later."""
         free = [cgroup for cgroup in self._tenants if not any(self._ledger.orphans.of_level(cgroup))]
         held = {entry.level for entry in self._ledger.parked.entries().values()} if free else ()
         self.forget([cgroup for cgroup in free if cgroup not in held])

@@ -57,18 +57,22 @@ class Moves:
 
     def take_over(self, cgroups: Collection[int]) -> None:
         """Move the charges of processes into their new levels. Overhead (from NVML) follows at the next reconcile."""
-        known, new = self._ledger.processes(), set(cgroups)
-        for pid, process in known.items():
-            path = procfs.cgroup_path(pid)
-            levels = levels_at(self._root, self._managed, path) if path else ()
-            if new & set(levels):
+        for pid, process in self._ledger.processes().items():
+            levels = self._levels_of(pid)
+            if levels and not set(levels).isdisjoint(cgroups):
                 self._ledger.move(pid, process.generation, levels)
 
     def catch_up(self, pids: Iterable[int]) -> None:
         """Make the moves that had to wait until these processes run."""
-        for pid in self._ledger.parked.unmoved.intersection(pids):
+        for pid in pids:
             self._ledger.parked.unmoved.discard(pid)
-            process, path = self._ledger.process(pid), procfs.cgroup_path(pid)
-            levels = levels_at(self._root, self._managed, path) if path else ()
-            if process and path and self._ledger.move(pid, process.generation, levels):
+            process, levels = self._ledger.process(pid), self._levels_of(pid)
+            if process is None or levels is None or levels == process.levels:
+                continue
+            if self._ledger.move(pid, process.generation, levels):
                 self._ledger.new_epoch()
+
+    def _levels_of(self, pid: int) -> tuple[int, ...] | None:
+        """Return the levels that a process should have; None: it has ended."""
+        path = procfs.cgroup_path(pid)
+        return levels_at(self._root, self._managed, path) if path else None

@@ -1,4 +1,4 @@
-"""Shares of the containers of a pod whose own cgroup a policy matches too: the pod gets enough for all of them.
+"""Shares of containers in a pod that a policy matches too: the pod gets enough for all of them.
 
 The module runs in the agent's main loop.
 """

@@ -10,7 +10,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +26,7 @@ from fgpu_ebpf.ledger.level_limits import LevelLimits
 from fgpu_ebpf.ledger.orphans import Orphan
 from fgpu_ebpf.ledger.usage_pages import Usage
 from fgpu_ebpf.linux import bpf, procfs
-from tests.support.wait import eventually
+from tests.support.wait import eventually, remove_cgroup
 
 HERE = Path(__file__).parent
 REPOSITORY = HERE.parent.parent
@@ -155,12 +154,7 @@ class Level:
         return sum(orphan.bytes for orphan in orphans)
 
     def remove(self) -> None:
-        deadline = time.monotonic() + GONE_SECONDS
-        while self.path.exists():
-            assert time.monotonic() < deadline, f"{self.path} is not empty"
-            time.sleep(0.01)  # a read without a pause would keep the lock that exiting processes need
-            with contextlib.suppress(OSError):
-                self.path.rmdir()
+        remove_cgroup(self.path, GONE_SECONDS)
         self.let_go()
         self.kernel.ledger.remove([self.cgroup])
 

@@ -1,7 +1,7 @@
 /*
  * liar DRIVER PAGE TIMES SEED: a tenant in which the return probe of half of the allocations reads the pointer or
- * handle of an older allocation, as if a second thread had overwritten the returned one. The older allocation is one
- * whose own name was read. PAGE is a descriptor of the level's usage page.
+ * handle of an older allocation, as if a second thread had overwritten the returned one. The own name of the
+ * older allocation was read. PAGE is a descriptor of the level's usage page.
  *
  * Prints how many calls released more than the driver library freed, or charged less than it allocated. Then prints how
  * many bytes the library has allocated and not freed after the last call.

@@ -17,7 +17,7 @@ from tests.support.commands import ask, metrics, metrics_page
 from tests.support.host import BUILD, ENVIRONMENT, SHIM, cgroup_root
 from tests.support.kernel import entries
 from tests.support.service import Service
-from tests.support.wait import eventually
+from tests.support.wait import eventually, remove_cgroup
 
 LIVE = 200
 GROWTH_KIB = 5 * 1024
@@ -74,15 +74,6 @@ def fill(cgroup: Path) -> None:
     assert b"OUT_OF_MEMORY" in done.stdout
 
 
-def removed(cgroup: Path) -> bool:
-    """Remove the cgroup if it has no processes left, and return whether it did."""
-    try:
-        cgroup.rmdir()
-    except OSError:
-        return False
-    return True
-
-
 def shown() -> set[str]:
     """Return the tenants on the page of metrics."""
     return {dict(labels)["tenant"] for name, labels in metrics(metrics_page()) if name == "fgpu_tenant_info"}
@@ -101,10 +92,10 @@ def churn(parent: Path, numbers: range) -> None:
             say_hello(cgroup)
         if len(live) > LIVE:
             oldest = live.popleft()
-            eventually(lambda gone=oldest: removed(gone), 5, "an empty cgroup")
+            remove_cgroup(oldest)
     eventually(lambda: len(shown()) <= 2 * LIVE + 10, 2, "no removed tenants on the page")
     for cgroup in live:
-        eventually(lambda gone=cgroup: removed(gone), 5, "an empty cgroup")
+        remove_cgroup(cgroup)
 
 
 def assert_none_left(seconds: float) -> None:
@@ -172,4 +163,4 @@ def test_a_new_tenant_in_an_unmanaged_cgroup_has_its_limit_from_the_start(parent
         counts = {k: n for (name, k), n in metrics().items() if name == refused and ("tenant", cgroup.name) in k}
         reasons = {dict(k)["reason"] for k, n in counts.items() if n}
         assert reasons == {"limit"}
-        eventually(lambda gone=cgroup: removed(gone), 5, "an empty cgroup")  # type: ignore[misc]
+        remove_cgroup(cgroup)

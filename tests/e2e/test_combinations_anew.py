@@ -28,7 +28,7 @@ from tests.support.containers.docker import Docker
 from tests.support.host import BUILD, GPUS, REFUSED, ROOT, RUN_DIR, SHIM
 from tests.support.place import Cgroups
 from tests.support.service import Service, run_on_devices
-from tests.support.wait import eventually
+from tests.support.wait import eventually, remove_cgroup
 
 GREEDY = 'selector: {cgroup: ["GROUP/greedy", "GROUP/greedy/**"]}, memory: {limit: 1GiB}'
 LEVELS, PROCESSES = 512, 4096  # of one workload, by default
@@ -80,8 +80,7 @@ def full_tables(host: Host) -> None:
     late.end()
     host.group.tenants.remove(late)
     for folder in [*root.glob("*/"), root]:
-        eventually(lambda folder=folder: "populated 0" in (folder / "cgroup.events").read_text(), 30, "no processes")
-        folder.rmdir()
+        remove_cgroup(folder, 30)
     file.unlink()
     eventually(lambda: not fgpu("reload", check=False).returncode, 5, "good policies")
 

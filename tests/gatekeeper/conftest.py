@@ -22,6 +22,7 @@ from fgpu_ebpf.ledger.ledger import Ledger
 from fgpu_ebpf.ledger.level_limits import LevelLimits
 from fgpu_ebpf.linux import procfs
 from tests.gatekeeper.hello_client import until
+from tests.support.wait import remove_cgroup
 
 ROOT = Path(__file__).parents[2]
 GIB = 1 << 30
@@ -111,18 +112,8 @@ def cgroup_base() -> Iterator[Path]:
     yield base
     for path in sorted(base.rglob("*"), key=lambda p: -len(p.parts)):
         if path.is_dir():
-            until(lambda path=path: remove(path))
-    until(lambda: remove(base))
-
-
-def remove(path: Path) -> bool:
-    try:
-        path.rmdir()
-    except FileNotFoundError:
-        return True
-    except OSError:
-        return False
-    return True
+            remove_cgroup(path)
+    remove_cgroup(base)
 
 
 @pytest.fixture

@@ -279,7 +279,7 @@ RULES = {
     "parked-bytes-stay-charged-around-their-level": ("    leave_groups(p, side, device, bytes);\n", ""),
     "parked-bytes-outlive-their-process": ("        subtract(&own->devices[d].used, bytes);\n", ""),
     "owed-bytes-of-a-parked-process-are-forgotten": ("keeps = p->flags & FGPU_PARKED ? ~0ULL : 0;", "keeps = 0;"),
-    "entry-with-parked-bytes-is-deleted": ("    if (left && is_charged) return -16;\n", ""),
+    "entry-with-parked-bytes-is-deleted": ("    if (left) return -16;\n", ""),
     "a-parked-process-changes-its-levels": ("UNLIKELY(p->flags & FGPU_PARKED) && !stays(p, ctx) ? -16 : move", "move"),
     "wake-up-is-never-refused": (
         "if (take_levels(&h, device, bytes, force) == FGPU_AGAIN)",

@@ -13,7 +13,7 @@ FIRST, SECOND = (f"GPU-{digit}f1d0a52-6c3b-4b0e-9d57-2f0c5a3b7e11" for digit in 
 
 
 def way(folder: Path, gpus: Gpus, *names: str) -> Way:
-    """Return the way of a host whose specification has devices of these names."""
+    """Return the way of a host that has devices of these names in its specification."""
     devices = [{"name": name, "containerEdits": {}} for name in names]
     (folder / "nvidia.json").write_text(json.dumps({"kind": "nvidia.com/gpu", "devices": devices}))
     return Way(gpus=gpus, folders=(folder,))

@@ -1,4 +1,4 @@
-"""Tests of shares in pods whose own cgroups have a limit by the same policy as their containers."""
+"""Tests of shares in pods that have a limit of their own, by the same policy as their containers."""
 
 from __future__ import annotations
 
