@@ -1,4 +1,8 @@
-"""The claim `parked`: a torch program is parked by `fgpu park`, and each kind of call wakes it with its data."""
+"""The claims `parked` and `idle`.
+
+`parked`: a torch program is parked by `fgpu park`, and each kind of call wakes it with its data. `idle`: programs are
+parked by their policy when they are idle, and only then.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +14,7 @@ from typing import Any
 
 from bench.gpu.claims import PYTHON, Skip, need, say
 from bench.lib import nvml
-from tests.e2e.parking_kit import becomes, parking
+from tests.e2e.parking_kit import becomes, parking, state
 from tests.support.commands import fgpu
 from tests.support.host import GIB
 from tests.support.place import Place
@@ -19,8 +23,15 @@ from tests.support.tenant import Program, Tenant
 from tests.support.wait import eventually
 
 LIMIT, SIZES = 24 * GIB, (1, 8, 20)
+AFTER, HELD = 10, 8
+POLICY = """
+apiVersion: fgpu.dev/v1alpha1
+kind: GpuPolicy
+metadata: {{name: idle}}
+spec: {{selector: {{cgroup: ["{paths}"]}}, memory: {{limit: {limit}B, park: {{after: {after}s}}}}}}
+"""
 SCRIPT = """
-import sys, torch
+import sys, threading, torch
 data = [torch.full((1 << 30,), i % 200, dtype=torch.uint8, device="cuda") for i in range(int(sys.argv[1]))]
 x, done, graph = torch.zeros(1 << 20, device="cuda"), torch.cuda.Event(enable_timing=True), torch.cuda.CUDAGraph()
 with torch.cuda.stream(torch.cuda.Stream()): x += 1
@@ -34,6 +45,18 @@ def replay():
     torch.cuda.synchronize()
     return True
 def silent(value): return True
+def sleeps(seconds): torch.cuda._sleep(int(seconds * 1e9))
+def launched(seconds): return silent(sleeps(seconds))
+def waiting(seconds):
+    def run():
+        sleeps(seconds)
+        torch.cuda.synchronize()
+    threading.Thread(target=run, daemon=True).start()
+    return True
+def trained():
+    global x
+    x = x * 0.5 + 1
+    return True
 print("ready", flush=True)
 for line in sys.stdin: print(repr(eval(line)), flush=True)
 """
@@ -113,3 +136,42 @@ def parked(service: Service, place: Place) -> None:
         eventually(lambda: not one.memory()["used_bytes"], 20, "the end of the program")
         for gib in SIZES:
             _sizes(one, gib)
+
+
+def _runs_of_parks(tenants: dict[str, Tenant]) -> dict[str, int]:
+    return {name: tenant.view()["parking"]["parks"] for name, tenant in tenants.items()}
+
+
+def idle(service: Service, place: Place) -> None:
+    """Leave a program alone until it is parked, beside programs with a long kernel, with and without a thread in wait.
+
+    A kernel of the driver's timer, `torch.cuda._sleep`, takes at least half of the seconds that are requested here.
+    """
+    with tempfile.TemporaryDirectory() as folder, parking(service, Path(folder)):
+        tenants = {name: place.tenant(LIMIT) for name in ("notebook", "kernel", "waits", "rare")}
+        programs = {}
+        for name, tenant in tenants.items():
+            tenant.assert_enforced()
+            programs[name] = Torch(tenant, HELD if name == "notebook" else 1)
+            fgpu("unset", tenant.path)
+        paths = '", "'.join(tenant.path for tenant in tenants.values())
+        (service.policies / "policy.yaml").write_text(POLICY.format(paths=paths, limit=LIMIT, after=AFTER))
+        fgpu("reload")
+        need(programs["kernel"].do("launched(160)"), "a kernel is launched")
+        need(programs["waits"].do("waiting(160)"), "a kernel is launched, and a thread waits for it")
+        notebook, before, began = tenants["notebook"], nvml.bytes_in_use(), time.monotonic()
+        while state(notebook) != "parked" and time.monotonic() < began + 60:
+            need(programs["rare"].do("trained()"), "a short kernel")
+            time.sleep(3)
+        say("parked_after", f"{time.monotonic() - began:.1f}", "s")
+        print(fgpu("status").stdout, fgpu("explain", notebook.path).stdout)
+        need(state(notebook) == "parked", "the notebook is parked")
+        need(before - nvml.bytes_in_use() > HELD * GIB, "the device has its memory free")
+        need(_runs_of_parks(tenants) == {"notebook": 1, "kernel": 0, "waits": 0, "rare": 0}, "no other is parked")
+        began = time.monotonic()
+        need(programs["notebook"].do("intact()"), "a call wakes it with its data")
+        say("woken_after", f"{time.monotonic() - began:.2f}", "s")
+        eventually(lambda: _runs_of_parks(tenants)["rare"] == 1, 60, "the program is parked that launches no longer")
+        need(programs["rare"].do("intact()"), "it is woken with its data")
+        need(_runs_of_parks(tenants)["kernel"] == _runs_of_parks(tenants)["waits"] == 0, "long kernels are not parked")
+        print(fgpu("status").stdout)
