@@ -79,6 +79,7 @@ unpack() {
     tar -C "$root" --exclude=./.git --exclude=./.venv --exclude=./build -cf - . | tar -C /tmp/fgpu/tree --no-same-owner -xf -
     packages=/tmp/fgpu/bcc/usr/lib/python3/dist-packages
     command_of python LD_LIBRARY_PATH=/tmp/fgpu/lib "PYTHONPATH=/tmp/fgpu/tree:/tmp/fgpu/site:$packages" /usr/bin/python3
+    command_of fgpu-parker /tmp/fgpu/bin/python -m fgpu_ebpf.parker
     # These are programs of users. They run without BCC's libraries.
     command_of nvitop -u LD_LIBRARY_PATH PYTHONPATH=/tmp/fgpu/site /usr/bin/python3 -m nvitop
     command_of gpustat -u LD_LIBRARY_PATH PYTHONPATH=/tmp/fgpu/site /usr/bin/python3 -m gpustat

@@ -339,7 +339,7 @@ class MetricsAddress:
         except (OSError, ValueError, OverflowError) as error:
             if "metrics" not in agent.failed_checks:
                 log.error("cannot listen at %s: %s; limits are enforced without metrics", listen, error)
-            fix = "stop the program that listens there, or set another address: listen in agent.yaml"
+            fix = "stop the program that listens there, or set another address: listen in agent.yaml, as 127.0.0.1:9423"
             agent.failed_checks["metrics"] = Check("metrics", False, f"cannot listen at {listen}: {error}", fix)
             return
         if agent.failed_checks.pop("metrics", None):

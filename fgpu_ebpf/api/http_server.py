@@ -130,6 +130,7 @@ class HttpServer(ThreadingMixIn, WSGIServer):
     After receive() has returned True, answer() starts the threads; expire() is to be called regularly.
 
     Args:
+        host: an address, `localhost`, or empty for all addresses. A name is refused: to resolve it can take minutes.
         names: accepted names of the host; empty: any name, or localhost alone if the address is a loopback address.
     """
 
@@ -138,15 +139,15 @@ class HttpServer(ThreadingMixIn, WSGIServer):
     request_queue_size = 128  # if the queue is full, the client's kernel tries to connect again after a second
 
     def __init__(self, host: str, port: int, app: WSGIApplication, names: Collection[str] = ()) -> None:
-        family, _, _, _, address = socket.getaddrinfo(
-            host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )[0]
+        numeric = "127.0.0.1" if host == "localhost" else host or None
+        flags = socket.AI_PASSIVE | socket.AI_NUMERICHOST
+        family, _, _, _, address = socket.getaddrinfo(numeric, port, type=socket.SOCK_STREAM, flags=flags)[0]
         self.address_family = family
         self._waiting: dict[_Waiting, None] = {}  # oldest first
         self._in_threads: dict[Any, float] = {}  # when a thread began to answer each request; oldest first
         self.heads: dict[Any, bytes] = {}
-        self._ended = Wakeup()  # woken when a thread has ended, so that another request gets a thread
         super().__init__(address[:2], _Handler)  # type: ignore[arg-type]
+        self._ended = Wakeup()  # woken when a thread has ended, so that another request gets a thread
         is_loopback = ipaddress.ip_address(address[0]).is_loopback
         self.set_app(only_by_name(names, app) if names or is_loopback else app)
         self.socket.setblocking(False)  # accept() must not wait if the client has already closed the connection

@@ -172,7 +172,8 @@ def _tenants(snapshot: Snapshot) -> Iterator[Metric]:
     for tenant in snapshot.tenants:
         opens.add_metric([tenant.tenant, "denied"], tenant.opens_denied)
         opens.add_metric([tenant.tenant, "would_deny"], tenant.opens_would_deny)
-        names = [tenant.tenant, tenant.kind, tenant.policy, tenant.namespace, tenant.pod, tenant.container, tenant.path]
+        path = tenant.path.encode(errors="replace").decode()  # the name of a cgroup may be invalid UTF-8
+        names = [tenant.tenant, tenant.kind, tenant.policy, tenant.namespace, tenant.pod, tenant.container, path]
         info.add_metric([*names, *(tenant.labels.get(label, "") for label in own)], 1)
         processes.add_metric([tenant.tenant], len({p.pid for p in tenant.processes}))
         for how in _HOW:

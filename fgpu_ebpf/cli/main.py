@@ -10,6 +10,8 @@ socket, and print the reply.
 from __future__ import annotations
 
 import importlib
+import io
+import sys
 from collections import ChainMap
 from collections.abc import Mapping
 from pathlib import Path
@@ -82,3 +84,5 @@ class Main(Sections):
 @click.option("--run-dir", type=click.Path(path_type=Path), default=RUN_DIR, show_default=True, hidden=True)
 def main(run_dir: Path) -> None:
     """Share NVIDIA GPUs between containers, with hard memory limits enforced by the kernel."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # the name of a cgroup may be invalid UTF-8

@@ -126,10 +126,10 @@ class Sessions:
         """Return the control page for unmanaged processes with the clock offset of this process. Raises OSError.
 
         If there are too many different offsets, the page has no heartbeat. The shims of its processes then assume that
-        the gatekeeper has exited, and register again and again.
+        the gatekeeper has exited, and register again and again. The usual offset 0 always has its page.
         """
         ahead_ns: int | None = procfs.clock_ahead_ns(pid)
-        if ahead_ns not in self._shared and len(self._shared) >= MOST_CLOCKS:
+        if ahead_ns and ahead_ns not in self._shared and len(self._shared) >= MOST_CLOCKS:
             ahead_ns = None
         if ahead_ns not in self._shared:
             self._shared[ahead_ns] = self._control(PageHeader())

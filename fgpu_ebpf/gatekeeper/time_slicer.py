@@ -336,19 +336,20 @@ class TimeSlicer:
         self._measured = (now_ns, {t: places[t].counts.owned_ns for t in self._gates})
         wanted, self._wanted = self._wanted & set(places), set()
         rows, due = dict[Key, TurnCounts](), dict[int, int]()
+        parts: dict[tuple[object, ...], int] = {}  # what tenants with the same share, group and rivals are entitled to
         for tenant, place in sorted(places.items(), key=lambda one: one[1].is_unit()):
             self._observe(tenant, place, ledger, now_ns)
-            rivals = {t: places[t].share for t in wanted | {tenant} if places[t].seen.devices & place.seen.devices}
-            rivals[tenant] = place.share
             had = max(0, place.counts.owned_ns - owned.get(tenant, place.counts.owned_ns))  # a new state begins at 0
             part = had * fair_queue.MILLION // max(1, now_ns - since_ns) if since_ns else 0
-            entitled = nested_shares.entitled(rivals, {t: places[t].above[-1] for t in rivals if places[t].above})[
-                tenant
-            ]
-            due[tenant], is_here = entitled, tenant in self._gates
+            same = (place.share, place.above[-1:], place.seen.devices, tenant in wanted)
+            if same not in parts:
+                near = {t for t in wanted if places[t].seen.devices & place.seen.devices} | {tenant}
+                tops = {t: places[t].above[-1] for t in near if places[t].above}
+                parts[same] = nested_shares.entitled({t: places[t].share for t in near}, tops)[tenant]
+            due[tenant], is_here = parts[same], tenant in self._gates
             shown = self._shown.get(tenant, frozenset())  # one last row after all processes have exited
             for device in self._own_devices(place) | shown:
-                rows[tenant, device] = counts_of(place, device, part if is_here else 0, entitled)
+                rows[tenant, device] = counts_of(place, device, part if is_here else 0, parts[same])
         span_ns = now_ns - since_ns if since_ns else 0
         for key, counts in (rows | self._unit_rows.over(rows, places, due, wanted, self._shares, span_ns)).items():
             ledger.times.set_turns(*key, counts)

@@ -1,6 +1,6 @@
 """The BPF maps of compute time: `shares`, `turns`, and `ran` (the time that each level has run, as measured by NVML).
 
-The agent writes `shares` and `ran`. The gatekeeper writes `turns`, and the agent deletes the entries of removed shares.
+The agent writes `shares` and `ran`, and makes and deletes the entries of `turns`, into which the gatekeeper writes.
 Both read all maps. Runs in the agent's main thread and reconcile thread, and in the gatekeeper's main thread and time
 slicer's. Errors are OSError of bpf(2).
 """
@@ -91,7 +91,7 @@ class ComputeMaps:
     def turn(self, level: int, device: int) -> TurnCounts | None:
         """Return the counters of a level's share of a device; None: the map has no counters of this share."""
         raw = bpf.lookup(self._maps["turns"], _KEY.pack(level, device), _TURN.size)
-        return None if raw is None else _counts(raw)
+        return _counts(raw) if raw and any(raw) else None
 
     def shared(self) -> Collection[Key]:
         """Return the keys of all shares, from a cache. Only the agent may call this method.
@@ -112,6 +112,7 @@ class ComputeMaps:
         asked = {(level, device): share for level, by in wanted.items() for device, share in by.items()}
         for key in asked:
             self._begin_ran(*key)
+            bpf.insert(self._maps["turns"], _KEY.pack(*key), bytes(_TURN.size))
         if known == asked:
             return
         try:
@@ -145,9 +146,9 @@ class ComputeMaps:
         turns, shared = self._maps["turns"], self.shared()
         if len(shared) > FEW:
             found = ((_KEY.unpack(key), value) for key, value in bpf.items(turns, _KEY.size, _TURN.size))
-            return {key: _counts(value) for key, value in found if key in shared}
+            return {key: _counts(value) for key, value in found if key in shared and any(value)}
         looked_up = ((key, bpf.lookup(turns, _KEY.pack(*key), _TURN.size)) for key in shared)
-        return {key: _counts(value) for key, value in looked_up if value}
+        return {key: _counts(value) for key, value in looked_up if value and any(value)}
 
     def take_ended(self) -> dict[Key, TurnCounts]:
         """Return the last counters of the shares that this object has removed since the last call."""
@@ -155,9 +156,9 @@ class ComputeMaps:
         return ended
 
     def set_turns(self, level: int, device: int, counts: TurnCounts) -> None:
-        """Write the counters of a share. Numbers are clamped to unsigned 64 bits."""
+        """Write the counters of a share, unless it was removed. Numbers are clamped to unsigned 64 bits."""
         words = (min(max(0, number), _MOST_WORD) for number in astuple(counts))
-        bpf.update(self._maps["turns"], _KEY.pack(level, device), _TURN.pack(*words))
+        bpf.replace(self._maps["turns"], _KEY.pack(level, device), _TURN.pack(*words))
 
     def ran_ns(self, level: int, device: int) -> int | None:
         """Return how long a level has run on a device according to NVML, in nanoseconds.

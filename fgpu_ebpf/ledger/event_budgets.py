@@ -14,6 +14,7 @@ import struct
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from itertools import accumulate
 from time import monotonic
 
 from fgpu_ebpf import abi
@@ -63,12 +64,13 @@ class EventBudgets:
         if int(now) != self._second:
             self._second, self._events = int(now), Counter()
         for path in paths:
+            around = accumulate(path.split("/"), "{}/{}".format)
+            budget = next(filter(None, map(self._budgets.get, around)), None)
+            if budget:  # without a look at the cgroups, which waits for the workload that is changing them
+                budget.seen = now
+                continue
             owner = self._owner(path)
             if owner.why is Why.ITSELF:  # the cgroup belongs to root: no other user creates cgroups in it
-                continue
-            budget = self._budgets.get(owner.path)
-            if budget:
-                budget.seen = now
                 continue
             self._events[owner.path] += 1
             if self._events[owner.path] >= BUSY:

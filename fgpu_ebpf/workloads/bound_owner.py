@@ -56,7 +56,7 @@ def owner_of(root: Path, path: str, is_level: Callable[[int], bool] = lambda _: 
     """
     parts = cgroup_names.split(path)[:DEEPEST]
     group: Owner | None = None
-    cgroup, at = _stat(str(root))[0], "/"
+    cgroup, at = 0 if parts else _stat(str(root))[0], "/"
     for depth, part in enumerate(parts, 1):
         at = "/" + "/".join(parts[:depth])
         cgroup, uid = _stat(f"{root}{at}")

@@ -449,6 +449,8 @@ def test_counters_are_read_for_levels_with_a_share(kernel, level, devices):
     times.forget([level.cgroup])
     assert (times.turns(), list(times.shared())) == ({}, [])
     assert (times.take_ended(), times.take_ended()) == (counts, {})
+    times.set_turns(level.cgroup, 0, TurnCounts(owned_ns=1))  # by a gatekeeper that has not read the shares yet
+    assert kernel.ledger.times.turn(level.cgroup, 0) is None
 
 
 def test_a_change_of_shares_is_reported_even_if_some_shares_find_no_room(kernel, level, bell, monkeypatch):

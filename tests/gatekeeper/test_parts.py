@@ -19,6 +19,7 @@ import pytest
 
 from fgpu_ebpf import abi
 from fgpu_ebpf.driver.cuda_mappings import fgpu_mappings
+from fgpu_ebpf.gatekeeper import sessions
 from fgpu_ebpf.gatekeeper.connections import well_formed
 from fgpu_ebpf.gatekeeper.ledger_cache import ManagedState, managed_state
 from fgpu_ebpf.gatekeeper.memfd_pages import ControlMemory, StatusMemory
@@ -96,6 +97,16 @@ def test_a_process_that_executes_another_program_is_another_client() -> None:
     assert (page.gates[0], page.epoch != epoch) == (abi.Gate.OPEN, True)
     child.kill()
     child.wait()
+
+
+def test_usual_unmanaged_processes_have_heartbeats_beside_any_number_of_odd_clocks(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    clients = Sessions(selectors.DefaultSelector(), bytes(16))
+    monkeypatch.setattr(sessions.procfs, "clock_ahead_ns", lambda pid: pid * 1_000_000_000)
+    odd = [clients.page_of_unmanaged(pid) for pid in range(1, sessions.MOST_CLOCKS + 2)]
+    assert [bool(control.page.heartbeat_ns) for control in odd] == [True] * sessions.MOST_CLOCKS + [False]
+    assert clients.page_of_unmanaged(0).page.heartbeat_ns
 
 
 def test_times_on_a_page_use_the_clock_of_its_process() -> None:

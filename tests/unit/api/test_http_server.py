@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import socket
 import threading
 import time
@@ -191,9 +192,20 @@ def test_a_slow_connection_is_closed(server: HttpServer, monkeypatch: pytest.Mon
         drip()
 
 
-def test_an_address_in_use_is_reported(server: HttpServer) -> None:
-    with pytest.raises(OSError, match="in use"):
-        HttpServer("127.0.0.1", server.server_port, app)
+def test_an_address_in_use_is_reported_and_each_attempt_closes_its_descriptors(server: HttpServer) -> None:
+    before = len(os.listdir("/proc/self/fd"))
+    for _ in range(3):
+        with pytest.raises(OSError, match="in use"):
+            HttpServer("127.0.0.1", server.server_port, app)
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_a_host_name_is_refused_without_asking_a_name_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(socket.gaierror):
+        HttpServer("gpu1.example", 0, app)
+    one = HttpServer("localhost", 0, app)
+    assert one.server_address[0] == "127.0.0.1"
+    one.server_close()
 
 
 def test_the_server_supports_an_ipv6_address() -> None:

@@ -26,6 +26,12 @@ def test_names_chosen_by_tenants_are_escaped():
     assert tenants == {name}
 
 
+def test_a_path_that_is_not_utf_8_does_not_end_the_text():
+    """A folder's name may be any bytes."""
+    found = snapshot()
+    assert 'cgroup_path="/?"' in metrics.text(replace(found, tenants=(replace(found.tenants[0], path="/\udcff"),)))
+
+
 def test_an_unmeasured_value_is_absent():
     empty = Snapshot(1.0, (DeviceView(0, "GPU-1", "x", "y", 1, None, 0, None),))
     shown = {sample.name for family in metrics.families(empty) for sample in family.samples}

@@ -61,7 +61,7 @@ def test_a_count_beyond_a_word_is_written_as_the_nearest_value(number):
     written = []
     book = compute_maps.ComputeMaps({"turns": 3}, lambda: None)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(compute_maps.bpf, "update", lambda *words: written.append(words))
+        patch.setattr(compute_maps.bpf, "replace", lambda *words: written.append(words))
         book.set_turns(7, 0, compute_maps.TurnCounts(wait_ns=number))
     assert abi.Turn.from_buffer_copy(written[0][2]).wait_ns == min(max(0, number), WORD)
 

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 
 from fgpu_ebpf.abi import DEVICES, Gate
+from fgpu_ebpf.gatekeeper import time_slicer
 from fgpu_ebpf.gatekeeper.memfd_pages import ControlMemory, StatusMemory
 from fgpu_ebpf.gatekeeper.time_slicer import TimeSlicer
 from fgpu_ebpf.linux import futex
@@ -489,6 +490,26 @@ def test_a_share_removed_and_set_again_is_counted_from_zero():
     slicer._read_shares(ledger)
     ledger.given = {(7, 0): share}
     assert published(0) == 0
+
+
+def test_the_entitlements_of_many_tenants_are_computed_once_for_equal_shares(monkeypatch):
+    """Computed for each tenant of a cgroup with 500 inner cgroups, they would keep the gates unchanged for 0.1 s."""
+    some = range(1, 41)
+    ledger, slicer, calls = Ledger(**{f"L{level}": Share(weight=100 + level % 2) for level in some}), TimeSlicer(), []
+    slicer.ledger = ledger
+    ledger.version += 1
+    slicer._read_shares(ledger)
+    slicer._gates = {level: [] for level in some}
+    for level in some:
+        place = slicer._turns.places[level]
+        place.seen = place.seen._replace(devices=frozenset({level % 2}))
+    slicer._wanted = {level for level in some if level < 20}
+    entitled = time_slicer.nested_shares.entitled
+    monkeypatch.setattr(time_slicer.nested_shares, "entitled", lambda *words: calls.append(1) or entitled(*words))
+    slicer._publish(ledger, time.monotonic_ns())
+    assert len(calls) == 4  # those that want device 0 and 1, and those that don't
+    parts = {level: ledger.told[level, 0].entitled_millionths for level in some if (level, 0) in ledger.told}
+    assert parts == {level: 1_000_000 // (9 if level < 20 else 10) for level in some if level % 2 == 0}
 
 
 def test_a_gang_s_missing_launches_proceed_after_its_gates_close(world):

@@ -59,6 +59,16 @@ def test_only_a_busy_workload_has_a_budget(kernel):
     assert not kernel.has("/user/one")
 
 
+def test_events_of_a_workload_with_a_budget_cost_no_look_at_its_cgroups(kernel, monkeypatch):
+    kernel.budgets.note(["/user/one"] * BUSY)
+    monkeypatch.setattr(kernel.budgets, "_owner", None)
+    kernel.now += IDLE_SECONDS - 1
+    kernel.budgets.note(["/user/one/more", "/user"])
+    kernel.now += IDLE_SECONDS - 1
+    kernel.budgets.lost()
+    assert kernel.has("/user")
+
+
 def test_root_s_own_cgroups_have_no_budget(kernel):
     kernel.budgets.note(["/root/one"] * 2 * BUSY)
     assert set(kernel.map) == {bytes(8)}
