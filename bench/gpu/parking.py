@@ -1,12 +1,16 @@
-"""The claims `parked` and `idle`.
+"""The claims `parked`, `sizes` and `idle`.
 
-`parked`: a torch program is parked by `fgpu park`, and each kind of call wakes it with its data. `idle`: programs are
-parked by their policy when they are idle, and only then.
+`parked`: a torch program is parked by `fgpu park`, and each kind of call wakes it with its data. `sizes`: the time to
+park and wake programs of several sizes, beside that of the driver's functions alone. `idle`: programs are parked by
+their policy when they are idle, and only then.
 """
 
 from __future__ import annotations
 
 import ast
+import os
+import subprocess
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -22,7 +26,27 @@ from tests.support.service import Service
 from tests.support.tenant import Program, Tenant
 from tests.support.wait import eventually
 
-LIMIT, SIZES = 24 * GIB, (1, 8, 20)
+LIMIT, LARGE, SIZES = 24 * GIB, 70 * GIB, (1, 8, 20, 60)
+# Parks and wakes the process argv[1] by the driver's functions alone, and prints the seconds of each.
+BARE = """
+import sys, time
+from pathlib import Path
+from fgpu_ebpf.parker.cuda import Libcuda
+driver, pid = Libcuda(Path("libcuda.so.1")), int(sys.argv[1])
+times = []
+for call in (lambda: driver.lock(pid, 5000), lambda: driver.checkpoint(pid), lambda: driver.restore(pid),
+             lambda: driver.unlock(pid)):
+    began = time.monotonic()
+    call()
+    times.append(time.monotonic() - began)
+print(*times)
+"""
+TOUCH = """
+import ctypes, mmap, sys
+size = int(sys.argv[1])
+memory = mmap.mmap(-1, size)
+ctypes.memset(ctypes.addressof(ctypes.c_char.from_buffer(memory)), 1, size)
+"""
 AFTER, HELD = 10, 8
 POLICY = """
 apiVersion: fgpu.dev/v1alpha1
@@ -98,8 +122,28 @@ def _park(one: Tenant) -> float:
     return time.monotonic() - began
 
 
-def _sizes(one: Tenant, gib: int) -> None:
-    """Park and wake a program by hand, and print the times, with those of the driver's calls."""
+def _bare(work: Path, gib: int) -> tuple[float, float]:
+    """Return the seconds in which the driver's functions alone park and wake a program that has no limit."""
+    script = work / "bare.py"
+    script.write_text(SCRIPT)
+    with subprocess.Popen([PYTHON, script, str(gib)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as bare:
+        assert bare.stdin
+        assert bare.stdout
+        assert bare.stdout.readline() == "ready\n"
+        python = os.environ.get("PYTHON", sys.executable)
+        said = subprocess.run(
+            [python, "-c", BARE, str(bare.pid)], capture_output=True, text=True, check=True, timeout=150
+        ).stdout
+        bare.stdin.write("intact()\n")
+        bare.stdin.close()
+        need(bare.stdout.readline() == "True\n", f"{gib} GiB, the driver alone: the data is intact")
+    lock, checkpoint, restore, unlock = map(float, said.split())
+    return lock + checkpoint, restore + unlock
+
+
+def _size(one: Tenant, work: Path, gib: int) -> None:
+    """Park and wake a program by hand, and print the times, with those of the driver's functions."""
+    bare = _bare(work, gib)
     program = Torch(one, gib)
     one.assert_exact(10)
     held, before = one.memory()["used_bytes"], nvml.bytes_in_use()
@@ -107,10 +151,11 @@ def _sizes(one: Tenant, gib: int) -> None:
     memory = one.memory()
     need((memory["used_bytes"], memory["parked_bytes"]) == (0, held), f"{gib} GiB: all {held} bytes are parked")
     need(before - nvml.bytes_in_use() >= held - GIB // 4, f"{gib} GiB: the device has them free")
-    say(f"park_{gib}gib", f"{took:.2f}", "s")
+    say(f"park_{gib}gib", f"{took:.2f}", f"s; the driver alone {bare[0]:.2f}; {held / took / 1e9:.2f} GB/s")
     began = time.monotonic()
     fgpu("wake", one.name, seconds=120)
-    say(f"wake_{gib}gib", f"{time.monotonic() - began:.2f}", "s")
+    took = time.monotonic() - began
+    say(f"wake_{gib}gib", f"{took:.2f}", f"s; the driver alone {bare[1]:.2f}; {held / took / 1e9:.2f} GB/s")
     need(program.do("intact()"), f"{gib} GiB: the data is intact")
     eventually(lambda: one.memory()["used_bytes"] >= held, 5, "the charge")
     program.close()
@@ -118,7 +163,7 @@ def _sizes(one: Tenant, gib: int) -> None:
 
 
 def parked(service: Service, place: Place) -> None:
-    """Park programs of several sizes, and wake a program by each kind of call."""
+    """Park a program, and wake it by each kind of call."""
     with tempfile.TemporaryDirectory() as folder, parking(service, Path(folder)):
         one = place.tenant(LIMIT)
         one.assert_enforced()
@@ -133,9 +178,16 @@ def parked(service: Service, place: Place) -> None:
             need(said == value, f"{line} wakes it in {took:.2f} s")
         need(program.do("intact()"), "the data is intact")
         program.close()
-        eventually(lambda: not one.memory()["used_bytes"], 20, "the end of the program")
+
+
+def sizes(service: Service, place: Place) -> None:
+    """Park and wake programs of several sizes. The host's memory is used once before, as a busy host's is."""
+    subprocess.run([PYTHON, "-c", TOUCH, str(LARGE)], check=True, timeout=100)
+    with tempfile.TemporaryDirectory() as folder, parking(service, Path(folder)):
+        one = place.tenant(LARGE)
+        one.assert_enforced()
         for gib in SIZES:
-            _sizes(one, gib)
+            _size(one, Path(folder), gib)
 
 
 def _runs_of_parks(tenants: dict[str, Tenant]) -> dict[str, int]:

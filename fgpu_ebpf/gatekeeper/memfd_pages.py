@@ -7,6 +7,7 @@ causes SIGBUS, because the page is sealed against resizing.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import fcntl
@@ -43,22 +44,22 @@ def _sealable(name: str) -> int:
 class ControlMemory:
     """A control page that only this process can write. Other processes get `descriptor`, which is read-only.
 
-    `page` is unmapped with its last reference, also after close(): the time slicer may still use the page of a session
-    that has got a new one. Descriptors that were sent stay readable. Raises OSError.
+    `page` is a view of the mapping and does not exist after close(). Descriptors that were sent stay readable. Raises
+    OSError.
     """
 
-    __slots__ = ("descriptor", "page")
+    __slots__ = ("_map", "descriptor", "page")
 
     def __init__(self) -> None:
         fd = _sealable("fgpu-control")
         try:
-            memory = mmap.mmap(fd, PAGE_BYTES)  # must precede the seal, which forbids later writable mappings
+            self._map = mmap.mmap(fd, PAGE_BYTES)  # must precede the seal, which forbids later writable mappings
             fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SHRINK | _GROW | _FUTURE_WRITE | _SEAL)
             os.fchmod(fd, 0o444)
             self.descriptor = os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_CLOEXEC)
         finally:
             os.close(fd)
-        self.page = ControlPage.from_buffer(memory)
+        self.page = ControlPage.from_buffer(self._map)
 
     def show(self, rows: bytes) -> None:
         """Replace the table of processes by `rows` from row_bytes().
@@ -73,18 +74,25 @@ class ControlMemory:
         _fence()
         page.sequence += 1
 
-    def close(self) -> None:
-        """Close the descriptor."""
+    def leave(self) -> None:
+        """Close the descriptor. The page is unmapped with its last reference: another thread may still use it."""
         os.close(self.descriptor)
+
+    def close(self) -> None:
+        """Close the descriptor and unmap the page. A view that still exists keeps the mapping until it is deleted."""
+        os.close(self.descriptor)
+        memory = self._map
+        del self.page, self._map
+        _unmap(memory)
 
 
 class StatusMemory:
     """A status page: the tenant writes through `descriptor`, this process reads `page`. Raises OSError."""
 
-    __slots__ = ("_page", "descriptor")
+    __slots__ = ("_map", "_page", "descriptor")
 
     def __init__(self) -> None:
-        self._page: StatusPage | None = None
+        self._map: mmap.mmap | None = None
         self.descriptor = _sealable("fgpu-status")
         try:
             os.pwrite(self.descriptor, _STATUS_HEAD, 0)
@@ -98,14 +106,24 @@ class StatusMemory:
         """The page, mapped at the first access. It does not exist after close()."""
         if self.descriptor < 0:
             raise AttributeError("page")
-        if self._page is None:
-            self._page = StatusPage.from_buffer(mmap.mmap(self.descriptor, PAGE_BYTES))
+        if self._map is None:
+            self._map = mmap.mmap(self.descriptor, PAGE_BYTES)
+            self._page = StatusPage.from_buffer(self._map)
         return self._page
 
     def close(self) -> None:
-        """Close the descriptor. The page is unmapped with its last reference."""
+        """Close the descriptor and unmap the page. A view that still exists keeps the mapping until it is deleted."""
         os.close(self.descriptor)
-        self.descriptor, self._page = -1, None
+        self.descriptor = -1
+        memory, self._map = self._map, None
+        if memory:
+            del self._page
+            _unmap(memory)
+
+
+def _unmap(memory: mmap.mmap) -> None:
+    with contextlib.suppress(BufferError):  # another view still exists; the deletion of the last view unmaps the page
+        memory.close()
 
 
 def row_bytes(rows: Iterable[tuple[int, int, int]]) -> bytes:

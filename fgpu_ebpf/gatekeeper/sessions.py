@@ -156,7 +156,7 @@ class Sessions:
         """Update a session and its pages before the next answer. A new header needs a new page. Raises OSError."""
         if session.header != header:
             control = self._control(header)
-            session.control.close()
+            session.control.leave()
             session.header, session.control, session.rows = header, control, b""
         session.control.page.epoch = self.epoch  # so that the page is not older than the answer
         session.ahead_ns, session.generation = procfs.clock_ahead_ns(session.pid), 0
