@@ -95,8 +95,7 @@ def docker_after(of: Settings) -> Wanted:
     real = runtimes.get(default, {"path": "runc"} if default in ("runc", _TYPE) else {})
     if "path" not in real:
         raise SetupError(f"Docker's default runtime {default} has no path: fgpu supports only OCI runtimes")
-    words = ["runtime", shutil.which(real["path"]) or real["path"], *real.get("runtimeArgs", [])]
-    ours = {NAME: {"path": str(of.helper), "runtimeArgs": words}}
+    ours = {NAME: {"path": str(of.helper), "runtimeArgs": ["runtime", real["path"], *real.get("runtimeArgs", [])]}}
     settings |= {"default-runtime": NAME, "runtimes": {**runtimes, **ours}}
     if not docker_lacks_cdi(of):
         return Wanted(_json_text(settings))
@@ -123,7 +122,9 @@ def docker_without(text: str, before: str | None = None) -> str:
         return text
     words = ours.get("runtimeArgs", ["", "runc"])[1:]
     if settings.get("default-runtime") == NAME:
-        same = [name for name, r in runtimes.items() if [r.get("path"), *r.get("runtimeArgs", [])] == words]
+        # Resolved paths are compared, because an earlier version of fgpu wrote the path at which it found the program.
+        of = {name: _found(r.get("path", ""), *r.get("runtimeArgs", [])) for name, r in runtimes.items()}
+        same = [name for name, found in of.items() if found == _found(*words)]
         default = same[0] if same else ""
         settings = {k: v for k, v in settings.items() if k != "default-runtime"}
         settings |= {"default-runtime": default} if default else {}
@@ -132,6 +133,10 @@ def docker_without(text: str, before: str | None = None) -> str:
         features = {k: v for k, v in _features(settings).items() if k != "cdi"}
         settings = {k: v for k, v in settings.items() if k != "features"} | ({"features": features} if features else {})
     return _json_text(settings)
+
+
+def _found(path: str = "", *args: str) -> list[str]:
+    return [shutil.which(path) or path, *args]
 
 
 def _features(settings: Mapping[str, Any]) -> Mapping[str, Any]:

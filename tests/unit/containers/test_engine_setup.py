@@ -162,6 +162,24 @@ def test_undo_keeps_changes_by_other_programs(name, text, tmp_path, helper):
         assert tomllib.loads(read(found) or "") == want
 
 
+@pytest.mark.parametrize("written", ["nvidia-container-runtime", "PATH/nvidia-container-runtime"])
+def test_docker_s_default_runtime_that_is_named_without_a_folder_is_kept(written, tmp_path, helper):
+    """An earlier version of fgpu wrote the path at which it found the runtime."""
+    nvidia = {"args": [], "path": "nvidia-container-runtime"}
+    text = {"default-runtime": "nvidia", "runtimes": {"nvidia": nvidia}}
+    found, state = engine("docker", tmp_path, json.dumps(text)), tmp_path / "x.json"
+    set_up(found, helper, state)
+    settings = json.loads(read(found) or "")
+    settings["runtimes"]["fgpu"]["runtimeArgs"] = ["runtime", written.replace("PATH", str(tmp_path / "path"))]
+    found.file.write_text(json.dumps({**settings, "debug": True}))
+    set_up(found, helper, state)
+    ours = json.loads(read(found) or "")["runtimes"]["fgpu"]
+    assert ours["runtimeArgs"] == ["runtime", "nvidia-container-runtime"]
+    found.file.write_text(json.dumps({**settings, "debug": True}))
+    assert undo(found, state)
+    assert json.loads(read(found) or "") == {**text, "debug": True}
+
+
 @pytest.mark.parametrize("name", ["docker", "containerd"])
 def test_undo_works_without_the_state_file(name, tmp_path, helper):
     """The state file was removed with /var/lib. Undo removes the lines of setup and no others."""
@@ -287,8 +305,7 @@ def test_docker_runs_fgpu_before_the_default_runtime(tmp_path, helper):
     found = engine("docker", tmp_path, text)
     set_up(found, helper, tmp_path / "x.json")
     settings = json.loads(read(found) or "")
-    real = str(tmp_path / "path/nvidia-container-runtime")
-    ours = {"path": str(helper), "runtimeArgs": ["runtime", real, "--x"]}
+    ours = {"path": str(helper), "runtimeArgs": ["runtime", "nvidia-container-runtime", "--x"]}
     assert settings == {"a": 1, "runtimes": {"nvidia": nvidia, "fgpu": ours}, "default-runtime": "fgpu", "z": [2**60]}
     assert next(iter(settings)) == "a", "the order of keys has changed"
 
