@@ -233,18 +233,16 @@ def _name(table: tuple[str, ...]) -> str:
 
 
 _MARK = "# fgpu"
+# The mark alone may begin an administrator's comment. The last part is the begin of a line that fgpu has replaced.
+_OURS = re.compile(
+    r'(?m)^[ \t]*(?:\[.*\]|(?:runtime_type|BinaryName) = "[^"\n]*"|SystemdCgroup = \{.*\}|\{\{.*\}\})'
+    rf" {_MARK}(?:[ \t]*(?:\n|\Z)| (?=[ \t]*BinaryName[ \t]*=))"
+)
 
 
 def containerd_without(text: str, _: str | None = None) -> str:
-    """Return config.toml, or a template of it, without the lines that are marked as fgpu's."""
-    lines = []
-    for line in text.splitlines(keepends=True):
-        _, mark, old = line.partition(f" {_MARK}")
-        if not mark:
-            lines.append(line)
-        elif old.strip():
-            lines.append(old[1:])
-    return "".join(lines)
+    """Return config.toml, or a template of it, without the lines that fgpu has written."""
+    return _OURS.sub("", text)
 
 
 # -- k3s and RKE2: a template of containerd's settings, and the name of the default runtime --------------------------

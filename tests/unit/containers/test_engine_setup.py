@@ -162,6 +162,18 @@ def test_undo_keeps_changes_by_other_programs(name, text, tmp_path, helper):
         assert tomllib.loads(read(found) or "") == want
 
 
+def test_comments_of_an_administrator_that_begin_with_fgpu_s_mark_are_kept(tmp_path, helper):
+    text = CONTAINERD.replace('runc"\n', 'runc" # fgpu: not ours\n')
+    text += (
+        '[a]\nb = 7 # fgpu: see ticket 12\nstate = "/s" # fgpu\n[c] # fgpu is not here\nSystemdCgroup = true # fgpu\n'
+    )
+    found, state = engine("containerd", tmp_path, text), tmp_path / "x.json"
+    assert set_up(found, helper, state)
+    state.unlink()
+    assert undo(found, state)
+    assert read(found) == text
+
+
 @pytest.mark.parametrize("written", ["nvidia-container-runtime", "PATH/nvidia-container-runtime"])
 def test_docker_s_default_runtime_that_is_named_without_a_folder_is_kept(written, tmp_path, helper):
     """An earlier version of fgpu wrote the path at which it found the runtime."""
