@@ -224,6 +224,15 @@ def test_a_settings_file_that_is_a_link_stays_a_link(tmp_path, helper):
     assert (tmp_path / "real.json").read_text() == "{}"
 
 
+def test_a_link_to_a_missing_file_stays_and_only_its_target_is_removed(tmp_path, helper):
+    found, target = engine("docker", tmp_path, None), tmp_path / "real.json"
+    found.file.symlink_to(target)
+    assert set_up(found, helper, tmp_path / "x.json")
+    assert "fgpu" in target.read_text()
+    assert undo(found, tmp_path / "x.json")
+    assert (found.file.is_symlink(), target.exists()) == (True, False)
+
+
 def test_a_state_is_root_s_alone_and_settings_keep_mode_and_owner(tmp_path, helper, monkeypatch):
     """A state has a copy of the settings, with passwords, and names the file that an undo writes."""
     password = '{"proxies": {"http-proxy": "http://user:password@proxy"}}'
@@ -522,6 +531,36 @@ def test_crio_settings_without_a_usable_default_runtime_are_refused(text, why, t
         set_up(found, helper, tmp_path / "x.json")
     assert not found.file.exists()
     assert not (tmp_path / "x.json").exists()
+
+
+@pytest.mark.parametrize("name", ["podman", "crio", "k3s"])
+def test_a_changed_file_of_fgpu_is_named_and_kept(name, tmp_path, helper):
+    found, state = drop_in(name, tmp_path, **{"10-crio": CRIO}), tmp_path / "x.json"
+    found = replace(found.more, file=found.file) if found.more else found
+    set_up(found, helper, state)
+    ours = read(found) or ""
+    found.file.write_text(f"{ours}# more\n")
+    for change in (lambda: set_up(found, helper, state), lambda: undo(found, state), lambda: undo(found, state)):
+        with pytest.raises(SetupError, match=f"{found.file} has changed since"):
+            change()
+    assert read(found) == f"{ours}# more\n"
+    found.file.write_text(ours)
+    assert undo(found, state)
+    assert not found.file.exists()
+
+
+@pytest.mark.parametrize("name", ["podman", "crio", "k3s"])
+def test_an_unchanged_file_of_an_earlier_version_of_fgpu_is_replaced(name, tmp_path, helper):
+    found, state = drop_in(name, tmp_path, **{"10-crio": CRIO}), tmp_path / "x.json"
+    found = replace(found.more, file=found.file) if found.more else found
+    set_up(found, helper, state)
+    ours = read(found) or ""
+    found.file.write_text(f"{ours}# earlier\n")
+    state.write_text(json.dumps({**json.loads(state.read_text()), "after": f"{ours}# earlier\n"}))
+    assert set_up(found, helper, state)
+    assert read(found) == ours
+    assert undo(found, state)
+    assert not found.file.exists()
 
 
 @pytest.mark.parametrize("name", ["podman", "crio"])
