@@ -233,18 +233,11 @@ def _check(name: str, usual: Engine, state: Path, helper: Path) -> Check | None:
     kept, engine = _kept(state), where_it_is(usual, state)
     if kept["after"] is None:
         return None
-    file, now = engine.file, _text(engine.file)
-    if now is None or (now != kept["after"] and engine.without(now, None) == now):
-        return Check(name, False, f"{file} no longer has fgpu's settings", f"fgpu setup {name}, or with --undo")
-    if engine.is_drop_in and (why := _outdated(engine, now, helper)):
-        return Check(name, False, why, f"fgpu setup {name}, or with --undo")
+    file, now, fix = engine.file, _text(engine.file), f"fgpu setup {name}, or with --undo"
+    if now is None or (rest := engine.without(now, None)) == now:
+        return Check(name, False, f"{file} no longer has fgpu's settings", fix)
+    if engine.read and (engine.is_drop_in or now != kept["after"]):
+        wanted = engine.after(Settings(file, rest, helper)).text
+        if engine.read(wanted, file) != engine.read(now, file):
+            return Check(name, False, f"{file} or the engine's other settings have changed since the setup", fix)
     return Check(name, True, f"{file} has fgpu's settings")
-
-
-def _outdated(engine: Engine, now: str, helper: Path) -> str:
-    """Return the reason why set_up() would write other settings now, or an empty text if it would not."""
-    try:
-        wanted = engine.after(Settings(engine.file, "", helper))
-    except SetupError as error:
-        return str(error)
-    return "" if wanted.text == now else f"the engine's other settings have changed since {engine.file} was written"

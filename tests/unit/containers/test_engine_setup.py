@@ -317,6 +317,35 @@ def test_doctor_reports_whether_the_setup_is_intact(tmp_path, helper):
     assert list(checks(state, helper)) == []
 
 
+@pytest.mark.parametrize(
+    ("name", "text", "unrelated", "change"),
+    [
+        (
+            "docker",
+            '{"runtimes": {"nvidia": {"path": "nvidia"}}}',
+            ("{", '{"debug": true,'),
+            ('runtime": "fgpu"', 'runtime": "nvidia"'),
+        ),
+        (
+            "containerd",
+            CONTAINERD_3,
+            ("version", "oom_score = 7\nversion"),
+            ("default_runtime_name = 'runc'", "default_runtime_name = 'nvidia'"),
+        ),
+    ],
+)
+def test_doctor_names_a_default_runtime_that_bypasses_fgpu(name, text, unrelated, change, tmp_path, helper):
+    """NVIDIA's toolkit sets a default runtime like this."""
+    found, state = engine(name, tmp_path, text), tmp_path / "state"
+    set_up(found, helper, state / f"{name}.json")
+    for (old, new), ok in ((unrelated, True), (change, False)):
+        found.file.write_text((read(found) or "").replace(old, new, 1))
+        (check,) = checks(state, helper)
+        assert (check.ok, "have changed since" in check.found) == (ok, not ok)
+    assert set_up(found, helper, state / f"{name}.json")
+    assert next(checks(state, helper)).ok
+
+
 # -- the new settings ----------------------------------------------------------------------------------------------
 
 
