@@ -82,9 +82,9 @@ int file_write(const char *path, const char *text)
     if (snprintf(aside, sizeof aside, "%s.fgpu-%d", path, (int)getpid()) >= (int)sizeof aside) return -1;
     int fd = open(aside, O_WRONLY | O_CREAT | O_TRUNC | O_NOFOLLOW | O_CLOEXEC, 0600);
     if (fd < 0) return -1;
-    size_t length = strlen(text);
-    int failed = write(fd, text, length) != (ssize_t)length || fchmod(fd, before.st_mode & 07777) ||
-                 (there && fchown(fd, before.st_uid, before.st_gid));
+    /* A short write sets no errno. The next write does. */
+    for (ssize_t put; *text && (put = write(fd, text, strlen(text))) > 0;) text += put;
+    int failed = *text || fchmod(fd, before.st_mode & 07777) || (there && fchown(fd, before.st_uid, before.st_gid));
     if (close(fd) || failed || rename(aside, path)) {
         int saved = errno;
         unlink(aside);

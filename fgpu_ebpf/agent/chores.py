@@ -65,7 +65,7 @@ def make_chores(
     adoption = AdoptionReports(truth, ledger, enforcer, history, unwitnessed)
     late = LateDevices(driver.nvml, ledger, manager, reconciler, history, driver.contexts, failed_checks)
     shortfalls = Shortfalls(turns, enforcer.name_of, history)
-    usage = UsageMeter(truth, ledger, enforcer, uuid, Writer())
+    usage = UsageMeter(truth, ledger, enforcer, uuid, Writer(), failed_checks)
     parkable = Parkable(
         settings.parking, manager.workloads.root, ledger, driver.nvml, enforcer,
         lambda: unwitnessed.find(truth().processes, truth().orphans),

@@ -15,9 +15,10 @@ from __future__ import annotations
 import re
 import time
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Set
+from collections.abc import Callable, Mapping, MutableMapping, Set
 
 from fgpu_ebpf.agent.nvml_reconcile import Truth
+from fgpu_ebpf.check import Check
 from fgpu_ebpf.ledger.compute_maps import Key, TurnCounts
 from fgpu_ebpf.ledger.ledger import Ledger
 from fgpu_ebpf.ledger.process_entry import Process
@@ -30,6 +31,7 @@ MOST_SECONDS = 5.0  # the longest time that one measurement covers: after a long
 IDLE_RATIO = 0.01  # of the time; a tenant that runs less is idle
 NS = 1_000_000_000
 NEW = TurnCounts()
+_FIX = "free space on this file system, or make the file writable"
 _USER = re.compile(r"(?:^|/)user-([0-9]{1,10})\.slice(?:/|$)")
 Totals = Mapping[str, Used]  # by source
 
@@ -40,11 +42,14 @@ class UsageMeter:
     Args:
         truth: returns the last result of NVML.
         uuid: returns a device's UUID by its index.
+        failed_checks: the agent's failed checks by name, which this class changes.
     """
 
     def __init__(
-        self, truth: Callable[[], Truth], ledger: Ledger, enforcer: Enforcer, uuid: Callable[[int], str], writer: Writer
-    ) -> None:
+        self, truth: Callable[[], Truth], ledger: Ledger, enforcer: Enforcer, uuid: Callable[[int], str],
+        writer: Writer, failed_checks: MutableMapping[str, Check],
+    ) -> None:  # fmt: skip
+        self._failed_checks = failed_checks
         self._truth, self._ledger, self._enforcer, self._uuid, self._writer = truth, ledger, enforcer, uuid, writer
         self._turns = ledger.times.turns()  # time owned before the agent's start is in the store already, or unknown
         self._measured: dict[int, Tenant] = {}  # by level, at the last measurement
@@ -58,6 +63,9 @@ class UsageMeter:
         now = time.monotonic()
         if now - self._looked_at < LOOK_SECONDS:
             return
+        self._failed_checks.pop("usage", None)
+        if fault := self._writer.fault:
+            self._failed_checks["usage"] = Check("usage", False, fault, _FIX)
         seconds, self._looked_at = min(MOST_SECONDS, now - self._looked_at), now
         truth, ended, turns = self._truth(), self._ledger.times.take_ended(), self._ledger.times.turns()
         self._sampled_seconds = max(0.0, min(MOST_SECONDS, truth.sampled - self._sampled_at))  # each sample counts once

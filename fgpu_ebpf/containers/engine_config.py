@@ -62,7 +62,7 @@ class Engine:
     last of several files, and is computed from the others. `programs`: the engine is installed if one of these programs
     is. `version`: see Settings. `more`: a second file that the engine needs. `cgroups`: patterns of its containers'
     cgroups, as in a policy. `example`: a command that shows the limit of a container. `keeps_folder`: a folder that was
-    created for the file stays after --undo.
+    created for the file stays after --undo. `read`: parses a text that `fgpu doctor` compares.
     """
 
     file: Path
@@ -77,6 +77,7 @@ class Engine:
     cgroups: tuple[str, ...] = ()
     example: str = ""
     keeps_folder: bool = False
+    read: Callable[[str, Path], Mapping[str, Any]] | None = None
 
 
 # -- Docker --------------------------------------------------------------------------------------------------------
@@ -87,7 +88,7 @@ _CDI_NOTE = "to use --device fgpu.dev/share=..., run once: systemctl restart doc
 
 def docker_after(of: Settings) -> Wanted:
     """Return daemon.json with a runtime `fgpu` in front of the default one, and with CDI for versions in CDI_ASKS."""
-    settings = _json(of.text)
+    settings = read_json(of.text)
     default = settings.get("default-runtime", "runc")
     runtimes = settings.get("runtimes", {})
     if not isinstance(runtimes, dict) or default == NAME:
@@ -95,8 +96,7 @@ def docker_after(of: Settings) -> Wanted:
     real = runtimes.get(default, {"path": "runc"} if default in ("runc", _TYPE) else {})
     if "path" not in real:
         raise SetupError(f"Docker's default runtime {default} has no path: fgpu supports only OCI runtimes")
-    words = ["runtime", shutil.which(real["path"]) or real["path"], *real.get("runtimeArgs", [])]
-    ours = {NAME: {"path": str(of.helper), "runtimeArgs": words}}
+    ours = {NAME: {"path": str(of.helper), "runtimeArgs": ["runtime", real["path"], *real.get("runtimeArgs", [])]}}
     settings |= {"default-runtime": NAME, "runtimes": {**runtimes, **ours}}
     if not docker_lacks_cdi(of):
         return Wanted(_json_text(settings))
@@ -111,27 +111,32 @@ def docker_lacks_cdi(of: Settings) -> bool:
     Raises:
         SetupError: daemon.json is damaged.
     """
-    return CDI_ASKS[0] <= of.version < CDI_ASKS[1] and "cdi" not in _features(_json(of.text))
+    return CDI_ASKS[0] <= of.version < CDI_ASKS[1] and "cdi" not in _features(read_json(of.text))
 
 
 def docker_without(text: str, before: str | None = None) -> str:
     """Return daemon.json without fgpu. The arguments of fgpu's runtime contain the earlier default runtime."""
-    settings = _json(text)
+    settings = read_json(text)
     runtimes = dict(settings.get("runtimes", {}))
     ours = runtimes.pop(NAME, None)
     if ours is None:
         return text
     words = ours.get("runtimeArgs", ["", "runc"])[1:]
     if settings.get("default-runtime") == NAME:
-        same = [name for name, r in runtimes.items() if [r.get("path"), *r.get("runtimeArgs", [])] == words]
-        default = same[0] if same else ""
-        settings = {k: v for k, v in settings.items() if k != "default-runtime"}
-        settings |= {"default-runtime": default} if default else {}
+        # Resolved paths are compared, because an earlier version of fgpu wrote the path at which it found the program.
+        of = {name: _found(r.get("path", ""), *r.get("runtimeArgs", [])) for name, r in runtimes.items()}
+        same = [name for name, found in of.items() if found == _found(*words)]
+        del settings["default-runtime"]
+        settings |= {"default-runtime": same[0]} if same else {}
     settings = {k: v for k, v in settings.items() if k != "runtimes"} | ({"runtimes": runtimes} if runtimes else {})
-    if before is not None and "cdi" not in _features(_json(before)):
+    if before is not None and "cdi" not in _features(read_json(before)):
         features = {k: v for k, v in _features(settings).items() if k != "cdi"}
         settings = {k: v for k, v in settings.items() if k != "features"} | ({"features": features} if features else {})
     return _json_text(settings)
+
+
+def _found(path: str = "", *args: str) -> list[str]:
+    return [shutil.which(path) or path, *args]
 
 
 def _features(settings: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -141,7 +146,8 @@ def _features(settings: Mapping[str, Any]) -> Mapping[str, Any]:
     return features
 
 
-def _json(text: str) -> dict[str, Any]:
+def read_json(text: str, _: Path | None = None) -> dict[str, Any]:
+    """Return the contents of daemon.json. Raises SetupError."""
     try:
         settings = json.loads(text or "{}")
     except ValueError as error:
@@ -161,7 +167,7 @@ def _json_text(settings: Mapping[str, Any]) -> str:
 def containerd_after(of: Settings) -> Wanted:
     """Return config.toml with another BinaryName for Kubernetes' default runtime. Everything else is unchanged."""
     text = of.text
-    before = _toml(text, of.file)
+    before = read_toml(text, of.file)
     plugin = _CRI.get(before.get("version", 1))
     if not text:
         plugin, text = _CRI[2], "version = 2\n"
@@ -228,18 +234,16 @@ def _name(table: tuple[str, ...]) -> str:
 
 
 _MARK = "# fgpu"
+# The mark alone may begin an administrator's comment. The last part is the begin of a line that fgpu has replaced.
+_OURS = re.compile(
+    r'(?m)^[ \t]*(?:\[.*\]|(?:runtime_type|BinaryName) = "[^"\n]*"|SystemdCgroup = \{.*\}|\{\{.*\}\})'
+    rf" {_MARK}(?:[ \t]*(?:\n|\Z)| (?=[ \t]*BinaryName[ \t]*=))"
+)
 
 
 def containerd_without(text: str, _: str | None = None) -> str:
-    """Return config.toml, or a template of it, without the lines that are marked as fgpu's."""
-    lines = []
-    for line in text.splitlines(keepends=True):
-        _, mark, old = line.partition(f" {_MARK}")
-        if not mark:
-            lines.append(line)
-        elif old.strip():
-            lines.append(old[1:])
-    return "".join(lines)
+    """Return config.toml, or a template of it, without the lines that fgpu has written."""
+    return _OURS.sub("", text)
 
 
 # -- k3s and RKE2: a template of containerd's settings, and the name of the default runtime --------------------------
@@ -261,7 +265,7 @@ def template_after(of: Settings) -> Wanted:
     text = of.text or f'{{{{ template "base" . }}}} {_MARK}\n'
     if not _BASE.search(text):
         raise SetupError(f'{of.file} has no {{{{ template "base" . }}}}: add that line, and run fgpu setup again')
-    settings = _toml(made.read_text(encoding="utf-8"), made)
+    settings = read_toml(made.read_text(encoding="utf-8"), made)
     plugin = _CRI.get(settings.get("version", 1), "")
     runtimes = settings.get("plugins", {}).get(plugin, {}).get("containerd", {}).get("runtimes", {})
     real = runtimes.get("nvidia", {}).get("options", {}).get("BinaryName") or "runc"
@@ -363,7 +367,7 @@ def _others(of: Settings, *places: Path | str) -> Iterator[dict[str, Any]]:
     drop_ins: Iterable[Path] = sorted(folder.glob(str(pattern))) if folder.is_dir() else ()
     for path in [*(base / file for file in files), *drop_ins]:
         if path.is_file() and path != of.file:
-            yield _toml(path.read_text(encoding="utf-8"), path)
+            yield read_toml(path.read_text(encoding="utf-8"), path)
 
 
 def _drop_in(table: str, values: Mapping[str, Any]) -> str:
@@ -388,7 +392,8 @@ def _loads(text: str) -> dict[str, Any]:
     return tomllib.loads(text)
 
 
-def _toml(text: str, file: Path) -> dict[str, Any]:
+def read_toml(text: str, file: Path) -> dict[str, Any]:
+    """Return the contents of a TOML file. Raises SetupError."""
     try:
         return _loads(text)
     except ValueError as error:

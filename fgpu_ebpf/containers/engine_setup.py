@@ -62,7 +62,7 @@ def set_up(engine: Engine, helper: Path, state: Path, is_dry: bool = False) -> W
     if there.file != engine.file and not is_dry:
         undo(there, state)
     now, kept = _text(engine.file), _kept(state)
-    before = kept["before"] if now is not None and now == kept["after"] else _without(engine, now, kept)
+    before = _before(engine, now, kept)
     wanted = engine.after(Settings(engine.file, before or "", helper, engine.version))
     if is_dry:
         return None if wanted.text == now else wanted
@@ -82,7 +82,7 @@ def set_up(engine: Engine, helper: Path, state: Path, is_dry: bool = False) -> W
 def undo(engine: Engine, state: Path) -> bool:
     """Restore the settings, and keep later changes that are not fgpu's. Returns False if nothing has to be restored."""
     now, kept = _text(engine.file), _kept(state)
-    before = kept["before"] if now is not None and now == kept["after"] else _without(engine, now, kept)
+    before = _before(engine, now, kept)
     if before != now:
         _restore(engine.file, before)
     with contextlib.suppress(OSError):  # another program has put a file into the folder, or removed it
@@ -105,12 +105,22 @@ def unchanged(state: Path) -> Path | None:
     return file if kept["after"] is not None and _text(file) == kept["after"] else None
 
 
-def _without(engine: Engine, text: str | None, kept: dict[str, Any]) -> str | None:
-    """Return the text without fgpu, or None if there is no file or the file has nothing else."""
-    if text is None or not text:
-        return text
-    before = None if kept["after"] is None else kept["before"] or ""
-    return engine.without(text, before) or None
+def _before(engine: Engine, now: str | None, kept: dict[str, Any]) -> str | None:
+    """Return the present text without fgpu, or None if there is no file or the file has nothing else.
+
+    Raises:
+        SetupError: the file has only fgpu's settings, and has changed since the setup.
+    """
+    before: str | None = kept["before"]
+    if now == kept["after"]:
+        return before
+    if not now:
+        return now
+    text = engine.without(now, None if kept["after"] is None else before or "")
+    if engine.is_drop_in and not text and kept["file"] == str(engine.file):
+        fix = "move the other lines to another file, or remove the file"
+        raise SetupError(f"{engine.file} has changed since `fgpu setup`: {fix}")
+    return text or None
 
 
 def _missing_folders(file: Path) -> list[str]:
@@ -150,7 +160,7 @@ def _text(path: Path) -> str | None:
 
 def _restore(path: Path, text: str | None) -> None:
     if text is None:
-        path.unlink()
+        path.resolve().unlink()  # a symbolic link stays, as in _write()
     else:
         _write(path, text, like=path)
 
@@ -223,18 +233,11 @@ def _check(name: str, usual: Engine, state: Path, helper: Path) -> Check | None:
     kept, engine = _kept(state), where_it_is(usual, state)
     if kept["after"] is None:
         return None
-    file, now = engine.file, _text(engine.file)
-    if now is None or (now != kept["after"] and engine.without(now, None) == now):
-        return Check(name, False, f"{file} no longer has fgpu's settings", f"fgpu setup {name}, or with --undo")
-    if engine.is_drop_in and (why := _outdated(engine, now, helper)):
-        return Check(name, False, why, f"fgpu setup {name}, or with --undo")
+    file, now, fix = engine.file, _text(engine.file), f"fgpu setup {name}, or with --undo"
+    if now is None or (rest := engine.without(now, None)) == now:
+        return Check(name, False, f"{file} no longer has fgpu's settings", fix)
+    if engine.read and (engine.is_drop_in or now != kept["after"]):
+        wanted = engine.after(Settings(file, rest, helper)).text
+        if engine.read(wanted, file) != engine.read(now, file):
+            return Check(name, False, f"{file} or the engine's other settings have changed since the setup", fix)
     return Check(name, True, f"{file} has fgpu's settings")
-
-
-def _outdated(engine: Engine, now: str, helper: Path) -> str:
-    """Return the reason why set_up() would write other settings now, or an empty text if it would not."""
-    try:
-        wanted = engine.after(Settings(engine.file, "", helper))
-    except SetupError as error:
-        return str(error)
-    return "" if wanted.text == now else f"the engine's other settings have changed since {engine.file} was written"

@@ -4,7 +4,7 @@ The agent writes in its thread `usage`, so that a slow disk delays no other work
 file is an SQLite database with at most MOST_ROWS rows of use. A row covers ten minutes. If the file is full, earlier
 rows are merged to rows of an hour and then of a day (UTC), which changes no total. If that is not enough, the oldest
 rows are removed, and the file records up to which time. If the agent is killed, amounts that are not written yet are
-lost, and the file stays valid.
+lost, and the file stays valid. If the file is damaged, it is renamed to usage.db.damaged, and a new one begins.
 """
 
 from __future__ import annotations
@@ -161,13 +161,16 @@ Amounts = Mapping[Place, Used]
 
 
 class Writer:
-    """The writing thread, which runs until stop(). Amounts that cannot be written are kept and written later."""
+    """The writing thread, which runs until stop(). Amounts that cannot be written are kept and written later.
+
+    `fault`: the reason why the last amounts could not be written, or empty.
+    """
 
     def __init__(self, file: Path = FILE) -> None:
         self._file = file
         self._given: queue.SimpleQueue[Amounts | None] = queue.SimpleQueue()
         self._left: dict[Place, Used] = {}
-        self._told = ""
+        self.fault = ""
         self._thread = threading.Thread(target=self._run, name="usage", daemon=True)
         self._thread.start()
 
@@ -186,11 +189,12 @@ class Writer:
                 self._left[place] = self._left.get(place, Used()).plus(used)
             try:
                 add(self._file, self._left)
-                self._left, self._told = {}, ""
+                self._left, self.fault = {}, ""
             except (sqlite3.Error, OSError) as error:
-                if str(error) != self._told:
-                    log.error("measured use cannot be written to %s and is kept in memory: %s", self._file, error)
-                self._told = str(error)
+                fault = f"measured use cannot be written to {self._file} and is kept in memory: {error}"
+                if fault != self.fault:
+                    log.error("%s", fault)
+                self.fault = fault
                 self._bound()
 
     def _bound(self) -> None:
@@ -200,7 +204,21 @@ class Writer:
 
 
 def add(file: Path, amounts: Amounts) -> None:
-    """Add amounts to the file, in one transaction. If it raises sqlite3.Error or OSError, nothing was added."""
+    """Add amounts to the file, in one transaction. If it raises sqlite3.Error or OSError, nothing was added.
+
+    A damaged file is renamed, and the amounts are added to a new one.
+    """
+    try:
+        _add(file, amounts)
+    except sqlite3.DatabaseError as error:
+        if type(error) is not sqlite3.DatabaseError:  # the subclasses are for other errors than a damaged file
+            raise
+        log.error("%s is damaged and is renamed to %s.damaged: %s", file, file.name, error)
+        file.replace(f"{file}.damaged")
+        _add(file, amounts)
+
+
+def _add(file: Path, amounts: Amounts) -> None:
     file.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
     with contextlib.closing(sqlite3.connect(file, timeout=WAIT_SECONDS)) as store, store:
         store.execute(f"PRAGMA cache_size = -{CACHE_KIB}")
@@ -302,12 +320,15 @@ def _opened(file: Path) -> Iterator[tuple[sqlite3.Connection, int]]:
 
     SQLite must be able to write: it restores the file if the agent was killed in a transaction.
     """
+    nothing = StoreError(f"{file} is empty or missing: no agent has run on this host for half a minute yet")
     if not file.exists():
-        raise StoreError(f"there is no {file}: no agent has run on this host for half a minute yet")
+        raise nothing
     try:
         uri = f"file:{file}?mode=rw"
         with contextlib.closing(sqlite3.connect(uri, uri=True, timeout=WAIT_SECONDS)) as store:
             (version,) = store.execute("PRAGMA user_version").fetchone()
+            if version == 0:  # a file without tables
+                raise nothing
             if version not in _READS:
                 raise StoreError(f"{file} has version {version}, and this command reads version {VERSION}")
             store.execute(_NO_FILES)

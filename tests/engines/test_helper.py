@@ -271,6 +271,18 @@ def test_the_engine_gets_the_reason_of_a_failure(run_dir: Path, tmp_path: Path) 
     assert "the shim cannot be added to the container" in said["msg"]
 
 
+def test_a_configuration_that_is_written_in_part_is_kept_and_the_reason_is_named(run_dir: Path, tmp_path: Path) -> None:
+    """A limit of a file's size stands for a full disk: the first write is short, and the next one names the reason."""
+    before = json.dumps({"root": {"path": "rootfs"}, "annotations": {"text": "x" * 1000}})
+    (tmp_path / "config.json").write_text(before)
+    runtime = [kit.HELPER, "--run-dir", run_dir, "runtime", "/bin/true", "create", "--bundle", tmp_path]
+    command = ["prlimit", "--fsize=1024", "env", "--ignore-signal=XFSZ", *runtime]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, "config.json: File too large" in done.stderr) == (1, True), done.stderr
+    assert (tmp_path / "config.json").read_text() == before
+    assert not list(tmp_path.glob("config.json.*"))
+
+
 def test_the_helper_is_hardened_and_needs_no_library() -> None:
     helper = BUILD / "oci/fgpu-oci"
     text = subprocess.run(["readelf", "-dlW", helper], check=True, capture_output=True, text=True).stdout

@@ -52,8 +52,9 @@ class Host:
         )
         around = SimpleNamespace(name="unit", path="user.slice/user-1000.slice", workload=workload, metric_labels={})
         enforcer = SimpleNamespace(get=self.tenants.get, around=lambda _: [around])
-        writer = SimpleNamespace(give=self.given.append, stop=lambda: None)
-        self.meter = UsageMeter(truth, ledger, enforcer, "GPU-{}".format, writer)
+        self.writer = SimpleNamespace(give=self.given.append, stop=lambda: None, fault="")
+        self.failed = {}
+        self.meter = UsageMeter(truth, ledger, enforcer, "GPU-{}".format, self.writer, self.failed)
 
     def looks(self, number, seconds=1.0):
         for _ in range(number):
@@ -130,6 +131,18 @@ def test_amounts_are_stored_every_half_minute_and_only_once(monkeypatch):
     (amounts,) = host.given
     ((place, used),) = amounts.items()
     assert (place.owner, place.gpu, place.source, used.run) == (ALICE, "GPU-0", "nvml", pytest.approx(30.0))
+
+
+def test_amounts_that_cannot_be_written_are_a_failed_check_until_they_are(monkeypatch):
+    host = Host(monkeypatch, {71: 100})
+    host.writer.fault = "the disk is full"
+    host.looks(1)
+    assert [(check.name, check.ok, check.found) for check in host.failed.values()] == [
+        ("usage", False, "the disk is full")
+    ]
+    host.writer.fault = ""
+    host.looks(1)
+    assert host.failed == {}
 
 
 def used(tenant="alice", period=10, gpu="GPU-a", source="turns", seconds=1.0):
@@ -215,9 +228,11 @@ def test_amounts_that_cannot_be_written_are_written_later(tmp_path, caplog):
     deadline = time.monotonic() + 10
     while "cannot be written" not in caplog.text and time.monotonic() < deadline:
         time.sleep(0.01)
+    assert str(folder) in writer.fault
     folder.unlink()
     writer.give(used(seconds=2.0))
     writer.stop()
+    assert writer.fault == ""
     assert usage_store.grouped(usage_store.read(0, folder / "usage.db"), "tenant")["alice"]["turns"].run == 3.0
     assert caplog.text.count("cannot be written") == 1
 
@@ -241,6 +256,40 @@ def test_a_missing_or_invalid_store_is_reported(tmp_path):
         list(usage_store.read(0, file))
     with pytest.raises(usage_store.StoreError, match="no agent has run"):
         list(usage_store.read(0, tmp_path / "none.db"))
+
+
+@pytest.mark.parametrize(
+    "damage", [lambda whole: b"no database" * 99, lambda whole: whole[:5000], lambda whole: whole[:99]]
+)
+def test_a_damaged_store_is_kept_under_another_name_and_a_new_one_begins(damage, tmp_path, caplog):
+    file = tmp_path / "usage.db"
+    usage_store.add(file, used())
+    damaged = damage(file.read_bytes())
+    file.write_bytes(damaged)
+    usage_store.add(file, used(seconds=2.0))
+    assert usage_store.grouped(usage_store.read(0, file), "tenant")["alice"]["turns"].run == 2.0
+    assert (tmp_path / "usage.db.damaged").read_bytes() == damaged
+    assert caplog.text.count("is damaged and is renamed to usage.db.damaged") == 1
+
+
+def test_an_error_that_is_not_a_damage_leaves_the_store_in_place(tmp_path):
+    file = tmp_path / "usage.db"
+    usage_store.add(file, used())
+    with sqlite3.connect(file) as store:
+        store.execute("CREATE TRIGGER never BEFORE INSERT ON used BEGIN SELECT RAISE(ABORT, 'never'); END")
+    store.close()
+    with pytest.raises(sqlite3.IntegrityError):
+        usage_store.add(file, used())
+    assert [path.name for path in tmp_path.iterdir()] == ["usage.db"]
+
+
+def test_an_empty_store_is_read_as_a_missing_one_and_gets_amounts(tmp_path):
+    file = tmp_path / "usage.db"
+    file.touch()
+    with pytest.raises(usage_store.StoreError, match="no agent has run"):
+        list(usage_store.read(0, file))
+    usage_store.add(file, used())
+    assert usage_store.grouped(usage_store.read(0, file), "tenant")["alice"]["turns"].run == 1.0
 
 
 @pytest.fixture

@@ -162,6 +162,36 @@ def test_undo_keeps_changes_by_other_programs(name, text, tmp_path, helper):
         assert tomllib.loads(read(found) or "") == want
 
 
+def test_comments_of_an_administrator_that_begin_with_fgpu_s_mark_are_kept(tmp_path, helper):
+    text = CONTAINERD.replace('runc"\n', 'runc" # fgpu: not ours\n')
+    text += (
+        '[a]\nb = 7 # fgpu: see ticket 12\nstate = "/s" # fgpu\n[c] # fgpu is not here\nSystemdCgroup = true # fgpu\n'
+    )
+    found, state = engine("containerd", tmp_path, text), tmp_path / "x.json"
+    assert set_up(found, helper, state)
+    state.unlink()
+    assert undo(found, state)
+    assert read(found) == text
+
+
+@pytest.mark.parametrize("written", ["nvidia-container-runtime", "PATH/nvidia-container-runtime"])
+def test_docker_s_default_runtime_that_is_named_without_a_folder_is_kept(written, tmp_path, helper):
+    """An earlier version of fgpu wrote the path at which it found the runtime."""
+    nvidia = {"args": [], "path": "nvidia-container-runtime"}
+    text = {"default-runtime": "nvidia", "runtimes": {"nvidia": nvidia}}
+    found, state = engine("docker", tmp_path, json.dumps(text)), tmp_path / "x.json"
+    set_up(found, helper, state)
+    settings = json.loads(read(found) or "")
+    settings["runtimes"]["fgpu"]["runtimeArgs"] = ["runtime", written.replace("PATH", str(tmp_path / "path"))]
+    found.file.write_text(json.dumps({**settings, "debug": True}))
+    set_up(found, helper, state)
+    ours = json.loads(read(found) or "")["runtimes"]["fgpu"]
+    assert ours["runtimeArgs"] == ["runtime", "nvidia-container-runtime"]
+    found.file.write_text(json.dumps({**settings, "debug": True}))
+    assert undo(found, state)
+    assert json.loads(read(found) or "") == {**text, "debug": True}
+
+
 @pytest.mark.parametrize("name", ["docker", "containerd"])
 def test_undo_works_without_the_state_file(name, tmp_path, helper):
     """The state file was removed with /var/lib. Undo removes the lines of setup and no others."""
@@ -192,6 +222,15 @@ def test_a_settings_file_that_is_a_link_stays_a_link(tmp_path, helper):
     assert found.file.is_symlink()
     assert undo(found, tmp_path / "x.json")
     assert (tmp_path / "real.json").read_text() == "{}"
+
+
+def test_a_link_to_a_missing_file_stays_and_only_its_target_is_removed(tmp_path, helper):
+    found, target = engine("docker", tmp_path, None), tmp_path / "real.json"
+    found.file.symlink_to(target)
+    assert set_up(found, helper, tmp_path / "x.json")
+    assert "fgpu" in target.read_text()
+    assert undo(found, tmp_path / "x.json")
+    assert (found.file.is_symlink(), target.exists()) == (True, False)
 
 
 def test_a_state_is_root_s_alone_and_settings_keep_mode_and_owner(tmp_path, helper, monkeypatch):
@@ -278,6 +317,35 @@ def test_doctor_reports_whether_the_setup_is_intact(tmp_path, helper):
     assert list(checks(state, helper)) == []
 
 
+@pytest.mark.parametrize(
+    ("name", "text", "unrelated", "change"),
+    [
+        (
+            "docker",
+            '{"runtimes": {"nvidia": {"path": "nvidia"}}}',
+            ("{", '{"debug": true,'),
+            ('runtime": "fgpu"', 'runtime": "nvidia"'),
+        ),
+        (
+            "containerd",
+            CONTAINERD_3,
+            ("version", "oom_score = 7\nversion"),
+            ("default_runtime_name = 'runc'", "default_runtime_name = 'nvidia'"),
+        ),
+    ],
+)
+def test_doctor_names_a_default_runtime_that_bypasses_fgpu(name, text, unrelated, change, tmp_path, helper):
+    """NVIDIA's toolkit sets a default runtime like this."""
+    found, state = engine(name, tmp_path, text), tmp_path / "state"
+    set_up(found, helper, state / f"{name}.json")
+    for (old, new), ok in ((unrelated, True), (change, False)):
+        found.file.write_text((read(found) or "").replace(old, new, 1))
+        (check,) = checks(state, helper)
+        assert (check.ok, "have changed since" in check.found) == (ok, not ok)
+    assert set_up(found, helper, state / f"{name}.json")
+    assert next(checks(state, helper)).ok
+
+
 # -- the new settings ----------------------------------------------------------------------------------------------
 
 
@@ -287,8 +355,7 @@ def test_docker_runs_fgpu_before_the_default_runtime(tmp_path, helper):
     found = engine("docker", tmp_path, text)
     set_up(found, helper, tmp_path / "x.json")
     settings = json.loads(read(found) or "")
-    real = str(tmp_path / "path/nvidia-container-runtime")
-    ours = {"path": str(helper), "runtimeArgs": ["runtime", real, "--x"]}
+    ours = {"path": str(helper), "runtimeArgs": ["runtime", "nvidia-container-runtime", "--x"]}
     assert settings == {"a": 1, "runtimes": {"nvidia": nvidia, "fgpu": ours}, "default-runtime": "fgpu", "z": [2**60]}
     assert next(iter(settings)) == "a", "the order of keys has changed"
 
@@ -493,6 +560,36 @@ def test_crio_settings_without_a_usable_default_runtime_are_refused(text, why, t
         set_up(found, helper, tmp_path / "x.json")
     assert not found.file.exists()
     assert not (tmp_path / "x.json").exists()
+
+
+@pytest.mark.parametrize("name", ["podman", "crio", "k3s"])
+def test_a_changed_file_of_fgpu_is_named_and_kept(name, tmp_path, helper):
+    found, state = drop_in(name, tmp_path, **{"10-crio": CRIO}), tmp_path / "x.json"
+    found = replace(found.more, file=found.file) if found.more else found
+    set_up(found, helper, state)
+    ours = read(found) or ""
+    found.file.write_text(f"{ours}# more\n")
+    for change in (lambda: set_up(found, helper, state), lambda: undo(found, state), lambda: undo(found, state)):
+        with pytest.raises(SetupError, match=f"{found.file} has changed since"):
+            change()
+    assert read(found) == f"{ours}# more\n"
+    found.file.write_text(ours)
+    assert undo(found, state)
+    assert not found.file.exists()
+
+
+@pytest.mark.parametrize("name", ["podman", "crio", "k3s"])
+def test_an_unchanged_file_of_an_earlier_version_of_fgpu_is_replaced(name, tmp_path, helper):
+    found, state = drop_in(name, tmp_path, **{"10-crio": CRIO}), tmp_path / "x.json"
+    found = replace(found.more, file=found.file) if found.more else found
+    set_up(found, helper, state)
+    ours = read(found) or ""
+    found.file.write_text(f"{ours}# earlier\n")
+    state.write_text(json.dumps({**json.loads(state.read_text()), "after": f"{ours}# earlier\n"}))
+    assert set_up(found, helper, state)
+    assert read(found) == ours
+    assert undo(found, state)
+    assert not found.file.exists()
 
 
 @pytest.mark.parametrize("name", ["podman", "crio"])
