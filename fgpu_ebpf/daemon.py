@@ -53,6 +53,7 @@ def settings(options: Options) -> Settings:
         loader=tuple(shlex.split(options.loader)) if options.loader else host.loader,
         policy_folder=options.policies or host.policy_folder,
         overcommit=host.overcommit,
+        makes_room=host.makes_room,
         parking=host.parking,
         engines=host.engines,
         helper=_built_file("oci", injection.HELPER),

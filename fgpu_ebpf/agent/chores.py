@@ -12,6 +12,7 @@ from fgpu_ebpf.agent.bypass_killer import BypassKiller
 from fgpu_ebpf.agent.denied_opens import DeniedOpens
 from fgpu_ebpf.agent.idle_parking import IdleParking
 from fgpu_ebpf.agent.late_devices import LateDevices
+from fgpu_ebpf.agent.making_room import RoomMaker
 from fgpu_ebpf.agent.nvml_reconcile import Reconciler, Truth
 from fgpu_ebpf.agent.parkable import Parkable
 from fgpu_ebpf.agent.parking import Parking
@@ -72,6 +73,8 @@ def make_chores(
     )  # fmt: skip
     parking = Parking(settings.run_dir, parkable, history, failed_checks)
     idle_parking = IdleParking(parking, truth, history, failed_checks)
+    if settings.makes_room:
+        parking.make_room = RoomMaker(settings.run_dir, parking, idle_parking).make
     steps = (
         manager.overrides.write_again,
         adoption.look,

@@ -34,7 +34,8 @@ MODULES_BYTES = 1 << 30  # the reason for this size: docs/operations.md, "Memory
 class HostSettings(NamedTuple):
     """The settings of a host.
 
-    `overcommit`: the sum of limits may exceed a device's memory. `parking`: tenants may be parked.
+    `overcommit`: the sum of limits may exceed a device's memory. `makes_room`: idle tenants are parked to make room for
+    a tenant that wakes up. `parking`: tenants may be parked.
     `loader`: the interpreter that can import BCC, and its arguments. `engines`: the engines to ask for labels, as
     KIND:SOCKET. `profiles`: the shares that a device plugin offers. `ignored_xids`: XIDs after which a device is still
     offered. `trusted_drivers`: digests of trusted files of libcuda, as `sha256:…`. `module_bytes`: the most memory that
@@ -45,6 +46,7 @@ class HostSettings(NamedTuple):
     listen: str = "127.0.0.1:9423"
     listen_names: tuple[str, ...] = ()
     overcommit: bool = False
+    makes_room: bool = False
     parking: bool = False
     loader: tuple[str, ...] = ("/usr/bin/python3", "-I")
     driver_root: Path = Path("/")

@@ -24,7 +24,7 @@ from fgpu_ebpf.policy.yaml_document import ConfigError, InvalidFileError, docume
 from fgpu_ebpf.tenancy.profiles import MOST_COUNT, MOST_NAME_CHARACTERS, Profile
 
 MOST_XID = 1023
-_SWITCHES = {"overcommit": "allow", "parking": "on"}  # and the word that means True
+_SWITCHES = {"overcommit": ("allow", "park"), "parking": ("on",)}  # and the words that mean True
 _PATHS = ("driver_root", "policy_folder", "cdi_folder")
 _HOST = re.compile(r"[A-Za-z0-9]([A-Za-z0-9.-]{0,251}[A-Za-z0-9])?")
 
@@ -181,8 +181,10 @@ class HostDocument(Model):
     listen_names: Annotated[list[Annotated[str, AfterValidator(_name)]], Field(max_length=64)] = absent(
         "Host names in requests for the page; absent: any, or localhost alone if no other host can reach the page."
     )
-    overcommit: Literal["forbid", "allow"] = Field(
-        "forbid", description="`allow`: the sum of limits may exceed a device's memory."
+    overcommit: Literal["forbid", "allow", "park"] = Field(
+        "forbid",
+        description="`allow`: the sum of limits may exceed a device's memory. `park`: it may too, and idle tenants are"
+        " parked if a parked tenant that wakes up has no room; only with `parking: on`.",
     )
     parking: Literal["off", "on"] = Field(
         "off", description="`on`: idle tenants can be parked, which copies their device memory to the host."
@@ -214,6 +216,12 @@ class HostDocument(Model):
     priorities: PrioritiesDocument = absent(
         "Priorities by the name of a PriorityClass of Kubernetes or a quality of service of Slurm."
     )
+
+    @model_validator(mode="after")
+    def _parks_only_if_parking_is_on(self) -> Self:
+        if self.overcommit == "park" and self.parking != "on":
+            raise ValueError("overcommit: park parks tenants, and parking is off: write `parking: on` too")
+        return self
 
 
 def read(file: str, data: bytes) -> tuple[dict[str, Any], tuple[ConfigError, ...]]:
@@ -248,9 +256,10 @@ def _values(document: HostDocument) -> dict[str, Any]:
         elif isinstance(value, list):
             values[name] = tuple(value)
         elif name in _SWITCHES:
-            values[name] = value == _SWITCHES[name]
+            values[name] = value in _SWITCHES[name]
         elif name in _PATHS:
             values[name] = Path(value)
+    values["makes_room"] = document.overcommit == "park"
     if "drivers" in values:
         drivers = values.pop("drivers").model_dump(exclude_unset=True)
         values["trusted_drivers"] = tuple(drivers.get("trusted", ()))

@@ -27,7 +27,9 @@ from fgpu_ebpf.tenancy.event_log import EventLog
 from fgpu_ebpf.tenancy.tenant import Tenant
 
 LOOK_SECONDS = 1.0
+STAY_SECONDS = 10.0  # a tenant without work stays for this time at least, also if others wait for its room
 NAME = "idle tenants"
+BUSY = f"busy in the last {STAY_SECONDS:.0f} s"
 _FIX = "set `parking: on` in agent.yaml, and restart the agent"
 _OFF = "memory.park of the policy has no effect: parking is off"
 
@@ -77,7 +79,7 @@ class IdleParking:
                 processes[process.levels[0]][pid] = process
         looks = {cgroup: self._look_at(now, tenant, processes[cgroup]) for cgroup, tenant in tenants.items()}
         for cgroup in self._idleness.look(now, looks):
-            self._begin(now, tenants[cgroup], processes[cgroup])
+            self.begin(now, tenants[cgroup], processes[cgroup])
 
     def _look_at(self, now: float, tenant: Tenant, own: Mapping[int, Process]) -> Look:
         signs = (
@@ -94,17 +96,49 @@ class IdleParking:
         percents = [truth.percent.get(device) for device in devices]
         return any(percent is None or any(percent.get(pid) for pid in own) for percent in percents)
 
-    def _begin(self, now: float, tenant: Tenant, own: Mapping[int, Process]) -> None:
-        """Begin to park a tenant, unless another one on its devices is being parked: the copies share the bus."""
+    def begin(self, now: float, tenant: Tenant, own: Mapping[int, Process], purpose: str = "") -> bool:
+        """Begin to park an idle tenant, unless another one on its devices is being parked: the copies share the bus.
+
+        Args:
+            now: the time.
+            tenant: the tenant, which is due by the policy or has no hindrance().
+            own: all of its processes, also those without memory.
+            purpose: why it is parked earlier than its policy requires, for the event.
+
+        Returns:
+            Whether its parking has begun.
+        """
         devices = _devices(own)
-        if any(devices & attempt.devices for attempt in self._attempts.values()):
-            return
-        why = f"idle for {duration_text(self._idleness.seconds(now, tenant.cgroup))}"
+        if any(devices & attempt.devices for attempt in self._attempts.values() if not attempt.errand.is_done):
+            return False
+        why = f"idle for {duration_text(self._idleness.seconds(now, tenant.cgroup))}{purpose}"
         try:
             self._attempts[tenant.cgroup] = Attempt(tenant, devices, self._parking.park(tenant, why))
-            self._idleness.tried(tenant.cgroup)
         except ParkingError as error:
             self._refuse(now, tenant, str(error))
+            return False
+        self._idleness.tried(tenant.cgroup)
+        return True
+
+    def idle_seconds(self, now: float, tenant: Tenant) -> float:
+        """Return for how long a tenant with such a policy has been idle."""
+        return self._idleness.seconds(now, tenant.cgroup)
+
+    def hindrance(self, now: float, tenant: Tenant, own: Mapping[int, Process]) -> str:
+        """Return why a tenant must not be parked to make room for another; an empty text if it may.
+
+        Its policy must park it, but the time `after` need not have passed: STAY_SECONDS without work suffice.
+        """
+        if not tenant.park_after_ns:
+            return "its policy does not park it"
+        if why := self._parking.parkable.obstacle(tenant, {pid: p for pid, p in own.items() if any(p.bytes)}):
+            return why
+        self._end_attempts(now)
+        if self._idleness.is_due(now, tenant.cgroup, replace(self._look_at(now, tenant, own), after=STAY_SECONDS)):
+            return ""
+        refused = self._refused.get(tenant.cgroup, "")
+        is_busy = not refused or self._idleness.seconds(now, tenant.cgroup) < STAY_SECONDS
+        return "; ".join(filter(None, (BUSY if is_busy else "", refused and f"at the last attempt: {refused}")))
 
     def _end_attempts(self, now: float) -> None:
         for cgroup, attempt in list(self._attempts.items()):
@@ -118,7 +152,7 @@ class IdleParking:
 
     def _refuse(self, now: float, tenant: Tenant, why: str) -> None:
         """Record why a tenant could not be parked. A reason that is as before, but for numbers, makes no event."""
-        self._idleness.failed(now, tenant.cgroup, _after(tenant))
+        self._idleness.failed(now, tenant.cgroup)
         if _words(self._refused.get(tenant.cgroup, "")) != _words(why):
             self._history.add("not parked", tenant=tenant.name, text=why)
         self._refused[tenant.cgroup] = why

@@ -29,14 +29,14 @@ class Look:
 
 @dataclass(slots=True)
 class Idle:
-    """The idle time of a tenant. `since`, `again_at`: times; before `again_at` it is not tried again.
+    """The idle time of a tenant. `since`: when it began. `failed_at`: the last attempt that failed, of `failures`.
 
     `signs`: of the last look; None: the next look has them. `is_tried`: it is being parked.
     """
 
     signs: Hashable | None
     since: float
-    again_at: float = 0.0
+    failed_at: float = 0.0
     failures: int = 0
     is_tried: bool = False
 
@@ -66,9 +66,15 @@ class Idleness:
             if idle is None or is_gap or look.is_busy or idle.signs != look.signs:
                 idle = Idle(look.signs, now)
             self._idle[cgroup] = idle
-        free = [cgroup for cgroup, look in looks.items() if not (look.is_busy or self._idle[cgroup].is_tried)]
-        due = [cgroup for cgroup in free if not self.due_in(now, cgroup, looks[cgroup].after)]
+        due = [cgroup for cgroup, look in looks.items() if self.is_due(now, cgroup, look)]
         return sorted(due, key=lambda cgroup: self._idle[cgroup].since)
+
+    def is_due(self, now: float, cgroup: int, look: Look) -> bool:
+        """Return whether a tenant has been idle for `look.after`, including the new `look`, and can be tried."""
+        idle = self._idle.get(cgroup)
+        if idle is None or idle.is_tried or look.is_busy or idle.signs != look.signs:
+            return False
+        return now - self._looked_at <= MOST_PAUSE and not self.due_in(now, cgroup, look.after)
 
     def begin_anew(self, cgroup: int) -> None:
         """Let the idle time of a tenant begin at the next look."""
@@ -79,11 +85,10 @@ class Idleness:
         if idle := self._idle.get(cgroup):
             idle.is_tried = True
 
-    def failed(self, now: float, cgroup: int, after: float) -> None:
+    def failed(self, now: float, cgroup: int) -> None:
         """Record that a tenant could not be parked: it is tried again after twice the time, and so on up to an hour."""
         if idle := self._idle.get(cgroup):
-            idle.failures = min(idle.failures + 1, MOST_DOUBLINGS)
-            idle.again_at = now + max(after, min(after * 2**idle.failures, MOST_AGAIN))
+            idle.failures, idle.failed_at = min(idle.failures + 1, MOST_DOUBLINGS), now
             if idle.is_tried:  # calls during the attempt are not known
                 idle.signs, idle.since, idle.is_tried = None, now, False
 
@@ -93,6 +98,9 @@ class Idleness:
         return max(0.0, now - idle.since) if idle else 0.0
 
     def due_in(self, now: float, cgroup: int, after: float) -> float:
-        """Return after how many seconds a tenant will be parked, if it stays idle."""
+        """Return after how many seconds a tenant will be parked, if it stays idle. `after`: the necessary idle time."""
         idle = self._idle.get(cgroup)
-        return max(0.0, max(idle.again_at, idle.since + after) - now) if idle else after
+        if idle is None:
+            return after
+        pause = max(after, min(after * 2**idle.failures, MOST_AGAIN)) if idle.failures else 0.0
+        return max(0.0, max(idle.failed_at + pause, idle.since + after) - now)

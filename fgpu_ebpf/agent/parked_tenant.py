@@ -8,13 +8,14 @@ from __future__ import annotations
 import itertools
 import time
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from itertools import islice
 
 from fgpu_ebpf.agent import blocked_calls, parker_client
 from fgpu_ebpf.agent.parkable import Parkable
+from fgpu_ebpf.check import Check
 from fgpu_ebpf.ledger.ledger import Ledger
 from fgpu_ebpf.ledger.parked import Life
 from fgpu_ebpf.linux import procfs
@@ -114,7 +115,8 @@ class ParkedTenant:
     waits, or why the driver has to be asked. `next_at`: the time of the next attempt, on the monotonic clock. `op`: the
     last request that changes the driver's state; None: of an earlier agent. `failures`: failed attempts to restore it.
     `seconds`: of the driver's copy. `shall_wake`: why it shall be woken once it is parked; empty: it shall stay parked.
-    `reason`: why it was parked, if not by hand.
+    `reason`: why it was parked, if not by hand. `has_claim`: it waits while room is being made for it, which no other
+    tenant may take when it wakes up.
     """
 
     cgroup: int
@@ -135,6 +137,7 @@ class ParkedTenant:
     seconds: float = 0.0
     shall_wake: str = ""
     reason: str = ""
+    has_claim: bool = False
 
     def enter(self, phase: Phase, why: str = "") -> None:
         """Change the phase. Only a parked tenant's calls are searched for."""
@@ -143,6 +146,7 @@ class ParkedTenant:
             self.calls = None
         if phase is not self.phase:
             self.since = time.monotonic()
+        self.has_claim = self.has_claim and phase is Phase.WAITING
         self.phase, self.why = phase, why
         for errand in self.errands:
             errand.waits = why
@@ -159,6 +163,11 @@ class ParkedTenant:
             if errand.goal is goal:
                 errand.finish(self.seconds, error)
         self.errands = [errand for errand in self.errands if not errand.is_done]
+
+
+# Called if the devices lack room for a tenant that wakes up, with the bytes by device that have to be free. Returns
+# whether room is being made, and for what the tenant waits, as text.
+MakeRoom = Callable[[ParkedTenant, Mapping[int, int]], tuple[bool, str]]
 
 
 def of_entries(ledger: Ledger, enforcer: Enforcer) -> dict[int, ParkedTenant]:
@@ -185,11 +194,16 @@ def needs_of(parked: ParkedTenant, ledger: Ledger) -> Counter[int]:
     return _by_device(entries[life].bytes for life in parked.members if life in entries)
 
 
-def coming_to(tenants: Iterable[ParkedTenant], ledger: Ledger) -> Counter[int]:
-    """Return the bytes by device of tenants that are being restored, or may be: they are charged before that."""
-    away = (parked for parked in tenants if parked.phase in (Phase.WAKING, Phase.UNKNOWN))
+def coming_to(asker: ParkedTenant, tenants: Collection[ParkedTenant], ledger: Ledger) -> Counter[int]:
+    """Return the bytes by device that other tenants may take: they are charged already, or room is made for them.
+
+    A tenant that is being parked takes its bytes back if its parking fails.
+    """
+    others = [parked for parked in tenants if parked is not asker]
+    away = (parked for parked in others if parked.phase in (Phase.PARKING, Phase.WAKING, Phase.UNKNOWN))
     processes = (ledger.process(pid) for parked in away for pid, _ in parked.members)
-    return _by_device(process.bytes for process in processes if process)
+    claims = (needs_of(parked, ledger) for parked in others if parked.has_claim)
+    return sum(claims, _by_device(process.bytes for process in processes if process))
 
 
 def _by_device(rows: Iterable[Sequence[int]]) -> Counter[int]:
@@ -207,10 +221,13 @@ def view_of(parked: ParkedTenant | None, totals: Totals | None) -> ParkingView |
     return ParkingView(state, seconds, why, t.parks, t.wakes, t.park_seconds, t.wake_seconds)
 
 
-def stuck(tenants: Iterable[ParkedTenant]) -> str:
-    """Return which tenants may have to wait for long, and why; an empty text if none has to."""
+def report_stuck(tenants: Iterable[ParkedTenant], failed_checks: MutableMapping[str, Check]) -> None:
+    """Report the tenants that may have to wait for long, and why, as a failed check."""
     slow = (p for p in tenants if p.phase in (Phase.UNKNOWN, Phase.WAITING))
-    return "; ".join(f"{parked.name} is {parked.phase}: {parked.why}" for parked in islice(slow, 5))
+    if found := "; ".join(f"{parked.name} is {parked.phase}: {parked.why}" for parked in islice(slow, 5)):
+        failed_checks["parking"] = Check("parking", False, found, "`fgpu explain TENANT` names the reason")
+    else:
+        failed_checks.pop("parking", None)
 
 
 def outdated(tenant: ParkedTenant, parkable: Parkable) -> str:
@@ -230,7 +247,7 @@ def outdated(tenant: ParkedTenant, parkable: Parkable) -> str:
 
 
 def full_level(tenant: ParkedTenant, ledger: Ledger, enforcer: Enforcer) -> str:
-    """Return which level around a parked tenant has no room for it, as text."""
+    """Return which level around a parked tenant has no room for it, as text; an empty text if all have."""
     entries = ledger.parked.entries()
     for life in tenant.members:
         process, entry = ledger.process(life[0]), entries.get(life)
@@ -239,4 +256,4 @@ def full_level(tenant: ParkedTenant, ledger: Ledger, enforcer: Enforcer) -> str:
                 if entry and entry.bytes[device] and u.used + entry.bytes[device] > u.limit:
                     used = f"{memory_text(u.used)} of {memory_text(u.limit)} in use on gpu {device}"
                     return f"group {enforcer.name_of(level)} has {used}"
-    return "a group around the tenant has no room"
+    return ""

@@ -23,6 +23,7 @@ from fgpu_ebpf.agent.parked_tenant import (
     Errand,
     Errands,
     Goal,
+    MakeRoom,
     ParkedTenant,
     Phase,
     Totals,
@@ -31,7 +32,7 @@ from fgpu_ebpf.agent.parked_tenant import (
     needs_of,
     of_entries,
     outdated,
-    stuck,
+    report_stuck,
     view_of,
 )
 from fgpu_ebpf.check import Check
@@ -73,6 +74,7 @@ class Parking:
         self._inbox: deque[Callable[[], None]] = deque()  # what threads have found, for the main loop
         self._wakeup = Wakeup()
         self._checks = blocked_calls.Checks()
+        self.make_room: MakeRoom = lambda _, __: (False, "")
         self.errands = Errands()
         self.totals: dict[int, Totals] = {}
 
@@ -89,7 +91,7 @@ class Parking:
         """Do what is due; to be called in every round."""
         now = time.monotonic()
         entries = self._ledger.parked.entries() if self._tenants else {}
-        for parked in list(self._tenants.values()):
+        for parked in self.tenants():
             if parked.phase is Phase.CHECKING:
                 if now > parked.since + CHECK_SECONDS:
                     self._give_up(parked, f"its memory could not be read within {CHECK_SECONDS:.0f} s")
@@ -108,14 +110,7 @@ class Parking:
             elif parked.phase is Phase.PARKED and (why := outdated(parked, self.parkable)):
                 self._begin_to_wake(parked, why)
         self.totals = {cgroup: t for cgroup, t in self.totals.items() if self._enforcer.get(cgroup)}
-        self._report()
-
-    def _report(self) -> None:
-        """Report tenants that may have to wait for long, as a failed check."""
-        if found := stuck(self._tenants.values()):
-            self._failed_checks["parking"] = Check("parking", False, found, "`fgpu explain TENANT` names the reason")
-        else:
-            self._failed_checks.pop("parking", None)
+        report_stuck(self._tenants.values(), self._failed_checks)
 
     def _forget_ended(self, parked: ParkedTenant, entries: Container[Life]) -> None:
         """Forget the processes that have ended or have executed another program: they have no entry any more."""
@@ -253,6 +248,9 @@ class Parking:
         """The device holds nothing: release the levels around the tenant."""
         self._release(parked.members)
         parked.finish(Goal.PARK)
+        for waiting in self.tenants():
+            if waiting.has_claim:  # it has waited for this, so it is woken before this tenant
+                self._wake(waiting)
         if parked.shall_wake:
             self._wake_later(parked, parked.why)
             return
@@ -314,9 +312,11 @@ class Parking:
 
     def _wake(self, parked: ParkedTenant) -> None:
         """Charge the tenant, and have it restored; if there is no room, try again later."""
-        needs, coming = needs_of(parked, self._ledger), coming_to(self._tenants.values(), self._ledger)
-        if why := self.parkable.full_device({device: bytes_ + coming[device] for device, bytes_ in needs.items()}):
-            self._wait(parked, why)
+        needs, coming = needs_of(parked, self._ledger), coming_to(parked, self._tenants.values(), self._ledger)
+        needs.update({device: coming[device] for device in needs})
+        if why := self.parkable.full_device(needs):
+            has_claim, blockers = self.make_room(parked, needs)
+            self._wait(parked, "; ".join(filter(None, (why, blockers))), has_claim)
             return
         sock = parker_client.connected(self._run_dir)
         if sock is None:
@@ -326,16 +326,16 @@ class Parking:
         if any(self._ledger.parked.wake(life, force) == errno.ENOSPC for life in parked.members):
             sock.close()
             self._release(parked.members)
-            self._wait(parked, full_level(parked, self._ledger, self._enforcer))
+            self._wait(parked, full_level(parked, self._ledger, self._enforcer) or "a group around it has no room")
             return
         parked.enter(Phase.WAKING)
         self._ask(parked, sock, Goal.WAKE)
 
-    def _wait(self, parked: ParkedTenant, why: str) -> None:
+    def _wait(self, parked: ParkedTenant, why: str, has_claim: bool = False) -> None:
         if not parked.why:  # later reasons have other numbers
             self._history.add("wake waits", tenant=parked.name, bytes=parked.bytes, text=why)
         parked.enter(Phase.WAITING, why)
-        parked.next_at = time.monotonic() + AGAIN_SECONDS
+        parked.has_claim, parked.next_at = has_claim, time.monotonic() + AGAIN_SECONDS
 
     # -- the driver's states
 
@@ -382,6 +382,10 @@ class Parking:
         for parked in self._tenants.values():
             parked.close_request()
             parked.enter(Phase.UNKNOWN)
+
+    def tenants(self) -> list[ParkedTenant]:
+        """Return the tenants that do not run or are about to be parked, those that have waited longest first."""
+        return sorted(self._tenants.values(), key=lambda parked: parked.since)
 
     def names(self) -> list[str]:
         """Return the names of the tenants that do not run."""

@@ -36,6 +36,7 @@ class Settings(NamedTuple):
     loader: tuple[str, ...] = programs.LOADER
     policy_folder: Path = Path("/etc/fgpu/policy.d")
     overcommit: bool = False
+    makes_room: bool = False
     parking: bool = False
     engines: tuple[str, ...] = ()
     helper: Path = Path()

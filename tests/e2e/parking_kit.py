@@ -123,10 +123,11 @@ def listens() -> bool:
 
 
 @contextlib.contextmanager
-def parking(service: Service, work: Path) -> Iterator[Parker]:
+def parking(service: Service, work: Path, overcommit: str = "allow") -> Iterator[Parker]:
     """Run a parker, and an agent that parks. Both are as before at the end."""
     said = service.config.read_text()
-    service.config.write_text(f"{said}parking: on\n")
+    text = said.replace("overcommit: allow", f"overcommit: {overcommit}")
+    service.config.write_text(f"{text}parking: on\n")
     service.kill_agent()
     service.start_agent()
     parker = Parker(work / "parker.log")

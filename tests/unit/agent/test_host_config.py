@@ -83,6 +83,14 @@ def test_priorities_are_read_by_name(settings):
     assert settings("priorities: {}") == (HostSettings(), [])
 
 
+@pytest.mark.parametrize(
+    ("word", "values"), [("forbid", (False, False)), ("allow", (True, False)), ("park", (True, True))]
+)
+def test_limits_may_exceed_a_device_with_two_of_the_words(settings, word, values):
+    found, errors = settings(f"overcommit: {word}\nparking: on")
+    assert (errors, found.overcommit, found.makes_room) == ([], *values)
+
+
 def test_one_key_does_not_change_the_other_settings(settings):
     assert settings("logFormat: json") == (HostSettings(log_format="json"), [])
 
@@ -113,7 +121,11 @@ def test_valid_listen_addresses_are_accepted(settings, address):
         ("priorities: {low: [a], high: [b, a]}", ":1: priorities: 'a' is listed twice: keep one"),
         ("priorities: {urgent: [a]}", ":1: priorities: unknown key 'urgent': use one of high, normal, low"),
         ("priorities: {low: batch}", ":1: priorities.low: must be a list, as in [a, b]"),
-        ("overcommit: true", ":1: overcommit: 'true' is none of forbid, allow: write one of them"),
+        ("overcommit: true", ":1: overcommit: 'true' is none of forbid, allow, park: write one of them"),
+        (
+            "listen: localhost:1\novercommit: park",
+            ":1: overcommit: park parks tenants, and parking is off: write `parking: on` too",
+        ),
         ("loader: /usr/bin/python3", ":1: loader: must be a list, as in [a, b]"),
         ("loader: [python3]", ":1: loader: 'python3' is not an absolute path: begin it with /"),
         ("loader: []", ":1: loader: is empty: list at least one item, or leave the key out"),

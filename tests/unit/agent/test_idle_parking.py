@@ -11,7 +11,7 @@ import pytest
 
 from fgpu_ebpf import abi
 from fgpu_ebpf.agent import idle_parking
-from fgpu_ebpf.agent.idle_parking import NAME, IdleParking
+from fgpu_ebpf.agent.idle_parking import BUSY, NAME, STAY_SECONDS, IdleParking
 from fgpu_ebpf.agent.nvml_reconcile import STALE_SECONDS
 from fgpu_ebpf.agent.parked_tenant import Errand, Goal
 from fgpu_ebpf.agent.parking import ParkingError
@@ -195,6 +195,81 @@ def test_attempts_that_fail_later_become_rarer_and_are_reported_once(host: Host)
     assert pauses == sorted(pauses)
     assert pauses[1] > 1.5 * pauses[0]
     assert len(host.texts()) == 1
+
+
+def hindrance(host: Host) -> str:
+    return host.idle.hindrance(host.now, host.tenants[7], host.processes)
+
+
+def test_an_idle_tenant_may_be_parked_for_others_before_its_time(host: Host) -> None:
+    host.tenants[7].park_after_ns = 3600 * 10**9
+    assert host.idles(int(STAY_SECONDS)) == []
+    assert hindrance(host) == "", "it was idle for STAY_SECONDS"
+    host.works("a call")
+    assert hindrance(host) == BUSY, "the call is seen at once"
+    host.idles(int(STAY_SECONDS))
+    assert hindrance(host) == ""
+
+
+def test_a_process_without_memory_is_no_hindrance_and_its_end_is_a_sign_of_work(host: Host) -> None:
+    host.tenants[7].park_after_ns = 3600 * 10**9
+    host.processes[PID] = process(bytes=ZERO, levels=(7,))
+    host.idles(int(STAY_SECONDS) + 1)
+    assert hindrance(host) == ""
+    del host.processes[PID]
+    assert hindrance(host) == BUSY
+
+
+def test_a_woken_tenant_stays_for_its_time_if_others_wait(host: Host) -> None:
+    host.idles()
+    host.errands[7].finish(1.5)
+    host.away.add(7)
+    host.idles(100)
+    assert hindrance(host)
+    host.away.clear()
+    host.works("a change")
+    host.idles(int(STAY_SECONDS) - 1)
+    assert hindrance(host) == BUSY
+    host.idles(1)
+    assert not hindrance(host)
+
+
+@pytest.mark.parametrize("why", ["no policy", "an obstacle", "a kernel", "an old sample", "no looks"])
+def test_a_tenant_that_must_stay_is_not_parked_for_others(host: Host, why: str) -> None:
+    host.tenants[7].park_after_ns = 3600 * 10**9
+    host.idles(int(STAY_SECONDS) + 1)
+    assert not hindrance(host)
+    if why == "no policy":
+        host.tenants[7].park_after_ns = 0
+        assert hindrance(host) == "its policy does not park it"
+    elif why == "an obstacle":
+        host.obstacle = "pid 4718 has managed memory"
+        assert hindrance(host) == host.obstacle
+    elif why == "a kernel":
+        host.percent = {0: {PID + 7: 1}}
+    elif why == "an old sample":
+        host.stale = STALE_SECONDS + 1
+    else:
+        host.now += 10
+    assert hindrance(host)
+
+
+def test_an_attempt_for_others_that_fails_is_repeated_more_and_more_rarely(host: Host) -> None:
+    host.tenants[7].park_after_ns = 3600 * 10**9
+    tried = []
+    for second in range(200):
+        host.idle.look()
+        host.now += 1
+        if not hindrance(host):
+            tried.append(second)
+            assert host.idle.begin(host.now, host.tenants[7], host.processes, ", to make room for bob")
+            assert not host.idle.begin(host.now, host.tenants[7], host.processes), "it is being parked"
+            host.errands[7].finish(0.0, "thread 5 of pid 4718 is in a call of the driver")
+            assert "at the last attempt: thread 5 of pid 4718" in hindrance(host)
+    assert host.asked[0] == ("t7", "idle for 10 s, to make room for bob")
+    pauses = [later - earlier for earlier, later in itertools.pairwise(tried)]
+    assert len(pauses) >= 3
+    assert all(later > 1.5 * earlier for earlier, later in itertools.pairwise(pauses))
 
 
 def test_users_see_the_idle_time_and_when_the_tenant_is_parked(host: Host) -> None:

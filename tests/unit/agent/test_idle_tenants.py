@@ -64,7 +64,7 @@ def test_a_refused_tenant_is_tried_again_after_twice_the_time_up_to_an_hour() ->
     while len(tried) < 13:
         if idleness.look(now, {ONE: idle()}):
             tried.append(now)
-            idleness.failed(now, ONE, AFTER)
+            idleness.failed(now, ONE)
         now += 1
     pauses = [after - before for before, after in itertools.pairwise(tried)]
     assert pauses[:4] == [20, 40, 80, 160]
@@ -75,7 +75,7 @@ def test_a_refused_tenant_that_has_worked_is_tried_after_its_time() -> None:
     idleness = Idleness()
     assert due_at(idleness, {ONE: idle()}, range(11)) == [10]
     for _ in range(8):
-        idleness.failed(10, ONE, AFTER)
+        idleness.failed(10, ONE)
     assert due_at(idleness, {ONE: idle(1)}, range(11, 22)) == [21]
 
 
@@ -85,7 +85,7 @@ def test_the_time_until_a_tenant_is_due_is_told() -> None:
     due_at(idleness, {ONE: idle()}, range(5, 10))
     assert (idleness.seconds(9, ONE), idleness.due_in(9, ONE, AFTER)) == (4, 6)
     due_at(idleness, {ONE: idle()}, range(10, 16))
-    idleness.failed(15, ONE, AFTER)
+    idleness.failed(15, ONE)
     assert idleness.due_in(16, ONE, AFTER) == 19
 
 

@@ -300,7 +300,7 @@ def test_no_restore_is_tried_without_room_on_the_device(host: Host, free: int | 
     assert host.what() == ["parked", "wake waits", "woken"]
 
 
-@pytest.mark.parametrize("phase", [Phase.WAKING, Phase.UNKNOWN])
+@pytest.mark.parametrize("phase", [Phase.PARKING, Phase.WAKING, Phase.UNKNOWN])
 def test_two_wake_ups_do_not_count_on_the_same_room(host: Host, phase: Phase, monkeypatch: pytest.MonkeyPatch) -> None:
     parked(host)
     other = ParkedTenant(CGROUP + 1, "bob", "/bob", {(1, 1): 1}, phase, next_at=math.inf)
@@ -311,6 +311,50 @@ def test_two_wake_ups_do_not_count_on_the_same_room(host: Host, phase: Phase, mo
     assert host.state() == "waiting"
     host.parking._tenants.pop(other.cgroup)
     host.until("running")
+
+
+def test_room_that_is_made_for_a_tenant_is_left_free_by_other_wake_ups(
+    host: Host, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parked(host)
+    other = ParkedTenant(CGROUP + 1, "bob", "/bob", {(1, 1): 1}, Phase.WAITING, next_at=math.inf, has_claim=True)
+    host.parking._tenants[other.cgroup] = other
+    of_alice = host.ledger.parked.entries
+    of_bob = {(1, 1): Parked(0, other.cgroup, (1, *(0,) * (abi.DEVICES - 1)))}
+    monkeypatch.setattr(host.ledger.parked, "entries", lambda: of_alice() | of_bob)
+    monkeypatch.setattr(host.parking, "_forget_ended", lambda *_: None)
+    host.parking.wake(CGROUP, "alice")
+    assert host.state() == "waiting"
+    other.enter(Phase.WAITING)
+    other.has_claim = False
+    host.until("running")
+
+
+def test_a_tenant_for_which_room_was_made_is_woken_when_another_one_is_parked(host: Host) -> None:
+    """The other one has been called meanwhile: it wakes up later."""
+    asked = []
+
+    def make_room(waiting: ParkedTenant, needs: Any) -> tuple[bool, str]:
+        asked.append((waiting.name, dict(needs)))
+        return waiting.name == "bob", "alice is being parked"
+
+    host.parking.make_room = make_room
+    host.free_bytes = 0
+    bob = ParkedTenant(CGROUP + 1, "bob", "/bob", {(1, 1): 1}, Phase.WAITING, next_at=math.inf, has_claim=True)
+    host.parking._tenants[bob.cgroup] = bob
+    entries = host.ledger.parked.entries
+    host.ledger.parked.entries = lambda: {(1, 1): Parked(0, bob.cgroup, (HELD, *(0,) * (abi.DEVICES - 1)))} | entries()
+    host.parking._forget_ended = lambda *_: None  # type: ignore[method-assign]
+    host.parking.park(host.tenant)
+    host.until("parking")
+    host.parking.wake(CGROUP, "alice")
+    host.until("waiting")
+    assert asked[:2] == [("bob", {0: HELD}), ("alice", {0: 2 * HELD})]
+    assert (bob.why, bob.has_claim) == ("gpu 0 has 0B free, and 64MiB are needed; alice is being parked", True)
+    view = host.parking.view(CGROUP)
+    assert view
+    assert view.why == "gpu 0 has 0B free, and 128MiB are needed; alice is being parked"
+    assert [e["text"] for e in host.history.since(0)["events"] if e["what"] == "wake waits"][-1] == view.why
 
 
 @pytest.mark.parametrize(

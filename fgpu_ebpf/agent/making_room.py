@@ -1,0 +1,141 @@
+"""Makes room for tenants that wake up on a full device (`overcommit: park`): other idle tenants of it are parked.
+
+Runs in the agent's main loop, at each attempt to wake such a tenant. It keeps no state: each attempt looks at the
+device and at its tenants anew, and begins one park at most. The tenant for which room is being made has a claim, which
+the wake-ups of others leave free (`parked_tenant.coming_to`). Only one tenant of a device has a claim.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+from fgpu_ebpf.agent import parker_client
+from fgpu_ebpf.agent.idle_parking import IdleParking
+from fgpu_ebpf.agent.parked_tenant import ParkedTenant, Phase, full_level, needs_of, outdated
+from fgpu_ebpf.agent.parking import Parking
+from fgpu_ebpf.ledger.process_entry import Process
+from fgpu_ebpf.policy.rules import Priority
+from fgpu_ebpf.tenancy.tenant import Tenant
+
+MOST_NAMES = 5  # in a text
+_RANKS = list(Priority)  # the highest first
+_UNDECIDED = {
+    Phase.CHECKING: "is about to be parked",
+    Phase.PARKING: "is being parked",
+    Phase.UNKNOWN: "is in a state that the parker has to find out",
+}
+_TOO_SMALL = "can be parked, which is not enough"
+
+
+@dataclass(frozen=True, slots=True)
+class Holder:
+    """A tenant with memory on a device that lacks room. `processes`: all of it, also those without memory.
+
+    `hindrance`: why it must not be parked; empty: it may be.
+    """
+
+    tenant: Tenant
+    processes: Mapping[int, Process]
+    hindrance: str
+    idle_seconds: float
+
+    def bytes_on(self, device: int) -> int:
+        """Return what the tenant holds on a device."""
+        return sum(process.bytes[device] for process in self.processes.values())
+
+    @property
+    def order(self) -> tuple[int, float]:
+        """The key by which holders are parked: the lowest priority first, then the longest idle."""
+        priority = self.tenant.compute.priority if self.tenant.compute else Priority.NORMAL
+        return -_RANKS.index(priority), -self.idle_seconds
+
+
+class RoomMaker:
+    """Parks idle tenants for those that wake up.
+
+    Args:
+        run_dir: the folder of the parker's socket.
+        parking: has the tenants that do not run.
+        idle: knows how long tenants have been idle, and parks them.
+    """
+
+    def __init__(self, run_dir: Path, parking: Parking, idle: IdleParking) -> None:
+        self._run_dir, self._parking, self._idle, self._parkable = run_dir, parking, idle, parking.parkable
+        self._ledger, self._enforcer = parking.parkable.ledger, parking.parkable.enforcer
+
+    def make(self, waiting: ParkedTenant, needs: Mapping[int, int]) -> tuple[bool, str]:
+        """Begin to make room for a tenant, if all that can be parked would be enough.
+
+        Args:
+            waiting: the tenant, which cannot be woken now.
+            needs: the bytes by device that have to be free.
+
+        Returns:
+            Whether room is being made, and for what the tenant waits, as text.
+        """
+        lacking = self._lacking(needs)
+        if not lacking:
+            return False, ""
+        if not outdated(waiting, self._parkable) and (full := full_level(waiting, self._ledger, self._enforcer)):
+            return False, full
+        for other in self._parking.tenants():
+            if other is not waiting and other.has_claim and lacking.keys() & needs_of(other, self._ledger).keys():
+                return False, f"room is made for {other.name} first"
+        for other in self._parking.tenants():
+            if other.phase in _UNDECIDED and self._holds(other, lacking):
+                return other.phase is not Phase.UNKNOWN, f"{other.name} {_UNDECIDED[other.phase]}"
+        holders = list(self._holders(lacking))
+        ready = sorted((holder for holder in holders if not holder.hindrance), key=lambda holder: holder.order)
+        is_enough = all(sum(h.bytes_on(device) for h in ready) >= bytes_ for device, bytes_ in lacking.items())
+        if not is_enough or not ready:
+            return False, _held_by(holders)
+        if missing := parker_client.missing(self._run_dir):
+            return False, missing
+        is_begun = self._park(ready[0], waiting)
+        return is_begun, f"{ready[0].tenant.name} {_UNDECIDED[Phase.PARKING]}" if is_begun else _held_by(holders)
+
+    def _lacking(self, needs: Mapping[int, int]) -> dict[int, int]:
+        """Return by how many bytes the needs exceed what is free, by device; nothing if NVML does not report that."""
+        nvml, lacking = self._parkable.nvml, dict[int, int]()
+        for device, bytes_ in needs.items():
+            free = nvml.free_bytes(device) if nvml else None
+            if free is None:
+                return {}
+            if bytes_ > free:
+                lacking[device] = bytes_ - free
+        return lacking
+
+    def _holds(self, parked: ParkedTenant, lacking: Iterable[int]) -> bool:
+        """Return whether a tenant is charged on one of these devices."""
+        processes = (self._ledger.process(pid) for pid, _ in parked.members)
+        return any(process.bytes[device] for process in processes if process for device in lacking)
+
+    def _holders(self, lacking: Iterable[int]) -> Iterator[Holder]:
+        """Yield the tenants that hold memory of these devices."""
+        now, devices = time.monotonic(), list(lacking)
+        processes: defaultdict[int, dict[int, Process]] = defaultdict(dict)
+        for pid, process in self._ledger.processes().items():
+            if process.levels:
+                processes[process.levels[0]][pid] = process
+        for cgroup, own in processes.items():
+            is_on = any(process.bytes[device] for process in own.values() for device in devices)
+            if is_on and (tenant := self._enforcer.get(cgroup)):
+                is_away = self._parking.is_away(cgroup)
+                why = "is parked or being woken" if is_away else self._idle.hindrance(now, tenant, own)
+                yield Holder(tenant, own, why, self._idle.idle_seconds(now, tenant))
+
+    def _park(self, holder: Holder, waiting: ParkedTenant) -> bool:
+        purpose = f", to make room for {waiting.name}"
+        return self._idle.begin(time.monotonic(), holder.tenant, holder.processes, purpose)
+
+
+def _held_by(holders: list[Holder]) -> str:
+    """Return which tenants hold the device and why these cannot be parked, as text."""
+    named = [f"{h.tenant.name} ({h.hindrance or _TOO_SMALL})" for h in islice(holders, MOST_NAMES)]
+    more = [f"{len(holders) - MOST_NAMES} more"] if len(holders) > MOST_NAMES else []
+    return f"held by {', '.join(named + more)}" if named else "no tenant holds it"

@@ -1,0 +1,211 @@
+"""Idle tenants are parked for one that wakes up: which, in which order, and what is said if none can be."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from fgpu_ebpf import abi
+from fgpu_ebpf.agent import making_room
+from fgpu_ebpf.agent.making_room import MOST_NAMES, RoomMaker
+from fgpu_ebpf.agent.parked_tenant import ParkedTenant, Phase
+from fgpu_ebpf.ledger.parked import Parked
+from fgpu_ebpf.ledger.process_entry import Process
+from fgpu_ebpf.policy.rules import Compute, Priority
+
+ASKER, PID = 1, 4000
+ZERO = (0,) * abi.DEVICES
+
+
+def on(**bytes_: int) -> tuple[int, ...]:
+    """Return bytes by device: on(gpu0=5)."""
+    return tuple(bytes_.get(f"gpu{device}", 0) for device in range(abi.DEVICES))
+
+
+class Host:
+    """A host with free bytes by device, tenants that run, and tenants that do not."""
+
+    def __init__(self) -> None:
+        self.free: dict[int, int | None] = {0: 0, 1: 0}
+        self.tenants: dict[int, Any] = {ASKER: SimpleNamespace(name="asker", cgroup=ASKER, compute=None)}
+        self.processes: dict[int, Process] = {}
+        self.hindrances: dict[str, str] = {}
+        self.idle_seconds: dict[str, float] = {}
+        self.away: list[ParkedTenant] = []
+        self.entries: dict[tuple[int, int], Parked] = {}
+        self.parked: list[tuple[str, str]] = []
+        self.full_level = self.missing = ""
+        ledger = SimpleNamespace(
+            processes=lambda: self.processes, process=self.processes.get,
+            parked=SimpleNamespace(entries=lambda: self.entries, unmoved=set()),
+        )  # fmt: skip
+        enforcer = SimpleNamespace(get=self.tenants.get, leaving={})
+        nvml = SimpleNamespace(free_bytes=self.free.get)
+        parkable = SimpleNamespace(ledger=ledger, enforcer=enforcer, nvml=nvml, is_on=True)
+        parking: Any = SimpleNamespace(
+            parkable=parkable, tenants=lambda: self.away, is_away=lambda c: c in [parked.cgroup for parked in self.away]
+        )
+        idle: Any = SimpleNamespace(
+            hindrance=self._hindrance,
+            idle_seconds=lambda now, tenant: self.idle_seconds[tenant.name],
+            begin=self._begin,
+        )
+        self.asker = self.put_away("asker", ASKER, Phase.WAITING)
+        self.maker = RoomMaker(Path("/run/fgpu"), parking, idle)
+
+    def runs(
+        self, name: str, bytes_: tuple[int, ...], idle: float = 60.0, hindrance: str = "", priority: str = ""
+    ) -> None:
+        """Add a tenant that runs."""
+        cgroup = len(self.tenants) + 1
+        compute = Compute(priority=Priority(priority)) if priority else None
+        self.tenants[cgroup] = SimpleNamespace(name=name, cgroup=cgroup, compute=compute)
+        self.processes[PID + cgroup] = Process(1, (cgroup,), 0, 0, True, bytes_, ZERO, ZERO, ZERO, ZERO)
+        self.hindrances[name], self.idle_seconds[name] = hindrance, idle
+
+    def put_away(self, name: str, cgroup: int, phase: Phase) -> ParkedTenant:
+        """Have a tenant not run."""
+        parked = ParkedTenant(cgroup, name, f"/{name}", {(PID + cgroup, 1): 1}, phase)
+        self.away.append(parked)
+        return parked
+
+    def make(self, **needs: int) -> tuple[bool, str]:
+        wanted = {device: bytes_ for device, bytes_ in enumerate(on(**needs)) if bytes_}
+        return self.maker.make(self.asker, wanted)
+
+    def _hindrance(self, now: float, tenant: Any, own: dict[int, Process]) -> str:
+        self.last_own = own
+        return self.hindrances[tenant.name]
+
+    def _begin(self, now: float, tenant: Any, own: Any, purpose: str) -> bool:
+        assert own
+        self.parked.append((tenant.name, purpose))
+        return True
+
+
+@pytest.fixture
+def host(monkeypatch: pytest.MonkeyPatch) -> Host:
+    made = Host()
+    monkeypatch.setattr(making_room, "full_level", lambda *_: made.full_level)
+    monkeypatch.setattr(making_room.parker_client, "missing", lambda _: made.missing)
+    return made
+
+
+def test_the_lowest_priority_is_parked_first_and_then_the_longest_idle(host: Host) -> None:
+    host.runs("high", on(gpu0=1), idle=900, priority="high")
+    host.runs("plain", on(gpu0=1), idle=30)
+    host.runs("normal", on(gpu0=1), idle=40, priority="normal")
+    host.runs("low", on(gpu0=1), idle=11, priority="low")
+    order = []
+    while host.processes:
+        assert host.make(gpu0=1)[0]
+        name = host.parked[-1][0]
+        order.append(name)
+        cgroup = next(cgroup for cgroup, tenant in host.tenants.items() if tenant.name == name)
+        del host.processes[PID + cgroup]
+    assert order == ["low", "normal", "plain", "high"]
+
+
+def test_one_tenant_is_parked_at_a_time(host: Host) -> None:
+    host.runs("one", on(gpu0=5))
+    host.runs("two", on(gpu0=5))
+    assert host.make(gpu0=8) == (True, "one is being parked")
+    assert host.parked == [("one", ", to make room for asker")]
+    for phase, said in ((Phase.CHECKING, "is about to be parked"), (Phase.PARKING, "is being parked")):
+        one = host.put_away("one", 2, phase)
+        one.members = {(PID + 2, 1): 1}
+        assert host.make(gpu0=8) == (True, f"one {said}")
+        host.away.remove(one)
+    assert len(host.parked) == 1
+
+
+def test_nothing_is_parked_if_all_that_can_be_would_not_be_enough(host: Host) -> None:
+    host.runs("idle", on(gpu0=5))
+    host.runs("busy", on(gpu0=50), hindrance="busy")
+    host.free[0] = 2
+    is_made, why = host.make(gpu0=8)
+    assert (is_made, host.parked) == (False, [])
+    assert why == "held by idle (can be parked, which is not enough), busy (busy)"
+    host.free[0] = 3
+    assert host.make(gpu0=8) == (True, "idle is being parked")
+
+
+def test_a_tenant_of_another_device_is_not_parked(host: Host) -> None:
+    host.runs("elsewhere", on(gpu1=50))
+    assert host.make(gpu0=8) == (False, "no tenant holds it")
+    host.runs("here", on(gpu0=8))
+    host.free[1] = None
+    assert host.make(gpu0=8) == (True, "here is being parked")
+    assert host.make(gpu0=8, gpu1=8) == (False, ""), "what is free there is not known"
+
+
+def test_a_tenant_that_needs_two_devices_gets_room_on_both_or_none(host: Host) -> None:
+    host.runs("one", on(gpu0=8))
+    host.runs("other", on(gpu1=7))
+    assert not host.make(gpu0=8, gpu1=8)[0]
+    assert host.parked == []
+    host.free[1] = 1
+    assert host.make(gpu0=8, gpu1=8)[0]
+
+
+def test_a_tenant_that_cannot_be_parked_is_named_with_the_reason(host: Host) -> None:
+    host.runs("bob", on(gpu0=9), hindrance="its policy does not park it")
+    host.runs("carol", on(gpu0=9), hindrance="pid 7 has managed memory")
+    said = "held by bob (its policy does not park it), carol (pid 7 has managed memory)"
+    assert host.make(gpu0=8) == (False, said)
+    for number in range(MOST_NAMES):
+        host.runs(f"t{number}", on(gpu0=9), hindrance="busy")
+    assert host.make(gpu0=8)[1].endswith("t2 (busy), 2 more")
+    assert host.parked == []
+
+
+def test_no_room_is_made_without_a_parker(host: Host) -> None:
+    """An attempt would fail, and the tenant would be tried again more and more rarely."""
+    host.runs("idle", on(gpu0=50))
+    host.missing = "the parker does not run"
+    assert host.make(gpu0=8) == (False, host.missing)
+    assert host.parked == []
+
+
+def test_no_room_is_made_for_a_tenant_whose_group_is_full(host: Host) -> None:
+    host.runs("idle", on(gpu0=50))
+    host.full_level = "group lab has 8GiB of 8GiB in use on gpu 0"
+    assert host.make(gpu0=8) == (False, host.full_level)
+    assert host.parked == []
+
+
+def test_a_tenant_that_waited_before_gets_its_room_first(host: Host) -> None:
+    host.runs("idle", on(gpu0=50))
+    earlier = host.put_away("earlier", 9, Phase.WAITING)
+    earlier.has_claim = True
+    host.entries[PID + 9, 1] = Parked(0, 9, on(gpu0=4))
+    assert host.make(gpu0=8) == (False, "room is made for earlier first")
+    host.entries[PID + 9, 1] = Parked(0, 9, on(gpu1=4))
+    assert host.make(gpu0=8)[0], "its room is on another device"
+
+
+def test_a_tenant_whose_state_is_not_known_is_waited_for(host: Host) -> None:
+    host.runs("idle", on(gpu0=50))
+    host.runs("lost", on(gpu0=50))
+    host.put_away("lost", 3, Phase.UNKNOWN)
+    assert host.make(gpu0=8) == (False, "lost is in a state that the parker has to find out")
+    assert host.parked == []
+
+
+def test_a_tenant_that_is_being_woken_is_not_parked(host: Host) -> None:
+    host.runs("wakes", on(gpu0=50))
+    host.put_away("wakes", 2, Phase.WAKING)
+    assert host.make(gpu0=8) == (False, "held by wakes (is parked or being woken)")
+
+
+def test_all_processes_of_a_tenant_count(host: Host) -> None:
+    host.runs("pair", on(gpu0=4))
+    first = next(iter(host.processes))
+    host.processes[first + 1000] = replace(host.processes[first], bytes=on(gpu0=4))
+    host.processes[first + 2000] = replace(host.processes[first], bytes=ZERO)
+    assert host.make(gpu0=8)[0]
+    assert host.last_own.keys() == {first, first + 1000, first + 2000}, "its idle time is that of all of them"
