@@ -9,10 +9,18 @@
 #include "account/stream.h"
 #include "code/local_memory.h"
 #include "gate/gate.h"
+#include "link/link.h"
 #include "standalone/standalone.h"
 
 /* -- contexts that are created: half a GiB each on a large device. Only the kernel's ledger has their size, so the
  * request is for 0 bytes. */
+
+/* Request room for a context. */
+static struct admission admission_of(CUdevice device)
+{
+    fgpu_arrive(fgpu_announce()); /* the driver opens device nodes */
+    return fgpu_admission(device, 0, FGPU_CONTEXT);
+}
 
 static void primary_seen(CUdevice device, CUcontext context)
 {
@@ -43,7 +51,7 @@ EXPORT CUresult cuDevicePrimaryCtxRetain(CUcontext *pctx, CUdevice dev)
         if (result == CUDA_SUCCESS && pctx) primary_seen(dev, *pctx);
         return result;
     }
-    struct admission admission = fgpu_admission(dev, 0, FGPU_CONTEXT);
+    struct admission admission = admission_of(dev);
     if (admission.refusal) return admission.refusal;
     CUresult result = driver(pctx, dev);
     if (result == CUDA_SUCCESS) fgpu_device_seen(dev);
@@ -60,7 +68,7 @@ EXPORT CUresult cuDevicePrimaryCtxRetain(CUcontext *pctx, CUdevice dev)
         __typeof__(&name) driver = REAL(name);                                                                         \
         if (!driver) return CUDA_ERROR_NOT_SUPPORTED;                                                                  \
         if (!pctx || !fgpu_is_device(device)) return driver(__VA_ARGS__);                                              \
-        struct admission admission = fgpu_admission(device, 0, FGPU_CONTEXT);                                          \
+        struct admission admission = admission_of(device);                                                             \
         if (admission.refusal) return admission.refusal;                                                               \
         CUresult result = driver(__VA_ARGS__);                                                                         \
         if (result == CUDA_SUCCESS) fgpu_device_seen(device);                                                          \
@@ -103,7 +111,7 @@ EXPORT CUresult cuGreenCtxCreate(CUgreenCtx *phCtx, CUdevResourceDesc desc, CUde
     CUresult known = state ? state(dev, &set, &active) : CUDA_SUCCESS;
     struct admission admission = {.index = -1};
     if (known == CUDA_SUCCESS && !active && fgpu_is_device(dev)) {
-        admission = fgpu_admission(dev, 0, FGPU_CONTEXT);
+        admission = admission_of(dev);
         if (admission.refusal) return admission.refusal;
     }
     CUresult result = driver(phCtx, desc, dev, flags);

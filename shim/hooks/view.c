@@ -148,19 +148,19 @@ int fgpu_nvml_index(struct fgpu_view view, nvmlDevice_t device)
 /* These hooks change no result. They register the program, so that a program that only monitors is registered too. */
 EXPORT nvmlReturn_t nvmlInit(void)
 {
-    fgpu_look();
+    fgpu_arrive(fgpu_announce());
     return REAL(nvmlInit) ? REAL(nvmlInit)() : NVML_ERROR_FUNCTION_NOT_FOUND;
 }
 
 EXPORT nvmlReturn_t nvmlInit_v2(void)
 {
-    fgpu_look();
+    fgpu_arrive(fgpu_announce());
     return REAL(nvmlInit_v2) ? REAL(nvmlInit_v2)() : NVML_ERROR_FUNCTION_NOT_FOUND;
 }
 
 EXPORT nvmlReturn_t nvmlInitWithFlags(unsigned int flags)
 {
-    fgpu_look();
+    fgpu_arrive(fgpu_announce());
     return REAL(nvmlInitWithFlags) ? REAL(nvmlInitWithFlags)(flags) : NVML_ERROR_FUNCTION_NOT_FOUND;
 }
 

@@ -298,7 +298,6 @@ void fgpu_forget(struct fgpu_asked *asked)
 struct fgpu_asked fgpu_knock(const struct fgpu_note *before)
 {
     struct fgpu_asked asked = FGPU_NOT_ASKED;
-    fgpu_admit_here(0, 0, FGPU_HELLO | FGPU_ANNOUNCE, 0);
     asked.socket = (int)syscall(SYS_socket, AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
     if (asked.socket >= 0 && ask(asked.socket, before)) return asked;
     fgpu_silence = refusal(errno);

@@ -15,10 +15,8 @@ HIDDEN char *fgpu_set(unsigned set);            /* control, status, usage pages 
                                                    registration */
 HIDDEN void fgpu_read_note(const struct fgpu_control_page *control, struct fgpu_note *note);
 
-/* Record in the kernel that this process has the shim, so that the driver may open device nodes. This needs no reply.
- * Then send a hello to the gatekeeper. */
-HIDDEN struct fgpu_asked fgpu_knock(const struct fgpu_note *before);
-HIDDEN void fgpu_forget(struct fgpu_asked *asked); /* close the descriptors */
+HIDDEN struct fgpu_asked fgpu_knock(const struct fgpu_note *before); /* send a hello to the gatekeeper */
+HIDDEN void fgpu_forget(struct fgpu_asked *asked);                   /* close the descriptors */
 
 /* Register with the gatekeeper before the deadline; fill the pages of `set`, its note and levels if FREE or HELD. The
  * first reply is read from `asked`, if a hello was sent; afterwards that is FGPU_NOT_ASKED. */

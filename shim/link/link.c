@@ -23,7 +23,8 @@
 #include "standalone/standalone.h"
 
 /*
- * FRESH -> OPEN       There is no socket directory: this host has no agent. Final, unless the image has a limit.
+ * FRESH -> OPEN       There is no socket directory: this host has no agent. Unless the image has a limit, registers
+ *                     again only in fgpu_arrive(): an agent may have started.
  *       -> CLOSED     The directory exists, and no reply came in time; or it is hidden, and the agent's probes are in
  *                     the shim. Admissions are refused. Registers again every second.
  *       -> UNMANAGED  The reply says that this process is not managed. Its control page shows when that may have
@@ -140,8 +141,8 @@ static COLD uint32_t hello(uint32_t word, struct fgpu_asked *asked, uint64_t now
     if (outcome == FGPU_IS_FREE) return without_agent(FGPU_UNMANAGED | set << 8);
     if ((outcome == FGPU_IS_ABSENT || outcome == FGPU_IS_EMPTY) && fgpu_is_hidden()) outcome = FGPU_IS_SILENT;
     /* While this process has pages, the kernel enforces with or without a gatekeeper, and an upgrade may be in
-     * progress. */
-    bool keeps = link_of(word) >= FGPU_UNMANAGED;
+     * progress. A process that began without an agent is not stopped by one that does not answer. */
+    bool keeps = link_of(word) >= FGPU_UNMANAGED || word == FGPU_OPEN;
     if (outcome == FGPU_IS_ABSENT && (!keeps || unanswered)) return without_agent(FGPU_OPEN);
     if (word & COOPERATIVE && fgpu_standalone_join() >= FGPU_STANDALONE_ALONE) return word;
     /* EMPTY: no gatekeeper has ever responded there, so the image's limit applies. A gatekeeper that has responded, and
@@ -223,14 +224,16 @@ static uint32_t current(void)
 }
 
 /*
- * Send a hello and do not wait. The driver takes milliseconds to initialise, or seconds if many processes start at the
- * same time, and the gatekeeper can reply meanwhile. The only state until fgpu_arrive() are descriptors, which are not
- * shared: any other thread registers by itself.
+ * Record in the kernel that the driver may open device nodes for this process, and send the first hello, without a
+ * wait. Each call records it, because the ledger may be newer than this process. The driver takes milliseconds to
+ * initialise, or seconds if many processes start at the same time, and the gatekeeper can reply meanwhile. The only
+ * state until fgpu_arrive() are descriptors, which are not shared: any other thread registers by itself.
  */
 COLD struct fgpu_asked fgpu_announce(void)
 {
     struct fgpu_asked asked = FGPU_NOT_ASKED;
     int saved = errno;
+    fgpu_admit_here(0, 0, FGPU_HELLO | FGPU_ANNOUNCE, 0);
     if (link_of(load()) == FGPU_FRESH) asked = fgpu_knock(&own->notes[0]);
     errno = saved;
     return asked;
@@ -239,7 +242,9 @@ COLD struct fgpu_asked fgpu_announce(void)
 COLD void fgpu_arrive(struct fgpu_asked asked)
 {
     int saved = errno;
-    if (link_of(load()) == FGPU_FRESH) first(&asked);
+    uint32_t word = load();
+    if (link_of(word) == FGPU_FRESH) first(&asked);
+    if (word == FGPU_OPEN) again(word, fgpu_now(), AGAIN_NS, false);
     fgpu_forget(&asked);
     fgpu_look();
     errno = saved;

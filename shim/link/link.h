@@ -11,12 +11,14 @@ struct fgpu_asked { /* a hello that was sent */
     int far;        /* the other end, if the gatekeeper takes it from this process; else -1 */
 };
 #define FGPU_NOT_ASKED ((struct fgpu_asked){-1, -1})
-HIDDEN struct fgpu_asked fgpu_announce(void); /* send a hello and do not wait; returns the argument for fgpu_arrive */
-HIDDEN void fgpu_arrive(struct fgpu_asked);   /* wait for the reply */
-HIDDEN struct fgpu_view fgpu_look(void);      /* register if it is due; report once that nothing is enforced */
-HIDDEN struct fgpu_view fgpu_glance(void);    /* the present state: no registration, no report, no clock */
-HIDDEN struct fgpu_view fgpu_insist(void);    /* register again: the probes did not respond */
-HIDDEN void fgpu_report_crowd(void);          /* report once that memory of any size is refused */
+/* Before the driver opens device nodes: let the kernel allow it, and register. fgpu_announce does not wait; it returns
+ * the argument for fgpu_arrive, which waits for the reply to a first hello. */
+HIDDEN struct fgpu_asked fgpu_announce(void);
+HIDDEN void fgpu_arrive(struct fgpu_asked);
+HIDDEN struct fgpu_view fgpu_look(void);   /* register if it is due; report once that nothing is enforced */
+HIDDEN struct fgpu_view fgpu_glance(void); /* the present state: no registration, no report, no clock */
+HIDDEN struct fgpu_view fgpu_insist(void); /* register again: the probes did not respond */
+HIDDEN void fgpu_report_crowd(void);       /* report once that memory of any size is refused */
 
 /* -- hold.c: wait while this process is parked. Before calls of the driver that read whether work is done. */
 HIDDEN void fgpu_hold(void);

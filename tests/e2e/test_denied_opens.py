@@ -161,6 +161,25 @@ def test_a_program_that_used_nvml_before_it_was_a_tenant_gets_its_device(deny, t
 
 
 @pytest.mark.places("cgroups")
+def test_a_program_that_began_before_a_detach_and_a_new_start_gets_its_device(
+    service: Service, enforced, tenant: Make, tmp_path: Path
+) -> None:
+    """The next agent's kernel side knows no announcement of it, and its pages still look valid for two seconds."""
+    (tmp_path / "late.py").write_text(LATE)
+    tmp_path.chmod(0o755)
+    one = enforced()
+    program = Program(one, "late", f"/usr/bin/python3 {tmp_path}/late.py")
+    program.send("nvml")
+    assert program.receive() == "0"
+    service.detach()
+    service.start_agent()
+    one.assert_enforced()
+    program.send("cuda")
+    assert program.receive() == "0"
+    assert opens(one, "denied") == 0
+
+
+@pytest.mark.places("cgroups")
 def test_nvml_without_the_shim_is_refused(enforced) -> None:
     one = enforced()
     assert "Unknown Error" in one.run("env -u LD_PRELOAD nvidia-smi")

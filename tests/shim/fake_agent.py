@@ -86,7 +86,7 @@ int admit(struct pt_regs *ctx) {
     struct fgpu_usage_page *p = leaf.lookup(&zero), *outer = group.lookup(&zero);
     struct knobs *k = knob.lookup(&zero);
     if (!p || !outer || !k) return 0;
-    if (kind & FGPU_ANNOUNCE) return 0;
+    if (kind & FGPU_ANNOUNCE) { seen.increment(1); return 0; }
     if (kind & FGPU_CALLED) { p->called_ns = bpf_ktime_get_ns(); return 0; }
     if (kind & FGPU_FREED) { p->freed_ns = bpf_ktime_get_ns(); return 0; }
     log_call(kind, PT_REGS_PARM1(ctx), bytes, ticket, 0);
@@ -165,6 +165,7 @@ class Agent:
         os.chmod("/run/fgpu/shim", 0o755)
 
     def start(self, _):
+        os.chmod("/run/fgpu/shim", 0o755)
         self.listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self.listener.bind("/run/fgpu/shim/shim.sock")
         self.listener.listen(64)
@@ -291,6 +292,7 @@ class Agent:
         return {
             "calls": [{k: getattr(r, k) for k in names} for r in rows],
             "hellos": len(self.hellos),
+            "announced": self.bpf["seen"][ctypes.c_int(1)].value,
             "boots": [h[8:24].hex() for h in self.hellos],
             "used": used,
             "refused": refused,

@@ -106,6 +106,42 @@ def test_memory_is_unlimited_if_a_detach_has_marked_the_agent_s_directory(agent:
     assert agent.python("out(alloc(1), info()[1])") == [[0, 10 << 30]]
 
 
+def test_a_program_that_began_without_an_agent_registers_at_its_next_initialisation(agent: Agent) -> None:
+    agent.do("detach")
+    # A shim without an answer registers at most four times in a second.
+    script = "out(alloc(64 * GiB)); sys.stdin.readline(); out(alloc(1)); time.sleep(0.3); {}; out(alloc(64 * GiB))"
+    with agent.start_python(script.format("L.cuInit(0)")) as program:
+        assert program.stdout.readline() == "[0]\n"
+        agent.do("start")
+        assert program.communicate("\n", DEADLINE)[0] == f"[0]\n[{OOM}]\n"
+    assert agent.do("look")["hellos"] == 1
+
+
+def test_a_program_that_began_without_an_agent_goes_on_beside_one_that_does_not_answer(agent: Agent) -> None:
+    agent.do("detach")
+    script = "out(alloc(1)); sys.stdin.readline(); time.sleep(0.3); t = time.monotonic(); L.cuInit(0); out(alloc(1))"
+    with agent.start_python(f"{script}; out(time.monotonic() - t < 1)") as program:
+        assert program.stdout.readline() == "[0]\n"
+        agent.do("set", answer="silent")
+        agent.do("start")
+        assert program.communicate("\n", DEADLINE)[0] == "[0]\n[true]\n"
+
+
+@pytest.mark.parametrize("answer", ["managed", "unmanaged"])
+@pytest.mark.parametrize(
+    "call", ["L.cuInit(0)", "N.nvmlInit()", "N.nvmlInit_v2()", "N.nvmlInitWithFlags(0)", "L.cuCtxCreate_v2(p, 0, 0)"]
+)
+def test_a_program_announces_itself_at_each_call_for_which_the_driver_opens_nodes(
+    agent: Agent, call: str, answer: str
+) -> None:
+    """The kernel side that knew an earlier announcement may have been replaced."""
+    agent.do("set", answer=answer)
+    agent.do("start")
+    script = f"N, p = C.CDLL('libnvidia-ml.so.1'), C.byref(C.c_void_p())\nout(alloc(1), {call}, {call}, {call})"
+    assert agent.python(script) == [[0] * 4]
+    assert agent.do("look")["announced"] == 3
+
+
 def test_a_shim_without_an_answer_reports_that_once(agent: Agent) -> None:
     _, err = agent.run(SYSTEM_PYTHON, "-c", PREAMBLE + "alloc(1); alloc(1); info()")
     assert err == "fgpu: the agent does not answer: device memory is refused\n"

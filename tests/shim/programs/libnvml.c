@@ -11,6 +11,8 @@ static int initialised;
     if ((long)(d) < 1 || (long)(d) > 3) return NVML_ERROR_INVALID_ARGUMENT
 
 nvmlReturn_t nvmlInit_v2(void) { return initialised = 1, NVML_SUCCESS; }
+nvmlReturn_t nvmlInit(void) { return nvmlInit_v2(); }
+nvmlReturn_t nvmlInitWithFlags(unsigned flags) { return nvmlInit_v2(); }
 nvmlReturn_t nvmlDeviceGetHandleByIndex_v2(unsigned i, nvmlDevice_t *d)
 {
     return *d = (nvmlDevice_t)(long)(i + 1), NVML_SUCCESS;
