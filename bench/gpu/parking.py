@@ -2,7 +2,7 @@
 
 `parked`: a torch program is parked by `fgpu park`, and each kind of call wakes it with its data. `sizes`: the time to
 park and wake programs of several sizes, beside that of the driver's functions alone. `idle`: programs are parked by
-their policy when they are idle, and only then.
+their policy when they are idle, and only then. `room`: two tenants that do not fit on the device use it in turn.
 """
 
 from __future__ import annotations
@@ -41,6 +41,12 @@ for call in (lambda: driver.lock(pid, 5000), lambda: driver.checkpoint(pid), lam
     times.append(time.monotonic() - began)
 print(*times)
 """
+REST = """
+import sys, torch
+kept = torch.empty(int(sys.argv[1]), dtype=torch.uint8, device="cuda")
+print("ready", flush=True)
+sys.stdin.read()
+"""
 TOUCH = """
 import ctypes, mmap, sys
 size = int(sys.argv[1])
@@ -52,7 +58,7 @@ POLICY = """
 apiVersion: fgpu.dev/v1alpha1
 kind: GpuPolicy
 metadata: {{name: idle}}
-spec: {{selector: {{cgroup: ["{paths}"]}}, memory: {{limit: {limit}B, park: {{after: {after}s}}}}}}
+spec: {{selector: {{cgroup: ["{paths}"]}}, memory: {{limit: {limit}B, park: {{after: {after}}}}}}}
 """
 SCRIPT = """
 import sys, threading, torch
@@ -110,10 +116,10 @@ class Torch(Program):
         if self.receive(120) != "ready":
             raise Skip("no torch here")
 
-    def do(self, line: str) -> Any:
+    def do(self, line: str, seconds: float = 60) -> Any:
         """Run a line, and return its value."""
         self.send(line)
-        return ast.literal_eval(self.receive(60))
+        return ast.literal_eval(self.receive(seconds))
 
 
 def _park(one: Tenant) -> float:
@@ -145,7 +151,7 @@ def _size(one: Tenant, work: Path, gib: int) -> None:
     """Park and wake a program by hand, and print the times, with those of the driver's functions."""
     bare = _bare(work, gib)
     program = Torch(one, gib)
-    one.assert_exact(10)
+    eventually(lambda: one.memory()["used_bytes"] > gib * GIB and not one.memory()["drift_bytes"], 10, "no drift")
     held, before = one.memory()["used_bytes"], nvml.bytes_in_use()
     took = _park(one)
     memory = one.memory()
@@ -194,21 +200,49 @@ def _runs_of_parks(tenants: dict[str, Tenant]) -> dict[str, int]:
     return {name: tenant.view()["parking"]["parks"] for name, tenant in tenants.items()}
 
 
+def _under_policy(service: Service, place: Place, names: tuple[str, ...], after: str) -> dict[str, Tenant]:
+    """Return new tenants, by name, under a policy that parks them."""
+    tenants = {name: place.tenant(LIMIT) for name in names}
+    for tenant in tenants.values():
+        tenant.assert_enforced()
+        fgpu("unset", tenant.path)
+    paths = '", "'.join(tenant.path for tenant in tenants.values())
+    (service.policies / "policy.yaml").write_text(POLICY.format(paths=paths, limit=LIMIT, after=after))
+    fgpu("reload")
+    for tenant in tenants.values():
+        tenant.assert_enforced()
+    return tenants
+
+
+def room(service: Service, place: Place) -> None:
+    """Let a program without a limit hold most of the device, and two tenants of 20 GiB use the rest in turn."""
+    with tempfile.TemporaryDirectory() as folder, parking(service, Path(folder), "park"):
+        tenants = [*_under_policy(service, place, ("first", "second"), "1h").values()]
+        rest = str(nvml.bytes_in_all() - nvml.bytes_in_use() - 30 * GIB)
+        with subprocess.Popen([PYTHON, "-c", REST, rest], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holds:
+            assert holds.stdout
+            need(holds.stdout.readline() == b"ready\n", "a program holds all but 30 GiB")
+            pair = [(tenants[0], Torch(tenants[0], 20))]
+            _park(tenants[0])
+            pair.append((tenants[1], Torch(tenants[1], 20)))
+            for _ in range(4):
+                (tenant, program), (other, _) = pair
+                began = time.monotonic()
+                need(program.do("intact()", 120), "a call wakes it with its data")
+                say("switch", f"{time.monotonic() - began:.1f}", "s, 10 s of which the other tenant stays")
+                need((state(tenant), state(other)) == ("running", "parked"), "the other one is parked")
+                pair.reverse()
+            holds.terminate()
+
+
 def idle(service: Service, place: Place) -> None:
     """Leave a program alone until it is parked, beside programs with a long kernel, with and without a thread in wait.
 
     A kernel of the driver's timer, `torch.cuda._sleep`, takes at least half of the seconds that are requested here.
     """
     with tempfile.TemporaryDirectory() as folder, parking(service, Path(folder)):
-        tenants = {name: place.tenant(LIMIT) for name in ("notebook", "kernel", "waits", "rare")}
-        programs = {}
-        for name, tenant in tenants.items():
-            tenant.assert_enforced()
-            programs[name] = Torch(tenant, HELD if name == "notebook" else 1)
-            fgpu("unset", tenant.path)
-        paths = '", "'.join(tenant.path for tenant in tenants.values())
-        (service.policies / "policy.yaml").write_text(POLICY.format(paths=paths, limit=LIMIT, after=AFTER))
-        fgpu("reload")
+        tenants = _under_policy(service, place, ("notebook", "kernel", "waits", "rare"), f"{AFTER}s")
+        programs = {name: Torch(tenant, HELD if name == "notebook" else 1) for name, tenant in tenants.items()}
         need(programs["kernel"].do("launched(160)"), "a kernel is launched")
         need(programs["waits"].do("waiting(160)"), "a kernel is launched, and a thread waits for it")
         notebook, before, began = tenants["notebook"], nvml.bytes_in_use(), time.monotonic()
