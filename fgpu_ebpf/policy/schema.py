@@ -109,7 +109,10 @@ class Memory(Model):
         description="How many CUDA contexts (one for each process) the workload may have on each device besides the"
         " limit. Programs see the limit without them. They count against the device.",
     )
-    park: Park = absent("When an idle workload is parked by itself; without it, only `fgpu park` parks it.")
+    park: Park = absent(
+        "When an idle workload is parked by itself; without it, only `fgpu park` parks it. With `overcommit: park` in"
+        " agent.yaml it is also parked after 10 s without work, if a parked workload needs its room to wake up."
+    )
 
     @model_validator(mode="after")
     def _max_is_not_less(self) -> Self:
