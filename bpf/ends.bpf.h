@@ -29,7 +29,7 @@ static int end_process(u32 tgid)
 {
     struct fgpu_process *p = processes.lookup(&tgid);
     borrowers.delete(&tgid);
-    announced.delete(&tgid); /* the next program may get the same address space again */
+    end_announcement(tgid);
     if (!p) return 0;
     int had_context = has_context(p);
     __sync_fetch_and_add(&p->state, 1); /* first, so that the entry is not ready while its bytes are read */

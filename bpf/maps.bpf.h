@@ -8,6 +8,7 @@
 #define MOST_ALLOCATIONS (SPARSE ? 1048576 : 262144) /* without SPARSE, all entries are allocated at once */
 #define MOST_THREADS 65536
 #define MOST_PROCESSES 16384
+#define MOST_PIDS (1 << 22) /* PID_MAX_LIMIT of 64-bit kernels */
 #define MOST_ORPHANS 65536
 #define MOST_BORROWERS 4096
 #define MOST_PARKED 4096
@@ -57,8 +58,8 @@ BPF_F_TABLE("hash", u64, struct fgpu_event_budget, event_budgets, FGPU_EVENT_BUD
 BPF_F_TABLE("hash", struct fgpu_counter_key, u64, counters, 65536, SPARSE);
 BPF_TABLE("array", u32, u64, incidents, 2 * FGPU_REASONS);
 BPF_TABLE("percpu_array", u32, u64, hits, FGPU_HITS);
-BPF_TABLE("lru_hash", u32, u64, announced, MOST_PROCESSES); /* process -> its address space, see FGPU_ANNOUNCE */
-BPF_F_TABLE("hash", u32, u32, node_majors, 64, SPARSE);     /* of the device nodes of the driver */
+BPF_TABLE("array", u32, u64, announcements, MOST_PIDS / 64); /* a bit for each pid, see FGPU_ANNOUNCE */
+BPF_F_TABLE("hash", u32, u32, node_majors, 64, SPARSE);      /* of the device nodes of the driver */
 BPF_F_TABLE("hash", struct fgpu_parked_key, struct fgpu_parked, parked, MOST_PARKED, SPARSE);
 #if ENDS /* when a process with this pid, or with another pid that has the same index, last exited */
 BPF_TABLE("array", u32, u64, ends, FGPU_ENDS);

@@ -11,7 +11,7 @@ struct device_context {
 #define OPENS_A_SECOND 4
 
 /* Return whether a process may open nodes in any case: it has called the published shim's code, or it opened devices
- * before. The map of announcements forgets the oldest; a process that has registered has the flag too. */
+ * before. */
 static int may_open(u32 tgid)
 {
     struct fgpu_process *p = processes.lookup(&tgid);

@@ -26,18 +26,31 @@ static u64 current_space(void)
     return space;
 }
 
-/* Record that this process executes the published shim, whether or not it has levels: it may get levels later. Another
- * program, and a later process with this pid, have another address space. */
+static u64 *announcements_near(u32 tgid)
+{
+    u32 at = tgid / 64;
+    return announcements.lookup(&at);
+}
+
+/* Record that this process executes the published shim, whether or not it has levels: it may get levels later. Each pid
+ * has a bit of its own, so no number of processes takes the room of another. */
 static void announce(u32 tgid)
 {
-    u64 space = current_space();
-    announced.update(&tgid, &space);
+    u64 *bits = announcements_near(tgid);
+    if (bits) __sync_fetch_and_or(bits, 1ULL << tgid % 64);
+}
+
+/* The process exits, or executes another program. */
+static void end_announcement(u32 tgid)
+{
+    u64 *bits = announcements_near(tgid);
+    if (bits) __sync_fetch_and_and(bits, ~(1ULL << tgid % 64));
 }
 
 static int has_announced(u32 tgid)
 {
-    u64 *space = announced.lookup(&tgid);
-    return space && *space == current_space();
+    u64 *bits = announcements_near(tgid);
+    return bits && *bits >> tgid % 64 & 1;
 }
 
 /* Return a number that no other living process has: a counter that starts again after 2^30 processes. */

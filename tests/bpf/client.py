@@ -94,6 +94,10 @@ def error_of_open_in_child(path):
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
+def announce():
+    shim.fgpu_admit(0, u64(0), 3 | 0x2000, u64(0))
+
+
 def alloc(pointer, bytes_, code=0):
     cuda.set(code, pointer, 0)
     return cuda.cuMemAlloc_v2(ctypes.byref(u64()), u64(bytes_))
@@ -247,6 +251,21 @@ def spawn(bytes_, pid=0):
     for fd in (end, ready, say):
         os.close(fd)
     return child
+
+
+def announce_many(count):
+    """Fork children that announce themselves, and exit when this process exits."""
+    end, kept_open = os.pipe()
+    ready, say = os.pipe()
+    for _ in range(count):
+        if os.fork() == 0:
+            os.close(kept_open)
+            announce()
+            os.write(say, b".")
+            os.read(end, 1)
+            os._exit(0)
+    for _ in range(count):
+        os.read(ready, 1)
 
 
 def bury():

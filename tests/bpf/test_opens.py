@@ -73,15 +73,12 @@ def test_a_process_with_the_shim_may_open_nodes_until_it_executes_another_progra
     assert_ends_with_the_program(kernel, level, client, nodes / "c195")
 
 
-ANNOUNCE = f"[shim.fgpu_admit(0, u64(0), {abi.Kind.HELLO | abi.ANNOUNCE}, u64(0))] and None"
-
-
 def test_an_announcement_is_enough_and_sends_no_event(
     kernel: Kernel, level: Level, client: Client, nodes: Path, events
 ) -> None:
     """The agent would take the level as used before it has decided about the process's own cgroup."""
     level.limit(100 * MIB, LimitFlag.DENY)
-    assert client(ANNOUNCE) is None
+    assert client("announce()") is None
     assert error_of_open(client, nodes / "c195") == NOT_DECIDED
     assert (list(events.read()), client.entry(kernel)) == ([], None)
 
@@ -91,7 +88,7 @@ def test_an_announcement_counts_before_the_process_has_a_level(
 ) -> None:
     one = make_level(None)
     client = make_client(one)
-    assert client(ANNOUNCE) is None
+    assert client("announce()") is None
     one.limit(100 * MIB, LimitFlag.DENY)
     assert error_of_open(client, nodes / "c195") == NOT_DECIDED
     assert_ends_with_the_program(kernel, one, client, nodes / "c195")
@@ -103,7 +100,7 @@ def test_an_announcement_ends_with_its_program_also_if_a_later_one_has_the_same_
     """The kernel gives the structure of an address space to the second program after it in most cases."""
     level.limit(100 * MIB, LimitFlag.DENY)
     for _ in range(10):
-        assert client(ANNOUNCE) is None
+        assert client("announce()") is None
         assert error_of_open(client, nodes / "c195") == NOT_DECIDED
         for _ in range(2):
             client.send("os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])")

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import re
 import shutil
+import stat
 import threading
 from collections.abc import Iterator
 
 import pytest
 
+from fgpu_ebpf.abi import LimitFlag
 from tests.bpf.conftest import (
     MIB,
     REPOSITORY,
@@ -153,3 +157,18 @@ def test_entries_and_missing_entries_add_up(kernel, make_level, make_client):
         client.kill()
     for level in levels:
         assert_left(level, level.used)
+
+
+def test_a_crowd_that_announces_itself_ends_no_announcement_of_a_neighbour(make_level, make_client, tmp_path) -> None:
+    node = tmp_path / "node"
+    tmp_path.chmod(0o755)
+    os.mknod(node, stat.S_IFCHR | 0o666, os.makedev(195, 7))
+    one, other = make_level(None), make_level(None)
+    for level in (one, other):
+        level.limit(MIB, LimitFlag.DENY)
+    client, crowd = make_client(one), make_client(other)
+    assert client("announce()") is None
+    assert crowd(f"announce_many({4 * ENTRIES})") is None
+    assert client(f"error_of_open({str(node)!r})") == errno.ENXIO  # not refused: no driver is behind the node
+    crowd.kill()
+    assert client(f"error_of_open({str(node)!r})") == errno.ENXIO
