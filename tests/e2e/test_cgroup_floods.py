@@ -49,8 +49,12 @@ def folder(unharmed: None, tmp_path: Path) -> Iterator[Folder]:
 
 @contextlib.contextmanager
 def ready(*command: object) -> Iterator[subprocess.Popen[str]]:
-    """Start a program that prints "ready" and is killed at the end."""
-    with subprocess.Popen([str(word) for word in command], stdout=subprocess.PIPE, text=True) as process:
+    """Start a program that prints "ready" and is killed at the end.
+
+    It has a session of its own, as a container has: the kernel's scheduler then does not count it as a part of the agent.
+    """
+    words = [str(word) for word in command]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, text=True, start_new_session=True) as process:
         try:
             assert process.stdout
             assert process.stdout.readline() == "ready\n"
