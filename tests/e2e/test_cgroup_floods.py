@@ -51,7 +51,7 @@ def folder(unharmed: None, tmp_path: Path) -> Iterator[Folder]:
 def ready(*command: object) -> Iterator[subprocess.Popen[str]]:
     """Start a program that prints "ready" and is killed at the end.
 
-    It has a session of its own, as a container has: the kernel's scheduler then does not count it as a part of the agent.
+    It has a session of its own, as a container has: the kernel's scheduler does not count it as a part of the agent.
     """
     words = [str(word) for word in command]
     with subprocess.Popen(words, stdout=subprocess.PIPE, text=True, start_new_session=True) as process:
