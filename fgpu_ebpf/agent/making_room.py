@@ -1,8 +1,8 @@
 """Makes room for tenants that wake up on a full device (`overcommit: park`): other idle tenants of it are parked.
 
-Runs in the agent's main loop, at each attempt to wake such a tenant. It keeps no state: each attempt looks at the
-device and at its tenants anew, and begins one park at most. The tenant for which room is being made has a claim, which
-the wake-ups of others leave free (`parked_tenant.coming_to`). Only one tenant of a device has a claim.
+Runs in the agent's main loop, at each attempt to wake such a tenant. Each attempt looks at the device anew, and at its
+tenants if HOLDERS_SECONDS have passed, and begins one park at most. The tenant for which room is being made has a
+claim, which the wake-ups of others leave free (`parked_tenant.coming_to`). Only one tenant of a device has a claim.
 """
 
 from __future__ import annotations
@@ -23,10 +23,12 @@ from fgpu_ebpf.policy.rules import Priority
 from fgpu_ebpf.tenancy.tenant import Tenant
 
 MOST_NAMES = 5  # in a text
+HOLDERS_SECONDS = 0.5  # many tenants that wait look at the holders of their devices together
 _RANKS = list(Priority)  # the highest first
 _UNDECIDED = {
     Phase.CHECKING: "is about to be parked",
     Phase.PARKING: "is being parked",
+    Phase.WAKING: "is being woken",  # what it gets back is charged, and a part of that is no longer free
     Phase.UNKNOWN: "is in a state that the parker has to find out",
 }
 _TOO_SMALL = "can be parked, which is not enough"
@@ -67,6 +69,7 @@ class RoomMaker:
     def __init__(self, run_dir: Path, parking: Parking, idle: IdleParking) -> None:
         self._run_dir, self._parking, self._idle, self._parkable = run_dir, parking, idle, parking.parkable
         self._ledger, self._enforcer = parking.parkable.ledger, parking.parkable.enforcer
+        self._seen: dict[frozenset[int], tuple[float, list[Holder]]] = {}  # by devices: when, and their holders
 
     def make(self, waiting: ParkedTenant, needs: Mapping[int, int]) -> tuple[bool, str]:
         """Begin to make room for a tenant, if all that can be parked would be enough.
@@ -89,13 +92,14 @@ class RoomMaker:
         for other in self._parking.tenants():
             if other.phase in _UNDECIDED and self._holds(other, lacking):
                 return other.phase is not Phase.UNKNOWN, f"{other.name} {_UNDECIDED[other.phase]}"
-        holders = list(self._holders(lacking))
+        holders = self._holders(frozenset(lacking))
         ready = sorted((holder for holder in holders if not holder.hindrance), key=lambda holder: holder.order)
         is_enough = all(sum(h.bytes_on(device) for h in ready) >= bytes_ for device, bytes_ in lacking.items())
         if not is_enough or not ready:
             return False, _held_by(holders)
         if missing := parker_client.missing(self._run_dir):
             return False, missing
+        self._seen.clear()
         is_begun = self._park(ready[0], waiting)
         return is_begun, f"{ready[0].tenant.name} {_UNDECIDED[Phase.PARKING]}" if is_begun else _held_by(holders)
 
@@ -115,9 +119,15 @@ class RoomMaker:
         processes = (self._ledger.process(pid) for pid, _ in parked.members)
         return any(process.bytes[device] for process in processes if process for device in lacking)
 
-    def _holders(self, lacking: Iterable[int]) -> Iterator[Holder]:
-        """Yield the tenants that hold memory of these devices."""
-        now, devices = time.monotonic(), list(lacking)
+    def _holders(self, devices: frozenset[int]) -> list[Holder]:
+        """Return the tenants that hold memory of these devices."""
+        now = time.monotonic()
+        self._seen = {of: seen for of, seen in self._seen.items() if now - seen[0] < HOLDERS_SECONDS}
+        if devices not in self._seen:
+            self._seen[devices] = now, list(self._look(now, devices))
+        return self._seen[devices][1]
+
+    def _look(self, now: float, devices: frozenset[int]) -> Iterator[Holder]:
         processes: defaultdict[int, dict[int, Process]] = defaultdict(dict)
         for pid, process in self._ledger.processes().items():
             if process.levels:

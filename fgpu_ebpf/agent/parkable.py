@@ -50,7 +50,7 @@ class Parkable:
             return "parking is off: set `parking: on` in agent.yaml"
         if not has_host_pids():
             return "the agent runs in a pid namespace of its own"
-        if tenant.cgroup in self.enforcer.groups():
+        if self.enforcer.has_inside(tenant.path):
             return "it is a group: park the tenants in it"
         if not processes:
             return "no process of the tenant holds device memory"
@@ -64,7 +64,7 @@ class Parkable:
             return f"gpu {split[0]} is in MIG mode"
         unwitnessed = self.unwitnessed()
         for pid, process in processes.items():
-            for reason in _reasons(process, {device for of, device in unwitnessed if of == pid}):
+            for reason in _reasons(process, any((pid, device) in unwitnessed for device in range(abi.DEVICES))):
                 return f"pid {pid} {reason}"
         return ""
 
@@ -86,14 +86,14 @@ def devices_of(process: Process) -> list[int]:
     return [device for device, bytes_ in enumerate(process.bytes) if bytes_]
 
 
-def _reasons(process: Process, unwitnessed: set[int]) -> Iterator[str]:
+def _reasons(process: Process, is_unwitnessed: bool) -> Iterator[str]:
     if process.is_parked:
         yield "is being parked or woken already"
     if not process.flags & abi.Seen.SHIM:
         yield "has not registered through the shim"
     elif not process.flags & abi.SEEN_CALLED:
         yield "has the shim of an earlier version, which does not hold its calls back: restart it"
-    if process.flags & abi.Seen.BYPASS or unwitnessed:
+    if process.flags & abi.Seen.BYPASS or is_unwitnessed:
         yield "has memory that it did not request through the shim"
     if any(process.managed):
         yield "has managed memory"

@@ -248,12 +248,14 @@ def outdated(tenant: ParkedTenant, parkable: Parkable) -> str:
 
 def full_level(tenant: ParkedTenant, ledger: Ledger, enforcer: Enforcer) -> str:
     """Return which level around a parked tenant has no room for it, as text; an empty text if all have."""
-    entries = ledger.parked.entries()
+    entries, needs = ledger.parked.entries(), dict[int, Counter[int]]()  # by level
     for life in tenant.members:
         process, entry = ledger.process(life[0]), entries.get(life)
         for level in process.levels[1:] if process and entry else ():
-            for device, u in enumerate(ledger.usage(level) or ()):
-                if entry and entry.bytes[device] and u.used + entry.bytes[device] > u.limit:
-                    used = f"{memory_text(u.used)} of {memory_text(u.limit)} in use on gpu {device}"
-                    return f"group {enforcer.name_of(level)} has {used}"
+            needs.setdefault(level, Counter()).update(_by_device([entry.bytes]) if entry else {})
+    for level, needed in needs.items():
+        for device, u in enumerate(ledger.usage(level) or ()):
+            if needed[device] and u.used + needed[device] > u.limit:
+                used = f"{memory_text(u.used)} of {memory_text(u.limit)} in use on gpu {device}"
+                return f"group {enforcer.name_of(level)} has {used}"
     return ""

@@ -126,7 +126,7 @@ class Parking:
         """Begin to park a tenant. `reason`: for the event. Raises ParkingError: it cannot be parked."""
         processes, known = self.parkable.processes_of(tenant), self._tenants.get(tenant.cgroup)
         why = f"it is {known.phase} already" if known else self.parkable.obstacle(tenant, processes)
-        if not why and len(self._tenants) >= MOST_TENANTS:
+        if not why and sum(parked.phase is not Phase.WAITING for parked in self._tenants.values()) >= MOST_TENANTS:
             why = f"{MOST_TENANTS} tenants are parked already"
         if why:
             raise ParkingError(f"{tenant.name} cannot be parked: {why}")

@@ -73,7 +73,7 @@ def set_up(engine: Engine, helper: Path, state: Path, is_dry: bool = False) -> W
         return None
     missing = () if engine.keeps_folder else _missing_folders(engine.file)
     made = sorted({*kept["made"], *missing}, key=len, reverse=True)
-    notes = json.dumps({"file": str(engine.file), "before": before, "after": wanted.text, "made": made})
+    notes = json.dumps({"file": str(engine.file), "before": before, "had": now, "after": wanted.text, "made": made})
     _write(state, notes)
     _write(engine.file, wanted.text, like=engine.file)
     return wanted
@@ -112,7 +112,7 @@ def _before(engine: Engine, now: str | None, kept: dict[str, Any]) -> str | None
         SetupError: the file has only fgpu's settings, and has changed since the setup.
     """
     before: str | None = kept["before"]
-    if now == kept["after"]:
+    if now in (kept["after"], kept["had"]):  # `had`: the setup was interrupted before it wrote the file
         return before
     if not now:
         return now
@@ -141,8 +141,12 @@ def _put_beside(helper: Path, wanted: Wanted) -> None:
 
 
 def _kept(state: Path) -> dict[str, Any]:
-    """Return the stored state. `made`: the folders that set_up() has created, innermost first."""
-    nothing: dict[str, Any] = {"file": str(state), "before": None, "after": None, "made": []}
+    """Return the stored state.
+
+    `before`, `had` and `after` are texts of the file: without fgpu, when set_up() began, and as set_up() writes it.
+    `made`: the folders that set_up() has created, innermost first.
+    """
+    nothing: dict[str, Any] = {"file": str(state), "before": None, "had": None, "after": None, "made": []}
     try:
         return {**nothing, **json.loads(state.read_text(encoding="utf-8"))}
     except (FileNotFoundError, ValueError):

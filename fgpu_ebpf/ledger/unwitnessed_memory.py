@@ -32,11 +32,12 @@ class Unwitnessed:
         self._contexts = contexts
         self.modules = modules
         self._last: Mapping[int, Process] | None = None
+        self._found: Mapping[tuple[int, int], int] = {}
         self._exported: Counter[tuple[int, int, int]] = Counter()  # by (pid, generation, device)
         self._freed: deque[Counter[int]] = deque(maxlen=LOOKS)  # exported bytes that exporters have freed, by device
         self._kept: dict[tuple[int, int, int], int] = {}  # by (pid, generation, device): bytes that an importer keeps
 
-    def find(self, processes: Mapping[int, Process], orphans: Iterable[Orphan]) -> dict[tuple[int, int], int]:
+    def find(self, processes: Mapping[int, Process], orphans: Iterable[Orphan]) -> Mapping[tuple[int, int], int]:
         """Return the unexplained bytes by (pid, device) of all processes that have any.
 
         A process that has imported memory may hold all memory that other processes export, that exited processes have
@@ -48,12 +49,13 @@ class Unwitnessed:
         """
         if processes is not self._last:
             self._look(processes, self._exports(processes, orphans))
-        found = {
-            (pid, device): self._beyond(pid, process, device) - self._importable(pid, process, device)
-            for pid, process in processes.items()
-            for device in self._contexts
-        }
-        return {where: bytes_ for where, bytes_ in found.items() if bytes_ > 0}
+            found = {
+                (pid, device): self._beyond(pid, process, device) - self._importable(pid, process, device)
+                for pid, process in processes.items()
+                for device in self._contexts
+            }
+            self._found = {where: bytes_ for where, bytes_ in found.items() if bytes_ > 0}
+        return self._found
 
     def _exports(self, processes: Mapping[int, Process], orphans: Iterable[Orphan]) -> Counter[tuple[int, int, int]]:
         found: Counter[tuple[int, int, int]] = Counter()

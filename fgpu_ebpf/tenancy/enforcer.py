@@ -62,6 +62,7 @@ class Enforcer:
         self.context_bytes = ledger.context_bytes
         self.commitments = Commitments(self._tree, devices, overcommit)
         self.get, self.at, self.around = self._tree.get, self._tree.at, self._tree.around
+        self.has_inside = self._tree.has_inside
         self.names = TenantNames()
         self.moves = Moves(ledger, workloads.root, self._tree)
         self.since: dict[int, float] = {}

@@ -244,7 +244,7 @@ COLD void fgpu_arrive(struct fgpu_asked asked)
     int saved = errno;
     uint32_t word = load();
     if (link_of(word) == FGPU_FRESH) first(&asked);
-    if (word == FGPU_OPEN) again(word, fgpu_now(), AGAIN_NS, false);
+    if (word == FGPU_OPEN) again(word, fgpu_now(), ANSWERED_NS, false); /* the driver's own start takes longer */
     fgpu_forget(&asked);
     fgpu_look();
     errno = saved;

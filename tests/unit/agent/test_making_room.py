@@ -12,7 +12,7 @@ import pytest
 from fgpu_ebpf import abi
 from fgpu_ebpf.agent import making_room
 from fgpu_ebpf.agent.making_room import MOST_NAMES, RoomMaker
-from fgpu_ebpf.agent.parked_tenant import ParkedTenant, Phase
+from fgpu_ebpf.agent.parked_tenant import ParkedTenant, Phase, full_level
 from fgpu_ebpf.ledger.parked import Parked
 from fgpu_ebpf.ledger.process_entry import Process
 from fgpu_ebpf.policy.rules import Compute, Priority
@@ -90,6 +90,7 @@ class Host:
 @pytest.fixture
 def host(monkeypatch: pytest.MonkeyPatch) -> Host:
     made = Host()
+    monkeypatch.setattr(making_room, "HOLDERS_SECONDS", 0.0)
     monkeypatch.setattr(making_room, "full_level", lambda *_: made.full_level)
     monkeypatch.setattr(making_room.parker_client, "missing", lambda _: made.missing)
     return made
@@ -178,6 +179,20 @@ def test_no_room_is_made_for_a_tenant_whose_group_is_full(host: Host) -> None:
     assert host.parked == []
 
 
+@pytest.mark.parametrize("limit", [11, 10])
+def test_a_group_is_full_if_it_has_no_room_for_all_processes_of_a_tenant_together(limit: int) -> None:
+    lives = {(PID, 1): 1, (PID + 1, 1): 1}
+    processes = {pid: Process(1, (ASKER, 5), 0, 0, True, ZERO, ZERO, ZERO, ZERO, ZERO) for pid, _ in lives}
+    entries = {life: Parked(0, ASKER, on(gpu0=3)) for life in lives}
+    ledger: Any = SimpleNamespace(
+        process=processes.get, usage=lambda level: [SimpleNamespace(used=5, limit=limit)],
+        parked=SimpleNamespace(entries=lambda: entries),
+    )  # fmt: skip
+    enforcer: Any = SimpleNamespace(name_of=lambda level: f"g{level}")
+    found = full_level(ParkedTenant(ASKER, "asker", "/asker", lives, Phase.WAITING), ledger, enforcer)
+    assert found == ("" if limit == 11 else "group g5 has 5B of 10B in use on gpu 0")
+
+
 def test_a_tenant_that_waited_before_gets_its_room_first(host: Host) -> None:
     host.runs("idle", on(gpu0=50))
     earlier = host.put_away("earlier", 9, Phase.WAITING)
@@ -196,10 +211,22 @@ def test_a_tenant_whose_state_is_not_known_is_waited_for(host: Host) -> None:
     assert host.parked == []
 
 
-def test_a_tenant_that_is_being_woken_is_not_parked(host: Host) -> None:
+def test_nothing_is_parked_while_another_tenant_is_being_woken(host: Host) -> None:
+    """A part of its charge is no longer free, so it is not known what is missing."""
     host.runs("wakes", on(gpu0=50))
+    host.runs("idle", on(gpu0=50))
     host.put_away("wakes", 2, Phase.WAKING)
-    assert host.make(gpu0=8) == (False, "held by wakes (is parked or being woken)")
+    assert host.make(gpu0=8) == (True, "wakes is being woken")
+    assert host.parked == []
+
+
+def test_many_tenants_that_wait_look_at_the_holders_together(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(making_room, "HOLDERS_SECONDS", 3600.0)
+    looks = []
+    monkeypatch.setattr(host.maker, "_look", lambda *words: looks.append(words) or [])
+    assert {host.make(gpu0=8) for _ in range(9)} == {(False, "no tenant holds it")}
+    assert not host.make(gpu1=8)[0]
+    assert len(looks) == 2
 
 
 def test_all_processes_of_a_tenant_count(host: Host) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import errno
 import json
@@ -144,7 +145,7 @@ class Host:
         workload = SimpleNamespace(cgroup=CGROUP, path="/alice")
         self.tenant: Any = SimpleNamespace(name="alice", cgroup=CGROUP, path="/alice", workload=workload)
         self.enforcer: Any = SimpleNamespace(
-            groups=set,
+            has_inside=lambda path: False,
             get=lambda cgroup: self.tenant if cgroup == CGROUP else None,
             name_of=lambda _: "alice",
             leaving={},
@@ -228,6 +229,17 @@ def test_a_program_with_the_shim_of_an_earlier_version_is_not_parked(host: Host)
     with pytest.raises(parking.ParkingError, match="has the shim of an earlier version"):
         host.parking.park(host.tenant)
     assert host.parker.asked == []
+
+
+@pytest.mark.parametrize(("phase", "fits"), [(Phase.PARKED, False), (Phase.WAITING, True)])
+def test_a_tenant_that_waits_for_room_does_not_count_as_parked(
+    host: Host, monkeypatch: pytest.MonkeyPatch, phase: Phase, fits: bool
+) -> None:
+    """Otherwise no tenant could be parked for it."""
+    monkeypatch.setattr(parking, "MOST_TENANTS", 1)
+    host.parking._tenants[99] = ParkedTenant(99, "bob", "/bob", {}, phase)
+    with contextlib.nullcontext() if fits else pytest.raises(parking.ParkingError, match="1 tenants are parked"):
+        host.parking.park(host.tenant)
 
 
 def test_a_call_wakes_the_tenant(host: Host) -> None:

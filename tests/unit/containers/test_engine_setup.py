@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from fgpu_ebpf.containers import engine_setup
 from fgpu_ebpf.containers.engine_config import Engine, SetupError
 from fgpu_ebpf.containers.engine_setup import (
     as_installed,
@@ -590,6 +591,26 @@ def test_an_unchanged_file_of_an_earlier_version_of_fgpu_is_replaced(name, tmp_p
     assert read(found) == ours
     assert undo(found, state)
     assert not found.file.exists()
+
+
+@pytest.mark.parametrize("change", [set_up, lambda found, _, state: undo(found, state)])
+def test_a_second_setup_that_was_interrupted_can_be_repeated_and_undone(change, tmp_path, helper, monkeypatch):
+    found, state = drop_in("crio", tmp_path, **{"10-crio": CRIO}), tmp_path / "x.json"
+    set_up(found, helper, state)
+    had, write = read(found), engine_setup._write
+
+    def full(path, text, like=None):
+        if path != state:
+            raise OSError(28, "no space")
+        write(path, text, like)
+
+    (found.file.parent / "50-other.conf").write_text(CRIO.replace("/run/crun", "/run/other"))
+    with monkeypatch.context() as patch:
+        patch.setattr(engine_setup, "_write", full)
+        with pytest.raises(OSError, match="no space"):
+            set_up(found, helper, state)
+    assert read(found) == had
+    assert change(found, helper, state)
 
 
 @pytest.mark.parametrize("name", ["podman", "crio"])
