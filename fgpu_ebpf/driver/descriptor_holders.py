@@ -38,17 +38,14 @@ class Keepers:
         self._held: Sequence[Held] = ()
         self._found: Mapping[int, tuple[int, ...]] = {}
         self._parents: Mapping[int, int] = {}  # parents of the processes in _found
-        self._wake = threading.Event()
         self._thread: threading.Thread | None = None
 
     def look(self, held: Sequence[Held]) -> None:
-        """Set the orphans to search for. The first call with orphans starts the thread."""
+        """Set the orphans to search for; to be called regularly. The thread runs as long as there are any."""
         self._held = held
         if not held:
             self._found = {}
-            return
-        self._wake.set()
-        if self._thread is None:
+        elif self._thread is None or not self._thread.is_alive():
             self._thread = threading.Thread(target=self._run, name="keepers", daemon=True)
             self._thread.start()
 
@@ -61,10 +58,8 @@ class Keepers:
         return tuple(self._parents.get(keeper, 0) for keeper in self.of(pid))
 
     def _run(self) -> None:
-        while True:
-            self._wake.wait()
-            self._wake.clear()
-            found = {held.pid: find(held) for held in self._held}
+        while all_ := self._held:
+            found = {held.pid: find(held) for held in all_}
             self._parents = {pid: parent(pid) for pids in found.values() for pid in pids}
             self._found = found
             time.sleep(PERIOD_SECONDS)

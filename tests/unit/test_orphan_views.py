@@ -117,7 +117,8 @@ def test_no_more_descriptors_are_read_than_asked_for() -> None:
         assert len(descriptors(os.getpid(), 2)) == 2
 
 
-def test_a_thread_finds_keepers_and_later_drops_them(keeper: Start) -> None:
+def test_a_thread_finds_keepers_and_later_drops_them(keeper: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(descriptor_holders, "PERIOD_SECONDS", 0.01)
     kept, keepers = keeper(start_new_session=True), Keepers()
     assert keepers.of(kept.pid) == ()
     keepers.look([Held(kept.pid, (here(),))])
@@ -128,6 +129,12 @@ def test_a_thread_finds_keepers_and_later_drops_them(keeper: Start) -> None:
     assert keepers.parents_of(kept.pid) == (os.getpid(),)
     keepers.look([])
     assert keepers.of(kept.pid) == keepers.parents_of(kept.pid) == ()
+    assert keepers._thread
+    keepers._thread.join(20)
+    assert not keepers._thread.is_alive()
+    keepers.look([Held(kept.pid, (here(),))])
+    assert keepers._thread.is_alive(), "it runs again for other orphans"
+    keepers.look([])
 
 
 # -- reports
