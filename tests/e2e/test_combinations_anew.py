@@ -160,7 +160,7 @@ def detached(host: Host) -> None:
     assert not is_tenant(by_hand)
     fgpu("set", by_hand.path, "--memory", f"{LIMIT}B", "--device", "0")
     for name, one in host.held().items():
-        assert_counted(name, one, extra[name])
+        assert_limited_again(name, one, extra[name])
     eventually(lambda: orphaned.memory()["limit_bytes"] == LIMIT, 10, "the limit of the tenant with orphaned memory")
     assert orphaned.memory()["used_bytes"] == 0
     for pid in orphaned.pids():
@@ -180,22 +180,25 @@ def unlimited(one: Held) -> dict[int, int]:
     return found
 
 
-def assert_counted(name: str, one: Held, extra: dict[int, int]) -> None:
-    """Check that a program that ran across the detach is charged and never refused, and that its tenant is `counted`.
+def assert_limited_again(name: str, one: Held, extra: dict[int, int]) -> None:
+    """Check that a program that ran across the detach is charged, and has its limit from its next initialisation on.
 
-    A program that starts afterwards gets nothing beyond the limit.
+    Until then it is not refused. Its tenant is `counted` because it has allocated meanwhile. A program that starts gets
+    nothing beyond the limit.
     """
     beyond = {device: bytes_ + STEP for device, bytes_ in one.bytes.items()}
     eventually(lambda: one.ledger() == beyond, 10, f"{name}: the charge of the held memory")
-    for device in one.bytes:
-        one.client.ok(f"device {device}")
-        (at,) = one.client.ok(f"alloc {STEP}")
-        eventually(lambda device=device: one.ledger()[device] == beyond[device] + STEP, 5, f"{name}: more is charged")
-        for address in (at, extra[device]):
-            one.client.ok(f"free {address}")
-    eventually(lambda: one.ledger() == one.bytes == one.tenant.driver_by_device(), 5, f"{name}: released")
+    last = list(one.bytes)[-1]
+    (at,) = one.client.ok(f"alloc {STEP}")
+    eventually(lambda: one.ledger()[last] == beyond[last] + STEP, 5, f"{name}: more is charged")
+    one.client.ok(f"free {at}")
     eventually(lambda: one.tenant.view()["enforcement"] == "counted", 5, f"{name} is counted")
     assert one.tenant.view()["bypassing"] == {"no_admission": 1}
+    for device in one.bytes:
+        one.client.ok(f"device {device}")
+        assert one.client.do(f"alloc {STEP}") == REFUSED, name
+        one.client.ok(f"free {extra[device]}")
+    eventually(lambda: one.ledger() == one.bytes == one.tenant.driver_by_device(), 5, f"{name}: released")
     new = one.tenant.client()
     assert new.do("context") == REFUSED, name
     new.close()
