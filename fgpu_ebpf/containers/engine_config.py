@@ -345,14 +345,13 @@ def _in_front_of(real: str, engine: str, helper: Path) -> tuple[Path, dict[str, 
     Args:
         real: the name or the path of the runtime that the helper runs.
         engine: the name of the engine, for names of links.
-        helper: the path of `fgpu-oci`.
+        helper: the path of `fgpu-oci`. Raises SetupError if `real` is such a link already: it would run itself.
     """
-    if "/" not in real:
-        link = helper.with_name(f"fgpu-runtime-{real}")  # the helper finds `real` on the engine's PATH
-        return link, {link.name: helper.name}
-    name = f"{engine}-{Path(real).name}"
+    if Path(real).parent == helper.parent:
+        raise SetupError(f"{real} is fgpu's, without its mark: write the path of the real runtime there, and try again")
+    name = f"{engine}-{Path(real).name}" if "/" in real else real  # the helper finds a name on the engine's PATH
     link = helper.with_name(f"fgpu-runtime-{name}")
-    return link, {link.name: helper.name, f"{RUNTIMES}/{name}": real}
+    return link, {link.name: helper.name} | ({f"{RUNTIMES}/{name}": real} if "/" in real else {})
 
 
 def _others(of: Settings, *places: Path | str) -> Iterator[dict[str, Any]]:

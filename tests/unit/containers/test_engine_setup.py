@@ -453,6 +453,18 @@ def drop_in(name: str, tmp_path: Path, **others: str) -> Engine:
     return found
 
 
+def test_a_file_of_containerd_that_was_rewritten_without_comments_is_refused(tmp_path, helper):
+    """fgpu in front of its own link would run itself."""
+    found, state = engine("containerd", tmp_path, CONTAINERD), tmp_path / "x.json"
+    set_up(found, helper, state)
+    lines = [line.partition(" # fgpu")[0] for line in (read(found) or "").splitlines()]
+    rewritten = "\n".join(lines) + "\n"
+    found.file.write_text(rewritten)
+    with pytest.raises(SetupError, match="write the path of the real runtime there"):
+        set_up(found, helper, state)
+    assert read(found) == rewritten
+
+
 def test_podman_gets_its_own_folder_of_hooks(tmp_path, helper):
     """Buildah and CRI-O would refuse all hooks of a folder if one has a stage that only Podman has."""
     found = drop_in("podman", tmp_path)
