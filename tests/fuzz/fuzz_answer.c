@@ -52,6 +52,8 @@ int fgpu_standalone_device(const uint8_t wanted[16]) { return (void)wanted, -1; 
     type name(__VA_ARGS__) { __builtin_trap(); }
 __thread bool fgpu_calls_second;
 _Atomic bool fgpu_contexts_ended;
+NEVER(struct fgpu_asked, fgpu_announce, void)
+NEVER(void, fgpu_arrive, struct fgpu_asked)
 NEVER(bool, fgpu_current_is_gone, void)
 NEVER(bool, fgpu_has_orphans, struct fgpu_view, int)
 NEVER(struct fgpu_view, fgpu_glance, void)
