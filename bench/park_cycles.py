@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import collections
-import contextlib
 import random
 import re
 import subprocess
@@ -23,12 +22,11 @@ import threading
 import time
 from pathlib import Path
 
+from bench.gpu.check import host
 from bench.gpu.claims import PYTHON, say
 from tests.e2e.parking_kit import parking, state
 from tests.support.commands import fgpu
 from tests.support.host import GIB
-from tests.support.place import Place
-from tests.support.service import Service
 from tests.support.tenant import Program, Tenant
 from tests.support.wait import eventually
 
@@ -104,29 +102,32 @@ class Cycles(threading.Thread):
     """The thread of one tenant, which parks it and lets it wake until the time is over.
 
     Args:
-        until: the end, in seconds of the monotonic clock.
+        kind: a key of FRAMEWORKS.
+        seconds: the time from the thread's start until its end.
         by_hand: the tenant is woken by `fgpu wake` before each call.
     """
 
-    def __init__(self, tenant: Tenant, kind: str, until: float, seed: int, by_hand: bool) -> None:
+    def __init__(self, tenant: Tenant, kind: str, seconds: float, seed: int, by_hand: bool) -> None:
         super().__init__(daemon=True)
-        self._tenant, self._until, self._random, self._by_hand = tenant, until, random.Random(seed), by_hand
+        self._tenant, self._seconds, self._random, self._by_hand = tenant, seconds, random.Random(seed), by_hand
         script = tenant.folder / f"{kind}_.py"
         script.write_text(BEGIN + FRAMEWORKS[kind] + END)
         self._program = Program(tenant, kind, f"{PYTHON} {script}")
         tenant._programs.append(self._program)
+        self._number = 0  # of the program's next check
         self.kind, self.cycles, self.fault = kind, 0, ""
         self.refusals = collections.Counter[str]()
         self.waits: list[float] = []
 
-    def begins(self) -> bool:
-        """Return whether the program runs. The others must run before its first cycle."""
+    def is_ready(self) -> bool:
+        """Wait until the program has its data. Return False if it does not get that far."""
         return self._program.receive(180) == "ready"
 
     def run(self) -> None:
         """Repeat cycles. An error ends them, and is kept in `fault`."""
+        until = time.monotonic() + self._seconds
         try:
-            while time.monotonic() < self._until and not self.fault:
+            while time.monotonic() < until and not self.fault:
                 self._cycle()
         except (AssertionError, OSError, subprocess.SubprocessError) as error:
             self.fault = f"{type(error).__name__}: {error}"
@@ -151,8 +152,6 @@ class Cycles(threading.Thread):
         self._number += 1
         time.sleep(self._random.random() * 0.2)
 
-    _number = 0
-
 
 def _resident_mib(pid: int) -> int:
     return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * 4 // 1024
@@ -164,26 +163,17 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=240)
     parser.add_argument("--seed", type=int, default=1)
     options = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
-        work = Path(folder)
-        service, place = Service(work), Place(work, "--pidns")
-        fgpu("detach", "--yes", check=False)
-        service.start_agent()
-        stack.callback(service.stop)
-        stack.callback(place.close)
-        stack.enter_context(parking(service, work))
+    with host() as (service, place), tempfile.TemporaryDirectory() as folder, parking(service, Path(folder)):
         kinds = [kind for kind in FRAMEWORKS if kind == "driver" or not _lacks(kind)]
         tenants = [place.tenant(LIMIT) for _ in range(8)]
-        until = time.monotonic() + 60 + options.seconds
         all_ = [
-            Cycles(tenant, kinds[n % len(kinds)], until, options.seed + n, n % 4 == 3)
+            Cycles(tenant, kinds[n % len(kinds)], options.seconds, options.seed + n, n % 4 == 3)
             for n, tenant in enumerate(tenants)
         ]
-        assert all(each.begins() for each in all_)
+        assert all(each.is_ready() for each in all_), "a program did not begin"
         assert service.agent
         before_mib, began = _resident_mib(service.agent.pid), time.monotonic()
         for each in all_:
-            each._until = began + options.seconds
             each.start()
         for each in all_:
             each.join(options.seconds + 300)

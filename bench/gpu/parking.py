@@ -196,7 +196,8 @@ def sizes(service: Service, place: Place) -> None:
             _size(one, Path(folder), gib)
 
 
-def _runs_of_parks(tenants: dict[str, Tenant]) -> dict[str, int]:
+def _parks(tenants: dict[str, Tenant]) -> dict[str, int]:
+    """Return how often each tenant was parked."""
     return {name: tenant.view()["parking"]["parks"] for name, tenant in tenants.items()}
 
 
@@ -253,11 +254,11 @@ def idle(service: Service, place: Place) -> None:
         print(fgpu("status").stdout, fgpu("explain", notebook.path).stdout)
         need(state(notebook) == "parked", "the notebook is parked")
         need(before - nvml.bytes_in_use() > HELD * GIB, "the device has its memory free")
-        need(_runs_of_parks(tenants) == {"notebook": 1, "kernel": 0, "waits": 0, "rare": 0}, "no other is parked")
+        need(_parks(tenants) == {"notebook": 1, "kernel": 0, "waits": 0, "rare": 0}, "no other is parked")
         began = time.monotonic()
         need(programs["notebook"].do("intact()"), "a call wakes it with its data")
         say("woken_after", f"{time.monotonic() - began:.2f}", "s")
-        eventually(lambda: _runs_of_parks(tenants)["rare"] == 1, 60, "the program is parked that launches no longer")
+        eventually(lambda: _parks(tenants)["rare"] == 1, 60, "the program is parked that launches no longer")
         need(programs["rare"].do("intact()"), "it is woken with its data")
-        need(_runs_of_parks(tenants)["kernel"] == _runs_of_parks(tenants)["waits"] == 0, "long kernels are not parked")
+        need(_parks(tenants)["kernel"] == _parks(tenants)["waits"] == 0, "long kernels are not parked")
         print(fgpu("status").stdout)

@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import re
 import time
-from collections import defaultdict
 from collections.abc import Callable, Mapping, MutableMapping
 from dataclasses import dataclass, replace
 
 from fgpu_ebpf.agent.idle_tenants import Idleness, Look
 from fgpu_ebpf.agent.nvml_reconcile import STALE_SECONDS, Truth
-from fgpu_ebpf.agent.parkable import devices_of
+from fgpu_ebpf.agent.parkable import by_tenant, devices_of
 from fgpu_ebpf.agent.parked_tenant import Errand
 from fgpu_ebpf.agent.parking import Parking, ParkingError
 from fgpu_ebpf.check import Check
@@ -73,10 +72,7 @@ class IdleParking:
         self._end_attempts(now)
         if not tenants or not self._parking.parkable.is_on:
             return
-        processes: defaultdict[int, dict[int, Process]] = defaultdict(dict)
-        for pid, process in self._ledger.processes().items():
-            if process.levels and process.levels[0] in tenants:
-                processes[process.levels[0]][pid] = process
+        processes = by_tenant(self._ledger)
         looks = {cgroup: self._look_at(now, tenant, processes[cgroup]) for cgroup, tenant in tenants.items()}
         for cgroup in self._idleness.look(now, looks):
             self.begin(now, tenants[cgroup], processes[cgroup])

@@ -8,7 +8,6 @@ claim, which the wake-ups of others leave free (`parked_tenant.coming_to`). Only
 from __future__ import annotations
 
 import time
-from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
@@ -16,6 +15,7 @@ from pathlib import Path
 
 from fgpu_ebpf.agent import parker_client
 from fgpu_ebpf.agent.idle_parking import IdleParking
+from fgpu_ebpf.agent.parkable import by_tenant
 from fgpu_ebpf.agent.parked_tenant import ParkedTenant, Phase, full_level, needs_of, outdated
 from fgpu_ebpf.agent.parking import Parking
 from fgpu_ebpf.ledger.process_entry import Process
@@ -128,15 +128,11 @@ class RoomMaker:
         return self._seen[devices][1]
 
     def _look(self, now: float, devices: frozenset[int]) -> Iterator[Holder]:
-        processes: defaultdict[int, dict[int, Process]] = defaultdict(dict)
-        for pid, process in self._ledger.processes().items():
-            if process.levels:
-                processes[process.levels[0]][pid] = process
-        for cgroup, own in processes.items():
+        for cgroup, own in by_tenant(self._ledger).items():
             is_on = any(process.bytes[device] for process in own.values() for device in devices)
             if is_on and (tenant := self._enforcer.get(cgroup)):
                 is_away = self._parking.is_away(cgroup)
-                why = "is parked or being woken" if is_away else self._idle.hindrance(now, tenant, own)
+                why = "is parked" if is_away else self._idle.hindrance(now, tenant, own)
                 yield Holder(tenant, own, why, self._idle.idle_seconds(now, tenant))
 
     def _park(self, holder: Holder, waiting: ParkedTenant) -> bool:

@@ -6,6 +6,7 @@ frozen, and a copy for which the host has no room. This module runs in the agent
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -79,6 +80,15 @@ class Parkable:
                 has = "an unknown number of bytes" if free is None else memory_text(free)
                 return f"gpu {device} has {has} free, and {memory_text(needed)} are needed"
         return ""
+
+
+def by_tenant(ledger: Ledger) -> defaultdict[int, dict[int, Process]]:
+    """Return all processes of the ledger by pid, by the cgroup of their tenant."""
+    found: defaultdict[int, dict[int, Process]] = defaultdict(dict)
+    for pid, process in ledger.processes().items():
+        for cgroup in process.levels[:1]:
+            found[cgroup][pid] = process
+    return found
 
 
 def devices_of(process: Process) -> list[int]:

@@ -112,7 +112,7 @@ def _before(engine: Engine, now: str | None, kept: dict[str, Any]) -> str | None
         SetupError: the file has only fgpu's settings, and has changed since the setup.
     """
     before: str | None = kept["before"]
-    if now in (kept["after"], kept["had"]):  # `had`: the setup was interrupted before it wrote the file
+    if now in (kept["after"], kept.get("had", kept["after"])):  # the setup was interrupted before it wrote the file
         return before
     if not now:
         return now
@@ -143,10 +143,10 @@ def _put_beside(helper: Path, wanted: Wanted) -> None:
 def _kept(state: Path) -> dict[str, Any]:
     """Return the stored state.
 
-    `before`, `had` and `after` are texts of the file: without fgpu, when set_up() began, and as set_up() writes it.
-    `made`: the folders that set_up() has created, innermost first.
+    `before`, `had` and `after` are texts of the file: without fgpu, when set_up() began, and as set_up() writes it. The
+    states of earlier versions have no `had`. `made`: the folders that set_up() has created, innermost first.
     """
-    nothing: dict[str, Any] = {"file": str(state), "before": None, "had": None, "after": None, "made": []}
+    nothing: dict[str, Any] = {"file": str(state), "before": None, "after": None, "made": []}
     try:
         return {**nothing, **json.loads(state.read_text(encoding="utf-8"))}
     except (FileNotFoundError, ValueError):

@@ -80,7 +80,7 @@ class ControlMemory:
 
     def close(self) -> None:
         """Close the descriptor and unmap the page. A view that still exists keeps the mapping until it is deleted."""
-        os.close(self.descriptor)
+        self.leave()
         memory = self._map
         del self.page, self._map
         _unmap(memory)

@@ -11,7 +11,7 @@ import contextlib
 import ctypes
 import os
 import struct
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import TypeAlias
@@ -90,8 +90,7 @@ class ComputeMaps:
 
     def turn(self, level: int, device: int) -> TurnCounts | None:
         """Return the counters of a level's share of a device; None: the map has no counters of this share."""
-        raw = bpf.lookup(self._maps["turns"], _KEY.pack(level, device), _TURN.size)
-        return _counts(raw) if raw and any(raw) else None
+        return _counts(bpf.lookup(self._maps["turns"], _KEY.pack(level, device), _TURN.size))
 
     def shared(self) -> Collection[Key]:
         """Return the keys of all shares, from a cache. Only the agent may call this method.
@@ -144,11 +143,12 @@ class ComputeMaps:
     def turns(self) -> dict[Key, TurnCounts]:
         """Return the counters of all shares that have any, by level and device."""
         turns, shared = self._maps["turns"], self.shared()
+        found: Iterable[tuple[Key, TurnCounts | None]]
         if len(shared) > FEW:
-            found = ((_KEY.unpack(key), value) for key, value in bpf.items(turns, _KEY.size, _TURN.size))
-            return {key: _counts(value) for key, value in found if key in shared and any(value)}
-        looked_up = ((key, bpf.lookup(turns, _KEY.pack(*key), _TURN.size)) for key in shared)
-        return {key: _counts(value) for key, value in looked_up if value and any(value)}
+            found = ((_KEY.unpack(key), _counts(raw)) for key, raw in bpf.items(turns, _KEY.size, _TURN.size))
+        else:
+            found = ((key, self.turn(*key)) for key in shared)
+        return {key: counts for key, counts in found if counts and key in shared}
 
     def take_ended(self) -> dict[Key, TurnCounts]:
         """Return the last counters of the shares that this object has removed since the last call."""
@@ -196,5 +196,6 @@ class ComputeMaps:
         return self._maps.get("ran")
 
 
-def _counts(raw: bytes) -> TurnCounts:
-    return TurnCounts(*_TURN.unpack(raw))
+def _counts(raw: bytes | None) -> TurnCounts | None:
+    """Return the counters in an entry of `turns`; None: the gatekeeper has written none so far."""
+    return TurnCounts(*_TURN.unpack(raw)) if raw and any(raw) else None

@@ -1,4 +1,4 @@
-"""Tenants whose limits exceed the device use it in turn (`overcommit: park`): idle ones are parked for others.
+"""Tenants with limits that exceed the device use it in turn (`overcommit: park`): idle tenants are parked for others.
 
 The tests of this file run on a device of 2 GiB, which holds one of their tenants at a time.
 """

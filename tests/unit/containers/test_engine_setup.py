@@ -575,12 +575,17 @@ def test_crio_settings_without_a_usable_default_runtime_are_refused(text, why, t
     assert not (tmp_path / "x.json").exists()
 
 
-@pytest.mark.parametrize("name", ["podman", "crio", "k3s"])
-def test_a_changed_file_of_fgpu_is_named_and_kept(name, tmp_path, helper):
-    found, state = drop_in(name, tmp_path, **{"10-crio": CRIO}), tmp_path / "x.json"
+@pytest.fixture(params=["podman", "crio", "k3s"])
+def own(request, tmp_path, helper):
+    """Return an engine with a file that has only fgpu's text, the state of its setup, and that text."""
+    found, state = drop_in(request.param, tmp_path, **{"10-crio": CRIO}), tmp_path / "x.json"
     found = replace(found.more, file=found.file) if found.more else found
     set_up(found, helper, state)
-    ours = read(found) or ""
+    return found, state, read(found)
+
+
+def test_a_changed_file_of_fgpu_is_named_and_kept(own, helper):
+    found, state, ours = own
     found.file.write_text(f"{ours}# more\n")
     for change in (lambda: set_up(found, helper, state), lambda: undo(found, state), lambda: undo(found, state)):
         with pytest.raises(SetupError, match=f"{found.file} has changed since"):
@@ -591,17 +596,25 @@ def test_a_changed_file_of_fgpu_is_named_and_kept(name, tmp_path, helper):
     assert not found.file.exists()
 
 
-@pytest.mark.parametrize("name", ["podman", "crio", "k3s"])
-def test_an_unchanged_file_of_an_earlier_version_of_fgpu_is_replaced(name, tmp_path, helper):
-    found, state = drop_in(name, tmp_path, **{"10-crio": CRIO}), tmp_path / "x.json"
-    found = replace(found.more, file=found.file) if found.more else found
-    set_up(found, helper, state)
-    ours = read(found) or ""
+def test_an_unchanged_file_of_an_earlier_version_of_fgpu_is_replaced(own, helper):
+    found, state, ours = own
     found.file.write_text(f"{ours}# earlier\n")
     state.write_text(json.dumps({**json.loads(state.read_text()), "after": f"{ours}# earlier\n"}))
     assert set_up(found, helper, state)
     assert read(found) == ours
     assert undo(found, state)
+    assert not found.file.exists()
+
+
+def test_settings_that_were_removed_since_are_not_written_again_by_undo(tmp_path, helper):
+    """The states of earlier versions do not have the text with which a setup began."""
+    found, state = engine("docker", tmp_path, '{"debug": true}'), tmp_path / "x.json"
+    set_up(found, helper, state)
+    kept = json.loads(state.read_text())
+    del kept["had"]
+    state.write_text(json.dumps(kept))
+    found.file.unlink()
+    assert not undo(found, state)
     assert not found.file.exists()
 
 
