@@ -201,11 +201,19 @@ def test_an_address_in_use_is_reported_and_each_attempt_closes_its_descriptors(s
 
 
 def test_a_host_name_is_refused_without_asking_a_name_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    flags, resolve = [], socket.getaddrinfo
+
+    def recorded(*words: Any, **names: Any) -> Any:
+        flags.append(names["flags"])
+        return resolve(*words, **names)
+
+    monkeypatch.setattr(http_server.socket, "getaddrinfo", recorded)
     with pytest.raises(socket.gaierror):
         HttpServer("gpu1.example", 0, app)
     one = HttpServer("localhost", 0, app)
     assert one.server_address[0] == "127.0.0.1"
     one.server_close()
+    assert all(each & socket.AI_NUMERICHOST for each in flags)
 
 
 def test_the_server_supports_an_ipv6_address() -> None:

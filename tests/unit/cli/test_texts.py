@@ -167,6 +167,12 @@ def log(*events: tuple[int, float, str]) -> Callable[[dict[str, Any]], dict[str,
     return lambda asked: {"events": [row for row in rows if row["number"] > asked["since"]], "last": last}
 
 
+def test_events_of_a_cgroup_with_a_name_that_is_not_utf_8_are_printed(tmp_path: Path) -> None:
+    with agent(tmp_path, events=log((1, 30, "/\udcff"))):
+        done = fgpu(tmp_path, "events")
+    assert (done.exit_code, "/\\udcff" in done.stdout) == (0, True)
+
+
 def test_events_selects_by_time_and_tenant_and_refuses_unknown_values(tmp_path: Path) -> None:
     with agent(tmp_path, events=log((1, 900, "alice"), (2, 30, "bob"), (3, 20, "alice")), snapshot=tenants("carol")):
 
