@@ -250,6 +250,7 @@ def test_a_wake_up_with_a_killed_process_is_completed(
     assert parker.result("park", target.pid) == {"result": "parked"}
     connection = begin_hanging(machine, parker, call, "wake", target)
     worker = parker.worker()
+    os.kill(worker, signal.SIGSTOP)  # otherwise it could go on and end
     order(machine, "reset")  # the recovery must not hang too
     os.kill(worker, signal.SIGKILL)
     reply = connection.replies()[-1]
