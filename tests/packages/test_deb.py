@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -84,6 +85,22 @@ def test_install_enforce_purge_takes_two_commands_and_leaves_nothing(
     assert Path("/proc/mounts").read_text() == mounts
 
 
+@contextlib.contextmanager
+def in_mounts(host: fresh_host.Host, script: str) -> Iterator[None]:
+    """Run a script of mounts in a mount namespace of its own, which exists until the end of the block."""
+    words = ["unshare", "--mount", "sh", "-ec", f"{script}\necho mounted\nexec sleep 600"]
+    with subprocess.Popen(host.command(*words), env=host.environment, text=True, stdout=subprocess.PIPE) as process:
+        try:
+            assert process.stdout
+            assert process.stdout.readline() == "mounted\n"
+            yield
+        finally:
+            process.kill()
+
+
+ELSEWHERE = "mount -t tmpfs elsewhere /run/fgpu\nmkdir /run/fgpu/shim\nmount --bind /run/fgpu/shim /run/fgpu/shim"
+
+
 def test_a_purge_removes_the_state_of_a_dead_agent(host: fresh_host.Host, deb: Path, tmp_path: Path) -> None:
     before = fresh_host.listing(host.root)
     host.install(deb)
@@ -93,9 +110,25 @@ def test_a_purge_removes_the_state_of_a_dead_agent(host: fresh_host.Host, deb: P
     host.agent.wait(60)
     assert host.pins()
     (host.root / "usr/bin/fgpu").write_text("#!/bin/sh\nexit 1\n")  # the purge works without its own command
-    said = host.apt("purge", "fgpu")
+    with in_mounts(host, ELSEWHERE):  # a container of a host inside this one has another host's folder
+        said = host.apt("purge", "fgpu")
     assert "detach failed: the removal goes on and deletes the limits in /sys/fs/bpf/fgpu" in said.stdout + said.stderr
     assert_nothing_left(host, before)
+
+
+@pytest.mark.parametrize("place", ["/run/fgpu/shim", "/var/lib/fgpu/run"])
+def test_a_purge_keeps_the_folder_that_a_container_has(host: fresh_host.Host, deb: Path, place: str) -> None:
+    host.install(deb)
+    folder = host.root / "run/fgpu/shim"
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in ("agent.lock", "shim/shim.sock"):
+        (host.root / "run/fgpu" / name).touch()
+    with in_mounts(host, f"mkdir -p {place}\nmount --bind /run/fgpu/shim {place}"):
+        host.apt("purge", "fgpu")
+    assert list((host.root / "run/fgpu").iterdir()) == [folder]
+    assert not list(folder.iterdir())
+    assert folder.stat().st_mode & 0o7777 == 0o1755, "programs wait for an agent"
+    folder.rmdir()
 
 
 def test_the_package_stays_while_a_tenant_is_parked(host: fresh_host.Host, deb: Path) -> None:
