@@ -155,6 +155,19 @@ static int given_back(struct fgpu_process *p, u64 id, u64 ticket)
     return 0;
 }
 
+/* Return the part of released pool bytes that is charged. If the process did not use all bytes of its pools, the last
+ * correction has lowered the overhead below the size of the contexts by the unused bytes: these are released first, and
+ * they become overhead again. */
+static u64 charged_part(struct fgpu_process *p, u32 device, u64 bytes)
+{
+    u64 *known = contexts.lookup(&device);
+    s64 unused = known ? (s64)(*known * on(p, device)->contexts) - on(p, device)->overhead : 0;
+    if (unused <= 0) return bytes;
+    if (unused > bytes) unused = bytes;
+    add_overhead(p, device, unused);
+    return bytes - unused;
+}
+
 /* Release bytes of pools, at most as many as the process has. */
 int give_back(struct pt_regs *ctx)
 {
@@ -171,6 +184,7 @@ int give_back(struct pt_regs *ctx)
         u64 was = *(volatile u64 *)&on(p, device)->pool, less = bytes < was ? bytes : was;
         if (__sync_val_compare_and_swap(&on(p, device)->pool, was, was - less) != was) continue;
         if (less < bytes) anomaly(FGPU_ANOMALY_RELEASE);
+        less = charged_part(p, device, less);
         if (p->flags & (FGPU_SEEN_POOL_EXPORT | FGPU_SEEN_EXPORT))
             orphan_part(p, tgid, device, less); /* an importer may have the memory open */
         else

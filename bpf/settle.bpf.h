@@ -81,6 +81,17 @@ static void tally_witnessed(struct fgpu_process *p, u32 device, u64 bytes)
     if (page) __sync_fetch_and_add(&page->tallies[slot(device)].witnessed, bytes);
 }
 
+/* Make handles, pools and overhead add up to the charge again, after the last context has ended. If the process did not
+ * use all bytes of its pools, the charge may be smaller than handles and pools: then the unused bytes leave the pools,
+ * so that the process cannot release them a second time, from the charge of its handles. */
+static void drop_unused(struct fgpu_process *p, u32 device, u64 left)
+{
+    struct fgpu_holding *has = on(p, device);
+    u64 pool = has->pool, handles = has->vmm, most = left > handles ? left - handles : 0;
+    if (pool > most && __sync_val_compare_and_swap(&has->pool, pool, most) == pool) pool = most;
+    if (left < handles + pool) add_overhead(p, device, left - handles - pool);
+}
+
 /* The last context of a device was destroyed, with all memory of the device's contexts. Handles and pools remain, and
  * so does memory that other processes may have open. */
 static u64 end_last_context(struct fgpu_process *p, u32 device, struct outcome *out)
@@ -93,6 +104,7 @@ static u64 end_last_context(struct fgpu_process *p, u32 device, struct outcome *
     has->managed = 0;
     has->era++;
     free_managed(p, device, managed);
+    if (bytes < kept) drop_unused(p, device, bytes);
     bytes = bytes > kept ? bytes - kept : 0;
     if (open > bytes) open = bytes;
     out->orphaned = open;

@@ -181,7 +181,10 @@ class Life:
     def give_back(self, bytes_: int) -> int:
         """Release pool bytes."""
         some = min(bytes_, self.pool)
+        unused = min(some, max(0, self.contexts * CONTEXT - self.overhead))
         self.pool -= some
+        self.overhead += unused
+        some -= unused
         return some if self.exports_pools or self.frees_nothing else 0
 
     # -- contexts
@@ -226,7 +229,8 @@ class Life:
         lost = self.bytes() - self.vmm - self.pool
         exported = sum(e.bytes for e in self.there() if e.exported)
         self.managed_freed += self.managed
-        self.overhead = self.loose_managed = 0
+        unused = max(0, -lost)
+        self.overhead, self.loose_managed, self.pool = -max(0, unused - self.pool), 0, max(0, self.pool - unused)
         for entry in self.pointers.values():
             entry.gone = True
-        return min(lost, self.bytes() + lost if self.frees_nothing else exported)
+        return max(0, min(lost, self.bytes() + lost if self.frees_nothing else exported))

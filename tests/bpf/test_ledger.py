@@ -649,6 +649,40 @@ def test_overhead_is_set_and_released(kernel, level, client):
     assert level.used == 0
 
 
+def test_unused_pool_bytes_are_released_once(kernel, level, client):
+    """NVML shows the context alone, so the charge of context and pool is that of the context."""
+    level.limit(4096 * MIB)
+    client("retain()")
+    client(f"admit({600 * MIB}, kind={int(POOL)})")
+    assert_corrected(kernel, client, CONTEXT - 100 * MIB)
+    used = level.used
+    client(f"give_back({60 * MIB})")
+    assert level.used == used, "60 of the 100 MiB that were never charged"
+    client(f"give_back({60 * MIB})")
+    assert level.used == used - 20 * MIB
+    assert client.entry(kernel).overhead[0] == CONTEXT
+    client(f"give_back({480 * MIB})")
+    assert level.used == CONTEXT
+
+
+@pytest.mark.parametrize(("held", "pool"), [(700, 444), (200, 0)])
+def test_unused_pool_bytes_are_not_released_from_handles(kernel, level, client, held, pool):
+    """The last correction found `held` MiB, 256 MiB of them in a handle."""
+    level.limit(4096 * MIB)
+    client("retain()")
+    client(f"create(7, {256 * MIB})")
+    client(f"admit({768 * MIB}, kind={int(POOL)})")
+    assert_corrected(kernel, client, (held - 256 - 768) * MIB)
+    client("primary_release()")
+    entry = client.entry(kernel)
+    assert (level.used, entry.pool[0]) == (held * MIB, pool * MIB)
+    assert entry.overhead[0] == min(0, held - 256) * MIB
+    client(f"give_back({768 * MIB})")
+    assert level.used == min(held, 256) * MIB
+    client("release(7)")
+    assert level.used == 0
+
+
 def test_overhead_is_refused_if_the_process_has_changed_since(kernel, level, client):
     client(f"admit({4 * MIB})")
     p = client.entry(kernel)

@@ -492,10 +492,14 @@ class States(RuleBasedStateMachine):
         self.limits[level] = bytes_
 
     @precondition(lambda self: self.programs)
-    @rule(which=programs, size=sizes)
-    def correct(self, which: int, size: int) -> None:
-        """Correct the overhead, which only NVML shows. The kernel refuses that during a call."""
+    @rule(which=programs, size=sizes, is_below=st.booleans())
+    def correct(self, which: int, size: int, is_below: bool) -> None:
+        """Correct the overhead, which only NVML shows. The kernel refuses that during a call.
+
+        `is_below`: the program does not use as many bytes of its pools.
+        """
         program = self.some(which)
+        size = -min(size, program.life.pool) if is_below else size
         process = program.client.entry(self.kernel)
         if not process:
             return
