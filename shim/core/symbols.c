@@ -68,8 +68,10 @@ __attribute__((constructor)) void fgpu_resolve_dlsym(void)
     if (dlvsym) {
         dl_close = dlclose;
         dl_error = dlerror;
-        found = dlvsym(RTLD_NEXT, "dlsym", "GLIBC_2.34");
-        if (!found) found = dlvsym(RTLD_NEXT, "dlsym", OLDEST);
+        /* The oldest version is in every glibc. A lookup that fails calls malloc, which may be another library's, and
+         * that may call dlsym to find the next one. */
+        found = dlvsym(RTLD_NEXT, "dlsym", OLDEST);
+        if (!found) found = dlvsym(RTLD_NEXT, "dlsym", "GLIBC_2.34");
         if (!found) return;
         fgpu_real_dlopen = ((__typeof__(fgpu_real_dlsym))found)(RTLD_NEXT, "dlopen");
     } else if (__libc_dlopen_mode && __libc_dlsym) {
@@ -84,16 +86,18 @@ __attribute__((constructor)) void fgpu_resolve_dlsym(void)
 }
 
 /* Find a function in the loaded library of the expected name. Never load the library: a program that runs without a
- * driver must still run without one. */
-void *fgpu_find(enum fgpu_name at)
+ * driver must still run without one. A library with the function stays open, because the caller keeps the address. */
+void *fgpu_find(enum fgpu_name at, bool *is_loaded)
 {
+    *is_loaded = false;
     if (!fgpu_real_dlsym) fgpu_resolve_dlsym();
     if (!fgpu_real_dlsym) return NULL;
     void *found = NULL;
     void *library = fgpu_real_dlopen(fgpu_file_of(at), RTLD_LAZY | RTLD_NOLOAD);
     if (library) {
+        *is_loaded = true;
         found = fgpu_real_dlsym(library, fgpu_name_of(at));
-        dl_close(library);
+        if (!found) dl_close(library);
     }
     return found;
 }

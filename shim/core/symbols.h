@@ -30,7 +30,7 @@ HIDDEN enum fgpu_name fgpu_name_at(const char *name); /* FGPU_NAMES: in no table
 extern HIDDEN void *(*fgpu_real_dlsym)(void *, const char *);
 extern HIDDEN void *(*fgpu_real_dlopen)(const char *, int);
 HIDDEN void fgpu_resolve_dlsym(void);
-HIDDEN void *fgpu_find(enum fgpu_name at); /* in the loaded library of the expected name; NULL: it is not there */
+HIDDEN void *fgpu_find(enum fgpu_name at, bool *is_loaded); /* in the library of the expected name, if it is loaded */
 HIDDEN void *fgpu_symbol(void *library, enum fgpu_name at);
 HIDDEN const char *fgpu_file_of(enum fgpu_name at); /* the expected name of its library */
 HIDDEN void *fgpu_open_loaded(const char *path);    /* NULL: it is not loaded */

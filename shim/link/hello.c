@@ -131,26 +131,28 @@ static bool socket_here(const struct place *at)
     return !syscall(SYS_newfstatat, AT_FDCWD, at->folder, &status, AT_SYMLINK_NOFOLLOW) && !status.st_nlink;
 }
 
-/* Return whether an agent has put the shim into this process: the file or the list that preloads it is a mount, and its
- * code has probes. Then a folder that is not the agent's does not mean a host without an agent: either a mount hides
- * the agent's folder, or the folder was moved. */
+/* Return whether an agent has put the shim into this process: its code has probes, and the file or the list that
+ * preloads it is a mount, or out of reach in a chroot. Then a folder that is not the agent's does not mean a host
+ * without an agent: a mount or the chroot hides the agent's folder, or the folder was moved. */
 bool fgpu_is_hidden(void)
 {
     const uint32_t *code = (const uint32_t *)(uintptr_t)fgpu_admit_here;
     if ((__atomic_load_n(code, __ATOMIC_RELAXED) & CODE_BITS) == NOP) return false;
-    if (!is_mount("/etc/ld.so.preload") && !is_mount("/var/lib/fgpu/shim/current/libfgpu.so")) return false;
+    bool is_injected = is_mount("/etc/ld.so.preload") || is_mount("/var/lib/fgpu/shim/current/libfgpu.so");
+    if (!is_injected && is_mount("/")) return false; /* else a chroot */
     fgpu_silence = "fgpu: /run/fgpu/shim is hidden from this program: device memory is refused\n";
     return true;
 }
 
 /* Write a message to stderr. stderr may be a pipe without a reader (SIGPIPE), a full pipe (the write would block), or
- * another file of the program by now. */
+ * another file of the program by now, such as a data file that it opened after it had closed descriptors 0 to 2. */
 void fgpu_say(const char *text)
 {
     struct stat status;
     struct pollfd ready = {.fd = 2, .events = POLLOUT};
     struct timespec none = {0, 0};
     if (syscall(SYS_fstat, 2, &status) || S_ISSOCK(status.st_mode) || S_ISBLK(status.st_mode)) return;
+    if (S_ISREG(status.st_mode) && (syscall(SYS_fcntl, 2, F_GETFL) & (O_ACCMODE | O_APPEND)) == O_RDWR) return;
     if (syscall(SYS_ppoll, &ready, 1, &none, NULL, 0) == 1 && ready.revents == POLLOUT)
         syscall(SYS_write, 2, text, strlen(text));
 }
@@ -163,7 +165,11 @@ static bool wait_for(int socket, uint64_t deadline)
         struct timespec left = {(time_t)((deadline - now) / 1000000000), (long)((deadline - now) % 1000000000)};
         long ready = syscall(SYS_ppoll, &event, 1, &left, NULL, 0);
         if (ready > 0) return true;
-        if (ready < 0 && errno != EINTR) return false;
+        if (ready >= 0 || errno == EINTR) continue;
+        fgpu_nap(1000000); /* a sandbox refuses ppoll */
+        if (socket < 0) continue;
+        if (syscall(SYS_recvfrom, socket, NULL, 0, MSG_PEEK | MSG_DONTWAIT, NULL, NULL) >= 0 || errno != EAGAIN)
+            return true;
     }
     return false;
 }

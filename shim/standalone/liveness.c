@@ -44,9 +44,13 @@ uint64_t fgpu_liveness_begin(void)
 bool fgpu_liveness_lasts(uint64_t life, uint32_t *pid)
 {
     struct shmid_ds status;
-    int id = (int)(life >> 32 & 0x7fffffff);
+    int id = (int)(life >> 32 & 0x7fffffff), saved = errno;
     *pid = 0;
-    if (syscall(SYS_shmctl, id, IPC_STAT, &status)) return errno != EINVAL && errno != EIDRM && errno != EACCES;
+    if (syscall(SYS_shmctl, id, IPC_STAT, &status)) {
+        int error = errno;
+        errno = saved;
+        return error != EINVAL && error != EIDRM && error != EACCES;
+    }
     *pid = (uint32_t)status.shm_cpid;
     return name_of(id, &status) == life;
 }

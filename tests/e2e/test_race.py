@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import pytest
 
 from tests.support.host import CONTEXT, GIB, MIB
 from tests.support.place import group
-from tests.support.tenant import Client, Tenant
+from tests.support.tenant import Client, Program, Tenant
 
 PLACES = ("pidns", "runc")
 
@@ -64,6 +65,33 @@ def test_exactly_one_of_two_tenants_gets_the_last_bytes_of_their_group(place, te
         assert sum(one.assert_exact() for one in both) == whole()["used_bytes"] == 2 * CONTEXT + 98 * MIB
         assert whole()["refused"] == rounds
         assert whole()["peak_bytes"] == whole()["limit_bytes"]
+
+
+RETAINS = """
+import ctypes, threading
+L, begin, results = ctypes.CDLL("libcuda.so.1"), threading.Barrier(16), []
+def retain():
+    begin.wait()
+    results.append(L.cuDevicePrimaryCtxRetain(ctypes.byref(ctypes.c_void_p()), 0))
+assert L.cuInit(0) == 0
+threads = [threading.Thread(target=retain) for _ in range(16)]
+for thread in threads: thread.start()
+for thread in threads: thread.join()
+print(sum(results), len(results), flush=True)
+input()
+"""
+
+
+@pytest.mark.places(*PLACES)
+def test_threads_that_retain_the_primary_context_at_the_same_time_need_room_for_one(tenant, scale) -> None:
+    for _ in range(scale(3, 10, 100)):
+        one = tenant(2 * CONTEXT - MIB)
+        one.assert_enforced()
+        (one.folder / "retains.py").write_text(RETAINS)
+        program = Program(one, "retains", f"{sys.executable} {one.folder}/retains.py")
+        assert program.receive() == "0 16"
+        assert one.assert_exact() == CONTEXT
+        program.close()
 
 
 @contextlib.contextmanager

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.shim.shim_kit import HERE, PREAMBLE, SYSTEM_PYTHON, Agent, Build
+from tests.shim.shim_kit import HERE, PREAMBLE, SYSTEM_PYTHON, Agent, Build, Libc
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -55,6 +55,31 @@ def test_other_preloaded_libraries_still_find_the_next_definition(build: Build, 
     script = "import ctypes; l = ctypes.CDLL(None); print(l.puts(b'x') >= 0, l.next_calls(), flush=True)"
     done = plain(SYSTEM_PYTHON, "-c", script, preload=preload)
     assert (done.returncode, sorted(done.stdout.split())) == (0, ["1", "True", "x"]), done
+
+
+@pytest.mark.parametrize("order", ["before", "after"])
+def test_an_allocator_that_finds_the_next_one_by_dlsym_does_not_recurse(libc: Libc, plain: Run, order: str) -> None:
+    heap, shim = libc.build.library("heap.c", "heap.so"), libc.build.shim
+    done = plain(*libc.python("print('fine')"), preload=(heap, shim) if order == "before" else (shim, heap))
+    assert (done.returncode, done.stdout) == (0, "fine\n"), done
+
+
+def test_a_library_that_the_shim_calls_stays_loaded(build: Build, plain: Run) -> None:
+    """The driver's functions are found by the loader, in a plugin that is closed and opened again."""
+    linked = ("-Wl,--no-as-needed", f"-L{build.folder / 'driver'}", "-l:libcuda.so.1", "-ldl")
+    plugin = build.library("plugin.c", "unloaded.so", *linked)
+    script = f"""
+    import mmap
+    dl.dlclose.argtypes = [C.c_void_p]
+    for _ in range(2):
+        plugin = dl.dlopen(b"{plugin}", 2)
+        alloc = C.CFUNCTYPE(C.c_int, C.c_size_t)(dl.dlsym(C.c_void_p(plugin), b"plugin_alloc"))
+        print(alloc(1 << 20))
+        dl.dlclose(plugin)
+        keep = [mmap.mmap(-1, 1 << 14) for _ in range(20)]
+        dl.dlopen(b"{build.folder}/fault.so", 2)
+    """
+    assert plain_python(plain, LOOKUPS + script) == "0\n0\n"
 
 
 def test_a_preloaded_wrapper_of_a_hooked_function_calls_the_shim(build: Build, held: Agent) -> None:
