@@ -2,8 +2,9 @@
 
 static void grant(struct fgpu_process *p, struct held *h, struct fgpu_admission *a, u32 device, u64 bytes)
 {
-    if (a->kind != FGPU_CONTEXT && h->page[0]) __sync_fetch_and_add(&h->page[0]->tallies[slot(device)].admitted, bytes);
-    if (a->kind == FGPU_POOL) /* committed at once */
+    u32 kind = a->kind & BELOW_ERA;
+    if (kind != FGPU_CONTEXT && h->page[0]) __sync_fetch_and_add(&h->page[0]->tallies[slot(device)].admitted, bytes);
+    if (kind == FGPU_POOL) /* committed at once */
         __sync_fetch_and_add(&on(p, device)->pool, bytes);
     else
         a->bytes = bytes;
@@ -13,7 +14,7 @@ static void grant(struct fgpu_process *p, struct held *h, struct fgpu_admission 
  * probe. It stays charged until NVML shows that the process does not have it. */
 static void leave_unsettled(struct fgpu_process *p, struct fgpu_admission *a)
 {
-    if (a->bytes) add_overhead(p, a->device, a->bytes);
+    if (a->bytes && is_of_era(p, a->device, a->kind)) add_overhead(p, a->device, a->bytes);
     a->bytes = 0;
 }
 
@@ -33,6 +34,7 @@ static u64 ask(struct fgpu_process *p, struct held *h, struct fgpu_thread *t, u3
         anomaly(FGPU_ANOMALY_DEVICE);
         return FGPU_REFUSED;
     }
+    a->kind |= era_of(p, device);
     if (UNLIKELY(kind == FGPU_CONTEXT)) {
         u64 *known = contexts.lookup(&device);
         bytes = known ? *known : 0;
@@ -157,14 +159,18 @@ static int given_back(struct fgpu_process *p, u64 id, u64 ticket)
 
 /* Return the part of released pool bytes that is charged. If the process did not use all bytes of its pools, the last
  * correction has lowered the overhead below the size of the contexts by the unused bytes: these are released first, and
- * they become overhead again. */
+ * they become overhead again. Memory that was freed with a context lowers the overhead too, so the agent must look
+ * before it refuses a request. */
 static u64 charged_part(struct fgpu_process *p, u32 device, u64 bytes)
 {
+    struct fgpu_usage_page *page;
     u64 *known = contexts.lookup(&device);
     s64 unused = known ? (s64)(*known * on(p, device)->contexts) - on(p, device)->overhead : 0;
     if (unused <= 0) return bytes;
     if (unused > bytes) unused = bytes;
     add_overhead(p, device, unused);
+    page = page_at(levels_of(p, p->turn));
+    if (page) page->freed_ns = bpf_ktime_get_ns();
     return bytes - unused;
 }
 

@@ -2,22 +2,24 @@
 
 static int same_call(struct fgpu_call *a, struct fgpu_call *b)
 {
-    return a->function == b->function && a->arguments[0] == b->arguments[0] && a->arguments[1] == b->arguments[1];
+    return a->function == b->function && a->arguments[0] == b->arguments[0] && a->arguments[1] == b->arguments[1] &&
+           a->arguments[2] == b->arguments[2];
 }
 
 /* Return whether an admission is for a driver call. Pool bytes are committed at once, and no call settles them. */
-static int is_for_a_call(struct fgpu_admission *a) { return a->ticket && a->kind != FGPU_POOL; }
+static int is_for_a_call(struct fgpu_admission *a) { return a->ticket && (a->kind & BELOW_ERA) != FGPU_POOL; }
 
-/* Move a thread's admission into its call. */
-static void take_over(struct fgpu_admission *a, struct fgpu_call *f)
+/* Move a thread's admission into its call. Return the admitted bytes that were released with the last context. */
+static u64 take_over(struct fgpu_process *p, struct fgpu_admission *a, struct fgpu_call *f)
 {
     if (granted(a->verdict)) {
-        f->bytes = a->bytes;
         f->device = a->device & DEVICE_MASK;
-        f->admitted = 1;
+        f->admitted = 1 | (a->kind & ~BELOW_ERA);
+        f->bytes = a->bytes;
     }
     a->ticket = 0;
     a->bytes = 0;
+    return lost_with_context(p, f);
 }
 
 static void entered(struct pt_regs *ctx, struct fgpu_process *p, u32 tgid, struct fgpu_thread *t)
@@ -37,12 +39,14 @@ static void entered(struct pt_regs *ctx, struct fgpu_process *p, u32 tgid, struc
                                                                                   hide them from the verifier */
     now.function = forget(now.function, any);
     now.device = forget(now.device, any);
-    if (settles) take_over(&t->admission, &now);
+    u64 lost = settles ? take_over(p, &t->admission, &now) : 0;
     if (now.device >= FGPU_DEVICES) now.device = p->last_device & DEVICE_MASK;
+    if (!now.bytes) now.admitted = (now.admitted & BELOW_ERA) | era_of(p, now.device);
     if (frees(now.function))
         take_entry(p, tgid, &now, is_trusted(cookie));
     else
-        cover(p, &now, bytes, 0);
+        cover(p, &now, bytes > lost ? bytes : lost, 0);
+    if (now.bytes && now.uncovered <= lost) now.uncovered = 0; /* it had an admission, and its bytes fit again */
     if (now.function == FGPU_FUNCTION_RETAIN) __sync_fetch_and_add(&on(p, now.device)->retained, 1);
     t->call = now;
 }
@@ -99,9 +103,11 @@ int call_return(struct pt_regs *ctx)
     struct fgpu_process *p = owner_of(&tgid);
     if (!p || p->state != READY || t->open != p->generation) return 0; /* charged in an earlier generation */
     t->call.function = FGPU_FUNCTION_NONE;
+    u64 lost = lost_with_context(p, &f);
     if (!UNLIKELY((u32)PT_REGS_RC(ctx))) {
         struct fgpu_allocation_key key = {.tgid = tgid, .generation = p->generation};
         struct outcome out = {};
+        charge_anew(p, &f, lost);
         cover(p, &f, late_bytes(p, &f), 1);
         if (!is_trusted(cookie)) distrust(p, f.function);
         out.freed = settle(p, &f, &key, &out, is_trusted(cookie));

@@ -386,7 +386,7 @@ struct fgpu_admission { /* not settled by a driver call yet; ticket 0: none */
     __u64 ticket;
     __u64 bytes;
     __u32 device;
-    __u32 kind;
+    __u32 kind; /* and, from bit 8 on, the era in which the bytes were charged */
     __u64 verdict;
 };
 /* How far fgpu trusts the calls of a library: see docs/tenants.md, trust classes. */
@@ -436,7 +436,7 @@ struct fgpu_call { /* the driver call in which a thread is; function 0: none */
     __u64 arguments[3];
     __u64 bytes; /* charged, or removed from `allocations`, until the result of the call is known */
     __u32 device;
-    __u32 admitted; /* an admission preceded the call */
+    __u32 admitted; /* bit 0: an admission preceded the call; from bit 8 on: the era, as in an admission */
     __u64 references;
     __u64 exported;
     __u64 uncovered; /* bytes without an admission */

@@ -7,12 +7,17 @@
  * generation until the agent finds that the device does not hold them.
  */
 
-/* Subtract bytes from a process. Returns how many of them its current side had; the rest is on the other side, and the
- * next move settles it. */
-static u64 take_from_process(struct fgpu_process *p, u32 device, u64 bytes)
+/* Subtract bytes from a process, at most as many as it has. Returns how many of them this side had; the rest is on the
+ * other side, and the next move settles it. */
+static u64 take_from_process(struct fgpu_process *p, u64 turn, u32 device, u64 bytes)
 {
-    subtract(&on(p, device)->bytes, bytes);
-    u64 some = draw(p, *(volatile u64 *)&p->turn, device, bytes);
+    u64 *all = &on(p, device)->bytes, was = __sync_fetch_and_add(all, -bytes);
+    if (UNLIKELY(was < bytes)) {
+        __sync_fetch_and_add(all, bytes - was);
+        anomaly(FGPU_ANOMALY_RELEASE);
+        bytes = was;
+    }
+    u64 some = draw(p, turn, device, bytes);
     if (UNLIKELY(some != bytes)) __sync_fetch_and_add(&on(p, device)->owed, bytes - some);
     return some;
 }
@@ -21,10 +26,11 @@ static u64 take_from_process(struct fgpu_process *p, u32 device, u64 bytes)
  * absent, the verifier would follow sixteen paths. */
 static void release(struct fgpu_process *p, u32 device, u64 bytes)
 {
-    struct fgpu_level *levels = levels_of(p, *(volatile u64 *)&p->turn);
+    u64 turn = *(volatile u64 *)&p->turn;
+    struct fgpu_level *levels = levels_of(p, turn);
     device &= DEVICE_MASK;
     if (!bytes) return;
-    u64 some = take_from_process(p, device, bytes);
+    u64 some = take_from_process(p, turn, device, bytes);
     EACH_LEVEL
     {
         struct fgpu_usage_page *page = levels[i].cgroup ? page_at(&levels[i]) : 0;
@@ -79,7 +85,7 @@ static void orphan_part(struct fgpu_process *p, u32 tgid, u32 device, u64 bytes)
 {
     device &= DEVICE_MASK;
     if (!bytes) return;
-    u64 turn = *(volatile u64 *)&p->turn, some = take_from_process(p, device, bytes);
+    u64 turn = *(volatile u64 *)&p->turn, some = take_from_process(p, turn, device, bytes);
     if (some) orphan(p, tgid, turn, device, some, 0);
 }
 

@@ -275,7 +275,7 @@ static u64 late_bytes(struct fgpu_process *p, struct fgpu_call *f)
     case FGPU_FUNCTION_CONTEXT_V3:
     case FGPU_FUNCTION_CONTEXT_V4:
         known = contexts.lookup(&device);
-        return !f->admitted && !(p->flags & FGPU_SEEN_SHIM) && known ? *known : 0;
+        return !(f->admitted & BELOW_ERA) && !(p->flags & FGPU_SEEN_SHIM) && known ? *known : f->uncovered;
     default:
         return f->uncovered;
     }

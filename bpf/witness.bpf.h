@@ -39,6 +39,17 @@ static void enter_again(struct fgpu_process *p, u32 tgid, struct fgpu_call *f)
         enter_allocation(&key, &value, levels_of(p, p->turn));
 }
 
+/* The last context may have ended during a call of another thread, and with it the charge of that call. Return the
+ * bytes that an allocating call has lost so. Memory that a call was about to free is gone, except handles. */
+static u64 lost_with_context(struct fgpu_process *p, struct fgpu_call *f)
+{
+    if (!f->bytes || is_of_era(p, f->device, f->admitted) || f->function == FGPU_FUNCTION_RELEASE) return 0;
+    u64 lost = frees(f->function) ? 0 : f->bytes;
+    f->bytes = 0;
+    if (frees(f->function)) f->references = 0;
+    return lost;
+}
+
 /* A call failed: release the bytes that were charged for the call, or restore the entry that was removed. */
 static void put_back(struct fgpu_process *p, u32 tgid, struct fgpu_call *f)
 {
@@ -48,6 +59,16 @@ static void put_back(struct fgpu_process *p, u32 tgid, struct fgpu_call *f)
     }
     if (f->function == FGPU_FUNCTION_RETAIN) one_less(&on(p, f->device)->retained);
     release(p, f->device, f->bytes);
+}
+
+/* Charge bytes that a call has, whether they fit or not. */
+static void charge_anew(struct fgpu_process *p, struct fgpu_call *f, u64 bytes)
+{
+    struct held h;
+    if (!UNLIKELY(bytes)) return;
+    look_up(p, &h);
+    charge(p, &h, f->device, bytes, 1);
+    f->bytes += bytes;
 }
 
 static void make_primary(struct fgpu_process *p, u32 device)
@@ -70,6 +91,9 @@ static void hold_handle(struct fgpu_process *p, u32 tgid, u64 handle)
  * that is freed later counts as possibly open elsewhere. */
 static void give_up(struct fgpu_process *p, u32 tgid, struct fgpu_call *f)
 {
+    u64 missing = lost_with_context(p, f);
+    if (f->uncovered > f->bytes + missing) missing = f->uncovered - f->bytes; /* they did not fit at the entry */
+    charge_anew(p, f, missing);
     switch (f->function) {
     case FGPU_FUNCTION_FREE:
     case FGPU_FUNCTION_RELEASE:
@@ -127,6 +151,7 @@ static void take_entry(struct fgpu_process *p, u32 tgid, struct fgpu_call *f, in
     f->device = a->device;
     f->references = 1;
     f->bytes = a->bytes;
+    f->admitted = a->era << ERA_SHIFT;
     f->arguments[2] = a->owner;
     f->exported = a->exported;
     if (UNLIKELY(__sync_fetch_and_add(&a->references, -1ULL) != 1)) {

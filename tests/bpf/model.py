@@ -30,6 +30,7 @@ class Call:
     bytes: int  # charged
     asked: int
     managed: bool
+    has: int  # what it may have allocated
 
 
 @dataclass
@@ -45,6 +46,7 @@ class Life:
     asked: bool = False  # whether a request for memory or a context is unsettled
     granted: bool = False
     admitted: int = 0
+    late: int = 0  # admitted bytes that were released with the last context
     call: Call | None = None
     pool: int = 0
     overhead: int = 0
@@ -94,20 +96,20 @@ class Life:
     def leave_unsettled(self) -> None:
         """Turn an unsettled admission into overhead, at another request or the end of the thread."""
         self.overhead += self.admitted
-        self.admitted, self.asked = 0, False
+        self.admitted, self.late, self.asked = 0, 0, False
 
     def enter(self) -> None:
         """Begin another call. The end of the previous call was not recorded."""
         call, self.call = self.call, None
         if call and call.managed:
-            self.loose_managed += call.bytes
+            self.loose_managed += call.has
         elif call:
-            self.overhead += call.bytes
+            self.overhead += call.has
 
     def take_over(self) -> int | None:
         """Return the admission that the starting call takes from the thread, or None."""
-        found = self.admitted if self.asked and self.granted else None
-        self.admitted, self.asked = 0, False
+        found = self.admitted + self.late if self.asked and self.granted else None
+        self.admitted, self.late, self.asked = 0, 0, False
         return found
 
     # -- pointers and handles
@@ -227,6 +229,7 @@ class Life:
     def end_last_context(self) -> int:
         """End the last context. Handles and pools survive it."""
         lost = self.bytes() - self.vmm - self.pool
+        self.admitted, self.late = 0, self.admitted + self.late
         exported = sum(e.bytes for e in self.there() if e.exported)
         self.managed_freed += self.managed
         unused = max(0, -lost)

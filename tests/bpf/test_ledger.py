@@ -683,6 +683,56 @@ def test_unused_pool_bytes_are_not_released_from_handles(kernel, level, client, 
     assert level.used == 0
 
 
+@pytest.mark.parametrize(
+    ("then", "used"),
+    [
+        (f"create(7, {64 * MIB})", 96 * MIB),
+        (f"alloc(0x1000, {64 * MIB}, code=1)", 32 * MIB),
+        (f"admit({4 * MIB})", 36 * MIB),
+    ],
+    ids=["a handle", "a failed call", "another request"],
+)
+def test_a_request_that_the_last_context_released_is_charged_once(kernel, level, client, then, used):
+    """The call for which the request was made comes after the end of the context."""
+    client(f"create(5, {32 * MIB})")
+    client("retain()")
+    client(f"admit({64 * MIB}, kind={int(VMM)})")
+    flags = client.entry(kernel).flags
+    client("primary_reset()")
+    assert level.used == 32 * MIB
+    client(then)
+    entry = client.entry(kernel)
+    assert (level.used, entry.bytes[0], entry.overhead[0]) == (used, used, 0)
+    assert entry.flags == flags, "the call counts as one without an admission"
+
+
+def test_a_context_that_was_admitted_before_the_last_one_ended_is_charged(kernel, level, client):
+    client("retain()")
+    client(f"admit(0, kind={int(CONTEXT_KIND)})")
+    client("primary_reset()")
+    client("context(0xC0FFEE)")
+    assert (level.used, client.entry(kernel).overhead[0]) == (CONTEXT, CONTEXT)
+
+
+def test_no_more_bytes_are_released_than_the_process_has(kernel, level, client):
+    """NVML shows that memory is gone, and later a free of it is reported. Later memory does not pay for that."""
+    client(f"alloc(0x1000, {64 * MIB})")
+    assert_corrected(kernel, client, -64 * MIB)
+    client("free(0x1000)")
+    assert not client.entry(kernel).late
+    client(f"alloc(0x2000, {48 * MIB})")
+    assert (level.used, client.entry(kernel).bytes[0]) == (48 * MIB, 48 * MIB)
+
+
+@pytest.mark.parametrize("managed", [0, 1])
+def test_a_call_that_does_not_fit_and_does_not_return_is_charged(level, client, managed):
+    """The program leaves the call by longjmp, as if the driver had completed it."""
+    level.limit(16 * MIB)
+    client(f"cuda.allocate_and_leap(u64({20 * MIB}), {managed})")
+    client("free(0x9000)")
+    assert level.used == 20 * MIB
+
+
 def test_overhead_is_refused_if_the_process_has_changed_since(kernel, level, client):
     client(f"admit({4 * MIB})")
     p = client.entry(kernel)

@@ -295,17 +295,16 @@ class States(RuleBasedStateMachine):
     @precondition(lambda self: self.known())
     @rule(which=programs, size=sizes, managed=st.integers(0, 1))
     def end_a_thread_in_a_call(self, which: int, size: int, managed: int) -> None:
-        """End a thread during a call. The program is charged the bytes that fitted when the call began."""
+        """End a thread during a call, which may have allocated the bytes."""
         program = self.known()[which % len(self.known())]
-        charged = size if self.fits(program, size) else 0
-        program.life.loose_managed += charged if managed else 0
-        program.life.overhead += 0 if managed else charged
+        program.life.loose_managed += size if managed else 0
+        program.life.overhead += 0 if managed else size
         program.client(f"cuda.thread_ends_inside(u64({size}), {managed})")
         self.wait_for_threads(program)
 
     def wait_for_threads(self, program: Program) -> None:
         """Wait for joined threads: before Linux 6.16 a join may return before the kernel records the end."""
-        busy = 1 if program.life.admitted or program.life.call else 0
+        busy = 1 if program.life.admitted or program.life.late or program.life.call else 0
         wait_until(lambda: (p := program.client.entry(self.kernel)) and p.begun - p.changes == busy)
 
     # -- pointers
@@ -341,13 +340,13 @@ class States(RuleBasedStateMachine):
     @precondition(lambda self: self.programs)
     @rule(which=programs, size=sizes, managed=st.booleans())
     def leave(self, which: int, size: int, managed: bool) -> None:
-        """Leave a call by longjmp. Bytes that were not admitted are charged if they fitted when the call began."""
+        """Leave a call by longjmp. Bytes that were not admitted are charged if they fit, and else at the next call."""
         call = self.some(which).life.call
         size += bool(call and call.asked == size)  # for the ledger, a repeated call is the same call
         program = self.calls(which)
-        admitted = program.life.take_over() or 0
-        fits = self.fits(program, max(0, size - admitted) + admitted)
-        program.life.call = Call(max(admitted, size) if fits else admitted, size, managed)
+        kept = program.life.admitted
+        has = max(program.life.take_over() or 0, size)
+        program.life.call = Call(has if self.fits(program, has) else kept, size, managed, has)
         program.client(f"cuda.allocate_and_leap(u64({size}), {int(managed)})")
 
     @precondition(lambda self: self.programs)
@@ -463,10 +462,9 @@ class States(RuleBasedStateMachine):
         host=libraries,
     )
     def end_context(self, which: int, at: int, what: str, code: int, host: bool) -> None:
-        """End a context, but not during a call. The call would end with the last context and be charged again."""
-        life = self.some(which).life
-        handles = sorted(life.context_entries.keys() - {0})
-        if life.admitted or (what == "destroy" and not handles):
+        """End a context. The last one releases the bytes of an admission; a call that has them is charged again."""
+        handles = sorted(self.some(which).life.context_entries.keys() - {0})
+        if what == "destroy" and not handles:
             return
         program = self.calls(which, host)
         if what == "destroy":
@@ -503,7 +501,7 @@ class States(RuleBasedStateMachine):
         process = program.client.entry(self.kernel)
         if not process:
             return
-        quiet = not program.life.admitted and not program.life.call
+        quiet = not program.life.admitted and not program.life.late and not program.life.call
         done = self.kernel.ledger.overhead(program.client.pid, process.generation, 0, size, process.changes)
         assert done == quiet == process.quiet
         if done:
