@@ -282,8 +282,10 @@ class World:
             entry.bytes -= own
         else:
             self.ledger.freed += entry.managed
-            entry.overhead = entry.managed = 0
+            entry.managed = 0
             entry.bytes = min(entry.bytes, entry.vmm + entry.pool)
+            entry.pool = min(entry.pool, max(0, entry.bytes - entry.vmm))
+            entry.overhead = entry.bytes - entry.vmm - entry.pool
         client.is_ending_context = False
         entry.changes += 1
 
@@ -298,6 +300,8 @@ class World:
         entry = self._entry(client)
         entry.begun += 1
         less = min(bytes_, entry.pool)
+        uncharged = min(less, max(0, entry.contexts * CONTEXT - entry.overhead))
         entry.pool -= less
-        entry.bytes -= less
+        entry.overhead += uncharged
+        entry.bytes -= less - uncharged
         entry.changes += 1

@@ -8,14 +8,17 @@ from types import SimpleNamespace
 import hypothesis
 import hypothesis.strategies as st
 import pytest
+from hypothesis.internal.conjecture import providers
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule, run_state_machine_as_test
 
 from fgpu_ebpf.agent import ledger_corrections, nvml_reconcile, orphan_release
 from fgpu_ebpf.agent.device_balance import CALM_LOOKS, LOOKS
 from fgpu_ebpf.agent.nvml_reconcile import Reconciler
+from fgpu_ebpf.agent.orphan_release import CONTEXT_REST_BYTES
 from fgpu_ebpf.driver import device_sample
 from fgpu_ebpf.linux import procfs
 from tests.unit.agent.device_kit import Client, Handle, Managed, Operation, World
+from tests.unit.agent.ledger_kit import CONTEXT
 from tests.unit.orphan_kit import MIB
 
 SIZE = 256 * MIB
@@ -36,6 +39,8 @@ def world_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
         ledger_corrections, "_is_alive", ledger_corrections._is_alive
     )  # each Machine replaces this function, and monkeypatch restores it
     monkeypatch.setattr(nvml_reconcile, "_alive", nvml_reconcile._alive)
+    # Each example makes a Reconciler, and a Wakeup never closes its descriptor.
+    monkeypatch.setattr(nvml_reconcile, "Wakeup", lambda: SimpleNamespace(wake=lambda: None))
 
 
 class Machine(RuleBasedStateMachine):
@@ -126,7 +131,8 @@ class Machine(RuleBasedStateMachine):
     @rule(n=a_client, keepers=st.sampled_from([0, 0, 1]))
     def kill(self, n: int, keepers: int) -> None:
         for client in self.living()[n : n + 1]:
-            self.disturbed = self.disturbed or self.is_hidden_newer or bool(self.world.device.in_no_row(client))
+            has_hidden = bool(client.managed or self.world.device.in_no_row(client))  # see Hidden: an unknown part
+            self.disturbed = self.disturbed or self.is_hidden_newer or has_hidden
             client.never_seen = min(client.grown + client.pool, max(self.uncharged(client), self.missing()))
             managed = sum(one[2] for one in self.running if one[0] is client)
             self.running = [one for one in self.running if one[0] is not client]
@@ -217,12 +223,14 @@ class Machine(RuleBasedStateMachine):
     def admit_pool(self, n: int, bytes_: int) -> None:
         client = self.some(n)
         if client:
+            self.disturb_hidden(client)
             self.world.admit_pool(client, bytes_)
 
     @rule(n=a_client, bytes_=sizes)
     def give_back_pool(self, n: int, bytes_: int) -> None:
         client = self.some(n)
         if client:
+            self.disturb_hidden(client)
             self.world.give_back_pool(client, min(bytes_, self.world.ledger.entries[client.pid].pool - client.pool))
 
     @rule(n=a_client, part=st.integers(0, 4))
@@ -337,14 +345,31 @@ class Machine(RuleBasedStateMachine):
     def all_is_released(self) -> None:
         """Check that orphans have no more bytes than outlive their processes.
 
-        Exceptions are REST, and bytes that hidden memory or a later process with the same pid may explain.
+        Exceptions are REST, what the driver uses for contexts of ended processes, which NVML does not count, and bytes
+        that hidden memory or a later process with the same pid may explain.
         """
         device, orphaned = self.world.device, self.world.ledger.orphaned()
+        rest = REST + CONTEXT_REST_BYTES * sum(client.contexts for client in device.clients if not client.is_alive)
         unknown = sum(map(device.in_no_row, device.clients)) if self.is_hidden_unknown() else device.pools_in_no_row()
-        assert orphaned <= device.kept() + REST + unknown + sum(map(self.uncharged, self.living())), (
+        assert orphaned <= device.kept() + rest + unknown + sum(map(self.unproven, self.living())), (
             f"{(orphaned - device.kept()) // MIB} MiB stay charged"
         )
         self.disturbed = self.disturbed and bool(self.world.ledger.kept)
+
+    def unproven(self, client: Client) -> int:
+        """Return the orphaned bytes that may be in a client's row.
+
+        Probes witness only the memory of calls. One context also belongs to the client, if the ledger has charged its
+        bytes. All other bytes (pools, contexts beyond the first, imported handles, and what only the driver counts) may
+        also be those of an earlier process with the pid.
+        """
+        if not client.contexts:
+            return 0
+        entry, device = self.world.ledger.entries[client.pid], self.world.device
+        kept = sum(orphan.bytes for orphan in self.world.ledger.kept.values() if orphan.tgid == client.pid)
+        made = sum(handle.bytes for handle in device.handles if handle.maker is client)
+        proven = sum(client.plain) + made + min(CONTEXT, entry.overhead + entry.pool)
+        return max(0, min(kept, device.in_row(client) - proven))
 
     def uncharged(self, client: Client) -> int:
         entry, device = self.world.ledger.entries[client.pid], self.world.device
@@ -357,8 +382,12 @@ class Machine(RuleBasedStateMachine):
 
 
 def test_released_bytes_equal_the_bytes_that_the_device_freed_within_32_mib(
-    scale: Callable[[int, int, int], int],
+    scale: Callable[[int, int, int], int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    # Hypothesis also draws integers from constants of all loaded local modules. Without them a change of another module
+    # does not change the sequence of examples.
+    monkeypatch.setattr(providers, "_get_local_constants", providers.Constants)
+    monkeypatch.setattr(providers, "CONSTANTS_CACHE", {})
     settings = hypothesis.settings(
         max_examples=scale(30, 300, 5000),
         stateful_step_count=60,
@@ -391,6 +420,47 @@ def test_a_context_that_an_ended_process_had_destroyed_is_not_taken_from_the_orp
     machine.end_context(n=1)
     machine.kill(keepers=0, n=1)
     machine.settle()
+
+
+def test_a_pool_that_is_not_in_use_takes_no_part_of_a_row_from_orphans() -> None:
+    """The next program of the pid requests pool bytes, and ends its context after it has used some of them."""
+    machine = Machine()
+    machine.populate(has_managed=False, has_orphan=True)
+    machine.execute(keepers=1, n=0)
+    machine.admit_pool(bytes_=SIZE, n=0)
+    machine.settle()
+    machine.use_pool(n=0, part=1)
+    machine.end_context(n=0)
+    machine.settle()
+
+
+def test_the_row_of_a_process_that_ends_belongs_to_its_orphans() -> None:
+    """The process frees a handle and ends between two passes. Other programs of its pid had ended before."""
+    machine = Machine()
+    machine.populate(has_managed=False, has_orphan=False)
+    machine.take_managed(bytes_=SIZE, n=0)
+    machine.begin(makes_context=False, reuses=False)
+    machine.execute(keepers=1, n=0)
+    machine.execute(keepers=0, n=0)
+    machine.kill(keepers=0, n=0)
+    machine.create(bytes_=3 * SIZE, n=1)
+    machine.settle()
+    machine.release(n=0)
+    machine.kill(keepers=0, n=1)
+    machine.looks(n=1)
+
+
+def test_programs_that_begin_and_end_between_two_passes_leave_their_row_to_their_orphans() -> None:
+    """The device holds the contexts of two programs that exec() replaced. The third program ends its context."""
+    machine = Machine()
+    machine.populate(has_managed=False, has_orphan=True)
+    machine.look([], False)
+    machine.execute(keepers=1, n=0)
+    machine.execute(keepers=1, n=0)
+    machine.looks(n=CALM_LOOKS)
+    machine.end_context(n=0)
+    machine.kill(keepers=0, n=0)
+    machine.look([], False)
 
 
 @pytest.mark.parametrize("in_use", [None, 5 * MIB], ids=["bytes in use unknown", "row unknown"])
