@@ -276,7 +276,7 @@ class Machine(RuleBasedStateMachine):
     def import_(self, n: int, importer: int) -> None:
         client, handle = self.some(importer), self.handle(n, lambda one: one.descriptors)
         if client and handle and handle.maker is not client and client not in handle.importers:
-            handle.importers.append(client)
+            self.world.import_(client, handle)
 
     @rule(n=which)
     def close(self, n: int) -> None:
@@ -461,6 +461,20 @@ def test_programs_that_begin_and_end_between_two_passes_leave_their_row_to_their
     machine.end_context(n=0)
     machine.kill(keepers=0, n=0)
     machine.look([], False)
+
+
+def test_an_imported_handle_stays_charged_after_the_last_context_of_the_importer() -> None:
+    """The handle was in the row of the importer, so its orphan has been released."""
+    machine = Machine()
+    machine.populate(has_managed=False, has_orphan=False)
+    machine.create(bytes_=SIZE, n=0)
+    machine.export(n=0)
+    machine.release(n=0)
+    machine.import_(importer=0, n=0)
+    machine.close(n=0)
+    machine.looks(n=CALM_LOOKS + 1)
+    machine.end_context(n=0)
+    machine.settle()
 
 
 @pytest.mark.parametrize("in_use", [None, 5 * MIB], ids=["bytes in use unknown", "row unknown"])
