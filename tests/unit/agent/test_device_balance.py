@@ -477,6 +477,16 @@ def test_an_imported_handle_stays_charged_after_the_last_context_of_the_importer
     machine.settle()
 
 
+def test_hidden_memory_is_estimated_in_the_first_pass() -> None:
+    """There is an orphan in each later pass, and its memory could also be the hidden memory."""
+    machine = Machine()
+    machine.populate(has_managed=True, has_orphan=False)
+    machine.touch(bytes_=SIZE, n=0)
+    machine.looks(n=1)
+    machine.kill(keepers=0, n=1)
+    machine.settle()
+
+
 @pytest.mark.parametrize("in_use", [None, 5 * MIB], ids=["bytes in use unknown", "row unknown"])
 def test_without_a_sample_any_process_may_be_in_a_call(in_use: int | None) -> None:
     """No byte of a row is proved to belong to a live process if the rows or the bytes in use are unknown."""
