@@ -16,7 +16,7 @@ import time
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence, Set
 
-from fgpu_ebpf.agent.device_balance import Balance, Charges, Life, Reading, surplus
+from fgpu_ebpf.agent.device_balance import CHUNK_BYTES, Balance, Charges, Life, Reading, surplus
 from fgpu_ebpf.driver.device_sample import Rows, Sample
 from fgpu_ebpf.ledger.ledger import Ledger
 from fgpu_ebpf.ledger.orphans import Orphan
@@ -43,25 +43,22 @@ VAIN_NS = 4_000_000_000
 
 
 class EndedRows:
-    """The part of NVML's row of a pid that belongs to ended processes of that pid, on one device.
+    """The part of NVML's row of a pid that may belong to ended processes of that pid, on one device: the upper bound.
 
-    The pid may belong to another process now, or to the same process after an exec. If the processes have changed since
-    the last pass, only bounds of this part are known: orphans count with `most`, the charge of a live process with the
-    least, so that an error keeps either charged longer than necessary.
+    The pid may belong to another process now, or to the same process after an exec.
     """
 
     def __init__(self, ledger: Ledger, device: int) -> None:
         self._ledger = ledger
         self._device = device
         self._rows: Rows | None = None  # all rows of the last pass
-        self.most: dict[int, int] = {}  # by pid with orphans: the most bytes of ended processes, in the last pass
-        self._least: dict[int, int] = {}  # by pid with orphans: the least
+        self.most: dict[int, int] = {}  # by pid with orphans: the part of its row in the last pass
         self._orphaned: dict[int, int] = {}  # by pid: the orphaned bytes of its ended processes in the last pass
         self._living: Set[int] = frozenset()  # pids of ended processes that live processes have again
         self._fell: dict[int, int] = {}  # by pid: when the ended part of its row last fell
 
     def look(self, sample: Sample, orphans: Iterable[Orphan]) -> dict[int, int]:
-        """Record a sample. Returns the least bytes of ended processes by pid, for pids that NVML still lists."""
+        """Record a sample. Returns the bytes of ended processes by pid, for pids that NVML still lists."""
         orphaned: dict[int, int] = defaultdict(int)
         for orphan in orphans:
             orphaned[orphan.tgid] += orphan.bytes if orphan.ended_ns else 0
@@ -70,10 +67,9 @@ class EndedRows:
             pid: now_ns if part < self.most.get(pid, self._row_then(pid)) else self._fell.get(pid, 0)
             for pid, part in most.items()
         }
-        self._least = {pid: min(part, self._seen(pid, orphaned[pid], sample)) for pid, part in most.items()}
         self._rows, self.most, self._orphaned = sample.rows, most, orphaned
         self._living = sample.processes.keys() & most.keys()
-        return {pid: part for pid, part in self._least.items() if part}
+        return {pid: part for pid, part in most.items() if part}
 
     def released(self, orphan: Orphan, bytes_: int) -> None:
         """Subtract released bytes from the record, so that the next pass counts only bytes that are orphaned later."""
@@ -114,17 +110,6 @@ class EndedRows:
 
     def _row_then(self, pid: int) -> int:
         return (self._rows or {}).get(pid) or 0
-
-    def _seen(self, pid: int, orphaned: int, sample: Sample) -> int:
-        """Return the orphaned bytes that were in a row in the last pass, if a live process has the pid.
-
-        Bytes that were orphaned since then may be in no row, because their process ended without a context. The row may
-        have grown by as many bytes of the live process.
-        """
-        if pid not in sample.processes or self._rows is None:
-            return orphaned
-        part, more = self._least.get(pid, 0), max(0, orphaned - self._orphaned.get(pid, 0))
-        return part + min(more, max(0, self._row_then(pid) - part))
 
     def _part(self, pid: int, orphaned: int, sample: Sample) -> int:
         """Return the most bytes of a row that may belong to ended processes.
@@ -172,10 +157,15 @@ class OrphanRelease:
     def ended_rows(self, sample: Sample, orphans: Sequence[Orphan]) -> dict[int, int]:
         """Return the bytes by pid that NVML shows for ended processes.
 
+        A live process of the same pid is not charged for these bytes. Orphans that are in no row explain none of them.
+
         Orphaned bytes without an entry may belong to any ended process, also to one that was never in the ledger. If
         there are such bytes, the rows of all ended processes count.
         """
         found = self._rows.look(sample, orphans)
+        over = sum(found.values()) - max(0, sum(orphan.bytes for orphan in orphans) - self._in_no_row(sample))
+        for pid in found.keys() & sample.processes.keys():
+            found[pid] -= max(0, min(found[pid], over))
         unknown = sample.rows.keys() - sample.processes.keys() - found.keys() if self._without else ()
         rows = {pid: row for pid in unknown if (row := sample.rows[pid]) and procfs.ended(pid)}
         self._proven = sum(rows.values())
@@ -258,6 +248,16 @@ class OrphanRelease:
         most = max(taken.in_use - sum(_shown(taken.least, most_ended).values()) for taken in sample.taken)
         least = min(taken.in_use - self._taken(_shown(taken.greatest, ended), sample) for taken in sample.taken)
         return Reading(max(0, most - rest), max(0, least - rest), sample.calm)
+
+    def _in_no_row(self, sample: Sample) -> int:
+        """Return how many orphaned bytes are in no row, at least: live processes count with the most they may have."""
+        device, live = self._device, sample.processes
+        managed = sum(p.managed[device] for p in live.values())
+        shown = {pid for pid in live.keys() & sample.rows.keys() if live[pid].contexts[device]}
+        hidden = sum(live[pid].bytes[device] - live[pid].managed[device] for pid in live.keys() - shown)
+        rest = self._contexts(sample) * CONTEXT_REST_BYTES + DEVICE_REST_BYTES + SLACK_BYTES
+        found = min((taken.in_use - sum(taken.greatest.values()) for taken in sample.taken), default=0)
+        return max(0, found - rest - hidden - managed - (CHUNK_BYTES if managed else 0))
 
     def _contexts(self, sample: Sample) -> int:
         """Return the number of contexts of all processes with a row.

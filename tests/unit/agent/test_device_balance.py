@@ -50,7 +50,7 @@ class Machine(RuleBasedStateMachine):
     each read of a reconciliation, the last read first, the number of the operation that continues before the read (0:
     none). Hidden memory is memory in no row of NVML. `disturbed`: hidden memory changed while there were orphans, so
     that the reconcile thread cannot distinguish the two. `is_hidden_newer`: hidden memory has changed since the last
-    reconciliation during which no operation ran.
+    reconciliation during which no operation ran and no process was unmanaged.
     """
 
     def __init__(self) -> None:
@@ -89,6 +89,9 @@ class Machine(RuleBasedStateMachine):
 
     def living(self) -> list[Client]:
         return [client for client in self.world.device.clients if client.is_alive and not client.is_stranger]
+
+    def strangers(self) -> list[Client]:
+        return [client for client in self.world.device.clients if client.is_stranger]
 
     def some(self, n: int) -> Client | None:
         """Return a client that is not ending a context: such an end would free memory that another call adds."""
@@ -297,13 +300,13 @@ class Machine(RuleBasedStateMachine):
     @rule(n=st.integers(0, 1), bytes_=sizes, managed=st.sampled_from([0, SIZE, 4 * SIZE]))
     def stranger(self, n: int, bytes_: int, managed: int) -> None:
         """Start an unmanaged process, or change its memory."""
-        found = [client for client in self.world.device.clients if client.is_stranger]
+        found = self.strangers()
         stranger = found[n] if n < len(found) else self.world.begin(is_stranger=True)
         stranger.contexts, stranger.plain, stranger.managed = 1, [bytes_], [Managed(managed, managed)]
 
     @rule(n=st.integers(0, 1))
     def stranger_ends(self, n: int) -> None:
-        found = [client for client in self.world.device.clients if client.is_stranger]
+        found = self.strangers()
         if n < len(found):
             self.world.device.clean(found[n])
 
@@ -314,7 +317,7 @@ class Machine(RuleBasedStateMachine):
         self.steps = steps
         moved = {one[0].pid for one in self.running}
         self.reconciler.look(is_full)
-        self.is_hidden_newer = self.is_hidden_newer and bool(steps or self.running)
+        self.is_hidden_newer = self.is_hidden_newer and bool(steps or self.running or self.strangers())
         self.steps = []
         unseen = sum(client.grown + client.pool for client in self.living() if client.pid in moved)
         assert self.missing() <= REST + unseen, f"{self.missing() // MIB} MiB are held and not charged"
@@ -376,8 +379,7 @@ class Machine(RuleBasedStateMachine):
         return max(0, device.in_row(client) - entry.bytes + entry.managed)
 
     def is_hidden_unknown(self) -> bool:
-        has_strangers = any(client.is_stranger for client in self.world.device.clients)
-        self.disturbed = self.disturbed or has_strangers
+        self.disturbed = self.disturbed or bool(self.strangers())
         return self.disturbed
 
 
@@ -461,6 +463,30 @@ def test_programs_that_begin_and_end_between_two_passes_leave_their_row_to_their
     machine.end_context(n=0)
     machine.kill(keepers=0, n=0)
     machine.look([], False)
+
+
+def test_orphans_in_no_row_are_not_subtracted_from_the_charge_of_a_later_program() -> None:
+    """The previous program exported a handle, and a descriptor keeps it. The driver's memory of the next grows."""
+    machine = Machine()
+    machine.populate(has_managed=False, has_orphan=True)
+    machine.create(bytes_=SIZE, n=0)
+    machine.export(n=0)
+    machine.execute(keepers=0, n=0)
+    machine.make_context(n=0)
+    machine.grow(bytes_=SIZE, n=0)
+    machine.settle()
+
+
+def test_hidden_memory_of_other_processes_raises_no_charge_of_a_later_program() -> None:
+    """Another process keeps the memory of the previous program, which is in the row of the pid."""
+    machine = Machine()
+    machine.populate(has_managed=True, has_orphan=False)
+    machine.touch(bytes_=4 * SIZE, n=0)
+    machine.begin(makes_context=False, reuses=False)
+    machine.create(bytes_=SIZE, n=2)
+    machine.execute(keepers=1, n=1)
+    machine.looks(n=CALM_LOOKS)
+    assert machine.world.ledger.entries[machine.living()[-1].pid].bytes == CONTEXT
 
 
 def test_an_imported_handle_stays_charged_after_the_last_context_of_the_importer() -> None:
