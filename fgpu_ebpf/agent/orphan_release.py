@@ -120,7 +120,7 @@ class EndedRows:
         """
         row, row_then, process = sample.rows.get(pid) or 0, self._row_then(pid), sample.processes.get(pid)
         part, more = self.most.get(pid, 0), max(0, orphaned - self._orphaned.get(pid, 0))
-        if process is None and pid not in self.most:  # it was alive in the last pass, and had the whole row
+        if process is None and pid not in self.most:  # none of the pid had ended in the last pass
             return min(orphaned, row)
         if process is None:
             freed = max(0, row_then - part - more) if pid in self._living else 0  # by calls, since the last pass

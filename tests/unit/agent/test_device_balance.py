@@ -50,7 +50,7 @@ class Machine(RuleBasedStateMachine):
     each read of a reconciliation, the last read first, the number of the operation that continues before the read (0:
     none). Hidden memory is memory in no row of NVML. `disturbed`: hidden memory changed while there were orphans, so
     that the reconcile thread cannot distinguish the two. `is_hidden_newer`: hidden memory has changed since the last
-    reconciliation during which no operation ran and no process was unmanaged.
+    reconciliation during which no operation ran, no process was unmanaged, and nothing without a context was corrected.
     """
 
     def __init__(self) -> None:
@@ -315,12 +315,18 @@ class Machine(RuleBasedStateMachine):
     @rule(steps=st.lists(st.integers(0, 3), max_size=20), is_full=st.booleans())
     def look(self, steps: list[int], is_full: bool) -> None:
         self.steps = steps
-        moved = {one[0].pid for one in self.running}
+        moved, before = {one[0].pid for one in self.running}, self.changes_without_context()
         self.reconciler.look(is_full)
-        self.is_hidden_newer = self.is_hidden_newer and bool(steps or self.running or self.strangers())
+        is_newer = self.is_hidden_newer and bool(steps or self.running or self.strangers())
+        self.is_hidden_newer = is_newer or self.changes_without_context() != before
         self.steps = []
         unseen = sum(client.grown + client.pool for client in self.living() if client.pid in moved)
         assert self.missing() <= REST + unseen, f"{self.missing() // MIB} MiB are held and not charged"
+
+    def changes_without_context(self) -> dict[int, int]:
+        """Return the changes of processes without a context. A correction counts as a change of their handles too."""
+        entries = self.world.ledger.entries
+        return {client.pid: entries[client.pid].changes for client in self.living() if not client.contexts}
 
     @rule(n=st.sampled_from([1, CALM_LOOKS, CALM_LOOKS + 1]))
     def looks(self, n: int) -> None:
