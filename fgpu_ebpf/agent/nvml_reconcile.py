@@ -243,8 +243,7 @@ class Reconciler:
             tries: the most comparisons; all but the first are done only while processes are not idle.
             is_due: read the memory in use even if no orphans depend on it.
         """
-        has_hidden = any(device_sample.is_hidden(process, device) for process in self._known.values())
-        samples = device_sample.SAMPLES if orphans or self._levels or has_hidden else 0
+        samples = device_sample.SAMPLES if orphans or self._levels else 0
         sample = self._sample(device, samples)
         for n in range(tries):
             if sample is None:
@@ -257,7 +256,7 @@ class Reconciler:
                 break
             sample = self._sample(device, samples)
         assert sample
-        if is_due and not samples:
+        if is_due and not sample.taken:
             sample = self._sample(device, 1) or sample
         room = release.look(sample, orphans, ended[device])
         if room is not None and self._levels:
@@ -269,9 +268,12 @@ class Reconciler:
     def _sample(self, device: int, samples: int) -> Sample | None:
         """Reset the peaks of processes, and take a sample.
 
-        Bytes of a row are charged already up to the peak of the process since this reset.
+        Bytes of a row are charged already up to the peak of the process since this reset. If a process may have hidden
+        memory, all samples are taken, because the estimate of these bytes must be known before there are orphans.
         """
         processes = self._ledger.processes()
+        if any(device_sample.is_hidden(process, device) for process in processes.values()):
+            samples = device_sample.SAMPLES
         self._corrections.mark(device, processes)
         return device_sample.take(self._nvml, self._ledger, device, processes, samples)
 

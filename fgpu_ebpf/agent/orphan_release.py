@@ -16,7 +16,7 @@ import time
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence, Set
 
-from fgpu_ebpf.agent.device_balance import Balance, Charges, Life, Reading, surplus
+from fgpu_ebpf.agent.device_balance import CHUNK_BYTES, Balance, Charges, Life, Reading, surplus
 from fgpu_ebpf.driver.device_sample import Rows, Sample
 from fgpu_ebpf.ledger.ledger import Ledger
 from fgpu_ebpf.ledger.orphans import Orphan
@@ -43,7 +43,7 @@ VAIN_NS = 4_000_000_000
 
 
 class EndedRows:
-    """The part of NVML's row of a pid that belongs to ended processes of that pid, on one device.
+    """The part of NVML's row of a pid that may belong to ended processes of that pid, on one device: the upper bound.
 
     The pid may belong to another process now, or to the same process after an exec.
     """
@@ -52,7 +52,7 @@ class EndedRows:
         self._ledger = ledger
         self._device = device
         self._rows: Rows | None = None  # all rows of the last pass
-        self._ended: dict[int, int] = {}  # by pid with orphans: the part of its row in the last pass
+        self.most: dict[int, int] = {}  # by pid with orphans: the part of its row in the last pass
         self._orphaned: dict[int, int] = {}  # by pid: the orphaned bytes of its ended processes in the last pass
         self._living: Set[int] = frozenset()  # pids of ended processes that live processes have again
         self._fell: dict[int, int] = {}  # by pid: when the ended part of its row last fell
@@ -62,14 +62,14 @@ class EndedRows:
         orphaned: dict[int, int] = defaultdict(int)
         for orphan in orphans:
             orphaned[orphan.tgid] += orphan.bytes if orphan.ended_ns else 0
-        ended, now_ns = {pid: self._part(pid, bytes_, sample) for pid, bytes_ in orphaned.items()}, time.monotonic_ns()
+        most, now_ns = {pid: self._part(pid, bytes_, sample) for pid, bytes_ in orphaned.items()}, time.monotonic_ns()
         self._fell = {  # a process that has ended since the last pass had the whole row in that pass
-            pid: now_ns if part < self._ended.get(pid, self._row_then(pid)) else self._fell.get(pid, 0)
-            for pid, part in ended.items()
+            pid: now_ns if part < self.most.get(pid, self._row_then(pid)) else self._fell.get(pid, 0)
+            for pid, part in most.items()
         }
-        self._rows, self._ended, self._orphaned = sample.rows, ended, orphaned
-        self._living = sample.processes.keys() & ended.keys()
-        return {pid: part for pid, part in ended.items() if part}
+        self._rows, self.most, self._orphaned = sample.rows, most, orphaned
+        self._living = sample.processes.keys() & most.keys()
+        return {pid: part for pid, part in most.items() if part}
 
     def released(self, orphan: Orphan, bytes_: int) -> None:
         """Subtract released bytes from the record, so that the next pass counts only bytes that are orphaned later."""
@@ -87,7 +87,7 @@ class EndedRows:
         beyond the orphans.
         """
         kept, until_ns = sum(orphan.bytes for orphan in orphans), time.monotonic_ns() - SLACK_AFTER_NS
-        proven, spare, slack = dict(self._ended), [], []
+        proven, spare, slack = dict(self.most), [], []
         for orphan in sorted(orphans, key=self._key):
             held = min(orphan.bytes, proven.get(orphan.tgid, 0)) if orphan.ended_ns else 0
             proven[orphan.tgid] = proven.get(orphan.tgid, 0) - held
@@ -104,7 +104,7 @@ class EndedRows:
         come last.
         """
         fell = self._fell.get(orphan.tgid, 0) if orphan.ended_ns else 0
-        is_named = bool(orphan.ended_ns and self._ended.get(orphan.tgid))
+        is_named = bool(orphan.ended_ns and self.most.get(orphan.tgid))
         is_old = fell < time.monotonic_ns() - FALL_COUNTS_NS
         return is_named, is_old, -max(fell, orphan.ended_ns or orphan.since_ns)
 
@@ -112,33 +112,33 @@ class EndedRows:
         return (self._rows or {}).get(pid) or 0
 
     def _part(self, pid: int, orphaned: int, sample: Sample) -> int:
-        """Return the part of a row that belongs to ended processes.
+        """Return the most bytes of a row that may belong to ended processes.
 
-        This part grows only by bytes that were orphaned since the last pass and were in the row before. Other growth
-        belongs to a live process, which the ledger may not have yet. Memory of a process that ended without a context
-        was in no row. If a live process is in a call, none of its bytes is certain to be in the row, because the call
-        may have freed it already.
+        This part grows only by bytes that were orphaned since the last pass. Other growth belongs to a live process,
+        which the ledger may not have yet. If a live process is in a call, none of its bytes is certain to be in the
+        row, because the call may have freed it already.
         """
         row, row_then, process = sample.rows.get(pid) or 0, self._row_then(pid), sample.processes.get(pid)
-        part, more = self._ended.get(pid), max(0, orphaned - self._orphaned.get(pid, 0))
+        part, more = self.most.get(pid, 0), max(0, orphaned - self._orphaned.get(pid, 0))
+        if process is None and pid not in self.most:  # none of the pid had ended in the last pass
+            return min(orphaned, row)
         if process is None:
-            part, has_ended = row if part is None else part, pid in self._living
-            freed = max(0, row_then - part - more) if has_ended else 0  # by calls, since the last pass
+            freed = max(0, row_then - part - more) if pid in self._living else 0  # by calls, since the last pass
             return max(0, min(part + more - max(0, row_then - row - freed), row))
-        if self._rows is not None:
-            more = min(more, max(0, row_then - (part or 0)))
         own = 0 if pid in sample.busy else self._own(process)
-        return max(0, min((part or 0) + more, orphaned, row - own))
+        return max(0, min(part + more, orphaned, row - own))
 
     def _own(self, process: Process) -> int:
-        """Return the part of a row that belongs to a live process.
+        """Return the part of a row that certainly belongs to a live process.
 
-        The overhead of the process may contain an admission without a call, which is released with its last context.
+        Bytes of pools may be requested and not in use. Then the overhead may be smaller than the contexts: see
+        overhead_for(). It may also contain an admission without a call, which is released with the last context.
         Therefore at most the size of one context counts.
         """
-        device = self._device
+        device, pool = self._device, process.pool[self._device]
         size = self._ledger.context_bytes(device) if process.contexts[device] else 0
-        return process.witnessed(device) - process.handles_in_no_row(device) + min(process.overhead[device], size)
+        certain = process.witnessed(device) - pool - process.handles_in_no_row(device)
+        return certain + min(process.overhead[device] + pool, size)
 
 
 class OrphanRelease:
@@ -157,10 +157,15 @@ class OrphanRelease:
     def ended_rows(self, sample: Sample, orphans: Sequence[Orphan]) -> dict[int, int]:
         """Return the bytes by pid that NVML shows for ended processes.
 
+        A live process of the same pid is not charged for these bytes. Orphans that are in no row explain none of them.
+
         Orphaned bytes without an entry may belong to any ended process, also to one that was never in the ledger. If
         there are such bytes, the rows of all ended processes count.
         """
         found = self._rows.look(sample, orphans)
+        over = sum(found.values()) - max(0, sum(orphan.bytes for orphan in orphans) - self._in_no_row(sample))
+        for pid in found.keys() & sample.processes.keys():
+            found[pid] -= max(0, min(found[pid], over))
         unknown = sample.rows.keys() - sample.processes.keys() - found.keys() if self._without else ()
         rows = {pid: row for pid in unknown if (row := sample.rows[pid]) and procfs.ended(pid)}
         self._proven = sum(rows.values())
@@ -239,9 +244,20 @@ class OrphanRelease:
 
     def _reading(self, sample: Sample, ended: Mapping[int, int]) -> Reading:
         rest = self._contexts(sample) * CONTEXT_REST_BYTES + DEVICE_REST_BYTES
-        most = max(taken.in_use - sum(_shown(taken.least, ended).values()) for taken in sample.taken)
+        most_ended = {**ended, **self._rows.most}
+        most = max(taken.in_use - sum(_shown(taken.least, most_ended).values()) for taken in sample.taken)
         least = min(taken.in_use - self._taken(_shown(taken.greatest, ended), sample) for taken in sample.taken)
         return Reading(max(0, most - rest), max(0, least - rest), sample.calm)
+
+    def _in_no_row(self, sample: Sample) -> int:
+        """Return how many orphaned bytes are in no row, at least: live processes count with the most they may have."""
+        device, live = self._device, sample.processes
+        managed = sum(p.managed[device] for p in live.values())
+        shown = {pid for pid in live.keys() & sample.rows.keys() if live[pid].contexts[device]}
+        hidden = sum(live[pid].bytes[device] - live[pid].managed[device] for pid in live.keys() - shown)
+        rest = self._contexts(sample) * CONTEXT_REST_BYTES + DEVICE_REST_BYTES + SLACK_BYTES
+        found = min((taken.in_use - sum(taken.greatest.values()) for taken in sample.taken), default=0)
+        return max(0, found - rest - hidden - managed - (CHUNK_BYTES if managed else 0))
 
     def _contexts(self, sample: Sample) -> int:
         """Return the number of contexts of all processes with a row.

@@ -109,13 +109,13 @@ class Device:
         return clients + sum(handle.bytes for handle in self.handles)
 
     def kept(self) -> int:
-        """Return the bytes of exited tenants' processes, and of freed exported handles that have an open descriptor."""
+        """Return the bytes of exited tenants' processes, and of freed exported handles without a charge."""
         handles = sum(handle.bytes for handle in self.handles if self._outlives(handle))
         return handles + sum(self._bytes(c) for c in self.clients if not c.is_alive and not c.is_stranger)
 
     def _outlives(self, handle: Handle) -> bool:
         named = handle.named()
-        return named is None or not named.is_alive
+        return named is None or not named.is_alive or not (handle.maker or named.contexts)
 
     def clean(self, client: Client) -> None:
         """Free the memory that the driver frees for a client without open descriptors."""
@@ -253,6 +253,10 @@ class World:
             self.ledger.orphan(client.pid, entry, handle.bytes, False)
         entry.changes += 1
 
+    def import_(self, client: Client, handle: Handle) -> None:
+        handle.importers.append(client)
+        self._entry(client).has_imported = True
+
     def make_context(self, client: Client) -> Operation:
         entry = self._entry(client)
         entry.begun += 1
@@ -282,8 +286,13 @@ class World:
             entry.bytes -= own
         else:
             self.ledger.freed += entry.managed
-            entry.overhead = entry.managed = 0
-            entry.bytes = min(entry.bytes, entry.vmm + entry.pool)
+            entry.managed = 0
+            less = max(0, entry.bytes - entry.vmm - entry.pool)
+            entry.bytes -= less
+            if entry.has_imported:
+                self.ledger.orphan(client.pid, entry, less, False)
+            entry.pool = min(entry.pool, max(0, entry.bytes - entry.vmm))
+            entry.overhead = entry.bytes - entry.vmm - entry.pool
         client.is_ending_context = False
         entry.changes += 1
 
@@ -298,6 +307,8 @@ class World:
         entry = self._entry(client)
         entry.begun += 1
         less = min(bytes_, entry.pool)
+        uncharged = min(less, max(0, entry.contexts * CONTEXT - entry.overhead))
         entry.pool -= less
-        entry.bytes -= less
+        entry.overhead += uncharged
+        entry.bytes -= less - uncharged
         entry.changes += 1

@@ -31,6 +31,7 @@ class Entry:
     vmm: int = 0
     contexts: int = 0
     ended: int = 0
+    has_imported: bool = False
 
     def process(self) -> Process:
         return Process(

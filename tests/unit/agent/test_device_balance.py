@@ -8,14 +8,17 @@ from types import SimpleNamespace
 import hypothesis
 import hypothesis.strategies as st
 import pytest
+from hypothesis.internal.conjecture import providers
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule, run_state_machine_as_test
 
 from fgpu_ebpf.agent import ledger_corrections, nvml_reconcile, orphan_release
 from fgpu_ebpf.agent.device_balance import CALM_LOOKS, LOOKS
 from fgpu_ebpf.agent.nvml_reconcile import Reconciler
+from fgpu_ebpf.agent.orphan_release import CONTEXT_REST_BYTES
 from fgpu_ebpf.driver import device_sample
 from fgpu_ebpf.linux import procfs
 from tests.unit.agent.device_kit import Client, Handle, Managed, Operation, World
+from tests.unit.agent.ledger_kit import CONTEXT
 from tests.unit.orphan_kit import MIB
 
 SIZE = 256 * MIB
@@ -36,6 +39,8 @@ def world_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
         ledger_corrections, "_is_alive", ledger_corrections._is_alive
     )  # each Machine replaces this function, and monkeypatch restores it
     monkeypatch.setattr(nvml_reconcile, "_alive", nvml_reconcile._alive)
+    # Each example makes a Reconciler, and a Wakeup never closes its descriptor.
+    monkeypatch.setattr(nvml_reconcile, "Wakeup", lambda: SimpleNamespace(wake=lambda: None))
 
 
 class Machine(RuleBasedStateMachine):
@@ -45,7 +50,7 @@ class Machine(RuleBasedStateMachine):
     each read of a reconciliation, the last read first, the number of the operation that continues before the read (0:
     none). Hidden memory is memory in no row of NVML. `disturbed`: hidden memory changed while there were orphans, so
     that the reconcile thread cannot distinguish the two. `is_hidden_newer`: hidden memory has changed since the last
-    reconciliation during which no operation ran.
+    reconciliation during which no operation ran, no process was unmanaged, and nothing without a context was corrected.
     """
 
     def __init__(self) -> None:
@@ -84,6 +89,9 @@ class Machine(RuleBasedStateMachine):
 
     def living(self) -> list[Client]:
         return [client for client in self.world.device.clients if client.is_alive and not client.is_stranger]
+
+    def strangers(self) -> list[Client]:
+        return [client for client in self.world.device.clients if client.is_stranger]
 
     def some(self, n: int) -> Client | None:
         """Return a client that is not ending a context: such an end would free memory that another call adds."""
@@ -126,7 +134,8 @@ class Machine(RuleBasedStateMachine):
     @rule(n=a_client, keepers=st.sampled_from([0, 0, 1]))
     def kill(self, n: int, keepers: int) -> None:
         for client in self.living()[n : n + 1]:
-            self.disturbed = self.disturbed or self.is_hidden_newer or bool(self.world.device.in_no_row(client))
+            has_hidden = bool(client.managed or self.world.device.in_no_row(client))  # see Hidden: an unknown part
+            self.disturbed = self.disturbed or self.is_hidden_newer or has_hidden
             client.never_seen = min(client.grown + client.pool, max(self.uncharged(client), self.missing()))
             managed = sum(one[2] for one in self.running if one[0] is client)
             self.running = [one for one in self.running if one[0] is not client]
@@ -217,12 +226,14 @@ class Machine(RuleBasedStateMachine):
     def admit_pool(self, n: int, bytes_: int) -> None:
         client = self.some(n)
         if client:
+            self.disturb_hidden(client)
             self.world.admit_pool(client, bytes_)
 
     @rule(n=a_client, bytes_=sizes)
     def give_back_pool(self, n: int, bytes_: int) -> None:
         client = self.some(n)
         if client:
+            self.disturb_hidden(client)
             self.world.give_back_pool(client, min(bytes_, self.world.ledger.entries[client.pid].pool - client.pool))
 
     @rule(n=a_client, part=st.integers(0, 4))
@@ -268,7 +279,7 @@ class Machine(RuleBasedStateMachine):
     def import_(self, n: int, importer: int) -> None:
         client, handle = self.some(importer), self.handle(n, lambda one: one.descriptors)
         if client and handle and handle.maker is not client and client not in handle.importers:
-            handle.importers.append(client)
+            self.world.import_(client, handle)
 
     @rule(n=which)
     def close(self, n: int) -> None:
@@ -289,13 +300,13 @@ class Machine(RuleBasedStateMachine):
     @rule(n=st.integers(0, 1), bytes_=sizes, managed=st.sampled_from([0, SIZE, 4 * SIZE]))
     def stranger(self, n: int, bytes_: int, managed: int) -> None:
         """Start an unmanaged process, or change its memory."""
-        found = [client for client in self.world.device.clients if client.is_stranger]
+        found = self.strangers()
         stranger = found[n] if n < len(found) else self.world.begin(is_stranger=True)
         stranger.contexts, stranger.plain, stranger.managed = 1, [bytes_], [Managed(managed, managed)]
 
     @rule(n=st.integers(0, 1))
     def stranger_ends(self, n: int) -> None:
-        found = [client for client in self.world.device.clients if client.is_stranger]
+        found = self.strangers()
         if n < len(found):
             self.world.device.clean(found[n])
 
@@ -304,12 +315,18 @@ class Machine(RuleBasedStateMachine):
     @rule(steps=st.lists(st.integers(0, 3), max_size=20), is_full=st.booleans())
     def look(self, steps: list[int], is_full: bool) -> None:
         self.steps = steps
-        moved = {one[0].pid for one in self.running}
+        moved, before = {one[0].pid for one in self.running}, self.changes_without_context()
         self.reconciler.look(is_full)
-        self.is_hidden_newer = self.is_hidden_newer and bool(steps or self.running)
+        is_newer = self.is_hidden_newer and bool(steps or self.running or self.strangers())
+        self.is_hidden_newer = is_newer or self.changes_without_context() != before
         self.steps = []
         unseen = sum(client.grown + client.pool for client in self.living() if client.pid in moved)
         assert self.missing() <= REST + unseen, f"{self.missing() // MIB} MiB are held and not charged"
+
+    def changes_without_context(self) -> dict[int, int]:
+        """Return the changes of processes without a context. A correction counts as a change of their handles too."""
+        entries = self.world.ledger.entries
+        return {client.pid: entries[client.pid].changes for client in self.living() if not client.contexts}
 
     @rule(n=st.sampled_from([1, CALM_LOOKS, CALM_LOOKS + 1]))
     def looks(self, n: int) -> None:
@@ -337,28 +354,48 @@ class Machine(RuleBasedStateMachine):
     def all_is_released(self) -> None:
         """Check that orphans have no more bytes than outlive their processes.
 
-        Exceptions are REST, and bytes that hidden memory or a later process with the same pid may explain.
+        Exceptions are REST, what the driver uses for contexts of ended processes, which NVML does not count, and bytes
+        that hidden memory or a later process with the same pid may explain.
         """
         device, orphaned = self.world.device, self.world.ledger.orphaned()
+        rest = REST + CONTEXT_REST_BYTES * sum(client.contexts for client in device.clients if not client.is_alive)
         unknown = sum(map(device.in_no_row, device.clients)) if self.is_hidden_unknown() else device.pools_in_no_row()
-        assert orphaned <= device.kept() + REST + unknown + sum(map(self.uncharged, self.living())), (
+        assert orphaned <= device.kept() + rest + unknown + sum(map(self.unproven, self.living())), (
             f"{(orphaned - device.kept()) // MIB} MiB stay charged"
         )
         self.disturbed = self.disturbed and bool(self.world.ledger.kept)
+
+    def unproven(self, client: Client) -> int:
+        """Return the orphaned bytes that may be in a client's row.
+
+        Probes witness only the memory of calls. One context also belongs to the client, if the ledger has charged its
+        bytes. All other bytes (pools, contexts beyond the first, imported handles, and what only the driver counts) may
+        also be those of an earlier process with the pid.
+        """
+        if not client.contexts:
+            return 0
+        entry, device = self.world.ledger.entries[client.pid], self.world.device
+        kept = sum(orphan.bytes for orphan in self.world.ledger.kept.values() if orphan.tgid == client.pid)
+        made = sum(handle.bytes for handle in device.handles if handle.maker is client)
+        proven = sum(client.plain) + made + min(CONTEXT, entry.overhead + entry.pool)
+        return max(0, min(kept, device.in_row(client) - proven))
 
     def uncharged(self, client: Client) -> int:
         entry, device = self.world.ledger.entries[client.pid], self.world.device
         return max(0, device.in_row(client) - entry.bytes + entry.managed)
 
     def is_hidden_unknown(self) -> bool:
-        has_strangers = any(client.is_stranger for client in self.world.device.clients)
-        self.disturbed = self.disturbed or has_strangers
+        self.disturbed = self.disturbed or bool(self.strangers())
         return self.disturbed
 
 
 def test_released_bytes_equal_the_bytes_that_the_device_freed_within_32_mib(
-    scale: Callable[[int, int, int], int],
+    scale: Callable[[int, int, int], int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    # Hypothesis also draws integers from constants of all loaded local modules. Without them a change of another module
+    # does not change the sequence of examples.
+    monkeypatch.setattr(providers, "_get_local_constants", providers.Constants)
+    monkeypatch.setattr(providers, "CONSTANTS_CACHE", {})
     settings = hypothesis.settings(
         max_examples=scale(30, 300, 5000),
         stateful_step_count=60,
@@ -389,6 +426,95 @@ def test_a_context_that_an_ended_process_had_destroyed_is_not_taken_from_the_orp
     machine.execute(keepers=1, n=0)
     machine.settle()
     machine.end_context(n=1)
+    machine.kill(keepers=0, n=1)
+    machine.settle()
+
+
+def test_a_pool_that_is_not_in_use_takes_no_part_of_a_row_from_orphans() -> None:
+    """The next program of the pid requests pool bytes, and ends its context after it has used some of them."""
+    machine = Machine()
+    machine.populate(has_managed=False, has_orphan=True)
+    machine.execute(keepers=1, n=0)
+    machine.admit_pool(bytes_=SIZE, n=0)
+    machine.settle()
+    machine.use_pool(n=0, part=1)
+    machine.end_context(n=0)
+    machine.settle()
+
+
+def test_the_row_of_a_process_that_ends_belongs_to_its_orphans() -> None:
+    """The process frees a handle and ends between two passes. Other programs of its pid had ended before."""
+    machine = Machine()
+    machine.populate(has_managed=False, has_orphan=False)
+    machine.take_managed(bytes_=SIZE, n=0)
+    machine.begin(makes_context=False, reuses=False)
+    machine.execute(keepers=1, n=0)
+    machine.execute(keepers=0, n=0)
+    machine.kill(keepers=0, n=0)
+    machine.create(bytes_=3 * SIZE, n=1)
+    machine.settle()
+    machine.release(n=0)
+    machine.kill(keepers=0, n=1)
+    machine.looks(n=1)
+
+
+def test_programs_that_begin_and_end_between_two_passes_leave_their_row_to_their_orphans() -> None:
+    """The device holds the contexts of two programs that exec() replaced. The third program ends its context."""
+    machine = Machine()
+    machine.populate(has_managed=False, has_orphan=True)
+    machine.look([], False)
+    machine.execute(keepers=1, n=0)
+    machine.execute(keepers=1, n=0)
+    machine.looks(n=CALM_LOOKS)
+    machine.end_context(n=0)
+    machine.kill(keepers=0, n=0)
+    machine.look([], False)
+
+
+def test_orphans_in_no_row_are_not_subtracted_from_the_charge_of_a_later_program() -> None:
+    """The previous program exported a handle, and a descriptor keeps it. The driver's memory of the next grows."""
+    machine = Machine()
+    machine.populate(has_managed=False, has_orphan=True)
+    machine.create(bytes_=SIZE, n=0)
+    machine.export(n=0)
+    machine.execute(keepers=0, n=0)
+    machine.make_context(n=0)
+    machine.grow(bytes_=SIZE, n=0)
+    machine.settle()
+
+
+def test_hidden_memory_of_other_processes_raises_no_charge_of_a_later_program() -> None:
+    """Another process keeps the memory of the previous program, which is in the row of the pid."""
+    machine = Machine()
+    machine.populate(has_managed=True, has_orphan=False)
+    machine.touch(bytes_=4 * SIZE, n=0)
+    machine.begin(makes_context=False, reuses=False)
+    machine.create(bytes_=SIZE, n=2)
+    machine.execute(keepers=1, n=1)
+    machine.looks(n=CALM_LOOKS)
+    assert machine.world.ledger.entries[machine.living()[-1].pid].bytes == CONTEXT
+
+
+def test_an_imported_handle_stays_charged_after_the_last_context_of_the_importer() -> None:
+    """The handle was in the row of the importer, so its orphan has been released."""
+    machine = Machine()
+    machine.populate(has_managed=False, has_orphan=False)
+    machine.create(bytes_=SIZE, n=0)
+    machine.export(n=0)
+    machine.release(n=0)
+    machine.import_(importer=0, n=0)
+    machine.close(n=0)
+    machine.looks(n=CALM_LOOKS + 1)
+    machine.end_context(n=0)
+    machine.settle()
+
+
+def test_hidden_memory_is_estimated_in_the_first_pass() -> None:
+    """There is an orphan in each later pass, and its memory could also be the hidden memory."""
+    machine = Machine()
+    machine.populate(has_managed=True, has_orphan=False)
+    machine.touch(bytes_=SIZE, n=0)
+    machine.looks(n=1)
     machine.kill(keepers=0, n=1)
     machine.settle()
 

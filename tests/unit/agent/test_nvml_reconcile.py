@@ -537,7 +537,7 @@ def test_orphaned_bytes_without_an_entry_are_not_released_by_an_older_sample():
 def test_a_row_of_an_ended_process_charges_no_later_process_of_its_pid():
     books = Books(process(100 * MIB))
     books.orphans.all = [orphan(64 * MIB, tgid=ME)]
-    one = reconciler(books, {ME: 164 * MIB}, lambda: held_beside_the_rest(0))
+    one = reconciler(books, {ME: 164 * MIB}, lambda: held_beside_the_rest(-736 * MIB))
     one.look()
     assert (books.entry.bytes[0], books.orphans.bytes) == (100 * MIB, 64 * MIB)
     assert one.truth.ended == {0: {ME: 64 * MIB}}
