@@ -218,9 +218,10 @@ static void cover(struct fgpu_process *p, struct fgpu_call *f, u64 bytes, int ha
     look_up(p, &h);
     f->uncovered = bytes;
     struct fgpu_usage_page *full = exceeded(&h, f->device, bytes - f->bytes);
-    if (kills(full))
+    if (kills(full)) {
         kill_caller(full, f, bytes - f->bytes);
-    else if (has || !full) {
+        if (!has) f->uncovered = 0; /* the driver does not run */
+    } else if (has || !full) {
         charge(p, &h, f->device, bytes - f->bytes, 1);
         f->bytes = bytes;
     }

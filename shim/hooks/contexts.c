@@ -38,7 +38,7 @@ static void context_made(CUcontext context)
 
 /* Threads that create a primary context. Each requests room for it, because none knows which of them the driver will
  * serve first; the others' bytes are released when they return. */
-static _Atomic unsigned creating[FGPU_DEVICES];
+static _Atomic unsigned creating;
 
 /* Return whether another thread creates the context that was refused to this thread. Wait for that thread, 2 s at
  * most. A fork copies the counts of threads that do not exist in the child. */
@@ -47,7 +47,7 @@ static bool is_made_meanwhile(CUdevice device, __typeof__(&cuDevicePrimaryCtxGet
     unsigned flags;
     int active = 0;
     for (unsigned round = 0; state && round < 1000; round++) {
-        unsigned others = atomic_load(&creating[device]);
+        unsigned others = atomic_load(&creating);
         if (state(device, &flags, &active) != CUDA_SUCCESS || active || !others) break;
         fgpu_nap(2000000);
     }
@@ -71,12 +71,11 @@ EXPORT CUresult cuDevicePrimaryCtxRetain(CUcontext *pctx, CUdevice dev)
     CUresult known = state ? state(dev, &flags, &active) : CUDA_SUCCESS;
     if (active) fgpu_device_seen(dev);
     /* A further reference allocates nothing. The driver refuses a device that does not exist. */
-    if (!pctx || known != CUDA_SUCCESS || active || dev < 0 || dev >= FGPU_DEVICES)
-        return retain_further(pctx, dev, driver);
-    atomic_fetch_add(&creating[dev], 1);
+    if (!pctx || known != CUDA_SUCCESS || active) return retain_further(pctx, dev, driver);
+    atomic_fetch_add(&creating, 1);
     struct admission admission = admission_of(dev);
     if (admission.refusal) {
-        atomic_fetch_sub(&creating[dev], 1);
+        atomic_fetch_sub(&creating, 1);
         return is_made_meanwhile(dev, state) ? retain_further(pctx, dev, driver) : admission.refusal;
     }
     CUresult result = driver(pctx, dev);
@@ -84,7 +83,7 @@ EXPORT CUresult cuDevicePrimaryCtxRetain(CUcontext *pctx, CUdevice dev)
     if (result == CUDA_SUCCESS) primary_seen(dev, *pctx);
     fgpu_settled(&admission, result, result ? 0 : (uint64_t)*pctx);
     if (result == CUDA_SUCCESS) fgpu_primary_made(dev, (uint64_t)*pctx);
-    atomic_fetch_sub(&creating[dev], 1);
+    atomic_fetch_sub(&creating, 1);
     return result;
 }
 

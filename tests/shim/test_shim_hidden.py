@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import platform
 import shutil
 import time
@@ -52,6 +53,18 @@ def test_memory_is_refused_and_a_line_printed_if_the_agent_s_folder_is_hidden(he
     assert injected(held, more) == (f"[{OOM}, 0]\n", HIDDEN)
 
 
+def test_memory_is_refused_after_a_change_of_the_root_directory(held: Agent) -> None:
+    code = "os.mkdir('/mnt/root'); os.chroot('/mnt/root'); out(alloc(1), info()[1])"
+    assert injected(held, "", code) == (f"[{OOM}, 0]\n", HIDDEN)
+
+
+@pytest.mark.parametrize(("flags", "printed"), [("os.O_RDWR", ""), ("os.O_RDWR | os.O_APPEND", HIDDEN)])
+def test_nothing_is_printed_into_a_data_file(held: Agent, flags: str, printed: str) -> None:
+    """The program has closed descriptors 0 to 2, and a file that it opened later has descriptor 2."""
+    code = f"os.dup2(os.open('/mnt/data', os.O_CREAT | {flags}), 2); out(alloc(1), open('/mnt/data').read())"
+    assert json.loads(injected(held, OVER_RUN, code)[0]) == [OOM, printed]
+
+
 def test_the_shim_does_not_wait_for_a_hidden_folder(held: Agent) -> None:
     code = "L.cuInit(0); t = time.monotonic(); [alloc(1) for _ in range(50)]; out(time.monotonic() - t < 1)"
     assert injected(held, OVER_RUN, code)[0] == "[true]\n"
@@ -92,6 +105,11 @@ libc = C.CDLL(None)
 assert not libc.prctl(38, 1, 0, 0, 0) and not libc.prctl(22, 2, program, 0, 0)
 out(alloc(1), info()[1])
 """
+
+
+def test_a_sandbox_that_refuses_ppoll_slows_the_registration_and_does_not_prevent_it(held: Agent) -> None:
+    code = FILTER.format(number=271 if platform.machine() == "x86_64" else 73, error=errno.EPERM)
+    assert held.run(SYSTEM_PYTHON, "-c", PREAMBLE + code) == (f"[0, {HELD}]\n", "")
 
 
 @pytest.mark.parametrize(
