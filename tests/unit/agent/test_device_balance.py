@@ -50,7 +50,8 @@ class Machine(RuleBasedStateMachine):
     each read of a reconciliation, the last read first, the number of the operation that continues before the read (0:
     none). Hidden memory is memory in no row of NVML. `disturbed`: hidden memory changed while there were orphans, so
     that the reconcile thread cannot distinguish the two. `is_hidden_newer`: hidden memory has changed since the last
-    reconciliation during which no operation ran, no process was unmanaged, and nothing without a context was corrected.
+    reconciliation that may have raised the estimate: no operation ran, no process was unmanaged, freed_and_changes()
+    had not changed. `seen`: freed_and_changes() at the last reconciliation.
     """
 
     def __init__(self) -> None:
@@ -61,6 +62,7 @@ class Machine(RuleBasedStateMachine):
         self.is_slow = False
         self.disturbed = False
         self.is_hidden_newer = False
+        self.seen: dict[int, int] = {}
         self.reconciler = Reconciler(self.world.nvml, self.world.ledger, lambda _: ())
         ledger_corrections._is_alive = nvml_reconcile._alive = self.world.is_alive
 
@@ -315,18 +317,25 @@ class Machine(RuleBasedStateMachine):
     @rule(steps=st.lists(st.integers(0, 3), max_size=20), is_full=st.booleans())
     def look(self, steps: list[int], is_full: bool) -> None:
         self.steps = steps
-        moved, before = {one[0].pid for one in self.running}, self.changes_without_context()
+        moved, before = {one[0].pid for one in self.running}, self.freed_and_changes()
+        has_freed = any(before.get(key) != value for key, value in self.seen.items())
         self.reconciler.look(is_full)
         is_newer = self.is_hidden_newer and bool(steps or self.running or self.strangers())
-        self.is_hidden_newer = is_newer or self.changes_without_context() != before
+        self.is_hidden_newer = is_newer or has_freed or self.freed_and_changes() != before
+        self.seen = before
         self.steps = []
         unseen = sum(client.grown + client.pool for client in self.living() if client.pid in moved)
         assert self.missing() <= REST + unseen, f"{self.missing() // MIB} MiB are held and not charged"
 
-    def changes_without_context(self) -> dict[int, int]:
-        """Return the changes of processes without a context. A correction counts as a change of their handles too."""
+    def freed_and_changes(self) -> dict[int, int]:
+        """Return what reduces the estimate of hidden memory in a pass, if it has changed since the pass before.
+
+        These are the freed managed bytes (key 0), and the changes of processes without a context, by pid. A correction
+        is also such a change. Only the next pass without one can raise the estimate.
+        """
         entries = self.world.ledger.entries
-        return {client.pid: entries[client.pid].changes for client in self.living() if not client.contexts}
+        changes = {client.pid: entries[client.pid].changes for client in self.living() if not client.contexts}
+        return {0: self.world.ledger.freed, **changes}
 
     @rule(n=st.sampled_from([1, CALM_LOOKS, CALM_LOOKS + 1]))
     def looks(self, n: int) -> None:
