@@ -28,6 +28,7 @@ ENGINES = (
     "cri:/run/cri-dockerd.sock",
     "cri:/run/k3s/containerd/containerd.sock",
 )
+KUBELET_FOLDER = Path("/proc/2/root/var/lib/kubelet")  # the node's, also for an agent in a pod
 MODULES_BYTES = 1 << 30  # the reason for this size: docs/operations.md, "Memory without a recorded allocation"
 
 
@@ -55,6 +56,7 @@ class HostSettings(NamedTuple):
     engines: tuple[str, ...] = ENGINES
     log_format: Literal["text", "json", "journal"] | None = None
     cdi_folder: Path = CDI_FOLDER
+    kubelet_folder: Path = KUBELET_FOLDER
     shares: tuple[str, ...] = USUAL
     profiles: tuple[Profile, ...] = ()
     ignored_xids: tuple[int, ...] = OF_PROGRAMS

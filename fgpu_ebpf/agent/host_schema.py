@@ -25,7 +25,7 @@ from fgpu_ebpf.tenancy.profiles import MOST_COUNT, MOST_NAME_CHARACTERS, Profile
 
 MOST_XID = 1023
 _SWITCHES = {"overcommit": ("allow", "park"), "parking": ("on",)}  # and the words that mean True
-_PATHS = ("driver_root", "policy_folder", "cdi_folder")
+_PATHS = ("driver_root", "policy_folder", "cdi_folder", "kubelet_folder")
 _HOST = re.compile(r"[A-Za-z0-9]([A-Za-z0-9.-]{0,251}[A-Za-z0-9])?")
 
 
@@ -202,6 +202,7 @@ class HostDocument(Model):
         "Format of the agent's log. Default: journal under systemd, else text."
     )
     cdi_folder: _Path = absent("The folder in which container engines search for devices.")
+    kubelet_folder: _Path = absent("kubelet's folder, for ResourceClaims of NVIDIA's DRA driver.")
     shares: Annotated[list[Annotated[str, AfterValidator(_share)]], Field(max_length=256)] = absent(
         "Shares that containers may ask for by name."
     )

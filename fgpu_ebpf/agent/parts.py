@@ -21,6 +21,7 @@ from fgpu_ebpf.agent.startup import Attached
 from fgpu_ebpf.check import Check
 from fgpu_ebpf.containers.injection import Lists
 from fgpu_ebpf.driver.host_driver import HostDriver
+from fgpu_ebpf.kubernetes.nvidia_claims import NvidiaClaims
 from fgpu_ebpf.ledger.ledger import Ledger
 from fgpu_ebpf.tenancy.enforcer import Enforcer
 from fgpu_ebpf.tenancy.event_log import EventLog
@@ -41,6 +42,7 @@ class Parts(NamedTuple):
     look: HostLook
     looks: Looks
     chores: Chores
+    claims: NvidiaClaims
 
     @property
     def enforcer(self) -> Enforcer:
@@ -73,8 +75,9 @@ def wire(
     """
     driver, ledger, discovery = attached.driver, attached.ledger, attached.driver.discovery
     devices, older = driver.nvml.devices, attached.preexisting
+    claims = NvidiaClaims(settings.kubelet_folder, engines, failed_checks)
     manager = Manager.of_host(
-        settings.run_dir, ledger, engines, history, devices, older, settings.bounds, settings.overcommit
+        settings.run_dir, ledger, claims, history, devices, older, settings.bounds, settings.overcommit
     )
     manager.classes = settings.priorities
     tally = driver.xids.tally(settings.ignored_xids, devices)
@@ -99,5 +102,5 @@ def wire(
         driver, ledger, manager,
         Policies(settings.policy_folder, attached.policies, manager, history),
         reconciler, events, look, Looks(look.steps),
-        chores,
+        chores, claims,
     )  # fmt: skip

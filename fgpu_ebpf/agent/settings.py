@@ -41,6 +41,7 @@ class Settings(NamedTuple):
     engines: tuple[str, ...] = ()
     helper: Path = Path()
     cdi_folder: Path = cdi.FOLDER
+    kubelet_folder: Path = host_config.KUBELET_FOLDER
     shares: tuple[str, ...] = share_name.USUAL
     profiles: tuple[profiles.Profile, ...] = ()
     ignored_xids: Collection[int] = xids.OF_PROGRAMS
