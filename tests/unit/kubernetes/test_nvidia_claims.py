@@ -258,6 +258,24 @@ def test_a_claim_of_more_than_tenants_can_get_is_the_device(agent: Agent, node: 
     assert agent.limits(PATH) == {0: 40, 1: None}
 
 
+def test_the_last_claim_of_a_full_device_gets_what_is_left_and_more_when_there_is_room(
+    agent: Agent, node: NvidiaNode
+) -> None:
+    """The scheduler counts 41 GiB, of which tenants can get 40."""
+    for claim, pod, size in ((A, POD, "24Gi"), (B, OTHER_POD, "17Gi")):
+        node.use(claim, pod)
+        node.prepare(claim, size)
+    agent.manager.consider([PATH, OTHER_PATH])
+    for path in (PATH, OTHER_PATH):
+        tenant = agent.enforcer.at(path)
+        assert tenant
+        agent.enforcer.use(tenant.cgroup)
+    assert (agent.limits(PATH), agent.limits(OTHER_PATH)) == ({0: 24, 1: None}, {0: 16, 1: None})
+    node.end(A)
+    agent.round()
+    assert agent.limits(OTHER_PATH) == {0: 17, 1: None}
+
+
 def test_each_pod_of_a_shared_claim_has_its_limit(agent: Agent, node: NvidiaNode) -> None:
     node.use(A, POD)
     node.prepare(A, "4Gi")
