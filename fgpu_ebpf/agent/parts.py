@@ -76,10 +76,11 @@ def wire(
     driver, ledger, discovery = attached.driver, attached.ledger, attached.driver.discovery
     devices, older = driver.nvml.devices, attached.preexisting
     claims = NvidiaClaims(settings.kubelet_folder, engines, failed_checks)
+    namer = claims.namer(settings.adapters)
     manager = Manager.of_host(
-        settings.run_dir, ledger, claims, history, devices, older, settings.bounds, settings.overcommit
+        settings.run_dir, ledger, namer, history, devices, older, settings.bounds, settings.overcommit
     )
-    manager.classes = settings.priorities
+    manager.classes, manager.adapters = settings.priorities, settings.adapters
     tally = driver.xids.tally(settings.ignored_xids, devices)
     reconciler = Reconciler(driver.nvml, ledger, manager.enforcer.levels, tally, older if driver.layout_changed else ())
     events = KernelEvents(

@@ -17,7 +17,7 @@ import math
 import os
 import stat
 from collections import defaultdict
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Collection, Mapping, MutableMapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 from fgpu_ebpf.check import Check
 from fgpu_ebpf.kubernetes.claims import MEMORY, quantity
 from fgpu_ebpf.linux.wakeup import Wakeup
+from fgpu_ebpf.policy.requests import NVIDIA_DRA
 from fgpu_ebpf.policy.units import shown
 from fgpu_ebpf.workloads.cgroups import Namer
 from fgpu_ebpf.workloads.workload import Booking, Workload
@@ -163,6 +164,10 @@ class NvidiaClaims:
         self._changed: set[str] = set()
         self._wakeup = Wakeup()
         self._said = ""
+
+    def namer(self, adapters: Collection[str]) -> Namer:
+        """Return this object if its adapter is one of `adapters`, else the Namer that has no bookings."""
+        return self if NVIDIA_DRA in adapters else self._names
 
     def fileno(self) -> int:
         """Return a descriptor that is readable when take() has something to return."""

@@ -7,8 +7,8 @@ in the agent and in `fgpu policy`.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from types import MappingProxyType
 from typing import NamedTuple, Protocol
@@ -225,14 +225,29 @@ class PolicySet:
     policies: tuple[Policy, ...] = field(default=())
     files: tuple[tuple[str, bytes], ...] = field(default=(), compare=False, repr=False)
 
-    def resolve(self, workload: Workload, devices: Sequence[Device], classes: Classes = NO_CLASSES) -> Decision:
-        """Return the decision of the first policy that matches. If none matches, the workload is unmanaged."""
+    def resolve(
+        self, workload: Workload, devices: Sequence[Device], classes: Classes = NO_CLASSES,
+        adapters: Collection[str] = requests.ADAPTERS,
+    ) -> Decision:  # fmt: skip
+        """Return the decision of the first policy that matches. If none matches, the workload is unmanaged.
+
+        Args:
+            workload: the workload.
+            devices: the host's devices.
+            classes: the priorities of agent.yaml.
+            adapters: the adapters of agent.yaml. Requests in labels of other adapters are ignored.
+        """
         tried: list[tuple[str, str]] = []
         for policy in self.policies:
             miss = policy.selector.miss(workload)
             if not miss:
                 notes: list[str] = []
-                limits = _limits(policy, workload, devices, classes, notes)
+                asking = replace(
+                    workload,
+                    labels=requests.of_adapters(workload.labels, adapters),
+                    image_asks=requests.of_adapters(workload.image_asks, adapters),
+                )
+                limits = _limits(policy, asking, devices, classes, notes)
                 return Decision(workload, policy, tuple(tried), limits, tuple(notes))
             tried.append((policy.name, miss))
         return Decision(workload, None, tuple(tried), None, tuple(booking_notes(workload, devices)))

@@ -23,9 +23,9 @@ UNKNOWN = "the size of dev/gpu-0b8f of gpu.nvidia.com is not known"
 
 @pytest.fixture
 def node(service: Service, unharmed: None, tmp_path: Path) -> Iterator[NvidiaNode]:
-    """Restart the agent so that it reads the files of this node."""
+    """Restart the agent so that it reads the files of this node, as from a pod."""
     said = service.config.read_text()
-    service.config.write_text(f"{said}kubeletFolder: {tmp_path / 'kubelet'}\n")
+    service.config.write_text(f"{said}kubeletFolder: /proc/2/root{tmp_path}/kubelet\n")
     found = NvidiaNode(tmp_path / "kubelet", [device["uuid"] for device in ask(verb="snapshot")["devices"]])
     service.kill_agent()
     service.start_agent()
@@ -79,6 +79,18 @@ def test_the_containers_of_a_pod_have_together_what_its_claim_has_consumed(
     node.prepare(CLAIM, "4Gi")
     eventually(lambda: KNOWN in fgpu("explain", pod.path).stdout, 5, "the claim")
     assert client.do(f"alloc {2 * MIB}") == REFUSED
+
+
+def test_without_the_adapter_no_claim_is_read(containerd: Containerd, node: NvidiaNode, service: Service) -> None:
+    service.config.write_text(f"{service.config.read_text()}adapters: [hami]\n")
+    service.kill_agent()
+    service.start_agent()
+    pod = containerd.run("train-2", {}, {})
+    node.use(CLAIM, pod.uid)
+    node.prepare(CLAIM, "4Gi")
+    client = pod.container("main").client()
+    assert client.ok("info")[1] > 4 * GIB
+    assert at(pod.path) is None
 
 
 def test_a_pod_with_an_unknown_claim_gets_nothing_until_the_claim_is_known(
