@@ -39,6 +39,7 @@ MOST_BYTES = 16 << 20  # of a file
 MOST_PODS = 4096  # the latest, which are decided again at once
 MOST_PATHS = 64  # cgroups of a pod that are decided again at once; the others follow at the next rescan
 _LISTS = ("ClaimInfoStateList", "Entries")  # the list of claims since Kubernetes 1.34, and before
+_KINDS = {"gpu": True, "mig": False, "vfio": False, "vgpu": False}  # whether the agent limits devices of this kind
 _PREPARED = "PrepareCompleted"
 _FORMS = (LookupError, TypeError, AttributeError, ValueError, RecursionError, StopIteration)  # of an unknown text
 
@@ -75,7 +76,7 @@ def booked(text: bytes) -> dict[str, Mapping[str, int]]:
 
     A device without a number is left out: it is the claim's alone, or the driver does not divide its memory (the
     scheduler then counts 0 bytes). A MIG device is left out, because its size is its limit. So are devices for virtual
-    machines. A claim that cannot be read is left out as a whole.
+    machines. A claim that cannot be read, or has a size of an unknown kind of device, is left out as a whole.
 
     Source: `Checkpoint` and `PreparedClaimV2` (cmd/gpu-kubelet-plugin of kubernetes-sigs/dra-driver-nvidia-gpu).
     """
@@ -95,17 +96,16 @@ def booked(text: bytes) -> dict[str, Mapping[str, int]]:
 
 
 def _booked(claim: Mapping[str, Any]) -> Mapping[str, int]:
-    prepared = [device for group in claim["preparedDevices"] for device in group["devices"]]
-    kinds = [(device.get(kind), kind) for device in prepared for kind in ("gpu", "mig", "vfio")]
-    known = {of["device"]["DeviceName"]: of["info"]["uuid"] if kind == "gpu" else "" for of, kind in kinds if of}
+    devices = [device for group in claim.get("preparedDevices") or () for device in group["devices"]]
+    known = {of["device"]["DeviceName"]: (kind, of) for device in devices for kind, of in device.items() if of}
     found: dict[str, int] = defaultdict(int)
     for result in claim["status"]["allocation"]["devices"]["results"]:
-        consumed = result.get("consumedCapacity") or {}
-        if result["driver"] != DRIVER or result.get("adminAccess"):
-            continue
-        if uuid := known[result["device"]]:
-            found[uuid] += math.ceil(quantity(str(consumed.get(MEMORY, "0"))))
-    return {uuid: size for uuid, size in found.items() if size}
+        size = math.ceil(quantity(str((result.get("consumedCapacity") or {}).get(MEMORY, "0"))))
+        if size and result["driver"] == DRIVER and not result.get("adminAccess"):
+            kind, of = known[result["device"]]
+            if _KINDS[kind]:
+                found[of["info"]["uuid"]] += size
+    return dict(found)
 
 
 class _File:

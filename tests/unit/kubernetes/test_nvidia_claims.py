@@ -155,6 +155,7 @@ def claim_with(result: dict[str, Any], device: dict[str, Any]) -> bytes:
         ({"consumedCapacity": {"memory": "0", "shares": "1"}}, {}),
         ({"consumedCapacity": {"shares": "1"}}, {}),
         ({}, {}),
+        ({"device": "gpu-9"}, {}),
         ({"consumedCapacity": {"memory": "4Gi"}, "adminAccess": True}, {}),
         ({"consumedCapacity": {"memory": "4Gi"}, "driver": "gpu.fgpu.dev", "device": "x"}, {}),
     ],
@@ -163,17 +164,24 @@ def test_only_memory_that_the_scheduler_counts_is_booked(result: dict[str, Any],
     assert nvidia_claims.booked(claim_with(result, {})) == {A: found}
 
 
-def test_a_mig_device_is_not_booked() -> None:
-    device = {"gpu": None, "mig": {"concrete": {}, "device": {"DeviceName": "gpu-0-mig"}}}
-    result = {"device": "gpu-0-mig", "consumedCapacity": {"memory": "4Gi"}}
+@pytest.mark.parametrize("kind", ["mig", "vfio", "vgpu"])
+def test_a_device_of_another_kind_is_not_booked(kind: str) -> None:
+    device = {"gpu": None, kind: {"concrete": {}, "device": {"DeviceName": "gpu-0-part"}}}
+    result = {"device": "gpu-0-part", "consumedCapacity": {"memory": "4Gi"}}
     assert nvidia_claims.booked(claim_with(result, device)) == {A: {}}
+
+
+def test_a_claim_of_an_unknown_kind_of_device_is_left_out() -> None:
+    device = {"later": {"device": {"DeviceName": "gpu-0"}}}
+    assert nvidia_claims.booked(claim_with({"consumedCapacity": {"memory": "4Gi"}}, device)) == {}
+    assert nvidia_claims.booked(claim_with({}, device)) == {A: {}}
 
 
 @pytest.mark.parametrize(
     "result",
     [
         {"consumedCapacity": {"memory": "much"}}, {"consumedCapacity": {"memory": "-1"}}, {"consumedCapacity": "4Gi"},
-        {"device": "gpu-9"},
+        {"device": "gpu-9", "consumedCapacity": {"memory": "4Gi"}},
     ],
 )  # fmt: skip
 def test_a_claim_in_an_unknown_form_is_left_out(result: dict[str, Any]) -> None:
