@@ -84,7 +84,7 @@ class Agent:
         self.gatekeeper.start(driver.layout_changed)
         self._parts = wire(settings, attached, self.engines, self.history, self.failed_checks)
         self.devices = DeviceRelease(self.parts.reconciler, files, self.history, self.failed_checks)
-        self.chores += (*self.parts.chores.steps, self.devices.look)
+        self.chores += (*self.parts.chores.steps, self.devices.look, self.parts.claims.look)
         self.parts.take_over()
         run.write_preloads(settings.run_dir, driver.shim)
         self._follow()
@@ -107,6 +107,7 @@ class Agent:
         self.selector.register(parts.reconciler, selectors.EVENT_READ, self._look_at_holders)
         self.selector.register(parts.policies, selectors.EVENT_READ, parts.policies.take)
         self.selector.register(self.engines, selectors.EVENT_READ, self._look_at_answered)
+        self.selector.register(parts.claims, selectors.EVENT_READ, self._look_at_booked)
         parts.policies.start()
         parts.chores.parking.begin(self.selector)
         parts.reconciler.start(ROUND_SECONDS)
@@ -236,6 +237,10 @@ class Agent:
     def _look_at_answered(self) -> None:
         """Reconsider cgroups whose labels an engine has reported: their policy or limits may have changed."""
         self.parts.manager.consider(self.engines.take())
+
+    def _look_at_booked(self) -> None:
+        """Reconsider cgroups of pods for which the scheduler has booked other sizes than those in force."""
+        self.parts.manager.consider(self.parts.claims.take())
 
     def _look_at_named(self) -> None:
         """Probe the files of the processes that the gatekeeper has reported, and decide about their cgroups."""

@@ -12,7 +12,7 @@ from typing import Literal, NamedTuple
 from fgpu_ebpf.containers.cdi import FOLDER as CDI_FOLDER
 from fgpu_ebpf.driver.xids import OF_PROGRAMS
 from fgpu_ebpf.ledger.owner_bounds import Bounds
-from fgpu_ebpf.policy import trusted_file
+from fgpu_ebpf.policy import requests, trusted_file
 from fgpu_ebpf.policy.folder import FOLDER
 from fgpu_ebpf.policy.rules import NO_CLASSES, Classes
 from fgpu_ebpf.policy.share_name import USUAL
@@ -28,14 +28,16 @@ ENGINES = (
     "cri:/run/cri-dockerd.sock",
     "cri:/run/k3s/containerd/containerd.sock",
 )
+KUBELET_FOLDER = Path("/proc/2/root/var/lib/kubelet")  # the node's, also for an agent in a pod
 MODULES_BYTES = 1 << 30  # the reason for this size: docs/operations.md, "Memory without a recorded allocation"
 
 
 class HostSettings(NamedTuple):
     """The settings of a host.
 
-    `overcommit`: the sum of limits may exceed a device's memory. `makes_room`: idle tenants are parked to make room for
-    a tenant that wakes up. `parking`: tenants may be parked.
+    `adapters`: the projects from which requests are read, in labels or, of NVIDIA's DRA driver, in files. `overcommit`:
+    the sum of limits may exceed a device's memory. `makes_room`: idle tenants are parked to make room for a tenant that
+    wakes up. `parking`: tenants may be parked.
     `loader`: the interpreter that can import BCC, and its arguments. `engines`: the engines to ask for labels, as
     KIND:SOCKET. `profiles`: the shares that a device plugin offers. `ignored_xids`: XIDs after which a device is still
     offered. `trusted_drivers`: digests of trusted files of libcuda, as `sha256:…`. `module_bytes`: the most memory that
@@ -55,6 +57,8 @@ class HostSettings(NamedTuple):
     engines: tuple[str, ...] = ENGINES
     log_format: Literal["text", "json", "journal"] | None = None
     cdi_folder: Path = CDI_FOLDER
+    adapters: tuple[str, ...] = tuple(requests.ADAPTERS)
+    kubelet_folder: Path = KUBELET_FOLDER
     shares: tuple[str, ...] = USUAL
     profiles: tuple[Profile, ...] = ()
     ignored_xids: tuple[int, ...] = OF_PROGRAMS

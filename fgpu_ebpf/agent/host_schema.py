@@ -17,6 +17,7 @@ from fgpu_ebpf.driver.library_class import DIGEST
 from fgpu_ebpf.ledger.owner_bounds import Bounds
 from fgpu_ebpf.policy import share_name
 from fgpu_ebpf.policy.fields import Devices, MetricLabels, Model, Several, Size, absent
+from fgpu_ebpf.policy.requests import ADAPTERS
 from fgpu_ebpf.policy.rules import Classes, Priority
 from fgpu_ebpf.policy.units import shown
 from fgpu_ebpf.policy.validation import config_errors
@@ -25,7 +26,7 @@ from fgpu_ebpf.tenancy.profiles import MOST_COUNT, MOST_NAME_CHARACTERS, Profile
 
 MOST_XID = 1023
 _SWITCHES = {"overcommit": ("allow", "park"), "parking": ("on",)}  # and the words that mean True
-_PATHS = ("driver_root", "policy_folder", "cdi_folder")
+_PATHS = ("driver_root", "policy_folder", "cdi_folder", "kubelet_folder")
 _HOST = re.compile(r"[A-Za-z0-9]([A-Za-z0-9.-]{0,251}[A-Za-z0-9])?")
 
 
@@ -68,6 +69,12 @@ def _engine(value: str) -> str:
         wanted = "docker:/run/docker.sock, podman:… or cri:…"
         raise ValueError(f"{shown(value)} is not a valid engine: write it as {wanted}")
     _absolute(path)
+    return value
+
+
+def _adapter(value: str) -> str:
+    if value not in ADAPTERS:
+        raise ValueError(f"{shown(value)} is not an adapter: write {', '.join(ADAPTERS)}")
     return value
 
 
@@ -202,6 +209,10 @@ class HostDocument(Model):
         "Format of the agent's log. Default: journal under systemd, else text."
     )
     cdi_folder: _Path = absent("The folder in which container engines search for devices.")
+    adapters: Annotated[list[Annotated[str, AfterValidator(_adapter)]], Field(max_length=16)] = absent(
+        "Projects from which requests are read: by default all that fgpu knows."
+    )
+    kubelet_folder: _Path = absent("kubelet's folder, for ResourceClaims of NVIDIA's DRA driver.")
     shares: Annotated[list[Annotated[str, AfterValidator(_share)]], Field(max_length=256)] = absent(
         "Shares that containers may ask for by name."
     )

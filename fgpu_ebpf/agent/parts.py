@@ -21,6 +21,7 @@ from fgpu_ebpf.agent.startup import Attached
 from fgpu_ebpf.check import Check
 from fgpu_ebpf.containers.injection import Lists
 from fgpu_ebpf.driver.host_driver import HostDriver
+from fgpu_ebpf.kubernetes.nvidia_claims import NvidiaClaims
 from fgpu_ebpf.ledger.ledger import Ledger
 from fgpu_ebpf.tenancy.enforcer import Enforcer
 from fgpu_ebpf.tenancy.event_log import EventLog
@@ -41,6 +42,7 @@ class Parts(NamedTuple):
     look: HostLook
     looks: Looks
     chores: Chores
+    claims: NvidiaClaims
 
     @property
     def enforcer(self) -> Enforcer:
@@ -73,10 +75,12 @@ def wire(
     """
     driver, ledger, discovery = attached.driver, attached.ledger, attached.driver.discovery
     devices, older = driver.nvml.devices, attached.preexisting
+    claims = NvidiaClaims(settings.kubelet_folder, engines, failed_checks)
+    namer = claims.namer(settings.adapters)
     manager = Manager.of_host(
-        settings.run_dir, ledger, engines, history, devices, older, settings.bounds, settings.overcommit
+        settings.run_dir, ledger, namer, history, devices, older, settings.bounds, settings.overcommit
     )
-    manager.classes = settings.priorities
+    manager.classes, manager.adapters = settings.priorities, settings.adapters
     tally = driver.xids.tally(settings.ignored_xids, devices)
     reconciler = Reconciler(driver.nvml, ledger, manager.enforcer.levels, tally, older if driver.layout_changed else ())
     events = KernelEvents(
@@ -99,5 +103,5 @@ def wire(
         driver, ledger, manager,
         Policies(settings.policy_folder, attached.policies, manager, history),
         reconciler, events, look, Looks(look.steps),
-        chores,
+        chores, claims,
     )  # fmt: skip

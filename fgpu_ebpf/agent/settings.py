@@ -14,7 +14,7 @@ from fgpu_ebpf.containers import cdi
 from fgpu_ebpf.driver import programs, xids
 from fgpu_ebpf.ledger.ledger import PINS
 from fgpu_ebpf.ledger.owner_bounds import Bounds
-from fgpu_ebpf.policy import rules, share_name
+from fgpu_ebpf.policy import requests, rules, share_name
 from fgpu_ebpf.tenancy import profiles
 
 
@@ -41,6 +41,8 @@ class Settings(NamedTuple):
     engines: tuple[str, ...] = ()
     helper: Path = Path()
     cdi_folder: Path = cdi.FOLDER
+    adapters: tuple[str, ...] = tuple(requests.ADAPTERS)
+    kubelet_folder: Path = host_config.KUBELET_FOLDER
     shares: tuple[str, ...] = share_name.USUAL
     profiles: tuple[profiles.Profile, ...] = ()
     ignored_xids: Collection[int] = xids.OF_PROGRAMS

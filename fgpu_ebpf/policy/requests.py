@@ -7,7 +7,7 @@ functions do no I/O, and run in the agent and in `fgpu policy`.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Generic, NamedTuple, TypeVar
 
@@ -103,6 +103,25 @@ def _part_of_device(text: str, around: Around) -> Amount:
     if not (_NUMBER.fullmatch(text) and _NUMBER.fullmatch(around.needed)) or not 0 < int(text) <= int(around.needed):
         raise QuantityError(f"{shown(text)} of {shown(around.needed)} is not a part of a device's memory")
     return Amount(millionths=int(text) * MILLION // int(around.needed) or 1)
+
+
+# -- the adapters: by name in `adapters:` of agent.yaml, the labels that only this adapter reads -----------------------
+
+NVIDIA_DRA = "nvidia-dra"  # reads no label: see `kubernetes.nvidia_claims`
+ADAPTERS: Mapping[str, Collection[str]] = {
+    NVIDIA_DRA: (),
+    "kai": (KAI_MEMORY, KAI_FRACTION, KAI_PRIORITY),
+    "hami": (HAMI,),
+    "volcano": (VOLCANO,),
+    "aliyun": (ALIYUN, ALIYUN_DEVICE),
+    "clearml": (FRACTION_LABEL,),
+}
+
+
+def of_adapters(labels: Mapping[str, str], adapters: Collection[str]) -> Mapping[str, str]:
+    """Return the labels without those of other adapters than these."""
+    ignored = {label for name, own in ADAPTERS.items() if name not in adapters for label in own}
+    return {key: value for key, value in labels.items() if key not in ignored} if ignored else labels
 
 
 # -- all sources, in the order of precedence -------------------------------------------------------------------------

@@ -7,8 +7,8 @@ in the agent and in `fgpu policy`.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from types import MappingProxyType
 from typing import NamedTuple, Protocol
@@ -16,7 +16,7 @@ from typing import NamedTuple, Protocol
 from fgpu_ebpf.policy import requests
 from fgpu_ebpf.policy.globs import Globs
 from fgpu_ebpf.policy.units import MILLION, Amount, memory_text, millionths_text, shown
-from fgpu_ebpf.workloads.workload import PRIORITY_LABEL, Workload
+from fgpu_ebpf.workloads.workload import PRIORITY_LABEL, Booking, Workload
 
 
 class Device(Protocol):
@@ -225,21 +225,36 @@ class PolicySet:
     policies: tuple[Policy, ...] = field(default=())
     files: tuple[tuple[str, bytes], ...] = field(default=(), compare=False, repr=False)
 
-    def resolve(self, workload: Workload, devices: Sequence[Device], classes: Classes = NO_CLASSES) -> Decision:
-        """Return the decision of the first policy that matches. If none matches, the workload is unmanaged."""
+    def resolve(
+        self, workload: Workload, devices: Sequence[Device], classes: Classes = NO_CLASSES,
+        adapters: Collection[str] = requests.ADAPTERS,
+    ) -> Decision:  # fmt: skip
+        """Return the decision of the first policy that matches. If none matches, the workload is unmanaged.
+
+        Args:
+            workload: the workload.
+            devices: the host's devices.
+            classes: the priorities of agent.yaml.
+            adapters: the adapters of agent.yaml. Requests in labels of other adapters are ignored.
+        """
         tried: list[tuple[str, str]] = []
         for policy in self.policies:
             miss = policy.selector.miss(workload)
             if not miss:
                 notes: list[str] = []
-                limits = _limits(policy, workload, devices, classes, notes)
+                asking = replace(
+                    workload,
+                    labels=requests.of_adapters(workload.labels, adapters),
+                    image_asks=requests.of_adapters(workload.image_asks, adapters),
+                )
+                limits = _limits(policy, asking, devices, classes, notes)
                 return Decision(workload, policy, tuple(tried), limits, tuple(notes))
             tried.append((policy.name, miss))
-        return Decision(workload, None, tuple(tried), None, ())
+        return Decision(workload, None, tuple(tried), None, tuple(booking_notes(workload, devices)))
 
 
 def _limits(
-    policy: Policy, workload: Workload, devices: Iterable[Device], classes: Classes, notes: list[str]
+    policy: Policy, workload: Workload, devices: Sequence[Device], classes: Classes, notes: list[str]
 ) -> Limits:
     chosen = [device for device in devices if any(choice.takes(device) for choice in policy.devices)]
     if not chosen:
@@ -259,20 +274,57 @@ def _limits(
     )
 
 
-def _memory(memory: Memory | None, workload: Workload, devices: Iterable[Device], notes: list[str]) -> dict[int, int]:
+def booked(booking: Booking, device: Device) -> int | None:
+    """Return what a booking allows on a device, in bytes; None: the booking says nothing about the device."""
+    if booking.unknown:
+        return 0
+    size = booking.bytes.get(device.uuid_text)
+    return None if size is None else min(size, device.usable_bytes)
+
+
+def booking_notes(workload: Workload, devices: Iterable[Device]) -> Iterator[str]:
+    """Yield what has been booked for the workload."""
+    if workload.booking and not workload.booking.unknown:  # the Namer reports what is unknown
+        for device in devices:
+            if (size := booked(workload.booking, device)) is not None:
+                yield f"{workload.booking.source}: {memory_text(size)} of device {device.index}"
+
+
+def _memory(memory: Memory | None, workload: Workload, devices: Sequence[Device], notes: list[str]) -> dict[int, int]:
+    """Return the limits by ledger index. A booking has precedence over labels and, up to its `max`, over the policy."""
+    limits, booking = _by_policy(memory, workload, devices, notes), workload.booking
+    notes += booking_notes(workload, devices)
+    for device in devices if booking else ():
+        size = booking and booked(booking, device)
+        if size is None:
+            continue
+        most = _most(memory, device) if memory else size
+        limits[device.index] = min(size, most)
+        if size > most:
+            notes.append(f"the policy allows {memory_text(most)} of device {device.index}")
+    return limits
+
+
+def _by_policy(
+    memory: Memory | None, workload: Workload, devices: Iterable[Device], notes: list[str]
+) -> dict[int, int]:  # fmt: skip
     is_pod, obstacle = workload.is_pod, "" if memory else "the policy sets no memory limit"
     asked = requests.memory(workload.labels, is_pod, obstacle, "", notes)
     image = requests.memory(workload.image_asks, is_pod, obstacle, "the image's ", notes)
     return {d.index: _bytes(memory, asked, image, d, notes) for d in devices} if memory else {}
 
 
+def _most(memory: Memory, device: Device) -> int:
+    return max(memory.limit.of(device.usable_bytes), memory.most.of(device.usable_bytes))
+
+
 _Asked = tuple[str, Amount] | None  # a label, and the amount that it requests
 
 
 def _bytes(memory: Memory, asked: _Asked, image: _Asked, device: Device, notes: list[str]) -> int:
-    limit, most = memory.limit.of(device.usable_bytes), memory.most.of(device.usable_bytes)
+    limit = memory.limit.of(device.usable_bytes)
     if asked is not None:
-        label, wanted, most = asked[0], asked[1].of(device.usable_bytes), max(limit, most)
+        label, wanted, most = asked[0], asked[1].of(device.usable_bytes), _most(memory, device)
         limit = min(wanted, most)
         if wanted > most:
             sizes = f"{memory_text(wanted)} of device {device.index}, the policy allows {memory_text(most)}"

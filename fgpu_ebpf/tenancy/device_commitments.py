@@ -169,6 +169,8 @@ class Commitments:
         shortage = self.shortage_on(tenant, index)
         if shortage and not had:  # a group that is known after tenants in it has at least what these were granted
             had = self.granted_inside(tenant).get(index)
+        if shortage and not had and tenant.workload.booking:  # its scheduler counts what the driver needs itself, too
+            had = max(0, self._capacity.get(index, 0) - self.committed(index, tenant) - self.held_elsewhere(index))
         if shortage and not had:
             self._deny(tenant.cgroup, index, shortage)
             _remove(self._granted, tenant.cgroup, index)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
@@ -19,6 +19,7 @@ from typing import Any
 from fgpu_ebpf.ledger.ledger import Ledger
 from fgpu_ebpf.ledger.owner_bounds import Bounds
 from fgpu_ebpf.linux import procfs
+from fgpu_ebpf.policy.requests import ADAPTERS
 from fgpu_ebpf.policy.rules import NO_CLASSES, Decision, Device, PolicySet
 from fgpu_ebpf.policy.share_name import Share, parse
 from fgpu_ebpf.tenancy import pod_shares
@@ -55,6 +56,7 @@ class Manager:
         self.enforcer = enforcer
         self.policies = PolicySet(())
         self.classes = NO_CLASSES  # the priorities of agent.yaml
+        self.adapters: Collection[str] = ADAPTERS  # of agent.yaml
         self.policies_unknown = ""  # why the policies could not be read; empty: they were read
         self.overrides = overrides
         self._devices = devices
@@ -85,14 +87,14 @@ class Manager:
 
     def decide(self, workload: Workload, override: Override | None = None) -> Decision:
         """Return the decision of the policies about a workload, with the share that its container requests."""
-        decision = self.policies.resolve(workload, self._devices, self.classes)
+        decision = self.policies.resolve(workload, self._devices, self.classes, self.adapters)
         decision = pod_shares.with_shares(decision, self.overrides, self.workloads, self._devices)
         override = override or self._override(workload.cgroup)
         if override is None or not override.share or decision.policy is None:
             return decision
         asked = requests(parse(override.share), decision.policy)
         labelled = replace(workload, labels={**workload.labels, **asked})
-        return self.policies.resolve(labelled, self._devices, self.classes)
+        return self.policies.resolve(labelled, self._devices, self.classes, self.adapters)
 
     def _tenant(self, path: str) -> Tenant | None:
         """Return the tenant that a cgroup should be; None: the cgroup is gone, or should not be managed.

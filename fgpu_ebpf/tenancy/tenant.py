@@ -13,7 +13,7 @@ from enum import StrEnum
 
 from fgpu_ebpf import abi
 from fgpu_ebpf.ledger.level_limits import outside_of, whole_mib
-from fgpu_ebpf.policy.rules import Compute, Decision, Device, Policy, Priority
+from fgpu_ebpf.policy.rules import Compute, Decision, Device, Policy, Priority, booked
 from fgpu_ebpf.policy.share_name import Share, parse
 from fgpu_ebpf.policy.units import Amount
 from fgpu_ebpf.scheduling.fair_queue import MILLION
@@ -29,6 +29,7 @@ class Source(StrEnum):
     SET = "set"
     RUN = "run"
     SHARE = "share"
+    CLAIM = "claim"  # of another driver than fgpu's; no policy matches the pod
     KEPT = "kept"  # pinned in the kernel; the agent could not establish whether other limits are wanted
 
 
@@ -87,7 +88,7 @@ class Tenant:
     @property
     def by_hand(self) -> bool:
         """True if the limits were set for this cgroup alone."""
-        return self.source not in (Source.POLICY, Source.KEPT)
+        return self.source not in (Source.POLICY, Source.CLAIM, Source.KEPT)
 
     def is_in_force_as(self, other: Tenant) -> bool:
         """Return True if both tenants result in the same entries in the kernel's maps."""
@@ -103,10 +104,10 @@ def tenant_of(
     An override has precedence over the policy. The policy's mode, and the number of contexts besides the limit, stay.
     `context_bytes`: the size of a context by ledger index.
     """
-    limits = decision.limits
-    if limits is None and override is None:
+    limits, workload = decision.limits, decision.workload
+    booking = workload.booking if workload.is_pod else None  # the pod's limit holds for all containers in it
+    if limits is None and booking is None and override is None:
         return None
-    workload = decision.workload
     tenant = Tenant(workload, _name(workload), Source.POLICY, "", {})
     if limits:
         tenant = replace(
@@ -122,6 +123,10 @@ def tenant_of(
             notes=decision.notes,
             park_after_ns=limits.park_after_ns,
         )
+    elif booking:
+        sizes = {device.index: booked(booking, device) for device in devices}
+        limited = {index: abi.NO_LIMIT if size is None else size for index, size in sizes.items()}
+        tenant = replace(tenant, source=Source.CLAIM, limits=limited, named_devices=True)
     if override is not None:
         tenant = _by_hand(tenant, override, devices)
     return _with_contexts(tenant, limits.contexts, context_bytes) if limits and limits.contexts else tenant
@@ -188,8 +193,8 @@ def _memory_by_hand(limits: Mapping[int, int], memory: Amount | None, devices: I
 
 
 def _is_chosen(tenant: Tenant) -> bool:
-    """Return True if a policy or a share determines the tenant's devices. It may determine that there are none."""
-    return bool(tenant.policy) or tenant.source is Source.SHARE
+    """Return True if a policy, a share or a claim determines the tenant's devices. It may allow none."""
+    return bool(tenant.policy) or tenant.source in (Source.SHARE, Source.CLAIM)
 
 
 def requests(share: Share, policy: Policy) -> dict[str, str]:

@@ -66,6 +66,18 @@ class Names:
     image_asks: Mapping[str, str] = field(default_factory=dict)
 
 
+class Booking(NamedTuple):
+    """The memory that Kubernetes' scheduler has booked for a pod in ResourceClaims of another driver.
+
+    `source`: the claims, as text. `bytes`: by UUID of the device, for all containers of the pod together. `unknown`:
+    why the numbers are not known; then the pod gets no memory.
+    """
+
+    source: str
+    bytes: Mapping[str, int]
+    unknown: str = ""
+
+
 @dataclass(frozen=True, slots=True)
 class Workload:
     """A cgroup and its names.
@@ -83,6 +95,7 @@ class Workload:
         image_asks: see Names.
         subject: the container or pod to ask an engine about; None: the cgroup is neither, or a user other than root
             owns the folder around it.
+        booking: what the scheduler has booked for the pod; None: nothing.
     """
 
     cgroup: int
@@ -98,6 +111,7 @@ class Workload:
     inside: bool = False
     image_asks: Mapping[str, str] = field(default_factory=dict)
     subject: Subject | None = None
+    booking: Booking | None = None
 
     @property
     def is_pod(self) -> bool:

@@ -73,6 +73,14 @@ def test_each_container_has_only_the_rights_of_the_manifest(pods: dict[str, node
         assert (code, "Read-only file system" in said) == (1, True), said
 
 
+def test_the_agent_s_pod_reads_the_node_s_files_of_kubelet(pods: dict[str, node_kit.Pod], tmp_path: Path) -> None:
+    """It has no mount of kubelet's folder. The default of `kubeletFolder` begins with the same root."""
+    place = tmp_path / "dra_manager_state"
+    place.write_text("mine")
+    place.chmod(0o600)
+    assert pods["agent"].containers["agent"].run("cat", f"/proc/2/root{place}") == (0, "mine")
+
+
 def test_a_pod_gets_the_limit_of_the_config_map_and_of_its_next_version(node: node_kit.Node, tenant: Tenant) -> None:
     for limit in (1, 2):
         node.publish("fgpu-policies", {"10-dev.yaml": POLICY.format(limit=limit)})

@@ -44,6 +44,8 @@ metricLabels: [team]
 engines: ["docker:/srv/docker.sock", "cri:/srv/containerd.sock"]
 logFormat: journal
 ignoredXids: [13, 94]
+adapters: [kai, nvidia-dra]
+kubeletFolder: /srv/kubelet
 drivers: {trusted: ["sha256:%s"]}
 """ % ("0a" * 32)
     assert settings(text) == (
@@ -58,6 +60,8 @@ drivers: {trusted: ["sha256:%s"]}
             engines=("docker:/srv/docker.sock", "cri:/srv/containerd.sock"),
             log_format="journal",
             ignored_xids=(13, 94),
+            adapters=("kai", "nvidia-dra"),
+            kubelet_folder=Path("/srv/kubelet"),
             trusted_drivers=(f"sha256:{'0a' * 32}",),
         ),
         [],
@@ -70,6 +74,13 @@ def test_a_digest_without_64_lower_case_hexadecimal_digits_is_refused(settings, 
     assert found is None
     assert "is not a digest: write it as sha256: and 64 digits" in errors[0]
     assert settings("drivers: {trusted: []}")[0] == settings("drivers: {}")[0] == HostSettings()
+
+
+def test_an_unknown_adapter_is_refused(settings):
+    found, errors = settings("adapters: [nvidia]")
+    assert found is None
+    assert "'nvidia' is not an adapter: write nvidia-dra, kai, hami" in errors[0]
+    assert settings("adapters: []")[0].adapters == ()
 
 
 def test_memory_that_needs_no_recorded_allocation_is_a_size(settings):

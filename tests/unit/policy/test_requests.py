@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fgpu_ebpf.policy.requests import ADAPTERS, of_adapters
 from fgpu_ebpf.workloads import engine_answers
 from fgpu_ebpf.workloads.cgroup_names import Engine
 from fgpu_ebpf.workloads.workload import ASKING, Subject
@@ -71,6 +72,34 @@ def test_what_aliyun_has_booked_is_a_part_of_the_device(labels, gib, notes):
 
 def test_fgpu_s_own_labels_precede_those_of_schedulers():
     assert limits_of({HAMI: ONE, "fgpu.dev/memory": "2GiB", "fgpu.dev/compute": "10%"}) == (2, 0.1, ())
+
+
+@pytest.mark.parametrize(
+    ("adapter", "labels"),
+    [
+        ("kai", {"kai.scheduler/queue": "team", "gpu-memory": "3072"}),
+        ("hami", {HAMI: ONE}),
+        ("volcano", {VOLCANO: ONE}),
+        ("aliyun", {"ALIYUN_COM_GPU_MEM_POD": "3", "ALIYUN_COM_GPU_MEM_DEV": "140"}),
+        ("clearml", {"clearml-injector/fraction": "0.1"}),
+    ],
+)
+def test_only_adapters_of_agent_yaml_read_requests(adapter, labels):
+    """fgpu's own label has no adapter."""
+    every, others = set(ADAPTERS), set(ADAPTERS) - {adapter}
+
+    def gib(labels, adapters):
+        found = policies(SPEC).resolve(workload(labels=labels, image_asks=labels), (H200,), adapters=adapters)
+        return found.limits.memory[0] / GIB
+
+    assert gib(labels, {adapter}) == gib(labels, every) != gib(labels, others) == 8
+    assert gib({"fgpu.dev/memory": "2GiB"}, set()) == 2
+
+
+def test_the_priority_of_a_pod_of_kai_is_read_by_kai_s_adapter_alone():
+    labels = {"kai.scheduler/queue": "team", "priorityClassName": "batch"}
+    assert of_adapters(labels, ["kai"]) == labels
+    assert of_adapters(labels, ["hami"]) == {"kai.scheduler/queue": "team"}
 
 
 def test_a_policy_without_memory_or_time_ignores_what_was_booked():
