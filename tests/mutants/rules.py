@@ -26,7 +26,7 @@ RULES = {
         "    if (UNLIKELY(a->bytes)) release(p, a->device, a->bytes);\n    a->bytes = 0;\n",
     ),
     "unsettled-admission-is-no-overhead": (
-        "    if (a->bytes) add_overhead(p, a->device, a->bytes);\n    a->bytes = 0;",
+        "    if (a->bytes && is_of_era(p, a->device, a->kind)) add_overhead(p, a->device, a->bytes);\n    a->bytes = 0;",
         "    a->bytes = 0;",
     ),
     "levels-not-asked-before-one-is-charged": (
@@ -48,10 +48,23 @@ RULES = {
         "}\n\nstatic u32 operation_of",
     ),
     "failed-free-not-put-back": ("    if (!f->references) return;\n", "    return;\n"),
-    "hopeless-call-charged": ("    else if (has || !full) {", "    else if (1) {"),
+    "hopeless-call-charged": ("    } else if (has || !full) {", "    } else if (1) {"),
     "handed-out-not-charged": ("    default:\n        return f->uncovered;", "    default:\n        return 0;"),
     "failed-call-kept": ("retained);\n    release(p, f->device, f->bytes);\n", "retained);\n"),
-    "longjmp-ignored": ("&& a->arguments[0] == b->arguments[0] && a->arguments[1] == b->arguments[1];", ";"),
+    "longjmp-ignored": (
+        "&& a->arguments[0] == b->arguments[0] && a->arguments[1] == b->arguments[1] &&\n"
+        "           a->arguments[2] == b->arguments[2];",
+        ";",
+    ),
+    "bytes-in-flight-outlive-the-last-context": (
+        "    return !((word ^ era_of(p, device)) & ~BELOW_ERA);",
+        "    return 1;",
+    ),
+    "more-is-released-than-the-process-has": (
+        "        bytes = was;\n    }\n    u64 some = draw",
+        "    }\n    u64 some = draw",
+    ),
+    "unfit-call-without-return-is-free": ("    charge_anew(p, f, missing);\n    switch", "    switch"),
     "given-back-by-two-versions": ("if (t->call.arguments[0] == ticket) return 1;", ""),
     "second-probe-counts": ("if (!settles && same_call(&t->call, &now)) return;", ""),
     "mapping-holds-nothing": (
