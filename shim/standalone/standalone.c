@@ -84,7 +84,7 @@ static bool is_ledger(int file)
 /* Write all of the file before it is mapped: on a full disk, an access to a hole would kill the program by SIGBUS. */
 static bool fill(int file)
 {
-    static const uint64_t nothing[64];
+    const uint64_t nothing[64] = {0};
     static const uint64_t magic = FGPU_LEDGER_MAGIC;
     for (long at = 0; at < FGPU_LEDGER_BYTES; at += (long)sizeof nothing)
         if (syscall(SYS_pwrite64, file, nothing, sizeof nothing, at) != sizeof nothing) return false;
