@@ -67,14 +67,12 @@ static uint64_t bytes_of(struct shape s, unsigned levels)
 #define CREATE_ARRAY(name, handle, shape, levels, kind, ...)                                                           \
     do {                                                                                                               \
         __typeof__(&name) driver = REAL(name);                                                                         \
-        CUdevice device;                                                                                               \
+        struct fgpu_request request;                                                                                   \
         if (!driver) return CUDA_ERROR_NOT_SUPPORTED;                                                                  \
         uint64_t bytes = handle ? bytes_of(shape, levels) : 0;                                                         \
-        if (!bytes || !fgpu_current(&device)) return driver(__VA_ARGS__);                                              \
-        struct admission admission = fgpu_admission(device, bytes, kind);                                              \
-        if (admission.refusal) return admission.refusal;                                                               \
-        CUresult result = driver(__VA_ARGS__);                                                                         \
-        return fgpu_settled(&admission, result, result ? 0 : (uint64_t)*handle);                                       \
+        if (!bytes || !fgpu_request_here(&request, bytes, kind, handle)) return driver(__VA_ARGS__);                   \
+        while (fgpu_attempt(&request)) request.result = driver(__VA_ARGS__);                                           \
+        return request.result;                                                                                         \
     } while (0)
 
 EXPORT CUresult cuArrayCreate_v2(CUarray *pHandle, const CUDA_ARRAY_DESCRIPTOR *pAllocateArray)

@@ -37,6 +37,8 @@ RULES = {
         "    u64 verdict = ask(p, h, t, device, bytes, kind, ticket);\n",
         "    busy(p, t);\n    u64 verdict = ask(p, h, t, device, bytes, kind, ticket);\n",
     ),
+    "room-for-any-level": ("else if (h.page[0]->flags & FGPU_WAITS)", "else"),
+    "room-decided-for-good": ("    if (until_ns > most) until_ns = most;\n", ""),
     "leader-is-the-process": ("if (!is_last(ctx)) return 0;", "if (id >> 32 != (u32)id) return 0;"),
     "exec-forgotten": (
         "became the leader */\n    end_process(id >> 32);\n",
