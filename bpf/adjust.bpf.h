@@ -219,6 +219,16 @@ static int looked(u64 cgroup, u32 device, u64 since_ns)
     return 0;
 }
 
+static int decide_on_room(u64 cgroup, u32 device, u64 until_ns)
+{
+    struct fgpu_usage_page *page = page_of(cgroup);
+    u64 now = bpf_ktime_get_ns(), most = now + FGPU_ROOM_NS;
+    if (!page) return -2;
+    if (until_ns > most) until_ns = most;
+    *(volatile u64 *)&page->room_ns[slot(device)] = until_ns ? until_ns & ~FGPU_NO_ROOM : now | FGPU_NO_ROOM;
+    return 0;
+}
+
 /* Subtract the number of deleted entries, never below 0: the cgroup may have another level now, or none. */
 static int swept(u64 cgroup, u64 n, u64 place)
 {
@@ -277,6 +287,8 @@ int adjust(struct bpf_raw_tracepoint_args *ctx)
         return disown(ctx->args[1], ctx->args[2], ctx->args[3]);
     case FGPU_LOOKED:
         return looked(ctx->args[1], ctx->args[2], ctx->args[3]);
+    case FGPU_ROOM:
+        return decide_on_room(ctx->args[1], ctx->args[2], ctx->args[3]);
     case FGPU_LET_GO:
         return let_orphan_go(ctx);
     case FGPU_ENTER:

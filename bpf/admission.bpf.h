@@ -96,6 +96,12 @@ static u32 known_kind(u64 said)
     return kind < FGPU_KINDS ? kind : FGPU_MEMORY;
 }
 
+static void report_called(struct fgpu_process *p, struct fgpu_usage_page *page)
+{
+    page->called_ns = bpf_ktime_get_ns();
+    if (p) note(p, FGPU_SEEN_CALLED);
+}
+
 int admit(struct pt_regs *ctx)
 {
     u64 id = bpf_get_current_pid_tgid(), ticket = PT_REGS_PARM4(ctx) & TICKET_MASK, verdict = FGPU_ADMITTED;
@@ -107,7 +113,7 @@ int admit(struct pt_regs *ctx)
         return 0;
     }
     struct fgpu_process *p = own_process(&tgid, &h);
-    struct fgpu_thread *t = p && !(flags & FGPU_CALLED) ? own_thread(p, id) : 0;
+    struct fgpu_thread *t = p && !(flags & (FGPU_CALLED | FGPU_LACKS)) ? own_thread(p, id) : 0;
     own_stack(ctx);
     hit(FGPU_HIT_ADMIT);
     if (!UNLIKELY(!p)) look_up(p, &h);
@@ -120,9 +126,11 @@ int admit(struct pt_regs *ctx)
         h.page[0]->freed_ns = bpf_ktime_get_ns();
         return 0;
     }
-    if (UNLIKELY(flags & FGPU_CALLED)) {
-        h.page[0]->called_ns = bpf_ktime_get_ns();
-        if (p) note(p, FGPU_SEEN_CALLED);
+    if (UNLIKELY(flags & (FGPU_CALLED | FGPU_LACKS))) {
+        if (flags & FGPU_CALLED)
+            report_called(p, h.page[0]);
+        else if (h.page[0]->flags & FGPU_WAITS)
+            tell(h.page[0], FGPU_NEWS_LACKS, PT_REGS_PARM1(ctx), PT_REGS_PARM2(ctx), FGPU_MEMORY, 0);
         return 0;
     }
     if (kind == FGPU_HELLO) {

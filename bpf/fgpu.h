@@ -44,7 +44,8 @@ enum fgpu_kind { FGPU_MEMORY, FGPU_POOL, FGPU_CONTEXT, FGPU_HELLO, FGPU_VMM, FGP
  * way that no probe reports, see `freed_ns`. ANNOUNCE, in a request of the kind HELLO: it gets no verdict; the program
  * will let the driver open device nodes. CALLED, in a request of the kind HELLO: it gets no verdict; the program has
  * registered, or has called a function that launches work, waits for it or queries it, see `called_ns`; its shim holds
- * such calls back while it is parked. */
+ * such calls back while it is parked. LACKS, in a request of the kind HELLO: it gets no verdict; these bytes fit in the
+ * limits, the driver has no memory for them, and the thread waits, see `room_ns`. */
 #define FGPU_KIND_MASK 0xff
 #define FGPU_FULL 0x100
 #define FGPU_TAGGED 0x200
@@ -53,6 +54,7 @@ enum fgpu_kind { FGPU_MEMORY, FGPU_POOL, FGPU_CONTEXT, FGPU_HELLO, FGPU_VMM, FGP
 #define FGPU_FREED 0x1000
 #define FGPU_ANNOUNCE 0x2000
 #define FGPU_CALLED 0x4000
+#define FGPU_LACKS 0x8000
 /* A tagged verdict word is `tag << 34 | (ticket & FGPU_TICKET_BITS) << 2 | verdict`, in slot `ticket & (FGPU_VERDICTS -
  * 1)`. A BPF program chooses the tag, so no process can write the verdict that another process waits for. */
 #define FGPU_TICKET_BITS 0xffffffffULL
@@ -91,7 +93,8 @@ enum fgpu_shared { FGPU_ALLOCATIONS, FGPU_THREADS, FGPU_PROCESSES };
 struct fgpu_usage_page {
     __u64 version;
     __u64 cgroup;
-    __u64 flags; /* FGPU_OBSERVE, FGPU_KILL, FGPU_DENY, 1 << FGPU_UNCOMMITTED_SHIFT << device: uncommitted there */
+    __u64 flags; /* FGPU_OBSERVE, FGPU_KILL, FGPU_DENY, FGPU_WAITS, 1 << FGPU_UNCOMMITTED_SHIFT << device: uncommitted
+                    there */
     __u64 place; /* in `shelf` */
     __u64 spare[4];
     struct fgpu_usage devices[FGPU_DEVICES];
@@ -126,11 +129,17 @@ struct fgpu_usage_page {
                    or queries it, because the driver may have unmapped what it would read */
     __u64 called_ns; /* when a program of this level last reported a call, see FGPU_CALLED; 0: never. It reports one
                         call in 0.1 s */
-    __u64 tail[36];
+    __u64 room_ns[FGPU_DEVICES]; /* the agent's last decision about a request that lacks room, see FGPU_LACKS: the
+                                    request waits until this time, and is repeated then. With FGPU_NO_ROOM: no room will
+                                    be made, as decided at this time */
+    __u64 tail[20];
 };
 #define FGPU_OBSERVE 1
 #define FGPU_KILL 2
-#define FGPU_DENY 4 /* a process without the shim may not open a device node, see device_open() */
+#define FGPU_DENY 4       /* a process without the shim may not open a device node, see device_open() */
+#define FGPU_WAITS 8      /* if a device is full, the agent may make room for requests of the level, see `room_ns` */
+#define FGPU_NO_ROOM 1ULL /* the last bit of `room_ns` */
+#define FGPU_ROOM_NS 5000000000ULL /* `room_ns` is at most this far in the future */
 /* Uncommitted: the limit on a device does not count against the device yet. A request for memory of that device is
  * refused, but not counted as a refusal. After the event FGPU_NEWS_FIRST_USE the agent grants the limit or sets it to
  * 0, and the shim repeats the request. `undecided` of the program's own level counts such requests: the uncommitted
@@ -482,6 +491,7 @@ enum fgpu_adjust {
     FGPU_WAKE,     /* tgid, generation, device, force: the device is about to hold its parked bytes again; -ENOSPC: they
                       do not fit in a level around its own */
     FGPU_END_PARK, /* tgid, generation: deletes the entry of `parked`; -EBUSY: it has bytes */
+    FGPU_ROOM,     /* cgroup, device, time: sets `room_ns`; 0: FGPU_NO_ROOM, decided now */
 };
 
 /* -- events: a ring buffer for rare events; events that do not fit are counted ------------------------------------- */
@@ -504,6 +514,7 @@ enum fgpu_news {
                             hello */
     FGPU_NEWS_OPEN,      /* a process without the shim may not open a device node; `bytes` is its number: major << 32 |
                             minor */
+    FGPU_NEWS_LACKS,     /* a thread of the level `cgroup` waits for room on a full device, see FGPU_LACKS */
 };
 enum fgpu_fate { FGPU_FATE_SENT, FGPU_FATE_RATE, FGPU_FATE_FULL };
 struct fgpu_event {

@@ -29,13 +29,13 @@ VERDICTS, ROWS, PATH = 128, 128, 192
 ENDS, TOLD_BYPASS, SEEN_DEVICE, PARKED, SEEN_CALLED = 65536, 64, 128, 256, 512
 EVENT_BUDGETS, BUDGET_OTHERS, BUDGET_ROOT = 1024, 0, 1
 FNV_BASIS, FNV_PRIME = 0xCBF29CE484222325, 0x100000001B3
-KIND_MASK, FULL, TAGGED, PATIENT, KNOCK, FREED, ANNOUNCE, CALLED = 0xFF, *(0x100 << bit for bit in range(7))
+KIND_MASK, FULL, TAGGED, PATIENT, KNOCK, FREED, ANNOUNCE, CALLED, LACKS = 0xFF, *(0x100 << bit for bit in range(8))
 TICKET_BITS, TAG_SHIFT, TAG_BITS = 0xFFFFFFFF, 34, 0x3FFFFFFF
 FUNCTION_MASK, CLASS_SHIFT, REASONS = 0xFF, 8, 8
 HITS, HIT_ADMIT, HIT_GIVE_BACK = 32, 30, 31
 NO_LIMIT = 2**64 - 1
 MOST_BYTES = 1 << 48
-LEASE_NS, BUDGET_NS = 2_000_000_000, 4_000_000
+LEASE_NS, BUDGET_NS, ROOM_NS, NO_ROOM = 2_000_000_000, 4_000_000, 5_000_000_000, 1
 GATE_SHIFT, UNCOMMITTED_SHIFT, OUTSIDE_SHIFT = 2, 16, 32
 MAGIC = 0x75706766
 SOCKET_DIR = "/run/fgpu/shim"
@@ -60,18 +60,18 @@ Class = IntEnum("Class", "HOST LISTED UNKNOWN", start=0)
 Adjust = IntEnum(
     "Adjust",
     "PUBLISH OVERHEAD MOVE REAP DISOWN RAISE WITHDRAW SWEPT RING LET_GO MARK ENTER LOOKED OWN TRIM EXEMPT "
-    "BEGIN_PARK PARK WAKE END_PARK",
+    "BEGIN_PARK PARK WAKE END_PARK ROOM",
     start=0,
 )
 News = IntEnum(
     "News",
-    "PROCESS REFUSED BYPASS KILLED ORPHANED MOVED MADE EMPTIED REMOVED ENDED EXECUTED FIRST_USE KNOCK OPEN",
+    "PROCESS REFUSED BYPASS KILLED ORPHANED MOVED MADE EMPTIED REMOVED ENDED EXECUTED FIRST_USE KNOCK OPEN LACKS",
     start=0,
 )
 Fate = IntEnum("Fate", "SENT RATE FULL", start=0)
 
 # Flags. LimitFlag: in limits and usage pages. ControlFlag: in control pages and answers. Seen: in processes.
-LimitFlag = IntFlag("LimitFlag", "OBSERVE KILL DENY")
+LimitFlag = IntFlag("LimitFlag", "OBSERVE KILL DENY WAITS")
 ControlFlag = IntFlag("ControlFlag", "MANAGED")
 Gate = IntFlag("Gate", "OPEN GATED")  # the bits below GATE_SHIFT; the bits above are the number of the turn
 Seen = IntFlag("Seen", "SHIM BYPASS EXPORT CALL POOL_EXPORT IMPORT")
@@ -135,7 +135,8 @@ class UsagePage(Structure):
         ("parked", u64 * DEVICES),
         ("held", u64),
         ("called_ns", u64),
-        ("tail", u64 * 36),
+        ("room_ns", u64 * DEVICES),
+        ("tail", u64 * 20),
     )
 
 

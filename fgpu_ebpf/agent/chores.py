@@ -12,11 +12,11 @@ from fgpu_ebpf.agent.bypass_killer import BypassKiller
 from fgpu_ebpf.agent.denied_opens import DeniedOpens
 from fgpu_ebpf.agent.idle_parking import IdleParking
 from fgpu_ebpf.agent.late_devices import LateDevices
-from fgpu_ebpf.agent.making_room import RoomMaker
 from fgpu_ebpf.agent.nvml_reconcile import Reconciler, Truth
 from fgpu_ebpf.agent.parkable import Parkable
 from fgpu_ebpf.agent.parking import Parking
 from fgpu_ebpf.agent.reporters import AdoptionReports, OrphanReports, OverrunReports, XidReports
+from fgpu_ebpf.agent.room_requests import RoomRequests
 from fgpu_ebpf.agent.settings import Settings
 from fgpu_ebpf.agent.shortfalls import Shortfalls
 from fgpu_ebpf.agent.usage_meter import UsageMeter
@@ -42,6 +42,7 @@ class Chores:
     usage: UsageMeter
     parking: Parking
     idle_parking: IdleParking
+    room_requests: RoomRequests | None
 
 
 def make_chores(
@@ -73,8 +74,9 @@ def make_chores(
     )  # fmt: skip
     parking = Parking(settings.run_dir, parkable, history, failed_checks)
     idle_parking = IdleParking(parking, truth, history, failed_checks)
-    if settings.makes_room:
-        parking.make_room = RoomMaker(settings.run_dir, parking, idle_parking).make
+    room_requests = (
+        RoomRequests.of_host(settings.run_dir, parking, idle_parking, history) if settings.makes_room else None
+    )
     steps = (
         manager.overrides.write_again,
         adoption.look,
@@ -88,6 +90,7 @@ def make_chores(
         usage.look,
         parking.look,
         idle_parking.look,
+        *([room_requests.look] if room_requests else []),
         lambda: driver.xids.keep(truth().xids, driver.nvml.devices),
     )
-    return Chores(steps, adoption, shortfalls, unwitnessed, keepers, usage, parking, idle_parking)
+    return Chores(steps, adoption, shortfalls, unwitnessed, keepers, usage, parking, idle_parking, room_requests)

@@ -191,7 +191,7 @@ class HostDocument(Model):
     overcommit: Literal["forbid", "allow", "park"] = Field(
         "forbid",
         description="`allow`: the sum of limits may exceed a device's memory. `park`: it may too, and idle tenants are"
-        " parked if a parked tenant that wakes up has no room; only with `parking: on`.",
+        " parked if a parked tenant that wakes up, or a request for memory, has no room; only with `parking: on`.",
     )
     parking: Literal["off", "on"] = Field(
         "off", description="`on`: idle tenants can be parked, which copies their device memory to the host."

@@ -26,6 +26,7 @@ from fgpu_ebpf.tenancy.manager import Manager
 log = logging.getLogger("fgpu.agent")
 _OPERATION = {kind.value: kind.name.lower() for kind in abi.Kind}
 MOST_AT_ONCE = 64  # events per call of read(), so that the main loop serves other descriptors in between
+_OF_BYPASSES = {News.BYPASS: ("bypass", "no admission"), News.KILLED: ("killed", "onBypass")}
 _OF_CGROUPS = {News.MOVED, News.MADE, News.EMPTIED, News.REMOVED}
 
 
@@ -59,6 +60,8 @@ class KernelEvents:
         self._orphaned = orphaned
         self._held = held
         self._began, self._explain = began, explain
+        self.lacks: Callable[[int, int, int, float], object] = lambda *_: None
+        """Called with tenant, device, bytes and time of a request that the driver has no memory for, and that waits."""
         self._full = ledger.incidents(abi.Kind.EVENTS, Fate.FULL)
 
     def fileno(self) -> int:
@@ -100,10 +103,11 @@ class KernelEvents:
                     self._orphaned(level.cgroup)
             case News.REFUSED:
                 self._note("refused", event, abi.Reason(event.reason).name.lower(), self._bounds_met(event))
-            case News.BYPASS:
-                self._note("bypass", event, "no admission")
-            case News.KILLED:
-                self._note("killed", event, "onBypass")
+            case News.BYPASS | News.KILLED:
+                what, reason = _OF_BYPASSES[event.kind]
+                self._note(what, event, reason)
+            case News.LACKS:
+                self.lacks(event.cgroup, event.device, event.bytes, event.at_ns / 1e9)
             case News.OPEN:
                 self._note_open(event)
 

@@ -1,8 +1,9 @@
-"""Makes room for tenants that wake up on a full device (`overcommit: park`): other idle tenants of it are parked.
+"""Makes room on a full device (`overcommit: park`): idle tenants of it are parked for others.
 
-Runs in the agent's main loop, at each attempt to wake such a tenant. Each attempt looks at the device anew, and at its
-tenants if HOLDERS_SECONDS have passed, and begins one park at most. The tenant for which room is being made has a
-claim, which the wake-ups of others leave free (`parked_tenant.coming_to`). Only one tenant of a device has a claim.
+The others are tenants that wake up, and tenants with requests for memory (`room_requests.py`). Runs in the agent's main
+loop, at each attempt to wake such a tenant or to decide about such a request. Each attempt looks at the device anew,
+and at its tenants if HOLDERS_SECONDS have passed, and begins one park at most. The tenant for which room is being made
+has a claim, which the wake-ups of others leave free (`parked_tenant.coming_to`). Only one tenant of a device has one.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ _UNDECIDED = {
     Phase.WAKING: "is being woken",  # what it gets back is charged, and a part of that is no longer free
     Phase.UNKNOWN: "is in a state that the parker has to find out",
 }
+_ASKS = "waits for memory itself"
 _TOO_SMALL = "can be parked, which is not enough"
 
 
@@ -58,7 +60,7 @@ class Holder:
 
 
 class RoomMaker:
-    """Parks idle tenants for those that wake up.
+    """Parks idle tenants for those that wake up or request memory.
 
     Args:
         run_dir: the folder of the parker's socket.
@@ -70,6 +72,13 @@ class RoomMaker:
         self._run_dir, self._parking, self._idle, self._parkable = run_dir, parking, idle, parking.parkable
         self._ledger, self._enforcer = parking.parkable.ledger, parking.parkable.enforcer
         self._seen: dict[frozenset[int], tuple[float, list[Holder]]] = {}  # by devices: when, and their holders
+        self._asking: frozenset[int] = frozenset()
+
+    def keep(self, asking: frozenset[int]) -> None:
+        """Set the tenants with requests for memory, by cgroup. These are not parked."""
+        if asking != self._asking:
+            self._asking = asking
+            self._seen.clear()
 
     def make(self, waiting: ParkedTenant, needs: Mapping[int, int]) -> tuple[bool, str]:
         """Begin to make room for a tenant, if all that can be parked would be enough.
@@ -81,14 +90,32 @@ class RoomMaker:
         Returns:
             Whether room is being made, and for what the tenant waits, as text.
         """
-        lacking = self._lacking(needs)
+        lacking = self.lacking(needs)
         if not lacking:
             return False, ""
         if not outdated(waiting, self._parkable) and (full := full_level(waiting, self._ledger, self._enforcer)):
             return False, full
-        for other in self._parking.tenants():
-            if other is not waiting and other.has_claim and lacking.keys() & needs_of(other, self._ledger).keys():
-                return False, f"room is made for {other.name} first"
+        if lacking.keys() & self._parkable.promised.keys():
+            return False, "room is made for a request for memory first"
+        if first := self.claimant(lacking, waiting):
+            return False, f"room is made for {first} first"
+        return self.park_one(waiting.name, lacking)
+
+    def claimant(self, devices: Iterable[int], asker: ParkedTenant | None = None) -> str:
+        """Return the other tenant that wakes up and has a claim on one of these devices; an empty text: none."""
+        claimants = (other for other in self._parking.tenants() if other is not asker and other.has_claim)
+        return next((other.name for other in claimants if needs_of(other, self._ledger).keys() & {*devices}), "")
+
+    def park_one(self, name: str, lacking: Mapping[int, int]) -> tuple[bool, str]:
+        """Begin to park a tenant of these devices, if all that can be parked would be enough.
+
+        Args:
+            name: the tenant for which room is made.
+            lacking: the bytes by device that have to become free.
+
+        Returns:
+            As make().
+        """
         for other in self._parking.tenants():
             if other.phase in _UNDECIDED and self._holds(other, lacking):
                 return other.phase is not Phase.UNKNOWN, f"{other.name} {_UNDECIDED[other.phase]}"
@@ -100,10 +127,10 @@ class RoomMaker:
         if missing := parker_client.missing(self._run_dir):
             return False, missing
         self._seen.clear()
-        is_begun = self._park(ready[0], waiting)
+        is_begun = self._park(ready[0], name)
         return is_begun, f"{ready[0].tenant.name} {_UNDECIDED[Phase.PARKING]}" if is_begun else _held_by(holders)
 
-    def _lacking(self, needs: Mapping[int, int]) -> dict[int, int]:
+    def lacking(self, needs: Mapping[int, int]) -> dict[int, int]:
         """Return by how many bytes the needs exceed what is free, by device; nothing if NVML does not report that."""
         nvml, lacking = self._parkable.nvml, dict[int, int]()
         for device, bytes_ in needs.items():
@@ -132,11 +159,12 @@ class RoomMaker:
             is_on = any(process.bytes[device] for process in own.values() for device in devices)
             if is_on and (tenant := self._enforcer.get(cgroup)):
                 is_away = self._parking.is_away(cgroup)
-                why = "is parked" if is_away else self._idle.hindrance(now, tenant, own)
+                why = "is parked" if is_away else _ASKS if cgroup in self._asking else ""
+                why = why or self._idle.hindrance(now, tenant, own)
                 yield Holder(tenant, own, why, self._idle.idle_seconds(now, tenant))
 
-    def _park(self, holder: Holder, waiting: ParkedTenant) -> bool:
-        purpose = f", to make room for {waiting.name}"
+    def _park(self, holder: Holder, name: str) -> bool:
+        purpose = f", to make room for {name}"
         return self._idle.begin(time.monotonic(), holder.tenant, holder.processes, purpose)
 
 

@@ -6,9 +6,9 @@ frozen, and a copy for which the host has no room. This module runs in the agent
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from fgpu_ebpf import abi
@@ -31,6 +31,7 @@ class Parkable:
 
     `is_on`: whether tenants may be parked at all. `root`: the root of the cgroup hierarchy. `nvml`: None: no driver
     responds, so no tenant can be parked. `unwitnessed`: returns the bytes by (pid, device) that no probe has recorded.
+    `promised`: the bytes by device for which room is made for requests of programs (room_requests.py).
     """
 
     is_on: bool
@@ -39,6 +40,7 @@ class Parkable:
     nvml: Nvml | None
     enforcer: Enforcer
     unwitnessed: Callable[[], Mapping[tuple[int, int], int]]
+    promised: Counter[int] = field(default_factory=Counter)
 
     def processes_of(self, tenant: Tenant) -> dict[int, Process]:
         """Return the processes of a tenant that hold device memory, by pid."""

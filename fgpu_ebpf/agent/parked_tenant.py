@@ -194,16 +194,18 @@ def needs_of(parked: ParkedTenant, ledger: Ledger) -> Counter[int]:
     return _by_device(entries[life].bytes for life in parked.members if life in entries)
 
 
-def coming_to(asker: ParkedTenant, tenants: Collection[ParkedTenant], ledger: Ledger) -> Counter[int]:
+def coming_to(asker: ParkedTenant | None, tenants: Collection[ParkedTenant], parkable: Parkable) -> Counter[int]:
     """Return the bytes by device that other tenants may take: they are charged already, or room is made for them.
 
-    A tenant that is being parked takes its bytes back if its parking fails.
+    A tenant that is being parked takes its bytes back if its parking fails. `asker` None: a request for memory.
     """
+    ledger = parkable.ledger
     others = [parked for parked in tenants if parked is not asker]
     away = (parked for parked in others if parked.phase in (Phase.PARKING, Phase.WAKING, Phase.UNKNOWN))
     processes = (ledger.process(pid) for parked in away for pid, _ in parked.members)
     claims = (needs_of(parked, ledger) for parked in others if parked.has_claim)
-    return sum(claims, _by_device(process.bytes for process in processes if process))
+    promised = parkable.promised if asker else Counter()
+    return sum(claims, promised + _by_device(process.bytes for process in processes if process))
 
 
 def _by_device(rows: Iterable[Sequence[int]]) -> Counter[int]:

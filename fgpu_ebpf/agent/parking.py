@@ -312,7 +312,7 @@ class Parking:
 
     def _wake(self, parked: ParkedTenant) -> None:
         """Charge the tenant, and have it restored; if there is no room, try again later."""
-        needs, coming = needs_of(parked, self._ledger), coming_to(parked, self._tenants.values(), self._ledger)
+        needs, coming = needs_of(parked, self._ledger), coming_to(parked, self._tenants.values(), self.parkable)
         needs.update({device: coming[device] for device in needs})
         if why := self.parkable.full_device(needs):
             has_claim, blockers = self.make_room(parked, needs)

@@ -99,6 +99,8 @@ def wire(
     stale_mounts = StaleMountReports(manager.workloads.pids, history, failed_checks)
     look = HostLook(manager, events, engines, discovery, stale_mounts, Lists(settings.run_dir))
     chores = make_chores(driver, ledger, manager, reconciler, history, failed_checks, settings, opens)
+    if chores.room_requests:
+        events.lacks = chores.room_requests.ask
     return Parts(
         driver, ledger, manager,
         Policies(settings.policy_folder, attached.policies, manager, history),

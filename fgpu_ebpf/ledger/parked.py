@@ -80,6 +80,17 @@ class ParkedMap:
         """
         return self._each_device(abi.Adjust.WAKE, life, int(force))
 
+    def decide_on_room(self, cgroup: int, device: int, seconds: float | None) -> None:
+        """Put the decision about requests of a level on its page, which lack room on a full device.
+
+        Args:
+            cgroup: the level. It may be gone.
+            device: the full device.
+            seconds: for how long the requests wait before they are repeated, at most ROOM_NS; None: they fail now.
+        """
+        until_ns = 0 if seconds is None else time.monotonic_ns() + round(seconds * 1e9)
+        self._adjust(abi.Adjust.ROOM, cgroup, device, until_ns)
+
     def end(self, life: Life) -> int:
         """Delete the entry of a process that runs again. Returns 0 or an errno: EBUSY: it has parked bytes."""
         return self._run(abi.Adjust.END_PARK, *life)

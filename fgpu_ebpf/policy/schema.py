@@ -111,7 +111,7 @@ class Memory(Model):
     )
     park: Park = absent(
         "When an idle workload is parked by itself; without it, only `fgpu park` parks it. With `overcommit: park` in"
-        " agent.yaml it is also parked after 10 s without work, if a parked workload needs its room to wake up."
+        " agent.yaml it is also parked after 10 s without work, if another workload needs its room."
     )
 
     @model_validator(mode="after")

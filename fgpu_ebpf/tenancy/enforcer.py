@@ -69,6 +69,8 @@ class Enforcer:
         """When a cgroup got its first limit, in seconds since boot, if that was after the agent's start."""
         self.leaving: dict[int, bool] = {}
         """Cgroups that are to be released when their parked processes run. The value: whether their pages stay."""
+        self.makes_room = False
+        """Whether requests wait while room is made for them on a full device."""
 
     # -- the managed cgroups
 
@@ -225,10 +227,11 @@ class Enforcer:
 
     def _in_force(self, tenant: Tenant) -> LevelLimits:
         spared = abi.LimitFlag.KILL if tenant.path in self._spared else 0
+        waits = abi.LimitFlag.WAITS if self.makes_room and not tenant.observe else 0
         limits = self.commitments.in_force(tenant)  # lower than the tenant's where an increase did not fit
         outside = {i: max(0, bytes_ - max(0, tenant.limits[i] - limits[i])) for i, bytes_ in tenant.outside.items()}
         return LevelLimits(
-            tenant.cgroup, limits, tenant.flags & ~spared, self.places.slot(tenant.cgroup),
+            tenant.cgroup, limits, tenant.flags & ~spared | waits, self.places.slot(tenant.cgroup),
             frozenset(self.commitments.uncommitted(tenant)), outside=outside,
         )  # fmt: skip
 

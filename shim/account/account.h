@@ -81,4 +81,24 @@ struct patience {
 HIDDEN struct admission fgpu_admission(CUdevice ordinal, uint64_t bytes, unsigned kind);
 HIDDEN struct admission fgpu_admission_with(struct patience *patience, CUdevice ordinal, uint64_t bytes, unsigned kind);
 
+/* -- room.c: a request for memory, with one or several calls of the driver */
+struct fgpu_request {
+    CUdevice ordinal;
+    uint64_t bytes;
+    unsigned kind;
+    const void *handle; /* where the driver writes the handle of the memory, 64 bits; NULL: the ledger needs none */
+    CUresult result;    /* of the last call of the driver */
+    bool called;
+    uint64_t since_ns; /* when the driver was first out of memory; 0: not yet */
+    struct admission admission;
+};
+/* Begin a request on the device of the current context. Returns false if there is none. */
+HIDDEN bool fgpu_request_here(struct fgpu_request *request, uint64_t bytes, unsigned kind, const void *handle);
+/* Return whether to call the driver now: the request is admitted, for the first time or after room was made. If not,
+ * `result` is that of the request. */
+HIDDEN bool fgpu_attempt(struct fgpu_request *request);
+/* The driver was out of memory for an admitted request. Wait while the agent makes room, and return whether to repeat
+ * the request. `since_ns` is as in fgpu_request. */
+HIDDEN bool fgpu_room_comes(int index, uint64_t bytes, uint64_t *since_ns);
+
 #endif

@@ -13,11 +13,9 @@ static _Atomic(void *) foreign[FGPU_NAMES]; /* found by the program in a copy un
                                                library of the expected name lacks it */
 static _Atomic uint8_t absent[FGPU_NAMES / 8 + 1]; /* bits: the loaded library lacks it, and no other library has it */
 
-void *fgpu_real(enum fgpu_name at)
+static COLD void *search(enum fgpu_name at)
 {
-    if (!LIKELY(!fgpu_calls_second)) return fgpu_real_of_second(at);
-    void *found = atomic_load_explicit(&real[at], memory_order_relaxed);
-    if (LIKELY(found)) return found;
+    void *found;
     if (atomic_load_explicit(&absent[at / 8], memory_order_relaxed) >> at % 8 & 1) return NULL;
     int saved = errno;
     bool is_loaded;
@@ -32,6 +30,13 @@ void *fgpu_real(enum fgpu_name at)
     if (!found && is_loaded) atomic_fetch_or(&absent[at / 8], 1 << at % 8);
     errno = saved;
     return found;
+}
+
+void *fgpu_real(enum fgpu_name at)
+{
+    if (!LIKELY(!fgpu_calls_second)) return fgpu_real_of_second(at);
+    void *found = atomic_load_explicit(&real[at], memory_order_relaxed);
+    return LIKELY(found) ? found : search(at);
 }
 
 void fgpu_keep_foreign(enum fgpu_name at, void *found)

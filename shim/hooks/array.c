@@ -64,32 +64,35 @@ static uint64_t bytes_of(struct shape s, unsigned levels)
 #define WITNESSED FGPU_MEMORY
 #define UNWITNESSED FGPU_POOL
 
-#define CREATE_ARRAY(name, handle, shape, levels, kind, ...)                                                           \
-    do {                                                                                                               \
-        __typeof__(&name) driver = REAL(name);                                                                         \
-        CUdevice device;                                                                                               \
-        if (!driver) return CUDA_ERROR_NOT_SUPPORTED;                                                                  \
-        uint64_t bytes = handle ? bytes_of(shape, levels) : 0;                                                         \
-        if (!bytes || !fgpu_current(&device)) return driver(__VA_ARGS__);                                              \
-        struct admission admission = fgpu_admission(device, bytes, kind);                                              \
-        if (admission.refusal) return admission.refusal;                                                               \
-        CUresult result = driver(__VA_ARGS__);                                                                         \
-        return fgpu_settled(&admission, result, result ? 0 : (uint64_t)*handle);                                       \
-    } while (0)
+/* All calls take a handle and a descriptor. Those without mipmap levels do not read the third argument. */
+typedef CUresult create(void *, const void *, unsigned);
+
+static CUresult create_array(create *driver, void *handle, const void *descriptor, const struct shape *shape,
+                             unsigned levels, unsigned kind)
+{
+    struct fgpu_request request;
+    if (!driver) return CUDA_ERROR_NOT_SUPPORTED;
+    uint64_t bytes = handle && descriptor ? bytes_of(*shape, levels) : 0;
+    if (!bytes || !fgpu_request_here(&request, bytes, kind, handle)) return driver(handle, descriptor, levels);
+    while (fgpu_attempt(&request)) request.result = driver(handle, descriptor, levels);
+    return request.result;
+}
+#define CREATE_ARRAY(name, handle, descriptor, shape, levels, kind)                                                    \
+    return create_array((create *)(void *)REAL(name), handle, descriptor, &(shape), levels, kind)
 
 EXPORT CUresult cuArrayCreate_v2(CUarray *pHandle, const CUDA_ARRAY_DESCRIPTOR *pAllocateArray)
 {
     struct shape shape = {0};
     const CUDA_ARRAY_DESCRIPTOR *d = pAllocateArray;
     if (d) shape = shape_2d(d->Width, d->Height, d->Format, d->NumChannels);
-    CREATE_ARRAY(cuArrayCreate_v2, pHandle, shape, 1, WITNESSED, pHandle, pAllocateArray);
+    CREATE_ARRAY(cuArrayCreate_v2, pHandle, d, shape, 1, WITNESSED);
 }
 
 EXPORT CUresult cuArray3DCreate_v2(CUarray *pHandle, const CUDA_ARRAY3D_DESCRIPTOR *pAllocateArray)
 {
     struct shape shape = {0};
     if (pAllocateArray) shape = shape_3d(pAllocateArray);
-    CREATE_ARRAY(cuArray3DCreate_v2, pHandle, shape, 1, WITNESSED, pHandle, pAllocateArray);
+    CREATE_ARRAY(cuArray3DCreate_v2, pHandle, pAllocateArray, shape, 1, WITNESSED);
 }
 
 EXPORT CUresult cuMipmappedArrayCreate(CUmipmappedArray *pHandle, const CUDA_ARRAY3D_DESCRIPTOR *pMipmappedArrayDesc,
@@ -97,8 +100,7 @@ EXPORT CUresult cuMipmappedArrayCreate(CUmipmappedArray *pHandle, const CUDA_ARR
 {
     struct shape shape = {0};
     if (pMipmappedArrayDesc) shape = shape_3d(pMipmappedArrayDesc);
-    CREATE_ARRAY(cuMipmappedArrayCreate, pHandle, shape, numMipmapLevels, WITNESSED, pHandle, pMipmappedArrayDesc,
-                 numMipmapLevels);
+    CREATE_ARRAY(cuMipmappedArrayCreate, pHandle, pMipmappedArrayDesc, shape, numMipmapLevels, WITNESSED);
 }
 
 EXPORT CUresult cuArrayCreate(CUarray *pHandle, const CUDA_ARRAY_DESCRIPTOR_v1 *pAllocateArray)
@@ -106,7 +108,7 @@ EXPORT CUresult cuArrayCreate(CUarray *pHandle, const CUDA_ARRAY_DESCRIPTOR_v1 *
     struct shape shape = {0};
     const CUDA_ARRAY_DESCRIPTOR_v1 *d = pAllocateArray;
     if (d) shape = shape_2d(d->Width, d->Height, d->Format, d->NumChannels);
-    CREATE_ARRAY(cuArrayCreate, pHandle, shape, 1, UNWITNESSED, pHandle, pAllocateArray);
+    CREATE_ARRAY(cuArrayCreate, pHandle, d, shape, 1, UNWITNESSED);
 }
 
 EXPORT CUresult cuArray3DCreate(CUarray *pHandle, const CUDA_ARRAY3D_DESCRIPTOR_v1 *pAllocateArray)
@@ -114,5 +116,5 @@ EXPORT CUresult cuArray3DCreate(CUarray *pHandle, const CUDA_ARRAY3D_DESCRIPTOR_
     struct shape shape = {0};
     const CUDA_ARRAY3D_DESCRIPTOR_v1 *d = pAllocateArray;
     if (d) shape = (struct shape){d->Width, d->Height, d->Depth, d->Format, d->NumChannels, d->Flags};
-    CREATE_ARRAY(cuArray3DCreate, pHandle, shape, 1, UNWITNESSED, pHandle, pAllocateArray);
+    CREATE_ARRAY(cuArray3DCreate, pHandle, d, shape, 1, UNWITNESSED);
 }

@@ -22,10 +22,12 @@ struct note { /* of a pointer: its pool, and its size */
 };
 static _Atomic(void *) notes; /* a table of NOTES */
 
-struct order {         /* one call */
+struct order {         /* one request */
     struct pool *pool; /* NULL: not charged to a pool */
     uint64_t stream, bytes;
-    bool on_credit, grown;
+    bool on_credit, grown, called;
+    CUresult result;   /* of the last call of the driver */
+    uint64_t since_ns; /* as in fgpu_request */
 };
 
 static uint64_t mix(uint64_t n) { return n * 0x9e3779b97f4a7c15ULL; }
@@ -146,9 +148,9 @@ static CUresult before(struct order *order, size_t size)
 
 /* After a call. The bytes of a failed call stay in `spent`: the next measurement corrects a number that is too high,
  * but might not correct one that is too low. */
-static CUresult after(const struct order *order, CUresult result, CUdeviceptr pointer)
+static void after(const struct order *order, CUdeviceptr pointer)
 {
-    if (!order->pool) return result;
+    CUresult result = order->result;
     if (order->grown) fgpu_pool_grown(order->pool, order->bytes);
     if (LIKELY(result == CUDA_SUCCESS))
         write_note(pointer, order);
@@ -156,7 +158,22 @@ static CUresult after(const struct order *order, CUresult result, CUdeviceptr po
         give_credit(order->pool, order->stream, order->bytes);
     if (result && order->grown) fgpu_pool_trimmed(order->pool);
     if (result) fgpu_failed(atomic_load_explicit(&order->pool->index, memory_order_relaxed), 0, result);
-    return result;
+}
+
+/* Return whether to call the driver now, for the first time or after room was made. A pool grows by blocks. */
+static bool attempt(struct order *order, size_t size, const CUdeviceptr *pointer)
+{
+    if (order->called) {
+        if (!order->pool) return false;
+        after(order, *pointer);
+        if (LIKELY(order->result != CUDA_ERROR_OUT_OF_MEMORY)) return false;
+        int index = atomic_load_explicit(&order->pool->index, memory_order_relaxed);
+        if (!fgpu_room_comes(index, fgpu_blocks(order->bytes), &order->since_ns)) return false;
+        order->on_credit = order->grown = false;
+    }
+    order->called = true;
+    order->result = before(order, size);
+    return order->result == CUDA_SUCCESS;
 }
 
 #define ALLOCATE(name, per_thread, from, ...)                                                                          \
@@ -165,10 +182,8 @@ static CUresult after(const struct order *order, CUresult result, CUdeviceptr po
         if (!driver) return CUDA_ERROR_NOT_SUPPORTED;                                                                  \
         if (!dptr || !bytesize || fgpu_is_capturing(hStream, per_thread)) return driver(__VA_ARGS__);                  \
         struct order order = {.pool = (from), .stream = fgpu_stream_key(hStream, per_thread)};                         \
-        CUresult refusal = before(&order, bytesize);                                                                   \
-        if (refusal) return refusal;                                                                                   \
-        CUresult result = driver(__VA_ARGS__);                                                                         \
-        return after(&order, result, *dptr);                                                                           \
+        while (attempt(&order, bytesize, dptr)) order.result = driver(__VA_ARGS__);                                    \
+        return order.result;                                                                                           \
     } while (0)
 
 EXPORT CUresult cuMemAllocAsync(CUdeviceptr *dptr, size_t bytesize, CUstream hStream)

@@ -10,16 +10,15 @@
 EXPORT CUresult cuMemAlloc_v2(CUdeviceptr *dptr, size_t bytesize)
 {
     __typeof__(&cuMemAlloc_v2) driver = REAL(cuMemAlloc_v2);
-    CUdevice device;
+    struct fgpu_request request;
     if (!driver) return CUDA_ERROR_NOT_SUPPORTED;
-    if (!dptr || !bytesize || !fgpu_current(&device)) return driver(dptr, bytesize);
-    struct admission admission = fgpu_admission(device, bytesize, FGPU_MEMORY);
-    if (admission.refusal) return admission.refusal;
-    CUresult result = driver(dptr, bytesize);
-    return fgpu_settled(&admission, result, result ? 0 : *dptr);
+    if (!dptr || !bytesize || !fgpu_request_here(&request, bytesize, FGPU_MEMORY, dptr)) return driver(dptr, bytesize);
+    while (fgpu_attempt(&request)) request.result = driver(dptr, bytesize);
+    return request.result;
 }
 
-/* NVML never shows managed memory, touched or not: only admission and the probes count it. */
+/* NVML never shows managed memory, touched or not: only admission and the probes count it. The device does not bound
+ * it, so a failed call is not repeated. */
 EXPORT CUresult cuMemAllocManaged(CUdeviceptr *dptr, size_t bytesize, unsigned int flags)
 {
     __typeof__(&cuMemAllocManaged) driver = REAL(cuMemAllocManaged);
@@ -38,44 +37,40 @@ EXPORT CUresult cuMemAllocPitch_v2(CUdeviceptr *dptr, size_t *pPitch, size_t Wid
                                    unsigned int ElementSizeBytes)
 {
     __typeof__(&cuMemAllocPitch_v2) driver = REAL(cuMemAllocPitch_v2);
-    CUdevice device;
+    struct fgpu_request request;
     uint64_t row, bytes;
     if (!driver) return CUDA_ERROR_NOT_SUPPORTED;
-    if (!dptr || !WidthInBytes || !Height || !fgpu_current(&device))
-        return driver(dptr, pPitch, WidthInBytes, Height, ElementSizeBytes);
     if (__builtin_add_overflow(WidthInBytes, SMALL_ALIGNMENT - 1, &row) ||
         __builtin_mul_overflow(row & ~(SMALL_ALIGNMENT - 1), Height, &bytes))
         bytes = TOO_MUCH;
-    struct admission admission = fgpu_admission(device, bytes, FGPU_MEMORY);
-    if (admission.refusal) return admission.refusal;
-    CUresult result = driver(dptr, pPitch, WidthInBytes, Height, ElementSizeBytes);
-    return fgpu_settled(&admission, result, result ? 0 : *dptr);
+    if (!dptr || !WidthInBytes || !Height || !fgpu_request_here(&request, bytes, FGPU_MEMORY, dptr))
+        return driver(dptr, pPitch, WidthInBytes, Height, ElementSizeBytes);
+    while (fgpu_attempt(&request)) request.result = driver(dptr, pPitch, WidthInBytes, Height, ElementSizeBytes);
+    return request.result;
 }
 
 /* The 32-bit calls have no probe: their bytes are committed at once, and stay charged until the process exits. */
 EXPORT CUresult cuMemAlloc(CUdeviceptr_v1 *dptr, unsigned int bytesize)
 {
     __typeof__(&cuMemAlloc) driver = REAL(cuMemAlloc);
-    CUdevice device;
+    struct fgpu_request request;
     if (!driver) return CUDA_ERROR_NOT_SUPPORTED;
-    if (!dptr || !bytesize || !fgpu_current(&device)) return driver(dptr, bytesize);
-    struct admission admission = fgpu_admission(device, bytesize, FGPU_POOL);
-    if (admission.refusal) return admission.refusal;
-    return fgpu_settled(&admission, driver(dptr, bytesize), 0);
+    if (!dptr || !bytesize || !fgpu_request_here(&request, bytesize, FGPU_POOL, NULL)) return driver(dptr, bytesize);
+    while (fgpu_attempt(&request)) request.result = driver(dptr, bytesize);
+    return request.result;
 }
 
 EXPORT CUresult cuMemAllocPitch(CUdeviceptr_v1 *dptr, unsigned int *pPitch, unsigned int WidthInBytes,
                                 unsigned int Height, unsigned int ElementSizeBytes)
 {
     __typeof__(&cuMemAllocPitch) driver = REAL(cuMemAllocPitch);
-    CUdevice device;
+    struct fgpu_request request;
     if (!driver) return CUDA_ERROR_NOT_SUPPORTED;
-    if (!dptr || !WidthInBytes || !Height || !fgpu_current(&device))
-        return driver(dptr, pPitch, WidthInBytes, Height, ElementSizeBytes);
     uint64_t row = (WidthInBytes + SMALL_ALIGNMENT - 1) & ~(SMALL_ALIGNMENT - 1);
-    struct admission admission = fgpu_admission(device, row * Height, FGPU_POOL);
-    if (admission.refusal) return admission.refusal;
-    return fgpu_settled(&admission, driver(dptr, pPitch, WidthInBytes, Height, ElementSizeBytes), 0);
+    if (!dptr || !WidthInBytes || !Height || !fgpu_request_here(&request, row * Height, FGPU_POOL, NULL))
+        return driver(dptr, pPitch, WidthInBytes, Height, ElementSizeBytes);
+    while (fgpu_attempt(&request)) request.result = driver(dptr, pPitch, WidthInBytes, Height, ElementSizeBytes);
+    return request.result;
 }
 
 /* The memory is mapped later. It is charged now, even if it is never mapped. */
@@ -86,8 +81,8 @@ EXPORT CUresult cuMemCreate(CUmemGenericAllocationHandle *handle, size_t size, c
     if (!driver) return CUDA_ERROR_NOT_SUPPORTED;
     if (!handle || !size || !prop || prop->location.type != CU_MEM_LOCATION_TYPE_DEVICE)
         return driver(handle, size, prop, flags);
-    struct admission admission = fgpu_admission(prop->location.id, size > FGPU_MOST_BYTES ? TOO_MUCH : size, FGPU_VMM);
-    if (admission.refusal) return admission.refusal;
-    CUresult result = driver(handle, size, prop, flags);
-    return fgpu_settled(&admission, result, result ? 0 : *handle);
+    uint64_t bytes = size > FGPU_MOST_BYTES ? TOO_MUCH : size;
+    struct fgpu_request request = {.ordinal = prop->location.id, .bytes = bytes, .kind = FGPU_VMM, .handle = handle};
+    while (fgpu_attempt(&request)) request.result = driver(handle, size, prop, flags);
+    return request.result;
 }

@@ -39,13 +39,12 @@
 #define COOPERATIVE (1u << 9)
 #define CROWDED (1u << 8) /* in `said`, in the same word as the links */
 #define SECOND FGPU_SECOND_NS
-#define COLD __attribute__((cold)) /* small, not fast: runs at most once a second */
-#define FIRST_NS (2 * SECOND)      /* long enough for an upgrade of the gatekeeper */
-#define ANSWERED_NS (SECOND / 4)   /* the heartbeat's period: the epoch on a page may be this old */
-#define CLOSED_NS (SECOND / 10)    /* the wait for a reply: the allocation of this thread is delayed by it */
-#define AGAIN_NS (SECOND / 50)     /* the wait for a reply: short, because the pages in use are still valid */
-#define PAUSE_NS 4000000           /* the first pause; each further pause is four times as long as the one before */
-#define ABANDONED_NS (5 * SECOND)  /* a signal handler may have left a registration by a jump */
+#define FIRST_NS (2 * SECOND)     /* long enough for an upgrade of the gatekeeper */
+#define ANSWERED_NS (SECOND / 4)  /* the heartbeat's period: the epoch on a page may be this old */
+#define CLOSED_NS (SECOND / 10)   /* the wait for a reply: the allocation of this thread is delayed by it */
+#define AGAIN_NS (SECOND / 50)    /* the wait for a reply: short, because the pages in use are still valid */
+#define PAUSE_NS 4000000          /* the first pause; each further pause is four times as long as the one before */
+#define ABANDONED_NS (5 * SECOND) /* a signal handler may have left a registration by a jump */
 
 static struct fgpu_own *const own = &fgpu_own_page.own;
 static _Atomic bool unwiped;

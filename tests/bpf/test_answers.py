@@ -68,6 +68,43 @@ def test_a_report_writes_its_time_to_the_own_level_and_changes_nothing_else(
     assert getattr(page_of(kernel, group), field) == 0
 
 
+def test_a_request_that_lacks_room_is_reported_where_room_may_be_made(kernel, events, make_level, make_client):
+    group = make_level(1024 * MIB)
+    level = make_level(1024 * MIB, group)
+    client = make_client(level)
+    client(f"admit({10 * MIB})")
+    report = f"admit({5 * MIB}, {abi.Kind.HELLO | abi.LACKS}, device=3)"
+    group.limit(1024 * MIB, flags=abi.LimitFlag.WAITS)
+    assert client(report) is None
+    assert of(events, level) == of(events, group) == []
+    level.limit(1024 * MIB, flags=abi.LimitFlag.WAITS)
+    before = page_of(kernel, level)
+    assert client(report) is None
+    (event,) = of(events, level)
+    assert (event.kind, event.tgid, event.bytes, event.device) == (abi.News.LACKS, client.pid, 5 * MIB, 3)
+    after = page_of(kernel, level)
+    after.event_second, after.event_count = before.event_second, before.event_count
+    assert bytes(after) == bytes(before), "nothing is charged, and no verdict given"
+    assert of(events, group) == []
+
+
+def test_a_decision_about_room_is_written_to_the_page(kernel, level):
+    kernel.ledger.parked.decide_on_room(level.cgroup, 2, 1.0)
+    now, page = time.monotonic_ns(), page_of(kernel, level)
+    assert now < page.room_ns[2] < now + 10**9
+    assert page.room_ns[2] & abi.NO_ROOM == 0
+    assert [*page.room_ns].count(0) == abi.DEVICES - 1
+    kernel.ledger.parked.decide_on_room(level.cgroup, 2, 3600.0)
+    until, now = page_of(kernel, level).room_ns[2], time.monotonic_ns()
+    assert now + abi.ROOM_NS - 10**9 < until <= now + abi.ROOM_NS, "an agent that ends decides for no longer"
+    before = time.monotonic_ns()
+    kernel.ledger.parked.decide_on_room(level.cgroup, 2, None)
+    decided = page_of(kernel, level).room_ns[2]
+    assert decided & abi.NO_ROOM
+    assert before < decided <= time.monotonic_ns() + 1
+    kernel.ledger.parked.decide_on_room(987654321, 2, 1.0)  # a level that is gone
+
+
 def test_only_a_program_that_reports_calls_is_recorded_as_one(kernel, level, make_client):
     client = make_client(level)
     assert client(f"admit({MIB}, {abi.Kind.HELLO})") == ADMITTED

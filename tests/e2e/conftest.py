@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e import combination_kit, layout_kit
+from tests.e2e import combination_kit, layout_kit, making_room_kit
 from tests.e2e.held_kit import Held
 from tests.e2e.parking_kit import Parker, parking
 from tests.e2e.policies_kit import GROUP, POLICY, Write, is_good, reloads
@@ -154,6 +154,19 @@ def spin(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def parker(service: Service, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Parker]:
     with parking(service, tmp_path_factory.mktemp("parker")) as made:
         yield made
+
+
+@pytest.fixture(scope="module")
+def room_parker(service: Service, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Parker]:
+    """Return a parker, beside an agent that parks idle tenants for others."""
+    with parking(service, tmp_path_factory.mktemp("parker"), "park") as made:
+        yield made
+
+
+@pytest.fixture
+def turns(room_parker: Parker, write: Write, tmp_path: Path) -> Iterator[Cgroups]:
+    """Return a place with tenants that use a small device in turn."""
+    yield from making_room_kit.tenants(write, tmp_path)
 
 
 @pytest.fixture

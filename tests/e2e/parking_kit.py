@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import signal
 import socket
 import subprocess
 import sys
@@ -37,6 +38,12 @@ def begin():
 def alloc(size):
     pointer = C.c_uint64()
     return L.cuMemAlloc_v2(C.byref(pointer), C.c_size_t(size)), pointer.value
+def from_pool(size):
+    pointer = C.c_uint64()
+    return L.cuMemAllocAsync(C.byref(pointer), C.c_size_t(size), None), pointer.value
+def create(size):
+    handle, device = C.c_uint64(), (C.c_uint32 * 8)(1, 0, 1, 0)
+    return L.cuMemCreate(C.byref(handle), C.c_size_t(size), device, C.c_uint64(0)), handle.value
 def free(pointer): return L.cuMemFree_v2(C.c_uint64(pointer))
 def pattern(size): return bytes(range(256)) * (size // 256)
 def write(pointer, size): return L.cuMemcpyHtoD_v2(C.c_uint64(pointer), pattern(size), C.c_size_t(size))
@@ -114,6 +121,16 @@ class Parker:
         if self._process:
             self._process.kill()
             self._process.wait(30)
+
+    @contextlib.contextmanager
+    def stopped(self) -> Iterator[None]:
+        """Stop it meanwhile. It takes requests, and does not answer them."""
+        assert self._process
+        self._process.send_signal(signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            self._process.send_signal(signal.SIGCONT)
 
 
 def listens() -> bool:

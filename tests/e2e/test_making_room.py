@@ -7,25 +7,16 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
-from tests.e2e.parking_kit import HELD, Holder, Parker, becomes, parking, state
-from tests.e2e.policies_kit import Write
+from tests.e2e.making_room_kit import BYTES, DEVICE, STAY, inside, parks, started, texts
+from tests.e2e.parking_kit import becomes, state
 from tests.support.commands import events, fgpu
-from tests.support.host import CONTEXT, GIB, MEMORY, MIB
+from tests.support.host import GIB, MEMORY
 from tests.support.place import Cgroups
 from tests.support.service import Service, run_on_devices
-from tests.support.tenant import Tenant
 from tests.support.wait import steadily
-
-DEVICE = "2GiB"
-LIMIT = 1200 * MIB  # more than half of the device
-BYTES = CONTEXT + 512 * MIB
-STAY = 10.0  # seconds for which a tenant without work stays
-inside = pytest.mark.skipif(MEMORY != DEVICE, reason="is run by test_the_file_s_tests_pass_on_a_small_device")
 
 
 @pytest.mark.skipif(MEMORY == DEVICE, reason="this run has this device already")
@@ -33,47 +24,11 @@ def test_the_file_s_tests_pass_on_a_small_device() -> None:
     run_on_devices(__file__, 1, DEVICE, 280)
 
 
-@pytest.fixture(scope="module")
-def parker(service: Service, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Parker]:
-    with parking(service, tmp_path_factory.mktemp("parker"), "park") as made:
-        yield made
-
-
-@pytest.fixture
-def host(parker: Parker, write: Write, tmp_path: Path) -> Iterator[Cgroups]:
-    """Return a place in which the policy allows all tenants but `fixed` to be parked."""
-    place = Cgroups(tmp_path)
-    for name, cgroups, park in (("fixed", ["fixed"], ""), ("idle", ["alice", "bob"], ", park: {after: 1h}")):
-        paths = [f"{place.group.lstrip('/')}/{cgroup}" for cgroup in cgroups]
-        write(f"memory: {{limit: {LIMIT}B{park}}}", name, f"{{cgroup: {paths}}}", f"{name}.yaml")
-    yield place
-    place.close()
-
-
-def started(host: Cgroups, name: str) -> tuple[Tenant, Holder]:
-    """Return a tenant with a program that holds BYTES, HELD of them with a pattern."""
-    tenant = host.named(name)
-    program = Holder(tenant, "h1")
-    tenant._programs.append(program)
-    assert program.do(f"alloc({BYTES - CONTEXT - HELD})")[0] == 0
-    assert tenant.assert_exact() == BYTES
-    tenant.assert_enforced()
-    return tenant, program
-
-
-def texts(what: str, tenant: Tenant) -> list[str]:
-    return [event["text"] for event in events(what) if event["tenant"] == tenant.name]
-
-
-def parks(tenant: Tenant) -> int:
-    return int((tenant.view()["parking"] or {"parks": 0})["parks"])
-
-
 @inside
-def test_two_tenants_that_do_not_fit_together_use_the_device_in_turn(host: Cgroups) -> None:
-    alice = started(host, "alice")
+def test_two_tenants_that_do_not_fit_together_use_the_device_in_turn(turns: Cgroups) -> None:
+    alice = started(turns, "alice")
     fgpu("park", alice[0].path)
-    pair = [alice, started(host, "bob")]
+    pair = [alice, started(turns, "bob")]
     for turn in range(4):
         (tenant, program), (other, _) = pair
         begun = time.monotonic()
@@ -88,10 +43,10 @@ def test_two_tenants_that_do_not_fit_together_use_the_device_in_turn(host: Cgrou
 
 @inside
 @pytest.mark.parametrize("how", ["is idle", "ends"])
-def test_a_tenant_waits_for_a_busy_one_until_it_is_idle_or_ends(host: Cgroups, how: str) -> None:
-    alice, program = started(host, "alice")
+def test_a_tenant_waits_for_a_busy_one_until_it_is_idle_or_ends(turns: Cgroups, how: str) -> None:
+    alice, program = started(turns, "alice")
     fgpu("park", alice.path)
-    bob, rival = started(host, "bob")
+    bob, rival = started(turns, "bob")
     end = threading.Event()
 
     def work() -> None:
@@ -121,10 +76,10 @@ def test_a_tenant_waits_for_a_busy_one_until_it_is_idle_or_ends(host: Cgroups, h
 
 
 @inside
-def test_a_tenant_whose_policy_does_not_park_it_stays(host: Cgroups) -> None:
-    alice, program = started(host, "alice")
+def test_a_tenant_whose_policy_does_not_park_it_stays(turns: Cgroups) -> None:
+    alice, program = started(turns, "alice")
     fgpu("park", alice.path)
-    fixed, holder = started(host, "fixed")
+    fixed, holder = started(turns, "fixed")
     program.send("synchronise()")
     becomes(alice, "waiting")
     steadily(lambda: state(alice) == "waiting", STAY + 2, 30, "a tenant that waits")
@@ -137,10 +92,10 @@ def test_a_tenant_whose_policy_does_not_park_it_stays(host: Cgroups) -> None:
 
 
 @inside
-def test_an_agent_that_starts_makes_room_for_a_tenant_that_waits(host: Cgroups, service: Service) -> None:
-    alice, program = started(host, "alice")
+def test_an_agent_that_starts_makes_room_for_a_tenant_that_waits(turns: Cgroups, service: Service) -> None:
+    alice, program = started(turns, "alice")
     fgpu("park", alice.path)
-    bob, _ = started(host, "bob")
+    bob, _ = started(turns, "bob")
     program.send("synchronise()")
     becomes(alice, "waiting")
     service.kill_agent()

@@ -26,8 +26,8 @@ RULES = {
         "    if (UNLIKELY(a->bytes)) release(p, a->device, a->bytes);\n    a->bytes = 0;\n",
     ),
     "unsettled-admission-is-no-overhead": (
-        "    if (a->bytes && is_of_era(p, a->device, a->kind)) add_overhead(p, a->device, a->bytes);\n    a->bytes = 0;",
-        "    a->bytes = 0;",
+        "    if (a->bytes && is_of_era(p, a->device, a->kind)) add_overhead(p, a->device, a->bytes);\n",
+        "",
     ),
     "levels-not-asked-before-one-is-charged": (
         "    if (refused_by_a_level(h, device, bytes, kind, patient)) return FGPU_REFUSED;\n",
@@ -37,6 +37,8 @@ RULES = {
         "    u64 verdict = ask(p, h, t, device, bytes, kind, ticket);\n",
         "    busy(p, t);\n    u64 verdict = ask(p, h, t, device, bytes, kind, ticket);\n",
     ),
+    "room-for-any-level": ("else if (h.page[0]->flags & FGPU_WAITS)", "else"),
+    "room-decided-for-good": ("    if (until_ns > most) until_ns = most;\n", ""),
     "leader-is-the-process": ("if (!is_last(ctx)) return 0;", "if (id >> 32 != (u32)id) return 0;"),
     "exec-forgotten": (
         "became the leader */\n    end_process(id >> 32);\n",

@@ -25,7 +25,7 @@ from bcc import BPF  # noqa: E402
 
 LEVEL_SIZE, NO_LIMIT, MAGIC = 4096, 2**64 - 1, 0x75706766
 # Offsets in a usage page. TAIL is behind all fields that the shim reads.
-ORPHANED, ORPHANED_NS, LOOKED_NS, FREED_NS, TAIL = 1856, 2048, 3224, 3624, 3800
+ORPHANED, ORPHANED_NS, LOOKED_NS, FREED_NS, ROOM_NS, TAIL = 1856, 2048, 3224, 3624, 3808, 3936
 TAG = 44  # offset in a control page
 MANAGED, SETTLE = 1, 2
 GATES, BUDGETS, FUTEX = 64 + 16 * 32, 0x290 + 16 * 128, 202 if os.uname().machine == "x86_64" else 98
@@ -90,6 +90,7 @@ int admit(struct pt_regs *ctx) {
     if (kind & FGPU_CALLED) { p->called_ns = bpf_ktime_get_ns(); return 0; }
     if (kind & FGPU_FREED) { p->freed_ns = bpf_ktime_get_ns(); return 0; }
     log_call(kind, PT_REGS_PARM1(ctx), bytes, ticket, 0);
+    if (kind & FGPU_LACKS) return 0;
     if (k->old) kind = kind < FGPU_KINDS ? kind : FGPU_MEMORY;
     if (uncommitted(p, device) || (k->outer && uncommitted(outer, device))) p->undecided[device]++;
     if (k->mute == 1 || k->mute == bpf_get_current_pid_tgid() >> 32) return 0;
@@ -221,6 +222,11 @@ class Agent:
         struct.pack_into("<Q", m, LOOKED_NS + 8 * device, looked_ns)
         freed_ns = time.monotonic_ns() - 1_000_000 * what["freed_ms"] if "freed_ms" in what else 0
         struct.pack_into("<Q", m, FREED_NS, freed_ns)
+
+    def room(self, what):
+        """Set the decision about requests that lack room on device 3: {ms: from now; or 0, none: no room}."""
+        at = time.monotonic_ns() + 1_000_000 * what["ms"]
+        ctypes.c_uint64.from_buffer(self.maps[0], ROOM_NS + 8 * 3).value = at | 1 if what.get("none") else at & ~1
 
     def grow(self, _):
         """Add fields to pages behind all fields that the shim reads."""

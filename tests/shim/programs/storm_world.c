@@ -88,7 +88,7 @@ static void answer(unsigned kind, uint64_t ticket, uint64_t verdict)
 
 static void admit(unsigned device, uint64_t bytes, unsigned kind, uint64_t ticket)
 {
-    if (kind & (FGPU_FREED | FGPU_ANNOUNCE | FGPU_CALLED)) return;
+    if (kind & (FGPU_FREED | FGPU_ANNOUNCE | FGPU_CALLED | FGPU_LACKS)) return;
     bool is_hello = (kind & FGPU_KIND_MASK) == FGPU_HELLO;
     bool granted = is_hello || (device < FGPU_DEVICES && fits(&usage[0]->devices[device], bytes));
     storm_counts.asked += !is_hello;
@@ -281,7 +281,9 @@ static void limit(struct fgpu_usage_page *pages, unsigned round)
             PUT(pages[level].orphaned_ns[i], now_ns() - 3950000000u);
             PUT(pages[level].looked_ns[i], round % 7 ? 0 : now_ns());
         }
-    PUT(pages[0].flags, round % 6 ? 0 : FGPU_OBSERVE);
+    for (int i = FIRST_INDEX; i < FIRST_INDEX + DEVICES; i++) /* and decisions about room on a full device */
+        PUT(pages[0].room_ns[i], (now_ns() + (round % 3) * 4000000u) | (round % 2 ? FGPU_NO_ROOM : 0));
+    PUT(pages[0].flags, round % 6 ? FGPU_WAITS : FGPU_OBSERVE);
     PUT(pages[1].flags, round % 10 ? 0 : FGPU_OBSERVE);
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,7 +13,7 @@ import pytest
 from fgpu_ebpf import abi
 from fgpu_ebpf.agent import making_room
 from fgpu_ebpf.agent.making_room import MOST_NAMES, RoomMaker
-from fgpu_ebpf.agent.parked_tenant import ParkedTenant, Phase, full_level
+from fgpu_ebpf.agent.parked_tenant import ParkedTenant, Phase, coming_to, full_level
 from fgpu_ebpf.ledger.parked import Parked
 from fgpu_ebpf.ledger.process_entry import Process
 from fgpu_ebpf.policy.rules import Compute, Priority
@@ -45,7 +46,8 @@ class Host:
         )  # fmt: skip
         enforcer = SimpleNamespace(get=self.tenants.get, leaving={})
         nvml = SimpleNamespace(free_bytes=self.free.get)
-        parkable = SimpleNamespace(ledger=ledger, enforcer=enforcer, nvml=nvml, is_on=True)
+        self.promised = Counter[int]()
+        parkable = SimpleNamespace(ledger=ledger, enforcer=enforcer, nvml=nvml, is_on=True, promised=self.promised)
         parking: Any = SimpleNamespace(
             parkable=parkable, tenants=lambda: self.away, is_away=lambda c: c in [parked.cgroup for parked in self.away]
         )
@@ -201,6 +203,25 @@ def test_a_tenant_that_waited_before_gets_its_room_first(host: Host) -> None:
     assert host.make(gpu0=8) == (False, "room is made for earlier first")
     host.entries[PID + 9, 1] = Parked(0, 9, on(gpu1=4))
     assert host.make(gpu0=8)[0], "its room is on another device"
+
+
+def test_a_tenant_that_wakes_up_gets_no_room_that_is_made_for_a_request(host: Host) -> None:
+    host.runs("idle", on(gpu0=50))
+    host.promised[0] = 4
+    assert host.make(gpu0=8) == (False, "room is made for a request for memory first")
+    assert host.parked == []
+    assert coming_to(host.asker, host.away, host.maker._parkable) == {0: 4}
+    assert coming_to(None, host.away, host.maker._parkable) == {}
+
+
+def test_a_tenant_with_a_request_for_memory_is_not_parked(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(making_room, "HOLDERS_SECONDS", 3600.0)
+    host.runs("idle", on(gpu0=4))
+    assert not host.make(gpu0=8)[0], "the holders are known from now on"
+    host.maker.keep(frozenset({2}))
+    assert host.make(gpu0=4) == (False, "held by idle (waits for memory itself)")
+    host.maker.keep(frozenset())
+    assert host.make(gpu0=4)[0]
 
 
 def test_a_tenant_whose_state_is_not_known_is_waited_for(host: Host) -> None:

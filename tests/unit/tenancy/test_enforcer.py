@@ -56,6 +56,16 @@ def test_limits_are_in_force_before_their_first_use_and_committed_from_it_on(pla
     assert (books.decided, place.enforcer.commitments.committed(0)) == ({one.cgroup: True}, 8 * GIB)
 
 
+def test_requests_wait_for_room_where_the_agent_makes_it_and_a_limit_is_enforced(place, books):
+    one, two = place.make("/one", 1), place.make("/two", 1, observe=True)
+    place.enforcer.put([one])
+    assert books.limits[one.cgroup][1] == 0
+    place.enforcer.makes_room = True
+    place.enforcer.put([dataclasses.replace(one, kill=True), two])
+    flags = {cgroup: flags for cgroup, (_, flags) in books.limits.items()}
+    assert flags == {one.cgroup: abi.LimitFlag.KILL | abi.LimitFlag.WAITS, two.cgroup: abi.LimitFlag.OBSERVE}
+
+
 def test_a_tenant_without_room_gets_nothing_until_there_is_room(place, books):
     one, two = place.make("/one", 8), place.make("/two", 4)
     place.enforcer.put([one, two])

@@ -1,0 +1,150 @@
+"""Requests for memory that fit in the limits and find the device full (`overcommit: park`): room is made for them.
+
+The shim of such a program reports the request, waits for a decision on its tenant's page, and reports again while it
+waits. A request waits as long as tenants are being parked for it, is repeated when the device has the bytes free, and
+fails if no tenant can be parked. If the agent ends, its last decision ends by itself. One tenant of a device is served
+at a time. Wake-ups leave the bytes free that are `promised` to it (`parked_tenant.coming_to`).
+
+This module runs in the agent's main loop: at each report, and once in every round.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from fgpu_ebpf import abi
+from fgpu_ebpf.agent.idle_parking import IdleParking
+from fgpu_ebpf.agent.making_room import RoomMaker
+from fgpu_ebpf.agent.parked_tenant import coming_to
+from fgpu_ebpf.agent.parking import Parking
+from fgpu_ebpf.tenancy.event_log import EventLog
+
+REPORT_SECONDS = 3.0  # a program that has not reported for this time does not wait any more
+TAKE_SECONDS = 1.0  # in which a program takes the room that was made for it
+NOTICE_SECONDS = 0.05  # in which a program that waits finds a decision on its page
+WAIT_SECONDS = abi.ROOM_NS / 1e9
+
+
+@dataclass(slots=True, eq=False)
+class Request:
+    """The requests of a tenant on one device. `bytes`: of the largest. `reported_at`: the last report of a program.
+
+    `made_at`: when the requests were told that there is room; 0: not yet. `is_promised`: room is being made for them
+    now, or was made. `why`: for what they wait.
+    """
+
+    cgroup: int
+    device: int
+    bytes: int = 0
+    reported_at: float = 0.0
+    made_at: float = 0.0
+    is_promised: bool = False
+    why: str = ""
+
+
+class RoomRequests:
+    """The requests that wait. Of those on one device, the longest waiting is served first.
+
+    Args:
+        parking: has the tenants that do not run.
+        maker: parks tenants.
+        history: the event log.
+    """
+
+    def __init__(self, parking: Parking, maker: RoomMaker, history: EventLog) -> None:
+        self._parking, self._maker, self._history, self._parkable = parking, maker, history, parking.parkable
+        self._ledger, self._enforcer = parking.parkable.ledger, parking.parkable.enforcer
+        self._requests: dict[tuple[int, int], Request] = {}
+
+    @classmethod
+    def of_host(cls, run_dir: Path, parking: Parking, idle: IdleParking, history: EventLog) -> RoomRequests:
+        """Begin to make room on full devices: for requests, and for tenants that wake up."""
+        maker = RoomMaker(run_dir, parking, idle)
+        parking.make_room, parking.parkable.enforcer.makes_room = maker.make, True
+        return cls(parking, maker, history)
+
+    def ask(self, cgroup: int, device: int, bytes_: int, at: float) -> None:
+        """Decide about a request that a program has reported at this time. It may have reported the request before."""
+        if device >= abi.DEVICES:
+            return
+        request = self._requests.setdefault((cgroup, device), Request(cgroup, device))
+        request.bytes = bytes_ if self._is_repeated(request, at) else max(request.bytes, bytes_)
+        request.reported_at = at
+        self._decide(request)
+
+    def look(self) -> None:
+        """Decide about all requests again; to be called in every round."""
+        for request in list(self._requests.values()):
+            self._decide(request)
+
+    def _is_repeated(self, request: Request, at: float) -> bool:
+        """Return whether a report is about a request that has failed again after there was room."""
+        return bool(request.made_at) and at > request.made_at + NOTICE_SECONDS
+
+    def _decide(self, request: Request) -> None:
+        now = time.monotonic()
+        self._publish()
+        if not request.made_at or self._is_repeated(request, request.reported_at):
+            self._serve(request, now)
+        ended = request.made_at + TAKE_SECONDS if request.made_at else request.reported_at + REPORT_SECONDS
+        if now > ended:
+            self._forget(request)
+        self._publish()
+
+    def _publish(self) -> None:
+        """Have the tenants with requests not parked, and the room for the requests left free."""
+        self._maker.keep(frozenset(request.cgroup for request in self._requests.values()))
+        self._parkable.promised.clear()
+        self._parkable.promised.update({r.device: r.bytes for r in self._requests.values() if r.is_promised})
+
+    def _serve(self, request: Request, now: float) -> None:
+        waits, why = self._wait(request)
+        if waits:
+            if not request.why:  # later reasons have other numbers
+                self._note("memory waits", request, why)
+            request.why, request.made_at = why, 0.0
+            self._tell(request, WAIT_SECONDS)
+        elif why or request.made_at:
+            self._note("no room made", request, why or "the driver has no memory, although the device has")
+            self._tell(request, None)
+            self._forget(request)
+        else:
+            request.made_at = now
+            self._tell(request, 0.0)
+
+    def _wait(self, request: Request) -> tuple[bool, str]:
+        """Return whether a request waits, and for what, or why it fails, as text; (False, ""): there is room."""
+        device = request.device
+        if why := self._refusal(request):
+            return False, why
+        first = next(other for other in self._requests.values() if other.device == device)
+        name = self._enforcer.name_of(first.cgroup) if first is not request else self._maker.claimant([device])
+        if name:
+            return True, f"room is made for {name} first"
+        coming = coming_to(None, self._parking.tenants(), self._parkable)
+        lacking = self._maker.lacking({device: request.bytes + coming[device]})
+        if not lacking:
+            return False, ""
+        request.is_promised, why = self._maker.park_one(self._enforcer.name_of(request.cgroup), lacking)
+        return request.is_promised, why
+
+    def _refusal(self, request: Request) -> str:
+        """Return why no room is made for a request; an empty text if it may be. A program may report anything."""
+        usage = self._ledger.usage(request.cgroup, [request.device])
+        if not usage or usage[0].limit == abi.NO_LIMIT:
+            return "the tenant has no limit"
+        if request.bytes > usage[0].limit - usage[0].used - usage[0].parked:
+            return "the limit has no room"
+        return "the tenant is parked" if self._parking.is_away(request.cgroup) else ""
+
+    def _forget(self, request: Request) -> None:
+        self._requests.pop((request.cgroup, request.device), None)
+
+    def _tell(self, request: Request, seconds: float | None) -> None:
+        self._ledger.parked.decide_on_room(request.cgroup, request.device, seconds)
+
+    def _note(self, what: str, request: Request, why: str) -> None:
+        name = self._enforcer.name_of(request.cgroup)
+        self._history.add(what, tenant=name, gpu=request.device, bytes=request.bytes, text=why)

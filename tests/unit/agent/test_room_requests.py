@@ -1,0 +1,214 @@
+"""Requests for memory on a full device: which wait, for how long, and when each is repeated or fails."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from fgpu_ebpf import abi
+from fgpu_ebpf.agent import room_requests
+from fgpu_ebpf.agent.room_requests import REPORT_SECONDS, TAKE_SECONDS, WAIT_SECONDS, RoomRequests
+from fgpu_ebpf.tenancy.event_log import EventLog
+
+GIB = 1 << 30
+ANN, BEN = 1, 2
+WAIT, GO, FAIL = WAIT_SECONDS, 0.0, None
+
+
+class Host:
+    """A full device, tenants with 8 GiB each, and a clock. `parks`: whether and why a tenant can be parked."""
+
+    def __init__(self) -> None:
+        self.now, self.free, self.parks = 100.0, {0: 0, 1: 0}, (True, "carol is being parked")
+        self.limit, self.used = 8 * GIB, 0
+        self.away: set[int] = set()
+        self.decisions: list[tuple[int, int, float | None]] = []
+        self.lacking_bytes: list[int] = []
+        self.asking: frozenset[int] = frozenset()
+        self.claimant = ""
+        self.history = EventLog()
+        parked = SimpleNamespace(decide_on_room=lambda *said: self.decisions.append(said), entries=dict)
+        ledger = SimpleNamespace(usage=self._usage, parked=parked, process=lambda pid: None)
+        enforcer = SimpleNamespace(name_of={ANN: "ann", BEN: "ben"}.get)
+        self.parkable: Any = SimpleNamespace(ledger=ledger, enforcer=enforcer, promised=Counter())
+        parking: Any = SimpleNamespace(parkable=self.parkable, tenants=list, is_away=lambda cgroup: cgroup in self.away)
+        maker: Any = SimpleNamespace(
+            keep=lambda asking: setattr(self, "asking", asking), lacking=self._lacking, park_one=self._park_one,
+            claimant=lambda devices: self.claimant,
+        )  # fmt: skip
+        self.requests = RoomRequests(parking, maker, self.history)
+
+    def _usage(self, cgroup: int, devices: list[int]) -> list[Any] | None:
+        return [SimpleNamespace(limit=self.limit, used=self.used, parked=0)] if cgroup in (ANN, BEN) else None
+
+    def _lacking(self, needs: Mapping[int, int]) -> dict[int, int]:
+        return {device: n - self.free[device] for device, n in needs.items() if n > self.free[device]}
+
+    def _park_one(self, name: str, lacking: Mapping[int, int]) -> tuple[bool, str]:
+        self.lacking_bytes += lacking.values()
+        return self.parks
+
+    def asks(self, cgroup: int = ANN, bytes_: int = 2 * GIB, device: int = 0) -> float | None:
+        """Have a program report a request, and return the decision."""
+        self.requests.ask(cgroup, device, bytes_, self.now)
+        return self.last()
+
+    def last(self) -> float | None:
+        return self.decisions[-1][2]
+
+    def passes(self, seconds: float) -> None:
+        self.now += seconds
+        self.requests.look()
+
+    def what(self) -> list[str]:
+        return [event["what"] for event in self.history.since(0)["events"]]
+
+
+@pytest.fixture
+def host(monkeypatch: pytest.MonkeyPatch) -> Host:
+    made = Host()
+    monkeypatch.setattr(room_requests, "time", SimpleNamespace(monotonic=lambda: made.now))
+    return made
+
+
+def test_a_request_waits_while_tenants_are_parked_and_is_repeated_when_there_is_room(host: Host) -> None:
+    assert host.asks() == WAIT
+    host.passes(1)
+    assert host.decisions == [(ANN, 0, WAIT)] * 2
+    host.free[0] = 2 * GIB
+    host.passes(1)
+    assert host.decisions[2:] == [(ANN, 0, GO)]
+    assert host.what() == ["memory waits"]
+
+
+def test_a_request_fails_if_no_tenant_can_be_parked(host: Host) -> None:
+    host.parks = (False, "held by carol (busy)")
+    assert host.asks() is FAIL
+    (event,) = host.history.since(0)["events"]
+    assert (event["what"], event["tenant"], event["text"]) == ("no room made", "ann", "held by carol (busy)")
+    host.passes(1)
+    assert len(host.decisions) == 1
+
+
+def test_a_request_that_waits_fails_when_no_further_tenant_can_be_parked(host: Host) -> None:
+    host.asks()
+    host.parks = (False, "held by carol (busy)")
+    host.passes(1)
+    assert host.last() is FAIL
+    assert (host.asking, host.parkable.promised) == (frozenset(), {})
+
+
+def test_a_request_is_repeated_once_if_the_device_has_room_at_once(host: Host) -> None:
+    """A tenant may have freed it since. If the driver has no memory nevertheless, no tenant is parked for that."""
+    host.free[0] = 2 * GIB
+    assert host.asks() == GO
+    host.now += 0.1
+    assert host.asks() is FAIL
+    assert host.lacking_bytes == []
+
+
+def test_a_report_from_before_there_was_room_does_not_end_the_request(host: Host) -> None:
+    host.free[0] = 2 * GIB
+    host.asks()
+    host.now += 0.02
+    assert host.asks() == GO
+    assert len(host.decisions) == 1
+
+
+def test_room_that_another_process_has_taken_is_made_again(host: Host) -> None:
+    host.asks()
+    host.free[0] = 2 * GIB
+    host.passes(1)
+    host.free[0] = GIB
+    host.now += 0.1
+    assert host.asks(bytes_=3 * GIB) == WAIT
+    assert host.lacking_bytes == [2 * GIB, 2 * GIB]
+
+
+@pytest.mark.parametrize("is_taken", [True, False])
+def test_room_is_left_free_for_a_request_while_it_is_made_and_until_it_is_taken(host: Host, is_taken: bool) -> None:
+    host.asks()
+    assert host.parkable.promised == {0: 2 * GIB}
+    host.free[0] = 2 * GIB
+    host.passes(1)
+    assert host.parkable.promised == {0: 2 * GIB}
+    host.free[0] = 0 if is_taken else 2 * GIB
+    host.passes(TAKE_SECONDS + 0.1)
+    assert (host.parkable.promised, host.asking) == ({}, frozenset())
+
+
+def test_no_room_is_left_free_for_a_request_for_which_no_tenant_was_parked(host: Host) -> None:
+    """A program that lies about its requests cannot keep others from waking up."""
+    host.free[0] = 2 * GIB
+    host.asks()
+    assert host.parkable.promised == {}
+
+
+def test_a_request_that_is_not_reported_any_more_is_forgotten(host: Host) -> None:
+    host.asks()
+    host.passes(REPORT_SECONDS - 0.5)
+    assert (host.asking, host.last()) == ({ANN}, WAIT)
+    host.asks()
+    host.passes(REPORT_SECONDS - 0.5)
+    assert host.asking == {ANN}
+    host.passes(1)
+    assert (host.asking, host.parkable.promised) == (frozenset(), {})
+
+
+def test_the_largest_request_of_a_tenant_counts(host: Host) -> None:
+    host.asks(bytes_=2 * GIB)
+    host.asks(bytes_=3 * GIB)
+    host.asks(bytes_=GIB)
+    assert host.lacking_bytes == [2 * GIB, 3 * GIB, 3 * GIB]
+
+
+def test_the_tenants_of_a_device_are_served_one_after_another(host: Host) -> None:
+    host.asks(ANN)
+    assert host.asks(BEN, 4 * GIB) == WAIT
+    assert host.parkable.promised == {0: 2 * GIB}
+    assert host.asks(BEN, GIB, device=1) == WAIT
+    assert host.parkable.promised == {0: 2 * GIB, 1: GIB}
+    assert host.lacking_bytes == [2 * GIB, GIB]
+    host.free[0] = 2 * GIB
+    host.passes(1)
+    host.asks(BEN, 4 * GIB)
+    assert host.last() == WAIT
+    host.free[0] = 0
+    host.passes(TAKE_SECONDS + 0.1)
+    host.passes(0)
+    assert host.parkable.promised[0] == 4 * GIB
+
+
+def test_a_tenant_that_wakes_up_and_came_first_gets_its_room_first(host: Host) -> None:
+    host.claimant = "dan"
+    assert host.asks() == WAIT
+    assert (host.lacking_bytes, host.parkable.promised) == ([], {})
+    assert host.history.since(0)["events"][0]["text"] == "room is made for dan first"
+
+
+REFUSED: dict[str, dict[str, Any]] = {
+    "the tenant has no limit": {"limit": abi.NO_LIMIT},
+    "the limit has no room": {"used": 6 * GIB + 1},
+    "the tenant is parked": {"away": {ANN}},
+}
+
+
+@pytest.mark.parametrize("why", REFUSED)
+def test_no_tenant_is_parked_for_a_request_that_cannot_be_granted(host: Host, why: str) -> None:
+    """A program may report any request."""
+    for name, value in REFUSED[why].items():
+        setattr(host, name, value)
+    assert host.asks() is FAIL
+    assert host.history.since(0)["events"][0]["text"] == why
+    assert host.lacking_bytes == []
+
+
+def test_a_report_of_no_device_is_ignored(host: Host) -> None:
+    host.requests.ask(ANN, abi.DEVICES, GIB, host.now)
+    host.requests.ask(7, 0, GIB, host.now)
+    assert host.decisions == [(7, 0, FAIL)], "a level that is gone"
+    assert host.asking == frozenset()
