@@ -498,6 +498,17 @@ def test_orphans_in_no_row_are_not_subtracted_from_the_charge_of_a_later_program
     machine.settle()
 
 
+def test_managed_memory_of_the_previous_program_is_in_no_row() -> None:
+    """The next program has two contexts, and the ledger proves one. Another process has managed memory too."""
+    machine = Machine()
+    machine.populate(has_managed=True, has_orphan=False)
+    machine.touch(bytes_=4 * SIZE, n=0)
+    machine.take_managed(bytes_=SIZE, n=1)
+    machine.execute(keepers=0, n=0)
+    machine.make_context(n=1)
+    machine.looks(n=1)
+
+
 def test_hidden_memory_of_other_processes_raises_no_charge_of_a_later_program() -> None:
     """Another process keeps the memory of the previous program, which is in the row of the pid."""
     machine = Machine()
