@@ -16,7 +16,7 @@ import time
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence, Set
 
-from fgpu_ebpf.agent.device_balance import CHUNK_BYTES, Balance, Charges, Life, Reading, surplus
+from fgpu_ebpf.agent.device_balance import Balance, Charges, Life, Reading, surplus
 from fgpu_ebpf.driver.device_sample import Rows, Sample
 from fgpu_ebpf.ledger.ledger import Ledger
 from fgpu_ebpf.ledger.orphans import Orphan
@@ -250,14 +250,13 @@ class OrphanRelease:
         return Reading(max(0, most - rest), max(0, least - rest), sample.calm)
 
     def _in_no_row(self, sample: Sample) -> int:
-        """Return how many orphaned bytes are in no row, at least: live processes count with the most they may have."""
+        """Return how many orphaned bytes are in no row: live processes count with all that is charged and not shown."""
         device, live = self._device, sample.processes
-        managed = sum(p.managed[device] for p in live.values())
         shown = {pid for pid in live.keys() & sample.rows.keys() if live[pid].contexts[device]}
-        hidden = sum(live[pid].bytes[device] - live[pid].managed[device] for pid in live.keys() - shown)
+        hidden = sum(p.managed[device] if pid in shown else p.bytes[device] for pid, p in live.items())
         rest = self._contexts(sample) * CONTEXT_REST_BYTES + DEVICE_REST_BYTES + SLACK_BYTES
         found = min((taken.in_use - sum(taken.greatest.values()) for taken in sample.taken), default=0)
-        return max(0, found - rest - hidden - managed - (CHUNK_BYTES if managed else 0))
+        return max(0, found - rest - hidden)
 
     def _contexts(self, sample: Sample) -> int:
         """Return the number of contexts of all processes with a row.

@@ -51,7 +51,7 @@ class Machine(RuleBasedStateMachine):
     none). Hidden memory is memory in no row of NVML. `disturbed`: hidden memory changed while there were orphans, so
     that the reconcile thread cannot distinguish the two. `is_hidden_newer`: hidden memory has changed since the last
     reconciliation that may have raised the estimate: no operation ran, no process was unmanaged, freed_and_changes()
-    had not changed. `seen`: freed_and_changes() at the last reconciliation.
+    had not changed, and no process had a spare(). `seen`: freed_and_changes() at the last reconciliation.
     """
 
     def __init__(self) -> None:
@@ -319,13 +319,19 @@ class Machine(RuleBasedStateMachine):
         self.steps = steps
         moved, before = {one[0].pid for one in self.running}, self.freed_and_changes()
         has_freed = any(before.get(key) != value for key, value in self.seen.items())
+        has_spare = any(map(self.spare, self.living()))
         self.reconciler.look(is_full)
-        is_newer = self.is_hidden_newer and bool(steps or self.running or self.strangers())
+        is_newer = self.is_hidden_newer and bool(steps or self.running or self.strangers() or has_spare)
         self.is_hidden_newer = is_newer or has_freed or self.freed_and_changes() != before
         self.seen = before
         self.steps = []
         unseen = sum(client.grown + client.pool for client in self.living() if client.pid in moved)
         assert self.missing() <= REST + unseen, f"{self.missing() // MIB} MiB are held and not charged"
+
+    def spare(self, client: Client) -> int:
+        """Return the charge beyond what NVML shows, as of unused pool bytes. A pass counts it as in use."""
+        entry = self.world.ledger.entries[client.pid]
+        return max(0, entry.bytes - entry.managed - self.world.device.in_row(client))
 
     def freed_and_changes(self) -> dict[int, int]:
         """Return what reduces the estimate of hidden memory in a pass, if it has changed since the pass before.
@@ -490,6 +496,17 @@ def test_orphans_in_no_row_are_not_subtracted_from_the_charge_of_a_later_program
     machine.make_context(n=0)
     machine.grow(bytes_=SIZE, n=0)
     machine.settle()
+
+
+def test_managed_memory_of_the_previous_program_is_in_no_row() -> None:
+    """The next program has two contexts, and the ledger proves one. Another process has managed memory too."""
+    machine = Machine()
+    machine.populate(has_managed=True, has_orphan=False)
+    machine.touch(bytes_=4 * SIZE, n=0)
+    machine.take_managed(bytes_=SIZE, n=1)
+    machine.execute(keepers=0, n=0)
+    machine.make_context(n=1)
+    machine.looks(n=1)
 
 
 def test_hidden_memory_of_other_processes_raises_no_charge_of_a_later_program() -> None:
