@@ -150,7 +150,7 @@ class Enforcer:
                 self._ledger.set_limits(levels, lambda new: self.moves.published(new, so_far))
                 self._ledger.times.set_shares({t.cgroup: t.shares for t in changed})
         except OSError:
-            self._ledger.remove(new)
+            self._remove(new, new)
             raise
         self.names.enter(changed)
         self.since |= dict.fromkeys(new, time.clock_gettime(time.CLOCK_BOOTTIME))
@@ -259,10 +259,7 @@ class Enforcer:
         gone = set(cgroups) - held
         self.leaving |= {cgroup: cgroup in kept for cgroup in held.intersection(cgroups)}
         paths = [tenant.path for cgroup in gone if (tenant := self.get(cgroup)) and counts(tenant)]
-        for pid, process in self._ledger.processes().items():
-            if gone & set(process.levels):
-                self._ledger.move(pid, process.generation, tuple(c for c in process.levels if c not in gone))
-        self._ledger.remove(gone - kept)
+        self._remove(gone, gone - kept)
         for cgroup in gone:
             self._forget(cgroup)
         self.names.forget(gone - kept)
@@ -270,6 +267,21 @@ class Enforcer:
         if inside:
             self._ledger.set_limits([self._in_force(tenant) for tenant in inside])
         self._retry_denied()
+
+    def _remove(self, left: Set[int], removed: Set[int]) -> None:
+        """Move processes out of the levels `left`, and remove `removed` of them from the kernel.
+
+        A process that begins before the removal may have a removed level. It is moved in a second round, or it would
+        not be charged in a later level of the same cgroup.
+        """
+        for _ in range(2):
+            so_far = self._ledger.processes_so_far()
+            for pid, process in self._ledger.processes().items():
+                if left & set(process.levels):
+                    self._ledger.move(pid, process.generation, tuple(c for c in process.levels if c not in left))
+            self._ledger.remove(removed)
+            if self._ledger.processes_so_far() == so_far:
+                break
 
     def release_left(self) -> None:
         """Release the cgroups that could not be released because of parked processes, if these run now."""

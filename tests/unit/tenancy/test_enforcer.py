@@ -501,6 +501,24 @@ def test_the_levels_of_a_parked_process_are_released_when_it_runs(two, books):
     assert books.moved == [(23, 1, (group.cgroup,))]
 
 
+def test_a_process_that_begins_while_its_level_is_removed_is_moved(two, books, monkeypatch):
+    group, one = two.make("/g", 10), two.make("/g/one", 8)
+    two.enforcer.put([group, one])
+    remove = books.remove
+
+    def begin(cgroups):
+        remove(cgroups)
+        if not books.known:
+            books.known, books.so_far = (
+                {23: SimpleNamespace(levels=(one.cgroup, group.cgroup), generation=1, is_parked=False)},
+                1,
+            )
+
+    monkeypatch.setattr(books, "remove", begin)
+    two.enforcer.release([one.cgroup])
+    assert books.moved == [(23, 1, (group.cgroup,))]
+
+
 def test_a_limit_of_the_root_cgroup_is_committed_in_place_of_its_tenants(two):
     inner, root = two.make("/inner", 8), two.make("/", 9)
     two.enforcer.put([inner])
