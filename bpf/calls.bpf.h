@@ -2,8 +2,9 @@
 
 static int same_call(struct fgpu_call *a, struct fgpu_call *b)
 {
+    int is_mapping = a->function == FGPU_FUNCTION_MAP; /* of another handle, perhaps */
     return a->function == b->function && a->arguments[0] == b->arguments[0] && a->arguments[1] == b->arguments[1] &&
-           a->arguments[2] == b->arguments[2];
+           (!is_mapping || a->arguments[2] == b->arguments[2]);
 }
 
 /* Return whether an admission is for a driver call. Pool bytes are committed at once, and no call settles them. */

@@ -53,14 +53,17 @@ static void note(struct fgpu_process *p, u64 flag) { __sync_fetch_and_or((u64 *)
 static struct fgpu_holding *on(struct fgpu_process *p, u64 device) { return &p->devices[slot(device)]; }
 static s64 *charged(struct fgpu_process *p, u64 side, u32 device) { return &on(p, device)->charged[side_of(side)]; }
 
-/* The era of a device, in the upper bits of an admission or a call. It is read before the bytes are charged. If another
- * era has begun since, the charge was released with the last context, although the memory may be allocated after it. */
+/* The era of a device plus 1, in the upper bits of an admission or a call. It is read before the bytes are charged. If
+ * another era has begun since, the charge was released with the last context, although the memory may be allocated
+ * after it. 0: not known, because programs of an earlier version wrote the word. */
 #define ERA_SHIFT 8
 #define BELOW_ERA ((1 << ERA_SHIFT) - 1)
-static u32 era_of(struct fgpu_process *p, u32 device) { return *(volatile u32 *)&on(p, device)->era << ERA_SHIFT; }
+static u32 in_word(u32 era) { return (era + 1) << ERA_SHIFT; }
+static u32 era_of(struct fgpu_process *p, u32 device) { return in_word(*(volatile u32 *)&on(p, device)->era); }
 static int is_of_era(struct fgpu_process *p, u32 device, u32 word)
 {
-    return !((word ^ era_of(p, device)) & ~BELOW_ERA);
+    u32 era = word & ~BELOW_ERA;
+    return !era || era == era_of(p, device);
 }
 
 static void add_overhead(struct fgpu_process *p, u32 device, u64 bytes)

@@ -151,7 +151,7 @@ static void take_entry(struct fgpu_process *p, u32 tgid, struct fgpu_call *f, in
     f->device = a->device;
     f->references = 1;
     f->bytes = a->bytes;
-    f->admitted = a->era << ERA_SHIFT;
+    f->admitted = in_word(a->era);
     f->arguments[2] = a->owner;
     f->exported = a->exported;
     if (UNLIKELY(__sync_fetch_and_add(&a->references, -1ULL) != 1)) {

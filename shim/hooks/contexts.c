@@ -40,18 +40,15 @@ static void context_made(CUcontext context)
  * serve first; the others' bytes are released when they return. */
 static _Atomic unsigned creating;
 
-/* Return whether another thread creates the context that was refused to this thread. Wait for that thread, 2 s at
- * most. A fork copies the counts of threads that do not exist in the child. */
+/* Return whether another thread has created the context that was refused to this thread. Wait until such threads have
+ * returned, and with them the charge, 2 s at most. A fork copies the counts of threads that do not exist in the child.
+ */
 static bool is_made_meanwhile(CUdevice device, __typeof__(&cuDevicePrimaryCtxGetState) state)
 {
     unsigned flags;
     int active = 0;
-    for (unsigned round = 0; state && round < 1000; round++) {
-        unsigned others = atomic_load(&creating);
-        if (state(device, &flags, &active) != CUDA_SUCCESS || active || !others) break;
-        fgpu_nap(2000000);
-    }
-    return active;
+    for (unsigned round = 0; atomic_load(&creating) && round < 1000; round++) fgpu_nap(2000000);
+    return state && state(device, &flags, &active) == CUDA_SUCCESS && active;
 }
 
 static CUresult retain_further(CUcontext *pctx, CUdevice device, __typeof__(&cuDevicePrimaryCtxRetain) driver)

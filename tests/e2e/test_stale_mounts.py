@@ -109,7 +109,7 @@ def test_a_purge_keeps_the_folder_that_a_container_has_mounted(
     before = SHIM_FOLDER.stat().st_ino
     again.detach()
     text = (ROOT / "deploy/debian/postrm").read_text()
-    part = text[text.index("if [ -d /run/fgpu/shim ]") : text.index("while read -r _ place")]
+    part = text[text.index("device=") : text.index("while read -r _ place")]
     (tmp_path / "part").write_text(f"set -e\n{part}")
     assert os.system(f"sh {tmp_path}/part") == 0
     again.start_agent()

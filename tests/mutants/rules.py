@@ -55,11 +55,11 @@ RULES = {
     "failed-call-kept": ("retained);\n    release(p, f->device, f->bytes);\n", "retained);\n"),
     "longjmp-ignored": (
         "&& a->arguments[0] == b->arguments[0] && a->arguments[1] == b->arguments[1] &&\n"
-        "           a->arguments[2] == b->arguments[2];",
+        "           (!is_mapping || a->arguments[2] == b->arguments[2]);",
         ";",
     ),
     "bytes-in-flight-outlive-the-last-context": (
-        "    return !((word ^ era_of(p, device)) & ~BELOW_ERA);",
+        "    return !era || era == era_of(p, device);",
         "    return 1;",
     ),
     "more-is-released-than-the-process-has": (
