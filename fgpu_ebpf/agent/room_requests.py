@@ -17,7 +17,7 @@ from pathlib import Path
 from fgpu_ebpf import abi
 from fgpu_ebpf.agent.idle_parking import IdleParking
 from fgpu_ebpf.agent.making_room import RoomMaker
-from fgpu_ebpf.agent.parked_tenant import coming_to
+from fgpu_ebpf.agent.parked_tenant import Phase, coming_to
 from fgpu_ebpf.agent.parking import Parking
 from fgpu_ebpf.tenancy.event_log import EventLog
 
@@ -119,11 +119,18 @@ class RoomRequests:
         device = request.device
         if why := self._refusal(request):
             return False, why
-        first = next(other for other in self._requests.values() if other.device == device)
+        away = {parked.cgroup: parked for parked in self._parking.tenants()}
+        if own := away.get(request.cgroup):
+            if own.phase is Phase.PARKED:
+                return False, "the tenant is parked"
+            # Its programs may run already: the parker unlocks them before the agent reads the parker's result.
+            own.shall_wake = own.shall_wake or "a request for memory"
+            return True, "it is being woken"
+        first = next(r for r in self._requests.values() if r.device == device and r.cgroup not in away)
         name = self._enforcer.name_of(first.cgroup) if first is not request else self._maker.claimant([device])
         if name:
             return True, f"room is made for {name} first"
-        coming = coming_to(None, self._parking.tenants(), self._parkable)
+        coming = coming_to(None, away.values(), self._parkable)
         lacking = self._maker.lacking({device: request.bytes + coming[device]})
         if not lacking:
             return False, ""
@@ -137,7 +144,7 @@ class RoomRequests:
             return "the tenant has no limit"
         if request.bytes > usage[0].limit - usage[0].used - usage[0].parked:
             return "the limit has no room"
-        return "the tenant is parked" if self._parking.is_away(request.cgroup) else ""
+        return ""
 
     def _forget(self, request: Request) -> None:
         self._requests.pop((request.cgroup, request.device), None)

@@ -11,6 +11,7 @@ import pytest
 
 from fgpu_ebpf import abi
 from fgpu_ebpf.agent import room_requests
+from fgpu_ebpf.agent.parked_tenant import ParkedTenant, Phase
 from fgpu_ebpf.agent.room_requests import REPORT_SECONDS, TAKE_SECONDS, WAIT_SECONDS, RoomRequests
 from fgpu_ebpf.tenancy.event_log import EventLog
 
@@ -25,7 +26,7 @@ class Host:
     def __init__(self) -> None:
         self.now, self.free, self.parks = 100.0, {0: 0, 1: 0}, (True, "carol is being parked")
         self.limit, self.used = 8 * GIB, 0
-        self.away: set[int] = set()
+        self.away: list[ParkedTenant] = []
         self.decisions: list[tuple[int, int, float | None]] = []
         self.lacking_bytes: list[int] = []
         self.asking: frozenset[int] = frozenset()
@@ -35,7 +36,7 @@ class Host:
         ledger = SimpleNamespace(usage=self._usage, parked=parked, process=lambda pid: None)
         enforcer = SimpleNamespace(name_of={ANN: "ann", BEN: "ben"}.get)
         self.parkable: Any = SimpleNamespace(ledger=ledger, enforcer=enforcer, promised=Counter())
-        parking: Any = SimpleNamespace(parkable=self.parkable, tenants=list, is_away=lambda cgroup: cgroup in self.away)
+        parking: Any = SimpleNamespace(parkable=self.parkable, tenants=lambda: self.away)
         maker: Any = SimpleNamespace(
             keep=lambda asking: setattr(self, "asking", asking), lacking=self._lacking, park_one=self._park_one,
             claimant=lambda devices: self.claimant,
@@ -59,6 +60,11 @@ class Host:
 
     def last(self) -> float | None:
         return self.decisions[-1][2]
+
+    def is_in(self, phase: Phase, cgroup: int = ANN) -> ParkedTenant:
+        """Have a tenant not run."""
+        self.away = [ParkedTenant(cgroup, "ann", "/ann", {}, phase)]
+        return self.away[0]
 
     def passes(self, seconds: float) -> None:
         self.now += seconds
@@ -193,7 +199,7 @@ def test_a_tenant_that_wakes_up_and_came_first_gets_its_room_first(host: Host) -
 REFUSED: dict[str, dict[str, Any]] = {
     "the tenant has no limit": {"limit": abi.NO_LIMIT},
     "the limit has no room": {"used": 6 * GIB + 1},
-    "the tenant is parked": {"away": {ANN}},
+    "the tenant is parked": {"away": [ParkedTenant(ANN, "ann", "/ann", {}, Phase.PARKED)]},
 }
 
 
@@ -205,6 +211,25 @@ def test_no_tenant_is_parked_for_a_request_that_cannot_be_granted(host: Host, wh
     assert host.asks() is FAIL
     assert host.history.since(0)["events"][0]["text"] == why
     assert host.lacking_bytes == []
+
+
+@pytest.mark.parametrize("phase", [phase for phase in Phase if phase is not Phase.PARKED])
+def test_a_request_of_a_tenant_that_is_being_parked_or_woken_waits_until_it_runs(host: Host, phase: Phase) -> None:
+    """It is unlocked before the agent has the parker's result, or begins to work while its calls are looked at."""
+    ann = host.is_in(phase)
+    assert host.asks() == WAIT
+    assert ann.shall_wake, "it does not become parked while it waits"
+    assert (host.lacking_bytes, host.parkable.promised) == ([], {})
+    host.away = []
+    host.passes(0.1)
+    assert (host.last(), host.lacking_bytes) == (WAIT, [2 * GIB])
+
+
+def test_a_tenant_that_does_not_run_does_not_keep_the_requests_of_others(host: Host) -> None:
+    host.is_in(Phase.UNKNOWN)
+    assert host.asks() == WAIT
+    assert host.asks(BEN) == WAIT
+    assert host.parkable.promised == {0: 2 * GIB}
 
 
 def test_a_report_of_no_device_is_ignored(host: Host) -> None:
