@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 
@@ -76,9 +76,7 @@ class RoomMaker:
 
     def keep(self, asking: frozenset[int]) -> None:
         """Set the tenants with requests for memory, by cgroup. These are not parked."""
-        if asking != self._asking:
-            self._asking = asking
-            self._seen.clear()
+        self._asking = asking
 
     def make(self, waiting: ParkedTenant, needs: Mapping[int, int]) -> tuple[bool, str]:
         """Begin to make room for a tenant, if all that can be parked would be enough.
@@ -119,7 +117,8 @@ class RoomMaker:
         for other in self._parking.tenants():
             if other.phase in _UNDECIDED and self._holds(other, lacking):
                 return other.phase is not Phase.UNKNOWN, f"{other.name} {_UNDECIDED[other.phase]}"
-        holders = self._holders(frozenset(lacking))
+        seen = self._holders(frozenset(lacking))
+        holders = [replace(h, hindrance=_ASKS) if h.tenant.cgroup in self._asking else h for h in seen]
         ready = sorted((holder for holder in holders if not holder.hindrance), key=lambda holder: holder.order)
         is_enough = all(sum(h.bytes_on(device) for h in ready) >= bytes_ for device, bytes_ in lacking.items())
         if not is_enough or not ready:
@@ -158,9 +157,7 @@ class RoomMaker:
         for cgroup, own in by_tenant(self._ledger).items():
             is_on = any(process.bytes[device] for process in own.values() for device in devices)
             if is_on and (tenant := self._enforcer.get(cgroup)):
-                is_away = self._parking.is_away(cgroup)
-                why = "is parked" if is_away else _ASKS if cgroup in self._asking else ""
-                why = why or self._idle.hindrance(now, tenant, own)
+                why = "is parked" if self._parking.is_away(cgroup) else self._idle.hindrance(now, tenant, own)
                 yield Holder(tenant, own, why, self._idle.idle_seconds(now, tenant))
 
     def _park(self, holder: Holder, name: str) -> bool:
