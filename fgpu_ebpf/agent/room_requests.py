@@ -139,11 +139,13 @@ class RoomRequests:
 
     def _refusal(self, request: Request) -> str:
         """Return why no room is made for a request; an empty text if it may be. A program may report anything."""
-        usage = self._ledger.usage(request.cgroup, [request.device])
-        if not usage or usage[0].limit == abi.NO_LIMIT:
+        tenant, usage = self._enforcer.get(request.cgroup), self._ledger.usage(request.cgroup, [request.device])
+        if not tenant or not usage or usage[0].limit == abi.NO_LIMIT:
             return "the tenant has no limit"
-        if request.bytes > usage[0].limit - usage[0].used - usage[0].parked:
-            return "the limit has no room"
+        for level in (tenant, *self._enforcer.around(tenant)):
+            for u in self._ledger.usage(level.cgroup, [request.device]) or ():
+                if request.bytes > u.limit - u.used - u.parked:
+                    return f"the limit of {level.name} has no room"
         return ""
 
     def _forget(self, request: Request) -> None:

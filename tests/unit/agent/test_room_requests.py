@@ -16,16 +16,20 @@ from fgpu_ebpf.agent.room_requests import REPORT_SECONDS, TAKE_SECONDS, WAIT_SEC
 from fgpu_ebpf.tenancy.event_log import EventLog
 
 GIB = 1 << 30
-ANN, BEN = 1, 2
+ANN, BEN, LAB = 1, 2, 3
+NAMES = {ANN: "ann", BEN: "ben", LAB: "lab"}
 WAIT, GO, FAIL = WAIT_SECONDS, 0.0, None
 
 
 class Host:
-    """A full device, tenants with 8 GiB each, and a clock. `parks`: whether and why a tenant can be parked."""
+    """A full device, tenants with 8 GiB each in a group with 8 GiB, and a clock.
+
+    `parks`: whether and why a tenant can be parked.
+    """
 
     def __init__(self) -> None:
         self.now, self.free, self.parks = 100.0, {0: 0, 1: 0}, (True, "carol is being parked")
-        self.limit, self.used = 8 * GIB, 0
+        self.limit, self.used, self.used_by_group = 8 * GIB, 0, 0
         self.away: list[ParkedTenant] = []
         self.decisions: list[tuple[int, int, float | None]] = []
         self.lacking_bytes: list[int] = []
@@ -34,7 +38,8 @@ class Host:
         self.history = EventLog()
         parked = SimpleNamespace(decide_on_room=lambda *said: self.decisions.append(said), entries=dict)
         ledger = SimpleNamespace(usage=self._usage, parked=parked, process=lambda pid: None)
-        enforcer = SimpleNamespace(name_of={ANN: "ann", BEN: "ben"}.get)
+        tenants = {cgroup: SimpleNamespace(cgroup=cgroup, name=name) for cgroup, name in NAMES.items()}
+        enforcer = SimpleNamespace(name_of=NAMES.get, get=tenants.get, around=lambda tenant: [tenants[LAB]])
         self.parkable: Any = SimpleNamespace(ledger=ledger, enforcer=enforcer, promised=Counter())
         parking: Any = SimpleNamespace(parkable=self.parkable, tenants=lambda: self.away)
         maker: Any = SimpleNamespace(
@@ -44,7 +49,8 @@ class Host:
         self.requests = RoomRequests(parking, maker, self.history)
 
     def _usage(self, cgroup: int, devices: list[int]) -> list[Any] | None:
-        return [SimpleNamespace(limit=self.limit, used=self.used, parked=0)] if cgroup in (ANN, BEN) else None
+        used = self.used_by_group if cgroup == LAB else self.used
+        return [SimpleNamespace(limit=self.limit, used=used, parked=0)] if cgroup in NAMES else None
 
     def _lacking(self, needs: Mapping[int, int]) -> dict[int, int]:
         return {device: n - self.free[device] for device, n in needs.items() if n > self.free[device]}
@@ -198,7 +204,8 @@ def test_a_tenant_that_wakes_up_and_came_first_gets_its_room_first(host: Host) -
 
 REFUSED: dict[str, dict[str, Any]] = {
     "the tenant has no limit": {"limit": abi.NO_LIMIT},
-    "the limit has no room": {"used": 6 * GIB + 1},
+    "the limit of ann has no room": {"used": 6 * GIB + 1},
+    "the limit of lab has no room": {"used_by_group": 6 * GIB + 1},
     "the tenant is parked": {"away": [ParkedTenant(ANN, "ann", "/ann", {}, Phase.PARKED)]},
 }
 
