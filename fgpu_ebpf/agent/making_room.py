@@ -32,6 +32,8 @@ _UNDECIDED = {
     Phase.WAKING: "is being woken",  # what it gets back is charged, and a part of that is no longer free
     Phase.UNKNOWN: "is in a state that the parker has to find out",
 }
+PARKS = (Phase.CHECKING, Phase.PARKING)  # room is being made, if a tenant is in one of these
+MOVES = (*PARKS, Phase.WAKING)  # it will be known soon what is missing
 _ASKS = "waits for memory itself"
 _TOO_SMALL = "can be parked, which is not enough"
 
@@ -97,14 +99,15 @@ class RoomMaker:
             return False, "room is made for a request for memory first"
         if first := self.claimant(lacking, waiting):
             return False, f"room is made for {first} first"
-        return self.park_one(waiting.name, lacking)
+        phase, why = self.park_one(waiting.name, lacking)
+        return phase in MOVES, why
 
     def claimant(self, devices: Iterable[int], asker: ParkedTenant | None = None) -> str:
         """Return the other tenant that wakes up and has a claim on one of these devices; an empty text: none."""
         claimants = (other for other in self._parking.tenants() if other is not asker and other.has_claim)
         return next((other.name for other in claimants if needs_of(other, self._ledger).keys() & {*devices}), "")
 
-    def park_one(self, name: str, lacking: Mapping[int, int]) -> tuple[bool, str]:
+    def park_one(self, name: str, lacking: Mapping[int, int]) -> tuple[Phase | None, str]:
         """Begin to park a tenant of these devices, if all that can be parked would be enough.
 
         Args:
@@ -112,22 +115,23 @@ class RoomMaker:
             lacking: the bytes by device that have to become free.
 
         Returns:
-            As make().
+            The phase of the tenant that is waited for, or None; and its state, or why none is parked, as text.
         """
         for other in self._parking.tenants():
             if other.phase in _UNDECIDED and self._holds(other, lacking):
-                return other.phase is not Phase.UNKNOWN, f"{other.name} {_UNDECIDED[other.phase]}"
+                return other.phase, f"{other.name} {_UNDECIDED[other.phase]}"
         seen = self._holders(frozenset(lacking))
         holders = [replace(h, hindrance=_ASKS) if h.tenant.cgroup in self._asking else h for h in seen]
         ready = sorted((holder for holder in holders if not holder.hindrance), key=lambda holder: holder.order)
         is_enough = all(sum(h.bytes_on(device) for h in ready) >= bytes_ for device, bytes_ in lacking.items())
         if not is_enough or not ready:
-            return False, _held_by(holders)
+            return None, _held_by(holders)
         if missing := parker_client.missing(self._run_dir):
-            return False, missing
+            return None, missing
         self._seen.clear()
-        is_begun = self._park(ready[0], name)
-        return is_begun, f"{ready[0].tenant.name} {_UNDECIDED[Phase.PARKING]}" if is_begun else _held_by(holders)
+        if not self._park(ready[0], name):
+            return None, _held_by(holders)
+        return Phase.PARKING, f"{ready[0].tenant.name} {_UNDECIDED[Phase.PARKING]}"
 
     def lacking(self, needs: Mapping[int, int]) -> dict[int, int]:
         """Return by how many bytes the needs exceed what is free, by device; nothing if NVML does not report that."""

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from fgpu_ebpf import abi
 from fgpu_ebpf.agent.idle_parking import IdleParking
-from fgpu_ebpf.agent.making_room import RoomMaker
+from fgpu_ebpf.agent.making_room import MOVES, PARKS, RoomMaker
 from fgpu_ebpf.agent.parked_tenant import Phase, coming_to
 from fgpu_ebpf.agent.parking import Parking
 from fgpu_ebpf.tenancy.event_log import EventLog
@@ -31,8 +31,8 @@ WAIT_SECONDS = abi.ROOM_NS / 1e9
 class Request:
     """The requests of a tenant on one device. `bytes`: of the largest. `reported_at`: the last report of a program.
 
-    `made_at`: when the requests were told that there is room; 0: not yet. `is_promised`: room is being made for them
-    now, or was made. `why`: for what they wait.
+    `made_at`: when the requests were told that there is room; 0: not yet. `is_promised`: tenants are being parked
+    for them, or were. `why`: for what they wait.
     """
 
     cgroup: int
@@ -134,8 +134,9 @@ class RoomRequests:
         lacking = self._maker.lacking({device: request.bytes + coming[device]})
         if not lacking:
             return False, ""
-        request.is_promised, why = self._maker.park_one(self._enforcer.name_of(request.cgroup), lacking)
-        return request.is_promised, why
+        phase, why = self._maker.park_one(self._enforcer.name_of(request.cgroup), lacking)
+        request.is_promised = request.is_promised or phase in PARKS
+        return phase in MOVES, why
 
     def _refusal(self, request: Request) -> str:
         """Return why no room is made for a request; an empty text if it may be. A program may report anything."""

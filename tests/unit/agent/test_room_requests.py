@@ -24,11 +24,12 @@ WAIT, GO, FAIL = WAIT_SECONDS, 0.0, None
 class Host:
     """A full device, tenants with 8 GiB each in a group with 8 GiB, and a clock.
 
-    `parks`: whether and why a tenant can be parked.
+    `parks`: the result of an attempt to park a tenant.
     """
 
     def __init__(self) -> None:
-        self.now, self.free, self.parks = 100.0, {0: 0, 1: 0}, (True, "carol is being parked")
+        self.now, self.free = 100.0, {0: 0, 1: 0}
+        self.parks: tuple[Phase | None, str] = Phase.PARKING, "carol is being parked"
         self.limit, self.used, self.used_by_group = 8 * GIB, 0, 0
         self.away: list[ParkedTenant] = []
         self.decisions: list[tuple[int, int, float | None]] = []
@@ -55,7 +56,7 @@ class Host:
     def _lacking(self, needs: Mapping[int, int]) -> dict[int, int]:
         return {device: n - self.free[device] for device, n in needs.items() if n > self.free[device]}
 
-    def _park_one(self, name: str, lacking: Mapping[int, int]) -> tuple[bool, str]:
+    def _park_one(self, name: str, lacking: Mapping[int, int]) -> tuple[Phase | None, str]:
         self.lacking_bytes += lacking.values()
         return self.parks
 
@@ -98,7 +99,7 @@ def test_a_request_waits_while_tenants_are_parked_and_is_repeated_when_there_is_
 
 
 def test_a_request_fails_if_no_tenant_can_be_parked(host: Host) -> None:
-    host.parks = (False, "held by carol (busy)")
+    host.parks = (None, "held by carol (busy)")
     assert host.asks() is FAIL
     (event,) = host.history.since(0)["events"]
     assert (event["what"], event["tenant"], event["text"]) == ("no room made", "ann", "held by carol (busy)")
@@ -108,7 +109,7 @@ def test_a_request_fails_if_no_tenant_can_be_parked(host: Host) -> None:
 
 def test_a_request_that_waits_fails_when_no_further_tenant_can_be_parked(host: Host) -> None:
     host.asks()
-    host.parks = (False, "held by carol (busy)")
+    host.parks = (None, "held by carol (busy)")
     host.passes(1)
     assert host.last() is FAIL
     assert (host.asking, host.parkable.promised) == (frozenset(), {})
@@ -158,6 +159,17 @@ def test_no_room_is_left_free_for_a_request_for_which_no_tenant_was_parked(host:
     host.free[0] = 2 * GIB
     host.asks()
     assert host.parkable.promised == {}
+
+
+def test_a_request_waits_while_another_tenant_is_being_woken_and_no_room_is_left_free_for_it(host: Host) -> None:
+    host.parks = (Phase.WAKING, "carol is being woken")
+    assert host.asks() == WAIT
+    assert host.parkable.promised == {}
+    host.parks = (Phase.CHECKING, "dan is about to be parked")
+    host.passes(0.1)
+    host.parks = (Phase.WAKING, "carol is being woken")
+    host.passes(0.1)
+    assert (host.last(), host.parkable.promised) == (WAIT, {0: 2 * GIB}), "the room of dan"
 
 
 def test_a_request_that_is_not_reported_any_more_is_forgotten(host: Host) -> None:
