@@ -29,8 +29,9 @@ WAIT_SECONDS = abi.ROOM_NS / 1e9
 
 @dataclass(slots=True, eq=False)
 class Request:
-    """The requests of a tenant on one device. `bytes`: of the largest. `reported_at`: the last report of a program.
+    """The requests of a tenant on one device. `reported_at`: the last report of a program.
 
+    `bytes`: of the largest, or of the smallest if no room can be made for the largest. `least`: of the smallest.
     `made_at`: when the requests were told that there is room; 0: not yet. `is_promised`: tenants are being parked
     for them, or were. `why`: for what they wait.
     """
@@ -38,6 +39,7 @@ class Request:
     cgroup: int
     device: int
     bytes: int = 0
+    least: int = 0
     reported_at: float = 0.0
     made_at: float = 0.0
     is_promised: bool = False
@@ -70,7 +72,9 @@ class RoomRequests:
         if device >= abi.DEVICES:
             return
         request = self._requests.setdefault((cgroup, device), Request(cgroup, device))
-        request.bytes = bytes_ if self._is_repeated(request, at) else max(request.bytes, bytes_)
+        if not request.bytes or self._is_repeated(request, at):
+            request.bytes = request.least = bytes_
+        request.bytes, request.least = max(request.bytes, bytes_), min(request.least, bytes_)
         request.reported_at = at
         self._decide(request)
 
@@ -101,6 +105,9 @@ class RoomRequests:
 
     def _serve(self, request: Request, now: float) -> None:
         waits, why = self._wait(request)
+        if why and not waits and request.bytes > request.least:  # a decision is for all requests of the tenant
+            request.bytes = request.least
+            waits, why = self._wait(request)
         if waits:
             if not request.why:  # later reasons have other numbers
                 self._note("memory waits", request, why)

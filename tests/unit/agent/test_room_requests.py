@@ -190,6 +190,18 @@ def test_the_largest_request_of_a_tenant_counts(host: Host) -> None:
     assert host.lacking_bytes == [2 * GIB, 3 * GIB, 3 * GIB]
 
 
+def test_a_request_that_cannot_be_granted_does_not_make_smaller_requests_of_the_tenant_fail(host: Host) -> None:
+    assert host.asks(bytes_=2 * GIB) == WAIT
+    assert host.asks(bytes_=9 * GIB) == WAIT
+    assert host.parkable.promised == {0: 2 * GIB}
+    host.free[0] = 2 * GIB
+    host.passes(0.1)
+    assert host.last() == GO
+    host.free[0] = 0
+    host.now += 0.1
+    assert host.asks(bytes_=9 * GIB) is FAIL, "the smaller request is not repeated any more"
+
+
 def test_the_tenants_of_a_device_are_served_one_after_another(host: Host) -> None:
     host.asks(ANN)
     assert host.asks(BEN, 4 * GIB) == WAIT
