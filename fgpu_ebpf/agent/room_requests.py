@@ -24,6 +24,7 @@ from fgpu_ebpf.tenancy.event_log import EventLog
 REPORT_SECONDS = 3.0  # a program that has not reported for this time does not wait any more
 TAKE_SECONDS = 1.0  # in which a program takes the room that was made for it
 NOTICE_SECONDS = 0.05  # in which a program that waits finds a decision on its page
+DECISION_SECONDS = 0.5  # in which the first report of a request is decided about; then the request has failed
 WAIT_SECONDS = abi.ROOM_NS / 1e9
 
 
@@ -69,7 +70,8 @@ class RoomRequests:
 
     def ask(self, cgroup: int, device: int, bytes_: int, at: float) -> None:
         """Decide about a request that a program has reported at this time. It may have reported the request before."""
-        if device >= abi.DEVICES:
+        is_late = time.monotonic() > at + DECISION_SECONDS and (cgroup, device) not in self._requests
+        if device >= abi.DEVICES or is_late:
             return
         request = self._requests.setdefault((cgroup, device), Request(cgroup, device))
         if not request.bytes or self._is_repeated(request, at):

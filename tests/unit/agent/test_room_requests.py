@@ -12,7 +12,7 @@ import pytest
 from fgpu_ebpf import abi
 from fgpu_ebpf.agent import room_requests
 from fgpu_ebpf.agent.parked_tenant import ParkedTenant, Phase
-from fgpu_ebpf.agent.room_requests import REPORT_SECONDS, TAKE_SECONDS, WAIT_SECONDS, RoomRequests
+from fgpu_ebpf.agent.room_requests import DECISION_SECONDS, REPORT_SECONDS, TAKE_SECONDS, WAIT_SECONDS, RoomRequests
 from fgpu_ebpf.tenancy.event_log import EventLog
 
 GIB = 1 << 30
@@ -181,6 +181,22 @@ def test_a_request_that_is_not_reported_any_more_is_forgotten(host: Host) -> Non
     assert host.asking == {ANN}
     host.passes(1)
     assert (host.asking, host.parkable.promised) == (frozenset(), {})
+
+
+def test_no_tenant_is_parked_for_a_report_of_a_request_that_has_failed_meanwhile(host: Host) -> None:
+    """The program has waited for half a second, while the agent did not run."""
+    host.requests.ask(ANN, 0, 2 * GIB, host.now - DECISION_SECONDS - 0.01)
+    assert (host.decisions, host.lacking_bytes, host.asking) == ([], [], frozenset())
+    host.requests.ask(ANN, 0, 2 * GIB, host.now - DECISION_SECONDS + 0.01)
+    assert host.last() == WAIT
+
+
+def test_a_late_report_of_a_request_that_waits_counts(host: Host) -> None:
+    host.asks()
+    host.now += REPORT_SECONDS
+    host.requests.ask(ANN, 0, 2 * GIB, host.now - 1)
+    host.passes(1)
+    assert host.asking == {ANN}
 
 
 def test_the_largest_request_of_a_tenant_counts(host: Host) -> None:
