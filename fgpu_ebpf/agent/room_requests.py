@@ -25,6 +25,7 @@ REPORT_SECONDS = 3.0  # a program that has not reported for this time does not w
 TAKE_SECONDS = 1.0  # in which a program takes the room that was made for it
 NOTICE_SECONDS = 0.05  # in which a program that waits finds a decision on its page
 DECISION_SECONDS = 0.5  # in which the first report of a request is decided about; then the request has failed
+SPARE_BYTES = 32 << 20  # the driver may need more than a request's bytes, or have them in parts that are too small
 WAIT_SECONDS = abi.ROOM_NS / 1e9
 
 
@@ -33,6 +34,7 @@ class Request:
     """The requests of a tenant on one device. `reported_at`: the last report of a program.
 
     `bytes`: of the largest, or of the smallest if no room can be made for the largest. `least`: of the smallest.
+    `spare`: so much more is made free if that can be, because the bytes alone were not enough.
     `made_at`: when the requests were told that there is room; 0: not yet. `is_promised`: tenants are being parked
     for them, or were. `why`: for what they wait.
     """
@@ -41,6 +43,7 @@ class Request:
     device: int
     bytes: int = 0
     least: int = 0
+    spare: int = 0
     reported_at: float = 0.0
     made_at: float = 0.0
     is_promised: bool = False
@@ -76,6 +79,7 @@ class RoomRequests:
         request = self._requests.setdefault((cgroup, device), Request(cgroup, device))
         if not request.bytes or self._is_repeated(request, at):
             request.bytes = request.least = bytes_
+            request.spare = SPARE_BYTES if request.made_at else 0
         request.bytes, request.least = max(request.bytes, bytes_), min(request.least, bytes_)
         request.reported_at = at
         self._decide(request)
@@ -103,7 +107,7 @@ class RoomRequests:
         """Have the tenants with requests not parked, and the room for the requests left free."""
         self._maker.keep(frozenset(request.cgroup for request in self._requests.values()))
         self._parkable.promised.clear()
-        self._parkable.promised.update({r.device: r.bytes for r in self._requests.values() if r.is_promised})
+        self._parkable.promised.update({r.device: r.bytes + r.spare for r in self._requests.values() if r.is_promised})
 
     def _serve(self, request: Request, now: float) -> None:
         waits, why = self._wait(request)
@@ -140,12 +144,15 @@ class RoomRequests:
         if name:
             return True, f"room is made for {name} first"
         coming = coming_to(None, away.values(), self._parkable)
-        lacking = self._maker.lacking({device: request.bytes + coming[device]})
+        needed = request.bytes + coming[device]
+        is_full = bool(lacking := self._maker.lacking({device: needed}))
+        lacking = lacking or self._maker.lacking({device: needed + request.spare})
         if not lacking:
             return False, ""
         phase, why = self._maker.park_one(self._enforcer.name_of(request.cgroup), lacking)
         request.is_promised = request.is_promised or phase in PARKS
-        return phase in MOVES, why
+        waits = phase in MOVES
+        return waits, why if waits or is_full else ""
 
     def _refusal(self, request: Request) -> str:
         """Return why no room is made for a request; an empty text if it may be. A program may report anything."""

@@ -12,7 +12,14 @@ import pytest
 from fgpu_ebpf import abi
 from fgpu_ebpf.agent import room_requests
 from fgpu_ebpf.agent.parked_tenant import ParkedTenant, Phase
-from fgpu_ebpf.agent.room_requests import DECISION_SECONDS, REPORT_SECONDS, TAKE_SECONDS, WAIT_SECONDS, RoomRequests
+from fgpu_ebpf.agent.room_requests import (
+    DECISION_SECONDS,
+    REPORT_SECONDS,
+    SPARE_BYTES,
+    TAKE_SECONDS,
+    WAIT_SECONDS,
+    RoomRequests,
+)
 from fgpu_ebpf.tenancy.event_log import EventLog
 
 GIB = 1 << 30
@@ -117,11 +124,42 @@ def test_a_request_that_waits_fails_when_no_further_tenant_can_be_parked(host: H
 
 def test_a_request_is_repeated_once_if_the_device_has_room_at_once(host: Host) -> None:
     """A tenant may have freed it since. If the driver has no memory nevertheless, no tenant is parked for that."""
-    host.free[0] = 2 * GIB
+    host.free[0] = 2 * GIB + SPARE_BYTES
     assert host.asks() == GO
     host.now += 0.1
     assert host.asks() is FAIL
     assert host.lacking_bytes == []
+
+
+def fails_with_room(host: Host) -> float | None:
+    """Have the driver fail although NVML reports as many bytes as are requested, and return the second decision."""
+    host.free[0] = 2 * GIB
+    assert host.asks() == GO
+    host.now += 0.1
+    return host.asks()
+
+
+def test_more_is_made_free_if_the_bytes_of_a_request_were_not_enough(host: Host) -> None:
+    assert fails_with_room(host) == WAIT
+    host.passes(0.1)
+    assert host.last() == WAIT
+    assert host.lacking_bytes == [SPARE_BYTES, SPARE_BYTES]
+    assert host.parkable.promised == {0: 2 * GIB + SPARE_BYTES}
+    host.free[0] += SPARE_BYTES
+    host.passes(0.1)
+    assert host.last() == GO
+    host.now += 0.1
+    assert host.asks() is FAIL
+
+
+def test_a_request_is_repeated_if_less_than_that_becomes_free(host: Host) -> None:
+    assert fails_with_room(host) == WAIT
+    host.free[0] += 1
+    host.parks = (None, "held by carol (busy)")
+    host.passes(0.1)
+    assert host.last() == GO
+    host.now += 0.1
+    assert host.asks() is FAIL
 
 
 def test_a_report_from_before_there_was_room_does_not_end_the_request(host: Host) -> None:
