@@ -36,8 +36,8 @@ class HostSettings(NamedTuple):
     """The settings of a host.
 
     `adapters`: the projects from which requests are read, in labels or, of NVIDIA's DRA driver, in files. `overcommit`:
-    the sum of limits may exceed a device's memory. `makes_room`: idle tenants are parked to make room for a tenant that
-    wakes up. `parking`: tenants may be parked.
+    the sum of limits may exceed a device's memory. `makes_room`: idle tenants are parked to make room for tenants that
+    wake up, and for requests for memory. `parking`: tenants may be parked.
     `loader`: the interpreter that can import BCC, and its arguments. `engines`: the engines to ask for labels, as
     KIND:SOCKET. `profiles`: the shares that a device plugin offers. `ignored_xids`: XIDs after which a device is still
     offered. `trusted_drivers`: digests of trusted files of libcuda, as `sha256:…`. `module_bytes`: the most memory that

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 
@@ -32,6 +32,8 @@ _UNDECIDED = {
     Phase.WAKING: "is being woken",  # what it gets back is charged, and a part of that is no longer free
     Phase.UNKNOWN: "is in a state that the parker has to find out",
 }
+PARKS = (Phase.CHECKING, Phase.PARKING)  # room is being made, if a tenant is in one of these
+MOVES = (*PARKS, Phase.WAKING)  # it will be known soon what is missing
 _ASKS = "waits for memory itself"
 _TOO_SMALL = "can be parked, which is not enough"
 
@@ -76,9 +78,7 @@ class RoomMaker:
 
     def keep(self, asking: frozenset[int]) -> None:
         """Set the tenants with requests for memory, by cgroup. These are not parked."""
-        if asking != self._asking:
-            self._asking = asking
-            self._seen.clear()
+        self._asking = asking
 
     def make(self, waiting: ParkedTenant, needs: Mapping[int, int]) -> tuple[bool, str]:
         """Begin to make room for a tenant, if all that can be parked would be enough.
@@ -99,14 +99,15 @@ class RoomMaker:
             return False, "room is made for a request for memory first"
         if first := self.claimant(lacking, waiting):
             return False, f"room is made for {first} first"
-        return self.park_one(waiting.name, lacking)
+        phase, why = self.park_one(waiting.name, lacking)
+        return phase in MOVES, why
 
     def claimant(self, devices: Iterable[int], asker: ParkedTenant | None = None) -> str:
         """Return the other tenant that wakes up and has a claim on one of these devices; an empty text: none."""
         claimants = (other for other in self._parking.tenants() if other is not asker and other.has_claim)
         return next((other.name for other in claimants if needs_of(other, self._ledger).keys() & {*devices}), "")
 
-    def park_one(self, name: str, lacking: Mapping[int, int]) -> tuple[bool, str]:
+    def park_one(self, name: str, lacking: Mapping[int, int]) -> tuple[Phase | None, str]:
         """Begin to park a tenant of these devices, if all that can be parked would be enough.
 
         Args:
@@ -114,21 +115,23 @@ class RoomMaker:
             lacking: the bytes by device that have to become free.
 
         Returns:
-            As make().
+            The phase of the tenant that is waited for, or None; and its state, or why none is parked, as text.
         """
         for other in self._parking.tenants():
             if other.phase in _UNDECIDED and self._holds(other, lacking):
-                return other.phase is not Phase.UNKNOWN, f"{other.name} {_UNDECIDED[other.phase]}"
-        holders = self._holders(frozenset(lacking))
+                return other.phase, f"{other.name} {_UNDECIDED[other.phase]}"
+        seen = self._holders(frozenset(lacking))
+        holders = [replace(h, hindrance=_ASKS) if h.tenant.cgroup in self._asking else h for h in seen]
         ready = sorted((holder for holder in holders if not holder.hindrance), key=lambda holder: holder.order)
         is_enough = all(sum(h.bytes_on(device) for h in ready) >= bytes_ for device, bytes_ in lacking.items())
         if not is_enough or not ready:
-            return False, _held_by(holders)
+            return None, _held_by(holders)
         if missing := parker_client.missing(self._run_dir):
-            return False, missing
+            return None, missing
         self._seen.clear()
-        is_begun = self._park(ready[0], name)
-        return is_begun, f"{ready[0].tenant.name} {_UNDECIDED[Phase.PARKING]}" if is_begun else _held_by(holders)
+        if not self._park(ready[0], name):
+            return None, _held_by(holders)
+        return Phase.PARKING, f"{ready[0].tenant.name} {_UNDECIDED[Phase.PARKING]}"
 
     def lacking(self, needs: Mapping[int, int]) -> dict[int, int]:
         """Return by how many bytes the needs exceed what is free, by device; nothing if NVML does not report that."""
@@ -158,9 +161,7 @@ class RoomMaker:
         for cgroup, own in by_tenant(self._ledger).items():
             is_on = any(process.bytes[device] for process in own.values() for device in devices)
             if is_on and (tenant := self._enforcer.get(cgroup)):
-                is_away = self._parking.is_away(cgroup)
-                why = "is parked" if is_away else _ASKS if cgroup in self._asking else ""
-                why = why or self._idle.hindrance(now, tenant, own)
+                why = "is parked" if self._parking.is_away(cgroup) else self._idle.hindrance(now, tenant, own)
                 yield Holder(tenant, own, why, self._idle.idle_seconds(now, tenant))
 
     def _park(self, holder: Holder, name: str) -> bool:

@@ -16,28 +16,34 @@ from pathlib import Path
 
 from fgpu_ebpf import abi
 from fgpu_ebpf.agent.idle_parking import IdleParking
-from fgpu_ebpf.agent.making_room import RoomMaker
-from fgpu_ebpf.agent.parked_tenant import coming_to
+from fgpu_ebpf.agent.making_room import MOVES, PARKS, RoomMaker
+from fgpu_ebpf.agent.parked_tenant import Phase, coming_to
 from fgpu_ebpf.agent.parking import Parking
 from fgpu_ebpf.tenancy.event_log import EventLog
 
 REPORT_SECONDS = 3.0  # a program that has not reported for this time does not wait any more
 TAKE_SECONDS = 1.0  # in which a program takes the room that was made for it
 NOTICE_SECONDS = 0.05  # in which a program that waits finds a decision on its page
+DECISION_SECONDS = 0.5  # in which the first report of a request is decided about; then the request has failed
+SPARE_BYTES = 32 << 20  # the driver may need more than a request's bytes, or have them in parts that are too small
 WAIT_SECONDS = abi.ROOM_NS / 1e9
 
 
 @dataclass(slots=True, eq=False)
 class Request:
-    """The requests of a tenant on one device. `bytes`: of the largest. `reported_at`: the last report of a program.
+    """The requests of a tenant on one device. `reported_at`: the last report of a program.
 
-    `made_at`: when the requests were told that there is room; 0: not yet. `is_promised`: room is being made for them
-    now, or was made. `why`: for what they wait.
+    `bytes`: of the largest, or of the smallest if no room can be made for the largest. `least`: of the smallest.
+    `spare`: so much more is made free if that can be, because the bytes alone were not enough.
+    `made_at`: when the requests were told that there is room; 0: not yet. `is_promised`: tenants are being parked
+    for them, or were. `why`: for what they wait.
     """
 
     cgroup: int
     device: int
     bytes: int = 0
+    least: int = 0
+    spare: int = 0
     reported_at: float = 0.0
     made_at: float = 0.0
     is_promised: bool = False
@@ -67,10 +73,14 @@ class RoomRequests:
 
     def ask(self, cgroup: int, device: int, bytes_: int, at: float) -> None:
         """Decide about a request that a program has reported at this time. It may have reported the request before."""
-        if device >= abi.DEVICES:
+        is_late = time.monotonic() > at + DECISION_SECONDS and (cgroup, device) not in self._requests
+        if device >= abi.DEVICES or is_late:
             return
         request = self._requests.setdefault((cgroup, device), Request(cgroup, device))
-        request.bytes = bytes_ if self._is_repeated(request, at) else max(request.bytes, bytes_)
+        if not request.bytes or self._is_repeated(request, at):
+            request.bytes = request.least = bytes_
+            request.spare = SPARE_BYTES if request.made_at else 0
+        request.bytes, request.least = max(request.bytes, bytes_), min(request.least, bytes_)
         request.reported_at = at
         self._decide(request)
 
@@ -97,10 +107,13 @@ class RoomRequests:
         """Have the tenants with requests not parked, and the room for the requests left free."""
         self._maker.keep(frozenset(request.cgroup for request in self._requests.values()))
         self._parkable.promised.clear()
-        self._parkable.promised.update({r.device: r.bytes for r in self._requests.values() if r.is_promised})
+        self._parkable.promised.update({r.device: r.bytes + r.spare for r in self._requests.values() if r.is_promised})
 
     def _serve(self, request: Request, now: float) -> None:
         waits, why = self._wait(request)
+        if why and not waits and request.bytes > request.least:  # a decision is for all requests of the tenant
+            request.bytes = request.least
+            waits, why = self._wait(request)
         if waits:
             if not request.why:  # later reasons have other numbers
                 self._note("memory waits", request, why)
@@ -119,25 +132,38 @@ class RoomRequests:
         device = request.device
         if why := self._refusal(request):
             return False, why
-        first = next(other for other in self._requests.values() if other.device == device)
+        away = {parked.cgroup: parked for parked in self._parking.tenants()}
+        if own := away.get(request.cgroup):
+            if own.phase is Phase.PARKED:
+                return False, "the tenant is parked"
+            # Its programs may run already: the parker unlocks them before the agent reads the parker's result.
+            own.shall_wake = own.shall_wake or "a request for memory"
+            return True, "it is being woken"
+        first = next(r for r in self._requests.values() if r.device == device and r.cgroup not in away)
         name = self._enforcer.name_of(first.cgroup) if first is not request else self._maker.claimant([device])
         if name:
             return True, f"room is made for {name} first"
-        coming = coming_to(None, self._parking.tenants(), self._parkable)
-        lacking = self._maker.lacking({device: request.bytes + coming[device]})
+        coming = coming_to(None, away.values(), self._parkable)
+        needed = request.bytes + coming[device]
+        is_full = bool(lacking := self._maker.lacking({device: needed}))
+        lacking = lacking or self._maker.lacking({device: needed + request.spare})
         if not lacking:
             return False, ""
-        request.is_promised, why = self._maker.park_one(self._enforcer.name_of(request.cgroup), lacking)
-        return request.is_promised, why
+        phase, why = self._maker.park_one(self._enforcer.name_of(request.cgroup), lacking)
+        request.is_promised = request.is_promised or phase in PARKS
+        waits = phase in MOVES
+        return waits, why if waits or is_full else ""
 
     def _refusal(self, request: Request) -> str:
         """Return why no room is made for a request; an empty text if it may be. A program may report anything."""
-        usage = self._ledger.usage(request.cgroup, [request.device])
-        if not usage or usage[0].limit == abi.NO_LIMIT:
+        tenant, usage = self._enforcer.get(request.cgroup), self._ledger.usage(request.cgroup, [request.device])
+        if not tenant or not usage or usage[0].limit == abi.NO_LIMIT:
             return "the tenant has no limit"
-        if request.bytes > usage[0].limit - usage[0].used - usage[0].parked:
-            return "the limit has no room"
-        return "the tenant is parked" if self._parking.is_away(request.cgroup) else ""
+        for level in (tenant, *self._enforcer.around(tenant)):
+            for u in self._ledger.usage(level.cgroup, [request.device]) or ():
+                if request.bytes > u.limit - u.used - u.parked:
+                    return f"the limit of {level.name} has no room"
+        return ""
 
     def _forget(self, request: Request) -> None:
         self._requests.pop((request.cgroup, request.device), None)

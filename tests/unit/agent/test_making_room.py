@@ -219,9 +219,12 @@ def test_a_tenant_with_a_request_for_memory_is_not_parked(host: Host, monkeypatc
     host.runs("idle", on(gpu0=4))
     assert not host.make(gpu0=8)[0], "the holders are known from now on"
     host.maker.keep(frozenset({2}))
+    looks = []
+    monkeypatch.setattr(host.maker, "_look", lambda *words: looks.append(words) or [])
     assert host.make(gpu0=4) == (False, "held by idle (waits for memory itself)")
     host.maker.keep(frozenset())
     assert host.make(gpu0=4)[0]
+    assert looks == [], "a program that reports requests again and again does not have all tenants looked at each time"
 
 
 def test_a_tenant_whose_state_is_not_known_is_waited_for(host: Host) -> None:
