@@ -6,7 +6,8 @@ kubelet. So both files name a pod before its first container starts. Both are re
 write them. Neither the API server nor a token is needed.
 
 The module runs in the agent's main loop. A claim that kubelet has for a pod and that is not in the driver's file is
-unknown, and its pod gets no memory. Values that were known stay known while a file cannot be read.
+unknown, and its pod gets no memory. Values that were known stay known while a file cannot be read. Among them is that a
+pod has no claim: kubelet's file has all claims of a pod before the pod's first container exists.
 """
 
 from __future__ import annotations
@@ -51,6 +52,18 @@ class Claim(NamedTuple):
 
     uid: str
     name: str
+
+
+class _Given(NamedTuple):
+    """The booking that a pod was last given; None: the scheduler has booked no part of a device for it.
+
+    `paths`: its cgroups. `has_begun`: kubelet's file was known when a container of the pod existed, so that the file
+    has named all claims of the pod.
+    """
+
+    booking: Booking | None
+    paths: set[str]
+    has_begun: bool
 
 
 def of_pods(text: bytes) -> dict[str, list[Claim]]:
@@ -160,7 +173,7 @@ class NvidiaClaims:
         self._claims_file = _File(self._folder / "checkpoint.json")
         self._pods: dict[str, list[Claim]] = {}
         self._booked: dict[str, Mapping[str, int]] = {}  # by the UID of a claim
-        self._given: dict[str, tuple[Booking | None, set[str]]] = {}  # by the UID of a pod: with the paths of cgroups
+        self._given: dict[str, _Given] = {}  # by the UID of a pod
         self._changed: set[str] = set()
         self._wakeup = Wakeup()
         self._said = ""
@@ -184,6 +197,10 @@ class NvidiaClaims:
         """The reason why bookings of new pods are not known; empty: they are, or NVIDIA's driver is not installed."""
         return self._if_installed(self._pods_file.fault or self._claims_file.fault)
 
+    def _pods_unknown(self) -> str:
+        """Return why kubelet's file is not known; empty: it is, or NVIDIA's driver is not installed."""
+        return self._if_installed(self._pods_file.fault)
+
     def _if_installed(self, fault: str) -> str:
         """Return the text if NVIDIA's driver has a folder on this node, or if that cannot be established."""
         try:
@@ -201,8 +218,9 @@ class NvidiaClaims:
             return workload
         self.look()
         booking = self._booking(uid)
-        _, paths = self._given.pop(uid, (None, set[str]()))
-        self._given[uid] = booking, paths
+        _, paths, has_begun = self._given.pop(uid, _Given(None, set(), False))
+        has_begun = has_begun or (workload.container is not None and not self._pods_unknown())
+        self._given[uid] = _Given(booking, paths, has_begun)
         if len(paths) < MOST_PATHS:
             paths.add(workload.path)
         if len(self._given) > MOST_PODS:
@@ -225,9 +243,9 @@ class NvidiaClaims:
         self._say(self.fault if self._given else "")  # a host without pods needs no kubelet
         if pods is claims is None and before == (self._pods_file.fault, self._claims_file.fault):
             return
-        for uid, (given, paths) in self._given.items():
-            if self._booking(uid) != given:
-                self._changed |= paths
+        for uid, given in self._given.items():
+            if self._booking(uid) != given.booking:
+                self._changed |= given.paths
         if self._changed:
             self._wakeup.wake()
 
@@ -261,7 +279,8 @@ class NvidiaClaims:
         """Return the booking of a pod; None: the scheduler has booked no part of a device for it."""
         claims = self._pods.get(uid)
         if claims is None:
-            why = self._if_installed(self._pods_file.fault)
+            given = self._given.get(uid)
+            why = "" if given and given.has_begun else self._pods_unknown()
             return Booking(f"claims of {DRIVER}", {}, f"claims of {DRIVER} are not known: {why}") if why else None
         names = ", ".join(claim.name for claim in claims)
         source = f"{'claims' if len(claims) > 1 else 'claim'} {names} of {DRIVER}"

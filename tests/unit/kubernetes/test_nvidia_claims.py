@@ -77,6 +77,12 @@ class Agent:
         self.claims.look()
         self.manager.consider(self.claims.take())
 
+    def new_pod(self) -> str:
+        """Make the cgroup of a pod that has no container yet, and return its path."""
+        path = f"/kubepods/pod{OTHER_POD[:-1]}0"
+        (self.manager.workloads.root / path[1:]).mkdir()
+        return path
+
     def limits(self, path: str) -> dict[int, float | None] | None:
         """Return the limits in the kernel in GiB; None: there is no limit."""
         tenant = self.enforcer.at(path)
@@ -358,13 +364,27 @@ def test_pods_keep_their_limits_and_new_pods_get_nothing_while_kubelet_s_file_is
     agent.manager.consider([PATH])
     node.pods_file.write_bytes(content) if content else node.pods_file.unlink()
     agent.round()
-    agent.manager.consider([PATH, OTHER_PATH])
-    assert (agent.limits(PATH), agent.limits(OTHER_PATH)) == ({0: 4, 1: None}, {0: 0, 1: 0})
+    new = agent.new_pod()
+    agent.manager.consider([PATH, OTHER_PATH, new])
+    assert (agent.limits(PATH), agent.limits(new)) == ({0: 4, 1: None}, {0: 0, 1: 0})
+    assert agent.limits(OTHER_PATH) is None  # it had a container, and so all of its claims, when the file was known
     assert str(node.pods_file) in agent.failed_checks[nvidia_claims.NAME].found
     node.use(B, "another")
     agent.round()
-    assert (agent.limits(PATH), agent.limits(OTHER_PATH)) == ({0: 4, 1: None}, None)
+    assert (agent.limits(PATH), agent.limits(new)) == ({0: 4, 1: None}, None)
     assert not agent.failed_checks
+
+
+def test_a_pod_without_a_container_may_get_claims_while_kubelet_s_file_is_unknown(
+    agent: Agent, node: NvidiaNode
+) -> None:
+    """kubelet makes the pod's folder before it writes the claims of the pod."""
+    new = agent.new_pod()
+    agent.manager.consider([new])
+    assert agent.limits(new) is None
+    node.pods_file.unlink()
+    agent.round()
+    assert agent.limits(new) == {0: 0, 1: 0}
 
 
 @pytest.mark.parametrize("content", [b"{", None])
@@ -419,9 +439,10 @@ def test_a_file_of_another_user_is_not_read(agent: Agent, node: NvidiaNode, monk
     monkeypatch.setattr("fgpu_ebpf.kubernetes.nvidia_claims.ROOT", 12346)
     node.use(A, POD)
     node.prepare(A, "4Gi")
-    agent.manager.consider([PATH])
+    new = agent.new_pod()
+    agent.manager.consider([new])
     agent.round()
-    assert agent.limits(PATH) == {0: 0, 1: 0}
+    assert agent.limits(new) == {0: 0, 1: 0}
     assert "is not root's" in agent.failed_checks[nvidia_claims.NAME].found
 
 
