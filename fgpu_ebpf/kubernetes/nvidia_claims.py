@@ -16,6 +16,7 @@ import json
 import logging
 import math
 import os
+import re
 import stat
 from collections import defaultdict
 from collections.abc import Collection, Mapping, MutableMapping
@@ -43,6 +44,8 @@ _LISTS = ("ClaimInfoStateList", "Entries")  # the list of claims since Kubernete
 _KINDS = {"gpu": True, "mig": False, "vfio": False, "vgpu": False}  # whether the agent limits devices of this kind
 _PREPARED = "PrepareCompleted"
 _FORMS = (LookupError, TypeError, AttributeError, ValueError, RecursionError, StopIteration)  # of an unknown text
+_DEPTH = 10  # of the values in the driver's file that are read; the parameters that a claim's user writes are deeper
+_TOKENS = re.compile(rb'"(?:[^"\\]++|\\.)*+"?|[][{}]', re.DOTALL)  # a string, or a bracket outside of strings
 
 Stamp = tuple[int, int, int]
 
@@ -94,7 +97,7 @@ def booked(text: bytes) -> dict[str, Mapping[str, int]]:
     Source: `Checkpoint` and `PreparedClaimV2` (cmd/gpu-kubelet-plugin of kubernetes-sigs/dra-driver-nvidia-gpu).
     """
     try:
-        versions = json.loads(text)
+        versions = json.loads(_shallow(text))
         claims = ((versions.get("v2") or versions["v1"]).get("preparedClaims") or {}).items()
     except _FORMS as error:
         raise ValueError(f"has an unknown form: {type(error).__name__} {str(error)[:100]}") from error
@@ -106,6 +109,22 @@ def booked(text: bytes) -> dict[str, Mapping[str, int]]:
         except _FORMS as error:
             log.error("%s: the claim %s has an unknown form: %r", DRIVER, shown(uid), error)
     return found
+
+
+def _shallow(text: bytes) -> bytes:
+    """Return JSON with null for each array and object deeper than _DEPTH, in time that is linear in the length."""
+    begin, depth = 0, 0
+    kept: list[bytes] = []
+    for token in _TOKENS.finditer(text):
+        if token[0] in (b"[", b"{"):
+            depth += 1
+            if depth == _DEPTH + 1:
+                kept += text[begin : token.start()], b"null"
+        elif token[0] in (b"]", b"}"):
+            if depth == _DEPTH + 1:
+                begin = token.end()
+            depth -= 1
+    return b"".join([*kept, text[begin:]])
 
 
 def _booked(claim: Mapping[str, Any]) -> Mapping[str, int]:

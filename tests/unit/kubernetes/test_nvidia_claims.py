@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tracemalloc
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -168,6 +169,28 @@ def claim_with(result: dict[str, Any], device: dict[str, Any]) -> bytes:
 )
 def test_only_memory_that_the_scheduler_counts_is_booked(result: dict[str, Any], found: dict[str, int]) -> None:
     assert nvidia_claims.booked(claim_with(result, {})) == {A: found}
+
+
+@pytest.mark.parametrize(
+    "parameters",
+    [
+        pytest.param("[" * 100_000 + "]" * 100_000, id="deep"),
+        pytest.param("[" + "{}," * 500_000 + "{}]", id="long"),
+        pytest.param('{"text": "' + '\\\\\\"]}' * 1000 + '"}', id="brackets in a string"),
+    ],
+)
+def test_parameters_that_a_user_has_written_into_a_claim_cost_nothing(parameters: str) -> None:
+    """The API server copies them from the claim to its allocation, and the driver copies the allocation."""
+    found = json.loads(claim_with({"consumedCapacity": {"memory": "4Gi"}}, {}))
+    devices = found["v2"]["preparedClaims"][A]["status"]["allocation"]["devices"]
+    devices["config"] = [{"source": "FromClaim", "opaque": {"driver": DRIVER, "parameters": "MARK"}}]
+    text = json.dumps(found).replace('"MARK"', parameters).encode()
+    tracemalloc.start()
+    try:
+        assert nvidia_claims.booked(text) == {A: {GPUS[0]: 4 * GIB}}
+        assert tracemalloc.get_traced_memory()[1] < 1 << 20
+    finally:
+        tracemalloc.stop()
 
 
 @pytest.mark.parametrize("kind", ["mig", "vfio", "vgpu"])
