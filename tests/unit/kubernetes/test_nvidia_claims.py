@@ -308,9 +308,32 @@ def test_the_last_claim_of_a_full_device_gets_what_is_left_and_more_when_there_i
         assert tenant
         agent.enforcer.use(tenant.cgroup)
     assert (agent.limits(PATH), agent.limits(OTHER_PATH)) == ({0: 24, 1: None}, {0: 16, 1: None})
+    lacks = f"note: 16GiB of device 0 are in force: 17GiB for pod{OTHER_POD} do not fit"
+    assert any(lacks in line for line in agent.explained(OTHER_PATH)), agent.explained(OTHER_PATH)
     node.end(A)
     agent.round()
     assert agent.limits(OTHER_PATH) == {0: 17, 1: None}
+    assert not any("in force" in line for line in agent.explained(OTHER_PATH))
+
+
+def test_a_claim_that_got_a_part_gets_more_before_all_of_it_fits(agent: Agent, node: NvidiaNode) -> None:
+    """The scheduler can count less than the agent, for example a claim of two pods once."""
+    third = agent.new_pod()
+    for claim, pod, size in ((A, POD, "20Gi"), (B, OTHER_POD, "19.5Gi"), (C, third.rpartition("pod")[2], "21Gi")):
+        node.use(claim, pod)
+        node.prepare(claim, size)
+    agent.manager.consider([PATH, OTHER_PATH, third])
+    for path in (PATH, OTHER_PATH, third):
+        tenant = agent.enforcer.at(path)
+        assert tenant
+        agent.enforcer.use(tenant.cgroup)
+    assert agent.limits(third) == {0: 0.5, 1: None}
+    node.end(A)
+    agent.round()
+    assert agent.limits(third) == {0: 20.5, 1: None}
+    node.end(B)
+    agent.round()
+    assert agent.limits(third) == {0: 21, 1: None}
 
 
 def test_each_pod_of_a_shared_claim_has_its_limit(agent: Agent, node: NvidiaNode) -> None:
