@@ -21,12 +21,13 @@ from fgpu_ebpf.tenancy.explain import explain
 from fgpu_ebpf.tenancy.gone_tenants import GoneTenants
 from fgpu_ebpf.tenancy.manager import Manager
 from fgpu_ebpf.tenancy.overrides import Overrides
+from fgpu_ebpf.tenancy.pinned_levels import take_up
 from fgpu_ebpf.workloads.cgroup_names import Engine
 from fgpu_ebpf.workloads.cgroups import Workloads
 from fgpu_ebpf.workloads.workload import Booking, Subject, Workload
 from tests.support.kubernetes.nvidia_node import DRIVER, NvidiaNode
 from tests.unit.policy_kit import GIB, Gpu, policies
-from tests.unit.tenancy.books_kit import Books
+from tests.unit.tenancy.books_kit import Books, PinnedBooks
 
 FILES = Path(__file__).parent / "nvidia"
 POD = "139cdb46-f989-4f17-9561-ca10cfb509a6"
@@ -71,7 +72,9 @@ class Agent:
         self.enforcer = Enforcer(books, workloads, devices, overcommit=False)
         overrides, gone = Overrides(tmp_path / "overrides.json"), GoneTenants(books)
         self.manager = Manager(workloads, self.enforcer, overrides, devices, EventLog(), gone)
-        self.manager.reload(policies(*specs))
+        self.enforcer.answered.forget_earlier()
+        self.manager.policies = policies(*specs)
+        take_up(PinnedBooks(books), self.manager, gone)
 
     def round(self) -> None:
         """Do what the agent's loop does once a second, and when the claims wake the loop."""
@@ -433,7 +436,7 @@ def test_a_pod_without_a_container_may_get_claims_while_kubelet_s_file_is_unknow
     assert agent.limits(new) == {0: 0, 1: 0}
 
 
-@pytest.mark.parametrize("content", [b"{", None])
+@pytest.mark.parametrize("content", [b"{", None, b'{"v2": {"preparedClaims": {}}}'])
 def test_claims_stay_known_while_the_driver_s_file_is_unknown(
     agent: Agent, node: NvidiaNode, content: bytes | None
 ) -> None:
@@ -461,6 +464,31 @@ def test_a_start_with_an_unknown_claim_reports_a_doubt_so_that_the_pinned_limit_
     workload = agent.manager.workloads.identify(PATH)
     assert workload
     assert agent.manager.workloads.missing(workload) == ""
+
+
+@pytest.mark.parametrize("lost", ["pods_file", "claims_file"])
+def test_a_running_pod_without_a_limit_gets_none_from_a_start_with_unknown_claims(
+    tmp_path: Path, agent: Agent, node: NvidiaNode, lost: str
+) -> None:
+    """It has a whole device, or no claim. The first program of the other pod has not registered before the start."""
+    if lost == "claims_file":
+        node.use(A, POD)
+        node.use(A, OTHER_POD)
+        node.prepare(A, None)
+    agent.manager.consider([PATH, CONTAINER])
+    agent.enforcer.answer(CONTAINER)
+    assert agent.limits(PATH) is None
+    getattr(node, lost).unlink()
+    for _ in range(3):
+        agent = Agent(tmp_path, agent.books)
+        agent.round()
+        agent.manager.consider_all()
+        assert (agent.limits(PATH), agent.limits(OTHER_PATH)) == (None, {0: 0, 1: 0})
+        assert "is not known" in " ".join(agent.explained(PATH)) or "are not known" in " ".join(agent.explained(PATH))
+    node.use(A, POD)
+    node.prepare(A, "4Gi")
+    agent.round()
+    assert agent.limits(PATH) == {0: 4, 1: None}
 
 
 def test_a_node_without_nvidia_s_driver_has_no_bookings(tmp_path: Path) -> None:
