@@ -195,7 +195,7 @@ class NvidiaClaims:
         self._given: dict[str, _Given] = {}  # by the UID of a pod
         self._changed: set[str] = set()
         self._wakeup = Wakeup()
-        self._said = ""
+        self._said, self._warned = "", False
 
     def namer(self, adapters: Collection[str]) -> Namer:
         """Return this object if its adapter is one of `adapters`, else the Namer that has no bookings."""
@@ -277,6 +277,10 @@ class NvidiaClaims:
         elif not fault:
             self._failed_checks.pop(NAME, None)
         self._said = fault
+        if self._given and not self._warned and not os.path.exists(self._pods_file.path.parent):
+            self._warned = True
+            text = "%s: claims limit no pod: there is no %s; set kubeletFolder in agent.yaml if kubelet runs here"
+            log.warning(text, DRIVER, self._pods_file.path.parent)
 
     def _take_pods(self, content: bytes) -> None:
         try:

@@ -499,6 +499,14 @@ def test_a_node_without_nvidia_s_driver_has_no_bookings(tmp_path: Path) -> None:
     assert not agent.failed_checks
 
 
+def test_a_wrong_folder_of_kubelet_is_logged_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    agent = Agent(tmp_path, Books())
+    for _ in range(2):
+        agent.round()
+    assert [str(tmp_path / "kubelet") in record.getMessage() for record in caplog.records] == [True]
+    assert agent.limits(PATH) is None
+
+
 def test_an_unknown_folder_of_the_driver_counts_as_one(tmp_path: Path) -> None:
     (tmp_path / "kubelet").mkdir()
     (tmp_path / "kubelet/plugins").symlink_to("plugins")  # too many links
