@@ -60,7 +60,7 @@ def settings(options: Options) -> Settings:
         # Containers use /run/fgpu only. An agent with another run folder must not offer devices to this host's engines.
         cdi_folder=host.cdi_folder if options.run_dir == Options().run_dir else options.run_dir / "cdi",
         adapters=host.adapters,
-        kubelet_folder=host.kubelet_folder,
+        kubelet_folder=host_config.on_node(host.kubelet_folder),
         shares=host.shares,
         profiles=host.profiles,
         ignored_xids=host.ignored_xids,

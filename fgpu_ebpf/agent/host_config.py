@@ -28,8 +28,14 @@ ENGINES = (
     "cri:/run/cri-dockerd.sock",
     "cri:/run/k3s/containerd/containerd.sock",
 )
-KUBELET_FOLDER = Path("/proc/2/root/var/lib/kubelet")  # the node's, also for an agent in a pod
+KUBELET_FOLDER = Path("/var/lib/kubelet")
+NODE = Path("/proc/2/root")  # the root of a kernel thread, which is the node's, also for an agent in a pod
 MODULES_BYTES = 1 << 30  # the reason for this size: docs/operations.md, "Memory without a recorded allocation"
+
+
+def on_node(folder: Path) -> Path:
+    """Return the path by which this process reaches a folder of the node, without a mount."""
+    return folder if folder.is_relative_to("/proc") else NODE / folder.relative_to("/")
 
 
 class HostSettings(NamedTuple):

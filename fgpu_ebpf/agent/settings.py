@@ -42,7 +42,7 @@ class Settings(NamedTuple):
     helper: Path = Path()
     cdi_folder: Path = cdi.FOLDER
     adapters: tuple[str, ...] = tuple(requests.ADAPTERS)
-    kubelet_folder: Path = host_config.KUBELET_FOLDER
+    kubelet_folder: Path = host_config.on_node(host_config.KUBELET_FOLDER)
     shares: tuple[str, ...] = share_name.USUAL
     profiles: tuple[profiles.Profile, ...] = ()
     ignored_xids: Collection[int] = xids.OF_PROGRAMS

@@ -6,7 +6,8 @@ kubelet. So both files name a pod before its first container starts. Both are re
 write them. Neither the API server nor a token is needed.
 
 The module runs in the agent's main loop. A claim that kubelet has for a pod and that is not in the driver's file is
-unknown, and its pod gets no memory. Values that were known stay known while a file cannot be read.
+unknown, and its pod gets no memory. Values that were known stay known while a file cannot be read. Among them is that a
+pod has no claim: kubelet's file has all claims of a pod before the pod's first container exists.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import json
 import logging
 import math
 import os
+import re
 import stat
 from collections import defaultdict
 from collections.abc import Collection, Mapping, MutableMapping
@@ -42,6 +44,8 @@ _LISTS = ("ClaimInfoStateList", "Entries")  # the list of claims since Kubernete
 _KINDS = {"gpu": True, "mig": False, "vfio": False, "vgpu": False}  # whether the agent limits devices of this kind
 _PREPARED = "PrepareCompleted"
 _FORMS = (LookupError, TypeError, AttributeError, ValueError, RecursionError, StopIteration)  # of an unknown text
+_DEPTH = 10  # of the values in the driver's file that are read; the parameters that a claim's user writes are deeper
+_TOKENS = re.compile(rb'"(?:[^"\\]++|\\.)*+"?|[][{}]', re.DOTALL)  # a string, or a bracket outside of strings
 
 Stamp = tuple[int, int, int]
 
@@ -51,6 +55,18 @@ class Claim(NamedTuple):
 
     uid: str
     name: str
+
+
+class _Given(NamedTuple):
+    """The booking that a pod was last given; None: the scheduler has booked no part of a device for it.
+
+    `paths`: its cgroups. `has_begun`: kubelet's file was known when a container of the pod existed, so that the file
+    has named all claims of the pod.
+    """
+
+    booking: Booking | None
+    paths: set[str]
+    has_begun: bool
 
 
 def of_pods(text: bytes) -> dict[str, list[Claim]]:
@@ -81,7 +97,7 @@ def booked(text: bytes) -> dict[str, Mapping[str, int]]:
     Source: `Checkpoint` and `PreparedClaimV2` (cmd/gpu-kubelet-plugin of kubernetes-sigs/dra-driver-nvidia-gpu).
     """
     try:
-        versions = json.loads(text)
+        versions = json.loads(_shallow(text))
         claims = ((versions.get("v2") or versions["v1"]).get("preparedClaims") or {}).items()
     except _FORMS as error:
         raise ValueError(f"has an unknown form: {type(error).__name__} {str(error)[:100]}") from error
@@ -93,6 +109,22 @@ def booked(text: bytes) -> dict[str, Mapping[str, int]]:
         except _FORMS as error:
             log.error("%s: the claim %s has an unknown form: %r", DRIVER, shown(uid), error)
     return found
+
+
+def _shallow(text: bytes) -> bytes:
+    """Return JSON with null for each array and object deeper than _DEPTH, in time that is linear in the length."""
+    begin, depth = 0, 0
+    kept: list[bytes] = []
+    for token in _TOKENS.finditer(text):
+        if token[0] in (b"[", b"{"):
+            depth += 1
+            if depth == _DEPTH + 1:
+                kept += text[begin : token.start()], b"null"
+        elif token[0] in (b"]", b"}"):
+            if depth == _DEPTH + 1:
+                begin = token.end()
+            depth -= 1
+    return b"".join([*kept, text[begin:]])
 
 
 def _booked(claim: Mapping[str, Any]) -> Mapping[str, int]:
@@ -160,10 +192,10 @@ class NvidiaClaims:
         self._claims_file = _File(self._folder / "checkpoint.json")
         self._pods: dict[str, list[Claim]] = {}
         self._booked: dict[str, Mapping[str, int]] = {}  # by the UID of a claim
-        self._given: dict[str, tuple[Booking | None, set[str]]] = {}  # by the UID of a pod: with the paths of cgroups
+        self._given: dict[str, _Given] = {}  # by the UID of a pod
         self._changed: set[str] = set()
         self._wakeup = Wakeup()
-        self._said = ""
+        self._said, self._warned = "", False
 
     def namer(self, adapters: Collection[str]) -> Namer:
         """Return this object if its adapter is one of `adapters`, else the Namer that has no bookings."""
@@ -184,6 +216,10 @@ class NvidiaClaims:
         """The reason why bookings of new pods are not known; empty: they are, or NVIDIA's driver is not installed."""
         return self._if_installed(self._pods_file.fault or self._claims_file.fault)
 
+    def _pods_unknown(self) -> str:
+        """Return why kubelet's file is not known; empty: it is, or NVIDIA's driver is not installed."""
+        return self._if_installed(self._pods_file.fault)
+
     def _if_installed(self, fault: str) -> str:
         """Return the text if NVIDIA's driver has a folder on this node, or if that cannot be established."""
         try:
@@ -201,8 +237,9 @@ class NvidiaClaims:
             return workload
         self.look()
         booking = self._booking(uid)
-        _, paths = self._given.pop(uid, (None, set[str]()))
-        self._given[uid] = booking, paths
+        _, paths, has_begun = self._given.pop(uid, _Given(None, set(), False))
+        has_begun = has_begun or (workload.container is not None and not self._pods_unknown())
+        self._given[uid] = _Given(booking, paths, has_begun)
         if len(paths) < MOST_PATHS:
             paths.add(workload.path)
         if len(self._given) > MOST_PODS:
@@ -225,9 +262,9 @@ class NvidiaClaims:
         self._say(self.fault if self._given else "")  # a host without pods needs no kubelet
         if pods is claims is None and before == (self._pods_file.fault, self._claims_file.fault):
             return
-        for uid, (given, paths) in self._given.items():
-            if self._booking(uid) != given:
-                self._changed |= paths
+        for uid, given in self._given.items():
+            if self._booking(uid) != given.booking:
+                self._changed |= given.paths
         if self._changed:
             self._wakeup.wake()
 
@@ -240,6 +277,10 @@ class NvidiaClaims:
         elif not fault:
             self._failed_checks.pop(NAME, None)
         self._said = fault
+        if self._given and not self._warned and not os.path.exists(self._pods_file.path.parent):
+            self._warned = True
+            text = "%s: claims limit no pod: there is no %s; set kubeletFolder in agent.yaml if kubelet runs here"
+            log.warning(text, DRIVER, self._pods_file.path.parent)
 
     def _take_pods(self, content: bytes) -> None:
         try:
@@ -261,7 +302,8 @@ class NvidiaClaims:
         """Return the booking of a pod; None: the scheduler has booked no part of a device for it."""
         claims = self._pods.get(uid)
         if claims is None:
-            why = self._if_installed(self._pods_file.fault)
+            given = self._given.get(uid)
+            why = "" if given and given.has_begun else self._pods_unknown()
             return Booking(f"claims of {DRIVER}", {}, f"claims of {DRIVER} are not known: {why}") if why else None
         names = ", ".join(claim.name for claim in claims)
         source = f"{'claims' if len(claims) > 1 else 'claim'} {names} of {DRIVER}"

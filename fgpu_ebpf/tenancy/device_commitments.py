@@ -10,7 +10,7 @@ kernel, and reads which process uses which device.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TypeVar
 
 from fgpu_ebpf import abi
@@ -169,8 +169,9 @@ class Commitments:
         shortage = self.shortage_on(tenant, index)
         if shortage and not had:  # a group that is known after tenants in it has at least what these were granted
             had = self.granted_inside(tenant).get(index)
-        if shortage and not had and tenant.workload.booking:  # its scheduler counts what the driver needs itself, too
-            had = max(0, self._capacity.get(index, 0) - self.committed(index, tenant) - self.held_elsewhere(index))
+        if shortage and tenant.workload.booking:  # its scheduler counts what the driver needs itself, too
+            left = self._capacity.get(index, 0) - self.committed(index, tenant) - self.held_elsewhere(index)
+            had = max(had or 0, left)
         if shortage and not had:
             self._deny(tenant.cgroup, index, shortage)
             _remove(self._granted, tenant.cgroup, index)
@@ -250,6 +251,12 @@ class Commitments:
         """Return why the tenant's limit was denied on devices; an empty text if it was denied on none."""
         found = self._denied.get(tenant.cgroup, {})
         return "; ".join(self.shortage_on(tenant, index) or reason for index, reason in found.items())
+
+    def partly(self, tenant: Tenant) -> Iterator[str]:
+        """Yield why the tenant has less than its limit, for each device on which it has a part of the limit."""
+        for index in self._short(tenant):
+            if why := self.shortage_on(tenant, index):
+                yield f"{memory_text(self._granted[tenant.cgroup][index])} of device {index} are in force: {why}"
 
 
 def counts(tenant: Tenant) -> bool:

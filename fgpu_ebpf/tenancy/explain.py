@@ -123,6 +123,7 @@ def _notes(workload: Workload, tenant: Tenant | None, levels: Sequence[Tenant], 
     yield from manager.bounds_met(workload.path)
     yield from (note for level in levels if level.source is Source.KEPT for note in level.notes)
     for level in levels:
+        yield from manager.enforcer.commitments.partly(level)
         if manager.enforcer.spares(level):
             yield f"onBypass: kill is not applied: {level.name} has processes started before fgpu"
 

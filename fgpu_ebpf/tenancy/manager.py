@@ -99,13 +99,16 @@ class Manager:
     def _tenant(self, path: str) -> Tenant | None:
         """Return the tenant that a cgroup should be; None: the cgroup is gone, or should not be managed.
 
-        A tenant of source KEPT keeps its pinned limits as long as _doubt() returns a reason.
+        A tenant of source KEPT keeps its pinned limits as long as _doubt() returns a reason. A pod without a limit from
+        before the start gets none while its claims are unknown.
         """
         workload = self.workloads.identify(path)
         if workload is None:
             return None
         tenant = self._tenant_of(workload, self._override(workload.cgroup))
         before = self.enforcer.get(workload.cgroup)
+        if before is None and tenant and not tenant.by_hand:
+            return None if self.enforcer.answered.kept_free(workload, self.workloads) else tenant
         if before is None or before.source is not Source.KEPT:
             return tenant
         doubt = self._doubt(workload)

@@ -2,8 +2,8 @@
 
 First, every level of an existing cgroup is entered with its pinned limits. Then policies and overrides are put in
 force. Then levels that neither a policy nor an override requests are released. If the agent cannot establish whether a
-level is requested, the level keeps its limits as a tenant of source `kept`, and doubts() reports it. The module runs in
-the agent's main thread.
+level is requested, the level keeps its limits as a tenant of source `kept`, and doubts() reports it. A pod that had no
+limit stays without one while its claims are unknown. The module runs in the agent's main thread.
 """
 
 from __future__ import annotations
@@ -34,6 +34,11 @@ def take_up(ledger: Ledger, manager: Manager, gone: GoneTenants) -> None:
     manager.remove_all_empty()
     manager.consider_all()
     manager.settle()
+    for path in alive.values():
+        workload = workloads.identify(path)
+        for inside in enforcer.answered.kept_free(workload, workloads) if workload and workload.is_pod else ():
+            if not enforcer.levels(inside):
+                enforcer.answer(inside)  # so that the next start knows it too
     known = {tenant.cgroup for tenant in enforcer}
     unknown = [cgroup for cgroup in ledger.tenants() if cgroup not in known]
     enforcer.release(unknown, gone.keep(left_behind(c) for c in unknown if c not in alive))

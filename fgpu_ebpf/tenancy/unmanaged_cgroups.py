@@ -11,6 +11,8 @@ from __future__ import annotations
 from collections.abc import Set
 
 from fgpu_ebpf.ledger.ledger import Ledger
+from fgpu_ebpf.workloads.cgroups import Workloads
+from fgpu_ebpf.workloads.workload import Workload
 
 
 class UnmanagedCgroups:
@@ -20,6 +22,7 @@ class UnmanagedCgroups:
         self._ledger, self._most = ledger, most
         self._owners: dict[int, dict[int, None]] = {}  # cgroups by owner, oldest decision first
         self._refused: dict[str, int] = {}  # cgroup by path
+        self._earlier: set[int] = set()  # cgroups without a limit, by a decision of an earlier agent
 
     def forget_earlier(self) -> None:
         """Remove decisions of an earlier agent, which have no owner.
@@ -27,7 +30,16 @@ class UnmanagedCgroups:
         This agent decides again when the next program of such a cgroup registers.
         """
         for cgroup in list(self._ledger.not_managed()):
+            if self._ledger.resolved(cgroup) is False:
+                self._earlier.add(cgroup)
             self._ledger.forget(cgroup)
+
+    def kept_free(self, workload: Workload, workloads: Workloads) -> list[str]:
+        """Return the cgroups in a pod that an earlier agent has left without a limit, while its claims are unknown."""
+        if not self._earlier or not workload.booking or not workload.booking.unknown:
+            return []
+        around = (workload.path, *workloads.walk(workload.path))
+        return [path for path in around if workloads.cgroup(path) in self._earlier]
 
     def unmanaged(self, owner: int, cgroup: int) -> None:
         """Write the decision that programs in this cgroup have no limit. Raises OSError."""

@@ -42,9 +42,9 @@ class Workloads:
         self.root = root
         self._namer = namer
 
-    def walk(self) -> Iterator[str]:
-        """Yield the path of every cgroup except the root. A cgroup comes before the cgroups inside it."""
-        waiting = [""]
+    def walk(self, top: str = "") -> Iterator[str]:
+        """Yield the path of every cgroup below `top`, without `top`. A cgroup comes before the cgroups inside it."""
+        waiting = [top]
         while waiting:
             inner = [path for _, path in self.inside(waiting.pop())]
             waiting += inner

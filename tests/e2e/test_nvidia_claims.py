@@ -23,9 +23,9 @@ UNKNOWN = "the size of dev/gpu-0b8f of gpu.nvidia.com is not known"
 
 @pytest.fixture
 def node(service: Service, unharmed: None, tmp_path: Path) -> Iterator[NvidiaNode]:
-    """Restart the agent so that it reads the files of this node, as from a pod."""
+    """Restart the agent so that it reads the files of this node, by the path on the node."""
     said = service.config.read_text()
-    service.config.write_text(f"{said}kubeletFolder: /proc/2/root{tmp_path}/kubelet\n")
+    service.config.write_text(f"{said}kubeletFolder: {tmp_path}/kubelet\n")
     found = NvidiaNode(tmp_path / "kubelet", [device["uuid"] for device in ask(verb="snapshot")["devices"]])
     service.kill_agent()
     service.start_agent()

@@ -196,3 +196,20 @@ def test_the_agent_has_the_priorities_of_the_file(tmp_path, monkeypatch):
     monkeypatch.setattr(daemon, "_built_file", lambda *_: tmp_path)
     monkeypatch.setattr(trusted_file, "load", lambda *_: (b"priorities: {low: [batch]}", None))
     assert daemon.settings(Options(config=tmp_path / "agent.yaml")).priorities == {"batch": "low"}
+
+
+@pytest.mark.parametrize(
+    ("line", "folder"),
+    [
+        ("", "/proc/2/root/var/lib/kubelet"),
+        ("kubeletFolder: /srv/kubelet\n", "/proc/2/root/srv/kubelet"),
+        ("kubeletFolder: /proc/2/root/srv/kubelet\n", "/proc/2/root/srv/kubelet"),
+    ],
+)
+def test_kubelet_s_folder_is_that_of_the_node_also_for_an_agent_in_a_pod(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, line: str, folder: str
+) -> None:
+    """`kubernetes/test_node.py` reads a file below the same root from the agent's pod."""
+    monkeypatch.setattr(daemon, "_built_file", lambda *_: tmp_path)
+    monkeypatch.setattr(trusted_file, "load", lambda *_: (line.encode(), None))
+    assert daemon.settings(Options(config=tmp_path / "agent.yaml")).kubelet_folder == Path(folder)

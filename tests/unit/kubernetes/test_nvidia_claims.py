@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tracemalloc
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,12 +21,13 @@ from fgpu_ebpf.tenancy.explain import explain
 from fgpu_ebpf.tenancy.gone_tenants import GoneTenants
 from fgpu_ebpf.tenancy.manager import Manager
 from fgpu_ebpf.tenancy.overrides import Overrides
+from fgpu_ebpf.tenancy.pinned_levels import take_up
 from fgpu_ebpf.workloads.cgroup_names import Engine
 from fgpu_ebpf.workloads.cgroups import Workloads
 from fgpu_ebpf.workloads.workload import Booking, Subject, Workload
 from tests.support.kubernetes.nvidia_node import DRIVER, NvidiaNode
 from tests.unit.policy_kit import GIB, Gpu, policies
-from tests.unit.tenancy.books_kit import Books
+from tests.unit.tenancy.books_kit import Books, PinnedBooks
 
 FILES = Path(__file__).parent / "nvidia"
 POD = "139cdb46-f989-4f17-9561-ca10cfb509a6"
@@ -70,12 +72,20 @@ class Agent:
         self.enforcer = Enforcer(books, workloads, devices, overcommit=False)
         overrides, gone = Overrides(tmp_path / "overrides.json"), GoneTenants(books)
         self.manager = Manager(workloads, self.enforcer, overrides, devices, EventLog(), gone)
-        self.manager.reload(policies(*specs))
+        self.enforcer.answered.forget_earlier()
+        self.manager.policies = policies(*specs)
+        take_up(PinnedBooks(books), self.manager, gone)
 
     def round(self) -> None:
         """Do what the agent's loop does once a second, and when the claims wake the loop."""
         self.claims.look()
         self.manager.consider(self.claims.take())
+
+    def new_pod(self) -> str:
+        """Make the cgroup of a pod that has no container yet, and return its path."""
+        path = f"/kubepods/pod{OTHER_POD[:-1]}0"
+        (self.manager.workloads.root / path[1:]).mkdir()
+        return path
 
     def limits(self, path: str) -> dict[int, float | None] | None:
         """Return the limits in the kernel in GiB; None: there is no limit."""
@@ -162,6 +172,28 @@ def claim_with(result: dict[str, Any], device: dict[str, Any]) -> bytes:
 )
 def test_only_memory_that_the_scheduler_counts_is_booked(result: dict[str, Any], found: dict[str, int]) -> None:
     assert nvidia_claims.booked(claim_with(result, {})) == {A: found}
+
+
+@pytest.mark.parametrize(
+    "parameters",
+    [
+        pytest.param("[" * 100_000 + "]" * 100_000, id="deep"),
+        pytest.param("[" + "{}," * 500_000 + "{}]", id="long"),
+        pytest.param('{"text": "' + '\\\\\\"]}' * 1000 + '"}', id="brackets in a string"),
+    ],
+)
+def test_parameters_that_a_user_has_written_into_a_claim_cost_nothing(parameters: str) -> None:
+    """The API server copies them from the claim to its allocation, and the driver copies the allocation."""
+    found = json.loads(claim_with({"consumedCapacity": {"memory": "4Gi"}}, {}))
+    devices = found["v2"]["preparedClaims"][A]["status"]["allocation"]["devices"]
+    devices["config"] = [{"source": "FromClaim", "opaque": {"driver": DRIVER, "parameters": "MARK"}}]
+    text = json.dumps(found).replace('"MARK"', parameters).encode()
+    tracemalloc.start()
+    try:
+        assert nvidia_claims.booked(text) == {A: {GPUS[0]: 4 * GIB}}
+        assert tracemalloc.get_traced_memory()[1] < 1 << 20
+    finally:
+        tracemalloc.stop()
 
 
 @pytest.mark.parametrize("kind", ["mig", "vfio", "vgpu"])
@@ -279,9 +311,32 @@ def test_the_last_claim_of_a_full_device_gets_what_is_left_and_more_when_there_i
         assert tenant
         agent.enforcer.use(tenant.cgroup)
     assert (agent.limits(PATH), agent.limits(OTHER_PATH)) == ({0: 24, 1: None}, {0: 16, 1: None})
+    lacks = f"note: 16GiB of device 0 are in force: 17GiB for pod{OTHER_POD} do not fit"
+    assert any(lacks in line for line in agent.explained(OTHER_PATH)), agent.explained(OTHER_PATH)
     node.end(A)
     agent.round()
     assert agent.limits(OTHER_PATH) == {0: 17, 1: None}
+    assert not any("in force" in line for line in agent.explained(OTHER_PATH))
+
+
+def test_a_claim_that_got_a_part_gets_more_before_all_of_it_fits(agent: Agent, node: NvidiaNode) -> None:
+    """The scheduler can count less than the agent, for example a claim of two pods once."""
+    third = agent.new_pod()
+    for claim, pod, size in ((A, POD, "20Gi"), (B, OTHER_POD, "19.5Gi"), (C, third.rpartition("pod")[2], "21Gi")):
+        node.use(claim, pod)
+        node.prepare(claim, size)
+    agent.manager.consider([PATH, OTHER_PATH, third])
+    for path in (PATH, OTHER_PATH, third):
+        tenant = agent.enforcer.at(path)
+        assert tenant
+        agent.enforcer.use(tenant.cgroup)
+    assert agent.limits(third) == {0: 0.5, 1: None}
+    node.end(A)
+    agent.round()
+    assert agent.limits(third) == {0: 20.5, 1: None}
+    node.end(B)
+    agent.round()
+    assert agent.limits(third) == {0: 21, 1: None}
 
 
 def test_each_pod_of_a_shared_claim_has_its_limit(agent: Agent, node: NvidiaNode) -> None:
@@ -358,16 +413,30 @@ def test_pods_keep_their_limits_and_new_pods_get_nothing_while_kubelet_s_file_is
     agent.manager.consider([PATH])
     node.pods_file.write_bytes(content) if content else node.pods_file.unlink()
     agent.round()
-    agent.manager.consider([PATH, OTHER_PATH])
-    assert (agent.limits(PATH), agent.limits(OTHER_PATH)) == ({0: 4, 1: None}, {0: 0, 1: 0})
+    new = agent.new_pod()
+    agent.manager.consider([PATH, OTHER_PATH, new])
+    assert (agent.limits(PATH), agent.limits(new)) == ({0: 4, 1: None}, {0: 0, 1: 0})
+    assert agent.limits(OTHER_PATH) is None  # it had a container, and so all of its claims, when the file was known
     assert str(node.pods_file) in agent.failed_checks[nvidia_claims.NAME].found
     node.use(B, "another")
     agent.round()
-    assert (agent.limits(PATH), agent.limits(OTHER_PATH)) == ({0: 4, 1: None}, None)
+    assert (agent.limits(PATH), agent.limits(new)) == ({0: 4, 1: None}, None)
     assert not agent.failed_checks
 
 
-@pytest.mark.parametrize("content", [b"{", None])
+def test_a_pod_without_a_container_may_get_claims_while_kubelet_s_file_is_unknown(
+    agent: Agent, node: NvidiaNode
+) -> None:
+    """kubelet makes the pod's folder before it writes the claims of the pod."""
+    new = agent.new_pod()
+    agent.manager.consider([new])
+    assert agent.limits(new) is None
+    node.pods_file.unlink()
+    agent.round()
+    assert agent.limits(new) == {0: 0, 1: 0}
+
+
+@pytest.mark.parametrize("content", [b"{", None, b'{"v2": {"preparedClaims": {}}}'])
 def test_claims_stay_known_while_the_driver_s_file_is_unknown(
     agent: Agent, node: NvidiaNode, content: bytes | None
 ) -> None:
@@ -397,12 +466,45 @@ def test_a_start_with_an_unknown_claim_reports_a_doubt_so_that_the_pinned_limit_
     assert agent.manager.workloads.missing(workload) == ""
 
 
+@pytest.mark.parametrize("lost", ["pods_file", "claims_file"])
+def test_a_running_pod_without_a_limit_gets_none_from_a_start_with_unknown_claims(
+    tmp_path: Path, agent: Agent, node: NvidiaNode, lost: str
+) -> None:
+    """It has a whole device, or no claim. The first program of the other pod has not registered before the start."""
+    if lost == "claims_file":
+        node.use(A, POD)
+        node.use(A, OTHER_POD)
+        node.prepare(A, None)
+    agent.manager.consider([PATH, CONTAINER])
+    agent.enforcer.answer(CONTAINER)
+    assert agent.limits(PATH) is None
+    getattr(node, lost).unlink()
+    for _ in range(3):
+        agent = Agent(tmp_path, agent.books)
+        agent.round()
+        agent.manager.consider_all()
+        assert (agent.limits(PATH), agent.limits(OTHER_PATH)) == (None, {0: 0, 1: 0})
+        assert "is not known" in " ".join(agent.explained(PATH)) or "are not known" in " ".join(agent.explained(PATH))
+    node.use(A, POD)
+    node.prepare(A, "4Gi")
+    agent.round()
+    assert agent.limits(PATH) == {0: 4, 1: None}
+
+
 def test_a_node_without_nvidia_s_driver_has_no_bookings(tmp_path: Path) -> None:
     (tmp_path / "kubelet").mkdir()
     (tmp_path / "kubelet/dra_manager_state").write_text("{")
     agent = Agent(tmp_path, Books(), POLICY)
     assert agent.limits(PATH) == {0: 8, 1: 8}
     assert not agent.failed_checks
+
+
+def test_a_wrong_folder_of_kubelet_is_logged_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    agent = Agent(tmp_path, Books())
+    for _ in range(2):
+        agent.round()
+    assert [str(tmp_path / "kubelet") in record.getMessage() for record in caplog.records] == [True]
+    assert agent.limits(PATH) is None
 
 
 def test_an_unknown_folder_of_the_driver_counts_as_one(tmp_path: Path) -> None:
@@ -419,9 +521,10 @@ def test_a_file_of_another_user_is_not_read(agent: Agent, node: NvidiaNode, monk
     monkeypatch.setattr("fgpu_ebpf.kubernetes.nvidia_claims.ROOT", 12346)
     node.use(A, POD)
     node.prepare(A, "4Gi")
-    agent.manager.consider([PATH])
+    new = agent.new_pod()
+    agent.manager.consider([new])
     agent.round()
-    assert agent.limits(PATH) == {0: 0, 1: 0}
+    assert agent.limits(new) == {0: 0, 1: 0}
     assert "is not root's" in agent.failed_checks[nvidia_claims.NAME].found
 
 

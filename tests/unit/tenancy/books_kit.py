@@ -52,6 +52,15 @@ class Books:
         for cgroup in cgroups:
             self.decided.pop(cgroup, None)
 
+    def not_managed(self):
+        return [cgroup for cgroup, managed in self.decided.items() if not managed]
+
+    def forget(self, cgroup):
+        self.decided.pop(cgroup, None)
+
+    def resolved(self, cgroup):
+        return self.decided.get(cgroup)
+
     def new_epoch(self):
         self.epoch += 1
 
@@ -63,3 +72,27 @@ class Books:
 
     def move(self, pid, generation, levels):
         self.moved.append((pid, generation, levels))
+
+
+class PinnedBooks:
+    """A ledger with the methods that take_up() calls. `books` has the methods that an enforcer calls."""
+
+    def __init__(self, books):
+        self.books = books
+
+    def __getattr__(self, name):
+        return getattr(self.books, name)
+
+    def limits(self):
+        for cgroup, (bytes_, flags) in self.books.limits.items():
+            yield from ((cgroup, device, limit, flags) for device, limit in bytes_.items())
+
+    def tenants(self):
+        return list(self.books.limits)
+
+    def usage(self, _cgroup):
+        return []
+
+    @property
+    def times(self):
+        return SimpleNamespace(shares=lambda: {(c, d): s for c, by in self.books.shares.items() for d, s in by.items()})

@@ -17,34 +17,7 @@ from fgpu_ebpf.tenancy.overrides import Overrides
 from fgpu_ebpf.tenancy.pinned_levels import doubts, take_up
 from fgpu_ebpf.workloads.cgroups import TargetError, Workloads
 from tests.unit.policy_kit import GIB, Gpu, policies
-from tests.unit.tenancy.books_kit import Books
-
-
-class Ledger:
-    """A ledger with the methods that take_up() calls. `books` has the methods that an enforcer calls."""
-
-    def __init__(self, books):
-        self.books = books
-
-    def __getattr__(self, name):
-        return getattr(self.books, name)
-
-    def limits(self):
-        for cgroup, (bytes_, flags) in self.books.limits.items():
-            yield from ((cgroup, device, limit, flags) for device, limit in bytes_.items())
-
-    def tenants(self):
-        return list(self.books.limits)
-
-    def usage(self, _cgroup):
-        return []
-
-    def resolved(self, cgroup):
-        return self.books.decided.get(cgroup)
-
-    @property
-    def times(self):
-        return SimpleNamespace(shares=lambda: {(c, d): s for c, by in self.books.shares.items() for d, s in by.items()})
+from tests.unit.tenancy.books_kit import Books, PinnedBooks
 
 
 @pytest.fixture
@@ -66,7 +39,7 @@ def host(tmp_path):
         gone = GoneTenants(books)
         manager = Manager(workloads, enforcer, Overrides(file), [Gpu(0, usable_bytes=16 * GIB)], EventLog(), gone)
         manager.policies, manager.policies_unknown = policies(*([spec] if spec else [])), unknown
-        take_up(Ledger(books), manager, gone)
+        take_up(PinnedBooks(books), manager, gone)
         return manager
 
     def cgroup(name):
