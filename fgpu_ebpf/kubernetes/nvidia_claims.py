@@ -87,12 +87,13 @@ def of_pods(text: bytes) -> dict[str, list[Claim]]:
     return dict(found)
 
 
-def booked(text: bytes) -> dict[str, Mapping[str, int]]:
+def booked(text: bytes) -> dict[str, Mapping[str, int] | None]:
     """Return the bytes of each prepared claim by UUID of the device, by the UID of the claim. Raises ValueError.
 
     A device without a number is left out: it is the claim's alone, or the driver does not divide its memory (the
     scheduler then counts 0 bytes). A MIG device is left out, because its size is its limit. So are devices for virtual
-    machines. A claim that cannot be read, or has a size of an unknown kind of device, is left out as a whole.
+    machines. A claim that cannot be read, or has a size of an unknown kind of device, is None. A driver before version
+    2 of the file does not divide devices, so a claim of it without an allocation has none of these numbers.
 
     Source: `Checkpoint` and `PreparedClaimV2` (cmd/gpu-kubelet-plugin of kubernetes-sigs/dra-driver-nvidia-gpu).
     """
@@ -101,13 +102,16 @@ def booked(text: bytes) -> dict[str, Mapping[str, int]]:
         claims = ((versions.get("v2") or versions["v1"]).get("preparedClaims") or {}).items()
     except _FORMS as error:
         raise ValueError(f"has an unknown form: {type(error).__name__} {str(error)[:100]}") from error
-    found = {}
+    found: dict[str, Mapping[str, int] | None] = {}
     for uid, claim in claims:
         try:
-            if claim.get("checkpointState", _PREPARED) == _PREPARED:
+            if "v2" not in versions and (isinstance(claim, list) or "allocation" not in (claim.get("status") or {})):
+                found[uid] = {}
+            elif claim.get("checkpointState", _PREPARED) == _PREPARED:
                 found[uid] = _booked(claim)
         except _FORMS as error:
             log.error("%s: the claim %s has an unknown form: %r", DRIVER, shown(uid), error)
+            found[uid] = None
     return found
 
 
@@ -192,6 +196,7 @@ class NvidiaClaims:
         self._claims_file = _File(self._folder / "checkpoint.json")
         self._pods: dict[str, list[Claim]] = {}
         self._booked: dict[str, Mapping[str, int]] = {}  # by the UID of a claim
+        self._unread: set[str] = set()  # the UIDs of claims of an unknown form
         self._given: dict[str, _Given] = {}  # by the UID of a pod
         self._changed: set[str] = set()
         self._wakeup = Wakeup()
@@ -214,7 +219,9 @@ class NvidiaClaims:
     @property
     def fault(self) -> str:
         """The reason why bookings of new pods are not known; empty: they are, or NVIDIA's driver is not installed."""
-        return self._if_installed(self._pods_file.fault or self._claims_file.fault)
+        unread = next((c for claims in self._pods.values() for c in claims if c.uid in self._unread), None)
+        form = f"{self._claims_file.path} has an unknown form of {unread.name}" if unread else ""
+        return self._if_installed(self._pods_file.fault or self._claims_file.fault or form)
 
     def _pods_unknown(self) -> str:
         """Return why kubelet's file is not known; empty: it is, or NVIDIA's driver is not installed."""
@@ -295,7 +302,9 @@ class NvidiaClaims:
             self._claims_file.reject(str(error))
             return
         used = {claim.uid for claims in self._pods.values() for claim in claims}
-        self._booked = {uid: sizes for uid, sizes in self._booked.items() if uid in used} | new
+        known = {uid: sizes for uid, sizes in new.items() if sizes is not None}
+        self._booked = {uid: sizes for uid, sizes in self._booked.items() if uid in used} | known
+        self._unread = new.keys() - self._booked.keys()
         self._claims_file.fault = ""
 
     def _booking(self, uid: str) -> Booking | None:
@@ -310,7 +319,8 @@ class NvidiaClaims:
         total: dict[str, int] = defaultdict(int)
         for claim in claims:
             if claim.uid not in self._booked:
-                why = self._claims_file.fault or f"{self._claims_file.path} does not have it as prepared"
+                form = "has it in an unknown form" if claim.uid in self._unread else "does not have it as prepared"
+                why = self._claims_file.fault or f"{self._claims_file.path} {form}"
                 return Booking(source, {}, f"the size of {claim.name} of {DRIVER} is not known: {why}")
             for uuid, size in self._booked[claim.uid].items():
                 total[uuid] += size

@@ -291,27 +291,25 @@ def booking_notes(workload: Workload, devices: Iterable[Device]) -> Iterator[str
 
 
 def _memory(memory: Memory | None, workload: Workload, devices: Sequence[Device], notes: list[str]) -> dict[int, int]:
-    """Return the limits by ledger index. A booking has precedence over labels and, up to its `max`, over the policy."""
-    limits, booking = _by_policy(memory, workload, devices, notes), workload.booking
+    """Return the limits by ledger index. A booking has precedence over labels and, up to its `max`, over the policy.
+
+    The booking is the pod's: a container in the pod gets less if it asks for less.
+    """
+    is_pod, booking, obstacle = workload.is_pod, workload.booking, "" if memory else "the policy sets no memory limit"
+    asked = requests.memory(workload.labels, is_pod, obstacle, "", notes)
+    image = requests.memory(workload.image_asks, is_pod, obstacle, "the image's ", notes)
+    limits = {d.index: _bytes(memory, asked, image, d, notes) for d in devices} if memory else {}
+    asks = bool(limits) and not is_pod and (asked or image)
     notes += booking_notes(workload, devices)
     for device in devices if booking else ():
         size = booking and booked(booking, device)
         if size is None:
             continue
         most = _most(memory, device) if memory else size
-        limits[device.index] = min(size, most)
+        limits[device.index] = min(size, most, limits[device.index] if asks else most)
         if size > most:
             notes.append(f"the policy allows {memory_text(most)} of device {device.index}")
     return limits
-
-
-def _by_policy(
-    memory: Memory | None, workload: Workload, devices: Iterable[Device], notes: list[str]
-) -> dict[int, int]:  # fmt: skip
-    is_pod, obstacle = workload.is_pod, "" if memory else "the policy sets no memory limit"
-    asked = requests.memory(workload.labels, is_pod, obstacle, "", notes)
-    image = requests.memory(workload.image_asks, is_pod, obstacle, "the image's ", notes)
-    return {d.index: _bytes(memory, asked, image, d, notes) for d in devices} if memory else {}
 
 
 def _most(memory: Memory, device: Device) -> int:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from fgpu_ebpf.policy.rules import Decision, Device
+from fgpu_ebpf.policy.rules import Decision, Device, booked
 from fgpu_ebpf.policy.share_name import parse
 from fgpu_ebpf.tenancy.device_commitments import counts_by_device
 from fgpu_ebpf.tenancy.enforcer import Enforcer
@@ -21,6 +21,8 @@ def with_shares(
     decision: Decision, overrides: Iterable[Override], workloads: Workloads, devices: Iterable[Device]
 ) -> Decision:
     """Return a decision whose limits are at least the sum of the shares in a pod, up to the policy's `memory.max`.
+
+    On a device that the pod's claims determine, the limit stays.
 
     Args:
         decision: the decision about any workload. If the workload is no pod, it is returned as it is.
@@ -39,6 +41,8 @@ def with_shares(
     ]
     memory = dict(limits.memory)
     for device in (device for device in devices if device.index in memory):
+        if workload.booking and booked(workload.booking, device) is not None:
+            continue
         own = (amount for named, amount in shares if not named or device.uuid_text in named)
         total = sum(amount.of(device.usable_bytes) for amount in own)
         memory[device.index] = max(memory[device.index], min(total, policy.memory.most.of(device.usable_bytes)))

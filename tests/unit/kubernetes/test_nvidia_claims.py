@@ -15,6 +15,7 @@ from fgpu_ebpf import abi
 from fgpu_ebpf.check import Check
 from fgpu_ebpf.kubernetes import nvidia_claims
 from fgpu_ebpf.kubernetes.nvidia_claims import Claim, NvidiaClaims
+from fgpu_ebpf.policy.share_name import parse
 from fgpu_ebpf.tenancy.enforcer import Enforcer
 from fgpu_ebpf.tenancy.event_log import EventLog
 from fgpu_ebpf.tenancy.explain import explain
@@ -203,9 +204,9 @@ def test_a_device_of_another_kind_is_not_booked(kind: str) -> None:
     assert nvidia_claims.booked(claim_with(result, device)) == {A: {}}
 
 
-def test_a_claim_of_an_unknown_kind_of_device_is_left_out() -> None:
+def test_a_claim_of_an_unknown_kind_of_device_has_no_known_size() -> None:
     device = {"later": {"device": {"DeviceName": "gpu-0"}}}
-    assert nvidia_claims.booked(claim_with({"consumedCapacity": {"memory": "4Gi"}}, device)) == {}
+    assert nvidia_claims.booked(claim_with({"consumedCapacity": {"memory": "4Gi"}}, device)) == {A: None}
     assert nvidia_claims.booked(claim_with({}, device)) == {A: {}}
 
 
@@ -216,8 +217,24 @@ def test_a_claim_of_an_unknown_kind_of_device_is_left_out() -> None:
         {"device": "gpu-9", "consumedCapacity": {"memory": "4Gi"}},
     ],
 )  # fmt: skip
-def test_a_claim_in_an_unknown_form_is_left_out(result: dict[str, Any]) -> None:
-    assert nvidia_claims.booked(claim_with(result, {})) == {}
+def test_a_claim_in_an_unknown_form_has_no_known_size(result: dict[str, Any]) -> None:
+    assert nvidia_claims.booked(claim_with(result, {})) == {A: None}
+
+
+@pytest.mark.parametrize(
+    ("version", "claim", "found"),
+    [
+        ("v1", [{"devices": []}], {}),
+        ("v1", {"preparedDevices": []}, {}),
+        ("v1", {"status": {}, "preparedDevices": []}, {}),
+        ("v2", [{"devices": []}], None),
+        ("v2", {"status": {}, "preparedDevices": []}, None),
+    ],
+)
+def test_a_claim_of_a_driver_that_divides_no_device_is_not_booked(
+    version: str, claim: object, found: dict[str, int] | None
+) -> None:
+    assert nvidia_claims.booked(json.dumps({version: {"preparedClaims": {A: claim}}}).encode()) == {A: found}
 
 
 @pytest.mark.parametrize("text", [b"", b"{", b"[]", b"{}", b'{"Data": "{}"}', b'{"Data": "{\\"Entries\\": [{}]}"}'])
@@ -272,6 +289,20 @@ def test_a_claim_that_the_driver_does_not_have_gives_nothing_and_explain_says_wh
     assert agent.limits(PATH) == {0: 0, 1: 0}
     text = f"note: the size of dev/gpu-0b8f of {DRIVER} is not known: {node.claims_file} does not have it as prepared"
     assert text in agent.explained(PATH)
+
+
+def test_a_claim_in_an_unknown_form_gives_nothing_and_is_a_failed_check(agent: Agent, node: NvidiaNode) -> None:
+    node.use(A, POD)
+    node.prepare(A, "much")
+    agent.manager.consider([PATH])
+    agent.round()
+    assert agent.limits(PATH) == {0: 0, 1: 0}
+    text = f"note: the size of dev/gpu-0b8f of {DRIVER} is not known: {node.claims_file} has it in an unknown form"
+    assert text in agent.explained(PATH)
+    assert "unknown form of dev/gpu-0b8f" in agent.failed_checks[nvidia_claims.NAME].found
+    node.prepare(A, "4Gi")
+    agent.round()
+    assert (agent.limits(PATH), agent.failed_checks) == ({0: 4, 1: None}, {})
 
 
 def test_claims_of_a_pod_are_added_up_on_each_device(agent: Agent, node: NvidiaNode) -> None:
@@ -386,6 +417,28 @@ def test_an_unknown_claim_gets_nothing_from_a_policy_either(tmp_path: Path, node
     agent = Agent(tmp_path, Books(), POLICY)
     assert agent.limits(PATH) == agent.limits(CONTAINER) == {0: 0, 1: 0}
     assert agent.limits(OTHER_PATH) == {0: 8, 1: 8}
+
+
+@pytest.mark.parametrize(("share", "limit"), [("2gib", 2), ("6gib", 4)])
+def test_a_share_of_a_container_does_not_raise_the_limit_of_the_claim(
+    tmp_path: Path, node: NvidiaNode, share: str, limit: int
+) -> None:
+    """The other device has no claim: there the policy and its `max` apply."""
+    node.use(A, POD)
+    node.prepare(A, "4Gi")
+    agent = Agent(tmp_path, Books(), POLICY)
+    agent.manager.share(CONTAINER, parse(share))
+    agent.manager.consider([PATH])
+    assert agent.limits(PATH) == {0: 4, 1: 8}
+    assert agent.limits(CONTAINER) == {0: limit, 1: int(share[0])}
+
+
+def test_a_share_gets_nothing_from_an_unknown_claim(tmp_path: Path, node: NvidiaNode) -> None:
+    node.use(A, POD)
+    agent = Agent(tmp_path, Books(), POLICY)
+    agent.manager.share(CONTAINER, parse("2gib"))
+    agent.manager.consider([PATH])
+    assert agent.limits(PATH) == agent.limits(CONTAINER) == {0: 0, 1: 0}
 
 
 def test_a_limit_by_hand_has_precedence_and_compute_time_by_hand_keeps_the_claim(
