@@ -211,7 +211,7 @@ class NvidiaClaims:
         return self._wakeup.fileno()
 
     def take(self) -> list[str]:
-        """Return the paths of the cgroups whose bookings have changed since the last call."""
+        """Return the paths of the cgroups with other bookings than at the last call."""
         self._wakeup.clear()
         found, self._changed = self._changed, set()
         return sorted(found)

@@ -23,7 +23,7 @@
 #define EXPORT __attribute__((visibility("default")))
 #define HIDDEN __attribute__((visibility("hidden")))
 #define LIKELY(x) __builtin_expect(!!(x), 1)
-#define COLD __attribute__((cold)) /* small, not fast: runs at most once a second */
+#define COLD __attribute__((cold)) /* small, not fast: runs rarely */
 #define FGPU_SECOND_NS 1000000000ULL
 
 /* -- clock.c */

@@ -77,22 +77,21 @@ static CUresult create_array(create *driver, void *handle, const void *descripto
     while (fgpu_attempt(&request)) request.result = driver(handle, descriptor, levels);
     return request.result;
 }
-#define CREATE_ARRAY(name, handle, descriptor, shape, levels, kind)                                                    \
-    return create_array((create *)(void *)REAL(name), handle, descriptor, &(shape), levels, kind)
+#define DRIVER(name) ((create *)(void *)REAL(name))
 
 EXPORT CUresult cuArrayCreate_v2(CUarray *pHandle, const CUDA_ARRAY_DESCRIPTOR *pAllocateArray)
 {
     struct shape shape = {0};
     const CUDA_ARRAY_DESCRIPTOR *d = pAllocateArray;
     if (d) shape = shape_2d(d->Width, d->Height, d->Format, d->NumChannels);
-    CREATE_ARRAY(cuArrayCreate_v2, pHandle, d, shape, 1, WITNESSED);
+    return create_array(DRIVER(cuArrayCreate_v2), pHandle, d, &shape, 1, WITNESSED);
 }
 
 EXPORT CUresult cuArray3DCreate_v2(CUarray *pHandle, const CUDA_ARRAY3D_DESCRIPTOR *pAllocateArray)
 {
     struct shape shape = {0};
     if (pAllocateArray) shape = shape_3d(pAllocateArray);
-    CREATE_ARRAY(cuArray3DCreate_v2, pHandle, pAllocateArray, shape, 1, WITNESSED);
+    return create_array(DRIVER(cuArray3DCreate_v2), pHandle, pAllocateArray, &shape, 1, WITNESSED);
 }
 
 EXPORT CUresult cuMipmappedArrayCreate(CUmipmappedArray *pHandle, const CUDA_ARRAY3D_DESCRIPTOR *pMipmappedArrayDesc,
@@ -100,7 +99,8 @@ EXPORT CUresult cuMipmappedArrayCreate(CUmipmappedArray *pHandle, const CUDA_ARR
 {
     struct shape shape = {0};
     if (pMipmappedArrayDesc) shape = shape_3d(pMipmappedArrayDesc);
-    CREATE_ARRAY(cuMipmappedArrayCreate, pHandle, pMipmappedArrayDesc, shape, numMipmapLevels, WITNESSED);
+    return create_array(DRIVER(cuMipmappedArrayCreate), pHandle, pMipmappedArrayDesc, &shape, numMipmapLevels,
+                        WITNESSED);
 }
 
 EXPORT CUresult cuArrayCreate(CUarray *pHandle, const CUDA_ARRAY_DESCRIPTOR_v1 *pAllocateArray)
@@ -108,7 +108,7 @@ EXPORT CUresult cuArrayCreate(CUarray *pHandle, const CUDA_ARRAY_DESCRIPTOR_v1 *
     struct shape shape = {0};
     const CUDA_ARRAY_DESCRIPTOR_v1 *d = pAllocateArray;
     if (d) shape = shape_2d(d->Width, d->Height, d->Format, d->NumChannels);
-    CREATE_ARRAY(cuArrayCreate, pHandle, d, shape, 1, UNWITNESSED);
+    return create_array(DRIVER(cuArrayCreate), pHandle, d, &shape, 1, UNWITNESSED);
 }
 
 EXPORT CUresult cuArray3DCreate(CUarray *pHandle, const CUDA_ARRAY3D_DESCRIPTOR_v1 *pAllocateArray)
@@ -116,5 +116,5 @@ EXPORT CUresult cuArray3DCreate(CUarray *pHandle, const CUDA_ARRAY3D_DESCRIPTOR_
     struct shape shape = {0};
     const CUDA_ARRAY3D_DESCRIPTOR_v1 *d = pAllocateArray;
     if (d) shape = (struct shape){d->Width, d->Height, d->Depth, d->Format, d->NumChannels, d->Flags};
-    CREATE_ARRAY(cuArray3DCreate, pHandle, d, shape, 1, UNWITNESSED);
+    return create_array(DRIVER(cuArray3DCreate), pHandle, d, &shape, 1, UNWITNESSED);
 }

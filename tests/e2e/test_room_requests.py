@@ -29,7 +29,7 @@ def test_the_file_s_tests_pass_on_a_small_device() -> None:
 
 @pytest.fixture
 def pair(turns: Cgroups) -> tuple[tuple[Tenant, Holder], tuple[Tenant, Holder]]:
-    """Return alice, who holds BYTES, and bob, who has a context and HELD: both fit on the device."""
+    """Return alice with BYTES, and bob with a context and HELD: both fit on the device."""
     bob = turns.named("bob")
     program = Holder(bob, "h1")
     bob._programs.append(program)

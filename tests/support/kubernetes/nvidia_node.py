@@ -30,7 +30,7 @@ class NvidiaNode:
         self._write()
 
     def use(self, claim: str, pod: str) -> None:
-        """Write what kubelet writes before it asks the driver: the pod uses the claim, whose UID is its name too."""
+        """Write what kubelet writes before it asks the driver: the pod uses the claim, and its name is its UID."""
         entry = {"ClaimUID": claim, "ClaimName": f"gpu-{claim[:4]}", "Namespace": "dev", "PodUIDs": {}}
         self._entries.setdefault(claim, entry | {"DriverState": {DRIVER: {"Devices": []}}})["PodUIDs"][pod] = {}
         self._write()
