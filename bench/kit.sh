@@ -28,7 +28,9 @@ pack() {
     (cd "$1/debs" && apt-get download -qq -o APT::Sandbox::User=root libbpfcc python3-bpfcc libllvm14 libclang-cpp14 \
         libbpf1 libedit2 libbsd0 libmd0 libxml2 libicu72 libtinfo6 libelf1 libz3-4 libdebuginfod1 libffi8)
     for deb in "$1"/debs/*.deb; do dpkg -x "$deb" "$1/bcc"; done
-    rm -r "$1/debs" "$1/bcc/usr/share" # of the packages only the shared objects and BCC's Python package are needed
+    # Of the packages, only the shared objects that BCC links and its Python package are needed.
+    rm -r "$1/debs" "$1/bcc/usr/share"
+    find "$1/bcc" -name 'libicui18n*' -delete -o -name 'libicuio*' -delete -o -name 'libicut*' -delete
     tar -C "$1/bcc" --use-compress-program 'xz -T0 --x86 --lzma2=dict=64MiB' -cf "$1/bcc.tar.xz" .
     rm -r "$1/bcc"
     "$root/.venv/bin/python" -c '

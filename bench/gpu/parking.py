@@ -1,18 +1,21 @@
-"""The claims `parked`, `sizes` and `idle`.
+"""The claims `parked`, `sizes`, `idle`, `room` and `full`.
 
 `parked`: a torch program is parked by `fgpu park`, and each kind of call wakes it with its data. `sizes`: the time to
 park and wake programs of several sizes, beside that of the driver's functions alone. `idle`: programs are parked by
 their policy when they are idle, and only then. `room`: two tenants that do not fit on the device use it in turn.
+`full`: a request that finds the device full waits while an idle tenant is parked for it.
 """
 
 from __future__ import annotations
 
 import ast
+import contextlib
 import os
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +57,7 @@ memory = mmap.mmap(-1, size)
 ctypes.memset(ctypes.addressof(ctypes.c_char.from_buffer(memory)), 1, size)
 """
 AFTER, HELD = 10, 8
+STAYS = 12  # a little longer than a tenant stays after it was busy
 POLICY = """
 apiVersion: fgpu.dev/v1alpha1
 kind: GpuPolicy
@@ -61,7 +65,7 @@ metadata: {{name: idle}}
 spec: {{selector: {{cgroup: ["{paths}"]}}, memory: {{limit: {limit}B, park: {{after: {after}}}}}}}
 """
 SCRIPT = """
-import sys, threading, torch
+import ctypes as C, sys, threading, torch
 data = [torch.full((1 << 30,), i % 200, dtype=torch.uint8, device="cuda") for i in range(int(sys.argv[1]))]
 x, done, graph = torch.zeros(1 << 20, device="cuda"), torch.cuda.Event(enable_timing=True), torch.cuda.CUDAGraph()
 with torch.cuda.stream(torch.cuda.Stream()): x += 1
@@ -75,6 +79,15 @@ def replay():
     torch.cuda.synchronize()
     return True
 def silent(value): return True
+driver, at, pinned = C.CDLL("libcuda.so.1"), C.c_uint64(), (C.c_int * 8)(1, 0, 1)
+def result(call, size):
+    if call == "cuMemAlloc": found, free = driver.cuMemAlloc_v2(C.byref(at), size), driver.cuMemFree_v2
+    if call == "cuMemCreate":
+        found, free = driver.cuMemCreate(C.byref(at), size, pinned, C.c_uint64()), driver.cuMemRelease
+    if call == "cuMemAllocAsync":
+        found = driver.cuMemAllocAsync(C.byref(at), size, None)
+        free = lambda pointer: driver.cuMemFreeAsync(pointer, None) or driver.cuStreamSynchronize(None)
+    return found or free(at)
 def sleeps(seconds): torch.cuda._sleep(int(seconds * 1e9))
 def launched(seconds): return silent(sleeps(seconds))
 def waiting(seconds):
@@ -215,14 +228,24 @@ def _under_policy(service: Service, place: Place, names: tuple[str, ...], after:
     return tenants
 
 
+@contextlib.contextmanager
+def _all_but(free: int) -> Iterator[None]:
+    """Have a program without a limit hold the device's memory except these bytes."""
+    rest = str(nvml.bytes_in_all() - nvml.bytes_in_use() - free)
+    with subprocess.Popen([PYTHON, "-c", REST, rest], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holds:
+        assert holds.stdout
+        need(holds.stdout.readline() == b"ready\n", f"a program holds all but {free} bytes")
+        try:
+            yield
+        finally:
+            holds.terminate()
+
+
 def room(service: Service, place: Place) -> None:
     """Let a program without a limit hold most of the device, and two tenants of 20 GiB use the rest in turn."""
     with tempfile.TemporaryDirectory() as folder, parking(service, Path(folder), "park"):
         tenants = [*_under_policy(service, place, ("first", "second"), "1h").values()]
-        rest = str(nvml.bytes_in_all() - nvml.bytes_in_use() - 30 * GIB)
-        with subprocess.Popen([PYTHON, "-c", REST, rest], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holds:
-            assert holds.stdout
-            need(holds.stdout.readline() == b"ready\n", "a program holds all but 30 GiB")
+        with _all_but(30 * GIB):
             pair = [(tenants[0], Torch(tenants[0], 20))]
             _park(tenants[0])
             pair.append((tenants[1], Torch(tenants[1], 20)))
@@ -233,7 +256,27 @@ def room(service: Service, place: Place) -> None:
                 say("switch", f"{time.monotonic() - began:.1f}", "s, 10 s of which the other tenant stays")
                 need((state(tenant), state(other)) == ("running", "parked"), "the other one is parked")
                 pair.reverse()
-            holds.terminate()
+
+
+def full(service: Service, place: Place) -> None:
+    """Let a tenant request 12 GiB of a device of which an idle tenant holds 20 GiB, and others all but 10 GiB."""
+    with tempfile.TemporaryDirectory() as folder, parking(service, Path(folder), "park"):
+        first, second = _under_policy(service, place, ("first", "second"), "1h").values()
+        with _all_but(30 * GIB):
+            holds, asks = Torch(first, 20), Torch(second, 1)
+            for number, call in enumerate(("cuMemAlloc", "cuMemCreate", "cuMemAllocAsync"), 1):
+                line = f"result('{call}', C.c_size_t({12 * GIB}))"
+                need(holds.do("intact()"), "the other tenant is busy")
+                began = time.monotonic()
+                need(asks.do(line) == 2, f"{call}: refused")
+                say("refused_after", f"{time.monotonic() - began:.2f}", "s")
+                time.sleep(STAYS)
+                began = time.monotonic()
+                need(asks.do(line, 120) == 0, f"{call}: has its memory")
+                say("waited", f"{time.monotonic() - began:.1f}", "s")
+                need((state(first), _parks({"": first})[""]) == ("parked", number), "the other tenant is parked")
+                need(holds.do("intact()", 120), "a call wakes it with its data")
+            need(asks.do("intact()"), "the data of the tenant that waited is intact")
 
 
 def idle(service: Service, place: Place) -> None:
