@@ -30,13 +30,16 @@
 #include <string.h>
 #include <sys/syscall.h>
 #include <sys/wait.h>
+#include <time.h>
 #include <unistd.h>
 
 #define SLOTS 48
 #define GRANULE (2ULL << 20)
 #define MOST_THREADS 8
 #define CHILD_SECONDS 30
-#define NOWHERE 8 /* an address that nothing is ever mapped at */
+#define WAIT_NS 100000000LL         /* a call that takes longer has waited: for room, or for a child */
+#define MOST_WAITS_NS 20000000000LL /* of a thread in one round, see live() */
+#define NOWHERE 8                   /* an address that nothing is ever mapped at */
 
 /* clang-format off */
 #define DRIVER(X)                                                                                                      \
@@ -367,17 +370,38 @@ static void give(struct life *life, struct slot *slot)
     *slot = (struct slot){0};
 }
 
-/* At the end, the driver has released all memory that was freed in streams, and a call that the thread has left is
- * settled by its exit. */
+static long long now_ns(void)
+{
+    struct timespec now;
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    return now.tv_sec * 1000000000LL + now.tv_nsec;
+}
+
+/* Takes memory, and returns for how long the call waited. */
+static long long take_or_wait(struct life *life, struct slot *slot)
+{
+    long long begun = now_ns();
+    take(life, slot);
+    long long took_ns = now_ns() - begun;
+    return took_ns < WAIT_NS ? 0 : took_ns;
+}
+
+/* In a full tenant each request may wait for a second, so a thread that has waited for MOST_WAITS_NS allocates nothing
+ * more in this round. At the end, the driver has released all memory that was freed in streams, and a call that the
+ * thread has left is settled by its exit. */
 static void *live(void *argument)
 {
     struct life *life = argument;
     bool pools = has_pools();
+    long long waited_ns = 0;
     cu.cuCtxSetCurrent(primary[life->device]);
     if (pools) cu.cuStreamCreate(&stream, CU_STREAM_NON_BLOCKING);
     for (uint64_t i = 0; i < goal; i++) {
         struct slot *slot = &life->slots[draw(life, SLOTS)];
-        slot->kind == NOTHING ? take(life, slot) : give(life, slot);
+        if (slot->kind != NOTHING)
+            give(life, slot);
+        else if (waited_ns < MOST_WAITS_NS)
+            waited_ns += take_or_wait(life, slot);
     }
     if (pools) synchronize();
     if (pools) cu.cuStreamDestroy_v2(stream);
