@@ -78,24 +78,28 @@ class Corrections:
 
         NVML lists only processes with a context. A process that has a context and is not listed keeps its charge until
         its memory counts as gone, as after the loss or a reset of the device. A process without a context keeps its
-        witnessed bytes, because its handles and pools are on the device, in no row.
+        handles and pools, which are on the device, in no row. It keeps other witnessed bytes until they count as gone:
+        no probe has recorded its context, if the process is older than the probes.
         """
         if tgid in sample.rows:
             return sample.rows[tgid]
         if process.bytes[device] and not _is_alive(tgid):
             return None
+        is_gone = self._gone.get((tgid, process.generation, device), 0) >= GONE
         if process.contexts[device]:
-            return 0 if self._gone.get((tgid, process.generation, device), 0) >= GONE else None
-        return max(0, process.witnessed(device))
+            return 0 if is_gone else None
+        charged = 0 if is_gone else process.bytes[device] - process.managed[device]
+        return max(0, min(process.witnessed(device), max(_outlasting(process, device), charged)))
 
     def _look_for_the_unnamed(self, device: int, sample: Sample) -> None:
-        """Count, for each unlisted process with a context, the consecutive passes in which its memory is not in use.
+        """Count, for each unlisted process, the consecutive passes in which memory of its contexts is not in use.
 
         Its memory is not in use if fewer bytes are in use beyond all rows than probes counted for the process.
         """
         unnamed = {
             tgid: process for tgid, process in sample.processes.items()
-            if process.contexts[device] and tgid not in sample.rows and not process.is_parked
+            if (process.contexts[device] or process.witnessed(device) > _outlasting(process, device))
+            and tgid not in sample.rows and not process.is_parked
         }  # fmt: skip
         left = self._left(device, sample) if unnamed else None
         counts = {life: n for life, n in self._gone.items() if life[2] != device}
@@ -175,6 +179,11 @@ def overhead_for(exact: int, pool: int, gone: int = 0) -> int:
         gone: the part of the overhead below 0 for memory that was freed with contexts; 0 or less.
     """
     return max(exact, min(gone, exact + pool))
+
+
+def _outlasting(process: Process, device: int) -> int:
+    """Return the witnessed bytes that outlive contexts."""
+    return process.handles[device] + process.pool[device]
 
 
 def _is_alive(tgid: int) -> bool:

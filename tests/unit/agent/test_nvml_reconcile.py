@@ -710,6 +710,20 @@ def test_memory_of_an_unlisted_process_that_the_device_cannot_hold_is_no_longer_
         assert books.entry.bytes[0] == kept
 
 
+@pytest.mark.parametrize(("in_use", "kept"), [(287 * MIB, 160 * MIB), (288 * MIB, 288 * MIB), (None, 288 * MIB)])
+def test_pointers_of_an_adopted_process_end_with_its_context(in_use, kept):
+    """No probe has recorded the context. Handles outlive it."""
+    entry = replace(process(288 * MIB), contexts=(0,) * 16, handles=one(160 * MIB))
+    books, taken = Books(entry), [in_use]
+    looks = reconciler(books, {}, lambda: taken[0])
+    for _ in range(GONE - 1):
+        looks.look()
+        assert books.entry.bytes[0] == 288 * MIB
+    for taken[0] in (in_use, in_use, None):
+        looks.look()
+        assert books.entry.bytes[0] == kept
+
+
 def test_each_end_of_a_context_lowers_the_charge_to_nvml_s_value_exactly_once():
     """Pool bytes that the driver has freed stay charged, except those that ended with a context."""
     books, rows = Books(replace(process(900 * MIB, pool=300 * MIB), ended=one(1))), {ME: 700 * MIB}
