@@ -20,6 +20,7 @@
 #include "parking.bpf.h"
 #include "admission.bpf.h"
 #include "witness.bpf.h"
+#include "contexts.bpf.h"
 #include "settle.bpf.h"
 #include "calls.bpf.h"
 #include "ends.bpf.h"

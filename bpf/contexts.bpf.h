@@ -1,0 +1,100 @@
+/* contexts.bpf.h: contexts that begin and end, and the memory that ends with the last of them. */
+
+/* The effects of a successful call: bytes freed on its device, bytes that it released and that the device may still
+ * hold, and whether there is a new handle. */
+struct outcome {
+    u64 freed, orphaned;
+    u64 bytes, owner;
+    int new;
+};
+
+/* Make handles, pools and overhead add up to the charge again, after the last context has ended. If the process did not
+ * use all bytes of its pools, the charge may be smaller than handles and pools: then the unused bytes leave the pools,
+ * so that the process cannot release them a second time, from the charge of its handles. */
+static void drop_unused(struct fgpu_process *p, u32 device, u64 left)
+{
+    struct fgpu_holding *has = on(p, device);
+    u64 pool = has->pool, handles = has->vmm, most = left > handles ? left - handles : 0;
+    if (pool > most && __sync_val_compare_and_swap(&has->pool, pool, most) == pool) pool = most;
+    if (left < handles + pool) add_overhead(p, device, left - handles - pool);
+}
+
+/* The last context of a device was destroyed, with all memory of the device's contexts. Handles and pools remain, and
+ * so does memory that other processes may have open. Imported handles remain too. They are in the overhead, and without
+ * a context no row of NVML shows them. */
+static u64 end_last_context(struct fgpu_process *p, u32 device, struct outcome *out)
+{
+    struct fgpu_holding *has = on(p, device);
+    u64 kept = has->vmm + has->pool, bytes = has->bytes, managed = has->managed;
+    u64 open = p->flags & (FGPU_SEEN_EXPORT | FGPU_SEEN_IMPORT) ? bytes : has->exported;
+    has->overhead = 0;
+    has->exported = 0;
+    has->managed = 0;
+    has->era++;
+    free_managed(p, device, managed);
+    if (bytes < kept) drop_unused(p, device, bytes);
+    bytes = bytes > kept ? bytes - kept : 0;
+    if (open > bytes) open = bytes;
+    out->orphaned = open;
+    return bytes - open;
+}
+
+/* A context was destroyed. If it is not the last, its own bytes are released at once; NVML shows how much memory was
+ * allocated in it. */
+static u64 end_context(struct fgpu_process *p, u32 device, struct outcome *out)
+{
+    device &= DEVICE_MASK;
+    s64 left = one_less(&on(p, device)->contexts);
+    if (left < 0) return 0;
+    if (!left) return end_last_context(p, device, out);
+    u64 *known = contexts.lookup(&device);
+    s64 overhead = on(p, device)->overhead, own = known ? *known : 0;
+    __sync_fetch_and_add(&on(p, device)->ended, 1);
+    if (own > overhead) own = overhead;
+    if (own <= 0) return 0;
+    add_overhead(p, device, -own);
+    return own;
+}
+
+static u64 end_primary(struct fgpu_process *p, u32 device, struct outcome *out)
+{
+    device &= DEVICE_MASK;
+    if (!__sync_val_compare_and_swap(&on(p, device)->primary, 1, 0)) return 0;
+    return end_context(p, device, out);
+}
+
+/* A context was created. Its bytes are overhead: reconcile corrects them. */
+static void begin_context(struct fgpu_process *p, struct fgpu_call *f)
+{
+    u32 device = f->device & DEVICE_MASK;
+    add_overhead(p, device, f->bytes);
+    __sync_fetch_and_add(&on(p, device)->contexts, 1);
+    p->last_device = device;
+}
+
+/* The primary context was retained. The first reference creates the context. Otherwise another thread was first, or the
+ * context existed already: then the admitted bytes are released. The reference itself was counted before the driver
+ * counted it: otherwise a thread that releases its reference in between would treat it as the last one. */
+static u64 retained(struct fgpu_process *p, struct fgpu_call *f)
+{
+    u32 device = f->device & DEVICE_MASK;
+    if (__sync_val_compare_and_swap(&on(p, device)->primary, 0, 1)) return f->bytes;
+    begin_context(p, f);
+    return 0;
+}
+
+static u64 device_of_ordinal(struct fgpu_process *p, struct fgpu_allocation_key *key, u32 ordinal)
+{
+    key->space = FGPU_SPACE_CONTEXT;
+    key->handle = ordinal;
+    struct fgpu_allocation *a = allocations.lookup(key);
+    return (a ? a->device : ordinal) & DEVICE_MASK;
+}
+
+/* Return the handle that the call returned: its first argument points to it. */
+static u64 given(struct fgpu_call *f)
+{
+    u64 handle = 0;
+    bpf_probe_read_user(&handle, sizeof(handle), (void *)f->arguments[0]);
+    return handle;
+}
