@@ -199,8 +199,8 @@ int give_back(struct pt_regs *ctx)
         if (__sync_val_compare_and_swap(&on(p, device)->pool, was, was - less) != was) continue;
         if (less < bytes) anomaly(FGPU_ANOMALY_RELEASE);
         less = charged_part(p, device, less);
-        if (p->flags & (FGPU_SEEN_POOL_EXPORT | FGPU_SEEN_EXPORT))
-            orphan_part(p, tgid, device, less); /* an importer may have the memory open */
+        if (p->flags & (FGPU_SEEN_POOL_EXPORT | FGPU_SEEN_EXPORT) || opens_now(p) || !on(p, device)->contexts)
+            orphan_part(p, tgid, device, less); /* an importer may have the memory open, or no row of NVML shows it */
         else
             release(p, device, less);
         break;

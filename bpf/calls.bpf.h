@@ -42,6 +42,7 @@ static void entered(struct pt_regs *ctx, struct fgpu_process *p, u32 tgid, struc
     now.device = forget(now.device, any);
     u64 lost = settles ? take_over(p, &t->admission, &now) : 0;
     if (now.device >= FGPU_DEVICES) now.device = p->last_device & DEVICE_MASK;
+    begin_opening(p, &now);
     if (!now.bytes) now.admitted = (now.admitted & BELOW_ERA) | era_of(p, now.device);
     if (frees(now.function))
         take_entry(p, tgid, &now, is_trusted(cookie));
@@ -123,6 +124,7 @@ int call_return(struct pt_regs *ctx)
         if ((u32)PT_REGS_RC(ctx) == OUT_OF_MEMORY && f.bytes) device_full(p, f.device, operation_of(&f), f.bytes);
         put_back(p, tgid, &f);
     }
+    end_opening(p, &f);
     quiet(p, t);
     return 0;
 }

@@ -20,13 +20,17 @@ static void drop_unused(struct fgpu_process *p, u32 device, u64 left)
 }
 
 /* The last context of a device was destroyed, with all memory of the device's contexts. Handles and pools remain, and
- * so does memory that other processes may have open. Imported handles remain too. They are in the overhead, and without
- * a context no row of NVML shows them. */
+ * so does memory that other processes may have open. Imported handles remain too, and pools that grew without an
+ * admission. They are in the overhead, and without a context no row of NVML shows them. So the overhead beyond the
+ * size of a context is orphaned. */
 static u64 end_last_context(struct fgpu_process *p, u32 device, struct outcome *out)
 {
     struct fgpu_holding *has = on(p, device);
     u64 kept = has->vmm + has->pool, bytes = has->bytes, managed = has->managed;
-    u64 open = p->flags & (FGPU_SEEN_EXPORT | FGPU_SEEN_IMPORT) ? bytes : has->exported;
+    u64 open = p->flags & (FGPU_SEEN_EXPORT | FGPU_SEEN_IMPORT) || opens_now(p) ? bytes : has->exported;
+    u64 *known = contexts.lookup(&device);
+    s64 unknown = has->overhead - (s64)(known ? *known : 0);
+    if (unknown > 0) open += unknown;
     has->overhead = 0;
     has->exported = 0;
     has->managed = 0;

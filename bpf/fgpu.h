@@ -301,9 +301,9 @@ struct fgpu_holding { /* of a process on one device; the fields that every alloc
     __u64 bytes;      /* all bytes that are charged, including those below */
     __s64 charged[2]; /* the part of `bytes` that is charged at the levels of either side */
     __u32 era;        /* incremented when the last context is destroyed: older allocations no longer exist */
-    __u32 spare0;
-    __u64 vmm;     /* outlives contexts */
-    __u64 managed; /* NVML never shows these bytes */
+    __u32 openings;   /* calls that may open memory: on device 0 those that have begun, on device 1 those over */
+    __u64 vmm;        /* outlives contexts */
+    __u64 managed;    /* NVML never shows these bytes */
     __u64 pool;
     __s64 overhead; /* contexts, modules, rounding: bytes known only from NVML; may be negative */
     __u64 contexts; /* 64 bits, like every number that several threads change and base decisions on */
@@ -447,7 +447,8 @@ struct fgpu_call { /* the driver call in which a thread is; function 0: none */
     __u32 device;
     __u32 admitted; /* bit 0: an admission preceded the call; from bit 8 on: the era, as in an admission */
     __u64 references;
-    __u64 exported;
+    __u64 exported;  /* as in fgpu_allocation; from bit 32 on: the process's openings that were over at the entry. Of a
+                        call that may open memory: 1 */
     __u64 uncovered; /* bytes without an admission */
 };
 struct fgpu_thread { /* threads: pid_tgid -> its entry; created once, deleted when the thread exits */

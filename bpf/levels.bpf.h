@@ -66,6 +66,26 @@ static int is_of_era(struct fgpu_process *p, u32 device, u32 word)
     return !era || era == era_of(p, device);
 }
 
+#define OPENINGS_BEGUN 0
+#define OPENINGS_OVER 1
+
+/* Count `n` calls that may open memory: at their entry, and when their result is recorded. `openings` is the upper half
+ * of the word that is added to. */
+static void count_opening(struct fgpu_process *p, u32 at, u64 n)
+{
+    if (UNLIKELY(n)) __sync_fetch_and_add((u64 *)&on(p, at)->era, n << 32);
+}
+static u32 openings(struct fgpu_process *p, u32 at) { return *(volatile u32 *)&on(p, at)->openings; }
+static int opens_now(struct fgpu_process *p) { return openings(p, OPENINGS_OVER) != openings(p, OPENINGS_BEGUN); }
+
+/* Return whether memory that this call has freed may still be in use: 0 if not. A call that overlaps it may have opened
+ * the memory before the driver freed it, and found no entry, or has not been recorded yet. There is no branch, because
+ * this is called in a loop. */
+static u64 may_be_open(struct fgpu_process *p, struct fgpu_call *f)
+{
+    return (p->flags & FGPU_SEEN_EXPORT) | (f->exported >> 32 ^ openings(p, OPENINGS_BEGUN));
+}
+
 static void add_overhead(struct fgpu_process *p, u32 device, u64 bytes)
 {
     __sync_fetch_and_add((u64 *)&on(p, device)->overhead, bytes);

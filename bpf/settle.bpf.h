@@ -100,7 +100,7 @@ static void drop_reference(struct fgpu_process *p, struct fgpu_call *f, struct f
     delete_allocation(key, a);
     subtract(&on(p, f->device)->vmm, bytes);
     if (exported) subtract(&on(p, f->device)->exported_vmm, bytes);
-    if (exported || p->flags & FGPU_SEEN_EXPORT)
+    if (forget(exported | may_be_open(p, f), p->generation))
         out->orphaned += bytes;
     else
         out->freed += bytes;
@@ -186,8 +186,9 @@ static u64 late_bytes(struct fgpu_process *p, struct fgpu_call *f)
 static u64 freed(struct fgpu_process *p, struct fgpu_call *f, u64 *orphaned, int trusted)
 {
     int handle = f->function == FGPU_FUNCTION_RELEASE;
-    lower_parts(p, f->device, f->bytes, handle, f->arguments[2], f->exported);
-    if (trusted && !f->exported && !(p->flags & FGPU_SEEN_EXPORT)) return f->bytes;
+    u32 exported = f->exported;
+    lower_parts(p, f->device, f->bytes, handle, f->arguments[2], exported);
+    if (trusted && !exported && !may_be_open(p, f)) return f->bytes;
     *orphaned = f->bytes;
     return 0;
 }
@@ -203,8 +204,8 @@ static void exported(struct fgpu_process *p, struct fgpu_allocation_key *key, u3
         note(p, FGPU_SEEN_EXPORT);
         return;
     }
-    if (a->exported) return;
-    a->exported = 1;
+    if (__sync_val_compare_and_swap(&a->exported, 0, 1)) return;
+    if (!*(volatile u64 *)&a->references) note(p, FGPU_SEEN_EXPORT); /* a free may have read the entry before */
     u64 *sum = space == FGPU_SPACE_HANDLE ? &on(p, a->device)->exported_vmm : &on(p, a->device)->exported;
     __sync_fetch_and_add(sum, a->bytes);
 }

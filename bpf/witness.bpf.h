@@ -9,6 +9,33 @@ static int takes(u64 function)
 
 static int frees(u64 function) { return function >= FGPU_FUNCTION_FREE && function <= FGPU_FUNCTION_DESTROY; }
 
+#define OPENS                                                                                                          \
+    (1ULL << FGPU_FUNCTION_MAP | 1ULL << FGPU_FUNCTION_RETAIN_HANDLE | 1ULL << FGPU_FUNCTION_EXPORT |                  \
+     1ULL << FGPU_FUNCTION_EXPORT_POINTER | 1ULL << FGPU_FUNCTION_EXPORT_RANGE | 1ULL << FGPU_FUNCTION_EXPORT_POOL)
+
+/* Return 1 if a call may create a reference to memory, or let other processes open it, else 0. There is no comparison,
+ * because the verifier would follow each both ways. */
+static u64 opens(u64 function)
+{
+    u64 all = OPENS;
+    __asm__ volatile("" : "+r"(all));
+    return all >> (function & 63) & 1;
+}
+
+/* Count a call that may open memory. Another call stores how many of them are over, before it reads any entry: their
+ * results are recorded. */
+static void begin_opening(struct fgpu_process *p, struct fgpu_call *f)
+{
+    u64 is_opening = opens(f->function);
+    f->exported = is_opening | (u64)openings(p, OPENINGS_OVER) << 32;
+    count_opening(p, OPENINGS_BEGUN, is_opening);
+}
+
+static void end_opening(struct fgpu_process *p, struct fgpu_call *f)
+{
+    count_opening(p, OPENINGS_OVER, opens(f->function) & f->exported);
+}
+
 /* Return whether a library is trusted. A library that the tenant brought may report frees that did not happen. */
 static int is_trusted(u64 cookie) { return cookie >> FGPU_CLASS_SHIFT != FGPU_CLASS_UNKNOWN; }
 
@@ -31,7 +58,7 @@ static void enter_again(struct fgpu_process *p, u32 tgid, struct fgpu_call *f)
                                     .era = on(p, f->device)->era,
                                     .references = f->references,
                                     .owner = f->arguments[2],
-                                    .exported = f->exported};
+                                    .exported = (u32)f->exported};
     struct fgpu_allocation *there = allocations.lookup(&key);
     if (there)
         __sync_fetch_and_add(&there->references, f->references);
@@ -109,7 +136,7 @@ static void give_up(struct fgpu_process *p, u32 tgid, struct fgpu_call *f)
         return;
     case FGPU_FUNCTION_MAP:
         hold_handle(p, tgid, f->arguments[2]);
-        return;
+        break;
     case FGPU_FUNCTION_RETAIN: /* its reference is counted already */
         make_primary(p, f->device);
         break;
@@ -118,6 +145,7 @@ static void give_up(struct fgpu_process *p, u32 tgid, struct fgpu_call *f)
     case FGPU_FUNCTION_CONTEXT_V4:
         __sync_fetch_and_add(&on(p, f->device)->contexts, 1);
         break;
+    case FGPU_FUNCTION_RETAIN_HANDLE:
     case FGPU_FUNCTION_EXPORT:
     case FGPU_FUNCTION_EXPORT_POINTER:
     case FGPU_FUNCTION_EXPORT_RANGE:
@@ -130,6 +158,7 @@ static void give_up(struct fgpu_process *p, u32 tgid, struct fgpu_call *f)
         break;
     }
     add_overhead(p, f->device, f->bytes);
+    end_opening(p, f);
 }
 
 /* Return whether a call ends an allocation. NVML does not show managed memory, and whether its charge is released
@@ -153,8 +182,9 @@ static void take_entry(struct fgpu_process *p, u32 tgid, struct fgpu_call *f, in
     f->bytes = a->bytes;
     f->admitted = in_word(a->era);
     f->arguments[2] = a->owner;
-    f->exported = a->exported;
-    if (UNLIKELY(__sync_fetch_and_add(&a->references, -1ULL) != 1)) {
+    u64 references = __sync_fetch_and_add(&a->references, -1ULL);
+    f->exported |= *(volatile u64 *)&a->exported; /* only here: see exported() */
+    if (UNLIKELY(references != 1)) {
         f->bytes = 0;
         return;
     }

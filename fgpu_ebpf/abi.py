@@ -274,7 +274,7 @@ class Holding(Structure):
         ("bytes", u64),
         ("charged", s64 * 2),
         ("era", u32),
-        ("spare0", u32),
+        ("openings", u32),
         ("vmm", u64),
         ("managed", u64),
         ("pool", u64),

@@ -123,7 +123,7 @@ EXPORT CUresult cuCtxCreate_v4(CUcontext *pctx, CUctxCreateParams *ctxCreatePara
 #define NO_HANDLE 0x100ULL
 
 /* A green context uses the device's primary context, and creates it if there is none. Then the size of a context is
- * requested. No probe settles that admission, so it becomes overhead, which reconcile corrects. */
+ * requested, which the probe settles. */
 EXPORT CUresult cuGreenCtxCreate(CUgreenCtx *phCtx, CUdevResourceDesc desc, CUdevice dev, unsigned int flags)
 {
     __typeof__(&cuGreenCtxCreate) driver = REAL(cuGreenCtxCreate);

@@ -4,6 +4,7 @@ import ctypes
 import mmap
 import os
 import sys
+import threading
 import time
 
 shim = ctypes.CDLL(sys.argv[2])
@@ -34,6 +35,13 @@ def meanwhile(call):
     global inside
     inside = ctypes.CFUNCTYPE(None)(call)
     ctypes.c_void_p.in_dll(cuda, "inside").value = ctypes.cast(inside, ctypes.c_void_p).value
+
+
+def aside(call, *arguments):
+    """Make a call in another thread, and wait for its end."""
+    thread = threading.Thread(target=call, args=arguments)
+    thread.start()
+    thread.join()
 
 
 def linger(begun, over):

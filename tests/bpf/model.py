@@ -187,7 +187,7 @@ class Life:
         self.pool -= some
         self.overhead += unused
         some -= unused
-        return some if self.exports_pools or self.frees_nothing else 0
+        return some if self.exports_pools or self.frees_nothing or not self.contexts else 0
 
     # -- contexts
 
@@ -230,10 +230,10 @@ class Life:
         """End the last context. Handles and pools survive it."""
         lost = self.bytes() - self.vmm - self.pool
         self.admitted, self.late = 0, self.admitted + self.late
-        exported = sum(e.bytes for e in self.there() if e.exported)
+        open_ = sum(e.bytes for e in self.there() if e.exported) + max(0, self.overhead - CONTEXT)
         self.managed_freed += self.managed
         unused = max(0, -lost)
         self.overhead, self.loose_managed, self.pool = -max(0, unused - self.pool), 0, max(0, self.pool - unused)
         for entry in self.pointers.values():
             entry.gone = True
-        return max(0, min(lost, self.bytes() + lost if self.frees_nothing else exported))
+        return max(0, min(lost, self.bytes() + lost if self.frees_nothing else open_))

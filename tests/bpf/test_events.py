@@ -172,7 +172,11 @@ def test_a_failed_call_names_no_process(kernel, events, level, client):
         ("admit({n}); alloc(0x1000, {n}, code=2)", abi.Kind.MEMORY),
         ("admit({n}, kind=4); create(0x77, {n}, code=2)", VMM),
         ("admit(0, kind=2); retain(code=2)", abi.Kind.CONTEXT),
-        (f"admit({{n}}, kind=1); shim.fgpu_release(0, u64({{n}}), {1 | abi.FULL}, u64(9))", abi.Kind.POOL),
+        (
+            "admit(0, kind=2); retain(); admit({n}, kind=1); "
+            f"shim.fgpu_release(0, u64({{n}}), {1 | abi.FULL}, u64(9)); primary_release()",
+            abi.Kind.POOL,
+        ),
     ],
 )
 def test_an_out_of_memory_of_the_driver_is_reported_as_the_device_s(kernel, events, level, client, call, kind):

@@ -7,7 +7,17 @@ import time
 import pytest
 
 from fgpu_ebpf import abi
-from tests.bpf.conftest import CONTEXT, MIB, Kernel, Level, assert_left, forget_empty, page_of, wait_until
+from tests.bpf.conftest import (
+    CONTEXT,
+    MIB,
+    Kernel,
+    Level,
+    assert_corrected,
+    assert_left,
+    forget_empty,
+    page_of,
+    wait_until,
+)
 from tests.bpf.events_kit import of
 
 News = abi.News
@@ -246,15 +256,65 @@ def test_nothing_is_released_after_an_export_without_an_entry(level, client, exp
 
 
 def test_pool_bytes_are_orphaned_once_a_pool_is_exported(kernel, level, client):
+    client("retain()")
     client(f"admit({32 * MIB}, kind={POOL})")
     client("export_pool(code=1)")
     client(f"give_back({8 * MIB})")
-    assert (level.used, level.orphaned) == (24 * MIB, 0)
+    assert (level.used - CONTEXT, level.orphaned) == (24 * MIB, 0)
     client("export_pool()")
     client(f"give_back({8 * MIB})")
-    assert (level.used, level.orphaned, client.entry(kernel).pool[0]) == (24 * MIB, 8 * MIB, 16 * MIB)
+    assert (level.used - CONTEXT, level.orphaned, client.entry(kernel).pool[0]) == (24 * MIB, 8 * MIB, 16 * MIB)
     client(f"give_back({99 * MIB})")
+    client("primary_release()")
     assert_left(level, 24 * MIB)
+
+
+@pytest.mark.parametrize(
+    "opening", [f"map_(0x1000, {8 * MIB}, 7)", "export(7)", "retain_handle(7, 0x2000)", "export_range(0x5000)"]
+)
+def test_memory_that_is_freed_during_a_call_that_opens_it_stays_charged(level, client, opening):
+    """The driver has opened the memory before the free. The kernel learns that at the return of the call."""
+    end = begin_to_open(client, opening)
+    client(f"meanwhile(lambda: aside({end}))")
+    client(opening)
+    assert (level.used, level.orphaned) == (8 * MIB, 8 * MIB)
+
+
+@pytest.mark.parametrize(
+    "opening", [f"map_, 0x1000, {8 * MIB}, 7", "export, 7", "retain_handle, 7, 0x2000", "export_range, 0x5000"]
+)
+def test_memory_that_is_opened_during_its_free_stays_charged(level, client, opening):
+    """The driver has opened the memory before the free, which had begun before."""
+    call, *arguments = begin_to_open(client, opening).split(", ")
+    client(f"meanwhile(lambda: aside({opening}))")
+    client(f"{call}({', '.join(arguments)})")
+    assert level.used == 8 * MIB
+
+
+@pytest.mark.parametrize("code", [0, 1])
+def test_memory_is_freed_at_once_after_calls_that_open_other_memory_are_over(level, client, code):
+    client(f"create(8, {MIB})")
+    client(f"map_(0x9000, {MIB}, 8, code={code})")
+    client("retain_handle(8, 0x9000)")
+    client("export(8, code=1)")
+    client(f"create(7, {8 * MIB})")
+    client(f"alloc(0x5000, {8 * MIB})")
+    client("release(7)")
+    client("free(0x5000)")
+    assert (level.used, level.orphaned) == (MIB, 0)
+
+
+def begin_to_open(client, opening):
+    """Allocate memory, and return the call that frees it while `opening` opens it."""
+    if "range" in opening:
+        client(f"alloc(0x5000, {8 * MIB})")
+        return "free, 0x5000"
+    client(f"create(7, {8 * MIB})")
+    if "retain" not in opening:
+        return "release, 7"
+    client(f"map_(0x2000, {8 * MIB}, 7)")
+    client("release(7)")
+    return f"unmap, 0x2000, {8 * MIB}"
 
 
 def test_an_import_is_recorded(kernel, level, client):
@@ -290,7 +350,23 @@ def test_the_last_context_releases_plain_and_managed_memory_and_keeps_handles_an
     client("release(7)")
     client("release(8)")
     client(f"give_back({7 * MIB})")
-    assert (level.used, level.orphaned) == (9 * MIB, 9 * MIB)
+    assert (level.used, level.orphaned) == (16 * MIB, 16 * MIB), "without a context, no row shows whether pools shrank"
+
+
+def test_the_last_context_does_not_release_memory_that_only_nvml_has_shown(kernel, level, client):
+    """It may be a pool of the process, which outlives contexts: then no row of NVML shows it any more."""
+    client("retain()")
+    assert_corrected(kernel, client, CONTEXT + 8 * MIB)
+    client("primary_reset()")
+    assert (level.used, level.orphaned) == (8 * MIB, 8 * MIB)
+
+
+def test_pool_bytes_that_a_process_without_a_context_releases_are_orphaned(kernel, level, client):
+    client("retain()")
+    client(f"admit({8 * MIB}, kind={POOL})")
+    client("primary_reset()")
+    client(f"give_back({8 * MIB})")
+    assert (level.used, level.orphaned, client.entry(kernel).pool[0]) == (8 * MIB, 8 * MIB, 0)
 
 
 def test_the_end_of_a_context_that_is_not_the_last_is_counted_for_the_agent(kernel, level, client):

@@ -111,6 +111,24 @@ def test_a_mapping_that_was_not_recorded_keeps_its_handle_charged(kernel, level,
     assert level.used == 4 * MIB
 
 
+def test_memory_stays_charged_after_an_unrecorded_reference_to_it(level, client):
+    client(f"create(7, {4 * MIB})")
+    client(f"map_(0x100000, {4 * MIB}, 7)")
+    left(client, "retain_handle(7, 0x100000)")
+    client("release(7)")
+    client(f"unmap(0x100000, {4 * MIB})")
+    assert (level.used, level.orphaned) == (4 * MIB, 4 * MIB)
+
+
+def test_a_call_that_was_left_is_over(level, client):
+    """A mapping that was not recorded keeps its handle, and delays no release of other memory."""
+    client(f"create(7, {4 * MIB})")
+    left(client, f"map_(0x100000, {4 * MIB}, 7)")
+    client(f"create(8, {2 * MIB})")
+    client("release(8)")
+    assert (level.used, level.orphaned) == (4 * MIB, 0)
+
+
 @pytest.mark.parametrize("export", ["export_pointer(0x1000)", "export_range(0x1000)", "export(7)"])
 def test_nothing_is_released_after_an_unrecorded_export(level, client, export):
     client(f"alloc(0x1000, {2 * MIB})")
