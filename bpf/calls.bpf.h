@@ -23,6 +23,14 @@ static u64 take_over(struct fgpu_process *p, struct fgpu_admission *a, struct fg
     return lost_with_context(p, f);
 }
 
+/* Return the device of a reference to a primary context. Only the first reference has an admission, which has the
+ * ledger's index. */
+static u32 referred_device(struct fgpu_process *p, u32 tgid, u32 ordinal)
+{
+    struct fgpu_allocation_key key = {.tgid = tgid, .generation = p->generation};
+    return device_of_ordinal(p, &key, ordinal);
+}
+
 static void entered(struct pt_regs *ctx, struct fgpu_process *p, u32 tgid, struct fgpu_thread *t)
 {
     u64 cookie = bpf_get_attach_cookie(ctx);
@@ -40,6 +48,7 @@ static void entered(struct pt_regs *ctx, struct fgpu_process *p, u32 tgid, struc
                                                                                   hide them from the verifier */
     now.function = forget(now.function, any);
     now.device = forget(now.device, any);
+    if (UNLIKELY(retains(now.function))) now.device = referred_device(p, tgid, now.device);
     u64 lost = settles ? take_over(p, &t->admission, &now) : 0;
     if (now.device >= FGPU_DEVICES) now.device = p->last_device & DEVICE_MASK;
     begin_opening(p, &now);
@@ -49,7 +58,7 @@ static void entered(struct pt_regs *ctx, struct fgpu_process *p, u32 tgid, struc
     else
         cover(p, &now, bytes > lost ? bytes : lost, 0);
     if (now.bytes && now.uncovered <= lost) now.uncovered = 0; /* it had an admission, and its bytes fit again */
-    if (now.function == FGPU_FUNCTION_RETAIN) __sync_fetch_and_add(&on(p, now.device)->retained, 1);
+    if (retains(now.function)) __sync_fetch_and_add(&on(p, now.device)->retained, 1);
     t->call = now;
 }
 

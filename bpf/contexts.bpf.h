@@ -102,3 +102,25 @@ static u64 given(struct fgpu_call *f)
     bpf_probe_read_user(&handle, sizeof(handle), (void *)f->arguments[0]);
     return handle;
 }
+
+/* A green context was created. It has an entry like other contexts, under its handle. */
+static void green_made(struct fgpu_process *p, struct fgpu_call *f, struct fgpu_allocation_key *key)
+{
+    struct fgpu_allocation value = {.device = f->device, .references = 1};
+    key->space = FGPU_SPACE_CONTEXT;
+    key->handle = given(f);
+    enter_allocation(key, &value, levels_of(p, p->turn));
+}
+
+/* A green context was destroyed. Store its device in the call. Returns 0 if it has no entry: then its reference to the
+ * primary context stays. */
+static int green_ended(struct fgpu_call *f, struct fgpu_allocation_key *key)
+{
+    key->space = FGPU_SPACE_CONTEXT;
+    key->handle = f->arguments[0];
+    struct fgpu_allocation *a = allocations.lookup(key);
+    if (!a) return 0;
+    f->device = a->device & DEVICE_MASK;
+    delete_allocation(key, a);
+    return 1;
+}

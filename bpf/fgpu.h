@@ -434,6 +434,8 @@ enum fgpu_function {
     FGPU_FUNCTION_EXPORT_RANGE, /* cuMemGetHandleForAddressRange */
     FGPU_FUNCTION_EXPORT_POOL,
     FGPU_FUNCTION_IMPORT, /* of memory, of a pool, or of an allocation in a pool */
+    FGPU_FUNCTION_GREEN,  /* cuGreenCtxCreate: a reference to the primary context */
+    FGPU_FUNCTION_GREEN_DESTROY,
 };
 /* hits: how often the probe at the entry of each driver function ran, by enum fgpu_function; the last two numbers are
  * those of the shim's own probes. */

@@ -172,6 +172,7 @@ static u64 late_bytes(struct fgpu_process *p, struct fgpu_call *f)
         bpf_probe_read_user(&pitch, sizeof(pitch), (void *)f->arguments[1]);
         return pitch_bytes(pitch, f->arguments[2]);
     case FGPU_FUNCTION_RETAIN:
+    case FGPU_FUNCTION_GREEN:
         if (on(p, device)->primary) return 0; /* fallthrough */
     case FGPU_FUNCTION_CONTEXT_V2:
     case FGPU_FUNCTION_CONTEXT_V3:
@@ -254,19 +255,26 @@ static u64 settle(struct fgpu_process *p, struct fgpu_call *f, struct fgpu_alloc
     case FGPU_FUNCTION_IMPORT:
         note(p, FGPU_SEEN_IMPORT);
         return 0;
+    case FGPU_FUNCTION_GREEN:
+        green_made(p, f, key); /* fallthrough */
     case FGPU_FUNCTION_RETAIN:
         bytes = retained(p, f);
         key->space = FGPU_SPACE_CONTEXT;
-        key->handle = (u32)f->arguments[1]; /* CUDA's ordinal -> the ledger's index */
+        key->handle = (u32)f->arguments[2]; /* CUDA's ordinal -> the ledger's index */
         out->new = 1;
         return bytes;
     case FGPU_FUNCTION_PRIMARY_RESET: /* references to the primary context stay */
         if (!trusted) return 0;
         f->device = device_of_ordinal(p, key, f->arguments[0]);
         return end_primary(p, f->device, out);
+    case FGPU_FUNCTION_GREEN_DESTROY:
     case FGPU_FUNCTION_PRIMARY_RELEASE:
         if (!trusted) return 0;
-        f->device = device_of_ordinal(p, key, f->arguments[0]);
+        if (f->function == FGPU_FUNCTION_GREEN_DESTROY) {
+            if (!green_ended(f, key)) return 0;
+        } else {
+            f->device = device_of_ordinal(p, key, f->arguments[0]);
+        }
         if (one_less(&on(p, f->device)->retained)) return 0;
         return end_primary(p, f->device, out);
     case FGPU_FUNCTION_CONTEXT_V2:

@@ -1,9 +1,12 @@
 /* witness.bpf.h: how much memory a driver call allocates, as far as its arguments show it, and which memory it is about
  * to free. */
 
+/* Return whether a call adds a reference to the primary context of a device. */
+static int retains(u64 function) { return function == FGPU_FUNCTION_RETAIN || function == FGPU_FUNCTION_GREEN; }
+
 static int takes(u64 function)
 {
-    return function <= FGPU_FUNCTION_CREATE || function == FGPU_FUNCTION_RETAIN ||
+    return function <= FGPU_FUNCTION_CREATE || retains(function) ||
            (function >= FGPU_FUNCTION_CONTEXT_V2 && function <= FGPU_FUNCTION_CONTEXT_V4);
 }
 
@@ -84,7 +87,7 @@ static void put_back(struct fgpu_process *p, u32 tgid, struct fgpu_call *f)
         enter_again(p, tgid, f);
         return;
     }
-    if (f->function == FGPU_FUNCTION_RETAIN) one_less(&on(p, f->device)->retained);
+    if (retains(f->function)) one_less(&on(p, f->device)->retained);
     release(p, f->device, f->bytes);
 }
 
@@ -138,6 +141,7 @@ static void give_up(struct fgpu_process *p, u32 tgid, struct fgpu_call *f)
         hold_handle(p, tgid, f->arguments[2]);
         break;
     case FGPU_FUNCTION_RETAIN: /* its reference is counted already */
+    case FGPU_FUNCTION_GREEN:
         make_primary(p, f->device);
         break;
     case FGPU_FUNCTION_CONTEXT_V2:
@@ -201,6 +205,7 @@ static u32 operation_of(struct fgpu_call *f)
     case FGPU_FUNCTION_CREATE:
         return FGPU_VMM;
     case FGPU_FUNCTION_RETAIN:
+    case FGPU_FUNCTION_GREEN:
     case FGPU_FUNCTION_CONTEXT_V2:
     case FGPU_FUNCTION_CONTEXT_V3:
     case FGPU_FUNCTION_CONTEXT_V4:
@@ -347,7 +352,10 @@ static u64 asked_bytes(struct pt_regs *ctx, struct fgpu_call *f, u64 any)
     case FGPU_FUNCTION_CREATE:
         return create_bytes(f, (void *)PT_REGS_PARM3(ctx));
     case FGPU_FUNCTION_RETAIN:
-        f->device = PT_REGS_PARM2(ctx);
+        f->device = f->arguments[2] = PT_REGS_PARM2(ctx);
+        return 0;
+    case FGPU_FUNCTION_GREEN:
+        f->device = f->arguments[2] = PT_REGS_PARM3(ctx);
         return 0;
     case FGPU_FUNCTION_CONTEXT_V2:
         f->device = PT_REGS_PARM3(ctx);

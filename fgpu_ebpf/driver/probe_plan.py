@@ -45,6 +45,8 @@ OPTIONAL = {
     "cuIpcOpenMemHandle_v2": Function.IMPORT,
     "cuIpcOpenMemHandle": Function.IMPORT,
     "cuDevicePrimaryCtxReset_v2": Function.PRIMARY_RESET,
+    "cuGreenCtxCreate": Function.GREEN,
+    "cuGreenCtxDestroy": Function.GREEN_DESTROY,
     "cuCtxCreate_v3": Function.CONTEXT_V3,
     "cuCtxCreate_v4": Function.CONTEXT_V4,
     "cuArrayCreate_v2": Function.ARRAY,

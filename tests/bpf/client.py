@@ -202,6 +202,16 @@ def destroy(handle, code=0):
     return cuda.cuCtxDestroy_v2(u64(handle))
 
 
+def green(handle, device=0, code=0):
+    cuda.set(code, handle, 0)
+    return cuda.cuGreenCtxCreate(ctypes.byref(u64()), u64(0xDE5C), device, 1)
+
+
+def green_destroy(handle, code=0):
+    cuda.set(code, 0, 0)
+    return cuda.cuGreenCtxDestroy(u64(handle))
+
+
 class Shape(ctypes.Structure):
     _fields_ = (("width", u64), ("height", u64), ("depth", u64), ("rest", ctypes.c_uint32 * 3))
 

@@ -65,6 +65,8 @@ int cuDevicePrimaryCtxRetain(uint64_t *c, int device) { return give(c); }
 int cuDevicePrimaryCtxRelease_v2(int device) { return end(); }
 int cuDevicePrimaryCtxReset_v2(int device) { return end(); }
 int cuCtxCreate_v2(uint64_t *c, unsigned flags, int device) { return give(c); }
+int cuGreenCtxCreate(uint64_t *g, uint64_t what, int device, unsigned flags) { return give(g); }
+int cuGreenCtxDestroy(uint64_t g) { return end(); }
 int cuArrayCreate_v2(uint64_t *a, const void *shape) { return give(a); }
 int cuArray3DCreate_v2(uint64_t *a, const void *shape) { return give(a); }
 int cuMipmappedArrayCreate(uint64_t *a, const void *shape, unsigned levels) { return give(a); }

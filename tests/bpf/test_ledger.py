@@ -464,6 +464,52 @@ def test_a_reset_keeps_the_references(level, client):
     assert level.used == 0
 
 
+def test_a_green_context_keeps_the_primary_context(kernel, level, client):
+    client(f"admit(0, kind={int(CONTEXT_KIND)})")
+    client("retain()")
+    client(f"managed(0x1000, {4 * MIB})")
+    client("green(0x9001)")
+    client("green(0x9002, code=1)")
+    client("primary_release()")
+    assert (level.used, client.entry(kernel).managed[0]) == (CONTEXT + 4 * MIB, 4 * MIB)
+    client("green_destroy(0x9001, code=1)")
+    assert level.used == CONTEXT + 4 * MIB
+    client("green_destroy(0x9001)")
+    assert (level.used, client.entry(kernel).contexts[0]) == (0, 0)
+
+
+def test_a_green_context_creates_the_primary_context_with_its_admission(kernel, level, client):
+    client(f"admit(0, kind={int(CONTEXT_KIND)})")
+    client("green(0x9001)")
+    client("retain()")
+    assert (level.used, client.entry(kernel).contexts[0]) == (CONTEXT, 1)
+    client("green_destroy(0x9001)")
+    assert level.used == CONTEXT
+    client("primary_release()")
+    assert level.used == 0
+
+
+def test_an_untrusted_library_ends_no_green_context(kernel, level, client):
+    client(f"admit(0, kind={int(CONTEXT_KIND)})")
+    client("green(0x9001)")
+    client(f"use_driver({str(kernel.unknown)!r})")
+    client("green_destroy(0x9001)")
+    assert level.used == CONTEXT
+
+
+def test_further_references_count_on_the_device_of_the_first(kernel, level, client):
+    """CUDA's ordinal 0 is the ledger's device 3. A further reference has no admission."""
+    level.limit(1024 * MIB, devices=(0, 3))
+    kernel.ledger.set_context_bytes(3, CONTEXT)
+    client(f"admit(0, kind={int(CONTEXT_KIND)}, device=3)")
+    client("retain()")
+    client("retain()")
+    client("primary_release()")
+    assert client.entry(kernel).contexts[:4] == (0, 0, 0, 1)
+    client("primary_release()")
+    assert not any(client.entry(kernel).contexts)
+
+
 def test_threads_that_retain_and_release_do_not_end_the_context(level, client):
     client(f"admit(0, kind={int(CONTEXT_KIND)})")
     client("retain()")

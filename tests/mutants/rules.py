@@ -77,7 +77,7 @@ RULES = {
     "context-never-ends": ("    if (!left) return end_last_context(p, device, out);\n", ""),
     "second-reference-is-a-context": ("->primary, 0, 1)) return f->bytes;", "->primary, 0, 1) & 0) return f->bytes;"),
     "failed-retain-counts": (
-        "    if (f->function == FGPU_FUNCTION_RETAIN) one_less(&on(p, f->device)->retained);\n",
+        "    if (retains(f->function)) one_less(&on(p, f->device)->retained);\n",
         "",
     ),
     "crowd-admitted": ("    if (crowded(h->page[0], device, bytes, kind)) return FGPU_REFUSED;\n", ""),
@@ -238,6 +238,12 @@ RULES = {
     ),
     "first-reference-without-an-end-is-none": ("        make_primary(p, f->device);\n", ""),
     "mapping-without-an-end-holds-nothing": ("        hold_handle(p, tgid, f->arguments[2]);\n", ""),
+    "green-context-is-no-reference": (
+        "function == FGPU_FUNCTION_RETAIN || function == FGPU_FUNCTION_GREEN; }",
+        "function == FGPU_FUNCTION_RETAIN; }",
+    ),
+    "green-context-never-ends": ("            if (!green_ended(f, key)) return 0;\n", "            return 0;\n"),
+    "further-reference-on-another-device": ("referred_device(p, tgid, now.device)", "now.device"),
     "retain-without-an-end-is-none": (
         "    case FGPU_FUNCTION_RETAIN_HANDLE:\n    case FGPU_FUNCTION_EXPORT:",
         "    case FGPU_FUNCTION_EXPORT:",
