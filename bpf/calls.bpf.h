@@ -93,6 +93,30 @@ static void name_bypass(struct fgpu_process *p, struct fgpu_call *f)
         note(p, FGPU_TOLD_BYPASS);
 }
 
+/* Report a call that has taken memory, and whose thread or process has no entry, because its level has reached its
+ * bound. The kernel refuses all requests of such a thread, unless all levels only observe. */
+static void name_unrecorded(u32 tgid, u64 function)
+{
+    struct fgpu_call f = {.function = function};
+    u64 levels[FGPU_LEVELS] = {}, observed = FGPU_OBSERVE, any = bpf_ktime_get_ns();
+    if (!takes(function) || !find_levels(levels)) return;
+    struct fgpu_process *p = processes.lookup(&tgid);
+    if (p && retains(function) && on(p, p->last_device)->primary) return; /* a further reference */
+    struct fgpu_usage_page *leaf = page_of(levels[0]);
+    EACH_LEVEL
+    {
+        struct fgpu_usage_page *page = levels[i] ? page_of(levels[i]) : 0;
+        observed = forget(observed & (page ? page->flags : FGPU_OBSERVE), any);
+    }
+    if (!leaf || observed || (!is_crowded(leaf, FGPU_THREADS) && !is_crowded(leaf, FGPU_PROCESSES))) return;
+    if (p) {
+        name_bypass(p, &f);
+        return;
+    }
+    anomaly(FGPU_ANOMALY_BYPASS);
+    tell_urgently(leaf, FGPU_NEWS_BYPASS, 0, 0, operation_of(&f), 0);
+}
+
 /* Run call_return again, for the rest of a range with more mappings than one run releases. The kernel permits a chain
  * of 34 programs. Further bytes of a longer range stay charged until NVML shows that the device does not hold them. */
 static void go_on(struct pt_regs *ctx, struct fgpu_thread *t, struct fgpu_call *rest)
@@ -109,6 +133,7 @@ int call_return(struct pt_regs *ctx)
     struct fgpu_thread *t = threads.lookup(&id);
     own_stack(ctx);
     u64 cookie = bpf_get_attach_cookie(ctx);
+    if (UNLIKELY(!t) && !(u32)PT_REGS_RC(ctx)) name_unrecorded(tgid, cookie & FGPU_FUNCTION_MASK);
     if (!t || !t->call.function || t->call.function != (cookie & FGPU_FUNCTION_MASK)) return 0;
     struct fgpu_call f = t->call;
     struct fgpu_process *p = owner_of(&tgid);

@@ -27,6 +27,7 @@ from tests.bpf.conftest import (
     pins_of,
     wait_until,
 )
+from tests.bpf.events_kit import of
 
 Shared = abi.Shared
 REFUSED, ADMITTED = 0, 1
@@ -234,6 +235,21 @@ def test_memory_of_a_surplus_process_is_charged_when_nvml_reports_it(kernel, gat
     process = gathered.entry(kernel)
     assert kernel.ledger.overhead(gathered.pid, process.generation, 0, 4 * MIB, process.changes)
     assert level.used == 4 * MIB
+
+
+def test_a_call_of_a_surplus_process_that_takes_memory_is_a_bypass(kernel, events, gathered, level):
+    before = anomalies(kernel)["BYPASS"]
+    gathered(f"alloc(0x1000, {4 * MIB}, code=1)")
+    gathered("free(0x1000)")
+    assert (anomalies(kernel)["BYPASS"], of(events, level, abi.News.BYPASS)) == (before, [])
+    gathered(f"create(7, {4 * MIB})")
+    (event,) = of(events, level, abi.News.BYPASS)
+    assert (event.tgid, event.operation, anomalies(kernel)["BYPASS"]) == (gathered.pid, abi.Kind.VMM, before + 1)
+    process = gathered.entry(kernel)
+    assert process is None or process.flags & abi.Seen.BYPASS
+    level.limit(MIB, abi.LimitFlag.OBSERVE)
+    gathered(f"create(8, {4 * MIB})")
+    assert anomalies(kernel)["BYPASS"] == before + 1, "the request of such a call is admitted"
 
 
 def test_a_process_is_admitted_after_its_surplus_threads_have_exited(kernel, level, client):

@@ -253,6 +253,7 @@ RULES = {
     "opening-without-an-end-is-never-over": ("    end_opening(p, f);\n", ""),
     "unknown-memory-released-with-the-context": ("    if (unknown > 0) open += unknown;\n", ""),
     "pool-released-without-a-context": (" || !on(p, device)->contexts)", ")"),
+    "surplus-process-takes-memory-unnamed": ("name_unrecorded(tgid, cookie & FGPU_FUNCTION_MASK);", "(void)tgid;"),
     "export-without-an-end-is-none": ("        note(p, FGPU_SEEN_EXPORT);\n        break;\n", "        break;\n"),
     "failed-free-brings-an-ended-context-s-memory-back": (
         "if (f->function != FGPU_FUNCTION_DESTROY) f->references = 0;",
