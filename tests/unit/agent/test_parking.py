@@ -143,7 +143,7 @@ class Host:
     def __init__(self, folder: Path, pid: int) -> None:
         self.folder, self.parker, self.ledger, self.history = folder, FakeParker(folder), FakeLedger(pid), EventLog()
         workload = SimpleNamespace(cgroup=CGROUP, path="/alice")
-        self.tenant: Any = SimpleNamespace(name="alice", cgroup=CGROUP, path="/alice", workload=workload)
+        self.tenant: Any = SimpleNamespace(name="alice", cgroup=CGROUP, path="/alice", workload=workload, park_bytes=0)
         self.enforcer: Any = SimpleNamespace(
             has_inside=lambda path: False,
             get=lambda cgroup: self.tenant if cgroup == CGROUP else None,
@@ -477,6 +477,19 @@ def test_more_processes_than_a_request_can_name_are_refused(host: Host, monkeypa
     with pytest.raises(parking.ParkingError, match="more than 0 processes"):
         host.parking.park(host.tenant)
     assert not host.ledger.has_entry
+
+
+@pytest.mark.parametrize(("most", "is_parked"), [(HELD - 1, False), (HELD, True)])
+def test_a_tenant_is_parked_with_the_memory_that_its_policy_permits_on_the_host(
+    host: Host, most: int, is_parked: bool
+) -> None:
+    host.tenant.park_bytes = most
+    if is_parked:
+        parked(host)
+    else:
+        with pytest.raises(parking.ParkingError, match=r"more than memory\.park\.hostMemory"):
+            host.parking.park(host.tenant)
+    assert host.books() == (is_parked, HELD if is_parked else 0)
 
 
 def test_a_look_that_blocks_leaves_one_thread(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
