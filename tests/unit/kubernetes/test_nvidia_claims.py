@@ -446,6 +446,16 @@ def test_a_policy_bounds_a_claim(
     assert note in ["", *agent.explained(PATH)]
 
 
+def test_a_policy_s_mode_and_devices_apply_to_a_claim(tmp_path: Path, node: NvidiaNode) -> None:
+    node.use(A, POD)
+    node.prepare(A, "4Gi", "2Gi")
+    agent = Agent(tmp_path, Books(), "{selector: {cgroup: 'kubepods/**'}, mode: observe, devices: [1]}")
+    assert agent.limits(PATH) == {1: 2}  # the kernel refuses a device without a value
+    tenant = agent.enforcer.at(PATH)
+    assert tenant
+    assert tenant.observe
+
+
 def test_an_unknown_claim_gets_nothing_from_a_policy_either(tmp_path: Path, node: NvidiaNode) -> None:
     node.use(A, POD)
     agent = Agent(tmp_path, Books(), POLICY)
