@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 
 from fgpu_ebpf import abi
-from fgpu_ebpf.agent import blocked_calls, parkable, parker_client, parking
+from fgpu_ebpf.agent import blocked_calls, parkable, parked_tenant, parker_client, parking
 from fgpu_ebpf.agent.parkable import Parkable
 from fgpu_ebpf.agent.parked_tenant import ParkedTenant, Phase
 from fgpu_ebpf.agent.parking import Parking
@@ -334,7 +334,7 @@ def test_room_that_is_made_for_a_tenant_is_left_free_by_other_wake_ups(
     of_alice = host.ledger.parked.entries
     of_bob = {(1, 1): Parked(0, other.cgroup, (1, *(0,) * (abi.DEVICES - 1)))}
     monkeypatch.setattr(host.ledger.parked, "entries", lambda: of_alice() | of_bob)
-    monkeypatch.setattr(host.parking, "_forget_ended", lambda *_: None)
+    monkeypatch.setattr(parked_tenant, "forget_ended", lambda *_: False)
     host.parking.wake(CGROUP, "alice")
     assert host.state() == "waiting"
     other.enter(Phase.WAITING)
@@ -342,7 +342,9 @@ def test_room_that_is_made_for_a_tenant_is_left_free_by_other_wake_ups(
     host.until("running")
 
 
-def test_a_tenant_for_which_room_was_made_is_woken_when_another_one_is_parked(host: Host) -> None:
+def test_a_tenant_for_which_room_was_made_is_woken_when_another_one_is_parked(
+    host: Host, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The other one has been called meanwhile: it wakes up later."""
     asked = []
 
@@ -356,7 +358,7 @@ def test_a_tenant_for_which_room_was_made_is_woken_when_another_one_is_parked(ho
     host.parking._tenants[bob.cgroup] = bob
     entries = host.ledger.parked.entries
     host.ledger.parked.entries = lambda: {(1, 1): Parked(0, bob.cgroup, (HELD, *(0,) * (abi.DEVICES - 1)))} | entries()
-    host.parking._forget_ended = lambda *_: None  # type: ignore[method-assign]
+    monkeypatch.setattr(parked_tenant, "forget_ended", lambda *_: False)
     host.parking.park(host.tenant)
     host.until("parking")
     host.parking.wake(CGROUP, "alice")
