@@ -191,7 +191,10 @@ MakeRoom = Callable[[ParkedTenant, Mapping[int, int]], tuple[bool, str]]
 
 
 def of_entries(ledger: Ledger, enforcer: Enforcer) -> dict[int, ParkedTenant]:
-    """Return the tenants that an earlier agent was parking, or had parked, by cgroup. The driver has to be asked."""
+    """Return the tenants that an earlier agent was parking, or had parked, by cgroup. The driver has to be asked.
+
+    It may have moved one of them, so all programs have to find out which devices they have.
+    """
     found: dict[int, ParkedTenant] = {}
     for life, entry in ledger.parked.entries().items():
         process = ledger.process(life[0])
@@ -205,6 +208,8 @@ def of_entries(ledger: Ledger, enforcer: Enforcer) -> dict[int, ParkedTenant]:
             found[cgroup] = ParkedTenant(cgroup, name, path, {}, Phase.UNKNOWN, why=why)
         found[cgroup].members[life] = procfs.started(life[0]) or 0
         found[cgroup].bytes += sum(entry.bytes) + (sum(process.bytes) if process else 0)
+    if found:
+        ledger.new_epoch()
     return found
 
 
