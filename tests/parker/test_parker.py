@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import json
 import os
 import re
 import signal
@@ -51,6 +52,17 @@ def test_processes_are_parked_and_woken_with_their_data(
     assert (machine.used(), parker.states(*pids)) == (used, ["running", "running"])
     assert is_intact(target)
     assert is_intact(other)
+
+
+def test_processes_may_have_another_job_as_soon_as_the_result_is_there(parker: Parker, target: Popen[str]) -> None:
+    for _ in range(20):
+        for op in ("park", "wake"):
+            connection = parker.begin(op, target.pid)
+            while "result" not in (reply := json.loads(connection.lines.readline())):
+                pass
+            assert "error" not in reply, reply
+            connection.lines.close()
+            connection.sock.close()
 
 
 def test_processes_are_moved_to_another_gpu_and_run_when_they_are_woken(
