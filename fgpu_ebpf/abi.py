@@ -49,7 +49,6 @@ Reason = IntEnum("Reason", "LIMIT DEVICE_FULL OBSERVED ENTRIES", start=0)
 Anomaly = IntEnum("Anomaly", "RELEASE FULL DEVICE LOST BYPASS STALE", start=0)
 Code = IntEnum("Code", "REFUSED MANAGED UNMANAGED", start=0)
 Space = IntEnum("Space", "POINTER HANDLE MAPPING CONTEXT ARRAY", start=0)
-SPACES = len(Space)
 Function = IntEnum(
     "Function",
     "NONE ALLOC ALLOC_MANAGED ALLOC_PITCH ARRAY ARRAY_3D ARRAY_MIPMAPPED CREATE MAP UNMAP RETAIN_HANDLE "

@@ -110,7 +110,7 @@ class ParkedMap:
                 self._run(abi.Adjust.REHOME, *life, one, other, space, handle)
         with contextlib.suppress(OSError):
             for thread in os.listdir(f"/proc/{life[0]}/task"):
-                self._run(abi.Adjust.REHOME, *life, one, other, abi.SPACES, int(thread))
+                self._run(abi.Adjust.REHOME, *life, one, other, len(abi.Space), int(thread))
         return 0
 
     def decide_on_room(self, cgroup: int, device: int, seconds: float | None) -> None:
