@@ -55,10 +55,8 @@ class Parkable:
             return "the agent runs in a pid namespace of its own"
         if self.enforcer.has_inside(tenant.path):
             return "it is a group: park the tenants in it"
-        if not processes:
-            return "no process of the tenant holds device memory"
-        if len(processes) > MOST_PROCESSES:
-            return f"more than {MOST_PROCESSES} processes of the tenant hold device memory"
+        if why := _amount(tenant, processes):
+            return why
         version = self.nvml.driver_version.split(".")[0]
         if version.isdigit() and int(version) < LEAST_DRIVER:
             return f"driver {self.nvml.driver_version} cannot copy processes to the host: use {LEAST_DRIVER} or later"
@@ -96,6 +94,18 @@ def by_tenant(ledger: Ledger) -> defaultdict[int, dict[int, Process]]:
 def devices_of(process: Process) -> list[int]:
     """Return the devices on which a process is charged."""
     return [device for device, bytes_ in enumerate(process.bytes) if bytes_]
+
+
+def _amount(tenant: Tenant, processes: Mapping[int, Process]) -> str:
+    """Return why a tenant has too few or too many processes or bytes to be parked; an empty text if it has not."""
+    if not processes:
+        return "no process of the tenant holds device memory"
+    if len(processes) > MOST_PROCESSES:
+        return f"more than {MOST_PROCESSES} processes of the tenant hold device memory"
+    size, most = sum(sum(process.bytes) for process in processes.values()), tenant.park_bytes
+    if most and size > most:
+        return f"it holds {memory_text(size)}, more than memory.park.hostMemory permits ({memory_text(most)})"
+    return ""
 
 
 def _reasons(process: Process, is_unwitnessed: bool) -> Iterator[str]:

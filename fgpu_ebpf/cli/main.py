@@ -44,6 +44,7 @@ class Main(Sections):
             "policy": "policy:policy",
             "park": "parking:park",
             "wake": "parking:wake",
+            "move": "parking:move",
         },
         "Containers": {
             "setup": "setup:setup",

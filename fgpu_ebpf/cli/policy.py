@@ -192,6 +192,7 @@ def _json(found: Policy) -> dict[str, Any]:
             "max": _amount(memory.most),
             "contexts": memory.contexts,
             "park_after_seconds": memory.park_after_ns / 1e9 or None,
+            "park_bytes": memory.park_bytes or None,
         }
         if memory
         else None,
@@ -226,14 +227,15 @@ def _text(position: int, found: Policy) -> str:
 
 
 def _gives(found: Policy) -> Iterable[str]:
-    from fgpu_ebpf.policy.units import MILLION, amount_text, duration_text, millionths_text
+    from fgpu_ebpf.policy.units import MILLION, amount_text, duration_text, memory_text, millionths_text
 
     if found.memory:
         most = f" (up to {amount_text(found.memory.most)} by label)" if found.memory.most != found.memory.limit else ""
         n = found.memory.contexts
         besides = f" and {n} context{'s' if n > 1 else ''}" if n else ""
         after = found.memory.park_after_ns / 1e9
-        idle = f", parked when idle for {duration_text(after)}" if after else ""
+        most_parked = f" with {memory_text(found.memory.park_bytes)} at most" if found.memory.park_bytes else ""
+        idle = f", parked{most_parked} when idle for {duration_text(after)}" if after else ""
         yield f"memory {amount_text(found.memory.limit)}{most}{besides}{idle}"
     if found.compute:
         ceiling = millionths_text(round(found.compute.limit_ratio * MILLION))

@@ -169,8 +169,10 @@ class Parker:
             return
         *lines, job.line = (job.line + text).split(b"\n")
         for one in lines:
-            job.has_result = job.has_result or not one.startswith(b'{"at"')
-            self._send(job, one + b"\n")
+            if one.startswith(b'{"at"'):
+                self._send(job, one + b"\n")
+            else:  # it is sent when the processes may have another job
+                job.has_result, job.unsent = True, one + b"\n"
 
     def _ended_worker(self, job: Running) -> None:
         """Act on the end of a job's process: it has given a result, or its processes have to be brought back."""
@@ -209,8 +211,8 @@ class Parker:
             self._give_up(job, "a call of the driver hangs, and its process cannot be killed")
 
     def _give_up(self, job: Running, why: str) -> None:
-        job.has_result = True
-        self._send(job, line(Outcome("lost", why).reply()))
+        if not job.has_result:
+            job.has_result, job.unsent = True, line(Outcome("lost", why).reply())
         self._finish(job)
 
     def _send(self, job: Running, text: bytes) -> None:
@@ -233,10 +235,12 @@ class Parker:
             self._jobs.pop(job, None)
 
     def _finish(self, job: Running) -> None:
-        self._hang_up(job)
         if job.claimed >= 0:
             os.close(job.claimed)
             job.claimed = -1
+        if job.unsent:
+            self._send(job, job.unsent)
+        self._hang_up(job)
         self._jobs.pop(job, None)
 
 

@@ -155,13 +155,15 @@ class Memory(NamedTuple):
     """A limit, and the highest limit that the workload's own label can request (`most`).
 
     `contexts`: how many contexts the workload may have besides the limit. `park_after_ns`: the time for which the
-    workload must be idle before it is parked; 0: it is not parked by itself.
+    workload must be idle before it is parked; 0: it is not parked by itself. `park_bytes`: the most device memory with
+    which it is parked; 0: any.
     """
 
     limit: Amount
     most: Amount
     contexts: int = 0
     park_after_ns: int = 0
+    park_bytes: int = 0
 
 
 class Policy(NamedTuple):
@@ -188,7 +190,7 @@ class Limits(NamedTuple):
 
     `devices` has the ledger indices of the devices that the workload may use. `memory` has the limit in bytes by ledger
     index, and is empty if the policy sets no limit. `contexts`: how many contexts are not part of the limit. `compute`
-    is None if the workload is not gated. `park_after_ns`: as in Memory. No label can change it.
+    is None if the workload is not gated. `park_after_ns`, `park_bytes`: as in Memory. No label can change them.
     """
 
     policy: str
@@ -202,6 +204,7 @@ class Limits(NamedTuple):
     contexts: int = 0
     deny: bool = False
     park_after_ns: int = 0
+    park_bytes: int = 0
 
 
 class Decision(NamedTuple):
@@ -271,6 +274,7 @@ def _limits(
         metric_labels=policy.metric_labels,
         contexts=policy.memory.contexts if policy.memory else 0,
         park_after_ns=policy.memory.park_after_ns if policy.memory else 0,
+        park_bytes=policy.memory.park_bytes if policy.memory else 0,
     )
 
 

@@ -26,6 +26,7 @@ from fgpu_ebpf.policy.fields import (
     PolicyName,
     Quantum,
     Several,
+    Size,
     absent,
 )
 from fgpu_ebpf.policy.globs import name_globs, path_globs
@@ -87,12 +88,17 @@ class Selector(Model):
 
 
 class Park(Model):
-    """The time after which the workload is parked by itself. Only with `parking: on` in agent.yaml."""
+    """The idle time before the workload is parked, and its most memory then. Only with `parking: on` in agent.yaml."""
 
     after: IdleTime = Field(
         description="The workload is parked when it has been idle for this time, from 10s to 720h. Its next call of the"
         " driver wakes it.",
         examples=["10m"],
+    )
+    host_memory: Size = absent(
+        "The most device memory that is copied to the host for the workload. It is not parked while it holds more, also"
+        " not by `fgpu park`.",
+        "64GiB",
     )
 
 
@@ -215,8 +221,8 @@ def compiled(document: GpuPolicy, source: str) -> rules.Policy:
 
 
 def _memory(model: Memory) -> rules.Memory:
-    park_after_ns = model.park.after if model.park else 0
-    return rules.Memory(model.limit, model.max or model.limit, model.contexts, park_after_ns)
+    park = (model.park.after, model.park.host_memory or 0) if model.park else ()
+    return rules.Memory(model.limit, model.max or model.limit, model.contexts, *park)
 
 
 def _selector(model: Selector) -> rules.Selector:

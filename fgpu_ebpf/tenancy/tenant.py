@@ -41,6 +41,7 @@ class Tenant:
     out. `outside` has the part of these limits that is for contexts and that views do not show. `policy` is empty if no
     policy matches. `named_devices` is true if the tenant's devices were named for it alone. Then its limit counts on
     all of them from its first process on. `park_after_ns`: the idle time after which it is parked by itself; 0: never.
+    `park_bytes`: the most device memory with which it is parked; 0: any.
     """
 
     workload: Workload
@@ -58,6 +59,7 @@ class Tenant:
     outside: Mapping[int, int] = field(default_factory=dict)
     deny: bool = False
     park_after_ns: int = 0
+    park_bytes: int = 0
 
     @property
     def cgroup(self) -> int:
@@ -122,6 +124,7 @@ def tenant_of(
             metric_labels={label: workload.labels.get(label, "") for label in limits.metric_labels},
             notes=decision.notes,
             park_after_ns=limits.park_after_ns,
+            park_bytes=limits.park_bytes,
         )
     elif booking:
         sizes = {device.index: booked(booking, device) for device in devices}

@@ -25,6 +25,11 @@ static void write_word(uint32_t *word, uint32_t value) { __atomic_store_n(word, 
 
 static void wake(uint32_t *word) { syscall(SYS_futex, word, FUTEX_WAKE, INT_MAX, NULL, NULL, 0); }
 
+static void show_devices(const struct client *client)
+{
+    for (uint32_t i = 0; i < server.n_gpus; i++) write_word(&client->checkpoint.gate->devices[i], client->devices[i]);
+}
+
 int checkpoint_gate(struct client *client)
 {
     int file = memfd_create("gate", MFD_CLOEXEC | MFD_ALLOW_SEALING);
@@ -38,6 +43,7 @@ int checkpoint_gate(struct client *client)
         return -1;
     }
     client->checkpoint.gate = gate;
+    show_devices(client);
     return file;
 }
 
@@ -106,14 +112,33 @@ static void give_order(struct client *client, uint32_t what)
     wake(&gate->order);
 }
 
+/* Moves the process as the pairs of the request say, and back if it has no room there. All devices have one model. */
+static enum sim_status restore(struct client *target, const struct sim_request *request)
+{
+    uint32_t to[SIM_MAX_DEVICES], back[SIM_MAX_DEVICES];
+    if (request->parties && request->parties != server.n_gpus) return SIM_NO_DEVICE;
+    for (uint32_t i = 0; request->parties && i < server.n_gpus; i++) {
+        to[i] = request->key >> SIM_PLACE_BITS * i & (SIM_MAX_DEVICES - 1);
+        if (to[i] >= server.n_gpus) return SIM_NO_DEVICE;
+        back[to[i]] = i;
+    }
+    if (request->parties) ledger_move(target, to);
+    bool has_room = ledger_unpark(target);
+    if (request->parties && !has_room) ledger_move(target, back);
+    if (request->parties && has_room) turns_leave(target, 0);
+    show_devices(target);
+    return has_room ? SIM_OK : SIM_NO_MEMORY;
+}
+
 static bool has_done_order(const struct client *client)
 {
     return read_word(&client->checkpoint.gate->done) == read_word(&client->checkpoint.gate->order);
 }
 
 /* Ends a call that is not in progress yet. */
-static enum sim_status refuse(struct client *target, uint32_t call)
+static enum sim_status refuse(struct client *target, const struct sim_request *request)
 {
+    uint32_t call = request->kind;
     static const enum process_state needs[SIM_CHECKPOINTS] = {
         [SIM_LOCK] = IS_RUNNING, [SIM_PARK] = IS_LOCKED, [SIM_RESTORE] = IS_CHECKPOINTED, [SIM_UNLOCK] = IS_LOCKED};
     if (target->checkpoint.is_busy || target->checkpoint.state != needs[call]) return SIM_ILLEGAL_STATE;
@@ -123,8 +148,7 @@ static enum sim_status refuse(struct client *target, uint32_t call)
     }
     if (!read_word(&target->checkpoint.gate->thread)) return SIM_NOT_SUPPORTED;
     if (call == SIM_PARK && (ledger_has_managed(target) || share_is_holder(target))) return SIM_NOT_SUPPORTED;
-    if (call == SIM_RESTORE && !ledger_unpark(target)) return SIM_NO_MEMORY;
-    return SIM_OK;
+    return call == SIM_RESTORE ? restore(target, request) : SIM_OK;
 }
 
 bool checkpoint_begin(struct client *caller, const struct sim_request *request, enum sim_status *status,
@@ -143,7 +167,7 @@ bool checkpoint_begin(struct client *caller, const struct sim_request *request, 
         *status = *result ? SIM_OK : SIM_NOT_SUPPORTED;
         return false;
     }
-    *status = refuse(target, call);
+    *status = refuse(target, request);
     if (*status) return false;
     if (call == SIM_UNLOCK) {
         target->checkpoint.state = IS_RUNNING;

@@ -126,6 +126,7 @@ void client_accept(int listener)
                                            .process = process,
                                            .own_user = is_root || is_here_as(sock, &process, geteuid()),
                                            .is_root = is_root};
+    for (uint32_t i = 0; i < SIM_MAX_DEVICES; i++) server.clients[slot].devices[i] = i;
 }
 
 static bool holds_anything(const struct client *client)

@@ -232,6 +232,15 @@ bool ledger_unpark(struct client *client)
     return true;
 }
 
+void ledger_move(struct client *client, const uint32_t *to)
+{
+    struct holding own[SIM_MAX_DEVICES];
+    memcpy(own, client->own, sizeof own);
+    for (uint32_t i = 0; i < server.n_gpus; i++) client->own[to[i]] = own[i];
+    for (uint32_t i = 0; i < client->n_contexts; i++) client->contexts[i].device = to[client->contexts[i].device];
+    for (uint32_t i = 0; i < server.n_gpus; i++) client->devices[i] = to[client->devices[i]];
+}
+
 bool ledger_has_context(struct client *client, const struct sim_request *request)
 {
     const struct context *context = find_context(client, request->context);

@@ -102,6 +102,9 @@ static struct answer answer_share(struct client *client, const struct sim_reques
         a.wrong = share_drop(client, key) ? NULL : "drops memory that it does not share";
     }
     if (a.status) a = (struct answer){.status = a.status};
+    uint32_t device = payload.share.device; /* the client has its own numbers of the devices */
+    for (uint32_t i = 0; a.size && i < server.n_gpus; i++)
+        if (client->devices[i] == device) payload.share.device = i;
     return a;
 }
 
@@ -161,14 +164,16 @@ static bool is_lost_on(const struct client *client, const struct sim_request *re
     return fault_is_lost(request->device) && is_taking(client, request);
 }
 
-static struct answer answer(struct client *client, const struct sim_request *request, int sent)
+static struct answer answer(struct client *client, const struct sim_request *named, int sent)
 {
-    if (request->op == SIM_HELLO) return (struct answer){.count = server.n_gpus};
-    if (request->op == SIM_DUMP) return answer_dump(client);
-    if (request->op == SIM_FAULT) return answer_fault(client, request);
-    if (request->op == SIM_CHECKPOINT) return answer_checkpoint(client, request);
+    if (named->op == SIM_HELLO) return (struct answer){.count = server.n_gpus};
+    if (named->op == SIM_DUMP) return answer_dump(client);
+    if (named->op == SIM_FAULT) return answer_fault(client, named);
+    if (named->op == SIM_CHECKPOINT) return answer_checkpoint(client, named);
     if (client->is_parked) return (struct answer){.wrong = "uses devices while it is checkpointed"};
-    if (request->device >= server.n_gpus) return (struct answer){.status = SIM_NO_DEVICE};
+    if (named->device >= server.n_gpus) return (struct answer){.status = SIM_NO_DEVICE};
+    struct sim_request at = *named, *request = &at;
+    at.device = client->devices[named->device];
     if (request->kind >= SIM_KINDS) return (struct answer){.wrong = "unknown kind of memory"};
     if (is_lost_on(client, request)) return (struct answer){.status = SIM_LOST};
     if (client->met_ecc && is_taking(client, request)) return (struct answer){.status = SIM_ECC};

@@ -72,6 +72,7 @@ struct client {
     uint64_t resident[SIM_MAX_DEVICES];  /* managed memory that is on the device */
     struct context *contexts;
     uint32_t n_contexts, room;
+    uint32_t devices[SIM_MAX_DEVICES]; /* the device that the process uses as each one; its requests have the latter */
     struct checkpoint checkpoint;
 };
 
@@ -156,6 +157,8 @@ void ledger_forget(struct client *client);
  * changes nothing if there is no room. */
 void ledger_park(struct client *client);
 bool ledger_unpark(struct client *client);
+/* Lets a checkpointed client have on device to[i] what it had on device i. */
+void ledger_move(struct client *client, const uint32_t *to);
 /* Returns how many bytes of all devices a client holds. */
 uint64_t ledger_bytes(const struct client *client);
 /* Returns whether a client has allocated managed memory. */

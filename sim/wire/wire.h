@@ -55,7 +55,8 @@ enum sim_op {
     SIM_RESIZE,     /* context, requested = the key of a pool of the client; bytes = what the pool has reserved now */
     SIM_SET_LOCAL,  /* bytes = local memory of each thread that the context has room for from now on */
     SIM_RESIDENT,   /* bytes = managed memory of the process that is on the device from now on */
-    SIM_CHECKPOINT, /* kind = enum sim_checkpoint, requested = a pid, bytes = milliseconds; reply.count = the result */
+    SIM_CHECKPOINT, /* kind = enum sim_checkpoint, requested = a pid, bytes = milliseconds; reply.count = the result.
+                       With parties: key has for each device the one to restore to, in SIM_PLACE_BITS each */
     SIM_OPS,
 };
 
@@ -106,6 +107,8 @@ enum sim_checkpoint {
 #define SIM_FLAG_FOREIGN_PROC 1u
 /* The client is NVML. Only such requests wait during a stall of NVML. */
 #define SIM_FLAG_NVML 2u
+/* See SIM_CHECKPOINT. */
+#define SIM_PLACE_BITS 4
 /* With SIM_EXPORT: for the driver of another device. CUDA cannot import it. */
 #define SIM_FLAG_RANGE 4u
 
@@ -227,6 +230,7 @@ struct sim_gate {
     uint32_t has_failed;
     uint32_t is_parked; /* the device memory is in the host, and waits and queries have nothing that they could read */
     uint64_t bytes;     /* how much host memory the process has to take for the copy of its device memory */
+    uint32_t devices[SIM_MAX_DEVICES]; /* the device that is used as each one: others after a restore elsewhere */
 };
 
 struct sim_device {

@@ -206,11 +206,15 @@ class Cluster:
 
         eventually(look, 120, f"{name}: see {self.logs / name}")
 
-    def begin(self, name: str, *options: str) -> None:
-        """Start a program."""
+    def begin(self, name: str, *options: str, program: str = "") -> None:
+        """Start a program: that of this name, or another one."""
         with open(self.logs / name, "ab") as log:
             self._running[name] = subprocess.Popen(
-                [PROGRAMS / name, *options], stdout=log, stderr=log, stdin=subprocess.DEVNULL, env=self._environment
+                [program or PROGRAMS / name, *options],
+                stdout=log,
+                stderr=log,
+                stdin=subprocess.DEVNULL,
+                env=self._environment,
             )
 
     def end(self, name: str, number: int = signal.SIGTERM) -> None:

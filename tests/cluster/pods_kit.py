@@ -6,11 +6,14 @@ import json
 import re
 from typing import Any
 
+import yaml
+
 from tests.cluster.cluster_kit import Cluster
 from tests.support.host import ROOT
 from tests.support.wait import eventually
 
 CHART = ROOT / "deploy/helm/fgpu"
+PAGE = ROOT / "docs/kubernetes.md"
 SYSTEM = ("--namespace", "fgpu-system")
 REFUSED = re.compile(r"cuDevicePrimaryCtxRetain: CUDA_ERROR_OUT_OF_MEMORY")
 ANSWER = re.compile(r"admitted (\d+) bytes, then CUDA_ERROR_OUT_OF_MEMORY")
@@ -61,4 +64,14 @@ def with_driver(pod: dict[str, Any]) -> dict[str, Any]:
     """Return a pod that gets the driver and all devices from NVIDIA's runtime."""
     pod["spec"]["containers"][0]["env"] = [{"name": "NVIDIA_VISIBLE_DEVICES", "value": "all"}]
     pod["spec"]["runtimeClassName"] = "nvidia"
+    return pod
+
+
+def with_shim(pod: dict[str, Any]) -> dict[str, Any]:
+    """Return a pod with the volumes and, in each container, the mounts that docs/kubernetes.md names."""
+    (text,) = re.findall(r"^    volumes:\n(?:    .*\n)+", PAGE.read_text(), re.MULTILINE)
+    fields = yaml.safe_load(text)
+    pod["spec"]["volumes"] = fields["volumes"]
+    for container in pod["spec"]["containers"]:
+        container["volumeMounts"] = fields["volumeMounts"]
     return pod

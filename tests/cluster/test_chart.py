@@ -5,17 +5,26 @@ The tests follow one another on one cluster, and each ends without pods of its o
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
-from typing import Any
 
 import pytest
-import yaml
 
 from tests.cluster.cluster_kit import NODE, Cluster
 from tests.cluster.image_kit import Agent
-from tests.cluster.pods_kit import CHART, REFUSED, SYSTEM, filled, pending, ready, seen, status, tenant, with_driver
-from tests.support.host import CONTEXT, GIB, MIB, ROOT, cgroup_root
+from tests.cluster.pods_kit import (
+    CHART,
+    REFUSED,
+    SYSTEM,
+    filled,
+    pending,
+    ready,
+    seen,
+    status,
+    tenant,
+    with_driver,
+    with_shim,
+)
+from tests.support.host import CONTEXT, GIB, MIB, cgroup_root
 from tests.support.sim_driver import driver_books
 from tests.support.wait import eventually
 
@@ -36,7 +45,6 @@ policies:
       selector: {namespace: [default], matchLabels: {tier: notebook}}
       memory: {limit: 1GiB, max: 3GiB}
 """
-PAGE = ROOT / "docs/kubernetes.md"
 
 pytestmark = [pytest.mark.flaky(reruns=0), pytest.mark.timeout(600)]  # a repeated test finds another cluster
 
@@ -88,15 +96,6 @@ def test_a_pod_beyond_the_profile_s_count_waits(cluster: Cluster) -> None:
     eventually(lambda: not driver_books(), 20, "the end of the programs")
 
 
-def mounted(pod: dict[str, Any]) -> dict[str, Any]:
-    """Return a pod with the volumes and mounts that docs/kubernetes.md names, and the driver of NVIDIA's runtime."""
-    (text,) = re.findall(r"^    volumes:\n(?:    .*\n)+", PAGE.read_text(), re.MULTILINE)
-    fields = yaml.safe_load(text)
-    pod["spec"]["volumes"] = fields["volumes"]
-    pod["spec"]["containers"][0]["volumeMounts"] = fields["volumeMounts"]
-    return with_driver(pod)
-
-
 def test_labels_select_a_policy_and_annotations_ask_for_more(cluster: Cluster, tmp_path: Path) -> None:
     """The ConfigMap is installed without a restart."""
     (tmp_path / "values.yaml").write_text(POLICIES)
@@ -107,7 +106,7 @@ def test_labels_select_a_policy_and_annotations_ask_for_more(cluster: Cluster, t
     labels, asked = {"tier": "notebook"}, {"plain": "", "asks": "2GiB", "greedy": "8GiB"}
     for name, memory in asked.items():
         notes = {"fgpu.dev/memory": memory} if memory else {}
-        cluster.apply(mounted(tenant(name, labels=labels, annotations=notes)))
+        cluster.apply(with_driver(with_shim(tenant(name, labels=labels, annotations=notes))))
     got = {name: filled(cluster, name) + CONTEXT for name in asked}
     assert got == {"plain": GIB, "asks": 2 * GIB, "greedy": 3 * GIB}
     assert "the policy allows 3GiB" in " ".join(cluster.fgpu("explain", "pod/default/greedy").split())

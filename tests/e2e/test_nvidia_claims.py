@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import json
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,13 @@ import pytest
 from tests.e2e.labels_kit import HEAD, write
 from tests.support.commands import ask, fgpu
 from tests.support.containers.containerd import Containerd
-from tests.support.host import GIB, MIB, REFUSED
+from tests.support.host import GIB, MIB, REFUSED, SIM
 from tests.support.kubernetes.nvidia_node import NvidiaNode
 from tests.support.service import Service
 from tests.support.wait import eventually
 
 CLAIM, OTHER = "0b8f5b1e-9a64-4b44-8a2b-6c1f0f3d2a10", "1c9f5b1e-9a64-4b44-8a2b-6c1f0f3d2a11"
+LATE = "2d0f5b1e-9a64-4b44-8a2b-6c1f0f3d2a12"
 KNOWN = "claim dev/gpu-0b8f of gpu.nvidia.com: 4GiB of device 0"
 UNKNOWN = "the size of dev/gpu-0b8f of gpu.nvidia.com is not known"
 
@@ -109,3 +111,53 @@ def test_a_pod_with_an_unknown_claim_gets_nothing_until_the_claim_is_known(
     node.prepare(OTHER, "8Gi")
     eventually(lambda: at(one.path) == ("pods", 6 * GIB), 5, f"the policy's most: {at(one.path)}")
     client.ok(f"alloc {5 * GIB}")
+
+
+def damaged(node: NvidiaNode) -> Iterator[Callable[[], object]]:
+    """Yield functions that make a file or its claims unreadable. Each leaves the files that the previous one left."""
+    yield lambda: node.prepare_in_another_form(CLAIM, OTHER)
+    yield lambda: node.claims_file.write_text('{"v3": {"preparedClaims": {}}}')
+    yield node.claims_file.unlink
+    yield lambda: node.claims_file.symlink_to(node.claims_file.name)  # no process can open it
+    yield lambda: node.pods_file.write_text("{")
+    yield node.pods_file.unlink
+
+
+def failed_check() -> str:
+    """Return what `fgpu doctor` says of the claims; empty: nothing."""
+    found = json.loads(fgpu("doctor", "--driver-root", SIM, "--json", check=False).stdout)
+    return next((f"{one['found']}; {one['fix']}" for one in found if one["name"] == "nvidia claims"), "")
+
+
+def test_running_pods_keep_what_they_have_at_each_start_with_unknown_claims(
+    containerd: Containerd, node: NvidiaNode, service: Service
+) -> None:
+    """One pod has a whole device, one has a part of it, and one has started no container yet."""
+    whole, part, late = (containerd.run(name, {}, {}) for name in ("whole", "part", "late"))
+    for claim, pod in ((CLAIM, part), (OTHER, whole), (LATE, late)):
+        node.use(claim, pod.uid)
+    node.prepare(CLAIM, "4Gi")
+    node.prepare(OTHER, None)
+    free, limited = whole.container("main").client(), part.container("main").client()
+    assert (free.ok("info")[1] > 8 * GIB, limited.ok("info")[1]) == (True, 4 * GIB)
+    limited.ok(f"alloc {3 * GIB}")
+    for number, damage in enumerate(damaged(node)):
+        service.kill_agent()
+        damage()
+        service.start_agent()
+        assert (at(whole.path), at(part.path)) == (None, ("", 4 * GIB)), number
+        free.ok(f"alloc {GIB}")
+        assert limited.do(f"alloc {GIB}") == REFUSED, number
+        for pod in (whole, part):
+            said = fgpu("explain", f"pod/dev/{pod.name}").stdout
+            assert "not known: " in said, said
+        assert str(node.folder) in failed_check(), number
+    eventually(lambda: at(late.path) == ("", 0), 5, f"nothing: {at(late.path)}")
+    for pod, answer in ((whole, "ok"), (part, REFUSED), (late, REFUSED)):
+        assert pod.container("late").client().do(f"alloc {GIB}").split()[0] == answer.split()[0], pod.name
+
+    node.prepare(LATE, "1Gi")
+    node.prepare(CLAIM, "4Gi")
+    node.prepare(OTHER, None)
+    eventually(lambda: at(late.path) == ("", GIB), 5, f"the claim: {at(late.path)}")
+    assert (at(whole.path), at(part.path), failed_check()) == (None, ("", 4 * GIB), "")

@@ -25,6 +25,13 @@ need("cuInit", 0)
 def lock(pid, ms=5000): return L.cuCheckpointProcessLock(pid, (C.c_uint64 * 8)(ms))
 def checkpoint(pid): return L.cuCheckpointProcessCheckpoint(pid, None)
 def restore(pid): return L.cuCheckpointProcessRestore(pid, None)
+def uuid(device):
+    found = C.create_string_buffer(16)
+    need("cuDeviceGetUuid_v2", found, device)
+    return found.raw
+def move(pid, *pairs):
+    raw = C.create_string_buffer(b"".join(uuid(device) for pair in pairs for device in pair))
+    return L.cuCheckpointProcessRestore(pid, (C.c_uint64 * 8)(C.addressof(raw), len(pairs)))
 def unlock(pid): return L.cuCheckpointProcessUnlock(pid, None)
 def value(name, pid):
     found = C.c_int(-1)

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 from fgpu_ebpf.agent.host_schema import HostDocument
+from fgpu_ebpf.policy.requests import ADAPTERS
 
 ROOT = Path(__file__).parents[2]
 CHART = ROOT / "deploy/helm/fgpu"
@@ -16,6 +17,7 @@ MADE = "policy.schema.json"  # a file of the chart that is none of `dashboards`:
 def test_the_chart_s_settings_have_exactly_the_keys_of_agent_yaml() -> None:
     settings = json.loads(SCHEMA.read_text())["properties"]["settings"]["properties"]
     assert set(settings) == {field.alias for field in HostDocument.model_fields.values()}
+    assert settings["adapters"]["items"]["enum"] == list(ADAPTERS)
 
 
 def test_the_chart_has_copies_of_the_dashboards_and_rules() -> None:

@@ -6,11 +6,11 @@
 #include <signal.h>
 #include <string.h>
 
-static CUresult ask(enum sim_checkpoint call, int pid, unsigned milliseconds, uint32_t *result)
+static CUresult ask_with(struct sim_request request, int pid, uint32_t *result)
 {
     if (!sim_is_ready()) return CUDA_ERROR_NOT_INITIALIZED;
     if (pid <= 0) return CUDA_ERROR_OPERATING_SYSTEM;
-    struct sim_request request = {.kind = call, .requested = (uint64_t)pid, .bytes = milliseconds};
+    request.requested = (uint64_t)pid;
     uint32_t unread;
     switch (sim_ask(SIM_CHECKPOINT, request, result ? result : &unread, sizeof unread)) {
     case SIM_OK:
@@ -19,6 +19,8 @@ static CUresult ask(enum sim_checkpoint call, int pid, unsigned milliseconds, ui
         return !kill(pid, 0) || errno == EPERM ? CUDA_ERROR_NOT_INITIALIZED : CUDA_ERROR_OPERATING_SYSTEM;
     case SIM_NO_MEMORY:
         return CUDA_ERROR_OUT_OF_MEMORY;
+    case SIM_NO_DEVICE:
+        return CUDA_ERROR_INVALID_VALUE;
     case SIM_ILLEGAL_STATE:
         return CUDA_ERROR_ILLEGAL_STATE;
     case SIM_NOT_READY:
@@ -28,6 +30,11 @@ static CUresult ask(enum sim_checkpoint call, int pid, unsigned milliseconds, ui
     default:
         return CUDA_ERROR_OPERATING_SYSTEM;
     }
+}
+
+static CUresult ask(enum sim_checkpoint call, int pid, unsigned milliseconds, uint32_t *result)
+{
+    return ask_with((struct sim_request){.kind = call, .bytes = milliseconds}, pid, result);
 }
 
 static bool is_zero(const void *bytes, size_t size)
@@ -69,17 +76,34 @@ API cuCheckpointProcessCheckpoint(int pid, CUcheckpointCheckpointArgs *args)
     return ask(SIM_PARK, pid, 0, NULL);
 }
 
-/* The simulated driver restores a process only to the devices that it had. */
+/* Returns the index of a device; n_devices: there is none with this UUID. */
+static uint32_t device_of(const CUuuid *uuid)
+{
+    uint32_t i = 0;
+    while (i < driver.n_devices && memcmp(uuid->bytes, driver.devices[i].uuid_bytes, sizeof uuid->bytes)) i++;
+    return i;
+}
+
+/* The pairs have to name each device once as the old one and once as the new one, also devices that are hidden by
+ * CUDA_VISIBLE_DEVICES, and those that stay (driver 580). */
 API cuCheckpointProcessRestore(int pid, CUcheckpointRestoreArgs *args)
 {
+    struct sim_request request = {.kind = SIM_RESTORE};
+    uint32_t left = 0, taken = 0;
     if (!sim_is_ready()) return CUDA_ERROR_NOT_INITIALIZED;
     if (args && (args->reserved1 || !is_zero(args->reserved, sizeof args->reserved) ||
                  (args->gpuPairsCount && !args->gpuPairs)))
         return CUDA_ERROR_INVALID_VALUE;
-    for (unsigned i = 0; args && i < args->gpuPairsCount; i++)
-        if (memcmp(&args->gpuPairs[i].oldUuid, &args->gpuPairs[i].newUuid, sizeof(CUuuid)))
-            return CUDA_ERROR_NOT_SUPPORTED;
-    return ask(SIM_RESTORE, pid, 0, NULL);
+    request.parties = args ? args->gpuPairsCount : 0;
+    if (request.parties && request.parties != driver.n_devices) return CUDA_ERROR_INVALID_VALUE;
+    for (uint32_t i = 0; i < request.parties; i++) {
+        uint32_t from = device_of(&args->gpuPairs[i].oldUuid), to = device_of(&args->gpuPairs[i].newUuid);
+        left |= 1u << from;
+        taken |= 1u << to;
+        if (from < driver.n_devices) request.key |= (uint64_t)to << SIM_PLACE_BITS * from;
+    }
+    if (request.parties && (left & taken) != (1u << driver.n_devices) - 1) return CUDA_ERROR_INVALID_VALUE;
+    return ask_with(request, pid, NULL);
 }
 
 API cuCheckpointProcessUnlock(int pid, CUcheckpointUnlockArgs *args)

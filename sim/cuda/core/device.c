@@ -1,4 +1,5 @@
-/* Queries of devices. All results come from the server's description at cuInit. */
+/* Queries of devices. All results come from the server's description at cuInit. After a restore to another device, its
+ * UUID is reported, and the PCI address of the first device, as by driver 580. */
 #include "cuda/core/driver.h"
 #include "cuda/core/gate.h"
 
@@ -48,7 +49,7 @@ static CUresult get_uuid(CUuuid *uuid, CUdevice dev)
 {
     CUresult result = enter_device(uuid, dev);
     if (result) return result;
-    memcpy(uuid->bytes, driver.devices[dev].uuid_bytes, sizeof uuid->bytes);
+    memcpy(uuid->bytes, driver.devices[gate_device((uint32_t)dev)].uuid_bytes, sizeof uuid->bytes);
     return sim_leave(CUDA_SUCCESS);
 }
 

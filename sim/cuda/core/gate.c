@@ -136,6 +136,8 @@ void gate_enter(void)
     is_inside = true;
 }
 
+uint32_t gate_device(uint32_t device) { return gate ? read_word(&gate->devices[device]) : device; }
+
 bool gate_is_parked(void) { return gate && read_word(&gate->is_parked); }
 
 void gate_read_completion(void)

@@ -3,6 +3,7 @@
 #define FGPU_SIM_CUDA_CORE_GATE_H
 
 #include <stdbool.h>
+#include <stdint.h>
 
 /* Opens the driver's node. Returns false if it does not exist. */
 bool node_open(void);
@@ -16,6 +17,8 @@ void gate_enter(void);
 void gate_read_completion(void);
 /* Returns whether the process is checkpointed. */
 bool gate_is_parked(void);
+/* Returns the device that this process uses as `device`: another one after a restore elsewhere. */
+uint32_t gate_device(uint32_t device);
 /* Does nothing in a thread that is not inside. */
 void gate_leave(void);
 

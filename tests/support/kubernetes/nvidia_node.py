@@ -35,6 +35,11 @@ class NvidiaNode:
         self._entries.setdefault(claim, entry | {"DriverState": {DRIVER: {"Devices": []}}})["PodUIDs"][pod] = {}
         self._write()
 
+    def leave(self, claim: str, pod: str) -> None:
+        """Write what kubelet writes when a pod has ended and another one uses its claim."""
+        del self._entries[claim]["PodUIDs"][pod]
+        self._write()
+
     def prepare(self, claim: str, *sizes: str | None, state: str = "PrepareCompleted") -> None:
         """Write what the driver writes: the claim has consumed these sizes of the devices 0, 1, …; None: the device."""
         names = [f"gpu-{number}" for number, _ in enumerate(sizes)]
@@ -52,6 +57,11 @@ class NvidiaNode:
             "status": {"allocation": {"devices": {"results": results}}},
             "preparedDevices": [{"devices": devices, "configState": {}}],
         }
+        self._write()
+
+    def prepare_in_another_form(self, *claims: str) -> None:
+        """Write that claims are prepared, in a form that no version of the driver has."""
+        self._prepared |= {claim: {"checkpointState": "PrepareCompleted", "allocated": []} for claim in claims}
         self._write()
 
     def end(self, claim: str) -> None:

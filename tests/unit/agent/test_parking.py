@@ -20,9 +20,9 @@ from typing import Any
 import pytest
 
 from fgpu_ebpf import abi
-from fgpu_ebpf.agent import blocked_calls, parkable, parker_client, parking
+from fgpu_ebpf.agent import blocked_calls, moving, parkable, parked_tenant, parker_client, parking
 from fgpu_ebpf.agent.parkable import Parkable
-from fgpu_ebpf.agent.parked_tenant import ParkedTenant, Phase
+from fgpu_ebpf.agent.parked_tenant import Move, ParkedTenant, Phase
 from fgpu_ebpf.agent.parking import Parking
 from fgpu_ebpf.ledger.parked import Parked
 from fgpu_ebpf.ledger.process_entry import Process
@@ -63,8 +63,9 @@ class FakeParker:
     def _answer(self, request: Line) -> list[Line]:
         if request["op"] == "state":
             return [{"states": {str(process["pid"]): self.state for process in request["processes"]}}]
-        self.state = {"park": "checkpointed", "wake": "running"}[request["op"]]
-        return [{"at": self.state, "seconds": 1.5}, {"result": {"park": "parked", "wake": "running"}[request["op"]]}]
+        self.state = {"park": "checkpointed", "wake": "running", "move": "locked"}[request["op"]]
+        result = {"park": "parked", "wake": "running", "move": "moved"}[request["op"]]
+        return [{"at": self.state, "seconds": 1.5}, {"result": result}]
 
     def close(self) -> None:
         self._listener.close()
@@ -74,7 +75,7 @@ class FakeLedger:
     """One tenant with one process, in a group that may be full."""
 
     def __init__(self, pid: int) -> None:
-        self.pid, self.has_entry, self.parked_bytes, self.is_full = pid, False, 0, False
+        self.pid, self.has_entry, self.parked_bytes, self.is_full, self.epochs = pid, False, 0, False, 0
         self.flags = abi.Seen.SHIM | abi.SEEN_CALLED
         self.parked = SimpleNamespace(
             entries=self._entries, begin=self._begin, park=self._park, wake=self._wake, end=self._end, unmoved=set()
@@ -85,6 +86,9 @@ class FakeLedger:
         bytes_ = (HELD - self.parked_bytes, *zero[1:])
         flags = self.flags | (abi.PARKED if self.has_entry else 0)
         return {self.pid: Process(GENERATION, (CGROUP,), flags, 0, True, bytes_, zero, zero, zero, (1, *zero[1:]))}
+
+    def new_epoch(self) -> None:
+        self.epochs += 1
 
     def process(self, pid: int) -> Process | None:
         return self.processes().get(pid)
@@ -143,7 +147,7 @@ class Host:
     def __init__(self, folder: Path, pid: int) -> None:
         self.folder, self.parker, self.ledger, self.history = folder, FakeParker(folder), FakeLedger(pid), EventLog()
         workload = SimpleNamespace(cgroup=CGROUP, path="/alice")
-        self.tenant: Any = SimpleNamespace(name="alice", cgroup=CGROUP, path="/alice", workload=workload)
+        self.tenant: Any = SimpleNamespace(name="alice", cgroup=CGROUP, path="/alice", workload=workload, park_bytes=0)
         self.enforcer: Any = SimpleNamespace(
             has_inside=lambda path: False,
             get=lambda cgroup: self.tenant if cgroup == CGROUP else None,
@@ -334,7 +338,7 @@ def test_room_that_is_made_for_a_tenant_is_left_free_by_other_wake_ups(
     of_alice = host.ledger.parked.entries
     of_bob = {(1, 1): Parked(0, other.cgroup, (1, *(0,) * (abi.DEVICES - 1)))}
     monkeypatch.setattr(host.ledger.parked, "entries", lambda: of_alice() | of_bob)
-    monkeypatch.setattr(host.parking, "_forget_ended", lambda *_: None)
+    monkeypatch.setattr(parked_tenant, "forget_ended", lambda *_: False)
     host.parking.wake(CGROUP, "alice")
     assert host.state() == "waiting"
     other.enter(Phase.WAITING)
@@ -342,7 +346,9 @@ def test_room_that_is_made_for_a_tenant_is_left_free_by_other_wake_ups(
     host.until("running")
 
 
-def test_a_tenant_for_which_room_was_made_is_woken_when_another_one_is_parked(host: Host) -> None:
+def test_a_tenant_for_which_room_was_made_is_woken_when_another_one_is_parked(
+    host: Host, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The other one has been called meanwhile: it wakes up later."""
     asked = []
 
@@ -356,7 +362,7 @@ def test_a_tenant_for_which_room_was_made_is_woken_when_another_one_is_parked(ho
     host.parking._tenants[bob.cgroup] = bob
     entries = host.ledger.parked.entries
     host.ledger.parked.entries = lambda: {(1, 1): Parked(0, bob.cgroup, (HELD, *(0,) * (abi.DEVICES - 1)))} | entries()
-    host.parking._forget_ended = lambda *_: None  # type: ignore[method-assign]
+    monkeypatch.setattr(parked_tenant, "forget_ended", lambda *_: False)
     host.parking.park(host.tenant)
     host.until("parking")
     host.parking.wake(CGROUP, "alice")
@@ -385,6 +391,7 @@ def test_an_agent_that_starts_asks_the_driver(host: Host, state: str, wanted: st
     parked(host)
     host.parker.state = state
     host.start()
+    assert host.ledger.epochs == 1, "an earlier agent may have moved it"
     host.until(wanted)
     assert host.books() == ((True, HELD) if wanted == "parked" else (False, 0))
 
@@ -479,6 +486,19 @@ def test_more_processes_than_a_request_can_name_are_refused(host: Host, monkeypa
     assert not host.ledger.has_entry
 
 
+@pytest.mark.parametrize(("most", "is_parked"), [(HELD - 1, False), (HELD, True)])
+def test_a_tenant_is_parked_with_the_memory_that_its_policy_permits_on_the_host(
+    host: Host, most: int, is_parked: bool
+) -> None:
+    host.tenant.park_bytes = most
+    if is_parked:
+        parked(host)
+    else:
+        with pytest.raises(parking.ParkingError, match=r"more than memory\.park\.hostMemory"):
+            host.parking.park(host.tenant)
+    assert host.books() == (is_parked, HELD if is_parked else 0)
+
+
 def test_a_look_that_blocks_leaves_one_thread(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
     end = threading.Event()
     monkeypatch.setattr(blocked_calls, "before_parking", lambda _: (end.wait(30), ("", {}))[1])
@@ -497,3 +517,36 @@ def test_a_tenant_without_a_limit_is_woken(host: Host) -> None:
     host.enforcer.get = lambda _: None
     host.until("running")
     assert host.books() == (False, 0)
+
+
+@pytest.fixture
+def movable(host: Host, monkeypatch: pytest.MonkeyPatch) -> Host:
+    """Return a host whose tenant may be moved from device 0 to device 1."""
+    monkeypatch.setattr(moving, "plan", lambda *_: Move(0, 1, [("old", "new"), ("new", "old")]))
+    monkeypatch.setattr(moving, "ANEW_SECONDS", 0.1)
+    host.ledger.parked.exchange = lambda *_, **__: 0
+    host.enforcer.use_device = lambda *_: ""
+    host.parking.parkable.nvml.process_bytes = lambda _: {}  # type: ignore[union-attr, method-assign]
+    return host
+
+
+@pytest.mark.parametrize("is_parked", [False, True])
+def test_a_tenant_is_parked_restored_to_the_other_device_and_unlocked(movable: Host, is_parked: bool) -> None:
+    if is_parked:
+        parked(movable)
+    errand = movable.parking.move(movable.tenant, 1)
+    movable.until("running")
+    assert movable.parker.asked == ["park", "move", "wake"]
+    assert (errand.is_done, errand.error, movable.ledger.epochs) == (True, "", 1)
+    assert movable.what()[-1] == "moved"
+    assert movable.books() == (False, 0)
+
+
+def test_a_tenant_that_the_driver_does_not_move_wakes_up_where_it_was(movable: Host) -> None:
+    parked(movable)
+    movable.parker.says = [[{"result": "parked", "error": "no such gpu"}]]
+    errand = movable.parking.move(movable.tenant, 1)
+    movable.until("running")
+    assert (errand.error, movable.ledger.epochs) == ("alice cannot be moved: no such gpu", 0)
+    assert "move failed" in movable.what()
+    assert movable.parker.asked[-1] == "wake"

@@ -197,6 +197,22 @@ def test_parameters_that_a_user_has_written_into_a_claim_cost_nothing(parameters
         tracemalloc.stop()
 
 
+def test_requests_of_a_claim_are_added_up_on_each_device() -> None:
+    """Two requests have parts of one device, one has a device of its own, one has a device only to watch it."""
+    sizes = [("gpu-0", {"consumedCapacity": {"memory": size}}) for size in ("4Gi", "512Mi")]
+    found = json.loads(claim_with({}, {}))
+    claim = found["v2"]["preparedClaims"][A]
+    claim["status"]["allocation"]["devices"]["results"] = [
+        {"request": f"request-{number}", "driver": DRIVER, "pool": "n", "device": device} | more
+        for number, (device, more) in enumerate([*sizes, ("gpu-1", {}), ("gpu-0", {"adminAccess": True})])
+    ]
+    claim["preparedDevices"] = [
+        {"devices": [{"gpu": {"info": {"uuid": GPUS[number]}, "device": {"DeviceName": f"gpu-{number}"}}}]}
+        for number in (0, 0, 1, 0)
+    ]
+    assert nvidia_claims.booked(json.dumps(found).encode()) == {A: {GPUS[0]: 4.5 * GIB}}
+
+
 @pytest.mark.parametrize("kind", ["mig", "vfio", "vgpu"])
 def test_a_device_of_another_kind_is_not_booked(kind: str) -> None:
     device = {"gpu": None, kind: {"concrete": {}, "device": {"DeviceName": "gpu-0-part"}}}
@@ -314,6 +330,21 @@ def test_claims_of_a_pod_are_added_up_on_each_device(agent: Agent, node: NvidiaN
     assert agent.limits(PATH) == {0: 5.5, 1: 2}
 
 
+def test_a_pod_gets_nothing_until_all_of_its_claims_are_known(agent: Agent, node: NvidiaNode) -> None:
+    """The driver prepares one claim after the other. The second is a whole device, which has no limit."""
+    node.use(A, POD)
+    node.use(B, POD)
+    node.prepare(A, "4Gi")
+    agent.manager.consider([PATH])
+    assert agent.limits(PATH) == {0: 0, 1: 0}
+    text = f"note: the size of dev/gpu-1c9f of {DRIVER} is not known: {node.claims_file} does not have it as prepared"
+    assert text in agent.explained(PATH)
+    node.prepare(B, "0", None)
+    agent.round()
+    assert agent.limits(PATH) == {0: 4, 1: None}
+    assert f"note: claims dev/gpu-0b8f, dev/gpu-1c9f of {DRIVER}: 4GiB of device 0" in agent.explained(PATH)
+
+
 def test_a_whole_device_is_no_limit(agent: Agent, node: NvidiaNode) -> None:
     node.use(A, POD)
     node.prepare(A, None)
@@ -377,6 +408,9 @@ def test_each_pod_of_a_shared_claim_has_its_limit(agent: Agent, node: NvidiaNode
     node.use(A, OTHER_POD)
     agent.manager.consider([OTHER_PATH])
     assert agent.limits(PATH) == agent.limits(OTHER_PATH) == {0: 4, 1: None}
+    node.leave(A, POD)
+    agent.round()
+    assert (agent.limits(PATH), agent.limits(OTHER_PATH)) == (None, {0: 4, 1: None})
 
 
 def test_the_limit_ends_with_the_claim(agent: Agent, node: NvidiaNode) -> None:
@@ -410,6 +444,16 @@ def test_a_policy_bounds_a_claim(
     assert agent.limits(PATH) == limits
     assert agent.limits(CONTAINER) == (limits if "kubepods" in spec else None)
     assert note in ["", *agent.explained(PATH)]
+
+
+def test_a_policy_s_mode_and_devices_apply_to_a_claim(tmp_path: Path, node: NvidiaNode) -> None:
+    node.use(A, POD)
+    node.prepare(A, "4Gi", "2Gi")
+    agent = Agent(tmp_path, Books(), "{selector: {cgroup: 'kubepods/**'}, mode: observe, devices: [1]}")
+    assert agent.limits(PATH) == {1: 2}  # the kernel refuses a device without a value
+    tenant = agent.enforcer.at(PATH)
+    assert tenant
+    assert tenant.observe
 
 
 def test_an_unknown_claim_gets_nothing_from_a_policy_either(tmp_path: Path, node: NvidiaNode) -> None:

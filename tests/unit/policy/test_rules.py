@@ -102,7 +102,7 @@ def test_fields_of_a_policy_become_the_limits_of_a_workload():
   selector: {cgroup: a}
   mode: observe
   onBypass: kill
-  memory: {limit: 8GiB, park: {after: 90s}}
+  memory: {limit: 8GiB, park: {after: 90s, hostMemory: 6GiB}}
   compute: {limit: 12.5%, weight: 7, priority: high, quantum: 5ms}
   views: {utilization: own}
   metricLabels: [team, tier]"""
@@ -111,7 +111,7 @@ def test_fields_of_a_policy_become_the_limits_of_a_workload():
     assert (limits.devices, limits.memory) == ((0, 1), {0: 8 * GIB, 1: 8 * GIB})
     assert limits.compute == Compute(0.125, 7, Priority.HIGH, 5_000_000)
     assert limits.metric_labels == ("team", "tier")
-    assert limits.park_after_ns == 90 * 10**9
+    assert (limits.park_after_ns, limits.park_bytes) == (90 * 10**9, 6 * GIB)
 
 
 def test_absent_fields_set_no_limit_and_no_option():
@@ -122,9 +122,12 @@ def test_absent_fields_set_no_limit_and_no_option():
 
 def test_the_time_after_which_a_workload_is_parked_becomes_the_tenant_s_whatever_its_labels_and_override_say():
     labelled = workload(labels={"fgpu.dev/memory": "1GiB", "fgpu.dev/park": "off", "park": "1s"})
-    decision = policies("{selector: {cgroup: a}, memory: {limit: 8GiB, park: {after: 2h}}}").resolve(labelled, [H200])
+    park = "{after: 2h, hostMemory: 6GiB}"
+    decision = policies(f"{{selector: {{cgroup: a}}, memory: {{limit: 8GiB, park: {park}}}}}").resolve(labelled, [H200])
     for override in (None, Override(1, "/a", GIB)):
-        assert tenant_of(decision, override, [H200], lambda _: 0).park_after_ns == 7200 * 10**9
+        tenant = tenant_of(decision, override, [H200], lambda _: 0)
+        assert tenant is not None
+        assert (tenant.park_after_ns, tenant.park_bytes) == (7200 * 10**9, 6 * GIB)
 
 
 def test_compute_has_its_default_values():
