@@ -116,9 +116,14 @@ static int exchange(struct fgpu_process *p, u32 tgid, u32 one, u32 other, int fo
     u64 *here = (u64 *)on(p, one), *there = (u64 *)on(p, other);
     _Pragma("unroll") for (u32 i = 0; i < sizeof(struct fgpu_holding) / sizeof(u64); i++)
     {
+        if (i == __builtin_offsetof(struct fgpu_holding, era) / sizeof(u64))
+            continue; /* `openings` are not a device's */
         u64 from_here = __sync_lock_test_and_set(&here[i], 0);
         __sync_fetch_and_add(&here[i], __sync_lock_test_and_set(&there[i], from_here));
     }
+    u32 era = on(p, one)->era;
+    on(p, one)->era = on(p, other)->era;
+    on(p, other)->era = era;
     entry->bytes[slot(one)] = 0;
     entry->bytes[slot(other)] = bytes;
     if (own) {

@@ -191,6 +191,18 @@ def test_a_process_that_is_restored_to_another_device_takes_its_charges_and_allo
     assert client.entry(kernel).bytes[:2] == (0, 0)
 
 
+def test_frees_after_an_exchange_are_released_at_once(kernel: Kernel, client: Client, level: Level) -> None:
+    """Calls in progress that open memory are counted for the process, not for its devices."""
+    level.limit(80 * MIB, devices=(0, 2))
+    client(f"create(7, {8 * MIB}); map_(0x9000, {8 * MIB}, 7)")
+    client(f"alloc(0x1000, {40 * MIB})")
+    life = park(kernel, client)
+    assert kernel.ledger.parked.exchange(life, 0, 2) == 0
+    assert kernel.ledger.parked.wake(life) == kernel.ledger.parked.end(life) == 0
+    client("free(0x1000)")
+    assert (charges_of(client.entry(kernel).bytes[2]), level.orphaned) == ((8,), 0)
+
+
 def test_an_exchange_that_is_undone_leaves_all_as_it_was(kernel: Kernel, client: Client, level: Level) -> None:
     level.limit(80 * MIB, devices=(0, 1))
     client(f"alloc(0x1000, {40 * MIB})")

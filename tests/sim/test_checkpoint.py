@@ -162,7 +162,8 @@ def test_a_lock_waits_for_a_thread_inside_a_call(machine: Machine, caller: Popen
     with serving(machine, "start(); f = kernel('spin_4000000us')[1]; launch(f)") as target:
         say(target, "need('cuCtxSynchronize')")  # its only call: a lock that fails has met it inside this one
         deadline = Deadline(10)
-        while ask(caller, f"lock({target.pid}, 50)") == "0":  # it was not inside yet
+        # It was not inside yet. A thread at the gate is inside for a moment, which must be shorter than the lock waits.
+        while ask(caller, f"lock({target.pid}, 1000)") == "0":
             assert ask(caller, f"unlock({target.pid})") == "0"
             assert not deadline.is_over()
         assert ask(caller, f"lock({target.pid}, 20000)") == "0"
