@@ -184,8 +184,6 @@ static int adjust_process(struct bpf_raw_tracepoint_args *ctx, u32 tgid)
     if (ctx->args[0] == FGPU_BEGIN_PARK) done = begin_park(p, tgid);
     if (ctx->args[0] == FGPU_PARK) done = park(p, tgid, ctx->args[3]);
     if (ctx->args[0] == FGPU_WAKE) done = wake(p, tgid, ctx->args[3], ctx->args[4]);
-    if (ctx->args[0] == FGPU_EXCHANGE) done = exchange(p, tgid, ctx->args[3], ctx->args[4], ctx->args[5]);
-    if (ctx->args[0] == FGPU_REHOME) done = rehome(p, tgid, ctx);
     if (ctx->args[0] == FGPU_EXEMPT) note(p, FGPU_SEEN_DEVICE);
     if (ctx->args[0] == FGPU_MARK) on(p, ctx->args[3])->peak = *(volatile u64 *)&on(p, ctx->args[3])->bytes;
     int ended = *(volatile u64 *)&p->state != READY, managed = p->level_count;
@@ -314,8 +312,6 @@ int adjust(struct bpf_raw_tracepoint_args *ctx)
     case FGPU_BEGIN_PARK:
     case FGPU_PARK:
     case FGPU_WAKE:
-    case FGPU_EXCHANGE:
-    case FGPU_REHOME:
         return adjust_process(ctx, ctx->args[1]);
     default:
         return -22;

@@ -348,7 +348,6 @@ struct fgpu_process {
 #define FGPU_PARKED 256          /* it has an entry in `parked` */
 #define FGPU_SEEN_CALLED 512     /* its shim reports calls, and holds them back while the process is parked */
 enum fgpu_space { FGPU_SPACE_POINTER, FGPU_SPACE_HANDLE, FGPU_SPACE_MAPPING, FGPU_SPACE_CONTEXT, FGPU_SPACE_ARRAY };
-#define FGPU_SPACES 5
 struct fgpu_allocation_key {
     __u32 tgid;
     __u32 space;
@@ -495,10 +494,6 @@ enum fgpu_adjust {
     FGPU_WAKE,     /* tgid, generation, device, force: the device is about to hold its parked bytes again; -ENOSPC: they
                       do not fit in a level around its own */
     FGPU_END_PARK, /* tgid, generation: deletes the entry of `parked`; -EBUSY: it has bytes */
-    FGPU_EXCHANGE, /* tgid, generation, device, other device, force: the parked bytes are restored to the other device;
-                      -ENOSPC: they do not fit there in the process's own level */
-    FGPU_REHOME,   /* tgid, generation, device, other device, space, handle: the same for one entry of `allocations`, or
-                      with the space FGPU_SPACES for the thread `handle` */
     FGPU_ROOM,     /* cgroup, device, time: sets `room_ns`; 0: FGPU_NO_ROOM, decided now */
 };
 

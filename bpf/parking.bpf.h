@@ -5,8 +5,6 @@
  * The process's own level stays charged: its room is kept, and views from inside do not change. The levels around it
  * are not charged. So only these have to admit the bytes when the process is woken. The levels of a process with an
  * entry do not change: its shim finds on the page of its own level that it has to hold calls back.
- *
- * A process that is restored to another device takes its charges, allocations and calls in progress along.
  */
 
 static struct fgpu_parked *parked_entry(u32 tgid, u64 generation)
@@ -87,72 +85,6 @@ static int wake(struct fgpu_process *p, u32 tgid, u32 device, int force)
     struct fgpu_usage_page *own = page_at(&entry->level);
     if (own) subtract(&own->parked[slot(device)], bytes);
     end(p);
-    return 0;
-}
-
-static void turn_to_other(u32 *device, u32 one, u32 other)
-{
-    u32 now = *(volatile u32 *)device;
-    if (now == one) *(volatile u32 *)device = other;
-    if (now == other) *(volatile u32 *)device = one;
-}
-
-/* The driver is about to restore the parked bytes on a device to another one: exchange all that the process has on the
- * two. -EAGAIN: bytes were charged since they were parked. */
-static int exchange(struct fgpu_process *p, u32 tgid, u32 one, u32 other, int force)
-{
-    struct fgpu_parked *entry = parked_entry(tgid, p->generation);
-    one &= DEVICE_MASK;
-    other &= DEVICE_MASK;
-    if (!entry) return -2;
-    u64 side = *(volatile u64 *)&p->turn, bytes = *(volatile u64 *)&entry->bytes[slot(one)];
-    if (*(volatile s64 *)charged(p, side, one) || *(volatile s64 *)charged(p, side, other)) return -11;
-    if (*(volatile u64 *)&entry->bytes[slot(other)]) return -22;
-    struct fgpu_usage_page *own = entry->level.cgroup ? page_at(&entry->level) : 0;
-    int taken = own ? take(own, other, bytes, force) : FGPU_ADMITTED;
-    if (taken == FGPU_REFUSED) return -28;
-    if (taken == FGPU_AGAIN) return -11;
-    begin(p);
-    u64 *here = (u64 *)on(p, one), *there = (u64 *)on(p, other);
-    _Pragma("unroll") for (u32 i = 0; i < sizeof(struct fgpu_holding) / sizeof(u64); i++)
-    {
-        if (i == __builtin_offsetof(struct fgpu_holding, era) / sizeof(u64))
-            continue; /* `openings` are not a device's */
-        u64 from_here = __sync_lock_test_and_set(&here[i], 0);
-        __sync_fetch_and_add(&here[i], __sync_lock_test_and_set(&there[i], from_here));
-    }
-    u32 era = on(p, one)->era;
-    on(p, one)->era = on(p, other)->era;
-    on(p, other)->era = era;
-    entry->bytes[slot(one)] = 0;
-    entry->bytes[slot(other)] = bytes;
-    if (own) {
-        subtract(&own->parked[slot(one)], bytes);
-        subtract(&own->devices[slot(one)].used, bytes);
-        __sync_fetch_and_add(&own->parked[slot(other)], bytes);
-    }
-    turn_to_other(&p->last_device, one, other);
-    end(p);
-    return 0;
-}
-
-/* The same for what one allocation or thread of the process has recorded. */
-static int rehome(struct fgpu_process *p, u32 tgid, struct bpf_raw_tracepoint_args *ctx)
-{
-    u32 one = ctx->args[3] & DEVICE_MASK, other = ctx->args[4] & DEVICE_MASK;
-    if (ctx->args[5] == FGPU_SPACES) {
-        u64 id = (u64)tgid << 32 | (u32)ctx->args[6];
-        struct fgpu_thread *t = threads.lookup(&id);
-        if (!t || (t->open & ~IDLE) != p->generation) return -2;
-        turn_to_other(&t->admission.device, one, other);
-        turn_to_other(&t->call.device, one, other);
-        return 0;
-    }
-    struct fgpu_allocation_key key = {
-        .tgid = tgid, .space = ctx->args[5], .generation = p->generation, .handle = ctx->args[6]};
-    struct fgpu_allocation *a = allocations.lookup(&key);
-    if (!a) return -2;
-    turn_to_other(&a->device, one, other);
     return 0;
 }
 

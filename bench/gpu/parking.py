@@ -1,10 +1,9 @@
-"""The claims `parked`, `sizes`, `idle`, `room`, `full` and `move`.
+"""The claims `parked`, `sizes`, `idle`, `room` and `full`.
 
 `parked`: a torch program is parked by `fgpu park`, and each kind of call wakes it with its data. `sizes`: the time to
 park and wake programs of several sizes, beside that of the driver's functions alone. `idle`: programs are parked by
 their policy when they are idle, and only then. `room`: two tenants that do not fit on the device use it in turn.
-`full`: a request that finds the device full waits while an idle tenant is parked for it. `move`: a program is moved to
-another device and back, on a host with two devices of one model; other hosts skip it.
+`full`: a request that finds the device full waits while an idle tenant is parked for it.
 """
 
 from __future__ import annotations
@@ -19,8 +18,6 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-
-import pynvml
 
 from bench.gpu.claims import PYTHON, Skip, need, say
 from bench.lib import nvml
@@ -280,51 +277,6 @@ def full(service: Service, place: Place) -> None:
                 need((state(first), _parks({"": first})[""]) == ("parked", number), "the other tenant is parked")
                 need(holds.do("intact()", 120), "a call wakes it with its data")
             need(asks.do("intact()"), "the data of the tenant that waited is intact")
-
-
-def _shown(one: Tenant) -> list[int]:
-    """Return NVML's bytes of a tenant on each of the first two devices."""
-    pids, shown = set(one.pids()), []
-    for number in range(2):
-        handle = pynvml.nvmlDeviceGetHandleByIndex(number)
-        rows = pynvml.nvmlDeviceGetComputeRunningProcesses(handle)
-        shown.append(sum(row.usedGpuMemory or 0 for row in rows if row.pid in pids))
-    return shown
-
-
-def _is_on(one: Tenant, device: int, least: int) -> None:
-    """Check that one device has the memory of a tenant, in NVML and in the ledger, and the other device nothing."""
-
-    def is_there() -> bool:
-        rows, shown = one.view()["devices"], _shown(one)
-        used, drift = [row["used_bytes"] for row in rows], [row["drift_bytes"] for row in rows]
-        return used[:2] == shown and not any(drift) and shown[device] >= least and not shown[1 - device]
-
-    eventually(is_there, 10, f"{_shown(one)} {one.view()['devices']}")
-    need(is_there(), f"NVML and the ledger have its memory on gpu {device} alone, without drift")
-
-
-def move(service: Service, place: Place) -> None:
-    """Move a program of 4 GiB with a graph to the second device and back."""
-    if pynvml.nvmlDeviceGetCount() < 2:
-        raise Skip("one device")
-    with tempfile.TemporaryDirectory() as folder, parking(service, Path(folder)):
-        one = place.tenant(LIMIT)
-        one.assert_enforced()
-        program = Torch(one, 4)
-        _is_on(one, 0, 4 * GIB)
-        for number, device in enumerate((1, 0), 1):
-            began = time.monotonic()
-            print(fgpu("move", one.name, "--device", str(device), seconds=120).stdout, end="")
-            say("moved_in", f"{time.monotonic() - began:.2f}", "s")
-            _is_on(one, device, 4 * GIB)
-            need(program.do("intact()") and program.do("replay()"), "the data is intact, and the graph runs")
-            need(program.do("silent(data.append(torch.full((1 << 30,), len(data), dtype=torch.uint8, device='cuda')))"),
-                 "it allocates 1 GiB")  # fmt: skip
-            _is_on(one, device, (4 + number) * GIB)
-            need(program.do(f"result('cuMemAlloc', C.c_size_t({LIMIT}))") == 2, "its limit holds there")
-        need(program.do("intact()"), "all data is intact")
-        program.close()
 
 
 def idle(service: Service, place: Place) -> None:

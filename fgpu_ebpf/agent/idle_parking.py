@@ -12,7 +12,6 @@ import time
 from collections.abc import Callable, Mapping, MutableMapping
 from dataclasses import dataclass, replace
 
-from fgpu_ebpf.agent import moving
 from fgpu_ebpf.agent.idle_tenants import Idleness, Look
 from fgpu_ebpf.agent.nvml_reconcile import STALE_SECONDS, Truth
 from fgpu_ebpf.agent.parkable import by_tenant, devices_of
@@ -187,8 +186,7 @@ class IdleParking:
             return f"{_OFF}: {_FIX}" if tenant.park_after_ns else ""
         why = parkable.obstacle(tenant, parkable.processes_of(tenant))
         now = f"cannot be parked now: {why}" if why else "can be parked while it makes no call"
-        planned = parking_text.plan(plain(view)) if view else ""
-        return "; ".join(filter(None, (now, planned, "" if why else moving.explain(tenant, parkable))))
+        return "; ".join(filter(None, (now, parking_text.plan(plain(view)) if view else "")))
 
 
 def _words(text: str) -> str:

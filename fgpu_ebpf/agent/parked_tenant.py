@@ -6,11 +6,9 @@ This module contains data only. It runs in the agent's main loop, which has one 
 from __future__ import annotations
 
 import itertools
-import logging
-import os
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Container, Iterable, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from itertools import islice
@@ -26,7 +24,6 @@ from fgpu_ebpf.snapshot import ParkingView
 from fgpu_ebpf.tenancy.enforcer import Enforcer
 
 MOST_ERRANDS = 128
-log = logging.getLogger("fgpu.parking")
 
 
 class Phase(StrEnum):
@@ -45,7 +42,6 @@ class Goal(StrEnum):
 
     PARK = "park"
     WAKE = "wake"
-    MOVE = "move"
 
 
 @dataclass(slots=True, eq=False)
@@ -110,21 +106,6 @@ class Totals:
             self.wakes, self.wake_seconds = self.wakes + 1, self.wake_seconds + seconds
 
 
-@dataclass(slots=True)
-class Move:
-    """A move from the device `one` to `other`.
-
-    `pairs`: the UUIDs of each GPU that the processes can use, and of the GPU that takes its place. `is_entered`: the
-    ledger has the memory on `other`. `is_done`: the driver has it there too.
-    """
-
-    one: int
-    other: int
-    pairs: list[tuple[str, str]]
-    is_entered: bool = False
-    is_done: bool = False
-
-
 @dataclass(slots=True, eq=False)
 class ParkedTenant:
     """A tenant that does not run.
@@ -135,7 +116,7 @@ class ParkedTenant:
     last request that changes the driver's state; None: of an earlier agent. `failures`: failed attempts to restore it.
     `seconds`: of the driver's copy. `shall_wake`: why it shall be woken once it is parked; empty: it shall stay parked.
     `reason`: why it was parked, if not by hand. `has_claim`: it waits while room is being made for it, which no other
-    tenant may take when it wakes up. `move`: the other device to which it shall be restored.
+    tenant may take when it wakes up.
     """
 
     cgroup: int
@@ -157,7 +138,6 @@ class ParkedTenant:
     shall_wake: str = ""
     reason: str = ""
     has_claim: bool = False
-    move: Move | None = None
 
     def enter(self, phase: Phase, why: str = "") -> None:
         """Change the phase. Only a parked tenant's calls are searched for."""
@@ -191,10 +171,7 @@ MakeRoom = Callable[[ParkedTenant, Mapping[int, int]], tuple[bool, str]]
 
 
 def of_entries(ledger: Ledger, enforcer: Enforcer) -> dict[int, ParkedTenant]:
-    """Return the tenants that an earlier agent was parking, or had parked, by cgroup. The driver has to be asked.
-
-    It may have moved one of them, so all programs have to find out which devices they have.
-    """
+    """Return the tenants that an earlier agent was parking, or had parked, by cgroup. The driver has to be asked."""
     found: dict[int, ParkedTenant] = {}
     for life, entry in ledger.parked.entries().items():
         process = ledger.process(life[0])
@@ -208,8 +185,6 @@ def of_entries(ledger: Ledger, enforcer: Enforcer) -> dict[int, ParkedTenant]:
             found[cgroup] = ParkedTenant(cgroup, name, path, {}, Phase.UNKNOWN, why=why)
         found[cgroup].members[life] = procfs.started(life[0]) or 0
         found[cgroup].bytes += sum(entry.bytes) + (sum(process.bytes) if process else 0)
-    if found:
-        ledger.new_epoch()
     return found
 
 
@@ -231,37 +206,6 @@ def coming_to(asker: ParkedTenant | None, tenants: Collection[ParkedTenant], par
     claims = (needs_of(parked, ledger) for parked in others if parked.has_claim)
     promised = parkable.promised if asker else Counter()
     return sum(claims, promised + _by_device(process.bytes for process in processes if process))
-
-
-def pids_of(parked: ParkedTenant, ledger: Ledger) -> set[int]:
-    """Return all processes of a tenant, also those that are not parked. Any thread may call this."""
-    own = {pid for pid, process in ledger.processes().items() if process.levels[:1] == (parked.cgroup,)}
-    return own | {pid for pid, _ in list(parked.members)}
-
-
-def forget_ended(parked: ParkedTenant, entries: Container[Life]) -> bool:
-    """Forget the processes that have ended or have executed another program: they have no entry any more.
-
-    Returns:
-        Whether no process is left.
-    """
-    for life, started in list(parked.members.items()):
-        if life not in entries or procfs.started(life[0]) != started:
-            del parked.members[life]
-    return not parked.members
-
-
-def release(ledger: Ledger, lives: Iterable[Life]) -> None:
-    """Release the levels around processes that no device holds."""
-    for life in lives:
-        ledger.parked.park(life)
-
-
-def end_entries(ledger: Ledger, lives: Iterable[Life]) -> None:
-    """End the entries of processes that run."""
-    for life in lives:
-        if error := ledger.parked.end(life):
-            log.debug("no entry of pid %d to end: %s", life[0], os.strerror(error))
 
 
 def _by_device(rows: Iterable[Sequence[int]]) -> Counter[int]:

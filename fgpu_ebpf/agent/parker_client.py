@@ -12,7 +12,7 @@ import json
 import selectors
 import socket
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -94,17 +94,16 @@ def missing(run_dir: Path) -> str:
 
 def ask(
     selector: selectors.BaseSelector, sock: socket.socket, op: str, members: Iterable[tuple[int, int]], bytes_: int,
-    pairs: Sequence[tuple[str, str]], on_line: Callable[[Line], None], on_end: Callable[[], None],
+    on_line: Callable[[Line], None], on_end: Callable[[], None],
 ) -> Request | None:  # fmt: skip
     """Send a request on a new connection, and close the connection if that is not possible.
 
     Args:
         selector: the selector of the main loop.
         sock: a connection of connected().
-        op: `park`, `wake`, `move` or STATE.
+        op: `park`, `wake` or STATE.
         members: the processes: pid and start time in clock ticks since boot.
         bytes_: the sum of their device memory.
-        pairs: for `move`, each device of the processes and the one that takes its place, by their UUIDs.
         on_line: as in Request.
         on_end: as in Request.
 
@@ -115,7 +114,6 @@ def ask(
     request = {
         "op": op, "processes": [{"pid": pid, "started": started} for pid, started in members], "bytes": bytes_,
         "lock_ms": round(LOCK_SECONDS * 1000), "deadline_ms": round(deadline * 1000),
-        "pairs": pairs,
     }  # fmt: skip
     line = json.dumps(request).encode() + b"\n"
     try:

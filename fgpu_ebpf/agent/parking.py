@@ -14,23 +14,26 @@ import selectors
 import socket
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Mapping, MutableMapping
+from collections.abc import Callable, Collection, Container, Iterable, Mapping, MutableMapping
 from pathlib import Path
 
-from fgpu_ebpf.agent import blocked_calls, moving, parked_tenant, parker_client
+from fgpu_ebpf.agent import blocked_calls, parker_client
 from fgpu_ebpf.agent.parkable import Parkable
 from fgpu_ebpf.agent.parked_tenant import (
     Errand,
     Errands,
     Goal,
     MakeRoom,
-    Move,
     ParkedTenant,
     Phase,
     Totals,
+    coming_to,
     full_level,
     needs_of,
+    of_entries,
     outdated,
+    report_stuck,
+    view_of,
 )
 from fgpu_ebpf.check import Check
 from fgpu_ebpf.driver.start_checks import AgentError
@@ -81,7 +84,7 @@ class Parking:
         """Take over the processes that an earlier agent was parking, or had parked, and begin to serve."""
         self._selector = selector
         selector.register(self._wakeup, selectors.EVENT_READ, self._take_inbox)
-        self._tenants = parked_tenant.of_entries(self._ledger, self._enforcer)
+        self._tenants = of_entries(self._ledger, self._enforcer)
         self.look()
 
     def look(self) -> None:
@@ -93,8 +96,8 @@ class Parking:
                 if now > parked.since + CHECK_SECONDS:
                     self._give_up(parked, f"its memory could not be read within {CHECK_SECONDS:.0f} s")
                 continue
-            if parked_tenant.forget_ended(parked, entries):
-                self._remove(parked, "all of its processes have ended")
+            self._forget_ended(parked, entries)
+            if parked.cgroup not in self._tenants:
                 continue
             if parked.request and now > parked.request.until:
                 self._lose_sight(parked, "the parker has not answered in time")
@@ -107,11 +110,19 @@ class Parking:
             elif parked.phase is Phase.PARKED and (why := outdated(parked, self.parkable)):
                 self._begin_to_wake(parked, why)
         self.totals = {cgroup: t for cgroup, t in self.totals.items() if self._enforcer.get(cgroup)}
-        parked_tenant.report_stuck(self._tenants.values(), self._failed_checks)
+        report_stuck(self._tenants.values(), self._failed_checks)
+
+    def _forget_ended(self, parked: ParkedTenant, entries: Container[Life]) -> None:
+        """Forget the processes that have ended or have executed another program: they have no entry any more."""
+        for life, started in list(parked.members.items()):
+            if life not in entries or procfs.started(life[0]) != started:
+                del parked.members[life]
+        if not parked.members:
+            self._remove(parked, "all of its processes have ended")
 
     # -- requests
 
-    def park(self, tenant: Tenant, reason: str = "", move: Move | None = None) -> Errand:
+    def park(self, tenant: Tenant, reason: str = "") -> Errand:
         """Begin to park a tenant. `reason`: for the event. Raises ParkingError: it cannot be parked."""
         processes, known = self.parkable.processes_of(tenant), self._tenants.get(tenant.cgroup)
         why = f"it is {known.phase} already" if known else self.parkable.obstacle(tenant, processes)
@@ -122,7 +133,7 @@ class Parking:
         members = {(pid, p.generation): procfs.started(pid) or 0 for pid, p in processes.items()}
         bytes_ = sum(sum(process.bytes) for process in processes.values())
         parked = ParkedTenant(tenant.cgroup, tenant.name, tenant.path, members, Phase.CHECKING, bytes_, reason=reason)
-        errand, parked.move = self.errands.add(Goal.MOVE if move else Goal.PARK, tenant.name, bytes_), move
+        errand = self.errands.add(Goal.PARK, tenant.name, bytes_)
         parked.errands.append(errand)
         self._tenants[tenant.cgroup] = parked
         if error := self._checks.begin(tenant.cgroup, lambda: self._check_calls(parked)):
@@ -146,7 +157,7 @@ class Parking:
         for life in parked.members:
             if error := self._ledger.parked.begin(life):
                 sock.close()
-                parked_tenant.end_entries(self._ledger, parked.members)
+                self._end_entries(parked.members)
                 self._give_up(parked, f"{os.strerror(error)} (pid {life[0]})")
                 return
         parked.enter(Phase.PARKING)
@@ -165,17 +176,6 @@ class Parking:
         errand = self.errands.add(Goal.WAKE, name, parked.bytes)
         parked.errands.append(errand)
         self._begin_to_wake(parked, "by hand")
-        return errand
-
-    def move(self, tenant: Tenant, device: int) -> Errand:
-        """Begin to move a tenant, which is parked before. Raises ParkingError, MoveError: it cannot be moved."""
-        move, known = moving.plan(tenant, device, self.parkable), self._tenants.get(tenant.cgroup)
-        if known is None or known.phase is not Phase.PARKED:
-            errand = self.park(tenant, f"to move it to gpu {device}", move)
-        else:
-            known.errands.append(errand := self.errands.add(Goal.MOVE, tenant.name, known.bytes))
-            known.move = move
-            self._begin_to_wake(known, f"moved to gpu {device}")
         return errand
 
     def _begin_to_wake(self, parked: ParkedTenant, reason: str = "") -> None:
@@ -202,10 +202,9 @@ class Parking:
         """Send a request to the parker. If that fails, the driver is asked later. `op` None: ask for the states."""
         assert self._selector
         members = ((life[0], started) for life, started in parked.members.items())
-        parked.op, parked.seconds = op or parked.op, parked.seconds if parked.move and parked.move.is_done else 0.0
+        parked.op, parked.seconds = op or parked.op, 0.0
         parked.request = parker_client.ask(
             self._selector, sock, op or parker_client.STATE, members, parked.bytes,
-            parked.move.pairs if parked.move and op is Goal.MOVE else [],
             lambda line: self._take_line(parked, op, line),
             lambda: self._lose_sight(parked, "the parker has ended"),
         )  # fmt: skip
@@ -231,13 +230,9 @@ class Parking:
 
     def _settle_result(self, parked: ParkedTenant, op: Goal | None, result: str, error: str) -> None:
         """Act on a result. Only a success is believed: after a failure, also of a refused request, the driver knows."""
-        if op is Goal.MOVE and (result, error) == ("moved", ""):
-            moving.finish(parked, self.parkable)
-            self._wake_later(parked, "its programs have to register again", moving.ANEW_SECONDS)
-            return
         if op and not error and (op, result) in ((Goal.PARK, "parked"), (Goal.WAKE, "running")):
             self.totals.setdefault(parked.cgroup, Totals()).count(op, parked.seconds)
-            what, why = ("parked", parked.reason) if op is Goal.PARK else ("woken", parked.shall_wake or parked.reason)
+            what, why = ("parked", parked.reason) if op is Goal.PARK else ("woken", parked.shall_wake)
             text = f"in {parked.seconds:.1f} s{why and f': {why}'}"
             self._history.add(what, tenant=parked.name, bytes=parked.bytes, text=text)
             (self._settle_parked if op is Goal.PARK else self._settle_running)(parked)
@@ -251,29 +246,28 @@ class Parking:
 
     def _settle_parked(self, parked: ParkedTenant) -> None:
         """The device holds nothing: release the levels around the tenant."""
-        parked_tenant.release(self._ledger, parked.members)
+        self._release(parked.members)
         parked.finish(Goal.PARK)
         for waiting in self.tenants():
             if waiting.has_claim:  # it has waited for this, so it is woken before this tenant
                 self._wake(waiting)
-        if parked.move or parked.shall_wake:
+        if parked.shall_wake:
             self._wake_later(parked, parked.why)
             return
         parked.enter(Phase.PARKED)
         self._search_for_calls(parked)
 
-    def _wake_later(self, parked: ParkedTenant, why: str, least: float = 0.0) -> None:
-        """Wake a tenant, at once unless attempts have failed, or after `least` seconds."""
+    def _wake_later(self, parked: ParkedTenant, why: str) -> None:
+        """Wake a tenant, at once unless attempts have failed."""
         parked.enter(Phase.WAITING, why)
-        pause = AGAIN_SECONDS * 2 ** min(parked.failures, MOST_DOUBLINGS) if parked.failures else least
+        pause = AGAIN_SECONDS * 2 ** min(parked.failures, MOST_DOUBLINGS) if parked.failures else 0.0
         parked.next_at = time.monotonic() + pause
         if not pause:
             self._wake(parked)
 
     def _search_for_calls(self, parked: ParkedTenant) -> None:
-        folder = self.parkable.root / parked.path.strip("/")
         parked.calls = blocked_calls.BlockedCalls(
-            lambda: parked_tenant.pids_of(parked, self._ledger), parked.quiet, folder,
+            lambda: self._pids_of(parked), parked.quiet, self.parkable.root / parked.path.strip("/"),
             lambda pid: self._put(parked, lambda: self._begin_to_wake(parked, f"a call of pid {pid}")),
         )  # fmt: skip
         try:
@@ -282,15 +276,17 @@ class Parking:
             parked.calls = None
             self._begin_to_wake(parked, str(no_thread))
 
+    def _pids_of(self, parked: ParkedTenant) -> set[int]:
+        """Return all processes of a tenant, also those that are not parked. Any thread may call this."""
+        own = {pid for pid, process in self._ledger.processes().items() if process.levels[:1] == (parked.cgroup,)}
+        return own | {pid for pid, _ in list(parked.members)}
+
     def _settle_running(self, parked: ParkedTenant) -> None:
         """The tenant runs: what the device holds is charged."""
         for life in parked.members:
             self._ledger.parked.wake(life, force=True)
-        parked_tenant.end_entries(self._ledger, parked.members)
+        self._end_entries(parked.members)
         parked.finish(Goal.WAKE)
-        if parked.move and parked.move.is_done:
-            parked.finish(Goal.MOVE)
-            self._history.add("moved", tenant=parked.name, gpu=parked.move.other, text=f"from gpu {parked.move.one}")
         self._remove(parked, parked.why or "interrupted")
 
     def _settle_lost(self, parked: ParkedTenant, lives: Collection[Life]) -> None:
@@ -302,14 +298,21 @@ class Parking:
         for life in lives:
             self._ledger.parked.wake(life, force=True)
             parked.members.pop(life)
-        parked_tenant.end_entries(self._ledger, lives)
+        self._end_entries(lives)
         parked.shall_wake = parked.shall_wake or "the driver has lost another process of it"
+
+    def _release(self, lives: Iterable[Life]) -> None:
+        for life in lives:
+            self._ledger.parked.park(life)
+
+    def _end_entries(self, lives: Iterable[Life]) -> None:
+        for life in lives:
+            if error := self._ledger.parked.end(life):
+                log.debug("no entry of pid %d to end: %s", life[0], os.strerror(error))
 
     def _wake(self, parked: ParkedTenant) -> None:
         """Charge the tenant, and have it restored; if there is no room, try again later."""
-        coming = parked_tenant.coming_to(parked, self._tenants.values(), self.parkable)
-        moving.enter(parked, self.parkable, coming)
-        needs = needs_of(parked, self._ledger)
+        needs, coming = needs_of(parked, self._ledger), coming_to(parked, self._tenants.values(), self.parkable)
         needs.update({device: coming[device] for device in needs})
         if why := self.parkable.full_device(needs):
             has_claim, blockers = self.make_room(parked, needs)
@@ -322,11 +325,11 @@ class Parking:
         force = bool(outdated(parked, self.parkable))  # a level that it is about to leave does not keep it
         if any(self._ledger.parked.wake(life, force) == errno.ENOSPC for life in parked.members):
             sock.close()
-            parked_tenant.release(self._ledger, parked.members)
+            self._release(parked.members)
             self._wait(parked, full_level(parked, self._ledger, self._enforcer) or "a group around it has no room")
             return
         parked.enter(Phase.WAKING)
-        self._ask(parked, sock, Goal.MOVE if parked.move and not parked.move.is_done else Goal.WAKE)
+        self._ask(parked, sock, Goal.WAKE)
 
     def _wait(self, parked: ParkedTenant, why: str, has_claim: bool = False) -> None:
         if not parked.why:  # later reasons have other numbers
@@ -347,7 +350,6 @@ class Parking:
 
     def _settle(self, parked: ParkedTenant, states: Mapping[str, str]) -> None:
         """Make the ledger agree with the driver. Processes in different states, or locked ones, are woken together."""
-        moving.settle(parked, self.parkable)
         if lost := [life for life in parked.members if states.get(str(life[0])) == "failed"]:
             self._settle_lost(parked, lost)
         said = {states.get(str(pid), "unknown") for pid, _ in parked.members} - {"gone"}
@@ -359,9 +361,7 @@ class Parking:
         elif "unknown" in said:
             self._lose_sight(parked, "the driver does not report the state of all processes")
         else:
-            parked_tenant.release(
-                self._ledger, [life for life in parked.members if states.get(str(life[0])) == "checkpointed"]
-            )
+            self._release([life for life in parked.members if states.get(str(life[0])) == "checkpointed"])
             parked.shall_wake = parked.shall_wake or f"interrupted: {parked.why}"
             self._wake_later(parked, parked.why)
 
@@ -397,4 +397,4 @@ class Parking:
 
     def view(self, cgroup: int) -> ParkingView | None:
         """Return what is known of a tenant's parking; None: it was never parked since the agent's start."""
-        return parked_tenant.view_of(self._tenants.get(cgroup), self.totals.get(cgroup))
+        return view_of(self._tenants.get(cgroup), self.totals.get(cgroup))

@@ -73,7 +73,6 @@ class ControlServer:
             "take": lambda _: agent.devices.take(),
             "park": self._park,
             "wake": self._wake,
-            "move": self._move,
             "errand": self._errand,
             "detach": self._detach,
         }
@@ -239,11 +238,6 @@ class ControlServer:
     def _wake(self, request: dict[str, Any]) -> dict[str, Any]:
         tenant = targets.tenant(self._find(request), self._agent.parts.enforcer)
         return self._agent.parts.chores.parking.wake(tenant.cgroup, tenant.name).view()
-
-    def _move(self, request: dict[str, Any]) -> dict[str, Any]:
-        tenant = targets.tenant(self._find(request), self._agent.parts.enforcer)
-        device = self._device(_text(request, "device"))
-        return self._agent.parts.chores.parking.move(tenant, device.index).view()
 
     def _errand(self, request: dict[str, Any]) -> dict[str, Any]:
         """Return how far a request to park or to wake has come."""

@@ -44,7 +44,6 @@ class Main(Sections):
             "policy": "policy:policy",
             "park": "parking:park",
             "wake": "parking:wake",
-            "move": "parking:move",
         },
         "Containers": {
             "setup": "setup:setup",

@@ -1,4 +1,4 @@
-"""`fgpu park`, `fgpu wake` and `fgpu move`: copy the device memory of an idle tenant to the host, and back.
+"""`fgpu park` and `fgpu wake`: copy the device memory of an idle tenant to the host, and back.
 
 This module runs in the process of the command, which asks the agent until the tenant is parked, or runs. Exit codes: 0
 done, 1 refused or failed, 2 wrong usage, 3 no agent, 4 no such target, 5 a tenant is still parked.
@@ -52,16 +52,6 @@ def wake(target: str | None, is_all: bool) -> None:
         return
     done = _wait(call({"verb": "wake", "target": target}))
     click.echo(f"{done['tenant']}: woken, {_copied(done)}")
-
-
-@examples("fgpu move alice --device 1", "fgpu move pod/default/jupyter-0 --device 0")
-@click.command()
-@click.option("--device", required=True, help="Index or UUID of the other device, of the same model.")
-@target
-def move(target: str, device: str) -> None:
-    """Park TARGET, and restore its memory on another device. It then runs there. Needs driver 580 or later."""
-    done = _wait(call({"verb": "move", "target": target, "device": device}))
-    click.echo(f"{done['tenant']}: moved to device {device}, {_copied(done)}")
 
 
 def wake_all() -> None:

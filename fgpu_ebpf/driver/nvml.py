@@ -183,13 +183,6 @@ class Nvml:
         except pynvml.NVMLError:  # the device has no MIG mode
             return False
 
-    def minor(self, index: int) -> int | None:
-        """Return the number in the name of the device's node; None: NVML does not report it."""
-        try:
-            return int(pynvml.nvmlDeviceGetMinorNumber(self._handles[index]))
-        except pynvml.NVMLError:
-            return None
-
     def taken_bytes(self, index: int) -> int | None:
         """Return the bytes in use on a device without the driver's reserve; None: NVML does not report them."""
         used, device = self.used_bytes(index), next((d for d in self.devices if d.index == index), None)

@@ -7,10 +7,8 @@ map. This module runs in the agent's main thread. Errors are OSError of bpf(2).
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import errno
-import os
 import struct
 import time
 from collections.abc import Callable, Mapping
@@ -22,7 +20,6 @@ from fgpu_ebpf.linux import bpf
 
 _KEY = struct.Struct("IIQ")
 _VALUE = ctypes.sizeof(abi.Parked)
-_ALLOCATION_KEY, _ALLOCATION, _AT_ONCE = struct.Struct("IIQQ"), ctypes.sizeof(abi.Allocation), 1024
 _TRIES, _PAUSE_SECONDS = 20, 0.001  # a step that a program of the process has disturbed is repeated
 
 Life = tuple[int, int]  # pid and generation of a process in the ledger
@@ -82,36 +79,6 @@ class ParkedMap:
             0 or an errno: ENOSPC: a level around the process's own level has no room. ESRCH: the process has exited.
         """
         return self._each_device(abi.Adjust.WAKE, life, int(force))
-
-    def exchange(self, life: Life, one: int, other: int, force: bool = False) -> int:
-        """Record that the parked bytes of a process on device `one` will be restored to device `other`.
-
-        Bytes that were charged since it was parked are parked before. What the process has recorded for its
-        allocations, and its threads for calls that wait, follows.
-
-        Args:
-            life: the process.
-            one: the ledger index of the device that had its memory.
-            other: the ledger index of the device to which it will be restored.
-            force: whatever the limit there, because the exchange is undone.
-
-        Returns:
-            0 or an errno: ENOSPC: its own level has no room on the other device. ESRCH: the process has exited.
-        """
-        for _ in range(_TRIES):
-            self.park(life)
-            if (error := self._run(abi.Adjust.EXCHANGE, *life, one, other, int(force))) != errno.EAGAIN:
-                break
-        if error:
-            return error
-        for raw_key, _ in bpf.items(self._maps["allocations"], _ALLOCATION_KEY.size, _ALLOCATION, _AT_ONCE):
-            tgid, space, generation, handle = _ALLOCATION_KEY.unpack(raw_key)
-            if (tgid, generation) == life:
-                self._run(abi.Adjust.REHOME, *life, one, other, space, handle)
-        with contextlib.suppress(OSError):
-            for thread in os.listdir(f"/proc/{life[0]}/task"):
-                self._run(abi.Adjust.REHOME, *life, one, other, len(abi.Space), int(thread))
-        return 0
 
     def decide_on_room(self, cgroup: int, device: int, seconds: float | None) -> None:
         """Put the decision about requests of a level on its page, which lack room on a full device.

@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import ctypes
 import enum
-import uuid
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -16,7 +14,6 @@ NEEDS = "parking needs NVIDIA driver 570 or later"
 ILLEGAL_STATE, NOT_READY = 401, 600
 _UNKNOWN_PROCESS = (1, 3)  # CUDA_ERROR_INVALID_VALUE, CUDA_ERROR_NOT_INITIALIZED
 _ARGUMENT_WORDS = 8  # each structure of arguments has 64 bytes
-Pairs = Sequence[tuple[str, str]]  # UUIDs: each GPU of the process, and the GPU to which its memory is restored
 _NAMES = ("GetState", "Lock", "Checkpoint", "Restore", "Unlock")
 
 
@@ -53,8 +50,8 @@ class Checkpoints(Protocol):
     def checkpoint(self, pid: int) -> None:
         """Move the memory of a locked process to the host."""
 
-    def restore(self, pid: int, pairs: Pairs = ()) -> None:
-        """Move it back, without pairs to the GPUs that it had. The process stays locked."""
+    def restore(self, pid: int) -> None:
+        """Move it back. The process stays locked."""
 
     def unlock(self, pid: int) -> None:
         """Let the process's calls go on."""
@@ -92,20 +89,16 @@ class Libcuda:
         """Move the memory of a locked process to the host. Raises DriverError."""
         self._call("Checkpoint", pid)
 
-    def restore(self, pid: int, pairs: Pairs = ()) -> None:
-        """Move it back, without pairs to the GPUs that it had. The process stays locked. Raises DriverError."""
-        # CUcheckpointRestoreArgs: a pointer to the pairs of UUIDs, and their number.
-        raw = ctypes.create_string_buffer(
-            b"".join(uuid.UUID(name.removeprefix("GPU-")).bytes for p in pairs for name in p)
-        )
-        self._call("Restore", pid, ctypes.addressof(raw) if pairs else 0, len(pairs))
+    def restore(self, pid: int) -> None:
+        """Move it back. The process stays locked. Raises DriverError."""
+        self._call("Restore", pid)
 
     def unlock(self, pid: int) -> None:
         """Let the process's calls go on. Raises DriverError."""
         self._call("Unlock", pid)
 
-    def _call(self, name: str, pid: int, *first: int) -> None:
-        self._check(name, pid, self._calls[name](pid, (ctypes.c_uint64 * _ARGUMENT_WORDS)(*first)))
+    def _call(self, name: str, pid: int, first: int = 0) -> None:
+        self._check(name, pid, self._calls[name](pid, (ctypes.c_uint64 * _ARGUMENT_WORDS)(first)))
 
     def _check(self, name: str, pid: int, code: int) -> None:
         if code:

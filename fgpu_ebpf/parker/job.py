@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
-from fgpu_ebpf.parker.cuda import ILLEGAL_STATE, NOT_READY, Checkpoints, DriverError, Pairs, State
+from fgpu_ebpf.parker.cuda import ILLEGAL_STATE, NOT_READY, Checkpoints, DriverError, State
 from fgpu_ebpf.parker.protocol import Outcome, Request, RequestError, Say
 
 RETRY_SECONDS = 0.1
@@ -131,28 +131,12 @@ class Job:
 
     def wake(self) -> Outcome:
         """Restore all processes that are parked, and then unlock all. If one cannot be restored, all stay parked."""
-        return self._hindrance() or self._restore_all("", 0)
-
-    def move(self) -> Outcome:
-        """Restore all processes that are parked to other GPUs, and leave them locked, or leave all parked.
-
-        The client changes its records before it lets the processes run by `wake`.
-        """
-        try:
-            for target in self._there():
-                if (state := self._driver.state(target.pid)) != State.CHECKPOINTED:
-                    return Outcome("lost", f"the state of process {target.pid} is {state.name.lower()}, not parked")
-        except DriverError as error:
-            return Outcome("lost", str(error))
-        return self._hindrance() or self._copy_back("", self._now(), self._request.pairs) or Outcome("moved")
-
-    def _hindrance(self) -> Outcome | None:
         try:
             for target in self._there():
                 target.check_runs()
         except RequestError as error:
             return Outcome("parked", str(error))
-        return None
+        return self._restore_all("", 0)
 
     def recover(self, why: str) -> Outcome:
         """Let all processes run again after a job that has ended halfway. `why`: what has happened."""
@@ -171,8 +155,16 @@ class Job:
         `patience`: for how many seconds a call is repeated while another one is in progress for its process.
         """
         until = self._now() + patience
-        if failed := self._copy_back(why, until, ()):
-            return failed
+        began = self._now()
+        if not self._there():
+            return Outcome("lost", _both(why, "all processes have ended"))
+        try:
+            for target in self._there():
+                self._settle(target, State.CHECKPOINTED, self._driver.restore, until)
+        except DriverError as error:
+            return self._put_back(_both(why, str(error)))
+        if not why:
+            self._say({"at": "restored", "seconds": round(self._now() - began, 3)})
         try:
             for target in self._there():
                 self._settle(target, State.LOCKED, self._driver.unlock, until)
@@ -181,20 +173,6 @@ class Job:
         if not self._there():
             return Outcome("lost", _both(why, "all processes have ended"))
         return Outcome("running", why)
-
-    def _copy_back(self, why: str, until: float, pairs: Pairs) -> Outcome | None:
-        """Restore all processes that live. Returns None, or the outcome if that is not possible."""
-        began = self._now()
-        if not self._there():
-            return Outcome("lost", _both(why, "all processes have ended"))
-        try:
-            for target in self._there():
-                self._settle(target, State.CHECKPOINTED, lambda pid: self._driver.restore(pid, pairs), until)
-        except DriverError as error:
-            return self._put_back(_both(why, str(error)), pairs)
-        if not why:
-            self._say({"at": "restored", "seconds": round(self._now() - began, 3)})
-        return None
 
     def _settle(self, target: Target, state: State, call: Callable[[int], None], until: float) -> None:
         """Make a call for a process that is in this state. A process that ends meanwhile needs no call."""
@@ -214,16 +192,13 @@ class Job:
             else:
                 return
 
-    def _put_back(self, why: str, pairs: Pairs) -> Outcome:
-        """Park the processes that have been restored, because another one cannot be. `pairs`: as for the restore."""
+    def _put_back(self, why: str) -> Outcome:
+        """Park the processes that have been restored, because another one cannot be."""
         try:
             for target in self._there():
                 state = self._driver.state(target.pid)
                 if state == State.LOCKED:
                     self._driver.checkpoint(target.pid)
-                    if pairs:  # it would be restored to the GPU that it has left
-                        self._driver.restore(target.pid, [(new, old) for old, new in pairs])
-                        self._driver.checkpoint(target.pid)
                 elif state != State.CHECKPOINTED:
                     return Outcome("lost", _both(why, f"the state of process {target.pid} is {state.name.lower()}"))
         except DriverError as error:

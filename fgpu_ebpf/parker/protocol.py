@@ -6,7 +6,6 @@ A request names processes by their pid and their start time in clock ticks since
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -15,9 +14,8 @@ MOST_PROCESSES = 512
 MOST_MS = 3_600_000
 MOST_BYTES = 1 << 50
 LOCK_MS, DEADLINE_MS = 5_000, 30_000
-MOST_PAIRS = 64
-OPS = ("park", "wake", "move", "state")
-UNCHANGED = {"park": "running", "wake": "parked", "move": "parked"}  # what a refused request leaves
+OPS = ("park", "wake", "state")
+UNCHANGED = {"park": "running", "wake": "parked"}  # what a refused request leaves
 
 Say = Callable[[Mapping[str, Any]], None]
 
@@ -37,8 +35,7 @@ class Request(NamedTuple):
     """A request.
 
     `size`: the most bytes of device memory that the processes hold together. `lock_ms`: the time for locking all of
-    them. `deadline_ms`: no process is checkpointed later than this after the start. `pairs`: for `move`, the UUIDs of
-    each GPU that the processes can use and of the GPU that takes its place.
+    them. `deadline_ms`: no process is checkpointed later than this after the start.
     """
 
     op: str
@@ -46,14 +43,10 @@ class Request(NamedTuple):
     size: int = 0
     lock_ms: int = LOCK_MS
     deadline_ms: int = DEADLINE_MS
-    pairs: tuple[tuple[str, str], ...] = ()
 
 
 class Outcome(NamedTuple):
-    """The end of a job, with the reason if that is not what was requested.
-
-    `running`, `parked`, `moved` (restored to other GPUs, and locked) or `lost`.
-    """
+    """The end of a job: `running`, `parked` or `lost`, with the reason if that is not what was requested."""
 
     result: str
     error: str = ""
@@ -82,7 +75,6 @@ def parse(text: bytes) -> Request:
         _number(found, "bytes", 0, 0, MOST_BYTES),
         _number(found, "lock_ms", LOCK_MS, 1, MOST_MS),
         _number(found, "deadline_ms", DEADLINE_MS, 1, MOST_MS),
-        _pairs(found.get("pairs")) if found["op"] == "move" else (),
     )
 
 
@@ -95,18 +87,6 @@ def _processes(found: Any) -> tuple[Named, ...]:
     if len({process.pid for process in named}) < len(named):
         raise RequestError("the request names a process twice")
     return tuple(named)
-
-
-def _pairs(found: Any) -> tuple[tuple[str, str], ...]:
-    if not isinstance(found, list) or not 1 <= len(found) <= MOST_PAIRS:
-        raise RequestError(f"the request does not have 1 to {MOST_PAIRS} pairs of GPUs")
-    if not all(isinstance(pair, list) and len(pair) == 2 and all(map(_is_uuid, pair)) for pair in found):
-        raise RequestError("a pair of the request does not consist of two UUIDs of GPUs")
-    return tuple((old, new) for old, new in found)
-
-
-def _is_uuid(found: Any) -> bool:
-    return isinstance(found, str) and re.fullmatch("GPU-[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", found) is not None
 
 
 def _number(found: Mapping[str, Any], name: str, default: int, least: int, most: int) -> int:

@@ -76,8 +76,7 @@ def _run(
         elif why:
             say(job.recover(why).reply())
         else:
-            act = {"park": job.park, "wake": job.wake, "move": job.move}[request.op]
-            say(act().reply())
+            say((job.park() if request.op == "park" else job.wake()).reply())
     except (RequestError, DriverError, OSError) as error:
         result = "lost" if why else UNCHANGED.get(request.op, "")
         say(Outcome(result, f"{why}; {error}" if why else str(error)).reply())

@@ -11,8 +11,7 @@ static struct device {
     _Atomic uint64_t uuid[2];
     _Atomic bool known;
     _Atomic uint64_t granule;
-} devices[FGPU_DEVICES];       /* by the driver's ordinal */
-static _Atomic uint64_t epoch; /* of the page for which these facts hold */
+} devices[FGPU_DEVICES]; /* by the driver's ordinal */
 
 /* Compare UUIDs. Another thread may be writing the UUID of a page that is made from the standalone ledger. */
 static bool is_uuid(const uint8_t its[16], const uint8_t uuid[16])
@@ -31,9 +30,8 @@ int fgpu_index_of_uuid(const struct fgpu_control_page *control, const uint8_t uu
     return control->flags & FGPU_STANDALONE ? fgpu_standalone_device(uuid) : -1;
 }
 
-/* Return the facts about a device; NULL: the driver returns no UUID for it. The UUID of an ordinal changes only when
- * the process is moved to another GPU, after which the page has another epoch. Threads that fill the entry at the same
- * time write the same values. */
+/* Return the facts about a device; NULL: the driver returns no UUID for it. The UUID of an ordinal never changes in a
+ * process. Threads that fill the entry at the same time write the same values. */
 static struct device *device_of(CUdevice ordinal)
 {
     if (ordinal < 0 || ordinal >= FGPU_DEVICES) return NULL;
@@ -65,11 +63,6 @@ bool fgpu_is_device(CUdevice ordinal) { return device_of(ordinal) != NULL; }
  */
 int fgpu_index(const struct fgpu_control_page *control, CUdevice ordinal)
 {
-    uint64_t now = __atomic_load_n(&control->epoch, __ATOMIC_RELAXED);
-    if (atomic_load_explicit(&epoch, memory_order_relaxed) != now) {
-        for (int i = 0; i < FGPU_DEVICES; i++) atomic_store_explicit(&devices[i].known, false, memory_order_relaxed);
-        atomic_store_explicit(&epoch, now, memory_order_relaxed);
-    }
     struct device *device = device_of(ordinal);
     if (!device) return -1;
     uint64_t words[2] = {atomic_load_explicit(&device->uuid[0], memory_order_relaxed),

@@ -7,7 +7,6 @@ from collections.abc import Callable
 
 import pytest
 
-from fgpu_ebpf.ledger.level_limits import LevelLimits
 from fgpu_ebpf.ledger.parked import Life
 from tests.bpf.conftest import MIB, Client, Kernel, Level, anomalies, page_of, wait_until
 from tests.bpf.test_moves import move
@@ -167,64 +166,3 @@ def test_a_reading_from_before_a_process_was_parked_corrects_nothing(
     before = client.entry(kernel)
     park(kernel, client)
     assert not kernel.ledger.overhead(client.pid, before.generation, 0, 7 * MIB, before.changes)
-
-
-def charges_of(*bytes_: int) -> tuple[int, ...]:
-    return tuple(n // MIB for n in bytes_)
-
-
-def test_a_process_that_is_restored_to_another_device_takes_its_charges_and_allocations_along(
-    kernel: Kernel, client: Client, level: Level
-) -> None:
-    level.limit(80 * MIB, devices=(0, 1))
-    client(f"alloc(0x1000, {40 * MIB})")
-    client(f"alloc(0x2000, {20 * MIB})")
-    life = park(kernel, client)
-    assert kernel.ledger.parked.exchange(life, 0, 1) == 0
-    entry = client.entry(kernel)
-    assert (charges_of(*entry.bytes[:2]), charges_of(*entry.parked[:2])) == ((0, 0), (0, 60))
-    assert kernel.ledger.parked.wake(life) == kernel.ledger.parked.end(life) == 0
-    assert charges_of(*client.entry(kernel).bytes[:2]) == (0, 60)
-    client("free(0x1000)")
-    assert charges_of(*client.entry(kernel).bytes[:2]) == (0, 20)
-    client("free(0x2000)")
-    assert client.entry(kernel).bytes[:2] == (0, 0)
-
-
-def test_frees_after_an_exchange_are_released_at_once(kernel: Kernel, client: Client, level: Level) -> None:
-    """Calls in progress that open memory are counted for the process, not for its devices."""
-    level.limit(80 * MIB, devices=(0, 2))
-    client(f"create(7, {8 * MIB}); map_(0x9000, {8 * MIB}, 7)")
-    client(f"alloc(0x1000, {40 * MIB})")
-    life = park(kernel, client)
-    assert kernel.ledger.parked.exchange(life, 0, 2) == 0
-    assert kernel.ledger.parked.wake(life) == kernel.ledger.parked.end(life) == 0
-    client("free(0x1000)")
-    assert (charges_of(client.entry(kernel).bytes[2]), level.orphaned) == ((8,), 0)
-
-
-def test_an_exchange_that_is_undone_leaves_all_as_it_was(kernel: Kernel, client: Client, level: Level) -> None:
-    level.limit(80 * MIB, devices=(0, 1))
-    client(f"alloc(0x1000, {40 * MIB})")
-    life = park(kernel, client)
-    before = client.entry(kernel)
-    assert kernel.ledger.parked.exchange(life, 0, 1) == kernel.ledger.parked.exchange(life, 1, 0, force=True) == 0
-    after = client.entry(kernel)
-    assert (after.bytes, after.parked, after.pool, after.contexts) == (
-        before.bytes, before.parked, before.pool, before.contexts
-    )  # fmt: skip
-    assert kernel.ledger.parked.wake(life) == kernel.ledger.parked.end(life) == 0
-    client("free(0x1000)")
-    assert client.entry(kernel).bytes[:2] == (0, 0)
-
-
-def test_an_exchange_needs_room_in_the_limit_on_the_other_device(kernel: Kernel, client: Client, level: Level) -> None:
-    client(f"alloc(0x1000, {40 * MIB})")
-    life = park(kernel, client)
-    kernel.ledger.set_limits([LevelLimits(level.cgroup, {0: 80 * MIB, 1: 39 * MIB})])
-    assert kernel.ledger.parked.exchange(life, 0, 1) == errno.ENOSPC
-    assert charges_of(*client.entry(kernel).parked[:2]) == (40, 0)
-    level.limit(40 * MIB, devices=(0, 1))
-    assert kernel.ledger.parked.exchange(life, 0, 1) == 0
-    assert page_of(kernel, level).devices[1].used == 40 * MIB
-    assert page_of(kernel, level).devices[0].used == 0

@@ -28,10 +28,10 @@ def need(name, *arguments):
     result = getattr(L, name)(*arguments)
     if result: raise SystemExit(f"{name}: {result}")
 kept = []
-def begin(device):
+def begin():
     context = C.c_void_p()
     need("cuInit", 0)
-    need("cuDevicePrimaryCtxRetain", C.byref(context), device)
+    need("cuDevicePrimaryCtxRetain", C.byref(context), 0)
     need("cuCtxSetCurrent", context)
     kept.append(context)
     return os.getpid()
@@ -81,14 +81,14 @@ for line in sys.stdin: print(repr(eval(line)), flush=True)
 
 
 class Holder(Program):
-    """A program with a context on a device, and HELD bytes of a pattern. `before`: the start of its command line."""
+    """A program with a context, and HELD bytes of a pattern."""
 
-    def __init__(self, tenant: Tenant, name: str, device: int = 0, before: str = "") -> None:
+    def __init__(self, tenant: Tenant, name: str) -> None:
         script = tenant.folder / "holder.py"
         script.write_text(SCRIPT)
-        super().__init__(tenant, name, f"{before} {sys.executable} {script}")
+        super().__init__(tenant, name, f"{sys.executable} {script}")
         assert self.receive(30) == "ready"
-        self.pid = self.do(f"begin({device})")
+        self.pid = self.do("begin()")
         error, self.pointer = self.do(f"alloc({HELD})")
         assert (error, self.do(f"write({self.pointer}, {HELD})")) == (0, 0)
 

@@ -11,7 +11,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from subprocess import Popen
 from typing import Any
@@ -63,27 +63,6 @@ def test_processes_may_have_another_job_as_soon_as_the_result_is_there(parker: P
             assert "error" not in reply, reply
             connection.lines.close()
             connection.sock.close()
-
-
-def test_processes_are_moved_to_another_gpu_and_run_when_they_are_woken(
-    make_machine: Callable[..., Machine],
-) -> None:
-    machine = make_machine(FGPU_SIM_GPUS="2")
-    parker, listed = Parker(machine), machine.run(machine.tools / "nvidia-smi", "-L").stdout
-    first, second = re.findall("GPU-[-0-9a-f]+", listed)
-    pairs = [[first, second], [second, first]]
-    with serving(machine, HOLDS) as one, serving(machine, HOLDS) as two:
-        pids = one.pid, two.pid
-        assert parker.result("move", *pids, pairs=pairs)["result"] == "lost"  # they run
-        assert parker.result("park", *pids) == {"result": "parked"}
-        assert parker.result("move", *pids, pairs=pairs[:1])["result"] == "parked"
-        assert at(parker.replies("move", *pids, pairs=pairs)) == ["restored", "moved"]
-        assert parker.states(*pids) == ["locked", "locked"]
-        assert {row["device"] for row in machine.dump()["processes"]} == {1}
-        assert parker.result("wake", *pids) == {"result": "running"}
-        assert is_intact(one)
-        assert is_intact(two)
-    parker.end()
 
 
 def test_the_parker_itself_never_loads_the_driver(parker: Parker, target: Popen[str]) -> None:

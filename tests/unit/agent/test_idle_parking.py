@@ -49,7 +49,7 @@ class Host:
         ledger = SimpleNamespace(processes=lambda: self.processes, usage=lambda _: [self.usage])
         parkable = SimpleNamespace(
             ledger=ledger, enforcer=enforcer, is_on=is_on, obstacle=lambda *_: self.obstacle,
-            processes_of=lambda _: self.processes, nvml=None,
+            processes_of=lambda _: self.processes,
         )  # fmt: skip
         parking: Any = SimpleNamespace(
             parkable=parkable, park=self._park, is_away=self.away.__contains__, view=lambda _: None

@@ -20,9 +20,9 @@ from typing import Any
 import pytest
 
 from fgpu_ebpf import abi
-from fgpu_ebpf.agent import blocked_calls, moving, parkable, parked_tenant, parker_client, parking
+from fgpu_ebpf.agent import blocked_calls, parkable, parker_client, parking
 from fgpu_ebpf.agent.parkable import Parkable
-from fgpu_ebpf.agent.parked_tenant import Move, ParkedTenant, Phase
+from fgpu_ebpf.agent.parked_tenant import ParkedTenant, Phase
 from fgpu_ebpf.agent.parking import Parking
 from fgpu_ebpf.ledger.parked import Parked
 from fgpu_ebpf.ledger.process_entry import Process
@@ -63,9 +63,8 @@ class FakeParker:
     def _answer(self, request: Line) -> list[Line]:
         if request["op"] == "state":
             return [{"states": {str(process["pid"]): self.state for process in request["processes"]}}]
-        self.state = {"park": "checkpointed", "wake": "running", "move": "locked"}[request["op"]]
-        result = {"park": "parked", "wake": "running", "move": "moved"}[request["op"]]
-        return [{"at": self.state, "seconds": 1.5}, {"result": result}]
+        self.state = {"park": "checkpointed", "wake": "running"}[request["op"]]
+        return [{"at": self.state, "seconds": 1.5}, {"result": {"park": "parked", "wake": "running"}[request["op"]]}]
 
     def close(self) -> None:
         self._listener.close()
@@ -75,7 +74,7 @@ class FakeLedger:
     """One tenant with one process, in a group that may be full."""
 
     def __init__(self, pid: int) -> None:
-        self.pid, self.has_entry, self.parked_bytes, self.is_full, self.epochs = pid, False, 0, False, 0
+        self.pid, self.has_entry, self.parked_bytes, self.is_full = pid, False, 0, False
         self.flags = abi.Seen.SHIM | abi.SEEN_CALLED
         self.parked = SimpleNamespace(
             entries=self._entries, begin=self._begin, park=self._park, wake=self._wake, end=self._end, unmoved=set()
@@ -86,9 +85,6 @@ class FakeLedger:
         bytes_ = (HELD - self.parked_bytes, *zero[1:])
         flags = self.flags | (abi.PARKED if self.has_entry else 0)
         return {self.pid: Process(GENERATION, (CGROUP,), flags, 0, True, bytes_, zero, zero, zero, (1, *zero[1:]))}
-
-    def new_epoch(self) -> None:
-        self.epochs += 1
 
     def process(self, pid: int) -> Process | None:
         return self.processes().get(pid)
@@ -338,7 +334,7 @@ def test_room_that_is_made_for_a_tenant_is_left_free_by_other_wake_ups(
     of_alice = host.ledger.parked.entries
     of_bob = {(1, 1): Parked(0, other.cgroup, (1, *(0,) * (abi.DEVICES - 1)))}
     monkeypatch.setattr(host.ledger.parked, "entries", lambda: of_alice() | of_bob)
-    monkeypatch.setattr(parked_tenant, "forget_ended", lambda *_: False)
+    monkeypatch.setattr(host.parking, "_forget_ended", lambda *_: None)
     host.parking.wake(CGROUP, "alice")
     assert host.state() == "waiting"
     other.enter(Phase.WAITING)
@@ -346,9 +342,7 @@ def test_room_that_is_made_for_a_tenant_is_left_free_by_other_wake_ups(
     host.until("running")
 
 
-def test_a_tenant_for_which_room_was_made_is_woken_when_another_one_is_parked(
-    host: Host, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_tenant_for_which_room_was_made_is_woken_when_another_one_is_parked(host: Host) -> None:
     """The other one has been called meanwhile: it wakes up later."""
     asked = []
 
@@ -362,7 +356,7 @@ def test_a_tenant_for_which_room_was_made_is_woken_when_another_one_is_parked(
     host.parking._tenants[bob.cgroup] = bob
     entries = host.ledger.parked.entries
     host.ledger.parked.entries = lambda: {(1, 1): Parked(0, bob.cgroup, (HELD, *(0,) * (abi.DEVICES - 1)))} | entries()
-    monkeypatch.setattr(parked_tenant, "forget_ended", lambda *_: False)
+    host.parking._forget_ended = lambda *_: None  # type: ignore[method-assign]
     host.parking.park(host.tenant)
     host.until("parking")
     host.parking.wake(CGROUP, "alice")
@@ -391,7 +385,6 @@ def test_an_agent_that_starts_asks_the_driver(host: Host, state: str, wanted: st
     parked(host)
     host.parker.state = state
     host.start()
-    assert host.ledger.epochs == 1, "an earlier agent may have moved it"
     host.until(wanted)
     assert host.books() == ((True, HELD) if wanted == "parked" else (False, 0))
 
@@ -517,36 +510,3 @@ def test_a_tenant_without_a_limit_is_woken(host: Host) -> None:
     host.enforcer.get = lambda _: None
     host.until("running")
     assert host.books() == (False, 0)
-
-
-@pytest.fixture
-def movable(host: Host, monkeypatch: pytest.MonkeyPatch) -> Host:
-    """Return a host whose tenant may be moved from device 0 to device 1."""
-    monkeypatch.setattr(moving, "plan", lambda *_: Move(0, 1, [("old", "new"), ("new", "old")]))
-    monkeypatch.setattr(moving, "ANEW_SECONDS", 0.1)
-    host.ledger.parked.exchange = lambda *_, **__: 0
-    host.enforcer.use_device = lambda *_: ""
-    host.parking.parkable.nvml.process_bytes = lambda _: {}  # type: ignore[union-attr, method-assign]
-    return host
-
-
-@pytest.mark.parametrize("is_parked", [False, True])
-def test_a_tenant_is_parked_restored_to_the_other_device_and_unlocked(movable: Host, is_parked: bool) -> None:
-    if is_parked:
-        parked(movable)
-    errand = movable.parking.move(movable.tenant, 1)
-    movable.until("running")
-    assert movable.parker.asked == ["park", "move", "wake"]
-    assert (errand.is_done, errand.error, movable.ledger.epochs) == (True, "", 1)
-    assert movable.what()[-1] == "moved"
-    assert movable.books() == (False, 0)
-
-
-def test_a_tenant_that_the_driver_does_not_move_wakes_up_where_it_was(movable: Host) -> None:
-    parked(movable)
-    movable.parker.says = [[{"result": "parked", "error": "no such gpu"}]]
-    errand = movable.parking.move(movable.tenant, 1)
-    movable.until("running")
-    assert (errand.error, movable.ledger.epochs) == ("alice cannot be moved: no such gpu", 0)
-    assert "move failed" in movable.what()
-    assert movable.parker.asked[-1] == "wake"

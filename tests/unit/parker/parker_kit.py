@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from fgpu_ebpf.parker.cuda import ILLEGAL_STATE, DriverError, Pairs, State
+from fgpu_ebpf.parker.cuda import ILLEGAL_STATE, DriverError, State
 from fgpu_ebpf.parker.job import Job
 from fgpu_ebpf.parker.protocol import Named, Request, RequestError
 
@@ -23,7 +23,6 @@ class Driver:
 
     def __init__(self, pids: tuple[int, ...], state: State = State.RUNNING) -> None:
         self.states = dict.fromkeys(pids, state)
-        self.places = dict.fromkeys(pids, "old")  # the GPU with the memory, or with the last copy of it
         self.calls: list[tuple[str, int]] = []
         self.timeouts: list[int] = []
         self.at: Callable[[int, str, int], None] = lambda *_: None
@@ -39,9 +38,8 @@ class Driver:
     def checkpoint(self, pid: int) -> None:
         self._move("checkpoint", pid)
 
-    def restore(self, pid: int, pairs: Pairs = ()) -> None:
+    def restore(self, pid: int) -> None:
         self._move("restore", pid)
-        self.places[pid] = dict(pairs).get(self.places[pid], self.places[pid])
 
     def unlock(self, pid: int) -> None:
         self._move("unlock", pid)
@@ -98,9 +96,8 @@ class Bench:
     def sleep(self, seconds: float) -> None:
         self.seconds += seconds
 
-    def job(self, lock_ms: int = 5000, deadline_ms: int = 30000, pairs: tuple[tuple[str, str], ...] = ()) -> Job:
-        named = tuple(Named(target.pid, 1) for target in self.targets)
-        request = Request("park", named, 1, lock_ms, deadline_ms, pairs)
+    def job(self, lock_ms: int = 5000, deadline_ms: int = 30000) -> Job:
+        request = Request("park", tuple(Named(target.pid, 1) for target in self.targets), 1, lock_ms, deadline_ms)
         return Job(
             request, self.driver, self.targets, self.check_room, self.said.append, lambda: self.seconds, self.sleep
         )

@@ -181,33 +181,6 @@ def test_processes_in_another_state_are_not_touched(states: tuple[State, ...], e
     assert bench.driver.calls == []
 
 
-PAIRS = (("old", "new"), ("new", "old"))
-
-
-def test_a_move_leaves_all_processes_locked_on_the_other_gpu() -> None:
-    bench = Bench(state=State.CHECKPOINTED)
-    assert bench.job(pairs=PAIRS).move() == Outcome("moved")
-    assert (bench.driver.calls, set(bench.driver.places.values())) == (each("restore"), {"new"})
-    assert bench.job().wake() == Outcome("running")
-
-
-@pytest.mark.parametrize("call", range(3))
-def test_if_one_process_cannot_be_moved_all_are_parked_where_they_were(call: int) -> None:
-    bench = Bench(state=State.CHECKPOINTED)
-    bench.driver.at = lambda at, _, pid: fail(bench, pid) if at == call else None
-    assert bench.job(pairs=PAIRS).move().result == "parked"
-    assert set(bench.driver.states.values()) == {State.CHECKPOINTED}
-    assert set(bench.driver.places.values()) == {"old"}
-
-
-@pytest.mark.parametrize("state", [State.RUNNING, State.LOCKED])
-def test_a_process_that_is_not_parked_is_not_moved(state: State) -> None:
-    bench = Bench(state=State.CHECKPOINTED)
-    bench.driver.states[8] = state
-    error = f"the state of process 8 is {state.name.lower()}, not parked"
-    assert (bench.job(pairs=PAIRS).move(), bench.driver.calls) == (Outcome("lost", error), [])
-
-
 def test_a_process_that_has_no_cuda_is_named() -> None:
     bench = Bench()
     bench.driver.states[8] = State.UNKNOWN

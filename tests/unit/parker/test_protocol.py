@@ -10,7 +10,6 @@ import pytest
 from fgpu_ebpf.parker.protocol import Named, Outcome, Request, RequestError, line, parse
 
 PROCESSES = [{"pid": 7, "started": 70}]
-OLD, NEW = "GPU-01234567-89ab-cdef-0123-456789abcdef", "GPU-11234567-89ab-cdef-0123-456789abcdef"
 
 
 def text(**fields: Any) -> bytes:
@@ -20,8 +19,6 @@ def text(**fields: Any) -> bytes:
 def test_a_request_has_defaults() -> None:
     assert parse(text()) == Request("park", (Named(7, 70),), 0, 5000, 30000)
     assert parse(text(op="wake", bytes=5, lock_ms=6, deadline_ms=7)) == Request("wake", (Named(7, 70),), 5, 6, 7)
-    moved = Request("move", (Named(7, 70),), 0, 5000, 30000, ((OLD, NEW),))
-    assert parse(text(op="move", pairs=[[OLD, NEW]])) == moved
 
 
 @pytest.mark.parametrize(
@@ -29,14 +26,9 @@ def test_a_request_has_defaults() -> None:
     [
         (b"\n", "the request is not a line of JSON"),
         (b"[" * 60000 + b"\n", "the request is not a line of JSON"),
-        (b"7\n", "the request has none of the operations park, wake, move, state"),
-        (text(op="kill"), "the request has none of the operations park, wake, move, state"),
-        (text(op=[]), "the request has none of the operations park, wake, move, state"),
-        (text(op="move"), "the request does not have 1 to 64 pairs of GPUs"),
-        (text(op="move", pairs=[]), "the request does not have 1 to 64 pairs of GPUs"),
-        (text(op="move", pairs=[[OLD]]), "a pair of the request does not consist of two UUIDs of GPUs"),
-        (text(op="move", pairs=[[OLD, NEW + "0"]]), "a pair of the request does not consist of two UUIDs of GPUs"),
-        (text(op="move", pairs=[[OLD, 7]]), "a pair of the request does not consist of two UUIDs of GPUs"),
+        (b"7\n", "the request has none of the operations park, wake, state"),
+        (text(op="kill"), "the request has none of the operations park, wake, state"),
+        (text(op=[]), "the request has none of the operations park, wake, state"),
         (text(processes=[]), "the request does not name 1 to 512 processes"),
         (text(processes=PROCESSES * 513), "the request does not name 1 to 512 processes"),
         (text(processes=[7]), "a process of the request is not an object"),
