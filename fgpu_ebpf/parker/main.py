@@ -139,8 +139,8 @@ class Parker:
         try:
             request = parse(job.received)
             op = request.op
-            if op != "state":
-                job.claimed = claims.claim(self._run_dir, [process.pid for process in request.processes])
+            # Also for the states: during a job they are those of a moment.
+            job.claimed = claims.claim(self._run_dir, [process.pid for process in request.processes])
             job.request = request
             self._start(job)
         except (RequestError, OSError) as error:

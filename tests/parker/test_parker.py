@@ -275,10 +275,30 @@ def test_a_job_goes_on_without_its_client(machine: Machine, parker: Parker, targ
     connection.lines.close()
     connection.sock.close()
     order(machine, "reset")
-    deadline = Deadline(10)
-    while parker.states(target.pid) != ["checkpointed"]:
-        assert not deadline.is_over()
+    assert states_after_the_job(parker, target.pid) == {str(target.pid): "checkpointed"}
     assert parker.result("wake", target.pid) == {"result": "running"}
+
+
+def states_after_the_job(parker: Parker, pid: int) -> dict[str, str]:
+    """Ask for the state of a process until it has no job, and return the state."""
+    deadline = Deadline(10)
+    while "states" not in (reply := parker.result("state", pid)):
+        assert reply == {"result": "", "error": f"process {pid} has a job already"}
+        assert not deadline.is_over()
+    return dict(reply["states"])
+
+
+def test_the_states_are_not_read_while_a_job_changes_them(machine: Machine, parker: Parker, target: Popen[str]) -> None:
+    """A process that is being restored has the state of a parked one, and may run in the next moment."""
+    assert parker.result("park", target.pid) == {"result": "parked"}
+    connection = begin_hanging(machine, parker, "restore", "wake", target)
+    parker.kill()
+    assert connection.replies() == []
+    parker.restart()
+    error = f"process {target.pid} has a job already"
+    assert parker.result("state", target.pid) == {"result": "", "error": error}
+    order(machine, "reset")
+    assert states_after_the_job(parker, target.pid) == {str(target.pid): "running"}
 
 
 def test_a_job_goes_on_without_its_parker(machine: Machine, parker: Parker, target: Popen[str]) -> None:
