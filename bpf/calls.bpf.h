@@ -93,7 +93,7 @@ static void name_bypass(struct fgpu_process *p, struct fgpu_call *f)
         note(p, FGPU_TOLD_BYPASS);
 }
 
-/* Report a call that has taken memory, and whose thread or process has no entry, because its level has reached its
+/* Report a call that has taken memory in a thread or process without an entry, because its level has reached its
  * bound. The kernel refuses all requests of such a thread, unless all levels only observe. */
 static void name_unrecorded(u32 tgid, u64 function)
 {

@@ -259,7 +259,7 @@ def room(service: Service, place: Place) -> None:
 
 
 def full(service: Service, place: Place) -> None:
-    """Let a tenant request 12 GiB of a device of which an idle tenant holds 20 GiB, and others all but 10 GiB."""
+    """Let a tenant request 12 GiB of the 30 GiB that others leave free, of which an idle tenant holds 20 GiB."""
     with tempfile.TemporaryDirectory() as folder, parking(service, Path(folder), "park"):
         first, second = _under_policy(service, place, ("first", "second"), "1h").values()
         with _all_but(30 * GIB):
@@ -274,7 +274,8 @@ def full(service: Service, place: Place) -> None:
                 began = time.monotonic()
                 need(asks.do(line, 120) == 0, f"{call}: has its memory")
                 say("waited", f"{time.monotonic() - began:.1f}", "s")
-                need((state(first), _parks({"": first})[""]) == ("parked", number), "the other tenant is parked")
+                seen = first.view()["parking"]
+                need((seen["state"], seen["parks"]) == ("parked", number), "the other tenant is parked")
                 need(holds.do("intact()", 120), "a call wakes it with its data")
             need(asks.do("intact()"), "the data of the tenant that waited is intact")
 

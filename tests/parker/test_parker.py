@@ -288,14 +288,19 @@ def states_after_the_job(parker: Parker, pid: int) -> dict[str, str]:
     return dict(reply["states"])
 
 
-def test_the_states_are_not_read_while_a_job_changes_them(machine: Machine, parker: Parker, target: Popen[str]) -> None:
-    """A process that is being restored has the state of a parked one, and may run in the next moment."""
-    assert parker.result("park", target.pid) == {"result": "parked"}
-    connection = begin_hanging(machine, parker, "restore", "wake", target)
+def leave_job(machine: Machine, parker: Parker, call: str, op: str, target: Popen[str]) -> str:
+    """Kill the parker during a job that hangs, start the next one, and return its error for the process."""
+    connection = begin_hanging(machine, parker, call, op, target)
     parker.kill()
     assert connection.replies() == []
     parker.restart()
-    error = f"process {target.pid} has a job already"
+    return f"process {target.pid} has a job already"
+
+
+def test_the_states_are_not_read_while_a_job_changes_them(machine: Machine, parker: Parker, target: Popen[str]) -> None:
+    """A process that is being restored has the state of a parked one, and may run in the next moment."""
+    assert parker.result("park", target.pid) == {"result": "parked"}
+    error = leave_job(machine, parker, "restore", "wake", target)
     assert parker.result("state", target.pid) == {"result": "", "error": error}
     order(machine, "reset")
     assert states_after_the_job(parker, target.pid) == {str(target.pid): "running"}
@@ -303,11 +308,7 @@ def test_the_states_are_not_read_while_a_job_changes_them(machine: Machine, park
 
 def test_a_job_goes_on_without_its_parker(machine: Machine, parker: Parker, target: Popen[str]) -> None:
     """The next parker gives the process no second job meanwhile."""
-    connection = begin_hanging(machine, parker, "checkpoint", "park", target)
-    parker.kill()
-    assert connection.replies() == []
-    parker.restart()
-    error = f"process {target.pid} has a job already"
+    error = leave_job(machine, parker, "checkpoint", "park", target)
     assert parker.result("wake", target.pid) == {"result": "parked", "error": error}
     order(machine, "reset")
     deadline = Deadline(10)
