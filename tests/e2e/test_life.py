@@ -277,6 +277,9 @@ class World:
         """End all lives, and check that nothing is left."""
         for life in self.lives:
             life.close()
+        for life in self.lives:
+            eventually(lambda life=life: life.pid not in life.tenant.pids(), 20, "the exit of the life")
+        eventually(_nothing_outlives, 15, "the release of exited processes' memory")
         for one in self.tenants:
             assert one.assert_exact() == 0, "bytes are charged without a process"
 

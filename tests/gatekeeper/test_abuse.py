@@ -219,27 +219,31 @@ def send_as(sock: socket.socket, payload: bytes, pid: int, uid: int) -> None:
 
 
 def test_claims_of_a_hello_are_ignored(keeper: Keeper, tenant: Make, scale: Callable[..., int]) -> None:
-    """T3. Many tenants send at once, so that no tenant exhausts its time."""
+    """T3. A hello that was not answered is sent again, as a shim does: its tenant has used its time up."""
     other, each = tenant(), scale(20, 834, 8334)
     victim = Child(other, lambda: bool(hello(keeper.run)) and signal.pause())
 
-    def forge(mine: int, uid: int) -> int:
-        dice, wrong = random.Random(mine), 0
-        for _ in range(each):
+    def forge(mine: int, uid: int) -> tuple[int, int]:
+        dice, answers, wrong = random.Random(mine), 0, 0
+        while answers < each:
             with connect(keeper.run, 10) as sock:
                 payload = forged(dice, [victim.pid, other.stat().st_ino, mine, 0, 1])
-                send_as(sock, payload, victim.pid, uid)
+                with contextlib.suppress(BrokenPipeError):
+                    send_as(sock, payload, victim.pid, uid)
                 reply = receive(sock)
-            assert reply
+            if reply is None:
+                time.sleep(0.02)
+                continue
+            answers += 1
             wrong += reply.page(2, abi.UsagePage).cgroup != mine
             reply.maps.pop().close()
             reply.close()
-        return wrong
+        return answers, wrong
 
     try:
         places = [(tenant(), uid) for uid in (0, 1, NOBODY) for _ in range(4)]
         crowd = [Child(place, forge, place.stat().st_ino, uid, uid=uid) for place, uid in places]
-        assert [child.result() for child in crowd] == [0] * len(crowd)
+        assert [child.result() for child in crowd] == [(each, 0)] * len(crowd)
     finally:
         victim.kill()
 
