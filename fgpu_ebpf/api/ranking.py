@@ -142,7 +142,10 @@ def rows(snapshot: Mapping[str, Any], filter_: str = "") -> list[Row]:
 
 
 def ranked(found: Iterable[Row], order: Order) -> list[Row]:
-    """Return the rows in this order. Rows of equal value are sorted by name and device."""
+    """Return the rows, sorted by the column and direction of an order.
+
+    Rows of equal value are sorted by name and device. Rows without a value come last.
+    """
     by_name = sorted(found, key=lambda row: (row.tenant["tenant"], row.device["gpu"]))
     value = order.column.value
     known = [row for row in by_name if value(row) is not None]

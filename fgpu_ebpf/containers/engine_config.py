@@ -345,7 +345,7 @@ def _in_front_of(real: str, engine: str, helper: Path) -> tuple[Path, dict[str, 
     Args:
         real: the name or the path of the runtime that the helper runs.
         engine: the name of the engine, for names of links.
-        helper: the path of `fgpu-oci`. Raises SetupError if `real` is such a link already: it would run itself.
+        helper: the path of `fgpu-oci`. Raises SetupError if `real` is in the helper's folder: it would run itself.
     """
     if Path(real).parent == helper.parent:
         raise SetupError(f"{real} is fgpu's, without its mark: write the path of the real runtime there, and try again")

@@ -75,7 +75,7 @@ class Probes:
         self._ledger = ledger
         self._files: dict[File, list[Attachment]] = {}  # the last entry is for the inode that new processes map
         self._events: set[str] = set()  # names of the pinned links to tracepoints of processes
-        self.opens_fault = "it was not attached yet"
+        self.opens_fault = "the BPF program that decides about opens is not attached yet"
         """The reason why no program decides about opens of device nodes; empty: a program does."""
         self._links.mkdir(mode=0o700, exist_ok=True)
         self._take_up_pinned()

@@ -65,7 +65,10 @@ class Roots:
         self._found = {file: left for file, roots in self._found.items() if (left := roots - {root})}
 
     def processes_inside(self, files: Set[File], pids: Iterable[int]) -> dict[File, int]:
-        """Return, for each file that was found in the root of one of these processes, such a process."""
+        """Return, by file, the pid of a process in the root of which the file was found.
+
+        `pids`: the processes to consider. Files in the roots of none of them are left out.
+        """
         awaited = files & self._found.keys()
         living = {root_of(pid): pid for pid in pids} if awaited else {}
         return {file: living[root] for file in awaited for root in self._found[file] if root in living}

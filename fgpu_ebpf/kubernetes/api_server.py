@@ -13,6 +13,7 @@ import ssl
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,8 @@ FOLDER = Path("/var/run/secrets/kubernetes.io/serviceaccount")
 REQUEST_SECONDS = 10.0
 WATCH_SECONDS = 300  # after which the server ends a watch
 MOST_BYTES = 4 << 20  # of an answer
+JSON = "application/json"
+APPLY = "application/apply-patch+yaml"  # of a PATCH that sets fields as their owner. JSON is YAML
 _MOST_HEADERS = 1 << 16
 
 
@@ -47,10 +50,12 @@ class ApiServer:
         except (KeyError, ValueError) as error:
             raise ApiError(0, "KUBERNETES_SERVICE_HOST and _PORT are not set: run this process in a pod") from error
 
-    async def call(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> dict[str, Any]:
-        """Send a request and return the object of the answer. Raises ApiError."""
+    async def call(
+        self, method: str, path: str, body: Mapping[str, Any] | None = None, kind: str = JSON
+    ) -> dict[str, Any]:
+        """Send a request and return the object of the answer. `kind`: the media type of `body`. Raises ApiError."""
         try:
-            async with asyncio.timeout(REQUEST_SECONDS), self._answer(method, path, body) as (status, chunks):
+            async with asyncio.timeout(REQUEST_SECONDS), self._answer(method, path, body, kind) as (status, chunks):
                 data = bytearray()
                 async for chunk in chunks:
                     data += chunk
@@ -64,7 +69,7 @@ class ApiServer:
         """Yield once for each event of a watch, until the server ends it. Raises ApiError."""
         separator = "&" if "?" in path else "?"
         watched = f"{path}{separator}watch=1&timeoutSeconds={WATCH_SECONDS}"
-        async with self._answer("GET", watched, None) as (status, chunks):
+        async with self._answer("GET", watched) as (status, chunks):
             if status != 200:
                 raise ApiError(status, f"the API server refuses a watch with {status}")
             while True:
@@ -79,18 +84,18 @@ class ApiServer:
 
     @asynccontextmanager
     async def _answer(
-        self, method: str, path: str, body: Mapping[str, Any] | None
+        self, method: str, path: str, body: Mapping[str, Any] | None = None, kind: str = JSON
     ) -> AsyncIterator[tuple[int, AsyncIterator[bytes]]]:
         """Send a request. Yields the status, and the chunks of the answer's body."""
         writer = None
         try:
             token = (self.folder / "token").read_text().strip()
-            trust = ssl.create_default_context(cafile=str(self.folder / "ca.crt"))
+            trust = _trust((self.folder / "ca.crt").read_text(encoding="ascii", errors="ignore"))
             data = json.dumps(body).encode() if body is not None else b""
             authority = f"[{self.host}]" if ":" in self.host else self.host
             lines = [
                 f"{method} {path} HTTP/1.1", f"Host: {authority}:{self.port}", f"Authorization: Bearer {token}",
-                "Accept: application/json", "Content-Type: application/json", f"Content-Length: {len(data)}",
+                f"Accept: {JSON}", f"Content-Type: {kind}", f"Content-Length: {len(data)}",
                 "User-Agent: fgpu", "Connection: close",
             ]  # fmt: skip
             async with asyncio.timeout(REQUEST_SECONDS):
@@ -105,6 +110,14 @@ class ApiServer:
         finally:
             if writer:
                 writer.transport.abort()  # close() would wait for the peer
+
+
+@lru_cache(maxsize=1)
+def _trust(authorities: str) -> ssl.SSLContext:
+    """Return the TLS settings that trust these certificates. Raises ssl.SSLError or ValueError if there are none."""
+    if not authorities:  # ssl would trust the authorities of the system
+        raise ValueError("ca.crt is empty")
+    return ssl.create_default_context(cadata=authorities)
 
 
 async def _chunks(reader: asyncio.StreamReader, headers: Mapping[str, str]) -> AsyncIterator[bytes]:

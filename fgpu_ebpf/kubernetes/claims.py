@@ -7,7 +7,7 @@ claim is quoted in messages.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
@@ -41,6 +41,8 @@ class Grant:
     pool: str
     device: str
     share: Share
+    share_id: str = ""
+    """Distinguishes this share from others of the device; empty: the whole device was allocated."""
 
 
 def device_name(uuid: str) -> str:
@@ -105,7 +107,30 @@ def _grant(result: Mapping[str, Any], node: str, host: Host) -> Grant:
         raise ClaimError(f"this node has no device {shown(name)}")
     if device.fault:
         raise ClaimError(f"{device.uuid}: {device.fault}")
-    return Grant(request, pool, name, _share(result.get("consumedCapacity"), device))
+    return Grant(request, pool, name, _share(result.get("consumedCapacity"), device), str(result.get("shareID") or ""))
+
+
+def with_status(claim: Mapping[str, Any], granted: Sequence[Grant], now: str) -> dict[str, Any]:
+    """Return the fields of a claim's status that this driver owns, as an object for a server-side apply.
+
+    Args:
+        claim: the ResourceClaim, as the API server returns it.
+        granted: its devices, which were prepared.
+        now: the time in the form of RFC 3339.
+    """
+    head = {key: claim["metadata"][key] for key in ("name", "namespace", "uid")}
+    object_ = {"apiVersion": "resource.k8s.io/v1", "kind": "ResourceClaim", "metadata": head}
+    return object_ | {"status": {"devices": [_device_status(grant, now) for grant in granted]}}
+
+
+def _device_status(grant: Grant, now: str) -> dict[str, Any]:
+    share = grant.share
+    data = {MEMORY: share.memory} | ({COMPUTE: share.compute} if share.compute else {})
+    time = f" and {share.compute} of the device's time" if share.compute else ""
+    message = f"each container of this claim gets at most {share.memory}{time}, or less if a policy says so"
+    ready = {"type": "Ready", "status": "True", "reason": "Prepared", "message": message, "lastTransitionTime": now}
+    found = {"driver": DRIVER, "pool": grant.pool, "device": grant.device, "conditions": [ready], "data": data}
+    return found | ({"shareID": grant.share_id} if grant.share_id else {})
 
 
 def _share(consumed: Mapping[str, Any] | None, device: Device) -> Share:

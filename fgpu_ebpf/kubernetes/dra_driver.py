@@ -14,8 +14,9 @@ import os
 import re
 import time
 import weakref
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +24,9 @@ from fgpu_ebpf import control_client
 from fgpu_ebpf.containers.cdi import Parts
 from fgpu_ebpf.kubernetes import claims, dra_messages, resource_slices
 from fgpu_ebpf.kubernetes.allocation import AllocationError, Way
-from fgpu_ebpf.kubernetes.api_server import ApiError, ApiServer
+from fgpu_ebpf.kubernetes.api_server import APPLY, ApiError, ApiServer
 from fgpu_ebpf.kubernetes.claim_files import ClaimFiles
-from fgpu_ebpf.kubernetes.claims import DRIVER, ClaimError
+from fgpu_ebpf.kubernetes.claims import DRIVER, ClaimError, Grant
 from fgpu_ebpf.kubernetes.dra_server import DraServer
 from fgpu_ebpf.kubernetes.resource_slices import Publisher
 from fgpu_ebpf.kubernetes.slots import Host, host_of
@@ -85,6 +86,7 @@ class _Driver:
         self._locks = weakref.WeakValueDictionary[str, asyncio.Lock]()  # by the UID of a claim that is being changed
         self._parts: Parts | None = None
         self._answered_at = time.monotonic()  # when the agent last answered
+        self._reports = set[asyncio.Task[None]]()  # otherwise nothing would refer to a task that runs
         self._said = ""
 
     async def run(self) -> None:
@@ -186,14 +188,14 @@ class _Driver:
         return self._messages["NodePrepareResourceResponse"](devices=found)
 
     async def _devices(self, path: str, uid: str) -> list[dict[str, Any]]:
-        """Write the CDI specification of a claim, and return its devices."""
-        claim = await self._api.call("GET", path)
-        host, parts = await self._agent()
+        """Write the CDI specification of a claim, and return its devices. The claim's status is written later."""
+        claim, (host, parts) = await asyncio.gather(self._api.call("GET", path), self._agent())
         granted = claims.grants(claim, uid, self._options.node, host)
         uuids = list(dict.fromkeys(grant.share.device for grant in granted))
         gpus, env = self._options.way.devices(uuids)
         of_uuid = dict(zip(uuids, gpus, strict=False))  # empty if the devices come by other means
         names = self._options.files.prepare(uid, [grant.share for grant in granted], env, parts)
+        self._report(path, claim, granted)
         return [
             {
                 "request_names": [grant.request.partition("/")[0]],
@@ -203,6 +205,19 @@ class _Driver:
             }
             for grant, name in zip(granted, names, strict=True)
         ]
+
+    def _report(self, path: str, claim: Mapping[str, Any], granted: Sequence[Grant]) -> None:
+        """Begin to write to the status of a claim what it was granted. kubelet does not wait for that."""
+        status = claims.with_status(claim, granted, datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"))
+        report = asyncio.create_task(self._write_status(f"{path}/status?fieldManager={DRIVER}&force=true", status))
+        self._reports.add(report)
+        report.add_done_callback(self._reports.discard)
+
+    async def _write_status(self, path: str, status: Mapping[str, Any]) -> None:
+        try:
+            await self._api.call("PATCH", path, status, APPLY)
+        except ApiError as error:  # the claim works without it, and may be deleted already
+            log.warning("%s: the status is not written: %s", path, error)
 
     async def _unprepare(self, claim: Any) -> Any:
         name, error = f"{claim.namespace}/{claim.name}", ""

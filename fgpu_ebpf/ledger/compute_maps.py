@@ -49,7 +49,7 @@ class ComputeMaps:
 
     Args:
         maps: the ledger's open maps, by name.
-        wake: makes the kernel wake the reader of the ring buffer `bell`.
+        wake: makes the kernel wake the gatekeeper, which reads the ring buffer `bell`.
         pins: the folder of the pinned maps.
     """
 

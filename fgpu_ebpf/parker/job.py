@@ -152,7 +152,7 @@ class Job:
     def _restore_all(self, why: str, patience: float) -> Outcome:
         """Restore and unlock all processes that live. `why` is the error of the outcome.
 
-        `patience`: for how many seconds a call is repeated while another one is in progress for its process.
+        `patience`: for how many seconds a call is repeated while another call is in progress for its process.
         """
         until = self._now() + patience
         began = self._now()

@@ -70,7 +70,7 @@ def owner_of(root: Path, path: str, is_level: Callable[[int], bool] = lambda _: 
 
 
 def _stat(folder: str) -> tuple[int, int]:
-    """Return the id of a cgroup, and the uid of its owner. If it is gone, return (0, 0), as if root owned it."""
+    """Return the id of a cgroup, and the uid of its owner; (0, 0), as for root, if the cgroup does not exist."""
     try:
         found = os.stat(folder)
     except OSError:

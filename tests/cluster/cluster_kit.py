@@ -32,7 +32,9 @@ from tests.support.host import BUILD, cgroup_root
 from tests.support.wait import eventually
 
 PROGRAMS = BUILD / "cluster/bin"
-PATH = f"{PROGRAMS}:/usr/sbin:/usr/bin:/sbin:/bin"
+# Another version of Kubernetes' programs, which precede those of `bin`.
+VERSION = os.environ.get("FGPU_TEST_KUBERNETES", "")
+PATH = f"{PROGRAMS}-{VERSION}:{PROGRAMS}:/usr/sbin:/usr/bin:/sbin:/bin"
 NODE = "node-1"
 API = "https://127.0.0.1"
 SOCKET = Path("/run/containerd/containerd.sock")
@@ -210,7 +212,7 @@ class Cluster:
         """Start a program: that of this name, or another one."""
         with open(self.logs / name, "ab") as log:
             self._running[name] = subprocess.Popen(
-                [program or PROGRAMS / name, *options],
+                [program or shutil.which(name, path=PATH) or name, *options],
                 stdout=log,
                 stderr=log,
                 stdin=subprocess.DEVNULL,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from datetime import datetime
 from pathlib import Path
@@ -19,7 +20,7 @@ from tests.support.wait import eventually
 DRIVER = "gpu.fgpu.dev"
 STEP = 2 * MIB  # of the program that fills its limit
 UID = r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}"
-CALL = re.compile(rf'^I\d{{4}} (\S+) .*"(Calling|Done calling) NodePrepareResources rpc" .*?({UID})', re.MULTILINE)
+CALL = re.compile(r'^I\d{4} (\S+) .*"(Calling|Done calling) NodePrepareResources rpc" (.*)$', re.MULTILINE)
 COUNTED = re.compile(
     r'^dra_grpc_operations_duration_seconds_count\{.*"OK".*/NodePrepareResources".*\} (\d+)$', re.MULTILINE
 )
@@ -94,7 +95,43 @@ def test_a_pod_has_what_its_claim_consumes(cluster: Cluster) -> None:
     assert "1464MiB" in cluster.kubectl("exec", "one", "--", "nvidia-smi")
     said = cluster.kubectl("exec", "one", "--", "fill", "--step", "2MiB", check=False)
     assert REFUSED.search(said), said
+
+
+def test_a_claim_s_status_has_what_it_was_granted_and_the_driver_may_change_nothing_else(cluster: Cluster) -> None:
+    (claim,) = eventually(lambda: [one for one in cluster.get("resourceclaim")["items"] if shown(one)], 30, "a status")
+    (device,), (allocated,) = shown(claim), claim["status"]["allocation"]["devices"]["results"]
+    assert device["data"] == {"memory": "1464MiB", "compute": "30%"}
+    assert [device[key] for key in ("driver", "pool", "device", "shareID")] == [
+        allocated[key] for key in ("driver", "pool", "device", "shareID")
+    ]
+    own = {key: value for key, value in device.items() if key != "data"}
+    written = {"devices": [own]}
+    assert "patched" in as_the_driver(cluster, claim, written)
+    for changed in (
+        {"allocation": None},
+        {"reservedFor": []},
+        {"devices": [own, {**own, "driver": "gpu.example.com"}]},
+    ):
+        said = as_the_driver(cluster, claim, changed)
+        assert "forbidden" in said.lower() or "may not change" in said or "may write only" in said, (changed, said)
+    elsewhere = as_the_driver(cluster, claim, {"devices": [device]}, node="node-2")
+    assert "forbidden" in elsewhere.lower() or "of its own node" in elsewhere, elsewhere
     gone(cluster, "one")
+
+
+def shown(claim: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return what the status of a claim says of devices."""
+    return list(claim.get("status", {}).get("devices", ()))
+
+
+def as_the_driver(cluster: Cluster, claim: dict[str, Any], status: dict[str, Any], node: str = NODE) -> str:
+    """Change the status of a claim with the driver's account on a node, and return kubectl's output."""
+    account = "system:serviceaccount:fgpu-system:fgpu-dra-driver"
+    return cluster.kubectl(
+        "patch", "resourceclaim", claim["metadata"]["name"], "--subresource=status", "--type=merge",
+        f"--patch={json.dumps({'status': status})}", f"--as={account}",
+        f"--as-user-extra=authentication.kubernetes.io/node-name={node}", check=False,
+    )  # fmt: skip
 
 
 def test_the_scheduler_packs_ten_claims_on_a_device_and_the_eleventh_waits(cluster: Cluster) -> None:
@@ -132,25 +169,62 @@ def test_claims_that_have_ended_leave_nothing(cluster: Cluster) -> None:
 
 def test_the_time_of_a_preparation(cluster: Cluster) -> None:
     """Kubelet measures each call of the driver."""
-    text = (cluster.logs / "kubelet").read_text()
-    begun, took = dict[str, datetime](), list[float]()
-    for at, word, uid in CALL.findall(text):
-        when = datetime.strptime(at, "%H:%M:%S.%f")
-        if word == "Calling":
-            begun[uid] = when
-        else:
-            took.append((when - begun.pop(uid)).total_seconds())
+    took = preparations(cluster)
     counted = COUNTED.search(metrics(cluster))
     assert counted
-    assert not begun
     assert len(took) == int(counted[1]) == 12
-    took.sort()
-    print(f"NodePrepareResources, {len(took)} calls: p50 {median(took) * 1e3:.0f} ms, p99 {took[-1] * 1e3:.0f} ms")
+    print_times("a claim each", took)
+
+
+def preparations(cluster: Cluster) -> list[float]:
+    """Return the seconds of each call of NodePrepareResources, in the order of their ends."""
+    text = (cluster.logs / "kubelet").read_text()
+    begun, took = dict[str, datetime](), list[float]()
+    for at, word, rest in CALL.findall(text):
+        when, uids = datetime.strptime(at, "%H:%M:%S.%f"), set(re.findall(UID, rest))
+        if word == "Calling":
+            begun |= dict.fromkeys(uids, when)
+        else:
+            (since,) = {begun.pop(uid) for uid in uids & set(begun)}
+            took.append((when - since).total_seconds())
+    assert not begun
+    return took
+
+
+def print_times(what: str, seconds: list[float]) -> None:
+    """Print the median and the 99th percentile of calls of NodePrepareResources."""
+    seconds.sort()
+    p99 = seconds[len(seconds) * 99 // 100]
+    shown = f"p50 {median(seconds) * 1e3:.0f} ms, p99 {p99 * 1e3:.0f} ms"
+    print(f"NodePrepareResources, {len(seconds)} calls, {what}: {shown}")
 
 
 def metrics(cluster: Cluster) -> str:
     """Return kubelet's metrics."""
     return cluster.kubectl("get", "--raw", f"/api/v1/nodes/{NODE}/proxy/metrics")
+
+
+def test_a_thousand_claims_leave_nothing(cluster: Cluster) -> None:
+    """A hundred pods with ten claims each. The scheduler places as many as fit on the device, and the others wait."""
+    before, pods = len(preparations(cluster)), [claiming(f"many-{number}", "least") for number in range(100)]
+    for pod in pods:
+        names = [f"claim-{number}" for number in range(10)]
+        pod["spec"] |= {"restartPolicy": "Never"}
+        pod["spec"]["resourceClaims"] = [{"name": name, "resourceClaimTemplateName": "least"} for name in names]
+        pod["spec"]["containers"][0] |= {
+            "command": ["sh", "-c", "exit 0"], "resources": {"claims": [{"name": name} for name in names]},
+        }  # fmt: skip
+    cluster.apply(template("least", memory="64Mi"), *pods)
+
+    done = "--for=jsonpath={.status.phase}=Succeeded"
+    cluster.kubectl("wait", done, "pod", "--all", "--timeout=480s", seconds=500)
+    cluster.kubectl("delete", "pod", "--all", seconds=240)
+    eventually(lambda: not cluster.get("resourceclaim")["items"] and not claim_files(), 240, "the end of all claims")
+    eventually(lambda: CLAIMS_IN_USE.findall(metrics(cluster)) == ["0"], 60, "no claim in kubelet")
+    assert not [one for one in status(cluster)["tenants"] if one["pod"].startswith("many-")]
+    took = preparations(cluster)[before:]
+    assert len(took) == 100
+    print_times("ten claims each", took)
 
 
 def test_claims_are_prepared_again_after_restarts_and_a_boot(cluster: Cluster) -> None:

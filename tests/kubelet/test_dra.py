@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import time
@@ -296,6 +297,41 @@ def test_a_pod_has_what_its_claim_consumes(
     assert [path.name for path in claims_dir.iterdir()] == [f"fgpu.dev-claim_{uid}.json"]
     assert node.unprepare(claim) == [""]
     assert not list(claims_dir.iterdir())
+
+
+def test_the_status_of_a_claim_has_what_it_was_granted(
+    node: dra.Kubelet, driver: dra.Driver, server: ApiServer, uuids: list[str]
+) -> None:
+    """Devices of other drivers keep theirs."""
+    allocated = [result(uuids[0], memory="1500000Ki", compute="30"), result(uuids[1])]
+    claim = server.claim("one", *allocated)
+    other = claim["status"]["devices"] = [{"driver": "other", "pool": "p", "device": "d"}]
+    ids(node.prepare(claim)[0])
+    eventually(lambda: len(claim["status"]["devices"]) == 3, 10, "the status")
+    assert claim["status"]["devices"][:1] == other
+    share, whole = claim["status"]["devices"][1:]
+    (condition,) = share["conditions"]
+    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", condition.pop("lastTransitionTime"))
+    text = "each container of this claim gets at most 1464MiB and 30% of the device's time, or less if a policy says so"
+    assert share == {
+        "driver": dra.DRIVER, "pool": NODE, "device": uuids[0].lower(), "shareID": allocated[0]["shareID"],
+        "conditions": [{"type": "Ready", "status": "True", "reason": "Prepared", "message": text}],
+        "data": {"memory": "1464MiB", "compute": "30%"},
+    }  # fmt: skip
+    assert whole["device"] == uuids[1].lower()
+    assert set(whole) == {"driver", "pool", "device", "conditions", "data"}
+    assert set(whole["data"]) == {"memory"}
+
+
+def test_a_claim_works_if_its_status_cannot_be_written(
+    node: dra.Kubelet, driver: dra.Driver, server: ApiServer, uuids: list[str]
+) -> None:
+    """The account of an older chart may not write it."""
+    server.may_write_status = False
+    claim = server.claim("one", result(uuids[0], memory="1Gi"))
+    assert ids(node.prepare(claim)[0])
+    eventually(lambda: "the status is not written: the API server answers 403" in driver.said(), 10, "the reason")
+    assert "devices" not in claim["status"]
 
 
 def test_a_pod_has_devices_that_cdi_knows(

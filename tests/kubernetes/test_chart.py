@@ -131,7 +131,7 @@ def test_no_manifest_but_the_dra_driver_s_grants_a_role_and_every_container_is_r
             assert "memory" in container["resources"]["limits"]
 
 
-def test_only_the_dra_driver_has_a_token_and_it_writes_only_slices() -> None:
+def test_only_the_dra_driver_has_a_token_and_it_writes_only_slices_and_the_status_of_claims() -> None:
     for path in FILES:
         for one in sets(path):
             spec = one["spec"]["template"]["spec"]
@@ -140,7 +140,9 @@ def test_only_the_dra_driver_has_a_token_and_it_writes_only_slices() -> None:
             assert (spec["serviceAccountName"] == "fgpu-dra-driver") == has_token
     writes = {"create", "update", "patch", "delete"}
     rules = of_kind("dra", "ClusterRole")["rules"]
-    assert {name for rule in rules if writes & set(rule["verbs"]) for name in rule["resources"]} == {"resourceslices"}
+    assert {name for rule in rules if writes & set(rule["verbs"]) for name in rule["resources"]} == {
+        "resourceslices", "resourceclaims/status",
+    }  # fmt: skip
     (binding,) = of_kind("dra", "ClusterRoleBinding")["subjects"]
     (account,) = [
         one["metadata"]
@@ -148,8 +150,12 @@ def test_only_the_dra_driver_has_a_token_and_it_writes_only_slices() -> None:
         if one["kind"] == "ServiceAccount" and one["metadata"]["name"] == binding["name"]
     ]
     name = f"system:serviceaccount:{account['namespace']}:{account['name']}"
-    (condition,) = of_kind("dra", "ValidatingAdmissionPolicy")["spec"]["matchConditions"]
-    assert condition["expression"] == f'request.userInfo.username == "{name}"'
+    policies = [one for one in objects(HERE / "rendered/dra.yaml") if one["kind"] == "ValidatingAdmissionPolicy"]
+    resources = [rule["resources"] for one in policies for rule in one["spec"]["matchConstraints"]["resourceRules"]]
+    assert resources == [["resourceslices"], ["resourceclaims/status"]]
+    for one in policies:
+        (condition,) = one["spec"]["matchConditions"]
+        assert condition["expression"] == f'request.userInfo.username == "{name}"'
 
 
 def test_agent_and_gatekeeper_have_the_rights_of_their_units() -> None:

@@ -39,6 +39,7 @@ class ApiServer:
         self.writes: list[tuple[str, str, dict[str, Any]]] = []
         self.refusing: tuple[int, str] | None = None  # the answer to each request
         self.kept_fields: set[str] | None = None  # of devices; None: all
+        self.may_write_status = True
         self.port = 0
         self._version = 0
         self._changed = threading.Condition()
@@ -151,10 +152,12 @@ class _Handler(BaseHTTPRequestHandler):
         elif self.command == "GET":
             found = self.api.objects.get(place)
             self._answer(200, found) if found else self._refuse(404, f'"{place.rpartition("/")[2]}" not found')
+        elif self.command == "PATCH":
+            self._apply_status(place, asked, body)
         else:
             self._write(place, body)
 
-    do_GET = do_POST = do_PUT = do_DELETE = _serve
+    do_GET = do_POST = do_PUT = do_DELETE = do_PATCH = _serve
 
     def _write(self, place: str, body: Any) -> None:
         api = self.api
@@ -173,6 +176,24 @@ class _Handler(BaseHTTPRequestHandler):
         else:
             api.writes.append((self.command, path, body))
             self._answer(200, api.change(path, None if self.command == "DELETE" else body))
+
+    def _apply_status(self, place: str, asked: dict[str, list[str]], body: Any) -> None:
+        """Replace the devices of one driver in a claim's status, as a server-side apply does."""
+        path, _, part = place.rpartition("/")
+        now = self.api.objects.get(path)
+        assert (part, self.headers["Content-Type"], asked["force"]) == (
+            "status", "application/apply-patch+yaml", ["true"],
+        )  # fmt: skip
+        assert set(body) == {"apiVersion", "kind", "metadata", "status"}
+        if now is None or now["metadata"]["uid"] != body["metadata"]["uid"]:
+            self._refuse(409, "the uid is that of another object")
+        elif not self.api.may_write_status:
+            self._refuse(403, "resourceclaims/status is forbidden")
+        else:
+            (driver,) = asked["fieldManager"]
+            others = [one for one in now["status"].get("devices", ()) if one["driver"] != driver]
+            now["status"]["devices"] = others + body["status"]["devices"]
+            self._answer(200, now)
 
     def _watch(self) -> None:
         self.send_response(200)

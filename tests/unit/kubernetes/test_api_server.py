@@ -21,7 +21,8 @@ from fgpu_ebpf.kubernetes.resource_slices import Publisher
 def account(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Return the folder of a service account that trusts no server."""
     (tmp_path / "token").write_text("a-token")
-    monkeypatch.setattr(ssl, "create_default_context", lambda **_: ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT))
+    (tmp_path / "ca.crt").write_text("a certificate")
+    monkeypatch.setattr(api_server, "_trust", lambda _: ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT))
     return tmp_path
 
 
@@ -32,6 +33,15 @@ async def watch(server: ApiServer) -> None:
 
 async def call(server: ApiServer) -> None:
     await server.call("GET", "/asked")
+
+
+@pytest.mark.parametrize("text", ["", " ", "a certificate"])
+def test_authorities_that_are_not_certificates_are_an_error(tmp_path: Path, text: str) -> None:
+    """Without any, ssl would trust the authorities of the system."""
+    (tmp_path / "token").write_text("a-token")
+    (tmp_path / "ca.crt").write_text(text)
+    with pytest.raises(ApiError, match="does not answer: .*(ca.crt is empty|no start line|certificate)"):
+        asyncio.run(call(ApiServer("10.0.0.1", 443, tmp_path)))
 
 
 @pytest.mark.parametrize("request_of", [watch, call])
