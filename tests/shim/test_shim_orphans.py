@@ -10,6 +10,8 @@ from tests.shim.orphans_kit import CONTEXT, GIB, MEMORY, MIB, OBSERVE, OOM, PATI
 from tests.shim.pool_kit import POOLS
 from tests.shim.shim_kit import DEADLINE, ROOT, Agent, Build
 
+pytestmark = pytest.mark.timed
+
 FULL = {"limit": GIB, "used": GIB, "orphaned": GIB // 2, "age_ms": 0}
 EMPTY = {"limit": GIB, "used": GIB // 2}
 

@@ -10,6 +10,8 @@ from tests.shim.orphans_kit import GIB, MEMORY, MIB, OOM, call_while
 from tests.shim.pool_kit import POOLS
 from tests.shim.shim_kit import DEADLINE, ROOT, Agent, Build
 
+pytestmark = pytest.mark.timed
+
 WAITS, HELLO, LACKS = 8, 3, 0x8000
 ASKS = "alloc(256 * MiB)"
 FULL = "L.fake_result(2)\n"  # CUDA_ERROR_OUT_OF_MEMORY
