@@ -10,7 +10,6 @@ import secrets
 import shutil
 import subprocess
 import sys
-import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -273,7 +272,7 @@ class Hub:
 
     def _answers(self) -> bool:
         assert self._process.poll() is None, self._log.read_text()
-        with contextlib.suppress(urllib.error.URLError):
+        with contextlib.suppress(OSError):  # also a connection that the hub has closed
             return bool(self.ask("GET", ""))
         return False
 
@@ -282,7 +281,7 @@ class Hub:
         request = urllib.request.Request(f"{self._api}/{path}", method=method)
         request.add_header("Authorization", f"token {self._token}")
         data = json.dumps(given).encode() if given else None
-        with urllib.request.urlopen(request, data, timeout=20) as answer:
+        with urllib.request.urlopen(request, data, timeout=60) as answer:
             return str(answer.read().decode())
 
     def filled(self, user: str) -> int:
@@ -297,7 +296,7 @@ class Hub:
     def close(self) -> None:
         """End the hub, which removes the containers."""
         self._process.terminate()
-        self._process.wait(20)
+        self._process.wait(60)
 
 
 def test_a_recipe_of_jupyterhub_gives_groups_their_shares(docker: engines.Engine, tmp_path: Path) -> None:

@@ -55,7 +55,7 @@ class Live:
         return getattr(self._form.from_buffer_copy(self._memory), name)
 
 
-def connect(run: Path, patience: float = 3.0) -> socket.socket:
+def connect(run: Path, patience: float = 10.0) -> socket.socket:
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     limit = struct.pack("qq", int(patience), int(patience % 1 * 1e6))
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, limit)  # the send blocks, so that it queues behind a flood
@@ -64,7 +64,7 @@ def connect(run: Path, patience: float = 3.0) -> socket.socket:
     return sock
 
 
-def hello(run: Path, payload: bytes | None = None, patience: float = 3.0) -> Reply | None:
+def hello(run: Path, payload: bytes | None = None, patience: float = 10.0) -> Reply | None:
     """Send one hello. Return its answer, or None if there is none."""
     with connect(run, patience) as sock:
         sock.send(request() if payload is None else payload)
@@ -97,7 +97,7 @@ class Child:
     @staticmethod
     def _live(cgroup: Path, work: Callable[..., Any], args: Any, uid: int, write: int) -> None:
         gc.disable()  # otherwise each of hundreds of children might copy all memory of the parent
-        signal.alarm(25)
+        signal.alarm(120)  # a test that has failed leaves no child for long
         try:
             (cgroup / "cgroup.procs").write_text("0")
             if uid:

@@ -280,14 +280,20 @@ def test_a_malformed_message_closes_the_connection_of_its_sender(
     keeper: Keeper, tenant: Make, scale: Callable[..., int]
 ) -> None:
     place = tenant()
-    resident, counted = keeper.resident_kib(), keeper.grows("malformed", 100)
+    resident, counted = keeper.resident_kib(), keeper.grows("malformed", 10)
+
+    def closed() -> int:  # a connection of a tenant that has used its time up is closed unread
+        return keeper.count("malformed") + keeper.count("dropped_tenant")
+
+    before = closed()
     assert in_cgroup(place, send_malformed, keeper.run, 7, 100) == 0
     counted()
-    each, before = 2500, keeper.count("malformed") + keeper.count("dropped_tenant")
+    until(lambda: closed() >= before + 100)
+    each, before = 2500, closed()
     for seed in range(0, scale(1, 8, 4000), 4):
         crowd = [Child(tenant(), send_malformed, keeper.run, 100 + seed + n, each) for n in range(4)]
         assert [child.result() for child in crowd] == [0] * 4
-    until(lambda: keeper.count("malformed") + keeper.count("dropped_tenant") >= before + 4 * each)
+    until(lambda: closed() >= before + 4 * each)
     until(lambda: in_cgroup(place, lambda: bool(hello(keeper.run))))
     assert keeper.resident_kib() - resident < 1024
 
@@ -316,7 +322,7 @@ def test_the_gatekeeper_closes_descriptors_that_a_client_sends(keeper: Keeper, t
 
     before = keeper.descriptors()
     assert in_cgroup(tenant(), send)
-    until(lambda: keeper.descriptors() == before, 1)
+    until(lambda: keeper.descriptors() <= before, 1)  # it may have had a file open for a moment
 
 
 # -- T8, T9: silence and floods -------------------------------------------------------------------------------------
@@ -601,12 +607,18 @@ def test_a_second_gatekeeper_prints_an_error_and_exits(
     ]
 
 
+def remove_folder(run: Path) -> None:
+    """Remove the folder in one step, so that the gatekeeper creates nothing in it meanwhile."""
+    run.rename(run.with_name("removed"))
+    shutil.rmtree(run.with_name("removed"))
+
+
 def remake_folder(run: Path) -> None:
-    shutil.rmtree(run)
+    remove_folder(run)
     run.mkdir()
 
 
-@pytest.mark.parametrize("harm", [shutil.rmtree, remake_folder, lambda run: (run / "gatekeeper.lock").unlink()])
+@pytest.mark.parametrize("harm", [remove_folder, remake_folder, lambda run: (run / "gatekeeper.lock").unlink()])
 def test_a_gatekeeper_without_its_lock_file_prints_an_error_and_exits(
     start: Callable[..., Keeper], tmp_path: Path, unmanaged: Path, harm: Callable[[Path], None]
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import itertools
 import os
@@ -59,20 +60,24 @@ def test_no_reader_reads_half_an_update(tmp_path: Path, scale: Callable[..., int
 
 
 def use_sockets(channel: socket.socket) -> int:
-    """Send a hello on every received socket. Return how many were answered with pages of the peer of `channel`."""
+    """Send a hello on every received socket, and report to the peer of `channel` whether it was answered.
+
+    Return how many were answered with pages of that peer.
+    """
     right = 0
     while data := socket.recv_fds(channel, 8, 1):
         word, fds, _, _ = data
         if not word:
             return right
         with socket.socket(fileno=fds[0]) as sock:
-            sock.send(request())
+            with contextlib.suppress(BrokenPipeError):
+                sock.send(request())
             reply = receive(sock)
-        right += bool(reply) and reply.page(2, abi.UsagePage).cgroup == int.from_bytes(word, "little")
         if reply:
+            right += reply.page(2, abi.UsagePage).cgroup == int.from_bytes(word, "little")
             reply.maps.pop().close()
             reply.close()
-        channel.send(b".")
+        channel.send(b"." if reply else b"-")
     return right
 
 
@@ -85,11 +90,15 @@ def test_the_connecting_process_is_answered_even_if_another_uses_its_socket(
     theirs.close()
 
     def hand_on() -> int:
-        for _ in range(times):
+        answered = 0
+        while answered < times:
             with connect(keeper.run) as sock:
                 socket.send_fds(ours, [mine.stat().st_ino.to_bytes(8, "little")], [sock.fileno()])
-            assert ours.recv(1) == b"."
-        return times
+            if ours.recv(1) == b".":
+                answered += 1
+            else:  # its tenant has used its time up: a shim sends another hello
+                time.sleep(0.02)
+        return answered
 
     assert in_cgroup(mine, hand_on) == times
     ours.close()

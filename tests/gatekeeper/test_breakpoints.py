@@ -124,6 +124,7 @@ def test_a_process_is_answered_only_if_its_memory_has_the_breakpoints(
     ledger.forget_file(*file_of(library))
 
 
+@pytest.mark.timed
 def test_a_waiting_process_is_answered_once_the_breakpoint_exists(
     keeper: Keeper, ledger: Ledger, tenant: Make, library: Path, probe: Callable[..., None]
 ) -> None:
@@ -133,8 +134,8 @@ def test_a_waiting_process_is_answered_once_the_breakpoint_exists(
 
     def ask() -> tuple[int, float]:
         map_file(library)
-        os.write(write, b"x")
         begun = time.monotonic()
+        os.write(write, b"x")
         reply = hello(keeper.run)
         return reply.answer.code if reply else -1, time.monotonic() - begun
 

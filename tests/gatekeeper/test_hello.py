@@ -190,6 +190,7 @@ def test_undecided_processes_are_held_and_the_agent_is_notified(keeper: Keeper, 
     assert 0.2 < seconds < 0.8
 
 
+@pytest.mark.timed
 def test_a_process_of_a_managed_cgroup_waits_until_the_cgroup_s_page_exists(
     keeper: Keeper, ledger: Ledger, cgroup: Make
 ) -> None:
@@ -213,6 +214,7 @@ def test_an_undecided_process_is_disconnected_without_an_answer_after_a_second(k
     grown()
 
 
+@pytest.mark.timed
 @pytest.mark.parametrize("name", ["libcuda.so.1", "libfgpu.so", "libcuda.so.580.1"])
 def test_a_managed_process_waits_until_its_files_are_probed(
     keeper: Keeper, ledger: Ledger, tenant: Make, unmanaged: Path, tmp_path: Path, name: str
@@ -332,7 +334,7 @@ def test_the_exit_of_a_process_releases_its_descriptors_and_pages(keeper: Keeper
             time.sleep(0.01)
         for child in crowd:
             child.kill()
-    until(lambda: keeper.descriptors() == before, 1)
+    until(lambda: keeper.descriptors() <= before, 1)  # the file of counts may have been older than the last process
     until(lambda: keeper.count("processes") == 0)
 
 
@@ -362,9 +364,9 @@ def test_a_socket_whose_process_has_exited_gets_no_answer(keeper: Keeper, tenant
     def orphaned() -> bool:
         read, write = os.pipe()
         if os.fork() == 0:
-            sock = connect(keeper.run)
+            sock, connected = connect(keeper.run), Path(f"/proc/{os.getpid()}")
             if os.fork() == 0:
-                time.sleep(0.2)  # the process that connected has been reaped by now
+                until(lambda: not connected.exists())  # until the process that connected has been reaped
                 try:
                     sock.send(request())
                     reply = receive(sock)

@@ -32,6 +32,7 @@ from tests.gatekeeper.conftest import Keeper
 from tests.gatekeeper.hello_client import Child, hello, in_cgroup, request, until
 from tests.gatekeeper.storm import PATIENCE_SECONDS, STORM
 from tests.gatekeeper.waits_kit import prompt, waits
+from tests.support.wait import Deadline
 
 pytestmark = pytest.mark.timed
 
@@ -266,13 +267,13 @@ def test_readers_that_block_delay_only_their_own_tenants(monkeypatch: pytest.Mon
 
     def files(pid: int, _: object) -> dict[tuple[int, int], int]:
         if pid == 0:
-            let_go.wait(10)
+            let_go.wait(60)
         return {(pid, pid): 23}
 
     def found(number: int) -> list[tuple[int, int]]:
         seen: list[tuple[int, int]] = []
-        end = time.monotonic() + 3
-        while len(seen) < number and time.monotonic() < end:
+        deadline = Deadline(3)
+        while len(seen) < number and not deadline.is_over():
             readers.go()
             rung.wait(0.002)
             rung.clear()

@@ -83,7 +83,7 @@ def test_a_pod_has_its_share_of_its_device(
     assert [level["compute"][0]["limit_ratio"] for level in said["levels"]] == [0.25]
     service.kill_agent()
     service.start_agent()
-    assert shown(tenant) == {1: 2 * GIB}
+    eventually(lambda: shown(tenant) == {1: 2 * GIB}, 10, "the same share by the next agent")
     assert tenant.client().do("device 0") == REFUSED
 
 

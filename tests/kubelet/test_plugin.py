@@ -267,6 +267,7 @@ def test_a_device_with_an_xid_is_unhealthy_until_its_reset(
     assert healthy() == [1, 1]
 
 
+@pytest.mark.timed
 def test_an_agent_restart_changes_no_health(kubelet: kit.Kubelet, plugin: kit.Plugin, service: Service) -> None:
     one, told = kubelet.resource("1gib"), 0
 

@@ -7,6 +7,8 @@ import pytest
 from tests.shim.orphans_kit import GIB, OOM, call_while
 from tests.shim.shim_kit import Agent
 
+pytestmark = pytest.mark.timed
+
 UNCOMMITTED, DEVICE, MOST_MS = 1 << 16, 3, 2000
 
 

@@ -18,7 +18,7 @@ WAITS = [
 
 
 def test_work_in_flight_is_bounded(simulator: Simulator) -> None:
-    """A program launches 1,009 kernels of 0.2 ms without waiting.
+    """A program launches 2,003 kernels of 0.2 ms without waiting.
 
     At most a budget and a batch of them are in flight.
     """
@@ -30,13 +30,13 @@ def test_work_in_flight_is_bounded(simulator: Simulator) -> None:
 f, s = kernel(200), stream()
 for _ in range(101): launch(f, s)
 out("warm"); line()
-for _ in range(1009): launch(f, s)
+for _ in range(2003): launch(f, s)
 out("given"); line(); need("cuStreamSynchronize", s); out("done"); line()"""
     )
     assert said(process) == ["warm"]
     tell(process)
     seen = []
-    while (now := page(agent))["launches"] < 1110:
+    while (now := page(agent))["launches"] < 2104:
         seen.append(now["in_flight"])
     assert len(seen) > 10
     assert max(seen) <= 40, max(seen)  # 4 ms are 20 kernels; an estimate may be half of it on a busy machine
@@ -92,7 +92,7 @@ def test_a_program_that_waits_reports_the_end_of_its_work(simulator: Simulator, 
     process = simulator.start(
         KIT
         + f"""
-f, s, e = kernel(300000), stream(), C.c_void_p(); need("cuEventCreate", C.byref(e), 2)
+f, s, e = kernel(1000000), stream(), C.c_void_p(); need("cuEventCreate", C.byref(e), 2)
 launch(f, s); need("cuEventRecord", e, s); out("given")
 {wait}
 out("done"); line()"""
@@ -114,7 +114,7 @@ def test_a_turn_begins_with_its_first_launch_and_ends_with_its_last_kernel(simul
     process = simulator.start(
         KIT
         + """
-f, s = kernel(20000), stream(); out("ready")
+f, s = kernel(1000000), stream(); out("ready")
 launch(f, s); at = time.monotonic_ns(); out(at)
 need("cuStreamSynchronize", s); done = time.monotonic_ns(); line(); out(at, done); line()"""
     )
@@ -131,7 +131,7 @@ need("cuStreamSynchronize", s); done = time.monotonic_ns(); line(); out(at, done
     tell(process)
     launched, done = said(process)
     assert opened < now["begun"] <= launched
-    assert launched + 15e6 < now["ended"] <= done
+    assert launched + 900e6 < now["ended"] <= done
     tell(process)
     end(process)
 
@@ -271,7 +271,7 @@ def test_a_wait_for_short_work_shows_its_end_without_an_event_of_the_shim(
 ) -> None:
     """A step takes less than a quarter of the budget. The program's own waits show that nothing is in flight."""
     agent = simulator.agent
-    unlock(agent, 1, budget=400_000_000)
+    unlock(agent, 1, budget=8_000_000_000)
     process = simulator.start(
         KIT
         + f"""
@@ -310,12 +310,12 @@ f, s, e = kernel(20000), stream(), C.c_void_p(); need("cuEventCreate", C.byref(e
 for _ in range({steps}):
     launch(f, s); need("cuEventRecord", e, s)
     {wait}
-launch(f, s); at = time.monotonic_ns(); out(at); line()"""
+before = time.monotonic_ns(); launch(f, s); at = time.monotonic_ns(); out(before, at); line()"""
     )
-    given = said(process)[0]
+    before, given = said(process)
     now = until(agent, launches=steps + 1)
     assert now["in_flight"] == 1
-    assert 10e6 < now["busy_until"] - given < most
+    assert before + 10e6 < now["busy_until"] < given + most
     assert now["wanted"] <= given
     tell(process)
     end(process)

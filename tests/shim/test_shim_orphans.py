@@ -10,6 +10,8 @@ from tests.shim.orphans_kit import CONTEXT, GIB, MEMORY, MIB, OBSERVE, OOM, PATI
 from tests.shim.pool_kit import POOLS
 from tests.shim.shim_kit import DEADLINE, ROOT, Agent, Build
 
+pytestmark = pytest.mark.timed
+
 FULL = {"limit": GIB, "used": GIB, "orphaned": GIB // 2, "age_ms": 0}
 EMPTY = {"limit": GIB, "used": GIB // 2}
 
@@ -26,7 +28,7 @@ def test_a_request_waits_until_the_device_has_released_memory(held: Agent) -> No
     assert ms >= 190
     assert own_ms < 1000
     assert held.do("look")["refused"] == 0
-    assert 3 <= len(asked(held)) <= 9  # about every 50 ms
+    assert 3 <= len(asked(held)) <= 5 + ms / 50  # about every 50 ms
     assert asked(held)[:-1] == [True] * (len(asked(held)) - 1)
 
 
@@ -34,8 +36,9 @@ def test_a_request_waits_until_the_device_has_released_memory(held: Agent) -> No
 def test_a_request_is_refused_once_a_comparison_shows_that_the_device_keeps_the_memory(
     held: Agent, age_ms: int
 ) -> None:
-    held.do("limit", **{**FULL, "age_ms": age_ms})
-    result, ms, own_ms = call_while(held, "alloc(256 * MiB)", then=lambda: held.do("limit", **FULL, looked_ms=-1000))
+    first = lambda: held.do("limit", **{**FULL, "age_ms": age_ms})  # noqa: E731
+    then = lambda: held.do("limit", **FULL, looked_ms=-1000)  # noqa: E731
+    result, ms, own_ms = call_while(held, "alloc(256 * MiB)", first=first, then=then)
     assert result == OOM
     assert ms >= 190
     assert own_ms < 300
@@ -63,8 +66,8 @@ HOPELESS = {
 
 @pytest.mark.parametrize("why", HOPELESS)
 def test_a_request_does_not_wait_if_waiting_cannot_help(held: Agent, why: str) -> None:
-    held.do("limit", **{"limit": GIB, **HOPELESS[why]})
-    result, _, own_ms = call_while(held, "alloc(256 * MiB)")
+    first = lambda: held.do("limit", **{"limit": GIB, **HOPELESS[why]})  # noqa: E731
+    result, _, own_ms = call_while(held, "alloc(256 * MiB)", first=first)
     assert (result, held.do("look")["refused"]) == (OOM, 1)
     assert own_ms < 100
     assert len(asked(held)) <= 2
@@ -137,8 +140,8 @@ def test_a_request_waits_for_a_second_after_any_program_of_the_level_has_freed_m
 @pytest.mark.parametrize("ahead_ms", [2000, 100_000])
 def test_a_request_does_not_wait_for_a_free_in_the_future(held: Agent, ahead_ms: int) -> None:
     """The page has the time by another clock if the process is in a time namespace."""
-    held.do("limit", limit=GIB, used=GIB, freed_ms=-ahead_ms)
-    result, _, own_ms = call_while(held, "alloc(256 * MiB)")
+    first = lambda: held.do("limit", limit=GIB, used=GIB, freed_ms=-ahead_ms)  # noqa: E731
+    result, _, own_ms = call_while(held, "alloc(256 * MiB)", first=first)
     assert result == OOM
     assert own_ms < 300
 

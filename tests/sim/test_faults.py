@@ -71,8 +71,8 @@ def test_mig_mode_exists_only_on_boards_with_it(
 
 
 def test_the_end_of_a_process_can_be_delayed(machine: Machine) -> None:
-    """The memory stays in use 1 s longer than usual, even if the fault ends meanwhile."""
-    order(machine, "slow-end:1s")
+    """The memory stays in use 3 s longer than usual, even if the fault ends meanwhile."""
+    order(machine, "slow-end:3s")
     with machine.spawn("start(); say('up'); wait()") as client:
         assert client.stdout is not None
         client.stdout.readline()
@@ -81,8 +81,8 @@ def test_the_end_of_a_process_can_be_delayed(machine: Machine) -> None:
     killed = time.monotonic()
     order(machine, "reset")
     assert machine.used() == held > 0
-    machine.settles_at(0, 2)
-    assert time.monotonic() - killed > 0.9
+    machine.settles_at(0, 4)
+    assert time.monotonic() - killed > 2.9
 
 
 @pytest.mark.timed

@@ -26,4 +26,4 @@ def asked_of_copy(work: Path, tests: str, conftest: str, *options: str) -> subpr
     (folder / "test_some.py").write_text(tests)
     environment = {name: value for name, value in os.environ.items() if name != "FGPU_TEST_WORLDS"}
     command = [sys.executable, "-m", "pytest", f"--rootdir={work}", *options, "tests"]
-    return subprocess.run(command, cwd=work, env=environment, capture_output=True, text=True, timeout=60, check=False)
+    return subprocess.run(command, cwd=work, env=environment, capture_output=True, text=True, timeout=120, check=False)

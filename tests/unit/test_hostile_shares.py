@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from bench.lib.hostile_shares import KERNEL_NS, WINDOW_NS, Progress, Waits, windows
+from tests.support.wait import eventually
 
 MS, S = 1_000_000, 1_000_000_000
 
@@ -43,11 +44,13 @@ def test_time_without_a_processor_is_not_counted_as_waiting_for_a_turn(tmp_path:
         task.mkdir()
         (task / "schedstat").write_text("0 0 0")
     waits = Waits([program, gatekeeper])
-    time.sleep(0.2)
+    eventually(lambda: waits._at_ns)
     begun = time.monotonic_ns()
-    (program / "schedstat").write_text(f"0 {WINDOW_NS // 10} 0")
-    (gatekeeper / "schedstat").write_text(f"0 {WINDOW_NS // 10} 0")
-    time.sleep(0.2)
+    for task in (program, gatekeeper):
+        (task / "new").write_text(f"0 {WINDOW_NS // 10} 0")
+        (task / "new").rename(task / "schedstat")
+    written = time.monotonic_ns()
+    eventually(lambda: waits._at_ns[-1] > written)
     waits.end()
     step = (begun, begun + 10 * WINDOW_NS, 10 * WINDOW_NS // KERNEL_NS * 4 // 10)
     first = windows([record(tmp_path, step)], [0.5], waits, begun, begun + 2 * WINDOW_NS)[0]

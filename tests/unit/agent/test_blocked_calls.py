@@ -14,6 +14,7 @@ import pytest
 from fgpu_ebpf.agent import blocked_calls
 from fgpu_ebpf.linux import call_stacks
 from fgpu_ebpf.linux.call_stacks import Where
+from tests.support.wait import eventually
 
 SOURCE = Path(__file__).with_name("stacks_library.c")
 PROGRAM = """
@@ -30,7 +31,6 @@ for line in sys.stdin:
         "back": lambda: driver.wait_there(other.wait_here),
         "sleep": lambda: time.sleep(1000),
     }[way], daemon=True).start()
-    time.sleep(0.05)
     print("done", flush=True)
 """
 
@@ -55,6 +55,12 @@ class Program:
         self.process.stdin.write(way + "\n")
         self.process.stdin.flush()
         assert self.process.stdout.readline() == "done\n"
+        eventually(self._is_asleep, 10, "a thread that has begun its call")
+
+    def _is_asleep(self) -> bool:
+        """Return whether all threads sleep. The first waits for a line then, so no other waits for the interpreter."""
+        tasks = sorted(Path(f"/proc/{self.pid}/task").iterdir(), key=lambda task: int(task.name))
+        return all(task.joinpath("stat").read_text().rpartition(") ")[2].startswith("S") for task in tasks)
 
     def found(self) -> list[Where]:
         """Return where the threads sleep that are, or may be, in the driver."""

@@ -219,7 +219,7 @@ def test_a_file_is_not_read_while_it_is_written(tmp_path):
     (tmp_path / "a.yaml").write_text(kit.text("a"))
     later = threading.Timer(0.05, lambda: (tmp_path / "a.yaml").open("a").write(kit.text("b")))
     later.start()
-    assert names(folder(tmp_path, settle_seconds=0.2).read()) == ["a", "b"]
+    assert names(folder(tmp_path, settle_seconds=1.0).read()) == ["a", "b"]
     later.join()
 
 
