@@ -37,10 +37,10 @@ async def call(server: ApiServer) -> None:
 
 @pytest.mark.parametrize("text", ["", " ", "a certificate"])
 def test_authorities_that_are_not_certificates_are_an_error(tmp_path: Path, text: str) -> None:
-    """If there were none, ssl would trust the authorities of the system."""
+    """An empty file would make ssl trust the authorities of the system."""
     (tmp_path / "token").write_text("a-token")
     (tmp_path / "ca.crt").write_text(text)
-    with pytest.raises(ApiError, match="does not answer: .*(ca.crt is empty|no start line|certificate)"):
+    with pytest.raises(ApiError, match=r"does not answer: .*(ca.crt is empty|no start line|certificate)"):
         asyncio.run(call(ApiServer("10.0.0.1", 443, tmp_path)))
 
 
