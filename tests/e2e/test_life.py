@@ -12,7 +12,6 @@ FGPU_TEST_SEED repeats a run, FGPU_TEST_ROUNDS makes it longer or shorter.
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import os
 import random
@@ -33,7 +32,7 @@ from tests.support.place import Place
 from tests.support.service import Service
 from tests.support.sim_driver import unnamed_bytes
 from tests.support.tenant import Program, Tenant
-from tests.support.wait import eventually
+from tests.support.wait import eventually, remove_cgroup
 
 LIMIT = 6 * GIB
 THREADS = 2
@@ -310,10 +309,9 @@ def _flood(place: Place) -> None:
             moves += 1
     finally:
         restless.kill()
-        restless.wait(5)
+        restless.wait(30)
         for cgroup in (*two, beside):
-            with contextlib.suppress(FileNotFoundError):
-                cgroup.rmdir()
+            remove_cgroup(cgroup)
 
 
 @pytest.fixture

@@ -41,7 +41,7 @@ class Versions:
         self.number = 0
 
     def install(self) -> float:
-        """Install the next version's files and replace the running services. Return the seconds until it enforces."""
+        """Install the next version's files and replace the running services. Return the seconds without an agent."""
         self.number += 1
         said = self._service.log.stat().st_size
         beside = self._package / ".libfgpu.so"
@@ -52,8 +52,8 @@ class Versions:
                 source.write(f"/* version {self.number} */\n")
         self._end_gatekeeper()
         self._gatekeeper = self._start("gatekeeper", "--run-dir", str(RUN_DIR))
-        self.end_agent()
         begun = time.monotonic()
+        self.end_agent()
         self._service.agent = self._start(
             "cli", "agent", "--driver-root", str(DRIVER_ROOT), "--shim", str(self._package / "libfgpu.so"),
             "--store", str(self._store), "--listen", LISTEN, "--config", str(self._service.config),
@@ -72,12 +72,12 @@ class Versions:
         """End the agent, as a service manager does."""
         assert self._service.agent
         self._service.agent.terminate()
-        self._service.agent.wait(10)
+        self._service.agent.wait(30)
 
     def _end_gatekeeper(self) -> None:
         if self._gatekeeper:
             self._gatekeeper.terminate()
-            self._gatekeeper.wait(10)
+            self._gatekeeper.wait(30)
 
     def close(self) -> None:
         """End agent and gatekeeper. Limits stay in force."""
