@@ -87,11 +87,11 @@ def before_parking(pids: Iterable[int]) -> tuple[str, Places]:
             found = list(find(pid, known))
             known.code = known.code or call_stacks.code_of(pid)
         except OSError as error:
-            return f"the stacks of pid {pid} cannot be read ({error.strerror}), so no call could wake it", {}
+            return f"the stacks of pid {pid} cannot be read ({error.strerror}), so no call could wake the process", {}
         if _is_of_mps(pid):
             return f"pid {pid} is a client of MPS", {}
         if not known.code.has_libcuda:
-            return f"pid {pid} has mapped no libcuda under its usual name, so no call could wake it", {}
+            return f"pid {pid} has mapped no libcuda under its usual name, so no call could wake the process", {}
         for thread, sleep, where in found:
             if where is Where.IN_DRIVER:
                 return f"thread {thread} of pid {pid} is in a call of the driver", {}

@@ -334,7 +334,10 @@ class Place:
         return look_ns if look_ns < due_ns - SOON_NS else due_ns
 
     def turn_due_ns(self, turn: Turn, waiting: Iterable[Place], now_ns: int) -> int:
-        """Return when something about the tenant's turn is due, if the tenants in `waiting` wait for a turn."""
+        """Return when the slicer next has to act on the tenant's turn or examine the tenant.
+
+        `waiting`: the tenants that wait for a turn.
+        """
         if self.is_preempted():
             return NEVER_NS
         rivals = wanting(turn, waiting)
