@@ -65,7 +65,7 @@ WRONG = {
     "dra: {gpuStrategy: cdi-cri}": "gpuStrategy",
     "engines: [/run/containerd/containerd.sock]": "engines",
     "settings: {overcomit: allow}": "overcomit",
-    "settings: {adapters: [nvidia]}": "one of 'nvidia-dra', ",
+    "settings: {adapters: [nvidia]}": "'nvidia-dra', 'kai', ",
     "policies: {notebooks: ''}": "notebooks",
     "policies: {10-notebooks.yaml: {kind: GpuPolicy}}": "10-notebooks.yaml",
 }
