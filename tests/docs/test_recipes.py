@@ -10,6 +10,7 @@ import secrets
 import shutil
 import subprocess
 import sys
+import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -245,6 +246,7 @@ c.JupyterHub.hub_bind_url = f"http://127.0.0.1:{HERE['port']}"
 c.JupyterHub.services = [{"name": "test", "api_token": HERE["token"]}]
 c.JupyterHub.load_roles = [{"name": "test", "scopes": ["admin:users", "admin:servers", "groups"], "services": ["test"]}]
 c.JupyterHub.load_groups = {"staff": {"users": ["ada"]}, "students": {"users": ["bob"]}}
+c.JupyterHub.tornado_settings = {"slow_spawn_timeout": 60, "slow_stop_timeout": 60}
 c.Authenticator.allowed_users = {"ada", "bob", "eve"}
 c.DockerSpawner.update(image="plain:1", network_name="none", cmd=HERE["cmd"], extra_host_config=here)
 c.DockerSpawner.update(volumes=HERE["volumes"], environment={"LD_LIBRARY_PATH": "/opt/build/sim/lib"})
@@ -281,8 +283,12 @@ class Hub:
         request = urllib.request.Request(f"{self._api}/{path}", method=method)
         request.add_header("Authorization", f"token {self._token}")
         data = json.dumps(given).encode() if given else None
-        with urllib.request.urlopen(request, data, timeout=60) as answer:
-            return str(answer.read().decode())
+        try:
+            with urllib.request.urlopen(request, data, timeout=60) as answer:
+                return str(answer.read().decode())
+        except urllib.error.HTTPError as error:
+            error.add_note(self._log.read_text()[-3000:])
+            raise
 
     def filled(self, user: str) -> int:
         """Start a user's server. Return the bytes that it got, with its context."""
