@@ -9,7 +9,7 @@ import re
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -119,7 +119,8 @@ def made_places(service: Service, work: Path) -> Iterator[tuple[Cgroups, Docker]
     finally:
         docker.close()
         for pid in (pid for tenant in group.tenants if tenant.name == "orphaned" for pid in tenant.pids()):
-            os.kill(pid, signal.SIGKILL)
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
         group.close()
         file.unlink()
 

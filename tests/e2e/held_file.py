@@ -37,12 +37,12 @@ class HeldFile:
         self.path = path
         pipe = subprocess.PIPE
         self._server = subprocess.Popen([sys.executable, __file__, path], stdin=pipe, stdout=pipe, text=True, bufsize=1)
-        assert self._hears("mounted", 10)
+        assert self._hears("mounted", 60)
 
     def hold(self) -> None:
         assert self._server.stdin
         self._server.stdin.write("hold\n")
-        assert self._hears("holding", 10)
+        assert self._hears("holding", 60)
 
     def has_waiter(self, seconds: float) -> bool:
         """Return whether a process blocks in a close within this time."""

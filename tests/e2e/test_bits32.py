@@ -39,4 +39,5 @@ def test_a_32_bit_program_is_charged_and_named(tenant: Callable[[int], Tenant]) 
     assert other.complaints() == SAID + WHY
     other.kill()
     other.close()
+    eventually(lambda: other.pid not in one.pids(), 10, "the exit of the program")
     one.assert_holds(ROOM)

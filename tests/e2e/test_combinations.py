@@ -105,6 +105,7 @@ def gpu_lost(world: World) -> None:
     world.check()
     eventually(lambda: not two.ledger(lost=1), 10, "the release of the program's memory on the other device")
     two.client.kill()
+    eventually(lambda: two.client.pid not in two.tenant.pids(), 10, "the exit of the program")
     world.columns["two GPUs"] = filled(two.tenant)
     world.check()
     world.order("reset")

@@ -7,6 +7,7 @@ features at once, as in test_combinations.py, with the columns of combination_ki
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shutil
@@ -128,7 +129,7 @@ def assert_older(name: str, one: Held) -> None:
     assert new.do("context") == REFUSED
     new.close()
     eventually(lambda: one.ledger() == one.bytes, 10, f"the ledger of {name}: {one.ledger()}")
-    assert tenant.view()["enforcement"] == "counted", name
+    eventually(lambda: tenant.view()["enforcement"] == "counted", 5, f"{name} is counted")
 
 
 def other_layout(host: Host) -> None:
@@ -165,7 +166,8 @@ def detached(host: Host) -> None:
     assert orphaned.memory()["used_bytes"] == 0
     for pid in orphaned.pids():
         if pid not in (orphaned.hub.pid, host.columns["orphaned memory"].client.pid):
-            os.kill(pid, signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
     host.programs_anew(*host.columns)
     host.columns["orphaned memory"] = column("orphaned memory", orphaned)
 

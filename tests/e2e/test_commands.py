@@ -20,7 +20,7 @@ from tests.support.commands import ask, fgpu, metrics, metrics_page, output
 from tests.support.host import CONTEXT, ENVIRONMENT, FGPU, GIB, METRICS, MIB, REFUSED, ROOT
 from tests.support.place import Place
 from tests.support.service import Service
-from tests.support.wait import eventually
+from tests.support.wait import Deadline, eventually
 
 FAMILIES = {
     "fgpu_memory_limit_bytes": {"tenant", "gpu"},
@@ -168,7 +168,7 @@ def test_events_follow_continues_across_an_agent_restart(service: Service, unhar
 
 def test_the_metrics_page_at_the_loopback_address_is_plain_text(service: Service) -> None:
     assert METRICS.startswith("http://127.0.0.1:")
-    with urllib.request.urlopen(METRICS, timeout=5) as page:
+    with urllib.request.urlopen(METRICS, timeout=20) as page:
         assert page.headers["Content-Type"].startswith("text/plain")
 
 
@@ -302,11 +302,14 @@ GARBAGE = [
 @pytest.mark.parametrize("said", GARBAGE, ids=[str(said[:40]) for said in GARBAGE])
 def test_the_agent_answers_an_invalid_request_with_an_error(service: Service, said: bytes) -> None:
     with socket.socket(socket.AF_UNIX) as sock:
-        sock.settimeout(5)
+        sock.settimeout(30)
         sock.connect("/run/fgpu/control.sock")
-        with contextlib.suppress(BrokenPipeError):
+        answer = b""
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # the agent does not read more than it needs
             sock.sendall(said)
-        answer = b"".join(iter(lambda: sock.recv(1 << 16), b""))
+        with contextlib.suppress(ConnectionResetError):
+            while more := sock.recv(1 << 16):
+                answer += more
     assert json.loads(answer)["error"]
     assert ask(verb="snapshot")["failures"] == 0
 
@@ -316,13 +319,15 @@ def test_a_slow_client_delays_no_other_client(service: Service) -> None:
     with socket.socket(socket.AF_UNIX) as slow:
         slow.connect("/run/fgpu/control.sock")
         for letter in b'{"verb"':
-            slow.send(bytes([letter]))
-            began = time.monotonic()
+            with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # the agent may have closed it by now
+                slow.send(bytes([letter]))
+            deadline = Deadline(1)
             assert ask(verb="ping")["pid"]
-            assert time.monotonic() - began < 1
+            assert not deadline.is_over()
             time.sleep(0.1)
-        slow.settimeout(10)
-        assert slow.recv(1) == b"", "the agent has not closed the slow connection"
+        slow.settimeout(60)
+        with contextlib.suppress(ConnectionResetError):
+            assert slow.recv(1) == b"", "the agent has not closed the slow connection"
 
 
 def test_set_suggests_8gib_for_8gb(service: Service) -> None:
@@ -367,11 +372,11 @@ def test_the_demo_enforces_both_limits(service: Service) -> None:
 
 
 def test_dev_help_lists_every_command_of_dev() -> None:
-    said = subprocess.run([ROOT / "dev", "help"], capture_output=True, text=True, timeout=10, check=True).stdout
+    said = subprocess.run([ROOT / "dev", "help"], capture_output=True, text=True, timeout=60, check=True).stdout
     verbs = re.findall(r"^([a-z]+)(?: \|.*)?\) ", (ROOT / "dev").read_text(), re.MULTILINE)
     assert {"setup", "build", "demo", "sim", "test", "check", "bench", "docs"} <= set(verbs)
     for verb in verbs:
         assert re.search(rf"^  {verb}\b", said, re.MULTILINE), verb
-    wrong = subprocess.run([ROOT / "dev", "nonsense"], capture_output=True, text=True, timeout=10, check=False)
+    wrong = subprocess.run([ROOT / "dev", "nonsense"], capture_output=True, text=True, timeout=60, check=False)
     assert wrong.returncode
     assert "no command nonsense" in wrong.stderr

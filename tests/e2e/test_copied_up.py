@@ -130,4 +130,4 @@ def test_a_process_whose_libcuda_has_no_path_any_more_gets_no_memory_and_is_name
     assert "its layer was changed after the mapping" in log[0]
     assert one.memory()["used_bytes"] == one.driver() == 0
     one.client(before=before(place, layers)).ok("context")  # a new program maps the copied-up file, which is probed
-    assert "enforcement: kernel" in fgpu("explain", one.path).stdout
+    eventually(lambda: "enforcement: kernel" in fgpu("explain", one.path).stdout, 5, "the tenant as enforced")

@@ -54,7 +54,7 @@ def test_no_output_shows_kernel_for_a_tenant_above_its_limit(service: Service, t
     assert one.memory()["used_bytes"] > LIMIT
     assert str(client.pid) in fgpu("status").stdout, "`fgpu status` does not name the process"
     assert "only counted" in fgpu("explain", one.path).stdout
-    with urllib.request.urlopen(f"http://{LISTEN}/", timeout=5) as answer:
+    with urllib.request.urlopen(f"http://{LISTEN}/", timeout=20) as answer:
         page = answer.read().decode()
     assert 'class="unheld"' in page
     assert "only counted" in page

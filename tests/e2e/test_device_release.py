@@ -91,7 +91,7 @@ def test_a_release_ends_after_its_time_without_a_command(service: Service, tenan
     one.assert_enforced()
     fgpu("device", "release", "--for", "0.2s")
     eventually(lambda: open_devices(service), 5, "the device is open again")
-    assert "released devices" not in findings()
+    eventually(lambda: "released devices" not in findings(), 5, "the end of the release in doctor's report")
     one.assert_holds(40 * MIB)
     wrong = fgpu("device", "release", "--for", "soon", check=False)
     assert (wrong.returncode, "not a length of time" in wrong.stderr) == (2, True)
@@ -132,7 +132,7 @@ def test_doctor_names_a_replaced_driver_and_the_agent_exits_for_a_restart_after_
     one = tenant(LIMIT)
     one.assert_enforced()
     eventually(lambda: str(replaced) in findings().get("driver files", {}).get("found", ""), 3, "the replaced file")
-    assert "driver replaced" in fgpu("events").stdout
+    eventually(lambda: "driver replaced" in fgpu("events").stdout, 5, "the event of the replaced file")
     fgpu("device", "release")
     fgpu("device", "take")
     assert service.agent

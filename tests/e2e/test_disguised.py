@@ -89,7 +89,7 @@ def test_a_copy_of_a_published_shim_is_a_shim_until_its_contents_change(service:
     with one.growing(ROOM):
         assert client.ok(f"fill {2 * MIB} 0") == [ROOM // (2 * MIB)]
     assert not one.view()["bypassing"]
-    assert f"probed '{copy}' as SHIM" in log_of(service)
+    shortly(lambda: f"probed '{copy}' as SHIM" in log_of(service), "the class of the shim")
     with copy.open("ab") as file:
         file.write(b"\0")
     shortly(lambda: f"probed '{copy}' as UNKNOWN" in log_of(service), "the new class of the changed shim")
@@ -107,7 +107,7 @@ def test_a_process_with_a_shim_that_this_host_has_not_published_is_reported_as_f
     assert client.do(f"alloc {10 * MIB}") == "ok"
     key = "fgpu_shimless_processes", frozenset({("tenant", one.name), ("reason", "foreign")})
     shortly(lambda: metrics().get(key) == 1, "the reason `foreign` in the metrics")
-    assert one.view()["bypassing"] == {"no_admission": 1}
+    shortly(lambda: one.view()["bypassing"] == {"no_admission": 1}, "the process as bypassing")
     assert one.assert_exact() == CONTEXT + 10 * MIB
     assert "foreign: this host has not published the loaded libfgpu.so" in fgpu("explain", one.path).stdout
 
@@ -222,13 +222,13 @@ def test_an_unknown_library_is_named_and_trusted_once_it_is_listed(
     line = f'drivers: {{trusted: ["sha256:{digest}"]}}'
     shortly(lambda: line in str(doctor()["fix"]), "the line for agent.yaml")
     assert doctor()["found"] == f"'{library}' of process {client.pid} in {one.name}"
-    assert f"probed '{library}' as UNKNOWN" in log_of(service)
+    shortly(lambda: f"probed '{library}' as UNKNOWN" in log_of(service), "the class of the library")
     settings.write_text(f"{settings.read_text()}{line}\n")
     service.kill_agent()
     said = service.log.stat().st_size
     service.start_agent()
     shortly(lambda: f"probed '{library}' as LISTED" in log_of(service, said), "the new class of the library")
-    assert doctor()["ok"]
+    shortly(lambda: doctor()["ok"], "no unknown library in doctor's report")
     with one.growing(ROOM):
         assert client.ok(f"fill {2 * MIB} 0") == [ROOM // (2 * MIB)]
     service.kill_agent()

@@ -157,13 +157,13 @@ def test_a_process_that_takes_long_to_end_is_not_adopted(tenant, fault) -> None:
     client.ok("context")
     client.ok("thread")  # another thread continues without the first one
     assert one.assert_exact() == CONTEXT
-    fault("slow-end:4s")
+    fault("slow-end:8s")  # more than the checks in the block take
     with held_up(client.pid):
         eventually(lambda: one.memory()["orphaned_bytes"] == CONTEXT, 1, "orphaned memory")
         steadily(lambda: one.memory()["used_bytes"] == CONTEXT, 1.6, 1.7, "the charge over three readings of NVML")
         assert client.pid in {entry["pid"] for entry in driver_books()}
         assert one.view()["processes"] == []
-    eventually(lambda: client.pid not in {entry["pid"] for entry in driver_books()}, 10, "memory freed by the driver")
+    eventually(lambda: client.pid not in {entry["pid"] for entry in driver_books()}, 20, "memory freed by the driver")
     eventually(lambda: one.memory()["used_bytes"] == 0, 1, "the release of the memory")
     assert [event for event in events("adopted") if event["pid"] == client.pid] == []
 
@@ -193,7 +193,8 @@ def test_memory_of_a_killed_container_is_released_within_a_second(tenant) -> Non
     one.client().ok(f"alloc {100 * MIB}")
     one.assert_exact()
     everything = one.pids()
-    init = min(everything)
+    init = one.host_pid(1)
+    assert init
     os.kill(init, signal.SIGKILL)
 
     def is_empty() -> bool:
@@ -331,8 +332,14 @@ def test_explain_names_the_process_that_keeps_orphaned_memory_and_its_parent(ten
     child = eventually(lambda: one.host_pid(inner), 5, "the child's pid")
     client.kill()
     eventually(lambda: one.view()["orphans"], 5, "an orphan")
-    (parent,) = re.findall(r"^PPid:\s+(\d+)$", Path(f"/proc/{child}/status").read_text(), re.MULTILINE)
-    assert parent not in ("1", str(client.pid))
+
+    def parent_of_child() -> str:
+        (found,) = re.findall(r"^PPid:\s+(\d+)$", Path(f"/proc/{child}/status").read_text(), re.MULTILINE)
+        return found
+
+    eventually(lambda: parent_of_child() != str(client.pid), 5, "the child's adoption")
+    parent = parent_of_child()
+    assert parent != "1"
     said = f"process {client.pid}, which has ended: kept by pid {child}; end pid {child}, a child of {parent}, or"
     eventually(lambda: said in fgpu("explain", one.path).stdout, 15, said)
     assert any(tenant["orphans"] for tenant in output("status")["tenants"])

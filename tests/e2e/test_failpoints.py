@@ -66,7 +66,7 @@ class Host:
     def _remove(self, which: int) -> None:
         person, level = self._people.pop(which), self._levels.pop(which)
         person.kill()
-        person.wait(5)
+        person.wait(30)
         remove_cgroup(level)
 
     def assert_in_force(self) -> None:

@@ -170,6 +170,7 @@ def test_a_full_disk_stops_no_tenant_and_a_change_that_cannot_be_saved_is_refuse
     with open(full, "rb"):
         client.ok(f"alloc {STEP}")
     client.close()
+    eventually(lambda: client.pid not in one.pids(), 20, "the exit of the program")
     got, *others = answered(fits)
     assert got
     assert others == [0, 0]

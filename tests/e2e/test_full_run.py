@@ -9,13 +9,12 @@ import signal
 import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
-from itertools import repeat
 from pathlib import Path
 
 import pytest
 
 from tests.support.commands import ask, fgpu
-from tests.support.host import GIB, RUN_DIR, cgroup_root
+from tests.support.host import GIB, RUN_DIR, cgroup_root, fill
 from tests.support.service import Service
 from tests.support.wait import eventually
 
@@ -36,8 +35,7 @@ def full() -> Iterator[None]:
     assert os.stat(RUN_DIR).st_dev != os.stat("/run").st_dev, f"{RUN_DIR} is no file system of this world's own"
     filler = RUN_DIR / "filler"
     try:
-        with open(filler, "wb", buffering=0) as file, pytest.raises(OSError, match="No space left"):
-            file.writelines(repeat(bytes(4096)))
+        fill(filler)
         yield
     finally:
         filler.unlink()

@@ -44,7 +44,7 @@ class Layered(Container):
         for layer in layers:
             layer.mkdir(parents=True)
         options = "lowerdir={},upperdir={},workdir={}".format(*layers)
-        subprocess.run(["mount", "-t", "overlay", "overlay", "-o", options, layers[-1]], check=True, timeout=10)
+        subprocess.run(["mount", "-t", "overlay", "overlay", "-o", options, layers[-1]], check=True, timeout=60)
         super()._bundle(bundle, name, folder)
 
     def root(self, tenant: Tenant) -> Path:
@@ -151,5 +151,8 @@ def test_removed_containers_leave_no_trace(service: Service, layered: Layered, s
     eventually(lambda: not made.left(layered), 10, "no trace of any container")
     assert written(service).keys() == files
     assert not [path for path, text in written(service).items() if f"{layered.group}/e2e-{os.getpid()}-" in text]
-    after = descriptors(service)
-    assert all(after[name] <= before[name] + MORE for name in before), (before, after)
+
+    def are_closed() -> bool:
+        return all(number <= before[name] + MORE for name, number in descriptors(service).items())
+
+    eventually(are_closed, 10, f"not more descriptors than {before}, and {MORE}: {descriptors(service)}")

@@ -305,5 +305,5 @@ def load(host: Host) -> Iterator[list[str]]:
             yield said
         finally:
             (host.root / "tmp/enough").touch()
-            said += tenant.communicate(timeout=20)[0].splitlines(keepends=True)
+            said += tenant.communicate(timeout=60)[0].splitlines(keepends=True)
             (host.root / "tmp/enough").unlink()

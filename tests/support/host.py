@@ -11,6 +11,7 @@ import os
 import random
 import shlex
 import socket
+import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -65,10 +66,15 @@ def cgroup_root() -> Path:
 
 
 def fill(filler: Path) -> None:
-    """Fill the file system of this file to the last byte."""
-    with open(filler, "ab", buffering=0) as file, contextlib.suppress(OSError):
-        while True:
-            file.write(bytes(4096))
+    """Fill the file system of this file to the last byte.
+
+    A file that another process was just replacing frees the bytes of the old one a moment later.
+    """
+    for pause in (0.2, 0.2, 0):
+        with open(filler, "ab", buffering=0) as file, contextlib.suppress(OSError):
+            while True:
+                file.write(bytes(4096))
+        time.sleep(pause)
 
 
 def new_seed() -> int:

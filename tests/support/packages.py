@@ -54,7 +54,7 @@ def driver(log: Path, memory: str, seconds: float) -> Iterator[None]:
         yield
     finally:
         process.terminate()
-        process.wait(10)
+        process.wait(30)
 
 
 def cgroup2() -> Path:
@@ -124,7 +124,7 @@ class Installed:
         """Stop an agent that a test has left running."""
         if self.agent and self.agent.poll() is None:
             with contextlib.suppress(AssertionError, subprocess.TimeoutExpired):
-                self.call("detach", timeout=15)
+                self.call("detach", timeout=60)
             self.agent.kill()
             self.agent.wait(60)  # during its exit the kernel removes the probes from other processes one by one
 

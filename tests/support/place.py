@@ -189,7 +189,7 @@ class Container(Place):
     def end(self, tenant: Tenant) -> None:
         """Delete the container."""
         self._call("delete", "--force", tenant.name)
-        eventually(lambda: not tenant.pids(), 20, f"the end of {tenant.name}")
+        eventually(tenant.has_left, 20, f"the end of {tenant.name}")
 
     def close(self) -> None:
         """Delete all containers, the rest of their cgroups, and their folder unless other cgroups are in it."""

@@ -156,8 +156,13 @@ class Service:
         """Kill the gatekeeper with SIGKILL."""
         pids = self.gatekeepers()
         assert pids, "no gatekeeper to kill"
+        self._kill(pids)
+
+    def _kill(self, pids: set[int]) -> None:
+        """Kill these gatekeepers, some of which may be about to exit, and wait for their exit."""
         for pid in pids:
-            os.kill(pid, signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
         eventually(lambda: not pids & self.gatekeepers(), 20, "the gatekeeper's end")
 
     @classmethod
@@ -183,10 +188,9 @@ class Service:
     def detach(self) -> None:
         """Run `fgpu detach`, and kill a gatekeeper that stays."""
         self.stand()
-        fgpu("detach")
-        self.agent.wait(30)
-        for pid in self.gatekeepers():
-            os.kill(pid, signal.SIGKILL)
+        fgpu("detach", seconds=60)
+        self.agent.wait(60)  # during its exit the kernel removes the probes from other processes one by one
+        self._kill(self.gatekeepers())
         shim = SHIM.stat()
         left = sorted(Path("/sys/fs/bpf").glob(f"*/links/*-{shim.st_dev:x}-{shim.st_ino:x}-*"))
         assert not left, f"another agent of the tests has left probes: {left}"

@@ -11,7 +11,6 @@ import re
 import select
 import signal
 import subprocess
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,12 +18,13 @@ from typing import TYPE_CHECKING, Any
 from tests.support.commands import ask, metrics
 from tests.support.host import BUILD, CONTEXT, KINDS, MIB, REFUSED, cgroup_root
 from tests.support.sim_driver import driver_books
-from tests.support.wait import eventually
+from tests.support.wait import Deadline, eventually
 
 if TYPE_CHECKING:
     from tests.support.place import Place
 
 PROGRAM = BUILD / "e2e/client"
+LOOK_MS = 100  # between looks at a deadline
 
 
 class Program:
@@ -49,20 +49,21 @@ class Program:
             raise AssertionError(f"the program has exited before {line!r}: {self.complaints()}") from error
 
     def receive(self, seconds: float = 20) -> str:
-        """Return one line of the program's stdout."""
-        deadline = time.monotonic() + seconds
+        """Return one line of the program's stdout. The seconds count as for Deadline."""
+        deadline = Deadline(seconds)
         while b"\n" not in self._left:
-            if not self._more(deadline - time.monotonic()):
+            if not self._more(deadline):
                 text = f"the program has exited, or printed no line within {seconds} s"
                 raise AssertionError(f"{text}: {self._left!r}{self.complaints()}")
         line, self._left = self._left.split(b"\n", 1)
         return line.decode()
 
-    def _more(self, seconds: float) -> bool:
+    def _more(self, deadline: Deadline) -> bool:
         poll = select.poll()
         poll.register(self._out, select.POLLIN)
-        if seconds <= 0 or not poll.poll(int(seconds * 1000) + 1):
-            return False
+        while not poll.poll(LOOK_MS):
+            if deadline.is_over():
+                return False
         try:
             data = os.read(self._out, 1 << 16)
         except BlockingIOError:  # the program has opened its end by now
@@ -71,13 +72,13 @@ class Program:
         return bool(data)
 
     def rest(self, seconds: float = 20) -> str:
-        """Return its output until it exits. Its stdin is closed."""
+        """Return its output until it exits. Its stdin is closed. The seconds count as for Deadline."""
         os.close(self._in)
         self._in = -1
-        deadline = time.monotonic() + seconds
-        while self._more(deadline - time.monotonic()):
+        deadline = Deadline(seconds)
+        while not deadline.is_over() and self._more(deadline):
             pass
-        assert time.monotonic() < deadline, f"the program did not exit within {seconds} s: {self._left!r}"
+        assert not deadline.is_over(), f"the program did not exit within {seconds} s: {self._left!r}"
         return self._left.decode()
 
     def complaints(self) -> str:
@@ -254,6 +255,7 @@ class Tenant:
         assert self.assert_exact(10) == CONTEXT + bytes_
         client.kill()
         client.close()
+        eventually(lambda: client.pid not in self.pids(), 20, "the exit of the program")
 
     def assert_covered(self, seconds: float = 3) -> int:
         """Wait until the ledger holds the driver's bytes and its own drift, as with pools. Return its bytes."""
@@ -274,13 +276,16 @@ class Tenant:
 
     def _agree(self, seconds: float, agree: Callable[[dict[str, Any], int], bool]) -> int:
         """Wait until the condition holds on every device. Return the ledger's bytes on all devices."""
+        used = 0
 
         def all_agree() -> bool:
-            held = self.driver_by_device()
-            return all(agree(seen, held[seen["gpu"]]) for seen in self.view()["devices"])
+            nonlocal used
+            held, devices = self.driver_by_device(), self.view()["devices"]
+            used = sum(int(seen["used_bytes"]) for seen in devices)
+            return all(agree(seen, held[seen["gpu"]]) for seen in devices)
 
         eventually(all_agree, seconds, f"{self.name}: {self.view()['devices']}, the driver {self.driver_by_device()}")
-        return sum(int(seen["used_bytes"]) for seen in self.view()["devices"])
+        return used
 
     def end(self) -> None:
         """End every program, then the hub."""

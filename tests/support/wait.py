@@ -87,10 +87,12 @@ def steadily(look: Callable[[], object], for_seconds: float, within: float = 10.
     """
     deadline = Deadline(within)
     since = time.monotonic()
-    while time.monotonic() - since < for_seconds:
+    while True:
         found = look()
         if not found:
             since = time.monotonic()
+        elif time.monotonic() - since >= for_seconds:
+            return
         if deadline.is_over():
             raise Timeout(f"not for {for_seconds} s within {within} s: {what or look}: {found!r}")
         time.sleep(0.01)

@@ -19,7 +19,7 @@ from tests.support.containers.docker import ENGINES, PATH
 from tests.support.host import BUILD, ENVIRONMENT, ROOT, SHIM, cgroup_root
 from tests.support.place import HUB, PRIVATE_MOUNTS, Place
 from tests.support.tenant import Tenant
-from tests.support.wait import eventually
+from tests.support.wait import eventually, remove_cgroup
 
 IMAGE = "docker.io/library/fgpu-e2e:1"
 # This runtime removes `resources` from the configuration: on a host with both versions of cgroups the controllers are
@@ -207,8 +207,7 @@ class Containerd(Place):
         """End a pod with all that still runs in it, and remove its folder."""
         self.stop("StopPodSandbox", message((1, sandbox)))
         self.call("RemovePodSandbox", message((1, sandbox)))
-        folder = cgroup_root() / path.lstrip("/")
-        eventually(lambda: not folder.exists() or folder.rmdir() is None, seconds, "an empty pod")
+        remove_cgroup(cgroup_root() / path.lstrip("/"), seconds)
 
     def _image(self, labels: Mapping[str, str]) -> Path:
         """Write an archive as `docker save` does: one static program, which waits, and the links of this host."""
