@@ -122,7 +122,7 @@ class KernelEvents:
             self._note("no room", event, "", shortage)
 
     def _note_open(self, event: Event) -> None:
-        """Report a refused open of a device node. A worker thread finds the reason, because it reads the process."""
+        """Report a refused open of a device node. A worker thread reads the process's files to find the reason."""
         add = partial(self._add_open, event)
         if not self._explain(event.tgid, add):
             add(None)

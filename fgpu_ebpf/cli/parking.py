@@ -66,7 +66,8 @@ def wake_all() -> None:
 def still_parked(folder: Path) -> str:
     """Wake all parked tenants. Return which are still parked after a time limit, and why; empty: none.
 
-    An agent that starts or exits holds its lock and has no socket, so both ways are repeated.
+    An agent that starts or exits holds its lock and has no socket, so both the requests to
+    the agent and the wake-up in this process are repeated.
     """
     until = time.monotonic() + _STARTING_SECONDS
     while True:

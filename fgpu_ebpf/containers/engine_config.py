@@ -348,7 +348,7 @@ def _in_front_of(real: str, engine: str, helper: Path) -> tuple[Path, dict[str, 
         helper: the path of `fgpu-oci`. Raises SetupError if `real` is in the helper's folder: it would run itself.
     """
     if Path(real).parent == helper.parent:
-        raise SetupError(f"{real} is fgpu's, without its mark: write the path of the real runtime there, and try again")
+        raise SetupError(f"the settings name fgpu's {real} outside of fgpu's text: write the real runtime's path there")
     name = f"{engine}-{Path(real).name}" if "/" in real else real  # the helper finds a name on the engine's PATH
     link = helper.with_name(f"fgpu-runtime-{name}")
     return link, {link.name: helper.name} | ({f"{RUNTIMES}/{name}": real} if "/" in real else {})

@@ -1,9 +1,9 @@
 """The time slicer: a thread of the gatekeeper that reads the claims of processes, and opens and closes their gates.
 
-`scheduling.turns` makes the decisions. The thread sleeps until the next decision is due or a process wakes it by the
-futex in its status page. The thread reads the shares and writes the `turns` map. It never waits for a tenant. If no
-tenant has a share of compute time, it does not run. After an OSError, which is counted, the step is repeated. Any other
-exception ends the process: heartbeats on pages stop, and shims open their gates.
+`scheduling.turns` makes the decisions. The thread sleeps until the next decision is due or a process wakes the thread
+by the futex in the process's status page. The thread reads the shares and writes the `turns` map. It never waits for a
+tenant. If no tenant has a share of compute time, it does not run. After an OSError, which is counted, the step is
+repeated. Any other exception ends the process: heartbeats on pages stop, and shims open their gates.
 
 A wake-up costs more than the work done in it, so the thread wakes rarely: at the end of a turn, when the work of the
 turn has drained, when a process registers, when shares change, and at intervals to examine the owner of a device while

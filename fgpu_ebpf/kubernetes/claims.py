@@ -110,17 +110,19 @@ def _grant(result: Mapping[str, Any], node: str, host: Host) -> Grant:
     return Grant(request, pool, name, _share(result.get("consumedCapacity"), device), str(result.get("shareID") or ""))
 
 
-def with_status(claim: Mapping[str, Any], granted: Sequence[Grant], now: str) -> dict[str, Any]:
+def with_status(namespace: str, name: str, uid: str, granted: Sequence[Grant], now: str) -> dict[str, Any]:
     """Return the fields of a claim's status that this driver owns, as an object for a server-side apply.
 
     Args:
-        claim: the ResourceClaim, as the API server returns it.
+        namespace: the namespace of the claim.
+        name: its name.
+        uid: its UID. The API server refuses the write if another claim has the name by now.
         granted: its devices, which were prepared.
         now: the time in the form of RFC 3339.
     """
-    head = {key: claim["metadata"][key] for key in ("name", "namespace", "uid")}
-    object_ = {"apiVersion": "resource.k8s.io/v1", "kind": "ResourceClaim", "metadata": head}
-    return object_ | {"status": {"devices": [_device_status(grant, now) for grant in granted]}}
+    head = {"namespace": namespace, "name": name, "uid": uid}
+    claim = {"apiVersion": "resource.k8s.io/v1", "kind": "ResourceClaim", "metadata": head}
+    return claim | {"status": {"devices": [_device_status(grant, now) for grant in granted]}}
 
 
 def _device_status(grant: Grant, now: str) -> dict[str, Any]:

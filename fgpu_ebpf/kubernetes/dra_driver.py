@@ -14,7 +14,7 @@ import os
 import re
 import time
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -36,6 +36,8 @@ from fgpu_ebpf.policy.rules import DeviceChoice
 log = logging.getLogger("fgpu.kubelet")
 FOLDER = Path("/var/lib/kubelet")
 LOOK_SECONDS = 2.0
+MOST_REQUESTS = 16  # to the API server at once. Each has its own TLS buffers, of 256 KiB
+RETRY_SECONDS = (1.0, 5.0)  # pauses before a status is written again
 AGENT_SECONDS = 2.0  # timeout of a request to the agent
 SILENT_SECONDS = 5.0  # after this time without an answer of the agent, no device is published. Upgrades take less time.
 
@@ -86,6 +88,7 @@ class _Driver:
         self._locks = weakref.WeakValueDictionary[str, asyncio.Lock]()  # by the UID of a claim that is being changed
         self._parts: Parts | None = None
         self._answered_at = time.monotonic()  # when the agent last answered
+        self._free = asyncio.Semaphore(MOST_REQUESTS)
         self._reports = set[asyncio.Task[None]]()  # otherwise nothing would refer to a task that runs
         self._said = ""
 
@@ -180,23 +183,24 @@ class _Driver:
         try:
             path = claims.path(claim.namespace, claim.name, claim.uid)
             async with self._lock(claim.uid):
-                found = await self._devices(path, claim.uid)
+                granted, found = await self._devices(path, claim.uid)
         except (ClaimError, AllocationError, ApiError, OSError) as error:
             log.warning("%s: not prepared: %s", name, error, extra={"what": name})
             return self._messages["NodePrepareResourceResponse"](error=f"{DRIVER}: {error}")
         log.info("%s: prepared", name, extra={"what": name})
+        now = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+        self._report(path, claims.with_status(claim.namespace, claim.name, claim.uid, granted, now))
         return self._messages["NodePrepareResourceResponse"](devices=found)
 
-    async def _devices(self, path: str, uid: str) -> list[dict[str, Any]]:
-        """Write the CDI specification of a claim, and return its devices. The claim's status is written later."""
-        claim, (host, parts) = await asyncio.gather(self._api.call("GET", path), self._agent())
+    async def _devices(self, path: str, uid: str) -> tuple[list[Grant], list[dict[str, Any]]]:
+        """Write the CDI specification of a claim. Return its shares, and its devices in the form for kubelet."""
+        claim, (host, parts) = await asyncio.gather(self._call("GET", path), self._agent())
         granted = claims.grants(claim, uid, self._options.node, host)
         uuids = list(dict.fromkeys(grant.share.device for grant in granted))
         gpus, env = self._options.way.devices(uuids)
         of_uuid = dict(zip(uuids, gpus, strict=False))  # empty if the devices come by other means
         names = self._options.files.prepare(uid, [grant.share for grant in granted], env, parts)
-        self._report(path, claim, granted)
-        return [
+        return granted, [
             {
                 "request_names": [grant.request.partition("/")[0]],
                 "pool_name": grant.pool,
@@ -206,18 +210,27 @@ class _Driver:
             for grant, name in zip(granted, names, strict=True)
         ]
 
-    def _report(self, path: str, claim: Mapping[str, Any], granted: Sequence[Grant]) -> None:
-        """Begin to write to the status of a claim what it was granted. kubelet does not wait for that."""
-        status = claims.with_status(claim, granted, datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"))
-        report = asyncio.create_task(self._write_status(f"{path}/status?fieldManager={DRIVER}&force=true", status))
+    async def _call(self, method: str, path: str, *more: Any) -> dict[str, Any]:
+        async with self._free:
+            return await self._api.call(method, path, *more)
+
+    def _report(self, path: str, status: Mapping[str, Any]) -> None:
+        """Begin to write the status of a claim. kubelet does not wait for that."""
+        report = asyncio.create_task(self._write_status(path, status))
         self._reports.add(report)
         report.add_done_callback(self._reports.discard)
 
     async def _write_status(self, path: str, status: Mapping[str, Any]) -> None:
-        try:
-            await self._api.call("PATCH", path, status, APPLY)
-        except ApiError as error:  # the claim works without it, and may be deleted already
-            log.warning("%s: the status is not written: %s", path, error)
+        """Write the status of a claim, which works without it and may have been deleted."""
+        for pause in (*RETRY_SECONDS, None):
+            try:
+                await self._call("PATCH", f"{path}/status?fieldManager={DRIVER}&force=true", status, APPLY)
+            except ApiError as error:
+                if pause is not None and (error.status in (0, 429) or error.status >= 500):
+                    await asyncio.sleep(pause)
+                    continue
+                log.warning("%s: the status is not written: %s", path, error)
+            return
 
     async def _unprepare(self, claim: Any) -> Any:
         name, error = f"{claim.namespace}/{claim.name}", ""

@@ -380,7 +380,7 @@ class Ledger:
         return self._number("incidents", (kind - abi.Kind.KINDS) * abi.REASONS + reason)
 
     def counters(self) -> dict[Count, int]:
-        """Return all counters that are not 0: refusals, anomalies and fates of events."""
+        """Return all counters that are not 0: refusals, anomalies, and events that were sent or lost."""
         found = bpf.items(self._maps["counters"], _COUNTER_KEY.size, 8)
         counted = {Count(*_COUNTER_KEY.unpack(key)): _U64.unpack(value)[0] for key, value in found}
         kinds = abi.Kind.KINDS, abi.Kind.EVENTS

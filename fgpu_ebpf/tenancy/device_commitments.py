@@ -239,7 +239,7 @@ class Commitments:
         return tenant.path if tenant else ""
 
     def _promise(self, cgroup: int, index: int) -> int:
-        """Return the bytes of a grant that count on a device: 0 if the limit of a group around it was granted there."""
+        """Return a tenant's granted bytes that count on a device: 0 if a group around the tenant has a grant there."""
         limit, tenant = self._granted[cgroup].get(index, 0), self._tree.get(cgroup)
         if tenant is None or not _is_limit(limit):
             return 0

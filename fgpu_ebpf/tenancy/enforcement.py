@@ -28,7 +28,7 @@ class Enforcement(StrEnum):
 
     @property
     def words(self) -> str:
-        """An explanation of the word if a limit may be exceeded; an empty text if the limit holds."""
+        """An explanation of the enforcement if a limit may be exceeded; an empty text if the limit holds."""
         match self:
             case Enforcement.KERNEL:
                 return ""

@@ -100,8 +100,8 @@ class StoreError(Exception):
 class Owner(NamedTuple):
     """A tenant and the names that its use can be grouped by.
 
-    `labels`: the labels that the policy exports. `user`: the uid of a slice, or empty. `around`: the tenants around it,
-    whose amounts include this tenant's.
+    `labels`: the labels that the policy exports. `user`: the uid of a slice, or empty. `around`: the tenants
+    around this tenant, whose amounts include this tenant's amounts.
     """
 
     tenant: str

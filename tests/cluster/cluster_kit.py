@@ -198,6 +198,8 @@ class Cluster:
         )  # fmt: skip
         words = ("get", "node", NODE, "--output", f"jsonpath={READY}")
         self._await("kubelet", lambda: self.kubectl(*words, check=False) == "True")
+        version = self.get("node", NODE)["status"]["nodeInfo"]["kubeletVersion"]
+        assert version.startswith(f"v{VERSION or '1.36'}."), version
 
     def _await(self, name: str, is_ready: Callable[[], bool]) -> None:
         """Wait until a program is ready. Fails if it has ended."""

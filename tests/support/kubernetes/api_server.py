@@ -108,6 +108,11 @@ class ApiServer:
             return -1 if self._server is None else self._version
 
 
+def _key(device: dict[str, Any]) -> tuple[Any, ...]:
+    """Return what identifies a device of a claim."""
+    return tuple(device.get(name) for name in ("driver", "pool", "device", "shareID"))
+
+
 class _Server(ThreadingHTTPServer):
     daemon_threads = True
     allow_reuse_address = True
@@ -189,6 +194,10 @@ class _Handler(BaseHTTPRequestHandler):
             self._refuse(409, "the uid is that of another object")
         elif not self.api.may_write_status:
             self._refuse(403, "resourceclaims/status is forbidden")
+        elif not {_key(one) for one in body["status"]["devices"]} <= {
+            _key(one) for one in now["status"]["allocation"]["devices"]["results"]
+        }:
+            self._refuse(422, "status.devices: must be an allocated device in the claim")
         else:
             (driver,) = asked["fieldManager"]
             others = [one for one in now["status"].get("devices", ()) if one["driver"] != driver]
