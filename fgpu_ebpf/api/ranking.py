@@ -76,7 +76,10 @@ def _part(field: str) -> Callable[[Row], float | None]:
 
 
 def _entitled(row: Row) -> float | None:
-    """Return the part of the device's time due to the tenant; None also if no program of the tenant uses the device."""
+    """Return the part of the device's time due to the tenant, or None.
+
+    None: the tenant is not gated, is alone on the device, or has no program that uses the device.
+    """
     return _part("entitled_ratio")(row) or None
 
 

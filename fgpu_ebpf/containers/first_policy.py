@@ -17,8 +17,8 @@ from fgpu_ebpf.policy.folder import PolicyFolder
 def settings(name: str, cgroups: tuple[str, ...], memory: str, folder: Path) -> Engine:
     """Return an Engine that describes the file. `name`: the engine; `memory`: a limit, as text for a policy."""
     text = (
-        f"# Written by `fgpu setup {name} --memory {memory}`. `fgpu setup {name} --undo` removes it, unless it has\n"
-        "# changed since. Policies of files that come before this one are tried first.\n"
+        f"# Written by `fgpu setup {name} --memory {memory}`. `fgpu setup {name} --undo` removes this file, unless it\n"
+        "# has changed since. Policies of files that come before this one are tried first.\n"
         "apiVersion: fgpu.dev/v1alpha1\n"
         "kind: GpuPolicy\n"
         f"metadata: {{name: {name}}}\n"

@@ -16,7 +16,6 @@ import time
 import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -188,7 +187,7 @@ class _Driver:
             log.warning("%s: not prepared: %s", name, error, extra={"what": name})
             return self._messages["NodePrepareResourceResponse"](error=f"{DRIVER}: {error}")
         log.info("%s: prepared", name, extra={"what": name})
-        now = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+        now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(time.time()))
         self._report(path, claims.with_status(claim.namespace, claim.name, claim.uid, granted, now))
         return self._messages["NodePrepareResourceResponse"](devices=found)
 

@@ -39,7 +39,7 @@ PARKER = GATEKEEPER | {Capability.DAC_OVERRIDE}
 def keep_only(kept: Set[Capability]) -> None:
     """Drop all capabilities except `kept`, in this thread, in threads that it starts and in programs that they execute.
 
-    None of these can get a dropped capability again.
+    None of these threads and programs can get a dropped capability again.
 
     A capability in `kept` that the thread does not have is not added. Raises OSError.
     """

@@ -91,7 +91,7 @@ class Library:
         return None
 
     def _candidates(self, name: bytes) -> Iterator[int]:
-        """Yield the indices of the symbols that have this name."""
+        """Yield the indices of the symbols with the name `name`."""
         chain = self._gnu_chain(name) if _GNU_HASH in self._entries else self._sysv_chain(name)
         for index in chain:
             (at, *_) = _SYMBOL.unpack(self._symbol(index))

@@ -1,7 +1,7 @@
 """Settings of the allocators of the C library and of Python, so that freed memory returns to the system.
 
-The agent and the gatekeeper run for months. Runs in their main threads. A C library without these functions is not
-changed.
+The agent and the gatekeeper run for months. This module runs in their main threads.
+The calls of mallopt() and malloc_trim() are left out if the C library does not have these functions.
 """
 
 from __future__ import annotations

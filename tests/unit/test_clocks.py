@@ -21,6 +21,7 @@ SHOWN = {
     "agent/snapshot_builder.py": 1,  # when a Snapshot was taken
     "agent/device_release.py": 2,  # since and until when devices are released
     "agent/usage_meter.py": 1,  # the ten minutes of the calendar in which a device was used
+    "kubernetes/dra_driver.py": 1,  # when a claim was prepared, in its status
     "cli/usage.py": 1,  # `fgpu usage --since`
     "cli/views.py": 1,  # `fgpu events --since`: events have times of this clock
 }
