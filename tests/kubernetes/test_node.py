@@ -17,7 +17,7 @@ from tests.kubernetes import node_kit
 from tests.support.commands import ask
 from tests.support.host import BUILD, CONTEXT, GIB, MIB, REFUSED, ROOT
 from tests.support.tenant import Tenant
-from tests.support.wait import eventually
+from tests.support.wait import Timeout, eventually
 
 # linux/capability.h
 CAPABILITIES = {
@@ -202,7 +202,11 @@ def test_a_detach_removes_fgpu_s_folders_from_the_node(node: node_kit.Node, pods
     for _ in range(2):  # kubelet restarts it until the DaemonSet is removed: during a detach, and after one
         restarted = pods["gatekeeper"].start("gatekeeper")
         eventually(lambda one=restarted: "gatekeeper: listening" in one.log, 60, restarted.log)
-        eventually(lambda: not Path("/run/fgpu").exists(), 60, detach.log)
+        try:
+            eventually(lambda: not Path("/run/fgpu").exists(), 60)
+        except Timeout as error:
+            error.add_note(f"{sorted(Path('/run/fgpu').rglob('*'))}\n{detach.log}\n{restarted.log}")
+            raise
     pods["gatekeeper"].start("gatekeeper")
     eventually(Path("/run/fgpu/gatekeeper.lock").exists, 60, detach.log)
     pods["gatekeeper"].end()
