@@ -36,7 +36,7 @@ log = logging.getLogger("fgpu.kubelet")
 FOLDER = Path("/var/lib/kubelet")
 LOOK_SECONDS = 2.0
 MOST_REQUESTS = 16  # to the API server at once. Each has its own TLS buffers, of 256 KiB
-RETRY_SECONDS = (1.0, 5.0)  # pauses before a status is written again
+STATUS_SECONDS = (1.0, 2.0, 10.0)  # pauses before a status is written, and written again: preparations come first
 AGENT_SECONDS = 2.0  # timeout of a request to the agent
 SILENT_SECONDS = 5.0  # after this time without an answer of the agent, no device is published. Upgrades take less time.
 
@@ -221,15 +221,17 @@ class _Driver:
 
     async def _write_status(self, path: str, status: Mapping[str, Any]) -> None:
         """Write the status of a claim, which works without it and may have been deleted."""
-        for pause in (*RETRY_SECONDS, None):
+        text = ""
+        for pause in STATUS_SECONDS:
+            await asyncio.sleep(pause)
             try:
                 await self._call("PATCH", f"{path}/status?fieldManager={DRIVER}&force=true", status, APPLY)
+                return
             except ApiError as error:
-                if pause is not None and (error.status in (0, 429) or error.status >= 500):
-                    await asyncio.sleep(pause)
-                    continue
-                log.warning("%s: the status is not written: %s", path, error)
-            return
+                text = str(error)
+                if error.status not in (0, 429) and error.status < 500:
+                    break
+        log.warning("%s: the status is not written: %s", path, text)
 
     async def _unprepare(self, claim: Any) -> Any:
         name, error = f"{claim.namespace}/{claim.name}", ""

@@ -181,8 +181,11 @@ class Cluster:
 
     def begin_containerd(self) -> None:
         """Start containerd. Returns when it answers."""
+        log = self.logs / "containerd"
+        said = log.stat().st_size if log.exists() else 0
         self.begin("containerd", "--config", "/etc/containerd/config.toml")
-        self._await("containerd", lambda: SOCKET.exists() and "Server:" in self.ctr("version", check=False))
+        # It answers before: kubelet exits if the part for kubelet is not ready.
+        self._await("containerd", lambda: b"containerd successfully booted" in log.read_bytes()[said:])
 
     def load(self, image: Path) -> None:
         """Load an image into containerd."""
@@ -197,6 +200,8 @@ class Cluster:
             "--vmodule=dra_plugin=4",  # the calls of a DRA driver, with their times
         )  # fmt: skip
         words = ("get", "node", NODE, "--output", f"jsonpath={READY}")
+        health = ("get", "--raw", f"/api/v1/nodes/{NODE}/proxy/healthz")  # the node seems ready while a boot is short
+        self._await("kubelet", lambda: self.kubectl(*health, check=False) == "ok")
         self._await("kubelet", lambda: self.kubectl(*words, check=False) == "True")
         version = self.get("node", NODE)["status"]["nodeInfo"]["kubeletVersion"]
         assert version.startswith(f"v{VERSION or '1.36'}."), version
@@ -225,7 +230,7 @@ class Cluster:
         """Stop a program."""
         program = self._running.pop(name)
         program.send_signal(number)
-        program.wait(60)
+        program.wait(120)
 
     def restart_services(self) -> None:
         """Restart containerd and kubelet, as systemd does: containers go on."""
