@@ -168,6 +168,7 @@ class Cluster:
             "kube-controller-manager", *(f"{one}kube-controller-manager.conf" for one in access), *local,
             f"--service-account-private-key-file={keys}", f"--root-ca-file={self.work}/certs/apiserver.crt",
             "--use-service-account-credentials",
+            "--kube-api-qps=200", "--kube-api-burst=400",  # 20 requests a second by default
         )  # fmt: skip
         self.kubectl("wait", "--for=create", "serviceaccount/default", "--timeout=60s")
         self.begin_containerd()
