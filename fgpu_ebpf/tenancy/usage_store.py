@@ -101,7 +101,7 @@ class Owner(NamedTuple):
     """A tenant and the names that its use can be grouped by.
 
     `labels`: the labels that the policy exports. `user`: the uid of a slice, or empty. `around`: the tenants
-    around this tenant, whose amounts include this tenant's amounts.
+    around this tenant; their amounts include those of this tenant.
     """
 
     tenant: str

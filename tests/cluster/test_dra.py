@@ -111,12 +111,12 @@ def test_a_claim_s_status_has_what_it_was_granted_and_the_driver_may_change_noth
     ]
     own = {key: value for key, value in device.items() if key != "data"}
     written = {"devices": [own]}
-    assert as_the_driver(cluster, claim, written) == "patched"
+    assert as_the_driver(claim, written) == "patched"
     others = {"devices": [own, {**own, "driver": "gpu.example.com"}]}
     for changed in ({"allocation": None}, {"reservedFor": []}, others):
-        said = as_the_driver(cluster, claim, changed)
+        said = as_the_driver(claim, changed)
         assert "forbidden" in said.lower() or "must be an allocated device" in said, (changed, said)
-    assert "forbidden" in as_the_driver(cluster, claim, {"devices": []}, node="node-2").lower()
+    assert "forbidden" in as_the_driver(claim, {"devices": []}, node="node-2").lower()
 
 
 def test_the_policy_refuses_what_versions_before_1_36_do_not_check(cluster: Cluster) -> None:
@@ -128,11 +128,11 @@ def test_the_policy_refuses_what_versions_before_1_36_do_not_check(cluster: Clus
     cluster.kubectl("create", "clusterrolebinding", "more", "--clusterrole=more", f"--serviceaccount={ACCOUNT}")
     (claim,) = cluster.get("resourceclaim")["items"]
     for changed in ({"allocation": None, "reservedFor": [], "devices": []}, {"reservedFor": []}):
-        said = as_the_driver(cluster, claim, changed)
+        said = as_the_driver(claim, changed)
         assert "the driver may not change what is allocated" in said, (changed, said)
-    said = as_the_driver(cluster, claim, {"devices": []}, node="node-2")
+    said = as_the_driver(claim, {"devices": []}, node="node-2")
     assert "the driver may write only devices of gpu.fgpu.dev and of its own node" in said, said
-    assert as_the_driver(cluster, claim, {"devices": []}) == "patched"
+    assert as_the_driver(claim, {"devices": []}) == "patched"
     cluster.kubectl("delete", "clusterrolebinding,clusterrole", "more")
     gone(cluster, "one")
 
@@ -142,12 +142,13 @@ def shown(claim: dict[str, Any]) -> list[dict[str, Any]]:
     return list(claim.get("status", {}).get("devices", ()))
 
 
-def as_the_driver(cluster: Cluster, claim: dict[str, Any], status: dict[str, Any], node: str = NODE) -> str:
+def as_the_driver(claim: dict[str, Any], status: dict[str, Any], node: str = NODE) -> str:
     """Change the status of a claim with the driver's account on a node, and return the answer.
 
     kubectl would first read the status, which the account may not do.
     """
-    request = urllib.request.Request(f"{API}{claims_path(claim)}/status", json.dumps({"status": status}).encode())
+    place = f"/apis/resource.k8s.io/v1/namespaces/default/resourceclaims/{claim['metadata']['name']}/status"
+    request = urllib.request.Request(API + place, json.dumps({"status": status}).encode())
     request.method = "PATCH"
     request.add_header("Authorization", "Bearer admin-token")
     request.add_header("Content-Type", "application/merge-patch+json")
@@ -158,11 +159,6 @@ def as_the_driver(cluster: Cluster, claim: dict[str, Any], status: dict[str, Any
             return "patched"
     except urllib.error.HTTPError as error:
         return str(json.loads(error.read())["message"])
-
-
-def claims_path(claim: dict[str, Any]) -> str:
-    """Return the path of a claim at the API server."""
-    return f"/apis/resource.k8s.io/v1/namespaces/default/resourceclaims/{claim['metadata']['name']}"
 
 
 def test_the_scheduler_packs_ten_claims_on_a_device_and_the_eleventh_waits(cluster: Cluster) -> None:

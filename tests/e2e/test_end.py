@@ -333,12 +333,11 @@ def test_explain_names_the_process_that_keeps_orphaned_memory_and_its_parent(ten
     client.kill()
     eventually(lambda: one.view()["orphans"], 5, "an orphan")
 
-    def parent_of_child() -> str:
+    def adopter() -> str | None:
         (found,) = re.findall(r"^PPid:\s+(\d+)$", Path(f"/proc/{child}/status").read_text(), re.MULTILINE)
-        return found
+        return found if found != str(client.pid) else None
 
-    eventually(lambda: parent_of_child() != str(client.pid), 5, "the child's adoption")
-    parent = parent_of_child()
+    parent = eventually(adopter, 5, "the child's adoption")
     assert parent != "1"
     said = f"process {client.pid}, which has ended: kept by pid {child}; end pid {child}, a child of {parent}, or"
     eventually(lambda: said in fgpu("explain", one.path).stdout, 15, said)

@@ -325,6 +325,29 @@ def test_the_status_of_a_claim_has_what_it_was_granted(
     assert set(whole["data"]) == {"memory"}
 
 
+def test_a_status_is_written_once_the_api_server_accepts_it(
+    node: dra.Kubelet, driver: dra.Driver, server: ApiServer, uuids: list[str]
+) -> None:
+    claim = server.claim("one", result(uuids[0], memory="1Gi"))
+    ids(node.prepare(claim)[0])
+    server.refusing = (503, "overloaded")
+    eventually(lambda: "PATCH" in server.refused, 10, "the first attempt")
+    assert "devices" not in claim["status"]
+    server.refusing = None
+    eventually(lambda: claim["status"].get("devices"), 10, "the status")
+
+
+def test_the_status_of_a_claim_that_has_been_replaced_is_not_written(
+    node: dra.Kubelet, driver: dra.Driver, server: ApiServer, uuids: list[str]
+) -> None:
+    first = server.claim("one", result(uuids[0], memory="1Gi"))
+    ids(node.prepare(first)[0])
+    second = server.claim("one", result(uuids[0], memory="2Gi"))
+    eventually(lambda: "the status is not written: the API server answers 409" in driver.said(), 10, "the reason")
+    assert "devices" not in first["status"]
+    assert "devices" not in second["status"]
+
+
 def test_a_claim_works_if_its_status_cannot_be_written(
     node: dra.Kubelet, driver: dra.Driver, server: ApiServer, uuids: list[str]
 ) -> None:

@@ -3,6 +3,7 @@
 import subprocess
 import time
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 
@@ -36,8 +37,8 @@ def test_a_request_waits_until_the_device_has_released_memory(held: Agent) -> No
 def test_a_request_is_refused_once_a_comparison_shows_that_the_device_keeps_the_memory(
     held: Agent, age_ms: int
 ) -> None:
-    first = lambda: held.do("limit", **{**FULL, "age_ms": age_ms})  # noqa: E731
-    then = lambda: held.do("limit", **FULL, looked_ms=-1000)  # noqa: E731
+    first = partial(held.do, "limit", **{**FULL, "age_ms": age_ms})
+    then = partial(held.do, "limit", **FULL, looked_ms=-1000)
     result, ms, own_ms = call_while(held, "alloc(256 * MiB)", first=first, then=then)
     assert result == OOM
     assert ms >= 190
@@ -66,7 +67,7 @@ HOPELESS = {
 
 @pytest.mark.parametrize("why", HOPELESS)
 def test_a_request_does_not_wait_if_waiting_cannot_help(held: Agent, why: str) -> None:
-    first = lambda: held.do("limit", **{"limit": GIB, **HOPELESS[why]})  # noqa: E731
+    first = partial(held.do, "limit", **{"limit": GIB, **HOPELESS[why]})
     result, _, own_ms = call_while(held, "alloc(256 * MiB)", first=first)
     assert (result, held.do("look")["refused"]) == (OOM, 1)
     assert own_ms < 100
@@ -140,7 +141,7 @@ def test_a_request_waits_for_a_second_after_any_program_of_the_level_has_freed_m
 @pytest.mark.parametrize("ahead_ms", [2000, 100_000])
 def test_a_request_does_not_wait_for_a_free_in_the_future(held: Agent, ahead_ms: int) -> None:
     """The page has the time by another clock if the process is in a time namespace."""
-    first = lambda: held.do("limit", limit=GIB, used=GIB, freed_ms=-ahead_ms)  # noqa: E731
+    first = partial(held.do, "limit", limit=GIB, used=GIB, freed_ms=-ahead_ms)
     result, _, own_ms = call_while(held, "alloc(256 * MiB)", first=first)
     assert result == OOM
     assert own_ms < 300

@@ -38,6 +38,7 @@ class ApiServer:
         }
         self.writes: list[tuple[str, str, dict[str, Any]]] = []
         self.refusing: tuple[int, str] | None = None  # the answer to each request
+        self.refused: set[str] = set()  # methods of the requests that got this answer
         self.kept_fields: set[str] | None = None  # of devices; None: all
         self.may_write_status = True
         self.port = 0
@@ -149,6 +150,7 @@ class _Handler(BaseHTTPRequestHandler):
         body = json.loads(self.rfile.read(length)) if length else None
         place, asked = urlsplit(self.path).path, parse_qs(urlsplit(self.path).query)
         if self.api.refusing:
+            self.api.refused.add(self.command)
             self._refuse(*self.api.refusing)
         elif self.headers.get("Authorization") != f"Bearer {TOKEN}":
             self._refuse(401, "Unauthorized")
