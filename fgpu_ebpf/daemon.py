@@ -68,6 +68,7 @@ def settings(options: Options) -> Settings:
         module_bytes=host.module_bytes,
         bounds=host.bounds,
         priorities=host.priorities,
+        sharing=host.sharing,
         log_format=options.log_format or host.log_format,
     )
 

@@ -215,7 +215,7 @@ class DeviceView:
     these XIDs agent.yaml ignores, by default those that programs cause. `fatal_xid`: the XID because of which no share
     of the device is offered; None: there is none. `unexplained_bytes`: bytes in use that belong to no process, orphan
     or known reserve; None: unknown. `usable_bytes`: the capacity without the driver's reserve, against which
-    `committed_bytes` counts.
+    `committed_bytes` counts. `sharing`: turns, or concurrent if the tenants of the device run at the same time.
     """
 
     index: int
@@ -237,6 +237,7 @@ class DeviceView:
     unexplained_bytes: int | None = None
     unmanaged_by: tuple[UnmanagedView, ...] = ()
     usable_bytes: int = 0
+    sharing: str = "turns"
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,15 +6,16 @@ refused, because the settings name the program that loads the BPF programs.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, TypeAlias
 
 from fgpu_ebpf.containers.cdi import FOLDER as CDI_FOLDER
 from fgpu_ebpf.driver.xids import OF_PROGRAMS
 from fgpu_ebpf.ledger.owner_bounds import Bounds
 from fgpu_ebpf.policy import requests, trusted_file
 from fgpu_ebpf.policy.folder import FOLDER
-from fgpu_ebpf.policy.rules import NO_CLASSES, Classes
+from fgpu_ebpf.policy.rules import NO_CLASSES, Classes, Device, DeviceChoice
 from fgpu_ebpf.policy.share_name import USUAL
 from fgpu_ebpf.policy.yaml_document import ConfigError, InvalidFileError
 from fgpu_ebpf.tenancy.profiles import Profile
@@ -31,6 +32,10 @@ ENGINES = (
 KUBELET_FOLDER = Path("/var/lib/kubelet")
 NODE = Path("/proc/2/root")  # the root of a kernel thread, which is the node's, also for an agent in a pod
 MODULES_BYTES = 1 << 30  # the reason for this size: docs/operations.md, "Memory without a recorded allocation"
+
+
+# The first item with a matching choice says whether the tenants of a device run at the same time.
+Sharing: TypeAlias = tuple[tuple[tuple[DeviceChoice, ...], bool], ...]
 
 
 def on_node(folder: Path) -> Path:
@@ -72,6 +77,18 @@ class HostSettings(NamedTuple):
     module_bytes: int = MODULES_BYTES
     bounds: Bounds = Bounds()
     priorities: Classes = NO_CLASSES
+    sharing: Sharing = ()
+
+
+def concurrent(sharing: Sharing, devices: Iterable[Device]) -> frozenset[int]:
+    """Return the indexes of devices whose tenants run at the same time."""
+    found = set()
+    for device in devices:
+        for choices, is_concurrent in sharing:
+            if any(choice.takes(device) for choice in choices):
+                found |= {device.index} if is_concurrent else set()
+                break
+    return frozenset(found)
 
 
 def read(path: Path = FILE, root_only: bool = True) -> tuple[HostSettings | None, tuple[ConfigError, ...]]:

@@ -125,6 +125,16 @@ class ProfileDocument(Model):
         return Profile(self.share, self.count, tuple(self.devices or ()))
 
 
+class SharingDocument(Model):
+    """An entry of `devices`."""
+
+    match: Devices = Field(description="The devices: index, UUID or its beginning, or model.")
+    sharing: Literal["turns", "concurrent"] = Field(
+        description="`turns`: tenants with a share of time run one after another. `concurrent`: they run at the same"
+        " time, through NVIDIA's MPS, and a tenant that is ahead of its share waits."
+    )
+
+
 class DriversDocument(Model):
     """The mapping under `drivers:`."""
 
@@ -212,6 +222,9 @@ class HostDocument(Model):
     adapters: Annotated[list[Annotated[str, AfterValidator(_adapter)]], Field(max_length=16)] = absent(
         "Projects from which requests are read: by default all that fgpu knows."
     )
+    devices: Annotated[list[SharingDocument], Field(max_length=64)] = absent(
+        "How the tenants of a device share its time: the first entry that matches the device counts; absent: `turns`."
+    )
     kubelet_folder: _Path = absent("kubelet's folder, for ResourceClaims of NVIDIA's DRA driver.")
     shares: Annotated[list[Annotated[str, AfterValidator(_share)]], Field(max_length=256)] = absent(
         "Shares that containers may ask for by name."
@@ -271,6 +284,8 @@ def _values(document: HostDocument) -> dict[str, Any]:
         elif name in _PATHS:
             values[name] = Path(value)
     values["makes_room"] = document.overcommit == "park"
+    documents = values.pop("devices", ())
+    values["sharing"] = tuple((tuple(each.match), each.sharing == "concurrent") for each in documents)
     if "drivers" in values:
         drivers = values.pop("drivers").model_dump(exclude_unset=True)
         values["trusted_drivers"] = tuple(drivers.get("trusted", ()))

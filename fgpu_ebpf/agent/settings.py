@@ -50,6 +50,7 @@ class Settings(NamedTuple):
     module_bytes: int = host_config.MODULES_BYTES
     bounds: Bounds = Bounds()
     priorities: rules.Classes = rules.NO_CLASSES
+    sharing: host_config.Sharing = ()
     log_format: str | None = None  # as in Options
 
 

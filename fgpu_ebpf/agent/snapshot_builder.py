@@ -246,4 +246,5 @@ def _device(
         gatekeeper_process.slices(gatekeeper, device.index), _owner(look, device.index), _age(look, device.index),
         None if held is None else len(outside), *xids, orphaned, truth.unexplained.get(device.index),
         tuple(outside), device.usable_bytes,
+        "concurrent" if device.index in look.parts.ledger.times.concurrent() else "turns",
     )  # fmt: skip

@@ -80,7 +80,8 @@ def _devices(snapshot: Mapping[str, Any]) -> str:
         committed, unmanaged = device["committed_bytes"], device["unmanaged_bytes"]
         left = memory_text(max(0, usable - committed))
         line = f"gpu {device['index']}: {memory_text(committed)} of {memory_text(usable)} committed, {left} left"
-        lines.append(line + (f"; {memory_text(unmanaged)} held by processes outside tenants" if unmanaged else ""))
+        line += f"; {memory_text(unmanaged)} held by processes outside tenants" if unmanaged else ""
+        lines.append(line + ("; tenants run at the same time" if device.get("sharing") == "concurrent" else ""))
     return "".join(f"\n{line}" for line in lines) + ("\n" if lines else "")
 
 

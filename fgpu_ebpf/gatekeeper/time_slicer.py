@@ -161,7 +161,8 @@ class TimeSlicer:
         for (level, device), share in ledger.times.shares().items():
             found.setdefault(level, {})[device] = share
         self._epoch, self._shares, self._read_ns = epoch, found, monotonic_ns()
-        self._turns.share_out({level: by[min(by)] for level, by in found.items()}, monotonic_ns())
+        shares = {level: by[min(by)] for level, by in found.items()}
+        self._turns.share_out(shares, monotonic_ns(), ledger.times.concurrent())
         with_gates = [*((gates.session, gates) for _, gates in self._by_session.values())]
         others = [*self._without.values()]
         self._to_look_at |= self._gates.keys()

@@ -28,6 +28,7 @@ _SHARE = struct.Struct("4Q")
 _TURN = struct.Struct("11Q")
 _U32, _U64 = struct.Struct("I"), struct.Struct("Q")
 HOST_SHARES = 4
+_CONCURRENT_SHIFT = 48  # the bits from here on of host[HOST_SHARES] name the concurrent devices
 _MOST_WORD = 2**64 - 1
 FEW = 24  # for up to this many shares, single lookups are faster than reading the whole map
 assert (_SHARE.size, _TURN.size) == (ctypes.sizeof(abi.Share), ctypes.sizeof(abi.Turn))
@@ -56,6 +57,7 @@ class ComputeMaps:
     def __init__(self, maps: dict[str, int], wake: Callable[[], object], pins: Path = Path("/nowhere")) -> None:
         self._maps, self._wake, self._pins = maps, wake, pins
         self._changes = 0  # number of changes of the shares by this object
+        self._concurrent = 0  # a bit for each concurrent device
         self._shared: tuple[int, Collection[Key]] = (-1, ())
         self._ended: dict[Key, TurnCounts] = {}  # the last counters of shares that were removed
 
@@ -75,8 +77,17 @@ class ComputeMaps:
         return None if raw is None else int(_U64.unpack(raw)[0])
 
     def epoch(self) -> int:
-        """Return a number that changes with every change of a share."""
+        """Return a number that changes with every change of a share, or of the set of concurrent devices."""
         return bpf.number(self._maps["host"], HOST_SHARES)
+
+    def concurrent(self) -> frozenset[int]:
+        """Return the devices whose tenants run at the same time."""
+        epoch = self.epoch()
+        return frozenset(device for device in range(abi.DEVICES) if epoch >> _CONCURRENT_SHIFT & 1 << device)
+
+    def set_concurrent(self, devices: Iterable[int]) -> None:
+        """Set the devices whose tenants run at the same time. tell() makes the change known."""
+        self._concurrent = sum(1 << device for device in set(devices))
 
     def shares(self) -> dict[Key, Share]:
         """Return all shares, by level and device."""
@@ -133,7 +144,10 @@ class ComputeMaps:
         call.
         """
         self._changes += 1
-        bpf.update(self._maps["host"], _U32.pack(HOST_SHARES), _U64.pack(self.epoch() + 1))
+        counter = (self.epoch() + 1) % (1 << _CONCURRENT_SHIFT)
+        bpf.update(
+            self._maps["host"], _U32.pack(HOST_SHARES), _U64.pack(self._concurrent << _CONCURRENT_SHIFT | counter)
+        )
         self._wake()
 
     def forget(self, levels: Collection[int]) -> None:

@@ -18,9 +18,10 @@ clock. Times are CLOCK_MONOTONIC nanoseconds.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 
+from fgpu_ebpf.scheduling import concurrent
 from fgpu_ebpf.scheduling.state import NEVER_NS, Place
 from fgpu_ebpf.scheduling.virtual_clock import Clocks
 
@@ -119,21 +120,23 @@ class _Device:
 
 
 class Lending:
-    """The devices that several tenants use."""
+    """The devices that several tenants use. Tenants of concurrent devices run at the same time by other rules."""
 
     def __init__(self, clocks: Clocks) -> None:
         self._devices: dict[int, _Device] = {}
+        self.concurrent = concurrent.Concurrent(clocks)
         self._clocks = clocks
 
     def restart(self, places: Iterable[Place], now_ns: int) -> list[Place]:
         """Count from now on, for these tenants. Return the tenants to which a device was lent until now."""
-        before = [place for device in self._devices.values() for place in _lent(device)]
+        before = [place for device in self._devices.values() for place in _lent(device)] + self.concurrent.shared()
         here: dict[int, list[Place]] = {}
         for place in places:
             for number in place.seen.devices:
                 here.setdefault(number, []).append(place)
         for device in self._devices.values():
             device.counts, device.lent_ns = [], 0
+        self.concurrent.restart(here, now_ns)
         for number, its in here.items():
             if len(its) > 1 and len({place.share.rank for place in its}) == 1 and all(map(_may, its)):
                 device = self._devices.setdefault(number, _Device())
@@ -141,9 +144,11 @@ class Lending:
                 device.begin(now_ns)
         return before
 
-    def look(self, now_ns: int) -> tuple[list[Place], list[Place]]:
-        """Return the tenants to which a device is lent from now on, and those to which it is lent no more."""
-        begin, end = list[Place](), list[Place]()
+    def look(self, now_ns: int) -> tuple[list[Place], list[Place], list[Place]]:
+        """Return the tenants to which a device is lent from now on, those to which it is lent no more, and those among
+        the others that are to be held or let go.
+        """
+        begin, end, change = self.concurrent.look(now_ns)
         for number, device in self._devices.items():
             if not device.counts:
                 continue
@@ -158,26 +163,42 @@ class Lending:
                 end += _lent(device)
                 device.lent_ns = 0
                 device.begin(now_ns)
-        return begin, end
+        return begin, end, change
 
     def tenants(self) -> list[int]:
         """Return the tenants that may launch at the same time as others. Checks must have observations of these."""
-        return [place.tenant for device in self._devices.values() for place in _lent(device)]
+        lent = [place for device in self._devices.values() for place in _lent(device)]
+        return [place.tenant for place in (*lent, *self.concurrent.shared())]
 
     def due_ns(self, now_ns: int) -> int:
         """Return when the next check is due; NEVER_NS: no device is lent, and tenants' turns cause checks."""
-        return now_ns + CHECK_NS if any(device.lent_ns for device in self._devices.values()) else NEVER_NS
+        lent = any(device.lent_ns for device in self._devices.values())
+        return min(now_ns + CHECK_NS if lent else NEVER_NS, self.concurrent.due_ns(now_ns))
 
 
-def lend(place: Place, number: int) -> None:
-    """Open the gates of a tenant. Its launches are counted as in a turn, and its work in flight has the same bound."""
-    place.lent, place.free_on, place.number = True, place.seen.devices, number
+def switch(
+    begin: list[Place], end: list[Place], change: list[Place], number: Callable[[], int], now_ns: int
+) -> set[int]:
+    """Open the gates of tenants in `begin`, close those in `end`, and hold or let go those in `change`, which are lent.
 
+    The launches of a lent tenant are counted as in a turn, and its work in flight has the same bound. A tenant in `end`
+    requests a turn when it next launches, and its work in flight is charged until it has drained.
 
-def take_back(place: Place, number: int, now_ns: int) -> None:
-    """Close the gates of a tenant. Work that it still has in flight is charged until it has drained."""
-    place.lent, place.free_on, place.number = False, frozenset(), number
-    place.late_ns = now_ns if place.seen.in_flight else 0
+    Returns:
+        The tenants whose gates have changed.
+    """
+    changed = set()
+    for place in begin:
+        place.lent, place.held, place.free_on = True, False, place.seen.devices
+    for place in end:
+        place.lent, place.held, place.free_on = False, False, frozenset()
+        place.late_ns = now_ns if place.seen.in_flight else 0
+    for place in change:
+        place.held = not place.held
+    for place in (*begin, *end, *change):
+        place.number = number()
+        changed.add(place.tenant)
+    return changed
 
 
 def set_free(places: Collection[Place]) -> Iterator[tuple[Place, frozenset[int]]]:

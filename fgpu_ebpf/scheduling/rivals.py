@@ -34,3 +34,21 @@ def comes_first_again(
     free = fair_queue.wanted(waiters) - handover.taken(running, now_ns) | turn.devices
     found = fair_queue.next_turns(waiters, free, floors, now_ns)
     return any(grant.tenant == place.tenant for grant in found)
+
+
+def devices_of(places: Iterable[Place]) -> set[int]:
+    """Return the devices on which these tenants have contexts."""
+    found: set[int] = set()
+    for place in places:
+        found |= place.seen.devices
+    return found
+
+
+def missing(running: Iterable[Place], but: Place | None = None) -> set[int]:
+    """Return the devices that owners use and that are not in their turns. Owners get these before other tenants."""
+    found: set[int] = set()
+    for place in running:
+        turn = place.turn
+        if turn and not turn.closing_ns and not turn.devices.issuperset(place.seen.devices) and place is not but:
+            found |= place.seen.devices - turn.devices
+    return found

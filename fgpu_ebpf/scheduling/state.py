@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 from fgpu_ebpf import abi
 from fgpu_ebpf.scheduling import fair_queue
+from fgpu_ebpf.scheduling.alone_cost import AloneCost
 from fgpu_ebpf.scheduling.claim_trust import MOST_FLIGHT_NS, Trust
 from fgpu_ebpf.scheduling.counters import Counts
 from fgpu_ebpf.scheduling.fair_queue import Account, Leave, Share, Waiter
@@ -62,6 +63,8 @@ class Turn:
     rested: bool = False  # the gates were closed because there was no work, while no tenant waited
     rest_ns: int = 0  # how long the tenant had been without work at the last check; 0: it had work
     cut: bool = False  # the gates were closed although the tenant has more work, or probably has
+    first_launches: int = 0  # the tenant's launches when the turn began
+    idle_ns: int = 0  # the reported time without work since the first launch
 
 
 @dataclass(slots=True)
@@ -76,6 +79,7 @@ class Place:
     seen: Seen = NOTHING
     free_on: frozenset[int] = frozenset()
     lent: bool = False  # it is free on its device together with the other tenants there
+    held: bool = False  # it is lent, and must wait nevertheless
     turn: Turn | None = None
     since_ns: int | None = None  # since when the tenant has requested a turn; None: it requests none
     number: int = 0  # the number of its last turn
@@ -92,6 +96,8 @@ class Place:
     observed: Observed = field(default_factory=Observed)
     left: Leave = fair_queue.STAYED
     thinks: ThinkTimes = field(default_factory=ThinkTimes)
+    alone: AloneCost = field(default_factory=AloneCost)
+    measured: bool = False  # turns measure what its launches cost, so they must not overlap with those of others
     asked: Share = field(default_factory=Share)
     above: tuple[Unit, ...] = ()
 
@@ -165,6 +171,12 @@ class Place:
         for unit in self.above:
             unit.charge(self._devices(), ns)
 
+    def learn(self, turn: Turn, ended_ns: int) -> None:
+        """Record what the launches of a turn have cost. `ended_ns`: the end of the charged time."""
+        begun_ns, last_ns = max(turn.begins_ns, self.begun_ns(turn)), self.seen.ended_ns
+        ended_ns = min(ended_ns, last_ns) if self.seen.drained and last_ns > begun_ns else ended_ns
+        self.alone.learn(self.seen.launches - turn.first_launches, ended_ns - begun_ns - turn.idle_ns)
+
     def observe(self, ran_ns: int, now_ns: int) -> None:
         """Compare the tenant's device time with NVML's."""
         short_ns = self.observed.short_ns(ran_ns, self.owned_ns(), now_ns)
@@ -210,12 +222,13 @@ class Place:
 
     def is_open(self) -> bool:
         """Return whether the tenant may launch on at least one of its devices."""
-        return bool(self.free_on) or (self.turn is not None and not self.turn.closing_ns)
+        return bool(self.free_on and not self.held) or (self.turn is not None and not self.turn.closing_ns)
 
     def gate(self, device: int) -> int:
         """Return the word that the tenant's control pages have for the gate of a device."""
         if device in self.free_on:
-            return self.number << abi.GATE_SHIFT | _GATED | _OPEN if self.lent else _OPEN  # gated: launches are counted
+            opened = 0 if self.held else _OPEN
+            return self.number << abi.GATE_SHIFT | _GATED | opened if self.lent else _OPEN  # gated: launches count
         is_open = self.turn is not None and device in self.turn.devices and not self.turn.closing_ns
         return self.number << abi.GATE_SHIFT | _GATED | (_OPEN if is_open else 0)
 
@@ -243,7 +256,7 @@ class Place:
         """Return whether the tenant's turn is so near its end that the next turn may begin."""
         if turn.handed_ns:
             return True
-        if not turn.closing_ns or len(turn.devices) > 1:  # CUDA kernels of a gang may be waiting for each other
+        if not turn.closing_ns or len(turn.devices) > 1 or self.measured:  # kernels of a gang may wait for each other
             return False
         left_ns = self.flight_ns(now_ns)
         if not left_ns and self.reports_ends:  # the estimate was too short, and the tenant will report the end
@@ -377,21 +390,3 @@ class Place:
 def wanting(turn: Turn, places: Iterable[Place]) -> list[Place]:
     """Return the tenants in `places` that use a device of this turn."""
     return [place for place in places if not place.seen.devices.isdisjoint(turn.devices)]
-
-
-def devices_of(places: Iterable[Place]) -> set[int]:
-    """Return the devices on which these tenants have contexts."""
-    found: set[int] = set()
-    for place in places:
-        found |= place.seen.devices
-    return found
-
-
-def missing(running: Iterable[Place], but: Place | None = None) -> set[int]:
-    """Return the devices that owners use and that are not in their turns. Owners get these before other tenants."""
-    found: set[int] = set()
-    for place in running:
-        turn = place.turn
-        if turn and not turn.closing_ns and not turn.devices.issuperset(place.seen.devices) and place is not but:
-            found |= place.seen.devices - turn.devices
-    return found

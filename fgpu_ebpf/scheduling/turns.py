@@ -9,7 +9,7 @@ reports of a tenant cost at most its own turn.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from fgpu_ebpf import abi
 from fgpu_ebpf.scheduling import fair_queue, handover, lending, rivals, state
@@ -47,8 +47,9 @@ class Turns:
 
     # -- interface for the time slicer
 
-    def share_out(self, shares: Mapping[int, Share], now_ns: int) -> None:
-        """Set the shares of all tenants from now on. The next step() must be given observations of every tenant."""
+    def share_out(self, shares: Mapping[int, Share], now_ns: int, concurrent: Collection[int] = ()) -> None:
+        """Set all shares, and the devices whose tenants run at the same time. The next step() must see every tenant."""
+        self._lending.concurrent.numbers = frozenset(concurrent)
         for tenant in set(self.places) - set(shares):
             del self.places[tenant]
             self._drop(tenant)
@@ -79,8 +80,7 @@ class Turns:
 
     def leave(self, tenant: int, now_ns: int) -> None:
         """Remove a tenant whose last process has exited, and end its turn."""
-        place = self._here.pop(tenant, None)
-        if place is None:
+        if (place := self._here.pop(tenant, None)) is None:
             return
         if place.turn:
             self._finish(place, place.turn, now_ns)
@@ -118,7 +118,7 @@ class Turns:
     def step(self, observations: Mapping[int, Seen], now_ns: int) -> set[int]:
         """Apply new observations, and begin, extend and end turns. Return the tenants whose gates have changed."""
         self._stepped_ns = now_ns
-        wanted = state.devices_of((*self._queue.values(), *self._preempted()))
+        wanted = rivals.devices_of((*self._queue.values(), *self._preempted()))
         for tenant, seen in observations.items():
             if tenant in self.places:
                 self._try_to_look(self.places[tenant], seen, wanted, now_ns)
@@ -213,6 +213,7 @@ class Turns:
         if not wanted:  # idle time is not charged while no other tenant waits for the devices
             until_ns, idle_ns = min(now_ns, turn.active_ns), max(0, seen.idle_ns - turn.rest_ns)
         turn.rest_ns = 0 if seen.in_flight else max(0, now_ns - seen.ended_ns)
+        turn.idle_ns += seen.idle_ns if turn.charged_ns > turn.opened_ns else 0
         place.count_up(now_ns)
         place.charge(until_ns - since_ns - idle_ns)
         place.busy_ns = 0 if place.is_idle(turn, now_ns) else place.busy_ns + max(0, now_ns - turn.charged_ns)
@@ -240,7 +241,7 @@ class Turns:
 
     def _set_all_free(self, now_ns: int) -> None:
         self._users_changed = False
-        self._lend((), self._lending.restart(self._here.values(), now_ns), now_ns)
+        self._lend([], self._lending.restart(self._here.values(), now_ns), [], now_ns)
         for place, before in [*lending.set_free(self._here.values())]:
             self._changed.add(place.tenant)
             if place.free_on:
@@ -248,15 +249,14 @@ class Turns:
             elif place.seen.devices:  # the tenant is running, so it gets a turn now
                 self._open(place, Grant(place.tenant, before & place.seen.devices), now_ns)
 
-    def _lend(self, begin: Iterable[Place], end: Iterable[Place], now_ns: int) -> None:
-        """Open the gates of some tenants, and close those of others, which request turns when they next launch."""
+    def _lend(self, begin: list[Place], end: list[Place], change: list[Place], now_ns: int) -> None:
+        """Open the gates of some tenants, and close those of others. Hold or let go tenants that are lent."""
         for place in begin:
             self._end_turn(place)
-            lending.lend(place, self._next_number())
-        for place in end:
-            if self.places.get(place.tenant) is place:
-                lending.take_back(place, self._next_number(), now_ns)
-                self._changed.add(place.tenant)
+        here = [place for place in end if self.places.get(place.tenant) is place]
+        self._changed |= lending.switch(begin, here, change, self._next_number, now_ns)
+        for place in here:  # threads of held tenants are at the gate already, and report nothing
+            self._look_at_waiter(place, now_ns)
 
     # -- tenants that continue, and tenants that stop
 
@@ -289,7 +289,7 @@ class Turns:
             place.held_back = True
             place.counts.throttled += 1
             self._close(place, turn, now_ns)
-        elif turn.devices & state.missing(self._running.values(), but=place):
+        elif turn.devices & rivals.missing(self._running.values(), but=place):
             if now_ns >= turn.ends_ns or place.is_idle(turn, now_ns):
                 self._close(place, turn, now_ns)
         elif not others:
@@ -318,7 +318,7 @@ class Turns:
     # -- one turn, from beginning to end
 
     def _grant(self, ready: list[Place], now_ns: int) -> None:
-        lacking = state.missing(self._running.values())
+        lacking = rivals.missing(self._running.values())
         in_use = handover.taken(self._running.values(), now_ns) if ready or lacking else set()
         if not lacking and all(not place.seen.devices.isdisjoint(in_use) for place in ready):
             return
@@ -337,7 +337,7 @@ class Turns:
         times = (now_ns, begins_ns, begins_ns, begins_ns + place.share.quantum_ns, now_ns)
         first = (place.seen.launches, begins_ns, place.begins())
         place.number = self._next_number()
-        place.turn = Turn(set(grant.devices), place.number, grant.floor, *times, *first)
+        place.turn = Turn(set(grant.devices), place.number, grant.floor, *times, *first, first_launches=first[0])
         place.late_ns = 0
         place.trust.begins_again(place.seen.busy_until_ns, now_ns)
         place.count_up(now_ns)
@@ -379,6 +379,7 @@ class Turns:
             ended_ns = passed_ns = place.passed_ns(turn)
             handover.begin_earlier(self._running.values(), turn, ended_ns)
         place.charge(ended_ns - max(turn.charged_ns, place.begun_ns(turn)))
+        place.learn(turn, ended_ns)
         if turn.closing_ns:
             overrun = not place.seen.drained and not turn.rested  # a rested tenant has no work
             for device in turn.devices:

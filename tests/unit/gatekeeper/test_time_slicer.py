@@ -37,6 +37,9 @@ class Ledger:
     def shares(self):
         return self.given
 
+    def concurrent(self):
+        return frozenset()
+
     def set_turns(self, level, device, counts):
         self.told[level, device] = counts
 

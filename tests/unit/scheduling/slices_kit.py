@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -150,22 +150,24 @@ class World:
 
     def __init__(
         self, *tenants: Tenant, outer: dict[int, Share] | None = None, inside: dict[int, list[int]] | None = None,
-        slice_ns: int = 0, crowded: float = 1.0,
+        slice_ns: int = 0, crowded: float = 1.0, parallel: float = 0.0, concurrent: Collection[int] = (),
     ) -> None:  # fmt: skip
         """Initialize the devices.
 
         `outer` are levels without programs of their own. `inside` has the levels around a tenant, innermost first.
         `slice_ns`: how long a launch delays the kernels that other tenants have in flight on the same device.
         `crowded`: how many times as long kernels take while the gates of several tenants are open.
+        `parallel`: the device runs the kernels of different tenants at the same time, as with MPS, and they take this
+        many times as long while another tenant has work; 0: it runs them one after another.
         """
         self.tenants = {tenant.key: tenant for tenant in tenants}
         self.turns = Turns()
         self.now = 1 * S
-        self.turns.share_out({t.key: t.share for t in tenants} | (outer or {}), self.now)
+        self.turns.share_out({t.key: t.share for t in tenants} | (outer or {}), self.now, concurrent)
         for key, levels in (inside or {}).items():
             self.turns.nest(key, levels, self.now)
-        self.free_at: dict[int, int] = {}
-        self.slice_ns, self.crowded = slice_ns, crowded
+        self.free_at: dict[tuple[int, int], int] = {}
+        self.slice_ns, self.crowded, self.parallel = slice_ns, crowded, parallel
         self.bell: int | None = self.now
         self.rung = set(self.tenants)
         self.nvml = dict.fromkeys(self.tenants, 0)
@@ -233,6 +235,7 @@ class World:
         assert len(owned) == len(set(owned))
         assert all(turn.closing_ns for turn in turns if turn.handed_ns)
         for place in self.turns.places.values():
+            assert not (place.turn and place.lent)
             if place.turn and not place.turn.closing_ns:
                 assert place.turn.devices == place.seen.devices
 
@@ -269,19 +272,25 @@ class World:
                 if not tenant.steps.owed:
                     break
                 tenant.steps.owed -= 1
-            start = max([self.now, *(self.free_at.get(device, 0) for device in tenant.devices)])
+            lanes = [(device, tenant.key if self.parallel else 0) for device in tenant.devices]
+            start = max([self.now, *(self.free_at.get(lane, 0) for lane in lanes)])
             self._delay_others(tenant)
-            kernel_ns = round(
-                tenant.kernel_ns * (self.crowded if sum(map(self.is_open, self.tenants.values())) > 1 else 1)
-            )
-            for device in tenant.devices:
-                self.free_at[device] = start + kernel_ns
+            kernel_ns = round(tenant.kernel_ns * self._slower(tenant))
+            for lane in lanes:
+                self.free_at[lane] = start + kernel_ns
             tenant.flights.append(start + kernel_ns)
             tenant.launches += 1
             rest_ns = self.now - tenant.ended_ns if tenant.ended_ns > tenant.wanted_ns else 0
             tenant.rested_ns += rest_ns if rest_ns >= REST_NS else 0
             tenant.wanted_ns = self.now
         return min(tenant.flights, default=self.now + 1)
+
+    def _slower(self, tenant: Tenant) -> float:
+        """Return how many times as long as alone a kernel takes that the tenant launches now."""
+        if self.parallel:
+            others = sum(bool(other.flights) for other in self.tenants.values() if other is not tenant)
+            return 1 + others * (self.parallel - 1)
+        return self.crowded if sum(map(self.is_open, self.tenants.values())) > 1 else 1
 
     def _delay_others(self, tenant: Tenant) -> None:
         for other in self.tenants.values() if self.slice_ns else ():

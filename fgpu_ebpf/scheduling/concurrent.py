@@ -1,0 +1,262 @@
+"""Concurrent devices: all tenants launch at the same time, and a tenant that is ahead of its share waits.
+
+The tenants of a device take turns first, which measures what a launch costs when its tenant has the device alone. Then
+all gates open. The *progress* of a tenant is the number of its launches times this cost, and at most the time that
+passes. A tenant is charged its progress, not the time for which its gate is open. So two tenants can together progress
+by more than a second in a second.
+
+A tenant is *slowed* if the time for which it had work in flight exceeds its progress. A tenant is held if another one
+is slowed, and is behind it by more than LAG_NS of virtual time, which is progress divided by the weight. A tenant that
+is behind and not slowed does not need its share: its virtual time is moved up. A tenant is also held at its ceiling,
+and while a tenant of higher priority is slowed. If all tenants together progress no faster than under turns, they take
+turns again, and the next trial follows after a pause.
+
+A tenant that reports false launches changes its own progress. It can gain a part of the time that others are held,
+which is bounded: while others are held for a tenant, the time that passes is charged to that tenant.
+
+The module runs in threads of the gatekeeper that hold the time slicer's lock, does no I/O and reads no clock. Times are
+CLOCK_MONOTONIC nanoseconds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass, field
+
+from fgpu_ebpf.scheduling.state import NEVER_NS, Place
+from fgpu_ebpf.scheduling.virtual_clock import Clocks
+
+MS, SECOND = 1_000_000, 1_000_000_000
+LEARN_NS, LEARN_LAUNCHES = 150 * MS, 32  # busy time and launches that measure the cost of a launch
+AGAIN_NS = 80 * MS  # the same, if a cost was measured before
+MOST_LEARN_NS, MOST_AGAIN_NS = 2 * SECOND, 400 * MS  # bounds of such a phase: an idle tenant may launch nothing
+REFRESH_NS = 20 * SECOND  # after this time, costs are measured again
+LOOK_NS = 4 * MS  # the period in which tenants are held and let go
+LAG_NS, NEAR_NS = 10 * MS, 6 * MS  # a tenant that is ahead by LAG_NS waits until it is ahead by less than NEAR_NS
+IDLE_NS = 50 * MS  # a tenant that had no work for this time has no share to catch up with
+WINDOW_NS = 100 * MS  # the time over which it is measured whether a tenant is slowed
+SLOWED = 1.05  # a tenant is slowed if its launches take this many times their cost alone
+CARRY_NS = 20 * MS  # progress that is reported in one moment may have taken this time
+CHECK_NS = 500 * MS  # the period of the comparison with turns
+LEAST_GAIN = 0.97  # tenants take turns again if all progress together falls below this part of that under turns
+FIRST_PAUSE_NS, MOST_PAUSE_NS = SECOND, 64 * SECOND
+
+
+@dataclass(eq=False, slots=True)
+class _Runner:
+    """A tenant on a concurrent device. `busy_ns`, `done_ns`: its time with work in flight, and its progress, lately."""
+
+    place: Place
+    launches: int = 0
+    active_ns: int = 0  # when it last had work
+    wanted_ns: int = 0  # when it last requested a launch
+    carried_ns: float = 0.0  # reported progress that was not charged yet
+    busy_ns: float = 0.0
+    done_ns: float = 0.0
+    has_launched: bool = False  # since the phase began
+
+    def begin(self) -> None:
+        """Begin a phase."""
+        self.launches, self.has_launched = self.place.seen.launches, False
+        self.carried_ns = self.busy_ns = self.done_ns = 0.0
+
+    def launched(self) -> int:
+        """Return the launches since the last call."""
+        launches, self.launches = max(0, self.place.seen.launches - self.launches), self.place.seen.launches
+        self.has_launched |= launches > 0
+        return launches
+
+    def rested_ns(self) -> int:
+        """Return the time without work that the tenant has reported since the last call.
+
+        A rest that ends at a closed gate is not among the rests that processes add up.
+        """
+        seen, wanted_ns = self.place.seen, self.wanted_ns
+        self.wanted_ns = seen.wanted_ns
+        is_new = seen.waiting and not seen.in_flight and seen.wanted_ns > max(wanted_ns, seen.ended_ns) > 0
+        return seen.idle_ns + (seen.wanted_ns - seen.ended_ns if is_new and seen.ended_ns else 0)
+
+    def is_active(self, now_ns: int) -> bool:
+        """Return whether the tenant has work, or had some a short time ago."""
+        return now_ns - self.active_ns < IDLE_NS
+
+    def is_slowed(self) -> bool:
+        """Return whether the tenant progresses less than if it had the device alone."""
+        return self.place.held or self.busy_ns > SLOWED * self.done_ns
+
+    def is_stopped(self, now_ns: int) -> bool:
+        """Return whether the tenant's ceiling holds it."""
+        place = self.place
+        return place.is_spent() or (place.held and place.share.limited and place.limit_ready_ns() > now_ns)
+
+    def progress(self, passed_ns: int, alone: bool, now_ns: int) -> int:
+        """Charge the progress since the last call, `passed_ns` ago, and return it. `alone`: all others were held."""
+        place, launches, idle_ns = self.place, self.launched(), self.rested_ns()
+        if launches or place.seen.in_flight or place.seen.waiting:
+            self.active_ns = now_ns
+        place.alone.rested(launches, idle_ns if idle_ns < IDLE_NS else 0)
+        self.carried_ns += place.alone.of(launches)
+        paid_ns = min(self.carried_ns, passed_ns)
+        self.carried_ns = min(self.carried_ns - paid_ns, CARRY_NS)
+        fades = max(0.0, 1 - passed_ns / WINDOW_NS)
+        self.busy_ns = self.busy_ns * fades + (0 if place.held and not place.seen.in_flight else passed_ns)
+        self.done_ns = self.done_ns * fades + paid_ns
+        place.count_up(now_ns)
+        place.charge(passed_ns if alone else round(paid_ns))
+        return round(paid_ns)
+
+
+@dataclass(slots=True)
+class _Device:
+    """A concurrent device with several tenants. `shared_ns`: since when all of them may launch; 0: they take turns."""
+
+    runners: list[_Runner] = field(default_factory=list)
+    since_ns: int = 0  # when the phase began
+    looked_ns: int = 0
+    shared_ns: int = 0
+    is_first: bool = True  # costs of tenants are unknown
+    turns_rate: float = 0.0  # nanoseconds of progress in a nanosecond under turns, of all tenants
+    checked_ns: int = 0
+    done_ns: int = 0  # progress of all tenants since checked_ns
+    alone: _Runner | None = None  # for this tenant all others were held at the last look
+    pause_ns: int = FIRST_PAUSE_NS
+    paused_ns: int = 0
+
+    def begin_turns(self, now_ns: int) -> None:
+        """Begin a phase of turns."""
+        self.since_ns, self.shared_ns = now_ns, 0
+        self.is_first = not all(runner.place.alone.is_known for runner in self.runners)
+        for runner in self.runners:
+            runner.begin()
+            runner.place.alone.begin()
+
+    def has_learned(self, now_ns: int) -> bool:
+        """Look at the launches under turns, and return whether all tenants may launch at the same time from now on."""
+        passed_ns = now_ns - self.since_ns
+        for runner in self.runners:
+            runner.launched()
+        active = [runner.place.alone for runner in self.runners if runner.has_launched]
+        if len(active) < 2 or now_ns < self.paused_ns or not all(cost.is_known for cost in active):
+            return False
+        need_ns, most_ns = (LEARN_NS, MOST_LEARN_NS) if self.is_first else (AGAIN_NS, MOST_AGAIN_NS)
+        enough = all(cost.fresh_ns >= need_ns and cost.fresh_launches >= LEARN_LAUNCHES for cost in active)
+        if not enough and passed_ns < most_ns:
+            return False
+        self.turns_rate = sum(cost.fresh_ns for cost in active) / passed_ns
+        self.shared_ns = self.looked_ns = self.checked_ns = now_ns
+        self.done_ns = 0
+        for runner in self.runners:
+            runner.begin()
+        return True
+
+    def is_over(self, now_ns: int) -> bool:
+        """Charge all progress since the last look. Return whether the tenants take turns from now on."""
+        passed_ns, self.looked_ns = now_ns - self.looked_ns, now_ns
+        free = [runner for runner in self.runners if not runner.place.held or runner.place.seen.in_flight]
+        alone = free[0] if len(free) == 1 and free[0].is_active(now_ns) else None
+        was_alone, self.alone = self.alone, alone
+        for runner in self.runners:
+            self.done_ns += runner.progress(passed_ns, runner is alone is was_alone, now_ns)
+            if runner.has_launched and not runner.place.alone.is_known:
+                return True
+        if now_ns - self.shared_ns >= REFRESH_NS:
+            return True
+        if now_ns - self.checked_ns < CHECK_NS:
+            return False
+        rate, self.checked_ns = self.done_ns / (now_ns - self.checked_ns), now_ns
+        self.done_ns = 0
+        limited = any(runner.place.share.limited for runner in self.runners)
+        idle = sum(runner.is_active(now_ns) for runner in self.runners) < 2
+        if limited or idle or rate >= LEAST_GAIN * min(1.0, self.turns_rate):
+            self.pause_ns = FIRST_PAUSE_NS
+            return False
+        self.paused_ns, self.pause_ns = now_ns + self.pause_ns, min(2 * self.pause_ns, MOST_PAUSE_NS)
+        return True
+
+    def held(self, now_ns: int) -> list[_Runner]:
+        """Move up tenants that do not need their share. Return the tenants that are to be held."""
+        active = [runner for runner in self.runners if runner.is_active(now_ns)]
+        free = [runner for runner in active if not runner.is_stopped(now_ns)]
+        first_ns = max((runner.place.account.virtual_ns for runner in free), default=0)
+        for runner in self.runners:
+            if runner not in free:
+                runner.place.account = runner.place.account.joining(first_ns)
+            elif not runner.is_slowed():
+                runner.place.account = runner.place.account.joining(first_ns - NEAR_NS)
+        return [runner for runner in active if _is_to_wait(runner, free)]
+
+
+def _is_to_wait(runner: _Runner, free: Collection[_Runner]) -> bool:
+    """Return whether a tenant waits: at its ceiling, or for one of the tenants in `free`, which are below theirs."""
+    if runner not in free:
+        return True
+    place, bound_ns = runner.place, NEAR_NS if runner.place.held else LAG_NS
+    for other in free:
+        if other is runner or not other.is_slowed() or other.place.share.rank > place.share.rank:
+            continue
+        ahead_ns = place.account.virtual_ns - other.place.account.virtual_ns
+        if other.place.share.rank < place.share.rank or ahead_ns > bound_ns:
+            return True
+    return False
+
+
+class Concurrent:
+    """All concurrent devices that several tenants use."""
+
+    def __init__(self, clocks: Clocks) -> None:
+        self.numbers: frozenset[int] = frozenset()  # devices whose tenants run at the same time, if they can
+        self._devices: dict[int, _Device] = {}
+        self._clocks = clocks
+
+    def restart(self, places: dict[int, list[Place]], now_ns: int) -> None:
+        """Begin with turns, for the tenants of these devices. Take tenants that cannot run at the same time out."""
+        for device in self._devices.values():
+            for runner in device.runners:
+                runner.place.measured = False
+            device.runners, device.shared_ns = [], 0
+        for number in self.numbers.intersection(places):
+            if not _may(places[number]):
+                continue
+            device = self._devices.setdefault(number, _Device())
+            device.runners = [_Runner(place) for place in places.pop(number)]
+            for runner in device.runners:
+                runner.place.measured = True
+            device.begin_turns(now_ns)
+
+    def look(self, now_ns: int) -> tuple[list[Place], list[Place], list[Place]]:
+        """Return the tenants whose gates open from now on, those that take turns, and those to be held or let go."""
+        begin, end, change = list[Place](), list[Place](), list[Place]()
+        for number, device in self._devices.items():
+            if not device.runners:
+                continue
+            if not device.shared_ns:
+                if device.has_learned(now_ns):
+                    begin += _places(device)
+                continue
+            self._clocks.count(number).lent_ns += now_ns - device.looked_ns
+            if device.is_over(now_ns):
+                end += _places(device)
+                device.begin_turns(now_ns)
+                continue
+            held = device.held(now_ns)
+            change += [runner.place for runner in device.runners if runner.place.held != (runner in held)]
+        return begin, end, change
+
+    def shared(self) -> list[Place]:
+        """Return the tenants that may launch at the same time as others."""
+        return [place for device in self._devices.values() if device.shared_ns for place in _places(device)]
+
+    def due_ns(self, now_ns: int) -> int:
+        """Return when the next look is due; NEVER_NS: tenants take turns, which cause looks."""
+        return now_ns + LOOK_NS if any(device.shared_ns for device in self._devices.values()) else NEVER_NS
+
+
+def _may(places: Collection[Place]) -> bool:
+    """Return whether these tenants of a device can run at the same time: there are several, none of them has contexts
+    on another device, and none is inside another one.
+    """
+    return len(places) > 1 and all(len(place.seen.devices) == 1 and not place.above for place in places)
+
+
+def _places(device: _Device) -> list[Place]:
+    return [runner.place for runner in device.runners]
