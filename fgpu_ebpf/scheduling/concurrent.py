@@ -23,6 +23,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass, field
 
+from fgpu_ebpf.scheduling.fair_queue import PLAIN_WEIGHT
 from fgpu_ebpf.scheduling.state import NEVER_NS, Place
 from fgpu_ebpf.scheduling.virtual_clock import Clocks
 
@@ -30,11 +31,13 @@ MS, SECOND = 1_000_000, 1_000_000_000
 LEARN_NS, LEARN_LAUNCHES = 150 * MS, 32  # busy time and launches that measure the cost of a launch
 AGAIN_NS = 80 * MS  # the same, if a cost was measured before
 MOST_LEARN_NS, MOST_AGAIN_NS = 2 * SECOND, 400 * MS  # bounds of such a phase: an idle tenant may launch nothing
-REFRESH_NS = 20 * SECOND  # after this time, costs are measured again
-LOOK_NS = 4 * MS  # the period in which tenants are held and let go
+REFRESH_NS, LATEST_NS = 20 * SECOND, 300 * SECOND  # costs are measured again: after holding, and if no tenant was held
+LOOK_NS, MOST_LOOK_NS = 4 * MS, 12 * MS  # bounds of the time between looks: less if a tenant may soon be held
+IDLE_LOOK_NS = 24 * MS  # the period in which idle tenants are looked at
 LAG_NS, NEAR_NS = 10 * MS, 6 * MS  # a tenant that is ahead by LAG_NS waits until it is ahead by less than NEAR_NS
 IDLE_NS = 50 * MS  # a tenant that had no work for this time has no share to catch up with
 WINDOW_NS = 100 * MS  # the time over which it is measured whether a tenant is slowed
+ALONE_WINDOW_NS, ALONE_NS = SECOND, 20 * MS  # the same, while all others are held, and how much of it is enough
 SLOWED = 1.05  # a tenant is slowed if its launches take this many times their cost alone
 CARRY_NS = 20 * MS  # progress that is reported in one moment may have taken this time
 CHECK_NS = 500 * MS  # the period of the comparison with turns
@@ -44,7 +47,11 @@ FIRST_PAUSE_NS, MOST_PAUSE_NS = SECOND, 64 * SECOND
 
 @dataclass(eq=False, slots=True)
 class _Runner:
-    """A tenant on a concurrent device. `busy_ns`, `done_ns`: its time with work in flight, and its progress, lately."""
+    """A tenant on a concurrent device.
+
+    `busy_ns`, `done_ns`: its time and its progress, lately. `alone_busy_ns`, `alone_done_ns`: the same while all others
+    were held.
+    """
 
     place: Place
     launches: int = 0
@@ -53,12 +60,14 @@ class _Runner:
     carried_ns: float = 0.0  # reported progress that was not charged yet
     busy_ns: float = 0.0
     done_ns: float = 0.0
+    alone_busy_ns: float = 0.0
+    alone_done_ns: float = 0.0
     has_launched: bool = False  # since the phase began
 
     def begin(self) -> None:
         """Begin a phase."""
         self.launches, self.has_launched = self.place.seen.launches, False
-        self.carried_ns = self.busy_ns = self.done_ns = 0.0
+        self.carried_ns = self.busy_ns = self.done_ns = self.alone_busy_ns = self.alone_done_ns = 0.0
 
     def launched(self) -> int:
         """Return the launches since the last call."""
@@ -81,8 +90,12 @@ class _Runner:
         return now_ns - self.active_ns < IDLE_NS
 
     def is_slowed(self) -> bool:
-        """Return whether the tenant progresses less than if it had the device alone."""
-        return self.place.held or self.busy_ns > SLOWED * self.done_ns
+        """Return whether the tenant progresses less than if it had the device alone.
+
+        A tenant that is as slow while all others are held does not wait for the device, but for its own host code.
+        """
+        pace = max(1.0, self.alone_busy_ns / self.alone_done_ns) if self.alone_done_ns > ALONE_NS else 1.0
+        return self.place.held or self.busy_ns > SLOWED * pace * self.done_ns
 
     def is_stopped(self, now_ns: int) -> bool:
         """Return whether the tenant's ceiling holds it."""
@@ -101,6 +114,10 @@ class _Runner:
         fades = max(0.0, 1 - passed_ns / WINDOW_NS)
         self.busy_ns = self.busy_ns * fades + (0 if place.held and not place.seen.in_flight else passed_ns)
         self.done_ns = self.done_ns * fades + paid_ns
+        if alone:
+            fades = max(0.0, 1 - passed_ns / ALONE_WINDOW_NS)
+            self.alone_busy_ns = self.alone_busy_ns * fades + passed_ns
+            self.alone_done_ns = self.alone_done_ns * fades + paid_ns
         place.count_up(now_ns)
         place.charge(passed_ns if alone else round(paid_ns))
         return round(paid_ns)
@@ -119,6 +136,9 @@ class _Device:
     checked_ns: int = 0
     done_ns: int = 0  # progress of all tenants since checked_ns
     alone: _Runner | None = None  # for this tenant all others were held at the last look
+    has_held: bool = False  # a tenant was held in this phase
+    due_ns: int = 0  # when to look again
+    idle_ns: int = 0  # when idle tenants were last looked at
     pause_ns: int = FIRST_PAUSE_NS
     paused_ns: int = 0
 
@@ -143,8 +163,8 @@ class _Device:
         if not enough and passed_ns < most_ns:
             return False
         self.turns_rate = sum(cost.fresh_ns for cost in active) / passed_ns
-        self.shared_ns = self.looked_ns = self.checked_ns = now_ns
-        self.done_ns = 0
+        self.shared_ns = self.looked_ns = self.checked_ns = self.due_ns = now_ns
+        self.done_ns, self.has_held = 0, False
         for runner in self.runners:
             runner.begin()
         return True
@@ -159,7 +179,7 @@ class _Device:
             self.done_ns += runner.progress(passed_ns, runner is alone is was_alone, now_ns)
             if runner.has_launched and not runner.place.alone.is_known:
                 return True
-        if now_ns - self.shared_ns >= REFRESH_NS:
+        if now_ns - self.shared_ns >= (REFRESH_NS if self.has_held else LATEST_NS):
             return True
         if now_ns - self.checked_ns < CHECK_NS:
             return False
@@ -183,7 +203,35 @@ class _Device:
                 runner.place.account = runner.place.account.joining(first_ns)
             elif not runner.is_slowed():
                 runner.place.account = runner.place.account.joining(first_ns - NEAR_NS)
-        return [runner for runner in active if _is_to_wait(runner, free)]
+        held = [runner for runner in active if _is_to_wait(runner, free)]
+        self.has_held |= bool(held)
+        self.due_ns = now_ns + _look_ns(free)
+        return held
+
+    def to_see(self) -> list[Place]:
+        """Return the tenants that the next look must see. Idle tenants are seen less often."""
+        if self.looked_ns - self.idle_ns >= IDLE_LOOK_NS:
+            self.idle_ns = self.looked_ns
+            return _places(self)
+        return [runner.place for runner in self.runners if runner.is_active(self.looked_ns) or runner.place.held]
+
+
+def _look_ns(free: Collection[_Runner]) -> int:
+    """Return the time until the next look: until the first tenant may have to be held or let go.
+
+    Progress is at most the time that passes, so it takes time until a tenant is ahead of a slowed one, or is not.
+    """
+    if any(runner.place.share.limited for runner in free):
+        return LOOK_NS
+    least_ns = MOST_LOOK_NS
+    for other in filter(_Runner.is_slowed, free):
+        for runner in free:
+            if runner is other:
+                continue
+            ahead_ns = runner.place.account.virtual_ns - other.place.account.virtual_ns
+            moves, left_ns = (other, ahead_ns - NEAR_NS) if runner.place.held else (runner, LAG_NS - ahead_ns)
+            least_ns = min(least_ns, left_ns * moves.place.share.weight // PLAIN_WEIGHT)
+    return max(LOOK_NS, least_ns)
 
 
 def _is_to_wait(runner: _Runner, free: Collection[_Runner]) -> bool:
@@ -246,9 +294,13 @@ class Concurrent:
         """Return the tenants that may launch at the same time as others."""
         return [place for device in self._devices.values() if device.shared_ns for place in _places(device)]
 
-    def due_ns(self, now_ns: int) -> int:
+    def to_see(self) -> list[Place]:
+        """Return the tenants that the next look must see."""
+        return [place for device in self._devices.values() if device.shared_ns for place in device.to_see()]
+
+    def due_ns(self) -> int:
         """Return when the next look is due; NEVER_NS: tenants take turns, which cause looks."""
-        return now_ns + LOOK_NS if any(device.shared_ns for device in self._devices.values()) else NEVER_NS
+        return min((device.due_ns for device in self._devices.values() if device.shared_ns), default=NEVER_NS)
 
 
 def _may(places: Collection[Place]) -> bool:

@@ -168,12 +168,12 @@ class Lending:
     def tenants(self) -> list[int]:
         """Return the tenants that may launch at the same time as others. Checks must have observations of these."""
         lent = [place for device in self._devices.values() for place in _lent(device)]
-        return [place.tenant for place in (*lent, *self.concurrent.shared())]
+        return [place.tenant for place in (*lent, *self.concurrent.to_see())]
 
     def due_ns(self, now_ns: int) -> int:
         """Return when the next check is due; NEVER_NS: no device is lent, and tenants' turns cause checks."""
         lent = any(device.lent_ns for device in self._devices.values())
-        return min(now_ns + CHECK_NS if lent else NEVER_NS, self.concurrent.due_ns(now_ns))
+        return min(now_ns + CHECK_NS if lent else NEVER_NS, self.concurrent.due_ns())
 
 
 def switch(

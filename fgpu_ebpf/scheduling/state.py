@@ -34,6 +34,7 @@ OVERTAKEN_PARTS = 4  # a turn lasts 1/4 quantum if a tenant that would have been
 LASTING_NS = 1_000_000_000  # turns may be longer among tenants that were busy for this long without a pause
 # The reported beginning and end of a turn shorten its charge by at most this time each, and at most 1/40 of a quantum.
 SPAN_NS, SPAN_PARTS = 500_000, 40
+MEASURE_NS = 100_000_000  # the length of a quantum while the costs of launches are measured
 NEVER_NS = 2**63
 _OPEN, _GATED = int(abi.Gate.OPEN), int(abi.Gate.GATED)
 
@@ -183,6 +184,12 @@ class Place:
         if self.share.limited:
             self.count_up(now_ns)
             self.charge(short_ns)
+
+    @property
+    def quantum_ns(self) -> int:
+        """The length of a quantum. It is longer while costs are measured, because the ends of turns distort them."""
+        own_ns = self.share.quantum_ns
+        return max(own_ns, MEASURE_NS) if self.measured and not self.share.limited else own_ns
 
     def is_unit(self) -> bool:
         """Return whether other tenants are inside this tenant."""

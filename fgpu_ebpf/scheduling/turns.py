@@ -310,7 +310,7 @@ class Turns:
             self._extend(place, turn, now_ns)
 
     def _extend(self, place: Place, turn: Turn, now_ns: int) -> None:
-        turn.ends_ns = now_ns + place.share.quantum_ns
+        turn.ends_ns = now_ns + place.quantum_ns
         turn.floor = False
         turn.since_ns, turn.virtual_ns = now_ns, place.begins()
         self._clocks.turn_begins(turn.devices, place.share.rank, turn.virtual_ns)
@@ -334,7 +334,7 @@ class Turns:
 
     def _open(self, place: Place, grant: Grant, now_ns: int) -> None:
         begins_ns = handover.next_begins_ns(self._running.values(), grant.devices, now_ns)
-        times = (now_ns, begins_ns, begins_ns, begins_ns + place.share.quantum_ns, now_ns)
+        times = (now_ns, begins_ns, begins_ns, begins_ns + place.quantum_ns, now_ns)
         first = (place.seen.launches, begins_ns, place.begins())
         place.number = self._next_number()
         place.turn = Turn(set(grant.devices), place.number, grant.floor, *times, *first, first_launches=first[0])
