@@ -24,9 +24,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
+from bench.lib.mps import CONFIG, FOLDER, mps
 from bench.lib.service import FGPU, ROOT, BenchError, agent, end_in_order, percentile
 from bench.lib.tenants import Program, cpu_ms, ending, record, service_pids
 
@@ -34,26 +34,6 @@ LISTEN = "127.0.0.1:19425"
 LIMIT = 8 << 30
 KINDS = ("each", "llm", "small", "notebook")
 HEAD_START_NS = 100_000_000
-CONFIG = "devices:\n- match: ['*']\n  sharing: concurrent\n"
-
-
-@contextlib.contextmanager
-def mps() -> Iterator[None]:
-    """Run NVIDIA's MPS for the block, for programs that inherit this process's environment."""
-    with tempfile.TemporaryDirectory() as folder:
-        names = {"CUDA_MPS_PIPE_DIRECTORY": f"{folder}/pipe", "CUDA_MPS_LOG_DIRECTORY": f"{folder}/log"}
-        for path in names.values():
-            Path(path).mkdir()
-        daemon = subprocess.Popen(["nvidia-cuda-mps-control", "-f", "-multiuser-server"], env=os.environ | names)
-        os.environ |= names
-        time.sleep(1)
-        try:
-            yield
-        finally:
-            for name in names:
-                del os.environ[name]
-            daemon.terminate()
-            daemon.wait(10)
 
 
 def ends(program: Program, kind: str, seconds: float, start_ns: int) -> None:
@@ -120,12 +100,13 @@ def measure(mode: str, given: argparse.Namespace) -> dict[str, tuple[float, str]
         Path(folder, "policy.d").mkdir()
         options = ["--driver-root", given.driver_root, "--shim", str(given.shim), "--listen", LISTEN]
         options += ["--policies", f"{folder}/policy.d", "--config", str(config)]
+        stack.enter_context(agent(options))
         if mode != "turns":
             stack.enter_context(mps())
-        stack.enter_context(agent(options))
         programs = stack.enter_context(ending())
         for number, kind in enumerate((*given.kinds, *given.kinds)):
             command = [given.python, str(ROOT / "bench/lib/windows_work.py"), kind]
+            command = ["env", f"CUDA_MPS_PIPE_DIRECTORY={FOLDER}", *command] if mode == "mps" else command
             shares = [] if mode == "mps" else ["--weight", "100"]
             programs.append(Program(command, LIMIT, f"{kind}-{number}", shares))
         for program in programs:

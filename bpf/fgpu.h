@@ -162,7 +162,7 @@ struct fgpu_row { /* one process of the tenant on one device */
 };
 struct fgpu_control_page {
     __u32 version;
-    __u32 flags;   /* FGPU_MANAGED */
+    __u32 flags;   /* FGPU_MANAGED, FGPU_MPS */
     __u8 boot[16]; /* identifies the gatekeeper that wrote this page */
     __u64 heartbeat_ns;
     __u64 epoch; /* if it changes, the process must register again */
@@ -187,6 +187,7 @@ struct fgpu_control_page {
 #define FGPU_GATED 2
 #define FGPU_GATE_SHIFT 2
 #define FGPU_MANAGED 1
+#define FGPU_MPS 2 /* the process uses the host's MPS, because tenants of its device run at the same time */
 
 /* -- status page: one per process, a memfd sealed against resizing, written by the tenant: hints, never trusted -- */
 struct fgpu_status {

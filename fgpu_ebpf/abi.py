@@ -72,7 +72,7 @@ Fate = IntEnum("Fate", "SENT RATE FULL", start=0)
 
 # Flags. LimitFlag: in limits and usage pages. ControlFlag: in control pages and answers. Seen: in processes.
 LimitFlag = IntFlag("LimitFlag", "OBSERVE KILL DENY WAITS")
-ControlFlag = IntFlag("ControlFlag", "MANAGED")
+ControlFlag = IntFlag("ControlFlag", "MANAGED MPS")
 Gate = IntFlag("Gate", "OPEN GATED")  # the bits below GATE_SHIFT; the bits above are the number of the turn
 Seen = IntFlag("Seen", "SHIM BYPASS EXPORT CALL POOL_EXPORT IMPORT")
 

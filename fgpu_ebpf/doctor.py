@@ -19,7 +19,7 @@ from fgpu_ebpf.agent.settings import Options
 from fgpu_ebpf.api import health
 from fgpu_ebpf.check import Check, has_host_pids
 from fgpu_ebpf.containers import engine_setup, injection, run, selinux
-from fgpu_ebpf.driver import nvml, programs
+from fgpu_ebpf.driver import mps, nvml, programs
 from fgpu_ebpf.linux import bpf
 from fgpu_ebpf.policy import folder
 from fgpu_ebpf.policy.yaml_document import ConfigError
@@ -62,6 +62,7 @@ def checks(options: Options) -> list[Check]:
     if host and not any(check.name == "policies" for check in agents):
         agents.append(folder.check(options.policies or host.policy_folder))
     agents += [parker_check.check(options.run_dir)] if host and host.parking else []
+    agents += [mps.check(options.run_dir)] if host and any(shared for _, shared in host.sharing) else []
     from fgpu_ebpf.kubernetes import device_plugin  # here: the agent must not import asyncio
 
     plugin = device_plugin.check(options.run_dir)

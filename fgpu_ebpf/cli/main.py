@@ -58,6 +58,7 @@ class Main(Sections):
             "device": "tenants:device",
             "agent": "service:agent",
             "load": "service:load",
+            "mps": "service:mps",
             "schema": "views:schema",
             "completion": "completion:completion",
         },

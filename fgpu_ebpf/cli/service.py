@@ -76,6 +76,18 @@ def load(**options: Any) -> None:
         fail(str(error), 1)
 
 
+@examples("fgpu mps", "systemctl enable --now fgpu-mps")
+@click.command()
+def mps() -> None:
+    """Run NVIDIA's MPS for devices with `sharing: concurrent`, until SIGTERM. The service fgpu-mps runs it."""
+    from fgpu_ebpf.driver import mps as daemon
+
+    try:
+        sys.exit(daemon.serve(run_dir()))
+    except OSError as error:
+        fail(f"MPS does not start: {error}", 1)
+
+
 @examples("fgpu doctor", "fgpu doctor --json")
 @click.command()
 @click.option(

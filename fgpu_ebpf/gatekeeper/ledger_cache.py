@@ -200,4 +200,11 @@ class LedgerCache:
             self._fds.append(fd)
             usage.append(fd)
         allowed = (d for d in self._devices if any(self._ledger.limit(level, d[0]) is not None for level in levels))
-        return Grant(PageHeader(ControlFlag.MANAGED, tuple(allowed)), tuple(usage))
+        return Grant(PageHeader(self._flags(levels), tuple(allowed)), tuple(usage))
+
+    def _flags(self, levels: tuple[int, ...]) -> ControlFlag:
+        """Return the flags of the page: programs with a share of a concurrent device use MPS."""
+        times = self._ledger.times
+        shared = ((level, device) for level in levels for device in times.concurrent())
+        is_concurrent = any(times.share(level, device) for level, device in shared)
+        return ControlFlag.MANAGED | ControlFlag.MPS if is_concurrent else ControlFlag.MANAGED

@@ -28,10 +28,11 @@ from pathlib import Path
 from time import monotonic_ns
 
 from fgpu_ebpf import abi
-from fgpu_ebpf.abi import Answer, Code, News
+from fgpu_ebpf.abi import Answer, Code, ControlFlag, News
 from fgpu_ebpf.gatekeeper import info_text
 from fgpu_ebpf.gatekeeper.connections import Connection, Connections
 from fgpu_ebpf.gatekeeper.discovery_requests import DiscoveryRequests
+from fgpu_ebpf.gatekeeper.guardian import Guardian
 from fgpu_ebpf.gatekeeper.ledger_cache import Grant, LedgerCache, Lineages, ManagedState, managed_state
 from fgpu_ebpf.gatekeeper.listener import Listener
 from fgpu_ebpf.gatekeeper.mapping_scanner import MappingScanner
@@ -85,7 +86,8 @@ class Gatekeeper:
         self._sessions = Sessions(self._selector, boot)
         self._scanner = MappingScanner(self._wakeup.wake)
         self._watchdog, self._slicer = sd_notify.Watchdog(), TimeSlicer()
-        self._sessions.on_end = self._slicer.remove
+        self._guardian = Guardian()
+        self._sessions.on_end = lambda session: self._guardian.end(id(session), self._slicer.remove(session))
         self._listener = Listener(self._run)
         self._open_listener()
 
@@ -293,6 +295,8 @@ class Gatekeeper:
         if self._ledger and session.levels:
             session.control.page.tag = self._ledger.tag(session.pid, session.levels)
         self._slicer.register(session)
+        if header.flags & ControlFlag.MPS:
+            self._guardian.watch(id(session), session.pid, session.pidfd)
         return session
 
     # -- periodic work

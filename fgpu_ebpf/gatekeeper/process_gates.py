@@ -80,10 +80,10 @@ class ProcessGates:
             self.use(found)
         return bool(found)
 
-    def claims_work(self, now_ns: int) -> bool:
-        """Return True if the process claims to have work in flight that ends after `now_ns`."""
+    def busy_until_ns(self, now_ns: int) -> int:
+        """Return when the work in flight should end, by the claims of the process; 0: it claims none."""
         claims = [process_claims.read(self.words, row, self.session.ahead_ns, now_ns) for row in self.rows]
-        return any(claim.in_flight and claim.busy_until_ns > now_ns for claim in claims)
+        return max((claim.busy_until_ns for claim in claims if claim.in_flight), default=0)
 
     def rested_ns(self, launches: int, in_flight: int, idle_ns: int) -> int | None:
         """Return how many nanoseconds the process was idle since the last call; None: it was idle throughout.

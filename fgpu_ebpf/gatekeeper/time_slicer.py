@@ -102,20 +102,27 @@ class TimeSlicer:
                 self._is_read_owed = True
                 self._start()
 
-    def remove(self, session: Session) -> None:
-        """Remove a session. The process no longer takes part in turns from this moment."""
+    def remove(self, session: Session) -> int:
+        """Remove a session. The process no longer takes part in turns from this moment.
+
+        Returns:
+            When the process's work in flight should end, by its own report; 0: it reports none.
+        """
         with self._lock:
             self._without.pop(id(session), None)
             tenant, gates = self._by_session.pop(id(session), (0, None))
+            until_ns = 0
             if gates:
                 now_ns = monotonic_ns()
-                if gates.claims_work(now_ns):
+                until_ns = gates.busy_until_ns(now_ns)
+                if until_ns > now_ns:
                     self._turns.lose(tenant, now_ns)
                 self._gates[tenant].remove(gates)
                 self._used.pop(tenant, None)  # perhaps no other process of the tenant uses these devices
                 self._to_look_at.add(tenant)
                 self._is_watching = False
                 self._words.wake()
+            return until_ns
 
     def _start(self) -> None:
         if not self._started:

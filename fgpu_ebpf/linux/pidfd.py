@@ -9,10 +9,15 @@ from fgpu_ebpf.linux.libc import LIBC, check
 _PIDFD_GETFD = 438  # the same on all architectures; Python's os module has no function for it
 
 
+def copy_from(pidfd: int, descriptor: int) -> int:
+    """Return a copy of a descriptor of a pidfd's process, which the caller closes. Raises OSError."""
+    return check("pidfd_getfd", LIBC.syscall(_PIDFD_GETFD, pidfd, descriptor, 0))
+
+
 def copy_descriptor(pid: int, descriptor: int) -> int:
     """Return a copy of a process's descriptor, which the caller closes. Raises OSError."""
     pidfd = os.pidfd_open(pid)
     try:
-        return check("pidfd_getfd", LIBC.syscall(_PIDFD_GETFD, pidfd, descriptor, 0))
+        return copy_from(pidfd, descriptor)
     finally:
         os.close(pidfd)

@@ -22,6 +22,7 @@
         has memset
         has mmap
         has munmap
+        has putenv
         has strcmp
         has strlen
         has strncmp

@@ -45,6 +45,14 @@ static CUresult before_instantiate(CUgraph graph, unsigned long long flags, stru
     return refusal;
 }
 
+static CUresult after_instantiate(CUresult result, const CUgraphExec *exec, unsigned long long flags,
+                                  const struct fgpu_graph_reading *r)
+{
+    if (result == CUDA_SUCCESS) fgpu_graph_exec_keep(*exec, r);
+    if (r->peak && flags & CUDA_GRAPH_INSTANTIATE_FLAG_UPLOAD) fgpu_graphs_measure(r->ordinal);
+    return result;
+}
+
 #define INSTANTIATE(name, flags, ...)                                                                                  \
     do {                                                                                                               \
         __typeof__(&name) driver = REAL(name);                                                                         \
@@ -53,10 +61,7 @@ static CUresult before_instantiate(CUgraph graph, unsigned long long flags, stru
         if (!phGraphExec || !hGraph) return driver(__VA_ARGS__);                                                       \
         CUresult refusal = before_instantiate(hGraph, flags, &reading);                                                \
         if (refusal) return refusal;                                                                                   \
-        CUresult result = driver(__VA_ARGS__);                                                                         \
-        if (result == CUDA_SUCCESS) fgpu_graph_exec_keep(*phGraphExec, &reading);                                      \
-        if (reading.peak && (flags)&CUDA_GRAPH_INSTANTIATE_FLAG_UPLOAD) fgpu_graphs_measure(reading.ordinal);          \
-        return result;                                                                                                 \
+        return after_instantiate(driver(__VA_ARGS__), phGraphExec, flags, &reading);                                   \
     } while (0)
 
 EXPORT CUresult cuGraphInstantiate(CUgraphExec *phGraphExec, CUgraph hGraph, CUgraphNode *phErrorNode, char *logBuffer,

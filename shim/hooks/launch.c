@@ -43,6 +43,8 @@ KERNEL(cuLaunchKernel_ptsz, true)
 KERNEL_EX(cuLaunchKernelEx, false)
 KERNEL_EX(cuLaunchKernelEx_ptsz, true)
 
+#pragma GCC optimize("Os") /* rarely called, from here on */
+
 #define COOPERATIVE(name, per_thread)                                                                                  \
     EXPORT CUresult name(CUfunction f, unsigned int gridDimX, unsigned int gridDimY, unsigned int gridDimZ,            \
                          unsigned int blockDimX, unsigned int blockDimY, unsigned int blockDimZ,                       \
@@ -70,8 +72,6 @@ EXPORT CUresult cuLaunchCooperativeKernelMultiDevice(CUDA_LAUNCH_PARAMS *launchP
     for (unsigned i = 0; i < numDevices; i++) fgpu_gate_leave(&launches[i], result);
     return result;
 }
-
-#pragma GCC optimize("Os") /* rarely called, from here on */
 
 /* The oldest calls are never captured: if a capture permits them they run at once, in any stream. No event can be
  * recorded after them in a stream that captures, so they count as launches of the thread's own stream. */

@@ -37,11 +37,12 @@
 #endif
 
 struct place {
-    char folder[20], parent[24], socket[32];
+    char folder[20], parent[24], socket[32], mps[48];
 };
+#define MPS "CUDA_MPS_PIPE_DIRECTORY="
 #define PLACE(folder)                                                                                                  \
     {                                                                                                                  \
-        folder, folder "/..", folder "/shim.sock"                                                                      \
+        folder, folder "/..", folder "/shim.sock", MPS folder "/mps"                                                   \
     }
 
 struct answer {
@@ -129,6 +130,14 @@ static bool socket_here(const struct place *at)
     struct stat status;
     if (!syscall(SYS_newfstatat, AT_FDCWD, at->socket, &status, 0) || errno != ENOENT) return true;
     return !syscall(SYS_newfstatat, AT_FDCWD, at->folder, &status, AT_SYMLINK_NOFOLLOW) && !status.st_nlink;
+}
+
+/* Return the environment variable that makes the driver use the host's MPS; NULL: the host has none. */
+const char *fgpu_mps(void)
+{
+    struct stat status;
+    const char *variable = place()->mps;
+    return syscall(SYS_newfstatat, AT_FDCWD, variable + sizeof MPS - 1, &status, 0) ? NULL : variable;
 }
 
 /* Return whether an agent has put the shim into this process: its code has probes, and the file or the list that

@@ -10,6 +10,7 @@ enum fgpu_outcome { FGPU_IS_SILENT, FGPU_IS_ABSENT, FGPU_IS_EMPTY, FGPU_IS_FREE,
 HIDDEN void fgpu_say(const char *text);
 extern HIDDEN const char *_Atomic fgpu_silence; /* why no agent could be reached, as a message; NULL: the reason is
                                                    not known */
+HIDDEN const char *fgpu_mps(void);              /* the variable that makes the driver use MPS; NULL: not on this host */
 HIDDEN bool fgpu_is_hidden(void);               /* no agent was found, but this host has one; sets the message */
 HIDDEN char *fgpu_set(unsigned set);            /* control, status, usage pages innermost first; NULL before the first
                                                    registration */

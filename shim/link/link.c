@@ -8,6 +8,7 @@
  */
 #define _GNU_SOURCE
 #include <errno.h>
+#include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
 #include <sys/syscall.h>
@@ -236,6 +237,19 @@ COLD struct fgpu_asked fgpu_announce(void)
     if (link_of(load()) == FGPU_FRESH) asked = fgpu_knock(&own->notes[0]);
     errno = saved;
     return asked;
+}
+
+/* The driver reads the variable in cuInit, and the process must have its pages to know whether it uses MPS. */
+COLD struct fgpu_asked fgpu_use_mps(struct fgpu_asked asked)
+{
+    int saved = errno;
+    const char *variable = fgpu_mps();
+    if (!variable) return asked;
+    fgpu_arrive(asked);
+    struct fgpu_view view = fgpu_glance();
+    if (view.link == FGPU_HELD && view.control->flags & FGPU_MPS) putenv((char *)(uintptr_t)variable);
+    errno = saved;
+    return FGPU_NOT_ASKED;
 }
 
 COLD void fgpu_arrive(struct fgpu_asked asked)
