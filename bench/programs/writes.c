@@ -3,6 +3,7 @@
  * At the first error of the driver it prints the error and exits. It does not use fgpu; bench/killed_clients.py runs
  * it. */
 #include <cuda.h>
+#include <dlfcn.h>
 #include <poll.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -18,13 +19,25 @@ static const char ptx[] =
     "st.global.u64 [%p], %b;\nsub.u64 %c, %b, %a;\nsetp.lt.u64 %q, %c, 2000000;\n@%q bra again;\n"
     "ret;\n}\n";
 
-static void check(CUresult result, const char *what)
+static void *driver;
+
+static void failed(const char *what, int result)
 {
-    if (result == CUDA_SUCCESS) return;
     printf("error %d in %s\n", result, what);
     fflush(stdout);
     _Exit(3);
 }
+
+/* Call a function of the driver, and end the program at an error. */
+#define CALL(name, ...)                                                                                                \
+    do {                                                                                                               \
+        static __typeof__(&name) function_;                                                                            \
+        if (!function_) function_ = (__typeof__(&name))dlsym(driver, EXPORTED(name));                                  \
+        CUresult result_ = function_ ? function_(__VA_ARGS__) : CUDA_ERROR_NOT_FOUND;                                  \
+        if (result_ != CUDA_SUCCESS) failed(#name, (int)result_);                                                      \
+    } while (0)
+#define TEXT(name) #name
+#define EXPORTED(name) TEXT(name) /* cuda.h defines cuMemAlloc as cuMemAlloc_v2 */
 
 int main(void)
 {
@@ -35,24 +48,26 @@ int main(void)
     CUdeviceptr memory;
     CUevent events[IN_FLIGHT];
     int is_mps = 0;
-    check(cuInit(0), "cuInit");
-    check(cuDeviceGet(&device, 0), "cuDeviceGet");
-    cuDeviceGetAttribute(&is_mps, CU_DEVICE_ATTRIBUTE_MPS_ENABLED, device);
-    check(cuDevicePrimaryCtxRetain(&context, device), "cuDevicePrimaryCtxRetain");
-    check(cuCtxSetCurrent(context), "cuCtxSetCurrent");
-    check(cuModuleLoadData(&module, ptx), "cuModuleLoadData");
-    check(cuModuleGetFunction(&function, module, "writes"), "cuModuleGetFunction");
-    check(cuMemAlloc(&memory, 64 << 20), "cuMemAlloc");
-    for (int i = 0; i < IN_FLIGHT; i++) check(cuEventCreate(&events[i], CU_EVENT_BLOCKING_SYNC), "cuEventCreate");
+    driver = dlopen("libcuda.so.1", RTLD_NOW);
+    if (!driver) failed("dlopen", 0);
+    CALL(cuInit, 0);
+    CALL(cuDeviceGet, &device, 0);
+    CALL(cuDeviceGetAttribute, &is_mps, CU_DEVICE_ATTRIBUTE_MPS_ENABLED, device);
+    CALL(cuDevicePrimaryCtxRetain, &context, device);
+    CALL(cuCtxSetCurrent, context);
+    CALL(cuModuleLoadData, &module, ptx);
+    CALL(cuModuleGetFunction, &function, module, "writes");
+    CALL(cuMemAlloc, &memory, 64 << 20);
+    for (int i = 0; i < IN_FLIGHT; i++) CALL(cuEventCreate, &events[i], CU_EVENT_BLOCKING_SYNC);
     printf("ready %d\n", is_mps);
     fflush(stdout);
     for (unsigned long launches = 0;; launches++) {
         void *arguments[] = {&memory};
         char line[64];
         struct pollfd input = {.fd = 0, .events = POLLIN};
-        if (launches >= IN_FLIGHT) check(cuEventSynchronize(events[launches % IN_FLIGHT]), "cuEventSynchronize");
-        check(cuLaunchKernel(function, 32, 1, 1, 256, 1, 1, 0, NULL, arguments, NULL), "cuLaunchKernel");
-        check(cuEventRecord(events[launches % IN_FLIGHT], NULL), "cuEventRecord");
+        if (launches >= IN_FLIGHT) CALL(cuEventSynchronize, events[launches % IN_FLIGHT]);
+        CALL(cuLaunchKernel, function, 32, 1, 1, 256, 1, 1, 0, NULL, arguments, NULL);
+        CALL(cuEventRecord, events[launches % IN_FLIGHT], NULL);
         if (poll(&input, 1, 0) <= 0) continue;
         if (!fgets(line, sizeof line, stdin)) return 0;
         printf("%lu\n", launches);
