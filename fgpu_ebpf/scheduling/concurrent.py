@@ -41,6 +41,7 @@ ALONE_WINDOW_NS, ALONE_NS = SECOND, 20 * MS  # the same, while all others are he
 SLOWED = 1.05  # a tenant is slowed if its launches take this many times their cost alone
 CARRY_NS = 20 * MS  # progress that is reported in one moment may have taken this time
 CHECK_NS = 500 * MS  # the period of the comparison with turns
+MOST_CLAIM = 1.1  # a tenant whose launches cost this many times the time that passes was measured wrongly
 LEAST_GAIN = 0.97  # tenants take turns again if all progress together falls below this part of that under turns
 FIRST_PAUSE_NS, MOST_PAUSE_NS = SECOND, 64 * SECOND
 
@@ -62,12 +63,14 @@ class _Runner:
     done_ns: float = 0.0
     alone_busy_ns: float = 0.0
     alone_done_ns: float = 0.0
+    claimed_ns: float = 0.0  # reported progress since the last check
     has_launched: bool = False  # since the phase began
 
     def begin(self) -> None:
         """Begin a phase."""
         self.launches, self.has_launched = self.place.seen.launches, False
-        self.carried_ns = self.busy_ns = self.done_ns = self.alone_busy_ns = self.alone_done_ns = 0.0
+        self.carried_ns = self.busy_ns = self.done_ns = self.claimed_ns = 0.0
+        self.alone_busy_ns = self.alone_done_ns = 0.0
 
     def launched(self) -> int:
         """Return the launches since the last call."""
@@ -108,7 +111,9 @@ class _Runner:
         if launches or place.seen.in_flight or place.seen.waiting:
             self.active_ns = now_ns
         place.alone.rested(launches, idle_ns if idle_ns < IDLE_NS else 0)
-        self.carried_ns += place.alone.of(launches)
+        cost_ns = place.alone.of(launches)
+        self.claimed_ns += cost_ns
+        self.carried_ns += cost_ns
         paid_ns = min(self.carried_ns, passed_ns)
         self.carried_ns = min(self.carried_ns - paid_ns, CARRY_NS)
         fades = max(0.0, 1 - passed_ns / WINDOW_NS)
@@ -183,8 +188,15 @@ class _Device:
             return True
         if now_ns - self.checked_ns < CHECK_NS:
             return False
-        rate, self.checked_ns = self.done_ns / (now_ns - self.checked_ns), now_ns
-        self.done_ns = 0
+        passed_ns, self.checked_ns = now_ns - self.checked_ns, now_ns
+        rate, self.done_ns = self.done_ns / passed_ns, 0
+        wrong = [runner for runner in self.runners if runner.claimed_ns > MOST_CLAIM * passed_ns]
+        for runner in self.runners:
+            runner.claimed_ns = 0.0
+        for runner in wrong:
+            runner.place.alone.forget()
+        if wrong:
+            return True
         limited = any(runner.place.share.limited for runner in self.runners)
         idle = sum(runner.is_active(now_ns) for runner in self.runners) < 2
         if limited or idle or rate >= LEAST_GAIN * min(1.0, self.turns_rate):
