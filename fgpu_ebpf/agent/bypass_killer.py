@@ -85,7 +85,7 @@ class BypassKiller:
     def _kill(self, pid: int, generation: int) -> bool:
         """Kill a process by its pidfd, if the ledger's entry is still the same after the pidfd was opened.
 
-        Returns whether it was killed.
+        Returns whether the process was killed.
         """
         try:
             pidfd = os.pidfd_open(pid)

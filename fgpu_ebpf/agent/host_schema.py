@@ -200,8 +200,9 @@ class HostDocument(Model):
     )
     overcommit: Literal["forbid", "allow", "park"] = Field(
         "forbid",
-        description="`allow`: the sum of limits may exceed a device's memory. `park`: it may too, and idle tenants are"
-        " parked if a parked tenant that wakes up, or a request for memory, has no room; only with `parking: on`.",
+        description="`allow`: the sum of limits may exceed a device's memory. `park`: such a sum is permitted too,"
+        " and idle tenants are parked if a parked tenant that wakes up, or a request for memory, has no room; only with"
+        " `parking: on`.",
     )
     parking: Literal["off", "on"] = Field(
         "off", description="`on`: idle tenants can be parked, which copies their device memory to the host."
@@ -220,7 +221,7 @@ class HostDocument(Model):
     )
     cdi_folder: _Path = absent("The folder in which container engines search for devices.")
     adapters: Annotated[list[Annotated[str, AfterValidator(_adapter)]], Field(max_length=16)] = absent(
-        "Projects from which requests are read: by default all that fgpu knows."
+        "Projects from which requests are read; absent: all projects that fgpu supports."
     )
     devices: Annotated[list[SharingDocument], Field(max_length=64)] = absent(
         "How the tenants of a device share its time: the first entry that matches the device counts; absent: `turns`."
@@ -233,7 +234,7 @@ class HostDocument(Model):
         "Shares that a device plugin offers to Kubernetes, and how many of each."
     )
     ignored_xids: Annotated[list[Annotated[int, Field(ge=1, le=MOST_XID)]], Field(max_length=256)] = absent(
-        "XIDs after which the device is still offered; absent: those that programs cause."
+        "XIDs after which shares of a device are still offered to Kubernetes; absent: the XIDs that programs cause."
     )
     drivers: DriversDocument = absent("Trusted files of libcuda, and the memory that a driver takes by itself.")
     bounds: BoundsDocument = absent("The most that one workload may use of shared tables, with all cgroups inside it.")
@@ -244,7 +245,7 @@ class HostDocument(Model):
     @model_validator(mode="after")
     def _parks_only_if_parking_is_on(self) -> Self:
         if self.overcommit == "park" and self.parking != "on":
-            raise ValueError("overcommit: park parks tenants, and parking is off: write `parking: on` too")
+            raise ValueError("`overcommit: park` parks tenants, but parking is off: write `parking: on` too")
         return self
 
 

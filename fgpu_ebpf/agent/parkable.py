@@ -104,7 +104,7 @@ def _amount(tenant: Tenant, processes: Mapping[int, Process]) -> str:
         return f"more than {MOST_PROCESSES} processes of the tenant hold device memory"
     size, most = sum(sum(process.bytes) for process in processes.values()), tenant.park_bytes
     if most and size > most:
-        return f"it holds {memory_text(size)}, more than memory.park.hostMemory permits ({memory_text(most)})"
+        return f"the tenant holds {memory_text(size)}, more than memory.park.hostMemory permits ({memory_text(most)})"
     return ""
 
 

@@ -84,7 +84,7 @@ class Shortfalls:
         most = max(others, key=lambda other: _had(others[other]) - _entitled(others[other]), default=None)
         if most is None or _had(others[most]) - _entitled(others[most]) < ratio / 2:
             why = (
-                "no other tenant exceeded its entitlement by half as much: "
+                "no other tenant exceeded its entitlement by half of this shortfall: "
                 "time is lost between turns, or not used in turns"
             )
         else:

@@ -89,7 +89,10 @@ def still_parked(folder: Path) -> str:
 
 
 def _woken_by_agent(folder: Path) -> str:
-    """Have the agent wake all tenants. Return as still_parked(). Raises ConnectionError, RequestError."""
+    """Have the agent wake all tenants. Return the text that still_parked() returns.
+
+    Raises ConnectionError, RequestError.
+    """
     from fgpu_ebpf.agent import parker_client, waking
 
     asked: set[str] = set()
@@ -115,7 +118,10 @@ def _woken_by_agent(folder: Path) -> str:
 
 
 def _wait(errand: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return the finished request. Print for what it waits, if that changes. Exits with 1 if it failed."""
+    """Wait for the end of a request, and return the finished request. Exits with 1 if the request failed.
+
+    Prints the reason for which the request waits, and prints each new reason.
+    """
     said = ""
     while not errand["done"]:
         if errand["waits"] and errand["waits"] != said:

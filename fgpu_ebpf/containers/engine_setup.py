@@ -143,8 +143,8 @@ def _put_beside(helper: Path, wanted: Wanted) -> None:
 def _kept(state: Path) -> dict[str, Any]:
     """Return the stored state.
 
-    `before`, `had` and `after` are texts of the file: without fgpu, when set_up() began, and as set_up() writes it. The
-    states of earlier versions have no `had`. `made`: the folders that set_up() has created, innermost first.
+    `before`: the text of the file without fgpu. `had`: the text when set_up() began; states of earlier versions have
+    no `had`. `after`: the text that set_up() writes. `made`: the folders that set_up() has created, innermost first.
     """
     nothing: dict[str, Any] = {"file": str(state), "before": None, "after": None, "made": []}
     try:

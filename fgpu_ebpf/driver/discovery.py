@@ -263,7 +263,7 @@ class Discovery:
 
         Args:
             pid: the process.
-            cgroup: the cgroup to which the work is charged; empty: unknown.
+            cgroup: the cgroup to which the work of probing is charged; empty: unknown.
             found: the files.
             verify: also check files that are already probed.
         """

@@ -92,7 +92,7 @@ class Gatekeeper:
         self._open_listener()
 
     def run(self) -> bool:
-        """Serve until end() is called, the lock is lost, or another gatekeeper waits for the lock of this stand-in.
+        """Serve until end() is called or the lock is lost. A stand-in ends if another gatekeeper waits for the lock.
 
         The run folder and the socket file stay. Returns False if the lock was lost.
         """

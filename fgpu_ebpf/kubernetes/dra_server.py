@@ -55,7 +55,7 @@ class DraServer:
         return self._server is not None and [stamp(path) for path in self._paths] == self._stamps
 
     async def open(self) -> None:
-        """Close the server, and listen at new sockets. Raises OSError or RuntimeError if that is not possible."""
+        """Close the server if it is open, and start a server at new sockets. Raises OSError, RuntimeError."""
         import grpc.aio
 
         await self.close()

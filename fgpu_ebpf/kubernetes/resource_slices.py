@@ -123,7 +123,7 @@ class Publisher:
         self._changed.set()
 
     async def run(self) -> None:
-        """Publish until the task is cancelled."""
+        """Keep the published ResourceSlice equal to the wanted devices, until the task is cancelled."""
         pause = FIRST_PAUSE_SECONDS
         while True:
             await self._changed.wait()

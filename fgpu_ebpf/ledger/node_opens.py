@@ -24,7 +24,7 @@ class Opens(NamedTuple):
 
 
 class NodeOpens:
-    """The part of the ledger that concerns opens. `run` runs the BPF program `adjust`."""
+    """The part of the ledger about opens of the driver's device nodes. `run` runs the BPF program `adjust`."""
 
     def __init__(self, maps: Mapping[str, int], run: Callable[..., int], pages: UsagePages) -> None:
         self._maps, self._run, self._pages = maps, run, pages

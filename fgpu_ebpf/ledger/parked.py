@@ -81,7 +81,7 @@ class ParkedMap:
         return self._each_device(abi.Adjust.WAKE, life, int(force))
 
     def decide_on_room(self, cgroup: int, device: int, seconds: float | None) -> None:
-        """Put the decision about requests of a level on its page, which lack room on a full device.
+        """Write the decision about a level's requests that lack room on a full device to the level's page.
 
         Args:
             cgroup: the level. It may be gone.

@@ -44,8 +44,8 @@ class Around(NamedTuple):
 class Source(Generic[_Value]):
     """A label or annotation that can hold a request.
 
-    `read` returns None if the text requests nothing, and raises QuantityError. `needs`: another label, without which
-    this one is ignored.
+    `read` returns None if the text requests nothing, and raises QuantityError if the text is invalid. `needs`: another
+    label, without which this label is ignored.
     """
 
     label: str

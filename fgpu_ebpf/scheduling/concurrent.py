@@ -67,7 +67,7 @@ class _Runner:
     has_launched: bool = False  # since the phase began
 
     def begin(self) -> None:
-        """Begin a phase."""
+        """Begin a phase of turns or of concurrent launches: count the tenant's launches and times from now on."""
         self.launches, self.has_launched = self.place.seen.launches, False
         self.carried_ns = self.busy_ns = self.done_ns = self.claimed_ns = 0.0
         self.alone_busy_ns = self.alone_done_ns = 0.0

@@ -99,8 +99,8 @@ class Manager:
     def _tenant(self, path: str) -> Tenant | None:
         """Return the tenant that a cgroup should be; None: the cgroup is gone, or should not be managed.
 
-        A tenant of source KEPT keeps its pinned limits as long as _doubt() returns a reason. A pod without a limit from
-        before the start gets none while its claims are unknown.
+        A tenant of source KEPT keeps its pinned limits as long as _doubt() returns a reason. A pod that
+        an earlier agent left without a limit gets no limit while the claims of the pod are unknown.
         """
         workload = self.workloads.identify(path)
         if workload is None:

@@ -118,7 +118,7 @@ class Overrides:
             self._has_failed = False
 
     def unknown(self, cgroup: int) -> str:
-        """Return why the override of a cgroup from before this start could not be read; empty if it was read."""
+        """Return why a cgroup's override could not be read when the agent started; empty: there was no error."""
         return self._error or self._errors.get(cgroup, "")
 
     def settle(self, kept: Iterable[Override]) -> None:

@@ -135,7 +135,7 @@ def test_valid_listen_addresses_are_accepted(settings, address):
         ("overcommit: true", ":1: overcommit: 'true' is none of forbid, allow, park: write one of them"),
         (
             "listen: localhost:1\novercommit: park",
-            ":1: overcommit: park parks tenants, and parking is off: write `parking: on` too",
+            ":1: `overcommit: park` parks tenants, but parking is off: write `parking: on` too",
         ),
         ("loader: /usr/bin/python3", ":1: loader: must be a list, as in [a, b]"),
         ("loader: [python3]", ":1: loader: 'python3' is not an absolute path: begin it with /"),
