@@ -105,5 +105,5 @@ class BypassKiller:
     def _report(self, tenant: Tenant, pid: int, device: int, bytes_: int) -> None:
         self._history.add(
             "killed", tenant=tenant.name, pid=pid, gpu=device, bytes=bytes_, reason="onBypass",
-            text="memory that no probe has recorded, beyond the limit",
+            text="the process exceeded the limit with memory that no probe has recorded",
         )  # fmt: skip

@@ -85,7 +85,7 @@ def _share(value: str) -> str:
 def _profile_share(value: str) -> str:
     share = share_name.parse(value)
     if share.device or not share.memory:
-        raise ValueError(f"{shown(value)} is not a profile: write memory and no device, as 8gib or 8gib-50pct")
+        raise ValueError(f"{shown(value)} is not a profile: write memory and no device, such as 8gib or 8gib-50pct")
     if len(value) > MOST_NAME_CHARACTERS:
         raise ValueError(
             f"{shown(value)} is longer than {MOST_NAME_CHARACTERS} characters: "
@@ -136,7 +136,7 @@ class SharingDocument(Model):
 
 
 class DriversDocument(Model):
-    """The mapping under `drivers:`."""
+    """The mapping under `drivers:` in agent.yaml: trusted files of libcuda, and the memory that a driver may take."""
 
     trusted: Annotated[list[Annotated[str, AfterValidator(_digest)]], Field(max_length=256)] = absent(
         "SHA-256 of files of libcuda that are trusted like the host's own; `fgpu doctor` prints the setting."

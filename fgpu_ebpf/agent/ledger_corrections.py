@@ -110,7 +110,7 @@ class Corrections:
         self._gone = counts
 
     def _left(self, device: int, sample: Sample) -> int | None:
-        """Return the bytes in use beyond all rows, or None if NVML does not report one of the numbers."""
+        """Return the bytes in use on a device that no row has; None: NVML does not report some of the bytes."""
         known = [bytes_ for bytes_ in sample.rows.values() if bytes_ is not None]
         in_use = self._nvml.taken_bytes(device)
         return None if in_use is None or len(known) < len(sample.rows) else in_use - sum(known)

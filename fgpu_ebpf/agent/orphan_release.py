@@ -157,7 +157,8 @@ class OrphanRelease:
     def ended_rows(self, sample: Sample, orphans: Sequence[Orphan]) -> dict[int, int]:
         """Return the bytes by pid that NVML shows for ended processes.
 
-        A live process of the same pid is not charged for these bytes. Orphans that are in no row explain none of them.
+        A live process of the same pid is not charged for these bytes. Orphans that are in no row of NVML explain none
+        of the bytes.
 
         Orphaned bytes without an entry may belong to any ended process, also to one that was never in the ledger. If
         there are such bytes, the rows of all ended processes count.

@@ -70,7 +70,7 @@ class Errand:
 
 
 class Errands:
-    """The last MOST_ERRANDS errands, by number."""
+    """The last MOST_ERRANDS requests of users to park or wake a tenant, by number."""
 
     def __init__(self) -> None:
         self._numbers = itertools.count(1)

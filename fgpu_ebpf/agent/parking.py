@@ -164,7 +164,7 @@ class Parking:
         self._ask(parked, sock, Goal.PARK)
 
     def _give_up(self, parked: ParkedTenant, why: str) -> None:
-        """Leave a tenant that has no entries in the ledger as it is."""
+        """Cancel the parking of a tenant that has no entries in the ledger. The tenant continues to run."""
         parked.finish(Goal.WAKE)
         self._remove(parked, f"{parked.name} cannot be parked: {why}")
 
@@ -209,7 +209,7 @@ class Parking:
             lambda: self._lose_sight(parked, "the parker has ended"),
         )  # fmt: skip
         if parked.request is None:
-            self._lose_sight(parked, "the parker takes no request")
+            self._lose_sight(parked, "the parker accepts no request")
 
     def _take_line(self, parked: ParkedTenant, op: Goal | None, line: parker_client.Line) -> None:
         seconds, states, result = line.get("seconds"), line.get("states"), line.get("result")

@@ -130,7 +130,10 @@ class UsageMeter:
     def _ran(
         self, key: Key, counts: TurnCounts | None, percent: Mapping[int, int] | None, own: Set[int], seconds: float
     ) -> tuple[str, float, bool]:
-        """Return the source, the seconds of the device's time that a tenant ran, and whether it was idle."""
+        """Return the source, the seconds of the device's time that a tenant ran, and whether the tenant was idle.
+
+        The source of the seconds is `turns`, `nvml` or `none`.
+        """
         if counts and not counts.free:
             ran = min(seconds, max(0, counts.owned_ns - self._turns.get(key, NEW).owned_ns) / NS)
             return "turns", ran, ran < IDLE_RATIO * seconds

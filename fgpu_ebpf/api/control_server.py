@@ -119,7 +119,7 @@ class ControlServer:
         except Exception as error:  # a defect of fgpu: the peer gets an error, and the main loop continues
             self._agent.failures += 1
             log.exception("a request failed")
-            return {"error": f"internal error, see the agent's log: {type(error).__name__}", "code": 1}
+            return {"error": f"internal error ({type(error).__name__}): see the agent's log", "code": 1}
 
     def _handle(self, peer: socket.socket, request: dict[str, Any]) -> Any:
         verb = request.get("verb")
@@ -227,7 +227,7 @@ class ControlServer:
 
     def _detach(self, _: dict[str, Any]) -> dict[str, int]:
         if names := self._agent.parts.chores.parking.names():
-            text = f"parked: {', '.join(names)}: wake them first (`fgpu wake --all`)"
+            text = f"tenants are parked ({', '.join(names)}): wake these tenants first (`fgpu wake --all`)"
             raise RequestError(text, control_client.PARKED)
         return self._agent.detach()
 

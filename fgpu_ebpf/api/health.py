@@ -19,8 +19,8 @@ from fgpu_ebpf.snapshot import RELEASED
 NONE = f": only `fgpu run`, `fgpu set` and shares limit anything. {folder.NEXT_STEP}"
 FULL_PARTS = 0.75  # the threshold of the alert FgpuTableFilling
 FULL = (
-    "a full table refuses new programs: find the workload in `fgpu events` or `fgpu explain TARGET`, "
-    "and lower its bound under `bounds:` in agent.yaml"
+    "a full table refuses new programs: find the workload that fills the table in `fgpu events` or "
+    "`fgpu explain TARGET`, and lower the workload's bound under `bounds:` in agent.yaml"
 )
 
 

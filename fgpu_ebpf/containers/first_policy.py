@@ -15,7 +15,7 @@ from fgpu_ebpf.policy.folder import PolicyFolder
 
 
 def settings(name: str, cgroups: tuple[str, ...], memory: str, folder: Path) -> Engine:
-    """Return an Engine that describes the file. `name`: the engine; `memory`: a limit, as text for a policy."""
+    """Return an Engine that describes the policy file of the engine `name`. `memory`: the limit, as in a policy."""
     text = (
         f"# Written by `fgpu setup {name} --memory {memory}`. `fgpu setup {name} --undo` removes this file, unless it\n"
         "# has changed since. Policies of files that come before this one are tried first.\n"

@@ -200,7 +200,7 @@ class Nvml:
             return None
 
     def _find_again(self, error: pynvml.NVMLError) -> None:
-        """Restart NVML after an error that a new handle may end, as for a device that was lost or reset."""
+        """Restart NVML after an error that new handles may end, such as the loss or reset of a device."""
         if self.released or error.value not in _RESTART:
             return
         lost = {index for index, handle in self._handles.items() if _is_lost(handle)}

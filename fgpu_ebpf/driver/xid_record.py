@@ -75,5 +75,5 @@ class XidRecord:
         except FileNotFoundError:
             return {}
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            log.error("%s cannot be read; devices that reported an XID before count as healthy: %s", self._file, error)
+            log.error("%s cannot be read (%s); devices that reported an XID before count as healthy", self._file, error)
             return {}

@@ -125,7 +125,7 @@ async def _chunks(reader: asyncio.StreamReader, headers: Mapping[str, str]) -> A
     if headers.get("transfer-encoding", "").lower() == "chunked":
         while size := int((await reader.readline()).split(b";")[0], 16):
             if size > MOST_BYTES:
-                raise ValueError(f"a part of the answer has {size} bytes")
+                raise ValueError(f"a part of the answer has {size} bytes, more than {MOST_BYTES}")
             yield (await reader.readexactly(size + 2))[:-2]
     elif "content-length" in headers:
         yield await reader.readexactly(min(int(headers["content-length"]), MOST_BYTES + 1))

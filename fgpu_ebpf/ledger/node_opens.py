@@ -1,6 +1,6 @@
-"""Opens of the driver's device nodes by processes without the shim, which bpf/opens.bpf.h refuses or counts.
+"""The ledger's part about device nodes: bpf/opens.bpf.h refuses or counts opens by processes without the shim.
 
-Runs in the agent's main thread. Errors are OSError of bpf(2).
+This module runs in the agent's main thread. Errors are OSError of bpf(2).
 """
 
 from __future__ import annotations

@@ -104,7 +104,7 @@ def _size(value: Any) -> int:
     text = _written(value, "1GiB")
     found = amount(text)
     if not found.bytes:
-        raise ValueError(f"{shown(text)} is a part of a device: write a size, as 1GiB")
+        raise ValueError(f"{shown(text)} is a part of a device: write a size, such as 1GiB")
     return found.bytes
 
 

@@ -161,7 +161,7 @@ class Grant(NamedTuple):
 
 
 def wanted(waiters: Iterable[Waiter]) -> set[int]:
-    """Return the devices that these tenants wait for."""
+    """Return the devices for which the tenants in `waiters` wait."""
     return {device for waiter in waiters for device in waiter.devices}
 
 
@@ -233,7 +233,7 @@ def longer_ns(share: Share, rivals: Collection[Share]) -> int:
 def entitlements(shares: Mapping[int, Share]) -> dict[int, int]:
     """Return the part of a device's time, in millionths, that each tenant gets while all are busy.
 
-    The time is divided by weight. Time beyond a tenant's limit is divided among the tenants without such a limit.
+    The time is divided by weight. The part of a tenant above its limit is divided among the tenants below their limits.
     """
     got: dict[int, int] = {}
     left, open_ = MILLION, dict(shares)

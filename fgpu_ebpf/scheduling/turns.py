@@ -136,7 +136,10 @@ class Turns:
         return changed
 
     def look_again(self) -> bool:
-        """Return whether to check again at once, because gates were closed with nothing in flight."""
+        """Return whether another step is due at once, because gates of a tenant without work in flight were closed.
+
+        The method returns True once after such a step.
+        """
         is_drained, self._is_drained = self._is_drained, False
         return is_drained
 

@@ -164,7 +164,7 @@ class Engines:
         return bool(gone)
 
     def _answered(self, subject: Subject, names: Names) -> None:
-        """Store an answer. Called in an engine thread."""
+        """Store the names that an engine has reported for a container or pod. Called in an engine thread."""
         with self._lock:
             entry = self._entries.get(subject)
             if entry is None:

@@ -119,7 +119,7 @@ def test_valid_listen_addresses_are_accepted(settings, address):
             ":1: drivers.trusted[0]: '0a0a' is not a digest: write it as sha256: and 64 digits, 0 to 9 and a to f",
         ),
         ("drivers: {any: true}", ":1: drivers: unknown key 'any': use one of trusted, modules"),
-        ("drivers: {modules: 50%}", ":1: drivers.modules: '50%' is a part of a device: write a size, as 1GiB"),
+        ("drivers: {modules: 50%}", ":1: drivers.modules: '50%' is a part of a device: write a size, such as 1GiB"),
         ("drivers: {modules: 256}", ":1: drivers.modules: '256' has no unit: did you mean 256GiB?"),
         ("drivers: {modules: 8GB}", ":1: drivers.modules: '8GB': did you mean 8GiB?"),
         ("drivers: {modules: [1GiB]}", ":1: drivers.modules: is not a quantity: write it as 1GiB"),
