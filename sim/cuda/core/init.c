@@ -6,6 +6,9 @@
 #include "cuda/core/gate.h"
 #include "wire/link.h"
 
+#include <limits.h>
+#include <stdio.h>
+#include <stdlib.h>
 #include <unistd.h>
 
 struct driver driver;
@@ -112,6 +115,15 @@ bool context_is_known(const struct context *context)
     return false;
 }
 
+/* Return whether the process finds a control daemon of MPS. Its kernels run as without MPS. */
+static bool finds_mps(void)
+{
+    const char *folder = getenv("CUDA_MPS_PIPE_DIRECTORY");
+    char path[PATH_MAX];
+    int length = snprintf(path, sizeof path, "%s/control", folder ?: "/tmp/nvidia-mps");
+    return length < (int)sizeof path && !access(path, W_OK);
+}
+
 static CUresult initialise(void)
 {
     uint32_t n;
@@ -120,6 +132,7 @@ static CUresult initialise(void)
     for (uint32_t i = 0; i < n; i++)
         if (sim_ask(SIM_DEVICE, (struct sim_request){.device = i}, &driver.devices[i], sizeof driver.devices[i]))
             return CUDA_ERROR_NO_DEVICE;
+    for (uint32_t i = 0; i < n; i++) driver.devices[i].attributes[CU_DEVICE_ATTRIBUTE_MPS_ENABLED] = finds_mps();
     int gate = -1, status = sim_ask_file(SIM_ATTACH, (struct sim_request){0}, NULL, 0, &gate);
     if (status) return status == SIM_LOST ? CUDA_ERROR_NO_DEVICE : CUDA_ERROR_OUT_OF_MEMORY;
     /* Done last, when nothing can fail any more: a second attempt must find the list as empty as the first did. */

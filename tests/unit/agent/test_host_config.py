@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -92,6 +93,26 @@ def test_priorities_are_read_by_name(settings):
     found, errors = settings("priorities: {low: [batch, train], high: [interactive]}")
     assert (found.priorities, errors) == ({"batch": "low", "train": "low", "interactive": "high"}, [])
     assert settings("priorities: {}") == (HostSettings(), [])
+
+
+def test_the_first_entry_that_matches_a_device_says_how_it_is_shared(settings):
+    found, errors = settings(
+        "devices: [{match: [1], sharing: turns}, {match: ['*H200*', 2], sharing: concurrent}, {match: 0, sharing: turns}]"
+    )
+    assert not errors
+    names = ["NVIDIA H200", "NVIDIA H200", "NVIDIA L4", "NVIDIA L4"]
+    devices = [SimpleNamespace(index=index, name=name, uuid_text="") for index, name in enumerate(names)]
+    assert host_config.concurrent(found.sharing, devices) == {0, 2}
+    assert host_config.concurrent(HostSettings().sharing, devices) == frozenset()
+
+
+@pytest.mark.parametrize(
+    "entry", ["{match: ['*']}", "{sharing: turns}", "{match: [], sharing: turns}", "{match: 0, sharing: mps}"]
+)
+def test_a_wrong_entry_of_devices_is_refused(settings, entry):
+    found, errors = settings(f"devices: [{entry}]")
+    assert found is None
+    assert errors[0].startswith(":1")
 
 
 @pytest.mark.parametrize(

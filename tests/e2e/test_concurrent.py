@@ -1,0 +1,107 @@
+"""A concurrent device: tenants with a share of time use MPS and run at the same time. The simulated device runs the
+kernels of all programs side by side.
+"""
+
+from __future__ import annotations
+
+import socket
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.e2e.spin_kit import together
+from tests.support.commands import ask, metrics
+from tests.support.host import BUILD, ENVIRONMENT, FGPU, RUN_DIR
+from tests.support.service import Service
+from tests.support.wait import eventually
+
+pytestmark = pytest.mark.timed
+SETTING = "devices: [{match: ['*'], sharing: concurrent}]\n"
+
+
+def shared() -> float:
+    """Return the seconds for which all tenants of the device could launch at the same time."""
+    return metrics().get(("fgpu_slice_lent_seconds_total", frozenset({("gpu", "0")})), 0.0)
+
+
+@pytest.fixture(scope="module")
+def writes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Build the benchmark's program that prints whether it uses MPS."""
+    source, out = Path(__file__).parents[2] / "bench/programs/writes.c", tmp_path_factory.mktemp("writes") / "writes"
+    subprocess.run(
+        ["gcc", "-std=gnu11", "-O2", f"-I{BUILD}/headers", "-o", out, source, "-ldl"], check=True, timeout=60
+    )
+    return out
+
+
+@pytest.fixture
+def concurrent(service: Service, unharmed: None) -> Iterator[Service]:
+    """Restart the agent with a concurrent device, and put a socket where `fgpu mps` puts that of MPS."""
+    said = service.config.read_text()
+    service.config.write_text(said + SETTING)
+    service.kill_agent()
+    service.start_agent()
+    folder = RUN_DIR / "shim/mps"
+    folder.mkdir()
+    with socket.socket(socket.AF_UNIX) as control:
+        control.bind(str(folder / "control"))
+        yield service
+    (folder / "control").unlink()
+    folder.rmdir()
+    service.config.write_text(said)
+    service.kill_agent()
+    service.start_agent()
+
+
+def mps(program: Path, *options: str) -> str:
+    """Return what a program in a tenant prints about MPS."""
+    command = [*FGPU, "run", "--memory", "1GiB", *options, "--", program]
+    done = subprocess.run(command, input="\n", capture_output=True, text=True, env=ENVIRONMENT, timeout=60, check=True)
+    return done.stdout.splitlines()[0]
+
+
+def test_programs_with_a_share_of_a_concurrent_device_use_mps(concurrent: Service, writes: Path) -> None:
+    assert ask(verb="snapshot")["devices"][0]["sharing"] == "concurrent"
+    assert mps(writes, "--weight", "100") == "ready 1"
+    assert mps(writes) == "ready 0"  # without a share of time nothing would hold the program
+
+
+def test_programs_of_other_devices_do_not_use_mps(service: Service, unharmed: None, writes: Path) -> None:
+    assert ask(verb="snapshot")["devices"][0]["sharing"] == "turns"
+    assert mps(writes, "--weight", "100") == "ready 0"
+
+
+def test_busy_tenants_run_at_the_same_time(concurrent: Service, start) -> None:
+    first, second = start("first", "--weight", "300"), start("second", "--weight", "100")
+    before = shared()
+    for one in (first, second):
+        one.begin(8)
+    eventually(lambda: shared() > before + 2, 10, "concurrency")
+    done = [one.kernels() for one in (first, second)]
+    assert min(done) > 0.6 * max(done)  # under turns: a third
+
+
+def test_a_ceiling_holds_beside_a_tenant_that_runs_at_the_same_time(concurrent: Service, start) -> None:
+    alone = start("alone")
+    (most,) = together(alone)
+    first, second = start("first", "--compute", "25%"), start("second", "--weight", "100")
+    together(first, second)  # until the costs are known
+    before = shared()
+    done = together(first, second)
+    assert shared() > before
+    assert done[0] / most == pytest.approx(0.25, abs=0.06)
+    assert done[1] / most > 0.7
+
+
+def test_tenants_go_on_after_the_gatekeeper_was_killed(concurrent: Service, start) -> None:
+    first, second = start("first", "--weight", "100"), start("second", "--weight", "100")
+    before = shared()
+    for one in (first, second):
+        one.begin(12)
+    eventually(lambda: shared() > before, 10, "concurrency")
+    concurrent.kill_gatekeeper()
+    eventually(concurrent.gatekeepers, 3, "another gatekeeper")
+    eventually(lambda: shared() > 1, 12, "concurrency again")
+    assert all(one.kernels() > 0 for one in (first, second))

@@ -1,0 +1,109 @@
+"""Tests of the copies of MPS clients' descriptors."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from fgpu_ebpf.gatekeeper import guardian
+from fgpu_ebpf.gatekeeper.guardian import Guardian
+from tests.support.wait import eventually
+
+KEY = 1
+
+
+@pytest.fixture
+def node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Return a file that stands for a node of the driver."""
+    monkeypatch.setattr(guardian, "NODES", f"{tmp_path}/nvidia")
+    path = tmp_path / "nvidia0"
+    path.touch()
+    return path
+
+
+@pytest.fixture
+def client(node: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """Return a process that opens the node twice, and another file, after it has read a line."""
+    code = f"import sys; sys.stdin.readline(); kept = [open({str(node)!r}) for _ in range(2)] + [open('/dev/zero')]"
+    command = [sys.executable, "-c", f"{code}; print('open', flush=True); sys.stdin.readline()"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        yield process
+        process.kill()
+
+
+def opened(client: subprocess.Popen[bytes]) -> None:
+    assert client.stdin
+    assert client.stdout
+    client.stdin.write(b"\n")
+    client.stdin.flush()
+    assert client.stdout.readline() == b"open\n"
+
+
+def copies(node: Path) -> int:
+    """Return the number of descriptors of the node in this process."""
+    found = 0
+    for name in os.listdir("/proc/self/fd"):
+        try:
+            found += os.readlink(f"/proc/self/fd/{name}") == str(node)
+        except OSError:
+            continue
+    return found
+
+
+@pytest.fixture
+def watched(client: subprocess.Popen[bytes]) -> Guardian:
+    guard, pidfd = Guardian(), os.pidfd_open(client.pid)
+    guard.watch(KEY, client.pid, pidfd)
+    os.close(pidfd)  # the session's own
+    return guard
+
+
+def test_descriptors_that_a_client_opens_later_are_copied(watched, client, node):
+    opened(client)
+    eventually(lambda: copies(node) == 2)
+    assert len(watched) == 2  # and no other file
+
+
+def test_copies_outlive_a_killed_client_until_its_kernels_should_have_ended(watched, client, node):
+    opened(client)
+    eventually(lambda: copies(node) == 2)
+    client.kill()
+    client.wait()
+    begun_ns = time.monotonic_ns()
+    watched.end(KEY, begun_ns + 500_000_000)
+    watched.end(KEY, 0)  # the session's end is reported twice
+    eventually(lambda: copies(node) == 0)
+    assert time.monotonic_ns() - begun_ns >= 500_000_000 + guardian.KEEPS_NS
+    assert len(watched) == 0
+
+
+def test_a_client_that_reports_endless_work_keeps_its_memory_for_a_bounded_time(watched, client, node, monkeypatch):
+    monkeypatch.setattr(guardian, "MOST_KEEPS_NS", 700_000_000)
+    opened(client)
+    eventually(lambda: copies(node) == 2)
+    watched.end(KEY, 2**63)
+    eventually(lambda: copies(node) == 0, 5)
+
+
+def test_a_client_with_many_descriptors_has_a_bounded_number_of_copies(watched, client, node, monkeypatch):
+    monkeypatch.setattr(guardian, "MOST_OF_CLIENT", 1)
+    opened(client)
+    eventually(lambda: copies(node) == 1)
+    time.sleep(4 * guardian.LOOK_SECONDS)
+    assert copies(node) == 1
+
+
+def test_the_thread_ends_with_the_last_client_and_starts_again(watched, client, node):
+    watched.end(KEY, 0)
+    eventually(lambda: not watched._runs)
+    pidfd = os.pidfd_open(client.pid)
+    watched.watch(KEY, client.pid, pidfd)
+    os.close(pidfd)
+    opened(client)
+    eventually(lambda: copies(node) == 2)
