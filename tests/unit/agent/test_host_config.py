@@ -97,7 +97,8 @@ def test_priorities_are_read_by_name(settings):
 
 def test_the_first_entry_that_matches_a_device_says_how_it_is_shared(settings):
     found, errors = settings(
-        "devices: [{match: [1], sharing: turns}, {match: ['*H200*', 2], sharing: concurrent}, {match: 0, sharing: turns}]"
+        "devices: [{match: [1], sharing: turns}, {match: ['*H200*', 2], sharing: concurrent}, "
+        "{match: 0, sharing: turns}]"
     )
     assert not errors
     names = ["NVIDIA H200", "NVIDIA H200", "NVIDIA L4", "NVIDIA L4"]

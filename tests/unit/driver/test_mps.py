@@ -37,9 +37,11 @@ def run_dir(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def command(run_dir: Path) -> Iterator[subprocess.Popen[bytes]]:
-    code = f"import sys; from pathlib import Path; from fgpu_ebpf.driver import mps; sys.exit(mps.serve(Path({str(run_dir)!r})))"
+    code = (
+        "import sys; from pathlib import Path; from fgpu_ebpf.driver import mps; sys.exit(mps.serve(Path(sys.argv[1])))"
+    )
     environment = os.environ | {"PATH": f"{run_dir.parent}/bin:{os.environ['PATH']}"}
-    with subprocess.Popen([sys.executable, "-c", code], env=environment) as process:
+    with subprocess.Popen([sys.executable, "-c", code, str(run_dir)], env=environment) as process:
         yield process
         process.kill()
 
