@@ -12,29 +12,29 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass, field
-from statistics import median_low
 
 TURNS, FEWEST = 8, 2  # the turns that count, and how many are needed
-STRANGE = 2.0  # a turn whose launches cost this many times the median had other work, such as the start of a program
+STRANGE = 1.5  # a turn whose launches cost this many times the median had other work, such as the start of a program
 
 
 @dataclass(slots=True)
 class AloneCost:
-    """The mean cost of a launch in the last turns.
+    """The mean cost of a launch in the last turns. Turns of earlier measurements count less.
 
     `fresh_launches`, `fresh_ns`: the launches of turns since the last begin(), and the busy time of these turns.
     """
 
     fresh_launches: int = 0
     fresh_ns: int = 0
-    _turns: deque[tuple[int, int]] = field(default_factory=lambda: deque(maxlen=TURNS))  # launches and busy time
+    _turns: deque[tuple[float, float]] = field(default_factory=lambda: deque(maxlen=TURNS))  # launches and busy time
     _busy_ns: float = 0.0  # of a launch
     _rested_launches: int = 0
     _rested_ns: int = 0
 
     def begin(self) -> None:
-        """Begin a measurement. Rests that were measured before count half as much as until now."""
+        """Begin a measurement. What was measured before counts half as much as until now."""
         self.fresh_launches = self.fresh_ns = 0
+        self._turns = deque(((count / 2, ns / 2) for count, ns in self._turns), TURNS)
         self._rested_launches, self._rested_ns = self._rested_launches // 2, self._rested_ns // 2
 
     def forget(self) -> None:
@@ -49,9 +49,18 @@ class AloneCost:
         self.fresh_launches += launches
         self.fresh_ns += busy_ns
         self._turns.append((launches, busy_ns))
-        most = STRANGE * median_low(ns / count for count, ns in self._turns)
+        most = STRANGE * self._median_ns()
         usual = [(count, ns) for count, ns in self._turns if ns <= most * count]
         self._busy_ns = sum(ns for _, ns in usual) / sum(count for count, _ in usual)
+
+    def _median_ns(self) -> float:
+        """Return the cost of a launch in the turn with which half of all launches were as cheap, or cheaper."""
+        half = sum(count for count, _ in self._turns) / 2
+        for count, ns in sorted(self._turns, key=lambda turn: turn[1] / turn[0]):
+            half -= count
+            if half <= 0:
+                return ns / count
+        return 0.0  # there was no turn
 
     def rested(self, launches: int, idle_ns: int) -> None:
         """Add some launches, and the time for which the tenant had no work between them."""

@@ -31,6 +31,7 @@ MS, SECOND = 1_000_000, 1_000_000_000
 LEARN_NS, LEARN_LAUNCHES = 150 * MS, 32  # busy time and launches that measure the cost of a launch
 AGAIN_NS = 80 * MS  # the same, if a cost was measured before
 MOST_LEARN_NS, MOST_AGAIN_NS = 2 * SECOND, 400 * MS  # bounds of such a phase: an idle tenant may launch nothing
+FIRST_NS = 5 * SECOND  # costs that were measured for the first time, perhaps while programs started, hold for this time
 REFRESH_NS, LATEST_NS = 20 * SECOND, 300 * SECOND  # costs are measured again: after holding, and if no tenant was held
 LOOK_NS, MOST_LOOK_NS = 4 * MS, 12 * MS  # bounds of the time between looks: less if a tenant may soon be held
 IDLE_LOOK_NS = 24 * MS  # the period in which idle tenants are looked at
@@ -184,7 +185,7 @@ class _Device:
             self.done_ns += runner.progress(passed_ns, runner is alone is was_alone, now_ns)
             if runner.has_launched and not runner.place.alone.is_known:
                 return True
-        if now_ns - self.shared_ns >= (REFRESH_NS if self.has_held else LATEST_NS):
+        if now_ns - self.shared_ns >= self._holds_ns():
             return True
         if now_ns - self.checked_ns < CHECK_NS:
             return False
@@ -204,6 +205,12 @@ class _Device:
             return False
         self.paused_ns, self.pause_ns = now_ns + self.pause_ns, min(2 * self.pause_ns, MOST_PAUSE_NS)
         return True
+
+    def _holds_ns(self) -> int:
+        """Return how long the tenants run at the same time before their costs are measured again."""
+        if not self.has_held:
+            return LATEST_NS
+        return FIRST_NS if self.is_first else REFRESH_NS
 
     def held(self, now_ns: int) -> list[_Runner]:
         """Move up tenants that do not need their share. Return the tenants that are to be held."""
