@@ -66,8 +66,7 @@ class UsageView:
     """The use of one device by a tenant since the agent's start, as far as one source has measured it.
 
     `source`: `turns`, `nvml` (a sample), or `none` if the device's time is unknown. `held_seconds`: the time for which
-    the tenant had memory on the device. `idle_seconds`: the sum of the measured intervals in that time in which the
-    tenant ran for less than 1 % of the interval.
+    the tenant had memory on the device. `idle_seconds`: the sum of the measured intervals of that time with < 1 % of use.
     """
 
     source: str
@@ -112,7 +111,7 @@ class ParkingView:
     has to be asked). `seconds`: the time in this state; None if it is running. `why`: why it waits, or why the
     driver has to be asked. `park_seconds` and `wake_seconds`: the sums of the times of the driver's copies.
     `after_seconds`: the idle time after which the policy parks it, or None. `idle_seconds`, `parked_in_seconds`: how
-    long it has been idle, when it will be parked; None while it does not run. `refused`: the last reason against it.
+    long it has been idle, when it will be parked; None: it does not run. `refused`: the last reason against it.
     """
 
     state: str
@@ -215,7 +214,7 @@ class DeviceView:
     these XIDs agent.yaml ignores, by default those that programs cause. `fatal_xid`: the XID because of which no share
     of the device is offered; None: there is none. `unexplained_bytes`: bytes in use that belong to no process, orphan
     or known reserve; None: unknown. `usable_bytes`: the capacity without the driver's reserve, against which
-    `committed_bytes` counts. `sharing`: turns, or concurrent if the tenants of the device run at the same time.
+    `committed_bytes` counts. `sharing`: turns or concurrent.
     """
 
     index: int

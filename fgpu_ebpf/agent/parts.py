@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import MutableMapping
 from typing import NamedTuple
 
-from fgpu_ebpf.agent import host_config
 from fgpu_ebpf.agent.cgroup_looks import HostLook
 from fgpu_ebpf.agent.chores import Chores, make_chores
 from fgpu_ebpf.agent.denied_opens import DeniedOpens
@@ -82,7 +81,7 @@ def wire(
         settings.run_dir, ledger, namer, history, devices, older, settings.bounds, settings.overcommit
     )
     manager.classes, manager.adapters = settings.priorities, settings.adapters
-    ledger.times.set_concurrent(host_config.concurrent(settings.sharing, devices))
+    ledger.times.set_concurrent(settings.concurrent(devices))
     tally = driver.xids.tally(settings.ignored_xids, devices)
     reconciler = Reconciler(driver.nvml, ledger, manager.enforcer.levels, tally, older if driver.layout_changed else ())
     events = KernelEvents(

@@ -5,7 +5,7 @@ This module contains data only. It runs in the main thread of the agent and of c
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -52,6 +52,10 @@ class Settings(NamedTuple):
     priorities: rules.Classes = rules.NO_CLASSES
     sharing: host_config.Sharing = ()
     log_format: str | None = None  # as in Options
+
+    def concurrent(self, devices: Iterable[rules.Device]) -> frozenset[int]:
+        """Return the indexes of devices whose tenants run at the same time."""
+        return host_config.concurrent(self.sharing, devices)
 
 
 class Options(NamedTuple):

@@ -340,17 +340,12 @@ def crio_after(of: Settings) -> Wanted:
 
 
 def _in_front_of(real: str, engine: str, helper: Path) -> tuple[Path, dict[str, str]]:
-    """Return the link that settings without runtime arguments name instead of the helper, and all links to create.
-
-    The links to create are a mapping from path to target.
+    """Return the link that settings without runtime arguments name, and all links to create, by path.
 
     Args:
         real: the name or the path of the runtime that the helper runs.
         engine: the name of the engine, for names of links.
-        helper: the path of `fgpu-oci`.
-
-    Raises:
-        SetupError: `real` is in the helper's folder, so the helper would run itself.
+        helper: the path of `fgpu-oci`. SetupError: `real` is in its folder, so the helper would run itself.
     """
     if Path(real).parent == helper.parent:
         raise SetupError(f"the settings name fgpu's {real} outside of fgpu's text: write the real runtime's path there")

@@ -226,10 +226,7 @@ class Ledger:
         bpf.update(self._maps["host"], _U32.pack(index), _U64.pack(value))
 
     def file_check(self, dev: int, ino: int) -> int | None:
-        """Return the offset of a probed instruction in a file; 1: the offset is unknown; None: the file is not probed.
-
-        Thread-safe.
-        """
+        """Return the offset of a file's probed instruction; 1: unknown; None: the file is not probed. Thread-safe."""
         raw = bpf.lookup(self._maps["files"], _FILE.pack(dev, ino), 4)
         return None if raw is None else int(_U32.unpack(raw)[0])
 

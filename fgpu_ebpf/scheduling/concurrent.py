@@ -199,7 +199,8 @@ class _Device:
         if wrong:
             return True
         limited = any(runner.place.share.limited for runner in self.runners)
-        idle = sum(runner.is_active(now_ns) for runner in self.runners) < 2
+        active = [runner for runner in self.runners if runner.is_active(now_ns)]
+        idle = len(active) < 2 or not any(runner.is_slowed() for runner in active)
         if limited or idle or rate >= LEAST_GAIN * min(1.0, self.turns_rate):
             self.pause_ns = FIRST_PAUSE_NS
             return False
@@ -285,6 +286,7 @@ class Concurrent:
             if not _may(places[number]):
                 continue
             device = self._devices.setdefault(number, _Device())
+            device.pause_ns, device.paused_ns = FIRST_PAUSE_NS, 0  # these tenants may gain by what others did not
             device.runners = [_Runner(place) for place in places.pop(number)]
             for runner in device.runners:
                 runner.place.measured = True

@@ -136,10 +136,7 @@ class Turns:
         return changed
 
     def look_again(self) -> bool:
-        """Return whether another step is due at once, because gates of a tenant without work in flight were closed.
-
-        The method returns True once after such a step.
-        """
+        """Return once whether a step is due at once: gates of a tenant without work in flight were closed."""
         is_drained, self._is_drained = self._is_drained, False
         return is_drained
 

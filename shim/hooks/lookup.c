@@ -223,7 +223,7 @@ EXPORT CUresult cuGetProcAddress_v2(const char *symbol, void **pfn, int cudaVers
 
 EXPORT CUresult cuInit(unsigned int Flags)
 {
-    struct fgpu_asked announced = fgpu_use_mps(fgpu_announce());
+    struct fgpu_asked announced = fgpu_announce();
     __typeof__(&cuInit) driver = REAL(cuInit);
     CUresult result = driver ? driver(Flags) : CUDA_ERROR_NOT_SUPPORTED;
     fgpu_arrive(announced);

@@ -235,21 +235,15 @@ COLD struct fgpu_asked fgpu_announce(void)
     int saved = errno;
     fgpu_admit_here(0, 0, FGPU_HELLO | FGPU_ANNOUNCE, 0);
     if (link_of(load()) == FGPU_FRESH) asked = fgpu_knock(&own->notes[0]);
+    const char *variable = fgpu_mps();
+    if (variable) { /* the driver reads it in cuInit, and the pages say whether this process uses MPS */
+        fgpu_arrive(asked);
+        asked = FGPU_NOT_ASKED;
+        struct fgpu_view view = fgpu_glance();
+        if (view.link == FGPU_HELD && view.control->flags & FGPU_MPS) putenv((char *)(uintptr_t)variable);
+    }
     errno = saved;
     return asked;
-}
-
-/* The driver reads the variable in cuInit, and the process must have its pages to know whether it uses MPS. */
-COLD struct fgpu_asked fgpu_use_mps(struct fgpu_asked asked)
-{
-    int saved = errno;
-    const char *variable = fgpu_mps();
-    if (!variable) return asked;
-    fgpu_arrive(asked);
-    struct fgpu_view view = fgpu_glance();
-    if (view.link == FGPU_HELD && view.control->flags & FGPU_MPS) putenv((char *)(uintptr_t)variable);
-    errno = saved;
-    return FGPU_NOT_ASKED;
 }
 
 COLD void fgpu_arrive(struct fgpu_asked asked)

@@ -11,10 +11,9 @@ struct fgpu_asked { /* a hello that was sent */
     int far;        /* the other end, if the gatekeeper takes it from this process; else -1 */
 };
 #define FGPU_NOT_ASKED ((struct fgpu_asked){-1, -1})
-/* Before the driver opens device nodes: let the kernel allow it, and register. fgpu_announce does not wait; it returns
- * the argument for fgpu_arrive, which waits for the reply to a first hello. */
+/* Before the driver opens device nodes: let the kernel allow it, and register. fgpu_announce does not wait, except on
+ * a host with MPS; it returns the argument for fgpu_arrive, which waits for the reply to a first hello. */
 HIDDEN struct fgpu_asked fgpu_announce(void);
-HIDDEN struct fgpu_asked fgpu_use_mps(struct fgpu_asked); /* may wait as fgpu_arrive does; returns what that needs */
 HIDDEN void fgpu_arrive(struct fgpu_asked);
 HIDDEN struct fgpu_view fgpu_look(void);   /* register if it is due; report once that nothing is enforced */
 HIDDEN struct fgpu_view fgpu_glance(void); /* the present state: no registration, no report, no clock */
