@@ -66,7 +66,7 @@ class UsageView:
     """The use of one device by a tenant since the agent's start, as far as one source has measured it.
 
     `source`: `turns`, `nvml` (a sample), or `none` if the device's time is unknown. `held_seconds`: the time for which
-    the tenant had memory on the device. `idle_seconds`: the sum of the measured intervals of that time with < 1 % of use.
+    the tenant had memory on the device. `idle_seconds`: the sum of the measured intervals of it with < 1 % of use.
     """
 
     source: str

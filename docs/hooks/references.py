@@ -73,6 +73,7 @@ def host() -> str:
     keys = _keys(host_schema.HostDocument, defaults)
     parts = (
         (host_schema.ProfileDocument, "profiles[]"),
+        (host_schema.SharingDocument, "devices[]"),
         (host_schema.DriversDocument, "drivers"),
         (host_schema.BoundsDocument, "bounds"),
     )
