@@ -24,6 +24,7 @@ from collections.abc import Collection
 from dataclasses import dataclass, field
 
 from fgpu_ebpf.scheduling.fair_queue import PLAIN_WEIGHT
+from fgpu_ebpf.scheduling.reports import NOTHING, Seen
 from fgpu_ebpf.scheduling.state import NEVER_NS, Place
 from fgpu_ebpf.scheduling.virtual_clock import Clocks
 
@@ -56,6 +57,7 @@ class _Runner:
     """
 
     place: Place
+    seen: Seen = NOTHING  # the last observation that was counted
     launches: int = 0
     active_ns: int = 0  # when it last had work
     wanted_ns: int = 0  # when it last requested a launch
@@ -69,7 +71,7 @@ class _Runner:
 
     def begin(self) -> None:
         """Begin a phase of turns or of concurrent launches: count the tenant's launches and times from now on."""
-        self.launches, self.has_launched = self.place.seen.launches, False
+        self.seen, self.launches, self.has_launched = self.place.seen, self.place.seen.launches, False
         self.carried_ns = self.busy_ns = self.done_ns = self.claimed_ns = 0.0
         self.alone_busy_ns = self.alone_done_ns = 0.0
 
@@ -108,7 +110,9 @@ class _Runner:
 
     def progress(self, passed_ns: int, alone: bool, now_ns: int) -> int:
         """Charge the progress since the last call, `passed_ns` ago, and return it. `alone`: all others were held."""
-        place, launches, idle_ns = self.place, self.launched(), self.rested_ns()
+        place, is_new = self.place, self.place.seen is not self.seen
+        self.seen = place.seen
+        launches, idle_ns = (self.launched(), self.rested_ns()) if is_new else (0, 0)  # idle tenants are seen rarely
         if launches or place.seen.in_flight or place.seen.waiting:
             self.active_ns = now_ns
         place.alone.rested(launches, idle_ns if idle_ns < IDLE_NS else 0)

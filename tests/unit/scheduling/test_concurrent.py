@@ -118,6 +118,16 @@ def test_a_tenant_that_was_idle_has_no_credit_and_no_debt():
     assert got[0] == pytest.approx(got[1], abs=0.03)
 
 
+def test_an_idle_time_does_not_change_what_a_launch_costs():
+    late = tenant(2, "notebook")
+    it = world(tenant(1), late, slower=1.2)
+    it.run_observed(5)
+    before = it.turns.places[2].alone.of(1000)
+    late.stopped = True
+    it.run_observed(4)
+    assert it.turns.places[2].alone.of(1000) == pytest.approx(before, rel=0.05)
+
+
 def test_false_launches_gain_a_bounded_part():
     """The first tenant reports a tenth of its launches while all run, so it seems to make no progress."""
 
