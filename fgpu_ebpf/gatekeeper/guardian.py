@@ -13,17 +13,20 @@ moment.
 from __future__ import annotations
 
 import _thread
+import contextlib
+import itertools
 import os
 import time
 from dataclasses import dataclass, field
 from time import monotonic_ns
 
-from fgpu_ebpf.linux import pidfd
+from fgpu_ebpf.linux import pidfd, statx
 
 LOOK_SECONDS = 0.1
 OFTEN_NS, RARELY_NS = 2_000_000_000, 1_000_000_000  # every look, for this time after a change; then in this period
-KEEPS_NS, MOST_KEEPS_NS = 300_000_000, 10_000_000_000  # bounds of the time for which copies outlive their client
+KEEPS_NS, MOST_KEEPS_NS = 500_000_000, 10_000_000_000  # bounds of the time for which copies outlive their client
 MOST_OF_CLIENT, MOST = 64, 4096  # copies
+MOST_SCANNED = 1024  # descriptors of a client in one look
 NODES = "/dev/nvidia"
 
 
@@ -51,7 +54,8 @@ class Guardian:
     def watch(self, key: int, pid: int, client: int) -> None:
         """Begin to copy the descriptors of a client. `key`: identifies it. `client`: its pidfd, which is duplicated."""
         with self._lock:
-            if key in self._clients:
+            if known := self._clients.get(key):  # it has perhaps executed another program
+                known.changed_ns = monotonic_ns()
                 return
             self._clients[key] = _Client(pid, os.dup(client))
             if not self._runs:
@@ -78,28 +82,36 @@ class Guardian:
                 over = [client for client in self._ended if client.closes_ns <= now_ns]
                 self._ended = [client for client in self._ended if client.closes_ns > now_ns]
                 clients = list(self._clients.values())
+                taken = sum(len(client.copies) for client in (*clients, *self._ended))
                 if not clients and not self._ended and not over:
                     self._runs = False
                     return
             for client in over:
                 _close(client)
-            room = MOST - sum(len(client.copies) for client in clients)
             for client in clients:
                 if now_ns - client.changed_ns < OFTEN_NS or now_ns - client.looked_ns >= RARELY_NS:
-                    room -= _copy(client, min(room, MOST_OF_CLIENT - len(client.copies)), now_ns)
+                    taken += _copy(client, min(MOST - taken, MOST_OF_CLIENT - len(client.copies)), now_ns)
 
 
 def _copy(client: _Client, most: int, now_ns: int) -> int:
-    """Copy new descriptors of a client. Return their number, at most `most`."""
+    """Copy new descriptors of a client, and close the copies of those that it has closed. Return the new copies.
+
+    At most `most` descriptors are copied, and the first MOST_SCANNED are examined.
+    """
     client.looked_ns, count = now_ns, 0
-    folder = f"/proc/{client.pid}/fd"
     try:
-        numbers = [int(name) for name in os.listdir(folder)]
+        with os.scandir(f"/proc/{client.pid}/fd") as entries:
+            names = {int(entry.name): entry.path for entry in itertools.islice(entries, MOST_SCANNED)}
     except OSError:
         return 0  # the client has exited
-    for number in sorted(set(numbers) - set(client.copies)):
+    if len(names) < MOST_SCANNED:
+        for number in set(client.copies) - set(names):
+            _close_one(client.copies.pop(number))
+    for number in sorted(set(names) - set(client.copies)):
         try:
-            if count >= most or not os.readlink(f"{folder}/{number}").startswith(NODES):
+            # A file of a user's own file system may have such a path. Its type is read without asking that file system.
+            is_node = os.readlink(names[number]).startswith(NODES) and statx.is_character_device(names[number])
+            if count >= most or not is_node:
                 continue
             client.copies[number] = pidfd.copy_from(client.pidfd, number)
         except OSError:
@@ -110,4 +122,9 @@ def _copy(client: _Client, most: int, now_ns: int) -> int:
 
 def _close(client: _Client) -> None:
     for descriptor in (client.pidfd, *client.copies.values()):
+        _close_one(descriptor)
+
+
+def _close_one(descriptor: int) -> None:
+    with contextlib.suppress(OSError):
         os.close(descriptor)

@@ -200,11 +200,14 @@ class LedgerCache:
             self._fds.append(fd)
             usage.append(fd)
         allowed = (d for d in self._devices if any(self._ledger.limit(level, d[0]) is not None for level in levels))
-        return Grant(PageHeader(self._flags(levels), tuple(allowed)), tuple(usage))
+        header = PageHeader(ControlFlag.MANAGED, tuple(allowed))
+        if self._uses_mps(levels, {index for index, _ in header.devices}):
+            header = header._replace(flags=ControlFlag.MANAGED | ControlFlag.MPS)
+        return Grant(header, tuple(usage))
 
-    def _flags(self, levels: tuple[int, ...]) -> ControlFlag:
-        """Return the flags of the page: programs with a share of a concurrent device use MPS."""
+    def _uses_mps(self, levels: tuple[int, ...], allowed: set[int]) -> bool:
+        """Return whether programs with a share of time use MPS: a program does so on all its devices or on none."""
         times = self._ledger.times
-        shared = ((level, device) for level in levels for device in times.concurrent())
-        is_concurrent = any(times.share(level, device) for level, device in shared)
-        return ControlFlag.MANAGED | ControlFlag.MPS if is_concurrent else ControlFlag.MANAGED
+        if not allowed or not allowed <= times.concurrent():
+            return False
+        return any(times.share(level, device) for level in levels for device in allowed)

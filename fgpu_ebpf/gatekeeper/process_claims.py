@@ -77,6 +77,12 @@ def _by_this_clock(times: Sequence[int], ahead_ns: int) -> list[int]:
     return [ns and max(0, ns - ahead_ns) for ns in times]
 
 
+def busy_until_ns(words: ctypes.Array[ctypes.c_uint64], row: Row, ahead_ns: int) -> int:
+    """Return when the work in flight on a device should end, by an unlimited claim; 0: the process claims no work."""
+    in_flight, until_ns, _, _ = _FLIGHT.unpack_from(words, row[2])
+    return max(0, until_ns - ahead_ns) if in_flight else 0
+
+
 def is_used(words: ctypes.Array[ctypes.c_uint64], row: Row) -> bool:
     """Return True if a thread waits at the gate of this device, or has launched there."""
     threads, _, launches = _STATUS.unpack_from(words, row[1])

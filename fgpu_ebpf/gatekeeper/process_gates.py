@@ -80,10 +80,10 @@ class ProcessGates:
             self.use(found)
         return bool(found)
 
-    def busy_until_ns(self, now_ns: int) -> int:
-        """Return when the work in flight should end, by the claims of the process; 0: it claims none."""
-        claims = [process_claims.read(self.words, row, self.session.ahead_ns, now_ns) for row in self.rows]
-        return max((claim.busy_until_ns for claim in claims if claim.in_flight), default=0)
+    def busy_until_ns(self) -> int:
+        """Return when the work in flight should end, by the unlimited claims of the process; 0: it claims none."""
+        ahead_ns = self.session.ahead_ns
+        return max((process_claims.busy_until_ns(self.words, row, ahead_ns) for row in self.rows), default=0)
 
     def rested_ns(self, launches: int, in_flight: int, idle_ns: int) -> int | None:
         """Return how many nanoseconds the process was idle since the last call; None: it was idle throughout.

@@ -114,7 +114,7 @@ class TimeSlicer:
             until_ns = 0
             if gates:
                 now_ns = monotonic_ns()
-                until_ns = gates.busy_until_ns(now_ns)
+                until_ns = gates.busy_until_ns()
                 if until_ns > now_ns:
                     self._turns.lose(tenant, now_ns)
                 self._gates[tenant].remove(gates)

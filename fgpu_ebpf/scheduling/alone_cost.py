@@ -34,7 +34,7 @@ class AloneCost:
     def begin(self) -> None:
         """Begin a measurement. What was measured before counts half as much as until now."""
         self.fresh_launches = self.fresh_ns = 0
-        self._turns = deque(((count / 2, ns / 2) for count, ns in self._turns), TURNS)
+        self._turns = deque(((count / 2, ns / 2) for count, ns in self._turns if count >= 2), TURNS)
         self._rested_launches, self._rested_ns = self._rested_launches // 2, self._rested_ns // 2
 
     def forget(self) -> None:

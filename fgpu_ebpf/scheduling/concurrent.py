@@ -62,6 +62,7 @@ class _Runner:
     active_ns: int = 0  # when it last had work
     wanted_ns: int = 0  # when it last requested a launch
     carried_ns: float = 0.0  # reported progress that was not charged yet
+    paused_ns: int = 0  # the time without work since the last work
     busy_ns: float = 0.0
     done_ns: float = 0.0
     alone_busy_ns: float = 0.0
@@ -103,6 +104,15 @@ class _Runner:
         pace = max(1.0, self.alone_busy_ns / self.alone_done_ns) if self.alone_done_ns > ALONE_NS else 1.0
         return self.place.held or self.busy_ns > SLOWED * pace * self.done_ns
 
+    @property
+    def has_work(self) -> bool:
+        """True if the tenant had work at the last observation: without work, nothing can slow it down."""
+        return not self.paused_ns
+
+    def most_carried_ns(self) -> float:
+        """Return how long the work that was reported in one moment may take: at least one launch."""
+        return max(CARRY_NS, min(SECOND, self.place.alone.of(1)))
+
     def is_stopped(self, now_ns: int) -> bool:
         """Return whether the tenant's ceiling holds it."""
         place = self.place
@@ -113,16 +123,20 @@ class _Runner:
         place, is_new = self.place, self.place.seen is not self.seen
         self.seen = place.seen
         launches, idle_ns = (self.launched(), self.rested_ns()) if is_new else (0, 0)  # idle tenants are seen rarely
-        if launches or place.seen.in_flight or place.seen.waiting:
+        works = bool(launches or place.seen.in_flight or place.seen.waiting)
+        rest_ns, self.paused_ns = (self.paused_ns, 0) if works else (0, self.paused_ns + passed_ns)
+        if works:
             self.active_ns = now_ns
         place.alone.rested(launches, idle_ns if idle_ns < IDLE_NS else 0)
         cost_ns = place.alone.of(launches)
         self.claimed_ns += cost_ns
         self.carried_ns += cost_ns
         paid_ns = min(self.carried_ns, passed_ns)
-        self.carried_ns = min(self.carried_ns - paid_ns, CARRY_NS)
+        self.carried_ns = min(self.carried_ns - paid_ns, self.most_carried_ns())
         fades = max(0.0, 1 - passed_ns / WINDOW_NS)
-        self.busy_ns = self.busy_ns * fades + (0 if place.held and not place.seen.in_flight else passed_ns)
+        waits = place.held and not place.seen.in_flight
+        took_ns = passed_ns + (rest_ns if rest_ns < IDLE_NS else 0) if works and not waits else 0
+        self.busy_ns = self.busy_ns * fades + took_ns
         self.done_ns = self.done_ns * fades + paid_ns
         if alone:
             fades = max(0.0, 1 - passed_ns / ALONE_WINDOW_NS)
@@ -162,9 +176,10 @@ class _Device:
 
     def has_learned(self, now_ns: int) -> bool:
         """Look at the launches under turns, and return whether all tenants may launch at the same time from now on."""
-        passed_ns = now_ns - self.since_ns
+        passed_ns = now_ns - max(self.since_ns, self.paused_ns)
         for runner in self.runners:
             runner.launched()
+            runner.place.measured = passed_ns >= 0
         active = [runner.place.alone for runner in self.runners if runner.has_launched]
         if len(active) < 2 or now_ns < self.paused_ns or not all(cost.is_known for cost in active):
             return False
@@ -182,8 +197,8 @@ class _Device:
     def is_over(self, now_ns: int) -> bool:
         """Charge all progress since the last look. Return whether the tenants take turns from now on."""
         passed_ns, self.looked_ns = now_ns - self.looked_ns, now_ns
-        free = [runner for runner in self.runners if not runner.place.held or runner.place.seen.in_flight]
-        alone = free[0] if len(free) == 1 and free[0].is_active(now_ns) else None
+        free = [r for r in self.runners if (r.is_active(now_ns) and not r.place.held) or r.place.seen.in_flight]
+        alone = free[0] if len(free) == 1 and any(runner.place.held for runner in self.runners) else None
         was_alone, self.alone = self.alone, alone
         for runner in self.runners:
             self.done_ns += runner.progress(passed_ns, runner is alone is was_alone, now_ns)
@@ -195,17 +210,16 @@ class _Device:
             return False
         passed_ns, self.checked_ns = now_ns - self.checked_ns, now_ns
         rate, self.done_ns = self.done_ns / passed_ns, 0
-        wrong = [runner for runner in self.runners if runner.claimed_ns > MOST_CLAIM * passed_ns]
+        wrong = [r for r in self.runners if r.claimed_ns > MOST_CLAIM * passed_ns + r.most_carried_ns()]
         for runner in self.runners:
             runner.claimed_ns = 0.0
         for runner in wrong:
             runner.place.alone.forget()
         if wrong:
             return True
-        limited = any(runner.place.share.limited for runner in self.runners)
         active = [runner for runner in self.runners if runner.is_active(now_ns)]
-        idle = len(active) < 2 or not any(runner.is_slowed() for runner in active)
-        if limited or idle or rate >= LEAST_GAIN * min(1.0, self.turns_rate):
+        is_any_slowed = any(runner.is_slowed() and not runner.is_stopped(now_ns) for runner in active)
+        if len(active) < 2 or not is_any_slowed or rate >= LEAST_GAIN * min(1.0, self.turns_rate):
             self.pause_ns = FIRST_PAUSE_NS
             return False
         self.paused_ns, self.pause_ns = now_ns + self.pause_ns, min(2 * self.pause_ns, MOST_PAUSE_NS)
@@ -221,16 +235,24 @@ class _Device:
         """Move up tenants that do not need their share. Return the tenants that are to be held."""
         active = [runner for runner in self.runners if runner.is_active(now_ns)]
         free = [runner for runner in active if not runner.is_stopped(now_ns)]
-        first_ns = max((runner.place.account.virtual_ns for runner in free), default=0)
-        for runner in self.runners:
-            if runner not in free:
-                runner.place.account = runner.place.account.joining(first_ns)
-            elif not runner.is_slowed():
-                runner.place.account = runner.place.account.joining(first_ns - NEAR_NS)
+        for rank in {runner.place.share.rank for runner in free}:  # virtual times of two ranks cannot be compared
+            first_ns = max(r.place.account.virtual_ns for r in free if r.place.share.rank == rank)
+            for runner in self.runners:
+                if runner.place.share.rank == rank and not (runner in free and runner.is_slowed()):
+                    lag_ns = NEAR_NS if runner in free else 0
+                    runner.place.account = runner.place.account.joining(first_ns - lag_ns)
         held = [runner for runner in active if _is_to_wait(runner, free)]
         self.has_held |= bool(held)
         self.due_ns = now_ns + _look_ns(free)
         return held
+
+    def clocks(self) -> dict[int, int]:
+        """Return for each priority (rank) the lowest virtual time of its tenants."""
+        found: dict[int, int] = {}
+        for runner in self.runners:
+            rank, virtual_ns = runner.place.share.rank, runner.place.account.virtual_ns
+            found[rank] = min(virtual_ns, found.get(rank, virtual_ns))
+        return found
 
     def to_see(self) -> list[Place]:
         """Return the tenants that the next look must see. Idle tenants are seen less often."""
@@ -264,7 +286,7 @@ def _is_to_wait(runner: _Runner, free: Collection[_Runner]) -> bool:
         return True
     place, bound_ns = runner.place, NEAR_NS if runner.place.held else LAG_NS
     for other in free:
-        if other is runner or not other.is_slowed() or other.place.share.rank > place.share.rank:
+        if other is runner or not (other.is_slowed() and other.has_work) or other.place.share.rank > place.share.rank:
             continue
         ahead_ns = place.account.virtual_ns - other.place.account.virtual_ns
         if other.place.share.rank < place.share.rank or ahead_ns > bound_ns:
@@ -280,21 +302,30 @@ class Concurrent:
         self._devices: dict[int, _Device] = {}
         self._clocks = clocks
 
-    def restart(self, places: dict[int, list[Place]], now_ns: int) -> None:
-        """Begin with turns, for the tenants of these devices. Take tenants that cannot run at the same time out."""
-        for device in self._devices.values():
-            for runner in device.runners:
-                runner.place.measured = False
-            device.runners, device.shared_ns = [], 0
-        for number in self.numbers.intersection(places):
-            if not _may(places[number]):
+    def restart(self, places: dict[int, list[Place]], now_ns: int) -> list[Place]:
+        """Begin with turns, for the tenants of devices whose set of tenants has changed.
+
+        Take the tenants of all concurrent devices out of `places`, if they can run at the same time.
+
+        Returns:
+            Tenants that ran at the same time until now.
+        """
+        ended = list[Place]()
+        for number in {*self._devices, *self.numbers.intersection(places)}:
+            device, before = self._devices.setdefault(number, _Device()), _places(self._devices[number])
+            may = number in self.numbers and number in places and _may(places[number])
+            its = places.pop(number) if may else []
+            if {id(place) for place in its} == {id(place) for place in before}:
                 continue
-            device = self._devices.setdefault(number, _Device())
+            ended += before if device.shared_ns else []
+            for place in before:
+                place.concurrent = place.measured = False
+            for place in its:
+                place.concurrent = True
+            device.runners = [_Runner(place) for place in its]
             device.pause_ns, device.paused_ns = FIRST_PAUSE_NS, 0  # these tenants may gain by what others did not
-            device.runners = [_Runner(place) for place in places.pop(number)]
-            for runner in device.runners:
-                runner.place.measured = True
             device.begin_turns(now_ns)
+        return ended
 
     def look(self, now_ns: int) -> tuple[list[Place], list[Place], list[Place]]:
         """Return the tenants whose gates open from now on, those that take turns, and those to be held or let go."""
@@ -312,12 +343,10 @@ class Concurrent:
                 device.begin_turns(now_ns)
                 continue
             held = device.held(now_ns)
+            for rank, virtual_ns in device.clocks().items():  # tenants that join later start here
+                self._clocks.advance(number, rank, virtual_ns)
             change += [runner.place for runner in device.runners if runner.place.held != (runner in held)]
         return begin, end, change
-
-    def shared(self) -> list[Place]:
-        """Return the tenants that may launch at the same time as others."""
-        return [place for device in self._devices.values() if device.shared_ns for place in _places(device)]
 
     def to_see(self) -> list[Place]:
         """Return the tenants that the next look must see."""

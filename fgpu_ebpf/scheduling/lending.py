@@ -131,14 +131,14 @@ class Lending:
 
     def restart(self, places: Iterable[Place], now_ns: int) -> list[Place]:
         """Count from now on, for these tenants. Return the tenants to which a device was lent until now."""
-        before = [place for device in self._devices.values() for place in _lent(device)] + self.concurrent.shared()
+        before = [place for device in self._devices.values() for place in _lent(device)]
         here: dict[int, list[Place]] = {}
         for place in places:
             for number in place.seen.devices:
                 here.setdefault(number, []).append(place)
         for device in self._devices.values():
             device.counts, device.lent_ns = [], 0
-        self.concurrent.restart(here, now_ns)
+        before += self.concurrent.restart(here, now_ns)
         for number, its in here.items():
             if len(its) > 1 and len({place.share.rank for place in its}) == 1 and all(map(_may, its)):
                 device = self._devices.setdefault(number, _Device())
@@ -210,6 +210,8 @@ def set_free(places: Collection[Place]) -> Iterator[tuple[Place, frozenset[int]]
     """
     users = Counter(device for place in places for device in place.seen.devices)
     for place in places:
+        if place.lent:
+            continue
         before, alone = place.free_on, all(users[device] == 1 for device in place.seen.devices)
         place.free_on = place.seen.devices if alone and not place.share.limited else frozenset()
         if place.free_on != before:

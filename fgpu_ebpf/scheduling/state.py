@@ -98,7 +98,8 @@ class Place:
     left: Leave = fair_queue.STAYED
     thinks: ThinkTimes = field(default_factory=ThinkTimes)
     alone: AloneCost = field(default_factory=AloneCost)
-    measured: bool = False  # turns measure what its launches cost, so they must not overlap with those of others
+    concurrent: bool = False  # its device is concurrent: turns must not overlap, because kernels would slow each other
+    measured: bool = False  # turns measure what its launches cost
     asked: Share = field(default_factory=Share)
     above: tuple[Unit, ...] = ()
 
@@ -176,7 +177,8 @@ class Place:
         """Record what the launches of a turn have cost. `ended_ns`: the end of the charged time."""
         begun_ns, last_ns = max(turn.begins_ns, self.begun_ns(turn)), self.seen.ended_ns
         ended_ns = min(ended_ns, last_ns) if self.seen.drained and last_ns > begun_ns else ended_ns
-        self.alone.learn(self.seen.launches - turn.first_launches, ended_ns - begun_ns - turn.idle_ns)
+        if self.measured:
+            self.alone.learn(self.seen.launches - turn.first_launches, ended_ns - begun_ns - turn.idle_ns)
 
     def observe(self, ran_ns: int, now_ns: int) -> None:
         """Compare the tenant's device time with NVML's."""
@@ -188,8 +190,7 @@ class Place:
     @property
     def quantum_ns(self) -> int:
         """The length of a quantum. It is longer while costs are measured, because the ends of turns distort them."""
-        own_ns = self.share.quantum_ns
-        return max(own_ns, MEASURE_NS) if self.measured and not self.share.limited else own_ns
+        return max(self.share.quantum_ns, MEASURE_NS if self.measured and not self.share.limited else 0)
 
     def is_unit(self) -> bool:
         """Return whether other tenants are inside this tenant."""
@@ -263,7 +264,7 @@ class Place:
         """Return whether the tenant's turn is so near its end that the next turn may begin."""
         if turn.handed_ns:
             return True
-        if not turn.closing_ns or len(turn.devices) > 1 or self.measured:  # kernels of a gang may wait for each other
+        if not turn.closing_ns or len(turn.devices) > 1 or self.concurrent:  # kernels of a gang may wait for others
             return False
         left_ns = self.flight_ns(now_ns)
         if not left_ns and self.reports_ends:  # the estimate was too short, and the tenant will report the end

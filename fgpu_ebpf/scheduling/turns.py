@@ -171,7 +171,8 @@ class Turns:
     def forget(self, tenant: int) -> None:
         """Discard the reports of a tenant, and end its turn. Its account stays, with its debts."""
         self._drop(tenant)
-        self.places[tenant] = self.places[tenant].without_reports()
+        place = self.places[tenant] = self.places[tenant].without_reports()
+        place.number = self._next_number()  # threads that wait at the gate report again
         self._changed.add(tenant)
         self._users_changed = True
 

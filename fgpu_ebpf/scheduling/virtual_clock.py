@@ -24,6 +24,10 @@ class Clocks:
         """Return the virtual time, in nanoseconds, at which a tenant of this rank starts on these devices."""
         return min((self._clocks.get((device, rank), 0) for device in devices), default=0)
 
+    def advance(self, device: int, rank: int, virtual_ns: int) -> None:
+        """Set the clock of a device, unless it is later already."""
+        self._clocks[device, rank] = max(self._clocks.get((device, rank), 0), virtual_ns)
+
     def turn_begins(self, devices: Collection[int], rank: int, virtual_ns: int, lifted_ns: int = 0) -> None:
         """Record the beginning of a turn or of another quantum of it.
 
@@ -32,8 +36,7 @@ class Clocks:
         for device in devices:
             floor = self.floors.get(device, Floor())
             self.floors[device] = floor._replace(lifted_ns=lifted_ns) if lifted_ns else floor._replace(rank=rank)
-            key = (device, rank)
-            self._clocks[key] = max(self._clocks.get(key, 0), virtual_ns)
+            self.advance(device, rank, virtual_ns)
 
     def count(self, device: int) -> DeviceCounts:
         """Return the counters of a device."""

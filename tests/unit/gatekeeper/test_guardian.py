@@ -22,6 +22,7 @@ KEY = 1
 def node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Return a file that stands for a node of the driver."""
     monkeypatch.setattr(guardian, "NODES", f"{tmp_path}/nvidia")
+    monkeypatch.setattr(guardian.statx, "is_character_device", lambda path: not path.endswith("/dev/zero"))
     path = tmp_path / "nvidia0"
     path.touch()
     return path
@@ -97,6 +98,33 @@ def test_a_client_with_many_descriptors_has_a_bounded_number_of_copies(watched, 
     eventually(lambda: copies(node) == 1)
     time.sleep(4 * guardian.LOOK_SECONDS)
     assert copies(node) == 1
+
+
+def test_a_file_that_is_no_device_is_not_copied(watched, client, node, monkeypatch):
+    monkeypatch.undo()
+    monkeypatch.setattr(guardian, "NODES", str(node.parent))
+    opened(client)
+    time.sleep(4 * guardian.LOOK_SECONDS)
+    assert copies(node) == len(watched) == 0
+    monkeypatch.setattr(guardian, "NODES", "/dev/zero")
+    eventually(lambda: len(watched) == 1)
+
+
+def test_the_copy_of_a_descriptor_that_the_client_closes_is_closed(watched, node):
+    code = f"import sys; kept = open({str(node)!r}); print(flush=True)"
+    code += "; sys.stdin.readline(); kept.close(); sys.stdin.read()"
+    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdin
+        assert process.stdout
+        process.stdout.readline()
+        pidfd = os.pidfd_open(process.pid)
+        watched.watch(2, process.pid, pidfd)
+        os.close(pidfd)
+        eventually(lambda: copies(node) == 1)
+        process.stdin.write(b"\n")
+        process.stdin.flush()
+        eventually(lambda: copies(node) == 0, 5)
+        process.kill()
 
 
 def test_the_thread_ends_with_the_last_client_and_starts_again(watched, client, node):

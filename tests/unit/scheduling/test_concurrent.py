@@ -11,6 +11,7 @@ import random
 
 import pytest
 
+from fgpu_ebpf.scheduling.alone_cost import AloneCost
 from fgpu_ebpf.scheduling.fair_queue import Share
 from tests.unit.scheduling.slices_kit import MS, US, Loop, S, Tenant, World
 
@@ -20,6 +21,21 @@ STEPS = {  # kernels in a step, the length of each, and the time to the next ste
     "llm": (1, 1000 * US, 80 * US),
     "notebook": (20, 200 * US, 12 * MS),
 }
+
+
+class Liar(Tenant):
+    """A program that reports a tenth of its launches while its gate is open beside others."""
+
+    world: World | None = None
+    hidden, last = 0, 0
+
+    def tell(self) -> None:
+        super().tell()
+        place = self.world.turns.places.get(self.key) if self.world else None
+        if place and place.lent:
+            self.hidden += (self.launches - self.last) * 9 // 10
+        self.last = self.launches
+        self.said = (self.said[0], self.launches - self.hidden, *self.said[2:])
 
 
 def tenant(key: int, kind: str = "busy", **share) -> Tenant:
@@ -118,6 +134,76 @@ def test_a_tenant_that_was_idle_has_no_credit_and_no_debt():
     assert got[0] == pytest.approx(got[1], abs=0.03)
 
 
+def test_a_tenant_that_joins_later_takes_nothing_for_the_time_before():
+    late = tenant(3)
+    late.dead = True
+    it = world(tenant(1), tenant(2), late, slower=1.5).run_observed(8)
+    assert it.turns.places[1].lent
+    late.dead = False
+    it._ring()
+    got = work(it, ["busy"] * 3, seconds=4, warm=0)
+    assert min(got) > 0.25, got
+
+
+def test_changes_of_other_devices_do_not_end_concurrency():
+    other = Tenant(3, Share(), devices=frozenset({1}))
+    it = world(tenant(1), tenant(2), other, slower=1.5).run_observed(3)
+    before = it.turns.devices[0].lent_ns
+    for _ in range(20):
+        other.dead = not other.dead
+        it._ring()
+        it.run(0.2)
+    assert it.turns.devices[0].lent_ns - before > 3.8 * S
+
+
+@pytest.mark.parametrize("kernel_ms", [30, 100])
+def test_long_kernels_cost_their_whole_length(kernel_ms):
+    long = Tenant(1, Share(), kernel_ms * MS)
+    it = world(long, tenant(2), slower=1.6)
+    got = work(it, ["busy", "busy"], seconds=20)
+    assert got[0] / sum(got) == pytest.approx(0.5, abs=0.04), got
+
+
+def test_a_tenant_that_thinks_for_long_does_not_hold_others_meanwhile():
+    dice = random.Random(1)
+    thinking = Tenant(1, Share(), 200 * US, steps=Loop(20, lambda: round(70 * MS * dice.uniform(0.9, 1.1))))
+    it = world(thinking, tenant(2), slower=1.75)
+    got = work(it, ["busy", "busy"])
+    assert got[1] > 0.85, got
+
+
+def test_an_idle_tenant_with_a_ceiling_does_not_protect_false_launches():
+    idle = tenant(3, limit_millionths=500_000)
+    idle.stopped = True
+    liar = Liar(1, Share())
+    it = liar.world = world(liar, tenant(2), idle, slower=1.75)
+    got = work(it, ["busy", "busy", "busy"], seconds=20)
+    assert got[1] > 0.4, got
+
+
+def test_quanta_are_those_of_the_policy_while_no_trial_is_due():
+    share = Share(quantum_ns=5 * MS)
+    it = World(*(Tenant(n, share) for n in (1, 2)), parallel=2.5, concurrent={0}).run_observed(10)
+    for one in it.tenants.values():
+        one.waits_ns.clear()
+    it.run(0.5)
+    assert it.turns.devices[0].lent_ns < 4 * S
+    assert max(one.longest_wait_ns for one in it.tenants.values()) > 0
+    assert sorted(it.tenants[1].waits_ns)[len(it.tenants[1].waits_ns) // 2] < 20 * MS
+
+
+def test_a_cost_that_was_measured_long_ago_is_forgotten_without_an_error():
+    cost = AloneCost()
+    cost.learn(32, 100 * MS)
+    cost.learn(32, 100 * MS)
+    assert cost.of(1) == pytest.approx(100 * MS / 32)
+    for _ in range(2000):
+        cost.begin()
+    assert not cost.is_known
+    cost.learn(32, 100 * MS)
+    assert not cost.is_known
+
+
 def test_an_idle_time_does_not_change_what_a_launch_costs():
     late = tenant(2, "notebook")
     it = world(tenant(1), late, slower=1.2)
@@ -131,19 +217,8 @@ def test_an_idle_time_does_not_change_what_a_launch_costs():
 def test_false_launches_gain_a_bounded_part():
     """The first tenant reports a tenth of its launches while all run, so it seems to make no progress."""
 
-    class Liar(Tenant):
-        hidden, last = 0, 0
-
-        def tell(self) -> None:
-            super().tell()
-            place = it.turns.places.get(1) if it else None
-            if place and place.lent:
-                self.hidden += (self.launches - self.last) * 9 // 10
-            self.last = self.launches
-            self.said = (self.said[0], self.launches - self.hidden, *self.said[2:])
-
-    it: World | None = None
-    it = world(Liar(1, Share()), tenant(2), slower=1.75)
+    liar = Liar(1, Share())
+    it = liar.world = world(liar, tenant(2), slower=1.75)
     got = work(it, ["busy", "busy"])
     assert got[1] > 0.3, got
 

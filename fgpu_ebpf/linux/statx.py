@@ -1,0 +1,18 @@
+"""statx(2) without a request to the file system of the file: the type of a file of another user's file system."""
+
+from __future__ import annotations
+
+import ctypes
+import stat
+
+from fgpu_ebpf.linux.libc import LIBC, check
+
+_AT_FDCWD, _DONT_SYNC, _TYPE = -100, 0x4000, 1
+_BYTES, _MODE = 256, slice(28, 30)  # of struct statx
+
+
+def is_character_device(path: str) -> bool:
+    """Return whether a path, with its links, leads to a character device. Raises OSError."""
+    found = ctypes.create_string_buffer(_BYTES)
+    check("statx", LIBC.statx(_AT_FDCWD, path.encode(), _DONT_SYNC, _TYPE, found))
+    return stat.S_ISCHR(int.from_bytes(found.raw[_MODE], "little"))
