@@ -129,7 +129,7 @@ def _bpffs() -> Check:
 
 
 def _agent(run_dir: Path) -> list[Check]:
-    """Check that the agent answers. If it does, check its gatekeeper, its Snapshot and the files that tenants get."""
+    """Check the agent and, if the agent answers, its gatekeeper, its Snapshot and the files that tenants get."""
     try:
         answer = control_client.call(run_dir, {"verb": "ping"})
         snapshot = control_client.call(run_dir, {"verb": "snapshot"})

@@ -121,7 +121,7 @@ class ProfileDocument(Model):
     devices: Devices = absent("The devices: index, UUID or its beginning, or model; absent: every device.")
 
     def profile(self) -> Profile:
-        """Return the profile as the agent uses it."""
+        """Return this entry of agent.yaml as the `Profile` that the agent uses."""
         return Profile(self.share, self.count, tuple(self.devices or ()))
 
 
@@ -142,8 +142,8 @@ class DriversDocument(Model):
         "SHA-256 of files of libcuda that are trusted like the host's own; `fgpu doctor` prints the setting."
     )
     modules: Size = absent(
-        "The most memory that NVML may show for a process, beyond its contexts and what probes have recorded, before"
-        " the process is reported as `unwitnessed`: code and data that the driver loads by itself."
+        "The most memory for code and data that the driver may load by itself in a process. If NVML shows more than"
+        " this size beyond the process's contexts and the recorded calls, the process is reported as `unwitnessed`."
     )
 
 

@@ -123,7 +123,7 @@ class IdleParking:
     def hindrance(self, now: float, tenant: Tenant, own: Mapping[int, Process]) -> str:
         """Return why a tenant must not be parked to make room for another; an empty text if it may.
 
-        Its policy must park it, but the time `after` need not have passed: STAY_SECONDS without work suffice.
+        The tenant's policy must have `memory.park.after`. Even if `after` is longer, STAY_SECONDS without work suffice.
         """
         if not tenant.park_after_ns:
             return "its policy does not park it"

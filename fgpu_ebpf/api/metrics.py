@@ -79,7 +79,7 @@ _DEVICE_GAUGES: tuple[tuple[str, str, Callable[[DeviceView], int | None]], ...] 
     ("fgpu_device_unmanaged_processes", "Processes outside tenants that hold memory", lambda d: d.unmanaged_processes),
     (
         "fgpu_device_healthy",
-        "1: healthy; 0: the device reported an XID that programs do not cause, and no share of it is offered",
+        "1: healthy; 0: the device reported an XID that programs do not cause, and no share of the device is offered",
         lambda d: None if d.xids is None else d.fatal_xid is None,
     ),
 )
@@ -88,7 +88,7 @@ _DEVICE_GAUGES: tuple[tuple[str, str, Callable[[DeviceView], int | None]], ...] 
 _COMPUTE_COUNTERS: tuple[tuple[str, str, Callable[[ComputeView], float | None]], ...] = (
     (
         "fgpu_compute_seconds",
-        "The device's time that the tenant owned while it was gated",
+        "Time for which the tenant owned the device while the tenant was gated",
         lambda c: None if c.free and not c.owned_seconds else c.owned_seconds,
     ),
     ("fgpu_compute_wait_seconds", "Time for which the tenant waited for its turns", lambda c: c.wait_seconds),

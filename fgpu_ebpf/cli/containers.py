@@ -35,7 +35,7 @@ def list_devices(as_json: bool) -> None:
         return
     if not found:
         start = f"start the agent with `{control_client.agent_command()}`"
-        fail(f"there is no CDI specification of fgpu: {start}; if it runs, `fgpu doctor` shows the reason", 1)
+        fail(f"there is no CDI specification of fgpu: {start}; if the agent runs, `fgpu doctor` shows the reason", 1)
     for device in found:
         click.echo(f"{device['name']:<32} {device['gives']}")
 

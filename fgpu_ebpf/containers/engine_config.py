@@ -348,7 +348,8 @@ def _in_front_of(real: str, engine: str, helper: Path) -> tuple[Path, dict[str, 
         helper: the path of `fgpu-oci`. SetupError: `real` is in its folder, so the helper would run itself.
     """
     if Path(real).parent == helper.parent:
-        raise SetupError(f"the settings name fgpu's {real} outside of fgpu's text: write the real runtime's path there")
+        where = f"the settings name fgpu's {real} outside of fgpu's own lines"
+        raise SetupError(f"{where}: replace {real} with the real runtime's path")
     name = f"{engine}-{Path(real).name}" if "/" in real else real  # the helper finds a name on the engine's PATH
     link = helper.with_name(f"fgpu-runtime-{name}")
     return link, {link.name: helper.name} | ({f"{RUNTIMES}/{name}": real} if "/" in real else {})

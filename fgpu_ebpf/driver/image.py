@@ -43,7 +43,7 @@ class Image(NamedTuple):
 
 
 def parsed(text: str) -> Image:
-    """Parse the compiler's output. Raises ValueError: it is not an image."""
+    """Parse the compiler's output. Raises ValueError: the output is not an image."""
     try:
         found = json.loads(text)
         maps = {name: bpf.Form(*map(int, form)) for name, form in found["maps"].items()}

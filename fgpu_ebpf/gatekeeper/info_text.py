@@ -22,7 +22,7 @@ _MILLIONTHS_OF_PERCENT = 10_000
 
 
 def text(ledger: Ledger, cgroups: Iterable[int], devices: Iterable[tuple[int, bytes]], now_ns: int) -> str:
-    """Return the lines for a process.
+    """Return the lines that `fgpu-info` prints in a process's container.
 
     Args:
         ledger: the ledger.

@@ -98,7 +98,7 @@ def fields(record: logging.LogRecord) -> dict[str, Any]:
 
 
 class Text(logging.Formatter):
-    """Lines such as `2026-05-12 09:41:07 fgpu.agent: probed /usr/lib/…`, in local time."""
+    """Formats records as lines such as `2026-05-12 09:41:07 fgpu.agent: probed /usr/lib/…`, in local time."""
 
     def __init__(self) -> None:
         super().__init__("%(asctime)s %(name)s: %(message)s", "%F %T")
@@ -109,7 +109,7 @@ class Text(logging.Formatter):
 
 
 class Json(Text):
-    """One JSON object on each line: time, level, logger, message, then the fields."""
+    """Formats each record as one line with a JSON object: time, level, logger, message, then the fields."""
 
     def encode(self, record: logging.LogRecord) -> bytes:
         """Return the line. If it is too long, its fields are left out, and then the end of its message."""
@@ -218,7 +218,7 @@ def usual_format(environment: Mapping[str, str] = os.environ, fd: int = 2) -> Fo
 
 
 def handler(form: Format, fd: int = 2) -> Handler:
-    """Return a handler that writes this form to the descriptor or, for JOURNAL, to the journal."""
+    """Return a handler that writes records in this form to the descriptor or, for JOURNAL, to the journal."""
     match form:
         case Format.TEXT:
             return Handler(Descriptor(fd), Text())

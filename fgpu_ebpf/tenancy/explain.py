@@ -273,7 +273,7 @@ def _device_line(device: dict[str, Any]) -> str:
     left = max(0, limit - used - parked)
     text = f"gpu {device['gpu']}: {memory_text(used)} of {memory_text(limit)} used, {memory_text(left)} left"
     text += f", {memory_text(parked)} parked" if parked else ""
-    text += "" if device["counts"] else ", the limit counts on the device from the tenant's first use"
+    text += "" if device["counts"] else ", the limit counts against the device from the tenant's first use on"
     outside = device["outside_bytes"]
     text += f", {memory_text(outside)} of it for contexts, besides the limit that programs see" if outside else ""
     times = "once" if device["refused"] == 1 else f"{device['refused']} times"

@@ -54,7 +54,7 @@ def test_fgpu_info_reports_a_container_without_a_limit(place: Place, service) ->
 @pytest.mark.places("runc")
 def test_a_request_of_fgpu_info_is_no_first_use(strict: Service, place: Place, write: Write) -> None:
     write("memory: {limit: 600MiB}")
-    one, counts = place.tenant(None), "the limit counts on the device from the tenant's first use"
+    one, counts = place.tenant(None), "the limit counts against the device from the tenant's first use on"
     eventually(lambda: counts in fgpu("explain", one.path).stdout, 3, "the policy's limit")
     said = info(one)
     assert "limit 600 MiB, used 0 MiB, free 600 MiB" in said
