@@ -89,7 +89,7 @@ static void opened_by_handle(int is_freed)
         collect(sock, &letter);
         if (is_freed) {
             CU(cuMemFree, at);
-            mark("A freed, B has it open");
+            mark("A freed, B has the memory open");
             allocate(SIZE);
             mark("A allocated as much again");
         }
@@ -103,7 +103,7 @@ static void opened_by_handle(int is_freed)
     post(sock, &letter, NULL, 0);
     collect(sock, &letter);
     kill_and_wait(first);
-    mark("A killed, B has it open");
+    mark("A killed, B has the memory open");
     if (at) CU(cuIpcCloseMemHandle, at);
     mark("B closed it");
     finish();

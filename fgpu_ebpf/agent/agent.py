@@ -260,7 +260,7 @@ class Agent:
         Returns:
             `tenants`: the number of tenants that had a limit or a share of time.
 
-        No tenant may be parked: nothing would wake it.
+        The caller has to ensure that no tenant is parked: after a detach, nothing wakes a parked tenant.
         """
         found = {"tenants": len(self.parts.enforcer)}
         self.stop()

@@ -116,7 +116,9 @@ class Corrections:
         return None if in_use is None or len(known) < len(sample.rows) else in_use - sum(known)
 
     def _correct(self, tgid: int, process: Process, device: int, held: int, drift: Drift) -> bool:
-        """Set one overhead, and record the remaining drift. Returns whether the kernel accepted it.
+        """Set the overhead of a process on a device, and record the remaining drift.
+
+        Returns whether the process now has this overhead; False: the kernel refused the change.
 
         If a context was destroyed while others remained, the overhead is set exactly, because no probe has recorded
         which memory was freed with the context. The overhead may then be below 0. Later overheads may be as low, as

@@ -1,8 +1,9 @@
 """Reads the policy folder at the start and after every change, and passes the policies to the manager.
 
 This module runs in the agent's main loop; a thread of `policy.watch` reads the folder and wakes the loop. The last good
-set is stored on disk, for a start with errors in the files or without the folder. If a reading has an error, the last
-good set stays in force as a whole, and the errors are in the event log, the metrics and /readyz.
+policy set is stored on disk. An agent uses the stored set if the files have an error at its start, or the folder is
+missing. If the files have an error later, the last good policy set stays in force as a whole, and the errors are in the
+event log, the metrics and /readyz.
 """
 
 from __future__ import annotations

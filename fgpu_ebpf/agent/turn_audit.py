@@ -1,8 +1,8 @@
 """Audit of turns: compares how long a tenant ran on a device, according to NVML, with how long it owned the device.
 
-The audit runs in the reconcile thread. It keeps the last ten seconds of gated tenants, and has no result for a tenant
-that has been gated for a shorter time. Every second it also reports NVML's running times to the gatekeeper. If NVML
-does not report the running times of processes on a device, there is no result for the tenants on that device.
+The audit runs in the reconcile thread. It keeps the times of gated tenants for ten seconds, and has no result for a
+tenant that has been gated for a shorter time. Every second it also reports NVML's running times to the gatekeeper. If
+NVML does not report the running times of processes on a device, there is no result for the tenants on that device.
 """
 
 from __future__ import annotations

@@ -91,7 +91,7 @@ def _libraries(found: Sequence[Mapping[str, Any]], trusted: Sequence[str]) -> Ch
     named = [f"{library['path']!a} of process {library['pids'][0]} in {library['tenant']}" for library in unknown[:5]]
     digests = sorted({*trusted, *(library["digest"] for library in unknown if library["digest"])})
     line = f"drivers: {{trusted: {json.dumps(digests)}}}"
-    text = "memory that these libraries free stays charged until NVML confirms it"
+    text = "memory that these libraries free stays charged until NVML shows the free"
     fix = f"{text}; to trust the libraries, write in agent.yaml: {line}"
     return Check("libraries", False, ", ".join(named), fix)
 

@@ -104,7 +104,8 @@ _COMPUTE_GAUGES: tuple[tuple[str, str, Callable[[ComputeView], float | None]], .
     ),
     (
         "fgpu_compute_shortfall_ratio",
-        "Part of the device's time that was due to a busy tenant in ten seconds and that it did not get",
+        "Part of the device's time that was due to a busy tenant in the last ten seconds and that the tenant "
+        "did not get",
         lambda c: c.shortfall.ratio if c.shortfall else None,
     ),
     (

@@ -92,7 +92,8 @@ def state(snapshot: Mapping[str, Any]) -> list[str]:
     policies, events = snapshot["policies"], snapshot["events"]
     up = {True: "gatekeeper up", False: "gatekeeper down", None: "gatekeeper unknown"}[snapshot["gatekeeper_up"]]
     lost = sum(events.get(reason, 0) for reason in ("rate", "full"))
-    held = "not enforced" if snapshot["unenforced"] else "may be out of date" if snapshot["incomplete"] else "enforced"
+    stale = "limits may be out of date" if snapshot["incomplete"] else ""
+    held = "not enforced" if snapshot["unenforced"] else stale or "enforced"
     words = [held, "agent up", up, f"{lost:,} events lost"]
     if policies:
         words.append(f"policies {'valid' if policies['good'] else 'have errors'}, {policies['count']} in force")

@@ -205,7 +205,7 @@ def checks(state: Path = STATE, helper: Path = injection.BIN / injection.HELPER)
         except PermissionError as error:
             check = Check(name, False, f"{error.filename} cannot be read by this user", "sudo fgpu doctor")
         except (SetupError, OSError) as error:
-            check = Check(name, False, str(error), f"then run fgpu setup {name}, or with --undo")
+            check = Check(name, False, str(error), f"then run fgpu setup {name}, or fgpu setup {name} --undo")
         if check:
             yield check
 
@@ -237,7 +237,7 @@ def _check(name: str, usual: Engine, state: Path, helper: Path) -> Check | None:
     kept, engine = _kept(state), where_it_is(usual, state)
     if kept["after"] is None:
         return None
-    file, now, fix = engine.file, _text(engine.file), f"fgpu setup {name}, or with --undo"
+    file, now, fix = engine.file, _text(engine.file), f"fgpu setup {name}, or fgpu setup {name} --undo"
     if now is None or (rest := engine.without(now, None)) == now:
         return Check(name, False, f"{file} no longer has fgpu's settings", fix)
     if engine.read and (engine.is_drop_in or now != kept["after"]):

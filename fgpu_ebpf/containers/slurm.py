@@ -30,7 +30,7 @@ _SCRIPTS = {"Prolog": "prolog.py", "Epilog": "epilog.sh", "TaskProlog": "task.sh
 
 
 def after(of: Settings) -> Wanted:
-    """Return the policy, with a note that has the lines. Raises SetupError: the file is an administrator's."""
+    """Return the policy, with a note of the lines that slurm.conf lacks. Raises SetupError: an administrator's file."""
     check_is_ours(of)
     conf = _conf()
     missing = [line for line in lines() if not _has(conf, line)]

@@ -50,12 +50,13 @@ class Reason(StrEnum):
     )
     NOT_LOADED = (
         "not_loaded",
-        f"the list that is mounted at {LIST} (programs that Nix built: {NIX_LIST}) did not load the shim: check "
-        "that the list names an existing shim",
+        f"the loader did not load the shim from the list that is mounted at {LIST} (programs that Nix built: "
+        f"{NIX_LIST}): check that the list names an existing shim",
     )
     OTHER_LOADER = (
         "other_loader",
-        f"the list that is mounted at {LIST} did not load the shim, and the program's loader is not a distribution's: "
+        f"the program's loader did not load the shim from the list that is mounted at {LIST}, and is not a "
+        "distribution's loader: "
         f"Nix's loader reads {NIX_LIST} (create the container again), and other loaders may need LD_PRELOAD with the "
         "shim's path",
     )

@@ -89,10 +89,11 @@ class Discovery:
         return cls(attached, own, trusted(shims[0], store, listed), most_files)
 
     def start(self) -> Set[File] | None:
-        """Probe the host's own files and all mapped files. Remove the probes of files that no process maps any longer.
+        """Probe the host's own libcuda and shim files, and all such files that processes map.
 
-        Returns (dev, ino) of all mapped files; None: the mappings of some processes cannot be read. Raises ProbeError:
-        one of the host's own files cannot be probed.
+        This method also removes the probes of files that no process maps any longer. Returns (dev, ino) of all mapped
+        libcuda and shim files; None: the mappings of some processes cannot be read. Raises ProbeError: one of the
+        host's own files cannot be probed.
         """
         self._libraries.attach_own()
         scanned: list[Scanned] = []

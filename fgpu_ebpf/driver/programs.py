@@ -177,7 +177,7 @@ def unmount_made() -> None:
 def check_loader(loader: Sequence[str]) -> Check:
     """Return the finding for `fgpu doctor`: whether the loader's interpreter has the distribution's BCC."""
     question = "import bcc; print(bcc.__version__ if hasattr(bcc, 'BPF') else 'wrong ' + str(bcc.__file__))"
-    fix = "apt-get install python3-bpfcc (Debian, Ubuntu), python3-bcc (Fedora)"
+    fix = "apt-get install python3-bpfcc (Debian, Ubuntu) or dnf install python3-bcc (Fedora)"
     try:
         done = subprocess.run([*loader, "-c", question], capture_output=True, text=True, timeout=30, check=False)
     except OSError as error:

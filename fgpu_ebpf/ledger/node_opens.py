@@ -1,4 +1,4 @@
-"""The ledger's part about device nodes: bpf/opens.bpf.h refuses or counts opens by processes without the shim.
+"""Settings and counters of bpf/opens.bpf.h, which decides about opens of device nodes by processes without the shim.
 
 This module runs in the agent's main thread. Errors are OSError of bpf(2).
 """

@@ -68,9 +68,9 @@ class OwnerTable:
         return self._share(abi.OWNERS - 1).entries
 
     def trim(self) -> None:
-        """Release unneeded claims of owners if more than half of a map is claimed. To be called regularly.
+        """Release unneeded claims of owners if more than half of a map is claimed.
 
-        Raises OSError.
+        The caller has to call this method regularly. Raises OSError.
         """
         claimed = self.claimed()
         if any(2 * n > most for n, most in zip(claimed, self.sizes.values(), strict=False)):

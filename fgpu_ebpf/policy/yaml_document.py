@@ -169,7 +169,7 @@ class _Reader:
     def _key(self, event: yaml.Event, place: Place) -> str:
         self._count(event)
         if not isinstance(event, yaml.ScalarEvent) or event.anchor or event.tag not in (None, "!"):
-            raise self._fail(event, place, "a key must be a plain word")
+            raise self._fail(event, place, "a key must be text without an anchor, alias or tag")
         if event.value == "<<" and event.implicit[0]:
             raise self._fail(event, place, "merging (<<) is refused: write the values out")
         return str(event.value)

@@ -5,14 +5,14 @@ all gates open. The *progress* of a tenant is the number of its launches times t
 passes. A tenant is charged its progress, not the time for which its gate is open. So two tenants can together progress
 by more than a second in a second.
 
-A tenant is *slowed* if the time for which it had work in flight exceeds its progress. A tenant is held if another one
-is slowed, and is behind it by more than LAG_NS of virtual time, which is progress divided by the weight. A tenant that
-is behind and not slowed does not need its share: its virtual time is moved up. A tenant is also held at its ceiling,
-and while a tenant of higher priority is slowed. If all tenants together progress no faster than under turns, they take
-turns again, and the next trial follows after a pause.
+A tenant is *slowed* if the time for which it had work in flight exceeds its progress. *Virtual time* is progress
+divided by the weight. A tenant is held if it is ahead of a slowed tenant by more than LAG_NS of virtual time. A tenant
+that is behind and not slowed does not need its share: its virtual time is moved up. A tenant is also held at its
+ceiling, and while a tenant of higher priority is slowed. If all tenants together progress no faster than under turns,
+they take turns again, and the next trial follows after a pause.
 
-A tenant that reports false launches changes its own progress. It can gain a part of the time that others are held,
-which is bounded: while others are held for a tenant, the time that passes is charged to that tenant.
+A tenant that reports false launches changes its own progress. The tenant can gain a part of the time for which others
+are held. This gain is bounded: while others are held for a tenant, the time that passes is charged to that tenant.
 
 The module runs in threads of the gatekeeper that hold the time slicer's lock, does no I/O and reads no clock. Times are
 CLOCK_MONOTONIC nanoseconds.

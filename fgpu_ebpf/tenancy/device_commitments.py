@@ -214,7 +214,7 @@ class Commitments:
             return ""
         other = "name another device (`--device`, `devices:` in a policy), " if len(self._capacity) > 1 else ""
         outside = tenant.outside.get(index)
-        contexts = f" ({memory_text(outside)} of these for contexts besides the limit)" if outside else ""
+        contexts = f" (of which {memory_text(outside)} are for contexts, besides the limit)" if outside else ""
         return (
             f"{memory_text(limit)}{contexts} for {tenant.name} do not fit on device {index}: {memory_text(others)} of "
             f"{memory_text(capacity)} are committed to others; lower a limit, {other}or allow overcommit"

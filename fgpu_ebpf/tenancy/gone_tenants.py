@@ -18,8 +18,9 @@ FRESH_SECONDS = 5.0  # the driver frees the memory of an exited process within t
 
 
 class GoneTenants:
-    """Gone tenants by cgroup id. Each gets a name with its cgroup id, because a new tenant may have its old name.
+    """Tenants whose cgroup no longer exists and that left orphans, by cgroup id.
 
+    The name of a gone tenant contains the cgroup id, because a new tenant may have the gone tenant's former name.
     Iteration leaves out tenants without orphans. release_freed() removes these tenants.
     """
 

@@ -161,7 +161,7 @@ class Manager:
         return [around for around in above(path) if self.enforcer.at(around)]
 
     def consider_all(self) -> None:
-        """Decide about every cgroup of the host and about every tenant again."""
+        """Decide again which limits every cgroup of the host and every tenant gets, and put the result in force."""
         self.consider({*self.workloads.walk(), *(tenant.path for tenant in self.enforcer)})
 
     def reload(self, policies: PolicySet) -> None:

@@ -62,7 +62,7 @@ def test_a_loader_that_reads_another_preload_list_is_named(
     assert "no_admission (other_loader)" in " ".join(fgpu("ps").stdout.split())
     explained = fgpu("explain", one.path).stdout
     assert f"without the shim: pid {other.pid} (other_loader: '/opt/ld.so')" in explained
-    assert "other_loader: the list that is mounted at /etc/ld.so.preload did not load the shim" in explained
+    assert "the program's loader did not load the shim from the list that is mounted at /etc/ld.so.preload" in explained
     other.kill()
     other.close()
     one.assert_holds(ROOM)

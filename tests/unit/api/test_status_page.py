@@ -117,7 +117,7 @@ def test_rows_beyond_the_maximum_are_counted() -> None:
     ("more", "said"),
     [
         ({"unenforced": "a probe has gone"}, "No limit is enforced: a probe has gone not enforced agent up"),
-        ({"incomplete": "a typo"}, "Some limits may be out of date: a typo may be out of date agent up"),
+        ({"incomplete": "a typo"}, "Some limits may be out of date: a typo limits may be out of date agent up"),
         ({"gatekeeper_up": False}, "gatekeeper not running: new programs are refused memory fix: wait for the agent"),
         ({"gatekeeper_up": None}, "gatekeeper unknown"),
         (

@@ -313,7 +313,7 @@ def test_doctor_reports_whether_the_setup_is_intact(tmp_path, helper):
     found.file.write_text("{}")
     (check,) = checks(state, helper)
     assert not check.ok
-    assert check.fix == "fgpu setup docker, or with --undo"
+    assert check.fix == "fgpu setup docker, or fgpu setup docker --undo"
     undo(found, state / "docker.json")
     assert list(checks(state, helper)) == []
 
@@ -536,7 +536,7 @@ def test_doctor_reports_a_changed_default_runtime_of_crio(tmp_path, helper):
     later = found.file.with_name("20.conf")
     later.write_text('[crio.runtime]\ndefault_runtime = "runc"\n')
     (check,) = checks(state, helper)
-    assert (check.ok, check.fix) == (False, "fgpu setup crio, or with --undo")
+    assert (check.ok, check.fix) == (False, "fgpu setup crio, or fgpu setup crio --undo")
     assert "other settings have changed" in check.found
     later.write_text('[crio.runtime]\ndefault_runtime = "gone"\n')
     assert "no [crio.runtime.runtimes.gone]" in next(checks(state, helper)).found

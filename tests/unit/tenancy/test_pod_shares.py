@@ -167,6 +167,6 @@ def test_the_refusal_of_a_share_names_the_memory_that_its_policy_adds_for_contex
     host.manager.reload(policies("{selector: {cgroup: ['pods/*/*']}, memory: {limit: 8GiB, contexts: 1}}"))
     host.manager.share("/pods/one/a", parse(f"8gib:{UUID}"))
     with pytest.raises(
-        RoomError, match=r"8.5GiB \(500MiB of these for contexts besides the limit\) for a.* do not fit"
+        RoomError, match=r"8.5GiB \(of which 500MiB are for contexts, besides the limit\) for a.* do not fit"
     ):
         host.manager.share("/pods/two/a", parse(f"8gib:{UUID}"))
