@@ -87,10 +87,7 @@ _CDI_NOTE = "to use --device fgpu.dev/share=..., run once: systemctl restart doc
 
 
 def docker_after(of: Settings) -> Wanted:
-    """Return daemon.json with the default runtime `fgpu`, which executes the former default runtime.
-
-    For Docker versions in CDI_ASKS, the result also enables CDI.
-    """
+    """Return daemon.json with `fgpu`, which runs the former default runtime, and with CDI for versions in CDI_ASKS."""
     settings = read_json(of.text)
     default = settings.get("default-runtime", "runc")
     runtimes = settings.get("runtimes", {})

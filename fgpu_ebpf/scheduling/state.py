@@ -117,10 +117,10 @@ class Place:
         unit_ns = unit.virtual_ns(devices, unit_ahead_ns)
         return Waiter(self.tenant, self.share, unit_ns, devices, since_ns, own_ns, unit.unlifted_ns(devices))
 
-    def without_reports(self) -> Place:
-        """Return a state without the tenant's reports. The account and the counters stay."""
+    def without_reports(self, number: int) -> Place:
+        """Return a state without reports, with the account and the counters; with `number`, waiters report again."""
         return Place(
-            self.tenant, self.share, self.account, number=self.number, counts=self.counts, trust=self.trust,
+            self.tenant, self.share, self.account, number=number, counts=self.counts, trust=self.trust,
             asked=self.asked, above=self.above,
         )  # fmt: skip
 

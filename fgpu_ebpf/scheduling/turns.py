@@ -171,8 +171,7 @@ class Turns:
     def forget(self, tenant: int) -> None:
         """Discard the reports of a tenant, and end its turn. Its account stays, with its debts."""
         self._drop(tenant)
-        place = self.places[tenant] = self.places[tenant].without_reports()
-        place.number = self._next_number()  # threads that wait at the gate report again
+        self.places[tenant] = self.places[tenant].without_reports(self._next_number())
         self._changed.add(tenant)
         self._users_changed = True
 

@@ -460,7 +460,7 @@ def test_a_file_of_containerd_that_was_rewritten_without_comments_is_refused(tmp
     lines = [line.partition(" # fgpu")[0] for line in (read(found) or "").splitlines()]
     rewritten = "\n".join(lines) + "\n"
     found.file.write_text(rewritten)
-    with pytest.raises(SetupError, match="replace .* with the real runtime's path"):
+    with pytest.raises(SetupError, match=r"replace .* with the real runtime's path"):
         set_up(found, helper, state)
     assert read(found) == rewritten
 
