@@ -28,6 +28,7 @@ from fgpu_ebpf.ledger.parked import Parked
 from fgpu_ebpf.ledger.process_entry import Process
 from fgpu_ebpf.linux import procfs
 from fgpu_ebpf.parker import protocol
+from fgpu_ebpf.scheduling.fair_queue import Share
 from fgpu_ebpf.tenancy.event_log import EventLog
 
 HELD, CGROUP, GENERATION = 64 << 20, 7, 1001
@@ -76,6 +77,7 @@ class FakeLedger:
     def __init__(self, pid: int) -> None:
         self.pid, self.has_entry, self.parked_bytes, self.is_full = pid, False, 0, False
         self.flags = abi.Seen.SHIM | abi.SEEN_CALLED
+        self.times: Any = None
         self.parked = SimpleNamespace(
             entries=self._entries, begin=self._begin, park=self._park, wake=self._wake, end=self._end, unmoved=set()
         )
@@ -144,6 +146,7 @@ class Host:
         self.folder, self.parker, self.ledger, self.history = folder, FakeParker(folder), FakeLedger(pid), EventLog()
         workload = SimpleNamespace(cgroup=CGROUP, path="/alice")
         self.tenant: Any = SimpleNamespace(name="alice", cgroup=CGROUP, path="/alice", workload=workload, park_bytes=0)
+        self.tenant.shares = {}
         self.enforcer: Any = SimpleNamespace(
             has_inside=lambda path: False,
             get=lambda cgroup: self.tenant if cgroup == CGROUP else None,
@@ -416,6 +419,13 @@ def test_without_a_parker_nothing_changes(host: Host) -> None:
     host.until("running")
     assert "the parker does not run" in errand.error
     assert host.books() == (False, 0)
+
+
+def test_a_tenant_with_a_share_of_a_concurrent_device_is_not_parked(host: Host) -> None:
+    host.ledger.times = SimpleNamespace(concurrent=lambda: frozenset({0}))
+    assert not host.parking.parkable.obstacle(host.tenant, host.ledger.processes())
+    host.tenant.shares = {0: Share()}
+    assert "gpu 0 is concurrent" in host.parking.parkable.obstacle(host.tenant, host.ledger.processes())
 
 
 def test_a_call_in_the_driver_is_a_reason(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
