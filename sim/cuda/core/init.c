@@ -6,6 +6,7 @@
 #include "cuda/core/gate.h"
 #include "wire/link.h"
 
+#include <errno.h>
 #include <limits.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -120,8 +121,10 @@ static bool finds_mps(void)
 {
     const char *folder = getenv("CUDA_MPS_PIPE_DIRECTORY");
     char path[PATH_MAX];
-    int length = snprintf(path, sizeof path, "%s/control", folder ?: "/tmp/nvidia-mps");
-    return length < (int)sizeof path && !access(path, W_OK);
+    int saved = errno, length = snprintf(path, sizeof path, "%s/control", folder ?: "/tmp/nvidia-mps");
+    bool finds = length < (int)sizeof path && !access(path, W_OK);
+    errno = saved;
+    return finds;
 }
 
 static CUresult initialise(void)
