@@ -6,7 +6,6 @@ refused, because the settings name the program that loads the BPF programs.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Literal, NamedTuple, TypeAlias
 
@@ -15,7 +14,7 @@ from fgpu_ebpf.driver.xids import OF_PROGRAMS
 from fgpu_ebpf.ledger.owner_bounds import Bounds
 from fgpu_ebpf.policy import requests, trusted_file
 from fgpu_ebpf.policy.folder import FOLDER
-from fgpu_ebpf.policy.rules import NO_CLASSES, Classes, Device, DeviceChoice
+from fgpu_ebpf.policy.rules import NO_CLASSES, Classes, DeviceChoice
 from fgpu_ebpf.policy.share_name import USUAL
 from fgpu_ebpf.policy.yaml_document import ConfigError, InvalidFileError
 from fgpu_ebpf.tenancy.profiles import Profile
@@ -78,17 +77,6 @@ class HostSettings(NamedTuple):
     bounds: Bounds = Bounds()
     priorities: Classes = NO_CLASSES
     sharing: Sharing = ()
-
-
-def concurrent(sharing: Sharing, devices: Iterable[Device]) -> frozenset[int]:
-    """Return the indexes of devices whose tenants run at the same time."""
-    found = set()
-    for device in devices:
-        for choices, is_concurrent in sharing:
-            if any(choice.takes(device) for choice in choices):
-                found |= {device.index} if is_concurrent else set()
-                break
-    return frozenset(found)
 
 
 def read(path: Path = FILE, root_only: bool = True) -> tuple[HostSettings | None, tuple[ConfigError, ...]]:

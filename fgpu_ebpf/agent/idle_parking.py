@@ -117,7 +117,7 @@ class IdleParking:
         return True
 
     def idle_seconds(self, now: float, tenant: Tenant) -> float:
-        """Return for how many seconds a tenant whose policy has `memory.park.after` has been idle."""
+        """Return for how many seconds a tenant with `memory.park.after` in its policy has been idle."""
         return self._idleness.seconds(now, tenant.cgroup)
 
     def hindrance(self, now: float, tenant: Tenant, own: Mapping[int, Process]) -> str:

@@ -1,6 +1,6 @@
 """The options of the command line, and the settings of an agent, which combine the options with agent.yaml.
 
-This module contains data only. It runs in the main thread of the agent and of commands.
+This module contains data, and what follows from it. It runs in the main thread of the agent and of commands.
 """
 
 from __future__ import annotations
@@ -54,8 +54,12 @@ class Settings(NamedTuple):
     log_format: str | None = None  # as in Options
 
     def concurrent(self, devices: Iterable[rules.Device]) -> frozenset[int]:
-        """Return the indexes of devices whose tenants run at the same time."""
-        return host_config.concurrent(self.sharing, devices)
+        """Return the indexes of the concurrent devices. The first item of `sharing` that takes a device decides."""
+        return frozenset(device.index for device in devices if self._is_concurrent(device))
+
+    def _is_concurrent(self, device: rules.Device) -> bool:
+        said = (is_on for choices, is_on in self.sharing if any(choice.takes(device) for choice in choices))
+        return next(said, False)
 
 
 class Options(NamedTuple):

@@ -43,7 +43,7 @@ class _Client:
 
 
 class Guardian:
-    """All clients of the host's MPS server whose descriptors are copied."""
+    """The clients of the host's MPS server, with the copies of their descriptors."""
 
     def __init__(self) -> None:
         self._clients: dict[int, _Client] = {}  # by the id of the client's session

@@ -81,12 +81,12 @@ class ComputeMaps:
         return bpf.number(self._maps["host"], HOST_SHARES)
 
     def concurrent(self) -> frozenset[int]:
-        """Return the devices whose tenants run at the same time."""
+        """Return the concurrent devices: their tenants run at the same time."""
         epoch = self.epoch()
         return frozenset(device for device in range(abi.DEVICES) if epoch >> _CONCURRENT_SHIFT & 1 << device)
 
     def set_concurrent(self, devices: Iterable[int]) -> None:
-        """Set the devices whose tenants run at the same time. tell() makes the change known."""
+        """Set the concurrent devices. tell() makes the change known."""
         self._concurrent = sum(1 << device for device in set(devices))
 
     def shares(self) -> dict[Key, Share]:

@@ -14,7 +14,7 @@ from collections import deque
 from dataclasses import dataclass, field
 
 TURNS, FEWEST = 8, 2  # the turns that count, and how many are needed
-STRANGE = 1.5  # a turn whose launches cost this many times the median had other work, such as the start of a program
+STRANGE = 1.5  # if a launch of a turn costs this many times the median, the turn had other work (a start)
 
 
 @dataclass(slots=True)

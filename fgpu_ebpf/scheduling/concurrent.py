@@ -43,7 +43,7 @@ ALONE_WINDOW_NS, ALONE_NS = SECOND, 20 * MS  # the same, while all others are he
 SLOWED = 1.05  # a tenant is slowed if its launches take this many times their cost alone
 CARRY_NS = 20 * MS  # progress that is reported in one moment may have taken this time
 CHECK_NS = 500 * MS  # the period of the comparison with turns
-MOST_CLAIM = 1.1  # a tenant whose launches cost this many times the time that passes was measured wrongly
+MOST_CLAIM = 1.1  # a cost is wrong if launches cost this many times the time that passes
 LEAST_GAIN = 0.97  # tenants take turns again if all progress together falls below this part of that under turns
 FIRST_PAUSE_NS, MOST_PAUSE_NS = SECOND, 64 * SECOND
 
@@ -62,7 +62,7 @@ class _Runner:
     active_ns: int = 0  # when it last had work
     wanted_ns: int = 0  # when it last requested a launch
     carried_ns: float = 0.0  # reported progress that was not charged yet
-    paused_ns: int = 0  # the time without work since the last work
+    resting_ns: int = 0  # the time without work since the last work
     busy_ns: float = 0.0
     done_ns: float = 0.0
     alone_busy_ns: float = 0.0
@@ -107,7 +107,7 @@ class _Runner:
     @property
     def has_work(self) -> bool:
         """True if the tenant had work at the last observation: without work, nothing can slow it down."""
-        return not self.paused_ns
+        return not self.resting_ns
 
     def most_carried_ns(self) -> float:
         """Return how long the work that was reported in one moment may take: at least one launch."""
@@ -124,7 +124,7 @@ class _Runner:
         self.seen = place.seen
         launches, idle_ns = (self.launched(), self.rested_ns()) if is_new else (0, 0)  # idle tenants are seen rarely
         works = bool(launches or place.seen.in_flight or place.seen.waiting)
-        rest_ns, self.paused_ns = (self.paused_ns, 0) if works else (0, self.paused_ns + passed_ns)
+        rest_ns, self.resting_ns = (self.resting_ns, 0) if works else (0, self.resting_ns + passed_ns)
         if works:
             self.active_ns = now_ns
         place.alone.rested(launches, idle_ns if idle_ns < IDLE_NS else 0)
@@ -202,9 +202,8 @@ class _Device:
         was_alone, self.alone = self.alone, alone
         for runner in self.runners:
             self.done_ns += runner.progress(passed_ns, runner is alone is was_alone, now_ns)
-            if runner.has_launched and not runner.place.alone.is_known:
-                return True
-        if now_ns - self.shared_ns >= self._holds_ns():
+        is_any_unknown = any(runner.has_launched and not runner.place.alone.is_known for runner in self.runners)
+        if is_any_unknown or now_ns - self.shared_ns >= self._holds_ns():
             return True
         if now_ns - self.checked_ns < CHECK_NS:
             return False
@@ -298,12 +297,12 @@ class Concurrent:
     """All concurrent devices that several tenants use."""
 
     def __init__(self, clocks: Clocks) -> None:
-        self.numbers: frozenset[int] = frozenset()  # devices whose tenants run at the same time, if they can
+        self.numbers: frozenset[int] = frozenset()  # the concurrent devices
         self._devices: dict[int, _Device] = {}
         self._clocks = clocks
 
     def restart(self, places: dict[int, list[Place]], now_ns: int) -> list[Place]:
-        """Begin with turns, for the tenants of devices whose set of tenants has changed.
+        """Begin with turns, on devices with another set of tenants than before.
 
         Take the tenants of all concurrent devices out of `places`, if they can run at the same time.
 
@@ -328,7 +327,7 @@ class Concurrent:
         return ended
 
     def look(self, now_ns: int) -> tuple[list[Place], list[Place], list[Place]]:
-        """Return the tenants whose gates open from now on, those that take turns, and those to be held or let go."""
+        """Return tenants that may launch from now on, tenants that take turns, and tenants to hold or let go."""
         begin, end, change = list[Place](), list[Place](), list[Place]()
         for number, device in self._devices.items():
             if not device.runners:

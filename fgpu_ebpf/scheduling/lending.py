@@ -187,7 +187,7 @@ def switch(
     requests a turn when it next launches, and its work in flight is charged until it has drained.
 
     Returns:
-        The tenants whose gates have changed.
+        The tenants with changed gates.
     """
     changed = set()
     for place in begin:

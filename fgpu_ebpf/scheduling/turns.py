@@ -48,7 +48,7 @@ class Turns:
     # -- interface for the time slicer
 
     def share_out(self, shares: Mapping[int, Share], now_ns: int, concurrent: Collection[int] = ()) -> None:
-        """Set all shares, and the devices whose tenants run at the same time. The next step() must see every tenant."""
+        """Set all shares and the concurrent devices. The next step() must see every tenant."""
         self._lending.concurrent.numbers = frozenset(concurrent)
         for tenant in set(self.places) - set(shares):
             del self.places[tenant]

@@ -225,9 +225,10 @@ static uint32_t current(void)
 
 /*
  * Record in the kernel that the driver may open device nodes for this process, and send the first hello, without a
- * wait. Each call records it, because the ledger may be newer than this process. The driver takes milliseconds to
- * initialise, or seconds if many processes start at the same time, and the gatekeeper can reply meanwhile. The only
- * state until fgpu_arrive() are descriptors, which are not shared: any other thread registers by itself.
+ * wait, except on a host with MPS. Each call records it, because the ledger may be newer than this process. The driver
+ * takes milliseconds to initialise, or seconds if many processes start at the same time, and the gatekeeper can reply
+ * meanwhile. The only state until fgpu_arrive() are descriptors, which are not shared: any other thread registers by
+ * itself.
  */
 COLD struct fgpu_asked fgpu_announce(void)
 {

@@ -10,7 +10,7 @@ import pytest
 from fgpu_ebpf import daemon
 from fgpu_ebpf.agent import host_config
 from fgpu_ebpf.agent.host_config import HostSettings
-from fgpu_ebpf.agent.settings import Options
+from fgpu_ebpf.agent.settings import Options, Settings
 from fgpu_ebpf.policy import trusted_file
 from tests.unit.root_kit import needs_root
 
@@ -103,8 +103,8 @@ def test_the_first_entry_that_matches_a_device_says_how_it_is_shared(settings):
     assert not errors
     names = ["NVIDIA H200", "NVIDIA H200", "NVIDIA L4", "NVIDIA L4"]
     devices = [SimpleNamespace(index=index, name=name, uuid_text="") for index, name in enumerate(names)]
-    assert host_config.concurrent(found.sharing, devices) == {0, 2}
-    assert host_config.concurrent(HostSettings().sharing, devices) == frozenset()
+    assert Settings(sharing=found.sharing).concurrent(devices) == {0, 2}
+    assert Settings().concurrent(devices) == frozenset()
 
 
 @pytest.mark.parametrize(
