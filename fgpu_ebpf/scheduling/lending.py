@@ -85,7 +85,7 @@ class _Device:
         active = [count for count in self.counts if count.launched() > 0]
         if min((count.launched() for count in active), default=0) < ENOUGH and passed_ns < MOST_TURNS_NS:
             return False
-        if any(count.place.observed.at_ns <= self.since_ns for count in active):  # NVML's report is about other work
+        if any(count.place.observed.from_ns < self.since_ns for count in active):  # NVML's report is about other work
             return False
         uses = [count.place.observed.use for count in active]
         may = len(active) > 1 and None not in uses and sum(filter(None, uses)) <= MOST_USE

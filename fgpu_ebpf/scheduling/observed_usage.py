@@ -21,6 +21,7 @@ class Observed:
     ran_ns: int = -1
     owned_ns: int = 0
     at_ns: int = 0
+    from_ns: int = 0  # the beginning of the time that the last report is about
     ahead_ns: int = 0
     use: float | None = None  # the part of the time in which it ran, recently; None: unknown
 
@@ -36,7 +37,7 @@ class Observed:
             return 0
         ran, owned = ran_ns - self.ran_ns, owned_ns - self.owned_ns
         between_ns, is_first = min(now_ns - self.at_ns, MOST_BETWEEN_NS), self.ran_ns < 0 or ran < 0 or owned < 0
-        self.ran_ns, self.owned_ns, self.at_ns = ran_ns, owned_ns, now_ns
+        self.ran_ns, self.owned_ns, self.from_ns, self.at_ns = ran_ns, owned_ns, self.at_ns, now_ns
         if is_first:
             return 0
         use = ran / max(1, between_ns)
