@@ -1,15 +1,16 @@
 """Concurrent devices: all tenants launch at the same time, and a tenant that is ahead of its share waits.
 
-The tenants of a device take turns first, which measures what a launch costs when its tenant has the device alone. Then
-all gates open. The *progress* of a tenant is the number of its launches times this cost, and at most the time that
-passes. A tenant is charged its progress, not the time for which its gate is open. So two tenants can together progress
-by more than a second in a second.
+The *progress* of a tenant is the number of its launches times what a launch costs while the tenant has the device
+alone, and at most the time that passes. A tenant is charged its progress, not the time for which its gate is open. So
+two tenants can together progress by more than a second in a second. The cost of a launch is measured whenever all other
+tenants are held or idle. For a tenant whose cost is not known, or was measured long ago, all others are held for a
+short *window*.
 
 A tenant is *slowed* if the time for which it had work in flight exceeds its progress. *Virtual time* is progress
 divided by the weight. A tenant is held if it is ahead of a slowed tenant by more than LAG_NS of virtual time. A tenant
 that is behind and not slowed does not need its share: its virtual time is moved up. A tenant is also held at its
-ceiling, and while a tenant of higher priority is slowed. If all tenants together progress no faster than under turns,
-they take turns again, and the next trial follows after a pause.
+ceiling, and while a tenant of higher priority is slowed. If slowed tenants together progress no faster than under
+turns, all take turns, and the next trial follows after a pause.
 
 A tenant that reports false launches changes its own progress. The tenant can gain a part of the time for which others
 are held. This gain is bounded: while others are held for a tenant, the time that passes is charged to that tenant.
@@ -29,80 +30,79 @@ from fgpu_ebpf.scheduling.state import NEVER_NS, Place
 from fgpu_ebpf.scheduling.virtual_clock import Clocks
 
 MS, SECOND = 1_000_000, 1_000_000_000
-LEARN_NS, LEARN_LAUNCHES = 150 * MS, 32  # busy time and launches that measure the cost of a launch
-AGAIN_NS = 80 * MS  # the same, if a cost was measured before
-MOST_LEARN_NS, MOST_AGAIN_NS = 2 * SECOND, 400 * MS  # bounds of such a phase: an idle tenant may launch nothing
-FIRST_NS = 5 * SECOND  # costs that were measured for the first time, perhaps while programs started, hold for this time
+MEASURE_NS, MEASURE_LAUNCHES = 80 * MS, 4  # a measurement of the cost of a launch has this time, and so many launches
+MOST_MEASURE_NS = 400 * MS  # the end of a window: a tenant may launch nothing
+FIRST_PARTS, PARTS = 10, 100  # windows of a tenant take at most this part of the time, if its cost is unknown or known
 REFRESH_NS, LATEST_NS = 20 * SECOND, 300 * SECOND  # costs are measured again: after holding, and if no tenant was held
+STALE_NS = 5 * SECOND  # a tenant that was idle for this time may do other work now, so its cost is measured again
 LOOK_NS, MOST_LOOK_NS = 4 * MS, 12 * MS  # bounds of the time between looks: less if a tenant may soon be held
 IDLE_LOOK_NS = 24 * MS  # the period in which idle tenants are looked at
 LAG_NS, NEAR_NS = 10 * MS, 6 * MS  # a tenant that is ahead by LAG_NS waits until it is ahead by less than NEAR_NS
 IDLE_NS = 50 * MS  # a tenant that had no work for this time has no share to catch up with
-WINDOW_NS = 100 * MS  # the time over which it is measured whether a tenant is slowed
-ALONE_WINDOW_NS, ALONE_NS = SECOND, 20 * MS  # the same, while all others are held, and how much of it is enough
+SLOW_NS = 100 * MS  # the time over which it is measured whether a tenant is slowed
 SLOWED = 1.05  # a tenant is slowed if its launches take this many times their cost alone
 CARRY_NS = 20 * MS  # progress that is reported in one moment may have taken this time
 CHECK_NS = 500 * MS  # the period of the comparison with turns
 MOST_CLAIM = 1.1  # a cost is wrong if launches cost this many times the time that passes
-LEAST_GAIN = 0.97  # tenants take turns again if all progress together falls below this part of that under turns
-FIRST_PAUSE_NS, MOST_PAUSE_NS = SECOND, 64 * SECOND
+LEAST_GAIN = 0.97  # tenants take turns if all progress together falls below this part of the time that passes
+FIRST_PAUSE_NS, MOST_PAUSE_NS, LONGER = SECOND, 16 * SECOND, 4  # a pause is this many times as long as the last one
 
 
 @dataclass(eq=False, slots=True)
 class _Runner:
-    """A tenant on a concurrent device.
-
-    `busy_ns`, `done_ns`: its time and its progress, lately. `alone_busy_ns`, `alone_done_ns`: the same while all others
-    were held.
-    """
+    """A tenant on a concurrent device. `busy_ns`, `done_ns`: its time with work and its progress, lately."""
 
     place: Place
     seen: Seen = NOTHING  # the last observation that was counted
     launches: int = 0
+    launched: int = 0  # launches in the time that was counted last
+    took_ns: int = 0  # the part of this time in which it had work
     active_ns: int = 0  # when it last had work
-    wanted_ns: int = 0  # when it last requested a launch
     carried_ns: float = 0.0  # reported progress that was not charged yet
     resting_ns: int = 0  # the time without work since the last work
     busy_ns: float = 0.0
     done_ns: float = 0.0
-    alone_busy_ns: float = 0.0
-    alone_done_ns: float = 0.0
     claimed_ns: float = 0.0  # reported progress since the last check
-    has_launched: bool = False  # since the phase began
+    due_ns: int = 0  # when its cost should be measured again
+    measured_ns: int = -LATEST_NS  # when it was measured
 
-    def begin(self) -> None:
-        """Begin a phase of turns or of concurrent launches: count the tenant's launches and times from now on."""
-        self.seen, self.launches, self.has_launched = self.place.seen, self.place.seen.launches, False
+    def begin(self, now_ns: int) -> None:
+        """Count the tenant's launches and times from now on."""
+        self.active_ns = now_ns  # perhaps
+        self.seen, self.launches = self.place.seen, self.place.seen.launches
         self.carried_ns = self.busy_ns = self.done_ns = self.claimed_ns = 0.0
-        self.alone_busy_ns = self.alone_done_ns = 0.0
 
-    def launched(self) -> int:
+    def _launched(self) -> int:
         """Return the launches since the last call."""
         launches, self.launches = max(0, self.place.seen.launches - self.launches), self.place.seen.launches
-        self.has_launched |= launches > 0
         return launches
-
-    def rested_ns(self) -> int:
-        """Return the time without work that the tenant has reported since the last call.
-
-        A rest that ends at a closed gate is not among the rests that processes add up.
-        """
-        seen, wanted_ns = self.place.seen, self.wanted_ns
-        self.wanted_ns = seen.wanted_ns
-        is_new = seen.waiting and not seen.in_flight and seen.wanted_ns > max(wanted_ns, seen.ended_ns) > 0
-        return seen.idle_ns + (seen.wanted_ns - seen.ended_ns if is_new and seen.ended_ns else 0)
 
     def is_active(self, now_ns: int) -> bool:
         """Return whether the tenant has work, or had some a short time ago."""
         return now_ns - self.active_ns < IDLE_NS
 
     def is_slowed(self) -> bool:
-        """Return whether the tenant progresses less than if it had the device alone.
+        """Return whether the tenant progresses less than if it had the device alone."""
+        return self.place.held or self.busy_ns > SLOWED * self.done_ns
 
-        A tenant that is as slow while all others are held does not wait for the device, but for its own host code.
-        """
-        pace = max(1.0, self.alone_busy_ns / self.alone_done_ns) if self.alone_done_ns > ALONE_NS else 1.0
-        return self.place.held or self.busy_ns > SLOWED * pace * self.done_ns
+    def is_measured(self) -> bool:
+        """Return whether the measurement of its cost is complete."""
+        cost = self.place.alone
+        return cost.fresh_ns >= MEASURE_NS and cost.fresh_launches >= MEASURE_LAUNCHES
+
+    def expire(self) -> None:
+        """Have the cost measured again, as soon as possible."""
+        self.place.alone.begin()
+        self.due_ns, self.measured_ns = 0, -LATEST_NS
+
+    def is_due(self, now_ns: int, held_ns: int) -> bool:
+        """Return whether its cost has to be measured now. `held_ns`: when a tenant was last held for another one."""
+        if self.is_measured():
+            self.place.alone.renew()
+            self.measured_ns, self.due_ns = now_ns, now_ns + REFRESH_NS
+        elif self.due_ns <= now_ns < self.measured_ns + LATEST_NS and now_ns - held_ns > REFRESH_NS:
+            self.due_ns = now_ns + REFRESH_NS
+        return now_ns >= self.due_ns
 
     @property
     def has_work(self) -> bool:
@@ -118,33 +118,39 @@ class _Runner:
         place = self.place
         return place.is_spent() or (place.held and place.share.limited and place.limit_ready_ns() > now_ns)
 
-    def progress(self, passed_ns: int, alone: bool, now_ns: int) -> int:
-        """Charge the progress since the last call, `passed_ns` ago, and return it. `alone`: all others were held."""
+    def count(self, passed_ns: int, now_ns: int) -> None:
+        """Count the launches and the time with work since the last call, `passed_ns` ago."""
         place, is_new = self.place, self.place.seen is not self.seen
         self.seen = place.seen
-        launches, idle_ns = (self.launched(), self.rested_ns()) if is_new else (0, 0)  # idle tenants are seen rarely
-        works = bool(launches or place.seen.in_flight or place.seen.waiting)
+        self.launched = self._launched() if is_new else 0  # idle tenants are seen rarely
+        works = bool(self.launched or place.seen.in_flight or place.seen.waiting)
         rest_ns, self.resting_ns = (self.resting_ns, 0) if works else (0, self.resting_ns + passed_ns)
+        waits = place.held and not place.seen.in_flight
+        self.took_ns = passed_ns + (rest_ns if rest_ns < IDLE_NS else 0) if works and not waits else 0
         if works:
             self.active_ns = now_ns
-        place.alone.rested(launches, idle_ns if idle_ns < IDLE_NS else 0)
-        cost_ns = place.alone.of(launches)
+        if rest_ns >= STALE_NS:
+            self.expire()
+
+    def progress(self, passed_ns: int, alone: bool) -> int:
+        """Return the progress in the time that was counted. `alone`: the tenant had the device alone in this time."""
+        place, launches, took_ns = self.place, self.launched, self.took_ns
+        if alone and took_ns:
+            place.alone.learn(launches, took_ns)
+        cost_ns = place.alone.of(launches) if place.alone.is_known else took_ns
         self.claimed_ns += cost_ns
         self.carried_ns += cost_ns
         paid_ns = min(self.carried_ns, passed_ns)
         self.carried_ns = min(self.carried_ns - paid_ns, self.most_carried_ns())
-        fades = max(0.0, 1 - passed_ns / WINDOW_NS)
-        waits = place.held and not place.seen.in_flight
-        took_ns = passed_ns + (rest_ns if rest_ns < IDLE_NS else 0) if works and not waits else 0
+        fades = max(0.0, 1 - passed_ns / SLOW_NS)
         self.busy_ns = self.busy_ns * fades + took_ns
         self.done_ns = self.done_ns * fades + paid_ns
-        if alone:
-            fades = max(0.0, 1 - passed_ns / ALONE_WINDOW_NS)
-            self.alone_busy_ns = self.alone_busy_ns * fades + passed_ns
-            self.alone_done_ns = self.alone_done_ns * fades + paid_ns
-        place.count_up(now_ns)
-        place.charge(passed_ns if alone else round(paid_ns))
         return round(paid_ns)
+
+    def charge(self, ns: int, now_ns: int) -> None:
+        """Charge the tenant for its progress."""
+        self.place.count_up(now_ns)
+        self.place.charge(ns)
 
 
 @dataclass(slots=True)
@@ -152,83 +158,99 @@ class _Device:
     """A concurrent device with several tenants. `shared_ns`: since when all of them may launch; 0: they take turns."""
 
     runners: list[_Runner] = field(default_factory=list)
-    since_ns: int = 0  # when the phase began
-    looked_ns: int = 0
     shared_ns: int = 0
-    is_first: bool = True  # costs of tenants are unknown
-    turns_rate: float = 0.0  # nanoseconds of progress in a nanosecond under turns, of all tenants
+    looked_ns: int = 0
     checked_ns: int = 0
-    done_ns: int = 0  # progress of all tenants since checked_ns
-    alone: _Runner | None = None  # for this tenant all others were held at the last look
-    has_held: bool = False  # a tenant was held in this phase
+    slowed_ns: int = 0  # the time since the last comparison with turns in which tenants slowed each other
+    done_ns: int = 0  # the progress of all tenants in this time
+    has_gained: bool = False  # at the last comparison
+    alone: _Runner | None = None  # it had the device alone at the last look
+    alone_ns: int = 0  # since when
+    window: _Runner | None = None  # all others are held, to measure its cost
+    window_ns: int = 0  # since when
+    held_ns: int = 0  # when a tenant was last held for another one
     due_ns: int = 0  # when to look again
     idle_ns: int = 0  # when idle tenants were last looked at
+    watched: list[Place] = field(default_factory=list)  # the tenants that the next look must see
     pause_ns: int = FIRST_PAUSE_NS
     paused_ns: int = 0
 
-    def begin_turns(self, now_ns: int) -> None:
-        """Begin a phase of turns."""
-        self.since_ns, self.shared_ns = now_ns, 0
-        self.is_first = not all(runner.place.alone.is_known for runner in self.runners)
-        for runner in self.runners:
-            runner.begin()
-            runner.place.alone.begin()
-
-    def has_learned(self, now_ns: int) -> bool:
-        """Look at the launches under turns, and return whether all tenants may launch at the same time from now on."""
-        passed_ns = now_ns - max(self.since_ns, self.paused_ns)
-        for runner in self.runners:
-            runner.launched()
-            runner.place.measured = passed_ns >= 0
-        active = [runner.place.alone for runner in self.runners if runner.has_launched]
-        if len(active) < 2 or now_ns < self.paused_ns or not all(cost.is_known for cost in active):
+    def may_begin(self, now_ns: int) -> bool:
+        """Return whether all tenants may launch at the same time from now on."""
+        if now_ns < self.paused_ns:
             return False
-        need_ns, most_ns = (LEARN_NS, MOST_LEARN_NS) if self.is_first else (AGAIN_NS, MOST_AGAIN_NS)
-        enough = all(cost.fresh_ns >= need_ns and cost.fresh_launches >= LEARN_LAUNCHES for cost in active)
-        if not enough and passed_ns < most_ns:
-            return False
-        self.turns_rate = sum(cost.fresh_ns for cost in active) / passed_ns
         self.shared_ns = self.looked_ns = self.checked_ns = self.due_ns = now_ns
-        self.done_ns, self.has_held = 0, False
+        self.slowed_ns, self.done_ns, self.has_gained = 0, 0, False
+        self.alone = self.window = None
+        self.idle_ns, self.watched = now_ns, _places(self)
         for runner in self.runners:
-            runner.begin()
+            runner.begin(now_ns)
         return True
 
     def is_over(self, now_ns: int) -> bool:
         """Charge all progress since the last look. Return whether the tenants take turns from now on."""
         passed_ns, self.looked_ns = now_ns - self.looked_ns, now_ns
-        free = [r for r in self.runners if (r.is_active(now_ns) and not r.place.held) or r.place.seen.in_flight]
-        alone = free[0] if len(free) == 1 and any(runner.place.held for runner in self.runners) else None
-        was_alone, self.alone = self.alone, alone
         for runner in self.runners:
-            self.done_ns += runner.progress(passed_ns, runner is alone is was_alone, now_ns)
-        is_any_unknown = any(runner.has_launched and not runner.place.alone.is_known for runner in self.runners)
-        if is_any_unknown or now_ns - self.shared_ns >= self._holds_ns():
-            return True
-        if now_ns - self.checked_ns < CHECK_NS:
-            return False
-        passed_ns, self.checked_ns = now_ns - self.checked_ns, now_ns
-        rate, self.done_ns = self.done_ns / passed_ns, 0
-        wrong = [r for r in self.runners if r.claimed_ns > MOST_CLAIM * passed_ns + r.most_carried_ns()]
+            runner.count(passed_ns, now_ns)
+        working = [r for r in self.runners if (r.is_active(now_ns) and not r.place.held) or r.place.seen.in_flight]
+        was_alone, self.alone = self.alone, working[0] if len(working) == 1 else None
+        is_settled = now_ns - passed_ns > self.alone_ns  # before, kernels ran that had begun beside those of others
+        is_settled = is_settled and len(self.watched) == len(self.runners)  # no other tenant launched unseen
+        self.alone_ns = self.alone_ns if self.alone is was_alone else now_ns
+        holds, done_ns = any(runner.place.held for runner in self.runners), 0
         for runner in self.runners:
-            runner.claimed_ns = 0.0
-        for runner in wrong:
-            runner.place.alone.forget()
-        if wrong:
-            return True
+            is_alone = runner is self.alone is was_alone
+            progress_ns = runner.progress(passed_ns, is_alone and is_settled)
+            runner.charge(passed_ns if is_alone and holds else progress_ns, now_ns)
+            done_ns += progress_ns
+        if now_ns - self.checked_ns >= CHECK_NS:
+            self._check_claims(now_ns)
         active = [runner for runner in self.runners if runner.is_active(now_ns)]
-        is_any_slowed = any(runner.is_slowed() and not runner.is_stopped(now_ns) for runner in active)
-        if len(active) < 2 or not is_any_slowed or rate >= LEAST_GAIN * min(1.0, self.turns_rate):
+        slowed = [runner for runner in active if runner.is_slowed() and not runner.is_stopped(now_ns)]
+        if len(active) < 2 or not slowed or self.window or not all(r.place.alone.is_known for r in active):
+            return False
+        self.slowed_ns += passed_ns
+        self.done_ns += done_ns
+        if self.slowed_ns < CHECK_NS:
+            return False
+        gains, self.done_ns, self.slowed_ns = self.done_ns >= LEAST_GAIN * self.slowed_ns, 0, 0
+        before, self.has_gained = self.has_gained, gains
+        if gains:
             self.pause_ns = FIRST_PAUSE_NS
             return False
-        self.paused_ns, self.pause_ns = now_ns + self.pause_ns, min(2 * self.pause_ns, MOST_PAUSE_NS)
+        for runner in active:
+            runner.expire()
+        if before:  # perhaps their work has changed, so the next comparison is with new costs
+            return False
+        self.shared_ns, self.paused_ns = 0, now_ns + self.pause_ns
+        self.pause_ns = min(LONGER * self.pause_ns, MOST_PAUSE_NS)
         return True
 
-    def _holds_ns(self) -> int:
-        """Return how long the tenants run at the same time before their costs are measured again."""
-        if not self.has_held:
-            return LATEST_NS
-        return FIRST_NS if self.is_first else REFRESH_NS
+    def _check_claims(self, now_ns: int) -> None:
+        """Forget the costs of tenants that cannot have done all that they have reported since the last check."""
+        passed_ns, self.checked_ns = now_ns - self.checked_ns, now_ns
+        for runner in self.runners:
+            if runner.claimed_ns > MOST_CLAIM * passed_ns + runner.most_carried_ns():
+                runner.place.alone.forget()
+                runner.expire()
+            runner.claimed_ns = 0.0
+
+    def _measured(self, free: Collection[_Runner], now_ns: int) -> _Runner | None:
+        """Return the tenant whose cost is measured now, for which all others wait."""
+        if runner := self.window:
+            passed_ns = now_ns - self.window_ns
+            if runner in free and not runner.is_measured() and passed_ns < MOST_MEASURE_NS:
+                return runner
+            runner.due_ns = now_ns + passed_ns * (PARTS if runner.place.alone.is_known else FIRST_PARTS)
+        self.window = None
+        if len(free) < 2:
+            return None
+        first = min(runner.place.share.rank for runner in free)
+        for runner in sorted(free, key=lambda r: r.place.account.virtual_ns):
+            if runner.place.share.rank == first and runner.is_due(now_ns, self.held_ns):
+                self.window, self.window_ns = runner, now_ns
+                return runner
+        return None
 
     def held(self, now_ns: int) -> list[_Runner]:
         """Move up tenants that do not need their share. Return the tenants that are to be held."""
@@ -240,9 +262,13 @@ class _Device:
                 if runner.place.share.rank == rank and not (runner in free and runner.is_slowed()):
                     lag_ns = NEAR_NS if runner in free else 0
                     runner.place.account = runner.place.account.joining(first_ns - lag_ns)
+        if window := self._measured(free, now_ns):
+            self.due_ns, self.watched = now_ns + LOOK_NS, _places(self)
+            return [runner for runner in self.runners if runner is not window]
         held = [runner for runner in active if _is_to_wait(runner, free)]
-        self.has_held |= bool(held)
-        self.due_ns = now_ns + _look_ns(free)
+        self.held_ns = now_ns if held else self.held_ns
+        self.due_ns = now_ns + (LOOK_NS if self.alone_ns == now_ns else _look_ns(free, active))
+        self._watch(now_ns)
         return held
 
     def clocks(self) -> dict[int, int]:
@@ -253,22 +279,22 @@ class _Device:
             found[rank] = min(virtual_ns, found.get(rank, virtual_ns))
         return found
 
-    def to_see(self) -> list[Place]:
-        """Return the tenants that the next look must see. Idle tenants are seen less often."""
-        if self.looked_ns - self.idle_ns >= IDLE_LOOK_NS:
-            self.idle_ns = self.looked_ns
-            return _places(self)
-        return [runner.place for runner in self.runners if runner.is_active(self.looked_ns) or runner.place.held]
+    def _watch(self, now_ns: int) -> None:
+        """Set `watched`. Idle tenants are seen less often."""
+        if now_ns - self.idle_ns >= IDLE_LOOK_NS:
+            self.idle_ns, self.watched = now_ns, _places(self)
+        else:
+            self.watched = [runner.place for runner in self.runners if runner.is_active(now_ns) or runner.place.held]
 
 
-def _look_ns(free: Collection[_Runner]) -> int:
+def _look_ns(free: Collection[_Runner], active: Collection[_Runner]) -> int:
     """Return the time until the next look: until the first tenant may have to be held or let go.
 
     Progress is at most the time that passes, so it takes time until a tenant is ahead of a slowed one, or is not.
     """
     if any(runner.place.share.limited for runner in free):
         return LOOK_NS
-    least_ns = MOST_LOOK_NS
+    least_ns = MOST_LOOK_NS if len(active) > 1 else IDLE_LOOK_NS
     for other in filter(_Runner.is_slowed, free):
         for runner in free:
             if runner is other:
@@ -302,7 +328,7 @@ class Concurrent:
         self._clocks = clocks
 
     def restart(self, places: dict[int, list[Place]], now_ns: int) -> list[Place]:
-        """Begin with turns, on devices with another set of tenants than before.
+        """Begin anew on devices with another set of tenants than before.
 
         Take the tenants of all concurrent devices out of `places`, if they can run at the same time.
 
@@ -317,13 +343,10 @@ class Concurrent:
             if {id(place) for place in its} == {id(place) for place in before}:
                 continue
             ended += before if device.shared_ns else []
-            for place in before:
-                place.concurrent = place.measured = False
-            for place in its:
-                place.concurrent = True
-            device.runners = [_Runner(place) for place in its]
+            for place in (*before, *its):
+                place.concurrent = place in its
+            device.runners, device.shared_ns = [_Runner(place) for place in its], 0
             device.pause_ns, device.paused_ns = FIRST_PAUSE_NS, 0  # these tenants may gain by what others did not
-            device.begin_turns(now_ns)
         return ended
 
     def look(self, now_ns: int) -> tuple[list[Place], list[Place], list[Place]]:
@@ -333,13 +356,12 @@ class Concurrent:
             if not device.runners:
                 continue
             if not device.shared_ns:
-                if device.has_learned(now_ns):
+                if device.may_begin(now_ns):
                     begin += _places(device)
                 continue
             self._clocks.count(number).lent_ns += now_ns - device.looked_ns
             if device.is_over(now_ns):
                 end += _places(device)
-                device.begin_turns(now_ns)
                 continue
             held = device.held(now_ns)
             for rank, virtual_ns in device.clocks().items():  # tenants that join later start here
@@ -349,7 +371,7 @@ class Concurrent:
 
     def to_see(self) -> list[Place]:
         """Return the tenants that the next look must see."""
-        return [place for device in self._devices.values() if device.shared_ns for place in device.to_see()]
+        return [place for device in self._devices.values() if device.shared_ns for place in device.watched]
 
     def due_ns(self) -> int:
         """Return when the next look is due; NEVER_NS: tenants take turns, which cause looks."""

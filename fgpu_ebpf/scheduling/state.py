@@ -34,7 +34,6 @@ OVERTAKEN_PARTS = 4  # a turn lasts 1/4 quantum if a tenant that would have been
 LASTING_NS = 1_000_000_000  # turns may be longer among tenants that were busy for this long without a pause
 # The reported beginning and end of a turn shorten its charge by at most this time each, and at most 1/40 of a quantum.
 SPAN_NS, SPAN_PARTS = 500_000, 40
-MEASURE_NS = 100_000_000  # the length of a quantum while the costs of launches are measured
 NEVER_NS = 2**63
 _OPEN, _GATED = int(abi.Gate.OPEN), int(abi.Gate.GATED)
 
@@ -64,8 +63,6 @@ class Turn:
     rested: bool = False  # the gates were closed because there was no work, while no tenant waited
     rest_ns: int = 0  # how long the tenant had been without work at the last check; 0: it had work
     cut: bool = False  # the gates were closed although the tenant has more work, or probably has
-    first_launches: int = 0  # the tenant's launches when the turn began
-    idle_ns: int = 0  # the reported time without work since the first launch
 
 
 @dataclass(slots=True)
@@ -99,7 +96,6 @@ class Place:
     thinks: ThinkTimes = field(default_factory=ThinkTimes)
     alone: AloneCost = field(default_factory=AloneCost)
     concurrent: bool = False  # its device is concurrent: turns must not overlap, because kernels would slow each other
-    measured: bool = False  # turns measure what its launches cost
     asked: Share = field(default_factory=Share)
     above: tuple[Unit, ...] = ()
 
@@ -173,24 +169,12 @@ class Place:
         for unit in self.above:
             unit.charge(self._devices(), ns)
 
-    def learn(self, turn: Turn, ended_ns: int) -> None:
-        """Record what the launches of a turn have cost. `ended_ns`: the end of the charged time."""
-        begun_ns, last_ns = max(turn.begins_ns, self.begun_ns(turn)), self.seen.ended_ns
-        ended_ns = min(ended_ns, last_ns) if self.seen.drained and last_ns > begun_ns else ended_ns
-        if self.measured:
-            self.alone.learn(self.seen.launches - turn.first_launches, ended_ns - begun_ns - turn.idle_ns)
-
     def observe(self, ran_ns: int, now_ns: int) -> None:
         """Compare the tenant's device time with NVML's."""
         short_ns = self.observed.short_ns(ran_ns, self.owned_ns(), now_ns)
         if self.share.limited:
             self.count_up(now_ns)
             self.charge(short_ns)
-
-    @property
-    def quantum_ns(self) -> int:
-        """The length of a quantum. It is longer while costs are measured, because the ends of turns distort them."""
-        return max(self.share.quantum_ns, MEASURE_NS if self.measured and not self.share.limited else 0)
 
     def is_unit(self) -> bool:
         """Return whether other tenants are inside this tenant."""

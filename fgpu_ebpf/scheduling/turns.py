@@ -213,7 +213,6 @@ class Turns:
         if not wanted:  # idle time is not charged while no other tenant waits for the devices
             until_ns, idle_ns = min(now_ns, turn.active_ns), max(0, seen.idle_ns - turn.rest_ns)
         turn.rest_ns = 0 if seen.in_flight else max(0, now_ns - seen.ended_ns)
-        turn.idle_ns += seen.idle_ns if turn.charged_ns > turn.opened_ns else 0
         place.count_up(now_ns)
         place.charge(until_ns - since_ns - idle_ns)
         place.busy_ns = 0 if place.is_idle(turn, now_ns) else place.busy_ns + max(0, now_ns - turn.charged_ns)
@@ -310,7 +309,7 @@ class Turns:
             self._extend(place, turn, now_ns)
 
     def _extend(self, place: Place, turn: Turn, now_ns: int) -> None:
-        turn.ends_ns = now_ns + place.quantum_ns
+        turn.ends_ns = now_ns + place.share.quantum_ns
         turn.floor = False
         turn.since_ns, turn.virtual_ns = now_ns, place.begins()
         self._clocks.turn_begins(turn.devices, place.share.rank, turn.virtual_ns)
@@ -334,10 +333,10 @@ class Turns:
 
     def _open(self, place: Place, grant: Grant, now_ns: int) -> None:
         begins_ns = handover.next_begins_ns(self._running.values(), grant.devices, now_ns)
-        times = (now_ns, begins_ns, begins_ns, begins_ns + place.quantum_ns, now_ns)
+        times = (now_ns, begins_ns, begins_ns, begins_ns + place.share.quantum_ns, now_ns)
         first = (place.seen.launches, begins_ns, place.begins())
         place.number = self._next_number()
-        place.turn = Turn(set(grant.devices), place.number, grant.floor, *times, *first, first_launches=first[0])
+        place.turn = Turn(set(grant.devices), place.number, grant.floor, *times, *first)
         place.late_ns = 0
         place.trust.begins_again(place.seen.busy_until_ns, now_ns)
         place.count_up(now_ns)
@@ -379,7 +378,6 @@ class Turns:
             ended_ns = passed_ns = place.passed_ns(turn)
             handover.begin_earlier(self._running.values(), turn, ended_ns)
         place.charge(ended_ns - max(turn.charged_ns, place.begun_ns(turn)))
-        place.learn(turn, ended_ns)
         if turn.closing_ns:
             overrun = not place.seen.drained and not turn.rested  # a rested tenant has no work
             for device in turn.devices:

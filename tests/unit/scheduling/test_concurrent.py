@@ -148,6 +148,36 @@ def test_a_tenant_that_joins_later_takes_nothing_for_the_time_before():
     assert min(got) > 0.25, got
 
 
+def test_a_tenant_that_does_other_work_after_a_rest_is_measured_again():
+    """The launches of a program that starts cost more than later ones."""
+    starts = tenant(1)
+    starts.kernel_ns *= 5
+    it = world(starts, tenant(2), slower=1.5).run_observed(3)
+    starts.stopped = True
+    it.run_observed(6)
+    starts.stopped, starts.kernel_ns = False, starts.kernel_ns // 5
+    it._ring()
+    got = work(it, ["busy", "busy"], seconds=4, warm=1)
+    assert got[0] == pytest.approx(got[1], abs=0.04), got
+    assert is_shared(it)
+
+
+def test_a_tenant_whose_work_changes_is_measured_again_before_all_take_turns():
+    changes = tenant(1)
+    it = world(changes, tenant(2), slower=1.5).run_observed(3)
+    changes.kernel_ns *= 5
+    it.run_observed(5)
+    assert is_shared(it)
+    assert it.turns.places[1].alone.of(1) == pytest.approx(changes.kernel_ns, rel=0.2)
+
+
+def test_an_idle_tenant_that_begins_to_launch_does_not_change_the_cost_of_others():
+    dice = random.Random(2)
+    bursts = Tenant(1, Share(), 200 * US, steps=Loop(40, lambda: round(75 * MS * dice.uniform(0.9, 1.1))))
+    it = world(bursts, tenant(2), slower=1.75).run_observed(5)
+    assert it.turns.places[2].alone.of(1) == pytest.approx(it.tenants[2].kernel_ns, rel=0.03)
+
+
 def test_changes_of_other_devices_do_not_end_concurrency():
     other = Tenant(3, Share(), devices=frozenset({1}))
     it = world(tenant(1), tenant(2), other, slower=1.5).run_observed(3)
@@ -196,30 +226,29 @@ def test_quanta_are_those_of_the_policy_while_no_trial_is_due():
     assert sorted(it.tenants[1].waits_ns)[len(it.tenants[1].waits_ns) // 2] < 20 * MS
 
 
-def test_a_cost_that_was_measured_long_ago_is_forgotten_without_an_error():
+def test_a_cost_is_that_of_the_last_measurements():
     cost = AloneCost()
-    cost.learn(32, 100 * MS)
-    cost.learn(32, 100 * MS)
-    assert cost.of(1) == pytest.approx(100 * MS / 32)
-    for _ in range(2000):
-        cost.begin()
-    assert not cost.is_known
-    cost.learn(32, 100 * MS)
+    assert cost.of(1) == 0
+    for _ in range(100):
+        cost.learn(1, 4 * MS)
+    for _ in range(200):
+        cost.learn(4, 4 * MS)
+    assert cost.of(1) == pytest.approx(1 * MS, rel=0.5)
+    cost.forget()
     assert not cost.is_known
 
 
 def test_a_report_is_counted_once():
     """An idle tenant is seen less often than progress is charged."""
     place = Place(1, Share(), opening(Share(), 0))
-    for _ in range(2):
-        place.alone.learn(32, 100 * MS)
+    place.alone.learn(32, 100 * MS)
     runner = _Runner(place)
-    place.seen = Seen(frozenset({0}), launches=32, idle_ns=12 * MS)
-    runner.progress(4 * MS, alone=False, now_ns=4 * MS)
-    before = place.alone.of(1)
-    for look in range(2, 100):
-        runner.progress(4 * MS, alone=False, now_ns=look * 4 * MS)
-    assert place.alone.of(1) == before == pytest.approx((100 + 12) * MS / 32)
+    place.seen = Seen(frozenset({0}), launches=32)
+    charged_ns = 0
+    for look in range(100):
+        runner.count(4 * MS, look * 4 * MS)
+        charged_ns += runner.progress(4 * MS, alone=False)
+    assert charged_ns == 24 * MS
 
 
 def test_false_launches_gain_a_bounded_part():
