@@ -32,7 +32,8 @@ CHECK_NS = 50 * MS  # the period of checks while the device is lent
 ENOUGH, SOME = 32, 16  # launches under turns in that time that make a comparison exact, and those for a rough one
 KEEPS, ROUGHLY = 0.95, 0.75  # a tenant must have this part of its launches under turns
 GAINS = 1.1  # the mean of these parts
-GROWS = 1.5  # a tenant that launches this many times as often as when lending began does other work now
+GROWS = 1.5  # a tenant that launches this many times as often as in the windows before does other work now
+WINDOWS = 8  # the mean of so many windows, about, is compared: at first, programs catch up with their schedules
 MOST_USE = 0.5  # if kernels run for a larger part of the time, by NVML's report, too little can be gained
 REFRESH_NS = 20 * SECOND  # after this time the launches under turns are counted again
 FIRST_PAUSE_NS, MOST_PAUSE_NS = SECOND, 64 * SECOND  # bounds of the time between a failed trial and the next
@@ -40,14 +41,14 @@ FIRST_PAUSE_NS, MOST_PAUSE_NS = SECOND, 64 * SECOND  # bounds of the time betwee
 
 @dataclass(slots=True)
 class _Count:
-    """The counters of one tenant at the beginning of a window. `rate`, `first`: launches in a nanosecond under turns,
-    and in the first window in which the device was lent.
+    """The counters of one tenant at the beginning of a window. `rate`, `usual`: launches in a nanosecond under turns,
+    and in the windows in which the device was lent.
     """
 
     place: Place
     launches: int = 0
     rate: float = 0.0
-    first: float = 0.0
+    usual: float = 0.0
 
     def begin(self) -> None:
         """Begin a window."""
@@ -91,7 +92,7 @@ class _Device:
         may = len(active) > 1 and None not in uses and sum(filter(None, uses)) <= MOST_USE
         may = may and all(count.launched() >= ENOUGH for count in active)
         for count in self.counts if may else ():
-            count.rate, count.first = count.launched() / passed_ns, 0.0
+            count.rate, count.usual = count.launched() / passed_ns, 0.0
         self.begin(now_ns)
         return may
 
@@ -114,9 +115,10 @@ class _Device:
             return False
         self.pause_ns = FIRST_PAUSE_NS
         for count in self.counts:
-            count.first = count.first or count.launched() / passed_ns
-        if any(count.launched() > GROWS * count.first * passed_ns for count in self.counts):
-            return False
+            rate = count.launched() / passed_ns
+            if count.usual and rate > GROWS * count.usual:
+                return False
+            count.usual += (rate - count.usual) / WINDOWS if count.usual else rate
         self.begin(now_ns)
         return now_ns - self.lent_ns < REFRESH_NS
 

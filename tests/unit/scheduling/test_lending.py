@@ -91,6 +91,17 @@ def test_a_tenant_that_becomes_busy_gets_its_share_and_no_more():
     assert got[2] == pytest.approx(0.5, abs=0.05)
 
 
+def test_a_tenant_that_catches_up_at_first_is_compared_with_what_it_does_usually():
+    it = World(light(1), light(2, think_us=320)).run_observed(5)
+    second = it.tenants[2]
+    quick, second.steps = second.steps, light(3).steps
+    it.run_observed(4)
+    assert is_lent(it)
+    second.steps = quick
+    it.run(0.6)
+    assert not is_lent(it)
+
+
 def test_a_new_tenant_ends_lending_until_it_was_measured():
     late = light(3, dead=True)
     it = World(light(1), light(2), late).run_observed(5)
