@@ -17,6 +17,7 @@ clock. Times are CLOCK_MONOTONIC nanoseconds.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -116,11 +117,21 @@ class _Device:
         self.pause_ns = FIRST_PAUSE_NS
         for count in self.counts:
             rate = count.launched() / passed_ns
-            if count.usual and rate > GROWS * count.usual:
+            if rate > GROWS * (count.usual or self._most(count)):
                 return False
             count.usual += (rate - count.usual) / WINDOWS if count.usual else rate
         self.begin(now_ns)
         return now_ns - self.lent_ns < REFRESH_NS
+
+    def _most(self, count: _Count) -> float:
+        """Return the launches in a nanosecond that a tenant can make beside others, if it does the work of before.
+
+        Under turns it had at least its part of the time whenever it had work.
+        """
+        if not count.rate or any(each.place.above for each in self.counts):
+            return math.inf
+        weights = sum(each.place.share.weight for each in self.counts if each.rate)
+        return count.rate * weights / count.place.share.weight
 
 
 class Lending:

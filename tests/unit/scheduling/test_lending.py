@@ -91,6 +91,18 @@ def test_a_tenant_that_becomes_busy_gets_its_share_and_no_more():
     assert got[2] == pytest.approx(0.5, abs=0.05)
 
 
+def test_a_tenant_that_becomes_busy_as_lending_begins_gets_its_share_and_no_more():
+    it = World(light(1), light(2)).run_observed(2)
+    for _ in range(100):
+        if not is_lent(it):
+            it.run(0.01)
+    assert is_lent(it)
+    for one in it.tenants.values():
+        one.steps, one.kernel_ns = None, 60 * US
+    it.run(1)
+    assert not is_lent(it)
+
+
 def test_a_tenant_that_catches_up_at_first_is_compared_with_what_it_does_usually():
     it = World(light(1), light(2, think_us=320)).run_observed(5)
     second = it.tenants[2]
