@@ -3,8 +3,8 @@
 The *progress* of a tenant is the number of its launches times what a launch costs while the tenant has the device
 alone, and at most the time that passes. A tenant is charged its progress, not the time for which its gate is open. So
 two tenants can together progress by more than a second in a second. The cost of a launch is measured whenever all other
-tenants are held or idle. For a tenant whose cost is not known, or was measured long ago, all others are held for a
-short *window*.
+tenants are held or idle. If the cost of a tenant's launches is not known, or was measured long ago, all others are held
+for a short *window*.
 
 A tenant is *slowed* if the time for which it had work in flight exceeds its progress. *Virtual time* is progress
 divided by the weight. A tenant is held if it is ahead of a slowed tenant by more than LAG_NS of virtual time. A tenant
@@ -54,7 +54,6 @@ class _Runner:
 
     place: Place
     seen: Seen = NOTHING  # the last observation that was counted
-    launches: int = 0
     launched: int = 0  # launches in the time that was counted last
     took_ns: int = 0  # the part of this time in which it had work
     active_ns: int = 0  # when it last had work
@@ -69,13 +68,8 @@ class _Runner:
     def begin(self, now_ns: int) -> None:
         """Count the tenant's launches and times from now on."""
         self.active_ns = now_ns  # perhaps
-        self.seen, self.launches = self.place.seen, self.place.seen.launches
+        self.seen = self.place.seen
         self.carried_ns = self.busy_ns = self.done_ns = self.claimed_ns = 0.0
-
-    def _launched(self) -> int:
-        """Return the launches since the last call."""
-        launches, self.launches = max(0, self.place.seen.launches - self.launches), self.place.seen.launches
-        return launches
 
     def is_active(self, now_ns: int) -> bool:
         """Return whether the tenant has work, or had some a short time ago."""
@@ -120,9 +114,8 @@ class _Runner:
 
     def count(self, passed_ns: int, now_ns: int) -> None:
         """Count the launches and the time with work since the last call, `passed_ns` ago."""
-        place, is_new = self.place, self.place.seen is not self.seen
+        place, self.launched = self.place, max(0, self.place.seen.launches - self.seen.launches)
         self.seen = place.seen
-        self.launched = self._launched() if is_new else 0  # idle tenants are seen rarely
         works = bool(self.launched or place.seen.in_flight or place.seen.waiting)
         rest_ns, self.resting_ns = (self.resting_ns, 0) if works else (0, self.resting_ns + passed_ns)
         waits = place.held and not place.seen.in_flight
@@ -175,8 +168,8 @@ class _Device:
     pause_ns: int = FIRST_PAUSE_NS
     paused_ns: int = 0
 
-    def may_begin(self, now_ns: int) -> bool:
-        """Return whether all tenants may launch at the same time from now on."""
+    def try_to_begin(self, now_ns: int) -> bool:
+        """Let all tenants launch at the same time from now on, unless a pause continues. Return whether they may."""
         if now_ns < self.paused_ns:
             return False
         self.shared_ns = self.looked_ns = self.checked_ns = self.due_ns = now_ns
@@ -195,7 +188,7 @@ class _Device:
         working = [r for r in self.runners if (r.is_active(now_ns) and not r.place.held) or r.place.seen.in_flight]
         was_alone, self.alone = self.alone, working[0] if len(working) == 1 else None
         is_settled = now_ns - passed_ns > self.alone_ns  # before, kernels ran that had begun beside those of others
-        is_settled = is_settled and len(self.watched) == len(self.runners)  # no other tenant launched unseen
+        is_settled &= len(self.watched) == len(self.runners)  # no other tenant launched unseen
         self.alone_ns = self.alone_ns if self.alone is was_alone else now_ns
         holds, done_ns = any(runner.place.held for runner in self.runners), 0
         for runner in self.runners:
@@ -236,7 +229,7 @@ class _Device:
             runner.claimed_ns = 0.0
 
     def _measured(self, free: Collection[_Runner], now_ns: int) -> _Runner | None:
-        """Return the tenant whose cost is measured now, for which all others wait."""
+        """Return the tenant that has the device alone now, to measure the cost of its launches."""
         if runner := self.window:
             passed_ns = now_ns - self.window_ns
             if runner in free and not runner.is_measured() and passed_ns < MOST_MEASURE_NS:
@@ -266,7 +259,8 @@ class _Device:
             self.due_ns, self.watched = now_ns + LOOK_NS, _places(self)
             return [runner for runner in self.runners if runner is not window]
         held = [runner for runner in active if _is_to_wait(runner, free)]
-        self.held_ns = now_ns if held else self.held_ns
+        if any(runner in free for runner in held):
+            self.held_ns = now_ns
         self.due_ns = now_ns + (LOOK_NS if self.alone_ns == now_ns else _look_ns(free, active))
         self._watch(now_ns)
         return held
@@ -343,8 +337,10 @@ class Concurrent:
             if {id(place) for place in its} == {id(place) for place in before}:
                 continue
             ended += before if device.shared_ns else []
-            for place in (*before, *its):
-                place.concurrent = place in its
+            for place in before:
+                place.concurrent = False
+            for place in its:
+                place.concurrent = True
             device.runners, device.shared_ns = [_Runner(place) for place in its], 0
             device.pause_ns, device.paused_ns = FIRST_PAUSE_NS, 0  # these tenants may gain by what others did not
         return ended
@@ -356,7 +352,7 @@ class Concurrent:
             if not device.runners:
                 continue
             if not device.shared_ns:
-                if device.may_begin(now_ns):
+                if device.try_to_begin(now_ns):
                     begin += _places(device)
                 continue
             self._clocks.count(number).lent_ns += now_ns - device.looked_ns
