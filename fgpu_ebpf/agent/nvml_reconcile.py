@@ -310,7 +310,8 @@ class Reconciler:
 
     def _reported(self) -> Mapping[int, xids.Reported]:
         repaired = [(self._repaired.popleft(), None) for _ in range(len(self._repaired))]  # before XIDs of this pass
-        return self._tally.take(self._nvml.watched(), [*repaired, *self._nvml.xids()])
+        came = self._nvml.xids()  # the first call registers the devices that watched() returns
+        return self._tally.take(self._nvml.watched(), [*repaired, *came])
 
     def _with_turns(self, now: Truth, at: float) -> Truth:
         """Add how long processes ran in the last second, and the audit of turns. Unused devices are not measured."""

@@ -299,6 +299,12 @@ class Hub:
         found = eventually(lambda: engines.ANSWER.search(self._docker.call("logs", name).stdout), 20, name)
         return int(found[1]) + CONTEXT
 
+    def end(self, user: str) -> None:
+        """End a user's server. Return after Docker has removed its container, which the hub does not wait for."""
+        self.ask("DELETE", f"users/{user}/server")
+        name = f"jupyter-{user}"
+        eventually(lambda: name not in self._docker.call("ps", "--all").stdout, 20, f"no container {name}")
+
     def close(self) -> None:
         """End the hub, which removes the containers."""
         self._process.terminate()
@@ -310,7 +316,7 @@ def test_a_recipe_of_jupyterhub_gives_groups_their_shares(docker: engines.Engine
     try:
         assert hub.filled("ada") == 12 * GIB
         assert hub.filled("bob") == 2 * GIB
-        hub.ask("DELETE", "users/ada/server")
+        hub.end("ada")
         hub.ask("POST", "groups/students/users", {"users": ["ada"]})
         hub.ask("DELETE", "groups/staff/users", {"users": ["ada"]})
         assert hub.filled("ada") == 2 * GIB, "a new container has the share of the new group"

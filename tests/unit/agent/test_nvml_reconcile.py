@@ -652,6 +652,16 @@ def test_the_age_of_a_device_is_that_of_its_own_last_answer():
     assert one.truth.mig == {1}
 
 
+def test_the_first_comparison_shows_which_devices_report_xids():
+    """NVML reports XIDs of devices after the first request only."""
+    watched = set()
+    one = reconciler(Books(process(0)), {})
+    one._nvml.watched = lambda: frozenset(watched)
+    one._nvml.xids = lambda: watched.add(0) or []
+    one.look()
+    assert one.truth.xids.keys() == {0}
+
+
 def test_a_failed_comparison_reports_its_reason_and_refreshes_nothing():
     def fails():
         raise RuntimeError("the ledger cannot be read")
