@@ -31,9 +31,7 @@ TRIALS = pytest.StashKey[Trials]()
 TIMER = pytest.StashKey[pytest_timeout.Settings]()
 MOST_SECONDS = 240  # time limit of a test, except in a full run; alone on a machine no test takes half of it
 AUTOGROUP = Path("/proc/self/autogroup")
-# A worker with this nice level gets three times the processor time of another busy worker. With much more, programs of
-# the other workers would miss time limits of the product while a test with busy programs has the priority.
-TIMED_NICE = -5
+TIMED_NICE = -15  # a worker with this nice level gets thirty times the processor time of another busy worker
 WORLDS = "FGPU_TEST_WORLDS"  # in the environment: each process that runs tests enters its own world
 
 

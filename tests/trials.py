@@ -9,6 +9,7 @@ on a machine without other load.
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -93,7 +94,8 @@ class Trials:
         now = self._clock()
         return (
             f"{now.stolen_share_since(self._began):.0%} of them was given to other machines; "
-            f"a program waited for one in {now.crowded_share_since(self._began):.0%} of the time"
+            f"a program waited for one in {now.crowded_share_since(self._began):.0%} of the time; "
+            f"the load of the last minute was {os.getloadavg()[0]:.1f}"
         )
 
     def is_another_due(self, error: BaseException | None) -> bool:

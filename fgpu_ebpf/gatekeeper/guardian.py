@@ -17,6 +17,7 @@ import contextlib
 import itertools
 import os
 import time
+from collections import Counter
 from dataclasses import dataclass, field
 from time import monotonic_ns
 
@@ -25,7 +26,8 @@ from fgpu_ebpf.linux import pidfd, statx
 LOOK_SECONDS = 0.1
 OFTEN_NS, RARELY_NS = 2_000_000_000, 1_000_000_000  # every look, for this time after a change; then in this period
 KEEPS_NS, MOST_KEEPS_NS = 500_000_000, 10_000_000_000  # bounds of the time for which copies outlive their client
-MOST_OF_CLIENT, MOST = 64, 4096  # copies
+# Copies. An MPS server has at most 60 clients, so a workload of honest programs stays below its part.
+MOST_OF_CLIENT, MOST_OF_OWNER, MOST = 64, 1024, 4096
 MOST_SCANNED = 1024  # descriptors of a client in one look
 NODES = "/dev/nvidia"
 
@@ -36,6 +38,7 @@ class _Client:
 
     pid: int
     pidfd: int
+    owner: int
     copies: dict[int, int] = field(default_factory=dict)
     changed_ns: int = field(default_factory=monotonic_ns)
     looked_ns: int = 0
@@ -51,13 +54,20 @@ class Guardian:
         self._lock = _thread.allocate_lock()
         self._runs = False
 
-    def watch(self, key: int, pid: int, client: int) -> None:
-        """Begin to copy the descriptors of a client. `key`: identifies it. `client`: its pidfd, which is duplicated."""
+    def watch(self, key: int, pid: int, client: int, owner: int) -> None:
+        """Begin to copy the descriptors of a client.
+
+        Args:
+            key: identifies the client.
+            pid: its pid.
+            client: its pidfd, which is duplicated.
+            owner: the workload whose bound applies to the copies.
+        """
         with self._lock:
             if known := self._clients.get(key):  # it has perhaps executed another program
                 known.changed_ns = monotonic_ns()
                 return
-            self._clients[key] = _Client(pid, os.dup(client))
+            self._clients[key] = _Client(pid, os.dup(client), owner)
             if not self._runs:
                 self._runs = True
                 _thread.start_new_thread(self._serve, ())
@@ -82,7 +92,9 @@ class Guardian:
                 over = [client for client in self._ended if client.closes_ns <= now_ns]
                 self._ended = [client for client in self._ended if client.closes_ns > now_ns]
                 clients = list(self._clients.values())
-                taken = sum(len(client.copies) for client in (*clients, *self._ended))
+                taken = Counter[int]()  # by owner: number of copies
+                for client in (*clients, *self._ended):
+                    taken[client.owner] += len(client.copies)
                 if not clients and not self._ended and not over:
                     self._runs = False
                     return
@@ -90,7 +102,8 @@ class Guardian:
                 _close(client)
             for client in clients:
                 if now_ns - client.changed_ns < OFTEN_NS or now_ns - client.looked_ns >= RARELY_NS:
-                    taken += _copy(client, min(MOST - taken, MOST_OF_CLIENT - len(client.copies)), now_ns)
+                    left = min(MOST - taken.total(), MOST_OF_OWNER - taken[client.owner])
+                    taken[client.owner] += _copy(client, min(left, MOST_OF_CLIENT - len(client.copies)), now_ns)
 
 
 def _copy(client: _Client, most: int, now_ns: int) -> int:

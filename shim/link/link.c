@@ -40,7 +40,7 @@
 #define COOPERATIVE (1u << 9)
 #define CROWDED (1u << 8) /* in `said`, in the same word as the links */
 #define SECOND FGPU_SECOND_NS
-#define FIRST_NS (2 * SECOND)     /* long enough for an upgrade of the gatekeeper */
+#define FIRST_NS (5 * SECOND)     /* long enough for a restart of the gatekeeper, also on a busy host */
 #define ANSWERED_NS (SECOND / 4)  /* the heartbeat's period: the epoch on a page may be this old */
 #define CLOSED_NS (SECOND / 10)   /* the wait for a reply: the allocation of this thread is delayed by it */
 #define AGAIN_NS (SECOND / 50)    /* the wait for a reply: short, because the pages in use are still valid */

@@ -81,9 +81,9 @@ def test_the_shim_s_clock_works_without_clock_gettime_in_libc(build: Build, held
     lacking.write_bytes(build.shim.read_bytes().replace(b"\0clock_gettime\0", b"\0clock_gettimX\0"))
     assert "clock_gettimX" in output("nm", "-D", lacking)
     held.do("stop")
-    script = "begun = time.monotonic(); print(alloc(MiB), 1.5 < time.monotonic() - begun < 4)"
+    script = "begun = time.monotonic(); print(alloc(MiB), 4.5 < time.monotonic() - begun < 7)"
     said, _ = held.run(SYSTEM_PYTHON, "-c", PREAMBLE + script, libraries=(lacking,))
-    assert said == "2 True\n", "without an answer, its deadline of 2 s passes"
+    assert said == "2 True\n", "without an answer, its deadline of 5 s passes"
 
 
 @pytest.mark.parametrize(

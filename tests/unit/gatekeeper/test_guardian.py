@@ -15,7 +15,7 @@ from fgpu_ebpf.gatekeeper import guardian
 from fgpu_ebpf.gatekeeper.guardian import Guardian
 from tests.support.wait import eventually
 
-KEY = 1
+KEY, OWNER = 1, 7
 
 
 @pytest.fixture
@@ -60,7 +60,7 @@ def copies(node: Path) -> int:
 @pytest.fixture
 def watched(client: subprocess.Popen[bytes]) -> Guardian:
     guard, pidfd = Guardian(), os.pidfd_open(client.pid)
-    guard.watch(KEY, client.pid, pidfd)
+    guard.watch(KEY, client.pid, pidfd, OWNER)
     os.close(pidfd)  # the session's own
     return guard
 
@@ -100,6 +100,29 @@ def test_a_client_with_many_descriptors_has_a_bounded_number_of_copies(watched, 
     assert copies(node) == 1
 
 
+@pytest.mark.parametrize(("bound", "owner", "more"), [("MOST_OF_OWNER", OWNER, 0), ("MOST_OF_OWNER", 8, 2),
+                                                      ("MOST", 8, 0)])  # fmt: skip
+def test_a_workload_and_the_host_have_a_bounded_number_of_copies(
+    watched, client, node, monkeypatch, bound, owner, more
+):
+    """`more`: the copies of a second client, of this owner."""
+    monkeypatch.setattr(guardian, bound, 2)
+    opened(client)
+    eventually(lambda: copies(node) == 2)
+    code = f"import sys; kept = [open({str(node)!r}) for _ in range(3)]; print(flush=True); sys.stdin.read()"
+    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout
+        process.stdout.readline()
+        pidfd = os.pidfd_open(process.pid)
+        watched.watch(2, process.pid, pidfd, owner)
+        os.close(pidfd)
+        eventually(lambda: watched._clients[2].looked_ns)
+        eventually(lambda: copies(node) == 2 + more)
+        watched.end(KEY, 0)  # makes room after KEEPS_NS
+        eventually(lambda: len(watched._clients[2].copies) == 2, 5)
+        process.kill()
+
+
 def test_a_file_that_is_no_device_is_not_copied(watched, client, node, monkeypatch):
     monkeypatch.undo()
     monkeypatch.setattr(guardian, "NODES", str(node.parent))
@@ -118,7 +141,7 @@ def test_the_copy_of_a_descriptor_that_the_client_closes_is_closed(watched, node
         assert process.stdout
         process.stdout.readline()
         pidfd = os.pidfd_open(process.pid)
-        watched.watch(2, process.pid, pidfd)
+        watched.watch(2, process.pid, pidfd, OWNER)
         os.close(pidfd)
         eventually(lambda: copies(node) == 1)
         process.stdin.write(b"\n")
@@ -131,7 +154,7 @@ def test_the_thread_ends_with_the_last_client_and_starts_again(watched, client, 
     watched.end(KEY, 0)
     eventually(lambda: not watched._runs)
     pidfd = os.pidfd_open(client.pid)
-    watched.watch(KEY, client.pid, pidfd)
+    watched.watch(KEY, client.pid, pidfd, OWNER)
     os.close(pidfd)
     opened(client)
     eventually(lambda: copies(node) == 2)
