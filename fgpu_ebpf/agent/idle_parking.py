@@ -66,7 +66,7 @@ class IdleParking:
         if now - self._looked_at < LOOK_SECONDS:
             return
         self._looked_at = now
-        tenants = {tenant.cgroup: tenant for tenant in self._enforcer if tenant.park_after_ns}
+        tenants = {tenant.cgroup: tenant for tenant in self._enforcer if tenant.park.after_ns}
         self._refused = {cgroup: why for cgroup, why in self._refused.items() if cgroup in tenants}
         self._report(tenants)
         self._end_attempts(now)
@@ -125,7 +125,7 @@ class IdleParking:
 
         The tenant's policy must have `memory.park.after`. Even if `after` is longer, STAY_SECONDS without work suffice.
         """
-        if not tenant.park_after_ns:
+        if not tenant.park.after_ns:
             return "its policy does not park it"
         if why := self._parking.parkable.obstacle(tenant, {pid: p for pid, p in own.items() if any(p.bytes)}):
             return why
@@ -167,7 +167,7 @@ class IdleParking:
     def view(self, tenant: Tenant) -> ParkingView | None:
         """Return what is known of a tenant's parking; None: it was never parked, and its policy does not park it."""
         view, cgroup, now = self._parking.view(tenant.cgroup), tenant.cgroup, time.monotonic()
-        if not tenant.park_after_ns or not self._parking.parkable.is_on:
+        if not tenant.park.after_ns or not self._parking.parkable.is_on:
             return view
         view = view or ParkingView("running", None, "", 0, 0, 0.0, 0.0)
         after, refused = _after(tenant), self._refused.get(cgroup, "")
@@ -183,7 +183,7 @@ class IdleParking:
             usage = self._ledger.usage(tenant.cgroup) or []
             return parking_text.sentence(plain(view), [{"parked_bytes": u.parked} for u in usage])
         if not parkable.is_on:
-            return f"{_OFF}: {_FIX}" if tenant.park_after_ns else ""
+            return f"{_OFF}: {_FIX}" if tenant.park.after_ns else ""
         why = parkable.obstacle(tenant, parkable.processes_of(tenant))
         now = f"cannot be parked now: {why}" if why else "can be parked while it makes no call"
         return "; ".join(filter(None, (now, parking_text.plan(plain(view)) if view else "")))
@@ -194,7 +194,7 @@ def _words(text: str) -> str:
 
 
 def _after(tenant: Tenant) -> float:
-    return tenant.park_after_ns / 1e9
+    return tenant.park.after_ns / 1e9
 
 
 def _devices(processes: Mapping[int, Process]) -> frozenset[int]:

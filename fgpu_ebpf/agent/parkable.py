@@ -104,7 +104,7 @@ def _amount(tenant: Tenant, processes: Mapping[int, Process]) -> str:
         return "no process of the tenant holds device memory"
     if len(processes) > MOST_PROCESSES:
         return f"more than {MOST_PROCESSES} processes of the tenant hold device memory"
-    size, most = sum(sum(process.bytes) for process in processes.values()), tenant.park_bytes
+    size, most = sum(sum(process.bytes) for process in processes.values()), tenant.park.most_bytes
     if most and size > most:
         return f"the tenant holds {memory_text(size)}, more than memory.park.hostMemory permits ({memory_text(most)})"
     return ""

@@ -34,7 +34,7 @@ class Request:
     """The requests of a tenant on one device. `reported_at`: the last report of a program.
 
     `bytes`: of the largest, or of the smallest if no room can be made for the largest. `least`: of the smallest.
-    `spare`: so much more is made free if that can be, because the bytes alone were not enough.
+    `spare`: so much more is made free if that can be, because the bytes alone were not enough. `began_at`: the first.
     `made_at`: when the requests were told that there is room; 0: not yet. `is_promised`: tenants are being parked
     for them, or were. `why`: for what they wait.
     """
@@ -44,6 +44,7 @@ class Request:
     bytes: int = 0
     least: int = 0
     spare: int = 0
+    began_at: float = 0.0
     reported_at: float = 0.0
     made_at: float = 0.0
     is_promised: bool = False
@@ -80,6 +81,7 @@ class RoomRequests:
         if not request.bytes or self._is_repeated(request, at):
             request.bytes = request.least = bytes_
             request.spare = SPARE_BYTES if request.made_at else 0
+            request.began_at = request.began_at or at
         request.bytes, request.least = max(request.bytes, bytes_), min(request.least, bytes_)
         request.reported_at = at
         self._decide(request)
@@ -114,6 +116,8 @@ class RoomRequests:
         if why and not waits and request.bytes > request.least:  # a decision is for all requests of the tenant
             request.bytes = request.least
             waits, why = self._wait(request)
+        if waits and self._is_too_late(request, now):
+            waits, why = False, f"memory.park.deadline has passed: {why}"
         if waits:
             if not request.why:  # later reasons have other numbers
                 self._note("memory waits", request, why)
@@ -126,6 +130,11 @@ class RoomRequests:
         else:
             request.made_at = now
             self._tell(request, 0.0)
+
+    def _is_too_late(self, request: Request, now: float) -> bool:
+        """Return whether a request has waited for as long as the policy of its tenant permits."""
+        tenant = self._enforcer.get(request.cgroup)
+        return bool(tenant and 0 < tenant.park.deadline_ns / 1e9 <= now - request.began_at)
 
     def _wait(self, request: Request) -> tuple[bool, str]:
         """Return whether a request waits, and for what, or why it fails, as text; (False, ""): there is room."""

@@ -191,8 +191,9 @@ def _json(found: Policy) -> dict[str, Any]:
             "limit": _amount(memory.limit),
             "max": _amount(memory.most),
             "contexts": memory.contexts,
-            "park_after_seconds": memory.park_after_ns / 1e9 or None,
-            "park_bytes": memory.park_bytes or None,
+            "park_after_seconds": memory.park.after_ns / 1e9 or None,
+            "park_bytes": memory.park.most_bytes or None,
+            "park_deadline_seconds": memory.park.deadline_ns / 1e9 or None,
         }
         if memory
         else None,
@@ -233,10 +234,11 @@ def _gives(found: Policy) -> Iterable[str]:
         most = f" (up to {amount_text(found.memory.most)} by label)" if found.memory.most != found.memory.limit else ""
         n = found.memory.contexts
         besides = f" and {n} context{'s' if n > 1 else ''}" if n else ""
-        after = found.memory.park_after_ns / 1e9
-        most_parked = f" with {memory_text(found.memory.park_bytes)} at most" if found.memory.park_bytes else ""
-        idle = f", parked{most_parked} when idle for {duration_text(after)}" if after else ""
-        yield f"memory {amount_text(found.memory.limit)}{most}{besides}{idle}"
+        park = found.memory.park
+        most_parked = f" with {memory_text(park.most_bytes)} at most" if park.most_bytes else ""
+        idle = f", parked{most_parked} when idle for {duration_text(park.after_ns / 1e9)}" if park.after_ns else ""
+        waits = f", requests wait for {duration_text(park.deadline_ns / 1e9)}" if park.deadline_ns else ""
+        yield f"memory {amount_text(found.memory.limit)}{most}{besides}{idle}{waits}"
     if found.compute:
         ceiling = millionths_text(round(found.compute.limit_ratio * MILLION))
         yield f"compute up to {ceiling}, weight {found.compute.weight}, {found.compute.priority} priority"

@@ -43,7 +43,7 @@ def warnings(policy: Policy) -> Iterator[str]:
 
 def wants_parking(policy: Policy) -> bool:
     """Return whether a policy parks idle workloads, which agent.yaml has to permit."""
-    return bool(policy.memory and policy.memory.park_after_ns)
+    return bool(policy.memory and policy.memory.park.after_ns)
 
 
 def _may_be_unit(text: str) -> bool:

@@ -30,6 +30,7 @@ from fgpu_ebpf.policy.units import MILLION, Amount, amount, duration_ns, million
 
 MOST_METRIC_LABELS = 8
 MOST_ITEMS = 64
+LEAST_WAIT_NS, MOST_WAIT_NS = 1_000_000_000, 120 * 1_000_000_000  # a program waits no longer in one call
 LEAST_IDLE_NS, MOST_IDLE_NS = 10 * 1_000_000_000, 720 * 3_600_000_000_000  # a shorter time costs more than it frees
 # Labels that fgpu's metrics already have, and labels that Prometheus adds.
 RESERVED_LABELS = frozenset(
@@ -128,6 +129,14 @@ def _idle_time(value: Any) -> int:
     return after
 
 
+def _wait_time(value: Any) -> int:
+    text = _written(value, "30s")
+    longest = duration_ns(text)
+    if not LEAST_WAIT_NS <= longest <= MOST_WAIT_NS:
+        raise ValueError(f"{shown(text)} is not between 1s and 2m")
+    return longest
+
+
 def _path_pattern(value: str) -> str:
     path_globs([value])
     return value
@@ -184,6 +193,7 @@ Size = Annotated[int, PlainValidator(_size), WithJsonSchema({**_TEXT, "pattern":
 Ceiling = Annotated[float, PlainValidator(_ceiling), WithJsonSchema({"type": "string", "pattern": _PERCENT})]
 Quantum = Annotated[int, PlainValidator(_quantum), WithJsonSchema({"type": "string", "pattern": _DURATION})]
 IdleTime = Annotated[int, PlainValidator(_idle_time), WithJsonSchema({"type": "string", "pattern": _LONG})]
+WaitTime = Annotated[int, PlainValidator(_wait_time), WithJsonSchema({"type": "string", "pattern": _LONG})]
 PolicyName = Annotated[str, AfterValidator(_policy_name), Field(json_schema_extra={"pattern": f"^{_NAME}$"})]
 LabelKey = Annotated[str, AfterValidator(_label_key)]
 MetricLabel = Annotated[str, AfterValidator(_metric_label), Field(json_schema_extra={"pattern": f"^{_METRIC_LABEL}$"})]

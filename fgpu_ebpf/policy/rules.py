@@ -151,19 +151,32 @@ class Compute(NamedTuple):
     priority_by: str = ""
 
 
+class Park(NamedTuple):
+    """Rules for parking a workload.
+
+    `after_ns`: the time for which it must be idle before it is parked by itself; 0: never. `most_bytes`: the most
+    device memory with which it is parked; 0: any. `deadline_ns`: the longest time for which its own requests wait while
+    other workloads are parked for them; 0: the longest time that programs wait.
+    """
+
+    after_ns: int = 0
+    most_bytes: int = 0
+    deadline_ns: int = 0
+
+
+NEVER_PARKED = Park()
+
+
 class Memory(NamedTuple):
     """A limit, and the highest limit that the workload's own label can request (`most`).
 
-    `contexts`: how many contexts the workload may have besides the limit. `park_after_ns`: the time for which the
-    workload must be idle before it is parked; 0: it is not parked by itself. `park_bytes`: the most device memory with
-    which it is parked; 0: any.
+    `contexts`: how many contexts the workload may have besides the limit.
     """
 
     limit: Amount
     most: Amount
     contexts: int = 0
-    park_after_ns: int = 0
-    park_bytes: int = 0
+    park: Park = NEVER_PARKED
 
 
 class Policy(NamedTuple):
@@ -190,7 +203,7 @@ class Limits(NamedTuple):
 
     `devices` has the ledger indices of the devices that the workload may use. `memory` has the limit in bytes by ledger
     index, and is empty if the policy sets no limit. `contexts`: how many contexts are not part of the limit. `compute`
-    is None if the workload is not gated. `park_after_ns`, `park_bytes`: as in Memory. No label can change them.
+    is None if the workload is not gated. No label can change `park`.
     """
 
     policy: str
@@ -203,8 +216,7 @@ class Limits(NamedTuple):
     metric_labels: tuple[str, ...]
     contexts: int = 0
     deny: bool = False
-    park_after_ns: int = 0
-    park_bytes: int = 0
+    park: Park = NEVER_PARKED
 
 
 class Decision(NamedTuple):
@@ -273,8 +285,7 @@ def _limits(
         own_utilization=policy.own_utilization,
         metric_labels=policy.metric_labels,
         contexts=policy.memory.contexts if policy.memory else 0,
-        park_after_ns=policy.memory.park_after_ns if policy.memory else 0,
-        park_bytes=policy.memory.park_bytes if policy.memory else 0,
+        park=policy.memory.park if policy.memory else NEVER_PARKED,
     )
 
 

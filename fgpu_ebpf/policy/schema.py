@@ -27,6 +27,7 @@ from fgpu_ebpf.policy.fields import (
     Quantum,
     Several,
     Size,
+    WaitTime,
     absent,
 )
 from fgpu_ebpf.policy.globs import name_globs, path_globs
@@ -88,7 +89,7 @@ class Selector(Model):
 
 
 class Park(Model):
-    """The idle time before the workload is parked, and its most memory then. Only with `parking: on` in agent.yaml."""
+    """Rules for parking the workload, and its longest wait for others. Only with `parking: on` in agent.yaml."""
 
     after: IdleTime = Field(
         description="The workload is parked when it has been idle for this time, from 10s to 720h. Its next call of the"
@@ -99,6 +100,11 @@ class Park(Model):
         "The most device memory that is copied to the host for the workload. It is not parked while it holds more, also"
         " not by `fgpu park`.",
         "64GiB",
+    )
+    deadline: WaitTime = absent(
+        "With `overcommit: park` in agent.yaml: how long a request of the workload waits on a full device while other"
+        " workloads are parked for it, from 1s to 2m; the default is 2m. Then the program gets out-of-memory.",
+        "30s",
     )
 
 
@@ -221,8 +227,9 @@ def compiled(document: GpuPolicy, source: str) -> rules.Policy:
 
 
 def _memory(model: Memory) -> rules.Memory:
-    park = (model.park.after, model.park.host_memory or 0) if model.park else ()
-    return rules.Memory(model.limit, model.max or model.limit, model.contexts, *park)
+    its = model.park
+    park = rules.Park(its.after, its.host_memory or 0, its.deadline or 0) if its else rules.NEVER_PARKED
+    return rules.Memory(model.limit, model.max or model.limit, model.contexts, park)
 
 
 def _selector(model: Selector) -> rules.Selector:

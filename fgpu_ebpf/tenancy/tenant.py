@@ -13,7 +13,7 @@ from enum import StrEnum
 
 from fgpu_ebpf import abi
 from fgpu_ebpf.ledger.level_limits import outside_of, whole_mib
-from fgpu_ebpf.policy.rules import Compute, Decision, Device, Policy, Priority, booked
+from fgpu_ebpf.policy.rules import NEVER_PARKED, Compute, Decision, Device, Park, Policy, Priority, booked
 from fgpu_ebpf.policy.share_name import Share, parse
 from fgpu_ebpf.policy.units import Amount
 from fgpu_ebpf.scheduling.fair_queue import MILLION
@@ -40,8 +40,7 @@ class Tenant:
     `limits` has bytes by ledger index, or NO_LIMIT if use is only counted. The tenant may not use a device that is left
     out. `outside` has the part of these limits that is for contexts and that views do not show. `policy` is empty if no
     policy matches. `named_devices` is true if the tenant's devices were named for it alone. Then its limit counts on
-    all of them from its first process on. `park_after_ns`: the idle time after which it is parked by itself; 0: never.
-    `park_bytes`: the most device memory with which it is parked; 0: any.
+    all of them from its first process on.
     """
 
     workload: Workload
@@ -58,8 +57,7 @@ class Tenant:
     named_devices: bool = False
     outside: Mapping[int, int] = field(default_factory=dict)
     deny: bool = False
-    park_after_ns: int = 0
-    park_bytes: int = 0
+    park: Park = NEVER_PARKED
 
     @property
     def cgroup(self) -> int:
@@ -123,8 +121,7 @@ def tenant_of(
             own_utilization=limits.own_utilization,
             metric_labels={label: workload.labels.get(label, "") for label in limits.metric_labels},
             notes=decision.notes,
-            park_after_ns=limits.park_after_ns,
-            park_bytes=limits.park_bytes,
+            park=limits.park,
         )
     elif booking:
         sizes = {device.index: booked(booking, device) for device in devices}

@@ -56,6 +56,11 @@ static int make_devices(void)
     for (long i = 0; i < n; i++)
         if (model_device(model ? model : "h200", (uint32_t)i, bytes, &server.gpus[i].info))
             return fail("FGPU_SIM_MODEL is none of h200, a100, t4", model);
+    const char *parallel = getenv("FGPU_SIM_PARALLEL");
+    long percent = parallel ? strtol(parallel, &end, 10) : 0;
+    if (parallel && (end == parallel || *end || percent < 100 || percent > 1000))
+        return fail("FGPU_SIM_PARALLEL is not a percentage from 100 to 1000", parallel);
+    server.parallel = (uint32_t)percent;
     server.n_gpus = (uint32_t)n;
     return fault_start(getenv("FGPU_SIM_FAULT"));
 }

@@ -4,7 +4,9 @@
  * A context has its own clock, which stops while the context has work and another context runs. A client needs only the
  * amount of time that its context has lost so far. Work that begins later, as after a copy, does not count as work
  * before that. Nothing happens by itself: each request advances its device to the present, and all devices if kernels
- * may wait for kernels of another device. Work done, time lost and changes add up to the time that has passed. */
+ * may wait for kernels of another device. Work done, time lost and changes add up to the time that has passed.
+ *
+ * With FGPU_SIM_PARALLEL, contexts run side by side, as clients of MPS do, and slow each other down. */
 #include "server/state.h"
 
 #include <string.h>
@@ -101,6 +103,34 @@ static void pass(struct timeline *t, uint64_t until_ns, uint32_t runs)
     for (struct runner *r = t->runners; r < t->runners + t->n; r++) forget_done(t, r);
 }
 
+/* Returns how long a piece of work takes now, as a percentage of the time that it takes alone. */
+static uint64_t slowness(const struct timeline *t)
+{
+    uint64_t busy = 0;
+    if (!server.parallel) return 100;
+    for (const struct runner *r = t->runners; r < t->runners + t->n; r++) busy += is_busy(t, r);
+    return 100 + (busy > 1 ? (busy - 1) * (server.parallel - 100) : 0);
+}
+
+/* Runs all contexts with work side by side, until something changes. */
+static void step_together(struct timeline *t, uint64_t now)
+{
+    uint64_t slower = slowness(t), until = sooner(now, next_start(t));
+    for (const struct runner *r = t->runners; r < t->runners + t->n; r++) {
+        uint64_t steady = is_busy(t, r) ? steady_ns(t, r) : FURTHEST_NS;
+        if (steady < FURTHEST_NS) until = sooner(until, t->at_ns + (steady * slower + 99) / 100);
+    }
+    uint64_t passed = until - t->at_ns, own = passed * 100 / slower;
+    for (struct runner *r = t->runners; r < t->runners + t->n; r++) {
+        if (!is_busy(t, r)) continue;
+        if (!t->is_guess) meter_ran(t->device, r->client, t->at_ns, until);
+        if (r->queues && !t->is_guess) r->queues = queues_run(t->device, r->client, r->context, clock_of(t, r), own);
+        r->lost_ns += passed - own;
+    }
+    t->at_ns = until;
+    for (struct runner *r = t->runners; r < t->runners + t->n; r++) forget_done(t, r);
+}
+
 static void change(struct timeline *t, uint32_t to, bool costs)
 {
     t->owner = to;
@@ -112,6 +142,10 @@ static void change(struct timeline *t, uint32_t to, bool costs)
  * time. */
 static void step(struct timeline *t, uint64_t now)
 {
+    if (server.parallel) {
+        step_together(t, now);
+        return;
+    }
     uint64_t until = sooner(now, next_start(t));
     if (t->at_ns < t->change_until_ns) {
         pass(t, sooner(until, t->change_until_ns), t->n);
@@ -184,10 +218,11 @@ static uint64_t look_ahead(const struct timeline *now, uint32_t runner, uint64_t
     t.is_guess = true;
     const struct runner *r = &t.runners[runner];
     for (int i = 0; i < MOST_STEPS; i++) {
-        uint64_t before = t.at_ns, clock = clock_of(&t, r);
+        uint64_t before = t.at_ns, clock = clock_of(&t, r), slower = slowness(&t);
         if (clock >= until || !(r->n || r->queues)) break;
         step(&t, UINT64_MAX / 2);
-        if (clock_of(&t, r) >= until) return before + (until - clock); /* it ran until there, or had the device alone */
+        /* It ran until there, or had the device alone. */
+        if (clock_of(&t, r) >= until) return before + (until - clock) * slower / 100;
     }
     return t.at_ns + (until > clock_of(&t, r) ? until - clock_of(&t, r) : 0);
 }

@@ -89,6 +89,7 @@ struct gpu {
 struct server {
     struct gpu gpus[SIM_MAX_DEVICES];
     uint32_t n_gpus;
+    uint32_t parallel; /* contexts run side by side, and two take this percentage of their time; 0: they alternate */
     struct client clients[SIM_MAX_CLIENTS];
     uint32_t n_closed;   /* clients in state CLIENT_CLOSED */
     uint32_t n_attached; /* clients that have called cuInit */

@@ -18,13 +18,16 @@ DEVICE = "2GiB"
 LIMIT = 1200 * MIB  # more than half of the device
 BYTES = CONTEXT + 512 * MIB
 STAY = 10.0  # seconds for which a tenant without work stays
+PATIENCE = 3  # seconds for which requests of carol wait
 inside = pytest.mark.skipif(MEMORY != DEVICE, reason="is run by test_the_file_s_tests_pass_on_a_small_device")
 
 
 def tenants(write: Write, work: Path) -> Iterator[Cgroups]:
     """Return a place in which the policy allows all tenants but `fixed` to be parked."""
     place = Cgroups(work)
-    for name, cgroups, park in (("fixed", ["fixed"], ""), ("idle", ["alice", "bob"], ", park: {after: 1h}")):
+    policies = [("fixed", ["fixed"], ""), ("idle", ["alice", "bob"], ", park: {after: 1h}")]
+    policies.append(("hasty", ["carol"], f", park: {{after: 1h, deadline: {PATIENCE}s}}"))
+    for name, cgroups, park in policies:
         paths = [f"{place.group.lstrip('/')}/{cgroup}" for cgroup in cgroups]
         write(f"memory: {{limit: {LIMIT}B{park}}}", name, f"{{cgroup: {paths}}}", f"{name}.yaml")
     yield place

@@ -4,27 +4,21 @@ kernels of all programs side by side.
 
 from __future__ import annotations
 
-import socket
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from tests.e2e.concurrent_kit import shared, with_mps
 from tests.e2e.spin_kit import SECONDS, together
-from tests.support.commands import ask, metrics
-from tests.support.host import BUILD, ENVIRONMENT, FGPU, RUN_DIR
+from tests.support.commands import ask
+from tests.support.host import BUILD, ENVIRONMENT, FGPU
 from tests.support.service import Service
 from tests.support.wait import eventually
 
 pytestmark = pytest.mark.timed
 KERNEL_SECONDS = 200e-6
-SETTING = "devices: [{match: ['*'], sharing: concurrent}]\n"
-
-
-def shared() -> float:
-    """Return the seconds for which all tenants of the device could launch at the same time."""
-    return metrics().get(("fgpu_slice_lent_seconds_total", frozenset({("gpu", "0")})), 0.0)
 
 
 @pytest.fixture(scope="module")
@@ -39,21 +33,7 @@ def writes(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def concurrent(service: Service, unharmed: None) -> Iterator[Service]:
-    """Restart the agent with a concurrent device, and put a socket where `fgpu mps` puts that of MPS."""
-    said = service.config.read_text()
-    service.config.write_text(said + SETTING)
-    service.kill_agent()
-    service.start_agent()
-    folder = RUN_DIR / "shim/mps"
-    folder.mkdir()
-    with socket.socket(socket.AF_UNIX) as control:
-        control.bind(str(folder / "control"))
-        yield service
-    (folder / "control").unlink()
-    folder.rmdir()
-    service.config.write_text(said)
-    service.kill_agent()
-    service.start_agent()
+    yield from with_mps(service)
 
 
 def mps(program: Path, *options: str) -> str:

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.e2e.making_room_kit import BYTES, DEVICE, STAY, inside, parks, started, texts
+from tests.e2e.making_room_kit import BYTES, DEVICE, PATIENCE, STAY, inside, parks, started, texts
 from tests.e2e.parking_kit import HELD, Holder, Parker, state
 from tests.support.host import CONTEXT, MEMORY, MIB
 from tests.support.place import Cgroups
@@ -98,6 +98,20 @@ def test_a_request_waits_while_the_agent_makes_room(
         program.send(f"alloc({MORE})[0]")
         time.sleep(8)
     assert program.receive(20) == "0"
+
+
+@inside
+def test_a_request_waits_no_longer_than_its_policy_permits(turns: Cgroups, room_parker: Parker) -> None:
+    carol = turns.named("carol")
+    program = Holder(carol, "h1")
+    carol._programs.append(program)
+    started(turns, "alice")
+    time.sleep(STAY + 2)
+    with room_parker.stopped():
+        deadline = Deadline(PATIENCE + 2)
+        result, seconds = asks(program)
+    assert (result, seconds >= PATIENCE, deadline.is_over()) == (OUT_OF_MEMORY, True, False)
+    assert "memory.park.deadline has passed: " in texts("no room made", carol)[-1]
 
 
 @pytest.fixture

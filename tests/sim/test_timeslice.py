@@ -55,6 +55,20 @@ def test_two_contexts_share_the_device_and_lose_time_at_each_change(
     assert took * 2 / 2.18 + last < took  # otherwise the sum would also hold for a device that loses no time
 
 
+@pytest.mark.parametrize(("number", "part"), [(1, 1.0), (2, 1 / 1.75), (3, 1 / 2.5)])
+def test_contexts_that_run_side_by_side_slow_each_other_down(
+    make_machine: Callable[..., Machine], number: int, part: float
+) -> None:
+    workers = [worker(20_000, 5, 2.0) for _ in range(number)]
+    done, took = together(make_machine(FGPU_SIM_PARALLEL="175"), *workers)
+    assert done == pytest.approx([part * took] * number, rel=0.1)
+
+
+def test_contexts_side_by_side_can_take_no_time_from_each_other(make_machine: Callable[..., Machine]) -> None:
+    done, took = together(make_machine(FGPU_SIM_PARALLEL="100"), *[worker(10_000, 3, 2.0) for _ in range(2)])
+    assert min(done) >= 0.9 * took
+
+
 def test_three_contexts_share_the_device(make_machine: Callable[..., Machine]) -> None:
     done, took = together(make_machine(), *[worker(10_000, 3, 2.0) for _ in range(3)])
     assert 0.8 * took <= sum(done) <= 0.95 * took

@@ -26,6 +26,7 @@ CONTEXT = 518 * MIB  # the size of a context on the simulated device
 # Kinds of memory, as in the driver's dump.
 KINDS = ("context", "block", "vmm", "managed", "pool", "module", "graph", "local", "runtime", "launch")
 GPUS = os.environ.get("FGPU_TEST_GPUS", "1")
+PARALLEL = os.environ.get("FGPU_TEST_PARALLEL", "")  # FGPU_SIM_PARALLEL of the driver; "": contexts alternate
 MEMORY = os.environ.get("FGPU_TEST_MEMORY", "16GiB")  # of each device
 REFUSED = "CUDA_ERROR_OUT_OF_MEMORY"
 ENVIRONMENT = {

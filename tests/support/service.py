@@ -19,6 +19,7 @@ from tests.support.host import (
     FGPU,
     LISTEN,
     MEMORY,
+    PARALLEL,
     ROOT,
     RUN_DIR,
     SERVICE_ENVIRONMENT,
@@ -62,13 +63,14 @@ def _reads(link: str) -> str:
 IN_A_WORLD = (sys.executable, "-m", "tests.world")
 
 
-def run_on_devices(file: str, number: int = 2, memory: str = "16GiB", seconds: float = 225) -> None:
+def run_on_devices(file: str, number: int = 2, memory: str = "16GiB", seconds: float = 225, parallel: str = "") -> None:
     """Run the tests of a file in a separate world with an agent and `number` simulated devices of `memory` each.
 
-    Fail if a test fails, or if the tests take longer than `seconds`.
+    Fail if a test fails, or if the tests take longer than `seconds`. `parallel`: the value of FGPU_SIM_PARALLEL.
     """
     command = [*IN_A_WORLD, sys.executable, "-m", "pytest", "-q", file]
     environment = {**os.environ, "FGPU_TEST_GPUS": str(number), "FGPU_TEST_MEMORY": memory, "FGPU_TEST_WORLDS": ""}
+    environment["FGPU_TEST_PARALLEL"] = parallel
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=seconds, cwd=ROOT)
     assert done.returncode == 0, done.stdout + done.stderr
     assert " passed" in done.stdout
@@ -105,9 +107,9 @@ class Service:
         running = subprocess.run([SIM / "fgpu-simd", "--dump"], capture_output=True, check=False, timeout=30)
         assert running.returncode, "a simulated driver runs on this host already"
         with open(self._driver_log, "wb") as log:
-            self._driver = subprocess.Popen(
-                [SIM / "fgpu-simd"], stdout=log, stderr=log, env={"FGPU_SIM_MEMORY": memory, "FGPU_SIM_GPUS": host.GPUS}
-            )
+            environment = {"FGPU_SIM_MEMORY": memory, "FGPU_SIM_GPUS": host.GPUS}
+            environment |= {"FGPU_SIM_PARALLEL": PARALLEL} if PARALLEL else {}
+            self._driver = subprocess.Popen([SIM / "fgpu-simd"], stdout=log, stderr=log, env=environment)
         eventually(lambda: b"ready" in self._driver_log.read_bytes(), 20, "the simulated driver")
 
     def start_agent(self, stderr: int | None = None, *options: str) -> float:

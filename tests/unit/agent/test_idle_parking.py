@@ -17,6 +17,7 @@ from fgpu_ebpf.agent.parked_tenant import Errand, Goal
 from fgpu_ebpf.agent.parking import ParkingError
 from fgpu_ebpf.ledger.process_entry import Process
 from fgpu_ebpf.ledger.usage_pages import Usage
+from fgpu_ebpf.policy.rules import Park
 from fgpu_ebpf.tenancy.event_log import EventLog
 
 AFTER, PID = 10, 4711
@@ -34,7 +35,7 @@ class Host:
     def __init__(self, monkeypatch: pytest.MonkeyPatch, cgroups: tuple[int, ...] = (7,), is_on: bool = True) -> None:
         self.now, self.history, self.checks = 1000.0, EventLog(), dict[str, Any]()
         self.tenants = {
-            cgroup: SimpleNamespace(name=f"t{cgroup}", cgroup=cgroup, policy="notebooks", park_after_ns=AFTER * 10**9)
+            cgroup: SimpleNamespace(name=f"t{cgroup}", cgroup=cgroup, policy="notebooks", park=Park(AFTER * 10**9))
             for cgroup in cgroups
         }
         self.processes = {PID + cgroup: process(levels=(cgroup,)) for cgroup in cgroups}
@@ -126,7 +127,7 @@ def test_a_tenant_without_memory_or_without_such_a_policy_is_not_parked(host: Ho
     host.processes = {PID: process(bytes=ZERO)}
     assert host.idles(5 * AFTER) == []
     host.processes = {PID: process()}
-    host.tenants[7].park_after_ns = 0
+    host.tenants[7].park = Park(0)
     assert host.idles(5 * AFTER) == []
 
 
@@ -202,7 +203,7 @@ def hindrance(host: Host) -> str:
 
 
 def test_an_idle_tenant_may_be_parked_for_others_before_its_time(host: Host) -> None:
-    host.tenants[7].park_after_ns = 3600 * 10**9
+    host.tenants[7].park = Park(3600 * 10**9)
     assert host.idles(int(STAY_SECONDS)) == []
     assert hindrance(host) == "", "it was idle for STAY_SECONDS"
     host.works("a call")
@@ -212,7 +213,7 @@ def test_an_idle_tenant_may_be_parked_for_others_before_its_time(host: Host) -> 
 
 
 def test_a_process_without_memory_is_no_hindrance_and_its_end_is_a_sign_of_work(host: Host) -> None:
-    host.tenants[7].park_after_ns = 3600 * 10**9
+    host.tenants[7].park = Park(3600 * 10**9)
     host.processes[PID] = process(bytes=ZERO, levels=(7,))
     host.idles(int(STAY_SECONDS) + 1)
     assert hindrance(host) == ""
@@ -236,11 +237,11 @@ def test_a_woken_tenant_stays_for_its_time_if_others_wait(host: Host) -> None:
 
 @pytest.mark.parametrize("why", ["no policy", "an obstacle", "a kernel", "an old sample", "no looks"])
 def test_a_tenant_that_must_stay_is_not_parked_for_others(host: Host, why: str) -> None:
-    host.tenants[7].park_after_ns = 3600 * 10**9
+    host.tenants[7].park = Park(3600 * 10**9)
     host.idles(int(STAY_SECONDS) + 1)
     assert not hindrance(host)
     if why == "no policy":
-        host.tenants[7].park_after_ns = 0
+        host.tenants[7].park = Park(0)
         assert hindrance(host) == "its policy does not park it"
     elif why == "an obstacle":
         host.obstacle = "pid 4718 has managed memory"
@@ -255,7 +256,7 @@ def test_a_tenant_that_must_stay_is_not_parked_for_others(host: Host, why: str) 
 
 
 def test_an_attempt_for_others_that_fails_is_repeated_more_and_more_rarely(host: Host) -> None:
-    host.tenants[7].park_after_ns = 3600 * 10**9
+    host.tenants[7].park = Park(3600 * 10**9)
     tried = []
     for second in range(200):
         host.idle.look()

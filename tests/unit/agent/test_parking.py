@@ -28,6 +28,7 @@ from fgpu_ebpf.ledger.parked import Parked
 from fgpu_ebpf.ledger.process_entry import Process
 from fgpu_ebpf.linux import procfs
 from fgpu_ebpf.parker import protocol
+from fgpu_ebpf.policy.rules import Park
 from fgpu_ebpf.scheduling.fair_queue import Share
 from fgpu_ebpf.tenancy.event_log import EventLog
 
@@ -145,7 +146,7 @@ class Host:
     def __init__(self, folder: Path, pid: int) -> None:
         self.folder, self.parker, self.ledger, self.history = folder, FakeParker(folder), FakeLedger(pid), EventLog()
         workload = SimpleNamespace(cgroup=CGROUP, path="/alice")
-        self.tenant: Any = SimpleNamespace(name="alice", cgroup=CGROUP, path="/alice", workload=workload, park_bytes=0)
+        self.tenant: Any = SimpleNamespace(name="alice", cgroup=CGROUP, path="/alice", workload=workload, park=Park())
         self.tenant.shares = {}
         self.enforcer: Any = SimpleNamespace(
             has_inside=lambda path: False,
@@ -493,7 +494,7 @@ def test_more_processes_than_a_request_can_name_are_refused(host: Host, monkeypa
 def test_a_tenant_is_parked_with_the_memory_that_its_policy_permits_on_the_host(
     host: Host, most: int, is_parked: bool
 ) -> None:
-    host.tenant.park_bytes = most
+    host.tenant.park = Park(most_bytes=most)
     if is_parked:
         parked(host)
     else:

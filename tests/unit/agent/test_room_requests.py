@@ -20,6 +20,7 @@ from fgpu_ebpf.agent.room_requests import (
     WAIT_SECONDS,
     RoomRequests,
 )
+from fgpu_ebpf.policy.rules import Park
 from fgpu_ebpf.tenancy.event_log import EventLog
 
 GIB = 1 << 30
@@ -46,7 +47,8 @@ class Host:
         self.history = EventLog()
         parked = SimpleNamespace(decide_on_room=lambda *said: self.decisions.append(said), entries=dict)
         ledger = SimpleNamespace(usage=self._usage, parked=parked, process=lambda pid: None)
-        tenants = {cgroup: SimpleNamespace(cgroup=cgroup, name=name) for cgroup, name in NAMES.items()}
+        tenants = {cgroup: SimpleNamespace(cgroup=cgroup, name=name, park=Park()) for cgroup, name in NAMES.items()}
+        self.tenants = tenants
         enforcer = SimpleNamespace(name_of=NAMES.get, get=tenants.get, around=lambda tenant: [tenants[LAB]])
         self.parkable: Any = SimpleNamespace(ledger=ledger, enforcer=enforcer, promised=Counter())
         parking: Any = SimpleNamespace(parkable=self.parkable, tenants=lambda: self.away)
@@ -103,6 +105,24 @@ def test_a_request_waits_while_tenants_are_parked_and_is_repeated_when_there_is_
     host.passes(1)
     assert host.decisions[2:] == [(ANN, 0, GO)]
     assert host.what() == ["memory waits"]
+
+
+def test_a_request_waits_no_longer_than_its_policy_permits(host: Host) -> None:
+    host.tenants[ANN].park = Park(deadline_ns=30 * 10**9)
+    for _ in range(30):
+        assert host.asks() == WAIT
+        host.passes(1)
+    assert host.last() is FAIL
+    assert host.what() == ["memory waits", "no room made"]
+    assert "memory.park.deadline has passed: carol is being parked" in host.history.since(0)["events"][-1]["text"]
+    host.passes(1)
+    assert host.asks() == WAIT, "a later request has its own time"
+
+
+def test_a_request_without_a_time_limit_waits_for_as_long_as_its_program(host: Host) -> None:
+    for _ in range(300):
+        assert host.asks() == WAIT
+        host.passes(1)
 
 
 def test_a_request_fails_if_no_tenant_can_be_parked(host: Host) -> None:

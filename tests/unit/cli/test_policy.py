@@ -58,9 +58,9 @@ def test_check_warns_of_a_policy_of_this_host_that_parks_while_parking_is_off(tw
         assert (code, said.count("spec.memory.park: has no effect while parking is off")) == (0, warnings), said
     assert "warning" not in fgpu("check", two)[1], "the files may be for another host"
     assert "memory 8GiB, parked when idle for 10 min" in fgpu("list", two)[1]
-    park = "{after: 10m, hostMemory: 6GiB}"
+    park = "{after: 10m, hostMemory: 6GiB, deadline: 30s}"
     (two / "b.yaml").write_text(kit.text("idle", f"{{selector: {{cgroup: a}}, memory: {{limit: 8GiB, park: {park}}}}}"))
-    assert "memory 8GiB, parked with 6GiB at most when idle for 10 min" in fgpu("list", two)[1]
+    assert "memory 8GiB, parked with 6GiB at most when idle for 10 min, requests wait for 30 s" in fgpu("list", two)[1]
 
 
 def test_check_prints_every_error(two):
@@ -200,6 +200,7 @@ def test_list_prints_policies_as_json(two):
             "contexts": 0,
             "park_after_seconds": None,
             "park_bytes": None,
+            "park_deadline_seconds": None,
         },
         "compute": {"limit_ratio": 0.25, "weight": 100, "priority": "low", "quantum_ns": 20_000_000},
         "on_bypass": "report",

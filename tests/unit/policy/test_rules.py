@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from fgpu_ebpf.ledger.level_limits import LevelLimits
 from fgpu_ebpf.policy import schema
-from fgpu_ebpf.policy.rules import Compute, PolicySet, Priority
+from fgpu_ebpf.policy.rules import Compute, Park, PolicySet, Priority
 from fgpu_ebpf.tenancy.overrides import Override
 from fgpu_ebpf.tenancy.tenant import kept_tenant, tenant_of
 from tests.unit import policy_kit as kit
@@ -102,7 +102,7 @@ def test_fields_of_a_policy_become_the_limits_of_a_workload():
   selector: {cgroup: a}
   mode: observe
   onBypass: kill
-  memory: {limit: 8GiB, park: {after: 90s, hostMemory: 6GiB}}
+  memory: {limit: 8GiB, park: {after: 90s, hostMemory: 6GiB, deadline: 30s}}
   compute: {limit: 12.5%, weight: 7, priority: high, quantum: 5ms}
   views: {utilization: own}
   metricLabels: [team, tier]"""
@@ -111,7 +111,7 @@ def test_fields_of_a_policy_become_the_limits_of_a_workload():
     assert (limits.devices, limits.memory) == ((0, 1), {0: 8 * GIB, 1: 8 * GIB})
     assert limits.compute == Compute(0.125, 7, Priority.HIGH, 5_000_000)
     assert limits.metric_labels == ("team", "tier")
-    assert (limits.park_after_ns, limits.park_bytes) == (90 * 10**9, 6 * GIB)
+    assert limits.park == Park(90 * 10**9, 6 * GIB, 30 * 10**9)
 
 
 def test_absent_fields_set_no_limit_and_no_option():
@@ -127,7 +127,7 @@ def test_the_time_after_which_a_workload_is_parked_becomes_the_tenant_s_whatever
     for override in (None, Override(1, "/a", GIB)):
         tenant = tenant_of(decision, override, [H200], lambda _: 0)
         assert tenant is not None
-        assert (tenant.park_after_ns, tenant.park_bytes) == (7200 * 10**9, 6 * GIB)
+        assert tenant.park == Park(7200 * 10**9, 6 * GIB)
 
 
 def test_compute_has_its_default_values():
