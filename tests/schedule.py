@@ -24,7 +24,8 @@ SHORT_SECONDS = 0.5
 WHOLE = ("dashboards", "docs", "engines", "kubelet", "kubernetes", "packages", "page", "soak")
 # In these files programs share a device's time: a program that gets no processor cannot use its turns.
 QUIET = frozenset(
-    f"tests/e2e/{name}.py" for name in ("test_compute", "test_gangs", "test_many_tenants", "test_nested_shares")
+    f"tests/e2e/{name}.py"
+    for name in ("test_compute", "test_concurrent_shares", "test_gangs", "test_many_tenants", "test_nested_shares")
 )
 
 

@@ -1,6 +1,6 @@
 """Shares of a concurrent device: the work of tenants that run at the same time follows their weights.
 
-The simulated device of this file runs kernels side by side, and each takes 1.75 times as long while another tenant has
+The simulated device of this file runs kernels side by side, and each takes 1.4 times as long while another tenant has
 work. Turns would give two tenants one device together.
 """
 
@@ -16,10 +16,9 @@ from tests.support.host import PARALLEL
 from tests.support.service import Service, run_on_devices
 
 pytestmark = pytest.mark.timed
-SLOWER = "175"
-WARM_SECONDS, SECONDS = 4, 8
+SLOWER = "140"
+WARM_SECONDS, SECONDS = 3, 6
 KERNEL_US = 4000  # so long that a busy tenant keeps the device busy also while it waits for a processor
-ALONE = SECONDS * 1_000_000 / KERNEL_US  # kernels that one tenant can run alone
 inside = pytest.mark.skipif(PARALLEL != SLOWER, reason="is run by test_the_file_s_tests_pass_on_a_parallel_device")
 
 
@@ -34,25 +33,27 @@ def concurrent(service: Service, unharmed: None) -> Iterator[Service]:
 
 
 def work(*programs: Spin) -> list[float]:
-    """Return the work of each program, as a part of its work alone, after the costs of their launches are known."""
-    for seconds in (WARM_SECONDS, SECONDS):
+    """Return the work of each program in SECONDS, as a part of the work of the last one alone."""
+    programs[-1].begin(WARM_SECONDS)
+    alone = programs[-1].kernels() * SECONDS / WARM_SECONDS
+    for seconds in (WARM_SECONDS, SECONDS):  # after the first time, the costs of launches are known
         before = shared()
         for one in programs:
             one.begin(seconds)
-        done = [one.kernels() / ALONE for one in programs]
+        done = [one.kernels() / alone for one in programs]
     assert shared() - before > 0.8 * SECONDS
     return done
 
 
 @inside
-@pytest.mark.parametrize("weight", [100, 300])
-def test_work_follows_weights_and_is_more_than_a_device(concurrent: Service, start, weight: int) -> None:
-    done = work(
-        start("first", "--weight", f"{weight}", kernel_us=KERNEL_US),
+def test_work_follows_weights_and_is_more_than_a_device(concurrent: Service, start) -> None:
+    first, second = (
+        start("first", "--weight", "300", kernel_us=KERNEL_US),
         start("second", "--weight", "100", kernel_us=KERNEL_US),
     )
-    assert done[0] / sum(done) == pytest.approx(weight / (weight + 100), abs=0.05), done
-    assert sum(done) > 1.02, done
+    done = work(first, second)
+    assert done[0] / sum(done) == pytest.approx(0.75, abs=0.05), done
+    assert sum(done) > 1.06, done
 
 
 @inside
@@ -60,5 +61,5 @@ def test_a_ceiling_is_one_of_work(concurrent: Service, start) -> None:
     done = work(
         start("first", "--compute", "25%", kernel_us=KERNEL_US), start("second", "--weight", "100", kernel_us=KERNEL_US)
     )
-    assert done[0] == pytest.approx(0.25, abs=0.05), done
+    assert 0.12 < done[0] < 0.28, done  # less than a quarter if it waits for a processor after each hold
     assert done[1] > 0.7, done
