@@ -34,9 +34,9 @@ class Request:
     """The requests of a tenant on one device. `reported_at`: the last report of a program.
 
     `bytes`: of the largest, or of the smallest if no room can be made for the largest. `least`: of the smallest.
-    `spare`: so much more is made free if that can be, because the bytes alone were not enough. `began_at`: the first.
-    `made_at`: when the requests were told that there is room; 0: not yet. `is_promised`: tenants are being parked
-    for them, or were. `why`: for what they wait.
+    `spare`: so much more is made free if that can be, because the bytes alone were not enough. `began_at`: the first
+    report since there was room. `made_at`: when the requests were told that there is room; 0: not yet. `is_promised`:
+    tenants are being parked for them, or were. `why`: for what they wait.
     """
 
     cgroup: int
@@ -81,7 +81,7 @@ class RoomRequests:
         if not request.bytes or self._is_repeated(request, at):
             request.bytes = request.least = bytes_
             request.spare = SPARE_BYTES if request.made_at else 0
-            request.began_at = request.began_at or at
+            request.began_at = at
         request.bytes, request.least = max(request.bytes, bytes_), min(request.least, bytes_)
         request.reported_at = at
         self._decide(request)

@@ -26,8 +26,7 @@ from fgpu_ebpf.linux import pidfd, statx
 LOOK_SECONDS = 0.1
 OFTEN_NS, RARELY_NS = 2_000_000_000, 1_000_000_000  # every look, for this time after a change; then in this period
 KEEPS_NS, MOST_KEEPS_NS = 500_000_000, 10_000_000_000  # bounds of the time for which copies outlive their client
-# Copies. An MPS server has at most 60 clients, so a workload of honest programs stays below its part.
-MOST_OF_CLIENT, MOST_OF_OWNER, MOST = 64, 1024, 4096
+MOST_OF_CLIENT, MOST_OF_OWNER, MOST = 64, 1024, 4096  # copies
 MOST_SCANNED = 1024  # descriptors of a client in one look
 NODES = "/dev/nvidia"
 
@@ -61,7 +60,7 @@ class Guardian:
             key: identifies the client.
             pid: its pid.
             client: its pidfd, which is duplicated.
-            owner: the workload whose bound applies to the copies.
+            owner: the workload for which the copies count.
         """
         with self._lock:
             if known := self._clients.get(key):  # it has perhaps executed another program

@@ -296,7 +296,7 @@ class Gatekeeper:
             session.control.page.tag = self._ledger.tag(session.pid, session.levels)
         self._slicer.register(session)
         if header.flags & ControlFlag.MPS:
-            self._guardian.watch(id(session), session.pid, session.pidfd, owner)
+            self._guardian.watch(id(session), session.pid, session.pidfd, connection.tenant)
         return session
 
     # -- periodic work

@@ -30,8 +30,6 @@ from fgpu_ebpf.policy.units import MILLION, Amount, amount, duration_ns, million
 
 MOST_METRIC_LABELS = 8
 MOST_ITEMS = 64
-LEAST_WAIT_NS, MOST_WAIT_NS = 1_000_000_000, 120 * 1_000_000_000  # a program waits no longer in one call
-LEAST_IDLE_NS, MOST_IDLE_NS = 10 * 1_000_000_000, 720 * 3_600_000_000_000  # a shorter time costs more than it frees
 # Labels that fgpu's metrics already have, and labels that Prometheus adds.
 RESERVED_LABELS = frozenset(
     (
@@ -113,28 +111,18 @@ def _ceiling(value: Any) -> float:
     return millionths(_written(value, "50%")) / MILLION
 
 
-def _quantum(value: Any) -> int:
-    text = _written(value, "20ms")
-    quantum = duration_ns(text)
-    if not 1_000_000 <= quantum <= 1_000_000_000:
-        raise ValueError(f"{shown(text)} is not between 1ms and 1s")
-    return quantum
+def _duration(example: str, least: str, most: str) -> PlainValidator:
+    """Return a validator of durations between two durations, which returns nanoseconds. `example`: for its error."""
+    bounds_ns = duration_ns(least), duration_ns(most)
 
+    def validated(value: Any) -> int:
+        text = _written(value, example)
+        found_ns = duration_ns(text)
+        if not bounds_ns[0] <= found_ns <= bounds_ns[1]:
+            raise ValueError(f"{shown(text)} is not between {least} and {most}")
+        return found_ns
 
-def _idle_time(value: Any) -> int:
-    text = _written(value, "10m")
-    after = duration_ns(text)
-    if not LEAST_IDLE_NS <= after <= MOST_IDLE_NS:
-        raise ValueError(f"{shown(text)} is not between 10s and 720h")
-    return after
-
-
-def _wait_time(value: Any) -> int:
-    text = _written(value, "30s")
-    longest = duration_ns(text)
-    if not LEAST_WAIT_NS <= longest <= MOST_WAIT_NS:
-        raise ValueError(f"{shown(text)} is not between 1s and 2m")
-    return longest
+    return PlainValidator(validated)
 
 
 def _path_pattern(value: str) -> str:
@@ -191,9 +179,10 @@ _DEVICE = {"anyOf": [{**_TEXT, "minLength": 1}, {**_WHOLE, "minimum": 0, "maximu
 Bytes = Annotated[Amount, PlainValidator(_amount), WithJsonSchema(_QUANTITY)]
 Size = Annotated[int, PlainValidator(_size), WithJsonSchema({**_TEXT, "pattern": _MEMORY})]
 Ceiling = Annotated[float, PlainValidator(_ceiling), WithJsonSchema({"type": "string", "pattern": _PERCENT})]
-Quantum = Annotated[int, PlainValidator(_quantum), WithJsonSchema({"type": "string", "pattern": _DURATION})]
-IdleTime = Annotated[int, PlainValidator(_idle_time), WithJsonSchema({"type": "string", "pattern": _LONG})]
-WaitTime = Annotated[int, PlainValidator(_wait_time), WithJsonSchema({"type": "string", "pattern": _LONG})]
+_SHORT_TEXT, _LONG_TEXT = (WithJsonSchema({**_TEXT, "pattern": pattern}) for pattern in (_DURATION, _LONG))
+Quantum = Annotated[int, _duration("20ms", "1ms", "1s"), _SHORT_TEXT]
+IdleTime = Annotated[int, _duration("10m", "10s", "720h"), _LONG_TEXT]  # a shorter time costs more than it frees
+WaitTime = Annotated[int, _duration("30s", "1s", "2m"), _LONG_TEXT]  # a program waits no longer in one call
 PolicyName = Annotated[str, AfterValidator(_policy_name), Field(json_schema_extra={"pattern": f"^{_NAME}$"})]
 LabelKey = Annotated[str, AfterValidator(_label_key)]
 MetricLabel = Annotated[str, AfterValidator(_metric_label), Field(json_schema_extra={"pattern": f"^{_METRIC_LABEL}$"})]

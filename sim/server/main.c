@@ -58,8 +58,8 @@ static int make_devices(void)
             return fail("FGPU_SIM_MODEL is none of h200, a100, t4", model);
     const char *parallel = getenv("FGPU_SIM_PARALLEL");
     long percent = parallel ? strtol(parallel, &end, 10) : 0;
-    if (parallel && (end == parallel || *end || percent < 100 || percent > 1000))
-        return fail("FGPU_SIM_PARALLEL is not a percentage from 100 to 1000", parallel);
+    if (parallel && (end == parallel || *end || percent < 100 || percent > 400))
+        return fail("FGPU_SIM_PARALLEL is not a percentage from 100 to 400", parallel);
     server.parallel = (uint32_t)percent;
     server.n_gpus = (uint32_t)n;
     return fault_start(getenv("FGPU_SIM_FAULT"));

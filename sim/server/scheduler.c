@@ -88,21 +88,6 @@ static uint32_t next_busy(const struct timeline *t, uint32_t after)
     return t->n;
 }
 
-/* Advances the time. All contexts with work except `runs` lose this time. */
-static void pass(struct timeline *t, uint64_t until_ns, uint32_t runs)
-{
-    uint64_t passed = until_ns - t->at_ns;
-    if (runs < t->n && !t->is_guess) meter_ran(t->device, t->runners[runs].client, t->at_ns, until_ns);
-    for (uint32_t i = 0; i < t->n; i++) {
-        struct runner *r = &t->runners[i];
-        if (i != runs && is_busy(t, r)) r->lost_ns += passed;
-        if (i == runs && r->queues && !t->is_guess)
-            r->queues = queues_run(t->device, r->client, r->context, clock_of(t, r), passed);
-    }
-    t->at_ns = until_ns;
-    for (struct runner *r = t->runners; r < t->runners + t->n; r++) forget_done(t, r);
-}
-
 /* Returns how long a piece of work takes now, as a percentage of the time that it takes alone. */
 static uint64_t slowness(const struct timeline *t)
 {
@@ -112,23 +97,35 @@ static uint64_t slowness(const struct timeline *t)
     return 100 + (busy > 1 ? (busy - 1) * (server.parallel - 100) : 0);
 }
 
-/* Runs all contexts with work side by side, until something changes. */
+/* Advances the time. Contexts with work lose the time in which they do not run: all of it except for `runs`, or a part
+ * of it if contexts run side by side. */
+static void pass(struct timeline *t, uint64_t until_ns, uint32_t runs)
+{
+    uint64_t passed = until_ns - t->at_ns, slower = slowness(t);
+    uint64_t part = passed / slower * 100 + passed % slower * 100 / slower; /* a product may be too large */
+    for (uint32_t i = 0; i < t->n; i++) {
+        struct runner *r = &t->runners[i];
+        if (!is_busy(t, r)) continue;
+        uint64_t ran = i == runs || server.parallel ? part : 0;
+        if (ran && !t->is_guess) {
+            meter_ran(t->device, r->client, t->at_ns, until_ns);
+            if (r->queues) r->queues = queues_run(t->device, r->client, r->context, clock_of(t, r), ran);
+        }
+        r->lost_ns += passed - ran;
+    }
+    t->at_ns = until_ns;
+    for (struct runner *r = t->runners; r < t->runners + t->n; r++) forget_done(t, r);
+}
+
+/* Runs all contexts side by side, until something changes. */
 static void step_together(struct timeline *t, uint64_t now)
 {
-    uint64_t slower = slowness(t), until = sooner(now, next_start(t));
+    uint64_t until = sooner(now, next_start(t)), slower = slowness(t);
     for (const struct runner *r = t->runners; r < t->runners + t->n; r++) {
         uint64_t steady = is_busy(t, r) ? steady_ns(t, r) : FURTHEST_NS;
         if (steady < FURTHEST_NS) until = sooner(until, t->at_ns + (steady * slower + 99) / 100);
     }
-    uint64_t passed = until - t->at_ns, own = passed * 100 / slower;
-    for (struct runner *r = t->runners; r < t->runners + t->n; r++) {
-        if (!is_busy(t, r)) continue;
-        if (!t->is_guess) meter_ran(t->device, r->client, t->at_ns, until);
-        if (r->queues && !t->is_guess) r->queues = queues_run(t->device, r->client, r->context, clock_of(t, r), own);
-        r->lost_ns += passed - own;
-    }
-    t->at_ns = until;
-    for (struct runner *r = t->runners; r < t->runners + t->n; r++) forget_done(t, r);
+    pass(t, until, t->n);
 }
 
 static void change(struct timeline *t, uint32_t to, bool costs)
@@ -221,7 +218,7 @@ static uint64_t look_ahead(const struct timeline *now, uint32_t runner, uint64_t
         uint64_t before = t.at_ns, clock = clock_of(&t, r), slower = slowness(&t);
         if (clock >= until || !(r->n || r->queues)) break;
         step(&t, UINT64_MAX / 2);
-        /* It ran until there, or had the device alone. */
+        /* It ran until there, or had the device alone, or ran beside others. */
         if (clock_of(&t, r) >= until) return before + (until - clock) * slower / 100;
     }
     return t.at_ns + (until > clock_of(&t, r) ? until - clock_of(&t, r) : 0);

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e import combination_kit, layout_kit, making_room_kit
+from tests.e2e import combination_kit, concurrent_kit, layout_kit, making_room_kit
 from tests.e2e.held_kit import Held
 from tests.e2e.parking_kit import Parker, parking
 from tests.e2e.policies_kit import GROUP, POLICY, Write, is_good, reloads
@@ -167,6 +167,12 @@ def room_parker(service: Service, tmp_path_factory: pytest.TempPathFactory) -> I
 def turns(room_parker: Parker, write: Write, tmp_path: Path) -> Iterator[Cgroups]:
     """Return a place with tenants that use a small device in turn."""
     yield from making_room_kit.tenants(write, tmp_path)
+
+
+@pytest.fixture
+def concurrent(service: Service, unharmed: None) -> Iterator[Service]:
+    """Return the service with a concurrent device."""
+    yield from concurrent_kit.with_mps(service)
 
 
 @pytest.fixture

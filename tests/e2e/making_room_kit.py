@@ -25,20 +25,28 @@ inside = pytest.mark.skipif(MEMORY != DEVICE, reason="is run by test_the_file_s_
 def tenants(write: Write, work: Path) -> Iterator[Cgroups]:
     """Return a place in which the policy allows all tenants but `fixed` to be parked."""
     place = Cgroups(work)
-    policies = [("fixed", ["fixed"], ""), ("idle", ["alice", "bob"], ", park: {after: 1h}")]
-    policies.append(("hasty", ["carol"], f", park: {{after: 1h, deadline: {PATIENCE}s}}"))
-    for name, cgroups, park in policies:
+    for name, cgroups, park in (
+        ("fixed", ["fixed"], ""),
+        ("idle", ["alice", "bob"], ", park: {after: 1h}"),
+        ("hasty", ["carol"], f", park: {{after: 1h, deadline: {PATIENCE}s}}"),
+    ):
         paths = [f"{place.group.lstrip('/')}/{cgroup}" for cgroup in cgroups]
         write(f"memory: {{limit: {LIMIT}B{park}}}", name, f"{{cgroup: {paths}}}", f"{name}.yaml")
     yield place
     place.close()
 
 
-def started(turns: Cgroups, name: str) -> tuple[Tenant, Holder]:
-    """Return a tenant with a program that holds BYTES, HELD of them with a pattern."""
+def entered(turns: Cgroups, name: str) -> tuple[Tenant, Holder]:
+    """Return a tenant with a program that holds a context and HELD."""
     tenant = turns.named(name)
     program = Holder(tenant, "h1")
     tenant._programs.append(program)
+    return tenant, program
+
+
+def started(turns: Cgroups, name: str) -> tuple[Tenant, Holder]:
+    """Return a tenant with a program that holds BYTES, HELD of them with a pattern."""
+    tenant, program = entered(turns, name)
     assert program.do(f"alloc({BYTES - CONTEXT - HELD})")[0] == 0
     assert tenant.assert_exact() == BYTES
     tenant.assert_enforced()

@@ -1,16 +1,16 @@
-"""A concurrent device: tenants with a share of time use MPS and run at the same time. The simulated device runs the
-kernels of all programs side by side.
+"""A concurrent device: tenants with a share of time use MPS, and launch at the same time.
+
+The simulated device of this file runs the kernels of one program at a time, also of programs that use MPS.
 """
 
 from __future__ import annotations
 
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.e2e.concurrent_kit import shared, with_mps
+from tests.e2e.concurrent_kit import shared
 from tests.e2e.spin_kit import SECONDS, together
 from tests.support.commands import ask
 from tests.support.host import BUILD, ENVIRONMENT, FGPU
@@ -29,11 +29,6 @@ def writes(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ["gcc", "-std=gnu11", "-O2", f"-I{BUILD}/headers", "-o", out, source, "-ldl"], check=True, timeout=60
     )
     return out
-
-
-@pytest.fixture
-def concurrent(service: Service, unharmed: None) -> Iterator[Service]:
-    yield from with_mps(service)
 
 
 def mps(program: Path, *options: str) -> str:
@@ -59,7 +54,7 @@ def test_busy_tenants_run_at_the_same_time(concurrent: Service, start) -> None:
     before = shared()
     for one in (first, second):
         one.begin(8)
-    # Two busy programs need the same processors here, so both together may do less than under turns: then a trial ends.
+    # Changes between two busy programs cost time here, so together they do less than under turns: then a trial ends.
     eventually(lambda: shared() > before + 0.3, 8, "concurrency")
     assert all(one.kernels() > 0 for one in (first, second))
 

@@ -6,11 +6,9 @@ work. Turns would give two tenants one device together.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 
-from tests.e2e.concurrent_kit import shared, with_mps
+from tests.e2e.concurrent_kit import shared
 from tests.e2e.spin_kit import Spin
 from tests.support.host import PARALLEL
 from tests.support.service import Service, run_on_devices
@@ -25,11 +23,6 @@ inside = pytest.mark.skipif(PARALLEL != SLOWER, reason="is run by test_the_file_
 @pytest.mark.skipif(PARALLEL == SLOWER, reason="this run has this device already")
 def test_the_file_s_tests_pass_on_a_parallel_device() -> None:
     run_on_devices(__file__, 1, parallel=SLOWER)
-
-
-@pytest.fixture
-def concurrent(service: Service, unharmed: None) -> Iterator[Service]:
-    yield from with_mps(service)
 
 
 def work(*programs: Spin) -> list[float]:

@@ -98,15 +98,20 @@ def test_a_call_wakes_a_parked_tenant(one: Tenant, call: str) -> None:
         assert program.is_intact()
 
 
-def test_a_new_process_of_the_tenant_cannot_take_the_room_of_a_parked_one(one: Tenant) -> None:
-    """The new process may wake the tenant: a look may find one of its calls in the driver."""
+def test_a_new_process_of_the_tenant_cannot_take_the_room_of_a_parked_one(service: Service, one: Tenant) -> None:
+    """The agent is stopped meanwhile, because a call of the new process may wake the tenant."""
     program = holder(one)
     fgpu("park", one.name)
     assert_parked(one)
-    new = one.client()
-    assert new.do(f"alloc {LIMIT - BYTES - CONTEXT + 2 * MIB}") == REFUSED
-    new.ok(f"alloc {LIMIT - BYTES - CONTEXT}")
-    assert new.do(f"alloc {2 * MIB}") == REFUSED
+    assert service.agent
+    service.agent.send_signal(signal.SIGSTOP)
+    try:
+        new = one.client()
+        assert new.do(f"alloc {LIMIT - BYTES - CONTEXT + 2 * MIB}") == REFUSED
+        new.ok(f"alloc {LIMIT - BYTES - CONTEXT}")
+        assert new.do(f"alloc {2 * MIB}") == REFUSED
+    finally:
+        service.agent.send_signal(signal.SIGCONT)
     assert program.is_intact()
     assert_running(one, LIMIT)
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.e2e.making_room_kit import BYTES, DEVICE, PATIENCE, STAY, inside, parks, started, texts
+from tests.e2e.making_room_kit import BYTES, DEVICE, PATIENCE, STAY, entered, inside, parks, started, texts
 from tests.e2e.parking_kit import HELD, Holder, Parker, state
 from tests.support.host import CONTEXT, MEMORY, MIB
 from tests.support.place import Cgroups
@@ -30,10 +30,8 @@ def test_the_file_s_tests_pass_on_a_small_device() -> None:
 @pytest.fixture
 def pair(turns: Cgroups) -> tuple[tuple[Tenant, Holder], tuple[Tenant, Holder]]:
     """Return alice with BYTES, and bob with a context and HELD: both fit on the device."""
-    bob = turns.named("bob")
-    program = Holder(bob, "h1")
-    bob._programs.append(program)
-    return started(turns, "alice"), (bob, program)
+    bob = entered(turns, "bob")
+    return started(turns, "alice"), bob
 
 
 def asks(program: Holder, line: str = f"alloc({MORE})[0]", seconds: float = 40) -> tuple[int, float]:
@@ -102,9 +100,7 @@ def test_a_request_waits_while_the_agent_makes_room(
 
 @inside
 def test_a_request_waits_no_longer_than_its_policy_permits(turns: Cgroups, room_parker: Parker) -> None:
-    carol = turns.named("carol")
-    program = Holder(carol, "h1")
-    carol._programs.append(program)
+    carol, program = entered(turns, "carol")
     started(turns, "alice")
     time.sleep(STAY + 2)
     with room_parker.stopped():

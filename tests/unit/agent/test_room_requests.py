@@ -119,6 +119,20 @@ def test_a_request_waits_no_longer_than_its_policy_permits(host: Host) -> None:
     assert host.asks() == WAIT, "a later request has its own time"
 
 
+def test_the_time_limit_of_a_request_begins_anew_when_there_was_room(host: Host) -> None:
+    """A program that loads a model makes many requests, and each of them waits for a short time."""
+    host.tenants[ANN].park = Park(deadline_ns=3 * 10**9)
+    for _ in range(10):
+        host.free[0] = 0
+        assert host.asks() == WAIT
+        host.passes(1)
+        host.free[0] = 3 * GIB
+        host.passes(0.5)
+        assert host.last() == GO
+        host.now += 0.5
+    assert host.what() == ["memory waits"]
+
+
 def test_a_request_without_a_time_limit_waits_for_as_long_as_its_program(host: Host) -> None:
     for _ in range(300):
         assert host.asks() == WAIT
