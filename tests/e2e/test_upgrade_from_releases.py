@@ -151,6 +151,8 @@ class Tenants:
         older.fgpu("set", of["kept"].path, "--memory", f"{LIMIT}B")
         if older.knows_kept:
             older.change(older.version, damages=True)
+        else:
+            older.fgpu("reload")  # these versions may not have noticed a new cgroup yet
         for tenant in of.values():
             tenant.assert_enforced()
         self.full, self.ending, self.kept = (filled(of[name]) for name in ("full", "ending", "kept"))
