@@ -19,7 +19,7 @@
 
 #include "code/image.h"
 
-#define ENTRIES 256
+#define ENTRIES 1024
 /* Less data than this fits into memory that contexts have anyway, or is a granule that NVML shows. */
 #define LEAST_BYTES (2ULL << 20)
 #define MOST_FILE (1ULL << 30)
@@ -67,7 +67,7 @@ static void drop(struct fgpu_loaded *entry, uint64_t handle)
 
 static void rename_all(uint64_t from, uint64_t to)
 {
-    struct fgpu_loaded *known = known_list();
+    struct fgpu_loaded *known = from ? known_list() : NULL;
     for (unsigned i = 0; known && i < ENTRIES; i++) {
         uint64_t handle = from;
         atomic_compare_exchange_strong(&known[i].handle, &handle, to);
@@ -76,17 +76,13 @@ static void rename_all(uint64_t from, uint64_t to)
 
 /* Mark code that is about to be unloaded: another thread may get the same handle for other code before the driver's
  * call returns here. */
-void fgpu_data_leaves(uint64_t handle)
-{
-    if (handle) rename_all(handle, handle | LEAVES);
-}
+void fgpu_data_leaves(uint64_t handle) { rename_all(handle, handle | LEAVES); }
 
 void fgpu_data_left(uint64_t handle, bool is_gone)
 {
-    struct fgpu_loaded *known = handle ? known_list() : NULL;
-    if (!is_gone && handle) rename_all(handle | LEAVES, handle);
-    for (unsigned i = 0; is_gone && known && i < ENTRIES; i++)
-        if (atomic_load(&known[i].handle) == (handle | LEAVES)) drop(&known[i], handle | LEAVES);
+    struct fgpu_loaded *known = known_list();
+    if (!is_gone) rename_all(handle | LEAVES, handle);
+    for (unsigned i = 0; is_gone && known && i < ENTRIES; i++) drop(&known[i], handle | LEAVES);
 }
 
 void fgpu_data_of_context_ends(uint64_t context)
@@ -105,6 +101,14 @@ static uint64_t whole(uint64_t bytes, uint64_t granule)
     return granule ? (bytes + granule - 1) & ~(granule - 1) : bytes;
 }
 
+/* Write an entry before its handle is written: no other thread reads it before that. */
+static void fill(struct fgpu_loaded *entry, uint64_t context, uint64_t bytes, uint64_t data)
+{
+    atomic_store_explicit(&entry->context, context, memory_order_relaxed);
+    atomic_store_explicit(&entry->bytes, bytes, memory_order_relaxed);
+    atomic_store_explicit(&entry->uses_heap, data & FGPU_USES_HEAP, memory_order_relaxed);
+}
+
 static bool matters(uint64_t data) { return data >= LEAST_BYTES; } /* the bit for the heap is a higher bit */
 
 static CUresult ask(struct fgpu_load *load, uint64_t data)
@@ -118,17 +122,15 @@ static CUresult ask(struct fgpu_load *load, uint64_t data)
         return CUDA_SUCCESS;
     if (load->handle && find(load->handle, (uint64_t)context)) return CUDA_SUCCESS;
     struct fgpu_loaded *entry = claim();
-    if (!entry) return CUDA_SUCCESS;
+    if (!entry) return bytes < LEAST_BYTES ? CUDA_SUCCESS : CUDA_ERROR_OUT_OF_MEMORY;
     struct admission admission = {.index = -1};
     if (bytes >= LEAST_BYTES) admission = fgpu_admission(ordinal, whole(bytes, fgpu_granule(ordinal)), FGPU_POOL);
     if (admission.refusal) {
         atomic_store(&entry->handle, 0);
         return admission.refusal;
     }
-    atomic_store(&entry->context, (uint64_t)context);
-    atomic_store(&entry->bytes, admission.index < 0 ? 0 : admission.bytes);
-    atomic_store(&entry->index, admission.index);
-    atomic_store(&entry->uses_heap, data & FGPU_USES_HEAP);
+    fill(entry, (uint64_t)context, admission.index < 0 ? 0 : admission.bytes, data);
+    atomic_store_explicit(&entry->index, admission.index, memory_order_relaxed);
     load->entry = entry;
     load->context = (uint64_t)context;
     return CUDA_SUCCESS;
@@ -172,14 +174,19 @@ CUlibrary fgpu_library_of(CUkernel kernel)
     return is_known ? library : NULL;
 }
 
-static void keep(CUlibrary library, uint64_t data)
+/* Without room in the list, a library with data is unloaded again. */
+static CUresult keep(CUlibrary library, uint64_t data)
 {
-    struct fgpu_loaded *entry = matters(data) ? claim() : NULL;
-    if (!entry) return;
-    atomic_store(&entry->context, 0);
-    atomic_store(&entry->bytes, data);
-    atomic_store(&entry->uses_heap, data & FGPU_USES_HEAP);
+    if (!matters(data)) return CUDA_SUCCESS;
+    struct fgpu_loaded *entry = claim();
+    if (!entry) {
+        if ((data & ~FGPU_USES_HEAP) < LEAST_BYTES) return CUDA_SUCCESS;
+        REAL(cuLibraryUnload)(library);
+        return CUDA_ERROR_OUT_OF_MEMORY;
+    }
+    fill(entry, 0, data, data);
     atomic_store(&entry->handle, (uint64_t)library);
+    return CUDA_SUCCESS;
 }
 
 /* Return whether the code calls malloc. Code that could not be read counts as code without malloc. */
@@ -217,26 +224,30 @@ static uint64_t data_of_file(const void *path)
 
 /* -- code as it is passed to the driver, or the path of its file */
 
-static CUresult begin(struct fgpu_load *load, const void *source, uint64_t (*data_of)(const void *))
+/* If `load` is NULL, the code is that of a library, which is loaded already. */
+static CUresult begin(struct fgpu_load *load, CUlibrary library, const void *source, uint64_t (*data_of)(const void *))
 {
     int saved = errno;
-    *load = (struct fgpu_load){.entry = NULL};
-    CUresult refusal = source && fgpu_is_held() ? ask(load, data_of(source)) : CUDA_SUCCESS;
+    CUresult refusal = CUDA_SUCCESS;
+    if (load) load->handle = 0, load->entry = NULL;
+    if (source && fgpu_is_held()) {
+        uint64_t data = data_of(source);
+        refusal = load ? ask(load, data) : keep(library, data);
+    }
     errno = saved;
     return refusal;
 }
 
-CUresult fgpu_load_begins(struct fgpu_load *load, const void *code) { return begin(load, code, fgpu_code_data); }
+CUresult fgpu_load_begins(struct fgpu_load *load, const void *code) { return begin(load, NULL, code, fgpu_code_data); }
 
-CUresult fgpu_load_of_file_begins(struct fgpu_load *load, const char *path) { return begin(load, path, data_of_file); }
-
-static void made(CUlibrary library, const void *source, uint64_t (*data_of)(const void *))
+CUresult fgpu_load_of_file_begins(struct fgpu_load *load, const char *path)
 {
-    int saved = errno;
-    if (source && fgpu_is_held()) keep(library, data_of(source));
-    errno = saved;
+    return begin(load, NULL, path, data_of_file);
 }
 
-void fgpu_library_made(CUlibrary library, const void *code) { made(library, code, fgpu_code_data); }
+CUresult fgpu_library_made(CUlibrary library, const void *code) { return begin(NULL, library, code, fgpu_code_data); }
 
-void fgpu_library_of_file_made(CUlibrary library, const char *path) { made(library, path, data_of_file); }
+CUresult fgpu_library_of_file_made(CUlibrary library, const char *path)
+{
+    return begin(NULL, library, path, data_of_file);
+}

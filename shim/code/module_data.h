@@ -20,9 +20,10 @@ HIDDEN CUresult fgpu_load_ends(const struct fgpu_load *load, CUresult result, ui
 
 HIDDEN CUlibrary fgpu_library_of(CUkernel kernel);                  /* NULL: the driver does not report it */
 HIDDEN bool fgpu_code_uses_heap(uint64_t handle, uint64_t context); /* a module or library was loaded there */
-HIDDEN void fgpu_library_made(CUlibrary library, const void *code); /* its data is allocated when a context first
-                                                                       uses it */
-HIDDEN void fgpu_library_of_file_made(CUlibrary library, const char *path);
+/* The data of a library is allocated when a context first uses it. Without room in the list, a library with data is
+ * refused, and unloaded again. */
+HIDDEN CUresult fgpu_library_made(CUlibrary library, const void *code);
+HIDDEN CUresult fgpu_library_of_file_made(CUlibrary library, const char *path);
 
 HIDDEN void fgpu_data_leaves(uint64_t handle); /* of a module or library, before and after it is unloaded */
 HIDDEN void fgpu_data_left(uint64_t handle, bool is_gone);

@@ -4,9 +4,9 @@
 #include "code/local_memory.h"
 #include "link/link.h"
 
-#define LOAD(name, begins, ...)                                                                                        \
+#define LOAD(function, begins, ...)                                                                                    \
     do {                                                                                                               \
-        __typeof__(&name) driver = REAL(name);                                                                         \
+        __typeof__(function) driver = function;                                                                        \
         struct fgpu_load load;                                                                                         \
         if (!driver) return CUDA_ERROR_NOT_SUPPORTED;                                                                  \
         if (!module) return driver(__VA_ARGS__);                                                                       \
@@ -16,25 +16,30 @@
         return fgpu_load_ends(&load, result, result ? 0 : (uint64_t)*module);                                          \
     } while (0)
 
+static CUresult load_image(__typeof__(&cuModuleLoadData) function, CUmodule *module, const void *image)
+{
+    LOAD(function, fgpu_load_begins(&load, image), module, image);
+}
+
 EXPORT CUresult cuModuleLoad(CUmodule *module, const char *fname)
 {
-    LOAD(cuModuleLoad, fgpu_load_of_file_begins(&load, fname), module, fname);
+    LOAD(REAL(cuModuleLoad), fgpu_load_of_file_begins(&load, fname), module, fname);
 }
 
 EXPORT CUresult cuModuleLoadData(CUmodule *module, const void *image)
 {
-    LOAD(cuModuleLoadData, fgpu_load_begins(&load, image), module, image);
+    return load_image(REAL(cuModuleLoadData), module, image);
 }
 
 EXPORT CUresult cuModuleLoadDataEx(CUmodule *module, const void *image, unsigned int numOptions, CUjit_option *options,
                                    void **optionValues)
 {
-    LOAD(cuModuleLoadDataEx, fgpu_load_begins(&load, image), module, image, numOptions, options, optionValues);
+    LOAD(REAL(cuModuleLoadDataEx), fgpu_load_begins(&load, image), module, image, numOptions, options, optionValues);
 }
 
 EXPORT CUresult cuModuleLoadFatBinary(CUmodule *module, const void *fatCubin)
 {
-    LOAD(cuModuleLoadFatBinary, fgpu_load_begins(&load, fatCubin), module, fatCubin);
+    return load_image(REAL(cuModuleLoadFatBinary), module, fatCubin);
 }
 
 #define MAKE(name, made, ...)                                                                                          \
@@ -42,8 +47,7 @@ EXPORT CUresult cuModuleLoadFatBinary(CUmodule *module, const void *fatCubin)
         __typeof__(&name) driver = REAL(name);                                                                         \
         if (!driver) return CUDA_ERROR_NOT_SUPPORTED;                                                                  \
         CUresult result = driver(__VA_ARGS__);                                                                         \
-        if (result == CUDA_SUCCESS && library) made;                                                                   \
-        return result;                                                                                                 \
+        return result == CUDA_SUCCESS && library ? made : result;                                                      \
     } while (0)
 
 EXPORT CUresult cuLibraryLoadData(CUlibrary *library, const void *code, CUjit_option *jitOptions,

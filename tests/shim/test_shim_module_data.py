@@ -12,7 +12,7 @@ from tests.shim.area_kit import MIB, asked, said
 from tests.shim.cubin_kit import cubin
 from tests.shim.shim_kit import DEADLINE, ROOT, Build, Simulator
 
-OOM, GIB = 2, 1 << 30
+OOM, INVALID_HANDLE, GIB = 2, 400, 1 << 30
 LARGE = 2 << 30
 
 LOADS = {
@@ -100,11 +100,20 @@ out(L.cuModuleUnload(m)); L.cuStreamEndCapture(s, C.byref(g)); out(L.cuModuleUnl
     assert asked(simulator.agent) == [6 * MIB, 100 * GIB, -100 * GIB, -6 * MIB]
 
 
-def test_the_shim_requests_and_releases_only_the_256_modules_of_its_table(simulator: Simulator) -> None:
-    """The shim requests and releases nothing for the other modules."""
-    script = "ms = [load(data(2 * MiB)) for _ in range(300)]; out(*{L.cuModuleUnload(m) for m in ms})"
-    assert said(simulator, script) == [[0]]
-    assert asked(simulator.agent) == [2 * MIB] * 256 + [-2 * MIB] * 256
+LAST = """
+ms = [load(data(2 * MiB)) for _ in range(1024)]; m, p = C.c_void_p(), C.c_void_p()
+one = lambda n: L.cuModuleLoadData(C.byref(m), data(n).encode())
+made = lambda n: L.cuLibraryLoadData(C.byref(p), data(n).encode(), None, None, 0, None, None, 0)
+out(one(2 * MiB), one(100), made(2 * MiB), L.cuLibraryUnload(p), made(100))
+"""
+
+
+def test_code_with_data_is_refused_if_the_shim_s_table_of_code_is_full(simulator: Simulator) -> None:
+    """Code with little data is loaded. Once a module is unloaded, another one can be loaded."""
+    simulator.agent.do("limit", limit=1 << 40)
+    script = LAST + "out(L.cuModuleUnload(ms[0]), one(2 * MiB), *{L.cuModuleUnload(x) for x in [*ms[1:], m]})"
+    assert said(simulator, script) == [[OOM, 0, OOM, INVALID_HANDLE, 0], [0, 0, 0]]
+    assert asked(simulator.agent) == [2 * MIB] * 1024 + [-2 * MIB, 2 * MIB] + [-2 * MIB] * 1024
 
 
 @pytest.mark.parametrize("how", ["observed", "unmanaged"])
