@@ -11,6 +11,8 @@ import re
 import signal
 import time
 from collections.abc import Callable
+from functools import partial
+from pathlib import Path
 
 import pytest
 
@@ -112,8 +114,8 @@ def gpu_lost(world: World) -> None:
     eventually(lambda: len(ask(verb="snapshot")["devices"]) == 2, 20, "both devices")
 
 
-def run_full(world: World) -> None:
-    filler = RUN_DIR / "filler"
+def disk_full(folder: Path, world: World) -> None:
+    filler = folder / "filler"
     fill(filler)
     world.restart()
     world.check()
@@ -137,7 +139,8 @@ FAULTS = {
     "unreadable state files + restart": state_unreadable,
     "engine down + restart": engine_down,
     "NVML returns no data": nvml_blind,
-    "`/run` full + restart": run_full,
+    "`/run` full + restart": partial(disk_full, RUN_DIR),
+    "`/var` full + restart": partial(disk_full, Path("/var/lib/fgpu")),
     "the agent hangs (SIGSTOP)": stands_still,
     "one GPU lost + restart": gpu_lost,
 }
