@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.engines import inits_engines_kit, inits_kit
+from tests.engines import inits_engines_kit, inits_kit, inits_lxd_kit
 from tests.support import fresh_host
 from tests.support.containers import engines as kit
 from tests.support.host import CONTEXT, GIB
@@ -22,10 +22,13 @@ KINDS = {
     "crun": inits_engines_kit.OfCrun,
     "lxc": inits_engines_kit.OfLxc,
     "unprivileged-lxc": inits_engines_kit.OfUnprivilegedLxc,
+    "lxd": inits_lxd_kit.OfLxd,
+    "incus": inits_lxd_kit.OfIncus,
     "nspawn": inits_engines_kit.OfNspawn,
 }
 HIDDEN = "test -d /run/systemd/system && test ! -e /run/fgpu/shim/shim.sock"
-POLICIES = {"lxc": "40-lxc.yaml", "unprivileged-lxc": "40-lxc.yaml", "nspawn": "40-nspawn.yaml"}
+LXC = "40-lxc.yaml"
+POLICIES = {"lxc": LXC, "unprivileged-lxc": LXC, "lxd": LXC, "incus": LXC, "nspawn": "40-nspawn.yaml"}
 
 pytestmark = pytest.mark.timeout(240, func_only=True)  # the first run creates a root and unpacks LXC
 

@@ -20,11 +20,11 @@ def unpacked(root: Path, packages: Sequence[str]) -> Path:
     return fetched(root, words, [])
 
 
-def suite(folder: Path, name: str, of: str) -> list[str]:
-    """Return options with which apt uses the packages of another Debian suite. Its lists are files of this name."""
+def suite(folder: Path, name: str, *suites: str) -> list[str]:
+    """Return options with which apt uses the packages of other Debian suites. Its lists are files of this name."""
     lists = folder / f"lists-{name}"
     (lists / "partial").mkdir(parents=True, exist_ok=True)
-    (folder / f"{name}.list").write_text(SOURCE.format(of))
+    (folder / f"{name}.list").write_text("".join(SOURCE.format(each) for each in suites))
     apart = {
         "Dir::Etc::sourcelist": folder / f"{name}.list", "Dir::Etc::sourceparts": "/dev/null",
         "Dir::State::lists": lists, "Dir::Cache::pkgcache": "", "Dir::Cache::srcpkgcache": "",
