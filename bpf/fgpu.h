@@ -256,7 +256,7 @@ struct fgpu_share { /* shares: {level, device} -> the level's part of the device
                        gated */
     __u64 limit_millionths;
     __u64 weight;
-    __u64 rank; /* 0 comes first */
+    __u64 rank; /* 0 comes first; bit 32: without MPS on a concurrent device */
     __u64 quantum_ns;
 };
 struct fgpu_turn { /* turns: {level, device} -> results; the numbers up to `throttled` only grow */

@@ -202,6 +202,7 @@ def _json(found: Policy) -> dict[str, Any]:
             "weight": compute.weight,
             "priority": compute.priority.value,
             "quantum_ns": compute.quantum_ns,
+            "isolation": "own" if compute.isolated else "shared",
         }
         if compute
         else None,
@@ -241,4 +242,5 @@ def _gives(found: Policy) -> Iterable[str]:
         yield f"memory {amount_text(found.memory.limit)}{most}{besides}{idle}{waits}"
     if found.compute:
         ceiling = millionths_text(round(found.compute.limit_ratio * MILLION))
-        yield f"compute up to {ceiling}, weight {found.compute.weight}, {found.compute.priority} priority"
+        isolated = ", without MPS" if found.compute.isolated else ""
+        yield f"compute up to {ceiling}, weight {found.compute.weight}, {found.compute.priority} priority{isolated}"

@@ -206,8 +206,12 @@ class LedgerCache:
         return Grant(header, tuple(usage))
 
     def _uses_mps(self, levels: tuple[int, ...], allowed: set[int]) -> bool:
-        """Return whether programs with a share of time use MPS: a program does so on all its devices or on none."""
+        """Return whether programs with a share of time use MPS: a program does so on all its devices or on none.
+
+        If any level around the program is isolated, the program does not use MPS.
+        """
         times = self._ledger.times
         if not allowed or not allowed <= times.concurrent():
             return False
-        return any(times.share(level, device) for level in levels for device in allowed)
+        shares = [share for level in levels for device in allowed if (share := times.share(level, device))]
+        return bool(shares) and not any(share.isolated for share in shares)

@@ -29,6 +29,7 @@ _TURN = struct.Struct("11Q")
 _U32, _U64 = struct.Struct("I"), struct.Struct("Q")
 HOST_SHARES = 4
 _CONCURRENT_SHIFT = 48  # the bits from here on of host[HOST_SHARES] name the concurrent devices
+_ISOLATED = 1 << 32  # a flag in a share's rank
 _MOST_WORD = 2**64 - 1
 FEW = 24  # for up to this many shares, single lookups are faster than reading the whole map
 assert (_SHARE.size, _TURN.size) == (ctypes.sizeof(abi.Share), ctypes.sizeof(abi.Turn))
@@ -92,12 +93,12 @@ class ComputeMaps:
     def shares(self) -> dict[Key, Share]:
         """Return all shares, by level and device."""
         found = bpf.items(self._maps["shares"], _KEY.size, _SHARE.size)
-        return {_KEY.unpack(key): Share(*_SHARE.unpack(value)) for key, value in found}
+        return {_KEY.unpack(key): _share(value) for key, value in found}
 
     def share(self, level: int, device: int) -> Share | None:
         """Return a level's share of a device; None: the level has no share of it."""
         raw = bpf.lookup(self._maps["shares"], _KEY.pack(level, device), _SHARE.size)
-        return None if raw is None else Share(*_SHARE.unpack(raw))
+        return None if raw is None else _share(raw)
 
     def turn(self, level: int, device: int) -> TurnCounts | None:
         """Return the counters of a level's share of a device; None: the map has no counters of this share."""
@@ -133,7 +134,7 @@ class ComputeMaps:
                 bpf.delete(self._maps["shares"], _KEY.pack(*key))
                 bpf.delete(self._maps["turns"], _KEY.pack(*key))
             for key, share in asked.items():
-                bpf.update(self._maps["shares"], _KEY.pack(*key), _SHARE.pack(*share))
+                bpf.update(self._maps["shares"], _KEY.pack(*key), _packed(share))
         finally:
             self.tell()
 
@@ -208,6 +209,16 @@ class ComputeMaps:
             with contextlib.suppress(OSError):
                 self._maps["ran"] = bpf.pinned(self._pins / "ran")
         return self._maps.get("ran")
+
+
+def _share(raw: bytes) -> Share:
+    limit_millionths, weight, rank, quantum_ns = _SHARE.unpack(raw)
+    return Share(limit_millionths, weight, rank % _ISOLATED, quantum_ns, rank >= _ISOLATED)
+
+
+def _packed(share: Share) -> bytes:
+    rank = share.rank + (_ISOLATED if share.isolated else 0)
+    return _SHARE.pack(share.limit_millionths, share.weight, rank, share.quantum_ns)
 
 
 def _counts(raw: bytes | None) -> TurnCounts | None:

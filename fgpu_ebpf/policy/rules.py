@@ -141,7 +141,8 @@ class Compute(NamedTuple):
     """A share of a device's time.
 
     `limit_ratio` 1.0: there is no ceiling. `priority_by`: the priority class from which the priority comes, and what
-    names the class; an empty text: the priority is that of the policy or of `fgpu set`.
+    names the class; an empty text: the priority is that of the policy or of `fgpu set`. `isolated`: on a concurrent
+    device the workload's programs run without MPS.
     """
 
     limit_ratio: float = 1.0
@@ -149,6 +150,7 @@ class Compute(NamedTuple):
     priority: Priority = Priority.NORMAL
     quantum_ns: int = 20_000_000
     priority_by: str = ""
+    isolated: bool = False
 
 
 class Park(NamedTuple):

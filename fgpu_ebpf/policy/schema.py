@@ -151,6 +151,11 @@ class Compute(Model):
         f" {_USUAL.quantum_ns // 1_000_000}ms.",
         "5ms",
     )
+    isolation: Literal["shared", "own"] = Field(
+        "shared",
+        description="On a concurrent device: programs use MPS with those of other tenants (`shared`), or run without"
+        " MPS, so that a fatal fault of another program does not end them (`own`).",
+    )
 
 
 class Views(Model):
@@ -251,6 +256,7 @@ def _compute(model: Compute) -> rules.Compute:
         weight=model.weight,
         priority=rules.Priority(model.priority),
         quantum_ns=model.quantum or _USUAL.quantum_ns,
+        isolated=model.isolation == "own",
     )
 
 

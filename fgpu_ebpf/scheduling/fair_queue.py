@@ -25,12 +25,16 @@ ROUND_QUANTA = 4  # the longest round of turns, in quanta, among tenants that ar
 
 
 class Share(NamedTuple):
-    """A tenant's ceiling, weight, priority (`rank`) and length of turns. The lowest rank has the highest priority."""
+    """A tenant's ceiling, weight, priority (`rank`) and length of turns. The lowest rank has the highest priority.
+
+    `isolated`: on a concurrent device its programs run without MPS.
+    """
 
     limit_millionths: int = MILLION
     weight: int = PLAIN_WEIGHT
     rank: int = 1
     quantum_ns: int = 20_000_000
+    isolated: bool = False
 
     @property
     def limited(self) -> bool:

@@ -172,6 +172,7 @@ def _time(tenant: Tenant, device: int, turn: TurnCounts | None, shortfall: Short
         "limit_ratio": share.limit_millionths / MILLION,
         "weight": share.weight,
         "priority": list(Priority)[share.rank].value,
+        "isolation": "own" if share.isolated else "shared",
         "priority_by": tenant.compute.priority_by if tenant.compute else "",
         "had_ratio": t.had_millionths / MILLION,
         "entitled_ratio": t.entitled_millionths / MILLION,
@@ -287,6 +288,7 @@ def _time_line(time: dict[str, Any]) -> str:
     ceiling = f"up to {time['limit_ratio']:.0%}, " if time["limit_ratio"] < 1 else ""
     text = f"gpu {time['gpu']}: time {ceiling}weight {time['weight']}, {time['priority']} priority"
     text += f" ({time['priority_by']})" if time["priority_by"] else ""
+    text += ", without MPS" if time["isolation"] == "own" else ""
     if time["free"]:
         return f"{text}: no other tenant with a share of time uses the device, so the gate is open"
     text += f": had {time['had_ratio']:.1%}, entitled to {time['entitled_ratio']:.1%}"

@@ -82,7 +82,8 @@ class Tenant:
         if self.compute is None or self.observe:
             return {}
         c = self.compute
-        share = TimeShare(round(c.limit_ratio * MILLION), c.weight, list(Priority).index(c.priority), c.quantum_ns)
+        rank = list(Priority).index(c.priority)
+        share = TimeShare(round(c.limit_ratio * MILLION), c.weight, rank, c.quantum_ns, c.isolated)
         return dict.fromkeys(self.limits, share)
 
     @property
@@ -155,7 +156,8 @@ def kept_tenant(
     compute = None
     if share:
         priority = list(Priority)[min(share.rank, len(Priority) - 1)]
-        compute = Compute(share.limit_millionths / MILLION, share.weight, priority, share.quantum_ns)
+        ratio = share.limit_millionths / MILLION
+        compute = Compute(ratio, share.weight, priority, share.quantum_ns, isolated=share.isolated)
     return Tenant(
         workload, _name(workload), Source.KEPT, "", limits, compute=compute,
         observe=bool(said & abi.LimitFlag.OBSERVE), kill=bool(said & abi.LimitFlag.KILL),

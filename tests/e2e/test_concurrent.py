@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.e2e.concurrent_kit import shared
+from tests.e2e.policies_kit import Write
 from tests.e2e.spin_kit import SECONDS, together
 from tests.support.commands import ask
 from tests.support.host import BUILD, ENVIRONMENT, FGPU
@@ -42,6 +43,13 @@ def test_programs_with_a_share_of_a_concurrent_device_use_mps(concurrent: Servic
     assert ask(verb="snapshot")["devices"][0]["sharing"] == "concurrent"
     assert mps(writes, "--weight", "100") == "ready 1"
     assert mps(writes) == "ready 0"  # without a share of time nothing would hold the program
+
+
+def test_a_policy_keeps_programs_out_of_mps(concurrent: Service, write: Write, writes: Path) -> None:
+    write("compute: {isolation: own}", selector='{cgroup: ["**"]}')
+    assert mps(writes, "--weight", "100") == "ready 0"
+    write("compute: {isolation: shared}", selector='{cgroup: ["**"]}')
+    assert mps(writes, "--weight", "100") == "ready 1"
 
 
 def test_programs_of_other_devices_do_not_use_mps(service: Service, unharmed: None, writes: Path) -> None:

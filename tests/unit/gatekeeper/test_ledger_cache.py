@@ -12,6 +12,7 @@ import pytest
 from fgpu_ebpf.abi import ControlFlag
 from fgpu_ebpf.gatekeeper import ledger_cache
 from fgpu_ebpf.gatekeeper.ledger_cache import LedgerCache, Lineages, ManagedState
+from fgpu_ebpf.gatekeeper.sessions import PageHeader
 from fgpu_ebpf.scheduling.fair_queue import Share
 
 PID, CGROUP, FORMER, GROUP = 23, 7, 5, 3
@@ -42,16 +43,26 @@ def test_a_parked_process_keeps_its_levels_wherever_it_is(is_parked: bool, monke
     ],
 )
 def test_programs_use_mps_if_all_their_devices_are_concurrent(limited, concurrent, shared, flags) -> None:
-    share = {(CGROUP, device): Share() for device in shared}
-    times = SimpleNamespace(concurrent=lambda: frozenset(concurrent), share=lambda *key: share.get(key))
+    header = granted(limited, concurrent, {(CGROUP, device): Share() for device in shared}, CGROUP)
+    assert header.flags == flags
+    assert {index for index, _ in header.devices} == limited
+
+
+@pytest.mark.parametrize("isolated", [CGROUP, GROUP])
+def test_programs_do_not_use_mps_if_their_level_or_a_level_around_it_is_isolated(isolated: int) -> None:
+    shares = {(level, 0): Share(isolated=level == isolated) for level in (CGROUP, GROUP)}
+    assert granted({0}, {0}, shares, CGROUP, GROUP).flags == ControlFlag.MANAGED
+
+
+def granted(limited: set[int], concurrent: set[int], shares: dict[tuple[int, int], Share], *levels: int) -> PageHeader:
+    """Return the header of the control page of a program with these levels, on a host with the devices 0 and 1."""
     ledger: Any = SimpleNamespace(
         page_fd=lambda _: os.open("/dev/null", os.O_RDONLY),
         limit=lambda _, device: 1 if device in limited else None,
-        times=times,
+        times=SimpleNamespace(concurrent=lambda: frozenset(concurrent), share=lambda *key: shares.get(key)),
     )
     cache = LedgerCache(ledger, 1, [(0, b"a" * 16), (1, b"b" * 16)], Lineages(Path("/")))
-    grant = cache.grant((CGROUP,))
+    grant = cache.grant(levels)
     cache.close()
     assert grant
-    assert grant.header.flags == flags
-    assert {index for index, _ in grant.header.devices} == limited
+    return grant.header
